@@ -1,0 +1,197 @@
+"""Every statistic against a hand-computed, closed-form or scipy answer;
+
+the bootstrap's coverage by simulation.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from sae_lens_writesae import statistics as S
+
+
+def test_wilson_is_the_closed_form() -> None:
+    wins, n, z = 37, 50, stats.norm.ppf(0.975)
+    p = wins / n
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert S.wilson_interval(wins, n) == pytest.approx((centre - half, centre + half), abs=1e-12)
+    assert S.wilson_interval(0, 10).low == 0 and 0.25 < S.wilson_interval(0, 10).high < 0.31
+
+
+@pytest.mark.parametrize("wins, n", [(1, 0), (-1, 5), (6, 5)])
+def test_wilson_refuses_nonsense(wins: int, n: int) -> None:
+    with pytest.raises(ValueError, match="successes"):
+        S.wilson_interval(wins, n)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(0, 4)), min_size=1, max_size=12))
+def test_weighted_median_is_the_median_of_repeats(pairs: list[tuple[int, int]]) -> None:
+    values, weights = np.array(pairs, dtype=float).T
+    if weights.sum() == 0:
+        weights[0] = 1
+    expected = np.median(np.repeat(values, weights.astype(int)))
+    assert S.weighted_median(values, weights[None])[0] == expected
+
+
+def test_bootstrap_of_singletons_is_the_normal_interval() -> None:
+    x = np.random.default_rng(0).normal(3, 2, 400)
+    boot = S.cluster_bootstrap(x, np.arange(400), n_resamples=4000)
+    half = 1.96 * x.std() / 20
+    assert boot.estimate == pytest.approx(x.mean())
+    assert boot.interval == pytest.approx((x.mean() - half, x.mean() + half), abs=0.03)
+    assert (boot.n, boot.n_clusters) == (400, 400)
+
+
+def test_bootstrap_of_identical_members_is_that_of_the_cluster_means() -> None:
+    means = np.random.default_rng(1).normal(size=60)
+    fine = S.cluster_bootstrap(np.repeat(means, 25), np.repeat(np.arange(60), 25), seed=3)
+    assert fine.interval == pytest.approx(S.cluster_bootstrap(means, np.arange(60), seed=3).interval)
+    naive = S.cluster_bootstrap(np.repeat(means, 25), np.arange(1500), seed=3).interval
+    assert (fine.interval.high - fine.interval.low) > 4 * (
+        naive.high - naive.low
+    )  # sqrt(25) = 5 in expectation
+
+
+def test_bootstrap_is_seeded_and_takes_any_ids() -> None:
+    x, ids = np.arange(30.0), np.array(list("abcdefghij") * 3)
+    assert S.cluster_bootstrap(x, ids, seed=1) == S.cluster_bootstrap(x, ids, seed=1)
+    assert S.cluster_bootstrap(x, ids, seed=1) != S.cluster_bootstrap(x, ids, seed=2)
+    assert S.cluster_bootstrap(x, ids, S.weighted_median).estimate == np.median(x)
+
+
+def test_bootstrap_of_one_cluster_has_no_interval() -> None:
+    boot = S.cluster_bootstrap([1.0, 2.0], ["a", "a"])
+    assert boot.estimate == 1.5 and math.isnan(boot.interval.low) and boot.n_clusters == 1
+
+
+def test_bootstrap_chunks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, ids = np.random.default_rng(0).normal(size=50), np.arange(50) // 5
+    whole = S.cluster_bootstrap(x, ids, S.weighted_median)
+    monkeypatch.setattr(S, "_CHUNK_FLOATS", 50 * 7)
+    assert S.cluster_bootstrap(x, ids, S.weighted_median) == whole
+
+
+def test_bootstrap_coverage_on_clustered_wins() -> None:
+    """40 sequences whose own win rate varies: the cluster interval covers 95 %, Wilson's does not."""
+    rng = np.random.default_rng(0)
+    ids = np.repeat(np.arange(40), 20)
+    covered = {"cluster": 0, "wilson": 0}
+    runs = 300
+    for run in range(runs):
+        wins = rng.random(800) < np.repeat(rng.beta(1.4, 0.6, 40), 20)  # mean 0.7
+        rate = S.success_rate(wins, ids, seed=run)
+        covered["cluster"] += rate.bootstrap.low <= 0.7 <= rate.bootstrap.high
+        covered["wilson"] += rate.wilson.low <= 0.7 <= rate.wilson.high
+    assert 0.90 <= covered["cluster"] / runs <= 0.98
+    assert covered["wilson"] / runs < 0.7
+
+
+def test_win_rate_counts_strict_wins_and_ties() -> None:
+    rate = S.win_rate([1, 2, 3, 4], [2, 2, 4, 1], clusters=[0, 0, 1, 1])
+    assert (rate.rate, rate.successes, rate.ties, rate.n, rate.n_clusters) == (0.5, 2, 1, 4, 2)
+    assert rate.wilson == S.wilson_interval(2, 4)
+
+
+def test_chain_rate_needs_every_link() -> None:
+    rate = S.chain_rate([1, 1, 1, 3], [2, 2, 2, 2], [3, 1, 2, 4], clusters=[0, 1, 2, 3])
+    assert (rate.successes, rate.ties, rate.n) == (1, 1, 4)
+    with pytest.raises(ValueError, match="at least two"):
+        S.chain_rate([1.0], clusters=[0])
+
+
+def test_paired_median_ratio() -> None:
+    ratio = S.paired_median_ratio([1, 1, 9], [2, 4, 3], clusters=[0, 1, 2])
+    assert ratio.estimate == 0.5
+    assert ratio.interval.low <= 0.5 <= ratio.interval.high
+    with pytest.raises(ValueError, match="1 zeros among 3"):
+        S.paired_median_ratio([1, 1, 1], [0, 1, 2], clusters=[0, 1, 2])
+
+
+def test_cliffs_delta_is_not_the_paired_sign_rate() -> None:
+    """Each a just below its own b, samples overlapping: perfect pairing, weak separation."""
+    b = np.arange(10.0)
+    a = b - 0.5
+    assert S.paired_sign_rate(a, b) == -1
+    brute = np.sign(a[:, None] - b[None]).mean()
+    assert S.cliffs_delta(a, b) == pytest.approx(brute) == pytest.approx(-0.1)
+    assert S.cliffs_delta([1, 2], [3, 4, 5]) == -1 and S.cliffs_delta([1, 2], [1, 2]) == 0
+
+
+def test_wilcoxon_by_hand() -> None:
+    """Differences 1..5, all positive: W- = 0 and the exact two-sided p is 2 / 2^5."""
+    test = S.paired_wilcoxon([2, 4, 6, 8, 10], [1, 2, 3, 4, 5])
+    assert test == pytest.approx((0, 2 / 32, 5))
+    assert S.paired_wilcoxon([1, 2], [1, 2]).p_value == 1
+
+
+def test_mann_whitney_by_hand() -> None:
+    """Two against three, fully separated: U = 0, p = 2 / C(5, 2)."""
+    assert S.mann_whitney([1, 2], [3, 4, 5]) == pytest.approx((0, 0.2, 5))
+
+
+def test_sign_flip_is_exact_on_few_pairs() -> None:
+    """Four positive differences: only the all-plus and all-minus patterns are as extreme, 2 of 16."""
+    test = S.sign_flip_test([2, 3, 4, 5], [1, 1, 1, 1])
+    assert test == pytest.approx((2.5, 2 / 16, 4))
+
+
+def test_sign_flip_by_cluster_keeps_its_level() -> None:
+    rng = np.random.default_rng(0)
+    ids = np.repeat(np.arange(12), 20)
+    false_alarms = {True: 0, False: 0}
+    for _ in range(100):
+        noise = np.repeat(rng.normal(size=12), 20) + 0.3 * rng.normal(size=240)
+        for clustered in (True, False):
+            p = S.sign_flip_test(noise, np.zeros(240), ids if clustered else None, n_resamples=499).p_value
+            false_alarms[clustered] += p < 0.05
+    assert false_alarms[True] <= 10 and false_alarms[False] >= 40
+
+
+def test_sign_flip_of_one_cluster_says_nothing() -> None:
+    assert S.sign_flip_test([1, 2], [0, 0], clusters=[7, 7]).p_value == 1
+
+
+def test_holm_by_hand() -> None:
+    """0.01 * 4, then max(0.04, 0.02 * 3), then max(.06, .03 * 2), then max(.06, .04):
+
+    the running maximum shows.
+    """
+    adjusted = S.holm({"d": 0.04, "a": 0.01, "c": 0.03, "b": 0.02})
+    assert list(adjusted) == ["d", "a", "c", "b"]
+    assert adjusted == pytest.approx({"a": 0.04, "b": 0.06, "c": 0.06, "d": 0.06})
+    assert S.holm({"x": 0.9, "y": 0.8}) == {"x": 1.0, "y": 1.0}
+    for bad in ({}, {"x": 1.5}):
+        with pytest.raises(ValueError):
+            S.holm(bad)
+
+
+def test_quartiles_are_even_and_ordered() -> None:
+    x = np.random.default_rng(0).normal(size=101)
+    q = S.quartile(x)
+    assert np.bincount(q)[1:].tolist() == [26, 25, 25, 25]
+    assert all(x[q == i].max() < x[q == i + 1].min() for i in (1, 2, 3))
+    assert np.bincount(S.quartile(np.zeros(8)))[1:].tolist() == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: S.win_rate([], [], []), "non-empty"),
+        (lambda: S.win_rate([1.0, np.nan], [1, 2], [0, 1]), "1 NaN among 2"),
+        (lambda: S.win_rate([1.0], [1, 2], [0]), "found 1 and 2"),
+        (lambda: S.win_rate([1.0, 2.0], [1, 2], [0]), "one cluster id per observation"),
+        (lambda: S.win_rate([1.0, 2.0], [1, 2], np.array([0, np.nan])), "missing"),
+        (lambda: S.cliffs_delta([[1.0]], [1.0]), "1-D"),
+        (lambda: S.paired_wilcoxon([np.nan], [1.0]), "NaN"),
+        (lambda: S.quartile([]), "non-empty"),
+    ],
+)
+def test_errors_name_the_fault(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
