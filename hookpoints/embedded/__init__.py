@@ -1,0 +1,63 @@
+"""Small language models that ship with the package, and text that they have not seen.
+
+    >>> from hookpoints import embedded
+    >>> embedded.path("embedded").name
+    'gdn'
+    >>> len(embedded.text("test")) > 100_000
+    True
+
+Every folder that `path` returns is an ordinary Hugging Face checkpoint with its tokenizer and a model card.
+The text is the part of the corpus that was held out from every model and tokenizer here: train an SAE on
+`text("train")`, evaluate it on `text("test")`. Standard library only; nothing is downloaded.
+"""
+
+import lzma
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Literal, get_args
+
+__all__ = ["Split", "divide", "names", "path", "text"]
+
+Split = Literal["train", "test", "all"]
+
+_HERE = Path(__file__).parent
+_FOLDERS = {"embedded": "gdn", "embedded-mamba2": "mamba2", "embedded-rwkv7": "rwkv7"}
+# A form feed separates the held-out blocks in the file; scripts/embedded_data.py writes it.
+_SEPARATOR = "\f"
+# Every 4th held-out block, from the first, is for evaluation.
+_TEST_EVERY = 4
+
+
+def names() -> list[str]:
+    """Names of the models in this installation, "embedded" (Gated DeltaNet) first."""
+    return [name for name, folder in _FOLDERS.items() if (_HERE / folder / "model.safetensors").is_file()]
+
+
+def path(name: str = "embedded") -> Path:
+    """Folder of a model: config.json, model.safetensors (bf16), tokenizer, metrics.json, README.md (card)."""
+    available = names()
+    if name not in available:
+        raise ValueError(f"no embedded model is called {name!r}; available: {', '.join(available) or 'none'}")
+    return _HERE / _FOLDERS[name]
+
+
+def text(split: Split = "all") -> str:
+    """Held-out text: "train" (3/4, to train SAEs on), "test" (1/4, to evaluate on) or "all".
+
+    The parts are whole blocks of 20,000 characters, taken in turn from all periods, so both hold old and new
+    speech.
+    """
+    return "\n\n".join(divide(_blocks(), split))
+
+
+def divide(blocks: Sequence[str], split: Split) -> list[str]:
+    """The blocks that belong to a part of the held-out text; the rule that `text` applies."""
+    if split not in get_args(Split):
+        raise ValueError(f"no split is called {split!r}; available: {', '.join(get_args(Split))}")
+    return [b for i, b in enumerate(blocks) if split == "all" or (split == "test") == (i % _TEST_EVERY == 0)]
+
+
+@cache
+def _blocks() -> tuple[str, ...]:
+    return tuple(lzma.decompress((_HERE / "heldout.txt.xz").read_bytes()).decode("utf-8").split(_SEPARATOR))
