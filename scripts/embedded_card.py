@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import transformers
 from embedded_data import BLOCK_CHARACTERS, HOLD_OUT_EVERY
-from embedded_families import Family
+from embedded_family import Family
 from embedded_memory import HeadMemory, head_memories, share_of_long_memory
 from embedded_training import Recipe
 from torch import Tensor

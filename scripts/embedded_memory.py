@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from embedded_families import Transition
+from embedded_family import Transition
 from torch import Tensor
 
 

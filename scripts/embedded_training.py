@@ -15,7 +15,7 @@ from typing import TextIO
 
 import torch
 from embedded_data import Windows
-from embedded_families import Family
+from embedded_family import Family
 from embedded_memory import HeadMemory, head_memories, share_of_long_memory
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy

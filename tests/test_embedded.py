@@ -15,6 +15,8 @@ sys.path.insert(0, str(SCRIPTS))
 
 import embedded_card as card  # noqa: E402
 import embedded_families as families  # noqa: E402
+import embedded_gdn as gdn  # noqa: E402
+from embedded_family import Transition  # noqa: E402
 from embedded_memory import half_lives, head_memories, share_of_long_memory  # noqa: E402
 
 
@@ -124,7 +126,7 @@ def test_half_life_against_token_by_token_products():
     B, T, H, K, horizon = 2, 40, 3, 5, 24
     key = torch.nn.functional.normalize(torch.randn(B, T, H, K), dim=-1)
     alpha, beta = 0.9 + 0.1 * torch.rand(B, T, H, 1), torch.rand(B, T, H, 1)
-    transition = families.Transition(key, alpha, beta[..., 0], a=-beta * key, b=alpha * key)
+    transition = Transition(key, alpha, beta[..., 0], a=-beta * key, b=alpha * key)
     found = half_lives(transition, horizon, stride=1)
     assert found.shape == (B, T - horizon, H)
     for b, start, h in [(0, 0, 0), (1, 3, 2), (0, 15, 1), (1, 10, 0)]:
@@ -153,9 +155,9 @@ def test_training_recurrence_equals_the_library():
     for tensor in inputs.values():
         tensor.requires_grad_()
     weights = torch.randn(B, T, 4, V)
-    original = families.modeling_qwen3_5.torch_chunk_gated_delta_rule
+    original = gdn.modeling_qwen3_5.torch_chunk_gated_delta_rule
     theirs = original(**inputs, use_qk_l2norm_in_kernel=True)[0]
-    ours = families.train_gdn(original, **inputs)[0]
+    ours = gdn.fast_recurrence(original, **inputs)[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     expected, found = (torch.autograd.grad((o * weights).sum(), inputs.values()) for o in (theirs, ours))
     for a, b in zip(found, expected, strict=True):
