@@ -1,0 +1,178 @@
+"""Hook points grown onto a Hugging Face model that someone holds: PyTorch hooks for vectors, mixers for matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from . import run
+from .intercept import wrap_ops
+from .layout import BlockLayout, find_layout
+from .mixer import Backend, HookedMixer
+from .points import BlockHooks, HookSet, MixerHooks, is_listening
+
+
+class StopForward(Exception):
+    """Raised inside a forward pass to end it at a block; carries the residual stream [B,T,D] that enters the block."""
+
+    def __init__(self, residual: Tensor):
+        super().__init__("forward stopped at a block")
+        self.residual = residual
+
+
+class _Input(NamedTuple):
+    """Where a module's input tensor sits in its call."""
+
+    value: Tensor
+    replaced: Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+class Attachment:
+    """Hook points on ``model``; ``detach()`` takes them off again. Inert while nobody listens.
+
+    Args:
+        model: a Hugging Face causal language model.
+        root: the module that gets the tree of hook points as ``hook_embed``, ``blocks`` and ``ln_final``; they are
+            looked up there at each pass, so that an SAE put in the place of a hook point is met.
+        backend: who computes the native pass of recurrent layers.
+
+    Raises:
+        UnsupportedModelError: the model has no recurrence that can be hooked.
+    """
+
+    def __init__(self, model: nn.Module, root: nn.Module, backend: Backend = "auto"):
+        self.layout = find_layout(model)
+        self.mixers: dict[int, HookedMixer] = {}
+        self.passes = 0
+        """Forward passes of the model so far."""
+        self._root = root
+        root.hook_embed = HookPoint()
+        root.blocks = nn.ModuleList()
+        root.ln_final = HookSet(["hook_normalized"])
+        self._handles: list[Any] = [model.register_forward_pre_hook(self._count)]
+        for layer, block in enumerate(self.layout.blocks):
+            root.blocks.append(self._attach_block(layer, block, backend))
+        self._on_output(self.layout.embed, self._fire_embed)
+        self._on_output(self.layout.final_norm, lambda x: root.ln_final.fire("hook_normalized", x))
+
+    def detach(self) -> None:
+        """Remove every PyTorch hook that was set."""
+        for handle in self._handles:
+            handle.remove()
+        for mixer in self.mixers.values():
+            mixer.detach()
+
+    @contextmanager
+    def passing(self, start: int, stop: int | None, residual: Tensor | None) -> Iterator[None]:
+        """Skip blocks below ``start``, feed ``residual`` [B,T,D] into it, and stop before block ``stop``."""
+        with ExitStack() as stack:
+            for block in self.layout.blocks[:start]:
+                stack.enter_context(_replaced_forward(block.block, _pass_through))
+            if residual is not None:
+                stack.enter_context(_pre_hook(self.layout.blocks[start].block, lambda _: residual))
+            if stop is not None and stop < len(self.layout.blocks):
+                stack.enter_context(_pre_hook(self.layout.blocks[stop].block, _stop))
+            stack.enter_context(run.scope(self, start_layer=start))
+            yield
+
+    # -- vectors
+
+    def _attach_block(self, layer: int, block: BlockLayout, backend: Backend) -> BlockHooks:
+        hooks: MixerHooks | None = None
+        if block.rule is not None and block.namespace is not None:
+            wrap_ops(block.namespace, block.rule)
+            mixer = HookedMixer(self, layer, block.rule, block.mixer, backend)
+            self.mixers[layer], hooks = mixer, mixer.hooks
+        block_hooks = BlockHooks(hooks)
+
+        def fire(names: Sequence[str]) -> Callable[[Tensor], Tensor]:
+            def through(value: Tensor) -> Tensor:
+                if run.current(self).start_layer > layer:
+                    return value  # a skipped block only hands its input on
+                for name in names:
+                    if block_hooks.listens(name):
+                        value = block_hooks.fire(name, value)
+                return value
+
+            return through
+
+        self._on_input(block.block, fire(["hook_resid_pre"]))
+        added = [name for name in ("hook_mixer_out", "hook_attn_out") if name in block_hooks._modules]
+        self._on_output(block.mixer_out, fire(added))
+        if block.mlp_out is not None:
+            self._on_output(block.mlp_out, fire(["hook_mlp_out"]))
+        self._on_output(block.block, fire(["hook_resid_post"]))
+        return block_hooks
+
+    def _fire_embed(self, value: Tensor) -> Tensor:
+        point = self._root.hook_embed
+        return point(value) if is_listening(point) and run.current(self).start_layer == 0 else value
+
+    def _count(self, _module: nn.Module, _args: Any) -> None:
+        self.passes += 1
+
+    def _on_output(self, module: nn.Module, through: Callable[[Tensor], Tensor]) -> None:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            value = output[0] if isinstance(output, tuple) else output
+            result = through(value)
+            if result is value:
+                return None
+            return (result, *output[1:]) if isinstance(output, tuple) else result
+
+        self._handles.append(module.register_forward_hook(hook))
+
+    def _on_input(self, module: nn.Module, through: Callable[[Tensor], Tensor]) -> None:
+        self._handles.append(_register_input(module, through))
+
+
+def _register_input(module: nn.Module, through: Callable[[Tensor], Tensor]) -> Any:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = _input_of(args, kwargs)
+        result = through(found.value)
+        return None if result is found.value else found.replaced(result)
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Input:
+    if args and isinstance(args[0], Tensor):
+        return _Input(args[0], lambda x: ((x, *args[1:]), kwargs))
+    name = "hidden_states" if "hidden_states" in kwargs else next(k for k, v in kwargs.items() if isinstance(v, Tensor))
+    return _Input(kwargs[name], lambda x: (args, {**kwargs, name: x}))
+
+
+@contextmanager
+def _pre_hook(module: nn.Module, through: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    handle = _register_input(module, through)
+    # A residual that is fed in must be there before the block's own hooks see its input.
+    module._forward_pre_hooks.move_to_end(handle.id, last=False)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _stop(value: Tensor) -> Tensor:
+    raise StopForward(value)
+
+
+def _pass_through(*args: Any, **kwargs: Any) -> Any:
+    return _input_of(args, kwargs).value
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """The module's ``forward`` exchanged for the length of the scope (accelerate may have set one on the instance)."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = before

@@ -1,0 +1,157 @@
+"""Every hook point as data: name, axes, when it fires, what an edit does.
+
+The hook modules, the documentation and a test that runs each row are all made from ``HOOKS``.
+Axes use one alphabet: B batch, T time, H head, K key channel, V value channel, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Scope = Literal["model", "block", "mixer", "head"]
+
+
+@dataclass(frozen=True)
+class HookRow:
+    """One row of the table."""
+
+    name: str
+    """Name inside its scope, for example ``hook_write``."""
+    scope: Scope
+    """Where it lives: the model, a block, a recurrent mixer, or one head of a mixer."""
+    axes: str
+    """Axes of the activation, one letter each; ``(KV)`` is one row-major axis of length K*V."""
+    meaning: str
+    """What the activation is, with sign and units."""
+    edit: str
+    """What returning something else does."""
+    matrix: bool = False
+    """True for activations that hold a K x V matrix per token: built only for a listener, and left out of
+    ``run_with_cache`` unless named."""
+    factor: str | None = None
+    """Name of the field of ``rules.Factors`` that feeds this hook; the hook exists only where the rule has it."""
+    fires: str = "prefill and decode"
+    """When it fires."""
+
+    def full_name(self, layer: int | str = "{l}", head: int | str = "{h}") -> str:
+        """The name on a model: ``HookRow.full_name(1, 2) == "blocks.1.mixer.heads.2.hook_write"``."""
+        prefix = {
+            "model": "",
+            "block": f"blocks.{layer}.",
+            "mixer": f"blocks.{layer}.mixer.",
+            "head": f"blocks.{layer}.mixer.heads.{head}.",
+        }[self.scope]
+        return prefix + self.name
+
+
+_FEEDS = "feeds the recurrence: outputs and state follow"
+_PROPAGATES = "propagates: later states and reads follow under the full transition (closed loop)"
+_TRAJECTORY = (
+    "the returned trajectory is what reads see, and its last state goes on to generation; it does not "
+    "propagate between tokens (use hook_write for that)"
+)
+
+HOOKS: tuple[HookRow, ...] = (
+    HookRow("hook_embed", "model", "BTD", "token embeddings", "feeds the first block"),
+    HookRow("hook_resid_pre", "block", "BTD", "residual stream entering the block", "feeds the block"),
+    HookRow("hook_q", "mixer", "BTHK", "read vector, normalised as the rule does, unscaled", _FEEDS, factor="q"),
+    HookRow("hook_k", "mixer", "BTHK", "key, normalised; writes and erases with it", _FEEDS, factor="k"),
+    HookRow("hook_v", "mixer", "BTHV", "value, before beta", _FEEDS, factor="v"),
+    HookRow("hook_beta", "mixer", "BTH", "write strength, >= 0", _FEEDS, factor="beta"),
+    HookRow(
+        "hook_log_decay",
+        "mixer",
+        "BTH or BTHK",
+        "natural log of the factor that multiplies the old state, <= 0",
+        _FEEDS,
+        factor="log_decay",
+    ),
+    HookRow(
+        "hook_write_key",
+        "mixer",
+        "BTHK",
+        "key side of the write k u^T (the erase keeps its own key)",
+        _PROPAGATES,
+    ),
+    HookRow("hook_write_value", "mixer", "BTHV", "value side u of the write k u^T, beta included", _PROPAGATES),
+    HookRow(
+        "hook_write",
+        "mixer",
+        "BTHKV",
+        "the write: the matrix added to the state at t",
+        _PROPAGATES,
+        matrix=True,
+    ),
+    HookRow("hook_write", "head", "BTKV", "the write of one head", _PROPAGATES, matrix=True),
+    HookRow(
+        "hook_write_vec",
+        "head",
+        "BT(KV)",
+        "the write of one head, flattened row-major: the layout that SAELens stores, trains on and patches",
+        _PROPAGATES,
+        matrix=True,
+    ),
+    HookRow("hook_state", "mixer", "BTHKV", "the state after the write at t", _TRAJECTORY, matrix=True),
+    HookRow("hook_state", "head", "BTKV", "the state of one head", _TRAJECTORY, matrix=True),
+    HookRow(
+        "hook_state_vec",
+        "head",
+        "BT(KV)",
+        "the state of one head, flattened row-major",
+        _TRAJECTORY,
+        matrix=True,
+    ),
+    HookRow(
+        "hook_read",
+        "mixer",
+        "BTHV",
+        "what the state gives back: S^T (scale q)",
+        "feeds the head norm and out_proj",
+    ),
+    HookRow(
+        "hook_mixer_out",
+        "block",
+        "BTD",
+        "what a recurrent mixer adds to the residual stream (recurrent blocks only)",
+        "adds to the residual stream",
+    ),
+    HookRow(
+        "hook_attn_out",
+        "block",
+        "BTD",
+        "what the token mixer, recurrent or attention, adds to the residual stream: TransformerLens' name for it",
+        "adds to the residual stream",
+    ),
+    HookRow(
+        "hook_mlp_out",
+        "block",
+        "BTD",
+        "what the MLP adds to the residual stream",
+        "adds to the residual stream",
+    ),
+    HookRow("hook_resid_post", "block", "BTD", "residual stream leaving the block", "feeds the next block"),
+    HookRow("ln_final.hook_normalized", "model", "BTD", "output of the final norm", "feeds the unembedding"),
+)
+"""The table, in order of execution."""
+
+
+def rows(scope: Scope) -> Iterator[HookRow]:
+    """The rows of one scope, in order of execution."""
+    return (row for row in HOOKS if row.scope == scope)
+
+
+def is_matrix(name: str) -> bool:
+    """Whether the full hook name ``name`` is a K x V matrix per token (large; built only on demand)."""
+    return name.rsplit(".", 1)[-1] in _MATRIX_NAMES
+
+
+_MATRIX_NAMES = frozenset(row.name for row in HOOKS if row.matrix)
+
+
+def markdown() -> str:
+    """The table as Markdown, for the documentation."""
+    lines = ["| name | axes | meaning | fires | an edit |", "|---|---|---|---|---|"]
+    lines += [f"| `{row.full_name()}` | {row.axes} | {row.meaning} | {row.fires} | {row.edit} |" for row in HOOKS]
+    return "\n".join(lines)

@@ -1,0 +1,88 @@
+"""The seam: upstream ops, wrapped once per module, inert unless a hooked mixer is running.
+
+Layers keep their own projections, convolutions, gates, norms and caches. Each calls one op by its module-level name;
+that name is bound here to a wrapper that asks a context variable which hooked mixer is running. If none is, the
+original op runs as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .rules import Rule
+
+
+class OpHandler(Protocol):
+    """A hooked mixer: takes over the op calls of its layer."""
+
+    def handle(self, op: Callable[..., Any], arguments: Mapping[str, Any]) -> Any: ...
+
+
+_RUNNING: ContextVar[OpHandler | None] = ContextVar("hookpoints_running_mixer", default=None)
+_MARK = "__hookpoints_wrapper__"
+
+
+@contextmanager
+def running(handler: OpHandler) -> Iterator[None]:
+    """While this is open, op calls go to ``handler``."""
+    token = _RUNNING.set(handler)
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
+def wrap_ops(namespace: ModuleType, rule: Rule) -> None:
+    """Bind the rule's op names in ``namespace`` to wrappers. Doing it twice changes nothing."""
+    for names, wrap in ((rule.ops, _wrap_op), (rule.companions, _wrap_companion)):
+        for name in names:
+            op = getattr(namespace, name, None)
+            if op is not None and not hasattr(op, _MARK):
+                setattr(namespace, name, wrap(op))
+
+
+def _wrap_op(op: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(inspect.unwrap(op))
+
+    @functools.wraps(op)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        handler = _RUNNING.get()
+        if handler is None:
+            return op(*args, **kwargs)
+        return handler.handle(_on_device(op, args, kwargs), _bind(signature, args, kwargs))
+
+    setattr(wrapper, _MARK, True)
+    return wrapper
+
+
+def _wrap_companion(op: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(op)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        chosen = op if _RUNNING.get() is None else _on_device(op, args, kwargs)
+        return chosen(*args, **kwargs)
+
+    setattr(wrapper, _MARK, True)
+    return wrapper
+
+
+def _on_device(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    """The op for the tensors' device. With fla installed, transformers takes fla's Triton kernels on any device and
+    crashes on a CPU; the torch original is underneath the decorators."""
+    tensor = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+    return op if tensor is None or tensor.device.type != "cpu" else inspect.unwrap(op)
+
+
+def _bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, defaults filled in; keywords that only other kernels take are dropped, as upstream does."""
+    known = {name: value for name, value in kwargs.items() if name in signature.parameters}
+    bound = signature.bind(*args, **known)
+    bound.apply_defaults()
+    return {name: value for name, value in bound.arguments.items() if name not in ("kwargs", "args")}

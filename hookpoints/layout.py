@@ -1,0 +1,148 @@
+"""Where things are in a Hugging Face model: blocks, mixers, norms, projections. Found by looking, not by model type.
+
+A mixer is recurrent when its ``forward`` calls an op that some rule knows; the ops are looked up in the module that
+defines the mixer's class. So new model types that reuse a known op work without an entry here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import nn
+
+from .errors import UnsupportedModelError
+from .rules import REFUSED, RULES, Rule
+
+_MIXER_NAMES = ("linear_attn", "self_attn", "attn", "mixer", "mamba", "attention")
+_MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
+_FINAL_NORM_NAMES = ("norm", "norm_f", "final_layernorm", "ln_f")
+_OUT_PROJ_NAMES = ("out_proj", "o_proj")
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLayout:
+    """The modules of one block that carry hooks."""
+
+    block: nn.Module
+    mixer: nn.Module
+    mixer_out: nn.Module
+    """The module whose output the block adds to the residual stream after mixing (a norm where the block has
+    post-norms, else the mixer itself)."""
+    mlp_out: nn.Module | None
+    """Likewise for the MLP; None where the block has none."""
+    rule: Rule | None
+    """The update rule of a recurrent mixer; None for attention."""
+    namespace: ModuleType | None
+    """The Python module in which the mixer looks up its ops."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelLayout:
+    """The modules of a causal language model that carry hooks."""
+
+    embed: nn.Module
+    blocks: tuple[BlockLayout, ...]
+    final_norm: nn.Module
+    unembed: nn.Module
+
+    @property
+    def recurrent_layers(self) -> tuple[int, ...]:
+        return tuple(layer for layer, block in enumerate(self.blocks) if block.rule is not None)
+
+
+def calls_of(mixer: nn.Module) -> frozenset[str]:
+    """Names that the mixer's ``forward`` refers to, looking through decorators and one level of own methods."""
+    names: set[str] = set()
+    for method in ("forward", "torch_forward"):
+        function = getattr(type(mixer), method, None)
+        if function is not None:
+            names.update(inspect.unwrap(function).__code__.co_names)
+    return frozenset(names)
+
+
+def rule_of(mixer: nn.Module) -> tuple[Rule, ModuleType] | None:
+    """The rule of a recurrent mixer and the module holding its ops, or None."""
+    namespace = sys.modules[type(mixer).__module__]
+    called = calls_of(mixer)
+    for rule in RULES:
+        if any(op in called and hasattr(namespace, op) for op in rule.ops):
+            return rule, namespace
+    return None
+
+
+def find_layout(model: nn.Module) -> ModelLayout:
+    """Find the blocks of a Hugging Face causal language model.
+
+    Raises:
+        UnsupportedModelError: no block has a recurrence of the canonical form, or the parts of a block
+            cannot be found; names the model type and the reason.
+    """
+    backbone = _backbone(model)
+    blocks = tuple(_block_layout(block) for block in _blocks(model, backbone))
+    if not any(block.rule for block in blocks):
+        raise UnsupportedModelError(_refusal(model))
+    return ModelLayout(
+        embed=model.get_input_embeddings(),  # type: ignore[operator]
+        blocks=blocks,
+        final_norm=_first(backbone, _FINAL_NORM_NAMES, "final norm"),
+        unembed=model.get_output_embeddings(),  # type: ignore[operator]
+    )
+
+
+def out_projection(mixer: nn.Module) -> nn.Linear:
+    """The linear map from the heads' normalised reads to the residual stream."""
+    module = _first(mixer, _OUT_PROJ_NAMES, "output projection")
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    prefix = getattr(model, "base_model_prefix", "")
+    return getattr(model, prefix, model) if prefix else model
+
+
+def _blocks(model: nn.Module, backbone: nn.Module) -> nn.ModuleList:
+    for name in ("layers", "h", "blocks"):
+        blocks = getattr(backbone, name, None)
+        if isinstance(blocks, nn.ModuleList):
+            return blocks
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no list of blocks named layers, h or blocks; load the causal language model "
+        "itself (for a multimodal checkpoint, its text model)"
+    )
+
+
+def _block_layout(block: nn.Module) -> BlockLayout:
+    mixer = _first(block, _MIXER_NAMES, "token mixer")
+    mlp = next((getattr(block, name) for name in _MLP_NAMES if hasattr(block, name)), None)
+    mixer_out, mlp_out = mixer, mlp
+    # A block without a norm before its mixer but with one after each part (OLMo's attention blocks) adds the norms'
+    # outputs to the residual stream, not the parts' own.
+    if hasattr(block, "post_feedforward_layernorm") and not hasattr(block, "input_layernorm"):
+        mixer_out, mlp_out = block.post_attention_layernorm, block.post_feedforward_layernorm
+    found = rule_of(mixer)
+    rule, namespace = found if found else (None, None)
+    return BlockLayout(block, mixer, mixer_out, mlp_out, rule, namespace)  # type: ignore[arg-type]
+
+
+def _first(module: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
+    for name in names:
+        child = getattr(module, name, None)
+        if isinstance(child, nn.Module):
+            return child
+    raise UnsupportedModelError(
+        f"no {what} found in {type(module).__name__}: looked for {', '.join(names)}, "
+        f"found {', '.join(name for name, _ in module.named_children())}"
+    )
+
+
+def _refusal(model: nn.Module) -> str:
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    known = ", ".join(rule.name for rule in RULES)
+    reason = REFUSED.get(
+        str(model_type).replace("-", "_"), "none of its layers calls a recurrent op that is known here"
+    )
+    return f"{model_type!r} cannot be hooked: {reason}. Update rules known here: {known}"

@@ -1,0 +1,339 @@
+"""HookedRecurrent: a Hugging Face recurrent language model with hook points on its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.HookedTransformer import Output
+from transformer_lens.utils import lm_cross_entropy_loss
+
+from . import loading, run
+from .attachment import Attachment, StopForward
+from .caching import CachingHooks, reachable
+from .config import HookedRecurrentConfig, describe
+from .edits import EditPlan, EditRow
+from .errors import EditError
+from .firing import FiringWatch, check_names
+from .layout import out_projection
+from .mixer import Backend
+from .recurrence import Recurrence
+from .selfcheck import self_check as run_self_check
+from .session import EditedRun, EditSession
+from .tokens import PaddingSide, TokenBatch, Tokens
+
+ReturnType = Literal["logits", "loss", "both"] | None
+Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
+
+
+class HookedRecurrent(Tokens, HookedRootModule):
+    """Hook points on the writes, states and reads of a recurrent language model, and on its residual stream.
+
+    ``hook_table.HOOKS`` lists every hook: name, axes, when it fires and what an edit does. The model inside,
+    ``hf_model``, stays as it is: while nobody listens its outputs are bit-identical to the unhooked model's.
+
+        >>> from hookpoints import HookedRecurrent
+        >>> model = HookedRecurrent.from_pretrained("embedded")
+        >>> logits, cache = model.run_with_cache("The state of the Union", names_filter="blocks.1.mixer.hook_k")
+    """
+
+    hf_model: Any
+    hook_embed: nn.Module
+    blocks: nn.ModuleList
+    ln_final: nn.Module
+
+    def __init__(
+        self,
+        hf_model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        name: str | None = None,
+        backend: Backend = "auto",
+        self_check: bool = True,
+    ):
+        super().__init__()
+        self.hf_model = hf_model.eval()
+        self.tokenizer = tokenizer
+        self.attachment = Attachment(hf_model, root=self, backend=backend)
+        label = name or getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__
+        self.cfg: HookedRecurrentConfig = describe(hf_model, self.attachment.layout, label, backend)
+        self.setup()
+        if self_check:
+            run_self_check(self)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        revision: str | None = None,
+        backend: Backend = "auto",
+        self_check: bool = True,
+        **hf_kwargs: Any,
+    ) -> HookedRecurrent:
+        """Load a model from the hub, a local folder, or the package ("embedded").
+
+        Args:
+            device: where to put it; default CUDA if there is one. Leave out with ``device_map``.
+            dtype: float32 by default, as in TransformerLens; "auto" keeps the checkpoint's own.
+            revision: branch, tag or commit on the hub.
+            backend: who computes the native pass of recurrent layers: "auto" (upstream's op), "torch" (upstream's torch op
+                on any device) or "recurrence" (hookpoints' own kernel; float64 throughout on a float64 model).
+            self_check: run a few tokens and prove that hooks see what the model does (a second or so).
+            hf_kwargs: passed to ``AutoModelForCausalLM.from_pretrained``; ``device_map`` for instance.
+
+        Raises:
+            UnsupportedModelError: the model has no recurrence of the canonical form; says why.
+            SelfCheckError: the model does not behave as hooks need.
+        """
+        loaded = loading.load(name_or_path, device=device, dtype=dtype, revision=revision, **hf_kwargs)
+        return cls(loaded.model, loaded.tokenizer, name=name_or_path, backend=backend, self_check=self_check)
+
+    @classmethod
+    def from_hf(cls, model: nn.Module, tokenizer: Any = None, **kwargs: Any) -> HookedRecurrent:
+        """Hook a model that is already loaded. The model itself is used, not a copy; it is put in eval mode."""
+        return cls(model, tokenizer, **kwargs)
+
+    def setup(self) -> None:
+        """Name the hook points. The Hugging Face model's own modules are left out, and untouched."""
+        self.mod_dict, self.hook_dict = {}, {}
+        for name, module in self.named_modules():
+            if name and name.split(".")[0] != "hf_model":
+                module.name = name  # type: ignore[assignment]
+                self.mod_dict[name] = module
+                if isinstance(module, HookPoint):
+                    self.hook_dict[name] = module
+
+    # -- running
+
+    def forward(
+        self,
+        input: str | list[str] | Tensor,
+        return_type: ReturnType = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        start_at_layer: int | None = None,
+        tokens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        stop_at_layer: int | None = None,
+        **hf_kwargs: Any,
+    ) -> Any:
+        """Run the model.
+
+        Args:
+            input: text, token ids [B,T], or with ``start_at_layer`` the residual stream [B,T,D] entering that block.
+            return_type: "logits" [B,T,vocab], "loss", "both" (logits, loss), or None.
+            loss_per_token: loss [B,T-1] instead of its mean.
+            start_at_layer, stop_at_layer: run blocks start <= l < stop only; negative counts from the end. With
+                ``stop_at_layer`` the residual stream entering that block is returned.
+            tokens: token ids [B,T], needed for a loss with ``start_at_layer``.
+            attention_mask: [B,T]; made by itself for text that needs padding.
+            hf_kwargs: for the Hugging Face forward (a cache, position_ids ...).
+        """
+        start, stop = self._layer_index(start_at_layer, 0), self._layer_index(stop_at_layer, self.cfg.n_layers)
+        residual = None
+        if start_at_layer is not None:
+            if not isinstance(input, Tensor) or input.ndim != 3:
+                raise ValueError("with start_at_layer the input is the residual stream [B,T,D] entering that block")
+            residual = input
+        else:
+            tokens, attention_mask = self._token_batch(input, prepend_bos, padding_side, attention_mask)
+        inputs = {"input_ids": tokens} if residual is None else {"inputs_embeds": residual}
+        partial_run = residual is not None or stop < self.cfg.n_layers
+        scope = self.attachment.passing(start, stop, residual) if partial_run else nullcontext()
+        hf_kwargs.setdefault("use_cache", False)
+        try:
+            with scope:
+                logits = self.hf_model(**inputs, attention_mask=attention_mask, **hf_kwargs).logits
+        except StopForward as stopped:
+            return stopped.residual
+        return self._returned(logits, tokens, attention_mask, return_type, loss_per_token)
+
+    def generate(
+        self,
+        input: str | list[str] | Tensor,
+        *,
+        edits: EditRow = (),
+        return_type: Literal["input", "str", "tokens"] = "input",
+        prepend_bos: bool | None = None,
+        **hf_kwargs: Any,
+    ) -> Any:
+        """Hugging Face's own ``generate``, with hooks and edits acting at every token, prompt and generated.
+
+        Args:
+            edits: WriteEdits for every row; positions count from the first prompt token.
+            return_type: "tokens" [B,T], "str", or "input" for the kind that was given.
+            hf_kwargs: ``max_new_tokens``, ``do_sample`` ...
+        """
+        batch = self._token_batch(input, prepend_bos, "left", hf_kwargs.pop("attention_mask", None))
+        mask = torch.ones_like(batch.tokens) if batch.attention_mask is None else batch.attention_mask
+        with torch.no_grad(), self.edits(edits):
+            out = self.hf_model.generate(batch.tokens, attention_mask=mask, **hf_kwargs)
+        if return_type == "tokens" or (return_type == "input" and isinstance(input, Tensor)):
+            return out
+        text = self.to_string(out)
+        return text[0] if isinstance(input, str) else text
+
+    @contextmanager
+    def edits(self, edits: EditRow) -> Iterator[HookedRecurrent]:
+        """While this is open, every pass of the model (all rows) writes as ``edits`` say, in generation too.
+
+        Raises:
+            EditError: an edit does not fit the model, or the model ran and an edit never met its token.
+        """
+        plan = EditPlan.for_all(edits)
+        if not plan.by_layer:
+            yield self
+            return
+        self.check_edits(plan)
+        passes = self.attachment.passes
+        with run.scope(self.attachment, plan=plan):
+            yield self
+        idle = plan.idle()
+        if idle and self.attachment.passes > passes:
+            raise EditError(f"{len(idle)} edit(s) never acted: no pass reached position {idle[0].position}")
+
+    def run_with_edits(self, tokens: Tensor, rows: Sequence[EditRow], **kwargs: Any) -> EditedRun:
+        """Many edits of one sequence as one batch: row n of the result is the run with ``rows[n]``.
+
+        Args:
+            tokens: [1,T].
+            rows: for each row one WriteEdit or several.
+            kwargs: ``stop``, ``batch_size`` of ``EditSession.run``.
+
+        Blocks below the lowest edited layer and tokens before the first edited position run once. For several calls
+        on one sequence keep the ``edit_session``.
+        """
+        return self.edit_session(tokens).run(rows, **kwargs)
+
+    def edit_session(self, tokens: Tensor) -> EditSession:
+        """The plain pass over ``tokens`` [1,T], kept, from which edited runs branch off cheaply."""
+        return EditSession(self, tokens)
+
+    def recurrence(self, input: str | Tensor, layer: int, **kwargs: Any) -> Recurrence:
+        """The canonical factors of a layer on ``input``: reads, writes, decay, erase (differentiable)."""
+        self.cfg.layer(layer)
+        record: dict[int, run.Recorded] = {}
+        with run.scope(self.attachment, record=record):
+            self(input, return_type=None, stop_at_layer=layer + 1, **kwargs)
+        return record[layer].recurrence
+
+    # -- hooks
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[HookedRecurrent]:
+        """TransformerLens' scoped hooks; unknown names raise, and so does a hook that did not fire though a pass ran.
+
+        Raises:
+            UnknownHookError: a name that this model lacks (names the nearest), or a filter that matches nothing.
+            HookDidNotFireError: the model ran inside the scope and a forward hook never fired.
+        """
+        for name, _ in (*fwd_hooks, *bwd_hooks):
+            check_names(self, name)
+        watch = FiringWatch(self.hook_dict, fwd_hooks)
+        passes = self.attachment.passes
+        with super().hooks(watch.hooks, list(bwd_hooks), reset_hooks_end, clear_contexts):
+            yield self
+        if self.attachment.passes > passes:
+            watch.check()
+
+    def run_with_cache(  # type: ignore[override]
+        self,
+        *args: Any,
+        names_filter: Any = None,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
+        """Run and keep activations. Matrix hooks (writes, states) are kept only if named: they are K*V numbers a token.
+
+        Args:
+            names_filter: a name, a list of names, a predicate on names, or None for every vector hook.
+            kwargs: those of TransformerLens' ``run_with_cache`` and of ``forward``.
+        """
+        if isinstance(names_filter, str) or (names_filter is not None and not callable(names_filter)):
+            for name in [names_filter] if isinstance(names_filter, str) else names_filter:
+                check_names(self, name)
+        chosen = reachable(names_filter, kwargs.get("start_at_layer"), kwargs.get("stop_at_layer"), self.cfg.n_layers)
+        out, cache = super().run_with_cache(*args, names_filter=chosen, remove_batch_dim=remove_batch_dim, **kwargs)
+        if not return_cache_object:
+            return out, cache
+        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)  # type: ignore[arg-type]
+
+    def get_caching_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens' caching hooks, with the time axis where these activations have it (axis 1)."""
+        return CachingHooks(self.hook_dict).build(*args, **kwargs)
+
+    # -- weights, in TransformerLens' orientation
+
+    @property
+    def W_E(self) -> Tensor:
+        """[d_vocab, d_model] token embeddings."""
+        return self.attachment.layout.embed.weight  # type: ignore[return-value]
+
+    @property
+    def W_U(self) -> Tensor:
+        """[d_model, d_vocab] unembedding."""
+        return self.attachment.layout.unembed.weight.T  # type: ignore[union-attr, return-value]
+
+    def W_O(self, layer: int, head: int) -> Tensor:
+        """[V, d_model]: how head ``head`` of recurrent layer ``layer`` reaches the residual stream."""
+        shape = self.cfg.layer(layer)
+        if not 0 <= head < shape.H:
+            raise ValueError(f"head {head} is out of range: layer {layer} has heads 0 to {shape.H - 1}")
+        weight = out_projection(self.attachment.layout.blocks[layer].mixer).weight
+        return weight[:, head * shape.V : (head + 1) * shape.V].T
+
+    # -- helpers
+
+    def check_edits(self, plan: EditPlan) -> None:
+        """Raise EditError (or UnsupportedModelError for an attention layer) unless every edit fits the model."""
+        for edit in plan.all():
+            shape = self.cfg.layer(edit.layer)
+            edit.check_shape(shape.H, shape.K, shape.V)
+
+    def _token_batch(
+        self, input: Any, prepend_bos: bool | None, padding_side: PaddingSide | None, mask: Tensor | None
+    ) -> TokenBatch:
+        if isinstance(input, (str, list)) and (isinstance(input, str) or isinstance(input[0], str)):
+            made = self.tokenize(input, prepend_bos, padding_side)  # type: ignore[arg-type]
+            return made if mask is None else TokenBatch(made.tokens, mask)
+        tokens = torch.as_tensor(input, device=self.cfg.device)
+        tokens = tokens.unsqueeze(0) if tokens.ndim == 1 else tokens
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise ValueError(f"input must be text or token ids [B,T], found {tokens.dtype} {list(tokens.shape)}")
+        return TokenBatch(tokens, mask)
+
+    def _layer_index(self, layer: int | None, default: int) -> int:
+        if layer is None:
+            return default
+        index = layer + self.cfg.n_layers if layer < 0 else layer
+        if not 0 <= index <= self.cfg.n_layers:
+            raise ValueError(f"layer {layer} is out of range for a model of {self.cfg.n_layers} layers")
+        return index
+
+    def _returned(
+        self, logits: Tensor, tokens: Tensor | None, mask: Tensor | None, return_type: ReturnType, per_token: bool
+    ) -> Any:
+        if return_type is None or return_type == "logits":
+            return logits if return_type else None
+        if return_type not in ("loss", "both"):
+            raise ValueError(f"return_type must be 'logits', 'loss', 'both' or None, not {return_type!r}")
+        if tokens is None:
+            raise ValueError("a loss with start_at_layer needs tokens=")
+        loss = lm_cross_entropy_loss(logits, tokens.to(logits.device), mask, per_token)
+        return loss if return_type == "loss" else Output(logits, loss)

@@ -1,0 +1,107 @@
+"""What a rule is: the translation between an upstream op's arguments and the canonical recurrence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..recurrence import Recurrence
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The quantities of one op call, as its rule uses them: normalised, grouped heads expanded, key-first.
+
+    A field that a rule lacks is None, and so has no hook.
+    """
+
+    q: Tensor
+    """[B,T,H,K] read vector, unscaled."""
+    k: Tensor
+    """[B,T,H,K] key."""
+    v: Tensor
+    """[B,T,H,V] value."""
+    beta: Tensor | None = None
+    """[B,T,H] write strength."""
+    log_decay: Tensor | None = None
+    """[B,T,H] or [B,T,H,K] natural log-decay, <= 0."""
+    initial_state: Tensor | None = None
+    """[B,H,K,V] or None for zeros."""
+
+    NAMES = ("q", "k", "v", "beta", "log_decay")
+
+    def present(self) -> tuple[str, ...]:
+        """Names of the factors that this call has, in order of execution."""
+        return tuple(name for name in self.NAMES if getattr(self, name) is not None)
+
+    def with_(self, **changes: Tensor) -> Factors:
+        """A copy with some factors exchanged."""
+        return replace(self, **changes)
+
+
+class OpResult(NamedTuple):
+    """Outputs of an op in canonical layout."""
+
+    outputs: Tensor
+    """[B,T,H,V] reads, in the op's own dtype."""
+    final_state: Tensor | None
+    """[B,H,K,V], or None where the caller did not ask for it."""
+
+
+class Rule(Protocol):
+    """One update rule: which ops compute it and how their arguments map to the canonical form."""
+
+    name: str
+    """Name of the rule, as papers call it."""
+    ops: tuple[str, ...]
+    """Names of the upstream functions that compute it."""
+    companions: tuple[str, ...]
+    """Other fast ops of the same layers (convolutions) that only need to be kept on the right device."""
+    factor_names: tuple[str, ...]
+    """Fields of Factors that the rule has."""
+
+    def head_shape(self, mixer: torch.nn.Module) -> tuple[int, int, int]:
+        """(H, K, V) of a mixer module."""
+        ...
+
+    def factors(self, arguments: Mapping[str, Any]) -> Factors:
+        """The canonical factors of an op call."""
+        ...
+
+    def arguments(self, arguments: Mapping[str, Any], factors: Factors) -> dict[str, Any]:
+        """Arguments with which the same op computes from these factors instead."""
+        ...
+
+    def recurrence(self, factors: Factors, arguments: Mapping[str, Any]) -> Recurrence:
+        """The canonical recurrence of an op call."""
+        ...
+
+    def output_dtype(self, arguments: Mapping[str, Any]) -> torch.dtype:
+        """The dtype in which the layer expects the op's outputs."""
+        ...
+
+    def wants_state(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the caller asked for the final state."""
+        ...
+
+    def read_result(self, native: Any) -> OpResult:
+        """Canonical view of what the op returned."""
+        ...
+
+    def write_result(self, result: OpResult) -> Any:
+        """What the layer expects back from the op, holding ``result``."""
+        ...
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 stays; everything else is computed in float32, as the upstream ops do."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def expand_groups(tensor: Tensor, heads: int) -> Tensor:
+    """Grouped value attention: [B,T,Hk,...] -> [B,T,heads,...], one key head serving consecutive value heads."""
+    return tensor if tensor.shape[2] == heads else tensor.repeat_interleave(heads // tensor.shape[2], dim=2)
