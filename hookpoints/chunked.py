@@ -1,33 +1,208 @@
-"""Fast path (the reference, until the kernel is in place)."""
+"""Fast paths, one for every rule: twins of the functions in `hookpoints.reference`, made of `chunk_walk`."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
+import torch
 from torch import Tensor
 
 from hookpoints import reference
+from hookpoints.chunk_walk import Chunk, walk
 from hookpoints.recurrence import Recurrence, ScanResult
+from hookpoints.recurrence_checks import tensors
+
+_FEW = 4
+"""Up to so many tokens the plain loop is faster."""
+
+_SUB = 8
+"""Tokens whose states, or per-channel probes, come of one product."""
+
+_FEATURES = 1024
+"""Probes taken at a time, so that what they need stays in cache."""
 
 
 def scan(r: Recurrence, chunk_size: int | None = None) -> ScanResult:
     """See `hookpoints.reference.scan`."""
-    return reference.scan(r)
-
-
-def states(r: Recurrence, positions: list[int], chunk_size: int | None = None) -> Tensor:
-    """See `hookpoints.reference.states`."""
-    return reference.states(r, positions)
+    if _loops(r):
+        return reference.scan(r)
+    outputs, state = [], r.zero_state()
+    for chunk in walk(r.working(), chunk_size, reads=True):
+        outputs.append(chunk.outputs)
+        state = chunk.after
+    return ScanResult(_by_token(outputs, r), state.reshape(r.B, r.H, r.K, r.V))
 
 
 def corrected_values(r: Recurrence, chunk_size: int | None = None) -> Tensor:
     """See `hookpoints.reference.corrected_values`."""
-    return reference.corrected_values(r)
+    if _loops(r):
+        return reference.corrected_values(r)
+    return _by_token([chunk.values[-1][:, : chunk.size] for chunk in walk(r.working(), chunk_size)], r)
+
+
+def states(r: Recurrence, positions: list[int], out: Tensor | None = None, chunk_size: int | None = None) -> Tensor:
+    """See `hookpoints.reference.states`.
+
+    Eight tokens at a time are one batched product from the state before them, written straight into the
+    result where no gradient is recorded; memory beside the result stays bounded.
+    """
+    if _loops(r) or not positions:
+        return reference.states(r, positions, out)
+    wanted = sorted(set(positions))
+    if wanted != positions:
+        at = torch.tensor([bisect_left(wanted, t) for t in positions], device=r.device)
+        return torch.index_select(states(r, wanted, chunk_size=chunk_size), 1, at, out=out)
+    r = r.select(tokens=slice(0, wanted[-1] + 1)).working()
+    result = _Filled((r.B, len(wanted), r.H, r.K, r.V), r, out)
+    for chunk in walk(r, chunk_size):
+        here = wanted[bisect_left(wanted, chunk.first) : bisect_left(wanted, chunk.first + chunk.size)]
+        _states_of_chunk(chunk, [t - chunk.first for t in here], result, r.H)
+    return result.joined()
 
 
 def propagate(r: Recurrence, x: Tensor, start: int) -> Tensor:
-    """See `hookpoints.reference.propagate`."""
-    return reference.propagate(r, x, start)
+    """See `hookpoints.reference.propagate`.
+
+    The vectors are the columns of a state [K,N] to which nothing is written; the rest is `states`.
+    """
+    r, count = r.working(), r.T - start - 1
+    if not count:
+        return x[:, :, None]
+    later = r.select(tokens=slice(start + 1, None), initial_state=r.zero_state())
+    # What an erase writes lies along a, whatever the rule: declared so, there is one write a token.
+    erase = {} if later.a is None else {"k": later.a, "a": later.a, "beta": -torch.ones_like(later.a[..., 0])}
+    idle = later.replace(u=x.new_zeros(r.B, count, 1, x.shape[1]), initial_state=x.mT[:, None], **erase)
+    moved = states(idle, list(range(count)))[:, :, 0].permute(0, 3, 1, 2)
+    return torch.cat([x[:, :, None], moved], dim=2)
 
 
 def project(r: Recurrence, v: Tensor, w: Tensor, feature_block: int | None = None) -> Tensor:
-    """See `hookpoints.reference.project`."""
-    return reference.project(r, v, w, feature_block)
+    """See `hookpoints.reference.project`.
+
+    One decay per head: z_t = alpha_t z_{t-1} + sum over writes of (v . key_t)(w . value_t), a scalar each.
+    Per channel the carried quantity is S_t w, a vector [K] each, and v is applied within 8 tokens.
+    """
+    if _loops(r):
+        return reference.project(r, v, w)
+    r = r.working()
+    width = feature_block or _FEATURES
+    blocks = list(zip(v.split(width), w.split(width)))
+    per_channel = r.log_decay is not None and r.log_decay.ndim == 4
+    carried = [r.zero_state()[:, 0] @ some_w.mT for _, some_w in blocks]
+    if not per_channel:
+        carried = [(read * some_v.mT).sum(1) for (some_v, _), read in zip(blocks, carried)]
+    step = _probe_channels if per_channel else _probe_heads
+    result = _Filled((r.B, r.T, len(v)), r, also=(v, w))
+    for chunk in walk(r):
+        probes = []
+        for j, (some_v, some_w) in enumerate(blocks):
+            block, carried[j] = step(chunk, some_v, some_w, carried[j])
+            probes.append(block)
+        result.put(torch.cat(probes, dim=2) if len(probes) > 1 else probes[0])
+    return result.joined()
+
+
+class _Filled:
+    """A result filled along axis 1 in order: in place, or joined at the end where gradients are recorded."""
+
+    def __init__(self, shape: tuple[int, ...], r: Recurrence, out: Tensor | None = None, also: tuple[Tensor, ...] = ()):
+        inputs = [x for _, x in tensors(r)] + list(also)
+        self.recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        self.pieces: list[Tensor] = []
+        self.count = 0
+        self.out = out
+        if out is None and not self.recorded:
+            self.out = torch.empty(shape, dtype=r.dtype, device=r.device)
+
+    def slot(self, count: int) -> Tensor | None:
+        """Where the next `count` entries may be written; None where they must be new tensors."""
+        return None if self.recorded or self.out is None else self.out[:, self.count : self.count + count]
+
+    def put(self, piece: Tensor) -> None:
+        """Add entries; those already written to their `slot` are only counted."""
+        slot = self.slot(piece.shape[1])
+        if slot is None:
+            self.pieces.append(piece)
+        elif slot.data_ptr() != piece.data_ptr():
+            slot.copy_(piece)
+        self.count += piece.shape[1]
+
+    def joined(self) -> Tensor:
+        """The result."""
+        if self.recorded or self.out is None:
+            return torch.cat(self.pieces, dim=1)
+        return self.out
+
+
+def _states_of_chunk(chunk: Chunk, rows: list[int], result: _Filled, heads: int) -> None:
+    """Append the states at `rows` of the chunk."""
+    state = chunk.state
+    for first in range(0, rows[-1] + 1 if rows else 0, _SUB):
+        last = min(first + _SUB, chunk.size) - 1
+        here = [t for t in rows if first <= t <= last]
+        found = None
+        if here:
+            slot = result.slot(len(here))
+            # The states of one head of one sequence lie in the result as they are built.
+            into = slot[:, :, 0] if slot is not None and state.shape[0] == 1 else None
+            found = _expand(chunk, state, first, here, into)
+            result.put(found.unflatten(0, (-1, heads)).transpose(1, 2))
+        if rows[-1] > last:
+            if found is None or here[-1] < last:
+                found = _expand(chunk, state, first, [last])
+            state = found[:, -1]
+
+
+def _expand(chunk: Chunk, state: Tensor, first: int, rows: list[int], into: Tensor | None = None) -> Tensor:
+    """States [N,p,K,V] at `rows` of a chunk, from the state before its token `first`."""
+    decay, columns = chunk.span.decay, slice(first, rows[-1] + 1)
+    dense = len(rows) == rows[-1] + 1 - rows[0]
+    at = slice(rows[0], rows[-1] + 1) if dense else rows
+    found = torch.mul(state[:, None], decay.since(chunk.place, first, at)[..., None], out=into)
+    found = found.flatten(0, 1)
+    for key, value in zip(chunk.keys, chunk.values):
+        weighted = (key[:, None, columns] * decay.between(chunk.place, at, columns)).flatten(0, 1)
+        spread = value[:, None, columns].expand(-1, len(rows), -1, -1).flatten(0, 1)
+        found = found.baddbmm_(weighted.mT, spread)
+    return found.unflatten(0, (-1, len(rows)))
+
+
+def _probe_heads(chunk: Chunk, v: Tensor, w: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+    """Probes [B,size,F] of a chunk, and what to carry on: the last of them, [B,F]."""
+    decay, tokens = chunk.span.decay, slice(0, chunk.size)
+    probes = decay.since(chunk.place, 0, tokens) * carried[:, None]
+    weights = decay.between(chunk.place, tokens, tokens)[..., 0]
+    for key, value in zip(chunk.keys, chunk.values):
+        probes.baddbmm_(weights, (key[:, tokens] @ v.mT) * (value[:, tokens] @ w.mT))
+    return probes, probes[:, -1]
+
+
+def _probe_channels(chunk: Chunk, v: Tensor, w: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+    """Probes [B,size,F] of a chunk, and what to carry on: S w, [B,K,F]."""
+    decay, pieces = chunk.span.decay, []
+    for first in range(0, chunk.size, _SUB):
+        tokens = slice(first, min(first + _SUB, chunk.size))
+        since = decay.since(chunk.place, first, tokens)
+        between = decay.between(chunk.place, tokens, tokens)
+        size = since.shape[1]
+        late, early = torch.tril_indices(size, size, device=v.device)
+        to_token = torch.nn.functional.one_hot(late, size).mT.to(v.dtype)
+        probes = since @ (v.mT * carried)
+        carried = carried * since[:, -1, :, None]
+        for key, value in zip(chunk.keys, chunk.values):
+            reads, reach = value[:, tokens] @ w.mT, between * key[:, None, tokens]
+            probes = probes + to_token @ ((reach[:, late, early] @ v.mT) * reads[:, early])
+            carried = carried + reach[:, -1].mT @ reads
+        pieces.append(probes)
+    return torch.cat(pieces, dim=1), carried
+
+
+def _loops(r: Recurrence) -> bool:
+    # Without float64 the anchor of per-channel decay would overflow.
+    channels_on_mps = r.device.type == "mps" and r.log_decay is not None and r.log_decay.ndim == 4
+    return r.T <= _FEW or channels_on_mps
+
+
+def _by_token(pieces: list[Tensor], r: Recurrence) -> Tensor:
+    """Pieces [B*H,C,V] of the sequence as one [B,T,H,V]."""
+    return torch.cat(pieces, dim=1).unflatten(0, (r.B, r.H)).transpose(1, 2).contiguous()

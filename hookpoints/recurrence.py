@@ -137,7 +137,7 @@ class Recurrence:
     def scan(self, *, method: Method = "chunked", chunk_size: int | None = None) -> ScanResult:
         """Outputs and final state in one pass. `chunk_size` (tokens, default by form) only trades speed, for
         tests and tuning."""
-        return _engine(method).scan(self, **_sized(method, chunk_size))
+        return _run(self, method, "scan", self, **_sized(method, chunk_size))
 
     def outputs(self, *, method: Method = "chunked", chunk_size: int | None = None) -> Tensor:
         """What the layer reads, o_t = S_t^T (scale q_t): [B,T,H,V]. Cost O(K V) per token and head."""
@@ -152,18 +152,26 @@ class Recurrence:
         heads: Index = None,
         positions: Index = None,
         *,
+        out: Tensor | None = None,
         method: Method = "chunked",
         chunk_size: int | None = None,
     ) -> Tensor:
         """States after the write, [B,T',H',K,V], for the chosen heads and positions (None: all; an int keeps
         its axis).
 
-        Memory is the result's, K V numbers per token and head (64 KB in float32 at K = V = 128). A probe v^T
-        S_t w costs far less by `project`, and a read by `outputs`.
+        Memory is the result's, K V numbers per token and head (64 KB in float32 at K = V = 128); most of the
+        time goes into touching it first, which a reused `out` (contiguous, in `dtype`, no gradients) saves.
+        A probe v^T S_t w costs far less by `project`, and a read by `outputs`.
         """
         chosen = self.select(heads=heads)
         at = resolve_index(positions, self.T, "positions")
-        return _engine(method).states(chosen, at, **_sized(method, chunk_size))
+        shape = (self.B, len(at), chosen.H, self.K, self.V)
+        if out is not None and (out.shape != shape or out.dtype != self.dtype or not out.is_contiguous()):
+            found = f"{out.dtype} {list(out.shape)}"
+            raise ValueError(f"out must be contiguous {self.dtype} {list(shape)}, found {found}")
+        if out is not None and torch.is_grad_enabled() and any(x.requires_grad for _, x in tensors(chosen)):
+            raise ValueError("out cannot be given where gradients are recorded; use torch.no_grad()")
+        return _run(self, method, "states", chosen, at, out, **_sized(method, chunk_size))
 
     def corrected_values(self, *, method: Method = "chunked", chunk_size: int | None = None) -> Tensor:
         """Corrected values u~ [B,T,H,V]: S_t = diag(alpha_t) S_{t-1} + k_t u~_t^T, so that decay alone links
@@ -174,7 +182,7 @@ class Recurrence:
         """
         if self.b is None:
             return self.u.to(self.dtype)
-        return _engine(method).corrected_values(self.tied(), **_sized(method, chunk_size))
+        return _run(self, method, "corrected_values", self.tied(), **_sized(method, chunk_size))
 
     def write(self, heads: Index = None, positions: Index = None, kind: WriteKind = "additive") -> Tensor:
         """Dense writes [B,T',H',K,V]: k_t u_t^T ("additive", what the token adds) or k_t u~_t^T ("corrected",
@@ -208,7 +216,7 @@ class Recurrence:
             raise ValueError(f"x must be [N,K={self.K}] or [B={self.B},N,K={self.K}], found {list(x.shape)}")
         chosen = self.select(heads=head).replace(initial_state=None)
         chosen = choice(loop, {"closed": lambda: chosen, "open": chosen.without_erase}, "loop")()
-        return _engine(method).propagate(chosen, x.to(chosen.dtype).expand(self.B, -1, -1), start)
+        return _run(self, method, "propagate", chosen, x.to(chosen.dtype).expand(self.B, -1, -1), start)
 
     def project(
         self, v: Tensor, w: Tensor, head: int, *, feature_block: int | None = None, method: Method = "chunked"
@@ -231,7 +239,7 @@ class Recurrence:
             raise ValueError(f"feature_block must be at least 1, found {feature_block}")
         chosen = self.select(heads=head)
         v, w = v.to(chosen.dtype), w.to(chosen.dtype)
-        return _engine(method).project(chosen, v, w, feature_block)
+        return _run(self, method, "project", chosen, v, w, feature_block)
 
     def select(
         self,
@@ -255,9 +263,7 @@ class Recurrence:
             if step != 1:
                 raise ValueError(f"tokens must be a slice of step 1, found {tokens}")
             if begin > 0 and initial_state is None:
-                raise ValueError(
-                    f"tokens from {begin} on need initial_state=, the state before them; see split"
-                )
+                raise ValueError(f"tokens from {begin} on need initial_state=, the state before them; see split")
             fields = {name: x[:, tokens] for name, x in fields.items()}
         state = state if initial_state is None else initial_state
         return dataclasses.replace(self, **fields, initial_state=state)
@@ -310,9 +316,7 @@ class Recurrence:
         if not 0 < t < self.T:
             raise ValueError(f"split needs 0 < t < T={self.T}, found {t}")
         rest = slice(t, None)
-        return Split(
-            self.select(tokens=slice(0, t)), lambda state: self.select(tokens=rest, initial_state=state)
-        )
+        return Split(self.select(tokens=slice(0, t)), lambda state: self.select(tokens=rest, initial_state=state))
 
     @staticmethod
     def cat(parts: Iterable[Recurrence]) -> Recurrence:
@@ -338,10 +342,13 @@ class Recurrence:
         return torch.zeros(self.B, self.H, self.K, self.V, dtype=self.dtype, device=self.device)
 
 
-def _engine(method: str) -> Any:
-    from hookpoints import chunked, reference  # they import this module for its type
+def _run(r: Recurrence, method: str, name: str, *args: Any, **sizes: int) -> Any:
+    """Call one engine's function, with autocast off: it would lower the products to half precision."""
+    from hookpoints import chunked, reference  # they import this module for its types
 
-    return choice(method, {"chunked": chunked, "reference": reference}, "method")
+    engine = choice(method, {"chunked": chunked, "reference": reference}, "method")
+    with torch.autocast(r.device.type, enabled=False):
+        return getattr(engine, name)(*args, **sizes)
 
 
 def _sized(method: str, chunk_size: int | None) -> dict[str, int]:

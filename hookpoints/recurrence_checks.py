@@ -71,9 +71,7 @@ def check(r: Recurrence) -> None:
     """Types, shapes, devices and pairing of the fields; see `Recurrence` for what is raised."""
     for name, x in tensors(r):
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(
-                f"{name} must be a floating tensor, found {getattr(x, 'dtype', type(x).__name__)}"
-            )
+            raise TypeError(f"{name} must be a floating tensor, found {getattr(x, 'dtype', type(x).__name__)}")
     for name in ("k", "u"):
         if getattr(r, name).ndim != 4:
             raise ValueError(
@@ -88,9 +86,7 @@ def check(r: Recurrence) -> None:
     for name, x in tensors(r):
         want = axes.get(name, "BTHK")
         if list(x.shape) != [sizes[c] for c in want]:
-            raise ValueError(
-                f"{name} must be {_spell(want, sizes)} as k {list(r.k.shape)} says, found {list(x.shape)}"
-            )
+            raise ValueError(f"{name} must be {_spell(want, sizes)} as k {list(r.k.shape)} says, found {list(x.shape)}")
         if x.device != r.device:
             raise ValueError(f"all fields must be on one device: k is on {r.device}, {name} on {x.device}")
     if (r.a is not None or r.beta is not None) != (r.b is not None):

@@ -57,13 +57,13 @@ def scan(r: Recurrence) -> ScanResult:
     return ScanResult(torch.stack(outputs, dim=1), state)
 
 
-def states(r: Recurrence, positions: list[int]) -> Tensor:
+def states(r: Recurrence, positions: list[int], out: Tensor | None = None) -> Tensor:
     """States after the write at `positions`, [B,T',H,K,V]."""
     wanted = set(positions)
     kept = {t: step.after for t, step in enumerate(steps(r.working())) if t in wanted}
     if not positions:
         return r.zero_state()[:, None][:, :0]
-    return torch.stack([kept[t] for t in positions], dim=1)
+    return torch.stack([kept[t] for t in positions], dim=1, out=out)
 
 
 def corrected_values(r: Recurrence) -> Tensor:

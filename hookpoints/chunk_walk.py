@@ -1,0 +1,159 @@
+"""The walk over chunks that every fast path makes, whatever the rule.
+
+Inside a chunk that begins with state S_0, the values that an erase feeds back solve one triangular system;
+after that the recurrence is plain decayed linear attention,
+
+    S_t = D(0->t) S_0 + sum over writes (key, value) of  sum_{i <= t} D(i->t) key_i value_i^T.
+
+Without an erase the write is (k, u). Where beta declares a = -beta k it is (k, u~), and u~ = u - beta S^T b
+follows from (I + L) u~ = u - c~^T S_0 with c = beta b and L = c^T D k. A general erase adds the write (-a, e),
+e = -S^T b, from (I + L) e = -(b^T D k) u - b~^T S_0 with L = b^T D (-a). After Yang et al. 2024 (arXiv
+2406.06484), section 3.
+
+Cost per token and head: about 3 K V + C (K + V) multiply-adds for chunks of C tokens. What is held besides
+inputs and outputs is bounded, whatever the length, unless gradients are recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hookpoints.decay import ANCHORED, Decay, Read, decay_of
+from hookpoints.recurrence import Recurrence
+from hookpoints.recurrence_checks import over_time
+
+_CHUNK = {"cpu": 32}
+"""Tokens per chunk by device; 64 elsewhere, where launches cost more than arithmetic."""
+
+_SPAN = {"cpu": 2**17}
+"""Numbers per factor that are prepared together: on a CPU what the second-level cache holds of a dozen."""
+
+
+class Span(NamedTuple):
+    """A stretch of tokens as n chunks of C, with all that does not depend on the state. One entry a chunk."""
+
+    decay: Decay
+    keys: list[tuple[Tensor, ...]]
+    """Keys of each write, [N,C,K]."""
+    left: list[tuple[Tensor, ...]]
+    """The same as the chunk's end sees them, [N,K,C]."""
+    values: list[tuple[Tensor, ...]]
+    """Values of each write, [N,C,V]; where there is a `response`, the last are those for a zero state."""
+    response: tuple[Tensor, ...] | None
+    """[N,C,K]: response times the state before the chunk is to be taken from the last values."""
+    whole: tuple[Tensor, ...]
+    """[N,1 or K,1], what the state meets over the chunk."""
+    queries: tuple[Tensor, ...]
+    """[N,C,K], what reads the state before the chunk; empty if outputs are not asked for."""
+    attention: list[tuple[Tensor, ...]]
+    """[N,C,C] for each write: how outputs weigh its values."""
+
+
+class Chunk(NamedTuple):
+    """One chunk, as the walk meets it."""
+
+    span: Span
+    place: int
+    """Which chunk of the span it is."""
+    first: int
+    """Its first token."""
+    size: int
+    """How many tokens it has; the rest of C is padding."""
+    state: Tensor
+    """[N,K,V] before it."""
+    values: list[Tensor]
+    """Values of each write, [N,C,V]."""
+    after: Tensor
+    """[N,K,V] after it."""
+
+    @property
+    def keys(self) -> list[Tensor]:
+        """Keys of each write, [N,C,K]."""
+        return [keys[self.place] for keys in self.span.keys]
+
+    @property
+    def outputs(self) -> Tensor:
+        """[N,size,V] reads, if the walk was asked for them."""
+        read = self.span.queries[self.place] @ self.state
+        for weights, value in zip(self.span.attention, self.values):
+            read.baddbmm_(weights[self.place], value)
+        return read[:, : self.size]
+
+
+def walk(r: Recurrence, chunk_size: int | None = None, *, reads: bool = False) -> Iterator[Chunk]:
+    """Walk the chunks of `r`, which must be in its working dtype; `reads` prepares for `Chunk.outputs`."""
+    size = _chunk_size(r, chunk_size)
+    length = _span_length(r, size)
+    # split and unbind, not slices: their backward pass joins once, while each slice's fills a whole tensor.
+    unused = ([] if reads else ["q"]) + (["a"] if r.beta is not None else [])
+    parts = {n: x.split(length, dim=1) for n, x in over_time(r) if n not in unused}
+    state = r.zero_state().flatten(0, 1)
+    for begin in range(0, r.T, length):
+        span = _prepare(r, {n: _cut(part[begin // length], size) for n, part in parts.items()}, reads)
+        for i, first in enumerate(range(begin, min(begin + length, r.T), size)):
+            values = [value[i] for value in span.values]
+            if span.response is not None:
+                values[-1] = torch.baddbmm(values[-1], span.response[i], state, alpha=-1)
+            after = state * span.whole[i]
+            for left, value in zip(span.left, values):
+                after.baddbmm_(left[i], value)
+            yield Chunk(span, i, first, min(size, r.T - first), state, values, after)
+            state = after
+
+
+def _prepare(r: Recurrence, part: dict[str, Tensor], reads: bool) -> Span:
+    k, u = part["k"], part["u"]
+    decay = decay_of(part.get("log_decay"), k)
+    query = [Read(part["q"] * r.scale, r.read_before_write)] if reads else []
+    keys, values, response = [k], [u], None
+    if "b" not in part:
+        attention = decay.scores(query, keys)
+    elif "beta" in part:
+        back = Read(part["beta"][..., None] * part["b"], before=True)
+        (lags, *attention) = decay.scores([back, *query], keys)
+        values, response = [_solve(lags[0], u)], _solve(lags[0], decay.from_start(back))
+    else:
+        back, keys = Read(part["b"], before=True), [k, -part["a"]]
+        (lags, *attention) = decay.scores([back, *query], keys)
+        values = [u, _solve(lags[1], -(lags[0] @ u))]
+        response = _solve(lags[1], decay.from_start(back))
+    return Span(
+        decay,
+        keys=[key.unbind(1) for key in keys],
+        left=[decay.to_end(key).mT.unbind(1) for key in keys],
+        values=[value.unbind(1) for value in values],
+        response=None if response is None else response.unbind(1),
+        whole=decay.whole().unbind(1),
+        queries=decay.from_start(query[0]).unbind(1) if reads else (),
+        attention=[weights.unbind(1) for weights in attention[0]] if reads else [],
+    )
+
+
+def _chunk_size(r: Recurrence, wanted: int | None) -> int:
+    most = wanted or _CHUNK.get(r.device.type, 64)
+    if r.log_decay is not None and r.log_decay.ndim == 4:
+        most = min(most, ANCHORED)
+    return -(-r.T // -(-r.T // most))  # chunks of even size, so that little is padding
+
+
+def _span_length(r: Recurrence, size: int) -> int:
+    numbers = _SPAN.get(r.device.type, 2**24)
+    return max(numbers // (r.B * r.H * max(r.K, r.V) * size), 1) * size
+
+
+def _cut(x: Tensor, size: int) -> Tensor:
+    """[B,T,H,...] as [B*H,n,size,...], ending in zeros, which neither write, erase nor decay."""
+    x = x.transpose(1, 2)
+    missing = -x.shape[2] % size
+    if missing:
+        x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, missing))
+    return x.reshape(x.shape[0] * x.shape[1], -1, size, *x.shape[3:])
+
+
+def _solve(lags: Tensor, x: Tensor) -> Tensor:
+    return torch.linalg.solve_triangular(lags, x, upper=False, unitriangular=True)
