@@ -1,0 +1,167 @@
+"""What an optimizer step costs: matrix atoms with gathered decode and sparse encoder backward, against SAELens' TopK.
+
+    python benchmarks/sae_step.py [--d-k 128 --d-v 128 --d-sae 2048 --k 32 --batch 256 --dead 0.0 --out DIR]
+
+Each contender runs SAELens' own SAETrainer.step (forward, losses, backward, clipping, Adam) in a process of its own, so
+that its peak memory is its own; the processes take turns, one step each, so that a busy machine slows both. Memory is
+the peak of the resident set, and what of it was added after the imports.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+CONTENDERS = {
+    "SAELens topk": None,
+    "writesae_topk": {"encoder": "bilinear", "decoder": "rank", "rank": 1},
+    "writesae_topk rank 2": {"encoder": "bilinear", "decoder": "rank", "rank": 2},
+    "writesae_topk tied": {"encoder": "tied", "decoder": "rank", "rank": 1},
+    "writesae_topk dense encoder": {"encoder": "dense", "decoder": "rank", "rank": 1},
+}
+BASELINE = "SAELens topk"
+
+
+def resident(field: str) -> float:
+    """VmRSS (now) or VmHWM (peak) of this process in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def build(options: argparse.Namespace, variant: dict[str, Any] | None) -> Any:
+    """SAELens' trainer around SAELens' TopK (variant None) or ours."""
+    from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+
+    from sae_lens_writesae import WriteTopKTrainingSAE, WriteTopKTrainingSAEConfig
+
+    sizes = {"d_in": options.d_k * options.d_v, "d_sae": options.d_sae, "k": options.k}
+    if variant is None:
+        sae: Any = TopKTrainingSAE(TopKTrainingSAEConfig(**sizes))
+    else:
+        cfg = WriteTopKTrainingSAEConfig(**sizes, d_k=options.d_k, d_v=options.d_v, **variant)
+        sae = WriteTopKTrainingSAE(cfg)
+    cfg = SAETrainerConfig(total_training_samples=10**9, train_batch_size_samples=options.batch, lr_end=3e-5)
+    return SAETrainer(cfg, sae, iter(()))
+
+
+def work(options: argparse.Namespace) -> None:
+    """A contender: one step per line of standard input, its seconds on standard output."""
+    import torch
+
+    import sae_lens_writesae  # noqa: F401
+
+    torch.set_num_threads(options.threads)
+    imported = resident("VmRSS")
+    trainer = build(options, CONTENDERS[options.worker])
+    trainer.n_forward_passes_since_fired[: int(options.dead * options.d_sae)] = float("inf")
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(options.batch, options.d_k * options.d_v, generator=generator)
+    for line in sys.stdin:
+        if line.strip() == "end":
+            break
+        start = time.perf_counter()
+        trainer.step(batch)
+        trainer.n_training_steps += 1
+        print(time.perf_counter() - start, flush=True)
+    parameters = sum(p.numel() for p in trainer.sae.parameters())
+    print(json.dumps({"peak": resident("VmHWM"), "imported": imported, "parameters": parameters}), flush=True)
+
+
+def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds per step, peak MB and parameters of every contender."""
+    command = [sys.executable, __file__, *options.forward]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    workers = {
+        name: subprocess.Popen(
+            [*command, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        for name in CONTENDERS
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for step in range(options.steps + 1):
+        for name, process in workers.items():
+            elapsed = float(ask(process, "step"))
+            if step:  # the first one allocates
+                seconds[name].append(elapsed)
+    result = {}
+    for name, process in workers.items():
+        memory = json.loads(ask(process, "end"))
+        process.wait()
+        result[name] = {
+            "seconds": median(seconds[name]),
+            "peak_mb": memory["peak"],
+            "added_mb": memory["peak"] - memory["imported"],
+            "parameters": memory["parameters"],
+        }
+    return result
+
+
+def ask(process: "subprocess.Popen[str]", line: str) -> str:
+    """Send one line, read one line."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    if not answer:
+        raise RuntimeError(f"a contender died: {process.args}")
+    return answer
+
+
+def table(result: dict[str, dict[str, float]]) -> str:
+    """The figures and their ratios to SAELens."""
+    base = result[BASELINE]
+    lines = [f"{'':<28} {'s/step':>8} {'x':>6} {'peak MB':>9} {'x':>6} {'added MB':>9} {'x':>6} {'parameters':>12}"]
+    for name, row in result.items():
+        figures = [f"{row[key]:>{width}.{digits}f} {row[key] / base[key]:>6.2f}" for key, width, digits in COLUMNS]
+        lines.append(f"{name:<28} {' '.join(figures)} {row['parameters']:>12,.0f}")
+    return "\n".join(lines)
+
+
+COLUMNS = (("seconds", 8, 3), ("peak_mb", 9, 0), ("added_mb", 9, 0))
+
+
+def save(result: dict[str, dict[str, float]], options: argparse.Namespace) -> None:
+    """sae_step.json and sae_step.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    setting = {key: getattr(options, key) for key in ("d_k", "d_v", "d_sae", "k", "batch", "dead", "steps", "threads")}
+    (options.out / "sae_step.json").write_text(json.dumps({"setting": setting, "result": result}, indent=1))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3), sharey=True, layout="constrained")
+    for axis, key, label in zip(axes, ("seconds", "added_mb"), ("seconds per step", "MB added after imports")):
+        axis.barh(list(result), [row[key] for row in result.values()])
+        axis.set_xlabel(label)
+    axes[0].invert_yaxis()
+    figure.savefig(options.out / "sae_step.png", dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("d-k", 128), ("d-v", 128), ("d-sae", 2048), ("k", 32), ("batch", 256), ("steps", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dead", type=float, default=0.0, help="share of atoms taken as dead (auxiliary loss)")
+    parser.add_argument("--out", type=Path, help="folder for sae_step.json and sae_step.png")
+    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.forward = sys.argv[1:]
+    if options.worker:
+        work(options)
+        return
+    result = measure(options)
+    print(table(result))
+    if options.out:
+        save(result, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Loading with errors that name the file and the field.
+
+`SAE.load_from_disk` and `TrainingSAE.load_from_disk` work on these autoencoders as on SAELens' own, once this package
+is imported; what they raise on a damaged folder is a bare KeyError or a size mismatch without a path. `load_sae` looks
+first and then calls them.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import SAE, TrainingSAE
+from safetensors import SafetensorError, safe_open
+
+
+class CheckpointError(ValueError):
+    """A folder that does not hold what it should; the message names the file and the field."""
+
+
+def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *, training: bool = False) -> Any:
+    """Load an autoencoder that `save_inference_model` wrote, or with `training` one from a checkpoint of a run.
+
+    Args:
+        path: folder with cfg.json and sae_weights.safetensors.
+        device, dtype: as in `SAE.load_from_disk`; by default the dtype of the config.
+
+    Raises:
+        CheckpointError: something is missing, truncated, not finite, or belongs to another architecture.
+    """
+    folder = Path(path)
+    pair = _classes(folder / SAE_CFG_FILENAME, _read_config(folder / SAE_CFG_FILENAME), training)
+    config = _read_config(folder / SAE_CFG_FILENAME) | {"device": "meta"}
+    expected = _expected(folder / SAE_CFG_FILENAME, config, *pair)
+    _check_weights(folder / SAE_WEIGHTS_FILENAME, config, expected)
+    return (TrainingSAE if training else SAE).load_from_disk(folder, device=device, dtype=dtype)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        inside = sorted(p.name for p in file.parent.iterdir()) if file.parent.is_dir() else "no such folder"
+        raise CheckpointError(f"{file} does not exist; {file.parent} holds: {inside}. Give the folder of one SAE.")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}): truncated? Export the SAE again.") from error
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise CheckpointError(f"{file} has no field 'architecture': not the config of a SAELens autoencoder.")
+    return config
+
+
+def _classes(file: Path, config: dict[str, Any], training: bool) -> tuple[type[Any], type[Any]]:
+    name = config["architecture"]
+    registry, other = SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+    if training:
+        registry, other = other, registry
+    if name in registry:
+        return registry[name]
+    if name in other:
+        kind, wanted = ("inference", "False") if training else ("training", "True")
+        raise CheckpointError(f"{file}: architecture {name!r} exists for {kind} only; call with training={wanted}.")
+    near = difflib.get_close_matches(str(name), list(registry), n=3, cutoff=0.4)
+    raise CheckpointError(
+        f"{file}: architecture {name!r} is not registered (nearest: {near or sorted(registry)}). If another package "
+        "defines it, import that package first."
+    )
+
+
+def _expected(file: Path, config: dict[str, Any], sae_class: type[Any], cfg_class: type[Any]) -> dict[str, torch.Size]:
+    """Names and shapes that the config asks for, from a model without memory."""
+    try:
+        sae = sae_class(cfg_class.from_dict(config))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    return {name: tensor.shape for name, tensor in sae.state_dict().items()}
+
+
+def _check_weights(file: Path, config: dict[str, Any], expected: dict[str, torch.Size]) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file} does not exist.")
+    try:
+        with safe_open(file, framework="pt") as weights:
+            found = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors ({error}): truncated? Fetch it again.") from error
+    origin = f"the config's architecture {config['architecture']!r}"
+    if missing := sorted(expected.keys() - found.keys()):
+        raise CheckpointError(f"{file} lacks {missing}, which {origin} needs; it has {sorted(found)}.")
+    if surplus := sorted(found.keys() - expected.keys()):
+        raise CheckpointError(f"{file} has {surplus}, which {origin} does not know: weights of another architecture?")
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise CheckpointError(
+                f"{file}: {name!r} has shape {list(found[name].shape)}, {origin} needs {list(shape)}."
+            )
+        if not torch.isfinite(found[name]).all():
+            raise CheckpointError(
+                f"{file}: {name!r} holds NaN or infinite values; training diverged before it was saved."
+            )

@@ -1,0 +1,274 @@
+"""Encode and decode with matrix atoms without ever holding the dictionary.
+
+An atom is A_f = sum_r v_f,r w_f,r^T, so the dictionary is the Khatri-Rao product of its factors. Here are the two
+maps an autoencoder needs, differentiable in everything, with their plain forms as reference:
+
+    encode:  c_nf = <X_n, A_f>          [N,K*V] -> [N,F]
+    decode:  Y_n  = sum_f c_nf A_f      [N,F] -> [N,K*V]
+
+* Encoding needs every inner product: one GEMM over the product, built in slices that stay in cache.
+* Its backward, decoding and decoding's backward only touch pairs (n, f) with c_nf != 0 (or a gradient != 0). Those
+  are gathered: per pair 2*R*K*V operations instead of 2*K*V for every atom. The pairs are found by value, so TopK,
+  BatchTopK, JumpReLU and ReLU all profit; where too many are active the slices of the product take over.
+
+Both maps are registered as torch operators, so that torch.compile treats them as opaque and needs no shapes that
+depend on data.
+
+Alphabet: N rows, F atoms, R rank, K key side, V value side.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_SLICE_FLOATS = 4_194_304
+"""Floats of the product, or of gathered factors, held at once: 16 MB in fp32, about a last-level cache."""
+
+_GATHER_COST = 6
+"""A gathered pair costs about this many times its share of a full GEMM (measured: benchmarks/sae_step.py)."""
+
+
+class _Block(NamedTuple):
+    """Some rows and their active atoms, padded with value 0 to the fullest of these rows."""
+
+    rows: Tensor
+    """[n] row numbers."""
+    atoms: Tensor
+    """[n,m] atom numbers."""
+    values: Tensor
+    """[n,m]"""
+
+
+class _PairGradients(NamedTuple):
+    dv: Tensor
+    """[F,R,K]"""
+    dw: Tensor
+    """[F,R,V]"""
+    dots: Tensor
+    """[N,F] <M_n, A_f> where c_nf != 0, else 0; empty if not wanted."""
+
+
+def khatri_rao(v: Tensor, w: Tensor) -> Tensor:
+    """The atoms as rows, sum_r v_f,r w_f,r^T flattened key-first: [F,R,K], [F,R,V] -> [F,K*V]. Costs F*R*K*V."""
+    return (v.mT @ w).flatten(1)
+
+
+def encode_reference(x: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """`encode` without cleverness: the oracle, and what SAELens would do with a dense W_enc."""
+    return x @ khatri_rao(v, w).T
+
+
+def decode_reference(acts: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """`decode` without cleverness: the oracle, and what SAELens would do with a dense W_dec."""
+    return acts @ khatri_rao(v, w)
+
+
+def encode(x: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """Inner products of flattened matrices with every atom.
+
+    Args:
+        x: [...,K*V], key-first. Under autocast it is cast as a matmul would cast it.
+        v, w: factors [F,R,K] and [F,R,V].
+
+    Returns:
+        [...,F]. Costs 2*F*K*V per row; the backward costs 4*R*K*V per entry of the gradient that is not zero.
+    """
+    flat = _compute(x, v).reshape(-1, v.shape[-1] * w.shape[-1])
+    return _encode(flat, v, w).reshape(*x.shape[:-1], v.shape[0])
+
+
+def decode(acts: Tensor, v: Tensor, w: Tensor, *, full_gradient: bool = True) -> Tensor:
+    """The sum of atoms weighted by activations.
+
+    Args:
+        acts: [...,F], mostly zero.
+        v, w: factors [F,R,K] and [F,R,V].
+        full_gradient: give the activations that are 0 their gradient too (2*F*K*V per row). Training with an
+            activation that blocks it anyway (ReLU, TopK, BatchTopK) turns it off and saves a GEMM.
+
+    Returns:
+        [...,K*V], key-first. Costs 2*R*K*V per active pair.
+    """
+    flat = _compute(acts, v).reshape(-1, v.shape[0])
+    return _decode(flat, v, w, full_gradient).reshape(*acts.shape[:-1], v.shape[-1] * w.shape[-1])
+
+
+def _compute(t: Tensor, factors: Tensor) -> Tensor:
+    """`t` in the dtype in which a matmul with `factors` would run: autocast's, else that of the factors."""
+    kind = t.device.type
+    return t.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else factors.dtype)
+
+
+# ---------------------------------------------------------------------------------------------- operators
+
+
+@torch.library.custom_op("sae_lens_writesae::encode", mutates_args=())
+def _encode(x: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return _project(x, v, w)
+
+
+@torch.library.custom_op("sae_lens_writesae::decode", mutates_args=())
+def _decode(acts: Tensor, v: Tensor, w: Tensor, full_gradient: bool) -> Tensor:
+    with torch.autocast(acts.device.type, enabled=False):
+        return _combine(acts, v, w)
+
+
+@torch.library.custom_op("sae_lens_writesae::pair_gradients", mutates_args=())
+def _pair_gradients_op(m: Tensor, c: Tensor, v: Tensor, w: Tensor, want_dots: bool) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(m.device.type, enabled=False):
+        return _pair_gradients(m, c, v, w, want_dots)
+
+
+@_encode.register_fake
+def _(x: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], v.shape[0])
+
+
+@_decode.register_fake
+def _(acts: Tensor, v: Tensor, w: Tensor, full_gradient: bool) -> Tensor:
+    return acts.new_empty(acts.shape[0], v.shape[-1] * w.shape[-1])
+
+
+@_pair_gradients_op.register_fake
+def _(m: Tensor, c: Tensor, v: Tensor, w: Tensor, want_dots: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(v), torch.empty_like(w), c.new_empty(c.shape if want_dots else (0, c.shape[1]))
+
+
+def _setup_encode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _setup_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.full_gradient = inputs[3]
+
+
+def _encode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, v, w = ctx.saved_tensors
+    dx = _decode(grad, v, w, False) if ctx.needs_input_grad[0] else None
+    if not any(ctx.needs_input_grad[1:]):
+        return dx, None, None
+    dv, dw, _ = _pair_gradients_op(x, grad, v, w, False)
+    return dx, dv, dw
+
+
+def _decode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    acts, v, w = ctx.saved_tensors
+    want, full = ctx.needs_input_grad[0], ctx.full_gradient
+    dacts = _encode(grad, v, w) if want and full else None
+    if any(ctx.needs_input_grad[1:3]) or (want and not full):
+        dv, dw, dots = _pair_gradients_op(grad, acts, v, w, want and not full)
+        return dots if want and not full else dacts, dv, dw, None
+    return dacts, None, None, None
+
+
+_encode.register_autograd(_encode_backward, setup_context=_setup_encode)
+_decode.register_autograd(_decode_backward, setup_context=_setup_decode)
+
+
+# ---------------------------------------------------------------------------------------------- arithmetic
+
+
+def _slices(v: Tensor, w: Tensor) -> Iterator[slice]:
+    """Ranges of atoms whose product fits the budget."""
+    size = max(16, _SLICE_FLOATS // (v.shape[-1] * w.shape[-1]))
+    return (slice(i, i + size) for i in range(0, v.shape[0], size))
+
+
+def _product(v: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
+    """A slice of the product in `dtype`, multiplied in at least fp32: one rounding, not three."""
+    exact = torch.promote_types(v.dtype, torch.float32)
+    return khatri_rao(v.to(exact), w.to(exact)).to(dtype)
+
+
+def _project(x: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """<X_n, A_f> for all pairs."""
+    out = x.new_empty(x.shape[0], v.shape[0])
+    for s in _slices(v, w):
+        out[:, s] = x @ _product(v[s], w[s], x.dtype).T
+    return out
+
+
+def _combine(c: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """sum_f c_nf A_f for all rows."""
+    N, K, V = c.shape[0], v.shape[-1], w.shape[-1]
+    counts = _sparse_counts(c, v)
+    out = c.new_zeros(N, K * V)
+    if counts is None:
+        for s in _slices(v, w):
+            out.addmm_(c[:, s], _product(v[s], w[s], c.dtype))
+        return out
+    for block in _blocks(c, counts, v, w):
+        weighted = (v[block.atoms] * block.values[..., None, None]).to(c.dtype).flatten(1, 2)
+        out[block.rows] = (weighted.mT @ w[block.atoms].to(c.dtype).flatten(1, 2)).flatten(1)
+    return out
+
+
+def _pair_gradients(m: Tensor, c: Tensor, v: Tensor, w: Tensor, want_dots: bool) -> _PairGradients:
+    """Gradients of sum_nf c_nf <M_n, A_f> in v and w, and on request in c where c is not zero.
+
+    Sums over rows run in at least fp32 and are rounded once.
+    """
+    exact = torch.promote_types(v.dtype, torch.float32)
+    dv, dw = torch.zeros_like(v, dtype=exact), torch.zeros_like(w, dtype=exact)
+    dots = c.new_zeros(c.shape if want_dots else (0, c.shape[1]))
+    counts = _sparse_counts(c, v)
+    if counts is None:
+        _dense_gradients(m, c, v, w, dv, dw)
+        if want_dots:
+            dots = _project(m, v, w) * (c != 0)
+    else:
+        for block in _blocks(c, counts, v, w):
+            _gathered_gradients(m, block, v, w, dv, dw, dots if want_dots else None)
+    return _PairGradients(dv.to(v.dtype), dw.to(w.dtype), dots)
+
+
+def _dense_gradients(m: Tensor, c: Tensor, v: Tensor, w: Tensor, dv: Tensor, dw: Tensor) -> None:
+    """One GEMM per slice of atoms, then two small products with the factors; fills dv and dw."""
+    for s in _slices(v, w):
+        d = (c[:, s].T @ m).view(-1, v.shape[-1], w.shape[-1])
+        dv[s] = (w[s].to(d.dtype) @ d.mT).to(dv.dtype)
+        dw[s] = (v[s].to(d.dtype) @ d).to(dw.dtype)
+
+
+def _gathered_gradients(
+    m: Tensor, block: _Block, v: Tensor, w: Tensor, dv: Tensor, dw: Tensor, dots: Tensor | None
+) -> None:
+    """The active pairs of a block; adds to dv, dw and fills dots."""
+    (n, j), R = block.atoms.shape, v.shape[1]
+    vs = v[block.atoms].to(m.dtype).flatten(1, 2)  # [n,j*R,K]
+    ws = w[block.atoms].to(m.dtype).flatten(1, 2)
+    matrices = m[block.rows].view(n, v.shape[-1], w.shape[-1])
+    mw = ws @ matrices.mT  # [n,j*R,K]
+    vm = vs @ matrices  # [n,j*R,V]
+    if dots is not None:
+        values = (mw * vs).sum(-1).view(n, j, R).sum(-1)
+        # Padding repeats atoms that are not active: theirs must stay 0.
+        dots[block.rows[:, None], block.atoms] = (values * (block.values != 0)).to(dots.dtype)
+    coefficient = block.values.to(dv.dtype)[..., None, None]
+    at = block.atoms.flatten()
+    dv.index_add_(0, at, (coefficient * mw.view(n, j, R, -1)).flatten(0, 1))
+    dw.index_add_(0, at, (coefficient * vm.view(n, j, R, -1)).flatten(0, 1))
+
+
+def _sparse_counts(c: Tensor, v: Tensor) -> Tensor | None:
+    """Active atoms per row [N], or None where gathering them would cost more than the full GEMM."""
+    counts = (c != 0).sum(-1)
+    return counts if int(counts.sum()) * v.shape[1] * _GATHER_COST <= c.numel() else None
+
+
+def _blocks(c: Tensor, counts: Tensor, v: Tensor, w: Tensor) -> Iterator[_Block]:
+    """Rows grouped by how many atoms are active, so that one crowded row does not pad the others."""
+    order = counts.argsort(descending=True, stable=True)
+    widths = counts[order].tolist()
+    start, factor_floats = 0, v.shape[1] * (v.shape[-1] + w.shape[-1])
+    while start < len(widths) and widths[start]:
+        size = max(1, _SLICE_FLOATS // (widths[start] * factor_floats + v.shape[-1] * w.shape[-1]))
+        rows = order[start : start + size]
+        picked = c[rows]
+        atoms = picked.abs().topk(widths[start], sorted=False).indices
+        yield _Block(rows, atoms, picked.gather(1, atoms))
+        start += size
