@@ -18,7 +18,7 @@ _FEW = 4
 _SUB = 8
 """Tokens whose states, or per-channel probes, come of one product."""
 
-_FEATURES = 1024
+_FEATURES = 2048
 """Probes taken at a time, so that what they need stays in cache."""
 
 
@@ -86,11 +86,11 @@ def project(r: Recurrence, v: Tensor, w: Tensor, feature_block: int | None = Non
         return reference.project(r, v, w)
     r = r.working()
     width = feature_block or _FEATURES
-    blocks = list(zip(v.split(width), w.split(width)))
+    blocks = [(a.contiguous(), b) for a, b in zip(v.mT.split(width, dim=1), w.mT.split(width, dim=1))]
     per_channel = r.log_decay is not None and r.log_decay.ndim == 4
-    carried = [r.zero_state()[:, 0] @ some_w.mT for _, some_w in blocks]
+    carried = [r.zero_state()[:, 0] @ some_w for _, some_w in blocks]
     if not per_channel:
-        carried = [(read * some_v.mT).sum(1) for (some_v, _), read in zip(blocks, carried)]
+        carried = [(read * some_v).sum(1) for (some_v, _), read in zip(blocks, carried)]
     step = _probe_channels if per_channel else _probe_heads
     result = _Filled((r.B, r.T, len(v)), r, also=(v, w))
     for chunk in walk(r):
@@ -158,41 +158,40 @@ def _expand(chunk: Chunk, state: Tensor, first: int, rows: list[int], into: Tens
     decay, columns = chunk.span.decay, slice(first, rows[-1] + 1)
     dense = len(rows) == rows[-1] + 1 - rows[0]
     at = slice(rows[0], rows[-1] + 1) if dense else rows
+    between = decay.between(chunk.place, at, columns)
+    weighted = torch.cat([key[:, None, columns] * between for key in chunk.keys], dim=2).flatten(0, 1)
+    values = torch.cat([value[:, columns] for value in chunk.values], dim=1)[:, None]
     found = torch.mul(state[:, None], decay.since(chunk.place, first, at)[..., None], out=into)
-    found = found.flatten(0, 1)
-    for key, value in zip(chunk.keys, chunk.values):
-        weighted = (key[:, None, columns] * decay.between(chunk.place, at, columns)).flatten(0, 1)
-        spread = value[:, None, columns].expand(-1, len(rows), -1, -1).flatten(0, 1)
-        found = found.baddbmm_(weighted.mT, spread)
-    return found.unflatten(0, (-1, len(rows)))
+    flat = found.flatten(0, 1).baddbmm_(weighted.mT, values.expand(-1, len(rows), -1, -1).flatten(0, 1))
+    return flat.unflatten(0, (-1, len(rows)))
 
 
 def _probe_heads(chunk: Chunk, v: Tensor, w: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
-    """Probes [B,size,F] of a chunk, and what to carry on: the last of them, [B,F]."""
+    """Probes [B,size,F] by v [K,F] and w [V,F] of a chunk, and what to carry on: the last of them, [B,F]."""
     decay, tokens = chunk.span.decay, slice(0, chunk.size)
     probes = decay.since(chunk.place, 0, tokens) * carried[:, None]
     weights = decay.between(chunk.place, tokens, tokens)[..., 0]
     for key, value in zip(chunk.keys, chunk.values):
-        probes.baddbmm_(weights, (key[:, tokens] @ v.mT) * (value[:, tokens] @ w.mT))
+        probes.baddbmm_(weights, (key[:, tokens] @ v) * (value[:, tokens] @ w))
     return probes, probes[:, -1]
 
 
 def _probe_channels(chunk: Chunk, v: Tensor, w: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
-    """Probes [B,size,F] of a chunk, and what to carry on: S w, [B,K,F]."""
+    """Probes [B,size,F] by v [K,F] and w [V,F] of a chunk, and what to carry on: S w, [B,K,F]."""
     decay, pieces = chunk.span.decay, []
+    reads = [value @ w for value in chunk.values]
     for first in range(0, chunk.size, _SUB):
         tokens = slice(first, min(first + _SUB, chunk.size))
         since = decay.since(chunk.place, first, tokens)
         between = decay.between(chunk.place, tokens, tokens)
-        size = since.shape[1]
-        late, early = torch.tril_indices(size, size, device=v.device)
-        to_token = torch.nn.functional.one_hot(late, size).mT.to(v.dtype)
-        probes = since @ (v.mT * carried)
+        probes = since @ (v * carried)
         carried = carried * since[:, -1, :, None]
-        for key, value in zip(chunk.keys, chunk.values):
-            reads, reach = value[:, tokens] @ w.mT, between * key[:, None, tokens]
-            probes = probes + to_token @ ((reach[:, late, early] @ v.mT) * reads[:, early])
-            carried = carried + reach[:, -1].mT @ reads
+        for key, read in zip(chunk.keys, reads):
+            reach = between * key[:, None, tokens]
+            carried.baddbmm_(reach[:, -1].mT, read[:, tokens])
+            for t in range(reach.shape[1]):
+                seen = slice(first, first + t + 1)
+                probes[:, t] += ((reach[:, t, : t + 1] @ v) * read[:, seen]).sum(1)
         pieces.append(probes)
     return torch.cat(pieces, dim=1), carried
 

@@ -333,7 +333,9 @@ class Recurrence:
 
     def working(self) -> Recurrence:
         """The same with every tensor in `dtype`; engines begin with it."""
-        return dataclasses.replace(self, **{name: x.to(self.dtype) for name, x in tensors(self)})
+        dtype = self.dtype
+        other = {name: x.to(dtype) for name, x in tensors(self) if x.dtype != dtype}
+        return dataclasses.replace(self, **other) if other else self
 
     def zero_state(self) -> Tensor:
         """`initial_state` in `dtype`, zeros [B,H,K,V] where there is none."""

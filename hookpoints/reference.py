@@ -25,6 +25,11 @@ class Step(NamedTuple):
     """[B,H,K,V] state after its write."""
 
 
+def read_out(x: Tensor, state: Tensor) -> Tensor:
+    """S^T x for x [B,H,K] and a state [B,H,K,V]: [B,H,V]."""
+    return (x[..., None, :] @ state)[..., 0, :]
+
+
 def transition(r: Recurrence, t: int, state: Tensor) -> Tensor:
     """(diag(alpha_t) + a_t b_t^T) S for a state [B,H,K,V]."""
     moved = state
@@ -32,8 +37,7 @@ def transition(r: Recurrence, t: int, state: Tensor) -> Tensor:
         decay = r.log_decay[:, t].exp()
         moved = state * (decay[..., None, None] if decay.ndim == 2 else decay[..., None])
     if r.a is not None and r.b is not None:
-        erased = torch.einsum("bhk,bhkv->bhv", r.b[:, t], state)
-        moved = moved + r.a[:, t, ..., None] * erased[..., None, :]
+        moved = torch.addcmul(moved, r.a[:, t, ..., None], read_out(r.b[:, t], state)[..., None, :])
     return moved
 
 
@@ -41,7 +45,7 @@ def steps(r: Recurrence) -> Iterator[Step]:
     """Walk the tokens. `r` must be in its working dtype (`Recurrence.working`)."""
     state = r.zero_state()
     for t in range(r.T):
-        after = transition(r, t, state) + r.k[:, t, ..., None] * r.u[:, t, ..., None, :]
+        after = torch.addcmul(transition(r, t, state), r.k[:, t, ..., None], r.u[:, t, ..., None, :])
         yield Step(state, after)
         state = after
 
@@ -53,7 +57,7 @@ def scan(r: Recurrence) -> ScanResult:
     for t, step in enumerate(steps(r)):
         state = step.after
         seen = step.before if r.read_before_write else step.after
-        outputs.append(torch.einsum("bhk,bhkv->bhv", r.q[:, t] * r.scale, seen))
+        outputs.append(read_out(r.q[:, t] * r.scale, seen))
     return ScanResult(torch.stack(outputs, dim=1), state)
 
 
@@ -71,7 +75,7 @@ def corrected_values(r: Recurrence) -> Tensor:
     r = r.working()
     if r.b is None or r.beta is None:
         return r.u
-    read_back = [torch.einsum("bhk,bhkv->bhv", r.b[:, t], step.before) for t, step in enumerate(steps(r))]
+    read_back = [read_out(r.b[:, t], step.before) for t, step in enumerate(steps(r))]
     return r.u - r.beta[..., None] * torch.stack(read_back, dim=1)
 
 
