@@ -82,7 +82,3 @@ class Family:
                 f"{self.op} was never called: this version of transformers names its recurrence otherwise"
             )
         return found
-
-
-def call_original(original: Op, *args: Any, **kwargs: Any) -> object:
-    return original(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ sys.path.insert(0, str(SCRIPTS))
 import embedded_card as card  # noqa: E402
 import embedded_families as families  # noqa: E402
 import embedded_gdn as gdn  # noqa: E402
+import embedded_mamba2 as mamba2  # noqa: E402
 from embedded_family import Transition  # noqa: E402
 from embedded_memory import half_lives, head_memories, share_of_long_memory  # noqa: E402
 
@@ -139,29 +141,40 @@ def test_half_life_against_token_by_token_products():
         assert found[b, start, h] == life
 
 
-def test_training_recurrence_equals_the_library():
-    """Values and gradients of the faster operation, K != V and two value heads per key head."""
-    torch.manual_seed(0)
-    B, T, K, V = 2, 64, 8, 6
-    shapes = {
-        "query": (B, T, 2, K),
-        "key": (B, T, 2, K),
-        "value": (B, T, 4, V),
-        "g": (B, T, 4),
-        "beta": (B, T, 4),
-    }
-    inputs = {name: torch.randn(shape) for name, shape in shapes.items()}
-    inputs |= {"g": -inputs["g"].abs(), "beta": inputs["beta"].sigmoid()}
+def assert_same_values_and_gradients(ours, theirs, inputs: dict[str, torch.Tensor]) -> None:
+    """Two differentiable operations of the same named inputs, in fp32."""
     for tensor in inputs.values():
         tensor.requires_grad_()
-    weights = torch.randn(B, T, 4, V)
-    original = gdn.modeling_qwen3_5.torch_chunk_gated_delta_rule
-    theirs = original(**inputs, use_qk_l2norm_in_kernel=True)[0]
-    ours = gdn.fast_recurrence(original, **inputs)[0]
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    expected, found = (torch.autograd.grad((o * weights).sum(), inputs.values()) for o in (theirs, ours))
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    expected, found = theirs(**inputs), ours(**inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.randn(found.shape)
+    gradients = [torch.autograd.grad((out * weights).sum(), inputs.values()) for out in (found, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_training_recurrence_of_gdn_equals_the_library():
+    """K != V and two value heads per key head."""
+    torch.manual_seed(0)
+    B, T, K, V = 2, 64, 8, 6
+    shapes = {"query": (B, T, 2, K), "key": (B, T, 2, K), "value": (B, T, 4, V), "g": (B, T, 4), "beta": (B, T, 4)}
+    inputs = {name: torch.randn(shape) for name, shape in shapes.items()}
+    inputs |= {"g": -inputs["g"].abs(), "beta": inputs["beta"].sigmoid()}
+    library = partial(gdn.modeling_qwen3_5.torch_chunk_gated_delta_rule, use_qk_l2norm_in_kernel=True)
+    assert_same_values_and_gradients(
+        lambda **x: gdn.fast_recurrence(library, **x)[0], lambda **x: library(**x)[0], inputs
+    )
+
+
+def test_training_recurrence_of_mamba2_equals_the_library():
+    torch.manual_seed(0)
+    B, T, H, K, V = 2, 64, 4, 8, 6
+    shapes = {"hidden_states": (B, T, H, V), "dt": (B, T, H), "A": (H,), "B": (B, T, 1, K), "C": (B, T, 1, K)}
+    inputs = {name: torch.randn(shape) for name, shape in (shapes | {"D": (H,), "dt_bias": (H,)}).items()}
+    inputs["A"] = -inputs["A"].exp()
+    library = partial(mamba2.modeling_mamba2.mamba2_chunk_scan, chunk_size=32, dt_softplus=True)
+    ours = partial(mamba2.fast_recurrence, library, dt_limit=(0.0, float("inf")))
+    assert_same_values_and_gradients(ours, library, inputs)
 
 
 @pytest.fixture
