@@ -52,12 +52,12 @@ class Attachment:
         self._root = root
         root.hook_embed = HookPoint()
         root.blocks = nn.ModuleList()
-        root.ln_final = HookSet(["hook_normalized"])
+        root.ln_final = self._final = HookSet(["hook_normalized"])
         self._handles: list[Any] = [model.register_forward_pre_hook(self._count)]
         for layer, block in enumerate(self.layout.blocks):
             root.blocks.append(self._attach_block(layer, block, backend))
         self._on_output(self.layout.embed, self._fire_embed)
-        self._on_output(self.layout.final_norm, lambda x: root.ln_final.fire("hook_normalized", x))
+        self._on_output(self.layout.final_norm, lambda x: self._final.fire("hook_normalized", x))
 
     def detach(self) -> None:
         """Remove every PyTorch hook that was set."""
@@ -109,7 +109,7 @@ class Attachment:
         return block_hooks
 
     def _fire_embed(self, value: Tensor) -> Tensor:
-        point = self._root.hook_embed
+        point: Any = self._root.hook_embed
         return point(value) if is_listening(point) and run.current(self).start_layer == 0 else value
 
     def _count(self, _module: nn.Module, _args: Any) -> None:
@@ -149,7 +149,7 @@ def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Input:
 def _pre_hook(module: nn.Module, through: Callable[[Tensor], Tensor]) -> Iterator[None]:
     handle = _register_input(module, through)
     # A residual that is fed in must be there before the block's own hooks see its input.
-    module._forward_pre_hooks.move_to_end(handle.id, last=False)
+    module._forward_pre_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
     try:
         yield
     finally:

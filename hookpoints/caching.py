@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities import Slice
+from transformer_lens.utilities.slice import Slice
 
 from .hook_table import is_matrix
 
@@ -72,6 +72,6 @@ def _predicate(names_filter: Any) -> Callable[[str], bool]:
     if isinstance(names_filter, str):
         return lambda name: name == names_filter
     if callable(names_filter):
-        return names_filter
+        return lambda name: bool(names_filter(name))
     chosen = set(names_filter)
     return lambda name: name in chosen

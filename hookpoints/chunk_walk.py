@@ -76,9 +76,8 @@ class Chunk(NamedTuple):
         """Keys of each write, [N,C,K]."""
         return [keys[self.place] for keys in self.span.keys]
 
-    @property
     def outputs(self) -> Tensor:
-        """[N,size,V] reads, if the walk was asked for them."""
+        """What the layer reads, [N,size,V], if the walk was asked to prepare for it."""
         read = self.span.queries[self.place] @ self.state
         for weights, value in zip(self.span.attention, self.values):
             read.baddbmm_(weights[self.place], value)

@@ -28,7 +28,7 @@ def scan(r: Recurrence, chunk_size: int | None = None) -> ScanResult:
         return reference.scan(r)
     outputs, state = [], r.zero_state()
     for chunk in walk(r.working(), chunk_size, reads=True):
-        outputs.append(chunk.outputs)
+        outputs.append(chunk.outputs())
         state = chunk.after
     return ScanResult(_by_token(outputs, r), state.reshape(r.B, r.H, r.K, r.V))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -65,7 +66,7 @@ class HookedRecurrentConfig:
 
 def describe(model: torch.nn.Module, layout: ModelLayout, name: str, backend: str) -> HookedRecurrentConfig:
     """Read the configuration off a model and its layout."""
-    hf = model.config  # type: ignore[union-attr]
+    hf: Any = model.config
     layers = {
         layer: RecurrentLayer(block.rule.name, *block.rule.head_shape(block.mixer))
         for layer, block in enumerate(layout.blocks)

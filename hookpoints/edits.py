@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .errors import EditError
+from .recurrence import Loop
 
 Mode = Literal["add", "replace", "delete"]
-Loop = Literal["closed", "open"]
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ class FiringWatch:
         silent = [name for name in self._expected if name not in self._fired]
         if silent:
             raise HookDidNotFireError(
-                f"{len(silent)} hook(s) never fired though the model ran: {', '.join(silent[:3])}. Was the layer outside "
-                "start_at_layer / stop_at_layer, or is an SAE attached there (then hook its inner points)?"
+                f"{len(silent)} hook(s) never fired though the model ran: {', '.join(silent[:3])}. Was the layer "
+                "outside start_at_layer / stop_at_layer, or is an SAE attached there (then hook its inner points)?"
             )
 
     def _counted(self, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -37,9 +37,9 @@ def load(
     config = AutoConfig.from_pretrained(source, revision=revision)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModelError(
-            f"{name_or_path!r} is a {config.model_type!r} checkpoint, which has no causal language model in transformers"
+            f"{name_or_path!r} is a {config.model_type!r} checkpoint, which has no causal language model"
         )
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         source, revision=revision, dtype=dtype, use_safetensors=True, **hf_kwargs
     )
     if hf_kwargs.get("device_map") is None:

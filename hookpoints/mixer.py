@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -99,13 +100,16 @@ class HookedMixer:
         self.calls += 1
         if self.backend == "torch":
             op = inspect.unwrap(op)
+        dtype = self.rule.output_dtype(arguments)
         run = run_scope.current(self.owner)
         placed = run.plan.by_layer.get(self.layer, []) if run.plan else []
         if not placed and run.record is None and self.backend != "recurrence" and not self.hooks.listening():
             return op(**arguments)
         factors, changed = self._fire_factors(self.rule.factors(arguments))
         recurrence = self.rule.recurrence(factors, arguments)
-        native = self._native(op, arguments, factors if changed else None, recurrence)
+        if changed:
+            arguments = self.rule.arguments(arguments, factors, changed)
+        native = self._native(op, arguments, recurrence, dtype)
         if run.record is not None:
             run.record[self.layer] = run_scope.Recorded(_owning_state(recurrence), native)
         response = Response(recurrence)
@@ -114,8 +118,8 @@ class HookedMixer:
         if placed:
             if self._first_token is None:
                 raise EditError(
-                    f"layer {self.layer} cannot tell at which position it continues this cache, so edits with a position "
-                    "cannot be placed: fill the cache with this model, or run the whole sequence"
+                    f"layer {self.layer} cannot tell at which position it continues this cache, so edits with a "
+                    "position cannot be placed: fill the cache with this model, or run the whole sequence"
                 )
             hooked = list(response.low_rank)
             for change in changes_of(placed, recurrence, hooked, self._first_token, run.plan):
@@ -128,33 +132,29 @@ class HookedMixer:
         return self.rule.write_result(result)
 
     def _native(
-        self,
-        op: Callable[..., Any],
-        arguments: Mapping[str, Any],
-        factors: Factors | None,
-        recurrence: Recurrence,
+        self, op: Callable[..., Any], arguments: Mapping[str, Any], recurrence: Recurrence, dtype: torch.dtype
     ) -> OpResult:
-        """The unedited pass; from ``factors`` where a factor hook changed them."""
-        dtype = self.rule.output_dtype(arguments)
+        """The pass without edits of writes, states and reads."""
         if self.backend == "recurrence":
             outputs, state = recurrence.scan()
             return OpResult(outputs.to(dtype), state if self.rule.wants_state(arguments) else None)
-        given = arguments if factors is None else self.rule.arguments(arguments, factors)
-        outputs, state = self.rule.read_result(op(**given))
+        outputs, state = self.rule.read_result(op(**arguments))
         return OpResult(outputs.to(dtype), state)
 
     # -- hooks
 
-    def _fire_factors(self, factors: Factors) -> tuple[Factors, bool]:
+    def _fire_factors(self, factors: Factors) -> tuple[Factors, frozenset[str]]:
+        """Factors after their hooks, and the names of those that changed."""
         changes: dict[str, Tensor] = {}
         for name in factors.present():
             hook = f"hook_{name}"
             if self.hooks.listens(hook):
                 # A copy: the tensor may be a view of what the layer still uses.
-                seen = watch(getattr(factors, name).clone(), lambda x, hook=hook: self.hooks.fire(hook, x))
-                if seen.changed:
+                own = getattr(factors, name)
+                seen = watch(own.clone(), lambda x, hook=hook: self.hooks.fire(hook, x))
+                if seen.changed and (seen.value.requires_grad or not torch.equal(seen.value, own)):
                     changes[name] = seen.value
-        return (factors.with_(**changes), True) if changes else (factors, False)
+        return factors.with_(**changes), frozenset(changes)
 
     def _fire_write_factors(self, r: Recurrence) -> Iterator[LowRankChange]:
         """k'u'^T - k u^T as (k'-k) u'^T + k (u'-u)^T, which is exactly zero where nothing changed."""

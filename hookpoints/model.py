@@ -84,8 +84,8 @@ class HookedRecurrent(Tokens, HookedRootModule):
             device: where to put it; default CUDA if there is one. Leave out with ``device_map``.
             dtype: float32 by default, as in TransformerLens; "auto" keeps the checkpoint's own.
             revision: branch, tag or commit on the hub.
-            backend: who computes the native pass of recurrent layers: "auto" (upstream's op), "torch" (upstream's torch op
-                on any device) or "recurrence" (hookpoints' own kernel; float64 throughout on a float64 model).
+            backend: who computes the native pass of recurrent layers: "auto" (upstream's op), "torch" (upstream's torch
+                op on any device) or "recurrence" (hookpoints' own kernel; float64 throughout on a float64 model).
             self_check: run a few tokens and prove that hooks see what the model does (a second or so).
             hf_kwargs: passed to ``AutoModelForCausalLM.from_pretrained``; ``device_map`` for instance.
 
@@ -246,7 +246,7 @@ class HookedRecurrent(Tokens, HookedRootModule):
             check_names(self, name)
         watch = FiringWatch(self.hook_dict, fwd_hooks)
         passes = self.attachment.passes
-        with super().hooks(watch.hooks, list(bwd_hooks), reset_hooks_end, clear_contexts):
+        with super().hooks(list(watch.hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):
             yield self
         if self.attachment.passes > passes:
             watch.check()

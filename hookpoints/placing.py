@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .edits import EditPlan, Loop, PlacedEdit
+from .edits import EditPlan, PlacedEdit
 from .errors import EditError
-from .recurrence import Recurrence
+from .recurrence import Loop, Recurrence
 from .response import LowRankChange
 
 
@@ -52,7 +52,8 @@ class _HeadChanges:
     """Changes of one head, packed into as few rank-1 slots per token as collisions allow."""
 
     def __init__(self, r: Recurrence, head: int, loop: Loop):
-        self.r, self.head, self.loop = r, head, loop
+        self.r, self.head = r, head
+        self.loop: Loop = loop
         self.removed = torch.zeros(r.B, r.T, dtype=torch.bool, device=r.device)
         self.slots: list[tuple[Tensor, Tensor, Tensor]] = []  # keys [B,T,K], values [B,T,V], taken [B,T]
 

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from .model import HookedRecurrent
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
-"""Relative RMS allowed between the native op and the canonical recurrence. Loose on purpose: what it must catch are wrong
-formulas, layouts and factors, which are off by order 1; rounding is the business of the test suite. Upstream's torch ops
-compute in float32 whatever the model's dtype."""
+"""Relative RMS allowed between the native op and the canonical recurrence. Loose on purpose: what it must catch are
+wrong formulas, layouts and factors, which are off by order 1; rounding is the business of the test suite. Upstream's
+torch ops compute in float32 whatever the model's dtype."""
 _PREFILL, _DECODE = 5, 2
 
 

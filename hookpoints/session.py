@@ -36,8 +36,8 @@ class EditedRun(NamedTuple):
 class EditSession:
     """The plain pass over one sequence, kept, so that edited runs cost only what differs.
 
-    A run with edits at layer l and position t recomputes tokens t.. of blocks l.. for each row, from the residual stream
-    that the plain pass left below l and a copy of its cache at t. Calls with rising positions reuse the cache.
+    A run with edits at layer l and position t recomputes tokens t.. of blocks l.. for each row, from the residual
+    stream that the plain pass left below l and a copy of its cache at t. Calls with rising positions reuse the cache.
 
     Args:
         model: the hooked model.
@@ -125,7 +125,7 @@ class EditSession:
         return {"position_ids": positions} if "position_ids" in known else {}
 
     def _branch(self, rows: int, layer: int, start: int) -> Any:
-        """The cache after ``start`` tokens, copied and repeated for ``rows`` rows; blocks below ``layer`` only shared."""
+        """The cache after ``start`` tokens, repeated for ``rows`` rows; blocks below ``layer`` are only shared."""
         self._advance(start)
         index = torch.zeros(rows, dtype=torch.long, device=self.tokens.device)
         branch = copy.copy(self._prefix)

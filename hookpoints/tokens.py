@@ -101,13 +101,15 @@ class Tokens:
 
     def _bos(self, ids: list[int], prepend_bos: bool | None) -> list[int]:
         prepend = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
-        bos = self.tokenizer.bos_token_id
+        bos: int | None = self.tokenizer.bos_token_id
         if prepend is None:
             return ids
         has = bool(ids) and bos is not None and ids[0] == bos
         if prepend and bos is None:
             raise ValueError("prepend_bos=True, but the tokenizer has no begin-of-sequence token")
-        return [bos, *ids] if prepend and not has else ids[1:] if has and not prepend else ids
+        if prepend and not has and bos is not None:
+            return [bos, *ids]
+        return ids[1:] if has and not prepend else ids
 
     def _need_tokenizer(self) -> Any:
         if self.tokenizer is None:

@@ -190,5 +190,5 @@ def test_self_check_refuses_a_wrong_formula(monkeypatch):
     monkeypatch.setattr(
         GatedDelta, "recurrence", lambda self, f, arguments: true_form(self, f, arguments).replace(scale=1.0)
     )
-    with pytest.raises(SelfCheckError, match="layer 0.*differ by"):
+    with pytest.raises(SelfCheckError, match=r"layer 0 .*differ by"):
         HookedRecurrent.from_hf(make_hf())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -55,14 +55,25 @@ class OpResult(NamedTuple):
 class Rule(Protocol):
     """One update rule: which ops compute it and how their arguments map to the canonical form."""
 
-    name: str
-    """Name of the rule, as papers call it."""
-    ops: tuple[str, ...]
-    """Names of the upstream functions that compute it."""
-    companions: tuple[str, ...]
-    """Other fast ops of the same layers (convolutions) that only need to be kept on the right device."""
-    factor_names: tuple[str, ...]
-    """Fields of Factors that the rule has."""
+    @property
+    def name(self) -> str:
+        """Name of the rule, as papers call it."""
+        ...
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """Names of the upstream functions that compute it."""
+        ...
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """Other fast ops of the same layers (convolutions) that only need to be kept on the right device."""
+        ...
+
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        """Fields of Factors that the rule has."""
+        ...
 
     def head_shape(self, mixer: torch.nn.Module) -> tuple[int, int, int]:
         """(H, K, V) of a mixer module."""
@@ -72,8 +83,8 @@ class Rule(Protocol):
         """The canonical factors of an op call."""
         ...
 
-    def arguments(self, arguments: Mapping[str, Any], factors: Factors) -> dict[str, Any]:
-        """Arguments with which the same op computes from these factors instead."""
+    def arguments(self, arguments: Mapping[str, Any], factors: Factors, changed: Set[str]) -> dict[str, Any]:
+        """Arguments with which the same op takes the factors named in ``changed`` instead of its own."""
         ...
 
     def recurrence(self, factors: Factors, arguments: Mapping[str, Any]) -> Recurrence:

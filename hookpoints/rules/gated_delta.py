@@ -8,7 +8,7 @@ or in (0, 2) where the model allows negative eigenvalues (OLMo-hybrid).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ..recurrence import Recurrence
 from .base import Factors, OpResult, compute_dtype, expand_groups
+
+_OTHERS = {"v": "value", "beta": "beta", "log_decay": "g"}
 
 
 def _l2_normalise(x: Tensor) -> Tensor:
@@ -49,17 +51,12 @@ class GatedDelta:
             initial_state=None if state is None else state.to(dtype),
         )
 
-    def arguments(self, arguments: Mapping[str, Any], factors: Factors) -> dict[str, Any]:
-        return {
-            **arguments,
-            "query": factors.q,
-            "key": factors.k,
-            "value": factors.v,
-            "beta": factors.beta,
-            "g": factors.log_decay,
-            "initial_state": factors.initial_state,
-            "use_qk_l2norm_in_kernel": False,
-        }
+    def arguments(self, arguments: Mapping[str, Any], factors: Factors, changed: Set[str]) -> dict[str, Any]:
+        fed: dict[str, Any] = {}
+        if changed & {"q", "k"}:  # one flag normalises both inside the op
+            fed = {"query": factors.q, "key": factors.k, "use_qk_l2norm_in_kernel": False}
+        fed |= {name: getattr(factors, field) for field, name in _OTHERS.items() if field in changed}
+        return {**arguments, **fed}
 
     def recurrence(self, factors: Factors, arguments: Mapping[str, Any]) -> Recurrence:
         assert factors.beta is not None and factors.log_decay is not None

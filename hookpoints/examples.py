@@ -1,0 +1,95 @@
+"""Random recurrences of each rule, for tests, benchmarks and trying things out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hookpoints.recurrence import Recurrence
+
+
+@dataclass(frozen=True)
+class Form:
+    """What distinguishes the rules, once their factors are known."""
+
+    decay: Literal["none", "head", "channel"] = "none"
+    """No decay, one per head, or one per key channel."""
+    erase: Literal["none", "delta", "free"] = "none"
+    """None; along the write key, as in the delta rules; or along a direction of its own."""
+    read_before_write: bool = False
+
+
+FORMS = {
+    "gdn": Form("head", "delta"),
+    "deltanet": Form("none", "delta"),
+    "kda": Form("channel", "delta"),
+    "gla": Form("channel"),
+    "mamba2": Form("head"),
+    "rwkv6": Form("channel", read_before_write=True),
+    "rwkv7": Form("channel", "free"),
+}
+"""The rules by name: Gated DeltaNet, DeltaNet, KDA, GLA, Mamba-2, RWKV-6, RWKV-7."""
+
+
+def random_recurrence(
+    form: str | Form,
+    *,
+    B: int = 1,
+    T: int = 64,
+    H: int = 2,
+    K: int = 8,
+    V: int = 6,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    most_beta: float = 1.0,
+    strongest_decay: float = 0.3,
+    initial_state: bool = False,
+    declare_beta: bool = True,
+) -> Recurrence:
+    """A recurrence of the given form: unit keys, normal values, beta uniform in (0, `most_beta`), log-decays uniform
+    in (-`strongest_decay`, 0). `declare_beta=False` leaves a = -beta k for the general kernel to deal with.
+
+    Equal arguments give equal numbers. The factors are drawn on the CPU.
+    """
+    form = FORMS[form] if isinstance(form, str) else form
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=dtype)
+
+    heads, side = (B, T, H), (B, T, H, K)
+    q, k, u = normal(*side), F.normalize(normal(*side), dim=-1), normal(B, T, H, V)
+    decays = {"none": None, "head": heads, "channel": side}[form.decay]
+    log_decay = None if decays is None else -strongest_decay * uniform(*decays)
+    beta = a = b = None
+    if form.erase == "delta":
+        beta = most_beta * uniform(*heads)
+        a, b, u = -beta[..., None] * k, _decayed(k, log_decay), beta[..., None] * u
+    elif form.erase == "free":
+        direction = F.normalize(normal(*side), dim=-1)
+        a, b = direction * uniform(*side), -direction
+    return Recurrence(
+        q,
+        k,
+        u,
+        log_decay,
+        a,
+        b,
+        scale=K**-0.5,
+        initial_state=normal(B, H, K, V) if initial_state else None,
+        read_before_write=form.read_before_write,
+        beta=beta if declare_beta else None,
+    )
+
+
+def _decayed(k: Tensor, log_decay: Tensor | None) -> Tensor:
+    if log_decay is None:
+        return k
+    return k * (log_decay if log_decay.ndim == 4 else log_decay[..., None]).exp()

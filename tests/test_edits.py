@@ -1,0 +1,258 @@
+"""WriteEdit: exact, scoped, linear, and cheap to batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import VOCAB
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from hookpoints import EditError, UnsupportedModelError, WriteEdit
+
+LAYER, HEAD, T = 1, 2, 70
+
+
+@pytest.fixture(scope="module")
+def sequence():
+    return torch.randint(1, VOCAB, (1, T), generator=torch.Generator().manual_seed(3))
+
+
+def vectors(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def by_hand(model, tokens, edit: WriteEdit):
+    """A full run with the write replaced by hand: the oracle, which shares no code with edits."""
+    new = torch.zeros(8, 6, dtype=torch.float64) if edit.keys is None else edit.keys.T.double() @ edit.values.double()
+
+    def hook(write, hook):
+        write = write.clone()
+        at = slice(None) if edit.position is None else edit.position
+        write[:, at] = write[:, at] + new if edit.mode == "add" else new.expand_as(write[:, at])
+        return write
+
+    name = f"blocks.{edit.layer}.mixer.heads.{edit.head}.hook_write"
+    return model.run_with_hooks(tokens, fwd_hooks=[(name, hook)])
+
+
+def edit_of(mode: str, position: int | None = 30, rank: int = 2, layer: int = LAYER, seed: int = 0) -> WriteEdit:
+    if mode == "delete":
+        return WriteEdit(layer, HEAD, position, mode="delete")
+    return WriteEdit(layer, HEAD, position, vectors(seed, rank, 8), vectors(seed + 1, rank, 6), mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["add", "replace", "delete"])
+@pytest.mark.parametrize("position", [0, 1, 30, T - 1, None])
+@pytest.mark.parametrize("layer", [0, 2])
+@torch.no_grad()
+def test_edits_are_exact(model64, sequence, mode, position, layer):
+    """float64, 1e-10, against a full run with the write replaced by hand: scoped, and batched from a session."""
+    edit = edit_of(mode, position, layer=layer)
+    expected = by_hand(model64, sequence, edit)
+    with model64.edits(edit):
+        assert_close(model64(sequence), expected, rtol=0, atol=1e-10)
+    run = model64.run_with_edits(sequence, [[], edit])
+    start = position or 0
+    assert (run.start, run.stop) == (start, T)
+    assert_close(run.logits[1], expected[0, start:], rtol=0, atol=1e-10)
+    assert_close(run.logits[0], model64(sequence)[0, start:], rtol=0, atol=1e-10)
+    assert not torch.allclose(run.logits[1], run.logits[0], rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_many_rows_of_a_session_are_what_each_is_alone(model64, sequence):
+    """Different layers, heads, positions, several edits a row, batches smaller than the rows."""
+    rows = [
+        edit_of("delete", 20),
+        [edit_of("add", 25, layer=0), WriteEdit(2, 1, 33, mode="delete")],
+        [edit_of("replace", 40, rank=3), edit_of("add", 40, seed=5), WriteEdit(LAYER, 0, 22, mode="delete")],
+        [],
+    ]
+    session = model64.edit_session(sequence)
+    run = session.run(rows, batch_size=3)
+    assert run.start == 20
+    for row, logits in zip(rows, run.logits):
+        with model64.edits(row):
+            assert_close(logits, model64(sequence)[0, 20:], rtol=0, atol=1e-10)
+    later = session.run([edit_of("delete", 50)], stop=60)  # a prefix that is reused, and a stretch that ends early
+    assert (later.start, later.stop) == (50, 60)
+    assert_close(later.logits[0], by_hand(model64, sequence, edit_of("delete", 50))[0, 50:60], rtol=0, atol=1e-10)
+    earlier = session.run([edit_of("delete", 10)])
+    assert_close(earlier.logits[0], by_hand(model64, sequence, edit_of("delete", 10))[0, 10:], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_the_native_write_put_back_is_bitwise_nothing(model, sequence):
+    session = model.edit_session(sequence)
+    r = session.recurrence(LAYER)
+    again = WriteEdit(LAYER, HEAD, 30, r.k[0, 30, HEAD], r.u[0, 30, HEAD], mode="replace")
+    with model.edits(again):
+        assert torch.equal(model(sequence), session.logits)
+    run = session.run([[], again])  # here the native write was rounded in a shorter pass
+    assert_close(run.logits[0], run.logits[1], rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_deleting_every_write_leaves_no_state(model, sequence):
+    edits = [WriteEdit(LAYER, head, None, mode="delete") for head in range(4)]
+    with model.edits(edits):
+        _, cache = model.run_with_cache(
+            sequence, names_filter=[f"blocks.{LAYER}.mixer.hook_{n}" for n in ("state", "write", "read")]
+        )
+    for value in cache.values():
+        assert value.abs().max() < 1e-6
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    scale=st.floats(-3, 3),
+    head=st.integers(0, 3),
+    position=st.integers(0, 20),
+    rank=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_reads_answer_linearly(model64, scale, head, position, rank, seed):
+    """At the edited layer, effects on reads add and scale; nothing before moves and no other head does."""
+    tokens = torch.randint(1, VOCAB, (1, 24), generator=torch.Generator().manual_seed(seed))
+    name = f"blocks.{LAYER}.mixer.hook_read"
+    keys, values = vectors(seed, rank, 8), vectors(seed + 1, rank, 6)
+
+    def reads(*edits):
+        with torch.no_grad(), model64.edits(list(edits)):
+            return model64.run_with_cache(tokens, names_filter=name)[1][name]
+
+    plain = reads()
+    one = reads(WriteEdit(LAYER, head, position, keys, values)) - plain
+    scaled = reads(WriteEdit(LAYER, head, position, keys, scale * values)) - plain
+    other = reads(WriteEdit(LAYER, head, min(position + 2, 23), values=values, keys=keys.flip(0))) - plain
+    both = reads(
+        WriteEdit(LAYER, head, position, keys, scale * values),
+        WriteEdit(LAYER, head, min(position + 2, 23), values=values, keys=keys.flip(0)),
+    )
+    assert_close(scaled, scale * one, rtol=0, atol=1e-10)
+    assert_close(both - plain, scaled + other, rtol=0, atol=1e-10)
+    assert not one[:, :position].any() and not one[:, :, [h for h in range(4) if h != head]].any()
+
+
+@torch.no_grad()
+def test_predicted_effect_on_reads(model64, sequence):
+    """Adding x y^T at t0 adds <p_t, scale q_t> y to the read at t, in closed and in open loop, which differ."""
+    r, x, y = model64.recurrence(sequence, LAYER), vectors(0, 8), vectors(1, 6)
+    name, measured = f"blocks.{LAYER}.mixer.hook_read", {}
+    _, plain = model64.run_with_cache(sequence, names_filter=name)
+    for loop in ("closed", "open"):
+        with model64.edits(WriteEdit(LAYER, HEAD, 30, x, y, loop=loop)):
+            _, cache = model64.run_with_cache(sequence, names_filter=name)
+        measured[loop] = (cache[name] - plain[name])[0, 30:, HEAD]
+        p = r.propagate(x[None], start=30, head=HEAD, loop=loop, method="reference")[0, 0]
+        gain = (p * r.scale * r.q[0, 30:, HEAD]).sum(-1)
+        assert_close(measured[loop], gain[:, None] * y, rtol=0, atol=1e-10)
+    assert not torch.allclose(measured["closed"], measured["open"], rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_hooks_see_the_edited_write(model, sequence):
+    name = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write"
+    edit = edit_of("replace", 30)
+    with model.edits(edit):
+        _, cache = model.run_with_cache(sequence, names_filter=name)
+    assert_close(cache[name][0, 30].double(), edit.keys.T @ edit.values, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_edits_act_in_generation(model64, sequence):
+    """A position in the prompt, one among the generated tokens, and every token: as a full run over the result."""
+    prompt = sequence[:, :20]
+    for position in (10, 22, None):
+        edit = WriteEdit(LAYER, HEAD, position, 5 * vectors(0, 8), 5 * vectors(1, 6))
+        out = model64.generate(prompt, edits=edit, max_new_tokens=6, do_sample=False, use_cache=True)
+        with model64.edits(edit):
+            logits = model64(out)
+        assert torch.equal(out[0, 20:], logits[0, 19:-1].argmax(-1))
+
+
+@torch.no_grad()
+def test_an_edited_cache_continues_and_a_shared_one_is_left_alone(model, sequence):
+    edit = edit_of("add", 5)
+    with model.edits(edit):
+        whole = model(sequence)
+        out = model.hf_model(sequence[:, :40], use_cache=True)
+    rest = model.hf_model(sequence[:, 40:], cache=out.cache, position_ids=torch.arange(40, T)[None])
+    assert_close(rest.logits, whole[:, 40:], rtol=0, atol=5e-5)
+    session = model.edit_session(sequence)
+    session.run([edit_of("delete", 30)])
+    kept = [layer.recurrent_states[0].clone() for layer in session._prefix.layers[:3]]
+    session.run([edit_of("replace", 30), edit_of("delete", 30)])
+    assert all(torch.equal(a, b.recurrent_states[0]) for a, b in zip(kept, session._prefix.layers[:3]))
+
+
+@torch.no_grad()
+def test_positions_are_counted_across_chunks_of_a_cache(model64, sequence):
+    edit = edit_of("delete", 45)
+    expected = by_hand(model64, sequence, edit)
+    with model64.edits(edit):
+        out = model64.hf_model(sequence[:, :40], use_cache=True)
+        rest = model64.hf_model(sequence[:, 40:], cache=out.cache, position_ids=torch.arange(40, T)[None])
+    assert_close(rest.logits, expected[:, 40:], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_scopes_close(model, sequence):
+    plain = model(sequence)
+    with pytest.raises(ZeroDivisionError), model.edits(edit_of("delete")):
+        raise ZeroDivisionError
+    assert torch.equal(model(sequence), plain)
+    with model.edits(edit_of("delete", 3)):
+        with model.edits(edit_of("delete", 9)):  # the inner scope is what holds
+            inner = model(sequence)
+        outer = model(sequence)
+    assert torch.equal(inner[:, :9], plain[:, :9]) and not torch.equal(outer[:, :9], plain[:, :9])
+
+
+@torch.no_grad()
+def test_rows_below_the_edit_run_once(model, sequence):
+    """Blocks below the edited layer are skipped, and tokens before the edit as well."""
+    session = model.edit_session(sequence)
+    session.run([edit_of("delete", 60, layer=2)])
+    seen = []
+    handles = [
+        block.block.register_forward_pre_hook(lambda m, a, k=None, layer=layer: seen.append((layer, a[0].shape)))
+        for layer, block in enumerate(model.attachment.layout.blocks)
+    ]
+    calls = [mixer.calls for mixer in model.attachment.mixers.values()]
+    session.run([edit_of("delete", 60, layer=2)] * 5)
+    for handle in handles:
+        handle.remove()
+    assert [mixer.calls for mixer in model.attachment.mixers.values()] == [calls[0], calls[1], calls[2] + 1]
+    assert all(shape[:2] == (5, 10) for _, shape in seen)
+
+
+def test_edits_are_values():
+    a, b = edit_of("add"), edit_of("add")
+    assert a == b and hash(a) == hash(b) and len({a, b, edit_of("add", seed=7), edit_of("delete")}) == 3
+    with pytest.raises(AttributeError):
+        a.position = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: WriteEdit(1, 0, -1, mode="delete"), EditError, "position must be >= 0"),
+        (lambda: WriteEdit(1, 0, 1, mode="erase"), EditError, "mode must be"),
+        (lambda: WriteEdit(1, 0, 1), EditError, "needs both keys"),
+        (lambda: WriteEdit(1, 0, 1, torch.ones(2, 8), torch.ones(3, 6)), EditError, "share their rank"),
+        (lambda: WriteEdit(1, 0, 1, torch.ones(8), torch.ones(6), mode="delete"), EditError, "takes no keys"),
+        (lambda: WriteEdit(1, 7, 1, mode="delete"), EditError, "layer 1 has heads 0 to 3"),
+        (lambda: WriteEdit(3, 0, 1, mode="delete"), UnsupportedModelError, "layer 3 .*recurrent layers are"),
+        (lambda: WriteEdit(1, 0, 1, torch.ones(6), torch.ones(8)), EditError, r"keys .* must be \[R,8\]"),
+        (lambda: WriteEdit(1, 0, 99, mode="delete"), EditError, "position 99"),
+        (lambda: [WriteEdit(1, 0, 4, mode="delete")] * 2, EditError, "replace or delete the same write"),
+    ],
+)
+def test_bad_edits_are_refused(model, sequence, make, error, match):
+    with pytest.raises(error, match=match), model.edits(make()):
+        model(sequence)
+    with pytest.raises(error, match=match):
+        model.run_with_edits(sequence, [make()])

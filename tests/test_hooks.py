@@ -1,0 +1,300 @@
+"""Every row of the hook table fires as it says, and an edit does what it says."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+from conftest import make_hf
+from torch.testing import assert_close
+from transformer_lens import ActivationCache, patching
+from transformer_lens.hook_points import HookPoint
+
+from hookpoints import HOOKS, HookDidNotFireError, HookedRecurrent, HookShapeError, UnknownHookError
+from hookpoints.hook_table import is_matrix, markdown
+
+LAYER, HEAD = 1, 2
+SIZES = {"B": 2, "T": 70, "H": 4, "K": 8, "V": 6, "D": 32}
+
+
+def shape_of(axes: str, **sizes: int) -> tuple[int, ...]:
+    sizes = {**SIZES, **sizes}
+    flat = axes.replace("(KV)", "F").split(" or ")[0]
+    return tuple(sizes["K"] * sizes["V"] if axis == "F" else sizes[axis] for axis in flat)
+
+
+@pytest.mark.parametrize("row", HOOKS, ids=lambda row: f"{row.scope}-{row.name}")
+@torch.no_grad()
+def test_each_row_fires_in_prefill_and_decode_with_its_shape(model, tokens, row):
+    name, seen = row.full_name(LAYER, HEAD), []
+    with model.hooks([(name, lambda x, hook: seen.append((tuple(x.shape), hook.name)))]):
+        model(tokens)
+        model.generate(tokens, max_new_tokens=3, do_sample=False)
+    prefill = (shape_of(row.axes), name)
+    step = (shape_of(row.axes, T=1), name)
+    assert seen == [prefill, prefill, step, step]  # forward; generate: prompt, then two steps make three tokens
+
+
+def test_the_table_is_the_model(model):
+    per_scope = {"model": [()], "block": [(layer,) for layer in range(4)]}
+    per_scope["mixer"] = [(layer,) for layer in range(3)]
+    per_scope["head"] = [(layer, head) for layer in range(3) for head in range(4)]
+    names = {row.full_name(*at) for row in HOOKS for at in per_scope[row.scope]}
+    names -= {"blocks.3.hook_mixer_out"}  # an attention block
+    assert names == set(model.hook_dict)
+    assert all(row.full_name() in markdown() for row in HOOKS)
+
+
+@torch.no_grad()
+def test_execution_order_is_table_order(model, tokens):
+    order = []
+    with model.hooks([(lambda name: True, lambda x, hook: order.append(hook.name))]):
+        model(tokens)
+    wanted = [row.full_name(LAYER, HEAD) for row in HOOKS]
+    assert [name for name in order if name in wanted] == wanted
+
+
+@pytest.mark.parametrize("row", [row for row in HOOKS], ids=lambda row: f"{row.scope}-{row.name}")
+@torch.no_grad()
+def test_each_hook_can_be_edited_and_only_the_future_moves(model, tokens, row):
+    """Doubling the activation at t changes later logits and no earlier ones; in place or returned is the same."""
+    t, plain = 40, model(tokens)
+
+    def returned(x, hook):
+        x = x.clone()
+        x[:, t] *= 2
+        return x
+
+    def in_place(x, hook):
+        x[:, t] *= 2
+
+    name = row.full_name(LAYER, HEAD)
+    edited = model.run_with_hooks(tokens, fwd_hooks=[(name, returned)])
+    if row.factor in ("q", "k"):  # the op is fed normalised vectors, which may round differently
+        assert_close(edited[:, :t], plain[:, :t], rtol=0, atol=1e-5)
+    else:
+        assert torch.equal(edited[:, :t], plain[:, :t])
+    # Doubling the whole residual stream before the final norm changes nothing but rounding; elsewhere it must.
+    assert not torch.allclose(edited[:, t], plain[:, t], rtol=0, atol=1e-6)
+    assert_close(model.run_with_hooks(tokens, fwd_hooks=[(name, in_place)]), edited)
+
+
+@pytest.mark.parametrize("row", [row for row in HOOKS], ids=lambda row: f"{row.scope}-{row.name}")
+@torch.no_grad()
+def test_patching_an_activation_with_itself_is_bitwise_nothing(model, tokens, row):
+    name = row.full_name(LAYER, HEAD)
+    plain, cache = model.run_with_cache(tokens, names_filter=name)
+    patched = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: cache[name].clone())])
+    assert torch.equal(patched, plain)
+
+
+@torch.no_grad()
+def test_zeroed_writes_leave_a_zero_state(model, tokens):
+    write, state = f"blocks.{LAYER}.mixer.hook_write", f"blocks.{LAYER}.mixer.hook_state"
+    kept = []
+    hooks = [(write, lambda x, hook: torch.zeros_like(x)), (state, lambda x, hook: kept.append(x.clone()))]
+    model.run_with_hooks(tokens, fwd_hooks=hooks)
+    assert kept[0].abs().max() < 1e-6
+
+
+@torch.no_grad()
+def test_other_heads_do_not_change(model, tokens):
+    def deleted(x, hook):
+        return torch.zeros_like(x)
+
+    read = f"blocks.{LAYER}.mixer.hook_read"
+    _, plain = model.run_with_cache(tokens, names_filter=read)
+    with model.hooks([(f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write", deleted)]):
+        _, edited = model.run_with_cache(tokens, names_filter=read)
+    others = [head for head in range(4) if head != HEAD]
+    assert torch.equal(edited[read][:, :, others], plain[read][:, :, others])
+    assert edited[read][:, :, HEAD].abs().max() < 1e-6 < plain[read][:, :, HEAD].abs().max()
+
+
+@torch.no_grad()
+def test_write_factors_and_dense_write_agree(model64, tokens):
+    """Scaling the value side, the key side, or the matrix is the same edit; the state hook sees it."""
+    layer = f"blocks.{LAYER}.mixer."
+
+    def scaled(x, hook):
+        x = x.clone()
+        x[:, 30:33] *= 1.7
+        return x
+
+    runs = {}
+    for hook in ("hook_write_key", "hook_write_value", "hook_write"):
+        with model64.hooks([(layer + hook, scaled)]):
+            runs[hook] = model64.run_with_cache(tokens, names_filter=[layer + "hook_state", layer + "hook_write"])
+    for logits, cache in runs.values():
+        assert_close(logits, runs["hook_write"][0], rtol=0, atol=1e-10)
+        assert_close(cache[layer + "hook_state"], runs["hook_write"][1][layer + "hook_state"], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_write_key_edit_leaves_the_erase_alone(model64, tokens):
+    """hook_k moves write and erase together; hook_write_key the write only."""
+    layer = f"blocks.{LAYER}.mixer."
+
+    def turned(x, hook):
+        x = x.clone()
+        x[:, 30] = x[:, 30].roll(1, -1)
+        return x
+
+    runs = {
+        name: model64.run_with_hooks(tokens, fwd_hooks=[(layer + name, turned)])
+        for name in ("hook_k", "hook_write_key")
+    }
+    r = model64.recurrence(tokens, LAYER)
+    k = r.k.clone()
+    k[:, 30] = k[:, 30].roll(1, -1)
+    reads = r.replace(k=k).outputs(method="reference")  # the erase stays
+    fed = model64.run_with_hooks(tokens, fwd_hooks=[(layer + "hook_read", lambda x, hook: reads)])
+    assert_close(fed, runs["hook_write_key"], rtol=0, atol=1e-10)
+    assert not torch.allclose(runs["hook_k"], runs["hook_write_key"])
+
+
+@torch.no_grad()
+def test_state_edits_reach_generation(model, tokens):
+    """A last state that is replaced in the prompt goes on into decoding."""
+    name = f"blocks.{LAYER}.mixer.hook_state"
+    zeroed = [(name, lambda x, hook: torch.zeros_like(x) if x.shape[1] > 1 else None)]
+    with model.hooks(zeroed):
+        out = model.hf_model(tokens, use_cache=True)
+    assert out.cache.layers[LAYER].recurrent_states[0].abs().max() < 1e-6
+    assert model.hf_model(tokens, use_cache=True).cache.layers[LAYER].recurrent_states[0].abs().max() > 1e-3
+
+
+def test_gradients_at_a_hook_match_finite_differences(model64, tokens):
+    """The gradient at hook_write is the effect of a small write, in float64."""
+    name, kept = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write", []
+
+    def objective(step=None):
+        def hook(x, hook):
+            kept.append(x)
+            return None if step is None else x + step
+
+        logits = model64.run_with_hooks(tokens[:1, :20], fwd_hooks=[(name, hook)])
+        return logits[0, -1, 5]
+
+    (gradient,) = torch.autograd.grad(objective(), kept[0])
+    with torch.no_grad():
+        direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        eps = 1e-5
+        measured = (objective(eps * direction) - objective(-eps * direction)) / (2 * eps)
+    assert_close((gradient * direction).sum(), measured, rtol=1e-5, atol=1e-9)
+    assert gradient.abs().max() > 0
+
+
+def test_backward_hooks_and_parameter_gradients(tokens):
+    """Listening does not disturb the gradients of parameters, and bwd hooks see theirs."""
+    model = HookedRecurrent.from_hf(make_hf())
+    model(tokens, return_type="loss").backward()
+    plain = {name: p.grad.clone() for name, p in model.hf_model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    _, cache = model.run_with_cache(
+        tokens,
+        return_type="loss",
+        incl_bwd=True,
+        names_filter=[f"blocks.{LAYER}.mixer.hook_write", "blocks.0.hook_resid_pre"],
+    )
+    assert cache[f"blocks.{LAYER}.mixer.hook_write_grad"].shape == shape_of("BTHKV")
+    assert cache[f"blocks.{LAYER}.mixer.hook_write_grad"].abs().max() > 0
+    for name, parameter in model.hf_model.named_parameters():
+        if parameter.grad is not None:
+            assert_close(parameter.grad, plain[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+@torch.no_grad()
+def test_run_with_cache_leaves_matrices_out_unless_named(model, tokens):
+    _, cache = model.run_with_cache(tokens)
+    assert isinstance(cache, ActivationCache) and not any(is_matrix(name) for name in cache)
+    assert cache["resid_pre", 2].shape == shape_of("BTD")
+    _, sliced = model.run_with_cache(tokens, names_filter=f"blocks.{LAYER}.mixer.hook_write", pos_slice=-1)
+    assert sliced[f"blocks.{LAYER}.mixer.hook_write"].shape == (2, 1, 4, 8, 6)
+    _, partial = model.run_with_cache(tokens, stop_at_layer=2)
+    assert all(int(name.split(".")[1]) < 2 for name in partial if name.startswith("blocks."))
+
+
+@torch.no_grad()
+def test_transformer_lens_patching_helpers(model, tokens):
+    """generic_activation_patch and friends, unchanged."""
+    clean, corrupted = tokens[:1, :12], tokens[1:, :12]
+    _, cache = model.run_with_cache(clean)
+
+    def metric(logits):
+        return logits[0, -1, 5]
+
+    by_position = patching.get_act_patch_resid_pre(model, corrupted, cache, metric)
+    assert by_position.shape == (4, 12)
+    assert_close(
+        by_position[0, -1], metric(model(torch.cat([corrupted[:, :-1], clean[:, -1:]], 1))), rtol=1e-4, atol=1e-5
+    )
+    for helper in (patching.get_act_patch_attn_out, patching.get_act_patch_mlp_out):
+        assert helper(model, corrupted, cache, metric).shape == (4, 12)
+    generic = patching.generic_activation_patch(
+        model,
+        corrupted,
+        cache,
+        metric,
+        patching.layer_pos_patch_setter,
+        "mixer_out",
+        index_df=pd.DataFrame({"layer": [0, 1, 2], "pos": [3, 4, 5]}),
+    )
+    assert generic.shape == (3,) and torch.isfinite(generic).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("blocks.1.mixer.hook_writ", "nearest: blocks.1.mixer.hook_write"),
+        ("blocks.3.mixer.hook_write", "block 3 is attention and has no writes"),
+        ("blocks.1.mixer.heads.9.hook_write", "layer 1 has heads 0 to 3"),
+        ("hook_embd", "nearest: hook_embed"),
+    ],
+)
+def test_unknown_names_say_what_is_near(model, tokens, name, hint):
+    for call in (
+        lambda: model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: None)]),
+        lambda: model.run_with_cache(tokens, names_filter=[name]),
+    ):
+        with pytest.raises(UnknownHookError, match=hint):
+            call()
+    with pytest.raises(UnknownHookError, match="matches none"):
+        model.run_with_hooks(tokens, fwd_hooks=[(lambda name: False, lambda x, hook: None)])
+
+
+@torch.no_grad()
+def test_a_hook_that_does_not_fire_is_an_error(model, tokens):
+    late = [("blocks.3.hook_resid_post", lambda x, hook: None)]
+    with pytest.raises(HookDidNotFireError, match=r"blocks\.3\.hook_resid_post"):
+        model.run_with_hooks(tokens, fwd_hooks=late, stop_at_layer=2)
+    with model.hooks(late):
+        pass  # nothing ran, nothing is claimed
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+@torch.no_grad()
+def test_a_wrong_shape_names_hook_expected_and_found(model, tokens):
+    wrong = [("blocks.1.mixer.hook_write", lambda x, hook: x[:, :1])]
+    with pytest.raises(HookShapeError, match=r"blocks\.1.mixer.hook_write.*\[2, 70, 4, 8, 6\].*\[2, 1, 4, 8, 6\]"):
+        model.run_with_hooks(tokens, fwd_hooks=wrong)
+
+
+@torch.no_grad()
+def test_something_in_the_place_of_a_hook_point_is_met(model, tokens):
+    """An SAE is attached by putting a module where the hook point was."""
+
+    class Doubling(torch.nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    plain = model(tokens)
+    head = model.blocks[LAYER].mixer.heads[HEAD]
+    head.hook_write_vec = Doubling()
+    with_it = model(tokens)
+    head.hook_write_vec = HookPoint()
+    model.setup()
+    expected = model.run_with_hooks(
+        tokens, fwd_hooks=[(f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write", lambda x, hook: 2 * x)]
+    )
+    assert torch.equal(with_it, expected) and not torch.equal(with_it, plain)
