@@ -109,9 +109,12 @@ def cluster_bootstrap(
         return Bootstrap(estimate, Interval(np.nan, np.nan), len(x), 1)
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=n_resamples)
-    step = max(1, _CHUNK_FLOATS // len(x))
-    chunks = [draws[i : i + step, codes].astype(float) for i in range(0, n_resamples, step)]
-    resampled = np.concatenate([statistic(x, weights) for weights in chunks])
+    if statistic is weighted_mean:  # needs no more than the sum and size of each cluster
+        resampled = draws @ np.bincount(codes, x) / (draws @ np.bincount(codes))
+    else:
+        step = max(1, _CHUNK_FLOATS // len(x))
+        chunks = [draws[i : i + step, codes].astype(float) for i in range(0, n_resamples, step)]
+        resampled = np.concatenate([statistic(x, weights) for weights in chunks])
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Bootstrap(estimate, Interval(float(low), float(high)), len(x), n_clusters)
 
@@ -246,9 +249,7 @@ def _checked(name: str, values: ArrayLike) -> Array:
     if x.ndim != 1 or x.size == 0:
         raise ValueError(f"{name} must be a non-empty 1-D array, found shape {x.shape}")
     if np.isnan(x).any():
-        raise ValueError(
-            f"{name} holds {int(np.isnan(x).sum())} NaN among {x.size} values; drop or mend them first"
-        )
+        raise ValueError(f"{name} holds {int(np.isnan(x).sum())} NaN among {x.size} values; drop or mend them first")
     return x
 
 

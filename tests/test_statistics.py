@@ -53,9 +53,7 @@ def test_bootstrap_of_identical_members_is_that_of_the_cluster_means() -> None:
     fine = S.cluster_bootstrap(np.repeat(means, 25), np.repeat(np.arange(60), 25), seed=3)
     assert fine.interval == pytest.approx(S.cluster_bootstrap(means, np.arange(60), seed=3).interval)
     naive = S.cluster_bootstrap(np.repeat(means, 25), np.arange(1500), seed=3).interval
-    assert (fine.interval.high - fine.interval.low) > 4 * (
-        naive.high - naive.low
-    )  # sqrt(25) = 5 in expectation
+    assert (fine.interval.high - fine.interval.low) > 4 * (naive.high - naive.low)  # sqrt(25) = 5 in expectation
 
 
 def test_bootstrap_is_seeded_and_takes_any_ids() -> None:
@@ -75,6 +73,12 @@ def test_bootstrap_chunks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPat
     whole = S.cluster_bootstrap(x, ids, S.weighted_median)
     monkeypatch.setattr(S, "_CHUNK_FLOATS", 50 * 7)
     assert S.cluster_bootstrap(x, ids, S.weighted_median) == whole
+
+
+def test_bootstrap_of_the_mean_has_a_shortcut_with_the_same_answer() -> None:
+    x, ids = np.random.default_rng(0).normal(size=50), np.arange(50) // 7
+    general = S.cluster_bootstrap(x, ids, lambda values, weights: S.weighted_mean(values, weights))
+    assert S.cluster_bootstrap(x, ids).interval == pytest.approx(general.interval, abs=1e-12)
 
 
 def test_bootstrap_coverage_on_clustered_wins() -> None:

@@ -1,0 +1,275 @@
+"""Figures of the report as inline SVG that follows the page's colours, light or dark.
+
+Figures are drawn with placeholder colours that are then replaced by CSS variables, and their text stays text.
+One panel is about as wide as a phone, so a page can lay panels out in a grid.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from sae_lens_writesae.conditions import CONTROLS
+from sae_lens_writesae.summary import Summary
+
+_VARIABLES = {
+    "#010203": "ink",
+    "#010204": "muted",
+    "#010205": "grid",
+    "#010206": "atom",
+    "#010207": "rival",
+    "#010208": "paper",
+    "#010209": "soft",
+}
+INK, MUTED, GRID, ATOM, RIVAL, PAPER, SOFT = _VARIABLES
+
+#: Names of conditions as a reader meets them in figures and tables.
+NAMES = {
+    "native": "native (no-op)",
+    "delete": "delete",
+    "atom": "atom",
+    "random": "random direction",
+    "shuffled": "shuffled atom",
+    "elsewhere": "write from elsewhere",
+    "state": "state direction",
+    "mean": "mean write",
+}
+SCALE_NAMES = {"coefficient": "coefficient", "matched": "matched norm", "least_squares": "least squares"}
+_MARKERS = {"coefficient": "o", "matched": "s", "least_squares": "D"}
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": INK,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "ytick.major.size": 0,
+    "xtick.major.size": 0,
+    "lines.solid_capstyle": "round",
+}
+
+
+class HeadPoint(NamedTuple):
+    """One head in the figure of win rates by memory."""
+
+    label: str
+    target: str  # write or state
+    half_life: float
+    capped: bool  # the half-life is at least that long
+    rate: float
+    low: float
+    high: float
+
+
+def win_rate_figure(summary: Summary, rivals: Sequence[str] = ()) -> str:
+    """Share of firings on which each condition is nearer to the native model than deletion, at every scale.
+
+    Rows: the atom, then the controls; `rivals` are drawn in the colour of an explanation. Bars are cluster
+    intervals.
+    """
+    table: Any = summary.comparisons
+    table = table[table["b"] == "delete"]
+    names = [n for n in ("atom", *CONTROLS) if (table["a"] == n).any()]
+    scales = list(dict.fromkeys(table["scale"]))
+    figure, axes = _panel(2.05 + 0.14 * len(names))
+    for row, name in enumerate(names):
+        for i, scale in enumerate(scales):
+            one = table[(table["a"] == name) & (table["scale"] == scale)].iloc[0]
+            y = row + (i - (len(scales) - 1) / 2) * 0.24
+            colour = _colour(name, rivals)
+            axes.plot([one["boot_low"], one["boot_high"]], [y, y], color=colour, lw=1.6, alpha=0.55)
+            axes.plot(one["rate"], y, _MARKERS[scale], color=colour, ms=4.6, mec=PAPER, mew=0.7)
+    axes.axvline(0.5, color=MUTED, lw=0.8, ls=(0, (3, 3)))
+    axes.set_yticks(range(len(names)), [NAMES[n] for n in names])
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    _percent_axis(axes)
+    axes.set_xlabel("firings nearer to the native model than deletion")
+    for scale in scales:
+        axes.plot([], [], _MARKERS[scale], color=MUTED, ms=4.6, label=SCALE_NAMES[scale])
+    _legend(figure, len(scales))
+    return _svg(figure, "Win rates against deletion")
+
+
+def kl_figure(wide: pd.DataFrame, scale: str, floor: float, rivals: Sequence[str] = ()) -> str:
+    """Distribution over firings of the KL of every condition:
+
+    median, quartiles and the 5-95 % range, log axis.
+    """
+    columns = {name: f"{name}/{scale}" for name in ("atom", *CONTROLS)}
+    columns = {"delete": "delete"} | {name: column for name, column in columns.items() if column in wide}
+    figure, axes = _panel(1.65 + 0.16 * len(columns))
+    lowest = np.inf
+    for row, (name, column) in enumerate(columns.items()):
+        kl = np.asarray(wide[column], dtype=float)
+        five, q1, median, q3, ninety_five = np.quantile(np.maximum(kl, 1e-16), [0.05, 0.25, 0.5, 0.75, 0.95])
+        lowest = min(lowest, five)
+        colour = _colour(name, rivals)
+        axes.plot([five, ninety_five], [row, row], color=colour, lw=1.1, alpha=0.6)
+        axes.plot([q1, q3], [row, row], color=colour, lw=7, alpha=0.4, solid_capstyle="butt")
+        axes.plot(median, row, "|", color=colour, ms=11, mew=2.2)
+    deletion = float(np.median(np.asarray(wide["delete"], dtype=float)))
+    axes.axvline(max(deletion, 1e-16), color=MUTED, lw=0.8, ls=(0, (3, 3)))
+    if floor > lowest / 100:
+        axes.axvspan(axes.get_xlim()[0] / 10, floor, color=GRID, alpha=0.6, lw=0)
+    axes.set_xscale("log")
+    axes.set_xlim(left=lowest / 2)
+    axes.set_yticks(range(len(columns)), [NAMES[name] for name in columns])
+    axes.set_ylim(len(columns) - 0.45, -0.6)
+    axes.grid(axis="x", color=GRID, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("KL from native, nats (log scale)")
+    return _svg(figure, f"KL by condition at scale {scale}")
+
+
+def quartile_figure(summary: Summary, scale: str, rivals: Sequence[str] = ()) -> str:
+    """Win rate against deletion by quartile of the deletion effect;
+
+    the atom with its interval, controls as lines.
+    """
+    table: Any = summary.quartiles
+    table = table[table["scale"] == scale]
+    figure, axes = _panel(2.35)
+    ends = []
+    for name in [n for n in (*CONTROLS, "atom") if (table["condition"] == n).any()]:
+        one = table[table["condition"] == name]
+        colour = _colour(name, rivals)
+        x, y = one["quartile"].to_numpy(), one["rate"].to_numpy()
+        strong = name == "atom" or name in rivals
+        if name == "atom":
+            axes.fill_between(x, one["boot_low"], one["boot_high"], color=colour, alpha=0.16, lw=0)
+        axes.plot(x, y, "-o", color=colour, lw=1.9 if strong else 0.9, ms=4 if strong else 2.5)
+        ends.append((float(y[-1]), NAMES[name], colour))
+    _label_ends(axes, ends, x=4.12, gap=0.085)
+    axes.axhline(0.5, color=MUTED, lw=0.8, ls=(0, (3, 3)))
+    medians = table[table["condition"] == "atom"]["delete_median"]
+    axes.set_xticks([1, 2, 3, 4], [f"Q{q}\n{value:.2g}" for q, value in zip((1, 2, 3, 4), medians)])
+    axes.set_xlim(0.8, 6.1)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "50 %", "", "100 %"])
+    axes.set_xlabel("quartile of the deletion effect (median KL, nats)", loc="left")
+    axes.spines["bottom"].set_bounds(0.8, 4.2)
+    return _svg(figure, f"Win rate by deletion effect at scale {scale}")
+
+
+def cosine_figure(summary: Summary, scale: str) -> str:
+    """Per atom:
+
+    win rate against deletion over the median cosine of atom and write; area is the number of firings.
+    """
+    table: Any = summary.atoms
+    table = table[table["scale"] == scale]
+    figure, axes = _panel(2.1)
+    axes.axvspan(0.5, 1.02, color=GRID, alpha=0.45, lw=0)
+    axes.scatter(table["cosine"], table["rate"], s=4 + 3 * table["n"], color=ATOM, alpha=0.5, lw=0)
+    axes.axhline(0.5, color=MUTED, lw=0.8, ls=(0, (3, 3)))
+    axes.set_xlim(min(-0.05, float(table["cosine"].min()) - 0.05), 1.02)
+    axes.set_ylim(-0.05, 1.05)
+    axes.set_yticks([0, 0.5, 1], ["0", "50 %", "100 %"])
+    axes.set_xlabel("median cosine of atom and native write; shaded: > 1/2")
+    return _svg(figure, f"Win rate of each atom by cosine at scale {scale}")
+
+
+def half_life_figure(points: Sequence[HeadPoint]) -> str:
+    """Win rate of the atom against deletion by the memory of the head:
+
+    filled write-trained, open state-trained.
+    """
+    figure, axes = _panel(2.5)
+    for point in points:
+        written = point.target == "write"
+        colour = ATOM if written else RIVAL
+        axes.plot([point.half_life] * 2, [point.low, point.high], color=colour, lw=1.4, alpha=0.5)
+        marker = ">" if point.capped else "o"
+        face = colour if written else PAPER
+        axes.plot(point.half_life, point.rate, marker, color=colour, mfc=face, ms=6)
+    axes.axhline(0.5, color=MUTED, lw=0.8, ls=(0, (3, 3)))
+    axes.set_xscale("log", base=2)
+    lives = [point.half_life for point in points]
+    axes.set_xlim(min(lives) / 1.5, max(lives) * 1.5)
+    low, high = np.log2(axes.get_xlim())
+    ticks = [2.0**i for i in range(int(np.ceil(low)), int(np.floor(high)) + 1)]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(0, 1.03)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "50 %", "", "100 %"])
+    axes.grid(axis="y", color=GRID, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("half-life of a write in the head, tokens")
+    axes.plot([], [], "o", color=ATOM, label="write-trained")
+    axes.plot([], [], "o", color=RIVAL, mfc=PAPER, label="state-trained")
+    _legend(figure, 2)
+    return _svg(figure, "Win rate by the memory of the head")
+
+
+def _panel(height: float) -> tuple[Figure, Axes]:
+    """A figure of a phone's width, in inches of 100 units."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(3.9, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+    figure.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    return figure, axes
+
+
+def _colour(name: str, rivals: Sequence[str]) -> str:
+    if name == "atom":
+        return ATOM
+    return RIVAL if name in rivals else INK if name == "delete" else SOFT
+
+
+def _percent_axis(axes: Axes) -> None:
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
+    axes.grid(axis="x", color=GRID, lw=0.6)
+    axes.set_axisbelow(True)
+
+
+def _legend(figure: Figure, columns: int) -> None:
+    figure.legend(
+        loc="outside upper left",
+        ncols=columns,
+        frameon=False,
+        fontsize=8,
+        handletextpad=0.3,
+        columnspacing=1.2,
+        borderaxespad=0.1,
+        labelcolor=MUTED,
+    )
+
+
+def _label_ends(axes: Axes, ends: list[tuple[float, str, str]], *, x: float, gap: float) -> None:
+    """Names at the ends of lines, moved apart so that they do not overlap."""
+    at = -np.inf
+    for y, name, colour in sorted(ends):
+        at = max(y, at + gap)
+        axes.text(x, at, name, color=colour, fontsize=8, va="center")
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """The figure as an SVG element: CSS variables for colours, no fixed size, a title for screen readers."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    for placeholder, variable in _VARIABLES.items():
+        text = text.replace(placeholder, f"var(--{variable})")
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 role="img" width="100%"', text, count=1)
+    text = re.sub(r"font: ([^;\"]*?)px [^;\"]*", r"font-size: \1px", text)
+    return re.sub(r"(<svg[^>]*>)", rf"\1<title>{title}</title>", text, count=1)

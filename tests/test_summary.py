@@ -1,0 +1,165 @@
+"""Summaries of made-up results with a known answer, verdict rules, and saving."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fake_substitution as fake
+import numpy as np
+import pandas as pd
+import pytest
+from fake_substitution import EXPLAINED, FAILS, HOLDS, NO_EFFECT
+
+from sae_lens_writesae import statistics as stats
+from sae_lens_writesae.substitution_config import SubstitutionConfig
+from sae_lens_writesae.substitution_result import SubstitutionInfo, SubstitutionResult
+
+
+def fake_result(*args: Any, **kwargs: Any) -> Any:
+    return fake.fake_result(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "medians, floor, outcome, controls",
+    [
+        (HOLDS, 0.0, "holds", ()),
+        (FAILS, 0.0, "fails", ()),
+        (EXPLAINED, 0.0, "explained", ("state",)),
+        (NO_EFFECT, 1e-12, "below the floor", ()),
+    ],
+)
+def test_verdicts(medians, floor, outcome, controls) -> None:
+    verdicts = fake_result(medians, floor=floor).summary().verdicts
+    assert {v.outcome for v in verdicts.values()} == {outcome}
+    assert {v.controls for v in verdicts.values()} == {controls}
+    assert set(verdicts) == {"coefficient", "matched", "least_squares"}
+
+
+def test_a_control_that_beats_deletion_but_loses_to_the_atom_explains_nothing() -> None:
+    summary = fake_result({"delete": 1.0, "atom": 0.1, "state": 0.5}).summary()
+    assert summary.rate("state", "delete", "matched")["boot_low"] > 0.5
+    assert summary.verdicts["matched"].outcome == "holds"
+
+
+def test_numbers_are_those_of_the_statistics() -> None:
+    result = fake_result(HOLDS)
+    summary, wide = result.summary(), result.wide()
+    row = summary.rate("atom", "delete", "matched")
+    rate = stats.win_rate(wide["atom/matched"], wide["delete"], wide["sequence"])
+    assert row["rate"] == rate.rate == (wide["atom/matched"] < wide["delete"]).mean()
+    assert (row["wilson_low"], row["boot_high"]) == (rate.wilson.low, rate.bootstrap.high)
+    assert row["median_ratio"] == pytest.approx(np.median(wide["atom/matched"] / wide["delete"]))
+    assert row["cliffs_delta"] == stats.cliffs_delta(wide["atom/matched"], wide["delete"])
+    assert row["cliffs_delta"] != row["sign_rate"] == pytest.approx(1 - 2 * rate.rate)
+    assert row["holm_p"] >= row["sign_flip_p"]
+    chain = summary.chains.set_index("scale").loc["matched"]
+    links: Any = (wide["atom/matched"] < wide["delete"]) & (wide["delete"] < wide["random/matched"])
+    assert chain["rate"] == links.mean()
+    assert summary.share_cosine_half == (wide["cosine"] > 0.5).mean()
+
+
+def test_tables_cover_every_condition_scale_and_pair() -> None:
+    summary = fake_result(HOLDS).summary()
+    assert len(summary.conditions) == 2 + 3 * 6
+    assert len(summary.comparisons) == 3 * (6 + 5)
+    assert len(summary.quartiles) == 3 * 6 * 4
+    one = summary.quartiles.query("scale == 'matched' and condition == 'atom'")
+    assert one["n"].tolist() == [60] * 4 and one["delete_median"].is_monotonic_increasing
+    assert summary.atoms.query("scale == 'matched'")["n"].sum() == 240
+    json.dumps(summary.to_dict(), allow_nan=False)
+    with pytest.raises(KeyError, match="atom < delete at matched"):
+        summary.rate("delete", "atom", "matched")
+
+
+def test_medians_and_the_floor() -> None:
+    result = fake_result(HOLDS, floor=0.5)
+    summary = result.summary()
+    table = summary.conditions.set_index(["condition", "scale"])
+    assert table.loc[("atom", "matched"), "median"] == pytest.approx(result.wide()["atom/matched"].median())
+    assert summary.floor == pytest.approx(result.wide()["native"].quantile(0.95))
+    assert table.loc[("atom", "matched"), "below_floor"] and not table.loc[("delete", "none"), "below_floor"]
+    assert not summary.floor_is_exact and fake_result(HOLDS).summary().floor_is_exact
+
+
+def test_the_cluster_widens_the_interval() -> None:
+    """Firings of one sequence share their effect on all conditions, so wins vary by atom and sequence alike
+    here;
+    what must differ is the number of clusters that is resampled."""
+    result = fake_result(HOLDS)
+    assert result.summary(cluster="sequence").n_clusters == 30
+    assert result.summary(cluster="atom").n_clusters == 20
+    with pytest.raises(ValueError, match="'prompt'"):
+        result.summary(cluster="prompt")
+
+
+def test_metrics_that_were_not_measured_are_refused() -> None:
+    result = fake_result(HOLDS, last_position=False)
+    assert "kl_last" not in result.metrics and "kl_at" in result.metrics
+    with pytest.raises(ValueError, match="'kl_last'"):
+        result.summary("kl_last")
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    result = fake_result(HOLDS, label="write-trained", last_position=False)
+    path = result.save(tmp_path / "deep" / "result")
+    assert [p.name for p in path.parent.iterdir()] == ["result.parquet"]  # nothing left beside it
+    loaded = SubstitutionResult.load(path)
+    assert loaded.info == result.info
+    pd.testing.assert_frame_equal(loaded.frame, result.frame)
+    assert loaded.summary("kl_at").to_dict() == result.summary("kl_at").to_dict()
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = fake_result(HOLDS).save(tmp_path / "result")
+    before = path.read_bytes()
+    monkeypatch.setattr("pyarrow.parquet.write_table", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        fake_result(FAILS).save(path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_load_says_what_is_wrong(tmp_path: Path) -> None:
+    other = tmp_path / "other.parquet"
+    pd.DataFrame({"x": [1]}).to_parquet(other)
+    with pytest.raises(ValueError, match="no substitution test"):
+        SubstitutionResult.load(other)
+    other.write_bytes(b"cut")
+    with pytest.raises(ValueError, match="no parquet file"):
+        SubstitutionResult.load(other)
+    with pytest.raises(ValueError, match="d_sae"):
+        SubstitutionInfo.from_dict({"config": {}})
+
+
+def test_results_are_checked() -> None:
+    result = fake_result(HOLDS)
+    with pytest.raises(ValueError, match="cosine"):
+        SubstitutionResult(result.frame.drop(columns="cosine"), result.info)
+    with pytest.raises(ValueError, match="empty"):
+        SubstitutionResult(result.frame.iloc[:0], result.info)
+    with pytest.raises(ValueError, match="two rows"):
+        SubstitutionResult(pd.concat([result.frame, result.frame.iloc[:1]]), result.info)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"atom_choice": "best"}, "own, argmax, found 'best'"),
+        ({"write": "state"}, "additive, corrected"),
+        ({"scales": ("matched", "unit")}, "found unit"),
+        ({"scales": ()}, "found none"),
+        ({"controls": ("random", "random")}, "once each"),
+        ({"horizon": 0}, "at least 1, found 0"),
+        ({"mean_write_energy": 1.5}, "found 1.5"),
+        ({"atoms": ()}, "empty"),
+        ({"atoms": (3, 3)}, "once each"),
+        ({"n_atoms": 0}, "n_atoms"),
+    ],
+)
+def test_config_refuses_nonsense(settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SubstitutionConfig(**settings)
+
+
+def test_config_survives_json() -> None:
+    config = SubstitutionConfig(atoms=(4, 2), scales=("matched",), label="x")
+    assert SubstitutionConfig(**json.loads(json.dumps(config.to_dict()))) == config
