@@ -57,7 +57,7 @@ class Split(NamedTuple):
     rest."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Recurrence:
     """Factors of one recurrent layer over one stretch of tokens.
 
@@ -98,6 +98,12 @@ class Recurrence:
         check(self)
         if self.beta is not None and self.a is None:
             object.__setattr__(self, "a", -self.beta[..., None] * self.k)
+
+    def __repr__(self) -> str:
+        decay = "no decay" if self.log_decay is None else f"log_decay {list(self.log_decay.shape)}"
+        erase = "no erase" if self.b is None else "erase along any a" if self.beta is None else "erase along k"
+        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in "BTHKV")
+        return f"Recurrence({sizes}, {decay}, {erase}, {self.dtype}, {self.device})"
 
     @property
     def B(self) -> int:

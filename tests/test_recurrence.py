@@ -1,0 +1,268 @@
+"""The interface of Recurrence: gradients, dtypes, choices, errors, and what results are written into."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from hookpoints import recurrence
+from hookpoints.examples import FORMS, random_recurrence
+from hookpoints.recurrence import Recurrence
+
+FIELDS = ("q", "k", "u", "log_decay", "a", "b", "beta", "initial_state")
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def r() -> Recurrence:
+    return random_recurrence("gdn", B=2, T=40, H=3, K=5, V=4, dtype=torch.float64, initial_state=True)
+
+
+def leaves_of(r: Recurrence) -> dict[str, torch.Tensor]:
+    """The factors that are inputs of their own: beta makes a."""
+    given = {name: getattr(r, name) for name in FIELDS if getattr(r, name) is not None}
+    if r.beta is not None:
+        del given["a"]
+    return {name: x.detach().clone().requires_grad_() for name, x in given.items()}
+
+
+@pytest.mark.parametrize("declare_beta", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_in_every_factor(form: str, declare_beta: bool) -> None:
+    r = random_recurrence(form, T=6, K=3, V=2, dtype=torch.float64, initial_state=True, declare_beta=declare_beta)
+    leaves = leaves_of(r)
+
+    def scanned(*factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(r.replace(**dict(zip(leaves, factors))).scan(chunk_size=3))
+
+    assert gradcheck(scanned, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("form", ["gdn", "kda", "rwkv7"])
+def test_gradients_of_states_probes_and_propagation(form: str) -> None:
+    r = random_recurrence(form, T=6, H=1, K=3, V=2, dtype=torch.float64, initial_state=True)
+    leaves = leaves_of(r)
+    v, w = normal(2, 3).requires_grad_(), normal(2, 2).requires_grad_()
+
+    def measured(v: torch.Tensor, w: torch.Tensor, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        changed = r.replace(**dict(zip(leaves, factors)))
+        states = changed.states(0, [0, 5], chunk_size=4)
+        return states, changed.project(v, w, 0), changed.propagate(v, 1, 0)
+
+    assert gradcheck(measured, (v, w, *leaves.values()))
+
+
+def test_gradients_over_several_spans_are_the_reference_ones(monkeypatch) -> None:
+    monkeypatch.setattr("hookpoints.chunk_walk._SPAN", {"cpu": 1})  # one chunk a span
+    for form in FORMS:
+        r = random_recurrence(form, T=70, dtype=torch.float64, initial_state=True)
+        leaves = leaves_of(r)
+        slopes = []
+        for method in ("chunked", "reference"):
+            outputs = r.replace(**leaves).outputs(method=method)
+            slopes.append(torch.autograd.grad(outputs.square().sum(), list(leaves.values())))
+        torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_and_returned_in_float32(dtype: torch.dtype) -> None:
+    r = random_recurrence("gdn", T=40).replace(q=normal(1, 40, 2, 8).to(dtype), u=normal(1, 40, 2, 6).to(dtype))
+    lifted = r.replace(q=r.q.float(), u=r.u.float())
+    assert r.dtype == torch.float32
+    same(r.outputs(), lifted.outputs(), 0.0)
+    same(r.states(0, 3), lifted.states(0, 3), 0.0)
+
+
+def test_autocast_does_not_reach_the_state() -> None:
+    r = random_recurrence("rwkv7", T=40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = r.scan()
+    same(inside.outputs, r.outputs(), 0.0)
+    same(inside.final_state, r.final_state(), 0.0)
+
+
+def test_nothing_uninitialised_is_returned(r: Recurrence, monkeypatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    assert r.states().isfinite().all()
+    assert r.states(1, [39, 0, 7, 7]).isfinite().all()
+    assert r.project(normal(3, 5), normal(3, 4), 1, feature_block=2).isfinite().all()
+
+
+def test_states_can_be_written_into_a_buffer(r: Recurrence) -> None:
+    out = torch.full((2, 3, 1, 5, 4), torch.nan, dtype=torch.float64)
+    assert r.states(-1, [1, 9, 30], out=out) is out
+    same(out, r.states(method="reference")[:, [1, 9, 30], 2:])
+    same(r.states(-1, [30, 1, 1], out=out), r.states(method="reference")[:, [30, 1, 1], 2:])
+    with pytest.raises(ValueError, match=r"out must be contiguous torch.float64 \[2, 2, 1, 5, 4\], found .* \[2, 3"):
+        r.states(0, [1, 2], out=out)
+    with pytest.raises(ValueError, match="no_grad"):
+        r.replace(u=r.u.clone().requires_grad_()).states(0, [1, 2, 3], out=out)
+
+
+def test_states_of_one_head_hold_little_besides_the_result() -> None:
+    """Peak memory, by the resident size of a process of its own: torch's allocations are not Python's.
+
+    The package's index is left out, which also shows that recurrences need nothing but torch.
+    """
+    program = f"""
+import json, resource, sys, types
+package = types.ModuleType("hookpoints")
+package.__path__ = [{str(Path(recurrence.__file__).parent)!r}]
+sys.modules["hookpoints"] = package
+from hookpoints import recurrence
+from hookpoints.examples import random_recurrence, torch
+torch.set_num_threads(1)
+r = random_recurrence("kda", T=2048, H=2, K=128, V=128)
+r.states(0, [9]), r.outputs()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+states = r.states(0)
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+print(json.dumps([grown, states.numel() * 4, "transformers" in sys.modules]))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    grown, result, more_than_torch = json.loads(run.stdout)
+    assert grown <= 1.2 * result
+    assert not more_than_torch
+
+
+def test_choices_of_rows_heads_and_tokens(r: Recurrence) -> None:
+    whole = r.outputs()
+    same(r.select(rows=1, heads=[2, 0]).outputs(), whole[1:, :, [2, 0]])
+    same(r.select(heads=torch.tensor(1), tokens=slice(0, 9)).outputs(), whole[:, :9, 1:2])
+    same(r.select(heads=slice(1, None)).final_state(), r.final_state()[:, 1:])
+    rest = r.select(heads=0, tokens=slice(9, 20), initial_state=r.states(0, 8)[:, 0])
+    same(rest.outputs(), whole[:, 9:20, :1])
+
+
+def test_open_and_closed_loop_differ_by_the_erase(r: Recurrence) -> None:
+    k, u = normal(2, 40, 3, 5), normal(2, 40, 3, 7)
+    closed, opened = r.with_write(k, u), r.with_write(k, u, loop="open")
+    assert closed.V == opened.V == 7
+    assert closed.beta is None
+    assert closed.a is r.a
+    assert opened.a is opened.b is None
+    assert not torch.allclose(closed.outputs(), opened.outputs())
+    plain = random_recurrence("mamba2", T=40, K=5, H=3, B=2, dtype=torch.float64)
+    same(plain.with_write(k, u).outputs(), plain.with_write(k, u, loop="open").outputs(), 0.0)
+
+
+def test_beta_only_saves_work(r: Recurrence) -> None:
+    assert r.a is not None
+    assert r.beta is not None
+    same(r.a, -r.beta[..., None] * r.k, 0.0)
+    undeclared = r.replace(a=r.a)
+    assert undeclared.beta is None
+    same(undeclared.outputs(), r.outputs())
+    same(undeclared.corrected_values(), r.corrected_values())
+    assert r.replace(u=2 * r.u).beta is r.beta
+    halved = r.replace(beta=r.beta / 2)
+    same(halved.outputs(), r.replace(a=r.a / 2).outputs())
+
+
+def test_writes(r: Recurrence) -> None:
+    additive = torch.einsum("bthk,bthv->bthkv", r.k, r.u)
+    same(r.write(), additive)
+    same(r.write(heads=[2, 0], positions=[-1, 3]), additive[:, [39, 3]][:, :, [2, 0]])
+    corrected = torch.einsum("bthk,bthv->bthkv", r.k, r.corrected_values(method="reference"))
+    same(r.write(1, slice(4, 6), kind="corrected"), corrected[:, 4:6, 1:2])
+    plain = random_recurrence("gla", dtype=torch.float64)
+    same(plain.write(kind="corrected"), plain.write(kind="additive"), 0.0)
+
+
+def test_work_grows_linearly_with_length(monkeypatch) -> None:
+    """Counted, not timed: chunks walked per token, and the numbers prepared at once."""
+    from hookpoints import chunk_walk
+
+    prepared: list[int] = []
+    original = chunk_walk._prepare
+
+    def counting(r: Recurrence, part: dict[str, torch.Tensor], reads: bool):
+        prepared.append(part["k"].numel())
+        return original(r, part, reads)
+
+    monkeypatch.setattr(chunk_walk, "_prepare", counting)
+    totals = {}
+    for length in (2048, 8192):
+        prepared.clear()
+        random_recurrence("kda", T=length, K=32, V=16).outputs()
+        assert max(prepared) <= 2**17
+        totals[length] = sum(prepared)
+    assert totals[8192] == 4 * totals[2048]
+
+
+def ones(*shape: int) -> torch.Tensor:
+    return torch.ones(shape)
+
+
+Q, U = ones(2, 5, 3, 4), ones(2, 5, 3, 6)
+WRONG = {
+    "q of other heads": (dict(q=ones(2, 5, 1, 4)), r"q must be \[B=2,T=5,H=3,K=4\].*found \[2, 5, 1, 4\]"),
+    "u of other length": (dict(u=ones(2, 4, 3, 6)), r"u must be \[B=2,T=5,H=3,V=6\].*found \[2, 4, 3, 6\]"),
+    "flat key": (dict(k=ones(2, 5, 12)), r"k must be \[B,T,H,K\], found \[2, 5, 12\]"),
+    "decay per value": (dict(log_decay=ones(2, 5, 3, 6)), r"log_decay must be \[B=2,T=5,H=3,K=4\]"),
+    "decay of two axes": (dict(log_decay=ones(2, 5)), r"log_decay must be"),
+    "value-first state": (dict(initial_state=ones(2, 3, 6, 4)), r"initial_state must be \[B=2,H=3,K=4,V=6\]"),
+    "half an erase": (dict(a=Q), "an erase needs b together with a .*found only a"),
+    "beta without b": (dict(beta=ones(2, 5, 3)), "found only beta"),
+    "no tokens": (dict(q=ones(2, 0, 3, 4), k=ones(2, 0, 3, 4), u=ones(2, 0, 3, 6)), "at least one row, token"),
+}
+
+
+@pytest.mark.parametrize("changes, message", WRONG.values(), ids=WRONG)
+def test_wrong_factors_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recurrence(**{"q": Q, "k": Q, "u": U, **changes})
+
+
+def test_integers_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"k must be a floating tensor, found torch\.int64"):
+        Recurrence(Q, Q.long(), U)
+
+
+MISUSES = {
+    "head": (lambda r: r.states(3), IndexError, "heads 3 is out of range for 3"),
+    "position": (lambda r: r.states(0, [0, 40]), IndexError, "positions 40 is out of range for 40"),
+    "method": (lambda r: r.outputs(method="fast"), ValueError, "'chunked', 'reference', found 'fast'"),
+    "chunk size": (lambda r: r.outputs(chunk_size=0), ValueError, "chunk_size must be at least 1, found 0"),
+    "loop": (lambda r: r.propagate(normal(1, 5), 0, 0, loop="half"), ValueError, "found 'half'"),
+    "kind": (lambda r: r.write(kind="dense"), ValueError, "'additive', 'corrected', found 'dense'"),
+    "vectors": (lambda r: r.propagate(normal(1, 4), 0, 0), ValueError, r"x must be \[N,K=5\].*\[1, 4\]"),
+    "start": (lambda r: r.propagate(normal(1, 5), 40, 0), IndexError, "start 40 is out of range for 40"),
+    "probes": (lambda r: r.project(normal(3, 5), normal(2, 4), 0), ValueError, r"one F, found v \[3, 5\]"),
+    "block": (lambda r: r.project(normal(3, 5), normal(3, 4), 0, feature_block=0), ValueError, "feature_block"),
+    "late tokens": (lambda r: r.select(tokens=slice(4, 9)), ValueError, "tokens from 4 on need initial_state="),
+    "stride": (lambda r: r.select(tokens=slice(0, 9, 2)), ValueError, "slice of step 1"),
+    "cut": (lambda r: r.split(40), ValueError, "0 < t < T=40, found 40"),
+    "no parts": (lambda r: Recurrence.cat([]), ValueError, "at least one"),
+    "unlike parts": (lambda r: Recurrence.cat([r, r.without_erase()]), ValueError, "parts of one form"),
+}
+
+
+@pytest.mark.parametrize("call, error, message", MISUSES.values(), ids=MISUSES)
+def test_misuse_is_refused(r: Recurrence, call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(r)
+
+
+def test_corrected_values_need_an_erase_along_the_key() -> None:
+    r = random_recurrence("rwkv7", T=20)
+    with pytest.raises(ValueError, match=r"erase a is along the write key.*row 0, token 0, head 0"):
+        r.corrected_values()
+
+
+def test_repr_names_sizes_not_numbers(r: Recurrence) -> None:
+    assert repr(r).startswith("Recurrence(B=2, T=40, H=3, K=5, V=4, log_decay [2, 40, 3], erase along k")

@@ -1,0 +1,180 @@
+"""What holds of every recurrence, over random shapes, rules, decays and chunk sizes, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from hookpoints.examples import Form, random_recurrence
+from hookpoints.recurrence import Recurrence
+
+FREE = Form("channel", "free")
+
+forms = st.builds(
+    Form,
+    decay=st.sampled_from(["none", "head", "channel"]),
+    erase=st.sampled_from(["none", "delta", "free"]),
+    read_before_write=st.booleans(),
+)
+along_key = forms.filter(lambda form: form.erase != "free")
+
+
+@st.composite
+def recurrences(draw, forms=forms, least_T=1) -> Recurrence:
+    """Any rule; lengths around and beyond several chunks; decays from none to a full reset."""
+    return random_recurrence(
+        draw(forms),
+        B=draw(st.integers(1, 2)),
+        T=draw(st.integers(least_T, 75)),
+        H=draw(st.integers(1, 3)),
+        K=draw(st.integers(1, 6)),
+        V=draw(st.integers(1, 6)),
+        dtype=torch.float64,
+        seed=draw(st.integers(0, 2**20)),
+        most_beta=draw(st.sampled_from([1.0, 2.0])),
+        strongest_decay=draw(st.sampled_from([1e-3, 0.3, 50.0, 1000.0])),
+        initial_state=draw(st.booleans()),
+        declare_beta=draw(st.booleans()),
+    )
+
+
+def exact(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-10) -> None:
+    assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+sizes = st.one_of(st.none(), st.integers(1, 80))
+often = settings(max_examples=150, deadline=None)
+seldom = settings(max_examples=80, deadline=None)
+
+
+@often
+@given(r=recurrences(), chunk_size=sizes)
+def test_chunked_is_the_reference(r: Recurrence, chunk_size: int | None) -> None:
+    fast, slow = r.scan(chunk_size=chunk_size), r.scan(method="reference")
+    exact(fast.outputs, slow.outputs)
+    exact(fast.final_state, slow.final_state)
+
+
+@often
+@given(r=recurrences(), data=st.data(), chunk_size=sizes)
+def test_states_are_those_of_the_reference(r: Recurrence, data, chunk_size: int | None) -> None:
+    heads = data.draw(st.one_of(st.none(), st.lists(st.integers(-r.H, r.H - 1), min_size=1, max_size=3)))
+    positions = data.draw(st.one_of(st.none(), st.lists(st.integers(-r.T, r.T - 1), min_size=1, max_size=8)))
+    found = r.states(heads, positions, chunk_size=chunk_size)
+    exact(found, r.states(heads, positions, method="reference"))
+
+
+@seldom
+@given(r=recurrences(least_T=2), data=st.data())
+def test_carrying_the_state_over_a_split_equals_one_pass(r: Recurrence, data) -> None:
+    t = data.draw(st.integers(1, r.T - 1))
+    left, right = r.split(t)
+    rest = right(left.final_state())
+    exact(torch.cat([left.outputs(), rest.outputs()], dim=1), r.outputs())
+    exact(rest.final_state(), r.final_state())
+    exact(Recurrence.cat([left, rest]).outputs(), r.outputs(), 0.0)
+
+
+@seldom
+@given(r=recurrences(), data=st.data())
+def test_an_edit_acts_by_its_propagated_key_and_nowhere_else(r: Recurrence, data) -> None:
+    head, t0 = data.draw(st.integers(0, r.H - 1)), data.draw(st.integers(0, r.T - 1))
+    x, y = normal(2, r.K), normal(2, r.V, seed=1)
+    p = r.propagate(x, t0, head)
+    reads = r.scale * r.q[:, t0:, head]
+    if r.read_before_write:
+        p, reads = p[:, :, :-1], reads[:, 1:]
+    predicted = torch.zeros(2, r.B, r.T, r.H, r.V, dtype=r.dtype)
+    effect = torch.einsum("bntk,btk->nbt", p, reads)
+    predicted[:, :, r.T - effect.shape[2] :, head] = effect[..., None] * y[:, None, None]
+
+    def edited(n: int, size: float) -> torch.Tensor:
+        k, u = torch.zeros_like(r.k), torch.zeros_like(r.u)
+        k[:, t0, head], u[:, t0, head] = x[n], size * y[n]
+        return r.with_write(k, u).outputs()
+
+    exact(edited(0, 1.0), predicted[0])
+    exact(edited(1, -3.0), -3.0 * predicted[1])
+    exact(r.outputs() + edited(0, 1.0), _outputs_with(r, t0, head, x[0], y[0]))
+
+
+def _outputs_with(r: Recurrence, t0: int, head: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The outputs when x y^T is added to the state itself, between two passes."""
+    if t0 + 1 == r.T:
+        delta = torch.zeros_like(r.outputs())
+        if not r.read_before_write:
+            delta[:, t0, head] = (r.scale * r.q[:, t0, head] @ x)[:, None] * y
+        return r.outputs() + delta
+    left, right = r.split(t0 + 1)
+    state = left.final_state().clone()
+    state[:, head] += x[:, None] * y
+    outputs = left.outputs().clone()
+    if not r.read_before_write:
+        outputs[:, t0, head] += (r.scale * r.q[:, t0, head] @ x)[:, None] * y
+    return torch.cat([outputs, right(state).outputs()], dim=1)
+
+
+@seldom
+@given(r=recurrences(), data=st.data())
+def test_propagate_is_the_reference(r: Recurrence, data) -> None:
+    head, t0 = data.draw(st.integers(0, r.H - 1)), data.draw(st.integers(0, r.T - 1))
+    x = normal(r.B, 3, r.K)
+    for loop in ("closed", "open"):
+        found = r.propagate(x, t0, head, loop=loop)
+        assert found.shape == (r.B, 3, r.T - t0, r.K)
+        exact(found, r.propagate(x, t0, head, loop=loop, method="reference"))
+    if r.a is None:
+        exact(r.propagate(x, t0, head), r.propagate(x, t0, head, loop="open"), 0.0)
+
+
+@seldom
+@given(r=recurrences(), block=st.one_of(st.none(), st.integers(1, 4)), data=st.data())
+def test_a_probe_is_a_read_of_the_state(r: Recurrence, block: int | None, data) -> None:
+    head = data.draw(st.integers(0, r.H - 1))
+    v, w = normal(5, r.K), normal(5, r.V, seed=1)
+    dense = torch.einsum("fk,btkv,fv->btf", v, r.states(head, method="reference")[:, :, 0], w)
+    exact(r.project(v, w, head, feature_block=block), dense)
+    exact(r.project(v, w, head, method="reference"), dense)
+
+
+@seldom
+@given(r=recurrences(along_key))
+def test_corrected_values_leave_decay_alone_between_states(r: Recurrence) -> None:
+    states = r.states(method="reference")
+    before = torch.cat([r.zero_state()[:, None], states[:, :-1]], dim=1)
+    if r.log_decay is not None:
+        decay = r.log_decay.exp()
+        before = before * (decay[..., None] if decay.ndim == 4 else decay[..., None, None])
+    exact(before + r.write(kind="corrected"), states)
+    exact(r.corrected_values(), r.corrected_values(method="reference"))
+
+
+@seldom
+@given(r=recurrences())
+def test_without_writes_an_empty_state_stays_empty(r: Recurrence) -> None:
+    idle = r.with_write(r.k, torch.zeros_like(r.u))
+    assert not idle.outputs().any()
+    assert not idle.states().any()
+
+
+@seldom
+@given(r=recurrences(), data=st.data())
+def test_the_past_does_not_see_the_future(r: Recurrence, data) -> None:
+    t = data.draw(st.integers(0, r.T - 1))
+    k, u = r.k.clone(), r.u.clone()
+    k[:, t:], u[:, t:] = normal(*k[:, t:].shape), normal(*u[:, t:].shape)
+    exact(r.replace(k=k, u=u).outputs()[:, :t], r.outputs()[:, :t])
+
+
+@pytest.mark.parametrize("T", range(1, 12))
+def test_every_short_length(T: int) -> None:
+    r = random_recurrence(FREE, T=T, dtype=torch.float64, initial_state=True)
+    exact(r.outputs(), r.outputs(method="reference"))
+    exact(r.states(), r.states(method="reference"))
