@@ -22,7 +22,19 @@ UNSCALED: tuple[str, ...] = ("native", "delete")
 #: Controls: directions other than the atom's, written at the norm of the atom condition.
 CONTROLS: tuple[str, ...] = ("random", "shuffled", "elsewhere", "state", "mean")
 
-#: What every condition writes, for tables and reports.
+#: Names of conditions as a reader meets them in sentences, figures and tables.
+NAMES: Mapping[str, str] = {
+    "native": "native (no-op)",
+    "delete": "delete",
+    "atom": "atom",
+    "random": "random direction",
+    "shuffled": "shuffled atom",
+    "elsewhere": "write from elsewhere",
+    "state": "state direction",
+    "mean": "mean write",
+}
+
+#: What every condition writes.
 DEFINITIONS: Mapping[str, str] = {
     "native": "the native write again, through the edit path: a no-op that measures the floor",
     "delete": "nothing",
@@ -38,7 +50,7 @@ DEFINITIONS: Mapping[str, str] = {
 SCALE_DEFINITIONS: Mapping[str, str] = {
     "coefficient": "the SAE's own activation",
     "matched": "norm of the native write",
-    "least_squares": "projection of the native write on the atom (may be negative)",
+    "least_squares": "projection of the native write on the atom, possibly negative",
     "none": "no scale",
 }
 

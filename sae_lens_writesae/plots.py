@@ -4,6 +4,7 @@ Figures are drawn with placeholder colours that are then replaced by CSS variabl
 One panel is about as wide as a phone, so a page can lay panels out in a grid.
 """
 
+import html
 import io
 import re
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from sae_lens_writesae.conditions import CONTROLS
+from sae_lens_writesae.conditions import CONTROLS, NAMES
 from sae_lens_writesae.summary import Summary
 
 _VARIABLES = {
@@ -30,21 +31,10 @@ _VARIABLES = {
 }
 INK, MUTED, GRID, ATOM, RIVAL, PAPER, SOFT = _VARIABLES
 
-#: Names of conditions as a reader meets them in figures and tables.
-NAMES = {
-    "native": "native (no-op)",
-    "delete": "delete",
-    "atom": "atom",
-    "random": "random direction",
-    "shuffled": "shuffled atom",
-    "elsewhere": "write from elsewhere",
-    "state": "state direction",
-    "mean": "mean write",
-}
 SCALE_NAMES = {"coefficient": "coefficient", "matched": "matched norm", "least_squares": "least squares"}
 _MARKERS = {"coefficient": "o", "matched": "s", "least_squares": "D"}
 
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 9,
     "axes.edgecolor": GRID,
@@ -75,7 +65,7 @@ class HeadPoint(NamedTuple):
     high: float
 
 
-def win_rate_figure(summary: Summary, rivals: Sequence[str] = ()) -> str:
+def win_rate_figure(summary: Summary, rivals: Sequence[str] = (), name: str = "") -> str:
     """Share of firings on which each condition is nearer to the native model than deletion, at every scale.
 
     Rows: the atom, then the controls; `rivals` are drawn in the colour of an explanation. Bars are cluster
@@ -86,25 +76,25 @@ def win_rate_figure(summary: Summary, rivals: Sequence[str] = ()) -> str:
     names = [n for n in ("atom", *CONTROLS) if (table["a"] == n).any()]
     scales = list(dict.fromkeys(table["scale"]))
     figure, axes = _panel(2.05 + 0.14 * len(names))
-    for row, name in enumerate(names):
+    for row, condition in enumerate(names):
         for i, scale in enumerate(scales):
-            one = table[(table["a"] == name) & (table["scale"] == scale)].iloc[0]
+            one = table[(table["a"] == condition) & (table["scale"] == scale)].iloc[0]
             y = row + (i - (len(scales) - 1) / 2) * 0.24
-            colour = _colour(name, rivals)
+            colour = _colour(condition, rivals)
             axes.plot([one["boot_low"], one["boot_high"]], [y, y], color=colour, lw=1.6, alpha=0.55)
             axes.plot(one["rate"], y, _MARKERS[scale], color=colour, ms=4.6, mec=PAPER, mew=0.7)
     axes.axvline(0.5, color=MUTED, lw=0.8, ls=(0, (3, 3)))
     axes.set_yticks(range(len(names)), [NAMES[n] for n in names])
     axes.set_ylim(len(names) - 0.45, -0.55)
     _percent_axis(axes)
-    axes.set_xlabel("firings nearer to the native model than deletion")
+    axes.set_xlabel("nearer to native than deletion, % of firings", loc="right")
     for scale in scales:
         axes.plot([], [], _MARKERS[scale], color=MUTED, ms=4.6, label=SCALE_NAMES[scale])
     _legend(figure, len(scales))
-    return _svg(figure, "Win rates against deletion")
+    return _svg(figure, f"Win rates against deletion: {name}")
 
 
-def kl_figure(wide: pd.DataFrame, scale: str, floor: float, rivals: Sequence[str] = ()) -> str:
+def kl_figure(wide: pd.DataFrame, scale: str, floor: float, rivals: Sequence[str] = (), name: str = "") -> str:
     """Distribution over firings of the KL of every condition:
 
     median, quartiles and the 5-95 % range, log axis.
@@ -113,11 +103,11 @@ def kl_figure(wide: pd.DataFrame, scale: str, floor: float, rivals: Sequence[str
     columns = {"delete": "delete"} | {name: column for name, column in columns.items() if column in wide}
     figure, axes = _panel(1.65 + 0.16 * len(columns))
     lowest = np.inf
-    for row, (name, column) in enumerate(columns.items()):
+    for row, (condition, column) in enumerate(columns.items()):
         kl = np.asarray(wide[column], dtype=float)
         five, q1, median, q3, ninety_five = np.quantile(np.maximum(kl, 1e-16), [0.05, 0.25, 0.5, 0.75, 0.95])
         lowest = min(lowest, five)
-        colour = _colour(name, rivals)
+        colour = _colour(condition, rivals)
         axes.plot([five, ninety_five], [row, row], color=colour, lw=1.1, alpha=0.6)
         axes.plot([q1, q3], [row, row], color=colour, lw=7, alpha=0.4, solid_capstyle="butt")
         axes.plot(median, row, "|", color=colour, ms=11, mew=2.2)
@@ -131,11 +121,11 @@ def kl_figure(wide: pd.DataFrame, scale: str, floor: float, rivals: Sequence[str
     axes.set_ylim(len(columns) - 0.45, -0.6)
     axes.grid(axis="x", color=GRID, lw=0.6)
     axes.set_axisbelow(True)
-    axes.set_xlabel("KL from native, nats (log scale)")
-    return _svg(figure, f"KL by condition at scale {scale}")
+    axes.set_xlabel("KL from native, nats (log scale)", loc="right")
+    return _svg(figure, f"KL by condition at scale {scale}: {name}")
 
 
-def quartile_figure(summary: Summary, scale: str, rivals: Sequence[str] = ()) -> str:
+def quartile_figure(summary: Summary, scale: str, rivals: Sequence[str] = (), name: str = "") -> str:
     """Win rate against deletion by quartile of the deletion effect;
 
     the atom with its interval, controls as lines.
@@ -144,15 +134,15 @@ def quartile_figure(summary: Summary, scale: str, rivals: Sequence[str] = ()) ->
     table = table[table["scale"] == scale]
     figure, axes = _panel(2.35)
     ends = []
-    for name in [n for n in (*CONTROLS, "atom") if (table["condition"] == n).any()]:
-        one = table[table["condition"] == name]
-        colour = _colour(name, rivals)
+    for condition in [c for c in (*CONTROLS, "atom") if (table["condition"] == c).any()]:
+        one = table[table["condition"] == condition]
+        colour = _colour(condition, rivals)
         x, y = one["quartile"].to_numpy(), one["rate"].to_numpy()
-        strong = name == "atom" or name in rivals
-        if name == "atom":
+        strong = condition == "atom" or condition in rivals
+        if condition == "atom":
             axes.fill_between(x, one["boot_low"], one["boot_high"], color=colour, alpha=0.16, lw=0)
         axes.plot(x, y, "-o", color=colour, lw=1.9 if strong else 0.9, ms=4 if strong else 2.5)
-        ends.append((float(y[-1]), NAMES[name], colour))
+        ends.append((float(y[-1]), NAMES[condition], colour))
     _label_ends(axes, ends, x=4.12, gap=0.085)
     axes.axhline(0.5, color=MUTED, lw=0.8, ls=(0, (3, 3)))
     medians = table[table["condition"] == "atom"]["delete_median"]
@@ -162,10 +152,10 @@ def quartile_figure(summary: Summary, scale: str, rivals: Sequence[str] = ()) ->
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "50 %", "", "100 %"])
     axes.set_xlabel("quartile of the deletion effect (median KL, nats)", loc="left")
     axes.spines["bottom"].set_bounds(0.8, 4.2)
-    return _svg(figure, f"Win rate by deletion effect at scale {scale}")
+    return _svg(figure, f"Win rate by deletion effect at scale {scale}: {name}")
 
 
-def cosine_figure(summary: Summary, scale: str) -> str:
+def cosine_figure(summary: Summary, scale: str, name: str = "") -> str:
     """Per atom:
 
     win rate against deletion over the median cosine of atom and write; area is the number of firings.
@@ -180,7 +170,7 @@ def cosine_figure(summary: Summary, scale: str) -> str:
     axes.set_ylim(-0.05, 1.05)
     axes.set_yticks([0, 0.5, 1], ["0", "50 %", "100 %"])
     axes.set_xlabel("median cosine of atom and native write; shaded: > 1/2")
-    return _svg(figure, f"Win rate of each atom by cosine at scale {scale}")
+    return _svg(figure, f"Win rate of each atom by cosine at scale {scale}: {name}")
 
 
 def half_life_figure(points: Sequence[HeadPoint]) -> str:
@@ -234,7 +224,7 @@ def _colour(name: str, rivals: Sequence[str]) -> str:
 
 def _percent_axis(axes: Axes) -> None:
     axes.set_xlim(-0.02, 1.02)
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
     axes.grid(axis="x", color=GRID, lw=0.6)
     axes.set_axisbelow(True)
 
@@ -261,7 +251,10 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]], *, x: float, gap
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """The figure as an SVG element: CSS variables for colours, no fixed size, a title for screen readers."""
+    """The figure as an SVG element: CSS variables for colours, no fixed size, a title for screen readers.
+
+    Ids inside are made from the title, which must therefore be unique in a page.
+    """
     buffer = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -272,4 +265,4 @@ def _svg(figure: Figure, title: str) -> str:
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 role="img" width="100%"', text, count=1)
     text = re.sub(r"font: ([^;\"]*?)px [^;\"]*", r"font-size: \1px", text)
-    return re.sub(r"(<svg[^>]*>)", rf"\1<title>{title}</title>", text, count=1)
+    return re.sub(r"(<svg[^>]*>)", lambda tag: f"{tag[1]}<title>{html.escape(title)}</title>", text, count=1)

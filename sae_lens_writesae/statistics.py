@@ -8,6 +8,7 @@ bootstrap and Holm's rule.
 
 import itertools
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -107,8 +108,7 @@ def cluster_bootstrap(
     estimate = float(statistic(x, np.ones((1, len(x))))[0])
     if n_clusters == 1:
         return Bootstrap(estimate, Interval(np.nan, np.nan), len(x), 1)
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=n_resamples)
+    draws = _cluster_draws(n_clusters, n_resamples, seed)
     if statistic is weighted_mean:  # needs no more than the sum and size of each cluster
         resampled = draws @ np.bincount(codes, x) / (draws @ np.bincount(codes))
     else:
@@ -241,6 +241,17 @@ def quartile(values: ArrayLike) -> NDArray[np.int64]:
     x = _checked("values", values)
     ranks = stats.rankdata(x, method="ordinal") - 1
     return (1 + ranks * 4 // len(x)).astype(np.int64)
+
+
+@lru_cache(maxsize=4)
+def _cluster_draws(n_clusters: int, n_resamples: int, seed: int) -> NDArray[np.int64]:
+    """How often each cluster is drawn in each resample: [n_resamples, n_clusters]. Kept, since a report asks
+    for the
+    same draws a hundred times."""
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=n_resamples)
+    draws.flags.writeable = False
+    return draws
 
 
 def _checked(name: str, values: ArrayLike) -> Array:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from sae_lens_writesae import statistics as stats
+from sae_lens_writesae.conditions import NAMES
 from sae_lens_writesae.substitution_result import SubstitutionResult
 
 #: A no-op above this KL (nats) is not float32 rounding: float32 logits differ by 1e-5, KL goes with its
@@ -192,7 +193,8 @@ def _verdict(comparisons: Table, delete_median: float, floor: float, scale: str)
     """The rules in the docstring of `Verdict`."""
     table = comparisons[comparisons["scale"] == scale].set_index(["a", "b"])
     atom = table.loc[("atom", "delete")]
-    share = f"{atom['rate']:.1%} of {atom['n']} firings ({atom['boot_low']:.1%} to {atom['boot_high']:.1%})"
+    low, high = 100 * atom["boot_low"], 100 * atom["boot_high"]
+    share = f"{_percent(atom['rate'])} of {atom['n']} firings (95 % interval {low:.1f} to {high:.1f})"
     if delete_median <= floor:
         return Verdict(
             "below the floor",
@@ -207,7 +209,7 @@ def _verdict(comparisons: Table, delete_median: float, floor: float, scale: str)
     ]
     ties.sort(key=lambda c: -float(table.loc[(c, "delete"), "rate"]))
     if ties:
-        named = ", ".join(f"{c} ({table.loc[(c, 'delete'), 'rate']:.1%})" for c in ties)
+        named = ", ".join(f"{NAMES[c]} ({_percent(table.loc[(c, 'delete'), 'rate'])})" for c in ties)
         return Verdict(
             "explained",
             tuple(ties),
@@ -228,6 +230,10 @@ def _rate_columns(rate: stats.Rate) -> dict[str, float]:
         "n": rate.n,
         "n_clusters": rate.n_clusters,
     }
+
+
+def _percent(x: float) -> str:
+    return f"{100 * x:.1f}\u00a0%"
 
 
 def _column(name: str, scale: str) -> str:

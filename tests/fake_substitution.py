@@ -1,5 +1,7 @@
 """Substitution results made up from chosen medians, for tests of summaries and reports."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -25,10 +27,11 @@ def fake_result(
     per_sequence: int = 8,
     head: int = 2,
     seed: int = 0,
+    **settings: Any,
 ) -> SubstitutionResult:
     """Log-normal KLs with an effect of the firing and of its sequence, shared by all conditions."""
     rng = np.random.default_rng(seed)
-    config = SubstitutionConfig(label=label, last_position_firings=None if last_position else 0)
+    config = SubstitutionConfig(label=label, last_position_firings=None if last_position else 0, **settings)
     n = n_sequences * per_sequence
     sequence = np.repeat(np.arange(n_sequences), per_sequence)
     shared = rng.normal(0, 0.5, n_sequences)[sequence] + rng.normal(0, 0.7, n)

@@ -1,0 +1,220 @@
+"""A self-contained HTML report of one or several substitution tests, side by side, with its numbers as JSON
+beside it.
+
+It reads like the results section of a paper: claim, the paper's number, the number measured here, controls,
+verdict. The words of the page are in `report_template.html`, figures in `plots.py`, verdict rules in
+`summary.Verdict`.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+
+from sae_lens_writesae import plots
+from sae_lens_writesae import report_text as text
+from sae_lens_writesae.conditions import CONTROLS, DEFINITIONS, NAMES, SCALE_DEFINITIONS
+from sae_lens_writesae.statistics import Rate, win_rate
+from sae_lens_writesae.substitution_result import SubstitutionResult
+from sae_lens_writesae.summary import EXACT_FLOOR, Summary, Verdict
+
+TITLE = "Can an atom stand in for the write it replaces?"
+
+
+class ReportFiles(NamedTuple):
+    """What was written."""
+
+    html: Path
+    json: Path
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One test in the report."""
+
+    result: SubstitutionResult
+    summary: Summary
+    scale: str
+    """Scale of the headline."""
+    name: str
+    """Label, made unique within the report."""
+    by_metric: dict[str, Rate]
+    """Atom against deletion at the headline scale, for every metric that was measured."""
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.summary.verdicts[self.scale]
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        """Controls that explain the headline result, or would:
+
+        those that beat deletion and are not beaten.
+        """
+        return self.verdict.controls
+
+
+def write_report(
+    results: SubstitutionResult | Sequence[SubstitutionResult],
+    path: str | Path,
+    *,
+    title: str = TITLE,
+    metric: str = "kl_window",
+    scale: str = "matched",
+    cluster: str = "sequence",
+) -> ReportFiles:
+    """Write `path` (.html) and the same numbers beside it (.json). Each is written aside and renamed.
+
+    Args:
+        results: tests to show side by side, e.g. a write-trained and a state-trained SAE of one head, or many
+        heads. title: heading of the page. metric: headline metric, of `substitution_result.METRICS`. scale:
+        headline scale; the others are in the tables and in figure 1, never mixed with it. cluster: "sequence"
+        or "atom", what the bootstrap resamples.
+
+    Raises:
+        ValueError: no result, or one without the metric or the scale.
+    """
+    entries = _entries([results] if isinstance(results, SubstitutionResult) else results, metric, scale, cluster)
+    target = Path(path).with_suffix(".html")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    numbers = {
+        "title": title,
+        "metric": metric,
+        "scale": scale,
+        "tests": [{"name": e.name, "info": e.result.info.to_dict(), **e.summary.to_dict()} for e in entries],
+    }
+    beside = target.with_suffix(".json")
+    _write(beside, json.dumps(numbers, indent=1, allow_nan=False))
+    _write(target, _render(entries, title, metric))
+    return ReportFiles(target, beside)
+
+
+def _entries(results: Sequence[SubstitutionResult], metric: str, scale: str, cluster: str) -> list[_Entry]:
+    if not results:
+        raise ValueError("a report needs at least one substitution result, found none")
+    names = text.unique_names([result.info for result in results])
+    entries = []
+    for result, name in zip(results, names):
+        scales = result.info.config.scales
+        if scale not in scales:
+            raise ValueError(f"scale {scale!r} was not run for {name}; there are {', '.join(scales)}")
+        by_metric = {}
+        for other in result.metrics:
+            wide = result.wide(other)
+            by_metric[other] = win_rate(wide[f"atom/{scale}"], wide["delete"], wide[cluster])
+        entries.append(_Entry(result, result.summary(metric, cluster), scale, name, by_metric))
+    return entries
+
+
+def _render(entries: list[_Entry], title: str, metric: str) -> str:
+    """The page."""
+    loader = jinja2.PackageLoader("sae_lens_writesae", "")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"pct": text.percent, "span": text.span, "num": text.number, "p": text.p_value}
+    scale = entries[0].scale
+    run = {s for e in entries for s in e.result.info.config.scales}
+    scales = [scale, *(s for s in SCALE_DEFINITIONS if s in run and s != scale)]  # the headline's first
+    return environment.get_template("report_template.html").render(
+        title=title,
+        metric=metric,
+        metric_names=text.METRIC_NAMES,
+        scale=scale,
+        scales=scales,
+        scale_names=plots.SCALE_NAMES,
+        scale_definitions=SCALE_DEFINITIONS,
+        names=NAMES,
+        definitions=DEFINITIONS,
+        controls=[c for c in CONTROLS if any(c in e.result.info.config.controls for e in entries)],
+        entries=entries,
+        lead=text.lead([e.verdict for e in entries], [e.name for e in entries], scale),
+        infos=[e.result.info for e in entries],
+        paper=text.PAPER,
+        claims=_claims(entries, scales),
+        figures=_figures(entries),
+        memory=_memory_figure(entries),
+        outcome=text.outcome,
+        kl_row=_kl_row,
+        exact_floor=EXACT_FLOOR,
+    )
+
+
+def _claims(entries: list[_Entry], scales: list[str]) -> list[dict[str, Any]]:
+    """Per scale, what the claims table shows of each entry (None where a scale was not run)."""
+    blocks = []
+    for scale in scales:
+        cells = []
+        for entry in entries:
+            summary = entry.summary
+            if scale not in summary.verdicts:
+                cells.append(None)
+                continue
+            chains: Any = summary.chains
+            chain = chains[chains["scale"] == scale]
+            controls = [c for c in CONTROLS if c in entry.result.info.config.controls]
+            best = max(controls, key=lambda c: summary.rate(c, "delete", scale)["rate"], default=None)
+            cells.append(
+                {
+                    "win": summary.rate("atom", "delete", scale),
+                    "chain": None if chain.empty else chain.iloc[0],
+                    "medians": [_kl_row(summary, name, scale) for name in ("atom", "delete", "random")],
+                    "best": best,
+                    "best_rate": None if best is None else summary.rate(best, "delete", scale),
+                    "against_best": None if best is None else summary.rate("atom", best, scale),
+                    "verdict": summary.verdicts[scale],
+                }
+            )
+        blocks.append({"scale": scale, "cells": cells})
+    return blocks
+
+
+def _kl_row(summary: Summary, name: str, scale: str) -> Any:
+    """The row of `summary.conditions`, None where the condition was not run."""
+    table: Any = summary.conditions
+    wanted = "none" if name in ("native", "delete") else scale
+    rows = table[(table["condition"] == name) & (table["scale"] == wanted)]
+    return None if rows.empty else rows.iloc[0]
+
+
+def _figures(entries: list[_Entry]) -> dict[str, list[str]]:
+    """Panels by figure, one per entry."""
+    return {
+        "wins": [plots.win_rate_figure(e.summary, e.rivals, e.name) for e in entries],
+        "kl": [
+            plots.kl_figure(e.result.wide(e.summary.metric), e.scale, e.summary.floor, e.rivals, e.name)
+            for e in entries
+        ],
+        "quartiles": [plots.quartile_figure(e.summary, e.scale, e.rivals, e.name) for e in entries],
+        "cosines": [plots.cosine_figure(e.summary, e.scale, e.name) for e in entries],
+    }
+
+
+def _memory_figure(entries: list[_Entry]) -> str | None:
+    """The figure by half-life, where there is more than one head."""
+    if len({(e.result.info.layer, e.result.info.head) for e in entries}) < 2:
+        return None
+    points = []
+    for e in entries:
+        rate, info = e.by_metric[e.summary.metric], e.result.info
+        capped = info.half_life >= info.half_life_limit
+        points.append(plots.HeadPoint(e.name, info.target, info.half_life, capped, rate.rate, *rate.bootstrap))
+    return plots.half_life_figure(points)
+
+
+def _write(path: Path, content: str) -> None:
+    """Written aside, then renamed: a reader never sees half a file."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", text=True)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+        os.replace(name, path)
+        path.chmod(0o644)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
