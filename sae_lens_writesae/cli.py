@@ -1,0 +1,143 @@
+"""The ``writesae`` command: demo, train, eval, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Matrix-atom sparse autoencoders on the memory of recurrent language models, and what their atoms do.",
+)
+console = Console()
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="Model to look into; *embedded* ships with the package.")] = "embedded",
+    layer: Annotated[int | None, typer.Option(help="Recurrent layer; default: one whose head has memory.")] = None,
+    head: Annotated[int | None, typer.Option(help="Head of that layer.")] = None,
+    training_tokens: Annotated[int, typer.Option(help="Tokens each SAE is trained on.")] = 150_000,
+    seed: Annotated[int, typer.Option(help="Seed of training, sampling and controls.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for report.html, report.json, the SAEs and the tables.")] = Path(
+        "writesae-out"
+    ),
+) -> None:
+    """The main job in a few minutes, offline, on a CPU.
+
+    Trains two sparse autoencoders on one head with memory, one on its **writes** and one on its **states**, with
+    SAELens' own runner. Then, where an atom fires, the model's own write is exchanged for the atom, and for controls
+    (nothing, random, another atom, another position's write, the state's top direction), and the change of the
+    next-token distribution is measured. The report puts both side by side.
+    """
+    from sae_lens_writesae.demo import DemoConfig, run_demo
+
+    with _clear_errors():
+        config = DemoConfig(model=model, layer=layer, head=head, training_tokens=training_tokens, seed=seed)
+        done = run_demo(config, out, say=console.print)
+    _show(done.results)
+    console.print(f"\nreport  {done.report.html}\nnumbers {done.report.json}, tables and SAEs in {done.folder}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def train(context: typer.Context) -> None:
+    """Train with SAELens' own command line, with our architectures and recurrent models.
+
+    Every flag is SAELens' (`writesae train --architecture writesae_batchtopk --help` lists them).
+    """
+    from sae_lens_writesae.train_cli import train_from_arguments
+
+    with _clear_errors():
+        train_from_arguments(context.args)
+
+
+@app.command("eval")
+def evaluate(
+    sae: Annotated[list[Path], typer.Argument(help="Folders of trained SAEs (cfg.json, sae_weights.safetensors).")],
+    model: Annotated[str | None, typer.Option(help="Model; default: the one named in the SAE's metadata.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file to test on; default: the package's held-out text.")] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences to find firings in.")] = 200,
+    context_size: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
+    atoms: Annotated[int, typer.Option(help="Atoms drawn uniformly from all alive ones.")] = 100,
+    firings: Annotated[int, typer.Option(help="Firings per atom, dealt over sequences.")] = 10,
+    atom_choice: Annotated[str, typer.Option(help="own: the firing's atom; argmax: the strongest there.")] = "own",
+    write: Annotated[str, typer.Option(help="Native write: additive k u^T (the paper's) or corrected.")] = "additive",
+    seed: Annotated[int, typer.Option(help="Seed of draws and controls.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the report and the tables.")] = Path("writesae-out"),
+) -> None:
+    """The substitution test on trained SAEs, with all controls and scales; writes a report.
+
+    Several SAEs (of one model) are shown side by side, for instance a write-trained beside a state-trained one.
+    """
+    from sae_lens_writesae.evaluate import evaluate_saes
+    from sae_lens_writesae.substitution_config import SubstitutionConfig
+
+    with _clear_errors():
+        config = SubstitutionConfig(
+            n_atoms=atoms,
+            firings_per_atom=firings,
+            atom_choice=atom_choice,  # type: ignore[arg-type]
+            write=write,  # type: ignore[arg-type]
+            seed=seed,
+        )
+        done = evaluate_saes(sae, out, config, model=model, text=text, sequences=sequences, context_size=context_size)
+    _show(done.results)
+    console.print(f"\nreport  {done.report.html}\nnumbers {done.report.json}")
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Saved substitution results.")],
+    out: Annotated[Path, typer.Option(help="Page to write.")] = Path("report.html"),
+    scale: Annotated[str, typer.Option(help="Headline scale: matched, coefficient or least_squares.")] = "matched",
+    metric: Annotated[str, typer.Option(help="Headline metric.")] = "kl_window",
+) -> None:
+    """One page from saved substitution results, side by side."""
+    from sae_lens_writesae.report import write_report
+    from sae_lens_writesae.substitution_result import SubstitutionResult
+
+    with _clear_errors():
+        files = write_report([SubstitutionResult.load(path) for path in results], out, scale=scale, metric=metric)
+    console.print(f"report  {files.html}\nnumbers {files.json}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+class _clear_errors:  # noqa: N801 - reads as the scope it is
+    """Errors that say what was asked and how to mend it are printed as they are; others keep their traceback."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from hookpoints import HookpointsError
+
+        if isinstance(error, (HookpointsError, ValueError, FileNotFoundError)):
+            console.print(f"[red]error[/red] {error}", highlight=False)
+            raise typer.Exit(2) from error
+
+
+def _show(results: Any) -> None:
+    """The finding in a few lines: how often atoms beat deletion, and what the controls do."""
+    from sae_lens_writesae.summary import headline_rows
+
+    table = Table(title="closer to the native model than deleting the write (matched norm, 95 % interval by sequence)")
+    for column in ("SAE", "condition", "wins", "interval", "median KL", "median KL of deletion"):
+        table.add_column(column)
+    for result in results:
+        for row in headline_rows(result):
+            table.add_row(*row)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""SAEs in the place of hook points: SAELens' ``add_sae`` and ``run_with_saes`` on recurrent models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sae_lens import HookedSAETransformer
+
+from hookpoints import HookedRecurrent
+
+
+class HookedSAERecurrent(HookedRecurrent):
+    """A HookedRecurrent to which SAEs can be attached, with SAELens' own methods.
+
+    ``add_sae``, ``reset_saes``, ``run_with_saes``, ``run_with_cache_with_saes``, ``run_with_hooks_with_saes`` and the
+    scope ``saes`` are those of ``sae_lens.HookedSAETransformer``, taken as they are: they need a tree of hook points,
+    not a transformer. An SAE on a head's write is met at each token of prefill and generation; with the error term the
+    model's outputs stay what they were.
+    """
+
+    add_sae = HookedSAETransformer.add_sae
+    reset_saes = HookedSAETransformer.reset_saes
+    run_with_saes = HookedSAETransformer.run_with_saes
+    run_with_cache_with_saes = HookedSAETransformer.run_with_cache_with_saes
+    run_with_hooks_with_saes = HookedSAETransformer.run_with_hooks_with_saes
+    saes = HookedSAETransformer.saes
+    acts_to_saes = HookedSAETransformer.acts_to_saes
+    _reset_sae = HookedSAETransformer._reset_sae
+    _compute_exclusion_mask = HookedSAETransformer._compute_exclusion_mask
+    _token_masks = HookedSAETransformer._token_masks
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._acts_to_saes: dict[str, Any] = {}
+        self._transcoder_output_hooks: dict[str, str] = {}
+
+    def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ``HookedRecurrent.forward``, with attached SAEs in force."""
+        with self._token_masks(input, kwargs):
+            return super().forward(input, *args, **kwargs)

@@ -1,0 +1,184 @@
+"""Training through SAELens' own runner, with interruptions that lose nothing, and recurrent models by class name."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import sae_lens.cache_activations_runner
+import sae_lens.llm_sae_training_runner
+import sae_lens.load_model
+import sae_lens.multi_sae_training_runner
+import torch
+from datasets import Dataset
+from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
+from sae_lens.registry import get_sae_training_class
+from sae_lens.training.sae_trainer import SAETrainer
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.targets import Target, check_hook, head_target
+
+MODEL_CLASS_NAME = "HookedRecurrent"
+"""``model_class_name`` that makes SAELens' runners load a hookpoints model."""
+
+_USERS = (
+    sae_lens.load_model,
+    sae_lens.llm_sae_training_runner,
+    sae_lens.cache_activations_runner,
+    sae_lens.multi_sae_training_runner,
+)
+"""The modules that bind ``load_model`` by name."""
+_MARK = "__writesae__"
+
+
+def register_model_class() -> None:
+    """Let SAELens' ``load_model`` know ``HookedRecurrent`` in every module that binds it. Repeating it is harmless.
+
+    SAELens loads models by a fixed chain of names, with no registry to add to.
+    """
+    for module in _USERS:
+        original: Callable[..., Any] = module.load_model  # type: ignore[attr-defined]
+        if not hasattr(original, _MARK):
+            module.load_model = _extended(original)  # type: ignore[attr-defined]
+
+
+def _extended(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_model(
+        model_class_name: str,
+        model_name: str,
+        device: str | torch.device | None = None,
+        model_from_pretrained_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if model_class_name == MODEL_CLASS_NAME:
+            return HookedRecurrent.from_pretrained(model_name, device=device, **(model_from_pretrained_kwargs or {}))
+        return original(model_class_name, model_name, device, model_from_pretrained_kwargs, **kwargs)
+
+    setattr(load_model, _MARK, True)
+    return load_model
+
+
+def training_config(
+    model: HookedRecurrent,
+    layer: int,
+    head: int,
+    *,
+    target: Target = "write",
+    architecture: str = "writesae_batchtopk",
+    d_sae: int = 2048,
+    sae: dict[str, Any] | None = None,
+    **runner: Any,
+) -> LanguageModelSAERunnerConfig[Any]:
+    """A SAELens runner config for one head of ``model``.
+
+    Args:
+        target: what is learned; see ``targets.Target``.
+        architecture: a registered training architecture.
+        d_sae: atoms.
+        sae: further fields of the SAE's config, such as ``{"k": 32, "encoder": "tied"}``.
+        runner: further fields of ``LanguageModelSAERunnerConfig``, such as ``training_tokens``.
+    """
+    place = head_target(model, layer, head, target)
+    _, config_class = get_sae_training_class(architecture)
+    defaults: dict[str, Any] = {
+        "model_name": model.cfg.model_name,
+        "model_class_name": MODEL_CLASS_NAME,
+        "hook_name": place.hook_name,
+        "seqpos_slice": place.seqpos_slice,
+        "prepend_bos": False,
+        "sequence_separator_token": None,
+        "streaming": False,
+        "is_dataset_tokenized": False,
+        "device": str(model.cfg.device),
+        "logger": LoggingConfig(log_to_wandb=False),
+        "n_checkpoints": 0,
+        "checkpoint_path": None,
+        "output_path": None,
+    }
+    fields: dict[str, Any] = {**place.sae_fields, "d_sae": d_sae, **(sae or {})}
+    return LanguageModelSAERunnerConfig(sae=config_class(**fields), **(defaults | runner))
+
+
+def text_dataset(text: str, min_characters: int = 2000) -> Dataset:
+    """Running text as a dataset with a ``text`` column, one document per ``min_characters`` or more of whole lines."""
+    documents: list[str] = []
+    part = ""
+    for line in text.splitlines(keepends=True):
+        part += line
+        if len(part) >= min_characters:
+            documents.append(part)
+            part = ""
+    return Dataset.from_dict({"text": [*documents, part] if part.strip() else documents})
+
+
+class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
+    """SAELens' runner, except that SIGINT and SIGTERM lose nothing.
+
+    SAELens saves neither weights nor optimizer when interrupted, and fails if the folder is missing. Here an interrupted
+    run leaves a whole checkpoint (weights, optimizer, schedule, position in the data) in
+    ``checkpoint_path/<samples>``, written aside and renamed; ``resume_from_checkpoint`` goes on from it.
+    """
+
+    def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], **overrides: Any):
+        super().__init__(cfg, **overrides)
+        if isinstance(self.model, HookedRecurrent):
+            check_hook(self.model, cfg)
+
+    def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
+        try:
+            with _signals_as_interrupts():
+                return trainer.fit()
+        except KeyboardInterrupt:
+            if self.cfg.checkpoint_path is not None:
+                saved = self.save_whole_checkpoint(trainer)
+                sae_lens.logger.warning(f"interrupted; resume with resume_from_checkpoint={str(saved)!r}")
+            raise
+
+    def save_whole_checkpoint(self, trainer: SAETrainer[Any, Any]) -> Path:
+        """Weights, optimizer, schedule and position, in ``checkpoint_path/<samples>``."""
+        base = Path(cast(str, self.cfg.checkpoint_path))
+        base.mkdir(parents=True, exist_ok=True)
+        name = str(trainer.n_training_samples)
+        with tempfile.TemporaryDirectory(dir=base, prefix=".writing-") as aside:
+            trainer.save_checkpoint(name, base_path=aside)
+            target = base / name
+            if not target.exists():
+                os.replace(Path(aside) / name, target)
+        return base / name
+
+
+@contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt, once: a second one does not cut the saving short. Restored after."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def interrupt(number: int, frame: Any) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    try:
+        before = [signal.signal(number, interrupt) for number in numbers]
+    except ValueError:  # not in the main thread, where signals do not arrive
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before):
+            # Ignored until here, so that what an interrupt is saving gets saved.
+            signal.signal(number, handler)
+
+
+def train(
+    cfg: LanguageModelSAERunnerConfig[Any], model: HookedRecurrent | None = None, dataset: Dataset | None = None
+) -> Any:
+    """Train an SAE with SAELens; returns the trained (training) SAE. ``model`` and ``dataset`` override those named."""
+    return WriteSAETrainingRunner(cfg, override_model=model, override_dataset=dataset).run()
