@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hookpoints import reference
 from hookpoints.chunk_walk import Chunk, walk
+from hookpoints.decay import wide_dtype
 from hookpoints.recurrence import Recurrence, ScanResult
 from hookpoints.recurrence_checks import tensors
 
@@ -43,8 +44,8 @@ def corrected_values(r: Recurrence, chunk_size: int | None = None) -> Tensor:
 def states(r: Recurrence, positions: list[int], out: Tensor | None = None, chunk_size: int | None = None) -> Tensor:
     """See `hookpoints.reference.states`.
 
-    Eight tokens at a time are one batched product from the state before them, written straight into the
-    result where no gradient is recorded; memory beside the result stays bounded.
+    Eight tokens at a time are one batched product from the state before them, written straight into
+    the result where no gradient is recorded; memory beside the result stays bounded.
     """
     if _loops(r) or not positions:
         return reference.states(r, positions, out)
@@ -63,17 +64,22 @@ def states(r: Recurrence, positions: list[int], out: Tensor | None = None, chunk
 def propagate(r: Recurrence, x: Tensor, start: int) -> Tensor:
     """See `hookpoints.reference.propagate`.
 
-    The vectors are the columns of a state [K,N] to which nothing is written; the rest is `states`.
+    Without an erase, cumulated decays. With one decay per head the vectors are the columns of a state [K,N] to
+    which nothing is written. Per channel with an erase the plain loop is as fast, and is taken.
     """
-    r, count = r.working(), r.T - start - 1
+    count = r.T - start - 1
+    if r.a is not None and (_per_channel(r) or count <= _FEW):
+        return reference.propagate(r, x, start)
+    first = x[:, :, None]
     if not count:
-        return x[:, :, None]
-    later = r.select(tokens=slice(start + 1, None), initial_state=r.zero_state())
+        return first
+    r = r.working().select(tokens=slice(start + 1, None), initial_state=r.zero_state())
+    if r.a is None:
+        return torch.cat([first, first * _cumulated(r)], dim=2)
     # What an erase writes lies along a, whatever the rule: declared so, there is one write a token.
-    erase = {} if later.a is None else {"k": later.a, "a": later.a, "beta": -torch.ones_like(later.a[..., 0])}
-    idle = later.replace(u=x.new_zeros(r.B, count, 1, x.shape[1]), initial_state=x.mT[:, None], **erase)
-    moved = states(idle, list(range(count)))[:, :, 0].permute(0, 3, 1, 2)
-    return torch.cat([x[:, :, None], moved], dim=2)
+    declared = {"k": r.a, "a": r.a, "beta": -torch.ones_like(r.a[..., 0])}
+    idle = r.replace(u=x.new_zeros(r.B, count, 1, x.shape[1]), initial_state=x.mT[:, None], **declared)
+    return torch.cat([first, *(_columns(chunk) for chunk in walk(idle))], dim=2)
 
 
 def project(r: Recurrence, v: Tensor, w: Tensor, feature_block: int | None = None) -> Tensor:
@@ -87,11 +93,10 @@ def project(r: Recurrence, v: Tensor, w: Tensor, feature_block: int | None = Non
     r = r.working()
     width = feature_block or _FEATURES
     blocks = [(a.contiguous(), b) for a, b in zip(v.mT.split(width, dim=1), w.mT.split(width, dim=1))]
-    per_channel = r.log_decay is not None and r.log_decay.ndim == 4
     carried = [r.zero_state()[:, 0] @ some_w for _, some_w in blocks]
-    if not per_channel:
+    if not _per_channel(r):
         carried = [(read * some_v).sum(1) for (some_v, _), read in zip(blocks, carried)]
-    step = _probe_channels if per_channel else _probe_heads
+    step = _probe_channels if _per_channel(r) else _probe_heads
     result = _Filled((r.B, r.T, len(v)), r, also=(v, w))
     for chunk in walk(r):
         probes = []
@@ -134,6 +139,24 @@ class _Filled:
         return self.out
 
 
+def _cumulated(r: Recurrence) -> Tensor:
+    """Decay of the only head from before the first token on, [B,1,T,1 or K]."""
+    if r.log_decay is None:
+        return r.q.new_ones(r.B, 1, r.T, 1)
+    total = r.log_decay[:, :, 0].to(wide_dtype(r.q)).cumsum(1).exp().to(r.dtype)
+    return total.reshape(r.B, 1, r.T, -1)
+
+
+def _columns(chunk: Chunk) -> Tensor:
+    """States of a chunk as vectors, [B,V,size,K], for one head, one decay per head and one write a token."""
+    decay, tokens = chunk.span.decay, slice(0, chunk.size)
+    (key,), (value,) = chunk.keys, chunk.values
+    weights = decay.between(chunk.place, tokens, tokens)[:, None, ..., 0] * value[:, tokens].mT[:, :, None]
+    kept = decay.since(chunk.place, 0, tokens)[:, None] * chunk.state.mT[:, :, None]
+    keys = key[:, None, tokens].expand(-1, value.shape[2], -1, -1)
+    return kept.flatten(0, 1).baddbmm_(weights.flatten(0, 1), keys.flatten(0, 1)).unflatten(0, kept.shape[:2])
+
+
 def _states_of_chunk(chunk: Chunk, rows: list[int], result: _Filled, heads: int) -> None:
     """Append the states at `rows` of the chunk."""
     state = chunk.state
@@ -159,11 +182,11 @@ def _expand(chunk: Chunk, state: Tensor, first: int, rows: list[int], into: Tens
     dense = len(rows) == rows[-1] + 1 - rows[0]
     at = slice(rows[0], rows[-1] + 1) if dense else rows
     between = decay.between(chunk.place, at, columns)
-    weighted = torch.cat([key[:, None, columns] * between for key in chunk.keys], dim=2).flatten(0, 1)
+    keys = torch.cat([key[:, None, columns] * between for key in chunk.keys], dim=2).flatten(0, 1)
     values = torch.cat([value[:, columns] for value in chunk.values], dim=1)[:, None]
-    found = torch.mul(state[:, None], decay.since(chunk.place, first, at)[..., None], out=into)
-    flat = found.flatten(0, 1).baddbmm_(weighted.mT, values.expand(-1, len(rows), -1, -1).flatten(0, 1))
-    return flat.unflatten(0, (-1, len(rows)))
+    found = torch.mul(state[:, None], decay.since(chunk.place, first, at)[..., None], out=into).flatten(0, 1)
+    found.baddbmm_(keys.mT, values.expand(-1, len(rows), -1, -1).flatten(0, 1))
+    return found.unflatten(0, (-1, len(rows)))
 
 
 def _probe_heads(chunk: Chunk, v: Tensor, w: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,8 +221,11 @@ def _probe_channels(chunk: Chunk, v: Tensor, w: Tensor, carried: Tensor) -> tupl
 
 def _loops(r: Recurrence) -> bool:
     # Without float64 the anchor of per-channel decay would overflow.
-    channels_on_mps = r.device.type == "mps" and r.log_decay is not None and r.log_decay.ndim == 4
-    return r.T <= _FEW or channels_on_mps
+    return r.T <= _FEW or (_per_channel(r) and wide_dtype(r.q) != torch.float64)
+
+
+def _per_channel(r: Recurrence) -> bool:
+    return r.log_decay is not None and r.log_decay.ndim == 4
 
 
 def _by_token(pieces: list[Tensor], r: Recurrence) -> Tensor:

@@ -42,6 +42,8 @@ class Decay(ABC):
 
     def __init__(self, edges: Tensor, dtype: torch.dtype):
         self.edges, self.dtype = edges, dtype
+        size = edges.shape[-2] - 1
+        self.later = torch.ones(size, size, dtype=torch.bool, device=edges.device).triu(1)
 
     @abstractmethod
     def scores(self, reads: Sequence[Read], keys: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -68,9 +70,8 @@ class Decay(ABC):
     def between(self, chunk: int, rows: slice | list[int], columns: slice) -> Tensor:
         """D(i->t) for t in rows and i in columns, zero for i > t: [N,p,c,1] or [N,p,c,K]."""
         edges = self.edges[:, chunk, 1:]
-        unseen = _later(edges.shape[1], edges.device)[rows, columns, None]
-        gap = edges[:, rows][:, :, None] - edges[:, None, columns]
-        return self._exp(gap.masked_fill(unseen, -torch.inf))
+        gap = (edges[:, rows][:, :, None] - edges[:, None, columns]).to(self.dtype)
+        return gap.masked_fill_(self.later[rows, columns, None], -torch.inf).exp()
 
     def _exp(self, log: Tensor) -> Tensor:
         return log.to(self.dtype).exp()
@@ -81,10 +82,14 @@ class HeadDecay(Decay):
 
     def __init__(self, log: Tensor, dtype: torch.dtype):
         """`log`: [N,n,C]."""
-        total = log.to(_wide(log)).clamp(min=_UNDERFLOW).cumsum(-1)
+        total = log.to(wide_dtype(log)).clamp(min=_UNDERFLOW).cumsum(-1)
         super().__init__(F.pad(total, (1, 0))[..., None], dtype)
         gap = (total[..., :, None] - total[..., None, :]).to(dtype)
-        self.pairs = gap.masked_fill(_later(log.shape[-1], log.device), -torch.inf).exp()
+        self.pairs = gap.masked_fill_(self.later, -torch.inf).exp()
+
+    def between(self, chunk: int, rows: slice | list[int], columns: slice) -> Tensor:
+        """See `Decay.between`."""
+        return self.pairs[:, chunk][:, rows][:, :, columns, None]
 
     def scores(self, reads: Sequence[Read], keys: Sequence[Tensor]) -> list[list[Tensor]]:
         """See `Decay.scores`."""
@@ -101,7 +106,7 @@ class ChannelDecay(Decay):
     def __init__(self, log: Tensor, dtype: torch.dtype):
         """`log`: [N,n,C,K] with C <= ANCHORED."""
         size = log.shape[-2]
-        wide = log.to(_wide(log)).clamp(min=_CHANNEL_FLOOR)
+        wide = log.to(wide_dtype(log)).clamp(min=_CHANNEL_FLOOR)
         # A product with a triangle of ones: five times faster than cumsum along a strided axis.
         total = torch.ones(size, size, dtype=wide.dtype, device=log.device).tril() @ wide
         super().__init__(F.pad(total, (0, 0, 1, 0)), dtype)
@@ -131,13 +136,10 @@ def _overlap(read: Read, key: Tensor) -> Tensor:
     equal keys with beta near 2 most of all), so it is summed in float64: a fifth of the error at little cost."""
     if not read.before:
         return read.vectors @ key.mT
-    wide = _wide(key)
+    wide = wide_dtype(key)
     return (read.vectors.to(wide) @ key.to(wide).mT).to(key.dtype)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "mps" else torch.float64  # Apple GPUs have no float64
-
-
-def _later(size: int, device: torch.device) -> Tensor:
-    return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The most precise dtype where x lives: float64, but float32 on Apple GPUs, which have no other."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
