@@ -17,7 +17,7 @@ from sae_lens.saes.sae import SAE, SAEConfig
 from torch import Tensor, nn
 
 from sae_lens_writesae import sparse
-from sae_lens_writesae.checks import check_finite, require
+from sae_lens_writesae.checks import require
 
 Encoder = Literal["bilinear", "tied", "dense"]
 Decoder = Literal["rank", "flat"]
@@ -167,22 +167,14 @@ class MatrixAtoms(SAE[Any]):
     # ---------------------------------------------------------------------------------------- maps
 
     def encode_linear(self, x: Tensor) -> Tensor:
-        """<X, encoder atom f>: [...,K*V] -> [...,F], before biases and activation. One GEMM, no dictionary in memory.
-
-        Raises:
-            ValueError: the result is not finite; the message says whether the input or the weights are to blame.
-        """
+        """<X, encoder atom f>: [...,K*V] -> [...,F], before biases and activation. One GEMM, no dictionary held."""
         if self.cfg.encoder == "dense":
-            out = x @ self.encoder_matrix
-        elif self.cfg.encoder == "bilinear":
-            out = sparse.encode(x, self.v_enc, self.w_enc)
-        elif self.cfg.decoder == "flat":
-            out = (x @ self.decoder_matrix.T) * self.encoder_scale
-        else:
-            out = sparse.encode(x, self.v, self.w) * self.encoder_scale
-        if not torch.compiler.is_compiling():
-            check_finite(out, x)
-        return out
+            return x @ self.encoder_matrix
+        if self.cfg.encoder == "bilinear":
+            return sparse.encode(x, self.v_enc, self.w_enc)
+        if self.cfg.decoder == "flat":
+            return (x @ self.decoder_matrix.T) * self.encoder_scale
+        return sparse.encode(x, self.v, self.w) * self.encoder_scale
 
     def decode_linear(self, acts: Tensor, atoms: slice = slice(None)) -> Tensor:
         """sum_f acts_f A_f, without bias: [...,F] -> [...,K*V]; `atoms` restricts to a range that `acts` covers."""
@@ -202,9 +194,7 @@ class MatrixAtoms(SAE[Any]):
         v, w = (self.v_enc, self.w_enc) if cfg.encoder == "bilinear" else (self.v, self.w)
         shape = (*keys.shape[:-1], *v.shape[:2])
         out = ((keys @ v.flatten(0, 1).T) * (values @ w.flatten(0, 1).T)).view(shape).sum(-1)
-        out = out if cfg.encoder == "bilinear" else out * self.encoder_scale
-        check_finite(out, keys, values)
-        return out
+        return out if cfg.encoder == "bilinear" else out * self.encoder_scale
 
     def decoder_norm(self) -> Tensor:
         """Frobenius norm of every atom [F], differentiable, from the factors alone."""

