@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from . import run
 from .intercept import wrap_ops
 from .layout import BlockLayout, find_layout
 from .mixer import Backend, HookedMixer
-from .points import BlockHooks, HookSet, MixerHooks, is_listening
+from .points import BlockHooks, HookSet, MixerHooks, is_listening, watch
 
 
 class StopForward(Exception):
@@ -50,6 +50,8 @@ class Attachment:
         self.passes = 0
         """Forward passes of the model so far."""
         self._root = root
+        self._tuples: dict[int, int | None] = {}
+        """By block that ran: how long a tuple it returns, or None where it returns the residual stream itself."""
         root.hook_embed = HookPoint()
         root.blocks = nn.ModuleList()
         root.ln_final = self._final = HookSet(["hook_normalized"])
@@ -70,8 +72,8 @@ class Attachment:
     def passing(self, start: int, stop: int | None, residual: Tensor | None) -> Iterator[None]:
         """Skip blocks below ``start``, feed ``residual`` [B,T,D] into it, and stop before block ``stop``."""
         with ExitStack() as stack:
-            for block in self.layout.blocks[:start]:
-                stack.enter_context(_replaced_forward(block.block, _pass_through))
+            for layer, block in enumerate(self.layout.blocks[:start]):
+                stack.enter_context(_replaced_forward(block.block, self._passing_through(layer, block.block)))
             if residual is not None:
                 stack.enter_context(_pre_hook(self.layout.blocks[start].block, lambda _: residual))
             if stop is not None and stop < len(self.layout.blocks):
@@ -83,30 +85,48 @@ class Attachment:
 
     def _attach_block(self, layer: int, block: BlockLayout, backend: Backend) -> BlockHooks:
         hooks: MixerHooks | None = None
-        if block.rule is not None and block.namespace is not None:
+        if block.rule is not None and block.namespace is not None and block.mixer is not None:
             wrap_ops(block.namespace, block.rule)
             mixer = HookedMixer(self, layer, block.rule, block.mixer, backend)
             self.mixers[layer], hooks = mixer, mixer.hooks
-        block_hooks = BlockHooks(hooks)
+        outputs = {"hook_mixer_out": block.mixer_out, "hook_attn_out": block.attn_out, "hook_mlp_out": block.mlp_out}
+        block_hooks = BlockHooks(hooks, absent=[name for name, added in outputs.items() if added is None])
 
-        def fire(names: Sequence[str]) -> Callable[[Tensor], Tensor]:
+        def fire(name: str, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
             def through(value: Tensor) -> Tensor:
-                if run.current(self).start_layer > layer:
-                    return value  # a skipped block only hands its input on
-                for name in names:
-                    if block_hooks.listens(name):
-                        value = block_hooks.fire(name, value)
-                return value
+                # A skipped block only hands its input on.
+                if run.current(self).start_layer > layer or not block_hooks.listens(name):
+                    return value
+                if scale == 1.0:
+                    return block_hooks.fire(name, value)
+                seen = watch(value * scale, lambda x: block_hooks.fire(name, x))
+                # The difference, so that what a hook leaves as it is stays bit-identical.
+                return value + (seen.value - value * scale) / scale if seen.changed else value
 
             return through
 
-        self._on_input(block.block, fire(["hook_resid_pre"]))
-        added = [name for name in ("hook_mixer_out", "hook_attn_out") if name in block_hooks._modules]
-        self._on_output(block.mixer_out, fire(added))
-        if block.mlp_out is not None:
-            self._on_output(block.mlp_out, fire(["hook_mlp_out"]))
-        self._on_output(block.block, fire(["hook_resid_post"]))
+        self._on_input(block.block, fire("hook_resid_pre"))
+        for name, added in outputs.items():
+            if added is not None:
+                self._on_output(added.module, fire(name, added.scale))
+        self._on_output(block.block, fire("hook_resid_post"))
+        self._handles.append(block.block.register_forward_hook(lambda _m, _a, output: self._learn(layer, output)))
         return block_hooks
+
+    def _learn(self, layer: int, output: Any) -> None:
+        self._tuples[layer] = len(output) if isinstance(output, tuple) else None
+
+    def _passing_through(self, layer: int, block: nn.Module) -> Callable[..., Any]:
+        """Stands in for a block's forward: hands its input on, in the form in which the block returns it."""
+        original = block.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if layer not in self._tuples:  # nothing ran yet
+                self._learn(layer, original(*args, **kwargs))
+            value, length = _input_of(args, kwargs).value, self._tuples[layer]
+            return value if length is None else (value, *[None] * (length - 1))
+
+        return forward
 
     def _fire_embed(self, value: Tensor) -> Tensor:
         point: Any = self._root.hook_embed
@@ -158,10 +178,6 @@ def _pre_hook(module: nn.Module, through: Callable[[Tensor], Tensor]) -> Iterato
 
 def _stop(value: Tensor) -> Tensor:
     raise StopForward(value)
-
-
-def _pass_through(*args: Any, **kwargs: Any) -> Any:
-    return _input_of(args, kwargs).value
 
 
 @contextmanager

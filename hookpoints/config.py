@@ -70,7 +70,7 @@ def describe(model: torch.nn.Module, layout: ModelLayout, name: str, backend: st
     layers = {
         layer: RecurrentLayer(block.rule.name, *block.rule.head_shape(block.mixer))
         for layer, block in enumerate(layout.blocks)
-        if block.rule is not None
+        if block.rule is not None and block.mixer is not None
     }
     weight = layout.embed.weight
     assert isinstance(weight, torch.Tensor)

@@ -42,7 +42,8 @@ def running(handler: OpHandler) -> Iterator[None]:
 
 def wrap_ops(namespace: ModuleType, rule: Rule) -> None:
     """Bind the rule's op names in ``namespace`` to wrappers. Doing it twice changes nothing."""
-    for names, wrap in ((rule.ops, _wrap_op), (rule.companions, _wrap_companion)):
+    wrappers = ((rule.ops, _wrap_op), (rule.companions, _wrap_companion), (rule.fused, _wrap_fused))
+    for names, wrap in wrappers:
         for name in names:
             op = getattr(namespace, name, None)
             if op is not None and not hasattr(op, _MARK):
@@ -57,10 +58,24 @@ def _wrap_op(op: Callable[..., Any]) -> Callable[..., Any]:
         handler = _RUNNING.get()
         if handler is None:
             return op(*args, **kwargs)
-        return handler.handle(_on_device(op, args, kwargs), _bind(signature, args, kwargs))
+        positional = tuple(signature.parameters)[: len(args)]
+        chosen = _on_device(op, args, kwargs)
+        return handler.handle(_by_name(chosen, positional), _bind(signature, args, kwargs))
 
     setattr(wrapper, _MARK, True)
     return wrapper
+
+
+def _by_name(op: Callable[..., Any], positional: tuple[str, ...]) -> Callable[..., Any]:
+    """The op, taking every argument by name. What the layer gave by position is passed by position: fast kernels
+    stand in for the torch op under other names (``q`` for ``query``, ``x`` for ``hidden_states``)."""
+
+    @functools.wraps(op)
+    def call(**arguments: Any) -> Any:
+        first = [arguments.pop(name) for name in positional]
+        return op(*first, **arguments)
+
+    return call
 
 
 def _wrap_companion(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,6 +83,17 @@ def _wrap_companion(op: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         chosen = op if _RUNNING.get() is None else _on_device(op, args, kwargs)
         return chosen(*args, **kwargs)
+
+    setattr(wrapper, _MARK, True)
+    return wrapper
+
+
+def _wrap_fused(op: Callable[..., Any]) -> Callable[..., Any]:
+    """While a hooked mixer runs, the torch stand-in answers, which declines, so that the layer calls its op."""
+
+    @functools.wraps(op)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return (op if _RUNNING.get() is None else inspect.unwrap(op))(*args, **kwargs)
 
     setattr(wrapper, _MARK, True)
     return wrapper

@@ -7,6 +7,7 @@ defines the mixer's class. So new model types that reuse a known op work without
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -17,9 +18,17 @@ from .errors import UnsupportedModelError
 from .rules import REFUSED, RULES, Rule
 
 _MIXER_NAMES = ("linear_attn", "self_attn", "attn", "mixer", "mamba", "attention")
-_MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
+_MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp")
 _FINAL_NORM_NAMES = ("norm", "norm_f", "final_layernorm", "ln_f")
 _OUT_PROJ_NAMES = ("out_proj", "o_proj")
+
+
+@dataclass(frozen=True, eq=False)
+class Added:
+    """A module whose output the block adds to the residual stream, times ``scale``."""
+
+    module: nn.Module
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,16 +36,18 @@ class BlockLayout:
     """The modules of one block that carry hooks."""
 
     block: nn.Module
-    mixer: nn.Module
-    mixer_out: nn.Module
-    """The module whose output the block adds to the residual stream after mixing (a norm where the block has
-    post-norms, else the mixer itself)."""
-    mlp_out: nn.Module | None
-    """Likewise for the MLP; None where the block has none."""
+    mixer: nn.Module | None
+    """The recurrent mixer, or the attention of a block without one; None where the block is only an MLP."""
     rule: Rule | None
     """The update rule of a recurrent mixer; None for attention."""
     namespace: ModuleType | None
     """The Python module in which the mixer looks up its ops."""
+    mixer_out: Added | None
+    """What a recurrent mixer adds (after a norm where the block has post-norms)."""
+    attn_out: Added | None
+    """What attention adds; in a block without attention, what the recurrent mixer adds."""
+    mlp_out: Added | None
+    """What the MLP adds; None where the block has none, or adds several."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +63,11 @@ class ModelLayout:
     def recurrent_layers(self) -> tuple[int, ...]:
         return tuple(layer for layer, block in enumerate(self.blocks) if block.rule is not None)
 
+    @property
+    def rereads_embeddings(self) -> bool:
+        """Whether blocks are handed the token embeddings again (Zamba2), so that no run can do without the tokens."""
+        return any("original_hidden_states" in _parameters(block.block) for block in self.blocks)
+
 
 def calls_of(mixer: nn.Module) -> frozenset[str]:
     """Names that the mixer's ``forward`` refers to, looking through decorators and one level of own methods."""
@@ -59,7 +75,8 @@ def calls_of(mixer: nn.Module) -> frozenset[str]:
     for method in ("forward", "torch_forward"):
         function = getattr(type(mixer), method, None)
         if function is not None:
-            names.update(inspect.unwrap(function).__code__.co_names)
+            code = getattr(inspect.unwrap(function), "__code__", None)
+            names.update(code.co_names if code else ())
     return frozenset(names)
 
 
@@ -80,6 +97,8 @@ def find_layout(model: nn.Module) -> ModelLayout:
         UnsupportedModelError: no block has a recurrence of the canonical form, or the parts of a block
             cannot be found; names the model type and the reason.
     """
+    if _model_type(model) in REFUSED:
+        raise UnsupportedModelError(_refusal(model))
     backbone = _backbone(model)
     blocks = tuple(_block_layout(block) for block in _blocks(model, backbone))
     if not any(block.rule for block in blocks):
@@ -116,16 +135,40 @@ def _blocks(model: nn.Module, backbone: nn.Module) -> nn.ModuleList:
 
 
 def _block_layout(block: nn.Module) -> BlockLayout:
-    mixer = _first(block, _MIXER_NAMES, "token mixer")
-    mlp = next((getattr(block, name) for name in _MLP_NAMES if hasattr(block, name)), None)
-    mixer_out, mlp_out = mixer, mlp
+    recurrent, (rule, namespace) = next(
+        ((module, found) for module in block.modules() if (found := rule_of(module))), (None, (None, None))
+    )
+    named = [child for name in _MIXER_NAMES if isinstance(child := getattr(block, name, None), nn.Module)]
+    attention = next((child for child in named if child is not recurrent and _mixes_tokens(child)), None)
+    mlps = [child for name in _MLP_NAMES if isinstance(child := getattr(block, name, None), nn.Module)]
+    mlps += [child for child in named if not _mixes_tokens(child)]  # Nemotron-H calls an MLP a mixer, too
+    if recurrent is None and attention is None and not mlps:
+        _first(block, _MIXER_NAMES, "token mixer")  # raises
+    mixer_out = _added(block, recurrent, "residual_multiplier", "ssm_out_multiplier")
+    attn_out = _added(block, attention, "residual_multiplier", "attn_out_multiplier") or mixer_out
+    mlp_out = _added(block, mlps[0] if len(mlps) == 1 else None, "residual_multiplier")
     # A block without a norm before its mixer but with one after each part (OLMo's attention blocks) adds the norms'
     # outputs to the residual stream, not the parts' own.
     if hasattr(block, "post_feedforward_layernorm") and not hasattr(block, "input_layernorm"):
-        mixer_out, mlp_out = block.post_attention_layernorm, block.post_feedforward_layernorm
-    found = rule_of(mixer)
-    rule, namespace = found if found else (None, None)
-    return BlockLayout(block, mixer, mixer_out, mlp_out, rule, namespace)  # type: ignore[arg-type]
+        attn_out, mlp_out = Added(block.post_attention_layernorm), Added(block.post_feedforward_layernorm)  # type: ignore[arg-type]
+        mixer_out = attn_out if recurrent is not None else None
+    return BlockLayout(block, recurrent or attention, rule, namespace, mixer_out, attn_out, mlp_out)
+
+
+def _parameters(module: nn.Module) -> frozenset[str]:
+    return frozenset(inspect.signature(type(module).forward).parameters)
+
+
+def _mixes_tokens(module: nn.Module) -> bool:
+    """What looks at other tokens must be told which of them are padding."""
+    return "attention_mask" in _parameters(module)
+
+
+def _added(block: nn.Module, module: nn.Module | None, *multipliers: str) -> Added | None:
+    """``module`` with the block's own multipliers on its output (Granite's and Falcon-H1's)."""
+    if module is None:
+        return None
+    return Added(module, math.prod(float(getattr(block, name, 1.0)) for name in multipliers))  # type: ignore[arg-type]
 
 
 def _first(module: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
@@ -139,10 +182,13 @@ def _first(module: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
     )
 
 
+def _model_type(model: nn.Module) -> str:
+    name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    return str(name).replace("-", "_")
+
+
 def _refusal(model: nn.Module) -> str:
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    model_type = _model_type(model)
     known = ", ".join(rule.name for rule in RULES)
-    reason = REFUSED.get(
-        str(model_type).replace("-", "_"), "none of its layers calls a recurrent op that is known here"
-    )
+    reason = REFUSED.get(model_type, "none of its layers calls a recurrent op that is known here")
     return f"{model_type!r} cannot be hooked: {reason}. Update rules known here: {known}"

@@ -51,8 +51,9 @@ class HookedMixer:
         self._open: list[ExitStack] = []
         self._handles = [
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
-            # always_call: the scope must close when the layer raises, too.
-            module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+            # always_call: the scope must close when the layer raises, too; prepend: of scopes of several hooked models
+            # on one layer, the last opened closes first.
+            module.register_forward_hook(self._leave, with_kwargs=True, always_call=True, prepend=True),
         ]
 
     def detach(self) -> None:
@@ -100,16 +101,17 @@ class HookedMixer:
         self.calls += 1
         if self.backend == "torch":
             op = inspect.unwrap(op)
-        dtype = self.rule.output_dtype(arguments)
         run = run_scope.current(self.owner)
         placed = run.plan.by_layer.get(self.layer, []) if run.plan else []
         if not placed and run.record is None and self.backend != "recurrence" and not self.hooks.listening():
             return op(**arguments)
         factors, changed = self._fire_factors(self.rule.factors(arguments))
         recurrence = self.rule.recurrence(factors, arguments)
-        if changed:
-            arguments = self.rule.arguments(arguments, factors, changed)
-        native = self._native(op, arguments, recurrence, dtype)
+        if changed & self.rule.torch_only:
+            op = inspect.unwrap(op)
+        native = self._native(op, self.rule.arguments(arguments, factors, changed), recurrence)
+        if changed or self.backend == "recurrence":
+            native = native._replace(outputs=native.outputs.to(self.rule.output_dtype(arguments)))
         if run.record is not None:
             run.record[self.layer] = run_scope.Recorded(_owning_state(recurrence), native)
         response = Response(recurrence)
@@ -129,17 +131,14 @@ class HookedMixer:
         for heads, change in self._fire_matrices("state", response.states):
             response.add_states(heads, change)
         result = self._fire_read(response.apply(native))
-        return self.rule.write_result(result)
+        return self.rule.write_result(result, arguments)
 
-    def _native(
-        self, op: Callable[..., Any], arguments: Mapping[str, Any], recurrence: Recurrence, dtype: torch.dtype
-    ) -> OpResult:
+    def _native(self, op: Callable[..., Any], arguments: Mapping[str, Any], recurrence: Recurrence) -> OpResult:
         """The pass without edits of writes, states and reads."""
         if self.backend == "recurrence":
             outputs, state = recurrence.scan()
-            return OpResult(outputs.to(dtype), state if self.rule.wants_state(arguments) else None)
-        outputs, state = self.rule.read_result(op(**arguments))
-        return OpResult(outputs.to(dtype), state)
+            return OpResult(outputs, state if self.rule.wants_state(arguments) else None)
+        return self.rule.read_result(op(**arguments), arguments)
 
     # -- hooks
 

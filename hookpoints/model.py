@@ -64,7 +64,11 @@ class HookedRecurrent(Tokens, HookedRootModule):
         self.cfg: HookedRecurrentConfig = describe(hf_model, self.attachment.layout, label, backend)
         self.setup()
         if self_check:
-            run_self_check(self)
+            try:
+                run_self_check(self)
+            except BaseException:
+                self.attachment.detach()  # a model that is refused is left as it was
+                raise
 
     @classmethod
     def from_pretrained(
@@ -134,7 +138,8 @@ class HookedRecurrent(Tokens, HookedRootModule):
             loss_per_token: loss [B,T-1] instead of its mean.
             start_at_layer, stop_at_layer: run blocks start <= l < stop only; negative counts from the end. With
                 ``stop_at_layer`` the residual stream entering that block is returned.
-            tokens: token ids [B,T], needed for a loss with ``start_at_layer``.
+            tokens: token ids [B,T], needed with ``start_at_layer`` for a loss, and for models that hand the token
+                embeddings to later blocks (Zamba2).
             attention_mask: [B,T]; made by itself for text that needs padding.
             hf_kwargs: for the Hugging Face forward (a cache, position_ids ...).
         """
@@ -147,6 +152,10 @@ class HookedRecurrent(Tokens, HookedRootModule):
         else:
             tokens, attention_mask = self._token_batch(input, prepend_bos, padding_side, attention_mask)
         inputs = {"input_ids": tokens} if residual is None else {"inputs_embeds": residual}
+        if residual is not None and self.attachment.layout.rereads_embeddings:
+            if tokens is None:
+                raise ValueError(f"{self.cfg.model_type} blocks reread the embeddings: start_at_layer needs tokens=")
+            inputs = {"input_ids": tokens}
         partial_run = residual is not None or stop < self.cfg.n_layers
         scope = self.attachment.passing(start, stop, residual) if partial_run else nullcontext()
         hf_kwargs.setdefault("use_cache", False)
@@ -295,7 +304,9 @@ class HookedRecurrent(Tokens, HookedRootModule):
         shape = self.cfg.layer(layer)
         if not 0 <= head < shape.H:
             raise ValueError(f"head {head} is out of range: layer {layer} has heads 0 to {shape.H - 1}")
-        weight = out_projection(self.attachment.layout.blocks[layer].mixer).weight
+        mixer = self.attachment.layout.blocks[layer].mixer
+        assert mixer is not None
+        weight = out_projection(mixer).weight
         return weight[:, head * shape.V : (head + 1) * shape.V].T
 
     # -- helpers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -58,12 +58,10 @@ class MixerHooks(HookSet):
 
 
 class BlockHooks(HookSet):
-    """Hook points of a block; ``mixer`` holds those of a recurrent mixer."""
+    """Hook points of a block, all but those named in ``absent``; ``mixer`` holds those of a recurrent mixer."""
 
-    def __init__(self, mixer: MixerHooks | None):
-        super().__init__(
-            [row.name for row in hook_table.rows("block") if mixer is not None or row.name != "hook_mixer_out"]
-        )
+    def __init__(self, mixer: MixerHooks | None, absent: Collection[str] = ()):
+        super().__init__([row.name for row in hook_table.rows("block") if row.name not in absent])
         if mixer is not None:
             self.mixer = mixer
 

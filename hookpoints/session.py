@@ -58,7 +58,7 @@ class EditSession:
         self._residual = {layer: cache[name] for layer, name in zip(model.cfg.recurrent_layers, names, strict=True)}
         self._prefix: Any = None
         self._prefix_length = 0
-        self._cache_name = _cache_argument(model.hf_model)
+        self._cache_name = cache_argument(model.hf_model)
 
     @property
     def length(self) -> int:
@@ -111,18 +111,15 @@ class EditSession:
         inputs: dict[str, Any] = {"use_cache": False}
         if start > 0:
             inputs = {self._cache_name: self._branch(len(rows), layer, start), "use_cache": True}
-        inputs |= self._positions(positions)
+        inputs |= position_inputs(model.hf_model, positions)
+        # Tokens, not the residual stream: some models hand the embeddings to later blocks again.
+        inputs["input_ids"] = self.tokens[:, start:stop].expand(len(rows), -1)
         with run.scope(model.attachment, plan=plan, first_token=start), model.attachment.passing(layer, None, residual):
-            logits = model.hf_model(inputs_embeds=residual, **inputs).logits
+            logits = model.hf_model(**inputs).logits
         idle = plan.idle()
         if idle:
             raise EditError(f"an edit at layer {idle[0].layer}, position {idle[0].position} never acted")
         return logits
-
-    def _positions(self, positions: Tensor) -> dict[str, Tensor]:
-        # Models whose first block is recurrent may not know where a cache continues.
-        known = inspect.signature(self.model.hf_model.forward).parameters
-        return {"position_ids": positions} if "position_ids" in known else {}
 
     def _branch(self, rows: int, layer: int, start: int) -> Any:
         """The cache after ``start`` tokens, repeated for ``rows`` rows; blocks below ``layer`` are only shared."""
@@ -151,11 +148,18 @@ class EditSession:
             use_cache=True,
             logits_to_keep=1,
             **inputs,
-            **self._positions(where),
+            **position_inputs(self.model.hf_model, where),
         )
         self._prefix, self._prefix_length = out[self._cache_name], start
 
 
-def _cache_argument(model: Any) -> str:
+def cache_argument(model: Any) -> str:
+    """What this Hugging Face model calls its cache."""
     known = inspect.signature(model.forward).parameters
     return next(name for name in _CACHE_NAMES if name in known)
+
+
+def position_inputs(model: Any, positions: Tensor) -> dict[str, Tensor]:
+    """``positions`` [B,T] as an argument of the model, where it takes any: with a recurrent first block it may not
+    know where a cache continues."""
+    return {"position_ids": positions} if "position_ids" in inspect.signature(model.forward).parameters else {}

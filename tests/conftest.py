@@ -55,11 +55,129 @@ def _olmo_hybrid(**changes):
     return transformers.OlmoHybridForCausalLM(config)
 
 
+def _lara_mini(**changes):
+    config = transformers.LaraMiniConfig(**{**_GDN, **_MOE, "num_hidden_layers": 3}, head_dim=16, **changes)
+    return transformers.LaraMiniForCausalLM(config)
+
+
+_SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 48,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+# Four heads in two groups, K = 8, V = 16; chunks shorter than the tests' sequences.
+_MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 32,
+}
+
+
+def _mamba2(**changes):
+    own = {"num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 8, "chunk_size": 32, "num_hidden_layers": 3}
+    shared = {name: _SMALL[name] for name in ("vocab_size", "hidden_size", "pad_token_id", "bos_token_id")}
+    return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**own, **shared, eos_token_id=None, **changes))
+
+
+def _bamba(**changes):
+    config = transformers.BambaConfig(**_SMALL, **_MAMBA, num_hidden_layers=3, attn_layer_indices=[1], **changes)
+    return transformers.BambaForCausalLM(config)
+
+
+def _falcon_h1(**changes):
+    """Attention and Mamba-2 side by side in each block, with multipliers everywhere."""
+    multipliers = {
+        "lm_head_multiplier": 0.7,
+        "embedding_multiplier": 3.0,
+        "mlp_multipliers": [0.8, 1.2],
+        "key_multiplier": 0.9,
+        "attention_in_multiplier": 1.1,
+        "attention_out_multiplier": 0.6,
+        "ssm_in_multiplier": 1.3,
+        "ssm_out_multiplier": 0.4,
+        "ssm_multipliers": [0.9, 0.8, 0.7, 1.2, 1.1],
+    }
+    own = {**_SMALL, **_MAMBA, **multipliers, "mamba_d_ssm": 64, "num_hidden_layers": 3}
+    return transformers.FalconH1ForCausalLM(transformers.FalconH1Config(**own, **changes))
+
+
+def _zamba2(**changes):
+    """One attention block, shared by two layers and fed with the embeddings again."""
+    own = {**_SMALL, "num_key_value_heads": 2, "mamba_d_state": 8, "mamba_ngroups": 2, "n_mamba_heads": 4}
+    own |= {"chunk_size": 32, "num_hidden_layers": 4, "adapter_rank": 4, "use_mem_rope": True}
+    own |= {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]}
+    # No lower limit on dt: with one, upstream decodes differently from prefill.
+    config = transformers.Zamba2Config(**{**own, "time_step_min": 1e-30, **changes})
+    return transformers.Zamba2ForCausalLM(config)
+
+
+def _nemotron_h(**changes):
+    """A block is a mixer of one kind: Mamba-2, attention, MLP or experts."""
+    own = {**_SMALL, "head_dim": 16, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2}
+    own |= {"chunk_size": 32, "n_routed_experts": 4, "moe_intermediate_size": 16}
+    own |= {"moe_shared_expert_intermediate_size": 16, "time_step_min": 1e-30}
+    own |= {"layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "moe"]}
+    return transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**{**own, **changes}))
+
+
+def _granitemoehybrid(**changes):
+    own = {**_SMALL, **_MAMBA, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+    own |= {"num_hidden_layers": 3, "num_local_experts": 0, "shared_intermediate_size": 48}
+    own |= {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 0.5}
+    return transformers.GraniteMoeHybridForCausalLM(transformers.GraniteMoeHybridConfig(**{**own, **changes}))
+
+
+_KDA = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "mlp_layer_types": ["dense", "sparse", "dense", "dense"],
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 2,
+}
+
+
+def _kimi_linear(**changes):
+    """KDA with three heads; K = V, as upstream's layer has one size for both."""
+    own = {**_SMALL, **_KDA, "linear_num_heads": 3, "linear_head_dim": 8, "n_shared_experts": 1}
+    return transformers.KimiLinearForCausalLM(transformers.KimiLinearConfig(**{**own, **changes}))
+
+
+def _bailing_hybrid(**changes):
+    own = {**_SMALL, **_KDA, "head_dim": 8, "num_mtp_layers": 0}
+    return transformers.BailingHybridForCausalLM(transformers.BailingHybridConfig(**{**own, **changes}))
+
+
 MAKERS = {
+    "bailing_hybrid": _bailing_hybrid,
+    "bamba": _bamba,
+    "falcon_h1": _falcon_h1,
+    "granitemoehybrid": _granitemoehybrid,
+    "kimi_linear": _kimi_linear,
+    "lara_mini": _lara_mini,
+    "mamba2": _mamba2,
+    "nemotron_h": _nemotron_h,
+    "olmo_hybrid": _olmo_hybrid,
     "qwen3_5": _qwen3_5,
     "qwen3_5_moe": _qwen3_5_moe,
     "qwen3_next": _qwen3_next,
-    "olmo_hybrid": _olmo_hybrid,
+    "zamba2": _zamba2,
 }
 """Model type -> maker of a tiny random model."""
 
@@ -71,9 +189,9 @@ def make_hf(model_type: str = "qwen3_5", seed: int = 0, **changes):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("dt_bias"):
-                parameter.copy_(torch.linspace(-6.0, -2.0, parameter.numel()))
+                parameter.copy_(torch.linspace(-6.0, -2.0, parameter.numel()).view_as(parameter))
             elif name.endswith("A_log"):
-                parameter.copy_(torch.linspace(0.0, 1.5, parameter.numel()))
+                parameter.copy_(torch.linspace(0.0, 1.5, parameter.numel()).view_as(parameter))
             elif parameter.ndim == 2 and "norm" not in name:
                 parameter.mul_(4.0)  # random weights of std 0.02 barely move the logits
     return model

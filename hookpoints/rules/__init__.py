@@ -5,11 +5,26 @@ To add a family, write one file here with a class that follows ``base.Rule`` and
 
 from .base import Factors, OpResult, Rule
 from .gated_delta import GatedDelta
+from .kda import KimiDelta
+from .mamba2 import Mamba2
 
-RULES: tuple[Rule, ...] = (GatedDelta(),)
+RULES: tuple[Rule, ...] = (GatedDelta(), KimiDelta(), Mamba2())
 """The rules that hookpoints can hook."""
 
+_MAMBA1 = (
+    "Mamba-1 keeps one vector per channel (thousands of heads a layer, each with a K x 1 state), so its writes are not "
+    "matrices; Mamba-2 models are supported"
+)
+
 REFUSED: dict[str, str] = {
+    "mamba": _MAMBA1,
+    "falcon_mamba": _MAMBA1,
+    "jamba": _MAMBA1,
+    "zamba": _MAMBA1,
+    "minimax": "its lightning attention is written out inside the layer's forward, so there is no op to intercept",
+    "recurrent_gemma": "its RG-LRU keeps a vector, not a matrix: there is no rank-1 write",
+    "rwkv": "RWKV-4 keeps vectors and divides its reads by a second, normalising state",
+    "glm5_next_text": "its residual stream is several streams (hyper-connections), which block hooks do not know",
     "gsa": "gated slot attention keeps two coupled states, not one",
     "hgrn": "HGRN keeps a vector, not a matrix: there is no rank-1 write",
     "titans": "Titans' memory is an MLP updated by gradient steps",
@@ -18,4 +33,4 @@ REFUSED: dict[str, str] = {
 }
 """Model types whose recurrence is not of this form, with the reason."""
 
-__all__ = ["REFUSED", "RULES", "Factors", "GatedDelta", "OpResult", "Rule"]
+__all__ = ["REFUSED", "RULES", "Factors", "GatedDelta", "KimiDelta", "Mamba2", "OpResult", "Rule"]

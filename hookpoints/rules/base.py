@@ -71,6 +71,16 @@ class Rule(Protocol):
         ...
 
     @property
+    def fused(self) -> tuple[str, ...]:
+        """Ops that would compute a whole layer in one kernel, past the recurrent op; a hooked mixer declines them."""
+        ...
+
+    @property
+    def torch_only(self) -> frozenset[str]:
+        """Factors that only the torch op can be fed apart from the others; fast kernels tie them together."""
+        ...
+
+    @property
     def factor_names(self) -> tuple[str, ...]:
         """Fields of Factors that the rule has."""
         ...
@@ -84,7 +94,8 @@ class Rule(Protocol):
         ...
 
     def arguments(self, arguments: Mapping[str, Any], factors: Factors, changed: Set[str]) -> dict[str, Any]:
-        """Arguments with which the same op takes the factors named in ``changed`` instead of its own."""
+        """Arguments with which the op returns reads of the state, and takes the factors named in ``changed``
+        instead of its own. What a layer lets its op add on top (a skip, a gate) is left to ``write_result``."""
         ...
 
     def recurrence(self, factors: Factors, arguments: Mapping[str, Any]) -> Recurrence:
@@ -92,19 +103,19 @@ class Rule(Protocol):
         ...
 
     def output_dtype(self, arguments: Mapping[str, Any]) -> torch.dtype:
-        """The dtype in which the layer expects the op's outputs."""
+        """The dtype in which the torch op returns its outputs."""
         ...
 
     def wants_state(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the caller asked for the final state."""
         ...
 
-    def read_result(self, native: Any) -> OpResult:
-        """Canonical view of what the op returned."""
+    def read_result(self, native: Any, arguments: Mapping[str, Any]) -> OpResult:
+        """Canonical view of what the op returned for ``arguments``."""
         ...
 
-    def write_result(self, result: OpResult) -> Any:
-        """What the layer expects back from the op, holding ``result``."""
+    def write_result(self, result: OpResult, arguments: Mapping[str, Any]) -> Any:
+        """What the layer, which gave ``arguments``, expects back from the op, holding ``result``."""
         ...
 
 

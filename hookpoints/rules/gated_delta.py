@@ -30,6 +30,8 @@ class GatedDelta:
     name = "Gated DeltaNet"
     ops = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
     companions = ("causal_conv1d_fn", "causal_conv1d_update")
+    fused: tuple[str, ...] = ()
+    torch_only: frozenset[str] = frozenset()
     factor_names = ("q", "k", "v", "beta", "log_decay")
 
     def head_shape(self, mixer: nn.Module) -> tuple[int, int, int]:
@@ -60,14 +62,14 @@ class GatedDelta:
 
     def recurrence(self, factors: Factors, arguments: Mapping[str, Any]) -> Recurrence:
         assert factors.beta is not None and factors.log_decay is not None
-        k, beta = factors.k, factors.beta
+        k, beta, alpha = factors.k, factors.beta, factors.log_decay.exp()
         return Recurrence(
             q=factors.q,
             k=k,
             u=beta.unsqueeze(-1) * factors.v,
             log_decay=factors.log_decay,
             beta=beta,  # the erase is -beta k
-            b=factors.log_decay.exp().unsqueeze(-1) * k,
+            b=(alpha if alpha.ndim == k.ndim else alpha.unsqueeze(-1)) * k,
             scale=k.shape[-1] ** -0.5,
             initial_state=factors.initial_state,
         )
@@ -78,8 +80,8 @@ class GatedDelta:
     def wants_state(self, arguments: Mapping[str, Any]) -> bool:
         return bool(arguments["output_final_state"])
 
-    def read_result(self, native: Any) -> OpResult:
+    def read_result(self, native: Any, arguments: Mapping[str, Any]) -> OpResult:
         return OpResult(*native)
 
-    def write_result(self, result: OpResult) -> Any:
+    def write_result(self, result: OpResult, arguments: Mapping[str, Any]) -> Any:
         return tuple(result)

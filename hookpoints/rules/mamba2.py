@@ -1,0 +1,146 @@
+"""Mamba-2 (Dao & Gu, arXiv 2405.21060): Mamba2, Bamba, Falcon-H1, Zamba2, Nemotron-H, Granite hybrids.
+
+    S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T,    o_t = S_t^T C_t
+
+with q = C and k = B shared by groups of heads, v = x, beta = dt and one A < 0 per head. Two ops compute it: the scan of
+a sequence, and the update by one token, which has no time axis and changes the cache's state in place. Both keep
+states value-first; here they are turned.
+
+What the ops add outside the state, the skip D x and in some Falcon-H1 models the gate silu(z), is taken out of the op
+and put back by ``write_result``: hooks see S^T C alone, and editing v leaves the skip alone. For the torch ops this is
+the same arithmetic in the same order, so still bit-identical; mamba_ssm's kernels would have rounded once less.
+
+The scan clamps dt from below (``dt_limit``), the update does not. Where a model sets a limit (Nemotron-H and Zamba2:
+``time_step_min``) upstream's own decoding therefore differs a little from its prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..recurrence import Recurrence
+from .base import Factors, OpResult, compute_dtype, expand_groups
+
+_INPUTS = {"q": "C", "k": "B", "v": "hidden_states"}
+
+
+def _is_update(arguments: Mapping[str, Any]) -> bool:
+    """Whether the call is an update by one token, without a time axis."""
+    return "state" in arguments
+
+
+class Mamba2:
+    """The rule of transformers' ``mamba2_chunk_scan`` and ``mamba2_selective_state_update``."""
+
+    name = "Mamba-2"
+    ops = ("mamba2_chunk_scan", "mamba2_selective_state_update")
+    companions = ("causal_conv1d_fn", "causal_conv1d_update")
+    fused = ("mamba2_split_conv1d_scan_combined",)
+    torch_only = frozenset({"beta", "log_decay"})
+    factor_names = ("q", "k", "v", "beta", "log_decay")
+
+    def head_shape(self, mixer: nn.Module) -> tuple[int, int, int]:
+        return mixer.num_heads, mixer.ssm_state_size, mixer.head_dim  # type: ignore[return-value]
+
+    def factors(self, arguments: Mapping[str, Any]) -> Factors:
+        x, B, C = (arguments[name] for name in ("hidden_states", "B", "C"))
+        if _is_update(arguments):
+            x, B, C = x.unsqueeze(1), B.unsqueeze(1), C.unsqueeze(1)
+        heads, dtype = x.shape[2], compute_dtype(x)
+        dt, A = _step_size(arguments)
+        state = arguments["state"] if _is_update(arguments) else arguments["initial_states"]
+        return Factors(
+            q=expand_groups(C.to(dtype), heads),
+            k=expand_groups(B.to(dtype), heads),
+            v=x.to(dtype),
+            beta=dt.to(dtype),
+            log_decay=A.to(dtype) * dt.to(dtype),
+            # A copy: the update overwrites the state that it is given.
+            initial_state=None if state is None else state.mT.to(dtype).clone(),
+        )
+
+    def arguments(self, arguments: Mapping[str, Any], factors: Factors, changed: Set[str]) -> dict[str, Any]:
+        update = _is_update(arguments)
+        fed: dict[str, Any] = {"D": None, "z": None} if update else {"D": None}
+        fed |= {_INPUTS[field]: _without_time(getattr(factors, field), update) for field in changed & set(_INPUTS)}
+        if changed & self.torch_only:
+            fed |= _apart(factors, update)
+        return {**arguments, **fed}
+
+    def recurrence(self, factors: Factors, arguments: Mapping[str, Any]) -> Recurrence:
+        assert factors.beta is not None
+        return Recurrence(
+            q=factors.q,
+            k=factors.k,
+            u=factors.beta.unsqueeze(-1) * factors.v,
+            log_decay=factors.log_decay,
+            initial_state=factors.initial_state,
+        )
+
+    def output_dtype(self, arguments: Mapping[str, Any]) -> torch.dtype:
+        own = arguments["hidden_states"]
+        return own.dtype if _is_update(arguments) else compute_dtype(own)
+
+    def wants_state(self, arguments: Mapping[str, Any]) -> bool:
+        return _is_update(arguments) or bool(arguments["return_final_states"])
+
+    def read_result(self, native: Any, arguments: Mapping[str, Any]) -> OpResult:
+        if _is_update(arguments):
+            return OpResult(native.unsqueeze(1), arguments["state"].mT.clone())
+        if isinstance(native, Tensor):
+            return OpResult(native, None)
+        outputs, state = native
+        return OpResult(outputs, state.mT)
+
+    def write_result(self, result: OpResult, arguments: Mapping[str, Any]) -> Any:
+        x, D, state = arguments["hidden_states"], arguments["D"], result.final_state
+        if not _is_update(arguments):
+            outputs = result.outputs
+            if D is not None:
+                outputs = outputs + D[..., None] * x.to(outputs.dtype)
+            outputs = outputs.contiguous()  # Falcon-H1 takes a view of it
+            return outputs if state is None else (outputs, state.mT)
+        assert state is not None
+        outputs, dtype = result.outputs.squeeze(1), result.outputs.dtype
+        if D is not None:
+            outputs = (outputs + x.to(dtype) * D).to(dtype)
+        if arguments["z"] is not None:
+            outputs = (outputs * F.silu(arguments["z"])).to(dtype)
+        arguments["state"].copy_(state.mT)
+        return outputs
+
+
+def _step_size(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """dt [B,T,H] after bias, softplus and clamp, and A [H], in the ops' own order and dtypes."""
+    dt, A, bias = arguments["dt"], arguments["A"], arguments["dt_bias"]
+    if _is_update(arguments):  # upstream expands these over the value and key sides
+        dt, A, bias = dt[..., 0].unsqueeze(1), A[:, 0, 0], None if bias is None else bias[:, 0]
+    if bias is not None:
+        dt = dt + bias.to(dt.dtype)
+    if arguments["dt_softplus"]:
+        dt = F.softplus(dt)
+    if not _is_update(arguments):
+        low, high = arguments["dt_limit"]
+        dt = dt.clamp(low, high)
+    return dt, A
+
+
+def _apart(factors: Factors, update: bool) -> dict[str, Any]:
+    """Arguments that feed the write strength and the decay apart, though the op takes one dt for both: u as x, the
+    decay as an A per token, and dt = 1."""
+    assert factors.beta is not None and factors.log_decay is not None
+    u, decay = factors.beta.unsqueeze(-1) * factors.v, factors.log_decay
+    fed: dict[str, Any] = {"hidden_states": _without_time(u, update), "dt_bias": None, "dt_softplus": False}
+    if update:
+        decay = decay.squeeze(1).unsqueeze(-1)
+        return {**fed, "dt": torch.ones_like(decay), "A": decay.unsqueeze(-1)}
+    return {**fed, "dt": torch.ones_like(decay), "A": decay, "dt_limit": (0.0, float("inf"))}
+
+
+def _without_time(tensor: Tensor, update: bool) -> Tensor:
+    return tensor.squeeze(1) if update else tensor
