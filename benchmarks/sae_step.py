@@ -1,6 +1,6 @@
 """What an optimizer step costs: matrix atoms with gathered decode and sparse encoder backward, against SAELens' TopK.
 
-    python benchmarks/sae_step.py [--d-k 128 --d-v 128 --d-sae 2048 --k 32 --batch 256 --dead 0.0 --out DIR]
+    python benchmarks/sae_step.py [--d-k 128 --d-v 128 --d-sae 2048 --k 32 --batch 256 --dead 0.0 --only NAME --out DIR]
 
 Each contender runs SAELens' own SAETrainer.step (forward, losses, backward, clipping, Adam) in a process of its own, so
 that its peak memory is its own; the processes take turns, one step each, so that a busy machine slows both. Memory is
@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         name: subprocess.Popen(
             [*command, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        for name in CONTENDERS
+        for name in (BASELINE, *(n for n in options.only or CONTENDERS if n != BASELINE))
     }
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for step in range(options.steps + 1):
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dead", type=float, default=0.0, help="share of atoms taken as dead (auxiliary loss)")
     parser.add_argument("--out", type=Path, help="folder for sae_step.json and sae_step.png")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="contenders beside SAELens")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.forward = sys.argv[1:]
