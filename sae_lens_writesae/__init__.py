@@ -32,9 +32,22 @@ from sae_lens_writesae.architectures import (
 )
 from sae_lens_writesae.atoms import AtomFactors, MatrixAtoms, MatrixAtomsConfig
 from sae_lens_writesae.loading import CheckpointError, load_sae
+from sae_lens_writesae.patching import HookedSAERecurrent
+from sae_lens_writesae.runner import (
+    WriteSAETrainingRunner,
+    register_model_class,
+    text_dataset,
+    train,
+    training_config,
+)
+from sae_lens_writesae.substitution import run_substitution
+from sae_lens_writesae.substitution_config import SubstitutionConfig
+from sae_lens_writesae.substitution_result import SubstitutionResult
+from sae_lens_writesae.targets import head_target
 from sae_lens_writesae.training import PAPER_RUNNER, MatrixTrainingConfig, calibrate_threshold, preset_b_dec
 
 register()
+register_model_class()
 
 __all__ = [
     "INFERENCE",
@@ -43,9 +56,12 @@ __all__ = [
     "VARIANTS",
     "AtomFactors",
     "CheckpointError",
+    "HookedSAERecurrent",
     "MatrixAtoms",
     "MatrixAtomsConfig",
     "MatrixTrainingConfig",
+    "SubstitutionConfig",
+    "SubstitutionResult",
     "WriteBatchTopKTrainingSAE",
     "WriteBatchTopKTrainingSAEConfig",
     "WriteGatedSAE",
@@ -58,6 +74,7 @@ __all__ = [
     "WriteJumpReLUTrainingSAEConfig",
     "WriteMatryoshkaTrainingSAE",
     "WriteMatryoshkaTrainingSAEConfig",
+    "WriteSAETrainingRunner",
     "WriteStandardSAE",
     "WriteStandardSAEConfig",
     "WriteStandardTrainingSAE",
@@ -67,7 +84,13 @@ __all__ = [
     "WriteTopKTrainingSAE",
     "WriteTopKTrainingSAEConfig",
     "calibrate_threshold",
+    "head_target",
     "load_sae",
     "preset_b_dec",
     "register",
+    "register_model_class",
+    "run_substitution",
+    "text_dataset",
+    "train",
+    "training_config",
 ]

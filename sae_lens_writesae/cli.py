@@ -23,7 +23,7 @@ def demo(
     model: Annotated[str, typer.Option(help="Model to look into; *embedded* ships with the package.")] = "embedded",
     layer: Annotated[int | None, typer.Option(help="Recurrent layer; default: one whose head has memory.")] = None,
     head: Annotated[int | None, typer.Option(help="Head of that layer.")] = None,
-    training_tokens: Annotated[int, typer.Option(help="Tokens each SAE is trained on.")] = 150_000,
+    training_tokens: Annotated[int, typer.Option(help="Tokens each SAE is trained on.")] = 100_000,
     seed: Annotated[int, typer.Option(help="Seed of training, sampling and controls.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for report.html, report.json, the SAEs and the tables.")] = Path(
         "writesae-out"
@@ -61,7 +61,9 @@ def train(context: typer.Context) -> None:
 def evaluate(
     sae: Annotated[list[Path], typer.Argument(help="Folders of trained SAEs (cfg.json, sae_weights.safetensors).")],
     model: Annotated[str | None, typer.Option(help="Model; default: the one named in the SAE's metadata.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Text file to test on; default: the package's held-out text.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file to test on; default: the package's held-out text.")
+    ] = None,
     sequences: Annotated[int, typer.Option(help="Sequences to find firings in.")] = 200,
     context_size: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
     atoms: Annotated[int, typer.Option(help="Atoms drawn uniformly from all alive ones.")] = 100,
@@ -127,16 +129,21 @@ class _clear_errors:  # noqa: N801 - reads as the scope it is
 
 
 def _show(results: Any) -> None:
-    """The finding in a few lines: how often atoms beat deletion, and what the controls do."""
-    from sae_lens_writesae.summary import headline_rows
-
-    table = Table(title="closer to the native model than deleting the write (matched norm, 95 % interval by sequence)")
-    for column in ("SAE", "condition", "wins", "interval", "median KL", "median KL of deletion"):
-        table.add_column(column)
-    for result in results:
-        for row in headline_rows(result):
-            table.add_row(*row)
+    """The finding in a few lines: how often each condition beats deletion, and the verdict."""
+    title = "closer to the native model than deleting the write, at matched norm"
+    table = Table("condition", *(result.info.label or result.info.hook_name for result in results), title=title)
+    summaries = [result.summary() for result in results]
+    scale = "matched" if "matched" in summaries[0].verdicts else next(iter(summaries[0].verdicts))
+    rows = summaries[0].comparisons.query("scale == @scale and b == 'delete'")["a"]
+    for name in rows:
+        rates = [summary.rate(name, "delete", scale) for summary in summaries]
+        cells = (f"{r['rate']:.1%}  [{r['boot_low']:.1%}, {r['boot_high']:.1%}]" for r in rates)
+        table.add_row(name, *cells)
     console.print(table)
+    console.print("[dim]95 % intervals by bootstrap over sequences[/dim]")
+    for result, summary in zip(results, summaries):
+        verdict = summary.verdicts[scale]
+        console.print(f"[bold]{result.info.label}[/bold]: {verdict.outcome}. {verdict.sentence}", highlight=False)
 
 
 if __name__ == "__main__":

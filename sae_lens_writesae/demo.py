@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
+from sae_lens_writesae.evaluate import spread
 from sae_lens_writesae.head_memory import half_lives
+from sae_lens_writesae.loading import load_sae
 from sae_lens_writesae.report import ReportFiles, write_report
 from sae_lens_writesae.runner import text_dataset, train, training_config
 from sae_lens_writesae.substitution import run_substitution
@@ -36,7 +38,7 @@ class DemoConfig:
     targets: tuple[Target, ...] = ("write", "state")
     d_sae: int = 512
     k: int = 32
-    training_tokens: int = 150_000
+    training_tokens: int = 100_000
     context_size: int = 128
     eval_sequences: int = 96
     n_atoms: int = 60
@@ -68,7 +70,7 @@ def run_demo(config: DemoConfig, out: Path, say: Any = print) -> DemoResult:
     """
     torch.manual_seed(config.seed)
     model = HookedRecurrent.from_pretrained(config.model)
-    tokens = evaluation_tokens(model, config.context_size, config.eval_sequences)
+    tokens = spread(model, embedded.text("test"), config.context_size, config.eval_sequences)
     chosen = choose_head(model, tokens[:8], config)
     say(
         f"model {config.model!r}: head {chosen.head} of layer {chosen.layer} "
@@ -87,35 +89,31 @@ def run_demo(config: DemoConfig, out: Path, say: Any = print) -> DemoResult:
             seed=config.seed,
             label=f"{target}-trained",
         )
-        result = run_substitution(model, _inference(out / target / "sae"), tokens, test)
+        result = run_substitution(model, load_sae(out / target / "sae"), tokens, test)
         result.save(out / target / "substitution")
         results.append(result)
     report = write_report(results, out / "report.html")
     return DemoResult(results, report, out)
 
 
-def evaluation_tokens(model: HookedRecurrent, context_size: int, sequences: int) -> Tensor:
-    """[N, context_size] tokens of held-out text that no SAE here is trained on."""
-    ids = model.to_tokens(embedded.text("test"), prepend_bos=False, truncate=False)[0]
-    n = min(sequences, len(ids) // context_size)
-    # Spread over the text, which is ordered by date.
-    starts = torch.linspace(0, len(ids) - context_size, n).long().tolist()
-    return torch.stack([ids[start : start + context_size] for start in starts])
-
-
 def choose_head(model: HookedRecurrent, tokens: Tensor, config: DemoConfig) -> HeadChoice:
     """The head that the config names, or the one whose half-life is nearest to ``config.memory`` (in octaves)."""
     layers = model.cfg.recurrent_layers if config.layer is None else [config.layer]
     found = []
-    with torch.no_grad():
-        for layer in layers:
-            model.cfg.layer(layer)
-            lives = half_lives(model.recurrence(tokens, layer))
-            found += [HeadChoice(layer, head, float(value)) for head, value in enumerate(lives.tolist())]
+    for layer in layers:
+        heads = range(model.cfg.layer(layer).H)
+        with torch.no_grad():
+            whole = model.recurrence(tokens, layer)
+            for head in heads:
+                rows = (whole.select(rows=row, heads=head) for row in range(len(tokens)))
+                lives = torch.cat([half_lives(row) for row in rows])
+                found.append(HeadChoice(layer, head, float(lives.median())))
     if config.head is not None:
         found = [choice for choice in found if choice.head == config.head]
     if not found:
-        raise ValueError(f"head {config.head} is out of range: layer {layers[0]} has {model.cfg.layer(layers[0]).H} heads")
+        raise ValueError(
+            f"head {config.head} is out of range: layer {layers[0]} has {model.cfg.layer(layers[0]).H} heads"
+        )
     wanted = torch.tensor(config.memory).log2()
     return min(found, key=lambda choice: float((torch.tensor(choice.half_life).log2() - wanted).abs()))
 
@@ -131,9 +129,9 @@ def _train(config: DemoConfig, model: HookedRecurrent, chosen: HeadChoice, targe
         training_tokens=config.training_tokens,
         context_size=config.context_size,
         store_batch_size_prompts=16,
-        n_batches_in_buffer=8,
+        n_batches_in_buffer=32,
         train_batch_size_tokens=512,
-        n_batches_for_norm_estimate=20,
+        n_batches_for_norm_estimate=8,
         lr=1e-3,
         lr_scheduler_name="cosineannealing",
         lr_warm_up_steps=20,
@@ -143,12 +141,6 @@ def _train(config: DemoConfig, model: HookedRecurrent, chosen: HeadChoice, targe
     )
     with _quiet():
         return train(cfg, model, dataset)
-
-
-def _inference(folder: Path) -> Any:
-    from sae_lens import SAE
-
-    return SAE.load_from_disk(str(folder), device="cpu")
 
 
 @contextmanager

@@ -102,8 +102,19 @@ def training_config(
         "checkpoint_path": None,
         "output_path": None,
     }
+    if target == "last_state":  # one row per sequence, so that the buffer is counted in sequences
+        defaults["n_batches_in_buffer"] = 4 * int(runner.get("train_batch_size_tokens", 256))
+        defaults["train_batch_size_tokens"] = 256
     fields: dict[str, Any] = {**place.sae_fields, "d_sae": d_sae, **(sae or {})}
-    return LanguageModelSAERunnerConfig(sae=config_class(**fields), **(defaults | runner))
+    cfg = LanguageModelSAERunnerConfig(sae=config_class(**fields), **(defaults | runner))
+    rows = cfg.n_batches_in_buffer * (1 if target == "last_state" else cfg.context_size)
+    if rows < cfg.train_batch_size_tokens:
+        raise ValueError(
+            f"the activation buffer holds {rows} rows (n_batches_in_buffer {cfg.n_batches_in_buffer} x positions kept per "
+            f"sequence), fewer than one batch of train_batch_size_tokens {cfg.train_batch_size_tokens}; raise "
+            "n_batches_in_buffer"
+        )
+    return cfg
 
 
 def text_dataset(text: str, min_characters: int = 2000) -> Dataset:

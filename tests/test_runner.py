@@ -1,0 +1,285 @@
+"""SAELens' own runners, metrics and patching utilities on a recurrent model's writes and states, unchanged."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens import (
+    SAE,
+    CacheActivationsRunner,
+    CacheActivationsRunnerConfig,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.training.activation_scaler import ActivationScaler
+from torch.testing import assert_close
+
+import sae_lens_writesae as writesae
+from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError, embedded
+from sae_lens_writesae.patching import HookedSAERecurrent
+from sae_lens_writesae.runner import (
+    MODEL_CLASS_NAME,
+    WriteSAETrainingRunner,
+    register_model_class,
+    text_dataset,
+    train,
+    training_config,
+)
+from sae_lens_writesae.targets import head_target
+
+LAYER, HEAD = 2, 1
+SMALL = {
+    "training_tokens": 512,
+    "context_size": 32,
+    "store_batch_size_prompts": 4,
+    "n_batches_in_buffer": 8,
+    "train_batch_size_tokens": 64,
+    "lr": 1e-3,
+    "verbose": False,
+}
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return text_dataset(embedded.text("train")[:60_000])
+
+
+def small_config(model, target="write", architecture="writesae_topk", sae=None, **changes):
+    sae = {"k": 4} if sae is None else sae
+    return training_config(
+        model, LAYER, HEAD, target=target, architecture=architecture, d_sae=24, sae=sae, **(SMALL | changes)
+    )
+
+
+@pytest.mark.parametrize("target", ["write", "state", "last_state"])
+def test_stock_runner_trains_and_exports(embedded, dataset, tmp_path, target):
+    """LanguageModelSAETrainingRunner with override_model; the export loads in a fresh process and gives the same."""
+    changes = {"training_tokens": 128, "n_batches_in_buffer": 64} if target == "last_state" else {}
+    cfg = small_config(embedded, target, output_path=str(tmp_path), **changes)
+    sae = LanguageModelSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset).run()
+    assert sae.cfg.metadata.hook_name == head_target(embedded, LAYER, HEAD, target).hook_name
+    loaded = SAE.load_from_disk(str(tmp_path))
+    x = torch.randn(5, loaded.cfg.d_in, generator=torch.Generator().manual_seed(0))
+    script = f"""
+        import torch, sae_lens_writesae
+        from sae_lens import SAE
+        sae = SAE.load_from_disk({str(tmp_path)!r})
+        x = torch.randn(5, sae.cfg.d_in, generator=torch.Generator().manual_seed(0))
+        torch.save(sae(x), {str(tmp_path / "out.pt")!r})
+    """
+    if target == "write":
+        subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, capture_output=True)
+        assert_close(torch.load(tmp_path / "out.pt", weights_only=True), loaded(x))
+    runner_cfg = json.loads((tmp_path / "runner_cfg.json").read_text())
+    assert runner_cfg["model_class_name"] == MODEL_CLASS_NAME and runner_cfg["model_name"] == "embedded"
+
+
+def test_model_class_name_loads_the_model(embedded, dataset):
+    register_model_class()  # again: harmless
+    cfg = small_config(embedded, training_tokens=128)
+    runner = LanguageModelSAETrainingRunner(cfg, override_dataset=dataset)
+    assert isinstance(runner.model, HookedRecurrent) and runner.model.cfg.model_name == "embedded"
+    assert isinstance(runner.run(), writesae.WriteTopKTrainingSAE)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sae"),
+    [
+        ("writesae_batchtopk", {"k": 4}),
+        ("writesae_jumprelu", {}),
+        ("writesae_matryoshka", {"k": 4, "matryoshka_widths": [8, 24]}),
+        ("writesae_standard", {}),
+        ("writesae_gated", {}),
+    ],
+)
+def test_every_architecture_trains_through_the_runner(embedded, dataset, architecture, sae):
+    trained = train(small_config(embedded, architecture=architecture, sae=sae), embedded, dataset)
+    assert all(torch.isfinite(parameter).all() for parameter in trained.parameters())
+
+
+def test_multi_sae_runner(embedded, dataset, tmp_path):
+    """Two heads at once, each on its own hook."""
+    base = small_config(embedded)
+    names = {f"head{head}": head_target(embedded, LAYER, head).hook_name for head in (0, 1)}
+    cfg = MultiSAETrainingRunnerConfig(
+        saes={name: small_config(embedded).sae for name in names},
+        hook_names=names,
+        model_name="embedded",
+        model_class_name=MODEL_CLASS_NAME,
+        prepend_bos=False,
+        streaming=False,
+        sequence_separator_token=None,
+        output_path=str(tmp_path),
+        checkpoint_path=None,
+        logger=LoggingConfig(log_to_wandb=False),
+        **{name: getattr(base, name) for name in SMALL if name != "verbose"},
+    )
+    saes = MultiSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset).run()
+    assert {sae.cfg.metadata.hook_name for sae in saes.values()} == set(names.values())
+
+
+def test_cached_activations_are_the_writes(embedded, dataset, tmp_path):
+    cfg = CacheActivationsRunnerConfig(
+        model_name="embedded",
+        model_class_name=MODEL_CLASS_NAME,
+        dataset_path="",
+        d_in=2048,
+        hook_name=head_target(embedded, LAYER, HEAD).hook_name,
+        training_tokens=512,
+        context_size=32,
+        prepend_bos=False,
+        new_cached_activations_path=str(tmp_path / "cache"),
+        model_batch_size=4,
+        buffer_size_gb=0.01,
+        shuffle=False,
+        streaming=False,
+        dtype="float32",
+        device="cpu",
+    )
+    stored = CacheActivationsRunner(cfg, override_dataset=dataset).run()
+    row = stored[0]
+    tokens = torch.tensor(row["token_ids"])[None]
+    _, cache = embedded.run_with_cache(tokens, names_filter=cfg.hook_name)
+    written = torch.tensor(row[cfg.hook_name]).reshape(-1, 2048)
+    assert_close(written, cache[cfg.hook_name][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["write", "state"])
+def test_run_evals_measures_cross_entropy_recovered(embedded, dataset, target):
+    """Replacing a head's writes (states) by their reconstruction, by SAELens' evaluator; zeroing them costs more."""
+    cfg = small_config(embedded, target, training_tokens=4096, sae={"k": 16})
+    runner = WriteSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset)
+    sae = runner.run()
+    config = EvalConfig(
+        batch_size_prompts=4,
+        n_eval_reconstruction_batches=2,
+        n_eval_sparsity_variance_batches=2,
+        compute_kl=True,
+        compute_ce_loss=True,
+        compute_l2_norms=True,
+        compute_variance_metrics=True,
+        compute_sparsity_metrics=True,
+    )
+    metrics, _ = run_evals(sae, runner.activations_store, runner.model, ActivationScaler(), config)
+    performance = metrics["model_performance_preservation"]
+    assert performance["ce_loss_with_ablation"] > performance["ce_loss_without_sae"]
+    behavior = metrics["model_behavior_preservation"]
+    assert behavior["kl_div_with_ablation"] > behavior["kl_div_with_sae"] > 0
+    assert metrics["sparsity"]["l0"] == pytest.approx(16, abs=0.5)
+
+
+def test_saes_stand_in_for_hook_points(dataset, tmp_path):
+    """add_sae, run_with_saes, the error term, and inner hooks, in prefill and generation."""
+    model = HookedSAERecurrent.from_pretrained("embedded")
+    sae = _exported(model, dataset, tmp_path)
+    with torch.no_grad():
+        _check_attached(model, sae)
+
+
+def _check_attached(model, sae):
+    tokens = model.to_tokens("The Congress of the United States shall")
+    plain = model(tokens)
+    replaced = model.run_with_saes(tokens, saes=[sae])
+    with_error = model.run_with_saes(tokens, saes=[sae], use_error_term=True)
+    assert not torch.allclose(replaced, plain, atol=1e-4)
+    assert_close(with_error, plain, rtol=0, atol=5e-4)
+    hook = sae.cfg.metadata.hook_name
+    _, cache = model.run_with_cache_with_saes(tokens, saes=[sae], names_filter=lambda n: "hook_sae_acts_post" in n)
+    acts = cache[f"{hook}.hook_sae_acts_post"]
+    _, writes = model.run_with_cache(tokens, names_filter=hook)
+    assert_close(acts, sae.encode(writes[hook]), rtol=1e-3, atol=1e-4)
+    assert torch.equal(model(tokens), plain) and not model.acts_to_saes
+    by_hand = model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda x, hook: sae(x))])
+    assert_close(replaced, by_hand, rtol=0, atol=1e-5)
+    model.add_sae(sae)
+    generated = model.generate(tokens, max_new_tokens=4, do_sample=False)
+    step = model(generated)
+    model.reset_saes()
+    assert torch.equal(generated[0, tokens.shape[1] :], step[0, tokens.shape[1] - 1 : -1].argmax(-1))
+
+
+def _exported(model, dataset, folder):
+    train(small_config(model), model, dataset).save_inference_model(str(folder))
+    return SAE.load_from_disk(str(folder))
+
+
+def test_checkpoint_and_resume_go_on_from_the_same_state(embedded, dataset, tmp_path):
+    """A run that is stopped half-way and resumed has the trainer's state of one that is not."""
+    cfg = small_config(embedded, checkpoint_path=str(tmp_path), n_checkpoints=1, save_final_checkpoint=True)
+    train(cfg, embedded, dataset)
+    checkpoints = sorted((p for p in Path(cfg.checkpoint_path).iterdir()), key=lambda p: p.stat().st_mtime)
+    resumed = small_config(
+        embedded, checkpoint_path=None, resume_from_checkpoint=str(checkpoints[0]), training_tokens=1024
+    )
+    trained = train(resumed, embedded, dataset)
+    assert all(torch.isfinite(p).all() for p in trained.parameters())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_everything_and_resumes(embedded, dataset, tmp_path, number):
+    cfg = small_config(embedded, checkpoint_path=str(tmp_path / "new" / "folder"), training_tokens=200_000)
+    runner = WriteSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset)
+    before = signal.getsignal(number)
+    threading.Timer(2.0, lambda: os.kill(os.getpid(), number)).start()
+    with pytest.raises(KeyboardInterrupt):
+        runner.run()
+    assert signal.getsignal(number) is before
+    (checkpoint,) = Path(cfg.checkpoint_path).iterdir()
+    samples = int(checkpoint.name)
+    names = {path.name for path in checkpoint.iterdir()}
+    assert {"cfg.json", "sae_weights.safetensors", "trainer_state.pt", "activations_store_state.safetensors"} <= names
+    resumed = small_config(
+        embedded, resume_from_checkpoint=str(checkpoint), training_tokens=samples + 256, checkpoint_path=None
+    )
+    trained = train(resumed, embedded, dataset)
+    assert all(torch.isfinite(parameter).all() for parameter in trained.parameters())
+
+
+def test_wandb_logging_offline(embedded, dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    logger = LoggingConfig(log_to_wandb=True, wandb_project="test", wandb_log_frequency=2, eval_every_n_wandb_logs=2)
+    train(small_config(embedded, logger=logger), embedded, dataset)
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+@pytest.mark.parametrize(
+    ("layer", "head", "error", "match"),
+    [
+        (0, 0, UnsupportedModelError, r"layer 0 .*recurrent layers are \[1, 2, 3, 4\]"),
+        (9, 0, UnsupportedModelError, "layers 0 to 4"),
+        (1, 7, UnknownHookError, "heads 0 to 3"),
+    ],
+)
+def test_a_wrong_layer_or_head_is_said(embedded, layer, head, error, match):
+    with pytest.raises(error, match=match):
+        training_config(embedded, layer, head)
+
+
+def test_a_hook_that_does_not_fit_the_sae_is_said(embedded, dataset):
+    cfg = small_config(embedded)
+    cfg.sae.d_k, cfg.sae.d_v = 32, 64
+    with pytest.raises(ValueError, match=r"64 x 32 matrices.*d_k 32, d_v 64"):
+        WriteSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset)
+    with pytest.raises(ValueError, match="buffer holds 8 rows"):
+        small_config(embedded, "last_state")
+    with pytest.raises(ValueError, match="target must be one of"):
+        training_config(embedded, LAYER, HEAD, target="reads")
+
+
+def test_text_dataset_keeps_the_text():
+    text = embedded_text = "one\n" * 3 + "two\n"
+    assert "".join(text_dataset(text, min_characters=5)["text"]) == embedded_text
