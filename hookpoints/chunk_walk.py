@@ -30,8 +30,9 @@ from hookpoints.recurrence_checks import over_time
 _CHUNK = {"cpu": 32}
 """Tokens per chunk by device; 64 elsewhere, where launches cost more than arithmetic."""
 
-_SPAN = {"cpu": 2**17}
-"""Numbers per factor that are prepared together: on a CPU what the second-level cache holds of a dozen."""
+_SPAN = {"cpu": 2**16}
+"""Numbers per factor that are prepared together: on a CPU few enough that a dozen stay in the second-level cache and
+that buffers in float64 are not handed back to the system each time."""
 
 
 class Span(NamedTuple):
@@ -155,4 +156,6 @@ def _cut(x: Tensor, size: int) -> Tensor:
 
 
 def _solve(lags: Tensor, x: Tensor) -> Tensor:
-    return torch.linalg.solve_triangular(lags, x, upper=False, unitriangular=True)
+    """(I + lags)^-1 x. Solved transposed, from the right: row-major factors are then the layout LAPACK wants, and
+    nothing is copied."""
+    return torch.linalg.solve_triangular(lags.mT, x.mT, upper=True, unitriangular=True, left=False).mT

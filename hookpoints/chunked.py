@@ -16,8 +16,11 @@ from hookpoints.recurrence_checks import tensors
 _FEW = 4
 """Up to so many tokens the plain loop is faster."""
 
+_EXPANDED = 16
+"""Tokens whose states come of one product: more cost arithmetic, fewer cost calls."""
+
 _SUB = 8
-"""Tokens whose states, or per-channel probes, come of one product."""
+"""Tokens whose per-channel probes come of one product."""
 
 _FEATURES = 2048
 """Probes taken at a time, so that what they need stays in cache."""
@@ -55,9 +58,14 @@ def states(r: Recurrence, positions: list[int], out: Tensor | None = None, chunk
         return torch.index_select(states(r, wanted, chunk_size=chunk_size), 1, at, out=out)
     r = r.select(tokens=slice(0, wanted[-1] + 1)).working()
     result = _Filled((r.B, len(wanted), r.H, r.K, r.V), r, out)
-    for chunk in walk(r, chunk_size):
+    for chunk in walk(r, chunk_size or _EXPANDED):
         here = wanted[bisect_left(wanted, chunk.first) : bisect_left(wanted, chunk.first + chunk.size)]
-        _states_of_chunk(chunk, [t - chunk.first for t in here], result, r.H)
+        if here:
+            slot = result.slot(len(here))
+            # The states of one head of one sequence lie in the result as they are built.
+            into = slot[:, :, 0] if slot is not None and r.B * r.H == 1 else None
+            found = _states(chunk, [t - chunk.first for t in here], into)
+            result.put(found.unflatten(0, (r.B, r.H)).transpose(1, 2))
     return result.joined()
 
 
@@ -157,34 +165,16 @@ def _columns(chunk: Chunk) -> Tensor:
     return kept.flatten(0, 1).baddbmm_(weights.flatten(0, 1), keys.flatten(0, 1)).unflatten(0, kept.shape[:2])
 
 
-def _states_of_chunk(chunk: Chunk, rows: list[int], result: _Filled, heads: int) -> None:
-    """Append the states at `rows` of the chunk."""
-    state = chunk.state
-    for first in range(0, rows[-1] + 1 if rows else 0, _SUB):
-        last = min(first + _SUB, chunk.size) - 1
-        here = [t for t in rows if first <= t <= last]
-        found = None
-        if here:
-            slot = result.slot(len(here))
-            # The states of one head of one sequence lie in the result as they are built.
-            into = slot[:, :, 0] if slot is not None and state.shape[0] == 1 else None
-            found = _expand(chunk, state, first, here, into)
-            result.put(found.unflatten(0, (-1, heads)).transpose(1, 2))
-        if rows[-1] > last:
-            if found is None or here[-1] < last:
-                found = _expand(chunk, state, first, [last])
-            state = found[:, -1]
-
-
-def _expand(chunk: Chunk, state: Tensor, first: int, rows: list[int], into: Tensor | None = None) -> Tensor:
-    """States [N,p,K,V] at `rows` of a chunk, from the state before its token `first`."""
-    decay, columns = chunk.span.decay, slice(first, rows[-1] + 1)
+def _states(chunk: Chunk, rows: list[int], into: Tensor | None) -> Tensor:
+    """States [N,p,K,V] at `rows` of a chunk, one batched product."""
+    decay, columns = chunk.span.decay, slice(0, rows[-1] + 1)
     dense = len(rows) == rows[-1] + 1 - rows[0]
     at = slice(rows[0], rows[-1] + 1) if dense else rows
     between = decay.between(chunk.place, at, columns)
     keys = torch.cat([key[:, None, columns] * between for key in chunk.keys], dim=2).flatten(0, 1)
     values = torch.cat([value[:, columns] for value in chunk.values], dim=1)[:, None]
-    found = torch.mul(state[:, None], decay.since(chunk.place, first, at)[..., None], out=into).flatten(0, 1)
+    kept = decay.since(chunk.place, 0, at)[..., None]
+    found = torch.mul(chunk.state[:, None], kept, out=into).flatten(0, 1)
     found.baddbmm_(keys.mT, values.expand(-1, len(rows), -1, -1).flatten(0, 1))
     return found.unflatten(0, (-1, len(rows)))
 

@@ -113,29 +113,35 @@ def test_states_can_be_written_into_a_buffer(r: Recurrence) -> None:
         r.replace(u=r.u.clone().requires_grad_()).states(0, [1, 2, 3], out=out)
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 def test_states_of_one_head_hold_little_besides_the_result() -> None:
     """Peak memory, by the resident size of a process of its own: torch's allocations are not Python's.
 
     The package's index is left out, which also shows that recurrences need nothing but torch.
     """
     program = f"""
-import json, resource, sys, types
+import json, re, sys, types
+from pathlib import Path
 package = types.ModuleType("hookpoints")
 package.__path__ = [{str(Path(recurrence.__file__).parent)!r}]
 sys.modules["hookpoints"] = package
-from hookpoints import recurrence
 from hookpoints.examples import random_recurrence, torch
+
+def kilobytes(field):
+    return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
+
 torch.set_num_threads(1)
-r = random_recurrence("kda", T=2048, H=2, K=128, V=128)
+r = random_recurrence("kda", T=1024, H=2, K=128, V=128)
 r.states(0, [9]), r.outputs()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+before = kilobytes("VmRSS")
 states = r.states(0)
-grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-print(json.dumps([grown, states.numel() * 4, "transformers" in sys.modules]))
+grown = 1024 * (kilobytes("VmHWM") - before)
+print(json.dumps([grown / (4 * states.numel()), "transformers" in sys.modules]))
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    grown, result, more_than_torch = json.loads(run.stdout)
-    assert grown <= 1.2 * result
+    peak_over_result, more_than_torch = json.loads(run.stdout)
+    assert 0.9 < peak_over_result < 1.2
     assert not more_than_torch
 
 
@@ -199,7 +205,7 @@ def test_work_grows_linearly_with_length(monkeypatch) -> None:
     for length in (2048, 8192):
         prepared.clear()
         random_recurrence("kda", T=length, K=32, V=16).outputs()
-        assert max(prepared) <= 2**17
+        assert max(prepared) <= 2**16
         totals[length] = sum(prepared)
     assert totals[8192] == 4 * totals[2048]
 
