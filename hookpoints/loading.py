@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    PreTrainedConfig,
+)
 
 from . import embedded
 from .errors import UnsupportedModelError
+from .rules import REFUSED
 
 
 class Loaded(NamedTuple):
@@ -30,21 +39,42 @@ def load(
     """Load the text model of a checkpoint. No code from the checkpoint is run, and only safetensors are read.
 
     Published Qwen3.5 checkpoints carry a multimodal configuration; their text model is what is loaded.
+
+    Raises:
+        UnsupportedModelError: a checkpoint without a causal language model, or in the format of the mamba_ssm package
+            (names the converted one).
     """
     if hf_kwargs.get("trust_remote_code"):
         raise ValueError("trust_remote_code is not supported: hookpoints runs no code from a checkpoint")
     source = str(embedded.path(name_or_path)) if name_or_path in embedded.names() else name_or_path
-    config = AutoConfig.from_pretrained(source, revision=revision)
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    kept, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    _refuse_mamba_ssm(name_or_path, kept)
+    # Importing fla puts its own Mamba-2 in the Auto classes' place, which reads other weights.
+    own = kept.get("model_type") == "mamba2"
+    configs: Any = Mamba2Config if own else AutoConfig
+    models: Any = Mamba2ForCausalLM if own else AutoModelForCausalLM
+    config = configs.from_pretrained(source, revision=revision)
+    if config.model_type in REFUSED:  # before the weights are fetched
+        raise UnsupportedModelError(f"{name_or_path!r} cannot be hooked: {REFUSED[config.model_type]}")
+    if not own and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModelError(
             f"{name_or_path!r} is a {config.model_type!r} checkpoint, which has no causal language model"
         )
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        source, revision=revision, dtype=dtype, use_safetensors=True, **hf_kwargs
-    )
+    model = models.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True, **hf_kwargs)
     if hf_kwargs.get("device_map") is None:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Loaded(model, _tokenizer(source, revision))
+
+
+def _refuse_mamba_ssm(name: str, config: dict[str, Any]) -> None:
+    """Checkpoints of the mamba_ssm package (state-spaces/...) have no model type, and other names for their weights."""
+    if "model_type" in config or "ssm_cfg" not in config:
+        return
+    found = f"{name!r} is in the format of the mamba_ssm package, which transformers does not load"
+    if (config["ssm_cfg"] or {}).get("layer") != "Mamba2":
+        raise UnsupportedModelError(f"{found}; it is a Mamba-1 model besides: {REFUSED['mamba']}")
+    size = PurePath(name).name
+    raise UnsupportedModelError(f"{found}. Load the converted checkpoint: AntonV/{size}-hf for state-spaces/{size}")
 
 
 def _tokenizer(source: str, revision: str | None) -> Any:

@@ -16,6 +16,8 @@ _MAMBA1 = (
     "matrices; Mamba-2 models are supported"
 )
 
+_STREAMS = "its residual stream is several streams side by side (hyper-connections), which block hooks do not know"
+
 REFUSED: dict[str, str] = {
     "mamba": _MAMBA1,
     "falcon_mamba": _MAMBA1,
@@ -24,7 +26,8 @@ REFUSED: dict[str, str] = {
     "minimax": "its lightning attention is written out inside the layer's forward, so there is no op to intercept",
     "recurrent_gemma": "its RG-LRU keeps a vector, not a matrix: there is no rank-1 write",
     "rwkv": "RWKV-4 keeps vectors and divides its reads by a second, normalising state",
-    "glm5_next_text": "its residual stream is several streams (hyper-connections), which block hooks do not know",
+    "glm5_next_text": _STREAMS,
+    "qwen4_exp_text": _STREAMS,
     "gsa": "gated slot attention keeps two coupled states, not one",
     "hgrn": "HGRN keeps a vector, not a matrix: there is no rank-1 write",
     "titans": "Titans' memory is an MLP updated by gradient steps",

@@ -67,7 +67,9 @@ class Mamba2:
     def arguments(self, arguments: Mapping[str, Any], factors: Factors, changed: Set[str]) -> dict[str, Any]:
         update = _is_update(arguments)
         fed: dict[str, Any] = {"D": None, "z": None} if update else {"D": None}
-        fed |= {_INPUTS[field]: _without_time(getattr(factors, field), update) for field in changed & set(_INPUTS)}
+        # The ops take one number of groups for both B and C.
+        inputs = changed & {"v"} | ({"q", "k"} if changed & {"q", "k"} else set())
+        fed |= {_INPUTS[field]: _without_time(getattr(factors, field), update) for field in inputs}
         if changed & self.torch_only:
             fed |= _apart(factors, update)
         return {**arguments, **fed}
