@@ -71,10 +71,12 @@ def write_report(
     """Write `path` (.html) and the same numbers beside it (.json). Each is written aside and renamed.
 
     Args:
-        results: tests to show side by side, e.g. a write-trained and a state-trained SAE of one head, or many
-        heads. title: heading of the page. metric: headline metric, of `substitution_result.METRICS`. scale:
-        headline scale; the others are in the tables and in figure 1, never mixed with it. cluster: "sequence"
-        or "atom", what the bootstrap resamples.
+        results: tests to show side by side, e.g. a write-trained and a state-trained SAE of one head, or many heads.
+        path: where to write; the suffix becomes .html.
+        title: heading of the page.
+        metric: headline metric, of `substitution_result.METRICS`.
+        scale: headline scale; the others are in the tables and in figure 1, never mixed with it.
+        cluster: "sequence" or "atom", what the bootstrap resamples.
 
     Raises:
         ValueError: no result, or one without the metric or the scale.

@@ -1,0 +1,195 @@
+"""How much faster the batched substitution test is than one full forward per condition.
+
+Run ``python benchmarks/substitution.py``. Both ways write the same matrices at the same positions of the same
+sequence and measure the same KLs, in turn within one process; the largest difference of KL between them is
+printed. The full forward stands for the plain way: hook the write, run the whole sequence, compare, for each
+condition in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from hookpoints import HookedRecurrent, WriteEdit, embedded
+from sae_lens_writesae.conditions import conditions, rank_one
+from sae_lens_writesae.divergence import divergences
+from sae_lens_writesae.firings import HeadHook
+from sae_lens_writesae.head_memory import head_writes
+from sae_lens_writesae.substitution_config import SubstitutionConfig
+from sae_lens_writesae.substitution_edits import edits_of, measure
+
+CONFIG = SubstitutionConfig(horizon=16)
+
+
+class Case(NamedTuple):
+    """A model and the head that is edited."""
+
+    label: str
+    model: HookedRecurrent
+    tokens: Tensor  # [1,T]
+    hook: HeadHook
+
+
+class Timing(NamedTuple):
+    """Seconds per condition, median over rounds."""
+
+    full: float
+    window: float  # batched, each row run over t..t+16
+    to_end: float  # batched, each row run to the last token
+    largest_gap: float  # of KL between the full forward and the batched window, relative
+
+
+def qwen(layers: int, width: int, heads: int, dim: int) -> torch.nn.Module:
+    """A random Qwen3.5-shaped model, three recurrent layers to one of attention."""
+    config = transformers.Qwen3_5TextConfig(
+        vocab_size=4096,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=width // 4,
+        linear_num_key_heads=heads,
+        linear_num_value_heads=heads,
+        linear_key_head_dim=dim,
+        linear_value_head_dim=dim,
+    )
+    torch.manual_seed(0)
+    return transformers.Qwen3_5ForCausalLM(config).eval()
+
+
+def cases(n_tokens: int) -> list[Case]:
+    """The embedded model on its own text, and a random model with 8 layers; an upper-middle layer of each."""
+    small = HookedRecurrent.from_pretrained("embedded", device="cpu")
+    text = small.to_tokens(embedded.text("test")[: 8 * n_tokens])[:, :n_tokens]
+    large = HookedRecurrent.from_hf(qwen(8, 512, 8, 64))
+    noise = torch.randint(0, 4096, (1, n_tokens), generator=torch.Generator().manual_seed(0))
+    made = []
+    for label, model, tokens, layer in (
+        ("embedded", small, text, 2),
+        ("Qwen3.5-shaped, 8 layers", large, noise, 4),
+    ):
+        hook = HeadHook.parse(f"blocks.{layer}.mixer.heads.1.hook_write_vec")
+        made.append(Case(f"{label}, layer {layer} of {model.cfg.n_layers}, T = {n_tokens}", model, tokens, hook))
+    return made
+
+
+def edits_for(case: Case, session: Any, positions: list[int]) -> list[list[WriteEdit]]:
+    """The 20 rows of each firing: atoms and controls are random directions, for which time does not care."""
+    native = head_writes(session.recurrence(case.hook.layer), case.hook.head, "additive").native.rows(positions)
+    g = torch.Generator().manual_seed(0)
+    shapes = native.keys[:, 0].shape, native.values[:, 0].shape
+    drawn = [rank_one(*(torch.randn(shape, generator=g) for shape in shapes)) for _ in range(6)]
+    controls = dict(zip(CONFIG.controls, drawn[1:]))
+    made = conditions(native, drawn[0], torch.ones(len(positions)), controls)
+    return [edits_of(case.hook, CONFIG, condition, native, positions) for condition in made]
+
+
+def batched(case: Case, positions: list[int], to_end: bool) -> np.ndarray:
+    """KLs [C,N] (mean over the window) by the batched test, its session included."""
+    session = case.model.edit_session(case.tokens)
+    edits = edits_for(case, session, positions)
+    return measure(session, edits, positions, [to_end] * len(positions), CONFIG)[:, :, 0]
+
+
+@torch.no_grad()
+def one_by_one(case: Case, edits: list[WriteEdit]) -> list[float]:
+    """The same KLs by a full forward each."""
+    native = case.model(case.tokens)[0]
+    found = []
+    for edit in edits:
+        assert edit.position is not None
+        with case.model.edits(edit):
+            patched = case.model(case.tokens)[0]
+        window = slice(edit.position, edit.position + CONFIG.horizon + 1)
+        found.append(float(divergences(native[window], patched[None, window]).forward.mean()))
+    return found
+
+
+def timing(case: Case, n_firings: int, n_full: int, rounds: int) -> Timing:
+    """Time the three ways in turn, `rounds` times."""
+    last = case.tokens.shape[1] - 1 - CONFIG.horizon
+    positions = torch.linspace(1, last, n_firings).long().tolist()
+    table = edits_for(case, case.model.edit_session(case.tokens), positions)
+    rows = [(c, n) for c in range(len(table)) for n in range(n_firings)]
+    some = [rows[i] for i in torch.linspace(0, len(rows) - 1, n_full).long().tolist()]
+    seconds: dict[str, list[float]] = {"full": [], "window": [], "to_end": []}
+    kl = full = np.zeros(0)
+    for _ in range(rounds):
+        clock = time.perf_counter()
+        full = np.array(one_by_one(case, [table[c][n] for c, n in some]))
+        seconds["full"].append((time.perf_counter() - clock) / len(some))
+        for name in ("window", "to_end"):
+            clock = time.perf_counter()
+            found = batched(case, positions, name == "to_end")
+            seconds[name].append((time.perf_counter() - clock) / len(rows))
+            kl = found if name == "window" else kl
+    same = np.array([kl[c, n] for c, n in some])
+    moved = full > 1e-9
+    gap = float(np.abs(same - full)[moved].max(initial=0) / full[moved].max(initial=1e-9))
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return Timing(median["full"], median["window"], median["to_end"], gap)
+
+
+def draw(found: dict[str, Timing], path: Path) -> None:
+    """Conditions per second of the three ways."""
+    figure = Figure(figsize=(7, 0.9 + 1.1 * len(found)), layout="constrained")
+    axes = figure.add_subplot()
+    ways = {"one full forward each": "full", "batched, to the last token": "to_end", "batched, t..t+16": "window"}
+    colours = ("#98a2ad", "#7fb0ff", "#1d5fd1")
+    for i, timed in enumerate(found.values()):
+        for j, ((way, field), colour) in enumerate(zip(ways.items(), colours)):
+            rate, y = 1 / getattr(timed, field), i + 0.26 * (j - 1)
+            axes.barh(y, rate, 0.24, color=colour, label=way if i == 0 else None)
+            axes.text(rate * 1.05, y, f"{rate:,.0f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(found)), list(found), fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    axes.set_xlabel("conditions per second (log scale)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--firings", type=int, default=24, help="firings in the sequence, 20 rows each")
+    parser.add_argument("--full", type=int, default=20, help="full forwards that are timed per round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--out", type=Path, help="folder for substitution.json and substitution.png")
+    options = parser.parse_args()
+    if options.quick:
+        options.tokens, options.firings, options.full, options.rounds = 64, 2, 2, 1
+    torch.set_num_threads(options.threads)
+    transformers.logging.set_verbosity_error()
+    found = {}
+    for case in cases(options.tokens):
+        found[case.label] = timing(case, options.firings, options.full, options.rounds)
+    print(f"conditions per second, {options.firings} firings of 20 conditions, {options.threads} thread(s)")
+    print(f"{'':44s} {'full':>8s} {'to end':>8s} {'window':>8s} {'gain':>7s} {'KL gap':>9s}")
+    for label, t in found.items():
+        gain = f"{t.full / t.window:6.1f}x"
+        print(f"{label:44s} {1 / t.full:8.1f} {1 / t.to_end:8.1f} {1 / t.window:8.1f} {gain:>7s} {t.largest_gap:9.1e}")
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "substitution.json").write_text(json.dumps({k: t._asdict() for k, t in found.items()}, indent=2))
+        draw(found, options.out / "substitution.png")
+
+
+if __name__ == "__main__":
+    main()
