@@ -104,6 +104,7 @@ def _head(row: HeadMemory, layers: list[int]) -> dict[str, float]:
 def write_card(folder: Path, metrics: Metrics, family: Family, name: str) -> None:
     """Write metrics.json and README.md into the checkpoint folder."""
     (folder / "metrics.json").write_text(json.dumps(asdict(metrics), indent=1) + "\n", encoding="utf-8")
+    long_heads = [head for head in metrics.heads if head["half_life"] >= LONG_MEMORY]
     facts = {**metrics.recipe, **asdict(metrics)}
     card = TEMPLATE.read_text(encoding="utf-8").format(
         **facts,
@@ -119,7 +120,8 @@ def write_card(folder: Path, metrics: Metrics, family: Family, name: str) -> Non
         horizon=MEMORY_HORIZON,
         memory_windows=MEMORY_WINDOWS,
         long_memory=LONG_MEMORY,
-        long_heads=round(metrics.long_memory_share * len(metrics.heads)),
+        long_heads=len(long_heads),
+        long_names=", ".join(f"{head['layer']}.{head['head']}" for head in long_heads) or "none",
         head_count=len(metrics.heads),
         rows="\n".join(_row(head) for head in metrics.heads),
         hold_out=HOLD_OUT_EVERY,

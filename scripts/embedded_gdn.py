@@ -12,7 +12,9 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 def build(vocabulary: int, end_of_text: int) -> PreTrainedModel:
     """Qwen3.5: attention first, then linear layers with grouped value heads and K != V.
 
-    Attention first takes local mixing off the linear layers, so that their heads need not be short-lived.
+    Attention first or last made no difference to perplexity after 1 M tokens (42.6 and 42.5), but to memory: 7 and 5 of
+    the 16 heads kept half of a write for 16 tokens. Even so, after 16 M tokens the heads of the first linear layer
+    forget within two: decays stay slow there, but similar keys erase each other.
     """
     config = Qwen3_5TextConfig(
         vocab_size=vocabulary,

@@ -42,7 +42,7 @@ class Recipe:
     muon_factor: float = 2.0
     """Rate of the hidden matrices over `learning_rate` (updates scaled to AdamW's size)."""
     gate_factor: float = 0.1
-    """Rate of the decay gates over `learning_rate`. At 1 slow heads would not stay slow."""
+    """Rate of the decay gates over `learning_rate`. At 1, mean decays fell to 0.26-0.91 in an earlier model."""
     weight_decay: float = 0.1
     """Matrices only."""
     warm_up: float = 0.03
