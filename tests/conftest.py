@@ -194,6 +194,9 @@ def make_hf(model_type: str = "qwen3_5", seed: int = 0, **changes):
                 parameter.copy_(torch.linspace(0.0, 1.5, parameter.numel()).view_as(parameter))
             elif parameter.ndim == 2 and "norm" not in name:
                 parameter.mul_(4.0)  # random weights of std 0.02 barely move the logits
+        for mixer in model.modules():  # nothing normalises what Mamba-2 writes, so it must not be tiny
+            if isinstance(getattr(mixer, "D", None), torch.nn.Parameter) and mixer.conv1d.weight.std() < 0.1:
+                mixer.conv1d.weight.mul_(60.0)
     return model
 
 
