@@ -95,12 +95,16 @@ def test_decoding_from_the_cache_equals_prefill(hooked, tokens):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_are_bit_identical(dtype, tokens):
-    plain = make_hf().to(dtype)
-    model = HookedRecurrent.from_hf(make_hf().to(dtype))
+@pytest.mark.parametrize("model_type", ["qwen3_5", "mamba2", "falcon_h1", "bamba"])
+def test_other_dtypes_are_bit_identical(model_type, dtype, tokens):
+    plain = make_hf(model_type).to(dtype)
+    model = HookedRecurrent.from_hf(make_hf(model_type).to(dtype))
     listened, cache = model.run_with_cache(tokens, names_filter=lambda name: True)
     assert torch.equal(listened, plain(tokens).logits)
-    assert listened.dtype == dtype and cache["blocks.0.hook_resid_pre"].dtype == dtype
+    assert listened.dtype == plain(tokens).logits.dtype and cache["blocks.0.hook_resid_pre"].dtype == dtype
+    with model.hooks([(lambda name: True, lambda x, hook: None)]):
+        out = model.generate(tokens, max_new_tokens=3, do_sample=False)
+    assert torch.equal(out, plain.generate(tokens, max_new_tokens=3, do_sample=False))
 
 
 @torch.no_grad()

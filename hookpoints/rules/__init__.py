@@ -23,7 +23,8 @@ REFUSED: dict[str, str] = {
     "falcon_mamba": _MAMBA1,
     "jamba": _MAMBA1,
     "zamba": _MAMBA1,
-    "minimax": "its lightning attention is written out inside the layer's forward, so there is no op to intercept",
+    "minimax": "its lightning attention is written out inside the layer's forward, so there is no op to intercept, and "
+    "its states are in a cache of its own kind",
     "recurrent_gemma": "its RG-LRU keeps a vector, not a matrix: there is no rank-1 write",
     "rwkv": "RWKV-4 keeps vectors and divides its reads by a second, normalising state",
     "glm5_next_text": _STREAMS,
