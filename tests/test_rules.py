@@ -60,7 +60,7 @@ def scan_call() -> dict:
         "D": normal(6, H),
         "dt_bias": normal(7, H),
         "dt_softplus": True,
-        "dt_limit": (0.3, 1.5),
+        "dt_limit": (0.3, 0.9),
         "initial_states": normal(8, B, H, V, K),
         "return_final_states": True,
     }
