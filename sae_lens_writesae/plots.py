@@ -6,6 +6,7 @@ One panel is about as wide as a phone, so a page can lay panels out in a grid.
 
 import html
 import io
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -95,34 +96,56 @@ def win_rate_figure(summary: Summary, rivals: Sequence[str] = (), name: str = ""
 
 
 def kl_figure(wide: pd.DataFrame, scale: str, floor: float, rivals: Sequence[str] = (), name: str = "") -> str:
-    """Distribution over firings of the KL of every condition:
-
-    median, quartiles and the 5-95 % range, log axis.
-    """
-    columns = {name: f"{name}/{scale}" for name in ("atom", *CONTROLS)}
-    columns = {"delete": "delete"} | {name: column for name, column in columns.items() if column in wide}
-    figure, axes = _panel(1.65 + 0.16 * len(columns))
-    lowest = np.inf
-    for row, (condition, column) in enumerate(columns.items()):
-        kl = np.asarray(wide[column], dtype=float)
-        five, q1, median, q3, ninety_five = np.quantile(np.maximum(kl, 1e-16), [0.05, 0.25, 0.5, 0.75, 0.95])
-        lowest = min(lowest, five)
-        colour = _colour(condition, rivals)
-        axes.plot([five, ninety_five], [row, row], color=colour, lw=1.1, alpha=0.6)
-        axes.plot([q1, q3], [row, row], color=colour, lw=7, alpha=0.4, solid_capstyle="butt")
-        axes.plot(median, row, "|", color=colour, ms=11, mew=2.2)
-    deletion = float(np.median(np.asarray(wide["delete"], dtype=float)))
-    axes.axvline(max(deletion, 1e-16), color=MUTED, lw=0.8, ls=(0, (3, 3)))
+    """Distribution over firings of the KL of every condition, log axis; the floor is shaded where it is in sight."""
+    rows = {"delete": _values(wide["delete"])} | _scaled(wide, scale)
+    figure, axes = _panel(1.65 + 0.16 * len(rows))
+    lowest = _boxes(axes, rows, rivals)
+    axes.axvline(float(np.median(rows["delete"])), color=MUTED, lw=0.8, ls=(0, (3, 3)))
     if floor > lowest / 100:
-        axes.axvspan(axes.get_xlim()[0] / 10, floor, color=GRID, alpha=0.6, lw=0)
-    axes.set_xscale("log")
-    axes.set_xlim(left=lowest / 2)
-    axes.set_yticks(range(len(columns)), [NAMES[name] for name in columns])
-    axes.set_ylim(len(columns) - 0.45, -0.6)
-    axes.grid(axis="x", color=GRID, lw=0.6)
-    axes.set_axisbelow(True)
+        axes.axvspan(lowest / 1000, floor, color=GRID, alpha=0.6, lw=0)
+        axes.set_xlim(left=lowest / 2)
     axes.set_xlabel("KL from native, nats (log scale)", loc="right")
     return _svg(figure, f"KL by condition at scale {scale}: {name}")
+
+
+def ratio_figure(wide: pd.DataFrame, scale: str, rivals: Sequence[str] = (), name: str = "") -> str:
+    """Distribution over firings of KL(condition) / KL(delete) on the same firing, log axis. Left of 1: a win."""
+    deletion = _values(wide["delete"])
+    rows = {condition: kl / deletion for condition, kl in _scaled(wide, scale).items()}
+    figure, axes = _panel(1.5 + 0.16 * len(rows))
+    _boxes(axes, rows, rivals)
+    axes.axvline(1, color=MUTED, lw=0.8, ls=(0, (3, 3)))
+    axes.set_xlabel("KL / KL of deletion, same firing (log scale)", loc="right")
+    return _svg(figure, f"KL relative to deletion at scale {scale}: {name}")
+
+
+def _values(column: Any) -> np.ndarray:
+    """A column on a log axis: exact zeros become 1e-16."""
+    return np.maximum(np.asarray(column, dtype=float), 1e-16)
+
+
+def _scaled(wide: pd.DataFrame, scale: str) -> dict[str, np.ndarray]:
+    """The atom and the controls that were run at `scale`."""
+    names = [name for name in ("atom", *CONTROLS) if f"{name}/{scale}" in wide]
+    return {name: _values(wide[f"{name}/{scale}"]) for name in names}
+
+
+def _boxes(axes: Axes, rows: dict[str, np.ndarray], rivals: Sequence[str]) -> float:
+    """A line from 5 to 95 %, a bar between quartiles and a tick at the median, per row; returns the lowest end."""
+    ends = []
+    for row, (condition, values) in enumerate(rows.items()):
+        low, q1, median, q3, high = np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95])
+        colour = _colour(condition, rivals)
+        axes.plot([low, high], [row, row], color=colour, lw=1.1, alpha=0.6)
+        axes.plot([q1, q3], [row, row], color=colour, lw=7, alpha=0.4, solid_capstyle="butt")
+        axes.plot(median, row, "|", color=colour, ms=11, mew=2.2)
+        ends.append(float(low))
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(rows)), [NAMES[condition] for condition in rows])
+    axes.set_ylim(len(rows) - 0.45, -0.6)
+    axes.grid(axis="x", color=GRID, lw=0.6)
+    axes.set_axisbelow(True)
+    return min(ends)
 
 
 def quartile_figure(summary: Summary, scale: str, rivals: Sequence[str] = (), name: str = "") -> str:
@@ -144,9 +167,9 @@ def quartile_figure(summary: Summary, scale: str, rivals: Sequence[str] = (), na
         axes.plot(x, y, "-o", color=colour, lw=1.9 if strong else 0.9, ms=4 if strong else 2.5)
         ends.append((float(y[-1]), NAMES[condition], colour))
     _label_ends(axes, ends, x=4.12, gap=0.085)
-    axes.axhline(0.5, color=MUTED, lw=0.8, ls=(0, (3, 3)))
+    axes.plot([0.8, 4.05], [0.5, 0.5], color=MUTED, lw=0.8, ls=(0, (3, 3)))
     medians = table[table["condition"] == "atom"]["delete_median"]
-    axes.set_xticks([1, 2, 3, 4], [f"Q{q}\n{value:.2g}" for q, value in zip((1, 2, 3, 4), medians)])
+    axes.set_xticks([1, 2, 3, 4], [f"Q{q}\n{number(value)}" for q, value in zip((1, 2, 3, 4), medians)])
     axes.set_xlim(0.8, 6.1)
     axes.set_ylim(-0.03, 1.03)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "50 %", "", "100 %"])
@@ -205,6 +228,46 @@ def half_life_figure(points: Sequence[HeadPoint]) -> str:
     return _svg(figure, "Win rate by the memory of the head")
 
 
+def steps_figure(steps: pd.DataFrame, column: str, scale: str, rivals: Sequence[str] = (), name: str = "") -> str:
+    """Medians over firings of `column` of `multistep.multistep_divergence`, by tokens after t; log axis.
+
+    A cosine is drawn as 1 - cosine, so that both columns read "distance from native".
+    """
+    table: Any = steps[steps["scale"].isin([scale, "none"])]
+    distance = 1 - table[column] if column == "residual_cosine" else table[column]
+    medians = table.assign(distance=distance).groupby(["condition", "step"])["distance"].median().unstack("step")
+    figure, axes = _panel(2.5)
+    ends, last = [], int(medians.columns.max())
+    for condition in [c for c in (*CONTROLS, "delete", "atom") if c in medians.index]:
+        y = medians.loc[condition].to_numpy()
+        colour, strong = _colour(condition, rivals), condition in ("atom", "delete", *rivals)
+        axes.plot(medians.columns, y, "-o", color=colour, lw=1.9 if strong else 0.9, ms=3.5 if strong else 2)
+        ends.append((float(np.log10(max(y[-1], 1e-16))), NAMES[condition], colour))
+    axes.set_yscale("log")
+    low, high = np.log10(axes.get_ylim())
+    _label_ends(axes, ends, x=last * 1.04, gap=0.075 * (high - low), log=True)
+    axes.set_xlim(-0.2, last * 1.55)
+    axes.spines["bottom"].set_bounds(-0.2, last)
+    axes.set_xticks(range(0, last + 1, 2))
+    axes.set_xlabel("tokens after t", loc="left")
+    axes.tick_params(axis="y", labelcolor=MUTED)
+    words = {"state_gap": "change of the state", "residual_cosine": "1 - cosine of the residual stream"}
+    return _svg(figure, f"Median {words[column]} by tokens after t, at scale {scale}: {name}")
+
+
+def number(x: float) -> str:
+    """Three significant digits; powers of ten below 0.001; a dash for NaN."""
+    if x == 0 or math.isnan(x):
+        return "0" if x == 0 else "–"
+    if abs(x) < 1e-3:
+        exponent = math.floor(math.log10(abs(x)))
+        return f"{x / 10**exponent:.1f}·10{str(exponent).translate(_SUPERSCRIPT)}"
+    return f"{x:.3g}"
+
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
 def _panel(height: float) -> tuple[Figure, Axes]:
     """A figure of a phone's width, in inches of 100 units."""
     with matplotlib.rc_context(_STYLE):
@@ -242,12 +305,12 @@ def _legend(figure: Figure, columns: int) -> None:
     )
 
 
-def _label_ends(axes: Axes, ends: list[tuple[float, str, str]], *, x: float, gap: float) -> None:
-    """Names at the ends of lines, moved apart so that they do not overlap."""
+def _label_ends(axes: Axes, ends: list[tuple[float, str, str]], *, x: float, gap: float, log: bool = False) -> None:
+    """Names at the ends of lines, moved apart so that they do not overlap. With `log`, heights are log10."""
     at = -np.inf
     for y, name, colour in sorted(ends):
         at = max(y, at + gap)
-        axes.text(x, at, name, color=colour, fontsize=8, va="center")
+        axes.text(x, 10**at if log else at, name, color=colour, fontsize=8, va="center")
 
 
 def _svg(figure: Figure, title: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import pandas as pd
 
 from sae_lens_writesae import plots
 from sae_lens_writesae import report_text as text
@@ -65,8 +66,9 @@ def write_report(
     *,
     title: str = TITLE,
     metric: str = "kl_window",
-    scale: str = "matched",
+    scale: str = "coefficient",
     cluster: str = "sequence",
+    steps: Sequence[pd.DataFrame] | None = None,
 ) -> ReportFiles:
     """Write `path` (.html) and the same numbers beside it (.json). Each is written aside and renamed.
 
@@ -75,13 +77,16 @@ def write_report(
         path: where to write; the suffix becomes .html.
         title: heading of the page.
         metric: headline metric, of `substitution_result.METRICS`.
-        scale: headline scale; the others are in the tables and in figure 1, never mixed with it.
+        scale: headline scale, by default what the SAE itself says; the others stand beside it, never mixed with it.
         cluster: "sequence" or "atom", what the bootstrap resamples.
+        steps: for each result the table of `multistep.multistep_divergence`, which adds two figures.
 
     Raises:
-        ValueError: no result, or one without the metric or the scale.
+        ValueError: no result, one without the metric or the scale, or not one table of steps for each.
     """
     entries = _entries([results] if isinstance(results, SubstitutionResult) else results, metric, scale, cluster)
+    if steps is not None and len(steps) != len(entries):
+        raise ValueError(f"steps needs one table for each of {len(entries)} results, found {len(steps)}")
     target = Path(path).with_suffix(".html")
     target.parent.mkdir(parents=True, exist_ok=True)
     numbers = {
@@ -92,7 +97,7 @@ def write_report(
     }
     beside = target.with_suffix(".json")
     _write(beside, json.dumps(numbers, indent=1, allow_nan=False))
-    _write(target, _render(entries, title, metric))
+    _write(target, _render(entries, title, metric, steps or []))
     return ReportFiles(target, beside)
 
 
@@ -113,13 +118,13 @@ def _entries(results: Sequence[SubstitutionResult], metric: str, scale: str, clu
     return entries
 
 
-def _render(entries: list[_Entry], title: str, metric: str) -> str:
+def _render(entries: list[_Entry], title: str, metric: str, steps: Sequence[pd.DataFrame]) -> str:
     """The page."""
     loader = jinja2.PackageLoader("sae_lens_writesae", "")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"pct": text.percent, "span": text.span, "num": text.number, "p": text.p_value}
+    environment.filters |= {"pct": text.percent, "span": text.span, "num": plots.number, "p": text.p_value}
     scale = entries[0].scale
     run = {s for e in entries for s in e.result.info.config.scales}
     scales = [scale, *(s for s in SCALE_DEFINITIONS if s in run and s != scale)]  # the headline's first
@@ -135,16 +140,22 @@ def _render(entries: list[_Entry], title: str, metric: str) -> str:
         definitions=DEFINITIONS,
         controls=[c for c in CONTROLS if any(c in e.result.info.config.controls for e in entries)],
         entries=entries,
-        lead=text.lead([e.verdict for e in entries], [e.name for e in entries], scale),
+        leads=[_lead(entries, each) for each in scales],
         infos=[e.result.info for e in entries],
         paper=text.PAPER,
         claims=_claims(entries, scales),
-        figures=_figures(entries),
+        figures=_figures(entries, steps),
         memory=_memory_figure(entries),
         outcome=text.outcome,
         kl_row=_kl_row,
         exact_floor=EXACT_FLOOR,
     )
+
+
+def _lead(entries: list[_Entry], scale: str) -> str:
+    """The sentence over all tests at one scale (over those that ran it)."""
+    ran = [e for e in entries if scale in e.summary.verdicts]
+    return text.lead([e.summary.verdicts[scale] for e in ran], [e.name for e in ran], scale)
 
 
 def _claims(entries: list[_Entry], scales: list[str]) -> list[dict[str, Any]]:
@@ -184,16 +195,19 @@ def _kl_row(summary: Summary, name: str, scale: str) -> Any:
     return None if rows.empty else rows.iloc[0]
 
 
-def _figures(entries: list[_Entry]) -> dict[str, list[str]]:
+def _figures(entries: list[_Entry], steps: Sequence[pd.DataFrame]) -> dict[str, list[str]]:
     """Panels by figure, one per entry."""
+    wides = [e.result.wide(e.summary.metric) for e in entries]
     return {
         "wins": [plots.win_rate_figure(e.summary, e.rivals, e.name) for e in entries],
-        "kl": [
-            plots.kl_figure(e.result.wide(e.summary.metric), e.scale, e.summary.floor, e.rivals, e.name)
-            for e in entries
-        ],
+        "ratio": [plots.ratio_figure(w, e.scale, e.rivals, e.name) for e, w in zip(entries, wides)],
+        "kl": [plots.kl_figure(w, e.scale, e.summary.floor, e.rivals, e.name) for e, w in zip(entries, wides)],
         "quartiles": [plots.quartile_figure(e.summary, e.scale, e.rivals, e.name) for e in entries],
         "cosines": [plots.cosine_figure(e.summary, e.scale, e.name) for e in entries],
+        **{
+            column: [plots.steps_figure(s, column, e.scale, e.rivals, e.name) for e, s in zip(entries, steps)]
+            for column in ("state_gap", "residual_cosine")
+        },
     }
 
 

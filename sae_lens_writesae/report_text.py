@@ -87,7 +87,7 @@ def _listed(names: Sequence[str]) -> str:
 def unique_names(infos: Sequence[SubstitutionInfo]) -> list[str]:
     """Labels, with the head added where heads differ, and a number where that is not enough."""
     heads = {(info.layer, info.head) for info in infos}
-    names = [info.label + (f", L{info.layer}H{info.head}" if len(heads) > 1 else "") for info in infos]
+    names = [info.label + (f" L{info.layer}H{info.head}" if len(heads) > 1 else "") for info in infos]
     seen: Counter[str] = Counter()
     unique = []
     for name in names:
@@ -109,19 +109,6 @@ def span(low: float, high: float, factor: float = 100) -> str:
     return f"{factor * low:.{digits}f}–{factor * high:.{digits}f}"
 
 
-def number(x: float) -> str:
-    """Three significant digits; powers of ten below 0.001."""
-    if x == 0 or math.isnan(x):
-        return "0" if x == 0 else "–"
-    if abs(x) < 1e-3:
-        exponent = math.floor(math.log10(abs(x)))
-        return f"{x / 10**exponent:.1f}·10{str(exponent).translate(_SUPERSCRIPT)}"
-    return f"{x:.3g}"
-
-
 def p_value(p: float) -> str:
     """A p-value; below 0.001 only that."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -8,6 +8,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import fake_substitution as fake
+import pandas as pd
 import pytest
 from fake_substitution import EXPLAINED, FAILS, HOLDS, NO_EFFECT
 
@@ -77,7 +78,7 @@ def test_the_page_shows_the_summary(page: Page, pair: list[SubstitutionResult]) 
             row: Any = summary.rate("atom", "delete", scale)
             assert squeezed(report_text.percent(row["rate"])) in text
             assert f"clusters {report_text.span(row['boot_low'], row['boot_high'])}" in text
-        assert squeezed(summary.verdicts["matched"].sentence) in text
+        assert squeezed(summary.verdicts["coefficient"].sentence) in text
     assert "explained by state direction" in text and "92.4" in text
     assert all(name in text for name in NAMES.values()) and all(words in text for words in DEFINITIONS.values())
 
@@ -86,7 +87,7 @@ def test_the_page_is_self_contained(page: Page, files: ReportFiles) -> None:
     source = files.html.read_text()
     assert [link for link in page.links if not link.startswith("#")] == []
     assert "script" not in page.tags and "@import" not in source and "url(http" not in source
-    assert page.tags.count("svg") == 8  # four figures, two tests; one head only, so none by memory
+    assert page.tags.count("svg") == 10  # five figures, two tests; one head only, so none by memory
     assert source.count("prefers-color-scheme: dark") == 1 and "@media print" in source and "viewport" in source
     assert len(source) < 400_000
 
@@ -135,11 +136,11 @@ def test_many_heads(tmp_path: Path) -> None:
         )
         for i, (m, t, h) in enumerate(heads)
     ]
-    page = Page(write_report(results, tmp_path / "many.html").html.read_text())
+    page = Page(write_report(results, tmp_path / "many.html", scale="matched").html.read_text())
     text = squeezed(page.text)
     assert "substitution holds for 2, fails for 2 and is below the floor for 1 of 5 dictionaries." in text
-    assert "By the memory of the head" in text and "write-trained, L1H0" in text and "at least 128 tokens" in text
-    assert page.tags.count("svg") == 4 * 5 + 1
+    assert "By the memory of the head" in text and "write-trained L1H0" in text and "at least 128 tokens" in text
+    assert page.tags.count("svg") == 5 * 5 + 1
 
 
 def test_one_test_with_few_conditions(tmp_path: Path) -> None:
@@ -153,10 +154,32 @@ def test_one_test_with_few_conditions(tmp_path: Path) -> None:
     assert "random direction" not in text and json.loads(files.json.read_text())["tests"][0]["chains"] == []
 
 
+def test_steps_add_two_figures(tmp_path: Path) -> None:
+    result = fake.fake_result(HOLDS, n_sequences=5, scales=("matched",), controls=("state",))
+    rows = [
+        {
+            "firing": n,
+            "condition": c,
+            "scale": s,
+            "step": step,
+            "state_gap": 0.5**step,
+            "residual_cosine": 1 - 0.1**step,
+        }
+        for n in range(3)
+        for c, s in (("native", "none"), ("delete", "none"), ("atom", "matched"), ("state", "matched"))
+        for step in range(11)
+    ]
+    steps = pd.DataFrame(rows)
+    page = Page(write_report(result, tmp_path / "steps.html", steps=[steps], scale="matched").html.read_text())
+    assert "Over the next tokens" in page.text and page.tags.count("svg") == 7
+    with pytest.raises(ValueError, match="each of 1 results, found 2"):
+        write_report(result, tmp_path / "steps.html", steps=[steps, steps], scale="matched")
+
+
 def test_names_are_escaped_and_unique(tmp_path: Path) -> None:
     few: Any = {"label": "<b>&", "n_sequences": 5, "scales": ("matched",), "controls": ("random",)}
     results = [fake.fake_result(HOLDS, **few), fake.fake_result(FAILS, **few)]
-    source = write_report(results, tmp_path / "names.html", title="a < b").html.read_text()
+    source = write_report(results, tmp_path / "names.html", title="a < b", scale="matched").html.read_text()
     assert "&lt;b&gt;&amp; (1)" in source and "&lt;b&gt;&amp; (2)" in source and "<title>a &lt; b</title>" in source
 
 
@@ -172,7 +195,7 @@ def test_errors(tmp_path: Path) -> None:
 
 def test_how_numbers_are_written() -> None:
     assert report_text.percent(0.8725) == "87.2\u00a0%"
-    assert [report_text.number(x) for x in (0, 1.2345, 0.0123, 3.2e-13, 12345)] == [
+    assert [plots.number(x) for x in (0, 1.2345, 0.0123, 3.2e-13, 12345)] == [
         "0",
         "1.23",
         "0.0123",
