@@ -114,7 +114,7 @@ def main() -> None:
     app()
 
 
-class _clear_errors:  # noqa: N801 - reads as the scope it is
+class _clear_errors:
     """Errors that say what was asked and how to mend it are printed as they are; others keep their traceback."""
 
     def __enter__(self) -> None:

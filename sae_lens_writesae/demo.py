@@ -40,9 +40,11 @@ class DemoConfig:
     k: int = 32
     training_tokens: int = 100_000
     context_size: int = 128
-    eval_sequences: int = 96
+    eval_sequences: int = 64
     n_atoms: int = 60
     firings_per_atom: int = 5
+    last_position_firings: int = 30
+    """Firings that are followed to the end of their sequence; these cost several times the others."""
     seed: int = 0
 
 
@@ -86,6 +88,7 @@ def run_demo(config: DemoConfig, out: Path, say: Any = print) -> DemoResult:
         test = SubstitutionConfig(
             n_atoms=config.n_atoms,
             firings_per_atom=config.firings_per_atom,
+            last_position_firings=config.last_position_firings,
             seed=config.seed,
             label=f"{target}-trained",
         )
@@ -99,7 +102,7 @@ def run_demo(config: DemoConfig, out: Path, say: Any = print) -> DemoResult:
 def choose_head(model: HookedRecurrent, tokens: Tensor, config: DemoConfig) -> HeadChoice:
     """The head that the config names, or the one whose half-life is nearest to ``config.memory`` (in octaves)."""
     layers = model.cfg.recurrent_layers if config.layer is None else [config.layer]
-    found = []
+    found: list[HeadChoice] = []
     for layer in layers:
         heads = range(model.cfg.layer(layer).H)
         with torch.no_grad():
@@ -112,7 +115,7 @@ def choose_head(model: HookedRecurrent, tokens: Tensor, config: DemoConfig) -> H
         found = [choice for choice in found if choice.head == config.head]
     if not found:
         raise ValueError(
-            f"head {config.head} is out of range: layer {layers[0]} has {model.cfg.layer(layers[0]).H} heads"
+            f"head {config.head} is out of range: layer {layers[0]} has heads 0 to {model.cfg.layer(layers[0]).H - 1}"
         )
     wanted = torch.tensor(config.memory).log2()
     return min(found, key=lambda choice: float((torch.tensor(choice.half_life).log2() - wanted).abs()))
@@ -145,7 +148,7 @@ def _train(config: DemoConfig, model: HookedRecurrent, chosen: HeadChoice, targe
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """SAELens warns that a run with its own model and text cannot be repeated from its config; here the demo is that."""
+    """SAELens warns that a run with its own model and text cannot be repeated from its config; the demo can."""
     logger = logging.getLogger("sae_lens")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -36,5 +36,5 @@ class HookedSAERecurrent(HookedRecurrent):
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """As ``HookedRecurrent.forward``, with attached SAEs in force."""
-        with self._token_masks(input, kwargs):
+        with self._token_masks(input, kwargs):  # type: ignore[attr-defined]
             return super().forward(input, *args, **kwargs)

@@ -110,8 +110,8 @@ def training_config(
     rows = cfg.n_batches_in_buffer * (1 if target == "last_state" else cfg.context_size)
     if rows < cfg.train_batch_size_tokens:
         raise ValueError(
-            f"the activation buffer holds {rows} rows (n_batches_in_buffer {cfg.n_batches_in_buffer} x positions kept per "
-            f"sequence), fewer than one batch of train_batch_size_tokens {cfg.train_batch_size_tokens}; raise "
+            f"the activation buffer holds {rows} rows (n_batches_in_buffer {cfg.n_batches_in_buffer} x positions "
+            f"kept per sequence), fewer than one batch of train_batch_size_tokens {cfg.train_batch_size_tokens}; raise "
             "n_batches_in_buffer"
         )
     return cfg
@@ -132,8 +132,8 @@ def text_dataset(text: str, min_characters: int = 2000) -> Dataset:
 class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
     """SAELens' runner, except that SIGINT and SIGTERM lose nothing.
 
-    SAELens saves neither weights nor optimizer when interrupted, and fails if the folder is missing. Here an interrupted
-    run leaves a whole checkpoint (weights, optimizer, schedule, position in the data) in
+    SAELens saves neither weights nor optimizer when interrupted, and fails if the folder is missing. Here an
+    interrupted run leaves a whole checkpoint (weights, optimizer, schedule, position in the data) in
     ``checkpoint_path/<samples>``, written aside and renamed; ``resume_from_checkpoint`` goes on from it.
     """
 

@@ -9,8 +9,8 @@ from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
 
 Target = Literal["write", "state", "last_state"]
 """``write``: the matrix added at each token (aligned with what the substitution test exchanges; the default).
-``state``: the state after each token (the paper's text). ``last_state``: the state at the end of each sequence (what the
-paper's code does)."""
+``state``: the state after each token (the paper's text). ``last_state``: the state at the end of each sequence (what
+the paper's code does)."""
 
 _HOOKS: dict[Target, str] = {"write": "hook_write_vec", "state": "hook_state_vec", "last_state": "hook_state_vec"}
 
