@@ -17,6 +17,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sae_lens_writesae.conditions import CONTROLS, NAMES
 from sae_lens_writesae.summary import Summary
@@ -115,6 +116,11 @@ def ratio_figure(wide: pd.DataFrame, scale: str, rivals: Sequence[str] = (), nam
     figure, axes = _panel(1.5 + 0.16 * len(rows))
     _boxes(axes, rows, rivals)
     axes.axvline(1, color=MUTED, lw=0.8, ls=(0, (3, 3)))
+    low, high = axes.get_xlim()
+    steps = next(s for s in (10, 2, 2**0.5, 1.1) if s == 1.1 or high / low > s**2.5)
+    powers = range(math.ceil(math.log(low, steps)), math.floor(math.log(high, steps)) + 1)
+    axes.set_xticks([steps**i for i in powers], [f"{steps**i:.2g}" for i in powers])
+    axes.minorticks_off()
     axes.set_xlabel("KL / KL of deletion, same firing (log scale)", loc="right")
     return _svg(figure, f"KL relative to deletion at scale {scale}: {name}")
 
@@ -229,23 +235,32 @@ def half_life_figure(points: Sequence[HeadPoint]) -> str:
 
 
 def steps_figure(steps: pd.DataFrame, column: str, scale: str, rivals: Sequence[str] = (), name: str = "") -> str:
-    """Medians over firings of `column` of `multistep.multistep_divergence`, by tokens after t; log axis.
+    """Medians over firings of `column` of `multistep.multistep_divergence`, by tokens after t; on a log axis if they
+    span more than a factor of ten.
 
     A cosine is drawn as 1 - cosine, so that both columns read "distance from native".
     """
     table: Any = steps[steps["scale"].isin([scale, "none"])]
     distance = 1 - table[column] if column == "residual_cosine" else table[column]
-    medians = table.assign(distance=distance).groupby(["condition", "step"])["distance"].median().unstack("step")
+    medians: Any = table.assign(distance=distance).groupby(["condition", "step"])["distance"].median().unstack("step")
     figure, axes = _panel(2.5)
     ends, last = [], int(medians.columns.max())
-    for condition in [c for c in (*CONTROLS, "delete", "atom") if c in medians.index]:
-        y = medians.loc[condition].to_numpy()
+    shown = medians.loc[[c for c in (*CONTROLS, "delete", "atom") if c in medians.index]].clip(lower=1e-16)
+    log = shown.max(axis=None) > 10 * shown.min(axis=None)
+    for condition, y in shown.iterrows():
         colour, strong = _colour(condition, rivals), condition in ("atom", "delete", *rivals)
-        axes.plot(medians.columns, y, "-o", color=colour, lw=1.9 if strong else 0.9, ms=3.5 if strong else 2)
-        ends.append((float(np.log10(max(y[-1], 1e-16))), NAMES[condition], colour))
-    axes.set_yscale("log")
-    low, high = np.log10(axes.get_ylim())
-    _label_ends(axes, ends, x=last * 1.04, gap=0.075 * (high - low), log=True)
+        axes.plot(y.index, y, "-o", color=colour, lw=1.9 if strong else 0.9, ms=3.5 if strong else 2)
+        ends.append((math.log10(y[last]) if log else y[last], NAMES[condition], colour))
+    if log:
+        axes.set_yscale("log")
+        axes.minorticks_off()
+        height = math.log10(axes.get_ylim()[1] / axes.get_ylim()[0])
+    else:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(lambda value, _: number(value))
+        height = axes.get_ylim()[1]
+    _label_ends(axes, ends, x=last * 1.04, gap=0.075 * height, log=log)
     axes.set_xlim(-0.2, last * 1.55)
     axes.spines["bottom"].set_bounds(-0.2, last)
     axes.set_xticks(range(0, last + 1, 2))
