@@ -52,15 +52,12 @@ class Rate(NamedTuple):
     n_clusters: int
 
 
-class Test(NamedTuple):
+class Significance(NamedTuple):
     """A test statistic and its two-sided p-value."""
 
     statistic: float
     p_value: float
     n: int
-
-
-Test.__test__ = False  # pyright: ignore[reportAttributeAccessIssue]  # pytest must not collect it
 
 
 def wilson_interval(successes: int, n: int, level: float = 0.95) -> Interval:
@@ -174,28 +171,28 @@ def paired_sign_rate(a: ArrayLike, b: ArrayLike) -> float:
     return float(np.sign(x - y).mean())
 
 
-def paired_wilcoxon(a: ArrayLike, b: ArrayLike) -> Test:
+def paired_wilcoxon(a: ArrayLike, b: ArrayLike) -> Significance:
     """Wilcoxon's signed-rank test of paired samples (independent pairs).
 
     All pairs equal: statistic 0, p = 1.
     """
     x, y = _pair(a, b)
     if (x == y).all():
-        return Test(0.0, 1.0, len(x))
+        return Significance(0.0, 1.0, len(x))
     result = stats.wilcoxon(x, y)
-    return Test(float(result.statistic), float(result.pvalue), len(x))  # pyright: ignore[reportAttributeAccessIssue]
+    return Significance(float(result.statistic), float(result.pvalue), len(x))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def mann_whitney(a: ArrayLike, b: ArrayLike) -> Test:
+def mann_whitney(a: ArrayLike, b: ArrayLike) -> Significance:
     """Mann-Whitney U of two independent samples; the statistic is the U of `a`."""
     x, y = _checked("a", a), _checked("b", b)
     result = stats.mannwhitneyu(x, y)
-    return Test(float(result.statistic), float(result.pvalue), len(x) + len(y))
+    return Significance(float(result.statistic), float(result.pvalue), len(x) + len(y))
 
 
 def sign_flip_test(
     a: ArrayLike, b: ArrayLike, clusters: ArrayLike | None = None, *, n_resamples: int = 9999, seed: int = 0
-) -> Test:
+) -> Significance:
     """Permutation test of paired samples: are differences a - b symmetric about 0? Statistic: their mean.
 
     With `clusters`, all differences of a cluster flip together, which keeps the level right under dependence.
@@ -206,7 +203,7 @@ def sign_flip_test(
     codes = np.arange(len(x)) if clusters is None else _cluster_codes(clusters, len(x))
     sums = np.bincount(codes, weights=x - y) / len(x)
     if len(sums) == 1:
-        return Test(float(sums[0]), 1.0, 1)  # one sign: nothing to permute
+        return Significance(float(sums[0]), 1.0, 1)  # one sign: nothing to permute
     result = stats.permutation_test(
         (sums,),
         np.sum,
@@ -216,7 +213,7 @@ def sign_flip_test(
         batch=1000,
         rng=seed,
     )
-    return Test(float(result.statistic), float(result.pvalue), len(sums))
+    return Significance(float(result.statistic), float(result.pvalue), len(sums))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -49,6 +49,8 @@ class Summary:
     """95th percentile of the no-op's KL."""
     floor_is_exact: bool
     """Every no-op KL is float32 rounding at most (EXACT_FLOOR)."""
+    share_below_floor: float
+    """Share of firings whose deletion effect is not above the floor: their wins and losses are arithmetic."""
     median_cosine: float
     share_cosine_half: float
     """Share of firings with cosine(atom, write) > 1/2: where a matched atom is nearer to the write than 0."""
@@ -109,6 +111,7 @@ def summarise(
         n_clusters=int(wide[cluster].nunique()),
         floor=floor,
         floor_is_exact=bool(wide["native"].max() <= EXACT_FLOOR),
+        share_below_floor=float((wide["delete"] <= floor).mean()),
         median_cosine=float(wide["cosine"].median()),
         share_cosine_half=float((wide["cosine"] > 0.5).mean()),
         conditions=medians,
@@ -216,7 +219,8 @@ def _verdict(comparisons: Table, delete_median: float, floor: float, scale: str)
             f"The atom beats deletion on {share}, but so does what holds no "
             f"trained atom, and the atom does not beat it: {named}.",
         )
-    return Verdict("holds", (), f"The atom beats deletion on {share}, and every control that beats deletion.")
+    others = "and every control that beats deletion" if rivals else "but no control was run"
+    return Verdict("holds", (), f"The atom beats deletion on {share}, {others}.")
 
 
 def _rate_columns(rate: stats.Rate) -> dict[str, float]:

@@ -51,6 +51,11 @@ def test_a_control_that_beats_deletion_but_loses_to_the_atom_explains_nothing() 
     assert summary.verdicts["matched"].outcome == "holds"
 
 
+def test_without_controls_the_verdict_says_so() -> None:
+    verdict = fake_result(HOLDS, controls=(), scales=("matched",)).summary().verdicts["matched"]
+    assert verdict.outcome == "holds" and verdict.sentence.endswith("but no control was run.")
+
+
 def test_numbers_are_those_of_the_statistics(holds: Any, summary: Any) -> None:
     wide = holds.wide()
     row = summary.rate("atom", "delete", "matched")
@@ -87,6 +92,7 @@ def test_medians_and_the_floor(summary: Any) -> None:
     assert table.loc[("atom", "matched"), "median"] == pytest.approx(result.wide()["atom/matched"].median())
     assert summary.floor == pytest.approx(result.wide()["native"].quantile(0.95))
     assert table.loc[("atom", "matched"), "below_floor"] and not table.loc[("delete", "none"), "below_floor"]
+    assert summary.share_below_floor == (result.wide()["delete"] <= summary.floor).mean() > 0
     assert not summary.floor_is_exact
 
 
