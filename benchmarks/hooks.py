@@ -17,6 +17,8 @@ import transformers
 
 from hookpoints import HookedRecurrent
 
+HEAD = "blocks.1.mixer.heads.1."
+
 
 def qwen(layers: int, width: int, heads: int, dim: int) -> torch.nn.Module:
     """A random Qwen3.5-shaped model."""
@@ -70,7 +72,6 @@ def main() -> None:
         tokens = torch.randint(0, 4096, (1, options.tokens))
         plain_model = qwen(4, hf.config.hidden_size, hf.config.linear_num_value_heads, hf.config.linear_key_head_dim)
         model = HookedRecurrent.from_hf(hf)
-        head = "blocks.1.mixer.heads.1."
         with torch.no_grad():
             rows[label] = ratios(
                 lambda plain_model=plain_model, tokens=tokens: plain_model(tokens, use_cache=False),
@@ -78,10 +79,10 @@ def main() -> None:
                     "nobody listens": lambda model=model, tokens=tokens: model(tokens),
                     "all vector hooks kept": lambda model=model, tokens=tokens: model.run_with_cache(tokens),
                     "one head's writes kept": lambda model=model, tokens=tokens: model.run_with_cache(
-                        tokens, names_filter=head + "hook_write_vec"
+                        tokens, names_filter=HEAD + "hook_write_vec"
                     ),
                     "one head's states kept": lambda model=model, tokens=tokens: model.run_with_cache(
-                        tokens, names_filter=head + "hook_state_vec"
+                        tokens, names_filter=HEAD + "hook_state_vec"
                     ),
                 },
                 options.rounds,

@@ -23,7 +23,7 @@ def demo(
     model: Annotated[str, typer.Option(help="Model to look into; *embedded* ships with the package.")] = "embedded",
     layer: Annotated[int | None, typer.Option(help="Recurrent layer; default: one whose head has memory.")] = None,
     head: Annotated[int | None, typer.Option(help="Head of that layer.")] = None,
-    training_tokens: Annotated[int, typer.Option(help="Tokens each SAE is trained on.")] = 100_000,
+    training_tokens: Annotated[int, typer.Option(help="Tokens each SAE is trained on.")] = 150_000,
     seed: Annotated[int, typer.Option(help="Seed of training, sampling and controls.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for report.html, report.json, the SAEs and the tables.")] = Path(
         "writesae-out"

@@ -38,7 +38,7 @@ class DemoConfig:
     targets: tuple[Target, ...] = ("write", "state")
     d_sae: int = 512
     k: int = 32
-    training_tokens: int = 100_000
+    training_tokens: int = 150_000
     context_size: int = 128
     eval_sequences: int = 64
     n_atoms: int = 60
