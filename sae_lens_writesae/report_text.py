@@ -69,7 +69,7 @@ _NAMED_DICTIONARIES = 4
 _ALONE = {
     "holds": "atoms stand in for the writes they replace, and no control does as well",
     "fails": "atoms do not stand in for the writes they replace",
-    "explained": "atoms beat deletion, but so does a control that holds no such atom",
+    "explained": "atoms beat deletion, but so does a control that they do not beat",
     "below the floor": "the test says nothing: deleting the write moves the model no more than a no-op does",
 }
 _TOGETHER = {

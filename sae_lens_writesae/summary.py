@@ -216,8 +216,7 @@ def _verdict(comparisons: Table, delete_median: float, floor: float, scale: str)
         return Verdict(
             "explained",
             tuple(ties),
-            f"The atom beats deletion on {share}, but so does what holds no "
-            f"trained atom, and the atom does not beat it: {named}.",
+            f"The atom beats deletion on {share}, but so does what it does not beat: {named}.",
         )
     others = "and every control that beats deletion" if rivals else "but no control was run"
     return Verdict("holds", (), f"The atom beats deletion on {share}, {others}.")

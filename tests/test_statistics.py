@@ -145,6 +145,18 @@ def test_sign_flip_is_exact_on_few_pairs() -> None:
     assert test == pytest.approx((2.5, 2 / 16, 4))
 
 
+@pytest.mark.parametrize("n", [10, 40])
+def test_sign_flip_agrees_with_scipy(n: int) -> None:
+    """Exactly where all patterns are counted (2^10), within Monte Carlo error where they are drawn."""
+    x = np.random.default_rng(5).normal(0.25, 1, n)
+    theirs = stats.permutation_test(
+        (x,), lambda v, axis: v.mean(axis), permutation_type="samples", vectorized=True, n_resamples=9999, rng=1
+    )
+    ours = S.sign_flip_test(x, np.zeros(n))
+    assert ours.statistic == pytest.approx(theirs.statistic)
+    assert ours.p_value == pytest.approx(theirs.pvalue, abs=1e-12 if n == 10 else 0.02)
+
+
 def test_sign_flip_by_cluster_keeps_its_level() -> None:
     rng = np.random.default_rng(0)
     ids = np.repeat(np.arange(12), 20)

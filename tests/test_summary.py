@@ -39,14 +39,14 @@ def summary(holds: Any) -> Any:
     ],
 )
 def test_verdicts(medians, floor, outcome, controls) -> None:
-    verdicts = fake_result(medians, floor=floor).summary().verdicts
+    verdicts = fake_result(medians, floor=floor, scales=("coefficient", "matched")).summary().verdicts
     assert {v.outcome for v in verdicts.values()} == {outcome}
     assert {v.controls for v in verdicts.values()} == {controls}
-    assert set(verdicts) == {"coefficient", "matched", "least_squares"}
+    assert set(verdicts) == {"coefficient", "matched"}
 
 
 def test_a_control_that_beats_deletion_but_loses_to_the_atom_explains_nothing() -> None:
-    summary = fake_result({"delete": 1.0, "atom": 0.1, "state": 0.5}).summary()
+    summary = fake_result({"delete": 1.0, "atom": 0.1, "state": 0.5}, scales=("matched",)).summary()
     assert summary.rate("state", "delete", "matched")["boot_low"] > 0.5
     assert summary.verdicts["matched"].outcome == "holds"
 
@@ -86,7 +86,7 @@ def test_tables_cover_every_condition_scale_and_pair(summary: Any) -> None:
 
 def test_medians_and_the_floor(summary: Any) -> None:
     assert summary.floor == 0 and summary.floor_is_exact
-    result = fake_result(HOLDS, floor=0.5)
+    result = fake_result(HOLDS, floor=0.5, scales=("matched",))
     summary = result.summary()
     table = summary.conditions.set_index(["condition", "scale"])
     assert table.loc[("atom", "matched"), "median"] == pytest.approx(result.wide()["atom/matched"].median())
