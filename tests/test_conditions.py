@@ -52,9 +52,7 @@ def test_scales(rank: int) -> None:
     assert (C.inner(matched, atom) > 0).all()
     fit = C.scaled(atom, C.atom_coefficient("least_squares", atom, native, activation))
     residual = native.dense() - fit.dense()
-    close(
-        (residual * atom.dense()).sum((1, 2)), torch.zeros(N, dtype=torch.float64)
-    )  # orthogonal to the atom
+    close((residual * atom.dense()).sum((1, 2)), torch.zeros(N, dtype=torch.float64))  # orthogonal to the atom
     assert (residual.norm(dim=(1, 2)) < C.norm(native)).all()  # closer to the write than nothing
     close(C.norm(fit), C.norm(native) * C.cosine(native, atom).abs())
 
