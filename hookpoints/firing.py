@@ -28,7 +28,7 @@ def check_names(model: Any, name: Name) -> None:
     if len(parts) > 2 and parts[0] == "blocks" and parts[1].isdigit() and parts[2] == "mixer":
         layer = int(parts[1])
         if layer < model.cfg.n_layers and layer not in model.cfg.layers:
-            why = f"; block {layer} is attention and has no writes (recurrent: {model.cfg.recurrent_layers})"
+            why = f"; block {layer} has no recurrence and so no writes (recurrent: {model.cfg.recurrent_layers})"
         elif layer in model.cfg.layers and len(parts) > 4 and parts[3] == "heads":
             why = f"; layer {layer} has heads 0 to {model.cfg.layers[layer].H - 1}"
     raise UnknownHookError(f"no hook named {name!r} in {model.cfg.model_name}{why}{nearest(name, model.hook_dict)}")

@@ -121,7 +121,8 @@ HOOKS: tuple[HookRow, ...] = (
         "hook_attn_out",
         "block",
         "BTD",
-        "what the token mixer, recurrent or attention, adds to the residual stream: TransformerLens' name for it",
+        "what the token mixer adds to the residual stream, in TransformerLens' words; where attention and recurrence "
+        "run side by side, attention's part",
         "adds to the residual stream",
     ),
     HookRow(

@@ -247,7 +247,7 @@ def test_transformer_lens_patching_helpers(model, tokens):
     ("name", "hint"),
     [
         ("blocks.1.mixer.hook_writ", "nearest: blocks.1.mixer.hook_write"),
-        ("blocks.3.mixer.hook_write", "block 3 is attention and has no writes"),
+        ("blocks.3.mixer.hook_write", "block 3 has no recurrence and so no writes"),
         ("blocks.1.mixer.heads.9.hook_write", "layer 1 has heads 0 to 3"),
         ("hook_embd", "nearest: hook_embed"),
     ],
