@@ -99,18 +99,19 @@ class HookedMixer:
     def handle(self, op: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
         """Run the op with hooks and edits around it; returns what the layer expects from the op."""
         self.calls += 1
+        run = run_scope.current(self.owner)
+        own_kernel = (run.backend or self.backend) == "recurrence"
         if self.backend == "torch":
             op = inspect.unwrap(op)
-        run = run_scope.current(self.owner)
         placed = run.plan.by_layer.get(self.layer, []) if run.plan else []
-        if not placed and run.record is None and self.backend != "recurrence" and not self.hooks.listening():
+        if not placed and run.record is None and not own_kernel and not self.hooks.listening():
             return op(**arguments)
         factors, changed = self._fire_factors(self.rule.factors(arguments))
         recurrence = self.rule.recurrence(factors, arguments)
         if changed & self.rule.torch_only:
             op = inspect.unwrap(op)
-        native = self._native(op, self.rule.arguments(arguments, factors, changed), recurrence)
-        if changed or self.backend == "recurrence":
+        native = self._native(None if own_kernel else op, self.rule.arguments(arguments, factors, changed), recurrence)
+        if changed or own_kernel:
             native = native._replace(outputs=native.outputs.to(self.rule.output_dtype(arguments)))
         if run.record is not None:
             run.record[self.layer] = run_scope.Recorded(_owning_state(recurrence), native)
@@ -133,9 +134,9 @@ class HookedMixer:
         result = self._fire_read(response.apply(native))
         return self.rule.write_result(result, arguments)
 
-    def _native(self, op: Callable[..., Any], arguments: Mapping[str, Any], recurrence: Recurrence) -> OpResult:
-        """The pass without edits of writes, states and reads."""
-        if self.backend == "recurrence":
+    def _native(self, op: Callable[..., Any] | None, arguments: Mapping[str, Any], recurrence: Recurrence) -> OpResult:
+        """The pass without edits of writes, states and reads; by hookpoints' own kernel where no op is given."""
+        if op is None:
             outputs, state = recurrence.scan()
             return OpResult(outputs, state if self.rule.wants_state(arguments) else None)
         return self.rule.read_result(op(**arguments), arguments)

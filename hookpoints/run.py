@@ -34,6 +34,8 @@ class Run:
     """If given, each recurrent layer leaves its last op call here."""
     first_token: int | None = None
     """Position of the first token of this pass; None: counted from the cache."""
+    backend: str | None = None
+    """Who computes the native pass; None: as the model was loaded."""
     start_layer: int = 0
     """Blocks below are skipped."""
 
