@@ -97,7 +97,7 @@ def evaluate(
 def report(
     results: Annotated[list[Path], typer.Argument(help="Saved substitution results.")],
     out: Annotated[Path, typer.Option(help="Page to write.")] = Path("report.html"),
-    scale: Annotated[str, typer.Option(help="Headline scale: matched, coefficient or least_squares.")] = "matched",
+    scale: Annotated[str, typer.Option(help="Headline scale: coefficient, matched or least_squares.")] = "coefficient",
     metric: Annotated[str, typer.Option(help="Headline metric.")] = "kl_window",
 ) -> None:
     """One page from saved substitution results, side by side."""
@@ -130,10 +130,10 @@ class _clear_errors:
 
 def _show(results: Any) -> None:
     """The finding in a few lines: how often each condition beats deletion, and the verdict."""
-    title = "closer to the native model than deleting the write, at matched norm"
+    title = "closer to the native model than deleting the write, at the SAE's own coefficient"
     table = Table("condition", *(result.info.label or result.info.hook_name for result in results), title=title)
     summaries = [result.summary() for result in results]
-    scale = "matched" if "matched" in summaries[0].verdicts else next(iter(summaries[0].verdicts))
+    scale = "coefficient"
     rows = summaries[0].comparisons.query("scale == @scale and b == 'delete'")["a"]
     for name in rows:
         rates = [summary.rate(name, "delete", scale) for summary in summaries]

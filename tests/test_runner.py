@@ -179,7 +179,7 @@ def test_run_evals_measures_cross_entropy_recovered(embedded, dataset, target):
     assert performance["ce_loss_with_ablation"] != performance["ce_loss_without_sae"] != performance["ce_loss_with_sae"]
     behavior = metrics["model_behavior_preservation"]
     assert behavior["kl_div_with_ablation"] > behavior["kl_div_with_sae"] > 0
-    assert metrics["sparsity"]["l0"] == pytest.approx(16, abs=0.5)
+    assert 8 < metrics["sparsity"]["l0"] <= 16  # the 16 strongest, less those that are not positive
 
 
 def test_saes_stand_in_for_hook_points(dataset, tmp_path):
