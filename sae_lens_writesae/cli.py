@@ -42,7 +42,8 @@ def demo(
         config = DemoConfig(model=model, layer=layer, head=head, training_tokens=training_tokens, seed=seed)
         done = run_demo(config, out, say=console.print)
     _show(done.results)
-    console.print(f"\nreport  {done.report.html}\nnumbers {done.report.json}, tables and SAEs in {done.folder}")
+    _say_where(done.report)
+    typer.echo(f"tables and SAEs  {done.folder}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -90,7 +91,7 @@ def evaluate(
         )
         done = evaluate_saes(sae, out, config, model=model, text=text, sequences=sequences, context_size=context_size)
     _show(done.results)
-    console.print(f"\nreport  {done.report.html}\nnumbers {done.report.json}")
+    _say_where(done.report)
 
 
 @app.command()
@@ -106,7 +107,7 @@ def report(
 
     with _clear_errors():
         files = write_report([SubstitutionResult.load(path) for path in results], out, scale=scale, metric=metric)
-    console.print(f"report  {files.html}\nnumbers {files.json}")
+    _say_where(files)
 
 
 def main() -> None:
@@ -126,6 +127,11 @@ class _clear_errors:
         if isinstance(error, (HookpointsError, ValueError, FileNotFoundError)):
             console.print(f"[red]error[/red] {error}", highlight=False)
             raise typer.Exit(2) from error
+
+
+def _say_where(files: Any) -> None:
+    # Not by rich, which would break long paths over lines.
+    typer.echo(f"report   {files.html}\nnumbers  {files.json}")
 
 
 def _show(results: Any) -> None:

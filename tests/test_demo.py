@@ -22,7 +22,7 @@ def test_demo_then_eval_then_report(tmp_path, monkeypatch):
     out = tmp_path / "out"
     done = run("demo", *SMALL, "--out", str(out))
     assert done.exit_code == 0, done.output
-    assert "write-trained" in done.output and "report" in done.output.splitlines()[-2]
+    assert "write-trained" in done.output and f"report   {out / 'report.html'}" in done.output.splitlines()
     page = (out / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and 'src="http' not in page
     numbers = json.loads((out / "report.json").read_text())
