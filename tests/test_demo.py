@@ -26,7 +26,7 @@ def test_demo_then_eval_then_report(tmp_path, monkeypatch):
     page = (out / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and 'src="http' not in page
     numbers = json.loads((out / "report.json").read_text())
-    assert {test["info"]["label"] for test in numbers["tests"]} == {"write-trained", "state-trained"}
+    assert {test["name"] for test in numbers["tests"]} == {"write-trained", "state-trained"}
     result = SubstitutionResult.load(out / "write" / "substitution")
     floor = result.frame.query("condition == 'native'")["kl_window"].abs().max()
     assert floor < 1e-6
