@@ -112,8 +112,8 @@ def one_by_one(case: Case, edits: list[WriteEdit]) -> list[float]:
         assert edit.position is not None
         with case.model.edits(edit):
             patched = case.model(case.tokens)[0]
-        window = slice(edit.position, edit.position + CONFIG.horizon + 1)
-        found.append(float(divergences(native[window], patched[None, window]).forward.mean()))
+        window = torch.arange(edit.position, edit.position + CONFIG.horizon + 1)[None]
+        found.append(float(divergences(native, window, patched[window]).forward.mean()))
     return found
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hookpoints import WriteEdit
 from sae_lens_writesae.conditions import Condition, Factors, scaled
@@ -14,18 +15,11 @@ from sae_lens_writesae.firings import HeadHook
 from sae_lens_writesae.substitution_config import SubstitutionConfig
 from sae_lens_writesae.substitution_result import METRICS
 
-_LOGIT_FLOATS = 64_000_000
-"""Logits of edited rows held at once:
-
-256 MB in float32. Bounds the rows per run where the vocabulary is large.
-"""
-
-
 _SPREAD = 2
-"""Longest stretch of one batch, in windows:
+"""Longest stretch of one batch, in windows: rows at distant positions share no work, each is run over all of it."""
 
-rows at distant positions share no work, each is run over all of it.
-"""
+_CPU_TOKENS = 4096
+"""Tokens of one batch on a CPU: runs to the end were 2.5 times slower at 40,000, which no cache holds."""
 
 
 class _Row(NamedTuple):
@@ -77,7 +71,7 @@ def measure(
     firings = list(enumerate(zip(positions, to_end, strict=True)))
     rows = [_Row(c, n, t, end, edits[c][n]) for c in range(len(edits)) for n, (t, end) in firings]
     result = np.full((len(edits), len(positions), len(METRICS)), np.nan)
-    for batch in _batches(rows, session.logits.shape[1], session.logits.shape[2], config):
+    for batch in _batches(rows, session.logits, config):
         for row, values in zip(batch, _measure_batch(session, batch, config)):
             result[row.condition, row.firing] = values
     return result
@@ -93,7 +87,7 @@ def _measure_batch(session: Any, batch: list[_Row], config: SubstitutionConfig) 
         looked_at = torch.cat([looked_at, torch.full((len(batch), 1), session.logits.shape[1] - 1)], 1)
     looked_at = looked_at.to(run.logits.device)
     each = torch.arange(len(batch), device=looked_at.device)[:, None]
-    found = divergences(session.logits[0][looked_at], run.logits[each, looked_at - run.start])
+    found = divergences(session.logits[0], looked_at, run.logits[each, looked_at - run.start])
     values = {}
     for prefix, kl in (("kl", found.forward), ("reverse_kl", found.reverse)):
         values[f"{prefix}_at"], values[f"{prefix}_next"] = kl[:, 0], kl[:, 1]
@@ -102,12 +96,15 @@ def _measure_batch(session: Any, batch: list[_Row], config: SubstitutionConfig) 
     return torch.stack([values[name] for name in METRICS], 1).numpy()
 
 
-def _batches(rows: list[_Row], n_positions: int, vocabulary: int, config: SubstitutionConfig) -> list[list[_Row]]:
-    """Rows in order of position, as many at once as the configuration allows;
+def _batches(rows: list[_Row], logits: Tensor, config: SubstitutionConfig) -> list[list[_Row]]:
+    """Rows in order of position, as many at once as the configuration allows; those run to the end by themselves.
 
-    those run to the end by themselves.
+    `logits` [1,T,D] are those of the plain pass.
     """
+    _, n_positions, vocabulary = logits.shape
     room = config.logit_megabytes * 250_000 // vocabulary  # float32 logits, in tokens
+    if logits.device.type == "cpu":
+        room = min(room, _CPU_TOKENS)
     batches: list[list[_Row]] = []
     for row in sorted(rows, key=lambda row: (row.to_end, row.position)):
         batch = batches[-1] if batches else [row]
