@@ -125,9 +125,9 @@ def with_norm(a: Factors, target: Tensor) -> Factors:
 
 
 def cosine(a: Factors, b: Factors) -> Tensor:
-    """Signed cosine of matrices, <a,b> / |a||b|:
+    """Signed cosine of matrices, <a,b> / |a||b|: [N].
 
-    [N]. For rank 1 it is cos(keys) cos(values). 0 where a matrix is zero.
+    For rank 1 it is cos(keys) cos(values). 0 where a matrix is zero.
     """
     size = norm(a) * norm(b)
     return torch.where(size > 0, inner(a, b) / size.clamp_min(torch.finfo(size.dtype).tiny), 0)
@@ -173,10 +173,7 @@ def conditions(
 
 
 def state_direction(states: Tensor) -> Factors:
-    """Top singular direction of states [N,K,V], unit norm:
-
-    x y^T with <S, x y^T> > 0. Cost: an SVD per state.
-    """
+    """Top singular direction of states [N,K,V], unit norm: x y^T with <S, x y^T> > 0. Cost: an SVD per state."""
     left, _, right = torch.linalg.svd(states, full_matrices=False)
     return rank_one(left[:, :, 0], right[:, 0])
 

@@ -185,10 +185,7 @@ def quartile_figure(summary: Summary, scale: str, rivals: Sequence[str] = (), na
 
 
 def cosine_figure(summary: Summary, scale: str, name: str = "") -> str:
-    """Per atom:
-
-    win rate against deletion over the median cosine of atom and write; area is the number of firings.
-    """
+    """Per atom: win rate against deletion over the median cosine of atom and write; area is the number of firings."""
     table: Any = summary.atoms
     table = table[table["scale"] == scale]
     figure, axes = _panel(2.1)
@@ -203,10 +200,7 @@ def cosine_figure(summary: Summary, scale: str, name: str = "") -> str:
 
 
 def half_life_figure(points: Sequence[HeadPoint]) -> str:
-    """Win rate of the atom against deletion by the memory of the head:
-
-    filled write-trained, open state-trained.
-    """
+    """Win rate of the atom against deletion by the memory of the head: filled write-trained, open state-trained."""
     figure, axes = _panel(2.5)
     for point in points:
         written = point.target == "write"

@@ -53,10 +53,7 @@ class _Entry:
 
     @property
     def rivals(self) -> tuple[str, ...]:
-        """Controls that explain the headline result, or would:
-
-        those that beat deletion and are not beaten.
-        """
+        """Controls that explain the headline result: they beat deletion and the atom does not beat them."""
         return self.verdict.controls
 
 

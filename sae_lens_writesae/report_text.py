@@ -12,10 +12,7 @@ from sae_lens_writesae.summary import Verdict
 
 
 class PaperNumbers(NamedTuple):
-    """WriteSAE (arXiv 2605.12770, v4):
-
-    Qwen3.5-0.8B, layers 1, 9 and 17, head 4; 4,851 firings of 18 atoms.
-    """
+    """WriteSAE (arXiv 2605.12770, v4): Qwen3.5-0.8B, layers 1, 9 and 17, head 4; 4,851 firings of 18 atoms."""
 
     win: str = "92.4 %"
     chain: str = "89.5 %"
@@ -46,10 +43,7 @@ def outcome(verdict: Verdict) -> str:
 
 
 def lead(verdicts: Sequence[Verdict], names: Sequence[str], scale: str) -> str:
-    """One sentence over all tests of a report:
-
-    which dictionaries it holds for, by name or, if many, by number.
-    """
+    """One sentence over all tests of a report: which dictionaries it holds for, by name or, if many, by number."""
     where = {"matched": "At matched norm", "coefficient": "At the SAE's own coefficient"}.get(
         scale, f"At the {SCALE_NAMES[scale]} scale"
     )

@@ -163,10 +163,7 @@ def cliffs_delta(a: ArrayLike, b: ArrayLike) -> float:
 
 
 def paired_sign_rate(a: ArrayLike, b: ArrayLike) -> float:
-    """Over pairs:
-
-    share with a > b minus share with a < b. The sign convention of `cliffs_delta`, pairs only.
-    """
+    """Over pairs: share with a > b minus share with a < b. The sign convention of `cliffs_delta`, pairs only."""
     x, y = _pair(a, b)
     return float(np.sign(x - y).mean())
 

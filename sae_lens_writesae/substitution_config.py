@@ -25,10 +25,7 @@ class SubstitutionConfig:
     """Where: at the firings, or (a null) at random positions of the same sequences where the atom is silent,
     with the activation of the firing."""
     write: Literal["additive", "corrected"] = "additive"
-    """The native write:
-
-    k_t u_t^T, keeping the erase (the paper's), or k_t u~_t^T, which takes the erase along.
-    """
+    """The native write: k_t u_t^T, keeping the erase (the paper's), or k_t u~_t^T, which takes the erase along."""
     scales: tuple[Scale, ...] = SCALES
     """How the atom is scaled; every control follows the norm of the atom at the same scale."""
     controls: tuple[str, ...] = CONTROLS

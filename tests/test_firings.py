@@ -97,10 +97,7 @@ def test_a_second_turn_only_begins_when_the_first_is_over() -> None:
 
 
 def test_sequences_have_the_same_chance_however_often_an_atom_fires_in_them() -> None:
-    """One firing in one sequence, nine in another:
-
-    when one is drawn, each sequence has it half of the time.
-    """
+    """One firing in one sequence, nine in another: when one is drawn, each sequence has it half of the time."""
     activations = torch.zeros(N, T, ATOMS)
     activations[0, 5, 0] = 1
     activations[1, 6:15, 0] = 1

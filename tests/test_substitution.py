@@ -1,7 +1,4 @@
-"""The substitution test end to end on the embedded model:
-
-exact against full forwards with the write replaced by hand.
-"""
+"""The substitution test end to end, exact against full forwards of the embedded model with the write replaced by hand."""
 
 from typing import Any
 
