@@ -1,4 +1,4 @@
-"""The substitution test end to end, exact against full forwards of the embedded model with the write replaced by hand."""
+"""The substitution test end to end, exact against full forwards with the write replaced by hand (embedded model)."""
 
 from typing import Any
 
