@@ -65,6 +65,7 @@ class HeadPoint(NamedTuple):
     rate: float
     low: float
     high: float
+    control: float | None  # the best control's rate against deletion
 
 
 def win_rate_figure(summary: Summary, rivals: Sequence[str] = (), name: str = "") -> str:
@@ -206,6 +207,8 @@ def half_life_figure(points: Sequence[HeadPoint]) -> str:
         written = point.target == "write"
         colour = ATOM if written else RIVAL
         axes.plot([point.half_life] * 2, [point.low, point.high], color=colour, lw=1.4, alpha=0.5)
+        if point.control is not None:
+            axes.plot(point.half_life, point.control, "_", color=colour, ms=11, mew=1.4)
         marker = ">" if point.capped else "o"
         face = colour if written else PAPER
         axes.plot(point.half_life, point.rate, marker, color=colour, mfc=face, ms=6)
@@ -224,7 +227,8 @@ def half_life_figure(points: Sequence[HeadPoint]) -> str:
     axes.set_xlabel("half-life of a write in the head, tokens")
     axes.plot([], [], "o", color=ATOM, label="write-trained")
     axes.plot([], [], "o", color=RIVAL, mfc=PAPER, label="state-trained")
-    _legend(figure, 2)
+    axes.plot([], [], "_", color=MUTED, ms=9, mew=1.4, label="best control")
+    _legend(figure, 3)
     return _svg(figure, "Win rate by the memory of the head")
 
 

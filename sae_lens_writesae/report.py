@@ -216,7 +216,9 @@ def _memory_figure(entries: list[_Entry]) -> str | None:
     for e in entries:
         rate, info = e.by_metric[e.summary.metric], e.result.info
         capped = info.half_life >= info.half_life_limit
-        points.append(plots.HeadPoint(e.name, info.target, info.half_life, capped, rate.rate, *rate.bootstrap))
+        rivals: list[Any] = [e.summary.rate(c, "delete", e.scale)["rate"] for c in info.config.controls]
+        best = max(rivals, default=None)
+        points.append(plots.HeadPoint(e.name, info.target, info.half_life, capped, rate.rate, *rate.bootstrap, best))
     return plots.half_life_figure(points)
 
 
