@@ -87,8 +87,12 @@ class SubstitutionInfo:
 
     @property
     def label(self) -> str:
-        """The name in reports."""
-        return self.config.label or f"{self.target}-trained"
+        """The name in reports: the configured one, or what the SAE was trained on and what departs from the default."""
+        if self.config.label:
+            return self.config.label
+        departures = {"argmax": "argmax atom", "silent": "silent positions", "corrected": "corrected write"}
+        chosen = (self.config.atom_choice, self.config.positions, self.config.write)
+        return ", ".join([f"{self.target}-trained", *(departures[x] for x in chosen if x in departures)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

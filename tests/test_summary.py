@@ -175,3 +175,10 @@ def test_config_refuses_nonsense(settings, message: str) -> None:
 def test_config_survives_json() -> None:
     config = SubstitutionConfig(atoms=(4, 2), scales=("matched",), label="x")
     assert SubstitutionConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_labels_say_what_departs_from_the_default() -> None:
+    assert fake_result(HOLDS).info.label == "write-trained"
+    info = fake_result(HOLDS, target="state", atom_choice="argmax", write="corrected").info
+    assert info.label == "state-trained, argmax atom, corrected write"
+    assert fake_result(HOLDS, label="mine", positions="silent").info.label == "mine"
