@@ -146,7 +146,7 @@ def timing(case: Case, n_firings: int, n_full: int, rounds: int) -> Timing:
 
 def draw(found: dict[str, Timing], path: Path) -> None:
     """Conditions per second of the three ways."""
-    figure = Figure(figsize=(7, 0.9 + 1.1 * len(found)), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + 1.1 * len(found)), layout="constrained")
     axes = figure.add_subplot()
     ways = {"one full forward each": "full", "batched, to the last token": "to_end", "batched, t..t+16": "window"}
     colours = ("#98a2ad", "#7fb0ff", "#1d5fd1")
@@ -154,14 +154,14 @@ def draw(found: dict[str, Timing], path: Path) -> None:
         for j, ((way, field), colour) in enumerate(zip(ways.items(), colours)):
             rate, y = 1 / getattr(timed, field), i + 0.26 * (j - 1)
             axes.barh(y, rate, 0.24, color=colour, label=way if i == 0 else None)
-            axes.text(rate * 1.05, y, f"{rate:,.0f}", va="center", fontsize=8)
-    axes.set_yticks(range(len(found)), list(found), fontsize=9)
+            axes.text(rate * 1.05, y, f"{rate:.3g}", va="center", fontsize=8)
+    axes.set_yticks(range(len(found)), [label.replace(", ", "\n", 1) for label in found], fontsize=9)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.margins(x=0.12)
+    axes.set_xlim(0.5 / max(t.full for t in found.values()), 3 / min(t.window for t in found.values()))
     axes.set_xlabel("conditions per second (log scale)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
