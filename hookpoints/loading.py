@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -80,5 +81,7 @@ def _refuse_mamba_ssm(name: str, config: dict[str, Any]) -> None:
 def _tokenizer(source: str, revision: str | None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, KeyError):
-        return None  # methods that need one say so
+    except (OSError, ValueError, KeyError) as error:
+        # A model without one is still useful, and methods that need one say so; but a broken one must not look absent.
+        warnings.warn(f"{source}: loaded without a tokenizer ({type(error).__name__}: {error})", stacklevel=2)
+        return None

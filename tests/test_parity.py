@@ -198,3 +198,13 @@ def test_self_check_refuses_a_wrong_formula(monkeypatch):
     )
     with pytest.raises(SelfCheckError, match=r"layer 0 .*differ by"):
         HookedRecurrent.from_hf(make_hf())
+
+
+def test_a_broken_tokenizer_is_not_mistaken_for_none(tmp_path, hf):
+    hf.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "tokenizer.json").write_text("{ truncated")
+    with pytest.warns(UserWarning, match="loaded without a tokenizer"):
+        model = HookedRecurrent.from_pretrained(str(tmp_path), device="cpu")
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        model.to_tokens("text")

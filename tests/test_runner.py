@@ -217,36 +217,56 @@ def _exported(model, dataset, folder):
     return SAE.load_from_disk(str(folder))
 
 
-def test_checkpoint_and_resume_go_on_from_the_same_state(embedded, dataset, tmp_path):
-    """A run that is stopped half-way and resumed has the trainer's state of one that is not."""
-    cfg = small_config(embedded, checkpoint_path=str(tmp_path), n_checkpoints=1, save_final_checkpoint=True)
-    train(cfg, embedded, dataset)
-    checkpoints = sorted((p for p in Path(cfg.checkpoint_path).iterdir()), key=lambda p: p.stat().st_mtime)
-    resumed = small_config(
-        embedded, checkpoint_path=None, resume_from_checkpoint=str(checkpoints[0]), training_tokens=1024
+class Watched(WriteSAETrainingRunner):
+    """Keeps what the trainer begins with: samples seen, weights, and the optimizer's step count."""
+
+    def run_trainer_with_interruption_handling(self, trainer):
+        self.begun_samples = trainer.n_training_samples
+        self.begun_weights = {name: value.clone() for name, value in self.sae.state_dict().items()}
+        self.begun_steps = {int(state["step"]) for state in trainer.optimizer.state.values()}
+        self.trainer = trainer
+        return super().run_trainer_with_interruption_handling(trainer)
+
+
+def check_resumes(embedded, dataset, checkpoint: Path, steps: int):
+    """A run from ``checkpoint`` begins with its samples, weights and optimizer, and trains only what is left."""
+    samples = int(checkpoint.name.removeprefix("final_"))
+    cfg = small_config(
+        embedded, checkpoint_path=None, resume_from_checkpoint=str(checkpoint), training_tokens=samples + 256
     )
-    trained = train(resumed, embedded, dataset)
-    assert all(torch.isfinite(p).all() for p in trained.parameters())
+    runner = Watched(cfg, override_model=embedded, override_dataset=dataset)
+    trained = runner.run()
+    saved = writesae.load_sae(checkpoint, training=True).state_dict()
+    assert runner.begun_samples == samples and runner.begun_steps == {steps}
+    assert saved.keys() == runner.begun_weights.keys()
+    assert all(torch.equal(saved[name], value) for name, value in runner.begun_weights.items())
+    assert runner.trainer.n_training_samples == samples + 256
+    assert any(not torch.equal(saved[name], value) for name, value in trained.state_dict().items())
+
+
+def test_checkpoint_and_resume_go_on_from_the_same_state(embedded, dataset, tmp_path):
+    cfg = small_config(embedded, checkpoint_path=str(tmp_path), n_checkpoints=1)
+    train(cfg, embedded, dataset)
+    (checkpoint,) = Path(cfg.checkpoint_path).iterdir()
+    check_resumes(embedded, dataset, checkpoint, steps=int(checkpoint.name) // SMALL["train_batch_size_tokens"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_saves_everything_and_resumes(embedded, dataset, tmp_path, number):
     cfg = small_config(embedded, checkpoint_path=str(tmp_path / "new" / "folder"), training_tokens=200_000)
-    runner = WriteSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset)
+    runner = Watched(cfg, override_model=embedded, override_dataset=dataset)
     before = signal.getsignal(number)
     threading.Timer(2.0, lambda: os.kill(os.getpid(), number)).start()
     with pytest.raises(KeyboardInterrupt):
         runner.run()
     assert signal.getsignal(number) is before
     (checkpoint,) = Path(cfg.checkpoint_path).iterdir()
-    samples = int(checkpoint.name)
     names = {path.name for path in checkpoint.iterdir()}
     assert {"cfg.json", "sae_weights.safetensors", "trainer_state.pt", "activations_store_state.safetensors"} <= names
-    resumed = small_config(
-        embedded, resume_from_checkpoint=str(checkpoint), training_tokens=samples + 256, checkpoint_path=None
-    )
-    trained = train(resumed, embedded, dataset)
-    assert all(torch.isfinite(parameter).all() for parameter in trained.parameters())
+    saved = writesae.load_sae(checkpoint, training=True).state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in runner.sae.state_dict().items())
+    (steps,) = {int(state["step"]) for state in runner.trainer.optimizer.state.values()}
+    check_resumes(embedded, dataset, checkpoint, steps)
 
 
 def test_wandb_logging_offline(embedded, dataset, tmp_path, monkeypatch):
