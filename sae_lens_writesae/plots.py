@@ -118,7 +118,7 @@ def ratio_figure(wide: pd.DataFrame, scale: str, rivals: Sequence[str] = (), nam
     _boxes(axes, rows, rivals)
     axes.axvline(1, color=MUTED, lw=0.8, ls=(0, (3, 3)))
     low, high = axes.get_xlim()
-    steps = next(s for s in (10, 2, 2**0.5, 1.1) if s == 1.1 or high / low > s**2.5)
+    steps = next(s for s in (10, 2, 2**0.5, 1.2, 1.1) if s == 1.1 or high / low > s**2.5)
     powers = range(math.ceil(math.log(low, steps)), math.floor(math.log(high, steps)) + 1)
     axes.set_xticks([steps**i for i in powers], [f"{steps**i:.2g}" for i in powers])
     axes.minorticks_off()
