@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from sae_lens_writesae import statistics as stats
+from sae_lens_writesae.claims import Outcome
 from sae_lens_writesae.conditions import NAMES
 from sae_lens_writesae.substitution_result import SubstitutionResult
 
@@ -17,8 +18,6 @@ EXACT_FLOOR = 1e-9
 
 #: A DataFrame inside this file: pandas' own annotations are too loose to check by.
 Table = Any
-
-Outcome = Literal["holds", "fails", "explained", "below the floor"]
 
 
 class Verdict(NamedTuple):
