@@ -7,8 +7,6 @@ verdict. The words of the page are in `report_template.html`, figures in `plots.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from sae_lens_writesae.conditions import CONTROLS, DEFINITIONS, NAMES, SCALE_DEF
 from sae_lens_writesae.statistics import Rate, win_rate
 from sae_lens_writesae.substitution_result import SubstitutionResult
 from sae_lens_writesae.summary import EXACT_FLOOR, Summary, Verdict
+from sae_lens_writesae.writing import write_aside
 
 TITLE = "Can an atom stand in for the write it replaces?"
 
@@ -85,7 +84,6 @@ def write_report(
     if steps is not None and len(steps) != len(entries):
         raise ValueError(f"steps needs one table for each of {len(entries)} results, found {len(steps)}")
     target = Path(path).with_suffix(".html")
-    target.parent.mkdir(parents=True, exist_ok=True)
     numbers = {
         "title": title,
         "metric": metric,
@@ -93,8 +91,11 @@ def write_report(
         "tests": [{"name": e.name, "info": e.result.info.to_dict(), **e.summary.to_dict()} for e in entries],
     }
     beside = target.with_suffix(".json")
-    _write(beside, json.dumps(numbers, indent=1, allow_nan=False))
-    _write(target, _render(entries, title, metric, steps or []))
+    for file, content in (
+        (beside, json.dumps(numbers, indent=1, allow_nan=False)),
+        (target, _render(entries, title, metric, steps or [])),
+    ):
+        write_aside(file, lambda aside, content=content: aside.write_text(content, encoding="utf-8"))
     return ReportFiles(target, beside)
 
 
@@ -220,16 +221,3 @@ def _memory_figure(entries: list[_Entry]) -> str | None:
         best = max(rivals, default=None)
         points.append(plots.HeadPoint(e.name, info.target, info.half_life, capped, rate.rate, *rate.bootstrap, best))
     return plots.half_life_figure(points)
-
-
-def _write(path: Path, content: str) -> None:
-    """Written aside, then renamed: a reader never sees half a file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", text=True)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-        os.replace(name, path)
-        path.chmod(0o644)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

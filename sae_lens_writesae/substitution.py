@@ -12,7 +12,8 @@ An SAE trained on states is tested the same way: its firings are found on states
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,7 @@ from sae_lens_writesae.substitution_config import SubstitutionConfig
 from sae_lens_writesae.substitution_draw import Sample, draw
 from sae_lens_writesae.substitution_edits import edits_of, measure
 from sae_lens_writesae.substitution_result import METRICS, SubstitutionInfo, SubstitutionResult
+from sae_lens_writesae.writing import write_aside
 
 
 class Setup(NamedTuple):
@@ -70,7 +72,13 @@ class SequenceTest(NamedTuple):
 
 @torch.no_grad()
 def run_substitution(
-    model: Any, sae: Any, tokens: Tensor, config: SubstitutionConfig | None = None, progress: bool = True
+    model: Any,
+    sae: Any,
+    tokens: Tensor,
+    config: SubstitutionConfig | None = None,
+    progress: bool = True,
+    *,
+    parts: Path | None = None,
 ) -> SubstitutionResult:
     """Run the test for one SAE on evaluation sequences that neither model nor SAE was trained on.
 
@@ -80,6 +88,8 @@ def run_substitution(
         tokens: [N,T] token ids, all sequences of one length, without padding.
         config: what to sample, write and measure.
         progress: show progress bars.
+        parts: a folder in which the rows of each sequence are kept as soon as they are measured. A later call with the
+            same arguments reads them instead of measuring them again; the result is the same.
 
     Cost: N forwards up to the SAE's layer to find firings; per tested firing 2 + 6 * scales edited rows, each from
     t on for horizon + 1 tokens (some to the end, see `last_position_firings`), from the edited layer up.
@@ -89,8 +99,20 @@ def run_substitution(
     """
     begin = time.perf_counter()
     setup = prepare(model, sae, tokens, config or SubstitutionConfig(), progress=progress)
-    frame = pd.concat([_measured(setup, test) for test in sequence_tests(setup, progress)], ignore_index=True)
-    return SubstitutionResult(frame, _describe(setup, time.perf_counter() - begin))
+    frames = _kept(parts) if parts is not None else {}
+    for test in sequence_tests(setup, progress, skip=frames.keys()):
+        frame, sequence = _measured(setup, test), int(test.firings["sequence"].iloc[0])
+        frames[sequence] = frame
+        if parts is not None:
+            write_aside(parts / f"{sequence}.parquet", lambda file, frame=frame: frame.to_parquet(file, index=False))
+    whole = pd.concat([frames[sequence] for sequence in sorted(frames)], ignore_index=True)
+    return SubstitutionResult(whole, _describe(setup, time.perf_counter() - begin))
+
+
+def _kept(parts: Path) -> dict[int, pd.DataFrame]:
+    """What an earlier call measured, by sequence."""
+    parts.mkdir(parents=True, exist_ok=True)
+    return {int(file.stem): pd.read_parquet(file) for file in parts.glob("[0-9]*.parquet")}
 
 
 def prepare(model: Any, sae: Any, tokens: Tensor, config: SubstitutionConfig, *, progress: bool = False) -> Setup:
@@ -108,9 +130,9 @@ def prepare(model: Any, sae: Any, tokens: Tensor, config: SubstitutionConfig, *,
     return Setup(model, sae, tokens, hook, config, sample, head_profile(writes, config.mean_write_energy))
 
 
-def sequence_tests(setup: Setup, progress: bool = False) -> Iterator[SequenceTest]:
+def sequence_tests(setup: Setup, progress: bool = False, skip: Container[int] = ()) -> Iterator[SequenceTest]:
     """The conditions of each sequence that has firings, one sequence at a time. Cost: one forward each."""
-    groups = list(setup.sample.table.groupby("sequence"))
+    groups = [(name, part) for name, part in setup.sample.table.groupby("sequence") if name not in skip]
     for _, part in tqdm(groups, desc="substitution", disable=not progress):
         sequence = int(part["sequence"].iloc[0])
         session = setup.model.edit_session(setup.tokens[sequence : sequence + 1])

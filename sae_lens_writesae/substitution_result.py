@@ -1,8 +1,6 @@
 """The result of a substitution test: one tidy table, and what one must know to read it."""
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sae_lens_writesae.substitution_config import SubstitutionConfig
+from sae_lens_writesae.writing import write_aside
 
 #: What is measured on every row: KL in nats; "reverse" is KL(patched || native).
 METRICS: tuple[str, ...] = (
@@ -157,22 +156,12 @@ class SubstitutionResult:
 
         Written aside, then renamed.
         """
-        target = Path(path).with_suffix(".parquet")
-        target.parent.mkdir(parents=True, exist_ok=True)
         described = {"format": _FORMAT, "info": self.info.to_dict()}
         table = pa.Table.from_pandas(self.frame, preserve_index=False)
         table = table.replace_schema_metadata(
             {**(table.schema.metadata or {}), _META_KEY: json.dumps(described).encode()}
         )
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                pq.write_table(table, file)
-            os.replace(name, target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        return target
+        return write_aside(Path(path).with_suffix(".parquet"), lambda file: pq.write_table(table, file))
 
     @classmethod
     def load(cls, path: str | Path) -> "SubstitutionResult":
