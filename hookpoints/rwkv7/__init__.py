@@ -1,0 +1,11 @@
+"""RWKV-7 in plain torch, for checkpoints of flash-linear-attention's format (fla-hub/rwkv7-*), on any device.
+
+``hookpoints.HookedRecurrent.from_pretrained`` picks these classes by the configuration's ``model_type``; nothing is
+registered with transformers' Auto classes, where flash-linear-attention puts its own.
+"""
+
+from .configuration import RWKV7Config
+from .modeling import RWKV7ForCausalLM, RWKV7Model
+from .recurrence import rwkv7_recurrence
+
+__all__ = ["RWKV7Config", "RWKV7ForCausalLM", "RWKV7Model", "rwkv7_recurrence"]

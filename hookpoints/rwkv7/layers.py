@@ -1,0 +1,217 @@
+"""The layers of RWKV-7 (Peng et al. 2025, arXiv 2503.14456), with flash-linear-attention's names of parameters.
+
+A layer mixes each token with the one before it (token shift), so that a cache holds, beside the state, the last token
+that the attention part saw and the last that the feed-forward part saw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache
+
+from .configuration import RWKV7Config
+from .recurrence import rwkv7_recurrence
+
+_SLOWEST = -math.exp(-0.5)
+"""Largest log-decay per token, in size: alpha lies in (exp(-exp(-0.5)), 1) = (0.545, 1)."""
+_MIXED = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
+_ATTENTION, _FEED_FORWARD = 0, 1
+"""Which of a layer's token shifts is kept where in the cache."""
+
+
+class Shifted(NamedTuple):
+    """A sequence and what came before each of its tokens."""
+
+    previous: Tensor
+    """[B,T,D], the token before each one that is no padding; zero before the first."""
+    last: Tensor
+    """[B,D], what the next token of the sequence will find before it."""
+
+
+class FirstValues:
+    """The values of layer 0, which all later layers mix into their own.
+
+    Layer 0 leaves them here. Where it did not run, since a run starts further up, they are made from the embeddings.
+    """
+
+    def __init__(self, make: Callable[[], Tensor]):
+        self._make = make
+        self._values: Tensor | None = None
+
+    def set(self, values: Tensor) -> None:
+        """Keep the values [B,T,H*V] of layer 0."""
+        self._values = values
+
+    def get(self) -> Tensor:
+        """The values [B,T,H*V] of layer 0."""
+        if self._values is None:
+            self._values = self._make()
+        return self._values
+
+
+def shift(x: Tensor, before: Tensor | None, mask: Tensor | None) -> Shifted:
+    """Token shift of x [B,T,D] after the token ``before`` [B or 1,D]; padding (mask [B,T] zero) is passed over, on
+    whichever side it is."""
+    first = x.new_zeros(x.shape[0], 1, x.shape[2]) if before is None else before[:, None].to(x).expand(x.shape[0], 1, -1)
+    seen = torch.cat([first, x], dim=1)
+    if mask is None:
+        return Shifted(seen[:, :-1], seen[:, -1])
+    places = torch.arange(1, x.shape[1] + 1, device=x.device)
+    latest = F.pad((places * (mask != 0)).cummax(dim=1).values, (1, 0))  # index in `seen` of the last real token
+    found = seen.gather(1, latest[..., None].expand_as(seen))
+    return Shifted(found[:, :-1], found[:, -1])
+
+
+def cached_shift(x: Tensor, cache: Cache | None, layer: int, part: int, mask: Tensor | None) -> Shifted:
+    """``shift`` after what the cache holds; the cache is left as it is."""
+    before = None
+    if cache is not None and cache.has_previous_state(layer, part):
+        before = cache.layers[layer].conv_states[part][..., 0]  # type: ignore[attr-defined]
+    return shift(x, before, mask)
+
+
+class LowRank(nn.Module):
+    """x -> B act(A x) + bias, with A and B of rank R. (In the paper: a LoRA.)"""
+
+    def __init__(self, width: int, rank: int, out: int, activation: nn.Module | None = None, bias: bool = True):
+        super().__init__()
+        inner, outer = nn.Linear(width, rank, bias=False), nn.Linear(rank, out, bias=bias)
+        self.lora = nn.Sequential(inner, activation or nn.Identity(), outer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lora(x)
+
+
+class RWKV7Attention(nn.Module):
+    """Time mixing: the part with the state."""
+
+    def __init__(self, config: RWKV7Config, layer: int):
+        super().__init__()
+        assert config.num_heads is not None and config.head_dim is not None and isinstance(config.value_dim, list)
+        width, keys, values = config.hidden_size, config.hidden_size, config.value_dim[layer]
+        self.layer_idx = layer
+        self.num_heads, self.head_dim, self.head_v_dim = config.num_heads, config.head_dim, values // config.num_heads
+        for name in _MIXED:
+            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, width)))
+        self.k_k, self.k_a = nn.Parameter(torch.empty(keys)), nn.Parameter(torch.empty(keys))
+        self.r_k = nn.Parameter(torch.empty(self.num_heads, self.head_dim))
+        self.r_proj = nn.Linear(width, keys, bias=False)
+        self.k_proj = nn.Linear(width, keys, bias=False)
+        self.v_proj = nn.Linear(width, values, bias=False)
+        self.o_proj = nn.Linear(values, width, bias=False)
+        self.w_lora = LowRank(width, config.decay_low_rank_dim, keys, nn.Tanh())
+        if layer:
+            self.v_lora = LowRank(width, config.v_low_rank_dim, values)
+        self.a_lora = LowRank(width, config.a_low_rank_dim, keys)
+        self.g_lora = LowRank(width, config.gate_low_rank_dim, values, nn.Sigmoid(), bias=False)
+        self.g_norm = nn.GroupNorm(self.num_heads, values, eps=self.head_dim * config.norm_eps)
+
+    def first_values(self, x: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
+        """What layer 0 gives to `FirstValues`, from its normalised input x [B,T,D]; changes no cache."""
+        previous = cached_shift(x, cache, self.layer_idx, _ATTENTION, mask).previous
+        return self.v_proj(torch.lerp(x, previous, self.x_v.to(x.dtype)))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        first: FirstValues,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """[B,T,D] to [B,T,D]. ``attention_mask`` [B,T] is zero at padding, which leaves no trace."""
+        x, state = hidden_states, None
+        if cache is not None and cache.has_previous_state(self.layer_idx, _ATTENTION):
+            state = cache.layers[self.layer_idx].recurrent_states[0]  # type: ignore[attr-defined]
+        previous, last = cached_shift(x, cache, self.layer_idx, _ATTENTION, attention_mask)
+        delta = previous - x
+        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, delta, getattr(self, name).to(x.dtype)) for name in _MIXED)
+
+        r, v, g = self.r_proj(xr), self._values(xv, first), self.g_lora(xg)
+        decay = self.w_lora(xw)
+        w = _SLOWEST * decay.to(torch.promote_types(decay.dtype, torch.float32)).sigmoid()
+        rate = self.a_lora(xa).sigmoid()
+        k = self.k_proj(xk)
+        erase = F.normalize(self._heads(k * self.k_k), dim=-1)
+        k = k * (1 + (rate - 1) * self.k_a)
+        r, w, k, rate, v = (self._heads(factor) for factor in (r, w, k, rate, v))
+
+        kept = 1 if attention_mask is None else attention_mask[:, :, None, None].to(k.dtype)
+        outputs, state = rwkv7_recurrence(
+            r=r,
+            w=w * kept,
+            k=k * kept,
+            v=v,
+            a=-erase,
+            b=erase * rate * kept,
+            initial_state=state,
+            output_final_state=cache is not None,
+        )
+        if cache is not None:
+            cache.update_conv_state(last[..., None], self.layer_idx, state_idx=_ATTENTION)
+            assert state is not None
+            cache.update_recurrent_state(state, self.layer_idx)
+        read = self.g_norm(outputs.reshape(-1, v.shape[2] * v.shape[3])).view_as(g)
+        bonus = ((r * k * self.r_k).sum(-1, keepdim=True) * v).flatten(2)
+        return self.o_proj((read + bonus) * g)
+
+    def _values(self, x: Tensor, first: FirstValues) -> Tensor:
+        values = self.v_proj(x)
+        if self.layer_idx == 0:
+            first.set(values)
+            return values
+        return torch.lerp(values, first.get(), self.v_lora(x).sigmoid())
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+
+class RWKV7FeedForward(nn.Module):
+    """Channel mixing: relu squared between two linear maps, behind a token shift of its own."""
+
+    def __init__(self, config: RWKV7Config, layer: int):
+        super().__init__()
+        assert config.intermediate_size is not None
+        self.layer_idx = layer
+        self.x_k = nn.Parameter(torch.empty(config.hidden_size))
+        self.key = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.value = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        """[B,T,D] to [B,T,D]."""
+        previous, last = cached_shift(x, cache, self.layer_idx, _FEED_FORWARD, attention_mask)
+        if cache is not None:
+            cache.update_conv_state(last[..., None], self.layer_idx, state_idx=_FEED_FORWARD)
+        return self.value(F.relu(self.key(torch.lerp(x, previous, self.x_k.to(x.dtype)))).square())
+
+
+class RWKV7Block(nn.Module):
+    """One layer: attention and feed-forward, each behind a norm, each added to the residual stream."""
+
+    def __init__(self, config: RWKV7Config, layer: int):
+        super().__init__()
+
+        def norm() -> nn.LayerNorm:
+            return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+
+        if config.norm_first and layer == 0:
+            self.pre_norm = norm()  # for the embeddings; applied by the model, but a checkpoint has it here
+        self.attn_norm, self.ffn_norm = norm(), norm()
+        self.attn, self.ffn = RWKV7Attention(config, layer), RWKV7FeedForward(config, layer)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        v_first: FirstValues,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Residual stream [B,T,D] to [B,T,D]."""
+        x = hidden_states
+        x = x + self.attn(self.attn_norm(x), v_first, cache=cache, attention_mask=attention_mask)
+        return x + self.ffn(self.ffn_norm(x), cache=cache, attention_mask=attention_mask)

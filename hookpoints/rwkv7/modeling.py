@@ -1,0 +1,161 @@
+"""The RWKV-7 language model: embeddings, layers, norm, head, cache and generation through transformers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration import RWKV7Config
+from .initialisation import initialise
+from .layers import FirstValues, RWKV7Attention, RWKV7Block
+
+
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What this version of transformers calls the cache of an output (it changed between 5.15 and 5.24)."""
+
+
+class RWKV7PreTrainedModel(PreTrainedModel):
+    """What both models share: configuration, initial weights, loading and saving."""
+
+    config_class = RWKV7Config
+    config: RWKV7Config
+    base_model_prefix = "model"
+    _no_split_modules = ["RWKV7Block"]  # noqa: RUF012 (transformers' own way)
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Embedding) and not self.config.tie_word_embeddings:
+            init.uniform_(module.weight, -1e-4, 1e-4)
+        elif isinstance(module, RWKV7ForCausalLM) and not self.config.tie_word_embeddings:
+            vocabulary, width = module.lm_head.weight.shape
+            init.orthogonal_(module.lm_head.weight, gain=0.5 * math.sqrt(max(1.0, vocabulary / width)))
+        else:
+            initialise(module, self.config)
+
+
+class RWKV7Model(RWKV7PreTrainedModel):
+    """The layers, from token ids to the normalised residual stream."""
+
+    def __init__(self, config: RWKV7Config):
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(RWKV7Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        past_key_values: Cache | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the layers.
+
+        Args:
+            input_ids: [B,T]; or give ``inputs_embeds`` [B,T,D].
+            attention_mask: [B,T], or longer where a cache holds the beginning; zero at padding, which is passed over.
+            cache: what came before; updated in place.
+            use_cache: return a cache; default True, in training False.
+            output_hidden_states: return the residual stream at every block.
+            past_key_values: another name of ``cache``.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        cache = past_key_values if cache is None else cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        mask = _padding(attention_mask, x)
+        bottom = self.layers[0]
+        assert isinstance(bottom, RWKV7Block) and isinstance(bottom.attn, RWKV7Attention)
+        x = embedded = bottom.pre_norm(x) if self.config.norm_first else x
+        first = FirstValues(lambda: bottom.attn.first_values(bottom.attn_norm(embedded), cache, mask))
+        seen = []
+        for block in self.layers:
+            seen.append(x)
+            x = block(x, first, cache=cache, attention_mask=mask)
+        x = self.norm(x)
+        kept = (*seen, x) if output_hidden_states or self.config.output_hidden_states else None
+        returned: Any = cache if use_cache else None
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=kept, **{_CACHE: returned})
+
+
+class RWKV7ForCausalLM(RWKV7PreTrainedModel, GenerationMixin):
+    """RWKV-7 with a language-modelling head. Loads checkpoints of flash-linear-attention's ``RWKV7ForCausalLM``.
+
+    >>> from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM
+    >>> config = RWKV7Config(vocab_size=64, hidden_size=32, num_hidden_layers=2, head_dim=8)
+    >>> RWKV7ForCausalLM(config)(torch.tensor([[1, 2, 3]])).logits.shape
+    torch.Size([1, 3, 64])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012 (transformers' own way)
+
+    def __init__(self, config: RWKV7Config):
+        super().__init__(config)
+        self.model = RWKV7Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next token, and with ``labels`` [B,T] (shifted inside) their loss. ``logits_to_keep``: only the
+        last so many positions, or those of a tensor of indices; 0 for all. The others are `RWKV7Model.forward`'s."""
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            cache=cache,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            past_key_values=past_key_values,
+        )
+        at = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, at])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        kept: Any = {_CACHE: out[_CACHE] if _CACHE in out else None}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **kept)
+
+
+def _padding(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Zeros of a mask where x [B,T,D] has padding, or None where it has none."""
+    if mask is None:
+        return None
+    if mask.ndim != 2 or mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
+        raise ValueError(f"attention_mask must be [B,T] for an input of {list(x.shape[:2])}, found {list(mask.shape)}")
+    mask = mask[:, -x.shape[1] :]
+    return None if bool((mask != 0).all()) else mask
