@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from .intercept import wrap_ops
 from .layout import BlockLayout, find_layout
 from .mixer import Backend, HookedMixer
 from .points import BlockHooks, HookSet, MixerHooks, is_listening, watch
+from .rules import Rule
 
 
 class StopForward(Exception):
@@ -31,8 +33,41 @@ class _Input(NamedTuple):
     replaced: Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-class Attachment:
-    """Hook points on ``model``; ``detach()`` takes them off again. Inert while nobody listens.
+class MixerAttachment:
+    """Hook points on recurrent mixers alone; ``detach()`` takes them off again. Inert while nobody listens.
+
+    Args:
+        model: what is run as a whole; its passes are counted.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.mixers: dict[int, HookedMixer] = {}
+        self.passes = 0
+        """Forward passes of the model so far."""
+        self._handles: list[Any] = [model.register_forward_pre_hook(self._count)]
+
+    def detach(self) -> None:
+        """Remove every PyTorch hook that was set."""
+        for handle in self._handles:
+            handle.remove()
+        for mixer in self.mixers.values():
+            mixer.detach()
+
+    def attach_mixer(self, layer: int, rule: Rule, namespace: ModuleType, mixer: nn.Module, backend: Backend) -> None:
+        """Take over the op calls of one mixer. ``namespace`` is where it looks its ops up."""
+        wrap_ops(namespace, rule)
+        self.mixers[layer] = HookedMixer(self, layer, rule, mixer, backend)
+
+    def landmarks(self) -> list[nn.Module]:
+        """Modules whose outputs every gradient passes that passes any hook point."""
+        return [mixer.module for mixer in self.mixers.values()]
+
+    def _count(self, _module: nn.Module, _args: Any) -> None:
+        self.passes += 1
+
+
+class Attachment(MixerAttachment):
+    """Hook points on mixers and on the residual stream of a Hugging Face model.
 
     Args:
         model: a Hugging Face causal language model.
@@ -46,27 +81,21 @@ class Attachment:
 
     def __init__(self, model: nn.Module, root: nn.Module, backend: Backend = "auto"):
         self.layout = find_layout(model)
-        self.mixers: dict[int, HookedMixer] = {}
-        self.passes = 0
-        """Forward passes of the model so far."""
+        super().__init__(model)
         self._root = root
         self._tuples: dict[int, int | None] = {}
         """By block that ran: how long a tuple it returns, or None where it returns the residual stream itself."""
         root.hook_embed = HookPoint()
         root.blocks = nn.ModuleList()
         root.ln_final = self._final = HookSet(["hook_normalized"])
-        self._handles: list[Any] = [model.register_forward_pre_hook(self._count)]
         for layer, block in enumerate(self.layout.blocks):
             root.blocks.append(self._attach_block(layer, block, backend))
         self._on_output(self.layout.embed, self._fire_embed)
         self._on_output(self.layout.final_norm, lambda x: self._final.fire("hook_normalized", x))
 
-    def detach(self) -> None:
-        """Remove every PyTorch hook that was set."""
-        for handle in self._handles:
-            handle.remove()
-        for mixer in self.mixers.values():
-            mixer.detach()
+    def landmarks(self) -> list[nn.Module]:
+        """See ``MixerAttachment.landmarks``: the embedding, every block, and the unembedding."""
+        return [self.layout.embed, *(block.block for block in self.layout.blocks), self.layout.unembed]
 
     @contextmanager
     def passing(self, start: int, stop: int | None, residual: Tensor | None) -> Iterator[None]:
@@ -86,9 +115,8 @@ class Attachment:
     def _attach_block(self, layer: int, block: BlockLayout, backend: Backend) -> BlockHooks:
         hooks: MixerHooks | None = None
         if block.rule is not None and block.namespace is not None and block.mixer is not None:
-            wrap_ops(block.namespace, block.rule)
-            mixer = HookedMixer(self, layer, block.rule, block.mixer, backend)
-            self.mixers[layer], hooks = mixer, mixer.hooks
+            self.attach_mixer(layer, block.rule, block.namespace, block.mixer, backend)
+            hooks = self.mixers[layer].hooks
         outputs = {"hook_mixer_out": block.mixer_out, "hook_attn_out": block.attn_out, "hook_mlp_out": block.mlp_out}
         block_hooks = BlockHooks(hooks, absent=[name for name, added in outputs.items() if added is None])
 
@@ -131,9 +159,6 @@ class Attachment:
     def _fire_embed(self, value: Tensor) -> Tensor:
         point: Any = self._root.hook_embed
         return point(value) if is_listening(point) and run.current(self).start_layer == 0 else value
-
-    def _count(self, _module: nn.Module, _args: Any) -> None:
-        self.passes += 1
 
     def _on_output(self, module: nn.Module, through: Callable[[Tensor], Tensor]) -> None:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:

@@ -43,6 +43,7 @@ class HookedMixer:
     def __init__(self, owner: Any, layer: int, rule: Rule, module: nn.Module, backend: Backend):
         heads, _, _ = rule.head_shape(module)
         self.owner, self.layer, self.rule, self.backend = owner, layer, rule, backend
+        self.module = module
         self.hooks = MixerHooks(heads, rule.factor_names)
         self.calls = 0
         """Op calls so far; the self-check reads it."""

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformer_lens import ActivationCache, HookedRootModule
-from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedTransformer import Output
 from transformer_lens.utils import lm_cross_entropy_loss
 
 from . import loading, run
 from .attachment import Attachment, StopForward
-from .caching import CachingHooks, reachable
-from .config import HookedRecurrentConfig, describe
-from .edits import EditPlan, EditRow
-from .errors import EditError
-from .firing import FiringWatch, check_names
+from .config import describe
+from .edits import EditRow
+from .hooked import HookedModel
 from .layout import out_projection
 from .mixer import Backend
 from .recurrence import Recurrence
@@ -28,10 +24,9 @@ from .session import EditedRun, EditSession
 from .tokens import PaddingSide, TokenBatch, Tokens
 
 ReturnType = Literal["logits", "loss", "both"] | None
-Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 
 
-class HookedRecurrent(Tokens, HookedRootModule):
+class HookedRecurrent(Tokens, HookedModel):
     """Hook points on the writes, states and reads of a recurrent language model, and on its residual stream.
 
     ``hook_table.HOOKS`` lists every hook: name, axes, when it fires and what an edit does. The model inside,
@@ -42,7 +37,7 @@ class HookedRecurrent(Tokens, HookedRootModule):
         >>> logits, cache = model.run_with_cache("The state of the Union", names_filter="blocks.1.mixer.hook_k")
     """
 
-    hf_model: Any
+    attachment: Attachment
     hook_embed: nn.Module
     blocks: nn.ModuleList
     ln_final: nn.Module
@@ -61,7 +56,7 @@ class HookedRecurrent(Tokens, HookedRootModule):
         self.tokenizer = tokenizer
         self.attachment = Attachment(hf_model, root=self, backend=backend)
         label = name or getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__
-        self.cfg: HookedRecurrentConfig = describe(hf_model, self.attachment.layout, label, backend)
+        self.cfg = describe(hf_model, self.attachment.layout, label, backend)
         self.setup()
         if self_check:
             try:
@@ -104,16 +99,6 @@ class HookedRecurrent(Tokens, HookedRootModule):
     def from_hf(cls, model: nn.Module, tokenizer: Any = None, **kwargs: Any) -> HookedRecurrent:
         """Hook a model that is already loaded. The model itself is used, not a copy; it is put in eval mode."""
         return cls(model, tokenizer, **kwargs)
-
-    def setup(self) -> None:
-        """Name the hook points. The Hugging Face model's own modules are left out, and untouched."""
-        self.mod_dict, self.hook_dict = {}, {}
-        for name, module in self.named_modules():
-            if name and name.split(".")[0] != "hf_model":
-                module.name = name  # type: ignore[assignment]
-                self.mod_dict[name] = module
-                if isinstance(module, HookPoint):
-                    self.hook_dict[name] = module
 
     # -- running
 
@@ -191,25 +176,6 @@ class HookedRecurrent(Tokens, HookedRootModule):
         text = self.to_string(out)
         return text[0] if isinstance(input, str) else text
 
-    @contextmanager
-    def edits(self, edits: EditRow) -> Iterator[HookedRecurrent]:
-        """While this is open, every pass of the model (all rows) writes as ``edits`` say, in generation too.
-
-        Raises:
-            EditError: an edit does not fit the model, or the model ran and an edit never met its token.
-        """
-        plan = EditPlan.for_all(edits)
-        if not plan.by_layer:
-            yield self
-            return
-        self.check_edits(plan)
-        passes = self.attachment.passes
-        with run.scope(self.attachment, plan=plan):
-            yield self
-        idle = plan.idle()
-        if idle and self.attachment.passes > passes:
-            raise EditError(f"{len(idle)} edit(s) never acted: no pass reached position {idle[0].position}")
-
     def run_with_edits(self, tokens: Tensor, rows: Sequence[EditRow], **kwargs: Any) -> EditedRun:
         """Many edits of one sequence as one batch: row n of the result is the run with ``rows[n]``.
 
@@ -235,58 +201,6 @@ class HookedRecurrent(Tokens, HookedRootModule):
             self(input, return_type=None, stop_at_layer=layer + 1, **kwargs)
         return record[layer].recurrence
 
-    # -- hooks
-
-    @contextmanager
-    def hooks(
-        self,
-        fwd_hooks: Hooks = (),
-        bwd_hooks: Hooks = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-    ) -> Iterator[HookedRecurrent]:
-        """TransformerLens' scoped hooks; unknown names raise, and so does a hook that did not fire though a pass ran.
-
-        Raises:
-            UnknownHookError: a name that this model lacks (names the nearest), or a filter that matches nothing.
-            HookDidNotFireError: the model ran inside the scope and a forward hook never fired.
-        """
-        for name, _ in (*fwd_hooks, *bwd_hooks):
-            check_names(self, name)
-        watch = FiringWatch(self.hook_dict, fwd_hooks)
-        passes = self.attachment.passes
-        with super().hooks(list(watch.hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):
-            yield self
-        if self.attachment.passes > passes:
-            watch.check()
-
-    def run_with_cache(  # type: ignore[override]
-        self,
-        *args: Any,
-        names_filter: Any = None,
-        return_cache_object: bool = True,
-        remove_batch_dim: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
-        """Run and keep activations. Matrix hooks (writes, states) are kept only if named: they are K*V numbers a token.
-
-        Args:
-            names_filter: a name, a list of names, a predicate on names, or None for every vector hook.
-            kwargs: those of TransformerLens' ``run_with_cache`` and of ``forward``.
-        """
-        if isinstance(names_filter, str) or (names_filter is not None and not callable(names_filter)):
-            for name in [names_filter] if isinstance(names_filter, str) else names_filter:
-                check_names(self, name)
-        chosen = reachable(names_filter, kwargs.get("start_at_layer"), kwargs.get("stop_at_layer"), self.cfg.n_layers)
-        out, cache = super().run_with_cache(*args, names_filter=chosen, remove_batch_dim=remove_batch_dim, **kwargs)
-        if not return_cache_object:
-            return out, cache
-        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)  # type: ignore[arg-type]
-
-    def get_caching_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        """TransformerLens' caching hooks, with the time axis where these activations have it (axis 1)."""
-        return CachingHooks(self.hook_dict).build(*args, **kwargs)
-
     # -- weights, in TransformerLens' orientation
 
     @property
@@ -310,12 +224,6 @@ class HookedRecurrent(Tokens, HookedRootModule):
         return weight[:, head * shape.V : (head + 1) * shape.V].T
 
     # -- helpers
-
-    def check_edits(self, plan: EditPlan) -> None:
-        """Raise EditError (or UnsupportedModelError for an attention layer) unless every edit fits the model."""
-        for edit in plan.all():
-            shape = self.cfg.layer(edit.layer)
-            edit.check_shape(shape.H, shape.K, shape.V)
 
     def _token_batch(
         self, input: Any, prepend_bos: bool | None, padding_side: PaddingSide | None, mask: Tensor | None
