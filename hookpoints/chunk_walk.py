@@ -7,7 +7,8 @@ after that the recurrence is plain decayed linear attention,
 
 Without an erase the write is (k, u). Where beta declares a = -beta k it is (k, u~), and u~ = u - beta S^T b
 follows from (I + L) u~ = u - c~^T S_0 with c = beta b and L = c^T D k. A general erase adds the write (-a, e),
-e = -S^T b, from (I + L) e = -(b^T D k) u - b~^T S_0 with L = b^T D (-a). After Yang et al. 2024 (arXiv
+e = -S^T b, from (I + L) e = -(b^T D k) u - b~^T S_0 with L = b^T D (-a). Where a token has several terms, each is a
+write of its own, and the erases of all are solved for together. After Yang et al. 2024 (arXiv
 2406.06484), section 3.
 
 Cost per token and head: about 3 K V + C (K + V) multiply-adds for chunks of C tokens. What is held besides
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 
 from hookpoints.decay import ANCHORED, Decay, Read, decay_of
 from hookpoints.recurrence import Recurrence
-from hookpoints.recurrence_checks import over_time
+from hookpoints.recurrence_checks import over_time, terms
 
 _CHUNK = {"cpu": 32}
 """Tokens per chunk by device; 64 elsewhere, where launches cost more than arithmetic."""
@@ -44,9 +45,10 @@ class Span(NamedTuple):
     left: list[tuple[Tensor, ...]]
     """The same as the chunk's end sees them, [N,K,C]."""
     values: list[tuple[Tensor, ...]]
-    """Values of each write, [N,C,V]; where there is a `response`, the last are those for a zero state."""
-    response: tuple[Tensor, ...] | None
-    """[N,C,K]: response times the state before the chunk is to be taken from the last values."""
+    """Values of each write, [N,C,V]; where there are `responses`, the last are those for a zero state."""
+    responses: list[tuple[Tensor, ...]]
+    """[N,C,K] for as many of the last writes as come of an erase: response times the state before the chunk is to be
+    taken from the values."""
     whole: tuple[Tensor, ...]
     """[N,1 or K,1], what the state meets over the chunk."""
     queries: tuple[Tensor, ...]
@@ -97,8 +99,8 @@ def walk(r: Recurrence, chunk_size: int | None = None, *, reads: bool = False) -
         span = _prepare(r, {n: _cut(part[begin // length], size) for n, part in parts.items()}, reads)
         for i, first in enumerate(range(begin, min(begin + length, r.T), size)):
             values = [value[i] for value in span.values]
-            if span.response is not None:
-                values[-1] = torch.baddbmm(values[-1], span.response[i], state, alpha=-1)
+            for w, response in enumerate(span.responses, start=len(values) - len(span.responses)):
+                values[w] = torch.baddbmm(values[w], response[i], state, alpha=-1)
             after = state * span.whole[i]
             for left, value in zip(span.left, values):
                 after.baddbmm_(left[i], value)
@@ -107,31 +109,42 @@ def walk(r: Recurrence, chunk_size: int | None = None, *, reads: bool = False) -
 
 
 def _prepare(r: Recurrence, part: dict[str, Tensor], reads: bool) -> Span:
-    k, u = part["k"], part["u"]
-    decay = decay_of(part.get("log_decay"), k)
+    keys, values, back = terms(part["k"]), terms(part["u"]), []
+    decay = decay_of(part.get("log_decay"), keys[0])
     query = [Read(part["q"] * r.scale, r.read_before_write)] if reads else []
-    keys, values, response = [k], [u], None
-    if "b" not in part:
-        attention = decay.scores(query, keys)
-    elif "beta" in part:
-        back = Read(part["beta"][..., None] * part["b"], before=True)
-        (lags, *attention) = decay.scores([back, *query], keys)
-        values, response = [_solve(lags[0], u)], _solve(lags[0], decay.from_start(back))
-    else:
-        back, keys = Read(part["b"], before=True), [k, -part["a"]]
-        (lags, *attention) = decay.scores([back, *query], keys)
-        values = [u, _solve(lags[1], -(lags[0] @ u))]
-        response = _solve(lags[1], decay.from_start(back))
+    if "b" in part:
+        erase = part["b"] * part["beta"][..., None] if "beta" in part else part["b"]
+        back = [Read(b, before=True) for b in terms(erase)]
+    if back and "beta" not in part:
+        keys = keys + [-a for a in terms(part["a"])]
+    scores = decay.scores([*back, *query], keys)
+    lags, attention = scores[: len(back)], scores[len(back) :]
+    responses: list[Tensor] = []
+    if back and "beta" in part:
+        values = _solve(lags, values)
+        responses = _solve(lags, [decay.from_start(read) for read in back])
+    elif back:
+        lags = [row[len(values) :] for row in lags]
+        values = values + _solve(lags, [_read_back(row, values) for row in scores[: len(back)]])
+        responses = _solve(lags, [decay.from_start(read) for read in back])
     return Span(
         decay,
         keys=[key.unbind(1) for key in keys],
         left=[decay.to_end(key).mT.unbind(1) for key in keys],
         values=[value.unbind(1) for value in values],
-        response=None if response is None else response.unbind(1),
+        responses=[response.unbind(1) for response in responses],
         whole=decay.whole().unbind(1),
         queries=decay.from_start(query[0]).unbind(1) if reads else (),
         attention=[weights.unbind(1) for weights in attention[0]] if reads else [],
     )
+
+
+def _read_back(weights: list[Tensor], values: list[Tensor]) -> Tensor:
+    """What an erase adds for what it sees of the writes, -sum(weights @ values)."""
+    seen = weights[0] @ values[0]
+    for more, value in zip(weights[1:], values[1:]):
+        seen = seen + more @ value
+    return -seen
 
 
 def _chunk_size(r: Recurrence, wanted: int | None) -> int:
@@ -143,7 +156,7 @@ def _chunk_size(r: Recurrence, wanted: int | None) -> int:
 
 def _span_length(r: Recurrence, size: int) -> int:
     numbers = _SPAN.get(r.device.type, 2**24)
-    return max(numbers // (r.B * r.H * max(r.K, r.V) * size), 1) * size
+    return max(numbers // (r.B * r.H * r.R * max(r.K, r.V) * size), 1) * size
 
 
 def _cut(x: Tensor, size: int) -> Tensor:
@@ -155,7 +168,21 @@ def _cut(x: Tensor, size: int) -> Tensor:
     return x.reshape(x.shape[0] * x.shape[1], -1, size, *x.shape[3:])
 
 
-def _solve(lags: Tensor, x: Tensor) -> Tensor:
+def _solve(lags: list[list[Tensor]], xs: list[Tensor]) -> list[Tensor]:
+    """(I + lags)^-1 x for the terms of a token together: E x E blocks [N,n,C,C] of lags, E blocks [N,n,C,X] of x.
+
+    Ordered by token and then by term, the matrix is triangular: the terms of one token do not see each other.
+    """
+    count = len(xs)
+    if count == 1:
+        return [_solve_triangular(lags[0][0], xs[0])]
+    size = xs[0].shape[-2]
+    whole = torch.stack([torch.stack(row, dim=-1) for row in lags], dim=-3).flatten(4).flatten(2, 3)
+    solved = _solve_triangular(whole, torch.stack(xs, dim=3).flatten(2, 3))
+    return list(solved.unflatten(2, (size, count)).unbind(3))
+
+
+def _solve_triangular(lags: Tensor, x: Tensor) -> Tensor:
     """(I + lags)^-1 x. Solved transposed, from the right: row-major factors are then the layout LAPACK wants, and
     nothing is copied."""
     return torch.linalg.solve_triangular(lags.mT, x.mT, upper=True, unitriangular=True, left=False).mT

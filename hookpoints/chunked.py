@@ -41,7 +41,9 @@ def corrected_values(r: Recurrence, chunk_size: int | None = None) -> Tensor:
     """See `hookpoints.reference.corrected_values`."""
     if _loops(r):
         return reference.corrected_values(r)
-    return _by_token([chunk.values[-1][:, : chunk.size] for chunk in walk(r.working(), chunk_size)], r)
+    pieces = [[value[:, : chunk.size] for value in chunk.values] for chunk in walk(r.working(), chunk_size)]
+    found = [_by_token(list(piece), r) for piece in zip(*pieces)]
+    return torch.stack(found, dim=3) if r.k.ndim == 5 else found[0]
 
 
 def states(r: Recurrence, positions: list[int], out: Tensor | None = None, chunk_size: int | None = None) -> Tensor:
@@ -84,9 +86,9 @@ def propagate(r: Recurrence, x: Tensor, start: int) -> Tensor:
     r = r.working().select(tokens=slice(start + 1, None), initial_state=r.zero_state())
     if r.a is None:
         return torch.cat([first, first * _cumulated(r)], dim=2)
-    # What an erase writes lies along a, whatever the rule: declared so, there is one write a token.
+    # What an erase writes lies along a, whatever the rule: declared so, there are no other writes.
     declared = {"k": r.a, "a": r.a, "beta": -torch.ones_like(r.a[..., 0])}
-    idle = r.replace(u=x.new_zeros(r.B, count, 1, x.shape[1]), initial_state=x.mT[:, None], **declared)
+    idle = r.replace(u=x.new_zeros(*r.a.shape[:-1], x.shape[1]), initial_state=x.mT[:, None], **declared)
     return torch.cat([first, *(_columns(chunk) for chunk in walk(idle))], dim=2)
 
 
@@ -156,13 +158,15 @@ def _cumulated(r: Recurrence) -> Tensor:
 
 
 def _columns(chunk: Chunk) -> Tensor:
-    """States of a chunk as vectors, [B,V,size,K], for one head, one decay per head and one write a token."""
+    """States of a chunk as vectors, [B,V,size,K], for one head and one decay per head."""
     decay, tokens = chunk.span.decay, slice(0, chunk.size)
-    (key,), (value,) = chunk.keys, chunk.values
-    weights = decay.between(chunk.place, tokens, tokens)[:, None, ..., 0] * value[:, tokens].mT[:, :, None]
     kept = decay.since(chunk.place, 0, tokens)[:, None] * chunk.state.mT[:, :, None]
-    keys = key[:, None, tokens].expand(-1, value.shape[2], -1, -1)
-    return kept.flatten(0, 1).baddbmm_(weights.flatten(0, 1), keys.flatten(0, 1)).unflatten(0, kept.shape[:2])
+    found, between = kept.flatten(0, 1), decay.between(chunk.place, tokens, tokens)[:, None, ..., 0]
+    for key, value in zip(chunk.keys, chunk.values):
+        weights = between * value[:, tokens].mT[:, :, None]
+        keys = key[:, None, tokens].expand(-1, value.shape[2], -1, -1)
+        found.baddbmm_(weights.flatten(0, 1), keys.flatten(0, 1))
+    return found.unflatten(0, kept.shape[:2])
 
 
 def _states(chunk: Chunk, rows: list[int], into: Tensor | None) -> Tensor:

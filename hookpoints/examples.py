@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hookpoints.product import carried_keys
 from hookpoints.recurrence import Recurrence
 
 
@@ -18,9 +19,12 @@ class Form:
 
     decay: Literal["none", "head", "channel"] = "none"
     """No decay, one per head, or one per key channel."""
-    erase: Literal["none", "delta", "free"] = "none"
-    """None; along the write key, as in the delta rules; or along a direction of its own."""
+    erase: Literal["none", "delta", "aside", "free"] = "none"
+    """None; along the write key and reading with it, as in the delta rules; along the write key but reading with a key
+    of its own; or along a direction of its own."""
     read_before_write: bool = False
+    rank: int = 1
+    """Terms that a token writes, and erases where there is an erase."""
 
 
 FORMS = {
@@ -31,8 +35,10 @@ FORMS = {
     "mamba2": Form("head"),
     "rwkv6": Form("channel", read_before_write=True),
     "rwkv7": Form("channel", "free"),
+    "comba": Form("head", "aside"),
+    "gated_deltaproduct": Form("head", "delta", rank=2),
 }
-"""The rules by name: Gated DeltaNet, DeltaNet, KDA, GLA, Mamba-2, RWKV-6, RWKV-7."""
+"""The rules by name: Gated DeltaNet, DeltaNet, KDA, GLA, Mamba-2, RWKV-6, RWKV-7, Comba, Gated DeltaProduct."""
 
 
 def random_recurrence(
@@ -64,17 +70,21 @@ def random_recurrence(
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, dtype=dtype)
 
-    heads, side = (B, T, H), (B, T, H, K)
-    q, k, u = normal(*side), F.normalize(normal(*side), dim=-1), normal(B, T, H, V)
-    decays = {"none": None, "head": heads, "channel": side}[form.decay]
+    heads = (B, T, H)
+    terms = heads if form.rank == 1 else (*heads, form.rank)
+    q, k, u = normal(*heads, K), F.normalize(normal(*terms, K), dim=-1), normal(*terms, V)
+    decays = {"none": None, "head": heads, "channel": (*heads, K)}[form.decay]
     log_decay = None if decays is None else -strongest_decay * uniform(*decays)
     beta = a = b = None
-    if form.erase == "delta":
-        beta = most_beta * uniform(*heads)
-        a, b, u = -beta[..., None] * k, _decayed(k, log_decay), beta[..., None] * u
+    if form.erase in ("delta", "aside"):
+        beta = most_beta * uniform(*terms)
+        b = _decayed(k if form.erase == "delta" else F.normalize(k + normal(*terms, K), dim=-1), log_decay)
+        if form.rank > 1:
+            k = carried_keys(k, beta)
+        a, u = -beta[..., None] * k, beta[..., None] * u
     elif form.erase == "free":
-        direction = F.normalize(normal(*side), dim=-1)
-        a, b = direction * uniform(*side), -direction
+        direction = F.normalize(normal(*terms, K), dim=-1)
+        a, b = direction * uniform(*terms, K) / form.rank, -direction
     return Recurrence(
         q,
         k,
@@ -92,4 +102,5 @@ def random_recurrence(
 def _decayed(k: Tensor, log_decay: Tensor | None) -> Tensor:
     if log_decay is None:
         return k
-    return k * (log_decay if log_decay.ndim == 4 else log_decay[..., None]).exp()
+    alpha = (log_decay if log_decay.ndim == 4 else log_decay[..., None]).exp()
+    return k * (alpha if k.ndim == 4 else alpha[..., None, :])

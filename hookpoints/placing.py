@@ -82,7 +82,6 @@ class _HeadChanges:
         for keys, values, _ in self.slots:
             yield LowRankChange(self.head, keys, values, self.loop)
         if self.removed.any():
-            gone = self.removed.unsqueeze(-1)
             own = LowRankChange(self.head, self.r.k[:, :, self.head], self.r.u[:, :, self.head])
             for change in (own, *(change for change in current if change.head == self.head)):
-                yield LowRankChange(self.head, change.keys * gone, -change.values * gone, self.loop)
+                yield change.taken_away(self.removed, self.loop)

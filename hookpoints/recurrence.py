@@ -3,11 +3,16 @@
     S_t = (diag(alpha_t) + a_t b_t^T) S_{t-1} + k_t u_t^T          S: [B,H,K,V], key-first
     o_t = S_t^T (scale * q_t)
 
+A token may write several rank-1 terms, sum_r k_tr u_tr^T, and erase along several, sum_e a_te b_te^T (Gated
+DeltaProduct, whose token is R delta steps: see `hookpoints.product`). The factors then have an axis for the
+terms, [B,T,H,R,K]; everything per token (outputs, states, writes, positions) stays per token.
+
 `Recurrence` holds the factors of one layer; outputs, states, corrected values, the response to an edit and
 rank-1 probes of the state follow from them. Each comes twice: `hookpoints.reference` walks token by token and
 is the oracle, `hookpoints.chunked` is the fast path and the default.
 
-Alphabet: B batch, T time, H head, K key side, V value side, F feature, N vector. Sources: gated delta rule,
+Alphabet: B batch, T time, H head, K key side, V value side, R rank of a token's write, E rank of its erase (E = R in
+all rules so far), F feature, N vector. Sources: gated delta rule,
 Yang et al. 2024 (arXiv 2412.06464), eq. 10; per-channel decay, Kimi Linear (arXiv 2510.26692), eq. 1;
 additive rules, GLA (arXiv 2312.06635), eq. 3.
 """
@@ -74,15 +79,16 @@ class Recurrence:
     q: Tensor
     """[B,T,H,K] read vector, before `scale`."""
     k: Tensor
-    """[B,T,H,K] write key."""
+    """[B,T,H,K] write key; [B,T,H,R,K] where a token writes R terms."""
     u: Tensor
-    """[B,T,H,V] write value: token t adds k_t u_t^T."""
+    """[B,T,H,V] or [B,T,H,R,V] write value: token t adds k_t u_t^T, summed over its terms."""
     log_decay: Tensor | None = None
     """[B,T,H] one decay per head, or [B,T,H,K] one per key channel; natural log, <= 0. None: no decay."""
     a: Tensor | None = None
-    """[B,T,H,K] erase, left vector. Given with `b`, or derived from `beta`."""
+    """[B,T,H,K] or [B,T,H,E,K] erase, left vector. Given with `b`, or derived from `beta`."""
     b: Tensor | None = None
-    """[B,T,H,K] erase, right vector: S_{t-1}^T b_t is what the rule reads back before it writes."""
+    """[B,T,H,K] or [B,T,H,E,K] erase, right vector: S_{t-1}^T b_t is what the rule reads back before it writes. All
+    terms of a token read the state before it."""
     scale: float = 1.0
     """Factor on q at the read."""
     initial_state: Tensor | None = None
@@ -90,8 +96,8 @@ class Recurrence:
     read_before_write: bool = False
     """True where o_t reads S_{t-1} (RWKV-6) instead of S_t."""
     beta: Tensor | None = None
-    """[B,T,H] declares that a = -beta k, the erase of the delta rules. Optional: it allows a solve with half
-    the work. With `a` left out, `a` is derived; with both given, they are trusted to agree. `replace` drops
+    """[B,T,H] or [B,T,H,R] declares that a = -beta k, the erase of the delta rules. Optional: it allows a solve with
+    half the work. With `a` left out, `a` is derived; with both given, they are trusted to agree. `replace` drops
     it when `k` or `a` change."""
 
     def __post_init__(self) -> None:
@@ -102,7 +108,7 @@ class Recurrence:
     def __repr__(self) -> str:
         decay = "no decay" if self.log_decay is None else f"log_decay {list(self.log_decay.shape)}"
         erase = "no erase" if self.b is None else "erase along any a" if self.beta is None else "erase along k"
-        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in "BTHKV")
+        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in ("BTHKV" if self.R == 1 else "BTHRKV"))
         return f"Recurrence({sizes}, {decay}, {erase}, {self.dtype}, {self.device})"
 
     @property
@@ -123,12 +129,17 @@ class Recurrence:
     @property
     def K(self) -> int:
         """Key side of the state."""
-        return self.k.shape[3]
+        return self.k.shape[-1]
 
     @property
     def V(self) -> int:
         """Value side of the state."""
-        return self.u.shape[3]
+        return self.u.shape[-1]
+
+    @property
+    def R(self) -> int:
+        """Rank-1 terms in a token's write."""
+        return self.k.shape[3] if self.k.ndim == 5 else 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -180,7 +191,7 @@ class Recurrence:
         return _run(self, method, "states", chosen, at, out, **_sized(method, chunk_size))
 
     def corrected_values(self, *, method: Method = "chunked", chunk_size: int | None = None) -> Tensor:
-        """Corrected values u~ [B,T,H,V]: S_t = diag(alpha_t) S_{t-1} + k_t u~_t^T, so that decay alone links
+        """Corrected values u~, like `u`: S_t = diag(alpha_t) S_{t-1} + k_t u~_t^T, so that decay alone links
         the states.
 
         Without an erase u~ is `u`. Raises ValueError where the erase is not along the write key (RWKV-7),
@@ -198,7 +209,8 @@ class Recurrence:
         chosen = self.select(heads=heads)
         value = choice(kind, {"additive": lambda: chosen.u, "corrected": chosen.corrected_values}, "kind")()
         key = chosen.k.to(self.dtype).index_select(1, at)
-        return key[..., :, None] * value.to(self.dtype).index_select(1, at)[..., None, :]
+        value = value.to(self.dtype).index_select(1, at)
+        return key.mT @ value if key.ndim == 5 else key[..., :, None] * value[..., None, :]
 
     def propagate(
         self, x: Tensor, start: int, head: int, *, loop: Loop = "closed", method: Method = "chunked"
@@ -289,7 +301,7 @@ class Recurrence:
 
     def with_write(self, k: Tensor, u: Tensor, *, loop: Loop = "closed") -> Recurrence:
         """The linear response to a change of the writes: the same transition and reads, a zero state, writes
-        k u^T instead.
+        k u^T instead (of any rank).
 
         Its outputs (states) are exactly what such writes add to this recurrence's. `loop="open"` drops the
         erase.
@@ -305,12 +317,17 @@ class Recurrence:
         """
         if self.a is None or self.beta is not None:
             return self
+        if self.a.ndim != self.k.ndim or self.a.shape[3] != self.k.shape[3]:
+            raise ValueError(
+                "corrected values exist only where each term of the write has its own erase: the write k has the "
+                f"shape {list(self.k.shape)}, the erase a {list(self.a.shape)}"
+            )
         a, k = self.a.to(self.dtype), self.k.to(self.dtype)
         along = (a * k).sum(-1) / (k * k).sum(-1).clamp_min(torch.finfo(self.dtype).tiny)
         tolerance = max(1e-5, 4 * torch.finfo(self.a.dtype).eps)
         off = (a - along[..., None] * k).norm(dim=-1) > tolerance * a.norm(dim=-1)
         if bool(off.any()):
-            row, token, head = off.nonzero()[0].tolist()
+            row, token, head = off.nonzero()[0].tolist()[:3]
             raise ValueError(
                 "corrected values exist only where the erase a is along the write key k (a = -beta k); it is not "
                 f"at row {row}, token {token}, head {head}. Use the additive write, or states()."
@@ -331,7 +348,7 @@ class Recurrence:
         parts = list(parts)
         if not parts:
             raise ValueError("cat needs at least one recurrence")
-        forms = [({n: x.ndim for n, x in over_time(p)}, p.scale, p.read_before_write) for p in parts]
+        forms = [({n: list(x.shape[2:]) for n, x in over_time(p)}, p.scale, p.read_before_write) for p in parts]
         if any(form != forms[0] for form in forms):
             raise ValueError(f"cat needs parts of one form (fields, scale, read_before_write), found {forms}")
         joined = {name: torch.cat([getattr(p, name) for p in parts], dim=1) for name in forms[0][0]}

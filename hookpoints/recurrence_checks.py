@@ -62,6 +62,11 @@ def tensors(r: Recurrence) -> list[tuple[str, Tensor]]:
     return [(n, x) for n in (*TIME_FIELDS, "initial_state") if (x := getattr(r, n)) is not None]
 
 
+def terms(x: Tensor) -> list[Tensor]:
+    """The rank-1 terms of keys or values [B,T,H,(R,)K]."""
+    return [x] if x.ndim == 4 else list(x.unbind(3))
+
+
 def over_time(r: Recurrence) -> list[tuple[str, Tensor]]:
     """The given fields that have a time axis, by name."""
     return [(n, x) for n in TIME_FIELDS if (x := getattr(r, n)) is not None]
@@ -72,19 +77,21 @@ def check(r: Recurrence) -> None:
     for name, x in tensors(r):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor, found {getattr(x, 'dtype', type(x).__name__)}")
-    for name in ("k", "u"):
-        if getattr(r, name).ndim != 4:
-            raise ValueError(
-                f"{name} must be [B,T,H,{'K' if name == 'k' else 'V'}], found {list(getattr(r, name).shape)}"
-            )
+    for name, side in (("k", "K"), ("u", "V")):
+        if getattr(r, name).ndim not in (4, 5):
+            raise ValueError(f"{name} must be [B,T,H,{side}] or [B,T,H,R,{side}], found {list(getattr(r, name).shape)}")
     if 0 in r.k.shape or 0 in r.u.shape:
         found = f"k {list(r.k.shape)}, u {list(r.u.shape)}"
         raise ValueError(f"a recurrence needs at least one row, token, head and channel, found {found}")
-    sizes = {"B": r.B, "T": r.T, "H": r.H, "K": r.K, "V": r.V}
-    axes = {"q": "BTHK", "u": "BTHV", "a": "BTHK", "b": "BTHK", "beta": "BTH", "initial_state": "BHKV"}
+    sizes = {"B": r.B, "T": r.T, "H": r.H, "K": r.K, "V": r.V, "R": r.R}
+    write, erase = "BTHR" if r.k.ndim == 5 else "BTH", "BTH"
+    if r.b is not None and r.b.ndim == 5:
+        erase, sizes["E"] = "BTHE", r.b.shape[3]
+    axes = {"k": write + "K", "u": write + "V", "a": erase + "K", "b": erase + "K", "beta": write}
+    axes |= {"q": "BTHK", "initial_state": "BHKV"}
     axes["log_decay"] = "BTH" if r.log_decay is None or r.log_decay.ndim == 3 else "BTHK"
     for name, x in tensors(r):
-        want = axes.get(name, "BTHK")
+        want = axes[name]
         if list(x.shape) != [sizes[c] for c in want]:
             raise ValueError(f"{name} must be {_spell(want, sizes)} as k {list(r.k.shape)} says, found {list(x.shape)}")
         if x.device != r.device:
@@ -92,6 +99,9 @@ def check(r: Recurrence) -> None:
     if (r.a is not None or r.beta is not None) != (r.b is not None):
         found = ", ".join(n for n in ("a", "b", "beta") if getattr(r, n) is not None)
         raise ValueError(f"an erase needs b together with a (or beta), found only {found}")
+    if r.beta is not None and r.b is not None and r.b.shape != r.k.shape:
+        found = f"k {list(r.k.shape)}, b {list(r.b.shape)}"
+        raise ValueError(f"beta says that each term of the write erases along its own key, but found {found}")
 
 
 def _spell(axes: str, sizes: dict[str, int]) -> str:

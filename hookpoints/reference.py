@@ -26,8 +26,15 @@ class Step(NamedTuple):
 
 
 def read_out(x: Tensor, state: Tensor) -> Tensor:
-    """S^T x for x [B,H,K] and a state [B,H,K,V]: [B,H,V]."""
-    return (x[..., None, :] @ state)[..., 0, :]
+    """S^T x for x [B,H,(R,)K] and a state [B,H,K,V]: [B,H,(R,)V]."""
+    return x @ state if x.ndim == state.ndim else (x[..., None, :] @ state)[..., 0, :]
+
+
+def add_write(state: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """S + sum of key value^T over the terms of keys [B,H,(R,)K] and values [B,H,(R,)V]."""
+    if keys.ndim == state.ndim:
+        return state + keys.mT @ values
+    return torch.addcmul(state, keys[..., None], values[..., None, :])
 
 
 def transition(r: Recurrence, t: int, state: Tensor) -> Tensor:
@@ -37,7 +44,7 @@ def transition(r: Recurrence, t: int, state: Tensor) -> Tensor:
         decay = r.log_decay[:, t].exp()
         moved = state * (decay[..., None, None] if decay.ndim == 2 else decay[..., None])
     if r.a is not None and r.b is not None:
-        moved = torch.addcmul(moved, r.a[:, t, ..., None], read_out(r.b[:, t], state)[..., None, :])
+        moved = add_write(moved, r.a[:, t], read_out(r.b[:, t], state))
     return moved
 
 
@@ -45,7 +52,7 @@ def steps(r: Recurrence) -> Iterator[Step]:
     """Walk the tokens. `r` must be in its working dtype (`Recurrence.working`)."""
     state = r.zero_state()
     for t in range(r.T):
-        after = torch.addcmul(transition(r, t, state), r.k[:, t, ..., None], r.u[:, t, ..., None, :])
+        after = add_write(transition(r, t, state), r.k[:, t], r.u[:, t])
         yield Step(state, after)
         state = after
 
@@ -71,7 +78,7 @@ def states(r: Recurrence, positions: list[int], out: Tensor | None = None) -> Te
 
 
 def corrected_values(r: Recurrence) -> Tensor:
-    """u~_t = u_t - beta_t S_{t-1}^T b_t, [B,T,H,V]; `r` declares `beta`."""
+    """u~_t = u_t - beta_t S_{t-1}^T b_t, [B,T,H,(R,)V]; `r` declares `beta`."""
     r = r.working()
     if r.b is None or r.beta is None:
         return r.u

@@ -18,18 +18,30 @@ from .rules import OpResult
 
 
 class LowRankChange(NamedTuple):
-    """Added to the writes of one head: at token t, ``keys[:, t] values[:, t]^T``."""
+    """Added to the writes of one head: at token t, ``keys[:, t] values[:, t]^T``, summed over terms."""
 
     head: int
     keys: Tensor
-    """[B,T,K]."""
+    """[B,T,K] or [B,T,R,K]."""
     values: Tensor
-    """[B,T,V]."""
+    """[B,T,V] or [B,T,R,V]."""
     loop: Loop = "closed"
 
     def dense(self) -> Tensor:
         """[B,T,K,V]."""
+        if self.keys.ndim == 4:
+            return self.keys.mT @ self.values
         return self.keys.unsqueeze(-1) * self.values.unsqueeze(-2)
+
+    def size(self) -> Tensor:
+        """[B,T], zero exactly where nothing is added."""
+        terms = self.keys.abs().amax(-1) * self.values.abs().amax(-1)
+        return terms if terms.ndim == 2 else terms.amax(-1)
+
+    def taken_away(self, where: Tensor, loop: Loop) -> LowRankChange:
+        """What undoes it at the tokens ``where`` [B,T] is true, and changes nothing elsewhere."""
+        gone = where[..., None] if self.keys.ndim == 3 else where[..., None, None]
+        return LowRankChange(self.head, self.keys * gone, -self.values * gone, loop)
 
 
 class Response:
@@ -47,7 +59,7 @@ class Response:
 
     def add_low_rank(self, change: LowRankChange) -> None:
         """Cost: one chunked pass over one head, from the first changed token on."""
-        span = _span(change.keys.abs().amax(-1) * change.values.abs().amax(-1), change.keys, change.values)
+        span = _span(change.size(), change.keys, change.values)
         if span is None:
             return
         self.low_rank.append(change)

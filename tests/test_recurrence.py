@@ -218,7 +218,7 @@ Q, U = ones(2, 5, 3, 4), ones(2, 5, 3, 6)
 WRONG = {
     "q of other heads": (dict(q=ones(2, 5, 1, 4)), r"q must be \[B=2,T=5,H=3,K=4\].*found \[2, 5, 1, 4\]"),
     "u of other length": (dict(u=ones(2, 4, 3, 6)), r"u must be \[B=2,T=5,H=3,V=6\].*found \[2, 4, 3, 6\]"),
-    "flat key": (dict(k=ones(2, 5, 12)), r"k must be \[B,T,H,K\], found \[2, 5, 12\]"),
+    "flat key": (dict(k=ones(2, 5, 12)), r"k must be \[B,T,H,K\] or \[B,T,H,R,K\], found \[2, 5, 12\]"),
     "decay per value": (dict(log_decay=ones(2, 5, 3, 6)), r"log_decay must be \[B=2,T=5,H=3,K=4\]"),
     "decay of two axes": (dict(log_decay=ones(2, 5)), r"log_decay must be"),
     "value-first state": (dict(initial_state=ones(2, 3, 6, 4)), r"initial_state must be \[B=2,H=3,K=4,V=6\]"),

@@ -16,8 +16,9 @@ FREE = Form("channel", "free")
 forms = st.builds(
     Form,
     decay=st.sampled_from(["none", "head", "channel"]),
-    erase=st.sampled_from(["none", "delta", "free"]),
+    erase=st.sampled_from(["none", "delta", "aside", "free"]),
     read_before_write=st.booleans(),
+    rank=st.integers(1, 3),
 )
 along_key = forms.filter(lambda form: form.erase != "free")
 
@@ -86,7 +87,7 @@ def test_carrying_the_state_over_a_split_equals_one_pass(r: Recurrence, data) ->
 @given(r=recurrences(), data=st.data())
 def test_an_edit_acts_by_its_propagated_key_and_nowhere_else(r: Recurrence, data) -> None:
     head, t0 = data.draw(st.integers(0, r.H - 1)), data.draw(st.integers(0, r.T - 1))
-    x, y = normal(2, r.K), normal(2, r.V, seed=1)
+    x, y = normal(2, r.K), normal(2, r.V, seed=1)  # a change of rank 1, whatever the rank of the writes
     p = r.propagate(x, t0, head)
     reads = r.scale * r.q[:, t0:, head]
     if r.read_before_write:
@@ -96,7 +97,7 @@ def test_an_edit_acts_by_its_propagated_key_and_nowhere_else(r: Recurrence, data
     predicted[:, :, r.T - effect.shape[2] :, head] = effect[..., None] * y[:, None, None]
 
     def edited(n: int, size: float) -> torch.Tensor:
-        k, u = torch.zeros_like(r.k), torch.zeros_like(r.u)
+        k, u = torch.zeros_like(r.q), r.q.new_zeros(r.B, r.T, r.H, r.V)
         k[:, t0, head], u[:, t0, head] = x[n], size * y[n]
         return r.with_write(k, u).outputs()
 
