@@ -112,6 +112,7 @@ def write_card(folder: Path, metrics: Metrics, family: Family, name: str) -> Non
         tag=family.title.lower().replace(" ", "-"),
         title=family.title,
         model_class=family.model_class.__name__,
+        imports=_imports(family.model_class),
         window=EVALUATION_WINDOW,
         bands=", ".join(f"{value:.1f} (tokens {band})" for band, value in metrics.perplexity_by_position.items()),
         write_name=family.write_name,
@@ -130,6 +131,14 @@ def write_card(folder: Path, metrics: Metrics, family: Family, name: str) -> Non
         epochs=metrics.tokens_seen / metrics.stream_tokens,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _imports(model_class: type) -> str:
+    """Lines that import the model's class and its tokenizer's."""
+    library = ".".join(model_class.__module__.split(".")[:2])
+    if library.startswith("transformers."):
+        return f"from transformers import AutoTokenizer, {model_class.__name__}"
+    return f"from {library} import {model_class.__name__}\nfrom transformers import AutoTokenizer"
 
 
 def _row(head: dict[str, float]) -> str:
