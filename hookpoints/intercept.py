@@ -107,8 +107,11 @@ def _on_device(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, defaults filled in; keywords that only other kernels take are dropped, as upstream does."""
+    """Arguments by name, defaults filled in. Keywords that the op does not name are kept where it takes any (fla's ops
+    do), else dropped, as upstream does with those that only other kernels take."""
     known = {name: value for name, value in kwargs.items() if name in signature.parameters}
     bound = signature.bind(*args, **known)
     bound.apply_defaults()
-    return {name: value for name, value in bound.arguments.items() if name not in ("kwargs", "args")}
+    named = {name: value for name, value in bound.arguments.items() if name not in ("kwargs", "args")}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    return {**kwargs, **named} if open_ended else named

@@ -1,6 +1,6 @@
 """Where things are in a Hugging Face model: blocks, mixers, norms, projections. Found by looking, not by model type.
 
-A mixer is recurrent when its ``forward`` calls an op that some rule knows; the ops are looked up in the module that
+A mixer is recurrent when its ``forward`` calls the first op of some rule; the ops are looked up in the module that
 defines the mixer's class. So new model types that reuse a known op work without an entry here.
 """
 
@@ -18,7 +18,7 @@ from .errors import UnsupportedModelError
 from .rules import REFUSED, RULES, Rule
 
 _MIXER_NAMES = ("linear_attn", "self_attn", "attn", "mixer", "mamba", "attention")
-_MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp")
+_MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "ffn")
 _FINAL_NORM_NAMES = ("norm", "norm_f", "final_layernorm", "ln_f")
 _OUT_PROJ_NAMES = ("out_proj", "o_proj")
 
@@ -65,8 +65,10 @@ class ModelLayout:
 
     @property
     def rereads_embeddings(self) -> bool:
-        """Whether blocks are handed the token embeddings again (Zamba2), so that no run can do without the tokens."""
-        return any("original_hidden_states" in _parameters(block.block) for block in self.blocks)
+        """Whether blocks are handed the token embeddings again (Zamba2) or what the first block makes of them (RWKV-7),
+        so that no run can do without the tokens."""
+        handed = {"original_hidden_states", "v_first"}
+        return any(handed & _parameters(block.block) for block in self.blocks)
 
 
 def calls_of(mixer: nn.Module) -> frozenset[str]:
@@ -85,8 +87,8 @@ def rule_of(mixer: nn.Module) -> tuple[Rule, ModuleType] | None:
     namespace = sys.modules[type(mixer).__module__]
     called = calls_of(mixer)
     for rule in RULES:
-        if any(op in called and hasattr(namespace, op) for op in rule.ops):
-            return rule, namespace
+        if rule.ops[0] in called and hasattr(namespace, rule.ops[0]):
+            return rule.for_mixer(mixer), namespace
     return None
 
 

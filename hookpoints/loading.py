@@ -19,6 +19,7 @@ from transformers import (
 
 from . import embedded
 from .errors import UnsupportedModelError
+from .fla_support import MODEL_TYPES, import_fla
 from .rules import REFUSED
 
 
@@ -50,6 +51,8 @@ def load(
     source = str(embedded.path(name_or_path)) if name_or_path in embedded.names() else name_or_path
     kept, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     _refuse_mamba_ssm(name_or_path, kept)
+    if kept.get("model_type") in MODEL_TYPES:
+        import_fla()  # registers them
     # Importing fla puts its own Mamba-2 in the Auto classes' place, which reads other weights.
     own = kept.get("model_type") == "mamba2"
     configs: Any = Mamba2Config if own else AutoConfig

@@ -15,6 +15,7 @@ from transformers import Cache
 from . import run as run_scope
 from .errors import EditError
 from .intercept import running
+from .padding import UNPADDED, Padding
 from .placing import changes_of
 from .points import HookSet, MixerHooks, watch
 from .recurrence import Recurrence
@@ -49,6 +50,7 @@ class HookedMixer:
         """Op calls so far; the self-check reads it."""
         self._seen: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()
         self._first_token: int | None = 0
+        self._real: Tensor | None = None
         self._open: list[ExitStack] = []
         self._handles = [
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -69,6 +71,9 @@ class HookedMixer:
         cache = next((value for value in values if isinstance(value, Cache)), None)
         hidden = next(value for value in values if isinstance(value, Tensor))
         self._first_token = self._position(cache)
+        mask = kwargs.get("attention_mask")
+        # [B,T], where the layer is given one in that form.
+        self._real = None if mask is None or mask.ndim != 2 else mask[:, -hidden.shape[1] :] != 0
         if cache is not None and self._first_token is not None:
             self._seen[cache] = self._first_token + hidden.shape[1]
         stack = ExitStack()
@@ -86,10 +91,10 @@ class HookedMixer:
             return run.first_token
         if cache is None:
             return 0
-        if cache in self._seen and cache.has_previous_state(self.layer):
-            return self._seen[cache]
-        if not cache.has_previous_state(self.layer):
+        if not _is_filled(cache, self.layer):
             return 0
+        if cache in self._seen:
+            return self._seen[cache]
         try:
             return cache.get_seq_length()
         except ValueError:  # only linear layers, and filled by someone else
@@ -101,17 +106,19 @@ class HookedMixer:
         """Run the op with hooks and edits around it; returns what the layer expects from the op."""
         self.calls += 1
         run = run_scope.current(self.owner)
-        own_kernel = (run.backend or self.backend) == "recurrence"
+        own_kernel = (run.backend or self.backend) == "recurrence" or not self.rule.runs(op, arguments)
         if self.backend == "torch":
             op = inspect.unwrap(op)
         placed = run.plan.by_layer.get(self.layer, []) if run.plan else []
         if not placed and run.record is None and not own_kernel and not self.hooks.listening():
             return op(**arguments)
-        factors, changed = self._fire_factors(self.rule.factors(arguments))
+        padding = self._padding(arguments)
+        factors, changed = self._fire_factors(padding.spread(self.rule.factors(arguments)))
         recurrence = self.rule.recurrence(factors, arguments)
         if changed & self.rule.torch_only:
             op = inspect.unwrap(op)
-        native = self._native(None if own_kernel else op, self.rule.arguments(arguments, factors, changed), recurrence)
+        fed = self.rule.arguments(arguments, padding.packed(factors), changed)
+        native = self._native(None if own_kernel else op, fed, recurrence, padding)
         if changed or own_kernel:
             native = native._replace(outputs=native.outputs.to(self.rule.output_dtype(arguments)))
         if run.record is not None:
@@ -133,14 +140,20 @@ class HookedMixer:
         for heads, change in self._fire_matrices("state", response.states):
             response.add_states(heads, change)
         result = self._fire_read(response.apply(native))
-        return self.rule.write_result(result, arguments)
+        return self.rule.write_result(padding.packed_result(result), arguments)
 
-    def _native(self, op: Callable[..., Any] | None, arguments: Mapping[str, Any], recurrence: Recurrence) -> OpResult:
+    def _padding(self, arguments: Mapping[str, Any]) -> Padding:
+        """Where the padding of this pass is, if the op is given the batch without it."""
+        return Padding(self._real) if arguments.get("cu_seqlens") is not None else UNPADDED
+
+    def _native(
+        self, op: Callable[..., Any] | None, arguments: Mapping[str, Any], recurrence: Recurrence, padding: Padding
+    ) -> OpResult:
         """The pass without edits of writes, states and reads; by hookpoints' own kernel where no op is given."""
         if op is None:
             outputs, state = recurrence.scan()
             return OpResult(outputs, state if self.rule.wants_state(arguments) else None)
-        return self.rule.read_result(op(**arguments), arguments)
+        return padding.spread_result(self.rule.read_result(op(**arguments), arguments))
 
     # -- hooks
 
@@ -213,6 +226,13 @@ class HookedMixer:
         if not self.hooks.listens("hook_read"):
             return result
         return result._replace(outputs=self.hooks.fire("hook_read", result.outputs))
+
+
+def _is_filled(cache: Cache, layer: int) -> bool:
+    try:
+        return cache.has_previous_state(layer)
+    except ValueError:  # caches whose layers are of another kind (fla's) tell it by their length
+        return cache.get_seq_length(layer) > 0
 
 
 def _owning_state(r: Recurrence) -> Recurrence:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -22,11 +22,11 @@ class Factors:
     q: Tensor
     """[B,T,H,K] read vector, unscaled."""
     k: Tensor
-    """[B,T,H,K] key."""
+    """[B,T,H,K] key; [B,T,H,R,K] where a token takes R steps, and likewise below."""
     v: Tensor
-    """[B,T,H,V] value."""
+    """[B,T,H,V] or [B,T,H,R,V] value."""
     beta: Tensor | None = None
-    """[B,T,H] write strength."""
+    """[B,T,H] or [B,T,H,R] write strength."""
     log_decay: Tensor | None = None
     """[B,T,H] or [B,T,H,K] natural log-decay, <= 0."""
     initial_state: Tensor | None = None
@@ -62,7 +62,7 @@ class Rule(Protocol):
 
     @property
     def ops(self) -> tuple[str, ...]:
-        """Names of the upstream functions that compute it."""
+        """Names of the upstream functions that compute it; a mixer that calls the first is of this rule."""
         ...
 
     @property
@@ -87,6 +87,14 @@ class Rule(Protocol):
 
     def head_shape(self, mixer: torch.nn.Module) -> tuple[int, int, int]:
         """(H, K, V) of a mixer module."""
+        ...
+
+    def for_mixer(self, mixer: torch.nn.Module) -> Rule:
+        """The rule as this mixer uses it: itself, unless the mixer has a size that its op calls do not tell."""
+        ...
+
+    def runs(self, op: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
+        """Whether upstream's op can compute this call where its tensors are; else hookpoints' own kernel does."""
         ...
 
     def factors(self, arguments: Mapping[str, Any]) -> Factors:
@@ -122,6 +130,11 @@ class Rule(Protocol):
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """float64 stays; everything else is computed in float32, as the upstream ops do."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def l2_normalise(x: Tensor) -> Tensor:
+    """x over its norm on the last axis, with upstream's epsilon of 1e-6 inside the root."""
+    return x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + 1e-6)
 
 
 def expand_groups(tensor: Tensor, heads: int) -> Tensor:

@@ -8,20 +8,16 @@ or in (0, 2) where the model allows negative eigenvalues (OLMo-hybrid).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..recurrence import Recurrence
-from .base import Factors, OpResult, compute_dtype, expand_groups
+from .base import Factors, OpResult, compute_dtype, expand_groups, l2_normalise
 
 _OTHERS = {"v": "value", "beta": "beta", "log_decay": "g"}
-
-
-def _l2_normalise(x: Tensor) -> Tensor:
-    return x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + 1e-6)
 
 
 class GatedDelta:
@@ -37,12 +33,18 @@ class GatedDelta:
     def head_shape(self, mixer: nn.Module) -> tuple[int, int, int]:
         return mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim  # type: ignore[return-value]
 
+    def for_mixer(self, mixer: nn.Module) -> GatedDelta:
+        return self
+
+    def runs(self, op: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
+        return True
+
     def factors(self, arguments: Mapping[str, Any]) -> Factors:
         v = arguments["value"]
         heads, dtype = v.shape[2], compute_dtype(v)
         q, k = (arguments[name].to(dtype) for name in ("query", "key"))
         if arguments["use_qk_l2norm_in_kernel"]:
-            q, k = _l2_normalise(q), _l2_normalise(k)
+            q, k = l2_normalise(q), l2_normalise(k)
         state = arguments["initial_state"]
         return Factors(
             q=expand_groups(q, heads),

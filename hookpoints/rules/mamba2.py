@@ -16,7 +16,7 @@ The scan clamps dt from below (``dt_limit``), the update does not. Where a model
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
@@ -46,6 +46,12 @@ class Mamba2:
 
     def head_shape(self, mixer: nn.Module) -> tuple[int, int, int]:
         return mixer.num_heads, mixer.ssm_state_size, mixer.head_dim  # type: ignore[return-value]
+
+    def for_mixer(self, mixer: nn.Module) -> Mamba2:
+        return self
+
+    def runs(self, op: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
+        return True
 
     def factors(self, arguments: Mapping[str, Any]) -> Factors:
         x, B, C = (arguments[name] for name in ("hidden_states", "B", "C"))
