@@ -4,11 +4,13 @@ To add a family, write one file here with a class that follows ``base.Rule`` and
 """
 
 from .base import Factors, OpResult, Rule
+from .fla_gla import FlaGatedLinear
 from .gated_delta import GatedDelta
 from .kda import KimiDelta
 from .mamba2 import Mamba2
+from .rwkv7 import RWKV7, FlaRWKV7
 
-RULES: tuple[Rule, ...] = (GatedDelta(), KimiDelta(), Mamba2())
+RULES: tuple[Rule, ...] = (GatedDelta(), KimiDelta(), Mamba2(), RWKV7(), FlaRWKV7(), FlaGatedLinear())
 """The rules that hookpoints can hook."""
 
 _MAMBA1 = (
@@ -37,4 +39,16 @@ REFUSED: dict[str, str] = {
 }
 """Model types whose recurrence is not of this form, with the reason."""
 
-__all__ = ["REFUSED", "RULES", "Factors", "GatedDelta", "KimiDelta", "Mamba2", "OpResult", "Rule"]
+__all__ = [
+    "REFUSED",
+    "RULES",
+    "RWKV7",
+    "Factors",
+    "FlaGatedLinear",
+    "FlaRWKV7",
+    "GatedDelta",
+    "KimiDelta",
+    "Mamba2",
+    "OpResult",
+    "Rule",
+]

@@ -58,8 +58,8 @@ class FirstValues:
 def shift(x: Tensor, before: Tensor | None, mask: Tensor | None) -> Shifted:
     """Token shift of x [B,T,D] after the token ``before`` [B or 1,D]; padding (mask [B,T] zero) is passed over, on
     whichever side it is."""
-    first = x.new_zeros(x.shape[0], 1, x.shape[2]) if before is None else before[:, None].to(x).expand(x.shape[0], 1, -1)
-    seen = torch.cat([first, x], dim=1)
+    before = x.new_zeros(1, x.shape[2]) if before is None else before.to(x)
+    seen = torch.cat([before[:, None].expand(x.shape[0], 1, -1), x], dim=1)
     if mask is None:
         return Shifted(seen[:, :-1], seen[:, -1])
     places = torch.arange(1, x.shape[1] + 1, device=x.device)

@@ -15,7 +15,6 @@ from .configuration import RWKV7Config
 from .initialisation import initialise
 from .layers import FirstValues, RWKV7Attention, RWKV7Block
 
-
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this version of transformers calls the cache of an output (it changed between 5.15 and 5.24)."""
 
@@ -147,7 +146,7 @@ class RWKV7ForCausalLM(RWKV7PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        kept: Any = {_CACHE: out[_CACHE] if _CACHE in out else None}
+        kept: Any = {_CACHE: out.get(_CACHE)}
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **kept)
 
 
