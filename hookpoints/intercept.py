@@ -50,6 +50,12 @@ def wrap_ops(namespace: ModuleType, rule: Rule) -> None:
                 setattr(namespace, name, wrap(op))
 
 
+def torch_form(op: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The torch function that ``op`` is or stands in for; None for fla's own, which are Triton kernels."""
+    form = inspect.unwrap(op)
+    return None if form.__module__.startswith("fla.") else form
+
+
 def _wrap_op(op: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(inspect.unwrap(op))
 

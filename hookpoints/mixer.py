@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
@@ -14,7 +13,7 @@ from transformers import Cache
 
 from . import run as run_scope
 from .errors import EditError
-from .intercept import running
+from .intercept import running, torch_form
 from .padding import UNPADDED, Padding
 from .placing import changes_of
 from .points import HookSet, MixerHooks, watch
@@ -24,7 +23,7 @@ from .rules import Factors, OpResult, Rule
 
 Backend = Literal["auto", "torch", "recurrence"]
 """Who computes the native pass: upstream's op for the device, upstream's torch op, or hookpoints' own kernel (the only
-one that works in float64 where upstream casts to float32)."""
+one that works in float64 where upstream casts to float32; the one for fla's ops, which have no torch form, on a CPU)."""
 
 
 class _Changed(NamedTuple):
@@ -106,20 +105,18 @@ class HookedMixer:
         """Run the op with hooks and edits around it; returns what the layer expects from the op."""
         self.calls += 1
         run = run_scope.current(self.owner)
-        own_kernel = (run.backend or self.backend) == "recurrence" or not self.rule.runs(op, arguments)
-        if self.backend == "torch":
-            op = inspect.unwrap(op)
+        chosen = self._chosen(op, arguments, run.backend or self.backend)
         placed = run.plan.by_layer.get(self.layer, []) if run.plan else []
-        if not placed and run.record is None and not own_kernel and not self.hooks.listening():
-            return op(**arguments)
+        if not placed and run.record is None and chosen is not None and not self.hooks.listening():
+            return chosen(**arguments)
         padding = self._padding(arguments)
         factors, changed = self._fire_factors(padding.spread(self.rule.factors(arguments)))
         recurrence = self.rule.recurrence(factors, arguments)
-        if changed & self.rule.torch_only:
-            op = inspect.unwrap(op)
+        if chosen is not None and changed & self.rule.torch_only:
+            chosen = torch_form(chosen)
         fed = self.rule.arguments(arguments, padding.packed(factors), changed)
-        native = self._native(None if own_kernel else op, fed, recurrence, padding)
-        if changed or own_kernel:
+        native = self._native(chosen, fed, recurrence, padding)
+        if changed or chosen is None:
             native = native._replace(outputs=native.outputs.to(self.rule.output_dtype(arguments)))
         if run.record is not None:
             run.record[self.layer] = run_scope.Recorded(_owning_state(recurrence), native)
@@ -141,6 +138,14 @@ class HookedMixer:
             response.add_states(heads, change)
         result = self._fire_read(response.apply(native))
         return self.rule.write_result(padding.packed_result(result), arguments)
+
+    def _chosen(
+        self, op: Callable[..., Any], arguments: Mapping[str, Any], backend: Backend | str
+    ) -> Callable[..., Any] | None:
+        """What computes the native pass; None: hookpoints' own kernel."""
+        if backend == "recurrence" or not self.rule.runs(op, arguments):
+            return None
+        return torch_form(op) if backend == "torch" else op
 
     def _padding(self, arguments: Mapping[str, Any]) -> Padding:
         """Where the padding of this pass is, if the op is given the batch without it."""
