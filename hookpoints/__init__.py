@@ -1,7 +1,9 @@
 """Recurrent-write hook points for recurrent and hybrid language models, in TransformerLens' vocabulary."""
 
+from .attach import Attached, attach
 from .edits import WriteEdit
 from .errors import (
+    BridgeWarning,
     EditError,
     HookDidNotFireError,
     HookpointsError,
@@ -17,6 +19,8 @@ from .session import EditedRun, EditSession
 
 __all__ = [
     "HOOKS",
+    "Attached",
+    "BridgeWarning",
     "EditError",
     "EditSession",
     "EditedRun",
@@ -31,4 +35,5 @@ __all__ = [
     "UnknownHookError",
     "UnsupportedModelError",
     "WriteEdit",
+    "attach",
 ]

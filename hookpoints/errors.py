@@ -37,6 +37,10 @@ class EditError(HookpointsError, ValueError):
     """A WriteEdit that does not fit the model or the tokens."""
 
 
+class BridgeWarning(UserWarning):
+    """A TransformerBridge does not compute what its own Hugging Face model does, or not all of its hooks fire."""
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """``"; nearest: a, b"`` for the names closest to ``name``, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)

@@ -55,6 +55,7 @@ class HookedModel(HookedRootModule):
             HookDidNotFireError: the model ran inside the scope and a forward hook never fired, or a backward pass ran
                 and a backward hook never did.
         """
+        self.attachment.require()
         for name, _ in (*fwd_hooks, *bwd_hooks):
             check_names(self, name)
         watch = FiringWatch(self.hook_dict, fwd_hooks, bwd_hooks)
@@ -68,6 +69,7 @@ class HookedModel(HookedRootModule):
 
     def add_hook(self, name: str | Callable[[str], bool], hook: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """TransformerLens' ``add_hook`` (stays until ``reset_hooks``); raises UnknownHookError as ``hooks`` does."""
+        self.attachment.require()
         check_names(self, name)
         super().add_hook(name, hook, *args, **kwargs)
 
@@ -105,6 +107,7 @@ class HookedModel(HookedRootModule):
         Raises:
             EditError: an edit does not fit the model, or the model ran and an edit never met its token.
         """
+        self.attachment.require()
         plan = EditPlan.for_all(edits)
         if not plan.by_layer:
             yield self

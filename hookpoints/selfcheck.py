@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import run
 from .errors import SelfCheckError
 from .session import cache_argument, position_inputs
 
 if TYPE_CHECKING:
-    from .model import HookedRecurrent
+    from .hooked import HookedModel
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Relative RMS allowed between the native op and the canonical recurrence. Loose on purpose: what it must catch are
@@ -31,7 +33,7 @@ class _Pass(NamedTuple):
     cache: Any
 
 
-def self_check(model: HookedRecurrent) -> None:
+def self_check(model: HookedModel) -> None:
     """Run 7 tokens at once, then 5 and two more one by one from the cache: four passes over a handful of tokens.
 
     Raises:
@@ -53,13 +55,31 @@ def self_check(model: HookedRecurrent) -> None:
         for before, after in itertools.pairwise(recorded):
             _check_chain(model, layer, before.native.final_state, after.recurrence.initial_state)
         decoded = torch.cat([step.native.outputs for step in recorded[1:]], 1)
-        error = _error(whole[layer].native.outputs[:, _PREFILL:], decoded)
-        if not error <= _tolerance(model):
+        error = relative_error(whole[layer].native.outputs[:, _PREFILL:], decoded)
+        if not error <= tolerance(model.cfg.dtype):
             what = f"reads {error:.1e} (relative RMS) apart in decoding and in prefill, upstream's own difference"
             warnings.warn(f"{model.cfg.model_name}: layer {layer} {what}; hooks see both as they are", stacklevel=3)
 
 
-def _pass(model: HookedRecurrent, tokens: Tensor, start: int, mode: str, cache: Any = None) -> _Pass:
+def check_prefill(model: HookedModel, tokens: Tensor) -> None:
+    """The part of ``self_check`` that needs no cache: one pass over ``tokens`` [1,T]."""
+    with torch.no_grad():
+        _pass(model, tokens, 0, "prefill")
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout for the length of the scope; every module goes back to the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _pass(model: HookedModel, tokens: Tensor, start: int, mode: str, cache: Any = None) -> _Pass:
     """One pass; every layer's op must be met, and its canonical recurrence must give its outputs and state."""
     record: dict[int, run.Recorded] = {}
     inputs = {} if cache is None else {cache_argument(model.hf_model): cache}
@@ -80,29 +100,31 @@ def _pass(model: HookedRecurrent, tokens: Tensor, start: int, mode: str, cache: 
     return _Pass(record, out[cache_argument(model.hf_model)])
 
 
-def _check_chain(model: HookedRecurrent, layer: int, left: Tensor | None, found: Tensor | None) -> None:
+def _check_chain(model: HookedModel, layer: int, left: Tensor | None, found: Tensor | None) -> None:
     if left is None or found is None:
         raise SelfCheckError(_message(model, layer, "its state does not go from one step of decoding to the next"))
     _compare(model, layer, left, found, "the states that one step of decoding leaves and the next begins with")
 
 
-def _compare(model: HookedRecurrent, layer: int, expected: Tensor, found: Tensor, what: str) -> None:
-    error = _error(expected, found)
-    if not error <= _tolerance(model):
+def _compare(model: HookedModel, layer: int, expected: Tensor, found: Tensor, what: str) -> None:
+    error = relative_error(expected, found)
+    if not error <= tolerance(model.cfg.dtype):
         raise SelfCheckError(_message(model, layer, f"{what} differ by {error:.1e} (relative RMS)"))
 
 
-def _error(expected: Tensor, found: Tensor) -> float:
+def relative_error(expected: Tensor, found: Tensor) -> float:
+    """Root-mean-square difference over the root-mean-square size."""
     expected, found = expected.double(), found.double()
     size = expected.pow(2).mean().sqrt().clamp_min(1e-12)
     return float((expected - found).pow(2).mean().sqrt() / size)
 
 
-def _tolerance(model: HookedRecurrent) -> float:
-    return _TOLERANCE.get(model.cfg.dtype, 5e-2)
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative RMS difference that this check allows a model of ``dtype``."""
+    return _TOLERANCE.get(dtype, 5e-2)
 
 
-def _message(model: HookedRecurrent, layer: int, what: str) -> str:
+def _message(model: HookedModel, layer: int, what: str) -> str:
     rule = model.attachment.mixers[layer].rule.name
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     return (

@@ -1,0 +1,183 @@
+"""attach(): hook points on a model that someone holds, and nothing left on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from conftest import make_hf
+from torch.testing import assert_close
+
+from hookpoints import (
+    HookDidNotFireError,
+    HookedRecurrent,
+    HookpointsError,
+    SelfCheckError,
+    UnknownHookError,
+    UnsupportedModelError,
+    WriteEdit,
+    attach,
+)
+
+WRITE = "blocks.1.mixer.hook_write"
+
+
+def hook_count(model: torch.nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def gone(write, hook):
+    return torch.zeros_like(write)
+
+
+@torch.no_grad()
+def test_same_hooks_and_values_as_the_wrapper(any_hf, tokens):
+    wrapper = HookedRecurrent.from_hf(any_hf)
+    names = list(wrapper.hook_dict)
+    logits, expected = wrapper.run_with_cache(tokens, names_filter=names)
+    wrapper.attachment.detach()
+    with attach(any_hf) as hooked:
+        assert set(hooked.hook_dict) == set(names)
+        out, cache = hooked.run_with_cache(tokens, names_filter=names)
+        assert torch.equal(out.logits, logits)
+        assert all(torch.equal(cache[name], expected[name]) for name in names)
+        _, open_filter = hooked.run_with_cache(tokens)
+        assert WRITE not in open_filter and "blocks.0.hook_resid_pre" in open_filter
+
+
+@torch.no_grad()
+def test_the_models_own_forward_and_generate_fire(tokens):
+    hf = make_hf()
+    plain, plain_text = hf(tokens).logits, hf.generate(tokens, max_new_tokens=4, do_sample=False)
+    before = hook_count(hf)
+    shapes = []
+    with attach(hf) as hooked:
+        assert torch.equal(hf(tokens).logits, plain)
+        with hooked.hooks([(WRITE, lambda write, hook: shapes.append(write.shape[1]))]):
+            assert torch.equal(hf.generate(tokens, max_new_tokens=4, do_sample=False), plain_text)
+        assert shapes == [70, 1, 1, 1]
+        with hooked.hooks([(WRITE, gone)]):
+            edited = hf(tokens).logits
+        assert not torch.allclose(edited, plain)
+        assert torch.equal(hooked.run_with_hooks(tokens, fwd_hooks=[(WRITE, gone)]).logits, edited)
+    assert hook_count(hf) == before and torch.equal(hf(tokens).logits, plain)
+
+
+@torch.no_grad()
+def test_edits_and_factors(tokens):
+    hf = make_hf()
+    with attach(hf) as hooked:
+        r = hooked.recurrence(tokens, 1)
+        edits = [WriteEdit(1, head, None, mode="delete") for head in range(4)]
+        with hooked.edits(edits):
+            edited = hf(tokens).logits
+        assert_close(edited, hooked.run_with_hooks(tokens, fwd_hooks=[(WRITE, gone)]).logits)
+        assert r.u.shape == (2, 70, 4, 6)
+
+
+@torch.no_grad()
+def test_added_hooks_stay_until_they_are_reset(tokens):
+    hf = make_hf()
+    plain = hf(tokens).logits
+    with attach(hf) as hooked:
+        hooked.add_hook(WRITE, gone)
+        assert not torch.allclose(hf(tokens).logits, plain)
+        hooked.reset_hooks()
+        assert torch.equal(hf(tokens).logits, plain)
+        hooked.add_hook(WRITE, gone, is_permanent=True)
+    assert torch.equal(hf(tokens).logits, plain)
+
+
+@torch.no_grad()
+def test_two_attachments_on_one_model_both_fire(tokens):
+    """In a notebook, a cell that attaches runs twice; both sets of hooks act, the later one on what the first left."""
+    hf, seen = make_hf(), []
+    plain = hf(tokens).logits
+    with attach(hf) as first, attach(hf) as second:
+        assert torch.equal(hf(tokens).logits, plain)
+        doubled = [(WRITE, lambda write, hook: 2 * write)]
+        with first.hooks(doubled):
+            one = hf(tokens).logits
+        with second.hooks(doubled):
+            assert_close(hf(tokens).logits, one)
+        halved = [(WRITE, lambda write, hook: seen.append(write.clone()))]
+        with first.hooks(halved), second.hooks(halved):
+            assert torch.equal(hf(tokens).logits, plain)
+        assert torch.equal(*seen)
+        with first.hooks([("blocks.1.mixer.hook_v", gone)]), second.hooks([("blocks.1.mixer.hook_beta", gone)]):
+            both = hf(tokens).logits
+        assert not torch.allclose(both, plain)
+
+
+def test_training_mode_and_gradients_are_the_models(tokens):
+    hf = make_hf().train()
+    hf.model.layers[2].eval()
+    modes = [module.training for module in hf.modules()]
+    with attach(hf) as hooked:
+        assert [module.training for module in hf.modules()] == modes
+        seen = []
+        with hooked.hooks(bwd_hooks=[(WRITE, lambda gradient, hook: seen.append(gradient.shape))]):
+            hf(tokens, labels=tokens).loss.backward()
+        assert seen == [(2, 70, 4, 8, 6)]
+    assert hf.model.layers[1].linear_attn.out_proj.weight.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_a_backbone_without_a_head(tokens):
+    backbone = make_hf().model
+    with attach(backbone) as hooked:
+        out, cache = hooked.run_with_cache(tokens, names_filter=WRITE)
+    assert torch.equal(out.last_hidden_state, backbone(tokens).last_hidden_state)
+    assert cache[WRITE].shape == (2, 70, 4, 8, 6)
+
+
+def test_nothing_is_left_after_an_exception(tokens):
+    hf = make_hf()
+    before = hook_count(hf)
+    with pytest.raises(KeyError), attach(hf) as hooked, hooked.hooks([(WRITE, lambda write, hook: {}["missing"])]):
+        hf(tokens)
+    assert hook_count(hf) == before
+
+
+def test_a_refused_model_is_left_as_it_was(tokens):
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    with pytest.raises(UnsupportedModelError, match="'llama' cannot be hooked: none of its layers"):
+        attach(llama)
+    hf = make_hf()
+    before = hook_count(hf)
+    hf.model.layers[1].linear_attn.forward = lambda hidden_states, **kwargs: torch.zeros_like(hidden_states)
+    with pytest.raises(SelfCheckError, match="none of its ops"):
+        attach(hf)
+    assert hook_count(llama) == 0 and hook_count(hf) == before
+
+
+def test_detached_hooks_raise_instead_of_staying_silent(tokens):
+    hf = make_hf()
+    hooked = attach(hf)
+    hooked.detach()
+    for use in (
+        lambda: hooked.add_hook(WRITE, gone),
+        lambda: hooked.run_with_cache(tokens),
+        lambda: hooked.run_with_hooks(tokens, fwd_hooks=[(WRITE, gone)]),
+        lambda: hooked.edits(WriteEdit(1, 0, None, mode="delete")).__enter__(),
+        lambda: hooked(tokens),
+    ):
+        with pytest.raises(HookpointsError, match="attach to it again"):
+            use()
+
+
+def test_errors_say_what_to_do(tokens, model):
+    with pytest.raises(HookpointsError, match="has hook points already"):
+        attach(model)
+    with attach(make_hf()) as hooked:
+        with pytest.raises(UnknownHookError, match="block 3 has no recurrence"):
+            hooked.add_hook("blocks.3.mixer.hook_write", gone)
+        with pytest.raises(ValueError, match="bwd_hooks"):
+            hooked.run_with_cache(tokens, incl_bwd=True)
+        with pytest.raises(HookDidNotFireError, match="never fired"), hooked.hooks([(WRITE, gone)]):
+            hooked.hf_model.get_input_embeddings()(tokens)
+            hooked.attachment.passes += 1  # as a pass that leaves the block out would
