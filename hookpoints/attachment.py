@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from . import run
+from .errors import HookpointsError
+from .fla_support import ModelScope, is_fla
 from .intercept import wrap_ops
 from .layout import BlockLayout, find_layout
 from .mixer import Backend, HookedMixer
@@ -45,9 +47,18 @@ class MixerAttachment:
         self.passes = 0
         """Forward passes of the model so far."""
         self._handles: list[Any] = [model.register_forward_pre_hook(self._count)]
+        if is_fla(model):
+            self._handles.append(ModelScope(model))
+        self.attached = True
+
+    def require(self) -> None:
+        """Raise HookpointsError after ``detach``: hooks would never fire again, and silently so."""
+        if not self.attached:
+            raise HookpointsError("the hook points were taken off this model (detach); attach to it again")
 
     def detach(self) -> None:
         """Remove every PyTorch hook that was set."""
+        self.attached = False
         for handle in self._handles:
             handle.remove()
         for mixer in self.mixers.values():
@@ -83,26 +94,31 @@ class Attachment(MixerAttachment):
         self.layout = find_layout(model)
         super().__init__(model)
         self._root = root
-        self._tuples: dict[int, int | None] = {}
-        """By block that ran: how long a tuple it returns, or None where it returns the residual stream itself."""
+        self._returns: dict[int, tuple[str | None, ...] | None] = {}
+        """By block that ran: None where it returns the residual stream itself; where it returns a tuple that begins
+        with it, for each further entry the argument that the block hands on there (fla's hand on the cache)."""
         root.hook_embed = HookPoint()
         root.blocks = nn.ModuleList()
         root.ln_final = self._final = HookSet(["hook_normalized"])
-        for layer, block in enumerate(self.layout.blocks):
-            root.blocks.append(self._attach_block(layer, block, backend))
+        try:
+            for layer, block in enumerate(self.layout.blocks):
+                root.blocks.append(self._attach_block(layer, block, backend))
+        except BaseException:
+            self.detach()  # a model that is refused is left as it was
+            raise
         self._on_output(self.layout.embed, self._fire_embed)
         self._on_output(self.layout.final_norm, lambda x: self._final.fire("hook_normalized", x))
 
     def landmarks(self) -> list[nn.Module]:
-        """See ``MixerAttachment.landmarks``: the embedding, every block, and the unembedding."""
-        return [self.layout.embed, *(block.block for block in self.layout.blocks), self.layout.unembed]
+        """See ``MixerAttachment.landmarks``: the embedding, every block, and the final norm."""
+        return [self.layout.embed, *(block.block for block in self.layout.blocks), self.layout.final_norm]
 
     @contextmanager
     def passing(self, start: int, stop: int | None, residual: Tensor | None) -> Iterator[None]:
         """Skip blocks below ``start``, feed ``residual`` [B,T,D] into it, and stop before block ``stop``."""
         with ExitStack() as stack:
             for layer, block in enumerate(self.layout.blocks[:start]):
-                stack.enter_context(_replaced_forward(block.block, self._passing_through(layer, block.block)))
+                stack.enter_context(replaced_forward(block.block, self._passing_through(layer, block.block)))
             if residual is not None:
                 stack.enter_context(_pre_hook(self.layout.blocks[start].block, lambda _: residual))
             if stop is not None and stop < len(self.layout.blocks):
@@ -138,21 +154,30 @@ class Attachment(MixerAttachment):
             if added is not None:
                 self._on_output(added.module, fire(name, added.scale))
         self._on_output(block.block, fire("hook_resid_post"))
-        self._handles.append(block.block.register_forward_hook(lambda _m, _a, output: self._learn(layer, output)))
+        self._handles.append(
+            block.block.register_forward_hook(
+                lambda _m, _a, kw, output: self._learn(layer, kw, output), with_kwargs=True
+            )
+        )
         return block_hooks
 
-    def _learn(self, layer: int, output: Any) -> None:
-        self._tuples[layer] = len(output) if isinstance(output, tuple) else None
+    def _learn(self, layer: int, kwargs: dict[str, Any], output: Any) -> None:
+        if not isinstance(output, tuple):
+            self._returns[layer] = None
+            return
+        known = self._returns.get(layer) or (None,) * (len(output) - 1)
+        names = [next((k for k, v in kwargs.items() if v is not None and v is entry), None) for entry in output[1:]]
+        self._returns[layer] = tuple(new or old for new, old in zip(names, known, strict=True))
 
     def _passing_through(self, layer: int, block: nn.Module) -> Callable[..., Any]:
         """Stands in for a block's forward: hands its input on, in the form in which the block returns it."""
         original = block.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if layer not in self._tuples:  # nothing ran yet
-                self._learn(layer, original(*args, **kwargs))
-            value, length = _input_of(args, kwargs).value, self._tuples[layer]
-            return value if length is None else (value, *[None] * (length - 1))
+            if layer not in self._returns:  # nothing ran yet
+                self._learn(layer, kwargs, original(*args, **kwargs))
+            value, handed_on = _input_of(args, kwargs).value, self._returns[layer]
+            return value if handed_on is None else (value, *[kwargs.get(name) if name else None for name in handed_on])
 
         return forward
 
@@ -206,14 +231,14 @@ def _stop(value: Tensor) -> Tensor:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """The module's ``forward`` exchanged for the length of the scope (accelerate may have set one on the instance)."""
     before = module.__dict__.get("forward")
-    module.forward = forward
+    module.__dict__["forward"] = forward  # some modules (TransformerLens') hand attributes that are set to others
     try:
         yield
     finally:
         if before is None:
             del module.__dict__["forward"]
         else:
-            module.forward = before
+            module.__dict__["forward"] = before
