@@ -1,13 +1,21 @@
-"""The ``writesae`` command: demo, train, eval, report."""
+"""The ``writesae`` command: demo, train, eval, show, report, reproduce."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from hookpoints import HookpointsError
+from sae_lens_writesae.eval_cli import eval_app
+from sae_lens_writesae.report import ReportFiles
+from sae_lens_writesae.reproduce_cli import reproduce, spread_lists
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,11 +46,11 @@ def demo(
     """
     from sae_lens_writesae.demo import DemoConfig, run_demo
 
-    with _clear_errors():
+    with clear_errors():
         config = DemoConfig(model=model, layer=layer, head=head, training_tokens=training_tokens, seed=seed)
         done = run_demo(config, out, say=console.print)
     _show(done.results)
-    _say_where(done.report)
+    say_where(done.report)
     typer.echo(f"tables and SAEs  {done.folder}")
 
 
@@ -54,83 +62,55 @@ def train(context: typer.Context) -> None:
     """
     from sae_lens_writesae.train_cli import train_from_arguments
 
-    with _clear_errors():
+    with clear_errors():
         train_from_arguments(context.args)
 
 
-@app.command("eval")
-def evaluate(
-    sae: Annotated[list[Path], typer.Argument(help="Folders of trained SAEs (cfg.json, sae_weights.safetensors).")],
-    model: Annotated[str | None, typer.Option(help="Model; default: the one named in the SAE's metadata.")] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="Text file to test on; default: the package's held-out text.")
-    ] = None,
-    sequences: Annotated[int, typer.Option(help="Sequences to find firings in.")] = 200,
-    context_size: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
-    atoms: Annotated[int, typer.Option(help="Atoms drawn uniformly from all alive ones.")] = 100,
-    firings: Annotated[int, typer.Option(help="Firings per atom, dealt over sequences.")] = 10,
-    atom_choice: Annotated[str, typer.Option(help="own: the firing's atom; argmax: the strongest there.")] = "own",
-    write: Annotated[str, typer.Option(help="Native write: additive k u^T (the paper's) or corrected.")] = "additive",
-    seed: Annotated[int, typer.Option(help="Seed of draws and controls.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the report and the tables.")] = Path("writesae-out"),
-) -> None:
-    """The substitution test on trained SAEs, with all controls and scales; writes a report.
-
-    Several SAEs (of one model) are shown side by side, for instance a write-trained beside a state-trained one.
-    """
-    from sae_lens_writesae.evaluate import evaluate_saes
-    from sae_lens_writesae.substitution_config import SubstitutionConfig
-
-    with _clear_errors():
-        config = SubstitutionConfig(
-            n_atoms=atoms,
-            firings_per_atom=firings,
-            atom_choice=atom_choice,  # type: ignore[arg-type]
-            write=write,  # type: ignore[arg-type]
-            seed=seed,
-        )
-        done = evaluate_saes(sae, out, config, model=model, text=text, sequences=sequences, context_size=context_size)
-    _show(done.results)
-    _say_where(done.report)
+app.add_typer(eval_app, name="eval")
+app.command()(reproduce)
 
 
 @app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(help="Saved substitution results.")],
+    results: Annotated[list[Path], typer.Argument(help="Folders of results, or tables of the substitution test.")],
     out: Annotated[Path, typer.Option(help="Page to write.")] = Path("report.html"),
     scale: Annotated[str, typer.Option(help="Headline scale: coefficient, matched or least_squares.")] = "coefficient",
     metric: Annotated[str, typer.Option(help="Headline metric.")] = "kl_window",
 ) -> None:
-    """One page from saved substitution results, side by side."""
+    """One page from saved results.
+
+    From **folders** that `writesae eval` or `writesae reproduce` left: claims, the paper's values, those measured,
+    controls, verdicts. From **tables** (.parquet) of the substitution test: that test in full, side by side.
+    """
+    from sae_lens_writesae.joined_report import find_results, write_joined_report
     from sae_lens_writesae.report import write_report
     from sae_lens_writesae.substitution_result import SubstitutionResult
 
-    with _clear_errors():
-        files = write_report([SubstitutionResult.load(path) for path in results], out, scale=scale, metric=metric)
-    _say_where(files)
+    with clear_errors():
+        if all(path.is_dir() for path in results):
+            files = write_joined_report(find_results(results), out)
+        else:
+            files = write_report([SubstitutionResult.load(path) for path in results], out, scale=scale, metric=metric)
+    say_where(files)
 
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    app(spread_lists(sys.argv[1:]))
 
 
-class _clear_errors:
+@contextmanager
+def clear_errors() -> Iterator[None]:
     """Errors that say what was asked and how to mend it are printed as they are; others keep their traceback."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        from hookpoints import HookpointsError
-
-        if isinstance(error, (HookpointsError, ValueError, FileNotFoundError)):
-            console.print(f"[red]error[/red] {error}", highlight=False)
-            raise typer.Exit(2) from error
+    try:
+        yield
+    except (HookpointsError, ValueError, FileNotFoundError) as error:
+        console.print(f"[red]error[/red] {error}", highlight=False)
+        raise typer.Exit(2) from error
 
 
-def _say_where(files: Any) -> None:
-    # Not by rich, which would break long paths over lines.
+def say_where(files: ReportFiles) -> None:
+    """The files of a report, not by rich, which would break long paths over lines."""
     typer.echo(f"report   {files.html}\nnumbers  {files.json}")
 
 

@@ -1,62 +1,14 @@
-"""Trained SAEs from folders, tested on text: what ``writesae eval`` does."""
+"""What an evaluation is run on: sequences of a text, and an SAE that fits the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae.loading import load_sae
-from sae_lens_writesae.report import ReportFiles, write_report
-from sae_lens_writesae.substitution import run_substitution
-from sae_lens_writesae.substitution_config import SubstitutionConfig
-from sae_lens_writesae.substitution_result import SubstitutionResult
-
-
-class Evaluation(NamedTuple):
-    """Results in the order of the SAEs, and the report on them."""
-
-    results: list[SubstitutionResult]
-    report: ReportFiles
-
-
-def evaluate_saes(
-    folders: Sequence[Path],
-    out: Path,
-    config: SubstitutionConfig,
-    *,
-    model: str | None = None,
-    text: Path | None = None,
-    sequences: int = 200,
-    context_size: int = 128,
-) -> Evaluation:
-    """Run the substitution test on each SAE and write ``report.html`` and one table per SAE to ``out``.
-
-    Args:
-        folders: SAELens folders, all of one model.
-        model: name or path; None: the one in the SAEs' metadata.
-        text: a text file; None: the part of the package's held-out text that is kept for evaluation.
-
-    Raises:
-        ValueError: SAEs of different models, an SAE that does not fit the model, or too little text.
-    """
-    saes = [load_sae(folder) for folder in folders]
-    names = {model or str(sae.cfg.metadata.model_name) for sae in saes}
-    if len(names) > 1:
-        raise ValueError(f"the SAEs were trained on different models ({', '.join(sorted(names))}); evaluate them apart")
-    hooked = HookedRecurrent.from_pretrained(names.pop())
-    tokens = spread(hooked, embedded.text("test") if text is None else text.read_text(), context_size, sequences)
-    results = []
-    for folder, sae in zip(folders, saes):
-        check_fits(hooked, sae, folder)
-        result = run_substitution(hooked, sae, tokens, _labelled(config, folder))
-        result.save(out / f"{len(results)}-{_label(folder)}")
-        results.append(result)
-    return Evaluation(results, write_report(results, out / "report.html"))
+from hookpoints import HookedRecurrent
 
 
 def spread(model: HookedRecurrent, text: str, context_size: int, sequences: int) -> Tensor:
@@ -84,9 +36,6 @@ def check_fits(model: HookedRecurrent, sae: Any, where: Path | str) -> None:
         )
 
 
-def _label(folder: Path) -> str:
+def folder_label(folder: Path) -> str:
+    """A name for the SAE in a folder; one called `sae` is named after the folder that it is in."""
     return folder.parent.name if folder.name == "sae" else folder.name
-
-
-def _labelled(config: SubstitutionConfig, folder: Path) -> SubstitutionConfig:
-    return SubstitutionConfig(**{**config.to_dict(), "label": config.label or _label(folder)})

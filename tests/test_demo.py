@@ -32,22 +32,25 @@ def test_demo_then_eval_then_report(tmp_path, monkeypatch):
     assert floor < 1e-6
     again = run(
         "eval",
+        "substitution",
         str(out / "write" / "sae"),
         "--sequences",
         "20",
-        "--atoms",
-        "5",
-        "--firings",
-        "2",
+        "--set",
+        "n_atoms=5",
+        "--set",
+        "firings_per_atom=2",
         "--out",
         str(tmp_path / "eval"),
     )
     assert again.exit_code == 0, again.output
-    page = run("report", str(out / "write" / "substitution"), "--out", str(tmp_path / "one.html"))
+    page = run("report", str(out / "write" / "substitution.parquet"), "--out", str(tmp_path / "one.html"))
     assert page.exit_code == 0 and (tmp_path / "one.html").exists()
+    joined = run("report", str(tmp_path / "eval"), "--out", str(tmp_path / "joined.html"))
+    assert joined.exit_code == 0 and "92.4" in (tmp_path / "joined.html").read_text()
 
 
-@pytest.mark.parametrize("command", ["demo", "eval", "report"])
+@pytest.mark.parametrize("command", ["demo", "eval", "report", "reproduce"])
 def test_help_teaches(command):
     done = run(command, "--help")
     assert done.exit_code == 0 and len(done.output) > 600
@@ -61,5 +64,5 @@ def test_train_without_arguments_is_a_guide():
 def test_errors_are_said_plainly(tmp_path):
     done = run("demo", "--layer", "0", "--out", str(tmp_path))
     assert done.exit_code == 2 and "recurrent" in done.output and "Traceback" not in done.output
-    missing = run("eval", str(tmp_path / "nothing"))
+    missing = run("eval", "substitution", str(tmp_path / "nothing"))
     assert missing.exit_code == 2 and "nothing" in missing.output.replace("\n", "")

@@ -1,0 +1,104 @@
+"""What a full run of the protocol covers. Every field is in the run's `config.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sae_lens_writesae.architectures import VARIANTS
+from sae_lens_writesae.targets import Target
+
+SMALL: dict[str, Any] = {
+    "d_sae": 256,
+    "k": 16,
+    "training_tokens": 40_000,
+    "context_size": 64,
+    "eval_sequences": 32,
+    "n_atoms": 24,
+    "firings_per_atom": 3,
+    "train_batch_size_tokens": 256,
+}
+"""Numbers for a trial on a laptop: minutes instead of a day."""
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """A run over `layers` x `heads` of one model; the defaults are the paper's sizes (Qwen3.5-0.8B)."""
+
+    model: str = "Qwen/Qwen3.5-0.8B"
+    layers: tuple[int, ...] = (1, 9, 17)
+    heads: tuple[int, ...] = (4,)
+    """Heads of every layer."""
+    targets: tuple[Target, ...] = ("write", "state")
+    """What dictionaries are trained on, side by side. The first one is looked at most closely."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the first target's dictionaries; other targets and variants take the first seed."""
+    variants: tuple[str, ...] = ("FlatSAE", "MatrixSAE", "WriteSAE-rank2")
+    """Further dictionaries of the first target, of `sae_lens_writesae.VARIANTS`, for the baselines."""
+    evaluations: tuple[str, ...] | None = None
+    """Names of `suite.EVALUATIONS`; None: all of them."""
+    architecture: str = "writesae_batchtopk"
+    d_sae: int = 2048
+    k: int = 32
+    training_tokens: int = 5_000_000
+    train_batch_size_tokens: int = 4096
+    lr: float = 3e-4
+    context_size: int = 1024
+    dataset: str | None = None
+    """Dataset on the hub with a `text` column, or a folder of one; None: the held-out text of this package, which is
+    enough for the models that ship with it."""
+    eval_sequences: int = 200
+    """Sequences of `context_size` tokens that no dictionary is trained on."""
+    n_atoms: int = 100
+    firings_per_atom: int = 10
+    dtype: str = "float32"
+    dashboards: int = 50
+    """Atoms of the first dictionary of each head that get a page; 0: none."""
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Fields of an evaluation's own config, by the evaluation's name, where they should not be its defaults."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "heads", "targets", "seeds", "variants"):
+            values = tuple(getattr(self, name))
+            object.__setattr__(self, name, values)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} are named once each, found {list(values)}")
+            if not values and name != "variants":
+                raise ValueError(f"{name} must name at least one, found none")
+        if unknown := [name for name in self.variants if name not in VARIANTS]:
+            raise ValueError(f"there is no variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
+        if self.evaluations is not None:
+            object.__setattr__(self, "evaluations", tuple(self.evaluations))
+        for name in ("d_sae", "k", "training_tokens", "context_size", "eval_sequences", "n_atoms", "firings_per_atom"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, lists for tuples; `ReproduceConfig(**d)` gives it back."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def keep_in(self, folder: Path) -> None:
+        """Write `config.json`, or compare with the one that is there.
+
+        Raises:
+            ValueError: the folder holds a run with other settings; names them. Nothing is overwritten.
+        """
+        file = folder / "config.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        own = self.to_dict()
+        try:
+            with file.open("x", encoding="utf-8") as new:  # "x": of several processes, one writes
+                json.dump(own, new, indent=1)
+            return
+        except FileExistsError:
+            there = json.loads(file.read_text(encoding="utf-8"))
+        differing = [
+            f"{key}: {there.get(key)!r}, now {value!r}" for key, value in own.items() if there.get(key) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"{folder} holds a run with other settings ({'; '.join(differing)}); give another --out, or the same "
+                "settings to go on with it"
+            )

@@ -1,0 +1,110 @@
+"""The steps of a run, each a folder that is there when it is done: what is trained, then what is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sae_lens_writesae.reproduce.config import ReproduceConfig
+from sae_lens_writesae.suite import EVALUATIONS, Scope
+from sae_lens_writesae.targets import Target
+
+if TYPE_CHECKING:
+    from sae_lens_writesae.reproduce.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """One SAE of a run."""
+
+    layer: int
+    head: int
+    target: Target
+    variant: str
+    """Of `VARIANTS`; "" is the WriteSAE itself."""
+    seed: int
+
+    @property
+    def cell(self) -> str:
+        return f"L{self.layer}H{self.head}"
+
+    @property
+    def label(self) -> str:
+        """Name within its head, and of its folder."""
+        return "-".join([self.target, *filter(None, [self.variant]), f"seed{self.seed}"])
+
+    @property
+    def key(self) -> str:
+        """Its folder in the run."""
+        return f"{self.cell}/{self.label}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step. It leaves the folder `key` and is done when that exists, so a run goes on where it stopped."""
+
+    key: str
+    needs: tuple[str, ...]
+    """Keys of the tasks whose folders it reads."""
+    run: Callable[[Workspace], None]
+
+    @property
+    def kind(self) -> str:
+        return self.key.rsplit("/", 1)[-1]
+
+
+def dictionaries(config: ReproduceConfig) -> Iterator[Dictionary]:
+    """Every SAE of a run, head by head: targets, seeds of the first target, variants of it."""
+    main, seed = config.targets[0], config.seeds[0]
+    for layer in config.layers:
+        for head in config.heads:
+            for target in config.targets:
+                yield Dictionary(layer, head, target, "", seed)
+            for other in config.seeds[1:]:
+                yield Dictionary(layer, head, main, "", other)
+            for variant in config.variants:
+                yield Dictionary(layer, head, main, variant, seed)
+
+
+def make_tasks(config: ReproduceConfig) -> list[Task]:
+    """All steps in an order in which each follows what it needs; the report is the last.
+
+    Raises:
+        ValueError: an evaluation that does not exist; names those that do.
+    """
+    chosen = list(EVALUATIONS) if config.evaluations is None else list(config.evaluations)
+    if unknown := [name for name in chosen if name not in EVALUATIONS]:
+        raise ValueError(f"there is no evaluation {', '.join(unknown)}; there are {', '.join(EVALUATIONS)}")
+    all_saes = list(dictionaries(config))
+    tasks = [Task(f"{sae.key}/sae", (), lambda work, sae=sae: work.train(sae)) for sae in all_saes]
+    for cell in dict.fromkeys(sae.cell for sae in all_saes):
+        own = [sae for sae in all_saes if sae.cell == cell]
+        for name in chosen:
+            tasks += _evaluations(name, own, config)
+        if config.dashboards:
+            first = own[0]
+            tasks.append(Task(f"{first.key}/atoms", (f"{first.key}/sae",), lambda work, sae=first: work.show(sae)))
+    done = tuple(task.key for task in tasks)
+    return [*tasks, Task("report", done, lambda work: work.report())]
+
+
+def _evaluations(name: str, saes: list[Dictionary], config: ReproduceConfig) -> list[Task]:
+    """An evaluation of each dictionary that it is for, or of several together."""
+    entry = EVALUATIONS[name]
+    plain = [sae for sae in saes if not sae.variant and sae.seed == config.seeds[0]]
+    if entry.scope is Scope.EACH:
+        return [
+            Task(f"{sae.key}/{name}", (f"{sae.key}/sae",), lambda work, sae=sae: work.evaluate(name, sae))
+            for sae in plain
+        ]
+    groups = {
+        Scope.SEEDS: [sae for sae in saes if not sae.variant and sae.target == config.targets[0]],
+        Scope.TARGETS: plain,
+        Scope.VARIANTS: [sae for sae in saes if sae.target == config.targets[0] and sae.seed == config.seeds[0]],
+    }
+    group = groups[entry.scope]
+    if len(group) < 2:  # nothing to compare with
+        return []
+    needs = tuple(f"{sae.key}/sae" for sae in group)
+    return [Task(f"{group[0].cell}/{name}", needs, lambda work: work.compare(name, group))]

@@ -1,0 +1,200 @@
+"""What the steps of a run work with: the model, the text, the folder. Loaded when first needed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from sae_lens.constants import RUNNER_CFG_FILENAME
+from torch import Tensor
+
+from hookpoints import HookedRecurrent, embedded
+from sae_lens_writesae.architectures import VARIANTS
+from sae_lens_writesae.evaluate import spread
+from sae_lens_writesae.joined_report import find_results, write_joined_report
+from sae_lens_writesae.loading import load_sae
+from sae_lens_writesae.reproduce.config import ReproduceConfig
+from sae_lens_writesae.reproduce.tasks import Dictionary
+from sae_lens_writesae.runner import WriteSAETrainingRunner, text_dataset, training_config
+from sae_lens_writesae.suite import EVALUATIONS
+from sae_lens_writesae.targets import head_target
+
+_CHECKPOINTS = 20
+"""Checkpoints in a training run: what is lost when it is killed without warning is at most a twentieth of it."""
+
+_CHARACTERS_PER_TOKEN = 6
+"""More than any text has, so that enough documents are kept back for evaluation."""
+
+
+class Workspace:
+    """A run's folder, and what its steps share.
+
+    Args:
+        config: of the run.
+        folder: where the run keeps everything.
+        device: of this process; None: the first GPU, or the CPU.
+    """
+
+    def __init__(self, config: ReproduceConfig, folder: Path, device: str | None = None):
+        self.config, self.folder = config, folder
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def check(self) -> None:
+        """Raise ValueError (or UnsupportedModelError, UnknownHookError) unless the run can be done at all."""
+        if self.config.dataset is None and self.config.model not in embedded.names():
+            raise ValueError(
+                f"the package's own text is too short for {self.config.model}; name a dataset with a text column"
+            )
+        for layer, head in itertools.product(self.config.layers, self.config.heads):
+            head_target(self.model, layer, head)
+
+    @cached_property
+    def model(self) -> HookedRecurrent:
+        """The hooked model, on this process's device."""
+        dtype = getattr(torch, self.config.dtype)
+        return HookedRecurrent.from_pretrained(self.config.model, device=self.device, dtype=dtype)
+
+    @cached_property
+    def _documents(self) -> list[str]:
+        """The first documents of the dataset, which are kept for evaluation."""
+        needed = self.config.eval_sequences * self.config.context_size * _CHARACTERS_PER_TOKEN
+        kept, total = [], 0
+        for row in load_dataset(self.config.dataset, split="train", streaming=True):  # type: ignore[arg-type]
+            kept.append(row["text"])
+            total += len(kept[-1])
+            if total >= needed:
+                break
+        return kept
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """[N,T] evaluation sequences; no dictionary is trained on this text."""
+        text = embedded.text("test") if self.config.dataset is None else "\n\n".join(self._documents)
+        return spread(self.model, text, self.config.context_size, self.config.eval_sequences).to(self.device)
+
+    @cached_property
+    def dataset(self) -> Any:
+        """Training text: what comes after the documents kept for evaluation."""
+        if self.config.dataset is None:
+            return text_dataset(embedded.text("train"))
+        stream = load_dataset(self.config.dataset, split="train", streaming=True)
+        rest = itertools.islice(stream, len(self._documents), None)
+        budget = self.config.training_tokens * _CHARACTERS_PER_TOKEN
+        documents, total = [], 0
+        for row in rest:
+            documents.append(row["text"])
+            total += len(documents[-1])
+            if total >= budget:
+                break
+        return Dataset.from_dict({"text": documents})
+
+    def sae(self, dictionary: Dictionary) -> Any:
+        """A trained dictionary of this run."""
+        return load_sae(self.folder / dictionary.key / "sae", device=self.device)
+
+    # -- steps
+
+    def train(self, dictionary: Dictionary) -> None:
+        """Train one dictionary; goes on from its newest whole checkpoint, if there is one."""
+        own = self.folder / dictionary.key
+        checkpoints = own / "checkpoints"
+        cfg = self.training_config(dictionary, checkpoints)
+        whole = whole_checkpoints(checkpoints)
+        cfg.resume_from_checkpoint = str(whole[-1]) if whole else None
+        sae = _FrugalRunner(cfg, override_model=self.model, override_dataset=self.dataset).run()
+        aside = own / ".sae"
+        shutil.rmtree(aside, ignore_errors=True)
+        sae.save_inference_model(str(aside))
+        os.replace(aside, own / "sae")
+        shutil.rmtree(checkpoints, ignore_errors=True)
+
+    def training_config(self, dictionary: Dictionary, checkpoints: Path) -> Any:
+        """SAELens' config for one dictionary."""
+        c = self.config
+        batch = c.train_batch_size_tokens
+        buffered = max(2, -(-8 * batch // c.context_size))  # sequences
+        return training_config(
+            self.model,
+            dictionary.layer,
+            dictionary.head,
+            target=dictionary.target,
+            architecture=c.architecture,
+            d_sae=c.d_sae,
+            sae={"k": c.k, "normalize_activations": "expected_average_only_in", **VARIANTS.get(dictionary.variant, {})},
+            training_tokens=c.training_tokens,
+            context_size=c.context_size,
+            train_batch_size_tokens=batch,
+            store_batch_size_prompts=max(1, buffered // 4),
+            n_batches_in_buffer=buffered,
+            n_batches_for_norm_estimate=8,
+            lr=c.lr,
+            lr_scheduler_name="cosineannealing",
+            lr_warm_up_steps=50,
+            dead_feature_window=100,
+            seed=dictionary.seed,
+            verbose=False,
+            n_checkpoints=_CHECKPOINTS,
+            checkpoint_path=str(checkpoints),
+        )
+
+    def evaluate(self, name: str, dictionary: Dictionary) -> None:
+        """One evaluation of one dictionary, saved to its folder."""
+        own = self.folder / dictionary.key
+        label = f"{dictionary.cell} {dictionary.target}-trained"
+        arguments = (self.model, self.sae(dictionary), self.tokens, self._settings(name, label))
+        parts = own / f".{name}-parts"  # rows that a killed process had measured
+        more = {"parts": parts} if name == "substitution" else {}
+        EVALUATIONS[name].run(*arguments, **more).save(own / name)
+        shutil.rmtree(parts, ignore_errors=True)
+
+    def compare(self, name: str, dictionaries: list[Dictionary]) -> None:
+        """One evaluation of several dictionaries of a head, saved to the head's folder."""
+        saes = {dictionary.label: self.sae(dictionary) for dictionary in dictionaries}
+        cell = dictionaries[0].cell
+        result = EVALUATIONS[name].run(self.model, saes, self.tokens, self._settings(name, cell))
+        result.save(self.folder / cell / name)
+
+    def report(self) -> None:
+        """The page over all that was computed, in a folder that is renamed into place."""
+        aside = self.folder / ".report"
+        shutil.rmtree(aside, ignore_errors=True)
+        write_joined_report(find_results([self.folder]), aside / "report.html")
+        os.replace(aside, self.folder / "report")
+
+    def _settings(self, name: str, label: str) -> Any:
+        """An evaluation's own config: the run's sizes where it has such fields, then what the run's settings say."""
+        config_class = EVALUATIONS[name].config_class
+        c = self.config
+        sizes = {"n_atoms": c.n_atoms, "firings_per_atom": c.firings_per_atom, "seed": c.seeds[0], "label": label}
+        known = {f.name for f in fields(config_class)}
+        return config_class(**{k: v for k, v in sizes.items() if k in known} | c.settings.get(name, {}))
+
+
+class _FrugalRunner(WriteSAETrainingRunner):
+    """Keeps the newest two checkpoints; for a wide SAE each is gigabytes."""
+
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        super().save_checkpoint(checkpoint_path)
+        if checkpoint_path is not None and checkpoint_path.parent.name == Path(str(self.cfg.checkpoint_path)).name:
+            for old in whole_checkpoints(checkpoint_path.parent.parent)[:-2]:
+                shutil.rmtree(old)
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints below `folder` by samples seen; one that a kill cut short lacks the file that is written last."""
+    found = []
+    for file in folder.rglob(RUNNER_CFG_FILENAME):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            continue
+        found.append(file.parent)
+    return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]))

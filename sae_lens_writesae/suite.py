@@ -1,0 +1,72 @@
+"""Every evaluation by name: what `writesae eval` and `writesae reproduce` can run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from sae_lens_writesae.evaluation import Evaluation
+
+
+class Scope(Enum):
+    """Which dictionaries of a head one evaluation takes."""
+
+    EACH = "each dictionary by itself"
+    SEEDS = "one target, several seeds"
+    TARGETS = "one seed, several targets"
+    VARIANTS = "one target and seed, several architectures"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An evaluation, by the names of what implements it, so that listing them imports none."""
+
+    module: str
+    function: str
+    """`function(model, sae, tokens, config, progress)`; for several dictionaries `sae` maps labels to them."""
+    config: str
+    result: str
+    scope: Scope
+    question: str
+    """One line for help texts."""
+
+    def _get(self, name: str) -> Any:
+        return getattr(importlib.import_module(f"sae_lens_writesae.{self.module}"), name)
+
+    @property
+    def config_class(self) -> type[Any]:
+        """The dataclass of its settings."""
+        return self._get(self.config)
+
+    @property
+    def result_class(self) -> type[Evaluation]:
+        """The class that loads what it saved."""
+        return self._get(self.result)
+
+    @property
+    def run(self) -> Callable[..., Evaluation]:
+        """The function itself."""
+        return self._get(self.function)
+
+
+EVALUATIONS: dict[str, Entry] = {
+    "substitution": Entry(
+        "substitution_evaluation",
+        "evaluate_substitution",
+        "SubstitutionConfig",
+        "Substitution",
+        Scope.EACH,
+        "can an atom stand in for the write it replaces?",
+    ),
+    "multistep": Entry(
+        "multistep_evaluation",
+        "evaluate_multistep",
+        "MultistepConfig",
+        "Multistep",
+        Scope.EACH,
+        "how far does one substitution lead the model astray?",
+    ),
+}
