@@ -73,7 +73,8 @@ class Estimate:
         return [
             f"steps left  {sum(self.tasks.values())}: {kinds}",
             f"time        about {_duration(self.seconds)} for one process (measured: forward "
-            f"{self.pieces.forward:.2g} s, optimizer step {self.pieces.train_step:.2g} s, edited row {self.pieces.condition:.2g} s)",
+            f"{self.pieces.forward:.2g} s, optimizer step {self.pieces.train_step:.2g} s, edited row "
+            f"{self.pieces.condition:.2g} s)",
             f"memory      about {_size(self.memory)}",
             f"disk        about {_size(self.disk)} to write, {_size(self.free)} free",
         ]

@@ -1,0 +1,218 @@
+"""A run of the whole table: its steps, what a kill leaves, several processes, and what it says beforehand."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.cli import app
+from sae_lens_writesae.reproduce import (
+    SMALL,
+    DiskTooSmallError,
+    Estimate,
+    Place,
+    ReproduceConfig,
+    Workspace,
+    estimate,
+    make_tasks,
+    run_tasks,
+)
+from sae_lens_writesae.reproduce.estimate import Pieces
+from sae_lens_writesae.reproduce.workspace import whole_checkpoints
+from sae_lens_writesae.reproduce_cli import spread_lists
+
+TINY = {
+    "model": "embedded",
+    "layers": (2,),
+    "heads": (0,),
+    "seeds": (0,),
+    "variants": (),
+    "evaluations": ("multistep",),
+    "d_sae": 32,
+    "k": 4,
+    "training_tokens": 2048,
+    "train_batch_size_tokens": 256,
+    "context_size": 64,
+    "eval_sequences": 6,
+    "n_atoms": 3,
+    "firings_per_atom": 2,
+    "dashboards": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    logger = logging.getLogger("sae_lens")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(before)
+
+
+def test_every_step_follows_what_it_needs_and_the_report_is_last():
+    config = ReproduceConfig(layers=(1, 9), heads=(4, 5), evaluations=("substitution", "multistep"), dashboards=0)
+    tasks = make_tasks(config)
+    keys = [task.key for task in tasks]
+    assert len(set(keys)) == len(keys) and keys[-1] == "report"
+    assert all(keys.index(need) < keys.index(task.key) for task in tasks for need in task.needs)
+    # Per head: two targets, two more seeds, three variants; each evaluation of the two plain dictionaries.
+    assert Counter(task.kind for task in tasks) == {"sae": 4 * 7, "substitution": 8, "multistep": 8, "report": 1}
+    assert set(tasks[-1].needs) == set(keys[:-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"layers": ()}, "layers must name at least one"),
+        ({"seeds": (1, 1)}, "named once each"),
+        ({"variants": ("Wrong",)}, "no variant Wrong; there are WriteSAE"),
+        ({"k": 0}, "k must be at least 1"),
+    ],
+)
+def test_a_wrong_setting_is_said(changes, match):
+    with pytest.raises(ValueError, match=match):
+        ReproduceConfig(**changes)
+
+
+def test_an_unknown_evaluation_is_said():
+    with pytest.raises(ValueError, match="no evaluation wrong; there are substitution"):
+        make_tasks(ReproduceConfig(evaluations=("wrong",)))
+
+
+def test_a_folder_of_another_run_is_not_touched(tmp_path):
+    ReproduceConfig(**TINY).keep_in(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    ReproduceConfig(**TINY).keep_in(tmp_path)
+    with pytest.raises(ValueError, match=r"other settings \(d_sae: 32, now 64\)"):
+        ReproduceConfig(**TINY | {"d_sae": 64}).keep_in(tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert ReproduceConfig(**json.loads(before)) == ReproduceConfig(**TINY)
+
+
+class Interrupted(Workspace):
+    """Stops where the first evaluation would begin."""
+
+    def evaluate(self, name, dictionary):
+        raise KeyboardInterrupt
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path):
+    config = ReproduceConfig(**TINY | {"targets": ("write",)})
+    done: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks(config, tmp_path, workspace=Interrupted(config, tmp_path), say=done.append)
+    weights = tmp_path / "L2H0/write-seed0/sae/sae_weights.safetensors"
+    trained = weights.stat().st_mtime_ns
+    assert run_tasks(config, tmp_path, say=done.append) == ["L2H0/write-seed0/multistep", "report"]
+    assert weights.stat().st_mtime_ns == trained
+    assert run_tasks(config, tmp_path) == []
+    claims = json.loads((tmp_path / "report/report.json").read_text())["claims"]
+    assert [claim["label"] for claim in claims] == ["L2H0 write-trained"]
+    assert (tmp_path / "report/tables/multistep-steps.parquet").exists()
+
+
+def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
+    for samples, text in (("256", "{}"), ("1024", "{}"), ("2048", '{"cut'), ("4096", None)):
+        folder = tmp_path / "run" / samples
+        folder.mkdir(parents=True)
+        if text is not None:
+            (folder / "runner_cfg.json").write_text(text)
+    assert [path.name for path in whole_checkpoints(tmp_path)] == ["256", "1024"]
+
+
+def test_an_estimate_counts_what_is_left_and_refuses_a_full_disk(tmp_path):
+    config = ReproduceConfig(**TINY)
+    model = HookedRecurrent.from_pretrained("embedded")
+    whole = estimate(config, tmp_path, model)
+    (tmp_path / "L2H0/write-seed0/sae").mkdir(parents=True)
+    rest = estimate(config, tmp_path, model)
+    assert whole.tasks["sae"] == 2 and rest.tasks["sae"] == 1
+    weights = 4 * (32 * (2 * (64 + 32) + 1) + 64 * 32)
+    assert whole.disk - rest.disk == weights
+    assert whole.seconds > rest.seconds > 0
+    assert whole.memory > sum(p.numel() * p.element_size() for p in model.hf_model.parameters())
+    whole.check()
+    small = Estimate(Pieces(1, 1, 1), whole.tasks, 1, 1, disk=2e9, free=1e9)
+    with pytest.raises(DiskTooSmallError, match=r"about 2.0 GB, and 1.0 GB are free"):
+        small.check()
+
+
+def test_processes_know_their_place(monkeypatch):
+    assert Place.from_environment() == Place(0, 1, 0)
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert Place.from_environment() == Place(3, 4, 1)
+
+
+def test_lists_are_given_as_words():
+    spread = spread_lists(["reproduce", "--layers", "1", "9", "17", "--head", "4", "--small", "--out", "x"])
+    expected = ["reproduce", "--layers", "1", "--layers", "9", "--layers", "17", "--head", "4", "--small", "--out", "x"]
+    assert spread == expected
+
+
+def test_what_cannot_run_is_said_before_anything_is_written(tmp_path):
+    out = tmp_path / "run"
+
+    def reproduce(*arguments: str) -> str:
+        done = CliRunner().invoke(app, ["reproduce", "--model", "embedded", "--out", str(out), *arguments])
+        assert done.exit_code == 2, done.output
+        return " ".join(done.output.split())
+
+    assert "layer 0" in reproduce("--layers", "0", "--head", "0")
+    assert "heads 0 to 3" in reproduce("--layers", "2", "--head", "9")
+    assert "no evaluation wrong" in reproduce("--layers", "2", "--head", "0", "--evaluations", "wrong")
+    assert not out.exists()
+
+
+ARGUMENTS = [
+    *("--model", "embedded", "--layers", "2", "--heads", "0", "1", "--targets", "write", "--seeds", "0"),
+    *("--variants", "TiedSAE", "--evaluations", "multistep", "--small", "--set", "dashboards=0"),
+    *("--set", "training_tokens=20000", "--set", "n_atoms=4", "--set", "eval_sequences=8"),
+]
+
+
+def start(out: Path, rank: int = 0, world: int = 1) -> subprocess.Popen[bytes]:
+    places = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    code = "from sae_lens_writesae.cli import main; main()"
+    command = [sys.executable, "-c", code, "reproduce", *ARGUMENTS, "--out", str(out)]
+    return subprocess.Popen(command, env=os.environ | places, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_killed_then_shared_by_two_processes(tmp_path):
+    """SIGKILL in the second training; two processes then do the rest between them, nothing twice."""
+    process = start(tmp_path)
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob("L2H*/*/checkpoints/*/*/runner_cfg.json")) or not list(tmp_path.glob("L2H0/*/sae")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("L2H*/*/sae/sae_weights.safetensors")}
+    both = [start(tmp_path, rank, 2) for rank in range(2)]
+    said = [process.communicate(timeout=400)[0].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    did = [line.split("  ")[0] for text in said for line in text.splitlines() if line.startswith(("L2H", "report  "))]
+    did = [key for key in did if "/" in key or key == "report"]
+    assert len(set(did)) == len(did)
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
+    for head in (0, 1):
+        assert (tmp_path / f"L2H{head}/write-seed0/multistep/info.json").exists()
+        assert (tmp_path / f"L2H{head}/write-TiedSAE-seed0/sae/cfg.json").exists()
+    assert not list(tmp_path.rglob("checkpoints"))
+    assert "L2H1" in (tmp_path / "report/report.html").read_text()
+
+
+def test_small_numbers_are_fields():
+    assert ReproduceConfig(**SMALL).d_sae == SMALL["d_sae"]
