@@ -21,6 +21,15 @@ from . import embedded
 from .errors import UnsupportedModelError
 from .fla_support import MODEL_TYPES, import_fla
 from .rules import REFUSED
+from .rwkv7 import RWKV7Config, RWKV7ForCausalLM
+
+_OWN_CLASSES: dict[str, tuple[Any, Any]] = {
+    # Importing fla puts its own Mamba-2 in the Auto classes' place, which reads other weights.
+    "mamba2": (Mamba2Config, Mamba2ForCausalLM),
+    # fla's format, in plain torch: nothing to install, and no kernels that need a GPU.
+    "rwkv7": (RWKV7Config, RWKV7ForCausalLM),
+}
+"""Classes of model types that the Auto classes do not know, or do not always know rightly."""
 
 
 class Loaded(NamedTuple):
@@ -51,12 +60,10 @@ def load(
     source = str(embedded.path(name_or_path)) if name_or_path in embedded.names() else name_or_path
     kept, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     _refuse_mamba_ssm(name_or_path, kept)
-    if kept.get("model_type") in MODEL_TYPES:
+    own = kept.get("model_type") in _OWN_CLASSES
+    if not own and kept.get("model_type") in MODEL_TYPES:
         import_fla()  # registers them
-    # Importing fla puts its own Mamba-2 in the Auto classes' place, which reads other weights.
-    own = kept.get("model_type") == "mamba2"
-    configs: Any = Mamba2Config if own else AutoConfig
-    models: Any = Mamba2ForCausalLM if own else AutoModelForCausalLM
+    configs, models = _OWN_CLASSES[kept["model_type"]] if own else (AutoConfig, AutoModelForCausalLM)
     config = configs.from_pretrained(source, revision=revision)
     if config.model_type in REFUSED:  # before the weights are fetched
         raise UnsupportedModelError(f"{name_or_path!r} cannot be hooked: {REFUSED[config.model_type]}")
@@ -83,7 +90,7 @@ def _refuse_mamba_ssm(name: str, config: dict[str, Any]) -> None:
 
 def _tokenizer(source: str, revision: str | None) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision)
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         # A model without one is still useful, and methods that need one say so; but a broken one must not look absent.
         warnings.warn(f"{source}: loaded without a tokenizer ({type(error).__name__}: {error})", stacklevel=2)

@@ -13,6 +13,8 @@ import transformers
 from torch.overrides import TorchFunctionMode
 from transformers import logging
 
+from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM
+
 logging.set_verbosity_error()
 torch.set_num_threads(1)
 
@@ -164,6 +166,17 @@ def _bailing_hybrid(**changes):
     return transformers.BailingHybridForCausalLM(transformers.BailingHybridConfig(**{**own, **changes}))
 
 
+def _rwkv7(**changes):
+    """Four heads, K = 8, V = 16; what begins at zero in training gets values, so that every part has an effect."""
+    own = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "head_dim": 8, "value_dim": 64}
+    own |= {"decay_low_rank_dim": 8, "a_low_rank_dim": 8, "v_low_rank_dim": 8, "gate_low_rank_dim": 8}
+    model = RWKV7ForCausalLM(RWKV7Config(**{**own, "pad_token_id": 0, "eos_token_id": None, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    return model
+
+
 MAKERS = {
     "bailing_hybrid": _bailing_hybrid,
     "bamba": _bamba,
@@ -177,6 +190,7 @@ MAKERS = {
     "qwen3_5": _qwen3_5,
     "qwen3_5_moe": _qwen3_5_moe,
     "qwen3_next": _qwen3_next,
+    "rwkv7": _rwkv7,
     "zamba2": _zamba2,
 }
 """Model type -> maker of a tiny random model."""

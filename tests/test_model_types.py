@@ -150,7 +150,8 @@ def test_rows_of_the_table_fire_with_their_shapes(hooked, tokens):
     layer = hooked.cfg.recurrent_layers[-1]
     shape, seen = hooked.cfg.layer(layer), {}
     sizes = {"B": 2, "H": shape.H, "K": shape.K, "V": shape.V, "F": shape.K * shape.V}
-    rows = [row for row in HOOKS if row.scope in ("mixer", "head")]
+    has = hooked.attachment.mixers[layer].rule.factor_names
+    rows = [row for row in HOOKS if row.scope in ("mixer", "head") and (row.factor is None or row.factor in has)]
     hooks = [
         (r.full_name(layer, 1), lambda x, hook: seen.setdefault(hook.name, []).append(tuple(x.shape))) for r in rows
     ]
@@ -159,7 +160,7 @@ def test_rows_of_the_table_fire_with_their_shapes(hooked, tokens):
     for row in rows:
         found = seen[row.full_name(layer, 1)]
         axes = row.axes.replace("(KV)", "F")
-        per_channel = "BTHK" if hooked.cfg.layer(layer).rule == "Kimi delta attention" else "BTH"
+        per_channel = "BTHK" if hooked.cfg.layer(layer).rule in ("Kimi delta attention", "RWKV-7") else "BTH"
         axes = per_channel if " or " in axes else axes
         assert found == [tuple({**sizes, "T": t}[axis] for axis in axes) for t in (70, 1)]
 

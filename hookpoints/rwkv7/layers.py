@@ -115,7 +115,7 @@ class RWKV7Attention(nn.Module):
     def first_values(self, x: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
         """What layer 0 gives to `FirstValues`, from its normalised input x [B,T,D]; changes no cache."""
         previous = cached_shift(x, cache, self.layer_idx, _ATTENTION, mask).previous
-        return self.v_proj(torch.lerp(x, previous, self.x_v.to(x.dtype)))
+        return self.v_proj(self._mixed(x, previous - x, "x_v"))
 
     def forward(
         self,
@@ -130,7 +130,7 @@ class RWKV7Attention(nn.Module):
             state = cache.layers[self.layer_idx].recurrent_states[0]  # type: ignore[attr-defined]
         previous, last = cached_shift(x, cache, self.layer_idx, _ATTENTION, attention_mask)
         delta = previous - x
-        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, delta, getattr(self, name).to(x.dtype)) for name in _MIXED)
+        xr, xw, xk, xv, xa, xg = (self._mixed(x, delta, name) for name in _MIXED)
 
         r, v, g = self.r_proj(xr), self._values(xv, first), self.g_lora(xg)
         decay = self.w_lora(xw)
@@ -166,6 +166,9 @@ class RWKV7Attention(nn.Module):
             first.set(values)
             return values
         return torch.lerp(values, first.get(), self.v_lora(x).sigmoid())
+
+    def _mixed(self, x: Tensor, delta: Tensor, name: str) -> Tensor:
+        return torch.addcmul(x, delta, getattr(self, name).to(x.dtype))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))

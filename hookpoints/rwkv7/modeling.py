@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .configuration import RWKV7Config
 from .initialisation import initialise
 from .layers import FirstValues, RWKV7Attention, RWKV7Block
+from .legacy import legacy_weights
 
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this version of transformers calls the cache of an output (it changed between 5.15 and 5.24)."""
@@ -27,6 +28,17 @@ class RWKV7PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["RWKV7Block"]  # noqa: RUF012 (transformers' own way)
     _is_stateful = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, for both versions of flash-linear-attention's format (see ``legacy``)."""
+        source = pretrained_model_name_or_path
+        old = None if source is None or kwargs.get("state_dict") is not None else legacy_weights(str(source), kwargs)
+        if old is not None:
+            if kwargs.get("config") is None:
+                kwargs["config"] = cls.config_class.from_pretrained(source, revision=kwargs.get("revision") or "main")
+            kwargs["state_dict"], source = old, None
+        return super().from_pretrained(source, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
