@@ -15,13 +15,18 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .rules import Rule
 
 
 class OpHandler(Protocol):
     """A hooked mixer: takes over the op calls of its layer."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer."""
+        ...
 
     def handle(self, op: Callable[..., Any], arguments: Mapping[str, Any]) -> Any: ...
 
@@ -32,12 +37,36 @@ _MARK = "__hookpoints_wrapper__"
 
 @contextmanager
 def running(handler: OpHandler) -> Iterator[None]:
-    """While this is open, op calls go to ``handler``."""
+    """While this is open, op calls go to ``handler``; of several on one layer, each stands in for the next one's op."""
+    outer = _RUNNING.get()
+    if outer is not None and outer.module is handler.module:
+        handler = _Chain(outer, handler)
     token = _RUNNING.set(handler)
     try:
         yield
     finally:
         _RUNNING.reset(token)
+
+
+class _Chain:
+    """Two handlers of one layer: the op that the second is given is the first with its op."""
+
+    def __init__(self, first: OpHandler, second: OpHandler):
+        self.first, self.second, self.module = first, second, second.module
+
+    def handle(self, op: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+        through = self._through(op)
+        plain = torch_form(op)
+        if plain is not None and plain is not op:  # what ``torch_form`` looks for
+            through.__wrapped__ = self._through(plain)  # type: ignore[attr-defined]
+        return self.second.handle(through, arguments)
+
+    def _through(self, op: Callable[..., Any]) -> Callable[..., Any]:
+        def call(**arguments: Any) -> Any:
+            return self.first.handle(op, arguments)
+
+        call.__module__ = op.__module__
+        return call
 
 
 def wrap_ops(namespace: ModuleType, rule: Rule) -> None:

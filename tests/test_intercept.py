@@ -93,22 +93,30 @@ def test_the_scope_closes_when_a_layer_raises(tokens):
         assert torch.equal(model(tokens), make_hf()(tokens).logits)
 
 
-def test_unknown_keywords_are_dropped_as_upstream_does():
-    """transformers hands every kernel the same keywords; each takes what it knows."""
+@pytest.mark.parametrize("open_ended", [False, True])
+def test_unknown_keywords_go_to_ops_that_take_any(open_ended):
+    """Upstream hands every kernel the same keywords; an op that does not name one gets it only if it takes any."""
 
-    def op(q, chunk_size=64, **kwargs):
+    def closed(q, chunk_size=64):
+        return q, chunk_size, {}
+
+    def taking_any(q, chunk_size=64, **kwargs):
         return q, chunk_size, kwargs
 
     seen = {}
 
     class Handler:
+        module = torch.nn.Identity()
+
         def handle(self, op, arguments):
             seen.update(arguments)
             return op(**arguments)
 
     namespace = types.ModuleType("namespace")
-    namespace.torch_chunk_gated_delta_rule = op
+    namespace.torch_chunk_gated_delta_rule = taking_any if open_ended else closed
     wrap_ops(namespace, GatedDelta())
     with running(Handler()):
         q, chunk_size, extra = namespace.torch_chunk_gated_delta_rule(torch.ones(1), cu_seqlens=None, use_cache=False)
-    assert chunk_size == 64 and extra == {} and set(seen) == {"q", "chunk_size"} and q.item() == 1
+    assert chunk_size == 64 and q.item() == 1
+    assert extra == ({"cu_seqlens": None, "use_cache": False} if open_ended else {})
+    assert set(seen) == {"q", "chunk_size", *extra}
