@@ -40,6 +40,7 @@ from sae_lens_writesae.runner import (
     train,
     training_config,
 )
+from sae_lens_writesae.steering import AtomScaling, Steering, scale_atoms, steer
 from sae_lens_writesae.substitution import run_substitution
 from sae_lens_writesae.substitution_config import SubstitutionConfig
 from sae_lens_writesae.substitution_result import SubstitutionResult
@@ -55,11 +56,13 @@ __all__ = [
     "TRAINING",
     "VARIANTS",
     "AtomFactors",
+    "AtomScaling",
     "CheckpointError",
     "HookedSAERecurrent",
     "MatrixAtoms",
     "MatrixAtomsConfig",
     "MatrixTrainingConfig",
+    "Steering",
     "SubstitutionConfig",
     "SubstitutionResult",
     "WriteBatchTopKTrainingSAE",
@@ -90,6 +93,8 @@ __all__ = [
     "register",
     "register_model_class",
     "run_substitution",
+    "scale_atoms",
+    "steer",
     "text_dataset",
     "train",
     "training_config",
