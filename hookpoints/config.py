@@ -23,6 +23,8 @@ class RecurrentLayer:
     """Key side of the state."""
     V: int
     """Value side of the state."""
+    R: int = 1
+    """Rank of what a token writes: the steps that it takes. Factors have an axis for them where R > 1."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def describe(model: torch.nn.Module, layout: ModelLayout, name: str, backend: st
     """Read the configuration off a model and its layout."""
     hf: Any = model.config
     layers = {
-        layer: RecurrentLayer(block.rule.name, *block.rule.head_shape(block.mixer))
+        layer: RecurrentLayer(block.rule.name, *block.rule.head_shape(block.mixer), R=block.rule.rank)
         for layer, block in enumerate(layout.blocks)
         if block.rule is not None and block.mixer is not None
     }

@@ -1,7 +1,9 @@
 """Every hook point as data: name, axes, when it fires, what an edit does.
 
 The hook modules, the documentation and a test that runs each row are all made from ``HOOKS``.
-Axes use one alphabet: B batch, T time, H head, K key channel, V value channel, D model width.
+Axes use one alphabet: B batch, T time, H head, K key channel, V value channel, D model width, R step of a token.
+Where a token takes R > 1 steps (Gated DeltaProduct; ``model.cfg.layer(l).R``), factors have an axis for them, and so have
+the factors of the write: its R terms are what each step writes as the later steps of the token leave it.
 """
 
 from __future__ import annotations
@@ -34,6 +36,12 @@ class HookRow:
     """Name of the field of ``rules.Factors`` that feeds this hook; the hook exists only where the rule has it."""
     fires: str = "prefill and decode"
     """When it fires."""
+    per_step: bool = False
+    """Whether there is one for each step of a token, where tokens take several."""
+
+    def axes_of(self, rank: int) -> str:
+        """Axes where a token takes ``rank`` steps: ``BTHRK`` for ``BTHK``, ``BTHR`` for ``BTH``."""
+        return self.axes.replace("BTH", "BTHR", 1) if self.per_step and rank > 1 else self.axes
 
     def full_name(self, layer: int | str = "{l}", head: int | str = "{h}") -> str:
         """The name on a model: ``HookRow.full_name(1, 2) == "blocks.1.mixer.heads.2.hook_write"``."""
@@ -57,9 +65,17 @@ HOOKS: tuple[HookRow, ...] = (
     HookRow("hook_embed", "model", "BTD", "token embeddings", "feeds the first block"),
     HookRow("hook_resid_pre", "block", "BTD", "residual stream entering the block", "feeds the block"),
     HookRow("hook_q", "mixer", "BTHK", "read vector, normalised as the rule does, unscaled", _FEEDS, factor="q"),
-    HookRow("hook_k", "mixer", "BTHK", "key, normalised; writes and erases with it", _FEEDS, factor="k"),
-    HookRow("hook_v", "mixer", "BTHV", "value, before beta", _FEEDS, factor="v"),
-    HookRow("hook_beta", "mixer", "BTH", "write strength, >= 0", _FEEDS, factor="beta"),
+    HookRow(
+        "hook_k",
+        "mixer",
+        "BTHK",
+        "key, normalised; the rule writes with it, and erases with it unless it has a key of its own for that (RWKV-7)",
+        _FEEDS,
+        factor="k",
+        per_step=True,
+    ),
+    HookRow("hook_v", "mixer", "BTHV", "value, before beta", _FEEDS, factor="v", per_step=True),
+    HookRow("hook_beta", "mixer", "BTH", "write strength, >= 0", _FEEDS, factor="beta", per_step=True),
     HookRow(
         "hook_log_decay",
         "mixer",
@@ -74,8 +90,16 @@ HOOKS: tuple[HookRow, ...] = (
         "BTHK",
         "key side of the write k u^T (the erase keeps its own key)",
         _PROPAGATES,
+        per_step=True,
     ),
-    HookRow("hook_write_value", "mixer", "BTHV", "value side u of the write k u^T, beta included", _PROPAGATES),
+    HookRow(
+        "hook_write_value",
+        "mixer",
+        "BTHV",
+        "value side u of the write k u^T, beta included",
+        _PROPAGATES,
+        per_step=True,
+    ),
     HookRow(
         "hook_write",
         "mixer",

@@ -83,9 +83,9 @@ def delta_arguments(steps: int) -> dict:
     }
 
 
-def product_call() -> dict:
-    own = {"q": normal(1, B, T, H, K), "g": -F.softplus(normal(4, B, T, H)), "num_householder": R}
-    return {**own, **delta_arguments(R)}
+def product_call(steps: int = R) -> dict:
+    own = {"q": normal(1, B, T, H, K), "g": -F.softplus(normal(4, B, T, H)), "num_householder": steps}
+    return {**own, **delta_arguments(steps)}
 
 
 def stepwise_call() -> dict:
@@ -130,6 +130,7 @@ def last_step(outputs: Tensor) -> Tensor:
 
 CASES = {
     "product": Case(FlaGatedDeltaProduct(R), gated_delta_product, product_call),
+    "product of one": Case(FlaGatedDeltaProduct(1), gated_delta_product, lambda: product_call(1)),
     "stepwise": Case(FlaGatedDeltaProduct(R), gated_delta_rule, stepwise_call, last_step),
     "rwkv6": Case(FlaRWKV6(), rwkv6, rwkv6_call),
     "comba": Case(FlaComba(), comba, comba_call),

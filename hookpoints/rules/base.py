@@ -89,6 +89,12 @@ class Rule(Protocol):
         """(H, K, V) of a mixer module."""
         ...
 
+    @property
+    def rank(self) -> int:
+        """R, the number of steps that a token takes and so the rank of its write. Factors have an axis for them where
+        there are several."""
+        ...
+
     def for_mixer(self, mixer: torch.nn.Module) -> Rule:
         """The rule as this mixer uses it: itself, unless the mixer has a size that its op calls do not tell."""
         ...

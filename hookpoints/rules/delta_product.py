@@ -78,11 +78,11 @@ class FlaGatedDeltaProduct(FlaRule):
         k, beta, decay = factors.k, factors.beta, factors.log_decay
         return Recurrence(
             q=factors.q,
-            k=carried_keys(k, beta),
+            k=carried_keys(k, beta) if self.rank > 1 else k,
             u=beta.unsqueeze(-1) * factors.v,
             log_decay=decay,
             beta=beta,  # the erase is along the write's own keys
-            b=k if decay is None else decay.exp()[..., None, None] * k,
+            b=k if decay is None else decay.exp().reshape(*decay.shape, *[1] * (k.ndim - 3)) * k,
             scale=scale_of(arguments),
             initial_state=factors.initial_state,
         )
@@ -104,13 +104,12 @@ class FlaGatedDeltaProduct(FlaRule):
         return "num_householder" not in arguments
 
     def _by_token(self, x: Tensor) -> Tensor:
-        """[B,T*R,H,...] as [B,T,H,R,...]."""
-        return x.unflatten(1, (-1, self.rank)).transpose(2, 3)
+        """[B,T*R,H,...] as [B,T,H,R,...]; without the axis where R = 1."""
+        return x if self.rank == 1 else x.unflatten(1, (-1, self.rank)).transpose(2, 3)
 
-    @staticmethod
-    def _by_step(x: Tensor) -> Tensor:
-        """[B,T,H,R,...] as [B,T*R,H,...]."""
-        return x.transpose(2, 3).flatten(1, 2)
+    def _by_step(self, x: Tensor) -> Tensor:
+        """The way back."""
+        return x if self.rank == 1 else x.transpose(2, 3).flatten(1, 2)
 
     def _at_step(self, x: Tensor, step: int) -> Tensor:
         """[B,T,H,...] as [B,T*R,H,...]: what belongs to one step of each token, zeros for the others."""

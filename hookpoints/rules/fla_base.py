@@ -22,6 +22,7 @@ class FlaRule:
     companions: tuple[str, ...] = ()
     fused: tuple[str, ...] = ()
     torch_only: frozenset[str] = frozenset()
+    rank: int = 1
 
     def head_shape(self, mixer: nn.Module) -> tuple[int, int, int]:
         heads: Any = getattr(mixer, "num_v_heads", None) or mixer.num_heads

@@ -28,6 +28,7 @@ class GatedDelta:
     companions = ("causal_conv1d_fn", "causal_conv1d_update")
     fused: tuple[str, ...] = ()
     torch_only: frozenset[str] = frozenset()
+    rank = 1
     factor_names = ("q", "k", "v", "beta", "log_decay")
 
     def head_shape(self, mixer: nn.Module) -> tuple[int, int, int]:

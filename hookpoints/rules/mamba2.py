@@ -42,6 +42,7 @@ class Mamba2:
     companions = ("causal_conv1d_fn", "causal_conv1d_update")
     fused = ("mamba2_split_conv1d_scan_combined",)
     torch_only = frozenset({"beta", "log_decay"})
+    rank = 1
     factor_names = ("q", "k", "v", "beta", "log_decay")
 
     def head_shape(self, mixer: nn.Module) -> tuple[int, int, int]:

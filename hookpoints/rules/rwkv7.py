@@ -33,6 +33,7 @@ class RWKV7:
     companions: tuple[str, ...] = ()
     fused: tuple[str, ...] = ()
     torch_only: frozenset[str] = frozenset()
+    rank = 1
     factor_names = ("q", "k", "v", "log_decay")
 
     def head_shape(self, mixer: nn.Module) -> tuple[int, int, int]:
