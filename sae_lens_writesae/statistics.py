@@ -2,11 +2,12 @@
 
 Everything works on plain 1-D arrays. `a` and `b` are paired unless a function says otherwise, `clusters`
 holds one id per observation (sequence, atom, prompt: whatever is the independent unit), and NaN or empty
-input raises `ValueError`. Tests and distributions come from scipy; what is written here is the cluster
-bootstrap and Holm's rule.
+input raises `ValueError`. Tests and distributions come from scipy; what is written here are the cluster
+bootstraps, permutations of clusters and Holm's rule.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
@@ -116,6 +117,65 @@ def cluster_bootstrap(
     return Bootstrap(estimate, Interval(float(low), float(high)), len(x), n_clusters)
 
 
+def difference_bootstrap(
+    a: ArrayLike,
+    b: ArrayLike,
+    clusters_a: ArrayLike,
+    clusters_b: ArrayLike,
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Bootstrap:
+    """mean(a) - mean(b) of two **independent** samples, with its percentile interval; clusters of each sample are
+    resampled by themselves. `n` counts observations of both, `n_clusters` clusters of both; NaN interval where either
+    sample is a single cluster."""
+    samples = [(_checked("a", a), clusters_a), (_checked("b", b), clusters_b)]
+    means, estimates, n_clusters = [], [], 0
+    for i, (x, ids) in enumerate(samples):
+        codes = _cluster_codes(ids, len(x))
+        draws = _cluster_draws(int(codes.max()) + 1, n_resamples, seed + i)
+        means.append(draws @ np.bincount(codes, x) / (draws @ np.bincount(codes)))
+        estimates.append(x.mean())
+        n_clusters += draws.shape[1]
+        if draws.shape[1] == 1:
+            means[-1] = np.full(n_resamples, np.nan)
+    low, high = np.quantile(means[0] - means[1], [(1 - level) / 2, (1 + level) / 2])
+    n = len(samples[0][0]) + len(samples[1][0])
+    return Bootstrap(float(estimates[0] - estimates[1]), Interval(float(low), float(high)), n, n_clusters)
+
+
+def two_way_bootstrap(
+    values: ArrayLike,
+    rows: ArrayLike,
+    columns: ArrayLike,
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Bootstrap:
+    """Mean of observations that share two things, e.g. sequence and atom: the pigeonhole bootstrap (Owen, 2007).
+
+    Both kinds of cluster are resampled, an observation counts as often as its row is drawn times its column. Somewhat
+    too wide rather than too narrow. `n_clusters` is the smaller of the two numbers; NaN interval where that is 1.
+    """
+    x = _checked("values", values)
+    codes = [_cluster_codes(ids, len(x)) for ids in (rows, columns)]
+    sizes = [int(each.max()) + 1 for each in codes]
+    if min(sizes) == 1:
+        return Bootstrap(float(x.mean()), Interval(np.nan, np.nan), len(x), 1)
+    draws = [_cluster_draws(size, n_resamples, seed + i) for i, size in enumerate(sizes)]
+    step = max(1, _CHUNK_FLOATS // len(x))
+    found = []
+    for i in range(0, n_resamples, step):
+        chosen = draws[0][i : i + step, codes[0]] * draws[1][i : i + step, codes[1]]
+        weights: Array = chosen.astype(float)
+        drawn = weights.sum(axis=1) > 0  # sparse tables can miss every cell
+        found.append(weighted_mean(x, weights[drawn]))
+    low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+    return Bootstrap(float(x.mean()), Interval(float(low), float(high)), len(x), min(sizes))
+
+
 def success_rate(success: ArrayLike, clusters: ArrayLike, *, ties: int = 0, seed: int = 0) -> Rate:
     """Share of true entries of a boolean array, with Wilson and cluster-bootstrap intervals."""
     hits = _checked("success", success)
@@ -209,6 +269,37 @@ def sign_flip_test(
     return Significance(float(observed), p_value, len(sums))
 
 
+def permutation_test(
+    a: ArrayLike,
+    b: ArrayLike,
+    clusters_a: ArrayLike | None = None,
+    clusters_b: ArrayLike | None = None,
+    *,
+    n_resamples: int = 9999,
+    seed: int = 0,
+) -> Significance:
+    """Permutation test of two **independent** samples: are they exchangeable? Statistic: mean(a) - mean(b).
+
+    With clusters, whole clusters change sides (a cluster lies in one sample: atoms of two kinds, say), which keeps
+    the level right under dependence; the means stay those over observations. Exact where all ways to choose the
+    clusters of `a` fit in `n_resamples`, else Monte Carlo with the observed way counted (p is never 0). Two-sided:
+    the share of ways with an absolute difference at least as large.
+    """
+    x, y = _checked("a", a), _checked("b", b)
+    codes_a = np.arange(len(x)) if clusters_a is None else _cluster_codes(clusters_a, len(x))
+    codes_b = np.arange(len(y)) if clusters_b is None else _cluster_codes(clusters_b, len(y))
+    sums = np.concatenate([np.bincount(codes_a, x), np.bincount(codes_b, y)])
+    sizes = np.concatenate([np.bincount(codes_a), np.bincount(codes_b)]).astype(float)
+    n_a = int(codes_a.max()) + 1
+    sides, exact = _two_sides(len(sums), n_a, n_resamples, seed)
+    observed = x.mean() - y.mean()
+    drawn_sum, drawn_size = sides @ sums, sides @ sizes
+    differences = drawn_sum / drawn_size - (sums.sum() - drawn_sum) / (sizes.sum() - drawn_size)
+    extreme = int((np.abs(differences) >= abs(observed) * (1 - 1e-12) - 1e-15).sum())
+    p_value = extreme / len(sides) if exact else (extreme + 1) / (len(sides) + 1)
+    return Significance(float(observed), p_value, len(sums))
+
+
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Holm's step-down adjusted p-values of a family of tests (Holm, 1979), in the order given."""
     if not p_values:
@@ -251,6 +342,21 @@ def _sign_patterns(n: int, n_resamples: int, seed: int) -> tuple[NDArray[np.int8
         return np.array(list(itertools.product((-1, 1), repeat=n)), dtype=np.int8), True
     rng = np.random.default_rng(seed)
     return rng.choice(np.array([-1, 1], dtype=np.int8), size=(n_resamples, n)), False
+
+
+@lru_cache(maxsize=4)
+def _two_sides(n: int, n_a: int, n_resamples: int, seed: int) -> tuple[NDArray[np.bool_], bool]:
+    """Which of n clusters are in the first sample of n_a: all ways and True, or `n_resamples` random ones and False."""
+    if math.comb(n, n_a) <= n_resamples:
+        chosen = np.array(list(itertools.combinations(range(n), n_a)))
+        exact = True
+    else:
+        rng = np.random.default_rng(seed)
+        chosen = np.argsort(rng.random((n_resamples, n)), axis=1)[:, :n_a]
+        exact = False
+    sides = np.zeros((len(chosen), n), dtype=bool)
+    np.put_along_axis(sides, chosen, True, axis=1)
+    return sides, exact
 
 
 def _checked(name: str, values: ArrayLike) -> Array:

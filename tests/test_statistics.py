@@ -211,3 +211,68 @@ def test_quartiles_are_even_and_ordered() -> None:
 def test_errors_name_the_fault(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_permutation_by_hand() -> None:
+    """Two against three: of C(5, 2) = 10 ways only {1, 2} and {4, 5} reach a difference of 2.5."""
+    test = S.permutation_test([1, 2], [3, 4, 5])
+    assert test == pytest.approx((-2.5, 0.2, 5))
+    # three against three: the mirror image is as extreme
+    assert S.permutation_test([1, 2, 3], [4, 5, 6]).p_value == pytest.approx(2 / 20)
+    assert S.permutation_test([1, 1], [1, 1]).p_value == 1
+
+
+@pytest.mark.parametrize("n", [6, 30])
+def test_permutation_agrees_with_scipy(n: int) -> None:
+    rng = np.random.default_rng(2)
+    x, y = rng.normal(0.5, 1, n), rng.normal(0, 1, n - 1)
+    theirs = stats.permutation_test((x, y), lambda a, b: a.mean() - b.mean(), n_resamples=4999, rng=1)
+    ours = S.permutation_test(x, y)
+    assert ours.statistic == pytest.approx(theirs.statistic)
+    assert ours.p_value == pytest.approx(theirs.pvalue, abs=0.02)
+
+
+def test_permutation_of_clusters_keeps_its_level_and_that_of_members_does_not() -> None:
+    rng = np.random.default_rng(0)
+    ids = np.repeat(np.arange(8), 15)
+    false_alarms = {True: 0, False: 0}
+    for _ in range(100):
+        a, b = (np.repeat(rng.normal(size=8), 15) + 0.3 * rng.normal(size=120) for _ in range(2))
+        for clustered in (True, False):
+            given_ids = (ids, ids) if clustered else (None, None)
+            false_alarms[clustered] += S.permutation_test(a, b, *given_ids, n_resamples=499).p_value < 0.05
+    assert false_alarms[True] <= 10 and false_alarms[False] >= 40
+
+
+def test_permutation_of_clusters_is_that_of_their_means_where_sizes_agree() -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=5), rng.normal(1, 1, size=4)
+    fine = S.permutation_test(np.repeat(a, 6), np.repeat(b, 6), np.repeat(np.arange(5), 6), np.repeat(list("wxyz"), 6))
+    assert fine == pytest.approx(S.permutation_test(a, b))
+
+
+def test_difference_bootstrap_of_singletons_is_the_normal_interval() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(3, 2, 400), rng.normal(1, 1, 300)
+    boot = S.difference_bootstrap(a, b, np.arange(400), np.arange(300), n_resamples=4000)
+    half = 1.96 * np.sqrt(a.var() / 400 + b.var() / 300)
+    assert boot.estimate == pytest.approx(a.mean() - b.mean())
+    assert boot.interval == pytest.approx((boot.estimate - half, boot.estimate + half), abs=0.04)
+    assert (boot.n, boot.n_clusters) == (700, 700)
+    assert math.isnan(S.difference_bootstrap([1, 2], [1], [0, 1], [0]).interval.low)
+
+
+def test_two_way_bootstrap_is_wider_than_either_alone_and_covers() -> None:
+    """Effects of 30 sequences and 20 atoms on every cell: the variance of the mean is that of both effects."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.repeat(np.arange(30), 20), np.tile(np.arange(20), 30)
+    covered, widths = 0, []
+    for run in range(100):
+        x = rng.normal(size=30)[rows] + rng.normal(size=20)[columns] + 0.1 * rng.normal(size=600)
+        both = S.two_way_bootstrap(x, rows, columns, n_resamples=500, seed=run)
+        covered += both.interval.low <= 0 <= both.interval.high
+        one = S.cluster_bootstrap(x, rows, n_resamples=500).interval
+        widths.append((both.interval.high - both.interval.low) / (one.high - one.low))
+        assert both.n_clusters == 20
+    assert covered >= 88 and np.median(widths) > 1.2
+    assert math.isnan(S.two_way_bootstrap([1, 2], [0, 0], [0, 1]).interval.low)
