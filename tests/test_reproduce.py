@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -203,9 +204,8 @@ def test_killed_then_shared_by_two_processes(tmp_path):
     both = [start(tmp_path, rank, 2) for rank in range(2)]
     said = [process.communicate(timeout=400)[0].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    did = [line.split("  ")[0] for text in said for line in text.splitlines() if line.startswith(("L2H", "report  "))]
-    did = [key for key in did if "/" in key or key == "report"]
-    assert len(set(did)) == len(did)
+    did = re.findall(r"^(\S+)  \d+ s$", "".join(said), flags=re.MULTILINE)
+    assert len(set(did)) == len(did) and "report" in did
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
     for head in (0, 1):
         assert (tmp_path / f"L2H{head}/write-seed0/multistep/info.json").exists()
