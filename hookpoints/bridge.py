@@ -133,11 +133,10 @@ class AttachedBridge(Attached):
         return ""
 
     def _names_inside(self, component: Any) -> set[str]:
-        """Names of TransformerLens' hooks between a component's input and its output."""
-        known = {id(point): name for name, point in self.__dict__["bridge"].hook_dict.items()}
-        points = [point for point in component.modules() if isinstance(point, HookPoint)]
-        inside = [point for point in points if point not in (component.hook_in, component.hook_out)]
-        return {known[id(point)] for point in inside if id(point) in known}
+        """Names, aliases too, of TransformerLens' hooks between a component's input and its output."""
+        edges = (component.hook_in, component.hook_out)
+        inside = {id(p) for p in component.modules() if isinstance(p, HookPoint) and p not in edges}
+        return {name for name, point in self.__dict__["bridge"].hook_dict.items() if id(point) in inside}
 
     # -- the bridge's methods while attached
 

@@ -47,10 +47,10 @@ def check_bridge(bridge: Any, tokens: Tensor, dtype: torch.dtype, bypassed: Bypa
 
 def _attaching_changed(bypassed: Bypassed) -> str:
     state = f"fails here ({bypassed.error})" if bypassed.error else "does not call the recurrent op"
+    such = f", such as {bypassed.hooks[0]}," if bypassed.hooks else ""
     return (
         f"its own forward of {bypassed.layer_class} {state}, so while hookpoints is attached these layers run "
-        f"upstream's, and {len(bypassed.hooks)} hooks of TransformerLens inside them cannot fire, such as "
-        f"{bypassed.hooks[0] if bypassed.hooks else 'none'}"
+        f"upstream's, and TransformerLens' hooks inside them{such} cannot fire"
     )
 
 
