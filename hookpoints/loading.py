@@ -19,7 +19,7 @@ from transformers import (
 
 from . import embedded
 from .errors import UnsupportedModelError
-from .fla_support import MODEL_TYPES, import_fla
+from .fla_support import MODEL_TYPES, import_fla, load_checkpoint, restore_auto_classes
 from .rules import REFUSED
 from .rwkv7 import RWKV7Config, RWKV7ForCausalLM
 
@@ -61,9 +61,12 @@ def load(
     kept, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     _refuse_mamba_ssm(name_or_path, kept)
     own = kept.get("model_type") in _OWN_CLASSES
-    if not own and kept.get("model_type") in MODEL_TYPES:
+    of_fla = not own and kept.get("model_type") in MODEL_TYPES
+    if of_fla:
         import_fla()  # registers them
-    configs, models = _OWN_CLASSES[kept["model_type"]] if own else (AutoConfig, AutoModelForCausalLM)
+    restore_auto_classes()  # someone else may have imported fla
+    classes: tuple[Any, Any] = _OWN_CLASSES[kept["model_type"]] if own else (AutoConfig, AutoModelForCausalLM)
+    configs, models = classes
     config = configs.from_pretrained(source, revision=revision)
     if config.model_type in REFUSED:  # before the weights are fetched
         raise UnsupportedModelError(f"{name_or_path!r} cannot be hooked: {REFUSED[config.model_type]}")
@@ -71,7 +74,10 @@ def load(
         raise UnsupportedModelError(
             f"{name_or_path!r} is a {config.model_type!r} checkpoint, which has no causal language model"
         )
-    model = models.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True, **hf_kwargs)
+    if of_fla:
+        model: Any = load_checkpoint(source, config, revision=revision, dtype=dtype, **hf_kwargs)
+    else:
+        model = models.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True, **hf_kwargs)
     if hf_kwargs.get("device_map") is None:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Loaded(model, _tokenizer(source, revision))

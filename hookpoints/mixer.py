@@ -23,7 +23,8 @@ from .rules import Factors, OpResult, Rule
 
 Backend = Literal["auto", "torch", "recurrence"]
 """Who computes the native pass: upstream's op for the device, upstream's torch op, or hookpoints' own kernel (the only
-one that works in float64 where upstream casts to float32; the one for fla's ops, which have no torch form, on a CPU)."""
+one that works in float64 where upstream casts to float32, and the one for fla's ops on a CPU: they have no torch
+form)."""
 
 
 class _Changed(NamedTuple):

@@ -13,6 +13,7 @@ from torch.utils import _triton
 
 from ..errors import UnsupportedModelError
 from .auto_classes import restore_auto_classes
+from .scope import install
 from .triton_standin import has_triton, standing_in
 
 INSTALL = 'pip install "sae-lens-writesae[fla]"'
@@ -49,6 +50,7 @@ def import_fla() -> ModuleType:
             f"flash-linear-attention {getattr(loaded, '__version__', '')} was found without its models, which come "
             f"with the package flash-linear-attention (not fla-core alone): {INSTALL}"
         )
+    install()
     return loaded
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +25,7 @@ _RUNNING: ContextVar[bool] = ContextVar("hookpoints_running_fla", default=False)
 _WRAPPED: dict[int, tuple[Any, Callable[..., Any]]] = {}
 """id of what fla had -> (it, kept alive; its wrapper)."""
 _ABSENT = ("flash_attn_func", "flash_attn_varlen_func")
-"""Functions of other packages, None in fla where those are not installed."""
+"""Functions of another package, None or not defined in fla where it is not installed."""
 
 
 @contextmanager
@@ -47,7 +48,7 @@ def install() -> None:
         for name, substitute in functions.items():
             original = getattr(module, name, None)
             if original is None:
-                if name in _ABSENT and hasattr(module, name):
+                if name in _ABSENT:
                     setattr(module, name, _wrapper(_missing(name), substitute))
             elif id(original) not in _WRAPPED and not hasattr(original, "__hookpoints_substitute__"):
                 _WRAPPED[id(original)] = (original, _wrapper(original, substitute))
@@ -89,16 +90,19 @@ def _missing(name: str) -> Callable[..., Any]:
 
 
 class ModelScope:
-    """Opens the scope around each forward of an fla model, and drops attention masks that mask nothing.
+    """Opens the scope around each forward of an fla model, and sets two of its arguments right.
 
-    fla's layers unpad a batch whenever they get a mask. One that is all ones (``generate`` always passes one) only
-    costs time, so it is left out.
+    * transformers 5.24 hands ``generate``'s cache over as ``cache``. fla 0.6 takes ``past_key_values``, ignores the
+      rest, and so decodes each token as if it were the first: here it gets the cache under the name that it knows.
+    * fla's layers unpad a batch whenever they get an attention mask. One that masks nothing (``generate`` always
+      passes one) only costs time, so it is left out.
     """
 
     def __init__(self, model: nn.Module):
         _check(model)
         install()
         self._open: list[ExitStack] = []
+        self._knows_cache = "cache" in inspect.signature(model.forward).parameters
         self._rebound = list(_functions_held(model))
         for module, name, original in self._rebound:
             module.__dict__[name] = _WRAPPED[id(original)][1]
@@ -122,10 +126,14 @@ class ModelScope:
         stack = ExitStack()
         stack.enter_context(substituting())
         self._open.append(stack)
+        return args, self._corrected(kwargs)
+
+    def _corrected(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if kwargs.get("cache") is not None and not self._knows_cache:
+            kwargs = {**kwargs, "past_key_values": kwargs["cache"]}
+            del kwargs["cache"]
         mask = kwargs.get("attention_mask")
-        if mask is not None and bool((mask != 0).all()):
-            return args, {**kwargs, "attention_mask": None}
-        return None
+        return {**kwargs, "attention_mask": None} if mask is not None and bool((mask != 0).all()) else kwargs
 
     def _leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         if self._open:

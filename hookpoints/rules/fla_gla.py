@@ -30,7 +30,7 @@ class FlaGatedLinear(FlaRule):
 
     def factors(self, arguments: Mapping[str, Any]) -> Factors:
         dtype = compute_dtype(arguments["v"])
-        decay = arguments.get("gk") if "gk" in arguments else arguments["g"]
+        decay = arguments["gk" if "gk" in arguments else "g"]
         q, k, v = (arguments[name].to(dtype) for name in "qkv")
         return Factors(q, k, v, log_decay=decay.to(dtype), initial_state=initial_state(arguments, dtype))
 

@@ -2,8 +2,8 @@
 
     S_t = alpha_t S_{t-1} + k_t v_t^T,    o_t = S_t^T (scale q_t)
 
-In SimpleGLA the decay depends on the token; in RetNet (arXiv 2307.08621) head h always decays by 1 - 2^(-5-h), which its
-ops know and take no argument for.
+In SimpleGLA the decay depends on the token; in RetNet (arXiv 2307.08621) head h always decays by 1 - 2^(-5-h), which
+its ops know and take no argument for.
 """
 
 from __future__ import annotations
