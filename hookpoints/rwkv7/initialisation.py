@@ -22,9 +22,9 @@ _POWERS = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.
 def initialise(module: nn.Module, config: RWKV7Config) -> None:
     """Set the weights of one module, its own parameters and those that its kind decides over."""
     if isinstance(module, LowRank):
-        outer = module.lora[2]
-        assert isinstance(outer, nn.Linear)
-        init.zeros_(module.lora[0].weight)
+        inner, outer = module.lora[0], module.lora[2]
+        assert isinstance(inner, nn.Linear) and isinstance(outer, nn.Linear)
+        init.zeros_(inner.weight)
         tall = outer.weight.shape[0] / outer.weight.shape[1]
         init.orthogonal_(outer.weight, gain=0.1 * max(1.0, tall**-0.5))
         if outer.bias is not None:

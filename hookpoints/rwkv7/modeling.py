@@ -36,9 +36,9 @@ class RWKV7PreTrainedModel(PreTrainedModel):
         old = None if source is None or kwargs.get("state_dict") is not None else legacy_weights(str(source), kwargs)
         if old is not None:
             if kwargs.get("config") is None:
-                kwargs["config"] = cls.config_class.from_pretrained(source, revision=kwargs.get("revision") or "main")
+                kwargs["config"] = RWKV7Config.from_pretrained(str(source), revision=kwargs.get("revision") or "main")
             kwargs["state_dict"], source = old, None
-        return super().from_pretrained(source, *args, **kwargs)
+        return super().from_pretrained(source, *args, **kwargs)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

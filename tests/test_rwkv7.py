@@ -1,0 +1,292 @@
+"""RWKV-7 in plain torch: two other implementations agree, decoding continues prefill, padding leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import VOCAB, make_hf
+from rwkv7_oracles import Answer, ask_official, ask_rwkv7_hf
+from torch.testing import assert_close
+
+from hookpoints import HookedRecurrent
+from hookpoints.rules import RWKV7, FlaRWKV7
+from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM, rwkv7_recurrence
+
+B, T, H, K, V = 2, 45, 3, 8, 6
+EXACT = {"rtol": 0, "atol": 1e-10}
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def call(length: int = T) -> dict:
+    """Arguments as the layer makes them: the erase key is normalised, and is not the key that is written."""
+    erase = torch.nn.functional.normalize(normal(1, B, length, H, K), dim=-1)
+    rate = normal(2, B, length, H, K).sigmoid()
+    return {
+        "r": normal(3, B, length, H, K),
+        "w": -0.6 * normal(4, B, length, H, K).sigmoid(),
+        "k": normal(5, B, length, H, K),
+        "v": normal(6, B, length, H, V),
+        "a": -erase,
+        "b": erase * rate,
+        "initial_state": normal(7, B, H, K, V),
+        "output_final_state": True,
+    }
+
+
+def by_hand(r, w, k, v, a, b, initial_state, **_):
+    """The paper's equation, one token and one K x K matrix after the other."""
+    state, outputs = initial_state, []
+    for t in range(r.shape[1]):
+        step = torch.diag_embed(w[:, t].exp()) + b[:, t, ..., None] * a[:, t, ..., None, :]
+        state = step @ state + k[:, t, ..., None] * v[:, t, ..., None, :]
+        outputs.append((state * r[:, t, ..., None]).sum(-2))
+    return torch.stack(outputs, 1), state
+
+
+# ---- the operation and its rule
+
+
+@pytest.mark.parametrize("length", [1, 3, 45, 64])
+def test_the_operation_is_the_papers_equation(length):
+    found, expected = rwkv7_recurrence(**call(length)), by_hand(**call(length))
+    assert_close(found.outputs, expected[0], **EXACT)
+    assert_close(found.final_state, expected[1], **EXACT)
+
+
+def test_gradients_of_the_operation():
+    inputs = {n: x.requires_grad_() for n, x in call().items() if isinstance(x, torch.Tensor)}
+    weights = normal(8, B, T, H, V), normal(9, B, H, K, V)
+    gradients = []
+    for op in (rwkv7_recurrence, by_hand):
+        results = op(**inputs, output_final_state=True)
+        gradients.append(torch.autograd.grad([(x * y).sum() for x, y in zip(results, weights)], list(inputs.values())))
+    for found, expected in zip(*gradients):
+        assert_close(found, expected, **EXACT)
+
+
+def test_no_state_is_returned_unasked_and_half_precision_stays():
+    half = {n: x.bfloat16() if isinstance(x, torch.Tensor) else x for n, x in call().items()}
+    result = rwkv7_recurrence(**{**half, "output_final_state": False})
+    assert result.final_state is None and result.outputs.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rule", [RWKV7(), FlaRWKV7()])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_rule_is_the_operation(rule, fused):
+    """Both forms of call: a and b, or fla's decoding op with the erase key and the rate apart."""
+    own = {**call(), "scale": 1.0}
+    arguments = dict(own)
+    if fused:
+        erase = -own["a"]
+        arguments |= {"kk": erase, "a": own["b"] / erase}
+        del arguments["b"]
+    r = rule.recurrence(rule.factors(arguments), arguments)
+    assert_close(r.scan(method="reference"), by_hand(**own), **EXACT)
+    assert rule.wants_state(arguments) and (r.H, r.K, r.V) == (H, K, V)
+
+
+@pytest.mark.parametrize("field", RWKV7.factor_names)
+def test_each_factor_can_be_fed_by_itself(field):
+    rule, arguments = RWKV7(), {**call(), "scale": 1.0}
+    factors = rule.factors(arguments)
+    factors = factors.with_(**{field: 0.7 * getattr(factors, field)})
+    fed = rule.arguments(arguments, factors, frozenset({field}))
+    assert_close(tuple(rwkv7_recurrence(**fed)), by_hand(**fed), **EXACT)
+    assert_close(rule.recurrence(factors, arguments).outputs(), by_hand(**fed)[0], **EXACT)
+    assert not torch.equal(by_hand(**fed)[0], by_hand(**arguments)[0])
+
+
+def test_corrected_writes_are_refused():
+    rule, arguments = RWKV7(), {**call(), "scale": 1.0}
+    r = rule.recurrence(rule.factors(arguments), arguments)
+    with pytest.raises(ValueError, match=r"only where the erase a is along the write key"):
+        r.write(kind="corrected")
+
+
+# ---- the model
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Heads of 64, the only size that the official package knows; K = V, as its states are square."""
+    return make_hf("rwkv7", hidden_size=128, head_dim=64, value_dim=128)
+
+
+@pytest.fixture(scope="module")
+def model64():
+    return make_hf("rwkv7").double()
+
+
+def assert_agrees(answer: Answer, model: RWKV7ForCausalLM, tokens: torch.Tensor) -> None:
+    out = model(tokens)
+    scale = float(out.logits.abs().max())
+    assert_close(out.logits[0], answer.logits, rtol=0, atol=1e-5 * max(1.0, scale))
+    for layer, state in zip(out.cache.layers, answer.states, strict=True):
+        assert_close(layer.recurrent_states[0][0], state, rtol=1e-4, atol=1e-5 * float(state.abs().max()))
+
+
+@torch.no_grad()
+def test_logits_and_states_are_those_of_the_official_package(wide, tokens, tmp_path, monkeypatch):
+    assert_agrees(ask_official(wide, tokens[0].tolist(), tmp_path, monkeypatch), wide, tokens[:1])
+
+
+@torch.no_grad()
+def test_logits_and_states_are_those_of_rwkv7_hf(wide, tokens, tmp_path):
+    assert_agrees(ask_rwkv7_hf(wide, tokens[:1], tmp_path), wide, tokens[:1])
+
+
+@torch.no_grad()
+def test_padding_on_either_side_is_treated_as_rwkv7_hf_does(wide, tokens, tmp_path):
+    for side in (slice(0, 9), slice(61, 70)):
+        mask = torch.ones_like(tokens[:1])
+        mask[:, side] = 0
+        answer = ask_rwkv7_hf(wide, tokens[:1], tmp_path, mask)
+        out = wide(tokens[:1], attention_mask=mask)
+        real = mask[0].bool()
+        assert_close(out.logits[0, real], answer.logits[real], rtol=1e-5, atol=1e-4)
+        for layer, state in zip(out.cache.layers, answer.states, strict=True):
+            assert_close(layer.recurrent_states[0][0], state, rtol=1e-4, atol=1e-5 * float(state.abs().max()))
+
+
+@torch.no_grad()
+def test_decoding_in_pieces_continues_prefill(model64, tokens):
+    """Pieces of 1, 2 and more tokens, from a cache; logits and last states."""
+    whole, out, pieces = model64(tokens), None, []
+    for piece in tokens.split([33, 1, 2, 4, 1, 29], dim=1):
+        out = model64(piece, cache=None if out is None else out.cache)
+        pieces.append(out.logits)
+    assert_close(torch.cat(pieces, 1), whole.logits, **EXACT)
+    for found, expected in zip(out.cache.layers, whole.cache.layers):
+        assert_close(found.recurrent_states[0], expected.recurrent_states[0], **EXACT)
+        assert_close(found.conv_states[1], expected.conv_states[1], **EXACT)
+
+
+@torch.no_grad()
+def test_padding_leaves_no_trace(model64, tokens):
+    """A padded row gives what the sequence gives alone, on whichever side, and from a cache."""
+    alone = model64(tokens[:1, :50])
+    noise = tokens[1:, :20]
+    for left in (20, 0, 7):
+        row = torch.cat([noise[:, :left], tokens[:1, :50], noise[:, left:]], 1)
+        mask = torch.zeros_like(row)
+        mask[:, left : left + 50] = 1
+        batch, masks = torch.cat([row, tokens[1:]]), torch.cat([mask, torch.ones_like(mask)])
+        out = model64(batch, attention_mask=masks)
+        assert_close(out.logits[0, left : left + 50], alone.logits[0], **EXACT)
+        assert_close(out.logits[1], model64(tokens[1:]).logits[0], **EXACT)
+        for padded, plain in zip(out.cache.layers, alone.cache.layers):
+            assert_close(padded.recurrent_states[0][:1], plain.recurrent_states[0], **EXACT)
+            assert_close(padded.conv_states[0][:1], plain.conv_states[0], **EXACT)
+        cut = left + 20  # the second half from a cache, its padding included
+        first = model64(batch[:, :cut], attention_mask=masks[:, :cut])
+        rest = model64(batch[:, cut:], attention_mask=masks, cache=first.cache)
+        assert_close(rest.logits[0, : left + 50 - cut], alone.logits[0, 20:], **EXACT)
+
+
+@torch.no_grad()
+def test_padding_writes_nothing(tokens):
+    model = HookedRecurrent.from_hf(make_hf("rwkv7"))
+    mask = torch.ones_like(tokens)
+    mask[0, :9] = 0
+    names = [f"blocks.1.mixer.{name}" for name in ("hook_write", "hook_state")]
+    _, cache = model.run_with_cache(tokens, attention_mask=mask, names_filter=names)
+    for name in names:
+        assert not cache[name][0, :9].any() and cache[name][0, 9].any() and cache[name][1, 0].any()
+
+
+@torch.no_grad()
+def test_generation_in_batches_with_padding_and_beams(tokens):
+    model = make_hf("rwkv7")
+    prompt = torch.cat([torch.cat([torch.zeros_like(tokens[:1, :5]), tokens[:1, :15]], 1), tokens[1:, :20]])
+    mask = torch.ones_like(prompt)
+    mask[0, :5] = 0
+    out = model.generate(prompt, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    for row, alone in enumerate((tokens[:1, :15], tokens[1:, :20])):
+        assert torch.equal(out[row, 20:], model.generate(alone, max_new_tokens=6, do_sample=False)[0, -6:])
+    beams = model.generate(prompt, attention_mask=mask, max_new_tokens=6, num_beams=3, do_sample=False)
+    slow = model.generate(prompt, attention_mask=mask, max_new_tokens=6, num_beams=3, do_sample=False, use_cache=False)
+    assert torch.equal(beams, slow)
+
+
+@torch.no_grad()
+def test_a_cache_can_be_copied_and_reordered(model64, tokens):
+    out = model64(tokens[:, :20])
+    kept = copy.deepcopy(out.cache)
+    branch = copy.deepcopy(out.cache)
+    branch.reorder_cache(torch.tensor([1, 0, 1]))
+    following = torch.tensor([[5], [6], [7]])
+    found = model64(following, cache=branch).logits
+    rows = torch.cat([tokens[[1, 0, 1], :20], following], 1)
+    assert_close(found[:, 0], model64(rows).logits[:, -1], **EXACT)
+    for before, after in zip(kept.layers, out.cache.layers):
+        assert torch.equal(before.recurrent_states[0], after.recurrent_states[0])
+
+
+def test_every_parameter_learns(tokens):
+    model = make_hf("rwkv7").train()
+    out = model(tokens, labels=tokens)
+    assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
+    assert out.cache is None
+    out.loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_decays_begin_slow_and_fast():
+    """Per head and channel, with fla's and the paper's initial weights."""
+    torch.manual_seed(0)
+    model = HookedRecurrent.from_hf(RWKV7ForCausalLM(RWKV7Config(vocab_size=VOCAB, hidden_size=128, head_dim=32)))
+    with torch.no_grad():
+        decay = model.recurrence(torch.tensor([[1, 2, 3]]), 1).log_decay.exp().mean((0, 1))
+    assert decay.max() > 0.999 and 0.545 < decay.min() < 0.6
+    assert (decay.mean(-1).diff() < 0).all()  # the first heads are the slow ones
+
+
+# ---- hooks and edits that are its own
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("model_type", "same"), [("rwkv7", True), ("qwen3_5", False)])
+def test_the_erase_keeps_its_own_key(model_type, same, tokens):
+    """Where the erase has its own key, editing the key is editing the write's key; in a delta rule it is not."""
+    model = HookedRecurrent.from_hf(make_hf(model_type))
+    name = "blocks.1.mixer.hook_{}"
+
+    def edit(key, hook):
+        key = key.clone()
+        key[:, 5] = -key[:, 6]
+        return key
+
+    runs = [model.run_with_hooks(tokens, fwd_hooks=[(name.format(key), edit)]) for key in ("k", "write_key")]
+    assert torch.allclose(*runs, rtol=0, atol=1e-4) == same
+    assert not torch.allclose(runs[0], model(tokens), rtol=0, atol=1e-2)
+
+
+@torch.no_grad()
+def test_the_bonus_is_outside_the_state(tokens):
+    """Reads are S^T r alone; with all values of the recurrence at zero the layer still adds (r . r_k k) v."""
+    model = HookedRecurrent.from_hf(make_hf("rwkv7"))
+    mixer, prefix, given = model.attachment.layout.blocks[1].mixer, "blocks.1.mixer.", []
+    handle = mixer.o_proj.register_forward_pre_hook(lambda _m, args: given.append(args[0].clone()))
+    _, cache = model.run_with_cache(tokens, names_filter=lambda n: n.startswith(prefix) and "heads" not in n)
+    gone = [(prefix + "hook_v", lambda x, hook: torch.zeros_like(x))]
+    model.run_with_hooks(tokens, fwd_hooks=gone)
+    handle.remove()
+    q, k, v, read = (cache[prefix + name] for name in ("hook_q", "hook_k", "hook_v", "hook_read"))
+    bonus = ((q * k * mixer.r_k).sum(-1, keepdim=True) * v).flatten(2)
+    normed = mixer.g_norm(read.flatten(0, 1).flatten(1)).view_as(bonus)
+    gate = given[0] / (normed + bonus)
+    assert_close(given[1], (mixer.g_norm.bias + bonus) * gate, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_values_of_layer_0_reach_a_run_that_starts_further_up(tokens):
+    model = HookedRecurrent.from_hf(make_hf("rwkv7"))
+    residual = model(tokens, stop_at_layer=2)
+    assert torch.equal(model(residual, start_at_layer=2, tokens=tokens), model(tokens))
+    with pytest.raises(ValueError, match="start_at_layer needs tokens="):
+        model(residual, start_at_layer=2)

@@ -1,0 +1,182 @@
+"""RWKV-7 checkpoints of flash-linear-attention's format: names, configuration, dtypes, both versions."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import make_hf
+from safetensors.torch import load_file, save_file
+
+from hookpoints import HookedRecurrent
+from hookpoints.config import RecurrentLayer
+from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM
+
+PUBLISHED = {
+    "architectures": ["RWKV7ForCausalLM"],
+    "attn": None,
+    "attn_mode": "chunk",
+    "auto_map": {
+        "AutoConfig": "modeling_rwkv7.RWKV7Config",
+        "AutoModel": "modeling_rwkv7.RWKV7Model",
+        "AutoModelForCausalLM": "modeling_rwkv7.RWKV7ForCausalLM",
+    },
+    "a_low_rank_dim": 96,
+    "bos_token_id": 1,
+    "decay_low_rank_dim": 96,
+    "eos_token_id": 2,
+    "fuse_cross_entropy": True,
+    "fuse_norm": False,
+    "gate_low_rank_dim": 256,
+    "head_dim": 64,
+    "hidden_act": "sqrelu",
+    "hidden_ratio": 4.0,
+    "hidden_size": 2048,
+    "initializer_range": 0.006,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 2048,
+    "model_type": "rwkv7",
+    "norm_bias": True,
+    "norm_eps": 1e-05,
+    "norm_first": True,
+    "num_heads": None,
+    "num_hidden_layers": 24,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "transformers_version": "4.48.0",
+    "use_cache": True,
+    "v_low_rank_dim": 64,
+    "vocab_size": 65536,
+}
+"""A config.json with the keys that fla writes, and the sizes of a world model of 1.5B."""
+
+D, KEYS = 2048, 2048
+ATTENTION = {
+    **{f"x_{name}": (1, 1, D) for name in "rwkvag"},
+    **{"k_k": (KEYS,), "k_a": (KEYS,), "r_k": (32, 64), "g_norm.weight": (D,), "g_norm.bias": (D,)},
+    **{f"{name}_proj.weight": (D, D) for name in "rkvo"},
+    **{f"{name}_lora.lora.0.weight": (rank, D) for name, rank in {"w": 96, "v": 64, "a": 96, "g": 256}.items()},
+    **{f"{name}_lora.lora.2.weight": (D, rank) for name, rank in {"w": 96, "v": 64, "a": 96, "g": 256}.items()},
+    **{f"{name}_lora.lora.2.bias": (D,) for name in "wva"},
+}
+BLOCK = {
+    **{f"attn.{name}": shape for name, shape in ATTENTION.items()},
+    **{f"{norm}_norm.{kind}": (D,) for norm in ("attn", "ffn") for kind in ("weight", "bias")},
+    **{"ffn.x_k": (D,), "ffn.key.weight": (8192, D), "ffn.value.weight": (D, 8192)},
+}
+"""Parameters of a block of such a model and their shapes; layer 0 has a pre_norm besides, and no v_lora."""
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A small checkpoint as fla saves it, with K = V; returns its folder and the model that it holds."""
+    hf = make_hf("rwkv7", value_dim=32)
+    hf.save_pretrained(tmp_path)
+    return tmp_path, hf
+
+
+def loaded(path, **options) -> HookedRecurrent:
+    with pytest.warns(UserWarning, match="without a tokenizer"):
+        return HookedRecurrent.from_pretrained(str(path), device="cpu", **options)
+
+
+def test_the_published_configuration_and_names(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    config = RWKV7Config.from_pretrained(tmp_path)
+    assert (config.num_heads, config.head_dim, config.value_dim) == (32, 64, [2048] * 24)
+    assert config.fuse_norm is False and config.attn_mode == "chunk"  # kept, though nothing here asks for them
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in RWKV7ForCausalLM(config).named_parameters()}
+    expected = {"model.embeddings.weight": (65536, D), "lm_head.weight": (65536, D)}
+    expected |= {f"model.norm.{kind}": (D,) for kind in ("weight", "bias")}
+    expected |= {f"model.layers.{layer}.{name}": shape for layer in range(24) for name, shape in BLOCK.items()}
+    expected |= {f"model.layers.0.pre_norm.{kind}": (D,) for kind in ("weight", "bias")}
+    assert shapes == {name: shape for name, shape in expected.items() if ".0.attn.v_lora" not in name}
+    config.save_pretrained(tmp_path)
+    again = RWKV7Config.from_pretrained(tmp_path)
+    assert {**again.to_dict(), "transformers_version": None} == {**config.to_dict(), "transformers_version": None}
+
+
+@torch.no_grad()
+def test_a_checkpoint_loads_without_fla(checkpoint, tokens):
+    path, hf = checkpoint
+    before = set(sys.modules)
+    model = loaded(path)
+    assert type(model.hf_model) is RWKV7ForCausalLM and model.cfg.layer(2) == RecurrentLayer("RWKV-7", 4, 8, 8)
+    assert torch.equal(model(tokens), hf(tokens).logits)  # no weight was initialised anew
+    assert not {name for name in set(sys.modules) - before if name.split(".")[0] == "fla"}
+
+
+@torch.no_grad()
+def test_a_half_precision_checkpoint(tmp_path, tokens):
+    hf = make_hf("rwkv7").bfloat16()
+    hf.save_pretrained(tmp_path)
+    wide = loaded(tmp_path)
+    assert wide.cfg.dtype == torch.float32
+    assert torch.equal(wide(tokens), hf.float()(tokens).logits)
+    half = loaded(tmp_path, dtype="auto")
+    assert half.cfg.dtype == torch.bfloat16
+    listened, cache = half.run_with_cache(tokens, names_filter=lambda name: True)
+    assert torch.equal(listened, half(tokens)) and cache["blocks.0.mixer.hook_state"].dtype == torch.float32
+    error = (listened.float() - wide(tokens)).square().mean().sqrt() / wide(tokens).square().mean().sqrt()
+    assert error < 5e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shards", [1, 3])
+def test_the_first_version_of_the_format(checkpoint, tokens, shards):
+    """RWKV/RWKV7-Goose-World3-1.5B-HF and others hold the six token shifts of a layer in one tensor."""
+    path, hf = checkpoint
+    weights = load_file(path / "model.safetensors")
+    for layer in range(3):
+        stem = f"model.layers.{layer}.attn."
+        parts = [weights.pop(f"{stem}x_{name}").view(-1) for name in "rwkvag"]
+        weights[f"{stem}x_x"] = torch.stack(parts)
+    if shards == 1:
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    else:
+        (path / "model.safetensors").unlink()
+        of_file = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(weights)}
+        for file in set(of_file.values()):
+            part = {name: value for name, value in weights.items() if of_file[name] == file}
+            save_file(part, path / file, metadata={"format": "pt"})
+        index = {"metadata": {}, "weight_map": of_file}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(loaded(path)(tokens), hf(tokens).logits)
+
+
+def test_tied_embeddings(tmp_path, tokens):
+    hf = make_hf("rwkv7", tie_word_embeddings=True)
+    hf.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    model = loaded(tmp_path)
+    assert model.hf_model.lm_head.weight is model.hf_model.model.embeddings.weight
+    with torch.no_grad():
+        assert torch.equal(model(tokens), hf(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"attn": {"layers": [1], "num_heads": 2}}, r"layers of softmax attention \(config.attn\) is not supported"),
+        ({"hidden_act": "silu"}, r"relu squared .* not 'silu'"),
+        ({"head_dim": 48}, r"hidden_size 2048, head_dim 48"),
+        ({"num_heads": 16}, r"head_dim 64, num_heads 16"),
+        ({"head_dim": None}, r"give head_dim or num_heads"),
+        ({"value_dim": [2048, 4096]}, r"the same for all 24 layers, found \[2048, 4096\]"),
+        ({"value_dim": 2050}, r"2050 must be a multiple of the 32 heads"),
+    ],
+)
+def test_configurations_that_make_no_sense(changes, match):
+    with pytest.raises(ValueError, match=match):
+        RWKV7Config(**{**PUBLISHED, **changes})
+
+
+def test_inputs_that_make_no_sense(tokens):
+    hf = make_hf("rwkv7")
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        hf(None)
+    with pytest.raises(ValueError, match=r"attention_mask must be \[B,T\] for an input of \[2, 70\], found \[1, 70\]"):
+        hf(tokens, attention_mask=torch.ones(1, 70))
