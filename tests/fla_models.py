@@ -1,12 +1,17 @@
-"""Tiny random models of fla, by model type."""
+"""Tiny random models of fla, by model type. Importing this skips the tests of a module where fla is not installed."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
+import pytest
 import torch
 
 from hookpoints.fla_support import import_fla
+
+if importlib.util.find_spec("fla") is None:
+    pytest.skip('flash-linear-attention is not installed (pip install ".[fla]")', allow_module_level=True)
 
 VOCAB = 64
 _SHARED = {
@@ -39,7 +44,12 @@ _CLASSES = {
 
 
 def make_fla(model_type: str, seed: int = 0, **changes: Any) -> Any:
-    """A tiny random model whose heads remember: decays near 1, as in trained checkpoints."""
+    """A tiny random model whose heads remember: decays near 1, as in trained checkpoints.
+
+    ``simple_gla``, of which fla has the layer and no model, is a GLA model with that layer.
+    """
+    if model_type == "simple_gla":
+        return _simple_gla(seed, **changes)
     models = import_fla().models
     name = _CLASSES[model_type]
     config = getattr(models, f"{name}Config")(**{**_SHARED, **_OWN[model_type], **changes})
@@ -56,4 +66,16 @@ def make_fla(model_type: str, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
-MODEL_TYPES = tuple(sorted(_OWN))
+def _simple_gla(seed: int, **changes: Any) -> Any:
+    model = make_fla("gla", seed, **changes)
+    from fla.layers.simple_gla import SimpleGatedLinearAttention
+
+    torch.manual_seed(seed + 1)
+    for index, block in enumerate(model.model.layers):
+        options = {"hidden_size": 32, "num_heads": 2, "expand_k": 0.5, "expand_v": 1.0, "use_short_conv": index == 1}
+        block.attn = SimpleGatedLinearAttention(**options, layer_idx=index).eval()
+    return model
+
+
+MODEL_TYPES = (*sorted(_OWN), "simple_gla")
+"""All that the tests of hooks and edits run on."""

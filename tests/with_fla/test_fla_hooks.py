@@ -1,0 +1,126 @@
+"""Hooks, edits and sessions on fla's models, on a CPU: the same tests as for transformers' models, and fla's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import VOCAB, KeepFloat64
+from fla_models import MODEL_TYPES, make_fla
+from test_model_types import (  # noqa: F401
+    EXACT,
+    by_hand,
+    edit_of,
+    test_edits_are_exact_in_generation,
+    test_edits_are_exact_in_prefill_and_session,
+    test_loops_differ_only_where_there_is_an_erase,
+    test_what_is_added_is_what_the_block_adds,
+)
+from test_parity import (  # noqa: F401
+    test_listening_everywhere_is_bit_identical,
+    test_reads_are_states_times_queries,
+    test_stop_and_start_meet,
+)
+from torch.testing import assert_close
+
+from hookpoints import HookedRecurrent, SelfCheckError
+from hookpoints.hook_table import HOOKS
+
+
+@pytest.fixture(scope="module", params=MODEL_TYPES)
+def _hooked64(request):
+    with KeepFloat64():
+        return HookedRecurrent.from_hf(make_fla(request.param).double())
+
+
+@pytest.fixture
+def hooked64(_hooked64):
+    """A float64 model, kept in float64 through upstream's casts."""
+    with KeepFloat64():
+        yield _hooked64
+
+
+@pytest.fixture(scope="module", params=MODEL_TYPES)
+def hooked(request):
+    return HookedRecurrent.from_hf(make_fla(request.param))
+
+
+@pytest.fixture
+def sequence():
+    return torch.randint(1, VOCAB, (1, 41), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def test_mixers_hooks_fire_with_their_shapes(hooked, tokens):
+    """In prefill and at each decoded token."""
+    layer = hooked.cfg.recurrent_layers[-1]
+    shape, seen = hooked.cfg.layer(layer), {}
+    factors = hooked.attachment.mixers[layer].rule.factor_names
+    rows = [row for row in HOOKS if row.scope in ("mixer", "head") and (row.factor is None or row.factor in factors)]
+    hooks = [
+        (r.full_name(layer, 1), lambda x, hook: seen.setdefault(hook.name, []).append(tuple(x.shape))) for r in rows
+    ]
+    with hooked.hooks(hooks):
+        hooked.generate(tokens, max_new_tokens=2, do_sample=False)
+    sizes = {"B": 2, "H": shape.H, "K": shape.K, "V": shape.V, "F": shape.K * shape.V}
+    for row in rows:
+        axes = row.axes.replace("(KV)", "F").split(" or ")
+        expected = [[tuple({**sizes, "T": t}[axis] for axis in choice) for t in (70, 1)] for choice in axes]
+        assert seen[row.full_name(layer, 1)] in expected
+
+
+@torch.no_grad()
+def test_states_are_the_caches_states(hooked, tokens):
+    """The last state of the trajectory is what fla's cache hands on, in the layout that its ops use."""
+    names = [f"blocks.{layer}.mixer.hook_state" for layer in hooked.cfg.recurrent_layers]
+    _, kept = hooked.run_with_cache(tokens, names_filter=names)
+    out = hooked.hf_model(tokens, use_cache=True)
+    for layer, name in zip(hooked.cfg.recurrent_layers, names, strict=True):
+        state = out.past_key_values[layer]["recurrent_state"]
+        key_first = hooked.cfg.layer(layer).rule in ("DeltaNet", "RetNet")
+        assert_close(state if key_first else state.mT, kept[name][:, -1], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_factors_can_be_fed(hooked, tokens):
+    """Doubling v doubles the writes; removing the decay keeps the state's norm where nothing is erased."""
+    prefix = f"blocks.{hooked.cfg.recurrent_layers[0]}.mixer."
+    _, plain = hooked.run_with_cache(tokens, names_filter=[prefix + "hook_write", prefix + "hook_read"])
+    with hooked.hooks([(prefix + "hook_v", lambda x, hook: 2 * x)]):
+        _, doubled = hooked.run_with_cache(tokens, names_filter=[prefix + "hook_write", prefix + "hook_read"])
+    for name in ("hook_write", "hook_read"):  # both are linear in the values
+        assert_close(doubled[prefix + name], 2 * plain[prefix + name], rtol=1e-4, atol=1e-5)
+    if "log_decay" in hooked.attachment.mixers[0].rule.factor_names:
+        with hooked.hooks([(prefix + "hook_log_decay", lambda x, hook: torch.full_like(x, -50.0))]):
+            _, forgetful = hooked.run_with_cache(tokens, names_filter=[prefix + "hook_write", prefix + "hook_state"])
+        assert_close(forgetful[prefix + "hook_state"], forgetful[prefix + "hook_write"], rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_output_weights_are_the_heads_own(hooked, tokens):
+    """W_O of a head maps its normalised reads to what the mixer adds."""
+    layer, shape = 0, hooked.cfg.layer(0)
+    weights = torch.cat([hooked.W_O(layer, head) for head in range(shape.H)])
+    assert torch.equal(weights, hooked.attachment.layout.blocks[layer].mixer.o_proj.weight.T)
+    assert hooked.W_E.shape == (VOCAB, hooked.cfg.d_model) and hooked.W_U.shape == (hooked.cfg.d_model, VOCAB)
+
+
+def test_gradients_reach_every_hook(hooked, tokens):
+    """fla's kernels have backward kernels of their own; here torch differentiates the substitutes."""
+    prefix = "blocks.1.mixer."
+    grads = {}
+    names = [prefix + "hook_k", prefix + "hook_v", "blocks.0.hook_resid_pre"]
+    logits = None
+    with hooked.hooks([], [(name, lambda g, hook: grads.__setitem__(hook.name, g)) for name in names]):
+        logits = hooked(tokens[:, :12])
+        logits.float().log_softmax(-1)[..., 3].sum().backward()
+    hooked.hf_model.zero_grad()
+    for name in names:
+        assert grads[name].abs().max() > 0
+
+
+def test_self_check_refuses_a_layer_that_does_not_call_its_op(tokens):
+    model = make_fla("gla")
+    mixer = model.model.layers[1].attn
+    mixer.forward = lambda hidden_states, **kwargs: (torch.zeros_like(hidden_states), None, None)
+    with pytest.raises(SelfCheckError, match=r"layer 1 \(GLA\).*none of its ops"):
+        HookedRecurrent.from_hf(model)
