@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import run
 from .errors import SelfCheckError
-from .session import cache_argument, position_inputs
+from .session import cache_argument, cache_of, position_inputs
 
 if TYPE_CHECKING:
     from .hooked import HookedModel
@@ -97,7 +97,7 @@ def _pass(model: HookedModel, tokens: Tensor, start: int, mode: str, cache: Any 
         _compare(model, layer, native.outputs, outputs, f"the native op and its canonical form ({mode} outputs)")
         if native.final_state is not None:
             _compare(model, layer, native.final_state, state, f"the native op and its canonical form ({mode} state)")
-    return _Pass(record, out[cache_argument(model.hf_model)])
+    return _Pass(record, cache_of(out))
 
 
 def _check_chain(model: HookedModel, layer: int, left: Tensor | None, found: Tensor | None) -> None:

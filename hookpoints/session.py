@@ -154,13 +154,18 @@ class EditSession:
             **inputs,
             **position_inputs(self.model.hf_model, where),
         )
-        self._prefix, self._prefix_length = out[self._cache_name], start
+        self._prefix, self._prefix_length = cache_of(out), start
 
 
 def cache_argument(model: Any) -> str:
     """What this Hugging Face model calls its cache."""
     known = inspect.signature(model.forward).parameters
     return next(name for name in _CACHE_NAMES if name in known)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a model returned; its name there need not be the argument's."""
+    return next(output[name] for name in _CACHE_NAMES if name in output)
 
 
 def position_inputs(model: Any, positions: Tensor) -> dict[str, Tensor]:
