@@ -90,14 +90,15 @@ class ReadGradients:
             )
         self._read, self._mixed, self._last, self._logits = seen[read], seen[mixed], seen[last], logits
 
+    @torch.enable_grad()
     def at(self, position: int, direction: Tensor) -> Gradient:
         """Gradients of `direction` [vocab] . logits at `position`."""
         wanted = self._logits[0, self._where[position]]
-        weights = direction.to(wanted)
-        whole, final = torch.autograd.grad(wanted, [self._read, self._last], weights, retain_graph=True)
-        (direct,) = torch.autograd.grad(
-            self._mixed[0, position], self._read, final[0, position], retain_graph=True
-        )  # what the mixer adds reaches the final norm unchanged
+        ends = [self._read, self._last]
+        whole, final = torch.autograd.grad(wanted, ends, direction.to(wanted), retain_graph=True)
+        # What the mixer adds reaches the final norm unchanged.
+        mixed = self._mixed[0, position]
+        (direct,) = torch.autograd.grad(mixed, self._read, final[0, position], retain_graph=True)
         return Gradient(position, whole[0, : position + 1, self.head], direct[0, position, self.head])
 
 

@@ -6,6 +6,7 @@ import math
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from sae_lens_writesae.claims import Outcome
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
@@ -21,6 +22,10 @@ PAPER_R2 = 0.9
 """A median R2 from which on the paper's statistic counts as reproduced (it reports 0.98)."""
 ALIKE = 0.01
 """Two medians of R2 nearer than this are the same."""
+
+_PAPER = "a formula predicts the logit change (F0, the paper's)"
+_DIRECT = "exact propagation and the direct path's own Jacobian predict it (F1)"
+_FULL = f"all first-order paths predict it without a fitted number (F2), R² ≥ {TARGET_R2}"
 
 CELLS = {
     "firing": "id of the firing: one atom at one token of one sequence",
@@ -87,8 +92,8 @@ class LogitChange(Evaluation):
       paper's statistic (median R2 over eps, a scale fitted per cell) reaches 0.9 and predictions that were shuffled
       between firings reach the same within 0.01: then the statistic holds for any number. Otherwise "fails".
     * F1: "holds" if the interval lies above 1/2, else "fails".
-    * F2: "holds" if the interval lies at or above 0.95 and R2 does so at every horizon; "explained" if the shuffled
-      predictions' interval reaches its R2; else "fails".
+    * F2: "fails" unless the interval lies at or above 0.95, and so does R2 at every horizon with changes above the
+      floor; "explained" if the interval of the shuffled predictions reaches its R2; else "holds".
     """
 
     kind: ClassVar[str] = "logit_change"
@@ -132,12 +137,24 @@ class LogitChange(Evaluation):
         return Order(math.log(errors[1] / errors[0]) / math.log(large / small), small, large)
 
     def claims(self) -> list[Claim]:
+        if not self._anything:
+            why = "No logit changed at the smallest eps, so there is nothing to predict."
+            unit = f"logits (firing, horizon, token) at eps {self.smallest:g}"
+            return [
+                Claim(number, claim, "–", len(self._smallest_rows()), unit, "", "below the floor", why)
+                for number, claim in ((7, _PAPER), (None, _DIRECT), (None, _FULL))
+            ]
         return [self._paper(), self._direct(), self._full()]
 
     def figures(self) -> list[Figure]:
+        if not self._anything:
+            return []
         return plots.figures(self.tables, self.smallest, self.label)
 
     def notes(self) -> list[str]:
+        return [*self._notes(), *super().notes()] if self._anything else super().notes()
+
+    def _notes(self) -> list[str]:
         full, order = self.score("F2", eps=self.smallest), self.order()
         probability = self.score("F2", quantity="log_prob", eps=self.smallest)
         reach = [eps for eps in self.info["config"]["eps"] if self.score("F2", eps=eps)["r2"] >= TARGET_R2]
@@ -150,13 +167,12 @@ class LogitChange(Evaluation):
             f"Logits are raw, not centred. The softmax ignores a shift common to all tokens; on log-probabilities F2's "
             f"R² is {probability['r2']:.4f} (logits: {full['r2']:.4f}) at eps {self.smallest:g}.",
             f"F2 reaches R² {TARGET_R2} at eps {', '.join(f'{e:g}' for e in reach) or 'none of those tried'}. Its "
-            f"error grows as eps^{order.exponent:.2f} from {order.small:g} to {order.large:g}; 2 says that what it misses is "
-            "curvature, less that it is arithmetic.",
+            f"error grows as eps^{order.exponent:.2f} from {order.small:g} to {order.large:g}; 2 says that what it "
+            "misses is curvature, less that it is arithmetic.",
             "A scale fitted per cell makes R² over eps near 1 for any prediction that grows with eps, a wrong one too: "
             "it only says that the measured curve is straight. It is no evidence for a formula.",
             f"Floor: the same run without an edit, through the path of the edits, differs from the plain pass by up to "
             f"{self.info['floor']:.1e} (95 % of logits).",
-            *super().notes(),
         ]
 
     # -- verdicts
@@ -169,6 +185,7 @@ class LogitChange(Evaluation):
         )
         if self.info["rule"] == "Mamba-2":
             measured += " (Mamba-2; the paper reports -0.07 there)"
+        outcome: Outcome
         reproduced = real["median_r2"] >= PAPER_R2
         alike = control["median_r2"] > real["median_r2"] - ALIKE
         if own["r2_low"] > HALF:
@@ -182,31 +199,38 @@ class LogitChange(Evaluation):
         else:
             outcome, why = "fails", "The interval of the unfitted R² does not lie above 1/2."
         controls = f"shuffled between firings, a scale per cell: {control['median_r2']:.3f}"
-        return self._claim(7, "a formula predicts the logit change (F0, the paper's)", measured, controls, outcome, why)
+        return self._claim(7, _PAPER, measured, controls, outcome, why)
 
     def _direct(self) -> Claim:
         own = self.score("F1", eps=self.smallest)
         holds = own["r2_low"] > HALF
         why = f"The interval of the unfitted R² {'lies' if holds else 'does not lie'} above 1/2."
-        name = "exact propagation and the direct path's own Jacobian predict it (F1)"
         return self._claim(
-            None, name, f"R² {_span(own)} unfitted", self._shuffled(), "holds" if holds else "fails", why
+            None, _DIRECT, f"R² {_span(own)} unfitted", self._shuffled(), "holds" if holds else "fails", why
         )
 
     def _full(self) -> Claim:
         own, control = self.score("F2", eps=self.smallest), self.score(CONTROL, eps=self.smallest)
-        horizons = {h: self.score("F2", horizon=h, eps=self.smallest)["r2"] for h in self.info["config"]["horizons"]}
-        worst = min(horizons, key=lambda h: horizons[h])
-        at_worst = f"R² is lowest at horizon {worst}: {horizons[worst]:.4f}."
-        if control["r2_high"] >= own["r2"]:
-            outcome, why = "explained", "Predictions shuffled between firings do as well."
-        elif own["r2_low"] >= TARGET_R2 and horizons[worst] >= TARGET_R2:
-            outcome, why = "holds", f"The interval lies above {TARGET_R2}; {at_worst}"
-        else:
+        horizons = self._horizons()
+        worst = min(horizons, key=lambda h: horizons[h], default=None)
+        lowest = horizons[worst] if worst is not None else own["r2"]
+        at_worst = "" if worst is None else f"R² is lowest at horizon {worst}: {lowest:.4f}."
+        outcome: Outcome
+        if own["r2_low"] < TARGET_R2 or lowest < TARGET_R2:
             outcome = "fails"
             why = f"The interval or a horizon lies below {TARGET_R2}. {at_worst} {self._cause()}"
-        name = f"all first-order paths predict it without a fitted number (F2), R² ≥ {TARGET_R2}"
-        return self._claim(None, name, f"R² {_span(own)} unfitted", self._shuffled(), outcome, why)
+        elif control["r2_high"] >= own["r2"]:
+            outcome, why = "explained", "Predictions shuffled between firings do as well."
+        else:
+            outcome, why = "holds", f"The interval lies above {TARGET_R2}. {at_worst}"
+        return self._claim(None, _FULL, f"R² {_span(own)} unfitted", self._shuffled(), outcome, why)
+
+    def _horizons(self) -> dict[int, float]:
+        """F2's R2 at the smallest eps by horizon, of horizons where the median change is above the floor."""
+        rows: Any = self._smallest_rows()
+        typical = rows["measured"].abs().groupby(rows["horizon"]).median()
+        seen = [int(h) for h, value in typical.items() if value > self.info["floor"]]
+        return {h: self.score("F2", horizon=h, eps=self.smallest)["r2"] for h in seen}
 
     def _cause(self) -> str:
         """Why the exact derivative may miss: by the growth of its error."""
@@ -224,11 +248,19 @@ class LogitChange(Evaluation):
         unit = f"logits (firing, horizon, token) in {own['n_sequences']} sequences, eps {self.smallest:g}"
         return Claim(number, claim, measured, int(own["n"]), unit, controls, outcome, why)
 
+    def _smallest_rows(self) -> pd.DataFrame:
+        """Cells of logits at the smallest eps."""
+        table: Any = self.tables["cells"]
+        return table[(table["quantity"] == "logit") & (table["eps"] == self.smallest)]
+
+    @property
+    def _anything(self) -> bool:
+        """Whether any logit changed at the smallest eps."""
+        return bool(np.ptp(self._smallest_rows()["measured"].to_numpy()) > 0)
+
     def _typical(self) -> float:
         """Median |change of a logit| at the smallest eps."""
-        table: Any = self.tables["cells"]
-        own = table[(table["quantity"] == "logit") & (table["eps"] == self.smallest)]
-        return float(own["measured"].abs().median())
+        return float(np.median(np.abs(self._smallest_rows()["measured"].to_numpy())))
 
     def _shuffled(self) -> str:
         return f"F2 shuffled between firings: R² {_span(self.score(CONTROL, eps=self.smallest))}"

@@ -18,6 +18,12 @@ SCORED = (*PREDICTORS, CONTROL)
 CELL = ["quantity", "firing", "horizon", "rank"]
 """What the paper calls a cell: one prompt, feature and token; sizes eps are its points."""
 ALL = "all"
+NO_CHANGE = "scores of groups in which no measured change differs from another"
+_SPLITS: Sequence[tuple[str, ...]] = ((), ("horizon",), ("rank",), ("eps",), ("horizon", "eps"))
+
+_NAMES = ("quantity", "predictor", "horizon", "rank", "eps")
+_NUMBERS = ("r2", "r2_low", "r2_high", "r2_global_scale", "global_scale", "per_cell_scale", "pearson", "sign_rate")
+_NUMBERS += ("n", "n_sequences")
 
 #: A DataFrame inside this file: pandas' own annotations are too loose to check by.
 Table = Any
@@ -38,11 +44,13 @@ def with_control(cells: pd.DataFrame, seed: int) -> pd.DataFrame:
 
     It has F2's distribution and knows nothing of the firing; whatever it scores needs no formula.
     """
-    firings = np.random.default_rng(seed).permutation(cells["firing"].unique())
+    table: Table = cells
+    firings = np.random.default_rng(seed).permutation(np.unique(table["firing"]))
     partner = dict(zip(firings, np.roll(firings, 1)))
     keys = ["quantity", "horizon", "rank", "eps"]
-    lent: Table = cells[[*keys, "firing", "F2"]].rename(columns={"firing": "partner", "F2": CONTROL})
-    return cells.assign(partner=cells["firing"].map(partner)).merge(lent, on=[*keys, "partner"]).drop(columns="partner")
+    lent = table[[*keys, "firing", "F2"]].rename(columns={"firing": "partner", "F2": CONTROL})
+    paired = table.assign(partner=table["firing"].map(partner)).merge(lent, on=[*keys, "partner"])
+    return paired.drop(columns="partner")
 
 
 def score(cells: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -56,7 +64,12 @@ def score(cells: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         scaled = _per_cell_scaled(table, predictor)
         for part, names in _groups(table):
             rows += [names | {"predictor": predictor} | found for found in _scored(part, predictor, scaled, seed)]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*_NAMES, *_NUMBERS])
+
+
+def unscored(cells: pd.DataFrame, scores: pd.DataFrame) -> int:
+    """How many rows `score` left out."""
+    return len(SCORED) * sum(1 for _ in _groups(cells)) - len(scores)
 
 
 def score_cells(cells: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -78,7 +91,7 @@ def score_cells(cells: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             boot = stats.cluster_bootstrap(r2.to_numpy(), sequence.to_numpy(), stats.weighted_median, seed=seed)
             ends = {"low": boot.interval.low, "high": boot.interval.high}
             rows.append({"quantity": quantity, "predictor": predictor, "median_r2": boot.estimate, **ends, "n": boot.n})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["quantity", "predictor", "median_r2", "low", "high", "n"])
 
 
 def r2(measured: Array, predicted: Array) -> float:
@@ -99,7 +112,7 @@ def _scale(measured: Array, predicted: Array) -> float:
     return float(measured @ predicted) / square if square > 0 else 0.0
 
 
-def _per_cell_scaled(cells: Table, predictor: str) -> pd.Series:
+def _per_cell_scaled(cells: Table, predictor: str) -> Any:
     """Each prediction times the least-squares scale of its cell, fitted on the rows that it is scored on."""
     product = cells[predictor] * cells["measured"]
     keys = [cells[name] for name in CELL]
@@ -110,8 +123,7 @@ def _per_cell_scaled(cells: Table, predictor: str) -> pd.Series:
 
 def _groups(cells: Table) -> Iterator[tuple[Table, dict[str, str]]]:
     """All rows of a quantity, then splits of them; an axis that is not split is called `ALL`."""
-    splits: Sequence[tuple[str, ...]] = ((), ("horizon",), ("rank",), ("eps",), ("horizon", "eps"))
-    for split, (quantity, whole) in itertools.product(splits, list(cells.groupby("quantity"))):
+    for split, (quantity, whole) in itertools.product(_SPLITS, list(cells.groupby("quantity"))):
         names = {"quantity": str(quantity), "horizon": ALL, "rank": ALL, "eps": ALL}
         if not split:
             yield whole, names
@@ -120,7 +132,7 @@ def _groups(cells: Table) -> Iterator[tuple[Table, dict[str, str]]]:
             yield part, names | {axis: f"{x:g}" if axis != "rank" else str(x) for axis, x in zip(split, level)}
 
 
-def _scored(part: Table, predictor: str, scaled: pd.Series, seed: int) -> Iterator[dict[str, float]]:
+def _scored(part: Table, predictor: str, scaled: Any, seed: int) -> Iterator[dict[str, float]]:
     """The numbers of one group, or nothing where nothing varies."""
     measured, predicted = part["measured"].to_numpy(float), part[predictor].to_numpy(float)
     sequence = part["sequence"].to_numpy()
