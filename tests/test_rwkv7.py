@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from hookpoints import HookedRecurrent
 from hookpoints.rules import RWKV7, FlaRWKV7
 from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM, rwkv7_recurrence
+from hookpoints.session import cache_of
 
 B, T, H, K, V = 2, 45, 3, 8, 6
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -126,7 +127,7 @@ def assert_agrees(answer: Answer, model: RWKV7ForCausalLM, tokens: torch.Tensor)
     out = model(tokens)
     scale = float(out.logits.abs().max())
     assert_close(out.logits[0], answer.logits, rtol=0, atol=1e-5 * max(1.0, scale))
-    for layer, state in zip(out.cache.layers, answer.states, strict=True):
+    for layer, state in zip(cache_of(out).layers, answer.states, strict=True):
         assert_close(layer.recurrent_states[0][0], state, rtol=1e-4, atol=1e-5 * float(state.abs().max()))
 
 
@@ -149,7 +150,7 @@ def test_padding_on_either_side_is_treated_as_rwkv7_hf_does(wide, tokens, tmp_pa
         out = wide(tokens[:1], attention_mask=mask)
         real = mask[0].bool()
         assert_close(out.logits[0, real], answer.logits[real], rtol=1e-5, atol=1e-4)
-        for layer, state in zip(out.cache.layers, answer.states, strict=True):
+        for layer, state in zip(cache_of(out).layers, answer.states, strict=True):
             assert_close(layer.recurrent_states[0][0], state, rtol=1e-4, atol=1e-5 * float(state.abs().max()))
 
 
@@ -158,10 +159,10 @@ def test_decoding_in_pieces_continues_prefill(model64, tokens):
     """Pieces of 1, 2 and more tokens, from a cache; logits and last states."""
     whole, out, pieces = model64(tokens), None, []
     for piece in tokens.split([33, 1, 2, 4, 1, 29], dim=1):
-        out = model64(piece, cache=None if out is None else out.cache)
+        out = model64(piece, cache=None if out is None else cache_of(out))
         pieces.append(out.logits)
     assert_close(torch.cat(pieces, 1), whole.logits, **EXACT)
-    for found, expected in zip(out.cache.layers, whole.cache.layers):
+    for found, expected in zip(cache_of(out).layers, cache_of(whole).layers):
         assert_close(found.recurrent_states[0], expected.recurrent_states[0], **EXACT)
         assert_close(found.conv_states[1], expected.conv_states[1], **EXACT)
 
@@ -179,12 +180,12 @@ def test_padding_leaves_no_trace(model64, tokens):
         out = model64(batch, attention_mask=masks)
         assert_close(out.logits[0, left : left + 50], alone.logits[0], **EXACT)
         assert_close(out.logits[1], model64(tokens[1:]).logits[0], **EXACT)
-        for padded, plain in zip(out.cache.layers, alone.cache.layers):
+        for padded, plain in zip(cache_of(out).layers, cache_of(alone).layers):
             assert_close(padded.recurrent_states[0][:1], plain.recurrent_states[0], **EXACT)
             assert_close(padded.conv_states[0][:1], plain.conv_states[0], **EXACT)
         cut = left + 20  # the second half from a cache, its padding included
         first = model64(batch[:, :cut], attention_mask=masks[:, :cut])
-        rest = model64(batch[:, cut:], attention_mask=masks, cache=first.cache)
+        rest = model64(batch[:, cut:], attention_mask=masks, cache=cache_of(first))
         assert_close(rest.logits[0, : left + 50 - cut], alone.logits[0, 20:], **EXACT)
 
 
@@ -216,14 +217,14 @@ def test_generation_in_batches_with_padding_and_beams(tokens):
 @torch.no_grad()
 def test_a_cache_can_be_copied_and_reordered(model64, tokens):
     out = model64(tokens[:, :20])
-    kept = copy.deepcopy(out.cache)
-    branch = copy.deepcopy(out.cache)
+    kept = copy.deepcopy(cache_of(out))
+    branch = copy.deepcopy(cache_of(out))
     branch.reorder_cache(torch.tensor([1, 0, 1]))
     following = torch.tensor([[5], [6], [7]])
     found = model64(following, cache=branch).logits
     rows = torch.cat([tokens[[1, 0, 1], :20], following], 1)
     assert_close(found[:, 0], model64(rows).logits[:, -1], **EXACT)
-    for before, after in zip(kept.layers, out.cache.layers):
+    for before, after in zip(kept.layers, cache_of(out).layers):
         assert torch.equal(before.recurrent_states[0], after.recurrent_states[0])
 
 
@@ -231,7 +232,7 @@ def test_every_parameter_learns(tokens):
     model = make_hf("rwkv7").train()
     out = model(tokens, labels=tokens)
     assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
-    assert out.cache is None
+    assert set(out.keys()) == {"loss", "logits"}
     out.loss.backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 

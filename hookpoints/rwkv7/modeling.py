@@ -162,8 +162,10 @@ class RWKV7ForCausalLM(RWKV7PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **kept)
 
 
-def _padding(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Zeros of a mask where x [B,T,D] has padding, or None where it has none."""
+def _padding(mask: Any, x: Tensor) -> Tensor | None:
+    """Zeros of a mask where x [B,T,D] has padding, or None where it has none. Some versions of transformers' generate
+    make one mask for each type of layer."""
+    mask = mask.get("linear_attention") if isinstance(mask, dict) else mask
     if mask is None:
         return None
     if mask.ndim != 2 or mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
