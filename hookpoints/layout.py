@@ -191,6 +191,6 @@ def _model_type(model: nn.Module) -> str:
 
 def _refusal(model: nn.Module) -> str:
     model_type = _model_type(model)
-    known = ", ".join(rule.name for rule in RULES)
+    known = ", ".join(dict.fromkeys(rule.name for rule in RULES))
     reason = REFUSED.get(model_type, "none of its layers calls a recurrent op that is known here")
     return f"{model_type!r} cannot be hooked: {reason}. Update rules known here: {known}"
