@@ -58,6 +58,11 @@ class HookedRecurrentConfig:
 
     def layer(self, index: int) -> RecurrentLayer:
         """The recurrent layer at block ``index``; raises UnsupportedModelError where that block has no recurrence."""
+        if not 0 <= index < self.n_layers:
+            raise UnsupportedModelError(
+                f"layer {index} is out of range: {self.model_name} has blocks 0 to {self.n_layers - 1}, recurrent are "
+                f"{self.recurrent_layers}"
+            )
         if index not in self.layers:
             raise UnsupportedModelError(
                 f"layer {index} of {self.model_name} has no recurrence and so no writes; "

@@ -37,6 +37,14 @@ class EditError(HookpointsError, ValueError):
     """A WriteEdit that does not fit the model or the tokens."""
 
 
+class InputError(HookpointsError, ValueError):
+    """Token ids or an attention mask that the model cannot take."""
+
+
+class Float16OverflowError(HookpointsError, FloatingPointError):
+    """An edited layer's reads or state are beyond float16's range."""
+
+
 class BridgeWarning(UserWarning):
     """A TransformerBridge does not compute what its own Hugging Face model does, or not all of its hooks fire."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from . import run as run_scope
-from .errors import EditError
+from .errors import EditError, Float16OverflowError
 from .intercept import running, torch_form
 from .padding import UNPADDED, Padding
 from .placing import changes_of
@@ -138,6 +138,7 @@ class HookedMixer:
         for heads, change in self._fire_matrices("state", response.states):
             response.add_states(heads, change)
         result = self._fire_read(response.apply(native))
+        _check_range(result, self.layer)
         return self.rule.write_result(padding.packed_result(result), arguments)
 
     def _chosen(
@@ -239,6 +240,18 @@ def _is_filled(cache: Cache, layer: int) -> bool:
         return cache.has_previous_state(layer)
     except ValueError:  # caches whose layers are of another kind (fla's) tell it by their length
         return cache.get_seq_length(layer) > 0
+
+
+def _check_range(result: OpResult, layer: int) -> None:
+    """Raise where float16 reads or states left their range: downstream they would turn into NaN without a word."""
+    if result.outputs.dtype != torch.float16:
+        return
+    for what, value in (("reads", result.outputs), ("state", result.final_state)):
+        if value is not None and not bool((value.abs() <= torch.finfo(torch.float16).max).all()):
+            raise Float16OverflowError(
+                f"the {what} of layer {layer} leave float16's range (65504) with the hooks and edits in force; load "
+                "the model with dtype=torch.bfloat16 or torch.float32, or edit with smaller matrices"
+            )
 
 
 def _owning_state(r: Recurrence) -> Recurrence:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.HookedTransformer import Output
 from transformer_lens.utils import lm_cross_entropy_loss
+from transformers import Cache
 
 from . import loading, run
 from .attachment import Attachment, StopForward
 from .config import describe
 from .edits import EditRow
 from .hooked import HookedModel
+from .inputs import check_mask, check_prompt_mask, check_tokens
 from .layout import out_projection
 from .mixer import Backend
 from .recurrence import Recurrence
@@ -136,6 +138,8 @@ class HookedRecurrent(Tokens, HookedModel):
             residual = input
         else:
             tokens, attention_mask = self._token_batch(input, prepend_bos, padding_side, attention_mask)
+            if attention_mask is not None:
+                check_mask(attention_mask, tokens, cached=any(isinstance(x, Cache) for x in hf_kwargs.values()))
         inputs = {"input_ids": tokens} if residual is None else {"inputs_embeds": residual}
         if residual is not None and self.attachment.layout.rereads_embeddings:
             if tokens is None:
@@ -169,6 +173,8 @@ class HookedRecurrent(Tokens, HookedModel):
         """
         batch = self._token_batch(input, prepend_bos, "left", hf_kwargs.pop("attention_mask", None))
         mask = torch.ones_like(batch.tokens) if batch.attention_mask is None else batch.attention_mask
+        check_mask(mask, batch.tokens)
+        check_prompt_mask(mask)
         with torch.no_grad(), self.edits(edits):
             out = self.hf_model.generate(batch.tokens, attention_mask=mask, **hf_kwargs)
         if return_type == "tokens" or (return_type == "input" and isinstance(input, Tensor)):
@@ -228,13 +234,13 @@ class HookedRecurrent(Tokens, HookedModel):
     def _token_batch(
         self, input: Any, prepend_bos: bool | None, padding_side: PaddingSide | None, mask: Tensor | None
     ) -> TokenBatch:
-        if isinstance(input, (str, list)) and (isinstance(input, str) or isinstance(input[0], str)):
+        if isinstance(input, str) or (isinstance(input, list) and input and isinstance(input[0], str)):
             made = self.tokenize(input, prepend_bos, padding_side)  # type: ignore[arg-type]
+            check_tokens(made.tokens, self.cfg)
             return made if mask is None else TokenBatch(made.tokens, mask)
         tokens = torch.as_tensor(input, device=self.cfg.device)
         tokens = tokens.unsqueeze(0) if tokens.ndim == 1 else tokens
-        if tokens.ndim != 2 or tokens.is_floating_point():
-            raise ValueError(f"input must be text or token ids [B,T], found {tokens.dtype} {list(tokens.shape)}")
+        check_tokens(tokens, self.cfg)
         return TokenBatch(tokens, mask)
 
     def _layer_index(self, layer: int | None, default: int) -> int:

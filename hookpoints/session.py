@@ -13,6 +13,7 @@ from torch import Tensor
 from . import run
 from .edits import EditPlan, EditRow
 from .errors import EditError
+from .inputs import check_tokens
 from .recurrence import Recurrence
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class EditSession:
         tokens = torch.as_tensor(tokens, device=model.cfg.device)
         if tokens.ndim != 2 or tokens.shape[0] != 1:
             raise EditError(f"a session is about one sequence [1,T], found tokens of shape {list(tokens.shape)}")
+        check_tokens(tokens, model.cfg)
         self.model, self.tokens = model, tokens
         self._record: dict[int, run.Recorded] = {}
         self._residual: dict[int, Tensor] = {}
