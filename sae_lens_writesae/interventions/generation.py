@@ -1,0 +1,74 @@
+"""Batched greedy continuations in which every row has edits of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hookpoints import run
+from hookpoints.edits import EditPlan, EditRow
+
+
+def generation_settings(model: Any) -> dict[str, Any]:
+    """What `generate` needs beside lengths: a padding id where the model names none."""
+    config = model.hf_model.generation_config
+    pad = config.pad_token_id
+    if pad is None:
+        ends = config.eos_token_id
+        pad = ends[0] if isinstance(ends, (list, tuple)) else ends if ends is not None else 0
+    return {"pad_token_id": pad}
+
+
+@torch.no_grad()
+def greedy_rows(
+    model: Any,
+    tokens: Tensor,
+    rows: Sequence[EditRow],
+    max_new_tokens: int,
+    *,
+    batch_size: int = 128,
+    progress: bool = False,
+) -> list[list[int]]:
+    """The greedy continuation of each prompt in `tokens` [N,T] under the edits in `rows` [N], without what follows an
+    end-of-sequence token. Positions of edits count from the first prompt token.
+
+    Raises:
+        EditError: an edit does not fit the model or never met its token.
+        ValueError: not one row of edits for each prompt.
+    """
+    if len(tokens) != len(rows):
+        raise ValueError(f"each prompt needs its row of edits (empty for none), found {len(tokens)} and {len(rows)}")
+    found: list[list[int]] = []
+    starts = range(0, len(rows), batch_size)
+    for start in tqdm(starts, desc="generate", disable=not progress):
+        part = slice(start, start + batch_size)
+        plan = EditPlan.for_rows(rows[part])
+        model.check_edits(plan)
+        with run.scope(model.attachment, plan=plan):
+            out = model.generate(
+                tokens[part], max_new_tokens=max_new_tokens, do_sample=False, **generation_settings(model)
+            )
+        idle = plan.idle()
+        if idle:
+            raise run_error(idle[0])
+        found += [cut(row, model) for row in out[:, tokens.shape[1] :].tolist()]
+    return found
+
+
+def cut(continuation: list[int], model: Any) -> list[int]:
+    """The tokens before the first end-of-sequence token."""
+    ends = model.hf_model.generation_config.eos_token_id
+    known = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    stop = next((n for n, token in enumerate(continuation) if token in known), len(continuation))
+    return continuation[:stop]
+
+
+def run_error(edit: Any) -> Exception:
+    """An edit that no pass reached."""
+    from hookpoints import EditError
+
+    return EditError(f"an edit at layer {edit.layer}, position {edit.position} never acted: generation ended before it")
