@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen3_5ForCausalLM
+from transformers import AutoConfig, AutoTokenizer
 
 from hookpoints import embedded
 
@@ -18,13 +18,25 @@ import embedded_card as card  # noqa: E402
 import embedded_families as families  # noqa: E402
 import embedded_gdn as gdn  # noqa: E402
 import embedded_mamba2 as mamba2  # noqa: E402
+import embedded_rwkv7 as rwkv7  # noqa: E402
 from embedded_family import Transition  # noqa: E402
 from embedded_memory import half_lives, head_memories, share_of_long_memory  # noqa: E402
 
 
+@pytest.fixture(scope="module", params=embedded.names())
+def name(request):
+    """Each model of this installation."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def model():
-    return Qwen3_5ForCausalLM.from_pretrained(embedded.path()).eval()
+def family(name):
+    return families.FAMILIES[embedded.path(name).name]
+
+
+@pytest.fixture(scope="module")
+def model(name, family):
+    return family.model_class.from_pretrained(embedded.path(name)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +45,8 @@ def windows():
 
 
 @pytest.fixture(scope="module")
-def metrics():
-    return json.loads((embedded.path() / "metrics.json").read_text())
+def metrics(name):
+    return json.loads((embedded.path(name) / "metrics.json").read_text())
 
 
 # ---- loader and text
@@ -45,6 +57,14 @@ def test_every_name_is_a_complete_checkpoint():
     for name in embedded.names():
         files = {file.name for file in embedded.path(name).iterdir()}
         assert files >= {"config.json", "model.safetensors", "tokenizer.json", "metrics.json", "README.md"}
+
+
+def test_all_models_share_tokenizer_and_size(name):
+    """So that what is found in one can be looked for in the others, position by position."""
+    ours, first = embedded.path(name), embedded.path()
+    assert (ours / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
+    sizes = [json.loads((path / "metrics.json").read_text())["parameters"] for path in (ours, first)]
+    assert 0.9 < sizes[0] / sizes[1] < 1.1
 
 
 def test_unknown_name_raises_and_names_the_available_ones():
@@ -75,20 +95,23 @@ def test_text_is_prose_without_editorial_notes():
 # ---- the model
 
 
-def test_loads_in_fp32_with_grouped_heads_and_unequal_key_and_value_width(model):
-    config = model.config
+def test_loads_in_fp32(model):
     assert model.dtype == torch.float32
+
+
+def test_the_first_has_grouped_heads_and_unequal_key_and_value_width():
+    config = AutoConfig.from_pretrained(embedded.path())
     assert config.linear_num_value_heads > config.linear_num_key_heads
     assert config.linear_key_head_dim != config.linear_value_head_dim
     assert config.layer_types.count("full_attention") == 1
 
 
-def test_perplexity_is_what_the_card_says(model, windows, metrics):
+def test_perplexity_is_what_the_card_says(name, model, windows, metrics):
     loss = card.losses(model, windows[: card.SLICE_WINDOWS]).nats.mean()
     assert metrics["perplexity_of_slice"] == pytest.approx(loss.exp().item(), rel=0.02)
     assert loss.exp() < 25
     assert metrics["perplexity"] < 25
-    assert f"{metrics['perplexity']:.2f}" in (embedded.path() / "README.md").read_text()
+    assert f"{metrics['perplexity']:.2f}" in (embedded.path(name) / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -97,8 +120,8 @@ def test_perplexity_on_the_whole_test_text(model, windows, metrics):
     assert metrics["perplexity"] == pytest.approx(loss.exp().item(), rel=0.001)
 
 
-def test_a_quarter_of_the_heads_remember_16_tokens(model, windows, metrics):
-    table = head_memories(families.FAMILIES["gdn"].transitions(model, windows[:1]), horizon=128, stride=8)
+def test_a_quarter_of_the_heads_remember_16_tokens(family, model, windows, metrics):
+    table = head_memories(family.transitions(model, windows[:1]), horizon=128, stride=8)
     assert len(table) == len(metrics["heads"])
     assert share_of_long_memory(table, 16) >= 0.25
     assert metrics["long_memory_share"] >= 0.25
@@ -175,6 +198,19 @@ def test_training_recurrence_of_mamba2_equals_the_library():
     library = partial(mamba2.modeling_mamba2.mamba2_chunk_scan, chunk_size=32, dt_softplus=True)
     ours = partial(mamba2.fast_recurrence, library, dt_limit=(0.0, float("inf")))
     assert_same_values_and_gradients(ours, library, inputs)
+
+
+def test_training_recurrence_of_rwkv7_equals_the_library():
+    torch.manual_seed(0)
+    B, T, H, K, V = 2, 64, 3, 8, 6
+    erase = torch.nn.functional.normalize(torch.randn(B, T, H, K), dim=-1)
+    inputs = {name: torch.randn(B, T, H, K) for name in ("r", "k")} | {"v": torch.randn(B, T, H, V)}
+    inputs |= {"w": -0.6 * torch.rand(B, T, H, K), "a": -erase, "b": erase * torch.rand(B, T, H, K)}
+    inputs |= {"w": -0.6065 * torch.ones(B, T, H, K)}  # the fastest decay there is: least room in fp32
+    library = rwkv7.layers.rwkv7_recurrence
+    assert_same_values_and_gradients(
+        lambda **x: rwkv7.fast_recurrence(library, **x)[0], lambda **x: library(**x)[0], inputs
+    )
 
 
 @pytest.fixture

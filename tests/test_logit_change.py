@@ -174,7 +174,7 @@ def test_f0_is_the_papers_formula(kind: str) -> None:
     alpha = torch.ones(r.K, dtype=torch.float64)
     for t in range(case.start + 1, case.position + 1):
         alpha = alpha * r.log_decay[0, t, 0].exp()
-    out = case.model.W_O(case.layer, case.head) @ case.model.W_U[:, case.token]
+    out = (case.model.W_O(case.layer, case.head) @ case.model.W_U[:, case.token]).detach()
     for key, value in zip(case.added.keys[0], case.added.values[0]):
         expected += float((alpha * key) @ r.q[0, case.position, 0] * r.scale * (value @ out))
     assert float(case.predicted().F0) == pytest.approx(expected, rel=1e-10)

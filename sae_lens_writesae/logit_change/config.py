@@ -14,7 +14,7 @@ class LogitChangeConfig:
     Validates itself; every field goes into the result.
     """
 
-    n_atoms: int | None = 40
+    n_atoms: int | None = 30
     """Atoms drawn uniformly from all alive atoms that can be tested. None: all of them."""
     firings_per_atom: int = 2
     """At most this many firings of an atom, dealt over sequences (`firings.sample_firings`)."""

@@ -59,11 +59,15 @@ def score(cells: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     Groups in which every measured change is the same have no R2 and are left out.
     """
     table: Table = cells
+    scaled = {predictor: _per_cell_scaled(table, predictor) for predictor in SCORED}
     rows = []
-    for predictor in SCORED:
-        scaled = _per_cell_scaled(table, predictor)
-        for part, names in _groups(table):
-            rows += [names | {"predictor": predictor} | found for found in _scored(part, predictor, scaled, seed)]
+    for part, names in _groups(table):
+        measured, sequence = part["measured"].to_numpy(float), part["sequence"].to_numpy()
+        if np.ptp(measured) == 0:
+            continue
+        for predictor in SCORED:
+            predicted, own = part[predictor].to_numpy(float), scaled[predictor][part.index].to_numpy(float)
+            rows.append(names | {"predictor": predictor} | _scored(measured, predicted, own, sequence, seed))
     return pd.DataFrame(rows, columns=[*_NAMES, *_NUMBERS])
 
 
@@ -132,24 +136,20 @@ def _groups(cells: Table) -> Iterator[tuple[Table, dict[str, str]]]:
             yield part, names | {axis: f"{x:g}" if axis != "rank" else str(x) for axis, x in zip(split, level)}
 
 
-def _scored(part: Table, predictor: str, scaled: Any, seed: int) -> Iterator[dict[str, float]]:
-    """The numbers of one group, or nothing where nothing varies."""
-    measured, predicted = part["measured"].to_numpy(float), part[predictor].to_numpy(float)
-    sequence = part["sequence"].to_numpy()
-    if np.ptp(measured) == 0:
-        return
+def _scored(measured: Array, predicted: Array, per_cell: Array, sequence: NDArray[Any], seed: int) -> dict[str, float]:
+    """The numbers of one predictor on one group; `per_cell` is the prediction with a scale of each cell's own."""
     fit = one_scale(measured, predicted, sequence)
     interval = _r2_interval(measured, predicted, sequence, seed)
-    yield {
+    return {
         "r2": r2(measured, predicted),
         "r2_low": interval.low,
         "r2_high": interval.high,
         "r2_global_scale": r2(measured, fit.predicted),
         "global_scale": fit.scale,
-        "per_cell_scale": r2(measured, scaled[part.index].to_numpy(float)),
+        "per_cell_scale": r2(measured, per_cell),
         "pearson": float(np.corrcoef(measured, predicted)[0, 1]) if np.ptp(predicted) > 0 else 0.0,
         "sign_rate": float((np.sign(measured) == np.sign(predicted)).mean()),
-        "n": len(part),
+        "n": len(measured),
         "n_sequences": len(np.unique(sequence)),
     }
 
