@@ -69,4 +69,12 @@ EVALUATIONS: dict[str, Entry] = {
         Scope.EACH,
         "how far does one substitution lead the model astray?",
     ),
+    "logit_change": Entry(
+        "logit_change",
+        "run_logit_change",
+        "LogitChangeConfig",
+        "LogitChange",
+        Scope.EACH,
+        "can a formula predict what an atom does to later logits?",
+    ),
 }
