@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sae_lens_writesae.atoms import MatrixAtoms
 from sae_lens_writesae.checks import check_finite
 from sae_lens_writesae.training import before_step
+from sae_lens_writesae.training_loss import step_with_loss
 
 
 class Activations(NamedTuple):
@@ -94,11 +95,16 @@ class TrainingCoding(Coding, TrainingSAE[Any]):
         return self._encode(x)
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """Upkeep (mean centring, unit norm, resampling: see `MatrixTrainingConfig`), then SAELens' own step.
+        """Upkeep (mean centring, unit norm, resampling: see `MatrixTrainingConfig`), then SAELens' own step, with the
+        loss that the config asks for.
 
         Raises:
-            ValueError: NaN or infinite input or weights.
+            ValueError: NaN or infinite input or weights, or a loss whose columns the batch lacks.
         """
+        return step_with_loss(self, step_input, self._matrix_step)
+
+    def _matrix_step(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """Upkeep and SAELens' step on matrices alone [N,K*V]."""
         resampled = before_step(self, step_input)  # pyright: ignore[reportCallIssue]  (torch's decorator)
         with self.step_scope():
             output: TrainStepOutput = super().training_forward_pass(step_input)

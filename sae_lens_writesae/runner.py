@@ -22,7 +22,9 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 
 from hookpoints import HookedRecurrent
+from sae_lens_writesae.aligned_store import AlignedStore
 from sae_lens_writesae.targets import Target, check_hook, head_target
+from sae_lens_writesae.training_loss import Loss
 
 MODEL_CLASS_NAME = "HookedRecurrent"
 """``model_class_name`` that makes SAELens' runners load a hookpoints model."""
@@ -73,6 +75,8 @@ def training_config(
     target: Target = "write",
     architecture: str = "writesae_batchtopk",
     d_sae: int = 2048,
+    loss: Loss = "mse",
+    loss_weight: float = 0.5,
     sae: dict[str, Any] | None = None,
     **runner: Any,
 ) -> LanguageModelSAERunnerConfig[Any]:
@@ -82,6 +86,8 @@ def training_config(
         target: what is learned; see ``targets.Target``.
         architecture: a registered training architecture.
         d_sae: atoms.
+        loss: ``reads`` or ``write`` mix in what queries read, or atoms along the write (``training_loss``), with the
+            share ``loss_weight``; these need ``train`` below, SAELens' own runner lacks what they compare with.
         sae: further fields of the SAE's config, such as ``{"k": 32, "encoder": "tied"}``.
         runner: further fields of ``LanguageModelSAERunnerConfig``, such as ``training_tokens``.
     """
@@ -105,7 +111,8 @@ def training_config(
     if target == "last_state":  # one row per sequence, so that the buffer is counted in sequences
         defaults["n_batches_in_buffer"] = 4 * int(runner.get("train_batch_size_tokens", 256))
         defaults["train_batch_size_tokens"] = 256
-    fields: dict[str, Any] = {**place.sae_fields, "d_sae": d_sae, **(sae or {})}
+    asked = {"d_sae": d_sae, "loss": loss, "loss_weight": loss_weight}
+    fields: dict[str, Any] = {**place.sae_fields, **asked, **(sae or {})}
     cfg = LanguageModelSAERunnerConfig(sae=config_class(**fields), **(defaults | runner))
     rows = cfg.n_batches_in_buffer * (1 if target == "last_state" else cfg.context_size)
     if rows < cfg.train_batch_size_tokens:
@@ -130,7 +137,7 @@ def text_dataset(text: str, min_characters: int = 2000) -> Dataset:
 
 
 class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
-    """SAELens' runner, except that SIGINT and SIGTERM lose nothing.
+    """SAELens' runner, except that SIGINT and SIGTERM lose nothing, and that it knows the losses of ``training_loss``.
 
     SAELens saves neither weights nor optimizer when interrupted, and fails if the folder is missing. Here an
     interrupted run leaves a whole checkpoint (weights, optimizer, schedule, position in the data) in
@@ -141,6 +148,9 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
         super().__init__(cfg, **overrides)
         if isinstance(self.model, HookedRecurrent):
             check_hook(self.model, cfg)
+        if getattr(cfg.sae, "loss", "mse") != "mse":
+            self.activations_store = AlignedStore.aligned(self.model, cfg, self.activations_store.dataset)
+            self.evaluator.activations_store = self.activations_store
 
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
         try:

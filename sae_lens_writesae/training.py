@@ -6,7 +6,7 @@ the parameters' data. The optimizer's moments are not touched: those of a dead a
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from sae_lens.saes.sae import TrainingSAEConfig, TrainStepInput
@@ -15,6 +15,7 @@ from torch import Tensor
 from sae_lens_writesae.atoms import MatrixAtoms, MatrixAtomsConfig
 from sae_lens_writesae.checks import check_finite, require
 from sae_lens_writesae.resampling import resample
+from sae_lens_writesae.training_loss import Loss
 
 if TYPE_CHECKING:
     from sae_lens_writesae.coding import TrainingCoding
@@ -48,6 +49,10 @@ class MatrixTrainingConfig(MatrixAtomsConfig, TrainingSAEConfig):
     says: 1000 steps by default, 100 in the paper. 0: never."""
     resample_until: int = 0
     """No resampling after this step, so that the last atoms get trained. 0: no limit."""
+    loss: Loss = "mse"
+    """What is asked of the reconstruction: see `training_loss.Loss`. All but `mse` need this package's runner."""
+    loss_weight: float = 0.5
+    """Share of `loss` in (1 - weight) mse + weight * loss, in [0, 1]. Unused by `mse`."""
 
     def __post_init__(self) -> None:
         norm = self.decoder_init_norm
@@ -55,6 +60,8 @@ class MatrixTrainingConfig(MatrixAtomsConfig, TrainingSAEConfig):
         require(self.b_dec_init in ("mean", "zeros"), "b_dec_init", self.b_dec_init, "'mean' or 'zeros'")
         for field in ("unit_norm_every", "resample_every", "resample_until"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "a number of steps, or 0 for never")
+        require(self.loss in get_args(Loss), "loss", self.loss, f"one of {get_args(Loss)}")
+        require(0 <= self.loss_weight <= 1, "loss_weight", self.loss_weight, "between 0 and 1")
         super().__post_init__()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae_lens_writesae.architectures.batchtopk import WriteBatchTopKTrainingSAE, WriteBatchTopKTrainingSAEConfig
 from sae_lens_writesae.training import aux_loss
+from sae_lens_writesae.training_loss import step_with_loss
 
 
 @dataclass
@@ -30,7 +31,10 @@ class WriteMatryoshkaTrainingSAE(MatryoshkaBatchTopKTrainingSAE, WriteBatchTopKT
     cfg: Any
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """The scope of the step includes the inner reconstructions."""
+        """The scope of the step includes the inner reconstructions, which are always of the matrices themselves."""
+        return step_with_loss(self, step_input, self._nested_step)
+
+    def _nested_step(self, step_input: TrainStepInput) -> TrainStepOutput:
         with self.step_scope():
             return super().training_forward_pass(step_input)
 

@@ -1,0 +1,232 @@
+"""Losses beyond reconstruction: formulas, gradients by finite differences, columns against the model, training."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_hf
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainStepInput
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae import TRAINING, WriteSAETrainingRunner, load_sae, training_config
+from sae_lens_writesae.aligned_store import COLUMN_SCALE, AlignedStore
+from sae_lens_writesae.training_loss import atom_write_cosines, n_columns, read_loss, write_loss
+
+LAYER, HEAD, K, V = 1, 2, 8, 6
+EXTRA: dict[str, Any] = {
+    "writesae_matryoshka": {"matryoshka_widths": [6, 12]},
+    "writesae_standard": {"l1_coefficient": 0.1},
+    "writesae_gated": {"l1_coefficient": 0.1},
+}
+
+
+def make(architecture: str = "writesae_topk", loss: Any = "reads", weight: float = 0.5, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    sae_class, config_class = get_sae_training_class(architecture)
+    own: dict[str, Any] = {} if architecture in EXTRA or architecture == "writesae_jumprelu" else {"k": 3}
+    if architecture == "writesae_matryoshka":
+        own = {"k": 3}
+    shape = {"d_in": K * V, "d_k": K, "d_sae": 12, "loss": loss, "loss_weight": weight, "dtype": "float64"}
+    return sae_class(config_class(**shape | own | EXTRA.get(architecture, {}) | fields))  # pyright: ignore
+
+
+def rows(loss: Any, n: int = 10, terms: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, K * V + n_columns(loss, K, V, terms), dtype=torch.float64, generator=generator)
+
+
+def step(sae: Any, x: torch.Tensor, at: int = 1) -> Any:
+    coefficients = {"l1": 0.1, "l0": 0.1}
+    return sae.training_forward_pass(TrainStepInput(x, coefficients, None, at, False))
+
+
+# -- formulas
+
+
+def test_read_loss_is_zero_exactly_where_reads_agree() -> None:
+    x = rows("reads")
+    q = x[:, K * V :]
+    error = torch.randn(10, K, V, dtype=torch.float64)
+    unread = error - q[:, :, None] * (torch.einsum("nkv,nk->nv", error, q) / q.square().sum(-1, keepdim=True))[:, None]
+    assert read_loss(unread, q) < 1e-25 < read_loss(error, q) and unread.norm() > 1
+    assert read_loss(error, 1000 * q) == pytest.approx(read_loss(error, q).item())
+
+
+def test_read_loss_by_hand_and_in_units_of_the_squared_error() -> None:
+    error = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+    query = torch.tensor([[1.0, 1.0]])  # reads (4, 6): 52, times K / |q|^2 = 2 / 2
+    assert read_loss(error, query) == 52
+    torch.manual_seed(0)
+    errors, queries = torch.randn(20_000, K, V), torch.randn(20_000, K)
+    assert read_loss(errors, queries) == pytest.approx(errors.square().sum((1, 2)).mean().item(), rel=0.02)
+
+
+def test_write_loss_by_hand() -> None:
+    cosine = torch.tensor([[1.0, -1.0, 0.5], [0.2, 0.2, 0.2], [1.0, 1.0, 1.0]])
+    contribution = torch.tensor([[1.0, 0.0, 1.0], [3.0, 4.0, 1.0], [0.0, 0.0, 0.0]])
+    assert write_loss(cosine, contribution) == pytest.approx(1 - (0.75 + 0.2 + 0) / 3)
+
+
+@pytest.mark.parametrize("decoder, rank, terms", [("rank", 1, 1), ("rank", 3, 2), ("flat", 1, 2)])
+def test_cosines_with_writes_are_those_of_the_dense_matrices(decoder: str, rank: int, terms: int) -> None:
+    sae = make(loss="write", decoder=decoder, rank=rank)
+    keys, values = rows("write", terms=terms)[:, K * V :].split([terms * K, terms * V], dim=1)
+    keys, values = keys.view(-1, terms, K), values.view(-1, terms, V)
+    expected = torch.cosine_similarity((keys.mT @ values).flatten(1)[:, None], sae.W_dec[None], dim=-1)
+    assert torch.allclose(atom_write_cosines(sae, keys, values), expected, atol=1e-12)
+    assert atom_write_cosines(sae, 0 * keys, values).abs().max() == 0
+
+
+# -- steps
+
+
+@pytest.mark.parametrize("loss", ["reads", "write"])
+@pytest.mark.parametrize("architecture", sorted(TRAINING))
+def test_a_step_mixes_the_loss_in_by_its_weight(architecture: str, loss: str) -> None:
+    x = rows(loss)
+    plain = step(make(architecture, "mse"), x[:, : K * V])
+    output = step(make(architecture, loss, 0.3), x)
+    assert output.sae_in.shape == output.sae_out.shape == (10, K * V)
+    assert torch.equal(output.sae_out, plain.sae_out)
+    extra, mse = output.losses[f"{loss}_loss"], output.losses["mse_loss"]
+    assert output.loss.item() == pytest.approx((plain.loss + 0.3 * (extra - mse)).item())
+    if loss == "reads":
+        error = (output.sae_out - output.sae_in).view(-1, K, V)
+        q = x[:, K * V :]
+        direct = sum((e.T @ each).square().sum() for e, each in zip(error, q)) / 10 * K / q.square().sum(-1).mean()
+        assert extra.item() == pytest.approx(direct.item())
+
+
+@pytest.mark.parametrize("loss", ["reads", "write"])
+@pytest.mark.parametrize("fields", [{}, {"rank": 2}, {"decoder": "flat", "encoder": "dense"}])
+def test_gradients_are_those_of_finite_differences(loss: str, fields: dict[str, Any]) -> None:
+    sae, x = make(loss=loss, weight=1.0, **fields), rows(loss)
+    step(sae, x).loss.backward()
+    generator, checked = torch.Generator().manual_seed(2), 0
+    for parameter in sae.parameters():
+        direction = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+        expected, losses = (parameter.grad * direction).sum(), []
+        for sign in (1, -1):
+            parameter.data += sign * 1e-6 * direction
+            losses.append(step(sae, x).loss.item())
+            parameter.data -= sign * 1e-6 * direction
+        assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
+        checked += 1
+    assert checked >= 4
+
+
+def test_weight_zero_is_plain_training() -> None:
+    x = rows("reads")
+    sae, plain = make(weight=0.0), make(loss="mse")
+    step(sae, x).loss.backward()
+    step(plain, x[:, : K * V]).loss.backward()
+    for one, other in zip(sae.parameters(), plain.parameters()):
+        assert torch.allclose(one.grad, other.grad, atol=1e-14)
+
+
+# -- columns, and training through SAELens' trainer
+
+
+def config(model: Any, **fields: Any) -> Any:
+    runner: dict[str, Any] = {
+        "training_tokens": 640,
+        "context_size": 32,
+        "train_batch_size_tokens": 64,
+        "n_batches_in_buffer": 8,
+    }
+    runner |= {"store_batch_size_prompts": 2, "verbose": False, "lr": 3e-3}
+    return training_config(model, LAYER, HEAD, **runner | {"d_sae": 12, "sae": {"k": 3}} | fields)
+
+
+def dataset(n: int = 40) -> Any:
+    from datasets import Dataset
+
+    ids = torch.randint(1, 64, (n, 32), generator=torch.Generator().manual_seed(0))
+    return Dataset.from_dict({"tokens": ids.tolist()})
+
+
+@pytest.mark.parametrize("target", ["state", "write", "last_state"])
+@pytest.mark.parametrize("loss", ["reads", "write"])
+def test_columns_are_the_models_own_queries_and_writes(model: Any, tokens: Any, target: Any, loss: Any) -> None:
+    cfg = config(model, target=target, loss=loss, n_batches_in_buffer=64)
+    store = AlignedStore.aligned(model, cfg, dataset())
+    found = store.get_activations(tokens[:, :32])
+    assert found.shape[-1] == store.d_in == K * V + (K if loss == "reads" else K + V)
+    names = [cfg.hook_name] + [f"blocks.{LAYER}.mixer.hook_{n}" for n in ("q", "write_key", "write_value")]
+    _, cache = model.run_with_cache(tokens[:, :32], names_filter=names)
+    where = slice(*cfg.seqpos_slice)
+    matrix, columns = found.split([K * V, store.d_in - K * V], dim=-1)
+    assert torch.allclose(matrix, cache[names[0]][:, where], atol=1e-6)
+    wanted = [cache[names[1]]] if loss == "reads" else [cache[n] for n in names[2:]]
+    expected = torch.cat([x[:, where, HEAD] for x in wanted], -1)
+    assert torch.allclose(columns / COLUMN_SCALE, expected, atol=1e-5)
+
+
+def test_a_rule_that_reads_first_is_given_the_next_query() -> None:
+    from hookpoints.recurrence import Recurrence
+    from sae_lens_writesae.aligned_store import _queries
+
+    q = torch.randn(1, 5, 1, K)
+    r = Recurrence(q=q, k=torch.randn(1, 5, 1, K), u=torch.randn(1, 5, 1, V), read_before_write=True)
+    assert torch.equal(_queries(r)[:, :-1], q[:, 1:, 0]) and not _queries(r)[:, -1].any()
+
+
+@pytest.mark.parametrize("target, loss", [("state", "reads"), ("write", "write")])
+def test_training_lowers_the_loss_and_saves_an_ordinary_sae(model: Any, tmp_path: Any, target: Any, loss: Any) -> None:
+    """The write loss on writes, where the code is known to tell the write; a random model's states do not."""
+    sae = {"k": 8, "normalize_activations": "expected_average_only_in"}
+    fields: dict[str, Any] = {
+        "training_tokens": 3840,
+        "n_batches_for_norm_estimate": 2,
+        "lr": 1e-2,
+        "d_sae": 48,
+        "sae": sae,
+    }
+    cfg = config(model, target=target, loss=loss, loss_weight=0.9, output_path=str(tmp_path / "sae"), **fields)
+    runner = WriteSAETrainingRunner(cfg, override_model=model, override_dataset=dataset())
+    seen: list[float] = []
+    forward = runner.sae.training_forward_pass
+
+    def spy(step_input: Any) -> Any:
+        output = forward(step_input)
+        seen.append(float(output.losses[f"{loss}_loss"].detach()))
+        return output
+
+    runner.sae.training_forward_pass = spy  # pyright: ignore[reportAttributeAccessIssue]
+    runner.run()
+    assert sum(seen[-10:]) < 0.95 * sum(seen[:10])
+    loaded = load_sae(tmp_path / "sae")
+    assert loaded.cfg.d_in == K * V and not hasattr(loaded.cfg, "loss")
+    assert loaded.cfg.metadata.hook_name == f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_{target}_vec"
+    assert loaded.encode(torch.randn(3, K * V)).shape == (3, 48)
+
+
+def test_saelens_own_runner_is_told_what_it_lacks(model: Any) -> None:
+    from sae_lens import LanguageModelSAETrainingRunner
+
+    cfg = config(model, target="state", loss="reads")
+    with pytest.raises(ValueError, match=r"train with sae_lens_writesae\.train"):
+        LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=dataset()).run()
+
+
+def test_cached_activations_and_bad_fields_are_refused(model: Any) -> None:
+    cfg = config(model, target="state", loss="reads")
+    cfg.use_cached_activations, cfg.cached_activations_path = True, "nowhere"
+    with pytest.raises(ValueError, match="use_cached_activations=False"):
+        AlignedStore.aligned(model, cfg, dataset())
+    for fields, words in (({"loss": "kl"}, "loss='kl'"), ({"loss_weight": 1.5}, "loss_weight=1.5")):
+        with pytest.raises(ValueError, match=words):
+            config(model, **fields)
+
+
+@pytest.mark.parametrize("model_type", ["mamba2", "kimi_linear"])
+def test_columns_of_other_rules(model_type: str) -> None:
+    other = HookedRecurrent.from_hf(make_hf(model_type))
+    layer = other.cfg.recurrent_layers[-1]
+    shape = other.cfg.layer(layer)
+    small: dict[str, Any] = {"context_size": 32, "train_batch_size_tokens": 64, "n_batches_in_buffer": 8}
+    cfg = training_config(other, layer, 0, loss="write", d_sae=12, sae={"k": 3}, target="state", **small)
+    found = AlignedStore.aligned(other, cfg, dataset()).get_activations(torch.ones(1, 8, dtype=torch.long))
+    assert found.shape == (1, 8, shape.K * shape.V + shape.K + shape.V)
+    other.attachment.detach()
