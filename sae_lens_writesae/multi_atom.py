@@ -64,6 +64,8 @@ class MultiAtomConfig:
     """Edited rows at once."""
     seed: int = 0
     """Of the draw."""
+    label: str = ""
+    """Name in reports."""
 
     def __post_init__(self) -> None:
         for name, known in (("scales", ("coefficient", "matched")), ("controls", ("mean", "state"))):
@@ -272,7 +274,7 @@ def run_multi_atom(
     found = pd.DataFrame(pd.concat(frames, ignore_index=True), columns=list(MultiAtom.COLUMNS["writes"]))
     seconds = time.perf_counter() - begin
     settings = {"config": asdict(config), "omitted": omitted, "conditions_per_second": len(found) / seconds}
-    return MultiAtom(describe(model, sae, seed=config.seed, seconds=seconds, **settings), {"writes": found})
+    return MultiAtom(describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, **settings), {"writes": found})
 
 
 def _sequence(

@@ -65,6 +65,8 @@ class ErasureConfig:
     """Edited rows at once; does not change results."""
     seed: int = 0
     """Of the split, the draw and the controls."""
+    label: str = ""
+    """Name in reports."""
 
     def __post_init__(self) -> None:
         if self.erase not in ("component", "write"):
@@ -248,7 +250,7 @@ def run_erasure(
     rows = len(drawn.select) + 2 * len(drawn.test)
     settings = {"config": asdict(config), "omitted": drawn.omitted, "rows_per_second": rows / seconds}
     split = "half of the sequences, at random, for the choice of tokens; the other half for the test"
-    return Erasure(describe(model, sae, seed=config.seed, seconds=seconds, split=split, **settings), tables)
+    return Erasure(describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, split=split, **settings), tables)
 
 
 def _draw(firings: Firings, config: ErasureConfig) -> _Draw:

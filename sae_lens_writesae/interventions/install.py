@@ -60,6 +60,8 @@ class InstallConfig:
     """Continuations at once."""
     seed: int = 0
     """Of prompts, targets and random directions."""
+    label: str = ""
+    """Name in reports."""
 
     def __post_init__(self) -> None:
         check_at_least(self, {"pairs": 2, "prompt_tokens": 2, "n_positions": 1, "new_tokens": 1, "rows_per_run": 1})
@@ -247,7 +249,7 @@ def run_install(
     table = column_table(rows, Install.COLUMNS["continuations"])
     seconds = time.perf_counter() - begin
     settings = {"config": asdict(config), "omitted": omitted, "continuations_per_second": len(rows) / seconds}
-    return Install(describe(model, sae, seed=config.seed, seconds=seconds, **settings), {"continuations": table})
+    return Install(describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, **settings), {"continuations": table})
 
 
 def install_edits(hook: HeadHook, writes: HeadWrites, value: Tensor, size: float, n_positions: int) -> list[WriteEdit]:

@@ -64,6 +64,8 @@ class PassageConfig:
     """Edited passages at once."""
     seed: int = 0
     """Of the split and the controls."""
+    label: str = ""
+    """Name in reports."""
 
     def __post_init__(self) -> None:
         check_at_least(self, {"passages": 2, "min_firings": 1, "rows_per_run": 1})
@@ -209,7 +211,7 @@ def run_passage(
     plain = asdict(config) | {"classes": None if config.classes is None else sorted(config.classes)}
     settings = {"config": plain, "omitted": omitted, "passages_per_second": len(table) / seconds}
     tables = {"passages": table, "classes": column_table(members, Passage.COLUMNS["classes"])}
-    return Passage(describe(model, sae, seed=config.seed, seconds=seconds, **settings), tables)
+    return Passage(describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, **settings), tables)
 
 
 def _part(firings: Firings, sequences: NDArray[np.int64]) -> pd.DataFrame:

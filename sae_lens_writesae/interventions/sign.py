@@ -59,6 +59,8 @@ class SignConfig:
     """Edited rows at once."""
     seed: int = 0
     """Of positions, targets and random directions."""
+    label: str = ""
+    """Name in reports."""
 
     def __post_init__(self) -> None:
         check_at_least(self, {"n_positions": 2, "first_position": 0, "rows_per_run": 1})
@@ -236,7 +238,7 @@ def run_sign(model: Any, sae: Any, tokens: Tensor, config: SignConfig | None = N
     table = pd.DataFrame(pd.concat(frames, ignore_index=True), columns=list(Sign.COLUMNS["writes"]))
     seconds = time.perf_counter() - begin
     settings = {"config": asdict(config), "omitted": omitted, "rows_per_second": len(table) / seconds}
-    return Sign(describe(model, sae, seed=config.seed, seconds=seconds, **settings), {"writes": table})
+    return Sign(describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, **settings), {"writes": table})
 
 
 def _positions(tokens: Tensor, config: SignConfig) -> list[tuple[int, list[int]]]:
