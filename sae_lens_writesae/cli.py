@@ -16,6 +16,7 @@ from hookpoints import HookpointsError
 from sae_lens_writesae.eval_cli import eval_app
 from sae_lens_writesae.report import ReportFiles
 from sae_lens_writesae.reproduce_cli import reproduce, spread_lists
+from sae_lens_writesae.show_cli import show
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +25,7 @@ app = typer.Typer(
     help="Matrix-atom sparse autoencoders on the memory of recurrent language models, and what their atoms do.",
 )
 console = Console()
+app.command()(show)
 
 
 @app.command()

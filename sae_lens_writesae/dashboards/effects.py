@@ -1,0 +1,115 @@
+"""What an atom does to the logits: along the direct path, and through all of the model to first order."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hookpoints import WriteEdit
+from sae_lens_writesae.conditions import norm
+from sae_lens_writesae.dashboards.config import DashboardConfig
+from sae_lens_writesae.dashboards.sweep import Atoms
+from sae_lens_writesae.firings import HeadHook
+
+_TOKENS = 4096
+"""Tokens of edited rows per call: more does not fit a CPU's cache."""
+_LOGITS = 128_000_000
+"""Float32 logits held at once (512 MB), which matters where the vocabulary is large."""
+
+
+class Measured(NamedTuple):
+    """Derivatives of the logits for n atoms."""
+
+    mean: NDArray[np.float32]
+    """[n,vocab], mean over firings and positions, minus the mean over the vocabulary."""
+    n: NDArray[np.int64]
+    """Firings behind each."""
+
+
+def direct_path(model: Any, hook: HeadHook, atoms: Atoms) -> NDArray[np.float32]:
+    """w^T W_O^h W_U [n,vocab] for unit w, minus the mean over the vocabulary, to which probabilities are blind.
+
+    The value side of the paper's formula (WriteSAE, arXiv 2605.12770): the gain and gate of the head's norm, later
+    blocks and the final norm are not in it.
+    """
+    with torch.no_grad():
+        path = atoms.w.to(model.W_U) @ model.W_O(hook.layer, hook.head).to(model.W_U) @ model.W_U
+        return (path - path.mean(-1, keepdim=True)).float().cpu().numpy()
+
+
+def effect_firings(table: pd.DataFrame, n_positions: int, config: DashboardConfig) -> pd.DataFrame:
+    """Up to `effect_firings` of each atom, in different sequences, with room for the horizon.
+
+    All atoms take sequences in one random order, so that few sequences serve all of them: each costs a forward.
+    """
+    rng = np.random.default_rng([config.seed, 1])
+    rows: Any = table[table["position"] < n_positions - config.effect_horizon]
+    rows = rows.iloc[rng.permutation(len(rows))].drop_duplicates(["column", "sequence"])
+    order = rng.permutation(int(table["sequence"].to_numpy().max()) + 1)
+    rows = rows.assign(turn=order[rows["sequence"]]).sort_values("turn", kind="stable")
+    chosen = rows.groupby("column").head(config.effect_firings)
+    return chosen.sort_values(["sequence", "position", "column"], ignore_index=True)
+
+
+@torch.no_grad()
+def measured(
+    model: Any,
+    hook: HeadHook,
+    tokens: Tensor,
+    chosen: pd.DataFrame,
+    atoms: Atoms,
+    config: DashboardConfig,
+    progress: bool,
+) -> Measured:
+    """d logits / d eps at eps = 0 where eps |W_t| A / |A| is added to the write, by central differences.
+
+    Firings at a zero write are left out. Cost: two edited rows of horizon + 1 tokens per firing.
+    """
+    total = np.zeros((len(atoms.number), model.W_U.shape[1]), dtype=np.float32)
+    counts = np.zeros(len(atoms.number), dtype=np.int64)
+    sizes = norm(atoms.factors)
+    groups: list[Any] = list(chosen.groupby("sequence"))
+    for sequence, rows in tqdm(groups, desc="effects", disable=not progress):
+        session = model.edit_session(tokens[int(sequence) : int(sequence) + 1])
+        one = session.recurrence(hook.layer).select(heads=slice(hook.head, hook.head + 1))
+        written = (one.k[0].flatten(1, -2).mT @ one.u[0].flatten(1, -2)).norm(dim=(-2, -1))
+        rows = rows.assign(size=written.cpu().numpy()[rows["position"]])
+        for batch in _batches(rows[rows["size"] > 0], total.shape[1], config.effect_horizon):
+            edits = [edit for row in batch for edit in _pair(hook, atoms, sizes, row, config.effect_step)]
+            stop = batch[-1].position + config.effect_horizon + 1
+            logits = session.run(edits, stop=stop, batch_size=len(edits)).logits.float()
+            for i, row in enumerate(batch):
+                at = row.position - batch[0].position
+                plus, minus = logits[2 * i : 2 * i + 2, at : at + config.effect_horizon + 1]
+                slope = (plus - minus).mean(0) / (2 * config.effect_step)
+                total[row.column] += (slope - slope.mean()).cpu().numpy()
+                counts[row.column] += 1
+    total /= np.maximum(counts, 1)[:, None]
+    return Measured(total, counts)
+
+
+def _pair(hook: HeadHook, atoms: Atoms, sizes: Tensor, row: Any, step: float) -> list[WriteEdit]:
+    """The write plus and minus `step` of its norm along the atom."""
+    keys, values = atoms.factors.keys[row.column], atoms.factors.values[row.column]
+    by = step * row.size / sizes[row.column]
+    return [WriteEdit(hook.layer, hook.head, row.position, keys, sign * by * values) for sign in (1, -1)]
+
+
+def _batches(rows: pd.DataFrame, vocabulary: int, horizon: int) -> list[list[Any]]:
+    """Firings in order of position; a batch runs from its first to its last window, so only near ones share one."""
+    room = min(_TOKENS, _LOGITS // vocabulary)
+    batches: list[list[Any]] = []
+    for row in rows.itertuples(index=False):
+        length = row.position + horizon + 1 - (batches[-1][0].position if batches else 0)  # type: ignore[operator]
+        near = length <= 2 * (horizon + 1)
+        if batches and near and 2 * (len(batches[-1]) + 1) * length <= room:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches

@@ -1,0 +1,80 @@
+"""Tokens as text: exact for the data, and visible for a reader."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+_SYMBOLS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
+_LOST = "\ufffd"
+
+
+class TokenTexts:
+    """Texts of token ids, decoded once each.
+
+    A token that is only part of a character (byte-level vocabularies have such) decodes to U+FFFD; its bytes are shown
+    instead, as `⟨E280⟩`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        if getattr(model, "tokenizer", None) is None:
+            raise ValueError(
+                "dashboards show text, and this model has no tokenizer: give one to from_hf(model, tokenizer)"
+            )
+        self._model = model
+        self._known: dict[int, str] = {}
+
+    def __call__(self, token: int) -> str:
+        """The exact text of a token."""
+        if token not in self._known:
+            text = str(self._model.to_string(token))
+            self._known[token] = self._bytes(token) or text if _LOST in text else text
+        return self._known[token]
+
+    def many(self, tokens: Iterable[int]) -> list[str]:
+        """The exact texts of several tokens."""
+        return [self(int(token)) for token in tokens]
+
+    def _bytes(self, token: int) -> str | None:
+        """`⟨E280⟩` for a token of a byte-level vocabulary, None elsewhere."""
+        convert = getattr(self._model.tokenizer, "convert_ids_to_tokens", None)
+        symbols = convert(token) if convert is not None else None
+        if not isinstance(symbols, str) or any(symbol not in _BYTES for symbol in symbols):
+            return None
+        return "⟨" + "".join(f"{_BYTES[symbol]:02X}" for symbol in symbols) + "⟩"
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters by which byte-level vocabularies (GPT-2's and its heirs') write the 256 bytes."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(rest)}
+
+
+_BYTES = _byte_alphabet()
+
+
+class Piece(NamedTuple):
+    """One character as a reader sees it."""
+
+    shown: str
+    symbol: bool
+    """It stands for a character without ink."""
+
+
+def pieces(text: str) -> list[Piece]:
+    """`text` by characters, with a symbol for everything that leaves no ink: spaces, newlines, control and format
+    characters."""
+    if not text:
+        return [Piece("⟨empty⟩", True)]
+    return [Piece(c, False) if _has_ink(c) else Piece(_SYMBOLS.get(c, f"⟨U+{ord(c):04X}⟩"), True) for c in text]
+
+
+def visible(text: str) -> str:
+    """`pieces`, joined."""
+    return "".join(piece.shown for piece in pieces(text))
+
+
+def _has_ink(character: str) -> bool:
+    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp")

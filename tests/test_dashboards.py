@@ -1,0 +1,402 @@
+"""Atom dashboards: exact on planted dictionaries, whole as JSON, and looked at in a browser."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fake_substitution import HOLDS, fake_result
+from sae_lens.saes.sae import SAEMetadata
+from torch import Tensor
+from typer.testing import CliRunner
+
+from hookpoints import HookedRecurrent
+from hookpoints import embedded as embedded_model
+from sae_lens_writesae import WriteTopKSAE, WriteTopKSAEConfig
+from sae_lens_writesae.cli import app
+from sae_lens_writesae.dashboards import AtomPage, Dashboard, DashboardConfig, atom_dashboards, write_dashboards
+from sae_lens_writesae.dashboards.data import TokenValue
+from sae_lens_writesae.dashboards.effects import direct_path
+from sae_lens_writesae.dashboards.memory import Lifetime, memory
+from sae_lens_writesae.dashboards.pages import chip, lead, token
+from sae_lens_writesae.dashboards.token_text import TokenTexts, visible
+
+LAYER, HEAD, N, T = 2, 3, 4, 48
+HOOK = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write_vec"
+SMALL = DashboardConfig(
+    n_atoms=None, min_firings=1, top=4, before=6, after=3, per_band=999, bands=2, effect_horizon=4, half_life_limit=30
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """Float64 throughout, so that derivatives can be compared."""
+    return HookedRecurrent.from_pretrained("embedded", dtype=torch.float64, backend="recurrence", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tokens(model: Any) -> Tensor:
+    ids = model.to_tokens(embedded_model.text("test")[:3000])[0]
+    return ids[: N * T].view(N, T)
+
+
+def empty_sae(model: Any, d_sae: int = 6, rank: int = 1) -> Any:
+    """Atoms to be planted: the encoder is the atoms, and the strongest one of each token fires."""
+    shape = model.cfg.layer(LAYER)
+    torch.manual_seed(0)
+    sizes = {"d_in": shape.K * shape.V, "d_sae": d_sae, "k": 1, "d_k": shape.K, "rank": rank}
+    metadata = SAEMetadata(hook_name=HOOK, model_name="embedded")
+    return WriteTopKSAE(WriteTopKSAEConfig(**sizes, encoder="tied", metadata=metadata))
+
+
+@pytest.fixture(scope="module")
+def planted(model: Any, tokens: Tensor) -> Any:
+    """Atoms that are native writes of chosen tokens, at unit norm: there they fire with its norm, at cosine 1."""
+    sae = empty_sae(model)
+    recurrence = model.recurrence(tokens, LAYER)
+    with torch.no_grad():
+        for atom in range(6):
+            s, t = places()[atom]
+            sae.v[atom, 0] = torch.nn.functional.normalize(recurrence.k[s, t, HEAD], dim=-1)
+            sae.w[atom, 0] = torch.nn.functional.normalize(recurrence.u[s, t, HEAD], dim=-1)
+            if atom == 1:  # the same atom by another name
+                sae.v[atom], sae.w[atom] = -sae.v[atom], -sae.w[atom]
+    return sae
+
+
+def places() -> list[tuple[int, int]]:
+    return [(i % N, 5 + 6 * i) for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def data(model: Any, planted: Any, tokens: Tensor) -> Dashboard:
+    return atom_dashboards(model, planted, tokens, SMALL, progress=False)
+
+
+def test_a_planted_write_is_found_where_it_was_taken(model: Any, tokens: Tensor, data: Dashboard) -> None:
+    recurrence = model.recurrence(tokens, LAYER)
+    assert [page.atom for page in data.atoms] == list(range(6))
+    for page, (s, t) in zip(data.atoms, places()):
+        size = float((recurrence.k[s, t, HEAD].norm() * recurrence.u[s, t, HEAD].norm()).detach())
+        every = [c for band in page.bands for c in band.contexts]
+        assert len(every) == page.n_firings and page.top[0].activation == max(c.activation for c in every)
+        (own,) = [c for c in every if (c.sequence, c.position) == (s, t)]
+        assert own.cosine == pytest.approx(1, abs=1e-3) and own.activation == pytest.approx(size, rel=1e-3)
+        assert own.tokens == [model.to_string(int(i)) for i in tokens[s, own.first : t + SMALL.after + 1]]
+        assert own.first == max(0, t - SMALL.before) and own.at == t - own.first
+        assert page.cosines is not None and page.cosines.at_firings.n == page.n_firings
+        assert page.keys.at_firings is not None and page.keys.at_firings.median > 0  # also for the turned one
+
+
+def test_counts_are_those_of_the_encoder(planted: Any, model: Any, tokens: Tensor, data: Dashboard) -> None:
+    _, cache = model.run_with_cache(tokens, names_filter=[HOOK])
+    with torch.no_grad():
+        active = planted.encode(cache[HOOK].float()) > 0  # [N,T,F]
+    for page in data.atoms:
+        here = active[..., page.atom].numpy()
+        assert page.n_firings == here.sum() and page.rate == pytest.approx(here.mean())
+        edges = np.array(page.positions.edges, dtype=int)
+        rates = [here[:, a:b].mean() for a, b in itertools.pairwise(edges)]
+        np.testing.assert_allclose(page.positions.values, rates)
+        fired, counts = np.unique(tokens.numpy()[here], return_counts=True)
+        assert page.fires_on[0].n == counts.max() and page.fires_on[0].token in fired
+    assert sum(page.n_firings for page in data.atoms) == active.sum()
+
+
+def test_key_side_is_the_mean_cosine_by_token(model: Any, planted: Any, tokens: Tensor, data: Dashboard) -> None:
+    keys = torch.nn.functional.normalize(model.recurrence(tokens, LAYER).k[:, :, HEAD], dim=-1)
+    for page in data.atoms[:2]:
+        v = torch.nn.functional.normalize(planted.v[page.atom, 0].double(), dim=-1) * (-1 if page.atom == 1 else 1)
+        for listed in page.keys.tokens.high[:3] + page.keys.tokens.low[:3]:
+            here = tokens == listed.token
+            assert listed.n == here.sum() >= SMALL.min_token_count
+            assert listed.value == pytest.approx(float((keys[here] @ v).mean().detach()), abs=1e-3)
+        values = [t.value for t in page.keys.tokens.high]
+        assert values == sorted(values, reverse=True) and values[0] > page.keys.tokens.low[0].value
+
+
+def test_value_side_is_the_direct_path(model: Any, planted: Any, data: Dashboard) -> None:
+    page = data[0]
+    w = torch.nn.functional.normalize(planted.w[0, 0].double(), dim=-1)
+    path = w @ model.W_O(LAYER, HEAD) @ model.W_U
+    path = path - path.mean()
+    best = int(path.argmax())
+    assert page.values.tokens.high[0].token == best
+    assert page.values.tokens.high[0].value == pytest.approx(float(path.detach().max()), rel=1e-3)
+    assert page.values.tokens.low[0].token == int(path.argmin())
+
+
+def test_effect_is_the_derivative_that_autograd_finds(model: Any, planted: Any, tokens: Tensor) -> None:
+    """One firing, all first-order paths, at every listed token."""
+    config = DashboardConfig(**SMALL.to_dict() | {"atoms": (0,), "effect_firings": 1, "effect_step": 1e-3})
+    data = atom_dashboards(model, planted, tokens, config, progress=False)
+    from sae_lens_writesae.dashboards.collect import _atoms, _table
+    from sae_lens_writesae.dashboards.effects import effect_firings
+    from sae_lens_writesae.firings import HeadHook, collect_firings
+
+    chosen = _atoms(model, planted, HeadHook.parse(HOOK), np.array([0]))[0]
+    row = effect_firings(_table(collect_firings(model, planted, tokens), chosen), T, config).iloc[0]
+    s, t = int(row["sequence"]), int(row["position"])
+    amount = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    atom = planted.atoms([0])[0].double()
+
+    def add(write: Tensor, hook: Any) -> Tensor:
+        changed = write.clone()
+        changed[0, t] = write[0, t] + amount * write[0, t].detach().norm() * atom / atom.norm()
+        return changed
+
+    logits = model.run_with_hooks(tokens[s : s + 1], fwd_hooks=[(HOOK.replace("_vec", ""), add)])
+    mean = logits[0, t : t + config.effect_horizon + 1].mean(0)
+    mean = mean - mean.mean()
+    effect = data[0].effect
+    assert effect is not None and effect.n == 1 and effect.size > 0
+    for listed in effect.tokens.high[:3] + effect.tokens.low[:3]:
+        (slope,) = torch.autograd.grad(mean[listed.token], amount, retain_graph=True)
+        assert listed.value == pytest.approx(float(slope), rel=2e-3)
+
+
+def test_half_life_is_that_of_the_atoms_own_key_side(model: Any, planted: Any, tokens: Tensor) -> None:
+    """Against the step-by-step definition, on one atom whose firings are all followed."""
+    config = DashboardConfig(**SMALL.to_dict() | {"half_life_firings": 1000})
+    page = atom_dashboards(model, planted, tokens, config, progress=False)[2]
+    recurrence = model.recurrence(tokens, LAYER)
+    _, cache = model.run_with_cache(tokens, names_filter=[HOOK])
+    with torch.no_grad():
+        active = (planted.encode(cache[HOOK].float())[..., 2] > 0)[:, :-1].nonzero().tolist()
+        lives = []
+        for s, t in active:
+            p, size = planted.v[2, 0].double(), float(planted.v[2, 0].norm())
+            for step in range(1, min(config.half_life_limit, T - 1 - t) + 1):
+                one = [x[s, t + step, HEAD] for x in (recurrence.log_decay, recurrence.a, recurrence.b)]
+                p = one[0].exp() * p + one[1] * (one[2] @ p)
+                if p.norm() < size / 2:
+                    break
+            lives.append(Lifetime(0, step, bool(p.norm() >= size / 2)))
+    assert page.memory == memory(lives) and page.memory.n == len(active) > 1
+
+
+def test_memory_counts_writes_that_outlive_their_sequence() -> None:
+    assert memory([Lifetime(0, n, False) for n in (2, 4, 6)]).half_life == 4
+    # Survival after 2: 3/4; the one that ended at 3 leaves the risk set; after 5: 3/8.
+    found = memory([Lifetime(0, 2, False), Lifetime(0, 3, True), Lifetime(0, 5, False), Lifetime(0, 9, True)])
+    assert (found.half_life, found.ended, found.n, found.longest) == (5, 2, 4, 9)
+    assert memory([Lifetime(0, 7, True)]).half_life is None and memory([]).n == 0
+
+
+def test_higher_rank_shows_the_leading_term(model: Any, tokens: Tensor) -> None:
+    sae = empty_sae(model, rank=2)
+    data = atom_dashboards(model, sae, tokens, SMALL, progress=False)
+    matrix = sae.atoms([data.atoms[0].atom])[0]
+    sigma = torch.linalg.svdvals(matrix.detach())
+    assert data.atoms[0].rank_share == pytest.approx(float(sigma[0] ** 2 / (sigma**2).sum()), rel=1e-4)
+    assert "leading term" in render(data, data.atoms[0])
+
+
+def render(data: Dashboard, page: AtomPage, folder: Path | None = None) -> str:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as made:
+        return write_dashboards(data, folder or made).pages[page.atom].read_text()
+
+
+def test_roundtrip_and_pages_from_loaded_data(data: Dashboard, tmp_path: Path) -> None:
+    files = write_dashboards(data, tmp_path / "first")
+    loaded = Dashboard.load(files.data)
+    assert loaded == data and json.loads(files.data.read_text())["info"]["hook_name"] == HOOK
+    again = write_dashboards(loaded, tmp_path / "second")
+    assert again.index.read_text() == files.index.read_text()
+    assert [again.pages[a].read_text() for a in again.pages] == [p.read_text() for p in files.pages.values()]
+    assert max(p.stat().st_size for p in files.pages.values()) < 100_000
+    for file in (files.index, *files.pages.values()):
+        links = re.findall(r'(?:src|href)="([^"]*)"', file.read_text())
+        assert all((tmp_path / "first" / link).is_file() for link in links) and "url(" not in file.read_text()
+
+
+def test_tokens_are_escaped_and_visible(data: Dashboard) -> None:
+    evil = '<script>alert("&")</script>'
+    context = data.atoms[0].top[0]
+    first = context.__class__(0, 1, 0, [evil, " a\n", "\u200b"], [0.0, 1.0, 0.5], None)
+    page = AtomPage(**{**vars(data.atoms[0]), "top": [first], "fires_on": [TokenValue(7, evil, 1.0, 3)]})
+    source = render(Dashboard(data.info, [page]), page)
+    assert evil not in source and source.count("<script") == 0
+    assert html.escape("<script>alert(").replace("&quot;", '"') in source
+    assert "<i>·</i>a<i>↵</i></mark>" in source and "⟨U+200B⟩" in source
+    assert evil not in token(page.fires_on[0]) + chip(page.fires_on[0]) and "&lt;script&gt;" in chip(page.fires_on[0])
+    assert visible(" a\tb\n") == "·a⇥b↵" and visible("") == "⟨empty⟩" and visible("é漢") == "é漢"
+
+
+def test_bytes_that_are_no_character_are_shown_as_bytes(model: Any) -> None:
+    texts = TokenTexts(model)
+    lost = [i for i in range(model.W_U.shape[1]) if "\ufffd" in model.to_string(i)]
+    assert lost and all(re.fullmatch(r"⟨([0-9A-F]{2})+⟩", texts(i)) for i in lost)
+    assert texts(model.to_single_token(" the")) == " the"
+
+
+def test_substitution_and_readers_are_joined_by_atom(model: Any, planted: Any, tokens: Tensor) -> None:
+    result = fake_result(HOLDS, head=HEAD, n_sequences=10)
+    object.__setattr__(result.info, "hook_name", HOOK)
+    table = pd.DataFrame({"atom": [0, 0, 0], "layer": [4, 3, 4], "head": [1, 0, 1], "change": [1.0, 5.0, 3.0]})
+    data = atom_dashboards(model, planted, tokens, SMALL, substitution=result, readers=table, progress=False)
+    wide: Any = result.wide()
+    own = wide[wide["written_atom"] == 0]
+    shown = data[0].substitution
+    assert shown is not None and [s.scale for s in shown] == list(result.info.config.scales)
+    assert shown[0].win_rate == pytest.approx((own["atom/coefficient"] < own["delete"]).mean()) and shown[0].n == len(
+        own
+    )
+    readers = data[0].readers
+    assert readers is not None and [(r.layer, r.head, r.value) for r in readers] == [(3, 0, 5.0), (4, 1, 2.0)]
+    assert data[1].readers == [] and "layer 3, head 0" in render(data, data[0])
+    with pytest.raises(ValueError, match="columns atom, layer, head, change; change missing"):
+        atom_dashboards(model, planted, tokens, SMALL, readers=table.drop(columns="change"), progress=False)
+    with pytest.raises(ValueError, match=r"test is about blocks\.1"):
+        atom_dashboards(model, planted, tokens, SMALL, substitution=fake_result(HOLDS), progress=False)
+
+
+def test_bad_input_is_named(model: Any, planted: Any, tokens: Tensor, tmp_path: Path) -> None:
+    def run(sae: Any = planted, at: Tensor = tokens, **fields: Any) -> Dashboard:
+        return atom_dashboards(model, sae, at, DashboardConfig(**SMALL.to_dict() | fields), progress=False)
+
+    with pytest.raises(ValueError, match=r"atoms \[99\] have fewer than 1 firings on 4 sequences of 48"):
+        run(atoms=(0, 99))
+    with pytest.raises(ValueError, match="no atom fires 1000 times"):
+        run(min_firings=1000)
+    with pytest.raises(ValueError, match="T > 61"):
+        run(effect_horizon=60)
+    with pytest.raises(ValueError, match="top must be at least 1, found 0"):
+        DashboardConfig(top=0)
+    with pytest.raises(ValueError, match="named once each"):
+        DashboardConfig(atoms=(1, 1))
+    silent = empty_sae(model)
+    silent.b_enc.data += 1  # everything fires, but nothing is written
+    silent.v.data[:] = 0
+    with pytest.raises(ValueError, match="zero matrices"):
+        run(sae=silent)
+    with pytest.raises(ValueError, match="empty"):
+        write_dashboards(Dashboard({}, []), tmp_path / "none")
+    (tmp_path / "data.json").write_text("{")
+    with pytest.raises(ValueError, match="cut short"):
+        Dashboard.load(tmp_path / "data.json")
+    (tmp_path / "data.json").write_text('{"format": 1, "info": {}, "atoms": [{}]}')
+    with pytest.raises(ValueError, match="no dashboard"):
+        Dashboard.load(tmp_path / "data.json")
+
+
+def test_command_line(planted: Any, tmp_path: Path) -> None:
+    planted.save_model(str(tmp_path / "sae"))
+    text = tmp_path / "text.txt"
+    text.write_text(embedded_model.text("test")[:3000])
+    command = [
+        "show",
+        str(tmp_path / "sae"),
+        "--text",
+        str(text),
+        "--context-size",
+        "48",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = CliRunner().invoke(app, [*command, "--n", "2"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "index.html").is_file() and len(
+        Dashboard.load(tmp_path / "out" / "data.json").atoms
+    ) == 2
+    wrong = CliRunner().invoke(app, [*command, "--atoms", "1;2"])
+    assert wrong.exit_code == 2 and "as 3,17,42; found '1;2'" in wrong.output.replace("\n", " ")
+
+
+# -- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium or Chrome on PATH")
+    return found
+
+
+def dom(browser: str, address: str, folder: Path, *flags: str) -> str:
+    """The page after its scripts have run."""
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}", *flags]
+    done = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+def shown_atoms(source: str) -> list[int]:
+    rows = re.findall(r'<tr data-atom="(\d+)"([^>]*)>', source)
+    return [int(atom) for atom, rest in rows if "hidden" not in rest]
+
+
+@pytest.fixture(scope="module")
+def site(data: Dashboard, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return write_dashboards(data, tmp_path_factory.mktemp("site"))
+
+
+@pytest.mark.parametrize("key", ["rate", "cosine", "halflife"])
+def test_the_index_sorts(browser: str, data: Dashboard, site: Any, tmp_path: Path, key: str) -> None:
+    values: Any = {
+        "rate": lambda p: p.rate,
+        "cosine": lambda p: p.cosines.at_firings.median,
+        "halflife": lambda p: p.memory.half_life or p.memory.longest,
+    }[key]
+    source = dom(browser, f"{site.index.as_uri()}#sort={key}", tmp_path)
+    order = sorted(data.atoms, key=lambda p: (-values(p), p.atom))
+    assert shown_atoms(source) == [p.atom for p in order]
+    assert f'data-key="{key}" aria-sort="descending"' in source
+
+
+def test_the_index_filters(browser: str, data: Dashboard, site: Any, tmp_path: Path) -> None:
+    rates = sorted(p.rate for p in data.atoms)
+    low, high = rates[1], rates[-2]
+    inside = sorted((p.atom for p in data.atoms if low <= p.rate <= high), key=lambda a: (data[a].rate, a))
+    address = f"{site.index.as_uri()}#sort=rate&order=asc&min={100 * low}%&max={high}"
+    source = dom(browser, address, tmp_path)
+    assert shown_atoms(source) == inside and 0 < len(inside) < len(data.atoms)
+    assert f"{len(inside)} of {len(data.atoms)} atoms" in source
+    word = data.atoms[3].fires_on[0].text.strip()
+    found = shown_atoms(dom(browser, f"{site.index.as_uri()}#q={word}", tmp_path))
+    assert 3 in found and shown_atoms(dom(browser, f"{site.index.as_uri()}#q=no-such-word", tmp_path)) == []
+
+
+def test_pages_fit_a_phone_and_need_nothing_else(browser: str, data: Dashboard, site: Any, tmp_path: Path) -> None:
+    """No sideways scrolling at a phone's width, measured by the page itself; no request leaves the machine."""
+    for file in (site.index, site.pages[data.atoms[0].atom]):
+        probe = tmp_path / f"probe-{file.name}"
+        measured = "document.documentElement.scrollWidth<=innerWidth, innerWidth"
+        requests = "performance.getEntriesByType('resource').length"
+        script = f"<script>document.title=[{measured}, {requests}].join()</script>"
+        probe.write_text(file.read_text().replace("</body>", script + "</body>"))
+        frame = tmp_path / f"frame-{file.name}"  # windows have a least width, frames do not
+        frame.write_text(
+            f'<iframe src="{probe.name}" width="390" height="800" onload="document.title=this.contentDocument.title">'
+            "</iframe>"
+        )
+        source = dom(browser, frame.as_uri(), tmp_path / "profile", "--allow-file-access-from-files")
+        assert "<title>true,390,0</title>" in source
+
+
+def test_the_lead_says_what_the_numbers_say(data: Dashboard) -> None:
+    page = data.atoms[0]
+    words = lead(page)
+    assert visible(page.fires_on[0].text) in words and f"{page.cosines.at_firings.median:.2f}" in words  # type: ignore[union-attr]
+    assert "native write is zero" in lead(AtomPage(**{**vars(page), "cosines": None}))
+
+
+def test_direct_path_is_centred(model: Any, planted: Any) -> None:
+    from sae_lens_writesae.dashboards.collect import _atoms
+    from sae_lens_writesae.firings import HeadHook
+
+    hook = HeadHook.parse(HOOK)
+    path = direct_path(model, hook, _atoms(model, planted, hook, np.arange(6))[0])
+    assert np.abs(path.mean(1)).max() < 1e-5 and path.shape == (6, model.W_U.shape[1])
