@@ -32,6 +32,16 @@ _OWN: dict[str, dict[str, Any]] = {
     "hgrn2": {"expand_ratio": 8, "hidden_size": 48},
     "kda": {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4},
     "retnet": {"num_heads": 2, "expand_k": 0.5, "expand_v": 1.0},
+    "rwkv6": {"num_heads": 2, "expand_k": 0.5, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6},
+    "comba": {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4},
+    "gated_deltaproduct": {
+        "head_dim": 8,
+        "expand_v": 2.0,
+        "num_heads": 2,
+        "num_householder": 3,
+        "use_forget_gate": True,
+        "allow_neg_eigval": True,
+    },
 }
 _CLASSES = {
     "gated_deltanet": "GatedDeltaNet",
@@ -40,6 +50,9 @@ _CLASSES = {
     "hgrn2": "HGRN2",
     "kda": "KDA",
     "retnet": "RetNet",
+    "rwkv6": "RWKV6",
+    "comba": "Comba",
+    "gated_deltaproduct": "GatedDeltaProduct",
 }
 
 

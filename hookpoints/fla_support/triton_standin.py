@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -89,7 +89,16 @@ class _Module(ModuleType):
     __version__ = VERSION
 
     def __getattr__(self, name: str) -> Any:
+        if self.__name__ == "triton" and name in _ARITHMETIC:
+            return _ARITHMETIC[name]
         return _child(self.__name__, name)
+
+
+_ARITHMETIC: dict[str, Callable[..., int]] = {
+    "cdiv": lambda x, y: -(-x // y),
+    "next_power_of_2": lambda n: 1 << (n - 1).bit_length(),
+}
+"""Triton's helpers for the sizes of a launch: with them, what fails is the launch, which says why."""
 
 
 class _Finder(MetaPathFinder, Loader):

@@ -1,0 +1,210 @@
+"""fla's ops in canonical form, against fla's own naive references: float64 to 1e-10, float32 to 1e-5 (relative RMS)."""
+
+from __future__ import annotations
+
+import fla_models  # noqa: F401  (skips where fla is not installed)
+import pytest
+import torch
+from conftest import KeepFloat64
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from hookpoints.fla_support import import_fla
+from hookpoints.rules.base import l2_normalise
+from hookpoints.rules.fla_delta import FlaDelta
+from hookpoints.rules.fla_gated_delta import FlaGatedDelta
+from hookpoints.rules.fla_gla import FlaGatedLinear
+from hookpoints.rules.fla_kda import FlaKimiDelta
+from hookpoints.rules.fla_simple_gla import FlaRetention, FlaSimpleGatedLinear
+
+B, T, H, HV, K, V = 2, 37, 2, 4, 8, 5
+DTYPES = [torch.float64, torch.float32]
+
+
+def normal(seed: int, *shape: int, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def call(dtype, heads: int = HV, key_heads: int | None = None, **arguments):
+    """Arguments of an op call with a state to begin with, in fla's value-first layout."""
+    shared = {
+        "q": normal(0, B, T, key_heads or heads, K, dtype=dtype),
+        "k": normal(1, B, T, key_heads or heads, K, dtype=dtype),
+        "v": normal(2, B, T, heads, V, dtype=dtype),
+        "initial_state": normal(3, B, heads, V, K, dtype=dtype),
+        "state_v_first": True,
+        "output_final_state": True,
+        "scale": None,
+    }
+    return {**shared, **arguments}
+
+
+def check(rule, arguments, outputs, state, dtype):
+    """The rule's recurrence against reference outputs [B,T,H,V] and a key-first final state."""
+    recurrence = rule.recurrence(rule.factors(arguments), arguments)
+    for method in ("chunked", "reference"):
+        found = recurrence.scan(method=method)
+        for ours, theirs in ((found.outputs, outputs), (found.final_state, state)):
+            if dtype == torch.float64:
+                assert_close(ours, theirs.double(), rtol=0, atol=1e-10)
+            else:
+                error = (ours - theirs).pow(2).mean().sqrt() / theirs.pow(2).mean().sqrt()
+                assert error < 1e-5
+    assert found.outputs.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gla(dtype):
+    import_fla()
+    from fla.ops.gla.naive import naive_recurrent_gla
+
+    given = call(dtype, g=F.logsigmoid(normal(4, B, T, HV, K, dtype=dtype)) / 16)
+    with KeepFloat64():
+        out = naive_recurrent_gla(given["q"], given["k"], given["v"], given["g"], given["initial_state"].mT, True)
+    check(FlaGatedLinear(), given, *out, dtype)
+    given["gk"] = given.pop("g")  # as the recurrent op calls it
+    check(FlaGatedLinear(), given, *out, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_simple_gla(dtype):
+    import_fla()
+    from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
+
+    given = call(dtype, g=F.logsigmoid(normal(4, B, T, HV, dtype=dtype)) / 16, g_gamma=None)
+    with KeepFloat64():
+        out = naive_recurrent_simple_gla(
+            given["q"], given["k"], given["v"], given["g"], initial_state=given["initial_state"].mT
+        )
+    check(FlaSimpleGatedLinear(), given, *out, dtype)
+
+
+def test_retention():
+    import_fla()
+    from fla.ops.retention.naive import naive_retention
+
+    given = call(torch.float64, initial_state=None)
+    with KeepFloat64():
+        expected = naive_retention(*(given[name].transpose(1, 2) for name in "qkv")).transpose(1, 2)
+    recurrence = FlaRetention().recurrence(FlaRetention().factors(given), given)
+    assert_close(recurrence.outputs(), expected, rtol=0, atol=1e-6)  # the reference makes its decays in float32
+    assert_close(recurrence.log_decay[0, 3].exp(), 1 - 2.0 ** (-5.0 - torch.arange(HV, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalise", [True, False])
+def test_delta(normalise, dtype):
+    import_fla()
+    from fla.ops.delta_rule.naive import delta_rule_recurrence
+
+    beta = normal(4, B, T, HV, dtype=dtype).sigmoid()
+    given = call(dtype, beta=beta, use_qk_l2norm_in_kernel=normalise)
+    given["k"] = given["k"] if normalise else 0.3 * given["k"]
+    given["initial_state"] = given["initial_state"].mT.contiguous()  # key-first in these ops
+    del given["state_v_first"]
+    q, k = (l2_normalise(given[name]) if normalise else given[name] for name in "qk")
+    with KeepFloat64():
+        outputs, state = delta_rule_recurrence(
+            *(x.transpose(1, 2) for x in (q, k, given["v"], beta)), given["initial_state"]
+        )
+    check(FlaDelta(), given, outputs.transpose(1, 2), state, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_kernel", [True, False])
+def test_gated_delta(in_kernel, dtype):
+    """Grouped heads; gates, norms and the sigmoid of beta inside the kernel, or made before."""
+    import_fla()
+    from fla.ops.gated_delta_rule.gate import naive_gdn_gate
+    from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
+
+    raw, a_log, bias = (normal(4, B, T, HV, dtype=dtype), normal(5, HV, dtype=dtype), normal(6, HV, dtype=dtype))
+    strength = normal(7, B, T, HV, dtype=dtype)
+    given = call(dtype, HV, H, g=raw, beta=strength, A_log=a_log, dt_bias=bias, allow_neg_eigval=True)
+    given |= {"use_gate_in_kernel": True, "use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+    with KeepFloat64():
+        g = naive_gdn_gate(raw, a_log, bias, output_dtype=dtype)
+        beta = 2 * strength.sigmoid()
+        q, k = (l2_normalise(given[name]) for name in "qk")
+        if not in_kernel:
+            given |= {"q": q, "k": k, "g": g, "beta": beta}
+            given |= {name: False for name in given if name.startswith("use_")} | {"allow_neg_eigval": False}
+        q, k = (x.repeat_interleave(HV // H, 2) for x in (q, k))
+        out = naive_recurrent_gated_delta_rule(
+            q, k, given["v"], beta, g, initial_state=given["initial_state"].mT, output_final_state=True
+        )
+    check(FlaGatedDelta(), given, *out, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bound", [None, -5.0])
+def test_kda(bound, dtype):
+    import_fla()
+    from fla.ops.kda.gate import naive_kda_gate, naive_kda_lowerbound_gate
+    from fla.ops.kda.naive import naive_recurrent_kda
+
+    raw, a_log, bias = (normal(4, B, T, HV, K, dtype=dtype), normal(5, HV, dtype=dtype), normal(6, HV * K, dtype=dtype))
+    given = call(dtype, HV, H, g=raw, beta=normal(7, B, T, HV, dtype=dtype), A_log=a_log, dt_bias=bias)
+    given |= {"use_gate_in_kernel": True, "use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+    given |= {"lower_bound": bound, "safe_gate": bound is not None, "allow_neg_eigval": False}
+    with KeepFloat64():
+        gate = naive_kda_gate if bound is None else naive_kda_lowerbound_gate
+        g = gate(raw, a_log, bias, **({} if bound is None else {"lower_bound": bound}), output_dtype=dtype)
+        q, k = (l2_normalise(given[name]) for name in "qk")
+        out = naive_recurrent_kda(
+            q, k, given["v"], g, given["beta"].sigmoid(), None, given["initial_state"].mT.contiguous(), True
+        )
+    check(FlaKimiDelta(), given, *out, dtype)
+
+
+@pytest.mark.parametrize(
+    "rule, own",
+    [
+        (FlaGatedDelta(), {"A_log": normal(5, HV), "dt_bias": None, "use_gate_in_kernel": True}),
+        (FlaKimiDelta(), {"A_log": normal(5, HV), "dt_bias": None, "lower_bound": -3.0, "use_gate_in_kernel": True}),
+        (FlaGatedLinear(), {}),
+        (FlaSimpleGatedLinear(), {"g_gamma": None}),
+    ],
+    ids=["gated_delta", "kda", "gla", "simple_gla"],
+)
+def test_what_is_fed_is_what_the_op_uses(rule, own):
+    """Changed factors handed to an op, and read off that call again, are the same: what the kernel would have done
+    with them is turned off."""
+    per_channel = isinstance(rule, (FlaKimiDelta, FlaGatedLinear))
+    gate = -normal(4, B, T, HV, K).abs() if per_channel else -normal(4, B, T, HV).abs()
+    heads = H if "A_log" in own else HV
+    given = call(torch.float64, HV, heads, g=gate, **own)
+    if "beta" in rule.factor_names:
+        given |= {"beta": normal(7, B, T, HV), "use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": True}
+        given["use_qk_l2norm_in_kernel"] = True
+    factors = rule.factors(given)
+    changes = {name: getattr(factors, name) * 1.5 for name in rule.factor_names}
+    for names in (rule.factor_names, *((name,) for name in rule.factor_names)):
+        edited = factors.with_(**{name: changes[name] for name in names})
+        again = rule.factors(rule.arguments(given, edited, frozenset(names)))
+        for name in rule.factor_names:
+            assert_close(getattr(again, name), getattr(edited, name), rtol=0, atol=1e-12)
+
+
+def test_results_go_back_in_the_layout_of_the_call():
+    rule, given = FlaGatedLinear(), call(torch.float64, g=-normal(4, B, T, HV, K).abs())
+    native = (normal(8, B, T, HV, V), normal(9, B, HV, V, K))
+    result = rule.read_result(native, given)
+    assert result.final_state.shape == (B, HV, K, V)
+    for there, back in zip(native, rule.write_result(result, given), strict=True):
+        assert torch.equal(there, back) and back.is_contiguous()
+    assert rule.write_result(rule.read_result((native[0], None), given), given)[1] is None
+
+
+def test_the_chunk_op_of_deltanet_takes_no_float32():
+    """On a GPU, that is; hookpoints' own kernel steps in."""
+    chunk, recurrent = (lambda: None), (lambda: None)
+    chunk.__name__, recurrent.__name__ = "chunk_delta_rule", "fused_recurrent_delta_rule"
+    for dtype, op, runs in (
+        (torch.float32, chunk, False),
+        (torch.bfloat16, chunk, True),
+        (torch.float32, recurrent, True),
+    ):
+        on_gpu = {name: torch.empty(1, device="meta", dtype=dtype) for name in "qkv"}
+        assert FlaDelta().runs(op, on_gpu) is runs
+        assert not FlaDelta().runs(op, {name: torch.empty(1, dtype=dtype) for name in "qkv"})
