@@ -9,7 +9,7 @@ say what a dictionary without such atoms would show.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,9 +19,11 @@ from torch import Tensor
 from sae_lens_writesae import partition_claims, plots_partition
 from sae_lens_writesae.evaluate import check_fits
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure, describe
-from sae_lens_writesae.firings import collect_firings
+from sae_lens_writesae.firings import Firings, collect_firings
 from sae_lens_writesae.mixtures import COLUMNS as MIXTURE_COLUMNS
 from sae_lens_writesae.mixtures import fisher_z, fit_mixtures
+from sae_lens_writesae.substitution import run_substitution
+from sae_lens_writesae.substitution_config import SubstitutionConfig
 from sae_lens_writesae.substitution_result import SubstitutionResult
 from sae_lens_writesae.write_cosines import firing_cosines
 
@@ -51,16 +53,25 @@ class PartitionConfig:
     """Starts of each fit; the likeliest is kept."""
     min_atoms: int = 20
     """Alive atoms without which no claim is tested."""
+    tested_atoms: int = 16
+    """Atoms of each kind whose substitution is tested by `evaluate_partition`, drawn uniformly (claim 4). 0: none."""
+    firings_per_atom: int = 4
+    """Firings of each of these atoms."""
+    controls: tuple[str, ...] = ("random", "state", "mean")
+    """Controls of that test, of `conditions.CONTROLS`."""
     seed: int = 0
-    """Of the nulls and the fits."""
+    """Of the nulls, the fits and the draw of tested atoms."""
     label: str = ""
     """Name in reports."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sweep", tuple(self.sweep))  # lists, as JSON gives them, are welcome
-        for name in ("alive_tokens", "min_firings", "components", "restarts", "min_atoms"):
+        for name in ("sweep", "controls"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # lists, as JSON gives them, are welcome
+        for name in ("alive_tokens", "min_firings", "components", "restarts", "min_atoms", "firings_per_atom"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.tested_atoms < 0:
+            raise ValueError(f"tested_atoms must be at least 0, found {self.tested_atoms}")
         for name, values in (("threshold", (self.threshold,)), ("sweep", self.sweep)):
             if wrong := [x for x in values if not -1 <= x <= 1]:
                 raise ValueError(f"{name} holds cosines between -1 and 1, found {wrong[0]}")
@@ -82,8 +93,8 @@ class Partition(Evaluation):
     A claim of this project, "atoms point along the writes they fire on", holds where the median over atoms of (cosine -
     shuffled) has an interval above 0 (bootstrap over atoms); the random null is stated beside it.
 
-    Claim 4, "register and bundle alike", needs the substitution test of the same dictionary (`run_partition(...,
-    substitution=...)`): below the floor and explained as that test says; else it holds where both kinds beat deletion
+    Claim 4, "register and bundle alike", needs the substitution test of atoms of both kinds (`evaluate_partition` draws
+    as many of each): below the floor and explained as that test says; else it holds where both kinds beat deletion
     (intervals over atoms above 1/2) and a permutation of atoms finds no difference at 5 %, and fails otherwise.
     """
 
@@ -169,9 +180,57 @@ def run_partition(
 
     Cost: two forwards per sequence up to the SAE's layer, and the mixtures (a second or two for 2,048 atoms).
     """
+    check_fits(model, sae, "hand")
+    config = config or PartitionConfig()
+    result = _partition(model, sae, tokens, collect_firings(model, sae, tokens, progress=progress), config)
+    return result if substitution is None else partition_claims.joined(result, substitution, config.seed)
+
+
+def evaluate_partition(
+    model: Any, sae: Any, tokens: Tensor, config: PartitionConfig | None = None, progress: bool = True
+) -> Partition:
+    """`run_partition` with a substitution test of as many registers as bundles, drawn uniformly from those that can be
+    tested; without one where either kind has fewer than two such atoms.
+
+    Cost: beside `run_partition`, 2 + 1 + controls edited rows for each of 2 * tested_atoms * firings_per_atom firings.
+    """
     begin, config = time.perf_counter(), config or PartitionConfig()
     check_fits(model, sae, "hand")
     firings = collect_firings(model, sae, tokens, progress=progress)
+    result = _partition(model, sae, tokens, firings, config)
+    settings = SubstitutionConfig(
+        firings_per_atom=config.firings_per_atom,
+        scales=("coefficient",),
+        controls=config.controls,
+        last_position_firings=0,
+        alive_tokens=config.alive_tokens,
+        seed=config.seed,
+    )
+    drawn = _drawn(result.tables["atoms"], firings, settings, config)
+    if drawn:
+        test = run_substitution(model, sae, tokens, replace(settings, atoms=drawn), progress)
+        result = partition_claims.joined(result, test, config.seed)
+    result.info["seconds"] = time.perf_counter() - begin
+    return result
+
+
+def _drawn(atoms: Any, firings: Firings, settings: SubstitutionConfig, config: PartitionConfig) -> tuple[int, ...]:
+    """Up to `tested_atoms` of each kind that fire where they can be tested; none where a kind has fewer than two."""
+    inside = firings.position >= settings.first_position
+    inside &= firings.position < firings.n_positions - settings.horizon
+    testable = atoms[atoms["atom"].isin(np.unique(firings.atom[inside]))]
+    rng, chosen = np.random.default_rng([config.seed, 4]), []
+    for kind in ("register", "bundle"):
+        own = testable.loc[testable["kind"] == kind, "atom"].to_numpy()
+        if min(len(own), config.tested_atoms) < 2:
+            return ()
+        chosen += rng.choice(own, min(len(own), config.tested_atoms), replace=False).tolist()
+    return tuple(sorted(chosen))
+
+
+def _partition(model: Any, sae: Any, tokens: Tensor, firings: Firings, config: PartitionConfig) -> Partition:
+    """Everything but claim 4."""
+    begin = time.perf_counter()
     alive_tokens = min(config.alive_tokens, tokens.numel())
     alive = firings.alive(alive_tokens, config.min_firings)
     ever = firings.alive(alive_tokens)
@@ -208,10 +267,8 @@ def run_partition(
         "atoms": atoms,
         "mixtures": mixtures,
         "sweep": _sweep(atoms, config),
-        "substitution": partition_claims.by_kind(substitution, atoms, info),
+        "substitution": partition_claims.by_kind(None, atoms, info),
     }
-    if substitution is not None:
-        info |= partition_claims.compared(substitution, atoms, config.seed)
     return Partition(info | {"seconds": time.perf_counter() - begin}, tables)
 
 

@@ -89,10 +89,8 @@ def _aligned(result: Partition) -> Claim:
     atoms: Any = result.tables["atoms"]
     gain = stats.cluster_bootstrap(atoms["cosine"] - atoms["shuffled"], atoms["atom"], stats.weighted_median, seed=seed)
     test = stats.paired_wilcoxon(atoms["cosine"], atoms["shuffled"])
-    measured = (
-        f"median cosine {atoms['cosine'].median():.3f}; {gain.estimate:+.3f} "
-        f"[{gain.interval.low:.3f}–{gain.interval.high:.3f}] over shuffled positions"
-    )
+    bounds = f"[{gain.interval.low:.3f}–{gain.interval.high:.3f}] " if len(atoms) > 1 else ""
+    measured = f"median cosine {atoms['cosine'].median():.3f}; {gain.estimate:+.3f} {bounds}over shuffled positions"
     controls = ", ".join(f"{name} null {atoms[name].median():.3f}" for name in _NULLS)
     if len(atoms) < result.info["config"]["min_atoms"]:
         outcome, sentence = "not tested", f"{len(atoms)} alive atoms are too few."
@@ -111,6 +109,13 @@ def _aligned(result: Partition) -> Claim:
         outcome,
         sentence,
     )
+
+
+def joined(result: Partition, substitution: SubstitutionResult, seed: int) -> Partition:
+    """The partition with a substitution test of the same dictionary, which claim 4 needs."""
+    atoms, info = result.tables["atoms"], result.info
+    tables = result.tables | {"substitution": by_kind(substitution, atoms, info)}
+    return type(result)(info | compared(substitution, atoms, seed), tables)
 
 
 def by_kind(substitution: SubstitutionResult | None, atoms: Any, info: dict[str, Any]) -> pd.DataFrame:

@@ -63,6 +63,7 @@ class MatrixTrainingConfig(MatrixAtomsConfig, TrainingSAEConfig):
         require(self.loss in get_args(Loss), "loss", self.loss, f"one of {get_args(Loss)}")
         require(0 <= self.loss_weight <= 1, "loss_weight", self.loss_weight, "between 0 and 1")
         super().__post_init__()
+        self.metadata.loss = self.loss  # goes along with the exported autoencoder, whose own config has no losses
 
 
 @torch.compiler.disable

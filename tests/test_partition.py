@@ -14,7 +14,7 @@ from sae_lens_writesae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.conditions import Factors
 from sae_lens_writesae.firings import collect_firings
 from sae_lens_writesae.mixtures import fisher_z, fit_mixtures
-from sae_lens_writesae.partition import Partition, PartitionConfig, run_partition
+from sae_lens_writesae.partition import Partition, PartitionConfig, evaluate_partition, run_partition
 from sae_lens_writesae.partition_claims import by_kind, compared
 from sae_lens_writesae.write_cosines import cosines, firing_cosines
 
@@ -214,6 +214,27 @@ def test_kinds_that_differ_are_not_alike() -> None:
     result = made(np.tile([0.3, 0.0], 10), np.zeros(20), **info, **found)
     claim = Partition(result.info, result.tables | {"substitution": by_kind(test, atoms, info)}).claims()[2]
     assert claim.outcome == "fails" and "not alike" in claim.sentence
+
+
+def test_the_evaluation_tests_as_many_atoms_of_each_kind(model: Any, tokens: Any) -> None:
+    sae = planted(model, tokens)
+    plain = run_partition(model, sae, tokens, PartitionConfig(min_firings=2, restarts=1), progress=False)
+    middle = float(plain.tables["atoms"]["cosine"].median())
+    config = PartitionConfig(min_firings=2, restarts=1, threshold=middle, tested_atoms=4, controls=("state",))
+    result = evaluate_partition(model, sae, tokens, config, progress=False)
+    found: Any = result.tables["substitution"]
+    assert dict(zip(found["kind"], found["n_atoms"])) == {"register": 4, "bundle": 4}
+    claim = result.claims()[2]
+    assert (claim.number, claim.n) == (4, int(found["n"].sum())) and "p = " in claim.measured
+    assert 0 < result.info["difference"]["p_value"] <= 1
+    none = evaluate_partition(model, sae, tokens, PartitionConfig(min_firings=2, restarts=1, threshold=-1), False)
+    assert none.tables["substitution"].empty and none.claims()[2].outcome == "not tested"
+
+
+def test_a_single_atom_gives_no_interval() -> None:
+    result = made([0.3], [0.1])
+    for claim in result.claims():
+        assert claim.outcome == "not tested" and "nan" not in claim.measured + claim.controls
 
 
 # -- bad input

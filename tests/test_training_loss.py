@@ -198,6 +198,7 @@ def test_training_lowers_the_loss_and_saves_an_ordinary_sae(model: Any, tmp_path
     assert sum(seen[-10:]) < 0.95 * sum(seen[:10])
     loaded = load_sae(tmp_path / "sae")
     assert loaded.cfg.d_in == K * V and not hasattr(loaded.cfg, "loss")
+    assert loaded.cfg.metadata.loss == loss
     assert loaded.cfg.metadata.hook_name == f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_{target}_vec"
     assert loaded.encode(torch.randn(3, K * V)).shape == (3, 48)
 
