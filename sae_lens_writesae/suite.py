@@ -117,4 +117,13 @@ EVALUATIONS: dict[str, Entry] = {
         Scope.EACH,
         "how many atoms does a write take?",
     ),
+    "partition": Entry(
+        "partition",
+        "evaluate_partition",
+        "PartitionConfig",
+        "Partition",
+        Scope.EACH,
+        "do atoms point along the writes they fire on, and are there two kinds?",
+    ),
+    "seeds": Entry("seeds", "run_seeds", "SeedsConfig", "Seeds", Scope.SEEDS, "do seeds find the same atoms?"),
 }
