@@ -25,13 +25,13 @@ class Padding:
         """Factors of a packed call in the batch's rows."""
         if self.mask is None:
             return factors
-        return replace(factors, **{name: self._rows(getattr(factors, name)) for name in factors.present()})
+        return replace(factors, **{name: self._rows(x) for name, x in factors.by_token().items()})
 
     def packed(self, factors: Factors) -> Factors:
         """The way back."""
         if self.mask is None:
             return factors
-        return replace(factors, **{name: self._tokens(getattr(factors, name)) for name in factors.present()})
+        return replace(factors, **{name: self._tokens(x) for name, x in factors.by_token().items()})
 
     def spread_result(self, result: OpResult) -> OpResult:
         """Outputs of a packed call in the batch's rows; zero at padding."""

@@ -24,7 +24,7 @@ _SHARED = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-# K != V everywhere; grouped value heads where the family has them.
+# K != V everywhere but in RWKV-7, which fla cannot build so; grouped value heads where the family has them.
 _OWN: dict[str, dict[str, Any]] = {
     "gated_deltanet": {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4},
     "delta_net": {"num_heads": 2, "expand_k": 0.5, "expand_v": 1.0},
@@ -33,6 +33,13 @@ _OWN: dict[str, dict[str, Any]] = {
     "kda": {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4},
     "retnet": {"num_heads": 2, "expand_k": 0.5, "expand_v": 1.0},
     "rwkv6": {"num_heads": 2, "expand_k": 0.5, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6},
+    "rwkv7": {
+        "head_dim": 16,
+        "decay_low_rank_dim": 4,
+        "gate_low_rank_dim": 6,
+        "a_low_rank_dim": 5,
+        "v_low_rank_dim": 7,
+    },
     "comba": {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4},
     "gated_deltaproduct": {
         "head_dim": 8,
@@ -51,6 +58,7 @@ _CLASSES = {
     "kda": "KDA",
     "retnet": "RetNet",
     "rwkv6": "RWKV6",
+    "rwkv7": "RWKV7",
     "comba": "Comba",
     "gated_deltaproduct": "GatedDeltaProduct",
 }
@@ -75,6 +83,8 @@ def make_fla(model_type: str, seed: int = 0, **changes: Any) -> Any:
             elif parameter_name.endswith("A_log"):
                 parameter.copy_(torch.linspace(0.0, 1.5, parameter.numel()).view_as(parameter))
             elif parameter.ndim == 2 and "norm" not in parameter_name:
+                if not parameter.any():  # RWKV-7's output projections
+                    parameter.normal_(std=0.05)
                 parameter.mul_(4.0)  # random weights of std 0.02 barely move the logits
     return model
 

@@ -62,8 +62,11 @@ def test_reads_are_states_times_queries(hooked, tokens):
     layer = hooked.cfg.recurrent_layers[0]
     prefix = f"blocks.{layer}.mixer."
     _, cache = hooked.run_with_cache(tokens, names_filter=[prefix + n for n in ("hook_q", "hook_state", "hook_read")])
-    scale = 1.0 if hooked.cfg.layer(layer).rule in ("Mamba-2", "RWKV-7") else hooked.cfg.layer(layer).K ** -0.5
-    read = torch.einsum("bthkv,bthk->bthv", cache[prefix + "hook_state"], scale * cache[prefix + "hook_q"])
+    rule, states = hooked.cfg.layer(layer).rule, cache[prefix + "hook_state"]
+    scale = 1.0 if rule in ("Mamba-2", "RWKV-6", "RWKV-7") else hooked.cfg.layer(layer).K ** -0.5
+    if rule == "RWKV-6":  # reads before it writes
+        states = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], 1)
+    read = torch.einsum("bthkv,bthk->bthv", states, scale * cache[prefix + "hook_q"])
     largest = max(1.0, float(read.abs().max()))
     assert_close(read, cache[prefix + "hook_read"], rtol=1e-4, atol=2e-6 * largest)
 

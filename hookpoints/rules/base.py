@@ -29,6 +29,8 @@ class Factors:
     """[B,T,H] or [B,T,H,R] write strength."""
     log_decay: Tensor | None = None
     """[B,T,H] or [B,T,H,K] natural log-decay, <= 0."""
+    back: Tensor | None = None
+    """[B,T,H,K] key with which the erase reads the state, where it is neither k nor made of k. It has no hook."""
     initial_state: Tensor | None = None
     """[B,H,K,V] or None for zeros."""
 
@@ -37,6 +39,10 @@ class Factors:
     def present(self) -> tuple[str, ...]:
         """Names of the factors that this call has, in order of execution."""
         return tuple(name for name in self.NAMES if getattr(self, name) is not None)
+
+    def by_token(self) -> dict[str, Tensor]:
+        """All that has a time axis."""
+        return {name: x for name in (*self.NAMES, "back") if (x := getattr(self, name)) is not None}
 
     def with_(self, **changes: Tensor) -> Factors:
         """A copy with some factors exchanged."""

@@ -37,14 +37,16 @@ class FlaComba(FlaRule):
             v=v.to(dtype),
             beta=arguments["beta"].to(dtype),
             log_decay=arguments["g"].to(dtype),
+            back=_key(arguments, "p"),
             initial_state=initial_state(arguments, dtype),
         )
 
     def arguments(self, arguments: Mapping[str, Any], factors: Factors, changed: Set[str]) -> dict[str, Any]:
         fed: dict[str, Any] = {}
         if changed & {"q", "k"}:  # one flag normalises them and p inside the op
+            assert factors.back is not None
             dtype = arguments["v"].dtype
-            fed = {name: x.to(dtype) for name, x in (("q", factors.q), ("k", factors.k), ("p", _key(arguments, "p")))}
+            fed = {name: x.to(dtype) for name, x in (("q", factors.q), ("k", factors.k), ("p", factors.back))}
             fed["use_qk_l2norm_in_kernel"] = False
         fed |= {
             name: getattr(factors, field).to(arguments[name].dtype)
@@ -61,7 +63,7 @@ class FlaComba(FlaRule):
             u=factors.beta.unsqueeze(-1) * factors.v,
             log_decay=factors.log_decay,
             beta=factors.beta,  # the erase is -beta k
-            b=_key(arguments, "p"),
+            b=factors.back,
             scale=scale_of(arguments),
             initial_state=factors.initial_state,
         )

@@ -13,7 +13,6 @@ from test_model_types import (  # noqa: F401
     test_edits_are_exact_in_generation,
     test_edits_are_exact_in_prefill_and_session,
     test_loops_differ_only_where_there_is_an_erase,
-    test_what_is_added_is_what_the_block_adds,
 )
 from test_parity import (  # noqa: F401
     test_listening_everywhere_is_bit_identical,
@@ -23,7 +22,11 @@ from test_parity import (  # noqa: F401
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, SelfCheckError
+from hookpoints.fla_support import substituting
 from hookpoints.hook_table import HOOKS
+
+VALUE_FIRST = {"Gated DeltaNet", "GLA", "HGRN2", "Kimi delta attention", "SimpleGLA"}
+"""Rules whose states fla keeps [B,H,V,K]."""
 
 
 @pytest.fixture(scope="module", params=MODEL_TYPES)
@@ -61,9 +64,9 @@ def test_mixers_hooks_fire_with_their_shapes(hooked, tokens):
     ]
     with hooked.hooks(hooks):
         hooked.generate(tokens, max_new_tokens=2, do_sample=False)
-    sizes = {"B": 2, "H": shape.H, "K": shape.K, "V": shape.V, "F": shape.K * shape.V}
+    sizes = {"B": 2, "H": shape.H, "K": shape.K, "V": shape.V, "R": shape.R, "F": shape.K * shape.V}
     for row in rows:
-        axes = row.axes.replace("(KV)", "F").split(" or ")
+        axes = row.axes_of(shape.R).replace("(KV)", "F").split(" or ")
         expected = [[tuple({**sizes, "T": t}[axis] for axis in choice) for t in (70, 1)] for choice in axes]
         assert seen[row.full_name(layer, 1)] in expected
 
@@ -76,8 +79,8 @@ def test_states_are_the_caches_states(hooked, tokens):
     out = hooked.hf_model(tokens, use_cache=True)
     for layer, name in zip(hooked.cfg.recurrent_layers, names, strict=True):
         state = out.past_key_values[layer]["recurrent_state"]
-        key_first = hooked.cfg.layer(layer).rule in ("DeltaNet", "RetNet")
-        assert_close(state if key_first else state.mT, kept[name][:, -1], rtol=1e-4, atol=1e-5)
+        state = state.mT if hooked.cfg.layer(layer).rule in VALUE_FIRST else state
+        assert_close(state, kept[name][:, -1], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -89,10 +92,24 @@ def test_factors_can_be_fed(hooked, tokens):
         _, doubled = hooked.run_with_cache(tokens, names_filter=[prefix + "hook_write", prefix + "hook_read"])
     for name in ("hook_write", "hook_read"):  # both are linear in the values
         assert_close(doubled[prefix + name], 2 * plain[prefix + name], rtol=1e-4, atol=1e-5)
-    if "log_decay" in hooked.attachment.mixers[0].rule.factor_names:
+    rule = hooked.attachment.mixers[0].rule
+    if "log_decay" in rule.factor_names and rule.name not in ("Comba", "RWKV-7"):  # which erase beside the decay
         with hooked.hooks([(prefix + "hook_log_decay", lambda x, hook: torch.full_like(x, -50.0))]):
             _, forgetful = hooked.run_with_cache(tokens, names_filter=[prefix + "hook_write", prefix + "hook_state"])
         assert_close(forgetful[prefix + "hook_state"], forgetful[prefix + "hook_write"], rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_what_is_added_is_what_the_block_adds(hooked, tokens):
+    """To what enters the block; fla's RWKV models norm the embeddings at the beginning of the first."""
+    _, cache = hooked.run_with_cache(tokens)
+    for layer, block in enumerate(hooked.attachment.layout.blocks):
+        total = cache[f"blocks.{layer}.hook_resid_pre"]
+        if hasattr(block.block, "pre_norm"):
+            with substituting():
+                total = block.block.pre_norm(total)
+        total = total + cache[f"blocks.{layer}.hook_attn_out"] + cache[f"blocks.{layer}.hook_mlp_out"]
+        assert_close(total, cache[f"blocks.{layer}.hook_resid_post"], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

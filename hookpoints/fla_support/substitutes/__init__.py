@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import activations, attention, convolution, norms, positions
+from . import activations, attention, convolution, norms, positions, rwkv
 
 SUBSTITUTES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "fla.modules.norm.layernorm": {
@@ -44,6 +44,9 @@ SUBSTITUTES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     },
     "fla.modules.rotary.ops": {"rotary_embedding": positions.rotary_embedding},
     "fla.modules.token_shift": {"token_shift": positions.token_shift},
+    "fla.ops.rwkv7.fused_addcmul": {"fused_addcmul_rwkv7": rwkv.addcmul},
+    "fla.ops.rwkv7.fused_k_update": {"fused_k_rwkv7": rwkv.key},
+    "fla.ops.rwkv7.gate_output_correction": {"gate_output_correction": rwkv.gated_bonus},
     "fla.layers.attn": {
         "flash_attn_func": attention.flash_attn_func,
         "flash_attn_varlen_func": attention.flash_attn_varlen_func,
