@@ -108,9 +108,17 @@ def _by_name(op: Callable[..., Any], positional: tuple[str, ...]) -> Callable[..
     @functools.wraps(op)
     def call(**arguments: Any) -> Any:
         first = [arguments.pop(name) for name in positional]
-        return op(*first, **arguments)
+        known = _keywords(op)
+        return op(*first, **(arguments if known is None else {n: x for n, x in arguments.items() if n in known}))
 
     return call
+
+
+@functools.cache
+def _keywords(op: Callable[..., Any]) -> frozenset[str] | None:
+    """Names that ``op`` itself takes, whatever it stands in for; None where it takes any."""
+    parameters = inspect.signature(op, follow_wrapped=False).parameters
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
 
 
 def _wrap_companion(op: Callable[..., Any]) -> Callable[..., Any]:

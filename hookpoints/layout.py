@@ -9,8 +9,10 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -70,6 +72,13 @@ class ModelLayout:
         handed = {"original_hidden_states", "v_first"}
         return any(handed & _parameters(block.block) for block in self.blocks)
 
+    @property
+    def first_block_feeds_all(self) -> bool:
+        """Whether later blocks are handed what the first one makes (fla's RWKV-7: its values), so that no run can begin
+        above it."""
+        of_fla = type(self.blocks[0].block).__module__.startswith("fla.")
+        return of_fla and "v_first" in _parameters(self.blocks[0].block)
+
 
 def calls_of(mixer: nn.Module) -> frozenset[str]:
     """Names that the mixer's ``forward`` refers to, looking through decorators and one level of own methods."""
@@ -77,9 +86,21 @@ def calls_of(mixer: nn.Module) -> frozenset[str]:
     for method in ("forward", "torch_forward"):
         function = getattr(type(mixer), method, None)
         if function is not None:
-            code = getattr(inspect.unwrap(function), "__code__", None)
+            code = getattr(_as_written(function), "__code__", None)
             names.update(code.co_names if code else ())
     return frozenset(names)
+
+
+def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function under its decorators. In 5.15 transformers has one that does not tell what it wraps, which is then the
+    one function that its wrapper, open to any arguments, closes over."""
+    while True:
+        function = inspect.unwrap(function)
+        closed_over = inspect.getclosurevars(function).nonlocals.values() if inspect.isfunction(function) else ()
+        inside = [value for value in closed_over if inspect.isfunction(value)]
+        if len(inside) != 1 or not function.__code__.co_flags & inspect.CO_VARARGS:
+            return function
+        function = inside[0]
 
 
 def rule_of(mixer: nn.Module) -> tuple[Rule, ModuleType] | None:
@@ -158,7 +179,7 @@ def _block_layout(block: nn.Module) -> BlockLayout:
 
 
 def _parameters(module: nn.Module) -> frozenset[str]:
-    return frozenset(inspect.signature(type(module).forward).parameters)
+    return frozenset(inspect.signature(_as_written(type(module).forward)).parameters)
 
 
 def _mixes_tokens(module: nn.Module) -> bool:
@@ -193,4 +214,6 @@ def _refusal(model: nn.Module) -> str:
     model_type = _model_type(model)
     known = ", ".join(dict.fromkeys(rule.name for rule in RULES))
     reason = REFUSED.get(model_type, "none of its layers calls a recurrent op that is known here")
+    if model_type == "mamba2" and type(model).__module__.startswith("fla."):
+        reason = "this is fla's class of Mamba-2; load the checkpoint with transformers' Mamba2ForCausalLM"
     return f"{model_type!r} cannot be hooked: {reason}. Update rules known here: {known}"

@@ -60,6 +60,7 @@ def load(
     source = str(embedded.path(name_or_path)) if name_or_path in embedded.names() else name_or_path
     kept, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     _refuse_mamba_ssm(name_or_path, kept)
+    _refuse(name_or_path, kept.get("model_type"))  # before anything of it is imported or fetched
     own = kept.get("model_type") in _OWN_CLASSES
     of_fla = not own and kept.get("model_type") in MODEL_TYPES
     if of_fla:
@@ -68,8 +69,7 @@ def load(
     classes: tuple[Any, Any] = _OWN_CLASSES[kept["model_type"]] if own else (AutoConfig, AutoModelForCausalLM)
     configs, models = classes
     config = configs.from_pretrained(source, revision=revision)
-    if config.model_type in REFUSED:  # before the weights are fetched
-        raise UnsupportedModelError(f"{name_or_path!r} cannot be hooked: {REFUSED[config.model_type]}")
+    _refuse(name_or_path, config.model_type)
     if not own and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModelError(
             f"{name_or_path!r} is a {config.model_type!r} checkpoint, which has no causal language model"
@@ -81,6 +81,11 @@ def load(
     if hf_kwargs.get("device_map") is None:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Loaded(model, _tokenizer(source, revision))
+
+
+def _refuse(name: str, model_type: Any) -> None:
+    if model_type in REFUSED:
+        raise UnsupportedModelError(f"{name!r} cannot be hooked: {REFUSED[model_type]}")
 
 
 def _refuse_mamba_ssm(name: str, config: dict[str, Any]) -> None:

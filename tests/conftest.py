@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +14,7 @@ import torch
 import transformers
 from torch.overrides import TorchFunctionMode
 from transformers import logging
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 
@@ -177,7 +180,7 @@ def _rwkv7(**changes):
     return model
 
 
-MAKERS = {
+_EVERY_MAKER = {
     "bailing_hybrid": _bailing_hybrid,
     "bamba": _bamba,
     "falcon_h1": _falcon_h1,
@@ -193,7 +196,21 @@ MAKERS = {
     "rwkv7": _rwkv7,
     "zamba2": _zamba2,
 }
-"""Model type -> maker of a tiny random model."""
+MAKERS = {name: make for name, make in _EVERY_MAKER.items() if name in CONFIG_MAPPING_NAMES or name == "rwkv7"}
+"""Model type -> maker of a tiny random model; those that the installed transformers (or this package) has."""
+
+
+def modelling(model_type: str):
+    """transformers' module of a model type, or None where the installed version does not have it."""
+    name = f"transformers.models.{model_type}"
+    return importlib.import_module(f"{name}.modeling_{model_type}") if importlib.util.find_spec(name) else None
+
+
+def continuing(model, output):
+    """The argument with which a Hugging Face model continues from an output of its; versions differ in its name."""
+    from hookpoints.session import cache_argument, cache_of
+
+    return {cache_argument(model): cache_of(output)}
 
 
 def make_hf(model_type: str = "qwen3_5", seed: int = 0, **changes):

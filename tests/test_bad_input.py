@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
-from conftest import make_hf
+from conftest import MAKERS, make_hf
 
 from hookpoints import (
     EditError,
@@ -16,7 +19,9 @@ from hookpoints import (
     UnknownHookError,
     UnsupportedModelError,
     WriteEdit,
+    attach,
 )
+from hookpoints.rules import REFUSED, RULES
 
 LEFT, RIGHT, WHOLE, HOLE = [0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1] * 5, [1, 0, 1, 1, 1]
 IDS = torch.arange(1, 11).view(2, 5)
@@ -204,7 +209,46 @@ def test_float16_overflow_is_never_silent(model_type):
     assert (finite, raised) == ((0, 3) if model_type == "qwen3_5" else (2, 1))
 
 
-def test_model_types_that_are_refused():
-    config = transformers.MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1)
-    with pytest.raises(UnsupportedModelError, match=r"'mamba' cannot be hooked: Mamba-1 keeps one vector per channel"):
-        HookedRecurrent.from_hf(transformers.MambaForCausalLM(config))
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("mamba", "Mamba-1 keeps one vector per channel .* Mamba-2 models are supported"),
+        ("falcon_mamba", "Mamba-1 keeps one vector per channel"),
+        ("jamba", "Mamba-1 keeps one vector per channel"),
+        ("zamba", "Mamba-1 keeps one vector per channel"),
+        ("minimax", "its lightning attention is written out inside the layer's forward"),
+        ("recurrent_gemma", "its RG-LRU keeps a vector, not a matrix"),
+        ("xlstm", "xLSTM divides its reads by a second, normalising state"),
+    ],
+)
+def test_model_types_that_are_refused(model_type, reason):
+    """Models in hand: by name, with the reason, and untouched."""
+    small = {} if model_type == "zamba" else {"num_hidden_layers": 2}  # Zamba's configuration lists its layers
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(model_type, **small)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    for hook in (HookedRecurrent.from_hf, attach):
+        with pytest.raises(UnsupportedModelError, match=f"'{model_type}' cannot be hooked: {reason}"):
+            hook(model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("model_type", sorted(REFUSED))
+def test_checkpoints_that_are_refused(tmp_path, model_type):
+    """Before anything but the configuration is read; those that transformers does not know (Mamba-3) as well."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(UnsupportedModelError, match="cannot be hooked: ") as error:
+        HookedRecurrent.from_pretrained(str(tmp_path))
+    assert REFUSED[model_type] in str(error.value)
+
+
+def test_every_recurrent_type_of_transformers_is_hooked_or_refused():
+    """Whatever calls a rule's op has a tiny model that all tests run on, or a reason why it is not hooked."""
+    ops = {rule.ops[0] for rule in RULES}
+    found = set()
+    for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        text = path.read_text()
+        if any(f"def {op}(" in text for op in ops):
+            found.add(path.parent.name)
+    assert len(found) > 10
+    assert found <= set(MAKERS) | {name.removesuffix("_text") for name in REFUSED}

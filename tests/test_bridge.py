@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -136,8 +137,13 @@ def test_nothing_is_left_on_the_bridge(attached, tokens):
 
 def test_hooks_that_cannot_fire_while_attached_raise():
     """TransformerLens computes Gated DeltaNet by a copy of its forward, which the attached bridge does not run."""
-    with pytest.warns(BridgeWarning, match=r"its own forward of Qwen3_5GatedDeltaNet .* hooks inside them, such as"):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         hooked = attach(bridge := bridge_of(make_hf()))
+    said = " ".join(str(warning.message) for warning in seen if warning.category is BridgeWarning)
+    if "its own forward of" not in said:
+        pytest.skip("on this transformers TransformerLens runs upstream's forward")
+    assert re.search(r"its own forward of Qwen3_5GatedDeltaNet .* hooks inside them, such as", said)
     with pytest.raises(HookDidNotFireError, match=r"linear_attn\.hook_beta cannot fire while hookpoints is attached"):
         bridge.add_hook("blocks.0.linear_attn.hook_beta", zero)
     hooked.detach()

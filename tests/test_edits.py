@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import VOCAB
+from conftest import VOCAB, continuing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -179,7 +179,8 @@ def test_an_edited_cache_continues_and_a_shared_one_is_left_alone(model, sequenc
     with model.edits(edit):
         whole = model(sequence)
         out = model.hf_model(sequence[:, :40], use_cache=True)
-    rest = model.hf_model(sequence[:, 40:], cache=out.cache, position_ids=torch.arange(40, T)[None])
+    onward = continuing(model.hf_model, out)
+    rest = model.hf_model(sequence[:, 40:], position_ids=torch.arange(40, T)[None], **onward)
     assert_close(rest.logits, whole[:, 40:], rtol=0, atol=5e-5)
     session = model.edit_session(sequence)
     session.run([edit_of("delete", 30)])
@@ -194,7 +195,8 @@ def test_positions_are_counted_across_chunks_of_a_cache(model64, sequence):
     expected = by_hand(model64, sequence, edit)
     with model64.edits(edit):
         out = model64.hf_model(sequence[:, :40], use_cache=True)
-        rest = model64.hf_model(sequence[:, 40:], cache=out.cache, position_ids=torch.arange(40, T)[None])
+        onward = continuing(model64.hf_model, out)
+        rest = model64.hf_model(sequence[:, 40:], position_ids=torch.arange(40, T)[None], **onward)
     assert_close(rest.logits, expected[:, 40:], rtol=0, atol=1e-10)
 
 

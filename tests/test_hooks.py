@@ -12,6 +12,7 @@ from transformer_lens.hook_points import HookPoint
 
 from hookpoints import HOOKS, HookDidNotFireError, HookedRecurrent, HookShapeError, UnknownHookError
 from hookpoints.hook_table import is_matrix, markdown
+from hookpoints.session import cache_of
 
 LAYER, HEAD = 1, 2
 SIZES = {"B": 2, "T": 70, "H": 4, "K": 8, "V": 6, "D": 32}
@@ -160,8 +161,8 @@ def test_state_edits_reach_generation(model, tokens):
     zeroed = [(name, lambda x, hook: torch.zeros_like(x) if x.shape[1] > 1 else None)]
     with model.hooks(zeroed):
         out = model.hf_model(tokens, use_cache=True)
-    assert out.cache.layers[LAYER].recurrent_states[0].abs().max() < 1e-6
-    assert model.hf_model(tokens, use_cache=True).cache.layers[LAYER].recurrent_states[0].abs().max() > 1e-3
+    assert cache_of(out).layers[LAYER].recurrent_states[0].abs().max() < 1e-6
+    assert cache_of(model.hf_model(tokens, use_cache=True)).layers[LAYER].recurrent_states[0].abs().max() > 1e-3
 
 
 def test_gradients_at_a_hook_match_finite_differences(model64, tokens):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MAKERS, VOCAB, KeepFloat64, make_hf
+from conftest import MAKERS, VOCAB, KeepFloat64, continuing, make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, WriteEdit
 from hookpoints.hook_table import HOOKS
 from hookpoints.layout import out_projection
+from hookpoints.session import cache_of
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 MODEL_TYPES = sorted(set(MAKERS) - {"qwen3_5", "qwen3_5_moe", "qwen3_next", "olmo_hybrid"})
@@ -118,14 +119,14 @@ def test_listening_while_decoding_is_bit_identical(hooked, tokens):
     for listens in (False, True):
         out, steps = hooked.hf_model(tokens[:, :7], use_cache=True), []
         for t in range(7, 12):
-            inputs = {"cache": out.cache, "position_ids": torch.full((2, 1), t), "use_cache": True}
+            inputs = {"position_ids": torch.full((2, 1), t), "use_cache": True, **continuing(hooked.hf_model, out)}
             if listens:
                 step, kept = hooked.run_with_cache(tokens[:, t : t + 1], names_filter=lambda n: "mixer." in n, **inputs)
                 assert len(kept) == sum("mixer." in name for name in hooked.hook_dict)
             else:
                 step = hooked(tokens[:, t : t + 1], **inputs)
             steps.append(step)
-        caches.append(out.cache)
+        caches.append(cache_of(out))
         logits.append(torch.cat(steps, 1))
     assert torch.equal(*logits)
     for layer in hooked.cfg.recurrent_layers:
@@ -224,7 +225,7 @@ def test_self_check_tells_of_upstreams_own_difference(tokens):
         out = model.hf_model(tokens, use_cache=True)
         name = "blocks.0.mixer.hook_state"
         _, cache = model.run_with_cache(tokens, names_filter=name)
-    assert_close(cache[name][:, -1], out.cache.layers[0].recurrent_states[0].mT, rtol=1e-4, atol=1e-5)
+    assert_close(cache[name][:, -1], cache_of(out).layers[0].recurrent_states[0].mT, rtol=1e-4, atol=1e-5)
 
 
 def test_starting_at_a_block_that_rereads_the_embeddings_needs_tokens(tokens):

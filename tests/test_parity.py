@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from conftest import VOCAB, make_hf
+from conftest import VOCAB, continuing, make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, SelfCheckError, UnsupportedModelError
+from hookpoints.session import cache_of
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_states_are_the_caches_states(hooked, tokens):
     states = [f"blocks.{layer}.mixer.hook_state" for layer in hooked.cfg.recurrent_layers]
     _, cache = hooked.run_with_cache(tokens, names_filter=states)
     for layer in hooked.cfg.recurrent_layers:
-        native = out.cache.layers[layer].recurrent_states[0]
+        native = cache_of(out).layers[layer].recurrent_states[0]
         if hooked.cfg.layer(layer).rule == "Mamba-2":  # upstream keeps these value-first
             native = native.mT
         assert_close(cache[f"blocks.{layer}.mixer.hook_state"][:, -1], native, rtol=1e-4, atol=1e-5)
@@ -88,9 +89,9 @@ def test_decoding_from_the_cache_equals_prefill(hooked, tokens):
         step, at_t = hooked.run_with_cache(
             tokens[:, t : t + 1],
             names_filter=names,
-            cache=out.cache,
             position_ids=torch.full((2, 1), t),
             use_cache=True,
+            **continuing(hooked.hf_model, out),
         )
         assert_close(step[:, 0], whole[:, t], rtol=0, atol=5e-4)
         for name in names:
