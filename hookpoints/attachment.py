@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from . import run
-from .errors import HookpointsError
+from .errors import HookpointsError, UnsupportedModelError
 from .fla_support import ModelScope, is_fla
 from .intercept import wrap_ops
 from .layout import BlockLayout, find_layout
@@ -116,6 +116,11 @@ class Attachment(MixerAttachment):
     @contextmanager
     def passing(self, start: int, stop: int | None, residual: Tensor | None) -> Iterator[None]:
         """Skip blocks below ``start``, feed ``residual`` [B,T,D] into it, and stop before block ``stop``."""
+        if start > 0 and self.layout.first_block_feeds_all:
+            raise UnsupportedModelError(
+                f"a run cannot start at layer {start} of this model: its first block makes values that all others take. "
+                "HookedRecurrent.from_pretrained loads RWKV-7 checkpoints in a class that can"
+            )
         with ExitStack() as stack:
             for layer, block in enumerate(self.layout.blocks[:start]):
                 stack.enter_context(replaced_forward(block.block, self._passing_through(layer, block.block)))

@@ -102,7 +102,7 @@ class EditSession:
                     f"position {edit.position} is outside the stretch that is run, which ends at {stop} "
                     f"(the sequence has {self.length} tokens)"
                 )
-        layer = min(plan.by_layer)
+        layer = 0 if self.model.attachment.layout.first_block_feeds_all else min(plan.by_layer)
         parts = [self._run_batch(rows[i : i + batch_size], layer, start, stop) for i in range(0, len(rows), batch_size)]
         return EditedRun(torch.cat(parts), start, stop)
 

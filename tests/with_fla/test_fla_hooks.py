@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import test_parity
 import torch
 from conftest import VOCAB, KeepFloat64
 from fla_models import MODEL_TYPES, make_fla
@@ -17,11 +18,10 @@ from test_model_types import (  # noqa: F401
 from test_parity import (  # noqa: F401
     test_listening_everywhere_is_bit_identical,
     test_reads_are_states_times_queries,
-    test_stop_and_start_meet,
 )
 from torch.testing import assert_close
 
-from hookpoints import HookedRecurrent, SelfCheckError
+from hookpoints import HookedRecurrent, SelfCheckError, UnsupportedModelError
 from hookpoints.fla_support import substituting
 from hookpoints.hook_table import HOOKS
 
@@ -97,6 +97,17 @@ def test_factors_can_be_fed(hooked, tokens):
         with hooked.hooks([(prefix + "hook_log_decay", lambda x, hook: torch.full_like(x, -50.0))]):
             _, forgetful = hooked.run_with_cache(tokens, names_filter=[prefix + "hook_write", prefix + "hook_state"])
         assert_close(forgetful[prefix + "hook_state"], forgetful[prefix + "hook_write"], rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_stop_and_start_meet(hooked, tokens):
+    if hooked.cfg.model_type != "rwkv7":
+        test_parity.test_stop_and_start_meet(hooked, tokens)
+        return
+    residual = hooked(tokens, stop_at_layer=1)  # fla's class; from_pretrained takes another
+    with pytest.raises(UnsupportedModelError, match=r"cannot start at layer 1 .*from_pretrained"):
+        hooked(residual, start_at_layer=1, tokens=tokens)
+    assert torch.equal(hooked(hooked(tokens, stop_at_layer=0), start_at_layer=0, tokens=tokens), hooked(tokens))
 
 
 @torch.no_grad()
