@@ -41,7 +41,6 @@ class Text(NamedTuple):
 def pages() -> dict[str, str]:
     """Path -> Markdown of every evaluation's page, of their index and of the claims' page."""
     found = {name: read(name) for name in EVALUATIONS}
-    texts.check_no_strays("evaluations", list(EVALUATIONS))
     made = {f"evaluations/{name}.md": page(name, entry, found[name]) for name, entry in EVALUATIONS.items()}
     return {"evaluations/index.md": index(), "claims.md": claims(found)} | made
 
@@ -229,7 +228,12 @@ def _claims(numbers: list[int]) -> list[str]:
     if not numbers:
         return ["## Claims", "", "None of the paper's: its claims are this project's own.", ""]
     rows = [
-        (str(number), cell(PAPER_CLAIMS[number].claim), cell(PAPER_CLAIMS[number].cell), cell(PAPER_CLAIMS[number].value))
+        (
+            str(number),
+            cell(PAPER_CLAIMS[number].claim),
+            cell(PAPER_CLAIMS[number].cell),
+            cell(PAPER_CLAIMS[number].value),
+        )
         for number in numbers
     ]
     return ["## Claims of the paper that it answers", "", *table(("", "claim", "where", "the paper's value"), rows), ""]

@@ -1,0 +1,213 @@
+"""The documentation covers every hook, evaluation and error, and what its pages show in Python runs."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+from docs_site import catalogue, error_pages, evaluation_pages, hook_pages, markdown, texts  # noqa: E402
+
+import hookpoints  # noqa: E402
+import sae_lens_writesae  # noqa: E402
+from hookpoints.hook_table import HOOKS  # noqa: E402
+from sae_lens_writesae.evaluation import Evaluation  # noqa: E402
+from sae_lens_writesae.suite import EVALUATIONS, Entry, Scope  # noqa: E402
+
+WRITTEN = sorted(path for path in (ROOT / "docs").rglob("*.md") if "```python" in path.read_text())
+COMPARED = {"bilinear": {}, "flat": {"decoder": "flat"}}
+
+
+def page_names(folder: str) -> list[str]:
+    return sorted(path.stem for path in (texts.FOLDER / folder).glob("*.md"))
+
+
+def test_every_hook_has_a_text_and_every_text_a_hook():
+    assert page_names("hooks") == sorted(f"{row.scope}.{row.name}" for row in HOOKS)
+
+
+def test_every_evaluation_has_a_page():
+    for name, entry in EVALUATIONS.items():
+        page = evaluation_pages.page(name, entry, evaluation_pages.read(name))
+        assert all(f"\n## {part}" in page for part in ("Definition", "Formula", "How to run it", "Settings", "Tables"))
+        assert all(f"`{field}`" in page for field in entry.config_class.__dataclass_fields__)
+        columns = [column for table in entry.result_class.COLUMNS.values() for column in table]
+        assert all(f"| `{column}` |" in page for column in columns)
+
+
+def exceptions(package) -> set[str]:
+    """Public exception classes that a package's modules define, found by importing them."""
+    found = set()
+    for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        module = importlib.import_module(info.name)
+        for name, value in inspect.getmembers(module, inspect.isclass):
+            own = value.__module__ == info.name and issubclass(value, Exception) and not name.startswith("_")
+            if own and name != "StopForward":  # ends a pass inside the package; nobody else sees it
+                found.add(name)
+    return found
+
+
+def test_every_error_has_a_text_and_every_text_an_error():
+    assert page_names("errors") == sorted(exceptions(hookpoints) | exceptions(sae_lens_writesae))
+    assert sorted(catalogue.errors()) == page_names("errors")
+    for name in page_names("errors"):
+        assert all(heading in texts.read("errors", name, "") for heading in error_pages.HEADINGS)
+
+
+def test_messages_come_from_the_source():
+    messages = catalogue.errors()["EditError"].messages
+    assert "head ‹head› is out of range: layer ‹layer› has heads 0 to ‹…›" in messages
+    assert len(messages) == len(set(messages)) > 10
+    assert any("TransformerBridge (‹versions›)" in message for message in catalogue.errors()["BridgeWarning"].messages)
+
+
+def test_a_claim_that_the_paper_lacks_is_refused(tmp_path, monkeypatch):
+    write(tmp_path, monkeypatch, "evaluations/new.md", "claims: 99\n\n## Formula\n")
+    with pytest.raises(texts.MissingTextError, match=r"names claims \[99\]"):
+        evaluation_pages.read("new")
+
+
+def test_something_new_without_a_text_fails_the_build_and_names_the_file(tmp_path, monkeypatch):
+    write(tmp_path, monkeypatch, "hooks/model.hook_embed.md", "text")
+    with pytest.raises(texts.MissingTextError, match=r"scripts/docs_site/texts/hooks/block\.hook_resid_pre\.md with"):
+        hook_pages.pages()
+    monkeypatch.setitem(EVALUATIONS, "new", Entry("seeds", "run_seeds", "SeedsConfig", "Seeds", Scope.SEEDS, "new?"))
+    with pytest.raises(texts.MissingTextError, match=r"texts/evaluations/"):
+        evaluation_pages.pages()
+
+
+def test_an_evaluation_without_a_docstring_fails_the_build():
+    class Bare(Evaluation):
+        pass
+
+    assert Evaluation.__doc__ and not evaluation_pages.own_docstring(Bare)
+
+
+def test_an_example_that_raises_something_else_fails_the_build(tmp_path, monkeypatch):
+    text = "## When it is raised\n\n## How to mend it\n\n## Example\n\n```python\n1 / 0\n```\n"
+    write(tmp_path, monkeypatch, "errors/EditError.md", text)
+    with pytest.raises(RuntimeError, match="EditError raised ZeroDivisionError"):
+        error_pages.page(catalogue.errors()["EditError"])
+
+
+def write(folder: Path, monkeypatch, name: str, text: str) -> None:
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text(text)
+    monkeypatch.setattr(texts, "FOLDER", folder)
+
+
+def test_what_blocks_print_stands_below_them():
+    ran = texts.run("a\n\n```python\nx = 2\nprint(x)\n```\n\nb\n\n```python\nprint(x + 1)\n1 / 0\n```\n", "here")
+    assert "```\n\n```text\n2\n```\n\nb" in ran.markdown and "```text\n3\n```" in ran.markdown
+    assert isinstance(ran.raised, ZeroDivisionError)
+    with pytest.raises(RuntimeError, match="an example of here raised ZeroDivisionError"):
+        texts.run("```python\n1 / 0\n```\n\n```python\nprint(1)\n```\n", "here")
+
+
+def test_docstrings_become_markdown_that_shows_every_character():
+    assert markdown.prose("Rules:\n1. <k, q> * 2\n2. `a < b`") == "Rules:\n\n1. &lt;k, q> \\* 2\n2. `a < b`"
+    assert markdown.cell("|cosine| < 1") == "\\|cosine\\| &lt; 1"
+    assert "* `x`: a number" in markdown.prose("Args:\n    x: a number")
+
+
+def test_links_between_written_pages_exist():
+    """Pages that are generated are checked by `mkdocs build --strict`."""
+    made = {"hooks", "evaluations", "errors", "tutorials", "claims.md"}
+    for page in (ROOT / "docs").glob("*.md"):
+        for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+            assert link.split("/")[0] in made or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_no_page_needs_a_network():
+    assert "font: false" in (ROOT / "mkdocs.yml").read_text()
+    for file in [ROOT / "mkdocs.yml", *(ROOT / "docs").glob("*.css"), *(ROOT / "docs").glob("*.md")]:
+        assert not re.search(r"(?:src|href)=\"https?:|url\(['\"]?https?:|<script", file.read_text()), file
+
+
+def test_the_extra_for_the_site_is_what_ci_installs():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    plugins = {"mkdocs-gen-files", "mkdocs-literate-nav", "mkdocstrings[python]", "mkdocs-material"}
+    assert plugins <= {re.split("[>=<]", name)[0] for name in extras["docs"]}
+    assert os.access(ROOT / ".ci" / "docs", os.X_OK)
+
+
+# -- slow: everything that is shown runs
+
+
+def run_script(code: str, folder: Path) -> str:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "WANDB_MODE": "offline"}
+    script = folder / "page.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda path: path.stem)
+def test_written_pages_run(page, tmp_path):
+    run_script("\n".join(texts.python_blocks(page.read_text())), tmp_path)
+
+
+@pytest.mark.slow
+def test_pages_of_hooks_and_errors_run():
+    """Their examples run while the page is made, and must raise what they should."""
+    pages = hook_pages.pages() | error_pages.pages()
+    assert len(pages) == len(HOOKS) + len(catalogue.errors()) + 2
+    assert not [path for path, text in pages.items() if str(ROOT) in text or re.search(r"\bnan\b", text)]
+
+
+def dictionaries(folder: Path) -> None:
+    """Tiny SAEs in the folders that the evaluations' examples name."""
+    from hookpoints import HookedRecurrent, embedded
+    from sae_lens_writesae import text_dataset, train, training_config
+
+    model, dataset = HookedRecurrent.from_pretrained("embedded"), text_dataset(embedded.text("train"))
+    wanted = {label: {} for labels in evaluation_pages.LABELS.values() for label in labels}
+    wanted |= {"state": {"target": "state"}, "seed-1": {"seed": 1}} | {
+        label: {"sae": {"k": 8} | fields} for label, fields in COMPARED.items()
+    }
+    for label, changes in wanted.items():
+        options = {"target": "write", "sae": {"k": 8}, "seed": 0} | changes
+        cfg = training_config(
+            model,
+            layer=2,
+            head=1,
+            d_sae=64,
+            training_tokens=16_384,
+            context_size=128,
+            lr=2e-3,
+            store_batch_size_prompts=8,
+            n_batches_in_buffer=16,
+            train_batch_size_tokens=512,
+            verbose=False,
+            **options,
+        )
+        train(cfg, model, dataset).save_inference_model(str(folder / label))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saes")
+    dictionaries(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_examples_of_evaluations_run(name, trained):
+    out = run_script(evaluation_pages.example(name, EVALUATIONS[name], evaluation_pages.read(name)), trained)
+    assert len(out.splitlines()) >= 1 and all(" | " in line for line in out.splitlines())
