@@ -118,8 +118,8 @@ class Attachment(MixerAttachment):
         """Skip blocks below ``start``, feed ``residual`` [B,T,D] into it, and stop before block ``stop``."""
         if start > 0 and self.layout.first_block_feeds_all:
             raise UnsupportedModelError(
-                f"a run cannot start at layer {start} of this model: its first block makes values that all others take. "
-                "HookedRecurrent.from_pretrained loads RWKV-7 checkpoints in a class that can"
+                f"a run cannot start at layer {start} of this model: its first block makes values that all others "
+                "take. HookedRecurrent.from_pretrained loads RWKV-7 checkpoints in a class that can"
             )
         with ExitStack() as stack:
             for layer, block in enumerate(self.layout.blocks[:start]):
