@@ -14,9 +14,9 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "WANDB_MODE": "offline"}
 
-import mkdocs_gen_files
+import mkdocs_gen_files  # noqa: E402
 
-from docs_site import error_pages, evaluation_pages, hook_pages, navigation, notebooks
+from docs_site import error_pages, evaluation_pages, hook_pages, navigation, notebooks  # noqa: E402
 
 
 def main() -> None:
