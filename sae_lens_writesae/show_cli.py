@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,7 @@ def show_atoms(
     sequences: int = 200,
     context_size: int = 128,
     substitution: Path | None = None,
+    readers: Path | None = None,
     progress: bool = True,
 ) -> DashboardFiles:
     """Load one SAE, look at its atoms on text, and write the pages to ``out``.
@@ -29,7 +30,9 @@ def show_atoms(
         folder: of the SAE, in SAELens' format.
         model: name or path; None: the one in the SAE's metadata.
         text: a text file; None: the part of the package's held-out text that is kept for evaluation.
-        substitution: a saved substitution test of this SAE.
+        substitution: a saved substitution test of this SAE: the folder that `writesae eval substitution` made, or a
+            table of its own. None: a small one is run.
+        readers: the folder that `writesae eval readers` made. None: readers are measured, without a control.
 
     Raises:
         ValueError: a file is not what it should be, the SAE does not fit the model, or no atom fires often enough.
@@ -38,16 +41,36 @@ def show_atoms(
     from sae_lens_writesae.dashboards import atom_dashboards, write_dashboards
     from sae_lens_writesae.evaluate import check_fits, spread
     from sae_lens_writesae.loading import load_sae
-    from sae_lens_writesae.substitution_result import SubstitutionResult
 
     sae = load_sae(folder)
-    tested = None if substitution is None else SubstitutionResult.load(substitution)
+    found = {
+        "substitution": None if substitution is None else _tested(substitution),
+        "readers": None if readers is None else _table(readers, "changes"),
+    }
     hooked = HookedRecurrent.from_pretrained(model or str(sae.cfg.metadata.model_name))
     check_fits(hooked, sae, folder)
     content = embedded.text("test") if text is None else text.read_text(encoding="utf-8")
     tokens = spread(hooked, content, context_size, sequences)
-    data = atom_dashboards(hooked, sae, tokens, config, substitution=tested, progress=progress)
+    data = atom_dashboards(hooked, sae, tokens, config, **found, progress=progress)
     return write_dashboards(data, out)
+
+
+def _tested(path: Path) -> Any:
+    from sae_lens_writesae.substitution_evaluation import Substitution
+    from sae_lens_writesae.substitution_result import SubstitutionResult
+
+    return Substitution.load(path).result if path.is_dir() else SubstitutionResult.load(path)
+
+
+def _table(folder: Path, name: str) -> Any:
+    """A table of a saved evaluation."""
+    import pandas as pd
+
+    from sae_lens_writesae.evaluation import saved_head
+
+    if name not in saved_head(folder)["tables"]:
+        raise ValueError(f"{folder} holds {saved_head(folder)['kind']}, which has no table {name!r}")
+    return pd.read_parquet(folder / f"{name}.parquet")
 
 
 def show(
@@ -58,7 +81,10 @@ def show(
     text: Annotated[Path | None, typer.Option(help="Text file; default: the package's held-out text.")] = None,
     sequences: Annotated[int, typer.Option(help="Sequences to find firings in.")] = 200,
     context_size: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
-    substitution: Annotated[Path | None, typer.Option(help="A saved substitution test, shown per atom.")] = None,
+    substitution: Annotated[
+        Path | None, typer.Option(help="A saved substitution test; default: a small one is run.")
+    ] = None,
+    readers: Annotated[Path | None, typer.Option(help="A saved search for readers; default: measured here.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of all draws.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for index.html, one page per atom, and data.json.")] = Path(
         "writesae-out/atoms"
@@ -82,6 +108,7 @@ def show(
             sequences=sequences,
             context_size=context_size,
             substitution=substitution,
+            readers=readers,
         )
     # Not by rich, which would break long paths over lines.
     typer.echo(f"pages    {files.index} and {len(files.pages)} atoms\nnumbers  {files.data}")

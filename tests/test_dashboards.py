@@ -255,8 +255,8 @@ def test_substitution_and_readers_are_joined_by_atom(model: Any, planted: Any, t
         own
     )
     readers = data[0].readers
-    assert readers is not None and [(r.layer, r.head, r.value) for r in readers] == [(3, 0, 5.0), (4, 1, 2.0)]
-    assert data[1].readers == [] and "layer 3, head 0" in render(data, data[0])
+    assert readers is not None and [(r.layer, r.head, r.change) for r in readers.heads] == [(3, 0, 5.0), (4, 1, 2.0)]
+    assert data[1].readers is None and "layer 3, head 0" in render(data, data[0])
     with pytest.raises(ValueError, match="columns atom, layer, head, change; change missing"):
         atom_dashboards(model, planted, tokens, SMALL, readers=table.drop(columns="change"), progress=False)
     with pytest.raises(ValueError, match=r"test is about blocks\.1"):

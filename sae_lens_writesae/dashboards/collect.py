@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,14 +22,14 @@ from sae_lens_writesae.dashboards.data import (
     Effect,
     Ends,
     KeySide,
-    Reader,
+    Readers,
     Spread,
     Substituted,
     TokenValue,
     ValueSide,
 )
 from sae_lens_writesae.dashboards.effects import Measured, direct_path, effect_firings, measured
-from sae_lens_writesae.dashboards.joins import readers_of, substituted
+from sae_lens_writesae.dashboards.joins import readers_measured, readers_of, substituted, substituted_here
 from sae_lens_writesae.dashboards.memory import memory
 from sae_lens_writesae.dashboards.sweep import FINE, Atoms, Sweep, sweep
 from sae_lens_writesae.dashboards.token_text import TokenTexts
@@ -53,7 +53,7 @@ class _Gathered(NamedTuple):
     direct: NDArray[np.float32]
     effects: Measured
     substitution: Mapping[int, list[Substituted]] | None
-    readers: Mapping[int, list[Reader]] | None
+    readers: Mapping[int, Readers | None]
     config: DashboardConfig
 
 
@@ -73,33 +73,40 @@ def atom_dashboards(
         model: a `HookedRecurrent` with a tokenizer.
         sae: a dictionary of one of its heads.
         tokens: [N,T] evaluation sequences.
-        substitution: a substitution test of this dictionary, shown per atom.
-        readers: a table atom, layer, head, change: later heads that change with the atom.
+        substitution: a substitution test of this dictionary, shown per atom; None: a small one is run
+            (`substitution_firings`).
+        readers: a table of later heads that change with the atom (`joins.readers_of`), for example `changes` of the
+            evaluation `readers`; None: they are measured beside the effect on the logits.
 
     Cost: one forward up to the layer per sequence for firings and one for cosines; per atom `half_life_firings` vector
-    recurrences and `effect_firings` pairs of short edited runs.
+    recurrences, `effect_firings` pairs of short edited runs and five for each of `substitution_firings`.
 
     Raises:
-        ValueError: the SAE does not fit the model, the model has no tokenizer, the tokens are not [N,T] with room for
-            the effect's horizon, no atom fires often enough, or a hand-picked one does not.
+        ValueError: the SAE does not fit the model, the model has no tokenizer or one of another vocabulary, the tokens
+            are not [N,T] with room for the effect's horizon, no atom fires often enough, or a hand-picked one does not.
     """
     config, started = config or DashboardConfig(), time.perf_counter()
     check_fits(model, sae, config.label or "sae=")
     if tokens.ndim != 2 or tokens.shape[1] < config.effect_horizon + 2:
         raise ValueError(f"tokens must be [N,T] with T > {config.effect_horizon + 1}, found {list(tokens.shape)}")
     hook, texts = HeadHook.of(sae), TokenTexts(model)
-    joined = substituted(substitution, hook) if substitution is not None else None
-    read = readers_of(readers, config.n_tokens) if readers is not None else None
+    texts.check(tokens)
+    joined = None if substitution is None else substituted(substitution, hook)
+    read = None if readers is None else readers_of(readers, config.n_tokens)
     firings = collect_firings(model, sae, tokens, progress=progress)
     frequent = firings.alive(tokens.numel(), config.min_firings)
     alive = len(firings.alive(tokens.numel()))
-    chosen, zero = _atoms(model, sae, hook, _chosen(firings, frequent, config))
+    chosen, zero = _atoms(model, sae, hook, _chosen(firings, frequent, joined, config))
+    if joined is None and config.substitution_firings:
+        joined = substituted_here(model, sae, tokens, firings, chosen.number, config, progress)
     table = _table(firings, chosen)
     rng = np.random.default_rng([config.seed, 2])
     per_atom, last = config.half_life_firings, tokens.shape[1] - 2
     followed = sample_firings(firings, chosen.number, per_atom, first=0, last=last, rng=rng)
     swept = sweep(model, hook, tokens, table, chosen, _with_columns(followed, chosen), config, progress)
     effects = measured(model, hook, tokens, effect_firings(table, tokens.shape[1], config), chosen, config, progress)
+    if read is None:
+        read = dict(zip(chosen.number.tolist(), readers_measured(effects.changes, effects.heads, config.n_tokens)))
     direct = direct_path(model, hook, chosen)
     text = Text(tokens.cpu().numpy(), texts, config)
     gathered = _Gathered(text, chosen, swept, direct, effects, joined, read, config)
@@ -119,8 +126,10 @@ def atom_dashboards(
     return Dashboard(info, pages)
 
 
-def _chosen(firings: Firings, frequent: NDArray[np.int64], config: DashboardConfig) -> NDArray[np.int64]:
-    """The atoms of the config, or a draw from those that fire often enough."""
+def _chosen(
+    firings: Firings, frequent: NDArray[np.int64], tested: Container[int] | None, config: DashboardConfig
+) -> NDArray[np.int64]:
+    """The atoms of the config, or a draw from those that fire often enough (and were tested, if any were)."""
     if config.atoms is not None:
         if missing := sorted(set(config.atoms) - set(frequent.tolist())):
             raise ValueError(
@@ -134,8 +143,14 @@ def _chosen(firings: Firings, frequent: NDArray[np.int64], config: DashboardConf
             f"no atom fires {config.min_firings} times on {firings.n_sequences} sequences of {firings.n_positions} "
             f"tokens: {len(firings)} firings of {firings.n_atoms} atoms in all; give more text, or lower min_firings"
         )
-    n = len(frequent) if config.n_atoms is None else min(config.n_atoms, len(frequent))
-    return np.sort(np.random.default_rng(config.seed).choice(frequent, n, replace=False))
+    among = frequent if tested is None else np.array([atom for atom in frequent if int(atom) in tested], dtype=int)
+    if len(among) == 0:
+        raise ValueError(
+            f"none of the {len(frequent)} atoms that fire {config.min_firings} times on this text was looked at by the "
+            "substitution test; name atoms, or leave the test out"
+        )
+    n = len(among) if config.n_atoms is None else min(config.n_atoms, len(among))
+    return np.sort(np.random.default_rng(config.seed).choice(among, n, replace=False))
 
 
 def _atoms(model: Any, sae: Any, hook: HeadHook, number: NDArray[np.int64]) -> tuple[Atoms, int]:
@@ -182,7 +197,7 @@ def _page(found: _Gathered, column: int) -> AtomPage:
         values=ValueSide(_vocabulary(found, sign * found.direct[column]), _spread(sign * written["value_cosine"])),
         effect=_effect(found, column, sign),
         memory=memory(found.swept.lives[column]),
-        readers=None if found.readers is None else list(found.readers.get(atom, [])),
+        readers=found.readers.get(atom),
         substitution=None if found.substitution is None else list(found.substitution.get(atom, [])),
     )
 
@@ -226,13 +241,14 @@ def _key_tokens(found: _Gathered, means: NDArray[np.float64]) -> Ends:
 
 
 def _vocabulary(found: _Gathered, values: NDArray[Any]) -> Ends:
-    """All tokens of the vocabulary by `values` [vocab]."""
-    return _ends(found, np.arange(len(values)), values, np.zeros(len(values), dtype=int))
+    """All tokens of the vocabulary by `values` [vocab]; rows of W_U that pad it are no tokens."""
+    ids = np.arange(min(len(values), found.text.texts.size))
+    return _ends(found, ids, values, np.zeros(len(ids), dtype=int))
 
 
 def _ends(found: _Gathered, ids: NDArray[Any], values: NDArray[Any], counts: NDArray[Any]) -> Ends:
     n = min(found.config.n_tokens, len(ids) // 2)
-    order = np.argsort(-values, kind="stable")
+    order = np.argsort(-values[: len(ids)], kind="stable")
 
     def listed(places: NDArray[Any]) -> list[TokenValue]:
         return [

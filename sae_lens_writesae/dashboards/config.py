@@ -17,7 +17,8 @@ class DashboardConfig:
     atoms: tuple[int, ...] | None = None
     """A hand-picked list instead of a draw."""
     n_atoms: int | None = 100
-    """Atoms drawn uniformly from those with `min_firings`. None: all of them."""
+    """Atoms drawn uniformly from those with `min_firings` (and, where a substitution test is given, from those that it
+    looked at). None: all of them."""
     min_firings: int = 4
     """An atom with fewer firings on the tokens has no dashboard."""
     top: int = 12
@@ -41,12 +42,16 @@ class DashboardConfig:
     half_life_limit: int = 128
     """Longest half-life that is looked for, in tokens."""
     effect_firings: int = 3
-    """Firings of an atom, in as many sequences, at which its effect on the logits is measured. 0: not measured."""
+    """Firings of an atom, in as many sequences, at which its effect on the logits and on later heads is measured.
+    0: not measured."""
     effect_horizon: int = 16
-    """The effect is averaged over t..t+effect_horizon, both included."""
+    """Effects are averaged over t..t+effect_horizon, both included, and so is the KL of the substitution test."""
     effect_step: float = 0.05
     """The derivative is a central difference of this step, in norms of the native write; its error falls with the
     square of the step."""
+    substitution_firings: int = 4
+    """Firings of an atom at which it takes the place of the model's own write, where no substitution test is given.
+    0: none."""
     seed: int = 0
     """Of all draws."""
     label: str = ""
@@ -83,5 +88,6 @@ _LEAST = {
     "half_life_firings": 1,
     "half_life_limit": 1,
     "effect_firings": 0,
-    "effect_horizon": 0,
+    "effect_horizon": 1,
+    "substitution_firings": 0,
 }

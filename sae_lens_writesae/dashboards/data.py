@@ -157,7 +157,22 @@ class Reader:
 
     layer: int
     head: int
-    value: float
+    change: float
+    """Of its reads S^T q over t..t+horizon, relative to their norm."""
+    typical: float | None
+    """The same for what `Readers.typical` names, so that heads which notice anything can be told apart."""
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Later recurrent heads by how much their reads change with the atom, the largest change first. Heads of the same
+    layer and below cannot change."""
+
+    heads: list[Reader]
+    what: str
+    """What `change` is a change under."""
+    typical: str
+    """What `typical` is."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +215,7 @@ class AtomPage:
     values: ValueSide
     effect: Effect | None
     memory: Memory
-    readers: list[Reader] | None
+    readers: Readers | None
     substitution: list[Substituted] | None
 
 

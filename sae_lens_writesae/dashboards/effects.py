@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,12 +26,16 @@ _LOGITS = 128_000_000
 
 
 class Measured(NamedTuple):
-    """Derivatives of the logits for n atoms."""
+    """Derivatives with respect to how much is written, for n atoms."""
 
     mean: NDArray[np.float32]
     """[n,vocab], mean over firings and positions, minus the mean over the vocabulary."""
     n: NDArray[np.int64]
     """Firings behind each."""
+    changes: NDArray[np.float64]
+    """[n,M] relative change of the reads of later heads, mean over firings; NaN where none was measured."""
+    heads: list[tuple[int, int]]
+    """The M heads, as (layer, head)."""
 
 
 def direct_path(model: Any, hook: HeadHook, atoms: Atoms) -> NDArray[np.float32]:
@@ -67,31 +73,76 @@ def measured(
     config: DashboardConfig,
     progress: bool,
 ) -> Measured:
-    """d logits / d eps at eps = 0 where eps |W_t| A / |A| is added to the write, by central differences.
+    """d / d eps at eps = 0 where eps |W_t| A / |A| is added to the write, by central differences: of the logits, and of
+    the reads S^T q of every recurrent head above (norm of the derivative over t..t+horizon, over that of the reads).
 
     Firings at a zero write are left out. Cost: two edited rows of horizon + 1 tokens per firing.
     """
     total = np.zeros((len(atoms.number), model.W_U.shape[1]), dtype=np.float32)
     counts = np.zeros(len(atoms.number), dtype=np.int64)
+    later = [layer for layer in model.cfg.recurrent_layers if layer > hook.layer]
+    heads = [(layer, head) for layer in later for head in range(model.cfg.layer(layer).H)]
+    changes: list[list[NDArray[np.float64]]] = [[] for _ in atoms.number]
     sizes = norm(atoms.factors)
+    width = config.effect_horizon + 1
     groups: list[Any] = list(chosen.groupby("sequence"))
-    for sequence, rows in tqdm(groups, desc="effects", disable=not progress):
-        session = model.edit_session(tokens[int(sequence) : int(sequence) + 1])
-        one = session.recurrence(hook.layer).select(heads=slice(hook.head, hook.head + 1))
-        written = (one.k[0].flatten(1, -2).mT @ one.u[0].flatten(1, -2)).norm(dim=(-2, -1))
-        rows = rows.assign(size=written.cpu().numpy()[rows["position"]])
-        for batch in _batches(rows[rows["size"] > 0], total.shape[1], config.effect_horizon):
-            edits = [edit for row in batch for edit in _pair(hook, atoms, sizes, row, config.effect_step)]
-            stop = batch[-1].position + config.effect_horizon + 1
-            logits = session.run(edits, stop=stop, batch_size=len(edits)).logits.float()
-            for i, row in enumerate(batch):
-                at = row.position - batch[0].position
-                plus, minus = logits[2 * i : 2 * i + 2, at : at + config.effect_horizon + 1]
-                slope = (plus - minus).mean(0) / (2 * config.effect_step)
-                total[row.column] += (slope - slope.mean()).cpu().numpy()
-                counts[row.column] += 1
+    with _reads(model, later) as reads:
+        for sequence, rows in tqdm(groups, desc="effects", disable=not progress):
+            session = model.edit_session(tokens[int(sequence) : int(sequence) + 1])
+            native = dict(reads)
+            rows = rows.assign(size=_write_norms(session, hook)[rows["position"]])
+            for batch in _batches(rows[rows["size"] > 0], total.shape[1], config.effect_horizon):
+                edits = [edit for row in batch for edit in _pair(hook, atoms, sizes, row, config.effect_step)]
+                stop = batch[-1].position + width
+                logits = session.run(edits, stop=stop, batch_size=len(edits)).logits.float()
+                for i, row in enumerate(batch):
+                    at, pair = row.position - batch[0].position, slice(2 * i, 2 * i + 2)
+                    window = slice(row.position, row.position + width)
+                    slope = _slope(logits[pair, at : at + width], config.effect_step).mean(0)
+                    total[row.column] += (slope - slope.mean()).cpu().numpy()
+                    counts[row.column] += 1
+                    slopes = (_slope(reads[layer][pair, at : at + width], config.effect_step) for layer in later)
+                    parts = [_relative(s, native[layer][0, window]) for s, layer in zip(slopes, later)]
+                    changes[row.column].append(np.concatenate(parts) if parts else np.empty(0))
     total /= np.maximum(counts, 1)[:, None]
-    return Measured(total, counts)
+    return Measured(total, counts, _means(changes, len(heads)), heads)
+
+
+@contextmanager
+def _reads(model: Any, layers: list[int]) -> Iterator[dict[int, Tensor]]:
+    """The reads [B,T,H,V] of these layers in the newest pass, while the scope is open."""
+    newest: dict[int, Tensor] = {}
+    hooks = [(f"blocks.{n}.mixer.hook_read", lambda x, hook, n=n: newest.__setitem__(n, x)) for n in layers]
+    with model.hooks(fwd_hooks=hooks):
+        yield newest
+
+
+def _write_norms(session: Any, hook: HeadHook) -> NDArray[Any]:
+    """[T] norms of the native writes of one head."""
+    one = session.recurrence(hook.layer).select(heads=slice(hook.head, hook.head + 1))
+    return (one.k[0].flatten(1, -2).mT @ one.u[0].flatten(1, -2)).norm(dim=(-2, -1)).cpu().numpy()
+
+
+def _slope(pair: Tensor, step: float) -> Tensor:
+    """The derivative from the rows plus and minus `step`."""
+    return (pair[0] - pair[1]) / (2 * step)
+
+
+def _relative(slope: Tensor, native: Tensor) -> NDArray[np.float64]:
+    """[H] norms over the norms of the native reads, both [W,H,V]; NaN where a head reads zero."""
+    size = native.double().norm(dim=(0, 2))
+    return (slope.double().norm(dim=(0, 2)) / size).where(size > 0, torch.nan).cpu().numpy()
+
+
+def _means(found: list[list[NDArray[np.float64]]], width: int) -> NDArray[np.float64]:
+    """[n,width] means that leave NaN out; NaN where there is nothing else."""
+    means = np.full((len(found), width), np.nan)
+    for row, parts in zip(means, found):
+        for m, values in enumerate(np.array(parts).reshape(len(parts), width).T):
+            known = values[~np.isnan(values)]
+            if len(known):
+                row[m] = known.mean()
+    return means
 
 
 def _pair(hook: HeadHook, atoms: Atoms, sizes: Tensor, row: Any, step: float) -> list[WriteEdit]:

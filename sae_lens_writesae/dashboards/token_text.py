@@ -6,6 +6,8 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 _SYMBOLS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
 _LOST = "\ufffd"
 
@@ -24,6 +26,23 @@ class TokenTexts:
             )
         self._model = model
         self._known: dict[int, str] = {}
+        self.size = len(model.tokenizer)
+        """Tokens that have a text. A model may have more logits than that, which pad its vocabulary."""
+        vocabulary = model.W_U.shape[1]
+        if self.size > vocabulary:
+            raise ValueError(
+                f"the tokenizer has {self.size:,} tokens and the model's vocabulary {vocabulary:,}: it is not this "
+                "model's; give the right one to from_hf(model, tokenizer)"
+            )
+
+    def check(self, tokens: Tensor) -> None:
+        """Raise ValueError for token ids that the tokenizer does not have; names the first."""
+        unknown = tokens[(tokens < 0) | (tokens >= self.size)]
+        if len(unknown):
+            raise ValueError(
+                f"the text has token {int(unknown[0])}, and the tokenizer knows 0 to {self.size - 1}: the tokens come "
+                "from another tokenizer; make them with model.to_tokens"
+            )
 
     def __call__(self, token: int) -> str:
         """The exact text of a token."""

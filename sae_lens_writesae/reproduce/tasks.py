@@ -84,7 +84,8 @@ def make_tasks(config: ReproduceConfig) -> list[Task]:
             tasks += _evaluations(name, own, config)
         if config.dashboards:
             first = own[0]
-            tasks.append(Task(f"{first.key}/atoms", (f"{first.key}/sae",), lambda work, sae=first: work.show(sae)))
+            needs = tuple(f"{first.key}/{name}" for name in ("sae", "substitution") if name == "sae" or name in chosen)
+            tasks.append(Task(f"{first.key}/atoms", needs, lambda work, sae=first: work.show(sae)))
     done = tuple(task.key for task in tasks)
     return [*tasks, Task("report", done, lambda work: work.report())]
 

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.architectures import VARIANTS
+from sae_lens_writesae.dashboards import DashboardConfig, atom_dashboards, write_dashboards
 from sae_lens_writesae.evaluate import spread
 from sae_lens_writesae.joined_report import find_results, write_joined_report
 from sae_lens_writesae.loading import load_sae
 from sae_lens_writesae.reproduce.config import ReproduceConfig
 from sae_lens_writesae.reproduce.tasks import Dictionary
 from sae_lens_writesae.runner import WriteSAETrainingRunner, text_dataset, training_config
+from sae_lens_writesae.substitution_evaluation import Substitution
 from sae_lens_writesae.suite import EVALUATIONS
 from sae_lens_writesae.targets import head_target
 
@@ -161,6 +163,20 @@ class Workspace:
         cell = dictionaries[0].cell
         result = EVALUATIONS[name].run(self.model, saes, self.tokens, self._settings(name, cell))
         result.save(self.folder / cell / name)
+
+    def show(self, dictionary: Dictionary) -> None:
+        """Pages of a dictionary's atoms, drawn from those that its substitution test looked at, if there is one; in a
+        folder that is renamed into place."""
+        own = self.folder / dictionary.key
+        label = f"{dictionary.cell} {dictionary.target}-trained"
+        config = DashboardConfig(n_atoms=self.config.dashboards, seed=self.config.seeds[0], label=label)
+        tested = own / "substitution"
+        result = Substitution.load(tested).result if tested.exists() else None
+        data = atom_dashboards(self.model, self.sae(dictionary), self.tokens, config, substitution=result)
+        aside = own / ".atoms"
+        shutil.rmtree(aside, ignore_errors=True)
+        write_dashboards(data, aside)
+        os.replace(aside, own / "atoms")
 
     def report(self) -> None:
         """The page over all that was computed, in a folder that is renamed into place."""
