@@ -1,7 +1,7 @@
 """Multi-atom substitution: the write replaced by its sparse code of 1, 2, ... atoms, and by all of them.
 
-The substitution test replaces a write by one atom. Its code has k of them; here the n strongest are written together, so
-that a reader sees how many it takes. Source: future work of WriteSAE (arXiv 2605.12770).
+The substitution test replaces a write by one atom. Its code has k of them; here the n strongest are written together,
+so that a reader sees how many it takes. Source: future work of WriteSAE (arXiv 2605.12770).
 """
 
 from __future__ import annotations
@@ -274,7 +274,9 @@ def run_multi_atom(
     found = pd.DataFrame(pd.concat(frames, ignore_index=True), columns=list(MultiAtom.COLUMNS["writes"]))
     seconds = time.perf_counter() - begin
     settings = {"config": asdict(config), "omitted": omitted, "conditions_per_second": len(found) / seconds}
-    return MultiAtom(describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, **settings), {"writes": found})
+    return MultiAtom(
+        describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, **settings), {"writes": found}
+    )
 
 
 def _sequence(

@@ -109,6 +109,14 @@ EVALUATIONS: dict[str, Entry] = {
         Scope.EACH,
         "do passages bear the loss of a class of atoms?",
     ),
+    "readers": Entry(
+        "interventions.readers",
+        "run_readers",
+        "ReadersConfig",
+        "Readers",
+        Scope.EACH,
+        "which later heads read an atom's write?",
+    ),
     "multi_atom": Entry(
         "multi_atom",
         "run_multi_atom",

@@ -1,4 +1,4 @@
-"""What the interventions share: where the sequences go, rows of edits with their windows, and estimates with intervals."""
+"""What the interventions share: halves of the sequences, rows of edits with their windows, estimates with intervals."""
 
 from __future__ import annotations
 
@@ -28,13 +28,6 @@ _LOGIT_FLOATS = 128_000_000
 """Float32 logits of one batch: 512 MB."""
 
 
-class Halves(NamedTuple):
-    """Sequences that something is chosen on, and those it is tested on; none is in both."""
-
-    select: NDArray[np.int64]
-    test: NDArray[np.int64]
-
-
 class Estimate(NamedTuple):
     """A mean with its cluster-bootstrap interval."""
 
@@ -56,16 +49,6 @@ class Window(NamedTuple):
     logits: Tensor  # [n,W,vocab]
 
 
-def halves(n_sequences: int, seed: int) -> Halves:
-    """A random split of the sequences. Raises ValueError for fewer than 4: an interval needs two on each side."""
-    if n_sequences < 4:
-        raise ValueError(
-            f"choosing on one half and testing on the other needs at least 4 sequences, found {n_sequences}"
-        )
-    order = np.random.default_rng([seed, 17]).permutation(n_sequences)
-    return Halves(np.sort(order[: n_sequences // 2]), np.sort(order[n_sequences // 2 :]))
-
-
 def checked_hook(model: Any, sae: Any, tokens: Tensor, least: int) -> HeadHook:
     """The SAE's hook, if it fits the model and `tokens` are [N,T] with T >= `least`; else ValueError."""
     check_fits(model, sae, "sae=")
@@ -84,6 +67,17 @@ def estimate(values: ArrayLike, clusters: ArrayLike, seed: int = 0) -> Estimate:
     found = stats.cluster_bootstrap(values, clusters, seed=seed)
     if found.n_clusters < 2:
         raise ValueError(f"an interval needs at least 2 clusters, found 1 with {found.n} values")
+    return Estimate(found.estimate, *found.interval, found.n, found.n_clusters)
+
+
+def estimate_over_atoms(values: ArrayLike, sequences: ArrayLike, atoms: ArrayLike, seed: int = 0) -> Estimate:
+    """Mean and 95 % interval of firings that share sequences and atoms, for atoms drawn from a dictionary: both are
+    resampled (`statistics.two_way_bootstrap`). With a single atom the interval is about that atom: over sequences."""
+    if len(np.unique(np.asarray(atoms))) < 2:
+        return estimate(values, sequences, seed)
+    found = stats.two_way_bootstrap(values, sequences, atoms, seed=seed)
+    if found.n_clusters < 2:
+        raise ValueError(f"an interval needs at least 2 sequences, found 1 with {found.n} values")
     return Estimate(found.estimate, *found.interval, found.n, found.n_clusters)
 
 
@@ -128,10 +122,14 @@ def _window(session: Any, batch: list[int], positions: Sequence[int], edits: Seq
     return Window(list(batch), at, run.logits[each, at - run.start])
 
 
+def native_log_prob(session: Any, found: Window) -> Tensor:
+    """Mean over the window of log p without edits: [n,vocab], float32."""
+    return session.logits[0, found.positions].float().log_softmax(-1).mean(1)
+
+
 def log_prob_change(session: Any, found: Window) -> Tensor:
     """Mean over the window of log p(edited) - log p(native): [n,vocab], float32."""
-    native = session.logits[0, found.positions].float().log_softmax(-1)
-    return (found.logits.float().log_softmax(-1) - native).mean(1)
+    return found.logits.float().log_softmax(-1).mean(1) - native_log_prob(session, found)
 
 
 def token_text(model: Any, token: int) -> str:

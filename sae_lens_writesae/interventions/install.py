@@ -219,7 +219,7 @@ def run_install(
     Cost: for each pair one forward of the prompt and 1 + 2 * sizes continuations of `new_tokens`.
 
     Raises:
-        ValueError: an SAE of another model, sequences too short, a semantic target of several tokens, or too few prompts.
+        ValueError: an SAE of another model, sequences too short, a semantic target of several tokens, too few prompts.
     """
     begin, config = time.perf_counter(), config or InstallConfig()
     hook = checked_hook(model, sae, tokens, config.prompt_tokens)
@@ -249,7 +249,10 @@ def run_install(
     table = column_table(rows, Install.COLUMNS["continuations"])
     seconds = time.perf_counter() - begin
     settings = {"config": asdict(config), "omitted": omitted, "continuations_per_second": len(rows) / seconds}
-    return Install(describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, **settings), {"continuations": table})
+    return Install(
+        describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, **settings),
+        {"continuations": table},
+    )
 
 
 def install_edits(hook: HeadHook, writes: HeadWrites, value: Tensor, size: float, n_positions: int) -> list[WriteEdit]:

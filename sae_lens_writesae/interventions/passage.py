@@ -32,9 +32,9 @@ from sae_lens_writesae.interventions.common import (
     checked_hook,
     column_table,
     estimate,
-    halves,
     head_atoms,
 )
+from sae_lens_writesae.interventions.draw import halves
 
 CONTROLS = ("own", "removed", "inserted", "random")
 _NAMES = {
@@ -83,8 +83,8 @@ class Passage(Evaluation):
     atoms; measured is the mean over the passage of -log2 p(next token), minus the same without edits.
 
     Controls, with c_t = |sum_i a_i A_i| at each of those tokens: `own`, c_t taken from the write that is there;
-    `removed`, the same norms taken from as many writes of random other tokens; `inserted`, writes of other tokens put in
-    at norm c_t; `random`, Gaussian rank-1 directions put in at norm c_t (the paper's).
+    `removed`, the same norms taken from the writes of as many random tokens; `inserted`, the writes of random other
+    tokens put in at norm c_t; `random`, Gaussian rank-1 directions put in at norm c_t (the paper's).
 
     Verdict of claim 19, for the class `register` (or the first), by passage (bootstrap over passages):
     1. "below the floor": all costs are below 1e-6 bits.

@@ -33,14 +33,11 @@ from sae_lens_writesae.interventions.common import (
 )
 from sae_lens_writesae.interventions.targets import Directions, Stratum, draw_target, random_unit
 from sae_lens_writesae.logit_change.predictors import ReadGradients, predict
+from sae_lens_writesae.steering import Target, token_id
 
 DIRECTIONS = ("direct", "gradient", "random", "wrong")
-_NAMES = {
-    "direct": "toward the target",
-    "gradient": "along the gradient",
-    "random": "random direction",
-    "wrong": "toward another token",
-}
+Strata = list[tuple[Stratum, list[int] | None]]
+"""Where targets are drawn from: ranks, or a list of tokens."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,8 @@ class SignConfig:
     """Positions t, spread evenly over the sequences."""
     ranks: tuple[tuple[int, int], ...] = ((1, 10), (11, 100), (101, 1000))
     """One target is drawn at each position from each of these native ranks at t (from 1, both ends included)."""
+    targets: tuple[Target, ...] = ()
+    """Tokens (ids or strings, at least two) of which one is drawn at each position, instead of `ranks`."""
     sizes: tuple[float, ...] = (0.3, 1.0, 3.0)
     """m: norm of what is added, in norms of the native write; each with both signs."""
     first_position: int = 8
@@ -68,6 +67,9 @@ class SignConfig:
         object.__setattr__(self, "ranks", tuple((int(low), int(high)) for low, high in self.ranks))
         if not self.sizes or any(m <= 0 for m in self.sizes):
             raise ValueError(f"sizes are norms and positive, found {self.sizes}")
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if len(self.targets) == 1:
+            raise ValueError("targets needs at least two tokens: the other ones are the wrong targets")
         if not self.ranks or any(not 1 <= low <= high for low, high in self.ranks):
             raise ValueError(f"ranks are pairs 1 <= low <= high, found {self.ranks}")
 
@@ -81,8 +83,8 @@ class Sign(Evaluation):
     and as controls `random`, and `wrong`, w of another token of the same ranks.
 
     Predictions: F0 = +- m |W_t| <k_t, q_t> <y, W_O^h^T W_U[T]>; F2 with the gradient in the last factor. The sign of
-    F0 under `direct` is the sign of what is added times that of <k_t, q_t>: `as written` (the first alone) stands beside
-    it. For `wrong` the sign that is checked is the one predicted for the token that was aimed at, not for T.
+    F0 under `direct` is the sign of what is added times that of <k_t, q_t>; `as written` (the first alone) stands
+    beside it. For `wrong` the sign that is checked is the one predicted for the token that was aimed at, not for T.
 
     Verdict of claim 9, over all direct writes (cluster bootstrap by sequence):
     1. "below the floor": the median size of the effect is below 1e-5.
@@ -151,12 +153,14 @@ class Sign(Evaluation):
             outcome, why = "explained", "A write toward another token moves the target's logit as reliably."
         else:
             outcome, why = "holds", "Signs are right, and more often than for writes toward another token."
-        unit = f"writes at {table[['sequence', 'position']].drop_duplicates().shape[0]} positions"
+        pairs = len(table[["sequence", "position", "token"]].drop_duplicates())
+        n_sequences, each = table["sequence"].nunique(), table["m"].nunique()
+        unit = f"position x target pairs in {n_sequences} sequences, {each} writes each"
         first = Claim(
             9,
             "the sign of a write is the sign of its effect",
             f"{_share(direct)} by F0 (with the sign of <k, q>); {_share(written)} by the sign that was written",
-            direct.n,
+            pairs,
             unit,
             f"toward another token {_share(wrong)}, random direction {_share(random)} by F0",
             outcome,
@@ -169,7 +173,7 @@ class Sign(Evaluation):
             None,
             "all first-order paths together predict signs and sizes",
             f"{_share(f2)} of signs by F2; R² {small['f2_r2']:.3f} at m = {small['m']:g} (F0: {small['f0_r2']:.3f})",
-            f2.n,
+            pairs,
             unit,
             "F0, which leaves norms, gates and later layers out",
             "holds" if f2.bootstrap.low > 0.5 and small["f2_r2"] > 0.9 else "fails",
@@ -229,16 +233,23 @@ def run_sign(model: Any, sae: Any, tokens: Tensor, config: SignConfig | None = N
     begin, config = time.perf_counter(), config or SignConfig()
     hook = checked_hook(model, sae, tokens, config.first_position + 2)
     frames: list[pd.DataFrame] = []
+    among = [token_id(model, target) for target in config.targets]
+    strata: Strata = [(Stratum("", *ends), None) for ends in config.ranks]
+    if among:
+        strata = [(Stratum("", 1, None), among)]
     omitted = {"targets whose ranks are not in the vocabulary": 0, "positions with a zero write": 0}
     directions = Directions(model, hook.layer, hook.head)
     for sequence, positions in tqdm(_positions(tokens, config), desc="sign", disable=not progress):
-        frames += _sequence(model, hook, tokens[[sequence]], sequence, positions, directions, config, omitted)
+        run = _Sequence(model, hook, tokens[[sequence]], sequence, positions, directions, strata)
+        frames += _measured(run, config, omitted)
     if not frames:
         raise ValueError(f"no position could be written at: {omitted}")
     table = pd.DataFrame(pd.concat(frames, ignore_index=True), columns=list(Sign.COLUMNS["writes"]))
     seconds = time.perf_counter() - begin
     settings = {"config": asdict(config), "omitted": omitted, "rows_per_second": len(table) / seconds}
-    return Sign(describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, **settings), {"writes": table})
+    return Sign(
+        describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, **settings), {"writes": table}
+    )
 
 
 def _positions(tokens: Tensor, config: SignConfig) -> list[tuple[int, list[int]]]:
@@ -251,17 +262,21 @@ def _positions(tokens: Tensor, config: SignConfig) -> list[tuple[int, list[int]]
     return [(n, positions) for n, positions in drawn if positions]
 
 
-def _sequence(
-    model: Any,
-    hook: HeadHook,
-    tokens: Tensor,
-    sequence: int,
-    positions: list[int],
-    directions: Directions,
-    config: SignConfig,
-    omitted: dict[str, int],
-) -> list[pd.DataFrame]:
+class _Sequence(NamedTuple):
+    """One sequence and where it is written to."""
+
+    model: Any
+    hook: HeadHook
+    tokens: Tensor  # [1,T]
+    number: int
+    positions: list[int]
+    directions: Directions
+    strata: Strata
+
+
+def _measured(run: _Sequence, config: SignConfig, omitted: dict[str, int]) -> list[pd.DataFrame]:
     """All writes at the positions of one sequence."""
+    model, hook, tokens, sequence, positions, directions, strata = run
     session = model.edit_session(tokens)
     writes = head_writes(session.recurrence(hook.layer), hook.head, "additive")
     delay = int(writes.recurrence.read_before_write)
@@ -274,8 +289,8 @@ def _sequence(
         if size == 0:
             omitted["positions with a zero write"] += 1
             continue
-        for low, high in config.ranks:
-            drawn = draw_target(model, session.logits[0, t + delay], Stratum("", low, high), rng)
+        for stratum, among in strata:
+            drawn = draw_target(model, session.logits[0, t + delay], stratum, rng, among)
             if drawn is None:
                 omitted["targets whose ranks are not in the vocabulary"] += 1
                 continue
