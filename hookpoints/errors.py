@@ -42,7 +42,7 @@ class InputError(HookpointsError, ValueError):
 
 
 class Float16OverflowError(HookpointsError, FloatingPointError):
-    """An edited layer's reads or state are beyond float16's range."""
+    """Reads, state or output of a layer with hooks or edits are beyond float16's range."""
 
 
 class BridgeWarning(UserWarning):

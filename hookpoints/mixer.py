@@ -51,6 +51,8 @@ class HookedMixer:
         self._seen: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()
         self._first_token: int | None = 0
         self._real: Tensor | None = None
+        self._met = False
+        """Whether hooks or edits met an op call of this forward."""
         self._open: list[ExitStack] = []
         self._handles = [
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -83,6 +85,10 @@ class HookedMixer:
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._open:
             self._open.pop().close()
+        met, self._met = self._met, False
+        value = output[0] if isinstance(output, tuple) else output
+        if met and isinstance(value, Tensor) and value.dtype == torch.float16:
+            _check_range(self.layer, output=value)
 
     def _position(self, cache: Cache | None) -> int | None:
         """Position of this pass's first token; None where a cache does not tell."""
@@ -138,7 +144,9 @@ class HookedMixer:
         for heads, change in self._fire_matrices("state", response.states):
             response.add_states(heads, change)
         result = self._fire_read(response.apply(native))
-        _check_range(result, self.layer)
+        self._met = True
+        if result.outputs.dtype == torch.float16:
+            _check_range(self.layer, read=result.outputs, state=result.final_state)
         return self.rule.write_result(padding.packed_result(result), arguments)
 
     def _chosen(
@@ -242,15 +250,14 @@ def _is_filled(cache: Cache, layer: int) -> bool:
         return cache.get_seq_length(layer) > 0
 
 
-def _check_range(result: OpResult, layer: int) -> None:
-    """Raise where float16 reads or states left their range: downstream they would turn into NaN without a word."""
-    if result.outputs.dtype != torch.float16:
-        return
-    for what, value in (("reads", result.outputs), ("state", result.final_state)):
+def _check_range(layer: int, **values: Tensor | None) -> None:
+    """Raise where values leave float16's range: downstream they would turn into NaN without a word."""
+    for what, value in values.items():
         if value is not None and not bool((value.abs() <= torch.finfo(torch.float16).max).all()):
             raise Float16OverflowError(
-                f"the {what} of layer {layer} leave float16's range (65504) with the hooks and edits in force; load "
-                "the model with dtype=torch.bfloat16 or torch.float32, or edit with smaller matrices"
+                f"the {what} of layer {layer} leaves float16's range (65504), by the model's own numbers or with the "
+                "hooks and edits in force; load the model with dtype=torch.bfloat16 or torch.float32, or edit with "
+                "smaller matrices"
             )
 
 
