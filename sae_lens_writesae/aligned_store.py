@@ -53,17 +53,17 @@ class AlignedStore(ActivationsStore):
             found = model.recurrence(batch_tokens, hook.layer, **self.model_kwargs)
         one = found.select(heads=hook.head)
         matrices = one.states() if hook.target == "state" else one.write()
-        columns = _queries(one) if self.loss == "reads" else _writes(one)
+        columns = read_queries(one)[:, :, 0] if self.loss == "reads" else _writes(one)
         rows = torch.cat([matrices[:, :, 0].flatten(2), COLUMN_SCALE * columns.to(matrices.dtype)], dim=-1)
         return rows[:, slice(*self.seqpos_slice)].float().to(self.device)
 
 
-def _queries(r: Any) -> Tensor:
-    """[B,T,K] the query that reads the state of each token: its own, or the next token's where a rule reads before it
+def read_queries(r: Any) -> Tensor:
+    """[B,T,H,K] the query that reads the state of each token: its own, or the next token's where a rule reads before it
     writes (then zero for the last)."""
     if not r.read_before_write:
-        return r.q[:, :, 0]
-    return torch.cat([r.q[:, 1:, 0], torch.zeros_like(r.q[:, :1, 0])], dim=1)
+        return r.q
+    return torch.cat([r.q[:, 1:], torch.zeros_like(r.q[:, :1])], dim=1)
 
 
 def _writes(r: Any) -> Tensor:

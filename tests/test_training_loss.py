@@ -10,7 +10,7 @@ from sae_lens.saes.sae import TrainStepInput
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae import TRAINING, WriteSAETrainingRunner, load_sae, training_config
-from sae_lens_writesae.aligned_store import COLUMN_SCALE, AlignedStore
+from sae_lens_writesae.aligned_store import COLUMN_SCALE, AlignedStore, read_queries
 from sae_lens_writesae.training_loss import atom_write_cosines, n_columns, read_loss, write_loss
 
 LAYER, HEAD, K, V = 1, 2, 8, 6
@@ -165,11 +165,10 @@ def test_columns_are_the_models_own_queries_and_writes(model: Any, tokens: Any, 
 
 def test_a_rule_that_reads_first_is_given_the_next_query() -> None:
     from hookpoints.recurrence import Recurrence
-    from sae_lens_writesae.aligned_store import _queries
 
     q = torch.randn(1, 5, 1, K)
     r = Recurrence(q=q, k=torch.randn(1, 5, 1, K), u=torch.randn(1, 5, 1, V), read_before_write=True)
-    assert torch.equal(_queries(r)[:, :-1], q[:, 1:, 0]) and not _queries(r)[:, -1].any()
+    assert torch.equal(read_queries(r)[:, :-1], q[:, 1:]) and not read_queries(r)[:, -1].any()
 
 
 @pytest.mark.parametrize("target, loss", [("state", "reads"), ("write", "write")])
