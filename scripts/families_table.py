@@ -1,0 +1,55 @@
+"""Make docs/families.md and docs/families.json: what each family's memory is, and how far hookpoints is from oracles.
+
+    python scripts/families_table.py [--out docs] [--kernels FOLDER]
+
+Needs the extras ``test`` and ``fla``; no GPU, no triton. ``--kernels`` is what tests/oracles/fla_interpreted.py filled
+with the logits of fla's own kernels; without it that column is empty. Takes about 20 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from families_page import Facts, Family, markdown
+
+from hookpoints.fla_support import import_fla
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(path: Path) -> list[Family]:
+    """The rows of a families.json."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return [Family(**{**row, "facts": Facts(**row["facts"])}) for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--kernels", type=Path, help="folder that tests/oracles/fla_interpreted.py filled")
+    options = parser.parse_args()
+    import_fla()  # says how to install it where it is missing
+    sys.path.append(str(ROOT / "tests"))
+    from families_measure import measure, model_types
+
+    torch.set_num_threads(1)
+    families = []
+    for model_type in model_types():
+        families.append(found := measure(model_type, options.kernels))
+        print(f"{found.source} {found.model_type}: {found.op_error:.0e}, {found.logits_error:.0e}", flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps([asdict(family) for family in families], indent=1, ensure_ascii=False)
+    (options.out / "families.json").write_text(text + "\n", encoding="utf-8")
+    (options.out / "families.md").write_text(markdown(families), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
