@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-_LISTS = ("--layers", "--layer", "--heads", "--head", "--seeds", "--targets", "--variants", "--evaluations")
+_LISTS = ("--layers", "--layer", "--heads", "--head", "--seeds", "--targets", "--losses", "--variants", "--evaluations")
 
 
 def spread_lists(arguments: Sequence[str]) -> list[str]:
@@ -33,6 +33,7 @@ def reproduce(
     layers: Annotated[list[int] | None, typer.Option("--layers", "--layer", help="Recurrent layers.")] = None,
     heads: Annotated[list[int] | None, typer.Option("--heads", "--head", help="Heads of every layer.")] = None,
     targets: Annotated[list[str] | None, typer.Option(help="write, state, last_state.")] = None,
+    losses: Annotated[list[str] | None, typer.Option(help="Of further dictionaries of states: reads, write.")] = None,
     seeds: Annotated[list[int] | None, typer.Option(help="Of the first target's dictionaries.")] = None,
     variants: Annotated[list[str] | None, typer.Option(help="Further architectures; see VARIANTS.")] = None,
     evaluations: Annotated[list[str] | None, typer.Option(help="Default: all.")] = None,
@@ -59,7 +60,8 @@ def reproduce(
     from sae_lens_writesae.reproduce import SMALL, Place, ReproduceConfig, Workspace, estimate, run_tasks
 
     with clear_errors():
-        lists = {"layers": layers, "heads": heads, "targets": targets, "seeds": seeds, "variants": variants}
+        lists: dict[str, Any] = {"layers": layers, "heads": heads, "targets": targets, "losses": losses}
+        lists |= {"seeds": seeds, "variants": variants}
         given: dict[str, Any] = {"model": model, "dataset": dataset, "evaluations": evaluations}
         given |= {name: tuple(values) for name, values in lists.items() if values}
         config = ReproduceConfig(**(SMALL if small else {}) | given)

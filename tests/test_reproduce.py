@@ -38,6 +38,7 @@ TINY = {
     "layers": (2,),
     "heads": (0,),
     "seeds": (0,),
+    "losses": (),
     "variants": (),
     "evaluations": ("multistep",),
     "d_sae": 32,
@@ -67,8 +68,8 @@ def test_every_step_follows_what_it_needs_and_the_report_is_last():
     keys = [task.key for task in tasks]
     assert len(set(keys)) == len(keys) and keys[-1] == "report"
     assert all(keys.index(need) < keys.index(task.key) for task in tasks for need in task.needs)
-    # Per head: two targets, two more seeds, three variants; each evaluation of the two plain dictionaries.
-    assert Counter(task.kind for task in tasks) == {"sae": 4 * 7, "substitution": 8, "multistep": 8, "report": 1}
+    # Per head: two targets, two losses, two more seeds, three variants; each evaluation of the two plain ones.
+    assert Counter(task.kind for task in tasks) == {"sae": 4 * 9, "substitution": 8, "multistep": 8, "report": 1}
     assert set(tasks[-1].needs) == set(keys[:-1])
 
 
@@ -77,6 +78,7 @@ def test_every_step_follows_what_it_needs_and_the_report_is_last():
     [
         ({"layers": ()}, "layers must name at least one"),
         ({"seeds": (1, 1)}, "named once each"),
+        ({"losses": ("mse",)}, "beside mse are reads and write, found mse"),
         ({"variants": ("Wrong",)}, "no variant Wrong; there are WriteSAE"),
         ({"k": 0}, "k must be at least 1"),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 
 from sae_lens_writesae.architectures import VARIANTS
 from sae_lens_writesae.targets import Target
+from sae_lens_writesae.training_loss import Loss
 
 SMALL: dict[str, Any] = {
     "d_sae": 256,
@@ -33,6 +34,9 @@ class ReproduceConfig:
     """Heads of every layer."""
     targets: tuple[Target, ...] = ("write", "state")
     """What dictionaries are trained on, side by side. The first one is looked at most closely."""
+    losses: tuple[Loss, ...] = ("reads", "write")
+    """Further dictionaries of states, whose loss mixes in what queries read, or atoms' alignment with writes; for the
+    comparison of objectives. None is trained where states are no target."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the first target's dictionaries; other targets and variants take the first seed."""
     variants: tuple[str, ...] = ("FlatSAE", "MatrixSAE", "WriteSAE-rank2")
@@ -60,15 +64,17 @@ class ReproduceConfig:
     """Fields of an evaluation's own config, by the evaluation's name, where they should not be its defaults."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "heads", "targets", "seeds", "variants"):
+        for name in ("layers", "heads", "targets", "losses", "seeds", "variants"):
             values = tuple(getattr(self, name))
             object.__setattr__(self, name, values)
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} are named once each, found {list(values)}")
-            if not values and name != "variants":
+            if not values and name not in ("losses", "variants"):
                 raise ValueError(f"{name} must name at least one, found none")
         if unknown := [name for name in self.variants if name not in VARIANTS]:
             raise ValueError(f"there is no variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
+        if unknown := [name for name in self.losses if name not in ("reads", "write")]:
+            raise ValueError(f"losses beside mse are reads and write, found {', '.join(unknown)}")
         if self.evaluations is not None:
             object.__setattr__(self, "evaluations", tuple(self.evaluations))
         for name in ("d_sae", "k", "training_tokens", "context_size", "eval_sequences", "n_atoms", "firings_per_atom"):

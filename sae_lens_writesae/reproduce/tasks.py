@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sae_lens_writesae.reproduce.config import ReproduceConfig
 from sae_lens_writesae.suite import EVALUATIONS, Scope
 from sae_lens_writesae.targets import Target
+from sae_lens_writesae.training_loss import Loss
 
 if TYPE_CHECKING:
     from sae_lens_writesae.reproduce.workspace import Workspace
@@ -24,6 +25,7 @@ class Dictionary:
     variant: str
     """Of `VARIANTS`; "" is the WriteSAE itself."""
     seed: int
+    loss: Loss = "mse"
 
     @property
     def cell(self) -> str:
@@ -32,7 +34,8 @@ class Dictionary:
     @property
     def label(self) -> str:
         """Name within its head, and of its folder."""
-        return "-".join([self.target, *filter(None, [self.variant]), f"seed{self.seed}"])
+        loss = "" if self.loss == "mse" else self.loss
+        return "-".join([self.target, *filter(None, [loss, self.variant]), f"seed{self.seed}"])
 
     @property
     def key(self) -> str:
@@ -55,12 +58,14 @@ class Task:
 
 
 def dictionaries(config: ReproduceConfig) -> Iterator[Dictionary]:
-    """Every SAE of a run, head by head: targets, seeds of the first target, variants of it."""
+    """Every SAE of a run, head by head: targets, losses of states, seeds of the first target, variants of it."""
     main, seed = config.targets[0], config.seeds[0]
     for layer in config.layers:
         for head in config.heads:
             for target in config.targets:
                 yield Dictionary(layer, head, target, "", seed)
+            for loss in config.losses if "state" in config.targets else ():
+                yield Dictionary(layer, head, "state", "", seed, loss)
             for other in config.seeds[1:]:
                 yield Dictionary(layer, head, main, "", other)
             for variant in config.variants:
@@ -93,16 +98,17 @@ def make_tasks(config: ReproduceConfig) -> list[Task]:
 def _evaluations(name: str, saes: list[Dictionary], config: ReproduceConfig) -> list[Task]:
     """An evaluation of each dictionary that it is for, or of several together."""
     entry = EVALUATIONS[name]
-    plain = [sae for sae in saes if not sae.variant and sae.seed == config.seeds[0]]
+    plain = [sae for sae in saes if not sae.variant and sae.seed == config.seeds[0] and sae.loss == "mse"]
     if entry.scope is Scope.EACH:
         return [
             Task(f"{sae.key}/{name}", (f"{sae.key}/sae",), lambda work, sae=sae: work.evaluate(name, sae))
             for sae in plain
         ]
+    first = [sae for sae in saes if sae.target == config.targets[0] and sae.loss == "mse"]
     groups = {
-        Scope.SEEDS: [sae for sae in saes if not sae.variant and sae.target == config.targets[0]],
-        Scope.TARGETS: plain,
-        Scope.VARIANTS: [sae for sae in saes if sae.target == config.targets[0] and sae.seed == config.seeds[0]],
+        Scope.SEEDS: [sae for sae in first if not sae.variant],
+        Scope.TARGETS: [sae for sae in saes if not sae.variant and sae.seed == config.seeds[0]],
+        Scope.VARIANTS: [sae for sae in first if sae.seed == config.seeds[0]],
     }
     group = groups[entry.scope]
     if len(group) < 2:  # nothing to compare with

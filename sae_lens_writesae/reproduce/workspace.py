@@ -128,6 +128,7 @@ class Workspace:
             dictionary.layer,
             dictionary.head,
             target=dictionary.target,
+            loss=dictionary.loss,
             architecture=c.architecture,
             d_sae=c.d_sae,
             sae={"k": c.k, "normalize_activations": "expected_average_only_in", **VARIANTS.get(dictionary.variant, {})},
