@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from .errors import UnsupportedModelError
-from .rules import REFUSED, RULES, Rule
+from .rules import REFUSED, REFUSED_LAYERS, RULES, Rule
 
 _MIXER_NAMES = ("linear_attn", "self_attn", "attn", "mixer", "mamba", "attention")
 _MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "ffn")
@@ -213,7 +213,9 @@ def _model_type(model: nn.Module) -> str:
 def _refusal(model: nn.Module) -> str:
     model_type = _model_type(model)
     known = ", ".join(dict.fromkeys(rule.name for rule in RULES))
-    reason = REFUSED.get(model_type, "none of its layers calls a recurrent op that is known here")
+    layers = (REFUSED_LAYERS.get(type(module).__name__) for module in model.modules())
+    reason = REFUSED.get(model_type) or next(filter(None, layers), None)
+    reason = reason or "none of its layers calls a recurrent op that is known here"
     if model_type == "mamba2" and type(model).__module__.startswith("fla."):
         reason = "this is fla's class of Mamba-2; load the checkpoint with transformers' Mamba2ForCausalLM"
     return f"{model_type!r} cannot be hooked: {reason}. Update rules known here: {known}"

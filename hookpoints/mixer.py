@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from . import run as run_scope
-from .errors import EditError, Float16OverflowError
+from .errors import EditError, Float16OverflowError, UnsupportedModelError
 from .intercept import running, torch_form
 from .padding import UNPADDED, Padding
 from .placing import changes_of
@@ -42,7 +42,13 @@ class HookedMixer:
     """
 
     def __init__(self, owner: Any, layer: int, rule: Rule, module: nn.Module, backend: Backend):
-        heads, _, _ = rule.head_shape(module)
+        try:
+            heads, _, _ = rule.head_shape(module)
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} (layer {layer}) calls {rule.ops[0]}, but does not name its sizes as layers of "
+                f"{rule.name} do: {error}"
+            ) from error
         self.owner, self.layer, self.rule, self.backend = owner, layer, rule, backend
         self.module = module
         self.hooks = MixerHooks(heads, rule.factor_names)

@@ -1,0 +1,66 @@
+"""What cannot be hooked, by name and with the reason: recurrences that are not of the canonical form, or not known here."""
+
+from __future__ import annotations
+
+_MAMBA1 = (
+    "Mamba-1 keeps one vector per channel (thousands of heads a layer, each with a K x 1 state), so its writes are not "
+    "matrices; Mamba-2 models are supported"
+)
+_STREAMS = "its residual stream is several streams side by side (hyper-connections), which block hooks do not know"
+_ATTENTION = (
+    "it attends to the keys and values of single tokens, which it keeps: there is no state that tokens write to"
+)
+_PRECONDITIONED = (
+    "a second state, the running curvature of its keys, decides along which key it writes; Gated DeltaNet and KDA "
+    "models are supported"
+)
+_SECOND_STATE = "divides its reads by a second, normalising state"
+
+REFUSED: dict[str, str] = {
+    "mamba": _MAMBA1,
+    "falcon_mamba": _MAMBA1,
+    "jamba": _MAMBA1,
+    "zamba": _MAMBA1,
+    "samba": _MAMBA1,
+    "minimax": "its lightning attention is written out inside the layer's forward, so there is no op to intercept, and "
+    "its states are in a cache of its own kind",
+    "recurrent_gemma": "its RG-LRU keeps a vector, not a matrix: there is no rank-1 write",
+    "rwkv": "RWKV-4 keeps vectors and divides its reads by a second, normalising state",
+    "glm5_next_text": _STREAMS,
+    "qwen4_exp_text": _STREAMS,
+    "mamba3": "Mamba-3 adds two terms per token, the second with the token before (its trapezoidal rule), and only "
+    "mamba_ssm's GPU kernels compute it; Mamba-2 models are supported",
+    "abc": "ABC keeps two coupled states, not one",
+    "gsa": "gated slot attention keeps two coupled states, not one",
+    "raven": "its slots are gated slot attention's, which keeps two coupled states, not one",
+    "cyclic_flow_attention": "CyFA keeps two coupled states, keys and values in slots that a clock turns, not one",
+    "lightnet": "LightNet normalises its keys over all tokens so far, which takes a second state",
+    "log_linear_mamba2": "log-linear attention keeps a state for each level of a hierarchy, not one",
+    "mom": "MoM routes each token to some of several memories, so its op sees other sequences than the model does",
+    "hgrn": "HGRN keeps a vector, not a matrix: there is no rank-1 write",
+    "titans": "Titans' memory is an MLP updated by gradient steps",
+    "mesa_net": "MesaNet solves a linear system over its keys at each read",
+    "xlstm": f"xLSTM {_SECOND_STATE}",
+    "precond_gated_deltanet": _PRECONDITIONED,
+    "precond_kda": _PRECONDITIONED,
+    "linear_attn": "linear attention without a decay has no rule here; RetNet, GLA and SimpleGLA models are supported",
+    "rodimus": "Rodimus gives GLA's op one head as wide as the layer, between projections and residuals of its own, "
+    "which have no rule here; GLA models are supported",
+    "yoco": "its upper half attends to keys and values that its lower half made, so its blocks are no chain along one "
+    "residual stream",
+    **dict.fromkeys(
+        ("bitnet", "cat", "deltaformer", "forgetting_transformer", "mla", "moba", "nsa", "parallax", "path_attn")
+        + ("stickbreaking_attn", "transformer", "wall_transformer"),
+        _ATTENTION,
+    ),
+}
+"""Model types that are not hooked, with the reason."""
+
+REFUSED_LAYERS: dict[str, str] = {
+    "BasedLinearAttention": f"Based {_SECOND_STATE}",
+    "ReBasedLinearAttention": f"ReBased {_SECOND_STATE}",
+    "GatedDeltaNet2": "Gated DeltaNet-2, which erases and writes by a gate for each channel, has no rule here; Gated "
+    "DeltaNet and KDA models are supported",
+    "MomentumDeltaNet": "Momentum DeltaNet keeps two coupled states, the second a momentum of the first's writes",
+}
+"""Layers of fla, by the name of their class, of which it has no models: found in models that someone made of them."""
