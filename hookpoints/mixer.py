@@ -46,8 +46,8 @@ class HookedMixer:
             heads, _, _ = rule.head_shape(module)
         except AttributeError as error:
             raise UnsupportedModelError(
-                f"{type(module).__name__} (layer {layer}) calls {rule.ops[0]}, but does not name its sizes as layers of "
-                f"{rule.name} do: {error}"
+                f"{type(module).__name__} (layer {layer}) calls {rule.ops[0]}, but does not name its sizes as layers "
+                f"of {rule.name} do: {error}"
             ) from error
         self.owner, self.layer, self.rule, self.backend = owner, layer, rule, backend
         self.module = module

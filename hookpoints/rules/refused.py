@@ -1,4 +1,4 @@
-"""What cannot be hooked, by name and with the reason: recurrences that are not of the canonical form, or not known here."""
+"""What is not hooked, by name and with the reason: recurrences that are not of the canonical form, or have no rule."""
 
 from __future__ import annotations
 
@@ -48,11 +48,18 @@ REFUSED: dict[str, str] = {
     "which have no rule here; GLA models are supported",
     "yoco": "its upper half attends to keys and values that its lower half made, so its blocks are no chain along one "
     "residual stream",
-    **dict.fromkeys(
-        ("bitnet", "cat", "deltaformer", "forgetting_transformer", "mla", "moba", "nsa", "parallax", "path_attn")
-        + ("stickbreaking_attn", "transformer", "wall_transformer"),
-        _ATTENTION,
-    ),
+    "bitnet": _ATTENTION,
+    "cat": _ATTENTION,
+    "deltaformer": _ATTENTION,
+    "forgetting_transformer": _ATTENTION,
+    "mla": _ATTENTION,
+    "moba": _ATTENTION,
+    "nsa": _ATTENTION,
+    "parallax": _ATTENTION,
+    "path_attn": _ATTENTION,
+    "stickbreaking_attn": _ATTENTION,
+    "transformer": _ATTENTION,
+    "wall_transformer": _ATTENTION,
 }
 """Model types that are not hooked, with the reason."""
 
