@@ -1,0 +1,88 @@
+"""Bad input to fla's models: refused with the reason, or computed rightly."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import VOCAB
+from fla_models import MODEL_TYPES, make_fla
+
+from hookpoints import (
+    EditError,
+    Float16OverflowError,
+    HookedRecurrent,
+    InputError,
+    UnsupportedModelError,
+    WriteEdit,
+    attach,
+)
+from hookpoints.selfcheck import relative_error
+
+LEFT, RIGHT, WHOLE, HOLE = [0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1] * 5, [1, 0, 1, 1, 1]
+IDS = torch.arange(1, 11).view(2, 5)
+HYBRID = {"attn": {"layers": [1], "num_heads": 2}}
+
+
+MASKS = {
+    "pads row 0 on the left and row 1 on the right": [LEFT, RIGHT],
+    "has a hole in row 1": [WHOLE, HOLE],
+    "leaves no token in row 1": [LEFT, [0] * 5],
+    r"must be \[2,5\], 1 for real tokens; found \[2, 1, 1, 5\]": [[[WHOLE]]] * 2,
+}
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_masks_that_are_refused(model_type):
+    model = HookedRecurrent.from_hf(make_fla(model_type), self_check=False)
+    for message, mask in MASKS.items():
+        with pytest.raises(InputError, match=message):
+            model(IDS, attention_mask=torch.tensor(mask))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@torch.no_grad()
+def test_an_attached_models_own_masks(model_type):
+    """``attach`` leaves a model's arguments alone: rows padded on either side are as if alone, and so are their
+    writes."""
+    model, mask = make_fla(model_type), torch.tensor([LEFT, RIGHT])
+    with attach(model) as hooked:
+        name = f"blocks.{hooked.cfg.recurrent_layers[-1]}.mixer.hook_write"
+        out, kept = hooked.run_with_cache(IDS, attention_mask=mask, names_filter=name)
+        for row, real in enumerate(mask.bool()):
+            alone, own = hooked.run_with_cache(IDS[row : row + 1, real], names_filter=name)
+            torch.testing.assert_close(out.logits[row, real], alone.logits[0], rtol=0, atol=2e-5)
+            torch.testing.assert_close(kept[name][row, real], own[name][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@torch.no_grad()
+def test_float16_raises_or_gives_what_float32_gives(model_type):
+    half = HookedRecurrent.from_hf(make_fla(model_type).half())
+    full = HookedRecurrent.from_hf(make_fla(model_type).half().float())
+    for hook, scale in itertools.product(("hook_v", "hook_write", "hook_state"), (10.0, 1e7)):
+        hooks = [(f"blocks.0.mixer.{hook}", lambda value, hook, scale=scale: scale * value)]
+        expected = full.run_with_hooks(IDS, fwd_hooks=hooks)
+        try:
+            found = half.run_with_hooks(IDS, fwd_hooks=hooks)
+        except Float16OverflowError:
+            assert scale == 1e7
+        else:
+            assert relative_error(expected, found) < 1e-2
+
+
+def test_layers_and_heads_that_are_not_there():
+    model = HookedRecurrent.from_hf(make_fla("gla", **HYBRID))
+    for edit, error, message in (
+        (
+            WriteEdit(1, 0, 0, mode="delete"),
+            UnsupportedModelError,
+            r"layer 1 of \S+ has no recurrence and so no writes",
+        ),
+        (WriteEdit(0, 2, 0, mode="delete"), EditError, "head 2 is out of range: layer 0 has heads 0 to 1"),
+    ):
+        with pytest.raises(error, match=message):
+            model.run_with_edits(IDS[:1], [edit])
+    with pytest.raises(InputError, match=f"token id {VOCAB} is outside the vocabulary"):
+        model(torch.tensor([[VOCAB]]))
