@@ -101,6 +101,14 @@ EVALUATIONS: dict[str, Entry] = {
         Scope.EACH,
         "do installed writes put a token into the continuation?",
     ),
+    "amplify": Entry(
+        "interventions.amplify",
+        "run_amplify",
+        "AmplifyConfig",
+        "Amplify",
+        Scope.EACH,
+        "does scaling an atom change how often its token is written?",
+    ),
     "passage": Entry(
         "interventions.passage",
         "run_passage",
@@ -134,4 +142,20 @@ EVALUATIONS: dict[str, Entry] = {
         "do atoms point along the writes they fire on, and are there two kinds?",
     ),
     "seeds": Entry("seeds", "run_seeds", "SeedsConfig", "Seeds", Scope.SEEDS, "do seeds find the same atoms?"),
+    "objectives": Entry(
+        "objectives",
+        "run_objectives",
+        "ObjectivesConfig",
+        "Objectives",
+        Scope.TARGETS,
+        "what should a dictionary be trained for?",
+    ),
+    "baselines": Entry(
+        "baselines",
+        "run_baselines",
+        "BaselinesConfig",
+        "Baselines",
+        Scope.VARIANTS,
+        "do rank-1 atoms do better than what is simpler?",
+    ),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -157,6 +157,11 @@ def check_at_least(config: Any, least: dict[str, float]) -> None:
         value = getattr(config, name)
         if value is not None and value < bound:
             raise ValueError(f"{name} must be at least {bound}, found {value}")
+
+
+def by_sequence(table: pd.DataFrame) -> list[tuple[int, pd.DataFrame]]:
+    """The rows of each sequence, in order of sequences."""
+    return [(int(cast(int, sequence)), part) for sequence, part in table.groupby("sequence")]
 
 
 def column_table(rows: list[dict[str, Any]], columns: dict[str, str]) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -41,8 +42,8 @@ def halves(n_sequences: int, seed: int) -> Halves:
 def of_sequences(firings: Firings, sequences: NDArray[np.int64]) -> Firings:
     """The firings on some of the sequences, which keep their numbers."""
     own = np.isin(firings.sequence, sequences)
-    columns = (getattr(firings, name)[own] for name in ("sequence", "position", "atom", "activation"))
-    return Firings(*columns, firings.n_sequences, firings.n_positions, firings.n_atoms)
+    columns = {name: getattr(firings, name)[own] for name in ("sequence", "position", "atom", "activation")}
+    return replace(firings, **columns)
 
 
 def draw_atoms(

@@ -26,6 +26,7 @@ from sae_lens_writesae.firings import Firings, HeadHook, collect_firings, sample
 from sae_lens_writesae.head_memory import head_writes
 from sae_lens_writesae.interventions.common import (
     add_edit,
+    by_sequence,
     checked_hook,
     column_table,
     head_atoms,
@@ -155,9 +156,9 @@ def _choose(run: _Run, drawn: _Draw, given: int | None, progress: bool) -> _Chos
         for name, part in found.by_condition():
             columns = run.columns(found.firings.iloc[part]).to(found.change.device)
             index = torch.tensor(part).to(found.change.device)
-            sums[name].index_add_(0, columns, found.change[index])
+            sums[name].index_add_(0, columns, found.change[index].to(sums[name]))
             if name == "effect":
-                sums["native"].index_add_(0, columns, found.native[index])
+                sums["native"].index_add_(0, columns, found.native[index].to(sums[name]))
     counts = torch.tensor(drawn.select.groupby("atom").size().reindex(drawn.atoms).to_numpy())[:, None]
     means = {name: total.cpu() / counts for name, total in sums.items()}
     fixed = None if given is None else torch.full((shape[0], 1), given)
@@ -185,7 +186,7 @@ class _Changes(NamedTuple):
 def _changes(run: _Run, table: pd.DataFrame, progress: bool, conditions: tuple[str, ...]) -> Iterator[_Changes]:
     """The firings of `table` under each of the conditions, sequence by sequence."""
     config = run.config
-    for sequence, part in tqdm(list(table.groupby("sequence")), desc="erasure", disable=not progress):
+    for sequence, part in tqdm(by_sequence(table), desc="erasure", disable=not progress):
         session = run.model.edit_session(run.tokens[[sequence]])
         native = head_writes(session.recurrence(run.hook.layer), run.hook.head, "additive").native
         positions: list[int] = []
@@ -228,7 +229,7 @@ def _at_tokens(change: Tensor, tokens: Tensor) -> NDArray[np.float64]:
 def _atoms(model: Any, drawn: _Draw, firings: pd.DataFrame, chosen: _Chosen) -> pd.DataFrame:
     """One row an atom."""
     rows, p_values = [], {}
-    counts = drawn.select.groupby("atom").size()
+    counts: Any = drawn.select.groupby("atom").size()
     for n, atom in enumerate(drawn.atoms):
         own: Any = firings[firings["atom"] == atom]
         tests = [stats.sign_flip_test(own["effect"], own[c], own["sequence"]) for c in CONTROLS]

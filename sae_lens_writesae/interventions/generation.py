@@ -1,4 +1,4 @@
-"""Batched greedy continuations in which every row has edits of its own."""
+"""Batched continuations: greedy ones in which every row has edits of its own, and sampled ones."""
 
 from __future__ import annotations
 
@@ -57,6 +57,26 @@ def greedy_rows(
             raise run_error(idle[0])
         found += [cut(row, model) for row in out[:, tokens.shape[1] :].tolist()]
     return found
+
+
+@torch.no_grad()
+def sampled(model: Any, tokens: Tensor, new_tokens: int, seed: int, *, batch_size: int = 128) -> Tensor:
+    """[N,new_tokens] tokens sampled at temperature 1 after prompts `tokens` [N,T], all of the same length (an
+    end-of-sequence token is never drawn), under the hooks in force.
+
+    The random numbers depend on `seed`, N and `batch_size` alone, so that continuations under two conditions differ
+    only by what the conditions do to the logits. The generators of the process are left as they were.
+    """
+    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    device = torch.device(model.cfg.device)
+    found = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for start in range(0, len(tokens), batch_size):
+            torch.manual_seed(seed + start)
+            out = model.generate(tokens[start : start + batch_size], **plain, **lengths, **generation_settings(model))
+            found.append(out[:, tokens.shape[1] :].cpu())
+    return torch.cat(found)
 
 
 def cut(continuation: list[int], model: Any) -> list[int]:

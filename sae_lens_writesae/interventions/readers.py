@@ -23,7 +23,15 @@ from hookpoints import WriteEdit
 from sae_lens_writesae.conditions import Factors, norm, random_directions, scaled, with_norm
 from sae_lens_writesae.evaluation import describe
 from sae_lens_writesae.firings import HeadHook, collect_firings, sample_firings
-from sae_lens_writesae.interventions.common import Window, add_edit, checked_hook, head_atoms, windows
+from sae_lens_writesae.interventions.common import (
+    Window,
+    add_edit,
+    by_sequence,
+    checked_hook,
+    column_table,
+    head_atoms,
+    windows,
+)
 from sae_lens_writesae.interventions.draw import draw_atoms, halves, of_sequences
 from sae_lens_writesae.interventions.readers_result import CONDITIONS, Readers, ReadersConfig
 
@@ -40,13 +48,18 @@ def run_readers(
     Cost: N forwards up to the SAE's layer, one whole forward for each sequence with firings, and for each firing four
     edited rows of horizon + 1 tokens.
 
+    An SAE of the last recurrent layer gives an empty table and the outcome "not tested": nothing can read its writes.
+
     Raises:
-        ValueError: an SAE of the last recurrent layer (nothing can read it) or of another model, sequences too short or
-            too few, no atom that fires often enough.
+        ValueError: an SAE of another head or model, sequences too short or too few, no atom that fires often enough.
     """
     begin, config = time.perf_counter(), config or ReadersConfig()
     hook = checked_hook(model, sae, tokens, config.first_position + config.horizon + 1)
     layers = later_layers(model, hook.layer)
+    if not layers:
+        settings = {"config": asdict(config), "seconds": time.perf_counter() - begin, "rows_per_second": 0.0}
+        info = describe(model, sae, label=config.label, seed=config.seed, **settings)
+        return Readers(info, {"changes": column_table([], Readers.COLUMNS["changes"])})
     firings = collect_firings(model, sae, tokens, progress=progress)
     rng = np.random.default_rng(config.seed)
     split = halves(len(tokens), config.seed)
@@ -59,26 +72,21 @@ def run_readers(
     table = pd.concat(parts, ignore_index=True).rename_axis("firing").reset_index()
     run = _Run(model, hook, tokens, layers, atoms, head_atoms(model, sae, hook, atoms), config)
     frames = []
-    for sequence, part in tqdm(list(table.groupby("sequence")), desc="readers", disable=not progress):
-        frames += _sequence(run, int(sequence), part)
+    for sequence, part in tqdm(by_sequence(table), desc="readers", disable=not progress):
+        frames += _sequence(run, sequence, part)
     found = pd.DataFrame(pd.concat(frames, ignore_index=True), columns=list(Readers.COLUMNS["changes"]))
-    quiet = found["change"].isna()
-    omitted = {"firings x heads whose native read is zero": int(quiet.sum())}
+    quiet = found["change"].isna().to_numpy()
+    omitted = {"firings x heads whose native read is zero": int(quiet.sum()) // len(CONDITIONS)}
     seconds = time.perf_counter() - begin
     settings = {"config": asdict(config), "omitted": omitted, "rows_per_second": 4 * len(table) / seconds}
     info = describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, **settings)
-    return Readers(info, {"changes": found[~quiet].reset_index(drop=True)})
+    changes: Any = found[~quiet].reset_index(drop=True)
+    return Readers(info, {"changes": changes})
 
 
 def later_layers(model: Any, layer: int) -> list[int]:
-    """Recurrent layers above `layer`; ValueError where there are none."""
-    found = [other for other in model.cfg.recurrent_layers if other > layer]
-    if not found:
-        raise ValueError(
-            f"layer {layer} is the last recurrent layer, so that no later head can read its writes; take an SAE of one "
-            f"of the layers {', '.join(str(x) for x in model.cfg.recurrent_layers[:-1]) or '(there is no other)'}"
-        )
-    return found
+    """Recurrent layers above `layer`."""
+    return [other for other in model.cfg.recurrent_layers if other > layer]
 
 
 class _Run(NamedTuple):

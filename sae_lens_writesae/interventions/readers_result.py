@@ -95,10 +95,11 @@ class Readers(Evaluation):
         the control's; `excess`, the first minus its mean over the other later heads (0 where there are none)."""
         table: Any = self.tables["changes"]
         index = ["firing", "atom", "sequence", "layer", "head"]
-        wide: Any = table[table["half"] == half].pivot(index=index, columns="condition", values="change").reset_index()
-        logs = {c: np.log(np.maximum(wide[c], 1e-12)) for c in CONDITIONS}
+        wide: Any = table[table["half"] == half].pivot(index=index, columns="condition", values="change")
+        changes = {c: wide[c].to_numpy() for c in CONDITIONS}
+        logs = {c: np.log(np.maximum(change, 1e-12)) for c, change in changes.items()}
         made = {c: logs["atom"] - logs[c] for c in ("random", "other")}
-        found: Any = wide[index].assign(change=wide["atom"], **made)
+        found: Any = wide.index.to_frame(index=False).assign(change=changes["atom"], **made)
         group = found.groupby("firing")["random"]
         n = group.transform("size")
         others = (group.transform("sum") - found["random"]) / (n - 1).clip(lower=1)
@@ -106,8 +107,9 @@ class Readers(Evaluation):
 
     def readers(self) -> pd.DataFrame:
         """The reader of each atom by the selection half: atom, layer, head, log_ratio there."""
-        mean: Any = self.ratios("select").groupby(["atom", "layer", "head"])["random"].mean().reset_index()
-        top = mean.loc[mean.groupby("atom")["random"].idxmax()]
+        ratios: Any = self.ratios("select")
+        mean: Any = ratios.groupby(["atom", "layer", "head"])["random"].mean().reset_index()
+        top: Any = mean.loc[mean.groupby("atom")["random"].idxmax()]
         return top.rename(columns={"random": "log_ratio"}).reset_index(drop=True)
 
     def at_readers(self) -> pd.DataFrame:
@@ -116,6 +118,8 @@ class Readers(Evaluation):
 
     def claims(self) -> list[Claim]:
         """Do the readers that one half names read on the other?"""
+        if self.tables["changes"].empty:
+            return [self._nothing_can_read()]
         own: Any = self.at_readers()
         found = {name: _over(own, name) for name in ("random", "other", "excess")}
         median = float(own["change"].median())
@@ -134,7 +138,7 @@ class Readers(Evaluation):
         return [
             Claim(
                 None,
-                "an atom's write has readers of its own among later heads",
+                _CLAIM,
                 f"change at the reader {median:.2g} of its reads; {_times(found['random'])} that under a random "
                 f"direction (readers: {named} atoms)",
                 len(own),
@@ -146,9 +150,16 @@ class Readers(Evaluation):
             )
         ]
 
+    def _nothing_can_read(self) -> Claim:
+        why = f"Layer {self.info['layer']} is the last recurrent layer: no later head can read what it writes."
+        return Claim(None, _CLAIM, "no later head", 0, "firings", "", "not tested", why)
+
     def figures(self) -> list[Figure]:
         """Ratios at the readers, and at every later head."""
-        own, every = self.at_readers(), self.ratios("test")
+        if self.tables["changes"].empty:
+            return []
+        own = self.at_readers()
+        every: Any = self.ratios("test")
         rows = [
             plots.Row("to random direction", *_log2(_over(own, "random")), "atom"),
             plots.Row("to another atom", *_log2(_over(own, "other")), "rival"),
@@ -157,7 +168,7 @@ class Readers(Evaluation):
         name = f"{self.kind}: {self.label}"
         svg = plots.interval_figure(rows, "log2 ratio of changes", f"Ratios at the readers, {name}")
         made = [Figure("At the readers", svg, "Test half, 95 % intervals. Dashed: the reader notices nothing special.")]
-        heads: Any = [(f"L{layer}H{head}", part) for (layer, head), part in every.groupby(["layer", "head"])]
+        heads: Any = [("L{}H{}".format(*place), part) for place, part in every.groupby(["layer", "head"])]
         heads.sort(key=lambda item: -item[1]["random"].mean())
         rows = [plots.Row(head, *_log2(_over(part, "random")), "atom") for head, part in heads[:_SHOWN]]
         svg = plots.interval_figure(rows, "log2 of the change over that under random", f"Later heads, {name}")
@@ -167,14 +178,14 @@ class Readers(Evaluation):
     def notes(self) -> list[str]:
         """What is not listed, and when the change comes."""
         table: Any = self.tables["changes"]
-        peak = table[table["condition"] == "atom"]["peak"].median()
-        return [
-            "Heads of the same or an earlier layer cannot read the write and are left out; so are attention heads.",
-            f"The change of a later head's reads is largest {peak:.0f} tokens after the write (median).",
-            *super().notes(),
-        ]
+        said = ["Heads of the same or an earlier layer cannot read the write and are left out; so are attention heads."]
+        if not table.empty:
+            peak = table[table["condition"] == "atom"]["peak"].median()
+            said.append(f"The change of a later head's reads is largest {peak:.0f} tokens after the write (median).")
+        return [*said, *super().notes()]
 
 
+_CLAIM = "an atom's write has readers of its own among later heads"
 _ALIKE = {
     "other": "the readers change as much when another atom is taken away",
     "excess": "the other later heads notice the atom as much",

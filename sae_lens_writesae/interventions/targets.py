@@ -22,6 +22,10 @@ class Stratum(NamedTuple):
     """Last rank, included; None: to the end of the vocabulary."""
 
 
+Strata = list[tuple[Stratum, list[int] | None]]
+"""Where targets are drawn from: tokens of some ranks, or a list of tokens."""
+
+
 class Drawn(NamedTuple):
     """A target and a wrong one of the same stratum."""
 
