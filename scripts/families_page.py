@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from docs_site.markdown import table
 
 from hookpoints.hook_table import rows
-from hookpoints.rules import REFUSED
+from hookpoints.rules import REFUSED, REFUSED_LAYERS
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ as a layer without a model, the outputs of one call). Decoding, padding, other d
 
 ## Refused
 
-`UnsupportedModelError` names the reason; for a checkpoint, before its weights are read.
+`UnsupportedModelError` names the reason; for a checkpoint, before its weights are read. The last rows are layers of
+fla, by class, of which it has no models.
 
 {refused}
 """
@@ -121,7 +122,7 @@ def markdown(families: Iterable[Family]) -> str:
         read=f"A token reads the state after its own write; in {' and '.join(before)} before it.",
         common=", ".join(f"`{name}`" for name in _common_hooks()),
         models="\n".join(table(MODEL_HEAD, map(_model_row, families))),
-        refused="\n".join(table(("model types", "reason"), _refused_rows())),
+        refused="\n".join(table(("model types, layers", "reason"), _refused_rows())),
     )
 
 
@@ -156,7 +157,7 @@ def _model_row(f: Family) -> list[str]:
 
 def _refused_rows() -> Iterator[list[str]]:
     by_reason = defaultdict(list)
-    for name, reason in sorted(REFUSED.items()):
+    for name, reason in (*sorted(REFUSED.items()), *sorted(REFUSED_LAYERS.items())):
         by_reason[reason].append(f"`{name}`")
     yield from ([", ".join(names), reason] for reason, names in by_reason.items())
 
