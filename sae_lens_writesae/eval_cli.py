@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,8 +50,8 @@ def run_evaluations(
 ) -> ReportFiles:
     """Run evaluations by name on SAEs from folders; save each result below `out`, and a page over all.
 
-    Evaluations that compare dictionaries take all the SAEs together and are left out of several names where there is
-    only one SAE.
+    Evaluations that compare dictionaries take all the SAEs together; of several names, those are left out whose
+    comparison the SAEs are not for (`comparable`).
 
     Raises:
         ValueError: SAEs of different models, an SAE that does not fit the model, too little text, an unknown setting.
@@ -80,7 +80,7 @@ def run_evaluations(
 def _run(
     name: str, model: HookedRecurrent, saes: dict[str, Any], tokens: Tensor, settings: dict[str, Any], skip: bool
 ) -> Iterator[Evaluation]:
-    """One evaluation of each SAE, or of all together. With `skip`, a comparison of one SAE is passed over."""
+    """One evaluation of each SAE, or of all together. With `skip`, a comparison that does not fit is passed over."""
     entry = EVALUATIONS[name]
     known = {field.name for field in dataclasses.fields(entry.config_class)}
     if not skip and (unknown := sorted(settings.keys() - known)):
@@ -90,10 +90,26 @@ def _run(
         for label, sae in saes.items():
             named = {"label": label} if "label" in known else {}
             yield entry.run(model, sae, tokens, entry.config_class(**own, **named))
-    elif len(saes) > 1:
+    elif len(saes) > 1 and (not skip or comparable(entry.scope, saes.values())):
         yield entry.run(model, saes, tokens, entry.config_class(**own))
     elif not skip:
         raise ValueError(f"{name} compares dictionaries ({entry.scope.value}); give at least two SAEs, found one")
+
+
+def comparable(scope: Scope, saes: Iterable[Any]) -> bool:
+    """Whether SAEs differ in what a comparison is about, and in nothing that it takes to be the same."""
+    from sae_lens_writesae.baselines import variant
+    from sae_lens_writesae.firings import HeadHook
+    from sae_lens_writesae.objectives import objective
+
+    found = list(saes)
+    heads = {HeadHook.of(sae)[1:3] for sae in found}
+    trained_for = {objective(sae) for sae in found}
+    built = {(variant(sae), int(sae.cfg.d_sae)) for sae in found}
+    differ = {Scope.TARGETS: trained_for, Scope.VARIANTS: built}
+    if len(heads) > 1 or any(len(kinds) > 1 for other, kinds in differ.items() if other is not scope):
+        return False
+    return scope not in differ or len(differ[scope]) > 1
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:

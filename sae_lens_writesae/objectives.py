@@ -33,9 +33,9 @@ class ObjectivesConfig:
 
     sequences: int = 16
     """Sequences whose reconstruction is measured."""
-    n_atoms: int = 24
+    n_atoms: int = 20
     """Atoms of each dictionary in the substitution test, drawn uniformly from the alive ones."""
-    firings_per_atom: int = 3
+    firings_per_atom: int = 2
     """Firings of each."""
     scale: Scale = "coefficient"
     """Scale that the claims are about, coefficient or matched. Both are measured: the coefficient of a dictionary of
