@@ -1,4 +1,4 @@
-"""Atom dashboards: exact on planted dictionaries, whole as JSON, and looked at in a browser."""
+"""Atom dashboards: exact on planted dictionaries, whole as JSON, and sound as pages."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import html
 import itertools
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,11 @@ import pandas as pd
 import pytest
 import torch
 from fake_substitution import HOLDS, fake_result
-from sae_lens.saes.sae import SAEMetadata
+from planted_atoms import HEAD, HOOK, LAYER, SMALL, T, empty_sae, float64_model, held_out, places, planted_sae
 from torch import Tensor
 from typer.testing import CliRunner
 
-from hookpoints import HookedRecurrent
 from hookpoints import embedded as embedded_model
-from sae_lens_writesae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.cli import app
 from sae_lens_writesae.dashboards import AtomPage, Dashboard, DashboardConfig, atom_dashboards, write_dashboards
 from sae_lens_writesae.dashboards.data import TokenValue
@@ -31,51 +27,20 @@ from sae_lens_writesae.dashboards.memory import Lifetime, memory
 from sae_lens_writesae.dashboards.pages import chip, lead, token
 from sae_lens_writesae.dashboards.token_text import TokenTexts, visible
 
-LAYER, HEAD, N, T = 2, 3, 4, 48
-HOOK = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write_vec"
-SMALL = DashboardConfig(
-    n_atoms=None, min_firings=1, top=4, before=6, after=3, per_band=999, bands=2, effect_horizon=4, half_life_limit=30
-)
-
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """Float64 throughout, so that derivatives can be compared."""
-    return HookedRecurrent.from_pretrained("embedded", dtype=torch.float64, backend="recurrence", device="cpu")
+    return float64_model()
 
 
 @pytest.fixture(scope="module")
 def tokens(model: Any) -> Tensor:
-    ids = model.to_tokens(embedded_model.text("test")[:3000])[0]
-    return ids[: N * T].view(N, T)
-
-
-def empty_sae(model: Any, d_sae: int = 6, rank: int = 1) -> Any:
-    """Atoms to be planted: the encoder is the atoms, and the strongest one of each token fires."""
-    shape = model.cfg.layer(LAYER)
-    torch.manual_seed(0)
-    sizes = {"d_in": shape.K * shape.V, "d_sae": d_sae, "k": 1, "d_k": shape.K, "rank": rank}
-    metadata = SAEMetadata(hook_name=HOOK, model_name="embedded")
-    return WriteTopKSAE(WriteTopKSAEConfig(**sizes, encoder="tied", metadata=metadata))
+    return held_out(model)
 
 
 @pytest.fixture(scope="module")
 def planted(model: Any, tokens: Tensor) -> Any:
-    """Atoms that are native writes of chosen tokens, at unit norm: there they fire with its norm, at cosine 1."""
-    sae = empty_sae(model)
-    recurrence = model.recurrence(tokens, LAYER)
-    with torch.no_grad():
-        for atom in range(6):
-            s, t = places()[atom]
-            sae.v[atom, 0] = torch.nn.functional.normalize(recurrence.k[s, t, HEAD], dim=-1)
-            sae.w[atom, 0] = torch.nn.functional.normalize(recurrence.u[s, t, HEAD], dim=-1)
-            if atom == 1:  # the same atom by another name
-                sae.v[atom], sae.w[atom] = -sae.v[atom], -sae.w[atom]
-    return sae
-
-
-def places() -> list[tuple[int, int]]:
-    return [(i % N, 5 + 6 * i) for i in range(6)]
+    return planted_sae(model, tokens)
 
 
 @pytest.fixture(scope="module")
@@ -313,77 +278,6 @@ def test_command_line(planted: Any, tmp_path: Path) -> None:
     ) == 2
     wrong = CliRunner().invoke(app, [*command, "--atoms", "1;2"])
     assert wrong.exit_code == 2 and "as 3,17,42; found '1;2'" in wrong.output.replace("\n", " ")
-
-
-# -- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> str:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium or Chrome on PATH")
-    return found
-
-
-def dom(browser: str, address: str, folder: Path, *flags: str) -> str:
-    """The page after its scripts have run."""
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}", *flags]
-    done = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout
-
-
-def shown_atoms(source: str) -> list[int]:
-    rows = re.findall(r'<tr data-atom="(\d+)"([^>]*)>', source)
-    return [int(atom) for atom, rest in rows if "hidden" not in rest]
-
-
-@pytest.fixture(scope="module")
-def site(data: Dashboard, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return write_dashboards(data, tmp_path_factory.mktemp("site"))
-
-
-@pytest.mark.parametrize("key", ["rate", "cosine", "halflife"])
-def test_the_index_sorts(browser: str, data: Dashboard, site: Any, tmp_path: Path, key: str) -> None:
-    values: Any = {
-        "rate": lambda p: p.rate,
-        "cosine": lambda p: p.cosines.at_firings.median,
-        "halflife": lambda p: p.memory.half_life or p.memory.longest,
-    }[key]
-    source = dom(browser, f"{site.index.as_uri()}#sort={key}", tmp_path)
-    order = sorted(data.atoms, key=lambda p: (-values(p), p.atom))
-    assert shown_atoms(source) == [p.atom for p in order]
-    assert f'data-key="{key}" aria-sort="descending"' in source
-
-
-def test_the_index_filters(browser: str, data: Dashboard, site: Any, tmp_path: Path) -> None:
-    rates = sorted(p.rate for p in data.atoms)
-    low, high = rates[1], rates[-2]
-    inside = sorted((p.atom for p in data.atoms if low <= p.rate <= high), key=lambda a: (data[a].rate, a))
-    address = f"{site.index.as_uri()}#sort=rate&order=asc&min={100 * low}%&max={high}"
-    source = dom(browser, address, tmp_path)
-    assert shown_atoms(source) == inside and 0 < len(inside) < len(data.atoms)
-    assert f"{len(inside)} of {len(data.atoms)} atoms" in source
-    word = data.atoms[3].fires_on[0].text.strip()
-    found = shown_atoms(dom(browser, f"{site.index.as_uri()}#q={word}", tmp_path))
-    assert 3 in found and shown_atoms(dom(browser, f"{site.index.as_uri()}#q=no-such-word", tmp_path)) == []
-
-
-def test_pages_fit_a_phone_and_need_nothing_else(browser: str, data: Dashboard, site: Any, tmp_path: Path) -> None:
-    """No sideways scrolling at a phone's width, measured by the page itself; no request leaves the machine."""
-    for file in (site.index, site.pages[data.atoms[0].atom]):
-        probe = tmp_path / f"probe-{file.name}"
-        measured = "document.documentElement.scrollWidth<=innerWidth, innerWidth"
-        requests = "performance.getEntriesByType('resource').length"
-        script = f"<script>document.title=[{measured}, {requests}].join()</script>"
-        probe.write_text(file.read_text().replace("</body>", script + "</body>"))
-        frame = tmp_path / f"frame-{file.name}"  # windows have a least width, frames do not
-        frame.write_text(
-            f'<iframe src="{probe.name}" width="390" height="800" onload="document.title=this.contentDocument.title">'
-            "</iframe>"
-        )
-        source = dom(browser, frame.as_uri(), tmp_path / "profile", "--allow-file-access-from-files")
-        assert "<title>true,390,0</title>" in source
 
 
 def test_the_lead_says_what_the_numbers_say(data: Dashboard) -> None:

@@ -1,0 +1,70 @@
+"""A real browser for tests: Chromium from the PATH, driven by Playwright."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+PHONE: Any = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """Headless; a test that needs it is skipped where there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip(f"no browser on the PATH (looked for {', '.join(names)}); on Debian: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def opened(browser: Browser, file: Path, fragment: str = "", **context: Any) -> Iterator[Page]:
+    """A page that has to be at peace: no message on its console, no error, no dialog, no request but for pages of its
+    own folder."""
+    troubles: list[str] = []
+    folder = file.parent.as_uri()
+    with browser.new_context(**context) as visit:
+        page = visit.new_page()
+        page.on("console", lambda message: troubles.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("dialog", lambda dialog: (troubles.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda r: None if _own_page(r, folder) else troubles.append(f"request: {r.url}"))
+        page.goto(file.as_uri() + fragment)
+        yield page
+        assert not troubles
+
+
+def _own_page(request: Any, folder: str) -> bool:
+    return request.resource_type == "document" and request.url.startswith(folder)
+
+
+def scrolls_sideways(page: Page) -> bool:
+    """Whether anything reaches beyond the right edge of the window."""
+    return page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
+
+
+def colour(page: Page, selector: str, what: str = "color") -> tuple[int, ...]:
+    """Red, green and blue of an element as it is shown."""
+    shown = page.locator(selector).first.evaluate("(element, what) => getComputedStyle(element)[what]", what)
+    return tuple(int(float(part)) for part in shown[shown.index("(") + 1 : -1].split(",")[:3])
+
+
+def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+    """Of two colours, by WCAG 2: 1 to 21; text needs 4.5."""
+    darker, lighter = sorted(map(_luminance, (one, other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def _luminance(colour: tuple[int, ...]) -> float:
+    linear = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

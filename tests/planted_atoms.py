@@ -1,0 +1,58 @@
+"""A dictionary whose atoms are native writes of chosen tokens, for tests of dashboards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import SAEMetadata
+from torch import Tensor
+
+from hookpoints import HookedRecurrent, embedded
+from sae_lens_writesae import WriteTopKSAE, WriteTopKSAEConfig
+from sae_lens_writesae.dashboards import DashboardConfig
+
+LAYER, HEAD, N, T = 2, 3, 4, 48
+HOOK = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write_vec"
+SMALL = DashboardConfig(
+    n_atoms=None, min_firings=1, top=4, before=6, after=3, per_band=999, bands=2, effect_horizon=4, half_life_limit=30
+)
+
+
+def float64_model() -> Any:
+    """The embedded model in float64 throughout, so that derivatives can be compared."""
+    return HookedRecurrent.from_pretrained("embedded", dtype=torch.float64, backend="recurrence", device="cpu")
+
+
+def held_out(model: Any) -> Tensor:
+    """[N,T] tokens."""
+    ids = model.to_tokens(embedded.text("test")[:3000])[0]
+    return ids[: N * T].view(N, T)
+
+
+def empty_sae(model: Any, d_sae: int = 6, rank: int = 1) -> Any:
+    """Atoms to be planted: the encoder is the atoms, and the strongest one of each token fires."""
+    shape = model.cfg.layer(LAYER)
+    torch.manual_seed(0)
+    sizes = {"d_in": shape.K * shape.V, "d_sae": d_sae, "k": 1, "d_k": shape.K, "rank": rank}
+    metadata = SAEMetadata(hook_name=HOOK, model_name="embedded")
+    return WriteTopKSAE(WriteTopKSAEConfig(**sizes, encoder="tied", metadata=metadata))
+
+
+def places() -> list[tuple[int, int]]:
+    """Sequence and position of the token whose write each atom is."""
+    return [(i % N, 5 + 6 * i) for i in range(6)]
+
+
+def planted_sae(model: Any, tokens: Tensor) -> Any:
+    """Atoms that are native writes of chosen tokens, at unit norm: there they fire with its norm, at cosine 1."""
+    sae = empty_sae(model)
+    recurrence = model.recurrence(tokens, LAYER)
+    with torch.no_grad():
+        for atom in range(6):
+            s, t = places()[atom]
+            sae.v[atom, 0] = torch.nn.functional.normalize(recurrence.k[s, t, HEAD], dim=-1)
+            sae.w[atom, 0] = torch.nn.functional.normalize(recurrence.u[s, t, HEAD], dim=-1)
+            if atom == 1:  # the same atom by another name
+                sae.v[atom], sae.w[atom] = -sae.v[atom], -sae.w[atom]
+    return sae
