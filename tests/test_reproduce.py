@@ -68,8 +68,8 @@ def test_every_step_follows_what_it_needs_and_the_report_is_last():
     keys = [task.key for task in tasks]
     assert len(set(keys)) == len(keys) and keys[-1] == "report"
     assert all(keys.index(need) < keys.index(task.key) for task in tasks for need in task.needs)
-    # Per head: two targets, two losses, two more seeds, three variants; each evaluation of the two plain ones.
-    assert Counter(task.kind for task in tasks) == {"sae": 4 * 9, "substitution": 8, "multistep": 8, "report": 1}
+    # Per head: two targets, two losses, two more seeds, four variants; each evaluation of the two plain ones.
+    assert Counter(task.kind for task in tasks) == {"sae": 4 * 10, "substitution": 8, "multistep": 8, "report": 1}
     assert set(tasks[-1].needs) == set(keys[:-1])
 
 

@@ -11,6 +11,8 @@ from sae_lens_writesae.architectures import VARIANTS
 from sae_lens_writesae.targets import Target
 from sae_lens_writesae.training_loss import Loss
 
+MATCHED = "FlatSAE-matched"
+
 SMALL: dict[str, Any] = {
     "d_sae": 256,
     "k": 16,
@@ -39,8 +41,9 @@ class ReproduceConfig:
     comparison of objectives. None is trained where states are no target."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the first target's dictionaries; other targets and variants take the first seed."""
-    variants: tuple[str, ...] = ("FlatSAE", "MatrixSAE", "WriteSAE-rank2")
-    """Further dictionaries of the first target, of `sae_lens_writesae.VARIANTS`, for the baselines."""
+    variants: tuple[str, ...] = ("FlatSAE", MATCHED, "MatrixSAE", "WriteSAE-rank2")
+    """Further dictionaries of the first target, for the baselines: of `sae_lens_writesae.VARIANTS`, and `MATCHED`, a
+    flat SAE with as many parameters as the WriteSAE has."""
     evaluations: tuple[str, ...] | None = None
     """Names of `suite.EVALUATIONS`; None: all of them."""
     architecture: str = "writesae_batchtopk"
@@ -71,8 +74,8 @@ class ReproduceConfig:
                 raise ValueError(f"{name} are named once each, found {list(values)}")
             if not values and name not in ("losses", "variants"):
                 raise ValueError(f"{name} must name at least one, found none")
-        if unknown := [name for name in self.variants if name not in VARIANTS]:
-            raise ValueError(f"there is no variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
+        if unknown := [name for name in self.variants if name not in (*VARIANTS, MATCHED)]:
+            raise ValueError(f"there is no variant {', '.join(unknown)}; there are {', '.join((*VARIANTS, MATCHED))}")
         if unknown := [name for name in self.losses if name not in ("reads", "write")]:
             raise ValueError(f"losses beside mse are reads and write, found {', '.join(unknown)}")
         if self.evaluations is not None:

@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from datasets import Dataset, load_dataset
 from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.registry import get_sae_training_class
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.architectures import VARIANTS
+from sae_lens_writesae.baselines import matched_flat
 from sae_lens_writesae.dashboards import DashboardConfig, atom_dashboards, write_dashboards
 from sae_lens_writesae.evaluate import spread
 from sae_lens_writesae.joined_report import find_results, write_joined_report
 from sae_lens_writesae.loading import load_sae
-from sae_lens_writesae.reproduce.config import ReproduceConfig
+from sae_lens_writesae.reproduce.config import MATCHED, ReproduceConfig
 from sae_lens_writesae.reproduce.tasks import Dictionary
 from sae_lens_writesae.runner import WriteSAETrainingRunner, text_dataset, training_config
 from sae_lens_writesae.substitution_evaluation import Substitution
@@ -130,8 +132,7 @@ class Workspace:
             target=dictionary.target,
             loss=dictionary.loss,
             architecture=c.architecture,
-            d_sae=c.d_sae,
-            sae={"k": c.k, "normalize_activations": "expected_average_only_in", **VARIANTS.get(dictionary.variant, {})},
+            **self._size(dictionary),
             training_tokens=c.training_tokens,
             context_size=c.context_size,
             train_batch_size_tokens=batch,
@@ -147,6 +148,17 @@ class Workspace:
             n_checkpoints=_CHECKPOINTS,
             checkpoint_path=str(checkpoints),
         )
+
+    def _size(self, dictionary: Dictionary) -> dict[str, Any]:
+        """d_sae and further fields of a dictionary's SAE."""
+        c = self.config
+        fields = {"k": c.k, "normalize_activations": "expected_average_only_in"}
+        if dictionary.variant != MATCHED:
+            return {"d_sae": c.d_sae, "sae": fields | VARIANTS.get(dictionary.variant, {})}
+        sae_class, config_class = get_sae_training_class(c.architecture)
+        place = head_target(self.model, dictionary.layer, dictionary.head, dictionary.target)
+        flat = matched_flat(sae_class(config_class(d_sae=c.d_sae, k=c.k, **place.sae_fields)))
+        return {"d_sae": flat.pop("d_sae"), "sae": fields | flat}
 
     def evaluate(self, name: str, dictionary: Dictionary) -> None:
         """One evaluation of one dictionary, saved to its folder."""
