@@ -1,0 +1,21 @@
+"""docs/attach.md: its blocks that need fla (marked ``py``; ``python`` ones run where all pages' do) run in order."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import fla_models  # noqa: F401  (skips where fla is not installed)
+
+PAGE = Path(__file__).parents[2] / "docs" / "attach.md"
+
+
+def test_the_blocks_about_fla_run(tmp_path):
+    blocks = re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(blocks))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == "torch.Size([2, 20, 2, 16, 32]) torch.Size([2, 24])".split()
