@@ -1,4 +1,4 @@
-"""Tiny random models of fla, by model type. Importing this skips the tests of a module where fla is not installed."""
+"""fla's tiny random models, as hookpoints imports them. Importing this skips a module's tests where fla is missing."""
 
 from __future__ import annotations
 
@@ -7,86 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from fla_families import OWN, VOCAB, make
 
 from hookpoints.fla_support import import_fla
 
 if importlib.util.find_spec("fla") is None:
     pytest.skip('flash-linear-attention is not installed (pip install ".[fla]")', allow_module_level=True)
 
-VOCAB = 64
-_SHARED = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "intermediate_size": 48,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-# K != V everywhere but in RWKV-7, which fla cannot build so; grouped value heads where the family has them.
-_OWN: dict[str, dict[str, Any]] = {
-    "gated_deltanet": {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4},
-    "delta_net": {"num_heads": 2, "expand_k": 0.5, "expand_v": 1.0},
-    "gla": {"num_heads": 2, "expand_k": 0.5, "expand_v": 1.0},
-    "hgrn2": {"expand_ratio": 8, "hidden_size": 48},
-    "kda": {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4},
-    "retnet": {"num_heads": 2, "expand_k": 0.5, "expand_v": 1.0},
-    "rwkv6": {"num_heads": 2, "expand_k": 0.5, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6},
-    "rwkv7": {
-        "head_dim": 16,
-        "decay_low_rank_dim": 4,
-        "gate_low_rank_dim": 6,
-        "a_low_rank_dim": 5,
-        "v_low_rank_dim": 7,
-    },
-    "comba": {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4},
-    "gated_deltaproduct": {
-        "head_dim": 8,
-        "expand_v": 2.0,
-        "num_heads": 2,
-        "num_householder": 3,
-        "use_forget_gate": True,
-        "allow_neg_eigval": True,
-    },
-}
-_CLASSES = {
-    "gated_deltanet": "GatedDeltaNet",
-    "delta_net": "DeltaNet",
-    "gla": "GLA",
-    "hgrn2": "HGRN2",
-    "kda": "KDA",
-    "retnet": "RetNet",
-    "rwkv6": "RWKV6",
-    "rwkv7": "RWKV7",
-    "comba": "Comba",
-    "gated_deltaproduct": "GatedDeltaProduct",
-}
+__all__ = ["MODEL_TYPES", "VOCAB", "make_fla"]
+
+MODEL_TYPES = (*sorted(OWN), "simple_gla")
+"""All that the tests of hooks and edits run on."""
 
 
 def make_fla(model_type: str, seed: int = 0, **changes: Any) -> Any:
-    """A tiny random model whose heads remember: decays near 1, as in trained checkpoints.
-
-    ``simple_gla``, of which fla has the layer and no model, is a GLA model with that layer.
-    """
+    """A tiny random model. ``simple_gla``, of which fla has the layer and no model, is a GLA model with that layer."""
     if model_type == "simple_gla":
         return _simple_gla(seed, **changes)
-    models = import_fla().models
-    name = _CLASSES[model_type]
-    config = getattr(models, f"{name}Config")(**{**_SHARED, **_OWN[model_type], **changes})
-    torch.manual_seed(seed)
-    model = getattr(models, f"{name}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("dt_bias"):
-                parameter.copy_(torch.linspace(-6.0, -2.0, parameter.numel()).view_as(parameter))
-            elif parameter_name.endswith("A_log"):
-                parameter.copy_(torch.linspace(0.0, 1.5, parameter.numel()).view_as(parameter))
-            elif parameter.ndim == 2 and "norm" not in parameter_name:
-                if not parameter.any():  # RWKV-7's output projections
-                    parameter.normal_(std=0.05)
-                parameter.mul_(4.0)  # random weights of std 0.02 barely move the logits
-    return model
+    return make(import_fla().models, model_type, seed, **changes)
 
 
 def _simple_gla(seed: int, **changes: Any) -> Any:
@@ -98,7 +36,3 @@ def _simple_gla(seed: int, **changes: Any) -> Any:
         options = {"hidden_size": 32, "num_heads": 2, "expand_k": 0.5, "expand_v": 1.0, "use_short_conv": index == 1}
         block.attn = SimpleGatedLinearAttention(**options, layer_idx=index).eval()
     return model
-
-
-MODEL_TYPES = (*sorted(_OWN), "simple_gla")
-"""All that the tests of hooks and edits run on."""
