@@ -73,7 +73,7 @@ class MultiAtom(Evaluation):
     t..t+horizon. Beside it: native (a no-op), delete, and at the same number of rank-1 terms and the same norm the top
     terms of the mean write and of the state after the write.
 
-    For an SAE of **states** the code is that of the state S_t, and its atoms are written in the place of the write: the
+    For an SAE of states the code is that of the state S_t, and its atoms are written in the place of the write: the
     question is then whether what the state's dictionary says is there can stand in for what the token adds. At the
     SAE's own scale that has the norm of a whole state.
 

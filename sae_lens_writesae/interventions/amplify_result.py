@@ -74,7 +74,7 @@ class AmplifyConfig:
 class Amplify(Evaluation):
     """How often a token appears in sampled text while the atom that is aligned with it is scaled.
 
-    Definition: on the **selection** half of the sequences, a token's atom is the one whose firing has the largest
+    Definition: on the selection half of the sequences, a token's atom is the one whose firing has the largest
     correlation (phi) with the token being there (`aligned="current"`) or coming next. In continuations of prompts from
     the other half, every write at which the atom fires gets (factor - 1) a_i A_i, in the prompt too; counted is the
     token among the new tokens, minus the same without it. All continuations have the same length and random numbers.

@@ -70,7 +70,7 @@ class Erasure(Evaluation):
 
     Definition: at a firing (t, i) the write becomes W_t - a_i A_i (or 0, with erase="write"); the effect on a token is
     the mean over t..t+horizon of log p(edited) - log p(native). An atom's token is the one whose log-probability falls
-    most on average over the firings of the **selection** half of the sequences; `effect` is measured on the other half.
+    most on average over the firings of the selection half of the sequences; `effect` is measured on the other half.
 
     Controls, at the same norm: `random`, one random direction for each atom, taken away at the atom's firings and
     looked at on a token that was chosen for it in the same way (what any fixed direction would show); `elsewhere`,

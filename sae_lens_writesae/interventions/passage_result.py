@@ -18,6 +18,14 @@ _NAMES = {
     "inserted": "other writes put in",
     "random": "random directions put in",
 }
+_SHORT = {
+    "deleted": "class taken away",
+    "own": "same writes, less",
+    "removed": "others taken away",
+    "inserted": "others put in",
+    "random": "random put in",
+}
+"""Names that leave room for the axis of a figure."""
 _FLOOR_BITS = 1e-6
 
 
@@ -135,7 +143,7 @@ class Passage(Evaluation):
         made = []
         colours = {"deleted": "atom", "own": "soft", "removed": "rival", "inserted": "soft", "random": "soft"}
         for name in self.classes:
-            rows = [plots.Row(_NAMES[c], *self.cost(name, c)[:3], colours[c]) for c in ("deleted", *CONTROLS)]
+            rows = [plots.Row(_SHORT[c], *self.cost(name, c)[:3], colours[c]) for c in ("deleted", *CONTROLS)]
             svg = plots.interval_figure(rows, "bits per token", f"Costs, class {name}, passage: {self.label}")
             made.append(Figure(f"Class {name}", svg, "Mean over passages with 95 % intervals."))
         return made

@@ -85,7 +85,7 @@ def curve_figure(lines: Sequence[Line], label: str, title: str, *, log_x: bool =
         axes.set_xscale("log", base=2)
     axes.set_xticks(points, [number(x) for x in points])
     axes.minorticks_off()
-    span = (high - low) or 1.0
+    span = 1.0 if percent else (high - low) or 1.0
     first, last = points[0], points[-1]
     at = last * (last / first) ** 0.04 if log_x else last + 0.04 * (last - first)
     _label_ends(axes, [(line.y[-1], line.name, COLOURS[line.colour]) for line in lines], x=at, gap=0.075 * span)

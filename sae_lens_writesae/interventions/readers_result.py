@@ -59,7 +59,7 @@ class Readers(Evaluation):
     Definition: at a firing (t, i) the write becomes W_t - a_i A_i. The change of a recurrent head of a later layer is
     the norm of the change of its reads over t..t+horizon, over the norm of those reads. Heads of the same layer or
     below cannot change and are not listed; nor are tokens before t. An atom's reader is the head with the largest mean
-    log ratio of its change to that under a random direction, over the firings of the **selection** half of the
+    log ratio of its change to that under a random direction, over the firings of the selection half of the
     sequences; what follows is measured on the other half.
 
     Controls at the same token and norm: `random`, a Gaussian direction taken away, drawn anew at each firing; `other`,
