@@ -18,4 +18,4 @@ def test_the_blocks_about_fla_run(tmp_path):
     script.write_text("\n".join(blocks))
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == "torch.Size([2, 20, 2, 16, 32]) torch.Size([2, 24])".split()
+    assert done.stdout == "torch.Size([2, 20, 2, 16, 32])\ntorch.Size([2, 24])\n"
