@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,18 @@ from typer.testing import CliRunner
 from hookpoints import embedded as embedded_model
 from sae_lens_writesae.cli import app
 from sae_lens_writesae.dashboards import AtomPage, Dashboard, DashboardConfig, atom_dashboards, write_dashboards
+from sae_lens_writesae.dashboards.collect import _atoms, _table
 from sae_lens_writesae.dashboards.data import TokenValue
-from sae_lens_writesae.dashboards.effects import direct_path
+from sae_lens_writesae.dashboards.effects import direct_path, effect_firings
 from sae_lens_writesae.dashboards.memory import Lifetime, memory
 from sae_lens_writesae.dashboards.pages import chip, lead, token
 from sae_lens_writesae.dashboards.token_text import TokenTexts, visible
+from sae_lens_writesae.firings import HeadHook, collect_firings
+from sae_lens_writesae.reproduce import ReproduceConfig
+from sae_lens_writesae.reproduce.tasks import Dictionary
+from sae_lens_writesae.reproduce.workspace import Workspace
+from sae_lens_writesae.show_cli import show_atoms
+from sae_lens_writesae.substitution_evaluation import Substitution
 
 
 @pytest.fixture(scope="module")
@@ -101,17 +109,18 @@ def test_value_side_is_the_direct_path(model: Any, planted: Any, data: Dashboard
     assert page.values.tokens.low[0].token == int(path.argmin())
 
 
+def one_firing(model: Any, planted: Any, tokens: Tensor, config: DashboardConfig) -> tuple[int, int]:
+    """Sequence and position at which the effect of atom 0 is measured."""
+    chosen = _atoms(model, planted, HeadHook.parse(HOOK), np.array([0]))[0]
+    row: Any = effect_firings(_table(collect_firings(model, planted, tokens), chosen), T, config).iloc[0]
+    return int(row["sequence"]), int(row["position"])
+
+
 def test_effect_is_the_derivative_that_autograd_finds(model: Any, planted: Any, tokens: Tensor) -> None:
     """One firing, all first-order paths, at every listed token."""
     config = DashboardConfig(**SMALL.to_dict() | {"atoms": (0,), "effect_firings": 1, "effect_step": 1e-3})
     data = atom_dashboards(model, planted, tokens, config, progress=False)
-    from sae_lens_writesae.dashboards.collect import _atoms, _table
-    from sae_lens_writesae.dashboards.effects import effect_firings
-    from sae_lens_writesae.firings import HeadHook, collect_firings
-
-    chosen = _atoms(model, planted, HeadHook.parse(HOOK), np.array([0]))[0]
-    row = effect_firings(_table(collect_firings(model, planted, tokens), chosen), T, config).iloc[0]
-    s, t = int(row["sequence"]), int(row["position"])
+    s, t = one_firing(model, planted, tokens, config)
     amount = torch.zeros((), dtype=torch.float64, requires_grad=True)
     atom = planted.atoms([0])[0].double()
 
@@ -288,9 +297,112 @@ def test_the_lead_says_what_the_numbers_say(data: Dashboard) -> None:
 
 
 def test_direct_path_is_centred(model: Any, planted: Any) -> None:
-    from sae_lens_writesae.dashboards.collect import _atoms
-    from sae_lens_writesae.firings import HeadHook
-
     hook = HeadHook.parse(HOOK)
     path = direct_path(model, hook, _atoms(model, planted, hook, np.arange(6))[0])
     assert np.abs(path.mean(1)).max() < 1e-5 and path.shape == (6, model.W_U.shape[1])
+
+
+def test_readers_are_the_later_heads_whose_reads_change(model: Any, planted: Any, tokens: Tensor) -> None:
+    """One firing, against reads of whole runs in which the write is changed by a hook."""
+    config = DashboardConfig(**SMALL.to_dict() | {"atoms": (0,), "effect_firings": 1, "n_tokens": 99})
+    page = atom_dashboards(model, planted, tokens, config, progress=False)[0]
+    s, t = one_firing(model, planted, tokens, config)
+    atom = planted.atoms([0])[0].double()
+    names = [f"blocks.{layer}.mixer.hook_read" for layer in model.cfg.recurrent_layers if layer > LAYER]
+
+    def reads(amount: float) -> dict[str, Tensor]:
+        def add(write: Tensor, hook: Any) -> Tensor:
+            changed = write.clone()
+            changed[0, t] += amount * write[0, t].norm() * atom / atom.norm()
+            return changed
+
+        with torch.no_grad(), model.hooks(fwd_hooks=[(HOOK.replace("_vec", ""), add)]):
+            return model.run_with_cache(tokens[s : s + 1], names_filter=names)[1]
+
+    step, window = config.effect_step, slice(t, t + config.effect_horizon + 1)
+    native, plus, minus = reads(0), reads(step), reads(-step)
+    assert page.readers is not None and page.readers.heads[0].typical is None  # no other atom to compare with
+    assert len(page.readers.heads) == sum(native[name].shape[2] for name in names)
+    assert all(a.change >= b.change for a, b in itertools.pairwise(page.readers.heads))
+    for reader in page.readers.heads:
+        own = [x[f"blocks.{reader.layer}.mixer.hook_read"][0, window, reader.head] for x in (plus, minus, native)]
+        assert reader.change == pytest.approx(float((own[0] - own[1]).norm() / (2 * step) / own[2].norm()), rel=2e-3)
+
+
+def test_a_small_substitution_test_is_run_where_none_is_given(model: Any, planted: Any, tokens: Tensor) -> None:
+    """All firings of one atom, against whole runs in which a hook puts the atom, or nothing, in the write's place."""
+    config = DashboardConfig(**SMALL.to_dict() | {"atoms": (2,), "substitution_firings": 1000, "effect_firings": 0})
+    page = atom_dashboards(model, planted, tokens, config, progress=False)[2]
+    _, cache = model.run_with_cache(tokens, names_filter=[HOOK])
+    with torch.no_grad():
+        active = planted.encode(cache[HOOK].float())[..., 2].double()  # [N,T]
+    matrix, width = planted.atoms([2])[0].double(), config.effect_horizon + 1
+    room = active.clone()
+    room[:, 0] = room[:, T - width + 1 :] = 0
+
+    def log_probs(s: int, t: int, write: Tensor | None) -> Tensor:
+        def put(native: Tensor, hook: Any) -> Tensor:
+            changed = native.clone()
+            changed[0, t] = native[0, t] if write is None else write
+            return changed
+
+        with torch.no_grad():
+            logits = model.run_with_hooks(tokens[s : s + 1], fwd_hooks=[(HOOK.replace("_vec", ""), put)])
+        return logits[0, t : t + width].log_softmax(-1)
+
+    kl = []
+    for s, t in room.nonzero().tolist():
+        native = log_probs(s, t, None)
+        rows = [log_probs(s, t, write) for write in (active[s, t] * matrix, torch.zeros_like(matrix))]
+        kl.append([float((native.exp() * (native - row)).sum(-1).mean()) for row in rows])
+    found = np.array(kl)
+    assert page.substitution is not None and len(page.substitution) == 1
+    shown = page.substitution[0]
+    assert shown.n == len(found) > 3 and shown.scale == "coefficient"
+    assert shown.win_rate == pytest.approx((found[:, 0] < found[:, 1]).mean())
+    assert [shown.median_kl, shown.median_kl_delete] == pytest.approx(np.median(found, axis=0).tolist(), rel=1e-3)
+    none = DashboardConfig(**SMALL.to_dict() | {"atoms": (2,), "substitution_firings": 0, "effect_firings": 0})
+    bare = atom_dashboards(model, planted, tokens, none, progress=False)[2]
+    assert bare.substitution is None and bare.readers is None and bare.effect is None
+
+
+def test_another_tokenizer_is_refused(model: Any, planted: Any, tokens: Tensor) -> None:
+    foreign = tokens.clone()
+    foreign[1, 3] = len(model.tokenizer)
+    with pytest.raises(ValueError, match=rf"has token {len(model.tokenizer)}, and the tokenizer knows 0 to"):
+        atom_dashboards(model, planted, foreign, SMALL, progress=False)
+    with pytest.raises(ValueError, match="tokenizer has 10 tokens and the model's vocabulary 5"):
+        TokenTexts(SimpleNamespace(tokenizer=range(10), W_U=torch.zeros(3, 5)))
+    with pytest.raises(ValueError, match="no tokenizer"):
+        TokenTexts(SimpleNamespace(tokenizer=None))
+
+
+def test_saved_results_are_joined_by_the_command_line(planted: Any, tmp_path: Path) -> None:
+    planted.save_model(str(tmp_path / "sae"))
+    result = fake_result(HOLDS, head=HEAD, n_sequences=10)
+    object.__setattr__(result.info, "hook_name", HOOK)
+    tested = Substitution.of(result).save(tmp_path / "substitution")
+    small = DashboardConfig(**SMALL.to_dict() | {"effect_firings": 0})
+    at = {"sequences": 4, "context_size": 48, "progress": False}
+    files = show_atoms(tmp_path / "sae", tmp_path / "out", small, substitution=tested, **at)
+    pages = Dashboard.load(files.data).atoms
+    assert {p.atom for p in pages} <= set(result.frame["written_atom"])
+    assert all(p.substitution and [s.scale for s in p.substitution] == list(result.info.config.scales) for p in pages)
+    with pytest.raises(ValueError, match="holds substitution, which has no table 'changes'"):
+        show_atoms(tmp_path / "sae", tmp_path / "out", small, readers=tested, **at)
+
+
+def test_a_reproduction_shows_the_atoms_that_it_tested(planted: Any, tmp_path: Path) -> None:
+    config = ReproduceConfig(
+        "embedded", layers=(LAYER,), heads=(HEAD,), eval_sequences=4, context_size=64, dashboards=3
+    )
+    dictionary = Dictionary(LAYER, HEAD, "write", "", 0)
+    planted.save_model(str(tmp_path / dictionary.key / "sae"))
+    result = fake_result(HOLDS, head=HEAD, n_sequences=10)
+    object.__setattr__(result.info, "hook_name", HOOK)
+    Substitution.of(result).save(tmp_path / dictionary.key / "substitution")
+    Workspace(config, tmp_path, "cpu").show(dictionary)
+    shown = Dashboard.load(tmp_path / dictionary.key / "atoms" / "data.json")
+    assert 0 < len(shown.atoms) <= 3 and all(page.substitution for page in shown.atoms)
+    assert shown.info["label"] == f"L{LAYER}H{HEAD} write-trained"
+    assert not (tmp_path / dictionary.key / ".atoms").exists()
