@@ -152,7 +152,8 @@ PAGE = """# Benchmarks
 Made by `benchmarks/families.py`, not by hand. One run on a CPU: {threads} thread, torch {torch}, transformers
 {transformers}, float32, one sequence of {T} tokens, four heads of {sizes}; outputs and final state. Ways
 are timed in turn, round after round, by the process's own clock; each number is the median over {rounds} rounds of the
-ratio in one round. Other programs shared the machine, so take the second digit lightly, and times more lightly than ratios.
+ratio in one round. Other programs shared the machine, so take the second digit lightly, and times more lightly
+than ratios.
 
 {table}
 

@@ -2,8 +2,8 @@
 
 The hook modules, the documentation and a test that runs each row are all made from ``HOOKS``.
 Axes use one alphabet: B batch, T time, H head, K key channel, V value channel, D model width, R step of a token.
-Where a token takes R > 1 steps (Gated DeltaProduct; ``model.cfg.layer(l).R``), factors have an axis for them, and so have
-the factors of the write: its R terms are what each step writes as the later steps of the token leave it.
+Where a token takes R > 1 steps (Gated DeltaProduct; ``model.cfg.layer(l).R``), factors have an axis for them, and so
+have the factors of the write: its R terms are what each step writes as the later steps of the token leave it.
 """
 
 from __future__ import annotations
