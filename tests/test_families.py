@@ -45,7 +45,9 @@ def test_every_error_was_measured_and_is_within_the_tolerance(family):
     assert all(family.oracles())
     assert 0 < family.op_error < OP
     assert 0 < family.logits_error < LOGITS < family.largest_logit
-    assert family.kernels_error is None or (family.source == "fla" and 0 < family.kernels_error < LOGITS)
+    if family.kernels_error is not None:
+        # RWKV-7's chunked kernel solves in float16: tests/with_fla/test_fla_kernels.py has the proof.
+        assert family.source == "fla" and 0 < family.kernels_error < (1e-4 if family.model_type == "rwkv7" else LOGITS)
 
 
 @pytest.mark.parametrize("name", ["mamba2", "qwen3_5"])
