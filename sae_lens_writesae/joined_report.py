@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,7 +91,7 @@ def write_joined_report(results: Sequence[Evaluation], path: str | Path, *, titl
     texts = {
         target.with_name("claims.csv"): table.to_csv(index=False),
         target.with_suffix(".json"): json.dumps(numbers, indent=1, allow_nan=False),
-        target: _render(results, rows, title or _title(results)),
+        target: _render(results, rows, title or _title(results), target.with_suffix(".json").name),
     }
     for file, text in texts.items():
         write_aside(file, lambda aside, text=text: aside.write_text(text, encoding="utf-8"))
@@ -143,7 +144,7 @@ def _title(results: Sequence[Evaluation]) -> str:
     return f"What the atoms of {', '.join(models)} do" if models else "What the atoms do"
 
 
-def _render(results: Sequence[Evaluation], rows: list[Row], title: str) -> str:
+def _render(results: Sequence[Evaluation], rows: list[Row], title: str, numbers: str) -> str:
     loader = jinja2.PackageLoader("sae_lens_writesae", "")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -155,6 +156,7 @@ def _render(results: Sequence[Evaluation], rows: list[Row], title: str) -> str:
         lead=lead(rows),
         groups=_by_claim(rows),
         unanswered=unanswered(rows),
+        numbers=numbers,
         sections=[(type(kind[0]), _paragraphs(type(kind[0])), kind) for kind in kinds],
         rows_shown=_ROWS,
         facts=_facts(results),
@@ -171,9 +173,23 @@ def _by_claim(rows: list[Row]) -> list[tuple[Any, list[Row]]]:
     return [(PAPER_CLAIMS.get(k) if isinstance(k, int) else None, group) for k, group in groups]
 
 
-def _paragraphs(kind: type[Evaluation]) -> list[str]:
+class Paragraph(NamedTuple):
+    """Of a description: a text, and the points of the list that follows it."""
+
+    text: str
+    points: list[str]
+
+
+def _paragraphs(kind: type[Evaluation]) -> list[Paragraph]:
     """The class's own description, which defines the measure and its verdict."""
-    return [" ".join(part.replace("`", "").split()) for part in (inspect.getdoc(kind) or "").split("\n\n")]
+    found: list[Paragraph] = []
+    for part in (inspect.getdoc(kind) or "").replace("`", "").split("\n\n"):
+        text, *points = (" ".join(piece.split()) for piece in re.split(r"(?:^|\n) *\* ", part))
+        if text or not found:
+            found.append(Paragraph(text, points))
+        else:
+            found[-1].points.extend(points)
+    return found
 
 
 def _facts(results: Sequence[Evaluation]) -> dict[str, str]:
