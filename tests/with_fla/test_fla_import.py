@@ -12,8 +12,9 @@ import warnings
 import pytest
 import torch
 import transformers
-from conftest import make_hf
+from conftest import MAKERS, make_hf
 from fla_models import make_fla
+from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, UnsupportedModelError
 from hookpoints.fla_support import MODEL_TYPES, import_fla, importing
@@ -77,6 +78,21 @@ def test_transformers_own_models_run_as_before(tokens):
     logits, _ = hooked.run_with_cache(tokens, names_filter=lambda name: True)
     assert torch.equal(logits, hooked(tokens)) and logits.isfinite().all()
     assert has_triton() or torch.equal(logits, plain)
+
+
+@pytest.mark.parametrize("model_type", sorted(MAKERS))
+@torch.no_grad()
+def test_transformers_own_models_run_hooked(model_type, tokens):
+    """With triton and without a GPU transformers binds kernels of fla that cannot run: unhooked, its own models of the
+    delta rules stop at "0 active drivers". Hooked, each op's torch form computes the pass."""
+    import_fla()
+    hooked = HookedRecurrent.from_hf(make_hf(model_type), backend="recurrence")
+    expected = hooked(tokens)
+    hooked.attachment.detach()
+    hooked = HookedRecurrent.from_hf(hooked.hf_model)
+    assert_close(hooked(tokens), expected, rtol=0, atol=5e-5)
+    out = hooked.generate(tokens, max_new_tokens=2, do_sample=False)
+    assert torch.equal(out[:, 70], expected[:, -1].argmax(-1))
 
 
 @without_triton
