@@ -133,9 +133,11 @@ def test_a_phone_shows_every_verdict_without_scrolling_sideways(browser: Browser
 
 
 def test_paper_is_light_has_every_claim_and_leaves_out_raw_rows(browser: Browser, files: ReportFiles) -> None:
-    with opened(browser, files.html, color_scheme="dark", viewport={"width": 700, "height": 1000}) as page:
+    with opened(browser, files.html, color_scheme="dark", viewport={"width": 680, "height": 1000}) as page:
         page.emulate_media(media="print", color_scheme="dark")
         assert colour(page, "body", "backgroundColor") == (255, 255, 255)
         assert page.get_by_text("12. substitution on RWKV-7").is_visible() and not scrolls_sideways(page)
         assert page.locator("details.rows").count() > 0 and not page.locator("details.rows").first.is_visible()
+        assert page.locator(".claims td").first.evaluate("e => getComputedStyle(e).display") == "table-cell"
+        assert page.locator(".scroll:has(.claims)").evaluate("e => e.scrollWidth <= e.clientWidth")
         assert page.pdf(format="A4").startswith(b"%PDF")
