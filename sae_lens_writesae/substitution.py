@@ -132,7 +132,8 @@ def prepare(model: Any, sae: Any, tokens: Tensor, config: SubstitutionConfig, *,
 
 def sequence_tests(setup: Setup, progress: bool = False, skip: Container[int] = ()) -> Iterator[SequenceTest]:
     """The conditions of each sequence that has firings, one sequence at a time. Cost: one forward each."""
-    groups = [(name, part) for name, part in setup.sample.table.groupby("sequence") if name not in skip]
+    table: Any = setup.sample.table
+    groups = [(name, part) for name, part in table.groupby("sequence") if name not in skip]
     for _, part in tqdm(groups, desc="substitution", disable=not progress):
         sequence = int(part["sequence"].iloc[0])
         session = setup.model.edit_session(setup.tokens[sequence : sequence + 1])

@@ -54,8 +54,7 @@ class Substitution(Evaluation):
         verdict = summary.verdicts[scale]
         unit = f"firings in {summary.n_clusters} sequences"
         number = _CLAIM_OF_RULE.get(self.info["rule"], 1)
-        win = summary.rate("atom", "delete", scale)
-        rest = [verdict.outcome, verdict.sentence]
+        win: Any = summary.rate("atom", "delete", scale)
         found = [
             Claim(
                 number,
@@ -64,7 +63,8 @@ class Substitution(Evaluation):
                 summary.n_firings,
                 unit,
                 _controls(summary, scale),
-                *rest,
+                verdict.outcome,
+                verdict.sentence,
             )
         ]
         chains: Any = summary.chains
@@ -154,7 +154,7 @@ def all_heads(results: list[Substitution]) -> Claim | None:
     by_head = {(r.info["layer"], r.info["head"]): r for r in results}
     if len(by_head) < 2:
         return None
-    rates = pd.Series([r.result.summary().rate("atom", "delete", r._scale)["rate"] for r in by_head.values()])
+    rates: Any = pd.Series([r.result.summary().rate("atom", "delete", r._scale)["rate"] for r in by_head.values()])
     outcomes = [r.claims()[0].outcome for r in by_head.values()]
     held = outcomes.count("holds")
     return Claim(

@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from ..errors import UnsupportedModelError
 
@@ -44,9 +45,10 @@ def load_checkpoint(source: str, config: PreTrainedConfig, *, revision: str | No
     if getattr(config, "attn_mode", None) == "fused_chunk" and config.model_type != "retnet":
         config.attn_mode = "chunk"  # type: ignore[attr-defined]
     options: dict[str, Any] = {"revision": revision, "use_safetensors": True, **hf_kwargs}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
     )
+    model, info = loaded
     misfits = _Misfits(
         set(info["missing_keys"]), set(info["unexpected_keys"]), {name for name, *_ in info["mismatched_keys"]}
     )

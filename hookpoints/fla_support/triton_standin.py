@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -85,7 +85,7 @@ def _child(parent: str, name: str) -> Any:
 class _Module(ModuleType):
     """A stand-in module; a package, so that its submodules can be imported."""
 
-    __path__: list[str] = []  # noqa: RUF012
+    __path__: MutableSequence[str] = []  # noqa: RUF012
     __version__ = VERSION
 
     def __getattr__(self, name: str) -> Any:

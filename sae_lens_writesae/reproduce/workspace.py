@@ -157,7 +157,8 @@ class Workspace:
             return {"d_sae": c.d_sae, "sae": fields | VARIANTS.get(dictionary.variant, {})}
         sae_class, config_class = get_sae_training_class(c.architecture)
         place = head_target(self.model, dictionary.layer, dictionary.head, dictionary.target)
-        flat = matched_flat(sae_class(config_class(d_sae=c.d_sae, k=c.k, **place.sae_fields)))
+        asked: dict[str, Any] = place.sae_fields | {"d_sae": c.d_sae, "k": c.k}
+        flat = matched_flat(sae_class(config_class(**asked)))
         return {"d_sae": flat.pop("d_sae"), "sae": fields | flat}
 
     def evaluate(self, name: str, dictionary: Dictionary) -> None:
