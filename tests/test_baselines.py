@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from sae_lens.saes.sae import SAEMetadata
-from test_objectives import exact_sae
-from test_partition import HEAD, HOOK, LAYER, K, V, make_sae
+from small_saes import HEAD, HOOK, LAYER, STATE, K, V, exact_sae, make_sae
 
 from hookpoints import WriteEdit
 from sae_lens_writesae import VARIANTS, WriteTopKSAE, WriteTopKSAEConfig
@@ -28,7 +27,6 @@ from sae_lens_writesae.baselines.writes import Setting, exchanged
 from sae_lens_writesae.conditions import rank_one
 from sae_lens_writesae.firings import Firings, HeadHook
 
-STATE = HOOK.replace("write", "state")
 SMALL = BaselinesConfig(
     test_sequences=4, pca_ranks=(1, 3), pca_writes=40, replacement_sequences=3, horizon=4, min_firings=2
 )

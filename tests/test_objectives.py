@@ -6,10 +6,8 @@ import pandas as pd
 import pytest
 import torch
 from fake_substitution import EXPLAINED, FAILS, HOLDS, NO_EFFECT, fake_result
-from sae_lens.saes.sae import SAEMetadata
-from test_partition import HEAD, HOOK, LAYER, K, V, make_sae, planted
+from small_saes import HEAD, HOOK, LAYER, STATE, K, V, exact_sae, make_sae, planted
 
-from sae_lens_writesae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae import objectives_compare as compare
 from sae_lens_writesae.eval_cli import comparable, run_evaluations
 from sae_lens_writesae.firings import HeadHook
@@ -18,7 +16,6 @@ from sae_lens_writesae.objectives_claims import standings
 from sae_lens_writesae.reconstruction import head_matrices, reconstruction
 from sae_lens_writesae.suite import Scope
 
-STATE = HOOK.replace("write", "state")
 SMALL = ObjectivesConfig(sequences=4, n_atoms=6, firings_per_atom=2, min_firings=1, horizon=4)
 
 
@@ -32,18 +29,6 @@ def _no_grad() -> Any:
 def tokens() -> torch.Tensor:
     """[6,24] token ids."""
     return torch.randint(1, 64, (6, 24), generator=torch.Generator().manual_seed(1))
-
-
-def exact_sae(hook: str = HOOK, model_name: str = "", k: int = K, v: int = V, **metadata: Any) -> Any:
-    """Atoms +e_i and -e_i of every entry: reproduces any matrix."""
-    d_in = k * v
-    shape = {"d_in": d_in, "d_k": k, "d_sae": 2 * d_in, "k": d_in, "encoder": "dense", "decoder": "flat"}
-    sae = WriteTopKSAE(
-        WriteTopKSAEConfig(**shape, metadata=SAEMetadata(hook_name=hook, model_name=model_name, **metadata))
-    )
-    basis = torch.cat([torch.eye(d_in), -torch.eye(d_in)])
-    sae.decoder_matrix.data, sae.encoder_matrix.data = basis, basis.T.contiguous()
-    return sae
 
 
 # -- reconstruction

@@ -7,10 +7,9 @@ import pandas as pd
 import pytest
 import torch
 from fake_substitution import EXPLAINED, FAILS, HOLDS, NO_EFFECT, fake_result
-from sae_lens.saes.sae import SAEMetadata
+from small_saes import HEAD, HOOK, LAYER, K, V, make_sae, planted
 
 from hookpoints import UnknownHookError
-from sae_lens_writesae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.conditions import Factors
 from sae_lens_writesae.firings import collect_firings
 from sae_lens_writesae.mixtures import fisher_z, fit_mixtures
@@ -19,26 +18,6 @@ from sae_lens_writesae.partition_claims import by_kind, compared
 from sae_lens_writesae.write_cosines import cosines, firing_cosines
 
 QUICK: Any = {"scales": ("coefficient",), "controls": ("state",)}
-LAYER, HEAD, K, V = 1, 2, 8, 6
-HOOK = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write_vec"
-
-
-def make_sae(model: Any, decoder: str = "rank", rank: int = 1, d_sae: int = 30, hook: str = HOOK) -> Any:
-    torch.manual_seed(0)
-    shape = {"d_in": K * V, "d_k": K, "d_sae": d_sae, "k": 3, "rank": rank, "decoder": decoder}
-    meta = SAEMetadata(hook_name=hook, model_name=model.cfg.model_name)
-    return WriteTopKSAE(WriteTopKSAEConfig(**shape, metadata=meta))
-
-
-def planted(model: Any, tokens: Any) -> Any:
-    """Atoms are native writes of the first sequence, encoder = decoder: each fires at its own write at the latest."""
-    sae = make_sae(model)
-    write = model.recurrence(tokens[:1], LAYER)
-    at = torch.linspace(1, tokens.shape[1] - 1, 30).long()
-    sae.v.data = write.k[0, at, HEAD][:, None].clone()
-    sae.w.data = torch.nn.functional.normalize(write.u[0, at, HEAD], dim=-1)[:, None].clone()
-    sae.v_enc.data, sae.w_enc.data = sae.v.data.clone(), sae.w.data.clone()
-    return sae
 
 
 @pytest.mark.parametrize("decoder, rank", [("rank", 1), ("rank", 2), ("flat", 1)])

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_partition import HOOK, make_sae, planted
+from small_saes import HOOK, make_sae, planted
 
 from sae_lens_writesae.atom_matching import match_atoms
 from sae_lens_writesae.conditions import Factors

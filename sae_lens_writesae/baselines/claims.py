@@ -119,23 +119,23 @@ def _dead(result: Baselines, ours: dict[str, Any] | None, flat: dict[str, Any] |
     if ours is None or flat is None:
         return _untested(17, claim, "It needs a WriteSAE and a FlatSAE with as many atoms.")
     gap = _more_dead(flat, ours, result.info["config"]["seed"])
-    controls, found = "a dense encoder with rank-1 atoms (MatrixSAE) was not given", ("", "")
-    as_few = False
+    controls, as_few = "a dense encoder with rank-1 atoms (MatrixSAE) was not given", False
     if dense is not None and dense["d_sae"] == ours["d_sae"]:
         as_few = not _more_dead(dense, ours, result.info["config"]["seed"]).interval.low > 0
         controls = f"dense encoder with rank-1 atoms {percent(dense['dead'] / dense['d_sae'])} dead"
+    found: tuple[Outcome, str]
     if not gap.interval.low > 0:
-        found = ("fails", "The interval of the difference of shares does not lie above 0.")
+        found = "fails", "The interval of the difference of shares does not lie above 0."
     elif as_few:
-        found = ("explained", "A dense encoder with rank-1 atoms leaves as few dead: it is the decoder.")
+        found = "explained", "A dense encoder with rank-1 atoms leaves as few dead: it is the decoder."
     else:
-        found = ("holds", "The interval of the difference of shares lies above 0.")
+        found = "holds", "The interval of the difference of shares lies above 0."
     shares = [row["dead"] / row["d_sae"] for row in (ours, flat)]
     measured = (
         f"dead: WriteSAE {percent(shares[0])}, FlatSAE {percent(shares[1])}; difference "
         f"[{100 * gap.interval.low:+.1f}, {100 * gap.interval.high:+.1f}] points"
     )
-    return Claim(17, claim, measured, int(ours["d_sae"] + flat["d_sae"]), "atoms", controls, *found)  # type: ignore[arg-type]
+    return Claim(17, claim, measured, int(ours["d_sae"] + flat["d_sae"]), "atoms", controls, *found)
 
 
 def _more_dead(a: dict[str, Any], b: dict[str, Any], seed: int) -> stats.Bootstrap:
