@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +21,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.aligned_store import AlignedStore
+from sae_lens_writesae.interrupts import Interrupts
 from sae_lens_writesae.targets import Target, check_hook, head_target
 from sae_lens_writesae.training_loss import Loss
 
@@ -146,21 +145,29 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
 
     def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], **overrides: Any):
         super().__init__(cfg, **overrides)
+        self._interrupts = Interrupts()
         if isinstance(self.model, HookedRecurrent):
             check_hook(self.model, cfg)
         if getattr(cfg.sae, "loss", "mse") != "mse":
             self.activations_store = AlignedStore.aligned(self.model, cfg, self.activations_store.dataset)
             self.evaluator.activations_store = self.activations_store
 
+    def run(self) -> Any:
+        """Train and save. A signal that came within the last step is raised when the result is saved."""
+        sae = super().run()
+        self._interrupts.check()
+        return sae
+
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
-        try:
-            with _signals_as_interrupts():
+        self._interrupts.watch(trainer)
+        with self._interrupts.heard():
+            try:
                 return trainer.fit()
-        except KeyboardInterrupt:
-            if self.cfg.checkpoint_path is not None:
-                saved = self.save_whole_checkpoint(trainer)
-                sae_lens.logger.warning(f"interrupted; resume with resume_from_checkpoint={str(saved)!r}")
-            raise
+            except KeyboardInterrupt:
+                if self.cfg.checkpoint_path is not None:
+                    saved = self.save_whole_checkpoint(trainer)
+                    sae_lens.logger.warning(f"interrupted; resume with resume_from_checkpoint={str(saved)!r}")
+                raise
 
     def save_whole_checkpoint(self, trainer: SAETrainer[Any, Any]) -> Path:
         """Weights, optimizer, schedule and position, in ``checkpoint_path/<samples>``."""
@@ -173,29 +180,6 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
             if not target.exists():
                 os.replace(Path(aside) / name, target)
         return base / name
-
-
-@contextmanager
-def _signals_as_interrupts() -> Iterator[None]:
-    """SIGINT and SIGTERM raise KeyboardInterrupt, once: a second one does not cut the saving short. Restored after."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-
-    def interrupt(number: int, frame: Any) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    try:
-        before = [signal.signal(number, interrupt) for number in numbers]
-    except ValueError:  # not in the main thread, where signals do not arrive
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before):
-            # Ignored until here, so that what an interrupt is saving gets saved.
-            signal.signal(number, handler)
 
 
 def train(

@@ -269,6 +269,42 @@ def test_an_interrupt_saves_everything_and_resumes(embedded, dataset, tmp_path, 
     check_resumes(embedded, dataset, checkpoint, steps)
 
 
+class InterruptedWithin(Watched):
+    """Gets SIGINT within its fifth step: samples are counted, the optimizer has yet to move."""
+
+    def save_whole_checkpoint(self, trainer):
+        os.kill(os.getpid(), signal.SIGINT)  # does not cut the saving short
+        return super().save_whole_checkpoint(trainer)
+
+    def run_trainer_with_interruption_handling(self, trainer):
+        def interrupt(optimizer, args, kwargs):
+            first = next(iter(optimizer.state.values()), None)
+            if first is not None and int(first["step"]) == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        trainer.optimizer.register_step_pre_hook(interrupt)
+        return super().run_trainer_with_interruption_handling(trainer)
+
+
+def test_an_interrupt_within_a_step_waits_for_its_end(embedded, dataset, tmp_path):
+    cfg = small_config(embedded, checkpoint_path=str(tmp_path))
+    runner = InterruptedWithin(cfg, override_model=embedded, override_dataset=dataset)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run()
+    (checkpoint,) = Path(cfg.checkpoint_path).iterdir()
+    assert int(checkpoint.name) == 5 * SMALL["train_batch_size_tokens"] and runner.trainer.n_training_steps == 5
+    assert {int(state["step"]) for state in runner.trainer.optimizer.state.values()} == {5}
+    check_resumes(embedded, dataset, checkpoint, 5)
+
+
+def test_an_interrupt_within_the_last_step_is_raised_after_the_result_is_saved(embedded, dataset, tmp_path):
+    training_tokens = 5 * SMALL["train_batch_size_tokens"]
+    cfg = small_config(embedded, output_path=str(tmp_path / "sae"), training_tokens=training_tokens)
+    with pytest.raises(KeyboardInterrupt):
+        InterruptedWithin(cfg, override_model=embedded, override_dataset=dataset).run()
+    writesae.load_sae(tmp_path / "sae")
+
+
 def test_wandb_logging_offline(embedded, dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
