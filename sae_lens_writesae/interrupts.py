@@ -37,8 +37,8 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def watch(self, trainer: Any) -> None:
-        """Let the steps of SAELens' trainer be whole. Its `step` and `maybe_reset_sparsity` are the seams that it offers
-        to those who run its loop: the latter begins each round, the former follows when a batch was taken."""
+        """Let the steps of SAELens' trainer be whole. Its `step` and `maybe_reset_sparsity` are the seams that it
+        offers to those who run its loop: the latter begins each round, the former follows when a batch was taken."""
         step, begin = trainer.step, trainer.maybe_reset_sparsity
 
         def held(batch: Any) -> Any:
