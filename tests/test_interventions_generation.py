@@ -183,6 +183,12 @@ def test_samples_are_the_same_for_one_seed_and_leave_the_generator_alone(model: 
     assert torch.equal(torch.random.get_rng_state(), before) and one.shape == (3, 6)
     assert torch.equal(one, sampled(model, tokens[:3, :5], 6, seed=3))
     assert not torch.equal(one, sampled(model, tokens[:3, :5], 6, seed=4))
+    hook = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write"
+    with (
+        model.hooks(fwd_hooks=[(hook, lambda writes, hook: writes * torch.nan)]),
+        pytest.raises(ValueError, match=r"3 of 3 continuations are not finite at token 5: .*Scale less"),
+    ):
+        sampled(model, tokens[:3, :5], 6, seed=3)
 
 
 def test_alignment_is_the_correlation_of_firing_and_token() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from hookpoints import run
 from hookpoints.edits import EditPlan, EditRow
@@ -66,6 +67,9 @@ def sampled(model: Any, tokens: Tensor, new_tokens: int, seed: int, *, batch_siz
 
     The random numbers depend on `seed`, N and `batch_size` alone, so that continuations under two conditions differ
     only by what the conditions do to the logits. The generators of the process are left as they were.
+
+    Raises:
+        ValueError: what is written under the hooks feeds back and grows until the logits are not finite.
     """
     plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
     lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
@@ -74,9 +78,29 @@ def sampled(model: Any, tokens: Tensor, new_tokens: int, seed: int, *, batch_siz
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for start in range(0, len(tokens), batch_size):
             torch.manual_seed(seed + start)
-            out = model.generate(tokens[start : start + batch_size], **plain, **lengths, **generation_settings(model))
+            out = model.generate(
+                tokens[start : start + batch_size],
+                **plain,
+                **lengths,
+                **generation_settings(model),
+                logits_processor=LogitsProcessorList([_Finite()]),
+            )
             found.append(out[:, tokens.shape[1] :].cpu())
     return torch.cat(found)
+
+
+class _Finite(LogitsProcessor):
+    """Raises before tokens are drawn from what is no distribution. (-inf is a token that is never drawn.)"""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        lost = (scores.isnan() | (scores == torch.inf)).any(-1)
+        if lost.any():
+            raise ValueError(
+                f"the logits of {int(lost.sum())} of {len(lost)} continuations are not finite at token "
+                f"{input_ids.shape[1]}: what is written under the hooks feeds back and grows past "
+                f"{str(scores.dtype).removeprefix('torch.')}. Scale less (`factors`, `strength`)"
+            )
+        return scores
 
 
 def cut(continuation: list[int], model: Any) -> list[int]:
