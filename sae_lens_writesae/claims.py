@@ -79,3 +79,11 @@ PAPER_CLAIMS: dict[int, PaperClaim] = {
     ),
 }
 """Claims by the number that results and the report use."""
+
+OTHER_MODELS = {
+    11: "a Mamba-2 model",
+    12: "an RWKV-7 model",
+    13: "a DeltaNet model",
+    14: "Qwen3.5-4B",
+}
+"""Claims about one model that another model cannot answer."""

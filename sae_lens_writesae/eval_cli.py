@@ -14,7 +14,9 @@ from torch import Tensor
 from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.evaluate import check_fits, folder_label, spread
 from sae_lens_writesae.evaluation import Evaluation
+from sae_lens_writesae.firings import HeadHook
 from sae_lens_writesae.joined_report import write_joined_report
+from sae_lens_writesae.left_out import evaluate_or_leave_out
 from sae_lens_writesae.loading import load_sae
 from sae_lens_writesae.report import ReportFiles
 from sae_lens_writesae.suite import EVALUATIONS, Scope
@@ -50,11 +52,12 @@ def run_evaluations(
 ) -> ReportFiles:
     """Run evaluations by name on SAEs from folders; save each result below `out`, and a page over all.
 
-    Evaluations that compare dictionaries take all the SAEs together; of several names, those are left out whose
-    comparison the SAEs are not for (`comparable`).
+    Evaluations that compare dictionaries take all the SAEs together. Of several names, those are passed over whose
+    comparison the SAEs are not for (`comparable`); where there is nothing to measure, the page says why (`LeftOut`).
 
     Raises:
         ValueError: SAEs of different models, an SAE that does not fit the model, too little text, an unknown setting.
+        NothingToMeasureError: the only evaluation asked for has nothing to measure.
     """
     saes = {folder_label(folder): load_sae(folder) for folder in folders}
     if len(saes) < len(folders):
@@ -78,28 +81,40 @@ def run_evaluations(
 
 
 def _run(
-    name: str, model: HookedRecurrent, saes: dict[str, Any], tokens: Tensor, settings: dict[str, Any], skip: bool
+    name: str, model: HookedRecurrent, saes: dict[str, Any], tokens: Tensor, settings: dict[str, Any], many: bool
 ) -> Iterator[Evaluation]:
-    """One evaluation of each SAE, or of all together. With `skip`, a comparison that does not fit is passed over."""
+    """One evaluation of each SAE, of each head, or of all together. Of many, what does not fit is passed over."""
     entry = EVALUATIONS[name]
     known = {field.name for field in dataclasses.fields(entry.config_class)}
-    if not skip and (unknown := sorted(settings.keys() - known)):
+    if not many and (unknown := sorted(settings.keys() - known)):
         raise ValueError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known - {'label'}))}")
     own = {key: value for key, value in settings.items() if key in known}
-    if entry.scope is Scope.EACH:
-        for label, sae in saes.items():
-            named = {"label": label} if "label" in known else {}
-            yield entry.run(model, sae, tokens, entry.config_class(**own, **named))
-    elif len(saes) > 1 and (not skip or comparable(entry.scope, saes.values())):
-        yield entry.run(model, saes, tokens, entry.config_class(**own))
-    elif not skip:
-        raise ValueError(f"{name} compares dictionaries ({entry.scope.value}); give at least two SAEs, found one")
+    for label, group in _groups(name, saes, many).items():
+        named = {"label": label} if "label" in known and not entry.compares else {}
+        config = entry.config_class(**own, **named)
+        if many:
+            yield evaluate_or_leave_out(name, model, group, tokens, config, label)
+        else:
+            yield entry.run_on(model, group, tokens, config)
+
+
+def _groups(name: str, saes: dict[str, Any], many: bool) -> dict[str, dict[str, Any]]:
+    """The dictionaries of each run of an evaluation, by what the run is called."""
+    scope = EVALUATIONS[name].scope
+    if scope is Scope.EACH:
+        return {label: {label: sae} for label, sae in saes.items()}
+    if scope is Scope.HEAD:
+        return {HeadHook.of(sae).cell: {label: sae} for label, sae in saes.items()}
+    if len(saes) > 1 and (not many or comparable(scope, saes.values())):
+        return {"all": saes}
+    if many:
+        return {}
+    raise ValueError(f"{name} compares dictionaries ({scope.value}); give at least two SAEs, found one")
 
 
 def comparable(scope: Scope, saes: Iterable[Any]) -> bool:
     """Whether SAEs differ in what a comparison is about, and in nothing that it takes to be the same."""
     from sae_lens_writesae.baselines import variant
-    from sae_lens_writesae.firings import HeadHook
     from sae_lens_writesae.objectives import objective
 
     found = list(saes)

@@ -148,7 +148,7 @@ def describe(model: Any, sae: Any, *, label: str = "", **more: Any) -> dict[str,
     shape = model.cfg.layer(hook.layer)
     architecture = getattr(sae.cfg, "architecture", None)
     return {
-        "label": label or f"L{hook.layer}H{hook.head} {hook.target}-trained",
+        "label": label or f"{hook.cell} {hook.target}-trained",
         "model": str(model.cfg.model_name),
         "model_type": str(model.cfg.model_type),
         "dtype": str(model.cfg.dtype).removeprefix("torch."),

@@ -10,9 +10,10 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sae_lens_writesae.conditions import Factors
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.progress import bar
 
 Target = Literal["write", "state"]
 
@@ -39,6 +40,11 @@ class HeadHook(NamedTuple):
             raise ValueError(f"the SAE must read a head's write or state ({wanted}), its hook is {name!r}")
         target: Target = "write" if match[3] == "write" else "state"
         return cls(name, int(match[1]), int(match[2]), target)
+
+    @property
+    def cell(self) -> str:
+        """The head's name in reports: L2H0."""
+        return f"L{self.layer}H{self.head}"
 
     @classmethod
     def of(cls, sae: Any) -> "HeadHook":
@@ -104,12 +110,12 @@ def collect_firings(model: Any, sae: Any, tokens: Tensor, *, progress: bool = Fa
     dtype = place.dtype if place.is_floating_point() else torch.float32
     parts: list[tuple[NDArray[Any], ...]] = []
     n_atoms = 0
-    for i in tqdm(range(len(tokens)), desc="firings", disable=not progress):
+    for i in bar(range(len(tokens)), "firings", progress):
         _, cache = model.run_with_cache(tokens[i : i + 1], names_filter=[hook.name], stop_at_layer=hook.layer + 1)
         activations = sae.encode(cache[hook.name][0].to(place.device, dtype))
         n_atoms = activations.shape[-1]
         if not bool(activations.isfinite().all()):
-            raise ValueError(f"the SAE gives NaN or infinite activations on sequence {i} of {hook.name}")
+            raise NothingToMeasureError(f"the SAE gives NaN or infinite activations on sequence {i} of {hook.name}")
         position, atom = (activations > 0).nonzero(as_tuple=True)
         values = activations[position, atom].float().cpu().numpy()
         parts.append((np.full(len(values), i), position.cpu().numpy(), atom.cpu().numpy(), values))

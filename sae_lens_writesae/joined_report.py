@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import jinja2
 import pandas as pd
 
-from sae_lens_writesae.claims import PAPER_CLAIMS, Outcome
-from sae_lens_writesae.evaluation import Claim, Evaluation, saved_head
+from sae_lens_writesae.claims import OTHER_MODELS, PAPER_CLAIMS, Outcome
+from sae_lens_writesae.evaluation import Claim, Evaluation
+from sae_lens_writesae.left_out import LeftOut, load_result
 from sae_lens_writesae.plots import number
 from sae_lens_writesae.report import ReportFiles
 from sae_lens_writesae.substitution_evaluation import Substitution, all_heads
@@ -28,14 +29,6 @@ from sae_lens_writesae.writing import write_aside
 
 _ROWS = 40
 """Rows of a table that the page shows; the files hold all of them."""
-
-_ELSEWHERE = {
-    11: "a Mamba-2 model",
-    12: "an RWKV-7 model",
-    13: "a DeltaNet model",
-    14: "Qwen3.5-4B",
-}
-"""Claims about one model that another model cannot answer."""
 
 
 class Row(NamedTuple):
@@ -46,7 +39,8 @@ class Row(NamedTuple):
 
 
 def find_results(paths: Sequence[str | Path]) -> list[Evaluation]:
-    """Every saved evaluation in or below the folders, in the order of `suite.EVALUATIONS`, then of folders.
+    """Every saved evaluation in or below the folders, in the order of `suite.EVALUATIONS`, then of folders; last what
+    could not be measured.
 
     Raises:
         ValueError: a folder without any; a saved evaluation of a kind that this version does not know.
@@ -56,12 +50,8 @@ def find_results(paths: Sequence[str | Path]) -> list[Evaluation]:
         folders = sorted(file.parent for file in path.rglob("info.json") if not _hidden(file.relative_to(path)))
         if not folders:
             raise ValueError(f"no evaluation was saved in or below {path} (looked for info.json)")
-        for folder in folders:
-            kind = saved_head(folder)["kind"]
-            if kind not in EVALUATIONS:
-                raise ValueError(f"{folder} holds an evaluation {kind!r}; known here: {', '.join(EVALUATIONS)}")
-            results.append(EVALUATIONS[kind].result_class.load(folder))
-    order = list(EVALUATIONS)
+        results += map(load_result, folders)
+    order = [*EVALUATIONS, LeftOut.kind]
     return sorted(results, key=lambda result: (order.index(result.kind), result.info.get("target") != "write"))
 
 
@@ -83,7 +73,8 @@ def write_joined_report(results: Sequence[Evaluation], path: str | Path, *, titl
         "claims": [{"label": row.label, "paper": row.claim.paper, **vars(row.claim)} for row in rows],
         "evaluations": [{"kind": result.kind, "info": result.info} for result in results],
     }
-    table = pd.DataFrame(numbers["claims"]).astype({"number": "Int64"})
+    table = pd.DataFrame(numbers["claims"], columns=["label", "paper", *Claim.__dataclass_fields__])
+    table = table.astype({"number": "Int64"})
     for name, joined in joined_tables(results).items():
         write_aside(
             target.parent / "tables" / f"{name}.parquet", lambda file, t=joined: t.to_parquet(file, index=False)
@@ -130,13 +121,13 @@ def lead(rows: Sequence[Row]) -> str:
 
 
 def unanswered(rows: Sequence[Row]) -> list[str]:
-    """What the paper claims and nothing here answers, with the reason where one is known."""
+    """What the paper claims and nothing here answers, with what would."""
     answered = {row.claim.number for row in rows}
-    return [
-        f"{n}. {claim.claim} ({'needs ' + _ELSEWHERE[n] if n in _ELSEWHERE else 'not run'})"
-        for n, claim in PAPER_CLAIMS.items()
-        if n not in answered
-    ]
+    missing = {n: claim.claim for n, claim in PAPER_CLAIMS.items() if n not in answered}
+    by = {n: name for name, entry in EVALUATIONS.items() for n in entry.claims}
+    where = OTHER_MODELS | {5: "several heads"}
+    wanted = {n: f"{by[n]} on {where[n]}" if n in where else by[n] for n in missing}
+    return [f"{n}. {claim} (needs the evaluation {wanted[n]})" for n, claim in missing.items()]
 
 
 def _title(results: Sequence[Evaluation]) -> str:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sae_lens_writesae.conditions import Condition, Factors, cosine, mean_write, norm, with_norm
+from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluation import describe
 from sae_lens_writesae.firings import Firings, HeadHook, collect_firings
 from sae_lens_writesae.head_memory import head_writes
@@ -26,6 +26,7 @@ from sae_lens_writesae.interventions.common import (
     head_atoms,
 )
 from sae_lens_writesae.multi_atom_result import MultiAtom, MultiAtomConfig
+from sae_lens_writesae.progress import bar
 from sae_lens_writesae.substitution_config import SubstitutionConfig
 from sae_lens_writesae.substitution_draw import draw
 from sae_lens_writesae.substitution_edits import edits_of, measure
@@ -75,10 +76,12 @@ def run_multi_atom(
     )
     frames: list[pd.DataFrame] = []
     omitted = {"positions with a zero native write": 0}
-    for sequence, part in tqdm(by_sequence(table), desc="multi-atom", disable=not progress):
+    for sequence, part in bar(by_sequence(table), "multi-atom", progress):
         frames += _sequence(run, tokens[[sequence]], sequence, part["position"].tolist(), omitted)
     if not frames:
-        raise ValueError("every native write at the drawn positions is zero, so that there is nothing to replace")
+        raise NothingToMeasureError(
+            "every native write at the drawn positions is zero, so that there is nothing to replace"
+        )
     found = pd.DataFrame(pd.concat(frames, ignore_index=True), columns=list(MultiAtom.COLUMNS["writes"]))
     seconds = time.perf_counter() - begin
     settings = {"config": asdict(config), "omitted": omitted, "conditions_per_second": len(found) / seconds}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sae_lens_writesae import objectives_compare as compare
 from sae_lens_writesae.conditions import Scale
+from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluate import check_fits
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure, describe
 from sae_lens_writesae.firings import HeadHook
@@ -209,15 +210,19 @@ def run_objectives(
     _check(model, saes)
     fits = reconstruction(model, saes, tokens[: config.sequences])
     if (fits.table["sae"].value_counts().reindex(list(saes), fill_value=0) < 2).any():
-        raise ValueError("what a dictionary was trained on varies on fewer than two sequences: nothing to explain")
+        raise NothingToMeasureError(
+            "what a dictionary was trained on varies on fewer than two sequences: nothing to explain"
+        )
     tests = {}
     for label, sae in saes.items():
         try:
             tests[label] = run_substitution(model, sae, tokens, config.substitution(), progress)
-        except ValueError as error:
-            raise ValueError(f"{label}: {error}") from error
+        except NothingToMeasureError as error:
+            raise NothingToMeasureError(f"{label}: {error}") from error
         if tests[label].frame["written_atom"].nunique() < 2:
-            raise ValueError(f"{label}: only one atom can be tested, and an interval needs two; give more tokens")
+            raise NothingToMeasureError(
+                f"{label}: only one atom can be tested, and an interval needs two; give more tokens"
+            )
     units = compare.units(fits.table, tests)
     targets = {label: objective(sae) for label, sae in saes.items()}
     info = describe(

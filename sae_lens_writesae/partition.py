@@ -17,6 +17,7 @@ import pandas as pd
 from torch import Tensor
 
 from sae_lens_writesae import partition_claims, plots_partition
+from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluate import check_fits
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure, describe
 from sae_lens_writesae.firings import Firings, collect_firings
@@ -235,13 +236,13 @@ def _partition(model: Any, sae: Any, tokens: Tensor, firings: Firings, config: P
     alive = firings.alive(alive_tokens, config.min_firings)
     ever = firings.alive(alive_tokens)
     if len(alive) == 0:
-        raise ValueError(
+        raise NothingToMeasureError(
             f"no atom is alive: {len(ever)} of {firings.n_atoms} fire on {alive_tokens:,} tokens, none of them "
             f"{config.min_firings} times; give more tokens, or lower min_firings"
         )
     found = firing_cosines(model, sae, tokens, firings, alive, seed=config.seed)
     if found.table.empty:
-        raise ValueError(
+        raise NothingToMeasureError(
             f"no cosine is defined: {found.zero_writes} firings are at zero writes, and the atoms are alive"
         )
     atoms = _atoms(found.table, config.threshold)

@@ -21,6 +21,7 @@ from torch import Tensor
 from sae_lens_writesae import statistics as stats
 from sae_lens_writesae.atom_matching import match_atoms
 from sae_lens_writesae.conditions import Factors, norm, random_directions
+from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluate import check_fits
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure, describe
 from sae_lens_writesae.firings import HeadHook, atom_factors, collect_firings
@@ -236,7 +237,7 @@ def _counted(
     n_tokens = min(config.alive_tokens, tokens.numel())
     alive = firings.alive(n_tokens, config.min_firings)
     if len(alive) == 0:
-        raise ValueError(f"{label} has no atom that fires {config.min_firings} times on {n_tokens:,} tokens")
+        raise NothingToMeasureError(f"{label} has no atom that fires {config.min_firings} times on {n_tokens:,} tokens")
     cosine: Any = firing_cosines(model, sae, tokens, firings, alive, seed=config.seed).table
     medians = cosine.groupby("atom")["cosine"].median()
     row = {
@@ -258,7 +259,7 @@ def _write_pools(model: Any, sae: Any, tokens: Tensor, needed: int) -> tuple[Fac
         found = [head_writes(model.recurrence(tokens[i : i + 1], hook.layer), hook.head, "additive") for i in rows]
         writes = [each.native.rows(norm(each.native) > 0) for each in found]
         if not writes:
-            raise ValueError("the null of native writes needs at least two evaluation sequences, found one")
+            raise NothingToMeasureError("the null of native writes needs at least two evaluation sequences, found one")
         pools.append(Factors(torch.cat([w.keys for w in writes]), torch.cat([w.values for w in writes])))
     return pools[0], pools[1]
 

@@ -21,7 +21,6 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sae_lens_writesae.conditions import (
     CONTROLS,
@@ -33,8 +32,10 @@ from sae_lens_writesae.conditions import (
     random_directions,
     state_direction,
 )
+from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.firings import HeadHook, atom_factors, collect_firings
 from sae_lens_writesae.head_memory import HeadProfile, HeadWrites, head_profile, head_writes
+from sae_lens_writesae.progress import bar
 from sae_lens_writesae.substitution_config import SubstitutionConfig
 from sae_lens_writesae.substitution_draw import Sample, draw
 from sae_lens_writesae.substitution_edits import edits_of, measure
@@ -134,7 +135,7 @@ def sequence_tests(setup: Setup, progress: bool = False, skip: Container[int] = 
     """The conditions of each sequence that has firings, one sequence at a time. Cost: one forward each."""
     table: Any = setup.sample.table
     groups = [(name, part) for name, part in table.groupby("sequence") if name not in skip]
-    for _, part in tqdm(groups, desc="substitution", disable=not progress):
+    for _, part in bar(groups, "substitution", progress):
         sequence = int(part["sequence"].iloc[0])
         session = setup.model.edit_session(setup.tokens[sequence : sequence + 1])
         writes = head_writes(session.recurrence(setup.hook.layer), setup.hook.head, setup.config.write)
@@ -200,7 +201,7 @@ def _others(
     """For each row of `taken` [n,m], a uniform draw of `among` that is not in the row."""
     rest = [np.setdiff1d(among, row) for row in taken]
     if any(len(choices) == 0 for choices in rest):
-        raise ValueError(
+        raise NothingToMeasureError(
             f"a control needs {needed}, and there is none; leave 'shuffled' or 'elsewhere' out of controls"
         )
     return np.array([rng.choice(choices) for choices in rest])

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.firings import Firings, sample_firings, silent_positions
 from sae_lens_writesae.substitution_config import SubstitutionConfig
 
@@ -35,7 +36,7 @@ def draw(firings: Firings, config: SubstitutionConfig) -> Sample:
     inside = (firings.position >= config.first_position) & (firings.position <= last)
     testable = np.intersect1d(alive, firings.atom[inside])
     if len(testable) == 0:
-        raise ValueError(
+        raise NothingToMeasureError(
             f"no atom can be tested: {len(alive)} of {firings.n_atoms} fire on {alive_tokens} tokens, none of them "
             f"at positions {config.first_position}..{last}"
         )
@@ -52,7 +53,7 @@ def draw(firings: Firings, config: SubstitutionConfig) -> Sample:
         table = table.loc[strongest.index]
         table = table.assign(written_atom=strongest["atom"].astype(int), activation=strongest["activation"])
     if table.empty:
-        raise ValueError(
+        raise NothingToMeasureError(
             f"none of the {len(chosen)} atoms has a position of the kind {config.positions!r} to be tested at"
         )
     table = table.reset_index(drop=True).rename_axis("firing").reset_index()

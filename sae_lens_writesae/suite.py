@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -15,6 +15,7 @@ class Scope(Enum):
     """Which dictionaries of a head one evaluation takes."""
 
     EACH = "each dictionary by itself"
+    HEAD = "any dictionary of a head, which says which head it is; the atoms are not used"
     SEEDS = "one target, several seeds"
     TARGETS = "one seed, several targets"
     VARIANTS = "one target and seed, several architectures"
@@ -32,6 +33,8 @@ class Entry:
     scope: Scope
     question: str
     """One line for help texts."""
+    claims: tuple[int, ...] = ()
+    """Rows of `claims.PAPER_CLAIMS` that it answers."""
 
     def _get(self, name: str) -> Any:
         return getattr(importlib.import_module(f"sae_lens_writesae.{self.module}"), name)
@@ -51,6 +54,16 @@ class Entry:
         """The function itself."""
         return self._get(self.function)
 
+    @property
+    def compares(self) -> bool:
+        """Whether it takes several dictionaries at once."""
+        return self.scope not in (Scope.EACH, Scope.HEAD)
+
+    def run_on(self, model: Any, saes: Mapping[str, Any], tokens: Any, config: Any, **more: Any) -> Evaluation:
+        """`run` with dictionaries by label: with all of them where it compares, else with the only one."""
+        given = saes if self.compares else next(iter(saes.values()))
+        return self.run(model, given, tokens, config, **more)
+
 
 EVALUATIONS: dict[str, Entry] = {
     "substitution": Entry(
@@ -60,6 +73,7 @@ EVALUATIONS: dict[str, Entry] = {
         "Substitution",
         Scope.EACH,
         "can an atom stand in for the write it replaces?",
+        claims=(1, 2, 3, 5, 11, 12, 13, 14),
     ),
     "multistep": Entry(
         "multistep_evaluation",
@@ -76,6 +90,7 @@ EVALUATIONS: dict[str, Entry] = {
         "LogitChange",
         Scope.EACH,
         "can a formula predict what an atom does to later logits?",
+        claims=(7,),
     ),
     "erasure": Entry(
         "interventions.erasure",
@@ -84,22 +99,25 @@ EVALUATIONS: dict[str, Entry] = {
         "Erasure",
         Scope.EACH,
         "does erasing an atom lower a token of its own?",
+        claims=(8,),
     ),
     "sign": Entry(
         "interventions.sign",
         "run_sign",
         "SignConfig",
         "Sign",
-        Scope.EACH,
+        Scope.HEAD,
         "does the sign of a write set the sign of its effect?",
+        claims=(9,),
     ),
     "install": Entry(
         "interventions.install",
         "run_install",
         "InstallConfig",
         "Install",
-        Scope.EACH,
+        Scope.HEAD,
         "do installed writes put a token into the continuation?",
+        claims=(10,),
     ),
     "amplify": Entry(
         "interventions.amplify",
@@ -108,6 +126,7 @@ EVALUATIONS: dict[str, Entry] = {
         "Amplify",
         Scope.EACH,
         "does scaling an atom change how often its token is written?",
+        claims=(18,),
     ),
     "passage": Entry(
         "interventions.passage",
@@ -116,6 +135,7 @@ EVALUATIONS: dict[str, Entry] = {
         "Passage",
         Scope.EACH,
         "do passages bear the loss of a class of atoms?",
+        claims=(19,),
     ),
     "readers": Entry(
         "interventions.readers",
@@ -140,8 +160,17 @@ EVALUATIONS: dict[str, Entry] = {
         "Partition",
         Scope.EACH,
         "do atoms point along the writes they fire on, and are there two kinds?",
+        claims=(4, 6),
     ),
-    "seeds": Entry("seeds", "run_seeds", "SeedsConfig", "Seeds", Scope.SEEDS, "do seeds find the same atoms?"),
+    "seeds": Entry(
+        "seeds",
+        "run_seeds",
+        "SeedsConfig",
+        "Seeds",
+        Scope.SEEDS,
+        "do seeds find the same atoms?",
+        claims=(20,),
+    ),
     "objectives": Entry(
         "objectives",
         "run_objectives",
@@ -157,5 +186,6 @@ EVALUATIONS: dict[str, Entry] = {
         "Baselines",
         Scope.VARIANTS,
         "do rank-1 atoms do better than what is simpler?",
+        claims=(15, 16, 17),
     ),
 }

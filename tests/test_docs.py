@@ -72,9 +72,9 @@ def test_messages_come_from_the_source():
     assert any("TransformerBridge (‹versions›)" in message for message in catalogue.errors()["BridgeWarning"].messages)
 
 
-def test_a_claim_that_the_paper_lacks_is_refused(tmp_path, monkeypatch):
-    write(tmp_path, monkeypatch, "evaluations/new.md", "claims: 99\n\n## Formula\n")
-    with pytest.raises(texts.MissingTextError, match=r"names claims \[99\]"):
+def test_a_text_without_its_formula_is_refused(tmp_path, monkeypatch):
+    write(tmp_path, monkeypatch, "evaluations/new.md", "example: n=1\n\n## Definition\n")
+    with pytest.raises(texts.MissingTextError, match=r"evaluation new needs .* '## Formula'"):
         evaluation_pages.read("new")
 
 
@@ -209,5 +209,8 @@ def trained(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_examples_of_evaluations_run(name, trained):
-    out = run_script(evaluation_pages.example(name, EVALUATIONS[name], evaluation_pages.read(name)), trained)
+    """They answer no claim that the suite does not know of."""
+    code = evaluation_pages.example(name, EVALUATIONS[name], evaluation_pages.read(name))
+    code += "assert {claim.number for claim in result.claims()} <= {None, *entry.claims}\n"
+    out = run_script(code, trained)
     assert len(out.splitlines()) >= 1 and all(" | " in line for line in out.splitlines())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from planted import HEAD, LAYER, logits_with_write, native_writes, random_sae
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from hookpoints import EditError, WriteEdit
 from sae_lens_writesae import scale_atoms
+from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.firings import Firings, HeadHook
 from sae_lens_writesae.head_memory import head_writes
 from sae_lens_writesae.interventions import amplify
@@ -180,15 +183,23 @@ def test_targets_of_an_install_may_be_strings(embedded: Any) -> None:
 def test_samples_are_the_same_for_one_seed_and_leave_the_generator_alone(model: Any, tokens: Tensor) -> None:
     before = torch.random.get_rng_state()
     one = sampled(model, tokens[:3, :5], 6, seed=3)
-    assert torch.equal(torch.random.get_rng_state(), before) and one.shape == (3, 6)
-    assert torch.equal(one, sampled(model, tokens[:3, :5], 6, seed=3))
-    assert not torch.equal(one, sampled(model, tokens[:3, :5], 6, seed=4))
-    hook = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write"
-    with (
-        model.hooks(fwd_hooks=[(hook, lambda writes, hook: writes * torch.nan)]),
-        pytest.raises(ValueError, match=r"3 of 3 continuations are not finite at token 5: .*Scale less"),
-    ):
-        sampled(model, tokens[:3, :5], 6, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), before) and one.tokens.shape == (3, 6) and one.finite.all()
+    assert torch.equal(one.tokens, sampled(model, tokens[:3, :5], 6, seed=3).tokens)
+    assert not torch.equal(one.tokens, sampled(model, tokens[:3, :5], 6, seed=4).tokens)
+
+
+def test_a_continuation_that_grows_past_the_dtype_is_marked_and_leaves_the_others_alone(
+    model: Any, tokens: Tensor
+) -> None:
+    def broken(writes: Tensor, hook: Any) -> Tensor:
+        return torch.where(torch.tensor([False, True, False])[:, None, None, None], torch.nan, writes)
+
+    prompts = tokens[:3, :5]
+    native = sampled(model, prompts, 6, seed=3)
+    with model.hooks(fwd_hooks=[(f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write", broken)]):
+        found = sampled(model, prompts, 6, seed=3)
+    assert found.finite.tolist() == [True, False, True] and found.tokens.shape == (3, 6)
+    assert torch.equal(found.tokens[::2], native.tokens[::2])
 
 
 def test_alignment_is_the_correlation_of_firing_and_token() -> None:
@@ -229,12 +240,12 @@ def test_counts_are_those_of_text_sampled_under_scaled_atoms(model: Any, tokens:
     found = amplified(model, tokens, sae, factors=(0.0, 1e3), headline=1e3, new_tokens=12)
     split = halves(len(tokens), 0)
     prompts = tokens[split.test[:3], :5]
-    native = sampled(model, prompts, 12, seed=0)
+    native = sampled(model, prompts, 12, seed=0).tokens
     atoms = found.tables["atoms"].set_index("token")["atom"].to_dict()
     texts = {}
     for token, atom in atoms.items():
         with scale_atoms(model, sae, [atom], 1e3):
-            texts[token] = sampled(model, prompts, 12, seed=0)
+            texts[token] = sampled(model, prompts, 12, seed=0).tokens
     for token in atoms:
         other = next(t for t in atoms if t != token)
         for condition, text in (("nothing", native), ("atom", texts[token]), ("other", texts[other])):
@@ -243,6 +254,32 @@ def test_counts_are_those_of_text_sampled_under_scaled_atoms(model: Any, tokens:
             assert own["sequence"].tolist() == split.test[:3].tolist()
     assert any(not torch.equal(text, native) for text in texts.values())
     assert found.tables["counts"].groupby(["condition", "factor"]).size().eq(2 * 3).all()
+
+
+def test_prompts_after_which_the_model_grows_past_its_dtype_are_left_out(
+    model: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae = random_sae(model)
+    whole = amplified(model, tokens, sae)
+    calls = itertools.count()
+
+    def second_prompt_grows(*args: Any, **kwargs: Any) -> Any:
+        found = sampled(*args, **kwargs)
+        return found._replace(finite=torch.arange(3) != 1) if next(calls) == 2 else found
+
+    monkeypatch.setattr(amplify, "sampled", second_prompt_grows)
+    part = amplified(model, tokens, sae)
+    kept = whole.tables["counts"].query("prompt != 1").reset_index(drop=True)
+    pd.testing.assert_frame_equal(part.tables["counts"], kept)
+    assert part.info["omitted"] == {amplify.GREW: 1} and any("Left out: 1 (prompts" in note for note in part.notes())
+    assert len(part.claims()) == 2
+    monkeypatch.undo()
+    later = f"blocks.{LAYER + 1}.hook_resid_post"
+    with (
+        model.hooks(fwd_hooks=[(later, lambda resid, hook: resid * torch.nan)]),
+        pytest.raises(NothingToMeasureError, match=r"after 3 of 3 prompts .* past float64; scale less \(factors: "),
+    ):
+        amplified(model, tokens, sae)
 
 
 def test_atoms_that_are_zero_move_nothing(model: Any, tokens: Tensor) -> None:

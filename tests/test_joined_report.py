@@ -110,7 +110,9 @@ def test_claims_stand_beside_the_papers_values_and_their_controls(browser: Brows
         assert page.locator("figure svg").count() > len(MADE)
         unanswered = page.get_by_text("claims of the paper that nothing here answers")
         unanswered.click()
-        assert page.get_by_text("12. substitution on RWKV-7 (needs an RWKV-7 model)").is_visible()
+        assert page.get_by_text(
+            "12. substitution on RWKV-7 (needs the evaluation substitution on an RWKV-7 model)"
+        ).is_visible()
         page.get_by_role("link", name="Can an atom stand in").click()
         assert page.url.endswith("#substitution") and not scrolls_sideways(page)
 

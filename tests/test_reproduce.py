@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.cli import app
+from sae_lens_writesae.left_out import load_result
 from sae_lens_writesae.reproduce import (
     SMALL,
     DiskTooSmallError,
@@ -63,13 +64,16 @@ def quiet():
 
 
 def test_every_step_follows_what_it_needs_and_the_report_is_last():
-    config = ReproduceConfig(layers=(1, 9), heads=(4, 5), evaluations=("substitution", "multistep"), dashboards=0)
+    chosen = ("substitution", "multistep", "sign")
+    config = ReproduceConfig(layers=(1, 9), heads=(4, 5), evaluations=chosen, dashboards=0)
     tasks = make_tasks(config)
     keys = [task.key for task in tasks]
     assert len(set(keys)) == len(keys) and keys[-1] == "report"
     assert all(keys.index(need) < keys.index(task.key) for task in tasks for need in task.needs)
-    # Per head: two targets, two losses, two more seeds, four variants; each evaluation of the two plain ones.
-    assert Counter(task.kind for task in tasks) == {"sae": 4 * 10, "substitution": 8, "multistep": 8, "report": 1}
+    # Per head: two targets, two losses, two more seeds, four variants; each evaluation of the two plain ones,
+    # or of the head.
+    counts = {"sae": 4 * 10, "substitution": 8, "multistep": 8, "sign": 4, "report": 1}
+    assert Counter(task.kind for task in tasks) == counts
     assert set(tasks[-1].needs) == set(keys[:-1])
 
 
@@ -106,7 +110,7 @@ def test_a_folder_of_another_run_is_not_touched(tmp_path):
 class Interrupted(Workspace):
     """Stops where the first evaluation would begin."""
 
-    def evaluate(self, name, dictionary):
+    def evaluate(self, name, key, dictionaries):
         raise KeyboardInterrupt
 
 
@@ -123,6 +127,20 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     claims = json.loads((tmp_path / "report/report.json").read_text())["claims"]
     assert [claim["label"] for claim in claims] == ["L2H0 write-trained"]
     assert (tmp_path / "report/tables/multistep-steps.parquet").exists()
+
+
+def test_what_cannot_be_measured_is_said_in_the_report_and_not_tried_again(tmp_path: Path) -> None:
+    """Here no atom fires as often as is asked: there is no partition."""
+    settings = {"partition": {"min_firings": 10**6}}
+    config = ReproduceConfig(**TINY | {"targets": ("write",), "evaluations": ("partition",), "settings": settings})
+    cell = "L2H0/write-seed0"
+    run_tasks(config, tmp_path, say=lambda line: None)
+    reason = load_result(tmp_path / cell / "partition").info["reason"]
+    assert reason.startswith("no atom is alive") and "lower min_firings" in reason
+    page, numbers = ((tmp_path / "report" / f"report.{kind}").read_text() for kind in ("html", "json"))
+    answers = [(row["number"], row["outcome"], row["sentence"]) for row in json.loads(numbers)["claims"]]
+    assert answers == [(4, "not tested", reason), (6, "not tested", reason)] and "partition of L2H0" in page
+    assert run_tasks(config, tmp_path, say=lambda line: None) == []
 
 
 def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):

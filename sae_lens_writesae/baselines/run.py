@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sae_lens_writesae.baselines.config import BaselinesConfig
 from sae_lens_writesae.baselines.pca import fit_pca
@@ -21,11 +20,13 @@ from sae_lens_writesae.baselines.selectivity import selectivity
 from sae_lens_writesae.baselines.variants import parameters, variant
 from sae_lens_writesae.baselines.writes import Setting, exchanged
 from sae_lens_writesae.conditions import mean_write
+from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluate import check_fits
 from sae_lens_writesae.evaluation import describe
 from sae_lens_writesae.firings import Firings, HeadHook, collect_firings
 from sae_lens_writesae.interventions.common import check_tokens, column_table
 from sae_lens_writesae.interventions.draw import halves
+from sae_lens_writesae.progress import bar
 from sae_lens_writesae.reconstruction import matrices_of, reconstruction
 
 
@@ -54,12 +55,14 @@ def run_baselines(
     setting, basis = _setting(model, saes, tokens[split.select], hook, config)
     tested = split.test[: config.test_sequences]
     rows: list[dict[str, Any]] = []
-    for n in tqdm(tested.tolist(), desc="writes", disable=not progress):
+    for n in bar(tested.tolist(), "writes", progress):
         rows += exchanged(setting, tokens[[n]], n)
     if len({row["sequence"] for row in rows}) < 2:
-        raise ValueError("the head writes nothing at the drawn positions of all but one sequence: nothing to exchange")
+        raise NothingToMeasureError(
+            "the head writes nothing at the drawn positions of all but one sequence: nothing to exchange"
+        )
     costs: list[dict[str, Any]] = []
-    for n in tqdm(split.test[: config.replacement_sequences].tolist(), desc="replacement", disable=not progress):
+    for n in bar(split.test[: config.replacement_sequences].tolist(), "replacement", progress):
         found = replace_all(model, saes, tokens[[n]], hook, basis, config.pca_ranks, config.state_ranks)
         costs += [{"sequence": n, **each._asdict()} for each in found]
     firings = {label: collect_firings(model, sae, tokens, progress=progress) for label, sae in saes.items()}
@@ -133,7 +136,7 @@ def _dictionaries(saes: Mapping[str, Any], fits: Any, firings: Mapping[str, Firi
     for label, sae in saes.items():
         own, alive = fits[fits["sae"] == label], len(firings[label].alive(n_tokens))
         if own.empty:
-            raise ValueError(f"{label}: what it reconstructs does not vary on any test sequence")
+            raise NothingToMeasureError(f"{label}: what it reconstructs does not vary on any test sequence")
         rows.append(
             {
                 "sae": label,

@@ -33,6 +33,7 @@ from sae_lens_writesae.dashboards.joins import readers_measured, readers_of, sub
 from sae_lens_writesae.dashboards.memory import memory
 from sae_lens_writesae.dashboards.sweep import FINE, Atoms, Sweep, sweep
 from sae_lens_writesae.dashboards.token_text import TokenTexts
+from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluate import check_fits
 from sae_lens_writesae.evaluation import describe
 from sae_lens_writesae.firings import Firings, HeadHook, atom_factors, collect_firings, sample_firings
@@ -139,13 +140,13 @@ def _chosen(
             )
         return np.array(config.atoms)
     if len(frequent) == 0:
-        raise ValueError(
+        raise NothingToMeasureError(
             f"no atom fires {config.min_firings} times on {firings.n_sequences} sequences of {firings.n_positions} "
             f"tokens: {len(firings)} firings of {firings.n_atoms} atoms in all; give more text, or lower min_firings"
         )
     among = frequent if tested is None else np.array([atom for atom in frequent if int(atom) in tested], dtype=int)
     if len(among) == 0:
-        raise ValueError(
+        raise NothingToMeasureError(
             f"none of the {len(frequent)} atoms that fire {config.min_firings} times on this text was looked at by the "
             "substitution test; name atoms, or leave the test out"
         )
@@ -159,7 +160,9 @@ def _atoms(model: Any, sae: Any, hook: HeadHook, number: NDArray[np.int64]) -> t
     factors = atom_factors(sae, number, shape.K, shape.V)
     kept = norm(factors) > 0
     if not bool(kept.any()):
-        raise ValueError(f"all {len(number)} chosen atoms are zero matrices: there is nothing to show of them")
+        raise NothingToMeasureError(
+            f"all {len(number)} chosen atoms are zero matrices: there is nothing to show of them"
+        )
     return Atoms.of(number[kept.cpu().numpy()], factors.rows(kept)), int((~kept).sum())
 
 

@@ -11,13 +11,13 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hookpoints import WriteEdit
 from sae_lens_writesae.conditions import norm
 from sae_lens_writesae.dashboards.config import DashboardConfig
 from sae_lens_writesae.dashboards.sweep import Atoms
 from sae_lens_writesae.firings import HeadHook
+from sae_lens_writesae.progress import bar
 
 _TOKENS = 4096
 """Tokens of edited rows per call: more does not fit a CPU's cache."""
@@ -87,7 +87,7 @@ def measured(
     width = config.effect_horizon + 1
     groups: list[Any] = list(chosen.groupby("sequence"))
     with _reads(model, later) as reads:
-        for sequence, rows in tqdm(groups, desc="effects", disable=not progress):
+        for sequence, rows in bar(groups, "effects", progress):
             session = model.edit_session(tokens[int(sequence) : int(sequence) + 1])
             native = dict(reads)
             rows = rows.assign(size=_write_norms(session, hook)[rows["position"]])

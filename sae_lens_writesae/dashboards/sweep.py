@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm.auto import tqdm
 
 from sae_lens_writesae.atoms import truncated_svd
 from sae_lens_writesae.conditions import Factors, norm
 from sae_lens_writesae.dashboards.config import DashboardConfig
 from sae_lens_writesae.dashboards.memory import Lifetime, lifetimes
 from sae_lens_writesae.firings import HeadHook
+from sae_lens_writesae.progress import bar
 from sae_lens_writesae.write_cosines import cosines
 
 FINE = np.linspace(-1, 1, 201)
@@ -94,7 +94,7 @@ def sweep(
     lives: list[list[Lifetime]] = [[] for _ in range(n)]
     found = np.full((3, len(table)), np.nan)
     bounds = np.searchsorted(table["sequence"].to_numpy(), np.arange(len(tokens) + 1))
-    for i in tqdm(range(len(tokens)), desc="atoms", disable=not progress):
+    for i in bar(range(len(tokens)), "atoms", progress):
         whole = model.recurrence(tokens[i : i + 1], hook.layer)
         one = whole.select(rows=slice(0, 1), heads=slice(hook.head, hook.head + 1))
         writes = _writes(one, atoms)

@@ -18,9 +18,9 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sae_lens_writesae.conditions import norm, random_directions, with_norm
+from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluation import describe
 from sae_lens_writesae.firings import Firings, HeadHook, collect_firings
 from sae_lens_writesae.interventions.amplify_result import Amplify, AmplifyConfig
@@ -32,8 +32,11 @@ from sae_lens_writesae.interventions.common import (
     token_text,
 )
 from sae_lens_writesae.interventions.draw import halves, of_sequences
-from sae_lens_writesae.interventions.generation import sampled
+from sae_lens_writesae.interventions.generation import Sampled, sampled
+from sae_lens_writesae.progress import bar
 from sae_lens_writesae.steering import scale_atoms, token_id
+
+GREW = "prompts after which a scaled continuation grew past the dtype, all their conditions"
 
 
 class Alignment(NamedTuple):
@@ -54,8 +57,10 @@ def run_amplify(
     Cost: N forwards up to the SAE's layer, and 1 + 2 * tokens * factors sampled continuations of every prompt.
 
     Raises:
-        ValueError: an SAE of another head or model, sequences too short or too few, a string of several tokens, or too
-            few tokens that occur often enough and have an atom that fires at them.
+        ValueError: an SAE of another head or model, sequences too short, a string of several tokens, or a token asked
+            for that has no atom.
+        NothingToMeasureError: too few sequences, or tokens that occur often enough and have an atom that fires at them;
+            or the scaled writes grow past the dtype after all prompts but one.
     """
     begin, config = time.perf_counter(), config or AmplifyConfig()
     hook = checked_hook(model, sae, tokens, config.prompt_tokens)
@@ -66,19 +71,19 @@ def run_amplify(
     sequences = split.test[: config.prompts]
     run = _Run(model, sae, hook, tokens[sequences, : config.prompt_tokens], chosen, config)
     conditions = list(_conditions(run))
-    tallies: dict[_Condition, NDArray[np.int64]] = {}
-    fires = np.zeros((len(sequences), len(chosen)))
-    for condition in tqdm(conditions, desc="amplify", disable=not progress):
-        new = _continued(run, condition)
-        tallies[condition] = (new[..., None] == torch.tensor(list(chosen))).sum(1).numpy()
-        if condition.token is None:
-            fires = _fires(run, new)
+    tallies, fires, finite = _tallied(run, conditions, progress)
+    if finite.sum() < 2:
+        raise NothingToMeasureError(
+            f"after {len(finite) - finite.sum()} of {len(finite)} prompts what the scaled atoms write feeds back and "
+            f"grows past {str(model.cfg.dtype).removeprefix('torch.')}; scale less (factors: {config.factors})"
+        )
     table = _table(run, tallies, fires).assign(sequence=lambda t: sequences[t["prompt"].to_numpy()])
+    table = table[finite[table["prompt"].to_numpy()]].reset_index(drop=True)
     table["text"] = [token_text(model, token) for token in table["token"]]
     atoms = _atoms(model, chosen, *(_labelled(firings, tokens, side, config) for side in split))
     seconds = time.perf_counter() - begin
     rate = len(conditions) * len(sequences) / seconds
-    settings = {"config": asdict(config), "omitted": {}, "continuations_per_second": rate}
+    settings = {"config": asdict(config), "omitted": {GREW: int((~finite).sum())}, "continuations_per_second": rate}
     split_text = "half of the sequences, at random, for the choice of atoms; prompts begin sequences of the other half"
     info = describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, split=split_text, **settings)
     return Amplify(info, {"atoms": atoms, "counts": pd.DataFrame(table, columns=list(Amplify.COLUMNS["counts"]))})
@@ -139,7 +144,7 @@ def choose_atoms(model: Any, places: _Labelled, asked: Sequence[int], config: Am
         if len(chosen) == (len(asked) or config.n_tokens):
             break
     if len(chosen) < 2:
-        raise ValueError(
+        raise NothingToMeasureError(
             f"{len(often)} tokens occur {config.min_count} times in the selection half, and {len(chosen)} of them have "
             f"an atom that fires at them {config.min_firings} times; two are needed. Give more sequences, or lower "
             "min_count and min_firings"
@@ -174,8 +179,25 @@ def _conditions(run: _Run) -> Iterator[_Condition]:
             yield _Condition("random", factor, token)
 
 
-def _continued(run: _Run, condition: _Condition) -> Tensor:
-    """New tokens [P,new] of every prompt."""
+def _tallied(
+    run: _Run, conditions: Sequence[_Condition], progress: bool
+) -> tuple[dict[_Condition, NDArray[np.int64]], NDArray[np.float64], NDArray[np.bool_]]:
+    """[P,tokens] counts of each token under each condition; `_fires`; [P] whether no condition's logits grew past the
+    dtype."""
+    tallies: dict[_Condition, NDArray[np.int64]] = {}
+    fires = np.zeros((len(run.prompts), len(run.chosen)))
+    finite = np.ones(len(run.prompts), dtype=bool)
+    for condition in bar(conditions, "amplify", progress):
+        new = _continued(run, condition)
+        tallies[condition] = (new.tokens[..., None] == torch.tensor(list(run.chosen))).sum(1).numpy()
+        finite &= new.finite.numpy()
+        if condition.token is None:
+            fires = _fires(run, new.tokens)
+    return tallies, fires, finite
+
+
+def _continued(run: _Run, condition: _Condition) -> Sampled:
+    """Continuations of every prompt."""
     scope: Any = nullcontext()
     if condition.token is not None:
         atom, like = run.chosen[condition.token], None

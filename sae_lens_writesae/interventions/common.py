@@ -14,6 +14,7 @@ from torch import Tensor
 from hookpoints import WriteEdit
 from sae_lens_writesae import statistics as stats
 from sae_lens_writesae.conditions import Factors
+from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluate import check_fits
 from sae_lens_writesae.firings import HeadHook, atom_factors
 
@@ -66,7 +67,7 @@ def estimate(values: ArrayLike, clusters: ArrayLike, seed: int = 0) -> Estimate:
     """Mean and 95 % interval. Raises ValueError for a single cluster, which says nothing about others."""
     found = stats.cluster_bootstrap(values, clusters, seed=seed)
     if found.n_clusters < 2:
-        raise ValueError(f"an interval needs at least 2 clusters, found 1 with {found.n} values")
+        raise NothingToMeasureError(f"an interval needs at least 2 clusters, found 1 with {found.n} values")
     return Estimate(found.estimate, *found.interval, found.n, found.n_clusters)
 
 
@@ -77,7 +78,7 @@ def estimate_over_atoms(values: ArrayLike, sequences: ArrayLike, atoms: ArrayLik
         return estimate(values, sequences, seed)
     found = stats.two_way_bootstrap(values, sequences, atoms, seed=seed)
     if found.n_clusters < 2:
-        raise ValueError(f"an interval needs at least 2 sequences, found 1 with {found.n} values")
+        raise NothingToMeasureError(f"an interval needs at least 2 sequences, found 1 with {found.n} values")
     return Estimate(found.estimate, *found.interval, found.n, found.n_clusters)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.firings import Firings
 
 
@@ -32,7 +33,7 @@ class AtomDraw(Protocol):
 def halves(n_sequences: int, seed: int) -> Halves:
     """A random split of the sequences. Raises ValueError for fewer than 4: an interval needs two on each side."""
     if n_sequences < 4:
-        raise ValueError(
+        raise NothingToMeasureError(
             f"choosing on one half and testing on the other needs at least 4 sequences, found {n_sequences}"
         )
     order = np.random.default_rng([seed, 17]).permutation(n_sequences)
@@ -71,7 +72,7 @@ def draw_atoms(
         return np.array(config.atoms)
     if len(able) == 0:
         n = len(np.unique(firings.atom))
-        raise ValueError(
+        raise NothingToMeasureError(
             f"no atom can be tested: {n} of {firings.n_atoms} fire, none {config.min_firings} times in each half; give "
             "more sequences, or lower min_firings"
         )

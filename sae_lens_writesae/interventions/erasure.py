@@ -16,11 +16,11 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hookpoints import WriteEdit
 from sae_lens_writesae import statistics as stats
 from sae_lens_writesae.conditions import Factors, norm, random_directions, scaled, with_norm
+from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluation import describe
 from sae_lens_writesae.firings import Firings, HeadHook, collect_firings, sample_firings, silent_positions
 from sae_lens_writesae.head_memory import head_writes
@@ -37,6 +37,7 @@ from sae_lens_writesae.interventions.common import (
 )
 from sae_lens_writesae.interventions.draw import draw_atoms, halves, of_sequences
 from sae_lens_writesae.interventions.erasure_result import CONTROLS, Erasure, ErasureConfig
+from sae_lens_writesae.progress import bar
 from sae_lens_writesae.steering import token_id
 
 _WRONG = 8
@@ -109,7 +110,9 @@ def _draw(firings: Firings, config: ErasureConfig) -> _Draw:
     kept = kept[kept.groupby("atom")["sequence"].transform("nunique") >= 2]
     chosen = np.array([atom for atom in chosen if (kept["atom"] == atom).any()])
     if len(chosen) == 0:
-        raise ValueError("every atom fires at every token of its sequences, so nothing can be taken away elsewhere")
+        raise NothingToMeasureError(
+            "every atom fires at every token of its sequences, so nothing can be taken away elsewhere"
+        )
     select = select[select["atom"].isin(chosen)]
     return _Draw(chosen, select, kept, {"test firings whose atom is silent nowhere else": len(test) - len(kept)})
 
@@ -186,7 +189,7 @@ class _Changes(NamedTuple):
 def _changes(run: _Run, table: pd.DataFrame, progress: bool, conditions: tuple[str, ...]) -> Iterator[_Changes]:
     """The firings of `table` under each of the conditions, sequence by sequence."""
     config = run.config
-    for sequence, part in tqdm(by_sequence(table), desc="erasure", disable=not progress):
+    for sequence, part in bar(by_sequence(table), "erasure", progress):
         session = run.model.edit_session(run.tokens[[sequence]])
         native = head_writes(session.recurrence(run.hook.layer), run.hook.head, "additive").native
         positions: list[int] = []

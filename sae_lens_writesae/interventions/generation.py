@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from hookpoints import run
 from hookpoints.edits import EditPlan, EditRow
+from sae_lens_writesae.progress import bar
 
 
 def generation_settings(model: Any) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def greedy_rows(
         raise ValueError(f"each prompt needs its row of edits (empty for none), found {len(tokens)} and {len(rows)}")
     found: list[list[int]] = []
     starts = range(0, len(rows), batch_size)
-    for start in tqdm(starts, desc="generate", disable=not progress):
+    for start in bar(starts, "generate", progress):
         part = slice(start, start + batch_size)
         plan = EditPlan.for_rows(rows[part])
         model.check_edits(plan)
@@ -60,47 +60,51 @@ def greedy_rows(
     return found
 
 
+class Sampled(NamedTuple):
+    """Sampled continuations."""
+
+    tokens: Tensor  # [N,new_tokens]
+    finite: Tensor  # [N] bool; False: at some token the logits were NaN or infinite, and what follows means nothing
+
+
 @torch.no_grad()
-def sampled(model: Any, tokens: Tensor, new_tokens: int, seed: int, *, batch_size: int = 128) -> Tensor:
-    """[N,new_tokens] tokens sampled at temperature 1 after prompts `tokens` [N,T], all of the same length (an
-    end-of-sequence token is never drawn), under the hooks in force.
+def sampled(model: Any, tokens: Tensor, new_tokens: int, seed: int, *, batch_size: int = 128) -> Sampled:
+    """Tokens sampled at temperature 1 after prompts `tokens` [N,T], all of the same length (an end-of-sequence token is
+    never drawn), under the hooks in force. Where what is written under them feeds back and grows past the dtype, a
+    continuation is marked as not finite; the others are as they would be without it.
 
     The random numbers depend on `seed`, N and `batch_size` alone, so that continuations under two conditions differ
     only by what the conditions do to the logits. The generators of the process are left as they were.
-
-    Raises:
-        ValueError: what is written under the hooks feeds back and grows until the logits are not finite.
     """
     plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
     lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     device = torch.device(model.cfg.device)
-    found = []
+    found, finite = [], []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for start in range(0, len(tokens), batch_size):
             torch.manual_seed(seed + start)
+            guard = _Finite()
             out = model.generate(
                 tokens[start : start + batch_size],
                 **plain,
                 **lengths,
                 **generation_settings(model),
-                logits_processor=LogitsProcessorList([_Finite()]),
+                logits_processor=LogitsProcessorList([guard]),
             )
             found.append(out[:, tokens.shape[1] :].cpu())
-    return torch.cat(found)
+            finite.append(guard.finite.cpu())
+    return Sampled(torch.cat(found), torch.cat(finite))
 
 
 class _Finite(LogitsProcessor):
-    """Raises before tokens are drawn from what is no distribution. (-inf is a token that is never drawn.)"""
+    """Notes which rows' logits are no distribution, and lets them go on from one that is. (-inf: never drawn.)"""
+
+    finite: Tensor
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        lost = (scores.isnan() | (scores == torch.inf)).any(-1)
-        if lost.any():
-            raise ValueError(
-                f"the logits of {int(lost.sum())} of {len(lost)} continuations are not finite at token "
-                f"{input_ids.shape[1]}: what is written under the hooks feeds back and grows past "
-                f"{str(scores.dtype).removeprefix('torch.')}. Scale less (`factors`, `strength`)"
-            )
-        return scores
+        lost = (scores.isnan() | scores.isposinf()).any(-1)
+        self.finite = ~lost & getattr(self, "finite", True)
+        return torch.where(lost[:, None] & ~scores.isneginf(), 0.0, scores)
 
 
 def cut(continuation: list[int], model: Any) -> list[int]:

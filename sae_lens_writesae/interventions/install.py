@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hookpoints import WriteEdit
+from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluation import describe
 from sae_lens_writesae.firings import HeadHook
 from sae_lens_writesae.head_memory import HeadWrites, head_writes
@@ -82,7 +83,7 @@ def run_install(
     seconds = time.perf_counter() - begin
     settings = {"config": asdict(config), "omitted": omitted, "continuations_per_second": len(rows) / seconds}
     return Install(
-        describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, **settings),
+        describe(model, sae, label=config.label or hook.cell, seed=config.seed, seconds=seconds, **settings),
         {"continuations": table},
     )
 
@@ -110,7 +111,7 @@ def _pairs(model: Any, hook: HeadHook, tokens: Tensor, config: InstallConfig) ->
     ]
     needed = config.pairs * len(strata)
     if len(windows) < needed:
-        raise ValueError(
+        raise NothingToMeasureError(
             f"{len(strata)} strata x {config.pairs} pairs need {needed} prompts of {config.prompt_tokens} tokens, the "
             f"text gives {len(windows)}; give more sequences, or lower pairs"
         )
@@ -131,7 +132,7 @@ def _pairs(model: Any, hook: HeadHook, tokens: Tensor, config: InstallConfig) ->
     omitted["pairs of a stratum with prompts of one sequence only"] = int(spread.isin(lone).sum())
     pairs = [pair for pair in pairs if pair.stratum not in lone]
     if not pairs:
-        raise ValueError(
+        raise NothingToMeasureError(
             f"no stratum has tokens and two sequences: vocabulary {model.W_U.shape[1]}, {len(tokens)} sequences"
         )
     return pairs, omitted

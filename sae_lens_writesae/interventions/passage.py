@@ -16,10 +16,10 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hookpoints import WriteEdit
 from sae_lens_writesae.conditions import Factors, cosine, norm, random_directions, rank_one, scaled, with_norm
+from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluation import describe
 from sae_lens_writesae.firings import Firings, HeadHook, collect_firings
 from sae_lens_writesae.head_memory import head_writes
@@ -32,6 +32,7 @@ from sae_lens_writesae.interventions.common import (
 )
 from sae_lens_writesae.interventions.draw import halves
 from sae_lens_writesae.interventions.passage_result import Passage, PassageConfig
+from sae_lens_writesae.progress import bar
 
 
 class _Run(NamedTuple):
@@ -65,14 +66,14 @@ def run_passage(
     classes = _classes(model, sae, hook, tokens[split.select], _part(firings, split.select), config, omitted)
     run = _Run(model, sae, hook, tokens, firings, classes, config)
     rows = []
-    for sequence in tqdm(split.test[: config.passages].tolist(), desc="passages", disable=not progress):
+    for sequence in bar(split.test[: config.passages].tolist(), "passages", progress):
         rows += _passage(run, sequence)
     table: Any = column_table(rows, Passage.COLUMNS["passages"])
     enough = table.groupby("class")["sequence"].nunique()
     kept = [name for name in classes if enough.get(name, 0) >= 2]
     omitted["classes that never fire on the passages"] = len(classes) - len(kept)
     if not kept:
-        raise ValueError(f"no class fires in two passages: {', '.join(classes)}; give more sequences")
+        raise NothingToMeasureError(f"no class fires in two passages: {', '.join(classes)}; give more sequences")
     table = table[table["class"].isin(kept)].reset_index(drop=True)
     members = [{"class": name, "atom": int(atom)} for name in kept for atom in classes[name]]
     seconds = time.perf_counter() - begin
@@ -113,7 +114,7 @@ def _classes(
             own.assign(cosine=cosine(atoms, Factors(here.keys.to(atoms.keys), here.values.to(atoms.values))).cpu())
         )
     if not parts:
-        raise ValueError("no atom fires on the half of the sequences that classes are made on")
+        raise NothingToMeasureError("no atom fires on the half of the sequences that classes are made on")
     grouped: Any = pd.concat(parts).groupby("atom")["cosine"].agg(["median", "size"])
     enough = grouped[grouped["size"] >= config.min_firings]
     omitted["atoms with too few firings for a class"] = len(grouped) - len(enough)
@@ -121,7 +122,7 @@ def _classes(
     classes = {"register": enough.index[high].to_numpy(np.int64), "bundle": enough.index[~high].to_numpy(np.int64)}
     found_ = {name: atoms for name, atoms in classes.items() if len(atoms)}
     if not found_:
-        raise ValueError(
+        raise NothingToMeasureError(
             f"no atom fires {config.min_firings} times on the half of the sequences that classes are made on"
         )
     return found_

@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hookpoints import WriteEdit
 from sae_lens_writesae.conditions import Factors, norm, random_directions, scaled, with_norm
@@ -34,6 +33,7 @@ from sae_lens_writesae.interventions.common import (
 )
 from sae_lens_writesae.interventions.draw import draw_atoms, halves, of_sequences
 from sae_lens_writesae.interventions.readers_result import CONDITIONS, Readers, ReadersConfig
+from sae_lens_writesae.progress import bar
 
 _NOTHING = "nothing"
 """A row that adds zero, for the native reads by the same arithmetic."""
@@ -72,7 +72,7 @@ def run_readers(
     table = pd.concat(parts, ignore_index=True).rename_axis("firing").reset_index()
     run = _Run(model, hook, tokens, layers, atoms, head_atoms(model, sae, hook, atoms), config)
     frames = []
-    for sequence, part in tqdm(by_sequence(table), desc="readers", disable=not progress):
+    for sequence, part in bar(by_sequence(table), "readers", progress):
         frames += _sequence(run, sequence, part)
     found = pd.DataFrame(pd.concat(frames, ignore_index=True), columns=list(Readers.COLUMNS["changes"]))
     quiet = found["change"].isna().to_numpy()

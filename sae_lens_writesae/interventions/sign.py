@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hookpoints import WriteEdit
 from sae_lens_writesae.conditions import Factors
+from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluation import describe
 from sae_lens_writesae.firings import HeadHook
 from sae_lens_writesae.head_memory import head_writes
@@ -28,6 +28,7 @@ from sae_lens_writesae.interventions.common import (
 from sae_lens_writesae.interventions.sign_result import DIRECTIONS, Sign, SignConfig
 from sae_lens_writesae.interventions.targets import Directions, Strata, Stratum, draw_target, random_unit
 from sae_lens_writesae.logit_change.predictors import ReadGradients, predict
+from sae_lens_writesae.progress import bar
 from sae_lens_writesae.steering import token_id
 
 
@@ -62,16 +63,17 @@ def run_sign(model: Any, sae: Any, tokens: Tensor, config: SignConfig | None = N
         strata = [(Stratum("", 1, None), among)]
     omitted = {"targets whose ranks are not in the vocabulary": 0, "positions with a zero write": 0}
     directions = Directions(model, hook.layer, hook.head)
-    for sequence, positions in tqdm(_positions(tokens, config), desc="sign", disable=not progress):
+    for sequence, positions in bar(_positions(tokens, config), "sign", progress):
         run = _Sequence(model, hook, tokens[[sequence]], sequence, positions, directions, strata)
         frames += _measured(run, config, omitted)
     if not frames:
-        raise ValueError(f"no position could be written at: {omitted}")
+        raise NothingToMeasureError(f"no position could be written at: {omitted}")
     table = pd.DataFrame(pd.concat(frames, ignore_index=True), columns=list(Sign.COLUMNS["writes"]))
     seconds = time.perf_counter() - begin
     settings = {"config": asdict(config), "omitted": omitted, "rows_per_second": len(table) / seconds}
     return Sign(
-        describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, **settings), {"writes": table}
+        describe(model, sae, label=config.label or hook.cell, seed=config.seed, seconds=seconds, **settings),
+        {"writes": table},
     )
 
 

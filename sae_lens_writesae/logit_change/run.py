@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluate import check_fits
 from sae_lens_writesae.evaluation import describe
 from sae_lens_writesae.firings import HeadHook, collect_firings
@@ -19,6 +19,7 @@ from sae_lens_writesae.logit_change.result import LogitChange
 from sae_lens_writesae.logit_change.scores import NO_CHANGE, score, score_cells, unscored, with_control
 from sae_lens_writesae.logit_change.sequence import ZERO_ATOM, ZERO_WRITE, Subject, sequence_part
 from sae_lens_writesae.logit_change.targets import check_vocabulary
+from sae_lens_writesae.progress import bar
 from sae_lens_writesae.substitution_config import SubstitutionConfig
 from sae_lens_writesae.substitution_draw import Sample, draw
 
@@ -55,7 +56,7 @@ def run_logit_change(
         sample = _sample(model, sae, tokens, config, progress)
         subject = Subject(model, sae, hook, config, _direct_path(model, hook))
         groups = list(sample.table.groupby("sequence"))
-        parts = [sequence_part(subject, tokens, part) for _, part in tqdm(groups, "logit change", disable=not progress)]
+        parts = [sequence_part(subject, tokens, part) for _, part in bar(groups, "logit change", progress)]
     omitted = {reason: sum(part.omitted[reason] for part in parts) for reason in (ZERO_WRITE, ZERO_ATOM)}
     cells = _joined([part.cells for part in parts], omitted, config)
     tables = {"cells": cells, "scores": score(cells, config.seed), "per_cell": score_cells(cells, config.seed)}
@@ -91,7 +92,7 @@ def _joined(parts: list[pd.DataFrame], omitted: dict[str, int], config: LogitCha
     """All rows with their control; ValueError where too little is left to say anything."""
     left = [part for part in parts if len(part)]
     if len(left) < 2:
-        raise ValueError(
+        raise NothingToMeasureError(
             f"firings that could be measured lie in {len(left)} sequence(s), and intervals need two or more; left out: "
             + ", ".join(f"{n} ({why})" for why, n in omitted.items())
         )
@@ -110,7 +111,7 @@ def _sample(model: Any, sae: Any, tokens: Tensor, config: LogitChangeConfig, pro
         collect_firings(model, sae, tokens, progress=progress), SubstitutionConfig(**shared, horizon=max(1, horizon))
     )
     if len(np.unique(sample.table["sequence"])) < 2:
-        raise ValueError(
+        raise NothingToMeasureError(
             f"{len(sample.table)} firings of {sample.n_testable} atoms, all in one sequence: intervals need firings in "
             f"two or more sequences; give more than {len(tokens)} sequence(s), or more atoms"
         )

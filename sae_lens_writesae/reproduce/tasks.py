@@ -100,18 +100,20 @@ def _evaluations(name: str, saes: list[Dictionary], config: ReproduceConfig) -> 
     entry = EVALUATIONS[name]
     plain = [sae for sae in saes if not sae.variant and sae.seed == config.seeds[0] and sae.loss == "mse"]
     if entry.scope is Scope.EACH:
-        return [
-            Task(f"{sae.key}/{name}", (f"{sae.key}/sae",), lambda work, sae=sae: work.evaluate(name, sae))
-            for sae in plain
-        ]
+        return [_evaluation(name, f"{sae.key}/{name}", [sae]) for sae in plain]
     first = [sae for sae in saes if sae.target == config.targets[0] and sae.loss == "mse"]
     groups = {
+        Scope.HEAD: plain[:1],
         Scope.SEEDS: [sae for sae in first if not sae.variant],
         Scope.TARGETS: [sae for sae in saes if not sae.variant and sae.seed == config.seeds[0]],
         Scope.VARIANTS: [sae for sae in first if sae.seed == config.seeds[0]],
     }
     group = groups[entry.scope]
-    if len(group) < 2:  # nothing to compare with
+    if entry.compares and len(group) < 2:  # nothing to compare with
         return []
-    needs = tuple(f"{sae.key}/sae" for sae in group)
-    return [Task(f"{group[0].cell}/{name}", needs, lambda work: work.compare(name, group))]
+    return [_evaluation(name, f"{group[0].cell}/{name}", group)]
+
+
+def _evaluation(name: str, key: str, saes: list[Dictionary]) -> Task:
+    needs = tuple(f"{sae.key}/sae" for sae in saes)
+    return Task(key, needs, lambda work: work.evaluate(name, key, saes))

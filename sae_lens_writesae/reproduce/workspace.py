@@ -21,8 +21,10 @@ from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.architectures import VARIANTS
 from sae_lens_writesae.baselines import matched_flat
 from sae_lens_writesae.dashboards import DashboardConfig, atom_dashboards, write_dashboards
+from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluate import spread
 from sae_lens_writesae.joined_report import find_results, write_joined_report
+from sae_lens_writesae.left_out import LeftOut, evaluate_or_leave_out, load_result
 from sae_lens_writesae.loading import load_sae
 from sae_lens_writesae.reproduce.config import MATCHED, ReproduceConfig
 from sae_lens_writesae.reproduce.tasks import Dictionary
@@ -161,32 +163,31 @@ class Workspace:
         flat = matched_flat(sae_class(config_class(**asked)))
         return {"d_sae": flat.pop("d_sae"), "sae": fields | flat}
 
-    def evaluate(self, name: str, dictionary: Dictionary) -> None:
-        """One evaluation of one dictionary, saved to its folder."""
-        own = self.folder / dictionary.key
-        label = f"{dictionary.cell} {dictionary.target}-trained"
-        arguments = (self.model, self.sae(dictionary), self.tokens, self._settings(name, label))
-        parts = own / f".{name}-parts"  # rows that a killed process had measured
-        more = {"parts": parts} if name == "substitution" else {}
-        EVALUATIONS[name].run(*arguments, **more).save(own / name)
-        shutil.rmtree(parts, ignore_errors=True)
-
-    def compare(self, name: str, dictionaries: list[Dictionary]) -> None:
-        """One evaluation of several dictionaries of a head, saved to the head's folder."""
+    def evaluate(self, name: str, key: str, dictionaries: list[Dictionary]) -> None:
+        """One evaluation of a dictionary, of a head or of several dictionaries, saved to the folder `key`; where there
+        is nothing to measure, the reason is."""
         saes = {dictionary.label: self.sae(dictionary) for dictionary in dictionaries}
-        cell = dictionaries[0].cell
-        result = EVALUATIONS[name].run(self.model, saes, self.tokens, self._settings(name, cell))
-        result.save(self.folder / cell / name)
+        first = dictionaries[0]
+        label = f"{first.cell} {first.target}-trained" if key.startswith(first.key) else first.cell
+        parts = (self.folder / key).with_name(f".{name}-parts")  # rows that a killed process had measured
+        more = {"parts": parts} if name == "substitution" else {}
+        settings = self._settings(name, label)
+        evaluate_or_leave_out(name, self.model, saes, self.tokens, settings, label, **more).save(self.folder / key)
+        shutil.rmtree(parts, ignore_errors=True)
 
     def show(self, dictionary: Dictionary) -> None:
         """Pages of a dictionary's atoms, drawn from those that its substitution test looked at, if there is one; in a
-        folder that is renamed into place."""
+        folder that is renamed into place. Where no atom can be shown, the reason is saved."""
         own = self.folder / dictionary.key
-        label = f"{dictionary.cell} {dictionary.target}-trained"
+        label, sae = f"{dictionary.cell} {dictionary.target}-trained", self.sae(dictionary)
         config = DashboardConfig(n_atoms=self.config.dashboards, seed=self.config.seeds[0], label=label)
-        tested = own / "substitution"
-        result = Substitution.load(tested).result if tested.exists() else None
-        data = atom_dashboards(self.model, self.sae(dictionary), self.tokens, config, substitution=result)
+        tested = load_result(own / "substitution") if (own / "substitution").exists() else None
+        result = tested.result if isinstance(tested, Substitution) else None
+        try:
+            data = atom_dashboards(self.model, sae, self.tokens, config, substitution=result)
+        except NothingToMeasureError as error:
+            LeftOut.of("atoms", self.model, sae, label, error).save(own / "atoms")
+            return
         aside = own / ".atoms"
         shutil.rmtree(aside, ignore_errors=True)
         write_dashboards(data, aside)

@@ -8,6 +8,7 @@ import inspect
 import itertools
 import json
 import textwrap
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from docs_site import texts
@@ -15,13 +16,11 @@ from docs_site.markdown import cell, code_cell, prose, table
 from sae_lens_writesae.claims import PAPER_CLAIMS
 from sae_lens_writesae.suite import EVALUATIONS, Entry, Scope
 
-WANTED = (
-    "a first line 'claims: 1, 2' (rows of claims.PAPER_CLAIMS; or 'claims: none'), if wished a line 'example: "
-    "field=value, ...' (settings that run in a minute), and '## Formula'"
-)
+WANTED = "if wished a first line 'example: field=value, ...' (settings that run in a minute), and '## Formula'"
 
 LABELS = {
     Scope.EACH: ("my-sae",),
+    Scope.HEAD: ("my-sae",),
     Scope.SEEDS: ("seed-0", "seed-1"),
     Scope.TARGETS: ("write", "state"),
     Scope.VARIANTS: ("bilinear", "flat"),
@@ -32,8 +31,6 @@ LABELS = {
 class Text(NamedTuple):
     """The hand-written part of a page."""
 
-    claims: list[int]
-    """Rows of `claims.PAPER_CLAIMS`."""
     settings: str
     """Arguments of the config in the example."""
     markdown: str
@@ -41,22 +38,17 @@ class Text(NamedTuple):
 
 def pages() -> dict[str, str]:
     """Path -> Markdown of every evaluation's page, of their index and of the claims' page."""
-    found = {name: read(name) for name in EVALUATIONS}
-    made = {f"evaluations/{name}.md": page(name, entry, found[name]) for name, entry in EVALUATIONS.items()}
-    return {"evaluations/index.md": index(), "claims.md": claims(found)} | made
+    made = {f"evaluations/{name}.md": page(name, entry, read(name)) for name, entry in EVALUATIONS.items()}
+    return {"evaluations/index.md": index(), "claims.md": claims()} | made
 
 
 def read(name: str) -> Text:
     """The text of one evaluation, checked."""
     text = texts.read("evaluations", name, WANTED)
-    head, _, body = text.partition("\n\n")
-    fields = dict(line.partition(": ")[::2] for line in head.splitlines())
-    if "claims" not in fields or "## Formula" not in body:
+    if "## Formula" not in text:
         raise texts.MissingTextError(f"the text of evaluation {name} needs {WANTED}")
-    numbers = [] if fields["claims"] == "none" else [int(number) for number in fields["claims"].split(",")]
-    if unknown := [number for number in numbers if number not in PAPER_CLAIMS]:
-        raise texts.MissingTextError(f"the text of evaluation {name} names claims {unknown}, which the paper lacks")
-    return Text(numbers, fields.get("example", ""), body)
+    head, _, body = text.partition("\n\n") if text.startswith("example: ") else ("", "", text)
+    return Text(head.removeprefix("example: "), body)
 
 
 def page(name: str, entry: Entry, text: Text) -> str:
@@ -79,7 +71,7 @@ def page(name: str, entry: Entry, text: Text) -> str:
         "",
         ran.markdown.rstrip(),
         "",
-        *_claims(text.claims),
+        *_claims(entry.claims),
         *_run(name, entry, text),
         *_settings(entry.config_class),
         *_tables(result),
@@ -112,11 +104,11 @@ def index() -> str:
     return "\n".join(lines)
 
 
-def claims(found: dict[str, Text]) -> str:
+def claims() -> str:
     """The paper's claims, and the evaluations that answer them."""
     rows = []
     for number, claim in PAPER_CLAIMS.items():
-        answered = [f"[{name}](evaluations/{name}.md)" for name, text in found.items() if number in text.claims]
+        answered = [f"[{name}](evaluations/{name}.md)" for name, entry in EVALUATIONS.items() if number in entry.claims]
         cells = (cell(claim.claim), cell(claim.cell), cell(claim.n), cell(claim.value))
         rows.append((str(number), *cells, ", ".join(answered) or "–"))
     lines = [
@@ -135,7 +127,7 @@ def claims(found: dict[str, Text]) -> str:
 def example(name: str, entry: Entry, text: Text) -> str:
     """Python that runs one evaluation on SAEs in folders named as in `LABELS`."""
     labels = LABELS[entry.scope]
-    if entry.scope is Scope.EACH:
+    if not entry.compares:
         given, argument = [f'sae = load_sae("{labels[0]}")'], "sae"
     else:
         given, argument = [f"saes = {{label: load_sae(label) for label in {list(labels)!r}}}".replace("'", '"')], "saes"
@@ -225,7 +217,7 @@ def _tables(result: type[Any]) -> list[str]:
     return lines
 
 
-def _claims(numbers: list[int]) -> list[str]:
+def _claims(numbers: Sequence[int]) -> list[str]:
     if not numbers:
         return ["## Claims", "", "None of the paper's: its claims are this project's own.", ""]
     rows = [
