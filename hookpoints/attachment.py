@@ -139,7 +139,8 @@ class Attachment(MixerAttachment):
             self.attach_mixer(layer, block.rule, block.namespace, block.mixer, backend)
             hooks = self.mixers[layer].hooks
         outputs = {"hook_mixer_out": block.mixer_out, "hook_attn_out": block.attn_out, "hook_mlp_out": block.mlp_out}
-        block_hooks = BlockHooks(hooks, absent=[name for name, added in outputs.items() if added is None])
+        absent = [name for name, added in outputs.items() if added is None]
+        block_hooks = BlockHooks(hooks, block.attn_heads is not None, absent)
 
         def fire(name: str, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
             def through(value: Tensor) -> Tensor:
@@ -154,7 +155,18 @@ class Attachment(MixerAttachment):
 
             return through
 
+        def fire_heads(n: int) -> Callable[[Tensor], Tensor]:
+            def through(value: Tensor) -> Tensor:
+                hooks: Any = block_hooks.attn
+                if not hooks.listens("hook_z"):
+                    return value
+                return hooks.fire("hook_z", value.unflatten(-1, (n, -1))).flatten(-2)
+
+            return through
+
         self._on_input(block.block, fire("hook_resid_pre"))
+        if block.attn_heads is not None:
+            self._on_input(block.attn_heads.projection, fire_heads(block.attn_heads.n))
         for name, added in outputs.items():
             if added is not None:
                 self._on_output(added.module, fire(name, added.scale))

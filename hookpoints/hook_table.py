@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Scope = Literal["model", "block", "mixer", "head"]
+Scope = Literal["model", "block", "mixer", "head", "attn"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class HookRow:
     name: str
     """Name inside its scope, for example ``hook_write``."""
     scope: Scope
-    """Where it lives: the model, a block, a recurrent mixer, or one head of a mixer."""
+    """Where it lives: the model, a block, a recurrent mixer, one head of a mixer, or an attention layer."""
     axes: str
     """Axes of the activation, one letter each; ``(KV)`` is one row-major axis of length K*V."""
     meaning: str
@@ -50,6 +50,7 @@ class HookRow:
             "block": f"blocks.{layer}.",
             "mixer": f"blocks.{layer}.mixer.",
             "head": f"blocks.{layer}.mixer.heads.{head}.",
+            "attn": f"blocks.{layer}.attn.",
         }[self.scope]
         return prefix + self.name
 
@@ -133,6 +134,13 @@ HOOKS: tuple[HookRow, ...] = (
         "BTHV",
         "what the state gives back: S^T (scale q)",
         "feeds the head norm and out_proj",
+    ),
+    HookRow(
+        "hook_z",
+        "attn",
+        "BTHV",
+        "what each attention head hands to the output projection, gate included (blocks with attention only)",
+        "feeds the output projection",
     ),
     HookRow(
         "hook_mixer_out",

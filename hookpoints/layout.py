@@ -34,6 +34,14 @@ class Added:
 
 
 @dataclass(frozen=True, eq=False)
+class Heads:
+    """The output projection of attention, whose input is that many heads side by side."""
+
+    projection: nn.Module
+    n: int
+
+
+@dataclass(frozen=True, eq=False)
 class BlockLayout:
     """The modules of one block that carry hooks."""
 
@@ -50,6 +58,8 @@ class BlockLayout:
     """What attention adds; in a block without attention, what the recurrent mixer adds."""
     mlp_out: Added | None
     """What the MLP adds; None where the block has none, or adds several."""
+    attn_heads: Heads | None = None
+    """Attention's heads; None in a block without attention."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +185,8 @@ def _block_layout(block: nn.Module) -> BlockLayout:
     if hasattr(block, "post_feedforward_layernorm") and not hasattr(block, "input_layernorm"):
         attn_out, mlp_out = Added(block.post_attention_layernorm), Added(block.post_feedforward_layernorm)  # type: ignore[arg-type]
         mixer_out = attn_out if recurrent is not None else None
-    return BlockLayout(block, recurrent or attention, rule, namespace, mixer_out, attn_out, mlp_out)
+    heads = None if attention is None else _heads(attention)
+    return BlockLayout(block, recurrent or attention, rule, namespace, mixer_out, attn_out, mlp_out, heads)
 
 
 def _parameters(module: nn.Module) -> frozenset[str]:
@@ -192,6 +203,14 @@ def _added(block: nn.Module, module: nn.Module | None, *multipliers: str) -> Add
     if module is None:
         return None
     return Added(module, math.prod(float(getattr(block, name, 1.0)) for name in multipliers))  # type: ignore[arg-type]
+
+
+def _heads(attention: nn.Module) -> Heads | None:
+    """None for attention of an unknown form, which then has no hook."""
+    config = getattr(attention, "config", None)
+    n = getattr(attention, "num_heads", None) or getattr(config, "num_attention_heads", None)
+    projection = next((child for name in _OUT_PROJ_NAMES if (child := getattr(attention, name, None))), None)
+    return Heads(projection, n) if n and projection is not None else None
 
 
 def _first(module: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:

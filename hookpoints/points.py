@@ -58,12 +58,15 @@ class MixerHooks(HookSet):
 
 
 class BlockHooks(HookSet):
-    """Hook points of a block, all but those named in ``absent``; ``mixer`` holds those of a recurrent mixer."""
+    """Hook points of a block, all but those named in ``absent``; ``mixer`` holds those of a recurrent mixer, ``attn``
+    those of attention."""
 
-    def __init__(self, mixer: MixerHooks | None, absent: Collection[str] = ()):
+    def __init__(self, mixer: MixerHooks | None, attention: bool = False, absent: Collection[str] = ()):
         super().__init__([row.name for row in hook_table.rows("block") if row.name not in absent])
         if mixer is not None:
             self.mixer = mixer
+        if attention:
+            self.attn = HookSet([row.name for row in hook_table.rows("attn")])
 
 
 def is_listening(point: nn.Module | None) -> bool:

@@ -11,11 +11,15 @@ from transformer_lens import ActivationCache, patching
 from transformer_lens.hook_points import HookPoint
 
 from hookpoints import HOOKS, HookDidNotFireError, HookedRecurrent, HookShapeError, UnknownHookError
-from hookpoints.hook_table import is_matrix, markdown
+from hookpoints.hook_table import HookRow, is_matrix, markdown
 from hookpoints.session import cache_of
 
-LAYER, HEAD = 1, 2
+LAYER, HEAD, ATTENTION = 1, 2, 3
 SIZES = {"B": 2, "T": 70, "H": 4, "K": 8, "V": 6, "D": 32}
+
+
+def name_of(row: HookRow) -> str:
+    return row.full_name(ATTENTION if row.scope == "attn" else LAYER, HEAD)
 
 
 def shape_of(axes: str, **sizes: int) -> tuple[int, ...]:
@@ -27,17 +31,18 @@ def shape_of(axes: str, **sizes: int) -> tuple[int, ...]:
 @pytest.mark.parametrize("row", HOOKS, ids=lambda row: f"{row.scope}-{row.name}")
 @torch.no_grad()
 def test_each_row_fires_in_prefill_and_decode_with_its_shape(model, tokens, row):
-    name, seen = row.full_name(LAYER, HEAD), []
+    name, seen = name_of(row), []
     with model.hooks([(name, lambda x, hook: seen.append((tuple(x.shape), hook.name)))]):
         model(tokens)
         model.generate(tokens, max_new_tokens=3, do_sample=False)
-    prefill = (shape_of(row.axes), name)
-    step = (shape_of(row.axes, T=1), name)
+    attention = {"H": 2, "V": 16} if row.scope == "attn" else {}
+    prefill = (shape_of(row.axes, **attention), name)
+    step = (shape_of(row.axes, **attention, T=1), name)
     assert seen == [prefill, prefill, step, step]  # forward; generate: prompt, then two steps make three tokens
 
 
 def test_the_table_is_the_model(model):
-    per_scope = {"model": [()], "block": [(layer,) for layer in range(4)]}
+    per_scope = {"model": [()], "block": [(layer,) for layer in range(4)], "attn": [(ATTENTION,)]}
     per_scope["mixer"] = [(layer,) for layer in range(3)]
     per_scope["head"] = [(layer, head) for layer in range(3) for head in range(4)]
     names = {row.full_name(*at) for row in HOOKS for at in per_scope[row.scope]}
@@ -51,8 +56,9 @@ def test_execution_order_is_table_order(model, tokens):
     order = []
     with model.hooks([(lambda name: True, lambda x, hook: order.append(hook.name))]):
         model(tokens)
-    wanted = [row.full_name(LAYER, HEAD) for row in HOOKS]
-    assert [name for name in order if name in wanted] == wanted
+    for layer in (LAYER, ATTENTION):
+        wanted = [name for row in HOOKS if (name := row.full_name(layer, HEAD)) in model.hook_dict]
+        assert [name for name in order if name in wanted] == wanted
 
 
 @pytest.mark.parametrize("row", [row for row in HOOKS], ids=lambda row: f"{row.scope}-{row.name}")
@@ -69,7 +75,7 @@ def test_each_hook_can_be_edited_and_only_the_future_moves(model, tokens, row):
     def in_place(x, hook):
         x[:, t] *= 2
 
-    name = row.full_name(LAYER, HEAD)
+    name = name_of(row)
     edited = model.run_with_hooks(tokens, fwd_hooks=[(name, returned)])
     if row.factor in ("q", "k"):  # the op is fed normalised vectors, which may round differently
         assert_close(edited[:, :t], plain[:, :t], rtol=0, atol=1e-5)
@@ -83,7 +89,7 @@ def test_each_hook_can_be_edited_and_only_the_future_moves(model, tokens, row):
 @pytest.mark.parametrize("row", [row for row in HOOKS], ids=lambda row: f"{row.scope}-{row.name}")
 @torch.no_grad()
 def test_patching_an_activation_with_itself_is_bitwise_nothing(model, tokens, row):
-    name = row.full_name(LAYER, HEAD)
+    name = name_of(row)
     plain, cache = model.run_with_cache(tokens, names_filter=name)
     patched = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: cache[name].clone())])
     assert torch.equal(patched, plain)

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, WriteEdit
 from hookpoints.hook_table import HOOKS
-from hookpoints.layout import out_projection
+from hookpoints.layout import out_projection, rule_of
 from hookpoints.session import cache_of
 
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -145,6 +145,26 @@ def test_what_is_added_is_what_the_block_adds(hooked, tokens):
         assert all((f"blocks.{layer}.{name}" in hooked.hook_dict) == (name in names) for name in ("hook_mlp_out",))
         total = cache[f"blocks.{layer}.hook_resid_pre"] + sum(cache[f"blocks.{layer}.{name}"] for name in names)
         assert_close(total, cache[f"blocks.{layer}.hook_resid_post"], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_heads_are_what_the_projection_takes(hooked, tokens):
+    """hook_z of each block with attention, projected, is what its attention gives; an edit to it is felt."""
+    found = {n: heads for n, block in enumerate(hooked.attachment.layout.blocks) if (heads := block.attn_heads)}
+    assert {f"blocks.{n}.attn.hook_z" for n in found} == {name for name in hooked.hook_dict if name.endswith("hook_z")}
+    assert bool(found) == any(
+        type(module).__name__.endswith("Attention") and not rule_of(module) and hasattr(module, "o_proj")
+        for block in hooked.attachment.layout.blocks
+        for module in block.block.children()
+    )
+    for layer, heads in found.items():
+        seen, name = [], f"blocks.{layer}.attn.hook_z"
+        handle = heads.projection.register_forward_hook(lambda _m, _args, out, seen=seen: seen.append(out))
+        logits, cache = hooked.run_with_cache(tokens, names_filter=name)
+        handle.remove()
+        assert cache[name].shape[2] == heads.n and torch.equal(heads.projection(cache[name].flatten(2)), seen[0])
+        gone = hooked.run_with_hooks(tokens, fwd_hooks=[(name, lambda z, hook: torch.zeros_like(z))])
+        assert not torch.allclose(gone, logits)
 
 
 @torch.no_grad()

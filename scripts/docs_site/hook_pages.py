@@ -11,6 +11,7 @@ SCOPES = {
     "block": "each block",
     "mixer": "each recurrent mixer",
     "head": "each head of each recurrent mixer",
+    "attn": "each block with attention",
 }
 AXES = {
     "B": "batch",
@@ -33,7 +34,7 @@ def pages() -> dict[str, str]:
 
 def title(row: HookRow) -> str:
     """What the navigation calls it."""
-    return f"{row.scope}: {row.name}" if row.scope in ("head", "mixer") else row.name
+    return f"{row.scope}: {row.name}" if row.scope in ("head", "mixer", "attn") else row.name
 
 
 def page(name: str, row: HookRow) -> str:
