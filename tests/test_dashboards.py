@@ -325,6 +325,7 @@ def test_readers_are_the_later_heads_whose_reads_change(model: Any, planted: Any
     assert len(page.readers.heads) == sum(native[name].shape[2] for name in names)
     assert all(a.change >= b.change for a, b in itertools.pairwise(page.readers.heads))
     for reader in page.readers.heads:
+        assert reader.mixer == "recurrence"  # the only attention of this model is in its first block
         own = [x[f"blocks.{reader.layer}.mixer.hook_read"][0, window, reader.head] for x in (plus, minus, native)]
         assert reader.change == pytest.approx(float((own[0] - own[1]).norm() / (2 * step) / own[2].norm()), rel=2e-3)
 

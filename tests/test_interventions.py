@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import make_hf
 from planted import HEAD, LAYER, logits_with_write, one_atom_a_position, random_sae
 from torch import Tensor
 
+from hookpoints import HookedRecurrent
 from sae_lens_writesae.firings import collect_firings
 from sae_lens_writesae.interventions.draw import halves
 from sae_lens_writesae.interventions.erasure import ErasureConfig, run_erasure
 from sae_lens_writesae.interventions.passage import PassageConfig, run_passage
-from sae_lens_writesae.interventions.readers import ReadersConfig, later_layers, run_readers
+from sae_lens_writesae.interventions.readers import ReadersConfig, run_readers
 
 T = 18
 ERASURE = {"n_atoms": 3, "select_firings": 4, "test_firings": 3, "min_firings": 2, "horizon": 3}
@@ -120,16 +122,21 @@ def test_a_passage_without_its_only_class_is_one_whose_head_writes_nothing(
     assert len(set(table["bits"].round(9))) > 2  # the controls do something else
 
 
-def test_readers_are_later_heads_and_change_as_in_a_full_pass(model: Any, tokens: Tensor, planted: Any) -> None:
+@pytest.mark.parametrize("place, name", [("L2H3", "blocks.2.mixer.hook_read"), ("L3A1", "blocks.3.attn.hook_z")])
+def test_readers_are_later_heads_and_change_as_in_a_full_pass(
+    model: Any, tokens: Tensor, planted: Any, place: str, name: str
+) -> None:
     found = run_readers(model, planted, tokens, ReadersConfig(**READERS), progress=False).tables["changes"]
-    assert set(found["layer"]) == {2} == set(later_layers(model, LAYER)) and set(found["head"]) == {0, 1, 2, 3}
-    row = found[(found["condition"] == "atom") & (found["head"] == 3)].iloc[0]
+    heads = {(r.layer, r.mixer, r.head) for r in found.itertuples()}
+    assert heads == {*((2, "recurrence", head) for head in range(4)), *((3, "attention", head) for head in range(2))}
+    layer, head = int(place[1]), int(place[3])
+    row = found[(found["condition"] == "atom") & (found["layer"] == layer) & (found["head"] == head)].iloc[0]
     position, reads = int(row["position"]), []
 
     def keep(value: Tensor, hook: Any) -> None:
-        reads.append(value[0, :, 3].clone())
+        reads.append(value[0, :, head].clone())
 
-    with model.hooks(fwd_hooks=[("blocks.2.mixer.hook_read", keep)]):
+    with model.hooks(fwd_hooks=[(name, keep)]):
         logits_with_write(model, tokens[:1], lambda writes: writes)
         logits_with_write(model, tokens[:1], silenced(position))
     native, edited = reads
@@ -144,14 +151,21 @@ def test_readers_are_later_heads_and_change_as_in_a_full_pass(model: Any, tokens
 def test_no_reader_of_the_same_or_an_earlier_layer(model: Any, varied: Tensor, layer: int) -> None:
     sae = random_sae(model, layer=layer)
     found = run_readers(model, sae, varied, ReadersConfig(**READERS), progress=False)
-    assert set(found.tables["changes"]["layer"]) == set(range(layer + 1, 3))  # layer 3 is attention
-    assert set(found.readers()["layer"]) <= set(range(layer + 1, 3))
+    assert set(found.tables["changes"]["layer"]) == set(range(layer + 1, 4))
+    assert set(found.readers()["layer"]) <= set(range(layer + 1, 4))
 
 
-def test_the_last_recurrent_layer_has_no_readers(model: Any, varied: Tensor, tmp_path: Any) -> None:
-    found = run_readers(model, random_sae(model, layer=2), varied, progress=False)
+def test_after_the_last_recurrent_layer_only_attention_reads(model: Any, varied: Tensor) -> None:
+    found = run_readers(model, random_sae(model, layer=2), varied, ReadersConfig(**READERS), progress=False)
+    assert set(found.tables["changes"]["mixer"]) == {"attention"} and "L3A" in found.claims()[0].measured
+
+
+def test_the_last_layer_has_no_readers(varied: Tensor, tmp_path: Any) -> None:
+    model = HookedRecurrent.from_hf(make_hf("mamba2"))
+    last = model.cfg.n_layers - 1
+    found = run_readers(model, random_sae(model, layer=last), varied, progress=False)
     claim = found.claims()[0]
-    assert (claim.outcome, claim.n) == ("not tested", 0) and "Layer 2 is the last recurrent layer" in claim.sentence
+    assert (claim.outcome, claim.n) == ("not tested", 0) and f"comes after layer {last}" in claim.sentence
     loaded = type(found).load(found.save(tmp_path / "readers"))
     assert loaded.claims() == [claim] and loaded.tables["changes"].empty and loaded.figures() == []
 
@@ -165,8 +179,8 @@ def test_a_head_that_reads_nothing_is_left_out_and_counted(model: Any, tokens: T
     with model.hooks(fwd_hooks=[("blocks.2.mixer.hook_read", deaf)]):
         found = run_readers(model, planted, tokens, ReadersConfig(**READERS), progress=False)
     table = found.tables["changes"]
-    assert set(table["head"]) == {0, 2, 3} and not table["change"].isna().any()
-    assert found.info["omitted"] == {"firings x heads whose native read is zero": table["firing"].nunique()}
+    assert set(table.query("layer == 2")["head"]) == {0, 2, 3} and not table["change"].isna().any()
+    assert found.info["omitted"] == {"firings x heads that natively give zero": table["firing"].nunique()}
 
 
 def test_readers_are_chosen_on_one_half(model: Any, varied: Tensor) -> None:

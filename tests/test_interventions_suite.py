@@ -276,7 +276,8 @@ def readers(atom: float, random: float, other: float, elsewhere: float = 1.0) ->
             loud = {"atom": atom if head == 0 else elsewhere * random, "random": random, "other": other}
             for condition, change in loud.items():
                 change *= 1 + NOISE[n] if condition == "atom" else 1
-                rows.append(described | {"layer": 2, "head": head, "condition": condition, "change": change, "peak": 1})
+                place = {"layer": 2, "mixer": "recurrence", "head": head}
+                rows.append(described | place | {"condition": condition, "change": change, "peak": 1})
     return Readers({"label": "x"}, {"changes": pd.DataFrame(rows)})
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from sae_lens_writesae.later_heads import Mixer
 from sae_lens_writesae.writing import write_aside
 
 FORMAT = 1
@@ -156,17 +157,18 @@ class Reader:
     """A later head that reads what the atom writes."""
 
     layer: int
+    mixer: Mixer
     head: int
     change: float
-    """Of its reads S^T q over t..t+horizon, relative to their norm."""
+    """Of what it gives over t..t+horizon (the reads S^T q, or attention's z), relative to its norm."""
     typical: float | None
     """The same for what `Readers.typical` names, so that heads which notice anything can be told apart."""
 
 
 @dataclass(frozen=True)
 class Readers:
-    """Later recurrent heads by how much their reads change with the atom, the largest change first. Heads of the same
-    layer and below cannot change."""
+    """Later heads by how much what they give changes with the atom, the largest change first. Heads of the same layer
+    and below cannot change."""
 
     heads: list[Reader]
     what: str

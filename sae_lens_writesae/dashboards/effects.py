@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +15,7 @@ from sae_lens_writesae.conditions import norm
 from sae_lens_writesae.dashboards.config import DashboardConfig
 from sae_lens_writesae.dashboards.sweep import Atoms
 from sae_lens_writesae.firings import HeadHook
+from sae_lens_writesae.later_heads import Mixer, later_mixers, newest_reads
 from sae_lens_writesae.progress import bar
 
 _TOKENS = 4096
@@ -34,8 +33,8 @@ class Measured(NamedTuple):
     """Firings behind each."""
     changes: NDArray[np.float64]
     """[n,M] relative change of the reads of later heads, mean over firings; NaN where none was measured."""
-    heads: list[tuple[int, int]]
-    """The M heads, as (layer, head)."""
+    heads: list[tuple[int, Mixer, int]]
+    """The M heads, as (layer, mixer, head)."""
 
 
 def direct_path(model: Any, hook: HeadHook, atoms: Atoms) -> NDArray[np.float32]:
@@ -74,19 +73,19 @@ def measured(
     progress: bool,
 ) -> Measured:
     """d / d eps at eps = 0 where eps |W_t| A / |A| is added to the write, by central differences: of the logits, and of
-    the reads S^T q of every recurrent head above (norm of the derivative over t..t+horizon, over that of the reads).
+    what every head of a later layer gives (norm of the derivative over t..t+horizon, over that of what it gives).
 
     Firings at a zero write are left out. Cost: two edited rows of horizon + 1 tokens per firing.
     """
     total = np.zeros((len(atoms.number), model.W_U.shape[1]), dtype=np.float32)
     counts = np.zeros(len(atoms.number), dtype=np.int64)
-    later = [layer for layer in model.cfg.recurrent_layers if layer > hook.layer]
-    heads = [(layer, head) for layer in later for head in range(model.cfg.layer(layer).H)]
+    later = later_mixers(model, hook.layer)
+    heads: list[tuple[int, Mixer, int]] = [(m.layer, m.mixer, head) for m in later for head in range(m.n_heads)]
     changes: list[list[NDArray[np.float64]]] = [[] for _ in atoms.number]
     sizes = norm(atoms.factors)
     width = config.effect_horizon + 1
     groups: list[Any] = list(chosen.groupby("sequence"))
-    with _reads(model, later) as reads:
+    with newest_reads(model, later) as reads:
         for sequence, rows in bar(groups, "effects", progress):
             session = model.edit_session(tokens[int(sequence) : int(sequence) + 1])
             native = dict(reads)
@@ -101,20 +100,11 @@ def measured(
                     slope = _slope(logits[pair, at : at + width], config.effect_step).mean(0)
                     total[row.column] += (slope - slope.mean()).cpu().numpy()
                     counts[row.column] += 1
-                    slopes = (_slope(reads[layer][pair, at : at + width], config.effect_step) for layer in later)
-                    parts = [_relative(s, native[layer][0, window]) for s, layer in zip(slopes, later)]
+                    slopes = (_slope(reads[mixer][pair, at : at + width], config.effect_step) for mixer in later)
+                    parts = [_relative(s, native[mixer][0, window]) for s, mixer in zip(slopes, later)]
                     changes[row.column].append(np.concatenate(parts) if parts else np.empty(0))
     total /= np.maximum(counts, 1)[:, None]
     return Measured(total, counts, _means(changes, len(heads)), heads)
-
-
-@contextmanager
-def _reads(model: Any, layers: list[int]) -> Iterator[dict[int, Tensor]]:
-    """The reads [B,T,H,V] of these layers in the newest pass, while the scope is open."""
-    newest: dict[int, Tensor] = {}
-    hooks = [(f"blocks.{n}.mixer.hook_read", lambda x, hook, n=n: newest.__setitem__(n, x)) for n in layers]
-    with model.hooks(fwd_hooks=hooks):
-        yield newest
 
 
 def _write_norms(session: Any, hook: HeadHook) -> NDArray[Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sae_lens_writesae.dashboards.config import DashboardConfig
 from sae_lens_writesae.dashboards.data import Reader, Readers, Substituted
 from sae_lens_writesae.firings import Firings, HeadHook
+from sae_lens_writesae.later_heads import Mixer
 from sae_lens_writesae.substitution import run_substitution
 from sae_lens_writesae.substitution_config import SubstitutionConfig
 from sae_lens_writesae.substitution_result import SubstitutionResult
@@ -75,9 +76,11 @@ def _row(rows: Any, scale: str, controls: tuple[str, ...]) -> Substituted:
 
 
 def readers_of(table: pd.DataFrame, n: int) -> Mapping[int, Readers]:
-    """Per atom its n strongest readers, from a table with the columns atom, layer, head, change (relative change of a
-    later head's reads); several rows of one head are averaged. The table `changes` of the evaluation `readers` is one:
-    of its conditions, `atom` is the change and `random` what it is compared with.
+    """Per atom its n strongest readers, from a table with the columns atom, layer, head, change (relative change of
+    what a later head gives) and, where attention heads are among them, mixer; several rows of one head are averaged.
+
+    The table `changes` of the evaluation `readers` is one: of its conditions, `atom` is the change and `random` what it
+    is compared with.
 
     Raises:
         ValueError: a column is missing.
@@ -87,8 +90,10 @@ def readers_of(table: pd.DataFrame, n: int) -> Mapping[int, Readers]:
             f"a table of readers needs the columns {', '.join(READER_COLUMNS)}; {', '.join(missing)} missing"
         )
     by_condition = "condition" in table
+    if "mixer" not in table:
+        table = table.assign(mixer="recurrence")
     own: Any = table[table["condition"] == "atom"] if by_condition else table
-    places = ["atom", "layer", "head"]
+    places = ["atom", "layer", "mixer", "head"]
     means = own.groupby(places)["change"].mean().reset_index()
     means["typical"] = np.nan
     if by_condition:
@@ -102,13 +107,13 @@ def readers_of(table: pd.DataFrame, n: int) -> Mapping[int, Readers]:
 def _strongest(rows: Any, n: int) -> Readers:
     ordered = rows.sort_values("change", ascending=False, kind="stable").head(n)
     heads = [
-        Reader(int(r.layer), int(r.head), float(r.change), None if np.isnan(r.typical) else float(r.typical))
+        Reader(int(r.layer), r.mixer, int(r.head), float(r.change), None if np.isnan(r.typical) else float(r.typical))
         for r in ordered.itertuples()
     ]
     return Readers(heads, "as given", "a random direction of the same norm")
 
 
-def readers_measured(changes: NDArray[np.float64], heads: list[tuple[int, int]], n: int) -> list[Readers | None]:
+def readers_measured(changes: NDArray[np.float64], heads: list[tuple[int, Mixer, int]], n: int) -> list[Readers | None]:
     """Per atom its n strongest readers, from the changes [atoms,heads] that `effects.measured` found, beside the median
     over the other atoms. None where nothing was measured, or there is no later head."""
     found: list[Readers | None] = []
@@ -118,8 +123,8 @@ def readers_measured(changes: NDArray[np.float64], heads: list[tuple[int, int]],
         others = np.delete(changes, atom, axis=0)[:, order]
         typical = [float(np.median(c)) if len(c := column[~np.isnan(column)]) else None for column in others.T]
         listed = [
-            Reader(layer, head, float(f"{own[i]:.4g}"), middle)
-            for i, (layer, head), middle in zip(order, (heads[i] for i in order), typical)
+            Reader(layer, mixer, head, float(f"{own[i]:.4g}"), middle)
+            for i, (layer, mixer, head), middle in zip(order, (heads[i] for i in order), typical)
         ]
         found.append(Readers(listed, _PER_WRITE, "the other atoms shown (median)") if listed else None)
     return found

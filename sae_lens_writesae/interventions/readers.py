@@ -1,8 +1,8 @@
 """Readers: which later heads change most when an atom's write is taken away?
 
 Source: WriteSAE (arXiv 2605.12770), reader traces, which list readers below the atom's own layer. A write reaches the
-rest of the model through its own head's reads; only recurrent heads of **later layers**, at the same or later tokens,
-can notice, and only those are looked at here.
+rest of the model through its own head's reads; only heads of **later layers**, recurrent or attention, at the same or
+later tokens, can notice, and only those are looked at here.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from sae_lens_writesae.interventions.common import (
 )
 from sae_lens_writesae.interventions.draw import draw_atoms, halves, of_sequences
 from sae_lens_writesae.interventions.readers_result import CONDITIONS, Readers, ReadersConfig
+from sae_lens_writesae.later_heads import LaterMixer, later_mixers, newest_reads
 from sae_lens_writesae.progress import bar
 
 _NOTHING = "nothing"
@@ -48,15 +49,15 @@ def run_readers(
     Cost: N forwards up to the SAE's layer, one whole forward for each sequence with firings, and for each firing four
     edited rows of horizon + 1 tokens.
 
-    An SAE of the last recurrent layer gives an empty table and the outcome "not tested": nothing can read its writes.
+    An SAE of a layer that none with heads follows gives an empty table and the outcome "not tested".
 
     Raises:
         ValueError: an SAE of another head or model, sequences too short or too few, no atom that fires often enough.
     """
     begin, config = time.perf_counter(), config or ReadersConfig()
     hook = checked_hook(model, sae, tokens, config.first_position + config.horizon + 1)
-    layers = later_layers(model, hook.layer)
-    if not layers:
+    mixers = later_mixers(model, hook.layer)
+    if not mixers:
         settings = {"config": asdict(config), "seconds": time.perf_counter() - begin, "rows_per_second": 0.0}
         info = describe(model, sae, label=config.label, seed=config.seed, **settings)
         return Readers(info, {"changes": column_table([], Readers.COLUMNS["changes"])})
@@ -70,23 +71,18 @@ def run_readers(
         sample = sample_firings(of_sequences(firings, side), atoms, most, **bounds, rng=rng)
         parts.append(sample.assign(half=half))
     table = pd.concat(parts, ignore_index=True).rename_axis("firing").reset_index()
-    run = _Run(model, hook, tokens, layers, atoms, head_atoms(model, sae, hook, atoms), config)
+    run = _Run(model, hook, tokens, mixers, atoms, head_atoms(model, sae, hook, atoms), config)
     frames = []
     for sequence, part in bar(by_sequence(table), "readers", progress):
         frames += _sequence(run, sequence, part)
     found = pd.DataFrame(pd.concat(frames, ignore_index=True), columns=list(Readers.COLUMNS["changes"]))
     quiet = found["change"].isna().to_numpy()
-    omitted = {"firings x heads whose native read is zero": int(quiet.sum()) // len(CONDITIONS)}
+    omitted = {"firings x heads that natively give zero": int(quiet.sum()) // len(CONDITIONS)}
     seconds = time.perf_counter() - begin
     settings = {"config": asdict(config), "omitted": omitted, "rows_per_second": 4 * len(table) / seconds}
     info = describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, **settings)
     changes: Any = found[~quiet].reset_index(drop=True)
     return Readers(info, {"changes": changes})
-
-
-def later_layers(model: Any, layer: int) -> list[int]:
-    """Recurrent layers above `layer`."""
-    return [other for other in model.cfg.recurrent_layers if other > layer]
 
 
 class _Run(NamedTuple):
@@ -95,7 +91,7 @@ class _Run(NamedTuple):
     model: Any
     hook: HeadHook
     tokens: Tensor
-    layers: list[int]
+    mixers: list[LaterMixer]
     atoms: NDArray[np.int64]
     factors: Factors  # one for each atom
     config: ReadersConfig
@@ -107,23 +103,16 @@ def _sequence(run: _Run, sequence: int, part: pd.DataFrame) -> Iterator[pd.DataF
     made = _edits(run, sequence, part)
     positions = part["position"].tolist() * len(made)
     edits = [edit for rows in made.values() for edit in rows]
-    reads: dict[int, Tensor] = {layer: torch.empty(0) for layer in run.layers}
-    seen: dict[int, Tensor] = {}
-
-    def keep(value: Tensor, hook: Any) -> None:
-        seen[int(str(hook.name).split(".")[1])] = value
-
-    names = [(f"blocks.{layer}.mixer.hook_read", keep) for layer in run.layers]
-    with run.model.hooks(fwd_hooks=names):
+    reads: dict[LaterMixer, Tensor] = {}
+    with newest_reads(run.model, run.mixers) as newest:
         for found in windows(session, positions, edits, run.config.horizon + 1, run.config.rows_per_run):
-            for layer in run.layers:  # the last pass of `windows` is that of these rows
-                cut = _cut(seen[layer], found)
-                if not len(reads[layer]):
-                    reads[layer] = cut.new_zeros(len(edits), *cut.shape[1:])
-                reads[layer][found.rows] = cut
-    for layer in run.layers:
-        by_condition = reads[layer].unflatten(0, (len(made), len(part)))  # [C,n,W,H,V]
-        yield from _changes(layer, dict(zip(made, by_condition)), part)
+            for mixer in run.mixers:  # the last pass of `windows` is that of these rows
+                cut = _cut(newest[mixer], found)
+                kept = reads.setdefault(mixer, cut.new_zeros(len(edits), *cut.shape[1:]))
+                kept[found.rows] = cut
+    for mixer in run.mixers:
+        by_condition = reads[mixer].unflatten(0, (len(made), len(part)))  # [C,n,W,H,V]
+        yield from _changes(mixer, dict(zip(made, by_condition)), part)
 
 
 def _cut(reads: Tensor, found: Window) -> Tensor:
@@ -132,16 +121,16 @@ def _cut(reads: Tensor, found: Window) -> Tensor:
     return reads[torch.arange(len(offset), device=reads.device)[:, None], offset]
 
 
-def _changes(layer: int, reads: dict[str, Tensor], part: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """Relative changes of one layer's heads."""
+def _changes(mixer: LaterMixer, reads: dict[str, Tensor], part: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """Relative changes of one mixer's heads."""
     native = reads[_NOTHING]
     size = native.norm(dim=(1, 3))  # [n,H]
     for condition in CONDITIONS:
         gap = (reads[condition] - native).norm(dim=3)  # [n,W,H]
         change = (gap.norm(dim=1) / size).where(size > 0, torch.nan).cpu().numpy()
         peak = gap.argmax(1).cpu().numpy()
-        for head in range(size.shape[1]):
-            columns = {"layer": layer, "head": head, "condition": condition}
+        for head in range(mixer.n_heads):
+            columns = {"layer": mixer.layer, "mixer": mixer.mixer, "head": head, "condition": condition}
             yield part.assign(**columns, change=change[:, head], peak=peak[:, head])
 
 

@@ -11,10 +11,12 @@ import pandas as pd
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
 from sae_lens_writesae.interventions import plots
 from sae_lens_writesae.interventions.common import Estimate, check_at_least, estimate_over_atoms
+from sae_lens_writesae.later_heads import head_name
 
 CONDITIONS = ("atom", "random", "other")
 _FLOOR = 1e-6
 """Relative change. Float32 reads of the same arithmetic agree to less than that."""
+_HEAD = ["layer", "mixer", "head"]
 _SHOWN = 12
 """Heads in the figure."""
 
@@ -34,7 +36,7 @@ class ReadersConfig:
     min_firings: int = 4
     """Firings in each half that an atom needs."""
     horizon: int = 8
-    """Reads are compared over t..t+horizon."""
+    """What later heads give is compared over t..t+horizon."""
     first_position: int = 1
     """Firings before this token are left out."""
     rows_per_run: int = 256
@@ -56,9 +58,10 @@ class ReadersConfig:
 class Readers(Evaluation):
     """Which later heads notice that an atom's write is gone.
 
-    Definition: at a firing (t, i) the write becomes W_t - a_i A_i. The change of a recurrent head of a later layer is
-    the norm of the change of its reads over t..t+horizon, over the norm of those reads. Heads of the same layer or
-    below cannot change and are not listed; nor are tokens before t. An atom's reader is the head with the largest mean
+    Definition: at a firing (t, i) the write becomes W_t - a_i A_i. What a head gives is its reads (`hook_read`), or for
+    an attention head its mix of values (`hook_z`). The change of a head of a later layer is the norm of the change of
+    what it gives over t..t+horizon, over the norm of that. Heads of the same layer or below cannot change and are not
+    listed; nor are tokens before t. An atom's reader is the head with the largest mean
     log ratio of its change to that under a random direction, over the firings of the selection half of the
     sequences; what follows is measured on the other half.
 
@@ -83,9 +86,10 @@ class Readers(Evaluation):
             "sequence": "evaluation sequence",
             "position": "t",
             "layer": "of the later head",
+            "mixer": "what it is a head of: recurrence or attention",
             "head": "the later head",
             "condition": "what was taken away: atom, random, other",
-            "change": "of the head's reads over t..t+horizon, relative",
+            "change": "of what the head gives over t..t+horizon, relative",
             "peak": "tokens after t at which the change is largest",
         }
     }
@@ -94,7 +98,7 @@ class Readers(Evaluation):
         """Per firing of one half and later head: `change` under the atom; `random` and `other`, the log ratio of it to
         the control's; `excess`, the first minus its mean over the other later heads (0 where there are none)."""
         table: Any = self.tables["changes"]
-        index = ["firing", "atom", "sequence", "layer", "head"]
+        index = ["firing", "atom", "sequence", *_HEAD]
         wide: Any = table[table["half"] == half].pivot(index=index, columns="condition", values="change")
         changes = {c: wide[c].to_numpy() for c in CONDITIONS}
         logs = {c: np.log(np.maximum(change, 1e-12)) for c, change in changes.items()}
@@ -106,15 +110,16 @@ class Readers(Evaluation):
         return found.assign(excess=np.where(n > 1, found["random"] - others, 0.0))
 
     def readers(self) -> pd.DataFrame:
-        """The reader of each atom by the selection half: atom, layer, head, log_ratio there."""
+        """The reader of each atom by the selection half: atom, layer, mixer, head, log_ratio there."""
         ratios: Any = self.ratios("select")
-        mean: Any = ratios.groupby(["atom", "layer", "head"])["random"].mean().reset_index()
+        mean: Any = ratios.groupby(["atom", *_HEAD])["random"].mean().reset_index()
         top: Any = mean.loc[mean.groupby("atom")["random"].idxmax()]
         return top.rename(columns={"random": "log_ratio"}).reset_index(drop=True)
 
     def at_readers(self) -> pd.DataFrame:
         """`ratios` of the test half, at each atom's own reader."""
-        return self.ratios("test").merge(self.readers()[["atom", "layer", "head"]], on=["atom", "layer", "head"])
+        keys = ["atom", *_HEAD]
+        return self.ratios("test").merge(self.readers()[keys], on=keys)
 
     def claims(self) -> list[Claim]:
         """Do the readers that one half names read on the other?"""
@@ -132,14 +137,14 @@ class Readers(Evaluation):
             outcome, why = "explained", f"{' and '.join(alike)}.".capitalize()
         else:
             outcome, why = "holds", "The readers notice the atom, more than another atom, and more than other heads do."
-        readers = self.readers()
-        counts = (readers["layer"].map("L{}".format) + readers["head"].map("H{}".format)).value_counts()
+        readers: Any = self.readers()
+        counts = pd.Series([head_name(r.layer, r.mixer, r.head) for r in readers.itertuples()]).value_counts()
         named = ", ".join(f"{head} of {n}" for head, n in counts.head(3).items())
         return [
             Claim(
                 None,
                 _CLAIM,
-                f"change at the reader {median:.2g} of its reads; {_times(found['random'])} that under a random "
+                f"change at the reader {median:.2g} of what it gives; {_times(found['random'])} that under a random "
                 f"direction (readers: {named} atoms)",
                 len(own),
                 f"firings of {own['atom'].nunique()} atoms in {own['sequence'].nunique()} sequences",
@@ -151,7 +156,7 @@ class Readers(Evaluation):
         ]
 
     def _nothing_can_read(self) -> Claim:
-        why = f"Layer {self.info['layer']} is the last recurrent layer: no later head can read what it writes."
+        why = f"No layer with heads comes after layer {self.info['layer']}: nothing can read what it writes."
         return Claim(None, _CLAIM, "no later head", 0, "firings", "", "not tested", why)
 
     def figures(self) -> list[Figure]:
@@ -168,7 +173,7 @@ class Readers(Evaluation):
         name = f"{self.kind}: {self.label}"
         svg = plots.interval_figure(rows, "log2 ratio of changes", f"Ratios at the readers, {name}")
         made = [Figure("At the readers", svg, "Test half, 95 % intervals. Dashed: the reader notices nothing special.")]
-        heads: Any = [("L{}H{}".format(*place), part) for place, part in every.groupby(["layer", "head"])]
+        heads: Any = [(head_name(*place), part) for place, part in every.groupby(_HEAD)]
         heads.sort(key=lambda item: -item[1]["random"].mean())
         rows = [plots.Row(head, *_log2(_over(part, "random")), "atom") for head, part in heads[:_SHOWN]]
         svg = plots.interval_figure(rows, "log2 of the change over that under random", f"Later heads, {name}")
@@ -178,10 +183,10 @@ class Readers(Evaluation):
     def notes(self) -> list[str]:
         """What is not listed, and when the change comes."""
         table: Any = self.tables["changes"]
-        said = ["Heads of the same or an earlier layer cannot read the write and are left out; so are attention heads."]
+        said = ["H are recurrent heads, A attention heads; those of the same layer and below cannot read the write."]
         if not table.empty:
             peak = table[table["condition"] == "atom"]["peak"].median()
-            said.append(f"The change of a later head's reads is largest {peak:.0f} tokens after the write (median).")
+            said.append(f"The change of what a later head gives is largest {peak:.0f} tokens after the write (median).")
         return [*said, *super().notes()]
 
 
