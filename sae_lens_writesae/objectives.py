@@ -34,9 +34,9 @@ class ObjectivesConfig:
 
     sequences: int = 16
     """Sequences whose reconstruction is measured."""
-    n_atoms: int = 20
+    n_atoms: int = 40
     """Atoms of each dictionary in the substitution test, drawn uniformly from the alive ones."""
-    firings_per_atom: int = 2
+    firings_per_atom: int = 3
     """Firings of each."""
     scale: Scale = "coefficient"
     """Scale that the claims are about, coefficient or matched. Both are measured: the coefficient of a dictionary of

@@ -35,6 +35,11 @@ METRIC_NAMES = {
 }
 
 
+def r_squared(x: float) -> str:
+    """Three decimals; whole numbers where a prediction is so far off that decimals say nothing."""
+    return f"{x:.3f}" if abs(x) < 100 else f"{x:,.0f}"
+
+
 def outcome(verdict: Verdict) -> str:
     """A verdict in a few words: "holds", "explained by state direction", ..."""
     if verdict.outcome == "explained":

@@ -12,6 +12,7 @@ from sae_lens_writesae import statistics as stats
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
 from sae_lens_writesae.interventions import plots
 from sae_lens_writesae.interventions.common import FLOOR, Estimate, check_at_least, estimate
+from sae_lens_writesae.report_text import r_squared
 from sae_lens_writesae.steering import Target
 
 DIRECTIONS = ("direct", "gradient", "random", "wrong")
@@ -149,7 +150,8 @@ class Sign(Evaluation):
         second = Claim(
             None,
             "all first-order paths together predict signs and sizes",
-            f"{_share(f2)} of signs by F2; R² {small['f2_r2']:.3f} at m = {small['m']:g} (F0: {small['f0_r2']:.3f})",
+            f"{_share(f2)} of signs by F2; R² {r_squared(small['f2_r2'])} at m = {small['m']:g} "
+            f"(F0: {r_squared(small['f0_r2'])})",
             pairs,
             unit,
             "F0, which leaves norms, gates and later layers out",

@@ -13,6 +13,7 @@ from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
 from sae_lens_writesae.logit_change import plots
 from sae_lens_writesae.logit_change.predictors import DEFINITIONS
 from sae_lens_writesae.logit_change.scores import ALL, CONTROL
+from sae_lens_writesae.report_text import r_squared
 
 TARGET_R2 = 0.95
 """What the full first-order formula must reach, unfitted, at the smallest eps."""
@@ -180,8 +181,8 @@ class LogitChange(Evaluation):
     def _paper(self) -> Claim:
         own, real, control = self.score("F0", eps=self.smallest), self.per_cell("F0"), self.per_cell(CONTROL)
         measured = (
-            f"R² {_span(own)} unfitted; {own['r2_global_scale']:.3f} with one scale for all; "
-            f"{real['median_r2']:.3f} (median) with a scale per cell"
+            f"R² {_span(own)} unfitted; {r_squared(own['r2_global_scale'])} with one scale for all; "
+            f"{r_squared(real['median_r2'])} (median) with a scale per cell"
         )
         if self.info["rule"] == "Mamba-2":
             measured += " (Mamba-2; the paper reports -0.07 there)"
@@ -194,11 +195,11 @@ class LogitChange(Evaluation):
             outcome = "explained"
             why = (
                 f"With a scale fitted per cell the paper's number is reached, but predictions shuffled between "
-                f"firings reach {control['median_r2']:.3f} as well; unfitted R² is {own['r2']:.3f}."
+                f"firings reach {r_squared(control['median_r2'])} as well; unfitted R² is {r_squared(own['r2'])}."
             )
         else:
             outcome, why = "fails", "The interval of the unfitted R² does not lie above 1/2."
-        controls = f"shuffled between firings, a scale per cell: {control['median_r2']:.3f}"
+        controls = f"shuffled between firings, a scale per cell: {r_squared(control['median_r2'])}"
         return self._claim(7, _PAPER, measured, controls, outcome, why)
 
     def _direct(self) -> Claim:
@@ -275,4 +276,4 @@ def _level(value: Any) -> str:
 
 
 def _span(row: dict[str, Any]) -> str:
-    return f"{row['r2']:.3f} [{row['r2_low']:.3f}, {row['r2_high']:.3f}]"
+    return f"{r_squared(row['r2'])} [{r_squared(row['r2_low'])}, {r_squared(row['r2_high'])}]"
