@@ -179,9 +179,8 @@ def state_direction(states: Tensor) -> Factors:
 
 
 def mean_write(keys: Tensor, values: Tensor, energy: float = 1.0) -> Factors:
-    """Mean over tokens of k_t u_t^T, keys [T,K] and values [T,V], as the fewest terms that hold `energy` of
-    its
-    squared norm (1: all). N is 1; the rank is at most min(K, V)."""
+    """Mean over tokens of k_t u_t^T, keys [T,K] and values [T,V], as the fewest terms that hold `energy` of its squared
+    norm (1: all). N is 1; the rank is at most min(K, V)."""
     if not 0 < energy <= 1:
         raise ValueError(f"energy is a share in (0, 1], found {energy}")
     left, sigma, right = torch.linalg.svd(keys.T @ values / len(keys), full_matrices=False)

@@ -54,9 +54,8 @@ class HeadHook(NamedTuple):
 
 @dataclass(frozen=True)
 class Firings:
-    """Every activation > 0 of an SAE on [N,T] tokens: a sparse [N,T,F] as parallel arrays, ordered by
-    sequence,
-    then position."""
+    """Every activation > 0 of an SAE on [N,T] tokens: a sparse [N,T,F] as parallel arrays, ordered by sequence, then
+    position."""
 
     sequence: NDArray[np.int64]
     position: NDArray[np.int64]

@@ -326,8 +326,7 @@ def quartile(values: ArrayLike) -> NDArray[np.int64]:
 
 @lru_cache(maxsize=4)
 def _cluster_draws(n_clusters: int, n_resamples: int, seed: int) -> NDArray[np.int64]:
-    """How often each cluster is drawn in each resample: [n_resamples, n_clusters]. Kept, since a report asks
-    for the
+    """How often each cluster is drawn in each resample: [n_resamples, n_clusters]. Kept, since a report asks for the
     same draws a hundred times."""
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=n_resamples)

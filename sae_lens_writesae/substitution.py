@@ -163,8 +163,7 @@ def _measured(setup: Setup, test: SequenceTest) -> pd.DataFrame:
 
 
 def _controls(setup: Setup, writes: HeadWrites, part: pd.DataFrame, atom: Factors) -> dict[str, Factors]:
-    """Directions of the controls that were asked for. Each control of each sequence draws from a seed of its
-    own, so
+    """Directions of the controls that were asked for. Each control of each sequence draws from a seed of its own, so
     that batching, order and the presence of other controls change nothing."""
     sequence, position = int(part["sequence"].iloc[0]), part["position"].to_numpy()
 

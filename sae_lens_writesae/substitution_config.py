@@ -38,9 +38,8 @@ class SubstitutionConfig:
     first_position: int = 1
     """Firings before this token are left out: at token 0 the state holds nothing but the write itself."""
     last_position_firings: int | None = 100
-    """Firings, drawn from those tested, that are run on to the last token of the sequence and measured there
-    too.
-    The others are run for horizon + 1 tokens, which is many times cheaper. None: all firings; 0: none."""
+    """Firings, drawn from those tested, that are run on to the last token of the sequence and measured there too. The
+    others are run for horizon + 1 tokens, which is many times cheaper. None: all firings; 0: none."""
     alive_tokens: int = 65_536
     """An atom is alive if it fires on the first so many evaluation tokens (all, where there are fewer)."""
     min_firings: int = 1

@@ -130,9 +130,8 @@ class SubstitutionResult:
         return tuple(m for m in METRICS if bool(np.isfinite(self.frame[m].to_numpy()).any()))
 
     def wide(self, metric: str = "kl_window") -> pd.DataFrame:
-        """One row per firing where `metric` was measured: its description, and one column per (condition,
-        scale)
-        as "atom/matched", "delete"."""
+        """One row per firing where `metric` was measured: its description, and one column per (condition, scale) as
+        "atom/matched", "delete"."""
         if metric not in self.metrics:
             raise ValueError(f"metric must be one of {', '.join(self.metrics)}, found {metric!r}")
         firings = ["firing", "sequence", "position", "atom", "written_atom", "activation", "cosine", "write_norm"]

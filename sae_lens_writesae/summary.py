@@ -56,9 +56,8 @@ class Summary:
     conditions: pd.DataFrame
     """Per scale and condition: n, median, q25, q75, mean (KL), norm (median), below_floor."""
     comparisons: pd.DataFrame
-    """Per scale and pair (a, b): the rate of a < b with intervals, ties, the paired median ratio a / b,
-    Cliff's
-    delta, paired sign rate, Wilcoxon and sign-flip p-values, and `holm_p` over all pairs of all scales."""
+    """Per scale and pair (a, b): the rate of a < b with intervals, ties, the paired median ratio a / b, Cliff's delta,
+    paired sign rate, Wilcoxon and sign-flip p-values, and `holm_p` over all pairs of all scales."""
     chains: pd.DataFrame
     """Per scale: the rate of the strict chain atom < delete < random."""
     quartiles: pd.DataFrame
