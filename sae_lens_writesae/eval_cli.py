@@ -16,7 +16,7 @@ from sae_lens_writesae.evaluate import check_fits, folder_label, spread
 from sae_lens_writesae.evaluation import Evaluation
 from sae_lens_writesae.firings import HeadHook
 from sae_lens_writesae.joined_report import write_joined_report
-from sae_lens_writesae.left_out import evaluate_or_leave_out
+from sae_lens_writesae.left_out import LeftOut, evaluate_or_leave_out
 from sae_lens_writesae.loading import load_sae
 from sae_lens_writesae.report import ReportFiles
 from sae_lens_writesae.suite import EVALUATIONS, Scope
@@ -75,7 +75,9 @@ def run_evaluations(
     for name in names:
         for result in _run(name, hooked, saes, tokens, dict(settings or {}), len(names) > 1):
             result.save(out / name / result.label.replace("/", "-").replace(" ", "-"))
-            say(f"{name}: {result.label} ({result.info.get('seconds', 0):.0f} s)")
+            left_out = isinstance(result, LeftOut)
+            took = f"left out: {result.info['reason']}" if left_out else f"{result.info.get('seconds', 0):.0f} s"
+            say(f"{name}: {result.label} ({took})")
             results.append(result)
     return write_joined_report(results, out / "report.html")
 

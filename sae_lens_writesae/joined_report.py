@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +39,7 @@ class Row(NamedTuple):
 
 
 def find_results(paths: Sequence[str | Path]) -> list[Evaluation]:
-    """Every saved evaluation in or below the folders, in the order of `suite.EVALUATIONS`, then of folders; last what
-    could not be measured.
+    """Every saved evaluation in or below the folders, in the order of `in_order`, then of folders.
 
     Raises:
         ValueError: a folder without any; a saved evaluation of a kind that this version does not know.
@@ -51,6 +50,11 @@ def find_results(paths: Sequence[str | Path]) -> list[Evaluation]:
         if not folders:
             raise ValueError(f"no evaluation was saved in or below {path} (looked for info.json)")
         results += map(load_result, folders)
+    return in_order(results)
+
+
+def in_order(results: Iterable[Evaluation]) -> list[Evaluation]:
+    """By kind as in `suite.EVALUATIONS`, what could not be measured last; then dictionaries of writes first."""
     order = [*EVALUATIONS, LeftOut.kind]
     return sorted(results, key=lambda result: (order.index(result.kind), result.info.get("target") != "write"))
 
@@ -67,7 +71,7 @@ def write_joined_report(results: Sequence[Evaluation], path: str | Path, *, titl
     """
     if not results:
         raise ValueError("a report needs at least one evaluation, found none")
-    target = Path(path).with_suffix(".html")
+    target, results = Path(path).with_suffix(".html"), in_order(results)
     rows = claim_rows(results)
     numbers = {
         "claims": [{"label": row.label, "paper": row.claim.paper, **vars(row.claim)} for row in rows],
