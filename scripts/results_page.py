@@ -1,7 +1,9 @@
 """Write docs/results.md: what became of every claim of the paper on the models that come with the package.
 
-    writesae reproduce --model embedded --layer 2 --head 0 --small --out runs/embedded        # and the other models
-    python scripts/results_page.py runs/embedded runs/embedded-mamba2 runs/embedded-rwkv7
+    writesae reproduce --model embedded --layer 4 --heads 0 1 2 3 --small --set training_tokens=200000 --out runs/gdn
+    writesae reproduce --model embedded-mamba2 --layer 6 --head 7 --small --out runs/mamba2
+    writesae reproduce --model embedded-rwkv7 --layer 3 --head 0 --small --out runs/rwkv7
+    python scripts/results_page.py runs/gdn runs/mamba2 runs/rwkv7
 
 Reads the config.json and report/report.json of each run; every figure on the page comes from there.
 """
