@@ -173,15 +173,16 @@ class Paragraph(NamedTuple):
 
     text: str
     points: list[str]
+    numbered: bool = False
 
 
 def _paragraphs(kind: type[Evaluation]) -> list[Paragraph]:
     """The class's own description, which defines the measure and its verdict."""
     found: list[Paragraph] = []
     for part in (inspect.getdoc(kind) or "").replace("`", "").split("\n\n"):
-        text, *points = (" ".join(piece.split()) for piece in re.split(r"(?:^|\n) *\* ", part))
+        text, *points = (" ".join(piece.split()) for piece in re.split(r"(?:^|\n) *(?:\*|\d+\.) ", part))
         if text or not found:
-            found.append(Paragraph(text, points))
+            found.append(Paragraph(text, points, bool(re.search(r"(?:^|\n) *1\. ", part))))
         else:
             found[-1].points.extend(points)
     return found

@@ -83,6 +83,10 @@ def test_a_list_in_a_description_stays_a_list() -> None:
           does;
         * "fails": otherwise.
 
+        In this order:
+        1. the floor,
+        2. chance.
+
         That is all."""
 
         def claims(self) -> list[Claim]:
@@ -94,6 +98,7 @@ def test_a_list_in_a_description_stays_a_list() -> None:
     assert _paragraphs(Listed) == [
         Paragraph("What is asked, of tokens.", []),
         Paragraph("Verdicts:", ['"holds": if it does;', '"fails": otherwise.']),
+        Paragraph("In this order:", ["the floor,", "chance."], numbered=True),
         Paragraph("That is all.", []),
     ]
 
