@@ -184,7 +184,12 @@ def _alike(result: Partition) -> Claim:
     table: Any = result.tables["substitution"]
     claim = "register and bundle atoms substitute alike"
     if "difference" not in info:
-        if "headline_scale" not in info:
+        kinds = result.tables["atoms"]["kind"].to_list()
+        counts = {kind: kinds.count(kind) for kind in ("register", "bundle")}
+        if min(counts.values()) < 2:
+            found = " and ".join(f"{n} {kind}" for kind, n in counts.items())
+            why = f"Kinds are compared by at least two atoms each, and there are {found} atoms."
+        elif "headline_scale" not in info:
             why = "It needs the substitution test of the same dictionary."
         else:
             why = "The substitution test has fewer than two atoms of one kind, so kinds cannot be compared."

@@ -207,7 +207,8 @@ def test_the_evaluation_tests_as_many_atoms_of_each_kind(model: Any, tokens: Any
     assert (claim.number, claim.n) == (4, int(found["n"].sum())) and "p = " in claim.measured
     assert 0 < result.info["difference"]["p_value"] <= 1
     none = evaluate_partition(model, sae, tokens, PartitionConfig(min_firings=2, restarts=1, threshold=-1), False)
-    assert none.tables["substitution"].empty and none.claims()[2].outcome == "not tested"
+    claim = none.claims()[2]
+    assert none.tables["substitution"].empty and claim.outcome == "not tested" and "and 0 bundle" in claim.sentence
 
 
 def test_a_single_atom_gives_no_interval() -> None:
