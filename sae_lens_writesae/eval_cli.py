@@ -52,8 +52,9 @@ def run_evaluations(
 ) -> ReportFiles:
     """Run evaluations by name on SAEs from folders; save each result below `out`, and a page over all.
 
-    Evaluations that compare dictionaries take all the SAEs together. Of several names, those are passed over whose
-    comparison the SAEs are not for (`comparable`); where there is nothing to measure, the page says why (`LeftOut`).
+    Evaluations that compare dictionaries take all the SAEs together; of several names, all those of a head, or are
+    passed over where these are not for the comparison (`comparable`). There, too, what has nothing to measure does not
+    stop the rest: the page says why (`LeftOut`).
 
     Raises:
         ValueError: SAEs of different models, an SAE that does not fit the model, too little text, an unknown setting.
@@ -105,13 +106,16 @@ def _groups(name: str, saes: dict[str, Any], many: bool) -> dict[str, dict[str, 
     scope = EVALUATIONS[name].scope
     if scope is Scope.EACH:
         return {label: {label: sae} for label, sae in saes.items()}
+    heads: dict[str, dict[str, Any]] = {}
+    for label, sae in saes.items():
+        heads.setdefault(HeadHook.of(sae).cell, {})[label] = sae
     if scope is Scope.HEAD:
-        return {HeadHook.of(sae).cell: {label: sae} for label, sae in saes.items()}
-    if len(saes) > 1 and (not many or comparable(scope, saes.values())):
-        return {"all": saes}
+        return heads
     if many:
-        return {}
-    raise ValueError(f"{name} compares dictionaries ({scope.value}); give at least two SAEs, found one")
+        return {cell: own for cell, own in heads.items() if len(own) > 1 and comparable(scope, own.values())}
+    if len(saes) < 2:
+        raise ValueError(f"{name} compares dictionaries ({scope.value}); give at least two SAEs, found one")
+    return {"all": saes}
 
 
 def comparable(scope: Scope, saes: Iterable[Any]) -> bool:

@@ -9,7 +9,7 @@ from fake_substitution import EXPLAINED, FAILS, HOLDS, NO_EFFECT, fake_result
 from small_saes import HEAD, HOOK, LAYER, STATE, K, V, exact_sae, make_sae, planted
 
 from sae_lens_writesae import objectives_compare as compare
-from sae_lens_writesae.eval_cli import comparable, run_evaluations
+from sae_lens_writesae.eval_cli import _groups, comparable, run_evaluations
 from sae_lens_writesae.firings import HeadHook
 from sae_lens_writesae.objectives import Objectives, ObjectivesConfig, objective, run_objectives
 from sae_lens_writesae.objectives_claims import standings
@@ -208,6 +208,25 @@ def test_eval_all_takes_a_comparison_only_of_what_differs_in_nothing_else(model:
     assert fitting(a, states) == ["TARGETS"]
     assert fitting(a, flat) == fitting(a, wide) == ["VARIANTS"]
     assert fitting(states, flat) == fitting(a, other) == []
+
+
+def test_many_evaluations_compare_the_dictionaries_of_each_head(model: Any) -> None:
+    other = "heads.0"
+    saes = {
+        "a": make_sae(model),
+        "b": make_sae(model, hook=STATE),
+        "c": make_sae(model, hook=HOOK.replace("heads.2", other)),
+        "d": make_sae(model, hook=STATE.replace("heads.2", other)),
+    }
+    assert {cell: list(own) for cell, own in _groups("objectives", saes, many=True).items()} == {
+        "L1H2": ["a", "b"],
+        "L1H0": ["c", "d"],
+    }
+    assert _groups("seeds", saes, many=True) == {} and list(_groups("sign", saes, many=True)) == ["L1H2", "L1H0"]
+    assert list(_groups("erasure", saes, many=True)) == list(saes)
+    assert _groups("objectives", saes, many=False) == {"all": saes}
+    with pytest.raises(ValueError, match=r"seeds compares dictionaries .* found one"):
+        _groups("seeds", {"a": saes["a"]}, many=False)
 
 
 def test_eval_objectives_from_folders(embedded: Any, tmp_path: Any) -> None:
