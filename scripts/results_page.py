@@ -33,9 +33,10 @@ def main(folders: list[str]) -> None:
 HEAD = """# Results on the models of the package
 
 Every claim of the paper that small models can test, with the verdict that [rules fixed beforehand](verdicts.md) give
-it. The models have 2.3 M parameters, the dictionaries are small and trained for seconds; a claim that fails here may
-hold on the models of the paper: this page says what the tests measure and that they can be failed, not that the paper
-is wrong. `writesae reproduce` runs the same on a real model. Made by `scripts/results_page.py` from its results."""
+it. The models have 2.3 M parameters, the dictionaries are small and trained for a minute at most; a claim that fails
+here may hold on the models of the paper: this page says what the tests measure and that they can be failed, not that
+the paper is wrong. `writesae reproduce` runs the same on a real model. Made by `scripts/results_page.py` from its
+results."""
 
 
 def outcomes(runs: dict[str, Any]) -> str:
