@@ -77,7 +77,7 @@ def run_evaluations(
         for result in _run(name, hooked, saes, tokens, dict(settings or {}), len(names) > 1):
             result.save(out / name / result.label.replace("/", "-").replace(" ", "-"))
             left_out = isinstance(result, LeftOut)
-            took = f"left out: {result.info['reason']}" if left_out else f"{result.info.get('seconds', 0):.0f} s"
+            took = f"left out: {result.info['reason']}" if left_out else result.pace
             say(f"{name}: {result.label} ({took})")
             results.append(result)
     return write_joined_report(results, out / "report.html")

@@ -62,7 +62,8 @@ class Evaluation(ABC):
     """
 
     info: dict[str, Any]
-    """What was evaluated, on what, by which settings: plain JSON values; `describe` gives the common part."""
+    """What was evaluated, on what, by which settings: plain JSON values; `describe` gives the common part. `seconds` is
+    the time taken, `conditions` the number of edited runs."""
     tables: dict[str, pd.DataFrame]
     """Tidy tables by name. No NaN stands for a failure: rows that could not be measured are left out, and counted in
     `info["omitted"]`, a dict from the reason to the number."""
@@ -90,6 +91,13 @@ class Evaluation(ABC):
     def label(self) -> str:
         """Name in reports."""
         return str(self.info.get("label") or self.info.get("hook_name", self.kind))
+
+    @property
+    def pace(self) -> str:
+        """Time taken; where edits were run, how many and how fast (a condition is one edited run of one text)."""
+        seconds, conditions = float(self.info.get("seconds", 0)), int(self.info.get("conditions", 0))
+        each = f", {conditions:,} conditions, {conditions / seconds:.0f} a second" if seconds and conditions else ""
+        return f"{seconds:.0f} s{each}"
 
     def __post_init__(self) -> None:
         for name, columns in self.COLUMNS.items():

@@ -84,7 +84,7 @@ def run_multi_atom(
         )
     found = pd.DataFrame(pd.concat(frames, ignore_index=True), columns=list(MultiAtom.COLUMNS["writes"]))
     seconds = time.perf_counter() - begin
-    settings = {"config": asdict(config), "omitted": omitted, "conditions_per_second": len(found) / seconds}
+    settings = {"config": asdict(config), "omitted": omitted, "conditions": len(found)}
     return MultiAtom(
         describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, **settings), {"writes": found}
     )

@@ -121,4 +121,5 @@ def evaluate_multistep(
         model, sae, tokens, config.substitution(), n_steps=config.n_steps, progress=progress
     )
     settings = asdict(config) | {"controls": list(config.controls), "seconds": time.perf_counter() - begin}
+    settings["conditions"] = len(steps) // (config.n_steps + 1)
     return Multistep(settings | describe(model, sae, label=config.label), {"steps": steps})

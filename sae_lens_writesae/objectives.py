@@ -235,6 +235,7 @@ def run_objectives(
         n_sequences=len(tokens),
         n_positions=tokens.shape[1],
         omitted={"sequences whose matrices, or reads, do not vary": fits.without_variance},
+        conditions=sum(len(test.frame) for test in tests.values()),
         seconds=time.perf_counter() - begin,
     )
     tables = {

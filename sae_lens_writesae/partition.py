@@ -211,6 +211,7 @@ def evaluate_partition(
     if drawn:
         test = run_substitution(model, sae, tokens, replace(settings, atoms=drawn), progress)
         result = partition_claims.joined(result, test, config.seed)
+        result.info["conditions"] = len(test.frame)
     result.info["seconds"] = time.perf_counter() - begin
     return result
 

@@ -37,7 +37,8 @@ class Substitution(Evaluation):
     @classmethod
     def of(cls, result: SubstitutionResult) -> Substitution:
         """Wrap a result."""
-        return cls(result.info.to_dict() | {"label": result.info.label}, {"firings": result.frame})
+        info = result.info.to_dict() | {"label": result.info.label, "conditions": len(result.frame)}
+        return cls(info, {"firings": result.frame})
 
     @property
     def result(self) -> SubstitutionResult:

@@ -80,6 +80,7 @@ def run_baselines(
             "positions with a zero native write, or no room for the window": wanted - len({*_places(rows)}),
             "sequences on which what is reconstructed does not vary": fits.without_variance,
         },
+        conditions=len(rows),
         seconds=time.perf_counter() - begin,
     )
     chosen = {label: selectivity(own, tokens, config.min_firings, config.seed) for label, own in firings.items()}

@@ -82,8 +82,8 @@ def run_amplify(
     table["text"] = [token_text(model, token) for token in table["token"]]
     atoms = _atoms(model, chosen, *(_labelled(firings, tokens, side, config) for side in split))
     seconds = time.perf_counter() - begin
-    rate = len(conditions) * len(sequences) / seconds
-    settings = {"config": asdict(config), "omitted": {GREW: int((~finite).sum())}, "continuations_per_second": rate}
+    count = {"conditions": len(conditions) * len(sequences)}
+    settings = {"config": asdict(config), "omitted": {GREW: int((~finite).sum())}} | count
     split_text = "half of the sequences, at random, for the choice of atoms; prompts begin sequences of the other half"
     info = describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, split=split_text, **settings)
     return Amplify(info, {"atoms": atoms, "counts": pd.DataFrame(table, columns=list(Amplify.COLUMNS["counts"]))})

@@ -77,7 +77,7 @@ def run_erasure(
     tables = {name: pd.DataFrame(table, columns=list(Erasure.COLUMNS[name])) for name, table in tables.items()}
     seconds = time.perf_counter() - begin
     rows_run = 2 * len(drawn.select) + 3 * len(drawn.test)
-    settings = {"config": asdict(config), "omitted": drawn.omitted, "rows_per_second": rows_run / seconds}
+    settings = {"config": asdict(config), "omitted": drawn.omitted, "conditions": rows_run}
     split = "half of the sequences, at random, for the choice of tokens; the other half for the test"
     info = describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, split=split, **settings)
     return Erasure(info, tables)

@@ -81,7 +81,7 @@ def run_install(
         row["first"] = continuation.index(row["token"]) if row["hit"] else -1
     table = column_table(rows, Install.COLUMNS["continuations"])
     seconds = time.perf_counter() - begin
-    settings = {"config": asdict(config), "omitted": omitted, "continuations_per_second": len(rows) / seconds}
+    settings = {"config": asdict(config), "omitted": omitted, "conditions": len(rows)}
     return Install(
         describe(model, sae, label=config.label or hook.cell, seed=config.seed, seconds=seconds, **settings),
         {"continuations": table},

@@ -78,7 +78,7 @@ def run_passage(
     members = [{"class": name, "atom": int(atom)} for name in kept for atom in classes[name]]
     seconds = time.perf_counter() - begin
     plain = asdict(config) | {"classes": None if config.classes is None else sorted(config.classes)}
-    settings = {"config": plain, "omitted": omitted, "passages_per_second": len(table) / seconds}
+    settings = {"config": plain, "omitted": omitted, "conditions": len(table)}
     tables = {"passages": table, "classes": column_table(members, Passage.COLUMNS["classes"])}
     return Passage(describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, **settings), tables)
 

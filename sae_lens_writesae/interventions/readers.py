@@ -58,7 +58,7 @@ def run_readers(
     hook = checked_hook(model, sae, tokens, config.first_position + config.horizon + 1)
     mixers = later_mixers(model, hook.layer)
     if not mixers:
-        settings = {"config": asdict(config), "seconds": time.perf_counter() - begin, "rows_per_second": 0.0}
+        settings = {"config": asdict(config), "seconds": time.perf_counter() - begin, "conditions": 0}
         info = describe(model, sae, label=config.label, seed=config.seed, **settings)
         return Readers(info, {"changes": column_table([], Readers.COLUMNS["changes"])})
     firings = collect_firings(model, sae, tokens, progress=progress)
@@ -79,7 +79,7 @@ def run_readers(
     quiet = found["change"].isna().to_numpy()
     omitted = {"firings x heads that natively give zero": int(quiet.sum()) // len(CONDITIONS)}
     seconds = time.perf_counter() - begin
-    settings = {"config": asdict(config), "omitted": omitted, "rows_per_second": 4 * len(table) / seconds}
+    settings = {"config": asdict(config), "omitted": omitted, "conditions": 4 * len(table)}
     info = describe(model, sae, label=config.label, seed=config.seed, seconds=seconds, **settings)
     changes: Any = found[~quiet].reset_index(drop=True)
     return Readers(info, {"changes": changes})

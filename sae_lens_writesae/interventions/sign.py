@@ -70,7 +70,7 @@ def run_sign(model: Any, sae: Any, tokens: Tensor, config: SignConfig | None = N
         raise NothingToMeasureError(f"no position could be written at: {omitted}")
     table = pd.DataFrame(pd.concat(frames, ignore_index=True), columns=list(Sign.COLUMNS["writes"]))
     seconds = time.perf_counter() - begin
-    settings = {"config": asdict(config), "omitted": omitted, "rows_per_second": len(table) / seconds}
+    settings = {"config": asdict(config), "omitted": omitted, "conditions": len(table)}
     return Sign(
         describe(model, sae, label=config.label or hook.cell, seed=config.seed, seconds=seconds, **settings),
         {"writes": table},

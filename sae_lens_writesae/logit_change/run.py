@@ -75,7 +75,7 @@ def run_logit_change(
         floor=float(np.quantile(np.concatenate([part.floor for part in parts]), 0.95)),
         omitted=omitted,
         seconds=seconds,
-        edits_per_second=len(sample.table) * len(config.eps) / seconds,
+        conditions=len(sample.table) * len(config.eps),
     )
     return LogitChange(info, tables)
 
