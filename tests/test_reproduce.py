@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hookpoints import HookedRecurrent
+from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.cli import app
 from sae_lens_writesae.left_out import load_result
 from sae_lens_writesae.reproduce import (
@@ -141,6 +141,28 @@ def test_what_cannot_be_measured_is_said_in_the_report_and_not_tried_again(tmp_p
     answers = [(row["number"], row["outcome"], row["sentence"]) for row in json.loads(numbers)["claims"]]
     assert answers == [(4, "not tested", reason), (6, "not tested", reason)] and "partition of L2H0" in page
     assert run_tasks(config, tmp_path, say=lambda line: None) == []
+
+
+def test_another_model_and_dataset_by_their_folders(tmp_path):
+    """Documents are numbered: those kept for evaluation come first, and none of them is trained on."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    words = embedded.text("train").split()
+    documents = [f"{n} " + " ".join(words[n * 60 : n * 60 + 60]) for n in range(80)]
+    lines = [json.dumps({"text": document}) for document in documents]
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    changes = {"model": str(embedded.path("embedded")), "dataset": str(folder), "targets": ("write",)}
+    config = ReproduceConfig(**TINY | changes | {"eval_sequences": 4, "training_tokens": 512})
+    work = Workspace(config, tmp_path / "run")
+    work.check()
+    trained_on = [int(text.split()[0]) for text in work.dataset["text"]]
+    evaluated = "".join(work.model.tokenizer.batch_decode(work.tokens))
+    assert work.tokens.shape == (4, 64) and documents[0][:40] in evaluated
+    assert trained_on == list(range(trained_on[0], trained_on[0] + len(trained_on))) and len(trained_on) > 4
+    assert not any(documents[n][:40] in evaluated for n in trained_on)
+    assert run_tasks(config, tmp_path / "run", workspace=work)[-1] == "report"
+    with pytest.raises(ValueError, match=r"own text is too short for .*name a dataset"):
+        Workspace(ReproduceConfig(**TINY | {"model": changes["model"]}), tmp_path).check()
 
 
 def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
