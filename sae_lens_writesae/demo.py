@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +14,7 @@ from sae_lens_writesae.evaluate import spread
 from sae_lens_writesae.head_memory import half_lives
 from sae_lens_writesae.loading import load_sae
 from sae_lens_writesae.report import ReportFiles, write_report
-from sae_lens_writesae.runner import text_dataset, train, training_config
+from sae_lens_writesae.runner import quiet, text_dataset, train, training_config
 from sae_lens_writesae.substitution import run_substitution
 from sae_lens_writesae.substitution_config import SubstitutionConfig
 from sae_lens_writesae.substitution_result import SubstitutionResult
@@ -142,19 +138,5 @@ def _train(config: DemoConfig, model: HookedRecurrent, chosen: HeadChoice, targe
         seed=config.seed,
         verbose=False,
     )
-    with _quiet():
+    with quiet():
         return train(cfg, model, dataset)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """SAELens warns that a run with its own model and text cannot be repeated from its config; the demo can."""
-    logger = logging.getLogger("sae_lens")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

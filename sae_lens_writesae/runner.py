@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -187,3 +190,18 @@ def train(
 ) -> Any:
     """Train an SAE with SAELens; returns the trained (training) SAE. ``model`` and ``dataset`` override those named."""
     return WriteSAETrainingRunner(cfg, override_model=model, override_dataset=dataset).run()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing below an error is heard from SAELens inside: it warns that a run with a given model and text cannot be
+    repeated from its config alone, for those that keep settings of their own."""
+    logger = logging.getLogger("sae_lens")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

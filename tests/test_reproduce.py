@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import signal
@@ -52,15 +51,6 @@ TINY = {
     "firings_per_atom": 2,
     "dashboards": 0,
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    logger = logging.getLogger("sae_lens")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(before)
 
 
 def test_every_step_follows_what_it_needs_and_the_report_is_last():
@@ -114,7 +104,7 @@ class Interrupted(Workspace):
         raise KeyboardInterrupt
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path):
+def test_a_run_goes_on_where_it_stopped(tmp_path, caplog):
     config = ReproduceConfig(**TINY | {"targets": ("write",)})
     done: list[str] = []
     with pytest.raises(KeyboardInterrupt):
@@ -124,6 +114,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     assert run_tasks(config, tmp_path, say=done.append) == ["L2H0/write-seed0/multistep", "report"]
     assert weights.stat().st_mtime_ns == trained
     assert run_tasks(config, tmp_path) == []
+    assert not [record for record in caplog.records if record.name == "sae_lens"]  # "... not be reproducible"
     claims = json.loads((tmp_path / "report/report.json").read_text())["claims"]
     assert [claim["label"] for claim in claims] == ["L2H0 write-trained"]
     assert (tmp_path / "report/tables/multistep-steps.parquet").exists()
@@ -179,7 +170,7 @@ def test_an_estimate_counts_what_is_left_and_refuses_a_full_disk(tmp_path):
     model = HookedRecurrent.from_pretrained("embedded")
     whole = estimate(config, tmp_path, model)
     (tmp_path / "L2H0/write-seed0/sae").mkdir(parents=True)
-    rest = estimate(config, tmp_path, model)
+    rest = estimate(config, tmp_path, model, whole.pieces)
     assert whole.tasks["sae"] == 2 and rest.tasks["sae"] == 1
     weights = 4 * (32 * (2 * (64 + 32) + 1) + 64 * 32)
     assert whole.disk - rest.disk == weights

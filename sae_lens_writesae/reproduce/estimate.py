@@ -80,11 +80,11 @@ class Estimate:
         ]
 
 
-def estimate(config: ReproduceConfig, folder: Path, model: HookedRecurrent) -> Estimate:
-    """Measure the pieces and multiply. Cost: a few forwards and optimizer steps."""
+def estimate(config: ReproduceConfig, folder: Path, model: HookedRecurrent, pieces: Pieces | None = None) -> Estimate:
+    """Measure the pieces, unless they are given, and multiply. Cost: a few forwards and optimizer steps."""
     left = [task for task in make_tasks(config) if not is_done(folder, task)]
     kinds = Counter(task.kind for task in left)
-    pieces = measure(config, model)
+    pieces = pieces or measure(config, model)
     size = _sae_bytes(config, model)
     return Estimate(
         pieces=pieces,

@@ -28,7 +28,7 @@ from sae_lens_writesae.left_out import LeftOut, evaluate_or_leave_out, load_resu
 from sae_lens_writesae.loading import load_sae
 from sae_lens_writesae.reproduce.config import MATCHED, ReproduceConfig
 from sae_lens_writesae.reproduce.tasks import Dictionary
-from sae_lens_writesae.runner import WriteSAETrainingRunner, text_dataset, training_config
+from sae_lens_writesae.runner import WriteSAETrainingRunner, quiet, text_dataset, training_config
 from sae_lens_writesae.substitution_evaluation import Substitution
 from sae_lens_writesae.suite import EVALUATIONS
 from sae_lens_writesae.targets import head_target
@@ -115,7 +115,8 @@ class Workspace:
         cfg = self.training_config(dictionary, checkpoints)
         whole = whole_checkpoints(checkpoints)
         cfg.resume_from_checkpoint = str(whole[-1]) if whole else None
-        sae = _FrugalRunner(cfg, override_model=self.model, override_dataset=self.dataset).run()
+        with quiet():
+            sae = _FrugalRunner(cfg, override_model=self.model, override_dataset=self.dataset).run()
         aside = own / ".sae"
         shutil.rmtree(aside, ignore_errors=True)
         sae.save_inference_model(str(aside))
