@@ -46,7 +46,7 @@ def outcomes(runs: dict[str, Any]) -> str:
         cells = []
         for _, report in runs.values():
             counts = Counter(claim["outcome"] for claim in report["claims"] if claim["number"] == number)
-            cells.append(", ".join(f"{SHORT.get(name, name)} {n}" for name, n in counts.most_common()) or "–")
+            cells.append(", ".join(f"{n} × {SHORT.get(name, name)}" for name, n in counts.most_common()) or "–")
         rows.append([str(number), paper.claim, *cells])
     return "## Verdicts\n\n" + table(["", "claim", *(f"`{name}`" for name in runs)], rows)
 
