@@ -95,8 +95,8 @@ class Objectives(Evaluation):
     no-op; "fails" where the interval of the difference of win rates does not lie above 0, or X itself does not beat
     deletion; "explained" where a control beats deletion and X does not beat that control; "holds" otherwise.
 
-    Claim "one objective is best at everything" holds where one dictionary is beaten on no measure and wins the
-    substitution; it fails otherwise, and says what wins where.
+    Claim "one objective is best at all that it can be compared in" holds where one dictionary is beaten on no measure
+    and wins the substitution; it fails otherwise, and says what wins where.
     """
 
     kind: ClassVar[str] = "objectives"

@@ -104,12 +104,12 @@ def _best(result: Objectives) -> Claim:
     winner, tied = found[result.info["config"]["scale"]]
     holds = winner in unbeaten and not tied
     if holds:
-        sentence = f"{winner} wins the substitution and is beaten on nothing."
+        sentence = f"{winner} wins the substitution and is beaten on nothing that can be measured of it."
     elif tied:
         sentence = f"No objective wins the substitution: {winner} does not beat {', '.join(tied)}."
     else:
         sentence = f"{winner} wins the substitution, but is beaten on {', '.join(_beaten(result, winner))}."
-    claim = "one objective is best at everything"
+    claim = "one objective is best at all that it can be compared in"
     return Claim(None, claim, "; ".join(parts), len(names), "dictionaries", "", "holds" if holds else "fails", sentence)
 
 
