@@ -334,6 +334,23 @@ def made_up(
     return Baselines(info, tables)
 
 
+def test_atoms_of_rank_four_are_held_against_rank_one_by_the_same_rule() -> None:
+    plain = made_up()
+    two = {name: plain.tables[name].query("sae == 'two'") for name in ("dictionaries", "replacement")}
+    for dearer, outcome in ((0.0, "holds"), (0.05, "fails")):
+        four = {
+            "dictionaries": two["dictionaries"].assign(sae="four", variant="WriteSAE-rank4"),
+            "replacement": two["replacement"].assign(sae="four", nats=two["replacement"]["nats"] + dearer),
+        }
+        tables = {
+            name: pd.concat([table, four[name]]) if name in four else table for name, table in plain.tables.items()
+        }
+        claims = Baselines(plain.info, tables).claims()
+        (claim,) = [claim for claim in claims if "rank-4" in claim.claim]
+        assert (claim.number, claim.outcome) == (None, outcome) and "at rank 4" in claim.measured
+        assert len(claims) == len(plain.claims()) + 1
+
+
 NOTHING: dict[tuple[str, str], float] = {("", "delete"): 1e-13, ("ours", "atom"): 1e-14, ("ours", "svd"): 1e-14}
 
 

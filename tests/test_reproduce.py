@@ -60,9 +60,9 @@ def test_every_step_follows_what_it_needs_and_the_report_is_last():
     keys = [task.key for task in tasks]
     assert len(set(keys)) == len(keys) and keys[-1] == "report"
     assert all(keys.index(need) < keys.index(task.key) for task in tasks for need in task.needs)
-    # Per head: two targets, two losses, two more seeds, four variants; each evaluation of the two plain ones,
+    # Per head: two targets, two losses, two more seeds, five variants; each evaluation of the two plain ones,
     # or of the head.
-    counts = {"sae": 4 * 10, "substitution": 8, "multistep": 8, "sign": 4, "report": 1}
+    counts = {"sae": 4 * 11, "substitution": 8, "multistep": 8, "sign": 4, "report": 1}
     assert Counter(task.kind for task in tasks) == counts
     assert set(tasks[-1].needs) == set(keys[:-1])
 

@@ -36,7 +36,8 @@ def claims(result: Baselines) -> list[Claim]:
         _against_flat(result, 15, ours, equal, "as many atoms", "an atom", (ATOM, ATOM_SVD)),
         _against_flat(result, 15, ours, equal, "as many atoms", "a code", (SVD, SVD)),
         _against_flat(result, None, ours, matched, "as many parameters", "a code", (SVD, SVD)),
-        _rank_two(result, ours),
+        _higher_rank(result, ours, 2, 16),
+        *([_higher_rank(result, ours, 4, None)] if result.of_variant("WriteSAE-rank4") else []),
         _dead(result, ours, equal),
         _weak_metric(result),
         _selective(result, ours, equal),
@@ -92,14 +93,15 @@ def _against_flat(
     return Claim(number, claim, measured, gap.n, f"positions in {gap.n_clusters} sequences", controls, *found)
 
 
-def _rank_two(result: Baselines, ours: dict[str, Any] | None) -> Claim:
-    claim, two = "rank-2 atoms cost no more perplexity than rank-1 atoms", result.of_variant("WriteSAE-rank2")
-    if ours is None or two is None:
-        return _untested(16, claim, "It needs a WriteSAE and one with atoms of rank 2 (WriteSAE-rank2).")
-    one, both = result.cost("dictionary", ours["sae"]), result.cost("dictionary", two["sae"])
-    gap = result.cost("dictionary", two["sae"], minus=("dictionary", ours["sae"]))
+def _higher_rank(result: Baselines, ours: dict[str, Any] | None, rank: int, number: int | None) -> Claim:
+    name = f"WriteSAE-rank{rank}"
+    claim, higher = f"rank-{rank} atoms cost no more perplexity than rank-1 atoms", result.of_variant(name)
+    if ours is None or higher is None:
+        return _untested(number, claim, f"It needs a WriteSAE and one with atoms of rank {rank} ({name}).")
+    one, own = result.cost("dictionary", ours["sae"]), result.cost("dictionary", higher["sae"])
+    gap = result.cost("dictionary", higher["sae"], minus=("dictionary", ours["sae"]))
     zero, mean = result.cost("zero"), result.cost("mean")
-    over_mean = result.cost("mean", minus=("dictionary", two["sae"]))
+    over_mean = result.cost("mean", minus=("dictionary", higher["sae"]))
     found: tuple[Outcome, str]
     if not zero.low > _FLOOR_NATS:
         found = "below the floor", "Even with zero in the place of every matrix the model loses nothing."
@@ -109,9 +111,9 @@ def _rank_two(result: Baselines, ours: dict[str, Any] | None) -> Claim:
         found = "explained", "So does one and the same mean matrix: this measure does not see what differs by token."
     else:
         found = "holds", "The interval of the difference does not lie above 0, and the mean matrix costs more."
-    measured = f"perplexity {perplexity(both)} at rank 2, {perplexity(one)} at rank 1; difference {perplexity(gap)}"
+    measured = f"perplexity {perplexity(own)} at rank {rank}, {perplexity(one)} at rank 1; difference {perplexity(gap)}"
     controls = f"mean matrix {perplexity(mean)}; zero {perplexity(zero)}"
-    return Claim(16, claim, measured, gap.n, "sequences", controls, *found)
+    return Claim(number, claim, measured, gap.n, "sequences", controls, *found)
 
 
 def _dead(result: Baselines, ours: dict[str, Any] | None, flat: dict[str, Any] | None) -> Claim:

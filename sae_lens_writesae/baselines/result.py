@@ -42,7 +42,7 @@ class Baselines(Evaluation):
       comparison is also made with the FlatSAE that has as many parameters (within 5 %).
     * Claim 16, rank-2 atoms cost no more perplexity: "below the floor" where replacing all by zero costs nothing;
       "fails" where the interval of cost(rank 2) - cost(rank 1) lies above 0; "explained" where the mean matrix costs no
-      more than rank-2 atoms do; else "holds".
+      more than rank-2 atoms do; else "holds". Atoms of rank 4, where there are any, by the same rule.
     * Claim 17, fewer dead atoms than the FlatSAE: "fails" where the interval of the difference of shares does not lie
       above 0; "explained" where a dense encoder with rank-1 atoms (MatrixSAE) leaves as few dead; else "holds".
     * States cut to rank 1 cost less than 0.1 % of perplexity: "holds" where the interval's end is below that (the

@@ -41,7 +41,7 @@ class ReproduceConfig:
     comparison of objectives. None is trained where states are no target."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the first target's dictionaries; other targets and variants take the first seed."""
-    variants: tuple[str, ...] = ("FlatSAE", MATCHED, "MatrixSAE", "WriteSAE-rank2")
+    variants: tuple[str, ...] = ("FlatSAE", MATCHED, "MatrixSAE", "WriteSAE-rank2", "WriteSAE-rank4")
     """Further dictionaries of the first target, for the baselines: of `sae_lens_writesae.VARIANTS`, and `MATCHED`, a
     flat SAE with as many parameters as the WriteSAE has."""
     evaluations: tuple[str, ...] | None = None
