@@ -35,3 +35,17 @@ def test_the_hook_table_in_the_readme_is_the_table():
 
     text = README.read_text()
     assert all(row.name in text for row in HOOKS)
+
+
+def test_the_evaluations_in_the_readme_are_those_of_the_suite():
+    from sae_lens_writesae.suite import EVALUATIONS
+
+    rows = re.findall(r"^\| `(\w+)` \| (.*\?) \| (.*?) ?\|$", README.read_text(), flags=re.MULTILINE)
+    found = {name: (question, frozenset(_numbers(claims))) for name, question, claims in rows}
+    assert found == {name: (entry.question, frozenset(entry.claims)) for name, entry in EVALUATIONS.items()}
+
+
+def _numbers(text: str) -> list[int]:
+    """The text 1–3, 5 as 1, 2, 3, 5."""
+    spans = [span.split("–") for span in text.split(",") if span.strip()]
+    return [number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)]

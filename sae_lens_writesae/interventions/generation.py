@@ -83,9 +83,10 @@ def sampled(model: Any, tokens: Tensor, new_tokens: int, seed: int, *, batch_siz
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for start in range(0, len(tokens), batch_size):
             torch.manual_seed(seed + start)
-            guard = _Finite()
+            batch = tokens[start : start + batch_size]
+            guard = _Finite(torch.ones(len(batch), dtype=torch.bool, device=device))
             out = model.generate(
-                tokens[start : start + batch_size],
+                batch,
                 **plain,
                 **lengths,
                 **generation_settings(model),
@@ -99,11 +100,12 @@ def sampled(model: Any, tokens: Tensor, new_tokens: int, seed: int, *, batch_siz
 class _Finite(LogitsProcessor):
     """Notes which rows' logits are no distribution, and lets them go on from one that is. (-inf: never drawn.)"""
 
-    finite: Tensor
+    def __init__(self, finite: Tensor):
+        self.finite = finite  # [N] bool, of the rows so far
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         lost = (scores.isnan() | scores.isposinf()).any(-1)
-        self.finite = ~lost & getattr(self, "finite", True)
+        self.finite = self.finite & ~lost.to(self.finite.device)
         return torch.where(lost[:, None] & ~scores.isneginf(), 0.0, scores)
 
 
