@@ -20,8 +20,8 @@ from recurrence import Way, timed, upstream
 from torch import Tensor, nn
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
-from hookpoints.examples import random_recurrence
-from hookpoints.recurrence import Recurrence
+from hookpoints.recurrence.examples import random_recurrence
+from hookpoints.recurrence.recurrence import Recurrence
 
 FAMILIES = {
     "Gated DeltaNet": "gdn",

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 import transformers
 
-from hookpoints.examples import FORMS, random_recurrence
-from hookpoints.recurrence import Recurrence
+from hookpoints.recurrence.examples import FORMS, random_recurrence
+from hookpoints.recurrence.recurrence import Recurrence
 
 Way = Callable[[], object]
 GROWTH = ("gdn", "kda", "rwkv7")

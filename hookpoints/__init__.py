@@ -1,8 +1,8 @@
 """Recurrent-write hook points for recurrent and hybrid language models, in TransformerLens' vocabulary."""
 
-from .attach import Attached, attach
-from .edits import WriteEdit
-from .errors import (
+from hookpoints.edits.edit import WriteEdit
+from hookpoints.edits.session import EditedRun, EditSession
+from hookpoints.errors import (
     BridgeWarning,
     EditError,
     Float16OverflowError,
@@ -14,10 +14,10 @@ from .errors import (
     UnknownHookError,
     UnsupportedModelError,
 )
-from .hook_table import HOOKS, HookRow
-from .model import HookedRecurrent
-from .recurrence import Recurrence, ScanResult
-from .session import EditedRun, EditSession
+from hookpoints.hooks.table import HOOKS, HookRow
+from hookpoints.model.attach import Attached, attach
+from hookpoints.model.recurrent import HookedRecurrent
+from hookpoints.recurrence.recurrence import Recurrence, ScanResult
 
 __all__ = [
     "HOOKS",

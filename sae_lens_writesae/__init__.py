@@ -4,7 +4,7 @@ Importing this package registers six architectures in SAELens, after which its r
 take them like its own. This is the public surface; modules hold the details.
 """
 
-from sae_lens_writesae.architectures import (
+from sae_lens_writesae.sae import (
     INFERENCE,
     TRAINING,
     VARIANTS,
@@ -30,22 +30,22 @@ from sae_lens_writesae.architectures import (
     WriteTopKTrainingSAEConfig,
     register,
 )
-from sae_lens_writesae.atoms import AtomFactors, MatrixAtoms, MatrixAtomsConfig
-from sae_lens_writesae.loading import CheckpointError, load_sae
-from sae_lens_writesae.patching import HookedSAERecurrent
-from sae_lens_writesae.runner import (
+from sae_lens_writesae.sae.base import AtomFactors, MatrixAtoms, MatrixAtomsConfig
+from sae_lens_writesae.sae.hooked import HookedSAERecurrent
+from sae_lens_writesae.sae.load import CheckpointError, load_sae
+from sae_lens_writesae.sae.runner import (
     WriteSAETrainingRunner,
     register_model_class,
     text_dataset,
     train,
     training_config,
 )
+from sae_lens_writesae.sae.target import head_target
+from sae_lens_writesae.sae.training import PAPER_RUNNER, MatrixTrainingConfig, calibrate_threshold, preset_b_dec
 from sae_lens_writesae.steering import AtomScaling, Steering, scale_atoms, steer
 from sae_lens_writesae.substitution import run_substitution
 from sae_lens_writesae.substitution_config import SubstitutionConfig
 from sae_lens_writesae.substitution_result import SubstitutionResult
-from sae_lens_writesae.targets import head_target
-from sae_lens_writesae.training import PAPER_RUNNER, MatrixTrainingConfig, calibrate_threshold, preset_b_dec
 
 register()
 register_model_class()

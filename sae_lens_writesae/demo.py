@@ -12,13 +12,13 @@ from torch import Tensor
 from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.evaluate import spread
 from sae_lens_writesae.head_memory import half_lives
-from sae_lens_writesae.loading import load_sae
 from sae_lens_writesae.report import ReportFiles, write_report
-from sae_lens_writesae.runner import quiet, text_dataset, train, training_config
+from sae_lens_writesae.sae.load import load_sae
+from sae_lens_writesae.sae.runner import quiet, text_dataset, train, training_config
+from sae_lens_writesae.sae.target import Target
 from sae_lens_writesae.substitution import run_substitution
 from sae_lens_writesae.substitution_config import SubstitutionConfig
 from sae_lens_writesae.substitution_result import SubstitutionResult
-from sae_lens_writesae.targets import Target
 
 
 @dataclass(frozen=True)

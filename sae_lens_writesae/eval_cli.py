@@ -17,8 +17,8 @@ from sae_lens_writesae.evaluation import Evaluation
 from sae_lens_writesae.firings import HeadHook
 from sae_lens_writesae.joined_report import write_joined_report
 from sae_lens_writesae.left_out import LeftOut, evaluate_or_leave_out
-from sae_lens_writesae.loading import load_sae
 from sae_lens_writesae.report import ReportFiles
+from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.suite import EVALUATIONS, Scope
 
 eval_app = typer.Typer(

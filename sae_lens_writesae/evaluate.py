@@ -23,7 +23,7 @@ def spread(model: HookedRecurrent, text: str, context_size: int, sequences: int)
 
 def check_fits(model: HookedRecurrent, sae: Any, where: Path | str) -> None:
     """Raise ValueError unless the SAE's hook exists on the model with the SAE's sizes; names both."""
-    from hookpoints.firing import check_names
+    from hookpoints.hooks.guard import check_names
     from sae_lens_writesae.firings import HeadHook
 
     hook = HeadHook.of(sae)

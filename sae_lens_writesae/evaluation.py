@@ -14,8 +14,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 import pandas as pd
 
-from sae_lens_writesae.claims import PAPER_CLAIMS, Outcome
 from sae_lens_writesae.firings import HeadHook
+from sae_lens_writesae.verdict.paper import PAPER_CLAIMS, Outcome
 
 _FORMAT = 1
 _INFO = "info.json"

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import jinja2
 import pandas as pd
 
-from sae_lens_writesae.claims import OTHER_MODELS, PAPER_CLAIMS, Outcome
 from sae_lens_writesae.evaluation import Claim, Evaluation
 from sae_lens_writesae.left_out import LeftOut, load_result
 from sae_lens_writesae.plots import number
 from sae_lens_writesae.report import ReportFiles
 from sae_lens_writesae.substitution_evaluation import Substitution, all_heads
 from sae_lens_writesae.suite import EVALUATIONS
+from sae_lens_writesae.verdict.paper import OTHER_MODELS, PAPER_CLAIMS, Outcome
 from sae_lens_writesae.writing import write_aside
 
 _ROWS = 40

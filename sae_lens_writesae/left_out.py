@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sae_lens_writesae.claims import OTHER_MODELS
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure, describe, saved_head
 from sae_lens_writesae.suite import EVALUATIONS
+from sae_lens_writesae.verdict.paper import OTHER_MODELS
 
 
 class LeftOut(Evaluation):

@@ -20,11 +20,7 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluation import describe
 from sae_lens_writesae.firings import Firings, HeadHook, collect_firings
 from sae_lens_writesae.head_memory import head_writes
-from sae_lens_writesae.interventions.common import (
-    by_sequence,
-    checked_hook,
-    head_atoms,
-)
+from sae_lens_writesae.interventions.common import by_sequence, checked_hook, head_atoms
 from sae_lens_writesae.multi_atom_result import MultiAtom, MultiAtomConfig
 from sae_lens_writesae.progress import bar
 from sae_lens_writesae.substitution_config import SubstitutionConfig

@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 import pandas as pd
 from torch import Tensor
 
-from sae_lens_writesae import plots, statistics
+from sae_lens_writesae import plots
 from sae_lens_writesae.conditions import CONTROLS, NAMES, Scale
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure, describe
 from sae_lens_writesae.multistep import multistep_divergence
 from sae_lens_writesae.report_text import percent, span
 from sae_lens_writesae.substitution_config import SubstitutionConfig
+from sae_lens_writesae.verdict import statistics
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sae_lens_writesae import statistics as stats
 from sae_lens_writesae.substitution_result import SubstitutionResult
+from sae_lens_writesae.verdict import statistics as stats
 
 SCALES = ("coefficient", "matched")
 """Scales of the substitution test, each a measure: the share of firings at which the atom beats deletion."""

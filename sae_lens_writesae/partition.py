@@ -21,11 +21,11 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluate import check_fits
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure, describe
 from sae_lens_writesae.firings import Firings, collect_firings
-from sae_lens_writesae.mixtures import COLUMNS as MIXTURE_COLUMNS
-from sae_lens_writesae.mixtures import fisher_z, fit_mixtures
 from sae_lens_writesae.substitution import run_substitution
 from sae_lens_writesae.substitution_config import SubstitutionConfig
 from sae_lens_writesae.substitution_result import SubstitutionResult
+from sae_lens_writesae.verdict.mixtures import COLUMNS as MIXTURE_COLUMNS
+from sae_lens_writesae.verdict.mixtures import fisher_z, fit_mixtures
 from sae_lens_writesae.write_cosines import firing_cosines
 
 SAMPLES: dict[str, str] = {

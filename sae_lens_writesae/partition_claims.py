@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sae_lens_writesae import statistics as stats
 from sae_lens_writesae.conditions import NAMES
 from sae_lens_writesae.evaluation import Claim
 from sae_lens_writesae.report_text import percent, span
 from sae_lens_writesae.substitution_result import SubstitutionResult
+from sae_lens_writesae.verdict import statistics as stats
 
 if TYPE_CHECKING:
     from sae_lens_writesae.partition import Partition

@@ -9,8 +9,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sae_lens_writesae.aligned_store import read_queries
 from sae_lens_writesae.firings import HeadHook, Target
+from sae_lens_writesae.sae.store import read_queries
 
 
 class HeadMatrices(NamedTuple):

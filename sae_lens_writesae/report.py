@@ -18,9 +18,9 @@ import pandas as pd
 from sae_lens_writesae import plots
 from sae_lens_writesae import report_text as text
 from sae_lens_writesae.conditions import CONTROLS, DEFINITIONS, NAMES, SCALE_DEFINITIONS
-from sae_lens_writesae.statistics import Rate, win_rate
 from sae_lens_writesae.substitution_result import SubstitutionResult
 from sae_lens_writesae.summary import EXACT_FLOOR, Summary, Verdict
+from sae_lens_writesae.verdict.statistics import Rate, win_rate
 from sae_lens_writesae.writing import write_aside
 
 TITLE = "Can an atom stand in for the write it replaces?"

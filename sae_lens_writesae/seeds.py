@@ -18,8 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sae_lens_writesae import statistics as stats
-from sae_lens_writesae.atom_matching import match_atoms
+from sae_lens_writesae.atom.matching import match_atoms
 from sae_lens_writesae.conditions import Factors, norm, random_directions
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluate import check_fits
@@ -28,6 +27,7 @@ from sae_lens_writesae.firings import HeadHook, atom_factors, collect_firings
 from sae_lens_writesae.head_memory import head_writes
 from sae_lens_writesae.plots_seeds import figures
 from sae_lens_writesae.report_text import percent
+from sae_lens_writesae.verdict import statistics as stats
 from sae_lens_writesae.write_cosines import firing_cosines
 
 SAMPLES: dict[str, str] = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from sae_lens_writesae.dashboards import DashboardConfig, DashboardFiles
+    from sae_lens_writesae.page.dashboards import DashboardConfig, DashboardFiles
 
 
 def show_atoms(
@@ -38,9 +38,9 @@ def show_atoms(
         ValueError: a file is not what it should be, the SAE does not fit the model, or no atom fires often enough.
     """
     from hookpoints import HookedRecurrent, embedded
-    from sae_lens_writesae.dashboards import atom_dashboards, write_dashboards
     from sae_lens_writesae.evaluate import check_fits, spread
-    from sae_lens_writesae.loading import load_sae
+    from sae_lens_writesae.page.dashboards import atom_dashboards, write_dashboards
+    from sae_lens_writesae.sae.load import load_sae
 
     sae = load_sae(folder)
     found = {
@@ -95,7 +95,7 @@ def show(
     Static HTML that needs no server and no network; the index sorts and filters. The same numbers as JSON beside it.
     """
     from sae_lens_writesae.cli import clear_errors
-    from sae_lens_writesae.dashboards import DashboardConfig
+    from sae_lens_writesae.page.dashboards import DashboardConfig
 
     with clear_errors():
         config = DashboardConfig(atoms=_numbers(atoms), n_atoms=n or None, seed=seed)

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from sae_lens_writesae import statistics as stats
-from sae_lens_writesae.claims import Outcome
 from sae_lens_writesae.conditions import NAMES
 from sae_lens_writesae.substitution_result import SubstitutionResult
+from sae_lens_writesae.verdict import statistics as stats
+from sae_lens_writesae.verdict.paper import Outcome
 
 #: A no-op above this KL (nats) is not float32 rounding: float32 logits differ by 1e-5, KL goes with its
 #: square.

@@ -20,8 +20,8 @@ from families_page import Facts, Family
 from torch import Tensor, nn
 
 from hookpoints import HookedRecurrent, Recurrence
-from hookpoints.fla_support import MODEL_TYPES as FLA_TYPES
-from hookpoints.hook_table import rows
+from hookpoints.fla import MODEL_TYPES as FLA_TYPES
+from hookpoints.hooks.table import rows
 from hookpoints.rules import OpResult, Rule
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from docs_site.markdown import table
 
-from hookpoints.hook_table import rows
+from hookpoints.hooks.table import rows
 from hookpoints.rules import REFUSED, REFUSED_LAYERS
 
 

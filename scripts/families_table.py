@@ -21,7 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from families_page import Facts, Family, markdown
 
-from hookpoints.fla_support import import_fla
+from hookpoints.fla import import_fla
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from sae_lens_writesae.claims import PAPER_CLAIMS
+from sae_lens_writesae.verdict.paper import PAPER_CLAIMS
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 SHORT = {"explained": "explained by a control"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fla_families import OWN, VOCAB, make
 
-from hookpoints.fla_support import import_fla
+from hookpoints.fla import import_fla
 
 if importlib.util.find_spec("fla") is None:
     pytest.skip('flash-linear-attention is not installed (pip install ".[fla]")', allow_module_level=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae import WriteTopKSAE, WriteTopKSAEConfig
-from sae_lens_writesae.dashboards import DashboardConfig
+from sae_lens_writesae.page.dashboards import DashboardConfig
 
 LAYER, HEAD, N, T = 2, 3, 4, 48
 HOOK = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write_vec"

@@ -11,8 +11,8 @@ from sae_lens.saes.sae import SAE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sae_lens_writesae as W
-from sae_lens_writesae import sparse
-from sae_lens_writesae.atoms import atom_norm, truncated_svd
+from sae_lens_writesae.atom import sparse
+from sae_lens_writesae.sae.base import atom_norm, truncated_svd
 
 K, V, D_IN, F = 5, 6, 30, 12
 ALL_VARIANTS = [

@@ -11,7 +11,6 @@ from small_saes import HEAD, HOOK, LAYER, STATE, K, V, exact_sae, make_sae
 
 from hookpoints import WriteEdit
 from sae_lens_writesae import VARIANTS, WriteTopKSAE, WriteTopKSAEConfig
-from sae_lens_writesae.architectures import INFERENCE
 from sae_lens_writesae.baselines import (
     Baselines,
     BaselinesConfig,
@@ -26,6 +25,7 @@ from sae_lens_writesae.baselines.selectivity import selectivity
 from sae_lens_writesae.baselines.writes import Setting, exchanged
 from sae_lens_writesae.conditions import rank_one
 from sae_lens_writesae.firings import Firings, HeadHook
+from sae_lens_writesae.sae import INFERENCE
 
 SMALL = BaselinesConfig(
     test_sequences=4, pca_ranks=(1, 3), pca_writes=40, replacement_sequences=3, horizon=4, min_firings=2

@@ -20,9 +20,9 @@ from hookpoints import (
     UnknownHookError,
     WriteEdit,
     attach,
-    loading,
 )
-from hookpoints.bridge_check import without_bridge
+from hookpoints.model import loading
+from hookpoints.model.bridge_check import without_bridge
 
 LAYER = 1
 MIXER = f"blocks.{LAYER}.mixer."

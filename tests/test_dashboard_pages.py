@@ -11,7 +11,7 @@ from browsing import PHONE, chromium, colour, contrast, opened, scrolls_sideways
 from planted_atoms import SMALL, float64_model, held_out, planted_sae
 from playwright.sync_api import Browser, Page
 
-from sae_lens_writesae.dashboards import Dashboard, DashboardFiles, atom_dashboards, write_dashboards
+from sae_lens_writesae.page.dashboards import Dashboard, DashboardFiles, atom_dashboards, write_dashboards
 
 EVIL = '</td><script>alert("token")</script><img src=x onerror=alert(1)>&amp;' + "long" * 40
 """What a corpus may hold: markup, and words without a place to break."""

@@ -21,14 +21,14 @@ from typer.testing import CliRunner
 
 from hookpoints import embedded as embedded_model
 from sae_lens_writesae.cli import app
-from sae_lens_writesae.dashboards import AtomPage, Dashboard, DashboardConfig, atom_dashboards, write_dashboards
-from sae_lens_writesae.dashboards.collect import _atoms, _table
-from sae_lens_writesae.dashboards.data import TokenValue
-from sae_lens_writesae.dashboards.effects import direct_path, effect_firings
-from sae_lens_writesae.dashboards.memory import Lifetime, memory
-from sae_lens_writesae.dashboards.pages import chip, lead, token
-from sae_lens_writesae.dashboards.token_text import TokenTexts, visible
 from sae_lens_writesae.firings import HeadHook, collect_firings
+from sae_lens_writesae.page.dashboards import AtomPage, Dashboard, DashboardConfig, atom_dashboards, write_dashboards
+from sae_lens_writesae.page.dashboards.collect import _atoms, _table
+from sae_lens_writesae.page.dashboards.data import TokenValue
+from sae_lens_writesae.page.dashboards.effects import direct_path, effect_firings
+from sae_lens_writesae.page.dashboards.memory import Lifetime, memory
+from sae_lens_writesae.page.dashboards.pages import chip, lead, token
+from sae_lens_writesae.page.dashboards.token_text import TokenTexts, visible
 from sae_lens_writesae.reproduce import ReproduceConfig
 from sae_lens_writesae.reproduce.tasks import Dictionary
 from sae_lens_writesae.reproduce.workspace import Workspace

@@ -21,7 +21,7 @@ from docs_site import catalogue, error_pages, evaluation_pages, hook_pages, mark
 
 import hookpoints  # noqa: E402
 import sae_lens_writesae  # noqa: E402
-from hookpoints.hook_table import HOOKS  # noqa: E402
+from hookpoints.hooks.table import HOOKS  # noqa: E402
 from sae_lens_writesae.evaluation import Evaluation  # noqa: E402
 from sae_lens_writesae.suite import EVALUATIONS, Entry, Scope  # noqa: E402
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import MAKERS
 
-from hookpoints.fla_support import MODEL_TYPES as FLA_TYPES
+from hookpoints.fla import MODEL_TYPES as FLA_TYPES
 from hookpoints.rules import REFUSED, REFUSED_LAYERS, RULES
 
 ROOT = Path(__file__).parents[1]

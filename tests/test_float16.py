@@ -9,7 +9,7 @@ import torch
 from conftest import MAKERS, make_hf
 
 from hookpoints import Float16OverflowError, HookedRecurrent, WriteEdit
-from hookpoints.selfcheck import relative_error
+from hookpoints.model.selfcheck import relative_error
 
 IDS = torch.arange(1, 11).view(2, 5)
 

@@ -11,8 +11,8 @@ from transformer_lens import ActivationCache, patching
 from transformer_lens.hook_points import HookPoint
 
 from hookpoints import HOOKS, HookDidNotFireError, HookedRecurrent, HookShapeError, UnknownHookError
-from hookpoints.hook_table import HookRow, is_matrix, markdown
-from hookpoints.session import cache_of
+from hookpoints.edits.session import cache_of
+from hookpoints.hooks.table import HookRow, is_matrix, markdown
 
 LAYER, HEAD, ATTENTION = 1, 2, 3
 SIZES = {"B": 2, "T": 70, "H": 4, "K": 8, "V": 6, "D": 32}

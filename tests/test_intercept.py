@@ -12,7 +12,7 @@ import transformers.models.qwen3_5.modeling_qwen3_5 as upstream
 from conftest import make_hf
 
 from hookpoints import HookedRecurrent
-from hookpoints.intercept import running, wrap_ops
+from hookpoints.layer.intercept import running, wrap_ops
 from hookpoints.rules import GatedDelta
 
 
@@ -86,7 +86,7 @@ def test_the_scope_closes_when_a_layer_raises(tokens):
     with pytest.raises(KeyError):
         model(tokens)
     handle.remove()
-    from hookpoints import intercept
+    from hookpoints.layer import intercept
 
     assert intercept._RUNNING.get() is None
     with torch.no_grad():

@@ -13,11 +13,11 @@ from browsing import PHONE, chromium, colour, contrast, opened, scrolls_sideways
 from fake_substitution import EXPLAINED, FAILS, HOLDS, NO_EFFECT, fake_result
 from playwright.sync_api import Browser
 
-from sae_lens_writesae.claims import PAPER_CLAIMS
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
 from sae_lens_writesae.joined_report import Paragraph, _paragraphs, find_results, write_joined_report
 from sae_lens_writesae.report import ReportFiles
 from sae_lens_writesae.substitution_evaluation import Substitution
+from sae_lens_writesae.verdict.paper import PAPER_CLAIMS
 
 EVIL = "<script>alert(1)</script>"
 MADE = {"state": EXPLAINED, "write": HOLDS, EVIL: FAILS, "silent": NO_EFFECT}

@@ -13,8 +13,8 @@ from conftest import VOCAB, make_hf
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hookpoints import HookedRecurrent, UnsupportedModelError
-from hookpoints.config import RecurrentLayer
-from hookpoints.layout import find_layout
+from hookpoints.model.config import RecurrentLayer
+from hookpoints.model.layout import find_layout
 from hookpoints.rules import REFUSED
 
 

@@ -8,9 +8,9 @@ from conftest import MAKERS, VOCAB, KeepFloat64, continuing, make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, WriteEdit
-from hookpoints.hook_table import HOOKS
-from hookpoints.layout import out_projection, rule_of
-from hookpoints.session import cache_of
+from hookpoints.edits.session import cache_of
+from hookpoints.hooks.table import HOOKS
+from hookpoints.model.layout import out_projection, rule_of
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 MODEL_TYPES = sorted(set(MAKERS) - {"qwen3_5", "qwen3_5_moe", "qwen3_next", "olmo_hybrid"})

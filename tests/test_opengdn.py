@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
-from hookpoints.recurrence import Recurrence
+from hookpoints.edits.session import cache_of
+from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.rules.base import l2_normalise
-from hookpoints.session import cache_of
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 B, T, H, K, V = 2, 75, 3, 8, 5

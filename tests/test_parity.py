@@ -9,7 +9,7 @@ from conftest import VOCAB, continuing, make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, SelfCheckError, UnsupportedModelError
-from hookpoints.session import cache_of
+from hookpoints.edits.session import cache_of
 
 
 @pytest.fixture

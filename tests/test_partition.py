@@ -12,9 +12,9 @@ from small_saes import HEAD, HOOK, LAYER, K, V, make_sae, planted
 from hookpoints import UnknownHookError
 from sae_lens_writesae.conditions import Factors
 from sae_lens_writesae.firings import collect_firings
-from sae_lens_writesae.mixtures import fisher_z, fit_mixtures
 from sae_lens_writesae.partition import Partition, PartitionConfig, evaluate_partition, run_partition
 from sae_lens_writesae.partition_claims import by_kind, compared
+from sae_lens_writesae.verdict.mixtures import fisher_z, fit_mixtures
 from sae_lens_writesae.write_cosines import cosines, firing_cosines
 
 QUICK: Any = {"scales": ("coefficient",), "controls": ("state",)}

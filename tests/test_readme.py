@@ -31,7 +31,7 @@ def test_every_linked_file_exists():
 
 
 def test_the_hook_table_in_the_readme_is_the_table():
-    from hookpoints.hook_table import HOOKS
+    from hookpoints.hooks.table import HOOKS
 
     text = README.read_text()
     assert all(row.name in text for row in HOOKS)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from hookpoints import recurrence
-from hookpoints.examples import FORMS, random_recurrence
-from hookpoints.recurrence import Recurrence
+from hookpoints.recurrence import recurrence
+from hookpoints.recurrence.examples import FORMS, random_recurrence
+from hookpoints.recurrence.recurrence import Recurrence
 
 FIELDS = ("q", "k", "u", "log_decay", "a", "b", "beta", "initial_state")
 
@@ -66,7 +66,7 @@ def test_gradients_of_states_probes_and_propagation(form: str) -> None:
 
 
 def test_gradients_over_several_spans_are_the_reference_ones(monkeypatch) -> None:
-    monkeypatch.setattr("hookpoints.chunk_walk._SPAN", {"cpu": 1})  # one chunk a span
+    monkeypatch.setattr("hookpoints.recurrence.chunk_walk._SPAN", {"cpu": 1})  # one chunk a span
     for form in FORMS:
         r = random_recurrence(form, T=70, dtype=torch.float64, initial_state=True)
         leaves = leaves_of(r)
@@ -191,7 +191,7 @@ def test_writes(r: Recurrence) -> None:
 
 def test_work_grows_linearly_with_length(monkeypatch) -> None:
     """Counted, not timed: chunks walked per token, and the numbers prepared at once."""
-    from hookpoints import chunk_walk
+    from hookpoints.recurrence import chunk_walk
 
     prepared: list[int] = []
     original = chunk_walk._prepare

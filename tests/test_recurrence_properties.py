@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hookpoints.examples import Form, random_recurrence
-from hookpoints.recurrence import Recurrence
+from hookpoints.recurrence.examples import Form, random_recurrence
+from hookpoints.recurrence.recurrence import Recurrence
 
 FREE = Form("channel", "free")
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
-from hookpoints.intercept import _bind, running, wrap_ops
+from hookpoints.layer.intercept import _bind, running, wrap_ops
 from hookpoints.rules import Factors, GatedDelta, KimiDelta, Mamba2
 
 GATED = [modelling(name) for name in ("qwen3_5", "lara_mini")]

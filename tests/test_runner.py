@@ -28,8 +28,8 @@ from torch.testing import assert_close
 
 import sae_lens_writesae as writesae
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError, embedded
-from sae_lens_writesae.patching import HookedSAERecurrent
-from sae_lens_writesae.runner import (
+from sae_lens_writesae.sae.hooked import HookedSAERecurrent
+from sae_lens_writesae.sae.runner import (
     MODEL_CLASS_NAME,
     WriteSAETrainingRunner,
     register_model_class,
@@ -37,7 +37,7 @@ from sae_lens_writesae.runner import (
     train,
     training_config,
 )
-from sae_lens_writesae.targets import head_target
+from sae_lens_writesae.sae.target import head_target
 
 LAYER, HEAD = 2, 1
 SMALL = {

@@ -11,9 +11,9 @@ from rwkv7_oracles import Answer, ask_official, ask_rwkv7_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
+from hookpoints.edits.session import cache_of
 from hookpoints.rules import RWKV7, FlaRWKV7
 from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM, rwkv7_recurrence
-from hookpoints.session import cache_of
 
 B, T, H, K, V = 2, 45, 3, 8, 6
 EXACT = {"rtol": 0, "atol": 1e-10}

@@ -11,7 +11,7 @@ from conftest import make_hf
 from safetensors.torch import load_file, save_file
 
 from hookpoints import HookedRecurrent
-from hookpoints.config import RecurrentLayer
+from hookpoints.model.config import RecurrentLayer
 from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 
 PUBLISHED = {

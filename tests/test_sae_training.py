@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import sae_lens_writesae as W
-from sae_lens_writesae.resampling import distinct_directions
-from sae_lens_writesae.training import aux_loss
+from sae_lens_writesae.sae.resampling import distinct_directions
+from sae_lens_writesae.sae.training import aux_loss
 
 K, V, D_IN, BATCH = 10, 8, 80, 256
 

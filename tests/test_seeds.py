@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_saes import HOOK, make_sae, planted
 
-from sae_lens_writesae.atom_matching import match_atoms
+from sae_lens_writesae.atom.matching import match_atoms
 from sae_lens_writesae.conditions import Factors
 from sae_lens_writesae.seeds import SAMPLES, Seeds, SeedsConfig, _summed, run_seeds
 

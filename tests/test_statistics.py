@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sae_lens_writesae import statistics as S
+from sae_lens_writesae.verdict import statistics as S
 
 
 def test_wilson_is_the_closed_form() -> None:

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from fake_substitution import EXPLAINED, FAILS, HOLDS, NO_EFFECT
 
-from sae_lens_writesae import statistics as stats
 from sae_lens_writesae.substitution_config import SubstitutionConfig
 from sae_lens_writesae.substitution_result import SubstitutionInfo, SubstitutionResult
+from sae_lens_writesae.verdict import statistics as stats
 
 
 def fake_result(*args: Any, **kwargs: Any) -> Any:

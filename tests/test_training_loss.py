@@ -10,8 +10,8 @@ from sae_lens.saes.sae import TrainStepInput
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae import TRAINING, WriteSAETrainingRunner, load_sae, training_config
-from sae_lens_writesae.aligned_store import COLUMN_SCALE, AlignedStore, read_queries
-from sae_lens_writesae.training_loss import atom_write_cosines, n_columns, read_loss, write_loss
+from sae_lens_writesae.sae.losses import atom_write_cosines, n_columns, read_loss, write_loss
+from sae_lens_writesae.sae.store import COLUMN_SCALE, AlignedStore, read_queries
 
 LAYER, HEAD, K, V = 1, 2, 8, 6
 EXTRA: dict[str, Any] = {
@@ -164,7 +164,7 @@ def test_columns_are_the_models_own_queries_and_writes(model: Any, tokens: Any, 
 
 
 def test_a_rule_that_reads_first_is_given_the_next_query() -> None:
-    from hookpoints.recurrence import Recurrence
+    from hookpoints.recurrence.recurrence import Recurrence
 
     q = torch.randn(1, 5, 1, K)
     r = Recurrence(q=q, k=torch.randn(1, 5, 1, K), u=torch.randn(1, 5, 1, V), read_before_write=True)

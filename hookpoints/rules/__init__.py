@@ -3,20 +3,20 @@
 To add a family, write one file here with a class that follows ``base.Rule`` and add it to ``RULES``.
 """
 
-from .base import Factors, OpResult, Rule
-from .comba import FlaComba
-from .delta_product import FlaGatedDeltaProduct
-from .fla_delta import FlaDelta
-from .fla_gated_delta import FlaGatedDelta
-from .fla_gla import FlaGatedLinear
-from .fla_kda import FlaKimiDelta
-from .fla_simple_gla import FlaRetention, FlaSimpleGatedLinear
-from .gated_delta import GatedDelta
-from .kda import KimiDelta
-from .mamba2 import Mamba2
-from .refused import REFUSED, REFUSED_LAYERS
-from .rwkv6 import FlaRWKV6
-from .rwkv7 import RWKV7, FlaRWKV7
+from hookpoints.rules.base import Factors, OpResult, Rule
+from hookpoints.rules.comba import FlaComba
+from hookpoints.rules.delta_product import FlaGatedDeltaProduct
+from hookpoints.rules.fla_delta import FlaDelta
+from hookpoints.rules.fla_gated_delta import FlaGatedDelta
+from hookpoints.rules.fla_gla import FlaGatedLinear
+from hookpoints.rules.fla_kda import FlaKimiDelta
+from hookpoints.rules.fla_simple_gla import FlaRetention, FlaSimpleGatedLinear
+from hookpoints.rules.gated_delta import GatedDelta
+from hookpoints.rules.kda import KimiDelta
+from hookpoints.rules.mamba2 import Mamba2
+from hookpoints.rules.refused import REFUSED, REFUSED_LAYERS
+from hookpoints.rules.rwkv6 import FlaRWKV6
+from hookpoints.rules.rwkv7 import RWKV7, FlaRWKV7
 
 RULES: tuple[Rule, ...] = (
     GatedDelta(),

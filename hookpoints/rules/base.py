@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..recurrence import Recurrence
+from hookpoints.recurrence.recurrence import Recurrence
 
 
 @dataclass(frozen=True, eq=False)

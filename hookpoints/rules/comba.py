@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..recurrence import Recurrence
-from .base import Factors, compute_dtype, expand_groups, l2_normalise
-from .fla_base import FlaRule, initial_state, scale_of
+from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.rules.base import Factors, compute_dtype, expand_groups, l2_normalise
+from hookpoints.rules.fla_base import FlaRule, initial_state, scale_of
 
 _OTHERS = {"v": "v", "beta": "beta", "log_decay": "g"}
 

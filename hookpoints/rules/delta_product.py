@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..product import carried_keys
-from ..recurrence import Recurrence
-from .base import Factors, OpResult, compute_dtype, l2_normalise
-from .fla_base import FlaRule, initial_state, scale_of
+from hookpoints.recurrence.product import carried_keys
+from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.rules.base import Factors, OpResult, compute_dtype, l2_normalise
+from hookpoints.rules.fla_base import FlaRule, initial_state, scale_of
 
 
 class FlaGatedDeltaProduct(FlaRule):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Factors, OpResult
+from hookpoints.rules.base import Factors, OpResult
 
 
 class FlaRule:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .fla_gated_delta import FlaGatedDelta
+from hookpoints.rules.fla_gated_delta import FlaGatedDelta
 
 
 class FlaDelta(FlaGatedDelta):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..recurrence import Recurrence
-from .base import Factors, compute_dtype, expand_groups, l2_normalise
-from .fla_base import FlaRule, initial_state, scale_of
+from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.rules.base import Factors, compute_dtype, expand_groups, l2_normalise
+from hookpoints.rules.fla_base import FlaRule, initial_state, scale_of
 
 
 class FlaGatedDelta(FlaRule):

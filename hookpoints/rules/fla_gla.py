@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from ..recurrence import Recurrence
-from .base import Factors, compute_dtype
-from .fla_base import FlaRule, initial_state, scale_of
+from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.rules.base import Factors, compute_dtype
+from hookpoints.rules.fla_base import FlaRule, initial_state, scale_of
 
 
 class FlaGatedLinear(FlaRule):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Factors
-from .fla_gated_delta import FlaGatedDelta, gate
+from hookpoints.rules.base import Factors
+from hookpoints.rules.fla_gated_delta import FlaGatedDelta, gate
 
 
 class FlaKimiDelta(FlaGatedDelta):

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..recurrence import Recurrence
-from .base import Factors, compute_dtype
-from .fla_base import FlaRule, initial_state, scale_of
+from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.rules.base import Factors, compute_dtype
+from hookpoints.rules.fla_base import FlaRule, initial_state, scale_of
 
 
 class FlaSimpleGatedLinear(FlaRule):

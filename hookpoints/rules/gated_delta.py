@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..recurrence import Recurrence
-from .base import Factors, OpResult, compute_dtype, expand_groups, l2_normalise
+from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.rules.base import Factors, OpResult, compute_dtype, expand_groups, l2_normalise
 
 _OTHERS = {"v": "value", "beta": "beta", "log_decay": "g"}
 

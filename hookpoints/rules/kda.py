@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .gated_delta import GatedDelta
+from hookpoints.rules.gated_delta import GatedDelta
 
 
 class KimiDelta(GatedDelta):

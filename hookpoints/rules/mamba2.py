@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..recurrence import Recurrence
-from .base import Factors, OpResult, compute_dtype, expand_groups
+from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.rules.base import Factors, OpResult, compute_dtype, expand_groups
 
 _INPUTS = {"q": "C", "k": "B", "v": "hidden_states"}
 

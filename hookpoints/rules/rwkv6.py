@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from ..recurrence import Recurrence
-from .base import Factors, OpResult, compute_dtype
-from .fla_base import FlaRule, initial_state, scale_of
+from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.rules.base import Factors, OpResult, compute_dtype
+from hookpoints.rules.fla_base import FlaRule, initial_state, scale_of
 
 _OWN = {"q": "r", "k": "k", "v": "v", "log_decay": "w"}
 

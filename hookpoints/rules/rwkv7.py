@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..recurrence import Recurrence
-from .base import Factors, OpResult, compute_dtype
+from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.rules.base import Factors, OpResult, compute_dtype
 
 _NAMES = {"q": "r", "k": "k", "v": "v", "log_decay": "w"}
 

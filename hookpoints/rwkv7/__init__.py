@@ -4,8 +4,8 @@
 registered with transformers' Auto classes, where flash-linear-attention puts its own.
 """
 
-from .configuration import RWKV7Config
-from .modeling import RWKV7ForCausalLM, RWKV7Model
-from .recurrence import rwkv7_recurrence
+from hookpoints.rwkv7.configuration import RWKV7Config
+from hookpoints.rwkv7.modeling import RWKV7ForCausalLM, RWKV7Model
+from hookpoints.rwkv7.recurrence import rwkv7_recurrence
 
 __all__ = ["RWKV7Config", "RWKV7ForCausalLM", "RWKV7Model", "rwkv7_recurrence"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .configuration import RWKV7Config
-from .layers import LowRank, RWKV7Attention, RWKV7FeedForward
+from hookpoints.rwkv7.configuration import RWKV7Config
+from hookpoints.rwkv7.layers import LowRank, RWKV7Attention, RWKV7FeedForward
 
 _POWERS = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}
 """Exponents of the token shifts: the larger, the more a channel looks at the token before."""

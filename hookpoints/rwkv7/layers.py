@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache
 
-from .configuration import RWKV7Config
-from .recurrence import rwkv7_recurrence
+from hookpoints.rwkv7.configuration import RWKV7Config
+from hookpoints.rwkv7.recurrence import rwkv7_recurrence
 
 _SLOWEST = -math.exp(-0.5)
 """Largest log-decay per token, in size: alpha lies in (exp(-exp(-0.5)), 1) = (0.545, 1)."""

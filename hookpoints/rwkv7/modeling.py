@@ -11,10 +11,10 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .configuration import RWKV7Config
-from .initialisation import initialise
-from .layers import FirstValues, RWKV7Attention, RWKV7Block
-from .legacy import legacy_weights
+from hookpoints.rwkv7.configuration import RWKV7Config
+from hookpoints.rwkv7.initialisation import initialise
+from hookpoints.rwkv7.layers import FirstValues, RWKV7Attention, RWKV7Block
+from hookpoints.rwkv7.legacy import legacy_weights
 
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this version of transformers calls the cache of an output (it changed between 5.15 and 5.24)."""

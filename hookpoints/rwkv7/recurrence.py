@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..recurrence import Recurrence
+from hookpoints.recurrence.recurrence import Recurrence
 
 
 class StateResult(NamedTuple):

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from sae_lens_writesae import statistics as stats
 from sae_lens_writesae.baselines.result import Baselines
 from sae_lens_writesae.baselines.writes import ATOM, ATOM_SVD, SVD
-from sae_lens_writesae.claims import Outcome
 from sae_lens_writesae.conditions import NAMES
 from sae_lens_writesae.evaluation import Claim
 from sae_lens_writesae.interventions.common import Estimate
 from sae_lens_writesae.report_text import percent, span
 from sae_lens_writesae.summary import EXACT_FLOOR
+from sae_lens_writesae.verdict import statistics as stats
+from sae_lens_writesae.verdict.paper import Outcome
 
 MATCH = 0.05
 """Largest difference of two numbers of parameters, relative, that counts as the same number."""

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from sae_lens_writesae import statistics as stats
 from sae_lens_writesae.baselines.writes import ATOM
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
 from sae_lens_writesae.interventions.common import Estimate, estimate
+from sae_lens_writesae.verdict import statistics as stats
 
 DICTIONARY_FREE = ("random", "mean", "state")
 """Controls beside the principal components, which need no dictionary either."""

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae_lens_writesae.atoms import truncated_svd
 from sae_lens_writesae.baselines.config import BaselinesConfig
 from sae_lens_writesae.baselines.pca import MatrixPca
 from sae_lens_writesae.conditions import (
@@ -26,6 +25,7 @@ from sae_lens_writesae.conditions import (
 from sae_lens_writesae.firings import HeadHook, atom_factors
 from sae_lens_writesae.head_memory import head_writes
 from sae_lens_writesae.reconstruction import encoded, matrices_of, reconstructed
+from sae_lens_writesae.sae.base import truncated_svd
 from sae_lens_writesae.substitution_edits import edits_of, measure
 from sae_lens_writesae.substitution_result import METRICS
 

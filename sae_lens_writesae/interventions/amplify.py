@@ -24,13 +24,7 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluation import describe
 from sae_lens_writesae.firings import Firings, HeadHook, collect_firings
 from sae_lens_writesae.interventions.amplify_result import Amplify, AmplifyConfig
-from sae_lens_writesae.interventions.common import (
-    checked_hook,
-    column_table,
-    head_atoms,
-    special_tokens,
-    token_text,
-)
+from sae_lens_writesae.interventions.common import checked_hook, column_table, head_atoms, special_tokens, token_text
 from sae_lens_writesae.interventions.draw import halves, of_sequences
 from sae_lens_writesae.interventions.generation import Sampled, sampled
 from sae_lens_writesae.progress import bar

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from sae_lens_writesae import statistics as stats
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
 from sae_lens_writesae.interventions import plots
 from sae_lens_writesae.interventions.common import Estimate, check_at_least, estimate, estimate_over_atoms
 from sae_lens_writesae.steering import Target
+from sae_lens_writesae.verdict import statistics as stats
 
 CONTROLS = ("random", "other")
 _NAMES = {

@@ -12,11 +12,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from hookpoints import WriteEdit
-from sae_lens_writesae import statistics as stats
 from sae_lens_writesae.conditions import Factors
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluate import check_fits
 from sae_lens_writesae.firings import HeadHook, atom_factors
+from sae_lens_writesae.verdict import statistics as stats
 
 FLOOR = 1e-5
 """Nats. Log-probabilities of float32 logits differ by that much between two ways of computing them."""

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hookpoints import WriteEdit
-from sae_lens_writesae import statistics as stats
 from sae_lens_writesae.conditions import Factors, norm, random_directions, scaled, with_norm
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluation import describe
@@ -39,6 +38,7 @@ from sae_lens_writesae.interventions.draw import draw_atoms, halves, of_sequence
 from sae_lens_writesae.interventions.erasure_result import CONTROLS, Erasure, ErasureConfig
 from sae_lens_writesae.progress import bar
 from sae_lens_writesae.steering import token_id
+from sae_lens_writesae.verdict import statistics as stats
 
 _WRONG = 8
 """Tokens of like probability that stand for "another token"."""

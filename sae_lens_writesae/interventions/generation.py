@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from hookpoints import run
-from hookpoints.edits import EditPlan, EditRow
+from hookpoints.edits.edit import EditPlan, EditRow
+from hookpoints.layer import context as run
 from sae_lens_writesae.progress import bar
 
 

@@ -21,11 +21,7 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluation import describe
 from sae_lens_writesae.firings import HeadHook
 from sae_lens_writesae.head_memory import HeadWrites, head_writes
-from sae_lens_writesae.interventions.common import (
-    checked_hook,
-    column_table,
-    token_text,
-)
+from sae_lens_writesae.interventions.common import checked_hook, column_table, token_text
 from sae_lens_writesae.interventions.generation import greedy_rows
 from sae_lens_writesae.interventions.install_result import SEMANTIC, STRATA, Install, InstallConfig
 from sae_lens_writesae.interventions.targets import Directions, Drawn, Strata, Stratum, draw_target, random_unit

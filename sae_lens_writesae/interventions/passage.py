@@ -23,13 +23,7 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluation import describe
 from sae_lens_writesae.firings import Firings, HeadHook, collect_firings
 from sae_lens_writesae.head_memory import head_writes
-from sae_lens_writesae.interventions.common import (
-    add_edit,
-    by_sequence,
-    checked_hook,
-    column_table,
-    head_atoms,
-)
+from sae_lens_writesae.interventions.common import add_edit, by_sequence, checked_hook, column_table, head_atoms
 from sae_lens_writesae.interventions.draw import halves
 from sae_lens_writesae.interventions.passage_result import Passage, PassageConfig
 from sae_lens_writesae.progress import bar

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import pandas as pd
 
-from sae_lens_writesae.claims import Outcome
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
 from sae_lens_writesae.logit_change import plots
 from sae_lens_writesae.logit_change.predictors import DEFINITIONS
 from sae_lens_writesae.logit_change.scores import ALL, CONTROL
 from sae_lens_writesae.report_text import r_squared
+from sae_lens_writesae.verdict.paper import Outcome
 
 TARGET_R2 = 0.95
 """What the full first-order formula must reach, unfitted, at the smallest eps."""

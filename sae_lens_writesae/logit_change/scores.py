@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sae_lens_writesae import statistics as stats
 from sae_lens_writesae.logit_change.predictors import PREDICTORS
+from sae_lens_writesae.verdict import statistics as stats
 
 CONTROL = "shuffled"
 SCORED = (*PREDICTORS, CONTROL)

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae_lens_writesae.architectures import VARIANTS
-from sae_lens_writesae.targets import Target
-from sae_lens_writesae.training_loss import Loss
+from sae_lens_writesae.sae import VARIANTS
+from sae_lens_writesae.sae.losses import Loss
+from sae_lens_writesae.sae.target import Target
 
 MATCHED = "FlatSAE-matched"
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sae_lens_writesae.reproduce.config import ReproduceConfig
+from sae_lens_writesae.sae.losses import Loss
+from sae_lens_writesae.sae.target import Target
 from sae_lens_writesae.suite import EVALUATIONS, Scope
-from sae_lens_writesae.targets import Target
-from sae_lens_writesae.training_loss import Loss
 
 if TYPE_CHECKING:
     from sae_lens_writesae.reproduce.workspace import Workspace

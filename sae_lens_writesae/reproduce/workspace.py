@@ -18,20 +18,20 @@ from sae_lens.registry import get_sae_training_class
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae.architectures import VARIANTS
 from sae_lens_writesae.baselines import matched_flat
-from sae_lens_writesae.dashboards import DashboardConfig, atom_dashboards, write_dashboards
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluate import spread
 from sae_lens_writesae.joined_report import find_results, write_joined_report
 from sae_lens_writesae.left_out import LeftOut, evaluate_or_leave_out, load_result
-from sae_lens_writesae.loading import load_sae
+from sae_lens_writesae.page.dashboards import DashboardConfig, atom_dashboards, write_dashboards
 from sae_lens_writesae.reproduce.config import MATCHED, ReproduceConfig
 from sae_lens_writesae.reproduce.tasks import Dictionary
-from sae_lens_writesae.runner import WriteSAETrainingRunner, quiet, text_dataset, training_config
+from sae_lens_writesae.sae import VARIANTS
+from sae_lens_writesae.sae.load import load_sae
+from sae_lens_writesae.sae.runner import WriteSAETrainingRunner, quiet, text_dataset, training_config
+from sae_lens_writesae.sae.target import head_target
 from sae_lens_writesae.substitution_evaluation import Substitution
 from sae_lens_writesae.suite import EVALUATIONS
-from sae_lens_writesae.targets import head_target
 
 _CHECKPOINTS = 20
 """Checkpoints in a training run: what is lost when it is killed without warning is at most a twentieth of it."""

@@ -6,7 +6,7 @@ import ast
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hookpoints.hook_table import HOOKS, HookRow
+from hookpoints.hooks.table import HOOKS, HookRow
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("hookpoints", "sae_lens_writesae")

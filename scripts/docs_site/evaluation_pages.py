@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from docs_site import texts
 from docs_site.markdown import cell, code_cell, prose, table
-from sae_lens_writesae.claims import PAPER_CLAIMS
 from sae_lens_writesae.suite import EVALUATIONS, Entry, Scope
+from sae_lens_writesae.verdict.paper import PAPER_CLAIMS
 
 WANTED = "if wished a first line 'example: field=value, ...' (settings that run in a minute), and '## Formula'"
 

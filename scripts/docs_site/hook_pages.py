@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from docs_site import catalogue, texts
-from hookpoints.hook_table import HookRow
+from hookpoints.hooks.table import HookRow
 from hookpoints.rules import RULES
 
 SCOPES = {

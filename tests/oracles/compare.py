@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
-from hookpoints.fla_support import import_fla
+from hookpoints.fla import import_fla
 from hookpoints.rules import FlaSimpleGatedLinear
 
 ALL = (*FAMILIES, "simple_gla")

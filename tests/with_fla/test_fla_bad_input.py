@@ -18,7 +18,7 @@ from hookpoints import (
     WriteEdit,
     attach,
 )
-from hookpoints.selfcheck import relative_error
+from hookpoints.model.selfcheck import relative_error
 
 LEFT, RIGHT, WHOLE, HOLE = [0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1] * 5, [1, 0, 1, 1, 1]
 IDS = torch.arange(1, 11).view(2, 5)

@@ -22,8 +22,8 @@ from test_parity import (  # noqa: F401
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, SelfCheckError, UnsupportedModelError
-from hookpoints.fla_support import substituting
-from hookpoints.hook_table import HOOKS
+from hookpoints.fla import substituting
+from hookpoints.hooks.table import HOOKS
 
 VALUE_FIRST = {"Gated DeltaNet", "GLA", "HGRN2", "Kimi delta attention", "SimpleGLA"}
 """Rules whose states fla keeps [B,H,V,K]."""

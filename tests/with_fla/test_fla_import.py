@@ -17,8 +17,8 @@ from fla_models import make_fla
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, UnsupportedModelError
-from hookpoints.fla_support import MODEL_TYPES, import_fla, importing
-from hookpoints.fla_support.triton_standin import has_triton, standing_in
+from hookpoints.fla import MODEL_TYPES, import_fla, importing
+from hookpoints.fla.triton_standin import has_triton, standing_in
 
 without_triton = pytest.mark.skipif(has_triton(), reason="triton is installed here")
 

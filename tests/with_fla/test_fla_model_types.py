@@ -11,9 +11,9 @@ from fla_models import MODEL_TYPES, make_fla
 from transformers import PreTrainedConfig
 
 from hookpoints import HookedRecurrent, UnsupportedModelError, attach
-from hookpoints.fla_support import MODEL_TYPES as HOOKED
-from hookpoints.fla_support import import_fla
-from hookpoints.layout import calls_of
+from hookpoints.fla import MODEL_TYPES as HOOKED
+from hookpoints.fla import import_fla
+from hookpoints.model.layout import calls_of
 from hookpoints.rules import REFUSED, REFUSED_LAYERS, RULES
 
 FLA = import_fla()

@@ -9,7 +9,7 @@ from conftest import KeepFloat64
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from hookpoints.fla_support import import_fla
+from hookpoints.fla import import_fla
 from hookpoints.rules.base import l2_normalise
 from hookpoints.rules.fla_delta import FlaDelta
 from hookpoints.rules.fla_gated_delta import FlaGatedDelta

@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from hookpoints.fla_support import import_fla, substituting
-from hookpoints.fla_support.substitutes import SUBSTITUTES, activations, attention, convolution, norms, positions
+from hookpoints.fla import import_fla, substituting
+from hookpoints.fla.substitutes import SUBSTITUTES, activations, attention, convolution, norms, positions
 
 BOUNDS = torch.tensor([0, 1, 4, 9, 20])
 """Sequences of 1, 3, 5 and 11 tokens: shorter than, as long as and longer than a convolution."""

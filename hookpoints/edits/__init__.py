@@ -1,0 +1,1 @@
+"""Edits of writes as values, and sessions that run many of them."""

@@ -1,0 +1,132 @@
+"""WriteEdit: an edit of the matrix that one head writes at one token, as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hookpoints.errors import EditError
+from hookpoints.recurrence.recurrence import Loop
+
+Mode = Literal["add", "replace", "delete"]
+
+
+@dataclass(frozen=True)
+class WriteEdit:
+    """Change what head ``head`` of layer ``layer`` writes at ``position``.
+
+    With write ``W_t = k_t u_t^T`` (K x V, key-first) and ``E = sum_r keys[r] values[r]^T``:
+    ``add`` writes ``W_t + E``, ``replace`` writes ``E``, ``delete`` writes 0. The erase of a delta rule stays the
+    model's own. ``loop="closed"`` (default) lets later erases react to the edited state, which is what the model
+    would really do; ``loop="open"`` holds the native corrected values fixed, so only decay acts on the difference.
+
+    Edits compare and hash by value, so they can be members of sets and keys of caches.
+
+    Args:
+        layer: block index of a recurrent layer.
+        head: head index, 0 .. H-1.
+        position: token index >= 0 counted from the first token of the sequence (padding included), or None for every
+            token, generated ones too.
+        keys: [R,K], or [K] for rank 1. Not given for ``delete``.
+        values: [R,V], or [V] for rank 1. Not given for ``delete``.
+    """
+
+    layer: int
+    head: int
+    position: int | None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    mode: Mode = "add"
+    loop: Loop = "closed"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("add", "replace", "delete"):
+            raise EditError(f"mode must be add, replace or delete, not {self.mode!r}")
+        if self.loop not in ("closed", "open"):
+            raise EditError(f"loop must be closed or open, not {self.loop!r}")
+        if self.position is not None and self.position < 0:
+            raise EditError(f"position must be >= 0 or None for every token, not {self.position}")
+        if self.mode == "delete":
+            if self.keys is not None or self.values is not None:
+                raise EditError("a delete takes no keys and values: it writes 0 (use mode='replace' to write them)")
+            return
+        if self.keys is None or self.values is None:
+            raise EditError(f"mode {self.mode!r} needs both keys [R,K] and values [R,V]")
+        keys, values = torch.atleast_2d(self.keys), torch.atleast_2d(self.values)
+        if keys.ndim != 2 or values.ndim != 2 or keys.shape[0] != values.shape[0]:
+            raise EditError(
+                "keys [R,K] and values [R,V] must share their rank R; "
+                f"found {tuple(self.keys.shape)} and {tuple(self.values.shape)}"
+            )
+        object.__setattr__(self, "keys", keys)
+        object.__setattr__(self, "values", values)
+
+    def _identity(self) -> tuple:
+        tensors = tuple(
+            None if t is None else (tuple(t.shape), t.tolist().__repr__()) for t in (self.keys, self.values)
+        )
+        return (self.layer, self.head, self.position, self.mode, self.loop, *tensors)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, WriteEdit) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def check_shape(self, heads: int, key_dim: int, value_dim: int) -> None:
+        """Raise EditError unless the edit fits a layer with ``heads`` heads of ``key_dim`` x ``value_dim``."""
+        if not 0 <= self.head < heads:
+            raise EditError(f"head {self.head} is out of range: layer {self.layer} has heads 0 to {heads - 1}")
+        for name, tensor, width in (("keys", self.keys, key_dim), ("values", self.values, value_dim)):
+            if tensor is not None and tensor.shape[-1] != width:
+                raise EditError(
+                    f"{name} of an edit at layer {self.layer} head {self.head} must be [R,{width}] "
+                    f"(states here are {key_dim} x {value_dim}, key-first), found {list(tensor.shape)}"
+                )
+
+
+EditRow = WriteEdit | Sequence[WriteEdit]
+"""What one row of a batch gets: one edit, or several."""
+
+
+class PlacedEdit(NamedTuple):
+    """An edit and the batch rows that it applies to (None: all)."""
+
+    row: int | None
+    edit: WriteEdit
+
+
+class EditPlan:
+    """The edits of one run, by layer, with a record of which ones acted."""
+
+    def __init__(self, placed: Iterable[PlacedEdit]):
+        self.by_layer: dict[int, list[PlacedEdit]] = {}
+        for item in placed:
+            self.by_layer.setdefault(item.edit.layer, []).append(item)
+        self.acted: set[int] = set()
+
+    @classmethod
+    def for_rows(cls, rows: Sequence[EditRow]) -> EditPlan:
+        """Row n of the batch gets ``rows[n]``."""
+        return cls(PlacedEdit(n, edit) for n, row in enumerate(rows) for edit in as_edits(row))
+
+    @classmethod
+    def for_all(cls, edits: EditRow) -> EditPlan:
+        """Every row of the batch gets all of ``edits``."""
+        return cls(PlacedEdit(None, edit) for edit in as_edits(edits))
+
+    def all(self) -> list[WriteEdit]:
+        return [placed.edit for layer in self.by_layer.values() for placed in layer]
+
+    def idle(self) -> list[WriteEdit]:
+        """Edits that never met their token."""
+        return [edit for edit in self.all() if id(edit) not in self.acted]
+
+
+def as_edits(row: EditRow) -> list[WriteEdit]:
+    """One edit or several, as a list."""
+    return [row] if isinstance(row, WriteEdit) else list(row)

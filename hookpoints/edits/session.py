@@ -1,0 +1,176 @@
+"""Many edits of one sequence: the plain pass runs once, and each edited run branches off where it first differs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hookpoints.edits.edit import EditPlan, EditRow
+from hookpoints.errors import EditError
+from hookpoints.layer import context as run
+from hookpoints.model.inputs import check_tokens
+from hookpoints.recurrence.recurrence import Recurrence
+
+if TYPE_CHECKING:
+    from hookpoints.model.recurrent import HookedRecurrent
+
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What transformers' versions and families call the cache argument of a model."""
+
+
+class EditedRun(NamedTuple):
+    """Logits of N edited runs of one sequence, from the first edited position on (before it nothing differs)."""
+
+    logits: Tensor
+    """[N, stop-start, vocab]; row n is the run with the n-th entry of ``rows``."""
+    start: int
+    """First edited position."""
+    stop: int
+    """End of the stretch, exclusive."""
+
+
+class EditSession:
+    """The plain pass over one sequence, kept, so that edited runs cost only what differs.
+
+    A run with edits at layer l and position t recomputes tokens t.. of blocks l.. for each row, from the residual
+    stream that the plain pass left below l and a copy of its cache at t. Calls with rising positions reuse the cache.
+
+    Args:
+        model: the hooked model.
+        tokens: [1,T].
+    """
+
+    def __init__(self, model: HookedRecurrent, tokens: Tensor):
+        tokens = torch.as_tensor(tokens, device=model.cfg.device)
+        if tokens.ndim != 2 or tokens.shape[0] != 1:
+            raise EditError(f"a session is about one sequence [1,T], found tokens of shape {list(tokens.shape)}")
+        check_tokens(tokens, model.cfg)
+        self.model, self.tokens = model, tokens
+        self._record: dict[int, run.Recorded] = {}
+        self._residual: dict[int, Tensor] = {}
+        names = [f"blocks.{layer}.hook_resid_pre" for layer in model.cfg.recurrent_layers]
+        with torch.no_grad(), run.scope(model.attachment, record=self._record):
+            self.logits, cache = model.run_with_cache(tokens, names_filter=names)
+        """[1,T,vocab] logits of the plain pass."""
+        self._residual = {layer: cache[name] for layer, name in zip(model.cfg.recurrent_layers, names, strict=True)}
+        self._prefix: Any = None
+        self._prefix_length = 0
+        self._cache_name = cache_argument(model.hf_model)
+
+    @property
+    def length(self) -> int:
+        """T, tokens in the sequence."""
+        return self.tokens.shape[1]
+
+    def recurrence(self, layer: int) -> Recurrence:
+        """Canonical factors of a recurrent layer in the plain pass."""
+        self.model.cfg.layer(layer)
+        return self._record[layer].recurrence
+
+    def residual(self, layer: int) -> Tensor:
+        """[1,T,D] residual stream entering a recurrent block in the plain pass."""
+        self.model.cfg.layer(layer)
+        return self._residual[layer]
+
+    @torch.no_grad()
+    def run(self, rows: Sequence[EditRow], stop: int | None = None, batch_size: int = 64) -> EditedRun:
+        """Run the sequence once per entry of ``rows``.
+
+        Args:
+            rows: one WriteEdit, several, or none (``[]``: the unedited run, for a baseline with the same arithmetic).
+            stop: run up to this position, exclusive; None: to the end.
+            batch_size: rows at once; memory grows with batch_size * (stop - start) * vocab.
+
+        Raises:
+            EditError: an edit does not fit the model or lies outside the sequence, or there is none at all.
+        """
+        plan = EditPlan.for_rows(rows)
+        self.model.check_edits(plan)
+        edits = plan.all()
+        if not edits:
+            raise EditError("run needs at least one edit; the unedited logits are session.logits")
+        stop = self.length if stop is None else stop
+        start = min(edit.position or 0 for edit in edits)
+        for edit in edits:
+            if edit.position is not None and not edit.position < stop <= self.length:
+                raise EditError(
+                    f"position {edit.position} is outside the stretch that is run, which ends at {stop} "
+                    f"(the sequence has {self.length} tokens)"
+                )
+        layer = 0 if self.model.attachment.layout.first_block_feeds_all else min(plan.by_layer)
+        parts = [self._run_batch(rows[i : i + batch_size], layer, start, stop) for i in range(0, len(rows), batch_size)]
+        return EditedRun(torch.cat(parts), start, stop)
+
+    def _run_batch(self, rows: Sequence[EditRow], layer: int, start: int, stop: int) -> Tensor:
+        model, plan = self.model, EditPlan.for_rows(rows)
+        residual = self._residual[layer][:, start:stop].expand(len(rows), -1, -1)
+        positions = torch.arange(start, stop, device=residual.device).expand(len(rows), -1)
+        inputs: dict[str, Any] = {"use_cache": False}
+        if start > 0:
+            inputs = {self._cache_name: self._branch(len(rows), layer, start), "use_cache": True}
+        inputs |= position_inputs(model.hf_model, positions)
+        # Tokens, not the residual stream: some models hand the embeddings to later blocks again.
+        inputs["input_ids"] = self.tokens[:, start:stop].expand(len(rows), -1)
+        # Upstream's torch ops pad to chunks of 64 tokens: four times the work for the 17 of a substitution test.
+        short = residual.device.type == "cpu" and stop - start < 64
+        backend = "recurrence" if short else None
+        scope = run.scope(model.attachment, plan=plan, first_token=start, backend=backend)
+        with scope, model.attachment.passing(layer, None, residual):
+            logits = model.hf_model(**inputs).logits
+        idle = plan.idle()
+        if idle:
+            raise EditError(f"an edit at layer {idle[0].layer}, position {idle[0].position} never acted")
+        return logits
+
+    def _branch(self, rows: int, layer: int, start: int) -> Any:
+        """The cache after ``start`` tokens, repeated for ``rows`` rows; blocks below ``layer`` are only shared."""
+        self._advance(start)
+        index = torch.zeros(rows, dtype=torch.long, device=self.tokens.device)
+        branch = copy.copy(self._prefix)
+        branch.layers = [self._copy_layer(part, index) if i >= layer else part for i, part in enumerate(branch.layers)]
+        return branch
+
+    @staticmethod
+    def _copy_layer(part: Any, index: Tensor) -> Any:
+        # batch_repeat_interleave raises on linear-attention layers; reorder_cache knows both kinds.
+        copied = copy.deepcopy(part)
+        copied.reorder_cache(index)
+        return copied
+
+    def _advance(self, start: int) -> None:
+        if start < self._prefix_length:
+            self._prefix, self._prefix_length = None, 0
+        if start == self._prefix_length:
+            return
+        inputs: dict[str, Any] = {} if self._prefix is None else {self._cache_name: self._prefix}
+        where = torch.arange(self._prefix_length, start, device=self.tokens.device).unsqueeze(0)
+        out = self.model.hf_model(
+            input_ids=self.tokens[:, self._prefix_length : start],
+            use_cache=True,
+            logits_to_keep=1,
+            **inputs,
+            **position_inputs(self.model.hf_model, where),
+        )
+        self._prefix, self._prefix_length = cache_of(out), start
+
+
+def cache_argument(model: Any) -> str:
+    """What this Hugging Face model calls its cache."""
+    known = inspect.signature(model.forward).parameters
+    return next(name for name in _CACHE_NAMES if name in known)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a model returned; its name there need not be the argument's."""
+    return next(output[name] for name in _CACHE_NAMES if name in output)
+
+
+def position_inputs(model: Any, positions: Tensor) -> dict[str, Tensor]:
+    """``positions`` [B,T] as an argument of the model, where it takes any: with a recurrent first block it may not
+    know where a cache continues."""
+    return {"position_ids": positions} if "position_ids" in inspect.signature(model.forward).parameters else {}

@@ -1,0 +1,161 @@
+"""Where the substitutes act: inside a hooked model's forward, on CPU tensors. Everyone else meets fla as it is.
+
+fla's modules call kernels by module-level names. Each such name is bound once to a wrapper that asks a context variable
+whether a hooked fla model is running and the tensors whether they are on a CPU; if not, the function that fla had there
+runs as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+
+from hookpoints.errors import UnsupportedModelError
+from hookpoints.fla.substitutes import SUBSTITUTES
+
+_RUNNING: ContextVar[bool] = ContextVar("hookpoints_running_fla", default=False)
+_WRAPPED: dict[int, tuple[Any, Callable[..., Any]]] = {}
+"""id of what fla had -> (it, kept alive; its wrapper)."""
+_ABSENT = ("flash_attn_func", "flash_attn_varlen_func")
+"""Functions of another package, None or not defined in fla where it is not installed."""
+
+
+@contextmanager
+def substituting() -> Iterator[None]:
+    """While this is open, fla's kernels on CPU tensors are computed by torch."""
+    token = _RUNNING.set(True)
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
+def install() -> None:
+    """Bind fla's names to wrappers, wherever a module of fla refers to them. Doing it again only adds new modules."""
+    for module_name, functions in SUBSTITUTES.items():
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:  # another version of fla
+            continue
+        for name, substitute in functions.items():
+            original = getattr(module, name, None)
+            if original is None:
+                if name in _ABSENT:
+                    setattr(module, name, _wrapper(_missing(name), substitute))
+            elif id(original) not in _WRAPPED and not hasattr(original, "__hookpoints_substitute__"):
+                _WRAPPED[id(original)] = (original, _wrapper(original, substitute))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fla.") and module is not None:
+            _rebind(vars(module))
+            if isinstance(table := vars(module).get("ACT2FN"), dict):
+                _rebind(table)
+
+
+def _rebind(names: dict[str, Any]) -> None:
+    for name, value in list(names.items()):
+        found = _WRAPPED.get(id(value))
+        if found is not None:
+            names[name] = found[1]
+
+
+def _wrapper(original: Callable[..., Any], substitute: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        chosen = substitute if _RUNNING.get() and _on_cpu(args, kwargs) else original
+        return chosen(*args, **kwargs)
+
+    call.__hookpoints_substitute__ = substitute  # type: ignore[attr-defined]
+    return call
+
+
+def _on_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    tensor = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+    return tensor is not None and tensor.device.type == "cpu"
+
+
+def _missing(name: str) -> Callable[..., Any]:
+    def missing(*_args: Any, **_kwargs: Any) -> Any:
+        raise ImportError(f"{name} needs the package flash-attn, unless the model is hooked and on a CPU")
+
+    missing.__name__ = name
+    return missing
+
+
+class ModelScope:
+    """Opens the scope around each forward of an fla model, and sets two of its arguments right.
+
+    * transformers 5.24 hands ``generate``'s cache over as ``cache``. fla 0.6 takes ``past_key_values``, ignores the
+      rest, and so decodes each token as if it were the first: here it gets the cache under the name that it knows.
+    * fla's layers unpad a batch whenever they get an attention mask. One that masks nothing (``generate`` always
+      passes one) only costs time, so it is left out.
+    """
+
+    def __init__(self, model: nn.Module):
+        _check(model)
+        install()
+        self._open: list[ExitStack] = []
+        self._knows_cache = "cache" in inspect.signature(model.forward).parameters
+        self._rebound = list(_functions_held(model))
+        for module, name, original in self._rebound:
+            module.__dict__[name] = _WRAPPED[id(original)][1]
+        self._handles = [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Take everything off the model."""
+        for handle in self._handles:
+            handle.remove()
+        for module, name, original in self._rebound:
+            module.__dict__[name] = original
+
+    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("cu_seqlens") is not None:
+            raise UnsupportedModelError(
+                "packed sequences (cu_seqlens) cannot be hooked: pass a padded batch with its attention_mask"
+            )
+        stack = ExitStack()
+        stack.enter_context(substituting())
+        self._open.append(stack)
+        return args, self._corrected(kwargs)
+
+    def _corrected(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if kwargs.get("cache") is not None and not self._knows_cache:
+            kwargs = {**kwargs, "past_key_values": kwargs["cache"]}
+            del kwargs["cache"]
+        mask = kwargs.get("attention_mask")
+        return {**kwargs, "attention_mask": None} if mask is not None and bool((mask != 0).all()) else kwargs
+
+    def _leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if self._open:
+            self._open.pop().close()
+
+
+def is_fla(model: nn.Module) -> bool:
+    """Whether a model's class comes from fla."""
+    return any(base.__module__.startswith("fla.") for base in type(model).__mro__)
+
+
+def _check(model: nn.Module) -> None:
+    if getattr(getattr(model, "config", None), "attnres_block_size", None) is not None:
+        raise UnsupportedModelError(
+            "this model mixes the outputs of all earlier blocks (attnres_block_size), so it has no residual stream "
+            "for block hooks; models without it are supported"
+        )
+
+
+def _functions_held(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Functions of fla that layers hold as attributes (their activations), from before the names were bound."""
+    for module in model.modules():
+        for name, value in list(module.__dict__.items()):
+            if callable(value) and id(value) in _WRAPPED:
+                yield module, name, value

@@ -1,0 +1,1 @@
+"""The hook: the table of hook points, the points themselves, and the guard against silent hooks."""

@@ -1,0 +1,77 @@
+"""Hooks that keep activations. TransformerLens' own take the time axis from the end; here it is always axis 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities.slice import Slice
+
+from hookpoints.hooks.table import is_matrix
+
+
+class CachingHooks:
+    """Builds (cache, forward hooks, backward hooks) for ``run_with_cache``."""
+
+    def __init__(self, hook_dict: Mapping[str, HookPoint]):
+        self.hook_dict = hook_dict
+
+    def build(
+        self,
+        names_filter: Any = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: Any = None,
+    ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
+        """As TransformerLens' ``get_caching_hooks``. Activations are detached and shared, not copied."""
+        kept: dict[str, Tensor] = {} if cache is None else cache
+        wanted, cut = _predicate(names_filter), Slice.unwrap(pos_slice)
+
+        def save(suffix: str) -> Callable[..., None]:
+            def hook(tensor: Tensor, hook: HookPoint) -> None:
+                value = cut.apply(tensor.detach().to(device), dim=1)
+                kept[f"{hook.name}{suffix}"] = value[0] if remove_batch_dim else value
+
+            return hook
+
+        names = [name for name in self.hook_dict if wanted(name)]
+        backward = [(name, save("_grad")) for name in names] if incl_bwd else []
+        return kept, [(name, save("")) for name in names], backward
+
+
+def reachable(names_filter: Any, start: int | None, stop: int | None, n_layers: int) -> Any:
+    """Narrow an open filter (None or a predicate) to hooks that a partial run reaches; explicit names stay as asked."""
+    if names_filter is not None and not callable(names_filter):
+        return names_filter if isinstance(names_filter, str) else list(names_filter)
+    wanted = _predicate(names_filter)
+    first = _absolute(start, 0, n_layers)
+    last = _absolute(stop, n_layers, n_layers)
+
+    def inside(name: str) -> bool:
+        if not wanted(name):
+            return False
+        if name.startswith("blocks."):
+            return first <= int(name.split(".")[1]) < last
+        return last == n_layers if name.startswith("ln_final") else start is None
+
+    return inside
+
+
+def _absolute(layer: int | None, default: int, n_layers: int) -> int:
+    return default if layer is None else layer + n_layers if layer < 0 else layer
+
+
+def _predicate(names_filter: Any) -> Callable[[str], bool]:
+    if names_filter is None:
+        return lambda name: not is_matrix(name)
+    if isinstance(names_filter, str):
+        return lambda name: name == names_filter
+    if callable(names_filter):
+        return lambda name: bool(names_filter(name))
+    chosen = set(names_filter)
+    return lambda name: name in chosen

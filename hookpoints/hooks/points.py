@@ -1,0 +1,108 @@
+"""The tree of hook modules, grown from ``hook_table``; it holds no weights and knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from hookpoints.errors import HookShapeError
+from hookpoints.hooks import table as hook_table
+
+
+class HookSet(nn.Module):
+    """Hook points of one scope, as attributes: ``hook_set.hook_q``."""
+
+    def __init__(self, names: list[str]):
+        super().__init__()
+        for name in names:
+            self.add_module(name, HookPoint())
+
+    def listens(self, *names: str) -> bool:
+        """Whether anyone listens to one of ``names``."""
+        return any(is_listening(self._modules[name]) for name in names if name in self._modules)
+
+    def fire(self, name: str, value: Tensor) -> Tensor:
+        """Pass ``value`` through a hook; returns what the hook gives back, checked for shape."""
+        point = self._modules[name]
+        assert point is not None
+        returned = point(value)
+        if not isinstance(returned, Tensor) or returned.shape != value.shape:
+            found = list(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
+            raise HookShapeError(
+                f"a hook on {getattr(point, 'name', name)} must return a tensor of shape {list(value.shape)} "
+                f"(or None to leave it), found {found}"
+            )
+        return returned
+
+
+class MixerHooks(HookSet):
+    """Hook points of a recurrent mixer; ``heads[h]`` holds those of head h."""
+
+    def __init__(self, heads: int, factors: tuple[str, ...]):
+        super().__init__([row.name for row in hook_table.rows("mixer") if row.factor is None or row.factor in factors])
+        names = [row.name for row in hook_table.rows("head")]
+        self.heads = nn.ModuleList(HookSet(names) for _ in range(heads))
+
+    def listening(self) -> bool:
+        """Whether anyone listens to anything in this mixer. Checked at every call, so it only looks at lengths."""
+        own = any(is_listening(point) for name, point in self._modules.items() if name != "heads")
+        return own or any(is_listening(point) for head in self.heads for point in head._modules.values())
+
+    def heads_listening(self, *names: str) -> list[int]:
+        """Heads with a listener on one of ``names``."""
+        return [h for h, head in enumerate(self.heads) if head.listens(*names)]  # type: ignore[operator]
+
+
+class BlockHooks(HookSet):
+    """Hook points of a block, all but those named in ``absent``; ``mixer`` holds those of a recurrent mixer, ``attn``
+    those of attention."""
+
+    def __init__(self, mixer: MixerHooks | None, attention: bool = False, absent: Collection[str] = ()):
+        super().__init__([row.name for row in hook_table.rows("block") if row.name not in absent])
+        if mixer is not None:
+            self.mixer = mixer
+        if attention:
+            self.attn = HookSet([row.name for row in hook_table.rows("attn")])
+
+
+def is_listening(point: nn.Module | None) -> bool:
+    """Whether a hook point does anything: it has hooks, or something (an attached SAE) stands in its place."""
+    if type(point) is not HookPoint:
+        return point is not None
+    return bool(point._forward_hooks or point._backward_hooks or point._forward_pre_hooks)
+
+
+class Watched(NamedTuple):
+    """What came of firing a hook."""
+
+    value: Tensor
+    """What the hook gave back."""
+    changed: bool
+    """Whether it may differ from what the hook was given."""
+    intact: bool
+    """Whether the tensor that the hook was given still holds what it held (False after an in-place edit)."""
+
+
+def watch(value: Tensor, fire: Callable[[Tensor], Tensor]) -> Watched:
+    """Fire a hook on ``value`` and tell whether anything changed; in-place edits count.
+
+    In grad mode the hook is given a view of its own and counts as changed, so that a gradient taken at the hook
+    sees everything downstream of it.
+    """
+    if torch.is_grad_enabled() and value.requires_grad:
+        alias = value.view_as(value)
+        before = value._version
+        return Watched(fire(alias), changed=True, intact=value._version == before)
+    if value.is_inference():  # inference tensors count no versions
+        kept = value.clone()
+        returned = fire(value)
+        intact = torch.equal(kept, value)
+        return Watched(returned, changed=returned is not value or not intact, intact=intact)
+    before = value._version
+    returned = fire(value)
+    intact = value._version == before
+    return Watched(returned, changed=returned is not value or not intact, intact=intact)

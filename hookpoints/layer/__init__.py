@@ -1,0 +1,1 @@
+"""One op call of one recurrent layer: interception, hooks, edits, response."""

@@ -1,0 +1,52 @@
+"""Padded batches whose layer runs them packed: rows end to end on one time axis, without their padding.
+
+fla's layers unpad a batch [B,T,...] to [1,N,...] (N real tokens) and give the op the sequences' bounds. Hooks, edits
+and states keep the batch's own rows and positions; at padding, factors are zero, so nothing is written or erased there
+and the state passes through.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from hookpoints.rules import Factors, OpResult
+
+
+@dataclass(frozen=True, eq=False)
+class Padding:
+    """Which tokens of a pass are real."""
+
+    mask: Tensor | None
+    """[B,T] bool, or None where the op is given the batch as it is."""
+
+    def spread(self, factors: Factors) -> Factors:
+        """Factors of a packed call in the batch's rows."""
+        if self.mask is None:
+            return factors
+        return replace(factors, **{name: self._rows(x) for name, x in factors.by_token().items()})
+
+    def packed(self, factors: Factors) -> Factors:
+        """The way back."""
+        if self.mask is None:
+            return factors
+        return replace(factors, **{name: self._tokens(x) for name, x in factors.by_token().items()})
+
+    def spread_result(self, result: OpResult) -> OpResult:
+        """Outputs of a packed call in the batch's rows; zero at padding."""
+        return result if self.mask is None else result._replace(outputs=self._rows(result.outputs))
+
+    def packed_result(self, result: OpResult) -> OpResult:
+        """The way back."""
+        return result if self.mask is None else result._replace(outputs=self._tokens(result.outputs))
+
+    def _rows(self, x: Tensor) -> Tensor:
+        assert self.mask is not None
+        return x.new_zeros(*self.mask.shape, *x.shape[2:]).index_put((self.mask,), x[0])
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        return x[self.mask].unsqueeze(0)
+
+
+UNPADDED = Padding(None)

@@ -1,0 +1,192 @@
+"""How a layer answers to a change of its writes, states or reads: what is added to its outputs and its last state.
+
+A recurrence is linear in its writes, so the answer to a change is the same recurrence run on the change alone from a
+zero state, and outputs are ``native + response``: the native kernel stays untouched and no change adds exactly nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hookpoints.recurrence.recurrence import Loop, Recurrence, ScanResult
+from hookpoints.recurrence.reference import transition
+from hookpoints.rules import OpResult
+
+
+class LowRankChange(NamedTuple):
+    """Added to the writes of one head: at token t, ``keys[:, t] values[:, t]^T``, summed over terms."""
+
+    head: int
+    keys: Tensor
+    """[B,T,K] or [B,T,R,K]."""
+    values: Tensor
+    """[B,T,V] or [B,T,R,V]."""
+    loop: Loop = "closed"
+
+    def dense(self) -> Tensor:
+        """[B,T,K,V]."""
+        if self.keys.ndim == 4:
+            return self.keys.mT @ self.values
+        return self.keys.unsqueeze(-1) * self.values.unsqueeze(-2)
+
+    def size(self) -> Tensor:
+        """[B,T], zero exactly where nothing is added."""
+        terms = self.keys.abs().amax(-1) * self.values.abs().amax(-1)
+        return terms if terms.ndim == 2 else terms.amax(-1)
+
+    def taken_away(self, where: Tensor, loop: Loop) -> LowRankChange:
+        """What undoes it at the tokens ``where`` [B,T] is true, and changes nothing elsewhere."""
+        gone = where[..., None] if self.keys.ndim == 3 else where[..., None, None]
+        return LowRankChange(self.head, self.keys * gone, -self.values * gone, loop)
+
+
+class Response:
+    """Collects what changes add to one layer's outputs [B,T,H,V] and final state [B,H,K,V].
+
+    Nothing is allocated until something changes, so an unchanged layer returns its native tensors untouched.
+    """
+
+    def __init__(self, recurrence: Recurrence):
+        self.recurrence = recurrence
+        self.low_rank: list[LowRankChange] = []
+        self._dense: list[tuple[slice, Tensor]] = []
+        self.outputs: Tensor | None = None
+        self.final_state: Tensor | None = None
+
+    def add_low_rank(self, change: LowRankChange) -> None:
+        """Cost: one chunked pass over one head, from the first changed token on."""
+        span = _span(change.size(), change.keys, change.values)
+        if span is None:
+            return
+        self.low_rank.append(change)
+        head = self.recurrence.select(heads=slice(change.head, change.head + 1))
+        answer = head.with_write(change.keys.unsqueeze(2), change.values.unsqueeze(2), loop=change.loop)
+        if span.start:
+            answer = answer.select(tokens=slice(span.start, None), initial_state=answer.zero_state())
+        outputs, final_state = answer.scan()
+        self._add(slice(change.head, change.head + 1), span.start, outputs, final_state)
+
+    def add_dense(self, heads: slice, change: Tensor) -> None:
+        """``change`` [B,T,H',K,V] is added to the writes of ``heads``.
+
+        Cost O(K V) per token and head, one step per token while writes change: a matrix per token has no shorter form.
+        """
+        span = _span(change.abs().amax((-1, -2, -3)), change)
+        if span is None:
+            return
+        self._dense.append((heads, change))
+        head = self.recurrence.select(heads=heads).replace(initial_state=None)
+        tokens = slice(span.start, span.stop)
+        span_head = head.select(tokens=tokens, initial_state=head.zero_state())
+        outputs, state = _dense_scan(span_head, change[:, tokens])
+        self._add(heads, span.start, outputs, state if span.stop == head.T else None)
+        if span.stop < head.T:  # no more changes: the rest is carried by the chunked pass
+            rest = head.with_write(head.k, torch.zeros_like(head.u))
+            rest = rest.select(tokens=slice(span.stop, None), initial_state=state)
+            self._add(heads, span.stop, *rest.scan())
+
+    def add_states(self, heads: slice, change: Tensor) -> None:
+        """``change`` [B,T,H',K,V] is added to the states that reads see; the last one goes on. Not propagated."""
+        if _span(change.abs().amax((-1, -2, -3)), change) is None:
+            return
+        part = self.recurrence.select(heads=heads)
+        seen = change
+        if part.read_before_write:
+            seen = torch.cat([torch.zeros_like(change[:, :1]), change[:, :-1]], dim=1)
+        reads = torch.einsum("bthkv,bthk->bthv", seen, part.scale * part.q.to(change.dtype))
+        self._add(heads, 0, reads, change[:, -1])
+
+    def writes(self, heads: slice) -> Tensor:
+        """Dense writes [B,T,H',K,V] of ``heads``, changes so far included."""
+        return self._plus_changes(self.recurrence.write(heads=heads), heads, lambda _, change: change.dense())
+
+    def states(self, heads: slice) -> Tensor:
+        """Dense states [B,T,H',K,V] of ``heads`` after each write, changes so far included."""
+
+        def answer(r: Recurrence, change: LowRankChange) -> Tensor:
+            moved = r.with_write(change.keys.unsqueeze(2), change.values.unsqueeze(2), loop=change.loop)
+            return moved.states()[:, :, 0]
+
+        states = self._plus_changes(self.recurrence.states(heads=heads), heads, answer)
+        wanted = range(self.recurrence.H)[heads]
+        for where, change in self._dense:
+            part = self.recurrence.select(heads=where).replace(initial_state=None)
+            for i, head in enumerate(range(self.recurrence.H)[where]):
+                if head in wanted:
+                    one = slice(i, i + 1)
+                    states[:, :, head - wanted.start] += _dense_states(part.select(heads=one), change[:, :, one])
+        return states
+
+    def apply(self, native: OpResult) -> OpResult:
+        """What the layer gets: the native result itself where nothing changed, else the sum in the native dtypes."""
+        if self.outputs is None or self.final_state is None:
+            return native
+        outputs = (native.outputs.to(self.outputs.dtype) + self.outputs).to(native.outputs.dtype)
+        state = native.final_state
+        return OpResult(outputs, None if state is None else (state + self.final_state).to(state.dtype))
+
+    def _plus_changes(
+        self, base: Tensor, heads: slice, answer: Callable[[Recurrence, LowRankChange], Tensor]
+    ) -> Tensor:
+        wanted = range(self.recurrence.H)[heads]
+        changes = [change for change in self.low_rank if change.head in wanted]
+        if changes and base.requires_grad:
+            base = base.clone()
+        for change in changes:
+            one = self.recurrence.select(heads=slice(change.head, change.head + 1))
+            base[:, :, change.head - wanted.start] += answer(one, change)
+        return base
+
+    def _add(self, heads: slice, start: int, outputs: Tensor, final_state: Tensor | None) -> None:
+        r = self.recurrence
+        if self.outputs is None or self.final_state is None:
+            self.outputs = torch.zeros(r.B, r.T, r.H, r.V, dtype=r.dtype, device=r.device)
+            self.final_state = torch.zeros(r.B, r.H, r.K, r.V, dtype=r.dtype, device=r.device)
+        if outputs.requires_grad or self.outputs.requires_grad:  # in-place adds would break earlier graphs
+            self.outputs, self.final_state = self.outputs.clone(), self.final_state.clone()
+        self.outputs[:, start : start + outputs.shape[1], heads] += outputs
+        if final_state is not None:
+            self.final_state[:, heads] += final_state
+
+
+class Span(NamedTuple):
+    """Tokens from the first to the last that changed."""
+
+    start: int
+    stop: int
+
+
+def _span(size: Tensor, *sources: Tensor) -> Span | None:
+    """Tokens where ``size`` [B,T] is not zero; all of them where a gradient may be asked for; None where none is."""
+    if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+        return Span(0, size.shape[1])
+    changed = (size != 0).any(0).nonzero()
+    return Span(int(changed[0]), int(changed[-1]) + 1) if len(changed) else None
+
+
+def _dense_steps(r: Recurrence, writes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token by token, (state before, state after): S_t = (diag(alpha_t) + a_t b_t^T) S_{t-1} + writes_t from zero."""
+    r = r.working()
+    writes = writes.to(r.dtype)
+    state = torch.zeros_like(writes[:, 0])
+    for t in range(r.T):
+        before, state = state, transition(r, t, state) + writes[:, t]
+        yield before, state
+
+
+def _dense_scan(r: Recurrence, writes: Tensor) -> ScanResult:
+    outputs, state = [], None
+    for t, (before, state) in enumerate(_dense_steps(r, writes)):
+        seen = before if r.read_before_write else state
+        outputs.append(torch.einsum("bhk,bhkv->bhv", r.scale * r.q[:, t].to(seen.dtype), seen))
+    assert state is not None
+    return ScanResult(torch.stack(outputs, 1), state)
+
+
+def _dense_states(r: Recurrence, writes: Tensor) -> Tensor:
+    """[B,T,K,V] of the only head."""
+    return torch.stack([state[:, 0] for _, state in _dense_steps(r, writes)], 1)

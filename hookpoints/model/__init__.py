@@ -1,0 +1,1 @@
+"""Hooked models: loading, attaching, running."""

@@ -1,0 +1,96 @@
+"""What a hooked model says of itself: ``model.cfg``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hookpoints.errors import UnsupportedModelError
+from hookpoints.model.layout import ModelLayout
+
+
+@dataclass(frozen=True)
+class RecurrentLayer:
+    """Shape of one recurrent layer's memory."""
+
+    rule: str
+    """Name of the update rule, for example "Gated DeltaNet"."""
+    H: int
+    """Heads (value heads where keys are shared)."""
+    K: int
+    """Key side of the state."""
+    V: int
+    """Value side of the state."""
+    R: int = 1
+    """Rank of what a token writes: the steps that it takes. Factors have an axis for them where R > 1."""
+
+
+@dataclass(frozen=True)
+class HookedRecurrentConfig:
+    """Names follow TransformerLens where it has them."""
+
+    model_name: str
+    model_type: str
+    """``model_type`` of the Hugging Face configuration."""
+    n_layers: int
+    d_model: int
+    d_vocab: int
+    n_ctx: int
+    """Longest context that the configuration names; recurrent layers set no limit of their own."""
+    n_heads: int
+    """Largest number of heads of any recurrent layer; ``layers`` has each layer's own."""
+    layers: dict[int, RecurrentLayer]
+    """The recurrent layers by block index."""
+    device: torch.device
+    dtype: torch.dtype
+    backend: str
+    """Who computes the native pass of recurrent layers."""
+    n_key_value_heads: int | None = None
+    default_prepend_bos: bool | None = None
+    """None: as the tokenizer does by itself."""
+
+    @property
+    def recurrent_layers(self) -> list[int]:
+        """Block indices of the recurrent layers."""
+        return sorted(self.layers)
+
+    def layer(self, index: int) -> RecurrentLayer:
+        """The recurrent layer at block ``index``; raises UnsupportedModelError where that block has no recurrence."""
+        if not 0 <= index < self.n_layers:
+            raise UnsupportedModelError(
+                f"layer {index} is out of range: {self.model_name} has blocks 0 to {self.n_layers - 1}, recurrent are "
+                f"{self.recurrent_layers}"
+            )
+        if index not in self.layers:
+            raise UnsupportedModelError(
+                f"layer {index} of {self.model_name} has no recurrence and so no writes; "
+                f"recurrent layers are {self.recurrent_layers}"
+            )
+        return self.layers[index]
+
+
+def describe(model: torch.nn.Module, layout: ModelLayout, name: str, backend: str) -> HookedRecurrentConfig:
+    """Read the configuration off a model and its layout."""
+    hf: Any = model.config
+    layers = {
+        layer: RecurrentLayer(block.rule.name, *block.rule.head_shape(block.mixer), R=block.rule.rank)
+        for layer, block in enumerate(layout.blocks)
+        if block.rule is not None and block.mixer is not None
+    }
+    weight = layout.embed.weight
+    assert isinstance(weight, torch.Tensor)
+    return HookedRecurrentConfig(
+        model_name=name,
+        model_type=str(hf.model_type),
+        n_layers=len(layout.blocks),
+        d_model=weight.shape[1],
+        d_vocab=weight.shape[0],
+        n_ctx=int(getattr(hf, "max_position_embeddings", None) or 2**31 - 1),
+        n_heads=max(layer.H for layer in layers.values()),
+        layers=layers,
+        device=weight.device,
+        dtype=weight.dtype,
+        backend=backend,
+    )

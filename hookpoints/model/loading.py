@@ -1,0 +1,108 @@
+"""Loading causal language models for hooking: from the hub, from a folder, or from this package."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    PreTrainedConfig,
+)
+
+from hookpoints import embedded
+from hookpoints.errors import UnsupportedModelError
+from hookpoints.fla import MODEL_TYPES, import_fla, load_checkpoint, restore_auto_classes
+from hookpoints.rules import REFUSED
+from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM
+
+_OWN_CLASSES: dict[str, tuple[Any, Any]] = {
+    # Importing fla puts its own Mamba-2 in the Auto classes' place, which reads other weights.
+    "mamba2": (Mamba2Config, Mamba2ForCausalLM),
+    # fla's format, in plain torch: nothing to install, and no kernels that need a GPU.
+    "rwkv7": (RWKV7Config, RWKV7ForCausalLM),
+}
+"""Classes of model types that the Auto classes do not know, or do not always know rightly."""
+
+
+class Loaded(NamedTuple):
+    """A model and its tokenizer (None where the checkpoint has none)."""
+
+    model: nn.Module
+    tokenizer: Any
+
+
+def load(
+    name_or_path: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    revision: str | None = None,
+    **hf_kwargs: Any,
+) -> Loaded:
+    """Load the text model of a checkpoint. No code from the checkpoint is run, and only safetensors are read.
+
+    Published Qwen3.5 checkpoints carry a multimodal configuration; their text model is what is loaded.
+
+    Raises:
+        UnsupportedModelError: a checkpoint without a causal language model, or in the format of the mamba_ssm package
+            (names the converted one).
+    """
+    if hf_kwargs.get("trust_remote_code"):
+        raise ValueError("trust_remote_code is not supported: hookpoints runs no code from a checkpoint")
+    source = str(embedded.path(name_or_path)) if name_or_path in embedded.names() else name_or_path
+    kept, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    _refuse_mamba_ssm(name_or_path, kept)
+    _refuse(name_or_path, kept.get("model_type"))  # before anything of it is imported or fetched
+    own = kept.get("model_type") in _OWN_CLASSES
+    of_fla = not own and kept.get("model_type") in MODEL_TYPES
+    if of_fla:
+        import_fla()  # registers them
+    restore_auto_classes()  # someone else may have imported fla
+    classes: tuple[Any, Any] = _OWN_CLASSES[kept["model_type"]] if own else (AutoConfig, AutoModelForCausalLM)
+    configs, models = classes
+    config = configs.from_pretrained(source, revision=revision)
+    _refuse(name_or_path, config.model_type)
+    if not own and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedModelError(
+            f"{name_or_path!r} is a {config.model_type!r} checkpoint, which has no causal language model"
+        )
+    if of_fla:
+        model: Any = load_checkpoint(source, config, revision=revision, dtype=dtype, **hf_kwargs)
+    else:
+        model = models.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True, **hf_kwargs)
+    if hf_kwargs.get("device_map") is None:
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Loaded(model, _tokenizer(source, revision))
+
+
+def _refuse(name: str, model_type: Any) -> None:
+    if model_type in REFUSED:
+        raise UnsupportedModelError(f"{name!r} cannot be hooked: {REFUSED[model_type]}")
+
+
+def _refuse_mamba_ssm(name: str, config: dict[str, Any]) -> None:
+    """Checkpoints of the mamba_ssm package (state-spaces/...) have no model type, and other names for their weights."""
+    if "model_type" in config or "ssm_cfg" not in config:
+        return
+    found = f"{name!r} is in the format of the mamba_ssm package, which transformers does not load"
+    if (config["ssm_cfg"] or {}).get("layer") != "Mamba2":
+        raise UnsupportedModelError(f"{found}; it is a Mamba-1 model besides: {REFUSED['mamba']}")
+    size = PurePath(name).name
+    raise UnsupportedModelError(f"{found}. Load the converted checkpoint: AntonV/{size}-hf for state-spaces/{size}")
+
+
+def _tokenizer(source: str, revision: str | None) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        # A model without one is still useful, and methods that need one say so; but a broken one must not look absent.
+        warnings.warn(f"{source}: loaded without a tokenizer ({type(error).__name__}: {error})", stacklevel=2)
+        return None

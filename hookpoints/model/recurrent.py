@@ -1,0 +1,265 @@
+"""HookedRecurrent: a Hugging Face recurrent language model with hook points on its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.HookedTransformer import Output
+from transformer_lens.utils import lm_cross_entropy_loss
+from transformers import Cache
+
+from hookpoints.edits.edit import EditRow
+from hookpoints.edits.session import EditedRun, EditSession
+from hookpoints.layer import context as run
+from hookpoints.layer.mixer import Backend
+from hookpoints.model import loading
+from hookpoints.model.attachment import Attachment, StopForward
+from hookpoints.model.config import describe
+from hookpoints.model.hooked import HookedModel
+from hookpoints.model.inputs import check_mask, check_prompt_mask, check_tokens
+from hookpoints.model.layout import out_projection
+from hookpoints.model.selfcheck import self_check as run_self_check
+from hookpoints.model.tokens import PaddingSide, TokenBatch, Tokens
+from hookpoints.recurrence.recurrence import Recurrence
+
+ReturnType = Literal["logits", "loss", "both"] | None
+
+
+class HookedRecurrent(Tokens, HookedModel):
+    """Hook points on the writes, states and reads of a recurrent language model, and on its residual stream.
+
+    ``hook_table.HOOKS`` lists every hook: name, axes, when it fires and what an edit does. The model inside,
+    ``hf_model``, stays as it is: while nobody listens its outputs are bit-identical to the unhooked model's.
+
+        >>> from hookpoints import HookedRecurrent
+        >>> model = HookedRecurrent.from_pretrained("embedded")
+        >>> logits, cache = model.run_with_cache("The state of the Union", names_filter="blocks.1.mixer.hook_k")
+    """
+
+    attachment: Attachment
+    hook_embed: nn.Module
+    blocks: nn.ModuleList
+    ln_final: nn.Module
+
+    def __init__(
+        self,
+        hf_model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        name: str | None = None,
+        backend: Backend = "auto",
+        self_check: bool = True,
+    ):
+        super().__init__()
+        self.hf_model = hf_model.eval()
+        self.tokenizer = tokenizer
+        self.attachment = Attachment(hf_model, root=self, backend=backend)
+        label = name or getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__
+        self.cfg = describe(hf_model, self.attachment.layout, label, backend)
+        self.setup()
+        if self_check:
+            try:
+                run_self_check(self)
+            except BaseException:
+                self.attachment.detach()  # a model that is refused is left as it was
+                raise
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        revision: str | None = None,
+        backend: Backend = "auto",
+        self_check: bool = True,
+        **hf_kwargs: Any,
+    ) -> HookedRecurrent:
+        """Load a model from the hub, a local folder, or the package ("embedded").
+
+        Args:
+            device: where to put it; default CUDA if there is one. Leave out with ``device_map``.
+            dtype: float32 by default, as in TransformerLens; "auto" keeps the checkpoint's own.
+            revision: branch, tag or commit on the hub.
+            backend: who computes the native pass of recurrent layers: "auto" (upstream's op), "torch" (upstream's torch
+                op on any device) or "recurrence" (hookpoints' own kernel; float64 throughout on a float64 model).
+            self_check: run a few tokens and prove that hooks see what the model does (a second or so).
+            hf_kwargs: passed to ``AutoModelForCausalLM.from_pretrained``; ``device_map`` for instance.
+
+        Raises:
+            UnsupportedModelError: the model has no recurrence of the canonical form; says why.
+            SelfCheckError: the model does not behave as hooks need.
+        """
+        loaded = loading.load(name_or_path, device=device, dtype=dtype, revision=revision, **hf_kwargs)
+        return cls(loaded.model, loaded.tokenizer, name=name_or_path, backend=backend, self_check=self_check)
+
+    @classmethod
+    def from_hf(cls, model: nn.Module, tokenizer: Any = None, **kwargs: Any) -> HookedRecurrent:
+        """Hook a model that is already loaded. The model itself is used, not a copy; it is put in eval mode."""
+        return cls(model, tokenizer, **kwargs)
+
+    # -- running
+
+    def forward(
+        self,
+        input: str | list[str] | Tensor,
+        return_type: ReturnType = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        start_at_layer: int | None = None,
+        tokens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        stop_at_layer: int | None = None,
+        **hf_kwargs: Any,
+    ) -> Any:
+        """Run the model.
+
+        Args:
+            input: text, token ids [B,T], or with ``start_at_layer`` the residual stream [B,T,D] entering that block.
+            return_type: "logits" [B,T,vocab], "loss", "both" (logits, loss), or None.
+            loss_per_token: loss [B,T-1] instead of its mean.
+            start_at_layer, stop_at_layer: run blocks start <= l < stop only; negative counts from the end. With
+                ``stop_at_layer`` the residual stream entering that block is returned.
+            tokens: token ids [B,T], needed with ``start_at_layer`` for a loss, and for models that hand the token
+                embeddings to later blocks (Zamba2).
+            attention_mask: [B,T]; made by itself for text that needs padding.
+            hf_kwargs: for the Hugging Face forward (a cache, position_ids ...).
+        """
+        start, stop = self._layer_index(start_at_layer, 0), self._layer_index(stop_at_layer, self.cfg.n_layers)
+        residual = None
+        if start_at_layer is not None:
+            if not isinstance(input, Tensor) or input.ndim != 3:
+                raise ValueError("with start_at_layer the input is the residual stream [B,T,D] entering that block")
+            residual = input
+        else:
+            tokens, attention_mask = self._token_batch(input, prepend_bos, padding_side, attention_mask)
+            if attention_mask is not None:
+                check_mask(attention_mask, tokens, cached=any(isinstance(x, Cache) for x in hf_kwargs.values()))
+        inputs = {"input_ids": tokens} if residual is None else {"inputs_embeds": residual}
+        if residual is not None and self.attachment.layout.rereads_embeddings:
+            if tokens is None:
+                raise ValueError(f"{self.cfg.model_type} blocks reread the embeddings: start_at_layer needs tokens=")
+            inputs = {"input_ids": tokens}
+        partial_run = residual is not None or stop < self.cfg.n_layers
+        scope = self.attachment.passing(start, stop, residual) if partial_run else nullcontext()
+        hf_kwargs.setdefault("use_cache", False)
+        try:
+            with scope:
+                logits = self.hf_model(**inputs, attention_mask=attention_mask, **hf_kwargs).logits
+        except StopForward as stopped:
+            return stopped.residual
+        return self._returned(logits, tokens, attention_mask, return_type, loss_per_token)
+
+    def generate(
+        self,
+        input: str | list[str] | Tensor,
+        *,
+        edits: EditRow = (),
+        return_type: Literal["input", "str", "tokens"] = "input",
+        prepend_bos: bool | None = None,
+        **hf_kwargs: Any,
+    ) -> Any:
+        """Hugging Face's own ``generate``, with hooks and edits acting at every token, prompt and generated.
+
+        Args:
+            edits: WriteEdits for every row; positions count from the first prompt token.
+            return_type: "tokens" [B,T], "str", or "input" for the kind that was given.
+            hf_kwargs: ``max_new_tokens``, ``do_sample`` ...
+        """
+        batch = self._token_batch(input, prepend_bos, "left", hf_kwargs.pop("attention_mask", None))
+        mask = torch.ones_like(batch.tokens) if batch.attention_mask is None else batch.attention_mask
+        check_mask(mask, batch.tokens)
+        check_prompt_mask(mask)
+        with torch.no_grad(), self.edits(edits):
+            out = self.hf_model.generate(batch.tokens, attention_mask=mask, **hf_kwargs)
+        if return_type == "tokens" or (return_type == "input" and isinstance(input, Tensor)):
+            return out
+        text = self.to_string(out)
+        return text[0] if isinstance(input, str) else text
+
+    def run_with_edits(self, tokens: Tensor, rows: Sequence[EditRow], **kwargs: Any) -> EditedRun:
+        """Many edits of one sequence as one batch: row n of the result is the run with ``rows[n]``.
+
+        Args:
+            tokens: [1,T].
+            rows: for each row one WriteEdit or several.
+            kwargs: ``stop``, ``batch_size`` of ``EditSession.run``.
+
+        Blocks below the lowest edited layer and tokens before the first edited position run once. For several calls
+        on one sequence keep the ``edit_session``.
+        """
+        return self.edit_session(tokens).run(rows, **kwargs)
+
+    def edit_session(self, tokens: Tensor) -> EditSession:
+        """The plain pass over ``tokens`` [1,T], kept, from which edited runs branch off cheaply."""
+        return EditSession(self, tokens)
+
+    def recurrence(self, input: str | Tensor, layer: int, **kwargs: Any) -> Recurrence:
+        """The canonical factors of a layer on ``input``: reads, writes, decay, erase (differentiable)."""
+        self.cfg.layer(layer)
+        record: dict[int, run.Recorded] = {}
+        with run.scope(self.attachment, record=record):
+            self(input, return_type=None, stop_at_layer=layer + 1, **kwargs)
+        return record[layer].recurrence
+
+    # -- weights, in TransformerLens' orientation
+
+    @property
+    def W_E(self) -> Tensor:
+        """[d_vocab, d_model] token embeddings."""
+        return self.attachment.layout.embed.weight  # type: ignore[return-value]
+
+    @property
+    def W_U(self) -> Tensor:
+        """[d_model, d_vocab] unembedding."""
+        return self.attachment.layout.unembed.weight.T  # type: ignore[union-attr, return-value]
+
+    def W_O(self, layer: int, head: int) -> Tensor:
+        """[V, d_model]: how head ``head`` of recurrent layer ``layer`` reaches the residual stream."""
+        shape = self.cfg.layer(layer)
+        if not 0 <= head < shape.H:
+            raise ValueError(f"head {head} is out of range: layer {layer} has heads 0 to {shape.H - 1}")
+        mixer = self.attachment.layout.blocks[layer].mixer
+        assert mixer is not None
+        weight = out_projection(mixer).weight
+        return weight[:, head * shape.V : (head + 1) * shape.V].T
+
+    # -- helpers
+
+    def _token_batch(
+        self, input: Any, prepend_bos: bool | None, padding_side: PaddingSide | None, mask: Tensor | None
+    ) -> TokenBatch:
+        if isinstance(input, str) or (isinstance(input, list) and input and isinstance(input[0], str)):
+            made = self.tokenize(input, prepend_bos, padding_side)  # type: ignore[arg-type]
+            check_tokens(made.tokens, self.cfg)
+            return made if mask is None else TokenBatch(made.tokens, mask)
+        tokens = torch.as_tensor(input, device=self.cfg.device)
+        tokens = tokens.unsqueeze(0) if tokens.ndim == 1 else tokens
+        check_tokens(tokens, self.cfg)
+        return TokenBatch(tokens, mask)
+
+    def _layer_index(self, layer: int | None, default: int) -> int:
+        if layer is None:
+            return default
+        index = layer + self.cfg.n_layers if layer < 0 else layer
+        if not 0 <= index <= self.cfg.n_layers:
+            raise ValueError(f"layer {layer} is out of range for a model of {self.cfg.n_layers} layers")
+        return index
+
+    def _returned(
+        self, logits: Tensor, tokens: Tensor | None, mask: Tensor | None, return_type: ReturnType, per_token: bool
+    ) -> Any:
+        if return_type is None or return_type == "logits":
+            return logits if return_type else None
+        if return_type not in ("loss", "both"):
+            raise ValueError(f"return_type must be 'logits', 'loss', 'both' or None, not {return_type!r}")
+        if tokens is None:
+            raise ValueError("a loss with start_at_layer needs tokens=")
+        loss = lm_cross_entropy_loss(logits, tokens.to(logits.device), mask, per_token)
+        return loss if return_type == "loss" else Output(logits, loss)

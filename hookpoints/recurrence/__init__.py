@@ -1,0 +1,1 @@
+"""The write: the canonical recurrence, its step-by-step reference and its chunked fast path."""

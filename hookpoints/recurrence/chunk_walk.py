@@ -1,0 +1,188 @@
+"""The walk over chunks that every fast path makes, whatever the rule.
+
+Inside a chunk that begins with state S_0, the values that an erase feeds back solve one triangular system;
+after that the recurrence is plain decayed linear attention,
+
+    S_t = D(0->t) S_0 + sum over writes (key, value) of  sum_{i <= t} D(i->t) key_i value_i^T.
+
+Without an erase the write is (k, u). Where beta declares a = -beta k it is (k, u~), and u~ = u - beta S^T b
+follows from (I + L) u~ = u - c~^T S_0 with c = beta b and L = c^T D k. A general erase adds the write (-a, e),
+e = -S^T b, from (I + L) e = -(b^T D k) u - b~^T S_0 with L = b^T D (-a). Where a token has several terms, each is a
+write of its own, and the erases of all are solved for together. After Yang et al. 2024 (arXiv
+2406.06484), section 3.
+
+Cost per token and head: about 3 K V + C (K + V) multiply-adds for chunks of C tokens. What is held besides
+inputs and outputs is bounded, whatever the length, unless gradients are recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hookpoints.recurrence.checks import over_time, terms
+from hookpoints.recurrence.decay import ANCHORED, Decay, Read, decay_of
+from hookpoints.recurrence.recurrence import Recurrence
+
+_CHUNK = {"cpu": 32}
+"""Tokens per chunk by device; 64 elsewhere, where launches cost more than arithmetic."""
+
+_SPAN = {"cpu": 2**16}
+"""Numbers per factor that are prepared together: on a CPU few enough that a dozen stay in the second-level cache and
+that buffers in float64 are not handed back to the system each time."""
+
+
+class Span(NamedTuple):
+    """A stretch of tokens as n chunks of C, with all that does not depend on the state. One entry a chunk."""
+
+    decay: Decay
+    keys: list[tuple[Tensor, ...]]
+    """Keys of each write, [N,C,K]."""
+    left: list[tuple[Tensor, ...]]
+    """The same as the chunk's end sees them, [N,K,C]."""
+    values: list[tuple[Tensor, ...]]
+    """Values of each write, [N,C,V]; where there are `responses`, the last are those for a zero state."""
+    responses: list[tuple[Tensor, ...]]
+    """[N,C,K] for as many of the last writes as come of an erase: response times the state before the chunk is to be
+    taken from the values."""
+    whole: tuple[Tensor, ...]
+    """[N,1 or K,1], what the state meets over the chunk."""
+    queries: tuple[Tensor, ...]
+    """[N,C,K], what reads the state before the chunk; empty if outputs are not asked for."""
+    attention: list[tuple[Tensor, ...]]
+    """[N,C,C] for each write: how outputs weigh its values."""
+
+
+class Chunk(NamedTuple):
+    """One chunk, as the walk meets it."""
+
+    span: Span
+    place: int
+    """Which chunk of the span it is."""
+    first: int
+    """Its first token."""
+    size: int
+    """How many tokens it has; the rest of C is padding."""
+    state: Tensor
+    """[N,K,V] before it."""
+    values: list[Tensor]
+    """Values of each write, [N,C,V]."""
+    after: Tensor
+    """[N,K,V] after it."""
+
+    @property
+    def keys(self) -> list[Tensor]:
+        """Keys of each write, [N,C,K]."""
+        return [keys[self.place] for keys in self.span.keys]
+
+    def outputs(self) -> Tensor:
+        """What the layer reads, [N,size,V], if the walk was asked to prepare for it."""
+        read = self.span.queries[self.place] @ self.state
+        for weights, value in zip(self.span.attention, self.values):
+            read.baddbmm_(weights[self.place], value)
+        return read[:, : self.size]
+
+
+def walk(r: Recurrence, chunk_size: int | None = None, *, reads: bool = False) -> Iterator[Chunk]:
+    """Walk the chunks of `r`, which must be in its working dtype; `reads` prepares for `Chunk.outputs`."""
+    size = _chunk_size(r, chunk_size)
+    length = _span_length(r, size)
+    # split and unbind, not slices: their backward pass joins once, while each slice's fills a whole tensor.
+    unused = ([] if reads else ["q"]) + (["a"] if r.beta is not None else [])
+    parts = {n: x.split(length, dim=1) for n, x in over_time(r) if n not in unused}
+    state = r.zero_state().flatten(0, 1)
+    for begin in range(0, r.T, length):
+        span = _prepare(r, {n: _cut(part[begin // length], size) for n, part in parts.items()}, reads)
+        for i, first in enumerate(range(begin, min(begin + length, r.T), size)):
+            values = [value[i] for value in span.values]
+            for w, response in enumerate(span.responses, start=len(values) - len(span.responses)):
+                values[w] = torch.baddbmm(values[w], response[i], state, alpha=-1)
+            after = state * span.whole[i]
+            for left, value in zip(span.left, values):
+                after.baddbmm_(left[i], value)
+            yield Chunk(span, i, first, min(size, r.T - first), state, values, after)
+            state = after
+
+
+def _prepare(r: Recurrence, part: dict[str, Tensor], reads: bool) -> Span:
+    keys, values, back = terms(part["k"]), terms(part["u"]), []
+    decay = decay_of(part.get("log_decay"), keys[0])
+    query = [Read(part["q"] * r.scale, r.read_before_write)] if reads else []
+    if "b" in part:
+        erase = part["b"] * part["beta"][..., None] if "beta" in part else part["b"]
+        back = [Read(b, before=True) for b in terms(erase)]
+    if back and "beta" not in part:
+        keys = keys + [-a for a in terms(part["a"])]
+    scores = decay.scores([*back, *query], keys)
+    lags, attention = scores[: len(back)], scores[len(back) :]
+    responses: list[Tensor] = []
+    if back and "beta" in part:
+        values = _solve(lags, values)
+        responses = _solve(lags, [decay.from_start(read) for read in back])
+    elif back:
+        lags = [row[len(values) :] for row in lags]
+        values = values + _solve(lags, [_read_back(row, values) for row in scores[: len(back)]])
+        responses = _solve(lags, [decay.from_start(read) for read in back])
+    return Span(
+        decay,
+        keys=[key.unbind(1) for key in keys],
+        left=[decay.to_end(key).mT.unbind(1) for key in keys],
+        values=[value.unbind(1) for value in values],
+        responses=[response.unbind(1) for response in responses],
+        whole=decay.whole().unbind(1),
+        queries=decay.from_start(query[0]).unbind(1) if reads else (),
+        attention=[weights.unbind(1) for weights in attention[0]] if reads else [],
+    )
+
+
+def _read_back(weights: list[Tensor], values: list[Tensor]) -> Tensor:
+    """What an erase adds for what it sees of the writes, -sum(weights @ values)."""
+    seen = weights[0] @ values[0]
+    for more, value in zip(weights[1:], values[1:]):
+        seen = seen + more @ value
+    return -seen
+
+
+def _chunk_size(r: Recurrence, wanted: int | None) -> int:
+    most = wanted or _CHUNK.get(r.device.type, 64)
+    if r.log_decay is not None and r.log_decay.ndim == 4:
+        most = min(most, ANCHORED)
+    return -(-r.T // -(-r.T // most))  # chunks of even size, so that little is padding
+
+
+def _span_length(r: Recurrence, size: int) -> int:
+    numbers = _SPAN.get(r.device.type, 2**24)
+    return max(numbers // (r.B * r.H * r.R * max(r.K, r.V) * size), 1) * size
+
+
+def _cut(x: Tensor, size: int) -> Tensor:
+    """[B,T,H,...] as [B*H,n,size,...], ending in zeros, which neither write, erase nor decay."""
+    x = x.transpose(1, 2)
+    missing = -x.shape[2] % size
+    if missing:
+        x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, missing))
+    return x.reshape(x.shape[0] * x.shape[1], -1, size, *x.shape[3:])
+
+
+def _solve(lags: list[list[Tensor]], xs: list[Tensor]) -> list[Tensor]:
+    """(I + lags)^-1 x for the terms of a token together: E x E blocks [N,n,C,C] of lags, E blocks [N,n,C,X] of x.
+
+    Ordered by token and then by term, the matrix is triangular: the terms of one token do not see each other.
+    """
+    count = len(xs)
+    if count == 1:
+        return [_solve_triangular(lags[0][0], xs[0])]
+    size = xs[0].shape[-2]
+    whole = torch.stack([torch.stack(row, dim=-1) for row in lags], dim=-3).flatten(4).flatten(2, 3)
+    solved = _solve_triangular(whole, torch.stack(xs, dim=3).flatten(2, 3))
+    return list(solved.unflatten(2, (size, count)).unbind(3))
+
+
+def _solve_triangular(lags: Tensor, x: Tensor) -> Tensor:
+    """(I + lags)^-1 x. Solved transposed, from the right: row-major factors are then the layout LAPACK wants, and
+    nothing is copied."""
+    return torch.linalg.solve_triangular(lags.mT, x.mT, upper=True, unitriangular=True, left=False).mT

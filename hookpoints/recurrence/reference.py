@@ -1,0 +1,103 @@
+"""Token-by-token recurrence without cleverness: the oracle of every fast path.
+
+Each function here has a twin of the same name and arguments in `hookpoints.chunked`. The loop holds one
+state; what is stored is only what is returned. Cost O(K V) per token and head, plus a handful of kernel
+launches per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hookpoints.recurrence.recurrence import Recurrence, ScanResult
+
+
+class Step(NamedTuple):
+    """One token."""
+
+    before: Tensor
+    """[B,H,K,V] state before the token."""
+    after: Tensor
+    """[B,H,K,V] state after its write."""
+
+
+def read_out(x: Tensor, state: Tensor) -> Tensor:
+    """S^T x for x [B,H,(R,)K] and a state [B,H,K,V]: [B,H,(R,)V]."""
+    return x @ state if x.ndim == state.ndim else (x[..., None, :] @ state)[..., 0, :]
+
+
+def add_write(state: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """S + sum of key value^T over the terms of keys [B,H,(R,)K] and values [B,H,(R,)V]."""
+    if keys.ndim == state.ndim:
+        return state + keys.mT @ values
+    return torch.addcmul(state, keys[..., None], values[..., None, :])
+
+
+def transition(r: Recurrence, t: int, state: Tensor) -> Tensor:
+    """(diag(alpha_t) + a_t b_t^T) S for a state [B,H,K,V]."""
+    moved = state
+    if r.log_decay is not None:
+        decay = r.log_decay[:, t].exp()
+        moved = state * (decay[..., None, None] if decay.ndim == 2 else decay[..., None])
+    if r.a is not None and r.b is not None:
+        moved = add_write(moved, r.a[:, t], read_out(r.b[:, t], state))
+    return moved
+
+
+def steps(r: Recurrence) -> Iterator[Step]:
+    """Walk the tokens. `r` must be in its working dtype (`Recurrence.working`)."""
+    state = r.zero_state()
+    for t in range(r.T):
+        after = add_write(transition(r, t, state), r.k[:, t], r.u[:, t])
+        yield Step(state, after)
+        state = after
+
+
+def scan(r: Recurrence) -> ScanResult:
+    """Outputs [B,T,H,V] and final state."""
+    r = r.working()
+    outputs, state = [], r.zero_state()
+    for t, step in enumerate(steps(r)):
+        state = step.after
+        seen = step.before if r.read_before_write else step.after
+        outputs.append(read_out(r.q[:, t] * r.scale, seen))
+    return ScanResult(torch.stack(outputs, dim=1), state)
+
+
+def states(r: Recurrence, positions: list[int], out: Tensor | None = None) -> Tensor:
+    """States after the write at `positions`, [B,T',H,K,V]."""
+    wanted = set(positions)
+    kept = {t: step.after for t, step in enumerate(steps(r.working())) if t in wanted}
+    if not positions:
+        return r.zero_state()[:, None][:, :0]
+    return torch.stack([kept[t] for t in positions], dim=1, out=out)
+
+
+def corrected_values(r: Recurrence) -> Tensor:
+    """u~_t = u_t - beta_t S_{t-1}^T b_t, [B,T,H,(R,)V]; `r` declares `beta`."""
+    r = r.working()
+    if r.b is None or r.beta is None:
+        return r.u
+    read_back = [read_out(r.b[:, t], step.before) for t, step in enumerate(steps(r))]
+    return r.u - r.beta[..., None] * torch.stack(read_back, dim=1)
+
+
+def propagate(r: Recurrence, x: Tensor, start: int) -> Tensor:
+    """Transition products applied to x [B,N,K] of the only head: [B,N,T-start,K]."""
+    r = r.working()
+    vectors = x.mT[:, None]  # as the columns of a state, [B,1,K,N]
+    moved = [vectors]
+    for t in range(start + 1, r.T):
+        vectors = transition(r, t, vectors)
+        moved.append(vectors)
+    return torch.stack(moved, dim=1)[:, :, 0].permute(0, 3, 1, 2)
+
+
+def project(r: Recurrence, v: Tensor, w: Tensor, feature_block: int | None = None) -> Tensor:
+    """v_f^T S_t w_f from the states themselves: [B,T,F]. `feature_block` is not needed here."""
+    probes = [torch.einsum("fk,bkv,fv->bf", v, step.after[:, 0], w) for step in steps(r.working())]
+    return torch.stack(probes, dim=1)

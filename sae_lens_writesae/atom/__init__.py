@@ -1,0 +1,1 @@
+"""The atom: matrices as low-rank factors."""

@@ -1,0 +1,88 @@
+"""`writesae_jumprelu`: a threshold per atom (SAELens' JumpReLU; Rajamanoharan et al. 2024, arXiv 2407.14435).
+
+Also what BatchTopK and Matryoshka are exported as.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sae_lens.saes.jumprelu_sae import (
+    JumpReLU,
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
+)
+from torch import Tensor, nn
+
+from sae_lens_writesae.sae.base import AtomFactors, MatrixAtoms, MatrixAtomsConfig
+from sae_lens_writesae.sae.coding import Activations, Coding, TrainingCoding
+from sae_lens_writesae.sae.training import MatrixTrainingConfig
+
+
+@dataclass
+class WriteJumpReLUSAEConfig(MatrixAtomsConfig, JumpReLUSAEConfig):
+    """Inference config of `writesae_jumprelu`."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "writesae_jumprelu"
+
+
+@dataclass
+class WriteJumpReLUTrainingSAEConfig(MatrixTrainingConfig, JumpReLUTrainingSAEConfig):
+    """Training config of `writesae_jumprelu`."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "writesae_jumprelu"
+
+
+class _Threshold(Coding):
+    """Thresholds in units of contribution, activation times atom norm."""
+
+    threshold: nn.Parameter
+
+    @torch.no_grad()
+    def contributions(self, x: Tensor) -> Tensor:
+        """Pre-activations times atom norms [...,F]."""
+        return (self.encode_linear(self.process_sae_in(x)) + self.b_enc) * self.decoder_norm()
+
+    @torch.no_grad()
+    def set_threshold(self, value: float) -> None:
+        """Let atoms be active where their contribution exceeds `value`."""
+        self.threshold.data.copy_(value / self.get_W_dec_norm())
+
+
+class WriteJumpReLUSAE(_Threshold, JumpReLUSAE, MatrixAtoms):
+    """JumpReLU over matrix atoms, for inference."""
+
+    cfg: WriteJumpReLUSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def _activate(self, linear: Tensor) -> Activations:
+        hidden_pre = self.hook_sae_acts_pre(linear + self.b_enc)
+        on = (hidden_pre > self.threshold).to(hidden_pre.dtype)
+        return Activations(self.hook_sae_acts_post(self.activation_fn(hidden_pre) * on), hidden_pre)
+
+
+class WriteJumpReLUTrainingSAE(_Threshold, TrainingCoding, JumpReLUTrainingSAE, MatrixAtoms):
+    """JumpReLU over matrix atoms, in training.
+
+    SAELens' losses ask for `W_dec.norm()`, so the dictionary is built once per step, and thresholds need the gradient
+    of inactive atoms: a step costs a GEMM and the dictionary's memory more than TopK's.
+    """
+
+    cfg: Any
+
+    def _activate(self, linear: Tensor) -> Activations:
+        hidden_pre = self.hook_sae_acts_pre(linear + self.b_enc)
+        threshold = self.threshold.to(hidden_pre.dtype)
+        acts = JumpReLU.apply(hidden_pre, threshold, self.bandwidth, self.cfg.jumprelu_ste_to_input)
+        return Activations(self.hook_sae_acts_post(acts), hidden_pre)
+
+    @torch.no_grad()
+    def replace_atoms(self, indices: Tensor, atoms: AtomFactors, alive: Tensor) -> None:
+        """Also gives the new atoms the initial threshold."""
+        super().replace_atoms(indices, atoms, alive)
+        self.threshold.data[indices] = self.cfg.jumprelu_init_threshold

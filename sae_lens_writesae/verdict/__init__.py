@@ -1,0 +1,1 @@
+"""The verdict: statistics, rules, and the claims of the paper."""
