@@ -7,11 +7,28 @@ Protocol: WriteSAE (arXiv 2605.12770), section 4 and appendix; the controls are 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.atom.low_rank import mean_write as mean_write
+from sae_lens_writesae.atom.low_rank import state_direction as state_direction
+
+# The old names of what is now `LowRank`, for the modules that are still to be ported.
+Factors = LowRank
+rank_one = LowRank.rank_one
+inner = LowRank.inner
+norm = LowRank.norm
+scaled = LowRank.__mul__
+with_norm = LowRank.with_norm
+cosine = LowRank.cosine
+
+
+def random_directions(like: LowRank, generator: torch.Generator) -> LowRank:
+    return like.random_like(generator)
+
 
 Scale = Literal["coefficient", "matched", "least_squares"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
@@ -55,82 +72,12 @@ SCALE_DEFINITIONS: Mapping[str, str] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """N matrices, each a sum over r of keys[n,r] values[n,r]^T."""
-
-    keys: Tensor
-    """[N,R,K]"""
-    values: Tensor
-    """[N,R,V]"""
-
-    def __post_init__(self) -> None:
-        if self.keys.ndim != 3 or self.values.ndim != 3 or self.keys.shape[:2] != self.values.shape[:2]:
-            found = f"{list(self.keys.shape)} and {list(self.values.shape)}"
-            raise ValueError(f"factors are keys [N,R,K] and values [N,R,V], found {found}")
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def rows(self, index: slice | Tensor | list[int]) -> "Factors":
-        """Some of the N matrices, by slice, mask or indices."""
-        return Factors(self.keys[index], self.values[index])
-
-    def expand(self, n: int) -> "Factors":
-        """A single matrix (N = 1) as n equal ones, without copying."""
-        return Factors(self.keys.expand(n, -1, -1), self.values.expand(n, -1, -1))
-
-    def dense(self) -> Tensor:
-        """The matrices [N,K,V], for tests and figures."""
-        return self.keys.mT @ self.values
-
-
 class Condition(NamedTuple):
     """One condition at one scale, for N firings at once."""
 
     name: str
     scale: str  # one of SCALES, or "none" for native and delete
     written: Factors | None  # None: nothing is written
-
-
-def rank_one(keys: Tensor, values: Tensor) -> Factors:
-    """Factors of N rank-1 matrices from keys [N,K] and values [N,V]."""
-    return Factors(keys[:, None], values[:, None])
-
-
-def inner(a: Factors, b: Factors) -> Tensor:
-    """Frobenius inner products <a_n, b_n>: [N]. Cost N R R' (K + V)."""
-    return ((a.keys @ b.keys.mT) * (a.values @ b.values.mT)).sum((1, 2))
-
-
-def norm(a: Factors) -> Tensor:
-    """Frobenius norms: [N]. Exact for any rank; the terms need not be orthogonal."""
-    return inner(a, a).clamp_min(0).sqrt()
-
-
-def scaled(a: Factors, by: Tensor) -> Factors:
-    """`by` [N] times each matrix; the scale goes to the values."""
-    return Factors(a.keys, a.values * by[:, None, None])
-
-
-def with_norm(a: Factors, target: Tensor) -> Factors:
-    """Each matrix rescaled by a positive number to Frobenius norm `target` [N].
-
-    A zero matrix raises ValueError.
-    """
-    size = norm(a)
-    if bool((size == 0).any()):
-        raise ValueError(f"matrix {int((size == 0).nonzero()[0])} is zero and has no direction to rescale")
-    return scaled(a, target / size)
-
-
-def cosine(a: Factors, b: Factors) -> Tensor:
-    """Signed cosine of matrices, <a,b> / |a||b|: [N].
-
-    For rank 1 it is cos(keys) cos(values). 0 where a matrix is zero.
-    """
-    size = norm(a) * norm(b)
-    return torch.where(size > 0, inner(a, b) / size.clamp_min(torch.finfo(size.dtype).tiny), 0)
 
 
 def atom_coefficient(scale: Scale, atom: Factors, native: Factors, activation: Tensor) -> Tensor:
@@ -168,29 +115,5 @@ def conditions(
         written = scaled(atom, atom_coefficient(scale, atom, native, activation))
         size = norm(written)
         made.append(Condition("atom", scale, written))
-        made += [Condition(name, scale, with_norm(made_of, size)) for name, made_of in controls.items()]
+        made += [Condition(name, scale, with_norm(direction, size)) for name, direction in controls.items()]
     return made
-
-
-def state_direction(states: Tensor) -> Factors:
-    """Top singular direction of states [N,K,V], unit norm: x y^T with <S, x y^T> > 0. Cost: an SVD per state."""
-    left, _, right = torch.linalg.svd(states, full_matrices=False)
-    return rank_one(left[:, :, 0], right[:, 0])
-
-
-def mean_write(keys: Tensor, values: Tensor, energy: float = 1.0) -> Factors:
-    """Mean over tokens of k_t u_t^T, keys [T,K] and values [T,V], as the fewest terms that hold `energy` of its squared
-    norm (1: all). N is 1; the rank is at most min(K, V)."""
-    if not 0 < energy <= 1:
-        raise ValueError(f"energy is a share in (0, 1], found {energy}")
-    left, sigma, right = torch.linalg.svd(keys.T @ values / len(keys), full_matrices=False)
-    held = (sigma**2).cumsum(0) / (sigma**2).sum()
-    rank = min(int((held < energy).sum()) + 1, len(sigma))
-    return Factors((left[:, :rank] * sigma[:rank]).T[None], right[None, :rank])
-
-
-def random_directions(like: Factors, generator: torch.Generator) -> Factors:
-    """Gaussian factors of the shape of `like`, drawn on the CPU so that a seed means the same everywhere."""
-    keys = torch.randn(like.keys.shape, generator=generator).to(like.keys)
-    values = torch.randn(like.values.shape, generator=generator).to(like.values)
-    return Factors(keys, values)

@@ -7,7 +7,7 @@ so that a reader sees how many it takes. Source: future work of WriteSAE (arXiv 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from sae_lens_writesae.atom.low_rank import nonzero_terms
 from sae_lens_writesae.conditions import Condition, Factors, cosine, mean_write, norm, with_norm
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluation import describe
@@ -130,12 +131,12 @@ def _conditions(run: _Run, native: Factors, code: list[Factors], state: Factors 
         if run.bias is not None:
             yield _Written(Condition("bias", scale, _at_scale(run.bias, native, scale)), 0, False)
         for n, whole in [*((n, False) for n in counts), (len(code), True)]:
-            partial = joined(code[:n])
+            partial = Factors.cat(code[:n])
             if float(norm(partial)) == 0:
                 continue
             sums = {"code": partial}
             if run.bias is not None:
-                sums["code + bias"] = joined([partial, run.bias])
+                sums["code + bias"] = Factors.cat([partial, run.bias])
             for name, what in sums.items():
                 yield _Written(Condition(name, scale, _at_scale(what, native, scale)), n, whole)
             size, terms = norm(_at_scale(partial, native, scale)), partial.keys.shape[1]
@@ -147,11 +148,6 @@ def _conditions(run: _Run, native: Factors, code: list[Factors], state: Factors 
 
 def _at_scale(what: Factors, native: Factors, scale: str) -> Factors:
     return with_norm(what, norm(native).to(what.values)) if scale == "matched" else what
-
-
-def joined(parts: Sequence[Factors]) -> Factors:
-    """The sum of matrices (each N = 1), as one with all of their terms."""
-    return Factors(torch.cat([p.keys for p in parts], 1), torch.cat([p.values for p in parts], 1))
 
 
 def _code(run: _Run, sequence: int, position: int) -> list[Factors]:
@@ -166,9 +162,7 @@ def _code(run: _Run, sequence: int, position: int) -> list[Factors]:
 
 def _state_terms(recurrence: Any, position: int) -> Factors:
     """The state after the write as its singular terms, largest first."""
-    state = recurrence.states(positions=[position])[0, :, 0]
-    left, sigma, right = torch.linalg.svd(state, full_matrices=False)
-    return Factors((left * sigma[:, None, :]).mT, right)
+    return Factors.svd(recurrence.states(positions=[position])[0, :, 0])
 
 
 def _mean_write(model: Any, hook: HeadHook, tokens: Tensor, config: MultiAtomConfig) -> Factors:
@@ -186,7 +180,4 @@ def _bias(model: Any, sae: Any, hook: HeadHook) -> Factors | None:
     bias = getattr(sae, "b_dec", None)
     if bias is None or not bool(bias.any()):
         return None
-    dense = bias.detach().float().reshape(1, shape.K, shape.V).to(model.cfg.device)
-    left, sigma, right = torch.linalg.svd(dense, full_matrices=False)
-    kept = sigma[0] > sigma[0, 0] * 1e-6
-    return Factors((left * sigma[:, None, :]).mT[:, kept], right[:, kept])
+    return nonzero_terms(bias.detach().float().reshape(shape.K, shape.V).to(model.cfg.device))

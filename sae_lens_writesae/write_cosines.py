@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.conditions import Factors, norm, random_directions
 from sae_lens_writesae.firings import Firings, HeadHook, atom_factors
 from sae_lens_writesae.head_memory import head_writes
@@ -26,17 +27,7 @@ class FiringCosines(NamedTuple):
     """Atoms left out because they are zero."""
 
 
-def cosines(writes: Factors, atoms: Factors) -> Tensor:
-    """Signed cosines of T writes and F atoms, as matrices: [T,F]; 0 where either is zero.
-
-    For rank 1 it is cos(v_i, k_t) cos(w_i, u_t). Cost T F R R' (K + V), without building a matrix.
-    """
-    total = torch.zeros(len(writes), len(atoms), dtype=writes.values.dtype, device=writes.values.device)
-    for r in range(writes.keys.shape[1]):
-        for s in range(atoms.keys.shape[1]):
-            total += (writes.keys[:, r] @ atoms.keys[:, s].mT) * (writes.values[:, r] @ atoms.values[:, s].mT)
-    size = norm(writes)[:, None] * norm(atoms)[None, :]
-    return torch.where(size > 0, total / size.clamp_min(torch.finfo(size.dtype).tiny), 0)
+cosines = LowRank.cosines
 
 
 @torch.no_grad()

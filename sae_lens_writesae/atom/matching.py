@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from sae_lens_writesae.conditions import Factors
-from sae_lens_writesae.write_cosines import cosines
+from sae_lens_writesae.atom.low_rank import LowRank
 
 
 class Matching(NamedTuple):
@@ -23,7 +22,7 @@ class Matching(NamedTuple):
     """|cosine| of the two atoms as matrices; for rank 1 |cos(v, v')| |cos(w, w')|."""
 
 
-def match_atoms(a: Factors, b: Factors) -> Matching:
+def match_atoms(a: LowRank, b: LowRank) -> Matching:
     """The pairs whose |cosines| have the largest sum (linear assignment), so that no atom is used twice.
 
     A sign or a permutation of the atoms changes nothing. Cost F G R R' (K + V), and about min(F, G)^2 max(F, G) for the
@@ -31,6 +30,6 @@ def match_atoms(a: Factors, b: Factors) -> Matching:
     """
     if len(a) == 0 or len(b) == 0:
         raise ValueError(f"matching needs atoms on both sides, found {len(a)} and {len(b)}")
-    size = cosines(a, b).abs().cpu().double().numpy()
+    size = a.cosines(b).abs().cpu().double().numpy()
     first, second = linear_sum_assignment(size, maximize=True)
     return Matching(first, second, size[first, second])

@@ -1,0 +1,171 @@
+"""Matrices as sums of few outer products: writes, atoms and controls, without building a K x V matrix.
+
+Matrix n is A_n = sum_r keys[n,r] values[n,r]^T. Inner products need the factors alone, because
+<v k^T, x y^T> = (v.x)(k.y); so does everything that follows from them (norm, cosine, projection).
+
+Alphabet: N matrices, R terms each, K key side, V value side; key-first everywhere. The terms of a matrix need not be
+orthogonal, and the same matrix has many factorisations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Index = slice | Tensor | list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """N matrices [K,V], each a sum over r of keys[n,r] values[n,r]^T.
+
+    Raises:
+        ValueError: the sides do not agree on N and R.
+    """
+
+    keys: Tensor
+    """[N,R,K]"""
+    values: Tensor
+    """[N,R,V]"""
+
+    def __post_init__(self) -> None:
+        if self.keys.ndim != 3 or self.values.ndim != 3 or self.keys.shape[:2] != self.values.shape[:2]:
+            shapes = f"{list(self.keys.shape)} and {list(self.values.shape)}"
+            raise ValueError(f"low-rank matrices have keys [N,R,K] and values [N,R,V], found {shapes}")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def rank(self) -> int:
+        """R, the number of terms: an upper bound of the matrices' rank."""
+        return self.keys.shape[1]
+
+    # ------------------------------------------------------------------------------------------ making
+
+    @classmethod
+    def rank_one(cls, keys: Tensor, values: Tensor) -> LowRank:
+        """N rank-1 matrices from keys [N,K] and values [N,V]."""
+        return cls(keys[:, None], values[:, None])
+
+    @classmethod
+    def svd(cls, matrices: Tensor, rank: int | None = None, *, balanced: bool = False) -> LowRank:
+        """The closest matrices of rank `rank` to [N,K,V], largest term first; exact without `rank`.
+
+        The singular values go to the keys, or with `balanced` their square roots to both sides. Computed in at least
+        float32 and returned in the dtype of `matrices`. Cost: one K x V SVD for each matrix.
+        """
+        exact = torch.promote_types(matrices.dtype, torch.float32)
+        left, sigma, right = torch.linalg.svd(matrices.to(exact), full_matrices=False)
+        left, sigma, right = left[..., :rank].mT, sigma[:, :rank, None], right[:, :rank]
+        if balanced:
+            keys, values = left * sigma.sqrt(), right * sigma.sqrt()
+        else:
+            keys, values = left * sigma, right
+        return cls(keys.to(matrices.dtype), values.to(matrices.dtype))
+
+    @classmethod
+    def cat(cls, summands: Sequence[LowRank]) -> LowRank:
+        """The sum of matrices, term by term: the result has the terms of all `summands`, which share N, K and V."""
+        return cls(torch.cat([s.keys for s in summands], 1), torch.cat([s.values for s in summands], 1))
+
+    def random_like(self, generator: torch.Generator) -> LowRank:
+        """Gaussian factors of the same shapes, drawn on the CPU so that a seed means the same on every device."""
+        keys = torch.randn(self.keys.shape, generator=generator).to(self.keys)
+        values = torch.randn(self.values.shape, generator=generator).to(self.values)
+        return LowRank(keys, values)
+
+    # ------------------------------------------------------------------------------------------ choosing
+
+    def rows(self, index: Index) -> LowRank:
+        """Some of the N matrices, by slice, mask or indices."""
+        return LowRank(self.keys[index], self.values[index])
+
+    def terms(self, index: Index) -> LowRank:
+        """Every matrix restricted to some of its R terms, by slice, mask or indices."""
+        return LowRank(self.keys[:, index], self.values[:, index])
+
+    def expand(self, n: int) -> LowRank:
+        """A single matrix (N = 1) as n equal ones, without copying."""
+        return LowRank(self.keys.expand(n, -1, -1), self.values.expand(n, -1, -1))
+
+    def to(self, like: Tensor | torch.dtype | torch.device) -> LowRank:
+        """The same matrices in another dtype, on another device, or as those of a tensor."""
+        return LowRank(self.keys.to(like), self.values.to(like))
+
+    def dense(self) -> Tensor:
+        """The matrices [N,K,V]. Costs N R K V and as much memory as they need; meant for tests and figures."""
+        return self.keys.mT @ self.values
+
+    # ------------------------------------------------------------------------------------------ arithmetic
+
+    def __mul__(self, scale: Tensor | float) -> LowRank:
+        """Each matrix times a number, [N] or one for all; the scale goes to the values."""
+        return LowRank(self.keys, self.values * (scale[..., None, None] if isinstance(scale, Tensor) else scale))
+
+    def inner(self, other: LowRank) -> Tensor:
+        """Frobenius inner products <A_n, B_n> [N]. Costs N R R' (K + V)."""
+        return ((self.keys @ other.keys.mT) * (self.values @ other.values.mT)).sum((1, 2))
+
+    def norm(self) -> Tensor:
+        """Frobenius norms [N], exact whether or not the terms are orthogonal."""
+        return self.inner(self).clamp_min(0).sqrt()
+
+    def with_norm(self, target: Tensor) -> LowRank:
+        """Each matrix rescaled by a positive number to Frobenius norm `target` [N].
+
+        Raises:
+            ValueError: a matrix is zero, and has no direction to rescale.
+        """
+        size = self.norm()
+        if bool((size == 0).any()):
+            raise ValueError(f"matrix {int((size == 0).nonzero()[0])} is zero and has no direction to rescale")
+        return self * (target / size)
+
+    def cosine(self, other: LowRank) -> Tensor:
+        """Signed cosines <A_n, B_n> / |A_n||B_n| [N]; 0 where either matrix is zero.
+
+        For rank 1 this is the cosine of the keys times the cosine of the values.
+        """
+        return _ratio(self.inner(other), self.norm() * other.norm())
+
+    def cosines(self, other: LowRank) -> Tensor:
+        """Signed cosines of all pairs [N,M]; 0 where either matrix is zero. Costs N M R R' (K + V)."""
+        total = torch.zeros(len(self), len(other), dtype=self.values.dtype, device=self.values.device)
+        for r in range(self.rank):
+            for s in range(other.rank):
+                total += (self.keys[:, r] @ other.keys[:, s].mT) * (self.values[:, r] @ other.values[:, s].mT)
+        return _ratio(total, self.norm()[:, None] * other.norm()[None, :])
+
+
+def state_direction(states: Tensor) -> LowRank:
+    """The top singular direction x y^T of states [N,K,V], at unit norm and with <S, x y^T> > 0. Costs an SVD each."""
+    left, _, right = torch.linalg.svd(states, full_matrices=False)
+    return LowRank.rank_one(left[:, :, 0], right[:, 0])
+
+
+def mean_write(keys: Tensor, values: Tensor, energy: float = 1.0) -> LowRank:
+    """The mean over tokens of k_t u_t^T from keys [T,K] and values [T,V], as one matrix (N = 1).
+
+    It has the fewest singular terms, largest first, that hold the share `energy` of its squared norm (1: all of them).
+    """
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy is a share in (0, 1], found {energy}")
+    left, sigma, right = torch.linalg.svd(keys.T @ values / len(keys), full_matrices=False)
+    held = (sigma**2).cumsum(0) / (sigma**2).sum()
+    rank = min(int((held < energy).sum()) + 1, len(sigma))
+    return LowRank((left[:, :rank] * sigma[:rank]).T[None], right[None, :rank])
+
+
+def nonzero_terms(matrix: Tensor, tolerance: float = 1e-6) -> LowRank:
+    """One matrix [K,V] as its singular terms, largest first, without those below `tolerance` times the largest."""
+    terms = LowRank.svd(matrix[None])
+    sizes = terms.keys[0].norm(dim=-1)
+    return terms.terms(sizes > sizes[0] * tolerance)
+
+
+def _ratio(inner: Tensor, size: Tensor) -> Tensor:
+    return torch.where(size > 0, inner / size.clamp_min(torch.finfo(size.dtype).tiny), 0)
