@@ -22,7 +22,7 @@ from sae_lens_writesae.conditions import Factors
 from sae_lens_writesae.firings import collect_firings
 from sae_lens_writesae.logit_change import LogitChange, LogitChangeConfig, run_logit_change
 from sae_lens_writesae.logit_change.config import rank_name
-from sae_lens_writesae.logit_change.predictors import Predictions, ReadGradients, predict, read_weights
+from sae_lens_writesae.experiment.predictors import Predictions, ReadGradients, predict, read_weights
 
 T = 24
 SMALL = LogitChangeConfig(

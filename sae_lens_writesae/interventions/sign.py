@@ -23,7 +23,7 @@ from sae_lens_writesae.head_memory import head_writes
 from sae_lens_writesae.interventions.common import checked_hook, token_text, windows
 from sae_lens_writesae.interventions.sign_result import DIRECTIONS, Sign, SignConfig
 from sae_lens_writesae.interventions.targets import Directions, Strata, Stratum, draw_target, random_unit
-from sae_lens_writesae.logit_change.predictors import ReadGradients, predict
+from sae_lens_writesae.experiment.predictors import ReadGradients, predict
 from sae_lens_writesae.progress import bar
 from sae_lens_writesae.steering import token_id
 

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from sae_lens_writesae.evaluation import Figure
-from sae_lens_writesae.logit_change.predictors import DEFINITIONS, PREDICTORS
+from sae_lens_writesae.experiment.predictors import DEFINITIONS, PREDICTORS
 from sae_lens_writesae.logit_change.scores import ALL, CONTROL
 from sae_lens_writesae.plots import ATOM, GRID, INK, MUTED, PAPER, RIVAL, SOFT, _label_ends, _legend, _panel, _svg
 

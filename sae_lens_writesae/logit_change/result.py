@@ -10,7 +10,7 @@ import pandas as pd
 
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
 from sae_lens_writesae.logit_change import plots
-from sae_lens_writesae.logit_change.predictors import DEFINITIONS
+from sae_lens_writesae.experiment.predictors import DEFINITIONS
 from sae_lens_writesae.logit_change.scores import ALL, CONTROL
 from sae_lens_writesae.report_text import r_squared
 from sae_lens_writesae.verdict.paper import Outcome

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sae_lens_writesae.logit_change.predictors import PREDICTORS
+from sae_lens_writesae.experiment.predictors import PREDICTORS
 from sae_lens_writesae.verdict import statistics as stats
 
 CONTROL = "shuffled"

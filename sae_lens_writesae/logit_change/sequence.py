@@ -14,7 +14,7 @@ from sae_lens_writesae.conditions import Factors, norm, scaled
 from sae_lens_writesae.firings import HeadHook, atom_factors
 from sae_lens_writesae.logit_change.config import LogitChangeConfig, rank_name
 from sae_lens_writesae.logit_change.measure import measure
-from sae_lens_writesae.logit_change.predictors import PREDICTORS, ReadGradients, predict
+from sae_lens_writesae.experiment.predictors import PREDICTORS, ReadGradients, predict
 from sae_lens_writesae.logit_change.targets import Targets, choose
 
 ZERO_WRITE = "the native write is zero, so that eps has no unit"

@@ -6,9 +6,9 @@ so sizes need not agree, but signs and orders should.
 
 from typing import Literal, NamedTuple
 
-#: What became of a claim. "explained": it holds, and so does a control that should not. "not tested": what it needs was
-#: not at hand, and the sentence says what.
-Outcome = Literal["holds", "fails", "explained", "below the floor", "not tested"]
+Outcome = Literal["holds", "fails", "confounded", "undecided", "inconclusive", "below the floor", "not tested"]
+"""What became of a claim; `verdict.judge` has the rules. "confounded": a control that has none of the atom's
+information does as well. "undecided": the effect is not told from a control. "inconclusive": too little data."""
 
 
 class PaperClaim(NamedTuple):

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lens_writesae.conditions import Factors
+from sae_lens_writesae.atom.low_rank import LowRank
 
 PREDICTORS = ("F0", "F1", "F2")
 
@@ -102,7 +102,7 @@ class ReadGradients:
         return Gradient(position, whole[0, : position + 1, self.head], direct[0, position, self.head])
 
 
-def predict(recurrence: Any, added: Factors, start: int, gradients: list[Gradient], naive: Tensor) -> list[Predictions]:
+def predict(recurrence: Any, added: LowRank, start: int, gradients: list[Gradient], naive: Tensor) -> list[Predictions]:
     """The three formulas for n matrices added at `start`, for each of several gradients at positions >= start.
 
     Args:

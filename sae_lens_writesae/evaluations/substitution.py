@@ -1,0 +1,536 @@
+"""The substitution test: exchange one write of one head for an atom, or for a control, and see what the model says.
+
+Source: WriteSAE (arXiv 2605.12770), section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.experiment.conditions import (
+    CONTROLS,
+    REFERENCES,
+    SCALES,
+    Condition,
+    Scale,
+    conditions,
+    control_directions,
+    edits_of,
+)
+from sae_lens_writesae.experiment.evaluation import Evaluation
+from sae_lens_writesae.experiment.firings import FiringDraw, draw_firings
+from sae_lens_writesae.experiment.head import WriteKind, head_profile, head_writes
+from sae_lens_writesae.experiment.lab import Lab, Site, Trial
+from sae_lens_writesae.experiment.readout import KL_METRICS, kl_metrics
+from sae_lens_writesae.experiment.result import Claim, Figure, Result
+from sae_lens_writesae.verdict import figures
+from sae_lens_writesae.verdict import statistics as stats
+from sae_lens_writesae.verdict.format import number, percent, span
+from sae_lens_writesae.verdict.judge import Against, Verdict, judge
+from sae_lens_writesae.verdict.names import NAMES, SCALE_NAMES
+
+Choice = Literal["dominant", "own"]
+CHOICES: dict[str, str] = {
+    "dominant": "the dominant atom of the position (the paper's test)",
+    "own": "the atom whose firing was drawn, however small its activation",
+}
+
+RELEVANT = 0.1
+"""Distance of a win rate from 1/2 from which on it matters, and margin by which a control may be worse; fixed before
+any run."""
+
+_CLAIM_OF_RULE = {"Mamba-2": 11, "RWKV-7": 12, "DeltaNet": 13}
+"""Rules for which the paper reports a substitution test of their own; for all others it is its first claim."""
+
+
+class Exchange(NamedTuple):
+    """All conditions at the firings of one sequence."""
+
+    site: Site
+    native: LowRank
+    """N = firings."""
+    atom: LowRank
+    """As the decoder has it, at activation 1."""
+    conditions: list[Condition]
+
+    @property
+    def positions(self) -> list[int]:
+        """Token t of each firing."""
+        return self.site.rows["position"].tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Substitution(Evaluation):
+    """At a firing (sequence, token t, atom i), the conditions differ only in what is written at t. The edit enters the
+    state at t and is read from t on, in closed loop: later erases react to it. A **win** is a firing at which the KL
+    divergence from the native next-token distributions, mean over t..t+horizon, is smaller than after deleting the
+    write. The **recovered share** is 1 - sum KL(condition) / sum KL(deletion).
+
+    The headline writes the dominant atom of the position, as the paper does (section 3.2); beside it stands the
+    firing's own atom, under its own name. Every control has the norm of the atom condition at the same scale.
+    `shuffled`, another atom that does not fire there, is the paper's random; the Gaussian direction is ours. The state
+    direction is that of the state **before** the write; the state after it contains the write, so that it is shown as a
+    reference and never held against an atom.
+
+    A dictionary that was trained on states is tested in the same way: its firings are found on states, and its atoms
+    replace the **write**.
+
+    **Verdict** of claim 1 (11, 12, 13 by rule), at the first scale: the ladder of `judge` on the win rate of the atom
+    against deletion (chance 1/2, an effect matters from 60 % on), against every control that beats deletion by itself.
+    Claim 2, at matched norm, as the paper's chain: the rate of atom < delete < another atom, chance 1/2. Claim 3: the
+    paired median ratio of the atom's KL to deletion's lies below 1, and to another atom's too.
+    """
+
+    n_atoms: int | None = 100
+    """Atoms drawn uniformly from all alive atoms that can be tested. None: all of them."""
+    firings_per_atom: int = 10
+    """At most this many firings of an atom, dealt over sequences."""
+    atoms: tuple[int, ...] | None = None
+    """A hand-picked list instead of a draw. Conclusions then hold for these atoms only."""
+    atom_choice: tuple[Choice, ...] = ("dominant", "own")
+    """Atom that is written, in tests side by side; the first one is the headline."""
+    positions: Literal["firing", "silent"] = "firing"
+    """Where: at the firings, or (a null) at random positions of the same sequences where the atom is silent, with the
+    activation of the firing."""
+    write: WriteKind = "additive"
+    """The native write: k_t u_t^T, keeping the erase (the paper's), or k_t u~_t^T, which takes the erase along."""
+    scales: tuple[Scale, ...] = SCALES
+    """How the atom is scaled; every control follows the norm of the atom at the same scale."""
+    controls: tuple[str, ...] = (*CONTROLS, *REFERENCES)
+    """Controls and references to run."""
+    horizon: int = 16
+    """KL is averaged over t..t+horizon, both included. Firings closer to the end are left out."""
+    first_position: int = 1
+    """Firings before this token are left out: at token 0 the state holds nothing but the write itself."""
+    last_position_firings: int | None = 100
+    """Firings, drawn from those tested, that are run on to the last token of the sequence and measured there too, at
+    many times the cost. None: all firings; 0: none."""
+    alive_tokens: int = 65_536
+    """An atom is alive if it fires on the first so many evaluation tokens (all, where there are fewer)."""
+    min_firings: int = 1
+    """Firings on those tokens that make an atom alive."""
+    mean_write_sequences: int = 16
+    """Sequences from which the head's mean write and half-life are estimated."""
+    mean_write_energy: float = 0.99
+    """The mean write is kept as the fewest rank-1 terms that hold this share of its squared norm."""
+
+    kind: ClassVar[str] = "substitution"
+    question: ClassVar[str] = "Can an atom stand in for the write it replaces?"
+    answers: ClassVar[tuple[int, ...]] = (1, 2, 3, 5, 11, 12, 13, 14)
+    min_sequences: ClassVar[int] = 1
+    at_least: ClassVar[dict[str, float]] = {
+        "n_atoms": 1,
+        "firings_per_atom": 1,
+        "horizon": 1,
+        "first_position": 0,
+        "last_position_firings": 0,
+        "alive_tokens": 1,
+        "min_firings": 1,
+        "mean_write_sequences": 1,
+    }
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "atom_choice": tuple(CHOICES),
+        "positions": ("firing", "silent"),
+        "write": ("additive", "corrected"),
+        "scales": SCALES,
+        "controls": (*CONTROLS, *REFERENCES),
+    }
+    columns: ClassVar[dict[str, dict[str, str]]] = {
+        "firings": {
+            "choice": "which atom is written: " + "; ".join(f"{k}: {v}" for k, v in CHOICES.items()),
+            "firing": "number of the firing within its choice, shared by all of its conditions",
+            "sequence": "row of the evaluation tokens",
+            "position": "token t that is edited",
+            "atom": "atom whose firing was drawn",
+            "written_atom": "atom that is written",
+            "activation": "activation of the written atom",
+            "cosine": "signed cosine of the written atom and the native write",
+            "write_norm": "Frobenius norm of the native write",
+            "condition": "what is written at t",
+            "scale": "how the atom is scaled; none for native and delete",
+            "norm": "Frobenius norm of what is written",
+            "kl_window": "nats, mean over t..t+horizon of KL(native || edited)",
+            "kl_at": "nats, at t",
+            "kl_next": "nats, at t + 1",
+            "kl_last": "nats, at the last token (missing for firings that were not run to the end)",
+            **{name: "the same for KL(edited || native)" for name in KL_METRICS if name.startswith("reverse")},
+        }
+    }
+
+    def __post_init__(self) -> None:
+        if isinstance(self.atom_choice, str):
+            object.__setattr__(self, "atom_choice", (self.atom_choice,))
+        super().__post_init__()
+        for name in ("scales", "atom_choice"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one of {', '.join(self.choices[name])}")
+        if not 0 < self.mean_write_energy <= 1:
+            raise ValueError(f"mean_write_energy is a share in (0, 1], found {self.mean_write_energy}")
+        if self.atoms is not None and (not self.atoms or len(set(self.atoms)) != len(self.atoms)):
+            raise ValueError(f"atoms names each atom once, and at least one; found {list(self.atoms)}")
+
+    @property
+    def shortest(self) -> int:
+        return self.first_position + self.horizon + 1
+
+    # -- measuring
+
+    def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
+        tables = []
+        for choice in self.atom_choice:
+            draw = self.draw(lab, choice)
+            n = len(draw.table)
+            n_last = n if self.last_position_firings is None else self.last_position_firings
+            to_end = draw.table["firing"].to_numpy()[lab.rng(1).permutation(n) < n_last]
+            tables += [
+                self._measured(lab, exchange, to_end).assign(choice=choice) for exchange in self.exchanges(lab, draw)
+            ]
+        return {"firings": pd.concat(tables, ignore_index=True)}
+
+    def draw(self, lab: Lab, choice: str) -> FiringDraw:
+        """The firings that are tested: the same for the same settings, whatever else is run."""
+        draw = draw_firings(
+            lab.firings(),
+            np.random.default_rng(self.seed),
+            horizon=self.horizon,
+            n_atoms=self.n_atoms,
+            firings_per_atom=self.firings_per_atom,
+            atoms=self.atoms,
+            first_position=self.first_position,
+            alive_tokens=self.alive_tokens,
+            min_firings=self.min_firings,
+            written="dominant" if choice == "dominant" else "own",
+            silent=self.positions == "silent",
+        )
+        lab.facts |= {
+            "n_alive": len(draw.alive),
+            "alive_tokens": draw.alive_tokens,
+            "n_testable": draw.n_testable,
+        }
+        return draw
+
+    def exchanges(self, lab: Lab, draw: FiringDraw) -> Iterator[Exchange]:
+        """The conditions of each sequence that has firings, one sequence at a time. Cost: one plain forward each."""
+        sequences = range(min(self.mean_write_sequences, len(lab.tokens)))
+        profile = head_profile(map(lab.recurrence, sequences), self.write, self.mean_write_energy)
+        lab.facts |= {
+            "half_life": profile.half_life,
+            "half_life_limit": profile.half_life_limit,
+            "mean_write_rank": profile.mean_write.rank,
+        }
+        for site in lab.sites(draw.table, self.kind):
+            writes = site.writes if self.write == "additive" else head_writes(site.recurrence, 0, self.write)
+            site = site._replace(writes=writes)
+            native = writes.rows(site.rows["position"].tolist())
+            atom = lab.atoms(site.rows["written_atom"].to_numpy()).to(native.values)
+            activation = torch.tensor(site.rows["activation"].to_numpy()).to(native.values)
+            controls = control_directions(
+                lab, site, site.rows, atom, self.controls, alive=draw.alive, mean=profile.mean_write
+            )
+            yield Exchange(site, native, atom, conditions(native, atom, activation, controls, self.scales))
+
+    def _measured(self, lab: Lab, exchange: Exchange, to_end: np.ndarray) -> pd.DataFrame:
+        site, native = exchange.site, exchange.native
+        described = site.rows.assign(
+            cosine=exchange.atom.cosine(native).cpu().numpy(), write_norm=native.norm().cpu().numpy()
+        )
+        rows = described.to_dict("records")
+        trials: list[Trial] = []
+        for condition in exchange.conditions:
+            edits = edits_of(lab, condition, native, exchange.positions, self.write)
+            written = condition.written
+            sizes = [0.0] * len(rows) if written is None else written.norm().cpu().tolist()
+            for row, edit, size in zip(rows, edits, sizes):
+                named = row | {"condition": condition.name, "scale": condition.scale, "norm": size}
+                trials.append(Trial(named, row["position"], edit))
+        long = set(to_end.tolist())
+        parts = []
+        for is_long, window in ((False, self.horizon + 1), (True, None)):
+            of_kind = [trial for trial in trials if (trial.row["firing"] in long) == is_long]
+            if of_kind:
+                parts.append(lab.read(site, of_kind, kl_metrics(self.horizon, is_long), window))
+        return pd.concat(parts, ignore_index=True)
+
+    # -- judging
+
+    def claims(self, result: Result) -> list[Claim]:
+        """Claim 1 for every choice of atom; claims 2 and 3 for the headline."""
+        scale, rule = self.scales[0], str(result.info["rule"])
+        number_ = _CLAIM_OF_RULE.get(rule, 1)
+        claims = []
+        for choice in self.atom_choice:
+            headline = choice == self.atom_choice[0]
+            wide = wide_firings(result, choice=choice)
+            verdict, rate, share = self.verdict(wide, scale)
+            name = "an atom is nearer to the native write than deletion"
+            claims.append(
+                Claim(
+                    number_ if headline else None,
+                    name if headline else f"{name}, {CHOICES[choice]}",
+                    f"wins {percent(rate.rate)} [{span(*rate.over_clusters.interval)}]; recovers {percent(share.mean)} "
+                    f"[{span(share.low, share.high)}]",
+                    rate.n,
+                    f"firings in {rate.over_clusters.n_clusters} sequences",
+                    self._controls_sentence(wide, scale),
+                    verdict.outcome,
+                    verdict.sentence,
+                )
+            )
+        wide = wide_firings(result, choice=self.atom_choice[0])
+        return [*claims, *self._chain(wide), *self._medians(wide)]
+
+    def verdict(self, wide: pd.DataFrame, scale: str) -> tuple[Verdict, stats.Rate, stats.Estimate]:
+        """The ladder at one scale, with the win rate and the recovered share."""
+        clusters = wide["sequence"]
+        rate = stats.win_rate(wide[f"atom/{scale}"], wide["delete"], clusters, seed=self.seed)
+        share = stats.recovered_share(wide[f"atom/{scale}"], wide["delete"], clusters, seed=self.seed)
+        against = {
+            NAMES[name]: Against(
+                stats.win_rate(wide[f"atom/{scale}"], wide[f"{name}/{scale}"], clusters, seed=self.seed).over_clusters,
+                stats.win_rate(wide[f"{name}/{scale}"], wide["delete"], clusters, seed=self.seed).over_clusters,
+                chance=0.5,
+            )
+            for name in self.controls
+            if name not in REFERENCES
+        }
+        verdict = judge(
+            rate.over_clusters,
+            against,
+            typical=float(wide["delete"].median()),
+            floor=float(wide["native"].quantile(0.95)),
+            chance=0.5,
+            relevant=RELEVANT,
+            what="the win rate against deletion",
+        )
+        return verdict, rate, share
+
+    def _controls_sentence(self, wide: pd.DataFrame, scale: str) -> str:
+        rates = {
+            name: stats.win_rate(wide[f"{name}/{scale}"], wide["delete"], wide["sequence"]).rate
+            for name in self.controls
+        }
+        return ", ".join(f"{NAMES[n]} {percent(rate)}" for n, rate in sorted(rates.items(), key=lambda item: -item[1]))
+
+    def _chain(self, wide: pd.DataFrame) -> list[Claim]:
+        scale = "matched" if "matched" in self.scales else self.scales[0]
+        last = next((name for name in ("shuffled", "random") if name in self.controls), None)
+        if last is None:
+            return []
+        rates = {
+            name: stats.chain_rate(
+                wide[f"atom/{scale}"],
+                wide["delete"],
+                wide[f"{name}/{scale}"],
+                clusters=wide["sequence"],
+                seed=self.seed,
+            )
+            for name in ("shuffled", "random")
+            if name in self.controls
+        }
+        rate = rates[last]
+        verdict = judge(rate.over_clusters, chance=0.5, relevant=RELEVANT, what="the rate of the strict order")
+        other = ", ".join(f"atom < delete < {NAMES[n]} {percent(r.rate)}" for n, r in rates.items() if n != last)
+        return [
+            Claim(
+                2,
+                f"strict chain atom < delete < {NAMES[last]}, at {SCALE_NAMES[scale]}",
+                f"{percent(rate.rate)} [{span(*rate.over_clusters.interval)}]",
+                rate.n,
+                f"firings in {rate.over_clusters.n_clusters} sequences",
+                other,
+                verdict.outcome,
+                verdict.sentence,
+            )
+        ]
+
+    def _medians(self, wide: pd.DataFrame) -> list[Claim]:
+        scale = "matched" if "matched" in self.scales else self.scales[0]
+        moved = wide[wide["delete"] > 0]
+        if moved.empty:
+            return []
+        names = ["delete", *(f"{n}/{scale}" for n in ("shuffled", "random") if n in self.controls)]
+        atom = moved[f"atom/{scale}"]
+        ratios = {
+            name: stats.median_ratio(
+                atom[moved[name] > 0],
+                moved.loc[moved[name] > 0, name],
+                moved.loc[moved[name] > 0, "sequence"],
+                seed=self.seed,
+            )
+            for name in names
+        }
+        floor = float(wide["native"].quantile(0.95))
+        others = {NAMES[n.split("/")[0]]: Against(_below_one(r)) for n, r in ratios.items() if n != "delete"}
+        verdict = judge(
+            ratios["delete"],
+            others,
+            typical=float(wide["delete"].median()),
+            floor=floor,
+            chance=1.0,
+            less=True,
+            relevant=RELEVANT,
+            what="the median ratio of the atom's KL to deletion's",
+        )
+        medians = [f"{number(float(moved[n].median()))}" for n in (f"atom/{scale}", *names)]
+        listed = " / ".join(["atom", *(NAMES[n.split("/")[0]] for n in names)])
+        return [
+            Claim(
+                3,
+                f"median KL of {listed}, at {SCALE_NAMES[scale]}",
+                f"{' / '.join(medians)} nats; atom / delete {ratios['delete'].mean:.2f} "
+                f"[{span(ratios['delete'].low, ratios['delete'].high, 1)}]",
+                len(moved),
+                f"firings in {ratios['delete'].n_clusters} sequences",
+                f"no-op {number(floor)} nats (95th percentile)",
+                verdict.outcome,
+                verdict.sentence,
+            )
+        ]
+
+    def figures(self, result: Result) -> list[Figure]:
+        """Win rates, divergences, ratios to deletion, quartiles of the effect, cosines; for every choice of atom."""
+        panels = []
+        for choice in self.atom_choice:
+            wide = wide_firings(result, choice=choice)
+            unbeaten = self.verdict(wide, self.scales[0])[0].unbeaten_controls
+            panels += substitution_figures(self, result, wide, choice, unbeaten)
+        return panels
+
+
+def wide_firings(result: Result, metric: str = "kl_window", choice: str | None = None) -> pd.DataFrame:
+    """One row per firing where `metric` was measured: its description, and one column per condition and scale
+    ("atom/matched", "delete")."""
+    if metric not in KL_METRICS:
+        raise ValueError(f"metric must be one of {', '.join(KL_METRICS)}, found {metric!r}")
+    table = result.tables["firings"]
+    table = table[table["choice"] == (choice or table["choice"].iloc[0])]
+    names = (table["condition"] + "/" + table["scale"]).str.removesuffix("/none")
+    units = ["firing", "sequence", "position", "atom", "written_atom", "activation", "cosine", "write_norm"]
+    values = table.assign(name=names).pivot(index="firing", columns="name", values=metric)
+    described = table[units].groupby("firing").first()
+    return described.join(values, how="inner").dropna(subset=["delete"]).reset_index()
+
+
+def comparisons(
+    result: Result, metric: str = "kl_window", *, choice: str | None = None, cluster: str = "sequence"
+) -> pd.DataFrame:
+    """Every condition against deletion, then the atom against every control, at every scale.
+
+    Args:
+        metric: one of `KL_METRICS`.
+        cluster: "sequence" or "atom": what the bootstrap resamples.
+
+    Returns: scale, a, b, the rate of a < b with both intervals, ties, n, recovered (share of deletion's effect that a
+    takes back), the paired median ratio, Cliff's delta, the paired sign rate, p-values, and `holm_p` over all rows.
+    """
+    settings = result.evaluation
+    assert isinstance(settings, Substitution)
+    wide, seed = wide_firings(result, metric, choice), settings.seed
+    rows = []
+    for scale in settings.scales:
+        pairs = [(name, "delete") for name in ("atom", *settings.controls)]
+        pairs += [("atom", name) for name in settings.controls]
+        for a, b in pairs:
+            x, y, ids = wide[f"{a}/{scale}"], wide["delete" if b == "delete" else f"{b}/{scale}"], wide[cluster]
+            rate = stats.win_rate(x, y, ids, seed=seed)
+            moved = (y > 0).to_numpy()  # a ratio to an effect of exactly 0 says nothing
+            ratio = stats.median_ratio(x[moved], y[moved], ids[moved], seed=seed) if moved.any() else None
+            row = {"scale": scale, "a": a, "b": b, "rate": rate.rate, "low": rate.over_clusters.low}
+            row |= {"high": rate.over_clusters.high, "wilson_low": rate.wilson.low, "wilson_high": rate.wilson.high}
+            row |= {"ties": rate.ties, "n": rate.n, "n_clusters": rate.over_clusters.n_clusters}
+            row["recovered"] = 1 - float(x.sum() / y.sum()) if moved.any() else np.nan
+            row |= dict(zip(("median_ratio", "ratio_low", "ratio_high"), ratio[:3] if ratio else [np.nan] * 3))
+            row |= {"cliffs_delta": stats.cliffs_delta(x, y), "sign_rate": stats.paired_sign_rate(x, y)}
+            row |= {"wilcoxon_p": stats.paired_wilcoxon(x, y).p_value}
+            row |= {"sign_flip_p": stats.sign_flip_test(x, y, ids, seed=seed).p_value}
+            rows.append(row)
+    table = pd.DataFrame(rows)
+    names = table["scale"] + "/" + table["a"] + "/" + table["b"]
+    return table.assign(holm_p=list(stats.holm(dict(zip(names, table["sign_flip_p"]))).values()))
+
+
+def all_heads(results: Sequence[Result]) -> Claim | None:
+    """Claim 5 over the tests of several heads of one layer: mean win rate, its spread, and how many heads hold."""
+    by_head = {(r.info["layer"], r.info["head"]): r for r in results if isinstance(r.evaluation, Substitution)}
+    if len(by_head) < 2:
+        return None
+    rates = pd.Series([_headline_rate(r) for r in by_head.values()])
+    outcomes = [r.claims()[0].outcome for r in by_head.values()]
+    held = outcomes.count("holds")
+    worst = next((o for o in ("confounded", "undecided", "fails") if o in outcomes), outcomes[0])
+    return Claim(
+        5,
+        "all heads of a layer",
+        f"{percent(rates.mean())} ± {percent(rates.std())} (SD over heads)",
+        len(rates),
+        "heads",
+        f"confounded by a control on {outcomes.count('confounded')}",
+        "holds" if held == len(rates) else worst,
+        f"Holds on {held} of {len(rates)} heads.",
+    )
+
+
+def _headline_rate(result: Result) -> float:
+    settings = result.evaluation
+    assert isinstance(settings, Substitution)
+    return settings.verdict(wide_firings(result), settings.scales[0])[1].rate
+
+
+def _below_one(ratio: stats.Estimate) -> stats.Estimate:
+    """A ratio as a difference from 1, so that chance is 0."""
+    return ratio._replace(mean=ratio.mean - 1, low=ratio.low - 1, high=ratio.high - 1)
+
+
+def substitution_figures(
+    settings: Substitution, result: Result, wide: pd.DataFrame, choice: str, unbeaten: Sequence[str]
+) -> list[Figure]:
+    """The five panels of one choice of atom."""
+    scale, name = settings.scales[0], f"{result.label}, {choice} atom"
+    table = comparisons(result, choice=choice)
+    floor = float(wide["native"].quantile(0.95))
+    accents = [key for key, shown in NAMES.items() if shown in unbeaten]
+    return [
+        Figure(
+            f"Does anything else do as well? ({choice} atom)",
+            figures.win_rates(table[table["b"] == "delete"], accents, name),
+            "Share of firings on which each condition is nearer to the native model than deletion. Controls have the "
+            "norm of the atom; orange ones are not beaten by the atom.",
+        ),
+        Figure(
+            "How far each moves the model",
+            figures.boxes(_of_scale(wide, scale), "KL from native, nats", accents, name, floor=floor),
+            "Median, quartiles and 5-95 % over firings.",
+        ),
+        Figure(
+            "The same against deletion",
+            figures.boxes(_ratios(wide, scale), "KL over deletion's", accents, name, line=1.0),
+            "Left of 1 is a win; how far left is how much of the deletion's effect is taken back.",
+        ),
+        Figure(
+            "By the size of the effect",
+            figures.quartiles(_of_scale(wide, scale), wide["delete"], wide["sequence"], accents, name),
+            "A result that is real should be strongest in Q4.",
+        ),
+        Figure(
+            "By the likeness of atom and write",
+            figures.wins_by_cosine(wide["cosine"], wide[f"atom/{scale}"] < wide["delete"], wide["written_atom"], name),
+            "At matched norm only a cosine above 1/2 (shaded) makes an atom nearer to the write than nothing is.",
+        ),
+    ]
+
+
+def _of_scale(wide: pd.DataFrame, scale: str) -> dict[str, pd.Series]:
+    """KL of the conditions at one scale, by condition."""
+    return {c.removesuffix(f"/{scale}"): wide[c] for c in wide.columns if c.endswith(f"/{scale}") or c == "delete"}
+
+
+def _ratios(wide: pd.DataFrame, scale: str) -> dict[str, pd.Series]:
+    moved = wide[wide["delete"] > 0]
+    return {name: kl / moved["delete"] for name, kl in _of_scale(moved, scale).items() if name != "delete"}

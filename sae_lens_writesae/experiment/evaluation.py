@@ -1,0 +1,177 @@
+"""An evaluation is an object: its fields are the settings, its class says the question, the tables and the rule.
+
+A subclass in `evaluations/` needs one file and nothing else. It is found by its `kind`; README's table, the docs, the
+command `writesae eval KIND`, the protocol and the conformance tests read the class.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from typing import ClassVar
+
+import pandas as pd
+import torch
+from sae_lens import SAE
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.experiment.result import Claim, Figure, Json, Result
+
+
+class Scope(Enum):
+    """Which dictionaries of a head one run of an evaluation takes."""
+
+    EACH = "each dictionary by itself"
+    HEAD = "any dictionary of a head, which says which head it is; the atoms are not used"
+    SEEDS = "dictionaries of one target that differ in their seed"
+    TARGETS = "dictionaries of one head that differ in what they were trained for"
+    VARIANTS = "dictionaries of one target that differ in their architecture"
+
+    @property
+    def compares(self) -> bool:
+        """Whether a run takes several dictionaries at once."""
+        return self not in (Scope.EACH, Scope.HEAD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(ABC):
+    """Base class of all evaluations. The docstring of a subclass is its page: definition, controls, verdict rule."""
+
+    seed: int = 0
+    """Seed of every draw and control."""
+    label: str = ""
+    """Name in reports; by default the head and the target."""
+    rows_per_run: int = 256
+    """Largest number of edited rows in one forward pass. Lower it when memory runs out; results stay the same."""
+
+    kind: ClassVar[str]
+    """Name of the evaluation: of its folder, its command and its page."""
+    question: ClassVar[str]
+    """The question that it asks, as a heading."""
+    answers: ClassVar[tuple[int, ...]] = ()
+    """Rows of `verdict.paper.PAPER_CLAIMS` that it answers."""
+    scope: ClassVar[Scope] = Scope.EACH
+    columns: ClassVar[dict[str, dict[str, str]]]
+    """For each table, what its columns hold, with units."""
+    min_sequences: ClassVar[int] = 2
+    """Sequences that a run needs."""
+    at_least: ClassVar[dict[str, float]] = {}
+    """Smallest allowed value of a setting, checked when the evaluation is made."""
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Allowed values of a setting, or of each entry of a setting that is a tuple."""
+
+    def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, list):  # as JSON and the command line give them
+                object.__setattr__(self, name, tuple(value))
+        for name, bound in {"rows_per_run": 1, **self.at_least}.items():
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, str) or value < bound):
+                raise ValueError(f"{name} must be at least {bound:g}, found {value!r}")
+        for name, allowed in self.choices.items():
+            value = getattr(self, name)
+            entries = value if isinstance(value, tuple) else (value,)
+            if unknown := [entry for entry in entries if entry not in allowed]:
+                raise ValueError(f"{name} must be among {', '.join(allowed)}; found {', '.join(map(str, unknown))}")
+            if len(set(entries)) != len(entries):
+                raise ValueError(f"{name} names each value once; found {', '.join(map(str, entries))}")
+
+    @abstractmethod
+    def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
+        """The tables, by name. `lab` has the model, the dictionaries and the text; facts that a reader needs go into
+        `lab.facts`, units that could not be measured into `lab.skipped`.
+
+        Raises:
+            NothingToMeasureError: this dictionary and text give nothing to measure.
+        """
+
+    @abstractmethod
+    def claims(self, result: Result) -> list[Claim]:
+        """The claims, with verdicts by `verdict.judge.judge`, from the tables alone."""
+
+    @abstractmethod
+    def figures(self, result: Result) -> list[Figure]:
+        """Panels for the report, from the tables alone."""
+
+    def notes(self, result: Result) -> list[str]:
+        """Sentences that a reader needs beside the numbers."""
+        return []
+
+    @property
+    def shortest(self) -> int:
+        """Tokens that a sequence needs at least."""
+        return 2
+
+    def to_dict(self) -> dict[str, Json]:
+        """Settings as plain JSON values; `type(self)(**d)` gives the evaluation back."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def run(
+        self,
+        model: HookedRecurrent,
+        saes: SAE | Mapping[str, SAE],
+        tokens: Tensor,
+        *,
+        progress: bool = True,
+    ) -> Result:
+        """Evaluate dictionaries on sequences that neither the model nor a dictionary was trained on.
+
+        Args:
+            model: the hooked model that the dictionaries read.
+            saes: one dictionary, or several by label. Each reads `blocks.{l}.mixer.heads.{h}.hook_write_vec` or
+                `hook_state_vec`, by its own metadata.
+            tokens: [N,T] token ids, all sequences of one length, without padding.
+            progress: show progress bars.
+
+        Raises:
+            ValueError: a dictionary does not fit the model, sequences are too few or too short, or dictionaries cannot
+                be compared; before any work.
+            NothingToMeasureError: the dictionary and the text give nothing to measure.
+        """
+        begin = time.perf_counter()
+        with torch.inference_mode(False), torch.no_grad():
+            lab = Lab(
+                model,
+                saes if isinstance(saes, Mapping) else {"": saes},
+                torch.as_tensor(tokens).clone(),  # a clone, because gradients cannot be taken through inference tensors
+                seed=self.seed,
+                rows_per_run=self.rows_per_run,
+                progress=progress,
+            )
+            self._check(lab)
+            tables = self.measure(lab)
+        tables = {name: pd.DataFrame(tables[name], columns=list(self.columns[name])) for name in self.columns}
+        info = lab.describe(self.label) | {"seconds": round(time.perf_counter() - begin, 3)}
+        result = Result(self, info, tables)
+        result.check()
+        return result
+
+    def run_or_skip(
+        self, model: HookedRecurrent, saes: SAE | Mapping[str, SAE], tokens: Tensor, *, progress: bool = True
+    ) -> Result:
+        """As `run`; where there is nothing to measure, a result that says why, so that a run over many goes on."""
+        try:
+            return self.run(model, saes, tokens, progress=progress)
+        except NothingToMeasureError as error:
+            lab = Lab(model, saes if isinstance(saes, Mapping) else {"": saes}, tokens, seed=self.seed)
+            return Result(self, lab.describe(self.label), {}, skipped=str(error))
+
+    def _check(self, lab: Lab) -> None:
+        n, length = lab.tokens.shape
+        if n < self.min_sequences or length < self.shortest:
+            raise ValueError(
+                f"{self.kind} needs at least {self.min_sequences} sequences of {self.shortest} tokens; tokens are "
+                f"{[n, length]}"
+            )
+        if self.scope.compares and len(lab.saes) < 2:
+            raise ValueError(f"{self.kind} compares {self.scope.value}: give at least two, found {len(lab.saes)}")
+        if not self.scope.compares and len(lab.saes) > 1:
+            raise ValueError(f"{self.kind} takes {self.scope.value}; found {', '.join(lab.saes)}")

@@ -1,0 +1,279 @@
+"""Where the atoms of a dictionary fire on a text, and which of those firings a test looks at.
+
+An atom *fires* at a token where its activation is positive. It is *alive* if it fires at least `min_firings` times on
+the first `alive_tokens` tokens of the text; every evaluation uses this one meaning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from sae_lens import SAE
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.firings import HeadHook, check_plain_activations
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Firings:
+    """Every positive activation of a dictionary on [N,T] tokens: a sparse [N,T,F] as parallel arrays, ordered by
+    sequence, then position."""
+
+    sequence: Integers
+    position: Integers
+    atom: Integers
+    activation: NDArray[np.float32]
+    n_sequences: int
+    """N"""
+    n_positions: int
+    """T"""
+    n_atoms: int
+    """F"""
+
+    def __len__(self) -> int:
+        return len(self.atom)
+
+    def frame(self, rows: NDArray[np.generic] | slice = slice(None)) -> pd.DataFrame:
+        """Some firings (all by default) as a table: sequence, position, atom, activation."""
+        names = ("sequence", "position", "atom", "activation")
+        return pd.DataFrame({name: getattr(self, name)[rows] for name in names})
+
+    def of_sequences(self, sequences: Integers) -> Firings:
+        """The firings on some of the sequences, which keep their numbers."""
+        inside = np.isin(self.sequence, sequences)
+        names = ("sequence", "position", "atom", "activation")
+        return replace(self, **{name: getattr(self, name)[inside] for name in names})
+
+    def alive(self, n_tokens: int, min_firings: int = 1) -> Integers:
+        """Atoms with at least `min_firings` among the first `n_tokens` tokens, read sequence by sequence."""
+        early = self.sequence * self.n_positions + self.position < n_tokens
+        counts = np.bincount(self.atom[early], minlength=self.n_atoms)
+        return np.flatnonzero(counts >= min_firings)
+
+    def strongest(self, at: pd.DataFrame) -> pd.DataFrame:
+        """The most active atom at each (sequence, position) of `at`: columns atom and activation, index of `at`; NaN
+        where nothing fires. This is the paper's dominant atom (section 3.2)."""
+        spot = self.sequence * self.n_positions + self.position
+        wanted = (at["sequence"] * self.n_positions + at["position"]).to_numpy()
+        table = self.frame(np.isin(spot, wanted)).sort_values("activation")
+        top = table.drop_duplicates(["sequence", "position"], keep="last")
+        columns = ["sequence", "position"]
+        joined = pd.merge(at[columns], top, on=columns, how="left").set_index(at.index)
+        return pd.DataFrame(joined, columns=["atom", "activation"])
+
+
+@torch.no_grad()
+def collect_firings(model: HookedRecurrent, sae: SAE, tokens: Tensor, *, progress: bool = False) -> Firings:
+    """Encode the dictionary's hook on every token of `tokens` [N,T], one sequence at a time.
+
+    Raises:
+        ValueError: the dictionary normalises its input, so that activations are not in units of the write.
+        NothingToMeasureError: activations are not finite.
+
+    Cost: N forwards up to the hook's layer; memory T (K V + F) floats, and 28 bytes per firing.
+    """
+    hook = HeadHook.of(sae)
+    check_plain_activations(sae)
+    place = next(sae.parameters(), tokens)
+    dtype = place.dtype if place.is_floating_point() else torch.float32
+    parts: list[tuple[NDArray[np.generic], ...]] = []
+    n_atoms = 0
+    sequences = range(len(tokens))
+    for i in tqdm(sequences, desc="firings") if progress else sequences:
+        _, cache = model.run_with_cache(tokens[i : i + 1], names_filter=[hook.name], stop_at_layer=hook.layer + 1)
+        activations = sae.encode(cache[hook.name][0].to(place.device, dtype))
+        n_atoms = activations.shape[-1]
+        if not bool(activations.isfinite().all()):
+            raise NothingToMeasureError(f"the SAE gives NaN or infinite activations on sequence {i} of {hook.name}")
+        position, atom = (activations > 0).nonzero(as_tuple=True)
+        values = activations[position, atom].float().cpu().numpy()
+        parts.append((np.full(len(values), i), position.cpu().numpy(), atom.cpu().numpy(), values))
+    sequence, position, atom, values = (np.concatenate(column) for column in zip(*parts))
+    n_sequences, n_positions = tokens.shape
+    return Firings(sequence, position, atom, values, n_sequences, n_positions, n_atoms)
+
+
+def sample_firings(
+    firings: Firings, atoms: Integers, per_atom: int, *, first: int, last: int, rng: np.random.Generator
+) -> pd.DataFrame:
+    """Up to `per_atom` firings of each of `atoms` at positions first..last, spread over sequences.
+
+    Stratified: an atom's firings are dealt one per sequence in random order of sequences, then a second one per
+    sequence, and so on, so that no sequence dominates. Columns: sequence, position, atom, activation.
+    """
+    inside = (firings.position >= first) & (firings.position <= last)
+    table = firings.frame(inside & np.isin(firings.atom, atoms))
+    table = table.iloc[rng.permutation(len(table))]  # which firing of a sequence comes first
+    table["turn"] = table.groupby(["atom", "sequence"]).cumcount()
+    table = table.iloc[rng.permutation(len(table))]  # which sequence is dealt first in a turn
+    table = table.sort_values(["atom", "turn"], kind="stable").groupby("atom").head(per_atom)
+    return table.drop(columns="turn").sort_values(["sequence", "position", "atom"], ignore_index=True)
+
+
+def silent_positions(
+    sample: pd.DataFrame, firings: Firings, *, first: int, last: int, rng: np.random.Generator
+) -> pd.DataFrame:
+    """The same firings moved to a random position of their sequence, in first..last, where their atom is silent.
+
+    Activations stay those of the firing. Firings of atoms that are silent nowhere in the sequence are dropped.
+    """
+    table = firings.frame(np.isin(firings.atom, sample["atom"].to_numpy()))
+    busy = {key: set(group["position"]) for key, group in table.groupby(["sequence", "atom"])}
+    choices = np.arange(first, last + 1)
+    moved = sample.copy()
+    moved["position"] = [
+        rng.choice(free) if len(free := np.setdiff1d(choices, list(busy[key]))) else -1
+        for key in zip(sample["sequence"], sample["atom"])
+    ]
+    moved = moved.query("position >= 0")
+    return moved.sort_values(["sequence", "position", "atom"], ignore_index=True)
+
+
+class Halves(NamedTuple):
+    """Sequences that something is chosen on, and sequences that it is tested on; no sequence is in both."""
+
+    select: Integers
+    test: Integers
+
+
+def halves(n_sequences: int, seed: int) -> Halves:
+    """A random split of the sequences.
+
+    Raises:
+        NothingToMeasureError: fewer than 4 sequences; an interval needs two on each side.
+    """
+    if n_sequences < 4:
+        raise NothingToMeasureError(
+            f"choosing on one half and testing on the other needs at least 4 sequences, found {n_sequences}"
+        )
+    order = np.random.default_rng([seed, 17]).permutation(n_sequences)
+    return Halves(np.sort(order[: n_sequences // 2]), np.sort(order[n_sequences // 2 :]))
+
+
+def draw_atoms(
+    firings: Firings,
+    split: Halves,
+    bounds: dict[str, int],
+    rng: np.random.Generator,
+    *,
+    min_firings: int,
+    n_atoms: int | None,
+    atoms: tuple[int, ...] | None = None,
+) -> Integers:
+    """Atoms with `min_firings` firings in both halves (in two sequences of the test half) at positions first..last of
+    `bounds`: those of `atoms`, or a uniform draw of `n_atoms`.
+
+    Raises:
+        ValueError: an atom asked for fires too rarely.
+        NothingToMeasureError: all atoms do.
+    """
+    inside = (firings.position >= bounds["first"]) & (firings.position <= bounds["last"])
+    counted = []
+    for side in split:
+        table = firings.frame(inside & np.isin(firings.sequence, side))
+        counted.append(table.groupby("atom").agg(n=("position", "size"), sequences=("sequence", "nunique")))
+    enough = counted[0][counted[0]["n"] >= min_firings].index
+    enough = enough.intersection(counted[1].query(f"n >= {min_firings} and sequences >= 2").index)
+    able = np.sort(enough.to_numpy(np.int64))
+    if atoms is not None:
+        if missing := sorted(set(atoms) - set(able.tolist())):
+            raise ValueError(
+                f"atoms {missing} cannot be tested: each must fire {min_firings} times in both halves of the "
+                f"sequences, in two sequences of the test half; the SAE has {firings.n_atoms} atoms"
+            )
+        return np.array(atoms)
+    if len(able) == 0:
+        n = len(np.unique(firings.atom))
+        raise NothingToMeasureError(
+            f"no atom can be tested: {n} of {firings.n_atoms} fire, none {min_firings} times in each half; give "
+            "more sequences, or lower min_firings"
+        )
+    if n_atoms is None:
+        return able
+    return np.sort(rng.choice(able, min(n_atoms, len(able)), replace=False))
+
+
+class FiringDraw(NamedTuple):
+    """The firings that a test looks at, and how many atoms they were drawn from."""
+
+    table: pd.DataFrame
+    """firing, sequence, position, atom, written_atom, activation; ordered by sequence and position."""
+    alive: Integers
+    """All alive atoms."""
+    n_testable: int
+    """Alive atoms with a firing at a position that can be tested; the draw is uniform over these."""
+    alive_tokens: int
+    """Tokens on which aliveness was counted."""
+
+
+def draw_firings(
+    firings: Firings,
+    rng: np.random.Generator,
+    *,
+    horizon: int,
+    n_atoms: int | None,
+    firings_per_atom: int,
+    atoms: tuple[int, ...] | None = None,
+    first_position: int = 1,
+    alive_tokens: int = 65_536,
+    min_firings: int = 1,
+    written: Literal["own", "dominant"] = "own",
+    silent: bool = False,
+) -> FiringDraw:
+    """A uniform draw of the alive atoms that can be tested, and firings of each, dealt over sequences.
+
+    Args:
+        horizon: tokens that must follow a firing.
+        atoms: a hand-picked list instead of a draw.
+        written: the atom that is written: the firing's own, or the dominant one of the position, which has the largest
+            activation there (the paper's section 3.2). Under "dominant" a position counts once.
+        silent: move each firing to a random position where its atom is silent (a null).
+
+    Raises:
+        ValueError: a hand-picked atom cannot be tested.
+        NothingToMeasureError: no atom can be tested.
+    """
+    last = firings.n_positions - 1 - horizon
+    alive_tokens = min(alive_tokens, firings.n_sequences * firings.n_positions)
+    alive = firings.alive(alive_tokens, min_firings)
+    inside = (firings.position >= first_position) & (firings.position <= last)
+    testable = np.intersect1d(alive, firings.atom[inside])
+    if len(testable) == 0:
+        raise NothingToMeasureError(
+            f"no atom can be tested: {len(alive)} of {firings.n_atoms} fire on {alive_tokens} tokens, none of them "
+            f"at positions {first_position}..{last}"
+        )
+    picked = testable
+    if atoms is not None:
+        if missing := [i for i in atoms if i not in testable]:
+            raise ValueError(
+                f"atoms {missing} cannot be tested: the SAE has {firings.n_atoms} atoms, and these are not alive or "
+                "fire only outside of the tested positions"
+            )
+        picked = np.array(atoms)
+    elif n_atoms is not None:
+        picked = np.sort(rng.choice(testable, min(n_atoms, len(testable)), replace=False))
+    bounds = {"first": first_position, "last": last}
+    table = sample_firings(firings, picked, firings_per_atom, **bounds, rng=rng)
+    if silent:
+        table = silent_positions(table, firings, **bounds, rng=rng)
+    table["written_atom"] = table["atom"]
+    if written == "dominant":
+        strongest = firings.strongest(table).dropna()  # at a silent position nothing may fire at all
+        table = table.loc[strongest.index]
+        table = table.assign(written_atom=strongest["atom"].astype(int), activation=strongest["activation"])
+        table = table.drop_duplicates(["sequence", "position"])
+    if table.empty:
+        raise NothingToMeasureError(f"none of the {len(picked)} atoms has a position to be tested at")
+    table = table.reset_index(drop=True).rename_axis("firing").reset_index()
+    return FiringDraw(table, alive, len(testable), alive_tokens)

@@ -1,0 +1,336 @@
+"""The laboratory: one head, its dictionaries and a text, and the only place that runs edited passes of a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple, TypeAlias, TypeVar, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sae_lens import SAE
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hookpoints import EditSession, HookedRecurrent, Recurrence, WriteEdit
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.evaluate import check_fits
+from sae_lens_writesae.experiment.firings import Firings, collect_firings
+from sae_lens_writesae.experiment.head import head_writes
+from sae_lens_writesae.experiment.result import Json
+from sae_lens_writesae.firings import HeadHook, atom_factors
+
+T = TypeVar("T")
+
+_CPU_TOKENS = 4096
+"""Tokens of one batch on a CPU: runs to the end of a sequence were 2.5 times slower at 40,000, which no cache holds."""
+_STRETCH = 24
+"""Tokens that a batch may always stretch over: a call costs as much as a few dozen tokens of a small model."""
+_LOGIT_FLOATS = 128_000_000
+"""Float32 logits of one batch: 512 MB."""
+_NO_OPS = 32
+"""Places at which the native write is written again to measure the floor."""
+
+
+class Trial(NamedTuple):
+    """One edited run, which becomes one row of a table."""
+
+    row: dict[str, object]
+    """What the table says of this run besides the readout."""
+    position: int
+    """First edited token; the readout begins there."""
+    edits: WriteEdit | Sequence[WriteEdit]
+    """What is edited; an empty list runs the plain model by the same arithmetic."""
+
+
+class EditedRows(NamedTuple):
+    """Logits of some trials of one sequence, as a readout is given them."""
+
+    trials: Sequence[Trial]
+    native: Tensor
+    """[T,vocab] logits of the plain pass over the whole sequence."""
+    logits: Tensor
+    """[n,S,vocab] logits of the edited runs, tokens `start` .. `start + S - 1`."""
+    start: int
+    """First token that was run: before it, edited and plain run agree."""
+    width: int
+    """Tokens of the window of each trial, from its own position on."""
+    plain: Tensor | None
+    """[S,vocab] logits of a run without edits in the same batch, where it was asked for."""
+
+    @property
+    def positions(self) -> Tensor:
+        """[n,W] tokens of each trial's window, on the device of the logits."""
+        at = torch.tensor([trial.position for trial in self.trials])[:, None] + torch.arange(self.width)
+        return at.to(self.logits.device)
+
+    @property
+    def window(self) -> Tensor:
+        """[n,W,vocab] logits of each trial's own window."""
+        each = torch.arange(len(self.trials), device=self.logits.device)[:, None]
+        return self.logits[each, self.positions - self.start]
+
+    @property
+    def native_window(self) -> Tensor:
+        """[n,W,vocab] logits of the plain pass at the same tokens."""
+        return self.native[self.positions]
+
+
+Readout: TypeAlias = Callable[[EditedRows], Mapping[str, ArrayLike]]
+"""Turns a batch of edited runs into columns of a table, one value per trial; `experiment.readout` has the common
+ones."""
+
+
+class Site(NamedTuple):
+    """One sequence of the text, with the plain pass over it and the units that are tested there."""
+
+    sequence: int
+    rows: pd.DataFrame
+    """The units (firings, positions ...) of this sequence."""
+    session: EditSession
+    recurrence: Recurrence
+    """Of the evaluated head alone: B = H = 1."""
+    writes: LowRank
+    """The T native writes of the head."""
+
+    def at(self, positions: Sequence[int]) -> LowRank:
+        """The native writes at some positions."""
+        return self.writes.rows(list(positions))
+
+
+class Lab:
+    """One head, its dictionaries, and a text; what every evaluation works with.
+
+    Args:
+        model: the hooked model.
+        saes: dictionaries by label; all read the same head.
+        tokens: [N,T] token ids.
+        seed: seed of the evaluation.
+        rows_per_run: largest number of edited rows in one pass.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: tokens of another shape, no dictionary, one that does not fit the model, or dictionaries of several
+            heads.
+    """
+
+    def __init__(
+        self,
+        model: HookedRecurrent,
+        saes: Mapping[str, SAE],
+        tokens: Tensor,
+        *,
+        seed: int = 0,
+        rows_per_run: int = 256,
+        progress: bool = False,
+    ):
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be [N,T], found shape {list(tokens.shape)}")
+        if not saes:
+            raise ValueError("an evaluation needs a dictionary, found none")
+        for label, sae in saes.items():
+            check_fits(model, sae, label or "the SAE given")
+        hooks = {label: HeadHook.of(sae) for label, sae in saes.items()}
+        if len({(hook.layer, hook.head) for hook in hooks.values()}) > 1:
+            listed = "; ".join(f"{label}: {hook.name}" for label, hook in hooks.items())
+            raise ValueError(f"dictionaries of one head can be evaluated together, found {listed}")
+        self.model, self.tokens, self.saes = model, tokens, dict(saes)
+        self.hooks = hooks
+        self.seed, self.rows_per_run, self.progress = seed, rows_per_run, progress
+        self.skipped: Counter[str] = Counter()
+        """Units that could not be measured, by reason."""
+        self.facts: dict[str, Json] = {}
+        """What a reader of the tables must know besides the settings."""
+        self.n_edited_runs = 0
+        self._firings: dict[str, Firings] = {}
+
+    # -- the head and its dictionaries
+
+    @property
+    def sae(self) -> SAE:
+        """The dictionary; the first one where there are several."""
+        return next(iter(self.saes.values()))
+
+    @property
+    def hook(self) -> HeadHook:
+        """The hook that `sae` reads: layer, head, and whether it holds writes or states."""
+        return next(iter(self.hooks.values()))
+
+    @cached_property
+    def key_value(self) -> tuple[int, int]:
+        """K and V of the head."""
+        shape = self.model.cfg.layer(self.hook.layer)
+        return shape.K, shape.V
+
+    def firings(self, label: str | None = None) -> Firings:
+        """Where the atoms of a dictionary fire on the text; kept. Cost: a forward per sequence up to the layer."""
+        label = next(iter(self.saes)) if label is None else label
+        if label not in self._firings:
+            self._firings[label] = collect_firings(self.model, self.saes[label], self.tokens, progress=self.progress)
+        return self._firings[label]
+
+    def atoms(self, numbers: ArrayLike, label: str | None = None) -> LowRank:
+        """Atoms of a dictionary as its decoder has them, on the model's device, in float32."""
+        sae = self.sae if label is None else self.saes[label]
+        return atom_factors(sae, np.asarray(numbers), *self.key_value).to(self.model.cfg.device)
+
+    def rng(self, *stream: int) -> np.random.Generator:
+        """A generator of its own for each purpose, so that no draw depends on another."""
+        return np.random.default_rng([self.seed, *stream])
+
+    # -- the text
+
+    def sites(self, units: pd.DataFrame, name: str) -> Iterator[Site]:
+        """The sequences that `units` (with a column `sequence`) name, one plain pass each, in order."""
+        groups = [(int(cast(int, key)), rows) for key, rows in units.groupby("sequence")]
+        for sequence, rows in self.bar(groups, name):
+            yield self.site(sequence, rows)
+
+    def site(self, sequence: int, rows: pd.DataFrame | None = None) -> Site:
+        """One sequence. Cost: one plain forward, whose cache edited runs branch off from."""
+        session = self.model.edit_session(self.tokens[[sequence]])
+        recurrence = session.recurrence(self.hook.layer).select(heads=slice(self.hook.head, self.hook.head + 1))
+        return Site(sequence, pd.DataFrame() if rows is None else rows, session, recurrence, head_writes(recurrence, 0))
+
+    def native_writes(self, sequences: Sequence[int]) -> LowRank:
+        """Native writes of some sequences, one after the other. Cost: a forward each up to the layer."""
+        parts = [head_writes(self.recurrence(n), 0) for n in sequences]
+        return LowRank(torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts]))
+
+    def recurrence(self, sequence: int) -> Recurrence:
+        """The head's recurrence on one sequence. Cost: a forward up to the layer."""
+        whole = self.model.recurrence(self.tokens[[sequence]], self.hook.layer)
+        return whole.select(heads=slice(self.hook.head, self.hook.head + 1))
+
+    # -- edits
+
+    def add(self, position: int, added: LowRank, row: int = 0) -> WriteEdit:
+        """An edit that adds matrix `row` of `added` to the head's write."""
+        return WriteEdit(self.hook.layer, self.hook.head, position, added.keys[row], added.values[row])
+
+    def replace(self, position: int, written: LowRank | None, row: int = 0) -> WriteEdit:
+        """An edit that writes matrix `row` of `written` in the place of the head's write; None: nothing is written."""
+        place = (self.hook.layer, self.hook.head, position)
+        if written is None:
+            return WriteEdit(*place, mode="delete")
+        return WriteEdit(*place, written.keys[row], written.values[row], mode="replace")
+
+    def read(
+        self, site: Site, trials: Sequence[Trial], readout: Readout, window: int | None, *, plain: bool = False
+    ) -> pd.DataFrame:
+        """Run the trials of one sequence and read each of them: one row per trial, in their order.
+
+        Args:
+            readout: is called batch by batch, right after the batch ran.
+            window: tokens that are run from each trial's position on; None: to the end of the sequence.
+            plain: run a row without edits in each batch, so that both sides of a difference come from one arithmetic.
+
+        Cost: rows of `window` tokens, from the edited layer up. Trials go in batches of near positions, because a
+        batch starts at its first position; the session keeps the prefix for later ones.
+        """
+        columns: dict[str, NDArray[np.generic]] = {}
+        length, vocabulary = site.session.logits.shape[1:]
+        for batch in self._batches(trials, length, vocabulary, window, extra=int(plain)):
+            stop = length if window is None else trials[batch[-1]].position + window
+            edits = [trials[n].edits for n in batch] + ([[]] if plain else [])
+            run = site.session.run(edits, stop=stop, batch_size=len(edits))
+            width = stop - trials[batch[-1]].position
+            rows = EditedRows(
+                [trials[n] for n in batch],
+                site.session.logits[0],
+                run.logits[: len(batch)],
+                run.start,
+                width,
+                run.logits[-1] if plain else None,
+            )
+            for name, values in readout(rows).items():
+                array = np.asarray(values)
+                column = columns.setdefault(name, np.empty((len(trials), *array.shape[1:]), array.dtype))
+                column[batch] = array
+            self.n_edited_runs += len(batch)
+        table = pd.DataFrame([trial.row for trial in trials])
+        return table.assign(**{name: list(values) if values.ndim > 1 else values for name, values in columns.items()})
+
+    def _batches(
+        self, trials: Sequence[Trial], length: int, vocabulary: int, window: int | None, extra: int
+    ) -> Iterator[list[int]]:
+        room = _LOGIT_FLOATS // vocabulary
+        if self.tokens.device.type == "cpu" and torch.device(self.model.cfg.device).type == "cpu":
+            room = min(room, _CPU_TOKENS)
+        batch: list[int] = []
+        order = sorted(range(len(trials)), key=lambda n: trials[n].position)
+        for row, following in zip(order, [*order[1:], None]):
+            batch.append(row)
+            if following is not None:
+                first = trials[batch[0]].position
+                if window is None:
+                    stretch, near = length - first, True
+                else:
+                    stretch = trials[following].position + window - first
+                    near = stretch <= max(2 * window, _STRETCH)
+                if near and (len(batch) + 1 + extra) * stretch <= room and len(batch) < self.rows_per_run:
+                    continue
+            yield batch
+            batch = []
+
+    def floor(self, readout: Readout, column: str, window: int, quantile: float = 0.95) -> float:
+        """What a no-op moves: the native write is written again through the edit path, and `column` of the readout is
+        read. Measured in the model's own dtype.
+
+        Returns: the `quantile` of the absolute values over at most 32 places. Cost: one edited row each.
+        """
+        rng = self.rng(97)
+        length = self.tokens.shape[1]
+        sequences = rng.permutation(len(self.tokens))[:4].tolist()
+        values: list[float] = []
+        for sequence in sequences:
+            site = self.site(sequence)
+            positions = np.sort(rng.choice(np.arange(1, length - window + 1), _NO_OPS // 4)).tolist()
+            trials = [Trial({}, t, self.replace(t, site.writes, t)) for t in positions]
+            before = self.n_edited_runs
+            values += np.abs(self.read(site, trials, readout, window)[column].to_numpy(float)).tolist()
+            self.n_edited_runs = before  # a reader counts conditions, not this
+        return float(np.quantile(values, quantile))
+
+    # -- bookkeeping
+
+    def bar(self, items: Sequence[T], name: str) -> Iterator[T]:
+        """`items`, with a progress bar where it was asked for; TQDM_DISABLE=1 takes every bar away."""
+        return iter(tqdm(items, desc=name) if self.progress else items)
+
+    def require(self, condition: bool, message: str) -> None:
+        """Raise NothingToMeasureError with `message`, and what was left out so far, unless `condition` holds."""
+        if not condition:
+            counts = "; ".join(f"{n} ({why})" for why, n in self.skipped.items() if n)
+            raise NothingToMeasureError(message + (f". Left out: {counts}" if counts else ""))
+
+    def describe(self, label: str = "") -> dict[str, Json]:
+        """The part of a result's `info` that all evaluations share."""
+        shape, hook = self.model.cfg.layer(self.hook.layer), self.hook
+        architecture = getattr(self.sae.cfg, "architecture", None)
+        default = hook.cell if len(self.saes) > 1 else f"{hook.cell} {hook.target}-trained"
+        return {
+            "label": label or default,
+            "model": str(self.model.cfg.model_name),
+            "model_type": str(self.model.cfg.model_type),
+            "dtype": str(self.model.cfg.dtype).removeprefix("torch."),
+            "rule": str(shape.rule),
+            "layer": hook.layer,
+            "head": hook.head,
+            "K": shape.K,
+            "V": shape.V,
+            "hook_name": hook.name,
+            "target": hook.target,
+            "saes": [name for name in self.saes if name],
+            "architecture": str(architecture() if callable(architecture) else type(self.sae).__name__),
+            "d_sae": int(self.sae.cfg.d_sae),
+            "n_sequences": len(self.tokens),
+            "n_positions": self.tokens.shape[1],
+            **self.facts,
+            "n_skipped": dict(self.skipped),
+            "n_edited_runs": self.n_edited_runs,
+        }

@@ -1,0 +1,40 @@
+"""How numbers are written for a reader."""
+
+from __future__ import annotations
+
+import math
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def percent(x: float) -> str:
+    """A share in percent, one decimal."""
+    return f"{100 * x:.1f}\u00a0%"
+
+
+def span(low: float, high: float, factor: float = 100) -> str:
+    """An interval, in percent by default; a dash where there is none (a single cluster)."""
+    if math.isnan(low) or math.isnan(high):
+        return "–"
+    digits = 1 if factor == 100 else 2
+    return f"{factor * low:.{digits}f}–{factor * high:.{digits}f}"
+
+
+def number(x: float) -> str:
+    """Three significant digits; powers of ten below 0.001; a dash for NaN."""
+    if x == 0 or math.isnan(x):
+        return "0" if x == 0 else "–"
+    if abs(x) < 1e-3:
+        exponent = math.floor(math.log10(abs(x)))
+        return f"{x / 10**exponent:.1f}·10{str(exponent).translate(_SUPERSCRIPT)}"
+    return f"{x:.3g}"
+
+
+def p_value(p: float) -> str:
+    """A p-value; below 0.001 only that."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def r_squared(x: float) -> str:
+    """Three decimals; whole numbers where a prediction is so far off that decimals say nothing."""
+    return f"{x:.3f}" if abs(x) < 100 else f"{x:,.0f}"
