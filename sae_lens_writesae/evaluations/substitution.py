@@ -414,9 +414,9 @@ class Substitution(Evaluation):
                 for r in by_head.values()
             ]
             rates = pd.Series([rate.rate for _, rate, _ in verdicts])
-            outcomes = [verdict.outcome for verdict, _, _ in verdicts]
+            outcomes: list[Outcome] = [verdict.outcome for verdict, _, _ in verdicts]
             held = outcomes.count("holds")
-            worst = next((o for o in _WORST_FIRST if o in outcomes), outcomes[0])
+            worst: Outcome = next((o for o in _WORST_FIRST if o in outcomes), outcomes[0])
             claim = Claim(
                 5,
                 "all heads of a layer",

@@ -138,11 +138,11 @@ def unanswered(rows: Sequence[Row]) -> list[str]:
     """What the paper claims and nothing here answers, with what would."""
     answered = {row.claim.number for row in rows}
     by = {n: kind for kind, evaluation in EVALUATIONS.items() for n in evaluation.answers}
-    where = OTHER_MODELS | {5: "several heads"}
+    where = {n: f" on {model}" for n, model in (OTHER_MODELS | {5: "several heads"}).items()}
     return [
-        f"{n}. {claim.claim} (needs the evaluation {by.get(n, 'that answers it')}{f' on {where[n]}' if n in where else ''})"
+        f"{n}. {claim.claim} (needs the evaluation {by[n]}{where.get(n, '')})"
         for n, claim in PAPER_CLAIMS.items()
-        if n not in answered
+        if n not in answered and n in by
     ]
 
 
