@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
+from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 from sae_lens_writesae.interventions import plots
 from sae_lens_writesae.interventions.common import Estimate, check_at_least, estimate, estimate_over_atoms
 from sae_lens_writesae.steering import Target
@@ -84,9 +85,9 @@ class Amplify(Evaluation):
 
     Verdict of claim 18, at the headline factor, over prompts and tokens (both resampled):
     1. "below the floor": no count changes.
-    2. "fails": the interval of the change contains 0. (The paper's newline feature, amplified, made fewer newlines, so
+    2. "inconclusive" with too little data (`verdict.judge`), else "fails": the interval of the change contains 0. (The paper's newline feature, amplified, made fewer newlines, so
        either direction counts.)
-    3. "explained": for some control, the interval of change - control's change contains 0.
+    3. "confounded": for some control, the interval of change - control's change contains 0.
     4. "holds" otherwise.
     """
 
@@ -145,10 +146,12 @@ class Amplify(Evaluation):
         counts: Any = self.counts("atom", factor)["count"] - self.counts("nothing")["count"]
         if not (counts != 0).any():
             outcome, why = "below the floor", "No continuation has its token more or less often."
+        elif too_little(effect.n, effect.n_clusters, effect.low, effect.high):
+            outcome, why = "inconclusive", NO_DATA
         elif _has_zero(effect):
             outcome, why = "fails", "Amplifying the atoms does not change how often their tokens are written."
         elif alike:
-            outcome, why = "explained", f"So do {' and '.join(_NAMES[c] for c in alike)}."
+            outcome, why = "confounded", f"So do {' and '.join(_NAMES[c] for c in alike)}."
         else:
             word = "more" if effect.mean > 0 else "less"
             outcome, why = "holds", f"The tokens are written {word} often, unlike under every control."

@@ -6,9 +6,10 @@ so sizes need not agree, but signs and orders should.
 
 from typing import Literal, NamedTuple
 
-#: What became of a claim. "explained": it holds, and so does a control that should not. "not tested": what it needs was
-#: not at hand, and the sentence says what.
-Outcome = Literal["holds", "fails", "explained", "below the floor", "not tested"]
+#: What became of a claim. "confounded": it passes, and so does a control that should not. "undecided": it passes, and a
+#: control is shown neither to be worse nor to be as good. "inconclusive": there is too little data. "not tested": what
+#: the test needs was not at hand, and the sentence says what.
+Outcome = Literal["holds", "fails", "confounded", "undecided", "inconclusive", "below the floor", "not tested"]
 
 
 class PaperClaim(NamedTuple):
