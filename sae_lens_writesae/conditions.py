@@ -45,7 +45,7 @@ DEFINITIONS: Mapping[str, str] = {
     "delete": "nothing",
     "atom": "the atom, at the scale named",
     "random": "a Gaussian direction of the atom's rank, norm of the atom condition (this project's control)",
-    "shuffled": "another alive atom that does not fire there, norm of the atom condition (the paper's \"random\")",
+    "shuffled": 'another alive atom that does not fire there, norm of the atom condition (the paper\'s "random")',
     "elsewhere": "the native write of another position, norm of the atom condition",
     "state": "the top singular direction of S_t - W_t, the state before the write, norm of the atom condition",
     "state_after": "the top singular direction of the state after the write, which contains the write; no control",

@@ -64,7 +64,8 @@ class DemoResult(NamedTuple):
 def run_demo(config: DemoConfig, out: Path, say: Any = print) -> DemoResult:
     """Train one SAE per target on one head, run the substitution test on each, write everything to ``out``.
 
-    Leaves ``report.html``, ``report.json``, and per target the SAE (``sae/``) and the tidy table of the test.
+    Leaves ``report.html``, ``report.json``, and per target the SAE (``sae/``) and the tidy tables of the test: of the dominant
+    atom of each position (``substitution``, the headline), and of each firing's own atom (``substitution_own``).
     """
     torch.manual_seed(config.seed)
     model = HookedRecurrent.from_pretrained(config.model)
@@ -81,16 +82,18 @@ def run_demo(config: DemoConfig, out: Path, say: Any = print) -> DemoResult:
         sae = _train(config, model, chosen, target, dataset)
         sae.save_inference_model(str(out / target / "sae"))
         say("substitution test: its atoms in the place of the model's own writes")
-        test = SubstitutionConfig(
-            n_atoms=config.n_atoms,
-            firings_per_atom=config.firings_per_atom,
-            last_position_firings=config.last_position_firings,
-            seed=config.seed,
-            label=f"{target}-trained",
-        )
-        result = run_substitution(model, load_sae(out / target / "sae"), tokens, test)
-        result.save(out / target / "substitution")
-        results.append(result)
+        for choice, file in (("dominant", "substitution"), ("own", "substitution_own")):
+            test = SubstitutionConfig(
+                n_atoms=config.n_atoms,
+                firings_per_atom=config.firings_per_atom,
+                atom_choice=choice,
+                last_position_firings=config.last_position_firings,
+                seed=config.seed,
+                label=f"{target}-trained" + (", own atom" if choice == "own" else ""),
+            )
+            result = run_substitution(model, load_sae(out / target / "sae"), tokens, test)
+            result.save(out / target / file)
+            results.append(result)
     report = write_report(results, out / "report.html")
     return DemoResult(results, report, out)
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from sae_lens_writesae.conditions import REFERENCES
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
-from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 from sae_lens_writesae.interventions import plots
 from sae_lens_writesae.interventions.common import Estimate, check_at_least, estimate
 from sae_lens_writesae.substitution_config import SubstitutionConfig
+from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 
 ALL = 0
 """The count that stands for "all active atoms"."""
@@ -138,9 +138,7 @@ class MultiAtom(Evaluation):
         controls = [c for c in self.info["config"]["controls"] if not self.part(c, scale, ALL).empty]
         beaten = {c: self._log_ratio(c, scale, ALL, delete) for c in controls}
         versus = {c: self._log_ratio(code, scale, ALL, self.part(c, scale, ALL)) for c in controls}
-        rivals = [
-            c for c in controls if c not in REFERENCES and beaten[c].high < 0 and not versus[c].high < 0
-        ]
+        rivals = [c for c in controls if c not in REFERENCES and beaten[c].high < 0 and not versus[c].high < 0]
         medians = {n: float(self.part(code, scale, n)["kl"].median()) for n in self._counts(code, scale)}
         if float(delete["kl"].median()) < _FLOOR_KL:
             outcome, why = "below the floor", "Deletion itself does not move the model."

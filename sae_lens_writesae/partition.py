@@ -201,6 +201,7 @@ def evaluate_partition(
     firings = collect_firings(model, sae, tokens, progress=progress)
     result = _partition(model, sae, tokens, firings, config)
     settings = SubstitutionConfig(
+        atom_choice="own",  # the claim is about atoms of either kind, not about those that dominate a position
         firings_per_atom=config.firings_per_atom,
         scales=("coefficient",),
         controls=config.controls,

@@ -167,7 +167,7 @@ def _claims(entries: list[_Entry], scales: list[str]) -> list[dict[str, Any]]:
                 cells.append(None)
                 continue
             chains: Any = summary.chains
-            chain = chains[chains["scale"] == scale]
+            chain = chains[(chains["scale"] == scale) & (chains["chain"] == "atom < delete < shuffled")]
             controls = [c for c in CONTROLS if c in entry.result.info.config.controls]
             best = max(controls, key=lambda c: summary.rate(c, "delete", scale)["rate"], default=None)
             cells.append(
@@ -217,7 +217,9 @@ def _memory_figure(entries: list[_Entry]) -> str | None:
     for e in entries:
         rate, info = e.by_metric[e.summary.metric], e.result.info
         capped = info.half_life >= info.half_life_limit
-        rivals: list[Any] = [e.summary.rate(c, "delete", e.scale)["rate"] for c in info.config.controls if c not in REFERENCES]
+        rivals: list[Any] = [
+            e.summary.rate(c, "delete", e.scale)["rate"] for c in info.config.controls if c not in REFERENCES
+        ]
         best = max(rivals, default=None)
         points.append(plots.HeadPoint(e.name, info.target, info.half_life, capped, rate.rate, *rate.bootstrap, best))
     return plots.half_life_figure(points)

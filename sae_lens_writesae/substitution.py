@@ -183,7 +183,9 @@ def _controls(setup: Setup, writes: HeadWrites, part: pd.DataFrame, atom: Factor
     def shuffled() -> Factors:
         active = [setup.firings.active(sequence, t) for t in position]
         taken = [np.append(atoms, own) for atoms, own in zip(active, part["written_atom"])]
-        return _factors_of(setup, _others(rng("shuffled"), setup.sample.alive, taken, "an alive atom that does not fire there"), atom)
+        return _factors_of(
+            setup, _others(rng("shuffled"), setup.sample.alive, taken, "an alive atom that does not fire there"), atom
+        )
 
     def elsewhere() -> Factors:
         written = np.flatnonzero(_array(norm(writes.native)))

@@ -18,7 +18,8 @@ class SubstitutionConfig:
     firings_per_atom: int = 10
     """At most this many firings of an atom, dealt over sequences (`firings.sample_firings`)."""
     atoms: tuple[int, ...] | None = None
-    """A hand-picked list instead of a draw. Conclusions then hold for these atoms only."""
+    """A hand-picked list instead of a draw. Tested are positions at which one of these fires; with atom_choice="own",
+    conclusions hold for these atoms only."""
     atom_choice: Literal["dominant", "own"] = "dominant"
     """Atom that is written: the one with the largest activation at that position (the paper, section 3.2; firings that
     share a position are one test), or the firing's own."""

@@ -143,7 +143,9 @@ def _chain(summary: Summary) -> Claim:
     """Claim 2, at matched norm; the chain that ends in a Gaussian direction stands beside it."""
     table: Any = summary.chains
     chains = {row["chain"]: row for row in table[table["scale"] == "matched"].to_dict("records")}
-    rates = {name: f"{percent(row['rate'])} [{span(row['boot_low'], row['boot_high'])}]" for name, row in chains.items()}
+    rates = {
+        name: f"{percent(row['rate'])} [{span(row['boot_low'], row['boot_high'])}]" for name, row in chains.items()
+    }
     paper, *others = chains
     row = chains[paper]
     outcome: Outcome
@@ -156,7 +158,9 @@ def _chain(summary: Summary) -> Claim:
     else:
         outcome, sentence = "fails", "At matched norm the interval of the strict order does not lie above 1/2."
     beside = "; ".join(f"{name} (Gaussian) {rates[name]}" for name in others)
-    return Claim(2, f"{paper}, matched norm", rates[paper], summary.n_firings, _unit(summary), beside, outcome, sentence)
+    return Claim(
+        2, f"{paper}, matched norm", rates[paper], summary.n_firings, _unit(summary), beside, outcome, sentence
+    )
 
 
 _RELEVANT_RATIO = 0.95

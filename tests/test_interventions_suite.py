@@ -174,8 +174,8 @@ def erasure(**means: float) -> Erasure:
     "means, outcome, single",
     [
         ({"effect": -0.1, "random": -0.05}, "holds", "holds"),
-        ({"effect": -0.1, "random": -0.15}, "explained", "fails"),
-        ({"effect": -0.1, "wrong": -0.1}, "explained", "fails"),
+        ({"effect": -0.1, "random": -0.15}, "confounded", "fails"),
+        ({"effect": -0.1, "wrong": -0.1}, "confounded", "fails"),
         ({"effect": 0.1}, "fails", "fails"),
         ({"effect": -1e-6}, "below the floor", "holds"),
     ],
@@ -211,7 +211,7 @@ def test_signs_of_a_linear_readout_flip_with_it() -> None:
     assert sizes.loc["direct", "f0_r"] == pytest.approx(-1)
 
 
-@pytest.mark.parametrize("right, wrong, outcome", [(0.9, 0.5, "holds"), (0.8, 0.8, "explained"), (0.5, 0.9, "fails")])
+@pytest.mark.parametrize("right, wrong, outcome", [(0.9, 0.5, "holds"), (0.8, 0.8, "confounded"), (0.5, 0.9, "fails")])
 def test_verdicts_of_signs(right: float, wrong: float, outcome: str) -> None:
     claim = sign(right, wrong).claims()[0]
     assert (claim.number, claim.outcome) == (9, outcome)
@@ -232,8 +232,8 @@ def install(target: float, random: float, wrong: float, nothing: float = 0.0) ->
     "shares, outcome",
     [
         ((0.95, 0.1, 0.1), "holds"),
-        ((0.5, 0.5, 0.0), "explained"),
-        ((0.5, 0.0, 0.6), "explained"),
+        ((0.5, 0.5, 0.0), "confounded"),
+        ((0.5, 0.0, 0.6), "confounded"),
         ((0.3, 0.0, 0.0, 0.3), "fails"),
     ],
 )
@@ -258,7 +258,7 @@ def passage(**costs: float) -> Passage:
     "costs, outcome",
     [
         ({"deleted": 0.01, "random": 0.2, "removed": 0.05}, "holds"),
-        ({"deleted": 0.01, "random": 0.2, "removed": 0.01}, "explained"),
+        ({"deleted": 0.01, "random": 0.2, "removed": 0.01}, "confounded"),
         ({"deleted": 0.3, "random": 0.2, "removed": 0.01}, "fails"),
         ({"deleted": 1e-8}, "below the floor"),
     ],
@@ -286,8 +286,8 @@ def readers(atom: float, random: float, other: float, elsewhere: float = 1.0) ->
     "changes, outcome",
     [
         ((0.4, 0.1, 0.1), "holds"),
-        ((0.4, 0.1, 0.4), "explained"),
-        ((0.4, 0.1, 0.1, 4.0), "explained"),
+        ((0.4, 0.1, 0.4), "confounded"),
+        ((0.4, 0.1, 0.1, 4.0), "confounded"),
         ((0.1, 0.2, 0.01, 0.1), "fails"),
         ((4e-8, 1e-8, 1e-8), "below the floor"),
     ],
@@ -322,8 +322,8 @@ def amplify(atom: float, random: float = 0.0, other: float = 0.0) -> Amplify:
     [
         ((3.0, 0.0, 0.5), "holds", 4),
         ((-2.0, 0.0, 0.0), "holds", 4),  # either direction moves the token
-        ((3.0, 3.0, 0.0), "explained", 0),
-        ((3.0, 0.0, 3.0), "explained", 0),
+        ((3.0, 3.0, 0.0), "confounded", 0),
+        ((3.0, 0.0, 3.0), "confounded", 0),
         ((0.0, 1.0, 0.0), "below the floor", 0),
     ],
 )

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
-from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 from sae_lens_writesae.interventions import plots
 from sae_lens_writesae.interventions.common import Estimate, check_at_least, estimate, estimate_over_atoms
 from sae_lens_writesae.steering import Target
 from sae_lens_writesae.verdict import statistics as stats
+from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 
 CONTROLS = ("random", "other")
 _NAMES = {

@@ -9,11 +9,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
-from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 from sae_lens_writesae.interventions import plots
 from sae_lens_writesae.interventions.common import FLOOR, Estimate, check_at_least, estimate_over_atoms
 from sae_lens_writesae.steering import Target
 from sae_lens_writesae.verdict import statistics as stats
+from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 
 CONTROLS = ("elsewhere", "random", "wrong")
 _NAMES = {

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
-from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 from sae_lens_writesae.interventions import plots
 from sae_lens_writesae.interventions.common import Estimate, check_at_least, estimate
 from sae_lens_writesae.interventions.targets import Stratum
 from sae_lens_writesae.steering import Target
 from sae_lens_writesae.verdict import statistics as stats
+from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 
 STRATA = (Stratum("frequent", 2, 10), Stratum("100-1000", 100, 1000), Stratum("rare", 1001, None))
 SEMANTIC = "semantic"

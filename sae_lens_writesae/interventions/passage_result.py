@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
-from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 from sae_lens_writesae.interventions import plots
 from sae_lens_writesae.interventions.common import Estimate, check_at_least, estimate
+from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 
 CONTROLS = ("own", "removed", "inserted", "random")
 _NAMES = {

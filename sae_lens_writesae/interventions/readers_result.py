@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
-from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 from sae_lens_writesae.interventions import plots
 from sae_lens_writesae.interventions.common import Estimate, check_at_least, estimate_over_atoms
 from sae_lens_writesae.later_heads import head_name
+from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 
 CONDITIONS = ("atom", "random", "other")
 _FLOOR = 1e-6

@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
-from sae_lens_writesae.verdict.judge import NO_DATA, too_few_wins
 from sae_lens_writesae.interventions import plots
 from sae_lens_writesae.interventions.common import FLOOR, Estimate, check_at_least, estimate
 from sae_lens_writesae.report_text import r_squared
 from sae_lens_writesae.steering import Target
 from sae_lens_writesae.verdict import statistics as stats
+from sae_lens_writesae.verdict.judge import NO_DATA, too_few_wins
 
 DIRECTIONS = ("direct", "gradient", "random", "wrong")
 
