@@ -112,7 +112,7 @@ def test_a_planted_flat_dictionary_is_recovered_by_svd(model: Any, tokens: Any, 
         assert own["norm"].to_numpy() == pytest.approx(1, abs=1e-3)
         assert (own["kl"] < 1e-3 * delete["kl"]).all()
     assert rows_of(found, "", "native")["kl"].max() < 1e-9
-    for control in ("random", "mean", "state"):
+    for control in ("random", "mean", "state", "state_after"):
         own = rows_of(found, "", control)
         size = 1 if scale == "matched" else own["cosine"]  # a projection has the cosine as its norm
         assert own["norm"].to_numpy() == pytest.approx(size, abs=1e-4) and own["cosine"].abs().max() < 0.999
@@ -303,7 +303,7 @@ def made_up(
     dictionaries = pd.DataFrame(rows).assign(alive=lambda t: t["d_sae"] - t["dead"])
     base = {("", "native"): 1e-13, ("", "delete"): 1.0, ("ours", "atom"): 0.2, ("flat", "svd"): 3.0, ("", "mean"): 3.0}
     base |= {("ours", "svd"): 0.2, ("flat", "atom svd"): 3.0, ("", "pca 4"): 3.0}
-    base |= {("small", "svd"): 3.0, ("", "random"): 3.0, ("", "state"): 3.0, ("", "pca 1"): 3.0} | (kl or {})
+    base |= {("small", "svd"): 3.0, ("", "random"): 3.0, ("", "state"): 3.0, ("", "state_after"): 0.01, ("", "pca 1"): 3.0} | (kl or {})
     places = [(sequence, position) for sequence in range(20) for position in (3, 9)]
     writes = pd.DataFrame(
         [

@@ -53,7 +53,7 @@ def test_an_exact_code_is_the_native_write_with_all_atoms_and_not_before(model: 
     noop = found.part("native")
     assert noop["kl"].abs().max() < 1e-10 and found.part("delete")["kl"].min() > 1e-6
     claim = found.claims()[0]
-    assert claim.outcome == "holds" and claim.n == len(noop) and claim.number is None
+    assert claim.outcome == "inconclusive" and claim.n == len(noop) < 20 and claim.number is None
 
 
 @pytest.mark.parametrize("scale", ["coefficient", "matched"])

@@ -25,7 +25,7 @@ class AmplifyConfig:
 
     tokens: tuple[Target, ...] = ()
     """Tokens (ids or strings, at least two) whose atoms are scaled. Empty: `n_tokens`, those with the best aligned."""
-    n_tokens: int = 3
+    n_tokens: int = 5
     """How many tokens, where none are named."""
     aligned: Literal["current", "next"] = "current"
     """An atom belongs to the token at which it fires, or to the token that comes next."""
