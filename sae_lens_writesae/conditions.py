@@ -22,8 +22,8 @@ UNSCALED: tuple[str, ...] = ("native", "delete")
 #: Controls: directions other than the atom's, written at the norm of the atom condition.
 CONTROLS: tuple[str, ...] = ("random", "shuffled", "elsewhere", "state", "mean")
 
-#: Shown beside the controls, and never a control by which a verdict is confounded: where a head forgets, the state after
-#: the write is the write itself.
+#: Shown beside the controls, and never a control by which a verdict is confounded: where a head forgets, the state
+#: after the write is the write itself.
 REFERENCES: tuple[str, ...] = ("state_after",)
 
 #: Names of conditions as a reader meets them in sentences, figures and tables.

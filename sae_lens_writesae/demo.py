@@ -17,7 +17,7 @@ from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import quiet, text_dataset, train, training_config
 from sae_lens_writesae.sae.target import Target
 from sae_lens_writesae.substitution import run_substitution
-from sae_lens_writesae.substitution_config import SubstitutionConfig
+from sae_lens_writesae.substitution_config import AtomChoice, SubstitutionConfig
 from sae_lens_writesae.substitution_result import SubstitutionResult
 
 
@@ -64,8 +64,8 @@ class DemoResult(NamedTuple):
 def run_demo(config: DemoConfig, out: Path, say: Any = print) -> DemoResult:
     """Train one SAE per target on one head, run the substitution test on each, write everything to ``out``.
 
-    Leaves ``report.html``, ``report.json``, and per target the SAE (``sae/``) and the tidy tables of the test: of the dominant
-    atom of each position (``substitution``, the headline), and of each firing's own atom (``substitution_own``).
+    Leaves ``report.html``, ``report.json``, and per target the SAE (``sae/``) and the tidy tables of the test: of the
+    dominant atom of each position (``substitution``, the headline), and of each firing's own (``substitution_own``).
     """
     torch.manual_seed(config.seed)
     model = HookedRecurrent.from_pretrained(config.model)
@@ -82,7 +82,8 @@ def run_demo(config: DemoConfig, out: Path, say: Any = print) -> DemoResult:
         sae = _train(config, model, chosen, target, dataset)
         sae.save_inference_model(str(out / target / "sae"))
         say("substitution test: its atoms in the place of the model's own writes")
-        for choice, file in (("dominant", "substitution"), ("own", "substitution_own")):
+        tests: tuple[tuple[AtomChoice, str], ...] = (("dominant", "substitution"), ("own", "substitution_own"))
+        for choice, file in tests:
             test = SubstitutionConfig(
                 n_atoms=config.n_atoms,
                 firings_per_atom=config.firings_per_atom,

@@ -82,7 +82,8 @@ class MultiAtom(Evaluation):
 
     Verdict (a claim of this project), with all atoms, at the first scale, with the bias where that is nearer:
     1. "below the floor": the median KL of deletion is below 1e-9.
-    2. "inconclusive" with too little data (`verdict.judge`), else "fails": the interval of log KL(all atoms) - log KL(delete) does not lie below 0.
+    2. "inconclusive" with too little data (`verdict.judge`); else "fails":
+       the interval of log KL(all atoms) - log KL(delete) does not lie below 0.
     3. "confounded": a control at the same rank has an interval below 0 too, and all atoms do not beat it.
     4. "holds" otherwise.
     """

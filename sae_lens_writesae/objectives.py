@@ -93,8 +93,8 @@ class Objectives(Evaluation):
     Claim "training on X substitutes better than training on states by mse", one for each other objective, in order:
     "not tested" without a dictionary of states and mse; "below the floor" where deletion moves the model no more than a
     no-op; "inconclusive" with fewer than 20 firings or 5 atoms, or where the interval of the difference contains both 0
-    and 10 points; "fails" where the interval of the difference of win rates does not lie above 0, or X itself does not beat
-    deletion; "confounded" where a control beats deletion and X does not beat that control; "holds" otherwise.
+    and 10 points; "fails" where the interval of the difference of win rates does not lie above 0, or X itself does not
+    beat deletion; "confounded" where a control beats deletion and X does not beat that control; "holds" otherwise.
 
     Claim "one objective is best at all that it can be compared in" holds where one dictionary is beaten on no measure
     and wins the substitution; it fails otherwise, and says what wins where.

@@ -75,9 +75,9 @@ class Seeds(Evaluation):
 
     Claim 20, "seeds find the same kinds, not the same atoms", holds where the numbers of alive atoms and of registers
     each spread by at most 12 % of their mean, and at most 1 % of matched atoms exceed cosine 0.9 in every pair; it
-    fails otherwise, and the sentence says which half failed. Atoms that were never learned share nothing either, so it is
-    inconclusive where in some pair the matched cosines are not above those of random directions (interval), or there are
-    fewer than 20 pairs of atoms.
+    fails otherwise, and the sentence says which half failed. Atoms that were never learned share nothing either, so it
+    is inconclusive where in some pair the matched cosines are not above those of random directions (interval), or
+    there are fewer than 20 pairs of atoms.
 
     A claim of this project, "seeds share atoms beyond chance": fails where in some pair the median of (matched cosine -
     that of random directions) has an interval that does not lie above 0 (bootstrap over atoms); is confounded where

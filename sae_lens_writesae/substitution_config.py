@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from sae_lens_writesae.conditions import CONTROLS, REFERENCES, SCALES, Scale
 
+AtomChoice = Literal["dominant", "own"]
+
 
 @dataclass(frozen=True)
 class SubstitutionConfig:
@@ -20,7 +22,7 @@ class SubstitutionConfig:
     atoms: tuple[int, ...] | None = None
     """A hand-picked list instead of a draw. Tested are positions at which one of these fires; with atom_choice="own",
     conclusions hold for these atoms only."""
-    atom_choice: Literal["dominant", "own"] = "dominant"
+    atom_choice: AtomChoice = "dominant"
     """Atom that is written: the one with the largest activation at that position (the paper, section 3.2; firings that
     share a position are one test), or the firing's own."""
     positions: Literal["firing", "silent"] = "firing"

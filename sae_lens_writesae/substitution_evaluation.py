@@ -127,7 +127,7 @@ class Substitution(Evaluation):
 
 def _wins(summary: Summary, scale: str, number: int | None, claim: str) -> Claim:
     """The verdict of one test at one scale."""
-    verdict, win = summary.verdicts[scale], summary.rate("atom", "delete", scale)
+    verdict, win = summary.verdicts[scale], summary.rate("atom", "delete", scale).to_dict()
     measured = f"{percent(win['rate'])} [{span(win['boot_low'], win['boot_high'])}]"
     controls = _controls(summary, scale)
     return Claim(
@@ -172,7 +172,7 @@ def _medians(summary: Summary) -> Claim:
     table: Any = summary.conditions.set_index(["condition", "scale"])["median"]
     wanted = (("atom", "matched"), ("delete", "none"), ("shuffled", "matched"))
     medians = [float(table[pair]) for pair in wanted]
-    atom, other = (summary.rate(name, "delete", "matched") for name in ("atom", "shuffled"))
+    atom, other = (summary.rate(name, "delete", "matched").to_dict() for name in ("atom", "shuffled"))
     size = atom["n"], atom["n_clusters"]
     unclear = too_little(
         *size, atom["ratio_low"], atom["ratio_high"], chance=1, relevant=_RELEVANT_RATIO
@@ -211,8 +211,8 @@ def evaluate_substitution(
     *,
     parts: Path | None = None,
 ) -> Substitution:
-    """`run_substitution` as an evaluation: with the dominant atom, and, unless the config asks for that alone, with each
-    firing's own. Cost: that of both."""
+    """`run_substitution` as an evaluation: with the dominant atom, and beside it with each firing's own (that alone
+    where the config asks for it). Cost: that of both."""
     config = config or SubstitutionConfig()
     result = run_substitution(model, sae, tokens, config, progress, parts=parts)
     if config.atom_choice == "own":

@@ -303,7 +303,13 @@ def made_up(
     dictionaries = pd.DataFrame(rows).assign(alive=lambda t: t["d_sae"] - t["dead"])
     base = {("", "native"): 1e-13, ("", "delete"): 1.0, ("ours", "atom"): 0.2, ("flat", "svd"): 3.0, ("", "mean"): 3.0}
     base |= {("ours", "svd"): 0.2, ("flat", "atom svd"): 3.0, ("", "pca 4"): 3.0}
-    base |= {("small", "svd"): 3.0, ("", "random"): 3.0, ("", "state"): 3.0, ("", "state_after"): 0.01, ("", "pca 1"): 3.0} | (kl or {})
+    base |= {
+        ("small", "svd"): 3.0,
+        ("", "random"): 3.0,
+        ("", "state"): 3.0,
+        ("", "state_after"): 0.01,
+        ("", "pca 1"): 3.0,
+    } | (kl or {})
     places = [(sequence, position) for sequence in range(20) for position in (3, 9)]
     writes = pd.DataFrame(
         [

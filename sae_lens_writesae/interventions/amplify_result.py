@@ -85,7 +85,8 @@ class Amplify(Evaluation):
 
     Verdict of claim 18, at the headline factor, over prompts and tokens (both resampled):
     1. "below the floor": no count changes.
-    2. "inconclusive" with too little data (`verdict.judge`), else "fails": the interval of the change contains 0. (The paper's newline feature, amplified, made fewer newlines, so
+    2. "inconclusive" with too little data (`verdict.judge`); else "fails":
+       the interval of the change contains 0. (The paper's newline feature, amplified, made fewer newlines, so
        either direction counts.)
     3. "confounded": for some control, the interval of change - control's change contains 0.
     4. "holds" otherwise.

@@ -82,7 +82,8 @@ class Erasure(Evaluation):
 
     Verdict of claim 8, over all test firings (bootstrap over sequences and atoms; over sequences for a single atom):
     1. "below the floor": the effect's size is below 1e-5 nats.
-    2. "inconclusive" with too little data (`verdict.judge`), else "fails": the interval of the effect does not lie below 0.
+    2. "inconclusive" with too little data (`verdict.judge`); else "fails":
+       the interval of the effect does not lie below 0.
     3. "confounded": for some control the interval of effect - control does not lie below 0.
     4. "holds" otherwise.
     """

@@ -70,7 +70,8 @@ class Install(Evaluation):
     (does another token of the same stratum appear when T is installed?).
 
     Verdict of claim 10, in the stratum 100-1000 at the headline m (intervals: bootstrap over prompts' sequences):
-    1. "inconclusive" with too little data (`verdict.judge`), else "fails": the interval of hits(installed) - hits(nothing) does not lie above 0.
+    1. "inconclusive" with too little data (`verdict.judge`); else "fails":
+       the interval of hits(installed) - hits(nothing) does not lie above 0.
     2. "confounded": hits(installed) - hits(random), or - hits(wrong target), does not lie above 0.
     3. "holds" otherwise; the sentence says whether the rate comes near the paper's 100 %.
     """

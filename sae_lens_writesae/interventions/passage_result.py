@@ -71,7 +71,8 @@ class Passage(Evaluation):
 
     Verdict of claim 19, for the class `register` (or the first), by passage (bootstrap over passages):
     1. "below the floor": all costs are below 1e-6 bits.
-    2. "inconclusive" with too little data (`verdict.judge`), else "fails": the interval of cost(deleted) - cost(random) does not lie below 0.
+    2. "inconclusive" with too little data (`verdict.judge`); else "fails":
+       the interval of cost(deleted) - cost(random) does not lie below 0.
     3. "confounded": random directions cost more, but other writes taken away (`removed`) do not: what counts is taking
        away against putting in, not which writes.
     4. "holds" otherwise.

@@ -71,9 +71,10 @@ class Readers(Evaluation):
 
     Verdict (a claim of this project), over test firings (bootstrap over sequences and atoms):
     1. "below the floor": the median change of the readers is below 1e-6.
-    2. "inconclusive" with too little data (`verdict.judge`), else "fails": the interval of log(change / change under random) at the reader does not lie above 0.
-    3. "confounded": at the reader, the change is no larger than under another atom (the reader notices anything), or its
-       log ratio is no larger than the mean of the other later heads (all of them notice it).
+    2. "inconclusive" with too little data (`verdict.judge`); else "fails":
+       the interval of log(change / change under random) at the reader does not lie above 0.
+    3. "confounded": at the reader, the change is no larger than under another atom (the reader notices anything), or
+       its log ratio is no larger than the mean of the other later heads (all of them notice it).
     4. "holds" otherwise.
     """
 

@@ -67,7 +67,8 @@ class Sign(Evaluation):
 
     Verdict of claim 9, over all direct writes (cluster bootstrap by sequence):
     1. "below the floor": the median size of the effect is below 1e-5.
-    2. "inconclusive" with too little data (`verdict.judge`), else "fails": the interval of the share of right signs (F0) does not lie above 1/2.
+    2. "inconclusive" with too little data (`verdict.judge`); else "fails":
+       the interval of the share of right signs (F0) does not lie above 1/2.
     3. "confounded": writes toward another token do so as well: their share lies above 1/2, and the difference does not
        lie above 0.
     4. "holds" otherwise.
