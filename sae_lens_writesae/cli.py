@@ -43,8 +43,8 @@ def demo(
 
     Trains two sparse autoencoders on one head with memory, one on its **writes** and one on its **states**, with
     SAELens' own runner. Then, where an atom fires, the model's own write is exchanged for the atom, and for controls
-    (nothing, random, another atom, another position's write, the top direction of the state before the write), and the change of the
-    next-token distribution is measured. The report puts both side by side.
+    (nothing, random, another atom, another position's write, the top direction of the state before the write), and the
+    change of the next-token distribution is measured. The report puts both side by side.
     """
     from sae_lens_writesae.demo import DemoConfig, run_demo
 

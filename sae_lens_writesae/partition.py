@@ -96,8 +96,8 @@ class Partition(Evaluation):
 
     Claim 4, "register and bundle alike", needs the substitution test of atoms of both kinds (`evaluate_partition` draws
     as many of each): below the floor, inconclusive, confounded or undecided as that test says (inconclusive, too, with
-    fewer than 20 firings or 5 atoms of a kind); else it holds where both kinds beat deletion (intervals over atoms above
-    1/2) and a permutation of atoms finds no difference at 5 %, and fails otherwise.
+    fewer than 20 firings or 5 atoms of a kind); else it holds where both kinds beat deletion (intervals over atoms
+    above 1/2) and a permutation of atoms finds no difference at 5 %, and fails otherwise.
     """
 
     kind: ClassVar[str] = "partition"
