@@ -90,7 +90,7 @@ def run_demo(config: DemoConfig, out: Path, say: Any = print) -> DemoResult:
                 atom_choice=choice,
                 last_position_firings=config.last_position_firings,
                 seed=config.seed,
-                label=f"{target}-trained" + (", own atom" if choice == "own" else ""),
+                label=f"{target}-trained" + (" (own atom)" if choice == "own" else ""),
             )
             result = run_substitution(model, load_sae(out / target / "sae"), tokens, test)
             result.save(out / target / file)

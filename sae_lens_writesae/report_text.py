@@ -60,7 +60,7 @@ def lead(verdicts: Sequence[Verdict], names: Sequence[str], scale: str) -> str:
         if members:
             many = len(verdicts) > _NAMED_DICTIONARIES
             parts.append(f"{phrase} {len(members) if many else _listed(members)}")
-    total = f" of {len(verdicts)} dictionaries" if len(verdicts) > _NAMED_DICTIONARIES else ""
+    total = f" of {len(verdicts)} tests" if len(verdicts) > _NAMED_DICTIONARIES else ""
     return f"{where}, substitution {', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}{total}."
 
 

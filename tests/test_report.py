@@ -141,7 +141,7 @@ def test_many_heads(tmp_path: Path) -> None:
     ]
     page = Page(write_report(results, tmp_path / "many.html", scale="matched").html.read_text())
     text = squeezed(page.text)
-    assert "substitution holds for 2, fails for 2 and is below the floor for 1 of 5 dictionaries." in text
+    assert "substitution holds for 2, fails for 2 and is below the floor for 1 of 5 tests." in text
     assert "By the memory of the head" in text and "write-trained L1H0" in text and "at least 128 tokens" in text
     assert page.tags.count("svg") == 5 * 5 + 1
 
