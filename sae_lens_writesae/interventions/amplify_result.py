@@ -186,6 +186,8 @@ class Amplify(Evaluation):
     def _single_tokens(self, factor: float) -> Claim:
         atoms: Any = self.tables["atoms"]
         p_values = self.p_values(factor)
+        n_prompts = int(self.tables["counts"]["prompt"].nunique())
+        few = too_little(n_prompts, n_prompts)
         moved = atoms[[p_values[str(token)] < 0.05 for token in atoms["token"]]]
         named = ", ".join(f"{row.text!r} {self.change('atom', factor, token=row.token)}" for row in moved.itertuples())
         return Claim(
@@ -195,8 +197,12 @@ class Amplify(Evaluation):
             len(atoms),
             "tokens with an atom each",
             "sign flips by prompt against nothing and both controls; the largest p counts",
-            "holds" if len(moved) else "fails",
-            "At least one token changes more than under every control." if len(moved) else "No token does by itself.",
+            "holds" if len(moved) else "inconclusive" if few else "fails",
+            "At least one token changes more than under every control."
+            if len(moved)
+            else NO_DATA
+            if few
+            else "No token does by itself.",
         )
 
     def figures(self) -> list[Figure]:
