@@ -23,7 +23,7 @@ from sae_lens_writesae.experiment.suite import evaluate_all
 from sae_lens_writesae.experiment.tokens import sample_sequences
 from sae_lens_writesae.page.atoms import Show
 from sae_lens_writesae.page.report import ReportFiles, find_results, write_report
-from sae_lens_writesae.reproduce import Reproduce
+from sae_lens_writesae.reproduce.command import SMALL_RUN, Reproduce
 from sae_lens_writesae.sae.load import folder_label, load_sae
 from sae_lens_writesae.sae.runner import train_from_arguments
 
@@ -141,7 +141,8 @@ def run_show(arguments: Sequence[str]) -> None:
 
 def run_reproduce(arguments: Sequence[str]) -> None:
     """`writesae reproduce`."""
-    files = parse(Reproduce, "writesae reproduce", arguments).run()
+    default = SMALL_RUN if "--small" in arguments else Reproduce()
+    files = parse(Reproduce, "writesae reproduce", arguments, default).run()
     if files is not None:
         say_where(files)
 
@@ -191,9 +192,9 @@ def choose(program: str, arguments: Sequence[str], names: Mapping[str, str]) -> 
     raise SystemExit(0 if arguments else 2)
 
 
-def parse(command: type[T], program: str, arguments: Sequence[str]) -> T:
+def parse(command: type[T], program: str, arguments: Sequence[str], default: T | None = None) -> T:
     """The command line as a value of `command`."""
-    return tyro.cli(command, prog=program, args=arguments)
+    return tyro.cli(command, prog=program, args=arguments, default=default)
 
 
 def say_where(files: ReportFiles) -> None:
