@@ -6,39 +6,48 @@ reports a median R^2 over cells, each with a fitted scale.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.experiment.evaluation import Evaluation
 from sae_lens_writesae.experiment.firings import draw_firings
-from sae_lens_writesae.experiment.lab import EditedRows, Lab, Readout, Site, Trial
-from sae_lens_writesae.experiment.predictors import DEFINITIONS, PREDICTORS, ReadGradients, predict
+from sae_lens_writesae.experiment.lab import Lab, Site, Trial
+from sae_lens_writesae.experiment.logit_changes import (
+    choose_targets,
+    direct_path,
+    measured_changes,
+    predicted_changes,
+)
+from sae_lens_writesae.experiment.predictors import DEFINITIONS, PREDICTORS
 from sae_lens_writesae.experiment.result import Claim, Figure, Result
 from sae_lens_writesae.verdict import figures
-from sae_lens_writesae.verdict.fits import one_scale, r2, r2_estimate, scale_each
+from sae_lens_writesae.verdict.fits import (
+    ALL,
+    CONTROL,
+    cell_r2,
+    groups_of,
+    per_cell_table,
+    r2_estimate,
+    scores_table,
+    varies,
+    with_control,
+)
 from sae_lens_writesae.verdict.format import r_squared
 from sae_lens_writesae.verdict.judge import Against, Verdict, judge
-from sae_lens_writesae.verdict.statistics import Array, Estimate, estimate, weighted_median
+from sae_lens_writesae.verdict.statistics import Estimate, estimate, weighted_median
 
 RankGroup = tuple[int, int]
 
-CONTROL = "shuffled"
 SCORED = (*PREDICTORS, CONTROL)
 """What is scored: the formulas, and F2's prediction for another firing."""
-CELL = ["quantity", "firing", "horizon", "rank"]
-"""What the paper calls a cell: one prompt, feature and token. The sizes eps are its points."""
-ALL = "all"
-"""Level of an axis that is not split."""
+
 BAR = {"F0": 0.5, "F1": 0.5, "F2": 0.95}
 """Unfitted R^2 at the smallest eps that each formula must exceed: half of the variance for those that leave paths out,
 nearly all of it for the exact derivative."""
@@ -54,7 +63,6 @@ ZERO_WRITE = "the native write is zero, so that eps has no unit"
 ZERO_ATOM = "the atom is zero and has no direction"
 NO_CHANGE = "scores of groups in which no measured change differs from another"
 
-_SPLITS: tuple[tuple[str, ...], ...] = ((), ("horizon",), ("rank",), ("eps",), ("horizon", "eps"))
 _CLAIMS: dict[str, tuple[int | None, str]] = {
     "F0": (7, "a formula predicts the logit change (F0, the paper's)"),
     "F1": (None, "exact propagation and the direct path's own Jacobian predict it (F1)"),
@@ -65,36 +73,21 @@ _LOWEST = -0.25
 """An R^2 below this is drawn here."""
 
 
-class Targets(NamedTuple):
-    """Tokens to predict for the n firings of one sequence: the axes are n firings, Z horizons, G rank groups."""
-
-    positions: NDArray[np.int64]
-    """[n,Z], t + horizon."""
-    tokens: NDArray[np.int64]
-    """[n,Z,G] token ids."""
-    ranks: NDArray[np.int64]
-    """[n,Z,G] their native rank at that position, from 1."""
-
-
-class Order(NamedTuple):
-    """How F2's error grows with eps."""
-
-    exponent: float
-    """Slope of log rms error over log eps between two sizes: 2 says that the rest is curvature."""
-    small: float
-    large: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class LogitChange(Evaluation):
     """At a firing of atom i at token t, eps times A_i is added to the write, where eps = 1 is as large as the native
     write (or as the atom's own coefficient). The edit runs in closed loop. The change of the logits of chosen tokens at
     t + horizon is measured against a run without edits in the same batch, and predicted by three formulas without a
-    fitted number. F0 is the paper's: decay only, direct path, no norms. F1 carries the key exactly and takes the direct
-    path with its Jacobian. F2 is the exact derivative, along all paths.
+    fitted number:
+
+    * F0 is the paper's: decay only (one number per head, or one per key channel and then inside the inner product), and
+      the direct path by W_O and W_U as they are, without the norms between them.
+    * F1 carries the key exactly and takes the direct path with its Jacobian.
+    * F2 is the exact derivative, along all paths.
 
     The control is F2's prediction for another firing at the same horizon, rank group and eps: it has F2's distribution
-    and knows nothing of the firing.
+    and knows nothing of the firing. A scale fitted to each cell makes R² over eps near 1 for any prediction that grows
+    with eps, a wrong one too: it only says that the measured curve is straight, and is no evidence for a formula.
 
     **Verdict**, at the smallest eps, on raw logits, over all horizons and ranks: the ladder of `judge` on the unfitted
     R², against the R² of the control. The bar is 1/2 for F0 (claim 7) and F1, and 0.95 for F2; an R² that matters is
@@ -222,7 +215,7 @@ class LogitChange(Evaluation):
             alive_tokens=self.alive_tokens,
             min_firings=self.min_firings,
         )
-        path = _direct_path(lab)
+        path = direct_path(lab)
         parts = [self._sequence(lab, site, path) for site in lab.sites(draw.table, self.kind)]
         parts = [part for part in parts if len(part)]
         lab.require(
@@ -230,9 +223,9 @@ class LogitChange(Evaluation):
             f"firings that could be measured lie in {len(parts)} sequence(s), and intervals need two or more: give "
             "more sequences, or more atoms",
         )
-        cells = with_control(pd.concat(parts, ignore_index=True), self.seed)
-        scores = scores_table(cells, self.seed)
-        if (unscored := len(SCORED) * sum(1 for _ in _groups(cells)) - len(scores)) > 0:
+        cells = with_control(pd.concat(parts, ignore_index=True), "F2", self.seed)
+        scores = scores_table(cells, SCORED, self.seed)
+        if (unscored := len(SCORED) * sum(1 for _ in groups_of(cells)) - len(scores)) > 0:
             lab.skipped[NO_CHANGE] += unscored
         once = cells[(cells["quantity"] == "logit") & (cells["eps"] == self.eps[0])]
         lab.facts |= {
@@ -242,7 +235,7 @@ class LogitChange(Evaluation):
             "n_testable": draw.n_testable,
             "floor": float(np.quantile(once["floor"].to_numpy(float), 0.95)),
         }
-        return {"cells": cells, "scores": scores, "per_cell": per_cell_table(cells, self.seed)}
+        return {"cells": cells, "scores": scores, "per_cell": per_cell_table(cells, SCORED, self.seed)}
 
     def _sequence(self, lab: Lab, site: Site, path: Tensor) -> pd.DataFrame:
         """The cells of one sequence: one row per quantity, firing, eps, horizon and rank group."""
@@ -250,14 +243,15 @@ class LogitChange(Evaluation):
         if firings.empty:
             return pd.DataFrame()
         starts = firings["position"].tolist()
-        targets = self._targets(lab, site, starts)
+        rng = lab.rng(site.sequence)
+        targets = choose_targets(site.session.logits[0], starts, self.horizons, self.ranks, rng)
         trials = [
             Trial({"index": i, "eps": size}, start, lab.add(start, added.rows([i]) * size))
             for i, start in enumerate(starts)
             for size in self.eps
         ]
-        runs = lab.read(site, trials, _changes(targets), max(self.horizons) + 1, plain=True)
-        predicted = _predictions(lab, site, path, starts, added, targets)
+        runs = lab.read(site, trials, measured_changes(targets), max(self.horizons) + 1, plain=True)
+        predicted = predicted_changes(lab, site, path, starts, added, targets)
         i, e, z, g = (n.ravel() for n in np.indices((len(starts), len(self.eps), *targets.tokens.shape[1:])))
         eps = np.array(self.eps)[e]
         described = firings.iloc[i].reset_index(drop=True)
@@ -290,16 +284,6 @@ class LogitChange(Evaluation):
         firings = site.rows.loc[usable.cpu().numpy(), ["firing", "sequence", "position", "atom"]]
         return firings.assign(unit=added.norm().cpu().numpy().astype(float)), added
 
-    def _targets(self, lab: Lab, site: Site, starts: list[int]) -> Targets:
-        """One token of each rank group at every horizon of every firing, uniform within the group."""
-        positions = np.array(starts)[:, None] + np.array(self.horizons)
-        low, high = np.array(self.ranks).T
-        ranks = lab.rng(site.sequence).integers(low, high + 1, (*positions.shape, len(low)))
-        distinct, which = np.unique(positions, return_inverse=True)
-        best = site.session.logits[0, torch.tensor(distinct)].topk(int(high.max())).indices.cpu().numpy()
-        tokens = best[which.reshape(positions.shape)[..., None], ranks - 1]
-        return Targets(positions, tokens, ranks)
-
     # -- judging
 
     @property
@@ -311,7 +295,7 @@ class LogitChange(Evaluation):
         """Claim 7 for the paper's formula, and whether F1 and F2 predict the change."""
         rows = self._smallest_rows(result)
         unit = f"logits (firing, horizon, token) in {rows['sequence'].nunique()} sequences, eps {self.smallest:g}"
-        if not _varies(rows):
+        if not varies(rows):
             why = "No logit changed at the smallest eps, so there is nothing to predict."
             return [
                 Claim(number, claim, "–", len(rows), unit, "", "below the floor", why)
@@ -393,13 +377,9 @@ class LogitChange(Evaluation):
         sentence = f"{verdict.sentence} R² is lowest at horizon {worst}: {horizons[worst]:.4f}."
         if verdict.outcome == "holds" and horizons[worst] >= BAR["F2"]:
             return Verdict("holds", sentence)
-        exponent = error_order(result).exponent
-        cause = (
-            "the model is curved at this size of edit" if exponent > 1.5 else "arithmetic, not curvature; use float64"
-        )
-        return Verdict(
-            "fails", f"{sentence} Its error grows as eps^{exponent:.2f}: {cause}.", verdict.unbeaten_controls
-        )
+        exponent = error_order(result)
+        cause = "the model is curved here" if exponent > 1.5 else "arithmetic, not curvature; use float32 or float64"
+        return Verdict("fails", f"{sentence} Its error grows as eps^{exponent:.2f}: {cause}.")
 
     def _smallest_rows(self, result: Result) -> pd.DataFrame:
         """Cells of logits at the smallest eps."""
@@ -409,7 +389,7 @@ class LogitChange(Evaluation):
     def figures(self, result: Result) -> list[Figure]:
         """Predicted against measured for each formula; R^2 by horizon, by eps, and with a scale per cell."""
         rows, name = self._smallest_rows(result), result.label
-        if not _varies(rows):
+        if not varies(rows):
             return []
         at = f"at eps {self.smallest:g}"
         panels = []
@@ -445,36 +425,31 @@ class LogitChange(Evaluation):
         medians = result.tables["per_cell"].query("quantity == 'logit'").set_index("predictor")
         rows = []
         for name in SCORED:
-            unfitted = score(result, name, eps=self.smallest)
-            ends = [max(float(unfitted[end]), _LOWEST) for end in ("r2", "r2_low", "r2_high")]
-            rows.append(figures.Row(f"{name}, unfitted", *ends, _COLOURS[name]))
+            numbers = {"unfitted": score(result, name, eps=self.smallest)[["r2", "r2_low", "r2_high"]].to_numpy()}
             if name in medians.index:
-                ends = [max(float(x), _LOWEST) for x in medians.loc[name, ["median_r2", "low", "high"]]]
-                rows.append(figures.Row(f"{name}, scale per cell", *ends, _COLOURS[name]))
+                numbers["scale per cell"] = medians.loc[[name], ["median_r2", "low", "high"]].to_numpy()[0]
+            for how, values in numbers.items():
+                mean, low, high = np.maximum(np.asarray(values, float), _LOWEST).tolist()
+                rows.append(figures.Row(f"{name}, {how}", mean, low, high, _COLOURS[name]))
         return rows
 
     def notes(self, result: Result) -> list[str]:
         """What eps counts, where F2 holds, and what a fitted scale hides."""
-        if not _varies(self._smallest_rows(result)):
+        if not varies(self._smallest_rows(result)):
             return []
         full = score(result, "F2", eps=self.smallest)["r2"]
         probability = score(result, "F2", quantity="log_prob", eps=self.smallest)["r2"]
         reached = [f"{eps:g}" for eps in self.eps if score(result, "F2", eps=eps)["r2"] >= BAR["F2"]]
-        order = error_order(result)
+        small, large = self.eps[:2]
         unit = {"write": "the norm of the native write", "coefficient": "the atom's own coefficient at the firing"}
         return [
-            f"What is added is eps times the atom's direction, in closed loop; eps counts {unit[self.unit]}. Nothing in "
-            "F0, F1 and F2 is fitted.",
-            "F0's decay is one number per head, or one per key channel and then inside the inner product; its q is "
-            "scaled as the model scales it; W_O and W_U are taken as they are, without the norms between them.",
-            f"Logits are raw, not centred. The softmax ignores a shift common to all tokens; on log-probabilities F2's "
+            f"What is added is eps times the atom's direction; eps counts {unit[self.unit]}.",
+            "Logits are raw, not centred. The softmax ignores a shift common to all tokens; on log-probabilities F2's "
             f"R² is {probability:.4f} (logits: {full:.4f}) at eps {self.smallest:g}.",
             f"F2 reaches R² {BAR['F2']} at eps {', '.join(reached) or 'none of those tried'}. Its error grows as "
-            f"eps^{order.exponent:.2f} from {order.small:g} to {order.large:g}; 2 says that what it misses is "
-            "curvature, less that it is arithmetic.",
-            "A scale fitted per cell makes R² over eps near 1 for any prediction that grows with eps, a wrong one too: "
-            "it only says that the measured curve is straight. It is no evidence for a formula.",
-            f"Floor: a run without an edit, in the batch of the edited ones, differs from the plain pass by up to "
+            f"eps^{error_order(result):.2f} from {small:g} to {large:g}; 2 says that what it misses is curvature, less "
+            "that it is arithmetic.",
+            "Floor: a run without an edit, in the batch of the edited ones, differs from the plain pass by up to "
             f"{result.info['floor']:.1e} (95 % of logits).",
         ]
 
@@ -482,23 +457,14 @@ class LogitChange(Evaluation):
 # ---------------------------------------------------------------------------------------------- reading a result
 
 
-def score(
-    result: Result,
-    predictor: str,
-    *,
-    quantity: str = "logit",
-    horizon: int | str = ALL,
-    rank: str = ALL,
-    eps: float | str = ALL,
-) -> pd.Series:
-    """One row of the table `scores`.
+def score(result: Result, predictor: str, **levels: float | str) -> pd.Series:
+    """One row of the table `scores`; the levels quantity, horizon, rank and eps are "logit" and "all" where not named.
 
     Raises:
         KeyError: there is no such row; names what there is.
     """
-    levels = {"horizon": horizon, "eps": eps}
-    wanted = {"quantity": quantity, "predictor": predictor, "rank": rank}
-    wanted |= {name: x if isinstance(x, str) else f"{x:g}" for name, x in levels.items()}
+    wanted = {"quantity": "logit", "predictor": predictor, "horizon": ALL, "rank": ALL, "eps": ALL}
+    wanted |= {name: level if isinstance(level, str) else f"{level:g}" for name, level in levels.items()}
     table = result.tables["scores"]
     rows = table[np.logical_and.reduce([table[name] == value for name, value in wanted.items()])]
     if rows.empty:
@@ -507,113 +473,23 @@ def score(
     return rows.iloc[0]
 
 
-def error_order(result: Result) -> Order:
-    """Growth of F2's error on logits between the two smallest eps."""
+def error_order(result: Result) -> float:
+    """Exponent by which F2's rms error on logits grows between the two smallest eps; 2 says that the rest is curvature.
+    0 where there is no error."""
     cells = result.tables["cells"]
     logits = cells[cells["quantity"] == "logit"]
     square = (logits["measured"] - logits["F2"]) ** 2
     errors = (square.groupby(logits["eps"]).mean() ** 0.5).sort_index().iloc[:2]
-    small, large = (float(eps) for eps in errors.index)
     if errors.min() == 0:
-        return Order(0.0, small, large)
-    return Order(math.log(errors.iloc[1] / errors.iloc[0]) / math.log(large / small), small, large)
+        return 0.0
+    x, y = np.log(errors.index.to_numpy(float)), np.log(errors.to_numpy(float))
+    return float((y[1] - y[0]) / (x[1] - x[0]))
 
 
 def rank_name(group: RankGroup) -> str:
     """A rank group as tables and figures call it: "1", "2-5"."""
     low, high = group
     return str(low) if low == high else f"{low}-{high}"
-
-
-# ---------------------------------------------------------------------------------------------- tables
-
-
-def with_control(cells: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Add the column `shuffled`: F2's prediction for another firing at the same horizon, rank group and eps."""
-    firings = np.random.default_rng(seed).permutation(np.unique(cells["firing"]))
-    partner = dict(zip(firings, np.roll(firings, 1)))
-    keys = ["quantity", "horizon", "rank", "eps"]
-    lent = cells[[*keys, "firing", "F2"]].rename(columns={"firing": "partner", "F2": CONTROL})
-    paired = cells.assign(partner=cells["firing"].map(partner)).merge(lent, on=[*keys, "partner"])
-    return paired.drop(columns="partner")
-
-
-def scores_table(cells: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Every predictor, over all rows and per horizon, rank group, eps, and horizon by eps.
-
-    Groups in which every measured change is the same have no R^2 and are left out.
-    """
-    scaled = {predictor: scale_each(cells, predictor, CELL) for predictor in SCORED}
-    rows = []
-    for part, names in _groups(cells):
-        if not _varies(part):
-            continue
-        measured, sequence = part["measured"].to_numpy(float), part["sequence"].to_numpy()
-        for predictor in SCORED:
-            predicted, per_cell = part[predictor].to_numpy(float), scaled[predictor][part.index].to_numpy(float)
-            fit, unfitted = (
-                one_scale(measured, predicted, sequence),
-                r2_estimate(measured, predicted, sequence, seed=seed),
-            )
-            numbers = {
-                "r2": r2(measured, predicted),
-                "r2_low": unfitted.low,
-                "r2_high": unfitted.high,
-                "r2_global_scale": r2(measured, fit.predicted),
-                "global_scale": fit.scale,
-                "per_cell_scale": r2(measured, per_cell),
-                "pearson": float(np.corrcoef(measured, predicted)[0, 1]) if np.ptp(predicted) > 0 else 0.0,
-                "sign_rate": float((np.sign(measured) == np.sign(predicted)).mean()),
-                "n": len(measured),
-                "n_sequences": unfitted.n_clusters,
-            }
-            rows.append(names | {"predictor": predictor} | numbers)
-    return pd.DataFrame(rows, columns=list(LogitChange.columns["scores"]))
-
-
-def per_cell_table(cells: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """The paper's statistic, the median over cells of R^2 over eps with a scale fitted to each cell.
-
-    All predictors here are proportional to eps, so that the scale leaves nothing of them: whatever they predict, the
-    fit is the best line through 0, and R^2 says how straight the measured curve is.
-    """
-    rows = []
-    for predictor, quantity in itertools.product(SCORED, sorted(cells["quantity"].unique())):
-        each = cell_r2(cells, predictor, quantity)
-        if each.empty:
-            continue
-        median = estimate(each["r2"], each["sequence"], statistic=weighted_median, seed=seed)
-        ends = {"low": median.low, "high": median.high}
-        rows.append({"quantity": quantity, "predictor": predictor, "median_r2": median.mean, **ends, "n": median.n})
-    return pd.DataFrame(rows, columns=list(LogitChange.columns["per_cell"]))
-
-
-def cell_r2(cells: pd.DataFrame, predictor: str, quantity: str = "logit") -> pd.DataFrame:
-    """R^2 over eps of every cell of a quantity that changes with eps, with a scale fitted to it: r2 and sequence."""
-    rows = cells[cells["quantity"] == quantity]
-    groups = [rows[name] for name in CELL]
-    measured = rows["measured"].groupby(groups)
-    residual = ((rows["measured"] - scale_each(rows, predictor, CELL)) ** 2).groupby(groups).sum()
-    total = measured.var(ddof=0) * measured.size()
-    table = pd.DataFrame({"r2": 1 - residual / total, "sequence": rows["sequence"].groupby(groups).first()})
-    return table[total > 0]
-
-
-def _groups(cells: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, dict[str, str]]]:
-    """All rows of a quantity, then splits of them; an axis that is not split is called `ALL`."""
-    for split, (quantity, whole) in itertools.product(_SPLITS, list(cells.groupby("quantity"))):
-        names = {"quantity": str(quantity), "horizon": ALL, "rank": ALL, "eps": ALL}
-        if not split:
-            yield whole, names
-            continue
-        for level, part in whole.groupby(list(split)):
-            levels = level if isinstance(level, tuple) else (level,)
-            yield part, names | {axis: x if isinstance(x, str) else f"{x:g}" for axis, x in zip(split, levels)}
-
-
-def _varies(rows: pd.DataFrame) -> bool:
-    """Whether any measured change differs from another."""
-    return bool(np.ptp(rows["measured"].to_numpy(float)) > 0)
 
 
 def _span(row: pd.Series) -> str:
@@ -625,70 +501,3 @@ def _line(name: str, rows: pd.DataFrame, axis: str, colour: str) -> figures.Line
     x = rows[axis].astype(float).sort_values()
     low, high = (np.clip(rows.loc[x.index, end], _LOWEST, 1).tolist() for end in ("r2_low", "r2_high"))
     return figures.Line(name, x.tolist(), rows.loc[x.index, "r2"].tolist(), colour, (low, high))
-
-
-# ---------------------------------------------------------------------------------------------- one sequence
-
-
-def _direct_path(lab: Lab) -> Tensor:
-    """W_O^h W_U, [V,vocab], in float32 at least."""
-    out, unembed = lab.model.W_O(lab.hook.layer, lab.hook.head), lab.model.W_U
-    dtype = torch.promote_types(out.dtype, torch.float32)
-    return out.to(dtype) @ unembed.to(out.device, dtype)
-
-
-def _changes(targets: Targets) -> Readout:
-    """Per trial [Z,G]: `logit` and `log_prob`, changes against the run without edits of the same batch, and `floor`,
-    the distance of that run from the plain pass."""
-
-    def read(rows: EditedRows) -> Mapping[str, Array]:
-        assert rows.plain is not None
-        index = np.array([trial.row["index"] for trial in rows.trials])
-        positions = torch.tensor(targets.positions[index], device=rows.logits.device)  # [n,Z]
-        tokens = torch.tensor(targets.tokens[index], device=rows.logits.device)
-        each = torch.arange(len(index), device=rows.logits.device)[:, None]
-        edited = _looked_up(rows.logits[each, positions - rows.start], tokens)
-        unedited = _looked_up(rows.plain[positions - rows.start], tokens)
-        plain = _looked_up(rows.native[positions], tokens)
-        changes = {name: edited[name] - unedited[name] for name in edited}
-        changes["floor"] = (unedited["logit"] - plain["logit"]).abs()
-        return {name: change.cpu().numpy() for name, change in changes.items()}
-
-    return read
-
-
-def _looked_up(logits: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """Logits and log-probabilities of `tokens` [n,Z,G], from logits [n,Z,vocab], in float64."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    logit = wide.gather(-1, tokens).double()
-    return {"logit": logit, "log_prob": logit - wide.logsumexp(-1, keepdim=True).double()}
-
-
-def _predictions(
-    lab: Lab, site: Site, path: Tensor, starts: list[int], added: LowRank, targets: Targets
-) -> dict[str, Array]:
-    """Predicted changes at eps = 1 by quantity, [n,Z,G,P] in the order of `PREDICTORS`.
-
-    A log-probability is its logit minus the mean of all logits under the native p, to first order; p is one more
-    direction in the space of logits. Cost: one backward per horizon and token, and one per horizon.
-    """
-    wanted: list[int] = targets.positions.ravel().tolist()
-    gradients = ReadGradients(lab.model, site.session, lab.hook.layer, lab.hook.head, wanted)
-    change = np.empty((*targets.tokens.shape, len(PREDICTORS)))
-    common = np.empty((*targets.positions.shape, 1, len(PREDICTORS)))
-    for (i, z), position in np.ndenumerate(targets.positions):
-        directions = _directions(site.session.logits[0, position], targets.tokens[i, z].tolist())
-        reads = [gradients.at(int(position), direction) for direction in directions]
-        naive = directions.to(path) @ path.T
-        predictions = predict(site.recurrence, added.rows([i]), starts[i], reads, naive)
-        values = np.array([[float(value) for value in each] for each in predictions])
-        change[i, z], common[i, z] = values[:-1], values[-1]
-    return {"logit": change, "log_prob": change - common}
-
-
-def _directions(native: Tensor, tokens: list[int]) -> Tensor:
-    """One row [vocab] per token that picks its logit, and a last one with the native probabilities."""
-    probabilities = native.softmax(-1) if native.dtype == torch.float64 else native.float().softmax(-1)
-    picks = torch.zeros(len(tokens), len(native)).to(probabilities)
-    picks[torch.arange(len(tokens)), torch.tensor(tokens)] = 1
-    return torch.cat([picks, probabilities[None]])

@@ -227,7 +227,7 @@ class Seeds(Evaluation):
             f"median matched |cosine| {', '.join(f'{x:.2f}' for x in atoms['median'])}",
             int(atoms["n"].sum()),
             f"atom pairs of {len(atoms)} pairs of seeds",
-            f"random directions {random['median'].max():.2f}, native writes drawn at random {writes['median'].max():.2f}",
+            f"random directions {random['median'].max():.2f}, random native writes {writes['median'].max():.2f}",
             verdict.outcome,
             verdict.sentence,
         )
@@ -235,7 +235,7 @@ class Seeds(Evaluation):
     def _excess(self, result: Result, against: Mapping[str, Against] | None = None) -> Verdict:
         """Whether atoms match better than random directions in every pair of dictionaries."""
         random = _matches(result, "random")
-        worst = random.loc[random["excess_low"].idxmin()]
+        worst = random.iloc[int(random["excess_low"].argmin())]
         what = f"the excess over random directions of {worst['a']} and {worst['b']}, the pair that matches worst,"
         return judge(_smallest(random), against, relevant=RELEVANT, what=what)
 
@@ -271,7 +271,7 @@ def _matches(result: Result, sample: str) -> pd.DataFrame:
 
 def _smallest(matches: pd.DataFrame) -> Estimate:
     """The excess of the pair of dictionaries where it is smallest, with the fewest matched atoms of any pair."""
-    worst = matches.loc[matches["excess_low"].idxmin()]
+    worst = matches.iloc[int(matches["excess_low"].argmin())]
     n = int(matches["n"].min())
     return Estimate(float(worst["excess"]), float(worst["excess_low"]), float(worst["excess_high"]), n, n)
 
