@@ -25,7 +25,7 @@ from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.result import Claim, Figure, Result
 from sae_lens_writesae.verdict import figures
 from sae_lens_writesae.verdict.format import percent
-from sae_lens_writesae.verdict.judge import Against, Verdict, judge
+from sae_lens_writesae.verdict.judge import Against, Verdict, judge, too_little
 from sae_lens_writesae.verdict.statistics import Estimate, estimate, weighted_median
 
 SAMPLES: dict[str, str] = {
@@ -197,15 +197,14 @@ class Seeds(Evaluation):
         if share["atoms"] > self.largest_share:
             faults.append(f"more than {percent(self.largest_share)} of atoms are the same")
         learned = self._excess(result)
-        if faults and learned.outcome != "inconclusive":
+        if (few := too_little(_smallest(_matches(result, "random")))) is not None:
+            verdict = Verdict("inconclusive", few)
+        elif faults:
             verdict = Verdict("fails", f"{' and '.join(faults).capitalize()}.")
         elif learned.outcome == "holds":
             verdict = Verdict("holds", "Counts agree, and atoms do not.")
         else:
-            why = (
-                "Nothing shows that the dictionaries learned anything: atoms must match better than random directions."
-            )
-            verdict = Verdict("inconclusive", f"{why} {learned.sentence}")
+            verdict = Verdict("inconclusive", f"Nothing shows that anything was learned. {learned.sentence}")
         return Claim(
             20,
             "seeds find the same kinds, not the same atoms",
