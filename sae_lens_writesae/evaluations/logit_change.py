@@ -16,29 +16,14 @@ import torch
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.experiment import logit_changes
 from sae_lens_writesae.experiment.evaluation import Evaluation
 from sae_lens_writesae.experiment.firings import draw_firings
 from sae_lens_writesae.experiment.lab import Lab, Site, Trial
-from sae_lens_writesae.experiment.logit_changes import (
-    choose_targets,
-    direct_path,
-    measured_changes,
-    predicted_changes,
-)
 from sae_lens_writesae.experiment.predictors import DEFINITIONS, PREDICTORS
 from sae_lens_writesae.experiment.result import Claim, Figure, Result
-from sae_lens_writesae.verdict import figures
-from sae_lens_writesae.verdict.fits import (
-    ALL,
-    CONTROL,
-    cell_r2,
-    groups_of,
-    per_cell_table,
-    r2_estimate,
-    scores_table,
-    varies,
-    with_control,
-)
+from sae_lens_writesae.verdict import figures, fits
+from sae_lens_writesae.verdict.fits import ALL, CONTROL, varies
 from sae_lens_writesae.verdict.format import r_squared
 from sae_lens_writesae.verdict.judge import Against, Verdict, judge
 from sae_lens_writesae.verdict.statistics import Estimate, estimate, weighted_median
@@ -215,7 +200,7 @@ class LogitChange(Evaluation):
             alive_tokens=self.alive_tokens,
             min_firings=self.min_firings,
         )
-        path = direct_path(lab)
+        path = logit_changes.direct_path(lab)
         parts = [self._sequence(lab, site, path) for site in lab.sites(draw.table, self.kind)]
         parts = [part for part in parts if len(part)]
         lab.require(
@@ -223,9 +208,9 @@ class LogitChange(Evaluation):
             f"firings that could be measured lie in {len(parts)} sequence(s), and intervals need two or more: give "
             "more sequences, or more atoms",
         )
-        cells = with_control(pd.concat(parts, ignore_index=True), "F2", self.seed)
-        scores = scores_table(cells, SCORED, self.seed)
-        if (unscored := len(SCORED) * sum(1 for _ in groups_of(cells)) - len(scores)) > 0:
+        cells = fits.with_control(pd.concat(parts, ignore_index=True), "F2", self.seed)
+        scores = fits.scores_table(cells, SCORED, self.seed)
+        if (unscored := len(SCORED) * sum(1 for _ in fits.groups_of(cells)) - len(scores)) > 0:
             lab.skipped[NO_CHANGE] += unscored
         once = cells[(cells["quantity"] == "logit") & (cells["eps"] == self.eps[0])]
         lab.facts |= {
@@ -235,7 +220,7 @@ class LogitChange(Evaluation):
             "n_testable": draw.n_testable,
             "floor": float(np.quantile(once["floor"].to_numpy(float), 0.95)),
         }
-        return {"cells": cells, "scores": scores, "per_cell": per_cell_table(cells, SCORED, self.seed)}
+        return {"cells": cells, "scores": scores, "per_cell": fits.per_cell_table(cells, SCORED, self.seed)}
 
     def _sequence(self, lab: Lab, site: Site, path: Tensor) -> pd.DataFrame:
         """The cells of one sequence: one row per quantity, firing, eps, horizon and rank group."""
@@ -244,14 +229,14 @@ class LogitChange(Evaluation):
             return pd.DataFrame()
         starts = firings["position"].tolist()
         rng = lab.rng(site.sequence)
-        targets = choose_targets(site.session.logits[0], starts, self.horizons, self.ranks, rng)
+        targets = logit_changes.choose_targets(site.session.logits[0], starts, self.horizons, self.ranks, rng)
         trials = [
             Trial({"index": i, "eps": size}, start, lab.add(start, added.rows([i]) * size))
             for i, start in enumerate(starts)
             for size in self.eps
         ]
-        runs = lab.read(site, trials, measured_changes(targets), max(self.horizons) + 1, plain=True)
-        predicted = predicted_changes(lab, site, path, starts, added, targets)
+        runs = lab.read(site, trials, logit_changes.measured_changes(targets), max(self.horizons) + 1, plain=True)
+        slopes_of = logit_changes.predicted_changes(lab, site, path, starts, added, targets)
         i, e, z, g = (n.ravel() for n in np.indices((len(starts), len(self.eps), *targets.tokens.shape[1:])))
         eps = np.array(self.eps)[e]
         described = firings.iloc[i].reset_index(drop=True)
@@ -264,10 +249,10 @@ class LogitChange(Evaluation):
             floor=np.stack(runs["floor"].tolist()).ravel(),
         )
         frames = []
-        for quantity, slopes in predicted.items():
-            changes = {name: eps * slopes[i, z, g, p] for p, name in enumerate(PREDICTORS)}
+        for quantity, slopes in slopes_of.items():
+            predicted = {name: eps * slopes[i, z, g, p] for p, name in enumerate(PREDICTORS)}
             measured = np.stack(runs[quantity].tolist()).ravel()
-            frames.append(described.assign(quantity=quantity, measured=measured, **changes))
+            frames.append(described.assign(quantity=quantity, measured=measured, **predicted))
         return pd.concat(frames, ignore_index=True)
 
     def _added(self, lab: Lab, site: Site) -> tuple[pd.DataFrame, LowRank]:
@@ -315,9 +300,9 @@ class LogitChange(Evaluation):
 
     def _judged(self, result: Result, rows: pd.DataFrame, name: str) -> Verdict:
         measured, sequence = rows["measured"], rows["sequence"]
-        lead = r2_estimate(measured, rows[name], sequence, rival=rows[CONTROL], seed=self.seed)
+        lead = fits.r2_estimate(measured, rows[name], sequence, rival=rows[CONTROL], seed=self.seed)
         return judge(
-            r2_estimate(measured, rows[name], sequence, seed=self.seed),
+            fits.r2_estimate(measured, rows[name], sequence, seed=self.seed),
             {"F2 shuffled between firings": Against(lead)},
             typical=float(measured.abs().median()),
             floor=float(str(result.info["floor"])),
@@ -330,7 +315,7 @@ class LogitChange(Evaluation):
         """The verdict on F0, where the paper's own statistic may be what any prediction reaches."""
         if unfitted.outcome != "fails":
             return unfitted
-        own, control = (cell_r2(result.tables["cells"], name) for name in ("F0", CONTROL))
+        own, control = (fits.cell_r2(result.tables["cells"], name) for name in ("F0", CONTROL))
         if own.empty:
             return unfitted
 
