@@ -1,0 +1,70 @@
+"""How each atom of a dictionary points against a head's native writes, at its firings and elsewhere."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from sae_lens_writesae.experiment.firings import Integers
+from sae_lens_writesae.experiment.head import head_writes
+from sae_lens_writesae.experiment.lab import Lab
+
+
+class FiringCosines(NamedTuple):
+    """Signed cosines <A_i, W_t> / |A_i||W_t| over firings (i, t), for the dictionary and two nulls."""
+
+    table: pd.DataFrame
+    """sequence, position, atom, cosine, shuffled, random. One row per firing at a write that is not zero."""
+    zero_writes: int
+    """Firings left out because the native write there, or at the shuffled position, is zero."""
+    zero_atoms: Integers
+    """Atoms left out because they are zero."""
+
+
+def firing_cosines(lab: Lab, atoms: Integers, label: str | None = None) -> FiringCosines:
+    """Cosines at the firings of `atoms`, beside what chance gives.
+
+    * `shuffled`: the same atom against the write of another position of the same sequence (one random permutation of
+      the positions per sequence). This is what is left when only the head's typical writes, and not this firing, can
+      match.
+    * `random`: a Gaussian rank-R direction in the place of the atom (one per atom), at the same firings.
+
+    Args:
+        label: of the dictionary; by default the first one.
+
+    Cost: one forward up to the head's layer per sequence, and 2 T F R R' (K + V) for the cosines.
+    """
+    firings = lab.firings(label)
+    directions = lab.atoms(atoms, label)
+    nonzero = directions.norm() > 0
+    directions, usable_atoms = directions.rows(nonzero), atoms[nonzero.cpu().numpy()]
+    rng = lab.rng(len(atoms))
+    # The noise has a seed of its own: a dictionary initialised under `lab.seed` would otherwise be its own null.
+    noise = directions.random_like(torch.Generator().manual_seed(int(rng.integers(2**62))))
+    column = np.full(firings.n_atoms, -1)
+    column[usable_atoms] = np.arange(len(usable_atoms))
+    tables, zero_writes = [], 0
+    for sequence in range(len(lab.tokens)):
+        table = firings.frame((firings.sequence == sequence) & (column[firings.atom] >= 0))
+        order = rng.permutation(firings.n_positions)
+        if table.empty:
+            continue
+        writes = head_writes(lab.recurrence(sequence), 0).to(directions.values)
+        written = (writes.norm() > 0).cpu().numpy()
+        here, which = table["position"].to_numpy(), column[table["atom"].to_numpy()]
+        there = order[here]
+        usable = written[here] & written[there]
+        zero_writes += int((~usable).sum())
+        table, here, there, which = table.loc[usable], here[usable], there[usable], which[usable]
+        matched, chance = (writes.cosines(each).cpu().numpy() for each in (directions, noise))
+        tables.append(
+            table.drop(columns="activation").assign(
+                cosine=matched[here, which], shuffled=matched[there, which], random=chance[here, which]
+            )
+        )
+    columns = ["sequence", "position", "atom", "cosine", "shuffled", "random"]
+    joined = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+    return FiringCosines(joined, zero_writes, np.setdiff1d(atoms, usable_atoms))
