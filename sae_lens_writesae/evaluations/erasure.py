@@ -258,13 +258,14 @@ class Erasure(Evaluation):
         for condition in conditions:
             where: list[int] = site.rows["elsewhere_position" if condition == "elsewhere" else "position"].tolist()
             taken = self._taken(site, directions, condition, where)
+            taken = None if taken is None else taken * -1.0
             for n, ((firing, column), t) in enumerate(zip(firings, where)):
-                edit = lab.replace(t, None) if taken is None else lab.add(t, taken * -1.0, n)
+                edit = lab.replace(t, None) if taken is None else lab.add(t, taken, n)
                 trials.append(Trial({"firing": firing, "column": column, "condition": condition}, t, edit))
         return trials
 
     def _taken(self, site: Site, directions: Directions, condition: str, where: list[int]) -> LowRank | None:
-        """What is taken away at each firing of a site; None: the whole write."""
+        """What is taken away from the write at each firing of a site; None: the whole write."""
         whole = self.erase == "write"
         if whole and condition != "random":
             return None

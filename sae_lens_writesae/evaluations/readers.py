@@ -174,12 +174,13 @@ class Readers(Evaluation):
         step = rng.integers(1, max(2, len(atoms)), len(column))
         other = atoms.rows(torch.tensor((column + step) % len(atoms)))
         noise = atom.random_like(torch.Generator().manual_seed(int(rng.integers(2**62))))
-        taken = {"atom": atom, "random": noise.with_norm(atom.norm()), "other": other.with_norm(atom.norm())}
+        size = -atom.norm()  # taken away
+        added = {"atom": atom * -1.0, "random": noise.with_norm(size), "other": other.with_norm(size)}
         described = cast(list[dict[str, object]], rows.drop(columns=["activation", "column"]).to_dict("records"))
         positions: list[int] = rows["position"].tolist()
         return [
-            Trial({**row, "condition": condition}, t, lab.add(t, matrices * -1.0, n))
-            for condition, matrices in taken.items()
+            Trial({**row, "condition": condition}, t, lab.add(t, matrices, n))
+            for condition, matrices in added.items()
             for n, (row, t) in enumerate(zip(described, positions))
         ]
 
