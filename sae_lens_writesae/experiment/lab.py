@@ -277,9 +277,14 @@ class Lab:
             yield batch
             batch = []
 
-    def floor(self, readout: Readout, column: str, window: int, quantile: float = 0.95) -> float:
+    def floor(
+        self, readout: Readout, column: str, window: int, quantile: float = 0.95, *, plain: bool = False
+    ) -> float:
         """What a no-op moves: the native write is written again through the edit path, and `column` of the readout is
         read. Measured in the model's own dtype.
+
+        Args:
+            plain: as in `read`.
 
         Returns: the `quantile` of the absolute values over at most 32 places. Cost: one edited row each.
         """
@@ -289,10 +294,11 @@ class Lab:
         values: list[float] = []
         for sequence in sequences:
             site = self.site(sequence)
-            positions = np.sort(rng.choice(np.arange(1, length - window + 1), _NO_OPS // 4)).tolist()
+            last = length - window
+            positions = np.sort(rng.choice(np.arange(min(1, last), last + 1), _NO_OPS // 4)).tolist()
             trials = [Trial({}, t, self.replace(t, site.writes, t)) for t in positions]
             before = self.n_edited_runs
-            values += np.abs(self.read(site, trials, readout, window)[column].to_numpy(float)).tolist()
+            values += np.abs(self.read(site, trials, readout, window, plain=plain)[column].to_numpy(float)).tolist()
             self.n_edited_runs = before  # a reader counts conditions, not this
         return float(np.quantile(values, quantile))
 
