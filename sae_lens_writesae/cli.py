@@ -62,7 +62,7 @@ def train(context: typer.Context) -> None:
 
     Every flag is SAELens' (`writesae train --architecture writesae_batchtopk --help` lists them).
     """
-    from sae_lens_writesae.sae.train_cli import train_from_arguments
+    from sae_lens_writesae.sae.runner import train_from_arguments
 
     with clear_errors():
         train_from_arguments(context.args)

@@ -8,8 +8,9 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from hookpoints import UnsupportedModelError, WriteEdit
-from sae_lens_writesae import WriteTopKSAE, WriteTopKSAEConfig, scale_atoms, steer
+from sae_lens_writesae import scale_atoms, steer
 from sae_lens_writesae.conditions import rank_one
+from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.steering import token_id, value_direction
 
 LAYER, HEAD, K, V = 1, 2, 8, 6

@@ -10,10 +10,11 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae import WriteTopKSAE, WriteTopKSAEConfig, substitution
+from sae_lens_writesae import substitution
 from sae_lens_writesae.conditions import CONTROLS, SCALES
 from sae_lens_writesae.firings import collect_firings
 from sae_lens_writesae.head_memory import half_lives, head_writes
+from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.substitution_config import SubstitutionConfig
 from sae_lens_writesae.substitution_draw import draw
 from sae_lens_writesae.substitution_result import METRICS

@@ -52,6 +52,14 @@ def khatri_rao(v: Tensor, w: Tensor) -> Tensor:
     return (v.mT @ w).flatten(1)
 
 
+def atom_norm(v: Tensor, w: Tensor) -> Tensor:
+    """Frobenius norm of sum_r v_f,r w_f,r^T: [F,R,K], [F,R,V] -> [F]. R = 1: |v||w|; else from the Gram matrices."""
+    if v.shape[1] == 1:
+        return (v.norm(dim=-1) * w.norm(dim=-1)).squeeze(1)
+    square = ((v @ v.mT) * (w @ w.mT)).sum((-2, -1))
+    return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
+
+
 def encode_reference(x: Tensor, v: Tensor, w: Tensor) -> Tensor:
     """`encode` without cleverness: the oracle, and what SAELens would do with a dense W_enc."""
     return x @ khatri_rao(v, w).T

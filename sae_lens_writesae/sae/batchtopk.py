@@ -8,7 +8,7 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingS
 from sae_lens.saes.sae import SAEConfig
 from torch import Tensor
 
-from sae_lens_writesae.sae.checks import require
+from sae_lens_writesae.sae.base import require
 from sae_lens_writesae.sae.jumprelu import WriteJumpReLUSAEConfig
 from sae_lens_writesae.sae.topk import WriteTopKTrainingSAE, WriteTopKTrainingSAEConfig
 
@@ -45,7 +45,7 @@ class WriteBatchTopKTrainingSAE(BatchTopKTrainingSAE, WriteTopKTrainingSAE):
     `sae_lens_writesae.calibrate_threshold` sets it exactly for given data.
     """
 
-    cfg: Any
+    cfg: WriteBatchTopKTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     threshold_updates: Tensor
 
     def __init__(self, cfg: WriteBatchTopKTrainingSAEConfig, use_error_term: bool = False) -> None:
