@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae_lens_writesae.sae import VARIANTS
+from sae_lens_writesae.sae.base import VARIANTS
 from sae_lens_writesae.sae.losses import Loss
 from sae_lens_writesae.sae.target import Target
 

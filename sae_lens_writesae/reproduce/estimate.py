@@ -17,7 +17,7 @@ from hookpoints import HookedRecurrent, WriteEdit
 from sae_lens_writesae.reproduce.config import ReproduceConfig
 from sae_lens_writesae.reproduce.run import is_done
 from sae_lens_writesae.reproduce.tasks import Task, dictionaries, make_tasks
-from sae_lens_writesae.sae import VARIANTS
+from sae_lens_writesae.sae.base import VARIANTS
 from sae_lens_writesae.substitution_config import SubstitutionConfig
 
 _OTHER_EVALUATIONS = 1.0

@@ -26,7 +26,7 @@ from sae_lens_writesae.left_out import LeftOut, evaluate_or_leave_out, load_resu
 from sae_lens_writesae.page.dashboards import DashboardConfig, atom_dashboards, write_dashboards
 from sae_lens_writesae.reproduce.config import MATCHED, ReproduceConfig
 from sae_lens_writesae.reproduce.tasks import Dictionary
-from sae_lens_writesae.sae import VARIANTS
+from sae_lens_writesae.sae.base import VARIANTS
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import WriteSAETrainingRunner, quiet, text_dataset, training_config
 from sae_lens_writesae.sae.target import head_target

@@ -50,7 +50,7 @@ class _Threshold(MatrixSAE):
 
     @torch.no_grad()
     def set_threshold(self, value: float) -> None:
-        """Let atoms be active where their contribution exceeds `value`."""
+        """Make atoms active where their contribution exceeds `value`."""
         self.threshold.data.copy_(value / self.get_W_dec_norm())
 
 
@@ -68,8 +68,8 @@ class WriteJumpReLUSAE(_Threshold, JumpReLUSAE, MatrixWeights):
 class WriteJumpReLUTrainingSAE(_Threshold, MatrixTrainingSAE, JumpReLUTrainingSAE, MatrixWeights):
     """JumpReLU over matrix atoms, in training.
 
-    SAELens' losses ask for `W_dec.norm()`, so the dictionary is built once per step, and thresholds need the gradient
-    of inactive atoms: a step costs a GEMM and the dictionary's memory more than TopK's.
+    SAELens' losses use `W_dec.norm()`, so that the dense dictionary is built once per step, and thresholds need the
+    gradient of inactive atoms. A step costs a GEMM and the dictionary's memory more than with TopK.
     """
 
     cfg: WriteJumpReLUTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -82,6 +82,6 @@ class WriteJumpReLUTrainingSAE(_Threshold, MatrixTrainingSAE, JumpReLUTrainingSA
 
     @torch.no_grad()
     def replace_atoms(self, indices: Tensor, atoms: LowRank, alive: Tensor) -> None:
-        """Also gives the new atoms the initial threshold."""
+        """Also give the new atoms the initial threshold."""
         super().replace_atoms(indices, atoms, alive)
         self.threshold.data[indices] = self.cfg.jumprelu_init_threshold

@@ -44,7 +44,7 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
     return cast(MatrixSAE, sae)
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def _read_config(file: Path) -> dict[str, object]:
     if not file.is_file():
         inside = sorted(p.name for p in file.parent.iterdir()) if file.parent.is_dir() else "no such folder"
         raise CheckpointError(f"{file} does not exist; {file.parent} holds: {inside}. Give the folder of one SAE.")
@@ -57,8 +57,8 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _classes(file: Path, config: dict[str, Any], training: bool) -> tuple[type[Any], type[Any]]:
-    name = config["architecture"]
+def _classes(file: Path, config: dict[str, object], training: bool) -> tuple[type[Any], type[Any]]:
+    name = str(config["architecture"])
     registry, other = SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
     if training:
         registry, other = other, registry
@@ -67,14 +67,16 @@ def _classes(file: Path, config: dict[str, Any], training: bool) -> tuple[type[A
     if name in other:
         kind, wanted = ("inference", "False") if training else ("training", "True")
         raise CheckpointError(f"{file}: architecture {name!r} exists for {kind} only; call with training={wanted}.")
-    near = difflib.get_close_matches(str(name), list(registry), n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name, list(registry), n=3, cutoff=0.4)
     raise CheckpointError(
         f"{file}: architecture {name!r} is not registered (nearest: {near or sorted(registry)}). If another package "
         "defines it, import that package first."
     )
 
 
-def _expected(file: Path, config: dict[str, Any], sae_class: type[Any], cfg_class: type[Any]) -> dict[str, torch.Size]:
+def _expected(
+    file: Path, config: dict[str, object], sae_class: type[Any], cfg_class: type[Any]
+) -> dict[str, torch.Size]:
     """Names and shapes that the config asks for, from a model without memory."""
     try:
         sae = sae_class(cfg_class.from_dict(config))
@@ -83,7 +85,7 @@ def _expected(file: Path, config: dict[str, Any], sae_class: type[Any], cfg_clas
     return {name: tensor.shape for name, tensor in sae.state_dict().items()}
 
 
-def _check_weights(file: Path, config: dict[str, Any], expected: dict[str, torch.Size]) -> None:
+def _check_weights(file: Path, config: dict[str, object], expected: dict[str, torch.Size]) -> None:
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist.")
     try:

@@ -1,4 +1,4 @@
-"""`writesae_matryoshka`: BatchTopK whose first atoms must also do alone (Bussmann et al. 2025, arXiv 2503.17547)."""
+"""`writesae_matryoshka`: BatchTopK with nested dictionaries (Bussmann et al. 2025, arXiv 2503.17547)."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class WriteMatryoshkaTrainingSAE(MatryoshkaBatchTopKTrainingSAE, WriteBatchTopKT
     cfg: WriteMatryoshkaTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """The scope of the step includes the inner reconstructions, which are always of the matrices themselves."""
+        """SAELens' step with the reconstructions of the inner widths, always scored by squared error."""
         return self._with_loss(step_input, self._nested_step)
 
     def _nested_step(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -55,7 +55,7 @@ class WriteMatryoshkaTrainingSAE(MatryoshkaBatchTopKTrainingSAE, WriteBatchTopKT
         hidden_pre: Tensor,
         dead_neuron_mask: Tensor | None,
     ) -> Tensor:
-        """The auxiliary loss of every level against the residual of that level."""
+        """The sum over widths of the auxiliary loss, each against the residual of its width."""
         total = sae_out.new_tensor(0.0)
         if dead_neuron_mask is None:
             return total

@@ -46,7 +46,7 @@ class WriteStandardSAE(_ReLUMaps, StandardSAE, MatrixWeights):
 
 
 class WriteStandardTrainingSAE(_ReLUMaps, MatrixTrainingSAE, StandardTrainingSAE, MatrixWeights):
-    """ReLU and L1 over matrix atoms, in training. Dense, hence slow, until the penalty has made it sparse."""
+    """ReLU and L1 over matrix atoms, in training. Slow until the penalty has made the code sparse."""
 
     cfg: WriteStandardTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     _zeros_block_gradient = True

@@ -1,7 +1,6 @@
 """`writesae_topk`: the k most active atoms of each matrix (SAELens' TopK; Gao et al. 2024, arXiv 2406.04093)."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
@@ -71,7 +70,7 @@ def _check_k(k: float, d_sae: int, *, whole: bool) -> None:
 
 
 class _TopKMaps(MatrixSAE):
-    """With `rescale_acts_by_decoder_norm`, activations are in units of their contribution: norms come out of decode."""
+    """With `rescale_acts_by_decoder_norm` activations are in units of contribution, and decode divides by norms."""
 
     cfg: WriteTopKSAEConfig | WriteTopKTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -109,8 +108,8 @@ class WriteTopKTrainingSAE(_TopKMaps, MatrixTrainingSAE, TopKTrainingSAE, Matrix
         return self.cfg.aux_loss_coefficient * loss
 
     @torch.no_grad()
-    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
-        """Moves decoder norms into the encoder, if training took them as moved already."""
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Tensor]) -> None:
+        """Move decoder norms into the encoder, if training computed activations as if they were there."""
         if self.cfg.rescale_acts_by_decoder_norm:
             norms = self.get_W_dec_norm()
             state_dict.update(self._scaled(1 / norms, norms), b_enc=self.b_enc * norms)
