@@ -153,7 +153,7 @@ class Steering(Scoped):
         """From u [B,T,H,V] and k [B,T,H,K] of all heads: u_t + strength |u_t| w at the steered tokens of the head."""
         _check_one_term(all_values)
         values = all_values[:, :, self.head]
-        where = self._where(values, lambda: self._activation(all_keys[:, :, self.head], values), self._first_token)
+        where = self._where(values, lambda: self._activation(all_keys[:, :, self.head], values), self.model.first_token)
         if self.value is None or not where.any():
             return None
         steered = all_values.clone()
@@ -163,7 +163,7 @@ class Steering(Scoped):
 
     def _steer_matrix(self, writes: Tensor, hook: HookPoint) -> Tensor | None:
         """From the head's writes [B,T,K,V]: the write plus the atom at the steered tokens."""
-        where = self._where(writes, lambda: _encode(self.sae, writes.flatten(-2))[..., self.atom], self._first_token)
+        where = self._where(writes, lambda: _encode(self.sae, writes.flatten(-2))[..., self.atom], self.model.first_token)
         if self.atom_direction is None or not where.any():
             return None
         size = self.strength * torch.linalg.matrix_norm(writes) * where
@@ -185,9 +185,6 @@ class Steering(Scoped):
         where = torch.zeros(shape, dtype=torch.bool, device=like.device)
         where[:, [t - first for t in self.at if 0 <= t - first < shape[1]]] = True
         return where
-
-    def _first_token(self) -> int | None:
-        return self.model.attachment.mixers[self.layer]._first_token
 
     @torch.no_grad()
     def _activation(self, keys: Tensor, values: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import SAE
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
-from hookpoints.hooks.guard import check_names
 from sae_lens_writesae.atom.low_rank import LowRank
 
 Target = Literal["write", "state", "last_state"]
@@ -116,7 +115,7 @@ def check_hook(model: HookedRecurrent, cfg: RunnerConfig) -> None:
     """Raise unless the hook of a runner config exists on `model` and carries what its SAE expects; names both sizes."""
     name = cfg.hook_name
     if name not in model.mod_dict:
-        check_names(model, name)
+        model.check_hook_name(name)
     parts = name.split(".")
     if len(parts) == 6 and parts[3] == "heads":
         shape = model.cfg.layer(int(parts[1]))
@@ -131,7 +130,7 @@ def check_hook(model: HookedRecurrent, cfg: RunnerConfig) -> None:
 def check_fits(model: HookedRecurrent, sae: Dictionary, where: Path | str) -> None:
     """Raise ValueError unless the SAE's hook exists on the model with the SAE's size; the message names both."""
     hook = HeadHook.of(sae)
-    check_names(model, hook.name)
+    model.check_hook_name(hook.name)
     shape = model.cfg.layer(hook.layer)
     if sae.cfg.d_in != shape.K * shape.V:
         raise ValueError(
