@@ -163,7 +163,9 @@ class Steering(Scoped):
 
     def _steer_matrix(self, writes: Tensor, hook: HookPoint) -> Tensor | None:
         """From the head's writes [B,T,K,V]: the write plus the atom at the steered tokens."""
-        where = self._where(writes, lambda: _encode(self.sae, writes.flatten(-2))[..., self.atom], self.model.first_token)
+        where = self._where(
+            writes, lambda: _encode(self.sae, writes.flatten(-2))[..., self.atom], self.model.first_token
+        )
         if self.atom_direction is None or not where.any():
             return None
         size = self.strength * torch.linalg.matrix_norm(writes) * where

@@ -10,8 +10,8 @@ from sae_lens.saes.sae import TrainStepInput
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae import TRAINING, WriteSAETrainingRunner, load_sae, training_config
-from sae_lens_writesae.sae.losses import n_columns, read_loss, write_loss
-from sae_lens_writesae.sae.store import COLUMN_SCALE, PairedActivationsStore, read_queries
+from sae_lens_writesae.sae.losses import n_columns, read_loss, read_queries, write_loss
+from sae_lens_writesae.sae.store import COLUMN_SCALE, PairedActivationsStore
 
 LAYER, HEAD, K, V = 1, 2, 8, 6
 EXTRA: dict[str, Any] = {

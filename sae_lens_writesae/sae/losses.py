@@ -1,13 +1,15 @@
 """What a dictionary is trained for besides reconstruction: the reads of its head, or atoms that point along the write.
 
-These are the formulas. What they compare with (queries, writes of the same tokens) reaches the training step as further
-columns of the activations: `sae.store` appends them, `MatrixTrainingSAE` takes them off again.
+This file has the formulas. What they compare with (queries, writes of the same tokens) reaches the training step as
+further columns of the activations: `sae.store` appends them, `MatrixTrainingSAE` takes them off again.
 """
 
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from hookpoints import Recurrence
 
 Loss = Literal["mse", "reads", "write"]
 """`mse`: the matrix itself. `reads`: what the head's queries read from it. `write`: the matrix itself, and atoms along
@@ -39,3 +41,12 @@ def write_loss(cosine: Tensor, contribution: Tensor) -> Tensor:
     total = contribution.sum(-1, keepdim=True)
     shares = contribution / total.clamp_min(torch.finfo(total.dtype).tiny)
     return 1 - (shares * cosine).sum(-1).mean()
+
+
+def read_queries(recurrence: Recurrence) -> Tensor:
+    """[B,T,H,K] the query that reads the state after each token.
+
+    It is the token's own query, or the next token's where the rule reads before it writes (zero for the last token).
+    """
+    q = recurrence.q
+    return torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], dim=1) if recurrence.read_before_write else q

@@ -10,7 +10,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, Recurrence
-from sae_lens_writesae.sae.losses import Loss, n_columns
+from sae_lens_writesae.sae.losses import Loss, n_columns, read_queries
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig
 from sae_lens_writesae.sae.training import MatrixTrainingSAEConfig
 
@@ -58,15 +58,6 @@ class PairedActivationsStore(ActivationsStore):
         columns = read_queries(recurrence)[:, :, 0] if self.loss == "reads" else _writes(recurrence)
         rows = torch.cat([matrices[:, :, 0].flatten(2), COLUMN_SCALE * columns.to(matrices.dtype)], dim=-1)
         return rows[:, slice(*self.seqpos_slice)].float().to(self.device)
-
-
-def read_queries(recurrence: Recurrence) -> Tensor:
-    """[B,T,H,K] the query that reads the state after each token.
-
-    It is the token's own query, or the next token's where the rule reads before it writes (zero for the last token).
-    """
-    q = recurrence.q
-    return torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], dim=1) if recurrence.read_before_write else q
 
 
 def _writes(recurrence: Recurrence) -> Tensor:
