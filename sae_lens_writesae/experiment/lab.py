@@ -18,11 +18,10 @@ from tqdm.auto import tqdm
 from hookpoints import EditSession, HookedRecurrent, Recurrence, WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluate import check_fits
 from sae_lens_writesae.experiment.firings import Firings, collect_firings
 from sae_lens_writesae.experiment.head import head_writes
 from sae_lens_writesae.experiment.result import Json
-from sae_lens_writesae.firings import HeadHook, atom_factors
+from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_fits
 
 T = TypeVar("T")
 
@@ -176,7 +175,7 @@ class Lab:
     def atoms(self, numbers: ArrayLike, label: str | None = None) -> LowRank:
         """Atoms of a dictionary as its decoder has them, on the model's device, in float32."""
         sae = self.sae if label is None else self.saes[label]
-        return atom_factors(sae, np.asarray(numbers), *self.key_value).to(self.model.cfg.device)
+        return atoms_of(sae, np.asarray(numbers), *self.key_value).to(self.model.cfg.device)
 
     def rng(self, *stream: int) -> np.random.Generator:
         """A generator of its own for each purpose, so that no draw depends on another."""
