@@ -182,7 +182,7 @@ class Multistep(Evaluation):
                 figures.Line(
                     NAMES[name],
                     [float(step) for step in medians.columns],
-                    medians.loc[name].tolist(),
+                    np.asarray(medians.loc[name]).tolist(),
                     {"atom": "atom", "delete": "ink"}.get(name, "soft"),
                 )
                 for name in shown
