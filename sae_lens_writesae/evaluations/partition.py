@@ -361,17 +361,17 @@ class Partition(Evaluation):
             each = rows.drop_duplicates("components")
             if sample != "random" and len(each) > 1:
                 gap = np.maximum(each["bic"] - each["bic"].min(), 1)
-                name = names[str(sample)] + (", z" if space == "z" else "")
-                bic.append(figures.Line(name, each["components"].tolist(), gap.tolist(), colours[str(sample)]))
+                name, colour = names[str(sample)], colours[str(sample)]
+                name, colour = (f"{name}, z", "soft") if space == "z" else (name, colour)
+                bic.append(figures.Line(name, each["components"].tolist(), gap.tolist(), colour))
         if bic:
             caption = "BIC of Gaussian mixtures of the cosine and of Fisher's z, less that of the best; at least 1."
             svg = figures.curves(bic, "components", f"BIC of mixtures: {result.label}", log_y=True)
             panels.append(Figure("How many kinds BIC sees", svg, caption))
-        lines = []
-        for sample, rows in sweep.groupby("sample", sort=False):
-            rows = rows.sort_values("threshold")
-            x, y = rows["threshold"].tolist(), rows["share"].tolist()
-            lines.append(figures.Line(names[str(sample)], x, y, colours[str(sample)]))
+        lines = [
+            figures.Line(names[str(sample)], rows["threshold"].tolist(), rows["share"].tolist(), colours[str(sample)])
+            for sample, rows in sweep.sort_values("threshold").groupby("sample", sort=False)
+        ]
         if lines:
             title = f"Registers by threshold: {result.label}"
             svg = figures.curves(lines, "threshold on the cosine", title, percent=True)
