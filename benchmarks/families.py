@@ -20,8 +20,7 @@ from recurrence import Way, timed, upstream
 from torch import Tensor, nn
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
-from hookpoints.recurrence.examples import random_recurrence
-from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.recurrence import Recurrence, random_recurrence
 
 FAMILIES = {
     "Gated DeltaNet": "gdn",

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, WriteEdit, embedded
-from hookpoints.recurrence.examples import FORMS, random_recurrence
+from hookpoints.recurrence import FORMS, random_recurrence
 from sae_lens_writesae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.conditions import Factors
 from sae_lens_writesae.firings import collect_firings

@@ -216,6 +216,6 @@ def test_comba_reads_back_before_the_decay() -> None:
     assert r.b is not None and r.beta is not None
     assert_close(r.b, unit(call["p"]).repeat_interleave(H // G, 2), **EXACT)
     corrected = r.corrected_values()
-    before = torch.cat([r.zero_state()[:, None], r.states()[:, :-1]], 1)
+    before = torch.cat([r.starting_state()[:, None], r.states()[:, :-1]], 1)
     read_back = torch.einsum("bthkv,bthk->bthv", before, r.b)
     assert_close(corrected, r.beta[..., None] * (call["v"] - read_back), **EXACT)

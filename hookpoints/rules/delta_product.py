@@ -3,7 +3,7 @@
     S <- alpha_t S,   then for r = 1..R:   S <- (I - beta_r k_r k_r^T) S + beta_r k_r v_r^T,   o_t = S^T (K^-1/2 q_t)
 
 The token as a whole writes a matrix of rank R and erases along R directions, all of which read the state before it
-(``hookpoints.product``). So factors have an axis for the steps, [B,T,H,R,K], and everything else is per token.
+(``hookpoints.recurrence.product``). So factors have an axis for the steps, [B,T,H,R,K], and everything else is per token.
 
 Two ops compute it. One knows of steps; the other is the gated delta rule itself, called with T*R tokens, zeros for the
 decay of later steps and for the reads of earlier ones, whose outputs the layer leaves out.
