@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hookpoints.recurrence.recurrence import Loop, Recurrence, ScanResult
 from hookpoints.recurrence.reference import transition
-from hookpoints.rules import OpResult
+from hookpoints.rules.base import OpResult
 
 
 class LowRankChange(NamedTuple):
