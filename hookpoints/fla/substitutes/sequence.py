@@ -197,13 +197,7 @@ def _allowed(queries: int, keys: int, causal: bool, window: Window, device: torc
 
 
 def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    **options: float | bool | Window | None,
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
 ) -> Tensor:
     """``flash_attn_func`` for packed sequences: q [sum T, H, D], k and v [sum S, Hk, D]."""
     for name in ("max_seqlen_q", "max_seqlen_k"):
