@@ -27,7 +27,7 @@ def has_triton() -> bool:
 
 
 class KernelLaunchError(RuntimeError):
-    """A Triton kernel was launched, but fla was imported without triton."""
+    """A Triton kernel was launched, but triton is not installed."""
 
 
 class _Kernel:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from hookpoints.edits.edit import EditPlan
 from hookpoints.recurrence.recurrence import Recurrence
-from hookpoints.rules.base import OpResult
+from hookpoints.rules import OpResult
 
 
 class Recorded(NamedTuple):

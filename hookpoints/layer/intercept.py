@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from hookpoints.rules.base import Rule
+from hookpoints.rules import Rule
 
 
 class OpHandler(Protocol):

@@ -17,7 +17,7 @@ from hookpoints.layer import context as run
 from hookpoints.layer.intercept import wrap_ops
 from hookpoints.layer.mixer import Backend, HookedMixer
 from hookpoints.model.layout import BlockLayout, find_layout
-from hookpoints.rules.base import Rule
+from hookpoints.rules import Rule
 
 
 class StopForward(Exception):

@@ -216,7 +216,7 @@ class Rule:
         """Name of the argument that holds a factor in this call."""
         return getattr(self.names, field)
 
-    def arguments(self, arguments: Arguments, factors: OpFactors, changed: Set[str]) -> dict[str, Any]:
+    def arguments(self, arguments: Arguments, factors: OpFactors, changed: Set[str]) -> Arguments:
         """Arguments with which the op returns reads of the state, and takes the factors named in ``changed``
         instead of its own. What a layer lets its op add on top (a skip, a gate) is left to ``write_result``."""
         fed = dict(arguments)

@@ -60,10 +60,10 @@ class Mamba2(Rule):
             initial_state=None if state is None else state.mT.to(dtype).clone(),
         )
 
-    def arguments(self, arguments: Arguments, factors: OpFactors, changed: Set[str]) -> dict[str, Any]:
+    def arguments(self, arguments: Arguments, factors: OpFactors, changed: Set[str]) -> Arguments:
         update = _is_update(arguments)
-        fed: dict[str, Any] = {"D": None, "z": None} if update else {"D": None}
-        # The ops take one number of groups for both B and C.
+        fed: dict[str, object] = {"D": None, "z": None} if update else {"D": None}
+        # The ops take one number of groups for both B and C, so that expanded ones go in together.
         inputs = changed & {"v"} | ({"q", "k"} if changed & {"q", "k"} else set())
         fed |= {getattr(self.names, field): _without_time(getattr(factors, field), update) for field in inputs}
         if changed & self.torch_only:
@@ -118,12 +118,12 @@ def _step_size(arguments: Arguments) -> tuple[Tensor, Tensor]:
     return dt, A
 
 
-def _apart(factors: OpFactors, update: bool) -> dict[str, Any]:
+def _apart(factors: OpFactors, update: bool) -> dict[str, object]:
     """Arguments that feed the write strength and the decay apart, though the op takes one dt for both: u as x, the
     decay as an A per token, and dt = 1."""
     assert factors.beta is not None and factors.log_decay is not None
     u, decay = factors.beta.unsqueeze(-1) * factors.v, factors.log_decay
-    fed: dict[str, Any] = {"hidden_states": _without_time(u, update), "dt_bias": None, "dt_softplus": False}
+    fed: dict[str, object] = {"hidden_states": _without_time(u, update), "dt_bias": None, "dt_softplus": False}
     if update:
         decay = decay.squeeze(1).unsqueeze(-1)
         return {**fed, "dt": torch.ones_like(decay), "A": decay.unsqueeze(-1)}

@@ -10,7 +10,6 @@ has S^T r alone and the bonus stays what the layer's own r, k and v make it.
 from __future__ import annotations
 
 from collections.abc import Set
-from typing import Any
 
 import torch
 
@@ -26,7 +25,7 @@ class FlaRWKV6(FlaRule):
     rounded = frozenset({*FlaRule.rounded, "log_decay"})
     read_before_write = True
 
-    def arguments(self, arguments: Arguments, factors: OpFactors, changed: Set[str]) -> dict[str, Any]:
+    def arguments(self, arguments: Arguments, factors: OpFactors, changed: Set[str]) -> Arguments:
         return {**super().arguments(arguments, factors, changed), "u": torch.zeros_like(arguments["u"])}
 
     def write_result(self, result: OpResult, arguments: Arguments) -> object:
