@@ -35,8 +35,8 @@ def oracle_of(rule: Rule, op: Op) -> Oracle:
 
     def answer(a: Arguments) -> OpResult:
         # An op may add something outside the state (Mamba-2's skip); these are its arguments without.
-        own = rule.arguments(a, rule.factors(a), frozenset())
-        return rule.read_result(original(**own), own)
+        bare = rule.arguments(a, rule.factors(a), frozenset())
+        return rule.read_result(original(**bare), bare)
 
     return Oracle("transformers' torch op", answer)
 
@@ -117,15 +117,15 @@ def _delta_product(a: Arguments) -> OpResult:
 
     (q, k), g, steps = _normalised(a), a["g"], a["num_householder"]
     q, g = _at_step(q, steps - 1, steps), None if g is None else _at_step(g, 0, steps)
-    found = naive_recurrent_gated_delta_rule(q, k, a["v"], a["beta"], g, _scale(a), _start(a), True)
-    return OpResult(found[0][:, steps - 1 :: steps], found[1])
+    outputs, state = naive_recurrent_gated_delta_rule(q, k, a["v"], a["beta"], g, _scale(a), _start(a), True)
+    return OpResult(outputs[:, steps - 1 :: steps], state)
 
 
 def _at_step(x: Tensor, step: int, steps: int) -> Tensor:
     """[B,T,...] as [B,T*steps,...]: x at one step of each token, zeros at the others."""
-    spread = torch.zeros_like(x).repeat_interleave(steps, 1)
-    spread[:, step::steps] = x
-    return spread
+    by_step = torch.zeros_like(x).repeat_interleave(steps, 1)
+    by_step[:, step::steps] = x
+    return by_step
 
 
 def _comba(a: Arguments) -> OpResult:
