@@ -17,7 +17,7 @@ from hookpoints.errors import (
 from hookpoints.hooks.table import HOOKS, HookRow
 from hookpoints.model.attach import Attached, attach
 from hookpoints.model.recurrent import HookedRecurrent
-from hookpoints.recurrence.recurrence import Recurrence, ScanResult
+from hookpoints.recurrence import Recurrence, ScanResult
 
 __all__ = [
     "HOOKS",

@@ -19,7 +19,8 @@ from hookpoints.layer.intercept import running, torch_form
 from hookpoints.layer.padding import UNPADDED, Padding
 from hookpoints.layer.response import LowRankChange, Response
 from hookpoints.recurrence.recurrence import Recurrence
-from hookpoints.rules import Factors, OpResult, Rule
+from hookpoints.rules.base import OpFactors as Factors
+from hookpoints.rules.base import OpResult, Rule
 
 Backend = Literal["auto", "torch", "recurrence"]
 """Who computes the native pass: upstream's op for the device, upstream's torch op, or hookpoints' own kernel (the only

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from hookpoints.rules import Factors, OpResult
+from hookpoints.rules.base import OpFactors as Factors
+from hookpoints.rules.base import OpResult
 
 
 @dataclass(frozen=True, eq=False)

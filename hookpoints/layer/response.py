@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hookpoints.recurrence.recurrence import Loop, Recurrence, ScanResult
 from hookpoints.recurrence.reference import transition
-from hookpoints.rules import OpResult
+from hookpoints.rules.base import OpResult
 
 
 class LowRankChange(NamedTuple):
@@ -66,7 +66,7 @@ class Response:
         head = self.recurrence.select(heads=slice(change.head, change.head + 1))
         answer = head.with_write(change.keys.unsqueeze(2), change.values.unsqueeze(2), loop=change.loop)
         if span.start:
-            answer = answer.select(tokens=slice(span.start, None), initial_state=answer.zero_state())
+            answer = answer.select(tokens=slice(span.start, None), initial_state=answer.starting_state())
         outputs, final_state = answer.scan()
         self._add(slice(change.head, change.head + 1), span.start, outputs, final_state)
 
@@ -81,7 +81,7 @@ class Response:
         self._dense.append((heads, change))
         head = self.recurrence.select(heads=heads).replace(initial_state=None)
         tokens = slice(span.start, span.stop)
-        span_head = head.select(tokens=tokens, initial_state=head.zero_state())
+        span_head = head.select(tokens=tokens, initial_state=head.starting_state())
         outputs, state = _dense_scan(span_head, change[:, tokens])
         self._add(heads, span.start, outputs, state if span.stop == head.T else None)
         if span.stop < head.T:  # no more changes: the rest is carried by the chunked pass
