@@ -207,10 +207,11 @@ def test_scopes_close(model, sequence):
         raise ZeroDivisionError
     assert torch.equal(model(sequence), plain)
     with model.edits(edit_of("delete", 3)):
-        with model.edits(edit_of("delete", 9)):  # the inner scope is what holds
+        with model.edits(edit_of("delete", 9)):
             inner = model(sequence)
         outer = model(sequence)
-    assert torch.equal(inner[:, :9], plain[:, :9]) and not torch.equal(outer[:, :9], plain[:, :9])
+    assert torch.equal(inner[:, :9], outer[:, :9]) and not torch.equal(outer[:, 3:9], plain[:, 3:9])
+    assert not torch.equal(inner[:, 9:], outer[:, 9:])
 
 
 @torch.no_grad()

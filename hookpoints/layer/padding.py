@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from hookpoints.rules import Factors, OpResult
+from hookpoints.rules.base import Factors, OpResult
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,10 +70,8 @@ class ModelLayout:
     blocks: tuple[BlockLayout, ...]
     final_norm: nn.Module
     unembed: nn.Module
-
-    @property
-    def recurrent_layers(self) -> tuple[int, ...]:
-        return tuple(layer for layer, block in enumerate(self.blocks) if block.rule is not None)
+    backbone: nn.Module | None = None
+    """The part that holds the blocks, where it can be run by itself."""
 
     @property
     def rereads_embeddings(self) -> bool:
@@ -141,6 +139,7 @@ def find_layout(model: nn.Module) -> ModelLayout:
         blocks=blocks,
         final_norm=_first(backbone, _FINAL_NORM_NAMES, "final norm"),
         unembed=model.get_output_embeddings(),  # type: ignore[operator]
+        backbone=backbone,
     )
 
 

@@ -12,11 +12,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hookpoints.edits.session import cache_argument, cache_of, position_inputs
 from hookpoints.errors import SelfCheckError
-from hookpoints.layer import context as run
+from hookpoints.model.inputs import cache_argument, cache_of, position_inputs
 
 if TYPE_CHECKING:
+    from hookpoints.layer.context import Recorded
     from hookpoints.model.hooked import HookedModel
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -29,7 +29,7 @@ _PREFILL, _DECODE = 5, 2
 class _Pass(NamedTuple):
     """What one pass of the model left."""
 
-    layers: dict[int, run.Recorded]
+    layers: dict[int, Recorded]
     cache: Any
 
 
@@ -81,12 +81,11 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 def _pass(model: HookedModel, tokens: Tensor, start: int, mode: str, cache: Any = None) -> _Pass:
     """One pass; every layer's op must be met, and its canonical recurrence must give its outputs and state."""
-    record: dict[int, run.Recorded] = {}
     inputs = {} if cache is None else {cache_argument(model.hf_model): cache}
     # Models whose first block is recurrent need to be told where they are.
     where = torch.arange(start, start + tokens.shape[1], device=tokens.device).unsqueeze(0)
     inputs |= position_inputs(model.hf_model, where)
-    with run.scope(model.attachment, record=record):
+    with model.recording() as record:
         out = model.hf_model(input_ids=tokens, use_cache=True, **inputs)
     for layer in model.cfg.recurrent_layers:
         if layer not in record:
