@@ -20,6 +20,7 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from hookpoints.rules.base import Rule
@@ -50,6 +51,8 @@ class _WrappedForward:
         self.arounds: tuple[Around, ...] = ()
         functools.update_wrapper(self, self.original)  # upstream inspects signatures
 
+    # torch.compile would freeze who listens at its first call, so a compiled model runs wrapped modules uncompiled.
+    @torch.compiler.disable
     def __call__(self, *args: object, **kwargs: object) -> object:
         forward = self.original
         for around in self.arounds:
