@@ -8,17 +8,8 @@ import transformers
 from conftest import make_hf
 from torch.testing import assert_close
 
-from hookpoints import (
-    HookDidNotFireError,
-    HookedRecurrent,
-    HookpointsError,
-    SelfCheckError,
-    UnknownHookError,
-    UnsupportedModelError,
-    WriteEdit,
-    attach,
-)
-
+from hookpoints import HookedRecurrent, HookpointsError, UnknownHookError, UnsupportedModelError, WriteEdit, attach
+from hookpoints.errors import HookDidNotFireError, SelfCheckError
 from hookpoints.layer.context import count_pass
 
 WRITE = "blocks.1.mixer.hook_write"

@@ -12,15 +12,8 @@ from torch.testing import assert_close
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-from hookpoints import (
-    BridgeWarning,
-    HookDidNotFireError,
-    HookedRecurrent,
-    SelfCheckError,
-    UnknownHookError,
-    WriteEdit,
-    attach,
-)
+from hookpoints import HookedRecurrent, UnknownHookError, WriteEdit, attach
+from hookpoints.errors import BridgeWarning, HookDidNotFireError, SelfCheckError
 from hookpoints.model import loading
 from hookpoints.model.bridge import without_bridge
 

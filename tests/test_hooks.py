@@ -10,8 +10,9 @@ from torch.testing import assert_close
 from transformer_lens import ActivationCache, patching
 from transformer_lens.hook_points import HookPoint
 
-from hookpoints import HOOKS, HookDidNotFireError, HookedRecurrent, HookShapeError, UnknownHookError
+from hookpoints import HOOKS, HookedRecurrent, UnknownHookError
 from hookpoints.edits.session import cache_of
+from hookpoints.errors import HookDidNotFireError, HookShapeError
 from hookpoints.hooks.table import HookRow, is_matrix, markdown
 
 LAYER, HEAD, ATTENTION = 1, 2, 3

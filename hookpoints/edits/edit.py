@@ -144,8 +144,7 @@ class EditPlan:
         idle = self.idle()
         if idle:
             raise EditError(
-                f"{len(idle)} edit(s) never acted: no pass reached position {idle[0].position} of layer "
-                f"{idle[0].layer}"
+                f"{len(idle)} edit(s) never acted: no pass reached position {idle[0].position} of layer {idle[0].layer}"
             )
 
 

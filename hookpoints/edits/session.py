@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -135,7 +135,7 @@ class EditSession:
         assert branch is not None
         shared, copied = branch.layers[:layer], copy.deepcopy(branch.layers[layer:])
         for cache_layer in copied:  # batch_repeat_interleave raises on linear layers; this one knows both kinds
-            cache_layer.reorder_cache(index)
+            cache_layer.reorder_cache(cast(torch.LongTensor, index))
         branch.layers = [*shared, *copied]
         return branch
 

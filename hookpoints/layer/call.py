@@ -13,7 +13,7 @@ from hookpoints.edits.plan import changes_of
 from hookpoints.errors import Float16OverflowError
 from hookpoints.hooks.points import HookSet, watch
 from hookpoints.layer.context import Backend, Recorded, current
-from hookpoints.layer.intercept import Around, Function, running, torch_form, wrap_forward
+from hookpoints.layer.intercept import Function, running, torch_form, wrap_forward
 from hookpoints.layer.mixer import HookedMixer
 from hookpoints.layer.padding import UNPADDED, Padding
 from hookpoints.layer.position import cache_among, count_tokens
@@ -65,9 +65,10 @@ class LayerCall:
         if cache is not None and self.first_token is not None:
             count_tokens(cache, self.first_token + hidden.shape[1])
         mask = kwargs.get("attention_mask")
-        masked = isinstance(mask, Tensor) and mask.ndim == 2
-        self.real = mask[:, -hidden.shape[1] :] != 0 if masked else None
+        self.real: Tensor | None = None
         """[B,T] bool, which tokens are real, where the layer is told so in that form."""
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            self.real = mask[:, -hidden.shape[1] :] != 0
 
     @property
     def module(self) -> nn.Module:

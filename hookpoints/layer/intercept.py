@@ -18,7 +18,7 @@ import types
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class _WrappedForward:
         self.replaced = module.__dict__.get("forward")  # accelerate sets one on the instance, too
         self.original: Function = module.forward
         self.arounds: tuple[Around, ...] = ()
-        functools.update_wrapper(self, self.original)  # upstream inspects signatures
+        functools.update_wrapper(cast(Function, self), self.original)  # upstream inspects signatures
 
     # torch.compile would freeze who listens at its first call, so a compiled model runs wrapped modules uncompiled.
     @torch.compiler.disable
@@ -111,7 +111,8 @@ class OpHandler(Protocol):
     def handle(self, op: Function, arguments: Mapping[str, object]) -> object: ...
 
 
-_RUNNING: ContextVar[OpHandler | None] = ContextVar("hookpoints_running_layer", default=None)
+_RUNNING: ContextVar[tuple[OpHandler, ...]] = ContextVar("hookpoints_running_layer", default=())
+"""Handlers of the layer whose forward is under way, the innermost first; several where hooked models share a layer."""
 
 
 def running(handler: OpHandler, forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
@@ -120,47 +121,33 @@ def running(handler: OpHandler, forward: Function, args: tuple[object, ...], kwa
     Handlers of one layer compose: the outer one receives the inner one as its op.
     """
     outer = _RUNNING.get()
-    nested = outer is not None and outer.open and outer.module is handler.module
     try:
-        _RUNNING.set(_Chain(handler, outer) if nested and outer is not None else handler)
+        _RUNNING.set((handler, *(other for other in outer if other.module is handler.module)))
         return forward(*args, **kwargs)
     finally:
         handler.open = False  # first: should an interrupt skip the next line, a closed handler is ignored
         _RUNNING.set(outer)
 
 
-def _handler() -> OpHandler | None:
-    handler = _RUNNING.get()
-    return handler if handler is not None and handler.open else None
+def _handlers() -> tuple[OpHandler, ...]:
+    return tuple(handler for handler in _RUNNING.get() if handler.open)
 
 
-class _Chain:
-    """Two handlers of one layer: the op that the second is given is the first with its op."""
+def _handle(handlers: tuple[OpHandler, ...], op: Function, arguments: Mapping[str, object]) -> object:
+    """The outermost handler is given the op as the others handle it."""
+    *inner, outermost = handlers
+    return outermost.handle(_handled_by(tuple(inner), op) if inner else op, arguments)
 
-    def __init__(self, first: OpHandler, second: OpHandler):
-        self.first, self.second, self.module = first, second, second.module
 
-    @property
-    def open(self) -> bool:
-        return self.first.open and self.second.open
+def _handled_by(handlers: tuple[OpHandler, ...], op: Function) -> Function:
+    def call(**arguments: object) -> object:
+        return _handle(handlers, op, arguments)
 
-    @open.setter
-    def open(self, value: bool) -> None:
-        self.first.open = value
-
-    def handle(self, op: Function, arguments: Mapping[str, object]) -> object:
-        through = self._through(op)
-        plain = torch_form(op)
-        if plain is not None and plain is not op:  # what ``torch_form`` looks for
-            through.__wrapped__ = self._through(plain)  # type: ignore[attr-defined]
-        return self.second.handle(through, arguments)
-
-    def _through(self, op: Function) -> Function:
-        def call(**arguments: object) -> object:
-            return self.first.handle(op, arguments)
-
-        call.__module__ = op.__module__
-        return call
+    call.__module__ = op.__module__
+    plain = torch_form(op)
+    if plain is not None and plain is not op:  # what ``torch_form`` looks for
+        call.__wrapped__ = _handled_by(handlers, plain)  # type: ignore[attr-defined]
+    return call
 
 
 class _Use:
@@ -217,12 +204,12 @@ def _wrap_op(op: Function) -> Function:
 
     @functools.wraps(op)
     def wrapper(*args: object, **kwargs: object) -> object:
-        handler = _handler()
-        if handler is None:
+        handlers = _handlers()
+        if not handlers:
             return op(*args, **kwargs)
         positional = tuple(signature.parameters)[: len(args)]
         for_device = _on_device(op, args, kwargs)
-        return handler.handle(_by_name(for_device, positional), _bind(signature, args, kwargs))
+        return _handle(handlers, _by_name(for_device, positional), _bind(signature, args, kwargs))
 
     return wrapper
 
@@ -250,7 +237,7 @@ def _keywords(op: Function) -> frozenset[str] | None:
 def _wrap_companion(op: Function) -> Function:
     @functools.wraps(op)
     def wrapper(*args: object, **kwargs: object) -> object:
-        return (op if _handler() is None else _on_device(op, args, kwargs))(*args, **kwargs)
+        return (_on_device(op, args, kwargs) if _handlers() else op)(*args, **kwargs)
 
     return wrapper
 
@@ -260,7 +247,7 @@ def _wrap_fused(op: Function) -> Function:
 
     @functools.wraps(op)
     def wrapper(*args: object, **kwargs: object) -> object:
-        return (op if _handler() is None else inspect.unwrap(op))(*args, **kwargs)
+        return (inspect.unwrap(op) if _handlers() else op)(*args, **kwargs)
 
     return wrapper
 

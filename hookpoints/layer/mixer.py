@@ -30,7 +30,8 @@ class HookedMixer:
                 f"{type(module).__name__} (layer {layer}) calls {rule.ops[0]}, but does not name its sizes as layers "
                 f"of {rule.name} do: {error}"
             ) from error
-        self.owner, self.layer, self.rule, self.module, self.backend = owner, layer, rule, module, backend
+        self.owner, self.layer, self.rule, self.module = owner, layer, rule, module
+        self.backend: Backend = backend
         self.hooks = MixerHooks(heads, rule.factor_names)
         self.calls = 0
         """Op calls so far; the self-check reads it."""

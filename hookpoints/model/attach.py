@@ -18,7 +18,8 @@ from hookpoints.model.layout import find_layout
 def attach(model: nn.Module, *, backend: Backend = "auto", self_check: bool = True) -> Attached:
     """Put hook points on ``model``: its own ``forward`` and ``generate`` fire them until ``detach()``.
 
-        >>> from hookpoints import attach, loading
+        >>> from hookpoints import attach
+        >>> from hookpoints.model import loading
         >>> model = loading.load("embedded").model
         >>> tokens = torch.tensor([[5, 6, 7]])
         >>> with attach(model) as hooked:

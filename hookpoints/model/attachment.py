@@ -179,7 +179,7 @@ class _BlockRun:
     owner: object
     layer: int
     hooks: BlockHooks
-    returns: tuple[str | None, ...] | None | Literal["unknown"] = "unknown"
+    returns: tuple[str | None, ...] | Literal["unknown"] | None = "unknown"
     """In which form the block returns the residual stream, known once it ran: None for itself; for a tuple that begins
     with it, for each further entry the argument that the block hands on there (fla's hand on the cache)."""
 

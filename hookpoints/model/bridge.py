@@ -27,8 +27,8 @@ from hookpoints.errors import (
     UnsupportedModelError,
     nearest,
 )
-from hookpoints.hooks.cache import CachingHooks, NamesFilter, reachable
-from hookpoints.hooks.guard import Hook, Hooks, Name, NamedHook
+from hookpoints.hooks.cache import CachingHooks, reachable
+from hookpoints.hooks.guard import Hooks
 from hookpoints.hooks.points import HookSet
 from hookpoints.layer.context import Backend
 from hookpoints.layer.intercept import Around, wrap_forward

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from hookpoints.errors import UnsupportedModelError
 
@@ -87,7 +88,7 @@ class HookedRecurrentConfig:
 
 def describe(model: nn.Module, layout: ModelLayout, name: str, backend: str) -> HookedRecurrentConfig:
     """Read the configuration off a model and its layout."""
-    hf = model.config
+    hf = cast(PreTrainedConfig, model.config)
     layers = {
         layer: RecurrentLayer(block.rule.name, *block.rule.head_shape(block.mixer), R=block.rule.rank)
         for layer, block in enumerate(layout.blocks)

@@ -14,7 +14,7 @@ from transformer_lens.hook_points import HookPoint
 from transformers import Cache
 
 from hookpoints.edits.edit import EditPlan, EditRow, Edits
-from hookpoints.errors import EditError, HookpointsError
+from hookpoints.errors import HookpointsError
 from hookpoints.hooks.cache import CachingHooks, NamesFilter, reachable
 from hookpoints.hooks.guard import ADDING, Hook, Hooks, Name, ScopedHooks, check_names
 from hookpoints.layer.context import Recorded, current, scope

@@ -123,6 +123,8 @@ class Tokens:
 
         @property
         def cfg(self) -> HookedRecurrentConfig: ...
+        @cfg.setter
+        def cfg(self, value: HookedRecurrentConfig) -> None: ...
 
     def to_tokens(
         self,
@@ -179,9 +181,8 @@ class Tokens:
         tokenizer = self._need_tokenizer()
         tokens = torch.as_tensor(tokens)
         if tokens.ndim == 2:
-            return [tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in tokens.tolist()]
-        ids = tokens.tolist()
-        return tokenizer.decode(ids if isinstance(ids, list) else [ids], clean_up_tokenization_spaces=False)
+            return [str(tokenizer.decode(row, clean_up_tokenization_spaces=False)) for row in tokens.tolist()]
+        return str(tokenizer.decode(tokens.reshape(-1).tolist(), clean_up_tokenization_spaces=False))
 
     def to_str_tokens(self, input: str | Tensor | list[int], prepend_bos: bool | None = None) -> list[str]:
         """Each token of one text, or of ids [T] or [1,T], as a string."""
@@ -200,7 +201,7 @@ class Tokens:
 
     def _bos(self, ids: list[int], prepend_bos: bool | None) -> list[int]:
         prepend = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
-        bos: int | None = self.tokenizer.bos_token_id
+        bos = cast("int | None", self._need_tokenizer().bos_token_id)
         if prepend is None:
             return ids
         has = bool(ids) and bos is not None and ids[0] == bos
@@ -210,7 +211,7 @@ class Tokens:
             return [bos, *ids]
         return ids[1:] if has and not prepend else ids
 
-    def _need_tokenizer(self) -> Any:
+    def _need_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: pass token ids, or give one to from_hf(model, tokenizer)")
         return self.tokenizer

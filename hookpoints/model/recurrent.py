@@ -57,7 +57,7 @@ class HookedRecurrent(Tokens, HookedModel):
         self.hf_model = hf_model.eval()
         self.tokenizer = tokenizer
         layout = find_layout(hf_model)
-        self.attachment = Attachment(hf_model, layout, root=self, backend=backend)
+        self.attachment = Attachment(hf_model, layout, self, backend)  # pyright: ignore[reportIncompatibleVariableOverride]
         label = name or getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__
         self.cfg = describe(hf_model, layout, label, backend)
         self.setup()
@@ -147,7 +147,8 @@ class HookedRecurrent(Tokens, HookedModel):
                 raise ValueError(f"{self.cfg.model_type} blocks reread the embeddings: start_at_layer needs tokens=")
             inputs = {"input_ids": tokens}
         # A hook of a partial run may run the whole model.
-        in_partial_run = current(self.attachment).residual is not None or current(self.attachment).stop_layer is not None
+        outer = current(self.attachment)
+        in_partial_run = outer.residual is not None or outer.stop_layer is not None
         partial_run = residual is not None or stop < self.cfg.n_layers
         scope = self.attachment.passing(start, stop, residual) if partial_run or in_partial_run else nullcontext()
         hf_kwargs.setdefault("use_cache", False)
