@@ -67,11 +67,11 @@ class EditResponse:
         """``change`` [B,T,H',K,V] is added to the states that reads see; the last one goes on. Not propagated."""
         if _span(change.abs().amax((-1, -2, -3)), change) is None:
             return
-        part = self.recurrence.select(heads=heads)
+        selected = self.recurrence.select(heads=heads)
         seen = change
-        if part.read_before_write:
+        if selected.read_before_write:
             seen = torch.cat([torch.zeros_like(change[:, :1]), change[:, :-1]], dim=1)
-        reads = torch.einsum("bthkv,bthk->bthv", seen, part.scale * part.q.to(change.dtype))
+        reads = torch.einsum("bthkv,bthk->bthv", seen, selected.scale * selected.q.to(change.dtype))
         self._add(heads, 0, reads, change[:, -1])
 
     def writes(self, heads: slice) -> Tensor:
@@ -88,11 +88,11 @@ class EditResponse:
         states = self._plus_changes(self.recurrence.states(heads=heads), heads, answer)
         wanted = range(self.recurrence.H)[heads]
         for where, change in self._dense:
-            part = self.recurrence.select(heads=where).replace(initial_state=None)
+            selected = self.recurrence.select(heads=where).replace(initial_state=None)
             for i, head in enumerate(range(self.recurrence.H)[where]):
                 if head in wanted:
                     one = slice(i, i + 1)
-                    states[:, :, head - wanted.start] += _dense_states(part.select(heads=one), change[:, :, one])
+                    states[:, :, head - wanted.start] += _dense_states(selected.select(heads=one), change[:, :, one])
         return states
 
     def apply(self, native: OpResult) -> OpResult:

@@ -18,6 +18,7 @@ from hookpoints.model.layout import find_layout
 def attach(model: nn.Module, *, backend: Backend = "auto", self_check: bool = True) -> Attached:
     """Put hook points on ``model``: its own ``forward`` and ``generate`` fire them until ``detach()``.
 
+        >>> import torch
         >>> from hookpoints import attach
         >>> from hookpoints.model import loading
         >>> model = loading.load("embedded").model

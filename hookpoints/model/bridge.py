@@ -45,7 +45,7 @@ _WRAPPED = ("run_with_cache", "run_with_hooks", "hooks", "add_hook", "reset_hook
 class _Split(NamedTuple):
     """Names or hooks, by whom they belong to."""
 
-    own: list[Any]
+    ours: list[Any]
     theirs: list[Any]
 
 
@@ -168,7 +168,7 @@ class AttachedBridge(Attached):
     ) -> Iterator[TransformerBridge]:
         fwd, bwd = self._split_hooks(fwd_hooks), self._split_hooks(bwd_hooks)
         with (
-            self.hooks(fwd.own, bwd.own, reset_hooks_end, clear_contexts),
+            self.hooks(fwd.ours, bwd.ours, reset_hooks_end, clear_contexts),
             self._theirs["hooks"](fwd.theirs, bwd.theirs, reset_hooks_end, clear_contexts),
         ):
             yield self.__dict__["bridge"]
@@ -183,7 +183,7 @@ class AttachedBridge(Attached):
         **kwargs: Any,
     ) -> Any:
         fwd, bwd = self._split_hooks(fwd_hooks), self._split_hooks(bwd_hooks)
-        with self.hooks(fwd.own, bwd.own, reset_hooks_end, clear_contexts):
+        with self.hooks(fwd.ours, bwd.ours, reset_hooks_end, clear_contexts):
             return self._theirs["run_with_hooks"](
                 input, fwd.theirs, bwd.theirs, reset_hooks_end, clear_contexts, **kwargs
             )
@@ -199,12 +199,12 @@ class AttachedBridge(Attached):
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         names = [names_filter] if isinstance(names_filter, str) else names_filter
-        own, theirs = names, names
+        ours, theirs = names, names
         if names is not None and not callable(names):
-            own, theirs = self._split_names(names)
-        chosen = reachable(own, None, stop_at_layer, self.cfg.n_layers)
-        kept, fwd, bwd = CachingHooks(self.hook_dict).build(
-            chosen, incl_bwd, kwargs.get("device"), remove_batch_dim, pos_slice=pos_slice
+            ours, theirs = self._split_names(names)
+        wanted = reachable(ours, None, stop_at_layer, self.cfg.n_layers)
+        saved, fwd, bwd = CachingHooks(self.hook_dict).build(
+            wanted, incl_bwd, kwargs.get("device"), remove_batch_dim, pos_slice=pos_slice
         )
         with self.hooks(fwd, bwd):
             out, cache = self._theirs["run_with_cache"](
@@ -216,12 +216,12 @@ class AttachedBridge(Attached):
                 pos_slice=pos_slice,
                 **kwargs,
             )
-        getattr(cache, "cache_dict", cache).update(kept)
+        getattr(cache, "cache_dict", cache).update(saved)
         return out, cache
 
     def _bridge_add_hook(self, name: Any, hook_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        own, theirs = self._split_hooks([(name, hook_fn)])
-        for part, add in ((own, self.add_hook), (theirs, self._theirs["add_hook"])):
+        ours, theirs = self._split_hooks([(name, hook_fn)])
+        for part, add in ((ours, self.add_hook), (theirs, self._theirs["add_hook"])):
             if part:
                 add(name, hook_fn, *args, **kwargs)
 
@@ -232,24 +232,24 @@ class AttachedBridge(Attached):
     # -- whose name is it
 
     def _split_hooks(self, hooks: Hooks) -> _Split:
-        own, theirs, known = [], [], self.__dict__["bridge"].hook_dict
+        ours, theirs, known = [], [], self.__dict__["bridge"].hook_dict
         for name, hook in hooks:
             if not callable(name):
-                (own if self._is_own(name) else theirs).append((name, hook))
+                (ours if self._is_own(name) else theirs).append((name, hook))
                 continue
-            found = [
-                (part, any(name(one) for one in names)) for part, names in ((own, self.hook_dict), (theirs, known))
+            matching = [
+                (part, any(name(one) for one in names)) for part, names in ((ours, self.hook_dict), (theirs, known))
             ]
-            if not any(matches for _, matches in found):
+            if not any(matches for _, matches in matching):
                 raise UnknownHookError(f"the filter {name!r} matches no hook of the bridge and none of its mixers")
-            for part, matches in found:
+            for part, matches in matching:
                 if matches:
                     part.append((name, hook))
-        return _Split(own, theirs)
+        return _Split(ours, theirs)
 
     def _split_names(self, names: Sequence[str]) -> _Split:
-        own = [name for name in names if self._is_own(name)]
-        return _Split(own, [name for name in names if name not in own])
+        ours = [name for name in names if self._is_own(name)]
+        return _Split(ours, [name for name in names if name not in ours])
 
     def _is_own(self, name: str) -> bool:
         if name in self.hook_dict:
@@ -274,9 +274,9 @@ def _plain_forward(component: GeneralizedComponent) -> Around:
 def _mixer_of(block: nn.Module) -> BlockLayout:
     """The recurrent mixer under a bridge's block, if there is one."""
     for module in block.modules():
-        found = rule_of(module)
-        if found is not None:
-            return BlockLayout(block, module, found[0], found[1], None, None, None)
+        rule = rule_of(module)
+        if rule is not None:
+            return BlockLayout(block, module, *rule, None, None, None)
     return BlockLayout(block, None, None, None, None, None, None)
 
 
@@ -303,13 +303,13 @@ def check_bridge(bridge: Any, tokens: Tensor, dtype: torch.dtype, bypassed: Bypa
     Three measurements over a handful of tokens [1,T]: one pass, the bridge's own cached ``generate``, and that of the
     bridged Hugging Face model. Costs some ten passes.
     """
-    found = [] if bypassed is None else [_attaching_changed(bypassed)]
+    differences = [] if bypassed is None else [_attaching_changed(bypassed)]
     if not bridge.compatibility_mode:
         with torch.no_grad():
-            found += _differences(bridge, tokens, tolerance(dtype))
-    if found:
+            differences += _differences(bridge, tokens, tolerance(dtype))
+    if differences:
         versions = ", ".join(f"{name} {version(name)}" for name in ("transformer-lens", "transformers"))
-        warnings.warn(f"TransformerBridge ({versions}): {'; '.join(found)}", BridgeWarning, stacklevel=6)
+        warnings.warn(f"TransformerBridge ({versions}): {'; '.join(differences)}", BridgeWarning, stacklevel=6)
 
 
 def _attaching_changed(bypassed: Bypassed) -> str:

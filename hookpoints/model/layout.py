@@ -167,6 +167,9 @@ def _blocks(model: nn.Module, backbone: nn.Module) -> nn.ModuleList:
 
 
 def _block_layout(block: nn.Module) -> BlockLayout:
+    # Families differ in what a block holds: a recurrence or attention (Qwen3.5), both side by side (Falcon-H1), a
+    # recurrence somewhere below (Zamba2), or an MLP alone that is called a mixer (Nemotron-H). A recurrence is known by
+    # the op that its forward calls, attention by taking an attention mask; names only say where to look.
     recurrent, (rule, namespace) = next(
         ((module, found) for module in block.modules() if (found := rule_of(module))), (None, (None, None))
     )

@@ -99,23 +99,23 @@ def _pass(model: HookedModel, tokens: Tensor, start: int, mode: str, cache: Any 
     return _Pass(record, cache_of(out))
 
 
-def _check_chain(model: HookedModel, layer: int, left: Tensor | None, found: Tensor | None) -> None:
-    if left is None or found is None:
+def _check_chain(model: HookedModel, layer: int, left: Tensor | None, actual: Tensor | None) -> None:
+    if left is None or actual is None:
         raise SelfCheckError(_message(model, layer, "its state does not go from one step of decoding to the next"))
-    _compare(model, layer, left, found, "the states that one step of decoding leaves and the next begins with")
+    _compare(model, layer, left, actual, "the states that one step of decoding leaves and the next begins with")
 
 
-def _compare(model: HookedModel, layer: int, expected: Tensor, found: Tensor, what: str) -> None:
-    error = relative_error(expected, found)
+def _compare(model: HookedModel, layer: int, expected: Tensor, actual: Tensor, what: str) -> None:
+    error = relative_error(expected, actual)
     if not error <= tolerance(model.cfg.dtype):
         raise SelfCheckError(_message(model, layer, f"{what} differ by {error:.1e} (relative RMS)"))
 
 
-def relative_error(expected: Tensor, found: Tensor) -> float:
+def relative_error(expected: Tensor, actual: Tensor) -> float:
     """Root-mean-square difference over the root-mean-square size."""
-    expected, found = expected.double(), found.double()
+    expected, actual = expected.double(), actual.double()
     size = expected.pow(2).mean().sqrt().clamp_min(1e-12)
-    return float((expected - found).pow(2).mean().sqrt() / size)
+    return float((expected - actual).pow(2).mean().sqrt() / size)
 
 
 def tolerance(dtype: torch.dtype) -> float:
