@@ -184,6 +184,8 @@ def test_kernels_may_name_their_arguments_otherwise():
         return x, chunk_size, D
 
     class Handler:
+        open, module = True, torch.nn.Identity()
+
         def handle(self, op, arguments):
             return op(**{**arguments, "D": "changed"})
 
@@ -191,5 +193,8 @@ def test_kernels_may_name_their_arguments_otherwise():
     namespace.mamba2_chunk_scan = kernel
     wrap_ops(namespace, Mamba2())
     x = torch.empty(1, device="meta")
-    with running(Handler()):
-        assert namespace.mamba2_chunk_scan(x, x, x, x, x, 256, D="own", z=None) == (x, 256, "changed")
+
+    def forward():  # looks the op up by its name, as layers do
+        return namespace.mamba2_chunk_scan(x, x, x, x, x, 256, D="own", z=None)
+
+    assert running(Handler(), forward, (), {}) == (x, 256, "changed")
