@@ -7,7 +7,7 @@ units were counted three times; here the unit is an independent pair of a prompt
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,6 @@ from sae_lens_writesae.experiment.generation import greedy_rows
 from sae_lens_writesae.experiment.lab import Lab, Site, Trial
 from sae_lens_writesae.experiment.result import Claim, Figure, Result
 from sae_lens_writesae.experiment.targets import (
-    DrawnTarget,
     Stratum,
     draw_target,
     random_unit,
@@ -42,20 +41,6 @@ SEMANTIC = "semantic"
 RELEVANT = 0.1
 """Difference of hit rates that matters, and margin by which a control may be worse and still count as equal: the
 paper's gain is 0.67 to 1, and 0.1 is 2 of the default 20 pairs; fixed before any run."""
-
-_NO_TARGET = "pairs whose stratum is not in the vocabulary"
-_LONE = "pairs of a stratum with prompts of one sequence only"
-
-
-class Pair(NamedTuple):
-    """One prompt and its target."""
-
-    prompt: Tensor
-    """[P]"""
-    site: Site
-    """The plain pass over the prompt."""
-    stratum: str
-    target: DrawnTarget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,84 +117,68 @@ class Install(Evaluation):
     # -- measuring
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
-        pairs = self._pairs(lab)
+        rng = lab.rng(2)
+        strata = [*STRATA]
+        if self.semantic:
+            strata.append(Stratum(SEMANTIC, among=tuple(token_id(lab.model, target) for target in self.semantic)))
         directions = token_directions(lab)
         tables, prompts, edits = [], [], []
-        for n, pair in enumerate(pairs):
-            direction = directions(pair.target.token)
-            noise = random_unit(direction, lab.rng(3, n))
-            described = {
-                "pair": n,
-                "sequence": pair.site.sequence,
-                "stratum": pair.stratum,
-                "token": pair.target.token,
-                "text": token_text(lab.model, pair.target.token),
-                "rank": pair.target.rank,
-                "wrong": pair.target.wrong,
-            }
-            trials = [
-                Trial(
-                    described | {"condition": condition, "m": m},
-                    self.prompt_tokens - self.n_positions,
-                    install_edits(lab, pair.site.writes, value, m, self.n_positions),
-                )
-                for m in self.sizes
-                for condition, value in (("target", direction), ("random", noise))
-            ]
-            nothing = described | {"condition": "nothing", "m": 0.0, "log_prob": 0.0}
-            tables += [pd.DataFrame([nothing]), lab.read(pair.site, trials, target_change, self.n_positions)]
+        for place, (sequence, start) in enumerate(lab.bar(self._windows(lab, rng, len(strata)), self.kind)):
+            stratum, span = strata[place % len(strata)], slice(start, start + self.prompt_tokens)
+            site = lab.site(sequence, span=span)
+            target = draw_target(lab.model, site.session.logits[0, -1], stratum, rng)
+            if target is None:
+                lab.skipped["pairs whose stratum is not in the vocabulary"] += 1
+                continue
+            pair = len(tables)
+            row = {"pair": pair, "sequence": sequence, "stratum": stratum.name, "token": target.token}
+            row |= {"text": token_text(lab.model, target.token), "rank": target.rank, "wrong": target.wrong}
+            trials = self._trials(lab, site, row, directions(target.token), lab.rng(3, pair))
+            nothing = pd.DataFrame([row | {"condition": "nothing", "m": 0.0, "log_prob": 0.0}])
+            tables.append(pd.concat([nothing, lab.read(site, trials, target_change, self.n_positions)]))
             edits += [[], *(trial.edits for trial in trials)]
-            prompts += [pair.prompt] * (1 + len(trials))
+            prompts += [lab.tokens[sequence, span]] * (1 + len(trials))
+        lab.require(bool(tables), f"no stratum has two tokens: the vocabulary has {lab.model.W_U.shape[1]}")
+        lab.n_edited_runs = len(edits)  # a continuation and its first token are one condition
         continuations = greedy_rows(
-            lab.model,
-            torch.stack(prompts),
-            edits,
-            self.new_tokens,
-            batch_size=self.rows_per_run,
-            progress=lab.progress,
+            lab.model, torch.stack(prompts), edits, self.new_tokens, batch_size=self.rows_per_run, progress=lab.progress
         )
-        lab.n_edited_runs = len(continuations)
         table = pd.concat(tables, ignore_index=True).rename(columns={"log_prob": "log_prob_change"})
         table["hit"] = [token in new for token, new in zip(table["token"], continuations)]
         table["wrong_hit"] = [wrong in new for wrong, new in zip(table["wrong"], continuations)]
         table["first"] = [new.index(t) if t in new else -1 for t, new in zip(table["token"], continuations)]
         return {"continuations": table}
 
-    def _pairs(self, lab: Lab) -> list[Pair]:
-        """`pairs` pairs of each stratum, every one with a prompt of its own; prompts are dealt over sequences."""
-        rng = lab.rng(2)
-        strata = [*STRATA]
-        if self.semantic:
-            strata.append(Stratum(SEMANTIC, among=tuple(token_id(lab.model, target) for target in self.semantic)))
+    def _windows(self, lab: Lab, rng: np.random.Generator, n_strata: int) -> list[tuple[int, int]]:
+        """Sequence and first token of as many prompts as there are pairs; prompts are dealt over sequences."""
         n, length = lab.tokens.shape
         windows = [
             (int(sequence), int(window) * self.prompt_tokens)
             for window in rng.permutation(length // self.prompt_tokens)
             for sequence in rng.permutation(n)
         ]
-        needed = self.pairs * len(strata)
+        needed = self.pairs * n_strata
         lab.require(
             len(windows) >= needed,
-            f"{len(strata)} strata x {self.pairs} pairs need {needed} prompts of {self.prompt_tokens} tokens, the text "
+            f"{n_strata} strata x {self.pairs} pairs need {needed} prompts of {self.prompt_tokens} tokens, the text "
             f"gives {len(windows)}; give more sequences, or lower pairs",
         )
-        pairs: list[Pair] = []
-        for place, (sequence, start) in enumerate(lab.bar(windows[:needed], self.kind)):
-            stratum = strata[place % len(strata)]
-            span = slice(start, start + self.prompt_tokens)
-            site = lab.site(sequence, span=span)
-            target = draw_target(lab.model, site.session.logits[0, -1], stratum, rng)
-            if target is None:
-                lab.skipped[_NO_TARGET] += 1
-                continue
-            pairs.append(Pair(lab.tokens[sequence, span], site, stratum.name, target))
-        sequences = {name: {p.site.sequence for p in pairs if p.stratum == name} for name in (s.name for s in strata)}
-        several = [pair for pair in pairs if len(sequences[pair.stratum]) > 1]
-        if len(several) < len(pairs):
-            lab.skipped[_LONE] += len(pairs) - len(several)
-        vocabulary = lab.model.W_U.shape[1]
-        lab.require(bool(several), f"no stratum has tokens and two sequences: vocabulary {vocabulary}, {n} sequences")
-        return several
+        return windows[:needed]
+
+    def _trials(
+        self, lab: Lab, site: Site, row: dict[str, object], direction: Tensor, rng: np.random.Generator
+    ) -> list[Trial]:
+        """The target and a random direction at every size."""
+        noise = random_unit(direction, rng)
+        return [
+            Trial(
+                row | {"condition": condition, "m": m},
+                self.prompt_tokens - self.n_positions,
+                install_edits(lab, site.writes, value, m, self.n_positions),
+            )
+            for m in self.sizes
+            for condition, value in (("target", direction), ("random", noise))
+        ]
 
     # -- judging
 

@@ -46,9 +46,6 @@ still count as equal. The paper's share is 0.35 above 1/2; fixed before any run.
 GOOD_FIT = 0.9
 """Unfitted R^2 from which on sizes count as predicted."""
 
-_NO_WRITE = "positions with a zero write"
-_NO_TARGET = "targets whose ranks are not in the vocabulary"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sign(Evaluation):
@@ -125,10 +122,25 @@ class Sign(Evaluation):
         directions = token_directions(lab)
         tables = []
         for site in lab.sites(self._positions(lab), self.kind):
-            if trials := self._trials(lab, site, strata, directions):
-                window = 1 + int(site.recurrence.read_before_write)
-                lab.facts["floor"] = lab.facts.get("floor") or lab.floor(logit_noise, "logit", window)
-                tables.append(lab.read(site, trials, target_change, window))
+            positions, delay = site.rows["position"].tolist(), int(site.recurrence.read_before_write)
+            if "floor" not in lab.facts:
+                lab.facts["floor"] = lab.floor(logit_noise, "logit", 1 + delay)
+            at = [t + delay for t in positions]
+            gradients = ReadGradients(lab.model, site.session, lab.hook.layer, lab.hook.head, at)
+            for t in positions:
+                if float(site.writes.rows([t]).norm()) == 0:
+                    lab.skipped["positions with a zero write"] += 1
+                    continue
+                rng = lab.rng(5, site.sequence, t)
+                trials: list[Trial] = []
+                for stratum in strata:
+                    target = draw_target(lab.model, site.session.logits[0, t + delay], stratum, rng)
+                    if target is None:
+                        lab.skipped["targets whose ranks are not in the vocabulary"] += 1
+                        continue
+                    trials += self._trials(lab, site, t, target, gradients, directions, rng)
+                if trials:  # position by position: the window is one or two tokens, and no other token need be run
+                    tables.append(lab.read(site, trials, target_change, 1 + delay))
         lab.require(bool(tables), "no position could be written at")
         return {"writes": pd.concat(tables, ignore_index=True).rename(columns={"logit": "measured"})}
 
@@ -143,35 +155,11 @@ class Sign(Evaluation):
         sequence = np.repeat(np.arange(n), [len(positions) for positions in drawn])
         return pd.DataFrame({"sequence": sequence, "position": np.concatenate(drawn)})
 
-    def _trials(self, lab: Lab, site: Site, strata: list[Stratum], directions: Callable[[int], Tensor]) -> list[Trial]:
-        """All writes at the positions of one sequence."""
-        delay = int(site.recurrence.read_before_write)
-        positions = site.rows["position"].tolist()
-        sizes = site.writes.norm()
-        logits = site.session.logits[0]
-        gradients = ReadGradients(
-            lab.model, site.session, lab.hook.layer, lab.hook.head, [t + delay for t in positions]
-        )
-        trials: list[Trial] = []
-        for t in positions:
-            if float(sizes[t]) == 0:
-                lab.skipped[_NO_WRITE] += 1
-                continue
-            rng = lab.rng(5, site.sequence, t)
-            for stratum in strata:
-                drawn = draw_target(lab.model, logits[t + delay], stratum, rng)
-                if drawn is None:
-                    lab.skipped[_NO_TARGET] += 1
-                    continue
-                trials += self._trials_of(lab, site, t, sizes[t], drawn, gradients, directions, rng)
-        return trials
-
-    def _trials_of(
+    def _trials(
         self,
         lab: Lab,
         site: Site,
         t: int,
-        size: Tensor,
         target: DrawnTarget,
         gradients: ReadGradients,
         directions: Callable[[int], Tensor],
@@ -188,6 +176,7 @@ class Sign(Evaluation):
             "random": random_unit(direct, rng),
             "wrong": directions(target.wrong),
         }
+        size = site.writes.rows([t]).norm()
         signed = [sign * m for m in self.sizes for sign in (1, -1)]
         kinds = [(name, m) for name in DIRECTIONS for m in signed]
         key = torch.nn.functional.normalize(site.writes.keys[t, 0], dim=0)
