@@ -189,13 +189,13 @@ class Amplify(Evaluation):
             if condition.token is None:
                 fires = _fires(lab, prompts, new.tokens, list(atoms.values()))
         lab.n_edited_runs += len(conditions) * len(prompts)
-        if not finite.all():
-            lab.skipped[GREW] += int((~finite).sum())
         lab.require(
             finite.sum() >= 2,
             f"after {(~finite).sum()} of {len(finite)} prompts what the scaled atoms write feeds back and grows past "
             f"{str(lab.model.cfg.dtype).removeprefix('torch.')}; scale less (factors: {self.factors})",
         )
+        if not finite.all():
+            lab.skipped[GREW] += int((~finite).sum())
         lab.facts["split"] = (
             "half of the sequences, at random, for the choice of atoms; prompts begin sequences of the other half"
         )
