@@ -189,9 +189,12 @@ class Lab:
         for sequence, rows in self.bar(groups, name):
             yield self.site(sequence, rows)
 
-    def site(self, sequence: int, rows: pd.DataFrame | None = None) -> Site:
-        """One sequence. Cost: one plain forward, whose cache edited runs branch off from."""
-        session = self.model.edit_session(self.tokens[[sequence]])
+    def site(self, sequence: int, rows: pd.DataFrame | None = None, span: slice = slice(None)) -> Site:
+        """One sequence, or the tokens `span` of it as a text of their own.
+
+        Cost: one plain forward, whose cache edited runs branch off from.
+        """
+        session = self.model.edit_session(self.tokens[[sequence], span])
         recurrence = session.recurrence(self.hook.layer).select(heads=slice(self.hook.head, self.hook.head + 1))
         return Site(sequence, pd.DataFrame() if rows is None else rows, session, recurrence, head_writes(recurrence, 0))
 
