@@ -19,6 +19,7 @@ from sae_lens_writesae import __version__
 from sae_lens_writesae.demo import Demo
 from sae_lens_writesae.evaluations import EVALUATIONS
 from sae_lens_writesae.experiment.evaluation import Evaluation
+from sae_lens_writesae.experiment.result import Json
 from sae_lens_writesae.experiment.suite import evaluate_all
 from sae_lens_writesae.experiment.tokens import sample_sequences
 from sae_lens_writesae.page.atoms import Show
@@ -110,7 +111,7 @@ def run_eval(arguments: Sequence[str]) -> None:
 def with_settings(evaluation: type[Evaluation], command: EvalAll) -> Evaluation:
     """An evaluation with those settings of the command that it has."""
     known = {field.name for field in dataclasses.fields(evaluation)}
-    settings: dict[str, object] = {"seed": command.seed}
+    settings: dict[str, Json] = {"seed": command.seed}
     for pair in command.set:
         name, equals, value = pair.partition("=")
         if not equals:
@@ -119,7 +120,7 @@ def with_settings(evaluation: type[Evaluation], command: EvalAll) -> Evaluation:
             settings[name] = json.loads(value)
         except json.JSONDecodeError:
             settings[name] = value
-    return evaluation(**{name: value for name, value in settings.items() if name in known})
+    return evaluation.from_dict({name: value for name, value in settings.items() if name in known})
 
 
 def run_report(arguments: Sequence[str]) -> None:
@@ -194,6 +195,8 @@ def choose(program: str, arguments: Sequence[str], names: Mapping[str, str]) -> 
 
 def parse(command: type[T], program: str, arguments: Sequence[str], default: T | None = None) -> T:
     """The command line as a value of `command`."""
+    if default is None:
+        return tyro.cli(command, prog=program, args=arguments)
     return tyro.cli(command, prog=program, args=arguments, default=default)
 
 
