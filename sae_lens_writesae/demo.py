@@ -15,10 +15,10 @@ from sae_lens_writesae.evaluations.substitution import Substitution
 from sae_lens_writesae.experiment.head import half_lives
 from sae_lens_writesae.experiment.tokens import sample_sequences
 from sae_lens_writesae.page.report import ReportFiles, write_report
-from sae_lens_writesae.sae.base import MatrixTrainingSAE
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import quiet, text_dataset, train, training_config
 from sae_lens_writesae.sae.target import Target
+from sae_lens_writesae.sae.training import MatrixTrainingSAE
 
 
 class HeadChoice(NamedTuple):

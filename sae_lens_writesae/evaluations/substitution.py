@@ -416,7 +416,7 @@ class Substitution(Evaluation):
             rates = pd.Series([rate.rate for _, rate, _ in verdicts])
             outcomes: list[Outcome] = [verdict.outcome for verdict, _, _ in verdicts]
             held = outcomes.count("holds")
-            worst = [o for o in _WORST_FIRST if o in outcomes] or outcomes
+            worst: list[Outcome] = [o for o in _WORST_FIRST if o in outcomes] or outcomes
             claim = Claim(
                 5,
                 "all heads of a layer",

@@ -50,5 +50,5 @@ class Reproduce:
         return ReportFiles(self.out / "report" / "report.html", self.out / "report" / "report.json")
 
 
-SMALL_RUN = Reproduce(config=ReproduceConfig(**SMALL))
+SMALL_RUN = Reproduce(config=SMALL)
 """Defaults of the command with `--small`."""

@@ -16,18 +16,6 @@ from sae_lens_writesae.sae.target import Target
 
 MATCHED = "FlatSAE-matched"
 
-SMALL: dict[str, int] = {
-    "d_sae": 256,
-    "k": 16,
-    "training_tokens": 40_000,
-    "context_size": 64,
-    "eval_sequences": 32,
-    "n_atoms": 24,
-    "firings_per_atom": 3,
-    "train_batch_size_tokens": 256,
-}
-"""Numbers for a trial on a laptop: minutes instead of a day."""
-
 
 @dataclass(frozen=True)
 class ReproduceConfig:
@@ -126,3 +114,16 @@ class ReproduceConfig:
                 f"{folder} holds a run with other settings ({'; '.join(differing)}); give another --out, or the same "
                 "settings to go on with it"
             )
+
+
+SMALL = ReproduceConfig(
+    d_sae=256,
+    k=16,
+    training_tokens=40_000,
+    context_size=64,
+    eval_sequences=32,
+    n_atoms=24,
+    firings_per_atom=3,
+    train_batch_size_tokens=256,
+)
+"""Numbers for a trial on a laptop: minutes instead of a day."""

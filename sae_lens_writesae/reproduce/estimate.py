@@ -119,7 +119,7 @@ def _optimizer_step(config: ReproduceConfig, model: HookedRecurrent) -> Callable
     shape = model.cfg.layer(config.layers[0])
     sae_class, config_class = get_sae_training_class(config.architecture)
     fields = {"d_in": shape.K * shape.V, "d_k": shape.K, "d_v": shape.V, "d_sae": config.d_sae, "k": config.k}
-    sae = sae_class(config_class(**fields, device=str(model.cfg.device)))
+    sae = sae_class(config_class.from_dict(fields | {"device": str(model.cfg.device)}))
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr)
     batch = torch.randn(config.train_batch_size_tokens, sae.cfg.d_in, device=model.cfg.device)
 
