@@ -16,7 +16,7 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae import WriteTopKSAE, WriteTopKSAEConfig
+from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluations import load_result
 from sae_lens_writesae.evaluations.logit_change import SCORED, ZERO_ATOM, ZERO_WRITE, LogitChange, error_order, score
