@@ -33,7 +33,7 @@ SIZES = {
     "n_positions": 12,
     "pairs": 4,
     "new_tokens": 3,
-    "prompt_tokens": 8,
+    "prompt_tokens": 12,
     "prompts": 6,
     "passages": 6,
     "min_count": 2,

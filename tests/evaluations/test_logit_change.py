@@ -69,7 +69,7 @@ def run(
     model: HookedRecurrent, sae: WriteTopKSAE | None = None, tokens: Tensor | None = None, **changes: Any
 ) -> Result:
     tokens = some_tokens() if tokens is None else tokens
-    return LogitChange(**SMALL | changes).run(model, sae or make_sae(model), tokens, progress=False)
+    return LogitChange(**SMALL | changes).run(model, make_sae(model) if sae is None else sae, tokens, progress=False)
 
 
 @pytest.fixture(scope="module")
