@@ -291,10 +291,13 @@ class Substitution(Evaluation):
         return [*claims, *self._chain(wide), *self._medians(wide)]
 
     def verdict(self, wide: pd.DataFrame, scale: str) -> tuple[Verdict, stats.Rate, stats.Estimate]:
-        """The ladder at one scale, with the win rate and the recovered share."""
+        """The ladder at one scale, with the win rate and the recovered share (NaN where no deletion has an effect)."""
         clusters = wide["sequence"]
         rate = stats.win_rate(wide[f"atom/{scale}"], wide["delete"], clusters, seed=self.seed)
-        share = stats.recovered_share(wide[f"atom/{scale}"], wide["delete"], clusters, seed=self.seed)
+        if (wide["delete"] > 0).any():
+            share = stats.recovered_share(wide[f"atom/{scale}"], wide["delete"], clusters, seed=self.seed)
+        else:
+            share = rate.over_clusters._replace(mean=np.nan, low=np.nan, high=np.nan)
         against = {
             NAMES[name]: Against(
                 stats.win_rate(wide[f"atom/{scale}"], wide[f"{name}/{scale}"], clusters, seed=self.seed).over_clusters,
@@ -339,7 +342,14 @@ class Substitution(Evaluation):
             if name in self.controls
         }
         rate = rates[last]
-        verdict = judge(rate.over_clusters, chance=0.5, relevant=RELEVANT, what="the rate of the strict order")
+        verdict = judge(
+            rate.over_clusters,
+            typical=float(wide["delete"].median()),
+            floor=float(wide["native"].quantile(0.95)),
+            chance=0.5,
+            relevant=RELEVANT,
+            what="the rate of the strict order",
+        )
         other = ", ".join(f"atom < delete < {NAMES[n]} {percent(r.rate)}" for n, r in rates.items() if n != last)
         return [
             Claim(

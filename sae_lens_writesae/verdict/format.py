@@ -8,8 +8,8 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def percent(x: float) -> str:
-    """A share in percent, one decimal."""
-    return f"{100 * x:.1f}\u00a0%"
+    """A share in percent, one decimal; a dash for NaN."""
+    return "–" if math.isnan(x) else f"{100 * x:.1f}\u00a0%"
 
 
 def span(low: float, high: float, factor: float = 100) -> str:

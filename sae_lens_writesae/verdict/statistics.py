@@ -340,7 +340,10 @@ def _codes(clusters: ArrayLike, n: int) -> NDArray[np.int64]:
     ids = np.asarray(clusters)
     if ids.shape != (n,):
         raise ValueError(f"clusters must hold one id per observation ({n}), found shape {ids.shape}")
-    return pd.factorize(ids)[0]
+    codes = pd.factorize(ids)[0]
+    if (codes < 0).any():
+        raise ValueError(f"clusters must hold no missing id, found {int((codes < 0).sum())} among {n}")
+    return codes
 
 
 def _pair(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:

@@ -1,0 +1,95 @@
+"""Substitution results made up from chosen medians, for tests of claims and of the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sae_lens_writesae.evaluations.substitution import Substitution
+from sae_lens_writesae.experiment.readout import KL_METRICS
+from sae_lens_writesae.experiment.result import Result
+
+# Median KL (nats) by condition; a condition that is not named has 2.
+HOLDS = {"delete": 1.0, "atom": 0.3, "state": 0.9}
+FAILS = {"delete": 1.0, "atom": 1.4}
+CONFOUNDED = {"delete": 1.0, "atom": 0.4, "state": 0.1}
+NO_EFFECT = {"delete": 1e-13, "atom": 1e-13, "random": 1e-13, "shuffled": 1e-13}
+
+
+def made_up(
+    medians: dict[str, float],
+    *,
+    label: str = "",
+    target: str = "write",
+    rule: str = "Gated DeltaNet",
+    floor: float = 0.0,
+    last_position: bool = True,
+    n_sequences: int = 30,
+    per_sequence: int = 8,
+    head: int = 2,
+    seed: int = 0,
+    **settings: Any,
+) -> Result:
+    """Log-normal KLs with an effect of the firing and of its sequence, shared by all conditions. One choice of atom,
+    the dominant one, unless `settings` say otherwise."""
+    rng = np.random.default_rng(seed)
+    settings = {"atom_choice": ("dominant",), "label": label, "last_position_firings": 100} | settings
+    if not last_position:
+        settings["last_position_firings"] = 0
+    evaluation = Substitution(**settings)
+    n = n_sequences * per_sequence
+    sequence = np.repeat(np.arange(n_sequences), per_sequence)
+    shared = rng.normal(0, 0.5, n_sequences)[sequence] + rng.normal(0, 0.7, n)
+    firings = pd.DataFrame(
+        {
+            "firing": np.arange(n),
+            "sequence": sequence,
+            "position": rng.integers(1, 100, n),
+            "atom": rng.integers(0, 20, n),
+            "activation": rng.gamma(2, 0.5, n),
+            "cosine": np.clip(rng.normal(0.45, 0.2, n), -1, 1),
+            "write_norm": rng.gamma(4, 0.3, n),
+        }
+    ).assign(written_atom=lambda t: t["atom"])
+    named = [("native", "none"), ("delete", "none")]
+    named += [(name, scale) for scale in evaluation.scales for name in ("atom", *evaluation.controls)]
+    frames = []
+    for choice in evaluation.atom_choice:
+        for name, scale in named:
+            kl = medians.get(name, 2.0) * np.exp(shared + rng.normal(0, 0.4, n))
+            kl = floor * rng.random(n) if name == "native" else kl
+            measured = {m: kl * (1.1 if m.startswith("reverse") else 1) for m in KL_METRICS}
+            if not last_position:
+                measured |= {"kl_last": np.nan, "reverse_kl_last": np.nan}
+            size = 0.0 if name == "delete" else firings["write_norm"]
+            frames.append(firings.assign(choice=choice, condition=name, scale=scale, norm=size, **measured))
+    info = {
+        "label": label or f"L1H{head} {target}-trained",
+        "model": "made-up",
+        "model_type": "made-up",
+        "dtype": "float32",
+        "rule": rule,
+        "layer": 1,
+        "head": head,
+        "K": 32,
+        "V": 48,
+        "hook_name": f"blocks.1.mixer.heads.{head}.hook_{target}_vec",
+        "target": target,
+        "saes": [],
+        "architecture": "writesae_topk",
+        "d_sae": 512,
+        "n_sequences": n_sequences,
+        "n_positions": 256,
+        "n_alive": 300,
+        "alive_tokens": 30_000,
+        "n_testable": 280,
+        "half_life": 20.0,
+        "half_life_limit": 128,
+        "mean_write_rank": 5,
+        "n_skipped": {},
+        "n_edited_runs": len(named) * n,
+        "seconds": 12.5,
+    }
+    return Result(evaluation, info, {"firings": pd.concat(frames, ignore_index=True)})

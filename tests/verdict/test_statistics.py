@@ -1,0 +1,281 @@
+"""Every statistic against a hand-computed, closed-form or scipy answer; coverage of intervals by simulation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from sae_lens_writesae.verdict import statistics as S
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(0, 4)), min_size=1, max_size=12))
+def test_weighted_median_is_the_median_of_repeats(pairs: list[tuple[int, int]]) -> None:
+    values, weights = np.array(pairs, dtype=float).T
+    if weights.sum() == 0:
+        weights[0] = 1
+    expected = np.median(np.repeat(values, weights.astype(int)))
+    assert S.weighted_median(values, weights[None])[0] == expected
+
+
+def test_the_estimate_of_singletons_is_the_normal_interval() -> None:
+    x = np.random.default_rng(0).normal(3, 2, 400)
+    estimate = S.estimate(x, np.arange(400))
+    half = 1.96 * x.std() / 20
+    assert estimate.mean == pytest.approx(x.mean())
+    assert estimate.interval == pytest.approx((x.mean() - half, x.mean() + half), abs=0.03)
+    assert (estimate.n, estimate.n_clusters) == (400, 400)
+
+
+def test_the_estimate_of_identical_members_is_that_of_the_cluster_means() -> None:
+    means = np.random.default_rng(1).normal(size=60)
+    fine = S.estimate(np.repeat(means, 25), np.repeat(np.arange(60), 25), seed=3)
+    assert fine.interval == pytest.approx(S.estimate(means, np.arange(60), seed=3).interval)
+    naive = S.estimate(np.repeat(means, 25), np.arange(1500), seed=3).interval
+    assert (fine.high - fine.low) > 4 * (naive.high - naive.low)  # sqrt(25) = 5 in expectation
+
+
+def test_an_estimate_is_seeded_and_takes_any_ids() -> None:
+    x, ids = np.arange(30.0), np.array(list("abcdefghij") * 3)
+    assert S.estimate(x, ids, seed=1) == S.estimate(x, ids, seed=1)
+    assert S.estimate(x, ids, seed=1) != S.estimate(x, ids, seed=2)
+    assert S.estimate(x, ids, statistic=S.weighted_median).mean == np.median(x)
+
+
+def test_one_cluster_has_no_interval() -> None:
+    for one in (
+        S.estimate([1.0, 2.0], ["a", "a"]),
+        S.recovered_share([1.0, 2.0], [2.0, 4.0], ["a", "a"]),
+        S.estimate_two_way([1, 2], [0, 0], [0, 0]),
+    ):
+        assert math.isnan(one.low) and math.isnan(one.high) and one.n_clusters == 1 and not math.isnan(one.mean)
+    assert math.isnan(S.estimate_difference([1, 2], [1], [0, 1], [0]).low)
+
+
+def test_chunks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, ids = np.random.default_rng(0).normal(size=50), np.arange(50) // 5
+    median, two_way = S.estimate(x, ids, statistic=S.weighted_median), S.estimate_two_way(x, ids, np.arange(50) % 5)
+    monkeypatch.setattr(S, "_CHUNK_FLOATS", 50 * 7)
+    assert S.estimate(x, ids, statistic=S.weighted_median) == median
+    assert S.estimate_two_way(x, ids, np.arange(50) % 5) == pytest.approx(two_way)
+
+
+def test_the_mean_has_a_shortcut_with_the_same_answer() -> None:
+    x, ids = np.random.default_rng(0).normal(size=50), np.arange(50) // 7
+    general = S.estimate(x, ids, statistic=lambda values, weights: S.weighted_mean(values, weights))
+    assert S.estimate(x, ids).interval == pytest.approx(general.interval, abs=1e-12)
+
+
+def test_coverage_on_clustered_wins() -> None:
+    """40 sequences whose own win rate varies: the cluster interval covers 95 %, Wilson's does not."""
+    rng = np.random.default_rng(0)
+    ids = np.repeat(np.arange(40), 20)
+    covered = {"cluster": 0, "wilson": 0}
+    runs = 300
+    for _ in range(runs):
+        wins = rng.random(800) < np.repeat(rng.beta(1.4, 0.6, 40), 20)  # mean 0.7
+        rate = S.success_rate(wins, ids)
+        covered["cluster"] += rate.over_clusters.low <= 0.7 <= rate.over_clusters.high
+        covered["wilson"] += rate.wilson.low <= 0.7 <= rate.wilson.high
+    assert 0.90 <= covered["cluster"] / runs <= 0.98
+    assert covered["wilson"] / runs < 0.7
+
+
+def test_wilson_is_the_closed_form() -> None:
+    wins, n, z = 37, 50, stats.norm.ppf(0.975)
+    p = wins / n
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    rate = S.success_rate(np.arange(n) < wins, np.arange(n))
+    assert rate.wilson == pytest.approx((centre - half, centre + half), abs=1e-12)
+
+
+def test_win_rate_counts_strict_wins_and_ties() -> None:
+    rate = S.win_rate([1, 2, 3, 4], [2, 2, 4, 1], clusters=[0, 0, 1, 1])
+    assert (rate.rate, rate.successes, rate.ties, rate.n) == (0.5, 2, 1, 4)
+    assert rate.over_clusters[0] == 0.5 and rate.over_clusters.n_clusters == 2
+    assert rate.over_clusters.interval == (0.5, 0.5)  # both clusters have the rate 1/2
+
+
+def test_chain_rate_needs_every_link() -> None:
+    rate = S.chain_rate([1, 1, 1, 3], [2, 2, 2, 2], [3, 1, 2, 4], clusters=[0, 1, 2, 3])
+    assert (rate.successes, rate.ties, rate.n) == (1, 1, 4)
+    with pytest.raises(ValueError, match="two"):
+        S.chain_rate([1.0], clusters=[0])
+
+
+def test_median_ratio_of_pairs() -> None:
+    ratio = S.median_ratio([1, 1, 9], [2, 4, 3], clusters=[0, 1, 2])
+    assert ratio.mean == 0.5 and ratio.low <= 0.5 <= ratio.high
+    with pytest.raises(ValueError, match="zeros"):
+        S.median_ratio([1, 1, 1], [0, 1, 2], clusters=[0, 1, 2])
+
+
+def test_recovered_share_by_hand() -> None:
+    """Sums, not a mean of shares: 1 - (1 + 3) / (2 + 8). Native recovers 1, deletion itself 0, worse is negative."""
+    share = S.recovered_share([1.0, 3.0], [2.0, 8.0], clusters=[0, 1])
+    assert share.mean == pytest.approx(0.6) and share.low <= 0.5 and share.high >= 0.625  # each cluster by itself
+    deleted, clusters = np.arange(1.0, 9), np.arange(8)
+    assert S.recovered_share(np.zeros(8), deleted, clusters).interval == (1, 1)
+    assert S.recovered_share(deleted, deleted, clusters).interval == pytest.approx((0, 0))
+    assert S.recovered_share(2 * deleted, deleted, clusters).mean == pytest.approx(-1)
+    with pytest.raises(ValueError, match="above 0"):
+        S.recovered_share([1.0, 1.0], [0.0, 0.0], clusters=[0, 1])
+
+
+def test_recovered_share_covers() -> None:
+    """30 sequences; of the effect of each deletion the condition leaves 40 % on average, more where it is large."""
+    rng, covered = np.random.default_rng(1), 0
+    ids = np.repeat(np.arange(30), 10)
+    for _ in range(150):
+        size = rng.gamma(2, 1, 30)[ids]
+        deleted = size * rng.gamma(4, 0.25, 300)
+        share = S.recovered_share(deleted * rng.beta(2, 3, 300), deleted, ids)
+        covered += share.low <= 0.6 <= share.high
+    assert 0.88 <= covered / 150 <= 0.99
+
+
+def test_difference_of_singletons_is_the_normal_interval() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(3, 2, 400), rng.normal(1, 1, 300)
+    difference = S.estimate_difference(a, b, np.arange(400), np.arange(300))
+    half = 1.96 * np.sqrt(a.var() / 400 + b.var() / 300)
+    assert difference.mean == pytest.approx(a.mean() - b.mean())
+    assert difference.interval == pytest.approx((difference.mean - half, difference.mean + half), abs=0.04)
+    assert (difference.n, difference.n_clusters) == (700, 700)
+
+
+def test_two_way_is_wider_than_either_alone_and_covers() -> None:
+    """Effects of 30 sequences and 20 atoms on every cell: the variance of the mean is that of both effects."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.repeat(np.arange(30), 20), np.tile(np.arange(20), 30)
+    covered, widths = 0, []
+    for _ in range(100):
+        x = rng.normal(size=30)[rows] + rng.normal(size=20)[columns] + 0.1 * rng.normal(size=600)
+        both, one = S.estimate_two_way(x, rows, columns), S.estimate(x, rows)
+        covered += both.low <= 0 <= both.high
+        widths.append((both.high - both.low) / (one.high - one.low))
+        assert both.n_clusters == 20
+    assert covered >= 88 and np.median(widths) > 1.2
+
+
+def test_two_way_with_one_column_is_over_the_rows_alone() -> None:
+    x, rows = np.arange(12.0), np.arange(12) // 2
+    assert S.estimate_two_way(x, rows, np.zeros(12)) == S.estimate(x, rows)
+    assert S.estimate_two_way(x, np.zeros(12), rows) == S.estimate(x, rows)
+
+
+def test_cliffs_delta_is_not_the_paired_sign_rate() -> None:
+    """Each a just below its own b, samples overlapping: perfect pairing, weak separation."""
+    b = np.arange(10.0)
+    a = b - 0.5
+    assert S.paired_sign_rate(a, b) == -1
+    brute = np.sign(a[:, None] - b[None]).mean()
+    assert S.cliffs_delta(a, b) == pytest.approx(brute) == pytest.approx(-0.1)
+    assert S.cliffs_delta([1, 2], [3, 4, 5]) == -1 and S.cliffs_delta([1, 2], [1, 2]) == 0
+
+
+def test_wilcoxon_by_hand() -> None:
+    """Differences 1..5, all positive: W- = 0 and the exact two-sided p is 2 / 2^5."""
+    assert S.paired_wilcoxon([2, 4, 6, 8, 10], [1, 2, 3, 4, 5]) == pytest.approx((0, 2 / 32, 5))
+    assert S.paired_wilcoxon([1, 2], [1, 2]).p_value == 1
+
+
+def test_mann_whitney_by_hand() -> None:
+    """Two against three, fully separated: U = 0, p = 2 / C(5, 2)."""
+    assert S.mann_whitney([1, 2], [3, 4, 5]) == pytest.approx((0, 0.2, 5))
+
+
+def test_sign_flip_is_exact_on_few_pairs() -> None:
+    """Four positive differences: only the all-plus and all-minus patterns are as extreme, 2 of 16."""
+    assert S.sign_flip_test([2, 3, 4, 5], [1, 1, 1, 1]) == pytest.approx((2.5, 2 / 16, 4))
+    assert S.sign_flip_test([1, 2], [0, 0], clusters=[7, 7]).p_value == 1
+
+
+def test_sign_flip_by_cluster_is_that_of_the_clusters() -> None:
+    """Three clusters that all lean one way: 2 of 8 patterns, however many members they have."""
+    a, ids = np.array([3.0, 1, 2, 2, 5]), [0, 0, 1, 1, 2]
+    test = S.sign_flip_test(a, np.zeros(5), ids)
+    assert (test.statistic, test.p_value, test.n) == (pytest.approx(a.mean()), pytest.approx(0.25), 3)
+
+
+def test_sign_flip_by_cluster_keeps_its_level() -> None:
+    rng = np.random.default_rng(0)
+    ids = np.repeat(np.arange(12), 20)
+    false_alarms = {True: 0, False: 0}
+    for _ in range(100):
+        noise = np.repeat(rng.normal(size=12), 20) + 0.3 * rng.normal(size=240)
+        for clustered in (True, False):
+            p = S.sign_flip_test(noise, np.zeros(240), ids if clustered else None, n_resamples=499).p_value
+            false_alarms[clustered] += p < 0.05
+    assert false_alarms[True] <= 10 and false_alarms[False] >= 40
+
+
+def test_permutation_by_hand() -> None:
+    """Two against three: of C(5, 2) = 10 ways only {1, 2} and {4, 5} reach a difference of 2.5."""
+    assert S.permutation_test([1, 2], [3, 4, 5]) == pytest.approx((-2.5, 0.2, 5))
+    # three against three: the mirror image is as extreme
+    assert S.permutation_test([1, 2, 3], [4, 5, 6]).p_value == pytest.approx(2 / 20)
+    assert S.permutation_test([1, 1], [1, 1]).p_value == 1
+
+
+def test_permutation_of_clusters_is_that_of_their_means_where_sizes_agree() -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=5), rng.normal(1, 1, size=4)
+    fine = S.permutation_test(np.repeat(a, 6), np.repeat(b, 6), np.repeat(np.arange(5), 6), np.repeat(list("wxyz"), 6))
+    assert fine == pytest.approx(S.permutation_test(a, b))
+
+
+def test_permutation_of_clusters_keeps_its_level_and_that_of_members_does_not() -> None:
+    rng = np.random.default_rng(0)
+    ids = np.repeat(np.arange(8), 15)
+    false_alarms = {True: 0, False: 0}
+    for _ in range(100):
+        a, b = (np.repeat(rng.normal(size=8), 15) + 0.3 * rng.normal(size=120) for _ in range(2))
+        for clustered in (True, False):
+            given_ids = (ids, ids) if clustered else (None, None)
+            false_alarms[clustered] += S.permutation_test(a, b, *given_ids, n_resamples=499).p_value < 0.05
+    assert false_alarms[True] <= 10 and false_alarms[False] >= 40
+
+
+def test_holm_by_hand() -> None:
+    """0.01 * 4, then max(0.04, 0.02 * 3), then max(.06, .03 * 2), then max(.06, .04): the running maximum shows."""
+    adjusted = S.holm({"d": 0.04, "a": 0.01, "c": 0.03, "b": 0.02})
+    assert list(adjusted) == ["d", "a", "c", "b"]
+    assert adjusted == pytest.approx({"a": 0.04, "b": 0.06, "c": 0.06, "d": 0.06})
+    assert S.holm({"x": 0.9, "y": 0.8}) == {"x": 1.0, "y": 1.0}
+    for bad in ({}, {"x": 1.5}):
+        with pytest.raises(ValueError):
+            S.holm(bad)
+
+
+def test_quartiles_are_even_and_ordered() -> None:
+    x = np.random.default_rng(0).normal(size=101)
+    q = S.quartile(x)
+    assert np.bincount(q)[1:].tolist() == [26, 25, 25, 25]
+    assert all(x[q == i].max() < x[q == i + 1].min() for i in (1, 2, 3))
+    assert np.bincount(S.quartile(np.zeros(8)))[1:].tolist() == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (lambda: S.win_rate([], [], []), "one value"),
+        (lambda: S.win_rate([1.0, np.nan], [1, 2], [0, 1]), "NaN"),
+        (lambda: S.win_rate([1.0], [1, 2], [0]), "paired"),
+        (lambda: S.win_rate([1.0, 2.0], [1, 2], [0]), "clusters"),
+        (lambda: S.win_rate([1.0, 2.0], [1, 2], np.array([0, np.nan])), "missing"),
+        (lambda: S.cliffs_delta([[1.0]], [1.0]), "1-D"),
+        (lambda: S.paired_wilcoxon([np.nan], [1.0]), "NaN"),
+        (lambda: S.quartile([]), "one value"),
+    ],
+)
+def test_errors_name_the_fault(call: Callable[[], object], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        call()
