@@ -1,0 +1,187 @@
+"""The only place that runs edited passes: against full forwards with the write changed by hand, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from numpy.typing import NDArray
+from planted import HEAD, LAYER, logits_with_write, random_sae
+from torch import Tensor
+
+from hookpoints import HookedRecurrent, UnknownHookError
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.experiment.lab import EditedRows, Lab, Trial
+from sae_lens_writesae.experiment.readout import kl_window
+
+T, WINDOW = 26, 5
+TEXT = torch.randint(1, 64, (3, T), generator=torch.Generator().manual_seed(8))
+
+
+def logits_of(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
+    return {"logits": rows.window.numpy()}
+
+
+def make_lab(model: HookedRecurrent, rows_per_run: int = 256, seed: int = 0) -> Lab:
+    return Lab(model, {"": random_sae(model)}, TEXT, seed=seed, rows_per_run=rows_per_run)
+
+
+def trials_of(lab: Lab, window: int | None) -> tuple[list[Trial], list[Tensor | None]]:
+    """Deletions, replacements by another write, and additions at random places, in no order; and, for each, what is
+    written there by hand, or None where it is added."""
+    site, rng = lab.site(1), np.random.default_rng(0)
+    other = lab.site(0).writes
+    trials, written = [], []
+    for n in range(12):
+        position = int(rng.integers(0, T - (window or 1)))
+        edits = [
+            lab.replace(position, None),
+            lab.replace(position, other, 3 + n),
+            lab.add(position, other * 0.5, n),
+        ]
+        native, foreign = site.writes.dense()[position], other.dense()
+        trials.append(Trial({"n": n, "position": position}, position, edits[n % 3]))
+        written.append([torch.zeros_like(native), foreign[3 + n], native + 0.5 * foreign[n]][n % 3])
+    return trials, written
+
+
+@pytest.mark.parametrize("window", [WINDOW, None])
+def test_an_edited_run_is_a_full_forward_with_the_write_changed(model64: HookedRecurrent, window: int | None) -> None:
+    lab = make_lab(model64)
+    trials, written = trials_of(lab, window)
+    full = {}
+    for n, (trial, matrix) in enumerate(zip(trials, written)):
+
+        def change(writes: Tensor, at: int = trial.position, to: Tensor | None = matrix) -> Tensor:
+            writes[at] = to
+            return writes
+
+        full[n] = logits_with_write(model64, TEXT[1:2], change)
+
+    def gap(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
+        gaps = []
+        for n, trial in enumerate(rows.trials):
+            by_hand = full[int(str(trial.row["n"]))][rows.start : rows.start + rows.logits.shape[1]]
+            gaps.append(float((rows.logits[n] - by_hand).abs().max()))
+            assert rows.logits.shape[1] >= (T if window is None else trial.position + window) - rows.start
+        return {"gap": np.array(gaps)}
+
+    table = lab.read(lab.site(1), trials, gap, window)
+    assert table["n"].tolist() == list(range(12))  # one row a trial, in their order
+    assert table["gap"].max() < 1e-10
+    assert lab.n_edited_runs == 12
+
+
+@pytest.mark.parametrize("rows_per_run", [1, 3])
+def test_batching_changes_nothing(model64: HookedRecurrent, rows_per_run: int) -> None:
+    whole, cut = make_lab(model64), make_lab(model64, rows_per_run)
+    sizes: list[int] = []
+
+    def spy(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
+        sizes.append(len(rows.trials))
+        return logits_of(rows)
+
+    trials, _ = trials_of(whole, WINDOW)
+    first, second = (lab.read(lab.site(1), trials, spy, WINDOW) for lab in (whole, cut))
+    np.testing.assert_allclose(np.stack(first["logits"]), np.stack(second["logits"]), rtol=0, atol=1e-12)
+    assert max(sizes[-(12 // rows_per_run) :]) <= rows_per_run < max(sizes)
+    assert whole.n_edited_runs == cut.n_edited_runs == 12
+
+
+def test_far_positions_share_no_batch_of_a_short_window(model64: HookedRecurrent) -> None:
+    """A batch starts at its first position: two trials 60 tokens apart would run 60 tokens for a window of 2."""
+    text = torch.randint(1, 64, (1, 80), generator=torch.Generator().manual_seed(2))
+    lab = Lab(model64, {"": random_sae(model64)}, text)
+    lengths: list[int] = []
+
+    def spy(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
+        lengths.append(rows.logits.shape[1])
+        return {"x": np.zeros(len(rows.trials))}
+
+    trials = [Trial({}, t, lab.replace(t, None)) for t in (70, 5, 6, 71)]
+    lab.read(lab.site(0), trials, spy, 2)
+    assert lengths == [3, 3]
+
+
+def test_a_plain_row_runs_in_the_same_batch(model64: HookedRecurrent) -> None:
+    lab = make_lab(model64)
+    trials, _ = trials_of(lab, WINDOW)
+
+    def plain(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
+        assert rows.plain is not None and len(rows.logits) == len(rows.trials)
+        native = rows.native[rows.start : rows.start + len(rows.plain)]
+        return {"gap": np.full(len(rows.trials), float((rows.plain - native).abs().max()))}
+
+    assert lab.read(lab.site(1), trials, plain, WINDOW, plain=True)["gap"].max() < 1e-10
+    assert lab.n_edited_runs == 12  # the plain row is no condition
+    missing: list[bool] = []
+    lab.read(lab.site(1), trials[:1], lambda rows: {"x": [missing.append(rows.plain is None) or 0.0]}, WINDOW)
+    assert missing == [True]
+
+
+def test_the_floor_of_float64_is_next_to_nothing(model64: HookedRecurrent) -> None:
+    lab = make_lab(model64)
+    assert lab.floor(kl_window, "kl", WINDOW) < 1e-14
+    assert lab.n_edited_runs == 0  # a reader counts conditions, not this
+
+
+def test_the_floor_is_what_a_no_op_moves(embedded: HookedRecurrent) -> None:
+    lab = Lab(embedded, {"": random_sae(embedded)}, TEXT)
+    floor = lab.floor(kl_window, "kl", WINDOW)
+    deleted = [Trial({}, t, lab.replace(t, None)) for t in range(4, 12)]
+    assert 0 <= floor < 1e-6 < lab.read(lab.site(0), deleted, kl_window, WINDOW)["kl"].median()
+    assert lab.n_edited_runs == 8
+    assert floor == Lab(embedded, lab.saes, TEXT).floor(kl_window, "kl", WINDOW)  # seeded
+
+
+def test_sites_have_the_head_and_the_rows_of_each_sequence(model64: HookedRecurrent) -> None:
+    lab = make_lab(model64)
+    units = pd.DataFrame({"sequence": [2, 0, 2], "position": [3, 4, 5]})
+    sites = list(lab.sites(units, "units"))
+    assert [site.sequence for site in sites] == [0, 2] and sites[1].rows["position"].tolist() == [3, 5]
+    name = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write"
+    for site in sites:
+        with torch.no_grad():
+            logits, cache = model64.run_with_cache(TEXT[[site.sequence]], names_filter=[name])
+        torch.testing.assert_close(site.writes.dense(), cache[name][0], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(site.session.logits, logits, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(site.at([3, 1]).dense(), cache[name][0, [3, 1]], rtol=1e-10, atol=1e-12)
+        assert site.recurrence.B == site.recurrence.H == 1
+    part = lab.site(1, span=slice(4, 10))  # a text of its own, which begins at token 4
+    assert part.writes.keys.shape[0] == 6
+    both = lab.native_writes([2, 0])
+    torch.testing.assert_close(both.rows(slice(T, None)).dense(), sites[0].writes.dense())
+
+
+def test_streams_are_seeded_and_apart(model64: HookedRecurrent) -> None:
+    lab, other = make_lab(model64, seed=3), make_lab(model64, seed=4)
+    assert lab.rng(1, 2).integers(10**9) == np.random.default_rng([3, 1, 2]).integers(10**9)
+    assert len({int(g.integers(10**9)) for g in (lab.rng(1), lab.rng(2), lab.rng(1, 2), other.rng(1))}) == 4
+
+
+def test_what_was_left_out_is_said(model64: HookedRecurrent) -> None:
+    lab = make_lab(model64)
+    lab.skipped["zero writes"] += 3
+    lab.facts["floor"] = 1e-9
+    lab.require(True, "fine")
+    with pytest.raises(NothingToMeasureError, match="3 .zero writes"):
+        lab.require(False, "nothing is left")
+    described = lab.describe("mine")
+    assert described["n_skipped"] == {"zero writes": 3} and described["floor"] == 1e-9
+    assert (described["label"], described["layer"], described["head"]) == ("mine", LAYER, HEAD)
+    assert lab.describe()["label"] == f"L{LAYER}H{HEAD} write-trained"
+
+
+def test_a_lab_is_of_one_head_and_fits_its_model(model64: HookedRecurrent) -> None:
+    sae = random_sae(model64)
+    with pytest.raises(ValueError, match="shape"):
+        Lab(model64, {"": sae}, TEXT[0])
+    with pytest.raises(ValueError, match="none"):
+        Lab(model64, {}, TEXT)
+    with pytest.raises(ValueError, match="one head"):
+        Lab(model64, {"a": sae, "b": random_sae(model64, head=0)}, TEXT)
+    with pytest.raises(UnknownHookError):
+        Lab(model64, {"": random_sae(model64, head=17)}, TEXT)
