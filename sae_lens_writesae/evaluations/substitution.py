@@ -366,9 +366,11 @@ class Substitution(Evaluation):
 
     def _medians(self, wide: pd.DataFrame) -> list[Claim]:
         scale = "matched" if "matched" in self.scales else self.scales[0]
-        moved = wide[wide["delete"] > 0]
+        moved, unit = wide[wide["delete"] > 0], f"firings in {wide['sequence'].nunique()} sequences"
         if moved.empty:
-            return []
+            reason = "Every deletion has an effect of exactly 0, so that there is no ratio to one."
+            claim = f"median KL of atom / delete, at {SCALE_NAMES[scale]}"
+            return [Claim(3, claim, "–", len(wide), unit, "", "below the floor", reason)]
         names = ["delete", *(f"{n}/{scale}" for n in ("shuffled", "random") if n in self.controls)]
         atom = moved[f"atom/{scale}"]
         ratios = {
@@ -539,6 +541,16 @@ def substitution_figures(
     table = comparisons(result, choice=choice)
     floor = float(wide["native"].quantile(0.95))
     accents = [key for key, shown in NAMES.items() if shown in unbeaten]
+    relative = []
+    if (wide["delete"] > 0).any():  # a ratio to an effect of exactly 0 says nothing
+        title = f"KL relative to deletion: {name}"
+        relative.append(
+            Figure(
+                "The same against deletion",
+                figures.boxes(_ratios(wide, scale), "KL over deletion's", accents, title, line=1.0),
+                "Left of 1 is a win; how far left is how much of the deletion's effect is taken back.",
+            )
+        )
     return [
         Figure(
             f"Does anything else do as well? ({choice} atom)",
@@ -553,13 +565,7 @@ def substitution_figures(
             ),
             "Median, quartiles and 5-95 % over firings.",
         ),
-        Figure(
-            "The same against deletion",
-            figures.boxes(
-                _ratios(wide, scale), "KL over deletion's", accents, f"KL relative to deletion: {name}", line=1.0
-            ),
-            "Left of 1 is a win; how far left is how much of the deletion's effect is taken back.",
-        ),
+        *relative,
         Figure(
             "By the size of the effect",
             figures.quartiles(_of_scale(wide, scale), wide["delete"], wide["sequence"], accents, name),

@@ -1,0 +1,413 @@
+"""The substitution test: planted truths, passes by hand, and verdicts on made-up tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up
+from planted import HEAD, LAYER, logits_with_write, make_sae, native_writes, one_atom_a_position, random_sae
+from sae_lens import SAE
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.evaluations.substitution import Substitution, comparisons, wide_firings
+from sae_lens_writesae.experiment.conditions import CONTROLS, REFERENCES, SCALES
+from sae_lens_writesae.experiment.head import half_lives
+from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.experiment.readout import KL_METRICS
+from sae_lens_writesae.experiment.result import Claim, Result
+from sae_lens_writesae.verdict import statistics as stats
+
+T, HORIZON = 24, 4
+SMALL = {
+    "n_atoms": 4,
+    "firings_per_atom": 2,
+    "horizon": HORIZON,
+    "mean_write_sequences": 2,
+    "last_position_firings": None,
+    "mean_write_energy": 0.9,
+}
+ROWS = 2 + len(SCALES) * (1 + len(CONTROLS) + len(REFERENCES))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(1, 64, (3, T), generator=torch.Generator().manual_seed(6))
+
+
+@pytest.fixture(scope="module")
+def same() -> Tensor:
+    """All rows equal: an atom planted at a position of one row fires at that position of all."""
+    return torch.randint(1, 64, (1, T), generator=torch.Generator().manual_seed(5)).repeat(6, 1)
+
+
+def run(model: HookedRecurrent, sae: SAE, tokens: Tensor, **changes: Any) -> Result:
+    return Substitution(**SMALL | changes).run(model, sae, tokens, progress=False)
+
+
+def firings_of(result: Result) -> pd.DataFrame:
+    return result.tables["firings"]
+
+
+def kl_by_hand(native: Tensor, edited: Tensor, t: int) -> dict[str, float]:
+    """The metrics of logits [T,vocab], position by position with torch's own KL."""
+    log_p, log_q = native.log_softmax(-1), edited.log_softmax(-1)
+    values = {}
+    for prefix, x, y in (("", log_q, log_p), ("reverse_", log_p, log_q)):
+        kl = torch.nn.functional.kl_div(x, y, log_target=True, reduction="none").sum(-1)
+        values |= {f"{prefix}kl_window": kl[t : t + HORIZON + 1].mean(), f"{prefix}kl_at": kl[t]}
+        values |= {f"{prefix}kl_next": kl[t + 1], f"{prefix}kl_last": kl[-1]}
+    return {name: float(value) for name, value in values.items()}
+
+
+# -- planted truths
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_atoms_that_are_the_writes_take_back_the_whole_effect(
+    model64: HookedRecurrent, same: Tensor, scale: str
+) -> None:
+    sae = one_atom_a_position(model64, same[:1])
+    result = run(model64, sae, same, scales=(scale,), n_atoms=None, firings_per_atom=6, atom_choice=("dominant",))
+    wide = wide_firings(result)
+    assert (wide["atom"] == wide["position"]).all() and np.allclose(wide["cosine"], 1, atol=1e-6)
+    verdict, rate, share = result.evaluation.verdict(wide, scale)  # type: ignore[attr-defined]
+    assert share.mean == pytest.approx(1, abs=1e-6) and rate.rate == 1 and verdict.outcome == "holds"
+    assert result.claims()[0].number == 1 and result.claims()[0].n == len(wide) == 6 * (T - HORIZON - 1)
+
+
+def test_the_dominant_atom_is_written_beside_the_firings_own(model64: HookedRecurrent, same: Tensor) -> None:
+    """Atom t is the write at t, atom T + t the same at 0.9 of its norm: both fire there, and the first dominates."""
+    keys, values = (torch.nn.functional.normalize(side, dim=1) for side in native_writes(model64, same[:1]))
+    sae = make_sae(torch.cat([keys, keys]), torch.cat([values, 0.9 * values]), 2)
+    table = firings_of(run(model64, sae, same, atoms=tuple(range(T + 5, T + 11))))
+    own, dominant = (table[table["choice"] == choice] for choice in ("own", "dominant"))
+    assert list(table["choice"].unique()) == ["dominant", "own"]  # the first one is the headline
+    assert (own["written_atom"] == own["atom"]).all() and (own["atom"] >= T).all()
+    assert (dominant["written_atom"] == dominant["position"]).all()  # the atom that is the write itself
+    assert not dominant.drop_duplicates("firing").duplicated(["sequence", "position"]).any()
+
+
+def test_silent_positions_are_a_null(model64: HookedRecurrent, same: Tensor) -> None:
+    """Where an atom is silent, its write is another one: at its own norm it no longer takes back the effect."""
+    sae = one_atom_a_position(model64, same[:1])
+    silent = run(
+        model64, sae, same, positions="silent", atom_choice=("own",), controls=(), n_atoms=None, scales=("matched",)
+    )
+    wide = wide_firings(silent)
+    assert (wide["atom"] != wide["position"]).all()
+    share = silent.evaluation.verdict(wide, "matched")[2]  # type: ignore[attr-defined]
+    assert share.mean < 0.5
+
+
+def test_state_trained_atoms_are_found_on_states_and_replace_the_write(
+    model64: HookedRecurrent, tokens: Tensor
+) -> None:
+    sae = random_sae(model64, target="state")
+    result = run(model64, sae, tokens)
+    assert result.info["target"] == "state" and result.label == f"L{LAYER}H{HEAD} state-trained"
+    row = firings_of(result).query("choice == 'own'").iloc[0]
+    recurrence = model64.recurrence(tokens[[row["sequence"]]], LAYER)
+    with torch.no_grad():
+        state = recurrence.states(HEAD)[0, row["position"], 0].flatten()
+        activation = sae.encode(state[None])[0, row["atom"]]
+        write = recurrence.write(HEAD)[0, row["position"], 0]
+    assert row["activation"] == pytest.approx(float(activation), rel=1e-5)
+    assert row["write_norm"] == pytest.approx(float(write.norm()), rel=1e-6)
+
+
+# -- passes by hand
+
+
+def test_every_condition_is_a_full_forward_with_the_write_replaced(model64: HookedRecurrent, tokens: Tensor) -> None:
+    sae, test = random_sae(model64), Substitution(**SMALL | {"atom_choice": ("dominant",)})
+    table = firings_of(test.run(model64, sae, tokens, progress=False)).set_index(["firing", "condition", "scale"])
+    lab, checked = Lab(model64, {"": sae}, tokens), 0
+    for exchange in test.exchanges(lab, test.draw(lab, "dominant")):
+        sequence = tokens[[exchange.site.sequence]]
+        native = logits_with_write(model64, sequence, lambda writes: writes)
+        n, t = 0, exchange.positions[0]
+        for condition in exchange.conditions:
+            dense = torch.zeros(()) if condition.written is None else condition.written.dense()[n]
+
+            def change(writes: Tensor, at: int = t, to: Tensor = dense) -> Tensor:
+                writes[at] = to
+                return writes
+
+            expected = kl_by_hand(native, logits_with_write(model64, sequence, change), t)
+            row = table.loc[(exchange.site.rows["firing"].iloc[n], condition.name, condition.scale)]
+            for metric in KL_METRICS:
+                assert row[metric] == pytest.approx(expected[metric], rel=1e-6, abs=1e-14)
+            checked += 1
+    assert checked % ROWS == 0 and checked >= ROWS
+
+
+def test_one_head_by_hand(model64: HookedRecurrent, tokens: Tensor) -> None:
+    """Decay, erase and write of the head in a loop of its own, with nothing written at t; its reads then go through
+    the rest of the model."""
+    result = run(model64, random_sae(model64), tokens, controls=())
+    row = firings_of(result).query("choice == 'own' and condition == 'delete'").iloc[0]
+    sequence, t = tokens[[row["sequence"]]], int(row["position"])
+    r = model64.recurrence(sequence, LAYER)
+
+    def reads(deleted: int | None) -> Tensor:
+        state, out = torch.zeros(r.K, r.V, dtype=torch.float64), []
+        for s in range(T):
+            decay = r.log_decay[0, s, HEAD].exp().reshape(-1, 1)  # of the head, or of each key channel
+            state = decay * state + torch.outer(r.a[0, s, HEAD].flatten(), r.b[0, s, HEAD].flatten() @ state)
+            if s != deleted:
+                state = state + torch.outer(r.k[0, s, HEAD], r.u[0, s, HEAD])
+            out.append(r.scale * r.q[0, s, HEAD] @ state)
+        return torch.stack(out)
+
+    def forward(deleted: int | None) -> Tensor:
+        def hook(value: Tensor, hook: Any) -> Tensor:
+            value = value.clone()
+            value[0, :, HEAD] = reads(deleted)
+            return value
+
+        return model64.run_with_hooks(sequence, fwd_hooks=[(f"blocks.{LAYER}.mixer.hook_read", hook)])[0]
+
+    with torch.no_grad():
+        native, edited = model64(sequence)[0], forward(t)
+        torch.testing.assert_close(forward(None), native, rtol=1e-10, atol=1e-10)
+    expected = kl_by_hand(native, edited, t)
+    for metric in KL_METRICS:
+        assert row[metric] == pytest.approx(expected[metric], rel=1e-6, abs=1e-14)
+
+
+def test_corrected_writes_take_their_erase_along(model64: HookedRecurrent, tokens: Tensor) -> None:
+    """Deleting k u~^T leaves alpha S_{t-1}: the same as no write and no erase at t."""
+    wide = wide_firings(run(model64, random_sae(model64), tokens, write="corrected", controls=()))
+    assert (wide["native"] < 1e-14).all()
+    row = wide.iloc[0]
+    sequence, t = tokens[[row["sequence"]]], int(row["position"])
+
+    def silence(beta: Tensor, hook: Any) -> Tensor:
+        beta = beta.clone()
+        beta[0, t, HEAD] = 0
+        return beta
+
+    with torch.no_grad():
+        native = model64(sequence)[0]
+        edited = model64.run_with_hooks(sequence, fwd_hooks=[(f"blocks.{LAYER}.mixer.hook_beta", silence)])[0]
+    assert row["delete"] == pytest.approx(kl_by_hand(native, edited, t)["kl_window"], rel=1e-6)
+
+
+def test_the_half_life_is_counted_until_half_of_the_norm_is_gone(model64: HookedRecurrent, tokens: Tensor) -> None:
+    r = model64.recurrence(tokens[:1], LAYER).select(heads=slice(HEAD, HEAD + 1))
+    lives, limit = half_lives(r, n_starts=3), T // 2
+    p = r.k[0, 0, 0]
+    half, step = p.norm() / 2, 0
+    while p.norm() >= half and step < limit:
+        step += 1
+        p = r.log_decay[0, step, 0].exp() * p + r.a[0, step, 0].flatten() * (r.b[0, step, 0].flatten() @ p)
+    assert lives[0] == step and lives.max() <= limit
+
+
+# -- the table
+
+
+def test_norms_and_the_tidy_table(model64: HookedRecurrent, tokens: Tensor) -> None:
+    table = firings_of(run(model64, random_sae(model64), tokens))
+    assert len(table) == sum(g["firing"].nunique() for _, g in table.groupby("choice")) * ROWS
+    native = table[table["condition"] == "native"]
+    assert np.allclose(native["norm"], native["write_norm"]) and (native["kl_window"] < 1e-14).all()
+    assert (table.loc[table["condition"] == "delete", "norm"] == 0).all()
+    matched = table[table["scale"] == "matched"]
+    assert np.allclose(matched["norm"], matched["write_norm"], rtol=1e-5)
+    scaled = table[table["scale"] != "none"]
+    assert np.allclose(scaled.groupby(["choice", "firing", "scale"])["norm"].std(), 0, atol=1e-6)
+    fit = table[(table["scale"] == "least_squares") & (table["condition"] == "atom")]
+    assert np.allclose(fit["norm"], fit["write_norm"] * fit["cosine"].abs(), rtol=1e-5)
+    assert (table.groupby("condition")["kl_window"].median().drop("native") > 1e-12).all()
+    assert table[list(KL_METRICS)].notna().all(axis=None)
+
+
+def test_atoms_of_rank_two_have_their_norm(model64: HookedRecurrent, tokens: Tensor) -> None:
+    sae = random_sae(model64)
+    rank_two = make_sae(sae.v[:, 0].detach(), sae.w[:, 0].detach(), 3)
+    rank_two.v, rank_two.w = (
+        torch.nn.Parameter(torch.cat([side, side.roll(1, 0)], 1).detach()) for side in (sae.v, sae.w)
+    )
+    table = firings_of(run(model64, rank_two, tokens, controls=("random",), n_atoms=2))
+    matched = table[table["scale"] == "matched"]
+    assert np.allclose(matched["norm"], matched["write_norm"], rtol=1e-5)
+
+
+def test_batches_and_other_controls_change_nothing(model64: HookedRecurrent, tokens: Tensor) -> None:
+    sae = random_sae(model64)
+    first = firings_of(run(model64, sae, tokens))
+    again = firings_of(run(model64, sae, tokens, rows_per_run=7, controls=("shuffled", "random")))
+    keys = ["choice", "firing", "condition", "scale"]
+    both = again.merge(first, on=keys, suffixes=("", "_first"))
+    assert len(both) == len(again)
+    for metric in KL_METRICS:
+        np.testing.assert_allclose(both[metric], both[f"{metric}_first"], rtol=1e-6, atol=1e-14)
+
+
+def test_firings_that_stop_early_measure_the_same_window(model64: HookedRecurrent, tokens: Tensor) -> None:
+    sae = random_sae(model64)
+    keys = ["choice", "firing", "condition", "scale"]
+    long, short = (run(model64, sae, tokens, last_position_firings=n, atom_choice=("own",)) for n in (None, 3))
+    assert firings_of(short).groupby("firing")["kl_last"].first().notna().sum() == 3
+    assert len(wide_firings(short, "kl_last")) == 3 and len(wide_firings(short)) == len(wide_firings(long))
+    both = firings_of(short).merge(firings_of(long), on=keys, suffixes=("", "_long"))
+    for metric in ("kl_window", "reverse_kl_at"):
+        np.testing.assert_allclose(both[metric], both[f"{metric}_long"], rtol=1e-6, atol=1e-14)
+
+
+def test_what_cannot_be_tested_is_refused(model64: HookedRecurrent, tokens: Tensor) -> None:
+    sae = random_sae(model64)
+    with pytest.raises(ValueError, match="tokens"):
+        run(model64, sae, tokens[:, : HORIZON + 1])
+    with pytest.raises(ValueError, match="999"):
+        run(model64, sae, tokens, atoms=(999,))
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e6)
+    with pytest.raises(NothingToMeasureError, match="0 of 12"):
+        run(model64, sae, tokens)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"atom_choice": "best"}, "best"),
+        ({"write": "state"}, "corrected"),
+        ({"scales": ("matched", "unit")}, "unit"),
+        ({"scales": ()}, "scales"),
+        ({"controls": ("random", "random")}, "once"),
+        ({"horizon": 0}, "horizon"),
+        ({"mean_write_energy": 1.5}, "1.5"),
+        ({"atoms": ()}, "atoms"),
+        ({"atoms": (3, 3)}, "once"),
+        ({"n_atoms": 0}, "n_atoms"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        Substitution(**settings)
+
+
+# -- verdicts of made-up tables
+
+
+def claims(medians: dict[str, float], **settings: Any) -> dict[int | None, Claim]:
+    return {claim.number: claim for claim in made_up(medians, **settings).claims()}
+
+
+@pytest.mark.parametrize(
+    ("medians", "floor", "outcome", "unbeaten"),
+    [
+        (HOLDS, 0.0, "holds", ()),
+        (FAILS, 0.0, "fails", ()),
+        (CONFOUNDED, 0.0, "confounded", ("state before the write",)),
+        (NO_EFFECT, 1e-12, "below the floor", ()),
+        ({"delete": 1.0, "atom": 0.1, "state": 0.5}, 0.0, "holds", ()),  # a control that beats deletion, not the atom
+        ({"delete": 1.0, "atom": 0.3, "state_after": 0.01}, 0.0, "holds", ()),  # a reference confounds nothing
+    ],
+)
+@pytest.mark.parametrize("scale", ["coefficient", "matched"])
+def test_verdicts(medians: dict[str, float], floor: float, outcome: str, unbeaten: tuple[str, ...], scale: str) -> None:
+    result = made_up(medians, floor=floor, scales=(scale,))
+    verdict = result.evaluation.verdict(wide_firings(result), scale)[0]  # type: ignore[attr-defined]
+    assert (verdict.outcome, verdict.unbeaten_controls) == (outcome, unbeaten)
+    assert result.claims()[0].outcome == outcome
+
+
+@pytest.mark.parametrize("medians", [HOLDS, FAILS, CONFOUNDED])
+@pytest.mark.parametrize("size", [(19, 1), (4, 10), (1, 40)])
+def test_little_data_is_inconclusive(medians: dict[str, float], size: tuple[int, int]) -> None:
+    few = claims(medians, n_sequences=size[0], per_sequence=size[1], scales=("matched",)).values()
+    assert {claim.outcome for claim in few} == {"inconclusive"}
+    assert not any("nan" in claim.measured for claim in few)
+
+
+def test_an_interval_with_chance_and_a_relevant_effect_is_inconclusive() -> None:
+    wide = claims({"delete": 1.0, "atom": 0.95}, n_sequences=8, per_sequence=3, seed=1, scales=("matched",))
+    assert wide[1].outcome == "inconclusive"
+
+
+def test_a_control_that_is_neither_worse_nor_as_good_leaves_it_undecided() -> None:
+    close = made_up({"delete": 1.0, "atom": 0.3, "state": 0.31}, n_sequences=20, per_sequence=3, scales=("matched",))
+    verdict = close.evaluation.verdict(wide_firings(close), "matched")[0]  # type: ignore[attr-defined]
+    assert (verdict.outcome, verdict.unbeaten_controls) == ("undecided", ("state before the write",))
+
+
+def test_claims_2_and_3_are_judged_at_matched_norm_with_intervals() -> None:
+    def outcomes(medians: dict[str, float], **settings: Any) -> list[str]:
+        made = claims(medians, **settings)
+        return [made[2].outcome, made[3].outcome]
+
+    assert outcomes(HOLDS) == ["holds", "holds"]
+    assert outcomes(FAILS) == ["fails", "fails"]
+    assert outcomes(HOLDS | {"shuffled": 0.5})[0] == "fails"
+    assert outcomes(NO_EFFECT, floor=1e-12) == ["below the floor", "below the floor"]
+    assert outcomes({"delete": 1.0, "atom": 0.99, "shuffled": 1.01})[1] != "holds"  # in order, but by chance
+    assert outcomes(HOLDS | {"shuffled": 0.1})[1] == "confounded"  # another atom moves the model less
+
+
+def test_deletions_without_any_effect_are_below_the_floor() -> None:
+    """Every KL of a deletion is exactly 0, as on a head that nothing reads: there is no share to recover."""
+    few: Any = {"atom_choice": ("dominant", "own"), "controls": ("state", "shuffled"), "scales": ("matched",)}
+    result = made_up(NO_EFFECT, n_sequences=8, **few)
+    table = result.tables["firings"]
+    table[[name for name in KL_METRICS if table[name].notna().any()]] = 0.0
+    made = result.claims()
+    assert [claim.number for claim in made] == [1, None, 2, 3]
+    assert {claim.outcome for claim in made} == {"below the floor"}
+    assert "recovers – [–]" in made[0].measured and not any("nan" in claim.measured for claim in made)
+    assert all("<svg" in figure.svg for figure in result.figures())
+    assert result.details()["comparisons, own atom"]["recovered"].isna().all()
+
+
+def test_without_controls_the_verdict_says_so() -> None:
+    made = claims(HOLDS, controls=(), scales=("matched",))
+    assert made[1].outcome == "holds" and "no control" in made[1].sentence and 2 not in made
+
+
+@pytest.mark.parametrize(("rule", "number"), [("Mamba-2", 11), ("RWKV-7", 12), ("DeltaNet", 13), ("GLA", 1)])
+def test_the_claim_of_a_rule(rule: str, number: int) -> None:
+    assert made_up(HOLDS, rule=rule, scales=("matched",)).claims()[0].number == number
+
+
+def test_all_heads_of_a_layer() -> None:
+    heads = [made_up(HOLDS if n < 3 else FAILS, head=n, seed=n, scales=("matched",)) for n in range(4)]
+    ((label, claim),) = Substitution.across(heads)
+    assert (label, claim.number, claim.n, claim.outcome) == ("L1 write-trained", 5, 4, "fails")
+    assert Substitution.across(heads[:3])[0][1].outcome == "holds"
+    assert Substitution.across(heads[:1]) == []  # one head says nothing about others
+    rates = [stats.win_rate(w["atom/matched"], w["delete"], w["sequence"]).rate for w in map(wide_firings, heads)]
+    assert f"{100 * np.mean(rates):.1f}" in claim.measured
+
+
+def test_numbers_are_those_of_the_statistics() -> None:
+    result = made_up(HOLDS, scales=("matched",), controls=("shuffled", "random"))
+    wide = wide_firings(result)
+    table = comparisons(result)
+    assert len(table) == 3 + 2
+    row = table.query("scale == 'matched' and a == 'atom' and b == 'delete'").iloc[0]
+    rate = stats.win_rate(wide["atom/matched"], wide["delete"], wide["sequence"])
+    assert row["rate"] == rate.rate == (wide["atom/matched"] < wide["delete"]).mean()
+    assert (row["wilson_low"], row["high"]) == (rate.wilson.low, rate.over_clusters.high)
+    assert row["median_ratio"] == pytest.approx(np.median(wide["atom/matched"] / wide["delete"]))
+    assert row["recovered"] == pytest.approx(1 - wide["atom/matched"].sum() / wide["delete"].sum())
+    assert row["cliffs_delta"] == stats.cliffs_delta(wide["atom/matched"], wide["delete"])
+    assert row["cliffs_delta"] != row["sign_rate"] == pytest.approx(1 - 2 * rate.rate)
+    assert row["holm_p"] >= row["sign_flip_p"]
+    chain: Any = (wide["atom/matched"] < wide["delete"]) & (wide["delete"] < wide["shuffled/matched"])
+    measured = {claim.number: claim.measured for claim in result.claims()}[2]
+    assert f"{100 * chain.mean():.1f}" in measured
+    assert comparisons(result, cluster="atom")["n_clusters"].eq(20).all()
+
+
+def test_metrics_that_were_not_measured_are_refused() -> None:
+    result = made_up(HOLDS, last_position=False, scales=("matched",), controls=("state",), n_sequences=6)
+    assert "kl_last" not in set(result.details()["atom against deletion, by metric"]["metric"])
+    with pytest.raises(ValueError, match="nonsense"):
+        wide_firings(result, "nonsense")
