@@ -2,8 +2,8 @@
 
 Everything works on plain 1-D arrays. `a` and `b` are paired unless a function says otherwise. `clusters` holds one id
 per observation (sequence, atom, prompt: whatever is the independent unit). NaN or empty input raises ValueError.
-Tests and distributions come from scipy and statsmodels; what is written here are bootstraps of clusters, and
-permutations of clusters.
+Tests and distributions come from scipy; what is written here are bootstraps of clusters, permutations of clusters, and
+Holm's rule.
 
 Below about 20 clusters a percentile interval is too narrow (coverage 0.71 at 8 clusters for a rate of 0.95).
 `n_clusters` is returned so that a reader sees it, and `judge` gives no verdict under 5.
@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 Array = NDArray[np.float64]
 WeightedStatistic = Callable[[Array, Array], Array]
@@ -295,7 +294,11 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     p = _checked("p_values", list(p_values.values()))
     if (p < 0).any() or (p > 1).any():
         raise ValueError(f"p-values lie in [0, 1], found {p.min()} to {p.max()}")
-    return dict(zip(p_values, np.asarray(multipletests(p, method="holm")[1]).tolist(), strict=True))
+    # By hand: statsmodels' multipletests runs a full garbage collection in each call, 0.4 s in a program of this size.
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order]).clip(max=1)
+    return dict(zip(p_values, adjusted.tolist(), strict=True))
 
 
 def quartile(values: ArrayLike) -> NDArray[np.int64]:

@@ -1,0 +1,87 @@
+"""What an evaluation leaves: contrasts of its tables, and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from made_up import FAILS, HOLDS, made_up
+
+from sae_lens_writesae.evaluations import load_result
+from sae_lens_writesae.experiment.result import Result
+from sae_lens_writesae.verdict.statistics import estimate
+
+
+@pytest.fixture(scope="module")
+def result() -> Result:
+    return made_up(HOLDS, label="mine", scales=("matched",), last_position=False)
+
+
+def test_a_saved_folder_is_whole_and_has_nothing_beside_it(result: Result, tmp_path: Path) -> None:
+    folder = result.save(tmp_path / "deep" / "result")
+    assert [p.name for p in folder.parent.iterdir()] == ["result"]
+    assert sorted(p.name for p in folder.iterdir()) == ["firings.parquet", "info.json"]
+    loaded = load_result(folder)
+    assert (loaded.info, loaded.evaluation, loaded.skipped) == (result.info, result.evaluation, None)
+    pd.testing.assert_frame_equal(loaded.tables["firings"], result.tables["firings"])
+
+
+def test_a_failed_save_leaves_the_old_folder(result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = result.save(tmp_path / "result")
+    before = (folder / "info.json").read_bytes()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", fail)
+    with pytest.raises(OSError, match="disk full"):
+        made_up(FAILS).save(folder)
+    assert (folder / "info.json").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_new_save_takes_the_place_of_the_old_one(result: Result, tmp_path: Path) -> None:
+    result.save(tmp_path / "result")
+    other = made_up(FAILS, label="other")
+    assert load_result(other.save(tmp_path / "result")).label == "other"
+
+
+def test_load_says_what_is_wrong(result: Result, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="info.json"):
+        load_result(tmp_path)
+    folder = result.save(tmp_path / "result")
+    (folder / "firings.parquet").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="substitution"):
+        load_result(folder)
+    (folder / "info.json").write_text('{"cut')
+    with pytest.raises(ValueError, match="JSON"):
+        load_result(folder)
+
+
+def test_tables_are_checked(result: Result) -> None:
+    with pytest.raises(ValueError, match="firings"):
+        replace(result, tables={}).check()
+    with pytest.raises(ValueError, match="cosine"):
+        replace(result, tables={"firings": result.tables["firings"].drop(columns="cosine")}).check()
+
+
+def test_contrast_is_the_estimate_of_paired_differences(result: Result) -> None:
+    units = ["firing", "sequence"]
+    wide = result.wide("kl_window", units=units)
+    assert len(wide) == 240 and {"atom", "delete", "native"} <= set(wide.columns)
+    expected = estimate(wide["atom"] - wide["delete"], wide["sequence"])
+    assert result.contrast("kl_window", "atom", "delete", units=units) == expected
+    assert result.contrast("kl_window", "delete", units=units).mean == pytest.approx(wide["delete"].mean())
+    some = result.tables["firings"].query("not (condition == 'atom' and firing < 40)")
+    fewer = replace(result, tables={"firings": some})
+    assert fewer.contrast("kl_window", "atom", "delete", units=units).n == 200  # units without one side are left out
+
+
+def test_what_was_left_out_is_noted() -> None:
+    some = made_up(HOLDS, scales=("matched",))
+    counted = replace(some, info=some.info | {"n_skipped": {"zero writes": 1200, "none": 0}})
+    assert [note for note in counted.notes() if note.startswith("Left out")] == ["Left out: 1,200 (zero writes)."]
+    skipped = replace(some, tables={}, skipped="no atom fires")
+    assert skipped.notes() == ["no atom fires"] and skipped.figures() == [] and skipped.details() == {}
+    assert {c.outcome for c in skipped.claims()} == {"not tested"}
