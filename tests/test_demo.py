@@ -1,68 +1,52 @@
-"""The main job end to end, small; and the command line as a user meets it."""
+"""The main job end to end, small, as a user runs it."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+import torch
 
-from sae_lens_writesae.cli import app
-from sae_lens_writesae.substitution_result import SubstitutionResult
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.demo import Demo
+from sae_lens_writesae.evaluations import load_result
+from sae_lens_writesae.experiment.head import half_lives
 
-SMALL = ["--training-tokens", "2048", "--layer", "1", "--head", "0"]
+TOKENS = torch.randint(1, 500, (2, 64), generator=torch.Generator().manual_seed(0))
 
 
-def run(*arguments: str):
-    return CliRunner().invoke(app, list(arguments))
+def test_the_head_is_the_one_whose_writes_last_nearest_to_what_is_asked(embedded: HookedRecurrent) -> None:
+    lives = {}
+    for layer in embedded.cfg.recurrent_layers:
+        with torch.no_grad():
+            whole = embedded.recurrence(TOKENS, layer)
+        for head in range(embedded.cfg.layer(layer).H):
+            rows = [half_lives(whole.select(rows=slice(n, n + 1), heads=slice(head, head + 1))) for n in range(2)]
+            lives[layer, head] = float(torch.cat(rows).median())
+    for memory in (2.0, 12.0):
+        choice = Demo(memory=memory).choose_head(embedded, TOKENS)
+        assert choice.half_life == lives[choice.layer, choice.head]
+        octaves = {place: abs(torch.tensor(life / memory).log2().item()) for place, life in lives.items()}
+        assert octaves[choice.layer, choice.head] == pytest.approx(min(octaves.values()), abs=1e-5)
+    named = Demo(layer=2, head=1).choose_head(embedded, TOKENS)
+    assert (named.layer, named.head, named.half_life) == (2, 1, lives[2, 1])
+
+
+def test_a_head_that_is_not_there_is_named(embedded: HookedRecurrent) -> None:
+    with pytest.raises(ValueError, match="head 9"):
+        Demo(layer=2, head=9).choose_head(embedded, TOKENS)
 
 
 @pytest.mark.slow
-def test_demo_then_eval_then_report(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    done = run("demo", *SMALL, "--out", str(out))
-    assert done.exit_code == 0, done.output
-    assert "write-trained" in done.output and f"report   {out / 'report.html'}" in done.output.splitlines()
-    page = (out / "report.html").read_text()
+def test_the_demo_leaves_a_report_dictionaries_and_results(tmp_path: Path) -> None:
+    said: list[str] = []
+    files = Demo(training_tokens=2048, layer=1, head=0, out=tmp_path / "out").run(say=lambda line: said.append(str(line)))
+    assert files.html == tmp_path / "out" / "report.html" and any("half-life" in line for line in said)
+    page = files.html.read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and 'src="http' not in page
-    numbers = json.loads((out / "report.json").read_text())
-    assert {test["name"] for test in numbers["tests"]} == {"write-trained", "state-trained"}
-    result = SubstitutionResult.load(out / "write" / "substitution")
-    floor = result.frame.query("condition == 'native'")["kl_window"].abs().max()
-    assert floor < 1e-6
-    again = run(
-        "eval",
-        "substitution",
-        str(out / "write" / "sae"),
-        "--sequences",
-        "20",
-        "--set",
-        "n_atoms=5",
-        "--set",
-        "firings_per_atom=2",
-        "--out",
-        str(tmp_path / "eval"),
-    )
-    assert again.exit_code == 0, again.output
-    page = run("report", str(out / "write" / "substitution.parquet"), "--out", str(tmp_path / "one.html"))
-    assert page.exit_code == 0 and (tmp_path / "one.html").exists()
-    joined = run("report", str(tmp_path / "eval"), "--out", str(tmp_path / "joined.html"))
-    assert joined.exit_code == 0 and "92.4" in (tmp_path / "joined.html").read_text()
-
-
-@pytest.mark.parametrize("command", ["demo", "eval", "report", "reproduce"])
-def test_help_teaches(command):
-    done = run(command, "--help")
-    assert done.exit_code == 0 and len(done.output) > 600
-
-
-def test_train_without_arguments_is_a_guide():
-    done = run("train")
-    assert "hook_write_vec" in done.output and "--architecture" in done.output
-
-
-def test_errors_are_said_plainly(tmp_path):
-    done = run("demo", "--layer", "0", "--out", str(tmp_path))
-    assert done.exit_code == 2 and "recurrent" in done.output and "Traceback" not in done.output
-    missing = run("eval", "substitution", str(tmp_path / "nothing"))
-    assert missing.exit_code == 2 and "nothing" in missing.output.replace("\n", "")
+    labels = {row["label"] for row in json.loads(files.json.read_text())["claims"]}
+    assert labels == {"write-trained", "state-trained"}
+    result = load_result(tmp_path / "out" / "write" / "substitution")
+    assert result.tables["firings"].query("condition == 'native'")["kl_window"].abs().max() < 1e-6
+    assert (tmp_path / "out" / "state" / "sae" / "cfg.json").exists()

@@ -1,0 +1,184 @@
+"""The command line as a user meets it: help, misspelt names, wrong settings, folders that are not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens.saes.sae import SAEMetadata
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae import cli
+from sae_lens_writesae.cli import COMMANDS, EvalAll, Subjects, main, with_settings
+from sae_lens_writesae.evaluations import EVALUATIONS, load_result
+from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
+
+COUNTS = ["--sequences", "6", "--context-size", "48"]
+
+
+class Ended:
+    """What a command printed, and the status it ended with."""
+
+    def __init__(self, status: int, out: str, err: str):
+        self.status, self.out, self.err = status, out, err
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Ended:
+    status = 0
+    try:
+        main([str(each) for each in arguments])
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 1
+    said = capsys.readouterr()
+    return Ended(status, said.out, said.err)
+
+
+@pytest.fixture(scope="module")
+def sae_folder(embedded: HookedRecurrent, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained dictionary, as SAELens saves one."""
+    shape = embedded.cfg.layer(2)
+    meta = SAEMetadata(hook_name="blocks.2.mixer.heads.1.hook_write_vec", model_name="embedded")
+    torch.manual_seed(0)
+    sae = WriteTopKSAE(WriteTopKSAEConfig(d_in=shape.K * shape.V, d_k=shape.K, d_sae=16, k=2, metadata=meta))
+    folder = tmp_path_factory.mktemp("saes") / "mine"
+    sae.save_model(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_model(embedded: HookedRecurrent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded model is loaded once for all tests."""
+    monkeypatch.setattr(cli.HookedRecurrent, "from_pretrained", lambda name: embedded)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["eval", "--help"]])
+def test_names_are_listed_with_what_they_do(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    done = run(capsys, *arguments)
+    names = COMMANDS if arguments == ["--help"] else EVALUATIONS
+    assert done.status == 0 and all(f"  {name} " in done.out for name in names)
+    assert run(capsys, *arguments[:-1]).status == 2  # nothing was asked for
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    done = run(capsys, "--version")
+    assert done.status == 0 and done.out.startswith("writesae ")
+
+
+@pytest.mark.parametrize("command", ["demo", "report", "reproduce", "show", "train"])
+def test_help_of_every_command(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    done = run(capsys, command, "--help")
+    assert done.status == 0 and len(done.out) > 200 and "usage" in done.out.lower()
+
+
+@pytest.mark.parametrize("kind", sorted(EVALUATIONS))
+def test_help_of_every_evaluation_shows_its_settings(capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    done = run(capsys, "eval", kind, "--help")
+    fields = EVALUATIONS[kind].__dataclass_fields__
+    assert done.status == 0
+    assert all(f"--{name.replace('_', '-')}" in done.out for name in [*fields, "out", "text", "sequences"])
+
+
+@pytest.mark.parametrize(
+    ("given", "near"), [(["dmo"], "demo"), (["eval", "substition"], "substitution"), (["evl", "sign"], "eval")]
+)
+def test_a_misspelt_name_is_answered_with_the_nearest(
+    capsys: pytest.CaptureFixture[str], given: list[str], near: str
+) -> None:
+    done = run(capsys, *given)
+    assert done.status == 2 and f"did you mean '{near}'" in done.err and len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--n-atoms", "0"], "n_atoms"),
+        (["--scales", "matched", "unit"], "unit"),
+        (["--mean-write-energy", "2"], "mean_write_energy"),
+        (["--horizon", "many"], "horizon"),
+        (["--horizn", "3"], "horizn"),
+    ],
+)
+def test_a_setting_typed_wrong_ends_before_any_work(
+    capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path, arguments: list[str], word: str
+) -> None:
+    done = run(capsys, "eval", "substitution", sae_folder, "--out", tmp_path / "out", *arguments)
+    assert done.status == 2 and word in done.err and "Traceback" not in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_folder_is_named_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for command in (["eval", "sign"], ["eval", "all"], ["report"]):
+        done = run(capsys, *command, tmp_path / "[nothing]")
+        assert done.status == 2 and "[nothing]" in done.err and len(done.err.splitlines()) == 1
+
+
+def test_two_folders_of_one_name_and_two_models_are_refused(
+    capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path
+) -> None:
+    twice = run(capsys, "eval", "sign", sae_folder, sae_folder)
+    assert twice.status == 2 and "same name" in twice.err
+    config = json.loads((sae_folder / "cfg.json").read_text())
+    config["metadata"]["model_name"] = "another"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "cfg.json").write_text(json.dumps(config))
+    (other / "sae_weights.safetensors").write_bytes((sae_folder / "sae_weights.safetensors").read_bytes())
+    apart = run(capsys, "eval", "sign", sae_folder, other)
+    assert apart.status == 2 and "another, embedded" in apart.err
+
+
+def test_eval_then_report(capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run(capsys, "eval", "sign", sae_folder, "--out", out, *COUNTS, "--n-positions", "4", "--seed", "3")
+    assert done.status == 0, done.err
+    assert done.out.splitlines()[-2:] == [f"report   {out / 'report.html'}", f"numbers  {out / 'report.json'}"]
+    result = load_result(out / "sign" / "L2H1")
+    assert result.evaluation.to_dict()["n_positions"] == 4 and result.evaluation.seed == 3
+    again = run(capsys, "report", out, "--out", tmp_path / "one.html")
+    assert again.status == 0 and "84.6 %" in (tmp_path / "one.html").read_text()
+
+
+def test_a_single_evaluation_with_nothing_to_measure_is_an_error(
+    capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path
+) -> None:
+    done = run(capsys, "eval", "substitution", sae_folder, "--out", tmp_path, *COUNTS, "--atoms", "999")
+    assert done.status == 2 and "999" in done.err
+
+
+def test_settings_of_eval_all_reach_those_that_have_them() -> None:
+    command = EvalAll(subjects=Subjects(saes=()), seed=7, set=("n_atoms=5", 'scales=["matched"]', "strata=x"))
+    for kind in ("substitution", "multistep", "sign"):
+        fields = EVALUATIONS[kind].__dataclass_fields__
+        if "strata" in fields:
+            continue
+        evaluation = with_settings(EVALUATIONS[kind], command)
+        assert evaluation.seed == 7
+        assert "n_atoms" not in fields or evaluation.to_dict()["n_atoms"] == 5
+        assert "scales" not in fields or evaluation.to_dict()["scales"] == ["matched"]
+    with pytest.raises(ValueError, match="FIELD=VALUE"):
+        with_settings(EVALUATIONS["sign"], EvalAll(subjects=Subjects(saes=()), set=("n_atoms",)))
+    with pytest.raises(ValueError, match="n_atoms"):
+        with_settings(EVALUATIONS["substitution"], EvalAll(subjects=Subjects(saes=()), set=("n_atoms=0",)))
+
+
+@pytest.mark.slow
+def test_eval_all_goes_as_far_as_the_dictionary_allows(
+    capsys: pytest.CaptureFixture[str], embedded: HookedRecurrent, sae_folder: Path, tmp_path: Path
+) -> None:
+    """Of a dictionary without an alive atom, what is about the head is measured; the rest says why it is not."""
+    from safetensors.torch import load_file, save_file
+
+    silent = tmp_path / "silent"
+    silent.mkdir()
+    (silent / "cfg.json").write_text((sae_folder / "cfg.json").read_text())
+    weights = load_file(sae_folder / "sae_weights.safetensors")
+    save_file(weights | {"b_enc": weights["b_enc"] * 0 - 1e6}, silent / "sae_weights.safetensors")
+    small = ["n_positions=4", "pairs=2", "new_tokens=2"]
+    done = run(capsys, "eval", "all", silent, "--out", tmp_path / "out", "--sequences", 24, *COUNTS[2:], "--set", *small)
+    assert done.status == 0, done.err
+    numbers = json.loads((tmp_path / "out" / "report.json").read_text())["claims"]
+    assert {row["number"] for row in numbers if row["outcome"] == "not tested"} >= {1, 2, 3, 4, 6, 7, 8, 18, 19}
+    page = (tmp_path / "out" / "report.html").read_text().replace("&#39;", "'").replace("&gt;", ">")
+    assert page.count(">What could not be measured</h2>") == 1
