@@ -34,6 +34,13 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("hookpoints", "sae_lens_writesae", "tests", "pyproject.toml")
+PLUGIN = """
+from hypothesis import Phase, settings
+
+# Any failing example will do; looking for the smallest one would take most of the time.
+settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], database=None)
+settings.load_profile("mutants")
+"""
 
 
 class Mutant(NamedTuple):
@@ -80,6 +87,7 @@ def copy_to(folder: Path) -> Path:
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(source, folder / name)
+    (folder / "no_shrinking.py").write_text(PLUGIN, encoding="utf-8")
     return folder
 
 
@@ -109,14 +117,11 @@ def node_ids(tests: list[str], root: Path) -> list[str]:
     return found
 
 
-def pytest(root: Path, tests: list[str], timeout: float, *more: str) -> subprocess.CompletedProcess[str]:
+def pytest(root: Path, tests: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
     """Run tests in a copy. Raises subprocess.TimeoutExpired."""
-    environment = os.environ | {
-        "PYTHONPATH": str(root),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "HYPOTHESIS_STORAGE_DIRECTORY": str(root / ".hypothesis"),
-    }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", *more, *tests]
+    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no_shrinking"]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
@@ -169,7 +174,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names of mutants, or beginnings of names")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at once, each in a copy of its own")
-    parser.add_argument("--timeout", type=float, default=240, help="seconds for the tests of one mutant")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for the tests of one mutant")
     parser.add_argument("--no-baseline", action="store_true", help="do not run the tests on the unchanged code first")
     arguments = parser.parse_args()
     mutants = [m for m in read_mutants() if not arguments.only or m.name.startswith(tuple(arguments.only))]
