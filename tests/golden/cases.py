@@ -28,8 +28,8 @@ HEADS: dict[str, tuple[int, int]] = {"embedded": (2, 2), "embedded-mamba2": (5, 
 """Layer and head of every model. Writes there last (half-lives of 5, 11 and 32 tokens), later layers can read them, and
 deleting one moves the logits far more than float32 rounding does."""
 
-DOMINANT = "argmax"
-"""The value of `atom_choice` for the strongest atom at the position. It is about to be called "dominant"."""
+DOMINANT = "dominant"
+"""The value of `atom_choice` for the strongest atom at the position."""
 
 WRITE: Recipe = {"seed": 0}
 OTHER_SEED: Recipe = {"seed": 1}

@@ -10,7 +10,7 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae import WriteTopKSAE, WriteTopKSAEConfig
+from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 
 from .cases import HEADS, Case
 

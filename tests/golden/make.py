@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from sae_lens_writesae.suite import EVALUATIONS
+from sae_lens_writesae.evaluations import EVALUATIONS
 
 from .cases import CASES, Case
 from .dictionaries import load_model, make_dictionary, tokens_of
@@ -28,10 +28,9 @@ DIGITS = 9
 
 def tables_of(case: Case, **more: object) -> dict[str, pd.DataFrame]:
     """The tables of a case, with `more` settings. The only function here that knows how an evaluation is run."""
-    entry = EVALUATIONS[case.kind]
     saes = {label: make_dictionary(case.model, **recipe) for label, recipe in case.dictionaries.items()}  # type: ignore[arg-type]
-    config = entry.config_class(**case.settings | more)
-    return entry.run_on(load_model(case.model), saes, tokens_of(case), config, progress=False).tables
+    evaluation = EVALUATIONS[case.kind](**case.settings | more)  # type: ignore[arg-type]
+    return evaluation.run(load_model(case.model), saes, tokens_of(case), progress=False).tables
 
 
 def save(case: Case, tables: dict[str, pd.DataFrame]) -> Path:
