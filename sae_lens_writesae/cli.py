@@ -1,137 +1,205 @@
-"""The ``writesae`` command: demo, train, eval, show, report, reproduce."""
+"""The `writesae` command. Each command is a dataclass: its fields are the flags, its docstrings the help (tyro)."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TypeVar
 
-import typer
-from rich.console import Console
-from rich.table import Table
+import tyro
 
-from hookpoints import HookpointsError
-from sae_lens_writesae.eval_cli import eval_app
-from sae_lens_writesae.report import ReportFiles
-from sae_lens_writesae.reproduce_cli import reproduce, spread_lists
-from sae_lens_writesae.show_cli import show
+from hookpoints import HookedRecurrent, embedded
+from hookpoints.errors import HookpointsError
+from sae_lens_writesae import __version__
+from sae_lens_writesae.demo import Demo
+from sae_lens_writesae.evaluations import EVALUATIONS
+from sae_lens_writesae.experiment.evaluation import Evaluation
+from sae_lens_writesae.experiment.suite import evaluate_all
+from sae_lens_writesae.experiment.tokens import sample_sequences
+from sae_lens_writesae.page.atoms import Show
+from sae_lens_writesae.page.report import ReportFiles, find_results, write_report
+from sae_lens_writesae.reproduce.command import SMALL_RUN, Reproduce
+from sae_lens_writesae.sae.load import folder_label, load_sae
+from sae_lens_writesae.sae.runner import train_from_arguments
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    help="Matrix-atom sparse autoencoders on the memory of recurrent language models, and what their atoms do.",
-)
-console = Console()
-app.command()(show)
+T = TypeVar("T")
 
 
-@app.command()
-def demo(
-    model: Annotated[str, typer.Option(help="Model to look into; *embedded* ships with the package.")] = "embedded",
-    layer: Annotated[int | None, typer.Option(help="Recurrent layer; default: one whose head has memory.")] = None,
-    head: Annotated[int | None, typer.Option(help="Head of that layer.")] = None,
-    training_tokens: Annotated[int, typer.Option(help="Tokens each SAE is trained on.")] = 150_000,
-    seed: Annotated[int, typer.Option(help="Seed of training, sampling and controls.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for report.html, report.json, the SAEs and the tables.")] = Path(
-        "writesae-out"
-    ),
-) -> None:
-    """The main job in a few minutes, offline, on a CPU.
+@dataclass(frozen=True, kw_only=True)
+class Subjects:
+    """What is evaluated, on which text."""
 
-    Trains two sparse autoencoders on one head with memory, one on its **writes** and one on its **states**, with
-    SAELens' own runner. Then, where an atom fires, the model's own write is exchanged for the atom, and for controls
-    (nothing, random, another atom, another position's write, the state's top direction), and the change of the
-    next-token distribution is measured. The report puts both side by side.
+    saes: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of trained SAEs (cfg.json, sae_weights.safetensors) of one model."""
+    out: Path = Path("writesae-out/eval")
+    """Folder for results and report."""
+    model: str | None = None
+    """Model; by default the one named in the SAEs' metadata."""
+    text: Path | None = None
+    """Text file to test on; by default the held-out text of the package."""
+    sequences: int = 100
+    """Sequences to find firings in."""
+    context_size: int = 128
+    """Tokens per sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalAll:
+    """Run every evaluation that fits the dictionaries, and write one report."""
+
+    subjects: tyro.conf.OmitArgPrefixes[Subjects]
+    seed: int = 0
+    """Seed of all draws and controls."""
+    set: tuple[str, ...] = ()
+    """Settings as FIELD=VALUE, for every evaluation that has the field."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one page from saved results: claims, the paper's values, the values here, controls, verdicts."""
+
+    results: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders in or below which `writesae eval`, `demo` or `reproduce` left results."""
+    out: Path = Path("report.html")
+    """Page to write."""
+
+
+def evaluate(subjects: Subjects, evaluations: Sequence[Evaluation]) -> ReportFiles:
+    """Run evaluations on the SAEs of some folders; save each result, and a page over all.
+
+    Raises:
+        ValueError: SAEs of different models, two folders of one name, or an evaluation that refuses them.
     """
-    from sae_lens_writesae.demo import DemoConfig, run_demo
-
-    with clear_errors():
-        config = DemoConfig(model=model, layer=layer, head=head, training_tokens=training_tokens, seed=seed)
-        done = run_demo(config, out, say=console.print)
-    _show(done.results)
-    say_where(done.report)
-    typer.echo(f"tables and SAEs  {done.folder}")
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def train(context: typer.Context) -> None:
-    """Train with SAELens' own command line, with our architectures and recurrent models.
-
-    Every flag is SAELens' (`writesae train --architecture writesae_batchtopk --help` lists them).
-    """
-    from sae_lens_writesae.sae.train_cli import train_from_arguments
-
-    with clear_errors():
-        train_from_arguments(context.args)
+    saes = {folder_label(folder): load_sae(folder) for folder in subjects.saes}
+    if len(saes) < len(subjects.saes):
+        raise ValueError(f"two of the SAEs' folders have the same name: {', '.join(map(str, subjects.saes))}")
+    models = {subjects.model or str(sae.cfg.metadata.model_name) for sae in saes.values()}
+    if len(models) != 1:
+        named = ", ".join(sorted(models)) or "none"
+        raise ValueError(f"the SAEs of one evaluation are of one model; found {named}. Evaluate them apart")
+    model = HookedRecurrent.from_pretrained(models.pop())
+    text = embedded.text("test") if subjects.text is None else subjects.text.read_text(encoding="utf-8")
+    tokens = sample_sequences(model, text, subjects.context_size, subjects.sequences)
+    return write_report(evaluate_all(evaluations, model, saes, tokens, subjects.out), subjects.out / "report.html")
 
 
-app.add_typer(eval_app, name="eval")
-app.command()(reproduce)
+def run_eval(arguments: Sequence[str]) -> None:
+    """`writesae eval KIND SAE...` with the settings of that evaluation as flags; `all` runs every evaluation."""
+    kinds = {kind: evaluation.question for kind, evaluation in EVALUATIONS.items()}
+    kinds["all"] = "Every evaluation that fits the dictionaries, on one page."
+    kind = choose("writesae eval", arguments, kinds)
+    if kind == "all":
+        command = parse(EvalAll, "writesae eval all", arguments[1:])
+        evaluations = [with_settings(each, command) for each in EVALUATIONS.values()]
+        return say_where(evaluate(command.subjects, evaluations))
+    fields = [
+        ("subjects", tyro.conf.OmitArgPrefixes[Subjects]),
+        ("evaluation", tyro.conf.OmitArgPrefixes[EVALUATIONS[kind]]),
+    ]
+    command_class = dataclasses.make_dataclass("Eval", fields, frozen=True)
+    command_class.__doc__ = EVALUATIONS[kind].question
+    command = parse(command_class, f"writesae eval {kind}", arguments[1:])
+    say_where(evaluate(command.subjects, [command.evaluation]))
 
 
-@app.command()
-def report(
-    results: Annotated[list[Path], typer.Argument(help="Folders of results, or tables of the substitution test.")],
-    out: Annotated[Path, typer.Option(help="Page to write.")] = Path("report.html"),
-    scale: Annotated[str, typer.Option(help="Headline scale: coefficient, matched or least_squares.")] = "coefficient",
-    metric: Annotated[str, typer.Option(help="Headline metric.")] = "kl_window",
-) -> None:
-    """One page from saved results.
-
-    From **folders** that `writesae eval` or `writesae reproduce` left: claims, the paper's values, those measured,
-    controls, verdicts. From **tables** (.parquet) of the substitution test: that test in full, side by side.
-    """
-    from sae_lens_writesae.joined_report import find_results, write_joined_report
-    from sae_lens_writesae.report import write_report
-    from sae_lens_writesae.substitution_result import SubstitutionResult
-
-    with clear_errors():
-        if all(path.is_dir() for path in results):
-            files = write_joined_report(find_results(results), out)
-        else:
-            files = write_report([SubstitutionResult.load(path) for path in results], out, scale=scale, metric=metric)
-    say_where(files)
+def with_settings(evaluation: type[Evaluation], command: EvalAll) -> Evaluation:
+    """An evaluation with those settings of the command that it has."""
+    known = {field.name for field in dataclasses.fields(evaluation)}
+    settings: dict[str, object] = {"seed": command.seed}
+    for pair in command.set:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes FIELD=VALUE, found {pair!r}")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value
+    return evaluation(**{name: value for name, value in settings.items() if name in known})
 
 
-def main() -> None:
-    """Entry point of the console script."""
-    app(spread_lists(sys.argv[1:]))
+def run_report(arguments: Sequence[str]) -> None:
+    """`writesae report`."""
+    command = parse(Report, "writesae report", arguments)
+    say_where(write_report(find_results(command.results), command.out))
 
 
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """Errors that say what was asked and how to mend it are printed as they are; others keep their traceback."""
+def run_demo(arguments: Sequence[str]) -> None:
+    """`writesae demo`."""
+    say_where(parse(Demo, "writesae demo", arguments).run())
+
+
+def run_show(arguments: Sequence[str]) -> None:
+    """`writesae show`."""
+    files = parse(Show, "writesae show", arguments).run()
+    print(f"pages    {files.index} and {len(files.pages)} atoms\nnumbers  {files.data}")
+
+
+def run_reproduce(arguments: Sequence[str]) -> None:
+    """`writesae reproduce`."""
+    default = SMALL_RUN if "--small" in arguments else Reproduce()
+    files = parse(Reproduce, "writesae reproduce", arguments, default).run()
+    if files is not None:
+        say_where(files)
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], object]]] = {
+    "demo": ("Train two dictionaries on one head and test their atoms; offline, on a CPU, in minutes.", run_demo),
+    "train": ("Train a dictionary with SAELens' own command line.", train_from_arguments),
+    "eval": ("Evaluate trained dictionaries: one evaluation by name, or all.", run_eval),
+    "show": ("Make a page for each atom of a dictionary.", run_show),
+    "report": ("Write one page from saved results.", run_report),
+    "reproduce": ("Train and evaluate every dictionary of the paper's table for a model.", run_reproduce),
+}
+"""Every command: what it does, and the function that is given the rest of the command line."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script. Errors that say what to mend end with status 2 and no traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        yield
+        name = choose("writesae", given, {name: text for name, (text, _) in COMMANDS.items()})
+        COMMANDS[name][1](given[1:])
     except (HookpointsError, ValueError, FileNotFoundError) as error:
-        console.print(f"[red]error[/red] {error}", highlight=False)
-        raise typer.Exit(2) from error
+        print(f"error: {error}", file=sys.stderr)  # plain text: a path may hold what a markup language would take
+        raise SystemExit(2) from error
+
+
+def choose(program: str, arguments: Sequence[str], names: Mapping[str, str]) -> str:
+    """The first argument, if it is one of `names`; without one, or with --help, prints the names and ends.
+
+    Raises:
+        ValueError: the argument is not a name; names the nearest one.
+    """
+    name = arguments[0] if arguments else "--help"
+    if name in names:
+        return name
+    if name in ("--version",):
+        print(f"{program} {__version__}")
+        raise SystemExit(0)
+    if name not in ("-h", "--help"):
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{program} has no command {name!r}{hint} There are {', '.join(names)}")
+    width = max(map(len, names))
+    print(f"usage: {program} COMMAND ...\n")
+    print("\n".join(f"  {name:{width}}  {text}" for name, text in names.items()))
+    print(f"\n{program} COMMAND --help shows the flags of a command.")
+    raise SystemExit(0 if arguments else 2)
+
+
+def parse(command: type[T], program: str, arguments: Sequence[str], default: T | None = None) -> T:
+    """The command line as a value of `command`."""
+    return tyro.cli(command, prog=program, args=arguments, default=default)
 
 
 def say_where(files: ReportFiles) -> None:
-    """The files of a report, not by rich, which would break long paths over lines."""
-    typer.echo(f"report   {files.html}\nnumbers  {files.json}")
-
-
-def _show(results: Any) -> None:
-    """The finding in a few lines: how often each condition beats deletion, and the verdict."""
-    title = "closer to the native model than deleting the write, at the SAE's own coefficient"
-    table = Table("condition", *(result.info.label or result.info.hook_name for result in results), title=title)
-    summaries = [result.summary() for result in results]
-    scale = "coefficient"
-    rows = summaries[0].comparisons.query("scale == @scale and b == 'delete'")["a"]
-    for name in rows:
-        rates = [summary.rate(name, "delete", scale) for summary in summaries]
-        cells = (f"{r['rate']:.1%}  [{r['boot_low']:.1%}, {r['boot_high']:.1%}]" for r in rates)
-        table.add_row(name, *cells)
-    console.print(table)
-    console.print("[dim]95 % intervals by bootstrap over sequences[/dim]")
-    for result, summary in zip(results, summaries):
-        verdict = summary.verdicts[scale]
-        console.print(f"[bold]{result.info.label}[/bold]: {verdict.outcome}. {verdict.sentence}", highlight=False)
+    """The files of a report."""
+    print(f"report   {files.html}\nnumbers  {files.json}")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,10 @@ UNSCALED: tuple[str, ...] = ("native", "delete")
 #: Controls: directions other than the atom's, written at the norm of the atom condition.
 CONTROLS: tuple[str, ...] = ("random", "shuffled", "elsewhere", "state", "mean")
 
+#: Shown beside the controls, and never a control by which a verdict is confounded: where a head forgets, the state
+#: after the write is the write itself.
+REFERENCES: tuple[str, ...] = ("state_after",)
+
 #: Names of conditions as a reader meets them in sentences, figures and tables.
 NAMES: Mapping[str, str] = {
     "native": "native (no-op)",
@@ -47,7 +51,8 @@ NAMES: Mapping[str, str] = {
     "random": "random direction",
     "shuffled": "shuffled atom",
     "elsewhere": "write from elsewhere",
-    "state": "state direction",
+    "state": "state direction before the write",
+    "state_after": "state direction after the write (upper reference)",
     "mean": "mean write",
 }
 
@@ -56,18 +61,19 @@ DEFINITIONS: Mapping[str, str] = {
     "native": "the native write again, through the edit path: a no-op that measures the floor",
     "delete": "nothing",
     "atom": "the atom, at the scale named",
-    "random": "a Gaussian direction of the atom's rank, norm of the atom condition",
-    "shuffled": "another alive atom, norm of the atom condition",
+    "random": "a Gaussian direction of the atom's rank, norm of the atom condition (this project's control)",
+    "shuffled": 'another alive atom that does not fire there, norm of the atom condition (the paper\'s "random")',
     "elsewhere": "the native write of another position, norm of the atom condition",
-    "state": "the top singular direction of the state after the write, norm of the atom condition",
+    "state": "the top singular direction of S_t - W_t, the state before the write, norm of the atom condition",
+    "state_after": "the top singular direction of the state after the write, which contains the write; no control",
     "mean": "the head's mean native write, norm of the atom condition",
 }
 
 #: How the atom condition is scaled.
 SCALE_DEFINITIONS: Mapping[str, str] = {
-    "coefficient": "the SAE's own activation",
-    "matched": "norm of the native write",
-    "least_squares": "projection of the native write on the atom, possibly negative",
+    "coefficient": "the SAE's own activation (the paper's abstract)",
+    "matched": "norm of the native write (the paper's appendix)",
+    "least_squares": "projection of the native write on the atom, possibly negative (this project's)",
     "none": "no scale",
 }
 
@@ -104,12 +110,13 @@ def conditions(
 ) -> list[Condition]:
     """All conditions of N firings: native, delete, then per scale the atom and every control at its norm.
 
-    `controls` maps names of CONTROLS to directions (any norm but 0). A control's sign is its own: it is
+    `controls` maps names of CONTROLS and REFERENCES to directions (any norm but 0). A control's sign is its own: it is
     scaled by a positive number even where the least-squares coefficient of the atom is negative.
     """
-    unknown = sorted(set(controls) - set(CONTROLS))
+    known = (*CONTROLS, *REFERENCES)
+    unknown = sorted(set(controls) - set(known))
     if unknown:
-        raise ValueError(f"unknown controls {unknown}; there are {', '.join(CONTROLS)}")
+        raise ValueError(f"unknown controls {unknown}; there are {', '.join(known)}")
     made = [Condition("native", "none", native), Condition("delete", "none", None)]
     for scale in scales:
         written = scaled(atom, atom_coefficient(scale, atom, native, activation))

@@ -1,47 +1,24 @@
-"""The main job, end to end, on the model that ships with the package: train on writes and on states, then test both."""
+"""The main job, end to end, on a model that ships with the package: train on writes and on states, then test both."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae.evaluate import spread
-from sae_lens_writesae.head_memory import half_lives
-from sae_lens_writesae.report import ReportFiles, write_report
+from sae_lens_writesae.evaluations.substitution import Substitution
+from sae_lens_writesae.experiment.head import half_lives
+from sae_lens_writesae.experiment.tokens import sample_sequences
+from sae_lens_writesae.page.report import ReportFiles, write_report
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import quiet, text_dataset, train, training_config
 from sae_lens_writesae.sae.target import Target
-from sae_lens_writesae.substitution import run_substitution
-from sae_lens_writesae.substitution_config import SubstitutionConfig
-from sae_lens_writesae.substitution_result import SubstitutionResult
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """Sizes of the demo; the defaults fit two CPU cores and five minutes."""
-
-    model: str = "embedded"
-    layer: int | None = None
-    """Recurrent layer; None: the head whose writes last nearest to ``memory`` tokens is taken."""
-    head: int | None = None
-    memory: float = 32.0
-    """Wanted half-life of a write, in tokens, where the head is not named."""
-    targets: tuple[Target, ...] = ("write", "state")
-    d_sae: int = 512
-    k: int = 32
-    training_tokens: int = 150_000
-    context_size: int = 128
-    eval_sequences: int = 64
-    n_atoms: int = 60
-    firings_per_atom: int = 5
-    last_position_firings: int = 30
-    """Firings that are followed to the end of their sequence; these cost several times the others."""
-    seed: int = 0
 
 
 class HeadChoice(NamedTuple):
@@ -50,93 +27,117 @@ class HeadChoice(NamedTuple):
     layer: int
     head: int
     half_life: float
-    """Median over writes of the tokens after which half of a write's norm is left (decay and erase)."""
+    """Median over writes of the tokens after which half of a write's norm is left, by decay and erase."""
 
 
-class DemoResult(NamedTuple):
-    """What the demo leaves behind."""
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Train two sparse autoencoders on one head with memory, one on its writes and one on its states, with SAELens' own
+    runner. Then, where an atom fires, exchange the model's own write for the atom and for controls, and measure how the
+    next-token distribution changes. The report puts both dictionaries side by side. Offline, on a CPU, in minutes."""
 
-    results: list[SubstitutionResult]
-    report: ReportFiles
-    folder: Path
+    model: str = "embedded"
+    """Model to look into: one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7), a folder, or a
+    name on the hub."""
+    layer: int | None = None
+    """Recurrent layer. By default the head is taken whose writes last nearest to `memory` tokens."""
+    head: int | None = None
+    """Head of that layer."""
+    memory: float = 32.0
+    """Wanted half-life of a write, in tokens, where no head is named."""
+    targets: tuple[Target, ...] = ("write", "state")
+    """What dictionaries are trained on."""
+    d_sae: int = 512
+    """Atoms of a dictionary."""
+    k: int = 32
+    """Active atoms per token."""
+    training_tokens: int = 150_000
+    """Tokens that each dictionary is trained on."""
+    context_size: int = 128
+    """Tokens per sequence."""
+    eval_sequences: int = 64
+    """Sequences of the test."""
+    n_atoms: int = 60
+    """Atoms that are tested."""
+    firings_per_atom: int = 5
+    """Firings of each."""
+    last_position_firings: int = 30
+    """Firings that are followed to the end of their sequence; these cost several times the others."""
+    seed: int = 0
+    """Seed of training, draws and controls."""
+    out: Path = Path("writesae-out")
+    """Folder for report.html, the dictionaries and the results."""
 
-
-def run_demo(config: DemoConfig, out: Path, say: Any = print) -> DemoResult:
-    """Train one SAE per target on one head, run the substitution test on each, write everything to ``out``.
-
-    Leaves ``report.html``, ``report.json``, and per target the SAE (``sae/``) and the tidy table of the test.
-    """
-    torch.manual_seed(config.seed)
-    model = HookedRecurrent.from_pretrained(config.model)
-    tokens = spread(model, embedded.text("test"), config.context_size, config.eval_sequences)
-    chosen = choose_head(model, tokens[:8], config)
-    say(
-        f"model {config.model!r}: head {chosen.head} of layer {chosen.layer} "
-        f"({model.cfg.layer(chosen.layer).rule}), half-life of a write {chosen.half_life:.0f} tokens"
-    )
-    dataset = text_dataset(embedded.text("train"))
-    results = []
-    for target in config.targets:
-        say(f"\ntraining a WriteSAE on the {target}s of this head (SAELens)")
-        sae = _train(config, model, chosen, target, dataset)
-        sae.save_inference_model(str(out / target / "sae"))
-        say("substitution test: its atoms in the place of the model's own writes")
-        test = SubstitutionConfig(
-            n_atoms=config.n_atoms,
-            firings_per_atom=config.firings_per_atom,
-            last_position_firings=config.last_position_firings,
-            seed=config.seed,
-            label=f"{target}-trained",
+    def run(self, say: Callable[[str], object] = print) -> ReportFiles:
+        """Train one dictionary per target, test each, and write everything to `out`: the report, and per target the
+        dictionary (`sae/`) and its result (`substitution/`)."""
+        torch.manual_seed(self.seed)
+        model = HookedRecurrent.from_pretrained(self.model)
+        tokens = sample_sequences(model, embedded.text("test"), self.context_size, self.eval_sequences)
+        choice = self.choose_head(model, tokens[:8])
+        rule = model.cfg.layer(choice.layer).rule
+        say(
+            f"model {self.model!r}: head {choice.head} of layer {choice.layer} ({rule}), half-life of a write "
+            f"{choice.half_life:.0f} tokens"
         )
-        result = run_substitution(model, load_sae(out / target / "sae"), tokens, test)
-        result.save(out / target / "substitution")
-        results.append(result)
-    report = write_report(results, out / "report.html")
-    return DemoResult(results, report, out)
+        results = []
+        for target in self.targets:
+            say(f"\ntraining a WriteSAE on the {target}s of this head (SAELens)")
+            folder = self.out / target
+            self._train(model, choice, target).save_inference_model(str(folder / "sae"))
+            say("substitution test: its atoms in the place of the model's own writes")
+            test = Substitution(
+                n_atoms=self.n_atoms,
+                firings_per_atom=self.firings_per_atom,
+                last_position_firings=self.last_position_firings,
+                seed=self.seed,
+                label=f"{target}-trained",
+            )
+            result = test.run(model, load_sae(folder / "sae"), tokens)
+            result.save(folder / "substitution")
+            for claim in result.claims():
+                say(f"{result.label}: {claim.claim}: {claim.measured}: {claim.outcome}. {claim.sentence}")
+            results.append(result)
+        return write_report(results, self.out / "report.html")
 
+    def choose_head(self, model: HookedRecurrent, tokens: Tensor) -> HeadChoice:
+        """The head that was named, or the one whose half-life is nearest to `memory` (in octaves)."""
+        layers = model.cfg.recurrent_layers if self.layer is None else [self.layer]
+        choices: list[HeadChoice] = []
+        for layer in layers:
+            heads = range(model.cfg.layer(layer).H)
+            with torch.no_grad():
+                whole = model.recurrence(tokens, layer)
+                for head in heads if self.head is None else [h for h in heads if h == self.head]:
+                    rows = (whole.select(rows=row, heads=head) for row in range(len(tokens)))
+                    lives = torch.cat([half_lives(row) for row in rows])
+                    choices.append(HeadChoice(layer, head, float(lives.median())))
+        if not choices:
+            n_heads = model.cfg.layer(layers[0]).H
+            raise ValueError(f"head {self.head} is out of range: layer {layers[0]} has heads 0 to {n_heads - 1}")
+        wanted = torch.tensor(self.memory).log2()
+        return min(choices, key=lambda choice: float((torch.tensor(choice.half_life).log2() - wanted).abs()))
 
-def choose_head(model: HookedRecurrent, tokens: Tensor, config: DemoConfig) -> HeadChoice:
-    """The head that the config names, or the one whose half-life is nearest to ``config.memory`` (in octaves)."""
-    layers = model.cfg.recurrent_layers if config.layer is None else [config.layer]
-    found: list[HeadChoice] = []
-    for layer in layers:
-        heads = range(model.cfg.layer(layer).H)
-        with torch.no_grad():
-            whole = model.recurrence(tokens, layer)
-            for head in heads:
-                rows = (whole.select(rows=row, heads=head) for row in range(len(tokens)))
-                lives = torch.cat([half_lives(row) for row in rows])
-                found.append(HeadChoice(layer, head, float(lives.median())))
-    if config.head is not None:
-        found = [choice for choice in found if choice.head == config.head]
-    if not found:
-        raise ValueError(
-            f"head {config.head} is out of range: layer {layers[0]} has heads 0 to {model.cfg.layer(layers[0]).H - 1}"
+    def _train(self, model: HookedRecurrent, choice: HeadChoice, target: Target) -> SAE:
+        cfg = training_config(
+            model,
+            choice.layer,
+            choice.head,
+            target=target,
+            d_sae=self.d_sae,
+            sae={"k": self.k, "normalize_activations": "expected_average_only_in"},
+            training_tokens=self.training_tokens,
+            context_size=self.context_size,
+            store_batch_size_prompts=16,
+            n_batches_in_buffer=32,
+            train_batch_size_tokens=512,
+            n_batches_for_norm_estimate=8,
+            lr=1e-3,
+            lr_scheduler_name="cosineannealing",
+            lr_warm_up_steps=20,
+            dead_feature_window=100,
+            seed=self.seed,
+            verbose=False,
         )
-    wanted = torch.tensor(config.memory).log2()
-    return min(found, key=lambda choice: float((torch.tensor(choice.half_life).log2() - wanted).abs()))
-
-
-def _train(config: DemoConfig, model: HookedRecurrent, chosen: HeadChoice, target: Target, dataset: Any) -> Any:
-    cfg = training_config(
-        model,
-        chosen.layer,
-        chosen.head,
-        target=target,
-        d_sae=config.d_sae,
-        sae={"k": config.k, "normalize_activations": "expected_average_only_in"},
-        training_tokens=config.training_tokens,
-        context_size=config.context_size,
-        store_batch_size_prompts=16,
-        n_batches_in_buffer=32,
-        train_batch_size_tokens=512,
-        n_batches_for_norm_estimate=8,
-        lr=1e-3,
-        lr_scheduler_name="cosineannealing",
-        lr_warm_up_steps=20,
-        dead_feature_window=100,
-        seed=config.seed,
-        verbose=False,
-    )
-    with quiet():
-        return train(cfg, model, dataset)
+        with quiet():
+            return train(cfg, model, text_dataset(embedded.text("train")))

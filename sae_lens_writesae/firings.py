@@ -82,6 +82,12 @@ class Firings:
         counts = np.bincount(self.atom[early], minlength=self.n_atoms)
         return np.flatnonzero(counts >= min_firings)
 
+    def active(self, sequence: int, position: int) -> NDArray[np.int64]:
+        """Atoms that fire at one token."""
+        start, stop = np.searchsorted(self.sequence, [sequence, sequence + 1])
+        first, last = start + np.searchsorted(self.position[start:stop], [position, position + 1])
+        return self.atom[first:last]
+
     def strongest(self, at: pd.DataFrame) -> pd.DataFrame:
         """The most active atom at each (sequence, position) of `at`: columns atom and activation, index of
         `at`.

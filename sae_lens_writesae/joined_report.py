@@ -115,12 +115,21 @@ def joined_tables(results: Sequence[Evaluation]) -> dict[str, pd.DataFrame]:
     return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
 
 
+_ORDER: tuple[Outcome, ...] = (
+    "holds",
+    "confounded",
+    "undecided",
+    "fails",
+    "inconclusive",
+    "below the floor",
+    "not tested",
+)
+
+
 def lead(rows: Sequence[Row]) -> str:
     """The outcome of all answers in one sentence."""
     counts = Counter(row.claim.outcome for row in rows)
-    names: dict[Outcome, str] = {"explained": "explained by a control"}
-    order: tuple[Outcome, ...] = ("holds", "explained", "fails", "below the floor", "not tested")
-    parts = [f"{names.get(outcome, outcome)}: {counts[outcome]}" for outcome in order if counts[outcome]]
+    parts = [f"{outcome}: {counts[outcome]}" for outcome in _ORDER if counts[outcome]]
     return f"{len(rows)} answers to claims. {'; '.join(parts).capitalize()}."
 
 

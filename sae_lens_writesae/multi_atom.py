@@ -7,7 +7,7 @@ so that a reader sees how many it takes. Source: future work of WriteSAE (arXiv 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -15,12 +15,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sae_lens_writesae.atom.low_rank import nonzero_terms
 from sae_lens_writesae.conditions import Condition, Factors, cosine, mean_write, norm, with_norm
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluation import describe
 from sae_lens_writesae.firings import Firings, HeadHook, collect_firings
-from sae_lens_writesae.head_memory import head_writes
+from sae_lens_writesae.head_memory import HeadWrites, head_writes
 from sae_lens_writesae.interventions.common import by_sequence, checked_hook, head_atoms
 from sae_lens_writesae.multi_atom_result import MultiAtom, MultiAtomConfig
 from sae_lens_writesae.progress import bar
@@ -98,8 +97,7 @@ def _sequence(
         if float(norm(native)) == 0:
             omitted["positions with a zero native write"] += 1
             continue
-        state = _state_terms(writes.recurrence, t) if "state" in run.config.controls else None
-        made = list(_conditions(run, native, _code(run, sequence, t), state))
+        made = list(_conditions(run, native, _code(run, sequence, t), _bases(run, writes, t)))
         edits = [edits_of(run.hook, run.test, written.condition, native, [t]) for written in made]
         kl = measure(session, edits, [t], [False], run.test)[:, 0]
         yield pd.DataFrame([_row(w, native, values) for w, values in zip(made, kl)]).assign(
@@ -122,7 +120,7 @@ def _row(written: _Written, native: Factors, kl: Any) -> dict[str, Any]:
     }
 
 
-def _conditions(run: _Run, native: Factors, code: list[Factors], state: Factors | None) -> Iterator[_Written]:
+def _conditions(run: _Run, native: Factors, code: list[Factors], bases: dict[str, Factors]) -> Iterator[_Written]:
     """What is written at one position. `code` holds the active atoms, strongest first (N = 1 each)."""
     yield _Written(Condition("native", "none", native), 0, False)
     yield _Written(Condition("delete", "none", None), 0, False)
@@ -131,23 +129,27 @@ def _conditions(run: _Run, native: Factors, code: list[Factors], state: Factors 
         if run.bias is not None:
             yield _Written(Condition("bias", scale, _at_scale(run.bias, native, scale)), 0, False)
         for n, whole in [*((n, False) for n in counts), (len(code), True)]:
-            partial = Factors.cat(code[:n])
+            partial = joined(code[:n])
             if float(norm(partial)) == 0:
                 continue
             sums = {"code": partial}
             if run.bias is not None:
-                sums["code + bias"] = Factors.cat([partial, run.bias])
+                sums["code + bias"] = joined([partial, run.bias])
             for name, what in sums.items():
                 yield _Written(Condition(name, scale, _at_scale(what, native, scale)), n, whole)
             size, terms = norm(_at_scale(partial, native, scale)), partial.keys.shape[1]
-            for name, basis in (("mean", run.mean), ("state", state)):
-                if name in run.config.controls and basis is not None:
-                    top = Factors(basis.keys[:, :terms].to(partial.keys), basis.values[:, :terms].to(partial.values))
-                    yield _Written(Condition(name, scale, with_norm(top, size)), n, whole)
+            for name, basis in bases.items():
+                top = Factors(basis.keys[:, :terms].to(partial.keys), basis.values[:, :terms].to(partial.values))
+                yield _Written(Condition(name, scale, with_norm(top, size)), n, whole)
 
 
 def _at_scale(what: Factors, native: Factors, scale: str) -> Factors:
     return with_norm(what, norm(native).to(what.values)) if scale == "matched" else what
+
+
+def joined(parts: Sequence[Factors]) -> Factors:
+    """The sum of matrices (each N = 1), as one with all of their terms."""
+    return Factors(torch.cat([p.keys for p in parts], 1), torch.cat([p.values for p in parts], 1))
 
 
 def _code(run: _Run, sequence: int, position: int) -> list[Factors]:
@@ -160,9 +162,14 @@ def _code(run: _Run, sequence: int, position: int) -> list[Factors]:
     return [scaled_.rows([n]) for n in order]
 
 
-def _state_terms(recurrence: Any, position: int) -> Factors:
-    """The state after the write as its singular terms, largest first."""
-    return Factors.svd(recurrence.states(positions=[position])[0, :, 0])
+def _bases(run: _Run, writes: HeadWrites, position: int) -> dict[str, Factors]:
+    """The controls at one position as singular terms, largest first: mean write, state before and after the write."""
+    after = writes.recurrence.states(positions=[position])[0, :, 0]
+    made = {"mean": run.mean}
+    for name, state in (("state", after - writes.native.rows([position]).dense()), ("state_after", after)):
+        left, sigma, right = torch.linalg.svd(state, full_matrices=False)
+        made[name] = Factors((left * sigma[:, None, :]).mT, right)
+    return {name: made[name] for name in run.config.controls}
 
 
 def _mean_write(model: Any, hook: HeadHook, tokens: Tensor, config: MultiAtomConfig) -> Factors:
@@ -180,4 +187,7 @@ def _bias(model: Any, sae: Any, hook: HeadHook) -> Factors | None:
     bias = getattr(sae, "b_dec", None)
     if bias is None or not bool(bias.any()):
         return None
-    return nonzero_terms(bias.detach().float().reshape(shape.K, shape.V).to(model.cfg.device))
+    dense = bias.detach().float().reshape(1, shape.K, shape.V).to(model.cfg.device)
+    left, sigma, right = torch.linalg.svd(dense, full_matrices=False)
+    kept = sigma[0] > sigma[0, 0] * 1e-6
+    return Factors((left * sigma[:, None, :]).mT[:, kept], right[:, kept])

@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from sae_lens_writesae.conditions import REFERENCES
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
 from sae_lens_writesae.interventions import plots
 from sae_lens_writesae.interventions.common import Estimate, check_at_least, estimate
 from sae_lens_writesae.substitution_config import SubstitutionConfig
+from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 
 ALL = 0
 """The count that stands for "all active atoms"."""
@@ -30,8 +32,9 @@ class MultiAtomConfig:
     """How many of the strongest atoms are written (by |a_i| |A_i|); all active ones are always run too."""
     scales: tuple[str, ...] = ("coefficient", "matched")
     """The partial sum as the SAE gives it, or brought to the norm of the native write."""
-    controls: tuple[str, ...] = ("mean", "state")
-    """The n top terms of the head's mean write or of the state after the write, at the norm of the partial sum."""
+    controls: tuple[str, ...] = ("mean", "state", "state_after")
+    """The n top terms of the head's mean write or of the state before the write, at the norm of the partial sum;
+    `state_after`, the state after the write, is a reference that confounds nothing."""
     horizon: int = 16
     """KL is averaged over t..t+horizon."""
     first_position: int = 1
@@ -46,7 +49,7 @@ class MultiAtomConfig:
     """Name in reports."""
 
     def __post_init__(self) -> None:
-        for name, known in (("scales", ("coefficient", "matched")), ("controls", ("mean", "state"))):
+        for name, known in (("scales", ("coefficient", "matched")), ("controls", ("mean", "state", "state_after"))):
             given = tuple(getattr(self, name))
             object.__setattr__(self, name, given)
             if unknown := [x for x in given if x not in known]:
@@ -71,7 +74,7 @@ class MultiAtom(Evaluation):
     first a_i A_i (`code`), and the same with the decoder bias where the SAE has one (`code + bias`; `bias` alone is
     n = 0 of it), at the SAE's own scale or at the norm of the native write. KL(native || patched), mean over
     t..t+horizon. Beside it: native (a no-op), delete, and at the same number of rank-1 terms and the same norm the top
-    terms of the mean write and of the state after the write.
+    terms of the mean write and of the state S_t - W_t before the write; the state after it is a reference.
 
     For an SAE of states the code is that of the state S_t, and its atoms are written in the place of the write: the
     question is then whether what the state's dictionary says is there can stand in for what the token adds. At the
@@ -79,8 +82,9 @@ class MultiAtom(Evaluation):
 
     Verdict (a claim of this project), with all atoms, at the first scale, with the bias where that is nearer:
     1. "below the floor": the median KL of deletion is below 1e-9.
-    2. "fails": the interval of log KL(all atoms) - log KL(delete) does not lie below 0.
-    3. "explained": a control at the same rank has an interval below 0 too, and all atoms do not beat it.
+    2. "inconclusive" with too little data (`verdict.judge`); else "fails":
+       the interval of log KL(all atoms) - log KL(delete) does not lie below 0.
+    3. "confounded": a control at the same rank has an interval below 0 too, and all atoms do not beat it.
     4. "holds" otherwise.
     """
 
@@ -90,7 +94,7 @@ class MultiAtom(Evaluation):
         "writes": {
             "sequence": "evaluation sequence",
             "position": "t",
-            "condition": "native, delete, code, code + bias, bias, mean, state",
+            "condition": "native, delete, code, code + bias, bias, mean, state, state_after",
             "scale": "coefficient, matched; none for native and delete",
             "count": "atoms written (controls: atoms whose terms and norm they have); 0 for native, delete, bias",
             "all": "these are all active atoms",
@@ -135,14 +139,16 @@ class MultiAtom(Evaluation):
         controls = [c for c in self.info["config"]["controls"] if not self.part(c, scale, ALL).empty]
         beaten = {c: self._log_ratio(c, scale, ALL, delete) for c in controls}
         versus = {c: self._log_ratio(code, scale, ALL, self.part(c, scale, ALL)) for c in controls}
-        rivals = [c for c in controls if beaten[c].high < 0 and not versus[c].high < 0]
+        rivals = [c for c in controls if c not in REFERENCES and beaten[c].high < 0 and not versus[c].high < 0]
         medians = {n: float(self.part(code, scale, n)["kl"].median()) for n in self._counts(code, scale)}
         if float(delete["kl"].median()) < _FLOOR_KL:
             outcome, why = "below the floor", "Deletion itself does not move the model."
+        elif too_little(against_delete.n, against_delete.n_clusters, against_delete.low, against_delete.high):
+            outcome, why = "inconclusive", NO_DATA
         elif not against_delete.high < 0:
             outcome, why = "fails", "The whole code is not nearer to the native model than writing nothing."
         elif rivals:
-            outcome, why = "explained", f"At the same rank and norm {' and '.join(rivals)} does as well."
+            outcome, why = "confounded", f"At the same rank and norm {' and '.join(rivals)} does as well."
         else:
             outcome, why = "holds", "The whole code is nearer than nothing, and than every control of its rank."
         curve = ", ".join(f"{'all' if n == ALL else n}: {value:.3g}" for n, value in medians.items())
@@ -187,7 +193,7 @@ class MultiAtom(Evaluation):
         x = [float(n) for n in counts[:-1]]
         x.append(max(float(self.part("code", scale, ALL)["count"].max()), *(n + 1 for n in x), 1.0))
         lines = []
-        for name in ("mean", "state", "code + bias", "code"):
+        for name in ("mean", "state", "state_after", "code + bias", "code"):
             if all(not self.part(name, scale, n).empty for n in counts):
                 y = [float(self.part(name, scale, n)[column].median()) for n in counts]
                 lines.append(plots.Line(name, x, y, "atom" if name == "code" else "ink" if "bias" in name else "soft"))

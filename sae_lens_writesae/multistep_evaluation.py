@@ -10,12 +10,14 @@ import pandas as pd
 from torch import Tensor
 
 from sae_lens_writesae import plots
-from sae_lens_writesae.conditions import CONTROLS, NAMES, Scale
+from sae_lens_writesae.conditions import CONTROLS, NAMES, REFERENCES, Scale
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure, describe
 from sae_lens_writesae.multistep import multistep_divergence
 from sae_lens_writesae.report_text import percent, span
 from sae_lens_writesae.substitution_config import SubstitutionConfig
 from sae_lens_writesae.verdict import statistics
+from sae_lens_writesae.verdict.judge import NO_DATA, RELEVANT_RATE, too_few_wins
+from sae_lens_writesae.verdict.paper import Outcome
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class MultistepConfig:
     n_atoms: int | None = 40
     firings_per_atom: int = 3
     scale: Scale = "coefficient"
-    controls: tuple[str, ...] = CONTROLS
+    controls: tuple[str, ...] = (*CONTROLS, *REFERENCES)
     seed: int = 0
     label: str = ""
 
@@ -49,7 +51,9 @@ class Multistep(Evaluation):
 
     The claim is that an atom leaves the model nearer to its native course than deletion does: on each firing, the mean
     over steps 0..n of 1 - cosine of the residual stream is smaller. It fails where the cluster interval of that rate
-    does not lie above 1/2, and is explained by a control that also beats deletion and is not beaten by the atom.
+    does not lie above 1/2 (inconclusive where it contains both 1/2 and 60 %, or with fewer than 20 firings or 5
+    sequences), and is confounded by a control that also beats deletion and is not beaten by the atom (undecided where
+    the interval of atom < control contains both). The state after the write is a reference, no control.
     """
 
     kind: ClassVar[str] = "multistep"
@@ -79,13 +83,19 @@ class Multistep(Evaluation):
 
         win = rate("atom", "delete")
         rivals = [c for c in CONTROLS if c in wide]
-        beats = {c: rate(c, "delete") for c in rivals}
+        beats = {c: rate(c, "delete") for c in (*CONTROLS, *REFERENCES) if c in wide}
         ties = [c for c in rivals if beats[c].bootstrap.low > 0.5 and not rate("atom", c).bootstrap.low > 0.5]
         ties.sort(key=lambda c: -beats[c].rate)
-        if not win.bootstrap.low > 0.5:
+        as_good = [c for c in ties if rate("atom", c).bootstrap.high < RELEVANT_RATE]
+        outcome: Outcome
+        if too_few_wins(win.n, win.n_clusters, *win.bootstrap):
+            outcome, why = "inconclusive", NO_DATA
+        elif not win.bootstrap.low > 0.5:
             outcome, why = "fails", "Its interval does not lie above 1/2."
+        elif as_good:
+            outcome, why = "confounded", f"So does {NAMES[as_good[0]]}, which the atom does not beat."
         elif ties:
-            outcome, why = "explained", f"So does {NAMES[ties[0]]}, which the atom does not beat."
+            outcome, why = "undecided", f"So does {NAMES[ties[0]]}; whether the atom beats it is undecided."
         else:
             outcome, why = "holds", "No control that beats deletion does as well."
         return [
@@ -95,7 +105,7 @@ class Multistep(Evaluation):
                 f"{percent(win.rate)} [{span(*win.bootstrap)}]",
                 win.n,
                 f"firings in {win.n_clusters} sequences",
-                ", ".join(f"{NAMES[c]} {percent(beats[c].rate)}" for c in sorted(rivals, key=lambda c: -beats[c].rate)),
+                ", ".join(f"{NAMES[c]} {percent(beats[c].rate)}" for c in sorted(beats, key=lambda c: -beats[c].rate)),
                 outcome,
                 why,
             )

@@ -92,8 +92,9 @@ class Objectives(Evaluation):
 
     Claim "training on X substitutes better than training on states by mse", one for each other objective, in order:
     "not tested" without a dictionary of states and mse; "below the floor" where deletion moves the model no more than a
-    no-op; "fails" where the interval of the difference of win rates does not lie above 0, or X itself does not beat
-    deletion; "explained" where a control beats deletion and X does not beat that control; "holds" otherwise.
+    no-op; "inconclusive" with fewer than 20 firings or 5 atoms, or where the interval of the difference contains both 0
+    and 10 points; "fails" where the interval of the difference of win rates does not lie above 0, or X itself does not
+    beat deletion; "confounded" where a control beats deletion and X does not beat that control; "holds" otherwise.
 
     Claim "one objective is best at all that it can be compared in" holds where one dictionary is beaten on no measure
     and wins the substitution; it fails otherwise, and says what wins where.
@@ -110,7 +111,7 @@ class Objectives(Evaluation):
             "l0": "atoms active per token",
             "tested_atoms": "atoms in the substitution test",
             "outcome": "verdict of its substitution test",
-            "explained_by": "controls that explain the verdict, empty if none",
+            "unbeaten": "controls that it does not beat, empty if none",
         },
         "measures": {
             "sae": "label of the dictionary",

@@ -8,9 +8,13 @@ from sae_lens_writesae.conditions import NAMES
 from sae_lens_writesae.evaluation import Claim
 from sae_lens_writesae.objectives_compare import MEASURES, WITHIN_TARGET
 from sae_lens_writesae.report_text import percent, span
+from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 
 if TYPE_CHECKING:
     from sae_lens_writesae.objectives import Objectives
+
+_RELEVANT = 0.1
+"""Difference of win rates that matters."""
 
 _WORDS = {
     "explained": "variance of its target",
@@ -75,20 +79,26 @@ def _better(result: Objectives, row: dict[str, Any], base: str) -> Claim:
         f"{NAMES[control]} {percent(_value(result, row['sae'], control)['value'])} at the firings of {row['sae']}"
         for control in result.info["config"]["controls"]
     )
+    n, clusters = int(own["n"] + against["n"]), int(min(own["clusters"], against["clusters"]))
     if "below the floor" in (row["outcome"], other["outcome"]):
         outcome, sentence = "below the floor", "Deletion itself moves the model by no more than the no-op."
+    elif too_little(n, clusters, gap["low"], gap["high"], relevant=_RELEVANT):
+        outcome, sentence = "inconclusive", NO_DATA
     elif not gap["low"] > 0:
         outcome, sentence = "fails", "The interval of the difference does not lie above 0."
     elif row["outcome"] == "fails":
         outcome, sentence = "fails", "It is ahead, but its atoms do not beat deletion themselves."
-    elif row["outcome"] == "explained":
-        which = ", ".join(NAMES[name] for name in row["explained_by"].split(", "))
-        outcome, sentence = "explained", f"It is ahead, but does not beat a control that beats deletion: {which}."
+    elif row["outcome"] == "inconclusive":
+        outcome, sentence = "inconclusive", f"It is ahead; of its own atoms against deletion: {NO_DATA}"
+    elif row["outcome"] in ("confounded", "undecided"):
+        which = ", ".join(NAMES[name] for name in row["unbeaten"].split(", "))
+        outcome = row["outcome"]
+        sentence = f"It is ahead, but is not shown to beat a control that beats deletion: {which}."
     else:
         outcome, sentence = "holds", "It is ahead, and beats deletion and every control that beats deletion."
     claim = f"training on {_name(row)} substitutes better than training on states by mse"
     unit = f"firings of {int(own['clusters'] + against['clusters'])} atoms"
-    return Claim(None, claim, measured, int(own["n"] + against["n"]), unit, controls, outcome, sentence)
+    return Claim(None, claim, measured, n, unit, controls, outcome, sentence)
 
 
 def _best(result: Objectives) -> Claim:
@@ -110,7 +120,16 @@ def _best(result: Objectives) -> Claim:
     else:
         sentence = f"{winner} wins the substitution, but is beaten on {', '.join(_beaten(result, winner))}."
     claim = "one objective is best at all that it can be compared in"
-    return Claim(None, claim, "; ".join(parts), len(names), "dictionaries", "", "holds" if holds else "fails", sentence)
+    outcome = "holds" if holds else "fails"
+    if any(_few(result, sae) for sae in names):
+        outcome, sentence = "inconclusive", NO_DATA
+    return Claim(None, claim, "; ".join(parts), len(names), "dictionaries", "", outcome, sentence)
+
+
+def _few(result: Objectives, sae: str) -> bool:
+    """Whether the substitution of a dictionary rests on too little data."""
+    row = _value(result, sae, result.info["config"]["scale"])
+    return too_little(int(row["n"]), int(row["clusters"]), row["low"], row["high"])
 
 
 def _beaten(result: Objectives, sae: str) -> list[str]:

@@ -114,7 +114,7 @@ def dictionaries(
         row = {"sae": label, "target": target, "loss": loss, "d_sae": int(saes[label].cfg.d_sae)}
         row["l0"] = float(fits.loc[fits["sae"] == label, "l0"].mean())
         row["tested_atoms"] = len(set(tests[label].frame["written_atom"]))
-        rows.append(row | {"outcome": verdict.outcome, "explained_by": ", ".join(verdict.controls)})
+        rows.append(row | {"outcome": verdict.outcome, "unbeaten": ", ".join(verdict.controls)})
     return pd.DataFrame(rows)
 
 

@@ -86,7 +86,7 @@ class Partition(Evaluation):
     1. "not tested": fewer than `min_atoms` alive atoms, or all cosines alike.
     2. "fails": on the cosines, BIC is lowest at another number of components than 2, or at 2 by less than 10 under
        that of one (10: "very strong evidence", Kass and Raftery, 1995).
-    3. "explained": the shuffled null, too, takes more than one component by at least 10, or the share of atoms at the
+    3. "confounded": the shuffled null, too, takes more than one component by at least 10, or the share of atoms at the
        threshold or above is no higher than in the shuffled null (interval of the difference, over atoms, does not lie
        above 0).
     4. "holds" otherwise.
@@ -95,8 +95,9 @@ class Partition(Evaluation):
     shuffled) has an interval above 0 (bootstrap over atoms); the random null is stated beside it.
 
     Claim 4, "register and bundle alike", needs the substitution test of atoms of both kinds (`evaluate_partition` draws
-    as many of each): below the floor and explained as that test says; else it holds where both kinds beat deletion
-    (intervals over atoms above 1/2) and a permutation of atoms finds no difference at 5 %, and fails otherwise.
+    as many of each): below the floor, inconclusive, confounded or undecided as that test says (inconclusive, too, with
+    fewer than 20 firings or 5 atoms of a kind); else it holds where both kinds beat deletion (intervals over atoms
+    above 1/2) and a permutation of atoms finds no difference at 5 %, and fails otherwise.
     """
 
     kind: ClassVar[str] = "partition"
@@ -200,6 +201,7 @@ def evaluate_partition(
     firings = collect_firings(model, sae, tokens, progress=progress)
     result = _partition(model, sae, tokens, firings, config)
     settings = SubstitutionConfig(
+        atom_choice="own",  # the claim is about atoms of either kind, not about those that dominate a position
         firings_per_atom=config.firings_per_atom,
         scales=("coefficient",),
         controls=config.controls,

@@ -12,6 +12,7 @@ from sae_lens_writesae.evaluation import Claim
 from sae_lens_writesae.report_text import percent, span
 from sae_lens_writesae.substitution_result import SubstitutionResult
 from sae_lens_writesae.verdict import statistics as stats
+from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 
 if TYPE_CHECKING:
     from sae_lens_writesae.partition import Partition
@@ -67,14 +68,14 @@ def _two_kinds(result: Partition) -> Claim:
     elif found != 2 or gap < STRONG:
         outcome, sentence = "fails", f"{fit}, so the cosine does not part the atoms into two kinds; {share}."
     elif gap_to_one(result.tables["mixtures"], "shuffled", "cosine") >= STRONG:
-        outcome = "explained"
+        outcome = "confounded"
         sentence = (
             f"{fit}, but at shuffled positions, where nothing can point along its write, it prefers "
             f"{best['shuffled', 'cosine']}: a mixture fits what is not normal, and shows no kinds."
         )
     elif not boot.interval.low > 0:
         span_ = span(boot.interval.low, boot.interval.high)
-        outcome = "explained"
+        outcome = "confounded"
         sentence = f"{fit}, but shuffled positions give as many registers (difference [{span_}] points)."
     else:
         span_ = span(boot.interval.low, boot.interval.high)
@@ -94,6 +95,8 @@ def _aligned(result: Partition) -> Claim:
     controls = ", ".join(f"{name} null {atoms[name].median():.3f}" for name in _NULLS)
     if len(atoms) < result.info["config"]["min_atoms"]:
         outcome, sentence = "not tested", f"{len(atoms)} alive atoms are too few."
+    elif too_little(len(atoms), len(atoms), *gain.interval):
+        outcome, sentence = "inconclusive", NO_DATA
     elif gain.interval.low > 0:
         outcome = "holds"
         sentence = f"The cosine is higher where the atom fires than elsewhere (Wilcoxon p = {test.p_value:.2g})."
@@ -205,8 +208,10 @@ def _alike(result: Partition) -> Claim:
     both = all(row["low"] > 0.5 for row in rates.values())
     if info["verdict"] == "below the floor":
         outcome, sentence = "below the floor", "Deletion itself moves the model by no more than the no-op."
-    elif info["verdict"] == "explained":
-        outcome, sentence = "explained", f"Not beaten by the atoms: {', '.join(info['verdict_controls'])}."
+    elif info["verdict"] == "inconclusive" or too_little(int(np.sum(rows["n"])), int(rows["n_atoms"].min())):
+        outcome, sentence = "inconclusive", NO_DATA
+    elif info["verdict"] in ("confounded", "undecided"):
+        outcome, sentence = info["verdict"], f"Not beaten by the atoms: {', '.join(info['verdict_controls'])}."
     elif both and gap["p_value"] >= 0.05:
         outcome = "holds"
         sentence = "Both kinds beat deletion, and no difference is found; its interval says how large one could be."

@@ -17,7 +17,7 @@ import pandas as pd
 
 from sae_lens_writesae import plots
 from sae_lens_writesae import report_text as text
-from sae_lens_writesae.conditions import CONTROLS, DEFINITIONS, NAMES, SCALE_DEFINITIONS
+from sae_lens_writesae.conditions import CONTROLS, DEFINITIONS, NAMES, REFERENCES, SCALE_DEFINITIONS
 from sae_lens_writesae.substitution_result import SubstitutionResult
 from sae_lens_writesae.summary import EXACT_FLOOR, Summary, Verdict
 from sae_lens_writesae.verdict.statistics import Rate, win_rate
@@ -52,7 +52,7 @@ class _Entry:
 
     @property
     def rivals(self) -> tuple[str, ...]:
-        """Controls that explain the headline result: they beat deletion and the atom does not beat them."""
+        """Controls that confound the headline result: they beat deletion and the atom does not beat them."""
         return self.verdict.controls
 
 
@@ -136,7 +136,7 @@ def _render(entries: list[_Entry], title: str, metric: str, steps: Sequence[pd.D
         scale_definitions=SCALE_DEFINITIONS,
         names=NAMES,
         definitions=DEFINITIONS,
-        controls=[c for c in CONTROLS if any(c in e.result.info.config.controls for e in entries)],
+        controls=[c for c in (*CONTROLS, *REFERENCES) if any(c in e.result.info.config.controls for e in entries)],
         entries=entries,
         leads=[_lead(entries, each) for each in scales],
         infos=[e.result.info for e in entries],
@@ -167,14 +167,14 @@ def _claims(entries: list[_Entry], scales: list[str]) -> list[dict[str, Any]]:
                 cells.append(None)
                 continue
             chains: Any = summary.chains
-            chain = chains[chains["scale"] == scale]
+            chain = chains[(chains["scale"] == scale) & (chains["chain"] == "atom < delete < shuffled")]
             controls = [c for c in CONTROLS if c in entry.result.info.config.controls]
             best = max(controls, key=lambda c: summary.rate(c, "delete", scale)["rate"], default=None)
             cells.append(
                 {
                     "win": summary.rate("atom", "delete", scale),
                     "chain": None if chain.empty else chain.iloc[0],
-                    "medians": [_kl_row(summary, name, scale) for name in ("atom", "delete", "random")],
+                    "medians": [_kl_row(summary, name, scale) for name in ("atom", "delete", "shuffled")],
                     "best": best,
                     "best_rate": None if best is None else summary.rate(best, "delete", scale),
                     "against_best": None if best is None else summary.rate("atom", best, scale),
@@ -217,7 +217,9 @@ def _memory_figure(entries: list[_Entry]) -> str | None:
     for e in entries:
         rate, info = e.by_metric[e.summary.metric], e.result.info
         capped = info.half_life >= info.half_life_limit
-        rivals: list[Any] = [e.summary.rate(c, "delete", e.scale)["rate"] for c in info.config.controls]
+        rivals: list[Any] = [
+            e.summary.rate(c, "delete", e.scale)["rate"] for c in info.config.controls if c not in REFERENCES
+        ]
         best = max(rivals, default=None)
         points.append(plots.HeadPoint(e.name, info.target, info.half_life, capped, rate.rate, *rate.bootstrap, best))
     return plots.half_life_figure(points)

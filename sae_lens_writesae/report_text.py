@@ -41,9 +41,9 @@ def r_squared(x: float) -> str:
 
 
 def outcome(verdict: Verdict) -> str:
-    """A verdict in a few words: "holds", "explained by state direction", ..."""
-    if verdict.outcome == "explained":
-        return f"explained by {NAMES[verdict.controls[0]]}"
+    """A verdict in a few words: "holds", "confounded by mean write", ..."""
+    if verdict.outcome == "confounded":
+        return f"confounded by {NAMES[verdict.controls[0]]}"
     return verdict.outcome
 
 
@@ -60,7 +60,7 @@ def lead(verdicts: Sequence[Verdict], names: Sequence[str], scale: str) -> str:
         if members:
             many = len(verdicts) > _NAMED_DICTIONARIES
             parts.append(f"{phrase} {len(members) if many else _listed(members)}")
-    total = f" of {len(verdicts)} dictionaries" if len(verdicts) > _NAMED_DICTIONARIES else ""
+    total = f" of {len(verdicts)} tests" if len(verdicts) > _NAMED_DICTIONARIES else ""
     return f"{where}, substitution {', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}{total}."
 
 
@@ -68,13 +68,17 @@ _NAMED_DICTIONARIES = 4
 _ALONE = {
     "holds": "atoms stand in for the writes they replace, and no control does as well",
     "fails": "atoms do not stand in for the writes they replace",
-    "explained": "atoms beat deletion, but so does a control that they do not beat",
+    "confounded": "atoms beat deletion, but so does a control that they do not beat",
+    "undecided": "atoms beat deletion, but so does a control, and which is better is undecided",
+    "inconclusive": "there is too little data to say whether atoms stand in for the writes they replace",
     "below the floor": "the test says nothing: deleting the write moves the model no more than a no-op does",
 }
 _TOGETHER = {
     "holds": "holds for",
-    "explained": "is explained by a control for",
+    "confounded": "is confounded by a control for",
     "fails": "fails for",
+    "undecided": "is undecided for",
+    "inconclusive": "is inconclusive for",
     "below the floor": "is below the floor for",
 }
 

@@ -28,6 +28,8 @@ from sae_lens_writesae.head_memory import head_writes
 from sae_lens_writesae.plots_seeds import figures
 from sae_lens_writesae.report_text import percent
 from sae_lens_writesae.verdict import statistics as stats
+from sae_lens_writesae.verdict.judge import NO_DATA, too_little
+from sae_lens_writesae.verdict.paper import Outcome
 from sae_lens_writesae.write_cosines import firing_cosines
 
 SAMPLES: dict[str, str] = {
@@ -73,10 +75,12 @@ class Seeds(Evaluation):
 
     Claim 20, "seeds find the same kinds, not the same atoms", holds where the numbers of alive atoms and of registers
     each spread by at most 12 % of their mean, and at most 1 % of matched atoms exceed cosine 0.9 in every pair; it
-    fails otherwise, and the sentence says which half failed.
+    fails otherwise, and the sentence says which half failed. Atoms that were never learned share nothing either, so it
+    is inconclusive where in some pair the matched cosines are not above those of random directions (interval), or
+    there are fewer than 20 pairs of atoms.
 
     A claim of this project, "seeds share atoms beyond chance": fails where in some pair the median of (matched cosine -
-    that of random directions) has an interval that does not lie above 0 (bootstrap over atoms); is explained where
+    that of random directions) has an interval that does not lie above 0 (bootstrap over atoms); is confounded where
     native writes drawn at random match as well (interval of that difference does not lie above 0); holds otherwise.
     """
 
@@ -142,8 +146,20 @@ class Seeds(Evaluation):
         faults = [] if kinds else [f"counts vary by more than {percent(config['largest_spread'])}"]
         faults += [] if atoms else [f"more than {percent(config['largest_share'])} of atoms are the same"]
         sentence = f"{' and '.join(faults).capitalize()}." if faults else "Counts agree, and atoms do not."
+        outcome: Outcome = "fails" if faults else "holds"
+        random = self._matches("random")
+        if self._few():
+            outcome, sentence = "inconclusive", NO_DATA
+        elif not faults and not (random["excess_low"] > 0).all():
+            outcome = "inconclusive"
+            sentence = "Atoms match no better than random directions do: nothing shows that anything was learned."
         claim = "seeds find the same kinds, not the same atoms"
-        return Claim(20, claim, measured, len(counts), "seeds", controls, "fails" if faults else "holds", sentence)
+        return Claim(20, claim, measured, len(counts), "seeds", controls, outcome, sentence)
+
+    def _few(self) -> bool:
+        """Whether some pair of dictionaries has too few matched atoms."""
+        n = int(self._matches("atoms")["n"].min())
+        return too_little(n, n)
 
     def _beyond_chance(self) -> Claim:
         atoms, random, writes = (self._matches(name) for name in SAMPLES)
@@ -151,10 +167,13 @@ class Seeds(Evaluation):
         chance = (random["median"].max(), writes["median"].max())
         controls = "random directions {:.2f}, native writes drawn at random {:.2f}".format(*chance)
         worst = random.loc[random["excess_low"].idxmin()]
-        if not worst["excess_low"] > 0:
+        outcome: Outcome
+        if self._few():
+            outcome, sentence = "inconclusive", NO_DATA
+        elif not worst["excess_low"] > 0:
             outcome, sentence = "fails", f"{worst['a']} and {worst['b']} match no better than random directions."
         elif not (writes["excess_low"] > 0).all():
-            outcome, sentence = "explained", "So do native writes drawn at random, without any training."
+            outcome, sentence = "confounded", "So do native writes drawn at random, without any training."
         else:
             outcome, sentence = (
                 "holds",

@@ -12,7 +12,7 @@ An SAE trained on states is tested the same way: its firings are found on states
 """
 
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from sae_lens_writesae.conditions import (
     state_direction,
 )
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.firings import HeadHook, atom_factors, collect_firings
+from sae_lens_writesae.firings import Firings, HeadHook, atom_factors, collect_firings
 from sae_lens_writesae.head_memory import HeadProfile, HeadWrites, head_profile, head_writes
 from sae_lens_writesae.progress import bar
 from sae_lens_writesae.substitution_config import SubstitutionConfig
@@ -51,6 +51,7 @@ class Setup(NamedTuple):
     tokens: Tensor  # [N,T]
     hook: HeadHook
     config: SubstitutionConfig
+    firings: Firings
     sample: Sample
     profile: HeadProfile
 
@@ -92,7 +93,7 @@ def run_substitution(
         parts: a folder in which the rows of each sequence are kept as soon as they are measured. A later call with the
             same arguments reads them instead of measuring them again; the result is the same.
 
-    Cost: N forwards up to the SAE's layer to find firings; per tested firing 2 + 6 * scales edited rows, each from
+    Cost: N forwards up to the SAE's layer to find firings; per tested firing 2 + 7 * scales edited rows, each from
     t on for horizon + 1 tokens (some to the end, see `last_position_firings`), from the edited layer up.
 
     Raises:
@@ -123,12 +124,13 @@ def prepare(model: Any, sae: Any, tokens: Tensor, config: SubstitutionConfig, *,
         found = list(tokens.shape)
         raise ValueError(f"tokens must be [N,T] with T >= {shortest} (horizon {config.horizon}), found {found}")
     hook = HeadHook.of(sae)
-    sample = draw(collect_firings(model, sae, tokens, progress=progress), config)
+    firings = collect_firings(model, sae, tokens, progress=progress)
+    sample = draw(firings, config)
     writes = (
         head_writes(model.recurrence(tokens[i : i + 1], hook.layer), hook.head, config.write)
         for i in range(min(config.mean_write_sequences, len(tokens)))
     )
-    return Setup(model, sae, tokens, hook, config, sample, head_profile(writes, config.mean_write_energy))
+    return Setup(model, sae, tokens, hook, config, firings, sample, head_profile(writes, config.mean_write_energy))
 
 
 def sequence_tests(setup: Setup, progress: bool = False, skip: Container[int] = ()) -> Iterator[SequenceTest]:
@@ -170,12 +172,20 @@ def _controls(setup: Setup, writes: HeadWrites, part: pd.DataFrame, atom: Factor
     def rng(control: str) -> np.random.Generator:
         return np.random.default_rng([setup.config.seed, sequence, CONTROLS.index(control)])
 
+    def states() -> tuple[Tensor, Tensor]:
+        """States [M,K,V] after the M distinct positions, and which of them each firing has."""
+        distinct, which = np.unique(position, return_inverse=True)  # several firings may share a position
+        return writes.recurrence.states(positions=distinct.tolist())[0, :, 0], torch.tensor(which)
+
     def random() -> Factors:
         return random_directions(atom, torch.Generator().manual_seed(int(rng("random").integers(2**62))))
 
     def shuffled() -> Factors:
-        taken = part[["atom", "written_atom"]].to_numpy()
-        return _factors_of(setup, _others(rng("shuffled"), setup.sample.alive, taken, "a second alive atom"), atom)
+        active = [setup.firings.active(sequence, t) for t in position]
+        taken = [np.append(atoms, own) for atoms, own in zip(active, part["written_atom"])]
+        return _factors_of(
+            setup, _others(rng("shuffled"), setup.sample.alive, taken, "an alive atom that does not fire there"), atom
+        )
 
     def elsewhere() -> Factors:
         written = np.flatnonzero(_array(norm(writes.native)))
@@ -183,21 +193,25 @@ def _controls(setup: Setup, writes: HeadWrites, part: pd.DataFrame, atom: Factor
         return writes.native.rows(torch.tensor(chosen))
 
     def state() -> Factors:
-        distinct, which = np.unique(position, return_inverse=True)  # several firings may share a position
-        states = writes.recurrence.states(positions=distinct.tolist())[0, :, 0]
-        return state_direction(states).rows(torch.tensor(which))
+        after, which = states()
+        return state_direction(after[which] - writes.native.rows(position.tolist()).dense())
+
+    def state_after() -> Factors:
+        after, which = states()
+        return state_direction(after).rows(which)
 
     def mean() -> Factors:
         return setup.profile.mean_write.expand(len(part))
 
-    made = {"random": random, "shuffled": shuffled, "elsewhere": elsewhere, "state": state, "mean": mean}
+    made = {"random": random, "shuffled": shuffled, "elsewhere": elsewhere, "mean": mean}
+    made |= {"state": state, "state_after": state_after}
     return {name: made[name]() for name in setup.config.controls}
 
 
 def _others(
-    rng: np.random.Generator, among: NDArray[np.int64], taken: NDArray[np.int64], needed: str
+    rng: np.random.Generator, among: NDArray[np.int64], taken: Iterable[NDArray[np.int64]], needed: str
 ) -> NDArray[np.int64]:
-    """For each row of `taken` [n,m], a uniform draw of `among` that is not in the row."""
+    """For each of the n arrays in `taken`, a uniform draw of `among` that is not in it."""
     rest = [np.setdiff1d(among, row) for row in taken]
     if any(len(choices) == 0 for choices in rest):
         raise NothingToMeasureError(

@@ -3,7 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sae_lens_writesae.conditions import CONTROLS, SCALES, Scale
+from sae_lens_writesae.conditions import CONTROLS, REFERENCES, SCALES, Scale
+
+AtomChoice = Literal["dominant", "own"]
 
 
 @dataclass(frozen=True)
@@ -18,18 +20,20 @@ class SubstitutionConfig:
     firings_per_atom: int = 10
     """At most this many firings of an atom, dealt over sequences (`firings.sample_firings`)."""
     atoms: tuple[int, ...] | None = None
-    """A hand-picked list instead of a draw. Conclusions then hold for these atoms only."""
-    atom_choice: Literal["own", "argmax"] = "own"
-    """Atom that is written: the firing's own, or the strongest at that position."""
+    """A hand-picked list instead of a draw. Tested are positions at which one of these fires; with atom_choice="own",
+    conclusions hold for these atoms only."""
+    atom_choice: AtomChoice = "dominant"
+    """Atom that is written: the one with the largest activation at that position (the paper, section 3.2; firings that
+    share a position are one test), or the firing's own."""
     positions: Literal["firing", "silent"] = "firing"
     """Where: at the firings, or (a null) at random positions of the same sequences where the atom is silent,
-    with the activation of the firing."""
+    with the activation of the firing. The null needs atom_choice="own"."""
     write: Literal["additive", "corrected"] = "additive"
     """The native write: k_t u_t^T, keeping the erase (the paper's), or k_t u~_t^T, which takes the erase along."""
     scales: tuple[Scale, ...] = SCALES
     """How the atom is scaled; every control follows the norm of the atom at the same scale."""
-    controls: tuple[str, ...] = CONTROLS
-    """Controls to run, of `conditions.CONTROLS`."""
+    controls: tuple[str, ...] = (*CONTROLS, *REFERENCES)
+    """Controls to run, of `conditions.CONTROLS`, and references, of `conditions.REFERENCES`."""
     horizon: int = 16
     """KL is averaged over t..t+horizon, both included (17 positions).
 
@@ -61,11 +65,13 @@ class SubstitutionConfig:
         for name, values in _CHOICES.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}, found {getattr(self, name)!r}")
+        if self.positions == "silent" and self.atom_choice != "own":
+            raise ValueError('positions="silent" writes the atom that is silent there: set atom_choice="own"')
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, found {value}")
-        for name, known in (("scales", SCALES), ("controls", CONTROLS)):
+        for name, known in (("scales", SCALES), ("controls", (*CONTROLS, *REFERENCES))):
             given = tuple(getattr(self, name))  # lists, as JSON gives them, are welcome
             object.__setattr__(self, name, given)
             if unknown := [x for x in given if x not in known]:
@@ -89,7 +95,7 @@ class SubstitutionConfig:
 
 
 _CHOICES = {
-    "atom_choice": ("own", "argmax"),
+    "atom_choice": ("dominant", "own"),
     "positions": ("firing", "silent"),
     "write": ("additive", "corrected"),
 }

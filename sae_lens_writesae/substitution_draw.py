@@ -48,9 +48,9 @@ def draw(firings: Firings, config: SubstitutionConfig) -> Sample:
     if config.positions == "silent":
         table = silent_positions(table, firings, **bounds, rng=rng)
     table["written_atom"] = table["atom"]
-    if config.atom_choice == "argmax":
-        strongest = firings.strongest(table).dropna()  # at a silent position nothing may fire at all
-        table = table.loc[strongest.index]
+    if config.atom_choice == "dominant":
+        table = table.drop_duplicates(["sequence", "position"])  # they write the same atom: one test
+        strongest = firings.strongest(table)
         table = table.assign(written_atom=strongest["atom"].astype(int), activation=strongest["activation"])
     if table.empty:
         raise NothingToMeasureError(

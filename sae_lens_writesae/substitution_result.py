@@ -30,8 +30,8 @@ COLUMNS: dict[str, str] = {
     "firing": "number of the firing, 0..n-1; shared by all of its conditions",
     "sequence": "row of the evaluation tokens",
     "position": "token t that is edited",
-    "atom": "atom that fires",
-    "written_atom": "atom that is written (another one under atom_choice='argmax')",
+    "atom": "atom whose firing was drawn",
+    "written_atom": "atom that is written: under atom_choice='dominant' the strongest at the position",
     "activation": "activation of the written atom",
     "cosine": "signed cosine of the written atom and the native write",
     "write_norm": "Frobenius norm of the native write",
@@ -89,7 +89,7 @@ class SubstitutionInfo:
         """The name in reports: the configured one, or what the SAE was trained on and what departs from the default."""
         if self.config.label:
             return self.config.label
-        departures = {"argmax": "argmax atom", "silent": "silent positions", "corrected": "corrected write"}
+        departures = {"own": "own atom", "silent": "silent positions", "corrected": "corrected write"}
         chosen = (self.config.atom_choice, self.config.positions, self.config.write)
         return ", ".join([f"{self.target}-trained", *(departures[x] for x in chosen if x in departures)])
 

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from sae_lens_writesae.conditions import NAMES
+from sae_lens_writesae.conditions import NAMES, REFERENCES
 from sae_lens_writesae.substitution_result import SubstitutionResult
 from sae_lens_writesae.verdict import statistics as stats
+from sae_lens_writesae.verdict.judge import NO_DATA, RELEVANT_RATE, too_few_wins
 from sae_lens_writesae.verdict.paper import Outcome
 
 #: A no-op above this KL (nats) is not float32 rounding: float32 logits differ by 1e-5, KL goes with its
@@ -24,15 +25,18 @@ class Verdict(NamedTuple):
     """What the test says at one scale. The rules, in order:
 
     1. "below the floor": the median deletion effect is not above the floor, so there is nothing to explain.
-    2. "fails": the cluster interval of the win rate atom < delete does not lie above 1/2.
-    3. "explained": some control also beats deletion (interval above 1/2), and the atom does not beat that
-    control
-       (the interval of atom < control does not lie above 1/2). All such controls are named.
-    4. "holds" otherwise.
+    2. "inconclusive": fewer than 20 firings or 5 clusters, or the interval of the win rate atom < delete contains both
+       1/2 and 60 % (`verdict.judge`).
+    3. "fails": that interval does not lie above 1/2.
+    4. "confounded": some control also beats deletion (interval above 1/2), and the atom is no better than that control:
+       the interval of atom < control ends below 60 %. All such controls are named. References
+       (`conditions.REFERENCES`) are no controls.
+    5. "undecided": the same, but the interval of atom < control contains both 1/2 and 60 %.
+    6. "holds" otherwise.
     """
 
     outcome: Outcome
-    controls: tuple[str, ...]  # that explain it, the one with the highest win rate first
+    controls: tuple[str, ...]  # that it does not beat, the one with the highest win rate first
     sentence: str
 
 
@@ -59,7 +63,7 @@ class Summary:
     """Per scale and pair (a, b): the rate of a < b with intervals, ties, the paired median ratio a / b, Cliff's delta,
     paired sign rate, Wilcoxon and sign-flip p-values, and `holm_p` over all pairs of all scales."""
     chains: pd.DataFrame
-    """Per scale: the rate of the strict chain atom < delete < random."""
+    """Per scale: the rate of the strict chain atom < delete < shuffled (the paper's), and with `random` at its end."""
     quartiles: pd.DataFrame
     """Per scale, condition and quartile of the deletion effect: the rate of condition < delete."""
     atoms: pd.DataFrame
@@ -95,7 +99,7 @@ def summarise(
     """All numbers of one metric. Firings whose metric is missing (NaN) raise ValueError in `statistics`."""
     if cluster not in ("sequence", "atom"):
         raise ValueError(f"cluster must be sequence or atom, found {cluster!r}")
-    wide: Table = result.wide(metric)
+    wide: Table = result.wide(metric).assign(atom=lambda table: table["written_atom"])
     scales = result.info.config.scales
     controls = result.info.config.controls
     floor = float(wide["native"].quantile(0.95))
@@ -159,14 +163,13 @@ def _conditions(frame: Table, metric: str, floor: float) -> pd.DataFrame:
 
 
 def _chains(wide: Table, scales: Iterable[str], controls: Iterable[str], cluster: str, seed: int) -> pd.DataFrame:
-    if "random" not in controls:
-        return pd.DataFrame(columns=["scale", "chain"])
     rows = []
     for scale in scales:
-        ordered = (wide[f"atom/{scale}"], wide["delete"], wide[f"random/{scale}"])
-        rate = stats.chain_rate(*ordered, clusters=wide[cluster], seed=seed)
-        rows.append({"scale": scale, "chain": "atom < delete < random"} | _rate_columns(rate))
-    return pd.DataFrame(rows)
+        for last in (name for name in ("shuffled", "random") if name in controls):
+            ordered = (wide[f"atom/{scale}"], wide["delete"], wide[f"{last}/{scale}"])
+            rate = stats.chain_rate(*ordered, clusters=wide[cluster], seed=seed)
+            rows.append({"scale": scale, "chain": f"atom < delete < {last}"} | _rate_columns(rate))
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["scale", "chain"])
 
 
 def _quartiles(wide: Table, scales: Iterable[str], controls: Iterable[str], cluster: str, seed: int) -> pd.DataFrame:
@@ -202,21 +205,25 @@ def _verdict(comparisons: Table, delete_median: float, floor: float, scale: str)
             (),
             f"Deletion itself moves the model by {delete_median:.2g} nats, no more than the no-op's {floor:.2g}.",
         )
+    if too_few_wins(atom["n"], atom["n_clusters"], atom["boot_low"], atom["boot_high"]):
+        return Verdict("inconclusive", (), f"The atom is nearer to the native model on {share}. {NO_DATA}")
     if not atom["boot_low"] > 0.5:
         return Verdict("fails", (), f"The atom is nearer to the native model than deletion on {share}.")
-    rivals = [a for a, b in table.index if b == "delete" and a != "atom"]
-    ties = [
-        c for c in rivals if table.loc[(c, "delete"), "boot_low"] > 0.5 and not table.loc[("atom", c), "boot_low"] > 0.5
+    controls = [a for a, b in table.index if b == "delete" and a not in ("atom", *REFERENCES)]
+    unbeaten = [
+        c
+        for c in controls
+        if table.loc[(c, "delete"), "boot_low"] > 0.5 and not table.loc[("atom", c), "boot_low"] > 0.5
     ]
-    ties.sort(key=lambda c: -float(table.loc[(c, "delete"), "rate"]))
-    if ties:
-        named = ", ".join(f"{NAMES[c]} ({_percent(table.loc[(c, 'delete'), 'rate'])})" for c in ties)
-        return Verdict(
-            "explained",
-            tuple(ties),
-            f"The atom beats deletion on {share}, but so does what it does not beat: {named}.",
-        )
-    others = "and every control that beats deletion" if rivals else "but no control was run"
+    unbeaten.sort(key=lambda c: -float(table.loc[(c, "delete"), "rate"]))
+    as_good = [c for c in unbeaten if table.loc[("atom", c), "boot_high"] < RELEVANT_RATE]
+    if unbeaten:
+        shown = as_good or unbeaten
+        named = ", ".join(f"{NAMES[c]} ({_percent(table.loc[(c, 'delete'), 'rate'])})" for c in shown)
+        but = "so does what it does not beat" if as_good else "it is undecided whether it beats"
+        sentence = f"The atom beats deletion on {share}, but {but}: {named}."
+        return Verdict("confounded" if as_good else "undecided", tuple(shown), sentence)
+    others = "and every control that beats deletion" if controls else "but no control was run"
     return Verdict("holds", (), f"The atom beats deletion on {share}, {others}.")
 
 

@@ -19,7 +19,6 @@ from typing import Any
 from sae_lens_writesae.verdict.paper import PAPER_CLAIMS
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
-SHORT = {"explained": "explained by a control"}
 
 
 def main(folders: list[str]) -> None:
@@ -46,7 +45,7 @@ def outcomes(runs: dict[str, Any]) -> str:
         cells = []
         for _, report in runs.values():
             counts = Counter(claim["outcome"] for claim in report["claims"] if claim["number"] == number)
-            cells.append(", ".join(f"{n} × {SHORT.get(name, name)}" for name, n in counts.most_common()) or "–")
+            cells.append(", ".join(f"{n} × {name}" for name, n in counts.most_common()) or "–")
         rows.append([str(number), paper.claim, *cells])
     return "## Verdicts\n\n" + table(["", "claim", *(f"`{name}`" for name in runs)], rows)
 

@@ -11,7 +11,7 @@ from sae_lens_writesae.substitution_result import METRICS, SubstitutionInfo, Sub
 #: Median KL (nats) by condition; what is not named gets 2.
 HOLDS = {"delete": 1.0, "atom": 0.3, "state": 0.9}
 FAILS = {"delete": 1.0, "atom": 1.4}
-EXPLAINED = {"delete": 1.0, "atom": 0.4, "state": 0.1}
+CONFOUNDED = {"delete": 1.0, "atom": 0.4, "state": 0.1}
 NO_EFFECT = {"delete": 1e-13, "atom": 1e-13, "random": 1e-13}
 
 

@@ -112,7 +112,7 @@ def test_a_planted_flat_dictionary_is_recovered_by_svd(model: Any, tokens: Any, 
         assert own["norm"].to_numpy() == pytest.approx(1, abs=1e-3)
         assert (own["kl"] < 1e-3 * delete["kl"]).all()
     assert rows_of(found, "", "native")["kl"].max() < 1e-9
-    for control in ("random", "mean", "state"):
+    for control in ("random", "mean", "state", "state_after"):
         own = rows_of(found, "", control)
         size = 1 if scale == "matched" else own["cosine"]  # a projection has the cosine as its norm
         assert own["norm"].to_numpy() == pytest.approx(size, abs=1e-4) and own["cosine"].abs().max() < 0.999
@@ -303,7 +303,13 @@ def made_up(
     dictionaries = pd.DataFrame(rows).assign(alive=lambda t: t["d_sae"] - t["dead"])
     base = {("", "native"): 1e-13, ("", "delete"): 1.0, ("ours", "atom"): 0.2, ("flat", "svd"): 3.0, ("", "mean"): 3.0}
     base |= {("ours", "svd"): 0.2, ("flat", "atom svd"): 3.0, ("", "pca 4"): 3.0}
-    base |= {("small", "svd"): 3.0, ("", "random"): 3.0, ("", "state"): 3.0, ("", "pca 1"): 3.0} | (kl or {})
+    base |= {
+        ("small", "svd"): 3.0,
+        ("", "random"): 3.0,
+        ("", "state"): 3.0,
+        ("", "state_after"): 0.01,
+        ("", "pca 1"): 3.0,
+    } | (kl or {})
     places = [(sequence, position) for sequence in range(20) for position in (3, 9)]
     writes = pd.DataFrame(
         [
@@ -361,22 +367,22 @@ NOTHING: dict[tuple[str, str], float] = {("", "delete"): 1e-13, ("ours", "atom")
         ({"kl": {("flat", "atom svd"): 0.01}}, {0: "fails", 1: "holds", 2: "holds"}),
         ({"kl": {("flat", "svd"): 0.2}}, {0: "holds", 1: "fails", 2: "holds"}),  # neither is ahead
         ({"kl": {("ours", "atom"): 9.0, ("ours", "svd"): 9.0}}, {0: "fails", 1: "fails", 2: "fails"}),
-        ({"kl": {("", "state"): 0.01}}, {0: "explained", 1: "explained", 2: "explained"}),
-        ({"kl": {("", "pca 4"): 0.01}}, {0: "holds", 1: "explained", 2: "explained"}),
+        ({"kl": {("", "state"): 0.01}}, {0: "confounded", 1: "confounded", 2: "confounded"}),
+        ({"kl": {("", "pca 4"): 0.01}}, {0: "holds", 1: "confounded", 2: "confounded"}),
         ({"kl": NOTHING}, {0: "below the floor", 1: "below the floor", 2: "below the floor"}),
         ({"drop": ("flat",)}, {0: "not tested", 1: "not tested", 2: "holds", 4: "not tested"}),
         ({"drop": ("small", "two")}, {0: "holds", 2: "not tested", 3: "not tested"}),
         ({"drop": ("ours",)}, {0: "not tested", 3: "not tested", 4: "not tested", 6: "not tested"}),
         ({"nats": {("write", "two", "dictionary"): 0.05}}, {3: "fails"}),
-        ({"nats": {("write", "", "mean"): 0.005}}, {3: "explained"}),
+        ({"nats": {("write", "", "mean"): 0.005}}, {3: "confounded"}),
         ({"nats": {("write", "", "zero"): 1e-9}}, {3: "below the floor"}),
         ({"dead": {"flat": 300, "dense": 200}}, {4: "holds"}),
-        ({"dead": {"flat": 300}}, {4: "explained"}),  # so does the dense encoder
+        ({"dead": {"flat": 300}}, {4: "confounded"}),  # so does the dense encoder
         ({"dead": {"flat": 300}, "drop": ("dense",)}, {4: "holds"}),
         ({"nats": {("state", "", "rank 1"): 0.002}}, {5: "fails"}),
         ({"target": "state", "nats": {("state", "", "zero"): 1e-9}}, {5: "below the floor"}),
         ({"share": {"ours": 0.1}}, {6: "fails"}),
-        ({"share": {"flat": 0.7}}, {6: "explained"}),
+        ({"share": {"flat": 0.7}}, {6: "confounded"}),
     ],
 )
 def test_verdicts_follow_the_rules(changes: dict[str, Any], outcomes: dict[int, str]) -> None:

@@ -92,7 +92,7 @@ def test_conditions_list_and_norms() -> None:
 
 
 def test_every_condition_has_a_definition() -> None:
-    assert set(C.DEFINITIONS) == {*C.UNSCALED, "atom", *C.CONTROLS}
+    assert set(C.DEFINITIONS) == {*C.UNSCALED, "atom", *C.CONTROLS, *C.REFERENCES}
     assert set(C.SCALE_DEFINITIONS) == {*C.SCALES, "none"}
 
 

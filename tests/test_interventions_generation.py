@@ -287,7 +287,7 @@ def test_atoms_that_are_zero_move_nothing(model: Any, tokens: Tensor) -> None:
     sae.w.data.zero_()
     found = amplified(model, tokens, sae)
     first, second = found.claims()
-    assert (first.number, first.outcome) == (18, "below the floor") and second.outcome == "fails"
+    assert (first.number, first.outcome) == (18, "below the floor") and second.outcome == "inconclusive"  # few prompts
     assert found.change("atom", 4.0).mean == 0 and found.counts("nothing")["fires"].sum() > 0
 
 

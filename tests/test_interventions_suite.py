@@ -159,14 +159,14 @@ NOISE = 0.02 * RNG.standard_normal(64)
 
 
 def erasure(**means: float) -> Erasure:
-    """64 firings of four atoms in eight sequences."""
+    """64 firings of eight atoms in eight sequences."""
     n = np.arange(64)
     columns = {"effect": 0.0, "elsewhere": 0.0, "random": 0.0, "wrong": 0.0} | means
-    firings = pd.DataFrame({"atom": n % 4, "sequence": n // 8, "position": n, "activation": 1.0})
+    firings = pd.DataFrame({"atom": n % 8, "sequence": n // 8, "position": n, "activation": 1.0})
     for name, mean in columns.items():
         firings[name] = mean * (1 + NOISE)
     atoms = firings.groupby("atom")[list(columns)].mean().reset_index()
-    atoms = atoms.assign(token=1, text="a", n_select=8, n=16, selected=2 * means["effect"], p=0.01)
+    atoms = atoms.assign(token=1, text="a", n_select=8, n=8, selected=2 * means["effect"], p=0.01)
     return Erasure({"label": "x"}, {"firings": firings.assign(elsewhere_position=0), "atoms": atoms})
 
 
@@ -174,8 +174,8 @@ def erasure(**means: float) -> Erasure:
     "means, outcome, single",
     [
         ({"effect": -0.1, "random": -0.05}, "holds", "holds"),
-        ({"effect": -0.1, "random": -0.15}, "explained", "fails"),
-        ({"effect": -0.1, "wrong": -0.1}, "explained", "fails"),
+        ({"effect": -0.1, "random": -0.15}, "confounded", "fails"),
+        ({"effect": -0.1, "wrong": -0.1}, "confounded", "fails"),
         ({"effect": 0.1}, "fails", "fails"),
         ({"effect": -1e-6}, "below the floor", "holds"),
     ],
@@ -183,7 +183,7 @@ def erasure(**means: float) -> Erasure:
 def test_verdicts_of_erasure(means: dict[str, float], outcome: str, single: str) -> None:
     first, second = erasure(**means).claims()
     assert (first.number, first.outcome, second.outcome) == (8, outcome, single)
-    assert first.n == 64 and first.unit == "firings of 4 atoms in 8 sequences"
+    assert first.n == 64 and first.unit == "firings of 8 atoms in 8 sequences"
     assert erasure(**means).selected == pytest.approx(2 * means["effect"])
 
 
@@ -211,7 +211,17 @@ def test_signs_of_a_linear_readout_flip_with_it() -> None:
     assert sizes.loc["direct", "f0_r"] == pytest.approx(-1)
 
 
-@pytest.mark.parametrize("right, wrong, outcome", [(0.9, 0.5, "holds"), (0.8, 0.8, "explained"), (0.5, 0.9, "fails")])
+@pytest.mark.parametrize("n", [0, 1])
+def test_few_firings_are_inconclusive(n: int) -> None:
+    """19 firings; and firings of four sequences."""
+    whole = erasure(effect=-0.1)
+    table = whole.tables["firings"]
+    few = table.iloc[::3][:19] if n == 0 else table[table["sequence"] < 4]
+    claims = Erasure(whole.info, whole.tables | {"firings": few}).claims()
+    assert claims[0].outcome == "inconclusive"
+
+
+@pytest.mark.parametrize("right, wrong, outcome", [(0.9, 0.5, "holds"), (0.8, 0.8, "confounded"), (0.5, 0.9, "fails")])
 def test_verdicts_of_signs(right: float, wrong: float, outcome: str) -> None:
     claim = sign(right, wrong).claims()[0]
     assert (claim.number, claim.outcome) == (9, outcome)
@@ -232,8 +242,8 @@ def install(target: float, random: float, wrong: float, nothing: float = 0.0) ->
     "shares, outcome",
     [
         ((0.95, 0.1, 0.1), "holds"),
-        ((0.5, 0.5, 0.0), "explained"),
-        ((0.5, 0.0, 0.6), "explained"),
+        ((0.5, 0.5, 0.0), "confounded"),
+        ((0.5, 0.0, 0.6), "confounded"),
         ((0.3, 0.0, 0.0, 0.3), "fails"),
     ],
 )
@@ -258,7 +268,7 @@ def passage(**costs: float) -> Passage:
     "costs, outcome",
     [
         ({"deleted": 0.01, "random": 0.2, "removed": 0.05}, "holds"),
-        ({"deleted": 0.01, "random": 0.2, "removed": 0.01}, "explained"),
+        ({"deleted": 0.01, "random": 0.2, "removed": 0.01}, "confounded"),
         ({"deleted": 0.3, "random": 0.2, "removed": 0.01}, "fails"),
         ({"deleted": 1e-8}, "below the floor"),
     ],
@@ -272,7 +282,7 @@ def readers(atom: float, random: float, other: float, elsewhere: float = 1.0) ->
     """Head 0 of layer 2 is the reader; at the other head the atom is as loud as `elsewhere` times the random one."""
     rows = []
     for n in range(64):
-        described = {"firing": n, "half": ("select", "test")[n // 32], "atom": n % 4, "sequence": n // 4, "position": n}
+        described = {"firing": n, "half": ("select", "test")[n // 32], "atom": n % 8, "sequence": n // 4, "position": n}
         for head in (0, 1):
             loud = {"atom": atom if head == 0 else elsewhere * random, "random": random, "other": other}
             for condition, change in loud.items():
@@ -286,8 +296,8 @@ def readers(atom: float, random: float, other: float, elsewhere: float = 1.0) ->
     "changes, outcome",
     [
         ((0.4, 0.1, 0.1), "holds"),
-        ((0.4, 0.1, 0.4), "explained"),
-        ((0.4, 0.1, 0.1, 4.0), "explained"),
+        ((0.4, 0.1, 0.4), "confounded"),
+        ((0.4, 0.1, 0.1, 4.0), "confounded"),
         ((0.1, 0.2, 0.01, 0.1), "fails"),
         ((4e-8, 1e-8, 1e-8), "below the floor"),
     ],
@@ -297,21 +307,21 @@ def test_verdicts_of_readers(changes: tuple[float, ...], outcome: str) -> None:
     claim = found.claims()[0]
     assert (claim.outcome, claim.n) == (outcome, 32)
     if outcome == "holds":
-        assert (found.readers()["head"] == 0).all() and len(found.readers()) == 4
+        assert (found.readers()["head"] == 0).all() and len(found.readers()) == 8
         assert np.exp(found.at_readers()["random"].mean()) == pytest.approx(4, rel=0.02)
 
 
 def amplify(atom: float, random: float = 0.0, other: float = 0.0) -> Amplify:
-    """Mean changes of counts over 20 prompts and four tokens, whole numbers but for `other`."""
+    """Mean changes of counts over 20 prompts and five tokens, whole numbers but for `other`."""
     rows = []
-    for token in range(4):
+    for token in range(5):
         for prompt in range(20):
             native, wobble = float(RNG.integers(3, 8)), float(RNG.integers(-1, 2)) if atom else 0.0
-            described = {"token": token, "text": "abcd"[token], "prompt": prompt, "sequence": prompt, "fires": 2.0}
+            described = {"token": token, "text": "abcde"[token], "prompt": prompt, "sequence": prompt, "fires": 2.0}
             rows.append(described | {"condition": "nothing", "factor": 1.0, "count": native})
             changes = {"atom": atom + wobble, "random": random, "other": other}
             rows += [described | {"condition": c, "factor": 4.0, "count": native + x} for c, x in changes.items()]
-    atoms = pd.DataFrame({"token": range(4), "text": list("abcd"), "atom": range(4), "count": 30})
+    atoms = pd.DataFrame({"token": range(5), "text": list("abcde"), "atom": range(5), "count": 30})
     atoms = atoms.assign(phi=0.5, phi_test=0.4, precision=0.5, recall=0.5)
     config = {"headline": 4.0, "factors": [4.0], "new_tokens": 64, "aligned": "current"}
     return Amplify({"label": "x", "config": config}, {"atoms": atoms, "counts": pd.DataFrame(rows)})
@@ -320,14 +330,14 @@ def amplify(atom: float, random: float = 0.0, other: float = 0.0) -> Amplify:
 @pytest.mark.parametrize(
     "changes, outcome, single",
     [
-        ((3.0, 0.0, 0.5), "holds", 4),
-        ((-2.0, 0.0, 0.0), "holds", 4),  # either direction moves the token
-        ((3.0, 3.0, 0.0), "explained", 0),
-        ((3.0, 0.0, 3.0), "explained", 0),
+        ((3.0, 0.0, 0.5), "holds", 5),
+        ((-2.0, 0.0, 0.0), "holds", 5),  # either direction moves the token
+        ((3.0, 3.0, 0.0), "confounded", 0),
+        ((3.0, 0.0, 3.0), "confounded", 0),
         ((0.0, 1.0, 0.0), "below the floor", 0),
     ],
 )
 def test_verdicts_of_scaled_atoms(changes: tuple[float, ...], outcome: str, single: int) -> None:
     first, second = amplify(*changes).claims()
-    assert (first.number, first.outcome, first.n) == (18, outcome, 80)
-    assert second.measured.startswith(f"{single} of 4 tokens") and (second.outcome == "holds") == (single > 0)
+    assert (first.number, first.outcome, first.n) == (18, outcome, 100)
+    assert second.measured.startswith(f"{single} of 5 tokens") and (second.outcome == "holds") == (single > 0)

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from browsing import PHONE, chromium, colour, contrast, opened, scrolls_sideways
-from fake_substitution import EXPLAINED, FAILS, HOLDS, NO_EFFECT, fake_result
+from fake_substitution import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, fake_result
 from playwright.sync_api import Browser
 
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
@@ -20,7 +20,7 @@ from sae_lens_writesae.substitution_evaluation import Substitution
 from sae_lens_writesae.verdict.paper import PAPER_CLAIMS
 
 EVIL = "<script>alert(1)</script>"
-MADE = {"state": EXPLAINED, "write": HOLDS, EVIL: FAILS, "silent": NO_EFFECT}
+MADE = {"state": CONFOUNDED, "write": HOLDS, EVIL: FAILS, "silent": NO_EFFECT}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_claims_stand_beside_the_papers_values_and_their_controls(browser: Brows
         first = claims.locator("tbody").first
         assert "1. an atom is nearer" in first.inner_text() and "paper: 92.4 %" in first.inner_text()
         badges = first.locator(".badge").all_inner_texts()
-        assert sorted(badges) == ["below the floor", "explained by a control", "fails", "holds"]
+        assert sorted(badges) == ["below the floor", "confounded", "fails", "holds"]
         assert "state direction" in first.locator('td[data-name="controls"]').first.inner_text()
         assert EVIL in claims.inner_text() and page.locator("script").count() == 0
         assert page.locator("figure svg").count() > len(MADE)
@@ -127,7 +127,7 @@ def test_both_schemes_can_be_read(browser: Browser, files: ReportFiles, light: A
     with opened(browser, files.html, color_scheme=light) as page:
         paper = colour(page, "body", "backgroundColor")
         assert (sum(paper) / 3 > 128) == (light == "light")
-        for selector in ("h1", ".lead", ".holds", ".fails", ".explained", ".below", "td small", "nav a", ".muted"):
+        for selector in ("h1", ".lead", ".holds", ".fails", ".confounded", ".below", "td small", "nav a", ".muted"):
             assert contrast(colour(page, selector), paper) >= 4.5, selector
 
 

@@ -39,7 +39,7 @@ def outcomes(found: LogitChange) -> list[str]:
 
 def test_verdicts() -> None:
     wrong = made_result(made_up())
-    assert outcomes(wrong) == ["explained", "fails", "holds"]
+    assert outcomes(wrong) == ["confounded", "fails", "holds"]
     assert "shuffled between firings reach 1.000 as well" in wrong.claims()[0].sentence
     assert wrong.notes()[-1] == "Left out: 3 (a reason)."
     assert outcomes(made_result(made_up(first=1, noise=0.1))) == ["holds", "holds", "holds"]

@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from fake_substitution import EXPLAINED, FAILS, HOLDS, NO_EFFECT, fake_result
+from fake_substitution import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, fake_result
 from small_saes import HEAD, HOOK, LAYER, STATE, K, V, exact_sae, make_sae, planted
 
 from sae_lens_writesae import objectives_compare as compare
@@ -166,7 +166,7 @@ def made_up(own: dict[str, float], base: dict[str, float] = FAILS, target: str =
         (FAILS, HOLDS, "fails"),
         (HOLDS, HOLDS, "fails"),  # neither is ahead
         ({"delete": 1.0, "atom": 1.05}, {"delete": 1.0, "atom": 4.0}, "fails"),  # ahead, but no better than deletion
-        (EXPLAINED, FAILS, "explained"),
+        (CONFOUNDED, FAILS, "confounded"),
         (NO_EFFECT, FAILS, "below the floor"),
     ],
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fake_substitution import EXPLAINED, FAILS, HOLDS, NO_EFFECT, fake_result
+from fake_substitution import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, fake_result
 from small_saes import HEAD, HOOK, LAYER, K, V, make_sae, planted
 
 from hookpoints import UnknownHookError
@@ -144,13 +144,13 @@ def test_verdict_holds_for_two_kinds_beyond_a_null_of_one() -> None:
         (
             np.concatenate([rng_normal(0, 0.01, 150), rng_normal(0.4, 0.05, 150)]),
             np.concatenate([rng_normal(0, 0.01, 150, 5), rng_normal(0.4, 0.05, 150, 6)]),
-            "explained",
+            "confounded",
             "shuffled positions",
         ),
         (
             np.concatenate([rng_normal(-0.4, 0.01, 150), rng_normal(-0.2, 0.01, 150)]),
             rng_normal(0, 0.001, 300),
-            "explained",
+            "confounded",
             "as many registers",
         ),
         (np.full(300, 0.3), rng_normal(0, 0.01, 300), "not tested", "too alike"),
@@ -168,7 +168,7 @@ def test_atoms_no_nearer_than_shuffled_fail() -> None:
 
 
 @pytest.mark.parametrize(
-    "medians, outcome", [(HOLDS, "holds"), (FAILS, "fails"), (EXPLAINED, "explained"), (NO_EFFECT, "below the floor")]
+    "medians, outcome", [(HOLDS, "holds"), (FAILS, "fails"), (CONFOUNDED, "confounded"), (NO_EFFECT, "below the floor")]
 )
 def test_register_against_bundle(medians: dict[str, float], outcome: str) -> None:
     test = fake_result(medians, floor=1e-12, head=2, **QUICK)

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import fake_substitution as fake
 import pandas as pd
 import pytest
-from fake_substitution import EXPLAINED, FAILS, HOLDS, NO_EFFECT
+from fake_substitution import CONFOUNDED, FAILS, HOLDS, NO_EFFECT
 
 from sae_lens_writesae import plots, report_text
 from sae_lens_writesae.conditions import DEFINITIONS, NAMES
@@ -52,7 +52,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def pair() -> list[SubstitutionResult]:
-    return [fake.fake_result(EXPLAINED, target="state"), fake.fake_result(HOLDS, target="write", seed=1)]
+    return [fake.fake_result(CONFOUNDED, target="state"), fake.fake_result(HOLDS, target="write", seed=1)]
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +76,14 @@ def squeezed(text: str) -> str:
 
 def test_the_page_shows_the_summary(page: Page, summaries: list[Any]) -> None:
     text = squeezed(page.text)
-    assert "substitution holds for write-trained and is explained by a control for state-trained." in text
+    assert "substitution holds for write-trained and is confounded by a control for state-trained." in text
     for summary in summaries:
         for scale in summary.verdicts:
             row: Any = summary.rate("atom", "delete", scale)
             assert squeezed(report_text.percent(row["rate"])) in text
             assert f"clusters {report_text.span(row['boot_low'], row['boot_high'])}" in text
         assert squeezed(summary.verdicts["coefficient"].sentence) in text
-    assert "explained by state direction" in text and "92.4" in text
+    assert "confounded by state direction before the write" in text and "92.4" in text
     assert all(name in text for name in NAMES.values()) and all(words in text for words in DEFINITIONS.values())
 
 
@@ -141,7 +141,7 @@ def test_many_heads(tmp_path: Path) -> None:
     ]
     page = Page(write_report(results, tmp_path / "many.html", scale="matched").html.read_text())
     text = squeezed(page.text)
-    assert "substitution holds for 2, fails for 2 and is below the floor for 1 of 5 dictionaries." in text
+    assert "substitution holds for 2, fails for 2 and is below the floor for 1 of 5 tests." in text
     assert "By the memory of the head" in text and "write-trained L1H0" in text and "at least 128 tokens" in text
     assert page.tags.count("svg") == 5 * 5 + 1
 
@@ -153,7 +153,7 @@ def test_one_test_with_few_conditions(tmp_path: Path) -> None:
         fake.fake_result(FAILS, last_position=False, **few), tmp_path / "one.html", scale="coefficient"
     )
     text = squeezed(Page(files.html.read_text()).text)
-    assert "At the SAE's own coefficient, atoms do not stand in for the writes they replace." in text
+    assert "At the SAE's own coefficient, there is too little data to say" in text
     assert "random direction" not in text and json.loads(files.json.read_text())["tests"][0]["chains"] == []
 
 
@@ -209,11 +209,13 @@ def test_how_numbers_are_written() -> None:
     assert report_text.p_value(0.0004) == "< 0.001" and report_text.p_value(0.04) == "0.040"
 
 
-@pytest.mark.parametrize("outcome", ["holds", "fails", "explained", "below the floor"])
+@pytest.mark.parametrize("outcome", ["holds", "fails", "confounded", "undecided", "inconclusive", "below the floor"])
 def test_the_lead_of_a_single_test(outcome: Any) -> None:
-    verdict = Verdict(outcome, ("state",) if outcome == "explained" else (), "")
+    verdict = Verdict(outcome, ("state",) if outcome == "confounded" else (), "")
     assert report_text.lead([verdict], ["x"], "least_squares").startswith("At the least squares scale, ")
-    assert report_text.outcome(verdict) == ("explained by state direction" if outcome == "explained" else outcome)
+    assert report_text.outcome(verdict) == (
+        "confounded by state direction before the write" if outcome == "confounded" else outcome
+    )
 
 
 def test_every_metric_and_scale_has_a_name() -> None:

@@ -93,14 +93,28 @@ LOW, HIGH = np.linspace(0.1, 0.3, 200), np.linspace(0.4, 0.7, 200)
         ([100, 95], HIGH, LOW, LOW, ("holds", "holds"), "Counts agree"),
         ([100, 50], HIGH, LOW, LOW, ("fails", "holds"), "Counts vary"),
         ([100, 99], HIGH + 0.25, LOW, LOW, ("fails", "holds"), "are the same"),
-        ([100, 99], LOW, LOW, LOW, ("holds", "fails"), "Counts agree"),
-        ([100, 99], HIGH, LOW, HIGH + 0.1, ("holds", "explained"), "Counts agree"),
+        ([100, 99], LOW, LOW, LOW, ("inconclusive", "fails"), "nothing shows"),
+        ([12, 12], HIGH[:12], LOW[:12], LOW[:12], ("inconclusive", "inconclusive"), "too few"),
+        ([100, 99], HIGH, LOW, HIGH + 0.1, ("holds", "confounded"), "Counts agree"),
     ],
 )
 def test_verdicts(alive: Any, atoms: Any, random: Any, writes: Any, outcomes: Any, words: str) -> None:
     kinds, beyond = made(alive, alive, atoms, random, writes).claims()
     assert (kinds.outcome, beyond.outcome) == outcomes and words in kinds.sentence
     assert (kinds.number, kinds.n) == (20, 2)
+
+
+def test_untrained_dictionaries_do_not_hold(model: Any, tokens: Any) -> None:
+    """Random atoms of two seeds have nothing in common, and agree in their counts: that is no finding."""
+    saes = {}
+    for seed in (0, 1):
+        sae = make_sae(model)
+        torch.manual_seed(10 + seed)
+        for factor in (sae.v, sae.w):
+            factor.data = torch.nn.functional.normalize(torch.randn_like(factor), dim=-1)
+        saes[str(seed)] = sae
+    kinds = run_seeds(model, saes, tokens, SeedsConfig(min_firings=1), progress=False).claims()[0]
+    assert kinds.number == 20 and kinds.outcome in ("inconclusive", "fails")
 
 
 def test_errors_name_the_fault(model: Any, tokens: Any) -> None:

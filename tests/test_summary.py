@@ -8,9 +8,10 @@ import fake_substitution as fake
 import numpy as np
 import pandas as pd
 import pytest
-from fake_substitution import EXPLAINED, FAILS, HOLDS, NO_EFFECT
+from fake_substitution import CONFOUNDED, FAILS, HOLDS, NO_EFFECT
 
 from sae_lens_writesae.substitution_config import SubstitutionConfig
+from sae_lens_writesae.substitution_evaluation import Substitution
 from sae_lens_writesae.substitution_result import SubstitutionInfo, SubstitutionResult
 from sae_lens_writesae.verdict import statistics as stats
 
@@ -34,7 +35,7 @@ def summary(holds: Any) -> Any:
     [
         (HOLDS, 0.0, "holds", ()),
         (FAILS, 0.0, "fails", ()),
-        (EXPLAINED, 0.0, "explained", ("state",)),
+        (CONFOUNDED, 0.0, "confounded", ("state",)),
         (NO_EFFECT, 1e-12, "below the floor", ()),
     ],
 )
@@ -49,6 +50,49 @@ def test_a_control_that_beats_deletion_but_loses_to_the_atom_explains_nothing() 
     summary = fake_result({"delete": 1.0, "atom": 0.1, "state": 0.5}, scales=("matched",)).summary()
     assert summary.rate("state", "delete", "matched")["boot_low"] > 0.5
     assert summary.verdicts["matched"].outcome == "holds"
+
+
+def test_the_state_after_the_write_is_shown_and_confounds_nothing() -> None:
+    summary = fake_result({"delete": 1.0, "atom": 0.3, "state_after": 0.01}, scales=("matched",)).summary()
+    assert summary.rate("state_after", "delete", "matched")["boot_low"] > 0.5
+    assert summary.rate("atom", "state_after", "matched")["boot_high"] < 0.5
+    assert summary.verdicts["matched"].outcome == "holds"
+
+
+@pytest.mark.parametrize("medians", [HOLDS, FAILS, CONFOUNDED])
+@pytest.mark.parametrize("size", [(30, 1), (4, 10)])
+def test_little_data_is_inconclusive(medians: Any, size: tuple[int, int]) -> None:
+    """19 firings, or 4 sequences; and an interval that holds both chance and a relevant effect."""
+    few = fake_result(medians, n_sequences=19 if size[1] == 1 else 4, per_sequence=size[1], scales=("matched",))
+    assert few.summary().verdicts["matched"].outcome == "inconclusive"
+    wide = fake_result({"delete": 1.0, "atom": 0.9}, n_sequences=20, per_sequence=2, scales=("matched",))
+    assert wide.summary().verdicts["matched"].outcome == "inconclusive"
+
+
+def test_a_control_that_is_neither_worse_nor_as_good_leaves_it_undecided() -> None:
+    close = fake_result(
+        {"delete": 1.0, "atom": 0.3, "state": 0.31}, n_sequences=20, per_sequence=3, scales=("matched",)
+    )
+    verdict = close.summary().verdicts["matched"]
+    assert (verdict.outcome, verdict.controls) == ("undecided", ("state",))
+
+
+def test_one_sequence_is_inconclusive_and_never_nan() -> None:
+    one = Substitution.of(fake_result(HOLDS, n_sequences=1, per_sequence=40))
+    assert {claim.outcome for claim in one.claims()} == {"inconclusive"}
+    assert not any("nan" in claim.measured for claim in one.claims())
+
+
+def test_claims_2_and_3_are_judged_at_matched_norm_with_intervals() -> None:
+    def outcomes(medians: dict[str, float], **settings: Any) -> list[str]:
+        return [c.outcome for c in Substitution.of(fake_result(medians, **settings)).claims() if c.number in (2, 3)]
+
+    assert outcomes(HOLDS) == ["holds", "holds"]
+    assert outcomes(FAILS) == ["fails", "fails"]
+    assert outcomes(HOLDS | {"shuffled": 0.5}) == ["fails", "fails"]
+    assert outcomes(NO_EFFECT, floor=1e-12) == ["below the floor", "below the floor"]
+    assert outcomes({"delete": 1.0, "atom": 0.99, "shuffled": 1.01})[1] != "holds"  # in order, but by chance
+    assert outcomes(HOLDS, scales=("coefficient",)) == ["not tested", "not tested"]
 
 
 def test_without_controls_the_verdict_says_so() -> None:
@@ -66,16 +110,17 @@ def test_numbers_are_those_of_the_statistics(holds: Any, summary: Any) -> None:
     assert row["cliffs_delta"] == stats.cliffs_delta(wide["atom/matched"], wide["delete"])
     assert row["cliffs_delta"] != row["sign_rate"] == pytest.approx(1 - 2 * rate.rate)
     assert row["holm_p"] >= row["sign_flip_p"]
-    chain = summary.chains.set_index("scale").loc["matched"]
-    links: Any = (wide["atom/matched"] < wide["delete"]) & (wide["delete"] < wide["random/matched"])
-    assert chain["rate"] == links.mean()
+    chain = summary.chains.query("scale == 'matched'").set_index("chain")
+    for last in ("shuffled", "random"):
+        links: Any = (wide["atom/matched"] < wide["delete"]) & (wide["delete"] < wide[f"{last}/matched"])
+        assert chain.loc[f"atom < delete < {last}", "rate"] == links.mean()
     assert summary.share_cosine_half == (wide["cosine"] > 0.5).mean()
 
 
 def test_tables_cover_every_condition_scale_and_pair(summary: Any) -> None:
-    assert len(summary.conditions) == 2 + 3 * 6
-    assert len(summary.comparisons) == 3 * (6 + 5)
-    assert len(summary.quartiles) == 3 * 6 * 4
+    assert len(summary.conditions) == 2 + 3 * 7
+    assert len(summary.comparisons) == 3 * (7 + 6)
+    assert len(summary.quartiles) == 3 * 7 * 4
     one = summary.quartiles.query("scale == 'matched' and condition == 'atom'")
     assert one["n"].tolist() == [60] * 4 and one["delete_median"].is_monotonic_increasing
     assert summary.atoms.query("scale == 'matched'")["n"].sum() == 240
@@ -155,7 +200,8 @@ def test_results_are_checked() -> None:
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"atom_choice": "best"}, "own, argmax, found 'best'"),
+        ({"atom_choice": "best"}, "dominant, own, found 'best'"),
+        ({"positions": "silent"}, "own"),
         ({"write": "state"}, "additive, corrected"),
         ({"scales": ("matched", "unit")}, "found unit"),
         ({"scales": ()}, "found none"),
@@ -179,6 +225,6 @@ def test_config_survives_json() -> None:
 
 def test_labels_say_what_departs_from_the_default() -> None:
     assert fake_result(HOLDS).info.label == "write-trained"
-    info = fake_result(HOLDS, target="state", atom_choice="argmax", write="corrected").info
-    assert info.label == "state-trained, argmax atom, corrected write"
-    assert fake_result(HOLDS, label="mine", positions="silent").info.label == "mine"
+    info = fake_result(HOLDS, target="state", atom_choice="own", write="corrected").info
+    assert info.label == "state-trained, own atom, corrected write"
+    assert fake_result(HOLDS, label="mine", positions="silent", atom_choice="own").info.label == "mine"

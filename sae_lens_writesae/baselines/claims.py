@@ -9,12 +9,13 @@ import numpy as np
 
 from sae_lens_writesae.baselines.result import Baselines
 from sae_lens_writesae.baselines.writes import ATOM, ATOM_SVD, SVD
-from sae_lens_writesae.conditions import NAMES
+from sae_lens_writesae.conditions import NAMES, REFERENCES
 from sae_lens_writesae.evaluation import Claim
 from sae_lens_writesae.interventions.common import Estimate
 from sae_lens_writesae.report_text import percent, span
 from sae_lens_writesae.summary import EXACT_FLOOR
 from sae_lens_writesae.verdict import statistics as stats
+from sae_lens_writesae.verdict.judge import MIN_OBSERVATIONS, NO_DATA, too_little
 from sae_lens_writesae.verdict.paper import Outcome
 
 MATCH = 0.05
@@ -22,6 +23,8 @@ MATCH = 0.05
 _WEAK = 0.001
 """Perplexity, relative, below which a replacement costs next to nothing (the paper's 0.1 %)."""
 _FLOOR_NATS = 1e-6
+_RELEVANT = 0.1
+"""Difference of win rates that matters."""
 
 
 def claims(result: Baselines) -> list[Claim]:
@@ -78,18 +81,21 @@ def _against_flat(
     found: tuple[Outcome, str]
     if result.kl("delete").median() <= max(EXACT_FLOOR, float(result.kl("native").quantile(0.95))):
         found = "below the floor", "Deletion itself moves the model by no more than a no-op does."
+    elif too_little(gap.n, gap.n_clusters, gap.low, gap.high, relevant=_RELEVANT):
+        found = "inconclusive", NO_DATA
     elif not gap.low > 0:
         behind = "The flat SAE is ahead." if gap.high < 0 else "Neither is ahead of the other."
         found = "fails", f"The interval of the difference does not lie above 0. {behind}"
     elif rivals:
-        found = "explained", f"It is ahead, but does not beat what needs no dictionary: {_name(rivals[0])}."
+        found = "confounded", f"It is ahead, but does not beat what needs no dictionary: {_name(rivals[0])}."
     else:
         found = "holds", "It is ahead, and nothing that needs no dictionary does as well."
     measured = (
         f"{100 * gap.mean:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}] points; beat deletion: WriteSAE "
         f"{percent(own.mean)} [{span(own.low, own.high)}], flat {percent(other.mean)} [{span(other.low, other.high)}]"
     )
-    controls = "; ".join(f"{_name(c)} {percent(e.mean)}" for c, e in free.items())
+    shown = free | {name: result.win_rate(name) for name in REFERENCES}
+    controls = "; ".join(f"{_name(c)} {percent(e.mean)}" for c, e in shown.items())
     return Claim(number, claim, measured, gap.n, f"positions in {gap.n_clusters} sequences", controls, *found)
 
 
@@ -105,10 +111,12 @@ def _higher_rank(result: Baselines, ours: dict[str, Any] | None, rank: int, numb
     found: tuple[Outcome, str]
     if not zero.low > _FLOOR_NATS:
         found = "below the floor", "Even with zero in the place of every matrix the model loses nothing."
+    elif too_little(MIN_OBSERVATIONS, gap.n_clusters, gap.low, gap.high):  # one cost a sequence: clusters alone count
+        found = "inconclusive", NO_DATA
     elif gap.low > 0:
         found = "fails", "The interval of the difference lies above 0."
     elif not over_mean.low > 0:
-        found = "explained", "So does one and the same mean matrix: this measure does not see what differs by token."
+        found = "confounded", "So does one and the same mean matrix: this measure does not see what differs by token."
     else:
         found = "holds", "The interval of the difference does not lie above 0, and the mean matrix costs more."
     measured = f"perplexity {perplexity(own)} at rank {rank}, {perplexity(one)} at rank 1; difference {perplexity(gap)}"
@@ -126,10 +134,12 @@ def _dead(result: Baselines, ours: dict[str, Any] | None, flat: dict[str, Any] |
         as_few = not _more_dead(dense, ours, result.info["config"]["seed"]).interval.low > 0
         controls = f"dense encoder with rank-1 atoms {percent(dense['dead'] / dense['d_sae'])} dead"
     found: tuple[Outcome, str]
-    if not gap.interval.low > 0:
+    if too_little(gap.n, gap.n_clusters, *gap.interval):
+        found = "inconclusive", NO_DATA
+    elif not gap.interval.low > 0:
         found = "fails", "The interval of the difference of shares does not lie above 0."
     elif as_few:
-        found = "explained", "A dense encoder with rank-1 atoms leaves as few dead: it is the decoder."
+        found = "confounded", "A dense encoder with rank-1 atoms leaves as few dead: it is the decoder."
     else:
         found = "holds", "The interval of the difference of shares lies above 0."
     shares = [row["dead"] / row["d_sae"] for row in (ours, flat)]
@@ -157,6 +167,8 @@ def _weak_metric(result: Baselines) -> Claim:
     found: tuple[Outcome, str]
     if zero is not None and not zero.low > _FLOOR_NATS:
         found = "below the floor", "Even states of zero cost nothing."
+    elif too_little(MIN_OBSERVATIONS, cost.n_clusters, cost.low, cost.high):
+        found = "inconclusive", NO_DATA
     elif math.expm1(cost.high) < _WEAK:
         found = "holds", "The interval ends below 0.1 %."
     else:
@@ -186,10 +198,12 @@ def _selective(result: Baselines, ours: dict[str, Any] | None, flat: dict[str, A
         as_much = not gap.interval.low > 0
         controls = f"FlatSAE {other.estimate:+.2f} [{other.interval.low:+.2f}, {other.interval.high:+.2f}]"
     found: tuple[Outcome, str]
-    if not own.interval.low > 0:
+    if too_little(own.n, own.n_clusters, *own.interval):
+        found = "inconclusive", NO_DATA
+    elif not own.interval.low > 0:
         found = "fails", "The interval does not lie above 0."
     elif as_much:
-        found = "explained", "So do the atoms of a FlatSAE (mean over atoms): the measure does not set them apart."
+        found = "confounded", "So do the atoms of a FlatSAE (mean over atoms): the measure does not set them apart."
     else:
         found = "holds", "The interval lies above 0, and above the atoms of a FlatSAE where there is one."
     measured = (

@@ -18,8 +18,8 @@ class BaselinesConfig:
     """Positions of each, drawn uniformly; every dictionary and every control writes at the same ones."""
     scale: Literal["coefficient", "matched"] = "coefficient"
     """Size of what is written. `coefficient`: as the dictionary or the projection gives it; a direction that has none
-    (random, mean, state) is given the projection of the native write on it, its best. `matched`: the norm of the native
-    write for all, at which what has a cosine below 1/2 with the write is further from it than nothing."""
+    (random, mean, state, state_after) is given the projection of the native write on it, its best. `matched`: the norm
+    of the native write for all, at which what has a cosine below 1/2 with the write is further from it than nothing."""
     pca_ranks: tuple[int, ...] = (1, 4, 32)
     """Numbers of principal components of the head's writes."""
     pca_writes: int = 1024

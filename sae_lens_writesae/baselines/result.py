@@ -21,8 +21,9 @@ class Baselines(Evaluation):
     **Substitution.** At positions drawn uniformly, the same for all, the write gives way to: the dictionary's strongest
     atom by |a_i| |A_i| (`atom`; cut to rank 1 where it is not, `atom svd`); the top-1 SVD of its reconstruction
     (`svd`: for a FlatSAE the paper's baseline); a random direction, the head's mean write, the top singular direction
-    of the state after the write, and the write's projection on the first principal components of writes (`pca r`). A
-    win: KL(native || patched), mean over t..t+horizon, is smaller than after deletion. Differences are paired.
+    of the state before the write (that of the state after it is a reference, which confounds nothing), and the write's
+    projection on the first principal components of writes (`pca r`). A win: KL(native || patched), mean over
+    t..t+horizon, is smaller than after deletion. Differences are paired.
 
     **Whole-matrix replacement.** Every write (state) of the head gives way to its reconstruction at once; the cost is
     in nats per token, and as perplexity exp(cost) - 1. Beside it the mean matrix, zero, `pca r`, and the states cut to
@@ -37,18 +38,21 @@ class Baselines(Evaluation):
     * Claim 15, it substitutes better than a flat SAE with a top-1 SVD, like for like: its strongest atom against the
       flat SAE's cut to rank 1, and the top-1 SVD of its reconstruction against that of the flat one's. "below the
       floor" where deletion moves the model by no more than a no-op; "fails" where the interval of the difference of win
-      rates does not lie above 0; "explained" where something that needs no dictionary beats deletion, too, and it does
+      rates does not lie above 0; "confounded" where something that needs no dictionary beats deletion, too, and it does
       not beat that (an atom is held against the first `pca_ranks` alone, a code against all); else "holds". The second
       comparison is also made with the FlatSAE that has as many parameters (within 5 %).
     * Claim 16, rank-2 atoms cost no more perplexity: "below the floor" where replacing all by zero costs nothing;
-      "fails" where the interval of cost(rank 2) - cost(rank 1) lies above 0; "explained" where the mean matrix costs no
-      more than rank-2 atoms do; else "holds". Atoms of rank 4, where there are any, by the same rule.
+      "fails" where the interval of cost(rank 2) - cost(rank 1) lies above 0; "confounded" where the mean matrix costs
+      no more than rank-2 atoms do; else "holds". Atoms of rank 4, where there are any, by the same rule.
     * Claim 17, fewer dead atoms than the FlatSAE: "fails" where the interval of the difference of shares does not lie
-      above 0; "explained" where a dense encoder with rank-1 atoms (MatrixSAE) leaves as few dead; else "holds".
+      above 0; "confounded" where a dense encoder with rank-1 atoms (MatrixSAE) leaves as few dead; else "holds".
     * States cut to rank 1 cost less than 0.1 % of perplexity: "holds" where the interval's end is below that (the
       metric then says little of dictionaries), "below the floor" where zero states cost nothing, else "fails".
-    * Atoms are selective: "fails" where the interval of the median excess does not lie above 0; "explained" where the
+    * Atoms are selective: "fails" where the interval of the median excess does not lie above 0; "confounded" where the
       FlatSAE's atoms are as selective; else "holds".
+
+    Where there are fewer than 20 observations or 5 clusters, or the interval of a difference of win rates contains both
+    0 and 10 points, a claim that would be judged by chance is "inconclusive".
     """
 
     kind: ClassVar[str] = "baselines"
@@ -68,7 +72,7 @@ class Baselines(Evaluation):
             "sequence": "row of the evaluation tokens",
             "position": "token t that is edited",
             "sae": "label of the dictionary; empty where none is needed",
-            "condition": "native, delete, random, mean, state, pca r; atom, atom svd, svd",
+            "condition": "native, delete, random, mean, state, state_after, pca r; atom, atom svd, svd",
             "kl": "nats, mean over t..t+horizon",
             "cosine": "of what is written with the native write",
             "norm": "of what is written over the native norm",

@@ -111,8 +111,9 @@ def _without_dictionary(
     seed = torch.Generator().manual_seed(int(rng.integers(2**62)))
     yield Written("", "random", random_directions(native, seed), False)
     yield Written("", "mean", setting.mean.expand(len(native)), False)
-    yield Written("", "state", state_direction(recurrence.states(positions=positions)[0, :, 0]), False)
-    dense = native.dense()
+    after, dense = recurrence.states(positions=positions)[0, :, 0], native.dense()
+    yield Written("", "state", state_direction(after - dense), False)
+    yield Written("", "state_after", state_direction(after), False)
     for rank in setting.config.pca_ranks:
         projected = setting.pca.project(dense.flatten(1), rank).view_as(dense)
         yield Written("", f"pca {rank}", Factors(*truncated_svd(projected, min(dense.shape[1:]))), True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -34,7 +34,8 @@ from sae_lens_writesae.verdict import figures
 from sae_lens_writesae.verdict import statistics as stats
 from sae_lens_writesae.verdict.format import number, percent, span
 from sae_lens_writesae.verdict.judge import Against, Verdict, judge
-from sae_lens_writesae.verdict.names import NAMES, SCALE_NAMES
+from sae_lens_writesae.verdict.names import DEFINITIONS, NAMES, SCALE_DEFINITIONS, SCALE_NAMES
+from sae_lens_writesae.verdict.paper import Outcome
 
 Choice = Literal["dominant", "own"]
 CHOICES: dict[str, str] = {
@@ -48,6 +49,9 @@ any run."""
 
 _CLAIM_OF_RULE = {"Mamba-2": 11, "RWKV-7": 12, "DeltaNet": 13}
 """Rules for which the paper reports a substitution test of their own; for all others it is its first claim."""
+
+
+_WORST_FIRST: tuple[Outcome, ...] = ("confounded", "undecided", "fails")
 
 
 class Exchange(NamedTuple):
@@ -241,15 +245,15 @@ class Substitution(Evaluation):
         described = site.rows.assign(
             cosine=exchange.atom.cosine(native).cpu().numpy(), write_norm=native.norm().cpu().numpy()
         )
-        rows = described.to_dict("records")
+        rows = cast(list[dict[str, object]], described.to_dict("records"))
         trials: list[Trial] = []
         for condition in exchange.conditions:
             edits = edits_of(lab, condition, native, exchange.positions, self.write)
             written = condition.written
             sizes = [0.0] * len(rows) if written is None else written.norm().cpu().tolist()
-            for row, edit, size in zip(rows, edits, sizes):
+            for row, position, edit, size in zip(rows, exchange.positions, edits, sizes):
                 named = row | {"condition": condition.name, "scale": condition.scale, "norm": size}
-                trials.append(Trial(named, row["position"], edit))
+                trials.append(Trial(named, position, edit))
         long = set(to_end.tolist())
         parts = []
         for is_long, window in ((False, self.horizon + 1), (True, None)):
@@ -394,6 +398,62 @@ class Substitution(Evaluation):
             )
         ]
 
+    @classmethod
+    def across(cls, results: list[Result]) -> list[tuple[str, Claim]]:
+        """Claim 5, by target: mean win rate over the heads of a layer, its spread, and where claim 1 holds."""
+        groups: dict[tuple[object, ...], dict[object, Result]] = {}
+        for result in results:
+            place = (result.info["model"], result.info["layer"], result.info["target"])
+            groups.setdefault(place, {})[result.info["head"]] = result
+        claims = []
+        for (_, layer, target), by_head in groups.items():
+            if len(by_head) < 2:
+                continue
+            verdicts = [
+                cast(Substitution, r.evaluation).verdict(wide_firings(r), cast(Substitution, r.evaluation).scales[0])
+                for r in by_head.values()
+            ]
+            rates = pd.Series([rate.rate for _, rate, _ in verdicts])
+            outcomes: list[Outcome] = [verdict.outcome for verdict, _, _ in verdicts]
+            held = outcomes.count("holds")
+            worst: Outcome = next((o for o in _WORST_FIRST if o in outcomes), outcomes[0])
+            claim = Claim(
+                5,
+                "all heads of a layer",
+                f"{percent(float(rates.mean()))} ± {percent(float(rates.std()))} (SD over heads)",
+                len(rates),
+                "heads",
+                f"confounded by a control on {outcomes.count('confounded')}",
+                "holds" if held == len(rates) else worst,
+                f"Claim 1 holds on {held} of {len(rates)} heads.",
+            )
+            claims.append((f"L{layer} {target}-trained", claim))
+        return claims
+
+    def summaries(self, result: Result) -> dict[str, pd.DataFrame]:
+        """Every comparison by the headline metric, and the headline comparison by every metric."""
+        by_metric = []
+        for metric in KL_METRICS:
+            if result.tables["firings"][metric].notna().any():
+                table = comparisons(result, metric)
+                by_metric.append(table[(table["a"] == "atom") & (table["b"] == "delete")].assign(metric=metric))
+        return {
+            **{f"comparisons, {choice} atom": comparisons(result, choice=choice) for choice in self.atom_choice},
+            "atom against deletion, by metric": pd.concat(by_metric, ignore_index=True),
+        }
+
+    def notes(self, result: Result) -> list[str]:
+        """Definitions of conditions and scales, and how long the head remembers."""
+        life, limit = result.info["half_life"], result.info["half_life_limit"]
+        more = " or more" if life == limit else ""
+        listed = "; ".join(f"{NAMES[n]}: {DEFINITIONS[n]}" for n in ("native", "delete", "atom", *self.controls))
+        scales = "; ".join(f"{SCALE_NAMES[n]}: {SCALE_DEFINITIONS[n]}" for n in self.scales)
+        return [
+            f"A write of this head has lost half of its norm after {life} tokens{more} (median over writes).",
+            f"Conditions: {listed}.",
+            f"Scales: {scales}.",
+        ]
+
     def figures(self, result: Result) -> list[Figure]:
         """Win rates, divergences, ratios to deletion, quartiles of the effect, cosines; for every choice of atom."""
         panels = []
@@ -454,33 +514,6 @@ def comparisons(
     table = pd.DataFrame(rows)
     names = table["scale"] + "/" + table["a"] + "/" + table["b"]
     return table.assign(holm_p=list(stats.holm(dict(zip(names, table["sign_flip_p"]))).values()))
-
-
-def all_heads(results: Sequence[Result]) -> Claim | None:
-    """Claim 5 over the tests of several heads of one layer: mean win rate, its spread, and how many heads hold."""
-    by_head = {(r.info["layer"], r.info["head"]): r for r in results if isinstance(r.evaluation, Substitution)}
-    if len(by_head) < 2:
-        return None
-    rates = pd.Series([_headline_rate(r) for r in by_head.values()])
-    outcomes = [r.claims()[0].outcome for r in by_head.values()]
-    held = outcomes.count("holds")
-    worst = next((o for o in ("confounded", "undecided", "fails") if o in outcomes), outcomes[0])
-    return Claim(
-        5,
-        "all heads of a layer",
-        f"{percent(rates.mean())} ± {percent(rates.std())} (SD over heads)",
-        len(rates),
-        "heads",
-        f"confounded by a control on {outcomes.count('confounded')}",
-        "holds" if held == len(rates) else worst,
-        f"Holds on {held} of {len(rates)} heads.",
-    )
-
-
-def _headline_rate(result: Result) -> float:
-    settings = result.evaluation
-    assert isinstance(settings, Substitution)
-    return settings.verdict(wide_firings(result), settings.scales[0])[1].rate
 
 
 def _below_one(ratio: stats.Estimate) -> stats.Estimate:

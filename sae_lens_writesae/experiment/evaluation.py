@@ -105,6 +105,15 @@ class Evaluation(ABC):
         """Sentences that a reader needs beside the numbers."""
         return []
 
+    def summaries(self, result: Result) -> dict[str, pd.DataFrame]:
+        """Further tables for the report, made from the measured ones."""
+        return {}
+
+    @classmethod
+    def across(cls, results: list[Result]) -> list[tuple[str, Claim]]:
+        """Claims about several results together (all heads of a layer, say), each with a label."""
+        return []
+
     @property
     def shortest(self) -> int:
         """Tokens that a sequence needs at least."""

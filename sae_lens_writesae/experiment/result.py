@@ -104,6 +104,10 @@ class Result:
         left_out = counts if isinstance(counts, Mapping) else {}
         return [*self.evaluation.notes(self), *(f"Left out: {n:,} ({why})." for why, n in left_out.items() if n)]
 
+    def details(self) -> dict[str, pd.DataFrame]:
+        """Tables that a page shows: those that were measured, and those that the evaluation makes from them."""
+        return self.tables if self.skipped is not None else self.evaluation.summaries(self) | self.tables
+
     @property
     def pace(self) -> str:
         """Time taken; where edits were run, how many runs and how fast."""

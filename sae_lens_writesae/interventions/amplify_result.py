@@ -10,6 +10,7 @@ from sae_lens_writesae.interventions import plots
 from sae_lens_writesae.interventions.common import Estimate, check_at_least, estimate, estimate_over_atoms
 from sae_lens_writesae.steering import Target
 from sae_lens_writesae.verdict import statistics as stats
+from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 
 CONTROLS = ("random", "other")
 _NAMES = {
@@ -24,7 +25,7 @@ class AmplifyConfig:
 
     tokens: tuple[Target, ...] = ()
     """Tokens (ids or strings, at least two) whose atoms are scaled. Empty: `n_tokens`, those with the best aligned."""
-    n_tokens: int = 3
+    n_tokens: int = 5
     """How many tokens, where none are named."""
     aligned: Literal["current", "next"] = "current"
     """An atom belongs to the token at which it fires, or to the token that comes next."""
@@ -84,9 +85,10 @@ class Amplify(Evaluation):
 
     Verdict of claim 18, at the headline factor, over prompts and tokens (both resampled):
     1. "below the floor": no count changes.
-    2. "fails": the interval of the change contains 0. (The paper's newline feature, amplified, made fewer newlines, so
+    2. "inconclusive" with too little data (`verdict.judge`); else "fails":
+       the interval of the change contains 0. (The paper's newline feature, amplified, made fewer newlines, so
        either direction counts.)
-    3. "explained": for some control, the interval of change - control's change contains 0.
+    3. "confounded": for some control, the interval of change - control's change contains 0.
     4. "holds" otherwise.
     """
 
@@ -145,10 +147,12 @@ class Amplify(Evaluation):
         counts: Any = self.counts("atom", factor)["count"] - self.counts("nothing")["count"]
         if not (counts != 0).any():
             outcome, why = "below the floor", "No continuation has its token more or less often."
+        elif too_little(effect.n, effect.n_clusters, effect.low, effect.high):
+            outcome, why = "inconclusive", NO_DATA
         elif _has_zero(effect):
             outcome, why = "fails", "Amplifying the atoms does not change how often their tokens are written."
         elif alike:
-            outcome, why = "explained", f"So do {' and '.join(_NAMES[c] for c in alike)}."
+            outcome, why = "confounded", f"So do {' and '.join(_NAMES[c] for c in alike)}."
         else:
             word = "more" if effect.mean > 0 else "less"
             outcome, why = "holds", f"The tokens are written {word} often, unlike under every control."
@@ -182,6 +186,8 @@ class Amplify(Evaluation):
     def _single_tokens(self, factor: float) -> Claim:
         atoms: Any = self.tables["atoms"]
         p_values = self.p_values(factor)
+        n_prompts = int(self.tables["counts"]["prompt"].nunique())
+        few = too_little(n_prompts, n_prompts)
         moved = atoms[[p_values[str(token)] < 0.05 for token in atoms["token"]]]
         named = ", ".join(f"{row.text!r} {self.change('atom', factor, token=row.token)}" for row in moved.itertuples())
         return Claim(
@@ -191,8 +197,12 @@ class Amplify(Evaluation):
             len(atoms),
             "tokens with an atom each",
             "sign flips by prompt against nothing and both controls; the largest p counts",
-            "holds" if len(moved) else "fails",
-            "At least one token changes more than under every control." if len(moved) else "No token does by itself.",
+            "holds" if len(moved) else "inconclusive" if few else "fails",
+            "At least one token changes more than under every control."
+            if len(moved)
+            else NO_DATA
+            if few
+            else "No token does by itself.",
         )
 
     def figures(self) -> list[Figure]:

@@ -13,6 +13,7 @@ from sae_lens_writesae.interventions import plots
 from sae_lens_writesae.interventions.common import FLOOR, Estimate, check_at_least, estimate_over_atoms
 from sae_lens_writesae.steering import Target
 from sae_lens_writesae.verdict import statistics as stats
+from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 
 CONTROLS = ("elsewhere", "random", "wrong")
 _NAMES = {
@@ -81,8 +82,9 @@ class Erasure(Evaluation):
 
     Verdict of claim 8, over all test firings (bootstrap over sequences and atoms; over sequences for a single atom):
     1. "below the floor": the effect's size is below 1e-5 nats.
-    2. "fails": the interval of the effect does not lie below 0.
-    3. "explained": for some control the interval of effect - control does not lie below 0.
+    2. "inconclusive" with too little data (`verdict.judge`); else "fails":
+       the interval of the effect does not lie below 0.
+    3. "confounded": for some control the interval of effect - control does not lie below 0.
     4. "holds" otherwise.
     """
 
@@ -133,10 +135,12 @@ class Erasure(Evaluation):
         alike = [c for c in CONTROLS if not self.estimate("effect", c).high < 0]
         if abs(effect.mean) < FLOOR:
             outcome, why = "below the floor", f"The effect is smaller than {FLOOR:g} nats."
+        elif too_little(effect.n, effect.n_clusters, effect.low, effect.high):
+            outcome, why = "inconclusive", NO_DATA
         elif not effect.high < 0:
             outcome, why = "fails", "On sequences that it was not chosen on, the token does not fall."
         elif alike:
-            outcome, why = "explained", f"As much is shown by {_listed(alike)}."
+            outcome, why = "confounded", f"As much is shown by {_listed(alike)}."
         else:
             outcome, why = "holds", "The token falls on other sequences, and more than under every control."
         table: Any = self.tables["firings"]
@@ -157,6 +161,8 @@ class Erasure(Evaluation):
     def _single_atoms(self) -> Claim:
         atoms: Any = self.tables["atoms"]
         lowest = atoms[list(CONTROLS)].min(axis=1)
+        whole = self.estimate("effect")
+        few = too_little(whole.n, whole.n_clusters, whole.low, whole.high)
         single = int(((atoms["p"] < 0.05) & (atoms["effect"] < lowest)).sum())
         return Claim(
             None,
@@ -165,8 +171,12 @@ class Erasure(Evaluation):
             len(atoms),
             "atoms",
             "sign flips of effect - control by sequence; the largest p of the three controls counts",
-            "holds" if single else "fails",
-            "At least one atom lowers its token more than every control." if single else "No atom does by itself.",
+            "holds" if single else "inconclusive" if few else "fails",
+            "At least one atom lowers its token more than every control."
+            if single
+            else NO_DATA
+            if few
+            else "No atom does by itself.",
         )
 
     def figures(self) -> list[Figure]:

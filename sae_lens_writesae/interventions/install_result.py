@@ -11,9 +11,14 @@ from sae_lens_writesae.interventions.common import Estimate, check_at_least, est
 from sae_lens_writesae.interventions.targets import Stratum
 from sae_lens_writesae.steering import Target
 from sae_lens_writesae.verdict import statistics as stats
+from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 
 STRATA = (Stratum("frequent", 2, 10), Stratum("100-1000", 100, 1000), Stratum("rare", 1001, None))
 SEMANTIC = "semantic"
+
+
+_RELEVANT = 0.1
+"""Difference of hit rates that matters."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,9 @@ class Install(Evaluation):
     (does another token of the same stratum appear when T is installed?).
 
     Verdict of claim 10, in the stratum 100-1000 at the headline m (intervals: bootstrap over prompts' sequences):
-    1. "fails": the interval of hits(installed) - hits(nothing) does not lie above 0.
-    2. "explained": hits(installed) - hits(random), or - hits(wrong target), does not lie above 0.
+    1. "inconclusive" with too little data (`verdict.judge`); else "fails":
+       the interval of hits(installed) - hits(nothing) does not lie above 0.
+    2. "confounded": hits(installed) - hits(random), or - hits(wrong target), does not lie above 0.
     3. "holds" otherwise; the sentence says whether the rate comes near the paper's 100 %.
     """
 
@@ -122,11 +128,14 @@ class Install(Evaluation):
         rate, nothing, random = (self.rate(stratum, c, x) for c, x in (("target", m), ("nothing", 0), ("random", m)))
         gains = {against: self._difference(stratum, m, against) for against in ("nothing", "random", "wrong")}
         same = [against for against in ("random", "wrong") if not gains[against].low > 0]
-        if not gains["nothing"].low > 0:
+        gain = gains["nothing"]
+        if too_little(gain.n, gain.n_clusters, gain.low, gain.high, relevant=_RELEVANT):
+            outcome, why = "inconclusive", NO_DATA
+        elif not gain.low > 0:
             outcome, why = "fails", "Installing does not make the target appear more often than nothing does."
         elif same:
             names = {"random": "a random direction of the same norm", "wrong": "a token that was not installed"}
-            outcome, why = "explained", f"It does no better than {' and '.join(names[s] for s in same)}."
+            outcome, why = "confounded", f"It does no better than {' and '.join(names[s] for s in same)}."
         else:
             near = "as in the paper" if rate.rate > 0.9 else "far from the paper's 100 %"
             outcome, why = "holds", f"The target appears more often than under every control; the rate is {near}."

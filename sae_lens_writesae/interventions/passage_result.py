@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
 from sae_lens_writesae.interventions import plots
 from sae_lens_writesae.interventions.common import Estimate, check_at_least, estimate
+from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 
 CONTROLS = ("own", "removed", "inserted", "random")
 _NAMES = {
@@ -70,8 +71,9 @@ class Passage(Evaluation):
 
     Verdict of claim 19, for the class `register` (or the first), by passage (bootstrap over passages):
     1. "below the floor": all costs are below 1e-6 bits.
-    2. "fails": the interval of cost(deleted) - cost(random) does not lie below 0.
-    3. "explained": random directions cost more, but other writes taken away (`removed`) do not: what counts is taking
+    2. "inconclusive" with too little data (`verdict.judge`); else "fails":
+       the interval of cost(deleted) - cost(random) does not lie below 0.
+    3. "confounded": random directions cost more, but other writes taken away (`removed`) do not: what counts is taking
        away against putting in, not which writes.
     4. "holds" otherwise.
     """
@@ -115,11 +117,13 @@ class Passage(Evaluation):
         to_random, to_removed = (self.cost(name, "deleted", c) for c in ("random", "removed"))
         if max(abs(e.mean) for e in costs.values()) < _FLOOR_BITS:
             outcome, why = "below the floor", "Nothing that was done to the writes costs anything."
+        elif too_little(to_random.n, to_random.n_clusters, to_random.low, to_random.high):
+            outcome, why = "inconclusive", NO_DATA
         elif not to_random.high < 0:
             outcome, why = "fails", "Taking the atoms away costs no less than random writes of the same norm."
         elif not to_removed.high < 0:
             outcome, why = (
-                "explained",
+                "confounded",
                 "Taking the same norm from other writes costs as little: putting in is what hurts.",
             )
         else:

@@ -12,6 +12,7 @@ from sae_lens_writesae.evaluation import Claim, Evaluation, Figure
 from sae_lens_writesae.interventions import plots
 from sae_lens_writesae.interventions.common import Estimate, check_at_least, estimate_over_atoms
 from sae_lens_writesae.later_heads import head_name
+from sae_lens_writesae.verdict.judge import NO_DATA, too_little
 
 CONDITIONS = ("atom", "random", "other")
 _FLOOR = 1e-6
@@ -70,9 +71,10 @@ class Readers(Evaluation):
 
     Verdict (a claim of this project), over test firings (bootstrap over sequences and atoms):
     1. "below the floor": the median change of the readers is below 1e-6.
-    2. "fails": the interval of log(change / change under random) at the reader does not lie above 0.
-    3. "explained": at the reader, the change is no larger than under another atom (the reader notices anything), or its
-       log ratio is no larger than the mean of the other later heads (all of them notice it).
+    2. "inconclusive" with too little data (`verdict.judge`); else "fails":
+       the interval of log(change / change under random) at the reader does not lie above 0.
+    3. "confounded": at the reader, the change is no larger than under another atom (the reader notices anything), or
+       its log ratio is no larger than the mean of the other later heads (all of them notice it).
     4. "holds" otherwise.
     """
 
@@ -131,10 +133,12 @@ class Readers(Evaluation):
         alike = [why for name, why in _ALIKE.items() if not found[name].low > 0]
         if median < _FLOOR:
             outcome, why = "below the floor", f"The median change at the readers is {median:.1g}."
+        elif too_little(found["random"].n, found["random"].n_clusters, found["random"].low, found["random"].high):
+            outcome, why = "inconclusive", NO_DATA
         elif not found["random"].low > 0:
             outcome, why = "fails", "On the other half the readers change no more than under a random direction."
         elif alike:
-            outcome, why = "explained", f"{' and '.join(alike)}.".capitalize()
+            outcome, why = "confounded", f"{' and '.join(alike)}.".capitalize()
         else:
             outcome, why = "holds", "The readers notice the atom, more than another atom, and more than other heads do."
         readers: Any = self.readers()

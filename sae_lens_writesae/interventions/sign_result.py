@@ -14,6 +14,7 @@ from sae_lens_writesae.interventions.common import FLOOR, Estimate, check_at_lea
 from sae_lens_writesae.report_text import r_squared
 from sae_lens_writesae.steering import Target
 from sae_lens_writesae.verdict import statistics as stats
+from sae_lens_writesae.verdict.judge import NO_DATA, too_few_wins
 
 DIRECTIONS = ("direct", "gradient", "random", "wrong")
 
@@ -66,8 +67,9 @@ class Sign(Evaluation):
 
     Verdict of claim 9, over all direct writes (cluster bootstrap by sequence):
     1. "below the floor": the median size of the effect is below 1e-5.
-    2. "fails": the interval of the share of right signs (F0) does not lie above 1/2.
-    3. "explained": writes toward another token do so as well: their share lies above 1/2, and the difference does not
+    2. "inconclusive" with too little data (`verdict.judge`); else "fails":
+       the interval of the share of right signs (F0) does not lie above 1/2.
+    3. "confounded": writes toward another token do so as well: their share lies above 1/2, and the difference does not
        lie above 0.
     4. "holds" otherwise.
     """
@@ -125,10 +127,12 @@ class Sign(Evaluation):
         median = float(table[table["direction"] == "direct"]["measured"].abs().median())
         if median < FLOOR:
             outcome, why = "below the floor", f"The median effect is {median:.2g}, below {FLOOR:g}."
+        elif too_few_wins(direct.n, direct.n_clusters, *direct.bootstrap):
+            outcome, why = "inconclusive", NO_DATA
         elif not direct.bootstrap.low > 0.5:
             outcome, why = "fails", "The target's logit moves as predicted no more often than by chance."
         elif wrong.bootstrap.low > 0.5 and not gap.low > 0:
-            outcome, why = "explained", "A write toward another token moves the target's logit as reliably."
+            outcome, why = "confounded", "A write toward another token moves the target's logit as reliably."
         else:
             outcome, why = "holds", "Signs are right, and more often than for writes toward another token."
         pairs = len(table[["sequence", "position", "token"]].drop_duplicates())
@@ -155,7 +159,11 @@ class Sign(Evaluation):
             pairs,
             unit,
             "F0, which leaves norms, gates and later layers out",
-            "holds" if f2.bootstrap.low > 0.5 and small["f2_r2"] > 0.9 else "fails",
+            "inconclusive"
+            if too_few_wins(f2.n, f2.n_clusters, *f2.bootstrap)
+            else "holds"
+            if f2.bootstrap.low > 0.5 and small["f2_r2"] > 0.9
+            else "fails",
             "Holds where F2's signs are above chance and its unfitted R² is above 0.9 at the smallest m.",
         )
         return [first, second]

@@ -89,12 +89,12 @@ class LogitChange(Evaluation):
     by sequence; chance is R2 = 0, one number for all rows):
 
     * "below the floor": the median change is no larger than what arithmetic alone moves.
-    * F0, the paper's claim: "holds" if the interval of its unfitted R2 lies above 1/2. Otherwise "explained" if the
+    * F0, the paper's claim: "holds" if the interval of its unfitted R2 lies above 1/2. Otherwise "confounded" if the
       paper's statistic (median R2 over eps, a scale fitted per cell) reaches 0.9 and predictions that were shuffled
       between firings reach the same within 0.01: then the statistic holds for any number. Otherwise "fails".
     * F1: "holds" if the interval lies above 1/2, else "fails".
     * F2: "fails" unless the interval lies at or above 0.95, and so does R2 at every horizon with changes above the
-      floor; "explained" if the interval of the shuffled predictions reaches its R2; else "holds".
+      floor; "confounded" if the interval of the shuffled predictions reaches its R2; else "holds".
     """
 
     kind: ClassVar[str] = "logit_change"
@@ -192,7 +192,7 @@ class LogitChange(Evaluation):
         if own["r2_low"] > HALF:
             outcome, why = "holds", "The interval of the unfitted R² lies above 1/2."
         elif reproduced and alike:
-            outcome = "explained"
+            outcome = "confounded"
             why = (
                 f"With a scale fitted per cell the paper's number is reached, but predictions shuffled between "
                 f"firings reach {r_squared(control['median_r2'])} as well; unfitted R² is {r_squared(own['r2'])}."
@@ -221,7 +221,7 @@ class LogitChange(Evaluation):
             outcome = "fails"
             why = f"The interval or a horizon lies below {TARGET_R2}. {at_worst} {self._cause()}"
         elif control["r2_high"] >= own["r2"]:
-            outcome, why = "explained", "Predictions shuffled between firings do as well."
+            outcome, why = "confounded", "Predictions shuffled between firings do as well."
         else:
             outcome, why = "holds", f"The interval lies above {TARGET_R2}. {at_worst}"
         return self._claim(None, _FULL, f"R² {_span(own)} unfitted", self._shuffled(), outcome, why)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import tyro
+
+from sae_lens_writesae.experiment.result import Json
 from sae_lens_writesae.sae import VARIANTS
 from sae_lens_writesae.sae.losses import Loss
 from sae_lens_writesae.sae.target import Target
 
 MATCHED = "FlatSAE-matched"
 
-SMALL: dict[str, Any] = {
+SMALL: dict[str, int] = {
     "d_sae": 256,
     "k": 16,
     "training_tokens": 40_000,
@@ -31,7 +34,9 @@ class ReproduceConfig:
     """A run over `layers` x `heads` of one model; the defaults are the paper's sizes (Qwen3.5-0.8B)."""
 
     model: str = "Qwen/Qwen3.5-0.8B"
+    """Model on the hub, a folder, or one that ships with the package."""
     layers: tuple[int, ...] = (1, 9, 17)
+    """Recurrent layers."""
     heads: tuple[int, ...] = (4,)
     """Heads of every layer."""
     targets: tuple[Target, ...] = ("write", "state")
@@ -45,26 +50,36 @@ class ReproduceConfig:
     """Further dictionaries of the first target, for the baselines: of `sae_lens_writesae.VARIANTS`, and `MATCHED`, a
     flat SAE with as many parameters as the WriteSAE has."""
     evaluations: tuple[str, ...] | None = None
-    """Names of `suite.EVALUATIONS`; None: all of them."""
+    """Kinds of evaluations; None: all of them."""
     architecture: str = "writesae_batchtopk"
+    """Architecture of the dictionaries, as SAELens names it."""
     d_sae: int = 2048
+    """Atoms of a dictionary."""
     k: int = 32
+    """Active atoms per token."""
     training_tokens: int = 5_000_000
+    """Tokens that each dictionary is trained on."""
     train_batch_size_tokens: int = 4096
+    """Rows of an optimizer step."""
     lr: float = 3e-4
+    """Learning rate of Adam."""
     context_size: int = 1024
+    """Tokens per sequence."""
     dataset: str | None = None
     """Dataset on the hub with a `text` column, or a folder of one; None: the held-out text of this package, which is
     enough for the models that ship with it."""
     eval_sequences: int = 200
     """Sequences of `context_size` tokens that no dictionary is trained on."""
     n_atoms: int = 100
+    """Atoms that an evaluation draws."""
     firings_per_atom: int = 10
+    """Firings of each."""
     dtype: str = "float32"
+    """The model's dtype."""
     dashboards: int = 50
     """Atoms of the first dictionary of each head that get a page; 0: none."""
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Fields of an evaluation's own config, by the evaluation's name, where they should not be its defaults."""
+    settings: Annotated[dict[str, dict[str, Json]], tyro.conf.Suppress] = field(default_factory=dict)
+    """Settings of an evaluation by its kind, where they should not be its defaults."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "targets", "losses", "seeds", "variants"):
@@ -84,7 +99,7 @@ class ReproduceConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """Plain values for JSON, lists for tuples; `ReproduceConfig(**d)` gives it back."""
         return json.loads(json.dumps(asdict(self)))
 

@@ -8,23 +8,27 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainStepInput
 
 from hookpoints import HookedRecurrent, WriteEdit
+from sae_lens_writesae.evaluations.substitution import Substitution
 from sae_lens_writesae.reproduce.config import ReproduceConfig
 from sae_lens_writesae.reproduce.run import is_done
 from sae_lens_writesae.reproduce.tasks import Task, dictionaries, make_tasks
 from sae_lens_writesae.sae import VARIANTS
-from sae_lens_writesae.substitution_config import SubstitutionConfig
 
 _OTHER_EVALUATIONS = 1.0
 """Time of any other evaluation over that of the substitution test, roughly."""
 
 _TABLE_BYTES = 120
 """Per firing and condition in the tables of the substitution test, compressed."""
+
+
+_LOGIT_BYTES = 512e6
+"""Float32 logits of one batch of edited rows, as `lab` bounds them."""
 
 
 class DiskTooSmallError(ValueError):
@@ -111,12 +115,10 @@ def measure(config: ReproduceConfig, model: HookedRecurrent) -> Pieces:
     return Pieces(forward, _timed(_optimizer_step(config, model), model), token)
 
 
-def _optimizer_step(config: ReproduceConfig, model: HookedRecurrent) -> Callable[[], Any]:
-    from sae_lens.saes.sae import TrainStepInput
-
+def _optimizer_step(config: ReproduceConfig, model: HookedRecurrent) -> Callable[[], object]:
     shape = model.cfg.layer(config.layers[0])
     sae_class, config_class = get_sae_training_class(config.architecture)
-    fields: Any = {"d_in": shape.K * shape.V, "d_k": shape.K, "d_v": shape.V, "d_sae": config.d_sae, "k": config.k}
+    fields = {"d_in": shape.K * shape.V, "d_k": shape.K, "d_v": shape.V, "d_sae": config.d_sae, "k": config.k}
     sae = sae_class(config_class(**fields, device=str(model.cfg.device)))
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr)
     batch = torch.randn(config.train_batch_size_tokens, sae.cfg.d_in, device=model.cfg.device)
@@ -130,7 +132,7 @@ def _optimizer_step(config: ReproduceConfig, model: HookedRecurrent) -> Callable
     return step
 
 
-def _timed(run: Callable[[], Any], model: HookedRecurrent) -> float:
+def _timed(run: Callable[[], object], model: HookedRecurrent) -> float:
     """The shortest of three runs after a first one: another job on the machine can stretch any of them."""
     run()
     found = []
@@ -149,13 +151,13 @@ def _seconds(task: Task, config: ReproduceConfig, pieces: Pieces) -> float:
         return sequences * pieces.forward + config.training_tokens / config.train_batch_size_tokens * pieces.train_step
     if task.kind in ("report", "atoms"):
         return config.eval_sequences * pieces.forward
-    settings = SubstitutionConfig()
-    conditions = 2 + len(settings.scales) * (1 + len(settings.controls))
+    settings = Substitution()
+    conditions = len(settings.atom_choice) * (2 + len(settings.scales) * (1 + len(settings.controls)))
     one = config.eval_sequences * 2 * pieces.forward + conditions * _row_tokens(config, settings) * pieces.token
     return one if task.kind == "substitution" else _OTHER_EVALUATIONS * one
 
 
-def _row_tokens(config: ReproduceConfig, settings: SubstitutionConfig) -> float:
+def _row_tokens(config: ReproduceConfig, settings: Substitution) -> float:
     """Tokens that are run for one condition of the substitution test: rows of a batch begin at its first edit, so each
     is up to twice its window, and those that are run to the end begin a third into the sequence."""
     firings = config.n_atoms * config.firings_per_atom
@@ -180,7 +182,7 @@ def _memory(config: ReproduceConfig, model: HookedRecurrent, sae: int) -> float:
     weights = sum(p.numel() * p.element_size() for p in model.hf_model.parameters())
     shape = model.cfg.layer(config.layers[0])
     buffered = 10 * config.train_batch_size_tokens * shape.K * shape.V * 4
-    logits = SubstitutionConfig().logit_megabytes * 1e6 + 4 * config.context_size * model.cfg.d_vocab * 2
+    logits = _LOGIT_BYTES + 4 * config.context_size * model.cfg.d_vocab * 2
     return weights + max(4 * sae + buffered, logits)  # weights, gradient, two moments of Adam
 
 
@@ -188,7 +190,7 @@ def _disk(left: list[Task], config: ReproduceConfig, size: dict[str, int]) -> fl
     by_key = {f"{d.key}/sae": size[d.variant] for d in dictionaries(config)}
     kept = sum(by_key.get(task.key, 0) for task in left)
     checkpoints = 2 * 3 * max(size.values())  # the newest two, each with Adam's moments
-    conditions = 2 + 3 * 7
+    conditions = 2 * (2 + 3 * 7)
     tables = sum(config.n_atoms * config.firings_per_atom * conditions * _TABLE_BYTES for t in left if t.kind != "sae")
     pages = config.dashboards * 100_000 * sum(task.kind == "atoms" for task in left)
     return kept + checkpoints + tables + pages + 5e6

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 
 from sae_lens_writesae.reproduce.config import ReproduceConfig
@@ -38,8 +39,6 @@ class Place:
     @property
     def device(self) -> str | None:
         """The GPU of this process, None where there is none."""
-        import torch
-
         return f"cuda:{self.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else None
 
 

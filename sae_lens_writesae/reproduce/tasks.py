@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sae_lens_writesae.evaluations import EVALUATIONS
+from sae_lens_writesae.experiment.evaluation import Scope
 from sae_lens_writesae.reproduce.config import ReproduceConfig
 from sae_lens_writesae.sae.losses import Loss
 from sae_lens_writesae.sae.target import Target
-from sae_lens_writesae.suite import EVALUATIONS, Scope
 
 if TYPE_CHECKING:
     from sae_lens_writesae.reproduce.workspace import Workspace
@@ -97,9 +98,9 @@ def make_tasks(config: ReproduceConfig) -> list[Task]:
 
 def _evaluations(name: str, saes: list[Dictionary], config: ReproduceConfig) -> list[Task]:
     """An evaluation of each dictionary that it is for, or of several together."""
-    entry = EVALUATIONS[name]
+    scope = EVALUATIONS[name].scope
     plain = [sae for sae in saes if not sae.variant and sae.seed == config.seeds[0] and sae.loss == "mse"]
-    if entry.scope is Scope.EACH:
+    if scope is Scope.EACH:
         return [_evaluation(name, f"{sae.key}/{name}", [sae]) for sae in plain]
     first = [sae for sae in saes if sae.target == config.targets[0] and sae.loss == "mse"]
     groups = {
@@ -108,8 +109,8 @@ def _evaluations(name: str, saes: list[Dictionary], config: ReproduceConfig) -> 
         Scope.TARGETS: [sae for sae in saes if not sae.variant and sae.seed == config.seeds[0]],
         Scope.VARIANTS: [sae for sae in first if sae.seed == config.seeds[0]],
     }
-    group = groups[entry.scope]
-    if entry.compares and len(group) < 2:  # nothing to compare with
+    group = groups[scope]
+    if scope.compares and len(group) < 2:  # nothing to compare with
         return []
     return [_evaluation(name, f"{group[0].cell}/{name}", group)]
 

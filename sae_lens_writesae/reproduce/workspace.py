@@ -9,29 +9,29 @@ import shutil
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
+from sae_lens import SAE, LanguageModelSAERunnerConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.registry import get_sae_training_class
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae.baselines import matched_flat
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluate import spread
-from sae_lens_writesae.joined_report import find_results, write_joined_report
-from sae_lens_writesae.left_out import LeftOut, evaluate_or_leave_out, load_result
-from sae_lens_writesae.page.dashboards import DashboardConfig, atom_dashboards, write_dashboards
+from sae_lens_writesae.evaluations import EVALUATIONS, load_result
+from sae_lens_writesae.experiment.evaluation import Evaluation
+from sae_lens_writesae.experiment.tokens import sample_sequences
+from sae_lens_writesae.files import atomic_text
+from sae_lens_writesae.page.atoms import AtomPages, write_atom_pages
+from sae_lens_writesae.page.report import find_results, write_report
 from sae_lens_writesae.reproduce.config import MATCHED, ReproduceConfig
 from sae_lens_writesae.reproduce.tasks import Dictionary
 from sae_lens_writesae.sae import VARIANTS
+from sae_lens_writesae.sae.kinds import matched_flat
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import WriteSAETrainingRunner, quiet, text_dataset, training_config
 from sae_lens_writesae.sae.target import head_target
-from sae_lens_writesae.substitution_evaluation import Substitution
-from sae_lens_writesae.suite import EVALUATIONS
 
 _CHECKPOINTS = 20
 """Checkpoints in a training run: what is lost when it is killed without warning is at most a twentieth of it."""
@@ -84,10 +84,10 @@ class Workspace:
     def tokens(self) -> Tensor:
         """[N,T] evaluation sequences; no dictionary is trained on this text."""
         text = embedded.text("test") if self.config.dataset is None else "\n\n".join(self._documents)
-        return spread(self.model, text, self.config.context_size, self.config.eval_sequences).to(self.device)
+        return sample_sequences(self.model, text, self.config.context_size, self.config.eval_sequences).to(self.device)
 
     @cached_property
-    def dataset(self) -> Any:
+    def dataset(self) -> Dataset:
         """Training text: what comes after the documents kept for evaluation."""
         if self.config.dataset is None:
             return text_dataset(embedded.text("train"))
@@ -102,7 +102,7 @@ class Workspace:
                 break
         return Dataset.from_dict({"text": documents})
 
-    def sae(self, dictionary: Dictionary) -> Any:
+    def sae(self, dictionary: Dictionary) -> SAE:
         """A trained dictionary of this run."""
         return load_sae(self.folder / dictionary.key / "sae", device=self.device)
 
@@ -123,7 +123,7 @@ class Workspace:
         os.replace(aside, own / "sae")
         shutil.rmtree(checkpoints, ignore_errors=True)
 
-    def training_config(self, dictionary: Dictionary, checkpoints: Path) -> Any:
+    def training_config(self, dictionary: Dictionary, checkpoints: Path) -> LanguageModelSAERunnerConfig:
         """SAELens' config for one dictionary."""
         c = self.config
         batch = c.train_batch_size_tokens
@@ -152,7 +152,7 @@ class Workspace:
             checkpoint_path=str(checkpoints),
         )
 
-    def _size(self, dictionary: Dictionary) -> dict[str, Any]:
+    def _size(self, dictionary: Dictionary) -> dict[str, object]:
         """d_sae and further fields of a dictionary's SAE."""
         c = self.config
         fields = {"k": c.k, "normalize_activations": "expected_average_only_in"}
@@ -160,54 +160,50 @@ class Workspace:
             return {"d_sae": c.d_sae, "sae": fields | VARIANTS.get(dictionary.variant, {})}
         sae_class, config_class = get_sae_training_class(c.architecture)
         place = head_target(self.model, dictionary.layer, dictionary.head, dictionary.target)
-        asked: dict[str, Any] = place.sae_fields | {"d_sae": c.d_sae, "k": c.k}
+        asked = place.sae_fields | {"d_sae": c.d_sae, "k": c.k}
         flat = matched_flat(sae_class(config_class(**asked)))
         return {"d_sae": flat.pop("d_sae"), "sae": fields | flat}
 
-    def evaluate(self, name: str, key: str, dictionaries: list[Dictionary]) -> None:
+    def evaluate(self, kind: str, key: str, dictionaries: list[Dictionary]) -> None:
         """One evaluation of a dictionary, of a head or of several dictionaries, saved to the folder `key`; where there
-        is nothing to measure, the reason is."""
+        is nothing to measure, the result says why."""
         saes = {dictionary.label: self.sae(dictionary) for dictionary in dictionaries}
         first = dictionaries[0]
         label = f"{first.cell} {first.target}-trained" if key.startswith(first.key) else first.cell
-        parts = (self.folder / key).with_name(f".{name}-parts")  # rows that a killed process had measured
-        more = {"parts": parts} if name == "substitution" else {}
-        settings = self._settings(name, label)
-        evaluate_or_leave_out(name, self.model, saes, self.tokens, settings, label, **more).save(self.folder / key)
-        shutil.rmtree(parts, ignore_errors=True)
+        self.evaluation(kind, label).run_or_skip(self.model, saes, self.tokens).save(self.folder / key)
+
+    def evaluation(self, kind: str, label: str) -> Evaluation:
+        """An evaluation with the run's sizes, where it has such settings, then what the run's settings say."""
+        c = self.config
+        sizes = {"n_atoms": c.n_atoms, "firings_per_atom": c.firings_per_atom, "seed": c.seeds[0], "label": label}
+        known = {f.name for f in fields(EVALUATIONS[kind])}
+        return EVALUATIONS[kind](**{k: v for k, v in sizes.items() if k in known} | c.settings.get(kind, {}))
 
     def show(self, dictionary: Dictionary) -> None:
         """Pages of a dictionary's atoms, drawn from those that its substitution test looked at, if there is one; in a
-        folder that is renamed into place. Where no atom can be shown, the reason is saved."""
-        own = self.folder / dictionary.key
-        label, sae = f"{dictionary.cell} {dictionary.target}-trained", self.sae(dictionary)
-        config = DashboardConfig(n_atoms=self.config.dashboards, seed=self.config.seeds[0], label=label)
-        tested = load_result(own / "substitution") if (own / "substitution").exists() else None
-        result = tested.result if isinstance(tested, Substitution) else None
-        try:
-            data = atom_dashboards(self.model, sae, self.tokens, config, substitution=result)
-        except NothingToMeasureError as error:
-            LeftOut.of("atoms", self.model, sae, label, error).save(own / "atoms")
-            return
-        aside = own / ".atoms"
+        folder that is renamed into place. Where no atom can be shown, the reason is in the folder."""
+        of_dictionary = self.folder / dictionary.key
+        pages = AtomPages(
+            n_atoms=self.config.dashboards,
+            seed=self.config.seeds[0],
+            label=f"{dictionary.cell} {dictionary.target}-trained",
+        )
+        tested = load_result(of_dictionary / "substitution") if (of_dictionary / "substitution").exists() else None
+        aside = of_dictionary / ".atoms"
         shutil.rmtree(aside, ignore_errors=True)
-        write_dashboards(data, aside)
-        os.replace(aside, own / "atoms")
+        try:
+            data = pages.collect(self.model, self.sae(dictionary), self.tokens, substitution=tested)
+            write_atom_pages(data, aside)
+        except NothingToMeasureError as error:
+            atomic_text(aside / "nothing-to-show.txt", f"{error}\n")
+        os.replace(aside, of_dictionary / "atoms")
 
     def report(self) -> None:
         """The page over all that was computed, in a folder that is renamed into place."""
         aside = self.folder / ".report"
         shutil.rmtree(aside, ignore_errors=True)
-        write_joined_report(find_results([self.folder]), aside / "report.html")
+        write_report(find_results([self.folder]), aside / "report.html")
         os.replace(aside, self.folder / "report")
-
-    def _settings(self, name: str, label: str) -> Any:
-        """An evaluation's own config: the run's sizes where it has such fields, then what the run's settings say."""
-        config_class = EVALUATIONS[name].config_class
-        c = self.config
-        sizes = {"n_atoms": c.n_atoms, "firings_per_atom": c.firings_per_atom, "seed": c.seeds[0], "label": label}
-        known = {f.name for f in fields(config_class)}
-        return config_class(**{k: v for k, v in sizes.items() if k in known} | c.settings.get(name, {}))
 
 
 class _FrugalRunner(WriteSAETrainingRunner):

@@ -295,7 +295,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     p = _checked("p_values", list(p_values.values()))
     if (p < 0).any() or (p > 1).any():
         raise ValueError(f"p-values lie in [0, 1], found {p.min()} to {p.max()}")
-    return dict(zip(p_values, multipletests(p, method="holm")[1].tolist(), strict=True))
+    return dict(zip(p_values, np.asarray(multipletests(p, method="holm")[1]).tolist(), strict=True))
 
 
 def quartile(values: ArrayLike) -> NDArray[np.int64]:

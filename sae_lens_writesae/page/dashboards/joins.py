@@ -55,6 +55,7 @@ def substituted_here(
         return None
     test = SubstitutionConfig(
         atoms=tuple(tested.tolist()),
+        atom_choice="own",
         firings_per_atom=config.substitution_firings,
         scales=("coefficient",),
         controls=("random", "state"),

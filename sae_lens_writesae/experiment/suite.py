@@ -1,0 +1,86 @@
+"""Which dictionaries one run of an evaluation takes, and many evaluations of many dictionaries in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from sae_lens import SAE
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.experiment.evaluation import Evaluation, Scope
+from sae_lens_writesae.experiment.result import Result
+from sae_lens_writesae.firings import HeadHook
+from sae_lens_writesae.sae.kinds import objective, variant
+
+
+def evaluate_all(
+    evaluations: Sequence[Evaluation],
+    model: HookedRecurrent,
+    saes: Mapping[str, SAE],
+    tokens: Tensor,
+    out: Path,
+    *,
+    progress: bool = True,
+    say: Callable[[str], object] = print,
+) -> list[Result]:
+    """Run evaluations on dictionaries, and save each result in `out/<kind>/<label>` as soon as it is there.
+
+    An evaluation runs once for each group of dictionaries that it is for (`groups`). One that has nothing to measure
+    does not stop the others; its result says why. A single evaluation raises NothingToMeasureError instead.
+
+    Raises:
+        ValueError: the only evaluation asked for compares dictionaries, and these are not for the comparison.
+    """
+    results = []
+    for evaluation in evaluations:
+        for label, group in groups(evaluation.scope, saes, single=len(evaluations) == 1):
+            named = with_label(evaluation, label)
+            run = named.run if len(evaluations) == 1 else named.run_or_skip
+            result = run(model, group, tokens, progress=progress)
+            result.save(out / result.kind / result.label.replace("/", "-").replace(" ", "-"))
+            say(
+                f"{result.kind}: {result.label} ({result.pace if result.skipped is None else 'skipped: ' + result.skipped})"
+            )
+            results.append(result)
+    return results
+
+
+def with_label(evaluation: Evaluation, label: str) -> Evaluation:
+    """The same evaluation under a label, unless it has one."""
+    return evaluation if evaluation.label else type(evaluation)(**(evaluation.to_dict() | {"label": label}))
+
+
+def groups(scope: Scope, saes: Mapping[str, SAE], *, single: bool = False) -> Iterator[tuple[str, dict[str, SAE]]]:
+    """The dictionaries of each run of an evaluation, with the label of that run.
+
+    Args:
+        single: the evaluation was asked for by name, so that dictionaries which it cannot compare are its problem to
+            report; otherwise they are passed over.
+    """
+    if scope is Scope.EACH:
+        yield from ((label, {label: sae}) for label, sae in saes.items())
+        return
+    if scope.compares and single:
+        yield "", dict(saes)
+        return
+    heads: dict[str, dict[str, SAE]] = {}
+    for label, sae in saes.items():
+        heads.setdefault(HeadHook.of(sae).cell, {})[label] = sae
+    for cell, of_head in heads.items():
+        if scope is Scope.HEAD:
+            yield cell, dict([next(iter(of_head.items()))])
+        elif comparable(scope, list(of_head.values())):
+            yield cell, of_head
+
+
+def comparable(scope: Scope, saes: Sequence[SAE]) -> bool:
+    """Whether dictionaries of one head differ in what a comparison is about, and in nothing that it takes to be the
+    same."""
+    trained_for = {objective(sae) for sae in saes}
+    built = {(variant(sae), int(sae.cfg.d_sae)) for sae in saes}
+    differ: dict[Scope, set] = {Scope.TARGETS: trained_for, Scope.VARIANTS: built}
+    if len(saes) < 2 or any(len(kinds) > 1 for other, kinds in differ.items() if other is not scope):
+        return False
+    return scope not in differ or len(differ[scope]) > 1

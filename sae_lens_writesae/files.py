@@ -1,0 +1,32 @@
+"""Files that are whole or absent: written aside, then renamed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def atomic_write(target: Path, write: Callable[[Path], object]) -> Path:
+    """Call `write` with a file beside `target`, then rename that file; after an exception nothing is left.
+
+    Makes the folder of `target` where there is none.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    aside = Path(name)
+    try:
+        write(aside)
+        aside.chmod(0o644)
+        os.replace(aside, target)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    return target
+
+
+def atomic_text(target: Path, text: str) -> Path:
+    """Write a text file in UTF-8, whole or not at all."""
+    return atomic_write(target, lambda file: file.write_text(text, encoding="utf-8"))

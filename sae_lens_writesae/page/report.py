@@ -1,0 +1,242 @@
+"""One page over everything that was evaluated: claim, the paper's value, the value here, controls, verdict; then why.
+
+The page is made from saved results alone. Beside it lie the same numbers: a JSON file of its name, `claims.csv`, and
+every table of one kind joined over dictionaries in `tables/<kind>-<table>.parquet`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import pandas as pd
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+from sae_lens_writesae.evaluations import EVALUATIONS, load_result
+from sae_lens_writesae.experiment.evaluation import Evaluation
+from sae_lens_writesae.experiment.result import Claim, Result
+from sae_lens_writesae.files import atomic_text, atomic_write
+from sae_lens_writesae.verdict.format import number
+from sae_lens_writesae.verdict.paper import OTHER_MODELS, PAPER_CLAIMS, Outcome, PaperClaim
+
+_ROWS = 40
+"""Rows of a table that the page shows; the files hold all of them."""
+
+_WORDS: dict[Outcome, str] = {"confounded": "confounded by a control"}
+
+
+class ReportFiles(NamedTuple):
+    """What was written."""
+
+    html: Path
+    json: Path
+
+
+class Row(NamedTuple):
+    """A claim as one dictionary (or one comparison) answers it."""
+
+    label: str
+    claim: Claim
+
+
+def find_results(paths: Sequence[str | Path]) -> list[Result]:
+    """Every saved result in or below the folders.
+
+    Raises:
+        ValueError: a folder without any; a result that this version cannot read.
+    """
+    results: list[Result] = []
+    for path in map(Path, paths):
+        files = sorted(path.rglob("info.json"))
+        folders = [f.parent for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)]
+        if not folders:
+            raise ValueError(f"no result was saved in or below {path} (looked for info.json)")
+        results += map(load_result, folders)
+    return results
+
+
+def write_report(results: Sequence[Result], path: str | Path, *, title: str | None = None) -> ReportFiles:
+    """Write the page `path` (.html), the numbers beside it (.json), `claims.csv` and `tables/`. Each file is written
+    aside and renamed.
+
+    Args:
+        results: of any evaluations, dictionaries, heads and models.
+        title: heading of the page; by default it names the models.
+
+    Raises:
+        ValueError: there is no result.
+    """
+    if not results:
+        raise ValueError("a report needs at least one result, found none")
+    target, results = Path(path).with_suffix(".html"), in_order(results)
+    rows = claim_rows(results)
+    numbers = {
+        "claims": [{"label": row.label, "paper": row.claim.paper, **vars(row.claim)} for row in rows],
+        "results": [{"kind": r.kind, "settings": r.evaluation.to_dict(), "info": r.info} for r in results],
+    }
+    claims = pd.DataFrame(numbers["claims"], columns=["label", "paper", *Claim.__dataclass_fields__])
+    for name, table in joined_tables(results).items():
+        atomic_write(target.parent / "tables" / f"{name}.parquet", lambda f, t=table: t.to_parquet(f, index=False))
+    atomic_text(target.with_name("claims.csv"), claims.astype({"number": "Int64"}).to_csv(index=False))
+    beside = atomic_text(target.with_suffix(".json"), json.dumps(numbers, indent=1, allow_nan=False))
+    atomic_text(target, _render(results, rows, title or _title(results), beside.name))
+    return ReportFiles(target, beside)
+
+
+def in_order(results: Sequence[Result]) -> list[Result]:
+    """By kind as in `EVALUATIONS`; what could not be measured last; then dictionaries of writes first."""
+    order = list(EVALUATIONS)
+    return sorted(results, key=lambda r: (r.skipped is not None, order.index(r.kind), r.info.get("target") != "write"))
+
+
+def claim_rows(results: Sequence[Result]) -> list[Row]:
+    """Every answer, by number of the paper's claim; this project's own claims after them."""
+    rows = [Row(result.label, claim) for result in results for claim in result.claims()]
+    for kind, group in itertools.groupby(in_order(results), key=lambda result: result.kind):
+        measured = [result for result in group if result.skipped is None]
+        rows += [Row(label, claim) for label, claim in EVALUATIONS[kind].across(measured)]
+    return sorted(rows, key=lambda row: row.claim.number or len(PAPER_CLAIMS) + 1)
+
+
+def joined_tables(results: Sequence[Result]) -> dict[str, pd.DataFrame]:
+    """Each table of each kind over all results, with the columns label, layer and head (`of_label` and so on where the
+    table has a column of that name)."""
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for result in results:
+        described = {"label": result.label, "layer": result.info["layer"], "head": result.info["head"]}
+        for name, table in result.tables.items():
+            new = {f"of_{k}" if k in table else k: v for k, v in described.items()}
+            parts.setdefault(f"{result.kind}-{name}", []).append(table.assign(**new))
+    return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
+
+
+def lead(rows: Sequence[Row]) -> str:
+    """The outcome of all answers in one sentence."""
+    counts: Counter[Outcome] = Counter(row.claim.outcome for row in rows)
+    verbs: dict[Outcome, tuple[str, str]] = {"holds": ("holds", "hold"), "fails": ("fails", "fail")}
+
+    def phrase(outcome: Outcome, n: int) -> str:
+        one, several = verbs.get(outcome, (f"is {outcome_text(outcome)}", f"are {outcome_text(outcome)}"))
+        return f"{n} {one if n == 1 else several}"
+
+    return f"Of {len(rows)} answers to claims, {', '.join(itertools.starmap(phrase, counts.most_common()))}."
+
+
+def outcome_text(outcome: Outcome) -> str:
+    """An outcome as a reader sees it."""
+    return _WORDS.get(outcome, outcome)
+
+
+def unanswered(rows: Sequence[Row]) -> list[str]:
+    """What the paper claims and nothing here answers, with what would."""
+    answered = {row.claim.number for row in rows}
+    by = {n: kind for kind, evaluation in EVALUATIONS.items() for n in evaluation.answers}
+    where = {n: f" on {model}" for n, model in (OTHER_MODELS | {5: "several heads"}).items()}
+    return [
+        f"{n}. {claim.claim} (needs the evaluation {by[n]}{where.get(n, '')})"
+        for n, claim in PAPER_CLAIMS.items()
+        if n not in answered and n in by
+    ]
+
+
+def markdown(text: str) -> Markup:
+    """Markdown as HTML. HTML inside of the text is shown as text, so that nothing in a docstring or a label can put
+    markup into a page."""
+    return Markup(MarkdownIt("commonmark", {"html": False}).render(text))
+
+
+def environment() -> jinja2.Environment:
+    """Templates of this package, with every value escaped."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("sae_lens_writesae", "page"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"cell": _cell, "outcome": outcome_text, "markdown": markdown}
+    return made
+
+
+class _Section(NamedTuple):
+    """All results of one kind."""
+
+    kind: str
+    question: str
+    description: str
+    columns: dict[str, dict[str, str]]
+    results: list[Result]
+
+
+def _render(results: Sequence[Result], rows: list[Row], title: str, numbers: str) -> str:
+    sections = []
+    for kind, group in itertools.groupby(results, key=lambda r: r.kind if r.skipped is None else "skipped"):
+        if kind == "skipped":
+            sections.append(_Section(kind, "What could not be measured", "", {}, list(group)))
+            continue
+        evaluation: type[Evaluation] = EVALUATIONS[kind]
+        description = inspect.getdoc(evaluation) or ""
+        sections.append(_Section(kind, evaluation.question, description, evaluation.columns, list(group)))
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            title=title,
+            lead=lead(rows),
+            groups=_by_claim(rows),
+            unanswered=unanswered(rows),
+            numbers=numbers,
+            sections=sections,
+            rows_shown=_ROWS,
+            facts=_facts(results),
+        )
+    )
+
+
+def _by_claim(rows: list[Row]) -> list[tuple[PaperClaim | None, list[Row]]]:
+    """Rows under the paper's claim that they answer; this project's own claims each under its own words."""
+
+    def key(row: Row) -> tuple[int, str]:
+        return (row.claim.number, "") if row.claim.number else (len(PAPER_CLAIMS) + 1, row.claim.claim)
+
+    groups = itertools.groupby(sorted(rows, key=key), key)
+    return [(PAPER_CLAIMS.get(number_), list(group)) for (number_, _), group in groups]
+
+
+def _title(results: Sequence[Result]) -> str:
+    models = dict.fromkeys(str(result.info["model"]) for result in results)
+    return f"What the atoms of {', '.join(models)} do"
+
+
+def _facts(results: Sequence[Result]) -> dict[str, str]:
+    """What holds for the whole page: models, heads, dictionaries, time."""
+    infos = [result.info for result in results]
+
+    def listed(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(info[name]) for info in infos))
+
+    heads = dict.fromkeys(f"L{info['layer']}H{info['head']}" for info in infos)
+    seconds = sum(float(str(info.get("seconds", 0))) for info in infos)
+    return {
+        "model": listed("model"),
+        "update rule": listed("rule"),
+        "heads": ", ".join(heads),
+        "dtype": listed("dtype"),
+        "architecture of the SAEs": listed("architecture"),
+        "atoms": listed("d_sae"),
+        "evaluations took": f"{seconds:.0f} s",
+    }
+
+
+def _cell(value: object) -> str:
+    """A table's value for a person."""
+    if isinstance(value, float):
+        return number(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,122 @@
+"""What the house promises: rooms that know only the rooms below them, and no import circles."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("hookpoints", "sae_lens_writesae")
+MAX_DEPTH = 8
+"""Longest chain of imports inside one package: a reader follows no more."""
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in PACKAGES:
+        for file in (ROOT / package).rglob("*.py"):
+            parts = file.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+MODULES = modules()
+
+
+@cache
+def imports(name: str) -> frozenset[str]:
+    """Modules of this project that a module imports, inside functions too; not those for type checkers alone."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    typing_only = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in ast.walk(node)
+    }
+    targets: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            targets |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = name.split(".") if MODULES[name].name == "__init__.py" else name.split(".")[:-1]
+            prefix = base[: len(base) - node.level + 1] if node.level else []
+            module = ".".join([*prefix, *([node.module] if node.module else [])])
+            for alias in node.names:
+                targets.add(f"{module}.{alias.name}" if f"{module}.{alias.name}" in MODULES else module)
+    return frozenset(targets & MODULES.keys() - {name})
+
+
+def longest_chain(name: str, above: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The longest chain of imports from a module downwards, inside its package; a circle raises."""
+    if name in above:
+        raise AssertionError(f"import circle: {' > '.join((*above[above.index(name):], name))}")
+    return _chain(name, above)
+
+
+_KNOWN: dict[str, tuple[str, ...]] = {}
+
+
+def _chain(name: str, above: tuple[str, ...]) -> tuple[str, ...]:
+    if name not in _KNOWN:
+        package = name.split(".")[0]
+        below = [each for each in imports(name) if each.split(".")[0] == package and each != package]
+        chains = [longest_chain(each, (*above, name)) for each in below]
+        _KNOWN[name] = (name, *max(chains, key=len, default=()))
+    return _KNOWN[name]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_are_shallow_and_without_circles(package: str):
+    chains = [longest_chain(name) for name in MODULES if name.split(".")[0] == package]
+    deepest = max(chains, key=len)
+    assert len(deepest) <= MAX_DEPTH, " > ".join(deepest)
+
+
+def test_hookpoints_knows_nothing_of_saes():
+    for name in MODULES:
+        if name.startswith("hookpoints"):
+            assert not any(target.startswith("sae_lens_writesae") for target in imports(name)), name
+            assert "sae_lens" not in ast.dump(ast.parse(MODULES[name].read_text(encoding="utf-8"))), name
+
+
+def test_the_second_package_reaches_models_through_public_names_only():
+    allowed = {"hookpoints", "hookpoints.embedded", "hookpoints.errors"}
+    for name in MODULES:
+        if name.startswith("sae_lens_writesae"):
+            inside = {target for target in imports(name) if target.startswith("hookpoints")} - allowed
+            assert not inside, f"{name} imports {sorted(inside)}"
+            assert ".attachment" not in MODULES[name].read_text(encoding="utf-8"), name
+
+
+def test_rules_know_nothing_of_hooks():
+    for name in MODULES:
+        if name.startswith("hookpoints.rules"):
+            above = ("hookpoints.hooks", "hookpoints.layer", "hookpoints.model", "hookpoints.edits")
+            assert not [target for target in imports(name) if target.startswith(above)], name
+
+
+def test_each_room_of_the_second_package_knows_only_the_rooms_below():
+    order = ["atom", "sae", "verdict", "experiment", "evaluations", "page"]
+    for name in MODULES:
+        parts = name.split(".")
+        if parts[0] != "sae_lens_writesae" or len(parts) < 2 or parts[1] not in order:
+            continue
+        room = order.index(parts[1])
+        for target in imports(name):
+            other = target.split(".")
+            if other[0] == "sae_lens_writesae" and len(other) > 1 and other[1] in order:
+                assert order.index(other[1]) <= room, f"{name} imports {target}"
+
+
+def test_few_untyped_places():
+    total = sum(file.read_text(encoding="utf-8").split().count("Any") for file in MODULES.values())
+    mentions = sum(
+        sum(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(ast.parse(file.read_text("utf-8"))))
+        for file in MODULES.values()
+    )
+    assert max(total, mentions) < 150, f"{mentions} annotations say Any"

@@ -1,0 +1,85 @@
+"""The ladder: each rung, both directions, and the order of the rungs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from sae_lens_writesae.verdict.judge import MIN_CLUSTERS, MIN_OBSERVATIONS, Against, judge
+from sae_lens_writesae.verdict.statistics import Estimate
+
+
+def around(mean: float, half: float = 0.05, n: int = 100, clusters: int = 20) -> Estimate:
+    return Estimate(mean, mean - half, mean + half, n, clusters)
+
+
+def test_holds_beyond_chance_without_controls():
+    assert judge(around(0.8), chance=0.5).outcome == "holds"
+    assert judge(around(-0.3), less=True).outcome == "holds"
+
+
+def test_fails_where_the_interval_reaches_chance():
+    assert judge(around(0.52), chance=0.5).outcome == "fails"
+    assert judge(around(0.2), chance=0.5).outcome == "fails"
+    assert judge(around(0.3), less=True).outcome == "fails"
+
+
+@pytest.mark.parametrize(("n", "clusters"), [(MIN_OBSERVATIONS - 1, 20), (100, MIN_CLUSTERS - 1)])
+def test_too_little_data_comes_first(n: int, clusters: int):
+    poor = Estimate(0.9, 0.8, 1.0, n, clusters)
+    assert judge(poor, chance=0.5, typical=0.0, floor=1.0).outcome == "inconclusive"
+
+
+def test_an_interval_that_cannot_be_formed_is_inconclusive():
+    assert judge(Estimate(0.9, math.nan, math.nan, 100, 20)).outcome == "inconclusive"
+
+
+def test_an_interval_with_chance_and_a_relevant_effect_is_inconclusive():
+    wide = Estimate(0.56, 0.45, 0.67, 40, 10)
+    assert judge(wide, chance=0.5, relevant=0.1).outcome == "inconclusive"
+    narrow = Estimate(0.51, 0.47, 0.55, 4000, 100)
+    assert judge(narrow, chance=0.5, relevant=0.1).outcome == "fails"
+    below = Estimate(-0.06, -0.17, 0.05, 40, 10)
+    assert judge(below, less=True, relevant=0.1).outcome == "inconclusive"
+
+
+def test_below_the_floor_comes_before_everything_but_data():
+    assert judge(around(0.9), chance=0.5, typical=1e-9, floor=1e-8).outcome == "below the floor"
+    assert judge(around(0.9), chance=0.5, typical=1e-8, floor=1e-8).outcome == "below the floor"
+    assert judge(around(0.9), chance=0.5, typical=1e-7, floor=1e-8).outcome == "holds"
+
+
+def test_a_control_that_does_as_well_confounds():
+    equal = Against(around(0.5), own=around(0.8), chance=0.5)
+    verdict = judge(around(0.8), {"mean write": equal}, chance=0.5, relevant=0.1)
+    assert verdict.outcome == "confounded"
+    assert verdict.unbeaten_controls == ("mean write",)
+
+
+def test_a_control_that_may_be_worse_or_equal_leaves_it_undecided():
+    open_ = Against(Estimate(0.58, 0.46, 0.70, 100, 20), own=around(0.8), chance=0.5)
+    assert judge(around(0.8), {"c": open_}, chance=0.5, relevant=0.1).outcome == "undecided"
+
+
+def test_a_control_that_does_nothing_by_itself_cannot_confound():
+    idle = Against(around(0.5), own=around(0.5), chance=0.5)
+    assert judge(around(0.8), {"c": idle}, chance=0.5).outcome == "holds"
+
+
+def test_a_control_that_is_beaten_does_not_confound():
+    beaten = Against(around(0.7), own=around(0.8), chance=0.5)
+    assert judge(around(0.9), {"c": beaten}, chance=0.5).outcome == "holds"
+
+
+def test_the_strongest_unbeaten_control_is_named_first():
+    weak, strong = Against(around(0.48)), Against(around(0.2))
+    weak, strong = weak._replace(chance=0.5), strong._replace(chance=0.5)
+    verdict = judge(around(0.8), {"weak": weak, "strong": strong}, chance=0.5, relevant=0.1)
+    assert verdict.unbeaten_controls == ("strong", "weak")
+
+
+def test_controls_of_an_effect_that_should_fall():
+    beaten, equal = Against(around(-0.3)), Against(around(0.0, half=0.01))
+    assert judge(around(-0.5), {"c": beaten}, less=True).outcome == "holds"
+    assert judge(around(-0.5), {"c": equal}, less=True, relevant=0.02).outcome == "confounded"
