@@ -1,0 +1,110 @@
+"""Seeds: identical dictionaries up to order and sign, untrained ones, and verdicts of known samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small_saes import HOOK, make_sae, planted
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.evaluations import load_result
+from sae_lens_writesae.evaluations.seeds import SAMPLES, Seeds
+from sae_lens_writesae.experiment.result import Result
+
+Cosines = np.ndarray
+
+
+def test_the_same_dictionary_twice_matches_wholly(model: HookedRecurrent, tokens: Tensor, tmp_path: Path) -> None:
+    sae, twin = planted(model, tokens), planted(model, tokens)
+    order = torch.arange(29, -1, -1)
+    for name in ("v", "w", "v_enc", "w_enc"):
+        getattr(twin, name).data = getattr(sae, name).data[order].clone()
+    twin.w.data, twin.v.data = -twin.w.data, -twin.v.data
+    result = Seeds(min_firings=2).run(model, {"a": sae, "b": twin}, tokens, progress=False)
+    counts = result.tables["counts"].set_index("sae")
+    assert counts.loc["a"].tolist() == counts.loc["b"].tolist()
+    matches = result.tables["matches"].set_index("sample")
+    assert matches.loc["atoms", "share_same"] == 1 and matches.loc["atoms", "median"] == pytest.approx(1)
+    assert matches["share_same"]["random"] < 0.2
+    pairs = result.tables["pairs"]
+    atoms = pairs[pairs["sample"] == "atoms"]
+    assert (atoms["first"] + atoms["second"] == 29).mean() > 0.9  # atoms are writes, of which two may be alike
+    kinds, beyond = result.claims()
+    assert kinds.outcome == "fails" and "are the same" in kinds.sentence
+    assert beyond.number is None and beyond.n == len(atoms)
+    loaded = load_result(result.save(tmp_path / "seeds"))
+    assert loaded.claims() == result.claims() and loaded.figures() == result.figures()
+
+
+def test_untrained_dictionaries_do_not_hold(model: HookedRecurrent, tokens: Tensor) -> None:
+    """Random atoms of two seeds have nothing in common, and agree in their counts: that is no finding."""
+    saes = {}
+    for seed in (0, 1):
+        sae = make_sae(model)
+        torch.manual_seed(10 + seed)
+        for factor in (sae.v, sae.w):
+            factor.data = torch.nn.functional.normalize(torch.randn_like(factor), dim=-1)
+        saes[str(seed)] = sae
+    kinds = Seeds(min_firings=1).run(model, saes, tokens, progress=False).claims()[0]
+    assert kinds.number == 20 and kinds.outcome in ("inconclusive", "fails")
+
+
+def made(alive: list[int], *cosines: Cosines) -> Result:
+    """A result of two dictionaries whose matched atoms, random directions and native writes have known |cosines|."""
+    counts = pd.DataFrame({"sae": ["a", "b"], "alive": alive, "register": alive, "dead": 0})
+    parts = [
+        pd.DataFrame({"a": "a", "b": "b", "sample": name, "first": range(len(x)), "second": 0, "cosine": x})
+        for name, x in zip(SAMPLES, cosines, strict=True)
+    ]
+    pairs, evaluation = pd.concat(parts, ignore_index=True), Seeds()
+    tables = {"counts": counts, "matches": evaluation.summary(pairs), "pairs": pairs}
+    return Result(evaluation, {"label": "made"}, tables)
+
+
+LOW, HIGH = np.linspace(0.1, 0.3, 200), np.linspace(0.4, 0.7, 200)
+
+
+@pytest.mark.parametrize(
+    ("alive", "cosines", "outcomes", "words"),
+    [
+        ([100, 95], (HIGH, LOW, LOW), ("holds", "holds"), "Counts agree"),
+        ([100, 50], (HIGH, LOW, LOW), ("fails", "holds"), "Counts vary"),
+        ([100, 99], (HIGH + 0.25, LOW, LOW), ("fails", "holds"), "are the same"),
+        ([100, 99], (LOW, LOW, LOW), ("inconclusive", "fails"), "Nothing shows"),
+        ([12, 12], (HIGH[:12], LOW[:12], LOW[:12]), ("inconclusive", "inconclusive"), "Too little"),
+        ([100, 99], (HIGH, LOW, HIGH + 0.1), ("holds", "confounded"), "Counts agree"),
+    ],
+)
+def test_verdicts(alive: list[int], cosines: tuple[Cosines, ...], outcomes: tuple[str, str], words: str) -> None:
+    kinds, beyond = made(alive, *cosines).claims()
+    assert (kinds.outcome, beyond.outcome) == outcomes and words in kinds.sentence
+    assert (kinds.number, kinds.n) == (20, 2)
+
+
+def test_one_pair_without_excess_decides() -> None:
+    """Three dictionaries, of which two share nothing beyond chance."""
+    tables = [made([100, 99], HIGH, LOW, LOW).tables["pairs"], made([100, 99], LOW, LOW, LOW).tables["pairs"]]
+    pairs = pd.concat([tables[0], tables[1].assign(b="c")], ignore_index=True)
+    evaluation, counts = Seeds(), pd.DataFrame({"sae": list("abc"), "alive": 100, "register": 50, "dead": 0})
+    result = Result(evaluation, {}, {"counts": counts, "matches": evaluation.summary(pairs), "pairs": pairs})
+    kinds, beyond = result.claims()
+    assert (kinds.outcome, beyond.outcome) == ("inconclusive", "fails") and "a and c" in beyond.sentence
+
+
+def test_errors_name_the_fault(model: HookedRecurrent, tokens: Tensor) -> None:
+    sae = planted(model, tokens)
+    with pytest.raises(ValueError, match="two"):
+        Seeds().run(model, {"a": sae}, tokens, progress=False)
+    for other in (make_sae(model, hook=HOOK.replace("heads.2", "heads.1")), make_sae(model, d_sae=20)):
+        with pytest.raises(ValueError, match=r"a: .*; b: "):
+            Seeds().run(model, {"a": sae, "b": other}, tokens, progress=False)
+    with pytest.raises(NothingToMeasureError, match="9999"):
+        Seeds(min_firings=9999).run(model, {"a": sae, "b": sae}, tokens, progress=False)
+    with pytest.raises(ValueError, match="same"):
+        Seeds(same=1.5)
