@@ -20,8 +20,7 @@ from recurrence import Way, timed, upstream
 from torch import Tensor, nn
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
-from hookpoints.recurrence.examples import random_recurrence
-from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.recurrence import Recurrence, random_recurrence
 
 FAMILIES = {
     "Gated DeltaNet": "gdn",
@@ -35,7 +34,7 @@ FAMILIES = {
     "Comba": "comba",
     "Gated DeltaProduct, R = 2": "gated_deltaproduct",
 }
-"""Families by name; the forms are those of ``hookpoints.examples``, and one with a constant decay."""
+"""Families by name; the forms are those of ``hookpoints.recurrence.examples``, and one with a constant decay."""
 LENGTHS = [256 * 2**i for i in range(7)]
 LAST = 4
 """Lengths that the slope is taken over: the shorter ones are mostly overhead."""

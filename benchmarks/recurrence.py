@@ -25,8 +25,7 @@ from typing import Any
 import torch
 import transformers
 
-from hookpoints.recurrence.examples import FORMS, random_recurrence
-from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.recurrence import FORMS, Recurrence, random_recurrence
 
 Way = Callable[[], object]
 GROWTH = ("gdn", "kda", "rwkv7")

@@ -38,7 +38,7 @@ def build(options: argparse.Namespace, variant: dict[str, Any] | None) -> Any:
     from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
 
-    from sae_lens_writesae import WriteTopKTrainingSAE, WriteTopKTrainingSAEConfig
+    from sae_lens_writesae.sae import WriteTopKTrainingSAE, WriteTopKTrainingSAEConfig
 
     sizes = {"d_in": options.d_k * options.d_v, "d_sae": options.d_sae, "k": options.k}
     if variant is None:

@@ -1,43 +1,30 @@
-"""Recurrent-write hook points for recurrent and hybrid language models, in TransformerLens' vocabulary."""
+"""Recurrent-write hook points for recurrent and hybrid language models, in TransformerLens' vocabulary.
 
+The names that most programs need. Everything else is imported from its own module: ``hookpoints.errors`` (every error),
+``hookpoints.recurrence`` (the mathematics), ``hookpoints.rules`` (update rules), ``hookpoints.model`` (loading,
+layout), ``hookpoints.hooks.table`` and ``hookpoints.edits``.
+"""
+
+from hookpoints import embedded, errors
 from hookpoints.edits.edit import WriteEdit
-from hookpoints.edits.session import EditedRun, EditSession
-from hookpoints.errors import (
-    BridgeWarning,
-    EditError,
-    Float16OverflowError,
-    HookDidNotFireError,
-    HookpointsError,
-    HookShapeError,
-    InputError,
-    SelfCheckError,
-    UnknownHookError,
-    UnsupportedModelError,
-)
-from hookpoints.hooks.table import HOOKS, HookRow
-from hookpoints.model.attach import Attached, attach
+from hookpoints.edits.session import EditSession
+from hookpoints.errors import EditError, HookpointsError, UnknownHookError, UnsupportedModelError
+from hookpoints.hooks.table import HOOKS
+from hookpoints.model.attach import attach
 from hookpoints.model.recurrent import HookedRecurrent
-from hookpoints.recurrence.recurrence import Recurrence, ScanResult
+from hookpoints.recurrence.recurrence import Recurrence
 
 __all__ = [
     "HOOKS",
-    "Attached",
-    "BridgeWarning",
     "EditError",
     "EditSession",
-    "EditedRun",
-    "Float16OverflowError",
-    "HookDidNotFireError",
-    "HookRow",
-    "HookShapeError",
     "HookedRecurrent",
     "HookpointsError",
-    "InputError",
     "Recurrence",
-    "ScanResult",
-    "SelfCheckError",
     "UnknownHookError",
     "UnsupportedModelError",
     "WriteEdit",
     "attach",
+    "embedded",
+    "errors",
 ]

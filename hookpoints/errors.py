@@ -1,4 +1,8 @@
-"""Errors of hookpoints. Each says what was asked, what was found and how to mend it."""
+"""The errors that hookpoints raises. Each says what was asked, what was found and how to mend it.
+
+Every error is also of the built-in kind that fits it (`ValueError`, `KeyError`, ...), so that code which does not know
+hookpoints can catch it.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +11,46 @@ from collections.abc import Iterable
 
 
 class HookpointsError(Exception):
-    """Base of every error that hookpoints raises on its own account."""
+    """The base class of all errors of hookpoints."""
 
 
 class UnknownHookError(HookpointsError, KeyError):
-    """A hook name that this model does not have."""
+    """The model has no hook of this name. The message lists the nearest names."""
 
     def __str__(self) -> str:  # KeyError would print the repr of the message
         return str(self.args[0])
 
 
 class HookDidNotFireError(HookpointsError, RuntimeError):
-    """A hook (or an edit) was set, the model ran, and it never acted."""
+    """A hook or an edit was set and the model ran, but the hook was never called or the edit never applied."""
 
 
 class HookShapeError(HookpointsError, ValueError):
-    """A hook returned something that cannot stand in for the activation."""
+    """A hook returned a value that cannot replace the activation: no tensor, or one of another shape."""
 
 
 class UnsupportedModelError(HookpointsError, ValueError):
-    """A model whose recurrence cannot be hooked."""
+    """The recurrence of this model cannot be hooked, or a package that it needs is not installed."""
 
 
 class SelfCheckError(HookpointsError, RuntimeError):
-    """The model does not behave as the hooks need; it is refused rather than hooked wrongly."""
+    """The model does not behave as its hooks assume. It is refused, since its hooks would be silently wrong."""
 
 
 class EditError(HookpointsError, ValueError):
-    """A WriteEdit that does not fit the model or the tokens."""
+    """A `WriteEdit` does not fit the model or the tokens."""
 
 
 class InputError(HookpointsError, ValueError):
-    """Token ids or an attention mask that the model cannot take."""
+    """The model cannot take these token ids or this attention mask."""
 
 
 class Float16OverflowError(HookpointsError, FloatingPointError):
-    """Reads, state or output of a layer with hooks or edits are beyond float16's range."""
+    """The reads, the state or the output of a layer with hooks or edits exceed the range of float16."""
 
 
 class BridgeWarning(UserWarning):
-    """A TransformerBridge does not compute what its own Hugging Face model does, or not all of its hooks fire."""
+    """A TransformerBridge computes other numbers than its own Hugging Face model, or some of its hooks never fire."""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

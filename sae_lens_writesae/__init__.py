@@ -1,36 +1,11 @@
 """Matrix-atom sparse autoencoders for SAELens, and what to do with their atoms.
 
 Importing this package registers six architectures in SAELens, after which its runners, metrics and patching utilities
-take them like its own. This is the public surface; modules hold the details.
+take them like its own. This is the public surface. The classes of the architectures are in `sae_lens_writesae.sae`.
 """
 
-from sae_lens_writesae.sae import (
-    INFERENCE,
-    TRAINING,
-    VARIANTS,
-    WriteBatchTopKTrainingSAE,
-    WriteBatchTopKTrainingSAEConfig,
-    WriteGatedSAE,
-    WriteGatedSAEConfig,
-    WriteGatedTrainingSAE,
-    WriteGatedTrainingSAEConfig,
-    WriteJumpReLUSAE,
-    WriteJumpReLUSAEConfig,
-    WriteJumpReLUTrainingSAE,
-    WriteJumpReLUTrainingSAEConfig,
-    WriteMatryoshkaTrainingSAE,
-    WriteMatryoshkaTrainingSAEConfig,
-    WriteStandardSAE,
-    WriteStandardSAEConfig,
-    WriteStandardTrainingSAE,
-    WriteStandardTrainingSAEConfig,
-    WriteTopKSAE,
-    WriteTopKSAEConfig,
-    WriteTopKTrainingSAE,
-    WriteTopKTrainingSAEConfig,
-    register,
-)
-from sae_lens_writesae.sae.base import AtomFactors, MatrixAtoms, MatrixAtomsConfig
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.sae import INFERENCE, TRAINING, VARIANTS, MatrixSAE, MatrixTrainingSAE, register
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.load import CheckpointError, load_sae
 from sae_lens_writesae.sae.runner import (
@@ -41,7 +16,7 @@ from sae_lens_writesae.sae.runner import (
     training_config,
 )
 from sae_lens_writesae.sae.target import head_target
-from sae_lens_writesae.sae.training import PAPER_RUNNER, MatrixTrainingConfig, calibrate_threshold, preset_b_dec
+from sae_lens_writesae.sae.training import PAPER_RUNNER, calibrate_threshold, preset_b_dec
 from sae_lens_writesae.steering import AtomScaling, Steering, scale_atoms, steer
 from sae_lens_writesae.substitution import run_substitution
 from sae_lens_writesae.substitution_config import SubstitutionConfig
@@ -55,43 +30,20 @@ __all__ = [
     "PAPER_RUNNER",
     "TRAINING",
     "VARIANTS",
-    "AtomFactors",
     "AtomScaling",
     "CheckpointError",
     "HookedSAERecurrent",
-    "MatrixAtoms",
-    "MatrixAtomsConfig",
-    "MatrixTrainingConfig",
+    "LowRank",
+    "MatrixSAE",
+    "MatrixTrainingSAE",
     "Steering",
     "SubstitutionConfig",
     "SubstitutionResult",
-    "WriteBatchTopKTrainingSAE",
-    "WriteBatchTopKTrainingSAEConfig",
-    "WriteGatedSAE",
-    "WriteGatedSAEConfig",
-    "WriteGatedTrainingSAE",
-    "WriteGatedTrainingSAEConfig",
-    "WriteJumpReLUSAE",
-    "WriteJumpReLUSAEConfig",
-    "WriteJumpReLUTrainingSAE",
-    "WriteJumpReLUTrainingSAEConfig",
-    "WriteMatryoshkaTrainingSAE",
-    "WriteMatryoshkaTrainingSAEConfig",
     "WriteSAETrainingRunner",
-    "WriteStandardSAE",
-    "WriteStandardSAEConfig",
-    "WriteStandardTrainingSAE",
-    "WriteStandardTrainingSAEConfig",
-    "WriteTopKSAE",
-    "WriteTopKSAEConfig",
-    "WriteTopKTrainingSAE",
-    "WriteTopKTrainingSAEConfig",
     "calibrate_threshold",
     "head_target",
     "load_sae",
     "preset_b_dec",
-    "register",
-    "register_model_class",
     "run_substitution",
     "scale_atoms",
     "steer",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
+from sae_lens_writesae.sae.target import check_fits as check_fits
 
 
 def spread(model: HookedRecurrent, text: str, context_size: int, sequences: int) -> Tensor:
@@ -19,21 +19,6 @@ def spread(model: HookedRecurrent, text: str, context_size: int, sequences: int)
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one sequence of {context_size}")
     starts = torch.linspace(0, len(ids) - context_size, n).long().tolist()
     return torch.stack([ids[start : start + context_size] for start in starts])
-
-
-def check_fits(model: HookedRecurrent, sae: Any, where: Path | str) -> None:
-    """Raise ValueError unless the SAE's hook exists on the model with the SAE's sizes; names both."""
-    from hookpoints.hooks.guard import check_names
-    from sae_lens_writesae.firings import HeadHook
-
-    hook = HeadHook.of(sae)
-    check_names(model, str(sae.cfg.metadata.hook_name))
-    shape = model.cfg.layer(hook.layer)
-    if sae.cfg.d_in != shape.K * shape.V:
-        raise ValueError(
-            f"the SAE in {where} reads {sae.cfg.d_in} numbers, but {sae.cfg.metadata.hook_name} of "
-            f"{model.cfg.model_name} has {shape.K} x {shape.V} = {shape.K * shape.V}"
-        )
 
 
 def folder_label(folder: Path) -> str:

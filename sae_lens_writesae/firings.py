@@ -1,9 +1,7 @@
 """Where the atoms of an SAE fire on evaluation sequences, and which of those firings a test looks at."""
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,45 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae_lens_writesae.conditions import Factors
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.progress import bar
+from sae_lens_writesae.sae.target import HeadHook, check_plain_activations
+from sae_lens_writesae.sae.target import HookTarget as Target
+from sae_lens_writesae.sae.target import atoms_of as atom_factors
 
-Target = Literal["write", "state"]
-
-_HOOK_NAME = re.compile(r"blocks\.(\d+)\.mixer\.heads\.(\d+)\.hook_(write|state)_vec")
-
-
-class HeadHook(NamedTuple):
-    """The hook of one head that an SAE reads."""
-
-    name: str
-    layer: int
-    head: int
-    target: Target
-
-    @classmethod
-    def parse(cls, name: str) -> "HeadHook":
-        """From `blocks.{l}.mixer.heads.{h}.hook_write_vec` or `hook_state_vec`;
-
-        anything else raises ValueError.
-        """
-        match = _HOOK_NAME.fullmatch(name)
-        if match is None:
-            wanted = "blocks.{l}.mixer.heads.{h}.hook_write_vec or ...hook_state_vec"
-            raise ValueError(f"the SAE must read a head's write or state ({wanted}), its hook is {name!r}")
-        target: Target = "write" if match[3] == "write" else "state"
-        return cls(name, int(match[1]), int(match[2]), target)
-
-    @property
-    def cell(self) -> str:
-        """The head's name in reports: L2H0."""
-        return f"L{self.layer}H{self.head}"
-
-    @classmethod
-    def of(cls, sae: Any) -> "HeadHook":
-        """The hook named in the SAE's own metadata."""
-        return cls.parse(str(sae.cfg.metadata.hook_name))
+__all__ = ["Target", "atom_factors"]  # the old place of these names
 
 
 @dataclass(frozen=True)
@@ -171,31 +137,3 @@ def silent_positions(
     ]
     moved = moved.query("position >= 0")
     return moved.sort_values(["sequence", "position", "atom"], ignore_index=True)
-
-
-def check_plain_activations(sae: Any) -> None:
-    """Raise ValueError where activations are not coefficients of atoms in the units of the write."""
-    how = getattr(sae.cfg, "normalize_activations", "none")
-    if how not in (None, "none"):
-        raise ValueError(
-            f"the SAE normalises its input ({how}), so its activations are not in units of the write; fold the factor "
-            "first (sae.fold_activation_norm_scaling_factor) and save the SAE with normalize_activations='none'"
-        )
-
-
-def atom_factors(sae: Any, atoms: Sequence[int] | NDArray[np.int64], key_dim: int, value_dim: int) -> Factors:
-    """Decoder atoms as factors: keys [n,R,K], values [n,R,V].
-
-    Takes `sae.v` [F,R,K] and `sae.w` [F,R,V] where the SAE has them. A dense decoder (FlatSAE) is factored by
-    SVD, exactly: R = min(K, V); cost one K x V SVD per atom.
-    """
-    index = torch.tensor(np.array(atoms))
-    if hasattr(sae, "v") and hasattr(sae, "w"):
-        keys, values = sae.v[index.to(sae.v.device)], sae.w[index.to(sae.w.device)]
-        return Factors(
-            keys.detach().float().reshape(len(index), -1, key_dim),
-            values.detach().float().reshape(len(index), -1, value_dim),
-        )
-    rows = sae.W_dec[index.to(sae.W_dec.device)].detach().float()
-    left, sigma, right = torch.linalg.svd(rows.reshape(-1, key_dim, value_dim), full_matrices=False)
-    return Factors((left * sigma[:, None, :]).mT, right)

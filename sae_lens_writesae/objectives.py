@@ -1,7 +1,7 @@
 """What a dictionary should be trained for: objectives of one head side by side, in one report.
 
 The authors of WriteSAE (arXiv 2605.12770) train on states and name a write-aligned loss as what their failures on
-larger models lack. An objective here is a target (write, state, last_state) and a loss (`training_loss.Loss`);
+larger models lack. An objective here is a target (write, state, last_state) and a loss (`sae.losses.Loss`);
 dictionaries that differ in it are measured on the same sequences, and each pair is compared with an interval.
 """
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_lens_writesae.firings import HeadHook, Target
-from sae_lens_writesae.sae.store import read_queries
+from sae_lens_writesae.sae.losses import read_queries
 
 
 class HeadMatrices(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from hookpoints import HookedRecurrent, Recurrence
 from hookpoints.fla import MODEL_TYPES as FLA_TYPES
 from hookpoints.hooks.table import rows
-from hookpoints.rules import OpResult, Rule
+from hookpoints.layer.mixer import HookedMixer
+from hookpoints.rules import Arguments, Op, OpResult, Rule
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ class Call(NamedTuple):
     """One op call of a layer."""
 
     rule: Rule
-    op: Callable[..., Any]
-    arguments: Mapping[str, Any]
+    op: Op
+    arguments: Arguments
 
-    def copied(self) -> Mapping[str, Any]:
+    def copied(self) -> Arguments:
         """The arguments, free to be written into."""
         return {name: x.clone() if isinstance(x, Tensor) else x for name, x in self.arguments.items()}
 
@@ -82,7 +83,7 @@ def calls_of(model_type: ModelType) -> list[Call]:
     with KeepFloat64():
         model = HookedRecurrent.from_hf(model_type.make().double(), backend="recurrence", self_check=False)
 
-        def record(mixer: Any, op: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+        def record(mixer: HookedMixer, op: Op, arguments: Arguments) -> object:
             calls.append(call := Call(mixer.rule, op, arguments))
             calls[-1] = call._replace(arguments=call.copied())
             return type(mixer).handle(mixer, op, arguments)
@@ -150,7 +151,7 @@ def _native_logits(model_type: ModelType) -> _Native:
         return _Native(torch.stack(logits), "rwkv7-hf")
     names = set()
 
-    def answer(mixer: Any, op: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    def answer(mixer: HookedMixer, op: Op, arguments: Arguments) -> object:
         oracle = oracle_of(mixer.rule, op)
         names.add(oracle.name)
         return mixer.rule.write_result(oracle.answer(arguments), arguments)
@@ -160,7 +161,7 @@ def _native_logits(model_type: ModelType) -> _Native:
     return _Native(hooked(tokens()), names.pop())
 
 
-def _handle_by(model: HookedRecurrent, handle: Callable[[Any, Callable[..., Any], Mapping[str, Any]], Any]) -> None:
+def _handle_by(model: HookedRecurrent, handle: Callable[[HookedMixer, Op, Arguments], object]) -> None:
     """Let ``handle(mixer, op, arguments)`` have the op calls of all mixers."""
     for mixer in model.attachment.mixers.values():
         mixer.handle = lambda op, arguments, mixer=mixer: handle(mixer, op, arguments)
@@ -168,8 +169,8 @@ def _handle_by(model: HookedRecurrent, handle: Callable[[Any, Callable[..., Any]
 
 def _op_error(call: Call) -> float:
     expected: OpResult = oracle_of(call.rule, call.op).answer(call.copied())
-    found = call.recurrence().scan()
-    pairs = [(found.outputs, expected.outputs), (found.final_state, expected.final_state)]
+    scanned = call.recurrence().scan()
+    pairs = [(scanned.outputs, expected.outputs), (scanned.final_state, expected.final_state)]
     return max(_largest(ours - theirs) / _largest(theirs) for ours, theirs in pairs if theirs is not None)
 
 

@@ -7,17 +7,15 @@ An oracle takes the arguments with which a layer called its op, gates and norms 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hookpoints.rules import OpResult, Rule
-from hookpoints.rules.base import expand_groups, l2_normalise
-from hookpoints.rules.fla_base import initial_state, scale_of
+from hookpoints.rules import Arguments, Op, OpResult, Rule
+from hookpoints.rules.base import expand_groups, initial_state, l2_normalise
 
-Arguments = Mapping[str, Any]
 NAIVE = "fla's naive recurrence"
 
 
@@ -29,7 +27,7 @@ class Oracle(NamedTuple):
     """The last state is None where the oracle gives none."""
 
 
-def oracle_of(rule: Rule, op: Callable[..., Any]) -> Oracle:
+def oracle_of(rule: Rule, op: Op) -> Oracle:
     """Who can compute calls of ``op``, an op of ``rule``: its torch form where it has one."""
     original = inspect.unwrap(op)
     if not original.__module__.startswith("transformers."):
@@ -37,8 +35,8 @@ def oracle_of(rule: Rule, op: Callable[..., Any]) -> Oracle:
 
     def answer(a: Arguments) -> OpResult:
         # An op may add something outside the state (Mamba-2's skip); these are its arguments without.
-        own = rule.arguments(a, rule.factors(a), frozenset())
-        return rule.read_result(original(**own), own)
+        bare = rule.arguments(a, rule.factors(a), frozenset())
+        return rule.read_result(original(**bare), bare)
 
     return Oracle("transformers' torch op", answer)
 
@@ -97,7 +95,7 @@ def _rwkv6(a: Arguments) -> OpResult:
     from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6
 
     factors = _heads_first(*(a[name] for name in "rkvw"))
-    outputs, state = naive_recurrent_rwkv6(*factors, torch.zeros_like(a["u"]), scale_of(a), _start(a), True)
+    outputs, state = naive_recurrent_rwkv6(*factors, torch.zeros_like(a["u"]), _scale(a), _start(a), True)
     return OpResult(outputs.transpose(1, 2), state)
 
 
@@ -106,7 +104,7 @@ def _rwkv7(a: Arguments) -> OpResult:
     from fla.ops.generalized_delta_rule.dplr.naive import dplr_recurrence
 
     back, along = (-a["kk"], a["kk"] * a["a"]) if "kk" in a else (a["a"], a["b"])
-    q = a["r"] * (scale_of(a) * a["r"].shape[-1] ** 0.5)
+    q = a["r"] * (_scale(a) * a["r"].shape[-1] ** 0.5)
     factors = _heads_first(q, a["k"], a["v"], back, along, a["w"])
     outputs, state = dplr_recurrence(*factors, _start(a))
     return OpResult(outputs.transpose(1, 2), state)
@@ -119,15 +117,15 @@ def _delta_product(a: Arguments) -> OpResult:
 
     (q, k), g, steps = _normalised(a), a["g"], a["num_householder"]
     q, g = _at_step(q, steps - 1, steps), None if g is None else _at_step(g, 0, steps)
-    found = naive_recurrent_gated_delta_rule(q, k, a["v"], a["beta"], g, scale_of(a), _start(a), True)
-    return OpResult(found[0][:, steps - 1 :: steps], found[1])
+    outputs, state = naive_recurrent_gated_delta_rule(q, k, a["v"], a["beta"], g, _scale(a), _start(a), True)
+    return OpResult(outputs[:, steps - 1 :: steps], state)
 
 
 def _at_step(x: Tensor, step: int, steps: int) -> Tensor:
     """[B,T,...] as [B,T*steps,...]: x at one step of each token, zeros at the others."""
-    spread = torch.zeros_like(x).repeat_interleave(steps, 1)
-    spread[:, step::steps] = x
-    return spread
+    by_step = torch.zeros_like(x).repeat_interleave(steps, 1)
+    by_step[:, step::steps] = x
+    return by_step
 
 
 def _comba(a: Arguments) -> OpResult:
@@ -143,7 +141,7 @@ def _comba(a: Arguments) -> OpResult:
         missing = a["v"][:, t] - torch.einsum("bhk,bhkv->bhv", p[:, t], state)
         write = torch.einsum("bhk,bhv->bhkv", k[:, t], a["beta"][:, t, :, None] * missing)
         state = state * a["g"][:, t].exp()[..., None, None] + write
-        outputs.append(torch.einsum("bhk,bhkv->bhv", scale_of(a) * q[:, t], state))
+        outputs.append(torch.einsum("bhk,bhkv->bhv", _scale(a) * q[:, t], state))
     return OpResult(torch.stack(outputs, 1), state)
 
 
@@ -158,6 +156,11 @@ def _strength(a: Arguments) -> Tensor:
     if not a.get("use_beta_sigmoid_in_kernel"):
         return a["beta"]
     return (2 if a.get("allow_neg_eigval") else 1) * a["beta"].sigmoid()
+
+
+def _scale(a: Arguments) -> float:
+    """Factor on q at the read: K^-1/2 unless the call says otherwise."""
+    return float(a["k"].shape[-1] ** -0.5 if a.get("scale") is None else a["scale"])
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:

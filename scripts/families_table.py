@@ -41,8 +41,8 @@ def measured(kernels: Path | None) -> list[Family]:
     torch.set_num_threads(1)
     families = []
     for model_type in model_types():
-        families.append(found := measure(model_type, kernels))
-        print(f"{found.source} {found.model_type}: {found.op_error:.0e}, {found.logits_error:.0e}", flush=True)
+        families.append(family := measure(model_type, kernels))
+        print(f"{family.source} {family.model_type}: {family.op_error:.0e}, {family.logits_error:.0e}", flush=True)
     return families
 
 

@@ -8,7 +8,7 @@ import torch
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
-from sae_lens_writesae import WriteTopKSAE, WriteTopKSAEConfig
+from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 
 LAYER, HEAD = 1, 2
 

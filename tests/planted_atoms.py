@@ -9,8 +9,8 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.page.dashboards import DashboardConfig
+from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 
 LAYER, HEAD, N, T = 2, 3, 4, 48
 HOOK = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write_vec"

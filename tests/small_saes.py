@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import SAEMetadata
 
-from sae_lens_writesae import WriteTopKSAE, WriteTopKSAEConfig
+from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 
 LAYER, HEAD, K, V = 1, 2, 8, 6
 HOOK = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write_vec"

@@ -15,6 +15,7 @@ from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig, TrainStepInput
 from safetensors.torch import load_file, save_file
 
 import sae_lens_writesae as W
+from sae_lens_writesae import sae as S
 
 K, V, D_IN, F, N = 5, 6, 30, 16, 11
 SHAPE: dict[str, Any] = {"d_in": D_IN, "d_sae": F, "d_k": K, "d_v": V, "dtype": "float64"}
@@ -204,12 +205,12 @@ def test_config_round_trips(name: str) -> None:
 
 def test_registering_again_is_harmless_and_a_taken_name_is_not() -> None:
     before = dict(sae_lens.registry.SAE_CLASS_REGISTRY)
-    W.register()
+    S.register()
     assert before == sae_lens.registry.SAE_CLASS_REGISTRY
     sae_lens.registry.SAE_CLASS_REGISTRY["writesae_topk"] = (object, object)  # pyright: ignore
     try:
         with pytest.raises(ValueError, match="writesae_topk already registered"):
-            W.register()
+            S.register()
     finally:
         sae_lens.registry.SAE_CLASS_REGISTRY["writesae_topk"] = before["writesae_topk"]
 
@@ -219,13 +220,13 @@ def test_saelens_command_line_takes_our_architectures() -> None:
 
     fields = "--d_in 30 --d_sae 12 --d_k 5 --d_v 6 --k 3 --k_aux 4 --encoder tied --rank 2"
     cfg = _parse_cfg_args(["--architecture", "writesae_batchtopk", *fields.split()]).sae
-    assert isinstance(cfg, W.WriteBatchTopKTrainingSAEConfig)
+    assert isinstance(cfg, S.WriteBatchTopKTrainingSAEConfig)
     assert (cfg.d_k, cfg.d_v, cfg.k, cfg.k_aux, cfg.encoder, cfg.rank) == (5, 6, 3, 4, "tied", 2)
 
 
 @pytest.mark.parametrize("variant", W.VARIANTS.values(), ids=W.VARIANTS)
 def test_paper_variants_are_configurations(variant: dict) -> None:
-    sae = W.WriteTopKTrainingSAE(W.WriteTopKTrainingSAEConfig(d_in=30, d_sae=8, d_k=5, d_v=6, k=2, **variant))
+    sae = S.WriteTopKTrainingSAE(S.WriteTopKTrainingSAEConfig(d_in=30, d_sae=8, d_k=5, d_v=6, k=2, **variant))
     out = sae.training_forward_pass(TrainStepInput(torch.randn(4, 30), {}, None, 1, False))
     out.loss.backward()
     assert all(p.grad is not None for p in sae.parameters())

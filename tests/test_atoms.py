@@ -11,8 +11,11 @@ from sae_lens.saes.sae import SAE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sae_lens_writesae as W
+from sae_lens_writesae import sae as S
 from sae_lens_writesae.atom import sparse
-from sae_lens_writesae.sae.base import atom_norm, truncated_svd
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.atom.sparse import atom_norm
+from sae_lens_writesae.sae.base import MatrixWeights
 
 K, V, D_IN, F = 5, 6, 30, 12
 ALL_VARIANTS = [
@@ -149,7 +152,7 @@ def test_views_are_the_maps(variant: dict) -> None:
     torch.testing.assert_close(sae.decode_linear(acts), acts @ sae.W_dec, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(sae.decoder_norm(), sae.W_dec.norm(dim=-1))
     torch.testing.assert_close(sae.encoder_norm(), sae.W_enc.norm(dim=0))
-    torch.testing.assert_close(sae.atoms().flatten(1), sae.W_dec.detach())
+    torch.testing.assert_close(sae.atoms().dense().flatten(1), sae.W_dec.detach())
     names = {name for name, _ in sae.named_parameters()}
     assert ("decoder_matrix" in names) == (variant["decoder"] == "flat")
     assert ("encoder_matrix" in names) == (variant["encoder"] == "dense")
@@ -174,18 +177,19 @@ def test_atom_norm_and_its_gradient() -> None:
     assert zero.grad is not None and zero.grad.isfinite().all()
 
 
-def test_atom_factors_are_the_closest_of_their_rank() -> None:
+def test_atoms_are_the_closest_of_their_rank() -> None:
     flat = small(decoder="flat", encoder="dense", rank=2)
-    v, w = flat.atom_factors([3, 1])
-    assert v.shape == (2, 2, K) and w.shape == (2, 2, V)
-    rest = flat.atoms([3, 1]) - v.mT @ w
-    singular = torch.linalg.svdvals(flat.atoms([3, 1]))
+    atoms, dense = flat.atoms([3, 1], rank=2), flat.decoder_matrix[[3, 1]].view(-1, K, V)
+    assert atoms.keys.shape == (2, 2, K) and atoms.values.shape == (2, 2, V)
+    torch.testing.assert_close(atoms.keys.norm(dim=-1), atoms.values.norm(dim=-1))
+    rest = dense - atoms.dense()
+    singular = torch.linalg.svdvals(dense)
     torch.testing.assert_close(rest.flatten(1).norm(dim=1), singular[:, 2:].norm(dim=1))
     ranked = small(rank=2)
-    assert torch.equal(sparse.khatri_rao(*ranked.atom_factors()), ranked.W_dec)
-    assert ranked.atom_factors(rank=1).v.shape == (F, 1, K)
+    assert torch.equal(ranked.atoms().dense().flatten(1), ranked.W_dec)
+    assert ranked.atoms(rank=1).keys.shape == (F, 1, K)
     matrix = torch.randn(1, K, V)
-    torch.testing.assert_close(sparse.khatri_rao(*truncated_svd(matrix, K)), matrix.flatten(1))
+    torch.testing.assert_close(LowRank.svd(matrix, K, balanced=True).dense(), matrix)
 
 
 # ---------------------------------------------------------------------------------------- folds
@@ -256,7 +260,7 @@ def test_no_method_of_saelens_that_writes_to_weights_is_left(sae_class: type) ->
 
 def test_saelens_still_declares_what_is_replaced() -> None:
     for name in ("initialize_weights", "fold_activation_norm_scaling_factor", "fold_and_get_W_dec_norm"):
-        assert name in vars(SAE) and name in vars(W.MatrixAtoms)
+        assert name in vars(SAE) and name in vars(MatrixWeights)
 
 
 # ---------------------------------------------------------------------------------------- errors
@@ -315,7 +319,7 @@ def test_training_configs_refuse_nonsense(name: str, fields: dict, message: str)
 
 
 def test_one_width_follows_from_the_other() -> None:
-    cfg = W.WriteStandardSAEConfig(d_in=30, d_sae=12, d_k=5)
+    cfg = S.WriteStandardSAEConfig(d_in=30, d_sae=12, d_k=5)
     assert (cfg.d_k, cfg.d_v) == (5, 6)
 
 

@@ -11,16 +11,8 @@ import transformers
 from conftest import MAKERS, make_hf
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-from hookpoints import (
-    EditError,
-    HookDidNotFireError,
-    HookedRecurrent,
-    InputError,
-    UnknownHookError,
-    UnsupportedModelError,
-    WriteEdit,
-    attach,
-)
+from hookpoints import EditError, HookedRecurrent, UnknownHookError, UnsupportedModelError, WriteEdit, attach
+from hookpoints.errors import HookDidNotFireError, InputError
 from hookpoints.rules import REFUSED, RULES
 
 LEFT, RIGHT, WHOLE, HOLE = [0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1] * 5, [1, 0, 1, 1, 1]

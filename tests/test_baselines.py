@@ -10,7 +10,7 @@ from sae_lens.saes.sae import SAEMetadata
 from small_saes import HEAD, HOOK, LAYER, STATE, K, V, exact_sae, make_sae
 
 from hookpoints import WriteEdit
-from sae_lens_writesae import VARIANTS, WriteTopKSAE, WriteTopKSAEConfig
+from sae_lens_writesae import VARIANTS
 from sae_lens_writesae.baselines import (
     Baselines,
     BaselinesConfig,
@@ -25,7 +25,7 @@ from sae_lens_writesae.baselines.selectivity import selectivity
 from sae_lens_writesae.baselines.writes import Setting, exchanged
 from sae_lens_writesae.conditions import rank_one
 from sae_lens_writesae.firings import Firings, HeadHook
-from sae_lens_writesae.sae import INFERENCE
+from sae_lens_writesae.sae import INFERENCE, WriteTopKSAE, WriteTopKSAEConfig
 
 SMALL = BaselinesConfig(
     test_sequences=4, pca_ranks=(1, 3), pca_writes=40, replacement_sequences=3, horizon=4, min_firings=2

@@ -122,7 +122,7 @@ def test_effect_is_the_derivative_that_autograd_finds(model: Any, planted: Any, 
     data = atom_dashboards(model, planted, tokens, config, progress=False)
     s, t = one_firing(model, planted, tokens, config)
     amount = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    atom = planted.atoms([0])[0].double()
+    atom = planted.atoms([0]).dense()[0].double()
 
     def add(write: Tensor, hook: Any) -> Tensor:
         changed = write.clone()
@@ -170,7 +170,7 @@ def test_memory_counts_writes_that_outlive_their_sequence() -> None:
 def test_higher_rank_shows_the_leading_term(model: Any, tokens: Tensor) -> None:
     sae = empty_sae(model, rank=2)
     data = atom_dashboards(model, sae, tokens, SMALL, progress=False)
-    matrix = sae.atoms([data.atoms[0].atom])[0]
+    matrix = sae.atoms([data.atoms[0].atom]).dense()[0]
     sigma = torch.linalg.svdvals(matrix.detach())
     assert data.atoms[0].rank_share == pytest.approx(float(sigma[0] ** 2 / (sigma**2).sum()), rel=1e-4)
     assert "leading term" in render(data, data.atoms[0])
@@ -307,7 +307,7 @@ def test_readers_are_the_later_heads_whose_reads_change(model: Any, planted: Any
     config = DashboardConfig(**SMALL.to_dict() | {"atoms": (0,), "effect_firings": 1, "n_tokens": 99})
     page = atom_dashboards(model, planted, tokens, config, progress=False)[0]
     s, t = one_firing(model, planted, tokens, config)
-    atom = planted.atoms([0])[0].double()
+    atom = planted.atoms([0]).dense()[0].double()
     names = [f"blocks.{layer}.mixer.hook_read" for layer in model.cfg.recurrent_layers if layer > LAYER]
 
     def reads(amount: float) -> dict[str, Tensor]:
@@ -337,7 +337,7 @@ def test_a_small_substitution_test_is_run_where_none_is_given(model: Any, plante
     _, cache = model.run_with_cache(tokens, names_filter=[HOOK])
     with torch.no_grad():
         active = planted.encode(cache[HOOK].float())[..., 2].double()  # [N,T]
-    matrix, width = planted.atoms([2])[0].double(), config.effect_horizon + 1
+    matrix, width = planted.atoms([2]).dense()[0].double(), config.effect_horizon + 1
     room = active.clone()
     room[:, 0] = room[:, T - width + 1 :] = 0
 

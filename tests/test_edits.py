@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from conftest import VOCAB, continuing
+from conftest import VOCAB, continuing, make_hf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hookpoints import EditError, UnsupportedModelError, WriteEdit
+from hookpoints import HookedRecurrent, WriteEdit
+from hookpoints.errors import EditError, HookpointsError, UnsupportedModelError
+from hookpoints.model.inputs import cache_argument, cache_of
 
 LAYER, HEAD, T = 1, 2, 70
 
@@ -207,10 +211,11 @@ def test_scopes_close(model, sequence):
         raise ZeroDivisionError
     assert torch.equal(model(sequence), plain)
     with model.edits(edit_of("delete", 3)):
-        with model.edits(edit_of("delete", 9)):  # the inner scope is what holds
+        with model.edits(edit_of("delete", 9)):
             inner = model(sequence)
         outer = model(sequence)
-    assert torch.equal(inner[:, :9], plain[:, :9]) and not torch.equal(outer[:, :9], plain[:, :9])
+    assert torch.equal(inner[:, :9], outer[:, :9]) and not torch.equal(outer[:, 3:9], plain[:, 3:9])
+    assert not torch.equal(inner[:, 9:], outer[:, 9:])
 
 
 @torch.no_grad()
@@ -258,3 +263,124 @@ def test_bad_edits_are_refused(model, sequence, make, error, match):
         model(sequence)
     with pytest.raises(error, match=match):
         model.run_with_edits(sequence, [make()])
+
+
+# -- several edits at once
+
+
+@torch.no_grad()
+def test_nested_scopes_compose(model64, sequence):
+    """An inner scope edits the model as the outer one edited it."""
+    outer, inner = edit_of("add", 10, layer=0), edit_of("delete", 30)
+    with model64.edits([outer, inner]):
+        expected = model64(sequence)
+    with model64.edits(outer), model64.edits(inner):
+        assert_close(model64(sequence), expected, rtol=0, atol=1e-12)
+    with model64.edits(inner):
+        deleted = model64(sequence)
+    with model64.edits(edit_of("add", 30)), model64.edits(inner):  # takes away what the outer scope adds, too
+        assert_close(model64(sequence), deleted, rtol=0, atol=1e-10)
+    with model64.edits(inner), model64.edits(inner):
+        assert_close(model64(sequence), deleted, rtol=0, atol=1e-10)
+    added = edit_of("add", 30)
+    with model64.edits(edit_of("replace", 30)):
+        replaced = model64(sequence)
+    with model64.edits(inner), model64.edits(added):
+        assert_close(model64(sequence), replaced, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_generation_and_sessions_inside_a_scope(model64, sequence):
+    outer, inner = edit_of("add", 5, layer=0), WriteEdit(LAYER, HEAD, 21, 5 * vectors(0, 8), 5 * vectors(1, 6))
+    prompt = sequence[:, :20]
+    expected = model64.generate(prompt, edits=[outer, inner], max_new_tokens=5, do_sample=False)
+    with model64.edits(outer):
+        assert torch.equal(model64.generate(prompt, edits=inner, max_new_tokens=5, do_sample=False), expected)
+        session = model64.edit_session(sequence)
+        run = session.run([[], inner])
+    with model64.edits([outer, inner]):
+        assert_close(run.logits[1], model64(sequence)[0, 21:], rtol=0, atol=1e-10)
+    again = session.run([[], inner])  # a session keeps the edits that it was made under
+    assert_close(again.logits, run.logits, rtol=0, atol=1e-10)
+    with pytest.raises(EditError, match="never acted"), model64.edits(edit_of("delete", 0)):
+        assert_close(session.run([[], inner]).logits, run.logits, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_rows_have_edits_of_their_own(model64, sequence):
+    rows = [[], edit_of("delete", 10), [edit_of("add", 12, layer=0), edit_of("replace", 22)]]
+    batch = sequence[:, :20].expand(3, -1)
+    alone = [
+        model64.generate(batch[:1], edits=row, max_new_tokens=5, do_sample=False, return_type="tokens") for row in rows
+    ]
+    out = model64.generate(batch, edit_rows=rows, max_new_tokens=5, do_sample=False)
+    assert torch.equal(out, torch.cat(alone))
+    with model64.edits(edit_of("add", 3), edit_rows=rows):
+        together = model64(sequence.expand(3, -1))
+    for row, logits in zip(rows, together, strict=True):
+        with model64.edits(edit_of("add", 3)), model64.edits(row):
+            assert_close(logits, model64(sequence)[0], rtol=0, atol=1e-10)
+    with pytest.raises(EditError, match="rows"):
+        model64.generate(batch[:2], edit_rows=rows, max_new_tokens=5, do_sample=False)
+    with pytest.raises(EditError, match="rows"):  # beams are rows as well
+        model64.generate(batch, edit_rows=rows, max_new_tokens=5, num_beams=2)
+    with pytest.raises(EditError, match="never acted"):
+        model64.generate(batch, edit_rows=[[], [], edit_of("delete", 30)], max_new_tokens=5, do_sample=False)
+    same = edit_of("delete", 30)  # one object in two rows, of which neither acts
+    with pytest.raises(EditError, match="2 edit"):
+        model64.generate(batch, edit_rows=[same, [], same], max_new_tokens=5, do_sample=False)
+
+
+# -- caches that come from outside
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "olmo_hybrid", "bamba", "mamba2", "rwkv7"])
+@torch.no_grad()
+def test_positions_in_a_cache_from_outside(model_type, sequence):
+    """Attention layers advance a cache in the middle of a pass; edits above them must still find their token."""
+    model = HookedRecurrent.from_hf(make_hf(model_type))
+    layer = model.cfg.recurrent_layers[-1]
+    shape = model.cfg.layer(layer)
+    where = {"position_ids": torch.arange(40, 50)[None]} if model_type != "mamba2" else {}
+    where = {} if model_type == "rwkv7" else where
+    out = model.hf_model(sequence[:, :40], use_cache=True)
+    assert model.position_of(cache_of(out)) == 40 and model.position_of(None) == 0
+    for position in (40, 43, 49):
+        edit = WriteEdit(layer, 1, position, 9 * vectors(0, shape.K), 9 * vectors(1, shape.V))
+        with model.edits(edit):
+            expected = model(sequence[:, :50])[:, 40:]
+            onward = {cache_argument(model.hf_model): copy.deepcopy(cache_of(out))}
+            logits = model.hf_model(sequence[:, 40:50], use_cache=True, **onward, **where).logits
+        assert_close(logits, expected, rtol=0, atol=2e-4)
+        assert not torch.allclose(expected, model(sequence[:, :50])[:, 40:], rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+@torch.no_grad()
+def test_generation_from_a_cache_from_outside(embedded, steps):
+    """The embedded hybrid: a prompt, its cache copied, and a continuation of one or several tokens with an edit."""
+    tokens = embedded.to_tokens("The state of the Union is strong, and we will not rest until")
+    length, layer = tokens.shape[1], embedded.cfg.recurrent_layers[-1]
+    cut, shape = length - steps, embedded.cfg.layer(layer)
+    assert any(n < layer for n in range(embedded.cfg.n_layers) if embedded.cfg.attention_heads(n))
+    cache = cache_of(embedded.hf_model(tokens[:, :cut], use_cache=True))
+    for position in (cut, length + 2):
+        edit = WriteEdit(layer, 0, position, 30 * vectors(0, shape.K), 30 * vectors(1, shape.V))
+        out = embedded.generate(
+            tokens, edits=edit, past_key_values=copy.deepcopy(cache), max_new_tokens=5, do_sample=False
+        )
+        assert torch.equal(out, embedded.generate(tokens, edits=edit, max_new_tokens=5, do_sample=False))
+        with embedded.edits(edit):
+            logits = embedded(out)
+        assert torch.equal(out[0, length:], logits[0, length - 1 : -1].argmax(-1))
+
+
+@torch.no_grad()
+def test_hooks_know_where_a_pass_begins(model, sequence):
+    begins = []
+    with model.hooks([("blocks.2.mixer.hook_q", lambda q, hook: begins.append(model.first_token()))]):
+        model(sequence)
+        model.generate(sequence[:, :20], max_new_tokens=3, do_sample=False)
+    assert begins == [0, 0, 20, 21]
+    with pytest.raises(HookpointsError, match="in a hook"):
+        model.first_token()

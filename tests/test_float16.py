@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import MAKERS, make_hf
 
-from hookpoints import Float16OverflowError, HookedRecurrent, WriteEdit
+from hookpoints import HookedRecurrent, WriteEdit
+from hookpoints.errors import Float16OverflowError
 from hookpoints.model.selfcheck import relative_error
 
 IDS = torch.arange(1, 11).view(2, 5)

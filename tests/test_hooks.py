@@ -10,8 +10,9 @@ from torch.testing import assert_close
 from transformer_lens import ActivationCache, patching
 from transformer_lens.hook_points import HookPoint
 
-from hookpoints import HOOKS, HookDidNotFireError, HookedRecurrent, HookShapeError, UnknownHookError
+from hookpoints import HOOKS, HookedRecurrent, UnknownHookError
 from hookpoints.edits.session import cache_of
+from hookpoints.errors import HookDidNotFireError, HookShapeError
 from hookpoints.hooks.table import HookRow, is_matrix, markdown
 
 LAYER, HEAD, ATTENTION = 1, 2, 3
@@ -305,3 +306,22 @@ def test_something_in_the_place_of_a_hook_point_is_met(model, tokens):
         tokens, fwd_hooks=[(f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write", lambda x, hook: 2 * x)]
     )
     assert torch.equal(with_it, expected) and not torch.equal(with_it, plain)
+
+
+def test_names_can_be_checked(model):
+    model.check_hook_name(f"blocks.{LAYER}.mixer.hook_write")
+    model.check_hook_name(lambda name: name.endswith("hook_state"))
+    with pytest.raises(UnknownHookError, match="nearest"):
+        model.check_hook_name(f"blocks.{LAYER}.mixer.hook_writ")
+
+
+def test_the_configuration_follows_the_model(tokens):
+    model = HookedRecurrent.from_hf(make_hf())
+    assert [model.cfg.attention_heads(layer) for layer in range(4)] == [None, None, None, 2]
+    assert model.cfg.dtype == torch.float32
+    model.hf_model.to(torch.bfloat16)
+    assert model.cfg.dtype == torch.bfloat16
+    model.double()
+    assert model.cfg.dtype == torch.float64 and model.cfg.device == model.W_E.device
+    model.to("meta")
+    assert model.cfg.device.type == "meta"

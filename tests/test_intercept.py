@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import pickle
 import types
 
 import pytest
 import torch
+import transformers.models.mamba2.modeling_mamba2 as mamba2
 import transformers.models.qwen3_5.modeling_qwen3_5 as upstream
 from conftest import make_hf
+from torch.testing import assert_close
 
-from hookpoints import HookedRecurrent
+from hookpoints import HookedRecurrent, HookpointsError
 from hookpoints.layer.intercept import running, wrap_ops
 from hookpoints.rules import GatedDelta
 
@@ -71,12 +75,121 @@ def test_edits_of_one_model_do_not_reach_another(tokens):
             assert not torch.equal(one(tokens), plain)
 
 
+def traces(hf: torch.nn.Module) -> int:
+    """What hooking leaves on a model: PyTorch hooks, and forwards set on instances."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in m.__dict__) for m in hf.modules())
+
+
+def doubled(write, hook):
+    return 2 * write
+
+
+WRITE = "blocks.1.mixer.hook_write"
+
+
 def test_detaching_takes_everything_off(tokens):
+    hf = make_hf("mamba2")
+    count = traces(hf)
+    with pytest.MonkeyPatch.context() as patch:  # models of other tests may still hold the op
+        op = inspect.unwrap(mamba2.mamba2_chunk_scan)
+        patch.setattr(mamba2, "mamba2_chunk_scan", op)
+        models = [HookedRecurrent.from_hf(hf, self_check=False) for _ in range(2)]
+        assert traces(hf) > count
+        for model in models:
+            assert mamba2.mamba2_chunk_scan is not op
+            model.attachment.detach()
+            model.attachment.detach()  # a second time changes nothing
+        assert traces(hf) == count and mamba2.mamba2_chunk_scan is op
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
+@torch.no_grad()
+def test_several_hooked_models_detach_in_any_order(tokens, order):
     hf = make_hf()
-    count = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in hf.modules())
+    count, plain = traces(hf), hf(tokens).logits
+    models = [HookedRecurrent.from_hf(hf, self_check=False) for _ in range(3)]
+    with models[0].hooks([(WRITE, doubled)]):
+        expected = hf(tokens).logits
+    for n, gone in enumerate(order):
+        for model in (models[i] for i in order[n:]):
+            with model.hooks([(WRITE, doubled)]):
+                assert torch.equal(hf(tokens).logits, expected)
+        models[gone].attachment.detach()
+        assert torch.equal(hf(tokens).logits, plain)
+    assert traces(hf) == count
+
+
+@pytest.mark.parametrize("first", ["accelerate", "hookpoints"])
+@torch.no_grad()
+def test_accelerate_may_set_forwards_of_its_own(tokens, first):
+    accelerate = pytest.importorskip("accelerate.hooks")
+    hf, plain, calls = make_hf(), make_hf()(tokens).logits, []
+
+    class Counting(accelerate.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    def offload():
+        for block in hf.model.layers:
+            accelerate.add_hook_to_module(block.mlp, Counting())
+            if hasattr(block, "linear_attn"):
+                accelerate.add_hook_to_module(block.linear_attn, Counting())
+
+    if first == "accelerate":
+        offload()
     model = HookedRecurrent.from_hf(hf)
+    if first == "hookpoints":
+        offload()
+    calls.clear()
+    with model.hooks([(WRITE, doubled)]):
+        assert not torch.equal(hf(tokens).logits, plain)
+    assert len(calls) == 7
     model.attachment.detach()
-    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in hf.modules()) == count
+    assert torch.equal(hf(tokens).logits, plain) and len(calls) == 14
+    if first == "hookpoints":
+        accelerate.remove_hook_from_submodules(hf)
+        assert torch.equal(hf(tokens).logits, plain) and len(calls) == 14
+
+
+def by_pickle(hf: torch.nn.Module) -> torch.nn.Module:
+    return pickle.loads(pickle.dumps(hf))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle])
+@torch.no_grad()
+def test_a_copy_of_the_model_carries_no_hooks(tokens, copied):
+    hf = make_hf()
+    plain = hf(tokens).logits
+    model = HookedRecurrent.from_hf(hf)
+    with model.hooks([(WRITE, doubled)]):
+        twin = copied(hf)
+        edited = hf(tokens).logits
+        assert torch.equal(twin(tokens).logits, plain) and not torch.equal(edited, plain)
+    twin.model.layers[0].mlp.down_proj.weight.zero_()  # a forward of the original would not see it
+    assert not torch.equal(twin(tokens).logits, plain) and torch.equal(hf(tokens).logits, plain)
+    again = HookedRecurrent.from_hf(copied(copied(hf)))
+    with again.hooks([(WRITE, doubled)]):
+        assert torch.equal(again(tokens), edited) and torch.equal(hf(tokens).logits, plain)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_hooked_model_is_not_copied(model, copied):
+    with pytest.raises(HookpointsError, match="hf_model"):
+        copied(model)
+
+
+@torch.no_grad()
+def test_a_compiled_model_goes_on_working(tokens):
+    hf = make_hf()
+    plain = hf(tokens).logits
+    model = HookedRecurrent.from_hf(hf)
+    compiled = torch.compile(hf, backend="eager")
+    assert_close(compiled(tokens).logits, plain)
+    with model.hooks([(WRITE, doubled)]):
+        edited = hf(tokens).logits
+        assert_close(compiled(tokens).logits, edited)
+    assert_close(compiled(tokens).logits, plain)
 
 
 def test_the_scope_closes_when_a_layer_raises(tokens):
@@ -88,7 +201,7 @@ def test_the_scope_closes_when_a_layer_raises(tokens):
     handle.remove()
     from hookpoints.layer import intercept
 
-    assert intercept._RUNNING.get() is None
+    assert not intercept._RUNNING.get()
     with torch.no_grad():
         assert torch.equal(model(tokens), make_hf()(tokens).logits)
 
@@ -106,7 +219,7 @@ def test_unknown_keywords_go_to_ops_that_take_any(open_ended):
     seen = {}
 
     class Handler:
-        module = torch.nn.Identity()
+        open, module = True, torch.nn.Identity()
 
         def handle(self, op, arguments):
             seen.update(arguments)
@@ -115,8 +228,11 @@ def test_unknown_keywords_go_to_ops_that_take_any(open_ended):
     namespace = types.ModuleType("namespace")
     namespace.torch_chunk_gated_delta_rule = taking_any if open_ended else closed
     wrap_ops(namespace, GatedDelta())
-    with running(Handler()):
-        q, chunk_size, extra = namespace.torch_chunk_gated_delta_rule(torch.ones(1), cu_seqlens=None, use_cache=False)
+
+    def forward():
+        return namespace.torch_chunk_gated_delta_rule(torch.ones(1), cu_seqlens=None, use_cache=False)
+
+    q, chunk_size, extra = running(Handler(), forward, (), {})
     assert chunk_size == 64 and q.item() == 1
     assert extra == ({"cu_seqlens": None, "use_cache": False} if open_ended else {})
     assert set(seen) == {"q", "chunk_size", *extra}

@@ -11,11 +11,11 @@ import torch
 from sae_lens.saes.sae import SAEMetadata
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.eval_cli import run_evaluations
 from sae_lens_writesae.joined_report import find_results
 from sae_lens_writesae.left_out import LeftOut
+from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.suite import EVALUATIONS, Scope
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, WriteEdit, embedded
-from hookpoints.recurrence.examples import FORMS, random_recurrence
+from hookpoints.recurrence import FORMS, random_recurrence
 from sae_lens_writesae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.conditions import Factors
 from sae_lens_writesae.firings import collect_firings
 from sae_lens_writesae.logit_change import LogitChange, LogitChangeConfig, run_logit_change
 from sae_lens_writesae.logit_change.config import rank_name
-from sae_lens_writesae.experiment.predictors import Predictions, ReadGradients, predict, read_weights
+from sae_lens_writesae.logit_change.predictors import Predictions, ReadGradients, predict, read_weights
 
 T = 24
 SMALL = LogitChangeConfig(

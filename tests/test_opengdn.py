@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
 from hookpoints.edits.session import cache_of
-from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.recurrence import Recurrence
 from hookpoints.rules.base import l2_normalise
 
 EXACT = {"rtol": 0, "atol": 1e-12}

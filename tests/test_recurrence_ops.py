@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from hookpoints.rules import Factors, FlaComba, FlaGatedDeltaProduct, FlaRWKV6, Rule
+from hookpoints.rules import FlaComba, FlaGatedDeltaProduct, FlaRWKV6, OpFactors, Rule
 
 B, T, G, H, K, V, R = 2, 19, 2, 4, 6, 5, 3
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -157,7 +157,7 @@ def test_the_canonical_form_is_the_op(case: Case) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("field", Factors.NAMES)
+@pytest.mark.parametrize("field", OpFactors.NAMES)
 def test_each_factor_can_be_fed_by_itself(case: Case, field: str) -> None:
     rule, call = case.rule, case.make()
     factors = rule.factors(call)
@@ -216,6 +216,6 @@ def test_comba_reads_back_before_the_decay() -> None:
     assert r.b is not None and r.beta is not None
     assert_close(r.b, unit(call["p"]).repeat_interleave(H // G, 2), **EXACT)
     corrected = r.corrected_values()
-    before = torch.cat([r.zero_state()[:, None], r.states()[:, :-1]], 1)
+    before = torch.cat([r.starting_state()[:, None], r.states()[:, :-1]], 1)
     read_back = torch.einsum("bthkv,bthk->bthv", before, r.b)
     assert_close(corrected, r.beta[..., None] * (call["v"] - read_back), **EXACT)

@@ -7,9 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from hookpoints.recurrence.examples import random_recurrence
-from hookpoints.recurrence.product import carried_keys
-from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.recurrence import Recurrence, carried_keys, random_recurrence
 
 B, T, H, K, V = 2, 41, 3, 6, 4
 EXACT = {"rtol": 1e-11, "atol": 1e-11}

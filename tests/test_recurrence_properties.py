@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hookpoints.recurrence.examples import Form, random_recurrence
-from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.recurrence import Form, Recurrence, random_recurrence
 
 FREE = Form("channel", "free")
 
@@ -149,7 +148,7 @@ def test_a_probe_is_a_read_of_the_state(r: Recurrence, block: int | None, data) 
 @given(r=recurrences(along_key))
 def test_corrected_values_leave_decay_alone_between_states(r: Recurrence) -> None:
     states = r.states(method="reference")
-    before = torch.cat([r.zero_state()[:, None], states[:, :-1]], dim=1)
+    before = torch.cat([r.starting_state()[:, None], states[:, :-1]], dim=1)
     if r.log_decay is not None:
         decay = r.log_decay.exp()
         before = before * (decay[..., None] if decay.ndim == 4 else decay[..., None, None])

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
 from hookpoints.layer.intercept import _bind, running, wrap_ops
-from hookpoints.rules import Factors, GatedDelta, KimiDelta, Mamba2
+from hookpoints.rules import GatedDelta, KimiDelta, Mamba2, OpFactors
 
 GATED = [modelling(name) for name in ("qwen3_5", "lara_mini")]
 KIMI = [modelling(name) for name in ("kimi_linear", "bailing_hybrid")]
@@ -123,7 +123,7 @@ def test_the_canonical_form_is_the_op(rule, module, name, make):
 
 
 @every_op
-@pytest.mark.parametrize("field", Factors.NAMES)
+@pytest.mark.parametrize("field", OpFactors.NAMES)
 def test_each_factor_can_be_fed_by_itself(rule, module, name, make, field):
     """A changed factor reaches the op, and nothing else changes: not the decay with beta, nor the skip with v."""
     op, arguments = bound(module, name, make)
@@ -184,6 +184,8 @@ def test_kernels_may_name_their_arguments_otherwise():
         return x, chunk_size, D
 
     class Handler:
+        open, module = True, torch.nn.Identity()
+
         def handle(self, op, arguments):
             return op(**{**arguments, "D": "changed"})
 
@@ -191,5 +193,8 @@ def test_kernels_may_name_their_arguments_otherwise():
     namespace.mamba2_chunk_scan = kernel
     wrap_ops(namespace, Mamba2())
     x = torch.empty(1, device="meta")
-    with running(Handler()):
-        assert namespace.mamba2_chunk_scan(x, x, x, x, x, 256, D="own", z=None) == (x, 256, "changed")
+
+    def forward():  # looks the op up by its name, as layers do
+        return namespace.mamba2_chunk_scan(x, x, x, x, x, 256, D="own", z=None)
+
+    assert running(Handler(), forward, (), {}) == (x, 256, "changed")

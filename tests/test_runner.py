@@ -28,6 +28,7 @@ from torch.testing import assert_close
 
 import sae_lens_writesae as writesae
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError, embedded
+from sae_lens_writesae import sae as architectures
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.runner import (
     MODEL_CLASS_NAME,
@@ -92,7 +93,7 @@ def test_model_class_name_loads_the_model(embedded, dataset):
     cfg = small_config(embedded, training_tokens=128)
     runner = LanguageModelSAETrainingRunner(cfg, override_dataset=dataset)
     assert isinstance(runner.model, HookedRecurrent) and runner.model.cfg.model_name == "embedded"
-    assert isinstance(runner.run(), writesae.WriteTopKTrainingSAE)
+    assert isinstance(runner.run(), architectures.WriteTopKTrainingSAE)
 
 
 @pytest.mark.parametrize(

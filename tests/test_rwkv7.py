@@ -91,7 +91,7 @@ def test_the_rule_is_the_operation(rule, fused):
     assert rule.wants_state(arguments) and (r.H, r.K, r.V) == (H, K, V)
 
 
-@pytest.mark.parametrize("field", RWKV7.factor_names)
+@pytest.mark.parametrize("field", RWKV7().factor_names)
 def test_each_factor_can_be_fed_by_itself(field):
     rule, arguments = RWKV7(), {**call(), "scale": 1.0}
     factors = rule.factors(arguments)

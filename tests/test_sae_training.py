@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import sae_lens_writesae as W
-from sae_lens_writesae.sae.resampling import distinct_directions
-from sae_lens_writesae.sae.training import aux_loss
+from sae_lens_writesae import sae as S
+from sae_lens_writesae.sae.training import aux_loss, distinct_directions
 
 K, V, D_IN, BATCH = 10, 8, 80, 256
 
@@ -91,7 +91,7 @@ def step(sae: Any, x: Tensor, n: int, dead: Tensor | None = None) -> Any:
 
 def recovery(sae: Any, data: Planted) -> float:
     """Mean over planted atoms of the best cosine."""
-    return (data.atoms @ normalize(sae.atoms().flatten(1), dim=1).T).amax(1).mean().item()
+    return (data.atoms @ normalize(sae.atoms().dense().flatten(1), dim=1).T).amax(1).mean().item()
 
 
 @pytest.mark.parametrize(
@@ -241,11 +241,11 @@ def test_resampling_takes_dead_atoms_to_the_residual(name: str, fields: dict) ->
     x = torch.randn(64, D_IN)
     dead = torch.zeros(32, dtype=torch.bool)
     dead[[3, 7, 20]] = True
-    before, residual = sae.atoms(), (x - sae(x)).detach()
+    before, residual = sae.atoms().dense(), (x - sae(x)).detach()
     assert step(sae, x, 9, dead).metrics["resampled_atoms"] == 0
-    torch.testing.assert_close(sae.atoms(), before)
+    torch.testing.assert_close(sae.atoms().dense(), before)
     assert step(sae, x, 10, dead).metrics["resampled_atoms"] == 3
-    after = sae.atoms()
+    after = sae.atoms().dense()
     torch.testing.assert_close(after[~dead], before[~dead])
     alive_norm = before[~dead].flatten(1).norm(dim=1).mean()
     torch.testing.assert_close(after[dead].flatten(1).norm(dim=1), alive_norm.expand(3))
@@ -274,12 +274,11 @@ def test_directions_are_distinct_even_if_the_rows_are_not() -> None:
     direction = torch.randn(1, K, V)
     copies = direction * torch.rand(40, 1, 1) + 1e-3 * torch.randn(40, K, V)
     others = 0.1 * torch.randn(6, K, V)
-    v, w = distinct_directions(torch.cat([copies, others]), 46, rank=1)
-    atoms = (v.mT @ w).flatten(1)
+    atoms = distinct_directions(torch.cat([copies, others]), 46, rank=1).dense().flatten(1)
     assert 2 <= len(atoms) <= 7
     torch.testing.assert_close(atoms.norm(dim=1), torch.ones(len(atoms)))
     assert (atoms @ atoms.T).tril(-1).max() <= 0.9
-    assert len(distinct_directions(torch.zeros(5, K, V), 3, rank=2).v) == 0
+    assert len(distinct_directions(torch.zeros(5, K, V), 3, rank=2)) == 0
 
 
 def test_resampling_revives_what_nothing_else_does() -> None:
@@ -311,8 +310,8 @@ def test_auxiliary_loss_by_hand(k_aux: int, n_dead: int, used: int, scale: float
     for row in range(6):
         values, atoms = hidden[row, :n_dead].topk(used)
         expected += (values @ unit[atoms] - residual[row]).square().sum().item() / 6
-    assert aux_loss(sae, residual, hidden, dead).item() == pytest.approx(scale * expected, rel=1e-5)
-    assert aux_loss(sae, residual, hidden, dead & False) == 0
+    assert aux_loss(sae, sae.cfg.k_aux, residual, hidden, dead).item() == pytest.approx(scale * expected, rel=1e-5)
+    assert aux_loss(sae, sae.cfg.k_aux, residual, hidden, dead & False) == 0
 
 
 def test_coefficient_of_the_auxiliary_loss() -> None:
@@ -368,7 +367,7 @@ def test_resumed_training_is_training_that_never_stopped(tmp_path: Path) -> None
     run(resumed, slice(6, 12))
     for n, tensor in whole.sae.state_dict().items():
         assert torch.equal(tensor, resumed.sae.state_dict()[n]), n
-    assert type(TrainingSAE.load_from_disk(tmp_path / "half")) is W.WriteBatchTopKTrainingSAE
+    assert type(TrainingSAE.load_from_disk(tmp_path / "half")) is S.WriteBatchTopKTrainingSAE
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ from sae_lens.saes.sae import TrainStepInput
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae import TRAINING, WriteSAETrainingRunner, load_sae, training_config
-from sae_lens_writesae.sae.losses import atom_write_cosines, n_columns, read_loss, write_loss
-from sae_lens_writesae.sae.store import COLUMN_SCALE, AlignedStore, read_queries
+from sae_lens_writesae.sae.losses import n_columns, read_loss, read_queries, write_loss
+from sae_lens_writesae.sae.store import COLUMN_SCALE, PairedActivationsStore
 
 LAYER, HEAD, K, V = 1, 2, 8, 6
 EXTRA: dict[str, Any] = {
@@ -74,8 +74,8 @@ def test_cosines_with_writes_are_those_of_the_dense_matrices(decoder: str, rank:
     keys, values = rows("write", terms=terms)[:, K * V :].split([terms * K, terms * V], dim=1)
     keys, values = keys.view(-1, terms, K), values.view(-1, terms, V)
     expected = torch.cosine_similarity((keys.mT @ values).flatten(1)[:, None], sae.W_dec[None], dim=-1)
-    assert torch.allclose(atom_write_cosines(sae, keys, values), expected, atol=1e-12)
-    assert atom_write_cosines(sae, 0 * keys, values).abs().max() == 0
+    assert torch.allclose(sae.write_cosines(keys, values), expected, atol=1e-12)
+    assert sae.write_cosines(0 * keys, values).abs().max() == 0
 
 
 # -- steps
@@ -150,7 +150,7 @@ def dataset(n: int = 40) -> Any:
 @pytest.mark.parametrize("loss", ["reads", "write"])
 def test_columns_are_the_models_own_queries_and_writes(model: Any, tokens: Any, target: Any, loss: Any) -> None:
     cfg = config(model, target=target, loss=loss, n_batches_in_buffer=64)
-    store = AlignedStore.aligned(model, cfg, dataset())
+    store = PairedActivationsStore.paired(model, cfg, dataset())
     found = store.get_activations(tokens[:, :32])
     assert found.shape[-1] == store.d_in == K * V + (K if loss == "reads" else K + V)
     names = [cfg.hook_name] + [f"blocks.{LAYER}.mixer.hook_{n}" for n in ("q", "write_key", "write_value")]
@@ -214,7 +214,7 @@ def test_cached_activations_and_bad_fields_are_refused(model: Any) -> None:
     cfg = config(model, target="state", loss="reads")
     cfg.use_cached_activations, cfg.cached_activations_path = True, "nowhere"
     with pytest.raises(ValueError, match="use_cached_activations=False"):
-        AlignedStore.aligned(model, cfg, dataset())
+        PairedActivationsStore.paired(model, cfg, dataset())
     for fields, words in (({"loss": "kl"}, "loss='kl'"), ({"loss_weight": 1.5}, "loss_weight=1.5")):
         with pytest.raises(ValueError, match=words):
             config(model, **fields)
@@ -227,6 +227,6 @@ def test_columns_of_other_rules(model_type: str) -> None:
     shape = other.cfg.layer(layer)
     small: dict[str, Any] = {"context_size": 32, "train_batch_size_tokens": 64, "n_batches_in_buffer": 8}
     cfg = training_config(other, layer, 0, loss="write", d_sae=12, sae={"k": 3}, target="state", **small)
-    found = AlignedStore.aligned(other, cfg, dataset()).get_activations(torch.ones(1, 8, dtype=torch.long))
+    found = PairedActivationsStore.paired(other, cfg, dataset()).get_activations(torch.ones(1, 8, dtype=torch.long))
     assert found.shape == (1, 8, shape.K * shape.V + shape.K + shape.V)
     other.attachment.detach()

@@ -1,4 +1,4 @@
-"""WriteEdit: an edit of the matrix that one head writes at one token, as a value."""
+"""Edits as values: of the matrix that one head writes at one token, and of the writes of a whole pass."""
 
 from __future__ import annotations
 
@@ -89,44 +89,92 @@ class WriteEdit:
                 )
 
 
-EditRow = WriteEdit | Sequence[WriteEdit]
-"""What one row of a batch gets: one edit, or several."""
+Edits = WriteEdit | Sequence[WriteEdit]
+"""One edit, or several that act together."""
+
+EditRow = Edits
+"""What one row of a batch gets."""
 
 
 class PlacedEdit(NamedTuple):
-    """An edit and the batch rows that it applies to (None: all)."""
+    """An edit and the batch row that it applies to (None: all)."""
 
     row: int | None
     edit: WriteEdit
 
 
 class EditPlan:
-    """The edits of one run, by layer, with a record of which ones acted."""
+    """The edits of one run, by layer, with a record of which ones acted.
 
-    def __init__(self, placed: Iterable[PlacedEdit]):
+    Args:
+        placed: the edits.
+        rows: number of rows of the batch, where edits are meant for single rows.
+    """
+
+    def __init__(self, placed: Iterable[PlacedEdit], rows: int | None = None):
+        self.rows = rows
         self.by_layer: dict[int, list[PlacedEdit]] = {}
         for item in placed:
             self.by_layer.setdefault(item.edit.layer, []).append(item)
-        self.acted: set[int] = set()
+        self._acted: set[int] = set()
 
     @classmethod
     def for_rows(cls, rows: Sequence[EditRow]) -> EditPlan:
         """Row n of the batch gets ``rows[n]``."""
-        return cls(PlacedEdit(n, edit) for n, row in enumerate(rows) for edit in as_edits(row))
+        return cls((PlacedEdit(n, edit) for n, row in enumerate(rows) for edit in as_edits(row)), len(rows))
 
     @classmethod
-    def for_all(cls, edits: EditRow) -> EditPlan:
+    def for_all(cls, edits: Edits) -> EditPlan:
         """Every row of the batch gets all of ``edits``."""
         return cls(PlacedEdit(None, edit) for edit in as_edits(edits))
 
     def all(self) -> list[WriteEdit]:
         return [placed.edit for layer in self.by_layer.values() for placed in layer]
 
+    def note(self, placed: PlacedEdit) -> None:
+        """``placed``, one of this plan's, met its token."""
+        self._acted.add(id(placed))
+
     def idle(self) -> list[WriteEdit]:
         """Edits that never met their token."""
-        return [edit for edit in self.all() if id(edit) not in self.acted]
+        return [item.edit for layer in self.by_layer.values() for item in layer if id(item) not in self._acted]
+
+    def check_acted(self) -> None:
+        """Raise EditError if an edit never met its token."""
+        idle = self.idle()
+        if idle:
+            raise EditError(
+                f"{len(idle)} edit(s) never acted: no pass reached position {idle[0].position} of layer {idle[0].layer}"
+            )
 
 
-def as_edits(row: EditRow) -> list[WriteEdit]:
+def as_edits(edits: Edits) -> list[WriteEdit]:
     """One edit or several, as a list."""
-    return [row] if isinstance(row, WriteEdit) else list(row)
+    return [edits] if isinstance(edits, WriteEdit) else list(edits)
+
+
+class LowRankChange(NamedTuple):
+    """Added to the writes of one head: at token t, ``keys[:, t] values[:, t]^T``, summed over terms."""
+
+    head: int
+    keys: Tensor
+    """[B,T,K] or [B,T,R,K]."""
+    values: Tensor
+    """[B,T,V] or [B,T,R,V]."""
+    loop: Loop = "closed"
+
+    def dense(self) -> Tensor:
+        """[B,T,K,V]."""
+        if self.keys.ndim == 4:
+            return self.keys.mT @ self.values
+        return self.keys.unsqueeze(-1) * self.values.unsqueeze(-2)
+
+    def size(self) -> Tensor:
+        """[B,T], zero exactly where nothing is added."""
+        terms = self.keys.abs().amax(-1) * self.values.abs().amax(-1)
+        return terms if terms.ndim == 2 else terms.amax(-1)
+
+    def taken_away(self, where: Tensor, loop: Loop) -> LowRankChange:
+        """What undoes it at the tokens ``where`` [B,T] is true, and changes nothing elsewhere."""
+        gone = where[..., None] if self.keys.ndim == 3 else where[..., None, None]
+        return LowRankChange(self.head, self.keys * gone, -self.values * gone, loop)

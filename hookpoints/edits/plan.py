@@ -7,36 +7,54 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hookpoints.edits.edit import EditPlan, PlacedEdit
+from hookpoints.edits.edit import EditPlan, LowRankChange, PlacedEdit
 from hookpoints.errors import EditError
-from hookpoints.layer.response import LowRankChange
 from hookpoints.recurrence.recurrence import Loop, Recurrence
 
 
 def changes_of(
-    placed: Sequence[PlacedEdit],
+    plan: EditPlan,
+    edits: Sequence[PlacedEdit],
     r: Recurrence,
     current: Sequence[LowRankChange],
-    first_token: int,
-    plan: EditPlan | None,
+    first_token: int | None,
 ) -> Iterator[LowRankChange]:
-    """Low-rank changes that realise ``placed`` on a pass whose first token is ``first_token``.
+    """Low-rank changes that realise ``edits``, those of ``plan`` for one layer, on a pass of that layer.
 
-    Edits of one head that do not collide share one change, so that N edits on N rows cost one pass. ``current`` are
-    changes already made to the writes (by hooks): replace and delete take those away as well.
+    Edits of one head that do not collide share one change, so that N edits on N rows cost one pass.
+
+    Args:
+        plan: is told which edits acted.
+        r: the pass, [B,T,H,...].
+        current: changes already made to the writes (by hooks and by outer edits); replace and delete take those away
+            as well.
+        first_token: position of the first token of the pass; None where nothing tells.
+
+    Raises:
+        EditError: an edit does not fit the layer, its row or its position cannot be told, or two edits replace or
+            delete the same write.
     """
+    if edits and plan.rows is not None and plan.rows != r.B:
+        raise EditError(
+            f"there are rows of edits for a batch of {plan.rows}, but the model runs {r.B} rows; give one entry "
+            "(empty for none) per row that runs, beams and several returned sequences included"
+        )
     stacks: dict[tuple[int, Loop], _HeadChanges] = {}
-    for row, edit in placed:
+    for placed in edits:
+        row, edit = placed
         edit.check_shape(r.H, r.K, r.V)
-        if row is not None and row >= r.B:
-            raise EditError(f"an edit is meant for batch row {row}, but the batch has {r.B} rows")
-        at = slice(None) if edit.position is None else edit.position - first_token
-        if isinstance(at, int):
-            if not 0 <= at < r.T:
+        at = slice(None)
+        if edit.position is not None:
+            if first_token is None:
+                raise EditError(
+                    f"layer {edit.layer} cannot tell at which position it continues this cache, so edits with a "
+                    "position cannot be placed: fill the cache with this model, or run the whole sequence"
+                )
+            token = edit.position - first_token
+            if not 0 <= token < r.T:
                 continue
-            at = slice(at, at + 1)
-        if plan is not None:
-            plan.acted.add(id(edit))
+            at = slice(token, token + 1)
+        plan.note(placed)
         stack = stacks.setdefault((edit.head, edit.loop), _HeadChanges(r, edit.head, edit.loop))
         rows = slice(None) if row is None else slice(row, row + 1)
         if edit.mode != "add":
@@ -82,6 +100,6 @@ class _HeadChanges:
         for keys, values, _ in self.slots:
             yield LowRankChange(self.head, keys, values, self.loop)
         if self.removed.any():
-            own = LowRankChange(self.head, self.r.k[:, :, self.head], self.r.u[:, :, self.head])
-            for change in (own, *(change for change in current if change.head == self.head)):
+            native = LowRankChange(self.head, self.r.k[:, :, self.head], self.r.u[:, :, self.head])
+            for change in (native, *(change for change in current if change.head == self.head)):
                 yield change.taken_away(self.removed, self.loop)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from hookpoints.edits.edit import EditPlan, EditRow
 from hookpoints.errors import EditError
-from hookpoints.layer import context as run
-from hookpoints.model.inputs import check_tokens
+from hookpoints.layer.context import Backend, current, scope
+from hookpoints.model.inputs import cache_argument, cache_of, check_tokens, position_inputs
 from hookpoints.recurrence.recurrence import Recurrence
 
 if TYPE_CHECKING:
     from hookpoints.model.recurrent import HookedRecurrent
-
-_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""What transformers' versions and families call the cache argument of a model."""
 
 
 class EditedRun(NamedTuple):
@@ -39,6 +36,8 @@ class EditSession:
 
     A run with edits at layer l and position t recomputes tokens t.. of blocks l.. for each row, from the residual
     stream that the plain pass left below l and a copy of its cache at t. Calls with rising positions reuse the cache.
+    Edits in force when the session is made are part of its plain pass, and of every run. Not for use by several
+    threads at once: each makes its own session.
 
     Args:
         model: the hooked model.
@@ -51,14 +50,13 @@ class EditSession:
             raise EditError(f"a session is about one sequence [1,T], found tokens of shape {list(tokens.shape)}")
         check_tokens(tokens, model.cfg)
         self.model, self.tokens = model, tokens
-        self._record: dict[int, run.Recorded] = {}
-        self._residual: dict[int, Tensor] = {}
+        self._outer_plans = current(model.attachment).plans
         names = [f"blocks.{layer}.hook_resid_pre" for layer in model.cfg.recurrent_layers]
-        with torch.no_grad(), run.scope(model.attachment, record=self._record):
+        with torch.no_grad(), model.recording() as self._record:
             self.logits, cache = model.run_with_cache(tokens, names_filter=names)
         """[1,T,vocab] logits of the plain pass."""
         self._residual = {layer: cache[name] for layer, name in zip(model.cfg.recurrent_layers, names, strict=True)}
-        self._prefix: Any = None
+        self._prefix: Cache | None = None
         self._prefix_length = 0
         self._cache_name = cache_argument(model.hf_model)
 
@@ -103,8 +101,9 @@ class EditSession:
                     f"(the sequence has {self.length} tokens)"
                 )
         layer = 0 if self.model.attachment.layout.first_block_feeds_all else min(plan.by_layer)
-        parts = [self._run_batch(rows[i : i + batch_size], layer, start, stop) for i in range(0, len(rows), batch_size)]
-        return EditedRun(torch.cat(parts), start, stop)
+        batches = range(0, len(rows), batch_size)
+        logits = [self._run_batch(rows[i : i + batch_size], layer, start, stop) for i in batches]
+        return EditedRun(torch.cat(logits), start, stop)
 
     def _run_batch(self, rows: Sequence[EditRow], layer: int, start: int, stop: int) -> Tensor:
         model, plan = self.model, EditPlan.for_rows(rows)
@@ -118,59 +117,43 @@ class EditSession:
         inputs["input_ids"] = self.tokens[:, start:stop].expand(len(rows), -1)
         # Upstream's torch ops pad to chunks of 64 tokens: four times the work for the 17 of a substitution test.
         short = residual.device.type == "cpu" and stop - start < 64
-        backend = "recurrence" if short else None
-        scope = run.scope(model.attachment, plan=plan, first_token=start, backend=backend)
-        with scope, model.attachment.passing(layer, None, residual):
+        backend: Backend | None = "recurrence" if short else None
+        plans = (*self._outer_plans, plan)
+        with (
+            scope(model.attachment, plans=plans, first_token=start, backend=backend),
+            model.attachment.passing(layer, None, residual),
+        ):
             logits = model.hf_model(**inputs).logits
-        idle = plan.idle()
-        if idle:
-            raise EditError(f"an edit at layer {idle[0].layer}, position {idle[0].position} never acted")
+        plan.check_acted()
         return logits
 
-    def _branch(self, rows: int, layer: int, start: int) -> Any:
+    def _branch(self, rows: int, layer: int, start: int) -> Cache:
         """The cache after ``start`` tokens, repeated for ``rows`` rows; blocks below ``layer`` are only shared."""
         self._advance(start)
         index = torch.zeros(rows, dtype=torch.long, device=self.tokens.device)
         branch = copy.copy(self._prefix)
-        branch.layers = [self._copy_layer(part, index) if i >= layer else part for i, part in enumerate(branch.layers)]
+        assert branch is not None
+        shared, copied = branch.layers[:layer], copy.deepcopy(branch.layers[layer:])
+        for cache_layer in copied:  # batch_repeat_interleave raises on linear layers; this one knows both kinds
+            cache_layer.reorder_cache(cast(torch.LongTensor, index))
+        branch.layers = [*shared, *copied]
         return branch
 
-    @staticmethod
-    def _copy_layer(part: Any, index: Tensor) -> Any:
-        # batch_repeat_interleave raises on linear-attention layers; reorder_cache knows both kinds.
-        copied = copy.deepcopy(part)
-        copied.reorder_cache(index)
-        return copied
-
     def _advance(self, start: int) -> None:
+        """Bring the prefix cache to ``start`` tokens."""
         if start < self._prefix_length:
             self._prefix, self._prefix_length = None, 0
         if start == self._prefix_length:
             return
         inputs: dict[str, Any] = {} if self._prefix is None else {self._cache_name: self._prefix}
         where = torch.arange(self._prefix_length, start, device=self.tokens.device).unsqueeze(0)
-        out = self.model.hf_model(
-            input_ids=self.tokens[:, self._prefix_length : start],
-            use_cache=True,
-            logits_to_keep=1,
-            **inputs,
-            **position_inputs(self.model.hf_model, where),
-        )
+        prefix_length, self._prefix, self._prefix_length = self._prefix_length, None, 0  # half advanced, if interrupted
+        with scope(self.model.attachment, plans=self._outer_plans):
+            out = self.model.hf_model(
+                input_ids=self.tokens[:, prefix_length:start],
+                use_cache=True,
+                logits_to_keep=1,
+                **inputs,
+                **position_inputs(self.model.hf_model, where),
+            )
         self._prefix, self._prefix_length = cache_of(out), start
-
-
-def cache_argument(model: Any) -> str:
-    """What this Hugging Face model calls its cache."""
-    known = inspect.signature(model.forward).parameters
-    return next(name for name in _CACHE_NAMES if name in known)
-
-
-def cache_of(output: Any) -> Any:
-    """The cache that a model returned; its name there need not be the argument's."""
-    return next(output[name] for name in _CACHE_NAMES if name in output)
-
-
-def position_inputs(model: Any, positions: Tensor) -> dict[str, Tensor]:
-    """``positions`` [B,T] as an argument of the model, where it takes any: with a recurrent first block it may not
-    know where a cache continues."""
-    return {"position_ids": positions} if "position_ids" in inspect.signature(model.forward).parameters else {}

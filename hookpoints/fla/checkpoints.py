@@ -93,11 +93,11 @@ def _refuse(source: str, misfits: _Misfits, mended: set[str]) -> None:
         "has besides": misfits.unexpected,
         "has in another shape": misfits.other_shape - mended,
     }
-    found = [f"{kind} {_some(names)}" for kind, names in kinds.items() if names]
-    if found:
+    faults = [f"{kind} {_some(names)}" for kind, names in kinds.items() if names]
+    if faults:
         raise UnsupportedModelError(
             f"{source!r} does not fit the installed flash-linear-attention: of the model's weights it "
-            f"{'; it '.join(found)}. Load it with the version of fla that it was made for and save it anew, or take a "
+            f"{'; it '.join(faults)}. Load it with the version of fla that it was made for and save it anew, or take a "
             "newer revision of it"
         )
 

@@ -1,4 +1,7 @@
-"""Importing flash-linear-attention, with or without triton, without side effects on transformers."""
+"""Importing flash-linear-attention, with or without triton, without side effects on transformers.
+
+fla registers its own Mamba and Mamba-2 over those of transformers; here transformers keeps its own.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from types import ModuleType
 
 import torch
 from torch.utils import _triton
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hookpoints.errors import UnsupportedModelError
-from hookpoints.fla.auto_classes import restore_auto_classes
 from hookpoints.fla.scope import install
 from hookpoints.fla.triton_standin import has_triton, standing_in
 
@@ -68,8 +71,8 @@ def _without_triton() -> ModuleType:
     with standing_in():
         fla = _with_triton()
     for name, ops in _TAKEN_BY_TRANSFORMERS.items():
-        for op in ops:
-            vars(sys.modules[name]).pop(op, None) if name in sys.modules else None
+        for op in ops if name in sys.modules else ():
+            vars(sys.modules[name]).pop(op, None)
     return fla
 
 
@@ -78,3 +81,18 @@ def _settle_torch() -> None:
     _triton.has_triton_package()
     importlib.import_module("torch._inductor.runtime.triton_compat")
     torch.compile(torch.nn.Identity())
+
+
+def restore_auto_classes() -> None:
+    """Take fla's configurations out of the place of transformers' own.
+
+    Model types that only fla knows ("gla", "retnet" ...) stay registered: they are how its checkpoints are found.
+    """
+    registered = CONFIG_MAPPING._extra_content  # type: ignore[attr-defined]
+    for model_type in [name for name, config in registered.items() if _is_fla(config)]:
+        if model_type in CONFIG_MAPPING._mapping:  # type: ignore[attr-defined]
+            del registered[model_type]
+
+
+def _is_fla(config: type) -> bool:
+    return config.__module__.startswith("fla.")

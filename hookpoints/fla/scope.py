@@ -14,15 +14,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 from torch import Tensor, nn
 
 from hookpoints.errors import UnsupportedModelError
 from hookpoints.fla.substitutes import SUBSTITUTES
 
+Function = Callable[..., object]
+Keywords = dict[str, object]
+
 _RUNNING: ContextVar[bool] = ContextVar("hookpoints_running_fla", default=False)
-_WRAPPED: dict[int, tuple[Any, Callable[..., Any]]] = {}
+_WRAPPED: dict[int, tuple[object, Function]] = {}
 """id of what fla had -> (it, kept alive; its wrapper)."""
 _ABSENT = ("flash_attn_func", "flash_attn_varlen_func")
 """Functions of another package, None or not defined in fla where it is not installed."""
@@ -30,7 +32,7 @@ _ABSENT = ("flash_attn_func", "flash_attn_varlen_func")
 
 @contextmanager
 def substituting() -> Iterator[None]:
-    """While this is open, fla's kernels on CPU tensors are computed by torch."""
+    """Compute fla's kernels on CPU tensors by torch until the context is left."""
     token = _RUNNING.set(True)
     try:
         yield
@@ -59,30 +61,29 @@ def install() -> None:
                 _rebind(table)
 
 
-def _rebind(names: dict[str, Any]) -> None:
+def _rebind(names: dict[str, object]) -> None:
     for name, value in list(names.items()):
-        found = _WRAPPED.get(id(value))
-        if found is not None:
-            names[name] = found[1]
+        if id(value) in _WRAPPED:
+            names[name] = _WRAPPED[id(value)][1]
 
 
-def _wrapper(original: Callable[..., Any], substitute: Callable[..., Any]) -> Callable[..., Any]:
+def _wrapper(original: Function, substitute: Function) -> Function:
     @functools.wraps(original)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        chosen = substitute if _RUNNING.get() and _on_cpu(args, kwargs) else original
-        return chosen(*args, **kwargs)
+    def call(*args: object, **kwargs: object) -> object:
+        function = substitute if _RUNNING.get() and _on_cpu(args, kwargs) else original
+        return function(*args, **kwargs)
 
     call.__hookpoints_substitute__ = substitute  # type: ignore[attr-defined]
     return call
 
 
-def _on_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _on_cpu(args: tuple[object, ...], kwargs: Keywords) -> bool:
     tensor = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
     return tensor is not None and tensor.device.type == "cpu"
 
 
-def _missing(name: str) -> Callable[..., Any]:
-    def missing(*_args: Any, **_kwargs: Any) -> Any:
+def _missing(name: str) -> Function:
+    def missing(*_args: object, **_kwargs: object) -> object:
         raise ImportError(f"{name} needs the package flash-attn, unless the model is hooked and on a CPU")
 
     missing.__name__ = name
@@ -118,7 +119,9 @@ class ModelScope:
         for module, name, original in self._rebound:
             module.__dict__[name] = original
 
-    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _enter(
+        self, _module: nn.Module, args: tuple[object, ...], kwargs: Keywords
+    ) -> tuple[tuple[object, ...], Keywords]:
         if kwargs.get("cu_seqlens") is not None:
             raise UnsupportedModelError(
                 "packed sequences (cu_seqlens) cannot be hooked: pass a padded batch with its attention_mask"
@@ -128,14 +131,15 @@ class ModelScope:
         self._open.append(stack)
         return args, self._corrected(kwargs)
 
-    def _corrected(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _corrected(self, kwargs: Keywords) -> Keywords:
         if kwargs.get("cache") is not None and not self._knows_cache:
             kwargs = {**kwargs, "past_key_values": kwargs["cache"]}
             del kwargs["cache"]
         mask = kwargs.get("attention_mask")
-        return {**kwargs, "attention_mask": None} if mask is not None and bool((mask != 0).all()) else kwargs
+        masks_nothing = isinstance(mask, Tensor) and bool((mask != 0).all())
+        return {**kwargs, "attention_mask": None} if masks_nothing else kwargs
 
-    def _leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+    def _leave(self, _module: nn.Module, _args: object, _output: object) -> None:
         if self._open:
             self._open.pop().close()
 
@@ -153,7 +157,7 @@ def _check(model: nn.Module) -> None:
         )
 
 
-def _functions_held(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+def _functions_held(model: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
     """Functions of fla that layers hold as attributes (their activations), from before the names were bound."""
     for module in model.modules():
         for name, value in list(module.__dict__.items()):

@@ -1,7 +1,7 @@
 """Importing fla where triton is not installed: an inert stand-in for the length of the import, and gone after it.
 
 fla's modules define Triton kernels when they are imported. Without triton they cannot even be imported, although its
-layers are plain PyTorch around those kernels. Inside ``standing_in`` names of triton resolve to objects that can
+layers are plain PyTorch around those kernels. Inside ``standing_in``, names of triton resolve to objects that can
 decorate, be subclassed and be passed around, and that raise as soon as a kernel is launched. ``sys.modules`` is left
 without them, so that PyTorch and transformers do not come to believe that triton is there.
 """
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 VERSION = "3.3.0"
 """The oldest triton that fla accepts; it only ever compares the number."""
@@ -27,18 +27,18 @@ def has_triton() -> bool:
 
 
 class KernelLaunchError(RuntimeError):
-    """A Triton kernel was launched, but fla was imported without triton."""
+    """A Triton kernel was launched, but triton is not installed."""
 
 
 class _Kernel:
     """Stands for a compiled kernel: it has a name, and cannot be launched."""
 
-    def __init__(self, fn: Any = None, *_args: Any, **_kwargs: Any):
+    def __init__(self, fn: object = None, *_args: object, **_kwargs: object):
         self.fn = fn
         self.arg_names: tuple[str, ...] = ()
         self.__name__ = getattr(fn, "__name__", type(self).__name__)
 
-    def _launch(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+    def _launch(self, *_args: object, **_kwargs: object) -> NoReturn:
         raise KernelLaunchError(
             f"the Triton kernel {self.__name__} was launched, but triton is not installed. Models of "
             "flash-linear-attention run without it only through hookpoints, and only on a CPU: call the model while it "
@@ -47,7 +47,7 @@ class _Kernel:
 
     __call__ = __getitem__ = run = warmup = _launch
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> _Symbol:
         return _child("triton.kernel", name)
 
 
@@ -58,23 +58,23 @@ class _Symbol:
         self._name = name
         self.__name__ = name.rsplit(".", 1)[-1]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> _Kernel | _Symbol:
         """As a decorator (``jit``, or what ``autotune(...)`` returned) gives a kernel; else another symbol."""
         if len(args) == 1 and not kwargs and (isinstance(args[0], _Kernel) or hasattr(args[0], "__code__")):
             return args[0] if isinstance(args[0], _Kernel) else _Kernel(args[0])
         return _Symbol(self._name)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> _Symbol:
         return _child(self._name, name)
 
-    def __mro_entries__(self, _bases: tuple[Any, ...]) -> tuple[type, ...]:
+    def __mro_entries__(self, _bases: tuple[object, ...]) -> tuple[type, ...]:
         return (_Kernel,)
 
     def __repr__(self) -> str:
         return f"<stand-in for {self._name}>"
 
 
-def _child(parent: str, name: str) -> Any:
+def _child(parent: str, name: str) -> _Symbol:
     if name.startswith("__"):
         raise AttributeError(name)
     if name == "active":  # triton.runtime.driver.active: as triton itself does where it finds no GPU
@@ -88,7 +88,7 @@ class _Module(ModuleType):
     __path__: MutableSequence[str] = []  # noqa: RUF012
     __version__ = VERSION
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if self.__name__ == "triton" and name in _ARITHMETIC:
             return _ARITHMETIC[name]
         return _child(self.__name__, name)
@@ -104,7 +104,9 @@ _ARITHMETIC: dict[str, Callable[..., int]] = {
 class _Finder(MetaPathFinder, Loader):
     """Finds triton and everything below it."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         return ModuleSpec(fullname, self, is_package=True) if _is_triton(fullname) else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
@@ -120,7 +122,7 @@ def _is_triton(name: str) -> bool:
 
 @contextmanager
 def standing_in() -> Iterator[None]:
-    """While this is open, ``import triton`` gives the stand-in. Must not be used where triton is installed."""
+    """Let ``import triton`` give the stand-in until the context is left. Must not be used where triton is installed."""
     finder = _Finder()
     sys.meta_path.insert(0, finder)
     try:

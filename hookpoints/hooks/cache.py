@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,10 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice
 
 from hookpoints.hooks.table import is_matrix
+
+NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+"""A hook's name, several, a predicate on names, or None for every vector hook."""
+Saving = Callable[..., None]
 
 
 class CachingHooks:
@@ -21,30 +25,30 @@ class CachingHooks:
 
     def build(
         self,
-        names_filter: Any = None,
+        names_filter: NamesFilter = None,
         incl_bwd: bool = False,
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
         cache: dict[str, Tensor] | None = None,
         pos_slice: Any = None,
-    ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
+    ) -> tuple[dict[str, Tensor], list[tuple[str, Saving]], list[tuple[str, Saving]]]:
         """As TransformerLens' ``get_caching_hooks``. Activations are detached and shared, not copied."""
-        kept: dict[str, Tensor] = {} if cache is None else cache
+        saved: dict[str, Tensor] = {} if cache is None else cache
         wanted, cut = _predicate(names_filter), Slice.unwrap(pos_slice)
 
-        def save(suffix: str) -> Callable[..., None]:
+        def save(suffix: str) -> Saving:
             def hook(tensor: Tensor, hook: HookPoint) -> None:
                 value = cut.apply(tensor.detach().to(device), dim=1)
-                kept[f"{hook.name}{suffix}"] = value[0] if remove_batch_dim else value
+                saved[f"{hook.name}{suffix}"] = value[0] if remove_batch_dim else value
 
             return hook
 
         names = [name for name in self.hook_dict if wanted(name)]
         backward = [(name, save("_grad")) for name in names] if incl_bwd else []
-        return kept, [(name, save("")) for name in names], backward
+        return saved, [(name, save("")) for name in names], backward
 
 
-def reachable(names_filter: Any, start: int | None, stop: int | None, n_layers: int) -> Any:
+def reachable(names_filter: NamesFilter, start: int | None, stop: int | None, n_layers: int) -> NamesFilter:
     """Narrow an open filter (None or a predicate) to hooks that a partial run reaches; explicit names stay as asked."""
     if names_filter is not None and not callable(names_filter):
         return names_filter if isinstance(names_filter, str) else list(names_filter)
@@ -66,12 +70,12 @@ def _absolute(layer: int | None, default: int, n_layers: int) -> int:
     return default if layer is None else layer + n_layers if layer < 0 else layer
 
 
-def _predicate(names_filter: Any) -> Callable[[str], bool]:
+def _predicate(names_filter: NamesFilter) -> Callable[[str], bool]:
     if names_filter is None:
         return lambda name: not is_matrix(name)
     if isinstance(names_filter, str):
         return lambda name: name == names_filter
     if callable(names_filter):
         return lambda name: bool(names_filter(name))
-    chosen = set(names_filter)
-    return lambda name: name in chosen
+    names = set(names_filter)
+    return lambda name: name in names

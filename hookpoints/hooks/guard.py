@@ -1,22 +1,46 @@
-"""Hooks that must fire: names are checked before a run, firing after it."""
+"""Hooks that must act: names are checked before a run, and hooks that stayed silent after it."""
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
+from transformer_lens.hook_points import HookPoint, LensHandle
 
 from hookpoints.errors import HookDidNotFireError, UnknownHookError, nearest
+from hookpoints.hooks.points import scopes_of
 
+if TYPE_CHECKING:
+    from hookpoints.layer.context import Scope
+    from hookpoints.model.config import HookedRecurrentConfig
+
+Hook = Callable[..., object]
+"""Called with an activation and ``hook=`` its hook point; returns another activation, or None to leave it."""
 Name = str | Callable[[str], bool]
-NamedHook = tuple[Name, Callable[..., Any]]
+"""A hook's name, or a predicate on names."""
+NamedHook = tuple[Name, Hook]
+Hooks = Sequence[NamedHook]
+Way = Literal["fwd", "bwd"]
+
+ADDING = threading.RLock()
+"""Held while hooks are put on points or taken off."""
 
 
-def check_names(model: Any, name: Name) -> None:
+class HasHooks(Protocol):
+    """A hooked model, as far as names of hooks go."""
+
+    hook_dict: dict[str, HookPoint]
+    mod_dict: dict[str, nn.Module]
+
+    @property
+    def cfg(self) -> HookedRecurrentConfig: ...
+
+
+def check_names(model: HasHooks, name: Name) -> None:
     """Raise UnknownHookError unless ``name`` (or predicate) names a hook of ``model``."""
     if callable(name):
         if not any(name(known) for known in model.hook_dict):
@@ -24,16 +48,16 @@ def check_names(model: Any, name: Name) -> None:
                 f"the filter {name!r} matches none of the {len(model.hook_dict)} hooks of this model"
             )
         return
-    found = model.mod_dict.get(name)
-    if found is not None and hasattr(found, "add_hook"):
+    module = model.mod_dict.get(name)
+    if module is not None and hasattr(module, "add_hook"):
         return
-    why = _reason(model, name) if found is None else "; this names a group of hooks"
+    why = _reason(model.cfg, name) if module is None else "; this names a group of hooks"
     raise UnknownHookError(f"no hook named {name!r} in {model.cfg.model_name}{why}{nearest(name, model.hook_dict)}")
 
 
-def _reason(model: Any, name: str) -> str:
+def _reason(cfg: HookedRecurrentConfig, name: str) -> str:
     """Why there is no such hook, where its name tells."""
-    parts, cfg = name.split("."), model.cfg
+    parts = name.split(".")
     if len(parts) < 2 or parts[0] != "blocks" or not parts[1].isdigit():
         return ""
     layer = int(parts[1])
@@ -47,34 +71,77 @@ def _reason(model: Any, name: str) -> str:
     return ""
 
 
-class FiringWatch:
-    """Wraps hooks so that silence can be told from firing, forward and backward."""
+class _Watched(NamedTuple):
+    """A hook that notes when it is called."""
 
-    def __init__(self, known: Mapping[str, HookPoint], fwd: Sequence[NamedHook], bwd: Sequence[NamedHook] = ()):
-        self._fired: set[tuple[str, str]] = set()
+    name: str
+    way: Way
+    call: Hook
+
+
+class ScopedHooks:
+    """Hooks that act inside one scope, and are missed if they never do.
+
+    Args:
+        scope: hooks act in the thread (more exactly, the context) in which it is open; others run as if they were not
+            there. A scope that an interrupt closed in passing leaves hooks that do nothing.
+        points: hook points by name, to resolve predicates.
+        stay: hooks stay in force after the scope, everywhere (TransformerLens' ``reset_hooks_end=False``).
+    """
+
+    def __init__(
+        self, scope: Scope, points: Mapping[str, nn.Module], fwd: Hooks = (), bwd: Hooks = (), stay: bool = False
+    ):
+        self._scope, self._stay = scope, stay
+        self._called: set[tuple[str, Way]] = set()
         self._went_backward = False
-        self.fwd_hooks = list(self._watched("forward", known, fwd))
-        self.bwd_hooks = list(self._watched("backward", known, bwd))
+        ways: tuple[tuple[Way, Hooks], ...] = (("fwd", fwd), ("bwd", bwd))
+        self._hooks = [
+            _Watched(one, way, self._watched(one, way, hook))
+            for way, hooks in ways
+            for name, hook in hooks
+            for one in ([known for known in points if name(known)] if callable(name) else [name])
+        ]
 
     @contextmanager
-    def backward(self, landmarks: Iterable[nn.Module]) -> Iterator[None]:
-        """Notice a backward pass through any of ``landmarks`` that ran forward while this is open."""
-        handles = [module.register_forward_hook(self._mark) for module in landmarks] if self.bwd_hooks else []
+    def set_on(self, modules: Mapping[str, nn.Module], landmarks: Iterable[nn.Module]) -> Iterator[None]:
+        """Put the hooks on their points for the length of the scope. A backward pass through any of ``landmarks``
+        that ran forward meanwhile is noticed."""
+        handles: list[tuple[HookPoint, Way, LensHandle]] = []
+        marks = []
         try:
+            for name, way, call in self._hooks:
+                point = modules[name]
+                assert isinstance(point, HookPoint), f"{name} holds {type(point).__name__}, which takes no hooks"
+                with ADDING:
+                    point.add_hook(call, dir=way)
+                    handles.append((point, way, _visible(point, way)[-1]))
+                    if not self._stay:
+                        scopes_of(point).append(self._scope)
+            if any(hook.way == "bwd" for hook in self._hooks):
+                marks += [module.register_forward_hook(self._mark) for module in landmarks]
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for mark in marks:
+                mark.remove()
+            for point, way, handle in [] if self._stay else handles:
+                with ADDING:  # the scope first: a hook that an interrupt leaves behind without one only costs time
+                    if self._scope in scopes_of(point):
+                        scopes_of(point).remove(self._scope)
+                    visible = _visible(point, way)
+                    if handle in visible:  # else reset_hooks took it off
+                        visible.remove(handle)
+                        handle.hook.remove()
 
-    def check(self, ran: bool) -> None:
-        """Raise HookDidNotFireError for hooks that were set and never called; ``ran``: whether the model did."""
-        silent = self._silent("forward", self.fwd_hooks)
-        if ran and silent:
+    def check(self) -> None:
+        """Raise HookDidNotFireError if the model ran in the scope and a hook was never called."""
+        silent = self._silent("fwd")
+        if self._scope.passes and silent:
             raise HookDidNotFireError(
                 f"{len(silent)} hook(s) never fired though the model ran: {', '.join(silent[:3])}. Was the layer "
                 "outside start_at_layer / stop_at_layer, or is an SAE attached there (then hook its inner points)?"
             )
-        silent = self._silent("backward", self.bwd_hooks)
+        silent = self._silent("bwd")
         if self._went_backward and silent:
             raise HookDidNotFireError(
                 f"{len(silent)} backward hook(s) never fired though a backward pass ran: {', '.join(silent[:3])}. "
@@ -82,28 +149,27 @@ class FiringWatch:
                 "the activation replaced by a forward hook?"
             )
 
-    def _silent(self, way: str, hooks: Sequence[tuple[str, Any]]) -> list[str]:
-        return [name for name, _ in hooks if (way, name) not in self._fired]
+    def _silent(self, way: Way) -> list[str]:
+        return [hook.name for hook in self._hooks if hook.way == way and (hook.name, way) not in self._called]
 
-    def _watched(
-        self, way: str, known: Mapping[str, HookPoint], hooks: Sequence[NamedHook]
-    ) -> Iterator[tuple[str, Callable[..., Any]]]:
-        for name, hook in hooks:
-            for one in [known_name for known_name in known if name(known_name)] if callable(name) else [name]:
-                yield one, self._counted((way, one), hook)
-
-    def _counted(self, key: tuple[str, str], hook: Callable[..., Any]) -> Callable[..., Any]:
+    def _watched(self, name: str, way: Way, hook: Hook) -> Hook:
         @functools.wraps(hook, updated=())
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self._fired.add(key)
+        def watched(*args: object, **kwargs: object) -> object:
+            if not (self._stay or self._scope.active()):
+                return None
+            self._called.add((name, way))
             return hook(*args, **kwargs)
 
-        return counted
+        return watched
 
-    def _mark(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def _mark(self, _module: nn.Module, _args: object, output: object) -> None:
         value = output[0] if isinstance(output, tuple) else output
-        if isinstance(value, Tensor) and value.requires_grad:
+        if isinstance(value, Tensor) and value.requires_grad and self._scope.active():
             value.register_hook(self._note)
 
     def _note(self, _gradient: Tensor) -> None:
         self._went_backward = True
+
+
+def _visible(point: HookPoint, way: Way) -> list[LensHandle]:
+    return point.fwd_hooks if way == "fwd" else point.bwd_hooks

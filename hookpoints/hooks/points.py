@@ -1,9 +1,9 @@
-"""The tree of hook modules, grown from ``hook_table``; it holds no weights and knows no model."""
+"""The tree of hook modules, grown from ``hooks.table``; it holds no weights and knows no model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from transformer_lens.hook_points import HookPoint
 
 from hookpoints.errors import HookShapeError
 from hookpoints.hooks import table as hook_table
+
+if TYPE_CHECKING:
+    from hookpoints.layer.context import Scope
 
 
 class HookSet(nn.Module):
@@ -31,10 +34,10 @@ class HookSet(nn.Module):
         assert point is not None
         returned = point(value)
         if not isinstance(returned, Tensor) or returned.shape != value.shape:
-            found = list(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
+            what = list(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
             raise HookShapeError(
                 f"a hook on {getattr(point, 'name', name)} must return a tensor of shape {list(value.shape)} "
-                f"(or None to leave it), found {found}"
+                f"(or None to leave it), found {what}"
             )
         return returned
 
@@ -49,8 +52,8 @@ class MixerHooks(HookSet):
 
     def listening(self) -> bool:
         """Whether anyone listens to anything in this mixer. Checked at every call, so it only looks at lengths."""
-        own = any(is_listening(point) for name, point in self._modules.items() if name != "heads")
-        return own or any(is_listening(point) for head in self.heads for point in head._modules.values())
+        mixer = any(is_listening(point) for name, point in self._modules.items() if name != "heads")
+        return mixer or any(is_listening(point) for head in self.heads for point in head._modules.values())
 
     def heads_listening(self, *names: str) -> list[int]:
         """Heads with a listener on one of ``names``."""
@@ -70,10 +73,21 @@ class BlockHooks(HookSet):
 
 
 def is_listening(point: nn.Module | None) -> bool:
-    """Whether a hook point does anything: it has hooks, or something (an attached SAE) stands in its place."""
+    """Whether a hook point does anything here: it has hooks whose scope (if they have one) is in force for the code
+    that runs now, or something (an attached SAE) stands in its place."""
     if type(point) is not HookPoint:
         return point is not None
-    return bool(point._forward_hooks or point._backward_hooks or point._forward_pre_hooks)
+    count = len(point._forward_hooks) + len(point._backward_hooks) + len(point._forward_pre_hooks)
+    if not count:
+        return False
+    scopes = scopes_of(point)
+    return count > len(scopes) or any(scope.active() for scope in scopes)
+
+
+def scopes_of(point: nn.Module) -> list[Scope]:
+    """The scopes of a point's hooks that have one, one entry per hook. Hooks sit on modules, which threads share, but
+    a scope belongs to the thread that opened it."""
+    return point.__dict__.setdefault("hookpoints_scopes", [])
 
 
 class Watched(NamedTuple):
@@ -98,9 +112,9 @@ def watch(value: Tensor, fire: Callable[[Tensor], Tensor]) -> Watched:
         before = value._version
         return Watched(fire(alias), changed=True, intact=value._version == before)
     if value.is_inference():  # inference tensors count no versions
-        kept = value.clone()
+        copied = value.clone()
         returned = fire(value)
-        intact = torch.equal(kept, value)
+        intact = torch.equal(copied, value)
         return Watched(returned, changed=returned is not value or not intact, intact=intact)
     before = value._version
     returned = fire(value)

@@ -33,7 +33,7 @@ class HookRow:
     """True for activations that hold a K x V matrix per token: built only for a listener, and left out of
     ``run_with_cache`` unless named."""
     factor: str | None = None
-    """Name of the field of ``rules.Factors`` that feeds this hook; the hook exists only where the rule has it."""
+    """Name of the field of ``rules.OpFactors`` that feeds this hook; the hook exists only where the rule has it."""
     fires: str = "prefill and decode"
     """When it fires."""
     per_step: bool = False

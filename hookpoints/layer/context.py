@@ -1,16 +1,28 @@
-"""What one run of a hooked model carries besides its inputs: edits, recordings, where it starts. A scoped value."""
+"""What one run of a hooked model carries besides its inputs: edits, recordings, where it starts. A scoped value.
+
+All of it lives in context variables, so that each thread (and each asynchronous task) has its own. A scope closes by
+a flag of its own before it leaves the context variable: an interrupt between the two leaves nothing in force.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
+
+from torch import Tensor
 
 from hookpoints.edits.edit import EditPlan
 from hookpoints.recurrence.recurrence import Recurrence
-from hookpoints.rules import OpResult
+from hookpoints.rules.base import OpResult
+
+Backend = Literal["auto", "torch", "recurrence"]
+"""Who computes the native pass: upstream's op for the device, upstream's torch op, or hookpoints' own kernel (the only
+one that works in float64 where upstream casts to float32, and the one for fla's ops on a CPU: they have no torch
+form)."""
 
 
 class Recorded(NamedTuple):
@@ -22,40 +34,78 @@ class Recorded(NamedTuple):
     """What the op returned, before edits of writes, states and reads."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
-    """The scope that a forward pass runs in."""
+    """What is in force for one hooked model."""
 
-    owner: Any = None
-    """The attachment that this run is meant for; other hooked models ignore it."""
-    plan: EditPlan | None = None
-    """Write edits in force."""
+    plans: tuple[EditPlan, ...] = ()
+    """Write edits, outer scopes first; each plan acts on the model as those before it edited it."""
     record: dict[int, Recorded] | None = None
     """If given, each recurrent layer leaves its last op call here."""
     first_token: int | None = None
-    """Position of the first token of this pass; None: counted from the cache."""
-    backend: str | None = None
+    """Position of the first token of a pass; None: counted from the cache."""
+    backend: Backend | None = None
     """Who computes the native pass; None: as the model was loaded."""
     start_layer: int = 0
     """Blocks below are skipped."""
+    residual: Tensor | None = None
+    """[B,T,D] fed into block ``start_layer``; None: what the block is given."""
+    stop_layer: int | None = None
+    """The pass ends before this block."""
+    in_pass: bool = False
+    """Whether a forward pass of the model is under way."""
+    position: int | None = None
+    """Position of the first token of the pass under way; None: its cache does not tell."""
 
 
-_NONE = Run()
-_RUN: ContextVar[Run | None] = ContextVar("hookpoints_run", default=None)
+class Scope:
+    """A stretch of a program for which a ``Run`` is in force. Opened by ``scope``."""
+
+    def __init__(self, owner: object, run: Run):
+        self.owner, self.run = owner, run
+        self.open = True
+        self.passes = 0
+        """Forward passes of the model inside this scope, in its own context."""
+
+    def active(self) -> bool:
+        """Whether code that runs now is inside this scope.
+
+        Autograd runs backward passes on a GPU in threads of its own, which have no context; they count as inside of
+        every open scope.
+        """
+        return self.open and (self in _SCOPES.get() or isinstance(threading.current_thread(), threading._DummyThread))
 
 
-def current(owner: Any) -> Run:
-    """The run in force for ``owner``."""
-    run = _RUN.get()
-    return run if run is not None and run.owner is owner else _NONE
+_NOTHING = Run()
+_SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("hookpoints_scopes", default=())
+
+
+def current(owner: object) -> Run:
+    """The run in force for ``owner`` (an attachment); other hooked models' runs do not concern it."""
+    for opened in reversed(_SCOPES.get()):
+        if opened.owner is owner and opened.open:
+            return opened.run
+    return _NOTHING
 
 
 @contextmanager
-def scope(owner: Any, **changes: Any) -> Iterator[Run]:
-    """Run with ``changes`` on top of what is in force; restored on exit, whatever happens."""
-    run = replace(current(owner), owner=owner, **changes)
-    token = _RUN.set(run)
+def scope(owner: object, plan: EditPlan | None = None, **changes: object) -> Iterator[Scope]:
+    """Put ``changes`` (fields of ``Run``) in force on top of what is, for the length of the scope; ``plan`` is added
+    to the plans in force."""
+    outer = current(owner)
+    if plan is not None:
+        changes["plans"] = (*outer.plans, plan)
+    opened = Scope(owner, replace(outer, **changes))
     try:
-        yield run
+        _SCOPES.set((*_SCOPES.get(), opened))
+        yield opened
     finally:
-        _RUN.reset(token)
+        opened.open = False
+        _SCOPES.set(tuple(other for other in _SCOPES.get() if other.open))
+
+
+def count_pass(owner: object) -> None:
+    """Note in every open scope of ``owner`` that the model runs."""
+    for opened in _SCOPES.get():
+        if opened.owner is owner:
+            opened.passes += 1

@@ -1,112 +1,225 @@
-"""The seam: upstream ops, wrapped once per module, inert unless a hooked mixer is running.
+"""The seam between upstream's model and the hooks: ops and ``forward`` methods, wrapped and inert.
 
 Layers keep their own projections, convolutions, gates, norms and caches. Each calls one op by its module-level name;
-that name is bound here to a wrapper that asks a context variable which hooked mixer is running. If none is, the
+that name is bound here to a wrapper that asks a context variable which hooked layer is running. If none is, the
 original op runs as if nothing had happened.
+
+Modules are wrapped at their ``forward``, not with PyTorch's hooks: PyTorch skips a hook that should close what another
+one opened when a KeyboardInterrupt passes, while a function's ``finally`` always runs.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import threading
+import types
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
-from hookpoints.rules import Rule
+from hookpoints.rules.base import Rule
+
+Function = Callable[..., object]
+Around = Callable[[Function, tuple[object, ...], dict[str, object]], object]
+"""Stands around a module's forward: called with it and the call's arguments, returns what the module returns."""
+
+_LOCK = threading.RLock()
+"""Held while something is wrapped or unwrapped."""
+
+
+# -- forward methods
+
+
+class _WrappedForward:
+    """Stands in for ``module.forward`` as an attribute of the instance, and calls it inside of ``arounds``.
+
+    One object per module, however many hooked models share it: they come and go in any order. It is an object and not
+    a function because ``copy.deepcopy`` and ``pickle`` must not carry it to a copy of the module, where it would still
+    call the original: a copy gets its own plain ``forward``.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.replaced = module.__dict__.get("forward")  # accelerate sets one on the instance, too
+        self.original: Function = module.forward
+        self.arounds: tuple[Around, ...] = ()
+        functools.update_wrapper(cast(Function, self), self.original)  # upstream inspects signatures
+
+    # torch.compile would freeze who listens at its first call, so a compiled model runs wrapped modules uncompiled.
+    @torch.compiler.disable
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        forward = self.original
+        for around in self.arounds:
+            forward = functools.partial(_call_around, around, forward)
+        return forward(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> object:
+        if self.replaced is not None:
+            return copy.deepcopy(self.replaced, memo)
+        return types.MethodType(type(self.module).forward, copy.deepcopy(self.module, memo))
+
+    def __reduce__(self) -> tuple[Function, tuple[object, ...]]:
+        return (copy.copy, (self.replaced,)) if self.replaced is not None else (getattr, (self.module, "forward"))
+
+
+def _call_around(around: Around, forward: Function, *args: object, **kwargs: object) -> object:
+    return around(forward, args, kwargs)
+
+
+def wrap_forward(module: nn.Module, around: Around) -> Callable[[], None]:
+    """Put ``around`` around the module's forward, outside of those already there; returns what takes it off."""
+    with _LOCK:
+        # Through __dict__: some modules (TransformerLens') hand attributes that are set to others.
+        wrapped = module.__dict__.get("forward")
+        if not isinstance(wrapped, _WrappedForward):
+            module.__dict__["forward"] = wrapped = _WrappedForward(module)
+        wrapped.arounds = (*wrapped.arounds, around)
+
+    def unwrap() -> None:
+        with _LOCK:
+            wrapped.arounds = tuple(other for other in wrapped.arounds if other is not around)
+            if wrapped.arounds or module.__dict__.get("forward") is not wrapped:
+                return  # what someone set on top of ours calls it still, and it does nothing
+            if wrapped.replaced is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = wrapped.replaced
+
+    return unwrap
+
+
+# -- ops
 
 
 class OpHandler(Protocol):
-    """A hooked mixer: takes over the op calls of its layer."""
+    """Takes over the op calls of one forward of a layer."""
+
+    open: bool
+    """Whether that forward is under way."""
 
     @property
     def module(self) -> nn.Module:
         """The layer."""
         ...
 
-    def handle(self, op: Callable[..., Any], arguments: Mapping[str, Any]) -> Any: ...
+    def handle(self, op: Function, arguments: Mapping[str, object]) -> object: ...
 
 
-_RUNNING: ContextVar[OpHandler | None] = ContextVar("hookpoints_running_mixer", default=None)
-_MARK = "__hookpoints_wrapper__"
+_RUNNING: ContextVar[tuple[OpHandler, ...]] = ContextVar("hookpoints_running_layer", default=())
+"""Handlers of the layer whose forward is under way, the innermost first; several where hooked models share a layer."""
 
 
-@contextmanager
-def running(handler: OpHandler) -> Iterator[None]:
-    """While this is open, op calls go to ``handler``; of several on one layer, each stands in for the next one's op."""
+def running(handler: OpHandler, forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    """Call a layer's ``forward`` with its op calls routed to ``handler``.
+
+    Handlers of one layer compose: the outer one receives the inner one as its op.
+    """
     outer = _RUNNING.get()
-    if outer is not None and outer.module is handler.module:
-        handler = _Chain(outer, handler)
-    token = _RUNNING.set(handler)
     try:
-        yield
+        _RUNNING.set((handler, *(other for other in outer if other.module is handler.module)))
+        return forward(*args, **kwargs)
     finally:
-        _RUNNING.reset(token)
+        handler.open = False  # first: should an interrupt skip the next line, a closed handler is ignored
+        _RUNNING.set(outer)
 
 
-class _Chain:
-    """Two handlers of one layer: the op that the second is given is the first with its op."""
-
-    def __init__(self, first: OpHandler, second: OpHandler):
-        self.first, self.second, self.module = first, second, second.module
-
-    def handle(self, op: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-        through = self._through(op)
-        plain = torch_form(op)
-        if plain is not None and plain is not op:  # what ``torch_form`` looks for
-            through.__wrapped__ = self._through(plain)  # type: ignore[attr-defined]
-        return self.second.handle(through, arguments)
-
-    def _through(self, op: Callable[..., Any]) -> Callable[..., Any]:
-        def call(**arguments: Any) -> Any:
-            return self.first.handle(op, arguments)
-
-        call.__module__ = op.__module__
-        return call
+def _handlers() -> tuple[OpHandler, ...]:
+    return tuple(handler for handler in _RUNNING.get() if handler.open)
 
 
-def wrap_ops(namespace: ModuleType, rule: Rule) -> None:
-    """Bind the rule's op names in ``namespace`` to wrappers. Doing it twice changes nothing."""
+def _handle(handlers: tuple[OpHandler, ...], op: Function, arguments: Mapping[str, object]) -> object:
+    """The outermost handler is given the op as the others handle it."""
+    *inner, outermost = handlers
+    return outermost.handle(_handled_by(tuple(inner), op) if inner else op, arguments)
+
+
+def _handled_by(handlers: tuple[OpHandler, ...], op: Function) -> Function:
+    def call(**arguments: object) -> object:
+        return _handle(handlers, op, arguments)
+
+    call.__module__ = op.__module__
+    plain = torch_form(op)
+    if plain is not None and plain is not op:  # what ``torch_form`` looks for
+        call.__wrapped__ = _handled_by(handlers, plain)  # type: ignore[attr-defined]
+    return call
+
+
+class _Use:
+    """What a wrapper of an op stands in for, and how many hooked layers need it."""
+
+    def __init__(self, original: Function):
+        self.original, self.layers = original, 0
+
+
+_USES: dict[Function, _Use] = {}
+"""By wrapper."""
+
+
+def wrap_ops(namespace: ModuleType, rule: Rule) -> Callable[[], None]:
+    """Bind the rule's op names in ``namespace`` to wrappers; returns what undoes it. The last one to undo it puts the
+    originals back."""
+    bound: list[tuple[str, Function]] = []
     wrappers = ((rule.ops, _wrap_op), (rule.companions, _wrap_companion), (rule.fused, _wrap_fused))
-    for names, wrap in wrappers:
-        for name in names:
-            op = getattr(namespace, name, None)
-            if op is not None and not hasattr(op, _MARK):
-                setattr(namespace, name, wrap(op))
+    with _LOCK:
+        for names, wrap in wrappers:
+            for name in names:
+                op = getattr(namespace, name, None)
+                if op is None:
+                    continue
+                if op not in _USES:
+                    original, op = op, wrap(op)
+                    setattr(namespace, name, op)
+                    _USES[op] = _Use(original)
+                _USES[op].layers += 1
+                bound.append((name, op))
+
+    def unwrap() -> None:
+        with _LOCK:
+            while bound:
+                name, wrapper = bound.pop()
+                use = _USES[wrapper]
+                use.layers -= 1
+                if not use.layers:
+                    del _USES[wrapper]
+                    if getattr(namespace, name) is wrapper:
+                        setattr(namespace, name, use.original)
+
+    return unwrap
 
 
-def torch_form(op: Callable[..., Any]) -> Callable[..., Any] | None:
+def torch_form(op: Function) -> Function | None:
     """The torch function that ``op`` is or stands in for; None for fla's own, which are Triton kernels."""
     form = inspect.unwrap(op)
     return None if form.__module__.startswith("fla.") else form
 
 
-def _wrap_op(op: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_op(op: Function) -> Function:
     signature = inspect.signature(inspect.unwrap(op))
 
     @functools.wraps(op)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        handler = _RUNNING.get()
-        if handler is None:
+    def wrapper(*args: object, **kwargs: object) -> object:
+        handlers = _handlers()
+        if not handlers:
             return op(*args, **kwargs)
         positional = tuple(signature.parameters)[: len(args)]
-        chosen = _on_device(op, args, kwargs)
-        return handler.handle(_by_name(chosen, positional), _bind(signature, args, kwargs))
+        for_device = _on_device(op, args, kwargs)
+        return _handle(handlers, _by_name(for_device, positional), _bind(signature, args, kwargs))
 
-    setattr(wrapper, _MARK, True)
     return wrapper
 
 
-def _by_name(op: Callable[..., Any], positional: tuple[str, ...]) -> Callable[..., Any]:
+def _by_name(op: Function, positional: tuple[str, ...]) -> Function:
     """The op, taking every argument by name. What the layer gave by position is passed by position: fast kernels
     stand in for the torch op under other names (``q`` for ``query``, ``x`` for ``hidden_states``)."""
 
     @functools.wraps(op)
-    def call(**arguments: Any) -> Any:
+    def call(**arguments: object) -> object:
         first = [arguments.pop(name) for name in positional]
         known = _keywords(op)
         return op(*first, **(arguments if known is None else {n: x for n, x in arguments.items() if n in known}))
@@ -115,41 +228,38 @@ def _by_name(op: Callable[..., Any], positional: tuple[str, ...]) -> Callable[..
 
 
 @functools.cache
-def _keywords(op: Callable[..., Any]) -> frozenset[str] | None:
+def _keywords(op: Function) -> frozenset[str] | None:
     """Names that ``op`` itself takes, whatever it stands in for; None where it takes any."""
     parameters = inspect.signature(op, follow_wrapped=False).parameters
     return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
 
 
-def _wrap_companion(op: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_companion(op: Function) -> Function:
     @functools.wraps(op)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        chosen = op if _RUNNING.get() is None else _on_device(op, args, kwargs)
-        return chosen(*args, **kwargs)
+    def wrapper(*args: object, **kwargs: object) -> object:
+        return (_on_device(op, args, kwargs) if _handlers() else op)(*args, **kwargs)
 
-    setattr(wrapper, _MARK, True)
     return wrapper
 
 
-def _wrap_fused(op: Callable[..., Any]) -> Callable[..., Any]:
-    """While a hooked mixer runs, the torch stand-in answers, which declines, so that the layer calls its op."""
+def _wrap_fused(op: Function) -> Function:
+    """While a hooked layer runs, the torch stand-in answers, which declines, so that the layer calls its op."""
 
     @functools.wraps(op)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return (op if _RUNNING.get() is None else inspect.unwrap(op))(*args, **kwargs)
+    def wrapper(*args: object, **kwargs: object) -> object:
+        return (inspect.unwrap(op) if _handlers() else op)(*args, **kwargs)
 
-    setattr(wrapper, _MARK, True)
     return wrapper
 
 
-def _on_device(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+def _on_device(op: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> Function:
     """The op for the tensors' device. With fla installed, transformers takes fla's Triton kernels on any device and
     crashes on a CPU; the torch original is underneath the decorators."""
     tensor = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
     return op if tensor is None or tensor.device.type != "cpu" else inspect.unwrap(op)
 
 
-def _bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _bind(signature: inspect.Signature, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, object]:
     """Arguments by name, defaults filled in. Keywords that the op does not name are kept where it takes any (fla's ops
     do), else dropped, as upstream does with those that only other kernels take."""
     known = {name: value for name, value in kwargs.items() if name in signature.parameters}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from hookpoints.rules import Factors, OpResult
+from hookpoints.rules.base import OpFactors, OpResult
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,13 +21,13 @@ class Padding:
     mask: Tensor | None
     """[B,T] bool, or None where the op is given the batch as it is."""
 
-    def spread(self, factors: Factors) -> Factors:
+    def spread(self, factors: OpFactors) -> OpFactors:
         """Factors of a packed call in the batch's rows."""
         if self.mask is None:
             return factors
         return replace(factors, **{name: self._rows(x) for name, x in factors.by_token().items()})
 
-    def packed(self, factors: Factors) -> Factors:
+    def packed(self, factors: OpFactors) -> OpFactors:
         """The way back."""
         if self.mask is None:
             return factors

@@ -12,39 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hookpoints.recurrence.recurrence import Loop, Recurrence, ScanResult
+from hookpoints.edits.edit import LowRankChange
+from hookpoints.recurrence.recurrence import Recurrence, ScanResult
 from hookpoints.recurrence.reference import transition
-from hookpoints.rules import OpResult
+from hookpoints.rules.base import OpResult
 
 
-class LowRankChange(NamedTuple):
-    """Added to the writes of one head: at token t, ``keys[:, t] values[:, t]^T``, summed over terms."""
-
-    head: int
-    keys: Tensor
-    """[B,T,K] or [B,T,R,K]."""
-    values: Tensor
-    """[B,T,V] or [B,T,R,V]."""
-    loop: Loop = "closed"
-
-    def dense(self) -> Tensor:
-        """[B,T,K,V]."""
-        if self.keys.ndim == 4:
-            return self.keys.mT @ self.values
-        return self.keys.unsqueeze(-1) * self.values.unsqueeze(-2)
-
-    def size(self) -> Tensor:
-        """[B,T], zero exactly where nothing is added."""
-        terms = self.keys.abs().amax(-1) * self.values.abs().amax(-1)
-        return terms if terms.ndim == 2 else terms.amax(-1)
-
-    def taken_away(self, where: Tensor, loop: Loop) -> LowRankChange:
-        """What undoes it at the tokens ``where`` [B,T] is true, and changes nothing elsewhere."""
-        gone = where[..., None] if self.keys.ndim == 3 else where[..., None, None]
-        return LowRankChange(self.head, self.keys * gone, -self.values * gone, loop)
-
-
-class Response:
+class EditResponse:
     """Collects what changes add to one layer's outputs [B,T,H,V] and final state [B,H,K,V].
 
     Nothing is allocated until something changes, so an unchanged layer returns its native tensors untouched.
@@ -66,7 +40,7 @@ class Response:
         head = self.recurrence.select(heads=slice(change.head, change.head + 1))
         answer = head.with_write(change.keys.unsqueeze(2), change.values.unsqueeze(2), loop=change.loop)
         if span.start:
-            answer = answer.select(tokens=slice(span.start, None), initial_state=answer.zero_state())
+            answer = answer.select(tokens=slice(span.start, None), initial_state=answer.starting_state())
         outputs, final_state = answer.scan()
         self._add(slice(change.head, change.head + 1), span.start, outputs, final_state)
 
@@ -81,7 +55,7 @@ class Response:
         self._dense.append((heads, change))
         head = self.recurrence.select(heads=heads).replace(initial_state=None)
         tokens = slice(span.start, span.stop)
-        span_head = head.select(tokens=tokens, initial_state=head.zero_state())
+        span_head = head.select(tokens=tokens, initial_state=head.starting_state())
         outputs, state = _dense_scan(span_head, change[:, tokens])
         self._add(heads, span.start, outputs, state if span.stop == head.T else None)
         if span.stop < head.T:  # no more changes: the rest is carried by the chunked pass
@@ -93,11 +67,11 @@ class Response:
         """``change`` [B,T,H',K,V] is added to the states that reads see; the last one goes on. Not propagated."""
         if _span(change.abs().amax((-1, -2, -3)), change) is None:
             return
-        part = self.recurrence.select(heads=heads)
+        selected = self.recurrence.select(heads=heads)
         seen = change
-        if part.read_before_write:
+        if selected.read_before_write:
             seen = torch.cat([torch.zeros_like(change[:, :1]), change[:, :-1]], dim=1)
-        reads = torch.einsum("bthkv,bthk->bthv", seen, part.scale * part.q.to(change.dtype))
+        reads = torch.einsum("bthkv,bthk->bthv", seen, selected.scale * selected.q.to(change.dtype))
         self._add(heads, 0, reads, change[:, -1])
 
     def writes(self, heads: slice) -> Tensor:
@@ -114,11 +88,11 @@ class Response:
         states = self._plus_changes(self.recurrence.states(heads=heads), heads, answer)
         wanted = range(self.recurrence.H)[heads]
         for where, change in self._dense:
-            part = self.recurrence.select(heads=where).replace(initial_state=None)
+            selected = self.recurrence.select(heads=where).replace(initial_state=None)
             for i, head in enumerate(range(self.recurrence.H)[where]):
                 if head in wanted:
                     one = slice(i, i + 1)
-                    states[:, :, head - wanted.start] += _dense_states(part.select(heads=one), change[:, :, one])
+                    states[:, :, head - wanted.start] += _dense_states(selected.select(heads=one), change[:, :, one])
         return states
 
     def apply(self, native: OpResult) -> OpResult:

@@ -1,11 +1,12 @@
-"""Hook points grown onto a Hugging Face model that someone holds: PyTorch hooks for vectors, mixers for matrices."""
+"""Hook points grown onto a Hugging Face model that someone holds, by wrapping the ``forward`` of its modules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
@@ -13,11 +14,17 @@ from transformer_lens.hook_points import HookPoint
 from hookpoints.errors import HookpointsError, UnsupportedModelError
 from hookpoints.fla import ModelScope, is_fla
 from hookpoints.hooks.points import BlockHooks, HookSet, MixerHooks, is_listening, watch
-from hookpoints.layer import context as run
-from hookpoints.layer.intercept import wrap_ops
-from hookpoints.layer.mixer import Backend, HookedMixer
-from hookpoints.model.layout import BlockLayout, find_layout
-from hookpoints.rules import Rule
+from hookpoints.layer.call import hook_layer
+from hookpoints.layer.context import Backend, count_pass, current, scope
+from hookpoints.layer.intercept import Function, wrap_forward, wrap_ops
+from hookpoints.layer.mixer import HookedMixer
+from hookpoints.layer.position import cache_among, position_of
+from hookpoints.rules.base import Rule
+
+if TYPE_CHECKING:
+    from hookpoints.model.layout import BlockLayout, ModelLayout
+
+Through = Callable[[Tensor], Tensor]
 
 
 class StopForward(Exception):
@@ -28,28 +35,24 @@ class StopForward(Exception):
         self.residual = residual
 
 
-class _Input(NamedTuple):
-    """Where a module's input tensor sits in its call."""
-
-    value: Tensor
-    replaced: Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
-
-
 class MixerAttachment:
     """Hook points on recurrent mixers alone; ``detach()`` takes them off again. Inert while nobody listens.
 
     Args:
-        model: what is run as a whole; its passes are counted.
+        model: what is run as a whole; its passes are counted, and the position of their first token is read from the
+            cache before any layer advances it.
+        backbone: the part of the model that holds the blocks, which may also be run by itself.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, backbone: nn.Module | None = None):
         self.mixers: dict[int, HookedMixer] = {}
-        self.passes = 0
-        """Forward passes of the model so far."""
-        self._handles: list[Any] = [model.register_forward_pre_hook(self._count)]
-        if is_fla(model):
-            self._handles.append(ModelScope(model))
         self.attached = True
+        self._undo = ExitStack()
+        if backbone is not None and backbone is not model:
+            self._undo.callback(wrap_forward(backbone, self._run_backbone))
+        self._undo.callback(wrap_forward(model, self._run_model))
+        if is_fla(model):
+            self._undo.callback(ModelScope(model).remove)
 
     def require(self) -> None:
         """Raise HookpointsError after ``detach``: hooks would never fire again, and silently so."""
@@ -57,24 +60,32 @@ class MixerAttachment:
             raise HookpointsError("the hook points were taken off this model (detach); attach to it again")
 
     def detach(self) -> None:
-        """Remove every PyTorch hook that was set."""
+        """Take everything off the model that was put on it."""
         self.attached = False
-        for handle in self._handles:
-            handle.remove()
-        for mixer in self.mixers.values():
-            mixer.detach()
+        self._undo.close()
 
     def attach_mixer(self, layer: int, rule: Rule, namespace: ModuleType, mixer: nn.Module, backend: Backend) -> None:
         """Take over the op calls of one mixer. ``namespace`` is where it looks its ops up."""
-        wrap_ops(namespace, rule)
         self.mixers[layer] = HookedMixer(self, layer, rule, mixer, backend)
+        self._undo.callback(wrap_ops(namespace, rule))
+        self._undo.callback(hook_layer(self.mixers[layer]))
 
     def landmarks(self) -> list[nn.Module]:
         """Modules whose outputs every gradient passes that passes any hook point."""
         return [mixer.module for mixer in self.mixers.values()]
 
-    def _count(self, _module: nn.Module, _args: Any) -> None:
-        self.passes += 1
+    def _run_model(self, forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        count_pass(self)
+        position = current(self).first_token
+        if position is None:
+            position = position_of(cache_among(*args, *kwargs.values()))
+        with scope(self, in_pass=True, position=position):
+            return forward(*args, **kwargs)
+
+    def _run_backbone(self, forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        if current(self).in_pass:
+            return forward(*args, **kwargs)
+        return self._run_model(forward, args, kwargs)
 
 
 class Attachment(MixerAttachment):
@@ -82,32 +93,27 @@ class Attachment(MixerAttachment):
 
     Args:
         model: a Hugging Face causal language model.
+        layout: where its parts are.
         root: the module that gets the tree of hook points as ``hook_embed``, ``blocks`` and ``ln_final``; they are
             looked up there at each pass, so that an SAE put in the place of a hook point is met.
         backend: who computes the native pass of recurrent layers.
-
-    Raises:
-        UnsupportedModelError: the model has no recurrence that can be hooked.
     """
 
-    def __init__(self, model: nn.Module, root: nn.Module, backend: Backend = "auto"):
-        self.layout = find_layout(model)
-        super().__init__(model)
+    def __init__(self, model: nn.Module, layout: ModelLayout, root: nn.Module, backend: Backend = "auto"):
+        super().__init__(model, layout.backbone)
+        self.layout = layout
         self._root = root
-        self._returns: dict[int, tuple[str | None, ...] | None] = {}
-        """By block that ran: None where it returns the residual stream itself; where it returns a tuple that begins
-        with it, for each further entry the argument that the block hands on there (fla's hand on the cache)."""
         root.hook_embed = HookPoint()
         root.blocks = nn.ModuleList()
         root.ln_final = self._final = HookSet(["hook_normalized"])
         try:
             for layer, block in enumerate(self.layout.blocks):
                 root.blocks.append(self._attach_block(layer, block, backend))
+            self._on_output(self.layout.embed, self._fire_embed)
+            self._on_output(self.layout.final_norm, lambda x: self._final.fire("hook_normalized", x))
         except BaseException:
             self.detach()  # a model that is refused is left as it was
             raise
-        self._on_output(self.layout.embed, self._fire_embed)
-        self._on_output(self.layout.final_norm, lambda x: self._final.fire("hook_normalized", x))
 
     def landmarks(self) -> list[nn.Module]:
         """See ``MixerAttachment.landmarks``: the embedding, every block, and the final norm."""
@@ -115,147 +121,149 @@ class Attachment(MixerAttachment):
 
     @contextmanager
     def passing(self, start: int, stop: int | None, residual: Tensor | None) -> Iterator[None]:
-        """Skip blocks below ``start``, feed ``residual`` [B,T,D] into it, and stop before block ``stop``."""
+        """In this scope passes skip blocks below ``start``, feed ``residual`` [B,T,D] into it (None: what it is given)
+        and end before block ``stop`` by raising StopForward.
+
+        Raises:
+            UnsupportedModelError: a run of this model cannot start above its first block.
+        """
         if start > 0 and self.layout.first_block_feeds_all:
             raise UnsupportedModelError(
                 f"a run cannot start at layer {start} of this model: its first block makes values that all others "
                 "take. HookedRecurrent.from_pretrained loads RWKV-7 checkpoints in a class that can"
             )
-        with ExitStack() as stack:
-            for layer, block in enumerate(self.layout.blocks[:start]):
-                stack.enter_context(replaced_forward(block.block, self._passing_through(layer, block.block)))
-            if residual is not None:
-                stack.enter_context(_pre_hook(self.layout.blocks[start].block, lambda _: residual))
-            if stop is not None and stop < len(self.layout.blocks):
-                stack.enter_context(_pre_hook(self.layout.blocks[stop].block, _stop))
-            stack.enter_context(run.scope(self, start_layer=start))
+        with scope(self, start_layer=start, stop_layer=stop, residual=residual):
             yield
 
     # -- vectors
 
     def _attach_block(self, layer: int, block: BlockLayout, backend: Backend) -> BlockHooks:
-        hooks: MixerHooks | None = None
+        mixer_hooks: MixerHooks | None = None
         if block.rule is not None and block.namespace is not None and block.mixer is not None:
             self.attach_mixer(layer, block.rule, block.namespace, block.mixer, backend)
-            hooks = self.mixers[layer].hooks
+            mixer_hooks = self.mixers[layer].hooks
         outputs = {"hook_mixer_out": block.mixer_out, "hook_attn_out": block.attn_out, "hook_mlp_out": block.mlp_out}
         absent = [name for name, added in outputs.items() if added is None]
-        block_hooks = BlockHooks(hooks, block.attn_heads is not None, absent)
-
-        def fire(name: str, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
-            def through(value: Tensor) -> Tensor:
-                # A skipped block only hands its input on.
-                if run.current(self).start_layer > layer or not block_hooks.listens(name):
-                    return value
-                if scale == 1.0:
-                    return block_hooks.fire(name, value)
-                seen = watch(value * scale, lambda x: block_hooks.fire(name, x))
-                # The difference, so that what a hook leaves as it is stays bit-identical.
-                return value + (seen.value - value * scale) / scale if seen.changed else value
-
-            return through
-
-        def fire_heads(n: int) -> Callable[[Tensor], Tensor]:
-            def through(value: Tensor) -> Tensor:
-                hooks: Any = block_hooks.attn
-                if not hooks.listens("hook_z"):
-                    return value
-                return hooks.fire("hook_z", value.unflatten(-1, (n, -1))).flatten(-2)
-
-            return through
-
-        self._on_input(block.block, fire("hook_resid_pre"))
+        hooks = BlockHooks(mixer_hooks, block.attn_heads is not None, absent)
         if block.attn_heads is not None:
-            self._on_input(block.attn_heads.projection, fire_heads(block.attn_heads.n))
+            self._on_input(block.attn_heads.projection, _fire_heads(hooks, block.attn_heads.n))
         for name, added in outputs.items():
             if added is not None:
-                self._on_output(added.module, fire(name, added.scale))
-        self._on_output(block.block, fire("hook_resid_post"))
-        self._handles.append(
-            block.block.register_forward_hook(
-                lambda _m, _a, kw, output: self._learn(layer, kw, output), with_kwargs=True
-            )
-        )
-        return block_hooks
-
-    def _learn(self, layer: int, kwargs: dict[str, Any], output: Any) -> None:
-        if not isinstance(output, tuple):
-            self._returns[layer] = None
-            return
-        known = self._returns.get(layer) or (None,) * (len(output) - 1)
-        names = [next((k for k, v in kwargs.items() if v is not None and v is entry), None) for entry in output[1:]]
-        self._returns[layer] = tuple(new or old for new, old in zip(names, known, strict=True))
-
-    def _passing_through(self, layer: int, block: nn.Module) -> Callable[..., Any]:
-        """Stands in for a block's forward: hands its input on, in the form in which the block returns it."""
-        original = block.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if layer not in self._returns:  # nothing ran yet
-                self._learn(layer, kwargs, original(*args, **kwargs))
-            value, handed_on = _input_of(args, kwargs).value, self._returns[layer]
-            return value if handed_on is None else (value, *[kwargs.get(name) if name else None for name in handed_on])
-
-        return forward
+                self._on_output(added.module, _fire_scaled(hooks, name, added.scale))
+        self._undo.callback(wrap_forward(block.block, _BlockRun(self, layer, hooks)))
+        return hooks
 
     def _fire_embed(self, value: Tensor) -> Tensor:
-        point: Any = self._root.hook_embed
-        return point(value) if is_listening(point) and run.current(self).start_layer == 0 else value
+        point = cast(nn.Module, self._root.hook_embed)
+        return point(value) if is_listening(point) and current(self).start_layer == 0 else value
 
-    def _on_output(self, module: nn.Module, through: Callable[[Tensor], Tensor]) -> None:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            value = output[0] if isinstance(output, tuple) else output
-            result = through(value)
-            if result is value:
-                return None
-            return (result, *output[1:]) if isinstance(output, tuple) else result
+    def _on_output(self, module: nn.Module, through: Through) -> None:
+        def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+            return _changed_output(forward(*args, **kwargs), through)
 
-        self._handles.append(module.register_forward_hook(hook))
+        self._undo.callback(wrap_forward(module, around))
 
-    def _on_input(self, module: nn.Module, through: Callable[[Tensor], Tensor]) -> None:
-        self._handles.append(_register_input(module, through))
+    def _on_input(self, module: nn.Module, through: Through) -> None:
+        def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+            entering = _Input.of(args, kwargs)
+            args, kwargs = entering.replaced(through(entering.value))
+            return forward(*args, **kwargs)
 
-
-def _register_input(module: nn.Module, through: Callable[[Tensor], Tensor]) -> Any:
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        found = _input_of(args, kwargs)
-        result = through(found.value)
-        return None if result is found.value else found.replaced(result)
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
+        self._undo.callback(wrap_forward(module, around))
 
 
-def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Input:
-    if args and isinstance(args[0], Tensor):
-        return _Input(args[0], lambda x: ((x, *args[1:]), kwargs))
-    name = "hidden_states" if "hidden_states" in kwargs else next(k for k, v in kwargs.items() if isinstance(v, Tensor))
-    return _Input(kwargs[name], lambda x: (args, {**kwargs, name: x}))
+@dataclass(eq=False)
+class _BlockRun:
+    """Stands around a block's forward: hooks of the residual stream, and where partial runs start and stop."""
+
+    owner: object
+    layer: int
+    hooks: BlockHooks
+    returns: tuple[str | None, ...] | Literal["unknown"] | None = "unknown"
+    """In which form the block returns the residual stream, known once it ran: None for itself; for a tuple that begins
+    with it, for each further entry the argument that the block hands on there (fla's hand on the cache)."""
+
+    def __call__(self, forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        run, entering = current(self.owner), _Input.of(args, kwargs)
+        if self.layer < run.start_layer:
+            return self._handed_on(forward, args, kwargs, entering.value)
+        value = entering.value
+        if self.layer == run.start_layer and run.residual is not None:
+            value = run.residual
+        if self.layer == run.stop_layer:
+            raise StopForward(value)
+        if self.hooks.listens("hook_resid_pre"):
+            value = self.hooks.fire("hook_resid_pre", value)
+        args, kwargs = entering.replaced(value)
+        output = forward(*args, **kwargs)
+        self._learn(kwargs, output)
+        if self.hooks.listens("hook_resid_post"):
+            output = _changed_output(output, lambda x: self.hooks.fire("hook_resid_post", x))
+        return output
+
+    def _handed_on(
+        self, forward: Function, args: tuple[object, ...], kwargs: dict[str, object], value: Tensor
+    ) -> object:
+        """The block's input, in the form in which the block returns its output."""
+        if self.returns == "unknown":  # nothing ran yet
+            self._learn(kwargs, forward(*args, **kwargs))
+        if not isinstance(self.returns, tuple):
+            return value
+        return (value, *[kwargs.get(name) if name else None for name in self.returns])
+
+    def _learn(self, kwargs: dict[str, object], output: object) -> None:
+        if not isinstance(output, tuple):
+            self.returns = None
+            return
+        known = self.returns if isinstance(self.returns, tuple) else (None,) * (len(output) - 1)
+        names = [next((k for k, v in kwargs.items() if v is not None and v is entry), None) for entry in output[1:]]
+        self.returns = tuple(new or old for new, old in zip(names, known, strict=True))
 
 
-@contextmanager
-def _pre_hook(module: nn.Module, through: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    handle = _register_input(module, through)
-    # A residual that is fed in must be there before the block's own hooks see its input.
-    module._forward_pre_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        handle.remove()
+def _fire_scaled(hooks: BlockHooks, name: str, scale: float) -> Through:
+    """A module's output through a hook that sees it times ``scale``, as the block adds it."""
+
+    def through(value: Tensor) -> Tensor:
+        if not hooks.listens(name):
+            return value
+        if scale == 1.0:
+            return hooks.fire(name, value)
+        fired = watch(value * scale, lambda x: hooks.fire(name, x))
+        # The difference, so that what a hook leaves as it is stays bit-identical.
+        return value + (fired.value - value * scale) / scale if fired.changed else value
+
+    return through
 
 
-def _stop(value: Tensor) -> Tensor:
-    raise StopForward(value)
+def _fire_heads(hooks: BlockHooks, n: int) -> Through:
+    """The input of attention's output projection through ``hook_z``, with an axis for the heads."""
+
+    def through(value: Tensor) -> Tensor:
+        if not hooks.attn.listens("hook_z"):
+            return value
+        return hooks.attn.fire("hook_z", value.unflatten(-1, (n, -1))).flatten(-2)
+
+    return through
 
 
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """The module's ``forward`` exchanged for the length of the scope (accelerate may have set one on the instance)."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward  # some modules (TransformerLens') hand attributes that are set to others
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
+def _changed_output(output: object, through: Through) -> object:
+    """A module's output, a tensor or a tuple that begins with one, with that tensor changed."""
+    if isinstance(output, tuple):
+        changed = through(output[0])
+        return output if changed is output[0] else (changed, *output[1:])
+    return through(cast(Tensor, output))
+
+
+class _Input(NamedTuple):
+    """A module's first tensor argument, and how to call the module with another one."""
+
+    value: Tensor
+    replaced: Callable[[Tensor], tuple[tuple[object, ...], dict[str, object]]]
+
+    @classmethod
+    def of(cls, args: tuple[object, ...], kwargs: dict[str, object]) -> _Input:
+        if args and isinstance(args[0], Tensor):
+            return cls(args[0], lambda x: ((x, *args[1:]), kwargs))
+        tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+        name = "hidden_states" if "hidden_states" in tensors else next(iter(tensors))
+        return cls(tensors[name], lambda x: (args, {**kwargs, name: x}))

@@ -7,9 +7,10 @@ beside them. While attached, the bridge's ``run_with_cache``, ``run_with_hooks``
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -18,17 +19,25 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from hookpoints.errors import HookDidNotFireError, SelfCheckError, UnknownHookError, UnsupportedModelError, nearest
+from hookpoints.errors import (
+    BridgeWarning,
+    HookDidNotFireError,
+    SelfCheckError,
+    UnknownHookError,
+    UnsupportedModelError,
+    nearest,
+)
 from hookpoints.hooks.cache import CachingHooks, reachable
+from hookpoints.hooks.guard import Hooks
 from hookpoints.hooks.points import HookSet
-from hookpoints.layer.mixer import Backend
+from hookpoints.layer.context import Backend
+from hookpoints.layer.intercept import Around, wrap_forward
 from hookpoints.model import selfcheck
-from hookpoints.model.attach import Attached
-from hookpoints.model.attachment import MixerAttachment, replaced_forward
-from hookpoints.model.bridge_check import Bypassed, check_bridge
+from hookpoints.model.attachment import MixerAttachment
 from hookpoints.model.config import describe
-from hookpoints.model.hooked import Hooks
+from hookpoints.model.hooked import Attached
 from hookpoints.model.layout import BlockLayout, ModelLayout, rule_of
+from hookpoints.model.selfcheck import relative_error, tolerance
 
 _WRAPPED = ("run_with_cache", "run_with_hooks", "hooks", "add_hook", "reset_hooks")
 
@@ -36,7 +45,7 @@ _WRAPPED = ("run_with_cache", "run_with_hooks", "hooks", "add_hook", "reset_hook
 class _Split(NamedTuple):
     """Names or hooks, by whom they belong to."""
 
-    own: list[Any]
+    ours: list[Any]
     theirs: list[Any]
 
 
@@ -57,10 +66,20 @@ class AttachedBridge(Attached):
     blocks: nn.ModuleList
 
     def __init__(self, bridge: TransformerBridge, *, backend: Backend = "auto", self_check: bool = True):
+        super().__init__(bridge.original_model)
         self.__dict__["bridge"] = bridge
         self._scope = ExitStack()
         self._silenced: set[str] = set()
-        super().__init__(bridge.original_model, backend=backend, self_check=self_check)
+        self.attachment = MixerAttachment(bridge.original_model)
+        try:
+            self._attach(bridge.original_model, backend)
+            self.setup()
+            if self_check:
+                with selfcheck.in_eval_mode(bridge.original_model):
+                    self._self_check()
+        except BaseException:
+            self.detach()  # a bridge that is refused is left as it was
+            raise
         self._theirs = {name: getattr(bridge, name) for name in _WRAPPED}
         for name in _WRAPPED:
             setattr(bridge, name, getattr(self, f"_bridge_{name}"))
@@ -88,13 +107,12 @@ class AttachedBridge(Attached):
         if not any(layout.rule for layout in layouts):
             raise UnsupportedModelError("no block of this TransformerBridge has a recurrence that is known here")
         layout = ModelLayout(model.get_input_embeddings(), layouts, bridge.ln_final, bridge.unembed)
-        self.attachment = MixerAttachment(model)
         self.cfg = describe(model, layout, str(bridge.cfg.model_name), backend)
         self.blocks = nn.ModuleList()
-        for layer, found in enumerate(layouts):
+        for layer, parts in enumerate(layouts):
             block = HookSet([])
-            if found.rule is not None and found.namespace is not None and found.mixer is not None:
-                self.attachment.attach_mixer(layer, found.rule, found.namespace, found.mixer, backend)
+            if parts.rule is not None and parts.namespace is not None and parts.mixer is not None:
+                self.attachment.attach_mixer(layer, parts.rule, parts.namespace, parts.mixer, backend)
                 block.mixer = self.attachment.mixers[layer].hooks
             self.blocks.append(block)
 
@@ -111,7 +129,7 @@ class AttachedBridge(Attached):
         components = [c for c in self.hf_model.modules() if isinstance(c, GeneralizedComponent)]
         replaced = [c for c in components if any(c.original_component is mixer for mixer in deaf)]
         for component in replaced:
-            self._scope.enter_context(replaced_forward(component, partial(GeneralizedComponent.forward, component)))
+            self._scope.callback(wrap_forward(component, _plain_forward(component)))
             self._silenced |= self._names_inside(component)
         left = self._run_once(tokens) if replaced else error
         if left:
@@ -150,7 +168,7 @@ class AttachedBridge(Attached):
     ) -> Iterator[TransformerBridge]:
         fwd, bwd = self._split_hooks(fwd_hooks), self._split_hooks(bwd_hooks)
         with (
-            self.hooks(fwd.own, bwd.own, reset_hooks_end, clear_contexts),
+            self.hooks(fwd.ours, bwd.ours, reset_hooks_end, clear_contexts),
             self._theirs["hooks"](fwd.theirs, bwd.theirs, reset_hooks_end, clear_contexts),
         ):
             yield self.__dict__["bridge"]
@@ -165,7 +183,7 @@ class AttachedBridge(Attached):
         **kwargs: Any,
     ) -> Any:
         fwd, bwd = self._split_hooks(fwd_hooks), self._split_hooks(bwd_hooks)
-        with self.hooks(fwd.own, bwd.own, reset_hooks_end, clear_contexts):
+        with self.hooks(fwd.ours, bwd.ours, reset_hooks_end, clear_contexts):
             return self._theirs["run_with_hooks"](
                 input, fwd.theirs, bwd.theirs, reset_hooks_end, clear_contexts, **kwargs
             )
@@ -181,12 +199,12 @@ class AttachedBridge(Attached):
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         names = [names_filter] if isinstance(names_filter, str) else names_filter
-        own, theirs = names, names
+        ours, theirs = names, names
         if names is not None and not callable(names):
-            own, theirs = self._split_names(names)
-        chosen = reachable(own, None, stop_at_layer, self.cfg.n_layers)
-        kept, fwd, bwd = CachingHooks(self.hook_dict).build(
-            chosen, incl_bwd, kwargs.get("device"), remove_batch_dim, pos_slice=pos_slice
+            ours, theirs = self._split_names(names)
+        wanted = reachable(ours, None, stop_at_layer, self.cfg.n_layers)
+        saved, fwd, bwd = CachingHooks(self.hook_dict).build(
+            wanted, incl_bwd, kwargs.get("device"), remove_batch_dim, pos_slice=pos_slice
         )
         with self.hooks(fwd, bwd):
             out, cache = self._theirs["run_with_cache"](
@@ -198,12 +216,12 @@ class AttachedBridge(Attached):
                 pos_slice=pos_slice,
                 **kwargs,
             )
-        getattr(cache, "cache_dict", cache).update(kept)
+        getattr(cache, "cache_dict", cache).update(saved)
         return out, cache
 
     def _bridge_add_hook(self, name: Any, hook_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        own, theirs = self._split_hooks([(name, hook_fn)])
-        for part, add in ((own, self.add_hook), (theirs, self._theirs["add_hook"])):
+        ours, theirs = self._split_hooks([(name, hook_fn)])
+        for part, add in ((ours, self.add_hook), (theirs, self._theirs["add_hook"])):
             if part:
                 add(name, hook_fn, *args, **kwargs)
 
@@ -214,24 +232,24 @@ class AttachedBridge(Attached):
     # -- whose name is it
 
     def _split_hooks(self, hooks: Hooks) -> _Split:
-        own, theirs, known = [], [], self.__dict__["bridge"].hook_dict
+        ours, theirs, known = [], [], self.__dict__["bridge"].hook_dict
         for name, hook in hooks:
             if not callable(name):
-                (own if self._is_own(name) else theirs).append((name, hook))
+                (ours if self._is_own(name) else theirs).append((name, hook))
                 continue
-            found = [
-                (part, any(name(one) for one in names)) for part, names in ((own, self.hook_dict), (theirs, known))
+            matching = [
+                (part, any(name(one) for one in names)) for part, names in ((ours, self.hook_dict), (theirs, known))
             ]
-            if not any(matches for _, matches in found):
+            if not any(matches for _, matches in matching):
                 raise UnknownHookError(f"the filter {name!r} matches no hook of the bridge and none of its mixers")
-            for part, matches in found:
+            for part, matches in matching:
                 if matches:
                     part.append((name, hook))
-        return _Split(own, theirs)
+        return _Split(ours, theirs)
 
     def _split_names(self, names: Sequence[str]) -> _Split:
-        own = [name for name in names if self._is_own(name)]
-        return _Split(own, [name for name in names if name not in own])
+        ours = [name for name in names if self._is_own(name)]
+        return _Split(ours, [name for name in names if name not in ours])
 
     def _is_own(self, name: str) -> bool:
         if name in self.hook_dict:
@@ -248,10 +266,130 @@ class AttachedBridge(Attached):
         return False
 
 
+def _plain_forward(component: GeneralizedComponent) -> Around:
+    """Instead of a component's own forward the general one, which calls the upstream module."""
+    return lambda _forward, args, kwargs: GeneralizedComponent.forward(component, *args, **kwargs)
+
+
 def _mixer_of(block: nn.Module) -> BlockLayout:
     """The recurrent mixer under a bridge's block, if there is one."""
     for module in block.modules():
-        found = rule_of(module)
-        if found is not None:
-            return BlockLayout(block, module, found[0], found[1], None, None, None)
+        rule = rule_of(module)
+        if rule is not None:
+            return BlockLayout(block, module, *rule, None, None, None)
     return BlockLayout(block, None, None, None, None, None, None)
+
+
+# -- does a bridge compute what its Hugging Face model does?
+
+_NEW = 3
+"""Tokens decoded to compare cached passes: the first comes from the prompt, the others from the cache."""
+
+
+class Bypassed(NamedTuple):
+    """Recurrent layers whose bridge component does not call their op."""
+
+    layer_class: str
+    """Upstream's class."""
+    error: str
+    """What the component raised; empty where it runs, past the op."""
+    hooks: list[str]
+    """TransformerLens' hooks that cannot fire while attached."""
+
+
+def check_bridge(bridge: Any, tokens: Tensor, dtype: torch.dtype, bypassed: Bypassed | None) -> None:
+    """Warn (BridgeWarning) where the bridge differs from the model without the bridge, and what attaching changed.
+
+    Three measurements over a handful of tokens [1,T]: one pass, the bridge's own cached ``generate``, and that of the
+    bridged Hugging Face model. Costs some ten passes.
+    """
+    differences = [] if bypassed is None else [_attaching_changed(bypassed)]
+    if not bridge.compatibility_mode:
+        with torch.no_grad():
+            differences += _differences(bridge, tokens, tolerance(dtype))
+    if differences:
+        versions = ", ".join(f"{name} {version(name)}" for name in ("transformer-lens", "transformers"))
+        warnings.warn(f"TransformerBridge ({versions}): {'; '.join(differences)}", BridgeWarning, stacklevel=6)
+
+
+def _attaching_changed(bypassed: Bypassed) -> str:
+    state = f"fails here ({bypassed.error})" if bypassed.error else "does not call the recurrent op"
+    such = f", such as {bypassed.hooks[0]}," if bypassed.hooks else ""
+    return (
+        f"its own forward of {bypassed.layer_class} {state}, so while hookpoints is attached these layers run "
+        f"upstream's, and TransformerLens' hooks inside them{such} cannot fire"
+    )
+
+
+def _differences(bridge: Any, tokens: Tensor, allowed: float) -> Iterator[str]:
+    model = bridge.original_model
+
+    def plain(ids: Tensor) -> Tensor:
+        with without_bridge(model):
+            return model(ids).logits
+
+    def one_pass() -> float:
+        return relative_error(plain(tokens), bridge(tokens))
+
+    def decoding(generate: Callable[[], Any]) -> float:
+        out = generate()
+        return relative_error(plain(out.sequences)[:, tokens.shape[1] - 1 : -1], torch.stack(list(out.logits), 1))
+
+    def bridge_generates() -> Any:
+        options = {"do_sample": False, "stop_at_eos": False, "return_type": "tokens", "verbose": False}
+        return bridge.generate(tokens, max_new_tokens=_NEW, output_logits=True, **options)
+
+    def model_generates() -> Any:
+        options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        return model.generate(tokens, max_new_tokens=_NEW, min_new_tokens=_NEW, **options)
+
+    yield from _unequal("a pass over a prompt", one_pass, allowed)
+    yield from _unequal("bridge.generate with a cache", lambda: decoding(bridge_generates), allowed)
+    yield from _unequal("the bridged model's own generate", lambda: decoding(model_generates), allowed)
+
+
+def _unequal(what: str, measure: Callable[[], float], allowed: float) -> Iterator[str]:
+    try:
+        error = measure()
+    except Exception as raised:  # a bridge that does not fit this transformers may raise anything
+        yield f"{what} fails ({type(raised).__name__}: {raised})"
+        return
+    if not error <= allowed:
+        yield f"{what} gives other logits than the Hugging Face model (relative RMS {error:.1e}): do not use it"
+
+
+@contextmanager
+def without_bridge(model: nn.Module) -> Iterator[None]:
+    """The Hugging Face model as it was before a bridge put its components in: they are swapped out for this scope."""
+    swapped = list(_components(model))
+    for parent, name, component in swapped:
+        parent._modules[name] = _original(component)
+    try:
+        yield
+    finally:
+        for parent, name, component in reversed(swapped):
+            parent._modules[name] = component
+
+
+def _components(module: nn.Module) -> Iterator[tuple[nn.Module, str, GeneralizedComponent]]:
+    """Bridge components in the tree, with the module that holds each and its name there."""
+    seen: set[int] = set()
+
+    def walk(parent: nn.Module) -> Iterator[tuple[nn.Module, str, GeneralizedComponent]]:
+        if id(parent) in seen:
+            return
+        seen.add(id(parent))
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, GeneralizedComponent):
+                yield parent, name, child
+                child = _original(child)
+            if child is not None:
+                yield from walk(child)
+
+    yield from walk(module)
+
+
+def _original(component: nn.Module | None) -> nn.Module | None:
+    while isinstance(component, GeneralizedComponent):
+        component = component._modules["_original_component"]
+    return component

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import nn
+from transformers import PreTrainedConfig
 
 from hookpoints.errors import UnsupportedModelError
-from hookpoints.model.layout import ModelLayout
+
+if TYPE_CHECKING:
+    from hookpoints.model.layout import ModelLayout
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class HookedRecurrentConfig:
     dtype: torch.dtype
     backend: str
     """Who computes the native pass of recurrent layers."""
+    attention: dict[int, int] = field(default_factory=dict)
+    """Number of attention heads by block index, for blocks that have ``attn.hook_z``."""
     n_key_value_heads: int | None = None
     default_prepend_bos: bool | None = None
     """None: as the tokenizer does by itself."""
@@ -56,13 +62,15 @@ class HookedRecurrentConfig:
         """Block indices of the recurrent layers."""
         return sorted(self.layers)
 
+    def attention_heads(self, index: int) -> int | None:
+        """Number of attention heads of block ``index`` (of ``blocks.{index}.attn.hook_z``), or None where it has no
+        such hook. A block may have attention and a recurrence side by side."""
+        self._check_index(index)
+        return self.attention.get(index)
+
     def layer(self, index: int) -> RecurrentLayer:
         """The recurrent layer at block ``index``; raises UnsupportedModelError where that block has no recurrence."""
-        if not 0 <= index < self.n_layers:
-            raise UnsupportedModelError(
-                f"layer {index} is out of range: {self.model_name} has blocks 0 to {self.n_layers - 1}, recurrent are "
-                f"{self.recurrent_layers}"
-            )
+        self._check_index(index)
         if index not in self.layers:
             raise UnsupportedModelError(
                 f"layer {index} of {self.model_name} has no recurrence and so no writes; "
@@ -70,10 +78,17 @@ class HookedRecurrentConfig:
             )
         return self.layers[index]
 
+    def _check_index(self, index: int) -> None:
+        if not 0 <= index < self.n_layers:
+            raise UnsupportedModelError(
+                f"layer {index} is out of range: {self.model_name} has blocks 0 to {self.n_layers - 1}, recurrent are "
+                f"{self.recurrent_layers}"
+            )
 
-def describe(model: torch.nn.Module, layout: ModelLayout, name: str, backend: str) -> HookedRecurrentConfig:
+
+def describe(model: nn.Module, layout: ModelLayout, name: str, backend: str) -> HookedRecurrentConfig:
     """Read the configuration off a model and its layout."""
-    hf: Any = model.config
+    hf = cast(PreTrainedConfig, model.config)
     layers = {
         layer: RecurrentLayer(block.rule.name, *block.rule.head_shape(block.mixer), R=block.rule.rank)
         for layer, block in enumerate(layout.blocks)
@@ -90,6 +105,7 @@ def describe(model: torch.nn.Module, layout: ModelLayout, name: str, backend: st
         n_ctx=int(getattr(hf, "max_position_embeddings", None) or 2**31 - 1),
         n_heads=max(layer.H for layer in layers.values()),
         layers=layers,
+        attention={n: block.attn_heads.n for n, block in enumerate(layout.blocks) if block.attn_heads is not None},
         device=weight.device,
         dtype=weight.dtype,
         backend=backend,

@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
+from transformers import Cache
 
-from hookpoints.edits.edit import EditPlan, EditRow
-from hookpoints.errors import EditError
-from hookpoints.hooks.cache import CachingHooks, reachable
-from hookpoints.hooks.guard import FiringWatch, check_names
-from hookpoints.layer import context as run
+from hookpoints.edits.edit import EditPlan, EditRow, Edits
+from hookpoints.errors import HookpointsError
+from hookpoints.hooks.cache import CachingHooks, NamesFilter, reachable
+from hookpoints.hooks.guard import ADDING, Hook, Hooks, Name, ScopedHooks, check_names
+from hookpoints.layer.context import Recorded, current, scope
+from hookpoints.layer.position import position_of
 from hookpoints.model.config import HookedRecurrentConfig
+from hookpoints.recurrence.recurrence import Recurrence
 
-Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
+if TYPE_CHECKING:
+    from hookpoints.model.attachment import MixerAttachment
 
 
 class HookedModel(HookedRootModule):
-    """TransformerLens' hooking methods over an attachment. Subclasses say what a forward pass is."""
+    """TransformerLens' hooking methods over an attachment. Subclasses say what a forward pass is.
+
+    Threads: scopes (``hooks``, ``edits``, and the runs that open one) hold in the thread that opened them, so several
+    threads may use one model, each with its own. A thread started inside a scope is outside of it, unless it runs in
+    ``contextvars.copy_context()``. Hooks of ``add_hook`` hold everywhere.
+    """
 
     hf_model: Any
     """The Hugging Face (or fla) model inside; it stays as it is."""
-    attachment: Any
-    """The ``MixerAttachment`` that puts the hook points on it."""
-    cfg: HookedRecurrentConfig
+    attachment: MixerAttachment
+    """Puts the hook points on it."""
+    _cfg: HookedRecurrentConfig
+
+    @property
+    def cfg(self) -> HookedRecurrentConfig:
+        """What the model is. Device and dtype are those that its embedding has now."""
+        weight = cast(Tensor, self.hf_model.get_input_embeddings().weight)
+        if (weight.device, weight.dtype) != (self._cfg.device, self._cfg.dtype):
+            self._cfg = replace(self._cfg, device=weight.device, dtype=weight.dtype)
+        return self._cfg
+
+    @cfg.setter
+    def cfg(self, value: HookedRecurrentConfig) -> None:
+        self._cfg = value
 
     def setup(self) -> None:
         """Name the hook points. The Hugging Face model's own modules are left out, and untouched."""
@@ -40,6 +63,18 @@ class HookedModel(HookedRootModule):
                 if isinstance(module, HookPoint):
                     self.hook_dict[name] = module
 
+    def __reduce_ex__(self, protocol: object) -> str | tuple[Any, ...]:
+        raise HookpointsError(
+            f"a {type(self).__name__} cannot be copied or pickled, as its hook points sit on one model. Copy or save "
+            "model.hf_model (copies carry no hook points) and hook the copy"
+        )
+
+    # -- hooks
+
+    def check_hook_name(self, name: Name) -> None:
+        """Raise UnknownHookError, naming the nearest, unless ``name`` (or predicate) names a hook of this model."""
+        check_names(self, name)
+
     @contextmanager
     def hooks(
         self,
@@ -47,8 +82,10 @@ class HookedModel(HookedRootModule):
         bwd_hooks: Hooks = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-    ) -> Iterator[Any]:
+    ) -> Iterator[Self]:
         """TransformerLens' scoped hooks; unknown names raise, and so does a hook that did not fire though a pass ran.
+
+        They act in the thread that opened the scope; with ``reset_hooks_end=False`` they stay, and act everywhere.
 
         Raises:
             UnknownHookError: a name that this model lacks (names the nearest), or a filter that matches nothing.
@@ -58,25 +95,25 @@ class HookedModel(HookedRootModule):
         self.attachment.require()
         for name, _ in (*fwd_hooks, *bwd_hooks):
             check_names(self, name)
-        watch = FiringWatch(self.hook_dict, fwd_hooks, bwd_hooks)
-        passes = self.attachment.passes
-        with (
-            watch.backward(self.attachment.landmarks()),
-            super().hooks(list(watch.fwd_hooks), list(watch.bwd_hooks), reset_hooks_end, clear_contexts),
-        ):
-            yield self
-        watch.check(ran=self.attachment.passes > passes)
+        with scope(self.attachment) as opened:
+            hooks = ScopedHooks(opened, self.hook_dict, fwd_hooks, bwd_hooks, stay=not reset_hooks_end)
+            with hooks.set_on(self.mod_dict, self.attachment.landmarks()):
+                yield self
+        if clear_contexts:
+            self.clear_contexts()
+        hooks.check()
 
-    def add_hook(self, name: str | Callable[[str], bool], hook: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def add_hook(self, name: Name, hook: Hook, *args: Any, **kwargs: Any) -> None:
         """TransformerLens' ``add_hook`` (stays until ``reset_hooks``); raises UnknownHookError as ``hooks`` does."""
         self.attachment.require()
         check_names(self, name)
-        super().add_hook(name, hook, *args, **kwargs)
+        with ADDING:
+            super().add_hook(name, cast(Any, hook), *args, **kwargs)
 
     def run_with_cache(  # type: ignore[override]
         self,
         *args: Any,
-        names_filter: Any = None,
+        names_filter: NamesFilter = None,
         return_cache_object: bool = True,
         remove_batch_dim: bool = False,
         **kwargs: Any,
@@ -90,38 +127,115 @@ class HookedModel(HookedRootModule):
         if isinstance(names_filter, str) or (names_filter is not None and not callable(names_filter)):
             for name in [names_filter] if isinstance(names_filter, str) else names_filter:
                 check_names(self, name)
-        chosen = reachable(names_filter, kwargs.get("start_at_layer"), kwargs.get("stop_at_layer"), self.cfg.n_layers)
-        out, cache = super().run_with_cache(*args, names_filter=chosen, remove_batch_dim=remove_batch_dim, **kwargs)
+        names = reachable(names_filter, kwargs.get("start_at_layer"), kwargs.get("stop_at_layer"), self.cfg.n_layers)
+        out, cache = super().run_with_cache(*args, names_filter=names, remove_batch_dim=remove_batch_dim, **kwargs)
         if not return_cache_object:
             return out, cache
-        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)  # type: ignore[arg-type]
+        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
 
     def get_caching_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """TransformerLens' caching hooks, with the time axis where these activations have it (axis 1)."""
         return CachingHooks(self.hook_dict).build(*args, **kwargs)
 
+    # -- edits
+
     @contextmanager
-    def edits(self, edits: EditRow) -> Iterator[Any]:
-        """While this is open, every pass of the model (all rows) writes as ``edits`` say, in generation too.
+    def edits(self, edits: Edits = (), *, edit_rows: Sequence[EditRow] | None = None) -> Iterator[Self]:
+        """While this is open, every pass of the model writes as the edits say, in generation too.
+
+        Scopes nest: an inner one edits the model as the outer ones edited it. So an inner ``delete`` or ``replace``
+        also takes away what an outer scope adds to the same write.
+
+        Args:
+            edits: one WriteEdit or several, which all act on every row of the batch.
+            edit_rows: for each row of the batch its own edits (one, several, or ``[]``).
 
         Raises:
-            EditError: an edit does not fit the model, or the model ran and an edit never met its token.
+            EditError: an edit does not fit the model, the batch has another number of rows than ``edit_rows``, or the
+                model ran and an edit never met its token.
         """
         self.attachment.require()
-        plan = EditPlan.for_all(edits)
-        if not plan.by_layer:
+        plans = [EditPlan.for_all(edits)] + ([] if edit_rows is None else [EditPlan.for_rows(edit_rows)])
+        plans = [plan for plan in plans if plan.by_layer]
+        if not plans:
             yield self
             return
-        self.check_edits(plan)
-        passes = self.attachment.passes
-        with run.scope(self.attachment, plan=plan):
+        for plan in plans:
+            self.check_edits(plan)
+        with scope(self.attachment, plans=(*current(self.attachment).plans, *plans)) as opened:
             yield self
-        idle = plan.idle()
-        if idle and self.attachment.passes > passes:
-            raise EditError(f"{len(idle)} edit(s) never acted: no pass reached position {idle[0].position}")
+        for plan in plans if opened.passes else ():
+            plan.check_acted()
 
     def check_edits(self, plan: EditPlan) -> None:
         """Raise EditError (or UnsupportedModelError for an attention layer) unless every edit fits the model."""
         for edit in plan.all():
             shape = self.cfg.layer(edit.layer)
             edit.check_shape(shape.H, shape.K, shape.V)
+
+    # -- where a pass is
+
+    def position_of(self, cache: Cache | None) -> int | None:
+        """Number of tokens in ``cache``, which is the position of the token that continues it; None where nothing
+        tells (a cache of recurrent layers alone, filled by a model that was not hooked)."""
+        return position_of(cache)
+
+    def first_token(self) -> int | None:
+        """Inside a hook: position of the first token of the pass under way, padding included; None where its cache
+        does not tell. Raises HookpointsError outside of a pass."""
+        run = current(self.attachment)
+        if not run.in_pass:
+            raise HookpointsError("first_token is known during a pass only: ask for it in a hook")
+        return run.position
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[int, Recorded]]:
+        """The last native op call of each recurrent layer that runs while this is open, by layer."""
+        record: dict[int, Recorded] = {}
+        with scope(self.attachment, record=record):
+            yield record
+
+
+class Attached(HookedModel):
+    """Hook points on a model that stays its holder's. Made by ``attach``; a context manager that detaches.
+
+    ``hook_dict`` has every hook by name; ``hooks``, ``run_with_hooks``, ``run_with_cache``, ``add_hook``,
+    ``reset_hooks`` and ``edits`` are those of ``HookedRecurrent``, with the model's own arguments and results.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.__dict__["hf_model"] = model  # past nn.Module, which would register it as a part of this one
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward: its arguments, its result."""
+        self.attachment.require()
+        return self.hf_model(*args, **kwargs)
+
+    def recurrence(self, input: object, layer: int, **kwargs: Any) -> Recurrence:
+        """The canonical factors of a layer on ``input`` (with ``kwargs`` what the model's forward takes)."""
+        self.cfg.layer(layer)
+        with self.recording() as record:
+            self(input, **kwargs)
+        return record[layer].recurrence
+
+    def run_with_cache(self, *args: Any, incl_bwd: bool = False, **kwargs: Any) -> tuple[Any, Any]:
+        """As ``HookedRecurrent.run_with_cache``, with the model's own result. Gradients are had with ``bwd_hooks``."""
+        if incl_bwd:
+            raise ValueError(
+                "incl_bwd needs a model whose forward returns a loss: open hooks(bwd_hooks=...) and call backward() on "
+                "the model's own loss, or use HookedRecurrent.from_hf(model)"
+            )
+        return super().run_with_cache(*args, **kwargs)
+
+    def detach(self) -> None:
+        """Take everything off the model. Hooking methods raise from here on."""
+        self.attachment.detach()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()

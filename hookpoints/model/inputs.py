@@ -1,14 +1,23 @@
-"""Token ids and attention masks, checked before a model sees them: upstream takes many that it then gets wrong."""
+"""What a model is given: text turned into tokens, ids and masks checked (upstream takes many that it then gets wrong),
+and the arguments that continue a cache."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from hookpoints.errors import InputError
-from hookpoints.model.config import HookedRecurrentConfig
+
+if TYPE_CHECKING:
+    from hookpoints.model.config import HookedRecurrentConfig
+
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What transformers' versions and families call the cache argument of a model."""
 
 
 def check_tokens(tokens: Tensor, cfg: HookedRecurrentConfig) -> None:
@@ -74,3 +83,135 @@ def check_prompt_mask(mask: Tensor) -> None:
     """Raise InputError for a prompt [B,T] padded on the right: generation goes on after the last column."""
     if not bool((mask[:, -1] != 0).all()):
         raise InputError("generate needs prompts padded on the left; attention_mask ends with padding in some row")
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What this Hugging Face model calls its cache."""
+    known = inspect.signature(model.forward).parameters
+    return next(name for name in _CACHE_NAMES if name in known)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a model returned; its name there need not be the argument's."""
+    return next(output[name] for name in _CACHE_NAMES if name in output)
+
+
+def position_inputs(model: nn.Module, positions: Tensor) -> dict[str, Tensor]:
+    """``positions`` [B,T] as an argument of the model, where it takes any: with a recurrent first block it may not
+    know where a cache continues."""
+    return {"position_ids": positions} if "position_ids" in inspect.signature(model.forward).parameters else {}
+
+
+PaddingSide = Literal["left", "right"]
+
+
+class TokenBatch(NamedTuple):
+    """Tokens and which of them are real."""
+
+    tokens: Tensor
+    """[B,T] integer ids."""
+    attention_mask: Tensor | None
+    """[B,T], 1 for real tokens; None where nothing is padded."""
+
+
+class Tokens:
+    """Tokenizing methods of a hooked model, over ``tokenizer``, ``cfg`` and ``device``."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+
+    if TYPE_CHECKING:
+
+        @property
+        def cfg(self) -> HookedRecurrentConfig: ...
+        @cfg.setter
+        def cfg(self, value: HookedRecurrentConfig) -> None: ...
+
+    def to_tokens(
+        self,
+        input: str | list[str],
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+    ) -> Tensor:
+        """Token ids [B,T] of text.
+
+        Args:
+            prepend_bos: True or False forces the begin-of-sequence token; None leaves it to the tokenizer, so that
+                tokens are those that Hugging Face users get.
+            padding_side: for lists of unequal length; None: the tokenizer's own.
+            truncate: cut to the model's context length.
+        """
+        return self.tokenize(input, prepend_bos, padding_side, move_to_device, truncate).tokens
+
+    def tokenize(
+        self,
+        input: str | list[str],
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+    ) -> TokenBatch:
+        """As ``to_tokens``, with the attention mask that padding needs."""
+        tokenizer = self._need_tokenizer()
+        texts = [input] if isinstance(input, str) else list(input)
+        rows = [self._bos(tokenizer(text)["input_ids"], prepend_bos) for text in texts]
+        if truncate:
+            rows = [row[: self.cfg.n_ctx] for row in rows]
+        width = max(map(len, rows))
+        side = padding_side or tokenizer.padding_side
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if pad is None and any(len(row) < width for row in rows):
+            raise ValueError("texts of unequal length need padding, but the tokenizer has no pad or eos token")
+        tokens, mask = [], []
+        for row in rows:
+            filler, real = [pad] * (width - len(row)), [1] * len(row)
+            tokens.append(filler + row if side == "left" else row + filler)
+            empty = [0] * len(filler)
+            mask.append(empty + real if side == "left" else real + empty)
+        device = self.cfg.device if move_to_device else "cpu"
+        padded = any(len(row) < width for row in rows)
+        return TokenBatch(
+            torch.tensor(tokens, dtype=torch.long, device=device),
+            torch.tensor(mask, dtype=torch.long, device=device) if padded else None,
+        )
+
+    def to_string(self, tokens: Tensor | list[int] | int) -> str | list[str]:
+        """Text of tokens: one string for [T], a list for [B,T]. Special tokens are kept."""
+        tokenizer = self._need_tokenizer()
+        tokens = torch.as_tensor(tokens)
+        if tokens.ndim == 2:
+            return [str(tokenizer.decode(row, clean_up_tokenization_spaces=False)) for row in tokens.tolist()]
+        return str(tokenizer.decode(tokens.reshape(-1).tolist(), clean_up_tokenization_spaces=False))
+
+    def to_str_tokens(self, input: str | Tensor | list[int], prepend_bos: bool | None = None) -> list[str]:
+        """Each token of one text, or of ids [T] or [1,T], as a string."""
+        tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else torch.as_tensor(input)
+        tokens = tokens.squeeze(0) if tokens.ndim == 2 else tokens
+        if tokens.ndim != 1:
+            raise ValueError(f"to_str_tokens takes one sequence [T] or [1,T], found {list(tokens.shape)}")
+        return [str(self.to_string(int(token))) for token in tokens]
+
+    def to_single_token(self, string: str) -> int:
+        """The id of a string that is one token; ValueError says how it splits if it is not."""
+        ids = self._bos(self._need_tokenizer()(string, add_special_tokens=False)["input_ids"], None)
+        if len(ids) != 1:
+            raise ValueError(f"{string!r} is {len(ids)} tokens, not one: {[self.to_string(i) for i in ids]}")
+        return ids[0]
+
+    def _bos(self, ids: list[int], prepend_bos: bool | None) -> list[int]:
+        prepend = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+        bos = cast("int | None", self._need_tokenizer().bos_token_id)
+        if prepend is None:
+            return ids
+        has = bool(ids) and bos is not None and ids[0] == bos
+        if prepend and bos is None:
+            raise ValueError("prepend_bos=True, but the tokenizer has no begin-of-sequence token")
+        if prepend and not has and bos is not None:
+            return [bos, *ids]
+        return ids[1:] if has and not prepend else ids
+
+    def _need_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: pass token ids, or give one to from_hf(model, tokenizer)")
+        return self.tokenizer

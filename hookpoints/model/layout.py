@@ -70,10 +70,8 @@ class ModelLayout:
     blocks: tuple[BlockLayout, ...]
     final_norm: nn.Module
     unembed: nn.Module
-
-    @property
-    def recurrent_layers(self) -> tuple[int, ...]:
-        return tuple(layer for layer, block in enumerate(self.blocks) if block.rule is not None)
+    backbone: nn.Module | None = None
+    """The part that holds the blocks, where it can be run by itself."""
 
     @property
     def rereads_embeddings(self) -> bool:
@@ -141,6 +139,7 @@ def find_layout(model: nn.Module) -> ModelLayout:
         blocks=blocks,
         final_norm=_first(backbone, _FINAL_NORM_NAMES, "final norm"),
         unembed=model.get_output_embeddings(),  # type: ignore[operator]
+        backbone=backbone,
     )
 
 
@@ -168,6 +167,9 @@ def _blocks(model: nn.Module, backbone: nn.Module) -> nn.ModuleList:
 
 
 def _block_layout(block: nn.Module) -> BlockLayout:
+    # Families differ in what a block holds: a recurrence or attention (Qwen3.5), both side by side (Falcon-H1), a
+    # recurrence somewhere below (Zamba2), or an MLP alone that is called a mixer (Nemotron-H). A recurrence is known by
+    # the op that its forward calls, attention by taking an attention mask; names only say where to look.
     recurrent, (rule, namespace) = next(
         ((module, found) for module in block.modules() if (found := rule_of(module))), (None, (None, None))
     )

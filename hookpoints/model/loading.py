@@ -58,19 +58,19 @@ def load(
     if hf_kwargs.get("trust_remote_code"):
         raise ValueError("trust_remote_code is not supported: hookpoints runs no code from a checkpoint")
     source = str(embedded.path(name_or_path)) if name_or_path in embedded.names() else name_or_path
-    kept, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-    _refuse_mamba_ssm(name_or_path, kept)
-    _refuse(name_or_path, kept.get("model_type"))  # before anything of it is imported or fetched
-    own = kept.get("model_type") in _OWN_CLASSES
-    of_fla = not own and kept.get("model_type") in MODEL_TYPES
+    saved, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    _refuse_mamba_ssm(name_or_path, saved)
+    _refuse(name_or_path, saved.get("model_type"))  # before anything of it is imported or fetched
+    is_own = saved.get("model_type") in _OWN_CLASSES
+    of_fla = not is_own and saved.get("model_type") in MODEL_TYPES
     if of_fla:
         import_fla()  # registers them
     restore_auto_classes()  # someone else may have imported fla
-    classes: tuple[Any, Any] = _OWN_CLASSES[kept["model_type"]] if own else (AutoConfig, AutoModelForCausalLM)
+    classes: tuple[Any, Any] = _OWN_CLASSES[saved["model_type"]] if is_own else (AutoConfig, AutoModelForCausalLM)
     configs, models = classes
     config = configs.from_pretrained(source, revision=revision)
     _refuse(name_or_path, config.model_type)
-    if not own and type(config) not in AutoModelForCausalLM._model_mapping:
+    if not is_own and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModelError(
             f"{name_or_path!r} is a {config.model_type!r} checkpoint, which has no causal language model"
         )
@@ -92,11 +92,11 @@ def _refuse_mamba_ssm(name: str, config: dict[str, Any]) -> None:
     """Checkpoints of the mamba_ssm package (state-spaces/...) have no model type, and other names for their weights."""
     if "model_type" in config or "ssm_cfg" not in config:
         return
-    found = f"{name!r} is in the format of the mamba_ssm package, which transformers does not load"
+    reason = f"{name!r} is in the format of the mamba_ssm package, which transformers does not load"
     if (config["ssm_cfg"] or {}).get("layer") != "Mamba2":
-        raise UnsupportedModelError(f"{found}; it is a Mamba-1 model besides: {REFUSED['mamba']}")
+        raise UnsupportedModelError(f"{reason}; it is a Mamba-1 model besides: {REFUSED['mamba']}")
     size = PurePath(name).name
-    raise UnsupportedModelError(f"{found}. Load the converted checkpoint: AntonV/{size}-hf for state-spaces/{size}")
+    raise UnsupportedModelError(f"{reason}. Load the converted checkpoint: AntonV/{size}-hf for state-spaces/{size}")
 
 
 def _tokenizer(source: str, revision: str | None) -> Any:

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.HookedTransformer import Output
 from transformer_lens.utils import lm_cross_entropy_loss
-from transformers import Cache
+from transformers import PreTrainedTokenizerBase
 
-from hookpoints.edits.edit import EditRow
+from hookpoints.edits.edit import EditRow, Edits
 from hookpoints.edits.session import EditedRun, EditSession
-from hookpoints.layer import context as run
-from hookpoints.layer.mixer import Backend
+from hookpoints.layer.context import Backend, current
+from hookpoints.layer.position import cache_among
 from hookpoints.model import loading
 from hookpoints.model.attachment import Attachment, StopForward
 from hookpoints.model.config import describe
 from hookpoints.model.hooked import HookedModel
-from hookpoints.model.inputs import check_mask, check_prompt_mask, check_tokens
-from hookpoints.model.layout import out_projection
+from hookpoints.model.inputs import PaddingSide, TokenBatch, Tokens, check_mask, check_prompt_mask, check_tokens
+from hookpoints.model.layout import find_layout, out_projection
 from hookpoints.model.selfcheck import self_check as run_self_check
-from hookpoints.model.tokens import PaddingSide, TokenBatch, Tokens
 from hookpoints.recurrence.recurrence import Recurrence
 
 ReturnType = Literal["logits", "loss", "both"] | None
@@ -32,7 +31,7 @@ ReturnType = Literal["logits", "loss", "both"] | None
 class HookedRecurrent(Tokens, HookedModel):
     """Hook points on the writes, states and reads of a recurrent language model, and on its residual stream.
 
-    ``hook_table.HOOKS`` lists every hook: name, axes, when it fires and what an edit does. The model inside,
+    ``hookpoints.HOOKS`` lists every hook: name, axes, when it fires and what an edit does. The model inside,
     ``hf_model``, stays as it is: while nobody listens its outputs are bit-identical to the unhooked model's.
 
         >>> from hookpoints import HookedRecurrent
@@ -48,7 +47,7 @@ class HookedRecurrent(Tokens, HookedModel):
     def __init__(
         self,
         hf_model: nn.Module,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         name: str | None = None,
         backend: Backend = "auto",
@@ -57,9 +56,10 @@ class HookedRecurrent(Tokens, HookedModel):
         super().__init__()
         self.hf_model = hf_model.eval()
         self.tokenizer = tokenizer
-        self.attachment = Attachment(hf_model, root=self, backend=backend)
+        layout = find_layout(hf_model)
+        self.attachment = Attachment(hf_model, layout, self, backend)  # pyright: ignore[reportIncompatibleVariableOverride]
         label = name or getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__
-        self.cfg = describe(hf_model, self.attachment.layout, label, backend)
+        self.cfg = describe(hf_model, layout, label, backend)
         self.setup()
         if self_check:
             try:
@@ -99,7 +99,7 @@ class HookedRecurrent(Tokens, HookedModel):
         return cls(loaded.model, loaded.tokenizer, name=name_or_path, backend=backend, self_check=self_check)
 
     @classmethod
-    def from_hf(cls, model: nn.Module, tokenizer: Any = None, **kwargs: Any) -> HookedRecurrent:
+    def from_hf(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any) -> Self:
         """Hook a model that is already loaded. The model itself is used, not a copy; it is put in eval mode."""
         return cls(model, tokenizer, **kwargs)
 
@@ -140,14 +140,17 @@ class HookedRecurrent(Tokens, HookedModel):
         else:
             tokens, attention_mask = self._token_batch(input, prepend_bos, padding_side, attention_mask)
             if attention_mask is not None:
-                check_mask(attention_mask, tokens, cached=any(isinstance(x, Cache) for x in hf_kwargs.values()))
+                check_mask(attention_mask, tokens, cached=cache_among(*hf_kwargs.values()) is not None)
         inputs = {"input_ids": tokens} if residual is None else {"inputs_embeds": residual}
         if residual is not None and self.attachment.layout.rereads_embeddings:
             if tokens is None:
                 raise ValueError(f"{self.cfg.model_type} blocks reread the embeddings: start_at_layer needs tokens=")
             inputs = {"input_ids": tokens}
+        # A hook of a partial run may run the whole model.
+        outer = current(self.attachment)
+        in_partial_run = outer.residual is not None or outer.stop_layer is not None
         partial_run = residual is not None or stop < self.cfg.n_layers
-        scope = self.attachment.passing(start, stop, residual) if partial_run else nullcontext()
+        scope = self.attachment.passing(start, stop, residual) if partial_run or in_partial_run else nullcontext()
         hf_kwargs.setdefault("use_cache", False)
         try:
             with scope:
@@ -160,7 +163,8 @@ class HookedRecurrent(Tokens, HookedModel):
         self,
         input: str | list[str] | Tensor,
         *,
-        edits: EditRow = (),
+        edits: Edits = (),
+        edit_rows: Sequence[EditRow] | None = None,
         return_type: Literal["input", "str", "tokens"] = "input",
         prepend_bos: bool | None = None,
         **hf_kwargs: Any,
@@ -168,16 +172,26 @@ class HookedRecurrent(Tokens, HookedModel):
         """Hugging Face's own ``generate``, with hooks and edits acting at every token, prompt and generated.
 
         Args:
-            edits: WriteEdits for every row; positions count from the first prompt token.
+            edits: one WriteEdit or several, which all act on every row. Positions count from the first prompt token,
+                padding included (or from the first token of a cache that is passed in).
+            edit_rows: for each prompt its own edits (one, several, or ``[]``); not with beams or several returned
+                sequences, which run more rows than prompts.
             return_type: "tokens" [B,T], "str", or "input" for the kind that was given.
-            hf_kwargs: ``max_new_tokens``, ``do_sample`` ...
+            hf_kwargs: ``max_new_tokens``, ``do_sample`` ...; with ``return_dict_in_generate`` the result is Hugging
+                Face's own.
+
+        Raises:
+            EditError: an edit does not fit the model, ``edit_rows`` not the batch, or an edit never acted (generation
+                ended before its position).
         """
         batch = self._token_batch(input, prepend_bos, "left", hf_kwargs.pop("attention_mask", None))
         mask = torch.ones_like(batch.tokens) if batch.attention_mask is None else batch.attention_mask
         check_mask(mask, batch.tokens)
         check_prompt_mask(mask)
-        with torch.no_grad(), self.edits(edits):
+        with torch.no_grad(), self.edits(edits, edit_rows=edit_rows):
             out = self.hf_model.generate(batch.tokens, attention_mask=mask, **hf_kwargs)
+        if not isinstance(out, Tensor):
+            return out
         if return_type == "tokens" or (return_type == "input" and isinstance(input, Tensor)):
             return out
         text = self.to_string(out)
@@ -203,8 +217,7 @@ class HookedRecurrent(Tokens, HookedModel):
     def recurrence(self, input: str | Tensor, layer: int, **kwargs: Any) -> Recurrence:
         """The canonical factors of a layer on ``input``: reads, writes, decay, erase (differentiable)."""
         self.cfg.layer(layer)
-        record: dict[int, run.Recorded] = {}
-        with run.scope(self.attachment, record=record):
+        with self.recording() as record:
             self(input, return_type=None, stop_at_layer=layer + 1, **kwargs)
         return record[layer].recurrence
 
@@ -213,12 +226,12 @@ class HookedRecurrent(Tokens, HookedModel):
     @property
     def W_E(self) -> Tensor:
         """[d_vocab, d_model] token embeddings."""
-        return self.attachment.layout.embed.weight  # type: ignore[return-value]
+        return cast(Tensor, self.attachment.layout.embed.weight)
 
     @property
     def W_U(self) -> Tensor:
         """[d_model, d_vocab] unembedding."""
-        return self.attachment.layout.unembed.weight.T  # type: ignore[union-attr, return-value]
+        return cast(Tensor, self.attachment.layout.unembed.weight).T
 
     def W_O(self, layer: int, head: int) -> Tensor:
         """[V, d_model]: how head ``head`` of recurrent layer ``layer`` reaches the residual stream."""
@@ -233,12 +246,12 @@ class HookedRecurrent(Tokens, HookedModel):
     # -- helpers
 
     def _token_batch(
-        self, input: Any, prepend_bos: bool | None, padding_side: PaddingSide | None, mask: Tensor | None
+        self, input: object, prepend_bos: bool | None, padding_side: PaddingSide | None, mask: Tensor | None
     ) -> TokenBatch:
         if isinstance(input, str) or (isinstance(input, list) and input and isinstance(input[0], str)):
-            made = self.tokenize(input, prepend_bos, padding_side)  # type: ignore[arg-type]
-            check_tokens(made.tokens, self.cfg)
-            return made if mask is None else TokenBatch(made.tokens, mask)
+            batch = self.tokenize(cast("str | list[str]", input), prepend_bos, padding_side)
+            check_tokens(batch.tokens, self.cfg)
+            return batch if mask is None else TokenBatch(batch.tokens, mask)
         tokens = torch.as_tensor(input, device=self.cfg.device)
         tokens = tokens.unsqueeze(0) if tokens.ndim == 1 else tokens
         check_tokens(tokens, self.cfg)

@@ -12,11 +12,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hookpoints.edits.session import cache_argument, cache_of, position_inputs
 from hookpoints.errors import SelfCheckError
-from hookpoints.layer import context as run
+from hookpoints.model.inputs import cache_argument, cache_of, position_inputs
 
 if TYPE_CHECKING:
+    from hookpoints.layer.context import Recorded
     from hookpoints.model.hooked import HookedModel
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -29,7 +29,7 @@ _PREFILL, _DECODE = 5, 2
 class _Pass(NamedTuple):
     """What one pass of the model left."""
 
-    layers: dict[int, run.Recorded]
+    layers: dict[int, Recorded]
     cache: Any
 
 
@@ -81,12 +81,11 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 def _pass(model: HookedModel, tokens: Tensor, start: int, mode: str, cache: Any = None) -> _Pass:
     """One pass; every layer's op must be met, and its canonical recurrence must give its outputs and state."""
-    record: dict[int, run.Recorded] = {}
     inputs = {} if cache is None else {cache_argument(model.hf_model): cache}
     # Models whose first block is recurrent need to be told where they are.
     where = torch.arange(start, start + tokens.shape[1], device=tokens.device).unsqueeze(0)
     inputs |= position_inputs(model.hf_model, where)
-    with run.scope(model.attachment, record=record):
+    with model.recording() as record:
         out = model.hf_model(input_ids=tokens, use_cache=True, **inputs)
     for layer in model.cfg.recurrent_layers:
         if layer not in record:
@@ -100,23 +99,23 @@ def _pass(model: HookedModel, tokens: Tensor, start: int, mode: str, cache: Any 
     return _Pass(record, cache_of(out))
 
 
-def _check_chain(model: HookedModel, layer: int, left: Tensor | None, found: Tensor | None) -> None:
-    if left is None or found is None:
+def _check_chain(model: HookedModel, layer: int, left: Tensor | None, actual: Tensor | None) -> None:
+    if left is None or actual is None:
         raise SelfCheckError(_message(model, layer, "its state does not go from one step of decoding to the next"))
-    _compare(model, layer, left, found, "the states that one step of decoding leaves and the next begins with")
+    _compare(model, layer, left, actual, "the states that one step of decoding leaves and the next begins with")
 
 
-def _compare(model: HookedModel, layer: int, expected: Tensor, found: Tensor, what: str) -> None:
-    error = relative_error(expected, found)
+def _compare(model: HookedModel, layer: int, expected: Tensor, actual: Tensor, what: str) -> None:
+    error = relative_error(expected, actual)
     if not error <= tolerance(model.cfg.dtype):
         raise SelfCheckError(_message(model, layer, f"{what} differ by {error:.1e} (relative RMS)"))
 
 
-def relative_error(expected: Tensor, found: Tensor) -> float:
+def relative_error(expected: Tensor, actual: Tensor) -> float:
     """Root-mean-square difference over the root-mean-square size."""
-    expected, found = expected.double(), found.double()
+    expected, actual = expected.double(), actual.double()
     size = expected.pow(2).mean().sqrt().clamp_min(1e-12)
-    return float((expected - found).pow(2).mean().sqrt() / size)
+    return float((expected - actual).pow(2).mean().sqrt() / size)
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -1,1 +1,21 @@
 """The write: the canonical recurrence, its step-by-step reference and its chunked fast path."""
+
+from hookpoints.recurrence.canonical import CanonicalForm, Index, Loop, ScanResult, Split
+from hookpoints.recurrence.examples import FORMS, Form, random_recurrence
+from hookpoints.recurrence.product import carried_keys
+from hookpoints.recurrence.recurrence import Method, Recurrence, WriteKind
+
+__all__ = [
+    "FORMS",
+    "CanonicalForm",
+    "Form",
+    "Index",
+    "Loop",
+    "Method",
+    "Recurrence",
+    "ScanResult",
+    "Split",
+    "WriteKind",
+    "carried_keys",
+    "random_recurrence",
+]

@@ -1,17 +1,40 @@
-"""Fast paths, one for every rule: twins of the functions in `hookpoints.reference`, made of `chunk_walk`."""
+"""Fast paths, one for every rule: a walk over chunks of tokens, and the twins of the functions in `reference`.
+
+Inside a chunk that begins with state S_0, the values that an erase feeds back solve one triangular system;
+after that the recurrence is plain decayed linear attention,
+
+    S_t = D(0->t) S_0 + sum over writes (key, value) of  sum_{i <= t} D(i->t) key_i value_i^T.
+
+Without an erase the write is (k, u). Where beta declares a = -beta k it is (k, u~), and u~ = u - beta S^T b
+follows from (I + L) u~ = u - c~^T S_0 with c = beta b and L = c^T D k. A general erase adds the write (-a, e),
+e = -S^T b, from (I + L) e = -(b^T D k) u - b~^T S_0 with L = b^T D (-a). Where a token has several terms, each is a
+write of its own, and the erases of all are solved for together. After Yang et al. 2024 (arXiv 2406.06484), section 3.
+
+Cost per token and head: about 3 K V + C (K + V) multiply-adds for chunks of C tokens. What is held besides
+inputs and outputs is bounded, whatever the length, unless gradients are recorded.
+
+The first half of this file is the walk; the second half makes outputs, states, responses and probes of its chunks.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from hookpoints.recurrence import reference
-from hookpoints.recurrence.checks import tensors
-from hookpoints.recurrence.chunk_walk import Chunk, walk
-from hookpoints.recurrence.decay import wide_dtype
-from hookpoints.recurrence.recurrence import Recurrence, ScanResult
+from hookpoints.recurrence.canonical import CanonicalForm, ScanResult, over_time, tensors, terms
+from hookpoints.recurrence.decay import ANCHORED, Decay, Read, decay_of, wide_dtype
+
+_CHUNK = {"cpu": 32}
+"""Tokens per chunk by device; 64 elsewhere, where launches cost more than arithmetic."""
+
+_SPAN = {"cpu": 2**16}
+"""Numbers per factor that are prepared together: on a CPU few enough that a dozen stay in the second-level cache and
+that buffers in float64 are not handed back to the system each time."""
 
 _FEW = 4
 """Up to so many tokens the plain loop is faster."""
@@ -26,34 +49,205 @@ _FEATURES = 2048
 """Probes taken at a time, so that what they need stays in cache."""
 
 
-def scan(r: Recurrence, chunk_size: int | None = None) -> ScanResult:
-    """See `hookpoints.reference.scan`."""
-    if _loops(r):
-        return reference.scan(r)
-    outputs, state = [], r.zero_state()
+# -- the walk
+
+
+class Span(NamedTuple):
+    """A stretch of tokens as n chunks of C, with all that does not depend on the state. One entry a chunk."""
+
+    decay: Decay
+    keys: list[tuple[Tensor, ...]]
+    """Keys of each write, [N,C,K]."""
+    left: list[tuple[Tensor, ...]]
+    """The same as the chunk's end sees them, [N,K,C]."""
+    values: list[tuple[Tensor, ...]]
+    """Values of each write, [N,C,V]; where there are `responses`, the last are those for a zero state."""
+    responses: list[tuple[Tensor, ...]]
+    """[N,C,K] for as many of the last writes as come of an erase: response times the state before the chunk is to be
+    taken from the values."""
+    whole: tuple[Tensor, ...]
+    """[N,1 or K,1], what the state meets over the chunk."""
+    queries: tuple[Tensor, ...]
+    """[N,C,K], what reads the state before the chunk; empty if outputs are not asked for."""
+    attention: list[tuple[Tensor, ...]]
+    """[N,C,C] for each write: how outputs weigh its values."""
+
+
+class Chunk(NamedTuple):
+    """One chunk, as the walk meets it."""
+
+    span: Span
+    place: int
+    """Which chunk of the span it is."""
+    first: int
+    """Its first token."""
+    size: int
+    """How many tokens it has; the rest of C is padding."""
+    state: Tensor
+    """[N,K,V] before it."""
+    values: list[Tensor]
+    """Values of each write, [N,C,V]."""
+    after: Tensor
+    """[N,K,V] after it."""
+
+    @property
+    def keys(self) -> list[Tensor]:
+        """Keys of each write, [N,C,K]."""
+        return [keys[self.place] for keys in self.span.keys]
+
+    def outputs(self) -> Tensor:
+        """What the layer reads, [N,size,V], if the walk was asked to prepare for it."""
+        read = self.span.queries[self.place] @ self.state
+        for weights, value in zip(self.span.attention, self.values):
+            read.baddbmm_(weights[self.place], value)
+        return read[:, : self.size]
+
+
+def walk(r: CanonicalForm, chunk_size: int | None = None, *, reads: bool = False) -> Iterator[Chunk]:
+    """Walk the chunks of `r`, which must be in its working dtype; `reads` prepares for `Chunk.outputs`."""
+    size = _chunk_size(r, chunk_size)
+    length = _span_length(r, size)
+    # Tokens are taken apart by split and unbind, not by slices: the backward pass of a split joins all parts once,
+    # while that of each slice fills a tensor of the whole length, so that training would be quadratic in T.
+    unused = ([] if reads else ["q"]) + (["a"] if r.beta is not None else [])
+    parts = {n: x.split(length, dim=1) for n, x in over_time(r) if n not in unused}
+    state = r.starting_state().flatten(0, 1)
+    for begin in range(0, r.T, length):
+        span = _prepare(r, {n: _cut(part[begin // length], size) for n, part in parts.items()}, reads)
+        for i, first in enumerate(range(begin, min(begin + length, r.T), size)):
+            values = [value[i] for value in span.values]
+            for w, response in enumerate(span.responses, start=len(values) - len(span.responses)):
+                # The values were solved for a zero state; by linearity what the true state adds is one product.
+                values[w] = torch.baddbmm(values[w], response[i], state, alpha=-1)
+            after = state * span.whole[i]
+            for left, value in zip(span.left, values):
+                after.baddbmm_(left[i], value)
+            yield Chunk(span, i, first, min(size, r.T - first), state, values, after)
+            state = after
+
+
+def _prepare(r: CanonicalForm, part: dict[str, Tensor], reads: bool) -> Span:
+    keys, values, back = terms(part["k"]), terms(part["u"]), []
+    decay = decay_of(part.get("log_decay"), keys[0])
+    query = [Read(part["q"] * r.scale, r.read_before_write)] if reads else []
+    if "b" in part:
+        erase = part["b"] * part["beta"][..., None] if "beta" in part else part["b"]
+        back = [Read(b, before=True) for b in terms(erase)]
+    if back and "beta" not in part:
+        keys = keys + [-a for a in terms(part["a"])]
+    scores = decay.scores([*back, *query], keys)
+    lags, attention = scores[: len(back)], scores[len(back) :]
+    responses: list[Tensor] = []
+    if back and "beta" in part:
+        # The erase lies along the write's key, so both are one write (k, u~), and half the products are saved.
+        values = _solve(lags, values)
+        responses = _solve(lags, [decay.from_start(read) for read in back])
+    elif back:
+        # The first columns of the scores are what erases see of the writes k u^T, which are known and go to the right
+        # side; the others are what they see of each other, which is solved for.
+        lags = [row[len(values) :] for row in lags]
+        values = values + _solve(lags, [_read_back(row, values) for row in scores[: len(back)]])
+        responses = _solve(lags, [decay.from_start(read) for read in back])
+    return Span(
+        decay,
+        keys=[key.unbind(1) for key in keys],
+        left=[decay.to_end(key).mT.unbind(1) for key in keys],
+        values=[value.unbind(1) for value in values],
+        responses=[response.unbind(1) for response in responses],
+        whole=decay.whole().unbind(1),
+        queries=decay.from_start(query[0]).unbind(1) if reads else (),
+        attention=[weights.unbind(1) for weights in attention[0]] if reads else [],
+    )
+
+
+def _read_back(weights: list[Tensor], values: list[Tensor]) -> Tensor:
+    """What an erase adds for what it sees of the writes, -sum(weights @ values)."""
+    seen = weights[0] @ values[0]
+    for more, value in zip(weights[1:], values[1:]):
+        seen = seen + more @ value
+    return -seen
+
+
+def _chunk_size(r: CanonicalForm, wanted: int | None) -> int:
+    most = wanted or _CHUNK.get(r.device.type, 64)
+    if r.decays_per_channel:
+        most = min(most, ANCHORED)
+    # Chunks of even size: 33 tokens are two chunks of 17, with one token of padding instead of 31.
+    return -(-r.T // -(-r.T // most))
+
+
+def _span_length(r: CanonicalForm, size: int) -> int:
+    """Tokens prepared together. All that does not depend on the state is done for many chunks in one call each; the
+    length is bounded so that memory does not grow with T."""
+    numbers = _SPAN.get(r.device.type, 2**24)
+    return max(numbers // (r.B * r.H * r.R * max(r.K, r.V) * size), 1) * size
+
+
+def _cut(x: Tensor, size: int) -> Tensor:
+    """[B,T,H,...] as [B*H,n,size,...], ending in zeros, which neither write, erase nor decay."""
+    x = x.transpose(1, 2)
+    missing = -x.shape[2] % size
+    if missing:
+        x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, missing))
+    return x.reshape(x.shape[0] * x.shape[1], -1, size, *x.shape[3:])
+
+
+def _solve(lags: list[list[Tensor]], xs: list[Tensor]) -> list[Tensor]:
+    """(I + lags)^-1 x for the terms of a token together: E x E blocks [N,n,C,C] of lags, E blocks [N,n,C,X] of x.
+
+    Ordered by token and then by term, the matrix is triangular: the terms of one token do not see each other.
+    """
+    count = len(xs)
+    if count == 1:
+        return [_solve_triangular(lags[0][0], xs[0])]
+    size = xs[0].shape[-2]
+    whole = torch.stack([torch.stack(row, dim=-1) for row in lags], dim=-3).flatten(4).flatten(2, 3)
+    solved = _solve_triangular(whole, torch.stack(xs, dim=3).flatten(2, 3))
+    return list(solved.unflatten(2, (size, count)).unbind(3))
+
+
+def _solve_triangular(lags: Tensor, x: Tensor) -> Tensor:
+    """(I + lags)^-1 x. Solved transposed, from the right: row-major factors are then the layout LAPACK wants, and
+    nothing is copied."""
+    return torch.linalg.solve_triangular(lags.mT, x.mT, upper=True, unitriangular=True, left=False).mT
+
+
+# -- results made of the walk
+
+
+def is_faster(r: CanonicalForm) -> bool:
+    """Whether chunks have an advantage over `reference`, and can be computed."""
+    # Without float64 (Apple's GPUs) the anchor of per-channel decay would overflow.
+    return r.T > _FEW and not (r.decays_per_channel and wide_dtype(r.q) != torch.float64)
+
+
+def propagates_faster(r: CanonicalForm, start: int) -> bool:
+    """Whether `propagate` has an advantage over the reference, which is as fast per channel with an erase."""
+    return r.a is None or not (r.decays_per_channel or r.T - start - 1 <= _FEW)
+
+
+def scan(r: CanonicalForm, chunk_size: int | None = None) -> ScanResult:
+    """See `reference.scan`."""
+    outputs, state = [], r.starting_state()
     for chunk in walk(r.working(), chunk_size, reads=True):
         outputs.append(chunk.outputs())
         state = chunk.after
     return ScanResult(_by_token(outputs, r), state.reshape(r.B, r.H, r.K, r.V))
 
 
-def corrected_values(r: Recurrence, chunk_size: int | None = None) -> Tensor:
-    """See `hookpoints.reference.corrected_values`."""
-    if _loops(r):
-        return reference.corrected_values(r)
+def corrected_values(r: CanonicalForm, chunk_size: int | None = None) -> Tensor:
+    """See `reference.corrected_values`."""
     pieces = [[value[:, : chunk.size] for value in chunk.values] for chunk in walk(r.working(), chunk_size)]
-    found = [_by_token(list(piece), r) for piece in zip(*pieces)]
-    return torch.stack(found, dim=3) if r.k.ndim == 5 else found[0]
+    values = [_by_token(list(piece), r) for piece in zip(*pieces)]
+    return torch.stack(values, dim=3) if r.k.ndim == 5 else values[0]
 
 
-def states(r: Recurrence, positions: list[int], out: Tensor | None = None, chunk_size: int | None = None) -> Tensor:
-    """See `hookpoints.reference.states`.
+def states(r: CanonicalForm, positions: list[int], out: Tensor | None = None, chunk_size: int | None = None) -> Tensor:
+    """See `reference.states`; `positions` must not be empty.
 
-    Eight tokens at a time are one batched product from the state before them, written straight into
+    Sixteen tokens at a time are one batched product from the state before them, written straight into
     the result where no gradient is recorded; memory beside the result stays bounded.
     """
-    if _loops(r) or not positions:
-        return reference.states(r, positions, out)
     wanted = sorted(set(positions))
     if wanted != positions:
         at = torch.tensor([bisect_left(wanted, t) for t in positions], device=r.device)
@@ -64,49 +258,46 @@ def states(r: Recurrence, positions: list[int], out: Tensor | None = None, chunk
         here = wanted[bisect_left(wanted, chunk.first) : bisect_left(wanted, chunk.first + chunk.size)]
         if here:
             slot = result.slot(len(here))
-            # The states of one head of one sequence lie in the result as they are built.
+            # With one head of one sequence the result has the layout of the product, which can write into it: dense
+            # states are bound by memory, and a copy would double the time.
             into = slot[:, :, 0] if slot is not None and r.B * r.H == 1 else None
-            found = _states(chunk, [t - chunk.first for t in here], into)
-            result.put(found.unflatten(0, (r.B, r.H)).transpose(1, 2))
+            states_here = _states(chunk, [t - chunk.first for t in here], into)
+            result.put(states_here.unflatten(0, (r.B, r.H)).transpose(1, 2))
     return result.joined()
 
 
-def propagate(r: Recurrence, x: Tensor, start: int) -> Tensor:
-    """See `hookpoints.reference.propagate`.
+def propagate(r: CanonicalForm, x: Tensor, start: int) -> Tensor:
+    """See `reference.propagate`; for where it is slower than that, see `propagates_faster`.
 
     Without an erase, cumulated decays. With one decay per head the vectors are the columns of a state [K,N] to
-    which nothing is written. Per channel with an erase the plain loop is as fast, and is taken.
+    which nothing is written.
     """
-    count = r.T - start - 1
-    if r.a is not None and (_per_channel(r) or count <= _FEW):
-        return reference.propagate(r, x, start)
     first = x[:, :, None]
-    if not count:
+    if start == r.T - 1:
         return first
-    r = r.working().select(tokens=slice(start + 1, None), initial_state=r.zero_state())
+    r = r.working().select(tokens=slice(start + 1, None), initial_state=r.starting_state())
     if r.a is None:
         return torch.cat([first, first * _cumulated(r)], dim=2)
-    # What an erase writes lies along a, whatever the rule: declared so, there are no other writes.
+    # What an erase writes lies along a, whatever the rule. With k = a and beta = -1 the declared form says just that,
+    # so that the walk solves for one kind of write instead of two, of which one would be zero.
     declared = {"k": r.a, "a": r.a, "beta": -torch.ones_like(r.a[..., 0])}
     idle = r.replace(u=x.new_zeros(*r.a.shape[:-1], x.shape[1]), initial_state=x.mT[:, None], **declared)
     return torch.cat([first, *(_columns(chunk) for chunk in walk(idle))], dim=2)
 
 
-def project(r: Recurrence, v: Tensor, w: Tensor, feature_block: int | None = None) -> Tensor:
-    """See `hookpoints.reference.project`.
+def project(r: CanonicalForm, v: Tensor, w: Tensor, feature_block: int | None = None) -> Tensor:
+    """See `reference.project`.
 
     One decay per head: z_t = alpha_t z_{t-1} + sum over writes of (v . key_t)(w . value_t), a scalar each.
     Per channel the carried quantity is S_t w, a vector [K] each, and v is applied within 8 tokens.
     """
-    if _loops(r):
-        return reference.project(r, v, w)
     r = r.working()
     width = feature_block or _FEATURES
     blocks = [(a.contiguous(), b) for a, b in zip(v.mT.split(width, dim=1), w.mT.split(width, dim=1))]
-    carried = [r.zero_state()[:, 0] @ some_w for _, some_w in blocks]
-    if not _per_channel(r):
+    carried = [r.starting_state()[:, 0] @ some_w for _, some_w in blocks]
+    if not r.decays_per_channel:
         carried = [(read * some_v).sum(1) for (some_v, _), read in zip(blocks, carried)]
-    step = _probe_channels if _per_channel(r) else _probe_heads
+    step = _probe_channels if r.decays_per_channel else _probe_heads
     result = _Filled((r.B, r.T, len(v)), r, also=(v, w))
     for chunk in walk(r):
         probes = []
@@ -120,7 +311,9 @@ def project(r: Recurrence, v: Tensor, w: Tensor, feature_block: int | None = Non
 class _Filled:
     """A result filled along axis 1 in order: in place, or joined at the end where gradients are recorded."""
 
-    def __init__(self, shape: tuple[int, ...], r: Recurrence, out: Tensor | None = None, also: tuple[Tensor, ...] = ()):
+    def __init__(
+        self, shape: tuple[int, ...], r: CanonicalForm, out: Tensor | None = None, also: tuple[Tensor, ...] = ()
+    ):
         inputs = [x for _, x in tensors(r)] + list(also)
         self.recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         self.pieces: list[Tensor] = []
@@ -149,7 +342,7 @@ class _Filled:
         return self.out
 
 
-def _cumulated(r: Recurrence) -> Tensor:
+def _cumulated(r: CanonicalForm) -> Tensor:
     """Decay of the only head from before the first token on, [B,1,T,1 or K]."""
     if r.log_decay is None:
         return r.q.new_ones(r.B, 1, r.T, 1)
@@ -160,27 +353,27 @@ def _cumulated(r: Recurrence) -> Tensor:
 def _columns(chunk: Chunk) -> Tensor:
     """States of a chunk as vectors, [B,V,size,K], for one head and one decay per head."""
     decay, tokens = chunk.span.decay, slice(0, chunk.size)
-    kept = decay.since(chunk.place, 0, tokens)[:, None] * chunk.state.mT[:, :, None]
-    found, between = kept.flatten(0, 1), decay.between(chunk.place, tokens, tokens)[:, None, ..., 0]
+    decayed = decay.since(chunk.place, 0, tokens)[:, None] * chunk.state.mT[:, :, None]
+    columns, between = decayed.flatten(0, 1), decay.between(chunk.place, tokens, tokens)[:, None, ..., 0]
     for key, value in zip(chunk.keys, chunk.values):
         weights = between * value[:, tokens].mT[:, :, None]
         keys = key[:, None, tokens].expand(-1, value.shape[2], -1, -1)
-        found.baddbmm_(weights.flatten(0, 1), keys.flatten(0, 1))
-    return found.unflatten(0, kept.shape[:2])
+        columns.baddbmm_(weights.flatten(0, 1), keys.flatten(0, 1))
+    return columns.unflatten(0, decayed.shape[:2])
 
 
 def _states(chunk: Chunk, rows: list[int], into: Tensor | None) -> Tensor:
     """States [N,p,K,V] at `rows` of a chunk, one batched product."""
     decay, columns = chunk.span.decay, slice(0, rows[-1] + 1)
-    dense = len(rows) == rows[-1] + 1 - rows[0]
+    dense = len(rows) == rows[-1] + 1 - rows[0]  # then a slice gives views, where a list of rows would copy
     at = slice(rows[0], rows[-1] + 1) if dense else rows
     between = decay.between(chunk.place, at, columns)
     keys = torch.cat([key[:, None, columns] * between for key in chunk.keys], dim=2).flatten(0, 1)
     values = torch.cat([value[:, columns] for value in chunk.values], dim=1)[:, None]
-    kept = decay.since(chunk.place, 0, at)[..., None]
-    found = torch.mul(chunk.state[:, None], kept, out=into).flatten(0, 1)
-    found.baddbmm_(keys.mT, values.expand(-1, len(rows), -1, -1).flatten(0, 1))
-    return found.unflatten(0, (-1, len(rows)))
+    since = decay.since(chunk.place, 0, at)[..., None]
+    states = torch.mul(chunk.state[:, None], since, out=into).flatten(0, 1)
+    states.baddbmm_(keys.mT, values.expand(-1, len(rows), -1, -1).flatten(0, 1))
+    return states.unflatten(0, (-1, len(rows)))
 
 
 def _probe_heads(chunk: Chunk, v: Tensor, w: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,6 +397,8 @@ def _probe_channels(chunk: Chunk, v: Tensor, w: Tensor, carried: Tensor) -> tupl
         probes = since @ (v * carried)
         carried = carried * since[:, -1, :, None]
         for key, read in zip(chunk.keys, reads):
+            # v must see each key through the decay of its own channels, so <v, D(i->t) key_i> has no product form over
+            # pairs (i, t); [N,8,8,K] is built for a few tokens at a time, and S w is what is carried between them.
             reach = between * key[:, None, tokens]
             carried.baddbmm_(reach[:, -1].mT, read[:, tokens])
             for t in range(reach.shape[1]):
@@ -213,15 +408,6 @@ def _probe_channels(chunk: Chunk, v: Tensor, w: Tensor, carried: Tensor) -> tupl
     return torch.cat(pieces, dim=1), carried
 
 
-def _loops(r: Recurrence) -> bool:
-    # Without float64 the anchor of per-channel decay would overflow.
-    return r.T <= _FEW or (_per_channel(r) and wide_dtype(r.q) != torch.float64)
-
-
-def _per_channel(r: Recurrence) -> bool:
-    return r.log_decay is not None and r.log_decay.ndim == 4
-
-
-def _by_token(pieces: list[Tensor], r: Recurrence) -> Tensor:
+def _by_token(pieces: list[Tensor], r: CanonicalForm) -> Tensor:
     """Pieces [B*H,C,V] of the sequence as one [B,T,H,V]."""
     return torch.cat(pieces, dim=1).unflatten(0, (r.B, r.H)).transpose(1, 2).contiguous()

@@ -1,8 +1,7 @@
 """Token-by-token recurrence without cleverness: the oracle of every fast path.
 
-Each function here has a twin of the same name and arguments in `hookpoints.chunked`. The loop holds one
-state; what is stored is only what is returned. Cost O(K V) per token and head, plus a handful of kernel
-launches per token.
+Each function here has a twin of the same name and arguments in `chunked`. The loop holds one state; only what is
+returned is stored. Cost O(K V) per token and head, plus a handful of kernel launches per token.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hookpoints.recurrence.recurrence import Recurrence, ScanResult
+from hookpoints.recurrence.canonical import CanonicalForm, ScanResult
 
 
 class Step(NamedTuple):
@@ -37,7 +36,7 @@ def add_write(state: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.addcmul(state, keys[..., None], values[..., None, :])
 
 
-def transition(r: Recurrence, t: int, state: Tensor) -> Tensor:
+def transition(r: CanonicalForm, t: int, state: Tensor) -> Tensor:
     """(diag(alpha_t) + a_t b_t^T) S for a state [B,H,K,V]."""
     moved = state
     if r.log_decay is not None:
@@ -48,19 +47,19 @@ def transition(r: Recurrence, t: int, state: Tensor) -> Tensor:
     return moved
 
 
-def steps(r: Recurrence) -> Iterator[Step]:
-    """Walk the tokens. `r` must be in its working dtype (`Recurrence.working`)."""
-    state = r.zero_state()
+def steps(r: CanonicalForm) -> Iterator[Step]:
+    """Walk the tokens. `r` must be in its working dtype (`CanonicalForm.working`)."""
+    state = r.starting_state()
     for t in range(r.T):
         after = add_write(transition(r, t, state), r.k[:, t], r.u[:, t])
         yield Step(state, after)
         state = after
 
 
-def scan(r: Recurrence) -> ScanResult:
+def scan(r: CanonicalForm) -> ScanResult:
     """Outputs [B,T,H,V] and final state."""
     r = r.working()
-    outputs, state = [], r.zero_state()
+    outputs, state = [], r.starting_state()
     for t, step in enumerate(steps(r)):
         state = step.after
         seen = step.before if r.read_before_write else step.after
@@ -68,16 +67,16 @@ def scan(r: Recurrence) -> ScanResult:
     return ScanResult(torch.stack(outputs, dim=1), state)
 
 
-def states(r: Recurrence, positions: list[int], out: Tensor | None = None) -> Tensor:
+def states(r: CanonicalForm, positions: list[int], out: Tensor | None = None) -> Tensor:
     """States after the write at `positions`, [B,T',H,K,V]."""
-    wanted = set(positions)
-    kept = {t: step.after for t, step in enumerate(steps(r.working())) if t in wanted}
     if not positions:
-        return r.zero_state()[:, None][:, :0]
-    return torch.stack([kept[t] for t in positions], dim=1, out=out)
+        return r.starting_state()[:, None][:, :0]
+    wanted = set(positions)
+    state_after = {t: step.after for t, step in enumerate(steps(r.working())) if t in wanted}
+    return torch.stack([state_after[t] for t in positions], dim=1, out=out)
 
 
-def corrected_values(r: Recurrence) -> Tensor:
+def corrected_values(r: CanonicalForm) -> Tensor:
     """u~_t = u_t - beta_t S_{t-1}^T b_t, [B,T,H,(R,)V]; `r` declares `beta`."""
     r = r.working()
     if r.b is None or r.beta is None:
@@ -86,7 +85,7 @@ def corrected_values(r: Recurrence) -> Tensor:
     return r.u - r.beta[..., None] * torch.stack(read_back, dim=1)
 
 
-def propagate(r: Recurrence, x: Tensor, start: int) -> Tensor:
+def propagate(r: CanonicalForm, x: Tensor, start: int) -> Tensor:
     """Transition products applied to x [B,N,K] of the only head: [B,N,T-start,K]."""
     r = r.working()
     vectors = x.mT[:, None]  # as the columns of a state, [B,1,K,N]
@@ -97,7 +96,7 @@ def propagate(r: Recurrence, x: Tensor, start: int) -> Tensor:
     return torch.stack(moved, dim=1)[:, :, 0].permute(0, 3, 1, 2)
 
 
-def project(r: Recurrence, v: Tensor, w: Tensor, feature_block: int | None = None) -> Tensor:
-    """v_f^T S_t w_f from the states themselves: [B,T,F]. `feature_block` is not needed here."""
+def project(r: CanonicalForm, v: Tensor, w: Tensor) -> Tensor:
+    """v_f^T S_t w_f from the states themselves: [B,T,F]."""
     probes = [torch.einsum("fk,bkv,fv->bf", v, step.after[:, 0], w) for step in steps(r.working())]
     return torch.stack(probes, dim=1)

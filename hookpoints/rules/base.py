@@ -1,19 +1,50 @@
-"""What a rule is: the translation between an upstream op's arguments and the canonical recurrence."""
+"""What a rule is: a translation between the arguments of an upstream op and the canonical recurrence.
+
+Most of a rule is a table. `Rule.names` says which argument of the op is which factor of the canonical form, and `Rule`
+does the rest, since upstream's ops agree on what they do to their arguments and on the names of the flags that say so:
+
+    flag of a call                   what the op does                                              factors
+    use_qk_l2norm_in_kernel          x / |x|                                                       q, k, back
+    use_beta_sigmoid_in_kernel       sigmoid(beta)                                                 beta
+    allow_neg_eigval                 2 beta                                                        beta
+    use_gate_in_kernel               -exp(A_log) softplus(g + dt_bias), or with a lower bound      log_decay
+                                     lower_bound * sigmoid(exp(A_log) (g + dt_bias))
+    state_v_first                    states are [B,H,V,K]                                          initial_state
+
+To add a rule, see `hookpoints.rules`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hookpoints.recurrence.recurrence import Recurrence
 
+Arguments = Mapping[str, Any]
+"""Arguments of an op call by name: tensors, flags, numbers, and whatever else upstream's layers hand over."""
+Op = Callable[..., Any]
+"""An upstream op, called by keyword. What it returns depends on the op; `Rule.read_result` knows."""
+
+_TIED = frozenset({"q", "k", "back"})
+"""Factors that are fed to an op together: one flag normalises all of them, one number of heads groups them."""
+_TURNED_OFF: Mapping[str, Mapping[str, object]] = {
+    **{field: {"use_qk_l2norm_in_kernel": False} for field in _TIED},
+    "beta": {"use_beta_sigmoid_in_kernel": False, "allow_neg_eigval": False},
+    # safe_gate and lower_bound promise a range that an edited decay may leave.
+    "log_decay": {"use_gate_in_kernel": False, "A_log": None, "dt_bias": None, "safe_gate": False, "lower_bound": None}
+    | {"g_gamma": None},
+}
+"""What an op would do to an argument, turned off where the factor itself is fed."""
+
 
 @dataclass(frozen=True, eq=False)
-class Factors:
+class OpFactors:
     """The quantities of one op call, as its rule uses them: normalised, grouped heads expanded, key-first.
 
     A field that a rule lacks is None, and so has no hook.
@@ -41,10 +72,10 @@ class Factors:
         return tuple(name for name in self.NAMES if getattr(self, name) is not None)
 
     def by_token(self) -> dict[str, Tensor]:
-        """All that has a time axis."""
+        """All factors that have a time axis."""
         return {name: x for name in (*self.NAMES, "back") if (x := getattr(self, name)) is not None}
 
-    def with_(self, **changes: Tensor) -> Factors:
+    def with_(self, **changes: Tensor) -> OpFactors:
         """A copy with some factors exchanged."""
         return replace(self, **changes)
 
@@ -58,85 +89,176 @@ class OpResult(NamedTuple):
     """[B,H,K,V], or None where the caller did not ask for it."""
 
 
-class Rule(Protocol):
-    """One update rule: which ops compute it and how their arguments map to the canonical form."""
+class Names(NamedTuple):
+    """The name map of a rule: which argument of its ops holds which factor. None where the rule has no such factor."""
 
-    @property
-    def name(self) -> str:
-        """Name of the rule, as papers call it."""
-        ...
+    q: str
+    k: str
+    v: str
+    beta: str | None = None
+    log_decay: str | None = None
+    back: str | None = None
 
-    @property
-    def ops(self) -> tuple[str, ...]:
-        """Names of the upstream functions that compute it; a mixer that calls the first is of this rule."""
-        ...
+    def fields(self) -> frozenset[str]:
+        """Factors that the rule has."""
+        return frozenset(field for field, argument in self._asdict().items() if argument is not None)
 
-    @property
-    def companions(self) -> tuple[str, ...]:
-        """Other fast ops of the same layers (convolutions) that only need to be kept on the right device."""
-        ...
 
-    @property
-    def fused(self) -> tuple[str, ...]:
-        """Ops that would compute a whole layer in one kernel, past the recurrent op; a hooked mixer declines them."""
-        ...
+class Rule:
+    """One update rule: which ops compute it, and how their arguments map to the canonical form.
 
-    @property
-    def torch_only(self) -> frozenset[str]:
-        """Factors that only the torch op can be fed apart from the others; fast kernels tie them together."""
-        ...
+    The attributes are the rule's table. The defaults of the methods are right for a rule of the form
+
+        S_t = diag(alpha_t) S_{t-1} + beta_t k_t v_t^T                                     (additive)
+        S_t = (I - beta_t k_t k_t^T) diag(alpha_t) S_{t-1} + beta_t k_t v_t^T              (``erases``)
+
+    with o_t = S_t^T (scale q_t); without beta or alpha where the rule has none.
+    """
+
+    name: str
+    """Name of the rule, as papers call it."""
+    ops: tuple[str, ...]
+    """Names of the upstream functions that compute it; a mixer that calls the first is of this rule."""
+    names: Names
+    """Factor -> argument of the ops."""
+    sizes: tuple[str, str] = ("head_k_dim", "head_v_dim")
+    """What the mixer calls K and V."""
+    erases: bool = False
+    """Whether a token takes off what its key reads back before it writes (the delta rules)."""
+    read_before_write: bool = False
+    """Whether a token reads the state before its own write."""
+    default_scale: float | None = None
+    """Factor on q at the read where the call has no ``scale``; None for K^-1/2."""
+    rank: int = 1
+    """R, the number of steps that a token takes and so the rank of its write. Factors have an axis for them where
+    there are several."""
+    kernel_only: bool = False
+    """Whether the op is a GPU kernel without a torch form; then hookpoints' own kernel computes calls on a CPU."""
+    rounded: frozenset[str] = frozenset()
+    """Factors that the op takes only in the dtype of its own arguments; the others are fed in the working dtype."""
+    torch_only: frozenset[str] = frozenset()
+    """Factors that only the torch op can be fed apart from the others; fast kernels tie them together."""
+    companions: tuple[str, ...] = ()
+    """Other fast ops of the same layers (convolutions) that only need to be kept on the right device."""
+    fused: tuple[str, ...] = ()
+    """Ops that would compute a whole layer in one kernel, past the recurrent op; a hooked mixer declines them."""
 
     @property
     def factor_names(self) -> tuple[str, ...]:
-        """Fields of Factors that the rule has."""
-        ...
+        """Fields of OpFactors that the rule has and that have a hook, in order of execution."""
+        return tuple(name for name in OpFactors.NAMES if name in self.names.fields())
 
-    def head_shape(self, mixer: torch.nn.Module) -> tuple[int, int, int]:
-        """(H, K, V) of a mixer module."""
-        ...
+    def head_shape(self, mixer: nn.Module) -> tuple[int, int, int]:
+        """(H, K, V) of a mixer module. H counts value heads where keys are shared by groups of them."""
+        heads = getattr(mixer, "num_v_heads", None) or getattr(mixer, "num_heads")  # noqa: B009 (its type is int here)
+        return heads, getattr(mixer, self.sizes[0]), getattr(mixer, self.sizes[1])
 
-    @property
-    def rank(self) -> int:
-        """R, the number of steps that a token takes and so the rank of its write. Factors have an axis for them where
-        there are several."""
-        ...
-
-    def for_mixer(self, mixer: torch.nn.Module) -> Rule:
+    def for_mixer(self, mixer: nn.Module) -> Rule:
         """The rule as this mixer uses it: itself, unless the mixer has a size that its op calls do not tell."""
-        ...
+        return self
 
-    def runs(self, op: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
+    def runs(self, op: Op, arguments: Arguments) -> bool:
         """Whether upstream's op can compute this call where its tensors are; else hookpoints' own kernel does."""
-        ...
+        return not self.kernel_only or arguments[self.names.v].device.type != "cpu"
 
-    def factors(self, arguments: Mapping[str, Any]) -> Factors:
+    # -- from arguments to the canonical form
+
+    def factors(self, arguments: Arguments) -> OpFactors:
         """The canonical factors of an op call."""
-        ...
+        dtype = compute_dtype(arguments[self.names.v])
+        fields: dict[str, Any] = {field: self.read(field, arguments, dtype) for field in self.names.fields()}
+        return OpFactors(**fields, initial_state=initial_state(arguments, dtype))
 
-    def arguments(self, arguments: Mapping[str, Any], factors: Factors, changed: Set[str]) -> dict[str, Any]:
+    def read(self, field: str, arguments: Arguments, dtype: torch.dtype) -> Tensor | None:
+        """One factor [B,T,H,...] of a call, after what the op does to the argument; None where the call has none."""
+        x, v = arguments[self.argument(field, arguments)], arguments[self.names.v]
+        if field == "beta" and x is None:
+            x = torch.ones_like(v[..., 0], dtype=dtype)
+        if x is None:
+            return None
+        x = x.to(dtype)
+        if field in _TIED:
+            x = l2_normalise(x) if arguments.get("use_qk_l2norm_in_kernel") else x
+            return expand_groups(x, v.shape[2])
+        if field == "beta":
+            x = x.sigmoid() if arguments.get("use_beta_sigmoid_in_kernel") else x
+            return 2 * x if arguments.get("allow_neg_eigval") else x
+        return gate(x, arguments) if field == "log_decay" and arguments.get("use_gate_in_kernel") else x
+
+    def recurrence(self, factors: OpFactors, arguments: Arguments) -> Recurrence:
+        """The canonical recurrence of an op call."""
+        beta, scale = factors.beta, arguments.get("scale")
+        default = factors.k.shape[-1] ** -0.5 if self.default_scale is None else self.default_scale
+        return Recurrence(
+            q=factors.q,
+            k=self.write_key(factors),
+            u=factors.v if beta is None else beta.unsqueeze(-1) * factors.v,
+            log_decay=factors.log_decay,
+            beta=beta if self.erases else None,  # declares the erase to be -beta k
+            b=self.erase_key(factors) if self.erases else None,
+            scale=default if scale is None else float(scale),
+            initial_state=factors.initial_state,
+            read_before_write=self.read_before_write,
+        )
+
+    def write_key(self, factors: OpFactors) -> Tensor:
+        """The key under which the write is stored, like ``factors.k``."""
+        return factors.k
+
+    def erase_key(self, factors: OpFactors) -> Tensor:
+        """What the erase reads S_{t-1} with, like ``factors.k``. The delta rules erase after the decay: alpha k."""
+        k, decay = factors.k, factors.log_decay
+        return k if decay is None else decay.exp().reshape(*decay.shape, *[1] * (k.ndim - decay.ndim)) * k
+
+    # -- the way back
+
+    def argument(self, field: str, arguments: Arguments) -> str:
+        """Name of the argument that holds a factor in this call."""
+        return getattr(self.names, field)
+
+    def arguments(self, arguments: Arguments, factors: OpFactors, changed: Set[str]) -> Arguments:
         """Arguments with which the op returns reads of the state, and takes the factors named in ``changed``
         instead of its own. What a layer lets its op add on top (a skip, a gate) is left to ``write_result``."""
-        ...
+        fed = dict(arguments)
+        for field in changed | (_TIED & self.names.fields() if changed & _TIED else frozenset()):
+            fed[self.argument(field, arguments)] = self.feed(field, getattr(factors, field), arguments)
+            fed |= {flag: off for flag, off in _TURNED_OFF.get(field, {}).items() if flag in arguments}
+        return fed
 
-    def recurrence(self, factors: Factors, arguments: Mapping[str, Any]) -> Recurrence:
-        """The canonical recurrence of an op call."""
-        ...
+    def feed(self, field: str, x: Tensor, arguments: Arguments) -> Tensor:
+        """One factor as the op takes it, with what it would have done to it turned off."""
+        if field not in self.rounded:
+            return x
+        # Kernels take q, k and v in one dtype.
+        same = self.names.v if field in _TIED else self.argument(field, arguments)
+        return x.to(arguments[same].dtype)
 
-    def output_dtype(self, arguments: Mapping[str, Any]) -> torch.dtype:
+    # -- results
+
+    def output_dtype(self, arguments: Arguments) -> torch.dtype:
         """The dtype in which the torch op returns its outputs."""
-        ...
+        return arguments[self.names.v].dtype
 
-    def wants_state(self, arguments: Mapping[str, Any]) -> bool:
+    def wants_state(self, arguments: Arguments) -> bool:
         """Whether the caller asked for the final state."""
-        ...
+        return bool(arguments.get("output_final_state"))
 
-    def read_result(self, native: Any, arguments: Mapping[str, Any]) -> OpResult:
+    def read_result(self, native: Any, arguments: Arguments) -> OpResult:
         """Canonical view of what the op returned for ``arguments``."""
-        ...
+        outputs, state = native
+        return OpResult(outputs, key_first(state, arguments))
 
-    def write_result(self, result: OpResult, arguments: Mapping[str, Any]) -> Any:
+    def write_result(self, result: OpResult, arguments: Arguments) -> object:
         """What the layer, which gave ``arguments``, expects back from the op, holding ``result``."""
-        ...
+        return result.outputs, key_first(result.final_state, arguments)  # the same transposition leads back
+
+
+class FlaRule(Rule):
+    """A rule of flash-linear-attention's ops: Triton kernels, which take [B,T,H,K] and [B,T,H,V]."""
+
+    names = Names("q", "k", "v", beta="beta", log_decay="g")
+    kernel_only = True
+    rounded = frozenset({"q", "k", "v", "back"})
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -152,3 +274,30 @@ def l2_normalise(x: Tensor) -> Tensor:
 def expand_groups(tensor: Tensor, heads: int) -> Tensor:
     """Grouped value attention: [B,T,Hk,...] -> [B,T,heads,...], one key head serving consecutive value heads."""
     return tensor if tensor.shape[2] == heads else tensor.repeat_interleave(heads // tensor.shape[2], dim=2)
+
+
+def gate(g: Tensor, arguments: Arguments) -> Tensor:
+    """Log-decay that a kernel makes of g, [B,T,H] with one A_log and bias per head, or [B,T,H,K] with one A_log per
+    head and one bias per channel."""
+    a_log, bias, bound = (arguments.get(name) for name in ("A_log", "dt_bias", "lower_bound"))
+    if g.ndim == 4:
+        a_log = None if a_log is None else a_log.reshape(-1, 1)
+        bias = None if bias is None else bias.reshape(g.shape[-2:])
+    g = g if bias is None else g + bias.to(g.dtype)
+    if bound is not None:
+        return bound * (g if a_log is None else a_log.to(g.dtype).exp() * g).sigmoid()
+    assert a_log is not None, "a gate without a lower bound has A_log"
+    return -a_log.to(g.dtype).exp() * F.softplus(g)
+
+
+def key_first(state: Tensor | None, arguments: Arguments) -> Tensor | None:
+    """[B,H,K,V] from a state in the layout of a call; its own inverse."""
+    if state is None or not arguments.get("state_v_first"):
+        return state
+    return state.mT.contiguous()
+
+
+def initial_state(arguments: Arguments, dtype: torch.dtype) -> Tensor | None:
+    """[B,H,K,V] state that a call begins with, or None for zeros."""
+    state = key_first(arguments.get("initial_state"), arguments)
+    return None if state is None else state.to(dtype)

@@ -3,7 +3,7 @@
     S <- alpha_t S,   then for r = 1..R:   S <- (I - beta_r k_r k_r^T) S + beta_r k_r v_r^T,   o_t = S^T (K^-1/2 q_t)
 
 The token as a whole writes a matrix of rank R and erases along R directions, all of which read the state before it
-(``hookpoints.product``). So factors have an axis for the steps, [B,T,H,R,K], and everything else is per token.
+(``hookpoints.recurrence.product``). So factors have an axis for the steps, [B,T,H,R,K], and all else is per token.
 
 Two ops compute it. One knows of steps; the other is the gated delta rule itself, called with T*R tokens, zeros for the
 decay of later steps and for the reads of earlier ones, whose outputs the layer leaves out.
@@ -11,16 +11,16 @@ decay of later steps and for the reads of earlier ones, whose outputs the layer 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hookpoints.recurrence.product import carried_keys
-from hookpoints.recurrence.recurrence import Recurrence
-from hookpoints.rules.base import Factors, OpResult, compute_dtype, l2_normalise
-from hookpoints.rules.fla_base import FlaRule, initial_state, scale_of
+from hookpoints.rules.base import Arguments, FlaRule, OpFactors, OpResult
+
+_OF_A_STEP = ("k", "v", "beta")
+"""Factors that each step has; the others belong to the token."""
 
 
 class FlaGatedDeltaProduct(FlaRule):
@@ -32,87 +32,55 @@ class FlaGatedDeltaProduct(FlaRule):
 
     name = "Gated DeltaProduct"
     ops = ("chunk_gated_delta_product", "fused_recurrent_gated_delta_rule")
-    factor_names = ("q", "k", "v", "beta", "log_decay")
+    erases = True
 
     def __init__(self, steps: int = 1):
         self.rank = steps
 
     def for_mixer(self, mixer: nn.Module) -> FlaGatedDeltaProduct:
-        return FlaGatedDeltaProduct(int(mixer.num_householder))  # type: ignore[arg-type]
+        return FlaGatedDeltaProduct(int(getattr(mixer, "num_householder")))  # noqa: B009 (its type is int here)
 
-    def factors(self, arguments: Mapping[str, Any]) -> Factors:
-        dtype = compute_dtype(arguments["v"])
-        q, k, decay = arguments["q"].to(dtype), arguments["k"].to(dtype), arguments["g"]
-        if arguments["use_qk_l2norm_in_kernel"]:
-            q, k = l2_normalise(q), l2_normalise(k)
-        if self._stepwise(arguments):
-            q, decay = q[:, self.rank - 1 :: self.rank], None if decay is None else decay[:, :: self.rank]
-        return Factors(
-            q=q,
-            k=self._by_token(k),
-            v=self._by_token(arguments["v"].to(dtype)),
-            beta=self._by_token(arguments["beta"].to(dtype)),
-            log_decay=None if decay is None else decay.to(dtype),
-            initial_state=initial_state(arguments, dtype),
-        )
+    def read(self, field: str, arguments: Arguments, dtype: torch.dtype) -> Tensor | None:
+        x = super().read(field, arguments, dtype)
+        if x is None or self.rank == 1:
+            return x
+        if field in _OF_A_STEP:
+            return x.unflatten(1, (-1, self.rank)).transpose(2, 3)  # [B,T*R,H,...] to [B,T,H,R,...]
+        return x[:, self._step_of(field) :: self.rank] if self._is_stepwise(arguments) else x
 
-    def arguments(self, arguments: Mapping[str, Any], factors: Factors, changed: Set[str]) -> dict[str, Any]:
-        fed: dict[str, Any] = {}
-        if changed & {"q", "k"}:  # one flag normalises both inside the op
-            fed = {"q": factors.q, "k": self._by_step(factors.k), "use_qk_l2norm_in_kernel": False}
-        if "v" in changed:
-            fed["v"] = self._by_step(factors.v)
-        if "beta" in changed and factors.beta is not None:
-            fed["beta"] = self._by_step(factors.beta)
-        if "log_decay" in changed and factors.log_decay is not None:
-            fed["g"] = factors.log_decay
-        if self._stepwise(arguments):
-            for name, step in (("q", self.rank - 1), ("g", 0)):
-                if name in fed:
-                    fed[name] = self._at_step(fed[name], step)
-        dtype = arguments["v"].dtype
-        return {**arguments, **{name: x.to(dtype) if name in ("q", "k", "v") else x for name, x in fed.items()}}
-
-    def recurrence(self, factors: Factors, arguments: Mapping[str, Any]) -> Recurrence:
+    def write_key(self, factors: OpFactors) -> Tensor:
         assert factors.beta is not None
-        k, beta, decay = factors.k, factors.beta, factors.log_decay
-        return Recurrence(
-            q=factors.q,
-            k=carried_keys(k, beta) if self.rank > 1 else k,
-            u=beta.unsqueeze(-1) * factors.v,
-            log_decay=decay,
-            beta=beta,  # the erase is along the write's own keys
-            b=k if decay is None else decay.exp().reshape(*decay.shape, *[1] * (k.ndim - 3)) * k,
-            scale=scale_of(arguments),
-            initial_state=factors.initial_state,
-        )
+        return carried_keys(factors.k, factors.beta) if self.rank > 1 else factors.k
 
-    def read_result(self, native: Any, arguments: Mapping[str, Any]) -> OpResult:
+    def feed(self, field: str, x: Tensor, arguments: Arguments) -> Tensor:
+        if field in _OF_A_STEP and self.rank > 1:
+            x = x.transpose(2, 3).flatten(1, 2)
+        elif field not in _OF_A_STEP and self._is_stepwise(arguments):
+            x = self._at_step(x, self._step_of(field))
+        return super().feed(field, x, arguments)
+
+    def read_result(self, native: Any, arguments: Arguments) -> OpResult:
         result = super().read_result(native, arguments)
-        if not self._stepwise(arguments):
+        if not self._is_stepwise(arguments):
             return result
         return result._replace(outputs=result.outputs[:, self.rank - 1 :: self.rank])
 
-    def write_result(self, result: OpResult, arguments: Mapping[str, Any]) -> Any:
-        if self._stepwise(arguments):
+    def write_result(self, result: OpResult, arguments: Arguments) -> object:
+        if self._is_stepwise(arguments):
             result = result._replace(outputs=self._at_step(result.outputs, self.rank - 1))
         return super().write_result(result, arguments)
 
     @staticmethod
-    def _stepwise(arguments: Mapping[str, Any]) -> bool:
+    def _is_stepwise(arguments: Arguments) -> bool:
         """Whether the call is one of the gated delta rule, with T*R tokens."""
         return "num_householder" not in arguments
 
-    def _by_token(self, x: Tensor) -> Tensor:
-        """[B,T*R,H,...] as [B,T,H,R,...]; without the axis where R = 1."""
-        return x if self.rank == 1 else x.unflatten(1, (-1, self.rank)).transpose(2, 3)
-
-    def _by_step(self, x: Tensor) -> Tensor:
-        """The way back."""
-        return x if self.rank == 1 else x.transpose(2, 3).flatten(1, 2)
+    def _step_of(self, field: str) -> int:
+        """The step of a token that the decay (the first) or the read (the last) belongs to."""
+        return 0 if field == "log_decay" else self.rank - 1
 
     def _at_step(self, x: Tensor, step: int) -> Tensor:
         """[B,T,H,...] as [B,T*R,H,...]: what belongs to one step of each token, zeros for the others."""
-        spread = torch.zeros_like(x).unsqueeze(2).repeat_interleave(self.rank, dim=2)
-        spread[:, :, step] = x
-        return spread.flatten(1, 2)
+        steps = torch.zeros_like(x).unsqueeze(2).repeat_interleave(self.rank, dim=2)
+        steps[:, :, step] = x
+        return steps.flatten(1, 2)

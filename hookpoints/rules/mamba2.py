@@ -16,25 +16,22 @@ The scan clamps dt from below (``dt_limit``), the update does not. Where a model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Set
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from hookpoints.recurrence.recurrence import Recurrence
-from hookpoints.rules.base import Factors, OpResult, compute_dtype, expand_groups
-
-_INPUTS = {"q": "C", "k": "B", "v": "hidden_states"}
+from hookpoints.rules.base import Arguments, Names, OpFactors, OpResult, Rule, compute_dtype, expand_groups
 
 
-def _is_update(arguments: Mapping[str, Any]) -> bool:
+def _is_update(arguments: Arguments) -> bool:
     """Whether the call is an update by one token, without a time axis."""
     return "state" in arguments
 
 
-class Mamba2:
+class Mamba2(Rule):
     """The rule of transformers' ``mamba2_chunk_scan`` and ``mamba2_selective_state_update``."""
 
     name = "Mamba-2"
@@ -42,26 +39,18 @@ class Mamba2:
     companions = ("causal_conv1d_fn", "causal_conv1d_update")
     fused = ("mamba2_split_conv1d_scan_combined",)
     torch_only = frozenset({"beta", "log_decay"})
-    rank = 1
-    factor_names = ("q", "k", "v", "beta", "log_decay")
+    names = Names("C", "B", "hidden_states", beta="dt", log_decay="A")
+    sizes = ("ssm_state_size", "head_dim")
+    default_scale = 1.0
 
-    def head_shape(self, mixer: nn.Module) -> tuple[int, int, int]:
-        return mixer.num_heads, mixer.ssm_state_size, mixer.head_dim  # type: ignore[return-value]
-
-    def for_mixer(self, mixer: nn.Module) -> Mamba2:
-        return self
-
-    def runs(self, op: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
-        return True
-
-    def factors(self, arguments: Mapping[str, Any]) -> Factors:
+    def factors(self, arguments: Arguments) -> OpFactors:
         x, B, C = (arguments[name] for name in ("hidden_states", "B", "C"))
         if _is_update(arguments):
             x, B, C = x.unsqueeze(1), B.unsqueeze(1), C.unsqueeze(1)
         heads, dtype = x.shape[2], compute_dtype(x)
         dt, A = _step_size(arguments)
         state = arguments["state"] if _is_update(arguments) else arguments["initial_states"]
-        return Factors(
+        return OpFactors(
             q=expand_groups(C.to(dtype), heads),
             k=expand_groups(B.to(dtype), heads),
             v=x.to(dtype),
@@ -71,34 +60,24 @@ class Mamba2:
             initial_state=None if state is None else state.mT.to(dtype).clone(),
         )
 
-    def arguments(self, arguments: Mapping[str, Any], factors: Factors, changed: Set[str]) -> dict[str, Any]:
+    def arguments(self, arguments: Arguments, factors: OpFactors, changed: Set[str]) -> Arguments:
         update = _is_update(arguments)
-        fed: dict[str, Any] = {"D": None, "z": None} if update else {"D": None}
-        # The ops take one number of groups for both B and C.
+        fed: dict[str, object] = {"D": None, "z": None} if update else {"D": None}
+        # The ops take one number of groups for both B and C, so that expanded ones go in together.
         inputs = changed & {"v"} | ({"q", "k"} if changed & {"q", "k"} else set())
-        fed |= {_INPUTS[field]: _without_time(getattr(factors, field), update) for field in inputs}
+        fed |= {getattr(self.names, field): _without_time(getattr(factors, field), update) for field in inputs}
         if changed & self.torch_only:
             fed |= _apart(factors, update)
         return {**arguments, **fed}
 
-    def recurrence(self, factors: Factors, arguments: Mapping[str, Any]) -> Recurrence:
-        assert factors.beta is not None
-        return Recurrence(
-            q=factors.q,
-            k=factors.k,
-            u=factors.beta.unsqueeze(-1) * factors.v,
-            log_decay=factors.log_decay,
-            initial_state=factors.initial_state,
-        )
+    def output_dtype(self, arguments: Arguments) -> torch.dtype:
+        x = arguments["hidden_states"]
+        return x.dtype if _is_update(arguments) else compute_dtype(x)
 
-    def output_dtype(self, arguments: Mapping[str, Any]) -> torch.dtype:
-        own = arguments["hidden_states"]
-        return own.dtype if _is_update(arguments) else compute_dtype(own)
-
-    def wants_state(self, arguments: Mapping[str, Any]) -> bool:
+    def wants_state(self, arguments: Arguments) -> bool:
         return _is_update(arguments) or bool(arguments["return_final_states"])
 
-    def read_result(self, native: Any, arguments: Mapping[str, Any]) -> OpResult:
+    def read_result(self, native: Any, arguments: Arguments) -> OpResult:
         if _is_update(arguments):
             return OpResult(native.unsqueeze(1), arguments["state"].mT.clone())
         if isinstance(native, Tensor):
@@ -106,7 +85,7 @@ class Mamba2:
         outputs, state = native
         return OpResult(outputs, state.mT)
 
-    def write_result(self, result: OpResult, arguments: Mapping[str, Any]) -> Any:
+    def write_result(self, result: OpResult, arguments: Arguments) -> object:
         x, D, state = arguments["hidden_states"], arguments["D"], result.final_state
         if not _is_update(arguments):
             outputs = result.outputs
@@ -124,7 +103,7 @@ class Mamba2:
         return outputs
 
 
-def _step_size(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _step_size(arguments: Arguments) -> tuple[Tensor, Tensor]:
     """dt [B,T,H] after bias, softplus and clamp, and A [H], in the ops' own order and dtypes."""
     dt, A, bias = arguments["dt"], arguments["A"], arguments["dt_bias"]
     if _is_update(arguments):  # upstream expands these over the value and key sides
@@ -139,12 +118,12 @@ def _step_size(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return dt, A
 
 
-def _apart(factors: Factors, update: bool) -> dict[str, Any]:
+def _apart(factors: OpFactors, update: bool) -> dict[str, object]:
     """Arguments that feed the write strength and the decay apart, though the op takes one dt for both: u as x, the
     decay as an A per token, and dt = 1."""
     assert factors.beta is not None and factors.log_decay is not None
     u, decay = factors.beta.unsqueeze(-1) * factors.v, factors.log_decay
-    fed: dict[str, Any] = {"hidden_states": _without_time(u, update), "dt_bias": None, "dt_softplus": False}
+    fed: dict[str, object] = {"hidden_states": _without_time(u, update), "dt_bias": None, "dt_softplus": False}
     if update:
         decay = decay.squeeze(1).unsqueeze(-1)
         return {**fed, "dt": torch.ones_like(decay), "A": decay.unsqueeze(-1)}

@@ -9,16 +9,11 @@ has S^T r alone and the bonus stays what the layer's own r, k and v make it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
-from typing import Any
+from collections.abc import Set
 
 import torch
 
-from hookpoints.recurrence.recurrence import Recurrence
-from hookpoints.rules.base import Factors, OpResult, compute_dtype
-from hookpoints.rules.fla_base import FlaRule, initial_state, scale_of
-
-_OWN = {"q": "r", "k": "k", "v": "v", "log_decay": "w"}
+from hookpoints.rules.base import Arguments, FlaRule, Names, OpFactors, OpResult, compute_dtype
 
 
 class FlaRWKV6(FlaRule):
@@ -26,32 +21,16 @@ class FlaRWKV6(FlaRule):
 
     name = "RWKV-6"
     ops = ("chunk_rwkv6", "fused_recurrent_rwkv6")
-    factor_names = ("q", "k", "v", "log_decay")
+    names = Names("r", "k", "v", log_decay="w")
+    rounded = frozenset({*FlaRule.rounded, "log_decay"})
+    read_before_write = True
 
-    def factors(self, arguments: Mapping[str, Any]) -> Factors:
-        dtype = compute_dtype(arguments["v"])
-        own = {field: arguments[name].to(dtype) for field, name in _OWN.items()}
-        return Factors(**own, initial_state=initial_state(arguments, dtype))
+    def arguments(self, arguments: Arguments, factors: OpFactors, changed: Set[str]) -> Arguments:
+        return {**super().arguments(arguments, factors, changed), "u": torch.zeros_like(arguments["u"])}
 
-    def arguments(self, arguments: Mapping[str, Any], factors: Factors, changed: Set[str]) -> dict[str, Any]:
-        fed = {
-            name: getattr(factors, field).to(arguments[name].dtype) for field, name in _OWN.items() if field in changed
-        }
-        return {**arguments, **fed, "u": torch.zeros_like(arguments["u"])}
-
-    def recurrence(self, factors: Factors, arguments: Mapping[str, Any]) -> Recurrence:
-        return Recurrence(
-            q=factors.q,
-            k=factors.k,
-            u=factors.v,
-            log_decay=factors.log_decay,
-            scale=scale_of(arguments),
-            initial_state=factors.initial_state,
-            read_before_write=True,
-        )
-
-    def write_result(self, result: OpResult, arguments: Mapping[str, Any]) -> Any:
+    def write_result(self, result: OpResult, arguments: Arguments) -> object:
         r, k, v, bonus = (arguments[name].to(compute_dtype(arguments["v"])) for name in ("r", "k", "v", "u"))
-        own = scale_of(arguments) * (r * bonus * k).sum(-1, keepdim=True) * v
-        outputs = (result.outputs.to(own.dtype) + own).to(result.outputs.dtype)
+        scale = k.shape[-1] ** -0.5 if arguments.get("scale") is None else float(arguments["scale"])
+        itself = scale * (r * bonus * k).sum(-1, keepdim=True) * v
+        outputs = (result.outputs.to(itself.dtype) + itself).to(result.outputs.dtype)
         return super().write_result(result._replace(outputs=outputs), arguments)

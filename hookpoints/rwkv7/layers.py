@@ -1,7 +1,8 @@
 """The layers of RWKV-7 (Peng et al. 2025, arXiv 2503.14456), with flash-linear-attention's names of parameters.
 
 A layer mixes each token with the one before it (token shift), so that a cache holds, beside the state, the last token
-that the attention part saw and the last that the feed-forward part saw.
+that the attention part saw and the last that the feed-forward part saw. The recurrence is one function,
+``rwkv7_recurrence``, which layers call by keyword: it is what hooks intercept.
 """
 
 from __future__ import annotations
@@ -14,15 +15,59 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache
+from transformers import initialization as init
 
+from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.rwkv7.configuration import RWKV7Config
-from hookpoints.rwkv7.recurrence import rwkv7_recurrence
 
 _SLOWEST = -math.exp(-0.5)
 """Largest log-decay per token, in size: alpha lies in (exp(-exp(-0.5)), 1) = (0.545, 1)."""
 _MIXED = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
 _ATTENTION, _FEED_FORWARD = 0, 1
 """Which of a layer's token shifts is kept where in the cache."""
+_POWERS = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}
+"""Exponents of the token shifts: the larger, the more a channel looks at the token before."""
+
+
+class StateResult(NamedTuple):
+    """Reads and the state that they leave."""
+
+    outputs: Tensor
+    """[B,T,H,V], in the dtype of ``v``."""
+    final_state: Tensor | None
+    """[B,H,K,V], or None where it was not asked for."""
+
+
+def rwkv7_recurrence(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> StateResult:
+    """S_t = diag(exp(w_t)) S_{t-1} + b_t (S_{t-1}^T a_t)^T + k_t v_t^T,  o_t = S_t^T (scale r_t).
+
+    The arguments are those of flash-linear-attention's ``chunk_rwkv7``. Chunked, in float32 (float64 for float64),
+    differentiable. RWKV-7 (Peng et al. 2025, arXiv 2503.14456), eq. 17.
+
+    Args:
+        r: [B,T,H,K] receptance, which reads.
+        w: [B,T,H,K] natural log of the decay.
+        k: [B,T,H,K] key that is written.
+        v: [B,T,H,V] value that is written.
+        a: [B,T,H,K] what the erase reads back with: minus the normalised erase key.
+        b: [B,T,H,K] where the erase acts: the erase key times the in-context rate.
+        scale: factor on r.
+        initial_state: [B,H,K,V]; None for zeros.
+        output_final_state: whether to return the state after the last token.
+    """
+    form = Recurrence(q=r, k=k, u=v, log_decay=w, a=b, b=a, scale=scale, initial_state=initial_state)
+    outputs, state = form.scan()
+    return StateResult(outputs.to(v.dtype), state if output_final_state else None)
 
 
 class Shifted(NamedTuple):
@@ -64,8 +109,8 @@ def shift(x: Tensor, before: Tensor | None, mask: Tensor | None) -> Shifted:
         return Shifted(seen[:, :-1], seen[:, -1])
     places = torch.arange(1, x.shape[1] + 1, device=x.device)
     latest = F.pad((places * (mask != 0)).cummax(dim=1).values, (1, 0))  # index in `seen` of the last real token
-    found = seen.gather(1, latest[..., None].expand_as(seen))
-    return Shifted(found[:, :-1], found[:, -1])
+    last_real = seen.gather(1, latest[..., None].expand_as(seen))
+    return Shifted(last_real[:, :-1], last_real[:, -1])
 
 
 def cached_shift(x: Tensor, cache: Cache | None, layer: int, part: int, mask: Tensor | None) -> Shifted:
@@ -141,14 +186,15 @@ class RWKV7Attention(nn.Module):
         k = k * (1 + (rate - 1) * self.k_a)
         r, w, k, rate, v = (self._heads(factor) for factor in (r, w, k, rate, v))
 
-        kept = 1 if attention_mask is None else attention_mask[:, :, None, None].to(k.dtype)
+        # At padding nothing decays, is written or erased, so that the state passes through.
+        real = 1 if attention_mask is None else attention_mask[:, :, None, None].to(k.dtype)
         outputs, state = rwkv7_recurrence(
             r=r,
-            w=w * kept,
-            k=k * kept,
+            w=w * real,
+            k=k * real,
             v=v,
             a=-erase,
-            b=erase * rate * kept,
+            b=erase * rate * real,
             initial_state=state,
             output_final_state=cache is not None,
         )
@@ -218,3 +264,69 @@ class RWKV7Block(nn.Module):
         x = hidden_states
         x = x + self.attn(self.attn_norm(x), v_first, cache=cache, attention_mask=attention_mask)
         return x + self.ffn(self.ffn_norm(x), cache=cache, attention_mask=attention_mask)
+
+
+# -- initial weights
+
+
+def initialise(module: nn.Module, config: RWKV7Config) -> None:
+    """Set the initial weights of one module as the official training code and flash-linear-attention do.
+
+    Channels differ from the start: the first channels of the first heads shift little and decay slowly, the last ones
+    much and fast, and all the more so in higher layers. So slow heads exist before anything is learnt.
+    """
+    if isinstance(module, LowRank):
+        inner, outer = module.lora[0], module.lora[2]
+        assert isinstance(inner, nn.Linear) and isinstance(outer, nn.Linear)
+        init.zeros_(inner.weight)
+        tall = outer.weight.shape[0] / outer.weight.shape[1]
+        init.orthogonal_(outer.weight, gain=0.1 * max(1.0, tall**-0.5))
+        if outer.bias is not None:
+            init.zeros_(outer.bias)
+    elif isinstance(module, RWKV7Attention):
+        _initialise_attention(module, config)
+    elif isinstance(module, RWKV7FeedForward):
+        init.copy_(module.x_k, 1 - _ramp(config.hidden_size) ** (_above(module.layer_idx, config) ** 4))
+        init.orthogonal_(module.key.weight)
+        init.zeros_(module.value.weight)
+
+
+def _initialise_attention(module: RWKV7Attention, config: RWKV7Config) -> None:
+    layer, width = module.layer_idx, config.hidden_size
+    for name, power in _POWERS.items():
+        init.copy_(getattr(module, name), (1 - _ramp(width) ** (power * _above(layer, config))).view(1, 1, -1))
+    centred = torch.linspace(-0.5, 0.5, width)
+    inside = torch.linspace(-1, 1, module.head_dim).repeat(module.num_heads)
+    zigzag = inside * inside.abs()
+    depth = layer / max(1, config.num_hidden_layers - 1)
+    slow_to_fast = -6 + 6 * torch.linspace(0, 1, width) ** (1 + depth**0.3)
+    _bias(module.w_lora, slow_to_fast + 0.5 + 2.5 * zigzag)
+    _bias(module.a_lora, -0.19 + 0.3 * zigzag + 0.4 * centred)
+    if layer:
+        values = module.v_proj.out_features
+        _bias(module.v_lora, 0.73 - 0.4 * torch.linspace(-0.5, 0.5, values))
+    init.copy_(module.k_k, 0.71 - 0.1 * centred)
+    init.constant_(module.k_a, 1.02)
+    init.constant_(module.r_k, -0.04)
+    init.constant_(module.g_norm.weight, ((layer + 1) / config.num_hidden_layers) ** 0.7)
+    init.zeros_(module.g_norm.bias)
+    init.orthogonal_(module.r_proj.weight)
+    init.orthogonal_(module.k_proj.weight, gain=0.1)
+    init.orthogonal_(module.v_proj.weight)
+    bound = 1 / math.sqrt(module.o_proj.in_features * 2 * config.num_hidden_layers)
+    init.uniform_(module.o_proj.weight, -bound, bound)
+
+
+def _ramp(width: int) -> Tensor:
+    return torch.arange(width) / width
+
+
+def _above(layer: int, config: RWKV7Config) -> float:
+    """Share of the layers from this one up: 1 at the bottom, nearly 0 at the top."""
+    return 1 - layer / config.num_hidden_layers
+
+
+def _bias(module: LowRank, value: Tensor) -> None:
+    bias = module.lora[2].bias
+    assert isinstance(bias, Tensor)
+    init.copy_(bias, value)

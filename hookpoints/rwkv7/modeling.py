@@ -1,23 +1,36 @@
-"""The RWKV-7 language model: embeddings, layers, norm, head, cache and generation through transformers."""
+"""The RWKV-7 language model: embeddings, layers, norm, head, cache and generation through transformers.
+
+It loads checkpoints of flash-linear-attention's format and of that format's first version, which holds the six token
+shifts of a layer as one tensor ``attn.x_x`` [6,D] (RWKV/RWKV7-Goose-World3-1.5B-HF). transformers loads parameters by
+their names alone, so these are taken apart before it sees them.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.hub import cached_file
 
 from hookpoints.rwkv7.configuration import RWKV7Config
-from hookpoints.rwkv7.initialisation import initialise
-from hookpoints.rwkv7.layers import FirstValues, RWKV7Attention, RWKV7Block
-from hookpoints.rwkv7.legacy import legacy_weights
+from hookpoints.rwkv7.layers import FirstValues, RWKV7Attention, RWKV7Block, initialise
 
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this version of transformers calls the cache of an output (it changed between 5.15 and 5.24)."""
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_JOINED = ".attn.x_x"
+_PARTS = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
+_WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+"""Arguments of ``from_pretrained`` that say where a checkpoint is."""
 
 
 class RWKV7PreTrainedModel(PreTrainedModel):
@@ -31,7 +44,7 @@ class RWKV7PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, for both versions of flash-linear-attention's format (see ``legacy``)."""
+        """transformers' own, for both versions of flash-linear-attention's format."""
         source = pretrained_model_name_or_path
         old = None if source is None or kwargs.get("state_dict") is not None else legacy_weights(str(source), kwargs)
         if old is not None:
@@ -77,7 +90,7 @@ class RWKV7Model(RWKV7PreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         past_key_values: Cache | None = None,
-        **_: Any,
+        **_: object,
     ) -> BaseModelOutputWithPast:
         """Run the layers.
 
@@ -107,9 +120,9 @@ class RWKV7Model(RWKV7PreTrainedModel):
             seen.append(x)
             x = block(x, first, cache=cache, attention_mask=mask)
         x = self.norm(x)
-        kept = (*seen, x) if output_hidden_states or self.config.output_hidden_states else None
+        hidden = (*seen, x) if output_hidden_states or self.config.output_hidden_states else None
         returned: Any = cache if use_cache else None
-        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=kept, **{_CACHE: returned})
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=hidden, **{_CACHE: returned})
 
 
 class RWKV7ForCausalLM(RWKV7PreTrainedModel, GenerationMixin):
@@ -158,17 +171,60 @@ class RWKV7ForCausalLM(RWKV7PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        kept: Any = {_CACHE: out.get(_CACHE)}
-        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **kept)
+        cached: Any = {_CACHE: out.get(_CACHE)}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **cached)
 
 
-def _padding(mask: Any, x: Tensor) -> Tensor | None:
+def _padding(mask: Tensor | Mapping[str, Tensor] | None, x: Tensor) -> Tensor | None:
     """Zeros of a mask where x [B,T,D] has padding, or None where it has none. Some versions of transformers' generate
     make one mask for each type of layer."""
-    mask = mask.get("linear_attention") if isinstance(mask, dict) else mask
+    mask = mask.get("linear_attention") if isinstance(mask, Mapping) else mask
     if mask is None:
         return None
     if mask.ndim != 2 or mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
         raise ValueError(f"attention_mask must be [B,T] for an input of {list(x.shape[:2])}, found {list(mask.shape)}")
     mask = mask[:, -x.shape[1] :]
     return None if bool((mask != 0).all()) else mask
+
+
+# -- checkpoints of the first format
+
+
+def legacy_weights(name_or_path: str, options: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """All weights of a checkpoint under their present names, or None where it has these already (the usual case, which
+    costs a look at the names). ``options`` are those of ``from_pretrained``."""
+    where = {name: options[name] for name in _WHERE if options.get(name) is not None}
+
+    def find(file: str) -> Path | None:
+        path = cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **where)
+        return None if path is None else Path(path)
+
+    index = find(_INDEX)
+    if index is not None:
+        of_file: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not any(name.endswith(_JOINED) for name in of_file):
+            return None
+        files = [find(file) for file in sorted(set(of_file.values()))]
+    else:
+        files = [find(_SINGLE)]
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        if file is None:  # no safetensors: from_pretrained says what is missing
+            return None
+        with safe_open(file, framework="pt") as opened:
+            names = list(opened.keys())
+            if index is None and not any(name.endswith(_JOINED) for name in names):
+                return None
+            weights |= {name: opened.get_tensor(name) for name in names}
+    return _renamed(weights)
+
+
+def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    present: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if name.endswith(_JOINED):
+            stem = name.removesuffix("x_x")
+            present |= {stem + part: shift.reshape(1, 1, -1).clone() for part, shift in zip(_PARTS, value, strict=True)}
+        else:
+            present[name] = value
+    return present

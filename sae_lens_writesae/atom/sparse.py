@@ -1,18 +1,19 @@
-"""Encode and decode with matrix atoms without ever holding the dictionary.
+"""Encode and decode with matrix atoms, without building the dense dictionary.
 
-An atom is A_f = sum_r v_f,r w_f,r^T, so the dictionary is the Khatri-Rao product of its factors. Here are the two
-maps an autoencoder needs, differentiable in everything, with their plain forms as reference:
+An atom is A_f = sum_r v_f,r w_f,r^T, so the dictionary is the Khatri-Rao product of its factors. This file has the two
+maps of an autoencoder, differentiable in all inputs, with their plain forms as reference:
 
     encode:  c_nf = <X_n, A_f>          [N,K*V] -> [N,F]
     decode:  Y_n  = sum_f c_nf A_f      [N,F] -> [N,K*V]
 
-* Encoding needs every inner product: one GEMM over the product, built in slices that stay in cache.
-* Its backward, decoding and decoding's backward only touch pairs (n, f) with c_nf != 0 (or a gradient != 0). Those
-  are gathered: per pair 2*R*K*V operations instead of 2*K*V for every atom. The pairs are found by value, so TopK,
-  BatchTopK, JumpReLU and ReLU all profit; where too many are active the slices of the product take over.
+* Encoding needs every inner product: one GEMM over the product, which is built in slices that stay in cache.
+* The backward pass of encoding, decoding, and its backward pass need only pairs (n, f) with c_nf != 0 (or with a
+  gradient != 0). These pairs are gathered, at 2*R*K*V operations each instead of 2*K*V for every atom. They are found
+  by their values, so that TopK, BatchTopK, JumpReLU and ReLU all profit. Where too many are active, the slices of the
+  product are used instead.
 
-Both maps are registered as torch operators, so that torch.compile treats them as opaque and needs no shapes that
-depend on data.
+Both maps are registered as torch operators: torch.compile then does not look into them and needs no shapes that depend
+on data.
 
 Alphabet: N rows, F atoms, R rank, K key side, V value side.
 """
@@ -52,13 +53,21 @@ def khatri_rao(v: Tensor, w: Tensor) -> Tensor:
     return (v.mT @ w).flatten(1)
 
 
+def atom_norm(v: Tensor, w: Tensor) -> Tensor:
+    """Frobenius norm of sum_r v_f,r w_f,r^T: [F,R,K], [F,R,V] -> [F]. R = 1: |v||w|; else from the Gram matrices."""
+    if v.shape[1] == 1:
+        return (v.norm(dim=-1) * w.norm(dim=-1)).squeeze(1)
+    square = ((v @ v.mT) * (w @ w.mT)).sum((-2, -1))
+    return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
+
+
 def encode_reference(x: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    """`encode` without cleverness: the oracle, and what SAELens would do with a dense W_enc."""
+    """`encode` in plain form: the reference for tests, and what SAELens would do with a dense W_enc."""
     return x @ khatri_rao(v, w).T
 
 
 def decode_reference(acts: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    """`decode` without cleverness: the oracle, and what SAELens would do with a dense W_dec."""
+    """`decode` in plain form: the reference for tests, and what SAELens would do with a dense W_dec."""
     return acts @ khatri_rao(v, w)
 
 
@@ -82,8 +91,8 @@ def decode(acts: Tensor, v: Tensor, w: Tensor, *, full_gradient: bool = True) ->
     Args:
         acts: [...,F], mostly zero.
         v, w: factors [F,R,K] and [F,R,V].
-        full_gradient: give the activations that are 0 their gradient too (2*F*K*V per row). Training with an
-            activation that blocks it anyway (ReLU, TopK, BatchTopK) turns it off and saves a GEMM.
+        full_gradient: also compute the gradient of activations that are 0 (2*F*K*V per row). Training turns it off
+            where the activation function blocks that gradient anyway (ReLU, TopK, BatchTopK), and saves a GEMM.
 
     Returns:
         [...,K*V], key-first. Costs 2*R*K*V per active pair.
@@ -93,7 +102,7 @@ def decode(acts: Tensor, v: Tensor, w: Tensor, *, full_gradient: bool = True) ->
 
 
 def _compute(t: Tensor, factors: Tensor) -> Tensor:
-    """`t` in the dtype in which a matmul with `factors` would run: autocast's, else that of the factors."""
+    """`t` in the dtype of a matmul with `factors`: that of autocast where it is on, else that of the factors."""
     kind = t.device.type
     return t.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else factors.dtype)
 
@@ -175,8 +184,8 @@ _decode.register_autograd(_decode_backward, setup_context=_setup_decode)
 
 
 def _budget(device: torch.device) -> int:
-    """Floats of the product, or of gathered factors, held at once: 16 MB in fp32 on CPU, about a last-level cache, and
-    256 MB on an accelerator, where small products do not fill the device."""
+    """How many numbers of the product, or of gathered factors, are held at once: on CPU 16 MB in fp32, about a
+    last-level cache; on an accelerator 256 MB, because small products do not fill the device."""
     return 4_194_304 if device.type == "cpu" else 67_108_864
 
 
@@ -187,7 +196,7 @@ def _slices(v: Tensor, w: Tensor) -> Iterator[slice]:
 
 
 def _product(v: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
-    """A slice of the product in `dtype`, multiplied in at least fp32: one rounding, not three."""
+    """A slice of the product in `dtype`. Multiplied in at least fp32, so that it is rounded once, not three times."""
     exact = torch.promote_types(v.dtype, torch.float32)
     return khatri_rao(v.to(exact), w.to(exact)).to(dtype)
 
@@ -216,7 +225,7 @@ def _combine(c: Tensor, v: Tensor, w: Tensor) -> Tensor:
 
 
 def _pair_gradients(m: Tensor, c: Tensor, v: Tensor, w: Tensor, want_dots: bool) -> _PairGradients:
-    """Gradients of sum_nf c_nf <M_n, A_f> in v and w, and on request in c where c is not zero.
+    """Gradients of sum_nf c_nf <M_n, A_f> with respect to v and w, and on request to c where c is not zero.
 
     Sums over rows run in at least fp32 and are rounded once.
     """
@@ -245,7 +254,7 @@ def _dense_gradients(m: Tensor, c: Tensor, v: Tensor, w: Tensor, dv: Tensor, dw:
 def _gathered_gradients(
     m: Tensor, block: _Block, v: Tensor, w: Tensor, dv: Tensor, dw: Tensor, dots: Tensor | None
 ) -> None:
-    """The active pairs of a block; adds to dv, dw and fills dots."""
+    """Add the active pairs of a block to dv and dw, and put their inner products into dots."""
     (n, j), R = block.atoms.shape, v.shape[1]
     vs = v[block.atoms].to(m.dtype).flatten(1, 2)  # [n,j*R,K]
     ws = w[block.atoms].to(m.dtype).flatten(1, 2)
@@ -254,7 +263,7 @@ def _gathered_gradients(
     vm = vs @ matrices  # [n,j*R,V]
     if dots is not None:
         values = (mw * vs).sum(-1).view(n, j, R).sum(-1)
-        # Padding repeats atoms that are not active: theirs must stay 0.
+        # The padding names atoms that are not active, whose entries must stay 0.
         dots[block.rows[:, None], block.atoms] = (values * (block.values != 0)).to(dots.dtype)
     coefficient = block.values.to(dv.dtype)[..., None, None]
     at = block.atoms.flatten()
@@ -269,14 +278,14 @@ def _sparse_counts(c: Tensor, v: Tensor) -> Tensor | None:
 
 
 def _blocks(c: Tensor, counts: Tensor, v: Tensor, w: Tensor) -> Iterator[_Block]:
-    """Rows grouped by how many atoms are active, so that one crowded row does not pad the others."""
+    """Rows grouped by their number of active atoms, so that one row with many does not pad the others."""
     order = counts.argsort(descending=True, stable=True)
     widths = counts[order].tolist()
     start, budget, factor_floats = 0, _budget(v.device), v.shape[1] * (v.shape[-1] + w.shape[-1])
     while start < len(widths) and widths[start]:
         size = max(1, budget // (widths[start] * factor_floats + v.shape[-1] * w.shape[-1]))
         rows = order[start : start + size]
-        picked = c[rows]
-        atoms = picked.abs().topk(widths[start], sorted=False).indices
-        yield _Block(rows, atoms, picked.gather(1, atoms))
+        values = c[rows]
+        atoms = values.abs().topk(widths[start], sorted=False).indices
+        yield _Block(rows, atoms, values.gather(1, atoms))
         start += size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sae_lens_writesae.sae import VARIANTS
+from sae_lens_writesae.sae.base import VARIANTS
 
 
 def fields(sae: Any) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from sae_lens_writesae.conditions import (
 from sae_lens_writesae.firings import HeadHook, atom_factors
 from sae_lens_writesae.head_memory import head_writes
 from sae_lens_writesae.reconstruction import encoded, matrices_of, reconstructed
-from sae_lens_writesae.sae.base import truncated_svd
 from sae_lens_writesae.substitution_edits import edits_of, measure
 from sae_lens_writesae.substitution_result import METRICS
 
@@ -116,7 +115,7 @@ def _without_dictionary(
     yield Written("", "state_after", state_direction(after), False)
     for rank in setting.config.pca_ranks:
         projected = setting.pca.project(dense.flatten(1), rank).view_as(dense)
-        yield Written("", f"pca {rank}", Factors(*truncated_svd(projected, min(dense.shape[1:]))), True)
+        yield Written("", f"pca {rank}", Factors.svd(projected, min(dense.shape[1:]), balanced=True), True)
 
 
 def _of_dictionary(label: str, sae: Any, matrices: Tensor, native: Factors) -> Iterator[Written]:
@@ -129,8 +128,8 @@ def _of_dictionary(label: str, sae: Any, matrices: Tensor, native: Factors) -> I
     atom = Factors(atom.keys.to(native.keys), atom.values.to(native.values))
     yield Written(label, ATOM, atom, True)
     if atom.keys.shape[1] > 1:
-        yield Written(label, ATOM_SVD, Factors(*truncated_svd(atom.dense(), 1)), True)
-    yield Written(label, SVD, Factors(*truncated_svd(reconstructed(sae, acts, matrices), 1)), True)
+        yield Written(label, ATOM_SVD, Factors.svd(atom.dense(), 1, balanced=True), True)
+    yield Written(label, SVD, Factors.svd(reconstructed(sae, acts, matrices), 1, balanced=True), True)
 
 
 def _sized(each: Written, native: Factors, scale: str) -> Factors:

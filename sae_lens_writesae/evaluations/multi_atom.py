@@ -193,9 +193,9 @@ class MultiAtom(Evaluation):
         delete = rows_of(result, "delete")
         effect = self._log_ratio(result, code, delete)
         controls = [name for name in self.controls if not rows_of(result, name, scale, ALL).empty]
-        own = {name: self._log_ratio(result, name, delete) for name in controls}
+        by_itself = {name: self._log_ratio(result, name, delete) for name in controls}
         against = {
-            NAMES[name]: Against(self._log_ratio(result, code, rows_of(result, name, scale, ALL)), own[name])
+            NAMES[name]: Against(self._log_ratio(result, code, rows_of(result, name, scale, ALL)), by_itself[name])
             for name in controls
             if name not in REFERENCES
         }
@@ -220,7 +220,9 @@ class MultiAtom(Evaluation):
                 f"KL ratio to delete {np.exp(effect.mean):.2f} [{np.exp(effect.low):.2f}–{np.exp(effect.high):.2f}]",
                 effect.n,
                 f"writes in {effect.n_clusters} sequences",
-                "; ".join(f"{NAMES[name]}: ratio to delete {np.exp(each.mean):.2f}" for name, each in own.items()),
+                "; ".join(
+                    f"{NAMES[name]}: ratio to delete {np.exp(each.mean):.2f}" for name, each in by_itself.items()
+                ),
                 verdict.outcome,
                 verdict.sentence,
             )
@@ -261,16 +263,17 @@ class MultiAtom(Evaluation):
         counts = self._counts(result, "code", scale)
         most = int(np.max(rows_of(result, "code", scale, ALL)["count"]))
         x = [float(n) for n in (*counts[:-1], max(most, *(n + 1 for n in counts)))]
-        colours = {"code": "atom", "code + bias": "ink"}
+        controls = () if column == "norm" else self.controls  # a control has the norm of the code
         lines = []
-        for condition in (*self.controls, "code + bias", "code"):
+        for condition in (*controls, "code + bias", "code"):
             rows = [rows_of(result, condition, scale, n)[column] for n in counts]
             if all(len(each) for each in rows):
                 y = [float(np.median(each)) for each in rows]
-                lines.append(figures.Line(NAMES.get(condition, condition), x, y, colours.get(condition, "soft")))
+                short = NAMES.get(condition, condition).split(" (")[0]
+                lines.append(figures.Line(short, x, y, "atom" if "code" in condition else "soft"))
         if column == "kl":
             level = float(np.median(rows_of(result, "delete")["kl"]))
-            lines.append(figures.Line("delete", x, [level] * len(x), "control"))
+            lines.append(figures.Line("delete", x, [level] * len(x), "ink"))
         title = f"{name} by atoms at scale {scale}, multi_atom: {result.label}"
         return figures.curves(lines, "atoms written (last: all)", title, log_x=True)
 

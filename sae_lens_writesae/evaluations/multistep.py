@@ -140,9 +140,9 @@ class Multistep(Evaluation):
         def rate(a: str, b: str) -> stats.Rate:
             return stats.win_rate(wide[a], wide[b], wide["sequence"], seed=self.seed)
 
-        win, own = rate("atom", "delete"), {name: rate(name, "delete") for name in self.controls}
+        win, by_itself = rate("atom", "delete"), {name: rate(name, "delete") for name in self.controls}
         against = {
-            NAMES[name]: Against(rate("atom", name).over_clusters, own[name].over_clusters, chance=0.5)
+            NAMES[name]: Against(rate("atom", name).over_clusters, by_itself[name].over_clusters, chance=0.5)
             for name in self.controls
             if name not in REFERENCES
         }
@@ -162,7 +162,9 @@ class Multistep(Evaluation):
                 f"{percent(win.rate)} [{span(*win.over_clusters.interval)}]",
                 win.n,
                 f"firings in {win.over_clusters.n_clusters} sequences",
-                ", ".join(f"{NAMES[n]} {percent(r.rate)}" for n, r in sorted(own.items(), key=lambda x: -x[1].rate)),
+                ", ".join(
+                    f"{NAMES[n]} {percent(r.rate)}" for n, r in sorted(by_itself.items(), key=lambda x: -x[1].rate)
+                ),
                 verdict.outcome,
                 verdict.sentence,
             )
@@ -182,7 +184,7 @@ class Multistep(Evaluation):
                 figures.Line(
                     NAMES[name],
                     [float(step) for step in medians.columns],
-                    medians.loc[name].tolist(),
+                    np.asarray(medians.loc[name]).tolist(),
                     {"atom": "atom", "delete": "ink"}.get(name, "soft"),
                 )
                 for name in shown

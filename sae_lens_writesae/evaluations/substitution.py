@@ -538,12 +538,16 @@ def substitution_figures(
         ),
         Figure(
             "How far each moves the model",
-            figures.boxes(_of_scale(wide, scale), "KL from native, nats", accents, name, floor=floor),
+            figures.boxes(
+                _of_scale(wide, scale), "KL from native, nats", accents, f"KL by condition: {name}", floor=floor
+            ),
             "Median, quartiles and 5-95 % over firings.",
         ),
         Figure(
             "The same against deletion",
-            figures.boxes(_ratios(wide, scale), "KL over deletion's", accents, name, line=1.0),
+            figures.boxes(
+                _ratios(wide, scale), "KL over deletion's", accents, f"KL relative to deletion: {name}", line=1.0
+            ),
             "Left of 1 is a win; how far left is how much of the deletion's effect is taken back.",
         ),
         Figure(

@@ -158,7 +158,7 @@ class Evaluation(ABC):
             self._check(lab)
             tables = self.measure(lab)
         tables = {name: pd.DataFrame(tables[name], columns=list(self.columns[name])) for name in self.columns}
-        info = lab.describe(self.label) | {"seconds": round(time.perf_counter() - begin, 3)}
+        info = lab.describe(self._label(lab)) | {"seconds": round(time.perf_counter() - begin, 3)}
         result = Result(self, info, tables)
         result.check()
         return result
@@ -171,7 +171,11 @@ class Evaluation(ABC):
             return self.run(model, saes, tokens, progress=progress)
         except NothingToMeasureError as error:
             lab = Lab(model, saes if isinstance(saes, Mapping) else {"": saes}, tokens, seed=self.seed)
-            return Result(self, lab.describe(self.label), {}, skipped=str(error))
+            return Result(self, lab.describe(self._label(lab)), {}, skipped=str(error))
+
+    def _label(self, lab: Lab) -> str:
+        # A result about a head must not be named after the dictionary that only says which head it is.
+        return self.label or (lab.hook.cell if self.scope is Scope.HEAD else "")
 
     def _check(self, lab: Lab) -> None:
         n, length = lab.tokens.shape

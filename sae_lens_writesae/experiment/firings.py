@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.firings import HeadHook, check_plain_activations
+from sae_lens_writesae.sae.target import HeadHook, check_plain_activations
 
 Integers = NDArray[np.int64]
 

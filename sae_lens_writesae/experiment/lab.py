@@ -18,11 +18,10 @@ from tqdm.auto import tqdm
 from hookpoints import EditSession, HookedRecurrent, Recurrence, WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluate import check_fits
 from sae_lens_writesae.experiment.firings import Firings, collect_firings
 from sae_lens_writesae.experiment.head import head_writes
 from sae_lens_writesae.experiment.result import Json
-from sae_lens_writesae.firings import HeadHook, atom_factors
+from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_fits
 
 T = TypeVar("T")
 
@@ -176,7 +175,7 @@ class Lab:
     def atoms(self, numbers: ArrayLike, label: str | None = None) -> LowRank:
         """Atoms of a dictionary as its decoder has them, on the model's device, in float32."""
         sae = self.sae if label is None else self.saes[label]
-        return atom_factors(sae, np.asarray(numbers), *self.key_value).to(self.model.cfg.device)
+        return atoms_of(sae, np.asarray(numbers), *self.key_value).to(self.model.cfg.device)
 
     def rng(self, *stream: int) -> np.random.Generator:
         """A generator of its own for each purpose, so that no draw depends on another."""
@@ -190,9 +189,12 @@ class Lab:
         for sequence, rows in self.bar(groups, name):
             yield self.site(sequence, rows)
 
-    def site(self, sequence: int, rows: pd.DataFrame | None = None) -> Site:
-        """One sequence. Cost: one plain forward, whose cache edited runs branch off from."""
-        session = self.model.edit_session(self.tokens[[sequence]])
+    def site(self, sequence: int, rows: pd.DataFrame | None = None, span: slice = slice(None)) -> Site:
+        """One sequence, or the tokens `span` of it as a text of their own.
+
+        Cost: one plain forward, whose cache edited runs branch off from.
+        """
+        session = self.model.edit_session(self.tokens[[sequence], span])
         recurrence = session.recurrence(self.hook.layer).select(heads=slice(self.hook.head, self.hook.head + 1))
         return Site(sequence, pd.DataFrame() if rows is None else rows, session, recurrence, head_writes(recurrence, 0))
 
@@ -277,9 +279,14 @@ class Lab:
             yield batch
             batch = []
 
-    def floor(self, readout: Readout, column: str, window: int, quantile: float = 0.95) -> float:
+    def floor(
+        self, readout: Readout, column: str, window: int, quantile: float = 0.95, *, plain: bool = False
+    ) -> float:
         """What a no-op moves: the native write is written again through the edit path, and `column` of the readout is
         read. Measured in the model's own dtype.
+
+        Args:
+            plain: as in `read`.
 
         Returns: the `quantile` of the absolute values over at most 32 places. Cost: one edited row each.
         """
@@ -289,10 +296,11 @@ class Lab:
         values: list[float] = []
         for sequence in sequences:
             site = self.site(sequence)
-            positions = np.sort(rng.choice(np.arange(1, length - window + 1), _NO_OPS // 4)).tolist()
+            last = length - window
+            positions = np.sort(rng.choice(np.arange(min(1, last), last + 1), _NO_OPS // 4)).tolist()
             trials = [Trial({}, t, self.replace(t, site.writes, t)) for t in positions]
             before = self.n_edited_runs
-            values += np.abs(self.read(site, trials, readout, window)[column].to_numpy(float)).tolist()
+            values += np.abs(self.read(site, trials, readout, window, plain=plain)[column].to_numpy(float)).tolist()
             self.n_edited_runs = before  # a reader counts conditions, not this
         return float(np.quantile(values, quantile))
 

@@ -19,28 +19,33 @@ Source of F0: WriteSAE (arXiv 2605.12770), its closed form of the logit change.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 
+from hookpoints import EditSession, HookedRecurrent, Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
 
 PREDICTORS = ("F0", "F1", "F2")
+"""The formulas, from the coarsest to the exact derivative."""
 
 DEFINITIONS = {
     "F0": "the paper's: decay only, direct path, no norms",
     "F1": "exact propagation, direct path with its local Jacobian",
     "F2": "all first-order paths: every read, every later block",
 }
+"""What each formula takes into account."""
 
 
 class Gradient(NamedTuple):
-    """d (direction . logits at `position`) / d reads of one head."""
+    """Gradient of `direction . logits` at one position with respect to the reads of one head."""
 
     position: int
     reads: Tensor
-    """[position + 1, V], through everything after the read."""
+    """[position + 1, V], of every read up to `position`, through everything after the read."""
     direct: Tensor
     """[V], of the read at `position`, along the direct path."""
 
@@ -59,22 +64,24 @@ class ReadGradients:
     The forward pass runs once, from the head's layer on; its graph is kept until this object goes.
 
     Args:
-        session: an `EditSession`; its residual stream is where the pass begins.
+        model: the hooked model.
+        session: the plain pass over the sequence; its residual stream is where the forward begins.
+        layer, head: the head.
         positions: the positions whose logits are wanted.
 
-    Cost: one forward of the blocks from `layer` on with its activations kept; then per call of `at` one backward.
+    Cost: one forward of the blocks from `layer` on with its activations kept; then one backward for each call of `at`.
     """
 
-    def __init__(self, model: Any, session: Any, layer: int, head: int, positions: list[int]):
+    def __init__(self, model: HookedRecurrent, session: EditSession, layer: int, head: int, positions: Sequence[int]):
         self.head = head
-        self._where = {position: i for i, position in enumerate(sorted(set(positions)))}
-        stop = max(self._where) + 1
+        self._index = {position: i for i, position in enumerate(sorted(set(positions)))}
+        stop = max(self._index) + 1
         seen: dict[str, Tensor] = {}
 
-        def keep(value: Tensor, hook: Any) -> None:
+        def keep(value: Tensor, hook: HookPoint) -> None:
             seen[str(hook.name)] = value
 
-        def cut(value: Tensor, hook: Any) -> Tensor:
+        def make_leaf(value: Tensor, hook: HookPoint) -> Tensor:
             seen[str(hook.name)] = value.detach().requires_grad_()
             return seen[str(hook.name)]
 
@@ -85,57 +92,64 @@ class ReadGradients:
                 session.residual(layer)[:, :stop],
                 start_at_layer=layer,
                 tokens=session.tokens[:, :stop],
-                logits_to_keep=torch.tensor(sorted(self._where), device=session.tokens.device),
-                fwd_hooks=[(read, cut), (mixed, keep), (last, keep)],
+                logits_to_keep=torch.tensor(sorted(self._index), device=session.tokens.device),
+                fwd_hooks=[(read, make_leaf), (mixed, keep), (last, keep)],
             )
         self._read, self._mixed, self._last, self._logits = seen[read], seen[mixed], seen[last], logits
 
     @torch.enable_grad()
     def at(self, position: int, direction: Tensor) -> Gradient:
-        """Gradients of `direction` [vocab] . logits at `position`."""
-        wanted = self._logits[0, self._where[position]]
+        """Gradients of `direction` [vocab] . logits at `position`, one of those that were asked for."""
+        logits = self._logits[0, self._index[position]]
         ends = [self._read, self._last]
-        whole, final = torch.autograd.grad(wanted, ends, direction.to(wanted), retain_graph=True)
-        # What the mixer adds reaches the final norm unchanged.
+        through_all, at_last = torch.autograd.grad(logits, ends, direction.to(logits), retain_graph=True)
+        # On the direct path, what the mixer adds to the residual stream reaches the final norm unchanged.
         mixed = self._mixed[0, position]
-        (direct,) = torch.autograd.grad(mixed, self._read, final[0, position], retain_graph=True)
-        return Gradient(position, whole[0, : position + 1, self.head], direct[0, position, self.head])
+        (direct,) = torch.autograd.grad(mixed, self._read, at_last[0, position], retain_graph=True)
+        return Gradient(position, through_all[0, : position + 1, self.head], direct[0, position, self.head])
 
 
-def predict(recurrence: Any, added: LowRank, start: int, gradients: list[Gradient], naive: Tensor) -> list[Predictions]:
-    """The three formulas for n matrices added at `start`, for each of several gradients at positions >= start.
+def predict(
+    recurrence: Recurrence, added: LowRank, start: int, gradients: Sequence[Gradient], naive: Tensor
+) -> list[Predictions]:
+    """The three formulas for n matrices added at `start`: one `Predictions` for each of G gradients.
 
     Args:
         recurrence: factors of the one head (B = H = 1).
-        added: n matrices, keys [n,R,K], values [n,R,V].
-        gradients: G of them.
-        naive: [G,V], W_O^h W_U d for the direction d of each gradient: F0's value side.
+        added: n matrices.
+        gradients: G of them, at positions >= start.
+        naive: [G,V], W_O^h W_U d for the direction d of each gradient: the value side of F0.
+
+    Cost: two passes of `Recurrence.propagate` over the n R keys, from `start` to the last position.
     """
     stop = max(gradient.position for gradient in gradients) + 1
     exact = read_weights(recurrence, added.keys, start, stop)  # [n,R,S]
     decayed = read_weights(recurrence.without_erase(), added.keys, start, stop)
     values = added.values.to(exact)
-    found = []
+    predictions = []
     for gradient, direction in zip(gradients, naive, strict=True):
         here = gradient.position - start
-        reads = gradient.reads[start:].to(exact)  # [S',V]
-        found.append(
+        reads = gradient.reads[start:].to(exact)  # [here + 1, V]
+        predictions.append(
             Predictions(
                 F0=(decayed[:, :, here] * (values @ direction.to(exact))).sum(1),
                 F1=(exact[:, :, here] * (values @ gradient.direct.to(exact))).sum(1),
                 F2=torch.einsum("nrs,nrv,sv->n", exact[:, :, : here + 1], values, reads),
             )
         )
-    return found
+    return predictions
 
 
-def read_weights(recurrence: Any, keys: Tensor, start: int, stop: int) -> Tensor:
-    """<p_s, scale q_s> for s = start..stop-1: how much of its value an edit with `keys` [n,R,K] at `start` adds to each
-    read, [n,R,stop-start]. Of a head alone (B = H = 1); exact."""
-    part = recurrence.select(tokens=slice(0, stop))
-    carried = part.propagate(keys.flatten(0, 1), start, 0)[0]  # [nR,S,K]
-    reads = part.scale * part.q[0, start:, 0].to(carried)
-    if part.read_before_write:  # the read at s sees the state after s - 1
+def read_weights(recurrence: Recurrence, keys: Tensor, start: int, stop: int) -> Tensor:
+    """How much of its value an edit at `start` with `keys` [n,R,K] adds to each read: [n,R,stop-start], exact.
+
+    The weight at s is <p_s, scale q_s>, where p_s is the key as decay and erase have carried it to s. The recurrence is
+    that of one head (B = H = 1).
+    """
+    until_stop = recurrence.select(tokens=slice(0, stop))
+    carried = until_stop.propagate(keys.flatten(0, 1), start, 0)[0]  # [nR,S,K]
+    reads = until_stop.scale * until_stop.q[0, start:, 0].to(carried)
+    if until_stop.read_before_write:  # the read at s sees the state after s - 1
         weights = torch.cat([torch.zeros_like(carried[:, :1, 0]), (carried[:, :-1] * reads[1:]).sum(-1)], 1)
     else:
         weights = (carried * reads).sum(-1)

@@ -11,8 +11,8 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.experiment.evaluation import Evaluation, Scope
 from sae_lens_writesae.experiment.result import Result
-from sae_lens_writesae.firings import HeadHook
 from sae_lens_writesae.sae.kinds import objective, variant
+from sae_lens_writesae.sae.target import HeadHook
 
 
 def evaluate_all(

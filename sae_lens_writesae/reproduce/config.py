@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from sae_lens_writesae.experiment.result import Json
-from sae_lens_writesae.sae import VARIANTS
+from sae_lens_writesae.sae.base import VARIANTS
 from sae_lens_writesae.sae.losses import Loss
 from sae_lens_writesae.sae.target import Target
 

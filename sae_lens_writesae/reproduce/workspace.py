@@ -27,7 +27,7 @@ from sae_lens_writesae.page.atoms import AtomPages, write_atom_pages
 from sae_lens_writesae.page.report import find_results, write_report
 from sae_lens_writesae.reproduce.config import MATCHED, ReproduceConfig
 from sae_lens_writesae.reproduce.tasks import Dictionary
-from sae_lens_writesae.sae import VARIANTS
+from sae_lens_writesae.sae.base import VARIANTS
 from sae_lens_writesae.sae.kinds import matched_flat
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import WriteSAETrainingRunner, quiet, text_dataset, training_config

@@ -1,4 +1,4 @@
-"""The six architectures, one file each, and their place in SAELens' registry."""
+"""The six architectures and their place in SAELens' registry."""
 
 from typing import Any
 
@@ -8,7 +8,9 @@ from sae_lens.registry import (
     register_sae_class,
     register_sae_training_class,
 )
+from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
 
+from sae_lens_writesae.sae.base import VARIANTS, MatrixSAE, MatrixSAEConfig
 from sae_lens_writesae.sae.batchtopk import WriteBatchTopKTrainingSAE, WriteBatchTopKTrainingSAEConfig
 from sae_lens_writesae.sae.gated import (
     WriteGatedSAE,
@@ -35,8 +37,9 @@ from sae_lens_writesae.sae.topk import (
     WriteTopKTrainingSAE,
     WriteTopKTrainingSAEConfig,
 )
+from sae_lens_writesae.sae.training import MatrixTrainingSAE, MatrixTrainingSAEConfig
 
-INFERENCE: dict[str, tuple[type[Any], type[Any]]] = {
+INFERENCE: dict[str, tuple[type[SAE[Any]], type[SAEConfig]]] = {
     "writesae_topk": (WriteTopKSAE, WriteTopKSAEConfig),
     "writesae_jumprelu": (WriteJumpReLUSAE, WriteJumpReLUSAEConfig),
     "writesae_standard": (WriteStandardSAE, WriteStandardSAEConfig),
@@ -44,7 +47,7 @@ INFERENCE: dict[str, tuple[type[Any], type[Any]]] = {
 }
 """Architecture -> (class, config) for inference."""
 
-TRAINING: dict[str, tuple[type[Any], type[Any]]] = {
+TRAINING: dict[str, tuple[type[TrainingSAE[Any]], type[TrainingSAEConfig]]] = {
     "writesae_topk": (WriteTopKTrainingSAE, WriteTopKTrainingSAEConfig),
     "writesae_batchtopk": (WriteBatchTopKTrainingSAE, WriteBatchTopKTrainingSAEConfig),
     "writesae_matryoshka": (WriteMatryoshkaTrainingSAE, WriteMatryoshkaTrainingSAEConfig),
@@ -54,30 +57,49 @@ TRAINING: dict[str, tuple[type[Any], type[Any]]] = {
 }
 """Architecture -> (class, config) for training. BatchTopK and Matryoshka are exported as `writesae_jumprelu`."""
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "WriteSAE": {"encoder": "bilinear", "decoder": "rank", "rank": 1},
-    "TiedSAE": {"encoder": "tied", "decoder": "rank", "rank": 1},
-    "MatrixSAE": {"encoder": "dense", "decoder": "rank", "rank": 1},
-    "BilinearFlatSAE": {"encoder": "bilinear", "decoder": "flat", "rank": 1},
-    "FlatSAE": {"encoder": "dense", "decoder": "flat", "rank": 1},
-    "WriteSAE-rank2": {"encoder": "bilinear", "decoder": "rank", "rank": 2},
-    "WriteSAE-rank4": {"encoder": "bilinear", "decoder": "rank", "rank": 4},
-}
-"""The paper's variants as config fields, for any architecture. (Its BilinearSAE, "untied", is the WriteSAE.)"""
-
 
 def register() -> None:
-    """Put the architectures in SAELens' registry; done on import, harmless when repeated.
+    """Put the architectures in SAELens' registry. The package does so on import; repeating it is harmless.
 
     Raises:
-        ValueError: the name is taken by another class.
+        ValueError: another class has one of the names.
     """
     # Inference first: a training config looks its inference config up.
-    _register(INFERENCE, SAE_CLASS_REGISTRY, register_sae_class)
-    _register(TRAINING, SAE_TRAINING_CLASS_REGISTRY, register_sae_training_class)
+    for name, pair in INFERENCE.items():
+        if SAE_CLASS_REGISTRY.get(name) != pair:
+            register_sae_class(name, *pair)
+    for name, pair in TRAINING.items():
+        if SAE_TRAINING_CLASS_REGISTRY.get(name) != pair:
+            register_sae_training_class(name, *pair)
 
 
-def _register(classes: dict[str, tuple[type[Any], type[Any]]], registry: Any, add: Any) -> None:
-    for name, pair in classes.items():
-        if registry.get(name) != pair:
-            add(name, *pair)
+__all__ = [
+    "INFERENCE",
+    "TRAINING",
+    "VARIANTS",
+    "MatrixSAE",
+    "MatrixSAEConfig",
+    "MatrixTrainingSAE",
+    "MatrixTrainingSAEConfig",
+    "WriteBatchTopKTrainingSAE",
+    "WriteBatchTopKTrainingSAEConfig",
+    "WriteGatedSAE",
+    "WriteGatedSAEConfig",
+    "WriteGatedTrainingSAE",
+    "WriteGatedTrainingSAEConfig",
+    "WriteJumpReLUSAE",
+    "WriteJumpReLUSAEConfig",
+    "WriteJumpReLUTrainingSAE",
+    "WriteJumpReLUTrainingSAEConfig",
+    "WriteMatryoshkaTrainingSAE",
+    "WriteMatryoshkaTrainingSAEConfig",
+    "WriteStandardSAE",
+    "WriteStandardSAEConfig",
+    "WriteStandardTrainingSAE",
+    "WriteStandardTrainingSAEConfig",
+    "WriteTopKSAE",
+    "WriteTopKSAEConfig",
+    "WriteTopKTrainingSAE",
+    "WriteTopKTrainingSAEConfig",
+    "register",
+]

@@ -1,34 +1,93 @@
-"""What all matrix-atom autoencoders share: config fields, and factors in the place of W_enc and W_dec.
+"""What all matrix-atom autoencoders share: their config, their parameters, and encode and decode.
 
-Inputs are flattened K x V matrices, key-first (`d_in = d_k * d_v`). Atom f is `A_f = sum_r v_f,r w_f,r^T`; with a
-factored encoder the pre-activation is `sum_r v_enc^T X w_enc` (WriteSAE, arXiv 2605.12770, eq. 1, written key-first).
-The factors are the only parameters of a factored side, `W_enc` and `W_dec` are views computed on demand.
+Inputs are flattened K x V matrices, key-first (`d_in = d_k * d_v`). Atom f is `A_f = sum_r v_f,r w_f,r^T`. With a
+factored encoder, the pre-activation of atom f is `sum_r v_enc^T X w_enc` (WriteSAE, arXiv 2605.12770, eq. 1, written
+key-first). The factors are the only parameters of a factored side, and `W_enc` and `W_dec` are computed on demand.
 
-SAELens writes to its weights through `W_enc.data` and `W_dec.data`, which does nothing to a view. Every method
-that does so is replaced, and a test goes through the installed SAELens to see that none was missed.
+An architecture `WriteXSAE(MatrixSAE, XSAE, MatrixWeights)` takes SAELens' class X between two bases. `MatrixSAE` comes
+first, so that encode and decode go through the factors instead of `sae_in @ self.W_enc`, which would build the whole
+dictionary at each call. `MatrixWeights` comes last, so that `super().initialize_weights()` and the folds of SAELens
+end there. SAELens writes to its weights through `W_enc.data` and `W_dec.data`, which does nothing to a computed matrix:
+every method that does so is overridden, and a test reads the installed SAELens to see that none was missed.
 """
 
+# No postponed annotations here: SAELens' command line evaluates those of config fields in another module.
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
+from numpy.typing import NDArray
 from sae_lens.saes.sae import SAE, SAEConfig
 from torch import Tensor, nn
 
 from sae_lens_writesae.atom import sparse
-from sae_lens_writesae.sae.checks import require
+from sae_lens_writesae.atom.low_rank import Index, LowRank
 
 Encoder = Literal["bilinear", "tied", "dense"]
 Decoder = Literal["rank", "flat"]
 
 
+class Variant(TypedDict):
+    """Config fields that make a variant of the paper."""
+
+    encoder: Encoder
+    decoder: Decoder
+    rank: int
+
+
+VARIANTS: dict[str, Variant] = {
+    "WriteSAE": {"encoder": "bilinear", "decoder": "rank", "rank": 1},
+    "TiedSAE": {"encoder": "tied", "decoder": "rank", "rank": 1},
+    "MatrixSAE": {"encoder": "dense", "decoder": "rank", "rank": 1},
+    "BilinearFlatSAE": {"encoder": "bilinear", "decoder": "flat", "rank": 1},
+    "FlatSAE": {"encoder": "dense", "decoder": "flat", "rank": 1},
+    "WriteSAE-rank2": {"encoder": "bilinear", "decoder": "rank", "rank": 2},
+    "WriteSAE-rank4": {"encoder": "bilinear", "decoder": "rank", "rank": 4},
+}
+"""The paper's variants, for any architecture. The paper's BilinearSAE ("untied") is the WriteSAE."""
+
+
+def require(condition: bool, field: str, value: object, wanted: str) -> None:
+    """Raise ValueError unless `condition` holds; the message names the field, its value and what is needed."""
+    if not condition:
+        raise ValueError(f"{field}={value!r}: must be {wanted}.")
+
+
+def check_finite(result: Tensor, *inputs: Tensor) -> None:
+    """Raise if the result of a linear map holds NaN or infinity, which it does whichever of its inputs held them.
+
+    Costs one sum over `result` when all is finite; does nothing on the meta device and in compiled graphs.
+
+    Raises:
+        ValueError: names the input that is not finite and its first bad row, or blames the weights.
+    """
+    if torch.compiler.is_compiling() or result.is_meta:
+        return
+    if torch.isfinite(result.detach().sum(dtype=torch.promote_types(result.dtype, torch.float32))):
+        return
+    for x in inputs:
+        rows = torch.nonzero(~torch.isfinite(x.detach()).reshape(-1, x.shape[-1]).all(-1)).flatten()
+        if len(rows):
+            raise ValueError(
+                f"Input of shape {list(x.shape)} has NaN or infinite values in {len(rows)} rows, the first being row "
+                f"{int(rows[0])}. Check the model's dtype (fp16 overflows easily) and leave those positions out."
+            )
+    if torch.isfinite(result).all():  # only the sum overflowed
+        return
+    raise ValueError(
+        f"The input is finite but the pre-activations of shape {list(result.shape)} are not: the weights hold NaN or "
+        "infinite values, or have grown beyond the dtype. Lower the learning rate or load an earlier checkpoint."
+    )
+
+
 @dataclass(kw_only=True)
-class MatrixAtomsConfig(SAEConfig):
+class MatrixSAEConfig(SAEConfig):
     """Fields that the training and the inference config of every architecture share.
 
     Raises:
-        ValueError: the shapes do not fit, or an option is unknown or cannot be kept by matrix atoms.
+        ValueError: the shapes do not fit, an option is unknown, or matrix atoms cannot have it.
     """
 
     d_k: int = 0
@@ -38,7 +97,7 @@ class MatrixAtomsConfig(SAEConfig):
     rank: int = 1
     """R of every atom and of a bilinear encoder; 1, 2 and 4 are the paper's. Unused by `dense` and `flat`."""
     encoder: Encoder = "bilinear"
-    """`bilinear`: factors of its own; `tied`: the decoder's atoms; `dense`: a plain [d_in, d_sae] matrix."""
+    """`bilinear`: separate factors; `tied`: the decoder's atoms; `dense`: a plain [d_in, d_sae] matrix."""
     decoder: Decoder = "rank"
     """`rank`: atoms of rank R; `flat`: a plain [d_sae, d_in] matrix."""
 
@@ -80,24 +139,15 @@ def _matrix_shape(d_in: int, d_k: int, d_v: int) -> tuple[int, int]:
     return k, v
 
 
-class AtomFactors(NamedTuple):
-    """Atoms as sums of outer products, A_f = sum_r v_f,r w_f,r^T. A sign may move between v and w."""
-
-    v: Tensor
-    """[F,R,K]"""
-    w: Tensor
-    """[F,R,V]"""
-
-
-class MatrixAtoms(SAE[Any]):
-    """Holds the parameters of both sides; comes last among the bases, so that SAELens' `super()` calls land here.
+class MatrixWeights(SAE[Any]):
+    """The parameters of both sides, the linear maps, and the folds. It is the last base of every architecture.
 
     Parameters: `b_dec` [K*V]; for a rank decoder `v` [F,R,K] and `w` [F,R,V], else `decoder_matrix` [F,K*V]; for a
     bilinear encoder `v_enc`, `w_enc`, for a dense one `encoder_matrix` [K*V,F]. A tied encoder reads the decoder, times
     the buffer `encoder_scale` [F], which stays 1 in training and lets norms be folded afterwards.
     """
 
-    cfg: Any
+    cfg: MatrixSAEConfig
     b_dec: nn.Parameter
     v: nn.Parameter
     w: nn.Parameter
@@ -106,23 +156,25 @@ class MatrixAtoms(SAE[Any]):
     w_enc: nn.Parameter
     encoder_matrix: nn.Parameter
     encoder_scale: Tensor
+    b_enc: nn.Parameter
+    """[F]; the gated architecture has none."""
 
     _step: dict[str, Tensor] | None = None
-    """Views and norms computed in this training step; None outside of one."""
+    """Dense matrices and norms computed in this training step; None outside of a step."""
     _zeros_block_gradient = False
-    """Whether the activation function passes no gradient where it returned 0."""
+    """Whether the activation function passes no gradient back where it returned 0."""
 
     # ---------------------------------------------------------------------------------------- parameters
 
     def initialize_weights(self) -> None:
-        """Random atoms of norm `decoder_init_norm` (if it is None, of the norm that SAELens' init gives), encoder =
-        decoder. Draws only: works on the meta device."""
+        """Random atoms of norm `decoder_init_norm` (None: of the norm that SAELens' initialisation gives), with the
+        encoder equal to the decoder. Only draws and scales, so that it works on the meta device."""
         cfg, like = self.cfg, {"dtype": self.dtype, "device": self.device}
         norm = getattr(cfg, "decoder_init_norm", None) or math.sqrt(2.0)
         F, R, K, V = cfg.d_sae, cfg.rank, cfg.d_k, cfg.d_v
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in, **like))
         v, w = torch.randn(F, R, K, **like), torch.randn(F, R, V, **like)
-        scale = (norm / atom_norm(v, w)).sqrt()[:, None, None]
+        scale = (norm / sparse.atom_norm(v, w)).sqrt()[:, None, None]
         v, w = v * scale, w * scale
         dense = sparse.khatri_rao(v, w) if cfg.decoder == "flat" or cfg.encoder == "dense" else None
         if cfg.decoder == "flat":
@@ -138,26 +190,26 @@ class MatrixAtoms(SAE[Any]):
         else:
             self.register_buffer("encoder_scale", torch.ones(F, **like))
 
-    def _decoder_view(self) -> Tensor:
-        return self.decoder_matrix if self.cfg.decoder == "flat" else self._once("W_dec", self._dense_decoder)
-
-    def _encoder_view(self) -> Tensor:
-        return self.encoder_matrix if self.cfg.encoder == "dense" else self._once("W_enc", self._dense_encoder)
-
-    W_dec: Any = property(_decoder_view)
-    """[F,K*V]. A view: writing to its `.data` is lost. Costs F*R*K*V and as much memory, once per training step."""
-    W_enc: Any = property(_encoder_view)
-    """[K*V,F]. A view like `W_dec`."""
-
     def _dense_decoder(self) -> Tensor:
-        return sparse.khatri_rao(self.v, self.w)
+        if self.cfg.decoder == "flat":
+            return self.decoder_matrix
+        return self._once("W_dec", lambda: sparse.khatri_rao(self.v, self.w))
 
     def _dense_encoder(self) -> Tensor:
+        if self.cfg.encoder == "dense":
+            return self.encoder_matrix
         if self.cfg.encoder == "tied":
-            return self.W_dec.T * self.encoder_scale
-        return sparse.khatri_rao(self.v_enc, self.w_enc).T
+            return self._once("W_enc", lambda: self.W_dec.T * self.encoder_scale)
+        return self._once("W_enc", lambda: sparse.khatri_rao(self.v_enc, self.w_enc).T)
 
-    def _once(self, name: str, compute: Any) -> Tensor:
+    # Any, because SAELens declares these two as parameters.
+    W_dec: Any = property(_dense_decoder)
+    """[F,K*V], computed from the factors: what is written to its `.data` is lost. Costs F*R*K*V, and F*K*V numbers of
+    memory, once per training step."""
+    W_enc: Any = property(_dense_encoder)
+    """[K*V,F], computed like `W_dec`."""
+
+    def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         if self._step is None or not torch.is_grad_enabled():
             return compute()
         if name not in self._step:
@@ -196,18 +248,31 @@ class MatrixAtoms(SAE[Any]):
         out = ((keys @ v.flatten(0, 1).T) * (values @ w.flatten(0, 1).T)).view(shape).sum(-1)
         return out if cfg.encoder == "bilinear" else out * self.encoder_scale
 
+    def write_cosines(self, keys: Tensor, values: Tensor) -> Tensor:
+        """Signed cosines of writes sum_r k_r u_r^T and decoder atoms: [N,R',K], [N,R',V] -> [N,F], differentiable.
+
+        0 where the write is zero. Costs N F R R' (K + V); a flat decoder builds the writes.
+        """
+        if self.cfg.decoder == "flat":
+            inner = (keys.mT @ values).flatten(1) @ self.decoder_matrix.T
+        else:
+            sides = (torch.einsum("nrk,fsk->nfrs", keys, self.v), torch.einsum("nrv,fsv->nfrs", values, self.w))
+            inner = (sides[0] * sides[1]).sum((-2, -1))
+        size = (keys @ keys.mT * (values @ values.mT)).sum((1, 2)).clamp_min(0).sqrt()[:, None] * self.decoder_norm()
+        return torch.where(size > 0, inner / size.clamp_min(torch.finfo(size.dtype).tiny), 0)
+
     def decoder_norm(self) -> Tensor:
         """Frobenius norm of every atom [F], differentiable, from the factors alone."""
         if self.cfg.decoder == "flat":
             return self.decoder_matrix.norm(dim=-1)
-        return self._once("norm", lambda: atom_norm(self.v, self.w))
+        return self._once("norm", lambda: sparse.atom_norm(self.v, self.w))
 
     def encoder_norm(self) -> Tensor:
         """Norm of every encoder atom [F]."""
         if self.cfg.encoder == "dense":
             return self.encoder_matrix.norm(dim=0)
         if self.cfg.encoder == "bilinear":
-            return atom_norm(self.v_enc, self.w_enc)
+            return sparse.atom_norm(self.v_enc, self.w_enc)
         return self.decoder_norm() * self.encoder_scale
 
     @torch.no_grad()
@@ -215,58 +280,54 @@ class MatrixAtoms(SAE[Any]):
         return self.decoder_norm().clamp(min=1e-8)
 
     @torch.no_grad()
-    def log_histograms(self) -> dict[str, Any]:
-        """What SAELens' trainer logs beside the metrics."""
+    def log_histograms(self) -> dict[str, NDArray[Any]]:
+        """What SAELens' trainer logs beside its metrics."""
         return {"weights/W_dec_norms": self.decoder_norm().float().cpu().numpy()}
 
     # ---------------------------------------------------------------------------------------- atoms
 
     @torch.no_grad()
-    def atoms(self, indices: Tensor | list[int] | slice = slice(None)) -> Tensor:
-        """Decoder atoms as matrices [n,K,V]."""
-        flat = (
-            self.decoder_matrix[indices]
-            if self.cfg.decoder == "flat"
-            else sparse.khatri_rao(self.v[indices], self.w[indices])
-        )
-        return flat.view(-1, self.cfg.d_k, self.cfg.d_v)
+    def atoms(self, indices: Index = slice(None), rank: int | None = None) -> LowRank:
+        """Decoder atoms as low-rank matrices: N = n atoms.
 
-    @torch.no_grad()
-    def atom_factors(self, indices: Tensor | list[int] | slice = slice(None), rank: int | None = None) -> AtomFactors:
-        """Factors of decoder atoms, [n,R,K] and [n,R,V].
-
-        With `rank`, or for a flat decoder (default: cfg.rank), the best approximation of that rank: the truncated SVD,
-        with each singular value shared evenly. This is the paper's "flat SAE + top-1 SVD" baseline.
+        Without `rank` they are exact: the factors themselves, and for a flat decoder all min(K, V) singular terms. With
+        `rank` each is the closest matrix of that rank, with its singular values shared by both sides (the paper's
+        baseline "flat SAE + top-1 SVD"). Costs one K x V SVD an atom, and nothing for atoms of the rank asked for.
         """
-        if self.cfg.decoder == "rank" and rank in (None, self.cfg.rank):
-            return AtomFactors(self.v[indices].clone(), self.w[indices].clone())
-        return truncated_svd(self.atoms(indices), rank or self.cfg.rank)
+        cfg = self.cfg
+        if cfg.decoder == "flat":
+            dense = self.decoder_matrix[indices].view(-1, cfg.d_k, cfg.d_v)
+            return LowRank.svd(dense, rank, balanced=rank is not None)
+        atoms = LowRank(self.v[indices].clone(), self.w[indices].clone())
+        return atoms if rank in (None, cfg.rank) else LowRank.svd(atoms.dense(), rank, balanced=True)
 
     @torch.no_grad()
-    def replace_atoms(self, indices: Tensor, atoms: AtomFactors, alive: Tensor) -> None:
-        """Put unit-norm `atoms` at `indices` [n], scaled to the mean norms of the `alive` [F] ones in decoder and
-        encoder; their encoder biases start again at 0."""
+    def replace_atoms(self, indices: Tensor, atoms: LowRank, alive: Tensor) -> None:
+        """Put unit-norm `atoms` at `indices` [n], in the decoder and in the encoder.
+
+        They get the mean norm of the atoms where `alive` [F] on either side, and encoder biases of 0.
+        """
         decoder = _mean_over(self.decoder_norm(), alive)
         encoder = _mean_over(self.encoder_norm(), alive)
+        dtype = self.b_dec.dtype
         if self.cfg.decoder == "flat":
-            self.decoder_matrix.data[indices] = self._cast(sparse.khatri_rao(*atoms) * decoder)
+            self.decoder_matrix.data[indices] = (atoms.dense().flatten(1) * decoder).to(dtype)
         else:
-            self.v.data[indices], self.w.data[indices] = (self._cast(f * decoder.sqrt()) for f in atoms)
+            self.v.data[indices] = (atoms.keys * decoder.sqrt()).to(dtype)
+            self.w.data[indices] = (atoms.values * decoder.sqrt()).to(dtype)
         if self.cfg.encoder == "bilinear":
-            self.v_enc.data[indices], self.w_enc.data[indices] = (self._cast(f * encoder.sqrt()) for f in atoms)
+            self.v_enc.data[indices] = (atoms.keys * encoder.sqrt()).to(dtype)
+            self.w_enc.data[indices] = (atoms.values * encoder.sqrt()).to(dtype)
         elif self.cfg.encoder == "dense":
-            self.encoder_matrix.data[:, indices] = self._cast(sparse.khatri_rao(*atoms) * encoder).T
+            self.encoder_matrix.data[:, indices] = (atoms.dense().flatten(1) * encoder).to(dtype).T
         for name in ("b_enc", "b_gate", "b_mag", "r_mag"):
             if isinstance(getattr(self, name, None), nn.Parameter):
                 getattr(self, name).data[indices] = 0
 
-    def _cast(self, t: Tensor) -> Tensor:
-        return t.to(self.b_dec.dtype)
-
     @torch.no_grad()
     def balance_factors(self) -> None:
-        """Give the two factors of every component the same norm. Atoms stay what they are; Adam's steps, which have one
-        size for all parameters, then turn both sides equally."""
+        """Give both factors of every term the same norm. The atoms do not change, and Adam's steps, which have one size
+        for all parameters, then turn both sides equally."""
         for left, right in (("v", "w"), ("v_enc", "w_enc")):
             if left in self._parameters:
                 v, w = getattr(self, left), getattr(self, right)
@@ -278,7 +339,8 @@ class MatrixAtoms(SAE[Any]):
     # ---------------------------------------------------------------------------------------- folds
 
     def _scaled(self, decoder: Tensor, encoder: Tensor) -> dict[str, Tensor]:
-        """State-dict entries with every atom times `decoder` [F] or [] and its encoder times `encoder`, both > 0."""
+        """State-dict entries in which every atom is multiplied by `decoder` and its encoder by `encoder`, both
+        positive, [F] or []."""
         out: dict[str, Tensor] = {}
         if self.cfg.decoder == "flat":
             out["decoder_matrix"] = self.decoder_matrix * decoder[..., None]
@@ -288,15 +350,14 @@ class MatrixAtoms(SAE[Any]):
             out["v_enc"], out["w_enc"] = (p * encoder.sqrt()[..., None, None] for p in (self.v_enc, self.w_enc))
         elif self.cfg.encoder == "dense":
             out["encoder_matrix"] = self.encoder_matrix * encoder
-        else:  # the decoder's own factor is already in what the encoder reads
+        else:  # a tied encoder reads the decoder, and so has its factor already
             out["encoder_scale"] = self.encoder_scale * encoder / decoder
         return out
 
     @torch.no_grad()
     def _scale_in_place(self, decoder: Tensor, encoder: Tensor) -> None:
-        own = dict(self.named_parameters()) | dict(self.named_buffers())
         for name, value in self._scaled(decoder, encoder).items():
-            own[name].data.copy_(value)
+            getattr(self, name).data.copy_(value)
 
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
@@ -310,33 +371,70 @@ class MatrixAtoms(SAE[Any]):
         norms = self.get_W_dec_norm()
         self._scale_in_place(1 / norms, norms)
         if isinstance(getattr(self, "b_enc", None), nn.Parameter):
-            self.b_enc.data.mul_(norms)  # pyright: ignore
+            self.b_enc.data.mul_(norms)
         return norms
 
     def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
-        """Refused: a whitened atom has no rank to speak of."""
+        """Refused: whitening mixes keys and values, so that an atom would lose its rank."""
         raise NotImplementedError(
-            "Whitening mixes keys and values, and an atom of rank R does not stay one under it. Use "
+            "Whitening mixes keys and values, so that an atom of rank R does not keep its rank. Use "
             "normalize_activations='expected_average_only_in'."
         )
 
 
-def atom_norm(v: Tensor, w: Tensor) -> Tensor:
-    """Frobenius norm of sum_r v_f,r w_f,r^T: [F,R,K], [F,R,V] -> [F]. R = 1: |v||w|; else from the Gram matrices."""
-    if v.shape[1] == 1:
-        return (v.norm(dim=-1) * w.norm(dim=-1)).squeeze(1)
-    square = ((v @ v.mT) * (w @ w.mT)).sum((-2, -1))
-    return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
+class Activations(NamedTuple):
+    """What an encoder returns."""
+
+    acts: Tensor
+    """[...,F]"""
+    hidden_pre: Tensor
+    """[...,F] before the activation function, as SAELens' losses expect it."""
+
+
+class MatrixSAE(MatrixWeights):
+    """An autoencoder of matrices: encode and decode over the factors. It is the first base of every architecture, which
+    only says in `_activate` what happens to the pre-activations; losses, thresholds and hooks stay SAELens'.
+    """
+
+    def _activate(self, linear: Tensor) -> Activations:
+        """Biases, hooks and activation function on <X, encoder atom> [...,F]."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Feature activations [...,F] of flattened matrices [...,K*V]. Costs one GEMM.
+
+        Raises:
+            ValueError: NaN or infinite input.
+        """
+        return self._encode(x).acts
+
+    def _encode(self, x: Tensor) -> Activations:
+        linear = self.encode_linear(self.process_sae_in(x))
+        check_finite(linear, x)
+        return self._activate(linear)
+
+    def encode_writes(self, keys: Tensor, values: Tensor) -> Tensor:
+        """Feature activations [...,F] of rank-1 matrices keys values^T, [...,K] and [...,V].
+
+        Equals `encode` of the flattened outer products, which are not built: R*(K+V) instead of K*V operations per atom
+        and row. `hook_sae_input` does not fire.
+        """
+        linear = self.encode_linear_write(keys.to(self.dtype), values.to(self.dtype))
+        if self.cfg.apply_b_dec_to_input:
+            linear = linear - self.encode_linear(self.b_dec)
+        check_finite(linear, keys, values)
+        return self._activate(linear).acts
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Reconstructions [...,K*V] of activations [...,F]. Costs 2*R*K*V per active atom."""
+        recons = self.hook_sae_recons(self.decode_linear(feature_acts) + self.b_dec)
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(recons), self.d_head)
+
+    def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
+        """Refused before an architecture has changed anything."""
+        MatrixWeights.fold_activation_whitening(self, mean, whitening_matrix, unwhitening_matrix)
 
 
 def _mean_over(values: Tensor, mask: Tensor) -> Tensor:
     """Mean where `mask`, or everywhere if it is empty."""
     return values[mask].mean() if bool(mask.any()) else values.mean()
-
-
-def truncated_svd(matrices: Tensor, rank: int) -> AtomFactors:
-    """The closest matrices of rank R to [n,K,V], as factors with the singular values shared evenly."""
-    exact = torch.promote_types(matrices.dtype, torch.float32)
-    u, s, vh = torch.linalg.svd(matrices.to(exact), full_matrices=False)
-    root = s[:, :rank].sqrt()[..., None]
-    return AtomFactors((u[..., :rank].mT * root).to(matrices.dtype), (vh[:, :rank] * root).to(matrices.dtype))

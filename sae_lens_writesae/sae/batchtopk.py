@@ -1,14 +1,13 @@
 """`writesae_batchtopk`: k active atoms per matrix on average over a batch (Bussmann et al. 2024, arXiv 2412.06410)."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import SAEConfig
 from torch import Tensor
 
-from sae_lens_writesae.sae.checks import require
+from sae_lens_writesae.sae.base import require
 from sae_lens_writesae.sae.jumprelu import WriteJumpReLUSAEConfig
 from sae_lens_writesae.sae.topk import WriteTopKTrainingSAE, WriteTopKTrainingSAEConfig
 
@@ -21,7 +20,7 @@ class WriteBatchTopKTrainingSAEConfig(WriteTopKTrainingSAEConfig, BatchTopKTrain
     """Active atoms per matrix, on average over the batch."""
     topk_threshold_lr: float = 0.3
     """Weight of a new batch in the running mean of the threshold; the first 1/lr batches are averaged evenly, so that
-    nothing is left of the initial zero. SAELens: 0.01 from zero, which is far too low after a short run. A slower mean
+    the initial zero has no weight. SAELens: 0.01 from zero, which is far too low after a short run. A slower mean
     lags behind the weights: in planted runs of 50 to 200 steps 0.3 exported an L0 within 7 % of k, 0.1 within 13 %."""
 
     def __post_init__(self) -> None:
@@ -34,7 +33,7 @@ class WriteBatchTopKTrainingSAEConfig(WriteTopKTrainingSAEConfig, BatchTopKTrain
         return "writesae_batchtopk"
 
     def get_inference_config_class(self) -> type[SAEConfig]:
-        """JumpReLU: at inference there is no batch to rank in."""
+        """JumpReLU, because at inference there is no batch to rank in."""
         return WriteJumpReLUSAEConfig
 
 
@@ -45,7 +44,7 @@ class WriteBatchTopKTrainingSAE(BatchTopKTrainingSAE, WriteTopKTrainingSAE):
     `sae_lens_writesae.calibrate_threshold` sets it exactly for given data.
     """
 
-    cfg: Any
+    cfg: WriteBatchTopKTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     threshold_updates: Tensor
 
     def __init__(self, cfg: WriteBatchTopKTrainingSAEConfig, use_error_term: bool = False) -> None:
@@ -54,27 +53,27 @@ class WriteBatchTopKTrainingSAE(BatchTopKTrainingSAE, WriteTopKTrainingSAE):
 
     @torch.no_grad()
     def update_topk_threshold(self, acts_topk: Tensor) -> None:
-        """The running mean, without the pull of the initial zero."""
+        """Update the running mean, in which the initial zero has no weight."""
         weakest = torch.where(acts_topk > 0, acts_topk, torch.inf).min().to(self.topk_threshold.dtype)
-        found = weakest.isfinite()
-        updates = self.threshold_updates + found
+        any_active = weakest.isfinite()
+        updates = self.threshold_updates + any_active
         rate = (1 / updates.clamp(min=1)).clamp(min=self.cfg.topk_threshold_lr)
         mean = torch.lerp(self.topk_threshold, weakest, rate.to(weakest.dtype))
-        self.topk_threshold = torch.where(found, mean, self.topk_threshold)
+        self.topk_threshold = torch.where(any_active, mean, self.topk_threshold)
         self.threshold_updates = updates
 
     @torch.no_grad()
     def contributions(self, x: Tensor) -> Tensor:
-        """What is ranked [...,F]: pre-activations, times atom norms if the config rescales."""
+        """What the batch is ranked by [...,F]: pre-activations, times atom norms if the config rescales."""
         return self.encode_with_hidden_pre(x)[1]
 
     @torch.no_grad()
     def set_threshold(self, value: float) -> None:
-        """Put the threshold that will be exported."""
+        """Set the threshold that will be exported."""
         self.topk_threshold = torch.full_like(self.topk_threshold, value)
         self.threshold_updates = torch.ones_like(self.threshold_updates)
 
-    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
-        """The threshold goes to every atom."""
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Tensor]) -> None:
+        """Export the threshold for every atom."""
         state_dict.pop("threshold_updates")
         super().process_state_dict_for_saving_inference(state_dict)

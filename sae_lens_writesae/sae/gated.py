@@ -4,20 +4,18 @@ The paper reports that its gated variant failed; it is here so that this can be 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig, GatedTrainingSAE, GatedTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor, nn
 
-from sae_lens_writesae.sae.base import MatrixAtoms, MatrixAtomsConfig
-from sae_lens_writesae.sae.coding import Activations, Coding, TrainingCoding
-from sae_lens_writesae.sae.training import MatrixTrainingConfig
+from sae_lens_writesae.sae.base import Activations, MatrixSAE, MatrixSAEConfig, MatrixWeights
+from sae_lens_writesae.sae.training import MatrixTrainingSAE, MatrixTrainingSAEConfig
 
 
 @dataclass
-class WriteGatedSAEConfig(MatrixAtomsConfig, GatedSAEConfig):
+class WriteGatedSAEConfig(MatrixSAEConfig, GatedSAEConfig):
     """Inference config of `writesae_gated`."""
 
     @classmethod
@@ -26,7 +24,7 @@ class WriteGatedSAEConfig(MatrixAtomsConfig, GatedSAEConfig):
 
 
 @dataclass
-class WriteGatedTrainingSAEConfig(MatrixTrainingConfig, GatedTrainingSAEConfig):
+class WriteGatedTrainingSAEConfig(MatrixTrainingSAEConfig, GatedTrainingSAEConfig):
     """Training config of `writesae_gated`."""
 
     @classmethod
@@ -34,7 +32,7 @@ class WriteGatedTrainingSAEConfig(MatrixTrainingConfig, GatedTrainingSAEConfig):
         return "writesae_gated"
 
 
-class _GatedMaps(Coding):
+class _GatedMaps(MatrixSAE):
     b_gate: nn.Parameter
     b_mag: nn.Parameter
     r_mag: nn.Parameter
@@ -46,16 +44,16 @@ class _GatedMaps(Coding):
         return Activations(self.hook_sae_acts_post(gate * self.activation_fn(magnitude)), magnitude)
 
 
-class WriteGatedSAE(_GatedMaps, GatedSAE, MatrixAtoms):
+class WriteGatedSAE(_GatedMaps, GatedSAE, MatrixWeights):
     """Gated over matrix atoms, for inference."""
 
     cfg: WriteGatedSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-class WriteGatedTrainingSAE(_GatedMaps, TrainingCoding, GatedTrainingSAE, MatrixAtoms):
+class WriteGatedTrainingSAE(_GatedMaps, MatrixTrainingSAE, GatedTrainingSAE, MatrixWeights):
     """Gated over matrix atoms, in training."""
 
-    cfg: Any
+    cfg: WriteGatedTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     _zeros_block_gradient = True
 
     def calculate_aux_loss(

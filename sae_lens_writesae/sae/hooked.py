@@ -1,4 +1,4 @@
-"""SAEs in the place of hook points: SAELens' ``add_sae`` and ``run_with_saes`` on recurrent models."""
+"""SAEs in the place of hook points: SAELens' `add_sae` and `run_with_saes` on recurrent models."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any
 from sae_lens import HookedSAETransformer
 
 from hookpoints import HookedRecurrent
+from sae_lens_writesae.sae.target import Dictionary
 
 
 class HookedSAERecurrent(HookedRecurrent):
     """A HookedRecurrent to which SAEs can be attached, with SAELens' own methods.
 
-    ``add_sae``, ``reset_saes``, ``run_with_saes``, ``run_with_cache_with_saes``, ``run_with_hooks_with_saes`` and the
-    scope ``saes`` are those of ``sae_lens.HookedSAETransformer``, taken as they are: they need a tree of hook points,
-    not a transformer. An SAE on a head's write is met at each token of prefill and generation; with the error term the
-    model's outputs stay what they were.
+    `add_sae`, `reset_saes`, `run_with_saes`, `run_with_cache_with_saes`, `run_with_hooks_with_saes` and the scope
+    `saes` are those of `sae_lens.HookedSAETransformer`, unchanged: they need a tree of hook points, not a transformer.
+    An SAE on a head's write runs at each token of prefill and generation; with the error term it leaves the model's
+    outputs as they were.
     """
 
     add_sae = HookedSAETransformer.add_sae
@@ -31,10 +32,10 @@ class HookedSAERecurrent(HookedRecurrent):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._acts_to_saes: dict[str, Any] = {}
+        self._acts_to_saes: dict[str, Dictionary] = {}
         self._transcoder_output_hooks: dict[str, str] = {}
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
-        """As ``HookedRecurrent.forward``, with attached SAEs in force."""
+        """`HookedRecurrent.forward` with the attached SAEs."""
         with self._token_masks(input, kwargs):  # type: ignore[attr-defined]
             return super().forward(input, *args, **kwargs)

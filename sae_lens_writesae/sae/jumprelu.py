@@ -4,7 +4,6 @@ Also what BatchTopK and Matryoshka are exported as.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from sae_lens.saes.jumprelu_sae import (
@@ -16,13 +15,13 @@ from sae_lens.saes.jumprelu_sae import (
 )
 from torch import Tensor, nn
 
-from sae_lens_writesae.sae.base import AtomFactors, MatrixAtoms, MatrixAtomsConfig
-from sae_lens_writesae.sae.coding import Activations, Coding, TrainingCoding
-from sae_lens_writesae.sae.training import MatrixTrainingConfig
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.sae.base import Activations, MatrixSAE, MatrixSAEConfig, MatrixWeights
+from sae_lens_writesae.sae.training import MatrixTrainingSAE, MatrixTrainingSAEConfig
 
 
 @dataclass
-class WriteJumpReLUSAEConfig(MatrixAtomsConfig, JumpReLUSAEConfig):
+class WriteJumpReLUSAEConfig(MatrixSAEConfig, JumpReLUSAEConfig):
     """Inference config of `writesae_jumprelu`."""
 
     @classmethod
@@ -31,7 +30,7 @@ class WriteJumpReLUSAEConfig(MatrixAtomsConfig, JumpReLUSAEConfig):
 
 
 @dataclass
-class WriteJumpReLUTrainingSAEConfig(MatrixTrainingConfig, JumpReLUTrainingSAEConfig):
+class WriteJumpReLUTrainingSAEConfig(MatrixTrainingSAEConfig, JumpReLUTrainingSAEConfig):
     """Training config of `writesae_jumprelu`."""
 
     @classmethod
@@ -39,7 +38,7 @@ class WriteJumpReLUTrainingSAEConfig(MatrixTrainingConfig, JumpReLUTrainingSAECo
         return "writesae_jumprelu"
 
 
-class _Threshold(Coding):
+class _Threshold(MatrixSAE):
     """Thresholds in units of contribution, activation times atom norm."""
 
     threshold: nn.Parameter
@@ -51,11 +50,11 @@ class _Threshold(Coding):
 
     @torch.no_grad()
     def set_threshold(self, value: float) -> None:
-        """Let atoms be active where their contribution exceeds `value`."""
+        """Make atoms active where their contribution exceeds `value`."""
         self.threshold.data.copy_(value / self.get_W_dec_norm())
 
 
-class WriteJumpReLUSAE(_Threshold, JumpReLUSAE, MatrixAtoms):
+class WriteJumpReLUSAE(_Threshold, JumpReLUSAE, MatrixWeights):
     """JumpReLU over matrix atoms, for inference."""
 
     cfg: WriteJumpReLUSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -66,14 +65,14 @@ class WriteJumpReLUSAE(_Threshold, JumpReLUSAE, MatrixAtoms):
         return Activations(self.hook_sae_acts_post(self.activation_fn(hidden_pre) * on), hidden_pre)
 
 
-class WriteJumpReLUTrainingSAE(_Threshold, TrainingCoding, JumpReLUTrainingSAE, MatrixAtoms):
+class WriteJumpReLUTrainingSAE(_Threshold, MatrixTrainingSAE, JumpReLUTrainingSAE, MatrixWeights):
     """JumpReLU over matrix atoms, in training.
 
-    SAELens' losses ask for `W_dec.norm()`, so the dictionary is built once per step, and thresholds need the gradient
-    of inactive atoms: a step costs a GEMM and the dictionary's memory more than TopK's.
+    SAELens' losses use `W_dec.norm()`, so that the dense dictionary is built once per step, and thresholds need the
+    gradient of inactive atoms. A step costs a GEMM and the dictionary's memory more than with TopK.
     """
 
-    cfg: Any
+    cfg: WriteJumpReLUTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def _activate(self, linear: Tensor) -> Activations:
         hidden_pre = self.hook_sae_acts_pre(linear + self.b_enc)
@@ -82,7 +81,7 @@ class WriteJumpReLUTrainingSAE(_Threshold, TrainingCoding, JumpReLUTrainingSAE, 
         return Activations(self.hook_sae_acts_post(acts), hidden_pre)
 
     @torch.no_grad()
-    def replace_atoms(self, indices: Tensor, atoms: AtomFactors, alive: Tensor) -> None:
-        """Also gives the new atoms the initial threshold."""
+    def replace_atoms(self, indices: Tensor, atoms: LowRank, alive: Tensor) -> None:
+        """Also give the new atoms the initial threshold."""
         super().replace_atoms(indices, atoms, alive)
         self.threshold.data[indices] = self.cfg.jumprelu_init_threshold

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from sae_lens import SAE
 
-from sae_lens_writesae.firings import HeadHook
-from sae_lens_writesae.sae import VARIANTS
+from sae_lens_writesae.sae.base import VARIANTS
+from sae_lens_writesae.sae.target import HeadHook
 
 
 class Objective(NamedTuple):

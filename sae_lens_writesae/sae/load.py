@@ -1,14 +1,14 @@
 """Loading with errors that name the file and the field.
 
-`SAE.load_from_disk` and `TrainingSAE.load_from_disk` work on these autoencoders as on SAELens' own, once this package
-is imported; what they raise on a damaged folder is a bare KeyError or a size mismatch without a path. `load_sae` looks
-first and then calls them.
+`SAE.load_from_disk` and `TrainingSAE.load_from_disk` load these autoencoders like SAELens' own, once this package is
+imported. On a damaged folder they raise a bare KeyError, or a size mismatch without a path. `load_sae` checks the
+folder first and then calls them.
 """
 
 import difflib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
@@ -16,13 +16,17 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, TrainingSAE
 from safetensors import SafetensorError, safe_open
 
+from sae_lens_writesae.sae.base import MatrixSAE
+
 
 class CheckpointError(ValueError):
-    """A folder that does not hold what it should; the message names the file and the field."""
+    """A folder does not hold a whole autoencoder; the message names the file and the field."""
 
 
-def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *, training: bool = False) -> Any:
+def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *, training: bool = False) -> MatrixSAE:
     """Load an autoencoder that `save_inference_model` wrote, or with `training` one from a checkpoint of a run.
+
+    An architecture of SAELens gives an object of SAELens' class.
 
     Args:
         path: folder with cfg.json and sae_weights.safetensors.
@@ -36,10 +40,11 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
     config = _read_config(folder / SAE_CFG_FILENAME) | {"device": "meta"}
     expected = _expected(folder / SAE_CFG_FILENAME, config, *pair)
     _check_weights(folder / SAE_WEIGHTS_FILENAME, config, expected)
-    return (TrainingSAE if training else SAE).load_from_disk(folder, device=device, dtype=dtype)
+    sae = (TrainingSAE if training else SAE).load_from_disk(folder, device=device, dtype=dtype)
+    return cast(MatrixSAE, sae)
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def _read_config(file: Path) -> dict[str, object]:
     if not file.is_file():
         inside = sorted(p.name for p in file.parent.iterdir()) if file.parent.is_dir() else "no such folder"
         raise CheckpointError(f"{file} does not exist; {file.parent} holds: {inside}. Give the folder of one SAE.")
@@ -52,8 +57,8 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _classes(file: Path, config: dict[str, Any], training: bool) -> tuple[type[Any], type[Any]]:
-    name = config["architecture"]
+def _classes(file: Path, config: dict[str, object], training: bool) -> tuple[type[Any], type[Any]]:
+    name = str(config["architecture"])
     registry, other = SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
     if training:
         registry, other = other, registry
@@ -62,14 +67,16 @@ def _classes(file: Path, config: dict[str, Any], training: bool) -> tuple[type[A
     if name in other:
         kind, wanted = ("inference", "False") if training else ("training", "True")
         raise CheckpointError(f"{file}: architecture {name!r} exists for {kind} only; call with training={wanted}.")
-    near = difflib.get_close_matches(str(name), list(registry), n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name, list(registry), n=3, cutoff=0.4)
     raise CheckpointError(
         f"{file}: architecture {name!r} is not registered (nearest: {near or sorted(registry)}). If another package "
         "defines it, import that package first."
     )
 
 
-def _expected(file: Path, config: dict[str, Any], sae_class: type[Any], cfg_class: type[Any]) -> dict[str, torch.Size]:
+def _expected(
+    file: Path, config: dict[str, object], sae_class: type[Any], cfg_class: type[Any]
+) -> dict[str, torch.Size]:
     """Names and shapes that the config asks for, from a model without memory."""
     try:
         sae = sae_class(cfg_class.from_dict(config))
@@ -78,25 +85,25 @@ def _expected(file: Path, config: dict[str, Any], sae_class: type[Any], cfg_clas
     return {name: tensor.shape for name, tensor in sae.state_dict().items()}
 
 
-def _check_weights(file: Path, config: dict[str, Any], expected: dict[str, torch.Size]) -> None:
+def _check_weights(file: Path, config: dict[str, object], expected: dict[str, torch.Size]) -> None:
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist.")
     try:
         with safe_open(file, framework="pt") as weights:
-            found = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+            tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read as safetensors ({error}): truncated? Fetch it again.") from error
     origin = f"the config's architecture {config['architecture']!r}"
-    if missing := sorted(expected.keys() - found.keys()):
-        raise CheckpointError(f"{file} lacks {missing}, which {origin} needs; it has {sorted(found)}.")
-    if surplus := sorted(found.keys() - expected.keys()):
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise CheckpointError(f"{file} lacks {missing}, which {origin} needs; it has {sorted(tensors)}.")
+    if surplus := sorted(tensors.keys() - expected.keys()):
         raise CheckpointError(f"{file} has {surplus}, which {origin} does not know: weights of another architecture?")
     for name, shape in expected.items():
-        if found[name].shape != shape:
+        if tensors[name].shape != shape:
             raise CheckpointError(
-                f"{file}: {name!r} has shape {list(found[name].shape)}, {origin} needs {list(shape)}."
+                f"{file}: {name!r} has shape {list(tensors[name].shape)}, {origin} needs {list(shape)}."
             )
-        if not torch.isfinite(found[name]).all():
+        if not torch.isfinite(tensors[name]).all():
             raise CheckpointError(
                 f"{file}: {name!r} holds NaN or infinite values; training diverged before it was saved."
             )

@@ -1,8 +1,7 @@
-"""`writesae_matryoshka`: BatchTopK whose first atoms must also do alone (Bussmann et al. 2025, arXiv 2503.17547)."""
+"""`writesae_matryoshka`: BatchTopK with nested dictionaries (Bussmann et al. 2025, arXiv 2503.17547)."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
 
 from sae_lens.saes.matryoshka_batchtopk_sae import (
     MatryoshkaBatchTopKTrainingSAE,
@@ -12,7 +11,6 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 
 from sae_lens_writesae.sae.batchtopk import WriteBatchTopKTrainingSAE, WriteBatchTopKTrainingSAEConfig
-from sae_lens_writesae.sae.losses import step_with_loss
 from sae_lens_writesae.sae.training import aux_loss
 
 
@@ -28,14 +26,14 @@ class WriteMatryoshkaTrainingSAEConfig(WriteBatchTopKTrainingSAEConfig, Matryosh
 class WriteMatryoshkaTrainingSAE(MatryoshkaBatchTopKTrainingSAE, WriteBatchTopKTrainingSAE):
     """Nested BatchTopK over matrix atoms, in training. Exported as `writesae_jumprelu`."""
 
-    cfg: Any
+    cfg: WriteMatryoshkaTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """The scope of the step includes the inner reconstructions, which are always of the matrices themselves."""
-        return step_with_loss(self, step_input, self._nested_step)
+        """SAELens' step with the reconstructions of the inner widths, always scored by squared error."""
+        return self._with_loss(step_input, self._nested_step)
 
     def _nested_step(self, step_input: TrainStepInput) -> TrainStepOutput:
-        with self.step_scope():
+        with self._step_scope():
             return super().training_forward_pass(step_input)
 
     def _iterable_decode(
@@ -57,7 +55,7 @@ class WriteMatryoshkaTrainingSAE(MatryoshkaBatchTopKTrainingSAE, WriteBatchTopKT
         hidden_pre: Tensor,
         dead_neuron_mask: Tensor | None,
     ) -> Tensor:
-        """The auxiliary loss of every level against the residual of that level."""
+        """The sum over widths of the auxiliary loss, each against the residual of its width."""
         total = sae_out.new_tensor(0.0)
         if dead_neuron_mask is None:
             return total
@@ -65,5 +63,7 @@ class WriteMatryoshkaTrainingSAE(MatryoshkaBatchTopKTrainingSAE, WriteBatchTopKT
         for width, decoded in self._iterable_decode(feature_acts, include_outer_loss=True):
             level, start = slice(start, width), width
             residual = (sae_in - decoded).detach()
-            total = total + aux_loss(self, residual, hidden_pre[:, level], dead_neuron_mask[level], level)
+            total = total + aux_loss(
+                self, self.cfg.k_aux, residual, hidden_pre[:, level], dead_neuron_mask[level], level
+            )
         return self.cfg.aux_loss_coefficient * total

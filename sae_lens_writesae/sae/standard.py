@@ -1,7 +1,6 @@
 """`writesae_standard`: ReLU with an L1 penalty (SAELens' Standard)."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.standard_sae import (
@@ -12,13 +11,12 @@ from sae_lens.saes.standard_sae import (
 )
 from torch import Tensor
 
-from sae_lens_writesae.sae.base import MatrixAtoms, MatrixAtomsConfig
-from sae_lens_writesae.sae.coding import Activations, Coding, TrainingCoding
-from sae_lens_writesae.sae.training import MatrixTrainingConfig
+from sae_lens_writesae.sae.base import Activations, MatrixSAE, MatrixSAEConfig, MatrixWeights
+from sae_lens_writesae.sae.training import MatrixTrainingSAE, MatrixTrainingSAEConfig
 
 
 @dataclass
-class WriteStandardSAEConfig(MatrixAtomsConfig, StandardSAEConfig):
+class WriteStandardSAEConfig(MatrixSAEConfig, StandardSAEConfig):
     """Inference config of `writesae_standard`."""
 
     @classmethod
@@ -27,7 +25,7 @@ class WriteStandardSAEConfig(MatrixAtomsConfig, StandardSAEConfig):
 
 
 @dataclass
-class WriteStandardTrainingSAEConfig(MatrixTrainingConfig, StandardTrainingSAEConfig):
+class WriteStandardTrainingSAEConfig(MatrixTrainingSAEConfig, StandardTrainingSAEConfig):
     """Training config of `writesae_standard`."""
 
     @classmethod
@@ -35,22 +33,22 @@ class WriteStandardTrainingSAEConfig(MatrixTrainingConfig, StandardTrainingSAECo
         return "writesae_standard"
 
 
-class _ReLUMaps(Coding):
+class _ReLUMaps(MatrixSAE):
     def _activate(self, linear: Tensor) -> Activations:
         hidden_pre = self.hook_sae_acts_pre(linear + self.b_enc)
         return Activations(self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre)
 
 
-class WriteStandardSAE(_ReLUMaps, StandardSAE, MatrixAtoms):
+class WriteStandardSAE(_ReLUMaps, StandardSAE, MatrixWeights):
     """ReLU over matrix atoms, for inference."""
 
     cfg: WriteStandardSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-class WriteStandardTrainingSAE(_ReLUMaps, TrainingCoding, StandardTrainingSAE, MatrixAtoms):
-    """ReLU and L1 over matrix atoms, in training. Dense, hence slow, until the penalty has made it sparse."""
+class WriteStandardTrainingSAE(_ReLUMaps, MatrixTrainingSAE, StandardTrainingSAE, MatrixWeights):
+    """ReLU and L1 over matrix atoms, in training. Slow until the penalty has made the code sparse."""
 
-    cfg: Any
+    cfg: WriteStandardTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     _zeros_block_gradient = True
 
     def calculate_aux_loss(

@@ -1,18 +1,67 @@
-"""What an SAE is trained on: the writes of a head, its states, or only the last state of each sequence."""
+"""The head of a dictionary: what an SAE is trained on, which hook it reads, and whether the two fit.
+
+The checks and `atoms_of` take any SAELens autoencoder on a head, not only those of this package.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sae_lens import LanguageModelSAERunnerConfig
+from sae_lens.saes.sae import SAE
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
+from sae_lens_writesae.atom.low_rank import LowRank
 
 Target = Literal["write", "state", "last_state"]
-"""``write``: the matrix added at each token (aligned with what the substitution test exchanges; the default).
-``state``: the state after each token (the paper's text). ``last_state``: the state at the end of each sequence (what
-the paper's code does)."""
+"""`write`: the matrix that is added at each token, which the substitution test exchanges (the default). `state`: the
+state after each token (the paper's text). `last_state`: the state at the end of each sequence (the paper's code)."""
 
-_HOOKS: dict[Target, str] = {"write": "hook_write_vec", "state": "hook_state_vec", "last_state": "hook_state_vec"}
+HookTarget = Literal["write", "state"]
+"""What the hook of a head carries: SAEs of states and of last states read the same hook."""
+
+RunnerConfig = LanguageModelSAERunnerConfig[Any]
+"""SAELens' runner config, of any architecture."""
+
+Dictionary = SAE[Any]
+"""An SAELens autoencoder, of this package or not."""
+
+_HOOK_NAME = re.compile(r"blocks\.(\d+)\.mixer\.heads\.(\d+)\.hook_(write|state)_vec")
+
+
+class HeadHook(NamedTuple):
+    """The hook of one head that an SAE reads."""
+
+    name: str
+    layer: int
+    head: int
+    target: HookTarget
+
+    @classmethod
+    def parse(cls, name: str) -> HeadHook:
+        """From `blocks.{l}.mixer.heads.{h}.hook_write_vec` or `hook_state_vec`; anything else raises ValueError."""
+        match = _HOOK_NAME.fullmatch(name)
+        if match is None:
+            wanted = "blocks.{l}.mixer.heads.{h}.hook_write_vec or ...hook_state_vec"
+            raise ValueError(f"the SAE must read a head's write or state ({wanted}), its hook is {name!r}")
+        return cls(name, int(match[1]), int(match[2]), "write" if match[3] == "write" else "state")
+
+    @classmethod
+    def of(cls, sae: Dictionary) -> HeadHook:
+        """The hook named in the SAE's metadata."""
+        return cls.parse(str(sae.cfg.metadata.hook_name))
+
+    @property
+    def cell(self) -> str:
+        """The head's name in reports: L2H0."""
+        return f"L{self.layer}H{self.head}"
 
 
 @dataclass(frozen=True)
@@ -20,14 +69,17 @@ class HeadTarget:
     """One head of one layer, and what of it is learned."""
 
     hook_name: str
-    """For example ``blocks.2.mixer.heads.1.hook_write_vec``; activations are [B,T,K*V], row-major, key-first."""
+    """For example `blocks.2.mixer.heads.1.hook_write_vec`; activations are [B,T,K*V], row-major, key-first."""
     d_k: int
+    """K"""
     d_v: int
+    """V"""
     seqpos_slice: tuple[int | None, ...]
-    """Positions that are kept, in SAELens' form."""
+    """The positions that SAELens trains on, in its own form."""
 
     @property
     def d_in(self) -> int:
+        """K * V"""
         return self.d_k * self.d_v
 
     @property
@@ -40,12 +92,13 @@ def head_target(model: HookedRecurrent, layer: int, head: int, target: Target = 
     """The hook of a head and the sizes that an SAE on it needs.
 
     Raises:
-        UnsupportedModelError: the layer has no recurrence; names those that have.
+        UnsupportedModelError: the layer has no recurrence; the message names those that have one.
         UnknownHookError: the head is out of range.
         ValueError: unknown target.
     """
-    if target not in _HOOKS:
-        raise ValueError(f"target must be one of {', '.join(_HOOKS)}, found {target!r}")
+    hooks = {"write": "hook_write_vec", "state": "hook_state_vec", "last_state": "hook_state_vec"}
+    if target not in hooks:
+        raise ValueError(f"target must be one of {', '.join(hooks)}, found {target!r}")
     if not 0 <= layer < model.cfg.n_layers:
         raise UnsupportedModelError(
             f"layer {layer} is out of range: {model.cfg.model_name} has layers 0 to {model.cfg.n_layers - 1}, "
@@ -54,23 +107,57 @@ def head_target(model: HookedRecurrent, layer: int, head: int, target: Target = 
     shape = model.cfg.layer(layer)
     if not 0 <= head < shape.H:
         raise UnknownHookError(f"head {head} is out of range: layer {layer} has heads 0 to {shape.H - 1}")
-    last: tuple[int | None, ...] = (-1, None) if target == "last_state" else (None,)
-    return HeadTarget(f"blocks.{layer}.mixer.heads.{head}.{_HOOKS[target]}", shape.K, shape.V, last)
+    positions: tuple[int | None, ...] = (-1, None) if target == "last_state" else (None,)
+    return HeadTarget(f"blocks.{layer}.mixer.heads.{head}.{hooks[target]}", shape.K, shape.V, positions)
 
 
-def check_hook(model: HookedRecurrent, cfg: Any) -> None:
-    """Raise unless a runner config's hook exists on ``model`` and carries what its SAE expects; names both sizes."""
-    name: str = cfg.hook_name
-    if name not in model.hook_dict and name not in model.mod_dict:
-        from hookpoints.hooks.guard import check_names
-
-        check_names(model, name)
+def check_hook(model: HookedRecurrent, cfg: RunnerConfig) -> None:
+    """Raise unless the hook of a runner config exists on `model` and carries what its SAE expects; names both sizes."""
+    name = cfg.hook_name
+    if name not in model.mod_dict:
+        model.check_hook_name(name)
     parts = name.split(".")
     if len(parts) == 6 and parts[3] == "heads":
         shape = model.cfg.layer(int(parts[1]))
-        found = (getattr(cfg.sae, "d_k", shape.K), getattr(cfg.sae, "d_v", shape.V))
-        if found != (shape.K, shape.V) or cfg.sae.d_in != shape.K * shape.V:
+        d_k, d_v = getattr(cfg.sae, "d_k", shape.K), getattr(cfg.sae, "d_v", shape.V)
+        if (d_k, d_v) != (shape.K, shape.V) or cfg.sae.d_in != shape.K * shape.V:
             raise ValueError(
                 f"{name} carries {shape.K} x {shape.V} matrices (d_in {shape.K * shape.V}), but the SAE config has "
-                f"d_k {found[0]}, d_v {found[1]}, d_in {cfg.sae.d_in}"
+                f"d_k {d_k}, d_v {d_v}, d_in {cfg.sae.d_in}"
             )
+
+
+def check_fits(model: HookedRecurrent, sae: Dictionary, where: Path | str) -> None:
+    """Raise ValueError unless the SAE's hook exists on the model with the SAE's size; the message names both."""
+    hook = HeadHook.of(sae)
+    model.check_hook_name(hook.name)
+    shape = model.cfg.layer(hook.layer)
+    if sae.cfg.d_in != shape.K * shape.V:
+        raise ValueError(
+            f"the SAE in {where} reads {sae.cfg.d_in} numbers, but {hook.name} of {model.cfg.model_name} has "
+            f"{shape.K} x {shape.V} = {shape.K * shape.V}"
+        )
+
+
+def check_plain_activations(sae: Dictionary) -> None:
+    """Raise ValueError where activations are not coefficients of atoms in the units of the write."""
+    how = getattr(sae.cfg, "normalize_activations", "none")
+    if how not in (None, "none"):
+        raise ValueError(
+            f"the SAE normalises its input ({how}), so its activations are not in units of the write; fold the factor "
+            "first (sae.fold_activation_norm_scaling_factor) and save the SAE with normalize_activations='none'"
+        )
+
+
+def atoms_of(sae: Dictionary, atoms: Sequence[int] | NDArray[np.int64], key_dim: int, value_dim: int) -> LowRank:
+    """Some decoder atoms in float32 as low-rank matrices, N = len(atoms).
+
+    They are the factors `sae.v` [F,R,K] and `sae.w` [F,R,V] where the SAE has them. The rows of any other decoder are
+    factored exactly, R = min(K, V); that costs one K x V SVD an atom.
+    """
+    index = torch.tensor(np.array(atoms))
+    if hasattr(sae, "v") and hasattr(sae, "w"):
+        keys, values = (factor.detach()[index.to(factor.device)].float() for factor in (sae.v, sae.w))  # pyright: ignore
+        return LowRank(keys.reshape(len(index), -1, key_dim), values.reshape(len(index), -1, value_dim))
+    rows = sae.W_dec.detach()[index.to(sae.W_dec.device)].float()
+    return LowRank.svd(rows.reshape(-1, key_dim, value_dim))

@@ -1,20 +1,17 @@
 """`writesae_topk`: the k most active atoms of each matrix (SAELens' TopK; Gao et al. 2024, arXiv 2406.04093)."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 
-from sae_lens_writesae.sae.base import MatrixAtoms, MatrixAtomsConfig
-from sae_lens_writesae.sae.checks import require
-from sae_lens_writesae.sae.coding import Activations, Coding, TrainingCoding
-from sae_lens_writesae.sae.training import MatrixTrainingConfig, aux_loss
+from sae_lens_writesae.sae.base import Activations, MatrixSAE, MatrixSAEConfig, MatrixWeights, require
+from sae_lens_writesae.sae.training import MatrixTrainingSAE, MatrixTrainingSAEConfig, aux_loss
 
 
 @dataclass
-class WriteTopKSAEConfig(MatrixAtomsConfig, TopKSAEConfig):
+class WriteTopKSAEConfig(MatrixSAEConfig, TopKSAEConfig):
     """Inference config of `writesae_topk`."""
 
     def __post_init__(self) -> None:
@@ -27,7 +24,7 @@ class WriteTopKSAEConfig(MatrixAtomsConfig, TopKSAEConfig):
 
 
 @dataclass
-class WriteTopKTrainingSAEConfig(MatrixTrainingConfig, TopKTrainingSAEConfig):
+class WriteTopKTrainingSAEConfig(MatrixTrainingSAEConfig, TopKTrainingSAEConfig):
     """Training config of `writesae_topk`.
 
     Raises:
@@ -72,8 +69,10 @@ def _check_k(k: float, d_sae: int, *, whole: bool) -> None:
     require(0 < k <= d_sae and (not whole or k == int(k)), "k", k, wanted)
 
 
-class _TopKMaps(Coding):
-    """With `rescale_acts_by_decoder_norm`, activations are in units of their contribution: norms come out of decode."""
+class _TopKMaps(MatrixSAE):
+    """With `rescale_acts_by_decoder_norm` activations are in units of contribution, and decode divides by norms."""
+
+    cfg: WriteTopKSAEConfig | WriteTopKTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def _activate(self, linear: Tensor) -> Activations:
         hidden_pre = self.hook_sae_acts_pre(linear + self.b_enc)
@@ -87,30 +86,30 @@ class _TopKMaps(Coding):
         return super().decode_linear(acts, atoms)
 
 
-class WriteTopKSAE(_TopKMaps, TopKSAE, MatrixAtoms):
+class WriteTopKSAE(_TopKMaps, TopKSAE, MatrixWeights):
     """TopK over matrix atoms, for inference."""
 
     cfg: WriteTopKSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-class WriteTopKTrainingSAE(_TopKMaps, TrainingCoding, TopKTrainingSAE, MatrixAtoms):
+class WriteTopKTrainingSAE(_TopKMaps, MatrixTrainingSAE, TopKTrainingSAE, MatrixWeights):
     """TopK over matrix atoms, in training. Exported as `writesae_topk` with unit-norm atoms."""
 
-    cfg: Any
+    cfg: WriteTopKTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     _zeros_block_gradient = True
 
     def calculate_topk_aux_loss(
         self, sae_in: Tensor, sae_out: Tensor, hidden_pre: Tensor, dead_neuron_mask: Tensor | None
     ) -> Tensor:
-        """SAELens' auxiliary loss with `k_aux`; see `sae_lens_writesae.training.aux_loss`."""
+        """SAELens' auxiliary loss with `k_aux`; see `sae.training.aux_loss`."""
         if dead_neuron_mask is None:
             return sae_out.new_tensor(0.0)
-        loss = aux_loss(self, (sae_in - sae_out).detach(), hidden_pre, dead_neuron_mask)
+        loss = aux_loss(self, self.cfg.k_aux, (sae_in - sae_out).detach(), hidden_pre, dead_neuron_mask)
         return self.cfg.aux_loss_coefficient * loss
 
     @torch.no_grad()
-    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
-        """Moves decoder norms into the encoder, if training took them as moved already."""
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Tensor]) -> None:
+        """Move decoder norms into the encoder, if training computed activations as if they were there."""
         if self.cfg.rescale_acts_by_decoder_norm:
             norms = self.get_W_dec_norm()
             state_dict.update(self._scaled(1 / norms, norms), b_enc=self.b_enc * norms)

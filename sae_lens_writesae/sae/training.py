@@ -1,26 +1,27 @@
-"""Training that serves matrices: centring, unit norm, resampling, and a threshold that is right after short runs.
+"""Training of matrix-atom autoencoders: SAELens' step with upkeep before it and the chosen loss after it.
 
-The trainer of SAELens has no hook for any of these, so they run inside `training_forward_pass`, before the step, on
-the parameters' data. The optimizer's moments are not touched: those of a dead atom have decayed by then.
+Upkeep is what matrices need and SAELens' trainer has no hook for: mean-centring, unit norm, resampling of dead atoms.
+It runs inside `training_forward_pass`, before the step, on the parameters' data. The optimizer's moments are not
+touched; those of a dead atom have decayed by then.
 """
 
-from collections.abc import Iterable
+# No postponed annotations here: SAELens' command line evaluates those of config fields in another module.
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
-from sae_lens.saes.sae import TrainingSAEConfig, TrainStepInput
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepInput, TrainStepOutput
 from torch import Tensor
 
-from sae_lens_writesae.sae.base import MatrixAtoms, MatrixAtomsConfig
-from sae_lens_writesae.sae.checks import check_finite, require
-from sae_lens_writesae.sae.losses import Loss
-from sae_lens_writesae.sae.resampling import resample
+from sae_lens_writesae.atom import sparse
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.sae.base import MatrixSAE, MatrixSAEConfig, MatrixWeights, check_finite, require
+from sae_lens_writesae.sae.losses import Loss, read_loss, write_loss
 
-if TYPE_CHECKING:
-    from sae_lens_writesae.sae.coding import TrainingCoding
-
-PAPER_RUNNER: dict[str, Any] = {
+PAPER_RUNNER: dict[str, float | int | str] = {
     "lr": 3e-4,
     "lr_end": 3e-5,
     "lr_scheduler_name": "cosineannealing",
@@ -28,11 +29,11 @@ PAPER_RUNNER: dict[str, Any] = {
     "train_batch_size_tokens": 256,
     "dead_feature_window": 100,
 }
-"""The paper's recipe as arguments of LanguageModelSAERunnerConfig (with 20 epochs over its data)."""
+"""The paper's training settings as arguments of LanguageModelSAERunnerConfig (the paper makes 20 epochs)."""
 
 
 @dataclass(kw_only=True)
-class MatrixTrainingConfig(MatrixAtomsConfig, TrainingSAEConfig):
+class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     """Fields that the training config of every architecture shares. The paper's values: unit norm every 100 steps,
     resampling every 250 steps, centred inputs."""
 
@@ -42,15 +43,15 @@ class MatrixTrainingConfig(MatrixAtomsConfig, TrainingSAEConfig):
     b_dec_init: Literal["mean", "zeros"] = "mean"
     """`mean`: the mean of the first batch goes into b_dec, if that is still zero. See also `preset_b_dec`."""
     unit_norm_every: int = 100
-    """Every so many steps give atoms norm 1 and their encoders the inverse (the function stays the same), and balance
-    the factors of each. 0: never."""
+    """Period in steps of moving the norms of atoms into the encoder, which leaves the function as it is, and of
+    balancing their factors. 0: never."""
     resample_every: int = 250
-    """Every so many steps replace dead atoms by residual directions. Dead is what the trainer's `dead_feature_window`
-    says: 1000 steps by default, 100 in the paper. 0: never."""
+    """Period in steps of replacing dead atoms by residual directions. The trainer's `dead_feature_window` says which
+    atoms are dead: those silent for 1000 steps by default, 100 in the paper. 0: never."""
     resample_until: int = 0
-    """No resampling after this step, so that the last atoms get trained. 0: no limit."""
+    """Last step with resampling, so that the new atoms are still trained. 0: no limit."""
     loss: Loss = "mse"
-    """What is asked of the reconstruction: see `training_loss.Loss`. All but `mse` need this package's runner."""
+    """What is asked of the reconstruction: see `losses.Loss`. All but `mse` need this package's runner."""
     loss_weight: float = 0.5
     """Share of `loss` in (1 - weight) mse + weight * loss, in [0, 1]. Unused by `mse`."""
 
@@ -63,34 +64,148 @@ class MatrixTrainingConfig(MatrixAtomsConfig, TrainingSAEConfig):
         require(self.loss in get_args(Loss), "loss", self.loss, f"one of {get_args(Loss)}")
         require(0 <= self.loss_weight <= 1, "loss_weight", self.loss_weight, "between 0 and 1")
         super().__post_init__()
-        self.metadata.loss = self.loss  # goes along with the exported autoencoder, whose own config has no losses
+        self.metadata.loss = self.loss  # kept in the export, whose config has no field for it
 
 
-@torch.compiler.disable
-@torch.no_grad()
-def before_step(sae: "TrainingCoding", step_input: TrainStepInput) -> int:
-    """The upkeep due at this step; returns how many atoms were resampled. Kept out of compiled graphs."""
-    cfg, step, x = sae.cfg, step_input.n_training_steps, step_input.sae_in
-    check_finite(x, x)
-    if step == 0 and cfg.b_dec_init == "mean" and not sae.b_dec.any():
-        sae.b_dec.data.copy_(x.float().mean(0))
-    if step == 0:
+class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
+    """A `MatrixSAE` in training. It is the first base of the training class of every architecture."""
+
+    cfg: MatrixTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """SAELens' pair (activations, pre-activations)."""
+        return self._encode(x)
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """Upkeep (see `MatrixTrainingSAEConfig`), then SAELens' own step, then the loss that the config asks for.
+
+        Raises:
+            ValueError: NaN or infinite input or weights, or the batch lacks the columns that the loss needs.
+        """
+        return self._with_loss(step_input, self._matrix_step)
+
+    def _matrix_step(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """Upkeep and SAELens' step on the matrices alone [N,K*V]."""
+        resampled = self._upkeep(step_input)  # pyright: ignore  (torch's decorator is untyped)
+        with self._step_scope():
+            output = super().training_forward_pass(step_input)
+        output.metrics["resampled_atoms"] = resampled
+        return output
+
+    @contextmanager
+    def _step_scope(self) -> Iterator[None]:
+        """The scope of one training step: dense matrices and norms are computed once, and decode skips the gradients
+        that the activation function would drop. A class with further losses opens it around them; scopes nest."""
+        outer = self._step
+        self._step = {} if outer is None else outer
+        try:
+            yield
+        finally:
+            self._step = outer
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _upkeep(self, step_input: TrainStepInput) -> int:
+        """What is due before this step; returns how many atoms were resampled. Kept out of compiled graphs."""
+        cfg, step, x = self.cfg, step_input.n_training_steps, step_input.sae_in
+        check_finite(x, x)
+        if step == 0:
+            if cfg.b_dec_init == "mean" and not self.b_dec.any():
+                self.b_dec.data.copy_(x.float().mean(0))
+            return 0
+        if cfg.unit_norm_every and step % cfg.unit_norm_every == 0:
+            self.fold_W_dec_norm()
+            self.balance_factors()
+        due = cfg.resample_every and step % cfg.resample_every == 0 and step <= (cfg.resample_until or step)
+        if due and step_input.dead_neuron_mask is not None:
+            return self.resample(x, step_input.dead_neuron_mask)
         return 0
-    if cfg.unit_norm_every and step % cfg.unit_norm_every == 0:
-        sae.fold_W_dec_norm()
-        sae.balance_factors()
-    due = cfg.resample_every and step % cfg.resample_every == 0 and step <= (cfg.resample_until or step)
-    if due and step_input.dead_neuron_mask is not None:
-        return resample(sae, x, step_input.dead_neuron_mask)
-    return 0
+
+    @torch.no_grad()
+    def resample(self, x: Tensor, dead: Tensor) -> int:
+        """Replace the atoms where `dead` [F] by rank-R directions of the residual of x [N,K*V]; returns how many.
+
+        At most one atom for each row, and fewer if rows resemble each other; the other dead atoms wait for the next
+        time. A new atom has the mean norm of the living ones, in encoder and decoder, and biases of 0. Costs an encode,
+        a decode and one K x V SVD for each atom.
+        """
+        n_dead = int(dead.sum())
+        if n_dead == 0:
+            return 0
+        residual = (x - self.decode(self.encode(x))).float()
+        atoms = distinct_directions(residual.view(-1, self.cfg.d_k, self.cfg.d_v), n_dead, self.cfg.rank)
+        self.replace_atoms(torch.nonzero(dead).flatten()[: len(atoms)], atoms, ~dead)
+        return len(atoms)
+
+    def _with_loss(
+        self, step_input: TrainStepInput, run: Callable[[TrainStepInput], TrainStepOutput]
+    ) -> TrainStepOutput:
+        """`run` the step on the matrices alone, then mix in the loss of the config.
+
+        The reconstruction error becomes (1 - weight) mse + weight * loss, with weight = `cfg.loss_weight`; SAELens'
+        other terms stay. The loss `write` is multiplied by the variance of the batch, so that the weight compares
+        fractions of variance with fractions of misalignment.
+        """
+        cfg = self.cfg
+        if cfg.loss == "mse" or self._step is not None:  # within a step the outer call has taken the columns off
+            return run(step_input)
+        matrices, columns = step_input.sae_in[:, : cfg.d_in], step_input.sae_in[:, cfg.d_in :]
+        if columns.shape[1] == 0:
+            raise ValueError(
+                f"loss={cfg.loss!r} needs columns beside the {cfg.d_in} of the matrix (queries or writes), and the "
+                "batch has none: train with sae_lens_writesae.train or WriteSAETrainingRunner, since SAELens' own "
+                "runner gives none"
+            )
+        with self._step_scope():
+            output = run(dataclasses.replace(step_input, sae_in=matrices))
+            loss = self._loss(output, matrices, columns)
+        output.losses[f"{cfg.loss}_loss"] = loss
+        output.loss = output.loss + cfg.loss_weight * (loss - output.losses["mse_loss"])
+        return output
+
+    def _loss(self, output: TrainStepOutput, matrices: Tensor, columns: Tensor) -> Tensor:
+        cfg = self.cfg
+        if cfg.loss == "reads":
+            return read_loss((output.sae_out - matrices).view(-1, cfg.d_k, cfg.d_v), columns)
+        terms = columns.shape[1] // (cfg.d_k + cfg.d_v)
+        keys, values = columns.split([terms * cfg.d_k, terms * cfg.d_v], dim=1)
+        cosine = self.write_cosines(keys.view(-1, terms, cfg.d_k), values.view(-1, terms, cfg.d_v))
+        in_units_of_contribution = getattr(cfg, "rescale_acts_by_decoder_norm", False)
+        contribution = output.feature_acts if in_units_of_contribution else output.feature_acts * self.decoder_norm()
+        variance = (matrices - matrices.mean(0)).square().sum(-1).mean().detach()
+        return variance * write_loss(cosine, contribution)
+
+
+_MAX_COSINE = 0.9
+"""Two candidates for resampling that are closer than this count as one."""
+
+
+def distinct_directions(residuals: Tensor, count: int, rank: int) -> LowRank:
+    """Up to `count` unit-norm atoms of rank R from residual matrices [N,K,V], no two with a cosine above 0.9.
+
+    Rows are drawn without repetition, in proportion to their squared error, cut to rank R by SVD, and near-copies are
+    left out. (The paper's code draws rows of the raw state with repetition; a batch with one dominant direction then
+    gives many copies of it.)
+    """
+    weights = residuals.flatten(1).square().sum(1)
+    count = min(count, int((weights > 0).sum()))
+    if count == 0:
+        return LowRank.svd(residuals[:0], rank, balanced=True)
+    rows = torch.multinomial(weights / weights.max(), count, replacement=False)
+    atoms = LowRank.svd(residuals[rows], rank, balanced=True)
+    scale = sparse.atom_norm(atoms.keys, atoms.values).rsqrt()[:, None, None]
+    atoms = LowRank(atoms.keys * scale, atoms.values * scale)
+    dense = atoms.dense().flatten(1)
+    repeated = (dense @ dense.T).tril(-1).amax(1) > _MAX_COSINE
+    return atoms.rows(~repeated)
 
 
 @torch.no_grad()
-def preset_b_dec(sae: MatrixAtoms, batches: Iterable[Tensor], n_batches: int = 16) -> Tensor:
-    """Put the mean of the first batches into b_dec [K*V], which the encoder subtracts: mean-centring. Returns it.
+def preset_b_dec(sae: MatrixWeights, batches: Iterable[Tensor], n_batches: int = 16) -> Tensor:
+    """Mean-centring: put the mean of the first batches into b_dec [K*V], which the encoder subtracts, and return it.
 
-    For activations as the SAE will see them: with normalize_activations='expected_average_only_in' leave this to
-    `b_dec_init='mean'`, which sees them scaled.
+    The batches must be scaled as the SAE will see them: with normalize_activations='expected_average_only_in' leave
+    this to `b_dec_init='mean'`, which sees scaled activations.
 
     Raises:
         ValueError: no batch, or the data is not finite.
@@ -106,7 +221,9 @@ def preset_b_dec(sae: MatrixAtoms, batches: Iterable[Tensor], n_batches: int = 1
     return sae.b_dec.data.clone()
 
 
-def aux_loss(sae: Any, residual: Tensor, hidden_pre: Tensor, dead: Tensor, atoms: slice = slice(None)) -> Tensor:
+def aux_loss(
+    sae: MatrixWeights, k_aux: int, residual: Tensor, hidden_pre: Tensor, dead: Tensor, atoms: slice = slice(None)
+) -> Tensor:
     """The auxiliary loss of TopK: the `k_aux` most active dead atoms reconstruct the residual, without bias.
 
     Sum of squares over d_in, mean over rows, scaled down when there are fewer dead atoms than k_aux (Gao et al. 2024,
@@ -114,26 +231,40 @@ def aux_loss(sae: Any, residual: Tensor, hidden_pre: Tensor, dead: Tensor, atoms
     d_in = 16384 means every dead atom; the paper's code decodes with a bias the residual does not have.
 
     Args:
+        k_aux: 0: the paper's 256, or d_sae if that is less.
         residual: [N,K*V], detached.
         hidden_pre: [N,F'] and dead [F'], for the range `atoms`.
     """
     n_dead = int(dead.sum())
     if n_dead == 0:
         return residual.new_tensor(0.0)
-    wanted = sae.cfg.k_aux or min(256, sae.cfg.d_sae)
+    wanted = k_aux or min(256, sae.cfg.d_sae)
     top = torch.where(dead, hidden_pre, -torch.inf).topk(min(wanted, n_dead), sorted=False)
     acts = torch.zeros_like(hidden_pre).scatter(-1, top.indices, top.values)
     error = sae.decode_linear(acts, atoms) - residual
     return min(n_dead / wanted, 1.0) * error.pow(2).sum(-1).mean()
 
 
+class HasThreshold(Protocol):
+    """A BatchTopK or Matryoshka SAE in training, or a JumpReLU SAE."""
+
+    @property
+    def cfg(self) -> MatrixSAEConfig: ...
+
+    def contributions(self, x: Tensor) -> Tensor: ...
+
+    def set_threshold(self, value: float) -> None: ...
+
+
 @torch.no_grad()
-def calibrate_threshold(sae: Any, batches: Iterable[Tensor], l0: float | None = None, n_batches: int = 16) -> float:
+def calibrate_threshold(
+    sae: HasThreshold, batches: Iterable[Tensor], l0: float | None = None, n_batches: int = 16
+) -> float:
     """Set the threshold so that exactly `l0` atoms are active on average over these batches, and return it.
 
-    For a BatchTopK or Matryoshka SAE in training (before export; `l0` defaults to its k) and for a `writesae_jumprelu`
-    SAE, exported or not, where all atoms get the threshold in units of their contribution, activation times atom
-    norm. Holds N*F pre-activations at once.
+    It takes a BatchTopK or Matryoshka SAE in training (before export; `l0` defaults to its k) or a `writesae_jumprelu`
+    SAE, exported or not, in which all atoms get the same threshold in units of their contribution (activation times
+    atom norm). Holds N*F pre-activations at once.
 
     Raises:
         ValueError: no data, an l0 out of range, or a class without a threshold.
@@ -141,9 +272,9 @@ def calibrate_threshold(sae: Any, batches: Iterable[Tensor], l0: float | None = 
     l0 = float(getattr(sae.cfg, "k", 0) if l0 is None else l0)
     require(0 < l0 < sae.cfg.d_sae, "l0", l0, f"above 0 and below d_sae={sae.cfg.d_sae}")
     require(hasattr(sae, "set_threshold"), "sae", type(sae).__name__, "a BatchTopK, Matryoshka or JumpReLU SAE")
-    found = [sae.contributions(b.reshape(-1, sae.cfg.d_in)) for _, b in zip(range(n_batches), batches)]
-    require(bool(found), "batches", 0, "at least one batch of activations [N, d_in]")
-    flat = torch.cat(found).float().flatten()
+    contributions = [sae.contributions(b.reshape(-1, sae.cfg.d_in)) for _, b in zip(range(n_batches), batches)]
+    require(bool(contributions), "batches", 0, "at least one batch of activations [N, d_in]")
+    flat = torch.cat(contributions).float().flatten()
     wanted = round(l0 * len(flat) / sae.cfg.d_sae)
     require(0 < wanted < len(flat), "l0", l0, f"large enough for {len(flat) // sae.cfg.d_sae} rows")
     top = flat.topk(wanted + 1).values  # sorted: the threshold goes between the last one in and the first one out

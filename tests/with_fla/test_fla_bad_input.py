@@ -9,15 +9,8 @@ import torch
 from conftest import VOCAB
 from fla_models import MODEL_TYPES, make_fla
 
-from hookpoints import (
-    EditError,
-    Float16OverflowError,
-    HookedRecurrent,
-    InputError,
-    UnsupportedModelError,
-    WriteEdit,
-    attach,
-)
+from hookpoints import EditError, HookedRecurrent, UnsupportedModelError, WriteEdit, attach
+from hookpoints.errors import Float16OverflowError, InputError
 from hookpoints.model.selfcheck import relative_error
 
 LEFT, RIGHT, WHOLE, HOLE = [0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1] * 5, [1, 0, 1, 1, 1]

@@ -21,7 +21,8 @@ from test_parity import (  # noqa: F401
 )
 from torch.testing import assert_close
 
-from hookpoints import HookedRecurrent, SelfCheckError, UnsupportedModelError
+from hookpoints import HookedRecurrent, UnsupportedModelError
+from hookpoints.errors import SelfCheckError
 from hookpoints.fla import substituting
 from hookpoints.hooks.table import HOOKS
 

@@ -10,12 +10,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from hookpoints.fla import import_fla
+from hookpoints.rules import FlaDelta, FlaGatedDelta, FlaGatedLinear, FlaKimiDelta, FlaRetention, FlaSimpleGatedLinear
 from hookpoints.rules.base import l2_normalise
-from hookpoints.rules.fla_delta import FlaDelta
-from hookpoints.rules.fla_gated_delta import FlaGatedDelta
-from hookpoints.rules.fla_gla import FlaGatedLinear
-from hookpoints.rules.fla_kda import FlaKimiDelta
-from hookpoints.rules.fla_simple_gla import FlaRetention, FlaSimpleGatedLinear
 
 B, T, H, HV, K, V = 2, 37, 2, 4, 8, 5
 DTYPES = [torch.float64, torch.float32]

@@ -17,7 +17,6 @@ from sae_lens_writesae.firings import HeadHook
 from sae_lens_writesae.page.dashboards.config import DashboardConfig
 from sae_lens_writesae.page.dashboards.memory import Lifetime, lifetimes
 from sae_lens_writesae.progress import bar
-from sae_lens_writesae.sae.base import truncated_svd
 from sae_lens_writesae.write_cosines import cosines
 
 FINE = np.linspace(-1, 1, 201)
@@ -42,8 +41,8 @@ class Atoms(NamedTuple):
             v, w = factors.keys[:, 0], factors.values[:, 0]
             share = np.ones(len(number))
         else:
-            leading = truncated_svd(factors.dense(), 1)
-            v, w = leading[0][:, 0], leading[1][:, 0]
+            leading = Factors.svd(factors.dense(), 1, balanced=True)
+            v, w = leading.keys[:, 0], leading.values[:, 0]
             share = ((v.norm(dim=-1) * w.norm(dim=-1) / norm(factors)) ** 2).double().cpu().numpy()
         return cls(number, factors, normalize(v, dim=-1), normalize(w, dim=-1), share)
 

@@ -1,20 +1,27 @@
-"""fla's fused norms in plain torch: LayerNorm, RMSNorm, GroupNorm, with a residual, a gate or a projection fused in.
+"""What fla's kernels do to each token by itself, in plain torch: norms, activations, and RWKV-7's mixes and gates.
 
 As the kernels do, the work is done in float32 (float64 stays) and results are rounded once, to the input's dtype.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hookpoints.fla.substitutes.numbers import working_dtype
-
 Prenorm = Tensor | tuple[Tensor, Tensor]
 """The normalised tensor, or with ``prenorm`` also the sum that was normalised: the residual stream."""
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """What a kernel computes in: float32, here float64 where the input is."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# -- norms: LayerNorm, RMSNorm, GroupNorm, with a residual, a gate or a projection fused in
 
 
 class _Summed(NamedTuple):
@@ -168,3 +175,112 @@ def l2norm(x: Tensor, eps: float = 1e-6, output_dtype: torch.dtype | None = None
     """x / |x| over the last axis, eps inside the root."""
     working = x.to(working_dtype(x))
     return (working * torch.rsqrt(working.square().sum(-1, keepdim=True) + eps)).to(output_dtype or x.dtype)
+
+
+# -- activations
+
+
+def _rounded(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``function`` in the working dtype, its result in the first input's."""
+    dtype = working_dtype(inputs[0])
+    return function(*(x.to(dtype) for x in inputs)).to(inputs[0].dtype)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x))."""
+    return _rounded(torch.sigmoid, x)
+
+
+def logsigmoid(x: Tensor, temperature: float = 1.0) -> Tensor:
+    """log sigmoid(x) / temperature."""
+    return _rounded(lambda x: F.logsigmoid(x) / temperature, x)
+
+
+def swish(x: Tensor) -> Tensor:
+    """x sigmoid(x)."""
+    return _rounded(F.silu, x)
+
+
+def elu_p1(x: Tensor) -> Tensor:
+    """elu(x) + 1, a positive feature map."""
+    return _rounded(lambda x: F.elu(x) + 1, x)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2."""
+    return _rounded(lambda x: F.relu(x).square(), x)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU with the tanh approximation, in the input's dtype."""
+    return F.gelu(x, approximate="tanh")
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU of x + bias."""
+    return F.gelu(x + bias, approximate="tanh").to(x.dtype)
+
+
+def swiglu(x: Tensor, y: Tensor) -> Tensor:
+    """swish(x) y."""
+    return _rounded(lambda x, y: F.silu(x) * y, x, y)
+
+
+def sigmoidglu(x: Tensor, y: Tensor) -> Tensor:
+    """sigmoid(x) y."""
+    return _rounded(lambda x, y: x.sigmoid() * y, x, y)
+
+
+def powglu(x: Tensor, y: Tensor, power: float = 3.0) -> Tensor:
+    """x^(power / (sqrt(x) + 1)) sigmoid(x) y for x > 0, else x sigmoid(x) y."""
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        positive = torch.where(x > 0, x, torch.ones_like(x))
+        raised = positive.pow(power / (positive.sqrt() + 1))
+        return torch.where(x > 0, raised, x) * x.sigmoid() * y
+
+    return _rounded(function, x, y)
+
+
+def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """swiglu, then a linear map."""
+    return F.linear(swiglu(x, y), weight, bias)
+
+
+def sigmoidglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """sigmoidglu, then a linear map."""
+    return F.linear(sigmoidglu(x, y), weight, bias)
+
+
+def powglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, power: float = 3.0) -> Tensor:
+    """powglu, then a linear map."""
+    return F.linear(powglu(x, y, power), weight, bias)
+
+
+# -- what RWKV-7 layers compute around the recurrence
+
+
+def addcmul(
+    hidden_states: Tensor,
+    delta: Tensor,
+    xr: Tensor,
+    xw: Tensor,
+    xk: Tensor,
+    xv: Tensor,
+    xa: Tensor,
+    xg: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """x + delta * mix for each mix [1,1,D]; None where there is no ``xg``. x and delta [B,T,D]."""
+    mixes = (xr, xw, xk, xv, xa, xg)
+    return tuple(None if mix is None else hidden_states.addcmul(delta, mix) for mix in mixes)
+
+
+def key(k: Tensor, a: Tensor, ka: Tensor, cu_seqlens: object = None, cu_seqlens_cpu: object = None) -> Tensor:
+    """k (1 + (a - 1) ka), all [B,T,D] but ka [D]."""
+    return k.addcmul(k * (a - 1), ka)
+
+
+def gated_bonus(o: Tensor, r: Tensor, k: Tensor, r_k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """(o + (r . r_k k) v) g with o and g [B,T,H*V], r and k [B,T,H,K], r_k [H,K], v [B,T,H,V]."""
+    bonus = (r * k * r_k).sum(-1, keepdim=True) * v
+    return (o + bonus.reshape(o.shape)) * g

@@ -1,0 +1,223 @@
+"""One forward of one hooked layer: what happens between an upstream layer and its op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hookpoints.edits.edit import LowRankChange
+from hookpoints.edits.plan import changes_of
+from hookpoints.errors import Float16OverflowError
+from hookpoints.hooks.points import HookSet, watch
+from hookpoints.layer.context import Backend, Recorded, current
+from hookpoints.layer.intercept import Function, running, torch_form, wrap_forward
+from hookpoints.layer.mixer import HookedMixer
+from hookpoints.layer.padding import UNPADDED, Padding
+from hookpoints.layer.position import cache_among, count_tokens
+from hookpoints.layer.response import EditResponse
+from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.rules.base import OpFactors, OpResult
+
+
+class _Changed(NamedTuple):
+    """A change of the dense writes or states of some heads."""
+
+    heads: slice
+    change: Tensor
+    """[B,T,H',K,V]."""
+
+
+def hook_layer(mixer: HookedMixer) -> Callable[[], None]:
+    """Make a ``LayerCall`` of every forward of the mixer's layer; returns what undoes it."""
+
+    def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        call = LayerCall(mixer, args, kwargs)
+        output = running(call, forward, args, kwargs)
+        call.check_output(output)
+        return output
+
+    return wrap_forward(mixer.module, around)
+
+
+class LayerCall:
+    """One forward of a layer. It handles the op calls made meanwhile, and dies with the forward however that ends.
+
+    With no listener, no edit and backend "auto" it calls the op with the very arguments it was given.
+
+    Args:
+        mixer: the layer.
+        args, kwargs: what the layer was called with.
+    """
+
+    def __init__(self, mixer: HookedMixer, args: tuple[object, ...], kwargs: dict[str, object]):
+        self.mixer, self.hooks = mixer, mixer.hooks
+        self.run = current(mixer.owner)
+        self.open = True
+        self.met = False
+        """Whether hooks or edits met an op call of this forward."""
+        cache = cache_among(*args, *kwargs.values())
+        hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        self.first_token = self.run.position if self.run.in_pass or cache is not None else 0
+        """Position of the first token; None where nothing tells."""
+        if cache is not None and self.first_token is not None:
+            count_tokens(cache, self.first_token + hidden.shape[1])
+        mask = kwargs.get("attention_mask")
+        self.real: Tensor | None = None
+        """[B,T] bool, which tokens are real, where the layer is told so in that form."""
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            self.real = mask[:, -hidden.shape[1] :] != 0
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer."""
+        return self.mixer.module
+
+    def handle(self, op: Function, arguments: Mapping[str, Any]) -> object:
+        """Run the op with hooks and edits around it; returns what the layer expects from the op."""
+        rule, run = self.mixer.rule, self.run
+        self.mixer.calls += 1
+        native_op = self._native_op(op, arguments, run.backend or self.mixer.backend)
+        edited = any(self.mixer.layer in plan.by_layer for plan in run.plans)
+        if not edited and run.record is None and native_op is not None and not self.hooks.listening():
+            return native_op(**arguments)
+        # fla's layers take the padding out before the op.
+        padding = Padding(self.real) if arguments.get("cu_seqlens") is not None else UNPADDED
+        factors, changed = self._fire_factors(padding.spread(rule.factors(arguments)))
+        recurrence = rule.recurrence(factors, arguments)
+        if native_op is not None and changed & rule.torch_only:
+            native_op = torch_form(native_op)
+        fed = rule.arguments(arguments, padding.packed(factors), changed)
+        native = self._native(native_op, fed, recurrence, padding)
+        if changed or native_op is None:
+            native = native._replace(outputs=native.outputs.to(rule.output_dtype(arguments)))
+        if run.record is not None:
+            run.record[self.mixer.layer] = Recorded(_owning_state(recurrence), native)
+        response = EditResponse(recurrence)
+        for change in self._fire_write_factors(recurrence):
+            response.add_low_rank(change)
+        for plan in run.plans:
+            # Each plan edits what those before it and the hooks left, so a plan's changes are complete before any acts.
+            edits = plan.by_layer.get(self.mixer.layer, [])
+            for change in list(changes_of(plan, edits, recurrence, list(response.low_rank), self.first_token)):
+                response.add_low_rank(change)
+        for heads, change in self._fire_matrices("write", response.writes):
+            response.add_dense(heads, change)
+        for heads, change in self._fire_matrices("state", response.states):
+            response.add_states(heads, change)
+        result = self._fire_read(response.apply(native))
+        self.met = True
+        if result.outputs.dtype == torch.float16:
+            _check_range(self.mixer.layer, read=result.outputs, state=result.final_state)
+        return rule.write_result(padding.packed_result(result), arguments)
+
+    def check_output(self, output: object) -> None:
+        """Raise Float16OverflowError if hooks or edits acted and the layer's output leaves float16's range."""
+        value = output[0] if isinstance(output, tuple) else output
+        if self.met and isinstance(value, Tensor) and value.dtype == torch.float16:
+            _check_range(self.mixer.layer, output=value)
+
+    def _native_op(self, op: Function, arguments: Mapping[str, Any], backend: Backend) -> Function | None:
+        """What computes the native pass; None: hookpoints' own kernel."""
+        if backend == "recurrence" or not self.mixer.rule.runs(op, arguments):
+            return None
+        return torch_form(op) if backend == "torch" else op
+
+    def _native(
+        self, op: Function | None, arguments: Mapping[str, Any], recurrence: Recurrence, padding: Padding
+    ) -> OpResult:
+        """The pass without edits of writes, states and reads; by hookpoints' own kernel where no op is given."""
+        if op is None:
+            outputs, state = recurrence.scan()
+            return OpResult(outputs, state if self.mixer.rule.wants_state(arguments) else None)
+        return padding.spread_result(self.mixer.rule.read_result(op(**arguments), arguments))
+
+    # -- hooks
+
+    def _fire_factors(self, factors: OpFactors) -> tuple[OpFactors, frozenset[str]]:
+        """Factors after their hooks, and the names of those that changed."""
+        changes: dict[str, Tensor] = {}
+        for name in factors.present():
+            hook = f"hook_{name}"
+            if self.hooks.listens(hook):
+                # A copy: the tensor may be a view of what the layer still uses.
+                factor: Tensor = getattr(factors, name)
+                seen = watch(factor.clone(), lambda x, hook=hook: self.hooks.fire(hook, x))
+                if seen.changed and (seen.value.requires_grad or not torch.equal(seen.value, factor)):
+                    changes[name] = seen.value
+        return factors.with_(**changes), frozenset(changes)
+
+    def _fire_write_factors(self, r: Recurrence) -> Iterator[LowRankChange]:
+        """k'u'^T - k u^T as (k'-k) u'^T + k (u'-u)^T, which is exactly zero where nothing changed."""
+        key_change = self._fire_side("hook_write_key", r.k)
+        value_change = self._fire_side("hook_write_value", r.u)
+        values = r.u if value_change is None else r.u + value_change
+        for head in range(r.H):
+            if key_change is not None:
+                yield LowRankChange(head, key_change[:, :, head], values[:, :, head])
+            if value_change is not None:
+                yield LowRankChange(head, r.k[:, :, head], value_change[:, :, head])
+
+    def _fire_side(self, hook: str, side: Tensor) -> Tensor | None:
+        """What a hook on one side of the write adds to it, or None."""
+        if not self.hooks.listens(hook):
+            return None
+        seen = watch(side.clone(), lambda x: self.hooks.fire(hook, x))
+        return seen.value - side if seen.changed else None
+
+    def _fire_matrices(self, kind: str, build: Callable[[slice], Tensor]) -> Iterator[_Changed]:
+        """Fire the dense hooks of ``kind`` ("write", "state"), built only for heads with a listener."""
+        names = (f"hook_{kind}", f"hook_{kind}_vec")
+        heads = self.hooks.heads_listening(*names)
+        if not self.hooks.listens(names[0]):
+            for head in heads:
+                one = slice(head, head + 1)
+                value = build(one)
+                changed = self._fire_head(head, names, value[:, :, 0])
+                if changed is not None:
+                    # Firing may have edited `value` in place, so the difference is against a fresh one.
+                    yield _Changed(one, changed.unsqueeze(2) - build(one))
+            return
+        value = build(slice(None))
+        seen = watch(value, lambda x: self.hooks.fire(names[0], x))
+        result, changed = seen.value, seen.changed
+        for head in heads:
+            edited = self._fire_head(head, names, result[:, :, head])
+            if edited is not None:
+                result, changed = result.clone(), True
+                result[:, :, head] = edited
+        if changed:
+            yield _Changed(slice(None), result - build(slice(None)))
+
+    def _fire_head(self, head: int, names: tuple[str, str], value: Tensor) -> Tensor | None:
+        hooks, changed = self.hooks.heads[head], False
+        assert isinstance(hooks, HookSet)
+        for name, shape in ((names[0], value.shape), (names[1], (*value.shape[:2], -1))):
+            if hooks.listens(name):
+                seen = watch(value.reshape(shape), lambda x, name=name: hooks.fire(name, x))
+                value = seen.value.reshape(value.shape)
+                changed = changed or seen.changed
+        return value if changed else None
+
+    def _fire_read(self, result: OpResult) -> OpResult:
+        if not self.hooks.listens("hook_read"):
+            return result
+        return result._replace(outputs=self.hooks.fire("hook_read", result.outputs))
+
+
+def _check_range(layer: int, **values: Tensor | None) -> None:
+    """Raise where values leave float16's range: downstream they would turn into NaN without a word."""
+    for what, value in values.items():
+        if value is not None and not bool((value.abs() <= torch.finfo(torch.float16).max).all()):
+            raise Float16OverflowError(
+                f"the {what} of layer {layer} leaves float16's range (65504), by the model's own numbers or with the "
+                "hooks and edits in force; load the model with dtype=torch.bfloat16 or torch.float32, or edit with "
+                "smaller matrices"
+            )
+
+
+def _owning_state(r: Recurrence) -> Recurrence:
+    """The same with a state of its own: caches are updated in place after the op returns."""
+    return r if r.initial_state is None else r.replace(initial_state=r.initial_state.clone())

@@ -1,0 +1,335 @@
+"""The canonical form that every recurrent rule is brought to: its fields, their checks, and parts of it.
+
+    S_t = (diag(alpha_t) + a_t b_t^T) S_{t-1} + k_t u_t^T          S: [B,H,K,V], key-first
+    o_t = S_t^T (scale * q_t)
+
+This module only holds the factors. `recurrence` adds what can be computed from them, by the algorithms of `reference`
+and `chunked`, which take a form from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, NamedTuple, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+Index = int | slice | Sequence[int] | Tensor | None
+"""What selects rows, heads or positions; None selects all."""
+Loop = Literal["closed", "open"]
+"""Whether the erase reacts to an edited state ("closed", as in the model) or not ("open")."""
+
+TIME_FIELDS = ("q", "k", "u", "log_decay", "a", "b", "beta")
+"""Fields with a time axis."""
+
+T_ = TypeVar("T_")
+FormT = TypeVar("FormT", bound="CanonicalForm")
+
+
+class ScanResult(NamedTuple):
+    """Everything that one pass over the sequence gives."""
+
+    outputs: Tensor
+    """[B,T,H,V], what the layer reads."""
+    final_state: Tensor
+    """[B,H,K,V], the state after the last token."""
+
+
+class Split(NamedTuple, Generic[FormT]):
+    """A recurrence cut in two along time."""
+
+    left: FormT
+    """The tokens before the cut."""
+    right: Callable[[Tensor], FormT]
+    """Takes the state [B,H,K,V] to start from (`left.final_state()` for an exact continuation) and returns the rest."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CanonicalForm:
+    """Factors of one recurrent layer over one stretch of tokens.
+
+    Floating dtypes may be mixed; the work is done, and results are returned, in float64 if any field is
+    float64 and in float32 otherwise. Shapes, devices and dtypes are checked here; values are not (`log_decay`
+    is meant to be <= 0, and -inf is allowed).
+
+    Raises:
+        ValueError: a shape, device or pairing is wrong; the message names the field, what was expected and
+        what was found.
+        TypeError: a field is not a floating tensor.
+    """
+
+    q: Tensor
+    """[B,T,H,K] read vector, before `scale`."""
+    k: Tensor
+    """[B,T,H,K] write key; [B,T,H,R,K] where a token writes R terms."""
+    u: Tensor
+    """[B,T,H,V] or [B,T,H,R,V] write value: token t adds k_t u_t^T, summed over its terms."""
+    log_decay: Tensor | None = None
+    """[B,T,H] one decay per head, or [B,T,H,K] one per key channel; natural log, <= 0. None: no decay."""
+    a: Tensor | None = None
+    """[B,T,H,K] or [B,T,H,E,K] erase, left vector. Given with `b`, or derived from `beta`."""
+    b: Tensor | None = None
+    """[B,T,H,K] or [B,T,H,E,K] erase, right vector: S_{t-1}^T b_t is what the rule reads back before it writes. All
+    terms of a token read the state before it."""
+    scale: float = 1.0
+    """Factor on q at the read."""
+    initial_state: Tensor | None = None
+    """[B,H,K,V] state before the first token. None: zeros."""
+    read_before_write: bool = False
+    """True where o_t reads S_{t-1} (RWKV-6) instead of S_t."""
+    beta: Tensor | None = None
+    """[B,T,H] or [B,T,H,R] declares that a = -beta k, the erase of the delta rules. Optional: it allows a solve with
+    half the work. With `a` left out, `a` is derived; with both given, they are trusted to agree. `replace` drops
+    it when `k` or `a` change."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.beta is not None and self.a is None:
+            object.__setattr__(self, "a", -self.beta[..., None] * self.k)
+
+    def __repr__(self) -> str:
+        decay = "no decay" if self.log_decay is None else f"log_decay {list(self.log_decay.shape)}"
+        erase = "no erase" if self.b is None else "erase along any a" if self.beta is None else "erase along k"
+        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in ("BTHKV" if self.R == 1 else "BTHRKV"))
+        return f"{type(self).__name__}({sizes}, {decay}, {erase}, {self.dtype}, {self.device})"
+
+    @property
+    def B(self) -> int:
+        """Batch rows."""
+        return self.k.shape[0]
+
+    @property
+    def T(self) -> int:
+        """Tokens."""
+        return self.k.shape[1]
+
+    @property
+    def H(self) -> int:
+        """Heads (value heads: shared keys are expanded)."""
+        return self.k.shape[2]
+
+    @property
+    def K(self) -> int:
+        """Key side of the state."""
+        return self.k.shape[-1]
+
+    @property
+    def V(self) -> int:
+        """Value side of the state."""
+        return self.u.shape[-1]
+
+    @property
+    def R(self) -> int:
+        """Rank-1 terms in a token's write."""
+        return self.k.shape[3] if self.k.ndim == 5 else 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the work is done in: float64 if any field is, else float32."""
+        return torch.float64 if any(x.dtype == torch.float64 for _, x in tensors(self)) else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where all fields are."""
+        return self.k.device
+
+    @property
+    def decays_per_channel(self) -> bool:
+        """Whether each key channel has a decay of its own."""
+        return self.log_decay is not None and self.log_decay.ndim == 4
+
+    def select(
+        self,
+        rows: Index = None,
+        heads: Index = None,
+        tokens: slice | None = None,
+        *,
+        initial_state: Tensor | None = None,
+    ) -> Self:
+        """Part of the batch, heads or tokens. Slices give views.
+
+        A stretch of tokens that does not begin at 0 needs the state to begin with, [B',H',K,V] after the
+        other selections: pass `initial_state` (zeros for the response to an edit made there), or use `split`.
+        """
+        fields = {name: pick(pick(x, rows, 0, "rows"), heads, 2, "heads") for name, x in over_time(self)}
+        state = self.initial_state
+        if state is not None:
+            state = pick(pick(state, rows, 0, "rows"), heads, 1, "heads")
+        if tokens is not None:
+            begin, _, step = tokens.indices(self.T)
+            if step != 1:
+                raise ValueError(f"tokens must be a slice of step 1, found {tokens}")
+            if begin > 0 and initial_state is None:
+                raise ValueError(f"tokens from {begin} on need initial_state=, the state before them; see split")
+            fields = {name: x[:, tokens] for name, x in fields.items()}
+        state = state if initial_state is None else initial_state
+        return dataclasses.replace(self, **fields, initial_state=state)
+
+    def replace(self, **fields: Tensor | float | bool | None) -> Self:
+        """A copy with other fields. A new `k` or `a` ends the declaration a = -beta k (the erase stays as it
+        is), unless `beta` is given again; with `beta` and no `a`, the erase is derived anew."""
+        if fields.get("beta") is not None:
+            fields.setdefault("a", None)
+        elif "k" in fields or "a" in fields:
+            fields["beta"] = None
+        return dataclasses.replace(self, **fields)
+
+    def without_erase(self) -> Self:
+        """The same with decay only: what carries the corrected values, and an edit in open loop."""
+        return dataclasses.replace(self, a=None, b=None, beta=None)
+
+    def with_write(self, k: Tensor, u: Tensor, *, loop: Loop = "closed") -> Self:
+        """The linear response to a change of the writes: the same transition and reads, a zero state, and the writes
+        k u^T instead (of any rank).
+
+        Its outputs (states) are exactly what such writes add to this recurrence's. `loop="open"` drops the
+        erase.
+        """
+        base = choice(loop, {"closed": lambda: self, "open": self.without_erase}, "loop")()
+        return base.replace(k=k, u=u, initial_state=None)
+
+    def tied(self) -> Self:
+        """The same recurrence with `beta` declared, for an erase that lies along the write key.
+
+        Raises ValueError if it does not: at some token |a - c k| > 1e-5 |a| for the best c (more
+        for half precision, by its rounding).
+        """
+        if self.a is None or self.beta is not None:
+            return self
+        if self.a.ndim != self.k.ndim or self.a.shape[3] != self.k.shape[3]:
+            raise ValueError(
+                "corrected values exist only where each term of the write has its own erase: the write k has the "
+                f"shape {list(self.k.shape)}, the erase a {list(self.a.shape)}"
+            )
+        a, k = self.a.to(self.dtype), self.k.to(self.dtype)
+        along = (a * k).sum(-1) / (k * k).sum(-1).clamp_min(torch.finfo(self.dtype).tiny)
+        tolerance = max(1e-5, 4 * torch.finfo(self.a.dtype).eps)
+        off = (a - along[..., None] * k).norm(dim=-1) > tolerance * a.norm(dim=-1)
+        if bool(off.any()):
+            row, token, head = off.nonzero()[0].tolist()[:3]
+            raise ValueError(
+                "corrected values exist only where the erase a is along the write key k (a = -beta k); it is not "
+                f"at row {row}, token {token}, head {head}. Use the additive write, or states()."
+            )
+        return dataclasses.replace(self, beta=-along)
+
+    def split(self, t: int) -> Split[Self]:
+        """Cut before token t (0 < t < T). Handing `left.final_state()` to `right` equals one pass."""
+        if not 0 < t < self.T:
+            raise ValueError(f"split needs 0 < t < T={self.T}, found {t}")
+        rest = slice(t, None)
+        return Split(self.select(tokens=slice(0, t)), lambda state: self.select(tokens=rest, initial_state=state))
+
+    @classmethod
+    def cat(cls, parts: Iterable[Self]) -> Self:
+        """Join along time. The first part's initial state begins; those of later parts are ignored. Raises ValueError
+        if the forms differ."""
+        parts = list(parts)
+        if not parts:
+            raise ValueError("cat needs at least one recurrence")
+        forms = [({n: list(x.shape[2:]) for n, x in over_time(p)}, p.scale, p.read_before_write) for p in parts]
+        if any(form != forms[0] for form in forms):
+            raise ValueError(f"cat needs parts of one form (fields, scale, read_before_write), found {forms}")
+        joined = {name: torch.cat([getattr(p, name) for p in parts], dim=1) for name in forms[0][0]}
+        return dataclasses.replace(parts[0], **joined)
+
+    def working(self) -> Self:
+        """The same with every tensor in `dtype`; the algorithms begin with it."""
+        dtype = self.dtype
+        other = {name: x.to(dtype) for name, x in tensors(self) if x.dtype != dtype}
+        return dataclasses.replace(self, **other) if other else self
+
+    def starting_state(self) -> Tensor:
+        """`initial_state` in `dtype`; zeros [B,H,K,V] where there is none."""
+        if self.initial_state is not None:
+            return self.initial_state.to(self.dtype)
+        return torch.zeros(self.B, self.H, self.K, self.V, dtype=self.dtype, device=self.device)
+
+
+def resolve_index(index: Index, size: int, what: str) -> list[int]:
+    """The positions that an int, slice, sequence or integer tensor selects on an axis of `size`; IndexError
+    beyond it."""
+    if index is None or isinstance(index, slice):
+        return list(range(size))[index or slice(None)]
+    if isinstance(index, Tensor):
+        index = index.reshape(-1).tolist()
+    positions = [index] if isinstance(index, int) else [int(i) for i in index]
+    for i in positions:
+        if not -size <= i < size:
+            raise IndexError(f"{what} {i} is out of range for {size}")
+    return [i % size for i in positions]
+
+
+def resolve_one(index: int, size: int, what: str) -> int:
+    """One position, counted from 0; IndexError beyond the axis."""
+    return resolve_index(int(index), size, what)[0]
+
+
+def pick(x: Tensor, index: Index, dim: int, what: str) -> Tensor:
+    """Select along `dim`, which stays even for one; a view for a slice or one index."""
+    if index is None:
+        return x
+    if isinstance(index, slice):
+        return x[(slice(None),) * dim + (index,)]
+    positions = resolve_index(index, x.shape[dim], what)
+    if len(positions) == 1:
+        return x.narrow(dim, positions[0], 1)
+    return x.index_select(dim, torch.tensor(positions, dtype=torch.long, device=x.device))
+
+
+def choice(key: str, choices: Mapping[str, T_], what: str) -> T_:
+    """`choices[key]`; ValueError that lists the choices otherwise."""
+    if key not in choices:
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, found {key!r}")
+    return choices[key]
+
+
+def tensors(r: CanonicalForm) -> list[tuple[str, Tensor]]:
+    """The tensor fields that are given, with their names."""
+    return [(n, x) for n in (*TIME_FIELDS, "initial_state") if (x := getattr(r, n)) is not None]
+
+
+def over_time(r: CanonicalForm) -> list[tuple[str, Tensor]]:
+    """The given fields that have a time axis, with their names."""
+    return [(n, x) for n in TIME_FIELDS if (x := getattr(r, n)) is not None]
+
+
+def terms(x: Tensor) -> list[Tensor]:
+    """The rank-1 terms of keys or values [B,T,H,(R,)K]."""
+    return [x] if x.ndim == 4 else list(x.unbind(3))
+
+
+def _check(r: CanonicalForm) -> None:
+    """Check types, shapes, devices and pairing of the fields; see `CanonicalForm` for what is raised."""
+    for name, x in tensors(r):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating tensor, found {getattr(x, 'dtype', type(x).__name__)}")
+    for name, side in (("k", "K"), ("u", "V")):
+        if getattr(r, name).ndim not in (4, 5):
+            raise ValueError(f"{name} must be [B,T,H,{side}] or [B,T,H,R,{side}], found {list(getattr(r, name).shape)}")
+    if 0 in r.k.shape or 0 in r.u.shape:
+        shapes = f"k {list(r.k.shape)}, u {list(r.u.shape)}"
+        raise ValueError(f"a recurrence needs at least one row, token, head and channel, found {shapes}")
+    sizes = {"B": r.B, "T": r.T, "H": r.H, "K": r.K, "V": r.V, "R": r.R}
+    write, erase = "BTHR" if r.k.ndim == 5 else "BTH", "BTH"
+    if r.b is not None and r.b.ndim == 5:
+        erase, sizes["E"] = "BTHE", r.b.shape[3]
+    axes = {"k": write + "K", "u": write + "V", "a": erase + "K", "b": erase + "K", "beta": write}
+    axes |= {"q": "BTHK", "initial_state": "BHKV"}
+    axes["log_decay"] = "BTH" if r.log_decay is None or r.log_decay.ndim == 3 else "BTHK"
+    for name, x in tensors(r):
+        want = axes[name]
+        if list(x.shape) != [sizes[c] for c in want]:
+            spelt = "[" + ",".join(f"{c}={sizes[c]}" for c in want) + "]"
+            raise ValueError(f"{name} must be {spelt} as k {list(r.k.shape)} says, found {list(x.shape)}")
+        if x.device != r.device:
+            raise ValueError(f"all fields must be on one device: k is on {r.device}, {name} on {x.device}")
+    if (r.a is not None or r.beta is not None) != (r.b is not None):
+        given = ", ".join(n for n in ("a", "b", "beta") if getattr(r, n) is not None)
+        raise ValueError(f"an erase needs b together with a (or beta), found only {given}")
+    if r.beta is not None and r.b is not None and r.b.shape != r.k.shape:
+        shapes = f"k {list(r.k.shape)}, b {list(r.b.shape)}"
+        raise ValueError(f"beta says that each term of the write erases along its own key, but found {shapes}")

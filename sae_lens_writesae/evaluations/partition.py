@@ -1,0 +1,465 @@
+"""Which atoms point along the writes they fire on: the paper's partition into registers and bundles, with its nulls.
+
+Source: WriteSAE (arXiv 2605.12770), section on the partition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, cast
+
+import numpy as np
+import pandas as pd
+
+from sae_lens_writesae.evaluations.substitution import RELEVANT, Substitution, wide_firings
+from sae_lens_writesae.experiment.conditions import CONTROLS
+from sae_lens_writesae.experiment.cosines import firing_cosines
+from sae_lens_writesae.experiment.evaluation import Evaluation
+from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.experiment.result import Claim, Figure, Json, Result
+from sae_lens_writesae.verdict import figures
+from sae_lens_writesae.verdict import statistics as stats
+from sae_lens_writesae.verdict.format import percent, span
+from sae_lens_writesae.verdict.judge import Against, Verdict, judge
+from sae_lens_writesae.verdict.mixtures import COLUMNS as MIXTURE_COLUMNS
+from sae_lens_writesae.verdict.mixtures import fisher_z, fit_mixtures
+from sae_lens_writesae.verdict.paper import Outcome
+
+SAMPLES: dict[str, str] = {"cosine": "atoms", "shuffled": "shuffled", "random": "random"}
+"""Columns of the table `atoms` that hold medians of cosines, and the names of these samples in the other tables."""
+
+STRONG = 10.0
+"""Difference of BIC that counts as very strong evidence (Kass and Raftery, 1995)."""
+
+RELEVANT_COSINE = 0.05
+"""Gain in cosine over shuffled positions from which on atoms point along their writes; fixed before any run. It is the
+cosine from which on the paper calls an atom a register."""
+
+_KINDS = ("register", "bundle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition(Evaluation):
+    """For each alive atom, the median over its firings of the signed cosine cos(v_i, k_t) cos(w_i, u_t) between the
+    atom and the native write. An atom is a **register** from 0.05 on and a **bundle** below. Whether there are two
+    kinds at all is asked of Gaussian mixtures (1 to 4 components, BIC). Two nulls say what a dictionary without such
+    atoms would show: `shuffled`, the writes of other positions of the same sequence, and `random`, a random direction
+    in the atom's place.
+
+    **Verdict of claim 6**, "atoms part into registers and bundles", by these rules in order:
+
+    1. *not tested*: there are fewer than `min_atoms` alive atoms, or all cosines are alike.
+    2. *fails*: on the cosines, BIC is lowest at another number of components than 2, or at 2 by less than 10 under
+       that of one.
+    3. *confounded*: the shuffled null, too, takes more than one component by at least 10, or the share of atoms at the
+       threshold or above is no higher than in the shuffled null (by the ladder of `judge`, over atoms).
+    4. *holds* otherwise.
+
+    A claim of this project, "atoms point along the writes they fire on": the ladder of `judge` on the median over atoms
+    of (cosine - shuffled), chance 0, a gain of 0.05 matters, against the random null (cosine - random).
+
+    **Verdict of claim 4**, "register and bundle alike", from a substitution test of as many registers as bundles, each
+    writing its own atom: the outcome is *below the floor*, *inconclusive*, *confounded* or *undecided* where that test
+    is, or where `judge` finds so for one kind (its win rate against deletion over atoms, chance 1/2). Else it holds
+    where both kinds beat deletion and a permutation of atoms finds no difference at 5 %, and fails otherwise.
+    """
+
+    alive_tokens: int = 65_536
+    """Aliveness is counted on the first so many evaluation tokens (all, where there are fewer)."""
+    min_firings: int = 5
+    """Firings on those tokens that make an atom alive; a median over fewer says little."""
+    threshold: float = 0.05
+    """Cosine from which on an atom is a register (the paper's operational rule)."""
+    sweep: tuple[float, ...] = (0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.10)
+    """Thresholds at which atoms are counted beside it."""
+    components: int = 4
+    """Largest mixture that is fitted."""
+    restarts: int = 3
+    """Starts of each fit; the likeliest is kept."""
+    min_atoms: int = 20
+    """Alive atoms without which no claim is tested."""
+    tested_atoms: int = 16
+    """Atoms of each kind whose substitution is tested, drawn uniformly (claim 4). 0: none."""
+    firings_per_atom: int = 4
+    """Firings of each of these atoms."""
+    controls: tuple[str, ...] = ("random", "state", "mean")
+    """Controls of that test."""
+
+    kind: ClassVar[str] = "partition"
+    question: ClassVar[str] = "Do atoms point along the writes they fire on, and are there two kinds?"
+    answers: ClassVar[tuple[int, ...]] = (4, 6)
+    min_sequences: ClassVar[int] = 1
+    at_least: ClassVar[dict[str, float]] = {
+        "alive_tokens": 1,
+        "min_firings": 1,
+        "components": 1,
+        "restarts": 1,
+        "min_atoms": 1,
+        "firings_per_atom": 1,
+        "tested_atoms": 0,
+    }
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"controls": CONTROLS}
+    columns: ClassVar[dict[str, dict[str, str]]] = {
+        "atoms": {
+            "atom": "index of an alive atom",
+            "firings": "firings that the medians are over",
+            "cosine": "median cosine of the atom and the native write over the atom's firings",
+            "shuffled": "the same with writes of other positions of the same sequence",
+            "random": "the same firings with a random direction in the atom's place",
+            "z": "Fisher's z of the cosine",
+            "kind": "register (cosine >= threshold) or bundle",
+        },
+        "mixtures": {
+            "sample": "atoms, shuffled or random",
+            "space": "cosine or z (Fisher's)",
+            "components": "components of the mixture",
+            "component": "number of the component, by its mean",
+            "weight": "share of the component",
+            "mean": "mean of the component",
+            "sd": "standard deviation of the component",
+            "bic": "BIC of the mixture; lower is better",
+            "best": "whether this mixture has the lowest BIC of its sample and space",
+        },
+        "sweep": {
+            "threshold": "cosine from which on an atom counts as a register",
+            "sample": "atoms, shuffled or random",
+            "registers": "atoms at or above the threshold",
+            "share": "the same as a share of alive atoms",
+        },
+        "substitution": {
+            "scale": "scale of the substitution test",
+            "kind": "register or bundle",
+            "rate": "share of firings on which the atom is nearer to native than deletion",
+            "low": "lower end of the 95 % interval over atoms",
+            "high": "upper end of the 95 % interval over atoms",
+            "n": "firings",
+            "n_atoms": "atoms",
+        },
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, values in (("threshold", (self.threshold,)), ("sweep", self.sweep)):
+            if wrong := [x for x in values if not -1 <= x <= 1]:
+                raise ValueError(f"{name} holds cosines between -1 and 1, found {wrong[0]}")
+
+    @property
+    def substitution(self) -> Substitution:
+        """The test of claim 4, without its atoms. The claim is about atoms of either kind and not about those that
+        dominate a position, so that each firing's own atom is written."""
+        return Substitution(
+            atom_choice=("own",),
+            firings_per_atom=self.firings_per_atom,
+            scales=("coefficient",),
+            controls=self.controls,
+            last_position_firings=0,
+            alive_tokens=self.alive_tokens,
+            seed=self.seed,
+            rows_per_run=self.rows_per_run,
+        )
+
+    # -- measuring
+
+    def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
+        firings = lab.firings()
+        alive_tokens = min(self.alive_tokens, lab.tokens.numel())
+        alive, ever = firings.alive(alive_tokens, self.min_firings), firings.alive(alive_tokens)
+        lab.require(
+            len(alive) > 0,
+            f"no atom is alive: {len(ever)} of {firings.n_atoms} fire on {alive_tokens:,} tokens, none of them "
+            f"{self.min_firings} times; give more tokens, or lower min_firings",
+        )
+        cosines = firing_cosines(lab, alive)
+        lab.skipped["firings at zero writes"] += cosines.zero_writes
+        lab.require(not cosines.table.empty, "no cosine is defined, though atoms are alive")
+        atoms = self.atom_table(cosines.table)
+        lab.skipped[f"atoms that fire fewer than {self.min_firings} times"] += len(ever) - len(alive)
+        lab.skipped["alive atoms that are zero matrices, or fire at zero writes only"] += len(alive) - len(atoms)
+        mixtures = self.mixture_table(atoms, lab)
+        by_kind = self._tested(lab, atoms)
+        # After the substitution test, which counts an atom as alive from its first firing on.
+        lab.facts |= {"alive_tokens": alive_tokens, "n_alive": len(atoms), "dead": firings.n_atoms - len(ever)}
+        return {"atoms": atoms, "mixtures": mixtures, "sweep": self.sweep_table(atoms), "substitution": by_kind}
+
+    def atom_table(self, cosines: pd.DataFrame) -> pd.DataFrame:
+        """Medians over firings, and the kind of each atom."""
+        grouped = cosines.groupby("atom")[list(SAMPLES)]
+        atoms = grouped.median().assign(firings=grouped.size()).reset_index()
+        kind = np.where(atoms["cosine"] >= self.threshold, *_KINDS)
+        return atoms.assign(z=fisher_z(atoms["cosine"]), kind=kind)
+
+    def mixture_table(self, atoms: pd.DataFrame, lab: Lab | None = None) -> pd.DataFrame:
+        """Mixtures of each sample; those that could not be fitted are counted in `lab.skipped`."""
+        tables: list[pd.DataFrame] = []
+        for column, sample in SAMPLES.items():
+            for space, x in (("cosine", atoms[column].to_numpy()), ("z", fisher_z(atoms[column]))):
+                fits = fit_mixtures(x, self.components, restarts=self.restarts, seed=self.seed)
+                tables.append(fits.table.assign(sample=sample, space=space))
+                if lab is not None and fits.skipped:
+                    missing = self.components - len(set(fits.table["components"]))
+                    lab.skipped[f"mixtures of the {sample} sample not fitted: {fits.skipped}"] += missing
+        return pd.DataFrame(pd.concat(tables, ignore_index=True), columns=["sample", "space", *MIXTURE_COLUMNS])
+
+    def sweep_table(self, atoms: pd.DataFrame) -> pd.DataFrame:
+        """Atoms at or above each threshold, in each sample."""
+        rows: list[dict[str, object]] = []
+        for threshold in self.sweep:
+            for column, sample in SAMPLES.items():
+                reached = atoms[column].to_numpy() >= threshold
+                rows.append({"threshold": threshold, "sample": sample, "registers": reached.sum()})
+                rows[-1]["share"] = reached.mean()
+        return pd.DataFrame(rows, columns=list(self.columns["sweep"]))
+
+    def _tested(self, lab: Lab, atoms: pd.DataFrame) -> pd.DataFrame:
+        """The table `substitution`, empty where a kind has fewer than two atoms that can be tested."""
+        drawn = self._draw(lab, atoms)
+        if not drawn:
+            return pd.DataFrame(columns=list(self.columns["substitution"]))
+        settings = replace(self.substitution, atoms=drawn)
+        test = Result(settings, lab.describe(), settings.measure(lab))
+        table, lab.facts["compared"] = compare_kinds(test, atoms, self.seed)
+        return table
+
+    def _draw(self, lab: Lab, atoms: pd.DataFrame) -> tuple[int, ...]:
+        """Up to `tested_atoms` of each kind that fire where they can be tested."""
+        firings, test = lab.firings(), self.substitution
+        inside = firings.position >= test.first_position
+        inside &= firings.position < firings.n_positions - test.horizon
+        testable = atoms[atoms["atom"].isin(np.unique(firings.atom[inside]))]
+        rng, drawn = lab.rng(4), []
+        for kind in _KINDS:
+            of_kind = testable.loc[testable["kind"] == kind, "atom"].to_numpy()
+            n = min(len(of_kind), self.tested_atoms)
+            if n < 2:
+                return ()
+            drawn += rng.choice(of_kind, n, replace=False).tolist()
+        return tuple(sorted(drawn))
+
+    # -- judging
+
+    def claims(self, result: Result) -> list[Claim]:
+        """Claims 6 and 4, and whether atoms point along their writes."""
+        return [self._two_kinds(result), self._aligned(result), self._alike(result)]
+
+    def _two_kinds(self, result: Result) -> Claim:
+        atoms, mixtures = result.tables["atoms"], result.tables["mixtures"]
+        registers = int((atoms["kind"] == "register").sum())
+        measured = f"{registers} register / {len(atoms) - registers} bundle / {result.info['dead']} dead"
+        if registers:
+            measured += f"; register median cosine {np.median(atoms.loc[atoms['kind'] == 'register', 'cosine']):.3f}"
+        above = {name: (atoms[name] >= self.threshold).astype(float) for name in SAMPLES}
+        controls = "; ".join(
+            f"{name} null: {percent(above[name].mean())} at {self.threshold:g} or above, "
+            f"BIC prefers {preferred(mixtures, name, 'cosine') or 'nothing'}"
+            for name in ("shuffled", "random")
+        )
+        outcome, sentence = self._kinds_outcome(atoms, mixtures, above)
+        claim = "atoms part into registers and bundles"
+        return Claim(6, claim, measured, len(atoms), "alive atoms", controls, outcome, sentence)
+
+    def _kinds_outcome(
+        self, atoms: pd.DataFrame, mixtures: pd.DataFrame, above: Mapping[str, pd.Series]
+    ) -> tuple[Outcome, str]:
+        best, gap = preferred(mixtures, "atoms", "cosine"), gap_to_one(mixtures, "atoms", "cosine")
+        if len(atoms) < self.min_atoms or best is None:
+            return "not tested", f"{len(atoms)} alive atoms are too few, or too alike, to tell kinds apart."
+        fit = (
+            f"BIC prefers {best} component{'s' if best > 1 else ''} on the cosine (by {gap:.0f} over one) and "
+            f"{preferred(mixtures, 'atoms', 'z')} on Fisher's z"
+        )
+        share = f"{percent(above['cosine'].mean())} of atoms reach {self.threshold:g}"
+        if best != 2 or gap < STRONG:
+            return "fails", f"{fit}, so the cosine does not part the atoms into two kinds; {share}."
+        if gap_to_one(mixtures, "shuffled", "cosine") >= STRONG:
+            return "confounded", (
+                f"{fit}, but at shuffled positions, where nothing can point along its write, it prefers "
+                f"{preferred(mixtures, 'shuffled', 'cosine')}: a mixture fits what is not normal, and shows no kinds."
+            )
+        excess = stats.estimate(above["cosine"] - above["shuffled"], atoms["atom"], seed=self.seed)
+        verdict = judge(excess, what="the share of registers beyond that at shuffled positions")
+        points = span(*excess.interval)
+        if verdict.outcome == "fails":
+            return "confounded", f"{fit}, but shuffled positions give as many registers (difference [{points}] points)."
+        if verdict.outcome == "holds":
+            return "holds", f"{fit}; {share}, [{points}] points more than at shuffled positions."
+        return verdict.outcome, verdict.sentence
+
+    def _aligned(self, result: Result) -> Claim:
+        atoms = result.tables["atoms"]
+        gain, over_random = (
+            stats.estimate(
+                atoms["cosine"] - atoms[null], atoms["atom"], statistic=stats.weighted_median, seed=self.seed
+            )
+            for null in ("shuffled", "random")
+        )
+        verdict = judge(
+            gain,
+            {"a random direction in the atom's place": Against(over_random)},
+            relevant=RELEVANT_COSINE,
+            what="the median gain in cosine over shuffled positions",
+        )
+        if len(atoms) < self.min_atoms:
+            verdict = Verdict("not tested", f"{len(atoms)} alive atoms are too few.")
+        bounds = f"[{gain.low:.3f}–{gain.high:.3f}] " if len(atoms) > 1 else ""
+        p = stats.paired_wilcoxon(atoms["cosine"], atoms["shuffled"]).p_value
+        return Claim(
+            None,
+            "atoms point along the writes they fire on",
+            f"median cosine {np.median(atoms['cosine']):.3f}; {gain.mean:+.3f} {bounds}over shuffled positions",
+            len(atoms),
+            "alive atoms",
+            f"shuffled null {np.median(atoms['shuffled']):.3f} (Wilcoxon p = {p:.2g}), "
+            f"random null {np.median(atoms['random']):.3f}",
+            verdict.outcome,
+            verdict.sentence,
+        )
+
+    def _alike(self, result: Result) -> Claim:
+        claim, table = "register and bundle atoms substitute alike", result.tables["substitution"]
+        compared = result.info.get("compared")
+        if not isinstance(compared, Mapping) or set(table["kind"]) != set(_KINDS):
+            kinds = result.tables["atoms"]["kind"].tolist()
+            counts = " and ".join(f"{kinds.count(kind)} {kind}" for kind in _KINDS)
+            reason = f"It needs two tested atoms of each kind; of the alive atoms there are {counts}."
+            return Claim(4, claim, "–", 0, "firings", "", "not tested", reason)
+        rates = {
+            str(row["kind"]): stats.Estimate(row["rate"], row["low"], row["high"], row["n"], row["n_atoms"])
+            for row in table.to_dict("records")
+        }
+        numbers = cast(Mapping[str, float], compared["difference"])
+        measured = "; ".join(
+            f"{kind} {percent(rate.mean)} [{span(*rate.interval)}] ({rate.n_clusters} atoms)"
+            for kind, rate in ((kind, rates[kind]) for kind in _KINDS)
+        )
+        measured += f"; difference [{span(numbers['low'], numbers['high'])}] points, p = {numbers['p_value']:.2g}"
+        verdict = alike_verdict(rates, numbers["p_value"], cast(Mapping[str, str], compared["verdict"]))
+        n = sum(rate.n for rate in rates.values())
+        controls = f"those of the substitution test: {', '.join(self.controls)}"
+        return Claim(4, claim, measured, n, "firings, by atom", controls, verdict.outcome, verdict.sentence)
+
+    def figures(self, result: Result) -> list[Figure]:
+        """Cosines with nulls, BIC by components, registers by threshold."""
+        atoms, mixtures, sweep = (result.tables[name] for name in ("atoms", "mixtures", "sweep"))
+        names = {"atoms": "atoms", "shuffled": "shuffled positions", "random": "random directions"}
+        colours = {"atoms": "atom", "shuffled": "control", "random": "soft"}
+        samples = {names[sample]: (atoms[column], colours[sample]) for column, sample in SAMPLES.items()}
+        panels = [
+            Figure(
+                "Cosine of each atom with the writes it fires on",
+                figures.histograms(
+                    samples,
+                    "median signed cosine with the native write",
+                    f"Cosines of atoms and writes: {result.label}",
+                    line=self.threshold,
+                ),
+                "Medians over firings, one count per alive atom. Dashed: where registers begin.",
+            )
+        ]
+        bic = []
+        for (sample, space), rows in mixtures.groupby(["sample", "space"], sort=False):
+            each = rows.drop_duplicates("components")
+            if sample != "random" and len(each) > 1:
+                gap = np.maximum(each["bic"] - each["bic"].min(), 1)
+                name, colour = names[str(sample)], colours[str(sample)]
+                name, colour = (f"{name}, z", "soft") if space == "z" else (name, colour)
+                bic.append(figures.Line(name, each["components"].tolist(), gap.tolist(), colour))
+        if bic:
+            caption = "BIC of Gaussian mixtures of the cosine and of Fisher's z, less that of the best; at least 1."
+            svg = figures.curves(bic, "components", f"BIC of mixtures: {result.label}", log_y=True)
+            panels.append(Figure("How many kinds BIC sees", svg, caption))
+        lines = [
+            figures.Line(names[str(sample)], rows["threshold"].tolist(), rows["share"].tolist(), colours[str(sample)])
+            for sample, rows in sweep.sort_values("threshold").groupby("sample", sort=False)
+        ]
+        if lines:
+            title = f"Registers by threshold: {result.label}"
+            svg = figures.curves(lines, "threshold on the cosine", title, percent=True)
+            caption = "Share of alive atoms, and of the same atoms in both nulls."
+            panels.append(Figure("How many are at or above a threshold", svg, caption))
+        return panels
+
+    def notes(self, result: Result) -> list[str]:
+        """What alive means, and what a mixture can say."""
+        info = result.info
+        return [
+            f"Alive: at least {self.min_firings} firings on {info['alive_tokens']:,} held-out tokens; "
+            f"{info['n_alive']:,} of {info['d_sae']:,} atoms, and {info['dead']:,} never fire there.",
+            "Two components of a mixture are no proof of two kinds: one skewed distribution is fitted by two "
+            "Gaussians, too, which is why the nulls are fitted beside it.",
+        ]
+
+
+def preferred(mixtures: pd.DataFrame, sample: str, space: str) -> int | None:
+    """Components of the mixture with the lowest BIC; None where none was fitted."""
+    best = mixtures[(mixtures["sample"] == sample) & (mixtures["space"] == space) & mixtures["best"]]
+    counts = best["components"].tolist()
+    return int(counts[0]) if counts else None
+
+
+def gap_to_one(mixtures: pd.DataFrame, sample: str, space: str) -> float:
+    """How much lower the best BIC is than that of a single Gaussian; 0 where that is the best."""
+    rows = mixtures[(mixtures["sample"] == sample) & (mixtures["space"] == space)]
+    one = rows.loc[rows["components"] == 1, "bic"].tolist()
+    return float(one[0] - np.min(rows["bic"])) if one else 0.0
+
+
+def compare_kinds(test: Result, atoms: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, dict[str, Json]]:
+    """Register against bundle in a substitution test.
+
+    Args:
+        test: of the kind "substitution", of some of `atoms`.
+        atoms: the table `atoms` of a partition.
+
+    Returns: the table `substitution`, and the verdict of the test with the difference of the kinds.
+    """
+    settings = cast(Substitution, test.evaluation)
+    wide, scale = wide_firings(test), settings.scales[0]
+    wins = pd.DataFrame(
+        {
+            "atom": wide["written_atom"],
+            "kind": wide["written_atom"].map(atoms.set_index("atom")["kind"]),
+            "win": (wide[f"atom/{scale}"] < wide["delete"]).astype(float),
+        }
+    ).dropna()
+    of_kind = {kind: wins[wins["kind"] == kind] for kind in _KINDS}
+    rows = []
+    for kind, each in of_kind.items():
+        if each["atom"].nunique() > 1:  # a single atom says nothing about others
+            rate = stats.estimate(each["win"], each["atom"])
+            rows.append((scale, kind, rate.mean, rate.low, rate.high, rate.n, rate.n_clusters))
+    verdict, _, _ = settings.verdict(wide, scale)
+    facts: dict[str, Json] = {
+        "verdict": {"outcome": verdict.outcome, "sentence": verdict.sentence},
+        "without_kind": int(wide["written_atom"].nunique() - wins["atom"].nunique()),
+    }
+    if len(rows) == len(_KINDS):
+        register, bundle = of_kind.values()
+        both = (register["win"], bundle["win"], register["atom"], bundle["atom"])
+        difference = stats.estimate_difference(*both, seed=seed)
+        facts["difference"] = {
+            "mean": difference.mean,
+            "low": difference.low,
+            "high": difference.high,
+            "p_value": stats.permutation_test(*both, seed=seed).p_value,
+        }
+    return pd.DataFrame(rows, columns=list(Partition.columns["substitution"])), facts
+
+
+def alike_verdict(rates: Mapping[str, stats.Estimate], p_value: float, test: Mapping[str, str]) -> Verdict:
+    """The outcome of claim 4 from the win rate of each kind, the p-value of their difference, and the verdict on all
+    tested firings."""
+    kinds = {
+        kind: judge(rate, chance=0.5, relevant=RELEVANT, what=f"the win rate of {kind} atoms against deletion")
+        for kind, rate in rates.items()
+    }
+    verdicts = [Verdict(cast(Outcome, test["outcome"]), test["sentence"]), *kinds.values()]
+    for outcome in ("below the floor", "inconclusive", "confounded", "undecided"):
+        if stops := [each for each in verdicts if each.outcome == outcome]:
+            return stops[0]
+    if failed := [kind for kind, each in kinds.items() if each.outcome == "fails"]:
+        return Verdict("fails", f"Deletion is not beaten by {' and '.join(failed)} atoms.")
+    if p_value < 0.05:
+        return Verdict("fails", "Both kinds beat deletion, but not alike.")
+    sentence = "Both kinds beat deletion, and no difference is found; its interval says how large one could be."
+    return Verdict("holds", sentence)

@@ -1,0 +1,62 @@
+"""Heads that a write can reach: those of later layers, recurrent or attention, and what each gives at a token.
+
+A write leaves its head through that head's own reads, so that heads of the same layer and below cannot notice it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+
+Mixer = Literal["recurrence", "attention"]
+
+
+class DownstreamHeads(NamedTuple):
+    """The heads of one mixer above a layer."""
+
+    layer: int
+    mixer: Mixer
+    n_heads: int
+    hook: str
+    """`hook_read` of a recurrence, `hook_z` of attention: [B,T,H,V], what its heads give before they are mixed."""
+
+
+def downstream_heads(model: HookedRecurrent, layer: int) -> list[DownstreamHeads]:
+    """The heads of all layers above `layer`, from below. A block that has both mixers is listed with both."""
+    mixers: list[DownstreamHeads] = []
+    for above in range(layer + 1, model.cfg.n_layers):
+        if above in model.cfg.recurrent_layers:
+            n_heads = model.cfg.layer(above).H
+            mixers.append(DownstreamHeads(above, "recurrence", n_heads, f"blocks.{above}.mixer.hook_read"))
+        if (n_heads := _attention_heads(model, above)) is not None:
+            mixers.append(DownstreamHeads(above, "attention", n_heads, f"blocks.{above}.attn.hook_z"))
+    return mixers
+
+
+@contextmanager
+def newest_outputs(
+    model: HookedRecurrent, mixers: Sequence[DownstreamHeads]
+) -> Iterator[dict[DownstreamHeads, Tensor]]:
+    """What the heads of each mixer gave in the newest forward pass, while the scope is open.
+
+    A readout that `Lab.read` calls inside of the scope finds the outputs of its own batch here.
+    """
+    newest: dict[DownstreamHeads, Tensor] = {}
+    with model.hooks([(m.hook, lambda x, hook, m=m: newest.__setitem__(m, x)) for m in mixers]):
+        yield newest
+
+
+def head_name(layer: int, mixer: str, head: int) -> str:
+    """L3H1; an attention head is L3A1."""
+    return f"L{layer}{'A' if mixer == 'attention' else 'H'}{head}"
+
+
+def _attention_heads(model: HookedRecurrent, layer: int) -> int | None:
+    # To become `model.cfg.attention_heads(layer)` as soon as the model has that method.
+    heads = model.attachment.layout.blocks[layer].attn_heads
+    return None if heads is None else heads.n

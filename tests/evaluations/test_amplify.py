@@ -1,0 +1,198 @@
+"""Scaled atoms: against text sampled by hand, a correlation by numpy, atoms of zero, and tables of known answer."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from planted import LAYER, random_sae
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae import scale_atoms
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.evaluations import amplify
+from sae_lens_writesae.evaluations.amplify import Amplify, alignment, change, counts_of, places_of
+from sae_lens_writesae.experiment.firings import Firings, halves
+from sae_lens_writesae.experiment.generation import Sampled, sample_continuations
+from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.experiment.result import Result
+
+SMALL: dict[str, Any] = {
+    "n_tokens": 2,
+    "min_count": 2,
+    "min_firings": 1,
+    "prompts": 3,
+    "prompt_tokens": 5,
+    "new_tokens": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(1, 64, (6, 21), generator=torch.Generator().manual_seed(8))
+
+
+def run(model: HookedRecurrent, ids: Tensor, sae: Any, **changes: Any) -> Result:
+    return Amplify(**SMALL | changes).run(model, sae, ids, progress=False)
+
+
+def test_alignment_is_the_correlation_of_firing_and_token(model64: HookedRecurrent) -> None:
+    rng = np.random.default_rng(0)
+    ids = torch.tensor(rng.integers(0, 3, (4, 30)))
+    fires = rng.random((4, 30, 2)) < 0.3
+    fires[..., 1] = ids.numpy() == 2  # atom 1 fires at token 2 and nowhere else
+    sequence, position, atom = fires.nonzero()
+    firings = Firings(sequence, position, atom, np.ones(len(atom), np.float32), 4, 30, 3)  # atom 2 never fires
+    half = np.array([1, 3])
+    for aligned in ("current", "next"):
+        places = places_of(firings, ids, half, aligned)
+        labels, fired = (ids, fires) if aligned == "current" else (ids[:, 1:], fires[:, :-1])
+        for token in range(3):
+            fit = alignment(places, token)
+            for i in range(2):
+                pair = fired[half][..., i].ravel(), (labels[half] == token).numpy().ravel()
+                assert fit.phi[i] == pytest.approx(np.corrcoef(*pair)[0, 1])
+            assert fit.phi[2] == 0 and fit.present == int((labels[half] == token).sum())
+        if aligned == "current":
+            assert alignment(places, 2).phi[1] == pytest.approx(1)
+            lab = Lab(model64, {"": random_sae(model64)}, ids)
+            assert Amplify(**SMALL).choose_atoms(lab, places, [2, 0]) == {2: 1, 0: 0}
+
+
+@pytest.mark.parametrize("target", ["write", "state"])
+def test_counts_are_those_of_text_sampled_under_scaled_atoms(
+    model64: HookedRecurrent, tokens: Tensor, target: str
+) -> None:
+    sae = random_sae(model64, target=target)
+    result = run(model64, tokens, sae, factors=(0.0, 1e3), headline=1e3, new_tokens=12)
+    split = halves(len(tokens), 0)
+    prompts = tokens[split.test[:3], :5]
+    native = sample_continuations(model64, prompts, 12, seed=0).tokens
+    atoms = result.tables["atoms"].set_index("token")["atom"].to_dict()
+    texts = {}
+    for token, atom in atoms.items():
+        with scale_atoms(model64, sae, [atom], 1e3):
+            texts[token] = sample_continuations(model64, prompts, 12, seed=0).tokens
+    for token in atoms:
+        other = next(t for t in atoms if t != token)
+        for condition, text in (("nothing", native), ("atom", texts[token]), ("other", texts[other])):
+            rows = counts_of(result, condition, 1.0 if condition == "nothing" else 1e3).loc[token]
+            assert rows["count"].tolist() == (text == token).sum(1).tolist()
+            assert rows["sequence"].tolist() == split.test[:3].tolist()
+    assert any(not torch.equal(text, native) for text in texts.values())
+    assert result.tables["counts"].groupby(["condition", "factor"]).size().eq(2 * 3).all()
+    assert result.info["n_edited_runs"] == 3 * (1 + 2 * 2 * 2)  # prompts; tokens, factors, atom and random
+
+
+def test_prompts_after_which_the_model_grows_past_its_dtype_are_left_out(
+    model64: HookedRecurrent, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae = random_sae(model64)
+    whole = run(model64, tokens, sae)
+    calls = itertools.count()
+
+    def second_prompt_grows(*args: Any, **kwargs: Any) -> Sampled:
+        sampled = sample_continuations(*args, **kwargs)
+        return sampled._replace(finite=torch.arange(3) != 1) if next(calls) == 2 else sampled
+
+    monkeypatch.setattr(amplify, "sample_continuations", second_prompt_grows)
+    result = run(model64, tokens, sae)
+    expected = whole.tables["counts"].query("prompt != 1").reset_index(drop=True)
+    pd.testing.assert_frame_equal(result.tables["counts"], expected)
+    assert result.info["n_skipped"] == {amplify.GREW: 1} and any(amplify.GREW in note for note in result.notes())
+    assert len(result.claims()) == 2
+    monkeypatch.undo()
+    later = f"blocks.{LAYER + 1}.hook_resid_post"
+    with (
+        model64.hooks(fwd_hooks=[(later, lambda resid, hook: resid * torch.nan)]),
+        pytest.raises(NothingToMeasureError, match=r"3 of 3 prompts .* float64; .*factors"),
+    ):
+        run(model64, tokens, sae)
+
+
+def test_atoms_that_are_zero_move_nothing(model64: HookedRecurrent, tokens: Tensor) -> None:
+    sae = random_sae(model64)
+    sae.w.data.zero_()
+    result = run(model64, tokens, sae)
+    assert change(result, "atom", 4.0).mean == 0 and change(result, "random", 4.0).mean == 0
+    assert counts_of(result, "nothing")["fires"].sum() > 0
+    assert [claim.outcome for claim in result.claims()] == ["inconclusive"] * 2  # 3 prompts
+
+
+def test_atoms_are_chosen_on_the_selection_half(model64: HookedRecurrent, tokens: Tensor) -> None:
+    sae, split = random_sae(model64), halves(len(tokens), 0)
+    changed = tokens.clone()
+    changed[split.test] = tokens[split.test].flip(1)
+    one, other = (run(model64, ids, sae).tables["atoms"] for ids in (tokens, changed))
+    same = ["token", "atom", "count", "phi"]
+    assert one[same].equals(other[same]) and not one.equals(other)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"tokens": (3,)}, "tokens"),
+        ({"factors": (1.0, 4.0)}, "factor of 1"),
+        ({"headline": 3.0}, "headline .* 3.0"),
+        ({"aligned": "last"}, "aligned .* last"),
+        ({"prompts": 1}, "prompts .* 1"),
+    ],
+)
+def test_settings_that_make_no_sense(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        Amplify(**SMALL | changes)
+
+
+def test_tokens_without_an_atom(model64: HookedRecurrent, tokens: Tensor) -> None:
+    with pytest.raises(ValueError, match="'#5'") as error:
+        run(model64, tokens, random_sae(model64), tokens=(5, 6), min_firings=50)
+    assert not isinstance(error.value, NothingToMeasureError)
+    with pytest.raises(NothingToMeasureError, match="50 times"):
+        run(model64, tokens, random_sae(model64), min_firings=50)
+    with pytest.raises(ValueError, match="token 64"):
+        run(model64, tokens, random_sae(model64), tokens=(5, 64))
+
+
+def counted(atom: float, random: float = 0.0, other: float = 0.0, n_tokens: int = 5, noise: int = 1) -> Result:
+    """Mean changes of counts over 20 prompts and some tokens, in whole numbers but for `other`."""
+    rng, rows = np.random.default_rng(0), []
+    for token in range(n_tokens):
+        for prompt in range(20):
+            native = float(rng.integers(3, 8))
+            wobble = float(rng.integers(-noise, noise + 1))
+            row = {"token": token, "text": "abcde"[token], "prompt": prompt, "sequence": prompt, "fires": 2.0}
+            rows.append(row | {"condition": "nothing", "factor": 1.0, "count": native})
+            changes = {"atom": atom + wobble, "random": random, "other": other}
+            rows += [row | {"condition": c, "factor": 4.0, "count": native + x} for c, x in changes.items()]
+    letters = list("abcde")[:n_tokens]
+    atoms = pd.DataFrame({"token": range(n_tokens), "text": letters, "atom": range(n_tokens), "count": 30})
+    atoms = atoms.assign(phi=0.5, phi_test=0.4, precision=0.5, recall=0.5)
+    evaluation = Amplify(factors=(4.0,), new_tokens=64)
+    return Result(evaluation, {"label": "x"}, {"atoms": atoms, "counts": pd.DataFrame(rows)})
+
+
+@pytest.mark.parametrize(
+    "table, outcome, single",
+    [
+        ({"atom": 3.0, "other": 0.5}, "holds", 5),
+        ({"atom": -2.0}, "holds", 5),  # either direction moves the token
+        ({"atom": 3.0, "random": 3.0}, "confounded", 0),
+        ({"atom": 3.0, "other": 3.0}, "confounded", 0),
+        ({"atom": -2.0, "other": -4.0}, "confounded", 5),  # a control that moves it further
+        ({"atom": 0.0, "random": 1.0, "noise": 0}, "below the floor", 0),
+        ({"atom": 0.0}, "fails", 0),
+        ({"atom": 0.0, "noise": 6}, "inconclusive", 0),  # too wide to tell nothing from a tenth of the count
+        ({"atom": 3.0, "n_tokens": 4}, "inconclusive", 4),
+    ],
+)
+def test_verdicts(table: dict[str, Any], outcome: str, single: int) -> None:
+    result = counted(**table)
+    first, second = result.claims()
+    assert (first.number, first.outcome, first.n) == (18, outcome, 20 * table.get("n_tokens", 5))
+    assert second.measured.startswith(f"{single} of ") and (second.outcome == "holds") == (single > 0)
+    assert len(result.figures()) == 2

@@ -1,0 +1,186 @@
+"""Erasure against full passes with the write changed by hand, on dictionaries with a known code; its verdicts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from planted import HEAD, LAYER, logits_with_write, one_atom_a_position, random_sae
+from sae_lens import SAE
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.evaluations import load_result
+from sae_lens_writesae.evaluations.erasure import CONTROLS, Erasure, selected_effect
+from sae_lens_writesae.experiment.firings import collect_firings, halves
+from sae_lens_writesae.experiment.result import Result
+
+T = 18
+SMALL = {"n_atoms": 3, "select_firings": 4, "test_firings": 3, "min_firings": 2, "horizon": 3}
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    """[6,T], all rows equal: an atom planted at a position of one row fires at that position of all."""
+    return torch.randint(1, 64, (1, T), generator=torch.Generator().manual_seed(5)).repeat(6, 1)
+
+
+@pytest.fixture(scope="module")
+def varied() -> Tensor:
+    return torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(6))
+
+
+@pytest.fixture
+def planted(model64: HookedRecurrent, tokens: Tensor) -> SAE:
+    return one_atom_a_position(model64, tokens[:1])
+
+
+def run(model: HookedRecurrent, sae: SAE, tokens: Tensor, **changes: object) -> Result:
+    return Erasure(**SMALL | changes).run(model, sae, tokens, progress=False)
+
+
+def test_erasing_an_atom_that_is_the_write_is_deleting_the_write(
+    model64: HookedRecurrent, tokens: Tensor, planted: SAE
+) -> None:
+    component, whole = (run(model64, planted, tokens, erase=erase) for erase in ("component", "write"))
+    firings, deleted = component.tables["firings"], whole.tables["firings"]
+    assert list(component.tables["atoms"]["token"]) == list(whole.tables["atoms"]["token"])
+    for column in ("effect", "wrong"):
+        np.testing.assert_allclose(firings[column], deleted[column], rtol=1e-4, atol=1e-7)
+    token = component.tables["atoms"].set_index("atom")["token"]
+    assert (firings["atom"] == firings["position"]).all() and len(firings) == 9  # an atom is the write of its position
+    native = logits_with_write(model64, tokens[:1], lambda writes: writes).log_softmax(-1)
+    for row in firings.drop_duplicates("atom").itertuples():
+
+        def silenced(writes: Tensor, position: int = row.position) -> Tensor:
+            writes[position] = 0
+            return writes
+
+        edited = logits_with_write(model64, tokens[:1], silenced).log_softmax(-1)
+        change = (edited - native)[row.position : row.position + 4].mean(0)
+        assert row.effect == pytest.approx(float(change[token[row.atom]]), rel=1e-4)
+        assert change.argmin() == token[row.atom]  # sequences are equal, so that both halves choose the same token
+
+
+def test_an_atom_elsewhere_takes_the_same_norm_from_the_write_there(
+    model64: HookedRecurrent, tokens: Tensor, planted: SAE
+) -> None:
+    result = run(model64, planted, tokens, token=7)
+    row = result.tables["firings"].iloc[0]
+    there = int(row["elsewhere_position"])
+    assert there != row["position"]
+
+    def change(writes: Tensor) -> Tensor:
+        writes[there] *= 1 - row["activation"] / torch.linalg.matrix_norm(writes[there])
+        return writes
+
+    native = logits_with_write(model64, tokens[:1], lambda writes: writes).log_softmax(-1)
+    edited = logits_with_write(model64, tokens[:1], change).log_softmax(-1)
+    assert row["elsewhere"] == pytest.approx(float((edited - native)[there : there + 4, 7].mean()), rel=1e-4)
+    assert (result.tables["atoms"]["token"] == 7).all()
+    assert (result.info["layer"], result.info["head"]) == (LAYER, HEAD)
+
+
+def test_the_choice_of_tokens_never_sees_the_test_half(model64: HookedRecurrent, varied: Tensor) -> None:
+    sae, split = random_sae(model64), halves(len(varied), 0)
+    changed = varied.clone()
+    changed[split.test] = varied[split.test].flip(1)
+    often = [np.bincount(collect_firings(model64, sae, ids).atom, minlength=12) for ids in (varied, changed)]
+    atoms = tuple(np.argsort(-np.minimum(*often))[:3].tolist())
+    one, other = (run(model64, sae, ids, n_atoms=None, atoms=atoms).tables for ids in (varied, changed))
+    same = ["atom", "token", "n_select", "selected"]
+    assert one["atoms"][same].equals(other["atoms"][same])
+    assert not np.allclose(one["atoms"]["effect"], other["atoms"]["effect"])
+    assert set(one["firings"]["sequence"]) <= set(split.test.tolist()) and not set(split.test) & set(split.select)
+
+
+@pytest.mark.parametrize("target", ["write", "state"])
+def test_tables_are_whole_and_a_loaded_result_says_the_same(
+    model: HookedRecurrent, varied: Tensor, tmp_path: Path, target: str
+) -> None:
+    result = run(model, random_sae(model, target=target), varied)
+    for table in result.tables.values():
+        assert len(table) and not table.isna().any(axis=None)
+    n_test = len(result.tables["firings"])
+    assert result.info["n_edited_runs"] == 3 * n_test + 2 * result.tables["atoms"]["n_select"].sum()
+    assert 0 < float(str(result.info["floor"])) < 1e-4  # float32
+    loaded = load_result(result.save(tmp_path / "erasure"))
+    assert loaded.claims() == result.claims()
+    for fresh, again in zip(result.figures(), loaded.figures(), strict=True):
+        assert fresh.svg == again.svg and "nan" not in fresh.svg.lower()
+
+
+def test_what_cannot_be_measured_is_refused(model: HookedRecurrent, varied: Tensor) -> None:
+    sae = random_sae(model)
+    with pytest.raises(NothingToMeasureError, match="4 sequences"):
+        run(model, sae, varied[:3])
+    with pytest.raises(NothingToMeasureError, match="300 times"):
+        run(model, sae, varied, min_firings=300, select_firings=300, test_firings=300)
+    with pytest.raises(NothingToMeasureError, match="fire"):
+        run(model, random_sae(model, bias=-1e6), varied)
+    with pytest.raises(ValueError, match=r"\[99\]"):
+        run(model, sae, varied, atoms=(99,))
+    with pytest.raises(ValueError, match="token"):
+        run(model, sae, varied, token=10_000)
+    for few in (varied[:1], varied[:, :4]):
+        with pytest.raises(ValueError, match="erasure needs"):
+            run(model, sae, few)
+    settings = ({"atoms": ()}, {"atoms": (1, 1)}, {"min_firings": 20}, {"erase": "all"})
+    for changes in settings:
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            Erasure(**changes)  # type: ignore[arg-type]
+
+
+def test_the_shortest_sequences_are_enough(model: HookedRecurrent, varied: Tensor) -> None:
+    always = random_sae(model, k=12, bias=10.0)  # every atom fires everywhere, so that there is no place elsewhere
+    with pytest.raises(NothingToMeasureError, match="elsewhere"):
+        run(model, always, varied)
+    result = run(model, random_sae(model), varied[:, :5], first_position=0, min_firings=2)
+    assert set(result.tables["firings"]["position"]) <= {0, 1}
+
+
+NOISE = 0.02 * np.random.default_rng(3).standard_normal(64)
+
+
+def sampled(**means: float) -> Result:
+    """64 firings of eight atoms in eight sequences."""
+    n = np.arange(64)
+    columns = {"effect": 0.0, "elsewhere": 0.0, "random": 0.0, "wrong": 0.0} | means
+    firings = pd.DataFrame({"atom": n % 8, "sequence": n // 8, "position": n, "activation": 1.0})
+    for name, mean in columns.items():
+        firings[name] = mean * (1 + NOISE)
+    atoms = firings.groupby("atom")[list(columns)].mean().reset_index()
+    atoms = atoms.assign(token=1, text="a", n_select=8, n=8, selected=2 * means["effect"], p=0.01)
+    tables = {"firings": firings.assign(elsewhere_position=0), "atoms": atoms}
+    return Result(Erasure(), {"label": "x", "floor": 1e-5}, tables)
+
+
+@pytest.mark.parametrize(
+    "means, outcome, single",
+    [
+        ({"effect": -0.1, "random": -0.05}, "holds", "holds"),
+        ({"effect": -0.1, "random": -0.15}, "confounded", "fails"),
+        ({"effect": -0.1, "wrong": -0.1}, "confounded", "fails"),
+        ({"effect": 0.1}, "fails", "fails"),
+        ({"effect": -1e-6}, "below the floor", "holds"),
+    ],
+)
+def test_verdicts(means: dict[str, float], outcome: str, single: str) -> None:
+    result = sampled(**means)
+    first, second = result.claims()
+    assert (first.number, first.outcome, second.outcome) == (8, outcome, single)
+    assert first.n == 64 and first.unit == "firings of 8 atoms in 8 sequences"
+    assert selected_effect(result) == pytest.approx(2 * means["effect"])
+    if "wrong" in means:
+        assert CONTROLS["wrong"] in first.sentence
+
+
+def test_too_little_data_is_inconclusive() -> None:
+    result = sampled(effect=0.1)
+    firings = result.tables["firings"]
+    few = Result(result.evaluation, result.info, result.tables | {"firings": firings[firings["sequence"] < 4]})
+    assert [claim.outcome for claim in few.claims()] == ["inconclusive", "inconclusive"]

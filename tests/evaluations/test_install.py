@@ -1,0 +1,130 @@
+"""Installed tokens: against passes by hand, nothing changed where nothing is added, and tables of known answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from planted import HEAD, LAYER, logits_with_write, native_writes, random_sae
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.evaluations.install import Install, install_edits, strata_of
+from sae_lens_writesae.experiment.generation import greedy_rows
+from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.experiment.result import Result
+from sae_lens_writesae.steering import value_direction
+
+SMALL: dict[str, Any] = {"pairs": 3, "prompt_tokens": 7, "sizes": (3.0,), "new_tokens": 3}
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(1, 64, (6, 21), generator=torch.Generator().manual_seed(8))
+
+
+def test_an_install_of_no_strength_changes_no_bit(model64: HookedRecurrent, tokens: Tensor) -> None:
+    prompt = tokens[:1, :9]
+    lab = Lab(model64, {"": random_sae(model64)}, prompt)
+    edits = install_edits(lab, lab.native_writes([0]), value_direction(model64, LAYER, HEAD, 5), 0.0, 3)
+    assert [edit.position for edit in edits] == [6, 7, 8]
+    with torch.no_grad():
+        native = model64(prompt)
+        with model64.edits(edits):
+            assert torch.equal(model64(prompt), native)
+    rows = greedy_rows(model64, prompt.expand(2, -1), [edits, []], 5)
+    assert rows[0] == rows[1]
+
+
+def test_installed_writes_are_those_of_the_definition(model64: HookedRecurrent, tokens: Tensor) -> None:
+    result = Install(**SMALL, n_positions=2).run(model64, random_sae(model64), tokens, progress=False)
+    table = result.tables["continuations"]
+    assert strata_of(result) == ["frequent"]  # of a vocabulary of 64
+    assert result.info["n_skipped"] == {"pairs whose stratum is not in the vocabulary": 6}
+    assert len(table) == result.info["n_edited_runs"] == 3 * 3  # nothing, target, random
+    assert table.groupby("pair")["sequence"].nunique().eq(1).all()
+    assert (table["hit"] == (table["first"] >= 0)).all() and table["rank"].between(2, 10).all()
+    row = table[table["condition"] == "target"].iloc[0]
+    rng = np.random.default_rng([0, 2])
+    starts = rng.permutation(tokens.shape[1] // 7) * 7
+    assert int(row["sequence"]) == rng.permutation(len(tokens))[0]
+    prompt = tokens[[row["sequence"]], starts[0] : starts[0] + 7]
+    keys, values = native_writes(model64, prompt)
+    w = value_direction(model64, LAYER, HEAD, int(row["token"]))
+
+    def change(writes: Tensor) -> Tensor:
+        for t in (5, 6):
+            writes[t] += 3 * values[t].norm() * torch.outer(keys[t], w)
+        return writes
+
+    native, edited = (
+        logits_with_write(model64, prompt, how)[-1].log_softmax(-1)[row["token"]] for how in (lambda w: w, change)
+    )
+    assert row["log_prob_change"] == pytest.approx(float(edited - native), rel=1e-5)
+
+
+def test_targets_may_be_strings(embedded: HookedRecurrent) -> None:
+    text = "The people of the city were told that the war would be over soon, and so it was."
+    ids = embedded.to_tokens(text)[0][:16].repeat(4, 1)
+    small = SMALL | {"pairs": 2, "prompt_tokens": 5, "new_tokens": 2}
+    sae = random_sae(embedded)
+    result = Install(**small, semantic=(" the", " of")).run(embedded, sae, ids, progress=False)
+    rows = result.tables["continuations"].query("stratum == 'semantic'")
+    assert set(rows["text"]) <= {" the", " of"} and (rows["token"] != rows["wrong"]).all()
+    assert not any("semantic" in note for note in result.notes())
+    with pytest.raises(ValueError, match="tokens, not one"):
+        Install(**SMALL, semantic=(" the people", " of")).run(embedded, sae, ids, progress=False)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"headline": 2.0}, "headline"),
+        ({"sizes": (3.0, 0.0)}, "sizes"),
+        ({"n_positions": 8}, "n_positions"),
+        ({"semantic": (5,)}, "semantic"),
+        ({"pairs": 1}, "pairs"),
+    ],
+)
+def test_settings_that_make_no_sense(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        Install(**SMALL | changes)
+
+
+def test_too_few_prompts(model64: HookedRecurrent, tokens: Tensor) -> None:
+    with pytest.raises(NothingToMeasureError, match=r"27 prompts .* 18"):
+        Install(**SMALL | {"pairs": 9}).run(model64, random_sae(model64), tokens, progress=False)
+
+
+def shares(target: float, random: float, wrong: float, nothing: float = 0.0, pairs: int = 40) -> Result:
+    """Tables with given shares of hits, which are nested: pairs that are easy are easy under every condition."""
+    rows = []
+    for pair in range(pairs):
+        row = {"pair": pair, "sequence": pair // 2, "stratum": "100-1000", "token": 1, "text": "a", "rank": 200}
+        place = pair * 7 % pairs / pairs
+        for condition, m, share in (("nothing", 0.0, nothing), ("target", 3.0, target), ("random", 3.0, random)):
+            hits = {"hit": place < share, "wrong_hit": place < wrong, "first": 0 if place < share else -1}
+            rows.append(row | hits | {"wrong": 2, "condition": condition, "m": m, "log_prob_change": 0.1})
+    return Result(Install(sizes=(3.0,)), {"label": "x"}, {"continuations": pd.DataFrame(rows)})
+
+
+@pytest.mark.parametrize(
+    "table, outcome",
+    [
+        ((0.95, 0.1, 0.1), "holds"),
+        ((0.5, 0.5, 0.0), "confounded"),
+        ((0.5, 0.0, 0.6), "confounded"),
+        ((0.3, 0.0, 0.0, 0.3), "fails"),
+        ((0.95, 0.0, 0.0, 0.0, 8), "inconclusive"),
+    ],
+)
+def test_verdicts(table: tuple[float, ...], outcome: str) -> None:
+    result = shares(*table)  # pyright: ignore[reportArgumentType]
+    claim = result.claims()[0]
+    assert (claim.number, claim.outcome, claim.unit) == (10, outcome, "prompt x target pairs")
+    assert ("as in the paper" in claim.sentence) == (outcome == "holds")
+    assert len(result.figures()) == 1

@@ -1,0 +1,268 @@
+"""Partition: cosines against dense matrices, planted mixtures, fixed verdicts, degenerate samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small_saes import HEAD, LAYER, make_sae, planted
+
+from hookpoints import UnknownHookError
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.evaluations import load_result
+from sae_lens_writesae.evaluations.partition import Partition, alike_verdict, compare_kinds
+from sae_lens_writesae.evaluations.substitution import Substitution
+from sae_lens_writesae.experiment.cosines import firing_cosines
+from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.experiment.result import Result
+from sae_lens_writesae.verdict.mixtures import fisher_z, fit_mixtures
+from sae_lens_writesae.verdict.statistics import Estimate
+
+QUICK: dict[str, Any] = {"min_firings": 2, "restarts": 1}
+
+
+def run(model: Any, sae: Any, tokens: Any, **changes: Any) -> Result:
+    return Partition(**QUICK | changes).run(model, sae, tokens, progress=False)
+
+
+@pytest.mark.parametrize("decoder, rank", [("rank", 1), ("rank", 2), ("flat", 1)])
+def test_cosines_are_those_of_the_dense_matrices(model: Any, tokens: Any, decoder: str, rank: int) -> None:
+    sae = make_sae(model, decoder, rank)
+    with torch.no_grad():
+        lab = Lab(model, {"": sae}, tokens)
+        table: Any = firing_cosines(lab, lab.firings().alive(tokens.numel())).table
+        writes = model.recurrence(tokens, LAYER).write(HEAD)[:, :, 0].flatten(2)
+    assert len(table) == len(lab.firings())
+    atoms = sae.W_dec.detach()
+    for row in table.sample(20, random_state=0).itertuples():
+        expected = torch.cosine_similarity(writes[row.sequence, row.position], atoms[row.atom], dim=0)
+        assert row.cosine == pytest.approx(expected.item(), abs=1e-5)
+    # a shuffled cosine is that of some other write of the same sequence
+    row = table.iloc[0]
+    every = torch.cosine_similarity(writes[int(row["sequence"])], atoms[int(row["atom"])], dim=-1)
+    assert (every - row["shuffled"]).abs().min() < 1e-5
+
+
+def test_zero_atoms_are_named_and_a_label_chooses_the_dictionary(model: Any, tokens: Any) -> None:
+    first, second = planted(model, tokens), planted(model, tokens)
+    second.w.data[3] = 0
+    with torch.no_grad():
+        lab = Lab(model, {"a": first, "b": second}, tokens)
+        numbers = lab.firings("b").alive(tokens.numel())
+        assert 3 in numbers
+        assert firing_cosines(lab, numbers, "b").zero_atoms.tolist() == [3]
+        assert firing_cosines(lab, lab.firings().alive(tokens.numel())).zero_atoms.tolist() == []
+
+
+def test_planted_atoms_are_registers_beyond_both_nulls(model: Any, tokens: Any, tmp_path: Any) -> None:
+    result = run(model, planted(model, tokens), tokens, tested_atoms=0)
+    atoms = result.tables["atoms"]
+    assert len(atoms) >= 20 and (atoms["kind"] == "register").mean() > 0.9
+    assert atoms["cosine"].median() > atoms["shuffled"].median() + 0.2 and abs(atoms["random"].median()) < 0.05
+    aligned = result.claims()[1]
+    assert (aligned.outcome, aligned.n) == ("holds", len(atoms))
+    n_alive, dead = result.info["n_alive"], result.info["dead"]
+    assert isinstance(n_alive, int) and isinstance(dead, int) and n_alive + dead <= 30
+    for table in result.tables.values():
+        assert not table.isna().to_numpy().any()
+    loaded = load_result(result.save(tmp_path / "partition"))
+    assert loaded.claims() == result.claims() and loaded.notes() == result.notes()
+    assert [f.svg for f in loaded.figures()] == [f.svg for f in result.figures()] and len(result.figures()) == 3
+
+
+# -- mixtures
+
+
+def test_planted_mixture_is_found() -> None:
+    rng = np.random.default_rng(0)
+    fits = fit_mixtures(np.concatenate([rng.normal(0.0, 0.02, 300), rng.normal(0.4, 0.05, 100)]))
+    assert fits.preferred == 2 and not fits.skipped
+    two = fits.table[fits.table["components"] == 2]
+    assert two["mean"].tolist() == pytest.approx([0, 0.4], abs=0.02)
+    assert two["weight"].tolist() == pytest.approx([0.75, 0.25], abs=0.02)
+    assert two["sd"].tolist() == pytest.approx([0.02, 0.05], abs=0.01)
+
+
+def test_one_gaussian_needs_one_component_whose_bic_is_the_closed_form() -> None:
+    x = np.random.default_rng(1).normal(size=400)
+    fits = fit_mixtures(x)
+    assert fits.preferred == 1
+    log_likelihood = -200 * (np.log(2 * np.pi * x.var()) + 1)
+    assert fits.table["bic"].iloc[0] == pytest.approx(2 * np.log(400) - 2 * log_likelihood, rel=1e-4)
+    scaled = fit_mixtures(1000 * x)  # BIC of all moves by the same amount
+    moved = scaled.table["bic"] - fits.table["bic"]
+    assert moved.to_numpy() == pytest.approx(800 * np.log(1000), rel=1e-3)
+
+
+@pytest.mark.parametrize("values, fitted", [([0.3] * 50, 0), ([0.1, 0.2, 0.3], 0), (np.linspace(0, 1, 7), 1)])
+def test_degenerate_samples_are_said_to_be_so(values: Any, fitted: int) -> None:
+    fits = fit_mixtures(values)
+    assert fits.table["components"].nunique() == fitted and "distinct values" in fits.skipped
+    assert fits.preferred == (1 if fitted else None) and not fits.table.isna().to_numpy().any()
+
+
+def test_fisher_z_is_finite() -> None:
+    assert fisher_z([0, 0.5, 1, -1])[:2] == pytest.approx([0, 0.5493], abs=1e-4)
+    assert np.isfinite(fisher_z([1, -1])).all()
+
+
+# -- verdicts
+
+
+def made(cosine: Any, shuffled: Any) -> Result:
+    """A result from chosen medians, with real fits."""
+    evaluation = Partition(restarts=1, components=3)
+    n = len(cosine)
+    atoms = pd.DataFrame({"atom": range(n), "firings": 9, "cosine": np.asarray(cosine, float), "shuffled": shuffled})
+    atoms["random"], atoms["z"] = np.random.default_rng(9).normal(0, 0.01, n), fisher_z(cosine)
+    atoms["kind"] = np.where(atoms["cosine"] >= evaluation.threshold, "register", "bundle")
+    tables = {
+        "atoms": atoms,
+        "mixtures": evaluation.mixture_table(atoms),
+        "sweep": evaluation.sweep_table(atoms),
+        "substitution": pd.DataFrame(columns=list(Partition.columns["substitution"])),
+    }
+    info: Any = {"dead": 7, "n_alive": n, "d_sae": 512, "alive_tokens": 1000, "label": "made"}
+    return Result(evaluation, info, tables)
+
+
+def normal(mean: float, sd: float, n: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).normal(mean, sd, n)
+
+
+def test_verdict_holds_for_two_kinds_beyond_a_null_of_one() -> None:
+    two = np.concatenate([normal(0.0, 0.01, 150), normal(0.4, 0.05, 150)])
+    claim = made(two, normal(0, 0.01, 300, 3)).claims()[0]
+    assert (claim.outcome, claim.n, claim.number) == ("holds", 300, 6)
+    assert "150 register / 150 bundle / 7 dead" in claim.measured
+
+
+@pytest.mark.parametrize(
+    "cosine, shuffled, outcome, words",
+    [
+        (normal(0.3, 0.05, 300), normal(0, 0.01, 300, 1), "fails", "prefers 1"),
+        (
+            np.concatenate([normal(0, 0.01, 150), normal(0.4, 0.05, 150)]),
+            np.concatenate([normal(0, 0.01, 150, 5), normal(0.4, 0.05, 150, 6)]),
+            "confounded",
+            "shuffled positions",
+        ),
+        (
+            np.concatenate([normal(-0.4, 0.01, 150), normal(-0.2, 0.01, 150)]),
+            normal(0, 0.001, 300),
+            "confounded",
+            "as many registers",
+        ),
+        (np.full(300, 0.3), normal(0, 0.01, 300), "not tested", "too alike"),
+        (normal(0.3, 0.1, 12), normal(0, 0.1, 12), "not tested", "too few"),
+    ],
+)
+def test_verdicts_of_two_kinds(cosine: Any, shuffled: Any, outcome: str, words: str) -> None:
+    claim = made(cosine, shuffled).claims()[0]
+    assert claim.outcome == outcome and words in claim.sentence
+
+
+@pytest.mark.parametrize(
+    "cosine, shuffled, outcome",
+    [
+        (normal(0.1, 0.05, 100), normal(0.1, 0.05, 100)[::-1], "fails"),
+        (normal(0.3, 0.05, 100), normal(0.1, 0.05, 100, 1), "holds"),
+        (normal(-0.1, 0.02, 100), normal(-0.3, 0.02, 100, 1), "confounded"),  # a random direction points nearer
+    ],
+)
+def test_verdicts_of_alignment(cosine: Any, shuffled: Any, outcome: str) -> None:
+    assert made(cosine, shuffled).claims()[1].outcome == outcome
+
+
+def substitution_test(medians: dict[str, float], worse: float = 1.0) -> Result:
+    """A made-up substitution test of 20 atoms over 30 sequences: log-normal KLs with an effect that the conditions of
+    a firing share. The KL of odd atoms is `worse` times larger at a third of the positions."""
+    rng, n = np.random.default_rng(0), 240
+    firing, atom, position = np.arange(n), rng.integers(0, 20, n), rng.integers(1, 100, n)
+    shared = rng.normal(0, 0.8, n)
+    frames = []
+    for name in ("native", "delete", "atom", "state"):
+        kl = medians.get(name, 2.0) * np.exp(shared + rng.normal(0, 0.4, n))
+        kl = 1e-12 * rng.random(n) if name == "native" else kl
+        if name == "atom":
+            kl = np.where((atom % 2 == 1) & (position % 3 == 0), worse * kl, kl)
+        units = {"firing": firing, "sequence": firing // 8, "position": position, "atom": atom, "written_atom": atom}
+        scale = "none" if name in ("native", "delete") else "coefficient"
+        described = {"activation": 1.0, "cosine": 0.5, "write_norm": 1.0, "condition": name, "scale": scale}
+        frames.append(pd.DataFrame(units | described | {"choice": "own", "kl_window": kl}))
+    evaluation = Substitution(atom_choice=("own",), scales=("coefficient",), controls=("state",))
+    return Result(evaluation, {"label": "made"}, {"firings": pd.concat(frames, ignore_index=True)})
+
+
+def alike(test: Result) -> Any:
+    """Claim 4 for a partition in which odd atoms are bundles."""
+    result = made(np.tile([0.3, 0.0], 10), np.zeros(20))
+    table, compared = compare_kinds(test, result.tables["atoms"], 0)
+    tables = result.tables | {"substitution": table}
+    return Result(result.evaluation, result.info | {"compared": compared}, tables).claims()[2], compared
+
+
+@pytest.mark.parametrize(
+    "medians, outcome",
+    [
+        ({"delete": 1.0, "atom": 0.3, "state": 0.9}, "holds"),
+        ({"delete": 1.0, "atom": 1.4}, "fails"),
+        ({"delete": 1.0, "atom": 0.4, "state": 0.1}, "confounded"),
+        ({"delete": 1e-13, "atom": 1e-13}, "below the floor"),
+    ],
+)
+def test_register_against_bundle(medians: dict[str, float], outcome: str) -> None:
+    claim, _ = alike(substitution_test(medians))
+    assert (claim.number, claim.outcome, claim.n) == (4, outcome, 240)
+    assert "difference [" in claim.measured
+
+
+def test_kinds_that_differ_are_not_alike() -> None:
+    claim, compared = alike(substitution_test({"delete": 1.0, "atom": 0.3, "state": 0.9}, worse=100))
+    assert compared["difference"]["low"] > 0.1 and compared["difference"]["p_value"] < 0.01
+    assert claim.outcome == "fails" and "not alike" in claim.sentence
+
+
+def test_a_kind_of_few_atoms_is_inconclusive() -> None:
+    rates = {"register": Estimate(0.9, 0.8, 1.0, 100, 20), "bundle": Estimate(0.9, 0.8, 1.0, 16, 4)}
+    assert alike_verdict(rates, 0.5, {"outcome": "holds", "sentence": ""}).outcome == "inconclusive"
+
+
+def test_the_evaluation_tests_as_many_atoms_of_each_kind(model: Any, tokens: Any) -> None:
+    sae = planted(model, tokens)
+    middle = float(run(model, sae, tokens, tested_atoms=0).tables["atoms"]["cosine"].median())
+    result = run(model, sae, tokens, threshold=middle, tested_atoms=4, controls=("state",))
+    table = result.tables["substitution"]
+    assert dict(zip(table["kind"], table["n_atoms"])) == {"register": 4, "bundle": 4}
+    claim = result.claims()[2]
+    assert (claim.number, claim.n) == (4, int(table["n"].sum())) and "p = " in claim.measured
+    compared: Any = result.info["compared"]
+    assert 0 < compared["difference"]["p_value"] <= 1 and compared["without_kind"] == 0
+    assert result.info["n_alive"] == len(result.tables["atoms"])  # and not the substitution test's count
+    none = run(model, sae, tokens, threshold=-1)
+    claim = none.claims()[2]
+    assert none.tables["substitution"].empty and claim.outcome == "not tested" and "0 bundle" in claim.sentence
+
+
+def test_a_single_atom_gives_no_interval() -> None:
+    for claim in made([0.3], [0.1]).claims():
+        assert claim.outcome == "not tested" and "nan" not in claim.measured + claim.controls
+
+
+# -- bad input
+
+
+def test_errors_name_the_fault(model: Any, tokens: Any) -> None:
+    with pytest.raises(NothingToMeasureError, match="min_firings"):
+        run(model, planted(model, tokens), tokens, min_firings=10_000)
+    with pytest.raises(UnknownHookError):
+        run(model, make_sae(model, hook="blocks.99.mixer.heads.2.hook_write_vec"), tokens)
+
+
+@pytest.mark.parametrize("field, value", [("min_firings", 0), ("threshold", 2.0), ("sweep", (0.1, -3))])
+def test_settings_are_checked(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=field):
+        Partition(**{field: value})

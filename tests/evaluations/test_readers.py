@@ -1,0 +1,202 @@
+"""Readers against full passes with the write changed by hand; which heads are downstream; verdicts of known changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_hf
+from planted import logits_with_write, one_atom_a_position, random_sae
+from sae_lens import SAE
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.evaluations import load_result
+from sae_lens_writesae.evaluations.readers import Readers, at_readers, readers_of_atoms
+from sae_lens_writesae.experiment.downstream_heads import downstream_heads
+from sae_lens_writesae.experiment.firings import halves
+from sae_lens_writesae.experiment.result import Result
+
+T = 18
+SMALL = {"n_atoms": 3, "select_firings": 2, "test_firings": 2, "min_firings": 2, "horizon": 3}
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    """[6,T], all rows equal: an atom planted at a position of one row fires at that position of all."""
+    return torch.randint(1, 64, (1, T), generator=torch.Generator().manual_seed(5)).repeat(6, 1)
+
+
+@pytest.fixture(scope="module")
+def varied() -> Tensor:
+    return torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(6))
+
+
+@pytest.fixture
+def planted(model64: HookedRecurrent, tokens: Tensor) -> SAE:
+    return one_atom_a_position(model64, tokens[:1])
+
+
+def run(model: HookedRecurrent, sae: SAE, tokens: Tensor, **changes: object) -> Result:
+    return Readers(**SMALL | changes).run(model, sae, tokens, progress=False)
+
+
+@pytest.mark.parametrize("layer, head, name", [(2, 3, "blocks.2.mixer.hook_read"), (3, 1, "blocks.3.attn.hook_z")])
+def test_readers_are_later_heads_and_change_as_in_a_full_pass(
+    model64: HookedRecurrent, tokens: Tensor, planted: SAE, layer: int, head: int, name: str
+) -> None:
+    table = run(model64, planted, tokens).tables["changes"]
+    heads = {(row.layer, row.mixer, row.head) for row in table.itertuples()}
+    assert heads == {*((2, "recurrence", h) for h in range(4)), *((3, "attention", h) for h in range(2))}
+    rows = table[(table["condition"] == "atom") & (table["layer"] == layer) & (table["head"] == head)]
+    for row in rows.drop_duplicates("position").itertuples():
+        outputs: list[Tensor] = []
+
+        def silenced(writes: Tensor, position: int = row.position) -> Tensor:
+            writes[position] = 0
+            return writes
+
+        with model64.hooks(fwd_hooks=[(name, lambda value, hook: outputs.append(value[0, :, head].clone()))]):  # noqa: B023
+            logits_with_write(model64, tokens[:1], lambda writes: writes)
+            logits_with_write(model64, tokens[:1], silenced)
+        native, edited = outputs
+        assert torch.equal(native[: row.position], edited[: row.position])  # what comes before cannot read
+        window = slice(row.position, row.position + 4)
+        gap = (edited - native)[window]
+        assert row.change == pytest.approx(float(gap.norm() / native[window].norm()), rel=1e-4)
+        assert row.peak == int(gap.norm(dim=1).argmax())
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_no_reader_of_the_same_or_an_earlier_layer(model64: HookedRecurrent, varied: Tensor, layer: int) -> None:
+    result = run(model64, random_sae(model64, layer=layer), varied)
+    assert set(result.tables["changes"]["layer"]) == set(range(layer + 1, 4))
+    assert set(readers_of_atoms(result)["layer"]) <= set(range(layer + 1, 4))
+
+
+def test_after_the_last_recurrent_layer_only_attention_reads(model64: HookedRecurrent, varied: Tensor) -> None:
+    assert [(m.layer, m.mixer, m.n_heads) for m in downstream_heads(model64, 2)] == [(3, "attention", 2)]
+    result = run(model64, random_sae(model64, layer=2), varied)
+    assert set(result.tables["changes"]["mixer"]) == {"attention"} and "L3A" in result.claims()[0].measured
+
+
+def test_the_last_layer_has_no_readers(varied: Tensor, tmp_path: Path) -> None:
+    model = HookedRecurrent.from_hf(make_hf("mamba2"))
+    last = model.cfg.n_layers - 1
+    sae = random_sae(model, layer=last)
+    with pytest.raises(NothingToMeasureError, match=f"layer {last}"):
+        run(model, sae, varied)
+    result = Readers().run_or_skip(model, sae, varied, progress=False)
+    claim = result.claims()[0]
+    assert (claim.outcome, claim.n) == ("not tested", 0) and f"after layer {last}" in claim.sentence
+    loaded = load_result(result.save(tmp_path / "readers"))
+    assert loaded.claims() == [claim] and loaded.figures() == []
+
+
+def test_a_head_that_reads_nothing_is_left_out_and_counted(
+    model64: HookedRecurrent, tokens: Tensor, planted: SAE
+) -> None:
+    def deaf(value: Tensor, hook: object) -> Tensor:
+        value = value.clone()
+        value[:, :, 1] = 0
+        return value
+
+    with model64.hooks(fwd_hooks=[("blocks.2.mixer.hook_read", deaf)]):
+        result = run(model64, planted, tokens)
+    table = result.tables["changes"]
+    assert set(table.query("layer == 2")["head"]) == {0, 2, 3} and not table["change"].isna().any()
+    assert result.info["n_skipped"] == {"firings x heads that natively give zero": table["firing"].nunique()}
+
+
+def test_readers_are_chosen_on_one_half(model64: HookedRecurrent, varied: Tensor) -> None:
+    result = run(model64, random_sae(model64, layer=0), varied)
+    split, table = halves(len(varied), 0), result.tables["changes"]
+    for half, sequences in zip(("select", "test"), split):
+        assert set(table.loc[table["half"] == half, "sequence"]) <= set(sequences.tolist())
+    constant = table.assign(change=table["change"].where(table["half"] == "select", 1))
+    blind = Result(result.evaluation, result.info, {"changes": constant})
+    assert readers_of_atoms(blind).equals(readers_of_atoms(result))
+    assert (at_readers(blind)[["random", "other", "excess"]] == 0).all(axis=None)
+
+
+@pytest.mark.parametrize("target", ["write", "state"])
+def test_tables_are_whole_and_a_loaded_result_says_the_same(
+    model: HookedRecurrent, varied: Tensor, tmp_path: Path, target: str
+) -> None:
+    result = run(model, random_sae(model, target=target), varied)
+    table = result.tables["changes"]
+    assert len(table) and not table.isna().any(axis=None)
+    assert result.info["n_edited_runs"] == 3 * table["firing"].nunique()
+    assert 0 < float(str(result.info["floor"])) < 1e-4  # float32
+    loaded = load_result(result.save(tmp_path / "readers"))
+    assert loaded.claims() == result.claims() and loaded.notes() == result.notes()
+    assert [figure.svg for figure in loaded.figures()] == [figure.svg for figure in result.figures()]
+
+
+def test_batches_change_nothing(model64: HookedRecurrent, varied: Tensor) -> None:
+    sae = random_sae(model64)
+    many, few = (run(model64, sae, varied, rows_per_run=n).tables["changes"] for n in (256, 2))
+    np.testing.assert_allclose(many["change"], few["change"], rtol=1e-6)
+
+
+def test_what_cannot_be_measured_is_refused(model: HookedRecurrent, varied: Tensor) -> None:
+    with pytest.raises(NothingToMeasureError, match="4 sequences"):
+        run(model, random_sae(model), varied[:3])
+    with pytest.raises(NothingToMeasureError, match="300 times"):
+        run(model, random_sae(model), varied, min_firings=300)
+    with pytest.raises(NothingToMeasureError, match="fire"):
+        run(model, random_sae(model, bias=-1e6), varied)
+    for few in (varied[:1], varied[:, :4]):
+        with pytest.raises(ValueError, match="readers needs"):
+            run(model, random_sae(model), few)
+    for atoms in ((3, 3), (3,)):
+        with pytest.raises(ValueError, match="at least two atoms"):
+            Readers(atoms=atoms)
+
+
+NOISE = 0.02 * np.random.default_rng(3).standard_normal(96)
+
+
+def sampled(
+    atom: float, random: float, other: float, elsewhere: float = 1.0, heads: tuple[int, ...] = (0, 1)
+) -> Result:
+    """Six atoms in 24 sequences. Head 0 of layer 2 is the reader; at the other head the atom is `elsewhere` times as
+    loud as the random direction."""
+    rows = []
+    for n in range(96):
+        unit = {"firing": n, "half": ("select", "test")[n // 48], "atom": n % 6, "sequence": n // 4, "position": n}
+        for head in heads:
+            loud = {"atom": atom if head == 0 else elsewhere * random, "random": random, "other": other}
+            for condition, change in loud.items():
+                change *= 1 + NOISE[n] if condition == "atom" else 1
+                place = {"layer": 2, "mixer": "recurrence", "head": head}
+                rows.append(unit | place | {"condition": condition, "change": change, "peak": 1})
+    return Result(Readers(), {"label": "x", "floor": 1e-6}, {"changes": pd.DataFrame(rows)})
+
+
+@pytest.mark.parametrize(
+    "changes, outcome",
+    [
+        ((0.4, 0.1, 0.1), "holds"),
+        ((0.4, 0.1, 0.4), "confounded"),
+        ((0.4, 0.1, 0.1, 4.0), "confounded"),
+        ((0.1, 0.2, 0.01, 0.1), "fails"),
+        ((4e-8, 1e-8, 1e-8), "below the floor"),
+    ],
+)
+def test_verdicts(changes: tuple[float, ...], outcome: str) -> None:
+    result = sampled(*changes)
+    claim = result.claims()[0]
+    assert (claim.outcome, claim.n) == (outcome, 48)
+    if outcome == "holds":
+        readers = readers_of_atoms(result)
+        assert (readers["head"] == 0).all() and len(readers) == 6
+        assert np.exp(at_readers(result)["random"].mean()) == pytest.approx(4, rel=0.02)
+
+
+def test_a_single_downstream_head_is_not_held_against_itself() -> None:
+    assert sampled(0.4, 0.1, 0.1, heads=(0,)).claims()[0].outcome == "holds"

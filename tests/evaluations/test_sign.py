@@ -1,0 +1,156 @@
+"""The sign test against the formula, full passes by hand, and tables of a linear readout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from planted import HEAD, LAYER, logits_with_write, native_writes, random_sae
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.evaluations.sign import DIRECTIONS, Sign, right_signs, sizes
+from sae_lens_writesae.experiment.result import Result
+from sae_lens_writesae.steering import value_direction
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(1, 64, (6, 21), generator=torch.Generator().manual_seed(8))
+
+
+def run(model: HookedRecurrent, tokens: Tensor, **changes: Any) -> Result:
+    small: dict[str, Any] = {"n_positions": 6, "ranks": ((1, 10), (11, 60)), "sizes": (1e-4,), "first_position": 3}
+    return Sign(**small | changes).run(model, random_sae(model), tokens, progress=False)
+
+
+def test_the_logit_of_a_small_write_turns_with_its_sign_and_is_predicted(
+    model64: HookedRecurrent, tokens: Tensor
+) -> None:
+    """At small m the readout is linear: F2 is right in sign and size, and the two signs of m are opposite."""
+    result = run(model64, tokens)
+    table = result.tables["writes"]
+    assert len(table) == result.info["n_edited_runs"] == 6 * 2 * 4 * 2  # positions, ranks, directions, signs
+    up, down = (table[table["m"] * sign > 0]["measured"].to_numpy() for sign in (1, -1))
+    np.testing.assert_allclose(up, -down, rtol=0.02, atol=1e-9)
+    for direction in DIRECTIONS:
+        assert right_signs(result, direction, "f2").rate == 1.0
+    assert (sizes(result)["f2_r2"] > 0.9999).all()
+    assert result.label == f"L{LAYER}H{HEAD}"  # not named after a dictionary, whose atoms are not used
+    assert 0 <= float(result.info["floor"]) < 1e-9  # float64
+
+
+def test_predictions_of_the_paper_are_the_formula(model64: HookedRecurrent, tokens: Tensor) -> None:
+    table = run(model64, tokens).tables["writes"]
+    for row in table[table["direction"] == "direct"].iloc[::5].itertuples():
+        with torch.no_grad():
+            r = model64.recurrence(tokens[[row.sequence]], LAYER)
+            k, u, q = (factor[0, row.position, HEAD] for factor in (r.k, r.u, r.q))
+            naive = model64.W_O(LAYER, HEAD) @ model64.W_U[:, row.token]
+            reach = torch.nn.functional.normalize(k, dim=0) @ (r.scale * q)
+            expected = row.m * k.norm() * u.norm() * reach * naive.norm()
+        assert row.f0 == pytest.approx(float(expected), rel=1e-5) and row.aimed == np.sign(row.f0)
+
+
+def test_signs_are_measured_as_in_a_full_pass(model64: HookedRecurrent, tokens: Tensor) -> None:
+    table = run(model64, tokens, sizes=(2.0,)).tables["writes"]
+    row = table[(table["direction"] == "direct") & (table["m"] < 0)].iloc[0]
+    t, sequence = int(row["position"]), tokens[[int(row["sequence"])]]
+    keys, values = native_writes(model64, sequence)
+    w = value_direction(model64, LAYER, HEAD, int(row["token"]))
+
+    def change(writes: Tensor) -> Tensor:
+        writes[t] += -2 * values[t].norm() * torch.outer(keys[t], w)
+        return writes
+
+    native, edited = (logits_with_write(model64, sequence, how)[t] for how in (lambda writes: writes, change))
+    assert row["measured"] == pytest.approx(float((edited - native)[row["token"]]), rel=1e-5)
+    assert row["rank"] == 1 + int((native > native[row["token"]]).sum())
+
+
+def test_targets_may_be_named(model64: HookedRecurrent, tokens: Tensor) -> None:
+    assert set(run(model64, tokens, targets=(5, 9, 30)).tables["writes"]["token"]) <= {5, 9, 30}
+
+
+def test_positions_without_a_write_are_left_out_and_counted(model64: HookedRecurrent, tokens: Tensor) -> None:
+    def mute(value: Tensor, positions: slice) -> Tensor:
+        value = value.clone()
+        value[:, positions] = 0
+        return value
+
+    name = f"blocks.{LAYER}.mixer.hook_v"
+    everywhere = [(name, lambda value, hook: mute(value, slice(None)))]
+    with model64.hooks(fwd_hooks=everywhere), pytest.raises(NothingToMeasureError, match=r"6 \(positions"):
+        run(model64, tokens)
+    with model64.hooks(fwd_hooks=[(name, lambda value, hook: mute(value, slice(0, 10)))]):
+        result = run(model64, tokens, n_positions=12)
+    assert result.tables["writes"]["position"].min() >= 10
+    assert result.info["n_skipped"]["positions with a zero write"] > 0
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"targets": (5,)}, "targets"),
+        ({"sizes": (1.0, 0.0)}, "sizes"),
+        ({"sizes": ()}, "sizes"),
+        ({"ranks": ((5, 2),)}, "ranks"),
+        ({"n_positions": 1}, "n_positions"),
+    ],
+)
+def test_settings_that_make_no_sense(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        Sign(**changes)
+
+
+def linear(right: float, wrong: float, flip: int = 1, size: float = 0.5, floor: float = 1e-6, n: int = 200) -> Result:
+    """A linear readout: the logit moves by `flip` times what F0 says on a share of writes, else the other way."""
+    rows = []
+    for i in range(n):
+        for m in (1.0, -1.0):
+            for direction, share in (("direct", right), ("gradient", 1.0), ("random", 0.5), ("wrong", wrong)):
+                moved = size * m * flip * (1 if (i * 37 % n) / n < share else -1)
+                row = {"sequence": i // 4, "position": i, "token": 1, "text": "a", "rank": 3, "direction": direction}
+                rows.append(row | {"m": m, "measured": moved, "f0": size * m, "f2": moved, "aimed": np.sign(m)})
+    return Result(Sign(), {"label": "x", "floor": floor}, {"writes": pd.DataFrame(rows)})
+
+
+def test_signs_of_a_linear_readout_flip_with_it() -> None:
+    result, flipped = linear(1.0, 0.5), linear(1.0, 0.5, flip=-1)
+    assert right_signs(result, "direct", "f0").rate == 1 and right_signs(result, "direct", "written").rate == 1
+    assert right_signs(flipped, "direct", "f0").rate == 0 and right_signs(flipped, "direct", "f2").rate == 1
+    assert [r.claims()[0].outcome for r in (result, flipped)] == ["holds", "fails"]
+    assert result.claims()[0].n == 200 and result.claims()[1].outcome == "holds"
+    fits = sizes(flipped).set_index("direction")
+    assert fits.loc["direct", "f2_r2"] == pytest.approx(1) and fits.loc["direct", "f0_r2"] == pytest.approx(-3)
+    assert fits.loc["direct", "f0_r"] == pytest.approx(-1)
+
+
+@pytest.mark.parametrize(
+    "table, outcome",
+    [
+        ({"right": 0.9, "wrong": 0.5}, "holds"),
+        ({"right": 0.8, "wrong": 0.8}, "confounded"),
+        ({"right": 0.5, "wrong": 0.9}, "fails"),
+        ({"right": 0.9, "wrong": 0.5, "floor": 0.6}, "below the floor"),
+        ({"right": 0.9, "wrong": 0.5, "n": 8}, "inconclusive"),
+    ],
+)
+def test_verdicts(table: dict[str, Any], outcome: str) -> None:
+    claim = linear(**table).claims()[0]
+    assert (claim.number, claim.outcome) == (9, outcome)
+
+
+def test_right_signs_of_wrong_sizes_are_no_prediction() -> None:
+    result = linear(1.0, 0.5)
+    table = result.tables["writes"].assign(f2=lambda t: 3 * t["f2"])
+    claim = Result(result.evaluation, result.info, {"writes": table}).claims()[1]
+    assert claim.outcome == "fails" and "R²" in claim.sentence
+
+
+def test_figures_come_from_the_table() -> None:
+    assert len(linear(0.9, 0.5).figures()) == 3
