@@ -6,44 +6,42 @@ Source: WriteSAE (arXiv 2605.12770), its comparisons of architectures.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import numpy as np
 import pandas as pd
-import torch
-from sae_lens import SAE
-from torch import Tensor
 
-from sae_lens_writesae.atom.low_rank import LowRank, mean_write, state_direction
-from sae_lens_writesae.experiment.conditions import state_after, state_before
+from sae_lens_writesae.experiment.approximations import (
+    ATOM,
+    ATOM_SVD,
+    SVD,
+    Basis,
+    Written,
+    of_dictionary,
+    without_dictionary,
+)
 from sae_lens_writesae.experiment.evaluation import Evaluation, Scope
-from sae_lens_writesae.experiment.firings import Integers, halves
-from sae_lens_writesae.experiment.head import head_writes
+from sae_lens_writesae.experiment.firings import halves
 from sae_lens_writesae.experiment.lab import Lab, Site, Trial
-from sae_lens_writesae.experiment.pca import MatrixPca, fit_pca
 from sae_lens_writesae.experiment.readout import kl_window
-from sae_lens_writesae.experiment.reconstruction import decoded, encoded, matrices_of, reconstruction
-from sae_lens_writesae.experiment.replacement import UpperModel
+from sae_lens_writesae.experiment.reconstruction import matrices_of, reconstruction
+from sae_lens_writesae.experiment.replacement import replacement_costs
 from sae_lens_writesae.experiment.result import Claim, Figure, Result
 from sae_lens_writesae.experiment.selectivity import selectivity
-from sae_lens_writesae.sae.base import MatrixWeights
 from sae_lens_writesae.sae.kinds import n_parameters, variant
 from sae_lens_writesae.verdict import figures
-from sae_lens_writesae.verdict import statistics as stats
 from sae_lens_writesae.verdict.format import percent, span
 from sae_lens_writesae.verdict.judge import Against, Verdict, judge
 from sae_lens_writesae.verdict.names import NAMES
-from sae_lens_writesae.verdict.statistics import Estimate, estimate, estimate_difference
+from sae_lens_writesae.verdict.statistics import Estimate, estimate, estimate_difference, weighted_median
 
-ATOM, ATOM_SVD, SVD = "atom", "atom svd", "svd"
 CONDITIONS: dict[str, str] = {
     ATOM: "strongest atom",
     ATOM_SVD: "atom cut to rank 1",
     SVD: "top-1 SVD of the reconstruction",
 }
-"""What a dictionary writes. The strongest atom has the largest |a_i| |A_i|; `atom svd` is there for higher ranks."""
+"""What a dictionary writes, as a reader meets it."""
 DICTIONARY_FREE = ("random", "mean", "state")
 """Controls that need no dictionary, besides the principal components."""
 
@@ -59,28 +57,6 @@ _MATCH = {"as many atoms": "", "as many parameters": ": `matched_flat` says how 
 
 Condition = tuple[str, str]
 """What is written, and the label of its dictionary; "" where it needs none."""
-
-
-class Basis(NamedTuple):
-    """What is known of the head from the half of the sequences that nothing is tested on."""
-
-    pca: MatrixPca
-    """Of the native writes."""
-    mean: LowRank
-    """The mean native write, N = 1."""
-    target_mean: Tensor
-    """[K*V] mean of what the dictionaries reconstruct: writes or states."""
-
-
-class Written(NamedTuple):
-    """What one baseline writes at the N positions of a sequence."""
-
-    sae: str
-    """Label of the dictionary; "" where none is needed."""
-    condition: str
-    matrices: LowRank
-    has_size: bool
-    """Whether what it writes has a size of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +195,7 @@ class Baselines(Evaluation):
             listed = "; ".join(f"{label}: {hook.name}" for label, hook in lab.hooks.items())
             raise ValueError(f"baselines are compared on one hook, found {listed}")
         split = halves(len(lab.tokens), self.seed)
-        basis = self._basis(lab, split.select)
+        basis = Basis.fit(lab, split.select.tolist(), self.pca_writes, self.pca_ranks[-1])
         tested = split.test[: self.test_sequences]
         sites = lab.sites(pd.DataFrame({"sequence": tested}), "writes")
         writes = pd.concat([self.exchanged(lab, site, basis) for site in sites], ignore_index=True)
@@ -228,7 +204,10 @@ class Baselines(Evaluation):
             "the head writes nothing at the drawn positions of all but one sequence",
         )
         replaced = split.test[: self.replacement_sequences].tolist()
-        costs = [self.replaced(lab, sequence, basis) for sequence in lab.bar(replaced, "replacement")]
+        costs = [
+            replacement_costs(lab, sequence, basis, self.pca_ranks, self.state_ranks)
+            for sequence in lab.bar(replaced, "replacement")
+        ]
         selective = [
             selectivity(lab.firings(label), lab.tokens, self.min_firings, lab.rng(8)).assign(sae=label)
             for label in lab.saes
@@ -240,42 +219,24 @@ class Baselines(Evaluation):
             "selectivity": pd.concat(selective, ignore_index=True),
         }
 
-    def _basis(self, lab: Lab, sequences: Integers) -> Basis:
-        """Means and principal components. Cost: a forward of each sequence up to the layer; K V numbers for each of
-        `pca_writes` writes."""
-        rng, per_sequence = lab.rng(11), -(-self.pca_writes // len(sequences))
-        keys, values, rows, total, n = [], [], [], torch.tensor(0.0), 0
-        for sequence in sequences.tolist():
-            recurrence = lab.recurrence(sequence)
-            writes = head_writes(recurrence, 0)
-            keys.append(writes.keys.flatten(0, 1))
-            values.append(writes.values.flatten(0, 1))
-            drawn = np.sort(rng.choice(len(writes), min(per_sequence, len(writes)), replace=False)).tolist()
-            rows.append(writes.rows(drawn).dense().flatten(1))
-            target = matrices_of(recurrence, lab.hook.target).flatten(1)
-            total, n = total.to(target.device) + target.double().sum(0), n + len(target)
-        pca = fit_pca(torch.cat(rows)[: self.pca_writes], self.pca_ranks[-1])
-        return Basis(pca, mean_write(torch.cat(keys), torch.cat(values), 0.99), (total / n).to(pca.mean))
-
     def exchanged(self, lab: Lab, site: Site, basis: Basis) -> pd.DataFrame:
         """Rows of the table `writes` for one sequence; none where the writes at all drawn positions are zero.
 
         Cost: per position 2 edited rows and one for each baseline, of horizon + 1 tokens.
         """
         positions = self._positions(lab, site)
-        lab.skipped["positions with a zero native write, or no room for the window"] += (
-            self.positions_per_sequence - len(positions)
-        )
+        left_out = self.positions_per_sequence - len(positions)
+        lab.skipped["positions with a zero native write, or no room for the window"] += left_out
         native = site.at(positions)
         baselines = [Written("", "native", native, True), Written("", "delete", native * 0.0, True)]
         if positions:
-            baselines += _without_dictionary(lab, site, native, positions, basis, self.pca_ranks)
+            baselines += without_dictionary(lab, site, native, positions, basis, self.pca_ranks)
             for label in lab.saes:
                 matrices = matrices_of(site.recurrence, lab.hooks[label].target)[positions]
-                baselines += _of_dictionary(lab, label, matrices, native)
+                baselines += of_dictionary(lab, label, matrices, native)
         trials = []
         for each in baselines:
-            written = each.matrices if each.condition in ("native", "delete") else self._sized(each, native)
+            written = each.matrices if each.condition in ("native", "delete") else each.sized(native, self.scale)
             cosines, norms = written.cosine(native).tolist(), (written.norm() / native.norm()).tolist()
             for n, t in enumerate(positions):
                 row = {"sequence": site.sequence, "position": t, "sae": each.sae, "condition": each.condition}
@@ -289,38 +250,6 @@ class Baselines(Evaluation):
         able = written[(written >= self.first_position) & (written < len(site.writes) - self.horizon)]
         drawn = lab.rng(9, site.sequence).choice(able, min(self.positions_per_sequence, len(able)), replace=False)
         return sorted(drawn.tolist())
-
-    def _sized(self, each: Written, native: LowRank) -> LowRank:
-        """At its own size, at its best, or at the norm of the native write; zero (nothing fires) stays zero."""
-        if self.scale == "coefficient" and each.has_size:
-            return each.matrices
-        square = each.matrices.inner(each.matrices)
-        wanted = each.matrices.inner(native) if self.scale == "coefficient" else native.norm() * square.sqrt()
-        return each.matrices * torch.where(square > 0, wanted / square.clamp_min(torch.finfo(square.dtype).tiny), 0)
-
-    def replaced(self, lab: Lab, sequence: int, basis: Basis) -> pd.DataFrame:
-        """Rows of the table `replacement` for one sequence. Cost: a forward from the layer on for each row, and an SVD
-        of each state."""
-        recurrence, upper = lab.recurrence(sequence), UpperModel.of(lab, sequence)
-        native, target = upper.nats(), lab.hook.target
-        rows = []
-
-        def add(sae: str, hook: str, method: str, matrices: Tensor) -> None:
-            rows.append((sequence, sae, hook, method, upper.nats(hook, matrices) - native, native))
-
-        x = matrices_of(recurrence, target)
-        add("", target, "itself", x)
-        for label, sae in lab.saes.items():
-            add(label, target, "dictionary", decoded(sae, encoded(sae, x), x))
-        add("", target, "mean", basis.target_mean.to(x).view(x.shape[1:]).expand_as(x))
-        add("", target, "zero", torch.zeros_like(x))
-        if target == "write":
-            for rank in self.pca_ranks:
-                add("", target, f"pca {rank}", basis.pca.project(x.flatten(1), rank).view_as(x))
-        states = LowRank.svd(matrices_of(recurrence, "state"))
-        for rank in (rank for rank in self.state_ranks if rank < states.rank):
-            add("", "state", f"rank {rank}", states.terms(slice(rank)).dense())
-        return pd.DataFrame(rows, columns=list(self.columns["replacement"]))
 
     def _dictionaries(self, lab: Lab, tested: list[int]) -> pd.DataFrame:
         fits = reconstruction(lab, tested)
@@ -348,9 +277,9 @@ class Baselines(Evaluation):
         if of_variant(result, "WriteSAE-rank4") is not None:
             higher.append(self._higher_rank(result, ours, 4, None))
         return [
-            self._against_flat(result, 15, ours, same, "as many atoms", "an atom", (ATOM, ATOM_SVD)),
-            self._against_flat(result, 15, ours, same, "as many atoms", "a code", (SVD, SVD)),
-            self._against_flat(result, None, ours, near, "as many parameters", "a code", (SVD, SVD)),
+            self._against_flat(result, ours, same, "as many atoms", (ATOM, ATOM_SVD)),
+            self._against_flat(result, ours, same, "as many atoms", (SVD, SVD)),
+            self._against_flat(result, ours, near, "as many parameters", (SVD, SVD)),
             *higher,
             self._dead(result, ours, same),
             self._low_rank_states(result),
@@ -358,26 +287,17 @@ class Baselines(Evaluation):
         ]
 
     def _against_flat(
-        self,
-        result: Result,
-        number: int | None,
-        ours: pd.Series | None,
-        flat: pd.Series | None,
-        size: str,
-        what: str,
-        conditions: tuple[str, str],
+        self, result: Result, ours: pd.Series | None, flat: pd.Series | None, size: str, conditions: tuple[str, str]
     ) -> Claim:
         """`conditions`: what the WriteSAE writes, and what the flat SAE writes."""
+        what, ranks = ("an atom", self.pca_ranks[:1]) if conditions[0] == ATOM else ("a code", self.pca_ranks)
         claim = f"{what} of the WriteSAE substitutes better than the top-1 SVD of {what} of a flat SAE with {size}"
+        number = 15 if size == "as many atoms" else None
         if ours is None or flat is None:
             return _untested(number, claim, f"It needs a WriteSAE and a FlatSAE with {size}{_MATCH[size]}.")
         mine, theirs = (conditions[0], str(ours["sae"])), (conditions[1], str(flat["sae"]))
         gap = win_rate(result, mine, theirs)
-        controls = [
-            *DICTIONARY_FREE,
-            *(f"pca {r}" for r in (self.pca_ranks if what == "a code" else self.pca_ranks[:1])),
-        ]
-        free = {name: win_rate(result, (name, "")) for name in controls}
+        free = {c: win_rate(result, (c, "")) for c in (*DICTIONARY_FREE, *(f"pca {rank}" for rank in ranks))}
         verdict = judge(
             gap,
             {_name(c): Against(win_rate(result, mine, (c, "")), _over_half(rate)) for c, rate in free.items()},
@@ -490,12 +410,9 @@ class Baselines(Evaluation):
         name, target = result.label, str(result.info["target"])
         wins = figures.intervals(_wins(result), "% of positions", f"Win rates: {name}", chance=0.5, percent=True)
         costs = figures.intervals(_costs(result), "% of perplexity", f"Costs of replacement: {name}")
+        caption = "The same positions for all. What needs no dictionary comes first."
         panels = [
-            Figure(
-                "Nearer to the native model than deletion",
-                wins,
-                "The same positions for all. What needs no dictionary comes first.",
-            ),
+            Figure("Nearer to the native model than deletion", wins, caption),
             Figure(f"All {target}s replaced at once", costs, "Change of perplexity, mean over sequences."),
         ]
         table = result.tables["replacement"]
@@ -525,41 +442,6 @@ class Baselines(Evaluation):
         quiet = [f"At {silent} positions no atom fires, and nothing is written: that is no win."] if silent else []
         worth = "Perplexity of whole replacement and selectivity are reported for completeness: both say little."
         return [size, *quiet, worth]
-
-
-# ---------------------------------------------------------------------------------------------- what is written
-
-
-def _without_dictionary(
-    lab: Lab, site: Site, native: LowRank, positions: list[int], basis: Basis, pca_ranks: tuple[int, ...]
-) -> Iterator[Written]:
-    seed = int(lab.rng(10, site.sequence).integers(2**62))
-    yield Written("", "random", native.random_like(torch.Generator().manual_seed(seed)), False)
-    yield Written("", "mean", basis.mean.expand(len(native)), False)
-    yield Written("", "state", state_direction(state_before(site, positions)), False)
-    yield Written("", "state_after", state_direction(state_after(site, positions)), False)
-    dense = native.dense()
-    for rank in pca_ranks:
-        projected = basis.pca.project(dense.flatten(1), rank).view_as(dense)
-        yield Written("", f"pca {rank}", LowRank.svd(projected, balanced=True), True)
-
-
-def _of_dictionary(lab: Lab, label: str, matrices: Tensor, native: LowRank) -> Iterator[Written]:
-    """The strongest atom by |a_i| |A_i|, and the reconstruction, of matrices [N,K,V]."""
-    sae = lab.saes[label]
-    activations = encoded(sae, matrices)
-    strongest = (activations.abs() * _atom_norms(sae)).argmax(1)
-    atoms = lab.atoms(strongest.cpu().numpy(), label)
-    atom = (atoms * activations.gather(1, strongest[:, None])[:, 0].to(atoms.values)).to(native.values)
-    yield Written(label, ATOM, atom, True)
-    if atom.rank > 1:
-        yield Written(label, ATOM_SVD, LowRank.svd(atom.dense(), 1, balanced=True), True)
-    yield Written(label, SVD, LowRank.svd(decoded(sae, activations, matrices), 1, balanced=True), True)
-
-
-def _atom_norms(sae: SAE) -> Tensor:
-    """[F] Frobenius norms of the decoder's atoms; SAELens' own dictionaries have no method for it."""
-    return sae.decoder_norm() if isinstance(sae, MatrixWeights) else sae.W_dec.norm(dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------- reading a result
@@ -615,7 +497,7 @@ def excess(result: Result, sae: str) -> Estimate | None:
     if len(rows) < 2:
         return None
     values = rows["share"] - rows["chance"]
-    return estimate(values, rows["atom"], statistic=stats.weighted_median, seed=result.evaluation.seed)
+    return estimate(values, rows["atom"], statistic=weighted_median, seed=result.evaluation.seed)
 
 
 def of_variant(result: Result, name: str) -> pd.Series | None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
 
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.experiment.approximations import Basis
 from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.experiment.reconstruction import decoded, encoded, matrices_of
 
 
 class UpperModel(NamedTuple):
@@ -37,7 +42,7 @@ class UpperModel(NamedTuple):
 
         Cost: a forward from the layer on.
         """
-        hooks = []
+        hooks: list[tuple[str | Callable, Callable]] = []
         if matrices is not None:
             hook = self.lab.hook
             flat = matrices.flatten(1)[None]
@@ -47,3 +52,35 @@ class UpperModel(NamedTuple):
             self.residual, fwd_hooks=hooks, start_at_layer=self.lab.hook.layer, tokens=self.tokens
         )
         return float(torch.nn.functional.cross_entropy(logits[0, :-1].double(), self.tokens[0, 1:].to(logits.device)))
+
+
+def replacement_costs(
+    lab: Lab, sequence: int, basis: Basis, pca_ranks: tuple[int, ...], state_ranks: tuple[int, ...]
+) -> pd.DataFrame:
+    """What it costs on one sequence to replace all matrices that the dictionaries of the laboratory read.
+
+    Returns: columns sequence, sae, hook, method, nats (per token, more than without replacement), native_nats. Methods
+    are `itself` (the no-op), `dictionary`, `mean`, `zero`, for writes `pca r`, and for all states of the head `rank r`
+    (ranks below the full one).
+
+    Cost: a forward from the layer on for each row, and an SVD of each state.
+    """
+    recurrence, upper = lab.recurrence(sequence), UpperModel.of(lab, sequence)
+    native, target = upper.nats(), lab.hook.target
+    x = matrices_of(recurrence, target)
+    methods: list[tuple[str, str, str, Tensor]] = [("", target, "itself", x)]
+    for label, sae in lab.saes.items():
+        methods.append((label, target, "dictionary", decoded(sae, encoded(sae, x), x)))
+    methods.append(("", target, "mean", basis.target_mean.to(x).view(x.shape[1:]).expand_as(x)))
+    methods.append(("", target, "zero", torch.zeros_like(x)))
+    if target == "write":
+        flat = x.flatten(1)
+        methods += [("", target, f"pca {rank}", basis.pca.project(flat, rank).view_as(x)) for rank in pca_ranks]
+    states = LowRank.svd(matrices_of(recurrence, "state"))
+    below = [rank for rank in state_ranks if rank < states.rank]
+    methods += [("", "state", f"rank {rank}", states.terms(slice(rank)).dense()) for rank in below]
+    rows = [
+        (sequence, label, hook, method, upper.nats(hook, matrices) - native, native)
+        for label, hook, method, matrices in methods
+    ]
+    return pd.DataFrame(rows, columns=["sequence", "sae", "hook", "method", "nats", "native_nats"])
