@@ -243,7 +243,7 @@ class Objectives(Evaluation):
         units["cosine"] = Units(wide["cosine"].to_numpy(float), clusters)
         for name in (*TESTED_SCALES, *self.controls):
             column = f"atom/{name}" if name in TESTED_SCALES else f"{name}/{self.scale}"
-            units[name] = Units((wide[column] < wide["delete"]).to_numpy(float), clusters)
+            units[name] = Units(np.where(wide[column] < wide["delete"], 1.0, 0.0), clusters)
         return units
 
     def measures(self, units: Mapping[str, Mapping[str, Units]]) -> pd.DataFrame:
