@@ -6,7 +6,7 @@ layout), ``hookpoints.hooks.table`` and ``hookpoints.edits``.
 """
 
 from hookpoints import embedded, errors
-from hookpoints.edits.edit import WriteEdit
+from hookpoints.edits.edit import EditRow, WriteEdit
 from hookpoints.edits.session import EditSession
 from hookpoints.errors import EditError, HookpointsError, UnknownHookError, UnsupportedModelError
 from hookpoints.hooks.table import HOOKS
@@ -17,6 +17,7 @@ from hookpoints.recurrence.recurrence import Recurrence
 __all__ = [
     "HOOKS",
     "EditError",
+    "EditRow",
     "EditSession",
     "HookedRecurrent",
     "HookpointsError",

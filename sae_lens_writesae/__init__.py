@@ -1,13 +1,21 @@
-"""Matrix-atom sparse autoencoders for SAELens, and what to do with their atoms.
+"""Matrix-atom sparse autoencoders for SAELens, and tests of what their atoms do.
 
 Importing this package registers six architectures in SAELens, after which its runners, metrics and patching utilities
-take them like its own. This is the public surface. The classes of the architectures are in `sae_lens_writesae.sae`.
+take them like its own. These are the names that most programs need. The classes of the architectures are in
+`sae_lens_writesae.sae`, every evaluation in `sae_lens_writesae.evaluations`, by its kind in `EVALUATIONS`.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae import INFERENCE, TRAINING, VARIANTS, MatrixSAE, MatrixTrainingSAE, register
+from sae_lens_writesae.evaluations import EVALUATIONS, Evaluation, Result, load_result
+from sae_lens_writesae.evaluations.substitution import Substitution
+from sae_lens_writesae.experiment.head import half_lives
+from sae_lens_writesae.experiment.tokens import sample_sequences
+from sae_lens_writesae.page.report import write_report
+from sae_lens_writesae.sae import VARIANTS, MatrixSAE, MatrixTrainingSAE, register
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
-from sae_lens_writesae.sae.load import CheckpointError, load_sae
+from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import (
     WriteSAETrainingRunner,
     register_model_class,
@@ -17,37 +25,39 @@ from sae_lens_writesae.sae.runner import (
 )
 from sae_lens_writesae.sae.target import head_target
 from sae_lens_writesae.sae.training import PAPER_RUNNER, calibrate_threshold, preset_b_dec
-from sae_lens_writesae.steering import AtomScaling, Steering, scale_atoms, steer
-from sae_lens_writesae.substitution import run_substitution
-from sae_lens_writesae.substitution_config import SubstitutionConfig
-from sae_lens_writesae.substitution_result import SubstitutionResult
+from sae_lens_writesae.steering import scale_atoms, steer
+
+try:
+    __version__ = version("sae-lens-writesae")
+except PackageNotFoundError:  # used from a folder, without an installation
+    __version__ = "unknown"
 
 register()
 register_model_class()
 
 __all__ = [
-    "INFERENCE",
+    "EVALUATIONS",
     "PAPER_RUNNER",
-    "TRAINING",
     "VARIANTS",
-    "AtomScaling",
-    "CheckpointError",
+    "Evaluation",
     "HookedSAERecurrent",
     "LowRank",
     "MatrixSAE",
     "MatrixTrainingSAE",
-    "Steering",
-    "SubstitutionConfig",
-    "SubstitutionResult",
+    "Result",
+    "Substitution",
     "WriteSAETrainingRunner",
     "calibrate_threshold",
+    "half_lives",
     "head_target",
+    "load_result",
     "load_sae",
     "preset_b_dec",
-    "run_substitution",
+    "sample_sequences",
     "scale_atoms",
     "steer",
     "text_dataset",
     "train",
     "training_config",
+    "write_report",
 ]

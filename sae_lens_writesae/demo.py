@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
@@ -19,6 +18,7 @@ from sae_lens_writesae.page.report import ReportFiles, write_report
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import quiet, text_dataset, train, training_config
 from sae_lens_writesae.sae.target import Target
+from sae_lens_writesae.sae.training import MatrixTrainingSAE
 
 
 class HeadChoice(NamedTuple):
@@ -84,7 +84,8 @@ class Demo:
         for target in self.targets:
             say(f"\ntraining a WriteSAE on the {target}s of this head (SAELens)")
             folder = self.out / target
-            self._train(model, choice, target).save_inference_model(str(folder / "sae"))
+            sae = self._train(model, choice, target)
+            sae.save_inference_model(folder / "sae")
             say("substitution test: its atoms in the place of the model's own writes")
             test = Substitution(
                 n_atoms=self.n_atoms,
@@ -118,7 +119,7 @@ class Demo:
         wanted = torch.tensor(self.memory).log2()
         return min(choices, key=lambda choice: float((torch.tensor(choice.half_life).log2() - wanted).abs()))
 
-    def _train(self, model: HookedRecurrent, choice: HeadChoice, target: Target) -> SAE:
+    def _train(self, model: HookedRecurrent, choice: HeadChoice, target: Target) -> MatrixTrainingSAE:
         cfg = training_config(
             model,
             choice.layer,

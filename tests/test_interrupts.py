@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
+import sys
 import time
 
 import pytest
@@ -149,6 +151,43 @@ def test_at_random_moments(expected, run):
             signal.signal(signal.SIGALRM, before)
     model.hf_model.zero_grad()
     assert interrupted >= MOMENTS // 2
+    assert Outputs(model, tokens).equal(outputs)
+
+
+class Tracer:
+    """Counts the lines of hookpoints that run, and raises KeyboardInterrupt at one of them."""
+
+    def __init__(self, at: int | None = None):
+        self.at, self.lines = at, 0
+
+    def __call__(self, frame, event, arg):
+        return self.line if f"{os.sep}hookpoints{os.sep}" in frame.f_code.co_filename else None
+
+    def line(self, frame, event, arg):
+        self.lines += event == "line"
+        if event == "line" and self.lines == self.at:
+            raise KeyboardInterrupt
+        return self.line
+
+    def run(self, function, *args):
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            function(*args)
+        finally:
+            sys.settrace(before)
+
+
+@pytest.mark.parametrize("run", [cached, hooked, generated, nested, partial, session], ids=lambda run: run.__name__)
+@torch.no_grad()
+def test_at_random_lines_of_this_package(expected, run):
+    """Signals mostly arrive inside of torch; here the interrupt comes where state changes hands."""
+    tokens, outputs = expected
+    model, moments, all_lines = fresh(), random.Random(run.__name__), Tracer()
+    all_lines.run(run, model, tokens)
+    for _ in range(MOMENTS):
+        with pytest.raises(KeyboardInterrupt):
+            Tracer(moments.randrange(1, all_lines.lines)).run(run, model, tokens)
     assert Outputs(model, tokens).equal(outputs)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from hookpoints.errors import UnsupportedModelError
 from hookpoints.hooks.points import MixerHooks
-from hookpoints.layer.context import Backend, current
+from hookpoints.layer.context import Backend
 from hookpoints.rules.base import Rule
 
 
@@ -35,7 +35,3 @@ class HookedMixer:
         self.hooks = MixerHooks(heads, rule.factor_names)
         self.calls = 0
         """Op calls so far; the self-check reads it."""
-
-    @property
-    def _first_token(self) -> int | None:  # until sae_lens_writesae/steering.py asks model.first_token()
-        return current(self.owner).position

@@ -36,4 +36,4 @@ def load_result(folder: str | Path) -> Result:
     return Result.load(folder, EVALUATIONS)
 
 
-__all__ = ["EVALUATIONS", "load_result"]
+__all__ = ["EVALUATIONS", "Evaluation", "Result", "load_result"]

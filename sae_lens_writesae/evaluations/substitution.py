@@ -416,7 +416,7 @@ class Substitution(Evaluation):
             rates = pd.Series([rate.rate for _, rate, _ in verdicts])
             outcomes: list[Outcome] = [verdict.outcome for verdict, _, _ in verdicts]
             held = outcomes.count("holds")
-            worst: Outcome = next((o for o in _WORST_FIRST if o in outcomes), outcomes[0])
+            worst: list[Outcome] = [o for o in _WORST_FIRST if o in outcomes] or outcomes
             claim = Claim(
                 5,
                 "all heads of a layer",
@@ -424,7 +424,7 @@ class Substitution(Evaluation):
                 len(rates),
                 "heads",
                 f"confounded by a control on {outcomes.count('confounded')}",
-                "holds" if held == len(rates) else worst,
+                "holds" if held == len(rates) else worst[0],
                 f"Claim 1 holds on {held} of {len(rates)} heads.",
             )
             claims.append((f"L{layer} {target}-trained", claim))

@@ -33,7 +33,7 @@ def downstream_heads(model: HookedRecurrent, layer: int) -> list[DownstreamHeads
         if above in model.cfg.recurrent_layers:
             n_heads = model.cfg.layer(above).H
             mixers.append(DownstreamHeads(above, "recurrence", n_heads, f"blocks.{above}.mixer.hook_read"))
-        if (n_heads := _attention_heads(model, above)) is not None:
+        if (n_heads := model.cfg.attention_heads(above)) is not None:
             mixers.append(DownstreamHeads(above, "attention", n_heads, f"blocks.{above}.attn.hook_z"))
     return mixers
 
@@ -54,9 +54,3 @@ def newest_outputs(
 def head_name(layer: int, mixer: str, head: int) -> str:
     """L3H1; an attention head is L3A1."""
     return f"L{layer}{'A' if mixer == 'attention' else 'H'}{head}"
-
-
-def _attention_heads(model: HookedRecurrent, layer: int) -> int | None:
-    # To become `model.cfg.attention_heads(layer)` as soon as the model has that method.
-    heads = model.attachment.layout.blocks[layer].attn_heads
-    return None if heads is None else heads.n

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, Self, cast
 
 import pandas as pd
 import torch
@@ -120,8 +120,13 @@ class Evaluation(ABC):
         return 2
 
     def to_dict(self) -> dict[str, Json]:
-        """Settings as plain JSON values; `type(self)(**d)` gives the evaluation back."""
+        """Settings as plain JSON values; `from_dict` gives the evaluation back."""
         return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Json]) -> Self:
+        """The evaluation with settings from JSON; a refused value raises ValueError, an unknown name TypeError."""
+        return cls(**cast(dict, settings))
 
     def run(
         self,

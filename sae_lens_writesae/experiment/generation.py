@@ -10,9 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from hookpoints import EditError, HookedRecurrent
-from hookpoints.edits.edit import EditPlan, EditRow
-from hookpoints.layer import context
+from hookpoints import EditRow, HookedRecurrent
 
 
 class Sampled(NamedTuple):
@@ -93,15 +91,9 @@ def sample_continuations(
 
 def _edited_greedy(model: HookedRecurrent, prompts: Tensor, rows: Sequence[EditRow], max_new_tokens: int) -> Tensor:
     """[N,new] greedy tokens of one batch."""
-    # `model.generate` takes no row-wise edits yet, so that the plan is put in force by hookpoints' own scope.
-    plan = EditPlan.for_rows(rows)
-    model.check_edits(plan)
-    with context.scope(model.attachment, plan=plan):
-        whole = model.generate(prompts, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=_pad_token(model))
-    for edit in plan.idle():
-        raise EditError(
-            f"the edit at layer {edit.layer}, position {edit.position} never acted: generation ended before it"
-        )
+    whole = model.generate(
+        prompts, edit_rows=rows, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=_pad_token(model)
+    )
     return cast(Tensor, whole)[:, prompts.shape[1] :]
 
 

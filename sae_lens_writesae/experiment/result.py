@@ -195,7 +195,7 @@ class Result:
             raise ValueError(f"{file} names the tables {head['tables']}, but {head['kind']} has {names}")
         try:
             tables = {name: pd.read_parquet(Path(folder) / f"{name}.parquet") for name in names}
-            evaluation = evaluation_class(**head["settings"])
+            evaluation = evaluation_class.from_dict(head["settings"])
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} cannot be read as {head['kind']}: {error}") from error
         result = cls(evaluation, head["info"], tables, head["skipped"])

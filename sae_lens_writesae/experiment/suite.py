@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sae_lens import SAE
@@ -40,16 +41,15 @@ def evaluate_all(
             run = named.run if len(evaluations) == 1 else named.run_or_skip
             result = run(model, group, tokens, progress=progress)
             result.save(out / result.kind / result.label.replace("/", "-").replace(" ", "-"))
-            say(
-                f"{result.kind}: {result.label} ({result.pace if result.skipped is None else 'skipped: ' + result.skipped})"
-            )
+            how = result.pace if result.skipped is None else f"skipped: {result.skipped}"
+            say(f"{result.kind}: {result.label} ({how})")
             results.append(result)
     return results
 
 
 def with_label(evaluation: Evaluation, label: str) -> Evaluation:
     """The same evaluation under a label, unless it has one."""
-    return evaluation if evaluation.label else type(evaluation)(**(evaluation.to_dict() | {"label": label}))
+    return evaluation if evaluation.label else replace(evaluation, label=label)
 
 
 def groups(scope: Scope, saes: Mapping[str, SAE], *, single: bool = False) -> Iterator[tuple[str, dict[str, SAE]]]:

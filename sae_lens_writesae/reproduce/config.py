@@ -16,17 +16,33 @@ from sae_lens_writesae.sae.target import Target
 
 MATCHED = "FlatSAE-matched"
 
-SMALL: dict[str, int] = {
-    "d_sae": 256,
-    "k": 16,
-    "training_tokens": 40_000,
-    "context_size": 64,
-    "eval_sequences": 32,
-    "n_atoms": 24,
-    "firings_per_atom": 3,
-    "train_batch_size_tokens": 256,
-}
-"""Numbers for a trial on a laptop: minutes instead of a day."""
+
+@dataclass(frozen=True)
+class Dictionary:
+    """One SAE of a run."""
+
+    layer: int
+    head: int
+    target: Target
+    variant: str
+    """Of `VARIANTS`; "" is the WriteSAE itself."""
+    seed: int
+    loss: Loss = "mse"
+
+    @property
+    def cell(self) -> str:
+        return f"L{self.layer}H{self.head}"
+
+    @property
+    def label(self) -> str:
+        """Name within its head, and of its folder."""
+        loss = "" if self.loss == "mse" else self.loss
+        return "-".join([self.target, *filter(None, [loss, self.variant]), f"seed{self.seed}"])
+
+    @property
+    def key(self) -> str:
+        """Its folder in the run."""
+        return f"{self.cell}/{self.label}"
 
 
 @dataclass(frozen=True)
@@ -126,3 +142,16 @@ class ReproduceConfig:
                 f"{folder} holds a run with other settings ({'; '.join(differing)}); give another --out, or the same "
                 "settings to go on with it"
             )
+
+
+SMALL = ReproduceConfig(
+    d_sae=256,
+    k=16,
+    training_tokens=40_000,
+    context_size=64,
+    eval_sequences=32,
+    n_atoms=24,
+    firings_per_atom=3,
+    train_batch_size_tokens=256,
+)
+"""Numbers for a trial on a laptop: minutes instead of a day."""

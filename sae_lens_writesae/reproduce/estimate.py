@@ -16,8 +16,7 @@ from sae_lens.saes.sae import TrainStepInput
 from hookpoints import HookedRecurrent, WriteEdit
 from sae_lens_writesae.evaluations.substitution import Substitution
 from sae_lens_writesae.reproduce.config import ReproduceConfig
-from sae_lens_writesae.reproduce.run import is_done
-from sae_lens_writesae.reproduce.tasks import Task, dictionaries, make_tasks
+from sae_lens_writesae.reproduce.tasks import Task, dictionaries, is_done, make_tasks
 from sae_lens_writesae.sae.base import VARIANTS
 
 _OTHER_EVALUATIONS = 1.0
@@ -119,7 +118,7 @@ def _optimizer_step(config: ReproduceConfig, model: HookedRecurrent) -> Callable
     shape = model.cfg.layer(config.layers[0])
     sae_class, config_class = get_sae_training_class(config.architecture)
     fields = {"d_in": shape.K * shape.V, "d_k": shape.K, "d_v": shape.V, "d_sae": config.d_sae, "k": config.k}
-    sae = sae_class(config_class(**fields, device=str(model.cfg.device)))
+    sae = sae_class(config_class.from_dict(fields | {"device": str(model.cfg.device)}))
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr)
     batch = torch.randn(config.train_batch_size_tokens, sae.cfg.d_in, device=model.cfg.device)
 

@@ -21,12 +21,12 @@ from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluations import EVALUATIONS, load_result
 from sae_lens_writesae.experiment.evaluation import Evaluation
+from sae_lens_writesae.experiment.result import Json
 from sae_lens_writesae.experiment.tokens import sample_sequences
 from sae_lens_writesae.files import atomic_text
 from sae_lens_writesae.page.atoms import AtomPages, write_atom_pages
 from sae_lens_writesae.page.report import find_results, write_report
-from sae_lens_writesae.reproduce.config import MATCHED, ReproduceConfig
-from sae_lens_writesae.reproduce.tasks import Dictionary
+from sae_lens_writesae.reproduce.config import MATCHED, Dictionary, ReproduceConfig
 from sae_lens_writesae.sae.base import VARIANTS
 from sae_lens_writesae.sae.kinds import matched_flat
 from sae_lens_writesae.sae.load import load_sae
@@ -128,6 +128,7 @@ class Workspace:
         c = self.config
         batch = c.train_batch_size_tokens
         buffered = max(2, -(-8 * batch // c.context_size))  # sequences
+        d_sae, fields = self._size(dictionary)
         return training_config(
             self.model,
             dictionary.layer,
@@ -135,7 +136,8 @@ class Workspace:
             target=dictionary.target,
             loss=dictionary.loss,
             architecture=c.architecture,
-            **self._size(dictionary),
+            d_sae=d_sae,
+            sae=fields,
             training_tokens=c.training_tokens,
             context_size=c.context_size,
             train_batch_size_tokens=batch,
@@ -152,17 +154,16 @@ class Workspace:
             checkpoint_path=str(checkpoints),
         )
 
-    def _size(self, dictionary: Dictionary) -> dict[str, object]:
-        """d_sae and further fields of a dictionary's SAE."""
+    def _size(self, dictionary: Dictionary) -> tuple[int, dict[str, object]]:
+        """d_sae, and further fields of a dictionary's SAE."""
         c = self.config
-        fields = {"k": c.k, "normalize_activations": "expected_average_only_in"}
+        fields: dict[str, object] = {"k": c.k, "normalize_activations": "expected_average_only_in"}
         if dictionary.variant != MATCHED:
-            return {"d_sae": c.d_sae, "sae": fields | VARIANTS.get(dictionary.variant, {})}
+            return c.d_sae, fields | VARIANTS.get(dictionary.variant, {})
         sae_class, config_class = get_sae_training_class(c.architecture)
         place = head_target(self.model, dictionary.layer, dictionary.head, dictionary.target)
-        asked = place.sae_fields | {"d_sae": c.d_sae, "k": c.k}
-        flat = matched_flat(sae_class(config_class(**asked)))
-        return {"d_sae": flat.pop("d_sae"), "sae": fields | flat}
+        flat = matched_flat(sae_class(config_class.from_dict(place.sae_fields | {"d_sae": c.d_sae, "k": c.k})))
+        return flat.d_sae, fields | flat.fields
 
     def evaluate(self, kind: str, key: str, dictionaries: list[Dictionary]) -> None:
         """One evaluation of a dictionary, of a head or of several dictionaries, saved to the folder `key`; where there
@@ -175,9 +176,11 @@ class Workspace:
     def evaluation(self, kind: str, label: str) -> Evaluation:
         """An evaluation with the run's sizes, where it has such settings, then what the run's settings say."""
         c = self.config
-        sizes = {"n_atoms": c.n_atoms, "firings_per_atom": c.firings_per_atom, "seed": c.seeds[0], "label": label}
+        sizes: dict[str, Json] = {"n_atoms": c.n_atoms, "firings_per_atom": c.firings_per_atom}
+        sizes |= {"seed": c.seeds[0], "label": label}
         known = {f.name for f in fields(EVALUATIONS[kind])}
-        return EVALUATIONS[kind](**{k: v for k, v in sizes.items() if k in known} | c.settings.get(kind, {}))
+        settings = {name: value for name, value in sizes.items() if name in known}
+        return EVALUATIONS[kind].from_dict(settings | c.settings.get(kind, {}))
 
     def show(self, dictionary: Dictionary) -> None:
         """Pages of a dictionary's atoms, drawn from those that its substitution test looked at, if there is one; in a

@@ -41,19 +41,26 @@ def n_parameters(sae: SAE) -> int:
     return sum(p.numel() for p in sae.parameters())
 
 
-def matched_flat(sae: SAE) -> dict[str, int | str]:
-    """Fields of a flat SAE with as many parameters as `sae`: d_sae and those of `training_config(..., sae=)`.
+class FlatSize(NamedTuple):
+    """A flat SAE as large as another dictionary: arguments of `training_config(..., d_sae=, sae=)`."""
+
+    d_sae: int
+    fields: dict[str, object]
+
+
+def matched_flat(sae: SAE) -> FlatSize:
+    """The flat SAE with as many parameters as `sae`.
 
     A flat atom has 2 K V numbers and those that every atom of the architecture has (a bias, a threshold), so that the
     two differ by no more than half of that (all of it, where one flat atom is already too many). At the paper's sizes,
     2,048 rank-1 atoms of 128 x 128 become 32 flat ones. Where the SAE has a `k` (BatchTopK is exported without), it is
     kept up to half of the atoms, so that a code stays sparse.
-
-    Example: `training_config(model, layer, head, d_sae=fields.pop("d_sae"), sae=fields)`.
     """
     d_in, d_sae = int(sae.cfg.d_in), int(sae.cfg.d_sae)
     of_each = sum(p.shape == (d_sae,) for name, p in sae.named_parameters() if name != "b_dec")
     atoms = max(1, round((n_parameters(sae) - d_in) / (2 * d_in + of_each)))
-    fields: dict[str, int | str] = {"d_sae": atoms, "encoder": "dense", "decoder": "flat"}
+    fields: dict[str, object] = {"encoder": "dense", "decoder": "flat"}
     k = getattr(sae.cfg, "k", None)
-    return fields if k is None else fields | {"k": type(k)(max(1, min(k, atoms // 2)))}
+    if k is not None:
+        fields["k"] = type(k)(max(1, min(k, atoms // 2)))
+    return FlatSize(atoms, fields)

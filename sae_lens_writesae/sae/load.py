@@ -44,6 +44,11 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
     return cast(MatrixSAE, sae)
 
 
+def folder_label(folder: Path) -> str:
+    """A name for the SAE in a folder; one called `sae` is named after the folder that it is in."""
+    return folder.parent.name if folder.name == "sae" else folder.name
+
+
 def _read_config(file: Path) -> dict[str, object]:
     if not file.is_file():
         inside = sorted(p.name for p in file.parent.iterdir()) if file.parent.is_dir() else "no such folder"
