@@ -1,5 +1,8 @@
 """Baselines: what a WriteSAE is to be compared with, other architectures and directions that need no dictionary.
 
+The question has three measures (substitution, whole replacement, selectivity) and seven claims, hence the length. What
+is written, and what a replacement costs, is in `experiment.approximations` and `experiment.replacement`.
+
 Source: WriteSAE (arXiv 2605.12770), its comparisons of architectures.
 """
 
@@ -32,7 +35,7 @@ from sae_lens_writesae.experiment.selectivity import selectivity
 from sae_lens_writesae.sae.kinds import n_parameters, variant
 from sae_lens_writesae.verdict import figures
 from sae_lens_writesae.verdict.format import percent, span
-from sae_lens_writesae.verdict.judge import Against, Verdict, judge
+from sae_lens_writesae.verdict.judge import Against, judge
 from sae_lens_writesae.verdict.names import NAMES
 from sae_lens_writesae.verdict.statistics import Estimate, estimate, estimate_difference, weighted_median
 
@@ -309,13 +312,14 @@ class Baselines(Evaluation):
         rates = [win_rate(result, condition) for condition in (mine, theirs)]
         beat = ", ".join(f"{n} {percent(r.mean)} [{span(r.low, r.high)}]" for n, r in zip(("WriteSAE", "flat"), rates))
         shown = free | {"state_after": win_rate(result, ("state_after", ""))}
-        return _claim(
+        return Claim(
             number,
             claim,
             f"{_points(gap)}; beat deletion: {beat}",
-            (gap.n, f"positions in {gap.n_clusters} sequences"),
+            gap.n,
+            f"positions in {gap.n_clusters} sequences",
             "; ".join(f"{_name(c)} {percent(rate.mean)}" for c, rate in shown.items()),
-            verdict,
+            *verdict[:2],
         )
 
     def _higher_rank(self, result: Result, ours: pd.Series | None, rank: int, number: int | None) -> Claim:
@@ -335,14 +339,15 @@ class Baselines(Evaluation):
             relevant=SMALL_COST,
             what="the difference of costs",
         )
-        return _claim(
+        return Claim(
             number,
             claim,
             f"perplexity {perplexity(cost(result, high))} at rank {rank}, {perplexity(cost(result, one))} at rank 1; "
             f"difference {perplexity(gap)}",
-            (gap.n_clusters, "sequences"),
+            gap.n_clusters,
+            "sequences",
             f"mean matrix {perplexity(mean)}; zero {perplexity(zero)}",
-            verdict,
+            *verdict[:2],
         )
 
     def _dead(self, result: Result, ours: pd.Series | None, flat: pd.Series | None) -> Claim:
@@ -355,13 +360,14 @@ class Baselines(Evaluation):
             against = {"a dense encoder with rank-1 atoms": Against(_more_dead(dense, ours, self.seed))}
             controls = f"dense encoder with rank-1 atoms {percent(dense['dead'] / dense['d_sae'])} dead"
         shares = [percent(row["dead"] / row["d_sae"]) for row in (ours, flat)]
-        return _claim(
+        return Claim(
             17,
             claim,
             f"dead: WriteSAE {shares[0]}, FlatSAE {shares[1]}; difference {_points(gap)}",
-            (gap.n, "atoms"),
+            gap.n,
+            "atoms",
             controls,
-            judge(gap, against, relevant=RELEVANT, what="the difference of the shares of dead atoms"),
+            *judge(gap, against, relevant=RELEVANT, what="the difference of the shares of dead atoms")[:2],
         )
 
     def _low_rank_states(self, result: Result) -> Claim:
@@ -384,7 +390,7 @@ class Baselines(Evaluation):
         ranks = [method for method in methods if method.startswith("rank ") and method != "rank 1"]
         others = [f"{method} {perplexity(cost(result, (method, ''), hook='state'))}" for method in ranks]
         others += [] if zero is None else [f"zero {perplexity(zero)}"]
-        return _claim(None, claim, perplexity(first), (first.n_clusters, "sequences"), "; ".join(others), verdict)
+        return Claim(None, claim, perplexity(first), first.n_clusters, "sequences", "; ".join(others), *verdict[:2])
 
     def _selective(self, result: Result, ours: pd.Series | None, flat: pd.Series | None) -> Claim:
         claim = "atoms fire on a token of their own more than chance has it"
@@ -403,7 +409,7 @@ class Baselines(Evaluation):
         measured = f"median share of the most frequent token minus chance {mine.mean:+.2f} "
         measured += f"[{mine.low:+.2f}, {mine.high:+.2f}]"
         verdict = judge(mine, against, relevant=RELEVANT, what="the excess over chance")
-        return _claim(None, claim, measured, (mine.n, "atoms"), controls, verdict)
+        return Claim(None, claim, measured, mine.n, "atoms", controls, *verdict[:2])
 
     def figures(self, result: Result) -> list[Figure]:
         """Win rates, costs of replacement, costs of states of low rank, selectivity."""
@@ -533,12 +539,6 @@ def _more_dead(a: pd.Series, b: pd.Series, seed: int) -> Estimate:
 
 def _first(table: pd.DataFrame) -> pd.Series | None:
     return None if table.empty else table.iloc[0]
-
-
-def _claim(
-    number: int | None, claim: str, measured: str, units: tuple[int, str], controls: str, verdict: Verdict
-) -> Claim:
-    return Claim(number, claim, measured, *units, controls, verdict.outcome, verdict.sentence)
 
 
 def _untested(number: int | None, claim: str, need: str) -> Claim:
