@@ -269,7 +269,7 @@ class Lab:
                 array = np.asarray(values)
                 column = columns.setdefault(name, np.empty((len(trials), *array.shape[1:]), array.dtype))
                 column[batch] = array
-            self._counts["edited runs"] += len(batch)
+            self.count_edited_runs(len(batch))
         table = pd.DataFrame([trial.row for trial in trials])
         return table.assign(**{name: list(values) if values.ndim > 1 else values for name, values in columns.items()})
 
@@ -326,6 +326,10 @@ class Lab:
     def n_edited_runs(self) -> int:
         """Edited runs so far, without those that measured a floor."""
         return self._counts["edited runs"]
+
+    def count_edited_runs(self, n: int) -> None:
+        """Count `n` edited runs that did not go through `read`, continuations say."""
+        self._counts["edited runs"] += n
 
     def bar(self, items: Sequence[T], name: str) -> Iterator[T]:
         """`items`, with a progress bar where it was asked for; TQDM_DISABLE=1 takes every bar away."""
