@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.experiment.tokens import token_text
 
 _SYMBOLS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
 _LOST = "\ufffd"
+_BYTES = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
 
 
 class TokenTexts:
@@ -17,19 +22,20 @@ class TokenTexts:
 
     A token that is only part of a character (byte-level vocabularies have such) decodes to U+FFFD; its bytes are shown
     instead, as `⟨E280⟩`.
+
+    Raises:
+        ValueError: the model has no tokenizer, or one with more tokens than the model.
     """
 
-    def __init__(self, model: Any) -> None:
-        if getattr(model, "tokenizer", None) is None:
+    def __init__(self, model: HookedRecurrent) -> None:
+        if model.tokenizer is None:
             raise ValueError(
-                "dashboards show text, and this model has no tokenizer: give one to from_hf(model, tokenizer)"
+                "atom pages show text, and this model has no tokenizer: give one to from_hf(model, tokenizer)"
             )
-        self._model = model
-        self._known: dict[int, str] = {}
+        self._model, self._known = model, dict[int, str]()
         self.size = len(model.tokenizer)
         """Tokens that have a text. A model may have more logits than that, which pad its vocabulary."""
-        vocabulary = model.W_U.shape[1]
-        if self.size > vocabulary:
+        if self.size > (vocabulary := model.W_U.shape[1]):
             raise ValueError(
                 f"the tokenizer has {self.size:,} tokens and the model's vocabulary {vocabulary:,}: it is not this "
                 "model's; give the right one to from_hf(model, tokenizer)"
@@ -47,7 +53,7 @@ class TokenTexts:
     def __call__(self, token: int) -> str:
         """The exact text of a token."""
         if token not in self._known:
-            text = str(self._model.to_string(token))
+            text = token_text(self._model, token)
             self._known[token] = self._bytes(token) or text if _LOST in text else text
         return self._known[token]
 
@@ -62,16 +68,6 @@ class TokenTexts:
         if not isinstance(symbols, str) or any(symbol not in _BYTES for symbol in symbols):
             return None
         return "⟨" + "".join(f"{_BYTES[symbol]:02X}" for symbol in symbols) + "⟩"
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The characters by which byte-level vocabularies (GPT-2's and its heirs') write the 256 bytes."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(rest)}
-
-
-_BYTES = _byte_alphabet()
 
 
 class Piece(NamedTuple):
