@@ -23,16 +23,7 @@ from sae_lens_writesae.experiment.firings import Firings, Integers, sample_firin
 from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.result import Result
 from sae_lens_writesae.page.atoms import data
-from sae_lens_writesae.page.atoms.measure import (
-    FINE,
-    Atoms,
-    Effects,
-    Sweep,
-    effect_firings,
-    effects,
-    memory,
-    sweep,
-)
+from sae_lens_writesae.page.atoms.measure import FINE, Atoms, Effects, Sweep, effect_firings, effects, memory, sweep
 from sae_lens_writesae.page.atoms.text import TokenTexts
 
 _BARS = 32
@@ -183,25 +174,25 @@ class AtomPages:
         if result is not None:
             places = ["layer", "mixer", "head"]
             means = result.tables["changes"].groupby(["condition", "atom", *places])["change"].mean().unstack(places)
-            changes, typical = means.loc["atom"], means.loc["random"]
+            changes, typical = means.loc["atom"], means.loc["random"].reindex(means.loc["atom"].index)
             words = {"what": "as given", "typical": "a random direction of the same norm"}
         else:
             changes = measured.dropna(how="all")
-            typical = pd.DataFrame({atom: changes.drop(index=atom).median() for atom in changes.index}).T
-            words = {
-                "what": "per norm of the native write, to first order",
-                "typical": "the other atoms shown (median)",
-            }
+            others = {atom: changes.drop(index=atom).median() for atom in changes.index}
+            typical = pd.DataFrame(others, index=changes.columns).T
+            unit, other = "per norm of the native write, to first order", "the other atoms shown (median)"
+            words = {"what": unit, "typical": other}
         readers: dict[int, data.Readers] = {}
-        for atom, change, other in zip(changes.index.tolist(), changes.to_numpy(float), typical.to_numpy(float)):
+        for atom, change, usual in zip(
+            changes.index, changes.to_numpy(float).tolist(), typical.to_numpy(float).tolist()
+        ):
             heads: list[dict[str, object]] = []
-            for i in np.argsort(-change, kind="stable")[: self.n_tokens]:
-                layer, mixer, head = changes.columns[i]
-                usual = None if np.isnan(other[i]) else _short(other[i])
-                place = {"layer": int(layer), "mixer": mixer, "head": int(head)}
+            for i in np.argsort(np.negative(change), kind="stable").tolist()[: self.n_tokens]:  # NaN comes last
                 if not np.isnan(change[i]):
-                    heads.append({**place, "change": _short(change[i]), "typical": usual})
-            readers[atom] = data.Readers.model_validate({"heads": heads, **words})
+                    layer, mixer, head = changes.columns[i]
+                    known = {"change": _short(change[i]), "typical": None if np.isnan(usual[i]) else _short(usual[i])}
+                    heads.append({"layer": int(layer), "mixer": mixer, "head": int(head), **known})
+            readers[int(cast(int, atom))] = data.Readers.model_validate({"heads": heads, **words})
         return readers
 
     def _choose(self, firings: Firings, frequent: Integers, tested: Collection[int] | None) -> Integers:
@@ -214,16 +205,15 @@ class AtomPages:
                     f"{firings.n_atoms} atoms, {len(frequent)} fire often enough); give more text, or lower min_firings"
                 )
             return np.array(self.atoms)
-        if len(frequent) == 0:
-            raise NothingToMeasureError(
-                f"no atom fires {self.min_firings} times on {text}: {len(firings)} firings of {firings.n_atoms} atoms "
-                "in all; give more text, or lower min_firings"
-            )
-        among = frequent if tested is None else np.array([atom for atom in frequent if int(atom) in tested], dtype=int)
+        among = (
+            frequent if tested is None else np.array([atom for atom in frequent.tolist() if atom in tested], dtype=int)
+        )
         if len(among) == 0:
             raise NothingToMeasureError(
-                f"the substitution test looked at none of the {len(frequent)} atoms that fire {self.min_firings} times "
-                "on this text; name atoms, or leave the test out"
+                f"no atom fires {self.min_firings} times on {text}"
+                + ("" if tested is None else " and was looked at by the substitution test")
+                + f": {len(firings)} firings, {len(frequent)} of {firings.n_atoms} atoms fire often enough; give more "
+                "text, or lower min_firings"
             )
         n = min(self.n_atoms or len(among), len(among))
         return np.sort(np.random.default_rng(self.seed).choice(among, n, replace=False))
@@ -320,6 +310,8 @@ def _page(evidence: _Evidence, column: int) -> data.AtomPage:
     swept, atom = evidence.swept, int(evidence.atoms.number[column])
     rows = swept.table[swept.table["column"] == column]
     written = rows[rows["cosine"].notna()]
+    n = swept.token_counts
+    usual = np.flatnonzero(n >= evidence.settings.min_token_count)
     # v w^T and (-v)(-w)^T are one atom; the pages take the sign for which v agrees with the keys at its firings.
     sign = -1.0 if len(written) and float(written["key_cosine"].median()) < 0 else 1.0
     return data.AtomPage(
@@ -334,11 +326,11 @@ def _page(evidence: _Evidence, column: int) -> data.AtomPage:
         bands=list(_bands(evidence, rows)),
         positions=_positions(rows["position"].to_numpy(), evidence.tokens.shape, evidence.settings.position_bins),
         cosines=_cosines(written["cosine"].to_numpy(), swept.silent[column]) if len(written) else None,
-        keys=data.KeySide(
-            tokens=_key_tokens(evidence, sign * swept.key_means[column]),
+        keys=data.Side(
+            tokens=_ends(evidence, swept.token_ids[usual], sign * swept.key_means[column, usual], n[usual]),
             at_firings=_quartiles(sign * written["key_cosine"].to_numpy()),
         ),
-        values=data.ValueSide(
+        values=data.Side(
             tokens=_vocabulary(evidence, sign * evidence.direct[column]),
             at_firings=_quartiles(sign * written["value_cosine"].to_numpy()),
         ),
@@ -356,18 +348,19 @@ def _short(value: float) -> float:
 
 def _contexts(evidence: _Evidence, shown: pd.DataFrame, rows: pd.DataFrame) -> list[data.Context]:
     """A context for each firing of `shown`; `rows` has all firings of the atom."""
-    tokens, settings, contexts = evidence.tokens, evidence.settings, []
+    tokens, settings = evidence.tokens, evidence.settings
+    activations = np.zeros(tokens.shape)
+    activations[rows["sequence"].to_numpy(), rows["position"].to_numpy()] = rows["activation"].to_numpy()
+    contexts = []
     for sequence, position, cosine in zip(shown["sequence"].tolist(), shown["position"].tolist(), shown["cosine"]):
-        activations, here = np.zeros(tokens.shape[1]), rows[rows["sequence"] == sequence]
-        activations[here["position"].to_numpy()] = here["activation"].to_numpy()
         first = max(0, position - settings.before)
-        window = slice(first, position + settings.after + 1)
+        window = (sequence, slice(first, position + settings.after + 1))
         contexts.append(
             data.Context(
                 sequence=sequence,
                 position=position,
                 first=first,
-                tokens=evidence.texts.many(tokens[sequence, window]),
+                tokens=evidence.texts.many(tokens[window]),
                 activations=[_short(value) for value in activations[window]],
                 cosine=None if np.isnan(cosine) else _short(cosine),
             )
@@ -425,13 +418,6 @@ def _ends(evidence: _Evidence, ids: Integers, values: NDArray[np.floating], coun
         high=_listed(evidence, ids[high], values[high], counts[high]),
         low=_listed(evidence, ids[low], values[low], counts[low]),
     )
-
-
-def _key_tokens(evidence: _Evidence, means: NDArray[np.float64]) -> data.Ends:
-    """Tokens of the text by the mean cosine of their keys."""
-    swept = evidence.swept
-    counted = np.flatnonzero(swept.token_counts >= evidence.settings.min_token_count)
-    return _ends(evidence, swept.token_ids[counted], means[counted], swept.token_counts[counted])
 
 
 def _vocabulary(evidence: _Evidence, values: NDArray[np.float32]) -> data.Ends:

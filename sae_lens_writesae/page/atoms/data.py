@@ -124,23 +124,12 @@ class Cosines(_Data):
     """The same for tokens at which the atom is silent, over the same bins."""
 
 
-class KeySide(_Data):
-    """cos(v, k_t): `tokens` has its mean over all occurrences of a token, firing or not."""
+class Side(_Data):
+    """One side of the leading term v w^T of the atom."""
 
     tokens: Ends
     at_firings: Quartiles | None
-    """None where every native write at a firing is zero."""
-
-
-class ValueSide(_Data):
-    """w^T W_O^h W_U, |w| = 1, minus its mean over the vocabulary: what the value side says along the direct path.
-
-    Norms and gate of the head, later layers and the final norm are not in it.
-    """
-
-    tokens: Ends
-    at_firings: Quartiles | None
-    """cos(w, u_t)."""
+    """Cosine with the same side of the native write, at the firings; None where every native write there is zero."""
 
 
 class Effect(_Data):
@@ -226,8 +215,11 @@ class AtomPage(_Data):
     """Firing rate by position."""
     cosines: Cosines | None
     """None where every native write at a firing is zero."""
-    keys: KeySide
-    values: ValueSide
+    keys: Side
+    """v: `tokens` has the mean of cos(v, k_t) over all occurrences of a token, firing or not."""
+    values: Side
+    """w, along the direct path: `tokens` has w^T W_O^h W_U, |w| = 1, minus its mean over the vocabulary. Norms and gate
+    of the head, later layers and the final norm are not in it."""
     effect: Effect | None
     memory: Memory
     readers: Readers | None
@@ -257,15 +249,8 @@ class AtomPagesData(_Data):
         return atoms
 
     def __getitem__(self, atom: int) -> AtomPage:
-        """The page of an atom, by its number.
-
-        Raises:
-            KeyError: the atom has no page; names those that have one.
-        """
-        pages = {page.atom: page for page in self.atoms}
-        if atom not in pages:
-            raise KeyError(f"atom {atom} has no page; there are {list(pages)}")
-        return pages[atom]
+        """The page of an atom, by its number; KeyError where it has none."""
+        return {page.atom: page for page in self.atoms}[atom]
 
     def save(self, path: str | Path) -> Path:
         """Write everything as JSON, whole or not at all."""

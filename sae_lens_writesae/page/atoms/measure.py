@@ -48,6 +48,7 @@ class Atoms(NamedTuple):
         v, w = (normalize(side[:, 0], dim=-1) for side in (leading.keys, leading.values))
         return cls(number, matrices, v, w, share)
 
+    @torch.no_grad()
     def direct_path(self, lab: Lab) -> NDArray[np.float32]:
         """w^T W_O^h W_U [n,vocab] for unit w, minus the mean over the vocabulary, to which probabilities are blind.
 

@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 from sae_lens_writesae.files import atomic_text
 from sae_lens_writesae.page.atoms.data import AtomPage, AtomPagesData, Context, TokenValue
-from sae_lens_writesae.page.atoms.text import pieces, visible
+from sae_lens_writesae.page.atoms.text import EMPTY, symbol, visible
 from sae_lens_writesae.page.report import environment
 from sae_lens_writesae.verdict.format import number, percent
 from sae_lens_writesae.verdict.names import NAMES, SCALE_NAMES
@@ -38,7 +38,7 @@ def write_atom_pages(data: AtomPagesData, folder: str | Path) -> AtomPageFiles:
         raise ValueError("there is no atom to show: the data are empty")
     templates = environment()
     templates.filters |= {"pct": percent, "num": number, "signed": signed, "visible": visible}
-    templates.filters |= {"token": token, "chip": chip, "context": context, "excerpt": excerpt}
+    templates.filters |= {"token": token, "context": context, "excerpt": excerpt}
     templates.globals |= {"condition_names": NAMES, "scale_names": SCALE_NAMES}
     target, shared = Path(folder), {"info": data.info, "label": data.info["label"]}
     numbers, files, template = (
@@ -59,15 +59,11 @@ def signed(value: float, how: str = "+.2f") -> str:
     return written.replace("-", "−") if float(written) else written.lstrip("+-")
 
 
-def token(value: TokenValue) -> Markup:
-    """A token as a chip; its exact form and its id in the title."""
-    title = escape(f"{value.text!r}, token {value.token}")
-    return Markup(f'<span class="tok" title="{title}">{_inked(value.text)}</span>')
-
-
-def chip(value: TokenValue) -> Markup:
-    """A token as a chip, without more."""
-    return Markup(f'<span class="tok">{_inked(value.text)}</span>')
+def token(value: TokenValue, titles: bool = True) -> Markup:
+    """A token as a chip, with its exact form and its id in the title."""
+    exact = escape(f"{value.text!r}, token {value.token}")
+    title = f' title="{exact}"' if titles else ""
+    return Markup(f'<span class="tok"{title}>{_inked(value.text)}</span>')
 
 
 def context(shown: Context, scale: float, titles: bool = True) -> Markup:
@@ -97,8 +93,7 @@ def excerpt(shown: Context, before: int = 7, after: int = 3) -> Context:
 @lru_cache(maxsize=65536)
 def _inked(text: str) -> str:
     """Escaped text, with faint symbols for what leaves no ink."""
-    parts = (f"<i>{escape(p.shown)}</i>" if p.symbol else str(escape(p.shown)) for p in pieces(text))
-    return "".join(parts)
+    return "".join(f"<i>{s}</i>" if (s := symbol(c)) else str(escape(c)) for c in text) or f"<i>{EMPTY}</i>"
 
 
 def lead(page: AtomPage) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -13,8 +12,10 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae.experiment.tokens import token_text
 
 _SYMBOLS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
+EMPTY = "⟨empty⟩"
+"""How a text without characters is shown."""
 _LOST = "\ufffd"
-_BYTES = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 class TokenTexts:
@@ -64,32 +65,19 @@ class TokenTexts:
     def _bytes(self, token: int) -> str | None:
         """`⟨E280⟩` for a token of a byte-level vocabulary, None elsewhere."""
         convert = getattr(self._model.tokenizer, "convert_ids_to_tokens", None)
-        symbols = convert(token) if convert is not None else None
-        if not isinstance(symbols, str) or any(symbol not in _BYTES for symbol in symbols):
+        written = convert(token) if convert is not None else None
+        if not isinstance(written, str) or not set(written) <= _BYTES.keys():
             return None
-        return "⟨" + "".join(f"{_BYTES[symbol]:02X}" for symbol in symbols) + "⟩"
+        return "⟨" + "".join(f"{_BYTES[character]:02X}" for character in written) + "⟩"
 
 
-class Piece(NamedTuple):
-    """One character as a reader sees it."""
-
-    shown: str
-    symbol: bool
-    """It stands for a character without ink."""
-
-
-def pieces(text: str) -> list[Piece]:
-    """`text` by characters, with a symbol for everything that leaves no ink: spaces, newlines, control and format
-    characters."""
-    if not text:
-        return [Piece("⟨empty⟩", True)]
-    return [Piece(c, False) if _has_ink(c) else Piece(_SYMBOLS.get(c, f"⟨U+{ord(c):04X}⟩"), True) for c in text]
+def symbol(character: str) -> str | None:
+    """What stands for a character without ink: a space, newline, control or format character; None for all others."""
+    if unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp"):
+        return None
+    return _SYMBOLS.get(character, f"⟨U+{ord(character):04X}⟩")
 
 
 def visible(text: str) -> str:
-    """`pieces`, joined."""
-    return "".join(piece.shown for piece in pieces(text))
-
-
-def _has_ink(character: str) -> bool:
-    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp")
+    """`text` with a symbol for everything that leaves no ink."""
+    return "".join(symbol(character) or character for character in text) or EMPTY
