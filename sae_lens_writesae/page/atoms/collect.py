@@ -136,16 +136,14 @@ class AtomPages:
             readers = _about(readers, "readers", lab.hook.name)
             texts = TokenTexts(model)
             texts.check(tokens)
-            evidence, frequent, alive = self._measure(lab, texts, substitution, readers)
+            evidence = self._measure(lab, texts, substitution, readers)
             pages = [_page(evidence, column) for column in range(len(evidence.atoms.number))]
-            counts = {"n_alive": alive, "n_frequent": frequent, "settings": asdict(self)}
-            info = lab.describe(self.label) | counts | {"seconds": round(time.perf_counter() - started, 2)}
+            facts = {"settings": asdict(self), "seconds": round(time.perf_counter() - started, 2)}
+            info = lab.describe(self.label) | facts
         return data.AtomPagesData(info=json.loads(json.dumps(info)), atoms=pages)
 
-    def _measure(
-        self, lab: Lab, texts: TokenTexts, substitution: Result | None, readers: Result | None
-    ) -> tuple[_Evidence, int, int]:
-        """Everything that the pages are made from; how many atoms fire often enough, and how many at all."""
+    def _measure(self, lab: Lab, texts: TokenTexts, substitution: Result | None, readers: Result | None) -> _Evidence:
+        """Everything that the pages are made from."""
         firings, n_tokens = lab.firings(), lab.tokens.numel()
         frequent, alive = firings.alive(n_tokens, self.min_firings), len(firings.alive(n_tokens))
         lab.skipped["atoms with fewer firings than min_firings"] = alive - len(frequent)
@@ -165,8 +163,9 @@ class AtomPages:
         drawn = effect_firings(lab, table, self.effect_horizon, self.effect_firings)
         measured = effects(lab, atoms, drawn, self.effect_horizon, self.effect_step)
         shown = self._readers(readers, measured.changes.set_axis(atoms.number))
-        direct = atoms.direct_path(lab)
-        return _Evidence(self, lab, texts, atoms, swept, direct, measured, tested, shown), len(frequent), alive
+        lab.facts = {"n_alive": alive, "n_frequent": len(frequent)}  # not those of the small test
+        tokens, direct = lab.tokens.cpu().numpy(), atoms.direct_path(lab)
+        return _Evidence(self, tokens, texts, atoms, swept, direct, measured, tested, shown)
 
     def _readers(self, result: Result | None, measured: pd.DataFrame) -> dict[int, data.Readers]:
         """Per atom its strongest readers: by the evaluation `readers`, beside a random direction of the atom's norm; or
@@ -236,16 +235,15 @@ class AtomPages:
             mean_write_sequences=1,
             seed=self.seed,
         )
-        tables = test.measure(lab)
-        lab.facts.clear()  # they are about the test
-        return substituted(Result(test, lab.describe(), tables))
+        return substituted(Result(test, lab.describe(), test.measure(lab)))
 
 
 class _Evidence(NamedTuple):
     """All that the pages are made from."""
 
     settings: AtomPages
-    lab: Lab
+    tokens: Integers
+    """[N,T]"""
     texts: TokenTexts
     atoms: Atoms
     swept: Sweep
@@ -253,11 +251,6 @@ class _Evidence(NamedTuple):
     effects: Effects
     substitution: Mapping[int, list[data.Substituted]] | None
     readers: Mapping[int, data.Readers]
-
-    @property
-    def tokens(self) -> Integers:
-        """[N,T]"""
-        return self.lab.tokens.cpu().numpy()
 
 
 def _with_column(rows: pd.DataFrame, atoms: Atoms) -> pd.DataFrame:
@@ -382,7 +375,8 @@ def _top(evidence: _Evidence, rows: pd.DataFrame) -> list[data.Context]:
 def _bands(evidence: _Evidence, rows: pd.DataFrame) -> Iterator[data.Band]:
     """Random contexts from equal shares of the firings, strongest share first."""
     n_bands, per_band = evidence.settings.bands, evidence.settings.per_band
-    ordered, rng = rows.sort_values("activation", kind="stable"), evidence.lab.rng(int(rows["atom"].iloc[0]))
+    ordered = rows.sort_values("activation", kind="stable")
+    rng = np.random.default_rng([evidence.settings.seed, int(rows["atom"].iloc[0])])
     edges = np.linspace(0, len(ordered), n_bands + 1).astype(int)
     for b in reversed(range(n_bands)):
         band = ordered.iloc[edges[b] : edges[b + 1]]
