@@ -7,8 +7,8 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.page.atoms import AtomPages
+from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 
 LAYER, HEAD, N, T = 2, 3, 4, 48
 HOOK = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write_vec"
@@ -54,3 +54,8 @@ def planted_sae(model: HookedRecurrent, tokens: Tensor) -> WriteTopKSAE:
             if atom == 1:  # the same atom by another name
                 sae.v[atom], sae.w[atom] = -sae.v[atom], -sae.w[atom]
     return sae
+
+
+def matrix(sae: WriteTopKSAE, atom: int) -> Tensor:
+    """[K,V] an atom in float64."""
+    return (sae.v[atom].mT @ sae.w[atom]).detach().double()

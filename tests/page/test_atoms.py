@@ -15,12 +15,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from planted_atoms import HEAD, HOOK, LAYER, SMALL, T, empty_sae, float64_model, held_out, places, planted_sae
+from planted_atoms import HEAD, HOOK, LAYER, SMALL, T, empty_sae, float64_model, held_out, matrix, places, planted_sae
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae import WriteTopKSAE
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluations.readers import Readers
 from sae_lens_writesae.evaluations.substitution import Substitution, wide_firings
@@ -32,6 +31,7 @@ from sae_lens_writesae.page.atoms.data import Context, TokenValue
 from sae_lens_writesae.page.atoms.measure import Atoms, effect_firings, memory
 from sae_lens_writesae.page.atoms.pages import lead, token
 from sae_lens_writesae.page.atoms.text import TokenTexts, visible
+from sae_lens_writesae.sae import WriteTopKSAE
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_effect_is_the_derivative_that_autograd_finds(
     data = pages.collect(model, planted, tokens, progress=False)
     s, t = one_firing(model, planted, tokens, pages)
     amount = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    atom = planted.atoms([0])[0].double()
+    atom = matrix(planted, 0)
 
     def add(write: Tensor, hook: object) -> Tensor:
         changed = write.clone()
@@ -193,8 +193,7 @@ def test_memory_counts_writes_that_outlive_their_sequence() -> None:
 def test_higher_rank_shows_the_leading_term(model: HookedRecurrent, tokens: Tensor, tmp_path: Path) -> None:
     sae = empty_sae(model, rank=2)
     data = SMALL.collect(model, sae, tokens, progress=False)
-    matrix = sae.atoms([data.atoms[0].atom])[0]
-    sigma = torch.linalg.svdvals(matrix.detach())
+        sigma = torch.linalg.svdvals(matrix(sae, data.atoms[0].atom))
     assert data.atoms[0].rank_share == pytest.approx(float(sigma[0] ** 2 / (sigma**2).sum()), rel=1e-4)
     assert "leading term" in render(data, data.atoms[0], tmp_path)
 
@@ -365,7 +364,7 @@ def test_readers_are_the_later_heads_whose_reads_change(
     pages = replace(SMALL, atoms=(0,), effect_firings=1, n_tokens=99)
     page = pages.collect(model, planted, tokens, progress=False)[0]
     s, t = one_firing(model, planted, tokens, pages)
-    atom = planted.atoms([0])[0].double()
+    atom = matrix(planted, 0)
     names = [f"blocks.{layer}.mixer.hook_read" for layer in model.cfg.recurrent_layers if layer > LAYER]
 
     def reads(amount: float) -> dict[str, Tensor]:
@@ -397,7 +396,7 @@ def test_a_small_substitution_test_is_run_where_none_is_given(
     _, cache = model.run_with_cache(tokens, names_filter=[HOOK])
     with torch.no_grad():
         active = planted.encode(cache[HOOK].float())[..., 2].double()  # [N,T]
-    matrix, width = planted.atoms([2])[0].double(), pages.effect_horizon + 1
+    written, width = matrix(planted, 2), pages.effect_horizon + 1
     room = active.clone()
     room[:, 0] = room[:, T - width + 1 :] = 0
 
@@ -414,7 +413,7 @@ def test_a_small_substitution_test_is_run_where_none_is_given(
     kl = []
     for s, t in room.nonzero().tolist():
         native = log_probs(s, t, None)
-        rows = [log_probs(s, t, write) for write in (active[s, t] * matrix, torch.zeros_like(matrix))]
+        rows = [log_probs(s, t, write) for write in (active[s, t] * written, torch.zeros_like(written))]
         kl.append([float((native.exp() * (native - row)).sum(-1).mean()) for row in rows])
     measured = np.array(kl)
     assert page.substitution is not None and len(page.substitution) == 1
