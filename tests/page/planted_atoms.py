@@ -32,9 +32,10 @@ def empty_sae(model: HookedRecurrent, d_sae: int = 6, rank: int = 1) -> WriteTop
     """Atoms to be planted: the encoder is the atoms, and the strongest one of each token fires."""
     shape = model.cfg.layer(LAYER)
     torch.manual_seed(0)
-    sizes = {"d_in": shape.K * shape.V, "d_sae": d_sae, "k": 1, "d_k": shape.K, "rank": rank}
     metadata = SAEMetadata(hook_name=HOOK, model_name="embedded")
-    return WriteTopKSAE(WriteTopKSAEConfig(**sizes, encoder="tied", metadata=metadata))
+    d_in = shape.K * shape.V
+    cfg = WriteTopKSAEConfig(d_in=d_in, d_sae=d_sae, k=1, d_k=shape.K, rank=rank, encoder="tied", metadata=metadata)
+    return WriteTopKSAE(cfg)
 
 
 def places() -> list[tuple[int, int]]:

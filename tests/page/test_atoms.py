@@ -193,7 +193,7 @@ def test_memory_counts_writes_that_outlive_their_sequence() -> None:
 def test_higher_rank_shows_the_leading_term(model: HookedRecurrent, tokens: Tensor, tmp_path: Path) -> None:
     sae = empty_sae(model, rank=2)
     data = SMALL.collect(model, sae, tokens, progress=False)
-        sigma = torch.linalg.svdvals(matrix(sae, data.atoms[0].atom))
+    sigma = torch.linalg.svdvals(matrix(sae, data.atoms[0].atom))
     assert data.atoms[0].rank_share == pytest.approx(float(sigma[0] ** 2 / (sigma**2).sum()), rel=1e-4)
     assert "leading term" in render(data, data.atoms[0], tmp_path)
 
@@ -435,8 +435,8 @@ def test_a_head_that_nothing_follows_has_no_readers(model: HookedRecurrent, toke
 
 def test_another_tokenizer_is_refused(model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor) -> None:
     foreign = tokens.clone()
-    foreign[1, 3] = len(model.tokenizer)
-    with pytest.raises(ValueError, match=str(len(model.tokenizer))):
+    foreign[1, 3] = size = TokenTexts(model).size
+    with pytest.raises(ValueError, match=str(size)):
         SMALL.collect(model, planted, foreign, progress=False)
     for tokenizer, word in ((range(10), "vocabulary"), (None, "no tokenizer")):
         with pytest.raises(ValueError, match=word):

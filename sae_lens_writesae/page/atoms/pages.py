@@ -25,6 +25,9 @@ class AtomPageFiles:
     """By atom."""
     data: Path
 
+    def __str__(self) -> str:
+        return f"pages    {self.index} and {len(self.pages)} atoms\nnumbers  {self.data}"
+
 
 def write_atom_pages(data: AtomPagesData, folder: str | Path) -> AtomPageFiles:
     """Write index.html, atom-<n>.html and data.json into `folder`, which is made if need be.
