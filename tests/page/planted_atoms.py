@@ -1,42 +1,41 @@
-"""A dictionary whose atoms are native writes of chosen tokens, for tests of dashboards."""
+"""A dictionary whose atoms are native writes of chosen tokens, for tests of atom pages."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae.page.dashboards import DashboardConfig
+from sae_lens_writesae.page.atoms import AtomPages
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 
 LAYER, HEAD, N, T = 2, 3, 4, 48
 HOOK = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write_vec"
-SMALL = DashboardConfig(
+SMALL = AtomPages(
     n_atoms=None, min_firings=1, top=4, before=6, after=3, per_band=999, bands=2, effect_horizon=4, half_life_limit=30
 )
 
 
-def float64_model() -> Any:
+def float64_model() -> HookedRecurrent:
     """The embedded model in float64 throughout, so that derivatives can be compared."""
     return HookedRecurrent.from_pretrained("embedded", dtype=torch.float64, backend="recurrence", device="cpu")
 
 
-def held_out(model: Any) -> Tensor:
+def held_out(model: HookedRecurrent) -> Tensor:
     """[N,T] tokens."""
     ids = model.to_tokens(embedded.text("test")[:3000])[0]
     return ids[: N * T].view(N, T)
 
 
-def empty_sae(model: Any, d_sae: int = 6, rank: int = 1) -> Any:
+def empty_sae(model: HookedRecurrent, d_sae: int = 6, rank: int = 1) -> WriteTopKSAE:
     """Atoms to be planted: the encoder is the atoms, and the strongest one of each token fires."""
     shape = model.cfg.layer(LAYER)
     torch.manual_seed(0)
-    sizes = {"d_in": shape.K * shape.V, "d_sae": d_sae, "k": 1, "d_k": shape.K, "rank": rank}
     metadata = SAEMetadata(hook_name=HOOK, model_name="embedded")
-    return WriteTopKSAE(WriteTopKSAEConfig(**sizes, encoder="tied", metadata=metadata))
+    d_in = shape.K * shape.V
+    cfg = WriteTopKSAEConfig(d_in=d_in, d_sae=d_sae, k=1, d_k=shape.K, rank=rank, encoder="tied", metadata=metadata)
+    return WriteTopKSAE(cfg)
 
 
 def places() -> list[tuple[int, int]]:
@@ -44,7 +43,7 @@ def places() -> list[tuple[int, int]]:
     return [(i % N, 5 + 6 * i) for i in range(6)]
 
 
-def planted_sae(model: Any, tokens: Tensor) -> Any:
+def planted_sae(model: HookedRecurrent, tokens: Tensor) -> WriteTopKSAE:
     """Atoms that are native writes of chosen tokens, at unit norm: there they fire with its norm, at cosine 1."""
     sae = empty_sae(model)
     recurrence = model.recurrence(tokens, LAYER)
@@ -56,3 +55,8 @@ def planted_sae(model: Any, tokens: Tensor) -> Any:
             if atom == 1:  # the same atom by another name
                 sae.v[atom], sae.w[atom] = -sae.v[atom], -sae.w[atom]
     return sae
+
+
+def matrix(sae: WriteTopKSAE, atom: int) -> Tensor:
+    """[K,V] an atom in float64."""
+    return (sae.v[atom].mT @ sae.w[atom]).detach().double()

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
-from typing import Any, NamedTuple
 
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.experiment.tokens import token_text
 
 _SYMBOLS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
+EMPTY = "⟨empty⟩"
+"""How a text without characters is shown."""
 _LOST = "\ufffd"
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 class TokenTexts:
@@ -17,19 +23,20 @@ class TokenTexts:
 
     A token that is only part of a character (byte-level vocabularies have such) decodes to U+FFFD; its bytes are shown
     instead, as `⟨E280⟩`.
+
+    Raises:
+        ValueError: the model has no tokenizer, or one with more tokens than the model.
     """
 
-    def __init__(self, model: Any) -> None:
-        if getattr(model, "tokenizer", None) is None:
+    def __init__(self, model: HookedRecurrent) -> None:
+        if model.tokenizer is None:
             raise ValueError(
-                "dashboards show text, and this model has no tokenizer: give one to from_hf(model, tokenizer)"
+                "atom pages show text, and this model has no tokenizer: give one to from_hf(model, tokenizer)"
             )
-        self._model = model
-        self._known: dict[int, str] = {}
+        self._model, self._known = model, dict[int, str]()
         self.size = len(model.tokenizer)
         """Tokens that have a text. A model may have more logits than that, which pad its vocabulary."""
-        vocabulary = model.W_U.shape[1]
-        if self.size > vocabulary:
+        if self.size > (vocabulary := model.W_U.shape[1]):
             raise ValueError(
                 f"the tokenizer has {self.size:,} tokens and the model's vocabulary {vocabulary:,}: it is not this "
                 "model's; give the right one to from_hf(model, tokenizer)"
@@ -47,7 +54,7 @@ class TokenTexts:
     def __call__(self, token: int) -> str:
         """The exact text of a token."""
         if token not in self._known:
-            text = str(self._model.to_string(token))
+            text = token_text(self._model, token)
             self._known[token] = self._bytes(token) or text if _LOST in text else text
         return self._known[token]
 
@@ -58,42 +65,19 @@ class TokenTexts:
     def _bytes(self, token: int) -> str | None:
         """`⟨E280⟩` for a token of a byte-level vocabulary, None elsewhere."""
         convert = getattr(self._model.tokenizer, "convert_ids_to_tokens", None)
-        symbols = convert(token) if convert is not None else None
-        if not isinstance(symbols, str) or any(symbol not in _BYTES for symbol in symbols):
+        written = convert(token) if convert is not None else None
+        if not isinstance(written, str) or not set(written) <= _BYTES.keys():
             return None
-        return "⟨" + "".join(f"{_BYTES[symbol]:02X}" for symbol in symbols) + "⟩"
+        return "⟨" + "".join(f"{_BYTES[character]:02X}" for character in written) + "⟩"
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The characters by which byte-level vocabularies (GPT-2's and its heirs') write the 256 bytes."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(rest)}
-
-
-_BYTES = _byte_alphabet()
-
-
-class Piece(NamedTuple):
-    """One character as a reader sees it."""
-
-    shown: str
-    symbol: bool
-    """It stands for a character without ink."""
-
-
-def pieces(text: str) -> list[Piece]:
-    """`text` by characters, with a symbol for everything that leaves no ink: spaces, newlines, control and format
-    characters."""
-    if not text:
-        return [Piece("⟨empty⟩", True)]
-    return [Piece(c, False) if _has_ink(c) else Piece(_SYMBOLS.get(c, f"⟨U+{ord(c):04X}⟩"), True) for c in text]
+def symbol(character: str) -> str | None:
+    """What stands for a character without ink: a space, newline, control or format character; None for all others."""
+    if unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp"):
+        return None
+    return _SYMBOLS.get(character, f"⟨U+{ord(character):04X}⟩")
 
 
 def visible(text: str) -> str:
-    """`pieces`, joined."""
-    return "".join(piece.shown for piece in pieces(text))
-
-
-def _has_ink(character: str) -> bool:
-    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp")
+    """`text` with a symbol for everything that leaves no ink."""
+    return "".join(symbol(character) or character for character in text) or EMPTY

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import pytest
 from browsing import PHONE, chromium, colour, contrast, opened, scrolls_sideways
 from planted_atoms import SMALL, float64_model, held_out, planted_sae
 from playwright.sync_api import Browser, Page
 
-from sae_lens_writesae.page.dashboards import Dashboard, DashboardFiles, atom_dashboards, write_dashboards
+from sae_lens_writesae.page.atoms import AtomPage, AtomPageFiles, AtomPagesData, write_atom_pages
 
 EVIL = '</td><script>alert("token")</script><img src=x onerror=alert(1)>&amp;' + "long" * 40
 """What a corpus may hold: markup, and words without a place to break."""
@@ -24,15 +23,15 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def data(browser: Browser) -> Dashboard:
+def data(browser: Browser) -> AtomPagesData:
     model = float64_model()
     tokens = held_out(model)
-    return atom_dashboards(model, planted_sae(model, tokens), tokens, SMALL, progress=False)
+    return SMALL.collect(model, planted_sae(model, tokens), tokens, progress=False)
 
 
 @pytest.fixture(scope="module")
-def site(data: Dashboard, tmp_path_factory: pytest.TempPathFactory) -> DashboardFiles:
-    return write_dashboards(data, tmp_path_factory.mktemp("site"))
+def site(data: AtomPagesData, tmp_path_factory: pytest.TempPathFactory) -> AtomPageFiles:
+    return write_atom_pages(data, tmp_path_factory.mktemp("site"))
 
 
 def listed(page: Page) -> list[int]:
@@ -53,7 +52,7 @@ def listed(page: Page) -> list[int]:
     ],
 )
 def test_a_click_on_a_heading_sorts_and_another_turns(
-    browser: Browser, data: Dashboard, site: DashboardFiles, name: str, value: Any
+    browser: Browser, data: AtomPagesData, site: AtomPageFiles, name: str, value: Callable[[AtomPage], float]
 ) -> None:
     with opened(browser, site.index) as page:
         assert listed(page) == sorted(site.pages)
@@ -67,7 +66,7 @@ def test_a_click_on_a_heading_sorts_and_another_turns(
 
 
 def test_words_and_bounds_filter_and_the_address_keeps_them(
-    browser: Browser, data: Dashboard, site: DashboardFiles
+    browser: Browser, data: AtomPagesData, site: AtomPageFiles
 ) -> None:
     rates = sorted(p.rate for p in data.atoms)
     inside = [p.atom for p in sorted(data.atoms, key=lambda p: (-p.rate, p.atom)) if rates[1] <= p.rate <= rates[-2]]
@@ -87,14 +86,13 @@ def test_words_and_bounds_filter_and_the_address_keeps_them(
         assert listed(page) == [] and page.locator("#count").inner_text() == f"0 of {len(data.atoms)} atoms"
 
 
-def test_links_lead_through_all_atoms_and_back_to_the_choice(browser: Browser, site: DashboardFiles) -> None:
+def test_links_lead_through_all_atoms_and_back_to_the_choice(browser: Browser, site: AtomPageFiles) -> None:
     with opened(browser, site.index, "#sort=rate&order=asc") as page:
-        order = listed(page)
+        order, following = listed(page), page.locator('a[rel="next"]')
         page.get_by_role("link", name=str(sorted(order)[0]), exact=True).click()
         for atom in sorted(order):
             page.wait_for_url(site.pages[atom].as_uri())
             assert page.get_by_role("heading", level=1).inner_text().startswith(f"Atom {atom} ")
-            following = page.locator('a[rel="next"]')
             if atom < max(order):
                 following.click()
         assert following.count() == 0
@@ -106,7 +104,7 @@ def test_links_lead_through_all_atoms_and_back_to_the_choice(browser: Browser, s
         assert listed(page) == order
 
 
-def test_a_page_shows_each_side_of_an_atom(browser: Browser, data: Dashboard, site: DashboardFiles) -> None:
+def test_a_page_shows_each_side_of_an_atom(browser: Browser, data: AtomPagesData, site: AtomPageFiles) -> None:
     own = data.atoms[0]
     with opened(browser, site.pages[0]) as page:
         boxed = page.locator("ol.contexts").first.locator("mark")
@@ -122,7 +120,7 @@ def test_a_page_shows_each_side_of_an_atom(browser: Browser, data: Dashboard, si
 
 
 @pytest.mark.parametrize("light", ["light", "dark"])
-def test_both_schemes_can_be_read(browser: Browser, site: DashboardFiles, light: Any) -> None:
+def test_both_schemes_can_be_read(browser: Browser, site: AtomPageFiles, light: Literal["light", "dark"]) -> None:
     for file, texts in (
         (site.index, ["h1", ".kicker", "th button", "td a", "#count", ".tok", ".ctx", "form.tools label"]),
         (site.pages[0], ["h1", "nav a", ".lead", ".contexts small", ".side p", ".meter .n", ".chart p"]),
@@ -134,7 +132,7 @@ def test_both_schemes_can_be_read(browser: Browser, site: DashboardFiles, light:
                 assert contrast(colour(page, selector), paper) >= 4.5, selector
 
 
-def test_pages_fit_a_phone(browser: Browser, data: Dashboard, site: DashboardFiles) -> None:
+def test_pages_fit_a_phone(browser: Browser, data: AtomPagesData, site: AtomPageFiles) -> None:
     with opened(browser, site.index, **PHONE) as page:
         assert not scrolls_sideways(page)
         page.get_by_label("Sort by").select_option("cosine")
@@ -147,18 +145,21 @@ def test_pages_fit_a_phone(browser: Browser, data: Dashboard, site: DashboardFil
 
 
 def test_markup_in_the_corpus_stays_text(
-    browser: Browser, data: Dashboard, tmp_path_factory: pytest.TempPathFactory
+    browser: Browser, data: AtomPagesData, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    def evil(value: Any) -> Any:
+    words = ("coefficient", "random", "state", "recurrence", "attention")
+
+    def evil(value: object) -> object:
         """The same data with every token, and every name, replaced."""
-        if dataclasses.is_dataclass(value):
-            return type(value)(**{f.name: evil(getattr(value, f.name)) for f in dataclasses.fields(value)})
+        if isinstance(value, dict):
+            return {name: evil(each) for name, each in value.items()}
         if isinstance(value, list):
             return [evil(each) for each in value]
-        return EVIL if isinstance(value, str) and value not in ("coefficient", "random", "state") else value
+        return EVIL if isinstance(value, str) and value not in words else value
 
-    info = data.info | {"label": EVIL, "model": EVIL, "rule": EVIL, "architecture": EVIL}
-    files = write_dashboards(Dashboard(info, evil(data.atoms)), tmp_path_factory.mktemp("evil"))
+    names = {"label": EVIL, "model": EVIL, "rule": EVIL, "architecture": EVIL}
+    given = {"info": data.info | names, "atoms": evil(data.model_dump()["atoms"])}
+    files = write_atom_pages(AtomPagesData.model_validate(given), tmp_path_factory.mktemp("evil"))
     with opened(browser, files.index, **PHONE) as page:
         assert page.locator("img").count() == 0 and page.locator("script").count() == 1
         assert EVIL in page.get_by_role("heading", level=1).inner_text()
@@ -171,11 +172,11 @@ def test_markup_in_the_corpus_stays_text(
 
 
 def test_what_was_not_measured_is_a_dash_and_sorts_last(
-    browser: Browser, data: Dashboard, tmp_path_factory: pytest.TempPathFactory
+    browser: Browser, data: AtomPagesData, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     bare = {"cosines": None, "effect": None, "readers": None, "substitution": None}
-    atoms = [dataclasses.replace(data.atoms[0], **bare), *data.atoms[1:]]
-    files = write_dashboards(Dashboard(data.info, atoms), tmp_path_factory.mktemp("bare"))
+    atoms = [data.atoms[0].model_copy(update=bare), *data.atoms[1:]]
+    files = write_atom_pages(AtomPagesData(info=data.info, atoms=atoms), tmp_path_factory.mktemp("bare"))
     with opened(browser, files.index) as page:
         for name in ("cosine", "direct r", "beats delete"):
             for _ in range(2):
