@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from sae_lens_writesae.files import atomic_text
 from sae_lens_writesae.page.atoms.data import AtomPage, AtomPagesData, Context, TokenValue
 from sae_lens_writesae.page.atoms.text import EMPTY, symbol, visible
-from sae_lens_writesae.page.report import environment
+from sae_lens_writesae.page.template import environment
 from sae_lens_writesae.verdict.format import number, percent
 from sae_lens_writesae.verdict.names import NAMES, SCALE_NAMES
 
