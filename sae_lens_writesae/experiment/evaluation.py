@@ -124,7 +124,7 @@ class Evaluation(ABC):
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
-    def from_dict(cls, settings: Mapping[str, Json]) -> Self:
+    def from_dict(cls, settings: Mapping[str, object]) -> Self:
         """The evaluation with settings from JSON; a refused value raises ValueError, an unknown name TypeError."""
         return cls(**cast(dict, settings))
 
