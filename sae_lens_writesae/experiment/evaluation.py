@@ -124,8 +124,8 @@ class Evaluation(ABC):
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
-    def from_dict(cls, settings: Mapping[str, Json]) -> Self:
-        """The evaluation with settings from JSON; ValueError for a value, TypeError for a name that it does not take."""
+    def from_dict(cls, settings: Mapping[str, object]) -> Self:
+        """The evaluation with settings from JSON; a refused value raises ValueError, an unknown name TypeError."""
         return cls(**cast(dict, settings))
 
     def run(
