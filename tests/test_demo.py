@@ -41,7 +41,9 @@ def test_a_head_that_is_not_there_is_named(embedded: HookedRecurrent) -> None:
 @pytest.mark.slow
 def test_the_demo_leaves_a_report_dictionaries_and_results(tmp_path: Path) -> None:
     said: list[str] = []
-    files = Demo(training_tokens=2048, layer=1, head=0, out=tmp_path / "out").run(say=lambda line: said.append(str(line)))
+    small = {"training_tokens": 2048, "eval_sequences": 16, "n_atoms": 8, "firings_per_atom": 2}
+    demo = Demo(**small, last_position_firings=4, layer=1, head=0, out=tmp_path / "out")
+    files = demo.run(say=lambda line: said.append(str(line)))
     assert files.html == tmp_path / "out" / "report.html" and any("half-life" in line for line in said)
     page = files.html.read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and 'src="http' not in page

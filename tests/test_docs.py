@@ -18,12 +18,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 
 from docs_site import catalogue, error_pages, evaluation_pages, hook_pages, markdown, texts  # noqa: E402
+from sae_lens_writesae.evaluation import Evaluation  # noqa: E402
+from sae_lens_writesae.suite import EVALUATIONS, Entry, Scope  # noqa: E402
 
 import hookpoints  # noqa: E402
 import sae_lens_writesae  # noqa: E402
 from hookpoints.hooks.table import HOOKS  # noqa: E402
-from sae_lens_writesae.evaluation import Evaluation  # noqa: E402
-from sae_lens_writesae.suite import EVALUATIONS, Entry, Scope  # noqa: E402
 
 WRITTEN = sorted(path for path in (ROOT / "docs").rglob("*.md") if "```python" in path.read_text())
 COMPARED = {"bilinear": {}, "flat": {"decoder": "flat"}}

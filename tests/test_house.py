@@ -54,7 +54,7 @@ def imports(name: str) -> frozenset[str]:
 def longest_chain(name: str, above: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The longest chain of imports from a module downwards, inside its package; a circle raises."""
     if name in above:
-        raise AssertionError(f"import circle: {' > '.join((*above[above.index(name):], name))}")
+        raise AssertionError(f"import circle: {' > '.join((*above[above.index(name) :], name))}")
     return _chain(name, above)
 
 

@@ -91,7 +91,7 @@ class Objectives(Evaluation):
     otherwise; it says what wins where.
     """
 
-    sequences: int = 16
+    reconstruction_sequences: int = 16
     """Sequences whose reconstruction is measured."""
     n_atoms: int = 40
     """Atoms of each dictionary in the substitution test, drawn uniformly from the alive ones."""
@@ -113,7 +113,7 @@ class Objectives(Evaluation):
     question: ClassVar[str] = "What should a dictionary be trained for?"
     scope: ClassVar[Scope] = Scope.TARGETS
     at_least: ClassVar[dict[str, float]] = {
-        "sequences": 2,
+        "reconstruction_sequences": 2,
         "n_atoms": 2,  # intervals are over atoms
         "firings_per_atom": 1,
         "horizon": 1,
@@ -185,7 +185,7 @@ class Objectives(Evaluation):
     # -- measuring
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
-        fits = reconstruction(lab, range(min(self.sequences, len(lab.tokens))))
+        fits = reconstruction(lab, range(min(self.reconstruction_sequences, len(lab.tokens))))
         n_fits = fits["sae"].value_counts().reindex(list(lab.saes), fill_value=0)
         lab.require(
             bool((n_fits >= 2).all()),

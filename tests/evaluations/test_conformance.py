@@ -39,7 +39,7 @@ SIZES = {
     "min_count": 2,
     "tested_atoms": 3,
     "test_sequences": 4,
-    "sequences": 4,
+    "reconstruction_sequences": 4,
     "positions_per_sequence": 2,
     "replacement_sequences": 2,
     "pca_ranks": (1, 2),
@@ -231,13 +231,13 @@ def test_results_with_foreign_names_are_refused(world, tmp_path):
     folder = result_of("substitution", world).save(tmp_path / "r")
     head = json.loads((folder / "info.json").read_text())
     (folder / "info.json").write_text(json.dumps(head | {"tables": ["../../outside"]}))
-    with pytest.raises(ValueError, match="info.json"):
+    with pytest.raises(ValueError, match="info"):
         load_result(folder)
     (folder / "info.json").write_text(json.dumps(head | {"kind": "unheard"}))
     with pytest.raises(ValueError, match="unheard"):
         load_result(folder)
     (folder / "info.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="info.json"):
+    with pytest.raises(ValueError, match="info"):
         load_result(folder)
 
 

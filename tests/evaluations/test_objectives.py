@@ -21,7 +21,7 @@ from sae_lens_writesae.experiment.readout import KL_METRICS
 from sae_lens_writesae.experiment.result import Result
 from sae_lens_writesae.sae.kinds import Objective
 
-SMALL = Objectives(sequences=4, n_atoms=6, firings_per_atom=2, min_firings=1, horizon=4)
+SMALL = Objectives(reconstruction_sequences=4, n_atoms=6, firings_per_atom=2, min_firings=1, horizon=4)
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def test_errors_name_the_fault(model: HookedRecurrent, tokens: Tensor) -> None:
     with pytest.raises(ValueError, match="least_squares"):
         Objectives(scale="least_squares")
     with pytest.raises(ValueError, match="sequences"):
-        Objectives(sequences=1)
+        Objectives(reconstruction_sequences=1)
 
 
 # -- verdicts

@@ -167,7 +167,7 @@ def test_what_was_left_out_is_said(model64: HookedRecurrent) -> None:
     lab.skipped["zero writes"] += 3
     lab.facts["floor"] = 1e-9
     lab.require(True, "fine")
-    with pytest.raises(NothingToMeasureError, match="3 .zero writes"):
+    with pytest.raises(NothingToMeasureError, match="zero writes"):
         lab.require(False, "nothing is left")
     described = lab.describe("mine")
     assert described["n_skipped"] == {"zero writes": 3} and described["floor"] == 1e-9

@@ -56,7 +56,9 @@ def test_dictionaries_are_grouped_by_head(model: HookedRecurrent) -> None:
 def test_comparisons_of_many_are_saved_and_read_back(model: HookedRecurrent, tmp_path: Path) -> None:
     tokens = torch.randint(1, 64, (4, 24), generator=torch.Generator().manual_seed(1))
     saes = {"write": make_sae(model), "state": make_sae(model, hook=STATE)}
-    small = Objectives(sequences=2, n_atoms=3, firings_per_atom=1, min_firings=1, controls=("random",), horizon=2)
+    small = Objectives(
+        reconstruction_sequences=2, n_atoms=3, firings_per_atom=1, min_firings=1, controls=("random",), horizon=2
+    )
     said: list[str] = []
     results = evaluate_all(
         [Seeds(), small], model, saes, tokens, tmp_path, progress=False, say=lambda line: said.append(str(line))
@@ -72,9 +74,7 @@ def test_a_label_is_given_only_where_there_is_none() -> None:
     assert with_label(Sign(), "a").label == "a" and with_label(Sign(label="mine"), "a").label == "mine"
 
 
-def test_many_evaluations_go_on_after_one_that_has_nothing_to_measure(
-    model: HookedRecurrent, tmp_path: Path
-) -> None:
+def test_many_evaluations_go_on_after_one_that_has_nothing_to_measure(model: HookedRecurrent, tmp_path: Path) -> None:
     dead = make_sae(model)
     tokens = torch.randint(1, 64, (6, 24), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():

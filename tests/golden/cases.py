@@ -261,7 +261,7 @@ CASES: tuple[Case, ...] = (
         "objectives",
         "embedded",
         {
-            "sequences": 5,
+            "reconstruction_sequences": 5,
             "n_atoms": 4,
             "firings_per_atom": 2,
             "scale": "coefficient",

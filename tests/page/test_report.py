@@ -1,4 +1,4 @@
-"""The page over saved results: its numbers are theirs, it needs nothing from outside, and no label puts markup in it."""
+"""The page over saved results: its numbers are theirs, it needs nothing from outside, and no label is markup."""
 
 from __future__ import annotations
 
