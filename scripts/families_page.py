@@ -85,8 +85,8 @@ and nobody listening it is zero, bit for bit, wherever upstream has an op for th
 own kernels, which need a GPU, in Triton's interpreter, chunked and step by step, in stretches from a cache and padded
 (of SimpleGLA, which fla has as a layer without a model, the outputs of one call). RWKV-7's chunked kernel is further
 off than the rest because it solves its triangular systems in float16; it is as far from fla's own recurrent kernel.
-Decoding, padding, other dtypes and edits are tested in `tests/test_parity.py`, `tests/test_rules.py`,
-`tests/test_rwkv7.py` and `tests/with_fla/`.
+Decoding, padding, other dtypes and edits are tested in `tests/hookpoints/model`, `tests/hookpoints/rules`,
+`tests/hookpoints/rwkv7` and `tests/hookpoints/fla`.
 
 {models}
 

@@ -46,7 +46,7 @@ def test_every_error_was_measured_and_is_within_the_tolerance(family):
     assert 0 < family.op_error < OP
     assert 0 < family.logits_error < LOGITS < family.largest_logit
     if family.kernels_error is not None:
-        # RWKV-7's chunked kernel solves in float16: tests/with_fla/test_fla_kernels.py has the proof.
+        # RWKV-7's chunked kernel solves in float16: tests/hookpoints/fla/test_fla_kernels.py has the proof.
         assert family.source == "fla" and 0 < family.kernels_error < (1e-4 if family.model_type == "rwkv7" else LOGITS)
 
 

@@ -1,6 +1,6 @@
 """hookpoints' recurrences against fla's own Triton kernels, which an environment of its own has run in an interpreter.
 
-    HOOKPOINTS_ORACLE=FOLDER pytest tests/with_fla/test_fla_kernels.py
+    HOOKPOINTS_ORACLE=FOLDER pytest tests/hookpoints/fla/test_fla_kernels.py
 
 FOLDER is made by ``tests/oracles/fla_interpreted.py`` (``.ci/fla`` does both). There is no family that the interpreter
 cannot run.
@@ -16,7 +16,7 @@ import fla_models
 import pytest
 from safetensors.torch import load_file
 
-sys.path.append(str(Path(__file__).parents[1] / "oracles"))
+sys.path.append(str(Path(__file__).parents[2] / "oracles"))
 from compare import ALL, errors_of, relative
 
 NAMED = os.environ.get("HOOKPOINTS_ORACLE")

@@ -372,7 +372,7 @@ def test_resumed_training_is_training_that_never_stopped(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_step_costs_a_fraction_of_saelens(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "sae_step.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "sae_step.py"
     command = [sys.executable, str(script), "--out", str(tmp_path), "--steps", "3", "--only", "writesae_topk"]
     subprocess.run(command, check=True, capture_output=True)
     result = json.loads((tmp_path / "sae_step.json").read_text())["result"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import fla_models  # noqa: F401  (skips where fla is not installed)
 
-PAGE = Path(__file__).parents[2] / "docs" / "attach.md"
+PAGE = Path(__file__).parents[3] / "docs" / "attach.md"
 
 
 def test_the_blocks_about_fla_run(tmp_path):

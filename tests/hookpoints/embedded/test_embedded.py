@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from hookpoints import embedded
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parents[3] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import embedded_card as card  # noqa: E402
