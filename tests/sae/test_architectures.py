@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import sae_lens_writesae as W
 from sae_lens_writesae import sae as S
+from sae_lens_writesae.sae.load import CheckpointError
 
 K, V, D_IN, F, N = 5, 6, 30, 16, 11
 SHAPE: dict[str, Any] = {"d_in": D_IN, "d_sae": F, "d_k": K, "d_v": V, "dtype": "float64"}
@@ -63,7 +64,7 @@ VARIANTS = [
 def build(name: str, seed: int = 0, **fields: Any) -> Any:
     """A small training SAE with random parameters, and no upkeep that SAELens does not have."""
     torch.manual_seed(seed)
-    sae_class, cfg_class = W.TRAINING[name]
+    sae_class, cfg_class = S.TRAINING[name]
     plain = {"unit_norm_every": 0, "resample_every": 0, "b_dec_init": "zeros"}
     sae = sae_class(cfg_class(**(SHAPE | plain | NEEDED.get(name, {}) | fields)))
     for parameter in sae.parameters():
@@ -141,7 +142,7 @@ def test_factored_equals_dense(name: str, options: dict, variant: dict) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
-@pytest.mark.parametrize("name", W.TRAINING)
+@pytest.mark.parametrize("name", S.TRAINING)
 def test_export_is_what_saelens_would_export(name: str, variant: dict, tmp_path: Path) -> None:
     sae = build(name, **variant)
     twin = stock_twin(sae)
@@ -159,7 +160,7 @@ def test_export_is_what_saelens_would_export(name: str, variant: dict, tmp_path:
         assert getattr(ours.cfg, field) == value
 
 
-@pytest.mark.parametrize("name", W.TRAINING)
+@pytest.mark.parametrize("name", S.TRAINING)
 def test_a_hidden_leaf_gets_the_gradient_of_inactive_atoms_outside_of_training(name: str) -> None:
     sae = build(name)
     acts = (torch.rand(N, F, dtype=torch.float64) * (torch.rand(N, F) < 0.1)).requires_grad_()
@@ -167,7 +168,7 @@ def test_a_hidden_leaf_gets_the_gradient_of_inactive_atoms_outside_of_training(n
     assert acts.grad is not None and acts.grad.abs().min() > 0
 
 
-@pytest.mark.parametrize("name", W.INFERENCE)
+@pytest.mark.parametrize("name", S.INFERENCE)
 def test_saelens_utilities_see_an_ordinary_autoencoder(name: str) -> None:
     sae = build(name)
     state = sae.state_dict()
@@ -189,18 +190,18 @@ def test_saelens_utilities_see_an_ordinary_autoencoder(name: str) -> None:
 # ---------------------------------------------------------------------------------------- configs
 
 
-@pytest.mark.parametrize("name", W.TRAINING)
+@pytest.mark.parametrize("name", S.TRAINING)
 def test_config_round_trips(name: str) -> None:
     cfg = build(name, encoder="tied", rank=2).cfg
     text = json.dumps(cfg.to_dict())
     again = TrainingSAEConfig.from_dict(json.loads(text))
     assert type(again) is type(cfg) and again == cfg
-    assert type(TrainingSAE.from_dict(json.loads(text))) is W.TRAINING[name][0]
+    assert type(TrainingSAE.from_dict(json.loads(text))) is S.TRAINING[name][0]
     inference = SAEConfig.from_dict(cfg.get_inference_sae_cfg_dict())
     assert type(inference) is cfg.get_inference_config_class()
     assert (inference.d_k, inference.d_v, inference.rank, inference.encoder) == (K, V, 2, "tied")  # pyright: ignore
     assert SAEConfig.from_dict(json.loads(json.dumps(inference.to_dict()))) == inference
-    assert type(SAE.from_dict(inference.to_dict())) is W.INFERENCE[inference.architecture()][0]
+    assert type(SAE.from_dict(inference.to_dict())) is S.INFERENCE[inference.architecture()][0]
 
 
 def test_registering_again_is_harmless_and_a_taken_name_is_not() -> None:
@@ -236,7 +237,7 @@ def test_paper_variants_are_configurations(variant: dict) -> None:
 
 
 def test_a_fresh_process_gives_the_same_outputs(tmp_path: Path) -> None:
-    names = list(W.TRAINING)
+    names = list(S.TRAINING)
     x = torch.randn(7, D_IN, dtype=torch.float64)
     save_file({"x": x}, tmp_path / "x.safetensors")
     expected = {}
@@ -254,7 +255,7 @@ def test_a_fresh_process_gives_the_same_outputs(tmp_path: Path) -> None:
         assert torch.equal(found[name], expected[name])
 
 
-@pytest.mark.parametrize("name", W.TRAINING)
+@pytest.mark.parametrize("name", S.TRAINING)
 def test_training_checkpoint_round_trip(name: str, tmp_path: Path) -> None:
     sae = build(name)
     sae.training_forward_pass(step_input(sae))  # gives BatchTopK a threshold
@@ -271,9 +272,9 @@ def test_training_checkpoint_round_trip(name: str, tmp_path: Path) -> None:
     assert out.loss.isfinite()
 
 
-@pytest.mark.parametrize("name", W.INFERENCE)
+@pytest.mark.parametrize("name", S.INFERENCE)
 def test_meta_device_and_precision(name: str) -> None:
-    sae_class, cfg_class = W.INFERENCE[name]
+    sae_class, cfg_class = S.INFERENCE[name]
     fields = SHAPE | NEEDED.get(name, {}) | {"dtype": "bfloat16"}
     on_meta = sae_class(cfg_class(**fields | {"device": "meta"}))
     assert all(t.is_meta for t in on_meta.state_dict().values())
@@ -283,7 +284,7 @@ def test_meta_device_and_precision(name: str) -> None:
     assert sae.to(dtype=torch.float64)(torch.randn(3, D_IN)).dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", W.TRAINING)
+@pytest.mark.parametrize("name", S.TRAINING)
 @pytest.mark.parametrize("setting", ["bfloat16", "autocast"])
 def test_low_precision_training_steps(name: str, setting: str) -> None:
     sae = build(name, dtype="bfloat16" if setting == "bfloat16" else "float32", resample_every=1, unit_norm_every=1)
@@ -300,7 +301,7 @@ def test_low_precision_training_steps(name: str, setting: str) -> None:
 
 
 COMPILED = [("writesae_topk", "eager"), ("writesae_topk", "aot_eager"), ("writesae_jumprelu", "aot_eager")]
-SLOW = [("writesae_topk", "inductor"), *((n, "aot_eager") for n in W.TRAINING if n not in dict(COMPILED))]
+SLOW = [("writesae_topk", "inductor"), *((n, "aot_eager") for n in S.TRAINING if n not in dict(COMPILED))]
 
 
 @pytest.mark.parametrize("name, backend", [*COMPILED, *(pytest.param(*p, marks=pytest.mark.slow) for p in SLOW)])
@@ -336,21 +337,21 @@ def edit_config(folder: Path, **fields: Any) -> None:
 
 
 def test_missing_files_are_named(saved: Path) -> None:
-    with pytest.raises(W.CheckpointError, match=r"nowhere/cfg.json does not exist.*no such folder"):
+    with pytest.raises(CheckpointError, match=r"nowhere/cfg.json does not exist.*no such folder"):
         W.load_sae(saved / "nowhere")
     (saved / "sae_weights.safetensors").unlink()
-    with pytest.raises(W.CheckpointError, match=r"sae_weights.safetensors does not exist"):
+    with pytest.raises(CheckpointError, match=r"sae_weights.safetensors does not exist"):
         W.load_sae(saved)
 
 
 def test_truncated_files_are_named(saved: Path) -> None:
     weights = saved / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-40])
-    with pytest.raises(W.CheckpointError, match=r"sae_weights.safetensors cannot be read as safetensors"):
+    with pytest.raises(CheckpointError, match=r"sae_weights.safetensors cannot be read as safetensors"):
         W.load_sae(saved)
     config = saved / "cfg.json"
     config.write_text(config.read_text()[:50])
-    with pytest.raises(W.CheckpointError, match=r"cfg.json is not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"cfg.json is not valid JSON"):
         W.load_sae(saved)
 
 
@@ -370,7 +371,7 @@ def test_truncated_files_are_named(saved: Path) -> None:
 )
 def test_foreign_checkpoints_are_named(saved: Path, fields: dict, message: str) -> None:
     edit_config(saved, **fields)
-    with pytest.raises(W.CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         W.load_sae(saved)
 
 
@@ -378,14 +379,14 @@ def test_foreign_weights_are_named(saved: Path) -> None:
     weights = saved / "sae_weights.safetensors"
     state = load_file(weights)
     save_file(state | {"extra": torch.zeros(1)}, weights)
-    with pytest.raises(W.CheckpointError, match=r"has \['extra'\]"):
+    with pytest.raises(CheckpointError, match=r"has \['extra'\]"):
         W.load_sae(saved)
     state["w"][3] = float("nan")
     save_file(state, weights)
-    with pytest.raises(W.CheckpointError, match=r"sae_weights.safetensors: 'w' holds NaN"):
+    with pytest.raises(CheckpointError, match=r"sae_weights.safetensors: 'w' holds NaN"):
         W.load_sae(saved)
     (saved / "cfg.json").write_text("[]")
-    with pytest.raises(W.CheckpointError, match="has no field 'architecture'"):
+    with pytest.raises(CheckpointError, match="has no field 'architecture'"):
         W.load_sae(saved)
 
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from sae_lens.saes.sae import SAE
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sae_lens_writesae as W
 from sae_lens_writesae import sae as S
 from sae_lens_writesae.atom import sparse
 from sae_lens_writesae.atom.low_rank import LowRank
@@ -29,7 +28,7 @@ ALL_VARIANTS = [
 def small(name: str = "writesae_standard", training: bool = False, seed: int = 0, **fields):
     """A small fp64 autoencoder with every parameter drawn at random."""
     torch.manual_seed(seed)
-    sae_class, cfg_class = (W.TRAINING if training else W.INFERENCE)[name]
+    sae_class, cfg_class = (S.TRAINING if training else S.INFERENCE)[name]
     shape = {"d_in": D_IN, "d_sae": F, "d_k": K, "d_v": V, "dtype": "float64"}
     sae = sae_class(cfg_class(**(shape | fields)))
     for parameter in sae.parameters():
@@ -227,7 +226,7 @@ def test_balanced_factors_have_equal_norms() -> None:
     assert sae.w.isfinite().all()
 
 
-@pytest.mark.parametrize("name", W.INFERENCE)
+@pytest.mark.parametrize("name", S.INFERENCE)
 def test_whitening_is_refused_before_anything_changes(name: str) -> None:
     fields = {"k": 4, "rescale_acts_by_decoder_norm": True} if name == "writesae_topk" else {}
     sae = small(name, **fields)
@@ -241,7 +240,7 @@ def test_whitening_is_refused_before_anything_changes(name: str) -> None:
 WRITES_TO_WEIGHTS = re.compile(r"W_(enc|dec)(\.data|\s*=[^=])|state_dict\[.W_(enc|dec)|_fold_norm_topk")
 
 
-@pytest.mark.parametrize("sae_class", [pair[0] for pair in [*W.INFERENCE.values(), *W.TRAINING.values()]])
+@pytest.mark.parametrize("sae_class", [pair[0] for pair in [*S.INFERENCE.values(), *S.TRAINING.values()]])
 def test_no_method_of_saelens_that_writes_to_weights_is_left(sae_class: type) -> None:
     found = 0
     for position, base in enumerate(sae_class.__mro__):
@@ -288,7 +287,7 @@ SHAPE = {"d_in": 30, "d_sae": 12, "d_k": 5, "d_v": 6}
     ],
 )
 def test_configs_refuse_what_matrix_atoms_cannot_be(fields: dict, message: str) -> None:
-    for _, cfg_class in (W.INFERENCE["writesae_standard"], W.TRAINING["writesae_standard"]):
+    for _, cfg_class in (S.INFERENCE["writesae_standard"], S.TRAINING["writesae_standard"]):
         with pytest.raises(ValueError, match=message):
             cfg_class(**(SHAPE | fields))
 
@@ -313,7 +312,7 @@ def test_configs_refuse_what_matrix_atoms_cannot_be(fields: dict, message: str) 
     ],
 )
 def test_training_configs_refuse_nonsense(name: str, fields: dict, message: str) -> None:
-    sae_class, cfg_class = W.TRAINING[name]
+    sae_class, cfg_class = S.TRAINING[name]
     with pytest.raises(ValueError, match=message):
         sae_class(cfg_class(**SHAPE, **fields))
 

@@ -62,7 +62,7 @@ def train(
 def make_trainer(
     name: str, data: Iterator[Tensor], steps: int, lr: float, trainer_fields: dict[str, Any], **fields: Any
 ) -> SAETrainer:
-    sae_class, cfg_class = W.TRAINING[name]
+    sae_class, cfg_class = S.TRAINING[name]
     if name in ("writesae_topk", "writesae_batchtopk", "writesae_matryoshka"):
         fields = {"k": 2} | fields
     sae = sae_class(cfg_class(**({"d_in": D_IN, "d_sae": 32, "d_k": K, "d_v": V} | fields)))
@@ -233,7 +233,7 @@ def test_unit_norm_keeps_the_function(name: str, encoder: str) -> None:
     torch.testing.assert_close(sae(x), before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", W.TRAINING)
+@pytest.mark.parametrize("name", S.TRAINING)
 @pytest.mark.parametrize("fields", [*W.VARIANTS.values()], ids=W.VARIANTS)
 def test_resampling_takes_dead_atoms_to_the_residual(name: str, fields: dict) -> None:
     widths = {"matryoshka_widths": [8, 32]} if name == "writesae_matryoshka" else {}
@@ -326,7 +326,7 @@ def test_coefficient_of_the_auxiliary_loss() -> None:
 # ---------------------------------------------------------------------------------------- the rest
 
 
-@pytest.mark.parametrize("name", W.TRAINING)
+@pytest.mark.parametrize("name", S.TRAINING)
 def test_input_that_is_not_finite_stops_training(name: str) -> None:
     sae = make(name, **({"matryoshka_widths": [8, 32]} if name == "writesae_matryoshka" else {}))
     x = torch.randn(16, D_IN)

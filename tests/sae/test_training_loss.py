@@ -9,7 +9,8 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae import TRAINING, WriteSAETrainingRunner, load_sae, training_config
+from sae_lens_writesae import WriteSAETrainingRunner, load_sae, training_config
+from sae_lens_writesae.sae import TRAINING
 from sae_lens_writesae.sae.losses import n_columns, read_loss, read_queries, write_loss
 from sae_lens_writesae.sae.store import COLUMN_SCALE, PairedActivationsStore
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
-import test_parity
 import torch
 from conftest import VOCAB, KeepFloat64
 from fla_models import MODEL_TYPES, make_fla
+
+sys.path.append(str(Path(__file__).parents[1] / "model"))  # the tests of transformers' models, run again on fla's
+
+import test_parity
 from test_model_types import (  # noqa: F401
     EXACT,
     by_hand,
