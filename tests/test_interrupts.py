@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import transformers.models.qwen3_5.modeling_qwen3_5 as upstream
 from conftest import make_hf
 
 from hookpoints import HookedRecurrent, WriteEdit, attach
+from hookpoints.fla import scope as fla_scope
 
 WRITE = "blocks.1.mixer.hook_write"
 EDITS = [WriteEdit(1, 0, 5, mode="delete"), WriteEdit(0, 2, None, torch.ones(8), torch.ones(6))]
@@ -124,6 +126,26 @@ def test_from_the_op(expected, monkeypatch):
                 with contextlib.suppress(KeyboardInterrupt):
                     run(model, tokens)
         assert Outputs(model, tokens).equal(outputs)
+
+
+def test_from_a_substitute_of_fla(monkeypatch):
+    """A stand-in for fla, which need not be installed: kernels act as fla's own again after the interrupt."""
+    kernels = types.ModuleType("fla.interrupted")
+    kernels.double = lambda x: 2 * x
+    monkeypatch.setitem(sys.modules, "fla.interrupted", kernels)
+    monkeypatch.setattr(fla_scope, "SUBSTITUTES", {"fla.interrupted": {"double": interrupt}})
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return kernels.double(x)
+
+    model, x = Model(), torch.ones(2)
+    opened = fla_scope.ModelScope(model)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    assert torch.equal(kernels.double(x), 2 * x)
+    opened.remove()
+    assert torch.equal(model(x), 2 * x) and "forward" not in vars(model)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)

@@ -17,8 +17,7 @@ from hookpoints.edits.edit import EditPlan, EditRow, Edits
 from hookpoints.errors import HookpointsError
 from hookpoints.hooks.cache import CachingHooks, NamesFilter, reachable
 from hookpoints.hooks.guard import ADDING, Hook, Hooks, Name, ScopedHooks, check_names
-from hookpoints.layer.context import Recorded, current, scope
-from hookpoints.layer.position import position_of
+from hookpoints.layer.context import Recorded, current, position_of, scope
 from hookpoints.model.config import HookedRecurrentConfig
 from hookpoints.recurrence.recurrence import Recurrence
 

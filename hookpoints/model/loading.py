@@ -19,9 +19,11 @@ from transformers import (
 
 from hookpoints import embedded
 from hookpoints.errors import UnsupportedModelError
-from hookpoints.fla import MODEL_TYPES, import_fla, load_checkpoint, restore_auto_classes
+from hookpoints.fla.checkpoints import load_checkpoint
+from hookpoints.fla.importing import MODEL_TYPES, import_fla, restore_auto_classes
 from hookpoints.rules import REFUSED
-from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM
+from hookpoints.rwkv7.configuration import RWKV7Config
+from hookpoints.rwkv7.modeling import RWKV7ForCausalLM
 
 _OWN_CLASSES: dict[str, tuple[Any, Any]] = {
     # Importing fla puts its own Mamba-2 in the Auto classes' place, which reads other weights.

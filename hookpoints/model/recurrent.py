@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformer_lens.HookedTransformer import Output
-from transformer_lens.utils import lm_cross_entropy_loss
+from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 from transformers import PreTrainedTokenizerBase
 
 from hookpoints.edits.edit import EditRow, Edits
 from hookpoints.edits.session import EditedRun, EditSession
-from hookpoints.layer.context import Backend, current
-from hookpoints.layer.position import cache_among
+from hookpoints.layer.context import Backend, cache_among, current
 from hookpoints.model import loading
 from hookpoints.model.attachment import Attachment, StopForward
 from hookpoints.model.config import describe
@@ -26,6 +24,15 @@ from hookpoints.model.selfcheck import self_check as run_self_check
 from hookpoints.recurrence.recurrence import Recurrence
 
 ReturnType = Literal["logits", "loss", "both"] | None
+
+
+class Output(NamedTuple):
+    """What ``return_type="both"`` returns, as TransformerLens 3 has it (4 has no name for it)."""
+
+    logits: Tensor
+    """[B,T,vocab]."""
+    loss: Tensor
+    """A scalar, or [B,T-1] with ``loss_per_token``."""
 
 
 class HookedRecurrent(Tokens, HookedModel):
