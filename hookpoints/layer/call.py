@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from hookpoints.layer.intercept import Function, running, torch_form, wrap_forwa
 from hookpoints.layer.padding import UNPADDED, Padding
 from hookpoints.layer.response import EditResponse
 from hookpoints.recurrence.recurrence import Recurrence
-from hookpoints.rules.base import OpFactors, OpResult, Rule
+from hookpoints.rules.base import Arguments, OpFactors, OpResult, Rule
 
 
 class HookedMixer:
@@ -99,7 +99,7 @@ class LayerCall:
         """The layer."""
         return self.mixer.module
 
-    def handle(self, op: Function, arguments: Mapping[str, Any]) -> object:
+    def handle(self, op: Function, arguments: Arguments) -> object:
         """Run the op with hooks and edits around it; returns what the layer expects from the op."""
         rule, run = self.mixer.rule, self.run
         self.mixer.calls += 1
@@ -143,15 +143,13 @@ class LayerCall:
         if self.met and isinstance(value, Tensor) and value.dtype == torch.float16:
             _check_range(self.mixer.layer, output=value)
 
-    def _native_op(self, op: Function, arguments: Mapping[str, Any], backend: Backend) -> Function | None:
+    def _native_op(self, op: Function, arguments: Arguments, backend: Backend) -> Function | None:
         """What computes the native pass; None: hookpoints' own kernel."""
         if backend == "recurrence" or not self.mixer.rule.runs(op, arguments):
             return None
         return torch_form(op) if backend == "torch" else op
 
-    def _native(
-        self, op: Function | None, arguments: Mapping[str, Any], recurrence: Recurrence, padding: Padding
-    ) -> OpResult:
+    def _native(self, op: Function | None, arguments: Arguments, recurrence: Recurrence, padding: Padding) -> OpResult:
         """The pass without edits of writes, states and reads; by hookpoints' own kernel where no op is given."""
         if op is None:
             outputs, state = recurrence.scan()

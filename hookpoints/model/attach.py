@@ -8,7 +8,7 @@ TransformerLens ignores it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.utilities.slice import Slice, SliceInput
 
 from hookpoints.errors import (
     HookDidNotFireError,
@@ -26,8 +27,8 @@ from hookpoints.errors import (
     UnsupportedModelError,
     nearest,
 )
-from hookpoints.hooks.cache import CachingHooks, reachable
-from hookpoints.hooks.guard import Hooks
+from hookpoints.hooks.cache import NamesFilter, caching_hooks, reachable
+from hookpoints.hooks.guard import Hook, Hooks, Name, NamedHook
 from hookpoints.hooks.points import HookSet
 from hookpoints.layer.context import Backend
 from hookpoints.layer.intercept import Around, wrap_forward
@@ -102,10 +103,10 @@ class AttachedModel(Attached):
 
 
 class _Split(NamedTuple):
-    """Names or hooks, by whom they belong to."""
+    """Hooks, by whom their names belong to."""
 
-    ours: list[Any]
-    theirs: list[Any]
+    ours: list[NamedHook]
+    theirs: list[NamedHook]
 
 
 class AttachedBridge(Attached):
@@ -123,10 +124,11 @@ class AttachedBridge(Attached):
 
     attachment: MixerAttachment
     blocks: nn.ModuleList
+    bridge: TransformerBridge
 
     def __init__(self, bridge: TransformerBridge, *, backend: Backend = "auto", self_check: bool = True):
         super().__init__(bridge.original_model)
-        self.__dict__["bridge"] = bridge
+        self.__dict__["bridge"] = bridge  # past nn.Module, which would register it as a part of this one
         self._scope = ExitStack()
         self._silenced: set[str] = set()
         self.attachment = MixerAttachment(bridge.original_model)
@@ -143,23 +145,23 @@ class AttachedBridge(Attached):
         for name in _WRAPPED:
             setattr(bridge, name, getattr(self, f"_bridge_{name}"))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """The bridge's own forward: its arguments, its result."""
         self.attachment.require()
-        return self.__dict__["bridge"](*args, **kwargs)
+        return self.bridge(*args, **kwargs)
 
     def detach(self) -> None:
         """Take everything off the bridge. Hooking methods raise from here on."""
         super().detach()
         self._scope.close()
-        bridge = self.__dict__["bridge"]
+        bridge = self.bridge
         for name in _WRAPPED:
             bridge.__dict__.pop(name, None)
 
     # -- attaching
 
     def _attach(self, model: Any, backend: Backend) -> None:
-        bridge: Any = self.__dict__["bridge"]
+        bridge = self.bridge
         if not isinstance(getattr(bridge, "blocks", None), nn.ModuleList):
             raise UnsupportedModelError("this TransformerBridge has no list of blocks, so its mixers cannot be named")
         layouts = tuple(_mixer_of(block) for block in bridge.blocks)
@@ -179,7 +181,7 @@ class AttachedBridge(Attached):
         tokens = torch.arange(1, 8, device=self.cfg.device).remainder(self.cfg.d_vocab).unsqueeze(0)
         bypassed = self._call_ops(tokens)
         selfcheck.check_prefill(self, tokens)
-        check_bridge(self.__dict__["bridge"], tokens, self.cfg.dtype, bypassed)
+        check_bridge(self.bridge, tokens, self.cfg.dtype, bypassed)
 
     def _call_ops(self, tokens: Tensor) -> Bypassed | None:
         """See to it that every recurrent layer calls its op; says what was done, or None."""
@@ -209,11 +211,11 @@ class AttachedBridge(Attached):
                 return f"{type(raised).__name__}: {raised}"
         return ""
 
-    def _names_inside(self, component: Any) -> set[str]:
+    def _names_inside(self, component: GeneralizedComponent) -> set[str]:
         """Names, aliases too, of TransformerLens' hooks between a component's input and its output."""
         edges = (component.hook_in, component.hook_out)
         inside = {id(p) for p in component.modules() if isinstance(p, HookPoint) and p not in edges}
-        return {name for name, point in self.__dict__["bridge"].hook_dict.items() if id(point) in inside}
+        return {name for name, point in self.bridge.hook_dict.items() if id(point) in inside}
 
     # -- the bridge's methods while attached
 
@@ -230,17 +232,17 @@ class AttachedBridge(Attached):
             self.hooks(fwd.ours, bwd.ours, reset_hooks_end, clear_contexts),
             self._theirs["hooks"](fwd.theirs, bwd.theirs, reset_hooks_end, clear_contexts),
         ):
-            yield self.__dict__["bridge"]
+            yield self.bridge
 
     def _bridge_run_with_hooks(
         self,
-        input: Any,
+        input: object,
         fwd_hooks: Hooks = (),
         bwd_hooks: Hooks = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> object:
         fwd, bwd = self._split_hooks(fwd_hooks), self._split_hooks(bwd_hooks)
         with self.hooks(fwd.ours, bwd.ours, reset_hooks_end, clear_contexts):
             return self._theirs["run_with_hooks"](
@@ -249,21 +251,22 @@ class AttachedBridge(Attached):
 
     def _bridge_run_with_cache(
         self,
-        *args: Any,
-        names_filter: Any = None,
+        *args: object,
+        names_filter: NamesFilter = None,
         remove_batch_dim: bool = False,
         stop_at_layer: int | None = None,
         incl_bwd: bool = False,
-        pos_slice: Any = None,
+        pos_slice: SliceInput | Slice = None,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
-        names = [names_filter] if isinstance(names_filter, str) else names_filter
-        ours, theirs = names, names
-        if names is not None and not callable(names):
-            ours, theirs = self._split_names(names)
+        ours = theirs = names_filter
+        if names_filter is not None and not callable(names_filter):
+            names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+            ours = [name for name in names if self._is_own(name)]
+            theirs = [name for name in names if name not in ours]
         wanted = reachable(ours, None, stop_at_layer, self.cfg.n_layers)
-        saved, fwd, bwd = CachingHooks(self.hook_dict).build(
-            wanted, incl_bwd, kwargs.get("device"), remove_batch_dim, pos_slice=pos_slice
+        saved, fwd, bwd = caching_hooks(
+            self.hook_dict, wanted, incl_bwd, kwargs.get("device"), remove_batch_dim, pos_slice=pos_slice
         )
         with self.hooks(fwd, bwd):
             out, cache = self._theirs["run_with_cache"](
@@ -278,7 +281,7 @@ class AttachedBridge(Attached):
         getattr(cache, "cache_dict", cache).update(saved)
         return out, cache
 
-    def _bridge_add_hook(self, name: Any, hook_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def _bridge_add_hook(self, name: Name, hook_fn: Hook, *args: Any, **kwargs: Any) -> None:
         ours, theirs = self._split_hooks([(name, hook_fn)])
         for part, add in ((ours, self.add_hook), (theirs, self._theirs["add_hook"])):
             if part:
@@ -291,13 +294,15 @@ class AttachedBridge(Attached):
     # -- whose name is it
 
     def _split_hooks(self, hooks: Hooks) -> _Split:
-        ours, theirs, known = [], [], self.__dict__["bridge"].hook_dict
+        ours: list[NamedHook] = []
+        theirs: list[NamedHook] = []
         for name, hook in hooks:
             if not callable(name):
                 (ours if self._is_own(name) else theirs).append((name, hook))
                 continue
             matching = [
-                (part, any(name(one) for one in names)) for part, names in ((ours, self.hook_dict), (theirs, known))
+                (part, any(name(one) for one in names))
+                for part, names in ((ours, self.hook_dict), (theirs, self.bridge.hook_dict))
             ]
             if not any(matches for _, matches in matching):
                 raise UnknownHookError(f"the filter {name!r} matches no hook of the bridge and none of its mixers")
@@ -306,14 +311,10 @@ class AttachedBridge(Attached):
                     part.append((name, hook))
         return _Split(ours, theirs)
 
-    def _split_names(self, names: Sequence[str]) -> _Split:
-        ours = [name for name in names if self._is_own(name)]
-        return _Split(ours, [name for name in names if name not in ours])
-
     def _is_own(self, name: str) -> bool:
         if name in self.hook_dict:
             return True
-        bridge: Any = self.__dict__["bridge"]
+        bridge = self.bridge
         if name in self._silenced:
             raise HookDidNotFireError(
                 f"{name} cannot fire while hookpoints is attached: its layer runs upstream's own forward. Use the "

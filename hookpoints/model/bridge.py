@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from hookpoints.errors import BridgeWarning
@@ -30,7 +31,7 @@ class Bypassed(NamedTuple):
     """TransformerLens' hooks that cannot fire while attached."""
 
 
-def check_bridge(bridge: Any, tokens: Tensor, dtype: torch.dtype, bypassed: Bypassed | None) -> None:
+def check_bridge(bridge: TransformerBridge, tokens: Tensor, dtype: torch.dtype, bypassed: Bypassed | None) -> None:
     """Warn (BridgeWarning) where the bridge differs from the model without the bridge, and what attaching changed.
 
     Three measurements over a handful of tokens [1,T]: one pass, the bridge's own cached ``generate``, and that of the
@@ -54,7 +55,7 @@ def _attaching_changed(bypassed: Bypassed) -> str:
     )
 
 
-def _differences(bridge: Any, tokens: Tensor, allowed: float) -> Iterator[str]:
+def _differences(bridge: TransformerBridge, tokens: Tensor, allowed: float) -> Iterator[str]:
     model = bridge.original_model
 
     def plain(ids: Tensor) -> Tensor:
@@ -74,7 +75,8 @@ def _differences(bridge: Any, tokens: Tensor, allowed: float) -> Iterator[str]:
 
     def model_generates() -> Any:
         options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-        return model.generate(tokens, max_new_tokens=_NEW, min_new_tokens=_NEW, **options)
+        generate = cast(Callable[..., Any], model.generate)
+        return generate(tokens, max_new_tokens=_NEW, min_new_tokens=_NEW, **options)
 
     yield from _unequal("a pass over a prompt", one_pass, allowed)
     yield from _unequal("bridge.generate with a cache", lambda: decoding(bridge_generates), allowed)

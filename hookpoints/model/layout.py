@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 from torch import nn
 
@@ -99,7 +98,7 @@ def calls_of(mixer: nn.Module) -> frozenset[str]:
     return frozenset(names)
 
 
-def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+def _as_written(function: Callable[..., object]) -> Callable[..., object]:
     """A function under its decorators. In 5.15 transformers has one that does not tell what it wraps, which is then the
     one function that its wrapper, open to any arguments, closes over."""
     while True:

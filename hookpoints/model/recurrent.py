@@ -85,7 +85,7 @@ class HookedRecurrent(Tokens, HookedModel):
         revision: str | None = None,
         backend: Backend = "auto",
         self_check: bool = True,
-        **hf_kwargs: Any,
+        **hf_kwargs: object,
     ) -> HookedRecurrent:
         """Load a model from the hub, a local folder, or the package ("embedded").
 
@@ -123,7 +123,7 @@ class HookedRecurrent(Tokens, HookedModel):
         tokens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         stop_at_layer: int | None = None,
-        **hf_kwargs: Any,
+        **hf_kwargs: object,
     ) -> Any:
         """Run the model.
 
@@ -174,7 +174,8 @@ class HookedRecurrent(Tokens, HookedModel):
         edit_rows: Sequence[EditRow] | None = None,
         return_type: Literal["input", "str", "tokens"] = "input",
         prepend_bos: bool | None = None,
-        **hf_kwargs: Any,
+        attention_mask: Tensor | None = None,
+        **hf_kwargs: object,
     ) -> Any:
         """Hugging Face's own ``generate``, with hooks and edits acting at every token, prompt and generated.
 
@@ -184,6 +185,7 @@ class HookedRecurrent(Tokens, HookedModel):
             edit_rows: for each prompt its own edits (one, several, or ``[]``); not with beams or several returned
                 sequences, which run more rows than prompts.
             return_type: "tokens" [B,T], "str", or "input" for the kind that was given.
+            attention_mask: [B,T]; made by itself for text that needs padding.
             hf_kwargs: ``max_new_tokens``, ``do_sample`` ...; with ``return_dict_in_generate`` the result is Hugging
                 Face's own.
 
@@ -191,7 +193,7 @@ class HookedRecurrent(Tokens, HookedModel):
             EditError: an edit does not fit the model, ``edit_rows`` not the batch, or an edit never acted (generation
                 ended before its position).
         """
-        batch = self._token_batch(input, prepend_bos, "left", hf_kwargs.pop("attention_mask", None))
+        batch = self._token_batch(input, prepend_bos, "left", attention_mask)
         mask = torch.ones_like(batch.tokens) if batch.attention_mask is None else batch.attention_mask
         check_mask(mask, batch.tokens)
         check_prompt_mask(mask)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -243,9 +243,9 @@ class Rule:
         """Whether the caller asked for the final state."""
         return bool(arguments.get("output_final_state"))
 
-    def read_result(self, native: Any, arguments: Arguments) -> OpResult:
+    def read_result(self, native: object, arguments: Arguments) -> OpResult:
         """Canonical view of what the op returned for ``arguments``."""
-        outputs, state = native
+        outputs, state = cast("tuple[Tensor, Tensor | None]", native)
         return OpResult(outputs, key_first(state, arguments))
 
     def write_result(self, result: OpResult, arguments: Arguments) -> object:

@@ -11,8 +11,6 @@ decay of later steps and for the reads of earlier ones, whose outputs the layer 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -59,7 +57,7 @@ class FlaGatedDeltaProduct(FlaRule):
             x = self._at_step(x, self._step_of(field))
         return super().feed(field, x, arguments)
 
-    def read_result(self, native: Any, arguments: Arguments) -> OpResult:
+    def read_result(self, native: object, arguments: Arguments) -> OpResult:
         result = super().read_result(native, arguments)
         if not self._is_stepwise(arguments):
             return result
