@@ -450,10 +450,7 @@ SUBSTITUTES: Mapping[str, Mapping[str, Callable[..., object]]] = {
         "rms_norm": rms_norm,
         "layer_norm_linear": layer_norm_linear,
     },
-    "fla.modules.norm.fused_norm_gate": {
-        "layer_norm_gated": layer_norm_gated,
-        "rms_norm_gated": rms_norm_gated,
-    },
+    "fla.modules.norm.fused_norm_gate": {"layer_norm_gated": layer_norm_gated, "rms_norm_gated": rms_norm_gated},
     "fla.modules.norm.l2norm": {"l2norm": l2norm},
     "fla.modules.activations.ops": {
         "sigmoid": sigmoid,
@@ -470,18 +467,12 @@ SUBSTITUTES: Mapping[str, Mapping[str, Callable[..., object]]] = {
         "powglu": powglu,
         "powglu_linear": powglu_linear,
     },
-    "fla.modules.causal_conv1d.ops": {
-        "causal_conv1d": causal_conv1d,
-        "causal_conv1d_update": causal_conv1d_update,
-    },
+    "fla.modules.causal_conv1d.ops": {"causal_conv1d": causal_conv1d, "causal_conv1d_update": causal_conv1d_update},
     "fla.modules.rotary.ops": {"rotary_embedding": rotary_embedding},
     "fla.modules.token_shift": {"token_shift": token_shift},
     "fla.ops.rwkv7.fused_addcmul": {"fused_addcmul_rwkv7": addcmul},
     "fla.ops.rwkv7.fused_k_update": {"fused_k_rwkv7": key},
     "fla.ops.rwkv7.gate_output_correction": {"gate_output_correction": gated_bonus},
-    "fla.layers.attn": {
-        "flash_attn_func": flash_attn_func,
-        "flash_attn_varlen_func": flash_attn_varlen_func,
-    },
+    "fla.layers.attn": {"flash_attn_func": flash_attn_func, "flash_attn_varlen_func": flash_attn_varlen_func},
 }
 """Module -> function -> substitute."""

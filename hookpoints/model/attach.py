@@ -221,11 +221,7 @@ class AttachedBridge(Attached):
 
     @contextmanager
     def _bridge_hooks(
-        self,
-        fwd_hooks: Hooks = (),
-        bwd_hooks: Hooks = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
+        self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), reset_hooks_end: bool = True, clear_contexts: bool = False
     ) -> Iterator[TransformerBridge]:
         fwd, bwd = self._split_hooks(fwd_hooks), self._split_hooks(bwd_hooks)
         with (

@@ -78,11 +78,7 @@ class HookedModel(HookedRootModule):
 
     @contextmanager
     def hooks(
-        self,
-        fwd_hooks: Hooks = (),
-        bwd_hooks: Hooks = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
+        self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), reset_hooks_end: bool = True, clear_contexts: bool = False
     ) -> Iterator[Self]:
         """TransformerLens' scoped hooks; unknown names raise, and so does a hook that did not fire though a pass ran.
 

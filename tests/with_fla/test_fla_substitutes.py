@@ -37,6 +37,7 @@ def test_norms(name, with_residual):
     expected = getattr(layernorm, f"{name}_ref")(
         x=x, weight=weight, bias=bias, residual=residual, eps=1e-3, prenorm=True, **options
     )
+    substitute = SUBSTITUTES["fla.modules.norm.layernorm"][name]
     found = substitute(x, weight, bias, residual, eps=1e-3, prenorm=True, **options)
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours, theirs, rtol=0, atol=1e-12)
