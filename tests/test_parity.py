@@ -9,8 +9,8 @@ from conftest import VOCAB, continuing, make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, UnsupportedModelError
-from hookpoints.edits.session import cache_of
 from hookpoints.errors import SelfCheckError
+from hookpoints.model.inputs import cache_of
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from rwkv7_oracles import Answer, ask_official, ask_rwkv7_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, Recurrence
-from hookpoints.edits.session import cache_of
+from hookpoints.model.inputs import cache_of
 from hookpoints.rules import RWKV7, FlaRWKV7
 from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM, rwkv7_recurrence
 
