@@ -487,7 +487,7 @@ def cost(result: Result, method: Condition, minus: Condition | None = None, hook
 
     values = nats(method) if minus is None else nats(method) - nats(minus)
     over_sequences = estimate(values, values.index, seed=result.evaluation.seed)
-    return over_sequences._replace(n=over_sequences.n * int(str(result.info["n_positions"])))
+    return over_sequences._replace(n=over_sequences.n * int(result.fact("n_positions")))
 
 
 def no_op_cost(result: Result) -> float:

@@ -213,7 +213,7 @@ def _facts(results: Sequence[Result]) -> dict[str, str]:
         return ", ".join(dict.fromkeys(str(info[name]) for info in infos))
 
     heads = dict.fromkeys(f"L{info['layer']}H{info['head']}" for info in infos)
-    seconds = sum(float(str(info.get("seconds", 0))) for info in infos)
+    seconds = sum(result.fact("seconds") for result in results if result.skipped is None)
     return {
         "model": listed("model"),
         "update rule": listed("rule"),
