@@ -20,6 +20,7 @@ from sae_lens_writesae.evaluations.substitution import Substitution
 from sae_lens_writesae.experiment.result import Result
 from sae_lens_writesae.page import report
 from sae_lens_writesae.page.report import ReportFiles, find_results, in_order, write_report
+from sae_lens_writesae.page.template import markdown
 from sae_lens_writesae.verdict import format as fmt
 from sae_lens_writesae.verdict.paper import PAPER_CLAIMS, Outcome
 
@@ -126,7 +127,7 @@ def test_no_label_and_no_reason_puts_markup_into_the_page(files: ReportFiles, pa
 
 
 def test_a_docstring_is_markdown_without_html() -> None:
-    html = str(report.markdown("A **win** is:\n\n* one\n* two\n\n<b>no</b> & `a < b`"))
+    html = str(markdown("A **win** is:\n\n* one\n* two\n\n<b>no</b> & `a < b`"))
     assert "<strong>win</strong>" in html and html.count("<li>") == 2
     assert "<b>" not in html and "&lt;b&gt;" in html and "<code>a &lt; b</code>" in html
 

@@ -304,6 +304,7 @@ COMPILED = [("writesae_topk", "eager"), ("writesae_topk", "aot_eager"), ("writes
 SLOW = [("writesae_topk", "inductor"), *((n, "aot_eager") for n in S.TRAINING if n not in dict(COMPILED))]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:<class 'torch.autograd.function.Function'>")
 @pytest.mark.parametrize("name, backend", [*COMPILED, *(pytest.param(*p, marks=pytest.mark.slow) for p in SLOW)])
 def test_compiled_training_step_is_the_same(name: str, backend: str) -> None:
     plain, compiled = build(name), build(name)

@@ -14,6 +14,8 @@ from sae_lens_writesae.sae import TRAINING
 from sae_lens_writesae.sae.losses import n_columns, read_loss, read_queries, write_loss
 from sae_lens_writesae.sae.store import COLUMN_SCALE, PairedActivationsStore
 
+pytestmark = pytest.mark.filterwarnings("ignore:The training dataset contains fewer samples")
+
 LAYER, HEAD, K, V = 1, 2, 8, 6
 EXTRA: dict[str, Any] = {
     "writesae_matryoshka": {"matryoshka_widths": [6, 12]},
