@@ -423,7 +423,7 @@ def token_p_values(result: Result, factor: float) -> dict[str, float]:
 
 def _fires(lab: Lab, prompts: Tensor, new: Tensor, atoms: list[int]) -> NDArray[np.float64]:
     """[P,atoms] new tokens of the unedited continuations at which each atom fires."""
-    firings = collect_firings(lab.model, lab.sae, torch.cat([prompts.cpu(), new], 1))
+    firings = collect_firings(lab.model, lab.sae, lab.hook.layer, torch.cat([prompts.cpu(), new], 1))
     late = firings.position >= prompts.shape[1]
     each = [np.bincount(firings.sequence[late & (firings.atom == i)], minlength=len(new)) for i in atoms]
     return np.stack(each, 1).astype(float)

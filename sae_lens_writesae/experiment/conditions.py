@@ -7,7 +7,7 @@ are this project's. A write, an atom or a control is a `LowRank`; no K x V matri
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,9 @@ from torch import Tensor
 from hookpoints import WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank, state_direction
 from sae_lens_writesae.experiment.head import WriteKind
-from sae_lens_writesae.experiment.lab import Lab, Site
+
+if TYPE_CHECKING:
+    from sae_lens_writesae.experiment.lab import Lab, Site
 
 Scale = Literal["coefficient", "matched", "least_squares"]
 SCALES: tuple[Scale, ...] = get_args(Scale)

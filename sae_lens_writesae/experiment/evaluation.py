@@ -125,7 +125,7 @@ class Evaluation(ABC):
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Json]) -> Self:
-        """The evaluation with settings from JSON; ValueError for a value, TypeError for a name that it does not take."""
+        """The evaluation with settings from JSON; a refused value raises ValueError, an unknown name TypeError."""
         return cls(**cast(dict, settings))
 
     def run(

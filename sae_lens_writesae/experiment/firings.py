@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.target import HeadHook, check_plain_activations
 
 Integers = NDArray[np.int64]
 
@@ -73,28 +72,26 @@ class Firings:
 
 
 @torch.no_grad()
-def collect_firings(model: HookedRecurrent, sae: SAE, tokens: Tensor, *, progress: bool = False) -> Firings:
-    """Encode the dictionary's hook on every token of `tokens` [N,T], one sequence at a time.
+def collect_firings(model: HookedRecurrent, sae: SAE, layer: int, tokens: Tensor, *, progress: bool = False) -> Firings:
+    """Encode the dictionary's hook, which is in `layer`, on every token of `tokens` [N,T], one sequence at a time.
 
     Raises:
-        ValueError: the dictionary normalises its input, so that activations are not in units of the write.
         NothingToMeasureError: activations are not finite.
 
     Cost: N forwards up to the hook's layer; memory T (K V + F) floats, and 28 bytes per firing.
     """
-    hook = HeadHook.of(sae)
-    check_plain_activations(sae)
+    hook_name = str(sae.cfg.metadata.hook_name)
     place = next(sae.parameters(), tokens)
     dtype = place.dtype if place.is_floating_point() else torch.float32
     parts: list[tuple[NDArray[np.generic], ...]] = []
     n_atoms = 0
     sequences = range(len(tokens))
     for i in tqdm(sequences, desc="firings") if progress else sequences:
-        _, cache = model.run_with_cache(tokens[i : i + 1], names_filter=[hook.name], stop_at_layer=hook.layer + 1)
-        activations = sae.encode(cache[hook.name][0].to(place.device, dtype))
+        _, cache = model.run_with_cache(tokens[i : i + 1], names_filter=[hook_name], stop_at_layer=layer + 1)
+        activations = sae.encode(cache[hook_name][0].to(place.device, dtype))
         n_atoms = activations.shape[-1]
         if not bool(activations.isfinite().all()):
-            raise NothingToMeasureError(f"the SAE gives NaN or infinite activations on sequence {i} of {hook.name}")
+            raise NothingToMeasureError(f"the SAE gives NaN or infinite activations on sequence {i} of {hook_name}")
         position, atom = (activations > 0).nonzero(as_tuple=True)
         values = activations[position, atom].float().cpu().numpy()
         parts.append((np.full(len(values), i), position.cpu().numpy(), atom.cpu().numpy(), values))

@@ -21,7 +21,7 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.experiment.firings import Firings, collect_firings
 from sae_lens_writesae.experiment.head import head_writes
 from sae_lens_writesae.experiment.result import Json
-from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_fits
+from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_fits, check_plain_activations
 
 T = TypeVar("T")
 
@@ -166,10 +166,18 @@ class Lab:
         return shape.K, shape.V
 
     def firings(self, label: str | None = None) -> Firings:
-        """Where the atoms of a dictionary fire on the text; kept. Cost: a forward per sequence up to the layer."""
+        """Where the atoms of a dictionary fire on the text; kept. Cost: a forward per sequence up to the layer.
+
+        Raises:
+            ValueError: the dictionary normalises its input, so that activations are not in units of the write.
+        """
         label = next(iter(self.saes)) if label is None else label
         if label not in self._firings:
-            self._firings[label] = collect_firings(self.model, self.saes[label], self.tokens, progress=self.progress)
+            sae = self.saes[label]
+            check_plain_activations(sae)
+            self._firings[label] = collect_firings(
+                self.model, sae, self.hook.layer, self.tokens, progress=self.progress
+            )
         return self._firings[label]
 
     def atoms(self, numbers: ArrayLike, label: str | None = None) -> LowRank:

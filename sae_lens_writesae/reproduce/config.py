@@ -18,6 +18,34 @@ MATCHED = "FlatSAE-matched"
 
 
 @dataclass(frozen=True)
+class Dictionary:
+    """One SAE of a run."""
+
+    layer: int
+    head: int
+    target: Target
+    variant: str
+    """Of `VARIANTS`; "" is the WriteSAE itself."""
+    seed: int
+    loss: Loss = "mse"
+
+    @property
+    def cell(self) -> str:
+        return f"L{self.layer}H{self.head}"
+
+    @property
+    def label(self) -> str:
+        """Name within its head, and of its folder."""
+        loss = "" if self.loss == "mse" else self.loss
+        return "-".join([self.target, *filter(None, [loss, self.variant]), f"seed{self.seed}"])
+
+    @property
+    def key(self) -> str:
+        """Its folder in the run."""
+        return f"{self.cell}/{self.label}"
+
+
+@dataclass(frozen=True)
 class ReproduceConfig:
     """A run over `layers` x `heads` of one model; the defaults are the paper's sizes (Qwen3.5-0.8B)."""
 

@@ -16,8 +16,7 @@ from sae_lens.saes.sae import TrainStepInput
 from hookpoints import HookedRecurrent, WriteEdit
 from sae_lens_writesae.evaluations.substitution import Substitution
 from sae_lens_writesae.reproduce.config import ReproduceConfig
-from sae_lens_writesae.reproduce.run import is_done
-from sae_lens_writesae.reproduce.tasks import Task, dictionaries, make_tasks
+from sae_lens_writesae.reproduce.tasks import Task, dictionaries, is_done, make_tasks
 from sae_lens_writesae.sae.base import VARIANTS
 
 _OTHER_EVALUATIONS = 1.0

@@ -4,44 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_lens_writesae.evaluations import EVALUATIONS
 from sae_lens_writesae.experiment.evaluation import Scope
-from sae_lens_writesae.reproduce.config import ReproduceConfig
-from sae_lens_writesae.sae.losses import Loss
-from sae_lens_writesae.sae.target import Target
+from sae_lens_writesae.reproduce.config import Dictionary, ReproduceConfig
 
 if TYPE_CHECKING:
     from sae_lens_writesae.reproduce.workspace import Workspace
-
-
-@dataclass(frozen=True)
-class Dictionary:
-    """One SAE of a run."""
-
-    layer: int
-    head: int
-    target: Target
-    variant: str
-    """Of `VARIANTS`; "" is the WriteSAE itself."""
-    seed: int
-    loss: Loss = "mse"
-
-    @property
-    def cell(self) -> str:
-        return f"L{self.layer}H{self.head}"
-
-    @property
-    def label(self) -> str:
-        """Name within its head, and of its folder."""
-        loss = "" if self.loss == "mse" else self.loss
-        return "-".join([self.target, *filter(None, [loss, self.variant]), f"seed{self.seed}"])
-
-    @property
-    def key(self) -> str:
-        """Its folder in the run."""
-        return f"{self.cell}/{self.label}"
 
 
 @dataclass(frozen=True)
@@ -118,3 +89,8 @@ def _evaluations(name: str, saes: list[Dictionary], config: ReproduceConfig) -> 
 def _evaluation(name: str, key: str, saes: list[Dictionary]) -> Task:
     needs = tuple(f"{sae.key}/sae" for sae in saes)
     return Task(key, needs, lambda work: work.evaluate(name, key, saes))
+
+
+def is_done(folder: Path, task: Task) -> bool:
+    """Whether a step's folder is there. Steps rename it into place when they are finished."""
+    return (folder / task.key).exists()

@@ -26,8 +26,7 @@ from sae_lens_writesae.experiment.tokens import sample_sequences
 from sae_lens_writesae.files import atomic_text
 from sae_lens_writesae.page.atoms import AtomPages, write_atom_pages
 from sae_lens_writesae.page.report import find_results, write_report
-from sae_lens_writesae.reproduce.config import MATCHED, ReproduceConfig
-from sae_lens_writesae.reproduce.tasks import Dictionary
+from sae_lens_writesae.reproduce.config import MATCHED, Dictionary, ReproduceConfig
 from sae_lens_writesae.sae.base import VARIANTS
 from sae_lens_writesae.sae.kinds import matched_flat
 from sae_lens_writesae.sae.load import load_sae
