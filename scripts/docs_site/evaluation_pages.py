@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import inspect
 from functools import cache
-from typing import NamedTuple
 
 import griffe
 
@@ -25,14 +24,6 @@ LABELS = {
 """Folders of the SAEs in the examples."""
 
 
-class Text(NamedTuple):
-    """The hand-written part of a page."""
-
-    settings: dict[str, object]
-    """Settings of the example, which runs in a minute."""
-    markdown: str
-
-
 def pages() -> dict[str, str]:
     """Path -> Markdown of every evaluation's page, of their index and of the page of claims."""
     rows = [(f"[{kind}]({kind}.md)", each.question, each.scope.value) for kind, each in EVALUATIONS.items()]
@@ -48,37 +39,38 @@ def pages() -> dict[str, str]:
     }
 
 
-def read(kind: str) -> Text:
-    """The text of one evaluation; its first line may be `example: n_atoms=8, ...`."""
+def read(kind: str) -> tuple[dict[str, object], str]:
+    """Settings of the example, which runs in a minute (a first line `example: n_atoms=8, ...`), and the rest of the
+    hand-written text."""
     text = texts.read("evaluations", kind, ["Formula"])
     if not text.startswith("example: "):
-        return Text({}, text)
+        return {}, text
     line, _, body = text.partition("\n\n")
     call = ast.parse(f"f({line.removeprefix('example: ')})", mode="eval").body
     assert isinstance(call, ast.Call)
-    return Text({str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}, body)
+    return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}, body
 
 
 def page(evaluation: type[Evaluation]) -> str:
     """The page of one evaluation."""
-    text = read(evaluation.kind)
-    flags = "".join(f" --{key.replace('_', '-')} {_flag(value)}" for key, value in text.settings.items())
+    example_settings, text = read(evaluation.kind)
+    flags = "".join(f" --{key.replace('_', '-')} {_flag(value)}" for key, value in example_settings.items())
     answers = [(n, PAPER_CLAIMS[n].claim, PAPER_CLAIMS[n].cell, PAPER_CLAIMS[n].value) for n in evaluation.answers]
     claims = texts.table(("", "claim", "where", "the paper's value"), answers) if answers else "None of the paper's.\n"
     return texts.page(
         "evaluation",
         evaluation=evaluation,
         definition=texts.escape(inspect.cleandoc(vars(evaluation).get("__doc__") or _missing(evaluation.__name__))),
-        text=texts.run(text.markdown, f"evaluation {evaluation.kind}").markdown,
+        text=texts.run(text, f"evaluation {evaluation.kind}").markdown,
         claims=claims,
         command=f"writesae eval {evaluation.kind} {' '.join(LABELS[evaluation.scope])}{flags}",
-        example=example(evaluation, text),
+        example=example(evaluation, example_settings),
         settings=settings(evaluation),
         tables=tables(evaluation),
     )
 
 
-def example(evaluation: type[Evaluation], text: Text) -> str:
+def example(evaluation: type[Evaluation], given: dict[str, object]) -> str:
     """Python that runs one evaluation on SAEs in folders named as in `LABELS`."""
     labels = LABELS[evaluation.scope]
     saes = ", ".join(f'"{label}": load_sae("{label}")' for label in labels)
@@ -86,7 +78,7 @@ def example(evaluation: type[Evaluation], text: Text) -> str:
         "example",
         evaluation=evaluation,
         saes="{" + saes + "}" if evaluation.scope.compares else f'load_sae("{labels[0]}")',
-        settings=", ".join(f"{key}={value!r}" for key, value in text.settings.items()).replace("'", '"'),
+        settings=", ".join(f"{key}={value!r}" for key, value in given.items()).replace("'", '"'),
     )
 
 

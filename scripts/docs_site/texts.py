@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).parent / "texts"
+PAGES = Path(__file__).parent / "pages"
 BLOCK = re.compile(r"^```python\n(.*?)^```\n?", flags=re.MULTILINE | re.DOTALL)
 
 
@@ -43,8 +44,8 @@ def read(kind: str, name: str, headings: Sequence[str]) -> str:
 
 
 def page(name: str, **parts: object) -> str:
-    """A page of `texts/pages` with its parts filled in."""
-    return (FOLDER / "pages" / f"{name}.md").read_text(encoding="utf-8").format(**parts)
+    """A page of `pages/` with its parts filled in."""
+    return (PAGES / f"{name}.md").read_text(encoding="utf-8").format(**parts)
 
 
 def check_no_strays(kind: str, names: Iterable[str]) -> None:
