@@ -93,5 +93,5 @@ def escape(text: str) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table; what is in a cell is escaped, and an empty cell shows a dash."""
     cells = [[escape(" ".join(str(cell).split())).replace("|", "\\|") or "–" for cell in row] for row in rows]
-    lines = [head, ["---"] * len(head), *cells]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    first, *rest = (f"| {' | '.join(line)} |\n" for line in (head, *cells))
+    return "".join([first, "|" + "---|" * len(head) + "\n", *rest])
