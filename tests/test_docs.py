@@ -18,12 +18,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 
+import results_page  # noqa: E402
 from docs_site import error_pages, evaluation_pages, hook_pages, texts  # noqa: E402
 
 import hookpoints  # noqa: E402
 import sae_lens_writesae  # noqa: E402
 from hookpoints.hooks.table import HOOKS  # noqa: E402
-from sae_lens_writesae import EVALUATIONS, Evaluation, Substitution  # noqa: E402
+from sae_lens_writesae import EVALUATIONS, Evaluation, Result, Substitution  # noqa: E402
 
 WRITTEN = sorted(path for path in (ROOT / "docs").rglob("*.md") if "```python" in path.read_text())
 COMPARED = {"bilinear": {}, "flat": {"decoder": "flat"}}
@@ -157,6 +158,15 @@ def test_the_extra_for_the_site_is_what_ci_installs():
     plugins = {"mkdocs-gen-files", "mkdocs-literate-nav", "mkdocstrings[python]", "mkdocs-material"}
     assert plugins <= {re.split("[>=<]", name)[0] for name in extras["docs"]}
     assert os.access(ROOT / ".ci" / "docs", os.X_OK)
+
+
+def test_the_page_of_results_has_a_table_for_each_head():
+    info = {"model": "m", "layer": 2, "head": 1, "rule": "Mamba-2", "label": "write", "target": "write"}
+    results = [Result(Substitution(), info | {"head": head}, {}, skipped="too short") for head in (3, 1)]
+    page = results_page.page(results)
+    assert page.index("### Head L2H1") < page.index("### Head L2H3")
+    assert page.count("| write | – | **not tested** |") == 2 * len(Substitution.answers)
+    assert "2 not tested" in page and "too short" in page
 
 
 # -- slow: everything that is shown runs
