@@ -56,10 +56,7 @@ def _text(node: ast.expr) -> str:
     if isinstance(node, ast.JoinedStr):
         return "".join(map(_text, node.values))
     if isinstance(node, ast.FormattedValue):
-        value = node.value
-        return (
-            f"‹{value.attr if isinstance(value, ast.Attribute) else value.id if isinstance(value, ast.Name) else '…'}›"
-        )
+        return f"‹{getattr(node.value, 'attr', getattr(node.value, 'id', '…'))}›"
     if isinstance(node, ast.Call) and node.args:  # a message made by a function: its last argument is what differs
         return f"… {_text(node.args[-1])}"
     return ""
