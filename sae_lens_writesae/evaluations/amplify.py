@@ -188,7 +188,7 @@ class Amplify(Evaluation):
             finite &= new.finite.numpy()
             if condition.token is None:
                 fires = _fires(lab, prompts, new.tokens, list(atoms.values()))
-        lab.n_edited_runs += len(conditions) * len(prompts)
+        lab.count_edited_runs(len(conditions) * len(prompts))
         lab.require(
             finite.sum() >= 2,
             f"after {(~finite).sum()} of {len(finite)} prompts what the scaled atoms write feeds back and grows past "

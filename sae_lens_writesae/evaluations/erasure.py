@@ -321,7 +321,7 @@ class Erasure(Evaluation):
             mean_effect(result, "effect"),
             {shown: Against(mean_effect(result, "effect", name)) for name, shown in CONTROLS.items()},
             typical=float(np.median(np.abs(result.tables["firings"]["effect"].to_numpy(float)))),
-            floor=float(str(result.info["floor"])),
+            floor=result.fact("floor"),
             less=True,
             relevant=RELEVANT,
             what="the mean effect on sequences that the token was not chosen on",

@@ -305,7 +305,7 @@ class LogitChange(Evaluation):
             fits.r2_estimate(measured, rows[name], sequence, seed=self.seed),
             {"F2 shuffled between firings": Against(lead)},
             typical=float(measured.abs().median()),
-            floor=float(str(result.info["floor"])),
+            floor=result.fact("floor"),
             chance=BAR[name],
             relevant=RELEVANT[name],
             what=f"the unfitted R² of {name}",
@@ -354,7 +354,7 @@ class LogitChange(Evaluation):
     def _full(self, result: Result, rows: pd.DataFrame, verdict: Verdict) -> Verdict:
         """The verdict on F2, which must predict every horizon."""
         typical = rows["measured"].abs().groupby(rows["horizon"]).median()
-        seen = typical[typical > float(str(result.info["floor"]))].index.tolist()
+        seen = typical[typical > result.fact("floor")].index.tolist()
         horizons = {int(h): float(score(result, "F2", horizon=h, eps=self.smallest)["r2"]) for h in seen}
         worst = min(horizons, key=lambda h: horizons[h], default=None)
         if worst is None or verdict.outcome not in ("holds", "fails"):

@@ -231,7 +231,7 @@ class MultiAtom(Evaluation):
     def _log_ratio(self, result: Result, condition: str, reference: pd.DataFrame) -> Estimate:
         """Mean log KL ratio of a condition (all atoms, first scale) to `reference`, with its interval by sequence."""
         rows = rows_of(result, condition, self.scales[0], ALL)
-        paired = rows.join(reference[["kl"]], how="inner", rsuffix="_reference")
+        paired = rows.join(reference["kl"].rename("kl_reference"), how="inner")
         logs = np.log(np.maximum(paired[["kl", "kl_reference"]].to_numpy(), _SMALLEST_KL))
         return estimate(logs[:, 0] - logs[:, 1], paired["sequence"], seed=self.seed)
 

@@ -89,7 +89,6 @@ class Partition(Evaluation):
     kind: ClassVar[str] = "partition"
     question: ClassVar[str] = "Do atoms point along the writes they fire on, and are there two kinds?"
     answers: ClassVar[tuple[int, ...]] = (4, 6)
-    min_sequences: ClassVar[int] = 1
     at_least: ClassVar[dict[str, float]] = {
         "alive_tokens": 1,
         "min_firings": 1,

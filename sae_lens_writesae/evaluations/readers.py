@@ -219,7 +219,7 @@ class Readers(Evaluation):
                 if name != "excess" or several
             },
             typical=_median_change(table),
-            floor=float(str(result.info["floor"])),
+            floor=result.fact("floor"),
             relevant=RELEVANT,
             what="the log ratio of the readers' change to that under a random direction",
         )

@@ -220,7 +220,7 @@ class Sign(Evaluation):
         difference = toward["right"].to_numpy(float) - away["right"].to_numpy(float)
         gap = stats.estimate(difference, toward["sequence"], seed=self.seed)
         typical = float(np.median(np.abs(table.loc[table["direction"] == "direct", "measured"])))
-        floor = float(str(result.info["floor"]))
+        floor = result.fact("floor")
         verdict = judge(
             direct.over_clusters,
             {"writes toward another token": Against(gap, wrong.over_clusters)},

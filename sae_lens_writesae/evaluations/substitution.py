@@ -189,20 +189,17 @@ class Substitution(Evaluation):
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
         tables = []
         for choice in self.atom_choice:
-            draw = self.draw(lab, choice)
-            n = len(draw.table)
-            n_last = n if self.last_position_firings is None else self.last_position_firings
-            to_end = draw.table["firing"].to_numpy()[lab.rng(1).permutation(n) < n_last]
-            tables += [
-                self._measured(lab, exchange, to_end).assign(choice=choice) for exchange in self.exchanges(lab, draw)
-            ]
+            exchanges = self.exchanges(lab, self.draw(lab, choice))
+            tables += [self._measured(lab, exchange).assign(choice=choice) for exchange in exchanges]
         return {"firings": pd.concat(tables, ignore_index=True)}
 
     def draw(self, lab: Lab, choice: str) -> FiringDraw:
-        """The firings that are tested: the same for the same settings, whatever else is run."""
+        """The firings that are tested, the same for the same settings, whatever else is run. The column `to_end` says
+        which of them are followed to the end of their sequence."""
+        rng = np.random.default_rng(self.seed)
         draw = draw_firings(
             lab.firings(),
-            np.random.default_rng(self.seed),
+            rng,
             horizon=self.horizon,
             n_atoms=self.n_atoms,
             firings_per_atom=self.firings_per_atom,
@@ -218,7 +215,9 @@ class Substitution(Evaluation):
             "alive_tokens": draw.alive_tokens,
             "n_testable": draw.n_testable,
         }
-        return draw
+        n = len(draw.table)
+        n_last = n if self.last_position_firings is None else self.last_position_firings
+        return draw._replace(table=draw.table.assign(to_end=rng.permutation(n) < n_last))
 
     def exchanges(self, lab: Lab, draw: FiringDraw) -> Iterator[Exchange]:
         """The conditions of each sequence that has firings, one sequence at a time. Cost: one plain forward each."""
@@ -240,7 +239,7 @@ class Substitution(Evaluation):
             )
             yield Exchange(site, native, atom, conditions(native, atom, activation, controls, self.scales))
 
-    def _measured(self, lab: Lab, exchange: Exchange, to_end: np.ndarray) -> pd.DataFrame:
+    def _measured(self, lab: Lab, exchange: Exchange) -> pd.DataFrame:
         site, native = exchange.site, exchange.native
         described = site.rows.assign(
             cosine=exchange.atom.cosine(native).cpu().numpy(), write_norm=native.norm().cpu().numpy()
@@ -254,12 +253,11 @@ class Substitution(Evaluation):
             for row, position, edit, size in zip(rows, exchange.positions, edits, sizes):
                 named = row | {"condition": condition.name, "scale": condition.scale, "norm": size}
                 trials.append(Trial(named, position, edit))
-        long = set(to_end.tolist())
         parts = []
-        for is_long, window in ((False, self.horizon + 1), (True, None)):
-            of_kind = [trial for trial in trials if (trial.row["firing"] in long) == is_long]
+        for to_end, window in ((False, self.horizon + 1), (True, None)):
+            of_kind = [trial for trial in trials if trial.row["to_end"] == to_end]
             if of_kind:
-                parts.append(lab.read(site, of_kind, kl_metrics(self.horizon, is_long), window))
+                parts.append(lab.read(site, of_kind, kl_metrics(self.horizon, to_end), window))
         return pd.concat(parts, ignore_index=True)
 
     # -- judging

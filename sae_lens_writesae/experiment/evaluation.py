@@ -124,7 +124,7 @@ class Evaluation(ABC):
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
-    def from_dict(cls, settings: Mapping[str, Json]) -> Self:
+    def from_dict(cls, settings: Mapping[str, object]) -> Self:
         """The evaluation with settings from JSON; a refused value raises ValueError, an unknown name TypeError."""
         return cls(**cast(dict, settings))
 
@@ -162,7 +162,10 @@ class Evaluation(ABC):
             )
             self._check(lab)
             tables = self.measure(lab)
-        tables = {name: pd.DataFrame(tables[name], columns=list(self.columns[name])) for name in self.columns}
+        tables = {
+            name: pd.DataFrame(tables[name], columns=list(columns)).reset_index(drop=True)
+            for name, columns in self.columns.items()
+        }
         info = lab.describe(self._label(lab)) | {"seconds": round(time.perf_counter() - begin, 3)}
         result = Result(self, info, tables)
         result.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -144,8 +145,15 @@ class Lab:
         """Units that could not be measured, by reason."""
         self.facts: dict[str, Json] = {}
         """What a reader of the tables must know besides the settings."""
-        self.n_edited_runs = 0
+        self._counts: Counter[str] = Counter()
         self._firings: dict[str, Firings] = {}
+
+    def only(self, label: str) -> Lab:
+        """A view of this laboratory with one of its dictionaries. Firings, counts of runs, and what is left out are
+        shared; the facts are the view's own."""
+        view = copy.copy(self)
+        view.saes, view.hooks, view.facts = {label: self.saes[label]}, {label: self.hooks[label]}, {}
+        return view
 
     # -- the head and its dictionaries
 
@@ -261,7 +269,7 @@ class Lab:
                 array = np.asarray(values)
                 column = columns.setdefault(name, np.empty((len(trials), *array.shape[1:]), array.dtype))
                 column[batch] = array
-            self.n_edited_runs += len(batch)
+            self.count_edited_runs(len(batch))
         table = pd.DataFrame([trial.row for trial in trials])
         return table.assign(**{name: list(values) if values.ndim > 1 else values for name, values in columns.items()})
 
@@ -309,10 +317,19 @@ class Lab:
             trials = [Trial({}, t, self.replace(t, site.writes, t)) for t in positions]
             before = self.n_edited_runs
             values += np.abs(self.read(site, trials, readout, window, plain=plain)[column].to_numpy(float)).tolist()
-            self.n_edited_runs = before  # a reader counts conditions, not this
+            self._counts["edited runs"] = before  # a reader counts conditions, not this
         return float(np.quantile(values, quantile))
 
     # -- bookkeeping
+
+    @property
+    def n_edited_runs(self) -> int:
+        """Edited runs so far, without those that measured a floor."""
+        return self._counts["edited runs"]
+
+    def count_edited_runs(self, n: int) -> None:
+        """Count `n` edited runs that did not go through `read`, continuations say."""
+        self._counts["edited runs"] += n
 
     def bar(self, items: Sequence[T], name: str) -> Iterator[T]:
         """`items`, with a progress bar where it was asked for; TQDM_DISABLE=1 takes every bar away."""

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import pandas as pd
@@ -85,6 +85,10 @@ class Result:
         """Name of what was evaluated, for reports."""
         return str(self.info["label"])
 
+    def fact(self, name: str) -> float:
+        """A number of `info`; KeyError or ValueError where there is none."""
+        return float(cast(float, self.info[name]))
+
     def claims(self) -> list[Claim]:
         """Every claim that the evaluation answers, with its verdict."""
         if self.skipped is None:
@@ -111,7 +115,7 @@ class Result:
     @property
     def pace(self) -> str:
         """Time taken; where edits were run, how many runs and how fast."""
-        seconds, runs = float(str(self.info.get("seconds", 0))), int(str(self.info.get("n_edited_runs", 0)))
+        seconds, runs = self.fact("seconds"), int(self.fact("n_edited_runs"))
         speed = f", {runs:,} edited runs, {runs / seconds:.0f} a second" if seconds and runs else ""
         return f"{seconds:.0f} s{speed}"
 

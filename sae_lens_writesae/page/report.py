@@ -15,23 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 import pandas as pd
 import tyro
-from markdown_it import MarkdownIt
-from markupsafe import Markup
 
 from sae_lens_writesae.evaluations import EVALUATIONS, load_result
 from sae_lens_writesae.experiment.evaluation import Evaluation
 from sae_lens_writesae.experiment.result import Claim, Result
 from sae_lens_writesae.files import atomic_text, atomic_write
-from sae_lens_writesae.verdict.format import number
+from sae_lens_writesae.page.template import environment, outcome_text
 from sae_lens_writesae.verdict.paper import OTHER_MODELS, PAPER_CLAIMS, Outcome, PaperClaim
 
 _ROWS = 40
 """Rows of a table that the page shows; the files hold all of them."""
-
-_WORDS: dict[Outcome, str] = {"confounded": "confounded by a control"}
 
 
 class ReportFiles(NamedTuple):
@@ -148,11 +143,6 @@ def lead(rows: Sequence[Row]) -> str:
     return f"Of {len(rows)} answers to claims, {', '.join(itertools.starmap(phrase, counts.most_common()))}."
 
 
-def outcome_text(outcome: Outcome) -> str:
-    """An outcome as a reader sees it."""
-    return _WORDS.get(outcome, outcome)
-
-
 def unanswered(rows: Sequence[Row]) -> list[str]:
     """What the paper claims and nothing here answers, with what would."""
     answered = {row.claim.number for row in rows}
@@ -163,25 +153,6 @@ def unanswered(rows: Sequence[Row]) -> list[str]:
         for n, claim in PAPER_CLAIMS.items()
         if n not in answered and n in by
     ]
-
-
-def markdown(text: str) -> Markup:
-    """Markdown as HTML. HTML inside of the text is shown as text, so that nothing in a docstring or a label can put
-    markup into a page."""
-    return Markup(MarkdownIt("commonmark", {"html": False}).render(text))
-
-
-def environment() -> jinja2.Environment:
-    """Templates of this package, with every value escaped."""
-    made = jinja2.Environment(
-        loader=jinja2.PackageLoader("sae_lens_writesae", "page"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters |= {"cell": _cell, "outcome": outcome_text, "markdown": markdown}
-    return made
 
 
 class _Section(NamedTuple):
@@ -242,7 +213,7 @@ def _facts(results: Sequence[Result]) -> dict[str, str]:
         return ", ".join(dict.fromkeys(str(info[name]) for info in infos))
 
     heads = dict.fromkeys(f"L{info['layer']}H{info['head']}" for info in infos)
-    seconds = sum(float(str(info.get("seconds", 0))) for info in infos)
+    seconds = sum(result.fact("seconds") for result in results if result.skipped is None)
     return {
         "model": listed("model"),
         "update rule": listed("rule"),
@@ -252,10 +223,3 @@ def _facts(results: Sequence[Result]) -> dict[str, str]:
         "atoms": listed("d_sae"),
         "evaluations took": f"{seconds:.0f} s",
     }
-
-
-def _cell(value: object) -> str:
-    """A table's value for a person."""
-    if isinstance(value, float):
-        return number(value)
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import tyro
 
-from sae_lens_writesae.experiment.result import Json
 from sae_lens_writesae.sae.base import VARIANTS
 from sae_lens_writesae.sae.losses import Loss
 from sae_lens_writesae.sae.target import Target
@@ -94,7 +93,7 @@ class ReproduceConfig:
     """The model's dtype."""
     dashboards: int = 50
     """Atoms of the first dictionary of each head that get a page; 0: none."""
-    settings: Annotated[dict[str, dict[str, Json]], tyro.conf.Suppress] = field(default_factory=dict)
+    settings: Annotated[dict[str, dict[str, object]], tyro.conf.Suppress] = field(default_factory=dict)
     """Settings of an evaluation by its kind, where they should not be its defaults."""
 
     def __post_init__(self) -> None:
@@ -115,7 +114,7 @@ class ReproduceConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """Plain values for JSON, lists for tuples; `ReproduceConfig(**d)` gives it back."""
         return json.loads(json.dumps(asdict(self)))
 

@@ -24,7 +24,8 @@ from sae_lens_writesae.experiment.evaluation import Evaluation
 from sae_lens_writesae.experiment.result import Json
 from sae_lens_writesae.experiment.tokens import sample_sequences
 from sae_lens_writesae.files import atomic_text
-from sae_lens_writesae.page.atoms import AtomPages, write_atom_pages
+from sae_lens_writesae.page.atoms.collect import AtomPages
+from sae_lens_writesae.page.atoms.pages import write_atom_pages
 from sae_lens_writesae.page.report import find_results, write_report
 from sae_lens_writesae.reproduce.config import MATCHED, Dictionary, ReproduceConfig
 from sae_lens_writesae.sae.base import VARIANTS

@@ -26,7 +26,7 @@ from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
-from transformer_lens.hook_points import HookedRootModule
+from transformer_lens import HookedRootModule
 
 from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.sae.losses import Loss

@@ -255,9 +255,11 @@ def boxes(
         axes.set_xlim(left=lowest / 2)
     left, right = axes.get_xlim()
     if right / left < 1000:  # the powers of ten alone would leave the axis without numbers
-        step = next(s for s in (10, 2, 2**0.5, 1.2, 1.1) if s == 1.1 or right / left > s**2.5)
+        steps = (10, 5, 2, 2**0.5, 1.2, 1.1)
+        step = next((s for s in steps if math.log(right / left, s) >= 2), 1.1)
         powers = range(math.ceil(math.log(left, step)), math.floor(math.log(right, step)) + 1)
-        axes.set_xticks([step**i for i in powers], [number(step**i) for i in powers])
+        thin = max(1, math.ceil(len(powers) / 4))
+        axes.set_xticks([step**i for i in powers[::thin]], [number(step**i) for i in powers[::thin]])
         axes.minorticks_off()
     _grid(axes, "x")
     axes.set_xlabel(f"{label} (log scale)", loc="right")

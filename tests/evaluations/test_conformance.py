@@ -54,12 +54,13 @@ KINDS = sorted(EVALUATIONS)
 
 def small(kind: str, **more: object) -> Evaluation:
     names = {field.name for field in dataclasses.fields(EVALUATIONS[kind])}
-    settings = {name: value for name, value in SIZES.items() if name in names}
-    for name in list(settings):  # sizes mean different things: keep those that the evaluation accepts
+    settings: dict[str, object] = {}
+    for name in [name for name in SIZES if name in names]:  # sizes mean different things: those that are accepted
         try:
-            EVALUATIONS[kind](**{name: settings[name]})
+            EVALUATIONS[kind](**settings, **{name: SIZES[name]})
         except ValueError:
-            del settings[name]
+            continue
+        settings[name] = SIZES[name]
     return EVALUATIONS[kind](**settings | more)
 
 

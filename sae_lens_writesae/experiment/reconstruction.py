@@ -1,0 +1,115 @@
+"""How much of a head's matrices dictionaries give back: of the matrices themselves, and of what queries read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from sae_lens import SAE
+from torch import Tensor
+
+from hookpoints import Recurrence
+from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.sae.losses import read_queries
+
+NO_VARIANCE = "sequences on which the matrices of a dictionary, or all reads of them, do not vary"
+_ROUNDING = 1e-12
+"""A variance below this share of the mean square is what rounding leaves of equal matrices."""
+
+
+class HeadMatrices(NamedTuple):
+    """What one head writes or holds on one sequence."""
+
+    matrices: Tensor
+    """[T,K,V] writes, or states after each token."""
+    queries: Tensor
+    """[T,K] the query that reads the state after each token."""
+
+    @classmethod
+    def of(cls, recurrence: Recurrence, target: str) -> HeadMatrices:
+        """Of the recurrence of one head (H = 1) on one sequence. Memory: T K V numbers."""
+        matrices = matrices_of(recurrence, target)
+        return cls(matrices, read_queries(recurrence)[0, :, 0].to(matrices.dtype))
+
+
+class Fit(NamedTuple):
+    """One dictionary on one sequence: sums of squares over tokens."""
+
+    sae: str
+    target: str
+    error: float
+    read_error: float
+    read: float
+    l0: float
+
+
+def matrices_of(recurrence: Recurrence, target: str) -> Tensor:
+    """[T,K,V] writes, or states after each token, of the recurrence of one head (H = 1) on one sequence."""
+    return (recurrence.states() if target == "state" else recurrence.write())[0, :, 0]
+
+
+def encoded(sae: SAE, matrices: Tensor) -> Tensor:
+    """Activations [T,F] of matrices [T,K,V], in the dtype of the SAE."""
+    place = next(sae.parameters())
+    return sae.encode(matrices.flatten(1).to(place.device, place.dtype))
+
+
+def decoded(sae: SAE, activations: Tensor, like: Tensor) -> Tensor:
+    """Decoded activations [T,F] as matrices of the shape and dtype of `like` [T,K,V]."""
+    return sae.decode(activations).view(like.shape).to(like)
+
+
+def reconstruction(lab: Lab, sequences: Sequence[int]) -> pd.DataFrame:
+    """How well every dictionary of the laboratory reconstructs its own target, by sequence.
+
+    Returns: columns sae, sequence, and
+
+    * explained: 1 - sum_t |X_t - X^_t|^2 / sum_t |X_t - mean|^2, the mean over all tokens of `sequences`;
+    * reads: 1 - sum_t |(X_t - X^_t)^T q_t|^2 / sum_t |X_t^T q_t|^2, the share of what queries read;
+    * l0: active atoms per token.
+
+    Both shares are 1 for a perfect dictionary and have no lower bound. Sequences without variance, or without reads,
+    are left out and counted in `lab.skipped`. Cost: a forward per sequence up to the layer, and an encode and decode of
+    each matrix by each dictionary.
+    """
+    targets = dict.fromkeys(hook.target for hook in lab.hooks.values())
+    fits: dict[int, list[Fit]] = {}
+    sums: dict[tuple[str, int], Tensor] = {}
+    squares: dict[tuple[str, int], float] = {}
+    for i in lab.bar(list(sequences), "reconstruction"):
+        recurrence = lab.recurrence(i)
+        fits[i] = []
+        for target in targets:
+            x = HeadMatrices.of(recurrence, target)
+            flat = x.matrices.flatten(1).double()
+            sums[target, i], squares[target, i] = flat.sum(0), float(flat.square().sum())
+            labels = [label for label, hook in lab.hooks.items() if hook.target == target]
+            fits[i] += [_fit(label, target, lab.saes[label], x) for label in labels]
+    n_tokens = lab.tokens.shape[1]
+    rows: list[tuple[str, int, float, float, float]] = []
+    left_out: set[tuple[str, int]] = set()
+    for target in targets:
+        mean = torch.stack([sums[target, i] for i in fits]).sum(0) / (n_tokens * len(fits))
+        for i, of_sequence in fits.items():
+            square = squares[target, i]
+            variance = square - 2 * float(mean @ sums[target, i]) + n_tokens * float(mean @ mean)
+            for fit in (fit for fit in of_sequence if fit.target == target):
+                if variance <= _ROUNDING * square or fit.read == 0:
+                    left_out.add((target, i))
+                else:
+                    rows.append((fit.sae, i, 1 - fit.error / variance, 1 - fit.read_error / fit.read, fit.l0))
+    lab.skipped[NO_VARIANCE] += len(left_out)
+    return pd.DataFrame(rows, columns=["sae", "sequence", "explained", "reads", "l0"])
+
+
+def _fit(label: str, target: str, sae: SAE, x: HeadMatrices) -> Fit:
+    activations = encoded(sae, x.matrices)
+    error = x.matrices - decoded(sae, activations, x.matrices)
+
+    def read(m: Tensor) -> float:
+        return float(torch.einsum("tkv,tk->tv", m, x.queries).double().square().sum())
+
+    square = float(error.double().square().sum())
+    return Fit(label, target, square, read(error), read(x.matrices), float((activations > 0).sum(1).float().mean()))

@@ -1,0 +1,43 @@
+"""Templates of pages: every value escaped, Markdown without HTML, numbers and outcomes as a reader sees them."""
+
+from __future__ import annotations
+
+import jinja2
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+from sae_lens_writesae.verdict.format import number
+from sae_lens_writesae.verdict.paper import Outcome
+
+_WORDS: dict[Outcome, str] = {"confounded": "confounded by a control"}
+
+
+def markdown(text: str) -> Markup:
+    """Markdown as HTML. HTML inside of the text is shown as text, so that nothing in a docstring or a label can put
+    markup into a page."""
+    return Markup(MarkdownIt("commonmark", {"html": False}).render(text))
+
+
+def environment() -> jinja2.Environment:
+    """Templates of this package, with every value escaped."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("sae_lens_writesae", "page"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"cell": _cell, "outcome": outcome_text, "markdown": markdown}
+    return made
+
+
+def outcome_text(outcome: Outcome) -> str:
+    """An outcome as a reader sees it."""
+    return _WORDS.get(outcome, outcome)
+
+
+def _cell(value: object) -> str:
+    """A table's value for a person."""
+    if isinstance(value, float):
+        return number(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

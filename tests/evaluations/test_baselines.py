@@ -1,0 +1,286 @@
+"""Baselines: planted dictionaries, selectivity of known firings, runs on variants, fixed verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sae_lens import SAE
+from sae_lens.saes.sae import SAEMetadata
+from small_saes import HEAD, HOOK, LAYER, STATE, K, V, exact_sae, make_sae
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.evaluations import load_result
+from sae_lens_writesae.evaluations.baselines import Baselines, cost
+from sae_lens_writesae.experiment.approximations import Basis
+from sae_lens_writesae.experiment.firings import Firings
+from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.experiment.pca import fit_pca
+from sae_lens_writesae.experiment.result import Result
+from sae_lens_writesae.experiment.selectivity import selectivity
+from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
+
+SMALL = Baselines(test_sequences=4, pca_ranks=(1, 3), pca_writes=40, replacement_sequences=3, horizon=4, min_firings=2)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """[8,24] token ids."""
+    return torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(1))
+
+
+def flat_sae(d_sae: int, k: int) -> WriteTopKSAE:
+    fields: dict[str, Any] = {"d_in": K * V, "d_k": K, "d_sae": d_sae, "k": k, "encoder": "dense", "decoder": "flat"}
+    return WriteTopKSAE(WriteTopKSAEConfig(**fields, metadata=SAEMetadata(hook_name=HOOK, model_name="")))
+
+
+def flat_of(writes: Tensor) -> WriteTopKSAE:
+    """A flat dictionary whose atoms, and encoder atoms, are the directions of writes [F,K,V]."""
+    sae = flat_sae(len(writes), 1)
+    atoms = torch.nn.functional.normalize(writes.flatten(1), dim=1)
+    sae.decoder_matrix.data, sae.encoder_matrix.data = atoms.clone(), atoms.T.contiguous()
+    return sae
+
+
+# -- what is written
+
+
+def exchanged(model: HookedRecurrent, saes: Mapping[str, SAE], tokens: Tensor, **settings: Any) -> pd.DataFrame:
+    """The table `writes` of sequence 0, indexed by dictionary and condition."""
+    one = model.recurrence(tokens, LAYER).select(heads=HEAD)
+    rows = one.write()[:, :, 0].flatten(0, 1).flatten(1)
+    basis = Basis(fit_pca(rows, 48), LowRank.rank_one(one.k[0, :1, 0], one.u[0, :1, 0]), torch.zeros(K * V))
+    lab = Lab(model, saes, tokens)
+    return Baselines(horizon=4, **settings).exchanged(lab, lab.site(0), basis).set_index(["sae", "condition"])
+
+
+@pytest.mark.parametrize("scale", ["matched", "coefficient"])
+def test_a_planted_flat_dictionary_is_recovered_by_svd(model: HookedRecurrent, tokens: Tensor, scale: str) -> None:
+    sae = flat_of(model.recurrence(tokens[:1], LAYER).write(HEAD)[0, :, 0])
+    table = exchanged(model, {"flat": sae}, tokens, scale=scale, positions_per_sequence=6, pca_ranks=(48,)).sort_index()
+    delete = table.loc[("", "delete"), "kl"].to_numpy()
+    assert len(delete) == 6 and (delete > 1e-9).all()
+    for key in (("flat", "atom"), ("flat", "atom svd"), ("flat", "svd"), ("", "pca 48")):
+        assert table.loc[key, "cosine"].to_numpy() == pytest.approx(1, abs=1e-4)
+        assert table.loc[key, "norm"].to_numpy() == pytest.approx(1, abs=1e-3)
+        assert (table.loc[key, "kl"].to_numpy() < 1e-3 * delete).all()
+    assert table.loc[("", "native"), "kl"].max() < 1e-9
+    for control in ("random", "mean", "state", "state_after"):
+        rows = table.loc[("", control)]
+        size = 1 if scale == "matched" else rows["cosine"].to_numpy()  # a projection has the cosine as its norm
+        assert rows["norm"].to_numpy() == pytest.approx(size, abs=1e-4) and rows["cosine"].abs().max() < 0.999
+
+
+def test_nothing_is_written_where_no_atom_fires(model: HookedRecurrent, tokens: Tensor) -> None:
+    silent = make_sae(model)
+    silent.b_enc.data -= 1e6
+    table = exchanged(model, {"silent": silent}, tokens).sort_index()
+    atom, delete = table.loc[("silent", "atom")], table.loc[("", "delete")]
+    assert (atom["norm"] == 0).all() and atom["kl"].to_numpy() == pytest.approx(delete["kl"].to_numpy(), rel=1e-3)
+
+
+def test_atoms_of_a_dictionary_of_states_are_those_of_the_state(model: HookedRecurrent, tokens: Tensor) -> None:
+    sae = make_sae(model, hook=STATE)
+    row = exchanged(model, {"s": sae}, tokens).sort_index().loc[("s", "atom")].iloc[0]
+    one = model.recurrence(tokens[:1], LAYER).select(heads=HEAD)
+    activations = sae.encode(one.states()[0, int(row["position"]), 0].flatten())
+    strongest = int((activations * sae.decoder_norm()).argmax())
+    write = one.write()[0, int(row["position"]), 0].flatten()
+    assert row["cosine"] == pytest.approx(torch.cosine_similarity(sae.W_dec[strongest], write, dim=0).item(), abs=1e-5)
+
+
+def test_an_atom_of_one_token_is_selective_and_one_of_all_tokens_is_not() -> None:
+    ids = torch.tensor([[7, 1, 2, 7], [3, 7, 4, 7]])
+    places = {0: [0, 3, 5, 7], 1: list(range(8)), 2: [1]}
+    atom = np.concatenate([np.full(len(at), i) for i, at in places.items()])
+    at = np.concatenate([np.array(at) for at in places.values()])
+    order = np.argsort(at, kind="stable")
+    at, atom = at[order], atom[order]
+    firings = Firings(at // 4, at % 4, atom, np.ones(len(at), np.float32), 2, 4, 3)
+    table = selectivity(firings, ids, 2, np.random.default_rng([0, 8])).set_index("atom")
+    assert table.index.tolist() == [0, 1]  # the third fires once
+    assert table.loc[0, ["firings", "token", "share"]].tolist() == [4, 7, 1.0] and table.loc[0, "chance"] < 1
+    assert table.loc[1, "share"] == table.loc[1, "chance"] == 0.5
+
+
+# -- all of it
+
+
+def test_run_on_variants(model: HookedRecurrent, tokens: Tensor, tmp_path: Path) -> None:
+    saes = {"ours": make_sae(model), "two": make_sae(model, rank=2), "flat": flat_sae(30, 3), "exact": exact_sae()}
+    result = SMALL.run(model, saes, tokens, progress=False)
+    table = result.tables["dictionaries"].set_index("sae")
+    assert table["variant"].tolist() == ["WriteSAE", "WriteSAE-rank2", "FlatSAE", "FlatSAE"]
+    assert table.loc["exact", "explained"] == pytest.approx(1, abs=1e-5)
+    assert (table["alive"] + table["dead"] == table["d_sae"]).all()
+    assert table.loc["ours", "parameters"] == 30 * (2 * (K + V) + 1) + K * V
+    conditions = result.tables["writes"].groupby("sae", sort=False)["condition"].unique()
+    assert conditions["ours"].tolist() == ["atom", "svd"] and conditions["two"].tolist() == ["atom", "atom svd", "svd"]
+    for name, frame in result.tables.items():
+        assert len(frame) and not frame.isna().to_numpy().any(), name
+    assert cost(result, ("itself", "")).mean == 0
+    assert cost(result, ("dictionary", "exact")).mean == pytest.approx(0, abs=1e-5)
+    assert [claim.number for claim in result.claims()] == [15, 15, None, 16, 17, None, None]
+    assert "not tested" not in {claim.outcome for claim in result.claims() if claim.number}
+    loaded = load_result(result.save(tmp_path / "baselines"))
+    assert loaded.claims() == result.claims() and loaded.notes() == result.notes()
+    assert loaded.figures() == result.figures() and len(result.figures()) == 4
+    again = SMALL.run(model, saes, tokens, progress=False)
+    pd.testing.assert_frame_equal(again.tables["writes"], result.tables["writes"])
+
+
+def test_errors_name_the_fault(model: HookedRecurrent, tokens: Tensor) -> None:
+    a = make_sae(model)
+    for saes, text, words in (
+        ({"a": a}, tokens, "at least two"),
+        ({"a": a, "s": make_sae(model, hook=STATE)}, tokens, r"a: .*write_vec; s: .*state_vec"),
+        ({"a": a, "b": exact_sae(k=5, v=4)}, tokens, "20"),
+        ({"a": a, "b": a}, tokens[:, :10], "19"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Baselines().run(model, saes, text, progress=False)
+    with pytest.raises(NothingToMeasureError, match="found 3"):
+        SMALL.run(model, {"a": a, "b": a}, tokens[:3], progress=False)
+    with pytest.raises(ValueError, match="pca_ranks"):
+        Baselines(pca_ranks=(2, 1))
+    with pytest.raises(ValueError, match="own"):
+        Baselines(scale="own")  # type: ignore[arg-type]
+
+
+# -- verdicts
+
+
+SAES = {"ours": "WriteSAE", "two": "WriteSAE-rank2", "flat": "FlatSAE", "small": "FlatSAE", "dense": "MatrixSAE"}
+
+
+def made_up(
+    kl: dict[tuple[str, str], float] | None = None,
+    nats: dict[tuple[str, str, str], float] | None = None,
+    dead: dict[str, int] | None = None,
+    share: dict[str, float] | None = None,
+    drop: tuple[str, ...] = (),
+    target: str = "write",
+    n_sequences: int = 20,
+) -> Result:
+    """KLs by (sae, condition), costs by (hook, sae, method), dead atoms and selectivity by dictionary, with noise."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "sae": label,
+            "variant": name,
+            "d_sae": 20 if label == "small" else 400,
+            "parameters": 1000 if label in ("ours", "small") else 9000,
+            "explained": 0.5,
+            "l0": 3.0,
+            "dead": (dead or {}).get(label, 5),
+        }
+        for label, name in SAES.items()
+        if label not in drop
+    ]
+    dictionaries = pd.DataFrame(rows).assign(alive=lambda t: t["d_sae"] - t["dead"])
+    base = {("", "native"): 1e-13, ("", "delete"): 1.0, ("ours", "atom"): 0.2, ("ours", "svd"): 0.2}
+    base |= dict.fromkeys([("flat", "svd"), ("flat", "atom svd"), ("small", "svd")], 3.0)
+    base |= {("", name): 3.0 for name in ("random", "mean", "state", "pca 1", "pca 4")} | {("", "state_after"): 0.01}
+    writes = [
+        {"sequence": s, "position": p, "sae": sae, "condition": c, "kl": k * np.exp(0.5 * rng.normal())}
+        for (sae, c), k in (base | (kl or {})).items()
+        for s in range(n_sequences)
+        for p in (3, 9)
+    ]
+    costs = {(target, "", "itself"): 0.0, (target, "ours", "dictionary"): 0.01, (target, "two", "dictionary"): 0.01}
+    costs |= {(target, "", "mean"): 0.1, (target, "", "zero"): 0.2, ("state", "", "rank 1"): 1e-4} | (nats or {})
+    replacement = [
+        {"sequence": s, "sae": sae, "hook": h, "method": m, "nats": x * rng.uniform(0.95, 1.05), "native_nats": 3.0}
+        for (h, sae, m), x in costs.items()
+        for s in range(n_sequences)
+    ]
+    selective = [
+        {"sae": label, "atom": i, "firings": 9, "token": 1, "share": x + 0.05 * rng.normal(), "chance": 0.1}
+        for label, x in ({"ours": 0.6, "flat": 0.3} | (share or {})).items()
+        for i in range(50)
+    ]
+    tables = {
+        "dictionaries": dictionaries,
+        "writes": pd.DataFrame(writes).assign(cosine=0.1, norm=1.0),
+        "replacement": pd.DataFrame(replacement),
+        "selectivity": pd.DataFrame(selective),
+    }
+    return Result(
+        Baselines(pca_ranks=(1, 4), scale="matched"), {"target": target, "label": "made up", "n_positions": 64}, tables
+    )
+
+
+NOTHING: dict[tuple[str, str], float] = {("", "delete"): 1e-13, ("ours", "atom"): 1e-14, ("ours", "svd"): 1e-14}
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcomes"),
+    [
+        ({}, {0: "holds", 1: "holds", 2: "holds", 3: "holds", 4: "fails", 5: "holds", 6: "holds"}),
+        ({"kl": {("flat", "atom svd"): 0.01}}, {0: "fails", 1: "holds", 2: "holds"}),
+        ({"kl": {("flat", "svd"): 0.2}}, {0: "holds", 1: "fails", 2: "holds"}),  # neither is ahead
+        ({"kl": {("ours", "atom"): 9.0, ("ours", "svd"): 9.0}}, {0: "fails", 1: "fails", 2: "fails"}),
+        ({"kl": {("", "state"): 0.01}}, {0: "confounded", 1: "confounded", 2: "confounded"}),
+        ({"kl": {("", "pca 4"): 0.01}}, {0: "holds", 1: "confounded", 2: "confounded"}),
+        ({"kl": NOTHING}, {0: "below the floor", 1: "below the floor", 2: "below the floor"}),
+        ({"drop": ("flat",)}, {0: "not tested", 1: "not tested", 2: "holds", 4: "not tested"}),
+        ({"drop": ("small", "two")}, {0: "holds", 2: "not tested", 3: "not tested"}),
+        ({"drop": ("ours",)}, {0: "not tested", 3: "not tested", 4: "not tested", 6: "not tested"}),
+        ({"nats": {("write", "two", "dictionary"): 0.05}}, {3: "fails"}),
+        ({"nats": {("write", "two", "dictionary"): 0.0105}}, {3: "holds"}),  # 0.05 % more does not matter
+        ({"nats": {("write", "", "mean"): 0.005}}, {3: "confounded"}),
+        ({"nats": {("write", "", "zero"): 1e-9, ("write", "", "itself"): 1e-8}}, {3: "below the floor"}),
+        ({"n_sequences": 4}, {0: "inconclusive", 3: "inconclusive", 5: "inconclusive"}),
+        ({"dead": {"flat": 300, "dense": 200}}, {4: "holds"}),
+        ({"dead": {"flat": 300}}, {4: "confounded"}),  # so does the dense encoder
+        ({"dead": {"flat": 300}, "drop": ("dense",)}, {4: "holds"}),
+        ({"nats": {("state", "", "rank 1"): 0.002}}, {5: "fails"}),
+        (
+            {"target": "state", "nats": {("state", "", "zero"): 1e-9, ("state", "", "itself"): 1e-8}},
+            {5: "below the floor"},
+        ),
+        ({"share": {"ours": 0.1}}, {6: "fails"}),
+        ({"share": {"flat": 0.7}}, {6: "confounded"}),
+    ],
+)
+def test_verdicts_follow_the_rules(changes: dict[str, Any], outcomes: dict[int, str]) -> None:
+    claims = made_up(**changes).claims()
+    assert {i: claims[i].outcome for i in outcomes} == outcomes
+    assert all(claim.n > 0 for claim in claims if claim.outcome != "not tested")
+
+
+def test_atoms_of_rank_four_are_held_against_rank_one_by_the_same_rule() -> None:
+    plain = made_up()
+    for dearer, outcome in ((0.0, "holds"), (0.05, "fails")):
+        more = {
+            name: plain.tables[name].query("sae == 'two'").assign(sae="four")
+            for name in ("dictionaries", "replacement")
+        }
+        more["dictionaries"]["variant"] = "WriteSAE-rank4"
+        more["replacement"]["nats"] += dearer
+        tables = {name: pd.concat([table, more.get(name)]) for name, table in plain.tables.items()}
+        claims = Result(plain.evaluation, plain.info, tables).claims()
+        (claim,) = [claim for claim in claims if "rank-4" in claim.claim]
+        assert (claim.number, claim.outcome) == (None, outcome) and "at rank 4" in claim.measured
+        assert len(claims) == len(plain.claims()) + 1
+
+
+def test_points_and_costs_are_said_with_their_sign() -> None:
+    claims = made_up({("flat", "svd"): 3.0}, {("write", "two", "dictionary"): 0.01}).claims()
+    assert claims[0].measured.startswith("+") and "points" in claims[0].measured
+    assert "state before the write" in claims[0].controls and "1 principal component" in claims[0].controls
+    assert "perplexity +1" in claims[3].measured and "mean matrix +1" in claims[3].controls

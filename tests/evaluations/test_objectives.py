@@ -1,0 +1,185 @@
+"""Objectives: a dictionary that loses nothing, agreement with the substitution test, fixed verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small_saes import HOOK, STATE, exact_sae, make_sae, planted
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.evaluations import load_result
+from sae_lens_writesae.evaluations.objectives import TESTED_SCALES, Objectives, firings_of, standings
+from sae_lens_writesae.evaluations.substitution import wide_firings
+from sae_lens_writesae.experiment.readout import KL_METRICS
+from sae_lens_writesae.experiment.result import Result
+from sae_lens_writesae.sae.kinds import Objective
+
+SMALL = Objectives(sequences=4, n_atoms=6, firings_per_atom=2, min_firings=1, horizon=4)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """[6,24] token ids."""
+    return torch.randint(1, 64, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_exact_dictionary_wins_reconstruction(model: HookedRecurrent, tokens: Tensor, tmp_path: Path) -> None:
+    saes = {"exact": exact_sae(), "random": make_sae(model), "states": make_sae(model, hook=STATE)}
+    result = SMALL.run(model, saes, tokens, progress=False)
+    assert result.tables["dictionaries"]["target"].tolist() == ["write", "write", "state"]
+    assert result.info["target"] == "write, state"
+    where = standings(result)
+    assert where["explained/write"] == ("exact", []) and where["reads/write"] == ("exact", [])
+    assert "explained/state" not in where  # nothing to compare it with
+    contrasts = result.tables["contrasts"].set_index(["measure", "a", "b"])
+    assert ("explained", "exact", "states") not in contrasts.index
+    assert contrasts.loc[("explained", "exact", "random"), "low"] > 0
+    for measure, a, b in contrasts.index:
+        there, back = (contrasts.loc[(measure, *pair), "difference"] for pair in ((a, b), (b, a)))
+        assert there == pytest.approx(-back)
+    for table in result.tables.values():
+        assert not table.isna().to_numpy().any()
+    loaded = load_result(result.save(tmp_path / "objectives"))
+    assert loaded.claims() == result.claims() and loaded.notes() == result.notes()
+    assert loaded.figures() == result.figures() and len(result.figures()) == 2
+
+
+def test_alive_and_wins_are_those_of_the_substitution_test(model: HookedRecurrent, tokens: Tensor) -> None:
+    saes = {"a": planted(model, tokens), "b": make_sae(model)}
+    result = SMALL.run(model, saes, tokens, progress=False)
+    measures = result.tables["measures"].set_index(["sae", "measure"])["value"]
+    n_edited_runs = 0
+    for label, sae in saes.items():
+        test = SMALL.substitution().run(model, sae, tokens, progress=False)
+        wide = wide_firings(test)
+        assert measures[label, "alive"] == pytest.approx(int(str(test.info["n_alive"])) / sae.cfg.d_sae)
+        for scale in TESTED_SCALES:
+            assert measures[label, scale] == (wide[f"atom/{scale}"] < wide["delete"]).mean()
+        assert measures[label, "state"] == (wide["state/coefficient"] < wide["delete"]).mean()
+        n_edited_runs += int(str(test.info["n_edited_runs"]))
+    assert result.info["n_edited_runs"] == n_edited_runs
+
+
+def test_errors_name_the_fault(model: HookedRecurrent, tokens: Tensor) -> None:
+    a, other = make_sae(model), make_sae(model, hook=HOOK.replace("heads.2", "heads.0"))
+    for saes, words in (
+        ({"a": a}, "at least two"),
+        ({"a": a, "other": other}, "other: .*heads.0"),
+        ({"a": a, "b": exact_sae(k=5, v=4)}, "20"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            SMALL.run(model, saes, tokens, progress=False)
+    dead = make_sae(model)
+    dead.b_enc.data -= 1e6
+    with pytest.raises(NothingToMeasureError, match=r"^dead: "):
+        SMALL.run(model, {"a": a, "dead": dead}, tokens, progress=False)
+    with pytest.raises(NothingToMeasureError, match="only one atom"):
+        SMALL.run(model, {"a": a, "b": a}, tokens[:1, :1].expand(3, 24), progress=False)
+    with pytest.raises(ValueError, match="least_squares"):
+        Objectives(scale="least_squares")
+    with pytest.raises(ValueError, match="sequences"):
+        Objectives(sequences=1)
+
+
+# -- verdicts
+
+
+HOLDS = {"delete": 1.0, "atom": 0.3, "state": 0.9}
+FAILS = {"delete": 1.0, "atom": 1.4}
+BARELY = {"delete": 1.0, "atom": 1.05}  # no better than deletion
+WORSE = {"delete": 1.0, "atom": 4.0}
+CONFOUNDED = {"delete": 1.0, "atom": 0.4, "state": 0.1}
+NO_EFFECT = {"delete": 1e-13, "atom": 1e-14, "random": 1e-13}
+"""Median KL (nats) by condition; what is not named gets 2."""
+
+
+def made_up_firings(medians: Mapping[str, float], seed: int, n_sequences: int) -> pd.DataFrame:
+    """The table `firings` of a substitution test: log-normal KLs, with an effect of the firing and of its sequence that
+    all conditions share; the no-op moves 1e-11 nats at most."""
+    rng, n = np.random.default_rng(seed), 8 * n_sequences
+    sequence = np.repeat(np.arange(n_sequences), 8)
+    shared = rng.normal(0, 0.5, n_sequences)[sequence] + rng.normal(0, 0.7, n)
+    units = {"choice": "dominant", "firing": np.arange(n), "sequence": sequence, "position": rng.integers(1, 100, n)}
+    units |= {"atom": rng.integers(0, 20, n), "activation": 1.0, "write_norm": 1.0}
+    units |= {"cosine": np.clip(rng.normal(0.45, 0.2, n), -1, 1)}
+    firings = pd.DataFrame(units).assign(written_atom=lambda table: table["atom"])
+    named = [("native", "none"), ("delete", "none")]
+    named += [(name, scale) for scale in TESTED_SCALES for name in ("atom", "random", "state")]
+    parts = []
+    for name, scale in named:
+        kl = medians.get(name, 2.0) * np.exp(shared + rng.normal(0, 0.4, n))
+        kl = 1e-11 * rng.random(n) if name == "native" else kl
+        parts.append(firings.assign(condition=name, scale=scale, norm=1.0, **dict.fromkeys(KL_METRICS, kl)))
+    return pd.concat(parts, ignore_index=True)
+
+
+def made_up(
+    own: Mapping[str, float], base: Mapping[str, float] = FAILS, target: str = "state", n_sequences: int = 30
+) -> Result:
+    """A dictionary of writes with effects `own` beside one of `target` with `base`."""
+    evaluation = Objectives()
+    targets = {"new": Objective("write", "mse"), "old": Objective(target, "mse")}
+    fits = pd.DataFrame({"sequence": range(3), "explained": 0.5, "reads": 0.5})
+    rows, units, firings = [], {}, []
+    for seed, (label, medians) in enumerate({"new": own, "old": base}.items()):
+        test = evaluation.test(made_up_firings(medians, seed, n_sequences), 300)
+        rows.append({"sae": label, **targets[label]._asdict(), "d_sae": 512, "l0": 3.0} | evaluation.test_row(test))
+        units[label] = evaluation.units(test, fits, 512)
+        firings.append(firings_of(test, label))
+    tables = {
+        "dictionaries": pd.DataFrame(rows),
+        "measures": evaluation.measures(units),
+        "contrasts": evaluation.contrasts(units, targets),
+        "firings": pd.concat(firings, ignore_index=True),
+    }
+    result = Result(evaluation, {"label": "made up"}, tables)
+    result.check()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("own", "base", "outcome"),
+    [
+        (HOLDS, FAILS, "holds"),
+        (FAILS, HOLDS, "fails"),
+        (HOLDS, HOLDS, "fails"),  # neither is ahead
+        (BARELY, WORSE, "fails"),  # ahead, but no better than deletion
+        (CONFOUNDED, FAILS, "confounded"),
+        (NO_EFFECT, FAILS, "below the floor"),
+        (HOLDS, NO_EFFECT, "below the floor"),
+    ],
+)
+def test_verdicts_follow_the_rules(own: Mapping[str, float], base: Mapping[str, float], outcome: str) -> None:
+    claim = made_up(own, base).claims()[0]
+    assert claim.outcome == outcome, claim
+    assert "states by mse" in claim.claim and claim.n == 480 and claim.unit == "firings of 40 atoms"
+
+
+def test_few_firings_are_inconclusive() -> None:
+    result = made_up(HOLDS, FAILS, n_sequences=1)
+    assert [claim.outcome for claim in result.claims()] == ["inconclusive", "inconclusive"]
+
+
+def test_without_states_there_is_nothing_to_beat() -> None:
+    claims = made_up(HOLDS, FAILS, target="last_state").claims()
+    assert claims[0].outcome == "not tested" and "states by mse" in claims[0].sentence
+
+
+def test_what_wins_where_is_said() -> None:
+    best = made_up(HOLDS, FAILS).claims()[-1]
+    assert best.outcome == "holds" and "substitution at its own coefficient: new" in best.measured
+    tied = made_up(HOLDS, HOLDS).claims()[-1]
+    assert tied.outcome == "fails" and "does not beat" in tied.sentence

@@ -1,0 +1,70 @@
+"""Whole-matrix replacement: by itself, by exact dictionaries, by zero, and states of low rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import pandas as pd
+import pytest
+import torch
+from sae_lens import SAE
+from small_saes import HEAD, HOOK, LAYER, STATE, K, V, exact_sae, make_sae
+from torch import Tensor
+
+from hookpoints import HookedRecurrent, WriteEdit
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.experiment.approximations import Basis
+from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.experiment.pca import fit_pca
+from sae_lens_writesae.experiment.replacement import UpperModel, replacement_costs
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """[8,24] token ids."""
+    return torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(1))
+
+
+def costs(
+    model: HookedRecurrent, saes: Mapping[str, SAE], tokens: Tensor, state_ranks: tuple[int, ...]
+) -> pd.DataFrame:
+    nothing = LowRank(torch.zeros(1, 1, K), torch.zeros(1, 1, V))
+    basis = Basis(fit_pca(torch.randn(9, K * V), 2), nothing, torch.zeros(K * V))
+    return replacement_costs(Lab(model, saes, tokens), 0, basis, (2,), state_ranks)
+
+
+@pytest.mark.parametrize("hook", [HOOK, STATE])
+def test_replacing_all_by_itself_changes_nothing(model: HookedRecurrent, tokens: Tensor, hook: str) -> None:
+    saes = {"exact": exact_sae(hook), "other": make_sae(model, hook=hook)}
+    table = costs(model, saes, tokens[:1], (1, 2, V))
+    kind = "state" if hook == STATE else "write"
+    nats = table[table["hook"] == kind].set_index(["sae", "method"])["nats"]
+    assert nats["", "itself"] == 0
+    assert nats["exact", "dictionary"] == pytest.approx(0, abs=1e-6)
+    assert abs(nats["other", "dictionary"]) > 1e-6
+    assert nats["", "mean"] == nats["", "zero"]  # the mean that was given is zero
+    ranks = table.loc[(table["hook"] == "state") & table["method"].str.startswith("rank"), "method"]
+    assert ranks.tolist() == ["rank 1", "rank 2"]  # V is the full rank
+    assert (("", "pca 2") in nats.index) == (kind == "write")
+
+
+def test_zero_writes_are_the_writes_deleted(model: HookedRecurrent, tokens: Tensor) -> None:
+    zero = costs(model, {"a": exact_sae()}, tokens[:1], (1,)).set_index("method").loc["zero"]
+    session = model.edit_session(tokens[:1])
+    logits = session.run([[WriteEdit(LAYER, HEAD, t, mode="delete") for t in range(tokens.shape[1])]]).logits
+    nats = torch.nn.functional.cross_entropy(logits[0, :-1].double(), tokens[0, 1:])
+    assert zero["nats"] + zero["native_nats"] == pytest.approx(float(nats), abs=1e-6)
+    upper = UpperModel.of(Lab(model, {"a": exact_sae()}, tokens[:1]), 0)
+    assert zero["native_nats"] == pytest.approx(upper.nats()) and abs(zero["nats"]) > 1e-5
+
+
+def test_states_of_rank_two_are_cut_to_it_without_loss(model: HookedRecurrent, tokens: Tensor) -> None:
+    """Two tokens write states of rank 2 at most."""
+    table = costs(model, {"a": exact_sae(STATE)}, tokens[:1, :2], (1, 2)).set_index("method")
+    assert table.loc["rank 2", "nats"] == pytest.approx(0, abs=1e-6)

@@ -1,0 +1,64 @@
+"""Which dictionaries a comparison takes, and that evaluations of many dictionaries are saved one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_saes import HOOK, STATE, make_sae
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.evaluations import load_result
+from sae_lens_writesae.evaluations.objectives import Objectives
+from sae_lens_writesae.evaluations.seeds import Seeds
+from sae_lens_writesae.experiment.evaluation import Scope
+from sae_lens_writesae.experiment.suite import comparable, evaluate_all, groups
+
+OTHER_HEAD = "heads.0"
+
+
+def test_a_comparison_takes_only_what_differs_in_nothing_else(model: HookedRecurrent) -> None:
+    a, same, wide = make_sae(model), make_sae(model), make_sae(model, d_sae=40)
+    states, flat = make_sae(model, hook=STATE), make_sae(model, "flat")
+
+    def fitting(*saes: object) -> list[str]:
+        scopes = (Scope.SEEDS, Scope.TARGETS, Scope.VARIANTS)
+        return [scope.name for scope in scopes if comparable(scope, list(saes))]  # type: ignore[arg-type]
+
+    assert fitting(a, same) == ["SEEDS"]
+    assert fitting(a, states) == ["TARGETS"]
+    assert fitting(a, flat) == fitting(a, wide) == ["VARIANTS"]
+    assert fitting(states, flat) == fitting(a) == []
+
+
+def test_dictionaries_are_grouped_by_head(model: HookedRecurrent) -> None:
+    hooks = {"a": HOOK, "b": STATE, "c": HOOK, "d": STATE}
+    saes = {
+        label: make_sae(model, hook=hook if label in "ab" else hook.replace("heads.2", OTHER_HEAD))
+        for label, hook in hooks.items()
+    }
+
+    def labels(scope: Scope, single: bool = False) -> dict[str, list[str]]:
+        return {cell: list(group) for cell, group in groups(scope, saes, single=single)}
+
+    assert labels(Scope.TARGETS) == {"L1H2": ["a", "b"], "L1H0": ["c", "d"]}
+    assert labels(Scope.SEEDS) == {}
+    assert labels(Scope.HEAD) == {"L1H2": ["a"], "L1H0": ["c"]}
+    assert labels(Scope.EACH) == {label: [label] for label in saes}
+    assert list(labels(Scope.TARGETS, single=True).values()) == [list(saes)]
+
+
+def test_comparisons_of_many_are_saved_and_read_back(model: HookedRecurrent, tmp_path: Path) -> None:
+    tokens = torch.randint(1, 64, (4, 24), generator=torch.Generator().manual_seed(1))
+    saes = {"write": make_sae(model), "state": make_sae(model, hook=STATE)}
+    small = Objectives(sequences=2, n_atoms=3, firings_per_atom=1, min_firings=1, controls=("random",), horizon=2)
+    said: list[str] = []
+    results = evaluate_all(
+        [Seeds(), small], model, saes, tokens, tmp_path, progress=False, say=lambda line: said.append(str(line))
+    )
+    assert [result.kind for result in results] == ["objectives"] and len(said) == 1
+    loaded = load_result(tmp_path / "objectives" / "L1H2")
+    assert loaded.tables["dictionaries"]["sae"].tolist() == ["write", "state"]
+    with pytest.raises(ValueError, match="two"):
+        evaluate_all([small], model, {"write": saes["write"]}, tokens, tmp_path, progress=False)

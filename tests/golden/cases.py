@@ -1,0 +1,421 @@
+"""The golden cases as data: which evaluation, with which settings, on which model, with which dictionaries.
+
+Every case is small on purpose: all of them together run in well under a minute on one thread.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+Recipe = dict[str, object]
+"""A dictionary, as the arguments of `golden.dictionaries.make_dictionary`."""
+
+
+class Case(NamedTuple):
+    """One run of one evaluation, whose tables are kept."""
+
+    name: str
+    kind: str
+    model: str
+    settings: dict[str, object]
+    dictionaries: dict[str, Recipe]
+    """Label -> recipe. An evaluation that takes one dictionary gets the only one."""
+    shape: tuple[int, int] = (8, 48)
+    """N sequences of T tokens, the first ones of the held-out text."""
+
+
+HEADS: dict[str, tuple[int, int]] = {"embedded": (2, 2), "embedded-mamba2": (5, 0), "embedded-rwkv7": (2, 0)}
+"""Layer and head of every model. Writes there last (half-lives of 5, 11 and 32 tokens), later layers can read them, and
+deleting one moves the logits far more than float32 rounding does."""
+
+DOMINANT = "dominant"
+"""The value of `atom_choice` for the strongest atom at the position."""
+
+WRITE: Recipe = {"seed": 0}
+OTHER_SEED: Recipe = {"seed": 1}
+STATE: Recipe = {"seed": 0, "target": "state"}
+RANK_2: Recipe = {"seed": 0, "rank": 2}
+FLAT: Recipe = {"seed": 0, "encoder": "dense", "decoder": "flat"}
+TIED: Recipe = {"seed": 0, "encoder": "tied"}
+BIASED: Recipe = {"seed": 0, "bias": 0.3}
+UNEQUAL: Recipe = {"seed": 0, "norms": (0.5, 2.0)}
+
+ALL_SCALES = ("coefficient", "matched", "least_squares")
+ALL_CONTROLS = ("random", "shuffled", "elsewhere", "state", "mean")
+
+SUBSTITUTION: dict[str, object] = {
+    "n_atoms": 6,
+    "firings_per_atom": 2,
+    "atom_choice": "own",
+    "positions": "firing",
+    "write": "additive",
+    "scales": ALL_SCALES,
+    "controls": ALL_CONTROLS,
+    "horizon": 8,
+    "first_position": 1,
+    "last_position_firings": 3,
+    "min_firings": 1,
+    "mean_write_sequences": 4,
+    "mean_write_energy": 0.99,
+    "seed": 3,
+}
+LOGIT_CHANGE: dict[str, object] = {
+    "n_atoms": 3,
+    "firings_per_atom": 2,
+    "horizons": (0, 1, 4),
+    "ranks": ((1, 1), (2, 5), (50, 50)),
+    "eps": (0.3, 1.0, 3.0),
+    "unit": "write",
+    "first_position": 1,
+    "min_firings": 1,
+    "seed": 3,
+}
+ERASURE: dict[str, object] = {
+    "n_atoms": 4,
+    "select_firings": 6,
+    "test_firings": 8,
+    "min_firings": 3,
+    "erase": "component",
+    "horizon": 3,
+    "first_position": 1,
+    "seed": 3,
+}
+MULTI_ATOM: dict[str, object] = {
+    "n_atoms": 4,
+    "firings_per_atom": 2,
+    "counts": (1, 2, 3),
+    "scales": ("coefficient", "matched"),
+    "controls": ("mean", "state"),
+    "horizon": 6,
+    "first_position": 1,
+    "mean_write_sequences": 4,
+    "seed": 3,
+}
+PARTITION: dict[str, object] = {
+    "min_firings": 3,
+    "threshold": 0.35,
+    "sweep": (0.02, 0.1, 0.2, 0.35),
+    "components": 2,
+    "restarts": 1,
+    "min_atoms": 10,
+    "tested_atoms": 3,
+    "firings_per_atom": 2,
+    "controls": ("random", "mean"),
+    "seed": 3,
+}
+PASSAGE: dict[str, object] = {"passages": 4, "classes": None, "threshold": 0.35, "min_firings": 2, "seed": 3}
+READERS: dict[str, object] = {
+    "n_atoms": 3,
+    "select_firings": 2,
+    "test_firings": 2,
+    "min_firings": 2,
+    "horizon": 3,
+    "first_position": 1,
+    "seed": 3,
+}
+
+
+def _on(model: str, kind: str, settings: dict[str, object]) -> Case:
+    return Case(f"{kind}-{model.removeprefix('embedded-')}", kind, model, settings, {"sae": WRITE})
+
+
+CASES: tuple[Case, ...] = (
+    Case("substitution", "substitution", "embedded", SUBSTITUTION, {"sae": WRITE}),
+    Case(
+        "substitution-dominant",
+        "substitution",
+        "embedded",
+        SUBSTITUTION | {"atom_choice": DOMINANT, "scales": ("coefficient",), "controls": ("random", "mean")},
+        {"sae": WRITE},
+    ),
+    Case(
+        "substitution-silent-corrected",
+        "substitution",
+        "embedded",
+        SUBSTITUTION
+        | {"positions": "silent", "write": "corrected", "scales": ("matched",), "controls": ("shuffled", "elsewhere")},
+        {"sae": WRITE},
+    ),
+    Case(
+        "substitution-state-trained",
+        "substitution",
+        "embedded",
+        SUBSTITUTION | {"scales": ("coefficient", "matched"), "controls": ("random",)},
+        {"sae": STATE},
+    ),
+    Case(
+        "substitution-rank-2",
+        "substitution",
+        "embedded",
+        SUBSTITUTION | {"scales": ("coefficient",), "controls": ("random", "shuffled"), "last_position_firings": None},
+        {"sae": RANK_2},
+    ),
+    Case(
+        "substitution-flat",
+        "substitution",
+        "embedded",
+        SUBSTITUTION | {"scales": ("least_squares",), "controls": ("random",), "last_position_firings": 0},
+        {"sae": FLAT},
+    ),
+    Case(
+        "substitution-unequal-norms",
+        "substitution",
+        "embedded",
+        SUBSTITUTION | {"scales": ("coefficient", "matched"), "controls": ("random",), "last_position_firings": 0},
+        {"sae": UNEQUAL},
+    ),
+    Case(
+        "multistep",
+        "multistep",
+        "embedded",
+        {
+            "n_steps": 6,
+            "n_atoms": 5,
+            "firings_per_atom": 2,
+            "scale": "coefficient",
+            "controls": ALL_CONTROLS,
+            "seed": 3,
+        },
+        {"sae": WRITE},
+    ),
+    Case("logit_change", "logit_change", "embedded", LOGIT_CHANGE, {"sae": WRITE}),
+    Case(
+        "logit_change-coefficient-rank-2",
+        "logit_change",
+        "embedded",
+        LOGIT_CHANGE | {"unit": "coefficient", "horizons": (0, 2)},
+        {"sae": RANK_2},
+    ),
+    Case("erasure", "erasure", "embedded", ERASURE, {"sae": WRITE}, (16, 48)),
+    Case("erasure-write-of-a-token", "erasure", "embedded", ERASURE | {"erase": "write", "token": 300}, {"sae": STATE}),
+    Case(
+        "sign",
+        "sign",
+        "embedded",
+        {"n_positions": 10, "ranks": ((1, 10), (11, 100)), "sizes": (0.3, 3.0), "first_position": 8, "seed": 3},
+        {"sae": WRITE},
+    ),
+    Case(
+        "sign-of-named-tokens",
+        "sign",
+        "embedded",
+        {"n_positions": 6, "targets": (300, 301, 302), "sizes": (1.0,), "first_position": 4, "seed": 3},
+        {"sae": WRITE},
+    ),
+    Case(
+        "install",
+        "install",
+        "embedded",
+        {
+            "pairs": 3,
+            "prompt_tokens": 16,
+            "n_positions": 3,
+            "sizes": (3.0, 100.0),
+            "headline": 100.0,
+            "semantic": (12, 260),
+            "new_tokens": 8,
+            "seed": 3,
+        },
+        {"sae": WRITE},
+    ),
+    Case(
+        "amplify",
+        "amplify",
+        "embedded",
+        {
+            "n_tokens": 2,
+            "aligned": "current",
+            "min_count": 3,
+            "min_firings": 2,
+            "factors": (0.0, 20.0),
+            "headline": 20.0,
+            "prompts": 6,
+            "prompt_tokens": 16,
+            "new_tokens": 24,
+            "seed": 3,
+        },
+        {"sae": WRITE},
+    ),
+    Case("passage", "passage", "embedded", PASSAGE, {"sae": WRITE}),
+    Case(
+        "passage-given-classes",
+        "passage",
+        "embedded",
+        PASSAGE | {"classes": {"first": tuple(range(8)), "rest": tuple(range(8, 24))}},
+        {"sae": RANK_2},
+    ),
+    Case("readers", "readers", "embedded", READERS, {"sae": WRITE}),
+    Case("multi_atom", "multi_atom", "embedded", MULTI_ATOM, {"sae": WRITE}),
+    Case("multi_atom-with-bias", "multi_atom", "embedded", MULTI_ATOM | {"counts": (1, 2)}, {"sae": BIASED}),
+    Case("partition", "partition", "embedded", PARTITION, {"sae": WRITE}),
+    Case("partition-state-trained", "partition", "embedded", PARTITION | {"threshold": 0.3}, {"sae": STATE}),
+    Case(
+        "seeds",
+        "seeds",
+        "embedded",
+        {"min_firings": 3, "threshold": 0.35, "same": 0.9, "largest_spread": 0.12, "largest_share": 0.01, "seed": 3},
+        {"one": WRITE, "two": OTHER_SEED},
+    ),
+    Case(
+        "objectives",
+        "objectives",
+        "embedded",
+        {
+            "sequences": 5,
+            "n_atoms": 4,
+            "firings_per_atom": 2,
+            "scale": "coefficient",
+            "controls": ("random", "mean"),
+            "horizon": 6,
+            "min_firings": 2,
+            "seed": 3,
+        },
+        {"writes": WRITE, "states": STATE, "other": OTHER_SEED},
+    ),
+    Case(
+        "baselines",
+        "baselines",
+        "embedded",
+        {
+            "test_sequences": 4,
+            "positions_per_sequence": 2,
+            "scale": "coefficient",
+            "pca_ranks": (1, 4),
+            "pca_writes": 96,
+            "state_ranks": (1, 2),
+            "replacement_sequences": 2,
+            "horizon": 6,
+            "first_position": 1,
+            "min_firings": 3,
+            "seed": 3,
+        },
+        {"rank 1": WRITE, "rank 2": RANK_2, "flat": FLAT, "tied": TIED},
+    ),
+    Case(
+        "baselines-of-states",
+        "baselines",
+        "embedded",
+        {
+            "test_sequences": 3,
+            "positions_per_sequence": 2,
+            "scale": "matched",
+            "pca_ranks": (1, 2),
+            "pca_writes": 64,
+            "state_ranks": (1, 4),
+            "replacement_sequences": 2,
+            "horizon": 4,
+            "first_position": 1,
+            "min_firings": 3,
+            "seed": 3,
+        },
+        {"rank 1": STATE, "flat": STATE | FLAT},
+    ),
+    *(
+        _on(model, kind, settings)
+        for model, threshold in (("embedded-mamba2", 0.2), ("embedded-rwkv7", 0.16))
+        for kind, settings in {
+            "substitution": SUBSTITUTION | {"n_atoms": 4, "scales": ("coefficient", "matched")},
+            "erasure": ERASURE | {"n_atoms": 3},
+            "multi_atom": MULTI_ATOM | {"n_atoms": 3, "counts": (1, 2)},
+            "logit_change": LOGIT_CHANGE | {"n_atoms": 2, "horizons": (0, 4), "eps": (1.0, 10.0)},
+            "partition": PARTITION | {"threshold": threshold},
+            "passage": PASSAGE | {"passages": 3, "threshold": threshold},
+            "readers": READERS | {"n_atoms": 2},
+        }.items()
+    ),
+)
+
+KEYS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("substitution", "firings"): ("firing", "condition", "scale"),
+    ("multistep", "steps"): ("firing", "condition", "scale", "step"),
+    ("logit_change", "cells"): ("firing", "quantity", "horizon", "rank", "token", "eps"),
+    ("logit_change", "scores"): ("quantity", "predictor", "horizon", "rank", "eps"),
+    ("logit_change", "per_cell"): ("predictor", "quantity"),
+    ("erasure", "atoms"): ("atom",),
+    ("erasure", "firings"): ("atom", "sequence", "position"),
+    ("sign", "writes"): ("sequence", "position", "token", "direction", "m"),
+    ("install", "continuations"): ("pair", "condition", "m"),
+    ("amplify", "atoms"): ("token",),
+    ("amplify", "counts"): ("token", "prompt", "condition", "factor"),
+    ("passage", "passages"): ("sequence", "class", "condition"),
+    ("passage", "classes"): ("class", "atom"),
+    ("readers", "changes"): ("firing", "layer", "mixer", "head", "condition"),
+    ("multi_atom", "writes"): ("sequence", "position", "condition", "scale", "count", "all"),
+    ("partition", "atoms"): ("atom",),
+    ("partition", "mixtures"): ("sample", "space", "components", "component"),
+    ("partition", "sweep"): ("threshold", "sample"),
+    ("partition", "substitution"): ("scale", "kind"),
+    ("seeds", "counts"): ("sae",),
+    ("seeds", "matches"): ("a", "b", "sample"),
+    ("seeds", "pairs"): ("a", "b", "sample", "first"),
+    ("objectives", "dictionaries"): ("sae",),
+    ("objectives", "measures"): ("sae", "measure"),
+    ("objectives", "contrasts"): ("measure", "a", "b"),
+    ("objectives", "firings"): ("sae", "sequence", "position", "atom"),
+    ("baselines", "dictionaries"): ("sae",),
+    ("baselines", "writes"): ("sequence", "position", "sae", "condition"),
+    ("baselines", "replacement"): ("sequence", "sae", "hook", "method"),
+    ("baselines", "selectivity"): ("sae", "atom"),
+}
+"""(kind, table) -> the columns that name a row. Rows are compared in the order of these, not in that of the table."""
+
+KL_ROUNDING = 8e-6
+"""Float32 logits of about 10 are rounded by about 1e-6, and another batch size rounds differently. KL is quadratic in
+the change of the logits, so that it moves by this times its square root (largest seen with batches of 3 rows, or with
+two threads: 2.7e-6; when one batcher took the place of four: 5.5e-6)."""
+
+LOGIT_ROUNDING = 1e-5
+"""The same for a difference of logits or of log-probabilities, in nats (largest seen: 7e-6)."""
+
+SCORE_ROUNDING = 0.02
+"""The same for what is computed from a few such differences, some of them hardly above their rounding: the scores of
+predictors, in units of max(1, |score|) (largest seen: 0.011). The cells that they come from are held closely."""
+
+ROUNDED: dict[tuple[str, str], dict[str, str]] = {
+    ("substitution", "firings"): {
+        f"{direction}kl_{where}": "kl" for direction in ("", "reverse_") for where in ("window", "at", "next", "last")
+    },
+    ("multistep", "steps"): {"state_gap": "logit", "residual_cosine": "logit"},
+    ("logit_change", "cells"): dict.fromkeys(("measured", "F1", "F2", "shuffled"), "logit"),
+    ("logit_change", "scores"): dict.fromkeys(
+        (
+            *("r2", "r2_low", "r2_high", "r2_global_scale", "global_scale", "per_cell_scale"),
+            *("pearson", "sign_rate"),
+        ),
+        "score",
+    ),
+    ("logit_change", "per_cell"): dict.fromkeys(("median_r2", "low", "high"), "score"),
+    ("erasure", "atoms"): dict.fromkeys(("selected", "effect", "elsewhere", "random", "wrong"), "logit"),
+    ("erasure", "firings"): dict.fromkeys(("effect", "elsewhere", "random", "wrong"), "logit"),
+    # f2 is a float32 gradient times a propagated key, which is summed in float64 since the sizes of writes are.
+    ("sign", "writes"): {"measured": "logit", "f2": "logit"},
+    ("install", "continuations"): {"log_prob_change": "logit"},
+    ("passage", "passages"): {"bits": "logit", "native_bits": "logit"},
+    ("readers", "changes"): {"change": "logit"},
+    ("multi_atom", "writes"): {"kl": "kl", "kl_at": "kl"},
+    ("objectives", "firings"): {"delete": "kl", "coefficient": "kl", "matched": "kl"},
+    ("baselines", "writes"): {"kl": "kl"},
+    ("baselines", "replacement"): {"nats": "logit", "native_nats": "logit"},
+}
+"""(kind, table) -> the columns that are read off float32 logits, and which rounding they have. All others must agree to
+`RELATIVE` and `ABSOLUTE` of `test_golden`, and so must these with GOLDEN_STRICT=1, which is for changes that leave the
+batches as they are."""
+
+RENAMED: dict[tuple[str, str], dict[str, str]] = {}
+"""(kind, table) -> old name of a column: new name. The files have the old ones."""
+
+RENAMED_VALUES: dict[tuple[str, str, str], dict[str, str]] = {
+    ("objectives", "dictionaries", "outcome"): {"explained": "confounded"},
+}
+"""(kind, table, column) -> old word: new word. Old and new words count as equal."""
+
+_CONTROLS = "`state` is now the state before the write, and `shuffled` no longer draws an atom that fires there"
+CHANGED: dict[tuple[str, str], tuple[str, tuple[str, ...], str]] = {
+    ("substitution", "firings"): ("condition", ("state", "shuffled"), _CONTROLS),
+    ("multistep", "steps"): ("condition", ("state", "shuffled"), _CONTROLS),
+    ("multi_atom", "writes"): ("condition", ("state", "state_after"), _CONTROLS),
+    ("baselines", "writes"): ("condition", ("state", "state_after"), _CONTROLS),
+    ("passage", "passages"): ("condition", ("native",), "a no-op was added, which measures the floor"),
+}
+"""(kind, table) -> column, values, reason: rows with these values are left out on both sides. Nothing else of a table
+depends on them."""

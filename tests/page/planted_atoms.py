@@ -1,0 +1,62 @@
+"""A dictionary whose atoms are native writes of chosen tokens, for tests of atom pages."""
+
+from __future__ import annotations
+
+import torch
+from sae_lens.saes.sae import SAEMetadata
+from torch import Tensor
+
+from hookpoints import HookedRecurrent, embedded
+from sae_lens_writesae.page.atoms import AtomPages
+from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
+
+LAYER, HEAD, N, T = 2, 3, 4, 48
+HOOK = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write_vec"
+SMALL = AtomPages(
+    n_atoms=None, min_firings=1, top=4, before=6, after=3, per_band=999, bands=2, effect_horizon=4, half_life_limit=30
+)
+
+
+def float64_model() -> HookedRecurrent:
+    """The embedded model in float64 throughout, so that derivatives can be compared."""
+    return HookedRecurrent.from_pretrained("embedded", dtype=torch.float64, backend="recurrence", device="cpu")
+
+
+def held_out(model: HookedRecurrent) -> Tensor:
+    """[N,T] tokens."""
+    ids = model.to_tokens(embedded.text("test")[:3000])[0]
+    return ids[: N * T].view(N, T)
+
+
+def empty_sae(model: HookedRecurrent, d_sae: int = 6, rank: int = 1) -> WriteTopKSAE:
+    """Atoms to be planted: the encoder is the atoms, and the strongest one of each token fires."""
+    shape = model.cfg.layer(LAYER)
+    torch.manual_seed(0)
+    metadata = SAEMetadata(hook_name=HOOK, model_name="embedded")
+    d_in = shape.K * shape.V
+    cfg = WriteTopKSAEConfig(d_in=d_in, d_sae=d_sae, k=1, d_k=shape.K, rank=rank, encoder="tied", metadata=metadata)
+    return WriteTopKSAE(cfg)
+
+
+def places() -> list[tuple[int, int]]:
+    """Sequence and position of the token whose write each atom is."""
+    return [(i % N, 5 + 6 * i) for i in range(6)]
+
+
+def planted_sae(model: HookedRecurrent, tokens: Tensor) -> WriteTopKSAE:
+    """Atoms that are native writes of chosen tokens, at unit norm: there they fire with its norm, at cosine 1."""
+    sae = empty_sae(model)
+    recurrence = model.recurrence(tokens, LAYER)
+    with torch.no_grad():
+        for atom in range(6):
+            s, t = places()[atom]
+            sae.v[atom, 0] = torch.nn.functional.normalize(recurrence.k[s, t, HEAD], dim=-1)
+            sae.w[atom, 0] = torch.nn.functional.normalize(recurrence.u[s, t, HEAD], dim=-1)
+            if atom == 1:  # the same atom by another name
+                sae.v[atom], sae.w[atom] = -sae.v[atom], -sae.w[atom]
+    return sae
+
+
+def matrix(sae: WriteTopKSAE, atom: int) -> Tensor:
+    """[K,V] an atom in float64."""
+    return (sae.v[atom].mT @ sae.w[atom]).detach().double()
