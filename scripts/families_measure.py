@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hookpoints import HookedRecurrent, Recurrence
 from hookpoints.fla import MODEL_TYPES as FLA_TYPES
 from hookpoints.hooks.table import rows
-from hookpoints.layer.mixer import HookedMixer
+from hookpoints.layer.call import HookedMixer
 from hookpoints.rules import Arguments, Op, OpResult, Rule
 
 
@@ -68,7 +68,7 @@ class Call(NamedTuple):
 
     def recurrence(self) -> Recurrence:
         """The canonical form."""
-        return self.rule.recurrence(self.rule.factors(self.arguments), self.arguments)
+        return Recurrence.of(self.rule.form(self.rule.factors(self.arguments), self.arguments))
 
 
 def tokens() -> Tensor:

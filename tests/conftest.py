@@ -208,7 +208,7 @@ def modelling(model_type: str):
 
 def continuing(model, output):
     """The argument with which a Hugging Face model continues from an output of its; versions differ in its name."""
-    from hookpoints.edits.session import cache_argument, cache_of
+    from hookpoints.model.inputs import cache_argument, cache_of
 
     return {cache_argument(model): cache_of(output)}
 

@@ -366,9 +366,8 @@ def test_generation_from_a_cache_from_outside(embedded, steps):
     cache = cache_of(embedded.hf_model(tokens[:, :cut], use_cache=True))
     for position in (cut, length + 2):
         edit = WriteEdit(layer, 0, position, 30 * vectors(0, shape.K), 30 * vectors(1, shape.V))
-        out = embedded.generate(
-            tokens, edits=edit, past_key_values=copy.deepcopy(cache), max_new_tokens=5, do_sample=False
-        )
+        cached = {cache_argument(embedded.hf_model): copy.deepcopy(cache)}
+        out = embedded.generate(tokens, edits=edit, **cached, max_new_tokens=5, do_sample=False)
         assert torch.equal(out, embedded.generate(tokens, edits=edit, max_new_tokens=5, do_sample=False))
         with embedded.edits(edit):
             logits = embedded(out)

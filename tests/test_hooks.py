@@ -11,9 +11,9 @@ from transformer_lens import ActivationCache, patching
 from transformer_lens.hook_points import HookPoint
 
 from hookpoints import HOOKS, HookedRecurrent, UnknownHookError
-from hookpoints.edits.session import cache_of
 from hookpoints.errors import HookDidNotFireError, HookShapeError
 from hookpoints.hooks.table import HookRow, is_matrix, markdown
+from hookpoints.model.inputs import cache_of
 
 LAYER, HEAD, ATTENTION = 1, 2, 3
 SIZES = {"B": 2, "T": 70, "H": 4, "K": 8, "V": 6, "D": 32}

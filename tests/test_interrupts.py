@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import linecache
 import os
 import random
 import signal
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import transformers.models.qwen3_5.modeling_qwen3_5 as upstream
 from conftest import make_hf
 
 from hookpoints import HookedRecurrent, WriteEdit, attach
+from hookpoints.fla import scope as fla_scope
 
 WRITE = "blocks.1.mixer.hook_write"
 EDITS = [WriteEdit(1, 0, 5, mode="delete"), WriteEdit(0, 2, None, torch.ones(8), torch.ones(6))]
@@ -126,6 +129,26 @@ def test_from_the_op(expected, monkeypatch):
         assert Outputs(model, tokens).equal(outputs)
 
 
+def test_from_a_substitute_of_fla(monkeypatch):
+    """A stand-in for fla, which need not be installed: kernels act as fla's own again after the interrupt."""
+    kernels = types.ModuleType("fla.interrupted")
+    kernels.double = lambda x: 2 * x
+    monkeypatch.setitem(sys.modules, "fla.interrupted", kernels)
+    monkeypatch.setattr(fla_scope, "SUBSTITUTES", {"fla.interrupted": {"double": interrupt}})
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return kernels.double(x)
+
+    model, x = Model(), torch.ones(2)
+    opened = fla_scope.ModelScope(model)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    assert torch.equal(kernels.double(x), 2 * x)
+    opened.remove()
+    assert torch.equal(model(x), 2 * x) and "forward" not in vars(model)
+
+
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
 def test_at_random_moments(expected, run):
     """A real signal, whose handler raises wherever Python is."""
@@ -155,7 +178,11 @@ def test_at_random_moments(expected, run):
 
 
 class Tracer:
-    """Counts the lines of hookpoints that run, and raises KeyboardInterrupt at one of them."""
+    """Counts the lines of hookpoints that run, and raises KeyboardInterrupt at one of them.
+
+    Not at a ``with``, whose line comes again before its exit: no signal can arrive there, since Python looks for
+    signals after calls and the exit is the next call, so that no lock is left held.
+    """
 
     def __init__(self, at: int | None = None):
         self.at, self.lines = at, 0
@@ -164,9 +191,11 @@ class Tracer:
         return self.line if f"{os.sep}hookpoints{os.sep}" in frame.f_code.co_filename else None
 
     def line(self, frame, event, arg):
-        self.lines += event == "line"
-        if event == "line" and self.lines == self.at:
-            raise KeyboardInterrupt
+        source = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if event == "line" and not source.lstrip().startswith("with"):
+            self.lines += 1
+            if self.lines == self.at:
+                raise KeyboardInterrupt
         return self.line
 
     def run(self, function, *args):

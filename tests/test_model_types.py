@@ -8,8 +8,8 @@ from conftest import MAKERS, VOCAB, KeepFloat64, continuing, make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, WriteEdit
-from hookpoints.edits.session import cache_of
 from hookpoints.hooks.table import HOOKS
+from hookpoints.model.inputs import cache_of
 from hookpoints.model.layout import out_projection, rule_of
 
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -239,7 +239,7 @@ def test_output_weights_are_the_heads_own(hooked, tokens):
 
 def test_self_check_tells_of_upstreams_own_difference(tokens):
     """Nemotron-H clamps dt in prefill and not in decoding; hooks and edits hold in both."""
-    with pytest.warns(UserWarning, match=r"layer 0 reads .* apart in decoding and in prefill"):
+    with pytest.warns(UserWarning, match=r"layer [03] reads .* apart in decoding and in prefill"):
         model = HookedRecurrent.from_hf(make_hf("nemotron_h", time_step_min=0.05))
     with torch.no_grad():
         out = model.hf_model(tokens, use_cache=True)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
-from hookpoints.edits.session import cache_of
+from hookpoints.model.inputs import cache_of
 from hookpoints.recurrence import Recurrence
 from hookpoints.rules.base import l2_normalise
 

@@ -9,8 +9,8 @@ from conftest import VOCAB, continuing, make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, UnsupportedModelError
-from hookpoints.edits.session import cache_of
 from hookpoints.errors import SelfCheckError
+from hookpoints.model.inputs import cache_of
 
 
 @pytest.fixture
@@ -197,10 +197,8 @@ def test_self_check_refuses_a_layer_that_is_not_what_it_seems():
 def test_self_check_refuses_a_wrong_formula(monkeypatch):
     from hookpoints.rules import GatedDelta
 
-    true_form = GatedDelta.recurrence
-    monkeypatch.setattr(
-        GatedDelta, "recurrence", lambda self, f, arguments: true_form(self, f, arguments).replace(scale=1.0)
-    )
+    true_form = GatedDelta.form
+    monkeypatch.setattr(GatedDelta, "form", lambda self, f, arguments: true_form(self, f, arguments).replace(scale=1.0))
     with pytest.raises(SelfCheckError, match=r"layer 0 .*differ by"):
         HookedRecurrent.from_hf(make_hf())
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from hookpoints import Recurrence
 from hookpoints.rules import FlaComba, FlaGatedDeltaProduct, FlaRWKV6, OpFactors, Rule
 
 B, T, G, H, K, V, R = 2, 19, 2, 4, 6, 5, 3
@@ -144,7 +145,7 @@ def test_the_canonical_form_is_the_op(case: Case) -> None:
     rule, call = case.rule, case.make()
     expected, state = case.op(**call)
     factors = rule.factors(call)
-    r = rule.recurrence(factors, call)
+    r = Recurrence.of(rule.form(factors, call))
     native = rule.read_result(case.op(**rule.arguments(call, factors, frozenset())), call)
     assert (r.B, r.T, r.H, r.K, r.V) == (B, T, H, K, V)
     for method in ("reference", "chunked"):
@@ -170,7 +171,7 @@ def test_each_factor_can_be_fed_by_itself(case: Case, field: str) -> None:
     factors = factors.with_(**{field: new})
     fed = rule.arguments(call, factors, frozenset({field}))
     native = rule.read_result(case.op(**fed), fed)
-    found = rule.recurrence(factors, call).scan(method="reference")
+    found = Recurrence.of(rule.form(factors, call)).scan(method="reference")
     assert_close(native.outputs, found.outputs, **EXACT)
     assert_close(native.final_state, found.final_state, **EXACT)
 
@@ -189,13 +190,13 @@ def test_no_decay_is_no_factor() -> None:
     rule, call = FlaGatedDeltaProduct(R), {**product_call(), "g": None}
     factors = rule.factors(call)
     assert "log_decay" not in factors.present()
-    assert_close(rule.recurrence(factors, call).outputs(), gated_delta_product(**call)[0], **EXACT)
+    assert_close(Recurrence.of(rule.form(factors, call)).outputs(), gated_delta_product(**call)[0], **EXACT)
 
 
 def test_the_bonus_of_rwkv6_is_outside_the_state() -> None:
     """An edit of a write is read from the next token on; the bonus stays as the layer made it."""
     rule, call = FlaRWKV6(), rwkv6_call()
-    r = rule.recurrence(rule.factors(call), call)
+    r = Recurrence.of(rule.form(rule.factors(call), call))
     assert r.read_before_write
     x, y = normal(7, 1, K), normal(8, V)
     change_k, change_u = torch.zeros_like(r.k), torch.zeros_like(r.u)
@@ -212,7 +213,7 @@ def test_the_bonus_of_rwkv6_is_outside_the_state() -> None:
 def test_comba_reads_back_before_the_decay() -> None:
     """The erase key is p itself; a delta rule's would be decayed."""
     rule, call = FlaComba(), comba_call()
-    r = rule.recurrence(rule.factors(call), call)
+    r = Recurrence.of(rule.form(rule.factors(call), call))
     assert r.b is not None and r.beta is not None
     assert_close(r.b, unit(call["p"]).repeat_interleave(H // G, 2), **EXACT)
     corrected = r.corrected_values()

@@ -12,7 +12,7 @@ from conftest import KeepFloat64, make_hf, modelling
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from hookpoints import HookedRecurrent
+from hookpoints import HookedRecurrent, Recurrence
 from hookpoints.layer.intercept import _bind, running, wrap_ops
 from hookpoints.rules import GatedDelta, KimiDelta, Mamba2, OpFactors
 
@@ -108,7 +108,7 @@ def test_the_canonical_form_is_the_op(rule, module, name, make):
         own = clone(arguments)
         expected = op(**own)
         factors = rule.factors(arguments)
-        r = rule.recurrence(factors, arguments)
+        r = Recurrence.of(rule.form(factors, arguments))
         native = rule.read_result(op(**clone(rule.arguments(arguments, factors, frozenset()))), arguments)
         found = r.scan(method="reference")
         assert_close(native.outputs, found.outputs, **EXACT)
@@ -131,7 +131,7 @@ def test_each_factor_can_be_fed_by_itself(rule, module, name, make, field):
         factors = rule.factors(arguments)
         old = getattr(factors, field)
         factors = factors.with_(**{field: 0.7 * old if field == "log_decay" else old + normal(0, *old.shape).abs()})
-        found = rule.recurrence(factors, arguments).scan(method="reference")
+        found = Recurrence.of(rule.form(factors, arguments)).scan(method="reference")
         fed = clone(rule.arguments(arguments, factors, frozenset({field})))
         native = rule.read_result(op(**fed), fed)
     assert_close(native.outputs, found.outputs, **EXACT)
@@ -145,12 +145,12 @@ def test_other_calls_of_the_scan():
     arguments |= bare | {"dt": arguments["dt"].abs()}
     rule = Mamba2()
     with KeepFloat64():
-        r = rule.recurrence(rule.factors(arguments), arguments)
+        r = Recurrence.of(rule.form(rule.factors(arguments), arguments))
         assert_close(r.outputs(), op(**arguments), **EXACT)
     assert not rule.wants_state(arguments) and rule.read_result(r.outputs(), arguments).final_state is None
     half = {n: x.bfloat16() if isinstance(x, torch.Tensor) and n != "A" else x for n, x in arguments.items()}
     half["A"] = arguments["A"].float()
-    r = rule.recurrence(rule.factors(half), half)
+    r = Recurrence.of(rule.form(rule.factors(half), half))
     assert r.dtype == rule.output_dtype(half) == op(**half).dtype == torch.float32
     assert_close(r.outputs(), op(**half), rtol=1e-4, atol=1e-4)
 

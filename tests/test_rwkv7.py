@@ -10,8 +10,8 @@ from conftest import VOCAB, make_hf
 from rwkv7_oracles import Answer, ask_official, ask_rwkv7_hf
 from torch.testing import assert_close
 
-from hookpoints import HookedRecurrent
-from hookpoints.edits.session import cache_of
+from hookpoints import HookedRecurrent, Recurrence
+from hookpoints.model.inputs import cache_of
 from hookpoints.rules import RWKV7, FlaRWKV7
 from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM, rwkv7_recurrence
 
@@ -86,7 +86,7 @@ def test_the_rule_is_the_operation(rule, fused):
         erase = -own["a"]
         arguments |= {"kk": erase, "a": own["b"] / erase}
         del arguments["b"]
-    r = rule.recurrence(rule.factors(arguments), arguments)
+    r = Recurrence.of(rule.form(rule.factors(arguments), arguments))
     assert_close(r.scan(method="reference"), by_hand(**own), **EXACT)
     assert rule.wants_state(arguments) and (r.H, r.K, r.V) == (H, K, V)
 
@@ -98,13 +98,13 @@ def test_each_factor_can_be_fed_by_itself(field):
     factors = factors.with_(**{field: 0.7 * getattr(factors, field)})
     fed = rule.arguments(arguments, factors, frozenset({field}))
     assert_close(tuple(rwkv7_recurrence(**fed)), by_hand(**fed), **EXACT)
-    assert_close(rule.recurrence(factors, arguments).outputs(), by_hand(**fed)[0], **EXACT)
+    assert_close(Recurrence.of(rule.form(factors, arguments)).outputs(), by_hand(**fed)[0], **EXACT)
     assert not torch.equal(by_hand(**fed)[0], by_hand(**arguments)[0])
 
 
 def test_corrected_writes_are_refused():
     rule, arguments = RWKV7(), {**call(), "scale": 1.0}
-    r = rule.recurrence(rule.factors(arguments), arguments)
+    r = Recurrence.of(rule.form(rule.factors(arguments), arguments))
     with pytest.raises(ValueError, match=r"only where the erase a is along the write key"):
         r.write(kind="corrected")
 

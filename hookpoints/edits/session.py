@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -109,7 +109,7 @@ class EditSession:
         model, plan = self.model, EditPlan.for_rows(rows)
         residual = self._residual[layer][:, start:stop].expand(len(rows), -1, -1)
         positions = torch.arange(start, stop, device=residual.device).expand(len(rows), -1)
-        inputs: dict[str, Any] = {"use_cache": False}
+        inputs: dict[str, object] = {"use_cache": False}
         if start > 0:
             inputs = {self._cache_name: self._branch(len(rows), layer, start), "use_cache": True}
         inputs |= position_inputs(model.hf_model, positions)
@@ -145,7 +145,7 @@ class EditSession:
             self._prefix, self._prefix_length = None, 0
         if start == self._prefix_length:
             return
-        inputs: dict[str, Any] = {} if self._prefix is None else {self._cache_name: self._prefix}
+        inputs: dict[str, object] = {} if self._prefix is None else {self._cache_name: self._prefix}
         where = torch.arange(self._prefix_length, start, device=self.tokens.device).unsqueeze(0)
         prefix_length, self._prefix, self._prefix_length = self._prefix_length, None, 0  # half advanced, if interrupted
         with scope(self.model.attachment, plans=self._outer_plans):

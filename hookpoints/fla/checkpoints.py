@@ -29,7 +29,7 @@ class _Misfits(NamedTuple):
     other_shape: set[str]
 
 
-def load_checkpoint(source: str, config: PreTrainedConfig, *, revision: str | None, **hf_kwargs: Any) -> nn.Module:
+def load_checkpoint(source: str, config: PreTrainedConfig, *, revision: str | None, **hf_kwargs: object) -> nn.Module:
     """The causal language model of a checkpoint in fla's format.
 
     Checkpoints from before 2025 keep the gate and the up projection of each MLP in one matrix [2I,D], gate first; they
@@ -44,7 +44,7 @@ def load_checkpoint(source: str, config: PreTrainedConfig, *, revision: str | No
     """
     if getattr(config, "attn_mode", None) == "fused_chunk" and config.model_type != "retnet":
         config.attn_mode = "chunk"  # type: ignore[attr-defined]
-    options: dict[str, Any] = {"revision": revision, "use_safetensors": True, **hf_kwargs}
+    options: dict[str, object] = {"revision": revision, "use_safetensors": True, **hf_kwargs}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
     )

@@ -11,16 +11,16 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 from torch import Tensor, nn
 
 from hookpoints.errors import UnsupportedModelError
 from hookpoints.fla.substitutes import SUBSTITUTES
+from hookpoints.layer.intercept import Function, wrap_forward
 
-Function = Callable[..., object]
 Keywords = dict[str, object]
 
 _RUNNING: ContextVar[bool] = ContextVar("hookpoints_running_fla", default=False)
@@ -33,11 +33,12 @@ _ABSENT = ("flash_attn_func", "flash_attn_varlen_func")
 @contextmanager
 def substituting() -> Iterator[None]:
     """Compute fla's kernels on CPU tensors by torch until the context is left."""
-    token = _RUNNING.set(True)
+    outer = _RUNNING.get()
     try:
+        _RUNNING.set(True)
         yield
     finally:
-        _RUNNING.reset(token)
+        _RUNNING.set(outer)
 
 
 def install() -> None:
@@ -102,34 +103,25 @@ class ModelScope:
     def __init__(self, model: nn.Module):
         _check(model)
         install()
-        self._open: list[ExitStack] = []
         self._knows_cache = "cache" in inspect.signature(model.forward).parameters
         self._rebound = list(_functions_held(model))
         for module, name, original in self._rebound:
             module.__dict__[name] = _WRAPPED[id(original)][1]
-        self._handles = [
-            model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self._leave, always_call=True),
-        ]
+        self._unwrap = wrap_forward(model, self._run)
 
     def remove(self) -> None:
         """Take everything off the model."""
-        for handle in self._handles:
-            handle.remove()
+        self._unwrap()
         for module, name, original in self._rebound:
             module.__dict__[name] = original
 
-    def _enter(
-        self, _module: nn.Module, args: tuple[object, ...], kwargs: Keywords
-    ) -> tuple[tuple[object, ...], Keywords]:
+    def _run(self, forward: Function, args: tuple[object, ...], kwargs: Keywords) -> object:
         if kwargs.get("cu_seqlens") is not None:
             raise UnsupportedModelError(
                 "packed sequences (cu_seqlens) cannot be hooked: pass a padded batch with its attention_mask"
             )
-        stack = ExitStack()
-        stack.enter_context(substituting())
-        self._open.append(stack)
-        return args, self._corrected(kwargs)
+        with substituting():
+            return forward(*args, **self._corrected(kwargs))
 
     def _corrected(self, kwargs: Keywords) -> Keywords:
         if kwargs.get("cache") is not None and not self._knows_cache:
@@ -138,10 +130,6 @@ class ModelScope:
         mask = kwargs.get("attention_mask")
         masks_nothing = isinstance(mask, Tensor) and bool((mask != 0).all())
         return {**kwargs, "attention_mask": None} if masks_nothing else kwargs
-
-    def _leave(self, _module: nn.Module, _args: object, _output: object) -> None:
-        if self._open:
-            self._open.pop().close()
 
 
 def is_fla(model: nn.Module) -> bool:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities.slice import Slice
+from transformer_lens.utilities.slice import Slice, SliceInput
 
 from hookpoints.hooks.table import is_matrix
 
@@ -17,35 +16,30 @@ NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 Saving = Callable[..., None]
 
 
-class CachingHooks:
-    """Builds (cache, forward hooks, backward hooks) for ``run_with_cache``."""
+def caching_hooks(
+    points: Mapping[str, HookPoint],
+    names_filter: NamesFilter = None,
+    incl_bwd: bool = False,
+    device: torch.device | str | None = None,
+    remove_batch_dim: bool = False,
+    cache: dict[str, Tensor] | None = None,
+    pos_slice: SliceInput | Slice = None,
+) -> tuple[dict[str, Tensor], list[tuple[str, Saving]], list[tuple[str, Saving]]]:
+    """As TransformerLens' ``get_caching_hooks`` over the hook ``points``: (cache, forward hooks, backward hooks).
+    Activations are detached and shared, not copied."""
+    saved: dict[str, Tensor] = {} if cache is None else cache
+    wanted, cut = _predicate(names_filter), Slice.unwrap(pos_slice)
 
-    def __init__(self, hook_dict: Mapping[str, HookPoint]):
-        self.hook_dict = hook_dict
+    def save(suffix: str) -> Saving:
+        def hook(tensor: Tensor, hook: HookPoint) -> None:
+            value = cut.apply(tensor.detach().to(device), dim=1)
+            saved[f"{hook.name}{suffix}"] = value[0] if remove_batch_dim else value
 
-    def build(
-        self,
-        names_filter: NamesFilter = None,
-        incl_bwd: bool = False,
-        device: torch.device | str | None = None,
-        remove_batch_dim: bool = False,
-        cache: dict[str, Tensor] | None = None,
-        pos_slice: Any = None,
-    ) -> tuple[dict[str, Tensor], list[tuple[str, Saving]], list[tuple[str, Saving]]]:
-        """As TransformerLens' ``get_caching_hooks``. Activations are detached and shared, not copied."""
-        saved: dict[str, Tensor] = {} if cache is None else cache
-        wanted, cut = _predicate(names_filter), Slice.unwrap(pos_slice)
+        return hook
 
-        def save(suffix: str) -> Saving:
-            def hook(tensor: Tensor, hook: HookPoint) -> None:
-                value = cut.apply(tensor.detach().to(device), dim=1)
-                saved[f"{hook.name}{suffix}"] = value[0] if remove_batch_dim else value
-
-            return hook
-
-        names = [name for name in self.hook_dict if wanted(name)]
-        backward = [(name, save("_grad")) for name in names] if incl_bwd else []
-        return saved, [(name, save("")) for name in names], backward
+    names = [name for name in points if wanted(name)]
+    backward = [(name, save("_grad")) for name in names] if incl_bwd else []
+    return saved, [(name, save("")) for name in names], backward
 
 
 def reachable(names_filter: NamesFilter, start: int | None, stop: int | None, n_layers: int) -> NamesFilter:

@@ -96,27 +96,21 @@ class Watched(NamedTuple):
     value: Tensor
     """What the hook gave back."""
     changed: bool
-    """Whether it may differ from what the hook was given."""
-    intact: bool
-    """Whether the tensor that the hook was given still holds what it held (False after an in-place edit)."""
+    """Whether it may differ from what the hook was given; in-place edits count."""
 
 
 def watch(value: Tensor, fire: Callable[[Tensor], Tensor]) -> Watched:
-    """Fire a hook on ``value`` and tell whether anything changed; in-place edits count.
+    """Fire a hook on ``value`` and tell whether anything changed.
 
     In grad mode the hook is given a view of its own and counts as changed, so that a gradient taken at the hook
     sees everything downstream of it.
     """
     if torch.is_grad_enabled() and value.requires_grad:
-        alias = value.view_as(value)
-        before = value._version
-        return Watched(fire(alias), changed=True, intact=value._version == before)
+        return Watched(fire(value.view_as(value)), changed=True)
     if value.is_inference():  # inference tensors count no versions
-        copied = value.clone()
+        before = value.clone()
         returned = fire(value)
-        intact = torch.equal(copied, value)
-        return Watched(returned, changed=returned is not value or not intact, intact=intact)
-    before = value._version
+        return Watched(returned, returned is not value or not torch.equal(before, value))
+    version = value._version
     returned = fire(value)
-    intact = value._version == before
-    return Watched(returned, changed=returned is not value or not intact, intact=intact)
+    return Watched(returned, returned is not value or value._version != version)

@@ -101,14 +101,7 @@ HOOKS: tuple[HookRow, ...] = (
         _PROPAGATES,
         per_step=True,
     ),
-    HookRow(
-        "hook_write",
-        "mixer",
-        "BTHKV",
-        "the write: the matrix added to the state at t",
-        _PROPAGATES,
-        matrix=True,
-    ),
+    HookRow("hook_write", "mixer", "BTHKV", "the write: the matrix added to the state at t", _PROPAGATES, matrix=True),
     HookRow("hook_write", "head", "BTKV", "the write of one head", _PROPAGATES, matrix=True),
     HookRow(
         "hook_write_vec",
@@ -120,20 +113,9 @@ HOOKS: tuple[HookRow, ...] = (
     ),
     HookRow("hook_state", "mixer", "BTHKV", "the state after the write at t", _TRAJECTORY, matrix=True),
     HookRow("hook_state", "head", "BTKV", "the state of one head", _TRAJECTORY, matrix=True),
+    HookRow("hook_state_vec", "head", "BT(KV)", "the state of one head, flattened row-major", _TRAJECTORY, matrix=True),
     HookRow(
-        "hook_state_vec",
-        "head",
-        "BT(KV)",
-        "the state of one head, flattened row-major",
-        _TRAJECTORY,
-        matrix=True,
-    ),
-    HookRow(
-        "hook_read",
-        "mixer",
-        "BTHV",
-        "what the state gives back: S^T (scale q)",
-        "feeds the head norm and out_proj",
+        "hook_read", "mixer", "BTHV", "what the state gives back: S^T (scale q)", "feeds the head norm and out_proj"
     ),
     HookRow(
         "hook_z",
@@ -157,13 +139,7 @@ HOOKS: tuple[HookRow, ...] = (
         "run side by side, attention's part",
         "adds to the residual stream",
     ),
-    HookRow(
-        "hook_mlp_out",
-        "block",
-        "BTD",
-        "what the MLP adds to the residual stream",
-        "adds to the residual stream",
-    ),
+    HookRow("hook_mlp_out", "block", "BTD", "what the MLP adds to the residual stream", "adds to the residual stream"),
     HookRow("hook_resid_post", "block", "BTD", "residual stream leaving the block", "feeds the next block"),
     HookRow("ln_final.hook_normalized", "model", "BTD", "output of the final norm", "feeds the unembedding"),
 )

@@ -1,25 +1,49 @@
-"""One forward of one hooked layer: what happens between an upstream layer and its op."""
+"""A hooked recurrent layer, and one forward of it: what happens between an upstream layer and its op."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hookpoints.edits.edit import LowRankChange
-from hookpoints.edits.plan import changes_of
-from hookpoints.errors import Float16OverflowError
-from hookpoints.hooks.points import HookSet, watch
-from hookpoints.layer.context import Backend, Recorded, current
+from hookpoints.edits.edit import LowRankChange, changes_of
+from hookpoints.errors import Float16OverflowError, UnsupportedModelError
+from hookpoints.hooks.points import HookSet, MixerHooks, watch
+from hookpoints.layer.context import Backend, Recorded, cache_among, count_tokens, current
 from hookpoints.layer.intercept import Function, running, torch_form, wrap_forward
-from hookpoints.layer.mixer import HookedMixer
 from hookpoints.layer.padding import UNPADDED, Padding
-from hookpoints.layer.position import cache_among, count_tokens
 from hookpoints.layer.response import EditResponse
 from hookpoints.recurrence.recurrence import Recurrence
-from hookpoints.rules.base import OpFactors, OpResult
+from hookpoints.rules.base import Arguments, OpFactors, OpResult, Rule
+
+
+class HookedMixer:
+    """What is known of one recurrent layer. It holds nothing of a call (see ``LayerCall``), so threads share it.
+
+    Args:
+        owner: the attachment; runs of other hooked models do not concern this one.
+        layer: block index.
+        backend: who computes the native pass.
+
+    Raises:
+        UnsupportedModelError: the layer calls the rule's op but does not name its sizes as the rule's layers do.
+    """
+
+    def __init__(self, owner: object, layer: int, rule: Rule, module: nn.Module, backend: Backend):
+        try:
+            heads, _, _ = rule.head_shape(module)
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} (layer {layer}) calls {rule.ops[0]}, but does not name its sizes as layers "
+                f"of {rule.name} do: {error}"
+            ) from error
+        self.owner, self.layer, self.rule, self.module = owner, layer, rule, module
+        self.backend: Backend = backend
+        self.hooks = MixerHooks(heads, rule.factor_names)
+        self.calls = 0
+        """Op calls so far; the self-check reads it."""
 
 
 class _Changed(NamedTuple):
@@ -75,7 +99,7 @@ class LayerCall:
         """The layer."""
         return self.mixer.module
 
-    def handle(self, op: Function, arguments: Mapping[str, Any]) -> object:
+    def handle(self, op: Function, arguments: Arguments) -> object:
         """Run the op with hooks and edits around it; returns what the layer expects from the op."""
         rule, run = self.mixer.rule, self.run
         self.mixer.calls += 1
@@ -86,7 +110,7 @@ class LayerCall:
         # fla's layers take the padding out before the op.
         padding = Padding(self.real) if arguments.get("cu_seqlens") is not None else UNPADDED
         factors, changed = self._fire_factors(padding.spread(rule.factors(arguments)))
-        recurrence = rule.recurrence(factors, arguments)
+        recurrence = Recurrence.of(rule.form(factors, arguments))
         if native_op is not None and changed & rule.torch_only:
             native_op = torch_form(native_op)
         fed = rule.arguments(arguments, padding.packed(factors), changed)
@@ -119,15 +143,13 @@ class LayerCall:
         if self.met and isinstance(value, Tensor) and value.dtype == torch.float16:
             _check_range(self.mixer.layer, output=value)
 
-    def _native_op(self, op: Function, arguments: Mapping[str, Any], backend: Backend) -> Function | None:
+    def _native_op(self, op: Function, arguments: Arguments, backend: Backend) -> Function | None:
         """What computes the native pass; None: hookpoints' own kernel."""
         if backend == "recurrence" or not self.mixer.rule.runs(op, arguments):
             return None
         return torch_form(op) if backend == "torch" else op
 
-    def _native(
-        self, op: Function | None, arguments: Mapping[str, Any], recurrence: Recurrence, padding: Padding
-    ) -> OpResult:
+    def _native(self, op: Function | None, arguments: Arguments, recurrence: Recurrence, padding: Padding) -> OpResult:
         """The pass without edits of writes, states and reads; by hookpoints' own kernel where no op is given."""
         if op is None:
             outputs, state = recurrence.scan()

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from hookpoints.errors import HookpointsError, UnsupportedModelError
-from hookpoints.fla import ModelScope, is_fla
+from hookpoints.fla.scope import ModelScope, is_fla
 from hookpoints.hooks.points import BlockHooks, HookSet, MixerHooks, is_listening, watch
-from hookpoints.layer.call import hook_layer
-from hookpoints.layer.context import Backend, count_pass, current, scope
+from hookpoints.layer.call import HookedMixer, hook_layer
+from hookpoints.layer.context import Backend, cache_among, count_pass, current, position_of, scope
 from hookpoints.layer.intercept import Function, wrap_forward, wrap_ops
-from hookpoints.layer.mixer import HookedMixer
-from hookpoints.layer.position import cache_among, position_of
 from hookpoints.rules.base import Rule
 
 if TYPE_CHECKING:

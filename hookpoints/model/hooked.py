@@ -8,17 +8,18 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
+import torch
 from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities.slice import Slice, SliceInput
 from transformers import Cache
 
 from hookpoints.edits.edit import EditPlan, EditRow, Edits
 from hookpoints.errors import HookpointsError
-from hookpoints.hooks.cache import CachingHooks, NamesFilter, reachable
+from hookpoints.hooks.cache import NamesFilter, Saving, caching_hooks, reachable
 from hookpoints.hooks.guard import ADDING, Hook, Hooks, Name, ScopedHooks, check_names
-from hookpoints.layer.context import Recorded, current, scope
-from hookpoints.layer.position import position_of
+from hookpoints.layer.context import Recorded, current, position_of, scope
 from hookpoints.model.config import HookedRecurrentConfig
 from hookpoints.recurrence.recurrence import Recurrence
 
@@ -63,7 +64,7 @@ class HookedModel(HookedRootModule):
                 if isinstance(module, HookPoint):
                     self.hook_dict[name] = module
 
-    def __reduce_ex__(self, protocol: object) -> str | tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: object) -> str | tuple[object, ...]:
         raise HookpointsError(
             f"a {type(self).__name__} cannot be copied or pickled, as its hook points sit on one model. Copy or save "
             "model.hf_model (copies carry no hook points) and hook the copy"
@@ -77,11 +78,7 @@ class HookedModel(HookedRootModule):
 
     @contextmanager
     def hooks(
-        self,
-        fwd_hooks: Hooks = (),
-        bwd_hooks: Hooks = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
+        self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), reset_hooks_end: bool = True, clear_contexts: bool = False
     ) -> Iterator[Self]:
         """TransformerLens' scoped hooks; unknown names raise, and so does a hook that did not fire though a pass ran.
 
@@ -112,7 +109,7 @@ class HookedModel(HookedRootModule):
 
     def run_with_cache(  # type: ignore[override]
         self,
-        *args: Any,
+        *args: object,
         names_filter: NamesFilter = None,
         return_cache_object: bool = True,
         remove_batch_dim: bool = False,
@@ -133,9 +130,17 @@ class HookedModel(HookedRootModule):
             return out, cache
         return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
 
-    def get_caching_hooks(self, *args: Any, **kwargs: Any) -> Any:
+    def get_caching_hooks(  # type: ignore[override]
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: SliceInput | Slice = None,
+    ) -> tuple[dict[str, Tensor], list[tuple[str, Saving]], list[tuple[str, Saving]]]:
         """TransformerLens' caching hooks, with the time axis where these activations have it (axis 1)."""
-        return CachingHooks(self.hook_dict).build(*args, **kwargs)
+        return caching_hooks(self.hook_dict, names_filter, incl_bwd, device, remove_batch_dim, cache, pos_slice)
 
     # -- edits
 
@@ -207,19 +212,19 @@ class Attached(HookedModel):
         super().__init__()
         self.__dict__["hf_model"] = model  # past nn.Module, which would register it as a part of this one
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """The model's own forward: its arguments, its result."""
         self.attachment.require()
         return self.hf_model(*args, **kwargs)
 
-    def recurrence(self, input: object, layer: int, **kwargs: Any) -> Recurrence:
+    def recurrence(self, input: object, layer: int, **kwargs: object) -> Recurrence:
         """The canonical factors of a layer on ``input`` (with ``kwargs`` what the model's forward takes)."""
         self.cfg.layer(layer)
         with self.recording() as record:
             self(input, **kwargs)
         return record[layer].recurrence
 
-    def run_with_cache(self, *args: Any, incl_bwd: bool = False, **kwargs: Any) -> tuple[Any, Any]:
+    def run_with_cache(self, *args: object, incl_bwd: bool = False, **kwargs: Any) -> tuple[Any, Any]:
         """As ``HookedRecurrent.run_with_cache``, with the model's own result. Gradients are had with ``bwd_hooks``."""
         if incl_bwd:
             raise ValueError(

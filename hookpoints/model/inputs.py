@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedTokenizerBase
 
 from hookpoints.errors import InputError
 
@@ -91,7 +92,7 @@ def cache_argument(model: nn.Module) -> str:
     return next(name for name in _CACHE_NAMES if name in known)
 
 
-def cache_of(output: Any) -> Any:
+def cache_of(output: Mapping[str, Any]) -> Cache:
     """The cache that a model returned; its name there need not be the argument's."""
     return next(output[name] for name in _CACHE_NAMES if name in output)
 

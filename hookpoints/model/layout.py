@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 from torch import nn
 
@@ -99,7 +98,7 @@ def calls_of(mixer: nn.Module) -> frozenset[str]:
     return frozenset(names)
 
 
-def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+def _as_written(function: Callable[..., object]) -> Callable[..., object]:
     """A function under its decorators. In 5.15 transformers has one that does not tell what it wraps, which is then the
     one function that its wrapper, open to any arguments, closes over."""
     while True:
@@ -156,10 +155,9 @@ def _backbone(model: nn.Module) -> nn.Module:
 
 
 def _blocks(model: nn.Module, backbone: nn.Module) -> nn.ModuleList:
-    for name in ("layers", "h", "blocks"):
-        blocks = getattr(backbone, name, None)
-        if isinstance(blocks, nn.ModuleList):
-            return blocks
+    lists = [child for child in _children(backbone, ("layers", "h", "blocks")) if isinstance(child, nn.ModuleList)]
+    if lists:
+        return lists[0]
     raise UnsupportedModelError(
         f"{type(model).__name__} has no list of blocks named layers, h or blocks; load the causal language model "
         "itself (for a multimodal checkpoint, its text model)"
@@ -173,10 +171,10 @@ def _block_layout(block: nn.Module) -> BlockLayout:
     recurrent, (rule, namespace) = next(
         ((module, found) for module in block.modules() if (found := rule_of(module))), (None, (None, None))
     )
-    named = [child for name in _MIXER_NAMES if isinstance(child := getattr(block, name, None), nn.Module)]
+    named = _children(block, _MIXER_NAMES)
     attention = next((child for child in named if child is not recurrent and _mixes_tokens(child)), None)
-    mlps = [child for name in _MLP_NAMES if isinstance(child := getattr(block, name, None), nn.Module)]
-    mlps += [child for child in named if not _mixes_tokens(child)]  # Nemotron-H calls an MLP a mixer, too
+    # Nemotron-H calls an MLP a mixer, too.
+    mlps = _children(block, _MLP_NAMES) + [child for child in named if not _mixes_tokens(child)]
     if recurrent is None and attention is None and not mlps:
         _first(block, _MIXER_NAMES, "token mixer")  # raises
     mixer_out = _added(block, recurrent, "residual_multiplier", "ssm_out_multiplier")
@@ -211,15 +209,18 @@ def _heads(attention: nn.Module) -> Heads | None:
     """None for attention of an unknown form, which then has no hook."""
     config = getattr(attention, "config", None)
     n = getattr(attention, "num_heads", None) or getattr(config, "num_attention_heads", None)
-    projection = next((child for name in _OUT_PROJ_NAMES if (child := getattr(attention, name, None))), None)
-    return Heads(projection, n) if n and projection is not None else None
+    projections = _children(attention, _OUT_PROJ_NAMES)
+    return Heads(projections[0], n) if n and projections else None
+
+
+def _children(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    """The submodules that go by one of ``names``."""
+    return [child for name in names if isinstance(child := getattr(module, name, None), nn.Module)]
 
 
 def _first(module: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
-    for name in names:
-        child = getattr(module, name, None)
-        if isinstance(child, nn.Module):
-            return child
+    if children := _children(module, names):
+        return children[0]
     raise UnsupportedModelError(
         f"no {what} found in {type(module).__name__}: looked for {', '.join(names)}, "
         f"found {', '.join(name for name, _ in module.named_children())}"

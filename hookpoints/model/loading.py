@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -15,15 +16,20 @@ from transformers import (
     Mamba2Config,
     Mamba2ForCausalLM,
     PreTrainedConfig,
+    PreTrainedTokenizerBase,
 )
 
 from hookpoints import embedded
 from hookpoints.errors import UnsupportedModelError
-from hookpoints.fla import MODEL_TYPES, import_fla, load_checkpoint, restore_auto_classes
+from hookpoints.fla.checkpoints import load_checkpoint
+from hookpoints.fla.importing import MODEL_TYPES, import_fla, restore_auto_classes
 from hookpoints.rules import REFUSED
-from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM
+from hookpoints.rwkv7.configuration import RWKV7Config
+from hookpoints.rwkv7.modeling import RWKV7ForCausalLM
 
-_OWN_CLASSES: dict[str, tuple[Any, Any]] = {
+_Classes = tuple[Any, Any]
+"""A configuration class and a model class, or transformers' Auto classes, which share no type with them."""
+_OWN_CLASSES: dict[str, _Classes] = {
     # Importing fla puts its own Mamba-2 in the Auto classes' place, which reads other weights.
     "mamba2": (Mamba2Config, Mamba2ForCausalLM),
     # fla's format, in plain torch: nothing to install, and no kernels that need a GPU.
@@ -36,7 +42,7 @@ class Loaded(NamedTuple):
     """A model and its tokenizer (None where the checkpoint has none)."""
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase | None
 
 
 def load(
@@ -45,7 +51,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = torch.float32,
     revision: str | None = None,
-    **hf_kwargs: Any,
+    **hf_kwargs: object,
 ) -> Loaded:
     """Load the text model of a checkpoint. No code from the checkpoint is run, and only safetensors are read.
 
@@ -66,7 +72,7 @@ def load(
     if of_fla:
         import_fla()  # registers them
     restore_auto_classes()  # someone else may have imported fla
-    classes: tuple[Any, Any] = _OWN_CLASSES[saved["model_type"]] if is_own else (AutoConfig, AutoModelForCausalLM)
+    classes: _Classes = _OWN_CLASSES[saved["model_type"]] if is_own else (AutoConfig, AutoModelForCausalLM)
     configs, models = classes
     config = configs.from_pretrained(source, revision=revision)
     _refuse(name_or_path, config.model_type)
@@ -83,12 +89,12 @@ def load(
     return Loaded(model, _tokenizer(source, revision))
 
 
-def _refuse(name: str, model_type: Any) -> None:
-    if model_type in REFUSED:
+def _refuse(name: str, model_type: object) -> None:
+    if isinstance(model_type, str) and model_type in REFUSED:
         raise UnsupportedModelError(f"{name!r} cannot be hooked: {REFUSED[model_type]}")
 
 
-def _refuse_mamba_ssm(name: str, config: dict[str, Any]) -> None:
+def _refuse_mamba_ssm(name: str, config: Mapping[str, Any]) -> None:
     """Checkpoints of the mamba_ssm package (state-spaces/...) have no model type, and other names for their weights."""
     if "model_type" in config or "ssm_cfg" not in config:
         return
@@ -99,7 +105,7 @@ def _refuse_mamba_ssm(name: str, config: dict[str, Any]) -> None:
     raise UnsupportedModelError(f"{reason}. Load the converted checkpoint: AntonV/{size}-hf for state-spaces/{size}")
 
 
-def _tokenizer(source: str, revision: str | None) -> Any:
+def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformer_lens.HookedTransformer import Output
-from transformer_lens.utils import lm_cross_entropy_loss
+from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 from transformers import PreTrainedTokenizerBase
 
 from hookpoints.edits.edit import EditRow, Edits
 from hookpoints.edits.session import EditedRun, EditSession
-from hookpoints.layer.context import Backend, current
-from hookpoints.layer.position import cache_among
+from hookpoints.layer.context import Backend, cache_among, current
 from hookpoints.model import loading
 from hookpoints.model.attachment import Attachment, StopForward
 from hookpoints.model.config import describe
@@ -26,6 +24,15 @@ from hookpoints.model.selfcheck import self_check as run_self_check
 from hookpoints.recurrence.recurrence import Recurrence
 
 ReturnType = Literal["logits", "loss", "both"] | None
+
+
+class Output(NamedTuple):
+    """What ``return_type="both"`` returns, as TransformerLens 3 has it (4 has no name for it)."""
+
+    logits: Tensor
+    """[B,T,vocab]."""
+    loss: Tensor
+    """A scalar, or [B,T-1] with ``loss_per_token``."""
 
 
 class HookedRecurrent(Tokens, HookedModel):
@@ -78,7 +85,7 @@ class HookedRecurrent(Tokens, HookedModel):
         revision: str | None = None,
         backend: Backend = "auto",
         self_check: bool = True,
-        **hf_kwargs: Any,
+        **hf_kwargs: object,
     ) -> HookedRecurrent:
         """Load a model from the hub, a local folder, or the package ("embedded").
 
@@ -116,7 +123,7 @@ class HookedRecurrent(Tokens, HookedModel):
         tokens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         stop_at_layer: int | None = None,
-        **hf_kwargs: Any,
+        **hf_kwargs: object,
     ) -> Any:
         """Run the model.
 
@@ -167,7 +174,8 @@ class HookedRecurrent(Tokens, HookedModel):
         edit_rows: Sequence[EditRow] | None = None,
         return_type: Literal["input", "str", "tokens"] = "input",
         prepend_bos: bool | None = None,
-        **hf_kwargs: Any,
+        attention_mask: Tensor | None = None,
+        **hf_kwargs: object,
     ) -> Any:
         """Hugging Face's own ``generate``, with hooks and edits acting at every token, prompt and generated.
 
@@ -177,6 +185,7 @@ class HookedRecurrent(Tokens, HookedModel):
             edit_rows: for each prompt its own edits (one, several, or ``[]``); not with beams or several returned
                 sequences, which run more rows than prompts.
             return_type: "tokens" [B,T], "str", or "input" for the kind that was given.
+            attention_mask: [B,T]; made by itself for text that needs padding.
             hf_kwargs: ``max_new_tokens``, ``do_sample`` ...; with ``return_dict_in_generate`` the result is Hugging
                 Face's own.
 
@@ -184,7 +193,7 @@ class HookedRecurrent(Tokens, HookedModel):
             EditError: an edit does not fit the model, ``edit_rows`` not the batch, or an edit never acted (generation
                 ended before its position).
         """
-        batch = self._token_batch(input, prepend_bos, "left", hf_kwargs.pop("attention_mask", None))
+        batch = self._token_batch(input, prepend_bos, "left", attention_mask)
         mask = torch.ones_like(batch.tokens) if batch.attention_mask is None else batch.attention_mask
         check_mask(mask, batch.tokens)
         check_prompt_mask(mask)

@@ -6,11 +6,12 @@ import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import Cache
 
 from hookpoints.errors import SelfCheckError
 from hookpoints.model.inputs import cache_argument, cache_of, position_inputs
@@ -30,7 +31,7 @@ class _Pass(NamedTuple):
     """What one pass of the model left."""
 
     layers: dict[int, Recorded]
-    cache: Any
+    cache: Cache
 
 
 def self_check(model: HookedModel) -> None:
@@ -79,7 +80,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _pass(model: HookedModel, tokens: Tensor, start: int, mode: str, cache: Any = None) -> _Pass:
+def _pass(model: HookedModel, tokens: Tensor, start: int, mode: str, cache: Cache | None = None) -> _Pass:
     """One pass; every layer's op must be met, and its canonical recurrence must give its outputs and state."""
     inputs = {} if cache is None else {cache_argument(model.hf_model): cache}
     # Models whose first block is recurrent need to be told where they are.

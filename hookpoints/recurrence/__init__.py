@@ -1,8 +1,7 @@
 """The write: the canonical recurrence, its step-by-step reference and its chunked fast path."""
 
-from hookpoints.recurrence.canonical import CanonicalForm, Index, Loop, ScanResult, Split
+from hookpoints.recurrence.canonical import CanonicalForm, Index, Loop, ScanResult, Split, carried_keys
 from hookpoints.recurrence.examples import FORMS, Form, random_recurrence
-from hookpoints.recurrence.product import carried_keys
 from hookpoints.recurrence.recurrence import Method, Recurrence, WriteKind
 
 __all__ = [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hookpoints.recurrence.product import carried_keys
+from hookpoints.recurrence.canonical import carried_keys
 from hookpoints.recurrence.recurrence import Recurrence
 
 

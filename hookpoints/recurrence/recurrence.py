@@ -4,7 +4,7 @@
     o_t = S_t^T (scale * q_t)
 
 A token may write several rank-1 terms, sum_r k_tr u_tr^T, and erase along several, sum_e a_te b_te^T (Gated
-DeltaProduct, whose token is R delta steps: see `hookpoints.recurrence.product`). The factors then have an axis for the
+DeltaProduct, whose token is R delta steps: see `carried_keys`). The factors then have an axis for the
 terms, [B,T,H,R,K]; everything per token (outputs, states, writes, positions) stays per token.
 
 Each result is computed in two ways: `hookpoints.recurrence.reference` walks token by token and is the oracle;
@@ -17,7 +17,8 @@ per-channel decay, Kimi Linear (arXiv 2510.26692), eq. 1; additive rules, GLA (a
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ class Recurrence(CanonicalForm):
     The fields are those of `CanonicalForm`: `q`, `k`, `u`, `log_decay`, `a`, `b`, `scale`, `initial_state`,
     `read_before_write`, `beta`. All methods are differentiable in every field, and ignore autocast.
     """
+
+    @classmethod
+    def of(cls, form: CanonicalForm) -> Self:
+        """The recurrence that has the factors of ``form``."""
+        return cls(**{field.name: getattr(form, field.name) for field in dataclasses.fields(form)})
 
     def scan(self, *, method: Method = "chunked", chunk_size: int | None = None) -> ScanResult:
         """Outputs and final state in one pass. `chunk_size` (tokens; the default depends on the form) only trades

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.recurrence.canonical import CanonicalForm
 
 Arguments = Mapping[str, Any]
 """Arguments of an op call by name: tensors, flags, numbers, and whatever else upstream's layers hand over."""
@@ -185,11 +185,11 @@ class Rule:
             return 2 * x if arguments.get("allow_neg_eigval") else x
         return gate(x, arguments) if field == "log_decay" and arguments.get("use_gate_in_kernel") else x
 
-    def recurrence(self, factors: OpFactors, arguments: Arguments) -> Recurrence:
-        """The canonical recurrence of an op call."""
+    def form(self, factors: OpFactors, arguments: Arguments) -> CanonicalForm:
+        """The canonical form of an op call."""
         beta, scale = factors.beta, arguments.get("scale")
         default = factors.k.shape[-1] ** -0.5 if self.default_scale is None else self.default_scale
-        return Recurrence(
+        return CanonicalForm(
             q=factors.q,
             k=self.write_key(factors),
             u=factors.v if beta is None else beta.unsqueeze(-1) * factors.v,
@@ -243,9 +243,9 @@ class Rule:
         """Whether the caller asked for the final state."""
         return bool(arguments.get("output_final_state"))
 
-    def read_result(self, native: Any, arguments: Arguments) -> OpResult:
+    def read_result(self, native: object, arguments: Arguments) -> OpResult:
         """Canonical view of what the op returned for ``arguments``."""
-        outputs, state = native
+        outputs, state = cast("tuple[Tensor, Tensor | None]", native)
         return OpResult(outputs, key_first(state, arguments))
 
     def write_result(self, result: OpResult, arguments: Arguments) -> object:

@@ -3,7 +3,7 @@
     S <- alpha_t S,   then for r = 1..R:   S <- (I - beta_r k_r k_r^T) S + beta_r k_r v_r^T,   o_t = S^T (K^-1/2 q_t)
 
 The token as a whole writes a matrix of rank R and erases along R directions, all of which read the state before it
-(``hookpoints.recurrence.product``). So factors have an axis for the steps, [B,T,H,R,K], and all else is per token.
+(see ``carried_keys``). So factors have an axis for the steps, [B,T,H,R,K], and all else is per token.
 
 Two ops compute it. One knows of steps; the other is the gated delta rule itself, called with T*R tokens, zeros for the
 decay of later steps and for the reads of earlier ones, whose outputs the layer leaves out.
@@ -11,12 +11,10 @@ decay of later steps and for the reads of earlier ones, whose outputs the layer 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from hookpoints.recurrence.product import carried_keys
+from hookpoints.recurrence.canonical import carried_keys
 from hookpoints.rules.base import Arguments, FlaRule, OpFactors, OpResult
 
 _OF_A_STEP = ("k", "v", "beta")
@@ -59,7 +57,7 @@ class FlaGatedDeltaProduct(FlaRule):
             x = self._at_step(x, self._step_of(field))
         return super().feed(field, x, arguments)
 
-    def read_result(self, native: Any, arguments: Arguments) -> OpResult:
+    def read_result(self, native: object, arguments: Arguments) -> OpResult:
         result = super().read_result(native, arguments)
         if not self._is_stepwise(arguments):
             return result

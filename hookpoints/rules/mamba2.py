@@ -17,7 +17,7 @@ The scan clamps dt from below (``dt_limit``), the update does not. Where a model
 from __future__ import annotations
 
 from collections.abc import Set
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -77,12 +77,12 @@ class Mamba2(Rule):
     def wants_state(self, arguments: Arguments) -> bool:
         return _is_update(arguments) or bool(arguments["return_final_states"])
 
-    def read_result(self, native: Any, arguments: Arguments) -> OpResult:
-        if _is_update(arguments):
-            return OpResult(native.unsqueeze(1), arguments["state"].mT.clone())
+    def read_result(self, native: object, arguments: Arguments) -> OpResult:
         if isinstance(native, Tensor):
+            if _is_update(arguments):
+                return OpResult(native.unsqueeze(1), arguments["state"].mT.clone())
             return OpResult(native, None)
-        outputs, state = native
+        outputs, state = cast("tuple[Tensor, Tensor]", native)
         return OpResult(outputs, state.mT)
 
     def write_result(self, result: OpResult, arguments: Arguments) -> object:

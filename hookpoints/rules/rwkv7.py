@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.recurrence.canonical import CanonicalForm
 from hookpoints.rules.base import Arguments, Names, OpFactors, Rule
 
 
@@ -27,10 +27,10 @@ class RWKV7(Rule):
     names = Names("r", "k", "v", log_decay="w")
     sizes = ("head_dim", "head_v_dim")
 
-    def recurrence(self, factors: OpFactors, arguments: Arguments) -> Recurrence:
+    def form(self, factors: OpFactors, arguments: Arguments) -> CanonicalForm:
         along, back = _erase(arguments)
         dtype = factors.k.dtype
-        return super().recurrence(factors, arguments).replace(a=along.to(dtype), b=back.to(dtype))
+        return super().form(factors, arguments).replace(a=along.to(dtype), b=back.to(dtype))
 
 
 class FlaRWKV7(RWKV7):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import PreTrainedConfig
 
 _ACTIVATIONS = ("sqrelu", "relu2")
@@ -48,7 +46,7 @@ class RWKV7Config(PreTrainedConfig):
     """Whether the embeddings are normalised before the first block."""
     norm_bias: bool = True
     norm_eps: float = 1e-5
-    attn: dict[str, Any] | None = None
+    attn: dict[str, object] | None = None
     """Layers of softmax attention in flash-linear-attention's hybrids; not supported here."""
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -57,7 +55,7 @@ class RWKV7Config(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, **kwargs: object) -> None:
         if self.attn is not None:
             raise ValueError("RWKV-7 with layers of softmax attention (config.attn) is not supported, only pure RWKV-7")
         if self.hidden_act not in _ACTIVATIONS:

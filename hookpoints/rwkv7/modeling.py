@@ -190,7 +190,7 @@ def _padding(mask: Tensor | Mapping[str, Tensor] | None, x: Tensor) -> Tensor | 
 # -- checkpoints of the first format
 
 
-def legacy_weights(name_or_path: str, options: Mapping[str, Any]) -> dict[str, Tensor] | None:
+def legacy_weights(name_or_path: str, options: Mapping[str, object]) -> dict[str, Tensor] | None:
     """All weights of a checkpoint under their present names, or None where it has these already (the usual case, which
     costs a look at the names). ``options`` are those of ``from_pretrained``."""
     where = {name: options[name] for name in _WHERE if options.get(name) is not None}

@@ -18,7 +18,7 @@ from families import FAMILIES, OPS, SCHEDULES, make, passes, simple_gla_call
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hookpoints import HookedRecurrent
+from hookpoints import HookedRecurrent, Recurrence
 from hookpoints.fla import import_fla
 from hookpoints.rules import FlaSimpleGatedLinear
 
@@ -72,7 +72,7 @@ def _of_schedule(hooked: HookedRecurrent, schedule: str, saved: dict[str, Tensor
 
 def _of_simple_gla(saved: dict[str, Tensor]) -> dict[str, Errors]:
     rule, call = FlaSimpleGatedLinear(), simple_gla_call()
-    found = rule.recurrence(rule.factors(call), call).scan()
+    found = Recurrence.of(rule.form(rule.factors(call), call)).scan()
     return {
         kind: Errors(
             _largest(found.outputs, saved[f"{kind}.outputs"]), relative(found.final_state, saved[f"{kind}.state"])

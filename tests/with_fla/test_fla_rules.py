@@ -9,6 +9,7 @@ from conftest import KeepFloat64
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from hookpoints import Recurrence
 from hookpoints.fla import import_fla
 from hookpoints.rules import FlaDelta, FlaGatedDelta, FlaGatedLinear, FlaKimiDelta, FlaRetention, FlaSimpleGatedLinear
 from hookpoints.rules.base import l2_normalise
@@ -37,7 +38,7 @@ def call(dtype, heads: int = HV, key_heads: int | None = None, **arguments):
 
 def check(rule, arguments, outputs, state, dtype):
     """The rule's recurrence against reference outputs [B,T,H,V] and a key-first final state."""
-    recurrence = rule.recurrence(rule.factors(arguments), arguments)
+    recurrence = Recurrence.of(rule.form(rule.factors(arguments), arguments))
     for method in ("chunked", "reference"):
         found = recurrence.scan(method=method)
         for ours, theirs in ((found.outputs, outputs), (found.final_state, state)):
@@ -82,7 +83,7 @@ def test_retention():
     given = call(torch.float64, initial_state=None)
     with KeepFloat64():
         expected = naive_retention(*(given[name].transpose(1, 2) for name in "qkv")).transpose(1, 2)
-    recurrence = FlaRetention().recurrence(FlaRetention().factors(given), given)
+    recurrence = Recurrence.of(FlaRetention().form(FlaRetention().factors(given), given))
     assert_close(recurrence.outputs(), expected, rtol=0, atol=1e-6)  # the reference makes its decays in float32
     assert_close(recurrence.log_decay[0, 3].exp(), 1 - 2.0 ** (-5.0 - torch.arange(HV, dtype=torch.float64)))
 

@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from hookpoints.fla import import_fla, substituting
-from hookpoints.fla.substitutes import SUBSTITUTES, pointwise, sequence
+from hookpoints.fla import import_fla, substitutes, substituting
+from hookpoints.fla.substitutes import SUBSTITUTES
 
 BOUNDS = torch.tensor([0, 1, 4, 9, 20])
 """Sequences of 1, 3, 5 and 11 tokens: shorter than, as long as and longer than a convolution."""
@@ -37,14 +37,15 @@ def test_norms(name, with_residual):
     expected = getattr(layernorm, f"{name}_ref")(
         x=x, weight=weight, bias=bias, residual=residual, eps=1e-3, prenorm=True, **options
     )
-    found = getattr(pointwise, name)(x, weight, bias, residual, eps=1e-3, prenorm=True, **options)
+    substitute = SUBSTITUTES["fla.modules.norm.layernorm"][name]
+    found = substitute(x, weight, bias, residual, eps=1e-3, prenorm=True, **options)
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours, theirs, rtol=0, atol=1e-12)
-    assert_close(getattr(pointwise, name)(x, weight, bias, residual, eps=1e-3, **options), found[0])
+    assert_close(substitute(x, weight, bias, residual, eps=1e-3, **options), found[0])
     linear = normal(4, 5, 12)
     kinds = {"is_rms_norm": name == "rms_norm", **options}
     assert_close(
-        pointwise.layer_norm_linear(x, weight, bias, linear, None, residual, eps=1e-3, **kinds), found[0] @ linear.T
+        substitutes.layer_norm_linear(x, weight, bias, linear, None, residual, eps=1e-3, **kinds), found[0] @ linear.T
     )
 
 
@@ -53,45 +54,45 @@ def test_gated_norms(activation):
     x, gate, weight, bias = normal(0, 2, 3, 8), normal(1, 2, 3, 8), normal(2, 8), normal(3, 8)
     opened = gate.sigmoid() * (gate if activation == "swish" else 1)
     expected = F.layer_norm(x, (8,), weight, bias, 1e-6) * opened
-    assert_close(pointwise.layer_norm_gated(x, gate, weight, bias, activation), expected, rtol=0, atol=1e-12)
+    assert_close(substitutes.layer_norm_gated(x, gate, weight, bias, activation), expected, rtol=0, atol=1e-12)
     expected = F.rms_norm(x, (8,), weight, 1e-6) * opened
-    assert_close(pointwise.rms_norm_gated(x, gate, weight, None, activation), expected, rtol=0, atol=1e-12)
+    assert_close(substitutes.rms_norm_gated(x, gate, weight, None, activation), expected, rtol=0, atol=1e-12)
 
 
 def test_residual_streams_keep_their_dtype():
     """A float32 residual stream under bfloat16 layers, as kernels round."""
     x, residual = normal(0, 4, 8, dtype=torch.bfloat16), normal(1, 4, 8, dtype=torch.float32)
-    y, total = pointwise.rms_norm(x, None, None, residual, prenorm=True)
+    y, total = substitutes.rms_norm(x, None, None, residual, prenorm=True)
     assert y.dtype == torch.bfloat16 and total.dtype == torch.float32
     assert torch.equal(total, x.float() + residual)
-    assert pointwise.rms_norm(x, None, None, prenorm=True, residual_in_fp32=True)[1].dtype == torch.float32
+    assert substitutes.rms_norm(x, None, None, prenorm=True, residual_in_fp32=True)[1].dtype == torch.float32
 
 
 def test_l2norm():
     x = normal(0, 2, 3, 8)
-    assert_close(pointwise.l2norm(x), x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt(), rtol=0, atol=1e-14)
+    assert_close(substitutes.l2norm(x), x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt(), rtol=0, atol=1e-14)
 
 
 def test_activations():
     x, y = normal(0, 4, 6), normal(1, 4, 6)
     silu = x / (1 + torch.exp(-x))
     for found, expected in (
-        (pointwise.sigmoid(x), 1 / (1 + torch.exp(-x))),
-        (pointwise.logsigmoid(x, 2.0), -torch.log1p(torch.exp(-x)) / 2),
-        (pointwise.swish(x), silu),
-        (pointwise.elu_p1(x), torch.where(x > 0, x + 1, x.exp())),
-        (pointwise.squared_relu(x), x.clamp_min(0) ** 2),
-        (pointwise.gelu(x), 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x)))),
-        (pointwise.bias_gelu(x, y), pointwise.gelu(x + y)),
-        (pointwise.swiglu(x, y), silu * y),
-        (pointwise.sigmoidglu(x, y), x.sigmoid() * y),
-        (pointwise.swiglu_linear(x, y, normal(2, 3, 6), None), (silu * y) @ normal(2, 3, 6).T),
+        (substitutes.sigmoid(x), 1 / (1 + torch.exp(-x))),
+        (substitutes.logsigmoid(x, 2.0), -torch.log1p(torch.exp(-x)) / 2),
+        (substitutes.swish(x), silu),
+        (substitutes.elu_p1(x), torch.where(x > 0, x + 1, x.exp())),
+        (substitutes.squared_relu(x), x.clamp_min(0) ** 2),
+        (substitutes.gelu(x), 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x)))),
+        (substitutes.bias_gelu(x, y), substitutes.gelu(x + y)),
+        (substitutes.swiglu(x, y), silu * y),
+        (substitutes.sigmoidglu(x, y), x.sigmoid() * y),
+        (substitutes.swiglu_linear(x, y, normal(2, 3, 6), None), (silu * y) @ normal(2, 3, 6).T),
     ):
         assert_close(found, expected, rtol=0, atol=1e-12)
     negative = -x.abs()
-    assert_close(pointwise.powglu(negative, y), negative * negative.sigmoid() * y)
-    assert_close(pointwise.powglu(torch.full_like(x, 4.0), y), 4.0 * F.sigmoid(torch.tensor(4.0)).double() * y)
-    assert pointwise.swish(x.bfloat16()).dtype == torch.bfloat16
+    assert_close(substitutes.powglu(negative, y), negative * negative.sigmoid() * y)
+    assert_close(substitutes.powglu(torch.full_like(x, 4.0), y), 4.0 * F.sigmoid(torch.tensor(4.0)).double() * y)
+    assert substitutes.swish(x.bfloat16()).dtype == torch.bfloat16
 
 
 def convolved(x, weight, bias, state):
@@ -113,7 +114,7 @@ def test_convolution(with_state, packed):
     state = normal(3, count, 6, 4) if with_state else None
     residual = normal(4, *x.shape)
     options = {"cu_seqlens": BOUNDS if packed else None, "activation": "silu", "backend": "triton"}
-    y, final = sequence.causal_conv1d(
+    y, final = substitutes.causal_conv1d(
         x, weight, bias, residual, initial_state=state, output_final_state=True, **options
     )
     rows = [x[0, a:b] for a, b in itertools.pairwise(BOUNDS)] if packed else list(x)
@@ -122,7 +123,7 @@ def test_convolution(with_state, packed):
     joined = torch.cat([out for out, _ in expected])[None] if packed else torch.stack([out for out, _ in expected])
     assert_close(y, joined + residual, rtol=0, atol=1e-12)
     assert_close(final, torch.stack([after for _, after in expected]), rtol=0, atol=0)
-    assert sequence.causal_conv1d(x, weight, initial_state=state, cu_seqlens=options["cu_seqlens"])[1] is None
+    assert substitutes.causal_conv1d(x, weight, initial_state=state, cu_seqlens=options["cu_seqlens"])[1] is None
 
 
 @pytest.mark.parametrize("shape", [(3, 6), (1, 3, 6), (3, 1, 6)])
@@ -130,8 +131,8 @@ def test_convolution_steps(shape):
     """One token moves the cache on in place, as fla's kernel does."""
     weight, bias, cache, x = normal(1, 6, 4), normal(2, 6), normal(3, 3, 6, 4), normal(0, *shape)
     before = cache.clone()
-    y, same = sequence.causal_conv1d_update(x, cache, None, weight, bias, "swish")
-    whole, after = sequence.causal_conv1d(x.reshape(3, 1, 6), weight, bias, None, before, True, "swish")
+    y, same = substitutes.causal_conv1d_update(x, cache, None, weight, bias, "swish")
+    whole, after = substitutes.causal_conv1d(x.reshape(3, 1, 6), weight, bias, None, before, True, "swish")
     assert same is cache and torch.equal(cache, after) and y.shape == shape
     assert_close(y.reshape(3, 1, 6), whole)
 
@@ -149,7 +150,7 @@ def test_rotary(interleaved):
         return rotary_embedding_ref(x, cos[at], sin[at], interleaved)
 
     def rotate(x, **options):
-        return sequence.rotary_embedding(x, cos, sin, interleaved, **options)
+        return substitutes.rotary_embedding(x, cos, sin, interleaved, **options)
 
     assert_close(rotate(x, seqlen_offsets=4), expected(x, 4))
     per_row = rotate(x, seqlen_offsets=torch.tensor([0, 7]))
@@ -167,14 +168,14 @@ def test_rotary(interleaved):
 def test_token_shift():
     x, cache = normal(0, 2, 5, 3), normal(1, 2, 3)
     expected = torch.cat([cache[:, None], x[:, :-1]], 1) - x
-    out, last = sequence.token_shift(x, cache=cache, output_cache=True)
+    out, last = substitutes.token_shift(x, cache=cache, output_cache=True)
     assert_close(out, expected)
     assert torch.equal(last, x[:, -1])
-    assert_close(sequence.token_shift(x)[:, 0], -x[:, 0])
+    assert_close(substitutes.token_shift(x)[:, 0], -x[:, 0])
     packed, before = normal(2, 1, 20, 3), normal(3, 4, 3)
-    out, last = sequence.token_shift(packed, BOUNDS, before, output_cache=True)
+    out, last = substitutes.token_shift(packed, BOUNDS, before, output_cache=True)
     for row, (a, b) in enumerate(itertools.pairwise(BOUNDS)):
-        alone = sequence.token_shift(packed[:, a:b], cache=before[row : row + 1])
+        alone = substitutes.token_shift(packed[:, a:b], cache=before[row : row + 1])
         assert_close(out[:, a:b], alone)
         assert torch.equal(last[row], packed[0, b - 1])
 
@@ -191,9 +192,9 @@ def test_attention(window):
                 seen = slice(0 if window[0] < 0 else max(0, last - window[0]), last + 1)
                 weights = (k[row, seen, head // 2] @ q[row, t, head] / math.sqrt(8)).softmax(0)
                 expected[row, t, head] = weights @ v[row, seen, head // 2]
-    found = sequence.flash_attn_func(q, k, v, causal=True, window_size=window)
+    found = substitutes.flash_attn_func(q, k, v, causal=True, window_size=window)
     assert_close(found, expected, rtol=0, atol=1e-12)
-    packed = sequence.flash_attn_varlen_func(
+    packed = substitutes.flash_attn_varlen_func(
         q.flatten(0, 1),
         k.flatten(0, 1),
         v.flatten(0, 1),

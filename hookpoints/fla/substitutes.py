@@ -1,0 +1,478 @@
+"""fla's kernels in plain torch, for CPU tensors, and the table that says which function stands in for which.
+
+A substitute takes the same arguments as the function it stands in for and returns the same. To cover another kernel,
+write its torch form and add a line to ``SUBSTITUTES`` at the end. As the kernels do, the work is done in float32
+(float64 stays) and results are rounded once, to the input's dtype. What runs along the sequence (convolutions, rotary
+embeddings, token shift, attention) takes packed sequences, too: [1, sum T, ...] with the bounds ``cu_seqlens`` [N+1].
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Window = tuple[int, int]
+"""How many tokens before and after a query it may look at; -1 for all."""
+Prenorm = Tensor | tuple[Tensor, Tensor]
+"""The normalised tensor, or with ``prenorm`` also the sum that was normalised: the residual stream."""
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """What a kernel computes in: float32, here float64 where the input is."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# -- norms: LayerNorm, RMSNorm, GroupNorm, with a residual, a gate or a projection fused in
+
+
+class _Summed(NamedTuple):
+    """What is to be normalised."""
+
+    working: Tensor
+    """x + residual in the working dtype."""
+    residual: Tensor
+    """The same as it goes on."""
+
+
+def _sum(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> _Summed:
+    working = x.to(working_dtype(x))
+    if residual is None:
+        return _Summed(working, x.float() if residual_in_fp32 and x.dtype != torch.float64 else x)
+    working = working + residual.to(working.dtype)
+    return _Summed(working, working.to(residual.dtype))
+
+
+def _normalised(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_rms_norm: bool, num_groups: int = 1
+) -> Tensor:
+    shape, x = x.shape, x.unflatten(-1, (num_groups, -1))
+    if not is_rms_norm:
+        x = x - x.mean(-1, keepdim=True)
+    x = (x / (x.square().mean(-1, keepdim=True) + eps).sqrt()).reshape(shape)
+    if weight is not None:
+        x = x * weight.to(x.dtype)
+    return x if bias is None else x + bias.to(x.dtype)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+    num_groups: int = 1,
+) -> Prenorm:
+    """LayerNorm or RMSNorm over the last axis of x + residual, in ``num_groups`` groups of channels; also fla's
+    ``group_norm``."""
+    summed = _sum(x, residual, residual_in_fp32)
+    y = _normalised(summed.working, weight, bias, eps, is_rms_norm, num_groups).to(x.dtype)
+    return (y, summed.residual) if prenorm else y
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+) -> Prenorm:
+    """RMSNorm over the last axis of x + residual."""
+    return layer_norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, True)
+
+
+def layer_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+    num_groups: int = 1,
+) -> Prenorm:
+    """A norm and a linear map after it."""
+    summed = _sum(x, residual, residual_in_fp32)
+    y = _normalised(summed.working, norm_weight, norm_bias, eps, is_rms_norm, num_groups).to(x.dtype)
+    out = F.linear(y, linear_weight.to(y.dtype), None if linear_bias is None else linear_bias.to(y.dtype))
+    return (out, summed.residual) if prenorm else out
+
+
+def _gated_norm(is_rms_norm: bool) -> Callable[..., Prenorm]:
+    """LayerNorm or RMSNorm of x + residual, times swish(g) or sigmoid(g)."""
+
+    def norm(
+        x: Tensor,
+        g: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        activation: str = "swish",
+        residual: Tensor | None = None,
+        prenorm: bool = False,
+        residual_in_fp32: bool = False,
+        eps: float = 1e-6,
+    ) -> Prenorm:
+        summed = _sum(x, residual, residual_in_fp32)
+        y = _normalised(summed.working, weight, bias, eps, is_rms_norm)
+        gate = g.to(y.dtype)
+        if activation in ("swish", "silu"):
+            y = y * gate * gate.sigmoid()
+        elif activation == "sigmoid":
+            y = y * gate.sigmoid()
+        y = y.to(x.dtype)
+        return (y, summed.residual) if prenorm else y
+
+    return norm
+
+
+layer_norm_gated, rms_norm_gated = _gated_norm(is_rms_norm=False), _gated_norm(is_rms_norm=True)
+
+
+def l2norm(x: Tensor, eps: float = 1e-6, output_dtype: torch.dtype | None = None) -> Tensor:
+    """x / |x| over the last axis, eps inside the root."""
+    working = x.to(working_dtype(x))
+    return (working * torch.rsqrt(working.square().sum(-1, keepdim=True) + eps)).to(output_dtype or x.dtype)
+
+
+# -- activations
+
+
+def _rounded(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``function`` in the working dtype, its result in the first input's."""
+    dtype = working_dtype(inputs[0])
+    return function(*(x.to(dtype) for x in inputs)).to(inputs[0].dtype)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x))."""
+    return _rounded(torch.sigmoid, x)
+
+
+def logsigmoid(x: Tensor, temperature: float = 1.0) -> Tensor:
+    """log sigmoid(x) / temperature."""
+    return _rounded(lambda x: F.logsigmoid(x) / temperature, x)
+
+
+def swish(x: Tensor) -> Tensor:
+    """x sigmoid(x)."""
+    return _rounded(F.silu, x)
+
+
+def elu_p1(x: Tensor) -> Tensor:
+    """elu(x) + 1, a positive feature map."""
+    return _rounded(lambda x: F.elu(x) + 1, x)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2."""
+    return _rounded(lambda x: F.relu(x).square(), x)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU with the tanh approximation, in the input's dtype."""
+    return F.gelu(x, approximate="tanh")
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU of x + bias."""
+    return F.gelu(x + bias, approximate="tanh").to(x.dtype)
+
+
+def swiglu(x: Tensor, y: Tensor) -> Tensor:
+    """swish(x) y."""
+    return _rounded(lambda x, y: F.silu(x) * y, x, y)
+
+
+def sigmoidglu(x: Tensor, y: Tensor) -> Tensor:
+    """sigmoid(x) y."""
+    return _rounded(lambda x, y: x.sigmoid() * y, x, y)
+
+
+def powglu(x: Tensor, y: Tensor, power: float = 3.0) -> Tensor:
+    """x^(power / (sqrt(x) + 1)) sigmoid(x) y for x > 0, else x sigmoid(x) y."""
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        positive = torch.where(x > 0, x, torch.ones_like(x))
+        raised = positive.pow(power / (positive.sqrt() + 1))
+        return torch.where(x > 0, raised, x) * x.sigmoid() * y
+
+    return _rounded(function, x, y)
+
+
+def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """swiglu, then a linear map; likewise the two below."""
+    return F.linear(swiglu(x, y), weight, bias)
+
+
+def sigmoidglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(sigmoidglu(x, y), weight, bias)
+
+
+def powglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, power: float = 3.0) -> Tensor:
+    return F.linear(powglu(x, y, power), weight, bias)
+
+
+# -- what RWKV-7 layers compute around the recurrence
+
+
+def addcmul(
+    hidden_states: Tensor,
+    delta: Tensor,
+    xr: Tensor,
+    xw: Tensor,
+    xk: Tensor,
+    xv: Tensor,
+    xa: Tensor,
+    xg: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """x + delta * mix for each mix [1,1,D]; None where there is no ``xg``. x and delta [B,T,D]."""
+    mixes = (xr, xw, xk, xv, xa, xg)
+    return tuple(None if mix is None else hidden_states.addcmul(delta, mix) for mix in mixes)
+
+
+def key(k: Tensor, a: Tensor, ka: Tensor, cu_seqlens: object = None, cu_seqlens_cpu: object = None) -> Tensor:
+    """k (1 + (a - 1) ka), all [B,T,D] but ka [D]."""
+    return k.addcmul(k * (a - 1), ka)
+
+
+def gated_bonus(o: Tensor, r: Tensor, k: Tensor, r_k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """(o + (r . r_k k) v) g with o and g [B,T,H*V], r and k [B,T,H,K], r_k [H,K], v [B,T,H,V]."""
+    bonus = (r * k * r_k).sum(-1, keepdim=True) * v
+    return (o + bonus.reshape(o.shape)) * g
+
+
+# -- along the sequence
+
+
+def sequences(cu_seqlens: Tensor) -> Iterator[slice]:
+    """Where each sequence lies on the time axis of a packed batch [1, sum T, ...]."""
+    bounds = cu_seqlens.tolist()
+    return (slice(start, stop) for start, stop in itertools.pairwise(bounds))
+
+
+# -- short causal convolutions; a cache [N,D,W] holds the last W inputs of each sequence, oldest first
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool | None = False,
+    activation: str | None = None,
+    backend: str | None = None,
+    cu_seqlens: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, Tensor | None]:
+    """y_t = act(sum_w weight[:, w] x_{t-W+1+w} + bias) + residual_t, inputs before a sequence zero or from its cache.
+
+    Args:
+        x: [B,T,D], or [1, sum T, D] with ``cu_seqlens`` [N+1].
+        weight: [D,W].
+        initial_state: [N,D,W].
+
+    Returns: y like x, and the cache [N,D,W] if asked for.
+    """
+    parts = [x] if cu_seqlens is None else [x[:, span] for span in sequences(cu_seqlens)]
+    states = [initial_state] if cu_seqlens is None or initial_state is None else initial_state.split(1)
+    done = [_convolve(part, weight, bias, activation, state) for part, state in _zip(parts, states)]
+    y = torch.cat([y for y, _ in done], 1)
+    if residual is not None:
+        y = y + residual.to(y.dtype)
+    final = torch.cat([state for _, state in done]).to(x.dtype) if output_final_state else None
+    return y.to(x.dtype), final
+
+
+def _zip(parts: list[Tensor], states: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor | None]]:
+    return list(zip(parts, [*states, *[None] * (len(parts) - len(states))], strict=True))
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y [N,T,D] and the cache [N,D,W] of one stretch, both in the working dtype."""
+    dtype, width = working_dtype(x), weight.shape[1]
+    inputs = x.to(dtype).mT  # [N,D,T]
+    before = inputs.new_zeros(*inputs.shape[:2], width) if state is None else state.to(dtype)
+    inputs = torch.cat([before, inputs], -1)
+    offset = None if bias is None else bias.to(dtype)
+    y = F.conv1d(inputs[..., 1:], weight.to(dtype).unsqueeze(1), offset, groups=weight.shape[0]).mT
+    return (F.silu(y) if activation in ("silu", "swish") else y), inputs[..., -width:]
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    cache: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token per sequence: x [N,D], [1,N,D] or [N,1,D]. ``cache`` [N,D,W] is moved on in place, as fla does."""
+    assert weight is not None, "fla's layers always give the convolution a weight"
+    tokens = x.reshape(-1, 1, weight.shape[0])
+    y, moved = _convolve(tokens, weight, bias, activation, cache)
+    cache.copy_(moved)
+    y = y.reshape(x.shape)
+    return (y if residual is None else y + residual.reshape(x.shape).to(y.dtype)).to(x.dtype), cache
+
+
+# -- rotary embeddings and token shift
+
+
+def rotary_embedding(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    inplace: bool = False,
+    seqlen_offsets: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    chunk_indices: object = None,
+) -> Tensor:
+    """Rotate the first R channels of x by the angle of its position.
+
+    Args:
+        x: [B,T,H,D], or [1, sum T, H, D] with ``cu_seqlens``.
+        cos, sin: [positions, R/2].
+        seqlen_offsets: position of the first token, one for all or one per sequence [N]. Tokens whose position is
+            not in the table (padding before a sequence) stay as they are.
+    """
+    where = _positions(x, seqlen_offsets, cu_seqlens)  # [B,T]
+    known = ((where >= 0) & (where < len(cos)))[..., None, None]
+    where, dtype = where.clamp(0, len(cos) - 1), working_dtype(x)
+    c, s = (table[where].unsqueeze(2).to(dtype) for table in (cos, sin))  # [B,T,1,R/2]
+    turned, rest = x[..., : 2 * c.shape[-1]].to(dtype), x[..., 2 * c.shape[-1] :]
+    first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
+    pair = (first * c - second * s, first * s + second * c)
+    rotated = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    y = torch.where(known, torch.cat([rotated.to(x.dtype), rest], -1), x)
+    return x.copy_(y) if inplace else y
+
+
+def _positions(x: Tensor, offsets: int | Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """[B,T] position of each token in its sequence."""
+    if cu_seqlens is None:
+        own = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        return own + (offsets[:, None] if isinstance(offsets, Tensor) else offsets)
+    spans = list(sequences(cu_seqlens))
+    starts = offsets.tolist() if isinstance(offsets, Tensor) else [offsets] * len(spans)
+    return torch.cat(
+        [torch.arange(span.stop - span.start, device=x.device) + s for span, s in zip(spans, starts, strict=True)]
+    )[None]
+
+
+def token_shift(
+    x: Tensor,
+    cu_seqlens: Tensor | None = None,
+    cache: Tensor | None = None,
+    output_cache: bool = False,
+    chunk_indices: object = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x_{t-1} - x_t; before a sequence stands its cache, or zero.
+
+    Args:
+        x: [B,T,D], or [1, sum T, D] with ``cu_seqlens``.
+        cache: [N,D] (or [N,1,D]) last token of the stretch before.
+
+    Returns: like x; with ``output_cache`` also the last token [N,D] of each sequence.
+    """
+    spans = [slice(0, x.shape[1])] if cu_seqlens is None else list(sequences(cu_seqlens))
+    count = x.shape[0] if cu_seqlens is None else len(spans)
+    before = x.new_zeros(count, x.shape[-1]) if cache is None else cache.reshape(count, -1).to(x.dtype)
+    rows = [before] if cu_seqlens is None else before.split(1)
+    shifted = [torch.cat([row.unsqueeze(1), x[:, span][:, :-1]], 1) for row, span in zip(rows, spans, strict=True)]
+    out = torch.cat(shifted, 1) - x
+    return (out, torch.cat([x[:, span.stop - 1] for span in spans])) if output_cache else out
+
+
+# -- flash_attn's two functions, for the softmax layers of fla's hybrids
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    **_: object,
+) -> Tensor:
+    """Attention of q [B,T,H,D] over k, v [B,S,Hk,D]; the last query stands at the last key. Returns [B,T,H,D]."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(groups, 2) if groups > 1 else x for x in (k, v))
+    allowed = _allowed(q.shape[1], k.shape[1], causal, window_size, q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout_p, scale=softmax_scale)
+    return out.transpose(1, 2)
+
+
+def _allowed(queries: int, keys: int, causal: bool, window: Window, device: torch.device) -> Tensor:
+    """[T,S], True where a query may look."""
+    query = torch.arange(keys - queries, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)
+    left, right = window[0], 0 if causal else window[1]
+    allowed = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    if left >= 0:
+        allowed &= key >= query - left
+    return allowed & (key <= query + right) if right >= 0 else allowed
+
+
+def flash_attn_varlen_func(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
+) -> Tensor:
+    """``flash_attn_func`` for packed sequences: q [sum T, H, D], k and v [sum S, Hk, D]."""
+    for name in ("max_seqlen_q", "max_seqlen_k"):
+        options.pop(name, None)
+    spans = zip(sequences(cu_seqlens_q), sequences(cu_seqlens_k), strict=True)
+    parts = [flash_attn_func(q[a][None], k[b][None], v[b][None], **options)[0] for a, b in spans]
+    return torch.cat(parts)
+
+
+SUBSTITUTES: Mapping[str, Mapping[str, Callable[..., object]]] = {
+    "fla.modules.norm.layernorm": {
+        "layer_norm": layer_norm,
+        "group_norm": layer_norm,
+        "rms_norm": rms_norm,
+        "layer_norm_linear": layer_norm_linear,
+    },
+    "fla.modules.norm.fused_norm_gate": {"layer_norm_gated": layer_norm_gated, "rms_norm_gated": rms_norm_gated},
+    "fla.modules.norm.l2norm": {"l2norm": l2norm},
+    "fla.modules.activations.ops": {
+        "sigmoid": sigmoid,
+        "logsigmoid": logsigmoid,
+        "swish": swish,
+        "elu_p1": elu_p1,
+        "sqrelu": squared_relu,
+        "fast_gelu_impl": gelu,
+        "bias_gelu_impl": bias_gelu,
+        "swiglu": swiglu,
+        "swiglu_linear": swiglu_linear,
+        "sigmoidglu": sigmoidglu,
+        "sigmoidglu_linear": sigmoidglu_linear,
+        "powglu": powglu,
+        "powglu_linear": powglu_linear,
+    },
+    "fla.modules.causal_conv1d.ops": {"causal_conv1d": causal_conv1d, "causal_conv1d_update": causal_conv1d_update},
+    "fla.modules.rotary.ops": {"rotary_embedding": rotary_embedding},
+    "fla.modules.token_shift": {"token_shift": token_shift},
+    "fla.ops.rwkv7.fused_addcmul": {"fused_addcmul_rwkv7": addcmul},
+    "fla.ops.rwkv7.fused_k_update": {"fused_k_rwkv7": key},
+    "fla.ops.rwkv7.gate_output_correction": {"gate_output_correction": gated_bonus},
+    "fla.layers.attn": {"flash_attn_func": flash_attn_func, "flash_attn_varlen_func": flash_attn_varlen_func},
+}
+"""Module -> function -> substitute."""
