@@ -1,9 +1,8 @@
 """How much faster the batched substitution test is than one full forward per condition.
 
-Run ``python benchmarks/substitution.py``. Both ways write the same matrices at the same positions of the same
-sequence and measure the same KLs, in turn within one process; the largest difference of KL between them is
-printed. The full forward stands for the plain way: hook the write, run the whole sequence, compare, for each
-condition in turn.
+Run `python benchmarks/substitution.py`. Both ways write the same matrices at the same positions of the same sequence
+and measure the same KLs, in turn within one process; the largest difference of KL between them is printed. The full
+forward is the plain way: hook the write, run the whole sequence, compare, one condition after the other.
 """
 
 from __future__ import annotations
@@ -13,32 +12,29 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import transformers
 from matplotlib.figure import Figure
-from torch import Tensor
+from sae_lens.saes.sae import SAEMetadata
 
 from hookpoints import HookedRecurrent, WriteEdit, embedded
-from sae_lens_writesae.conditions import conditions, rank_one
-from sae_lens_writesae.divergence import divergences
-from sae_lens_writesae.firings import HeadHook
-from sae_lens_writesae.head_memory import head_writes
-from sae_lens_writesae.substitution_config import SubstitutionConfig
-from sae_lens_writesae.substitution_edits import edits_of, measure
+from sae_lens_writesae.experiment.conditions import CONTROLS, conditions, edits_of
+from sae_lens_writesae.experiment.lab import Lab, Site, Trial
+from sae_lens_writesae.experiment.readout import divergences, kl_metrics
+from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 
-CONFIG = SubstitutionConfig(horizon=16)
+HORIZON = 16
 
 
 class Case(NamedTuple):
     """A model and the head that is edited."""
 
     label: str
-    model: HookedRecurrent
-    tokens: Tensor  # [1,T]
-    hook: HeadHook
+    lab: Lab
+    """On one sequence of T tokens."""
 
 
 class Timing(NamedTuple):
@@ -80,62 +76,70 @@ def cases(n_tokens: int) -> list[Case]:
         ("embedded", small, text, 2),
         ("Qwen3.5-shaped, 8 layers", large, noise, 4),
     ):
-        hook = HeadHook.parse(f"blocks.{layer}.mixer.heads.1.hook_write_vec")
-        made.append(Case(f"{label}, layer {layer} of {model.cfg.n_layers}, T = {n_tokens}", model, tokens, hook))
+        lab = Lab(model, {"": no_dictionary(model, layer)}, tokens)
+        made.append(Case(f"{label}, layer {layer} of {model.cfg.n_layers}, T = {n_tokens}", lab))
     return made
 
 
-def edits_for(case: Case, session: Any, positions: list[int]) -> list[list[WriteEdit]]:
-    """The 20 rows of each firing: atoms and controls are random directions, for which time does not care."""
-    native = head_writes(session.recurrence(case.hook.layer), case.hook.head, "additive").native.rows(positions)
-    g = torch.Generator().manual_seed(0)
-    shapes = native.keys[:, 0].shape, native.values[:, 0].shape
-    drawn = [rank_one(*(torch.randn(shape, generator=g) for shape in shapes)) for _ in range(6)]
-    controls = dict(zip(CONFIG.controls, drawn[1:]))
-    made = conditions(native, drawn[0], torch.ones(len(positions)), controls)
-    return [edits_of(case.hook, CONFIG, condition, native, positions) for condition in made]
+def no_dictionary(model: HookedRecurrent, layer: int) -> WriteTopKSAE:
+    """A dictionary that only names head 1 of a layer; its atoms are not used."""
+    shape = model.cfg.layer(layer)
+    hook = SAEMetadata(hook_name=f"blocks.{layer}.mixer.heads.1.hook_write_vec")
+    return WriteTopKSAE(WriteTopKSAEConfig(d_in=shape.K * shape.V, d_k=shape.K, d_sae=2, k=1, metadata=hook))
 
 
-def batched(case: Case, positions: list[int], to_end: bool) -> np.ndarray:
-    """KLs [C,N] (mean over the window) by the batched test, its session included."""
-    session = case.model.edit_session(case.tokens)
-    edits = edits_for(case, session, positions)
-    return measure(session, edits, positions, [to_end] * len(positions), CONFIG)[:, :, 0]
+def edits_for(lab: Lab, site: Site, positions: list[int]) -> list[list[WriteEdit]]:
+    """The 20 conditions of each firing. Atoms and controls are random directions, which take as much time."""
+    native = site.at(positions)
+    generator = torch.Generator().manual_seed(0)
+    atom, *controls = (native.random_like(generator) for _ in range(1 + len(CONTROLS)))
+    all_conditions = conditions(native, atom, torch.ones(len(positions)), dict(zip(CONTROLS, controls)))
+    return [edits_of(lab, condition, native, positions, "additive") for condition in all_conditions]
+
+
+def batched(lab: Lab, positions: list[int], to_end: bool) -> np.ndarray:
+    """KLs [C,N] (mean over the window) by the batched test, its plain pass included."""
+    site = lab.site(0)
+    edits = edits_for(lab, site, positions)
+    trials = [Trial({}, position, edit) for of_condition in edits for position, edit in zip(positions, of_condition)]
+    table = lab.read(site, trials, kl_metrics(HORIZON, to_end), None if to_end else HORIZON + 1)
+    return table["kl_window"].to_numpy(float).reshape(len(edits), len(positions))
 
 
 @torch.no_grad()
-def one_by_one(case: Case, edits: list[WriteEdit]) -> list[float]:
+def one_by_one(lab: Lab, edits: list[WriteEdit]) -> list[float]:
     """The same KLs by a full forward each."""
-    native = case.model(case.tokens)[0]
-    found = []
+    native = lab.model(lab.tokens)[0]
+    values = []
     for edit in edits:
         assert edit.position is not None
-        with case.model.edits(edit):
-            patched = case.model(case.tokens)[0]
-        window = torch.arange(edit.position, edit.position + CONFIG.horizon + 1)[None]
-        found.append(float(divergences(native, window, patched[window]).forward.mean()))
-    return found
+        with lab.model.edits(edit):
+            patched = lab.model(lab.tokens)[0]
+        window = torch.arange(edit.position, edit.position + HORIZON + 1)[None]
+        values.append(float(divergences(native, window, patched[window]).forward.mean()))
+    return values
 
 
-def timing(case: Case, n_firings: int, n_full: int, rounds: int) -> Timing:
+@torch.no_grad()
+def timing(lab: Lab, n_firings: int, n_full: int, rounds: int) -> Timing:
     """Time the three ways in turn, `rounds` times."""
-    last = case.tokens.shape[1] - 1 - CONFIG.horizon
+    last = lab.tokens.shape[1] - 1 - HORIZON
     positions = torch.linspace(1, last, n_firings).long().tolist()
-    table = edits_for(case, case.model.edit_session(case.tokens), positions)
+    table = edits_for(lab, lab.site(0), positions)
     rows = [(c, n) for c in range(len(table)) for n in range(n_firings)]
     some = [rows[i] for i in torch.linspace(0, len(rows) - 1, n_full).long().tolist()]
     seconds: dict[str, list[float]] = {"full": [], "window": [], "to_end": []}
     kl = full = np.zeros((0, 0))
     for _ in range(rounds):
         clock = time.perf_counter()
-        full = np.array(one_by_one(case, [table[c][n] for c, n in some]))
+        full = np.array(one_by_one(lab, [table[c][n] for c, n in some]))
         seconds["full"].append((time.perf_counter() - clock) / len(some))
         clock = time.perf_counter()
-        kl = batched(case, positions, to_end=False)
+        kl = batched(lab, positions, to_end=False)
         seconds["window"].append((time.perf_counter() - clock) / len(rows))
         few = positions[:: max(1, n_firings // 4)]  # long runs: a few firings, over the whole sequence, tell enough
         clock = time.perf_counter()
-        batched(case, few, to_end=True)
+        batched(lab, few, to_end=True)
         seconds["to_end"].append((time.perf_counter() - clock) / (len(few) * len(table)))
     same = np.array([kl[c, n] for c, n in some])
     moved = full > 1e-9
@@ -144,21 +148,21 @@ def timing(case: Case, n_firings: int, n_full: int, rounds: int) -> Timing:
     return Timing(median["full"], median["window"], median["to_end"], gap)
 
 
-def draw(found: dict[str, Timing], path: Path) -> None:
+def draw(timings: dict[str, Timing], path: Path) -> None:
     """Conditions per second of the three ways."""
-    figure = Figure(figsize=(8, 1.2 + 1.1 * len(found)), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + 1.1 * len(timings)), layout="constrained")
     axes = figure.add_subplot()
     ways = {"one full forward each": "full", "batched, to the last token": "to_end", "batched, t..t+16": "window"}
     colours = ("#98a2ad", "#7fb0ff", "#1d5fd1")
-    for i, timed in enumerate(found.values()):
+    for i, timed in enumerate(timings.values()):
         for j, ((way, field), colour) in enumerate(zip(ways.items(), colours)):
             rate, y = 1 / getattr(timed, field), i + 0.26 * (j - 1)
             axes.barh(y, rate, 0.24, color=colour, label=way if i == 0 else None)
             axes.text(rate * 1.05, y, f"{rate:.3g}", va="center", fontsize=8)
-    axes.set_yticks(range(len(found)), [label.replace(", ", "\n", 1) for label in found], fontsize=9)
+    axes.set_yticks(range(len(timings)), [label.replace(", ", "\n", 1) for label in timings], fontsize=9)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(0.5 / max(t.full for t in found.values()), 3 / min(t.window for t in found.values()))
+    axes.set_xlim(0.5 / max(t.full for t in timings.values()), 3 / min(t.window for t in timings.values()))
     axes.set_xlabel("conditions per second (log scale)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
@@ -179,18 +183,20 @@ def main() -> None:
         options.tokens, options.firings, options.full, options.rounds = 64, 2, 2, 1
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
-    found = {}
+    timings: dict[str, Timing] = {}
     for case in cases(options.tokens):
-        found[case.label] = timing(case, options.firings, options.full, options.rounds)
+        timings[case.label] = timing(case.lab, options.firings, options.full, options.rounds)
     print(f"conditions per second, {options.firings} firings of 20 conditions, {options.threads} thread(s)")
     print(f"{'':44s} {'full':>8s} {'to end':>8s} {'window':>8s} {'gain':>7s} {'KL gap':>9s}")
-    for label, t in found.items():
+    for label, t in timings.items():
         gain = f"{t.full / t.window:6.1f}x"
         print(f"{label:44s} {1 / t.full:8.1f} {1 / t.to_end:8.1f} {1 / t.window:8.1f} {gain:>7s} {t.largest_gap:9.1e}")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "substitution.json").write_text(json.dumps({k: t._asdict() for k, t in found.items()}, indent=2))
-        draw(found, options.out / "substitution.png")
+        (options.out / "substitution.json").write_text(
+            json.dumps({k: t._asdict() for k, t in timings.items()}, indent=2)
+        )
+        draw(timings, options.out / "substitution.png")
 
 
 if __name__ == "__main__":

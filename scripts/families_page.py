@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from docs_site.markdown import table
+from docs_site.texts import table
 
 from hookpoints.hooks.table import rows
 from hookpoints.rules import REFUSED, REFUSED_LAYERS
@@ -120,11 +120,11 @@ def markdown(families: Iterable[Family]) -> str:
         by_rule[family.facts.rule].append(family)
     before = [rule for rule, members in by_rule.items() if "before" in members[0].facts.read]
     return PAGE.format(
-        rules="\n".join(table(RULE_HEAD, (_rule_row(rule, members) for rule, members in by_rule.items()))),
+        rules=table(RULE_HEAD, (_rule_row(rule, members) for rule, members in by_rule.items())).rstrip(),
         read=f"A token reads the state after its own write; in {' and '.join(before)} before it.",
         common=", ".join(f"`{name}`" for name in _common_hooks()),
-        models="\n".join(table(MODEL_HEAD, map(_model_row, families))),
-        refused="\n".join(table(("model types, layers", "reason"), _refused_rows())),
+        models=table(MODEL_HEAD, map(_model_row, families)).rstrip(),
+        refused=table(("model types, layers", "reason"), _refused_rows()).rstrip(),
     )
 
 

@@ -1,85 +1,114 @@
-"""Write docs/results.md: what became of every claim of the paper on the models that come with the package.
+"""Write docs/results.md: what became of every claim on the models that were evaluated.
 
-    writesae reproduce --model embedded --layer 4 --heads 0 1 2 3 --small --set training_tokens=200000 --out runs/gdn
-    writesae reproduce --model embedded-mamba2 --layer 6 --head 7 --small --out runs/mamba2
-    writesae reproduce --model embedded-rwkv7 --layer 3 --head 0 --small --out runs/rwkv7
+    writesae reproduce --small --model embedded --layers 4 --heads 0 1 2 3 --training-tokens 200000 --out runs/gdn
+    writesae reproduce --small --model embedded-mamba2 --layers 6 --heads 7 --out runs/mamba2
+    writesae reproduce --small --model embedded-rwkv7 --layers 3 --heads 0 --out runs/rwkv7
     python scripts/results_page.py runs/gdn runs/mamba2 runs/rwkv7
 
-Reads the config.json and report/report.json of each run; every figure on the page comes from there.
+Reads every result that `writesae reproduce`, `eval` or `demo` saved in or below the folders. All numbers of the page
+come from there.
 """
 
 from __future__ import annotations
 
-import json
-import sys
+import argparse
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from docs_site.texts import table
+
+from sae_lens_writesae import Result
+from sae_lens_writesae.page.report import Row, claim_rows, find_results, in_order
 from sae_lens_writesae.verdict.paper import PAPER_CLAIMS
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 
-
-def main(folders: list[str]) -> None:
-    runs = {}
-    for folder in map(Path, folders):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        runs[config["model"]] = (config, json.loads((folder / "report" / "report.json").read_text(encoding="utf-8")))
-    PAGE.write_text("\n\n".join([HEAD, outcomes(runs), *(section(name, *run) for name, run in runs.items())]) + "\n")
-
-
 HEAD = """# Results on the models of the package
 
-Every claim of the paper that small models can test, with the verdict that [rules fixed beforehand](verdicts.md) give
-it. The models have 2.3 M parameters, the dictionaries are small and trained for a minute at most; a claim that fails
-here may hold on the models of the paper: this page says what the tests measure and that they can be failed, not that
-the paper is wrong. `writesae reproduce` runs the same on a real model. Made by `scripts/results_page.py` from its
-results."""
+Every claim of the paper that small models can test, with the verdict that [rules fixed beforehand](verdicts.md)
+give. The models have 2.3 to 2.4 M parameters, and the dictionaries are small and trained for a minute at most. A
+claim that fails here may hold on the models of the paper: this page shows what the tests measure and that claims
+can fail them, and not that the paper is wrong. `writesae reproduce` runs the same on a real model.
+`scripts/results_page.py` makes the page from its results."""
 
 
-def outcomes(runs: dict[str, Any]) -> str:
-    """Claim by model, how many answers had each outcome."""
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="folders in or below which results were saved")
+    parser.add_argument("--out", type=Path, default=PAGE, help="page to write")
+    options = parser.parse_args()
+    options.out.write_text(page(find_results(options.folders)), encoding="utf-8")
+
+
+def page(results: Sequence[Result]) -> str:
+    """The page: verdicts by model, then for each model one table for each head."""
+    models: dict[str, list[Result]] = {}
+    for result in results:
+        models.setdefault(str(result.info["model"]), []).append(result)
+    sections = [section(model, of_model) for model, of_model in models.items()]
+    return "\n\n".join([HEAD, verdicts(models), *sections]) + "\n"
+
+
+def verdicts(models: dict[str, list[Result]]) -> str:
+    """How often each claim of the paper had which verdict, by model."""
+    counts = {
+        model: Counter((row.claim.number, row.claim.outcome) for row in claim_rows(results))
+        for model, results in models.items()
+    }
     rows = []
-    for number, paper in PAPER_CLAIMS.items():
-        cells = []
-        for _, report in runs.values():
-            counts = Counter(claim["outcome"] for claim in report["claims"] if claim["number"] == number)
-            cells.append(", ".join(f"{n} × {name}" for name, n in counts.most_common()) or "–")
-        rows.append([str(number), paper.claim, *cells])
-    return "## Verdicts\n\n" + table(["", "claim", *(f"`{name}`" for name in runs)], rows)
-
-
-def section(name: str, config: dict[str, Any], report: dict[str, Any]) -> str:
-    """All answers of one model."""
-    claims = sorted(report["claims"], key=lambda claim: claim["number"] or len(PAPER_CLAIMS) + 1)
-    rows = [
-        [
-            str(claim["number"] or "–"),
-            claim["claim"],
-            claim["label"],
-            claim["paper"],
-            claim["measured"],
-            f"{claim['n']:,} {claim['unit']}",
-            claim["controls"],
-            f"**{claim['outcome']}**: {claim['sentence']}",
+    for number, claim in PAPER_CLAIMS.items():
+        cells = [
+            ", ".join(f"{n} {outcome}" for (of_claim, outcome), n in count.most_common() if of_claim == number)
+            for count in counts.values()
         ]
-        for claim in claims
-    ]
-    heads = ", ".join(f"L{layer}H{head}" for layer in config["layers"] for head in config["heads"])
-    intro = (
-        f"Heads {heads}; dictionaries of {config['d_sae']} atoms, k = {config['k']}, {config['training_tokens']:,} "
-        f"training tokens, seeds {', '.join(map(str, config['seeds']))}."
-    )
-    columns = ["", "claim", "dictionary", "paper", "measured", "n", "controls", "verdict"]
-    return f"## {name}\n\n{intro}\n\n" + table(columns, rows)
+        rows.append((number, claim.claim, *cells))
+    head = ("", "claim", *(f"`{model}`" for model in models))
+    return f"## Verdicts\n\nHow many answers had which verdict.\n\n{table(head, rows).rstrip()}"
 
 
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+def section(model: str, results: Sequence[Result]) -> str:
+    """All answers of one model: one table for each head, then what concerns several heads."""
+    heads: dict[str, list[Result]] = {}
+    for result in sorted(
+        in_order(results), key=lambda each: (int(str(each.info["layer"])), int(str(each.info["head"])))
+    ):
+        heads.setdefault(f"L{result.info['layer']}H{result.info['head']}", []).append(result)
+    parts = [f"## {model}", f"Update rule: {results[0].info['rule']}."]
+    of_heads: set[tuple[str, int | None, str]] = set()
+    for head, of_head in heads.items():
+        rows = claim_rows(of_head)
+        of_heads |= {key(row) for row in rows}
+        parts.append(answers(f"Head {head}", rows))
+    together = [row for row in claim_rows(results) if key(row) not in of_heads]
+    return "\n\n".join([*parts, *([answers("Several heads", together)] if together else [])])
+
+
+def key(row: Row) -> tuple[str, int | None, str]:
+    """What tells one answer from another."""
+    return row.label, row.claim.number, row.claim.claim
+
+
+def answers(heading: str, rows: Sequence[Row]) -> str:
+    """One table with the values and verdicts, and below it what they rest on."""
+    short = [(c.number or "", c.claim, label, c.measured, f"**{c.outcome}**") for label, c in rows]
+    details = []
+    for label, claim in rows:
+        name = f"{claim.number}. {claim.claim}" if claim.number else claim.claim
+        facts = [f"the paper: {claim.paper}" if claim.number else "", f"n: {claim.n:,} {claim.unit}"]
+        facts += [f"controls: {claim.controls}" if claim.controls else "no control"]
+        details.append(f"* **{name}** ({label}): {claim.sentence} *{'; '.join(filter(None, facts))}.*")
+    lines = "\n".join(details).replace("<", "&lt;")
+    return f"""### {heading}
+
+{table(("", "claim", "dictionary", "value here", "verdict"), short)}
+<details markdown="1"><summary>Reasons, sample sizes and controls</summary>
+
+{lines}
+
+</details>"""
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

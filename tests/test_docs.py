@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import os
@@ -17,13 +18,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 
-from docs_site import catalogue, error_pages, evaluation_pages, hook_pages, markdown, texts  # noqa: E402
-from sae_lens_writesae.evaluation import Evaluation  # noqa: E402
-from sae_lens_writesae.suite import EVALUATIONS, Entry, Scope  # noqa: E402
+import results_page  # noqa: E402
+from docs_site import error_pages, evaluation_pages, hook_pages, texts  # noqa: E402
 
 import hookpoints  # noqa: E402
 import sae_lens_writesae  # noqa: E402
 from hookpoints.hooks.table import HOOKS  # noqa: E402
+from sae_lens_writesae import EVALUATIONS, Evaluation, Result, Substitution  # noqa: E402
 
 WRITTEN = sorted(path for path in (ROOT / "docs").rglob("*.md") if "```python" in path.read_text())
 COMPARED = {"bilinear": {}, "flat": {"decoder": "flat"}}
@@ -37,68 +38,74 @@ def test_every_hook_has_a_text_and_every_text_a_hook():
     assert page_names("hooks") == sorted(f"{row.scope}.{row.name}" for row in HOOKS)
 
 
-def test_every_evaluation_has_a_page():
-    for name, entry in EVALUATIONS.items():
-        page = evaluation_pages.page(name, entry, evaluation_pages.read(name))
-        assert all(f"\n## {part}" in page for part in ("Definition", "Formula", "How to run it", "Settings", "Tables"))
-        assert all(f"`{field}`" in page for field in entry.config_class.__dataclass_fields__)
-        columns = [column for table in entry.result_class.COLUMNS.values() for column in table]
-        assert all(f"| `{column}` |" in page for column in columns)
+@pytest.mark.parametrize("kind", EVALUATIONS)
+def test_every_evaluation_has_a_page(kind):
+    evaluation = EVALUATIONS[kind]
+    page = evaluation_pages.page(evaluation)
+    assert all(f"\n## {part}" in page for part in ("Definition", "Formula", "How to run it", "Settings", "Tables"))
+    assert all(f"| `{field.name}` |" in page for field in dataclasses.fields(evaluation))
+    assert all(f"| `{column}` |" in page for columns in evaluation.columns.values() for column in columns)
 
 
 def exceptions(package) -> set[str]:
     """Public exception classes that a package's modules define, found by importing them."""
-    found = set()
+    names = set()
     for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         module = importlib.import_module(info.name)
         for name, value in inspect.getmembers(module, inspect.isclass):
-            own = value.__module__ == info.name and issubclass(value, Exception) and not name.startswith("_")
-            if own and name != "StopForward":  # ends a pass inside the package; nobody else sees it
-                found.add(name)
-    return found
+            is_own = value.__module__ == info.name and issubclass(value, Exception) and not name.startswith("_")
+            if is_own and name != "StopForward":  # ends a pass inside the package; nobody else sees it
+                names.add(name)
+    return names
 
 
 def test_every_error_has_a_text_and_every_text_an_error():
     assert page_names("errors") == sorted(exceptions(hookpoints) | exceptions(sae_lens_writesae))
-    assert sorted(catalogue.errors()) == page_names("errors")
-    for name in page_names("errors"):
-        assert all(heading in texts.read("errors", name, "") for heading in error_pages.HEADINGS)
+    assert sorted(error_pages.errors()) == page_names("errors")
 
 
 def test_messages_come_from_the_source():
-    messages = catalogue.errors()["EditError"].messages
+    classes = error_pages.errors()
+    messages = classes["EditError"].messages
     assert "head ‹head› is out of range: layer ‹layer› has heads 0 to ‹…›" in messages
     assert len(messages) == len(set(messages)) > 10
-    assert any("TransformerBridge (‹versions›)" in message for message in catalogue.errors()["BridgeWarning"].messages)
+    assert any(
+        "TransformerBridge (‹versions›)" in message for message in error_pages.errors()["BridgeWarning"].messages
+    )
 
 
 def test_a_text_without_its_formula_is_refused(tmp_path, monkeypatch):
     write(tmp_path, monkeypatch, "evaluations/new.md", "example: n=1\n\n## Definition\n")
-    with pytest.raises(texts.MissingTextError, match=r"evaluation new needs .* '## Formula'"):
+    with pytest.raises(texts.MissingTextError, match=r"evaluations/new\.md .*'## Formula'"):
         evaluation_pages.read("new")
 
 
 def test_something_new_without_a_text_fails_the_build_and_names_the_file(tmp_path, monkeypatch):
     write(tmp_path, monkeypatch, "hooks/model.hook_embed.md", "text")
-    with pytest.raises(texts.MissingTextError, match=r"scripts/docs_site/texts/hooks/block\.hook_resid_pre\.md with"):
+    with pytest.raises(texts.MissingTextError, match=r"texts/hooks/model\.hook_embed\.md .*'## Definition'"):
         hook_pages.pages()
-    monkeypatch.setitem(EVALUATIONS, "new", Entry("seeds", "run_seeds", "SeedsConfig", "Seeds", Scope.SEEDS, "new?"))
-    with pytest.raises(texts.MissingTextError, match=r"texts/evaluations/"):
-        evaluation_pages.pages()
+    with pytest.raises(texts.MissingTextError, match=r"texts/evaluations/substitution\.md"):
+        evaluation_pages.page(Substitution)
+
+
+def test_a_text_of_nothing_fails_the_build(tmp_path, monkeypatch):
+    write(tmp_path, monkeypatch, "errors/OldError.md", "text")
+    with pytest.raises(texts.MissingTextError, match="OldError"):
+        error_pages.pages()
 
 
 def test_an_evaluation_without_a_docstring_fails_the_build():
-    class Bare(Evaluation):
-        pass
-
-    assert Evaluation.__doc__ and not evaluation_pages.own_docstring(Bare)
+    bare = type("Bare", (Substitution,), {"kind": "substitution"})
+    assert Evaluation.__doc__ and bare.__doc__ is None
+    with pytest.raises(texts.MissingTextError, match="Bare"):
+        evaluation_pages.page(bare)
 
 
 def test_an_example_that_raises_something_else_fails_the_build(tmp_path, monkeypatch):
     text = "## When it is raised\n\n## How to mend it\n\n## Example\n\n```python\n1 / 0\n```\n"
     write(tmp_path, monkeypatch, "errors/EditError.md", text)
     with pytest.raises(RuntimeError, match="EditError raised ZeroDivisionError"):
-        error_pages.page(catalogue.errors()["EditError"])
+        error_pages.page(error_pages.errors()["EditError"])
 
 
 def write(folder: Path, monkeypatch, name: str, text: str) -> None:
@@ -108,22 +115,33 @@ def write(folder: Path, monkeypatch, name: str, text: str) -> None:
 
 
 def test_what_blocks_print_stands_below_them():
-    ran = texts.run("a\n\n```python\nx = 2\nprint(x)\n```\n\nb\n\n```python\nprint(x + 1)\n1 / 0\n```\n", "here")
+    text = "a\n\n```python\nx = 2\nprint(x)\n```\n\nb\n\n```python\nprint(x + 1)\n1 / 0\n```\n"
+    ran = texts.run(text, "here", may_raise=True)
     assert "```\n\n```text\n2\n```\n\nb" in ran.markdown and "```text\n3\n```" in ran.markdown
     assert isinstance(ran.raised, ZeroDivisionError)
     with pytest.raises(RuntimeError, match="an example of here raised ZeroDivisionError"):
-        texts.run("```python\n1 / 0\n```\n\n```python\nprint(1)\n```\n", "here")
+        texts.run("```python\n1 / 0\n```\n\n```python\nprint(1)\n```\n", "here", may_raise=True)
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        texts.run("```python\n1 / 0\n```\n", "here")
 
 
-def test_docstrings_become_markdown_that_shows_every_character():
-    assert markdown.prose("Rules:\n1. <k, q> * 2\n2. `a < b`") == "Rules:\n\n1. &lt;k, q> \\* 2\n2. `a < b`"
-    assert markdown.cell("|cosine| < 1") == "\\|cosine\\| &lt; 1"
-    assert "* `x`: a number" in markdown.prose("Args:\n    x: a number")
+def test_tables_and_docstrings_show_every_character():
+    assert texts.escape("<k, q> and `a < b`") == "&lt;k, q> and `a < b`"
+    assert texts.table(("a",), [("|cosine| < 1",), ("",)]).splitlines()[2:] == ["| \\|cosine\\| &lt; 1 |", "| – |"]
 
 
 def test_links_between_written_pages_exist():
     """Pages that are generated are checked by `mkdocs build --strict`."""
-    made = {"hooks", "evaluations", "errors", "tutorials", "claims.md"}
+    made = {
+        "hooks",
+        "evaluations",
+        "errors",
+        "tutorials",
+        "claims.md",
+        "decisions",
+        "ARCHITECTURE.md",
+        "CONTRIBUTING.md",
+    }
     for page in (ROOT / "docs").glob("*.md"):
         for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
             assert link.split("/")[0] in made or (page.parent / link).exists(), f"{page.name}: {link}"
@@ -140,6 +158,15 @@ def test_the_extra_for_the_site_is_what_ci_installs():
     plugins = {"mkdocs-gen-files", "mkdocs-literate-nav", "mkdocstrings[python]", "mkdocs-material"}
     assert plugins <= {re.split("[>=<]", name)[0] for name in extras["docs"]}
     assert os.access(ROOT / ".ci" / "docs", os.X_OK)
+
+
+def test_the_page_of_results_has_a_table_for_each_head():
+    info = {"model": "m", "layer": 2, "head": 1, "rule": "Mamba-2", "label": "write", "target": "write"}
+    results = [Result(Substitution(), info | {"head": head}, {}, skipped="too short") for head in (3, 1)]
+    page = results_page.page(results)
+    assert page.index("### Head L2H1") < page.index("### Head L2H3")
+    assert page.count("| write | – | **not tested** |") == 2 * len(Substitution.answers)
+    assert "2 not tested" in page and "too short" in page
 
 
 # -- slow: everything that is shown runs
@@ -166,7 +193,7 @@ def test_written_pages_run(page, tmp_path):
 def test_pages_of_hooks_and_errors_run():
     """Their examples run while the page is made, and must raise what they should."""
     pages = hook_pages.pages() | error_pages.pages()
-    assert len(pages) == len(HOOKS) + len(catalogue.errors()) + 2
+    assert len(pages) == len(HOOKS) + len(error_pages.errors()) + 2
     assert not [path for path, text in pages.items() if str(ROOT) in text or re.search(r"\bnan\b", text)]
 
 
@@ -209,8 +236,8 @@ def trained(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_examples_of_evaluations_run(name, trained):
-    """They answer no claim that the suite does not know of."""
-    code = evaluation_pages.example(name, EVALUATIONS[name], evaluation_pages.read(name))
-    code += "assert {claim.number for claim in result.claims()} <= {None, *entry.claims}\n"
+    """They answer no claim that the class does not name."""
+    code = evaluation_pages.example(EVALUATIONS[name], evaluation_pages.read(name)[0])
+    code += "assert {claim.number for claim in result.claims()} <= {None, *result.evaluation.answers}\n"
     out = run_script(code, trained)
     assert len(out.splitlines()) >= 1 and all(" | " in line for line in out.splitlines())

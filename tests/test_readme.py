@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+sys.path.append(str(ROOT / "scripts"))
+
+import readme_table  # noqa: E402
+
+from sae_lens_writesae import EVALUATIONS  # noqa: E402
 
 
 def blocks() -> list[str]:
@@ -37,15 +43,16 @@ def test_the_hook_table_in_the_readme_is_the_table():
     assert all(row.name in text for row in HOOKS)
 
 
-def test_the_evaluations_in_the_readme_are_those_of_the_suite():
-    from sae_lens_writesae.suite import EVALUATIONS
+def test_the_table_of_evaluations_is_that_of_the_classes():
+    """`python scripts/readme_table.py` writes it."""
+    text = README.read_text()
+    assert readme_table.with_table(text) == text
+    assert all(f"| `{kind}` | {each.question} |" in text for kind, each in EVALUATIONS.items())
 
-    rows = re.findall(r"^\| `(\w+)` \| (.*\?) \| (.*?) ?\|$", README.read_text(), flags=re.MULTILINE)
-    found = {name: (question, frozenset(_numbers(claims))) for name, question, claims in rows}
-    assert found == {name: (entry.question, frozenset(entry.claims)) for name, entry in EVALUATIONS.items()}
+
+def test_runs_of_numbers_are_joined():
+    assert readme_table.spans((1, 2, 3, 5, 11, 12)) == "1–3, 5, 11–12" and readme_table.spans(()) == ""
 
 
-def _numbers(text: str) -> list[int]:
-    """The text 1–3, 5 as 1, 2, 3, 5."""
-    spans = [span.split("–") for span in text.split(",") if span.strip()]
-    return [number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)]
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 180

@@ -37,6 +37,15 @@ def test_runs(path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
+def test_imports_public_names_only(path):
+    """The two packages, the file of an evaluation, or the pages of atoms; nothing from inside."""
+    allowed = r"hookpoints|sae_lens_writesae(\.evaluations(\.\w+)?|\.page\.atoms)?"
+    code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    modules = re.findall(r"^(?:from|import) ((?:hookpoints|sae_lens_writesae)\S*)", code, flags=re.MULTILINE)
+    assert modules and not [module for module in modules if not re.fullmatch(allowed, module)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
 def test_is_committed_with_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)

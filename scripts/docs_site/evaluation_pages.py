@@ -1,22 +1,18 @@
-"""One page per evaluation of the suite, and the page of the paper's claims that they answer."""
+"""One page per evaluation, made from its class, and the page of the paper's claims that they answer."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import inspect
-import itertools
-import json
-import textwrap
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import cache
+
+import griffe
 
 from docs_site import texts
-from docs_site.markdown import cell, code_cell, prose, table
-from sae_lens_writesae.suite import EVALUATIONS, Entry, Scope
+from sae_lens_writesae import EVALUATIONS, Evaluation
+from sae_lens_writesae.experiment.evaluation import Scope
 from sae_lens_writesae.verdict.paper import PAPER_CLAIMS
-
-WANTED = "if wished a first line 'example: field=value, ...' (settings that run in a minute), and '## Formula'"
 
 LABELS = {
     Scope.EACH: ("my-sae",),
@@ -28,236 +24,94 @@ LABELS = {
 """Folders of the SAEs in the examples."""
 
 
-class Text(NamedTuple):
-    """The hand-written part of a page."""
-
-    settings: str
-    """Arguments of the config in the example."""
-    markdown: str
-
-
 def pages() -> dict[str, str]:
-    """Path -> Markdown of every evaluation's page, of their index and of the claims' page."""
-    made = {f"evaluations/{name}.md": page(name, entry, read(name)) for name, entry in EVALUATIONS.items()}
-    return {"evaluations/index.md": index(), "claims.md": claims()} | made
-
-
-def read(name: str) -> Text:
-    """The text of one evaluation, checked."""
-    text = texts.read("evaluations", name, WANTED)
-    if "## Formula" not in text:
-        raise texts.MissingTextError(f"the text of evaluation {name} needs {WANTED}")
-    head, _, body = text.partition("\n\n") if text.startswith("example: ") else ("", "", text)
-    return Text(head.removeprefix("example: "), body)
-
-
-def page(name: str, entry: Entry, text: Text) -> str:
-    """The page of one evaluation."""
-    result = entry.result_class
-    definition = own_docstring(result)
-    if not definition:
-        raise texts.MissingTextError(f"{result.__name__} has no docstring: its definition and what would refute it")
-    ran = texts.run(text.markdown, f"evaluation {name}")
-    if ran.raised is not None:
-        raise RuntimeError(f"an example of evaluation {name} raised {ran.raised!r}") from ran.raised
-    lines = [
-        f"# {result.title}",
-        "",
-        f"Evaluation `{name}`: {entry.question} Takes {entry.scope.value}.",
-        "",
-        "## Definition, and what would refute it",
-        "",
-        prose(definition),
-        "",
-        ran.markdown.rstrip(),
-        "",
-        *_claims(entry.claims),
-        *_run(name, entry, text),
-        *_settings(entry.config_class),
-        *_tables(result),
-        "## Source",
-        "",
-        f"`sae_lens_writesae.{entry.module}`: `{entry.function}`, `{entry.config}`, `{entry.result}`.",
-        "",
-        prose(inspect.getdoc(entry.run) or ""),
-    ]
-    return "\n".join(lines)
-
-
-def index() -> str:
-    """All evaluations by their question."""
-    rows = [
-        (f"[{name}]({name}.md)", prose(entry.result_class.title), entry.scope.value)
-        for name, entry in EVALUATIONS.items()
-    ]
-    lines = [
-        "# Evaluations",
-        "",
-        "Each evaluation is one question about one dictionary, or about several. It has a config that checks itself, "
-        "tidy tables, claims with [verdicts by fixed rules](../verdicts.md), and figures. "
-        "`writesae eval NAME SAE` runs it; `writesae eval all SAE` runs every one that fits and writes one page.",
-        "",
-        *table(("name", "question", "takes"), rows),
-        "",
-        "[The paper's claims](../claims.md) says which of them answers which claim.",
-    ]
-    return "\n".join(lines)
-
-
-def claims() -> str:
-    """The paper's claims, and the evaluations that answer them."""
-    rows = []
+    """Path -> Markdown of every evaluation's page, of their index and of the page of claims."""
+    rows = [(f"[{kind}]({kind}.md)", each.question, each.scope.value) for kind, each in EVALUATIONS.items()]
+    claims = []
     for number, claim in PAPER_CLAIMS.items():
-        answered = [f"[{name}](evaluations/{name}.md)" for name, entry in EVALUATIONS.items() if number in entry.claims]
-        cells = (cell(claim.claim), cell(claim.cell), cell(claim.n), cell(claim.value))
-        rows.append((str(number), *cells, ", ".join(answered) or "–"))
-    lines = [
-        "# The paper's claims",
-        "",
-        "What WriteSAE (arXiv 2605.12770, v4) claims, as data (`sae_lens_writesae.claims.PAPER_CLAIMS`), and which "
-        "evaluation answers each. The values are the paper's, measured on its models; here they are measured again on "
-        "the model and dictionary at hand. Sizes need not agree; signs and orders should. "
-        "[How a verdict is reached](verdicts.md).",
-        "",
-        *table(("", "claim", "where", "n", "the paper's value", "answered by"), rows),
-    ]
-    return "\n".join(lines)
+        kinds = [f"[{kind}](evaluations/{kind}.md)" for kind, each in EVALUATIONS.items() if number in each.answers]
+        claims.append((number, *claim, ", ".join(kinds)))
+    head = ("", "claim", "where", "n", "the paper's value", "answered by")
+    return {
+        "evaluations/index.md": texts.page("evaluations", table=texts.table(("name", "question", "takes"), rows)),
+        "claims.md": texts.page("claims", table=texts.table(head, claims)),
+        **{f"evaluations/{kind}.md": page(each) for kind, each in EVALUATIONS.items()},
+    }
 
 
-def example(name: str, entry: Entry, text: Text) -> str:
-    """Python that runs one evaluation on SAEs in folders named as in `LABELS`."""
-    labels = LABELS[entry.scope]
-    if not entry.compares:
-        given, argument = [f'sae = load_sae("{labels[0]}")'], "sae"
-    else:
-        given, argument = [f"saes = {{label: load_sae(label) for label in {list(labels)!r}}}".replace("'", '"')], "saes"
-    imports = sorted(
-        [
-            "from sae_lens_writesae import load_sae",
-            "from sae_lens_writesae.evaluate import spread",
-            "from sae_lens_writesae.suite import EVALUATIONS",
-        ]
+def read(kind: str) -> tuple[dict[str, object], str]:
+    """Settings of the example, which runs in a minute (a first line `example: n_atoms=8, ...`), and the rest of the
+    hand-written text."""
+    text = texts.read("evaluations", kind, ["Formula"])
+    if not text.startswith("example: "):
+        return {}, text
+    line, _, body = text.partition("\n\n")
+    call = ast.parse(f"f({line.removeprefix('example: ')})", mode="eval").body
+    assert isinstance(call, ast.Call)
+    return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}, body
+
+
+def page(evaluation: type[Evaluation]) -> str:
+    """The page of one evaluation."""
+    example_settings, text = read(evaluation.kind)
+    flags = "".join(f" --{key.replace('_', '-')} {_flag(value)}" for key, value in example_settings.items())
+    answers = [(n, PAPER_CLAIMS[n].claim, PAPER_CLAIMS[n].cell, PAPER_CLAIMS[n].value) for n in evaluation.answers]
+    claims = texts.table(("", "claim", "where", "the paper's value"), answers) if answers else "None of the paper's.\n"
+    return texts.page(
+        "evaluation",
+        evaluation=evaluation,
+        definition=texts.escape(inspect.cleandoc(vars(evaluation).get("__doc__") or _missing(evaluation.__name__))),
+        text=texts.run(text, f"evaluation {evaluation.kind}").markdown,
+        claims=claims,
+        command=f"writesae eval {evaluation.kind} {' '.join(LABELS[evaluation.scope])}{flags}",
+        example=example(evaluation, example_settings),
+        settings=settings(evaluation),
+        tables=tables(evaluation),
     )
-    lines = [
-        "from hookpoints import HookedRecurrent, embedded",
-        *imports,
-        "",
-        'model = HookedRecurrent.from_pretrained("embedded")',
-        'tokens = spread(model, embedded.text("test"), context_size=128, sequences=32)',
-        *given,
-        f'entry = EVALUATIONS["{name}"]',
-        f"config = entry.config_class({text.settings})",
-        f"result = entry.run(model, {argument}, tokens, config, progress=False)",
-        "for claim in result.claims():",
-        '    print(claim.outcome, "|", claim.claim, "|", claim.measured)',
-    ]
-    return "\n".join(lines) + "\n"
 
 
-def own_docstring(cls: type[Any]) -> str:
-    """The docstring that the class itself has; inherited ones say nothing of it."""
-    return inspect.cleandoc(cls.__dict__.get("__doc__") or "")
+def example(evaluation: type[Evaluation], given: dict[str, object]) -> str:
+    """Python that runs one evaluation on SAEs in folders named as in `LABELS`."""
+    labels = LABELS[evaluation.scope]
+    saes = ", ".join(f'"{label}": load_sae("{label}")' for label in labels)
+    return texts.page(
+        "example",
+        evaluation=evaluation,
+        saes="{" + saes + "}" if evaluation.scope.compares else f'load_sae("{labels[0]}")',
+        settings=", ".join(f"{key}={value!r}" for key, value in given.items()).replace("'", '"'),
+    )
 
 
-def field_docs(cls: type[Any]) -> dict[str, str]:
-    """Strings below the fields of a dataclass, its bases' included."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
-        for node, after in itertools.pairwise(body):
-            is_doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and is_doc:
-                found[node.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
-    return found
+@cache
+def package() -> griffe.Object:
+    """The source of the package, which has the strings below fields."""
+    return griffe.load("sae_lens_writesae", resolve_aliases=True)
 
 
-_SHARED_FIELDS = {
-    "seed": "Seed of every draw.",
-    "label": "Name in reports.",
-    "n_atoms": "Atoms drawn uniformly from all alive atoms that can be tested. None: all of them.",
-    "atoms": "A hand-picked list instead of a draw. Conclusions then hold for these atoms only.",
-    "firings_per_atom": "At most this many firings of an atom.",
-    "scale": "How the atom is scaled: coefficient, matched or least_squares.",
-    "controls": "Controls to run, of `conditions.CONTROLS`.",
-}
-"""Fields that mean the same wherever they occur; a docstring of the field's own comes first."""
-
-
-def _settings(config: type[Any]) -> list[str]:
-    docs = field_docs(config)
+def settings(evaluation: type[Evaluation]) -> str:
+    """Field, default and meaning, inherited fields last."""
+    members = package()[f"evaluations.{evaluation.kind}.{evaluation.__name__}"].all_members
+    own = set(vars(evaluation)["__annotations__"])
     rows = []
-    for field in dataclasses.fields(config):
-        meaning = docs.get(field.name) or _SHARED_FIELDS.get(field.name)
-        if not meaning:
-            raise texts.MissingTextError(f"{config.__name__}.{field.name} has no docstring: what it sets, in its unit")
-        rows.append((f"`{field.name}`", code_cell(_default(field)), cell(meaning)))
-    return [
-        "## Settings",
-        "",
-        f"`{config.__name__}`; on the command line `--set field=value`.",
-        "",
-        *table(("field", "default", "meaning"), rows),
-        "",
-    ]
+    for each in sorted(dataclasses.fields(evaluation), key=lambda each: each.name not in own):
+        docstring = members[each.name].docstring
+        meaning = docstring.value if docstring else _missing(f"{evaluation.__name__}.{each.name}")
+        rows.append((f"`{each.name}`", f"`{each.default!r}`", meaning))
+    return texts.table(("field", "default", "meaning"), rows)
 
 
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is not dataclasses.MISSING:
-        return repr(field.default)
-    return repr(field.default_factory()) if field.default_factory is not dataclasses.MISSING else "required"
+def tables(evaluation: type[Evaluation]) -> str:
+    """Every table with its columns."""
+    parts = []
+    for name, columns in evaluation.columns.items():
+        rows = [(f"`{c}`", m.strip() or _missing(f"column {c} of table {name}")) for c, m in columns.items()]
+        parts.append(f"### `{name}`\n\n{texts.table(('column', 'what it is'), rows)}\n")
+    return "".join(parts)
 
 
-def _tables(result: type[Any]) -> list[str]:
-    lines = ["## Tables", "", "Tidy pandas tables in `result.tables`, kept as parquet by `result.save`.", ""]
-    for name, columns in result.COLUMNS.items():
-        if empty := [column for column, meaning in columns.items() if not meaning.strip()]:
-            raise texts.MissingTextError(f"{result.__name__}.COLUMNS[{name!r}] does not say what {empty} are")
-        rows = [(f"`{column}`", cell(meaning)) for column, meaning in columns.items()]
-        lines += [f"### `{name}`", "", *table(("column", "what it is"), rows), ""]
-    return lines
+def _flag(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
-def _claims(numbers: Sequence[int]) -> list[str]:
-    if not numbers:
-        return ["## Claims", "", "None of the paper's: its claims are this project's own.", ""]
-    rows = [
-        (
-            str(number),
-            cell(PAPER_CLAIMS[number].claim),
-            cell(PAPER_CLAIMS[number].cell),
-            cell(PAPER_CLAIMS[number].value),
-        )
-        for number in numbers
-    ]
-    return ["## Claims of the paper that it answers", "", *table(("", "claim", "where", "the paper's value"), rows), ""]
-
-
-def _run(name: str, entry: Entry, text: Text) -> list[str]:
-    folders = " ".join(LABELS[entry.scope])
-    settings = " ".join(f"--set {pair.strip()}" for pair in _pairs(text.settings))
-    command = f"writesae eval {name} {folders} {settings}".rstrip()
-    return [
-        "## How to run it",
-        "",
-        "```bash",
-        command,
-        "```",
-        "",
-        "or, with SAEs in the same folders,",
-        "",
-        f"```python\n{example(name, entry, text)}```",
-        "",
-    ]
-
-
-def _pairs(settings: str) -> list[str]:
-    """`"a=1, b=(2, 3)"` as `["a=1", "b=[2, 3]"]`, the way that --set reads values."""
-    if not settings:
-        return []
-    call: Any = ast.parse(f"f({settings})", mode="eval").body
-    made = []
-    for keyword in call.keywords:
-        value = ast.literal_eval(keyword.value)
-        shown = value if isinstance(value, str) else json.dumps(value)
-        made.append(f"{keyword.arg}={shown}" if " " not in shown else f"{keyword.arg}='{shown}'")
-    return made
+def _missing(name: str) -> str:
+    raise texts.MissingTextError(f"{name} needs a docstring that says what it is")

@@ -1,40 +1,102 @@
 """Run by mkdocs-gen-files while the site is built: writes the generated pages and the navigation.
 
-Pages of hooks, evaluations and errors follow the code: a new one needs a text in ``texts/`` and nothing here. The
-build fails, naming the file to write, where one is missing.
+Pages of hooks, evaluations and errors follow the code: a new one needs a text in `texts/` and nothing here. The build
+fails, naming the file to write, where one is missing.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "WANDB_MODE": "offline"}
 
 import mkdocs_gen_files  # noqa: E402
+from nbconvert import MarkdownExporter  # noqa: E402
 
-from docs_site import error_pages, evaluation_pages, hook_pages, navigation, notebooks  # noqa: E402
+from docs_site import error_pages, evaluation_pages, hook_pages, texts  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+FIRST = ("index.md", "install.md", "quickstart.md", "families.md", "attach.md", "results.md", "benchmarks.md")
+"""Hand-written pages, in reading order; whatever else lies in docs/ follows."""
+ELSEWHERE = ("verdicts.md", "SUMMARY.md")
+ROOT_PAGES = ("ARCHITECTURE.md", "CONTRIBUTING.md")
+"""Pages of the repository's root, which belong to the site too."""
 
 
 def main() -> None:
     """Write every generated page."""
     for name in ("sae_lens", "transformers", "transformer_lens"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    tutorials = notebooks.notebooks()
-    pages = hook_pages.pages() | error_pages.pages() | evaluation_pages.pages()
-    pages |= {f"tutorials/{tutorial.name}.md": tutorial.markdown for tutorial in tutorials}
-    pages["tutorials/index.md"] = navigation.tutorials_index(tutorials)
-    pages["SUMMARY.md"] = navigation.summary(tutorials)
-    for path, text in pages.items():
-        with mkdocs_gen_files.open(path, "w") as file:
-            file.write(text)
-    for tutorial in tutorials:
-        for path, data in tutorial.images.items():
-            with mkdocs_gen_files.open(f"tutorials/{path}", "wb") as file:
-                file.write(data)
+    pages: dict[str, str | bytes] = {**hook_pages.pages(), **error_pages.pages(), **evaluation_pages.pages()}
+    pages |= notebooks() | {name: of_root(name) for name in ROOT_PAGES if (ROOT / name).is_file()}
+    decisions = {f"decisions/{path.name}": path.read_text() for path in sorted((ROOT / "docs/decisions").glob("*.md"))}
+    pages["decisions/index.md"] = texts.page("decisions", table=listing(decisions))
+    pages["SUMMARY.md"] = summary(pages | decisions)
+    for path, content in pages.items():
+        with mkdocs_gen_files.open(path, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+
+
+def notebooks() -> dict[str, str | bytes]:
+    """The tutorials with the outputs that they were committed with: a page each, their images, and an index."""
+    pages: dict[str, str | bytes] = {}
+    for path in sorted((ROOT / "tutorials").glob("*.ipynb")):
+        body, made = MarkdownExporter().from_filename(str(path), {"output_files_dir": f"{path.stem}_files"})
+        pages[f"tutorials/{path.stem}.md"] = re.sub(r"\((\d_\w+)\.ipynb\)", r"(\1.md)", body)
+        pages |= {f"tutorials/{name}": data for name, data in (made.get("outputs") or {}).items()}
+    return pages | {"tutorials/index.md": texts.page("tutorials", table=listing(pages))}
+
+
+def of_root(name: str) -> str:
+    """A page of the repository's root. Links into docs/ become links of the site; other files of the repository are
+    named and not linked."""
+
+    def link(found: re.Match[str]) -> str:
+        text, target = found.groups()
+        if re.match(r"https?://|#", target) or target in ROOT_PAGES:
+            return found.group(0)
+        path = target.removeprefix("docs/")
+        if target.rstrip("/") == "docs/decisions":
+            path = "decisions/index.md"
+        elif not (target.startswith("docs/") and path.endswith(".md")):
+            return text if text.startswith("`") else f"`{text}`"
+        return f"[{text}]({path})"
+
+    return re.sub(r"\[([^\]]+)\]\(([^)]+)\)", link, (ROOT / name).read_text(encoding="utf-8"))
+
+
+def title(text: str | bytes) -> str:
+    """The heading of a page, without its Markdown."""
+    heading = re.search(r"^# (.+)$", text if isinstance(text, str) else "", flags=re.MULTILINE)
+    return heading.group(1).replace("`", "").strip() if heading else ""
+
+
+def listing(pages: Mapping[str, str | bytes]) -> str:
+    """Links to the pages of one folder, for its index."""
+    return "".join(f"* [{title(text)}]({Path(path).name})\n" for path, text in pages.items() if path.endswith(".md"))
+
+
+def summary(pages: Mapping[str, str | bytes]) -> str:
+    """SUMMARY.md, the navigation as mkdocs-literate-nav reads it."""
+    written = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+    order = [*(name for name in FIRST if name in written), *(n for n in written if n not in (*FIRST, *ELSEWHERE))]
+    lines = [f"* [{title(written[name])}]({name})" for name in order]
+    for folder in ("tutorials", "hooks", "evaluations", "errors", "decisions"):
+        lines.append(f"* [{folder.capitalize()}]({folder}/index.md)")
+        if folder == "evaluations":
+            lines += ["    * [How a verdict is reached](verdicts.md)", "    * [The paper's claims](claims.md)"]
+        for path in (p for p in pages if re.fullmatch(rf"{folder}/(?!index).*\.md", p)):
+            name = title(pages[path]) if folder in ("tutorials", "decisions") else Path(path).stem
+            lines.append(f"    * [{name}]({path})")
+    lines += ["* API", *(f"    * [{path.stem}](api/{path.name})" for path in sorted((ROOT / "docs/api").glob("*.md")))]
+    lines += [f"* [{title(pages[name])}]({name})" for name in ROOT_PAGES if name in pages]
+    return "\n".join(lines) + "\n"
 
 
 main()
