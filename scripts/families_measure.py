@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from hookpoints import HookedRecurrent, Recurrence
 from hookpoints.fla import MODEL_TYPES as FLA_TYPES
 from hookpoints.hooks.table import rows
-from hookpoints.layer.call import HookedMixer
+from hookpoints.layer.call import LayerCall
 from hookpoints.rules import Arguments, Op, OpResult, Rule
 
 
@@ -83,13 +84,15 @@ def calls_of(model_type: ModelType) -> list[Call]:
     with KeepFloat64():
         model = HookedRecurrent.from_hf(model_type.make().double(), backend="recurrence", self_check=False)
 
-        def record(mixer: HookedMixer, op: Op, arguments: Arguments) -> object:
-            calls.append(call := Call(mixer.rule, op, arguments))
-            calls[-1] = call._replace(arguments=call.copied())
-            return type(mixer).handle(mixer, op, arguments)
+        native = LayerCall.handle
 
-        _handle_by(model, record)
-        model(tokens())
+        def record(layer: LayerCall, op: Op, arguments: Arguments) -> object:
+            calls.append(call := Call(layer.mixer.rule, op, arguments))
+            calls[-1] = call._replace(arguments=call.copied())
+            return native(layer, op, arguments)
+
+        with _handled_by(record):
+            model(tokens())
     return calls
 
 
@@ -151,20 +154,26 @@ def _native_logits(model_type: ModelType) -> _Native:
         return _Native(torch.stack(logits), "rwkv7-hf")
     names = set()
 
-    def answer(mixer: HookedMixer, op: Op, arguments: Arguments) -> object:
-        oracle = oracle_of(mixer.rule, op)
+    def answer(layer: LayerCall, op: Op, arguments: Arguments) -> object:
+        oracle = oracle_of(layer.mixer.rule, op)
         names.add(oracle.name)
-        return mixer.rule.write_result(oracle.answer(arguments), arguments)
+        return layer.mixer.rule.write_result(oracle.answer(arguments), arguments)
 
     hooked = HookedRecurrent.from_hf(model)
-    _handle_by(hooked, answer)
-    return _Native(hooked(tokens()), names.pop())
+    with _handled_by(answer):
+        logits = hooked(tokens())
+    return _Native(logits, names.pop())
 
 
-def _handle_by(model: HookedRecurrent, handle: Callable[[HookedMixer, Op, Arguments], object]) -> None:
-    """Let ``handle(mixer, op, arguments)`` have the op calls of all mixers."""
-    for mixer in model.attachment.mixers.values():
-        mixer.handle = lambda op, arguments, mixer=mixer: handle(mixer, op, arguments)
+@contextmanager
+def _handled_by(handle: Callable[[LayerCall, Op, Arguments], object]) -> Iterator[None]:
+    """Let ``handle(layer, op, arguments)`` have the op calls of all layers."""
+    native = LayerCall.handle
+    LayerCall.handle = lambda layer, op, arguments: handle(layer, op, arguments)
+    try:
+        yield
+    finally:
+        LayerCall.handle = native
 
 
 def _op_error(call: Call) -> float:

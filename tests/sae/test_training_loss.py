@@ -14,7 +14,11 @@ from sae_lens_writesae.sae import TRAINING
 from sae_lens_writesae.sae.losses import n_columns, read_loss, read_queries, write_loss
 from sae_lens_writesae.sae.store import COLUMN_SCALE, PairedActivationsStore
 
-pytestmark = pytest.mark.filterwarnings("ignore:The training dataset contains fewer samples")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The training dataset contains fewer samples",
+    "ignore:All samples in the training dataset",
+    "ignore:To copy construct from a tensor",
+)
 
 LAYER, HEAD, K, V = 1, 2, 8, 6
 EXTRA: dict[str, Any] = {

@@ -35,6 +35,7 @@ def test_mamba1_is_refused_before_its_weights_are_read(tmp_path):
         HookedRecurrent.from_pretrained(str(tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
 def test_a_mamba2_checkpoint_loads_even_where_fla_took_its_name(tmp_path, tokens, monkeypatch):
     """The format of AntonV/mamba2-370m-hf; importing fla registers other classes for the same model type."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import KeepFloat64, make_hf, modelling
+from conftest import KeepFloat64, continuing, make_hf, modelling
 from opengdn import gated_delta
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -81,7 +81,7 @@ def test_a_model(monkeypatch, tokens):
 
     def run(model) -> tuple[torch.Tensor, ...]:
         out = model(tokens[:, :-1], use_cache=True)
-        step = model(tokens[:, -1:], past_key_values=cache_of(out), use_cache=True)
+        step = model(tokens[:, -1:], **continuing(model, out), use_cache=True)
         return out.logits, step.logits, *(cache_of(step).layers[layer].recurrent_states[0] for layer in range(3))
 
     calls = []
