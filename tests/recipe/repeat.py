@@ -1,0 +1,101 @@
+"""Does a repeated write disturb the model more than a missing one?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+
+from sae_lens_writesae.experiment.evaluation import Evaluation, Scope
+from sae_lens_writesae.experiment.lab import Lab, Trial
+from sae_lens_writesae.experiment.readout import kl_window
+from sae_lens_writesae.experiment.result import Claim, Figure, Result
+from sae_lens_writesae.verdict import figures
+from sae_lens_writesae.verdict import statistics as stats
+from sae_lens_writesae.verdict.format import percent, span
+from sae_lens_writesae.verdict.judge import Against, judge
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeat(Evaluation):
+    """At token t the head writes what it wrote at t - 1, at the norm of its own write at t. Measured is the KL
+    divergence from the native next-token distributions, mean over t..t+horizon, beside that of writing nothing.
+
+    **Control.** `elsewhere`, the write of a random other position at the same norm: any foreign write may disturb.
+
+    **Verdict.** The ladder of `judge` on the share of positions at which the repeated write disturbs more than a
+    missing one (chance 1/2, a share matters from 60 % on; intervals over sequences), against `elsewhere`.
+    """
+
+    n_positions: int = 200
+    """Positions, drawn uniformly from all sequences."""
+    horizon: int = 16
+    """KL is averaged over t..t+horizon, both included."""
+
+    kind: ClassVar[str] = "repeat"
+    question: ClassVar[str] = "Does a repeated write disturb more than a missing one?"
+    scope: ClassVar[Scope] = Scope.HEAD
+    at_least: ClassVar[dict[str, float]] = {"n_positions": 1, "horizon": 0}
+    columns: ClassVar[dict[str, dict[str, str]]] = {
+        "positions": {
+            "sequence": "row of the evaluation tokens",
+            "position": "token t that is edited",
+            "condition": "what is written at t: native (a no-op), delete, previous or elsewhere",
+            "kl": "nats, mean over t..t+horizon of KL(native || edited)",
+        }
+    }
+
+    @property
+    def shortest(self) -> int:
+        return self.horizon + 2
+
+    def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
+        n, length = lab.tokens.shape
+        rng, per_sequence = lab.rng(), length - 1 - self.horizon  # token 0 has no write before it
+        places = np.sort(rng.choice(n * per_sequence, min(self.n_positions, n * per_sequence), replace=False))
+        units = pd.DataFrame({"sequence": places // per_sequence, "position": 1 + places % per_sequence})
+        tables = []
+        for site in lab.sites(units, self.kind):
+            trials, norms = [], site.writes.norm()
+            for t in site.rows["position"].tolist():
+                other = int(rng.choice(np.setdiff1d(np.arange(length), [t - 1, t])))
+                if not bool((norms[[t, t - 1, other]] > 0).all()):
+                    lab.skipped["positions where a write is zero"] += 1
+                    continue
+                places_of = {"native": t, "previous": t - 1, "elsewhere": other}
+                written = {name: site.at([place]).with_norm(norms[[t]]) for name, place in places_of.items()}
+                for name in ("native", "delete", "previous", "elsewhere"):
+                    row = {"sequence": site.sequence, "position": t, "condition": name}
+                    trials.append(Trial(row, t, lab.replace(t, written.get(name))))
+            if trials:
+                tables.append(lab.read(site, trials, kl_window, self.horizon + 1))
+        lab.require(bool(tables), "no position has a write")
+        return {"positions": pd.concat(tables, ignore_index=True)}
+
+    def claims(self, result: Result) -> list[Claim]:
+        wide = result.wide("kl", units=["sequence", "position"])
+
+        def larger(a: str, b: str) -> stats.Estimate:
+            return stats.win_rate(wide[b], wide[a], wide["sequence"], seed=self.seed).over_clusters
+
+        rate, control = larger("previous", "delete"), larger("elsewhere", "delete")
+        verdict = judge(
+            rate,
+            {"write from elsewhere": Against(larger("previous", "elsewhere"), control, chance=0.5)},
+            typical=float(wide["delete"].median()),
+            floor=float(wide["native"].quantile(0.95)),
+            chance=0.5,
+            relevant=0.1,
+            what="the share of positions where the repeated write disturbs more",
+        )
+        measured = f"{percent(rate.mean)} [{span(*rate.interval)}] of positions"
+        unit, controls = f"positions in {rate.n_clusters} sequences", f"write from elsewhere {percent(control.mean)}"
+        return [Claim(None, self.question, measured, rate.n, unit, controls, verdict.outcome, verdict.sentence)]
+
+    def figures(self, result: Result) -> list[Figure]:
+        table = result.tables["positions"]
+        kl = {str(name): rows["kl"] for name, rows in table.groupby("condition") if name != "native"}
+        title = f"KL by what is written: {result.label}"
+        return [Figure("How far each moves the model", figures.boxes(kl, "KL from native, nats", [], title))]
