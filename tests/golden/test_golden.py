@@ -104,6 +104,7 @@ def test_tables_are_what_they_were(case: Case) -> None:
     assert not lines, "\n".join([case.name, *lines])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["substitution", "erasure", "passage", "readers", "seeds"])
 def test_a_second_run_gives_the_same_bits(name: str) -> None:
     case = next(case for case in CASES if case.name == name)

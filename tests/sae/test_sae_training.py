@@ -281,6 +281,7 @@ def test_directions_are_distinct_even_if_the_rows_are_not() -> None:
     assert len(distinct_directions(torch.zeros(5, K, V), 3, rank=2)) == 0
 
 
+@pytest.mark.slow
 def test_resampling_revives_what_nothing_else_does() -> None:
     def with_most_atoms_dead(**fields: Any) -> tuple[Any, Planted]:
         torch.manual_seed(0)

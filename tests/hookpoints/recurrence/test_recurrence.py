@@ -112,6 +112,7 @@ def test_states_can_be_written_into_a_buffer(r: Recurrence) -> None:
         r.replace(u=r.u.clone().requires_grad_()).states(0, [1, 2, 3], out=out)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 def test_states_of_one_head_hold_little_besides_the_result() -> None:
     """Peak memory, by the resident size of a process of its own: torch's allocations are not Python's.
