@@ -201,6 +201,7 @@ def dictionaries(folder: Path) -> None:
     """Tiny SAEs in the folders that the evaluations' examples name."""
     from hookpoints import HookedRecurrent, embedded
     from sae_lens_writesae import text_dataset, train, training_config
+    from sae_lens_writesae.sae.runner import quiet
 
     model, dataset = HookedRecurrent.from_pretrained("embedded"), text_dataset(embedded.text("train"))
     wanted = {label: {} for labels in evaluation_pages.LABELS.values() for label in labels}
@@ -223,7 +224,8 @@ def dictionaries(folder: Path) -> None:
             verbose=False,
             **options,
         )
-        train(cfg, model, dataset).save_inference_model(str(folder / label))
+        with quiet():  # SAELens warns that so short a text is read more than once
+            train(cfg, model, dataset).save_inference_model(str(folder / label))
 
 
 @pytest.fixture(scope="module")
