@@ -132,7 +132,7 @@ def test_state_is_the_top_direction_of_the_state_before_the_write(lab: Lab) -> N
 def test_shuffled_is_another_atom_that_does_not_fire_there(lab: Lab) -> None:
     firings = some_firings(lab)
     lab_of_many = [
-        Lab(lab.model, lab.saes, lab.tokens, seed=seed) for seed in range(20)
+        Lab(lab.model, lab.saes, lab.tokens, seed=seed) for seed in range(8)
     ]  # an atom that fires there would be drawn sooner or later
     table = lab.firings().frame()
     atoms = lab.atoms(np.arange(20)).to(torch.float64)

@@ -96,7 +96,14 @@ def differences(kind: str, name: str, golden: pd.DataFrame, fresh: pd.DataFrame,
     return lines
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+FIRST = {case.kind: case for case in reversed(CASES)}
+"""One case of each evaluation, which runs with the fast tests."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=[] if case is FIRST[case.kind] else pytest.mark.slow) for case in CASES],
+)
 def test_tables_are_what_they_were(case: Case) -> None:
     golden, fresh = load(case), tables_of(case)
     assert set(golden) <= set(fresh), f"tables are gone: {sorted(set(golden) - set(fresh))}"
