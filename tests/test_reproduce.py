@@ -225,7 +225,7 @@ def test_killed_then_shared_by_two_processes(tmp_path):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("L2H*/*/sae/sae_weights.safetensors")}
     both = [start(tmp_path, rank, 2) for rank in range(2)]
     said = [process.communicate(timeout=400)[0].decode() for process in both]
