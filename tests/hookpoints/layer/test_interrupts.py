@@ -162,7 +162,9 @@ def test_at_random_moments(expected, run):
         lasts = time.perf_counter() - start
         before, interrupted = signal.signal(signal.SIGALRM, interrupt), 0
         try:
-            for _ in range(MOMENTS):
+            for _ in range(20 * MOMENTS):  # on a busy machine, many moments come after the end of a run
+                if interrupted == MOMENTS:
+                    break
                 try:
                     signal.setitimer(signal.ITIMER_REAL, max(moments.uniform(0, 0.95) * lasts, 1e-5))
                     run(model, tokens)
@@ -173,7 +175,7 @@ def test_at_random_moments(expected, run):
         finally:
             signal.signal(signal.SIGALRM, before)
     model.hf_model.zero_grad()
-    assert interrupted >= MOMENTS // 2
+    assert interrupted == MOMENTS
     assert Outputs(model, tokens).equal(outputs)
 
 
