@@ -12,7 +12,7 @@ import torch
 
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.experiment import firings as F
-from sae_lens_writesae.sae.target import HeadHook, atoms_of
+from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_plain_activations
 
 N, T, ATOMS = 12, 40, 9
 
@@ -46,7 +46,8 @@ class FakeSAE(torch.nn.Module):
 
 
 def collected(activations: torch.Tensor) -> F.Firings:
-    return F.collect_firings(cast(Any, FakeModel()), cast(Any, FakeSAE(activations)), torch.arange(N * T).view(N, T))
+    tokens = torch.arange(N * T).view(N, T)
+    return F.collect_firings(cast(Any, FakeModel()), cast(Any, FakeSAE(activations)), 3, tokens)
 
 
 def test_collected_firings_are_the_positive_activations() -> None:
@@ -221,7 +222,7 @@ def test_hook_names() -> None:
 def test_activations_must_be_coefficients() -> None:
     normed = cast(Any, FakeSAE(dense(), norm="expected_average_only_in"))
     with pytest.raises(ValueError, match="expected_average_only_in"):
-        F.collect_firings(cast(Any, FakeModel()), normed, torch.zeros(1, T))
+        check_plain_activations(normed)
     with pytest.raises(NothingToMeasureError, match="sequence 0"):
         collected(dense().index_fill(1, torch.tensor([4]), torch.nan))
 
