@@ -150,6 +150,7 @@ def _run_here(root: Path, arguments: list[str], output: Path) -> None:
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    multiprocessing.set_start_method("fork", force=True)  # the default of a process of its own
     sys.path.insert(0, str(root))
     sys.dont_write_bytecode = True
     os.environ |= {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
