@@ -89,7 +89,7 @@ def test_the_choice_of_tokens_never_sees_the_test_half(model64: HookedRecurrent,
     sae, split = random_sae(model64), halves(len(varied), 0)
     changed = varied.clone()
     changed[split.test] = varied[split.test].flip(1)
-    often = [np.bincount(collect_firings(model64, sae, ids).atom, minlength=12) for ids in (varied, changed)]
+    often = [np.bincount(collect_firings(model64, sae, LAYER, ids).atom, minlength=12) for ids in (varied, changed)]
     atoms = tuple(np.argsort(-np.minimum(*often))[:3].tolist())
     one, other = (run(model64, sae, ids, n_atoms=None, atoms=atoms).tables for ids in (varied, changed))
     same = ["atom", "token", "n_select", "selected"]

@@ -22,6 +22,7 @@ from sae_lens_writesae.evaluations.logit_change import SCORED, ZERO_ATOM, ZERO_W
 from sae_lens_writesae.experiment.firings import collect_firings
 from sae_lens_writesae.experiment.result import Result
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
+from sae_lens_writesae.sae.target import HeadHook
 from sae_lens_writesae.verdict.fits import per_cell_table, scores_table, with_control
 
 SMALL: dict[str, Any] = {
@@ -153,7 +154,11 @@ def test_the_coefficient_as_unit() -> None:
     model = tiny("mamba2")
     sae = make_sae(model)
     by_coefficient = run(model, sae, unit="coefficient")
-    firings = collect_firings(model, sae, some_tokens()).frame().set_index(["sequence", "position", "atom"])
+    firings = (
+        collect_firings(model, sae, HeadHook.of(sae).layer, some_tokens())
+        .frame()
+        .set_index(["sequence", "position", "atom"])
+    )
     for row in by_coefficient.tables["cells"].drop_duplicates("firing").itertuples():
         activation = firings.loc[(row.sequence, row.position, row.atom), "activation"]
         size = float(activation) * float(sae.W_dec[row.atom].detach().norm())
