@@ -17,10 +17,11 @@ import pytest
 from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.cli import main
 from sae_lens_writesae.evaluations import load_result
+from sae_lens_writesae.reproduce import workspace
 from sae_lens_writesae.reproduce.command import Place, Reproduce, run_tasks
 from sae_lens_writesae.reproduce.config import SMALL, ReproduceConfig
 from sae_lens_writesae.reproduce.estimate import DiskTooSmallError, Estimate, Pieces, estimate
-from sae_lens_writesae.reproduce.tasks import make_tasks
+from sae_lens_writesae.reproduce.tasks import dictionaries, make_tasks
 from sae_lens_writesae.reproduce.workspace import Workspace, whole_checkpoints
 
 TINY = {
@@ -50,6 +51,8 @@ def test_every_step_follows_what_it_needs_and_the_report_is_last():
     keys = [task.key for task in tasks]
     assert len(set(keys)) == len(keys) and keys[-1] == "report"
     assert all(keys.index(need) < keys.index(task.key) for task in tasks for need in task.needs)
+    evaluations = [task for task in tasks if task.kind in chosen]
+    assert all(task.needs and all(need.endswith("/sae") for need in task.needs) for task in evaluations)
     # Per head: two targets, two losses, two more seeds, five variants; each evaluation of the two plain ones,
     # or of the head.
     counts = {"sae": 4 * 11, "substitution": 8, "multistep": 8, "sign": 4, "report": 1}
@@ -153,6 +156,22 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
         if text is not None:
             (folder / "runner_cfg.json").write_text(text)
     assert [path.name for path in whole_checkpoints(tmp_path)] == ["256", "1024"]
+
+
+def test_training_goes_on_from_the_newest_checkpoint(tmp_path, monkeypatch):
+    config = ReproduceConfig(**TINY)
+    dictionary = next(dictionaries(config))
+    for samples in ("256", "1024"):
+        folder = tmp_path / dictionary.key / "checkpoints" / "run" / samples
+        folder.mkdir(parents=True)
+        (folder / "runner_cfg.json").write_text("{}")
+
+    def stop(cfg, **_):
+        raise InterruptedError(cfg.resume_from_checkpoint)
+
+    monkeypatch.setattr(workspace, "_FrugalRunner", stop)
+    with pytest.raises(InterruptedError, match="1024"):
+        Workspace(config, tmp_path).train(dictionary)
 
 
 def test_an_estimate_counts_what_is_left_and_refuses_a_full_disk(tmp_path):

@@ -145,6 +145,13 @@ def test_verdicts_of_known_samples(kl: dict[str, float], outcome: str) -> None:
         assert "KL ratio to delete 0.20" in claim.measured and "ratio to delete 0.50" in claim.controls
 
 
+@pytest.mark.parametrize("biased, measured", [(0.1, "(code + bias, coefficient)"), (0.4, "(code, coefficient)")])
+def test_the_bias_counts_where_it_is_nearer(biased: float, measured: str) -> None:
+    others = {"mean": 2.0, "state": 2.0, "state_after": 2.0}
+    claim = table({"native": 0.0, "delete": 1.0, "code": 0.2, "code + bias": biased} | others).claims()[0]
+    assert measured in claim.claim
+
+
 @pytest.mark.parametrize(
     "field, value",
     [("counts", (2, 1)), ("counts", ()), ("scales", ("least_squares",)), ("controls", ("random",)), ("horizon", 0)],

@@ -157,6 +157,14 @@ def test_elsewhere_is_a_write_of_another_position_and_mean_is_the_mean(lab: Lab)
     assert made["random"].rank == 1 and len(made["random"]) == len(firings)
 
 
+def test_elsewhere_is_never_the_write_of_the_position_itself(lab: Lab) -> None:
+    firings = some_firings(lab)
+    own = lab.site(1).writes.rows(firings["position"].to_list())
+    for seed in range(20):  # sooner or later it would be
+        drawn = directions(Lab(lab.model, lab.saes, lab.tokens, seed=seed), firings, ("elsewhere",))["elsewhere"]
+        assert (drawn.cosine(own) < 1 - 1e-9).all()
+
+
 def test_a_control_has_a_random_stream_of_its_own(lab: Lab) -> None:
     firings = some_firings(lab)
     alone = directions(lab, firings, ("elsewhere",))["elsewhere"]

@@ -207,6 +207,16 @@ def test_atoms_of_both_halves() -> None:
         F.draw_atoms(firings, split, bounds, rng, min_firings=10**4, n_atoms=2)
 
 
+def test_an_atom_of_a_single_test_sequence_is_not_drawn() -> None:
+    """All of its firings there are dependent, so that they would have no interval."""
+    split, activations = F.halves(N, seed=0), torch.zeros(N, T, ATOMS)
+    activations[split.select[0], 3:9, :2] = 1
+    activations[split.test[0], 3:9, :2] = 1
+    activations[split.test[1], 3:9, 1] = 1
+    bounds, rng = {"first": 2, "last": 30}, np.random.default_rng(0)
+    assert F.draw_atoms(collected(activations), split, bounds, rng, min_firings=2, n_atoms=None).tolist() == [1]
+
+
 def test_hook_names() -> None:
     hook = HeadHook.parse("blocks.12.mixer.heads.3.hook_state_vec")
     assert hook[1:] == (12, 3, "state") and hook.cell == "L12H3"

@@ -137,6 +137,17 @@ def test_the_floor_is_what_a_no_op_moves(embedded: HookedRecurrent) -> None:
     assert floor == Lab(embedded, lab.saes, TEXT).floor(kl_window, "kl", WINDOW)  # seeded
 
 
+def test_the_floor_is_the_95th_percentile_of_sizes(model64: HookedRecurrent) -> None:
+    values: list[float] = []
+
+    def read(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
+        values.extend(-float(trial.position) for trial in rows.trials)
+        return {"x": np.array([-float(trial.position) for trial in rows.trials])}
+
+    floor = make_lab(model64).floor(read, "x", WINDOW)
+    assert floor == np.quantile(np.abs(values), 0.95) > np.median(np.abs(values))
+
+
 def test_sites_have_the_head_and_the_rows_of_each_sequence(model64: HookedRecurrent) -> None:
     lab = make_lab(model64)
     units = pd.DataFrame({"sequence": [2, 0, 2], "position": [3, 4, 5]})

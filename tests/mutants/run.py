@@ -20,9 +20,10 @@ gone. Exit status: 0 if nothing is stale and each mutant is killed, unless it sa
 from __future__ import annotations
 
 import argparse
+import compileall
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +35,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("hookpoints", "sae_lens_writesae", "tests", "pyproject.toml")
+PRELOADED = ["torch", "pandas", "scipy.stats", "transformers", "transformer_lens", "sae_lens", "hypothesis", "pytest"]
+"""Imported once: each run of the tests is forked from a process that has them, which saves most of its time."""
 PLUGIN = """
 from hypothesis import Phase, settings
 
@@ -69,6 +72,13 @@ class Outcome(NamedTuple):
         return self.verdict == ("survived" if self.mutant.survives else "killed")
 
 
+class Run(NamedTuple):
+    """What pytest left."""
+
+    status: int
+    text: str
+
+
 class Stale(Exception):
     """A mutant that no longer fits the code or the tests."""
 
@@ -85,6 +95,7 @@ def copy_to(folder: Path) -> Path:
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            compileall.compile_dir(folder / name, quiet=2)  # tests write no bytecode, so a mutant's is never kept
         else:
             shutil.copy2(source, folder / name)
     (folder / "no_shrinking.py").write_text(PLUGIN, encoding="utf-8")
@@ -117,12 +128,39 @@ def node_ids(tests: list[str], root: Path) -> list[str]:
     return found
 
 
-def pytest(root: Path, tests: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
-    """Run tests in a copy. Raises subprocess.TimeoutExpired."""
-    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+def pytest(root: Path, tests: list[str], timeout: float) -> Run:
+    """Run tests in a copy. Raises TimeoutError."""
     options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no_shrinking"]
-    command = [sys.executable, "-m", "pytest", *options, *tests]
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=timeout)
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of plugins that are imported beforehand
+    output = root / "output.txt"
+    output.unlink(missing_ok=True)
+    child = multiprocessing.get_context("forkserver").Process(target=_run_here, args=(root, [*options, *tests], output))
+    child.start()
+    child.join(timeout)
+    if child.exitcode is None:
+        child.kill()
+        child.join()
+        raise TimeoutError
+    return Run(child.exitcode, output.read_text(encoding="utf-8", errors="replace") if output.exists() else "")
+
+
+def _run_here(root: Path, arguments: list[str], output: Path) -> None:
+    """In the forked process: pytest in the copy, all that is printed into a file."""
+    os.chdir(root)
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    multiprocessing.set_start_method("fork", force=True)  # the default of a process of its own
+    sys.path.insert(0, str(root))
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    loaded = [name for name in COPIED if name in sys.modules]
+    assert not loaded, f"a module of {PRELOADED} has already imported {loaded}, so that the copy would not be tested"
+    from pytest import main as run_tests
+
+    status = int(run_tests(arguments))
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def try_mutant(mutant: Mutant, root: Path, timeout: float) -> Outcome:
@@ -140,16 +178,17 @@ def try_mutant(mutant: Mutant, root: Path, timeout: float) -> Outcome:
     file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
     try:
         run = pytest(root, tests, timeout)
-    except subprocess.TimeoutExpired:
+    except TimeoutError:
         return outcome("killed", f"no result after {timeout:.0f} s")
     finally:
         file.write_text(text, encoding="utf-8")
-    last = (run.stdout.strip().splitlines() or [run.stderr.strip()])[-1]
-    if run.returncode == 0:
+    lines = run.text.strip().splitlines()
+    last = lines[-1] if lines else ""
+    if run.status == 0:
         return outcome("survived", last)
-    failed = next((line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), last)
+    failed = next((line for line in lines if line.startswith(("FAILED", "ERROR"))), last)
     # 1: a test failed; 2: a test file could not be imported. All else says nothing of the mutant.
-    return outcome("killed" if run.returncode in (1, 2) else "stale", failed)
+    return outcome("killed" if run.status in (1, 2) else "stale", failed)
 
 
 def check_baseline(mutants: list[Mutant], root: Path, timeout: float) -> None:
@@ -165,9 +204,9 @@ def check_baseline(mutants: list[Mutant], root: Path, timeout: float) -> None:
     if not tests:
         return
     run = pytest(root, tests, timeout * max(1, len(mutants)))
-    if run.returncode:
-        raise SystemExit(f"without any mutant the named tests do not pass:\n{run.stdout[-3000:]}{run.stderr[-1000:]}")
-    print(f"unchanged: {run.stdout.strip().splitlines()[-1]}", flush=True)
+    if run.status:
+        raise SystemExit(f"without any mutant the named tests do not pass:\n{run.text[-3000:]}")
+    print(f"unchanged: {run.text.strip().splitlines()[-1]}", flush=True)
 
 
 def main() -> int:
@@ -180,6 +219,7 @@ def main() -> int:
     mutants = [m for m in read_mutants() if not arguments.only or m.name.startswith(tuple(arguments.only))]
     if not mutants:
         raise SystemExit(f"no mutant is called {', '.join(arguments.only)}")
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copies: SimpleQueue[Path] = SimpleQueue()
         for n in range(max(1, min(arguments.jobs, len(mutants)))):

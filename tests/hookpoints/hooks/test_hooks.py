@@ -162,6 +162,16 @@ def test_a_write_key_edit_leaves_the_erase_alone(model64, tokens):
 
 
 @torch.no_grad()
+def test_reads_are_linear_in_edited_states(model64, tokens):
+    """What is read of doubled states is twice what is read: the layer's scale is in it."""
+    state, read = (f"blocks.{LAYER}.mixer.hook_{kind}" for kind in ("state", "read"))
+    _, plain = model64.run_with_cache(tokens, names_filter=read)
+    with model64.hooks([(state, lambda x, hook: 2 * x)]):
+        _, doubled = model64.run_with_cache(tokens, names_filter=read)
+    assert_close(doubled[read], 2 * plain[read], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
 def test_state_edits_reach_generation(model, tokens):
     """A last state that is replaced in the prompt goes on into decoding."""
     name = f"blocks.{LAYER}.mixer.hook_state"
