@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -58,8 +59,8 @@ def load(
     Published Qwen3.5 checkpoints carry a multimodal configuration; their text model is what is loaded.
 
     Raises:
-        UnsupportedModelError: a checkpoint without a causal language model, or in the format of the mamba_ssm package
-            (names the converted one).
+        UnsupportedModelError: a checkpoint without a causal language model, in the format of the mamba_ssm package
+            (names the converted one), or with tensors missing, unknown or of another shape (names them).
     """
     if hf_kwargs.get("trust_remote_code"):
         raise ValueError("trust_remote_code is not supported: hookpoints runs no code from a checkpoint")
@@ -74,7 +75,9 @@ def load(
     restore_auto_classes()  # someone else may have imported fla
     classes: _Classes = _OWN_CLASSES[saved["model_type"]] if is_own else (AutoConfig, AutoModelForCausalLM)
     configs, models = classes
-    config = configs.from_pretrained(source, revision=revision)
+    # Without a word on trust, the Auto classes ask on the terminal whether to run the code that a config names.
+    trust = {} if is_own else {"trust_remote_code": False}
+    config = configs.from_pretrained(source, revision=revision, **trust)
     _refuse(name_or_path, config.model_type)
     if not is_own and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModelError(
@@ -83,7 +86,16 @@ def load(
     if of_fla:
         model: Any = load_checkpoint(source, config, revision=revision, dtype=dtype, **hf_kwargs)
     else:
-        model = models.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True, **hf_kwargs)
+        # Shapes that do not fit are reported like the rest, and then refused with their names.
+        asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        how = {"dtype": dtype, "use_safetensors": True, **trust, **hf_kwargs, **asked}
+        try:
+            model, report = models.from_pretrained(source, revision=revision, **how)
+        except SafetensorError as error:
+            raise UnsupportedModelError(
+                f"a weights file of {name_or_path!r} is cut short or broken: {error}"
+            ) from error
+        _refuse_incomplete(name_or_path, report)
     if hf_kwargs.get("device_map") is None:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Loaded(model, _tokenizer(source, revision))
@@ -92,6 +104,21 @@ def load(
 def _refuse(name: str, model_type: object) -> None:
     if isinstance(model_type, str) and model_type in REFUSED:
         raise UnsupportedModelError(f"{name!r} cannot be hooked: {REFUSED[model_type]}")
+
+
+def _refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:
+    """transformers fills missing tensors with random numbers, and TransformerLens hides its warning."""
+    wrong = {
+        "lacks": sorted(report["missing_keys"]),
+        "has the unknown": sorted(report["unexpected_keys"]),
+        "has the wrong shape of": sorted(str(key[0]) for key in report["mismatched_keys"]),
+    }
+    faults = [f"{what} {len(keys)} tensor(s): {', '.join(keys[:3])}" for what, keys in wrong.items() if keys]
+    if faults:
+        raise UnsupportedModelError(
+            f"{name!r} is not a whole checkpoint of its architecture: it {'; it '.join(faults)}. Download it or "
+            "convert it again, or name the architecture that it was saved with in its config.json"
+        )
 
 
 def _refuse_mamba_ssm(name: str, config: Mapping[str, Any]) -> None:

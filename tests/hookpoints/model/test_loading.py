@@ -10,9 +10,11 @@ import pytest
 import torch
 import transformers
 from conftest import VOCAB, make_hf
+from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hookpoints import HookedRecurrent, UnsupportedModelError
+from hookpoints.model import loading
 from hookpoints.model.config import RecurrentLayer
 from hookpoints.model.layout import find_layout
 from hookpoints.rules import REFUSED
@@ -67,3 +69,59 @@ def test_checkpoints_of_mamba_ssm_name_the_converted_one(tmp_path, name, ssm_cfg
     (tmp_path / name / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match=match):
         HookedRecurrent.from_pretrained(str(tmp_path / name))
+
+
+ADDED = "model.layers.1.post_attention_layernorm.weight"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A whole checkpoint in a folder of its own."""
+    make_hf().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def _change(folder, change):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _remove(tensors):
+    tensors.pop(ADDED)
+
+
+def _add(tensors):
+    tensors["foreign.weight"] = torch.ones(2)
+
+
+def _reshape(tensors):
+    tensors[ADDED] = torch.ones(3)
+
+
+@pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
+@pytest.mark.parametrize(("change", "named"), [(_remove, ADDED), (_add, "foreign"), (_reshape, "layernorm")])
+def test_a_checkpoint_that_is_not_whole_is_refused_by_name(checkpoint, change, named):
+    """transformers would go on with random numbers; a hooked model must not."""
+    loading.load(str(checkpoint))
+    _change(checkpoint, change)
+    with pytest.raises(UnsupportedModelError, match=named):
+        loading.load(str(checkpoint))
+
+
+def test_a_cut_file_is_refused_with_the_name_of_the_checkpoint(checkpoint):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(UnsupportedModelError, match=checkpoint.name):
+        loading.load(str(checkpoint))
+
+
+@pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
+def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(checkpoint, monkeypatch):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (checkpoint / "evil.py").write_text("raise SystemExit('run')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    assert loading.load(str(checkpoint)).model.config.model_type == "qwen3_5_text"
