@@ -1,17 +1,17 @@
 """Write docs/results.md: what became of every claim on the models that were evaluated.
 
-    writesae reproduce --small --model embedded --layers 4 --heads 0 1 2 3 --training-tokens 200000 --out runs/gdn
-    writesae reproduce --small --model embedded-mamba2 --layers 6 --heads 7 --out runs/mamba2
-    writesae reproduce --small --model embedded-rwkv7 --layers 3 --heads 0 --out runs/rwkv7
-    python scripts/results_page.py runs/gdn runs/mamba2 runs/rwkv7
+    writesae reproduce --model embedded --layers 4 --heads 1 --k 4 --d-sae 256 --training-tokens 150000 ... --out runs/gdn
+    writesae reproduce --model embedded-mamba2 --layers 6 --heads 7 --k 4 --d-sae 256 ... --out runs/mamba2
+    python scripts/results_page.py runs/gdn runs/mamba2
 
 Reads every result that `writesae reproduce`, `eval` or `demo` saved in or below the folders. All numbers of the page
-come from there.
+come from there, and the settings from the `config.json` that `reproduce` leaves.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +20,7 @@ from docs_site.texts import table
 
 from sae_lens_writesae import Result
 from sae_lens_writesae.page.report import Row, claim_rows, find_results, in_order
+from sae_lens_writesae.reproduce.config import ReproduceConfig
 from sae_lens_writesae.verdict.paper import PAPER_CLAIMS
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
@@ -39,7 +40,20 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="folders in or below which results were saved")
     parser.add_argument("--out", type=Path, default=PAGE, help="page to write")
     options = parser.parse_args()
-    options.out.write_text(page(find_results(options.folders)), encoding="utf-8")
+    text = page(find_results(options.folders)) + settings(options.folders)
+    options.out.write_text(text, encoding="utf-8")
+
+
+def settings(folders: Sequence[Path]) -> str:
+    """How each run was made: what departs from the defaults of `writesae reproduce`."""
+    defaults = ReproduceConfig().to_dict()
+    lines = []
+    for file in (folder / "config.json" for folder in folders if (folder / "config.json").exists()):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        own = {name: value for name, value in config.items() if value != defaults.get(name)}
+        flags = [f"{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in own.items()]
+        lines.append(f"* {'; '.join(flags)}")
+    return "\n## How these runs were made\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def page(results: Sequence[Result]) -> str:
