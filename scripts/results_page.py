@@ -1,6 +1,6 @@
 """Write docs/results.md: what became of every claim on the models that were evaluated.
 
-    writesae reproduce --model embedded --layers 4 --heads 1 --k 4 --d-sae 256 --training-tokens 150000 ... --out runs/gdn
+    writesae reproduce --model embedded --layers 4 --heads 1 --k 4 --d-sae 256 ... --out runs/gdn
     writesae reproduce --model embedded-mamba2 --layers 6 --heads 7 --k 4 --d-sae 256 ... --out runs/mamba2
     python scripts/results_page.py runs/gdn runs/mamba2
 
