@@ -168,6 +168,7 @@ def test_multimodal_checkpoint_gives_its_text_model(tmp_path, tokens):
         assert_close(model(tokens), whole(tokens).logits, rtol=0, atol=5e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
 def test_saved_checkpoint_loads_with_device_map(tmp_path, hf, tokens):
     hf.save_pretrained(tmp_path)
     model = HookedRecurrent.from_pretrained(str(tmp_path), device_map={"": "cpu"})
