@@ -101,6 +101,7 @@ def test_an_evaluation_without_a_docstring_fails_the_build():
         evaluation_pages.page(bare)
 
 
+@pytest.mark.slow
 def test_an_example_that_raises_something_else_fails_the_build(tmp_path, monkeypatch):
     text = "## When it is raised\n\n## How to mend it\n\n## Example\n\n```python\n1 / 0\n```\n"
     write(tmp_path, monkeypatch, "errors/EditError.md", text)

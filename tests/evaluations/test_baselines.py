@@ -120,6 +120,7 @@ def test_an_atom_of_one_token_is_selective_and_one_of_all_tokens_is_not() -> Non
 # -- all of it
 
 
+@pytest.mark.slow
 def test_run_on_variants(model: HookedRecurrent, tokens: Tensor, tmp_path: Path) -> None:
     saes = {"ours": make_sae(model), "two": make_sae(model, rank=2), "flat": flat_sae(30, 3), "exact": exact_sae()}
     result = SMALL.run(model, saes, tokens, progress=False)

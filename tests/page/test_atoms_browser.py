@@ -12,6 +12,8 @@ from playwright.sync_api import Browser, Page
 
 from sae_lens_writesae.page.atoms import AtomPage, AtomPageFiles, AtomPagesData, write_atom_pages
 
+pytestmark = pytest.mark.slow  # a browser
+
 EVIL = '</td><script>alert("token")</script><img src=x onerror=alert(1)>&amp;' + "long" * 40
 """What a corpus may hold: markup, and words without a place to break."""
 

@@ -13,6 +13,8 @@ from playwright.sync_api import Browser
 
 from sae_lens_writesae.page.report import ReportFiles, write_report
 
+pytestmark = pytest.mark.slow  # a browser
+
 EVIL = "<script>alert(1)</script>"
 MADE = {"state": CONFOUNDED, "write": HOLDS, EVIL: FAILS, "silent": NO_EFFECT}
 

@@ -306,6 +306,7 @@ SLOW = [("writesae_topk", "eager"), ("writesae_topk", "inductor")]
 SLOW += [(name, "aot_eager") for name in S.TRAINING if name not in dict(COMPILED)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:<class 'torch.autograd.function.Function'>")
 @pytest.mark.parametrize("name, backend", [*COMPILED, *(pytest.param(*p, marks=pytest.mark.slow) for p in SLOW)])
 def test_compiled_training_step_is_the_same(name: str, backend: str) -> None:

@@ -145,6 +145,7 @@ def test_cached_activations_are_the_writes(embedded, dataset, tmp_path):
     assert_close(written, cache[cfg.hook_name][0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["write", pytest.param("state", marks=pytest.mark.slow)])
 def test_run_evals_measures_cross_entropy_recovered(embedded, dataset, target):
     """Replacing a head's writes (states) by their reconstruction, by SAELens' evaluator; zeroing them moves the model

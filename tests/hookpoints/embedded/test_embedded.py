@@ -106,6 +106,7 @@ def test_the_first_has_grouped_heads_and_unequal_key_and_value_width():
     assert config.layer_types.count("full_attention") == 1
 
 
+@pytest.mark.slow
 def test_perplexity_is_what_the_card_says(name, model, windows, metrics):
     loss = card.losses(model, windows[: card.SLICE_WINDOWS]).nats.mean()
     assert metrics["perplexity_of_slice"] == pytest.approx(loss.exp().item(), rel=0.02)
