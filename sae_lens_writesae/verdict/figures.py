@@ -244,7 +244,7 @@ def boxes(
         axes.plot(median, row, "|", color=colour, ms=11, mew=2.2)
         lowest = min(lowest, float(low))
     axes.set_xscale("log")
-    axes.set_yticks(range(len(values)), [NAMES.get(name, name) for name in values])
+    axes.set_yticks(range(len(values)), [_two_lines(NAMES.get(name, name)) for name in values])
     axes.set_ylim(len(values) - 0.45, -0.6)
     if line is None and "delete" in values:
         line = float(np.median(values["delete"]))
@@ -313,7 +313,7 @@ def win_rates(table: pd.DataFrame, controls: Sequence[str], title: str) -> str:
             axes.plot([row["low"], row["high"]], [height, height], color=colour, lw=1.6, alpha=0.55)
             axes.plot(row["rate"], height, _MARKERS[scale], color=colour, ms=4.6, mec=PAPER, mew=0.7)
     axes.axvline(0.5, color=MUTED, lw=0.8, ls=_DASHED)
-    axes.set_yticks(range(len(names)), [NAMES[name] for name in names])
+    axes.set_yticks(range(len(names)), [_two_lines(NAMES[name]) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(-0.02, 1.02)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
@@ -340,11 +340,12 @@ def quartiles(
         ]
         colour = "atom" if condition == "atom" else "control" if condition in controls else "soft"
         band = ([r.low for r in rates], [r.high for r in rates]) if condition == "atom" else None
-        lines.append(Line(NAMES[condition], (1, 2, 3, 4), [r.mean for r in rates], colour, band))
-    medians = {float(q): f"Q{q}\n{number(float(deletion[quartile == q].median()))}" for q in (1, 2, 3, 4)}
-    label = "quartile of the deletion effect (median KL, nats)"
+        lines.append(Line(NAMES[condition].split(" (")[0], (1, 2, 3, 4), [r.mean for r in rates], colour, band))
+    ticks = {float(q): f"Q{q}" for q in (1, 2, 3, 4)}
+    low, high = (number(float(deletion[quartile == q].median())) for q in (1, 4))
+    label = f"quartile of the deletion effect\n(median KL {low} to {high} nats)"
     lines.sort(key=lambda line: line.colour == "atom")
-    return curves(lines, label, f"Win rate by deletion effect: {title}", percent=True, chance=0.5, ticks=medians)
+    return curves(lines, label, f"Win rate by deletion effect: {title}", percent=True, chance=0.5, ticks=ticks)
 
 
 def wins_by_cosine(cosine: pd.Series, win: pd.Series, atom: pd.Series, title: str) -> str:
@@ -373,6 +374,11 @@ def _panel(height: float) -> tuple[Figure, Axes]:
     figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)
     return figure, axes
+
+
+def _two_lines(name: str) -> str:
+    """What a name says in brackets goes below it: the axis needs the width."""
+    return name.replace(" (", "\n(")
 
 
 def _colour(name: str, controls: Sequence[str]) -> str:
