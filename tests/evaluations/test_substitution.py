@@ -16,7 +16,8 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluations.substitution import Substitution, comparisons, wide_firings
-from sae_lens_writesae.experiment.conditions import CONTROLS, REFERENCES, SCALES
+from sae_lens_writesae.experiment.baselines import BASELINES
+from sae_lens_writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, SCALES
 from sae_lens_writesae.experiment.head import half_lives
 from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.readout import KL_METRICS
@@ -32,7 +33,7 @@ SMALL = {
     "last_position_firings": None,
     "mean_write_energy": 0.9,
 }
-ROWS = 2 + len(SCALES) * (1 + len(CONTROLS) + len(REFERENCES))
+ROWS = len(Substitution().written("dominant"))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,8 @@ def test_atoms_that_are_the_writes_take_back_the_whole_effect(
     model64: HookedRecurrent, same: Tensor, scale: str
 ) -> None:
     sae = one_atom_a_position(model64, same[:1])
-    result = run(model64, sae, same, scales=(scale,), n_atoms=None, firings_per_atom=6, atom_choice=("dominant",))
+    more: Any = {"n_atoms": None, "firings_per_atom": 6, "atom_choice": ("dominant",), "controls": DIRECTIONS}
+    result = run(model64, sae, same, scales=(scale,), **more)
     wide = wide_firings(result)
     assert (wide["atom"] == wide["position"]).all() and np.allclose(wide["cosine"], 1, atol=1e-6)
     verdict, rate, share = result.evaluation.verdict(wide, scale)  # type: ignore[attr-defined]
@@ -214,15 +216,17 @@ def test_the_half_life_is_counted_until_half_of_the_norm_is_gone(model64: Hooked
 
 
 def test_norms_and_the_tidy_table(model64: HookedRecurrent, tokens: Tensor) -> None:
-    table = firings_of(run(model64, random_sae(model64), tokens))
-    assert len(table) == sum(g["firing"].nunique() for _, g in table.groupby("choice")) * ROWS
+    table = firings_of(run(model64, random_sae(model64), tokens, scales=SCALES))
+    n = table.groupby("choice")["firing"].nunique()
+    full, common = 1 + len(CONTROLS) + len(REFERENCES), 1 + len(BASELINES)  # a direction has no size to be mended
+    assert len(table) == n["dominant"] * (2 + 3 * full + common) + n["own"] * (2 + full)
     native = table[table["condition"] == "native"]
     assert np.allclose(native["norm"], native["write_norm"]) and (native["kl_window"] < 1e-14).all()
     assert (table.loc[table["condition"] == "delete", "norm"] == 0).all()
     matched = table[table["scale"] == "matched"]
     assert np.allclose(matched["norm"], matched["write_norm"], rtol=1e-5)
-    scaled = table[table["scale"] != "none"]
-    assert np.allclose(scaled.groupby(["choice", "firing", "scale"])["norm"].std(), 0, atol=1e-6)
+    directions = table[table["condition"].isin(["atom", *DIRECTIONS, *REFERENCES]) & (table["scale"] != "none")]
+    assert np.allclose(directions.groupby(["choice", "firing", "scale"])["norm"].std().dropna(), 0, atol=1e-6)
     fit = table[(table["scale"] == "least_squares") & (table["condition"] == "atom")]
     assert np.allclose(fit["norm"], fit["write_norm"] * fit["cosine"].abs(), rtol=1e-5)
     assert (table.groupby("condition")["kl_window"].median().drop("native") > 1e-12).all()
