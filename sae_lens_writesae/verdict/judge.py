@@ -28,6 +28,8 @@ MIN_CLUSTERS = 5
 clusters covers the truth in fewer than 80 of 100 cases."""
 MIN_OBSERVATIONS = 20
 """Observations below which no outcome is reported."""
+_ROUNDING = 1e-9
+"""A difference from a control that is no larger is one of rounding."""
 
 
 class Against(NamedTuple):
@@ -133,7 +135,7 @@ def _unbeaten(
         low, high = sorted(
             (sign * (control.contrast.low - control.chance), sign * (control.contrast.high - control.chance))
         )
-        if low > 0:
+        if low > _ROUNDING:
             continue
         if (
             control.own is not None

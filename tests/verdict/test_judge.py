@@ -100,6 +100,11 @@ def test_a_control_that_is_beaten_does_not_confound():
     assert judge(around(0.9), {"c": beaten}, chance=0.5).outcome == "holds"
 
 
+def test_a_difference_of_rounding_beats_no_control():
+    tied = Against(Estimate(1e-14, 1e-15, 1e-13, 100, 20))
+    assert judge(around(0.9), {"c": tied}, relevant=0.05).outcome == "confounded"
+
+
 def test_the_strongest_unbeaten_control_is_named_first():
     weak, strong = Against(around(0.48)), Against(around(0.2))
     weak, strong = weak._replace(chance=0.5), strong._replace(chance=0.5)
