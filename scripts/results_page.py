@@ -19,7 +19,8 @@ from pathlib import Path
 from docs_site.texts import table
 
 from sae_lens_writesae import Result
-from sae_lens_writesae.page.report import Row, claim_rows, find_results, in_order
+from sae_lens_writesae.experiment.controls import Answer
+from sae_lens_writesae.page.report import claim_rows, find_results, in_order
 from sae_lens_writesae.reproduce.config import ReproduceConfig
 from sae_lens_writesae.verdict.paper import PAPER_CLAIMS
 
@@ -99,12 +100,12 @@ def section(model: str, results: Sequence[Result]) -> str:
     return "\n\n".join([*parts, *([answers("Several heads", together)] if together else [])])
 
 
-def key(row: Row) -> tuple[str, int | None, str]:
+def key(row: Answer) -> tuple[str, int | None, str]:
     """What tells one answer from another."""
     return row.label, row.claim.number, row.claim.claim
 
 
-def answers(heading: str, rows: Sequence[Row]) -> str:
+def answers(heading: str, rows: Sequence[Answer]) -> str:
     """One table with the values and verdicts, and below it what they rest on."""
     short = [(c.number or "", c.claim, label, c.measured, f"**{c.outcome}**") for label, c in rows]
     details = []
