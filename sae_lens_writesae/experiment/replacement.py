@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.experiment.approximations import Basis
 from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.reconstruction import decoded, encoded, matrices_of
+
+if TYPE_CHECKING:
+    from sae_lens_writesae.experiment.approximations import Basis
 
 
 class UpperModel(NamedTuple):

@@ -9,13 +9,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import SAE
+from torch import Tensor
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
 from sae_lens_writesae.atom.low_rank import LowRank
@@ -162,9 +163,10 @@ def atoms_of(sae: Dictionary, atoms: Sequence[int] | NDArray[np.int64], key_dim:
     """
     index = torch.tensor(np.array(atoms))
     if hasattr(sae, "v") and hasattr(sae, "w"):
-        v, w = (
-            factor.detach().view(sae.cfg.d_sae, -1, size) for factor, size in ((sae.v, key_dim), (sae.w, value_dim))
-        )  # pyright: ignore
-        return LowRank(v[index.to(v.device)].float(), w[index.to(w.device)].float())
+        keys, values = (
+            factor.detach().reshape(len(factor), -1, size)[index.to(factor.device)].float()
+            for factor, size in ((cast(Tensor, sae.v), key_dim), (cast(Tensor, sae.w), value_dim))
+        )
+        return LowRank(keys, values)
     rows = sae.W_dec.detach()[index.to(sae.W_dec.device)].float()
     return LowRank.svd(rows.reshape(-1, key_dim, value_dim))
