@@ -40,7 +40,7 @@ class Subjects:
     """Sequences to find firings in."""
     context_size: int = 128
     """Tokens per sequence."""
-    controls: bool = True
+    control_dictionaries: bool = True
     """Evaluate an untrained dictionary and one of native writes beside each, by the same rules: three times the work.
     They are made from the training text of the package."""
 
@@ -109,7 +109,7 @@ def evaluate(subjects: Subjects, evaluations: Sequence[Evaluation]) -> ReportFil
     text = embedded.text("test") if subjects.text is None else subjects.text.read_text(encoding="utf-8")
     tokens = sample_sequences(model, text, subjects.context_size, subjects.sequences)
     reference = None
-    if subjects.controls:
+    if subjects.control_dictionaries:
         reference = sample_sequences(model, embedded.text("train"), subjects.context_size, _REFERENCE)
     results = evaluate_all(evaluations, model, saes, tokens, subjects.out, controls=reference)
     return write_report(results, subjects.out / "report.html")

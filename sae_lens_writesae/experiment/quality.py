@@ -129,8 +129,8 @@ def head_effects(
         layers: None: all recurrent layers.
         heads: None: all heads of each.
 
-    Returns: columns layer, head, half_life (tokens, median over writes of the first 8 sequences) and nats (KL(native || edited) per token where
-    all writes of the head are deleted).
+    Returns: columns layer, head, half_life (tokens, median over writes of the first 8 sequences) and nats
+    (KL(native || edited) per token where all writes of the head are deleted).
 
     Cost: per sequence and layer three forwards up to the layer, and one from it on for each head.
     """

@@ -51,7 +51,7 @@ def evaluate_all(
     results: list[Result] = []
 
     def keep(result: Result, labels: Iterable[str]) -> None:
-        result = replace(result, info=result.info | {"quality": {n: quality(n) for n in labels}})
+        result = with_quality(result, quality, labels)
         result.save(out / result.kind / result.label.replace("/", "-").replace(" ", "-").replace(",", ""))
         how = result.pace if result.skipped is None else f"skipped: {result.skipped}"
         say(f"{result.kind}: {result.label} ({how})")
@@ -84,6 +84,11 @@ def quality_of_heads(model: HookedRecurrent, saes: Mapping[str, SAE], tokens: Te
         return None if found is None else found.to_dict()
 
     return of
+
+
+def with_quality(result: Result, quality: Callable[[str], Json], labels: Iterable[str]) -> Result:
+    """The result with the quality of its dictionaries in its `info`, from `quality_of_heads`."""
+    return replace(result, info=result.info | {"quality": {label: quality(label) for label in labels}})
 
 
 def with_label(evaluation: Evaluation, label: str) -> Evaluation:

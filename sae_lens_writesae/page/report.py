@@ -87,7 +87,7 @@ def write_report(results: Sequence[Result], path: str | Path, *, title: str | No
     rows = claim_rows(results)
     numbers = {
         "claims": [{"label": row.label, "paper": row.claim.paper, **vars(row.claim)} for row in rows],
-        "quality": quality_table(results).to_dict("records"),
+        "quality": quality_rows(results),
         "results": [{"kind": r.kind, "settings": r.evaluation.to_dict(), "info": r.info} for r in results],
     }
     claims = pd.DataFrame(numbers["claims"], columns=["label", "paper", *Claim.__dataclass_fields__])
@@ -111,9 +111,9 @@ def claim_rows(results: Sequence[Result]) -> list[Answer]:
     return sorted(answers(in_order(results)), key=lambda row: row.claim.number or len(PAPER_CLAIMS) + 1)
 
 
-def quality_table(results: Sequence[Result]) -> pd.DataFrame:
-    """The quality of every dictionary that a result names, one row each: the fields of `DictionaryQuality`, after the
-    columns model, head and dictionary."""
+def quality_rows(results: Sequence[Result]) -> list[dict[str, Json]]:
+    """The quality of every dictionary that a result names, once each: the fields of `DictionaryQuality`, after
+    model, head and dictionary."""
     rows: dict[tuple[Json, str, str], dict[str, Json]] = {}
     for result in results:
         place = result.info["model"], f"L{result.info['layer']}H{result.info['head']}"
@@ -121,7 +121,7 @@ def quality_table(results: Sequence[Result]) -> pd.DataFrame:
         for label, quality in found.items() if isinstance(found, Mapping) else ():
             if isinstance(quality, Mapping):
                 rows[*place, label] = {"model": place[0], "head": place[1], "dictionary": label, **quality}
-    return pd.DataFrame(rows.values())
+    return list(rows.values())
 
 
 def joined_tables(results: Sequence[Result]) -> dict[str, pd.DataFrame]:
@@ -192,7 +192,7 @@ def _render(results: Sequence[Result], rows: list[Answer], title: str, numbers: 
             sections=sections,
             rows_shown=_ROWS,
             facts=_facts(results),
-            qualities=quality_table(results).to_dict("records"),
+            qualities=quality_rows(results),
         )
     )
 
