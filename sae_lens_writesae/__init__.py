@@ -11,6 +11,7 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.evaluations import EVALUATIONS, Evaluation, Result, load_result
 from sae_lens_writesae.evaluations.substitution import Substitution
 from sae_lens_writesae.experiment.head import half_lives
+from sae_lens_writesae.experiment.quality import dictionary_quality, head_effects
 from sae_lens_writesae.experiment.tokens import sample_sequences
 from sae_lens_writesae.page.report import write_report
 from sae_lens_writesae.sae import VARIANTS, MatrixSAE, MatrixTrainingSAE, register
@@ -48,7 +49,9 @@ __all__ = [
     "Substitution",
     "WriteSAETrainingRunner",
     "calibrate_threshold",
+    "dictionary_quality",
     "half_lives",
+    "head_effects",
     "head_target",
     "load_result",
     "load_sae",

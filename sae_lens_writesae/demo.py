@@ -13,6 +13,7 @@ from torch import Tensor
 from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.evaluations.substitution import Substitution
 from sae_lens_writesae.experiment.head import half_lives
+from sae_lens_writesae.experiment.suite import quality_of_heads, with_quality
 from sae_lens_writesae.experiment.tokens import sample_sequences
 from sae_lens_writesae.page.report import ReportFiles, write_report
 from sae_lens_writesae.sae.load import load_sae
@@ -87,14 +88,16 @@ class Demo:
             sae = self._train(model, choice, target)
             sae.save_inference_model(folder / "sae")
             say("substitution test: its atoms in the place of the model's own writes")
+            label, trained = f"{target}-trained", load_sae(folder / "sae")
             test = Substitution(
                 n_atoms=self.n_atoms,
                 firings_per_atom=self.firings_per_atom,
                 last_position_firings=self.last_position_firings,
                 seed=self.seed,
-                label=f"{target}-trained",
+                label=label,
             )
-            result = test.run(model, load_sae(folder / "sae"), tokens)
+            quality = quality_of_heads(model, {label: trained}, tokens)
+            result = with_quality(test.run(model, trained, tokens), quality, [label])
             result.save(folder / "substitution")
             for claim in result.claims():
                 say(f"{result.label}: {claim.claim}: {claim.measured}: {claim.outcome}. {claim.sentence}")

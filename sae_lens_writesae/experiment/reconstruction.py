@@ -12,10 +12,11 @@ from torch import Tensor
 
 from hookpoints import Recurrence
 from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.sae.base import MatrixWeights
 from sae_lens_writesae.sae.losses import read_queries
 
 NO_VARIANCE = "sequences on which the matrices of a dictionary, or all reads of them, do not vary"
-_ROUNDING = 1e-12
+ROUNDING = 1e-12
 """A variance below this share of the mean square is what rounding leaves of equal matrices."""
 
 
@@ -61,6 +62,13 @@ def decoded(sae: SAE, activations: Tensor, like: Tensor) -> Tensor:
     return sae.decode(activations).view(like.shape).to(like)
 
 
+def dominant(sae: SAE, activations: Tensor) -> Tensor:
+    """[T] the atom with the largest |a_i| |A_i| of activations [T,F]; atom 0 where none is active."""
+    # SAELens' own dictionaries have no method for the norms.
+    norms = sae.decoder_norm() if isinstance(sae, MatrixWeights) else sae.W_dec.norm(dim=-1)
+    return (activations.abs() * norms).argmax(1)
+
+
 def reconstruction(lab: Lab, sequences: Sequence[int]) -> pd.DataFrame:
     """How well every dictionary of the laboratory reconstructs its own target, by sequence.
 
@@ -96,7 +104,7 @@ def reconstruction(lab: Lab, sequences: Sequence[int]) -> pd.DataFrame:
             square = squares[target, i]
             variance = square - 2 * float(mean @ sums[target, i]) + n_tokens * float(mean @ mean)
             for fit in (fit for fit in of_sequence if fit.target == target):
-                if variance <= _ROUNDING * square or fit.read == 0:
+                if variance <= ROUNDING * square or fit.read == 0:
                     left_out.add((target, i))
                 else:
                     rows.append((fit.sae, i, 1 - fit.error / variance, 1 - fit.read_error / fit.read, fit.l0))

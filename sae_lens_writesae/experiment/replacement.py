@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.experiment.approximations import Basis
 from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.reconstruction import decoded, encoded, matrices_of
+
+if TYPE_CHECKING:
+    from sae_lens_writesae.experiment.approximations import Basis
 
 
 class UpperModel(NamedTuple):
     """The model from the head's layer on, over one sequence."""
 
-    lab: Lab
+    model: HookedRecurrent
+    layer: int
+    head: int
     tokens: Tensor
     """[1,T]"""
     residual: Tensor
     """[1,T,D] that enters the layer."""
 
     @classmethod
-    def of(cls, lab: Lab, sequence: int) -> UpperModel:
-        """Cost: a forward up to the layer."""
-        tokens, layer = lab.tokens[[sequence]], lab.hook.layer
+    def at(cls, model: HookedRecurrent, layer: int, head: int, tokens: Tensor) -> UpperModel:
+        """Cost: a forward of tokens [1,T] up to the layer."""
         name = f"blocks.{layer}.hook_resid_pre"
-        _, cache = lab.model.run_with_cache(tokens, names_filter=[name], stop_at_layer=layer + 1)
-        return cls(lab, tokens, cache[name])
+        _, cache = model.run_with_cache(tokens, names_filter=[name], stop_at_layer=layer + 1)
+        return cls(model, layer, head, tokens, cache[name])
 
-    def nats(self, target: str = "write", matrices: Tensor | None = None) -> float:
-        """Mean of -log p(next token) over the sequence, in nats per token.
+    @classmethod
+    def of(cls, lab: Lab, sequence: int) -> UpperModel:
+        """On a sequence of a laboratory."""
+        return cls.at(lab.model, lab.hook.layer, lab.hook.head, lab.tokens[[sequence]])
+
+    def logits(self, target: str = "write", matrices: Tensor | None = None) -> Tensor:
+        """Logits [T,vocab].
 
         Args:
             target: what is replaced, "write" or "state". A replaced write goes into the state and is read from then on.
@@ -44,14 +53,18 @@ class UpperModel(NamedTuple):
         """
         hooks: list[tuple[str | Callable, Callable]] = []
         if matrices is not None:
-            hook = self.lab.hook
             flat = matrices.flatten(1)[None]
-            name = f"blocks.{hook.layer}.mixer.heads.{hook.head}.hook_{target}_vec"
+            name = f"blocks.{self.layer}.mixer.heads.{self.head}.hook_{target}_vec"
             hooks = [(name, lambda x, hook: flat.to(x))]
-        logits = self.lab.model.run_with_hooks(
-            self.residual, fwd_hooks=hooks, start_at_layer=self.lab.hook.layer, tokens=self.tokens
+        logits = self.model.run_with_hooks(
+            self.residual, fwd_hooks=hooks, start_at_layer=self.layer, tokens=self.tokens
         )
-        return float(torch.nn.functional.cross_entropy(logits[0, :-1].double(), self.tokens[0, 1:].to(logits.device)))
+        return logits[0]
+
+    def nats(self, target: str = "write", matrices: Tensor | None = None) -> float:
+        """Mean of -log p(next token) over the sequence, in nats per token; arguments and cost as of `logits`."""
+        logits = self.logits(target, matrices).double()
+        return float(torch.nn.functional.cross_entropy(logits[:-1], self.tokens[0, 1:].to(logits.device)))
 
 
 def replacement_costs(

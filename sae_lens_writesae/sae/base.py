@@ -189,6 +189,10 @@ class MatrixWeights(SAE[Any]):
             self.encoder_matrix = nn.Parameter(dense.T.contiguous())
         else:
             self.register_buffer("encoder_scale", torch.ones(F, **like))
+        self._keep_start(v, w)
+
+    def _keep_start(self, keys: Tensor, values: Tensor) -> None:
+        """Is given the initial atoms [F,R,K], [F,R,V]; a class in training keeps them."""
 
     def _dense_decoder(self) -> Tensor:
         if self.cfg.decoder == "flat":

@@ -9,13 +9,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import SAE
+from torch import Tensor
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
 from sae_lens_writesae.atom.low_rank import LowRank
@@ -139,10 +140,15 @@ def check_fits(model: HookedRecurrent, sae: Dictionary, where: Path | str) -> No
         )
 
 
+def has_plain_activations(sae: Dictionary) -> bool:
+    """Whether activations are coefficients of atoms in the units of the write."""
+    return getattr(sae.cfg, "normalize_activations", "none") in (None, "none")
+
+
 def check_plain_activations(sae: Dictionary) -> None:
     """Raise ValueError where activations are not coefficients of atoms in the units of the write."""
-    how = getattr(sae.cfg, "normalize_activations", "none")
-    if how not in (None, "none"):
+    if not has_plain_activations(sae):
+        how = sae.cfg.normalize_activations
         raise ValueError(
             f"the SAE normalises its input ({how}), so its activations are not in units of the write; fold the factor "
             "first (sae.fold_activation_norm_scaling_factor) and save the SAE with normalize_activations='none'"
@@ -157,7 +163,10 @@ def atoms_of(sae: Dictionary, atoms: Sequence[int] | NDArray[np.int64], key_dim:
     """
     index = torch.tensor(np.array(atoms))
     if hasattr(sae, "v") and hasattr(sae, "w"):
-        keys, values = (factor.detach()[index.to(factor.device)].float() for factor in (sae.v, sae.w))  # pyright: ignore
-        return LowRank(keys.reshape(len(index), -1, key_dim), values.reshape(len(index), -1, value_dim))
+        keys, values = (
+            factor.detach().reshape(len(factor), -1, size)[index.to(factor.device)].float()
+            for factor, size in ((cast(Tensor, sae.v), key_dim), (cast(Tensor, sae.w), value_dim))
+        )
+        return LowRank(keys, values)
     rows = sae.W_dec.detach()[index.to(sae.W_dec.device)].float()
     return LowRank.svd(rows.reshape(-1, key_dim, value_dim))

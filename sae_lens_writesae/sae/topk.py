@@ -110,6 +110,7 @@ class WriteTopKTrainingSAE(_TopKMaps, MatrixTrainingSAE, TopKTrainingSAE, Matrix
     @torch.no_grad()
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Tensor]) -> None:
         """Move decoder norms into the encoder, if training computed activations as if they were there."""
+        super().process_state_dict_for_saving_inference(state_dict)
         if self.cfg.rescale_acts_by_decoder_norm:
             norms = self.get_W_dec_norm()
             state_dict.update(self._scaled(1 / norms, norms), b_enc=self.b_enc * norms)

@@ -40,6 +40,9 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     decoder_init_norm: float | None = 1.0
     """Norm of the atoms at the start, the encoder being equal to them, so that 1 makes an activation the projection on
     its atom. SAELens' 0.1 starts 100 times too low, which a short run does not make up. None: SAELens' random init."""
+    decoder_init: Literal["random", "native"] = "random"
+    """Directions of the atoms at the start: `random`, or `native`: rows of the first batches, cut to rank R, without
+    near-copies. Atoms for which the first batches hold no further direction stay random."""
     b_dec_init: Literal["mean", "zeros"] = "mean"
     """`mean`: the mean of the first batch goes into b_dec, if that is still zero. See also `preset_b_dec`."""
     unit_norm_every: int = 100
@@ -58,6 +61,7 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     def __post_init__(self) -> None:
         norm = self.decoder_init_norm
         require(norm is None or norm > 0, "decoder_init_norm", norm, "positive, or None for SAELens' random init")
+        require(self.decoder_init in ("random", "native"), "decoder_init", self.decoder_init, "'random' or 'native'")
         require(self.b_dec_init in ("mean", "zeros"), "b_dec_init", self.b_dec_init, "'mean' or 'zeros'")
         for field in ("unit_norm_every", "resample_every", "resample_until"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "a number of steps, or 0 for never")
@@ -71,6 +75,11 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
     """A `MatrixSAE` in training. It is the first base of the training class of every architecture."""
 
     cfg: MatrixTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    start_keys: Tensor
+    """[F,R,K], with `start_values` [F,R,V] the atoms as they were when their training began."""
+    start_values: Tensor
+    _n_started: int | None = None
+    """Atoms that were put on rows of the first batches; None where this run did not begin at step 0."""
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """SAELens' pair (activations, pre-activations)."""
@@ -109,6 +118,8 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
         """What is due before this step; returns how many atoms were resampled. Kept out of compiled graphs."""
         cfg, step, x = self.cfg, step_input.n_training_steps, step_input.sae_in
         check_finite(x, x)
+        if cfg.decoder_init == "native" and step < _START_STEPS:
+            self.start_from_rows(x, first=step == 0)
         if step == 0:
             if cfg.b_dec_init == "mean" and not self.b_dec.any():
                 self.b_dec.data.copy_(x.float().mean(0))
@@ -120,6 +131,30 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
         if due and step_input.dead_neuron_mask is not None:
             return self.resample(x, step_input.dead_neuron_mask)
         return 0
+
+    @torch.no_grad()
+    def start_from_rows(self, x: Tensor, *, first: bool = True) -> int:
+        """Put atoms that still wait for it on directions of rows of x [N,K*V], in decoder and encoder; returns how many
+        have such a start by now.
+
+        Rows are drawn as in `distinct_directions`, and none is taken that is near to an atom which a row started. What
+        one batch leaves open waits for the next one. Costs one K x V SVD for each row that is drawn.
+
+        Args:
+            first: begin with atom 0; otherwise go on where the last call ended.
+        """
+        F, R = self.cfg.d_sae, self.cfg.rank
+        done = 0 if first else self._n_started
+        if done is None or done == F:
+            return F
+        atoms = distinct_directions(x.view(-1, self.cfg.d_k, self.cfg.d_v).float(), F - done, R)
+        if done and len(atoms):
+            before = LowRank(self.start_keys[:done], self.start_values[:done]).to(torch.float32)
+            atoms = atoms.rows(atoms.cosines(before).amax(1) <= _MAX_COSINE)
+        index = torch.arange(done, done + len(atoms), device=x.device)
+        self.replace_atoms(index, atoms, torch.ones(F, dtype=torch.bool, device=x.device))
+        self._n_started = done + len(atoms)
+        return self._n_started
 
     @torch.no_grad()
     def resample(self, x: Tensor, dead: Tensor) -> int:
@@ -136,6 +171,38 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
         atoms = distinct_directions(residual.view(-1, self.cfg.d_k, self.cfg.d_v), n_dead, self.cfg.rank)
         self.replace_atoms(torch.nonzero(dead).flatten()[: len(atoms)], atoms, ~dead)
         return len(atoms)
+
+    # ---------------------------------------------------------------------------------------- movement
+
+    def _keep_start(self, keys: Tensor, values: Tensor) -> None:
+        self.register_buffer("start_keys", keys.clone())
+        self.register_buffer("start_values", values.clone())
+
+    @torch.no_grad()
+    def replace_atoms(self, indices: Tensor, atoms: LowRank, alive: Tensor) -> None:
+        """A replaced atom starts anew."""
+        super().replace_atoms(indices, atoms, alive)
+        self.start_keys[indices] = atoms.keys.to(self.start_keys)
+        self.start_values[indices] = atoms.values.to(self.start_values)
+
+    @torch.no_grad()
+    def start_cosine(self) -> float:
+        """Median over atoms of the cosine of an atom with its own start: 1 where nothing was learned. An atom that was
+        resampled started where it was put. Costs F R^2 (K + V)."""
+        start = LowRank(self.start_keys, self.start_values).to(torch.float32)
+        if self.cfg.decoder == "flat":
+            matrices = self.decoder_matrix.view(-1, self.cfg.d_k, self.cfg.d_v).float()
+            inner = torch.einsum("fkv,frk,frv->f", matrices, start.keys, start.values)
+            cosines = inner / (matrices.flatten(1).norm(dim=1) * start.norm()).clamp_min(torch.finfo(inner.dtype).tiny)
+        else:
+            cosines = LowRank(self.v, self.w).to(torch.float32).cosine(start)
+        return float(cosines.quantile(0.5))
+
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Tensor]) -> None:
+        """Keep how far the atoms moved in the metadata, and leave their start out."""
+        self.process_state_dict_for_saving(state_dict)
+        self.cfg.metadata.start_cosine = self.start_cosine()
+        del state_dict["start_keys"], state_dict["start_values"]
 
     def _with_loss(
         self, step_input: TrainStepInput, run: Callable[[TrainStepInput], TrainStepOutput]
@@ -176,6 +243,8 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
         return variance * write_loss(cosine, contribution)
 
 
+_START_STEPS = 16
+"""Steps in which atoms are still put on rows of their batches, where one batch has too few distinct ones."""
 _MAX_COSINE = 0.9
 """Two candidates for resampling that are closer than this count as one."""
 
