@@ -167,7 +167,7 @@ def gram(v: Tensor, w: Tensor, v2: Tensor, w2: Tensor) -> Tensor:
 
 def matrix_products(matrix: Tensor, v: Tensor, w: Tensor) -> Tensor:
     """<M, A_f> [F] of one matrix [K,V] with every atom. Costs F*S*K*V, once and not for each row."""
-    return ((v @ matrix) * w).sum((1, 2))
+    return ((v.flatten(0, 1) @ matrix) * w.flatten(0, 1)).sum(-1).view(v.shape[:2]).sum(-1)
 
 
 def _few_active(code: Tensor, terms: int, v: Tensor, w: Tensor) -> Tensor | None:
@@ -387,12 +387,12 @@ class _EncodeRows(torch.autograd.Function):
         grad, (N, R), (F, S) = grads[0], keys.shape[:2], v.shape[:2]
         rows_need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         if not rows_need and int((grad != 0).sum()) * _GATHER_COST * 2 <= N * F:
-            n, f = grad.nonzero(as_tuple=True)
-            c = grad[n, f][:, None, None]
-            at_right = right.view(N, R, F, S)[n, :, f] * c  # [P,R,S]
-            at_left = left.view(N, R, F, S)[n, :, f] * c
-            dv = torch.zeros_like(v).index_add_(0, f, at_right.mT @ keys.index_select(0, n))
-            dw = torch.zeros_like(w).index_add_(0, f, at_left.mT @ values.index_select(0, n))
+            pair = grad.flatten().nonzero().squeeze(1)
+            n, f = pair // F, pair % F
+            c = grad.flatten().index_select(0, pair)[:, None, None]
+            at_right, at_left = (_at_pairs(side, pair, n, f, R, S) * c for side in (right, left))  # [P,R,S]
+            dv = torch.zeros_like(v).index_add_(0, f, _outer(at_right.mT, keys.index_select(0, n)))
+            dw = torch.zeros_like(w).index_add_(0, f, _outer(at_left.mT, values.index_select(0, n)))
             return None, None, dv, dw
         wide = grad[:, None, :, None].expand(N, R, F, S).reshape(N * R, F * S)
         dleft, dright = wide * right, wide * left
@@ -428,12 +428,24 @@ class _Gathered(torch.autograd.Function):
         pairs = (c * g)[..., None] * c[:, None, :]
         scale = (c * g)[..., None]
         # Each is the gradient of a gathered copy: the residual matrix times the other side of the term.
-        dvs = (pairs * gram_w) @ vs - (scale * right) @ keys
-        dws = (pairs * gram_v) @ ws - (scale * left) @ values
+        dvs = _outer(pairs * gram_w, vs).sub_(_outer(scale * right, keys))
+        dws = _outer(pairs * gram_v, ws).sub_(_outer(scale * left, values))
         at = atoms.flatten()
         dv = torch.zeros_like(v).index_add_(0, at, dvs.view(len(at), *v.shape[1:]))
         dw = torch.zeros_like(w).index_add_(0, at, dws.view(len(at), *w.shape[1:]))
         return None, None, dactive, None, dv, dw
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, of which a batched product over one term would be slow."""
+    return a * b if b.shape[-2] == 1 else a @ b
+
+
+def _at_pairs(side: Tensor, pair: Tensor, n: Tensor, f: Tensor, R: int, S: int) -> Tensor:
+    """[N*R,F*S] at pairs of a row and an atom: [P,R,S]."""
+    if R == S == 1:
+        return side.flatten().index_select(0, pair)[:, None, None]
+    return side.view(-1, R, side.shape[1] // S, S)[n, :, f]
 
 
 def _sum_terms(product: Tensor, R: int, S: int) -> Tensor:
