@@ -291,8 +291,7 @@ class MatrixWeights(SAE[Any]):
         if self.cfg.decoder == "flat":
             inner = (keys.mT @ values).flatten(1) @ self.decoder_matrix.T
         else:
-            sides = (torch.einsum("nrk,fsk->nfrs", keys, self.v), torch.einsum("nrv,fsv->nfrs", values, self.w))
-            inner = (sides[0] * sides[1]).sum((-2, -1))
+            inner = sparse.encode_rows(keys, values, self.v, self.w)
         size = (keys @ keys.mT * (values @ values.mT)).sum((1, 2)).clamp_min(0).sqrt()[:, None] * self.decoder_norm()
         return torch.where(size > 0, inner / size.clamp_min(torch.finfo(size.dtype).tiny), 0)
 

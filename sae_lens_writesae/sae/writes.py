@@ -112,7 +112,8 @@ def on_factors(trainer: Trainer) -> None:
     """Let SAELens' trainer scale packed rows as the matrices that they stand for, and log their explained variance."""
     sae = cast(MatrixTrainingSAE, trainer.sae)
     trainer.activation_scaler = FactorScaler(trainer.activation_scaler.scaling_factor, None, sae.cfg.d_k, sae.cfg.d_v)
-    trainer.optimizer.param_groups[0]["fused"] = True
+    if not trainer.optimizer.state:  # the state of a resumed run was made without it
+        trainer.optimizer.param_groups[0]["fused"] = True
     build = trainer.build_train_step_log_dict
 
     def build_from_factors(output: TrainStepOutput, n_training_samples: int) -> dict[str, Any]:
