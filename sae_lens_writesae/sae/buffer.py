@@ -114,6 +114,11 @@ class MixingBuffer(Iterator[Tensor]):
 
     # -- resuming
 
+    @property
+    def filling(self) -> bool:
+        """Whether a refill is under way, or was broken off."""
+        return self._before is not None
+
     def state_dict(self) -> State:
         """From which `load_state_dict` rebuilds the buffer; its size is that of the keys, not of the rows."""
         if self._before is not None:

@@ -318,7 +318,8 @@ class _Run:
 
     def write(self, contents: Contents, say: Say) -> None:
         """Write what is missing, shard by shard."""
-        for left in (*self.folder.glob(".shard-*"), *self.folder.glob(f".{INDEX}.*")):  # of a run that was killed
+        asides = (".shard-*", f".{INDEX}.*", ".tmp*")  # left by a kill; safetensors' own begin with .tmp
+        for left in (file for pattern in asides for file in self.folder.glob(pattern)):
             left.unlink()
         atomic_text(self.folder / INDEX, index_text(contents, self.shards))
         for number in range(len(self.shards), contents.n_shards):

@@ -151,6 +151,7 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_dictionary(
 def test_a_run_stopped_twice_while_its_buffer_fills_ends_with_the_same_dictionary(
     embedded, dataset, uninterrupted, tmp_path
 ):
+    """By one signal, and by two in one batch, of which the second does not wait for its end."""
     kind, checkpoint = KINDS[2], None
     for n, stop in enumerate([12, 2, None]):
         cfg = config(embedded, *kind, checkpoint_path=str(tmp_path / str(n)))
@@ -158,9 +159,11 @@ def test_a_run_stopped_twice_while_its_buffer_fills_ends_with_the_same_dictionar
         runner = WriteSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset)
         source, draws = runner.activations_store, iter(range(10**6))
 
-        def drawing(draw=source.draw, draws=draws, stop=stop):
+        def drawing(draw=source.draw, draws=draws, stop=stop, n=n):
             if next(draws) == stop:
-                os.kill(os.getpid(), signal.SIGTERM)
+                for _ in range(n + 1):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                assert n == 0, "the second signal has raised"
             return draw()
 
         source.draw = drawing
