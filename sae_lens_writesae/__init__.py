@@ -15,6 +15,8 @@ from sae_lens_writesae.experiment.quality import dictionary_quality, head_effect
 from sae_lens_writesae.experiment.tokens import sample_sequences
 from sae_lens_writesae.page.report import write_report
 from sae_lens_writesae.sae import VARIANTS, MatrixSAE, MatrixTrainingSAE, register
+from sae_lens_writesae.sae.collect import collect
+from sae_lens_writesae.sae.collection import Collection
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import (
@@ -41,6 +43,7 @@ __all__ = [
     "EVALUATIONS",
     "PAPER_RUNNER",
     "VARIANTS",
+    "Collection",
     "Evaluation",
     "HookedSAERecurrent",
     "LowRank",
@@ -50,6 +53,7 @@ __all__ = [
     "Substitution",
     "WriteSAETrainingRunner",
     "calibrate_threshold",
+    "collect",
     "dictionary_quality",
     "half_lives",
     "head_effects",

@@ -72,7 +72,6 @@ class Demo:
     def run(self, say: Callable[[str], object] = print) -> ReportFiles:
         """Train one dictionary per target, test each, and write everything to `out`: the report, and per target the
         dictionary (`sae/`) and its result (`substitution/`)."""
-        torch.manual_seed(self.seed)
         model = HookedRecurrent.from_pretrained(self.model)
         tokens = sample_sequences(model, embedded.text("test"), self.context_size, self.eval_sequences)
         choice = self.choose_head(model, tokens[:8])
