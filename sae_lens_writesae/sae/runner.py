@@ -3,6 +3,7 @@ nothing, and SAELens' command line."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
@@ -24,15 +25,20 @@ from datasets import Dataset
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from transformer_lens import HookedRootModule
 
 from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.sae.losses import Loss
+from sae_lens_writesae.sae.metric import METRIC_FILENAME, Metric, MetricName
+from sae_lens_writesae.sae.metric_fit import fit_metrics
 from sae_lens_writesae.sae.store import PairedActivationsStore
-from sae_lens_writesae.sae.target import RunnerConfig, Target, check_hook, head_target
-from sae_lens_writesae.sae.training import MatrixTrainingSAE
+from sae_lens_writesae.sae.target import HeadHook, RunnerConfig, Target, check_hook, head_target
+from sae_lens_writesae.sae.training import MatrixTrainingSAE, MatrixTrainingSAEConfig
 
 MODEL_CLASS_NAME = "HookedRecurrent"
 """The `model_class_name` with which SAELens' runners load a hookpoints model."""
@@ -92,6 +98,7 @@ def training_config(
     d_sae: int = 2048,
     loss: Loss = "mse",
     loss_weight: float = 0.5,
+    metric: MetricName = "frobenius",
     sae: Mapping[str, object] | None = None,
     **runner: Any,
 ) -> RunnerConfig:
@@ -101,6 +108,8 @@ def training_config(
         target: what is learned; see `sae.target.Target`.
         architecture: a registered training architecture.
         d_sae: number of atoms F.
+        metric: `gauss_newton` trains in the metric of the model's own KL divergence instead of squared errors (writes
+            only; see `sae.metric`). It needs `train` below.
         loss: `reads` or `write` mix in what queries read, or atoms along the write, with the share `loss_weight` (see
             `sae.losses`). These two need `train` below, because SAELens' own runner lacks what they compare with.
         sae: further fields of the SAE's config, such as `{"k": 32, "encoder": "tied"}`.
@@ -134,9 +143,11 @@ def training_config(
         "d_sae": d_sae,
         "loss": loss,
         "loss_weight": loss_weight,
+        "metric": metric,
         **(sae or {}),
     }
     cfg = LanguageModelSAERunnerConfig(sae=config_class(**fields), **(defaults | runner))
+    check_metric(cfg, None)
     rows = cfg.n_batches_in_buffer * (1 if target == "last_state" else cfg.context_size)
     if rows < cfg.train_batch_size_tokens:
         raise ValueError(
@@ -219,14 +230,23 @@ class Interrupts:
 
 
 class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
-    """SAELens' runner with the losses of `sae.losses`, in which SIGINT and SIGTERM lose nothing.
+    """SAELens' runner with the losses of `sae.losses` and the metric of `sae.metric`, in which SIGINT and SIGTERM lose
+    nothing.
 
     SAELens saves neither weights nor optimizer when it is interrupted, and fails if the folder is missing. Here an
     interrupted run leaves a whole checkpoint (weights, optimizer, schedule, position in the data) in
     `checkpoint_path/<samples>`; `resume_from_checkpoint` goes on from it.
+
+    With a Gauss-Newton metric, checkpoints hold weights for transformed writes and the metric beside them. The result,
+    and what is saved to `output_path`, has the metric folded in.
+
+    Args:
+        metric: where `cfg.sae.metric` is `gauss_newton`, a metric that is already fitted.
+        overrides: `override_model`, `override_dataset`, `override_sae` of SAELens.
     """
 
-    def __init__(self, cfg: RunnerConfig, **overrides: Any):
+    def __init__(self, cfg: RunnerConfig, metric: Metric | None = None, **overrides: Any):
+        check_metric(cfg, metric)
         super().__init__(cfg, **overrides)
         self._interrupts = Interrupts()
         if isinstance(self.model, HookedRecurrent):
@@ -235,6 +255,26 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
             dataset = cast(Dataset, self.activations_store.dataset)
             self.activations_store = PairedActivationsStore.paired(cast(HookedRecurrent, self.model), cfg, dataset)
             self.evaluator.activations_store = self.activations_store
+        self.metric = metric
+        if getattr(cfg.sae, "metric", "frobenius") != "frobenius":
+            self.metric = metric or self._earlier_metric() or self._fitted_metric()
+            cast(MatrixTrainingSAE, self.sae).metric = self.metric
+
+    def _earlier_metric(self) -> Metric | None:
+        """The metric of the run that this one goes on with."""
+        folder = self.cfg.resume_from_checkpoint
+        return None if folder is None else Metric.load(Path(folder) / METRIC_FILENAME)
+
+    def _fitted_metric(self) -> Metric:
+        """Fit to sequences from all over the training text."""
+        cfg, sae = self.cfg, cast(MatrixTrainingSAEConfig, self.cfg.sae)
+        shuffled = cast(Dataset, self.activations_store.dataset).shuffle(seed=cfg.seed)
+        store = ActivationsStore.from_config(self.model, cfg, override_dataset=shuffled)
+        tokens = store.get_batch_tokens(sae.metric_sequences)
+        hook = HeadHook.parse(cfg.hook_name)
+        head = (hook.layer, hook.head)
+        model = cast(HookedRecurrent, self.model)
+        return fit_metrics(model, tokens, [head], damping=sae.metric_damping, seed=cfg.seed)[head]
 
     def run(self) -> MatrixTrainingSAE:
         """Train and save. A signal that came within the last step is raised when the result is saved."""
@@ -244,14 +284,27 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
 
     def run_trainer_with_interruption_handling(self, trainer: Trainer) -> MatrixTrainingSAE:
         self._interrupts.watch(trainer)
+        if self.metric is not None:
+            put_in_metric(trainer, self.metric)
         with self._interrupts.handled():
             try:
-                return trainer.fit()
+                sae = cast(MatrixTrainingSAE, trainer.fit())
+                return sae if self.metric is None else self.metric.fold(sae)
             except KeyboardInterrupt:
                 if self.cfg.checkpoint_path is not None:
                     folder = self.save_whole_checkpoint(trainer)
                     sae_lens.logger.warning(f"interrupted; resume with resume_from_checkpoint={str(folder)!r}")
                 raise
+
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        super().save_checkpoint(checkpoint_path)
+        if checkpoint_path is not None and self.metric is not None:
+            self.metric.save(Path(checkpoint_path) / METRIC_FILENAME)
+
+    def save_final_sae(self, sae: TrainingSAE[Any], output_path: str, *args: Any, **kwargs: Any) -> None:
+        super().save_final_sae(sae, output_path, *args, **kwargs)
+        if self.metric is not None:
+            self.metric.save(Path(output_path) / METRIC_FILENAME)
 
     def save_whole_checkpoint(self, trainer: Trainer) -> Path:
         """Weights, optimizer, schedule and position, in `checkpoint_path/<samples>`, which is whole or absent."""
@@ -265,13 +318,56 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
         return base / name
 
 
-def train(cfg: RunnerConfig, model: HookedRecurrent | None = None, dataset: Dataset | None = None) -> MatrixTrainingSAE:
+def check_metric(cfg: RunnerConfig, metric: Metric | None) -> None:
+    """Raise ValueError where a runner config cannot have the metric that it or the caller asks for."""
+    wanted = getattr(cfg.sae, "metric", "frobenius")
+    if wanted == "frobenius":
+        if metric is not None:
+            raise ValueError("a metric was given, but cfg.sae.metric is 'frobenius': set it to 'gauss_newton'")
+        return
+    if HeadHook.parse(cfg.hook_name).target != "write":
+        raise ValueError(
+            f"metric={wanted!r} is one of writes, but the SAE is trained on {cfg.hook_name}; use target='write', or "
+            "metric='frobenius'"
+        )
+    if cfg.from_pretrained_path is not None:
+        raise ValueError(
+            f"metric={wanted!r} trains on transformed writes, but the weights of from_pretrained_path are for writes "
+            "themselves; start anew, or go on with metric='frobenius'"
+        )
+
+
+def put_in_metric(trainer: Trainer, metric: Metric) -> None:
+    """Have a trainer see transformed writes, and its evaluator an autoencoder of writes."""
+    source, evaluate = trainer.data_provider, trainer.evaluator
+    trainer.data_provider = map(metric.apply_rows, source)
+    if evaluate is not None:
+
+        def evaluator(
+            sae: MatrixTrainingSAE, data_provider: object, activation_scaler: ActivationScaler
+        ) -> dict[str, Any]:
+            factor = activation_scaler.scaling_factor
+            of_writes = copy.deepcopy(sae)
+            if factor is not None:
+                of_writes.fold_activation_norm_scaling_factor(factor)
+            return evaluate(metric.fold(of_writes), source, ActivationScaler())
+
+        trainer.evaluator = evaluator
+
+
+def train(
+    cfg: RunnerConfig,
+    model: HookedRecurrent | None = None,
+    dataset: Dataset | None = None,
+    metric: Metric | None = None,
+) -> MatrixTrainingSAE:
     """Train an SAE with SAELens and return it, still of its training class.
 
-    `model` and `dataset` override those that the config names. For an architecture of SAELens the result is of SAELens'
-    class.
+    `model` and `dataset` override those that the config names. Where the config has metric='gauss_newton', a `metric`
+    that is given is used instead of a new fit, and the result has it folded in. For an architecture of SAELens the
+    result is of SAELens' class.
     """
-    return WriteSAETrainingRunner(cfg, override_model=model, override_dataset=dataset).run()
+    return WriteSAETrainingRunner(cfg, metric, override_model=model, override_dataset=dataset).run()
 
 
 @contextmanager
