@@ -17,7 +17,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +26,9 @@ from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.files import atomic_write
-from sae_lens_writesae.sae.base import MatrixWeights
+
+if TYPE_CHECKING:
+    from sae_lens_writesae.sae.base import MatrixWeights
 
 MetricName = Literal["frobenius", "gauss_newton"]
 """`frobenius`: an error costs the sum of its squares. `gauss_newton`: the KL divergence that it causes in the model."""
@@ -36,7 +38,7 @@ METRIC_FILENAME = "metric.safetensors"
 
 _TENSORS = ("key_root", "value_root", "key_inverse", "value_inverse")
 
-SAEType = TypeVar("SAEType", bound=MatrixWeights)
+SAEType = TypeVar("SAEType", bound="MatrixWeights")
 
 
 @dataclass(frozen=True, eq=False)
