@@ -266,6 +266,12 @@ def states(r: CanonicalForm, positions: list[int], out: Tensor | None = None, ch
     return result.joined()
 
 
+def state_blocks(r: CanonicalForm, chunk_size: int | None = None) -> Iterator[Tensor]:
+    """See `reference.state_blocks`; here a block is a chunk."""
+    for chunk in walk(r.working(), chunk_size or _EXPANDED):
+        yield _states(chunk, list(range(chunk.size)), None).unflatten(0, (r.B, r.H)).transpose(1, 2)
+
+
 def propagate(r: CanonicalForm, x: Tensor, start: int) -> Tensor:
     """See `reference.propagate`; for where it is slower than that, see `propagates_faster`.
 

@@ -18,6 +18,7 @@ per-channel decay, Kimi Linear (arXiv 2510.26692), eq. 1; additive rules, GLA (a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Literal, Self
 
 import torch
@@ -118,6 +119,58 @@ class Recurrence(CanonicalForm):
         value = value.to(self.dtype).index_select(1, at)
         return key.mT @ value if key.ndim == 5 else key[..., :, None] * value[..., None, :]
 
+    def state_blocks(self, *, method: Method = "chunked", chunk_size: int | None = None) -> Iterator[Tensor]:
+        """All states after the write, in order, as blocks [B,C,H,K,V] of a few tokens: `states` for sums over tokens,
+        with memory that does not grow with the length."""
+        by_token = self._by_token(method, chunk_size)
+        with self._full_precision():
+            yield from reference.state_blocks(self) if by_token else chunked.state_blocks(self, chunk_size)
+
+    def adjoint(self, read_gradients: Tensor) -> Self:
+        """The recurrence of the gradients of the writes, which is of the same form and runs backwards in time.
+
+        With g_t = dL/do_t, the gradient of a write is that of the state it enters, for the transition hands it on:
+
+            dL/dW_t = dL/dS_t = scale q_t g_t^T + (diag(alpha_{t+1}) + b_{t+1} a_{t+1}^T) dL/dS_{t+1}
+
+        (q and g of t + 1 under `read_before_write`). Later erases react, as in the model (closed loop); take
+        `without_erase().adjoint(...)` for the open loop. So state s of the result is dL/dW at token T - 1 - s, and its
+        methods serve for gradients: `state_blocks` for sums over tokens, `project` for products with rank-1 matrices.
+
+        Args:
+            read_gradients: [B,T,H,V], g: the gradient of a number L with respect to what the layer reads.
+
+        Raises ValueError for another shape. Costs nothing but views and copies of the factors.
+        """
+        if read_gradients.shape != (self.B, self.T, self.H, self.V):
+            expected = f"[B={self.B},T={self.T},H={self.H},V={self.V}]"
+            raise ValueError(f"read_gradients must be {expected}, as the reads, found {list(read_gradients.shape)}")
+        keys, values = self.q.to(self.dtype) * self.scale, read_gradients.to(self.dtype)
+        if self.read_before_write:
+            keys, values = _handed_back(keys), _handed_back(values)
+        else:
+            keys, values = keys.flip(1), values.flip(1)
+        log_decay, a, b = (None if x is None else _handed_back(x) for x in (self.log_decay, self.b, self.a))
+        # What the result reads means nothing; its q may be any of the right shape.
+        return type(self)(keys, keys, values, log_decay, a, b)
+
+    def write_gradients(
+        self,
+        read_gradients: Tensor,
+        heads: Index = None,
+        positions: Index = None,
+        *,
+        method: Method = "chunked",
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """dL/dW_t [B,T',H',K,V] of the writes of the selected heads and positions; see `adjoint`.
+
+        Memory is the result's. Sums over tokens are taken block by block, with `adjoint(...).state_blocks()`.
+        """
+        backwards = [self.T - 1 - t for t in resolve_index(positions, self.T, "positions")]
+        adjoint = self.adjoint(read_gradients)
+        return adjoint.states(heads, backwards, method=method, chunk_size=chunk_size)
+
     def propagate(
         self, x: Tensor, start: int, head: int, *, loop: Loop = "closed", method: Method = "chunked"
     ) -> Tensor:
@@ -180,3 +233,8 @@ class Recurrence(CanonicalForm):
     def _full_precision(self) -> torch.autocast:
         """Autocast off: it would lower the products to half precision."""
         return torch.autocast(self.device.type, enabled=False)
+
+
+def _handed_back(x: Tensor) -> Tensor:
+    """[B,T,...] backwards in time, each one step late, after zeros: what a token hands to the one before it."""
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, 1:].flip(1)], dim=1)

@@ -76,6 +76,12 @@ def states(r: CanonicalForm, positions: list[int], out: Tensor | None = None) ->
     return torch.stack([state_after[t] for t in positions], dim=1, out=out)
 
 
+def state_blocks(r: CanonicalForm) -> Iterator[Tensor]:
+    """States after each write, [B,1,H,K,V] at a time."""
+    for step in steps(r.working()):
+        yield step.after[:, None]
+
+
 def corrected_values(r: CanonicalForm) -> Tensor:
     """u~_t = u_t - beta_t S_{t-1}^T b_t, [B,T,H,(R,)V]; `r` declares `beta`."""
     r = r.working()

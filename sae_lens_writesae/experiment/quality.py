@@ -21,8 +21,7 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.experiment.head import half_lives, head_writes
 from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.readout import divergences
-from sae_lens_writesae.experiment.reconstruction import ROUNDING, decoded, dominant, encoded, matrices_of
-from sae_lens_writesae.experiment.replacement import UpperModel
+from sae_lens_writesae.experiment.reconstruction import ROUNDING, UpperModel, decoded, dominant, encoded, matrices_of
 from sae_lens_writesae.experiment.result import Json
 from sae_lens_writesae.sae.target import HookTarget, check_plain_activations, has_plain_activations
 from sae_lens_writesae.sae.training import MatrixTrainingSAE

@@ -3,6 +3,7 @@ nothing, and SAELens' command line."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
@@ -25,6 +26,9 @@ from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunne
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from transformer_lens import HookedRootModule
 
@@ -39,10 +43,12 @@ from sae_lens_writesae.sae.checkpoint import (
 )
 from sae_lens_writesae.sae.collection import INDEX, Collection
 from sae_lens_writesae.sae.losses import Loss
+from sae_lens_writesae.sae.metric import METRIC_FILENAME, Metric, MetricName
+from sae_lens_writesae.sae.metric_fit import fit_metrics
 from sae_lens_writesae.sae.store import CollectedRows, PairedActivationsStore, SeededStore
-from sae_lens_writesae.sae.target import RunnerConfig, Target, check_hook, head_target
-from sae_lens_writesae.sae.training import MatrixTrainingSAE
-from sae_lens_writesae.sae.writes import Trainer, on_factors
+from sae_lens_writesae.sae.target import HeadHook, RunnerConfig, Target, check_hook, head_target
+from sae_lens_writesae.sae.training import MatrixTrainingSAE, MatrixTrainingSAEConfig
+from sae_lens_writesae.sae.writes import Trainer, check_metric, on_factors, transformed
 
 MODEL_CLASS_NAME = "HookedRecurrent"
 """The `model_class_name` with which SAELens' runners load a hookpoints model."""
@@ -100,6 +106,7 @@ def training_config(
     d_sae: int = 2048,
     loss: Loss = "mse",
     loss_weight: float = 0.5,
+    metric: MetricName = "frobenius",
     sae: Mapping[str, object] | None = None,
     **runner: Any,
 ) -> RunnerConfig:
@@ -110,6 +117,8 @@ def training_config(
         target: what is learned; see `sae.target.Target`.
         architecture: a registered training architecture.
         d_sae: number of atoms F.
+        metric: `gauss_newton` trains in the metric of the model's own KL divergence instead of squared errors (writes
+            only; see `sae.metric`). It needs `train` below.
         loss: `reads` or `write` mix in what queries read, or atoms along the write, with the share `loss_weight` (see
             `sae.losses`). These two need `train` below, because SAELens' own runner lacks what they compare with.
         sae: further fields of the SAE's config, such as `{"k": 32, "encoder": "tied", "inputs": "factors"}`; the last
@@ -148,9 +157,11 @@ def training_config(
         "d_sae": d_sae,
         "loss": loss,
         "loss_weight": loss_weight,
+        "metric": metric,
         **(sae or {}),
     }
     cfg = LanguageModelSAERunnerConfig(sae=config_class(**fields), **(defaults | runner))
+    check_metric(cfg, None)
     rows = cfg.n_batches_in_buffer * (1 if target == "last_state" else cfg.context_size)
     if rows < cfg.train_batch_size_tokens:
         raise ValueError(
@@ -242,8 +253,8 @@ class Interrupts:
 
 
 class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
-    """SAELens' runner with the losses of `sae.losses` and training on factors, in which the seed decides and nothing is
-    lost by an interrupt.
+    """SAELens' runner with the losses of `sae.losses`, the metric of `sae.metric` and training on factors, in which the
+    seed decides and nothing is lost by an interrupt.
 
     On one machine, one config gives one dictionary, bit for bit; another seed gives another. The caller's random
     numbers stay as they are. SIGINT and SIGTERM leave a whole checkpoint in `checkpoint_path/<samples>`, and a run with
@@ -251,13 +262,23 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
     aside and renamed. (SAELens' runner does not use its seed, saves nothing when it is interrupted, and resumes with
     other random numbers and an empty buffer.)
 
+    With a Gauss-Newton metric, checkpoints hold weights for transformed writes and the metric beside them. The result,
+    and what is saved to `output_path`, has the metric folded in.
+
+    Args:
+        metric: where `cfg.sae.metric` is `gauss_newton`, a metric that is already fitted. A collection, which comes
+            without a model, needs one.
+        overrides: `override_model`, `override_dataset`, `override_sae` of SAELens.
+
     Raises:
-        ValueError: a hook that does not fit the SAE; checkpoints beside `prefetch_llm_batches`, which draws batches
-            before they are trained on, so that no checkpoint can tell them.
+        ValueError: a metric that the config cannot have, or none where it needs one; a hook that does not fit the SAE;
+            checkpoints beside `prefetch_llm_batches`, which draws batches before they are trained on, so that no
+            checkpoint can tell them.
         CheckpointError: `resume_from_checkpoint` is not a whole checkpoint of a run with these settings.
     """
 
-    def __init__(self, cfg: RunnerConfig, **overrides: Any):
+    def __init__(self, cfg: RunnerConfig, metric: Metric | None = None, **overrides: Any):
+        check_metric(cfg, metric)
         self.cfg = cfg
         self._random, self._interrupts = RandomNumbers(cfg.seed), Interrupts()
         if cfg.prefetch_llm_batches and cfg.checkpoint_path is not None:
@@ -277,6 +298,10 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
             else:
                 super().__init__(cfg, override_sae=sae, **overrides)
                 self._replace_store()
+            self.metric = metric
+            if getattr(cfg.sae, "metric", "frobenius") != "frobenius":
+                self.metric = metric or self._earlier_metric() or self._fitted_metric()
+                cast(MatrixTrainingSAE, self.sae).metric = self.metric
 
     def _read_from(self, collection: Collection) -> None:
         """Take rows from a collection; there is no language model, and no evaluation that needs one."""
@@ -305,6 +330,27 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
     def _on_factors(self) -> bool:
         return getattr(self.cfg.sae, "inputs", "matrices") == "factors"
 
+    def _earlier_metric(self) -> Metric | None:
+        """The metric of the run that this one goes on with."""
+        folder = self.cfg.resume_from_checkpoint
+        return None if folder is None else Metric.load(Path(folder) / METRIC_FILENAME)
+
+    def _fitted_metric(self) -> Metric:
+        """Fit to sequences from all over the training text."""
+        cfg, sae = self.cfg, cast(MatrixTrainingSAEConfig, self.cfg.sae)
+        if collection_of(cfg) is not None:
+            raise ValueError(
+                "metric='gauss_newton' is fitted to a model, and a collection comes without one: give the metric that "
+                "sae.metric_fit.fit_metrics returns for this head"
+            )
+        shuffled = cast(Dataset, self.activations_store.dataset).shuffle(seed=cfg.seed)
+        store = ActivationsStore.from_config(self.model, cfg, override_dataset=shuffled)
+        tokens = store.get_batch_tokens(sae.metric_sequences)
+        hook = HeadHook.parse(cfg.hook_name)
+        head = (hook.layer, hook.head)
+        model = cast(HookedRecurrent, self.model)
+        return fit_metrics(model, tokens, [head], damping=sae.metric_damping, seed=cfg.seed)[head]
+
     def run(self) -> MatrixTrainingSAE:
         """Train and save. A signal that came within the last step is raised when the result is saved."""
         with self._random.scope():
@@ -320,9 +366,12 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
         if self.cfg.checkpoint_path is not None:
             trainer.save_checkpoint = functools.partial(self.save_whole_checkpoint, trainer)  # pyright: ignore
         self._interrupts.watch(trainer)
+        if self.metric is not None:
+            put_in_metric(trainer, self.metric)
         with self._interrupts.handled():
             try:
-                return trainer.fit()
+                sae = cast(MatrixTrainingSAE, trainer.fit())
+                return sae if self.metric is None else self.metric.fold(sae)
             except KeyboardInterrupt:
                 self._save_interrupted(trainer)
                 raise
@@ -343,6 +392,11 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
         folder = self.save_whole_checkpoint(trainer)
         sae_lens.logger.warning(f"interrupted; resume with resume_from_checkpoint={str(folder)!r}")
 
+    def save_final_sae(self, sae: TrainingSAE[Any], output_path: str, *args: Any, **kwargs: Any) -> None:
+        super().save_final_sae(sae, output_path, *args, **kwargs)
+        if self.metric is not None:
+            self.metric.save(Path(output_path) / METRIC_FILENAME)
+
     def save_whole_checkpoint(
         self, trainer: Trainer, checkpoint_name: str | None = None, wandb_aliases: list[str] | None = None
     ) -> Path:
@@ -362,6 +416,8 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
         super().save_checkpoint(checkpoint_path)
         if checkpoint_path is not None:
             save_run_state(checkpoint_path, self._interrupts.steps)
+            if self.metric is not None:
+                self.metric.save(Path(checkpoint_path) / METRIC_FILENAME)
 
 
 def _initial_sae(cfg: RunnerConfig) -> TrainingSAE[Any]:
@@ -379,13 +435,37 @@ def collection_of(cfg: RunnerConfig) -> Collection | None:
     return Collection.open(path)
 
 
-def train(cfg: RunnerConfig, model: HookedRecurrent | None = None, dataset: Dataset | None = None) -> MatrixTrainingSAE:
+def put_in_metric(trainer: Trainer, metric: Metric) -> None:
+    """Have a trainer see transformed writes, and its evaluator an autoencoder of writes."""
+    source, evaluate, cfg = trainer.data_provider, trainer.evaluator, trainer.sae.cfg
+    trainer.data_provider = (transformed(rows, metric, cfg.d_k, cfg.d_v) for rows in source)
+    if evaluate is not None:
+
+        def evaluator(
+            sae: MatrixTrainingSAE, data_provider: object, activation_scaler: ActivationScaler
+        ) -> dict[str, Any]:
+            factor = activation_scaler.scaling_factor
+            of_writes = copy.deepcopy(sae)
+            if factor is not None:
+                of_writes.fold_activation_norm_scaling_factor(factor)
+            return evaluate(metric.fold(of_writes), source, ActivationScaler())
+
+        trainer.evaluator = evaluator
+
+
+def train(
+    cfg: RunnerConfig,
+    model: HookedRecurrent | None = None,
+    dataset: Dataset | None = None,
+    metric: Metric | None = None,
+) -> MatrixTrainingSAE:
     """Train an SAE with SAELens and return it, still of its training class.
 
     `model` and `dataset` override those that the config names; with a collection, as `training_config(collection, ...)`
-    names it, neither is used. For an architecture of SAELens the result is of SAELens' class.
+    names it, neither is used. Where the config has metric='gauss_newton', a `metric` that is given is used instead of a
+    new fit, and the result has it folded in. For an architecture of SAELens the result is of SAELens' class.
     """
-    return WriteSAETrainingRunner(cfg, override_model=model, override_dataset=dataset).run()
+    return WriteSAETrainingRunner(cfg, metric, override_model=model, override_dataset=dataset).run()
 
 
 @contextmanager

@@ -193,9 +193,7 @@ class PairedActivationsStore(SeededStore):
         return head_rows(recurrence, hook.target, loss, slice(*self.seqpos_slice)).float().to(self.device)
 
 
-def head_rows(
-    recurrence: Recurrence, target: HookTarget, loss: Loss | None, positions: slice = slice(None)
-) -> Tensor:
+def head_rows(recurrence: Recurrence, target: HookTarget, loss: Loss | None, positions: slice = slice(None)) -> Tensor:
     """[B,T',K*V + columns] writes or states of head 0, flattened, and what `loss` compares them with. None: the packed
     factors of writes [B,T',R*(K+V)]."""
     at = list(range(recurrence.T))[positions]

@@ -20,6 +20,7 @@ from sae_lens_writesae.atom import sparse
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.base import MatrixSAE, MatrixSAEConfig, MatrixWeights, check_finite, require
 from sae_lens_writesae.sae.losses import Loss, read_loss, write_loss
+from sae_lens_writesae.sae.metric import Metric, MetricName
 
 PAPER_RUNNER: dict[str, float | int | str] = {
     "lr": 3e-4,
@@ -60,6 +61,14 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     steps at a fraction of the time and memory. `train_on_writes` takes factors whatever this says."""
     loss_weight: float = 0.5
     """Share of `loss` in (1 - weight) mse + weight * loss, in [0, 1]. Unused by `mse`."""
+    metric: MetricName = "frobenius"
+    """How errors of a write are measured: by the sum of their squares, or by the KL divergence of all later tokens that
+    they cause in the model (see `sae.metric`; for targets `write` and the loss `mse`). The second needs this package's
+    runner, which fits the metric, trains on transformed writes, and folds the metric into the weights at the end."""
+    metric_sequences: int = 256
+    """Sequences of the training text that the Gauss-Newton metric is fitted to, of `context_size` tokens each."""
+    metric_damping: float = 0.05
+    """Share of the identity in both factors of the Gauss-Newton metric, above 0 and at most 1 (Frobenius again)."""
 
     def __post_init__(self) -> None:
         norm = self.decoder_init_norm
@@ -77,6 +86,15 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
             self.inputs,
             "'matrices' with loss='reads', which compares with queries",
         )
+        require(self.metric in get_args(MetricName), "metric", self.metric, f"one of {get_args(MetricName)}")
+        require(
+            self.metric == "frobenius" or self.loss == "mse",
+            "loss",
+            self.loss,
+            "'mse' with metric='gauss_newton', which already says what an error in a write costs later reads",
+        )
+        require(self.metric_sequences >= 1, "metric_sequences", self.metric_sequences, "at least 1")
+        require(0 < self.metric_damping <= 1, "metric_damping", self.metric_damping, "above 0 and at most 1")
         super().__post_init__()
         self.metadata.loss = self.loss  # kept in the export, whose config has no field for it
 
@@ -108,6 +126,10 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
     """Atoms that were put on rows of the first batches; None where this run did not begin at step 0."""
     _on_factors = False
     """Whether a step on factors is under way."""
+
+    metric: Metric | None = None
+    """The metric whose transformed writes it is being trained on; None for writes as they are. Whoever transforms the
+    rows sets it, and has `Metric.fold` give the autoencoder of writes afterwards."""
 
     def __init__(self, cfg: MatrixTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
@@ -158,6 +180,12 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
 
     def _matrix_step(self, step_input: TrainStepInput) -> TrainStepOutput:
         """Upkeep and SAELens' step on the matrices alone."""
+        if self.cfg.metric != "frobenius" and self.metric is None:
+            raise ValueError(
+                f"metric={self.cfg.metric!r} needs transformed writes, and nothing here transforms them: train with "
+                "sae_lens_writesae.train or WriteSAETrainingRunner, since SAELens' own runner does not. To go on with "
+                "an autoencoder whose metric is folded in, set cfg.metric='frobenius'"
+            )
         resampled = self._upkeep(step_input)  # pyright: ignore  (torch's decorator is untyped)
         with self._step_scope():
             output = super().training_forward_pass(step_input)

@@ -21,14 +21,20 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.target import RunnerConfig
+from sae_lens_writesae.sae.metric import Metric
+from sae_lens_writesae.sae.target import HeadHook, RunnerConfig
 from sae_lens_writesae.sae.training import Code, MatrixTrainingSAE, batch_variance, pack, unpack
 
 Trainer = SAETrainer[Any, Any]
 
 
 def train_on_writes(
-    cfg: RunnerConfig, keys: Tensor, values: Tensor, report: Callable[[Trainer, TrainStepOutput], None] | None = None
+    cfg: RunnerConfig,
+    keys: Tensor,
+    values: Tensor,
+    report: Callable[[Trainer, TrainStepOutput], None] | None = None,
+    *,
+    metric: Metric | None = None,
 ) -> MatrixTrainingSAE:
     """Train a dictionary on writes in memory, sum_r k_nr u_nr^T, and return it, still of its training class.
 
@@ -43,10 +49,16 @@ def train_on_writes(
             checkpoints and logger are used; its model and its text are not.
         keys, values: [N,R,K] and [N,R,V], of any float dtype; memory-mapped tensors are read batch by batch.
         report: called after each step with the trainer and what the step returned.
+        metric: where `cfg.sae.metric` is `gauss_newton`, the metric of this head (`sae.metric_fit.fit_metrics`). The
+            dictionary that is returned has it folded in.
 
     Raises:
-        ValueError: shapes that fit neither each other nor the config, fewer rows than a batch, NaN or infinite values.
+        ValueError: a metric that the config cannot have, or none where it needs one; shapes that fit neither each other
+            nor the config, fewer rows than a batch, NaN or infinite values.
     """
+    check_metric(cfg, metric)
+    if metric is None and getattr(cfg.sae, "metric", "frobenius") != "frobenius":
+        raise ValueError("cfg.sae.metric='gauss_newton' needs a metric: give what sae.metric_fit.fit_metrics returns")
     batch_size, sae = cfg.train_batch_size_tokens, cfg.sae
     writes = LowRank(keys, values)
     found = (keys.shape[2], values.shape[2])
@@ -62,6 +74,8 @@ def train_on_writes(
         torch.manual_seed(cfg.seed)
         dictionary = new_sae(cfg)
         rows = shuffled_rows(writes, batch_size, torch.Generator().manual_seed(cfg.seed))
+        if metric is not None:
+            dictionary.metric, rows = metric, (transformed(batch, metric, sae.d_k, sae.d_v) for batch in rows)
         trainer = factor_trainer(cfg.to_sae_trainer_config(), dictionary, rows)
         if report is not None:
             step = trainer.step
@@ -73,7 +87,34 @@ def train_on_writes(
 
             trainer.step = reported
         trainer.fit()
-    return dictionary
+    return dictionary if metric is None else metric.fold(dictionary)
+
+
+def transformed(rows: Tensor, metric: Metric, d_k: int, d_v: int) -> Tensor:
+    """A batch in the metric: of flattened matrices [N,K*V], or of packed factors [N,R*(K+V)]."""
+    if rows.shape[1] >= d_k * d_v:
+        return metric.apply_rows(rows)
+    writes = unpack(rows, d_k, d_v)
+    return pack(LowRank(*metric.apply(writes.keys, writes.values)))
+
+
+def check_metric(cfg: RunnerConfig, metric: Metric | None) -> None:
+    """Raise ValueError where a runner config cannot have the metric that it or the caller asks for."""
+    wanted = getattr(cfg.sae, "metric", "frobenius")
+    if wanted == "frobenius":
+        if metric is not None:
+            raise ValueError("a metric was given, but cfg.sae.metric is 'frobenius': set it to 'gauss_newton'")
+        return
+    if HeadHook.parse(cfg.hook_name).target != "write":
+        raise ValueError(
+            f"metric={wanted!r} is one of writes, but the SAE is trained on {cfg.hook_name}; use target='write', or "
+            "metric='frobenius'"
+        )
+    if cfg.from_pretrained_path is not None:
+        raise ValueError(
+            f"metric={wanted!r} trains on transformed writes, but the weights of from_pretrained_path are for writes "
+            "themselves; start anew, or go on with metric='frobenius'"
+        )
 
 
 def new_sae(cfg: RunnerConfig) -> MatrixTrainingSAE:

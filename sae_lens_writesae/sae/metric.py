@@ -1,0 +1,189 @@
+"""The model's own metric of a head's writes: what an error in a write costs in KL divergence, instead of its square.
+
+To second order, E added to the write of a head moves all later next-token distributions by KL = (1/2) <E, G E> nats.
+G is the Gauss-Newton matrix of the log-likelihood (Martens 2020, arXiv 1412.1193) in the K V entries of a write, here
+its mean over tokens. A `Metric` holds it as a Kronecker product, <E, G E> = scale * trace(E^T A E B), with A on the key
+side and B on the value side (as in K-FAC, Martens & Grosse 2015, arXiv 1503.05671), because that keeps the rank of a
+matrix: E costs what A^1/2 E B^1/2 costs in squared error. So an autoencoder is trained on transformed writes as on any
+others, and `fold` then moves the roots into its weights. What is left is an ordinary one that reads the writes.
+
+`sae.metric_fit` fits it to a model.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.files import atomic_write
+
+if TYPE_CHECKING:
+    from sae_lens_writesae.sae.base import MatrixWeights
+
+MetricName = Literal["frobenius", "gauss_newton"]
+"""`frobenius`: an error costs the sum of its squares. `gauss_newton`: the KL divergence that it causes in the model."""
+
+METRIC_FILENAME = "metric.safetensors"
+"""The file beside the weights of an autoencoder that was trained in a metric."""
+
+_TENSORS = ("key_root", "value_root", "key_inverse", "value_inverse")
+
+SAEType = TypeVar("SAEType", bound="MatrixWeights")
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """The metric of one head's writes, as symmetric roots in float64.
+
+    The roots are scaled so that a transformed write has on average the squared norm of the write itself. Settings of
+    training (learning rate, thresholds, penalties) then mean what they mean without a metric.
+    """
+
+    key_root: Tensor
+    """[K,K], A^1/2"""
+    value_root: Tensor
+    """[V,V], B^1/2"""
+    key_inverse: Tensor
+    """[K,K], A^-1/2"""
+    value_inverse: Tensor
+    """[V,V], B^-1/2"""
+    scale: float
+    """Nats: deleting a write costs scale / 2 times its squared transformed norm, on average over writes."""
+    damping: float
+    """Share of the identity in A and in B, which bounds their condition numbers by about K / damping, V / damping."""
+    n_sequences: int
+    """Sequences that it was fitted to."""
+
+    @classmethod
+    def of(cls, key_side: Tensor, value_side: Tensor, scale: float, damping: float, n_sequences: int) -> Metric:
+        """From A [K,K] and B [V,V], symmetric and positive.
+
+        Raises:
+            ValueError: one of them is not.
+        """
+        roots = [*_roots(key_side, "key side"), *_roots(value_side, "value side")]
+        return cls(roots[0], roots[2], roots[1], roots[3], scale, damping, n_sequences)
+
+    # ------------------------------------------------------------------------------------------ use
+
+    def apply(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A^1/2 k [...,K] and B^1/2 u [...,V]: the factors of transformed writes, in the dtypes that were given."""
+        return _moved(keys, self.key_root), _moved(values, self.value_root)
+
+    def apply_rows(self, rows: Tensor) -> Tensor:
+        """A^1/2 X B^1/2 of flattened matrices [...,K*V]. Costs K V (K + V) a row; factors cost K^2 + V^2."""
+        return self._rows(rows, self.key_root, self.value_root)
+
+    def inner(self, first: LowRank, second: LowRank) -> Tensor:
+        """Inner products [N] of matrices in the metric, without `scale`."""
+        return LowRank(*self.apply(first.keys, first.values)).inner(LowRank(*self.apply(second.keys, second.values)))
+
+    def nats(self, change: LowRank) -> Tensor:
+        """KL [N] that `change` of a write costs to second order: nats, over all later tokens, for an average token."""
+        return 0.5 * self.scale * self.inner(change, change)
+
+    def fold(self, sae: SAEType) -> SAEType:
+        """The autoencoder of writes that does what `sae` does on transformed writes.
+
+        Its activations on X are those of `sae` on A^1/2 X B^1/2; its reconstruction is the transformed one taken back.
+        Encoder factors become A^1/2 p and B^1/2 q, atoms and b_dec go through the inverses, and biases and thresholds
+        stay. Two settings change where they must: activations are no longer rescaled by norms of atoms, which are now
+        others (`sae` itself gets unit norms first, and keeps its function), and a tied encoder becomes an untied one.
+
+        Raises:
+            ValueError: the autoencoder is of other sizes.
+        """
+        cfg = sae.cfg
+        if (cfg.d_k, cfg.d_v) != (len(self.key_root), len(self.value_root)):
+            raise ValueError(
+                f"the metric is of {len(self.key_root)} x {len(self.value_root)} writes, but the autoencoder reads "
+                f"{cfg.d_k} x {cfg.d_v} matrices; fit the metric to the head that it is trained on"
+            )
+        changes: dict[str, object] = {"metadata": copy.copy(cfg.metadata)}
+        if getattr(cfg, "rescale_acts_by_decoder_norm", False):
+            sae.fold_W_dec_norm()
+            changes["rescale_acts_by_decoder_norm"] = False
+            changes |= {"unit_norm_every": 0} if hasattr(cfg, "unit_norm_every") else {}
+        if cfg.encoder == "tied":
+            changes["encoder"] = "bilinear" if cfg.decoder == "rank" else "dense"
+        folded = type(sae)(dataclasses.replace(cfg, **changes))  # pyright: ignore[reportArgumentType]
+        folded.load_state_dict(self._folded_state(sae))
+        folded.cfg.metadata.metric = "gauss_newton"
+        folded.cfg.metadata.metric_damping = self.damping
+        folded.cfg.metadata.metric_sequences = self.n_sequences
+        return folded.train(sae.training)
+
+    @torch.no_grad()
+    def _folded_state(self, sae: MatrixWeights) -> dict[str, Tensor]:
+        cfg, state = sae.cfg, dict(sae.state_dict())
+        scale = state.pop("encoder_scale", None)
+        if scale is not None and cfg.decoder == "rank":
+            state |= {"v_enc": sae.v * scale[:, None, None], "w_enc": sae.w}
+        elif scale is not None:
+            state["encoder_matrix"] = sae.decoder_matrix.T * scale
+        for name, root in (("v_enc", self.key_root), ("w_enc", self.value_root)):
+            if name in state:
+                state[name] = _moved(state[name], root)
+        for name, root in (("v", self.key_inverse), ("w", self.value_inverse)):
+            if name in state:
+                state[name] = _moved(state[name], root)
+        if "encoder_matrix" in state:
+            state["encoder_matrix"] = self.apply_rows(state["encoder_matrix"].T).T
+        for name in ("decoder_matrix", "b_dec"):
+            if name in state:
+                state[name] = self._rows(state[name], self.key_inverse, self.value_inverse)
+        return state
+
+    @staticmethod
+    def _rows(rows: Tensor, key_side: Tensor, value_side: Tensor) -> Tensor:
+        matrices = rows.unflatten(-1, (len(key_side), len(value_side)))
+        return (key_side.to(rows) @ matrices @ value_side.to(rows)).flatten(-2)
+
+    # ------------------------------------------------------------------------------------------ files
+
+    def save(self, file: Path) -> Path:
+        """Write a safetensors file, whole or not at all."""
+        header = {"scale": self.scale, "damping": self.damping, "n_sequences": self.n_sequences}
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        metadata = {"format": "writesae_metric", "settings": json.dumps(header)}
+        return atomic_write(file, lambda aside: save_file(tensors, aside, metadata))
+
+    @classmethod
+    def load(cls, file: Path) -> Metric:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is missing, cut or something else; names it.
+        """
+        try:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                if metadata.get("format") != "writesae_metric":
+                    raise ValueError(f"{file} is not a metric: it lacks the mark that Metric.save writes")
+                tensors = {name: opened.get_tensor(name) for name in _TENSORS}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} cannot be read as a metric ({error}); fit and save it again") from error
+        return cls(**tensors, **json.loads(metadata["settings"]))
+
+
+def _moved(vectors: Tensor, matrix: Tensor) -> Tensor:
+    """A symmetric matrix times vectors [...,n], multiplied in float64 where that costs little, in their dtype."""
+    return vectors @ matrix.to(vectors)
+
+
+def _roots(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """The symmetric root and its inverse."""
+    values, vectors = torch.linalg.eigh(((matrix + matrix.mT) / 2).double().cpu())
+    if not bool(values[0] > 0):
+        raise ValueError(f"the {what} of a metric must be positive, its least eigenvalue is {float(values[0]):.3g}")
+    return (vectors * values.sqrt()) @ vectors.mT, (vectors / values.sqrt()) @ vectors.mT

@@ -1,0 +1,292 @@
+"""The model's own metric: what folding keeps, what a fit recovers, and that it predicts the KL of real edits."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAE, LanguageModelSAETrainingRunner
+from sae_lens.training.sae_trainer import SAETrainer
+from test_architectures import D_IN, OPTIONS, VARIANTS, K, N, V, build
+from test_runner import HEAD, LAYER, small_config
+from torch import Tensor
+from torch.testing import assert_close
+
+from hookpoints import Recurrence, WriteEdit
+from hookpoints import embedded as shipped
+from sae_lens_writesae import load_sae
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.experiment.tokens import sample_sequences
+from sae_lens_writesae.sae.metric import METRIC_FILENAME, Metric
+from sae_lens_writesae.sae.metric_fit import ReadScores, Sums, fit_metrics, read_scores
+from sae_lens_writesae.sae.runner import WriteSAETrainingRunner, put_in_metric, text_dataset, train
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def positive(size: int, seed: int = 0) -> Tensor:
+    """Eigenvalues over two orders of magnitude."""
+    vectors = torch.linalg.qr(normal(size, size, seed=seed)).Q
+    return vectors @ torch.logspace(-1, 1, size, dtype=torch.float64).diag() @ vectors.mT
+
+
+def made_up(k: int = K, v: int = V) -> Metric:
+    return Metric.of(positive(k), positive(v, 1), scale=2.0, damping=0.05, n_sequences=7)
+
+
+# ---- arithmetic
+
+
+def test_vectors_rows_and_inner_products_agree_with_dense_matrices() -> None:
+    metric, keys, values = made_up(), normal(N, 2, K), normal(N, 2, V, seed=1)
+    a, b = positive(K), positive(V, 1)
+    write = LowRank(keys, values)
+    moved = LowRank(*metric.apply(keys, values))
+    assert_close(metric.apply_rows(write.dense().flatten(1)), moved.dense().flatten(1), rtol=1e-10, atol=1e-10)
+    expected = torch.einsum("nkv,kl,nlw,wv->n", write.dense(), a, write.dense(), b)
+    assert_close(metric.inner(write, write), expected, rtol=1e-10, atol=1e-10)
+    assert_close(metric.nats(write), expected, rtol=1e-10, atol=1e-10)  # scale 2, halved
+    assert metric.apply(keys.float(), values.float())[0].dtype == torch.float32
+
+
+def test_a_metric_is_positive() -> None:
+    with pytest.raises(ValueError, match="value side"):
+        Metric.of(positive(K), -positive(V), 1.0, 0.05, 1)
+
+
+# ---- folding
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize(("name", "fields"), OPTIONS, ids=str)
+def test_folding_keeps_activations_and_reconstructions(name: str, fields: dict, variant: dict) -> None:
+    sae, metric, x = build(name, **fields, **variant), made_up(), normal(N, D_IN, seed=2)
+    acts, out = sae.encode(metric.apply_rows(x)), sae(metric.apply_rows(x))
+    folded = metric.fold(sae)
+    assert type(folded) is type(sae)
+    assert (acts != 0).any()
+    assert_close(folded.encode(x), acts, rtol=1e-9, atol=1e-9)
+    assert_close(metric.apply_rows(folded(x)), out, rtol=1e-9, atol=1e-9)
+    assert_close(sae.encode(metric.apply_rows(x)), acts, rtol=1e-9, atol=1e-9)
+    assert folded.cfg.metadata.metric == "gauss_newton"
+    assert sae.cfg.metadata.metric is None
+
+
+@pytest.mark.parametrize("encoder", ["bilinear", "tied", "dense"])
+@pytest.mark.parametrize("name", ["writesae_topk", "writesae_batchtopk", "writesae_jumprelu", "writesae_gated"])
+def test_what_is_exported_after_folding_does_what_is_exported_before(name: str, encoder: str, tmp_path: Path) -> None:
+    sae, metric, x = build(name, encoder=encoder), made_up(), normal(N, D_IN, seed=2)
+    if hasattr(sae, "set_threshold"):
+        sae.set_threshold(0.3)
+    sae.save_inference_model(tmp_path / "before")
+    metric.fold(sae).save_inference_model(tmp_path / "after")
+    before, after = load_sae(tmp_path / "before"), load_sae(tmp_path / "after")
+    acts = before.encode(metric.apply_rows(x))
+    assert (acts != 0).any()
+    assert_close(after.encode(x), acts, rtol=1e-6, atol=1e-6)
+    assert_close(metric.apply_rows(after(x)), before(metric.apply_rows(x)), rtol=1e-6, atol=1e-6)
+    assert after.cfg.metadata.metric_damping == 0.05
+    assert_close(metric.fold(before).encode(x), acts, rtol=1e-6, atol=1e-6)  # an exported one folds as well
+
+
+def test_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="5 x 7"):
+        made_up(5, 7).fold(build("writesae_topk"))
+
+
+def test_files(tmp_path: Path) -> None:
+    metric, file = made_up(), tmp_path / "metric.safetensors"
+    metric.save(file)
+    loaded = Metric.load(file)
+    for field in dataclasses.fields(Metric):
+        found, expected = getattr(loaded, field.name), getattr(metric, field.name)
+        assert torch.equal(found, expected) if isinstance(expected, Tensor) else found == expected
+    file.write_bytes(file.read_bytes()[:200])
+    for bad in (file, tmp_path / "absent"):
+        with pytest.raises(ValueError, match=bad.name):
+            Metric.load(bad)
+
+
+# ---- fitting
+
+
+def test_a_planted_kronecker_metric_is_recovered() -> None:
+    """Single tokens, whose gradient is q g^T with independent Gaussian sides of known covariance."""
+    a, b, n = positive(4), positive(3, 1), 40_000
+    a, b = a * 4 / a.trace(), b * 3 / b.trace()
+    q, g = normal(n, 4) @ torch.linalg.cholesky(a).mT, normal(n, 3, seed=1) @ torch.linalg.cholesky(b).mT
+    k, u = normal(n, 4, seed=2), normal(n, 3, seed=3)
+    sums = Sums()
+    sums.add(ReadScores(Recurrence(q[:, None, None], k[:, None, None], u[:, None, None]), g[:, None, None]))
+    metric = sums.metric(1e-6, n)
+    change = LowRank.rank_one(normal(5, 4, seed=4), normal(5, 3, seed=5))
+    found = metric.scale * metric.inner(change, change)
+    dense = change.dense()
+    assert_close(found, torch.einsum("nkv,kl,nlw,wv->n", dense, a, dense, b), rtol=0.05, atol=0)
+    write = LowRank.rank_one(k, u)
+    assert_close(metric.inner(write, write).sum(), write.inner(write).sum(), rtol=1e-4, atol=0)
+    plain = sums.metric(1.0, n)
+    assert_close(plain.key_root @ plain.key_root, torch.eye(4, dtype=torch.float64) * plain.key_root[0, 0] ** 2)
+
+
+def test_one_backward_pass_gives_what_each_layer_alone_gives(embedded: Any) -> None:
+    tokens = sample_sequences(embedded, shipped.text("test"), 24, 2)
+    both = read_scores(embedded, tokens, [4, 2], torch.Generator().manual_seed(0))
+    for layer in (2, 4):
+        alone = read_scores(embedded, tokens, [layer], torch.Generator().manual_seed(0))[layer]
+        assert_close(both[layer].gradients, alone.gradients, rtol=1e-4, atol=1e-6)
+        assert alone.gradients.shape == (2, 24, 4, 32)
+        assert not any(x.requires_grad for x in (alone.recurrence.q, alone.recurrence.k, alone.gradients))
+
+
+def test_fits_are_checked(embedded: Any) -> None:
+    tokens = torch.ones(1, 8, dtype=torch.long)
+    with pytest.raises(ValueError, match="damping"):
+        fit_metrics(embedded, tokens, [(2, 1)], damping=0)
+    with pytest.raises(ValueError, match="at least one"):
+        fit_metrics(embedded, tokens, [])
+
+
+def test_the_quadratic_form_predicts_the_kl_of_real_edits(embedded: Any) -> None:
+    """KL of all later tokens against (1/2) E^T G E with exact gradients (draws averaged), and against the Kronecker
+    form that was fitted to other text."""
+    layer, head, length, positions, draws = 4, 1, 48, [5, 14, 23], 48
+    train_tokens = sample_sequences(embedded, shipped.text("train"), 64, 32)
+    metric = fit_metrics(embedded, train_tokens, [(layer, head)])[layer, head]
+    generator = torch.Generator().manual_seed(0)
+    measured, exact, changes = [], [], []
+    for tokens in sample_sequences(embedded, shipped.text("test"), length, 4).split(1):
+        session = embedded.edit_session(tokens)
+        scores = read_scores(embedded, tokens.expand(draws, -1), [layer], generator)[layer].head(head)
+        gradients = scores.recurrence.write_gradients(scores.gradients, positions=positions)[:, :, 0].double()
+        k, u = (x[0, :, 0].double() for x in (scores.recurrence.k, scores.recurrence.u))
+        rows = []
+        for i, t in enumerate(positions):
+            noise = normal(2, len(k[0]) + len(u[0]), seed=t)
+            for key, value in ((k[t], -u[t]), (k[t + 20], 0.5 * u[t + 20]), noise[0].split([len(k[0]), len(u[0])])):
+                key, value = key / key.norm() * k[t].norm(), value / value.norm() * u[t].norm()
+                rows.append([WriteEdit(layer, head, t, key, value)])
+                changes.append((key, value))
+                exact.append(0.5 * (gradients[:, i] @ value @ key).square().mean())
+        run = session.run(rows)
+        native = session.logits[0, run.start :].double().log_softmax(-1)
+        measured.append((native.exp() * (native - run.logits.double().log_softmax(-1))).sum((1, 2)))
+    kl, quadratic = torch.cat(measured), torch.stack(exact)
+    change = LowRank.rank_one(*(torch.stack(side) for side in zip(*changes)))
+
+    def correlation(predicted: Tensor) -> float:
+        return float(torch.corrcoef(torch.stack([predicted.log(), kl.log()]))[0, 1])
+
+    kronecker, frobenius = metric.nats(change), change.inner(change)
+    print(f"log-correlation with KL: exact {correlation(quadratic):.3f}, ratio {quadratic.sum() / kl.sum():.2f}; ")
+    print(f"Kronecker {correlation(kronecker):.3f}, ratio {kronecker.sum() / kl.sum():.2f}; ")
+    print(f"Frobenius {correlation(frobenius):.3f}")
+    assert correlation(quadratic) > 0.9
+    assert 0.6 < quadratic.sum() / kl.sum() < 1.5
+    assert correlation(kronecker) > 0.5
+    assert correlation(kronecker) > correlation(frobenius) + 0.1
+    assert 0.3 < kronecker.sum() / kl.sum() < 3
+
+
+# ---- training
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return text_dataset(shipped.text("train")[:60_000])
+
+
+def in_metric(model: Any, **changes: Any) -> Any:
+    more = {"k": 4, "metric_sequences": 8, "normalize_activations": "expected_average_only_in"}
+    return small_config(model, metric="gauss_newton", sae=more, n_batches_for_norm_estimate=2, **changes)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def test_training_is_stock_training_on_transformed_writes(embedded: Any, dataset: Any) -> None:
+    """The runner, and one without a metric whose store transforms the rows: one seed, one order."""
+    cfg = in_metric(embedded)
+    runner = WriteSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset)
+    metric = runner.metric
+    assert metric is not None
+    assert (metric.n_sequences, len(metric.key_root), len(metric.value_root)) == (8, 64, 32)
+    plain_cfg = in_metric(embedded)
+    plain_cfg.sae.metric = "frobenius"
+    stock = WriteSAETrainingRunner(plain_cfg, override_model=embedded, override_dataset=dataset)
+    plain = stock.activations_store.get_activations
+    stock.activations_store.get_activations = lambda tokens: metric.apply_rows(plain(tokens))  # type: ignore
+    results = [each.run() for each in (runner, stock)]
+    found, expected = results[0].state_dict(), metric.fold(results[1]).state_dict()
+    for name, value in expected.items():
+        assert_close(found[name], value, rtol=1e-3, atol=1e-3 * float(value.abs().max()))
+
+
+def test_the_export_is_ordinary_and_says_its_metric(embedded: Any, dataset: Any, tmp_path: Path) -> None:
+    trained = train(in_metric(embedded, output_path=str(tmp_path)), embedded, dataset)
+    loaded = SAE.load_from_disk(str(tmp_path))
+    assert (loaded.cfg.metadata.metric, loaded.cfg.metadata.metric_sequences) == ("gauss_newton", 8)
+    assert Metric.load(tmp_path / METRIC_FILENAME).n_sequences == 8
+    x = embedded.recurrence(sample_sequences(embedded, shipped.text("test"), 32, 1), LAYER).write(HEAD)[0].flatten(1)
+    acts = loaded.encode(x)
+    assert (acts != 0).any()
+    assert_close(trained.encode(x), acts, rtol=1e-6, atol=1e-6)
+
+
+def test_resuming_keeps_the_metric(
+    embedded: Any, dataset: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = in_metric(embedded, checkpoint_path=str(tmp_path), n_checkpoints=1)
+    train(cfg, embedded, dataset)
+    (checkpoint,) = Path(cfg.checkpoint_path).iterdir()
+    kept = Metric.load(checkpoint / METRIC_FILENAME)
+    resumed = in_metric(embedded, checkpoint_path=None, resume_from_checkpoint=str(checkpoint))
+    monkeypatch.setattr("sae_lens_writesae.sae.runner.fit_metrics", None)  # a new fit would fail
+    runner = WriteSAETrainingRunner(resumed, override_model=embedded, override_dataset=dataset)
+    assert runner.metric is not None
+    assert torch.equal(runner.metric.key_root, kept.key_root)
+    assert runner.run().cfg.metadata.metric_sequences == 8
+
+
+def test_evaluations_within_training_see_an_autoencoder_of_writes(embedded: Any, dataset: Any) -> None:
+    runner = WriteSAETrainingRunner(in_metric(embedded), override_model=embedded, override_dataset=dataset)
+    metric, seen = runner.metric, []
+    assert metric is not None
+    trainer = SAETrainer(
+        runner.cfg.to_sae_trainer_config(),
+        runner.sae,
+        runner.activations_store,
+        lambda sae, source, scaler: seen.append((sae, source, scaler.scaling_factor)) or {},
+    )
+    put_in_metric(trainer, metric)
+    trainer.activation_scaler.scaling_factor = 3.0
+    assert trainer.evaluator is not None
+    before = {name: value.clone() for name, value in runner.sae.state_dict().items()}
+    trainer.evaluator(runner.sae, trainer.data_provider, trainer.activation_scaler)
+    ((sae, source, factor),) = seen
+    assert source is runner.activations_store
+    assert factor is None
+    x = next(runner.activations_store)
+    assert_close(sae.encode(x), runner.sae.encode(3 * metric.apply_rows(x)) / 3, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(before[name], value) for name, value in runner.sae.state_dict().items())
+
+
+def test_what_has_no_metric_is_refused(embedded: Any, dataset: Any) -> None:
+    with pytest.raises(ValueError, match="hook_state_vec"):
+        in_metric(embedded, target="state")
+    with pytest.raises(ValueError, match="loss"):
+        in_metric(embedded, loss="write")
+    with pytest.raises(ValueError, match="from_pretrained_path"):
+        in_metric(embedded, from_pretrained_path="somewhere")
+    with pytest.raises(ValueError, match="frobenius"):
+        WriteSAETrainingRunner(small_config(embedded), made_up(64, 32), override_model=embedded)
+    with pytest.raises(ValueError, match="metric"):
+        small_config(embedded, metric="euclid")
+    stock = LanguageModelSAETrainingRunner(in_metric(embedded), override_model=embedded, override_dataset=dataset)
+    with pytest.raises(ValueError, match="gauss_newton"):
+        stock.run()
