@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.experiment.baselines import BASELINES
 from sae_lens_writesae.experiment.conditions import (
     CONTROLS,
     REFERENCES,
@@ -31,6 +30,7 @@ from sae_lens_writesae.experiment.conditions import (
 from sae_lens_writesae.experiment.evaluation import Evaluation
 from sae_lens_writesae.experiment.firings import FiringDraw, draw_firings, folds
 from sae_lens_writesae.experiment.head import WriteKind, head_profile, head_writes
+from sae_lens_writesae.experiment.head_baselines import BASELINES
 from sae_lens_writesae.experiment.lab import Lab, Site, Trial
 from sae_lens_writesae.experiment.readout import KL_METRICS, kl_metrics
 from sae_lens_writesae.experiment.result import Claim, Figure, Result
@@ -121,7 +121,7 @@ class Substitution(Evaluation):
     random; the Gaussian direction is ours. The state direction is that of the state **before** the write; the state
     after it contains the write, so that it is shown as a reference and never held against an atom.
 
-    *Baselines* (`experiment.baselines`) need no training, and have a size of their own: the mean write of the head, of
+    *Baselines* (`experiment.head_baselines`) need no training, and have a size of their own: the mean write of the head, of
     the token and of the token pair, the best of as many native writes as the dictionary has atoms, drawn at random,
     the best code of a vector quantiser with as many, and the first principal components. They are fitted on text that
     nothing is tested on: on `reference`, or each half of the sequences on the other.

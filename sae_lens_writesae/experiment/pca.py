@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sae_lens_writesae.atom.low_rank import LowRank
+if TYPE_CHECKING:
+    from sae_lens_writesae.atom.low_rank import LowRank
 
 _NO_VARIANCE = 1e-12
 """A direction with less than this share of the largest variance is rounding."""
