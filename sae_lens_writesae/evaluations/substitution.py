@@ -121,10 +121,10 @@ class Substitution(Evaluation):
     random; the Gaussian direction is ours. The state direction is that of the state **before** the write; the state
     after it contains the write, so that it is shown as a reference and never held against an atom.
 
-    *Baselines* (`experiment.head_baselines`) need no training, and have a size of their own: the mean write of the head, of
-    the token and of the token pair, the best of as many native writes as the dictionary has atoms, drawn at random,
-    the best code of a vector quantiser with as many, and the first principal components. They are fitted on text that
-    nothing is tested on: on `reference`, or each half of the sequences on the other.
+    *Baselines* (`experiment.head_baselines`) need no training, and have a size of their own: the mean write of the
+    head, of the token and of the token pair, the best of as many native writes as the dictionary has atoms, drawn at
+    random, the best code of a vector quantiser with as many, and the first principal components. They are fitted on
+    text that nothing is tested on: on `reference`, or each half of the sequences on the other.
 
     A dictionary that was trained on states is tested in the same way: its firings are found on states, and its atoms
     replace the **write**.
