@@ -59,6 +59,9 @@ fortieth of the write itself takes back."""
 PRACTICAL_FLOOR = 1e-4
 """Nats: a median deletion effect below it is of no practical size, however far it lies above rounding."""
 
+_LINES = 5
+"""Controls that are lines of one panel: more names do not fit beside it."""
+
 _CLAIM_OF_RULE = {"Mamba-2": 11, "RWKV-7": 12, "DeltaNet": 13}
 """Rules for which the paper reports a substitution test of their own; for all others it is its first claim."""
 _CLAIM_OF_MODEL = {"Qwen3.5-4B": 14}
@@ -700,8 +703,8 @@ def substitution_figures(
         *relative,
         Figure(
             "By the size of the effect",
-            figures.quartiles(_of_scale(wide, scale), wide["delete"], wide["sequence"], accents, name),
-            "A result that is real should be strongest in Q4.",
+            figures.quartiles(_strongest(wide, scale), wide["delete"], wide["sequence"], accents, name),
+            f"A result that is real should be strongest in Q4. Of the controls, the {_LINES} that win most often.",
         ),
         Figure(
             "By the likeness of atom and write",
@@ -714,6 +717,14 @@ def substitution_figures(
 def _of_scale(wide: pd.DataFrame, scale: str) -> dict[str, pd.Series]:
     """KL of the conditions at one scale, by condition."""
     return {c.removesuffix(f"/{scale}"): wide[c] for c in wide.columns if c.endswith(f"/{scale}") or c == "delete"}
+
+
+def _strongest(wide: pd.DataFrame, scale: str) -> dict[str, pd.Series]:
+    """The atom and those controls that beat deletion most often."""
+    of_scale = _of_scale(wide, scale)
+    controls = [name for name in of_scale if name not in ("atom", "delete", *REFERENCES)]
+    controls.sort(key=lambda name: -float((of_scale[name] < wide["delete"]).mean()))
+    return {name: of_scale[name] for name in ("atom", *controls[:_LINES])}
 
 
 def _ratios(wide: pd.DataFrame, scale: str) -> dict[str, pd.Series]:
