@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.experiment.baselines import BASELINES
 from sae_lens_writesae.experiment.conditions import (
     CONTROLS,
     REFERENCES,
@@ -31,6 +30,7 @@ from sae_lens_writesae.experiment.conditions import (
 from sae_lens_writesae.experiment.evaluation import Evaluation
 from sae_lens_writesae.experiment.firings import FiringDraw, draw_firings, folds
 from sae_lens_writesae.experiment.head import WriteKind, head_profile, head_writes
+from sae_lens_writesae.experiment.head_baselines import BASELINES
 from sae_lens_writesae.experiment.lab import Lab, Site, Trial
 from sae_lens_writesae.experiment.readout import KL_METRICS, kl_metrics
 from sae_lens_writesae.experiment.result import Claim, Figure, Result
@@ -58,6 +58,9 @@ fortieth of the write itself takes back."""
 
 PRACTICAL_FLOOR = 1e-4
 """Nats: a median deletion effect below it is of no practical size, however far it lies above rounding."""
+
+_LINES = 5
+"""Controls that are lines of one panel: more names do not fit beside it."""
 
 _CLAIM_OF_RULE = {"Mamba-2": 11, "RWKV-7": 12, "DeltaNet": 13}
 """Rules for which the paper reports a substitution test of their own; for all others it is its first claim."""
@@ -121,10 +124,10 @@ class Substitution(Evaluation):
     random; the Gaussian direction is ours. The state direction is that of the state **before** the write; the state
     after it contains the write, so that it is shown as a reference and never held against an atom.
 
-    *Baselines* (`experiment.baselines`) need no training, and have a size of their own: the mean write of the head, of
-    the token and of the token pair, the best of as many native writes as the dictionary has atoms, drawn at random,
-    the best code of a vector quantiser with as many, and the first principal components. They are fitted on text that
-    nothing is tested on: on `reference`, or each half of the sequences on the other.
+    *Baselines* (`experiment.head_baselines`) need no training, and have a size of their own: the mean write of the
+    head, of the token and of the token pair, the best of as many native writes as the dictionary has atoms, drawn at
+    random, the best code of a vector quantiser with as many, and the first principal components. They are fitted on
+    text that nothing is tested on: on `reference`, or each half of the sequences on the other.
 
     A dictionary that was trained on states is tested in the same way: its firings are found on states, and its atoms
     replace the **write**.
@@ -700,8 +703,8 @@ def substitution_figures(
         *relative,
         Figure(
             "By the size of the effect",
-            figures.quartiles(_of_scale(wide, scale), wide["delete"], wide["sequence"], accents, name),
-            "A result that is real should be strongest in Q4.",
+            figures.quartiles(_strongest(wide, scale), wide["delete"], wide["sequence"], accents, name),
+            f"A result that is real should be strongest in Q4. Of the controls, the {_LINES} that win most often.",
         ),
         Figure(
             "By the likeness of atom and write",
@@ -714,6 +717,14 @@ def substitution_figures(
 def _of_scale(wide: pd.DataFrame, scale: str) -> dict[str, pd.Series]:
     """KL of the conditions at one scale, by condition."""
     return {c.removesuffix(f"/{scale}"): wide[c] for c in wide.columns if c.endswith(f"/{scale}") or c == "delete"}
+
+
+def _strongest(wide: pd.DataFrame, scale: str) -> dict[str, pd.Series]:
+    """The atom and those controls that beat deletion most often."""
+    of_scale = _of_scale(wide, scale)
+    controls = [name for name in of_scale if name not in ("atom", "delete", *REFERENCES)]
+    controls.sort(key=lambda name: -float((of_scale[name] < wide["delete"]).mean()))
+    return {name: of_scale[name] for name in ("atom", *controls[:_LINES])}
 
 
 def _ratios(wide: pd.DataFrame, scale: str) -> dict[str, pd.Series]:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hookpoints import WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank, state_direction
-from sae_lens_writesae.experiment.baselines import BASELINES, HeadBaselines, tokens_and_before
 from sae_lens_writesae.experiment.head import WriteKind
+from sae_lens_writesae.experiment.head_baselines import BASELINES, Baseline, HeadBaselines, tokens_and_before
 
 if TYPE_CHECKING:
     from sae_lens_writesae.experiment.lab import Lab, Site
@@ -27,9 +27,11 @@ Scale = Literal["coefficient", "matched", "least_squares", "common"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
 """How the atom is scaled. The paper names the first two, and contradicts itself about which; the others are ours."""
 
-DIRECTIONS: tuple[str, ...] = ("random", "shuffled", "elsewhere", "state", "mean")
+Direction = Literal["random", "shuffled", "elsewhere", "state", "mean"]
+DIRECTIONS: tuple[str, ...] = get_args(Direction)
 """Directions other than the atom's, written at the norm of the atom condition. The order fixes their random streams."""
 
+Control = Literal[Direction, Baseline]
 CONTROLS: tuple[str, ...] = (*DIRECTIONS, *BASELINES)
 """All that an atom has to beat: the directions, and what has a size of its own and needs no training."""
 

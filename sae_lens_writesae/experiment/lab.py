@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 from hookpoints import EditSession, HookedRecurrent, Recurrence, WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.experiment.baselines import MAX_TOKENS, HeadBaselines, tokens_and_before
 from sae_lens_writesae.experiment.firings import Firings, collect_firings, folds
 from sae_lens_writesae.experiment.head import WriteKind, head_writes
+from sae_lens_writesae.experiment.head_baselines import MAX_TOKENS, HeadBaselines, tokens_and_before
 from sae_lens_writesae.experiment.result import Json
 from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_fits, check_plain_activations
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluations.substitution import RELEVANT_SHARE, Substitution, comparisons, wide_firings
-from sae_lens_writesae.experiment.baselines import BASELINES
 from sae_lens_writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, SCALES
 from sae_lens_writesae.experiment.firings import folds
 from sae_lens_writesae.experiment.head import half_lives
+from sae_lens_writesae.experiment.head_baselines import BASELINES
 from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.readout import KL_METRICS
 from sae_lens_writesae.experiment.result import Claim, Result
@@ -435,6 +435,32 @@ def test_little_data_is_inconclusive(medians: dict[str, float], size: tuple[int,
 def test_an_interval_with_chance_and_a_relevant_effect_is_inconclusive() -> None:
     wide = claims({"delete": 1.0, "atom": 0.95}, n_sequences=8, per_sequence=3, seed=1, scales=("matched",))
     assert wide[1].outcome == "inconclusive"
+
+
+def test_a_share_that_is_small_but_sure_fails() -> None:
+    """It wins nearly everywhere, by 2 % of the deletion's effect: what a hundredth of the write itself does."""
+    result = made_up({"delete": 1.0}, scales=("matched",), controls=())
+    table = result.tables["firings"].set_index(["firing", "condition"])
+    deleted = table.xs("delete", level="condition")["kl_window"]
+    atom = 0.98 * deleted
+    rows = result.tables["firings"]["condition"] == "atom"
+    result.tables["firings"].loc[rows, "kl_window"] = atom.to_numpy()
+    claim = result.claims()[0]
+    assert claim.outcome == "fails" and "wins 100.0" in claim.measured and "recovers 2.0" in claim.measured
+
+
+def test_the_practical_floor_is_said_and_is_no_verdict() -> None:
+    tiny = {name: 1e-7 * kl for name, kl in (HOLDS | {"random": 2.0, "shuffled": 2.0}).items()}
+    settings: Any = {"scales": ("matched",), "controls": ("state", "random", "shuffled")}
+    small, plain = (made_up(medians, **settings).claims()[0] for medians in (tiny, HOLDS))
+    assert small.outcome == plain.outcome == "holds"
+    assert "practical" in small.sentence and "practical" not in plain.sentence
+
+
+def test_the_claim_of_the_larger_model() -> None:
+    result = made_up(HOLDS, scales=("matched",))
+    result.info["model"] = "Qwen/Qwen3.5-4B-Base"
+    assert result.claims()[0].number == 14
 
 
 def test_a_control_that_is_neither_worse_nor_as_good_leaves_it_undecided() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from sae_lens_writesae.experiment.pca import MatrixPca, fit_pca_of_writes
 
 Integers = NDArray[np.int64]
 
-BASELINES: tuple[str, ...] = ("head_mean", "token_mean", "pair_mean", "drawn", "quantised", "pca")
+Baseline = Literal["head_mean", "token_mean", "pair_mean", "drawn", "quantised", "pca"]
+BASELINES: tuple[str, ...] = get_args(Baseline)
 """Names of the baselines, as conditions of an experiment."""
 
 MAX_TOKENS = 32_768
