@@ -88,7 +88,7 @@ def test_the_step_whatever_the_number_of_active_and_of_auxiliary_atoms(k: int, k
 
 @pytest.mark.parametrize("mode", ["tanh", "quadratic"])
 def test_the_penalties_of_jumprelu_are_those_of_saelens(mode: str) -> None:
-    fields = {"jumprelu_sparsity_loss_mode": mode, "target_l0": 3.0, "pre_act_loss_coefficient": 0.2}
+    fields: dict[str, Any] = {"jumprelu_sparsity_loss_mode": mode, "target_l0": 3.0, "pre_act_loss_coefficient": 0.2}
     dense = make("writesae_jumprelu", **fields)
     sae, rows = copy.deepcopy(dense), writes()
     dense.calculate_aux_loss = super(type(sae), dense).calculate_aux_loss  # SAELens', which builds W_dec
