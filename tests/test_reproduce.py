@@ -155,6 +155,9 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
         folder.mkdir(parents=True)
         if text is not None:
             (folder / "runner_cfg.json").write_text(text)
+    aside = tmp_path / "run" / ".writing-abc" / "8192"
+    aside.mkdir(parents=True)
+    (aside / "runner_cfg.json").write_text("{}")
     assert [path.name for path in whole_checkpoints(tmp_path)] == ["256", "1024"]
 
 
