@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -237,7 +237,7 @@ class _Run:
 
     def _check_same(self, there: Contents, source: Source, text: str) -> None:
         plan, file = self.plan, self.folder / INDEX
-        check_same(file, asdict(there.source), asdict(source))
+        there.source.check(file, source)
         asked: dict[str, object] = {
             "text": text,
             "n_sequences": len(self.tokens),
@@ -321,19 +321,16 @@ class _Run:
         asides = (".shard-*", f".{INDEX}.*", ".tmp*")  # left by a kill; safetensors' own begin with .tmp
         for left in (file for pattern in asides for file in self.folder.glob(pattern)):
             left.unlink()
-        atomic_text(self.folder / INDEX, index_text(contents, self.shards))
+        with _written(self.folder / INDEX):
+            atomic_text(self.folder / INDEX, index_text(contents, self.shards))
         for number in range(len(self.shards), contents.n_shards):
             tensors = self._shard(contents, number)
             file = self.folder / shard_name(number)
             save = partial(save_file, tensors, metadata=contents.metadata(number))
-            try:
+            with _written(file):
                 atomic_write(file, lambda aside, save=save: save(filename=aside))
                 self.shards.append(ShardFile(file.name, file.stat().st_size, file_hash(file)))
                 atomic_text(self.folder / INDEX, index_text(contents, self.shards))
-            except (OSError, SafetensorError) as error:
-                raise CollectionError(
-                    f"{file} could not be written ({error}); whole shards are kept: make room, and run the same command"
-                ) from error
             say(f"shard {number + 1} of {contents.n_shards}")
 
     def _shard(self, contents: Contents, number: int) -> dict[str, Tensor]:
@@ -365,6 +362,17 @@ class _Run:
                         f"{name} of layer {layer}, head {head} is not finite or leaves the range of {factor.dtype} "
                         f"(largest magnitude {largest:.3g}); collect with dtype bfloat16 or float32 into a new folder"
                     )
+
+
+@contextmanager
+def _written(file: Path) -> Iterator[None]:
+    """Turn what a full disk raises into an error that names the file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CollectionError(
+            f"{file} could not be written ({error}); whole shards are kept: make room, and run the same command"
+        ) from error
 
 
 def _erases_along_key(r: Recurrence) -> bool:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from datasets import Dataset
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.sae.checkpoint import RUN_STATE_FILENAME
 from sae_lens_writesae.sae.collect import collect
-from sae_lens_writesae.sae.collection import INDEX, Collection, CollectionError, Mapped, shard_name
+from sae_lens_writesae.sae.collection import INDEX, Collection, CollectionError, Mapped, Source, shard_name
 from sae_lens_writesae.sae.runner import WriteSAETrainingRunner, train, train_from_arguments, training_config
 
 LAYER, HEAD, T = 2, 1, 16
@@ -86,6 +87,9 @@ def test_whole_collections_open(folder, hf):
     model = HookedRecurrent.from_hf(hf)
     found = Collection.open(folder, model=model, dtype="float32", verify=True)
     model.attachment.detach()
+    moved = HookedRecurrent.from_hf(hf, name="the same in another folder")
+    assert Collection.open(folder, model=moved).contents == found.contents
+    moved.attachment.detach()
     assert torch.equal(found.tokens, TOKENS) and found.context_size == T and found.n_sequences == 40
 
 
@@ -157,23 +161,38 @@ def test_an_unfinished_collection_is_refused(copy):
     refused(copy, INDEX)
 
 
-@pytest.mark.parametrize("change", ["dtype", "model dtype", "tokenizer", "weights", "revision"])
-def test_a_collection_of_something_else_is_refused(copy, hf, change):
-    if change == "dtype":
-        refused(copy, INDEX, dtype="float16")
-        return
-    index = json.loads((copy / INDEX).read_text())
-    index["contents"]["source"][change.replace(" ", "_")] = "another"
-    (copy / INDEX).write_text(json.dumps(index))
+@pytest.mark.parametrize("change", ["model_dtype", "tokenizer", "weights", "revision"])
+def test_a_collection_of_another_model_is_refused(folder, hf, change):
     model = HookedRecurrent.from_hf(hf)
-    with pytest.raises(CollectionError):  # the shards say that they are of another collection, too
-        Collection.open(copy, model=model)
-    from sae_lens_writesae.sae.collection import Source, asdict, check_same
-
-    there = index["contents"]["source"]
-    with pytest.raises(CollectionError, match=change.replace(" ", "_")):
-        check_same(copy / INDEX, there, asdict(Source.of(model)))
+    own = Source.of(model)
     model.attachment.detach()
+    there = Collection.open(folder).contents.source
+    there.check(folder / INDEX, own)
+    with pytest.raises(CollectionError, match=change):
+        there.check(folder / INDEX, replace(own, **{change: "another"}))
+
+
+def test_another_dtype_and_a_changed_index_are_refused(copy):
+    refused(copy, INDEX, dtype="float16")
+    index = json.loads((copy / INDEX).read_text())
+    index["contents"]["source"]["weights"] = "another"
+    (copy / INDEX).write_text(json.dumps(index))
+    refused(copy, shard_name(0))  # which says what it is of
+
+
+def test_hashes_tell_weights_dtypes_and_tokenizers_apart(hf, embedded):
+    model = HookedRecurrent.from_hf(hf)
+    own = Source.of(model)
+    weight = next(hf.parameters())
+    before = weight.data[3, 2].clone()
+    weight.data[3, 2] += 1e-3
+    assert Source.of(model).weights != own.weights
+    weight.data[3, 2] = before
+    assert Source.of(model) == own and own.tokenizer is None
+    model.attachment.detach()
+    shipped = Source.of(embedded)
+    embedded.to_tokens(["one", "two words"], padding_side="left")  # sets padding in the tokenizer
+    assert Source.of(embedded) == shipped and shipped.tokenizer is not None
 
 
 def test_what_was_not_collected_is_said(folder, hf, tmp_path):
