@@ -28,7 +28,8 @@ Control = Literal["untrained", "native writes"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
 
 _TOKENS = 4096
-"""Tokens of the reference text on which b_dec and thresholds of control dictionaries are set."""
+"""Tokens of the reference text on which b_dec and thresholds of control dictionaries are set, in sequences spread over
+all of it: a head with a long memory adds up what the mean of too little text is wrong by."""
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def control_dictionaries(
 
     Args:
         reference: [N,T] tokens apart from those that are tested. Writes are drawn from all of them, and what is set
-            is set on the first 4,096 tokens.
+            is set on some 4,096 tokens.
 
     Cost: a forward of each sequence up to the layer for each dictionary, and what `sae.controls` says.
     """
@@ -49,7 +50,8 @@ def control_dictionaries(
         if not isinstance(sae, MatrixWeights):
             continue
         lab = Lab(model, {label: sae}, reference)
-        some = range(min(len(reference), -(-_TOKENS // reference.shape[1])))
+        n_some = min(len(reference), -(-_TOKENS // reference.shape[1]))
+        some = torch.linspace(0, len(reference) - 1, n_some).long().tolist()
         x = torch.cat([matrices_of(lab.recurrence(i), lab.hook.target).flatten(1) for i in some])
         made["untrained"][label] = untrained(sae, x, seed=seed + n)
         try:

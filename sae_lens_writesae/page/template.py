@@ -8,7 +8,7 @@ import jinja2
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from sae_lens_writesae.verdict.format import number, percent, span
+from sae_lens_writesae.verdict.format import number, percent
 from sae_lens_writesae.verdict.paper import Outcome
 
 _WORDS: dict[Outcome, str] = {"confounded": "confounded by a control"}
@@ -54,4 +54,5 @@ def _share(value: float | Mapping[str, float | None] | None) -> str:
     if not isinstance(value, Mapping):
         return percent(value)
     low, high = value["low"], value["high"]
-    return percent(float(value["mean"] or 0)) + ("" if low is None or high is None else f" [{span(low, high)}]")
+    mean = percent(float(value["mean"] or 0))
+    return mean if low is None or high is None else f"{mean} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -180,7 +180,7 @@ def test_control_dictionaries_stand_beside_the_trained_one_and_quality_at_the_to
     beside.info["quality"] = {"mine, untrained": quality | {"recovered": None, "explained": None}}
     files = write_report([trained, beside], tmp_path / "page")
     page, numbers = Page(files.html.read_text()), json.loads(files.json.read_text())
-    assert "59.0 % [50.0–65.0]" in page.text and page.text.index("59.0") < page.text.index("Claims, the paper")
+    assert "59.0 % [50.0, 65.0]" in page.text and page.text.index("59.0") < page.text.index("Claims, the paper")
     assert "mine, untrained" in page.text and "control dictionaries: untrained" in page.text
     assert {row["label"] for row in numbers["claims"]} == {"mine"}
     assert "confounded" in {row["outcome"] for row in numbers["claims"]}
