@@ -19,6 +19,8 @@ from sae_lens_writesae.sae.collect import collect
 from sae_lens_writesae.sae.collection import Collection
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.load import load_sae
+from sae_lens_writesae.sae.metric import Metric
+from sae_lens_writesae.sae.metric_fit import fit_metrics
 from sae_lens_writesae.sae.runner import (
     WriteSAETrainingRunner,
     register_model_class,
@@ -49,12 +51,14 @@ __all__ = [
     "LowRank",
     "MatrixSAE",
     "MatrixTrainingSAE",
+    "Metric",
     "Result",
     "Substitution",
     "WriteSAETrainingRunner",
     "calibrate_threshold",
     "collect",
     "dictionary_quality",
+    "fit_metrics",
     "half_lives",
     "head_effects",
     "head_target",

@@ -3,7 +3,6 @@ nothing, and SAELens' command line."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import os
@@ -26,7 +25,6 @@ from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunne
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
-from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
@@ -43,12 +41,12 @@ from sae_lens_writesae.sae.checkpoint import (
 )
 from sae_lens_writesae.sae.collection import INDEX, Collection
 from sae_lens_writesae.sae.losses import Loss
-from sae_lens_writesae.sae.metric import METRIC_FILENAME, Metric, MetricName
+from sae_lens_writesae.sae.metric import METRIC_FILENAME, Metric, MetricName, put_in_metric
 from sae_lens_writesae.sae.metric_fit import fit_metrics
 from sae_lens_writesae.sae.store import CollectedRows, PairedActivationsStore, SeededStore
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig, Target, check_hook, head_target
 from sae_lens_writesae.sae.training import MatrixTrainingSAE, MatrixTrainingSAEConfig
-from sae_lens_writesae.sae.writes import Trainer, check_metric, on_factors, transformed
+from sae_lens_writesae.sae.writes import Trainer, check_metric, on_factors
 
 MODEL_CLASS_NAME = "HookedRecurrent"
 """The `model_class_name` with which SAELens' runners load a hookpoints model."""
@@ -301,7 +299,6 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
             self.metric = metric
             if getattr(cfg.sae, "metric", "frobenius") != "frobenius":
                 self.metric = metric or self._earlier_metric() or self._fitted_metric()
-                cast(MatrixTrainingSAE, self.sae).metric = self.metric
 
     def _read_from(self, collection: Collection) -> None:
         """Take rows from a collection; there is no language model, and no evaluation that needs one."""
@@ -433,24 +430,6 @@ def collection_of(cfg: RunnerConfig) -> Collection | None:
     if not cfg.use_cached_activations or path is None or not (Path(path) / INDEX).is_file():
         return None
     return Collection.open(path)
-
-
-def put_in_metric(trainer: Trainer, metric: Metric) -> None:
-    """Have a trainer see transformed writes, and its evaluator an autoencoder of writes."""
-    source, evaluate, cfg = trainer.data_provider, trainer.evaluator, trainer.sae.cfg
-    trainer.data_provider = (transformed(rows, metric, cfg.d_k, cfg.d_v) for rows in source)
-    if evaluate is not None:
-
-        def evaluator(
-            sae: MatrixTrainingSAE, data_provider: object, activation_scaler: ActivationScaler
-        ) -> dict[str, Any]:
-            factor = activation_scaler.scaling_factor
-            of_writes = copy.deepcopy(sae)
-            if factor is not None:
-                of_writes.fold_activation_norm_scaling_factor(factor)
-            return evaluate(metric.fold(of_writes), source, ActivationScaler())
-
-        trainer.evaluator = evaluator
 
 
 def train(

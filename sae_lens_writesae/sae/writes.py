@@ -21,7 +21,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.metric import Metric
+from sae_lens_writesae.sae.metric import Metric, put_in_metric
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig
 from sae_lens_writesae.sae.training import Code, MatrixTrainingSAE, batch_variance, pack, unpack
 
@@ -74,9 +74,9 @@ def train_on_writes(
         torch.manual_seed(cfg.seed)
         dictionary = new_sae(cfg)
         rows = shuffled_rows(writes, batch_size, torch.Generator().manual_seed(cfg.seed))
-        if metric is not None:
-            dictionary.metric, rows = metric, (transformed(batch, metric, sae.d_k, sae.d_v) for batch in rows)
         trainer = factor_trainer(cfg.to_sae_trainer_config(), dictionary, rows)
+        if metric is not None:
+            put_in_metric(trainer, metric)
         if report is not None:
             step = trainer.step
 
@@ -88,14 +88,6 @@ def train_on_writes(
             trainer.step = reported
         trainer.fit()
     return dictionary if metric is None else metric.fold(dictionary)
-
-
-def transformed(rows: Tensor, metric: Metric, d_k: int, d_v: int) -> Tensor:
-    """A batch in the metric: of flattened matrices [N,K*V], or of packed factors [N,R*(K+V)]."""
-    if rows.shape[1] >= d_k * d_v:
-        return metric.apply_rows(rows)
-    writes = unpack(rows, d_k, d_v)
-    return pack(LowRank(*metric.apply(writes.keys, writes.values)))
 
 
 def check_metric(cfg: RunnerConfig, metric: Metric | None) -> None:
