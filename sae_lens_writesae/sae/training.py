@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepInput, TrainStepOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_lens_writesae.atom import sparse
 from sae_lens_writesae.atom.low_rank import LowRank
@@ -287,6 +287,40 @@ def preset_b_dec(sae: MatrixWeights, batches: Iterable[Tensor], n_batches: int =
         count += len(rows)
     require(count > 0, "batches", count, "at least one batch of activations [N, d_in]")
     sae.b_dec.data.copy_(total / count)
+    return sae.b_dec.data.clone()
+
+
+@torch.no_grad()
+def calibrate_b_dec(sae: MatrixSAE, batches: Iterable[Tensor], n_batches: int = 16) -> Tensor:
+    """Move b_dec [K*V] by the mean residual, so that reconstructions are right on average, and return it. Codes stay as
+    they are: the encoder's biases take back what it now subtracts.
+
+    An error that all writes of a head share adds up in its state for as long as the head remembers, while squared
+    errors hardly see it. (On a head with a half-life of 55 tokens, k = 1: whole-stream replacement recovers 0.34 of the
+    KL instead of -0.10, while explained variance goes from 0.209 to 0.211.)
+
+    Args:
+        sae: in training or exported; the batches [N,K*V] are scaled as it sees them.
+
+    Cost: an encode and a decode of each batch.
+
+    Raises:
+        ValueError: no batch, or the data is not finite.
+    """
+    total, count = torch.zeros(sae.cfg.d_in, dtype=torch.float64), 0
+    for _, batch in zip(range(n_batches), batches):
+        x = batch.reshape(-1, sae.cfg.d_in).to(sae.b_dec)
+        total += (x - sae.decode(sae.encode(x))).sum(0, dtype=torch.float64).cpu()
+        count += len(x)
+    require(count > 0, "batches", count, "at least one batch of activations [N, d_in]")
+    error = (total / count).to(sae.b_dec)
+    sae.b_dec.data.add_(error)
+    if sae.cfg.apply_b_dec_to_input:
+        shift = sae.encode_linear(error)
+        for name in ("b_enc", "b_gate", "b_mag"):
+            bias = getattr(sae, name, None)
+            if isinstance(bias, nn.Parameter):
+                bias.data.add_(shift * cast(Tensor, sae.r_mag).exp() if name == "b_mag" else shift)
     return sae.b_dec.data.clone()
 
 
