@@ -29,7 +29,7 @@ from sae_lens_writesae.sae.runner import (
     training_config,
 )
 from sae_lens_writesae.sae.target import head_target
-from sae_lens_writesae.sae.training import PAPER_RUNNER, calibrate_threshold, preset_b_dec
+from sae_lens_writesae.sae.training import PAPER_RUNNER, calibrate_b_dec, calibrate_threshold, preset_b_dec
 from sae_lens_writesae.sae.writes import train_on_writes
 from sae_lens_writesae.steering import scale_atoms, steer
 
@@ -55,6 +55,7 @@ __all__ = [
     "Result",
     "Substitution",
     "WriteSAETrainingRunner",
+    "calibrate_b_dec",
     "calibrate_threshold",
     "collect",
     "dictionary_quality",

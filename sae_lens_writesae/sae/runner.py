@@ -46,7 +46,7 @@ from sae_lens_writesae.sae.metric_fit import fit_metrics
 from sae_lens_writesae.sae.store import CollectedRows, PairedActivationsStore, SeededStore
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig, Target, check_hook, head_target
 from sae_lens_writesae.sae.training import MatrixTrainingSAE, MatrixTrainingSAEConfig
-from sae_lens_writesae.sae.writes import Trainer, check_metric, on_factors
+from sae_lens_writesae.sae.writes import Trainer, check_metric, on_factors, settle_b_dec
 
 MODEL_CLASS_NAME = "HookedRecurrent"
 """The `model_class_name` with which SAELens' runners load a hookpoints model."""
@@ -368,6 +368,7 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
         with self._interrupts.handled():
             try:
                 sae = cast(MatrixTrainingSAE, trainer.fit())
+                settle_b_dec(trainer)
                 return sae if self.metric is None else self.metric.fold(sae)
             except KeyboardInterrupt:
                 self._save_interrupted(trainer)

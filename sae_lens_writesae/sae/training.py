@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepInput, TrainStepOutput, mse_loss
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_lens_writesae.atom import sparse
 from sae_lens_writesae.atom.low_rank import LowRank
@@ -46,6 +46,9 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     near-copies. Atoms for which the first batches hold no further direction stay random."""
     b_dec_init: Literal["mean", "zeros"] = "mean"
     """`mean`: the mean of the first batch goes into b_dec, if that is still zero. See also `preset_b_dec`."""
+    b_dec_rows: int = 32_768
+    """Rows over which b_dec is set at the end of training, so that reconstructions are right on average: see
+    `calibrate_b_dec`. 0: b_dec stays as it was trained. Needs this package's runner."""
     unit_norm_every: int = 100
     """Period in steps of moving the norms of atoms into the encoder, which leaves the function as it is, and of
     balancing their factors. 0: never."""
@@ -75,8 +78,8 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
         require(norm is None or norm > 0, "decoder_init_norm", norm, "positive, or None for SAELens' random init")
         require(self.decoder_init in ("random", "native"), "decoder_init", self.decoder_init, "'random' or 'native'")
         require(self.b_dec_init in ("mean", "zeros"), "b_dec_init", self.b_dec_init, "'mean' or 'zeros'")
-        for field in ("unit_norm_every", "resample_every", "resample_until"):
-            require(getattr(self, field) >= 0, field, getattr(self, field), "a number of steps, or 0 for never")
+        for field in ("unit_norm_every", "resample_every", "resample_until", "b_dec_rows"):
+            require(getattr(self, field) >= 0, field, getattr(self, field), "a number, or 0 for never")
         require(self.loss in get_args(Loss), "loss", self.loss, f"one of {get_args(Loss)}")
         require(0 <= self.loss_weight <= 1, "loss_weight", self.loss_weight, "between 0 and 1")
         require(self.inputs in ("matrices", "factors"), "inputs", self.inputs, "'matrices' or 'factors'")
@@ -459,6 +462,44 @@ def preset_b_dec(sae: MatrixWeights, batches: Iterable[Tensor], n_batches: int =
         count += len(rows)
     require(count > 0, "batches", count, "at least one batch of activations [N, d_in]")
     sae.b_dec.data.copy_(total / count)
+    return sae.b_dec.data.clone()
+
+
+@torch.no_grad()
+def calibrate_b_dec(sae: MatrixSAE, batches: Iterable[Tensor], n_batches: int = 16) -> Tensor:
+    """Move b_dec [K*V] by the mean residual, so that reconstructions are right on average, and return it. Codes stay as
+    they are: the encoder's biases take back what it now subtracts.
+
+    An error that all writes of a head share adds up in its state for as long as the head remembers, while squared
+    errors hardly see it. (On a head with a half-life of 55 tokens, k = 1: whole-stream replacement recovers 0.34 of the
+    KL instead of -0.10, while explained variance goes from 0.209 to 0.211.)
+
+    Args:
+        sae: in training or exported; the batches, of matrices [N,K*V] or of packed factors [N,R*(K+V)], are scaled as
+            it sees them.
+
+    Cost: an encode of each batch, and one decode.
+
+    Raises:
+        ValueError: no batch, or the data is not finite.
+    """
+    cfg, count = sae.cfg, 0
+    total, code = sae.b_dec.new_zeros(cfg.d_in).double(), sae.b_dec.new_zeros(cfg.d_sae).double()
+    for _, batch in zip(range(n_batches), batches):
+        rows = batch.reshape(-1, batch.shape[-1]).to(sae.b_dec)
+        x = rows if rows.shape[1] == cfg.d_in else unpack(rows, cfg.d_k, cfg.d_v)
+        total += batch_mean(x) * len(x)
+        code += sae._encode(x).acts.sum(0, dtype=torch.float64)
+        count += len(x)
+    require(count > 0, "batches", count, "at least one batch of activations [N, d_in]")
+    error = (total / count).to(sae.b_dec) - sae.b_dec - sae.decode_linear((code / count).to(sae.b_dec))
+    sae.b_dec.data.add_(error)
+    if sae.cfg.apply_b_dec_to_input:
+        shift = sae.encode_linear(error)
+        for name in ("b_enc", "b_gate", "b_mag"):
+            bias = getattr(sae, name, None)
+            if isinstance(bias, nn.Parameter):
+                bias.data.add_(shift * cast(Tensor, sae.r_mag).exp() if name == "b_mag" else shift)
     return sae.b_dec.data.clone()
 
 

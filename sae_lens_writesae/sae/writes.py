@@ -8,6 +8,7 @@ what their explained variance is.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,7 +24,7 @@ from torch import Tensor
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.metric import Metric, put_in_metric
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig
-from sae_lens_writesae.sae.training import Code, MatrixTrainingSAE, batch_variance, pack, unpack
+from sae_lens_writesae.sae.training import Code, MatrixTrainingSAE, batch_variance, calibrate_b_dec, pack, unpack
 
 Trainer = SAETrainer[Any, Any]
 
@@ -87,6 +88,7 @@ def train_on_writes(
 
             trainer.step = reported
         trainer.fit()
+        settle_b_dec(trainer)
     return dictionary if metric is None else metric.fold(dictionary)
 
 
@@ -107,6 +109,14 @@ def check_metric(cfg: RunnerConfig, metric: Metric | None) -> None:
             f"metric={wanted!r} trains on transformed writes, but the weights of from_pretrained_path are for writes "
             "themselves; start anew, or go on with metric='frobenius'"
         )
+
+
+def settle_b_dec(trainer: Trainer) -> None:
+    """What `b_dec_rows` of the config asks for, with further rows of the trainer's own source."""
+    sae = trainer.sae
+    if rows := getattr(sae.cfg, "b_dec_rows", 0):
+        batches = (batch.to(sae.device) for batch in trainer.data_provider)
+        calibrate_b_dec(sae, batches, math.ceil(rows / trainer.cfg.train_batch_size_samples))
 
 
 def new_sae(cfg: RunnerConfig) -> MatrixTrainingSAE:

@@ -386,6 +386,25 @@ def test_a_step_costs_a_fraction_of_saelens(tmp_path: Path) -> None:
         assert ours[figure] < 0.4 * stock[figure]
 
 
+@pytest.mark.parametrize("name", S.INFERENCE)
+def test_reconstructions_are_made_right_on_average(name: str, tmp_path: Path) -> None:
+    data = Planted(mean=0.3)
+    x = torch.cat([next(data) for _ in range(4)])
+    make(name).save_inference_model(tmp_path)
+    for sae in (make(name), W.load_sae(tmp_path)):
+        sae.requires_grad_(False)
+        codes, before = sae.encode(x), x - sae(x)
+        moved = W.calibrate_b_dec(sae, x.split(100))
+        after = x - sae(x)
+        assert torch.equal(moved, sae.b_dec.data)
+        torch.testing.assert_close(sae.encode(x), codes, rtol=1e-3, atol=1e-4)
+        assert after.mean(0).norm() < 1e-3 * before.mean(0).norm() and after.square().sum() < before.square().sum()
+    with pytest.raises(ValueError, match="batches"):
+        W.calibrate_b_dec(make(), [])
+    with pytest.raises(ValueError, match="NaN"):
+        W.calibrate_b_dec(make(), [x * torch.nan])
+
+
 # ---------------------------------------------------------------------------------------- the start
 
 
