@@ -359,12 +359,12 @@ class _Run:
         return tensors
 
     def _fill(self, stored: Layer, layer: int, r: Recurrence, tensors: dict[str, Tensor], at: slice) -> None:
-        if _erases_along_key(r) != stored.erases_along_key:
+        if {"a", "beta"} & stored.factors.keys() and _erases_along_key(r) != stored.erases_along_key:
             raise CollectionError(f"the erase of layer {layer} lies along the key in some batches only; not supported")
         for name, factor in stored.factors.items():
-            whole: Tensor = getattr(r, name)
+            whole: Tensor = getattr(r, name).cpu()
             for head in stored.heads:
-                value = whole[:, :, head].cpu()
+                value = whole[:, :, head]
                 kept = tensors[f"{layer}.{head}.{name}"][at]
                 kept.copy_(value)
                 if bool((kept.isfinite() != value.isfinite()).any()) or bool(value.isnan().any()):
