@@ -168,7 +168,7 @@ def test_twenty_kills_at_random_moments_leave_the_files_of_a_run_without(model, 
                 small(model, folder)
             finally:
                 os._exit(0)
-        time.sleep(draw.uniform(0, 0.7 * length))
+        time.sleep(draw.uniform(0, length))
         os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
         if os.WIFSIGNALED(status):
