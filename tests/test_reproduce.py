@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -200,6 +201,36 @@ def test_the_seed_decides_a_dictionary_and_a_stop_does_not_change_it(tmp_path, m
     assert len(whole_checkpoints(tmp_path / "three")) == 2
     assert trained("three", first) == whole
     assert next(saves) > 9  # it went on with its checkpoints
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_training_that_is_killed_again_and_again_ends_with_the_same_dictionary(tmp_path):
+    config = ReproduceConfig(**TINY | {"training_tokens": 16384})
+    dictionary = next(dictionaries(config))
+    result = f"{dictionary.key}/sae/sae_weights.safetensors"
+    work = Workspace(config, tmp_path / "whole")
+    begin = time.monotonic()
+    work.train(dictionary)
+    length = time.monotonic() - begin
+    draw, kills, folder = random.Random(0), 0, tmp_path / "killed"
+    while kills < 20:
+        process = os.fork()
+        if process == 0:
+            try:
+                work.folder = folder
+                work.train(dictionary)
+            finally:
+                os._exit(0)
+        time.sleep(draw.uniform(0, length))
+        os.kill(process, signal.SIGKILL)
+        if os.WIFSIGNALED(os.waitpid(process, 0)[1]):
+            kills += 1
+        else:
+            assert (folder / result).read_bytes() == (tmp_path / "whole" / result).read_bytes()
+            folder = tmp_path / f"killed{kills}"
+    Workspace(config, folder).train(dictionary)
+    assert (folder / result).read_bytes() == (tmp_path / "whole" / result).read_bytes()
 
 
 def test_an_estimate_counts_what_is_left_and_refuses_a_full_disk(tmp_path):

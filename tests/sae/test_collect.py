@@ -168,7 +168,7 @@ def test_twenty_kills_at_random_moments_leave_the_files_of_a_run_without(model, 
                 small(model, folder)
             finally:
                 os._exit(0)
-        time.sleep(draw.uniform(0, 0.7 * length))
+        time.sleep(draw.uniform(0, length))
         os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
         if os.WIFSIGNALED(status):
@@ -196,6 +196,21 @@ def test_whole_shards_that_the_index_does_not_list_are_kept(model, tmp_path, who
     small(model, tmp_path)
     assert contents(tmp_path) == whole
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*")} == times
+
+
+def test_shards_that_were_deleted_are_collected_again_and_foreign_ones_refused(model, tmp_path, whole):
+    for name, data in whole.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / shard_name(0)).unlink()
+    (tmp_path / shard_name(3)).write_bytes(whole[shard_name(3)][:500])
+    with pytest.raises(CollectionError, match=shard_name(3)):
+        small(model, tmp_path)
+    (tmp_path / shard_name(3)).unlink()
+    small(model, tmp_path)
+    assert contents(tmp_path) == whole
+    (tmp_path / shard_name(6)).write_bytes(whole[shard_name(5)])
+    with pytest.raises(CollectionError, match=shard_name(6)):
+        small(model, tmp_path)
 
 
 @pytest.mark.parametrize(
