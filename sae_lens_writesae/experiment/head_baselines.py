@@ -190,19 +190,10 @@ def _best(native: LowRank, dictionary: LowRank) -> tuple[Tensor, Tensor]:
     parts = []
     for i in range(0, len(native), step):
         block = native.rows(slice(i, i + step))
-        inner = _inner_products(block, dictionary)
+        inner = block.inners(dictionary)
         best = (inner / size).abs().argmax(1)
         parts.append((best, inner.gather(1, best[:, None])[:, 0]))
     return torch.cat([best for best, _ in parts]), torch.cat([inner for _, inner in parts])
-
-
-def _inner_products(a: LowRank, b: LowRank) -> Tensor:
-    """[N,M] inner products of all pairs, from their factors."""
-    total = a.values.new_zeros(len(a), len(b))
-    for r in range(a.rank):
-        for s in range(b.rank):
-            total += (a.keys[:, r] @ b.keys[:, s].mT) * (a.values[:, r] @ b.values[:, s].mT)
-    return total
 
 
 def _nearest(native: LowRank, dictionary: LowRank) -> LowRank:
