@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import wandb
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepOutput
@@ -72,8 +74,20 @@ def train_on_writes(
                 return output
 
             trainer.step = reported
-        trainer.fit()
+        with _logged(cfg):
+            trainer.fit()
     return dictionary
+
+
+@contextmanager
+def _logged(cfg: RunnerConfig) -> Iterator[None]:
+    """The run at Weights & Biases, where the config asks for one, as SAELens' runner opens it."""
+    log = cfg.logger
+    if not log.log_to_wandb:
+        yield
+        return
+    with wandb.init(project=log.wandb_project, config=cfg.to_dict(), name=log.run_name, id=log.wandb_id):
+        yield
 
 
 def new_sae(cfg: RunnerConfig) -> MatrixTrainingSAE:
