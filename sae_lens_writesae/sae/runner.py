@@ -307,8 +307,8 @@ A run on a head of the model that ships with the package (K = 64, V = 32, so d_i
       --training_tokens 200000 --train_batch_size_tokens 512 --n_batches_in_buffer 8 \\
       --log_to_wandb false --checkpoint_path writesae-out/checkpoints --output_path writesae-out/sae
 
-hook_write_vec trains on writes, hook_state_vec on states. With --inputs factors writes are not built as matrices, and the
-same steps take a fraction of the time and memory. --dataset_path embedded is the package's held-out text.
+hook_write_vec trains on writes, hook_state_vec on states; --dataset_path embedded is the package's held-out text.
+With --inputs factors writes are not built as matrices, and the same steps take a fraction of the time and memory.
 An interrupted run leaves a whole checkpoint in --checkpoint_path; --resume_from_checkpoint goes on from it.
 """
 
