@@ -101,6 +101,7 @@ def loop(options: argparse.Namespace) -> None:
 
     torch.set_num_threads(options.threads)
     model = HookedRecurrent.from_pretrained("embedded")
+    assert model.tokenizer is not None
     ids = torch.tensor(model.tokenizer(embedded.text("train")[:60_000])["input_ids"])
     tokens = ids[: len(ids) // 256 * 256].view(-1, 256)
     with torch.no_grad():

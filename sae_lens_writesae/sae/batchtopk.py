@@ -7,6 +7,7 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingS
 from sae_lens.saes.sae import SAEConfig
 from torch import Tensor
 
+from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.base import require
 from sae_lens_writesae.sae.jumprelu import WriteJumpReLUSAEConfig
 from sae_lens_writesae.sae.topk import WriteTopKTrainingSAE, WriteTopKTrainingSAEConfig
@@ -63,7 +64,7 @@ class WriteBatchTopKTrainingSAE(BatchTopKTrainingSAE, WriteTopKTrainingSAE):
         self.threshold_updates = updates
 
     @torch.no_grad()
-    def contributions(self, x: Tensor) -> Tensor:
+    def contributions(self, x: Tensor | LowRank) -> Tensor:
         """What the batch is ranked by [...,F]: pre-activations, times atom norms if the config rescales."""
         return self.encode_with_hidden_pre(x)[1]
 

@@ -48,7 +48,7 @@ class _Threshold(MatrixSAE):
     threshold: nn.Parameter
 
     @torch.no_grad()
-    def contributions(self, x: Tensor) -> Tensor:
+    def contributions(self, x: Tensor | LowRank) -> Tensor:
         """Pre-activations times atom norms [...,F]."""
         return (self.linear(x) + self.b_enc) * self.decoder_norm()
 

@@ -477,6 +477,7 @@ A run on a head of the model that ships with the package (K = 64, V = 32, so d_i
       --log_to_wandb false --checkpoint_path writesae-out/checkpoints --output_path writesae-out/sae
 
 hook_write_vec trains on writes, hook_state_vec on states; --dataset_path embedded is the package's held-out text.
+With --inputs factors writes are not built as matrices, and the same steps take a fraction of the time and memory.
 With --use_cached_activations true --cached_activations_path FOLDER it trains from what `writesae collect` wrote,
 without the language model. An interrupted run leaves a whole checkpoint in --checkpoint_path;
 --resume_from_checkpoint goes on from it.

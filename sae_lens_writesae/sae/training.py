@@ -211,8 +211,7 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
     def _upkeep(self, step_input: TrainStepInput) -> int:
         """What is due before this step; returns how many atoms were resampled. Kept out of compiled graphs."""
         cfg, step, x = self.cfg, step_input.n_training_steps, cast(Tensor | LowRank, step_input.sae_in)
-        for part in (x.keys.flatten(1), x.values.flatten(1)) if isinstance(x, LowRank) else (x,):
-            check_finite(part, part)
+        check_rows(x)
         if cfg.decoder_init == "native" and step < _START_STEPS:
             self.start_from_rows(x, first=step == 0)
         if step == 0:
@@ -393,6 +392,12 @@ def unpack(rows: Tensor, d_k: int, d_v: int) -> LowRank:
     return LowRank(keys.reshape(-1, terms, d_k), values.reshape(-1, terms, d_v))
 
 
+def check_rows(x: Tensor | LowRank) -> None:
+    """Raise ValueError if a batch holds NaN or infinity; see `check_finite`."""
+    for part in (x.keys.flatten(1), x.values.flatten(1)) if isinstance(x, LowRank) else (x,):
+        check_finite(part, part)
+
+
 def batch_mean(x: Tensor | LowRank) -> Tensor:
     """The mean matrix of a batch [K*V], in at least fp32."""
     if isinstance(x, LowRank):
@@ -445,20 +450,21 @@ def distinct_directions(residuals: Tensor, rank: int) -> LowRank:
 
 
 @torch.no_grad()
-def preset_b_dec(sae: MatrixWeights, batches: Iterable[Tensor], n_batches: int = 16) -> Tensor:
+def preset_b_dec(sae: MatrixWeights, batches: Iterable[Tensor | LowRank], n_batches: int = 16) -> Tensor:
     """Mean-centring: put the mean of the first batches into b_dec [K*V], which the encoder subtracts, and return it.
 
-    The batches must be scaled as the SAE will see them: with normalize_activations='expected_average_only_in' leave
-    this to `b_dec_init='mean'`, which sees scaled activations.
+    The batches are flattened matrices [...,K*V] or low-rank matrices. They must be scaled as the SAE will see them:
+    with normalize_activations='expected_average_only_in' leave this to `b_dec_init='mean'`, which sees scaled ones.
 
     Raises:
         ValueError: no batch, or the data is not finite.
     """
     total, count = torch.zeros(sae.cfg.d_in, dtype=torch.float64), 0
     for _, batch in zip(range(n_batches), batches):
-        rows = batch.reshape(-1, sae.cfg.d_in)
-        check_finite(rows, rows)
-        total += rows.sum(0, dtype=torch.float64).cpu()
+        rows = batch if isinstance(batch, LowRank) else batch.reshape(-1, sae.cfg.d_in)
+        check_rows(rows)
+        mean = batch_mean(rows.to(torch.float64))
+        total += mean.cpu() * len(rows)
         count += len(rows)
     require(count > 0, "batches", count, "at least one batch of activations [N, d_in]")
     sae.b_dec.data.copy_(total / count)
@@ -565,20 +571,21 @@ class HasThreshold(Protocol):
     @property
     def cfg(self) -> MatrixSAEConfig: ...
 
-    def contributions(self, x: Tensor) -> Tensor: ...
+    def contributions(self, x: Tensor | LowRank) -> Tensor: ...
 
     def set_threshold(self, value: float) -> None: ...
 
 
 @torch.no_grad()
 def calibrate_threshold(
-    sae: HasThreshold, batches: Iterable[Tensor], l0: float | None = None, n_batches: int = 16
+    sae: HasThreshold, batches: Iterable[Tensor | LowRank], l0: float | None = None, n_batches: int = 16
 ) -> float:
     """Set the threshold so that exactly `l0` atoms are active on average over these batches, and return it.
 
     It takes a BatchTopK or Matryoshka SAE in training (before export; `l0` defaults to its k) or a `writesae_jumprelu`
     SAE, exported or not, in which all atoms get the same threshold in units of their contribution (activation times
-    atom norm). Holds N*F pre-activations at once.
+    atom norm). Batches are flattened matrices [...,K*V] or low-rank matrices, which are not built. Holds N*F
+    pre-activations at once.
 
     Raises:
         ValueError: no data, an l0 out of range, or a class without a threshold.
@@ -586,7 +593,10 @@ def calibrate_threshold(
     l0 = float(getattr(sae.cfg, "k", 0) if l0 is None else l0)
     require(0 < l0 < sae.cfg.d_sae, "l0", l0, f"above 0 and below d_sae={sae.cfg.d_sae}")
     require(hasattr(sae, "set_threshold"), "sae", type(sae).__name__, "a BatchTopK, Matryoshka or JumpReLU SAE")
-    contributions = [sae.contributions(b.reshape(-1, sae.cfg.d_in)) for _, b in zip(range(n_batches), batches)]
+    contributions = [
+        sae.contributions(batch if isinstance(batch, LowRank) else batch.reshape(-1, sae.cfg.d_in))
+        for _, batch in zip(range(n_batches), batches)
+    ]
     require(bool(contributions), "batches", 0, "at least one batch of activations [N, d_in]")
     flat = torch.cat(contributions).float().flatten()
     wanted = round(l0 * len(flat) / sae.cfg.d_sae)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import wandb
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepOutput
@@ -87,7 +89,8 @@ def train_on_writes(
                 return output
 
             trainer.step = reported
-        trainer.fit()
+        with _logged(cfg):
+            trainer.fit()
         settle_b_dec(trainer)
     return dictionary if metric is None else metric.fold(dictionary)
 
@@ -117,6 +120,17 @@ def settle_b_dec(trainer: Trainer) -> None:
     if rows := getattr(sae.cfg, "b_dec_rows", 0):
         batches = (batch.to(sae.device) for batch in trainer.data_provider)
         calibrate_b_dec(sae, batches, math.ceil(rows / trainer.cfg.train_batch_size_samples))
+
+
+@contextmanager
+def _logged(cfg: RunnerConfig) -> Iterator[None]:
+    """The run at Weights & Biases, where the config asks for one, as SAELens' runner opens it."""
+    log = cfg.logger
+    if not log.log_to_wandb:
+        yield
+        return
+    with wandb.init(project=log.wandb_project, config=cfg.to_dict(), name=log.run_name, id=log.wandb_id):
+        yield
 
 
 def new_sae(cfg: RunnerConfig) -> MatrixTrainingSAE:

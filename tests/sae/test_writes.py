@@ -11,9 +11,9 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sae_lens_writesae import train_on_writes
+from sae_lens_writesae import calibrate_threshold, preset_b_dec, train_on_writes
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae import TRAINING
+from sae_lens_writesae.sae import TRAINING, WriteBatchTopKTrainingSAE
 from sae_lens_writesae.sae.training import MatrixTrainingSAE, pack, unpack
 from sae_lens_writesae.sae.writes import on_factors, shuffled_rows
 
@@ -106,12 +106,21 @@ def test_atoms_along_the_write_need_no_further_columns(name: str) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"encoder": "dense"}, {"decoder": "flat"}, {"encoder": "tied", "decoder": "flat"}])
-def test_variants_without_factors_get_the_matrices(fields: dict[str, str]) -> None:
+def test_variants_without_factors_get_the_matrices(fields: dict[str, Any]) -> None:
     dense = make(**fields)
     sae, rows = copy.deepcopy(dense), writes(2)
     one, two = step(dense, rows.dense().flatten(1), 5), step(sae, pack(rows), 5)
     assert isinstance(two.sae_in, Tensor) and two.sae_in.shape == (N, K * V)
     assert max(differences(dense, sae, one, two)) < 1e-12
+
+
+def test_thresholds_and_means_come_from_factors_too() -> None:
+    sae, rows = cast(WriteBatchTopKTrainingSAE, make("writesae_batchtopk")), writes(2)
+    dense = rows.dense().flatten(1)
+    assert calibrate_threshold(sae, [rows], 2.0) == pytest.approx(calibrate_threshold(sae, [dense], 2.0), rel=1e-10)
+    torch.testing.assert_close(preset_b_dec(sae, [rows, rows.rows(slice(4))]), preset_b_dec(sae, [dense, dense[:4]]))
+    with pytest.raises(ValueError):
+        preset_b_dec(sae, [rows * torch.nan])
 
 
 def test_upkeep_is_the_same() -> None:
