@@ -16,6 +16,8 @@ from sae_lens_writesae.page.report import write_report
 from sae_lens_writesae.sae import VARIANTS, MatrixSAE, MatrixTrainingSAE, register
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.load import load_sae
+from sae_lens_writesae.sae.metric import Metric
+from sae_lens_writesae.sae.metric_fit import fit_metrics
 from sae_lens_writesae.sae.runner import (
     WriteSAETrainingRunner,
     register_model_class,
@@ -44,10 +46,12 @@ __all__ = [
     "LowRank",
     "MatrixSAE",
     "MatrixTrainingSAE",
+    "Metric",
     "Result",
     "Substitution",
     "WriteSAETrainingRunner",
     "calibrate_threshold",
+    "fit_metrics",
     "half_lives",
     "head_target",
     "load_result",

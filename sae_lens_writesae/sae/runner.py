@@ -3,7 +3,6 @@ nothing, and SAELens' command line."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import os
@@ -26,7 +25,6 @@ from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunne
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
-from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
@@ -34,7 +32,7 @@ from transformer_lens import HookedRootModule
 
 from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.sae.losses import Loss
-from sae_lens_writesae.sae.metric import METRIC_FILENAME, Metric, MetricName
+from sae_lens_writesae.sae.metric import METRIC_FILENAME, Metric, MetricName, put_in_metric
 from sae_lens_writesae.sae.metric_fit import fit_metrics
 from sae_lens_writesae.sae.store import PairedActivationsStore
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig, Target, check_hook, head_target
@@ -258,7 +256,6 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
         self.metric = metric
         if getattr(cfg.sae, "metric", "frobenius") != "frobenius":
             self.metric = metric or self._earlier_metric() or self._fitted_metric()
-            cast(MatrixTrainingSAE, self.sae).metric = self.metric
 
     def _earlier_metric(self) -> Metric | None:
         """The metric of the run that this one goes on with."""
@@ -335,24 +332,6 @@ def check_metric(cfg: RunnerConfig, metric: Metric | None) -> None:
             f"metric={wanted!r} trains on transformed writes, but the weights of from_pretrained_path are for writes "
             "themselves; start anew, or go on with metric='frobenius'"
         )
-
-
-def put_in_metric(trainer: Trainer, metric: Metric) -> None:
-    """Have a trainer see transformed writes, and its evaluator an autoencoder of writes."""
-    source, evaluate = trainer.data_provider, trainer.evaluator
-    trainer.data_provider = map(metric.apply_rows, source)
-    if evaluate is not None:
-
-        def evaluator(
-            sae: MatrixTrainingSAE, data_provider: object, activation_scaler: ActivationScaler
-        ) -> dict[str, Any]:
-            factor = activation_scaler.scaling_factor
-            of_writes = copy.deepcopy(sae)
-            if factor is not None:
-                of_writes.fold_activation_norm_scaling_factor(factor)
-            return evaluate(metric.fold(of_writes), source, ActivationScaler())
-
-        trainer.evaluator = evaluator
 
 
 def train(

@@ -20,9 +20,9 @@ from hookpoints import embedded as shipped
 from sae_lens_writesae import load_sae
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.experiment.tokens import sample_sequences
-from sae_lens_writesae.sae.metric import METRIC_FILENAME, Metric
+from sae_lens_writesae.sae.metric import METRIC_FILENAME, Metric, put_in_metric
 from sae_lens_writesae.sae.metric_fit import ReadScores, Sums, fit_metrics, read_scores
-from sae_lens_writesae.sae.runner import WriteSAETrainingRunner, put_in_metric, text_dataset, train
+from sae_lens_writesae.sae.runner import WriteSAETrainingRunner, text_dataset, train
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -51,6 +51,11 @@ def test_vectors_rows_and_inner_products_agree_with_dense_matrices() -> None:
     expected = torch.einsum("nkv,kl,nlw,wv->n", write.dense(), a, write.dense(), b)
     assert_close(metric.inner(write, write), expected, rtol=1e-10, atol=1e-10)
     assert_close(metric.nats(write), expected, rtol=1e-10, atol=1e-10)  # scale 2, halved
+    packed = torch.cat([keys.flatten(1), values.flatten(1)], 1)
+    expected_rows = torch.cat([moved.keys.flatten(1), moved.values.flatten(1)], 1)
+    assert_close(metric.apply_rows(packed), expected_rows, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="width 9"):
+        metric.apply_rows(normal(N, 9))
     assert metric.apply(keys.float(), values.float())[0].dtype == torch.float32
 
 
