@@ -22,12 +22,8 @@ from transformer_lens.hook_points import HookPoint
 from hookpoints import HookedRecurrent, Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.base import require
-from sae_lens_writesae.sae.metric import Metric
+from sae_lens_writesae.sae.metric import DAMPING, Metric
 from sae_lens_writesae.sae.target import head_target
-
-DAMPING = 0.05
-"""Share of the identity in each factor. Undamped condition numbers reach the thousands; between 0.001 and 0.2 the
-prediction of held-out edits hardly changes."""
 
 
 class ReadScores(NamedTuple):
@@ -104,7 +100,7 @@ def fit_metrics(
         seed: of the draws.
 
     Raises:
-        ValueError: no sequence, no head, or a damping out of range.
+        ValueError: no sequence, no head, a damping out of range, or a head that nothing reads.
         UnknownHookError, UnsupportedModelError: a head or layer that the model lacks.
 
     Cost: a forward and a backward of the model a batch, and about 2 K V (K + V) multiply-adds a token and head. Held
@@ -164,7 +160,13 @@ class Sums:
 
 def _damped(matrix: Tensor, share: float) -> Tensor:
     """(1 - share) of a matrix with unit mean eigenvalue, and `share` of the identity."""
-    unit = matrix * (len(matrix) / matrix.trace())
+    trace = float(matrix.trace())
+    if not 0 < trace < float("inf"):
+        raise ValueError(
+            f"the squared gradients of the writes sum to {trace}: the head does not reach the logits, or the model's "
+            "gradients overflow; take another head, or load the model in float32"
+        )
+    unit = matrix * (len(matrix) / trace)
     return (1 - share) * unit + share * torch.eye(len(matrix)).to(unit)
 
 

@@ -20,7 +20,7 @@ from sae_lens_writesae.atom import sparse
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.base import MatrixSAE, MatrixSAEConfig, MatrixWeights, check_finite, require
 from sae_lens_writesae.sae.losses import Loss, read_loss, write_loss
-from sae_lens_writesae.sae.metric import Metric, MetricName
+from sae_lens_writesae.sae.metric import DAMPING, Metric, MetricName
 
 PAPER_RUNNER: dict[str, float | int | str] = {
     "lr": 3e-4,
@@ -61,7 +61,7 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     runner, which fits the metric, trains on transformed writes, and folds the metric into the weights at the end."""
     metric_sequences: int = 256
     """Sequences of the training text that the Gauss-Newton metric is fitted to, of `context_size` tokens each."""
-    metric_damping: float = 0.05
+    metric_damping: float = DAMPING
     """Share of the identity in both factors of the Gauss-Newton metric, above 0 and at most 1 (Frobenius again)."""
 
     def __post_init__(self) -> None:

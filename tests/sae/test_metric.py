@@ -150,6 +150,11 @@ def test_one_backward_pass_gives_what_each_layer_alone_gives(embedded: Any) -> N
 
 
 def test_fits_are_checked(embedded: Any) -> None:
+    one = torch.ones(1, 1, 1, 2)
+    sums = Sums()
+    sums.add(ReadScores(Recurrence(one, one, one), torch.zeros(1, 1, 1, 2)))
+    with pytest.raises(ValueError, match="does not reach"):
+        sums.metric(0.05, 1)
     tokens = torch.ones(1, 8, dtype=torch.long)
     with pytest.raises(ValueError, match="damping"):
         fit_metrics(embedded, tokens, [(2, 1)], damping=0)
