@@ -1,6 +1,8 @@
-"""What an optimizer step costs: matrix atoms with gathered decode and sparse encoder backward, against SAELens' TopK.
+"""What an optimizer step costs: matrix atoms with gathered decode and sparse encoder backward, and on factors, against
+SAELens' TopK.
 
     python benchmarks/sae_step.py [--d-k 128 --d-v 128 --d-sae 2048 --k 32 --batch 256 --dead 0.0 --only NAME --out DIR]
+    python benchmarks/sae_step.py --loop    # tokens per second of train_on_writes on writes of the embedded model
 
 Each contender runs SAELens' own SAETrainer.step (forward, losses, backward, clipping, Adam) in a process of its own, so
 that its peak memory is its own; the processes take turns, one step each, so that a busy machine slows both. Memory is
@@ -23,7 +25,11 @@ CONTENDERS = {
     "writesae_topk rank 2": {"encoder": "bilinear", "decoder": "rank", "rank": 2},
     "writesae_topk tied": {"encoder": "tied", "decoder": "rank", "rank": 1},
     "writesae_topk dense encoder": {"encoder": "dense", "decoder": "rank", "rank": 1},
+    "on factors": {"inputs": "factors"},
+    "on factors, k 2": {"inputs": "factors", "k": 2},
+    "on factors, rank 2": {"inputs": "factors", "rank": 2},
 }
+"""Fields of the config; None is SAELens' own TopK. On factors the rows are writes, K + V numbers instead of K*V."""
 BASELINE = "SAELens topk"
 
 
@@ -44,10 +50,19 @@ def build(options: argparse.Namespace, variant: dict[str, Any] | None) -> Any:
     if variant is None:
         sae: Any = TopKTrainingSAE(TopKTrainingSAEConfig(**sizes))
     else:
-        cfg = WriteTopKTrainingSAEConfig(**sizes, d_k=options.d_k, d_v=options.d_v, **variant)
+        cfg = WriteTopKTrainingSAEConfig(**sizes | variant, d_k=options.d_k, d_v=options.d_v)
         sae = WriteTopKTrainingSAE(cfg)
     cfg = SAETrainerConfig(total_training_samples=10**9, train_batch_size_samples=options.batch, lr_end=3e-5)
-    return SAETrainer(cfg, sae, iter(()))
+    trainer = SAETrainer(cfg, sae, iter(()))
+    if on_factors(variant):
+        from sae_lens_writesae.sae.writes import on_factors as adapt
+
+        adapt(trainer)
+    return trainer
+
+
+def on_factors(variant: dict[str, Any] | None) -> bool:
+    return (variant or {}).get("inputs") == "factors"
 
 
 def work(options: argparse.Namespace) -> None:
@@ -61,7 +76,9 @@ def work(options: argparse.Namespace) -> None:
     trainer = build(options, CONTENDERS[options.worker])
     trainer.n_forward_passes_since_fired[: int(options.dead * options.d_sae)] = float("inf")
     generator = torch.Generator().manual_seed(0)
-    batch = torch.randn(options.batch, options.d_k * options.d_v, generator=generator)
+    factors = on_factors(CONTENDERS[options.worker])
+    width = options.d_k + options.d_v if factors else options.d_k * options.d_v
+    batch = torch.randn(options.batch, width, generator=generator)
     for line in sys.stdin:
         if line.strip() == "end":
             break
@@ -71,6 +88,38 @@ def work(options: argparse.Namespace) -> None:
         print(time.perf_counter() - start, flush=True)
     parameters = sum(p.numel() for p in trainer.sae.parameters())
     print(json.dumps({"peak": resident("VmHWM"), "imported": imported, "parameters": parameters}), flush=True)
+
+
+def loop(options: argparse.Namespace) -> None:
+    """Tokens per second of `train_on_writes` (K 64, V 32, F 512) on the writes of one head of the embedded model."""
+    import torch
+    from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+
+    from hookpoints import HookedRecurrent, embedded
+    from sae_lens_writesae import train_on_writes
+    from sae_lens_writesae.sae import WriteTopKTrainingSAEConfig
+
+    torch.set_num_threads(options.threads)
+    model = HookedRecurrent.from_pretrained("embedded")
+    ids = torch.tensor(model.tokenizer(embedded.text("train")[:60_000])["input_ids"])
+    tokens = ids[: len(ids) // 256 * 256].view(-1, 256)
+    with torch.no_grad():
+        writes = model.recurrence(tokens, 2).select(heads=1)
+    keys, values = (side[:, :, 0].flatten(0, 1)[:, None] for side in (writes.k, writes.u))
+    print(f"{len(keys)} writes, {options.threads} threads; tokens per second, and per second of CPU")
+    for batch, k in ((128, 1), (128, 4), (512, 1), (512, 4)):
+        cfg = LanguageModelSAERunnerConfig(
+            sae=WriteTopKTrainingSAEConfig(d_in=64 * 32, d_k=64, d_sae=512, k=k),
+            training_tokens=200 * batch,
+            train_batch_size_tokens=batch,
+            logger=LoggingConfig(log_to_wandb=False),
+            checkpoint_path=None,
+            device="cpu",
+        )
+        start, cpu = time.perf_counter(), time.process_time()
+        train_on_writes(cfg, keys, values)
+        wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+        print(f"batch {batch:>4}, k {k}: {200 * batch / wall:>8.0f} {200 * batch / cpu:>8.0f}")
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -152,11 +201,15 @@ def main() -> None:
     parser.add_argument("--dead", type=float, default=0.0, help="share of atoms taken as dead (auxiliary loss)")
     parser.add_argument("--out", type=Path, help="folder for sae_step.json and sae_step.png")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="contenders beside SAELens")
+    parser.add_argument("--loop", action="store_true", help="tokens per second of train_on_writes instead")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.forward = sys.argv[1:]
     if options.worker:
         work(options)
+        return
+    if options.loop:
+        loop(options)
         return
     result = measure(options)
     print(table(result))

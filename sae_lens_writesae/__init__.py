@@ -11,9 +11,12 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.evaluations import EVALUATIONS, Evaluation, Result, load_result
 from sae_lens_writesae.evaluations.substitution import Substitution
 from sae_lens_writesae.experiment.head import half_lives
+from sae_lens_writesae.experiment.quality import dictionary_quality, head_effects
 from sae_lens_writesae.experiment.tokens import sample_sequences
 from sae_lens_writesae.page.report import write_report
 from sae_lens_writesae.sae import VARIANTS, MatrixSAE, MatrixTrainingSAE, register
+from sae_lens_writesae.sae.collect import collect
+from sae_lens_writesae.sae.collection import Collection
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.metric import Metric
@@ -27,6 +30,7 @@ from sae_lens_writesae.sae.runner import (
 )
 from sae_lens_writesae.sae.target import head_target
 from sae_lens_writesae.sae.training import PAPER_RUNNER, calibrate_threshold, preset_b_dec
+from sae_lens_writesae.sae.writes import train_on_writes
 from sae_lens_writesae.steering import scale_atoms, steer
 
 try:
@@ -41,6 +45,7 @@ __all__ = [
     "EVALUATIONS",
     "PAPER_RUNNER",
     "VARIANTS",
+    "Collection",
     "Evaluation",
     "HookedSAERecurrent",
     "LowRank",
@@ -51,8 +56,11 @@ __all__ = [
     "Substitution",
     "WriteSAETrainingRunner",
     "calibrate_threshold",
+    "collect",
+    "dictionary_quality",
     "fit_metrics",
     "half_lives",
+    "head_effects",
     "head_target",
     "load_result",
     "load_sae",
@@ -62,6 +70,7 @@ __all__ = [
     "steer",
     "text_dataset",
     "train",
+    "train_on_writes",
     "training_config",
     "write_report",
 ]

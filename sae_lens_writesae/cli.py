@@ -30,6 +30,9 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("Train two dictionaries on one head and test their atoms; offline, in minutes.", "demo:Demo"),
+    "collect": Command(
+        "Run a language model once and keep what its heads write; dictionaries train from it.", "sae.collect:Collect"
+    ),
     "train": Command("Train a dictionary with SAELens' own command line.", "sae.runner:train_from_arguments"),
     "eval": Command("Evaluate trained dictionaries: one evaluation by name, or all.", "evaluate:run_eval"),
     "show": Command("Make a page for each atom of a dictionary.", "page.atoms:Show"),

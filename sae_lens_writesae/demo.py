@@ -13,6 +13,7 @@ from torch import Tensor
 from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.evaluations.substitution import Substitution
 from sae_lens_writesae.experiment.head import half_lives
+from sae_lens_writesae.experiment.suite import quality_of_heads, with_quality
 from sae_lens_writesae.experiment.tokens import sample_sequences
 from sae_lens_writesae.page.report import ReportFiles, write_report
 from sae_lens_writesae.sae.load import load_sae
@@ -71,7 +72,6 @@ class Demo:
     def run(self, say: Callable[[str], object] = print) -> ReportFiles:
         """Train one dictionary per target, test each, and write everything to `out`: the report, and per target the
         dictionary (`sae/`) and its result (`substitution/`)."""
-        torch.manual_seed(self.seed)
         model = HookedRecurrent.from_pretrained(self.model)
         tokens = sample_sequences(model, embedded.text("test"), self.context_size, self.eval_sequences)
         choice = self.choose_head(model, tokens[:8])
@@ -87,14 +87,16 @@ class Demo:
             sae = self._train(model, choice, target)
             sae.save_inference_model(folder / "sae")
             say("substitution test: its atoms in the place of the model's own writes")
+            label, trained = f"{target}-trained", load_sae(folder / "sae")
             test = Substitution(
                 n_atoms=self.n_atoms,
                 firings_per_atom=self.firings_per_atom,
                 last_position_firings=self.last_position_firings,
                 seed=self.seed,
-                label=f"{target}-trained",
+                label=label,
             )
-            result = test.run(model, load_sae(folder / "sae"), tokens)
+            quality = quality_of_heads(model, {label: trained}, tokens)
+            result = with_quality(test.run(model, trained, tokens), quality, [label])
             result.save(folder / "substitution")
             for claim in result.claims():
                 say(f"{result.label}: {claim.claim}: {claim.measured}: {claim.outcome}. {claim.sentence}")

@@ -20,6 +20,9 @@ from sae_lens_writesae.experiment.tokens import sample_sequences
 from sae_lens_writesae.page.report import ReportFiles, write_report
 from sae_lens_writesae.sae.load import folder_label, load_sae
 
+_REFERENCE = 64
+"""Sequences from which control dictionaries are made."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Subjects:
@@ -37,6 +40,9 @@ class Subjects:
     """Sequences to find firings in."""
     context_size: int = 128
     """Tokens per sequence."""
+    control_dictionaries: bool = True
+    """Evaluate an untrained dictionary and one of native writes beside each, by the same rules: three times the work.
+    They are made from the training text of the package."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,4 +108,8 @@ def evaluate(subjects: Subjects, evaluations: Sequence[Evaluation]) -> ReportFil
     model = HookedRecurrent.from_pretrained(models.pop())
     text = embedded.text("test") if subjects.text is None else subjects.text.read_text(encoding="utf-8")
     tokens = sample_sequences(model, text, subjects.context_size, subjects.sequences)
-    return write_report(evaluate_all(evaluations, model, saes, tokens, subjects.out), subjects.out / "report.html")
+    reference = None
+    if subjects.control_dictionaries:
+        reference = sample_sequences(model, embedded.text("train"), subjects.context_size, _REFERENCE)
+    results = evaluate_all(evaluations, model, saes, tokens, subjects.out, controls=reference)
+    return write_report(results, subjects.out / "report.html")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,3 +31,14 @@ def atomic_write(target: Path, write: Callable[[Path], object]) -> Path:
 def atomic_text(target: Path, text: str) -> Path:
     """Write a text file in UTF-8, whole or not at all."""
     return atomic_write(target, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk on which a folder is or would be made."""
+    resolved = folder.resolve()
+    return shutil.disk_usage(next(path for path in (resolved, *resolved.parents) if path.exists())).free
+
+
+def size_text(n: float) -> str:
+    """A number of bytes for a person."""
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from docs_site.texts import table
 
 from sae_lens_writesae import Result
-from sae_lens_writesae.page.report import Row, claim_rows, find_results, in_order
+from sae_lens_writesae.page.report import claim_rows, find_results, in_order
 from sae_lens_writesae.reproduce.config import ReproduceConfig
 from sae_lens_writesae.verdict.paper import PAPER_CLAIMS
 
@@ -57,12 +57,11 @@ def settings(folders: Sequence[Path]) -> str:
 
 
 def page(results: Sequence[Result]) -> str:
-    """The page: verdicts by model, then for each model one table for each head."""
+    """The page: verdicts by model, then every answer in one table that filters and sorts."""
     models: dict[str, list[Result]] = {}
-    for result in results:
+    for result in in_order(results):
         models.setdefault(str(result.info["model"]), []).append(result)
-    sections = [section(model, of_model) for model, of_model in models.items()]
-    return "\n\n".join([HEAD, verdicts(models), *sections]) + "\n"
+    return "\n\n".join([HEAD, verdicts(models), answers(models)]) + "\n"
 
 
 def verdicts(models: dict[str, list[Result]]) -> str:
@@ -82,46 +81,25 @@ def verdicts(models: dict[str, list[Result]]) -> str:
     return f"## Verdicts\n\nHow many answers had which verdict.\n\n{table(head, rows).rstrip()}"
 
 
-def section(model: str, results: Sequence[Result]) -> str:
-    """All answers of one model: one table for each head, then what concerns several heads."""
-    heads: dict[str, list[Result]] = {}
-    for result in sorted(
-        in_order(results), key=lambda each: (int(str(each.info["layer"])), int(str(each.info["head"])))
-    ):
-        heads.setdefault(f"L{result.info['layer']}H{result.info['head']}", []).append(result)
-    parts = [f"## {model}", f"Update rule: {results[0].info['rule']}."]
-    of_heads: set[tuple[str, int | None, str]] = set()
-    for head, of_head in heads.items():
-        rows = claim_rows(of_head)
-        of_heads |= {key(row) for row in rows}
-        parts.append(answers(f"Head {head}", rows))
-    together = [row for row in claim_rows(results) if key(row) not in of_heads]
-    return "\n\n".join([*parts, *([answers("Several heads", together)] if together else [])])
+def answers(models: Mapping[str, Sequence[Result]]) -> str:
+    """Every answer, with what it rests on."""
+    rows = []
+    for model, results in models.items():
+        for row in claim_rows(results):
+            claim = row.claim
+            facts = [f"n: {claim.n:,} {claim.unit}", f"controls: {claim.controls}" if claim.controls else ""]
+            why = " ".join([claim.sentence, *(f"{fact}." for fact in facts if fact)])
+            rows.append((claim.number or "", claim.claim, f"{model} {row.label}", claim.measured, claim.outcome, why))
+    rows.sort(key=lambda row: (row[0] == "", row[0]))
+    head = ("", "claim", "dictionary", "value here", "verdict", "why")
+    return f"""## All answers
 
+Click a heading to sort. The box filters: `L4H1 holds` keeps the rows that contain both words.
 
-def key(row: Row) -> tuple[str, int | None, str]:
-    """What tells one answer from another."""
-    return row.label, row.claim.number, row.claim.claim
+<div class="sorted" markdown="1">
 
-
-def answers(heading: str, rows: Sequence[Row]) -> str:
-    """One table with the values and verdicts, and below it what they rest on."""
-    short = [(c.number or "", c.claim, label, c.measured, f"**{c.outcome}**") for label, c in rows]
-    details = []
-    for label, claim in rows:
-        name = f"{claim.number}. {claim.claim}" if claim.number else claim.claim
-        facts = [f"the paper: {claim.paper}" if claim.number else "", f"n: {claim.n:,} {claim.unit}"]
-        facts += [f"controls: {claim.controls}" if claim.controls else "no control"]
-        details.append(f"* **{name}** ({label}): {claim.sentence} *{'; '.join(filter(None, facts))}.*")
-    lines = "\n".join(details).replace("<", "&lt;")
-    return f"""### {heading}
-
-{table(("", "claim", "dictionary", "value here", "verdict"), short)}
-<details markdown="1"><summary>Reasons, sample sizes and controls</summary>
-
-{lines}
-
-</details>"""
+{table(head, rows)}
+</div>"""
 
 
 if __name__ == "__main__":

@@ -155,6 +155,9 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
         folder.mkdir(parents=True)
         if text is not None:
             (folder / "runner_cfg.json").write_text(text)
+    aside = tmp_path / "run" / ".writing-abc" / "8192"
+    aside.mkdir(parents=True)
+    (aside / "runner_cfg.json").write_text("{}")
     assert [path.name for path in whole_checkpoints(tmp_path)] == ["256", "1024"]
 
 
@@ -172,6 +175,31 @@ def test_training_goes_on_from_the_newest_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(workspace, "_FrugalRunner", stop)
     with pytest.raises(InterruptedError, match="1024"):
         Workspace(config, tmp_path).train(dictionary)
+
+
+def test_the_seed_decides_a_dictionary_and_a_stop_does_not_change_it(tmp_path, monkeypatch):
+    config = ReproduceConfig(**TINY | {"seeds": (0, 1), "training_tokens": 8192})
+    first, second = (next(d for d in dictionaries(config) if d.seed == seed) for seed in (0, 1))
+
+    def trained(name, dictionary):
+        Workspace(config, tmp_path / name).train(dictionary)
+        return (tmp_path / name / dictionary.key / "sae/sae_weights.safetensors").read_bytes()
+
+    whole = trained("one", first)
+    assert trained("two", second) != whole
+    saves, save = iter(range(99)), workspace._FrugalRunner.save_whole_checkpoint
+
+    def stopping(runner, *arguments, **named):
+        save(runner, *arguments, **named)
+        if next(saves) == 8:
+            raise InterruptedError
+
+    monkeypatch.setattr(workspace._FrugalRunner, "save_whole_checkpoint", stopping)
+    with pytest.raises(InterruptedError):
+        trained("three", first)
+    assert len(whole_checkpoints(tmp_path / "three")) == 2
+    assert trained("three", first) == whole
+    assert next(saves) > 9  # it went on with its checkpoints
 
 
 def test_an_estimate_counts_what_is_left_and_refuses_a_full_disk(tmp_path):

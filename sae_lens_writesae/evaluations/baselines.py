@@ -1,7 +1,7 @@
 """Baselines: what a WriteSAE is to be compared with, other architectures and directions that need no dictionary.
 
 The question has three measures (substitution, whole replacement, selectivity) and seven claims, hence the length. What
-is written, and what a replacement costs, is in `experiment.approximations` and `experiment.replacement`.
+is written, and what a replacement costs, is in `experiment.approximations` and `experiment.reconstruction`.
 
 Source: WriteSAE (arXiv 2605.12770), its comparisons of architectures.
 """
@@ -28,8 +28,7 @@ from sae_lens_writesae.experiment.evaluation import Evaluation, Scope
 from sae_lens_writesae.experiment.firings import halves
 from sae_lens_writesae.experiment.lab import Lab, Site, Trial
 from sae_lens_writesae.experiment.readout import kl_window
-from sae_lens_writesae.experiment.reconstruction import matrices_of, reconstruction
-from sae_lens_writesae.experiment.replacement import replacement_costs
+from sae_lens_writesae.experiment.reconstruction import matrices_of, reconstruction, replacement_costs
 from sae_lens_writesae.experiment.result import Claim, Figure, Result
 from sae_lens_writesae.experiment.selectivity import selectivity
 from sae_lens_writesae.sae.kinds import n_parameters, variant

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sae_lens import SAE
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank, mean_write, state_direction
@@ -15,8 +14,7 @@ from sae_lens_writesae.experiment.conditions import state_after, state_before
 from sae_lens_writesae.experiment.head import head_writes
 from sae_lens_writesae.experiment.lab import Lab, Site
 from sae_lens_writesae.experiment.pca import MatrixPca, fit_pca
-from sae_lens_writesae.experiment.reconstruction import decoded, encoded, matrices_of
-from sae_lens_writesae.sae.base import MatrixWeights
+from sae_lens_writesae.experiment.reconstruction import decoded, dominant, encoded, matrices_of
 
 ATOM, ATOM_SVD, SVD = "atom", "atom svd", "svd"
 """What a dictionary writes: its strongest atom; the same cut to rank 1, where it is of a higher rank; the top-1 SVD of
@@ -97,15 +95,10 @@ def of_dictionary(lab: Lab, label: str, matrices: Tensor, native: LowRank) -> It
     """The strongest atom of a dictionary by |a_i| |A_i|, and its reconstruction, of matrices [N,K,V]."""
     sae = lab.saes[label]
     activations = encoded(sae, matrices)
-    strongest = (activations.abs() * _atom_norms(sae)).argmax(1)
+    strongest = dominant(sae, activations)
     atoms = lab.atoms(strongest.cpu().numpy(), label)
     atom = (atoms * activations.gather(1, strongest[:, None])[:, 0].to(atoms.values)).to(native.values)
     yield Written(label, ATOM, atom, True)
     if atom.rank > 1:
         yield Written(label, ATOM_SVD, LowRank.svd(atom.dense(), 1, balanced=True), True)
     yield Written(label, SVD, LowRank.svd(decoded(sae, activations, matrices), 1, balanced=True), True)
-
-
-def _atom_norms(sae: SAE) -> Tensor:
-    """[F] Frobenius norms of the decoder's atoms; SAELens' own dictionaries have no method for it."""
-    return sae.decoder_norm() if isinstance(sae, MatrixWeights) else sae.W_dec.norm(dim=-1)

@@ -10,7 +10,7 @@ import inspect
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +19,9 @@ import pandas as pd
 import tyro
 
 from sae_lens_writesae.evaluations import EVALUATIONS, load_result
+from sae_lens_writesae.experiment.controls import Answer, answers
 from sae_lens_writesae.experiment.evaluation import Evaluation
-from sae_lens_writesae.experiment.result import Claim, Result
+from sae_lens_writesae.experiment.result import Claim, Json, Result
 from sae_lens_writesae.files import atomic_text, atomic_write
 from sae_lens_writesae.page.template import environment, outcome_text
 from sae_lens_writesae.verdict.paper import OTHER_MODELS, PAPER_CLAIMS, Outcome, PaperClaim
@@ -51,13 +52,6 @@ class Report:
     def run(self) -> ReportFiles:
         """Find the results and write the page."""
         return write_report(find_results(self.results), self.out)
-
-
-class Row(NamedTuple):
-    """A claim as one dictionary (or one comparison) answers it."""
-
-    label: str
-    claim: Claim
 
 
 def find_results(paths: Sequence[str | Path]) -> list[Result]:
@@ -93,6 +87,7 @@ def write_report(results: Sequence[Result], path: str | Path, *, title: str | No
     rows = claim_rows(results)
     numbers = {
         "claims": [{"label": row.label, "paper": row.claim.paper, **vars(row.claim)} for row in rows],
+        "quality": quality_rows(results),
         "results": [{"kind": r.kind, "settings": r.evaluation.to_dict(), "info": r.info} for r in results],
     }
     claims = pd.DataFrame(numbers["claims"], columns=["label", "paper", *Claim.__dataclass_fields__])
@@ -110,13 +105,23 @@ def in_order(results: Sequence[Result]) -> list[Result]:
     return sorted(results, key=lambda r: (r.skipped is not None, order.index(r.kind), r.info.get("target") != "write"))
 
 
-def claim_rows(results: Sequence[Result]) -> list[Row]:
-    """Every answer, by number of the paper's claim; this project's own claims after them."""
-    rows = [Row(result.label, claim) for result in results for claim in result.claims()]
-    for kind, group in itertools.groupby(in_order(results), key=lambda result: result.kind):
-        measured = [result for result in group if result.skipped is None]
-        rows += [Row(label, claim) for label, claim in EVALUATIONS[kind].across(measured)]
-    return sorted(rows, key=lambda row: row.claim.number or len(PAPER_CLAIMS) + 1)
+def claim_rows(results: Sequence[Result]) -> list[Answer]:
+    """Every answer of trained dictionaries, held against their controls, by number of the paper's claim; this project's
+    own claims after them."""
+    return sorted(answers(in_order(results)), key=lambda row: row.claim.number or len(PAPER_CLAIMS) + 1)
+
+
+def quality_rows(results: Sequence[Result]) -> list[dict[str, Json]]:
+    """The quality of every dictionary that a result names, once each: the fields of `DictionaryQuality`, after
+    model, head and dictionary."""
+    rows: dict[tuple[Json, str, str], dict[str, Json]] = {}
+    for result in results:
+        place = result.info["model"], f"L{result.info['layer']}H{result.info['head']}"
+        found = result.info.get("quality")
+        for label, quality in found.items() if isinstance(found, Mapping) else ():
+            if isinstance(quality, Mapping):
+                rows[*place, label] = {"model": place[0], "head": place[1], "dictionary": label, **quality}
+    return list(rows.values())
 
 
 def joined_tables(results: Sequence[Result]) -> dict[str, pd.DataFrame]:
@@ -131,7 +136,7 @@ def joined_tables(results: Sequence[Result]) -> dict[str, pd.DataFrame]:
     return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
 
 
-def lead(rows: Sequence[Row]) -> str:
+def lead(rows: Sequence[Answer]) -> str:
     """The outcome of all answers in one sentence."""
     counts: Counter[Outcome] = Counter(row.claim.outcome for row in rows)
     verbs: dict[Outcome, tuple[str, str]] = {"holds": ("holds", "hold"), "fails": ("fails", "fail")}
@@ -143,7 +148,7 @@ def lead(rows: Sequence[Row]) -> str:
     return f"Of {len(rows)} answers to claims, {', '.join(itertools.starmap(phrase, counts.most_common()))}."
 
 
-def unanswered(rows: Sequence[Row]) -> list[str]:
+def unanswered(rows: Sequence[Answer]) -> list[str]:
     """What the paper claims and nothing here answers, with what would."""
     answered = {row.claim.number for row in rows}
     by = {n: kind for kind, evaluation in EVALUATIONS.items() for n in evaluation.answers}
@@ -165,9 +170,10 @@ class _Section(NamedTuple):
     results: list[Result]
 
 
-def _render(results: Sequence[Result], rows: list[Row], title: str, numbers: str) -> str:
+def _render(results: Sequence[Result], rows: list[Answer], title: str, numbers: str) -> str:
     sections = []
-    for kind, group in itertools.groupby(results, key=lambda r: r.kind if r.skipped is None else "skipped"):
+    trained = [result for result in results if result.info.get("control") is None]  # tables/ has those of the controls
+    for kind, group in itertools.groupby(trained, key=lambda r: r.kind if r.skipped is None else "skipped"):
         if kind == "skipped":
             sections.append(_Section(kind, "What could not be measured", "", {}, list(group)))
             continue
@@ -186,14 +192,15 @@ def _render(results: Sequence[Result], rows: list[Row], title: str, numbers: str
             sections=sections,
             rows_shown=_ROWS,
             facts=_facts(results),
+            qualities=quality_rows(results),
         )
     )
 
 
-def _by_claim(rows: list[Row]) -> list[tuple[PaperClaim | None, list[Row]]]:
+def _by_claim(rows: list[Answer]) -> list[tuple[PaperClaim | None, list[Answer]]]:
     """Rows under the paper's claim that they answer; this project's own claims each under its own words."""
 
-    def key(row: Row) -> tuple[int, str]:
+    def key(row: Answer) -> tuple[int, str]:
         return (row.claim.number, "") if row.claim.number else (len(PAPER_CLAIMS) + 1, row.claim.claim)
 
     groups = itertools.groupby(sorted(rows, key=key), key)
@@ -214,6 +221,7 @@ def _facts(results: Sequence[Result]) -> dict[str, str]:
 
     heads = dict.fromkeys(f"L{info['layer']}H{info['head']}" for info in infos)
     seconds = sum(result.fact("seconds") for result in results if result.skipped is None)
+    controls = dict.fromkeys(str(info["control"]) for info in infos if info.get("control") is not None)
     return {
         "model": listed("model"),
         "update rule": listed("rule"),
@@ -221,5 +229,6 @@ def _facts(results: Sequence[Result]) -> dict[str, str]:
         "dtype": listed("dtype"),
         "architecture of the SAEs": listed("architecture"),
         "atoms": listed("d_sae"),
+        "control dictionaries": ", ".join(controls) or "none",
         "evaluations took": f"{seconds:.0f} s",
     }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jinja2
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from sae_lens_writesae.verdict.format import number
+from sae_lens_writesae.verdict.format import number, percent
 from sae_lens_writesae.verdict.paper import Outcome
 
 _WORDS: dict[Outcome, str] = {"confounded": "confounded by a control"}
@@ -27,7 +29,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"cell": _cell, "outcome": outcome_text, "markdown": markdown}
+    made.filters |= {"cell": _cell, "share": _share, "outcome": outcome_text, "markdown": markdown}
     return made
 
 
@@ -38,6 +40,19 @@ def outcome_text(outcome: Outcome) -> str:
 
 def _cell(value: object) -> str:
     """A table's value for a person."""
+    if value is None:
+        return "–"
     if isinstance(value, float):
         return number(value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _share(value: float | Mapping[str, float | None] | None) -> str:
+    """A share in percent, with its interval where it has one; a dash where there is none."""
+    if value is None:
+        return "–"
+    if not isinstance(value, Mapping):
+        return percent(value)
+    low, high = value["low"], value["high"]
+    mean = percent(float(value["mean"] or 0))
+    return mean if low is None or high is None else f"{mean} [{100 * low:.1f}, {100 * high:.1f}]"

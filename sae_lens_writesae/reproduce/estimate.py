@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +13,9 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput
 
 from hookpoints import HookedRecurrent, WriteEdit
+from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.evaluations.substitution import Substitution
+from sae_lens_writesae.files import free_bytes, size_text
 from sae_lens_writesae.reproduce.config import ReproduceConfig
 from sae_lens_writesae.reproduce.tasks import Task, dictionaries, is_done, make_tasks
 from sae_lens_writesae.sae.base import VARIANTS
@@ -28,10 +29,6 @@ _TABLE_BYTES = 120
 
 _LOGIT_BYTES = 512e6
 """Float32 logits of one batch of edited rows, as `lab` bounds them."""
-
-
-class DiskTooSmallError(ValueError):
-    """The run needs more room than the disk has. Nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +63,8 @@ class Estimate:
         """Raise DiskTooSmallError unless the disk has the room, with a tenth to spare."""
         if 1.1 * self.disk > self.free:
             raise DiskTooSmallError(
-                f"the run will write about {_size(self.disk)}, and {_size(self.free)} are free; make room, name "
-                "another --out, or take fewer layers, heads, seeds or variants"
+                f"the run will write about {size_text(self.disk)}, and {size_text(self.free)} are free; make room, "
+                "name another --out, or take fewer layers, heads, seeds or variants"
             )
 
     def lines(self) -> list[str]:
@@ -78,8 +75,8 @@ class Estimate:
             f"time        about {_duration(self.seconds)} for one process (measured: forward "
             f"{self.pieces.forward:.2g} s, optimizer step {self.pieces.train_step:.2g} s, edited row "
             f"{self.pieces.token:.2g} s a token)",
-            f"memory      about {_size(self.memory)}",
-            f"disk        about {_size(self.disk)} to write, {_size(self.free)} free",
+            f"memory      about {size_text(self.memory)}",
+            f"disk        about {size_text(self.disk)} to write, {size_text(self.free)} free",
         ]
 
 
@@ -95,7 +92,7 @@ def estimate(config: ReproduceConfig, folder: Path, model: HookedRecurrent, piec
         seconds=sum(_seconds(task, config, pieces) for task in left),
         memory=_memory(config, model, max(size.values())),
         disk=_disk(left, config, size),
-        free=shutil.disk_usage(_existing(folder)).free,
+        free=free_bytes(folder),
     )
 
 
@@ -151,7 +148,7 @@ def _seconds(task: Task, config: ReproduceConfig, pieces: Pieces) -> float:
     if task.kind in ("report", "atoms"):
         return config.eval_sequences * pieces.forward
     settings = Substitution()
-    conditions = len(settings.atom_choice) * (2 + len(settings.scales) * (1 + len(settings.controls)))
+    conditions = sum(len(settings.written(choice)) for choice in settings.atom_choice)
     one = config.eval_sequences * 2 * pieces.forward + conditions * _row_tokens(config, settings) * pieces.token
     return one if task.kind == "substitution" else _OTHER_EVALUATIONS * one
 
@@ -189,18 +186,10 @@ def _disk(left: list[Task], config: ReproduceConfig, size: dict[str, int]) -> fl
     by_key = {f"{d.key}/sae": size[d.variant] for d in dictionaries(config)}
     kept = sum(by_key.get(task.key, 0) for task in left)
     checkpoints = 2 * 3 * max(size.values())  # the newest two, each with Adam's moments
-    conditions = 2 * (2 + 3 * 7)
+    conditions = sum(len(Substitution().written(choice)) for choice in Substitution().atom_choice)
     tables = sum(config.n_atoms * config.firings_per_atom * conditions * _TABLE_BYTES for t in left if t.kind != "sae")
     pages = config.dashboards * 100_000 * sum(task.kind == "atoms" for task in left)
     return kept + checkpoints + tables + pages + 5e6
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-
-
-def _size(n: float) -> str:
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
 
 
 def _duration(seconds: float) -> str:

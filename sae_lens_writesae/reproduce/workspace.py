@@ -29,9 +29,10 @@ from sae_lens_writesae.page.atoms.pages import write_atom_pages
 from sae_lens_writesae.page.report import find_results, write_report
 from sae_lens_writesae.reproduce.config import MATCHED, Dictionary, ReproduceConfig
 from sae_lens_writesae.sae.base import VARIANTS
+from sae_lens_writesae.sae.checkpoint import ASIDE_PREFIX
 from sae_lens_writesae.sae.kinds import matched_flat
 from sae_lens_writesae.sae.load import load_sae
-from sae_lens_writesae.sae.runner import WriteSAETrainingRunner, quiet, text_dataset, training_config
+from sae_lens_writesae.sae.runner import Trainer, WriteSAETrainingRunner, quiet, text_dataset, training_config
 from sae_lens_writesae.sae.target import head_target
 
 _CHECKPOINTS = 20
@@ -213,20 +214,24 @@ class Workspace:
 class _FrugalRunner(WriteSAETrainingRunner):
     """Keeps the newest two checkpoints; for a wide SAE each is gigabytes."""
 
-    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
-        super().save_checkpoint(checkpoint_path)
-        if checkpoint_path is not None and checkpoint_path.parent.name == Path(str(self.cfg.checkpoint_path)).name:
-            for old in whole_checkpoints(checkpoint_path.parent.parent)[:-2]:
-                shutil.rmtree(old)
+    def save_whole_checkpoint(
+        self, trainer: Trainer, checkpoint_name: str | None = None, wandb_aliases: list[str] | None = None
+    ) -> Path:
+        saved = super().save_whole_checkpoint(trainer, checkpoint_name, wandb_aliases)
+        for old in whole_checkpoints(saved.parent.parent)[:-2]:
+            shutil.rmtree(old)
+        return saved
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints below `folder` by samples seen; one that a kill cut short lacks the file that is written last."""
+    """Checkpoints below `folder` by samples seen. What a kill left aside is passed over, and so is one whose last file
+    is not whole."""
     found = []
     for file in folder.rglob(RUNNER_CFG_FILENAME):
         try:
             json.loads(file.read_text(encoding="utf-8"))
         except json.JSONDecodeError:
             continue
-        found.append(file.parent)
+        if not file.parent.parent.name.startswith(ASIDE_PREFIX):
+            found.append(file.parent)
     return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]))

@@ -4,6 +4,7 @@ Also what BatchTopK and Matryoshka are exported as.
 """
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from sae_lens.saes.jumprelu_sae import (
@@ -12,7 +13,10 @@ from sae_lens.saes.jumprelu_sae import (
     JumpReLUSAEConfig,
     JumpReLUTrainingSAE,
     JumpReLUTrainingSAEConfig,
+    Step,
+    calculate_pre_act_loss,
 )
+from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor, nn
 
 from sae_lens_writesae.atom.low_rank import LowRank
@@ -46,7 +50,7 @@ class _Threshold(MatrixSAE):
     @torch.no_grad()
     def contributions(self, x: Tensor) -> Tensor:
         """Pre-activations times atom norms [...,F]."""
-        return (self.encode_linear(self.process_sae_in(x)) + self.b_enc) * self.decoder_norm()
+        return (self.linear(x) + self.b_enc) * self.decoder_norm()
 
     @torch.no_grad()
     def set_threshold(self, value: float) -> None:
@@ -68,8 +72,8 @@ class WriteJumpReLUSAE(_Threshold, JumpReLUSAE, MatrixWeights):
 class WriteJumpReLUTrainingSAE(_Threshold, MatrixTrainingSAE, JumpReLUTrainingSAE, MatrixWeights):
     """JumpReLU over matrix atoms, in training.
 
-    SAELens' losses use `W_dec.norm()`, so that the dense dictionary is built once per step, and thresholds need the
-    gradient of inactive atoms. A step costs a GEMM and the dictionary's memory more than with TopK.
+    Thresholds need the gradient of inactive atoms: a step costs a GEMM more than with TopK, or on factors the Gram
+    matrix of all atoms.
     """
 
     cfg: WriteJumpReLUTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -79,6 +83,26 @@ class WriteJumpReLUTrainingSAE(_Threshold, MatrixTrainingSAE, JumpReLUTrainingSA
         threshold = self.threshold.to(hidden_pre.dtype)
         acts = JumpReLU.apply(hidden_pre, threshold, self.bandwidth, self.cfg.jumprelu_ste_to_input)
         return Activations(self.hook_sae_acts_post(acts), hidden_pre)
+
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        """SAELens' losses with atom norms from the factors, where SAELens builds the dictionary for its norms."""
+        cfg, threshold, norm = self.cfg, self.threshold.to(hidden_pre.dtype), self.decoder_norm()
+        if cfg.jumprelu_sparsity_loss_mode == "tanh":
+            penalty = torch.tanh(cfg.jumprelu_tanh_scale * feature_acts * norm).sum(-1)
+        else:
+            step = cast(Any, Step).apply(hidden_pre, threshold, self.bandwidth, cfg.jumprelu_ste_to_input)
+            penalty = step.sum(-1)
+        if cfg.jumprelu_sparsity_loss_mode == "quadratic":
+            target = cast(float, cfg.target_l0)  # SAELens' constructor has refused None
+            penalty = 2 / target * (penalty - target) ** 2
+        losses = {"l0_loss": (step_input.coefficients["l0"] * penalty).mean()}
+        if cfg.pre_act_loss_coefficient is not None:
+            losses["pre_act_loss"] = calculate_pre_act_loss(
+                cfg.pre_act_loss_coefficient, threshold, hidden_pre, step_input.dead_neuron_mask, norm
+            )
+        return losses
 
     @torch.no_grad()
     def replace_atoms(self, indices: Tensor, atoms: LowRank, alive: Tensor) -> None:

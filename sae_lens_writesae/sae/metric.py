@@ -17,10 +17,9 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
-from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,12 +28,7 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.files import atomic_write
 
 if TYPE_CHECKING:
-    from sae_lens.training.sae_trainer import SAETrainer
-
     from sae_lens_writesae.sae.base import MatrixWeights
-    from sae_lens_writesae.sae.training import MatrixTrainingSAE
-
-    Trainer = SAETrainer[Any, Any]
 
 MetricName = Literal["frobenius", "gauss_newton"]
 """`frobenius`: an error costs the sum of its squares. `gauss_newton`: the KL divergence that it causes in the model."""
@@ -91,24 +85,8 @@ class Metric:
         return _moved(keys, self.key_root), _moved(values, self.value_root)
 
     def apply_rows(self, rows: Tensor) -> Tensor:
-        """A^1/2 X B^1/2 of rows of a training batch: flattened matrices [...,K*V], or R keys and then R values
-        [...,R*(K+V)]. Costs K V (K + V) for a matrix, R (K^2 + V^2) for factors.
-
-        Raises:
-            ValueError: rows of another width.
-        """
-        k, v = len(self.key_root), len(self.value_root)
-        terms, rest = divmod(rows.shape[-1], k + v)
-        if rows.shape[-1] == k * v:
-            return self._rows(rows, self.key_root, self.value_root)
-        if rest or not terms:
-            raise ValueError(
-                f"rows of width {rows.shape[-1]} are neither {k} x {v} matrices nor packed factors, whose width "
-                f"is a multiple of {k} + {v}"
-            )
-        keys, values = rows.split([terms * k, terms * v], dim=-1)
-        sides = self.apply(keys.unflatten(-1, (terms, k)), values.unflatten(-1, (terms, v)))
-        return torch.cat([side.flatten(-2) for side in sides], dim=-1)
+        """A^1/2 X B^1/2 of flattened matrices [...,K*V]. Costs K V (K + V) a row; factors cost K^2 + V^2."""
+        return self._rows(rows, self.key_root, self.value_root)
 
     def inner(self, first: LowRank, second: LowRank) -> Tensor:
         """Inner products [N] of matrices in the metric, without `scale`."""
@@ -202,26 +180,8 @@ class Metric:
         return cls(**tensors, **json.loads(metadata["settings"]))
 
 
-def put_in_metric(trainer: Trainer, metric: Metric) -> None:
-    """Have SAELens' trainer see transformed writes, and its evaluator an autoencoder of writes. What it returns is for
-    transformed writes still: see `Metric.fold`."""
-    source, evaluate = trainer.data_provider, trainer.evaluator
-    trainer.sae.metric = metric
-    trainer.data_provider = map(metric.apply_rows, source)
-    if evaluate is None:
-        return
-
-    def evaluator(sae: MatrixTrainingSAE, data_provider: object, scaler: ActivationScaler) -> dict[str, Any]:
-        of_writes = copy.deepcopy(sae)
-        if scaler.scaling_factor is not None:
-            of_writes.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-        return evaluate(metric.fold(of_writes), source, ActivationScaler())
-
-    trainer.evaluator = evaluator
-
-
 def _moved(vectors: Tensor, matrix: Tensor) -> Tensor:
-    """A symmetric matrix times vectors [...,n], in their dtype."""
+    """A symmetric matrix times vectors [...,n], multiplied in float64 where that costs little, in their dtype."""
     return vectors @ matrix.to(vectors)
 
 

@@ -9,13 +9,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import SAE
+from torch import Tensor
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
 from sae_lens_writesae.atom.low_rank import LowRank
@@ -33,6 +34,7 @@ RunnerConfig = LanguageModelSAERunnerConfig[Any]
 Dictionary = SAE[Any]
 """An SAELens autoencoder, of this package or not."""
 
+_HOOKS: dict[Target, str] = {"write": "hook_write_vec", "state": "hook_state_vec", "last_state": "hook_state_vec"}
 _HOOK_NAME = re.compile(r"blocks\.(\d+)\.mixer\.heads\.(\d+)\.hook_(write|state)_vec")
 
 
@@ -77,6 +79,12 @@ class HeadTarget:
     seqpos_slice: tuple[int | None, ...]
     """The positions that SAELens trains on, in its own form."""
 
+    @classmethod
+    def of_head(cls, layer: int, head: int, d_k: int, d_v: int, target: Target) -> HeadTarget:
+        """The target of a head with states [K,V]."""
+        positions: tuple[int | None, ...] = (-1, None) if target == "last_state" else (None,)
+        return cls(f"blocks.{layer}.mixer.heads.{head}.{_HOOKS[target]}", d_k, d_v, positions)
+
     @property
     def d_in(self) -> int:
         """K * V"""
@@ -96,9 +104,8 @@ def head_target(model: HookedRecurrent, layer: int, head: int, target: Target = 
         UnknownHookError: the head is out of range.
         ValueError: unknown target.
     """
-    hooks = {"write": "hook_write_vec", "state": "hook_state_vec", "last_state": "hook_state_vec"}
-    if target not in hooks:
-        raise ValueError(f"target must be one of {', '.join(hooks)}, found {target!r}")
+    if target not in _HOOKS:
+        raise ValueError(f"target must be one of {', '.join(_HOOKS)}, found {target!r}")
     if not 0 <= layer < model.cfg.n_layers:
         raise UnsupportedModelError(
             f"layer {layer} is out of range: {model.cfg.model_name} has layers 0 to {model.cfg.n_layers - 1}, "
@@ -107,8 +114,7 @@ def head_target(model: HookedRecurrent, layer: int, head: int, target: Target = 
     shape = model.cfg.layer(layer)
     if not 0 <= head < shape.H:
         raise UnknownHookError(f"head {head} is out of range: layer {layer} has heads 0 to {shape.H - 1}")
-    positions: tuple[int | None, ...] = (-1, None) if target == "last_state" else (None,)
-    return HeadTarget(f"blocks.{layer}.mixer.heads.{head}.{hooks[target]}", shape.K, shape.V, positions)
+    return HeadTarget.of_head(layer, head, shape.K, shape.V, target)
 
 
 def check_hook(model: HookedRecurrent, cfg: RunnerConfig) -> None:
@@ -139,10 +145,15 @@ def check_fits(model: HookedRecurrent, sae: Dictionary, where: Path | str) -> No
         )
 
 
+def has_plain_activations(sae: Dictionary) -> bool:
+    """Whether activations are coefficients of atoms in the units of the write."""
+    return getattr(sae.cfg, "normalize_activations", "none") in (None, "none")
+
+
 def check_plain_activations(sae: Dictionary) -> None:
     """Raise ValueError where activations are not coefficients of atoms in the units of the write."""
-    how = getattr(sae.cfg, "normalize_activations", "none")
-    if how not in (None, "none"):
+    if not has_plain_activations(sae):
+        how = sae.cfg.normalize_activations
         raise ValueError(
             f"the SAE normalises its input ({how}), so its activations are not in units of the write; fold the factor "
             "first (sae.fold_activation_norm_scaling_factor) and save the SAE with normalize_activations='none'"
@@ -157,7 +168,10 @@ def atoms_of(sae: Dictionary, atoms: Sequence[int] | NDArray[np.int64], key_dim:
     """
     index = torch.tensor(np.array(atoms))
     if hasattr(sae, "v") and hasattr(sae, "w"):
-        keys, values = (factor.detach()[index.to(factor.device)].float() for factor in (sae.v, sae.w))  # pyright: ignore
-        return LowRank(keys.reshape(len(index), -1, key_dim), values.reshape(len(index), -1, value_dim))
+        keys, values = (
+            factor.detach().reshape(len(factor), -1, size)[index.to(factor.device)].float()
+            for factor, size in ((cast(Tensor, sae.v), key_dim), (cast(Tensor, sae.w), value_dim))
+        )
+        return LowRank(keys, values)
     rows = sae.W_dec.detach()[index.to(sae.W_dec.device)].float()
     return LowRank.svd(rows.reshape(-1, key_dim, value_dim))

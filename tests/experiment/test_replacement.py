@@ -16,7 +16,7 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.experiment.approximations import Basis
 from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.pca import fit_pca
-from sae_lens_writesae.experiment.replacement import UpperModel, replacement_costs
+from sae_lens_writesae.experiment.reconstruction import UpperModel, replacement_costs
 
 
 @pytest.fixture(autouse=True)

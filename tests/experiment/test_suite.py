@@ -16,6 +16,7 @@ from sae_lens_writesae.evaluations.objectives import Objectives
 from sae_lens_writesae.evaluations.seeds import Seeds
 from sae_lens_writesae.evaluations.sign import Sign
 from sae_lens_writesae.evaluations.substitution import Substitution
+from sae_lens_writesae.experiment.controls import answers
 from sae_lens_writesae.experiment.evaluation import Scope
 from sae_lens_writesae.experiment.suite import comparable, evaluate_all, groups, with_label
 
@@ -68,6 +69,31 @@ def test_comparisons_of_many_are_saved_and_read_back(model: HookedRecurrent, tmp
     assert loaded.tables["dictionaries"]["sae"].tolist() == ["write", "state"]
     with pytest.raises(ValueError, match="two"):
         evaluate_all([small], model, {"write": saes["write"]}, tokens, tmp_path, progress=False)
+
+
+def test_controls_and_quality_go_with_every_dictionary(model: HookedRecurrent, tmp_path: Path) -> None:
+    tokens = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(1))
+    chosen = [Multistep(n_atoms=2, firings_per_atom=1, n_steps=2), Sign(n_positions=4)]
+    results = evaluate_all(
+        chosen, model, {"mine": make_sae(model)}, tokens[:4], tmp_path, controls=tokens[4:], progress=False, say=len
+    )
+    labels = ["mine", "mine, untrained", "mine, native writes", "L1H2"]  # a head has no control dictionary
+    assert [result.label for result in results] == labels
+    assert [result.info.get("control") for result in results] == [None, "untrained", "native writes", None]
+    loaded = load_result(tmp_path / "multistep" / "mine-untrained")
+    assert loaded.info["control_of"] == "mine" and list(loaded.info["quality"]) == ["mine, untrained"]  # type: ignore
+    assert {row.label for row in answers(results)} == {"mine", "L1H2"}
+    mine = results[0].info["quality"]["mine"]  # type: ignore[index, call-overload]
+    assert mine == results[3].info["quality"]["mine"] and mine["n_tokens"] == 96  # type: ignore
+
+
+def test_comparisons_are_run_on_controls_of_all_they_compare(model: HookedRecurrent, tmp_path: Path) -> None:
+    tokens = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(1))
+    saes = {"a": make_sae(model), "b": make_sae(model)}
+    results = evaluate_all([Seeds()], model, saes, tokens[:4], tmp_path, controls=tokens[4:], progress=False, say=len)
+    assert [r.label for r in results] == ["L1H2", "L1H2, untrained", "L1H2, native writes"]
+    assert all(r.info["saes"] == ["a", "b"] for r in results)
+    assert list(results[1].info["quality"]) == ["a, untrained", "b, untrained"]  # type: ignore[call-overload]
 
 
 def test_a_label_is_given_only_where_there_is_none() -> None:

@@ -142,7 +142,7 @@ def test_the_page_is_self_contained(page: Page, files: ReportFiles) -> None:
     assert [link for link in page.links if not link.startswith("#")] == []
     assert "@import" not in source and "url(http" not in source
     assert {link[1:] for link in page.links} <= set(re.findall(r'id="([^"]+)"', source))
-    assert page.tags.count("svg") == 4 * 5  # of each measured dictionary; what was not measured has no figure
+    assert page.tags.count("svg") == 4 * 6  # of each measured dictionary; what was not measured has no figure
     assert source.count("prefers-color-scheme: dark") == 1 and "@media print" in source and "viewport" in source
 
 
@@ -167,6 +167,27 @@ def test_what_could_not_be_measured_has_a_section_of_its_own(page: Page, files: 
     rows = [row for row in json.loads(files.json.read_text())["claims"] if row["outcome"] == "not tested"]
     assert {row["number"] for row in rows} == set(Sign.answers)
     assert page.text.index("What could not be measured") < page.text.index("sign of a dead one")
+
+
+def test_control_dictionaries_stand_beside_the_trained_one_and_quality_at_the_top(tmp_path: Path) -> None:
+    quality: dict[str, Any] = {"target": "write", "n_sequences": 64, "n_tokens": 8192, "explained": 0.25, "l0": 1.5}
+    quality |= {"alive": 0.5, "coverage": 0.75, "cosine": None, "start_cosine": 0.84, "floor": 0.0}
+    quality |= {"deleted": {"mean": 0.081, "low": None, "high": None, "n": 64, "n_clusters": 64}}
+    recovered = {"mean": 0.59, "low": 0.5, "high": 0.65, "n": 64, "n_clusters": 64}
+    made = made_up(HOLDS, label="mine", **FEW)
+    trained = replace(made, info=made.info | {"quality": {"mine": quality | {"recovered": recovered}}})
+    beside = replace(made, info=made.info | {"label": "mine, untrained", "control": "untrained", "control_of": "mine"})
+    beside.info["quality"] = {"mine, untrained": quality | {"recovered": None, "explained": None}}
+    files = write_report([trained, beside], tmp_path / "page")
+    page, numbers = Page(files.html.read_text()), json.loads(files.json.read_text())
+    assert "59.0 % [50.0, 65.0]" in page.text and page.text.index("59.0") < page.text.index("Claims, the paper")
+    assert "mine, untrained" in page.text and "control dictionaries: untrained" in page.text
+    assert {row["label"] for row in numbers["claims"]} == {"mine"}
+    assert "confounded" in {row["outcome"] for row in numbers["claims"]}
+    assert [row["dictionary"] for row in numbers["quality"]] == ["mine", "mine, untrained"]
+    assert page.tags.count("h3") == 1  # figures are those of the trained one
+    table = pd.read_parquet(files.html.parent / "tables" / "substitution-firings.parquet")
+    assert set(table["label"]) == {"mine", "mine, untrained"}
 
 
 def test_the_lead_counts_outcomes() -> None:

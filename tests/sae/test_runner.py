@@ -98,6 +98,28 @@ def test_every_architecture_trains_through_the_runner(embedded, dataset, archite
     assert all(torch.isfinite(parameter).all() for parameter in trained.parameters())
 
 
+def test_training_on_factors_is_training_on_matrices(embedded, dataset, tmp_path):
+    """The same rows in the same order give the same dictionary, exported alike; states have no factors."""
+    exported = []
+    for inputs in ("matrices", "factors"):
+        fields = {"k": 4, "inputs": inputs, "normalize_activations": "expected_average_only_in"}
+        options = {"n_batches_for_norm_estimate": 2, "output_path": str(tmp_path / inputs)}
+        torch.manual_seed(0)
+        runner = WriteSAETrainingRunner(
+            small_config(embedded, sae=fields, **options), override_model=embedded, override_dataset=dataset
+        )
+        torch.manual_seed(0)
+        runner.run()
+        width = next(runner.activations_store).shape[-1]
+        assert width == (64 * 32 if inputs == "matrices" else 64 + 32)
+        exported.append(SAE.load_from_disk(str(tmp_path / inputs)))
+    for one, other in zip(exported[0].parameters(), exported[1].parameters(), strict=True):
+        assert_close(one, other, rtol=1e-3, atol=1e-5)
+    refused = small_config(embedded, "state", sae={"k": 4, "inputs": "factors"})
+    with pytest.raises(ValueError):
+        WriteSAETrainingRunner(refused, override_model=embedded, override_dataset=dataset)
+
+
 def test_multi_sae_runner(embedded, dataset, tmp_path):
     """Two heads at once, each on its own hook."""
     base = small_config(embedded)

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 import sae_lens_writesae as W
 from sae_lens_writesae import sae as S
-from sae_lens_writesae.sae.training import aux_loss, distinct_directions
+from sae_lens_writesae.sae.training import aux_loss, distinct_directions, draw_rows
 
 K, V, D_IN, BATCH = 10, 8, 80, 256
 
@@ -274,11 +274,14 @@ def test_directions_are_distinct_even_if_the_rows_are_not() -> None:
     direction = torch.randn(1, K, V)
     copies = direction * torch.rand(40, 1, 1) + 1e-3 * torch.randn(40, K, V)
     others = 0.1 * torch.randn(6, K, V)
-    atoms = distinct_directions(torch.cat([copies, others]), 46, rank=1).dense().flatten(1)
+    residuals = torch.cat([copies, others])
+    drawn = draw_rows(residuals.flatten(1).square().sum(1), 46)
+    atoms = distinct_directions(residuals[drawn], rank=1).dense().flatten(1)
     assert 2 <= len(atoms) <= 7
     torch.testing.assert_close(atoms.norm(dim=1), torch.ones(len(atoms)))
     assert (atoms @ atoms.T).tril(-1).max() <= 0.9
-    assert len(distinct_directions(torch.zeros(5, K, V), 3, rank=2)) == 0
+    assert len(draw_rows(torch.zeros(5), 3)) == 0
+    assert len(distinct_directions(torch.zeros(0, K, V), rank=2)) == 0
 
 
 @pytest.mark.slow
@@ -311,8 +314,9 @@ def test_auxiliary_loss_by_hand(k_aux: int, n_dead: int, used: int, scale: float
     for row in range(6):
         values, atoms = hidden[row, :n_dead].topk(used)
         expected += (values @ unit[atoms] - residual[row]).square().sum().item() / 6
-    assert aux_loss(sae, sae.cfg.k_aux, residual, hidden, dead).item() == pytest.approx(scale * expected, rel=1e-5)
-    assert aux_loss(sae, sae.cfg.k_aux, residual, hidden, dead & False) == 0
+    x, output = residual + 1, torch.ones_like(residual)
+    assert aux_loss(sae, sae.cfg.k_aux, x, output, hidden, dead).item() == pytest.approx(scale * expected, rel=1e-5)
+    assert aux_loss(sae, sae.cfg.k_aux, x, output, hidden, dead & False) == 0
 
 
 def test_coefficient_of_the_auxiliary_loss() -> None:
@@ -380,3 +384,66 @@ def test_a_step_costs_a_fraction_of_saelens(tmp_path: Path) -> None:
     ours, stock = result["writesae_topk"], result["SAELens topk"]
     for figure in ("seconds", "peak_mb", "added_mb"):
         assert ours[figure] < 0.4 * stock[figure]
+
+
+# ---------------------------------------------------------------------------------------- the start
+
+
+@pytest.mark.parametrize("fields", [{}, {"encoder": "tied"}, {"decoder": "flat", "encoder": "dense"}, {"rank": 2}])
+@pytest.mark.parametrize("name", S.TRAINING)
+def test_atoms_start_from_rows_of_the_first_batches(name: str, fields: dict) -> None:
+    if name == "writesae_matryoshka":
+        fields = fields | {"matryoshka_widths": [8, 40]}
+    sae = make(name, d_sae=40, decoder_init="native", **fields)
+    rank = fields.get("rank", 1)
+    batches = [torch.randn(24, rank, K, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    matrices = [(left.mT @ left[..., :V]).flatten(1) for left in batches]  # of rank R
+    for n, x in enumerate(matrices):
+        step(sae, x, n)
+        atoms = sae.atoms().dense().flatten(1)
+        cosines = normalize(atoms, dim=1) @ normalize(torch.cat(matrices), dim=1).T
+        assert int((cosines.amax(1) > 0.999).sum()) == (24, 40, 40)[n]  # 24 rows a batch for 40 atoms
+    assert len(cosines.argmax(1).unique()) == 40
+    torch.testing.assert_close(sae.encoder_norm().data, torch.ones(40), rtol=1e-4, atol=1e-4)
+    assert sae.start_cosine() == pytest.approx(1, abs=1e-5)
+
+
+def test_near_copies_start_one_atom() -> None:
+    sae = make(d_sae=12, decoder_init="native")
+    few = Planted().atoms[:5]
+    for n in range(3):
+        step(sae, few.repeat(20, 1) * (1 + n), n)
+    cosines = normalize(sae.atoms().dense().flatten(1), dim=1) @ few.T
+    assert (cosines > 0.99).sum(0).tolist() == [1] * 5  # the other seven stay random
+    before = sae.W_dec.detach().clone()
+    step(sae, Planted().atoms, 20)
+    assert torch.equal(before, sae.W_dec)  # later batches start no atom
+    with pytest.raises(ValueError, match="decoder_init"):
+        make(decoder_init="pca")
+
+
+def test_how_far_atoms_moved_is_kept(tmp_path: Path) -> None:
+    data = Planted()
+    assert make().start_cosine() == pytest.approx(1)
+    sae = train("writesae_topk", data, 60).sae
+    start = sae.start_keys.mT @ sae.start_values
+    by_hand = torch.nn.functional.cosine_similarity(sae.W_dec.detach(), start.flatten(1)).median()
+    assert sae.start_cosine() == pytest.approx(float(by_hand), abs=0.02) and sae.start_cosine() < 0.98
+    flat = train("writesae_topk", data, 60, decoder="flat", encoder="dense").sae
+    assert 0 < flat.start_cosine() < 0.98
+    sae.save_inference_model(tmp_path)
+    loaded = W.load_sae(tmp_path)
+    assert loaded.cfg.metadata.start_cosine == pytest.approx(sae.start_cosine(), abs=1e-5)
+    assert loaded.cfg.metadata.training_architecture_details["decoder_init"] == "random"
+    sae.save_model(tmp_path / "checkpoint")
+    resumed = TrainingSAE.load_from_disk(tmp_path / "checkpoint")
+    assert resumed.start_cosine() == sae.start_cosine()
+
+
+def test_a_resampled_atom_starts_anew() -> None:
+    sae, data = make(d_sae=8), Planted()
+    with torch.no_grad():
+        sae.v.copy_(torch.randn_like(sae.v))
+    assert sae.start_cosine() < 0.9
+    sae.resample(next(data), torch.ones(8, dtype=torch.bool))
+    assert sae.start_cosine() == pytest.approx(1, abs=1e-5)

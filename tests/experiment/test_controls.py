@@ -1,0 +1,105 @@
+"""What control dictionaries say of a claim: one rule, whatever the evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from made_up import FAILS, HOLDS, made_up
+from sae_lens import StandardSAE, StandardSAEConfig
+from sae_lens.saes.sae import SAEMetadata
+from small_saes import HOOK, STATE, make_sae
+from torch.testing import assert_close
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.experiment.controls import (
+    Control,
+    against_controls,
+    answers,
+    as_control,
+    control_dictionaries,
+)
+from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.experiment.result import Claim, Result
+from sae_lens_writesae.verdict.paper import Outcome
+
+
+def claim(outcome: Outcome, text: str = "atoms do it", measured: str = "80 %") -> Claim:
+    return Claim(1, text, measured, 100, "firings", "random 50 %", outcome, "By the rule.")
+
+
+@pytest.mark.parametrize(
+    "trained, untrained, native, outcome",
+    [
+        ("holds", "holds", "fails", "confounded"),
+        ("holds", "holds", "holds", "confounded"),
+        ("holds", "fails", "holds", "holds"),
+        ("holds", "undecided", "fails", "holds"),
+        ("fails", "holds", "holds", "fails"),
+        ("undecided", "holds", "fails", "undecided"),
+    ],
+)
+def test_what_an_untrained_dictionary_reaches_is_confounded(
+    trained: Outcome, untrained: Outcome, native: Outcome, outcome: Outcome
+) -> None:
+    controls: dict[Control, Claim] = {"untrained": claim(untrained, measured="79 %"), "native writes": claim(native)}
+    judged = against_controls(claim(trained), controls)
+    assert judged.outcome == outcome
+    assert f"79 % ({untrained})" in judged.controls and judged.controls.startswith("random 50 %; ")
+    assert ("native writes" in judged.sentence) == (trained == native == "holds")
+    assert against_controls(claim(trained), {}) == claim(trained)
+
+
+def of_control(result: Result, control: Control, trained: Result) -> Result:
+    info = result.info | {"label": f"{trained.label}, {control}"}
+    return as_control(replace(result, info=info), control, trained)
+
+
+def test_answers_are_matched_with_the_controls_of_the_same_dictionary() -> None:
+    few = {"scales": ("matched",), "controls": ("state", "shuffled"), "n_sequences": 12}
+    a, b = made_up(HOLDS, label="a", **few), made_up(HOLDS, label="b", **few)
+    results = [a, b, of_control(a, "untrained", a), of_control(made_up(FAILS, **few), "untrained", b)]
+    found = {(row.label, row.claim.claim): row.claim for row in answers(results)}
+    assert {label for label, _ in found} == {"a", "b"}  # controls give no answers of their own
+    for own in a.claims():
+        held = found["a", own.claim].outcome
+        assert held == ("confounded" if own.outcome == "holds" else own.outcome)
+        assert found["b", own.claim].outcome == own.outcome
+        assert "untrained dictionary" in found["b", own.claim].controls
+    assert "holds" in {own.outcome for own in a.claims()}
+
+
+def test_claims_over_several_heads_have_controls_of_their_own() -> None:
+    few = {"scales": ("matched",), "controls": ("state", "shuffled"), "n_sequences": 12}
+    heads = [made_up(HOLDS, head=head, **few) for head in (1, 2, 3)]
+    layer = [row for row in answers([*heads, *(of_control(r, "untrained", r) for r in heads)]) if row.claim.number == 5]
+    assert [row.claim.outcome for row in layer] == ["confounded"]
+    assert [row.claim.outcome for row in answers(heads) if row.claim.number == 5] == ["holds"]
+
+
+def test_words_that_hold_a_measured_number_are_still_the_same_claim() -> None:
+    from sae_lens_writesae.experiment import controls
+
+    def row(text: str) -> controls.Answer:
+        return controls.Answer("", claim("holds", text))
+
+    own = [row("class a (12 atoms)"), row("class b (3 atoms)"), row("rank-2 atoms"), row("rank-4 atoms")]
+    others = [claim("holds", text) for text in ("class a (7 atoms)", "rank-4 atoms", "rank-8 atoms")]
+    matched = [controls._same(each.claim, others, own) for each in own]
+    assert [m and m.claim for m in matched] == ["class a (7 atoms)", None, None, "rank-4 atoms"]
+
+
+def test_dictionaries_are_made_from_the_reference_text(model: HookedRecurrent) -> None:
+    tokens = torch.randint(1, 64, (5, 20), generator=torch.Generator().manual_seed(2))
+    other = StandardSAE(StandardSAEConfig(d_in=48, d_sae=4, metadata=SAEMetadata(hook_name=HOOK)))
+    saes = {"write": make_sae(model), "state": make_sae(model, hook=STATE), "other": other}
+    made = control_dictionaries(model, saes, tokens)
+    assert made.keys() == {"untrained", "native writes"} and made["untrained"].keys() == {"write", "state"}
+    assert not torch.allclose(made["untrained"]["write"].W_dec, made["untrained"]["state"].W_dec)  # a seed each
+    lab = Lab(model, {"": saes["write"]}, tokens)
+    with torch.no_grad():
+        writes = lab.native_writes(range(5))
+        for label in ("write", "state"):
+            cosines = Lab(model, {"": made["native writes"][label]}, tokens).atoms(range(30)).cosines(writes)
+            assert_close(cosines.amax(1), torch.ones(30), rtol=0, atol=1e-4)

@@ -1,0 +1,191 @@
+"""The standard numbers of a dictionary: exact ones reach 1, silent ones 0, SAELens' evaluator agrees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_hf
+from datasets import Dataset
+from planted import HEAD, LAYER, make_sae, native_writes, random_sae
+from sae_lens import ActivationsStore
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.training.activation_scaler import ActivationScaler
+from small_saes import HOOK, STATE
+from small_saes import exact_sae as exact
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from hookpoints import HookedRecurrent, WriteEdit
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.experiment.head import half_lives
+from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.experiment.quality import DictionaryQuality, dictionary_quality, head_effects, qualities
+from sae_lens_writesae.sae.runner import quiet, training_config
+from sae_lens_writesae.sae.target import HeadHook
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """[6,24] token ids."""
+    return torch.randint(1, 64, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def prototypes(model: HookedRecurrent) -> Iterator[tuple[HookedRecurrent, Any]]:
+    """A model whose head writes multiples of four matrices, one at each token, and the dictionary of these four."""
+    keys, values = (normalize(side, dim=1) for side in native_writes(model, torch.arange(1, 5)[None]))
+
+    def plant(side: Tensor) -> Any:
+        def hook(x: Tensor, hook: Any) -> Tensor:
+            x = x.clone()
+            x[:, :, HEAD] = side[torch.arange(x.shape[1]) % 4]
+            return x
+
+        return hook
+
+    model.add_hook(f"blocks.{LAYER}.mixer.hook_k", plant(keys), is_permanent=True)
+    model.add_hook(f"blocks.{LAYER}.mixer.hook_v", plant(values), is_permanent=True)
+    yield model, make_sae(keys, values, 1)
+    model.reset_hooks(including_permanent=True)
+
+
+def silence(model: HookedRecurrent) -> None:
+    """Make the head write nothing."""
+
+    def zero(x: Tensor, hook: Any) -> Tensor:
+        x = x.clone()
+        x[:, :, HEAD] = 0
+        return x
+
+    model.add_hook(f"blocks.{LAYER}.mixer.hook_v", zero, is_permanent=True)
+
+
+def finite(quality: DictionaryQuality) -> dict[str, Any]:
+    """As JSON, which holds no NaN."""
+    return json.loads(json.dumps(quality.to_dict(), allow_nan=False))
+
+
+@pytest.mark.parametrize("hook", [HOOK, STATE])
+def test_an_exact_dictionary_gives_everything_back(model: HookedRecurrent, tokens: Tensor, hook: str) -> None:
+    quality = dictionary_quality(model, exact(hook), tokens)
+    assert quality.target == HeadHook.parse(hook).target and quality.n_tokens == tokens.numel()
+    assert quality.explained == pytest.approx(1, abs=1e-6) and quality.recovered is not None
+    assert quality.recovered.mean == pytest.approx(1, abs=1e-4) and quality.recovered.n_clusters == 6
+    assert quality.coverage == 1 and quality.l0 > 1 and quality.floor < 1e-9 < quality.deleted.mean
+
+
+def test_the_dictionary_of_planted_writes_is_told_from_an_untrained_one(
+    prototypes: tuple[HookedRecurrent, Any], tokens: Tensor
+) -> None:
+    model, oracle = prototypes
+    lab = Lab(model, {"oracle": oracle, "untrained": random_sae(model, d_sae=4, k=1)}, tokens)
+    found = qualities(lab)
+    assert found["oracle"].explained == pytest.approx(1, abs=1e-4)
+    assert found["oracle"].cosine == pytest.approx(1, abs=1e-4)
+    assert found["oracle"].l0 == found["oracle"].alive == found["oracle"].coverage == 1
+    assert found["oracle"].recovered is not None and found["oracle"].recovered.low > 0.99
+    other = found["untrained"]
+    assert other.recovered is not None and other.recovered.mean < 0.4
+    assert other.explained is not None and other.explained < 0.4 and other.cosine is not None and other.cosine < 0.6
+    assert other.deleted == found["oracle"].deleted
+
+
+def test_zero_states_are_the_writes_deleted(model: HookedRecurrent, tokens: Tensor) -> None:
+    found = qualities(Lab(model, {"write": exact(HOOK), "state": exact(STATE)}, tokens))
+    assert found["write"].deleted.mean == pytest.approx(found["state"].deleted.mean, rel=1e-4)
+
+
+@pytest.mark.parametrize("hook", [HOOK, STATE])
+def test_recovered_kl_is_that_of_saelens(model: HookedRecurrent, tokens: Tensor, hook: str) -> None:
+    sae = random_sae(model, target=HeadHook.parse(hook).target)
+    cfg = training_config(
+        model,
+        LAYER,
+        HEAD,
+        target=HeadHook.parse(hook).target,
+        d_sae=4,
+        sae={"k": 1},
+        context_size=24,
+        is_dataset_tokenized=True,
+        train_batch_size_tokens=24,
+        n_batches_in_buffer=4,
+        verbose=False,
+    )
+    dataset = Dataset.from_dict({"tokens": tokens.tolist()})
+    config = EvalConfig(batch_size_prompts=6, n_eval_reconstruction_batches=1, compute_kl=True)
+    with quiet():
+        store = ActivationsStore.from_config(model, cfg, override_dataset=dataset)
+        metrics, _ = run_evals(sae, store, model, ActivationScaler(), config, exclude_special_tokens=False)
+    theirs = metrics["model_behavior_preservation"]
+    ours = dictionary_quality(model, sae, tokens)
+    assert ours.deleted.mean == pytest.approx(theirs["kl_div_with_ablation"], rel=1e-3)
+    assert ours.recovered is not None and ours.recovered.mean == pytest.approx(theirs["kl_div_score"], abs=1e-3)
+
+
+def test_dead_atoms_equal_atoms_and_one_sequence_give_no_nan(model: HookedRecurrent, tokens: Tensor) -> None:
+    dead, equal = random_sae(model), random_sae(model)
+    dead.b_enc.fill_(-1e6)
+    for name in ("v", "w", "v_enc", "w_enc"):
+        getattr(equal, name).copy_(getattr(equal, name)[:1].expand_as(getattr(equal, name)))
+    found = qualities(Lab(model, {"dead": dead, "equal": equal}, tokens))
+    assert finite(found["dead"]) | {"l0": 0, "alive": 0, "coverage": 0, "cosine": None} == finite(found["dead"])
+    recovered = found["dead"].recovered
+    assert recovered is not None and recovered.mean == pytest.approx(0, abs=1e-6)  # it writes nothing, as deletion does
+    finite(found["equal"])
+    one = finite(dictionary_quality(model, equal, tokens[:1]))
+    assert one["deleted"]["low"] is None and one["recovered"]["high"] is None
+
+
+def test_a_head_that_writes_nothing_has_nothing_to_recover(model: HookedRecurrent, tokens: Tensor) -> None:
+    silence(model)
+    try:
+        quality = dictionary_quality(model, random_sae(model), tokens)
+    finally:
+        model.reset_hooks(including_permanent=True)
+    assert finite(quality) | {"explained": None, "recovered": None, "cosine": None} == finite(quality)
+    assert quality.deleted.mean == 0
+
+
+def test_what_gives_no_coefficients_is_named(model: HookedRecurrent, tokens: Tensor) -> None:
+    scaled, broken = random_sae(model), random_sae(model)
+    scaled.cfg.normalize_activations = "expected_average_only_in"
+    with pytest.raises(ValueError, match="normalises"):
+        dictionary_quality(model, scaled, tokens)
+    broken.encode = lambda x: torch.full((len(x), 12), torch.nan)
+    with pytest.raises(NothingToMeasureError):
+        dictionary_quality(model, broken, tokens)
+    assert list(qualities(Lab(model, {"a": scaled, "b": broken, "c": random_sae(model)}, tokens))) == ["c"]
+
+
+def test_heads_are_ordered_by_what_their_writes_do(tokens: Tensor) -> None:
+    model = HookedRecurrent.from_hf(make_hf())
+    silence(model)
+    table = head_effects(model, tokens[:2, :12])
+    model.attachment.detach()
+    places = [(layer, head) for layer in model.cfg.recurrent_layers for head in range(model.cfg.layer(layer).H)]
+    assert sorted(zip(table["layer"], table["head"])) == places
+    assert table["nats"].is_monotonic_decreasing
+    assert tuple(table.iloc[-1][["layer", "head", "nats"]]) == (LAYER, HEAD, 0)
+
+
+def test_what_a_heads_writes_do_is_the_kl_of_deleting_them(model: HookedRecurrent, tokens: Tensor) -> None:
+    table = head_effects(model, tokens[:2], layers=[LAYER], heads=[0, HEAD]).set_index("head")
+    kl = []
+    for sequence in tokens[:2, None]:
+        session = model.edit_session(sequence)
+        edited = session.run([[WriteEdit(LAYER, HEAD, t, mode="delete") for t in range(24)]]).logits[0]
+        p, q = (logits.double().log_softmax(-1) for logits in (session.logits[0], edited))
+        kl.append((p.exp() * (p - q)).sum(-1).mean())
+    assert table.loc[HEAD, "nats"] == pytest.approx(float(torch.stack(kl).mean()), rel=1e-4)
+    lives = torch.cat([half_lives(model.recurrence(s, LAYER).select(heads=slice(0, 1))) for s in tokens[:2, None]])
+    assert table.loc[0, "half_life"] == float(lives.median())

@@ -1,0 +1,118 @@
+"""Control dictionaries: the trained one's size, rule and activity, and atoms that nothing was learned for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sae_lens import StandardSAE, StandardSAEConfig
+from torch import Tensor
+from torch.testing import assert_close
+
+from sae_lens_writesae import sae as S
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.sae.base import MatrixSAE, Variant
+from sae_lens_writesae.sae.controls import native, untrained
+
+K, V, F, N = 6, 5, 20, 300
+VARIANTS: dict[str, Variant] = {name: S.VARIANTS[name] for name in ("WriteSAE", "TiedSAE", "FlatSAE", "WriteSAE-rank2")}
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def writes() -> LowRank:
+    return LowRank.rank_one(draw(N, K), draw(N, V, seed=1))
+
+
+def rows() -> Tensor:
+    """[N,K*V] the writes, and a constant matrix underneath."""
+    return writes().dense().flatten(1) + 0.3 * draw(K * V, seed=2)
+
+
+def trained(architecture: str, **fields: object) -> MatrixSAE:
+    """Not trained: it only has weights, a threshold and biases of its own."""
+    sae_class, config = S.INFERENCE[architecture]
+    if architecture == "writesae_topk":
+        fields["k"] = 2
+    torch.manual_seed(3)
+    sae = sae_class(config(d_in=K * V, d_k=K, d_sae=F, **fields))  # pyright: ignore[reportCallIssue]
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        if architecture == "writesae_jumprelu":
+            sae.threshold.fill_(2.5)  # pyright: ignore
+        if architecture in ("writesae_standard", "writesae_gated"):
+            (sae.b_enc if architecture == "writesae_standard" else sae.b_gate).sub_(2)  # pyright: ignore
+    return sae  # pyright: ignore[reportReturnType]
+
+
+def l0(sae: MatrixSAE) -> float:
+    return float((sae.encode(rows()) > 0).sum(1).float().mean())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("architecture", S.INFERENCE)
+def test_controls_are_alike_in_all_but_their_atoms(architecture: str, variant: str) -> None:
+    sae = trained(architecture, **VARIANTS[variant])
+    for control in (untrained(sae, rows()), native(sae, rows(), writes())):
+        assert type(control) is type(sae) and not control.training
+        shapes = [{name: p.shape for name, p in each.named_parameters()} for each in (control, sae)]
+        assert shapes[0] == shapes[1]
+        assert l0(control) == pytest.approx(l0(sae), abs=0.01)
+        assert_close(control.b_dec.data, rows().mean(0))
+        assert_close(control.decoder_norm().data, torch.ones(F))
+        assert_close(control.W_enc.T.data, control.W_dec.data)
+        assert control.cfg.metadata.start_cosine == 1 and sae.cfg.metadata.start_cosine is None
+        assert bool(control.encode(rows()).isfinite().all())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_native_atoms_are_writes_and_untrained_ones_are_not(variant: str) -> None:
+    sae = trained("writesae_topk", **VARIANTS[variant])
+    nearest = [
+        torch.nn.functional.normalize(writes().dense().flatten(1), dim=1) @ each.W_dec.data.T
+        for each in (native(sae, rows(), writes()), untrained(sae, rows()))
+    ]
+    assert_close(nearest[0].amax(0), torch.ones(F))
+    assert len(nearest[0].argmax(0).unique()) == F  # drawn without repetition
+    assert float(nearest[1].amax(0).median()) < 0.9
+
+
+def test_a_seed_is_a_draw() -> None:
+    sae = trained("writesae_jumprelu")
+    for make in (lambda seed: untrained(sae, rows(), seed=seed), lambda seed: native(sae, rows(), writes(), seed=seed)):
+        assert_close(make(1).W_dec, make(1).W_dec)
+        assert not torch.allclose(make(1).W_dec, make(2).W_dec)
+    before = torch.random.get_rng_state()
+    untrained(sae, rows())
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_b_dec_follows_the_recipe_of_the_trained_one() -> None:
+    sae = trained("writesae_topk")
+    sae.cfg.metadata.training_architecture_details = {"b_dec_init": "zeros"}
+    assert not untrained(sae, rows()).b_dec.any()
+
+
+def test_few_writes_are_repeated_and_zero_ones_are_not_drawn() -> None:
+    sae, some = trained("writesae_topk"), writes().rows([0, 1, 2])
+    with_zero = LowRank(torch.cat([some.keys, torch.zeros(9, 1, K)]), torch.cat([some.values, torch.ones(9, 1, V)]))
+    made = native(sae, rows(), with_zero).atoms()
+    assert_close(made.cosines(some).amax(1), torch.ones(F))
+    with pytest.raises(NothingToMeasureError):
+        native(sae, rows(), with_zero.rows(slice(3, None)))
+
+
+@pytest.mark.parametrize("architecture", ["writesae_jumprelu", "writesae_standard", "writesae_gated"])
+def test_controls_of_a_dead_dictionary_are_dead(architecture: str) -> None:
+    sae = trained(architecture)
+    with torch.no_grad():
+        getattr(sae, "b_gate" if architecture == "writesae_gated" else "b_enc").fill_(-1e6)
+    assert l0(sae) == l0(untrained(sae, rows())) == l0(native(sae, rows(), writes())) == 0
+
+
+def test_other_packages_dictionaries_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="StandardSAE"):
+        untrained(StandardSAE(StandardSAEConfig(d_in=K * V, d_sae=F)), rows())
