@@ -63,7 +63,7 @@ def train_on_writes(
     if metric is None and getattr(cfg.sae, "metric", "frobenius") != "frobenius":
         raise ValueError("cfg.sae.metric='gauss_newton' needs a metric: give what sae.metric_fit.fit_metrics returns")
     batch_size, sae = cfg.train_batch_size_tokens, cfg.sae
-    writes = LowRank(keys, values)
+    writes = LowRank(keys.detach(), values.detach())
     found = (keys.shape[2], values.shape[2])
     if found != (sae.d_k, sae.d_v):
         raise ValueError(f"the SAE is for K, V = {sae.d_k}, {sae.d_v} (d_k, d_v), the writes have K, V = {found}")

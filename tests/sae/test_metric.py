@@ -23,6 +23,7 @@ from sae_lens_writesae.experiment.tokens import sample_sequences
 from sae_lens_writesae.sae.metric import METRIC_FILENAME, Metric, put_in_metric
 from sae_lens_writesae.sae.metric_fit import ReadScores, Sums, fit_metrics, read_scores
 from sae_lens_writesae.sae.runner import WriteSAETrainingRunner, text_dataset, train
+from sae_lens_writesae.sae.writes import train_on_writes
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -300,3 +301,20 @@ def test_what_has_no_metric_is_refused(embedded: Any, dataset: Any) -> None:
     stock = LanguageModelSAETrainingRunner(in_metric(embedded), override_model=embedded, override_dataset=dataset)
     with pytest.raises(ValueError, match="gauss_newton"):
         stock.run()
+
+
+def test_training_on_factors_in_the_metric(embedded: Any, dataset: Any) -> None:
+    recurrence = embedded.recurrence(sample_sequences(embedded, shipped.text("train"), 64, 4), LAYER).select(heads=HEAD)
+    keys, values = (x[:, :, 0].flatten(0, 1)[:, None] for x in (recurrence.k, recurrence.u))
+    cfg, metric = in_metric(embedded), made_up(64, 32)
+    plain = in_metric(embedded)
+    plain.sae.metric = "frobenius"
+    found = train_on_writes(cfg, keys, values, metric=metric)
+    expected = metric.fold(train_on_writes(plain, *metric.apply(keys, values)))
+    for name, value in expected.state_dict().items():
+        assert_close(found.state_dict()[name], value, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="needs a metric"):
+        train_on_writes(cfg, keys, values)
+    factors = in_metric(embedded)
+    factors.sae.inputs = "factors"
+    assert train(factors, embedded, dataset, metric).cfg.metadata.metric == "gauss_newton"
