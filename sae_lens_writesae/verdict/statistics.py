@@ -6,8 +6,8 @@ Tests and distributions come from scipy; what is written here are bootstraps of 
 Holm's rule.
 
 Below about 20 clusters a percentile interval is too narrow (coverage 0.71 at 8 clusters for a rate of 0.95). Rates get
-another interval there (`few_clusters_interval`); for other statistics `n_clusters` is returned so that a reader sees it,
-and `judge` says so, and gives no verdict under 5.
+another interval there (`few_clusters_interval`). For other statistics `n_clusters` is returned so that a reader sees
+it; `judge` says it beside a "fails", and gives no verdict under 5.
 """
 
 from __future__ import annotations
@@ -187,8 +187,8 @@ def few_clusters_interval(success: ArrayLike, clusters: ArrayLike) -> Interval:
     """A 95 % interval of a share over 2 to about 20 clusters: Wilson's, with the effective sample size n / deff in the
     place of n, and Student's t with C - 1 degrees of freedom in the place of the normal quantile (Korn and Graubard,
     1998; Dean and Pagano, 2015). The design effect deff is the variance over clusters, over that of independent
-    observations, and at least 1. Where all successes are alike there is no variance to measure: each cluster then
-    counts as one observation, which is the worst case.
+    observations, and at least 1. Where all clusters are alike there is no variance to measure: each cluster then counts
+    as one observation, which is the worst case, and the normal quantile stays.
     """
     hits = _checked("success", success)
     codes = _codes(clusters, len(hits))
@@ -196,8 +196,10 @@ def few_clusters_interval(success: ArrayLike, clusters: ArrayLike) -> Interval:
     n_clusters, p = len(size), float(hits.mean())
     spread = np.bincount(codes, hits) - p * size
     variance = n_clusters / (n_clusters - 1) * float(spread @ spread) / n**2
-    effective = min(float(n), p * (1 - p) / variance) if variance > 0 else float(n_clusters)
-    t = float(stats.t.ppf(0.975, n_clusters - 1))
+    if variance > 0:
+        effective, t = min(float(n), p * (1 - p) / variance), float(stats.t.ppf(0.975, n_clusters - 1))
+    else:
+        effective, t = float(n_clusters), float(stats.norm.ppf(0.975))
     centre = (p + t**2 / (2 * effective)) / (1 + t**2 / effective)
     half = t / (1 + t**2 / effective) * math.sqrt(p * (1 - p) / effective + t**2 / (4 * effective**2))
     return Interval(max(0.0, centre - half), min(1.0, centre + half))

@@ -100,7 +100,7 @@ def test_win_rate_counts_strict_wins_and_ties() -> None:
     rate = S.win_rate([1, 2, 3, 4], [2, 2, 4, 1], clusters=[0, 0, 1, 1])
     assert (rate.rate, rate.successes, rate.ties, rate.n) == (0.5, 2, 1, 4)
     assert rate.over_clusters[0] == 0.5 and rate.over_clusters.n_clusters == 2
-    assert rate.over_clusters.low < 0.05 and rate.over_clusters.high > 0.95  # two clusters say next to nothing
+    assert rate.over_clusters.low < 0.1 and rate.over_clusters.high > 0.9  # two clusters say next to nothing
 
 
 @pytest.mark.parametrize("rate, icc, n_clusters", [(0.95, 0.0, 8), (0.95, 0.3, 8), (0.5, 0.1, 8), (0.9, 0.1, 5)])
@@ -122,7 +122,7 @@ def test_the_interval_for_few_clusters_is_wilsons_where_observations_are_indepen
     few, wilson = S.few_clusters_interval(wins, np.arange(100)), S.success_rate(wins, np.arange(100)).wilson
     assert few == pytest.approx(wilson, abs=0.005)
     low, high = S.few_clusters_interval(np.ones(40), np.arange(40) // 4)  # no variance: ten observations
-    assert high == 1.0 and low == pytest.approx(1 / (1 + stats.t.ppf(0.975, 9) ** 2 / 10))
+    assert high == pytest.approx(1) and low == pytest.approx(1 / (1 + stats.norm.ppf(0.975) ** 2 / 10))
 
 
 def test_what_a_sample_can_detect_is_found_in_four_of_five_samples() -> None:
