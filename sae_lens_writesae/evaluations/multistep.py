@@ -21,7 +21,7 @@ from sae_lens_writesae.experiment.result import Claim, Figure, Result
 from sae_lens_writesae.verdict import figures
 from sae_lens_writesae.verdict import statistics as stats
 from sae_lens_writesae.verdict.format import percent, span
-from sae_lens_writesae.verdict.judge import Against, judge
+from sae_lens_writesae.verdict.judge import Against, Verdict, judge
 from sae_lens_writesae.verdict.names import NAMES
 
 SMALL_GAP = 0.05
@@ -187,10 +187,9 @@ class Multistep(Evaluation):
         def mean(values: pd.Series) -> stats.Estimate:
             return stats.estimate(values, gaps["sequence"], seed=self.seed)
 
-        gap = mean(gaps["atom"])
+        gap, deleted = mean(gaps["atom"]), mean(gaps["delete"])
         verdict = judge(
             gap,
-            {"deletion": Against(mean(gaps["atom"] - gaps["delete"]), mean(gaps["delete"]))},
             typical=float(gaps["delete"].median()),
             floor=float(gaps["native"].quantile(0.95)),
             chance=SMALL_GAP,
@@ -198,6 +197,8 @@ class Multistep(Evaluation):
             relevant=RELEVANT_GAP,
             what="the mean state gap",
         )
+        if verdict.outcome == "holds" and not deleted.high > SMALL_GAP:
+            verdict = Verdict("confounded", "Deletion leaves the state within 5 % of its norm as well.", ("deletion",))
         shown = {name: gaps[name].mean() for name in ("delete", *self.controls)}
         return Claim(
             21,
