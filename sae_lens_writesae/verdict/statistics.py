@@ -270,6 +270,13 @@ def mann_whitney(a: ArrayLike, b: ArrayLike) -> Significance:
     return Significance(float(result.statistic), float(result.pvalue), len(x) + len(y))
 
 
+def kolmogorov_smirnov(a: ArrayLike, b: ArrayLike) -> Significance:
+    """Two-sample Kolmogorov-Smirnov test; the statistic is the largest distance of the two distribution functions."""
+    x, y = _checked("a", a), _checked("b", b)
+    statistic, p_value = cast(tuple[float, float], tuple(stats.ks_2samp(x, y)))
+    return Significance(float(statistic), float(p_value), len(x) + len(y))
+
+
 def sign_flip_test(
     a: ArrayLike, b: ArrayLike, clusters: ArrayLike | None = None, *, n_resamples: int = 9999, seed: int = 0
 ) -> Significance:
