@@ -53,9 +53,9 @@ def test_every_step_follows_what_it_needs_and_the_report_is_last():
     assert all(keys.index(need) < keys.index(task.key) for task in tasks for need in task.needs)
     evaluations = [task for task in tasks if task.kind in chosen]
     assert all(task.needs and all(need.endswith("/sae") for need in task.needs) for task in evaluations)
-    # Per head: two targets, two losses, two more seeds, five variants; each evaluation of the two plain ones,
-    # or of the head.
-    counts = {"sae": 4 * 11, "substitution": 8, "multistep": 8, "sign": 4, "report": 1}
+    # Per head: two targets, two losses, two more seeds, seven variants of two seeds each; each evaluation of the two
+    # plain ones, or of the head.
+    counts = {"sae": 4 * 20, "substitution": 8, "multistep": 8, "sign": 4, "report": 1}
     assert Counter(task.kind for task in tasks) == counts
     assert set(tasks[-1].needs) == set(keys[:-1])
 

@@ -41,7 +41,8 @@ def dictionaries(config: ReproduceConfig) -> Iterator[Dictionary]:
             for other in config.seeds[1:]:
                 yield Dictionary(layer, head, main, "", other)
             for variant in config.variants:
-                yield Dictionary(layer, head, main, variant, seed)
+                for each in config.seeds[: config.variant_seeds]:
+                    yield Dictionary(layer, head, main, variant, each)
 
 
 def make_tasks(config: ReproduceConfig) -> list[Task]:
@@ -78,7 +79,7 @@ def _evaluations(name: str, saes: list[Dictionary], config: ReproduceConfig) -> 
         Scope.HEAD: plain[:1],
         Scope.SEEDS: [sae for sae in first if not sae.variant],
         Scope.TARGETS: [sae for sae in saes if not sae.variant and sae.seed == config.seeds[0]],
-        Scope.VARIANTS: [sae for sae in first if sae.seed == config.seeds[0]],
+        Scope.VARIANTS: [sae for sae in first if sae.seed in config.seeds[: config.variant_seeds]],
     }
     group = groups[scope]
     if scope.compares and len(group) < 2:  # nothing to compare with
