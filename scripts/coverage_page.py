@@ -22,6 +22,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
 
 SAES = {
     Scope.EACH: "my-sae",
+    Scope.LAYER: "head-0 head-1 head-2",
     Scope.HEAD: "my-sae",
     Scope.SEEDS: "seed-0 seed-1 seed-2",
     Scope.TARGETS: "write state",
@@ -30,7 +31,7 @@ SAES = {
 """Folders of dictionaries in the commands."""
 
 SIZES = {
-    18: "--factors 0 2 5 10 --headline 5 --prompts 40 --new-tokens 400",
+    18: "--atoms-per-token 10 --factors 0 2 5 10 --headline 5 --prompts 40 --new-tokens 400",
     22: "--n-atoms 500 --firings-per-atom 10 --sequences 1000",
     23: "--n-atoms 500 --firings-per-atom 10 --sequences 1000",
     24: "--test-firings 150 --injected 1 2 4",
@@ -40,7 +41,7 @@ SIZES = {
 REMARKS = {
     5: "dictionaries of all heads of the layer; the report joins them",
     14: "an atom of states; `--loss write` of `writesae train` is what its authors name as missing",
-    18: "one dictionary of one head at a time",
+    18: "a dictionary for each head of the layer: their atoms are scaled together",
     20: "seeds of one dictionary, one folder each",
     27: "the report joins results of models of several update rules",
 }
@@ -61,7 +62,12 @@ PARTS = (
     Part("table 1", "four atoms by hand", "writesae show my-sae", "a page for each atom; no atom is picked by hand"),
     Part("table 2, figure 3", "median KL by layer; chain", "writesae eval substitution my-sae", "claims 2 and 3"),
     Part("table 3, figure 5", "installs", "writesae eval install my-sae", "claims 10 and 25; a figure by stratum"),
-    Part("table 4, figure 6", "newlines by dose", "writesae eval amplify my-sae", "claim 18; no word length"),
+    Part(
+        "table 4, figure 6",
+        "newlines by dose",
+        "writesae eval amplify head-0 head-1 head-2 --atoms-per-token 10",
+        "claim 18; no word length",
+    ),
     Part(
         "table 5, figure 8",
         "partition by sparsity rule",

@@ -134,7 +134,7 @@ class Sweep:
             raise ValueError(f"there is no variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
         if unknown := [each for each in self.evaluation if each not in EVALUATIONS]:
             raise ValueError(f"there is no evaluation {', '.join(unknown)}; there are {', '.join(EVALUATIONS)}")
-        if several := [each for each in self.evaluation if EVALUATIONS[each].scope is not Scope.EACH]:
+        if several := [each for each in self.evaluation if EVALUATIONS[each].scope not in (Scope.EACH, Scope.LAYER)]:
             raise ValueError(f"a sweep evaluates each dictionary by itself, which {', '.join(several)} cannot")
         points = list(self.points())
         if not points or len(set(points)) < len(points):

@@ -188,9 +188,10 @@ class Workspace:
     def evaluate(self, kind: str, key: str, dictionaries: list[Dictionary]) -> None:
         """One evaluation of a dictionary, of a head or of several dictionaries, saved to the folder `key`; where there
         is nothing to measure, the result says why."""
-        saes = {dictionary.label: self.sae(dictionary) for dictionary in dictionaries}
-        first = dictionaries[0]
-        label = f"{first.cell} {first.target}-trained" if key.startswith(first.key) else first.cell
+        first, several_heads = dictionaries[0], len({dictionary.cell for dictionary in dictionaries}) > 1
+        saes = {(each.key if several_heads else each.label): self.sae(each) for each in dictionaries}
+        place = key.rpartition("/")[0]  # a head, or a layer
+        label = f"{first.cell} {first.target}-trained" if key.startswith(first.key) else place
         self.evaluation(kind, label).run_or_skip(self.model, saes, self.tokens).save(self.folder / key)
 
     def evaluation(self, kind: str, label: str) -> Evaluation:
