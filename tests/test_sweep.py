@@ -28,6 +28,11 @@ TINY: dict[str, Any] = {
 }
 
 
+def tiny(out: Path, **changes: Any) -> Sweep:
+    settings: dict[str, Any] = {**TINY, "k": (1, 4), "out": out, **changes}
+    return Sweep(**settings)
+
+
 def test_the_grid_is_the_product_of_its_axes() -> None:
     sweep = Sweep(k=(1, 4), d_sae=(32, 64), variant=("WriteSAE", "TiedSAE"), seed=(0, 1))
     points = list(sweep.points())
@@ -69,7 +74,7 @@ def no_training(cfg: RunnerConfig, model: HookedRecurrent, dataset: Any) -> Trai
 
 
 def test_each_point_has_a_row_and_is_trained_once(tmp_path: Path) -> None:
-    sweep = Sweep(**TINY | {"k": (1, 4)}, out=tmp_path)
+    sweep = tiny(tmp_path)
     files = sweep.run(say=lambda line: None, trainer=untrained)
     table = pd.read_csv(files.table)
     assert table["k"].tolist() == [1, 4] and table["l0"].tolist() == [1, 4]  # as TopK has it
@@ -78,19 +83,18 @@ def test_each_point_has_a_row_and_is_trained_once(tmp_path: Path) -> None:
     page = files.html.read_text()
     assert "Sweep over k" in page and page.count("<svg") == sum(name in table for name in MEASURE_NAMES)
     assert "k1-seed0" in files.report.read_text()
-    again = Sweep(**TINY | {"k": (1, 4)}, out=tmp_path).run(say=lambda line: None, trainer=no_training)
+    again = tiny(tmp_path).run(say=lambda line: None, trainer=no_training)
     pd.testing.assert_frame_equal(pd.read_csv(again.table), table)
     with pytest.raises(ValueError, match="training_tokens"):
-        Sweep(**TINY | {"k": (1, 4), "training_tokens": 4096}, out=tmp_path).run(trainer=no_training)
+        tiny(tmp_path, training_tokens=4096).run(trainer=no_training)
 
 
 @pytest.mark.slow
 def test_an_architecture_without_k_can_be_swept(tmp_path: Path) -> None:
-    sweep = Sweep(
-        **TINY, k=(4,), architecture=("writesae_topk", "writesae_jumprelu"), evaluation=("partition",), out=tmp_path
-    )
+    architectures = ("writesae_topk", "writesae_jumprelu")
+    sweep = tiny(tmp_path, k=(4,), architecture=architectures, evaluation=("partition",))
     table = pd.read_csv(sweep.run(say=lambda line: None, trainer=untrained).table)
-    assert table["architecture"].tolist() == ["writesae_topk", "writesae_jumprelu"]
+    assert table["architecture"].tolist() == list(architectures)
     assert table["l0"].iloc[0] == 4 and table["l0"].iloc[1] != 4
 
 
