@@ -123,11 +123,20 @@ def test_atoms_of_all_heads_of_a_layer_are_scaled_together(model64: HookedRecurr
     assert atoms.groupby("token", sort=False)["head"].unique().map(list).tolist() == [[2, 0]] * 2
     assert not atoms.duplicated(["head", "atom"]).any() and atoms.groupby(["token", "head"]).size().max() == 2
     prompts = tokens[halves(len(tokens), 0).test[:3], :5]
+    lab = Lab(model64, saes, tokens, one_head=False)
+    alone = []
     for token, team in atoms.groupby("token"):
-        numbers = {head: of_head["atom"].tolist() for head, of_head in team.groupby("head")}
-        with scale_atoms(model64, saes["H0"], numbers[0], 1e3), scale_atoms(model64, saes["H2"], numbers[2], 1e3):
-            text = sample_continuations(model64, prompts, 12, seed=0).tokens
+        numbers = {f"H{head}": of_head["atom"].tolist() for head, of_head in team.groupby("head", sort=False)}
+        with scale_atoms(model64, saes["H2"], numbers["H2"], 1e3):
+            first = sample_continuations(model64, prompts, 12, seed=0).tokens
+            with scale_atoms(model64, saes["H0"], numbers["H0"], 1e3):
+                text = sample_continuations(model64, prompts, 12, seed=0).tokens
+        alone.append(torch.equal(first, text))
+        condition = amplify.Condition("atom", 1e3, int(str(token)))
+        sampled = result.evaluation._continuations(lab, prompts, condition, {int(str(token)): numbers})  # type: ignore
+        assert torch.equal(sampled.tokens, text)
         assert counts_of(result, "atom", 1e3).loc[token]["count"].tolist() == (text == token).sum(1).tolist()
+    assert not all(alone)  # the second head matters
     assert "2 heads" in result.claims()[0].unit and result.label == "L1, 2 heads"
     with pytest.raises(ValueError, match="each head of one layer"):
         Amplify(**SMALL).run(model64, {"a": saes["H0"], "b": saes["H0"]}, tokens, progress=False)
