@@ -40,6 +40,7 @@ COMMANDS: dict[str, Command] = {
     "reproduce": Command(
         "Train and evaluate every dictionary of the paper's table for a model.", "reproduce.command:Reproduce"
     ),
+    "sweep": Command("Train and evaluate one dictionary at every point of a grid.", "reproduce.sweep:Sweep"),
 }
 
 

@@ -136,6 +136,18 @@ class LowRank:
         """
         return _ratio(self.inner(other), self.norm() * other.norm())
 
+    def side_cosines(self, other: LowRank) -> tuple[Tensor, Tensor]:
+        """|cosine| of the key sides and of the value sides of all pairs [N,M]; 0 where a side is zero.
+
+        For rank 1 their product is the size of `cosines`; each side's own sign means nothing, because both may flip.
+        The sides of a matrix of a higher rank are its top singular vectors: an SVD each.
+        """
+        one, two = (each if each.rank == 1 else LowRank.svd(each.dense(), 1) for each in (self, other))
+        sides = []
+        for a, b in ((one.keys[:, 0], two.keys[:, 0]), (one.values[:, 0], two.values[:, 0])):
+            sides.append(_ratio((a @ b.mT).abs(), a.norm(dim=-1)[:, None] * b.norm(dim=-1)[None, :]))
+        return sides[0], sides[1]
+
     def cosines(self, other: LowRank) -> Tensor:
         """Signed cosines of all pairs [N,M]; 0 where either matrix is zero. Costs N M R R' (K + V)."""
         return _ratio(self.inners(other), self.norm()[:, None] * other.norm()[None, :])

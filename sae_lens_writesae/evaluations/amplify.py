@@ -7,8 +7,8 @@ on text that no prompt is taken from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae_lens_writesae.experiment.evaluation import Evaluation
+from sae_lens_writesae.experiment.evaluation import Evaluation, Scope
 from sae_lens_writesae.experiment.firings import Firings, collect_firings, halves
 from sae_lens_writesae.experiment.generation import Sampled, sample_continuations
 from sae_lens_writesae.experiment.lab import Lab
@@ -38,6 +38,9 @@ CONTROLS = {
 RELEVANT = 0.1
 """Change of the count, as a share of the unedited count, from which on it matters, and margin by which a control may be
 weaker and still count as equal. The paper's change is a third of its count; fixed before any run."""
+
+Team = dict[str, list[int]]
+"""The atoms of one token, by the label of their dictionary."""
 
 GREW = "prompts after which a scaled continuation grew past the dtype, all their conditions"
 """Reason under which `info["n_skipped"]` counts prompts."""
@@ -84,6 +87,9 @@ class Amplify(Evaluation):
     every write at which the atom fires gets (factor - 1) a_i A_i, in the prompt too. Counted is the token among the new
     tokens, minus the same count without scaling. All continuations have the same length and random numbers.
 
+    In the paper's form the `atoms_per_token` best aligned atoms are scaled in **every** head of the layer at once: give
+    one dictionary for each head, of which the first chooses the tokens. One atom of one head is far weaker.
+
     **Controls:** `random`, a Gaussian direction of the atom's norm in its place, at the same firings and activations;
     `other`, the count of the same token while the atoms of the other tokens are scaled (their mean).
 
@@ -100,6 +106,8 @@ class Amplify(Evaluation):
     """How many tokens, where none are named. A verdict needs 5."""
     aligned: Literal["current", "next"] = "current"
     """An atom belongs to the token at which it fires, or to the token that comes next."""
+    atoms_per_token: int = 1
+    """Atoms of a token in each dictionary: those that are aligned best (the paper's 10)."""
     min_count: int = 20
     """Times that a token must occur in the selection half."""
     min_firings: int = 10
@@ -120,8 +128,10 @@ class Amplify(Evaluation):
     kind: ClassVar[str] = "amplify"
     question: ClassVar[str] = "Does scaling an atom change how often its token is written?"
     answers: ClassVar[tuple[int, ...]] = (18,)
+    scope: ClassVar[Scope] = Scope.LAYER
     at_least: ClassVar[dict[str, float]] = {
         "n_tokens": 2,
+        "atoms_per_token": 1,
         "min_count": 2,
         "min_firings": 1,
         "prompts": 2,
@@ -139,6 +149,7 @@ class Amplify(Evaluation):
             "phi_test": "the same on the test half",
             "precision": "share of the atom's firings that are at the token, on the test half",
             "recall": "share of the token's places at which the atom fires, on the test half",
+            "head": "head of the atom's dictionary",
         },
         "counts": {
             "token": "token that is counted",
@@ -171,8 +182,12 @@ class Amplify(Evaluation):
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
         split = halves(len(lab.tokens), self.seed)
         asked = [token_id(lab.model, token) for token in self.tokens]
-        select, test = (places_of(lab.firings(), lab.tokens, side, self.aligned) for side in split)
-        atoms = self.choose_atoms(lab, select, asked)
+        select, test = (
+            {label: places_of(lab.firings(label), lab.tokens, side, self.aligned) for label in lab.saes}
+            for side in split
+        )
+        atoms = self.choose_atoms(lab, next(iter(select.values())), asked)
+        teams = self.choose_teams(select, atoms)
         sequences = split.test[: self.prompts]
         prompts = lab.tokens[sequences, : self.prompt_tokens]
         conditions = [Condition("nothing")]
@@ -183,7 +198,7 @@ class Amplify(Evaluation):
         fires = np.zeros((len(prompts), len(atoms)))
         finite = np.ones(len(prompts), dtype=bool)
         for condition in lab.bar(conditions, self.kind):
-            new = self._continuations(lab, prompts, condition, atoms)
+            new = self._continuations(lab, prompts, condition, teams)
             counts[condition] = (new.tokens[..., None] == torch.tensor(list(atoms))).sum(1).numpy()
             finite &= new.finite.numpy()
             if condition.token is None:
@@ -204,7 +219,7 @@ class Amplify(Evaluation):
         table = table.assign(
             sequence=sequences[table["prompt"]], text=[token_text(lab.model, token) for token in table["token"]]
         )
-        return {"atoms": _fits(lab, atoms, select, test), "counts": table}
+        return {"atoms": _fits(lab, teams, select, test), "counts": table}
 
     def choose_atoms(self, lab: Lab, places: Places, asked: Sequence[int]) -> dict[int, int]:
         """The atom of each token: of those asked for, in order, or of the tokens whose atoms are aligned best. No atom
@@ -244,17 +259,34 @@ class Amplify(Evaluation):
         )
         return atoms
 
-    def _continuations(self, lab: Lab, prompts: Tensor, condition: Condition, atoms: dict[int, int]) -> Sampled:
+    def choose_teams(self, places: Mapping[str, Places], atoms: Mapping[int, int]) -> dict[int, Team]:
+        """The atoms of each token in each dictionary, the best aligned first; in the first dictionary they begin with
+        the one that was chosen. None belongs to two tokens."""
+        taken = {label: set[int]() for label in places}
+        taken[next(iter(places))].update(atoms.values())
+        teams: dict[int, Team] = {}
+        for token, atom in atoms.items():
+            teams[token] = {}
+            for n, (label, of_head) in enumerate(places.items()):
+                fit = alignment(of_head, token)
+                able = [i for i in np.argsort(-fit.phi).tolist() if fit.both[i] >= self.min_firings and fit.phi[i] > 0]
+                team = [atom] if n == 0 else []
+                team += [i for i in able if i not in taken[label]][: self.atoms_per_token - len(team)]
+                taken[label].update(team)
+                teams[token][label] = team
+        return teams
+
+    def _continuations(self, lab: Lab, prompts: Tensor, condition: Condition, teams: Mapping[int, Team]) -> Sampled:
         """Continuations of every prompt under one condition."""
-        scope = nullcontext()
-        if condition.token is not None:
-            atom, like = atoms[condition.token], None
-            if condition.name == "random":
-                decoder = lab.atoms([atom])
-                noise = decoder.random_like(torch.Generator().manual_seed(self.seed + condition.token))
-                like = noise.with_norm(decoder.norm())
-            scope = scale_atoms(lab.model, lab.sae, [atom], condition.factor, like=like)
-        with scope:
+        with ExitStack() as scopes:
+            team = {} if condition.token is None else teams[condition.token]
+            for n, (label, atoms) in enumerate(team.items()):
+                like = None
+                if condition.name == "random":
+                    decoder = lab.atoms(atoms, label)
+                    seed = self.seed + (condition.token or 0) + 1_000_003 * n
+                    like = decoder.random_like(torch.Generator().manual_seed(seed)).with_norm(decoder.norm())
+                scopes.enter_context(scale_atoms(lab.model, lab.saes[label], atoms, condition.factor, like=like))
             return sample_continuations(lab.model, prompts, self.new_tokens, self.seed, batch_size=self.rows_per_run)
 
     def _counts(
@@ -292,14 +324,15 @@ class Amplify(Evaluation):
             what="the change of the count",
         )
         others = "".join(f"; at factor {f:g} {change(result, 'atom', f)}" for f in self.factors if f != factor)
-        n_tokens = result.tables["atoms"]["token"].nunique()
+        atoms, n_tokens = result.tables["atoms"], len(tokens_of(result))
+        scaled = f"{len(atoms) / n_tokens:.3g} atoms of {atoms['head'].nunique()} heads a token"
         first = Claim(
             18,
             "amplifying an atom moves its token in generation",
             f"{before.mean():.2f} to {after.mean():.2f} times in {self.new_tokens} tokens at factor {factor:g} (change "
             f"{effect}){others}; the atom fires at {native['fires'].mean():.1f} of them",
             len(after),
-            f"prompt x token pairs ({n_tokens} tokens)",
+            f"prompt x token pairs ({n_tokens} tokens, {scaled})",
             "; ".join(f"{shown} {change(result, name, factor)}" for name, shown in CONTROLS.items()),
             verdict.outcome,
             verdict.sentence,
@@ -308,7 +341,7 @@ class Amplify(Evaluation):
 
     def _single_tokens(self, result: Result, reason: str | None) -> Claim:
         """How many tokens move by themselves; `reason` says why there is too little data, or is None."""
-        atoms, p_values = result.tables["atoms"], token_p_values(result, self.headline)
+        atoms, p_values = tokens_of(result), token_p_values(result, self.headline)
         moved = atoms[[p_values[str(token)] < 0.05 for token in atoms["token"]]]
         named = ", ".join(
             f"{text!r} {change(result, 'atom', self.headline, token=token)}"
@@ -338,7 +371,7 @@ class Amplify(Evaluation):
             for factor in self.factors
             for condition, colour in (("atom", "atom"), ("random", "control"), ("other", "soft"))
         ]
-        atoms = result.tables["atoms"]
+        atoms = tokens_of(result)
         single = [
             figures.Row(f"{text!r}", *change(result, "atom", self.headline, token=token)[:3], "atom")
             for token, text in zip(atoms["token"], atoms["text"])
@@ -414,7 +447,7 @@ def token_p_values(result: Result, factor: float) -> dict[str, float]:
     atom = counts_of(result, "atom", factor)
     others = [counts_of(result, "nothing"), *(counts_of(result, name, factor) for name in CONTROLS)]
     largest = {}
-    for token in result.tables["atoms"]["token"]:
+    for token in tokens_of(result)["token"]:
         scaled = atom.loc[token]
         tests = [stats.sign_flip_test(scaled["count"], o.loc[token]["count"], scaled["sequence"]) for o in others]
         largest[str(token)] = max(test.p_value for test in tests)
@@ -429,21 +462,31 @@ def _fires(lab: Lab, prompts: Tensor, new: Tensor, atoms: list[int]) -> NDArray[
     return np.stack(each, 1).astype(float)
 
 
-def _fits(lab: Lab, atoms: dict[int, int], select: Places, test: Places) -> pd.DataFrame:
-    """How well each token's atom fits, on both halves."""
+def tokens_of(result: Result) -> pd.DataFrame:
+    """One row for each token, with its first atom."""
+    return result.tables["atoms"].drop_duplicates("token")
+
+
+def _fits(
+    lab: Lab, teams: Mapping[int, Team], select: Mapping[str, Places], test: Mapping[str, Places]
+) -> pd.DataFrame:
+    """How well the atoms of each token fit, on both halves."""
     rows = []
-    for token, atom in atoms.items():
-        chosen, tested = alignment(select, token), alignment(test, token)
-        rows.append(
-            {
-                "token": token,
-                "text": token_text(lab.model, token),
-                "atom": atom,
-                "count": chosen.present,
-                "phi": chosen.phi[atom],
-                "phi_test": tested.phi[atom],
-                "precision": tested.both[atom] / max(tested.fired[atom], 1),
-                "recall": tested.both[atom] / max(tested.present, 1),
-            }
-        )
+    for token, team in teams.items():
+        for label, atoms in team.items():
+            chosen, tested = alignment(select[label], token), alignment(test[label], token)
+            for atom in atoms:
+                rows.append(
+                    {
+                        "token": token,
+                        "text": token_text(lab.model, token),
+                        "atom": atom,
+                        "count": chosen.present,
+                        "phi": chosen.phi[atom],
+                        "phi_test": tested.phi[atom],
+                        "precision": tested.both[atom] / max(tested.fired[atom], 1),
+                        "recall": tested.both[atom] / max(tested.present, 1),
+                        "head": lab.hooks[label].head,
+                    }
+                )
     return pd.DataFrame(rows)

@@ -1,7 +1,7 @@
 """Baselines: what a WriteSAE is to be compared with, other architectures and directions that need no dictionary.
 
-The question has three measures (substitution, whole replacement, selectivity) and seven claims, hence the length. What
-is written, and what a replacement costs, is in `experiment.approximations` and `experiment.reconstruction`.
+The question has four measures (substitution, whole replacement, two of selectivity) and eight claims, hence the length.
+What is written, and what a replacement costs, is in `experiment.approximations` and `experiment.reconstruction`.
 
 Source: WriteSAE (arXiv 2605.12770), its comparisons of architectures.
 """
@@ -30,7 +30,7 @@ from sae_lens_writesae.experiment.lab import Lab, Site, Trial
 from sae_lens_writesae.experiment.readout import kl_window
 from sae_lens_writesae.experiment.reconstruction import matrices_of, reconstruction, replacement_costs
 from sae_lens_writesae.experiment.result import Claim, Figure, Result
-from sae_lens_writesae.experiment.selectivity import selectivity
+from sae_lens_writesae.experiment.selectivity import direction_selectivity, own_tokens
 from sae_lens_writesae.sae.kinds import n_parameters, variant
 from sae_lens_writesae.verdict import figures
 from sae_lens_writesae.verdict.format import percent, span
@@ -50,6 +50,8 @@ DICTIONARY_FREE = ("random", "mean", "state")
 RELEVANT = 0.1
 """Difference of two shares (win rates, dead atoms, firings at one token) from which on it matters, and margin by which
 a control may be worse and still count as equal; fixed before any run."""
+RELEVANT_SELECTIVITY = 0.01
+"""Difference of two selectivities that matters; fixed before any run. The paper's 47 heads lie between 0.96 and 1."""
 SMALL_COST = math.log1p(0.001)
 """Nats per token, 0.1 % of perplexity, below which a cost does not matter (the paper's "negligible")."""
 SAME_SIZE = 0.05
@@ -78,12 +80,16 @@ class Baselines(Evaluation):
     in nats per token, and as perplexity exp(cost) - 1. Beside it: the mean matrix, zero, `pca r`, and states cut to
     rank r. Replacing all by itself is the no-op that measures the floor.
 
-    **Selectivity** of an atom: the share of its most frequent token among its firings, minus the same share for as many
-    positions drawn at random. (The paper gives no formula.)
+    **Own tokens** of an atom (this project's): the share of its most frequent token among its firings, minus the same
+    share for as many positions drawn at random.
+
+    **Selectivity** of a direction (the paper's, I.1): 1 - overlap of the `top_tokens` tokens that the strongest atom
+    moves most, where it is added to the write at the write's norm, with those that a random direction moves there.
 
     The WriteSAE is the first dictionary with rank-1 atoms and a bilinear encoder, the FlatSAE the first dense one with
     as many atoms (or, once more, as many parameters within 5 %). Intervals are over sequences, and over atoms for dead
-    atoms and selectivity.
+    atoms and own tokens. Dictionaries of one variant that differ in their seed are joined in the table `variants` of
+    the page (the paper's table 7: explained variance by variant and seed); claims are about the first of each variant.
 
     **Verdicts** by the ladder of `judge`:
 
@@ -98,7 +104,9 @@ class Baselines(Evaluation):
       with rank-1 atoms (MatrixSAE), where there is one.
     * States cut to rank 1 cost less than 0.1 % of perplexity. Where that holds, the measure says little of
       dictionaries.
-    * Atoms are selective: the median excess over chance, against the atoms of the FlatSAE.
+    * Atoms fire at a token of their own: the median excess over chance, against the atoms of the FlatSAE.
+    * Claim 28, an atom moves other tokens than a random direction: the ladder on its selectivity minus that of a second
+      random direction (0.01 matters). The paper finds no difference from directions without meaning.
     """
 
     test_sequences: int = 40
@@ -124,11 +132,13 @@ class Baselines(Evaluation):
     alive_tokens: int = 65_536
     """Dead atoms are those that never fire on the first so many tokens (all, where there are fewer)."""
     min_firings: int = 5
-    """Firings of an atom below which its selectivity is not measured."""
+    """Firings of an atom below which its own token is not looked for."""
+    top_tokens: int = 32
+    """Tokens that are compared for the selectivity of directions (the paper's K)."""
 
     kind: ClassVar[str] = "baselines"
     question: ClassVar[str] = "Do rank-1 atoms do better than what is simpler?"
-    answers: ClassVar[tuple[int, ...]] = (15, 16, 17)
+    answers: ClassVar[tuple[int, ...]] = (15, 16, 17, 28)
     scope: ClassVar[Scope] = Scope.VARIANTS
     at_least: ClassVar[dict[str, float]] = {
         "test_sequences": 2,
@@ -139,6 +149,7 @@ class Baselines(Evaluation):
         "first_position": 0,
         "alive_tokens": 1,
         "min_firings": 1,
+        "top_tokens": 1,
     }
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"scale": ("coefficient", "matched")}
     columns: ClassVar[dict[str, dict[str, str]]] = {
@@ -169,13 +180,20 @@ class Baselines(Evaluation):
             "nats": "nats per token, more than without replacement",
             "native_nats": "nats per token without replacement",
         },
-        "selectivity": {
+        "own_tokens": {
             "sae": "label of the dictionary",
             "atom": "atom that fires often enough",
             "firings": "number of its firings",
             "token": "the most frequent token among them",
             "share": "share of this token among the firings",
             "chance": "the same share for as many random positions",
+        },
+        "selectivity": {
+            "sae": "label of the dictionary",
+            "sequence": "row of the evaluation tokens",
+            "position": "token t at which the strongest atom is added",
+            "selectivity": "1 - overlap of the tokens that it moves most with those of a random direction",
+            "chance": "the same of a second random direction",
         },
     }
 
@@ -199,8 +217,11 @@ class Baselines(Evaluation):
         split = halves(len(lab.tokens), self.seed)
         basis = Basis.fit(lab, split.select.tolist(), self.pca_writes, self.pca_ranks[-1])
         tested = split.test[: self.test_sequences]
-        sites = lab.sites(pd.DataFrame({"sequence": tested}), "writes")
-        writes = pd.concat([self.exchanged(lab, site, basis) for site in sites], ignore_index=True)
+        written, directions = [], []
+        for site in lab.sites(pd.DataFrame({"sequence": tested}), "writes"):
+            written.append(self.exchanged(lab, site, basis))
+            directions.append(self.selective(lab, site))
+        writes = pd.concat(written, ignore_index=True)
         lab.require(
             not writes.empty and writes["sequence"].nunique() > 1,
             "the head writes nothing at the drawn positions of all but one sequence",
@@ -210,15 +231,17 @@ class Baselines(Evaluation):
             replacement_costs(lab, sequence, basis, self.pca_ranks, self.state_ranks)
             for sequence in lab.bar(replaced, "replacement")
         ]
-        selective = [
-            selectivity(lab.firings(label), lab.tokens, self.min_firings, lab.rng(8)).assign(sae=label)
+        own = [
+            own_tokens(lab.firings(label), lab.tokens, self.min_firings, lab.rng(8)).assign(sae=label)
             for label in lab.saes
         ]
+        lab.facts["d_vocab"] = int(lab.model.cfg.d_vocab)
         return {
             "dictionaries": self._dictionaries(lab, tested.tolist()),
             "writes": writes,
             "replacement": pd.concat(costs, ignore_index=True),
-            "selectivity": pd.concat(selective, ignore_index=True),
+            "own_tokens": pd.concat(own, ignore_index=True),
+            "selectivity": pd.concat(directions, ignore_index=True),
         }
 
     def exchanged(self, lab: Lab, site: Site, basis: Basis) -> pd.DataFrame:
@@ -246,6 +269,17 @@ class Baselines(Evaluation):
                 trials.append(Trial(row, t, lab.replace(t, written, n)))
         return lab.read(site, trials, kl_window, self.horizon + 1)
 
+    def selective(self, lab: Lab, site: Site) -> pd.DataFrame:
+        """Rows of the table `selectivity` for one sequence, at the positions of `exchanged`."""
+        positions = self._positions(lab, site)
+        if not positions:
+            return pd.DataFrame()
+        atoms = {}
+        for label in lab.saes:
+            matrices = matrices_of(site.recurrence, lab.hooks[label].target)[positions]
+            atoms[label] = next(iter(of_dictionary(lab, label, matrices, site.at(positions)))).matrices
+        return direction_selectivity(lab, site, positions, atoms, self.top_tokens)
+
     def _positions(self, lab: Lab, site: Site) -> list[int]:
         """A uniform draw of the positions with a write that leave room for the window, in order."""
         written = np.flatnonzero((site.writes.norm() > 0).cpu().numpy())
@@ -268,7 +302,7 @@ class Baselines(Evaluation):
     # -- judging
 
     def claims(self, result: Result) -> list[Claim]:
-        """Claims 15 to 17, whether whole replacement measures anything, selectivity."""
+        """Claims 15 to 17, whether whole replacement measures anything, own tokens, claim 28."""
         table, ours = result.tables["dictionaries"], of_variant(result, "WriteSAE")
         same, near = None, None
         if ours is not None:
@@ -285,8 +319,23 @@ class Baselines(Evaluation):
             *higher,
             self._dead(result, ours, same),
             self._low_rank_states(result),
-            self._selective(result, ours, same),
+            self._own_token(result, ours, same),
+            self._selective(result, ours),
         ]
+
+    def summaries(self, result: Result) -> dict[str, pd.DataFrame]:
+        """`variants`: dictionaries of one kind over their seeds. `cosines`: what is written beside the native write."""
+        of_kind = result.tables["dictionaries"].groupby(["variant", "d_sae"], sort=False)
+        variants = of_kind.agg(
+            dictionaries=("sae", "size"),
+            explained=("explained", "mean"),
+            explained_lowest=("explained", "min"),
+            explained_highest=("explained", "max"),
+            l0=("l0", "mean"),
+            dead=("dead", "mean"),
+        )
+        medians = result.tables["writes"].groupby(["sae", "condition"], sort=False)[["cosine", "norm"]].median()
+        return {"variants": variants.reset_index(), "cosines": medians.reset_index()}
 
     def _against_flat(
         self, result: Result, ours: pd.Series | None, flat: pd.Series | None, size: str, conditions: tuple[str, str]
@@ -391,7 +440,22 @@ class Baselines(Evaluation):
         others += [] if zero is None else [f"zero {perplexity(zero)}"]
         return Claim(None, claim, perplexity(first), first.n_clusters, "sequences", "; ".join(others), *verdict[:2])
 
-    def _selective(self, result: Result, ours: pd.Series | None, flat: pd.Series | None) -> Claim:
+    def _selective(self, result: Result, ours: pd.Series | None) -> Claim:
+        claim, table = "an atom moves other tokens than a random direction of its norm", result.tables["selectivity"]
+        rows = table if ours is None else table[table["sae"] == ours["sae"]]
+        if ours is None or len(rows) < 2:
+            return _untested(28, claim, "It needs a WriteSAE whose atoms fire at two positions or more.")
+        own, chance, lead = (
+            estimate(values, rows["sequence"], seed=self.seed)
+            for values in (rows["selectivity"], rows["chance"], rows["selectivity"] - rows["chance"])
+        )
+        verdict = judge(lead, relevant=RELEVANT_SELECTIVITY, what="the lead over a direction without meaning")
+        k, vocabulary = self.top_tokens, int(result.fact("d_vocab"))
+        controls = f"a second random direction {chance.mean:.4f}; two random sets of tokens {1 - k / vocabulary:.4f}"
+        measured = f"selectivity {own.mean:.4f} [{own.low:.4f}, {own.high:.4f}] at K = {k}; lead {lead}"
+        return Claim(28, claim, measured, own.n, f"positions in {own.n_clusters} sequences", controls, *verdict[:2])
+
+    def _own_token(self, result: Result, ours: pd.Series | None, flat: pd.Series | None) -> Claim:
         claim = "atoms fire on a token of their own more than chance has it"
         mine = None if ours is None else excess(result, str(ours["sae"]))
         if ours is None or mine is None:
@@ -399,7 +463,7 @@ class Baselines(Evaluation):
         controls, against = "no FlatSAE with as many atoms was given", {}
         other = None if flat is None else excess(result, str(flat["sae"]))
         if flat is not None and other is not None:
-            table = result.tables["selectivity"]
+            table = result.tables["own_tokens"]
             sides = [table[table["sae"] == row["sae"]] for row in (ours, flat)]
             values = [side["share"] - side["chance"] for side in sides]
             gap = estimate_difference(*values, *(side["atom"] for side in sides), seed=self.seed)
@@ -411,7 +475,7 @@ class Baselines(Evaluation):
         return Claim(None, claim, measured, mine.n, "atoms", controls, *verdict[:2])
 
     def figures(self, result: Result) -> list[Figure]:
-        """Win rates, costs of replacement, costs of states of low rank, selectivity."""
+        """Win rates, costs of replacement, costs of states of low rank, own tokens."""
         name, target = result.label, str(result.info["target"])
         wins = figures.intervals(_wins(result), "% of positions", f"Win rates: {name}", chance=0.5, percent=True)
         costs = figures.intervals(_costs(result), "% of perplexity", f"Costs of replacement: {name}")
@@ -429,7 +493,7 @@ class Baselines(Evaluation):
         excesses = {sae: excess(result, sae) for sae in result.tables["dictionaries"]["sae"]}
         rows = [figures.Row(sae, *e[:3], "atom") for sae, e in excesses.items() if e is not None]
         if rows:
-            svg = figures.intervals(rows, "share of firings, above chance", f"Selectivity: {name}")
+            svg = figures.intervals(rows, "share of firings, above chance", f"Own tokens: {name}")
             caption = "Median over atoms, above as many random positions."
             panels.append(Figure("Firings at an atom's own token", svg, caption))
         return panels
@@ -496,8 +560,8 @@ def no_op_cost(result: Result) -> float:
 
 
 def excess(result: Result, sae: str) -> Estimate | None:
-    """Median over atoms of (selectivity - chance); None where fewer than two atoms were measured."""
-    table = result.tables["selectivity"]
+    """Median over atoms of (share of the own token - chance); None where fewer than two atoms were measured."""
+    table = result.tables["own_tokens"]
     rows = table[table["sae"] == sae]
     if len(rows) < 2:
         return None

@@ -50,6 +50,11 @@ class Draw(NamedTuple):
     test: pd.DataFrame
     """Has `elsewhere_position`, where the atom is silent."""
 
+    @property
+    def typical(self) -> Tensor:
+        """[n] median activation of each atom at its test firings."""
+        return torch.tensor(self.test.groupby("column")["activation"].median().sort_index().to_numpy())
+
 
 class Directions(NamedTuple):
     """What is taken away, one matrix for each atom."""
@@ -92,6 +97,13 @@ class Erasure(Evaluation):
     on effect - control for each control. Intervals resample sequences and atoms (for a single atom: sequences). An
     effect matters from 0.01 nats on. The floor is what a no-op moves the same tokens. A second claim counts atoms whose
     effect is below every control by itself.
+
+    **Doses** (the paper's I.4). m a* A_i is added to the write, where a* is the median activation of the atom at its
+    test firings: with negative m at a firing, with positive m where the atom is silent. Claim 24, that an atom raises
+    its token where it is put in: the ladder on the mean effect at the largest of `injected` (the paper's own test
+    fails), against the same edit looked at on the tokens of similar probability. A claim of this project, that the
+    effect follows the dose at firings: the slope of the effect over m by least squares through the origin, for each
+    firing, against the slope on those tokens.
     """
 
     n_atoms: int | None = 20
@@ -108,6 +120,10 @@ class Erasure(Evaluation):
     """Firings in each half that an atom needs; those of the test half must lie in at least two sequences."""
     erase: Literal["component", "write"] = "component"
     """Take away the atom's component a_i A_i of the write, or the whole write at its firings."""
+    doses: tuple[float, ...] = (-0.5, -1.0, -2.0)
+    """m: what is added to the write at a firing, in units of the atom's typical component. Empty: no dose curve."""
+    injected: tuple[float, ...] = (1.0, 2.0, 4.0)
+    """m where the atom is silent. Empty: nothing is put in."""
     horizon: int = 4
     """The effect is the mean change of a token's log-probability over t..t+horizon."""
     first_position: int = 1
@@ -115,7 +131,7 @@ class Erasure(Evaluation):
 
     kind: ClassVar[str] = "erasure"
     question: ClassVar[str] = "Does erasing an atom lower a token of its own?"
-    answers: ClassVar[tuple[int, ...]] = (8,)
+    answers: ClassVar[tuple[int, ...]] = (8, 24)
     at_least: ClassVar[dict[str, float]] = {
         "n_atoms": 1,
         "select_firings": 2,
@@ -149,6 +165,15 @@ class Erasure(Evaluation):
             "random": "nats, control: a random direction",
             "wrong": "nats, control: other tokens",
             "elsewhere_position": "token where the control `elsewhere` took the norm away",
+        },
+        "doses": {
+            "atom": "index in the dictionary",
+            "sequence": "row of the evaluation tokens, in the test half",
+            "position": "token that was edited",
+            "place": "firing, or silent: a random position where the atom does not fire",
+            "dose": "m: what is added, in units of the median activation of the atom at its test firings",
+            "effect": "nats, change of the atom's token",
+            "wrong": "nats, the same edit on tokens of similar probability",
         },
     }
 
@@ -190,14 +215,17 @@ class Erasure(Evaluation):
         lab.facts["floor"] = lab.floor(floor, "change", self.horizon + 1)
         lab.facts["split"] = "a random half of the sequences for the choice of tokens, the other half for the test"
         conditions = ("effect", "random", "elsewhere")
-        table = pd.concat(
-            lab.read(site, self._trials(lab, site, directions, conditions), changes, self.horizon + 1)
-            for site in lab.sites(draw.test, self.kind)
-        )
+        parts, doses = [], []
+        for site in lab.sites(draw.test, self.kind):
+            parts.append(lab.read(site, self._trials(lab, site, directions, conditions), changes, self.horizon + 1))
+            if trials := self._doses(lab, site, directions, draw.typical):
+                doses.append(lab.read(site, trials, changes, self.horizon + 1))
+        table = pd.concat(parts)
         wide = table.pivot(index="firing", columns="condition", values="change")
         wrong = table[table["condition"] == "effect"].set_index("firing")["wrong"]
         firings = draw.test.set_index("firing").join(wide).assign(wrong=wrong)
-        return {"atoms": self._atoms(lab, draw, firings, tokens), "firings": firings}
+        curve = pd.concat(doses).rename(columns={"change": "effect"}) if doses else pd.DataFrame()
+        return {"atoms": self._atoms(lab, draw, firings, tokens), "firings": firings, "doses": curve}
 
     def _draw(self, lab: Lab) -> Draw:
         firings, rng, split = lab.firings(), lab.rng(), halves(len(lab.tokens), self.seed)
@@ -264,6 +292,21 @@ class Erasure(Evaluation):
                 trials.append(Trial({"firing": firing, "column": column, "condition": condition}, t, edit))
         return trials
 
+    def _doses(self, lab: Lab, site: Site, directions: Directions, typical: Tensor) -> list[Trial]:
+        """The atom at every dose, at its firings and where it is silent."""
+        trials = []
+        for place, column, doses in (
+            ("firing", "position", self.doses),
+            ("silent", "elsewhere_position", self.injected),
+        ):
+            for row, t in zip(site.rows.to_dict("records"), site.rows[column].tolist()):
+                atom = directions.atom.rows([int(row["column"])])
+                for dose in doses:
+                    named = {name: row[name] for name in ("atom", "sequence", "column")}
+                    named |= {"position": t, "place": place, "dose": dose, "condition": "effect"}
+                    trials.append(Trial(named, t, lab.add(t, atom * float(dose * typical[int(row["column"])]))))
+        return trials
+
     def _taken(self, site: Site, directions: Directions, condition: str, where: list[int]) -> LowRank | None:
         """What is taken away from the write at each firing of a site; None: the whole write."""
         whole = self.erase == "write"
@@ -314,7 +357,52 @@ class Erasure(Evaluation):
             verdict.outcome,
             verdict.sentence,
         )
-        return [pooled, self._single_atoms(result)]
+        return [pooled, self._single_atoms(result), *self._dosed(result)]
+
+    def _dosed(self, result: Result) -> list[Claim]:
+        """Claim 24 and the dose curve, where they were measured."""
+        table, claims = result.tables["doses"], []
+        if self.injected:
+            silent = table[table["place"] == "silent"]
+            curve = {dose: _pooled(rows, "effect", seed=self.seed) for dose, rows in silent.groupby("dose")}
+            strongest = silent[silent["dose"] == max(self.injected)]
+            claims.append(
+                self._against_wrong(
+                    result,
+                    24,
+                    "an atom put in where it is silent raises its token",
+                    strongest,
+                    "; ".join(f"m = {dose:g}: {effect}" for dose, effect in curve.items()) + " nats",
+                    "the mean effect where the atom is silent",
+                )
+            )
+        if len(set(self.doses)) > 1:
+            slopes = slopes_of(table[table["place"] == "firing"])
+            curve = table[table["place"] == "firing"].groupby("dose")["effect"].mean()
+            measured = f"slope {_pooled(slopes, 'effect', seed=self.seed)} nats a dose; "
+            measured += ", ".join(f"m = {dose:g}: {effect:+.3g}" for dose, effect in curve.items())
+            what = "the slope of the effect over the dose"
+            claims.append(
+                self._against_wrong(result, None, "an atom's token follows its dose at firings", slopes, measured, what)
+            )
+        return claims
+
+    def _against_wrong(
+        self, result: Result, number: int | None, claim: str, rows: pd.DataFrame, measured: str, what: str
+    ) -> Claim:
+        """One claim about columns `effect` and `wrong` of some rows: the effect lies above 0 and above other tokens."""
+        effect, wrong = (_pooled(rows, name, seed=self.seed) for name in ("effect", "wrong"))
+        lead = _pooled(rows.assign(lead=rows["effect"] - rows["wrong"]), "lead", seed=self.seed)
+        verdict = judge(
+            effect,
+            {CONTROLS["wrong"]: Against(lead, wrong)},
+            typical=float(rows["effect"].abs().median()),
+            floor=result.fact("floor"),
+            relevant=RELEVANT,
+            what=what,
+        )
+        unit = f"positions of {rows['atom'].nunique()} atoms in {rows['sequence'].nunique()} sequences"
+        return Claim(number, claim, measured, len(rows), unit, f"{CONTROLS['wrong']} {wrong}", *verdict[:2])
 
     def _verdict(self, result: Result) -> Verdict:
         return judge(
@@ -359,7 +447,7 @@ class Erasure(Evaluation):
             colour = "control" if shown in unbeaten else "soft"
             rows.append(figures.Row(short[control], *mean_effect(result, control)[:3], colour))
         labels = ("half that the token was chosen on, nats", "other half, nats")
-        return [
+        panels = [
             Figure(
                 "Erased, and controls",
                 figures.intervals(rows, "change of the atom's token, nats", f"Effect of {name}"),
@@ -372,6 +460,29 @@ class Erasure(Evaluation):
                 "One point for each atom; on the dashed line the choice would add nothing.",
             ),
         ]
+        return panels + self._dose_panel(result, name)
+
+    def _dose_panel(self, result: Result, name: str) -> list[Figure]:
+        rows = [
+            figures.Row(f"{place}, {dose:+g}", *_pooled(of_dose, "effect", seed=self.seed)[:3], colour)
+            for place, colour in (("firing", "atom"), ("silent", "soft"))
+            for dose, of_dose in result.tables["doses"].query("place == @place").groupby("dose")
+        ]
+        if not rows:
+            return []
+        svg = figures.intervals(rows, "change of the atom's token, nats", f"Doses of {name}")
+        caption = "Added to the write, in units of the atom's typical component; 95 % intervals."
+        return [Figure("By dose, at firings and where the atom is silent", svg, caption)]
+
+
+def slopes_of(doses: pd.DataFrame) -> pd.DataFrame:
+    """Slope of `effect` and of `wrong` over the dose, by least squares through the origin, for each edited place."""
+    by = ["atom", "sequence", "position"]
+    products = doses[by].assign(
+        effect=doses["effect"] * doses["dose"], wrong=doses["wrong"] * doses["dose"], square=doses["dose"] ** 2
+    )
+    sums = products.groupby(by).sum()
+    return sums[["effect", "wrong"]].div(sums["square"], axis=0).reset_index()
 
 
 def mean_effect(result: Result, name: str, minus: str | None = None) -> stats.Estimate:
@@ -385,6 +496,11 @@ def selected_effect(result: Result) -> float:
     """Mean effect on the half that tokens were chosen on, over firings, in nats."""
     atoms = result.tables["atoms"]
     return float(np.average(atoms["selected"], weights=atoms["n_select"]))
+
+
+def _pooled(rows: pd.DataFrame, name: str, *, seed: int) -> stats.Estimate:
+    """Mean of a column; sequences and atoms are both resampled."""
+    return stats.estimate_two_way(rows[name], rows["sequence"], rows["atom"], seed=seed)
 
 
 def _columns(trials: Sequence[Trial]) -> Tensor:

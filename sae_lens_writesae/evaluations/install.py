@@ -6,25 +6,28 @@ units were counted three times; here the unit is an independent pair of a prompt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hookpoints import WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.experiment.evaluation import Evaluation, Scope
 from sae_lens_writesae.experiment.generation import greedy_rows
-from sae_lens_writesae.experiment.lab import Lab, Site, Trial
+from sae_lens_writesae.experiment.lab import EditedRows, Lab, Site, Trial
 from sae_lens_writesae.experiment.result import Claim, Figure, Result
 from sae_lens_writesae.experiment.targets import (
     Stratum,
     draw_target,
     random_unit,
     target_change,
+    target_rank,
     token_directions,
 )
 from sae_lens_writesae.experiment.tokens import token_text
@@ -55,7 +58,9 @@ class Install(Evaluation):
     **Verdict** of claim 10, in the stratum 100-1000 at the headline m (intervals over the prompts' sequences): the
     ladder of `judge` on the difference of hit rates, installed - nothing (chance 0, a difference matters from 0.1 on),
     against the random value side and the wrong target. Where it holds, the sentence says whether the rate comes near
-    the paper's 100 %. The other strata are judged by the same rule.
+    the paper's 100 %. The other strata are judged by the same rule. Claim 25, over all strata, as the paper pools them:
+    the share of pairs whose target has a better rank at the first new token than without edits (chance 1/2, from 60 %
+    on it matters), against the same share under the random value side.
     """
 
     pairs: int = 20
@@ -77,7 +82,7 @@ class Install(Evaluation):
 
     kind: ClassVar[str] = "install"
     question: ClassVar[str] = "Do installed writes put a token into the continuation?"
-    answers: ClassVar[tuple[int, ...]] = (10,)
+    answers: ClassVar[tuple[int, ...]] = (10, 25)
     scope: ClassVar[Scope] = Scope.HEAD
     at_least: ClassVar[dict[str, float]] = {"pairs": 2, "prompt_tokens": 2, "n_positions": 1, "new_tokens": 1}
     columns: ClassVar[dict[str, dict[str, str]]] = {
@@ -95,6 +100,7 @@ class Install(Evaluation):
             "wrong_hit": "whether the wrong target is in the continuation",
             "first": "index of the first T among the new tokens, or -1",
             "log_prob_change": "nats, change of log p(T) at the first new token; 0 for nothing",
+            "edited_rank": "rank of T at the end of the prompt under the edits, from 1; the native rank for nothing",
         }
     }
 
@@ -134,8 +140,10 @@ class Install(Evaluation):
             row = {"pair": pair, "sequence": sequence, "stratum": stratum.name, "token": target.token}
             row |= {"text": token_text(lab.model, target.token), "rank": target.rank, "wrong": target.wrong}
             trials = self._trials(lab, site, row, directions(target.token), lab.rng(3, pair))
-            nothing = pd.DataFrame([row | {"condition": "nothing", "m": 0.0, "log_prob": 0.0}])
-            tables.append(pd.concat([nothing, lab.read(site, trials, target_change, self.n_positions)]))
+            nothing = pd.DataFrame(
+                [row | {"condition": "nothing", "m": 0.0, "log_prob": 0.0, "edited_rank": target.rank}]
+            )
+            tables.append(pd.concat([nothing, lab.read(site, trials, _moved, self.n_positions)]))
             edits += [[], *(trial.edits for trial in trials)]
             prompts += [lab.tokens[sequence, span]] * (1 + len(trials))
         lab.require(bool(tables), f"no stratum has two tokens: the vocabulary has {lab.model.W_U.shape[1]}")
@@ -183,9 +191,35 @@ class Install(Evaluation):
     # -- judging
 
     def claims(self, result: Result) -> list[Claim]:
-        """Claim 10 in the paper's stratum, then the same of the other strata."""
+        """Claim 10 in the paper's stratum, then the same of the other strata; claim 25 over all of them."""
         by_paper = sorted(strata_of(result), key=lambda stratum: stratum != "100-1000")
-        return [self._claim(result, stratum) for stratum in by_paper]
+        return [*(self._claim(result, stratum) for stratum in by_paper), self._ranks(result)]
+
+    def _ranks(self, result: Result) -> Claim:
+        target, random = (improved(result, condition, self.headline) for condition in ("target", "random"))
+        clusters = target.index.get_level_values("sequence")
+        rate = stats.success_rate(target, clusters, seed=self.seed)
+        lead = stats.estimate(target.astype(float) - random.loc[target.index], clusters, seed=self.seed)
+        verdict = judge(
+            rate.over_clusters,
+            {"a random direction of the same norm": Against(lead)},
+            chance=0.5,
+            relevant=RELEVANT,
+            what="the share of improved ranks",
+        )
+        low, high = rate.over_clusters.interval
+        rows = result.tables["continuations"].query("condition == 'target' and m == @self.headline")
+        return Claim(
+            25,
+            "installed writes improve the rank of their token",
+            f"{rate.rate:.0%} [{low:.0%}, {high:.0%}] of pairs at m = {self.headline:g}; median shift of the rank "
+            f"{float((rows['rank'] - rows['edited_rank']).median()):+,.0f}",
+            rate.n,
+            f"prompt x target pairs in {rate.over_clusters.n_clusters} sequences",
+            f"random direction {float(random.mean()):.0%}; installed - random {lead}",
+            verdict.outcome,
+            verdict.sentence,
+        )
 
     def _claim(self, result: Result, stratum: str) -> Claim:
         m = self.headline
@@ -282,6 +316,17 @@ def gain(result: Result, stratum: str, m: float, against: str) -> stats.Estimate
         other = _rows(result, stratum, against, 0 if against == "nothing" else m)["hit"].loc[installed.index]
     difference = installed["hit"].to_numpy(float) - other.to_numpy(float)
     return stats.estimate(difference, installed["sequence"], seed=result.evaluation.seed)
+
+
+def improved(result: Result, condition: str, m: float) -> pd.Series:
+    """Whether the rank of the target is better (smaller) than without edits, by (pair, sequence), over all strata."""
+    table = result.tables["continuations"]
+    rows = table[(table["condition"] == condition) & (table["m"] == m)].set_index(["pair", "sequence"]).sort_index()
+    return rows["edited_rank"] < rows["rank"]
+
+
+def _moved(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
+    return {**target_change(rows), **target_rank(rows)}
 
 
 def _rows(result: Result, stratum: str, condition: str, m: float) -> pd.DataFrame:

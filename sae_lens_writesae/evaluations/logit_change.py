@@ -26,7 +26,7 @@ from sae_lens_writesae.verdict import figures, fits
 from sae_lens_writesae.verdict.fits import ALL, CONTROL, varies
 from sae_lens_writesae.verdict.format import r_squared
 from sae_lens_writesae.verdict.judge import Against, Verdict, judge
-from sae_lens_writesae.verdict.statistics import Estimate, estimate, weighted_median
+from sae_lens_writesae.verdict.statistics import Array, Estimate, estimate, weighted_median
 
 RankGroup = tuple[int, int]
 
@@ -41,6 +41,13 @@ RELEVANT = {"F0": 0.1, "F1": 0.1, "F2": 0.04}
 which the shuffled predictions may be worse and still count as equal."""
 PAPER_R2 = 0.9
 """Median R^2 with a scale for each cell beyond which the paper's statistic counts as reproduced (it reports 0.98)."""
+BAR_HELD_OUT, RELEVANT_HELD_OUT = 0.9, 0.05
+"""R^2 of F0 with one cross-fitted scale beyond which the rebuttal's number (0.97) counts as reproduced, and distance
+above it that matters."""
+REBUTTAL_POSITIONS = 5_000
+"""Positions of the rebuttal's held-out test."""
+LINEAR = ("F0", "F1")
+"""Formulas that the linear predictor of Mamba-2 combines."""
 ALIKE = 0.01
 """Two medians of R^2 that are nearer than this are the same."""
 
@@ -81,6 +88,10 @@ class LogitChange(Evaluation):
     * F0 that fails is *confounded* where the paper's own statistic (median R² over eps, a scale fitted to each cell)
       lies above 0.9, and the control reaches the same within 0.01: that statistic then holds for any number.
     * F2 fails also where R² at one horizon, with changes above the floor, is below 0.95.
+    * Claims 22 and 23 are the rebuttal's two numbers, by the same ladder. 22: R² of F0 with one scale, where each half
+      of the sequences is scaled by the other half; the bar is 0.9. 23, on Mamba-2: R² of a linear predictor, least
+      squares on F0 and F1 for each horizon, fitted on the other half; the bar is 1/2. In both the shuffled predictions
+      get the same fit. For the rebuttal's size give firings enough for 5,000 positions (`n_atoms`, `firings_per_atom`).
     """
 
     n_atoms: int | None = 30
@@ -107,7 +118,7 @@ class LogitChange(Evaluation):
 
     kind: ClassVar[str] = "logit_change"
     question: ClassVar[str] = "Can a formula predict the change of a logit?"
-    answers: ClassVar[tuple[int, ...]] = (7,)
+    answers: ClassVar[tuple[int, ...]] = (7, 22, 23)
     at_least: ClassVar[dict[str, float]] = {
         "n_atoms": 1,
         "firings_per_atom": 1,
@@ -277,7 +288,7 @@ class LogitChange(Evaluation):
         return min(self.eps)
 
     def claims(self, result: Result) -> list[Claim]:
-        """Claim 7 for the paper's formula, and whether F1 and F2 predict the change."""
+        """Claim 7 for the paper's formula, whether F1 and F2 predict the change, and the rebuttal's two numbers."""
         rows = self._smallest_rows(result)
         unit = f"logits (firing, horizon, token) in {rows['sequence'].nunique()} sequences, eps {self.smallest:g}"
         if not varies(rows):
@@ -296,6 +307,48 @@ class LogitChange(Evaluation):
             elif name == "F2":
                 verdict = self._full(result, rows, verdict)
             claims.append(Claim(number, claim, measured, len(rows), unit, controls, verdict.outcome, verdict.sentence))
+        return [*claims, *self._held_out(result, rows, unit)]
+
+    def _held_out(self, result: Result, rows: pd.DataFrame, unit: str) -> list[Claim]:
+        """Claims 22 and, on Mamba-2, 23: predictions fitted on one half of the sequences, scored on the other."""
+        measured, sequence = rows["measured"].to_numpy(float), rows["sequence"]
+        n_positions = len(rows[["sequence", "position"]].drop_duplicates())
+        claims = []
+
+        def scaled(name: str) -> Array:
+            return fits.one_scale(measured, rows[name].to_numpy(float), sequence).predicted
+
+        def linear(*names: str) -> Array:
+            return fits.linear_fit(measured, rows[list(names)].to_numpy(float), sequence, rows["horizon"])
+
+        kinds = [(22, "F0 with one scale, held out", scaled("F0"), scaled(CONTROL), BAR_HELD_OUT, RELEVANT_HELD_OUT)]
+        if result.info["rule"] == "Mamba-2":
+            what = "a linear predictor (F0 and F1 by horizon), held out"
+            kinds.append((23, what, linear(*LINEAR), linear(CONTROL), BAR["F0"], RELEVANT["F0"]))
+        for number, what, predicted, control, bar, relevant in kinds:
+            own, rival = (fits.r2_estimate(measured, each, sequence, seed=self.seed) for each in (predicted, control))
+            lead = fits.r2_estimate(measured, predicted, sequence, rival=control, seed=self.seed)
+            verdict = judge(
+                own,
+                {"F2 shuffled between firings": Against(lead)},
+                typical=float(np.median(np.abs(measured))),
+                floor=result.fact("floor"),
+                chance=bar,
+                relevant=relevant,
+                what=f"the R² of {what}",
+            )
+            size = "" if n_positions >= REBUTTAL_POSITIONS else f" of the rebuttal's {REBUTTAL_POSITIONS:,}"
+            claims.append(
+                Claim(
+                    number,
+                    f"the logit change on held-out sequences: {what}",
+                    f"R² {own.mean:.3f} [{own.low:.3f}, {own.high:.3f}] at {n_positions:,}{size} positions",
+                    len(rows),
+                    unit,
+                    f"F2 shuffled between firings, fitted alike: R² {rival.mean:.3f}",
+                    *verdict[:2],
+                )
+            )
         return claims
 
     def _judged(self, result: Result, rows: pd.DataFrame, name: str) -> Verdict:

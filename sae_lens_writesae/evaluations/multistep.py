@@ -21,8 +21,13 @@ from sae_lens_writesae.experiment.result import Claim, Figure, Result
 from sae_lens_writesae.verdict import figures
 from sae_lens_writesae.verdict import statistics as stats
 from sae_lens_writesae.verdict.format import percent, span
-from sae_lens_writesae.verdict.judge import Against, judge
+from sae_lens_writesae.verdict.judge import Against, Verdict, judge
 from sae_lens_writesae.verdict.names import NAMES
+
+SMALL_GAP = 0.05
+"""State gap that counts as small, in norms of the native state (the rebuttal's)."""
+RELEVANT_GAP = 0.01
+"""Distance from it that matters; fixed before any run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,9 @@ class Multistep(Evaluation):
 
     **Verdict** (a claim of this project): on each firing, the distance is the mean over steps 0..n of 1 - cosine. The
     ladder of `judge` is applied to the rate at which the atom's distance is smaller than deletion's (chance 1/2, an
-    effect matters from 60 % on), against every control that beats deletion by itself.
+    effect matters from 60 % on), against every control that beats deletion by itself. Claim 21, of the paper's
+    rebuttal: the state gap after the atom, mean over steps 0..n, lies below 5 % (one point more or less matters). Where
+    deletion stays below 5 % as well, that says nothing of atoms, and the claim is confounded.
     """
 
     n_steps: int = 10
@@ -55,6 +62,7 @@ class Multistep(Evaluation):
 
     kind: ClassVar[str] = "multistep"
     question: ClassVar[str] = "How far does one substitution lead the model astray?"
+    answers: ClassVar[tuple[int, ...]] = (21,)
     min_sequences: ClassVar[int] = 1
     at_least: ClassVar[dict[str, float]] = {"n_steps": 1, "n_atoms": 1, "firings_per_atom": 1}
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"scale": SCALES[:3], "controls": (*CONTROLS, *REFERENCES)}
@@ -167,8 +175,42 @@ class Multistep(Evaluation):
                 ),
                 verdict.outcome,
                 verdict.sentence,
-            )
+            ),
+            self._small_gap(result),
         ]
+
+    def _small_gap(self, result: Result) -> Claim:
+        """Claim 21: how far the head's state is from the native one."""
+        steps, by = result.tables["steps"], ["firing", "sequence"]
+        gaps = steps.pivot_table(index=by, columns="condition", values="state_gap").reset_index()
+
+        def mean(values: pd.Series) -> stats.Estimate:
+            return stats.estimate(values, gaps["sequence"], seed=self.seed)
+
+        gap, deleted = mean(gaps["atom"]), mean(gaps["delete"])
+        verdict = judge(
+            gap,
+            typical=float(gaps["delete"].median()),
+            floor=float(gaps["native"].quantile(0.95)),
+            chance=SMALL_GAP,
+            less=True,
+            relevant=RELEVANT_GAP,
+            what="the mean state gap",
+        )
+        if verdict.outcome == "holds" and not deleted.high > SMALL_GAP:
+            verdict = Verdict("confounded", "Deletion leaves the state within 5 % of its norm as well.", ("deletion",))
+        shown = {name: gaps[name].mean() for name in ("delete", *self.controls)}
+        return Claim(
+            21,
+            f"over {self.n_steps} tokens an atom leaves the state within {percent(SMALL_GAP)} of its norm",
+            f"{percent(gap.mean)} [{span(*gap.interval)}] of the norm of the native state; below "
+            f"{percent(SMALL_GAP)} at {percent(float((gaps['atom'] < SMALL_GAP).mean()))} of firings",
+            gap.n,
+            f"firings in {gap.n_clusters} sequences",
+            ", ".join(f"{NAMES[name]} {percent(float(value))}" for name, value in shown.items()),
+            verdict.outcome,
+            verdict.sentence,
+        )
 
     def figures(self, result: Result) -> list[Figure]:
         """Medians of both distances by tokens after t."""

@@ -5,18 +5,22 @@ Source: WriteSAE (arXiv 2605.12770), section on the partition.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 import numpy as np
 import pandas as pd
+import torch
 
+from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.evaluations.substitution import RELEVANT, Substitution, wide_firings
 from sae_lens_writesae.experiment.conditions import CONTROLS
-from sae_lens_writesae.experiment.cosines import firing_cosines
+from sae_lens_writesae.experiment.cosines import SIDES, firing_cosines
 from sae_lens_writesae.experiment.evaluation import Evaluation
 from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.experiment.pca import fit_pca
 from sae_lens_writesae.experiment.result import Claim, Figure, Json, Result
 from sae_lens_writesae.verdict import figures
 from sae_lens_writesae.verdict import statistics as stats
@@ -35,6 +39,9 @@ STRONG = 10.0
 RELEVANT_COSINE = 0.05
 """Gain in cosine over shuffled positions from which on atoms point along their writes; fixed before any run. It is the
 cosine from which on the paper calls an atom a register."""
+
+RULES = ("Gated DeltaNet", "RWKV-7", "Mamba-2")
+"""Update rules in the order of their registers' alignment, as the paper has it."""
 
 _KINDS = ("register", "bundle")
 
@@ -63,6 +70,13 @@ class Partition(Evaluation):
     writing its own atom: the outcome is *below the floor*, *inconclusive*, *confounded* or *undecided* where that test
     is, or where `judge` finds so for one kind (its win rate against deletion over atoms, chance 1/2). Else it holds
     where both kinds beat deletion and a permutation of atoms finds no difference at 5 %, and fails otherwise.
+
+    **Verdict of claim 26**, that registers point along their writes and the first principal component of the head's
+    writes (centred, of `pca_writes` writes of the same text) does not: the ladder of `judge` on the median over
+    registers of (cosine - pca), chance 0, a gain of 0.05 matters. **Verdict of claim 27**, over results of several
+    update rules: it holds where every pair of rules differs by a Kolmogorov-Smirnov test of their atoms' cosines
+    (Holm-adjusted p < 0.05) and the registers' medians have the paper's order; it is confounded where the cosines at
+    shuffled positions do the same, and fails otherwise.
     """
 
     alive_tokens: int = 65_536
@@ -85,10 +99,12 @@ class Partition(Evaluation):
     """Firings of each of these atoms."""
     controls: tuple[str, ...] = ("random", "state", "mean")
     """Controls of that test."""
+    pca_writes: int = 1024
+    """Native writes that the first principal component is fitted to."""
 
     kind: ClassVar[str] = "partition"
     question: ClassVar[str] = "Do atoms point along the writes they fire on, and are there two kinds?"
-    answers: ClassVar[tuple[int, ...]] = (4, 6)
+    answers: ClassVar[tuple[int, ...]] = (4, 6, 26, 27)
     at_least: ClassVar[dict[str, float]] = {
         "alive_tokens": 1,
         "min_firings": 1,
@@ -97,6 +113,7 @@ class Partition(Evaluation):
         "min_atoms": 1,
         "firings_per_atom": 1,
         "tested_atoms": 0,
+        "pca_writes": 2,
     }
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"controls": CONTROLS}
     columns: ClassVar[dict[str, dict[str, str]]] = {
@@ -108,6 +125,11 @@ class Partition(Evaluation):
             "random": "the same firings with a random direction in the atom's place",
             "z": "Fisher's z of the cosine",
             "kind": "register (cosine >= threshold) or bundle",
+            "key": "median |cosine| of the key sides of atom and write over the firings",
+            "value": "the same of the value sides",
+            "shuffled_key": "|cosine| of the key sides with writes of other positions of the same sequence",
+            "shuffled_value": "the same of the value sides",
+            "pca": "median cosine of the first principal component of the head's writes and the write, at the firings",
         },
         "mixtures": {
             "sample": "atoms, shuffled or random",
@@ -134,6 +156,7 @@ class Partition(Evaluation):
             "high": "upper end of the 95 % interval over atoms",
             "n": "firings",
             "n_atoms": "atoms",
+            "by_firings": "the rate with each atom weighted by how often it fires on the text",
         },
     }
 
@@ -169,7 +192,7 @@ class Partition(Evaluation):
             f"no atom is alive: {len(ever)} of {firings.n_atoms} fire on {alive_tokens:,} tokens, none of them "
             f"{self.min_firings} times; give more tokens, or lower min_firings",
         )
-        cosines = firing_cosines(lab, alive)
+        cosines = firing_cosines(lab, alive, directions={"pca": first_component(lab, self.pca_writes)})
         lab.skipped["firings at zero writes"] += cosines.zero_writes
         lab.require(not cosines.table.empty, "no cosine is defined, though atoms are alive")
         atoms = self.atom_table(cosines.table)
@@ -183,7 +206,7 @@ class Partition(Evaluation):
 
     def atom_table(self, cosines: pd.DataFrame) -> pd.DataFrame:
         """Medians over firings, and the kind of each atom."""
-        grouped = cosines.groupby("atom")[list(SAMPLES)]
+        grouped = cosines.groupby("atom")[[*SAMPLES, *SIDES, "pca"]]
         atoms = grouped.median().assign(firings=grouped.size()).reset_index()
         kind = np.where(atoms["cosine"] >= self.threshold, *_KINDS)
         return atoms.assign(z=fisher_z(atoms["cosine"]), kind=kind)
@@ -238,8 +261,19 @@ class Partition(Evaluation):
     # -- judging
 
     def claims(self, result: Result) -> list[Claim]:
-        """Claims 6 and 4, and whether atoms point along their writes."""
-        return [self._two_kinds(result), self._aligned(result), self._alike(result)]
+        """Claims 6, 4 and 26, and whether atoms point along their writes."""
+        return [self._two_kinds(result), self._aligned(result), self._alike(result), self._beyond_pca(result)]
+
+    @classmethod
+    def across(cls, results: list[Result]) -> list[tuple[str, Claim]]:
+        """Claim 27, over all results of the rules that the paper orders, dictionaries of writes."""
+        of_writes = [result for result in results if result.info["target"] == "write"]
+        tables = {
+            rule: pd.concat(parts, ignore_index=True)
+            for rule in RULES
+            if (parts := [result.tables["atoms"] for result in of_writes if result.info["rule"] == rule])
+        }
+        return [(", ".join(tables), _by_rule(tables))] if len(tables) > 1 else []
 
     def _two_kinds(self, result: Result) -> Claim:
         atoms, mixtures = result.tables["atoms"], result.tables["mixtures"]
@@ -247,6 +281,8 @@ class Partition(Evaluation):
         measured = f"{registers} register / {len(atoms) - registers} bundle / {result.info['dead']} dead"
         if registers:
             measured += f"; register median cosine {np.median(atoms.loc[atoms['kind'] == 'register', 'cosine']):.3f}"
+            firings = atoms.groupby("kind")["firings"].sum()
+            measured += f"; registers make {percent(float(firings['register'] / firings.sum()))} of firings"
         above = {name: (atoms[name] >= self.threshold).astype(float) for name in SAMPLES}
         controls = "; ".join(
             f"{name} null: {percent(above[name].mean())} at {self.threshold:g} or above, "
@@ -309,9 +345,37 @@ class Partition(Evaluation):
             len(atoms),
             "alive atoms",
             f"shuffled null {np.median(atoms['shuffled']):.3f} (Wilcoxon p = {p:.2g}), "
-            f"random null {np.median(atoms['random']):.3f}",
+            f"random null {np.median(atoms['random']):.3f}; |cosine| of key sides {np.median(atoms['key']):.2f} "
+            f"(shuffled {np.median(atoms['shuffled_key']):.2f}), of value sides {np.median(atoms['value']):.2f} "
+            f"(shuffled {np.median(atoms['shuffled_value']):.2f})",
             verdict.outcome,
             verdict.sentence,
+        )
+
+    def _beyond_pca(self, result: Result) -> Claim:
+        claim = "registers point along their writes, the first principal component of writes does not"
+        registers = result.tables["atoms"].query("kind == 'register'")
+        if len(registers) < 2:
+            return Claim(26, claim, "–", len(registers), "registers", "", "not tested", "It needs two registers.")
+        cosine, component = (
+            stats.estimate(registers[name], registers["atom"], statistic=stats.weighted_median, seed=self.seed)
+            for name in ("cosine", "pca")
+        )
+        gain = stats.estimate(
+            registers["cosine"] - registers["pca"],
+            registers["atom"],
+            statistic=stats.weighted_median,
+            seed=self.seed,
+        )
+        verdict = judge(gain, relevant=RELEVANT_COSINE, what="the median lead of registers over the component")
+        return Claim(
+            26,
+            claim,
+            f"median cosine of registers {cosine}; lead {gain}",
+            len(registers),
+            "registers",
+            f"first principal component at the same firings {component}",
+            *verdict[:2],
         )
 
     def _alike(self, result: Result) -> Claim:
@@ -332,6 +396,8 @@ class Partition(Evaluation):
             for kind, rate in ((kind, rates[kind]) for kind in _KINDS)
         )
         measured += f"; difference [{span(numbers['low'], numbers['high'])}] points, p = {numbers['p_value']:.2g}"
+        weighted = ", ".join(f"{row['kind']} {percent(row['by_firings'])}" for row in table.to_dict("records"))
+        measured += f"; weighted by firings: {weighted}"
         verdict = alike_verdict(rates, numbers["p_value"], cast(Mapping[str, str], compared["verdict"]))
         n = sum(rate.n for rate in rates.values())
         controls = f"those of the substitution test: {', '.join(self.controls)}"
@@ -389,6 +455,59 @@ class Partition(Evaluation):
         ]
 
 
+@torch.no_grad()
+def first_component(lab: Lab, n_writes: int) -> LowRank:
+    """The first principal component (N = 1) of up to `n_writes` native writes of the first 16 sequences, turned so that
+    its mean inner product with them is positive; zero where the writes do not vary. Memory: n_writes K V numbers."""
+    writes = lab.native_writes(range(min(16, len(lab.tokens))))
+    drawn = np.sort(lab.rng(12).choice(len(writes), min(n_writes, len(writes)), replace=False)).tolist()
+    rows = writes.rows(drawn).dense()
+    pca = fit_pca(rows.flatten(1), 1)
+    if len(pca.components) == 0:
+        return writes.rows([0]) * 0.0
+    turned = pca.components[0] * torch.sign(pca.components[0] @ pca.mean)
+    return LowRank.svd(turned.view(1, *rows.shape[1:]))
+
+
+def _by_rule(tables: Mapping[str, pd.DataFrame]) -> Claim:
+    """Claim 27 from the tables `atoms` of several rules, in the paper's order."""
+
+    def differ(column: str) -> tuple[dict[str, float], list[float]]:
+        """Adjusted p-value of every pair of rules, and the median of each rule's registers."""
+        pairs = itertools.combinations(tables, 2)
+        tests = {f"{a} / {b}": stats.kolmogorov_smirnov(tables[a][column], tables[b][column]) for a, b in pairs}
+        registers = [t.loc[t["kind"] == "register", column] for t in tables.values()]
+        return stats.holm({pair: test.p_value for pair, test in tests.items()}), [float(r.median()) for r in registers]
+
+    def ordered(column: str) -> bool:
+        p_values, medians = differ(column)
+        return max(p_values.values()) < 0.05 and all(a > b for a, b in itertools.pairwise(medians))
+
+    p_values, medians = differ("cosine")
+    if ordered("cosine") and ordered("shuffled"):
+        outcome, sentence = "confounded", "At shuffled positions the rules differ in the same way."
+    elif ordered("cosine"):
+        outcome, sentence = "holds", "Every pair of rules differs, in the paper's order."
+    else:
+        outcome, sentence = "fails", "The rules do not all differ, or not in the paper's order."
+    _, shuffled = differ("shuffled")
+    return Claim(
+        27,
+        "alignment of registers falls with the rank of the write rule",
+        f"median cosine of registers: {_medians(tables, medians)}; Kolmogorov-Smirnov, Holm-adjusted: "
+        + ", ".join(f"{pair} p = {p:.2g}" for pair, p in p_values.items()),
+        sum(map(len, tables.values())),
+        "alive atoms",
+        f"at shuffled positions: {_medians(tables, shuffled)}",
+        cast(Outcome, outcome),
+        sentence,
+    )
+
+
+def _medians(tables: Mapping[str, pd.DataFrame], medians: list[float]) -> str:
+    return ", ".join(f"{rule} {'–' if np.isnan(m) else format(m, '.3f')}" for rule, m in zip(tables, medians))
+
+
 def preferred(mixtures: pd.DataFrame, sample: str, space: str) -> int | None:
     """Components of the mixture with the lowest BIC; None where none was fitted."""
     best = mixtures[(mixtures["sample"] == sample) & (mixtures["space"] == space) & mixtures["best"]]
@@ -418,6 +537,7 @@ def compare_kinds(test: Result, atoms: pd.DataFrame, seed: int) -> tuple[pd.Data
         {
             "atom": wide["written_atom"],
             "kind": wide["written_atom"].map(atoms.set_index("atom")["kind"]),
+            "firings": wide["written_atom"].map(atoms.set_index("atom")["firings"]),
             "win": (wide[f"atom/{scale}"] < wide["delete"]).astype(float),
         }
     ).dropna()
@@ -426,7 +546,8 @@ def compare_kinds(test: Result, atoms: pd.DataFrame, seed: int) -> tuple[pd.Data
     for kind, each in of_kind.items():
         if each["atom"].nunique() > 1:  # a single atom says nothing about others
             rate = stats.estimate(each["win"], each["atom"])
-            rows.append((scale, kind, rate.mean, rate.low, rate.high, rate.n, rate.n_clusters))
+            by_firings = np.average(each.groupby("atom")["win"].mean(), weights=each.groupby("atom")["firings"].first())
+            rows.append((scale, kind, rate.mean, rate.low, rate.high, rate.n, rate.n_clusters, by_firings))
     verdict, _, _ = settings.verdict(wide, scale)
     facts: dict[str, Json] = {
         "verdict": {"outcome": verdict.outcome, "sentence": verdict.sentence},

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 
+from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.experiment.firings import Integers
 from sae_lens_writesae.experiment.head import head_writes
 from sae_lens_writesae.experiment.lab import Lab
+
+SIDES = ("key", "value", "shuffled_key", "shuffled_value")
+"""Columns that hold |cosines| of one side."""
 
 
 class FiringCosines(NamedTuple):
     """Signed cosines <A_i, W_t> / |A_i||W_t| over firings (i, t), for the dictionary and two nulls."""
 
     table: pd.DataFrame
-    """sequence, position, atom, cosine, shuffled, random. One row per firing at a write that is not zero."""
+    """sequence, position, atom, cosine, shuffled, random; key, value, shuffled_key, shuffled_value (|cosine| of one
+    side of the matrices); and one column for each further direction. One row per firing at a write that is not zero."""
     zero_writes: int
     """Firings left out because the native write there, or at the shuffled position, is zero."""
     zero_atoms: Integers
     """Atoms left out because they are zero."""
 
 
-def firing_cosines(lab: Lab, atoms: Integers, label: str | None = None) -> FiringCosines:
+def firing_cosines(
+    lab: Lab, atoms: Integers, label: str | None = None, directions: Mapping[str, LowRank] | None = None
+) -> FiringCosines:
     """Cosines at the firings of `atoms`, beside what chance gives.
 
     * `shuffled`: the same atom against the write of another position of the same sequence (one random permutation of
@@ -34,16 +42,17 @@ def firing_cosines(lab: Lab, atoms: Integers, label: str | None = None) -> Firin
 
     Args:
         label: of the dictionary; by default the first one.
+        directions: single matrices (N = 1) by name, which are held against the writes at the same firings.
 
-    Cost: one forward up to the head's layer per sequence, and 2 T F R R' (K + V) for the cosines.
+    Cost: one forward up to the head's layer per sequence, and 3 T F R R' (K + V) for the cosines.
     """
-    firings = lab.firings(label)
-    directions = lab.atoms(atoms, label)
-    nonzero = directions.norm() > 0
-    directions, usable_atoms = directions.rows(nonzero), atoms[nonzero.cpu().numpy()]
+    firings, further = lab.firings(label), directions or {}
+    decoded = lab.atoms(atoms, label)
+    nonzero = decoded.norm() > 0
+    decoded, usable_atoms = decoded.rows(nonzero), atoms[nonzero.cpu().numpy()]
     rng = lab.rng(len(atoms))
     # The noise has a seed of its own: a dictionary initialised under `lab.seed` would otherwise be its own null.
-    noise = directions.random_like(torch.Generator().manual_seed(int(rng.integers(2**62))))
+    noise = decoded.random_like(torch.Generator().manual_seed(int(rng.integers(2**62))))
     column = np.full(firings.n_atoms, -1)
     column[usable_atoms] = np.arange(len(usable_atoms))
     tables, zero_writes = [], 0
@@ -52,19 +61,30 @@ def firing_cosines(lab: Lab, atoms: Integers, label: str | None = None) -> Firin
         order = rng.permutation(firings.n_positions)
         if table.empty:
             continue
-        writes = head_writes(lab.recurrence(sequence), 0).to(directions.values)
+        writes = head_writes(lab.recurrence(sequence), 0).to(decoded.values)
         written = (writes.norm() > 0).cpu().numpy()
         here, which = table["position"].to_numpy(), column[table["atom"].to_numpy()]
         there = order[here]
         usable = written[here] & written[there]
         zero_writes += int((~usable).sum())
         table, here, there, which = table.loc[usable], here[usable], there[usable], which[usable]
-        matched, chance = (writes.cosines(each).cpu().numpy() for each in (directions, noise))
+        matched, chance = (writes.cosines(each).cpu().numpy() for each in (decoded, noise))
+        key, value = (side.cpu().numpy() for side in writes.side_cosines(decoded))
         tables.append(
             table.drop(columns="activation").assign(
-                cosine=matched[here, which], shuffled=matched[there, which], random=chance[here, which]
+                cosine=matched[here, which],
+                shuffled=matched[there, which],
+                random=chance[here, which],
+                key=key[here, which],
+                value=value[here, which],
+                shuffled_key=key[there, which],
+                shuffled_value=value[there, which],
+                **{
+                    name: writes.cosines(each.to(writes.values))[here, 0].cpu().numpy()
+                    for name, each in further.items()
+                },
             )
         )
-    columns = ["sequence", "position", "atom", "cosine", "shuffled", "random"]
+    columns = ["sequence", "position", "atom", "cosine", "shuffled", "random", *SIDES, *further]
     joined = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
     return FiringCosines(joined, zero_writes, np.setdiff1d(atoms, usable_atoms))

@@ -29,6 +29,7 @@ class Scope(Enum):
     """Which dictionaries of a head one run of an evaluation takes."""
 
     EACH = "each dictionary by itself"
+    LAYER = "each dictionary by itself, or one for each of several heads of a layer, which act together"
     HEAD = "any dictionary of a head, which says which head it is; the atoms are not used"
     SEEDS = "dictionaries of one target that differ in their seed"
     TARGETS = "dictionaries of one head that differ in what they were trained for"
@@ -37,7 +38,7 @@ class Scope(Enum):
     @property
     def compares(self) -> bool:
         """Whether a run takes several dictionaries at once."""
-        return self not in (Scope.EACH, Scope.HEAD)
+        return self not in (Scope.EACH, Scope.LAYER, Scope.HEAD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +164,7 @@ class Evaluation(ABC):
                 seed=self.seed,
                 rows_per_run=self.rows_per_run,
                 progress=progress,
+                one_head=self.scope is not Scope.LAYER,
             )
             self._check(lab)
             tables = self.measure(lab)
@@ -189,7 +191,8 @@ class Evaluation(ABC):
         try:
             return self.run(model, saes, tokens, reference=reference, progress=progress)
         except NothingToMeasureError as error:
-            lab = Lab(model, saes if isinstance(saes, Mapping) else {"": saes}, tokens, seed=self.seed)
+            given, one_head = saes if isinstance(saes, Mapping) else {"": saes}, self.scope is not Scope.LAYER
+            lab = Lab(model, given, tokens, seed=self.seed, one_head=one_head)
             return Result(self, lab.describe(self._label(lab)), {}, skipped=str(error))
 
     def _label(self, lab: Lab) -> str:
@@ -205,5 +208,5 @@ class Evaluation(ABC):
             )
         if self.scope.compares and len(lab.saes) < 2:
             raise ValueError(f"{self.kind} compares {self.scope.value}: give at least two, found {len(lab.saes)}")
-        if not self.scope.compares and len(lab.saes) > 1:
+        if self.scope in (Scope.EACH, Scope.HEAD) and len(lab.saes) > 1:
             raise ValueError(f"{self.kind} takes {self.scope.value}; found {', '.join(lab.saes)}")

@@ -114,10 +114,12 @@ class Lab:
         seed: seed of the evaluation.
         rows_per_run: largest number of edited rows in one pass.
         progress: show progress bars.
+        one_head: all dictionaries read one head. Otherwise they read different heads of one layer, and `hook`, `sae`
+            and the sites are those of the first.
 
     Raises:
         ValueError: tokens of another shape, a reference that holds a tested sequence, no dictionary, one that does not
-            fit the model, or dictionaries of several heads.
+            fit the model, or dictionaries of other heads than `one_head` says.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class Lab:
         seed: int = 0,
         rows_per_run: int = 256,
         progress: bool = False,
+        one_head: bool = True,
     ):
         for name, ids in (("tokens", tokens), ("reference", reference)):
             if ids is not None and ids.ndim != 2:
@@ -144,9 +147,12 @@ class Lab:
         for label, sae in saes.items():
             check_fits(model, sae, label or "the SAE given")
         hooks = {label: HeadHook.of(sae) for label, sae in saes.items()}
-        if len({(hook.layer, hook.head) for hook in hooks.values()}) > 1:
-            listed = "; ".join(f"{label}: {hook.name}" for label, hook in hooks.items())
+        cells = {(hook.layer, hook.head) for hook in hooks.values()}
+        listed = "; ".join(f"{label}: {hook.name}" for label, hook in hooks.items())
+        if one_head and len(cells) > 1:
             raise ValueError(f"dictionaries of one head can be evaluated together, found {listed}")
+        if not one_head and (len(cells) < len(hooks) or len({layer for layer, _ in cells}) > 1):
+            raise ValueError(f"one dictionary for each head of one layer can act together, found {listed}")
         self.model, self.tokens, self.saes = model, tokens, dict(saes)
         self.hooks, self.reference = hooks, reference
         self.seed, self.rows_per_run, self.progress = seed, rows_per_run, progress
@@ -398,6 +404,8 @@ class Lab:
         shape, hook = self.model.cfg.layer(self.hook.layer), self.hook
         architecture = getattr(self.sae.cfg, "architecture", None)
         default = hook.cell if len(self.saes) > 1 else f"{hook.cell} {hook.target}-trained"
+        if len({each.head for each in self.hooks.values()}) > 1:
+            default = f"L{hook.layer}, {len(self.hooks)} heads"
         return {
             "label": label or default,
             "model": str(self.model.cfg.model_name),

@@ -103,8 +103,11 @@ def groups(scope: Scope, saes: Mapping[str, SAE], *, single: bool = False) -> It
         single: the evaluation was asked for by name, so that dictionaries which it cannot compare are its problem to
             report; otherwise they are passed over.
     """
-    if scope is Scope.EACH:
+    if scope is Scope.EACH or (scope is Scope.LAYER and not _one_layer(saes)):
         yield from ((label, {label: sae}) for label, sae in saes.items())
+        return
+    if scope is Scope.LAYER:
+        yield "", dict(saes)
         return
     if scope.compares and single:
         yield "", dict(saes)
@@ -117,6 +120,12 @@ def groups(scope: Scope, saes: Mapping[str, SAE], *, single: bool = False) -> It
             yield cell, dict([next(iter(of_head.items()))])
         elif comparable(scope, list(of_head.values())):
             yield cell, of_head
+
+
+def _one_layer(saes: Mapping[str, SAE]) -> bool:
+    """Whether the dictionaries are of different heads of one layer."""
+    hooks = [HeadHook.of(sae) for sae in saes.values()]
+    return len({hook.cell for hook in hooks}) == len(hooks) > 1 and len({hook.layer for hook in hooks}) == 1
 
 
 def comparable(scope: Scope, saes: Sequence[SAE]) -> bool:

@@ -94,6 +94,15 @@ def target_change(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
     return {name: (a.cpu().double() - b.cpu().double())[:, 0].numpy() for name, (a, b) in columns.items()}
 
 
+def target_rank(rows: EditedRows) -> Mapping[str, NDArray[np.int64]]:
+    """Readout: `edited_rank`, the rank from 1 of the target of each trial (`row["token"]`) at the last token of the
+    window."""
+    tokens = [cast(int, trial.row["token"]) for trial in rows.trials]
+    edited = rows.window[:, -1]
+    target = edited.gather(1, torch.tensor(tokens, device=edited.device)[:, None])
+    return {"edited_rank": 1 + (edited > target).sum(1).cpu().numpy()}
+
+
 def logit_noise(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
     """Readout: `logit`, the root mean square over the vocabulary of the change of logits at the last token of the
     window. After a no-op, that is what rounding moves a logit by."""

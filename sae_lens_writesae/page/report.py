@@ -26,6 +26,8 @@ from sae_lens_writesae.files import atomic_text, atomic_write
 from sae_lens_writesae.page.template import environment, outcome_text
 from sae_lens_writesae.verdict.paper import OTHER_MODELS, PAPER_CLAIMS, Outcome, PaperClaim
 
+ONE_SIDE = 0.025
+"""Share of 95 % intervals that lie beyond chance on the side of the claim where there is no effect."""
 _ROWS = 40
 """Rows of a table that the page shows; the files hold all of them."""
 
@@ -145,7 +147,19 @@ def lead(rows: Sequence[Answer]) -> str:
         one, several = verbs.get(outcome, (f"is {outcome_text(outcome)}", f"are {outcome_text(outcome)}"))
         return f"{n} {one if n == 1 else several}"
 
-    return f"Of {len(rows)} answers to claims, {', '.join(itertools.starmap(phrase, counts.most_common()))}."
+    said = f"Of {len(rows)} answers to claims, {', '.join(itertools.starmap(phrase, counts.most_common()))}."
+    return f"{said} {multiplicity(rows)}".strip()
+
+
+def multiplicity(rows: Sequence[Answer]) -> str:
+    """How many of the answers would hold by luck, where none of them were true. Nothing for a single answer."""
+    judged = sum(row.claim.outcome != "not tested" for row in rows)
+    if judged < 2:
+        return ""
+    return (
+        f"Each of the {judged} judged ones has its own 95 % interval, with no correction over the page: if nothing at "
+        f"all were there, about {max(1, round(ONE_SIDE * judged))} of {judged} would still lie beyond chance."
+    )
 
 
 def unanswered(rows: Sequence[Answer]) -> list[str]:

@@ -60,10 +60,20 @@ class ReproduceConfig:
     """Further dictionaries of states, whose loss mixes in what queries read, or atoms' alignment with writes; for the
     comparison of objectives. None is trained where states are no target."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the first target's dictionaries; other targets and variants take the first seed."""
-    variants: tuple[str, ...] = ("FlatSAE", MATCHED, "MatrixSAE", "WriteSAE-rank2", "WriteSAE-rank4")
+    """Of the first target's dictionaries; other targets take the first seed."""
+    variants: tuple[str, ...] = (
+        "FlatSAE",
+        MATCHED,
+        "MatrixSAE",
+        "BilinearFlatSAE",
+        "TiedSAE",
+        "WriteSAE-rank2",
+        "WriteSAE-rank4",
+    )
     """Further dictionaries of the first target, for the baselines: of `sae_lens_writesae.VARIANTS`, and `MATCHED`, a
     flat SAE with as many parameters as the WriteSAE has."""
+    variant_seeds: int = 2
+    """Seeds of each variant, the first of `seeds`: the paper's comparison of architectures (table 7) is over seeds."""
     evaluations: tuple[str, ...] | None = None
     """Kinds of evaluations; None: all of them."""
     architecture: str = "writesae_batchtopk"
@@ -110,7 +120,16 @@ class ReproduceConfig:
             raise ValueError(f"losses beside mse are reads and write, found {', '.join(unknown)}")
         if self.evaluations is not None:
             object.__setattr__(self, "evaluations", tuple(self.evaluations))
-        for name in ("d_sae", "k", "training_tokens", "context_size", "eval_sequences", "n_atoms", "firings_per_atom"):
+        for name in (
+            "variant_seeds",
+            "d_sae",
+            "k",
+            "training_tokens",
+            "context_size",
+            "eval_sequences",
+            "n_atoms",
+            "firings_per_atom",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
 
@@ -144,6 +163,7 @@ class ReproduceConfig:
 
 
 SMALL = ReproduceConfig(
+    variant_seeds=1,
     d_sae=256,
     k=16,
     training_tokens=40_000,

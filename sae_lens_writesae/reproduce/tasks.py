@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +42,8 @@ def dictionaries(config: ReproduceConfig) -> Iterator[Dictionary]:
             for other in config.seeds[1:]:
                 yield Dictionary(layer, head, main, "", other)
             for variant in config.variants:
-                yield Dictionary(layer, head, main, variant, seed)
+                for each in config.seeds[: config.variant_seeds]:
+                    yield Dictionary(layer, head, main, variant, each)
 
 
 def make_tasks(config: ReproduceConfig) -> list[Task]:
@@ -63,27 +65,37 @@ def make_tasks(config: ReproduceConfig) -> list[Task]:
             first = own[0]
             needs = tuple(f"{first.key}/{name}" for name in ("sae", "substitution") if name == "sae" or name in chosen)
             tasks.append(Task(f"{first.key}/atoms", needs, lambda work, sae=first: work.show(sae)))
+    for layer, name in itertools.product(config.layers if len(config.heads) > 1 else (), chosen):
+        if EVALUATIONS[name].scope is Scope.LAYER:
+            together = [
+                sae for sae in _plain(all_saes, config) if (sae.layer, sae.target) == (layer, config.targets[0])
+            ]
+            tasks.append(_evaluation(name, f"L{layer}/{name}", together))
     done = tuple(task.key for task in tasks)
     return [*tasks, Task("report", done, lambda work: work.report())]
 
 
 def _evaluations(name: str, saes: list[Dictionary], config: ReproduceConfig) -> list[Task]:
     """An evaluation of each dictionary that it is for, or of several together."""
-    scope = EVALUATIONS[name].scope
-    plain = [sae for sae in saes if not sae.variant and sae.seed == config.seeds[0] and sae.loss == "mse"]
-    if scope is Scope.EACH:
+    scope, plain = EVALUATIONS[name].scope, _plain(saes, config)
+    if scope in (Scope.EACH, Scope.LAYER):
         return [_evaluation(name, f"{sae.key}/{name}", [sae]) for sae in plain]
     first = [sae for sae in saes if sae.target == config.targets[0] and sae.loss == "mse"]
     groups = {
         Scope.HEAD: plain[:1],
         Scope.SEEDS: [sae for sae in first if not sae.variant],
         Scope.TARGETS: [sae for sae in saes if not sae.variant and sae.seed == config.seeds[0]],
-        Scope.VARIANTS: [sae for sae in first if sae.seed == config.seeds[0]],
+        Scope.VARIANTS: [sae for sae in first if sae.seed in config.seeds[: config.variant_seeds]],
     }
     group = groups[scope]
     if scope.compares and len(group) < 2:  # nothing to compare with
         return []
     return [_evaluation(name, f"{group[0].cell}/{name}", group)]
+
+
+def _plain(saes: Iterable[Dictionary], config: ReproduceConfig) -> list[Dictionary]:
+    """WriteSAEs of the first seed, trained by their reconstruction alone."""
+    return [sae for sae in saes if not sae.variant and sae.seed == config.seeds[0] and sae.loss == "mse"]
 
 
 def _evaluation(name: str, key: str, saes: list[Dictionary]) -> Task:

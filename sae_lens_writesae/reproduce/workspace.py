@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
-from sae_lens import SAE, LanguageModelSAERunnerConfig
+from sae_lens import SAE, LanguageModelSAERunnerConfig, TrainingSAE
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.registry import get_sae_training_class
 from torch import Tensor
@@ -32,8 +34,13 @@ from sae_lens_writesae.sae.base import VARIANTS
 from sae_lens_writesae.sae.checkpoint import ASIDE_PREFIX
 from sae_lens_writesae.sae.kinds import matched_flat
 from sae_lens_writesae.sae.load import load_sae
-from sae_lens_writesae.sae.runner import Trainer, WriteSAETrainingRunner, quiet, text_dataset, training_config
-from sae_lens_writesae.sae.target import head_target
+from sae_lens_writesae.sae.runner import Trainer as SaeLensTrainer
+from sae_lens_writesae.sae.runner import WriteSAETrainingRunner, quiet, text_dataset, training_config
+from sae_lens_writesae.sae.target import RunnerConfig, head_target
+
+Trainer = Callable[[RunnerConfig, HookedRecurrent, Dataset], TrainingSAE]
+"""Trains one dictionary from a runner's config on a model and a text. Where its inputs are normalised, the factor is
+folded into the weights, as SAELens' runner does it."""
 
 _CHECKPOINTS = 20
 """Checkpoints in a training run: what is lost when it is killed without warning is at most a twentieth of it."""
@@ -49,11 +56,22 @@ class Workspace:
         config: of the run.
         folder: where the run keeps everything.
         device: of this process; None: the first GPU, or the CPU.
+        trainer: trains one dictionary; by default SAELens' runner, whose newest two checkpoints are kept.
     """
 
-    def __init__(self, config: ReproduceConfig, folder: Path, device: str | None = None):
+    def __init__(
+        self, config: ReproduceConfig, folder: Path, device: str | None = None, trainer: Trainer | None = None
+    ):
         self.config, self.folder = config, folder
+        self.trainer = trainer or train_frugally
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def at(self, config: ReproduceConfig, folder: Path) -> Workspace:
+        """The same model and text for dictionaries of other settings, in another folder. Only what dictionaries are
+        made of may differ (k, d_sae, architecture, seeds, learning rate ...)."""
+        other = copy.copy(self)
+        other.config, other.folder = config, folder
+        return other
 
     def check(self) -> None:
         """Raise ValueError (or UnsupportedModelError, UnknownHookError) unless the run can be done at all."""
@@ -118,7 +136,7 @@ class Workspace:
         whole = whole_checkpoints(checkpoints)
         cfg.resume_from_checkpoint = str(whole[-1]) if whole else None
         with quiet():
-            sae = _FrugalRunner(cfg, override_model=self.model, override_dataset=self.dataset).run()
+            sae = self.trainer(cfg, self.model, self.dataset)
         aside = own / ".sae"
         shutil.rmtree(aside, ignore_errors=True)
         sae.save_inference_model(str(aside))
@@ -159,20 +177,23 @@ class Workspace:
     def _size(self, dictionary: Dictionary) -> tuple[int, dict[str, object]]:
         """d_sae, and further fields of a dictionary's SAE."""
         c = self.config
-        fields: dict[str, object] = {"k": c.k, "normalize_activations": "expected_average_only_in"}
-        if dictionary.variant != MATCHED:
-            return c.d_sae, fields | VARIANTS.get(dictionary.variant, {})
         sae_class, config_class = get_sae_training_class(c.architecture)
+        # Architectures with a penalty in the place of a number of active atoms have no k.
+        sparsity: dict[str, object] = {"k": c.k} if "k" in {f.name for f in fields(config_class)} else {}
+        given = sparsity | {"normalize_activations": "expected_average_only_in"}
+        if dictionary.variant != MATCHED:
+            return c.d_sae, given | VARIANTS.get(dictionary.variant, {})
         place = head_target(self.model, dictionary.layer, dictionary.head, dictionary.target)
-        flat = matched_flat(sae_class(config_class.from_dict(place.sae_fields | {"d_sae": c.d_sae, "k": c.k})))
-        return flat.d_sae, fields | flat.fields
+        flat = matched_flat(sae_class(config_class.from_dict(place.sae_fields | {"d_sae": c.d_sae} | sparsity)))
+        return flat.d_sae, given | flat.fields
 
     def evaluate(self, kind: str, key: str, dictionaries: list[Dictionary]) -> None:
         """One evaluation of a dictionary, of a head or of several dictionaries, saved to the folder `key`; where there
         is nothing to measure, the result says why."""
-        saes = {dictionary.label: self.sae(dictionary) for dictionary in dictionaries}
-        first = dictionaries[0]
-        label = f"{first.cell} {first.target}-trained" if key.startswith(first.key) else first.cell
+        first, several_heads = dictionaries[0], len({dictionary.cell for dictionary in dictionaries}) > 1
+        saes = {(each.key if several_heads else each.label): self.sae(each) for each in dictionaries}
+        place = key.rpartition("/")[0]  # a head, or a layer
+        label = f"{first.cell} {first.target}-trained" if key.startswith(first.key) else place
         self.evaluation(kind, label).run_or_skip(self.model, saes, self.tokens).save(self.folder / key)
 
     def evaluation(self, kind: str, label: str) -> Evaluation:
@@ -211,11 +232,16 @@ class Workspace:
         os.replace(aside, self.folder / "report")
 
 
+def train_frugally(cfg: RunnerConfig, model: HookedRecurrent, dataset: Dataset) -> TrainingSAE:
+    """SAELens' runner, with few checkpoints."""
+    return _FrugalRunner(cfg, override_model=model, override_dataset=dataset).run()
+
+
 class _FrugalRunner(WriteSAETrainingRunner):
     """Keeps the newest two checkpoints; for a wide SAE each is gigabytes."""
 
     def save_whole_checkpoint(
-        self, trainer: Trainer, checkpoint_name: str | None = None, wandb_aliases: list[str] | None = None
+        self, trainer: SaeLensTrainer, checkpoint_name: str | None = None, wandb_aliases: list[str] | None = None
     ) -> Path:
         saved = super().save_whole_checkpoint(trainer, checkpoint_name, wandb_aliases)
         for old in whole_checkpoints(saved.parent.parent)[:-2]:

@@ -1,6 +1,10 @@
 """`writesae_gated`: separate gate and magnitude (Rajamanoharan et al. 2024, arXiv 2404.16014).
 
-The paper reports that its gated variant failed; it is here so that this can be checked.
+The paper reports that its gated variants failed; it is here so that this can be checked. The function is another one:
+the gate here is the step of Rajamanoharan et al., whose gradient comes from SAELens' auxiliary losses on the gate path.
+The paper tried a hard gate, one with a straight-through gradient, and (in the released code) a soft gate
+sigmoid(z / tau) with tau = 0.1 that multiplies the magnitude. A soft gate is never zero, so that L0 and firings are not
+defined without a threshold; it is not offered.
 """
 
 from dataclasses import dataclass

@@ -27,6 +27,10 @@ def read_loss(error: Tensor, queries: Tensor) -> Tensor:
     It is multiplied by K / mean |q|^2, so that the size of the queries does not matter, and for queries without a
     preferred direction the loss equals the reconstruction loss, the mean of |E|^2 (Frobenius). It is zero where all
     reads agree, whatever else the error E holds. A row without a query (all zero) counts as read without error.
+
+    The query of a row is the one that reads the state at the row's own token (`read_queries`). A state is read by it,
+    so that for states the loss is what it says. A **write** stays in the state and is read by later queries as well,
+    at what decay and erase leave of it: for writes the loss weighs the first of these reads only.
     """
     size = queries.square().sum(-1).mean().clamp_min(torch.finfo(queries.dtype).tiny)
     read = torch.einsum("nkv,nk->nv", error, queries)

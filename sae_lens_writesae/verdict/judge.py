@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from sae_lens_writesae.verdict.paper import Outcome
-from sae_lens_writesae.verdict.statistics import Estimate
+from sae_lens_writesae.verdict.statistics import FEW_CLUSTERS, Estimate, detectable
 
 MIN_CLUSTERS = 5
 """Independent units (sequences, atoms, prompts) below which no interval is trusted: a percentile interval over 4
@@ -99,7 +99,8 @@ def judge(
             )
         small = f"lies {side} {chance:g}, but does not reach {far:g}, from which on it matters"
         missed = small if low > 0 else f"does not lie {side} {chance:g}"
-        return Verdict("fails", f"The interval of {what} {missed}.")
+        seen = "" if low > 0 else f" {_seen(effect, chance, sign)}"
+        return Verdict("fails", f"The interval of {what} {missed}.{seen}")
     unbeaten, equal = _unbeaten(against or {}, sign, chance, relevant)
     if equal:
         rest = tuple(name for name in unbeaten if name not in equal)
@@ -147,6 +148,13 @@ def _unbeaten(
             equal.append(name)
     unbeaten.sort()
     return tuple(name for _, name in unbeaten), tuple(name for _, name in unbeaten if name in equal)
+
+
+def _seen(effect: Estimate, chance: float, sign: float) -> str:
+    """What this sample could have seen, beside a "fails"."""
+    few = f" The interval is over {effect.n_clusters} units, and may be too short." * (effect.n_clusters < FEW_CLUSTERS)
+    far = chance + sign * detectable(effect, chance)
+    return f"A true value of {far:.2g} would be found in four of five samples like this one.{few}"
 
 
 def _listed(names: tuple[str, ...]) -> str:

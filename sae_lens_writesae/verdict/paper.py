@@ -77,13 +77,50 @@ PAPER_CLAIMS: dict[int, PaperClaim] = {
         "3 seeds",
         "counts vary 4-12 %, < 1 % of atoms match at cosine > 0.9",
     ),
+    21: PaperClaim(
+        "one substitution leaves the state within 5 % of its norm", "rebuttal", "10 tokens each", "below 5 %"
+    ),
+    22: PaperClaim("the formula holds on held-out positions", "rebuttal", "5,000 positions", "R² 0.97"),
+    23: PaperClaim("a linear predictor of the logit change on Mamba-2", "rebuttal, Mamba-2", "", "R² 0.84"),
+    24: PaperClaim(
+        "an atom put in where it is silent raises its token (I.4, table 19)",
+        "Qwen3.5-0.8B L9H4, one atom",
+        "150 positions",
+        "+0.016 nats at 4 x, p = 0.15 (fails)",
+    ),
+    25: PaperClaim(
+        "installed writes improve the rank of their token (table 20)",
+        "Qwen3.5-0.8B L9H4, all strata",
+        "1,200 trials",
+        "77.4 % of trials",
+    ),
+    26: PaperClaim(
+        "registers point along their writes, the first principal component of writes does not (3.4)",
+        "Qwen3.5-0.8B L9H4, three registers",
+        "3 atoms",
+        "component -0.216 / -0.045 / -0.075; registers 0.262 (median)",
+    ),
+    27: PaperClaim(
+        "alignment of registers falls with the rank of the write rule (figure 4, tables 6, 11)",
+        "GDN / RWKV-7 / Mamba-2",
+        "ten cells",
+        "median cosine 0.262 / 0.180 / 0.0575; KS p = 1.2e-10",
+    ),
+    28: PaperClaim(
+        "an atom moves other tokens than a random direction of its norm (I.1, figures 9, 10)",
+        "Qwen3.5-0.8B L1/L9/L17, 47 heads",
+        "592 features",
+        "selectivity 0.9953; orthogonal directions 0.998 (uninformative)",
+    ),
 }
-"""Claims by the number that results and the report use."""
+"""Claims by the number that results and the report use. From 21 on they come from the appendix and the rebuttal."""
 
 OTHER_MODELS = {
     11: "a Mamba-2 model",
     12: "an RWKV-7 model",
     13: "a DeltaNet model",
     14: "Qwen3.5-4B",
+    23: "a Mamba-2 model",
+    27: "models of several update rules",
 }
 """Claims about one model that another model cannot answer."""

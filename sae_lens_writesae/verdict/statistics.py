@@ -5,8 +5,9 @@ per observation (sequence, atom, prompt: whatever is the independent unit). NaN 
 Tests and distributions come from scipy; what is written here are bootstraps of clusters, permutations of clusters, and
 Holm's rule.
 
-Below about 20 clusters a percentile interval is too narrow (coverage 0.71 at 8 clusters for a rate of 0.95).
-`n_clusters` is returned so that a reader sees it, and `judge` gives no verdict under 5.
+Below about 20 clusters a percentile interval is too narrow (coverage 0.71 at 8 clusters for a rate of 0.95). Rates get
+another interval there (`few_clusters_interval`). For other statistics `n_clusters` is returned so that a reader sees
+it; `judge` says it beside a "fails", and gives no verdict under 5.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ WeightedStatistic = Callable[[Array, Array], Array]
 """A statistic of weighted observations: (values [N], weights [S,N]) -> [S], one number per row of weights."""
 
 N_RESAMPLES = 2000
+FEW_CLUSTERS = 20
+"""Clusters below which a percentile interval is too narrow."""
 _CHUNK_FLOATS = 8_000_000
 """Weights held at once by a bootstrap: 64 MB."""
 
@@ -177,7 +180,40 @@ def success_rate(success: ArrayLike, clusters: ArrayLike, *, ties: int = 0, seed
     successes = int(hits.sum())
     interval = stats.binomtest(successes, len(hits)).proportion_ci(0.95, method="wilson")
     wilson = Interval(float(interval.low), float(interval.high))
-    return Rate(successes / len(hits), successes, ties, len(hits), wilson, estimate(hits, clusters, seed=seed))
+    over_clusters = estimate(hits, clusters, seed=seed)
+    if 1 < over_clusters.n_clusters < FEW_CLUSTERS:
+        low, high = few_clusters_interval(hits, clusters)
+        over_clusters = over_clusters._replace(low=low, high=high)
+    return Rate(successes / len(hits), successes, ties, len(hits), wilson, over_clusters)
+
+
+def few_clusters_interval(success: ArrayLike, clusters: ArrayLike) -> Interval:
+    """A 95 % interval of a share over 2 to about 20 clusters: Wilson's, with the effective sample size n / deff in the
+    place of n, and Student's t with C - 1 degrees of freedom in the place of the normal quantile (Korn and Graubard,
+    1998; Dean and Pagano, 2015). The design effect deff is the variance over clusters, over that of independent
+    observations, and at least 1. Where all clusters are alike there is no variance to measure: each cluster then counts
+    as one observation, which is the worst case, and the normal quantile stays.
+    """
+    hits = _checked("success", success)
+    codes = _codes(clusters, len(hits))
+    n, size = len(hits), np.bincount(codes)
+    n_clusters, p = len(size), float(hits.mean())
+    spread = np.bincount(codes, hits) - p * size
+    variance = n_clusters / (n_clusters - 1) * float(spread @ spread) / n**2
+    if variance > 0:
+        effective, t = min(float(n), p * (1 - p) / variance), float(stats.t.ppf(0.975, n_clusters - 1))
+    else:
+        effective, t = float(n_clusters), float(stats.norm.ppf(0.975))
+    centre = (p + t**2 / (2 * effective)) / (1 + t**2 / effective)
+    half = t / (1 + t**2 / effective) * math.sqrt(p * (1 - p) / effective + t**2 / (4 * effective**2))
+    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+
+
+def detectable(effect: Estimate, chance: float, *, power: float = 0.8) -> float:
+    """Distance from `chance` that a true effect needs for the interval of a sample like this one to lie beyond chance
+    with probability `power`: (1.96 + z) standard errors, the standard error read off the interval."""
+    error = (effect.high - effect.low) / (2 * float(stats.norm.ppf(0.975)))
+    return abs(float(stats.norm.ppf(0.975) + stats.norm.ppf(power)) * error)
 
 
 def win_rate(a: ArrayLike, b: ArrayLike, clusters: ArrayLike, *, seed: int = 0) -> Rate:
@@ -236,6 +272,13 @@ def mann_whitney(a: ArrayLike, b: ArrayLike) -> Significance:
     x, y = _checked("a", a), _checked("b", b)
     result = stats.mannwhitneyu(x, y)
     return Significance(float(result.statistic), float(result.pvalue), len(x) + len(y))
+
+
+def kolmogorov_smirnov(a: ArrayLike, b: ArrayLike) -> Significance:
+    """Two-sample Kolmogorov-Smirnov test; the statistic is the largest distance of the two distribution functions."""
+    x, y = _checked("a", a), _checked("b", b)
+    statistic, p_value = cast(tuple[float, float], tuple(stats.ks_2samp(x, y)))
+    return Significance(float(statistic), float(p_value), len(x) + len(y))
 
 
 def sign_flip_test(

@@ -16,6 +16,7 @@ from sae_lens_writesae.verdict.paper import PAPER_CLAIMS
 
 LABELS = {
     Scope.EACH: ("my-sae",),
+    Scope.LAYER: ("my-sae",),
     Scope.HEAD: ("my-sae",),
     Scope.SEEDS: ("seed-0", "seed-1"),
     Scope.TARGETS: ("write", "state"),

@@ -22,7 +22,16 @@ from nbconvert import MarkdownExporter  # noqa: E402
 from docs_site import error_pages, evaluation_pages, hook_pages, texts  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-FIRST = ("index.md", "install.md", "quickstart.md", "families.md", "attach.md", "results.md", "benchmarks.md")
+FIRST = (
+    "index.md",
+    "install.md",
+    "quickstart.md",
+    "families.md",
+    "attach.md",
+    "results.md",
+    "coverage.md",
+    "benchmarks.md",
+)
 """Hand-written pages, in reading order; whatever else lies in docs/ follows."""
 ELSEWHERE = ("verdicts.md", "SUMMARY.md")
 ROOT_PAGES = ("ARCHITECTURE.md", "CONTRIBUTING.md")

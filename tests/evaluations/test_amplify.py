@@ -115,6 +115,33 @@ def test_prompts_after_which_the_model_grows_past_its_dtype_are_left_out(
         run(model64, tokens, sae)
 
 
+def test_atoms_of_all_heads_of_a_layer_are_scaled_together(model64: HookedRecurrent, tokens: Tensor) -> None:
+    saes = {f"H{head}": random_sae(model64, head=head) for head in (2, 0)}
+    settings = {"atoms_per_token": 2, "factors": (1e3,), "headline": 1e3, "new_tokens": 12}
+    result = Amplify(**SMALL | settings).run(model64, saes, tokens, progress=False)
+    atoms = result.tables["atoms"]
+    assert atoms.groupby("token", sort=False)["head"].unique().map(list).tolist() == [[2, 0]] * 2
+    assert not atoms.duplicated(["head", "atom"]).any() and atoms.groupby(["token", "head"]).size().max() == 2
+    prompts = tokens[halves(len(tokens), 0).test[:3], :5]
+    lab = Lab(model64, saes, tokens, one_head=False)
+    alone = []
+    for token, team in atoms.groupby("token"):
+        numbers = {f"H{head}": of_head["atom"].tolist() for head, of_head in team.groupby("head", sort=False)}
+        with scale_atoms(model64, saes["H2"], numbers["H2"], 1e3):
+            first = sample_continuations(model64, prompts, 12, seed=0).tokens
+            with scale_atoms(model64, saes["H0"], numbers["H0"], 1e3):
+                text = sample_continuations(model64, prompts, 12, seed=0).tokens
+        alone.append(torch.equal(first, text))
+        condition = amplify.Condition("atom", 1e3, int(str(token)))
+        sampled = result.evaluation._continuations(lab, prompts, condition, {int(str(token)): numbers})  # type: ignore
+        assert torch.equal(sampled.tokens, text)
+        assert counts_of(result, "atom", 1e3).loc[token]["count"].tolist() == (text == token).sum(1).tolist()
+    assert not all(alone)  # the second head matters
+    assert "2 heads" in result.claims()[0].unit and result.label == "L1, 2 heads"
+    with pytest.raises(ValueError, match="each head of one layer"):
+        Amplify(**SMALL).run(model64, {"a": saes["H0"], "b": saes["H0"]}, tokens, progress=False)
+
+
 def test_atoms_that_are_zero_move_nothing(model64: HookedRecurrent, tokens: Tensor) -> None:
     sae = random_sae(model64)
     sae.w.data.zero_()
@@ -171,7 +198,7 @@ def counted(atom: float, random: float = 0.0, other: float = 0.0, n_tokens: int 
             rows += [row | {"condition": c, "factor": 4.0, "count": native + x} for c, x in changes.items()]
     letters = list("abcde")[:n_tokens]
     atoms = pd.DataFrame({"token": range(n_tokens), "text": letters, "atom": range(n_tokens), "count": 30})
-    atoms = atoms.assign(phi=0.5, phi_test=0.4, precision=0.5, recall=0.5)
+    atoms = atoms.assign(phi=0.5, phi_test=0.4, precision=0.5, recall=0.5, head=0)
     evaluation = Amplify(factors=(4.0,), new_tokens=64)
     return Result(evaluation, {"label": "x"}, {"atoms": atoms, "counts": pd.DataFrame(rows)})
 

@@ -25,7 +25,7 @@ from sae_lens_writesae.experiment.firings import Firings
 from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.pca import fit_pca
 from sae_lens_writesae.experiment.result import Result
-from sae_lens_writesae.experiment.selectivity import selectivity
+from sae_lens_writesae.experiment.selectivity import direction_selectivity, own_tokens
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 
 SMALL = Baselines(test_sequences=4, pca_ranks=(1, 3), pca_writes=40, replacement_sequences=3, horizon=4, min_firings=2)
@@ -111,10 +111,43 @@ def test_an_atom_of_one_token_is_selective_and_one_of_all_tokens_is_not() -> Non
     order = np.argsort(at, kind="stable")
     at, atom = at[order], atom[order]
     firings = Firings(at // 4, at % 4, atom, np.ones(len(at), np.float32), 2, 4, 3)
-    table = selectivity(firings, ids, 2, np.random.default_rng([0, 8])).set_index("atom")
+    table = own_tokens(firings, ids, 2, np.random.default_rng([0, 8])).set_index("atom")
     assert table.index.tolist() == [0, 1]  # the third fires once
     assert table.loc[0, ["firings", "token", "share"]].tolist() == [4, 7, 1.0] and table.loc[0, "chance"] < 1
     assert table.loc[1, "share"] == table.loc[1, "chance"] == 0.5
+
+
+def test_selectivity_is_one_minus_the_overlap_of_moved_tokens(model64: HookedRecurrent, tokens: Tensor) -> None:
+    lab = Lab(model64, {"a": make_sae(model64)}, tokens)
+    site, t = lab.site(0), 6
+    write = site.at([t])
+    generator = torch.Generator().manual_seed(int(lab.rng(13, 0).integers(2**62)))
+    random, other = (write.random_like(generator) for _ in range(2))
+
+    def top(direction: LowRank) -> set[int]:
+        added = (direction * (write.norm() / direction.norm())).dense()[0]
+        writes = model64.recurrence(tokens[:1], LAYER).write(HEAD)[:, :, 0].clone()
+        writes[0, t] += added
+        hook = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write"
+        edited = model64.run_with_hooks(tokens[:1], fwd_hooks=[(hook, lambda value, hook: writes)])[0, t]
+        change = edited.log_softmax(-1) - model64(tokens[:1])[0, t].log_softmax(-1)
+        return set(change.abs().topk(5).indices.tolist())
+
+    table = direction_selectivity(lab, site, [t], {"same": random * 3.0, "other": other, "none": write * 0.0}, 5)
+    expected = 1 - len(top(random) & top(other)) / 5
+    assert table.set_index("sae")["selectivity"].to_dict() == pytest.approx({"same": 0.0, "other": expected})
+    assert table["chance"].tolist() == pytest.approx([expected] * 2)
+
+
+def test_variants_are_joined_over_seeds() -> None:
+    result = made_up()
+    table = result.tables["dictionaries"]
+    again = table.query("sae == 'two'").assign(sae="two-seed1", explained=0.7)
+    more = Result(result.evaluation, result.info, result.tables | {"dictionaries": pd.concat([table, again])})
+    variants = more.details()["variants"].set_index(["variant", "d_sae"])
+    row = variants.loc[("WriteSAE-rank2", 400)]
+    assert row[["dictionaries", "explained", "explained_lowest", "explained_highest"]].tolist() == [2, 0.6, 0.5, 0.7]
+    assert more.claims() == result.claims()
 
 
 # -- all of it
@@ -135,7 +168,7 @@ def test_run_on_variants(model: HookedRecurrent, tokens: Tensor, tmp_path: Path)
         assert len(frame) and not frame.isna().to_numpy().any(), name
     assert cost(result, ("itself", "")).mean == 0
     assert cost(result, ("dictionary", "exact")).mean == pytest.approx(0, abs=1e-5)
-    assert [claim.number for claim in result.claims()] == [15, 15, None, 16, 17, None, None]
+    assert [claim.number for claim in result.claims()] == [15, 15, None, 16, 17, None, None, 28]
     assert "not tested" not in {claim.outcome for claim in result.claims() if claim.number}
     loaded = load_result(result.save(tmp_path / "baselines"))
     assert loaded.claims() == result.claims() and loaded.notes() == result.notes()
@@ -176,6 +209,7 @@ def made_up(
     drop: tuple[str, ...] = (),
     target: str = "write",
     n_sequences: int = 20,
+    selectivity: float = 0.99,
 ) -> Result:
     """KLs by (sae, condition), costs by (hook, sae, method), dead atoms and selectivity by dictionary, with noise."""
     rng = np.random.default_rng(0)
@@ -214,14 +248,22 @@ def made_up(
         for label, x in ({"ours": 0.6, "flat": 0.3} | (share or {})).items()
         for i in range(50)
     ]
+    directions = [
+        {"sae": "ours", "sequence": s, "position": 3, "selectivity": x + 0.001 * rng.normal(), "chance": 0.99}
+        for s in range(n_sequences)
+        for x in [selectivity]
+    ]
     tables = {
         "dictionaries": dictionaries,
         "writes": pd.DataFrame(writes).assign(cosine=0.1, norm=1.0),
         "replacement": pd.DataFrame(replacement),
-        "selectivity": pd.DataFrame(selective),
+        "own_tokens": pd.DataFrame(selective),
+        "selectivity": pd.DataFrame(directions),
     }
     return Result(
-        Baselines(pca_ranks=(1, 4), scale="matched"), {"target": target, "label": "made up", "n_positions": 64}, tables
+        Baselines(pca_ranks=(1, 4), scale="matched"),
+        {"target": target, "label": "made up", "n_positions": 64, "d_vocab": 4096},
+        tables,
     )
 
 
@@ -256,6 +298,9 @@ NOTHING: dict[tuple[str, str], float] = {("", "delete"): 1e-13, ("ours", "atom")
         ),
         ({"share": {"ours": 0.1}}, {6: "fails"}),
         ({"share": {"flat": 0.7}}, {6: "confounded"}),
+        ({}, {7: "fails"}),  # as in the paper: any direction is as selective
+        ({"selectivity": 0.999}, {7: "holds"}),
+        ({"drop": ("ours",)}, {7: "not tested"}),
     ],
 )
 def test_verdicts_follow_the_rules(changes: dict[str, Any], outcomes: dict[int, str]) -> None:

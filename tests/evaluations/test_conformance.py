@@ -77,6 +77,7 @@ def world(hf):
     state = make_sae(model, hook=HOOK.replace("write", "state"))
     saes = {
         Scope.EACH: {"": one},
+        Scope.LAYER: {"": one},
         Scope.HEAD: {"": one},
         Scope.SEEDS: {"a": one, "b": other},
         Scope.TARGETS: {"write": one, "state": state},
@@ -193,7 +194,7 @@ def test_one_sequence_is_refused_or_inconclusive(kind: str, world):
     assert {claim.outcome for claim in result.claims()} <= {"inconclusive", "not tested", "below the floor"}
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if EVALUATIONS[k].scope is Scope.EACH])
+@pytest.mark.parametrize("kind", [k for k in KINDS if EVALUATIONS[k].scope in (Scope.EACH, Scope.LAYER)])
 def test_a_dead_dictionary_is_skipped_with_the_reason(kind: str, world, tmp_path):
     model, _, tokens = world
     dead = make_sae(model)
@@ -215,7 +216,7 @@ def test_a_comparison_needs_two_dictionaries(kind: str, world):
         small(kind).run(model, saes[Scope.EACH], tokens, progress=False)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if EVALUATIONS[k].scope is Scope.EACH])
+@pytest.mark.parametrize("kind", [k for k in KINDS if EVALUATIONS[k].scope in (Scope.EACH, Scope.LAYER)])
 def test_no_verdict_on_a_handful_of_observations(kind: str, world):
     """Eight firings are no failure."""
     model, saes, tokens = world

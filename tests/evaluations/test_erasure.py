@@ -15,7 +15,7 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluations import load_result
-from sae_lens_writesae.evaluations.erasure import CONTROLS, Erasure, selected_effect
+from sae_lens_writesae.evaluations.erasure import CONTROLS, Erasure, selected_effect, slopes_of
 from sae_lens_writesae.experiment.firings import collect_firings, halves
 from sae_lens_writesae.experiment.result import Result
 
@@ -106,7 +106,8 @@ def test_tables_are_whole_and_a_loaded_result_says_the_same(
     for table in result.tables.values():
         assert len(table) and not table.isna().any(axis=None)
     n_test = len(result.tables["firings"])
-    assert result.info["n_edited_runs"] == 3 * n_test + 2 * result.tables["atoms"]["n_select"].sum()
+    assert len(result.tables["doses"]) == 6 * n_test
+    assert result.info["n_edited_runs"] == (3 + 6) * n_test + 2 * result.tables["atoms"]["n_select"].sum()
     assert 0 < float(str(result.info["floor"])) < 1e-4  # float32
     loaded = load_result(result.save(tmp_path / "erasure"))
     assert loaded.claims() == result.claims()
@@ -146,6 +147,19 @@ def test_the_shortest_sequences_are_enough(model: HookedRecurrent, varied: Tenso
 NOISE = 0.02 * np.random.default_rng(3).standard_normal(64)
 
 
+def dosed(slope: float, injected: float, wrong: float = 0.0) -> pd.DataFrame:
+    """A table `doses` of 64 firings of eight atoms: effects of `slope` nats a dose at firings, `injected` elsewhere."""
+    n = np.arange(64)
+    parts = [
+        pd.DataFrame({"atom": n % 8, "sequence": n // 8, "position": n, "place": place, "dose": m}).assign(
+            effect=m * each * (1 + NOISE), wrong=m * wrong
+        )
+        for place, doses, each in (("firing", (-0.5, -1.0, -2.0), slope), ("silent", (1.0, 2.0, 4.0), injected))
+        for m in doses
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
 def sampled(**means: float) -> Result:
     """64 firings of eight atoms in eight sequences."""
     n = np.arange(64)
@@ -156,6 +170,7 @@ def sampled(**means: float) -> Result:
     atoms = firings.groupby("atom")[list(columns)].mean().reset_index()
     atoms = atoms.assign(token=1, text="a", n_select=8, n=8, selected=2 * means["effect"], p=0.01)
     tables = {"firings": firings.assign(elsewhere_position=0), "atoms": atoms}
+    tables["doses"] = dosed(slope=-means["effect"], injected=-means["effect"], wrong=means.get("wrong", 0.0))
     return Result(Erasure(), {"label": "x", "floor": 1e-5}, tables)
 
 
@@ -171,7 +186,7 @@ def sampled(**means: float) -> Result:
 )
 def test_verdicts(means: dict[str, float], outcome: str, single: str) -> None:
     result = sampled(**means)
-    first, second = result.claims()
+    first, second, *_ = result.claims()
     assert (first.number, first.outcome, second.outcome) == (8, outcome, single)
     assert first.n == 64 and first.unit == "firings of 8 atoms in 8 sequences"
     assert selected_effect(result) == pytest.approx(2 * means["effect"])
@@ -183,4 +198,50 @@ def test_too_little_data_is_inconclusive() -> None:
     result = sampled(effect=0.1)
     firings = result.tables["firings"]
     few = Result(result.evaluation, result.info, result.tables | {"firings": firings[firings["sequence"] < 4]})
-    assert [claim.outcome for claim in few.claims()] == ["inconclusive", "inconclusive"]
+    assert [claim.outcome for claim in few.claims()][:2] == ["inconclusive", "inconclusive"]
+
+
+@pytest.mark.parametrize(
+    "doses, injected, curve",
+    [
+        ({"slope": 0.1, "injected": 0.1}, "holds", "holds"),
+        ({"slope": 0.1, "injected": -0.1}, "fails", "holds"),  # as in the paper: only at firings
+        ({"slope": 0.1, "injected": 0.1, "wrong": 0.1}, "confounded", "confounded"),
+        ({"slope": 0.0, "injected": 0.0}, "below the floor", "below the floor"),
+    ],
+)
+def test_verdicts_on_doses(doses: dict[str, float], injected: str, curve: str) -> None:
+    result = sampled(effect=-0.1)
+    result = Result(result.evaluation, result.info, result.tables | {"doses": dosed(**doses)})
+    _, _, put_in, slope = result.claims()
+    assert (put_in.number, put_in.outcome, slope.number, slope.outcome) == (24, injected, None, curve)
+    assert len(result.figures()) == 3
+    plain = Result(Erasure(doses=(), injected=()), result.info, result.tables | {"doses": dosed(0, 0)[:0]})
+    assert len(plain.claims()) == 2 and len(plain.figures()) == 2
+
+
+def test_slopes_are_those_through_the_origin() -> None:
+    slopes = slopes_of(dosed(0.3, 0.2).query("place == 'firing'"))
+    np.testing.assert_allclose(slopes.sort_values("position")["effect"], 0.3 * (1 + NOISE))
+
+
+def test_doses_add_the_typical_component(model64: HookedRecurrent, tokens: Tensor, planted: SAE) -> None:
+    """All sequences are equal, so that the median activation is that of each firing: m = -1 is the erasure."""
+    tables = run(model64, planted, tokens).tables
+    by = ["atom", "sequence", "position"]
+    firings, doses = tables["firings"].set_index(by), tables["doses"].set_index(by)
+    erased = doses[doses["dose"] == -1.0]
+    np.testing.assert_allclose(erased["effect"], firings.loc[erased.index, "effect"], rtol=1e-6)
+    row = tables["firings"].iloc[0]
+    t, token = int(row["elsewhere_position"]), int(tables["atoms"].set_index("atom")["token"][row["atom"]])
+    where = tables["doses"].query("place == 'silent' and atom == @row.atom and sequence == @row.sequence")
+    put_in = where[(where["position"] == t) & (where["dose"] == 4.0)].iloc[0]
+    atom = planted.W_dec.detach()[int(row["atom"])].view(model64.cfg.layer(LAYER).K, -1)
+
+    def change(writes: Tensor) -> Tensor:
+        writes[t] += 4 * row["activation"] * atom
+        return writes
+
+    native = logits_with_write(model64, tokens[:1], lambda writes: writes).log_softmax(-1)
+    edited = logits_with_write(model64, tokens[:1], change).log_softmax(-1)
+    assert put_in["effect"] == pytest.approx(float((edited - native)[t : t + 4, token].mean()), rel=1e-4)

@@ -65,6 +65,10 @@ def test_installed_writes_are_those_of_the_definition(model64: HookedRecurrent, 
         logits_with_write(model64, prompt, how)[-1].log_softmax(-1)[row["token"]] for how in (lambda w: w, change)
     )
     assert row["log_prob_change"] == pytest.approx(float(edited - native), rel=1e-5)
+    logits = logits_with_write(model64, prompt, change)[-1]
+    assert row["edited_rank"] == 1 + int((logits > logits[int(row["token"])]).sum())
+    nothing = table[table["condition"] == "nothing"]
+    assert (nothing["edited_rank"] == nothing["rank"]).all()
 
 
 def test_targets_may_be_strings(embedded: HookedRecurrent) -> None:
@@ -108,7 +112,12 @@ def shares(target: float, random: float, wrong: float, nothing: float = 0.0, pai
         place = pair * 7 % pairs / pairs
         for condition, m, share in (("nothing", 0.0, nothing), ("target", 3.0, target), ("random", 3.0, random)):
             hits = {"hit": place < share, "wrong_hit": place < wrong, "first": 0 if place < share else -1}
-            rows.append(row | hits | {"wrong": 2, "condition": condition, "m": m, "log_prob_change": 0.1})
+            rows.append(
+                row
+                | hits
+                | {"wrong": 2, "condition": condition, "m": m, "log_prob_change": 0.1}
+                | {"edited_rank": 100 if hits["hit"] else 300}
+            )
     return Result(Install(sizes=(3.0,)), {"label": "x"}, {"continuations": pd.DataFrame(rows)})
 
 
@@ -128,3 +137,13 @@ def test_verdicts(table: tuple[float, ...], outcome: str) -> None:
     assert (claim.number, claim.outcome, claim.unit) == (10, outcome, "prompt x target pairs")
     assert ("as in the paper" in claim.sentence) == (outcome == "holds")
     assert len(result.figures()) == 1
+
+
+@pytest.mark.parametrize(
+    "table, outcome",
+    [((0.9, 0.4, 0.0), "holds"), ((0.9, 0.9, 0.0), "confounded"), ((0.3, 0.3, 0.0), "fails")],
+)
+def test_improved_ranks_are_held_against_a_random_direction(table: tuple[float, ...], outcome: str) -> None:
+    claim = shares(*table).claims()[-1]  # pyright: ignore[reportArgumentType]
+    assert (claim.number, claim.outcome, claim.n) == (25, outcome, 40)
+    assert claim.measured.startswith(f"{table[0]:.0%}")

@@ -223,7 +223,26 @@ def made_result(cells: pd.DataFrame, floor: float = 1e-9) -> Result:
 
 
 def outcomes(result: Result) -> list[str]:
-    return [claim.outcome for claim in result.claims()]
+    """Of F0, F1 and F2."""
+    return [claim.outcome for claim in result.claims()][:3]
+
+
+@pytest.mark.parametrize(
+    "cells, rule, expected",
+    [
+        (made_up(first=2.0, noise=0.1), "Gated DeltaNet", {22: "holds"}),  # a factor of 2 is what a scale is for
+        (made_up(first=0.3, noise=1.0), "Mamba-2", {22: "fails", 23: "fails"}),  # F0 is mostly noise
+        (made_up(noise=1.0).assign(F1=lambda t: 3 * t["measured"]), "Mamba-2", {22: "fails", 23: "holds"}),
+        (made_up(first=1.0, noise=0.0).assign(shuffled=lambda t: t["F2"]), "Mamba-2", {22: "confounded"}),
+    ],
+)
+def test_the_rebuttals_numbers_are_held_out(cells: pd.DataFrame, rule: str, expected: dict[int, str]) -> None:
+    result = made_result(cells)
+    result = Result(result.evaluation, result.info | {"rule": rule}, result.tables)
+    found = {claim.number: claim for claim in result.claims() if claim.number in (22, 23)}
+    assert (23 in found) == (rule == "Mamba-2")
+    assert {number: found[number].outcome for number in expected} == expected
+    assert "at 10 of the rebuttal's 5,000 positions" in found[22].measured
 
 
 def test_verdicts() -> None:

@@ -80,6 +80,7 @@ def test_a_no_op_changes_nothing_and_every_condition_is_followed(result: Result)
 def test_verdicts_of_known_tables(distances: dict[str, float], outcome: str) -> None:
     rows = [
         {"firing": n, "sequence": n // 4, "condition": condition, "step": step, "residual_cosine": 1 - distance}
+        | {"state_gap": distance}
         for n in range(24)
         for condition, distance in ({"native": 1e-8} | distances).items()
         for step in (0, 1)
@@ -87,6 +88,31 @@ def test_verdicts_of_known_tables(distances: dict[str, float], outcome: str) -> 
     evaluation = Multistep(**SMALL | {"controls": ("mean", "state_after")})
     claim = Result(evaluation, {"label": "x"}, {"steps": pd.DataFrame(rows)}).claims()[0]
     assert (claim.outcome, claim.n) == (outcome, 24)
+
+
+@pytest.mark.parametrize(
+    "gaps, outcome",
+    [
+        ({"atom": 0.02, "delete": 0.3}, "holds"),
+        ({"atom": 0.02, "delete": 0.03}, "confounded"),  # any write is small here, so that atoms show nothing
+        ({"atom": 0.3, "delete": 0.2}, "fails"),
+        ({"atom": 0.02, "delete": 1e-9}, "below the floor"),
+    ],
+)
+def test_a_small_state_gap_says_something_where_deletion_makes_a_large_one(
+    gaps: dict[str, float], outcome: str
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"firing": n, "sequence": n // 3, "condition": condition, "step": step, "residual_cosine": 0.5}
+        | {"state_gap": gap * rng.uniform(0.9, 1.1)}
+        for n in range(24)
+        for condition, gap in ({"native": 1e-8} | gaps).items()
+        for step in (0, 1)
+    ]
+    evaluation = Multistep(**SMALL | {"controls": ()})
+    claim = Result(evaluation, {"label": "x"}, {"steps": pd.DataFrame(rows)}).claims()[1]
+    assert (claim.number, claim.outcome, claim.n) == (21, outcome, 24)
 
 
 def test_settings_are_checked() -> None:

@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small_saes import HEAD, LAYER, make_sae, planted
+from small_saes import HEAD, LAYER, K, V, make_sae, planted
 
 from hookpoints import UnknownHookError
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluations import load_result
-from sae_lens_writesae.evaluations.partition import Partition, alike_verdict, compare_kinds
+from sae_lens_writesae.evaluations.partition import RULES, Partition, alike_verdict, compare_kinds, first_component
 from sae_lens_writesae.evaluations.substitution import Substitution
 from sae_lens_writesae.experiment.cosines import firing_cosines
 from sae_lens_writesae.experiment.lab import Lab
@@ -40,10 +40,26 @@ def test_cosines_are_those_of_the_dense_matrices(model: Any, tokens: Any, decode
     for row in table.sample(20, random_state=0).itertuples():
         expected = torch.cosine_similarity(writes[row.sequence, row.position], atoms[row.atom], dim=0)
         assert row.cosine == pytest.approx(expected.item(), abs=1e-5)
+        write, atom = writes[row.sequence, row.position].view(K, V), atoms[row.atom].view(K, V)
+        sides = [torch.linalg.svd(each) for each in (write, atom)]
+        key = (sides[0].U[:, 0] @ sides[1].U[:, 0]).abs()
+        value = (sides[0].Vh[0] @ sides[1].Vh[0]).abs()
+        assert (row.key, row.value) == pytest.approx((key.item(), value.item()), abs=1e-4)
+        assert rank > 1 or decoder == "flat" or row.key * row.value == pytest.approx(abs(row.cosine), abs=1e-5)
     # a shuffled cosine is that of some other write of the same sequence
     row = table.iloc[0]
     every = torch.cosine_similarity(writes[int(row["sequence"])], atoms[int(row["atom"])], dim=-1)
     assert (every - row["shuffled"]).abs().min() < 1e-5
+
+
+def test_the_first_component_is_that_of_the_dense_writes(model: Any, tokens: Any) -> None:
+    with torch.no_grad():
+        lab = Lab(model, {"": planted(model, tokens)}, tokens)
+        component = first_component(lab, 10**6).dense()[0].flatten()
+        rows = model.recurrence(tokens, LAYER).write(HEAD)[:, :, 0].flatten(0, 1).flatten(1)
+        top = torch.linalg.svd(rows - rows.mean(0)).Vh[0]
+    assert component.norm().item() == pytest.approx(1, abs=1e-4)
+    assert (component @ top).abs().item() == pytest.approx(1, abs=1e-3) and component @ rows.mean(0) > 0
 
 
 def test_zero_atoms_are_named_and_a_label_chooses_the_dictionary(model: Any, tokens: Any) -> None:
@@ -119,6 +135,7 @@ def made(cosine: Any, shuffled: Any) -> Result:
     atoms = pd.DataFrame({"atom": range(n), "firings": 9, "cosine": np.asarray(cosine, float), "shuffled": shuffled})
     atoms["random"], atoms["z"] = np.random.default_rng(9).normal(0, 0.01, n), fisher_z(cosine)
     atoms["kind"] = np.where(atoms["cosine"] >= evaluation.threshold, "register", "bundle")
+    atoms = atoms.assign(key=0.5, value=0.5, shuffled_key=0.3, shuffled_value=0.3, pca=-0.05)
     tables = {
         "atoms": atoms,
         "mixtures": evaluation.mixture_table(atoms),
@@ -250,6 +267,33 @@ def test_the_evaluation_tests_as_many_atoms_of_each_kind(model: Any, tokens: Any
 def test_a_single_atom_gives_no_interval() -> None:
     for claim in made([0.3], [0.1]).claims():
         assert claim.outcome == "not tested" and "nan" not in claim.measured + claim.controls
+
+
+@pytest.mark.parametrize("pca, outcome", [(-0.05, "holds"), (0.4, "fails")])
+def test_registers_are_held_against_the_first_component(pca: float, outcome: str) -> None:
+    result = made(normal(0.4, 0.03, 60), normal(0, 0.01, 60))
+    result.tables["atoms"]["pca"] = pca
+    claim = result.claims()[3]
+    assert (claim.number, claim.outcome, claim.n) == (26, outcome, 60)
+
+
+@pytest.mark.parametrize(
+    "cosines, shuffled, outcome",
+    [
+        ((0.4, 0.2, 0.1), (0.0, 0.0, 0.0), "holds"),
+        ((0.1, 0.2, 0.4), (0.0, 0.0, 0.0), "fails"),  # another order
+        ((0.4, 0.4, 0.1), (0.0, 0.0, 0.0), "fails"),  # two that do not differ
+        ((0.4, 0.2, 0.1), (0.3, 0.1, 0.0), "confounded"),
+    ],
+)
+def test_rules_are_compared_over_results(cosines: Any, shuffled: Any, outcome: str) -> None:
+    results = []
+    for n, (rule, cosine, null) in enumerate(zip(RULES, cosines, shuffled)):
+        result = made(normal(cosine, 0.03, 80, n), normal(null, 0.03, 80, n + 9))
+        results.append(Result(result.evaluation, result.info | {"rule": rule, "target": "write"}, result.tables))
+    ((label, claim),) = Partition.across(results)
+    assert (claim.number, claim.outcome, claim.n) == (27, outcome, 240) and label == ", ".join(RULES)
+    assert Partition.across(results[:1]) == [] == Partition.across([])
 
 
 # -- bad input

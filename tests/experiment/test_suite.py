@@ -50,6 +50,8 @@ def test_dictionaries_are_grouped_by_head(model: HookedRecurrent) -> None:
     assert labels(Scope.TARGETS) == {"L1H2": ["a", "b"], "L1H0": ["c", "d"]}
     assert labels(Scope.SEEDS) == {}
     assert labels(Scope.HEAD) == {"L1H2": ["a"], "L1H0": ["c"]}
+    assert labels(Scope.LAYER) == {label: [label] for label in saes}  # two of one head
+    assert [list(group) for _, group in groups(Scope.LAYER, {name: saes[name] for name in "bc"})] == [["b", "c"]]
     assert labels(Scope.EACH) == {label: [label] for label in saes}
     assert list(labels(Scope.TARGETS, single=True).values()) == [list(saes)]
 

@@ -355,7 +355,8 @@ KEYS: dict[tuple[str, str], tuple[str, ...]] = {
     ("baselines", "dictionaries"): ("sae",),
     ("baselines", "writes"): ("sequence", "position", "sae", "condition"),
     ("baselines", "replacement"): ("sequence", "sae", "hook", "method"),
-    ("baselines", "selectivity"): ("sae", "atom"),
+    ("baselines", "own_tokens"): ("sae", "atom"),
+    ("baselines", "selectivity"): ("sae", "sequence", "position"),
 }
 """(kind, table) -> the columns that name a row. Rows are compared in the order of these, not in that of the table."""
 

@@ -194,6 +194,7 @@ def test_the_lead_counts_outcomes() -> None:
     rows = report.claim_rows([made_up(HOLDS, label="a", **FEW), made_up(CONFOUNDED, label="b", **FEW)])
     sentence = report.lead(rows)
     assert sentence.startswith(f"Of {len(rows)} answers") and "confounded by a control" in sentence
+    assert f"about 1 of {len(rows)} would still lie beyond chance" in sentence and report.multiplicity(rows[:1]) == ""
     outcomes: list[Outcome] = ["holds", "fails", "undecided", "inconclusive", "below the floor", "not tested"]
     assert [report.outcome_text(each) for each in outcomes] == outcomes
 

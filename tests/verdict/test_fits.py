@@ -8,6 +8,7 @@ import pytest
 
 from sae_lens_writesae.verdict.fits import (
     groups_of,
+    linear_fit,
     one_scale,
     per_cell_table,
     r2_estimate,
@@ -76,3 +77,16 @@ def test_the_global_scale_is_fitted_on_the_other_half() -> None:
 def test_the_control_keeps_horizon_rank_and_eps_and_changes_the_firing() -> None:
     for _, part in made_up().groupby(["quantity", "horizon", "rank", "eps"]):
         assert sorted(part["shuffled"]) == sorted(part["F2"]) and (part["shuffled"] != part["F2"]).all()
+
+
+def test_a_linear_fit_never_sees_the_half_that_it_predicts() -> None:
+    rng = np.random.default_rng(0)
+    features, clusters, groups = rng.normal(size=(400, 2)), np.arange(400) // 20, np.arange(400) % 2
+    truth = np.where(groups == 0, features @ [1.0, -2.0], features @ [0.0, 3.0])
+    np.testing.assert_allclose(linear_fit(truth, features, clusters, groups), truth)
+    changed = truth.copy()
+    changed[clusters % 2 == 1] = rng.normal(size=200)  # the odd half predicts the even one, and not itself
+    predicted = linear_fit(changed, features, clusters, groups)
+    np.testing.assert_allclose(predicted[clusters % 2 == 1], truth[clusters % 2 == 1])
+    one = linear_fit(truth, features[:, :1], clusters, np.zeros(400))
+    np.testing.assert_allclose(one, one_scale(truth, features[:, 0], clusters).predicted)

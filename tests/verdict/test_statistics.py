@@ -100,7 +100,40 @@ def test_win_rate_counts_strict_wins_and_ties() -> None:
     rate = S.win_rate([1, 2, 3, 4], [2, 2, 4, 1], clusters=[0, 0, 1, 1])
     assert (rate.rate, rate.successes, rate.ties, rate.n) == (0.5, 2, 1, 4)
     assert rate.over_clusters[0] == 0.5 and rate.over_clusters.n_clusters == 2
-    assert rate.over_clusters.interval == (0.5, 0.5)  # both clusters have the rate 1/2
+    assert rate.over_clusters.low < 0.1 and rate.over_clusters.high > 0.9  # two clusters say next to nothing
+
+
+@pytest.mark.parametrize("rate, icc, n_clusters", [(0.95, 0.0, 8), (0.95, 0.3, 8), (0.5, 0.1, 8), (0.9, 0.1, 5)])
+def test_the_interval_of_a_rate_covers_it_with_few_clusters(rate: float, icc: float, n_clusters: int) -> None:
+    rng, ids = np.random.default_rng(0), np.repeat(np.arange(n_clusters), 8)
+    covered = {"few": 0, "percentile": 0}
+    runs = 200
+    for _ in range(runs):
+        more = (1 - icc) / icc if icc else 1e9
+        wins = rng.random(len(ids)) < np.repeat(rng.beta(rate * more, (1 - rate) * more, n_clusters), 8)
+        few, percentile = S.success_rate(wins, ids).over_clusters, S.estimate(wins, ids)
+        covered["few"] += few.low <= rate <= few.high
+        covered["percentile"] += percentile.low <= rate <= percentile.high
+    assert covered["few"] / runs >= 0.93 and covered["few"] > covered["percentile"]
+
+
+def test_the_interval_for_few_clusters_is_wilsons_where_observations_are_independent() -> None:
+    wins = np.tile([1, 1, 1, 0], 25)  # each observation a cluster: the design effect is n / (n - 1), about 1
+    few, wilson = S.few_clusters_interval(wins, np.arange(100)), S.success_rate(wins, np.arange(100)).wilson
+    assert few == pytest.approx(wilson, abs=0.005)
+    low, high = S.few_clusters_interval(np.ones(40), np.arange(40) // 4)  # no variance: ten observations
+    assert high == pytest.approx(1) and low == pytest.approx(1 / (1 + stats.norm.ppf(0.975) ** 2 / 10))
+
+
+def test_what_a_sample_can_detect_is_found_in_four_of_five_samples() -> None:
+    """72 firings in 30 sequences find a true 60 % with probability 0.42, so that much more is detectable."""
+    rng, found, runs = np.random.default_rng(0), 0, 300
+    one = S.estimate(rng.random(400) < 0.5, np.arange(400))
+    far = 0.5 + S.detectable(one, 0.5)
+    assert 0.06 < far - 0.5 < 0.08  # 2.8 * 0.5 / 20
+    for _ in range(runs):
+        found += S.estimate(rng.random(400) < far, np.arange(400)).low > 0.5
+    assert found / runs == pytest.approx(0.8, abs=0.07)
 
 
 def test_chain_rate_needs_every_link() -> None:
