@@ -7,17 +7,21 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
+from hookpoints import Recurrence
+from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.experiment.firings import Integers
 from sae_lens_writesae.experiment.head import head_writes
 from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.experiment.reconstruction import matrices_of
 
 
 class FiringCosines(NamedTuple):
-    """Signed cosines <A_i, W_t> / |A_i||W_t| over firings (i, t), for the dictionary and two nulls."""
+    """Signed cosines <A_i, W_t> / |A_i||W_t| over firings (i, t), for the dictionary and three nulls."""
 
     table: pd.DataFrame
-    """sequence, position, atom, cosine, shuffled, random. One row per firing at a write that is not zero."""
+    """sequence, position, atom, cosine, shuffled, random, untrained. One row per firing at a write that is not zero."""
     zero_writes: int
     """Firings left out because the native write there, or at the shuffled position, is zero."""
     zero_atoms: Integers
@@ -31,11 +35,15 @@ def firing_cosines(lab: Lab, atoms: Integers, label: str | None = None) -> Firin
       the positions per sequence). This is what is left when only the head's typical writes, and not this firing, can
       match.
     * `random`: a Gaussian rank-R direction in the place of the atom (one per atom), at the same firings.
+    * `untrained`: where the atom has the n-th largest activation, that one of F Gaussian rank-R directions which has
+      the n-th largest product with what the dictionary reads. An atom fires where its product is large, so that random
+      atoms, too, point along the writes they fire on; this is how far.
 
     Args:
         label: of the dictionary; by default the first one.
 
-    Cost: one forward up to the head's layer per sequence, and 2 T F R R' (K + V) for the cosines.
+    Cost: one forward up to the head's layer per sequence, and 3 T F R R' (K + V) for the cosines; for a dictionary of
+    states also T F R K V, and T K V numbers.
     """
     firings = lab.firings(label)
     directions = lab.atoms(atoms, label)
@@ -44,15 +52,22 @@ def firing_cosines(lab: Lab, atoms: Integers, label: str | None = None) -> Firin
     rng = lab.rng(len(atoms))
     # The noise has a seed of its own: a dictionary initialised under `lab.seed` would otherwise be its own null.
     noise = directions.random_like(torch.Generator().manual_seed(int(rng.integers(2**62))))
+    nothing = LowRank(*(side[:1].expand(firings.n_atoms, -1, -1) for side in (directions.keys, directions.values)))
+    seed = int(lab.rng(len(atoms), 1).integers(2**62))
+    untrained = nothing.random_like(torch.Generator().manual_seed(seed))
+    untrained = untrained.with_norm(torch.ones(firings.n_atoms).to(untrained.values))
     column = np.full(firings.n_atoms, -1)
     column[usable_atoms] = np.arange(len(usable_atoms))
     tables, zero_writes = [], 0
     for sequence in range(len(lab.tokens)):
-        table = firings.frame((firings.sequence == sequence) & (column[firings.atom] >= 0))
+        table = firings.frame(firings.sequence == sequence)
+        table["place"] = table.groupby("position")["activation"].rank(method="first", ascending=False).astype(int) - 1
+        table = table[column[table["atom"].to_numpy()] >= 0]
         order = rng.permutation(firings.n_positions)
         if table.empty:
             continue
-        writes = head_writes(lab.recurrence(sequence), 0).to(directions.values)
+        recurrence = lab.recurrence(sequence)
+        writes = head_writes(recurrence, 0).to(directions.values)
         written = (writes.norm() > 0).cpu().numpy()
         here, which = table["position"].to_numpy(), column[table["atom"].to_numpy()]
         there = order[here]
@@ -60,11 +75,23 @@ def firing_cosines(lab: Lab, atoms: Integers, label: str | None = None) -> Firin
         zero_writes += int((~usable).sum())
         table, here, there, which = table.loc[usable], here[usable], there[usable], which[usable]
         matched, chance = (writes.cosines(each).cpu().numpy() for each in (directions, noise))
-        tables.append(
-            table.drop(columns="activation").assign(
-                cosine=matched[here, which], shuffled=matched[there, which], random=chance[here, which]
-            )
+        fires = _fires(untrained, recurrence, lab.hook.target if label is None else lab.hooks[label].target)
+        drawn = fires[torch.tensor(here), torch.tensor(table["place"].to_numpy())]
+        table = table.drop(columns=["activation", "place"]).assign(
+            cosine=matched[here, which], shuffled=matched[there, which], random=chance[here, which]
         )
-    columns = ["sequence", "position", "atom", "cosine", "shuffled", "random"]
+        tables.append(
+            table.assign(untrained=writes.rows(torch.tensor(here)).cosine(untrained.rows(drawn)).cpu().numpy())
+        )
+    columns = ["sequence", "position", "atom", "cosine", "shuffled", "random", "untrained"]
     joined = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
     return FiringCosines(joined, zero_writes, np.setdiff1d(atoms, usable_atoms))
+
+
+def _fires(atoms: LowRank, recurrence: Recurrence, target: str) -> Tensor:
+    """[T,F] numbers of atoms at each token, by falling inner product with the write or the state."""
+    if target == "write":
+        return atoms.cosines(head_writes(recurrence, 0).to(atoms.values)).T.argsort(dim=1, descending=True, stable=True)
+    states = matrices_of(recurrence, target).to(atoms.values)
+    products = torch.einsum("tkv,frk,frv->tf", states, atoms.keys, atoms.values)
+    return products.argsort(dim=1, descending=True, stable=True)
