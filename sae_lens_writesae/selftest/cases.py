@@ -157,9 +157,9 @@ CASES: tuple[Case, ...] = (
     Case(
         "substitution",
         "one write",
-        "oracle",
+        "blurred",
         {_SUBSTITUTES: CONFOUNDED},
-        settings=_ONE | {"controls": ("random", "state", "mean")},
+        settings={"firings_per_atom": 44, "scales": ("coefficient",), "controls": ("random", "state", "mean")},
     ),
     # -- partition
     Case("partition", "planted", "oracle", {_ALIGNED: HOLDS}, settings={"tested_atoms": 0}),
@@ -186,9 +186,9 @@ CASES: tuple[Case, ...] = (
     # -- baselines
     Case("baselines", "planted", "oracle, flat untrained, rank 2", {_BETTER: HOLDS, _DEAD: HOLDS, _SELECTIVE: NOT}),
     Case("baselines", "planted", "oracle, flat oracle, rank 2 untrained", {_BETTER: NOT, _DEAD: NOT}),
-    Case("baselines", "typical", "oracle, flat untrained, rank 2", {_RANK2: HOLDS}),
-    Case("baselines", "typical", "oracle, flat oracle, rank 2 untrained", {_RANK2: NOT}),
-    Case("baselines", "tokens", "oracle alone", {_SELECTIVE: HOLDS}),
+    Case("baselines", "needed", "oracle, flat untrained, rank 2", {_RANK2: HOLDS}),
+    Case("baselines", "needed", "oracle, flat oracle, rank 2 untrained", {_RANK2: NOT}),
+    Case("baselines", "tokens", "oracle beside an untrained one", {_SELECTIVE: HOLDS}),
     # -- amplify
     Case("amplify", "tokens", "oracle", {_AMPLIFIED: HOLDS}),
     Case("amplify", "shared tokens", "oracle", {_AMPLIFIED: NOT}),

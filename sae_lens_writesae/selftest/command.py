@@ -89,7 +89,7 @@ class SelfTest:
     only: tuple[str, ...] = ()
     """Evaluations to test; all by default."""
     fast: bool = False
-    """Leave out the cases for which a dictionary is trained (about a minute each)."""
+    """Leave out the cases for which a dictionary is trained (half a minute each)."""
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.only) - set(EVALUATIONS)):

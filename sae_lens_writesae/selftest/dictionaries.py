@@ -111,7 +111,7 @@ def two_kinds(world: World, *, wrong: bool = False) -> WriteTopKSAE:
 
 
 def trained(world: World) -> WriteTopKSAE:
-    """A dictionary that SAELens' runner trained in this world: one atom a token, small batches, about a minute."""
+    """A dictionary that SAELens' runner trained in this world: one atom a token, small batches, half a minute."""
     cfg = training_config(
         world.model,
         world.layer,
@@ -119,7 +119,7 @@ def trained(world: World) -> WriteTopKSAE:
         architecture="writesae_topk",
         d_sae=D_SAE,
         sae={"k": 1},
-        training_tokens=80_000,
+        training_tokens=50_000,
         context_size=128,
         store_batch_size_prompts=16,
         n_batches_in_buffer=16,
@@ -148,6 +148,7 @@ def seeds(make: Callable[[int], LowRank], world: World) -> Dictionaries:
 DICTIONARIES: dict[str, Callable[[World], WriteTopKSAE | Dictionaries]] = {
     "oracle": oracle,
     "oracle, k 3": lambda world: oracle(world, 3),
+    "blurred": lambda world: dictionary(world, blurred_atoms(world, 23, 0.05)),
     "trained": trained,
     "untrained": untrained,
     "untrained, k 3": lambda world: untrained(world, 3),
@@ -169,7 +170,7 @@ DICTIONARIES: dict[str, Callable[[World], WriteTopKSAE | Dictionaries]] = {
         "FlatSAE": dictionary(world, random_atoms(world, 32), flat=True, silent=16),
         "rank 2": dictionary(world, LowRank.cat([planted_atoms(world), random_atoms(world, 32) * 1e-3])),
     },
-    "oracle alone": lambda world: {"WriteSAE": oracle(world), "TiedSAE": untrained(world)},
+    "oracle beside an untrained one": lambda world: {"oracle": oracle(world), "untrained": untrained(world)},
     "oracle, flat oracle, rank 2 untrained": lambda world: {
         "WriteSAE": oracle(world),
         "FlatSAE": dictionary(world, planted_atoms(world), flat=True),

@@ -120,20 +120,11 @@ def by_phase(size: int, n: int) -> Choose:
 
 def by_token(world: World, tokens: Tensor) -> Choose:
     """The nearest of the mean native keys of some tokens."""
-    centres = means(world, native_side(world, "k"), tokens)
-    return lambda key: torch.cdist(key.flatten(0, -2), centres).argmin(1).view(key.shape[:-1])
-
-
-def native_side(world: World, name: str) -> Tensor:
-    """[NT,K] or [NT,V] what the head has at `hook_k` or `hook_v` on the text."""
-    hook = f"blocks.{world.layer}.mixer.hook_{name}"
+    hook = f"blocks.{world.layer}.mixer.hook_k"
     _, cache = world.model.run_with_cache(world.tokens, names_filter=[hook], stop_at_layer=world.layer + 1)
-    return cache[hook][:, :, world.head].flatten(0, 1)
-
-
-def means(world: World, sides: Tensor, tokens: Tensor) -> Tensor:
-    """The mean of sides [NT,...] where each of some tokens is."""
-    return torch.stack([sides[world.tokens.flatten() == token].mean(0) for token in tokens])
+    keys, ids = cache[hook][:, :, world.head].flatten(0, 1), world.tokens.flatten()
+    centres = torch.stack([keys[ids == token].mean(0) for token in tokens])
+    return lambda key: torch.cdist(key.flatten(0, -2), centres).argmin(1).view(key.shape[:-1])
 
 
 def frequent_tokens(world: World, n: int) -> Tensor:
@@ -238,12 +229,27 @@ def two_kinds() -> World:
     return replace(world, read=LowRank.rank_one(keys, values / (1 + hidden**2).sqrt()))
 
 
-def typical() -> World:
-    """Every write is the mean of the native ones of a frequent token: the head still does some of its work."""
+def needed() -> World:
+    """The last layer expects each write of the head, which is read at its own token alone, and takes off again what it
+    says: any other write, or none, leaves the model off by the difference."""
     world = bare(4, 1)
-    asked = frequent_tokens(world, N_ATOMS)
-    keys, values = (means(world, native_side(world, name), asked) for name in ("k", "v"))
-    return plant(world, by_token(world, asked), normalize(keys, dim=1), values)
+    k, v = sizes(world)
+    plain_path(world, norm=False)
+    keys, values, phase = unit(N_ATOMS, k, 2), 200 * unit(N_ATOMS, v, 3), by_phase(k, N_ATOMS)
+    asked = normalize(keys.sum(0), dim=0)
+    hold(world, "hook_q", lambda native: asked.expand_as(native))
+    hold(world, "hook_beta", torch.ones_like)
+    hold(world, "hook_log_decay", lambda native: torch.full_like(native, -50.0))
+    expected = k**-0.5 * (keys @ asked)[:, None] * values @ head_output(world).detach().T
+    chosen: list[Tensor] = []
+
+    def choose(native: Tensor) -> Tensor:
+        chosen[:] = [phase(native)]
+        return chosen[0]
+
+    world = plant(world, choose, keys, values)
+    hold_block(world, "hook_mixer_out", lambda out: out - expected[chosen[0]])
+    return world
 
 
 def sums() -> World:
@@ -418,7 +424,7 @@ WORLDS: dict[str, Callable[[], World]] = {
         noise,
         one_write,
         two_kinds,
-        typical,
+        needed,
         sums,
         blurred,
         tokens,
