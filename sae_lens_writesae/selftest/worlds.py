@@ -235,7 +235,7 @@ def needed() -> World:
     world = bare(4, 1)
     k, v = sizes(world)
     plain_path(world, norm=False)
-    keys, values, phase = unit(N_ATOMS, k, 2), 200 * unit(N_ATOMS, v, 3), by_phase(k, N_ATOMS)
+    keys, values, phase = unit(N_ATOMS, k, 2), 2000 * unit(N_ATOMS, v, 3), by_phase(k, N_ATOMS)
     asked = normalize(keys.sum(0), dim=0)
     hold(world, "hook_q", lambda native: asked.expand_as(native))
     hold(world, "hook_beta", torch.ones_like)
