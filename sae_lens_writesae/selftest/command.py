@@ -59,7 +59,7 @@ def run_case(case: Case) -> Iterator[Row]:
     world = world_of(case.world)
     made = DICTIONARIES[case.dictionary](world)
     saes = made if isinstance(made, Mapping) else {"": made}
-    evaluation = EVALUATIONS[case.kind](**SETTINGS[case.kind] | dict(case.settings))
+    evaluation = EVALUATIONS[case.kind].from_dict(SETTINGS[case.kind] | dict(case.settings))
     result = evaluation.run_or_skip(world.model, saes, world.tokens, progress=False)
     place = (case.kind, case.world, case.dictionary)
     claims = result.claims()

@@ -11,9 +11,9 @@ from torch.nn.functional import normalize
 
 from hookpoints import embedded
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import quiet, text_dataset, train, training_config
+from sae_lens_writesae.sae.topk import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.selftest.worlds import World, generator, sizes
 
 D_SAE = 64

@@ -32,7 +32,7 @@ def test_every_evaluation_has_a_planted_truth_and_a_world_without_it(kind: str) 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_cases_name_what_there_is(case: Case) -> None:
     assert case.kind in EVALUATIONS and case.world in WORLDS and case.dictionary in DICTIONARIES
-    EVALUATIONS[case.kind](**SETTINGS[case.kind] | dict(case.settings))
+    EVALUATIONS[case.kind].from_dict(SETTINGS[case.kind] | dict(case.settings))
 
 
 def _marked(case: Case) -> object:
