@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from sae_lens.saes.sae import SAEMetadata
 
 from hookpoints import HookedRecurrent, WriteEdit, embedded
-from sae_lens_writesae.experiment.conditions import CONTROLS, conditions, edits_of
+from sae_lens_writesae.experiment.conditions import DIRECTIONS, SCALES, conditions, edits_of
 from sae_lens_writesae.experiment.lab import Lab, Site, Trial
 from sae_lens_writesae.experiment.readout import divergences, kl_metrics
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
@@ -92,8 +92,9 @@ def edits_for(lab: Lab, site: Site, positions: list[int]) -> list[list[WriteEdit
     """The 20 conditions of each firing. Atoms and controls are random directions, which take as much time."""
     native = site.at(positions)
     generator = torch.Generator().manual_seed(0)
-    atom, *controls = (native.random_like(generator) for _ in range(1 + len(CONTROLS)))
-    all_conditions = conditions(native, atom, torch.ones(len(positions)), dict(zip(CONTROLS, controls)))
+    atom, *controls = (native.random_like(generator) for _ in range(1 + len(DIRECTIONS)))
+    directions = dict(zip(DIRECTIONS, controls))
+    all_conditions = conditions(native, atom, torch.ones(len(positions)), directions, SCALES[:3])
     return [edits_of(lab, condition, native, positions, "additive") for condition in all_conditions]
 
 

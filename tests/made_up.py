@@ -53,11 +53,9 @@ def made_up(
             "write_norm": rng.gamma(4, 0.3, n),
         }
     ).assign(written_atom=lambda t: t["atom"])
-    named = [("native", "none"), ("delete", "none")]
-    named += [(name, scale) for scale in evaluation.scales for name in ("atom", *evaluation.controls)]
     frames = []
     for choice in evaluation.atom_choice:
-        for name, scale in named:
+        for name, scale in evaluation.written(choice):
             kl = medians.get(name, 2.0) * np.exp(shared + rng.normal(0, 0.4, n))
             kl = floor * rng.random(n) if name == "native" else kl
             measured = {m: kl * (1.1 if m.startswith("reverse") else 1) for m in KL_METRICS}
@@ -89,7 +87,7 @@ def made_up(
         "half_life_limit": 128,
         "mean_write_rank": 5,
         "n_skipped": {},
-        "n_edited_runs": len(named) * n,
+        "n_edited_runs": len(frames) * n,
         "seconds": 12.5,
     }
     return Result(evaluation, info, {"firings": pd.concat(frames, ignore_index=True)})

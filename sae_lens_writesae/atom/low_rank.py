@@ -134,11 +134,15 @@ class LowRank:
 
     def cosines(self, other: LowRank) -> Tensor:
         """Signed cosines of all pairs [N,M]; 0 where either matrix is zero. Costs N M R R' (K + V)."""
+        return _ratio(self.inners(other), self.norm()[:, None] * other.norm()[None, :])
+
+    def inners(self, other: LowRank) -> Tensor:
+        """Frobenius inner products of all pairs [N,M]. Costs N M R R' (K + V)."""
         total = torch.zeros(len(self), len(other), dtype=self.values.dtype, device=self.values.device)
         for r in range(self.rank):
             for s in range(other.rank):
                 total += (self.keys[:, r] @ other.keys[:, s].mT) * (self.values[:, r] @ other.values[:, s].mT)
-        return _ratio(total, self.norm()[:, None] * other.norm()[None, :])
+        return total
 
 
 def state_direction(states: Tensor) -> LowRank:

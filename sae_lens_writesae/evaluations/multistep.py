@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.evaluations.substitution import RELEVANT, Exchange, Substitution
-from sae_lens_writesae.experiment.conditions import CONTROLS, REFERENCES, SCALES, Condition, Scale, edits_of
+from sae_lens_writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, SCALES, Condition, Scale, edits_of
 from sae_lens_writesae.experiment.evaluation import Evaluation
 from sae_lens_writesae.experiment.lab import EditedRows, Lab, Trial
 from sae_lens_writesae.experiment.result import Claim, Figure, Result
@@ -50,14 +50,14 @@ class Multistep(Evaluation):
     """At most this many firings of an atom, dealt over sequences."""
     scale: Scale = "coefficient"
     """How the atom is scaled; every control follows its norm."""
-    controls: tuple[str, ...] = (*CONTROLS, *REFERENCES)
+    controls: tuple[str, ...] = (*DIRECTIONS, *REFERENCES)
     """Controls and references to run."""
 
     kind: ClassVar[str] = "multistep"
     question: ClassVar[str] = "How far does one substitution lead the model astray?"
     min_sequences: ClassVar[int] = 1
     at_least: ClassVar[dict[str, float]] = {"n_steps": 1, "n_atoms": 1, "firings_per_atom": 1}
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"scale": SCALES, "controls": (*CONTROLS, *REFERENCES)}
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"scale": SCALES[:3], "controls": (*CONTROLS, *REFERENCES)}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "steps": {
             "firing": "number of the firing, shared by all of its conditions",

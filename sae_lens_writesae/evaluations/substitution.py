@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, NamedTuple, cast
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.experiment.conditions import (
@@ -20,13 +21,16 @@ from sae_lens_writesae.experiment.conditions import (
     SCALES,
     Condition,
     Scale,
+    common_factors,
     conditions,
     control_directions,
     edits_of,
+    written_at,
 )
 from sae_lens_writesae.experiment.evaluation import Evaluation
-from sae_lens_writesae.experiment.firings import FiringDraw, draw_firings
+from sae_lens_writesae.experiment.firings import FiringDraw, draw_firings, folds
 from sae_lens_writesae.experiment.head import WriteKind, head_profile, head_writes
+from sae_lens_writesae.experiment.head_baselines import BASELINES
 from sae_lens_writesae.experiment.lab import Lab, Site, Trial
 from sae_lens_writesae.experiment.readout import KL_METRICS, kl_metrics
 from sae_lens_writesae.experiment.result import Claim, Figure, Result
@@ -47,11 +51,47 @@ RELEVANT = 0.1
 """Distance of a win rate from 1/2 from which on it matters, and margin by which a control may be worse; fixed before
 any run."""
 
+RELEVANT_SHARE = 0.05
+"""Recovered share that an atom has to exceed, and margin by which a control's may be smaller and still count as equal;
+fixed before any run. Where KL is quadratic in the write, c times the native write recovers 1 - (1 - c)^2: 5 % is what a
+fortieth of the write itself takes back."""
+
+PRACTICAL_FLOOR = 1e-4
+"""Nats: a median deletion effect below it is of no practical size, however far it lies above rounding."""
+
+_LINES = 5
+"""Controls that are lines of one panel: more names do not fit beside it."""
+
 _CLAIM_OF_RULE = {"Mamba-2": 11, "RWKV-7": 12, "DeltaNet": 13}
 """Rules for which the paper reports a substitution test of their own; for all others it is its first claim."""
+_CLAIM_OF_MODEL = {"Qwen3.5-4B": 14}
+"""Models of which the same is true, by a part of their name."""
 
 
 _WORST_FIRST: tuple[Outcome, ...] = ("confounded", "undecided", "fails")
+
+
+class Prepared(NamedTuple):
+    """What is written at the firings of one sequence, before it is scaled."""
+
+    site: Site
+    native: LowRank
+    """N = firings."""
+    atom: LowRank
+    """As the decoder has it, at activation 1."""
+    activation: Tensor
+    """[N]"""
+    controls: dict[str, LowRank]
+    """Directions, and baselines at their own size."""
+
+    def products(self) -> pd.DataFrame:
+        """What `common_factors` needs of this sequence: of the atom, and of each baseline."""
+        own = {"atom": self.atom * self.activation} | {n: m for n, m in self.controls.items() if n in BASELINES}
+        rows = [
+            (self.site.sequence, name, float(matrix.inner(self.native).sum()), float(matrix.inner(matrix).sum()))
+            for name, matrix in own.items()
+        ]
+        return pd.DataFrame(rows, columns=["sequence", "condition", "inner", "square"])
 
 
 class Exchange(NamedTuple):
@@ -78,18 +118,27 @@ class Substitution(Evaluation):
     write. The **recovered share** is 1 - sum KL(condition) / sum KL(deletion).
 
     The headline writes the dominant atom of the position, as the paper does (section 3.2); beside it stands the
-    firing's own atom, under its own name. Every control has the norm of the atom condition at the same scale.
-    `shuffled`, another atom that does not fire there, is the paper's random; the Gaussian direction is ours. The state
-    direction is that of the state **before** the write; the state after it contains the write, so that it is shown as a
-    reference and never held against an atom.
+    firing's own atom, under its own name and at the first scale only. Controls are of two kinds.
+
+    *Directions* have the norm of the atom condition. `shuffled`, another atom that does not fire there, is the paper's
+    random; the Gaussian direction is ours. The state direction is that of the state **before** the write; the state
+    after it contains the write, so that it is shown as a reference and never held against an atom.
+
+    *Baselines* (`experiment.head_baselines`) need no training, and have a size of their own: the mean write of the
+    head, of the token and of the token pair, the best of as many native writes as the dictionary has atoms, drawn at
+    random, the best code of a vector quantiser with as many, and the first principal components. They are fitted on
+    text that nothing is tested on: on `reference`, or each half of the sequences on the other.
 
     A dictionary that was trained on states is tested in the same way: its firings are found on states, and its atoms
     replace the **write**.
 
-    **Verdict** of claim 1 (11, 12, 13 by rule), at the first scale: the ladder of `judge` on the win rate of the atom
-    against deletion (chance 1/2, an effect matters from 60 % on), against every control that beats deletion by itself.
-    Claim 2, at matched norm, as the paper's chain: the rate of atom < delete < another atom, chance 1/2. Claim 3: the
-    paired median ratio of the atom's KL to deletion's lies below 1, and to another atom's too.
+    **Verdict** of claim 1 (11, 12, 13 by rule, 14 for the 4B model), at the first scale, and beside it at the others:
+    the ladder of `judge` on the recovered share of the atom. It holds if the interval of the share lies above 5 %
+    (`RELEVANT_SHARE`) and the interval of its difference from every control's share, over the same deletions, above 0.
+    The win rate (chance 1/2) stands beside it: against deletion it asks for the sign of the effect only, and a small
+    piece of anything that points along the write wins most firings. Claim 2, at matched norm, as the paper's chain: the
+    rate of atom < delete < another atom, chance 1/2. Claim 3: the paired median ratio of the atom's KL to deletion's
+    lies below 1, and to another atom's too.
     """
 
     n_atoms: int | None = 100
@@ -105,10 +154,15 @@ class Substitution(Evaluation):
     activation of the firing."""
     write: WriteKind = "additive"
     """The native write: k_t u_t^T, keeping the erase (the paper's), or k_t u~_t^T, which takes the erase along."""
-    scales: tuple[Scale, ...] = SCALES
-    """How the atom is scaled; every control follows the norm of the atom at the same scale."""
+    scales: tuple[Scale, ...] = ("coefficient", "matched", "common")
+    """How what is written is scaled; the first one is the headline's. Directions have the norm of the atom; baselines
+    are scaled in the same way as the atom is, from a size of their own."""
     controls: tuple[str, ...] = (*CONTROLS, *REFERENCES)
-    """Controls and references to run."""
+    """Controls and references to run. Directions are not run at the scale "common"."""
+    n_codes: int | None = None
+    """Native writes that `drawn` draws, and codes of `quantised`. None: as many as the dictionary has atoms."""
+    pca_components: int = 4
+    """Principal components of `pca`."""
     horizon: int = 16
     """KL is averaged over t..t+horizon, both included. Firings closer to the end are left out."""
     first_position: int = 1
@@ -138,6 +192,8 @@ class Substitution(Evaluation):
         "alive_tokens": 1,
         "min_firings": 1,
         "mean_write_sequences": 1,
+        "n_codes": 1,
+        "pca_components": 1,
     }
     choices: ClassVar[dict[str, tuple[str, ...]]] = {
         "atom_choice": tuple(CHOICES),
@@ -184,12 +240,21 @@ class Substitution(Evaluation):
     def shortest(self) -> int:
         return self.first_position + self.horizon + 1
 
+    def scales_of(self, choice: str) -> tuple[Scale, ...]:
+        """Scales at which a choice of atom is run: the headline at all, what stands beside it at the first one."""
+        return self.scales if choice == self.atom_choice[0] else self.scales[:1]
+
+    def written(self, choice: str) -> list[tuple[str, str]]:
+        """Condition and scale of all that is written at each firing of a choice, in order."""
+        scaled = [(n, scale) for scale in self.scales_of(choice) for n in ("atom", *written_at(scale, self.controls))]
+        return [("native", "none"), ("delete", "none"), *scaled]
+
     # -- measuring
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
         tables = []
         for choice in self.atom_choice:
-            exchanges = self.exchanges(lab, self.draw(lab, choice))
+            exchanges = self.exchanges(lab, self.draw(lab, choice), self.scales_of(choice))
             tables += [self._measured(lab, exchange).assign(choice=choice) for exchange in exchanges]
         return {"firings": pd.concat(tables, ignore_index=True)}
 
@@ -219,8 +284,10 @@ class Substitution(Evaluation):
         n_last = n if self.last_position_firings is None else self.last_position_firings
         return draw._replace(table=draw.table.assign(to_end=rng.permutation(n) < n_last))
 
-    def exchanges(self, lab: Lab, draw: FiringDraw) -> Iterator[Exchange]:
-        """The conditions of each sequence that has firings, one sequence at a time. Cost: one plain forward each."""
+    def exchanges(self, lab: Lab, draw: FiringDraw, scales: Sequence[Scale] | None = None) -> Iterator[Exchange]:
+        """The conditions of each sequence that has firings, one sequence at a time, at all scales by default. Cost: one
+        plain forward each, two where a scale is "common"."""
+        scales = self.scales if scales is None else scales
         sequences = range(min(self.mean_write_sequences, len(lab.tokens)))
         profile = head_profile(map(lab.recurrence, sequences), self.write, self.mean_write_energy)
         lab.facts |= {
@@ -228,16 +295,37 @@ class Substitution(Evaluation):
             "half_life_limit": profile.half_life_limit,
             "mean_write_rank": profile.mean_write.rank,
         }
+        factors: dict[int, dict[str, float]] = {}
+        if "common" in scales:
+            factors = self._common(lab, self._prepared(lab, draw, profile.mean_write))
+        for site, native, atom, activation, controls in self._prepared(lab, draw, profile.mean_write):
+            listed = conditions(native, atom, activation, controls, scales, factors.get(site.sequence))
+            yield Exchange(site, native, atom, listed)
+
+    def _prepared(self, lab: Lab, draw: FiringDraw, mean: LowRank) -> Iterator[Prepared]:
         for site in lab.sites(draw.table, self.kind):
             writes = site.writes if self.write == "additive" else head_writes(site.recurrence, 0, self.write)
             site = site._replace(writes=writes)
             native = writes.rows(site.rows["position"].tolist())
             atom = lab.atoms(site.rows["written_atom"].to_numpy()).to(native.values)
             activation = torch.tensor(site.rows["activation"].to_numpy()).to(native.values)
+            fitted = None
+            if set(self.controls) & set(BASELINES):
+                fitted = lab.baselines(site.sequence, self.write, n_codes=self.n_codes, components=self.pca_components)
+                lab.facts |= {"baseline_tokens": len(fitted.writes), "n_codes": len(fitted.drawn)}
             controls = control_directions(
-                lab, site, site.rows, atom, self.controls, alive=draw.alive, mean=profile.mean_write
+                lab, site, site.rows, atom, self.controls, alive=draw.alive, mean=mean, native=native, baselines=fitted
             )
-            yield Exchange(site, native, atom, conditions(native, atom, activation, controls, self.scales))
+            yield Prepared(site, native, atom, activation, controls)
+
+    def _common(self, lab: Lab, prepared: Iterator[Prepared]) -> dict[int, dict[str, float]]:
+        """The factors of the scale "common" by sequence."""
+        products = pd.concat([each.products() for each in prepared], ignore_index=True)
+        fold = folds(products["sequence"].to_numpy(), self.seed)
+        needed = "the scale 'common' is fitted on other sequences than it is used on, and all firings are in one"
+        lab.require(len(fold) > 1, f"{needed}; give more text, or leave it out of scales")
+        factors = common_factors(products, fold)
+        return {sequence: factors[half] for sequence, half in fold.items()}
 
     def _measured(self, lab: Lab, exchange: Exchange) -> pd.DataFrame:
         site, native = exchange.site, exchange.native
@@ -263,69 +351,73 @@ class Substitution(Evaluation):
     # -- judging
 
     def claims(self, result: Result) -> list[Claim]:
-        """Claim 1 for every choice of atom; claims 2 and 3 for the headline."""
-        scale, rule = self.scales[0], str(result.info["rule"])
-        number_ = _CLAIM_OF_RULE.get(rule, 1)
+        """Claim 1 for every choice of atom and scale; claims 2 and 3 for the headline."""
         claims = []
         for choice in self.atom_choice:
-            headline = choice == self.atom_choice[0]
             wide = wide_firings(result, choice=choice)
-            verdict, rate, share = self.verdict(wide, scale)
-            name = "an atom is nearer to the native write than deletion"
-            claims.append(
-                Claim(
-                    number_ if headline else None,
-                    name if headline else f"{name}, {CHOICES[choice]}",
-                    f"wins {percent(rate.rate)} [{span(*rate.over_clusters.interval)}]; recovers {percent(share.mean)} "
-                    f"[{span(share.low, share.high)}]",
-                    rate.n,
-                    f"firings in {rate.over_clusters.n_clusters} sequences",
-                    self._controls_sentence(wide, scale),
-                    verdict.outcome,
-                    verdict.sentence,
-                )
-            )
+            for scale in self.scales_of(choice):
+                headline = choice == self.atom_choice[0] and scale == self.scales[0]
+                named = [] if choice == self.atom_choice[0] else [CHOICES[choice]]
+                named += [] if scale == self.scales[0] else [f"at {SCALE_NAMES[scale]}"]
+                claims.append(self._nearer(wide, scale, _claim_number(result) if headline else None, named))
         wide = wide_firings(result, choice=self.atom_choice[0])
         return [*claims, *self._chain(wide), *self._medians(wide)]
 
+    def _nearer(self, wide: pd.DataFrame, scale: str, number_: int | None, named: Sequence[str]) -> Claim:
+        """Claim 1 of one choice of atom at one scale; `named` says which, where it is not the headline."""
+        verdict, rate, share = self.verdict(wide, scale)
+        return Claim(
+            number_,
+            ", ".join(["an atom is nearer to the native write than deletion", *named]),
+            f"recovers {percent(share.mean)} [{span(share.low, share.high)}]; wins {percent(rate.rate)} "
+            f"[{span(*rate.over_clusters.interval)}]",
+            rate.n,
+            f"firings in {rate.over_clusters.n_clusters} sequences",
+            self._controls_sentence(wide, scale),
+            verdict.outcome,
+            f"{verdict.sentence} {_floors(wide)}",
+        )
+
     def verdict(self, wide: pd.DataFrame, scale: str) -> tuple[Verdict, stats.Rate, stats.Estimate]:
         """The ladder at one scale, with the win rate and the recovered share (NaN where no deletion has an effect)."""
-        clusters = wide["sequence"]
-        rate = stats.win_rate(wide[f"atom/{scale}"], wide["delete"], clusters, seed=self.seed)
-        if (wide["delete"] > 0).any():
-            share = stats.recovered_share(wide[f"atom/{scale}"], wide["delete"], clusters, seed=self.seed)
+        clusters, atom, deleted = wide["sequence"], wide[f"atom/{scale}"], wide["delete"]
+        rate = stats.win_rate(atom, deleted, clusters, seed=self.seed)
+        against: dict[str, Against] = {}
+        if (deleted > 0).any():
+            share = effect = stats.recovered_share(atom, deleted, clusters, seed=self.seed)
+            for name in written_at(scale, self.controls):
+                if name not in REFERENCES:
+                    rival = wide[f"{name}/{scale}"]
+                    ahead = stats.recovered_difference(atom, rival, deleted, clusters, seed=self.seed)
+                    against[NAMES[name]] = Against(ahead)
         else:
             share = rate.over_clusters._replace(mean=np.nan, low=np.nan, high=np.nan)
-        against = {
-            NAMES[name]: Against(
-                stats.win_rate(wide[f"atom/{scale}"], wide[f"{name}/{scale}"], clusters, seed=self.seed).over_clusters,
-                stats.win_rate(wide[f"{name}/{scale}"], wide["delete"], clusters, seed=self.seed).over_clusters,
-                chance=0.5,
-            )
-            for name in self.controls
-            if name not in REFERENCES
-        }
+            effect = share._replace(mean=0.0, low=0.0, high=0.0)  # of nothing, nothing is recovered
         verdict = judge(
-            rate.over_clusters,
+            effect,
             against,
-            typical=float(wide["delete"].median()),
+            typical=float(deleted.median()),
             floor=float(wide["native"].quantile(0.95)),
-            chance=0.5,
-            relevant=RELEVANT,
-            what="the win rate against deletion",
+            relevant=RELEVANT_SHARE,
+            large=True,
+            what="the recovered share",
         )
         return verdict, rate, share
 
     def _controls_sentence(self, wide: pd.DataFrame, scale: str) -> str:
-        rates = {
-            name: stats.win_rate(wide[f"{name}/{scale}"], wide["delete"], wide["sequence"]).rate
-            for name in self.controls
-        }
-        return ", ".join(f"{NAMES[n]} {percent(rate)}" for n, rate in sorted(rates.items(), key=lambda item: -item[1]))
+        """Each control's recovered share, the best one first, and how often the atom is the nearer of the two."""
+        total = float(wide["delete"].sum())
+        parts = []
+        for name in written_at(scale, self.controls):
+            rival = wide[f"{name}/{scale}"]
+            share = 1 - float(rival.sum()) / total if total > 0 else np.nan
+            ahead = percent(float((wide[f"atom/{scale}"] < rival).mean()))
+            parts.append((share, f"{NAMES[name]} {percent(share)} (atom nearer at {ahead})"))
+        return "recovered: " + ", ".join(text for _, text in sorted(parts, key=lambda p: -p[0])) if parts else ""
 
     def _chain(self, wide: pd.DataFrame) -> list[Claim]:
         scale = "matched" if "matched" in self.scales else self.scales[0]
-        last = next((name for name in ("shuffled", "random") if name in self.controls), None)
+        last = next((name for name in ("shuffled", "random") if f"{name}/{scale}" in wide), None)
         if last is None:
             return []
         rates = {
@@ -337,7 +429,7 @@ class Substitution(Evaluation):
                 seed=self.seed,
             )
             for name in ("shuffled", "random")
-            if name in self.controls
+            if f"{name}/{scale}" in wide
         }
         rate = rates[last]
         verdict = judge(
@@ -369,7 +461,7 @@ class Substitution(Evaluation):
             reason = "Every deletion has an effect of exactly 0, so that there is no ratio to one."
             claim = f"median KL of atom / delete, at {SCALE_NAMES[scale]}"
             return [Claim(3, claim, "–", len(wide), unit, "", "below the floor", reason)]
-        names = ["delete", *(f"{n}/{scale}" for n in ("shuffled", "random") if n in self.controls)]
+        names = ["delete", *(f"{n}/{scale}" for n in ("shuffled", "random") if f"{n}/{scale}" in wide)]
         atom = moved[f"atom/{scale}"]
         ratios = {
             name: stats.median_ratio(
@@ -410,7 +502,8 @@ class Substitution(Evaluation):
 
     @classmethod
     def across(cls, results: list[Result]) -> list[tuple[str, Claim]]:
-        """Claim 5, by target: mean win rate over the heads of a layer, its spread, and where claim 1 holds."""
+        """Claim 5, by target: mean recovered share and win rate over the heads of a layer, their spread, and where
+        claim 1 holds."""
         groups: dict[tuple[object, ...], dict[object, Result]] = {}
         for result in results:
             place = (result.info["model"], result.info["layer"], result.info["target"])
@@ -424,13 +517,14 @@ class Substitution(Evaluation):
                 for r in by_head.values()
             ]
             rates = pd.Series([rate.rate for _, rate, _ in verdicts])
+            shares = pd.Series([share.mean for _, _, share in verdicts]).dropna()
             outcomes: list[Outcome] = [verdict.outcome for verdict, _, _ in verdicts]
             held = outcomes.count("holds")
             worst: list[Outcome] = [o for o in _WORST_FIRST if o in outcomes] or outcomes
             claim = Claim(
                 5,
                 "all heads of a layer",
-                f"{percent(float(rates.mean()))} ± {percent(float(rates.std()))} (SD over heads)",
+                f"recovers {_over_heads(shares)}; wins {_over_heads(rates)} (SD over heads)",
                 len(rates),
                 "heads",
                 f"confounded by a control on {outcomes.count('confounded')}",
@@ -458,14 +552,21 @@ class Substitution(Evaluation):
         more = " or more" if life == limit else ""
         listed = "; ".join(f"{NAMES[n]}: {DEFINITIONS[n]}" for n in ("native", "delete", "atom", *self.controls))
         scales = "; ".join(f"{SCALE_NAMES[n]}: {SCALE_DEFINITIONS[n]}" for n in self.scales)
-        return [
+        notes = [
             f"A write of this head has lost half of its norm after {life} tokens{more} (median over writes).",
             f"Conditions: {listed}.",
             f"Scales: {scales}.",
         ]
+        if "baseline_tokens" in result.info:
+            notes.append(
+                f"Baselines were fitted on {result.fact('baseline_tokens'):,.0f} tokens of other text than they are "
+                f"tested on; {result.fact('n_codes'):,.0f} writes were drawn, and as many codes fitted."
+            )
+        return notes
 
     def figures(self, result: Result) -> list[Figure]:
-        """Win rates, divergences, ratios to deletion, quartiles of the effect, cosines; for every choice of atom."""
+        """Recovered shares, win rates, divergences, ratios to deletion, quartiles of the effect, cosines; for every
+        choice of atom."""
         panels = []
         for choice in self.atom_choice:
             wide = wide_firings(result, choice=choice)
@@ -497,25 +598,33 @@ def comparisons(
         metric: one of `KL_METRICS`.
         cluster: "sequence" or "atom": what the bootstrap resamples.
 
-    Returns: scale, a, b, the rate of a < b with both intervals, ties, n, recovered (share of deletion's effect that a
-    takes back), the paired median ratio, Cliff's delta, the paired sign rate, p-values, and `holm_p` over all rows.
+    Returns: scale, a, b, the rate of a < b with both intervals, ties, n, recovered (share of the deletion's effect that
+    a takes back) and gap (the same minus that of b) with their intervals, the paired median ratio, Cliff's delta, the
+    paired sign rate, p-values, and `holm_p` over all rows.
     """
     settings = result.evaluation
     assert isinstance(settings, Substitution)
     wide, seed = wide_firings(result, metric, choice), settings.seed
+    deleted, ids = wide["delete"], wide[cluster]
     rows = []
-    for scale in settings.scales:
-        pairs = [(name, "delete") for name in ("atom", *settings.controls)]
-        pairs += [("atom", name) for name in settings.controls]
-        for a, b in pairs:
-            x, y, ids = wide[f"{a}/{scale}"], wide["delete" if b == "delete" else f"{b}/{scale}"], wide[cluster]
+    for scale in settings.scales_of(choice or settings.atom_choice[0]):
+        controls = written_at(scale, settings.controls)
+        for a, b in [*((name, "delete") for name in ("atom", *controls)), *(("atom", name) for name in controls)]:
+            x, y = wide[f"{a}/{scale}"], deleted if b == "delete" else wide[f"{b}/{scale}"]
             rate = stats.win_rate(x, y, ids, seed=seed)
             moved = (y > 0).to_numpy()  # a ratio to an effect of exactly 0 says nothing
             ratio = stats.median_ratio(x[moved], y[moved], ids[moved], seed=seed) if moved.any() else None
             row = {"scale": scale, "a": a, "b": b, "rate": rate.rate, "low": rate.over_clusters.low}
             row |= {"high": rate.over_clusters.high, "wilson_low": rate.wilson.low, "wilson_high": rate.wilson.high}
             row |= {"ties": rate.ties, "n": rate.n, "n_clusters": rate.over_clusters.n_clusters}
-            row["recovered"] = 1 - float(x.sum() / y.sum()) if moved.any() else np.nan
+            shares = [None, None]
+            if (deleted > 0).any():
+                shares = [
+                    stats.recovered_share(x, deleted, ids, seed=seed),
+                    stats.recovered_difference(x, y, deleted, ids, seed=seed),
+                ]
+            for name, share in zip(("recovered", "gap"), shares):
+                row |= dict(zip((name, f"{name}_low", f"{name}_high"), share[:3] if share else [np.nan] * 3))
             row |= dict(zip(("median_ratio", "ratio_low", "ratio_high"), ratio[:3] if ratio else [np.nan] * 3))
             row |= {"cliffs_delta": stats.cliffs_delta(x, y), "sign_rate": stats.paired_sign_rate(x, y)}
             row |= {"wilcoxon_p": stats.paired_wilcoxon(x, y).p_value}
@@ -526,6 +635,23 @@ def comparisons(
     return table.assign(holm_p=list(stats.holm(dict(zip(names, table["sign_flip_p"]))).values()))
 
 
+def _claim_number(result: Result) -> int:
+    """Row of the paper's claims that a test of this model answers: by model, then by rule."""
+    model, rule = str(result.info["model"]), str(result.info["rule"])
+    return next((n for name, n in _CLAIM_OF_MODEL.items() if name in model), _CLAIM_OF_RULE.get(rule, 1))
+
+
+def _floors(wide: pd.DataFrame) -> str:
+    """How large a deletion's effect is, beside what rounding moves and what is of a practical size."""
+    typical, no_op = float(wide["delete"].median()), float(wide["native"].quantile(0.95))
+    small = f", below {number(PRACTICAL_FLOOR)}: of no practical size" if typical < PRACTICAL_FLOOR else ""
+    return f"A deletion moves the model by a median of {number(typical)} nats (a no-op: {number(no_op)}){small}."
+
+
+def _over_heads(values: pd.Series) -> str:
+    return f"{percent(float(values.mean()))} ± {percent(float(values.std()))}"
+
+
 def _below_one(ratio: stats.Estimate) -> stats.Estimate:
     """A ratio as a difference from 1, so that chance is 0."""
     return ratio._replace(mean=ratio.mean - 1, low=ratio.low - 1, high=ratio.high - 1)
@@ -534,7 +660,7 @@ def _below_one(ratio: stats.Estimate) -> stats.Estimate:
 def substitution_figures(
     settings: Substitution, result: Result, wide: pd.DataFrame, choice: str, unbeaten: Sequence[str]
 ) -> list[Figure]:
-    """The five panels of one choice of atom."""
+    """The panels of one choice of atom."""
     scale, name = settings.scales[0], f"{result.label}, {choice} atom"
     table = comparisons(result, choice=choice)
     floor = float(wide["native"].quantile(0.95))
@@ -549,12 +675,23 @@ def substitution_figures(
                 "Left of 1 is a win; how far left is how much of the deletion's effect is taken back.",
             )
         )
+    against = table[table["b"] == "delete"]
+    shares = []
+    if against["recovered"].notna().any():
+        shares.append(
+            Figure(
+                f"How much of a deletion's effect is taken back ({choice} atom)",
+                figures.recovered_shares(against, accents, name),
+                "Recovered share: 100 is the native model, 0 is deletion; triangles lie further to the left. Orange "
+                "controls are not beaten by the atom at the first scale.",
+            )
+        )
     return [
+        *shares,
         Figure(
             f"Does anything else do as well? ({choice} atom)",
-            figures.win_rates(table[table["b"] == "delete"], accents, name),
-            "Share of firings on which each condition is nearer to the native model than deletion. Controls have the "
-            "norm of the atom; orange ones are not beaten by the atom.",
+            figures.win_rates(against, accents, name),
+            "Share of firings on which each condition is nearer to the native model than deletion, by however little.",
         ),
         Figure(
             "How far each moves the model",
@@ -566,8 +703,8 @@ def substitution_figures(
         *relative,
         Figure(
             "By the size of the effect",
-            figures.quartiles(_of_scale(wide, scale), wide["delete"], wide["sequence"], accents, name),
-            "A result that is real should be strongest in Q4.",
+            figures.quartiles(_strongest(wide, scale), wide["delete"], wide["sequence"], accents, name),
+            f"A result that is real should be strongest in Q4. Of the controls, the {_LINES} that win most often.",
         ),
         Figure(
             "By the likeness of atom and write",
@@ -580,6 +717,14 @@ def substitution_figures(
 def _of_scale(wide: pd.DataFrame, scale: str) -> dict[str, pd.Series]:
     """KL of the conditions at one scale, by condition."""
     return {c.removesuffix(f"/{scale}"): wide[c] for c in wide.columns if c.endswith(f"/{scale}") or c == "delete"}
+
+
+def _strongest(wide: pd.DataFrame, scale: str) -> dict[str, pd.Series]:
+    """The atom and those controls that beat deletion most often."""
+    of_scale = _of_scale(wide, scale)
+    controls = [name for name in of_scale if name not in ("atom", "delete", *REFERENCES)]
+    controls.sort(key=lambda name: -float((of_scale[name] < wide["delete"]).mean()))
+    return {name: of_scale[name] for name in ("atom", *controls[:_LINES])}
 
 
 def _ratios(wide: pd.DataFrame, scale: str) -> dict[str, pd.Series]:

@@ -1,7 +1,7 @@
 """What each condition of a substitution writes at a firing, and what its controls are made of.
 
 Protocol: WriteSAE (arXiv 2605.12770), section 4 and appendix. `shuffled` is the paper's "random"; the other controls
-are this project's. A write, an atom or a control is a `LowRank`; no K x V matrix is built.
+are this project's. A write, an atom or a control is a `LowRank`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,22 @@ from torch import Tensor
 from hookpoints import WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank, state_direction
 from sae_lens_writesae.experiment.head import WriteKind
+from sae_lens_writesae.experiment.head_baselines import BASELINES, Baseline, HeadBaselines, tokens_and_before
 
 if TYPE_CHECKING:
     from sae_lens_writesae.experiment.lab import Lab, Site
 
-Scale = Literal["coefficient", "matched", "least_squares"]
+Scale = Literal["coefficient", "matched", "least_squares", "common"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
-"""How the atom is scaled. The paper names the first two, and contradicts itself about which; the third is ours."""
+"""How the atom is scaled. The paper names the first two, and contradicts itself about which; the others are ours."""
 
-CONTROLS: tuple[str, ...] = ("random", "shuffled", "elsewhere", "state", "mean")
+Direction = Literal["random", "shuffled", "elsewhere", "state", "mean"]
+DIRECTIONS: tuple[str, ...] = get_args(Direction)
 """Directions other than the atom's, written at the norm of the atom condition. The order fixes their random streams."""
+
+Control = Literal[Direction, Baseline]
+CONTROLS: tuple[str, ...] = (*DIRECTIONS, *BASELINES)
+"""All that an atom has to beat: the directions, and what has a size of its own and needs no training."""
 
 REFERENCES: tuple[str, ...] = ("state_after",)
 """Upper references: they contain the native write, so that they are shown and never held against an atom."""
@@ -43,8 +49,8 @@ class Condition(NamedTuple):
     """What is written at each firing; None: nothing."""
 
 
-def atom_coefficient(scale: str, atom: LowRank, native: LowRank, activation: Tensor) -> Tensor:
-    """The c [N] of the atom condition c A: the activation, |W|/|A|, or <A,W>/|A|^2.
+def atom_coefficient(scale: str, atom: LowRank, native: LowRank, activation: Tensor, common: float = 1.0) -> Tensor:
+    """The c [N] of the atom condition c A: the activation, |W|/|A|, <A,W>/|A|^2, or `common` times the activation.
 
     At "matched", c A is closer to W than 0 only if their cosine exceeds 1/2; at "least_squares" it always is.
     """
@@ -54,7 +60,27 @@ def atom_coefficient(scale: str, atom: LowRank, native: LowRank, activation: Ten
         return native.norm() / atom.norm()
     if scale == "least_squares":
         return atom.inner(native) / atom.inner(atom)
+    if scale == "common":
+        return common * activation.to(atom.values.dtype)
     raise ValueError(f"scale must be one of {', '.join(SCALES)}, not {scale!r}")
+
+
+def baseline_factor(scale: str, baseline: LowRank, native: LowRank, common: float = 1.0) -> Tensor | float:
+    """What a baseline of its own size is multiplied by, at each scale: 1, |W|/|B|, <B,W>/|B|^2, or `common`. A baseline
+    that is zero at a firing stays zero."""
+    if scale == "coefficient":
+        return 1.0
+    if scale == "common":
+        return common
+    square = baseline.inner(baseline)
+    wanted = native.norm() * square.clamp_min(0).sqrt() if scale == "matched" else baseline.inner(native)
+    return torch.where(square > 0, wanted / square.clamp_min(torch.finfo(square.dtype).tiny), 0)
+
+
+def written_at(scale: str, controls: Sequence[str]) -> tuple[str, ...]:
+    """Those of `controls` that are written at a scale. A direction has no size of its own that a common factor could
+    mend, so that only baselines stand beside the atom at "common"."""
+    return tuple(name for name in controls if scale != "common" or name in BASELINES)
 
 
 def conditions(
@@ -62,24 +88,51 @@ def conditions(
     atom: LowRank,
     activation: Tensor,
     controls: Mapping[str, LowRank],
-    scales: Sequence[str] = SCALES,
+    scales: Sequence[str],
+    common: Mapping[str, float] | None = None,
 ) -> list[Condition]:
-    """All conditions of N firings: native, delete, then per scale the atom and every control at its norm.
+    """All conditions of N firings: native, delete, then per scale the atom and every control (`written_at`).
 
     Args:
-        controls: directions of any norm but 0, by names of `CONTROLS` or `REFERENCES`. A control's sign is its own: it
-            is scaled by a positive number even where the least-squares coefficient of the atom is negative.
+        controls: by name: directions of any norm but 0, and baselines at their own size. A direction's sign is its own:
+            it is scaled by a positive number even where the least-squares coefficient of the atom is negative.
+        common: factor of the atom and of each baseline at the scale "common" (`common_factors`).
     """
     unknown = sorted(set(controls) - {*CONTROLS, *REFERENCES})
     if unknown:
         raise ValueError(f"unknown controls {unknown}; there are {', '.join((*CONTROLS, *REFERENCES))}")
+    factors = {} if common is None else common
     all_conditions = [Condition("native", "none", native), Condition("delete", "none", None)]
     for scale in scales:
-        written = atom * atom_coefficient(scale, atom, native, activation)
+        written = atom * atom_coefficient(scale, atom, native, activation, factors.get("atom", 1.0))
         size = written.norm()
         all_conditions.append(Condition("atom", scale, written))
-        all_conditions += [Condition(name, scale, direction.with_norm(size)) for name, direction in controls.items()]
+        for name in written_at(scale, tuple(controls)):
+            control = controls[name]
+            if name in BASELINES:
+                control = control * baseline_factor(scale, control, native, factors.get(name, 1.0))
+            else:
+                control = control.with_norm(size)
+            all_conditions.append(Condition(name, scale, control))
     return all_conditions
+
+
+def common_factors(products: pd.DataFrame, fold: Mapping[int, int]) -> dict[int, dict[str, float]]:
+    """One factor for each condition by half of the sequences, fitted by least squares on the other half:
+    c = sum <W,A> / sum <A,A>, where A is what the condition writes at the scale "coefficient".
+
+    Args:
+        products: columns sequence, condition, inner (sum of <W,A> over the firings of the sequence) and square (of
+            <A,A>).
+        fold: half (0 or 1) of each sequence.
+    """
+    factors: dict[int, dict[str, float]] = {0: {}, 1: {}}
+    of_half = products["sequence"].map(dict(fold))
+    for half in factors:
+        for name, rows in products[of_half == 1 - half].groupby("condition"):
+            square = float(rows["square"].sum())
+            factors[half][str(name)] = float(rows["inner"].sum()) / square if square > 0 else 0.0
+    return factors
 
 
 def state_before(site: Site, positions: Sequence[int]) -> Tensor:
@@ -108,14 +161,18 @@ def control_directions(
     *,
     alive: NDArray[np.int64],
     mean: LowRank,
+    native: LowRank | None = None,
+    baselines: HeadBaselines | None = None,
 ) -> dict[str, LowRank]:
-    """Directions of the controls `names` at the firings of one sequence.
+    """The controls `names` at the firings of one sequence: directions, and baselines at their own size.
 
     Args:
         firings: columns position and written_atom.
         atom: what is written there; its rank is that of the random directions.
         alive: atoms that `shuffled` draws from.
         mean: the head's mean write.
+        native: what the head writes there, and
+        baselines: fitted on other text; for those of `names` that are baselines.
 
     Each control of each sequence draws from a random stream of its own, so that batching, order and the presence of
     other controls change nothing.
@@ -126,7 +183,7 @@ def control_directions(
     position = firings["position"].to_numpy()
 
     def rng(control: str) -> np.random.Generator:
-        return lab.rng(site.sequence, CONTROLS.index(control))
+        return lab.rng(site.sequence, DIRECTIONS.index(control))
 
     def random() -> LowRank:
         return atom.random_like(torch.Generator().manual_seed(int(rng("random").integers(2**62))))
@@ -154,7 +211,15 @@ def control_directions(
         "mean": lambda: mean.expand(len(firings)),
         "state_after": lambda: state_direction(state_after(site, position.tolist())),
     }
-    return {name: makers[name]() for name in names}
+    before = tokens_and_before(lab.tokens[site.sequence])[position]
+
+    def made(name: str) -> LowRank:
+        if name not in BASELINES:
+            return makers[name]()
+        assert native is not None and baselines is not None, f"{name} needs what it is fitted on"
+        return baselines.written(name, native, before)
+
+    return {name: made(name) for name in names}
 
 
 def edits_of(

@@ -134,6 +134,7 @@ class Evaluation(ABC):
         saes: SAE | Mapping[str, SAE],
         tokens: Tensor,
         *,
+        reference: Tensor | None = None,
         progress: bool = True,
     ) -> Result:
         """Evaluate dictionaries on sequences that neither the model nor a dictionary was trained on.
@@ -143,6 +144,8 @@ class Evaluation(ABC):
             saes: one dictionary, or several by label. Each reads `blocks.{l}.mixer.heads.{h}.hook_write_vec` or
                 `hook_state_vec`, by its own metadata.
             tokens: [N,T] token ids, all sequences of one length, without padding.
+            reference: [M,S] token ids of other text, on which baselines are fitted; without it each half of `tokens` is
+                the other one's.
             progress: show progress bars.
 
         Raises:
@@ -156,6 +159,7 @@ class Evaluation(ABC):
                 model,
                 saes if isinstance(saes, Mapping) else {"": saes},
                 torch.as_tensor(tokens).clone(),  # a clone, because gradients cannot be taken through inference tensors
+                reference=None if reference is None else torch.as_tensor(reference).clone(),
                 seed=self.seed,
                 rows_per_run=self.rows_per_run,
                 progress=progress,
@@ -173,11 +177,17 @@ class Evaluation(ABC):
         return result
 
     def run_or_skip(
-        self, model: HookedRecurrent, saes: SAE | Mapping[str, SAE], tokens: Tensor, *, progress: bool = True
+        self,
+        model: HookedRecurrent,
+        saes: SAE | Mapping[str, SAE],
+        tokens: Tensor,
+        *,
+        reference: Tensor | None = None,
+        progress: bool = True,
     ) -> Result:
         """As `run`; where there is nothing to measure, a result that says why, so that a run over many goes on."""
         try:
-            return self.run(model, saes, tokens, progress=progress)
+            return self.run(model, saes, tokens, reference=reference, progress=progress)
         except NothingToMeasureError as error:
             lab = Lab(model, saes if isinstance(saes, Mapping) else {"": saes}, tokens, seed=self.seed)
             return Result(self, lab.describe(self._label(lab)), {}, skipped=str(error))

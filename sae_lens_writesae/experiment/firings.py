@@ -157,6 +157,13 @@ def halves(n_sequences: int, seed: int) -> Halves:
     return Halves(np.sort(order[: n_sequences // 2]), np.sort(order[n_sequences // 2 :]))
 
 
+def folds(sequences: Integers, seed: int) -> dict[int, int]:
+    """A half, 0 or 1, for each distinct sequence, at random: what is used on one half is fitted on the other. Of two
+    sequences or more, neither half is empty."""
+    order = np.random.default_rng([seed, 19]).permutation(np.unique(sequences))
+    return {int(sequence): n % 2 for n, sequence in enumerate(order)}
+
+
 def draw_atoms(
     firings: Firings,
     split: Halves,

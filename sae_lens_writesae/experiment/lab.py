@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 from hookpoints import EditSession, HookedRecurrent, Recurrence, WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.experiment.firings import Firings, collect_firings
-from sae_lens_writesae.experiment.head import head_writes
+from sae_lens_writesae.experiment.firings import Firings, collect_firings, folds
+from sae_lens_writesae.experiment.head import WriteKind, head_writes
+from sae_lens_writesae.experiment.head_baselines import MAX_TOKENS, HeadBaselines, tokens_and_before
 from sae_lens_writesae.experiment.result import Json
 from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_fits, check_plain_activations
 
@@ -109,13 +110,14 @@ class Lab:
         model: the hooked model.
         saes: dictionaries by label; all read the same head.
         tokens: [N,T] token ids.
+        reference: [M,S] token ids of other text, which nothing is tested on, for what is fitted to the head.
         seed: seed of the evaluation.
         rows_per_run: largest number of edited rows in one pass.
         progress: show progress bars.
 
     Raises:
-        ValueError: tokens of another shape, no dictionary, one that does not fit the model, or dictionaries of several
-            heads.
+        ValueError: tokens of another shape, a reference that holds a tested sequence, no dictionary, one that does not
+            fit the model, or dictionaries of several heads.
     """
 
     def __init__(
@@ -124,12 +126,19 @@ class Lab:
         saes: Mapping[str, SAE],
         tokens: Tensor,
         *,
+        reference: Tensor | None = None,
         seed: int = 0,
         rows_per_run: int = 256,
         progress: bool = False,
     ):
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must be [N,T], found shape {list(tokens.shape)}")
+        for name, ids in (("tokens", tokens), ("reference", reference)):
+            if ids is not None and ids.ndim != 2:
+                raise ValueError(f"{name} must be [N,T], found shape {list(ids.shape)}")
+        if reference is not None and (shared := _shared_rows(tokens, reference)):
+            raise ValueError(
+                f"reference is other text than tokens, but {shared} of its {len(reference)} sequences are tested; "
+                "leave those out, or pass no reference: then each half of the sequences is the other one's"
+            )
         if not saes:
             raise ValueError("an evaluation needs a dictionary, found none")
         for label, sae in saes.items():
@@ -139,7 +148,7 @@ class Lab:
             listed = "; ".join(f"{label}: {hook.name}" for label, hook in hooks.items())
             raise ValueError(f"dictionaries of one head can be evaluated together, found {listed}")
         self.model, self.tokens, self.saes = model, tokens, dict(saes)
-        self.hooks = hooks
+        self.hooks, self.reference = hooks, reference
         self.seed, self.rows_per_run, self.progress = seed, rows_per_run, progress
         self.skipped: Counter[str] = Counter()
         """Units that could not be measured, by reason."""
@@ -147,10 +156,11 @@ class Lab:
         """What a reader of the tables must know besides the settings."""
         self._counts: Counter[str] = Counter()
         self._firings: dict[str, Firings] = {}
+        self._baselines: dict[tuple[object, ...], HeadBaselines] = {}
 
     def only(self, label: str) -> Lab:
-        """A view of this laboratory with one of its dictionaries. Firings, counts of runs, and what is left out are
-        shared; the facts are the view's own."""
+        """A view of this laboratory with one of its dictionaries. Firings, baselines, counts of runs, and what is left
+        out are shared; the facts are the view's own."""
         view = copy.copy(self)
         view.saes, view.hooks, view.facts = {label: self.saes[label]}, {label: self.hooks[label]}, {}
         return view
@@ -219,10 +229,52 @@ class Lab:
         parts = [head_writes(self.recurrence(n), 0) for n in sequences]
         return LowRank(torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts]))
 
-    def recurrence(self, sequence: int) -> Recurrence:
-        """The head's recurrence on one sequence. Cost: a forward up to the layer."""
-        whole = self.model.recurrence(self.tokens[[sequence]], self.hook.layer)
+    def recurrence(self, sequence: int, tokens: Tensor | None = None) -> Recurrence:
+        """The head's recurrence on one sequence of the text, or of other `tokens`. Cost: a forward up to the layer."""
+        ids = self.tokens if tokens is None else tokens
+        whole = self.model.recurrence(ids[[sequence]], self.hook.layer)
         return whole.select(heads=slice(self.hook.head, self.hook.head + 1))
+
+    def baselines(
+        self, sequence: int, kind: WriteKind = "additive", *, n_codes: int | None = None, components: int = 4
+    ) -> HeadBaselines:
+        """What can be written at the tokens of `sequence` without a dictionary, fitted on other text: on `reference`,
+        or where there is none on that half of the sequences which `sequence` is not in (`folds`). Kept.
+
+        Args:
+            n_codes: drawn writes, and codes of the quantiser. None: as many as the dictionary has atoms.
+
+        Cost: a forward up to the layer for each sequence of that text, of at most `MAX_TOKENS` tokens; then as
+        `HeadBaselines.fit`.
+
+        Raises:
+            NothingToMeasureError: there is no other text.
+        """
+        n_codes = int(self.sae.cfg.d_sae) if n_codes is None else n_codes
+        fold = None if self.reference is not None else folds(np.arange(len(self.tokens)), self.seed)[sequence]
+        key = (kind, n_codes, components, fold)
+        if key not in self._baselines:
+            self._baselines[key] = self._fit_baselines(fold, kind, n_codes, components)
+        return self._baselines[key]
+
+    @torch.no_grad()
+    def _fit_baselines(self, fold: int | None, kind: WriteKind, n_codes: int, components: int) -> HeadBaselines:
+        text = self.tokens if self.reference is None else self.reference
+        half = folds(np.arange(len(text)), self.seed)
+        rows = [n for n in range(len(text)) if fold is None or half[n] != fold]
+        self.require(
+            bool(rows),
+            "baselines are fitted on other text than they are tested on, and there is one sequence "
+            "only; give more, or a reference, or leave the baselines out of controls",
+        )
+        rows = rows[: max(1, MAX_TOKENS // text.shape[1])]
+        writes = [head_writes(self.recurrence(n, text), 0, kind) for n in rows]
+        together = LowRank(torch.cat([w.keys for w in writes]), torch.cat([w.values for w in writes]))
+        tokens = np.concatenate([tokens_and_before(text[n]) for n in rows])
+        self.require(bool((together.norm() > 0).any()), "every write of the other text is zero; there is no baseline")
+        return HeadBaselines.fit(
+            together, tokens, n_codes=n_codes, components=components, rng=self.rng(41, 0 if fold is None else fold)
+        )
 
     # -- edits
 
@@ -367,3 +419,10 @@ class Lab:
             "n_skipped": dict(self.skipped),
             "n_edited_runs": self.n_edited_runs,
         }
+
+
+def _shared_rows(tokens: Tensor, reference: Tensor) -> int:
+    """Sequences of `reference` that begin as a sequence of `tokens` does, over the shorter length of the two."""
+    length = min(tokens.shape[1], reference.shape[1])
+    tested = {tuple(row) for row in tokens[:, :length].tolist()}
+    return sum(tuple(row) in tested for row in reference[:, :length].tolist())

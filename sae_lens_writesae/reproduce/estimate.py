@@ -151,7 +151,7 @@ def _seconds(task: Task, config: ReproduceConfig, pieces: Pieces) -> float:
     if task.kind in ("report", "atoms"):
         return config.eval_sequences * pieces.forward
     settings = Substitution()
-    conditions = len(settings.atom_choice) * (2 + len(settings.scales) * (1 + len(settings.controls)))
+    conditions = sum(len(settings.written(choice)) for choice in settings.atom_choice)
     one = config.eval_sequences * 2 * pieces.forward + conditions * _row_tokens(config, settings) * pieces.token
     return one if task.kind == "substitution" else _OTHER_EVALUATIONS * one
 
@@ -189,7 +189,7 @@ def _disk(left: list[Task], config: ReproduceConfig, size: dict[str, int]) -> fl
     by_key = {f"{d.key}/sae": size[d.variant] for d in dictionaries(config)}
     kept = sum(by_key.get(task.key, 0) for task in left)
     checkpoints = 2 * 3 * max(size.values())  # the newest two, each with Adam's moments
-    conditions = 2 * (2 + 3 * 7)
+    conditions = sum(len(Substitution().written(choice)) for choice in Substitution().atom_choice)
     tables = sum(config.n_atoms * config.firings_per_atom * conditions * _TABLE_BYTES for t in left if t.kind != "sae")
     pages = config.dashboards * 100_000 * sum(task.kind == "atoms" for task in left)
     return kept + checkpoints + tables + pages + 5e6

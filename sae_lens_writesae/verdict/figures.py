@@ -40,7 +40,7 @@ INK, MUTED, GRID, ATOM, CONTROL, PAPER, SOFT = _VARIABLES
 COLOURS = {"atom": ATOM, "control": CONTROL, "ink": INK, "soft": SOFT, "muted": MUTED}
 """Colours by what they say: the atom; a control that confounds it; deletion or another plain line; the rest."""
 
-_MARKERS = {"coefficient": "o", "matched": "s", "least_squares": "D"}
+_MARKERS = {"coefficient": "o", "matched": "s", "least_squares": "D", "common": "^"}
 _STYLE: dict[str, object] = {
     "svg.fonttype": "none",
     "font.size": 9,
@@ -296,6 +296,18 @@ def histograms(
 # ---------------------------------------------------------------------------------------------- substitution
 
 
+def recovered_shares(table: pd.DataFrame, controls: Sequence[str], title: str) -> str:
+    """Share of a deletion's effect that each condition takes back, at every scale; what is below -50 % is drawn at the
+    edge.
+
+    Args:
+        table: rows of `substitution.comparisons` against deletion: scale, a, recovered, recovered_low, recovered_high.
+        controls: conditions in the colour of a control that is not beaten.
+    """
+    axis = _DotAxis((-0.5, 1.0), 0.0, "% of the deletion's effect taken back", "Recovered share")
+    return _dots(table, ("recovered", "recovered_low", "recovered_high"), controls, axis, title)
+
+
 def win_rates(table: pd.DataFrame, controls: Sequence[str], title: str) -> str:
     """Share of firings on which each condition is nearer to the native model than deletion, at every scale.
 
@@ -303,26 +315,44 @@ def win_rates(table: pd.DataFrame, controls: Sequence[str], title: str) -> str:
         table: rows of `substitution.comparisons` against deletion: scale, a, rate, low, high.
         controls: conditions in the colour of a control that is not beaten.
     """
+    axis = _DotAxis((0.0, 1.0), 0.5, "% of firings nearer to native than deletion", "Win rates against deletion")
+    return _dots(table, ("rate", "low", "high"), controls, axis, title)
+
+
+class _DotAxis(NamedTuple):
+    ends: tuple[float, float]
+    """What is below the lower one is drawn there, as a triangle."""
+    chance: float
+    label: str
+    name: str
+
+
+def _dots(
+    table: pd.DataFrame, columns: tuple[str, str, str], controls: Sequence[str], axis: _DotAxis, title: str
+) -> str:
+    """An estimate and its interval for each condition (down) and scale (markers)."""
     names, scales = list(dict.fromkeys(table["a"])), list(dict.fromkeys(table["scale"]))
-    figure, axes = _panel(2.05 + 0.14 * len(names))
-    rows = {(row["a"], row["scale"]): row for row in table.to_dict("records")}
-    for y, condition in enumerate(names):
-        for i, scale in enumerate(scales):
-            row, height = rows[condition, scale], y + (i - (len(scales) - 1) / 2) * 0.24
-            colour = _colour(condition, controls)
-            axes.plot([row["low"], row["high"]], [height, height], color=colour, lw=1.6, alpha=0.55)
-            axes.plot(row["rate"], height, _MARKERS[scale], color=colour, ms=4.6, mec=PAPER, mew=0.7)
-    axes.axvline(0.5, color=MUTED, lw=0.8, ls=_DASHED)
+    figure, axes = _panel(1.2 + 0.2 * len(names))
+    left, right = axis.ends
+    for row in table.to_dict("records"):
+        mean, low, high = (max(float(row[column]), left) for column in columns)
+        height = names.index(row["a"]) + (scales.index(row["scale"]) - (len(scales) - 1) / 2) * 0.24
+        colour = _colour(row["a"], controls)
+        axes.plot([low, high], [height, height], color=colour, lw=1.6, alpha=0.55)
+        marker = _MARKERS[row["scale"]] if row[columns[0]] >= left else "<"
+        axes.plot(mean, height, marker, color=colour, ms=4.6, mec=PAPER, mew=0.7)
+    axes.axvline(axis.chance, color=MUTED, lw=0.8, ls=_DASHED)
     axes.set_yticks(range(len(names)), [_two_lines(NAMES[name]) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
+    axes.set_xlim(left - 0.02 * (right - left), right + 0.02 * (right - left))
+    ticks = np.linspace(left, right, 5 if left == 0 else 4)
+    axes.set_xticks(ticks, [f"{100 * tick:.0f}" for tick in ticks])
     _grid(axes, "x")
-    axes.set_xlabel("% of firings nearer to native than deletion", loc="right")
+    axes.set_xlabel(axis.label, loc="right")
     for scale in scales:
         axes.plot([], [], _MARKERS[scale], color=MUTED, ms=4.6, label=SCALE_NAMES[scale])
     _legend(figure, len(scales))
-    return _svg(figure, f"Win rates against deletion: {title}")
+    return _svg(figure, f"{axis.name}: {title}")
 
 
 def quartiles(

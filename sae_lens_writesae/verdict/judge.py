@@ -5,7 +5,9 @@ The rungs, in order:
 1. *inconclusive*: there are too few units for an interval (`MIN_CLUSTERS`, `MIN_OBSERVATIONS`).
 2. *below the floor*: the typical size of what is measured is not above what rounding alone moves.
 3. *fails*: the interval of the effect does not lie beyond chance. Where the interval holds both chance and an effect
-   that would matter (`relevant`), the data cannot tell, and the outcome is *inconclusive* instead.
+   that would matter (`relevant`), the data cannot tell, and the outcome is *inconclusive* instead. An effect that has
+   to be `large` must lie beyond `relevant` itself: it fails where it is shown to be smaller, and is *inconclusive*
+   where its interval holds `relevant`.
 4. *confounded*: a control that contains none of the atom's information does at least as well. *undecided*: the effect
    is not shown to exceed a control, and the control is not shown to match it.
 5. *holds*.
@@ -26,6 +28,8 @@ MIN_CLUSTERS = 5
 clusters covers the truth in fewer than 80 of 100 cases."""
 MIN_OBSERVATIONS = 20
 """Observations below which no outcome is reported."""
+_ROUNDING = 1e-9
+"""A difference from a control that is no larger is one of rounding."""
 
 
 class Against(NamedTuple):
@@ -58,6 +62,7 @@ def judge(
     chance: float = 0.0,
     less: bool = False,
     relevant: float = 0.0,
+    large: bool = False,
     what: str = "the effect",
 ) -> Verdict:
     """Judge one effect by the rungs above.
@@ -72,6 +77,7 @@ def judge(
         less: the effect lies below chance where the claim holds (a log-probability that falls).
         relevant: distance from chance from which on an effect matters, fixed before the run. Also the margin by which a
             control may be worse and still count as equal.
+        large: the effect must lie beyond `relevant`, not only beyond chance.
         what: the effect as the subject of a sentence.
 
     Returns: outcome, one sentence, and the controls that the effect is not shown to exceed.
@@ -84,23 +90,27 @@ def judge(
         )
     sign = -1.0 if less else 1.0
     low, high = sorted((sign * (effect.low - chance), sign * (effect.high - chance)))
-    if not low > 0:
+    far, side = chance + sign * relevant, "below" if less else "above"
+    if not low > (relevant if large else 0):
         if relevant and high > relevant:
-            far = chance + sign * relevant
+            small = f"an effect short of {far:g}" if large and low > 0 else f"chance ({chance:g})"
             return Verdict(
-                "inconclusive",
-                f"The interval of {what} contains both chance ({chance:g}) and an effect that matters ({far:g}).",
+                "inconclusive", f"The interval of {what} contains both {small} and one that matters ({far:g})."
             )
-        side = "below" if less else "above"
-        return Verdict("fails", f"The interval of {what} does not lie {side} {chance:g}.")
+        small = f"lies {side} {chance:g}, but does not reach {far:g}, from which on it matters"
+        missed = small if low > 0 else f"does not lie {side} {chance:g}"
+        return Verdict("fails", f"The interval of {what} {missed}.")
     unbeaten, equal = _unbeaten(against or {}, sign, chance, relevant)
     if equal:
-        return Verdict("confounded", f"Not beaten, and not shown to be worse: {_listed(equal)}.", unbeaten)
+        rest = tuple(name for name in unbeaten if name not in equal)
+        more = f" Not beaten, perhaps worse: {_listed(rest)}." if rest else ""
+        return Verdict("confounded", f"Not beaten, and not shown to be worse: {_listed(equal)}.{more}", unbeaten)
     if unbeaten:
         return Verdict("undecided", f"The data do not tell {what} from {_listed(unbeaten)}.", unbeaten)
-    if not against:
-        return Verdict("holds", f"The interval of {what} lies beyond chance ({chance:g}); no control was run.")
-    return Verdict("holds", f"The interval of {what} lies beyond chance ({chance:g}), and every control is beaten.")
+    reached = f"The interval of {what} lies " + (f"{side} {far:g}" if large else f"beyond chance ({chance:g})")
+    return Verdict(
+        "holds", f"{reached}, and every control is beaten." if against else f"{reached}; no control was run."
+    )
 
 
 def too_little(effect: Estimate) -> str | None:
@@ -125,7 +135,7 @@ def _unbeaten(
         low, high = sorted(
             (sign * (control.contrast.low - control.chance), sign * (control.contrast.high - control.chance))
         )
-        if low > 0:
+        if low > _ROUNDING:
             continue
         if (
             control.own is not None

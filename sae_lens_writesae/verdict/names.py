@@ -12,7 +12,13 @@ NAMES: Mapping[str, str] = {
     "shuffled": "another atom",
     "elsewhere": "write from elsewhere",
     "state": "state before the write",
-    "mean": "mean write",
+    "mean": "mean write at the atom's norm",
+    "head_mean": "mean write",
+    "token_mean": "mean write of the token",
+    "pair_mean": "mean write of the token pair",
+    "drawn": "best of the drawn writes",
+    "quantised": "vector quantiser",
+    "pca": "principal components",
     "state_after": "state after the write (contains the write)",
 }
 """Names of conditions as a reader meets them in sentences, figures and tables."""
@@ -26,6 +32,13 @@ DEFINITIONS: Mapping[str, str] = {
     "elsewhere": "the native write of another position, at the norm of the atom condition",
     "state": "the top singular direction of the state before the write, at the norm of the atom condition",
     "mean": "the head's mean native write, at the norm of the atom condition",
+    "head_mean": "the head's mean native write, at its own size, as all that follow",
+    "token_mean": "the mean native write of the token: n / (n + m) of it for n occurrences, the rest the head's mean",
+    "pair_mean": "the mean native write of the token and the one before it, shrunk in the same way to the token's mean",
+    "drawn": "of as many native writes as the dictionary has atoms, drawn at random from other text, the one with the "
+    "largest cosine, at its least-squares coefficient",
+    "quantised": "the best code of a gain-shape vector quantiser with as many codes of rank 1, times its gain",
+    "pca": "the mean write and the write's projection on the first principal components of writes",
     "state_after": "the top singular direction of the state after the write: where a head forgets, that is the write",
 }
 """What every condition writes."""
@@ -34,10 +47,13 @@ SCALE_NAMES: Mapping[str, str] = {
     "coefficient": "coefficient",
     "matched": "matched norm",
     "least_squares": "least squares",
+    "common": "a common factor",
 }
 SCALE_DEFINITIONS: Mapping[str, str] = {
-    "coefficient": "the SAE's own activation",
+    "coefficient": "the SAE's own activation; for baselines their own size",
     "matched": "the norm of the native write",
     "least_squares": "the projection of the native write on the atom, possibly negative (not in the paper)",
+    "common": "the atom at its activation and baselines at their own size, each times one factor for all firings, "
+    "fitted by least squares on the other half of the sequences (not in the paper)",
     "none": "no scale",
 }

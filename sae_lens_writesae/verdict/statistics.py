@@ -154,17 +154,21 @@ def recovered_share(kl: ArrayLike, deleted: ArrayLike, clusters: ArrayLike, *, s
         ValueError: every deletion has an effect of exactly 0.
     """
     x, y = _pair(kl, deleted)
-    if not (y > 0).any():
-        raise ValueError("the recovered share needs a deletion with an effect above 0, found none")
-    codes = _codes(clusters, len(x))
-    sums = [np.bincount(codes, each) for each in (x, y)]
-    point = 1 - float(x.sum() / y.sum())
-    if len(sums[0]) == 1:
-        return Estimate(point, math.nan, math.nan, len(x), 1)
-    draws = _draws(len(sums[0]), seed)
-    below = draws @ sums[1]
-    resampled = 1 - (draws @ sums[0])[below > 0] / below[below > 0]
-    return Estimate(point, *_percentiles(resampled), len(x), len(sums[0]))
+    share = _ratio_of_sums(x, y, clusters, seed)
+    return share._replace(mean=1 - share.mean, low=1 - share.high, high=1 - share.low)
+
+
+def recovered_difference(
+    a: ArrayLike, b: ArrayLike, deleted: ArrayLike, clusters: ArrayLike, *, seed: int = 0
+) -> Estimate:
+    """Recovered share of condition `a` minus that of `b`, firing by firing over the same deletions: (sum KL(b) -
+    sum KL(a)) / sum KL(deletion), with its interval over clusters.
+
+    Raises:
+        ValueError: every deletion has an effect of exactly 0.
+    """
+    (x, z), (_, y) = _pair(a, b), _pair(a, deleted)
+    return _ratio_of_sums(z - x, y, clusters, seed)
 
 
 def success_rate(success: ArrayLike, clusters: ArrayLike, *, ties: int = 0, seed: int = 0) -> Rate:
@@ -322,6 +326,21 @@ def weighted_median(values: Array, weights: Array) -> Array:
     low = ordered[(total < half).sum(axis=1)]  # first value that reaches half of the weight
     high = ordered[np.minimum((total <= half).sum(axis=1), len(values) - 1)]  # first that passes it
     return (low + high) / 2
+
+
+def _ratio_of_sums(x: Array, y: Array, clusters: ArrayLike, seed: int) -> Estimate:
+    """sum x / sum y of y >= 0, with its interval over clusters; resamples whose y are all 0 are left out."""
+    if not (y > 0).any():
+        raise ValueError("the recovered share needs a deletion with an effect above 0, found none")
+    codes = _codes(clusters, len(x))
+    above, below = np.bincount(codes, x), np.bincount(codes, y)
+    point = float(x.sum() / y.sum())
+    if len(below) == 1:
+        return Estimate(point, math.nan, math.nan, len(x), 1)
+    draws = _draws(len(below), seed)
+    drawn = draws @ below > 0
+    resampled = (draws @ above)[drawn] / (draws @ below)[drawn]
+    return Estimate(point, *_percentiles(resampled), len(x), len(below))
 
 
 @lru_cache(maxsize=4)

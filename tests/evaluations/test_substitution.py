@@ -15,13 +15,16 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations.substitution import Substitution, comparisons, wide_firings
-from sae_lens_writesae.experiment.conditions import CONTROLS, REFERENCES, SCALES
+from sae_lens_writesae.evaluations.substitution import RELEVANT_SHARE, Substitution, comparisons, wide_firings
+from sae_lens_writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, SCALES
+from sae_lens_writesae.experiment.firings import folds
 from sae_lens_writesae.experiment.head import half_lives
+from sae_lens_writesae.experiment.head_baselines import BASELINES
 from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.readout import KL_METRICS
 from sae_lens_writesae.experiment.result import Claim, Result
 from sae_lens_writesae.verdict import statistics as stats
+from sae_lens_writesae.verdict.names import NAMES
 
 T, HORIZON = 24, 4
 SMALL = {
@@ -32,7 +35,7 @@ SMALL = {
     "last_position_firings": None,
     "mean_write_energy": 0.9,
 }
-ROWS = 2 + len(SCALES) * (1 + len(CONTROLS) + len(REFERENCES))
+ROWS = len(Substitution().written("dominant"))
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +76,112 @@ def test_atoms_that_are_the_writes_take_back_the_whole_effect(
     model64: HookedRecurrent, same: Tensor, scale: str
 ) -> None:
     sae = one_atom_a_position(model64, same[:1])
-    result = run(model64, sae, same, scales=(scale,), n_atoms=None, firings_per_atom=6, atom_choice=("dominant",))
+    more: Any = {"n_atoms": None, "firings_per_atom": 6, "atom_choice": ("dominant",), "controls": DIRECTIONS}
+    result = run(model64, sae, same, scales=(scale,), **more)
     wide = wide_firings(result)
     assert (wide["atom"] == wide["position"]).all() and np.allclose(wide["cosine"], 1, atol=1e-6)
     verdict, rate, share = result.evaluation.verdict(wide, scale)  # type: ignore[attr-defined]
     assert share.mean == pytest.approx(1, abs=1e-6) and rate.rate == 1 and verdict.outcome == "holds"
     assert result.claims()[0].number == 1 and result.claims()[0].n == len(wide) == 6 * (T - HORIZON - 1)
+
+
+@pytest.fixture(scope="module")
+def many() -> Tensor:
+    """Sequences that share tokens, and no passage."""
+    return torch.randint(1, 64, (8, T), generator=torch.Generator().manual_seed(5))
+
+
+def each_write(model: HookedRecurrent, tokens: Tensor) -> SAE:
+    """An atom for each position of each sequence, which fires there alone."""
+    sides = [native_writes(model, row[None]) for row in tokens]
+    keys, values = (torch.nn.functional.normalize(torch.cat(side), dim=1) for side in zip(*sides))
+    return make_sae(keys, values, 1)
+
+
+BESIDE: dict[str, Any] = {"atom_choice": ("dominant",), "n_atoms": None, "firings_per_atom": 1, "scales": ("matched",)}
+"""All firings of a planted dictionary; at matched norm no size stands between what points along the write and it."""
+
+
+def test_atoms_that_know_more_than_other_text_hold(model64: HookedRecurrent, many: Tensor) -> None:
+    """Each write is one of the atoms, and other sequences hold none of these writes."""
+    result = run(model64, each_write(model64, many), many, **BESIDE)
+    verdict, _, share = result.evaluation.verdict(wide_firings(result), "matched")  # type: ignore[attr-defined]
+    assert share.low > 0.9 and (verdict.outcome, verdict.unbeaten_controls) == ("holds", ())
+    table = comparisons(result).query("b == 'delete'").set_index("a")["recovered"]
+    assert table["drawn"] > table["head_mean"] and table[list(BASELINES)].max() < 0.9
+
+
+def test_atoms_that_other_text_holds_too_are_confounded_by_drawn_writes(model64: HookedRecurrent, same: Tensor) -> None:
+    """Every sequence is the same one: the other half of the text holds each write."""
+    result = run(
+        model64, one_atom_a_position(model64, same[:1]), same, **BESIDE | {"firings_per_atom": 6, "n_codes": 3 * T}
+    )
+    verdict, _, share = result.evaluation.verdict(wide_firings(result), "matched")  # type: ignore[attr-defined]
+    assert share.low > 0.9 and verdict.outcome == "confounded" and NAMES["drawn"] in verdict.sentence
+
+
+def test_atoms_of_random_directions_do_not_hold(model64: HookedRecurrent, many: Tensor) -> None:
+    more = BESIDE | {"firings_per_atom": 12, "scales": ("coefficient", "matched", "common")}
+    result = run(model64, random_sae(model64), many, **more)
+    wide = wide_firings(result)
+    for scale in ("coefficient", "matched", "common"):
+        verdict, _, share = result.evaluation.verdict(wide, scale)  # type: ignore[attr-defined]
+        assert verdict.outcome != "holds" and share.low < RELEVANT_SHARE, scale
+    assert len(wide) >= 20 and wide["sequence"].nunique() >= 5
+
+
+def test_atoms_that_are_means_of_tokens_are_confounded_by_them(model64: HookedRecurrent) -> None:
+    """In the first layer, with a convolution that looks at one token, the write is a function of its token: an atom for
+    each token is all that there is to know, and no dictionary is needed for it."""
+    tokens = torch.randint(1, 9, (8, T), generator=torch.Generator().manual_seed(5))
+    taps = model64.hf_model.get_parameter("model.layers.0.linear_attn.conv1d.weight")
+    before = taps.detach().clone()
+    try:
+        taps.data[..., :-1] = 0
+        seen = torch.arange(1, 9)[None]
+        sides = native_writes(model64, seen, layer=0)
+        sae = make_sae(*(torch.nn.functional.normalize(side, dim=1) for side in sides), 1, layer=0)
+        result = run(model64, sae, tokens, **BESIDE | {"firings_per_atom": 8, "n_codes": 1})
+    finally:
+        taps.data.copy_(before)
+    verdict, _, share = result.evaluation.verdict(wide_firings(result), "matched")  # type: ignore[attr-defined]
+    assert share.low > 0.9 and verdict.outcome == "confounded"
+    assert set(verdict.unbeaten_controls) == {NAMES["token_mean"], NAMES["pair_mean"]}
+
+
+def test_the_common_factor_is_fitted_on_the_other_half(model64: HookedRecurrent, many: Tensor) -> None:
+    """Least squares of all native writes of one half on what a condition writes there at its own size. The bias
+    makes activations too large, by a factor that differs between the halves."""
+    sae: Any = random_sae(model64, bias=0.005)
+    result = run(model64, sae, many, **BESIDE | {"firings_per_atom": 12, "scales": ("common",)})
+    table = firings_of(result)
+    own = firings_of(run(model64, sae, many, **BESIDE | {"firings_per_atom": 12, "scales": ("coefficient",)}))
+    half = folds(table["sequence"].to_numpy(), 0)
+    for name in ("atom", "head_mean"):
+        by_firing = table[table["condition"] == name].set_index("firing")["norm"]
+        natural = own[own["condition"] == name].set_index("firing")
+        ratio = (by_firing / natural["norm"]).groupby(natural["sequence"].map(half)).agg(["min", "max"])
+        assert np.allclose(ratio["min"], ratio["max"], rtol=1e-5)  # one factor for each half
+        assert ratio["min"].nunique() == 2
+    atoms = own[own["condition"] == "atom"].assign(half=lambda t: t["sequence"].map(half))
+    inner = atoms["norm"] * atoms["write_norm"] * atoms["cosine"]
+    fitted = inner.groupby(atoms["half"]).sum() / (atoms["norm"] ** 2).groupby(atoms["half"]).sum()
+    written = table[table["condition"] == "atom"].assign(half=lambda t: t["sequence"].map(half))
+    first = written.groupby("half").first()["norm"] / atoms.groupby("half").first()["norm"]
+    assert abs(fitted.iloc[0] / fitted.iloc[1] - 1) > 1e-3
+    assert first.tolist() == pytest.approx(fitted[::-1].tolist(), rel=1e-5)
+
+
+def test_what_is_fitted_needs_other_text(model64: HookedRecurrent, many: Tensor) -> None:
+    sae, few = random_sae(model64), {"atom_choice": ("dominant",), "n_atoms": None}
+    with pytest.raises(NothingToMeasureError, match="reference"):
+        run(model64, sae, many[:1], **few)
+    with pytest.raises(NothingToMeasureError, match="common"):
+        run(model64, sae, many[:1], **few, controls=("random",))
+    assert run(model64, sae, many[:1], **few, controls=("random",), scales=("matched",)).claims()
+    test = Substitution(**SMALL | few | {"scales": ("coefficient",)})
+    result = test.run(model64, sae, many[:1], reference=many[1:], progress=False)
+    assert result.info["baseline_tokens"] == 7 * T and {c.outcome for c in result.claims()} == {"inconclusive"}
 
 
 def test_the_dominant_atom_is_written_beside_the_firings_own(model64: HookedRecurrent, same: Tensor) -> None:
@@ -214,15 +317,17 @@ def test_the_half_life_is_counted_until_half_of_the_norm_is_gone(model64: Hooked
 
 
 def test_norms_and_the_tidy_table(model64: HookedRecurrent, tokens: Tensor) -> None:
-    table = firings_of(run(model64, random_sae(model64), tokens))
-    assert len(table) == sum(g["firing"].nunique() for _, g in table.groupby("choice")) * ROWS
+    table = firings_of(run(model64, random_sae(model64), tokens, scales=SCALES))
+    n = table.groupby("choice")["firing"].nunique()
+    full, common = 1 + len(CONTROLS) + len(REFERENCES), 1 + len(BASELINES)  # a direction has no size to be mended
+    assert len(table) == n["dominant"] * (2 + 3 * full + common) + n["own"] * (2 + full)
     native = table[table["condition"] == "native"]
     assert np.allclose(native["norm"], native["write_norm"]) and (native["kl_window"] < 1e-14).all()
     assert (table.loc[table["condition"] == "delete", "norm"] == 0).all()
     matched = table[table["scale"] == "matched"]
     assert np.allclose(matched["norm"], matched["write_norm"], rtol=1e-5)
-    scaled = table[table["scale"] != "none"]
-    assert np.allclose(scaled.groupby(["choice", "firing", "scale"])["norm"].std(), 0, atol=1e-6)
+    directions = table[table["condition"].isin(["atom", *DIRECTIONS, *REFERENCES]) & (table["scale"] != "none")]
+    assert np.allclose(directions.groupby(["choice", "firing", "scale"])["norm"].std().dropna(), 0, atol=1e-6)
     fit = table[(table["scale"] == "least_squares") & (table["condition"] == "atom")]
     assert np.allclose(fit["norm"], fit["write_norm"] * fit["cosine"].abs(), rtol=1e-5)
     assert (table.groupby("condition")["kl_window"].median().drop("native") > 1e-12).all()
@@ -331,6 +436,32 @@ def test_little_data_is_inconclusive(medians: dict[str, float], size: tuple[int,
 def test_an_interval_with_chance_and_a_relevant_effect_is_inconclusive() -> None:
     wide = claims({"delete": 1.0, "atom": 0.95}, n_sequences=8, per_sequence=3, seed=1, scales=("matched",))
     assert wide[1].outcome == "inconclusive"
+
+
+def test_a_share_that_is_small_but_sure_fails() -> None:
+    """It wins nearly everywhere, by 2 % of the deletion's effect: what a hundredth of the write itself does."""
+    result = made_up({"delete": 1.0}, scales=("matched",), controls=())
+    table = result.tables["firings"].set_index(["firing", "condition"])
+    deleted = table.xs("delete", level="condition")["kl_window"]
+    atom = 0.98 * deleted
+    rows = result.tables["firings"]["condition"] == "atom"
+    result.tables["firings"].loc[rows, "kl_window"] = atom.to_numpy()
+    claim = result.claims()[0]
+    assert claim.outcome == "fails" and "wins 100.0" in claim.measured and "recovers 2.0" in claim.measured
+
+
+def test_the_practical_floor_is_said_and_is_no_verdict() -> None:
+    tiny = {name: 1e-7 * kl for name, kl in (HOLDS | {"random": 2.0, "shuffled": 2.0}).items()}
+    settings: Any = {"scales": ("matched",), "controls": ("state", "random", "shuffled")}
+    small, plain = (made_up(medians, **settings).claims()[0] for medians in (tiny, HOLDS))
+    assert small.outcome == plain.outcome == "holds"
+    assert "practical" in small.sentence and "practical" not in plain.sentence
+
+
+def test_the_claim_of_the_larger_model() -> None:
+    result = made_up(HOLDS, scales=("matched",))
+    result.info["model"] = "Qwen/Qwen3.5-4B-Base"
+    assert result.claims()[0].number == 14
 
 
 def test_a_control_that_is_neither_worse_nor_as_good_leaves_it_undecided() -> None:

@@ -57,20 +57,20 @@ def test_unknown_scale_and_control_are_named() -> None:
     with pytest.raises(ValueError, match="frobenius"):
         C.atom_coefficient("frobenius", a, a, torch.ones(N))
     with pytest.raises(ValueError, match="psalm"):
-        C.conditions(a, a, torch.ones(N), {"psalm": a})
+        C.conditions(a, a, torch.ones(N), {"psalm": a}, C.SCALES)
 
 
 def test_conditions_list_and_norms() -> None:
     native, atom = draw(1, 0), draw(2, 1)
     activation = torch.linspace(0.1, 3, N, dtype=torch.float64)
-    controls = dict(zip(C.CONTROLS, [draw(2, 2), draw(2, 3), draw(1, 4), draw(1, 6), draw(4, 5, 1).expand(N)]))
-    listed = C.conditions(native, atom, activation, controls)
+    controls = dict(zip(C.DIRECTIONS, [draw(2, 2), draw(2, 3), draw(1, 4), draw(1, 6), draw(4, 5, 1).expand(N)]))
+    listed = C.conditions(native, atom, activation, controls, C.SCALES[:3])
     names = [(c.name, c.scale) for c in listed]
     assert names[:2] == [("native", "none"), ("delete", "none")] and listed[1].written is None
-    assert names[2:] == [(name, scale) for scale in C.SCALES for name in ("atom", *C.CONTROLS)]
+    assert names[2:] == [(name, scale) for scale in C.SCALES[:3] for name in ("atom", *C.DIRECTIONS)]
     assert listed[0].written is native
     written = {(c.name, c.scale): c.written for c in listed if c.written is not None}
-    for scale in C.SCALES:
+    for scale in C.SCALES[:3]:
         for name, direction in controls.items():
             close(written[name, scale].norm(), written["atom", scale].norm())
             close(written[name, scale].cosine(direction), torch.ones(N, dtype=torch.float64))  # a sign of its own
@@ -84,7 +84,7 @@ def test_every_condition_and_scale_has_a_name_and_a_definition() -> None:
 def test_a_zero_control_has_no_direction() -> None:
     zero = draw(1, 0) * torch.tensor([1.0, 0, 1, 1, 1, 1])
     with pytest.raises(ValueError, match="zero"):
-        C.conditions(draw(1, 1), draw(1, 2), torch.ones(N), {"random": zero})
+        C.conditions(draw(1, 1), draw(1, 2), torch.ones(N), {"random": zero}, ("matched",))
 
 
 # -- directions of the controls, on a model

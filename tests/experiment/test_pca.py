@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sae_lens_writesae.experiment.pca import fit_pca
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.experiment.pca import fit_pca, fit_pca_of_writes
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (60, 30)])
@@ -28,3 +29,27 @@ def test_equal_rows_have_a_mean_and_no_component() -> None:
     assert pca.components.shape == (0, 6) and torch.equal(pca.project(rows, 3), rows)
     with pytest.raises(ValueError, match="two"):
         fit_pca(rows[:1], 1)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_components_of_writes_from_their_factors_are_those_of_their_entries(rank: int) -> None:
+    drawn = torch.Generator().manual_seed(rank)
+    writes = LowRank(
+        torch.randn(300, rank, 6, generator=drawn, dtype=torch.float64) * torch.tensor([4, 2, 1, 1, 1, 1.0]),
+        torch.randn(300, rank, 5, generator=drawn, dtype=torch.float64) * torch.tensor([3, 1, 1, 1, 1.0]) + 0.5,
+    )
+    rows = writes.dense().flatten(1)
+    plain, fast = fit_pca(rows, 3), fit_pca_of_writes(writes, 3, passes=60)
+    torch.testing.assert_close(fast.mean, plain.mean, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(fast.project(rows, 3), plain.project(rows, 3), rtol=1e-10, atol=1e-10)
+    default = fit_pca_of_writes(writes, 3)
+    lost = [float((pca.project(rows, 3) - rows).square().sum()) for pca in (default, plain)]
+    assert lost[0] == pytest.approx(lost[1], rel=1e-4)
+
+
+def test_equal_writes_have_a_mean_and_no_component() -> None:
+    writes = LowRank(torch.ones(5, 1, 3), torch.ones(5, 1, 4))
+    pca = fit_pca_of_writes(writes, 2)
+    assert pca.components.shape == (0, 12) and torch.equal(pca.mean, torch.ones(12))
+    with pytest.raises(ValueError, match="two"):
+        fit_pca_of_writes(writes.rows([0]), 1)

@@ -44,6 +44,34 @@ def test_an_interval_with_chance_and_a_relevant_effect_is_inconclusive():
     assert judge(below, less=True, relevant=0.1).outcome == "inconclusive"
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "outcome"),
+    [
+        (0.06, 0.10, "holds"),
+        (0.04, 0.06, "inconclusive"),  # it may be smaller, or larger, than what matters
+        (-0.02, 0.08, "inconclusive"),
+        (0.01, 0.04, "fails"),  # above chance, and shown to be too small
+        (-0.02, 0.02, "fails"),
+        (-0.10, -0.05, "fails"),
+    ],
+)
+@pytest.mark.parametrize("less", [False, True])
+def test_a_large_effect_lies_beyond_what_matters(low: float, high: float, outcome: str, less: bool):
+    mean = (low + high) / 2
+    effect = Estimate(-mean, -high, -low, 100, 20) if less else Estimate(mean, low, high, 100, 20)
+    assert judge(effect, relevant=0.05, large=True, less=less).outcome == outcome
+    rival = Against(around(0.0, half=0.01))
+    if outcome == "holds":
+        assert judge(effect, {"c": rival}, relevant=0.05, large=True, less=less).outcome == "confounded"
+
+
+def test_the_verdict_names_all_that_is_not_beaten():
+    equal, open_ = Against(around(-0.2)), Against(Estimate(0.05, -0.1, 0.2, 100, 20))
+    verdict = judge(around(0.5), {"open": open_, "equal": equal}, relevant=0.05, large=True)
+    assert verdict.outcome == "confounded" and verdict.unbeaten_controls == ("equal", "open")
+    assert all(name in verdict.sentence for name in ("equal", "open"))
+
+
 def test_below_the_floor_comes_before_everything_but_data():
     assert judge(around(0.9), chance=0.5, typical=1e-9, floor=1e-8).outcome == "below the floor"
     assert judge(around(0.9), chance=0.5, typical=1e-8, floor=1e-8).outcome == "below the floor"
@@ -70,6 +98,11 @@ def test_a_control_that_does_nothing_by_itself_cannot_confound():
 def test_a_control_that_is_beaten_does_not_confound():
     beaten = Against(around(0.7), own=around(0.8), chance=0.5)
     assert judge(around(0.9), {"c": beaten}, chance=0.5).outcome == "holds"
+
+
+def test_a_difference_of_rounding_beats_no_control():
+    tied = Against(Estimate(1e-14, 1e-15, 1e-13, 100, 20))
+    assert judge(around(0.9), {"c": tied}, relevant=0.05).outcome == "confounded"
 
 
 def test_the_strongest_unbeaten_control_is_named_first():

@@ -129,6 +129,23 @@ def test_recovered_share_by_hand() -> None:
         S.recovered_share([1.0, 1.0], [0.0, 0.0], clusters=[0, 1])
 
 
+def test_the_difference_of_shares_is_paired() -> None:
+    """Over the same deletions: what two conditions share does not widen the interval."""
+    rng = np.random.default_rng(0)
+    ids, deleted = np.arange(200) // 10, rng.gamma(1, 1, 200)
+    rival = deleted * rng.uniform(0.2, 1.2, 200)
+    atom = 0.9 * rival
+    gap = S.recovered_difference(atom, rival, deleted, ids)
+    shares = [S.recovered_share(kl, deleted, ids) for kl in (atom, rival)]
+    assert gap.mean == pytest.approx(shares[0].mean - shares[1].mean)
+    assert gap.low > 0 and shares[0].low < shares[1].high  # each interval by itself would not tell them apart
+    assert S.recovered_difference(rival, rival, deleted, ids).interval == (0, 0)
+    assert S.recovered_difference(atom, deleted, deleted, ids) == pytest.approx(shares[0])
+    assert math.isnan(S.recovered_difference(atom, rival, deleted, np.zeros(200)).low)
+    with pytest.raises(ValueError, match="above 0"):
+        S.recovered_difference(atom, rival, 0 * deleted, ids)
+
+
 def test_recovered_share_covers() -> None:
     """30 sequences; of the effect of each deletion the condition leaves 40 % on average, more where it is large."""
     rng, covered = np.random.default_rng(1), 0

@@ -18,7 +18,7 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluations.substitution import Substitution, wide_firings
-from sae_lens_writesae.experiment.conditions import REFERENCES
+from sae_lens_writesae.experiment.conditions import REFERENCES, written_at
 from sae_lens_writesae.experiment.firings import Firings, Integers, sample_firings
 from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.result import Result
@@ -277,10 +277,11 @@ def substituted(result: Result) -> dict[int, list[data.Substituted]]:
     because a page is about that atom."""
     test = cast(Substitution, result.evaluation)
     wide = wide_firings(result, choice="own" if "own" in test.atom_choice else None)
-    controls = [name for name in test.controls if name not in REFERENCES]
+    scales = [scale for scale in test.scales if f"atom/{scale}" in wide]
     pages: dict[int, list[data.Substituted]] = {}
     for atom, rows in wide.groupby("written_atom"):
-        for scale in test.scales:
+        for scale in scales:
+            controls = [name for name in written_at(scale, test.controls) if name not in REFERENCES]
             beats = {n: float((rows[f"{n}/{scale}"] < rows["delete"]).mean()) for n in ("atom", *controls)}
             best = max(controls, key=lambda name: beats[name], default=None)
             shown = {

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
+from sae_lens_writesae.experiment.conditions import Control, Scale
 from sae_lens_writesae.experiment.downstream_heads import Mixer
 from sae_lens_writesae.files import atomic_text
 
@@ -183,13 +184,13 @@ class Readers(_Data):
 class Substituted(_Data):
     """The substitution test on firings of this atom alone, at one scale (mean KL over the horizon)."""
 
-    scale: Literal["coefficient", "matched", "least_squares"]
+    scale: Scale
     n: Count
     win_rate: Share
     """Share of firings at which the atom is nearer to the native model than deletion."""
     median_kl: float
     median_kl_delete: float
-    best_control: Literal["random", "shuffled", "elsewhere", "state", "mean"] | None
+    best_control: Control | None
     """The control that beats deletion most often."""
     best_control_rate: Share | None
 
