@@ -161,6 +161,13 @@ CASES: tuple[Case, ...] = (
         {_SUBSTITUTES: CONFOUNDED},
         settings={"firings_per_atom": 44, "scales": ("coefficient",), "controls": ("random", "state", "mean")},
     ),
+    Case(
+        "substitution",
+        "of token",
+        "oracle",
+        {_SUBSTITUTES: CONFOUNDED},
+        settings={"atoms": tuple(range(8)), "firings_per_atom": 8, "scales": ("coefficient",)},
+    ),
     # -- partition
     Case("partition", "planted", "oracle", {_ALIGNED: HOLDS}, settings={"tested_atoms": 0}),
     Case("partition", "two kinds", "two kinds", {_KINDS: HOLDS, _ALIKE: HOLDS}),

@@ -95,6 +95,7 @@ def oracle(world: World, k: int = 1) -> WriteTopKSAE:
 
 def untrained(world: World, k: int = 1) -> WriteTopKSAE:
     """Random atoms, of which TopK takes those that fit best: what a dictionary is before training."""
+    # `sae.controls.untrained` makes the same of a trained dictionary; here there is none to begin with.
     return dictionary(world, random_atoms(world), k)
 
 

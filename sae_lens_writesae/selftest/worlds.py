@@ -52,7 +52,7 @@ class World:
     atoms: LowRank | None = None
     """The matrices that the head writes, at unit norm; None where its writes have no structure."""
     read: LowRank | None = None
-    """What queries see of each atom, where that is not all of it."""
+    """What of each atom reaches the rest of the model, where that is not all of it."""
 
     @property
     def hook(self) -> str:
@@ -118,13 +118,18 @@ def by_phase(size: int, n: int) -> Choose:
     return lambda key: ((_PHASES * (key @ direction)) % 1.0 * n).long().clamp_max(n - 1)
 
 
-def by_token(world: World, tokens: Tensor) -> Choose:
-    """The nearest of the mean native keys of some tokens."""
+def by_token(world: World, tokens: Tensor) -> Callable[..., Tensor]:
+    """The nearest of the mean native keys of n tokens; n where none is within `reach`, if one is given."""
     hook = f"blocks.{world.layer}.mixer.hook_k"
     _, cache = world.model.run_with_cache(world.tokens, names_filter=[hook], stop_at_layer=world.layer + 1)
     keys, ids = cache[hook][:, :, world.head].flatten(0, 1), world.tokens.flatten()
     centres = torch.stack([keys[ids == token].mean(0) for token in tokens])
-    return lambda key: torch.cdist(key.flatten(0, -2), centres).argmin(1).view(key.shape[:-1])
+
+    def choose(key: Tensor, reach: float = torch.inf) -> Tensor:
+        nearest = torch.cdist(key.flatten(0, -2), centres).min(1)
+        return nearest.indices.where(nearest.values < reach, len(centres)).view(key.shape[:-1])
+
+    return choose
 
 
 def frequent_tokens(world: World, n: int) -> Tensor:
@@ -211,6 +216,17 @@ def one_write() -> World:
     world = bare(2, 2)
     k, v = sizes(world)
     return plant(world, by_phase(k, 1), unit(1, k, 2), unit(1, v, 3))
+
+
+def of_token() -> World:
+    """Every write is a function of its token: the eight most frequent ones have a matrix each, all others share one."""
+    world = bare(1, 0)
+    (k, v), n = sizes(world), 8
+    world.model.add_hook("blocks.0.hook_attn_out", lambda value, hook: torch.zeros_like(value), is_permanent=True)
+    with torch.no_grad():
+        cast(Tensor, cast(nn.Module, cast(nn.Module, block_of(world).linear_attn).conv1d).weight)[..., :-1] = 0
+    nearest = by_token(world, frequent_tokens(world, n))
+    return plant(world, lambda key: nearest(key, 1e-3), unit(n + 1, k, 2), unit(n + 1, v, 3))
 
 
 def two_kinds() -> World:
@@ -423,6 +439,7 @@ WORLDS: dict[str, Callable[[], World]] = {
         planted,
         noise,
         one_write,
+        of_token,
         two_kinds,
         needed,
         sums,
