@@ -35,6 +35,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command("Train a dictionary with SAELens' own command line.", "sae.runner:train_from_arguments"),
     "eval": Command("Evaluate trained dictionaries: one evaluation by name, or all.", "evaluate:run_eval"),
+    "selftest": Command(
+        "Check every evaluation where the truth is known; offline, in minutes.", "selftest.command:SelfTest"
+    ),
     "show": Command("Make a page for each atom of a dictionary.", "page.atoms:Show"),
     "report": Command("Write one page from saved results.", "page.report:Report"),
     "reproduce": Command(

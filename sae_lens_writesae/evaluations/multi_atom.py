@@ -32,7 +32,7 @@ ALL = 0
 RELEVANT = 0.1
 """Change of log KL that matters, fixed before any run: a tenth of the KL, the step of the substitution test's rates."""
 _SMALLEST_KL = 1e-16
-"""KL below which a logarithm is taken of this instead: the rounding of float64."""
+"""Rounding of float64: no KL is told from a smaller one below this, or below what a no-op moves."""
 
 
 class _Written(NamedTuple):
@@ -63,8 +63,9 @@ class MultiAtom(Evaluation):
 
     **Verdict** (a claim of this project), with all atoms, at the first scale, with the bias where that is nearer: the
     ladder of `judge` on the mean of log KL(all atoms) - log KL(delete), which lies below 0 where the claim holds (a
-    change of 0.1 matters), against every control that is nearer than deletion by itself. The median KL of deletion
-    must exceed the no-op's.
+    change of 0.1 matters), against every control that is nearer than deletion by itself. A KL below the floor (the 95th
+    percentile of the no-op) counts as the floor, because the logarithm of what rounding leaves says nothing. The median
+    KL of deletion must exceed the floor.
     """
 
     n_atoms: int | None = 20
@@ -203,7 +204,7 @@ class MultiAtom(Evaluation):
             effect,
             against,
             typical=float(np.median(delete["kl"])),
-            floor=float(np.quantile(rows_of(result, "native")["kl"], 0.95)),
+            floor=_floor(result),
             less=True,
             relevant=RELEVANT,
             what="the log KL ratio of the whole code to deletion",
@@ -232,7 +233,7 @@ class MultiAtom(Evaluation):
         """Mean log KL ratio of a condition (all atoms, first scale) to `reference`, with its interval by sequence."""
         rows = rows_of(result, condition, self.scales[0], ALL)
         paired = rows.join(reference["kl"].rename("kl_reference"), how="inner")
-        logs = np.log(np.maximum(paired[["kl", "kl_reference"]].to_numpy(), _SMALLEST_KL))
+        logs = np.log(np.maximum(paired[["kl", "kl_reference"]].to_numpy(), max(_SMALLEST_KL, _floor(result))))
         return estimate(logs[:, 0] - logs[:, 1], paired["sequence"], seed=self.seed)
 
     def _code_condition(self, result: Result) -> str:
@@ -296,6 +297,11 @@ def rows_of(result: Result, condition: str, scale: str = "none", count: int | No
         is_all = rows["all"] & ((rows["count"] <= count) | (count == ALL))
         rows = rows[is_all | (~rows["all"] & (rows["count"] == count))]
     return pd.DataFrame(rows).set_index(["sequence", "position"], drop=False).rename_axis([None, None])
+
+
+def _floor(result: Result) -> float:
+    """What a no-op moves, in nats (95th percentile)."""
+    return float(np.quantile(rows_of(result, "native")["kl"], 0.95))
 
 
 def _trial(lab: Lab, site: Site, position: int, written: _Written) -> Trial:

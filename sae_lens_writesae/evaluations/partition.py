@@ -50,9 +50,10 @@ _KINDS = ("register", "bundle")
 class Partition(Evaluation):
     """For each alive atom, the median over its firings of the signed cosine cos(v_i, k_t) cos(w_i, u_t) between the
     atom and the native write. An atom is a **register** from 0.05 on and a **bundle** below. Whether there are two
-    kinds at all is asked of Gaussian mixtures (1 to 4 components, BIC). Two nulls say what a dictionary without such
-    atoms would show: `shuffled`, the writes of other positions of the same sequence, and `random`, a random direction
-    in the atom's place.
+    kinds at all is asked of Gaussian mixtures (1 to 4 components, BIC). Three nulls say what a dictionary without such
+    atoms would show: `shuffled`, the writes of other positions of the same sequence; `random`, a random direction in
+    the atom's place; and `untrained`, what as many random directions show where they fire, because an atom fires where
+    its product with the write is large, learned or not.
 
     **Verdict of claim 6**, "atoms part into registers and bundles", by these rules in order:
 
@@ -64,12 +65,15 @@ class Partition(Evaluation):
     4. *holds* otherwise.
 
     A claim of this project, "atoms point along the writes they fire on": the ladder of `judge` on the median over atoms
-    of (cosine - shuffled), chance 0, a gain of 0.05 matters, against the random null (cosine - random).
+    of (cosine - shuffled), chance 0, a gain of 0.05 matters, against an untrained dictionary at its own firings
+    (cosine - untrained).
 
     **Verdict of claim 4**, "register and bundle alike", from a substitution test of as many registers as bundles, each
     writing its own atom: the outcome is *below the floor*, *inconclusive*, *confounded* or *undecided* where that test
-    is, or where `judge` finds so for one kind (its win rate against deletion over atoms, chance 1/2). Else it holds
-    where both kinds beat deletion and a permutation of atoms finds no difference at 5 %, and fails otherwise.
+    is, or where `judge` finds so for one kind (its win rate against deletion over atoms, chance 1/2). It fails where a
+    kind does not beat deletion. Else it holds where the 95 % interval of the difference of the two rates lies within 10
+    points of zero, fails where it lies beyond, and is inconclusive where it reaches from one to the other: no
+    difference found is no sameness shown.
 
     **Verdict of claim 26**, that registers point along their writes and the first principal component of the head's
     writes (centred, of `pca_writes` writes of the same text) does not: the ladder of `judge` on the median over
@@ -123,6 +127,7 @@ class Partition(Evaluation):
             "cosine": "median cosine of the atom and the native write over the atom's firings",
             "shuffled": "the same with writes of other positions of the same sequence",
             "random": "the same firings with a random direction in the atom's place",
+            "untrained": "the same tokens with what an untrained dictionary of as many atoms fires there",
             "z": "Fisher's z of the cosine",
             "kind": "register (cosine >= threshold) or bundle",
             "key": "median |cosine| of the key sides of atom and write over the firings",
@@ -206,7 +211,7 @@ class Partition(Evaluation):
 
     def atom_table(self, cosines: pd.DataFrame) -> pd.DataFrame:
         """Medians over firings, and the kind of each atom."""
-        grouped = cosines.groupby("atom")[[*SAMPLES, *SIDES, "pca"]]
+        grouped = cosines.groupby("atom")[[*SAMPLES, "untrained", *SIDES, "pca"]]
         atoms = grouped.median().assign(firings=grouped.size()).reset_index()
         kind = np.where(atoms["cosine"] >= self.threshold, *_KINDS)
         return atoms.assign(z=fisher_z(atoms["cosine"]), kind=kind)
@@ -322,15 +327,15 @@ class Partition(Evaluation):
 
     def _aligned(self, result: Result) -> Claim:
         atoms = result.tables["atoms"]
-        gain, over_random = (
+        gain, over_untrained = (
             stats.estimate(
                 atoms["cosine"] - atoms[null], atoms["atom"], statistic=stats.weighted_median, seed=self.seed
             )
-            for null in ("shuffled", "random")
+            for null in ("shuffled", "untrained")
         )
         verdict = judge(
             gain,
-            {"a random direction in the atom's place": Against(over_random)},
+            {"an untrained dictionary at its own firings": Against(over_untrained)},
             relevant=RELEVANT_COSINE,
             what="the median gain in cosine over shuffled positions",
         )
@@ -345,7 +350,7 @@ class Partition(Evaluation):
             len(atoms),
             "alive atoms",
             f"shuffled null {np.median(atoms['shuffled']):.3f} (Wilcoxon p = {p:.2g}), "
-            f"random null {np.median(atoms['random']):.3f}; |cosine| of key sides {np.median(atoms['key']):.2f} "
+            f"untrained dictionary {np.median(atoms['untrained']):.3f}, random null {np.median(atoms['random']):.3f}; |cosine| of key sides {np.median(atoms['key']):.2f} "
             f"(shuffled {np.median(atoms['shuffled_key']):.2f}), of value sides {np.median(atoms['value']):.2f} "
             f"(shuffled {np.median(atoms['shuffled_value']):.2f})",
             verdict.outcome,
@@ -398,7 +403,8 @@ class Partition(Evaluation):
         measured += f"; difference [{span(numbers['low'], numbers['high'])}] points, p = {numbers['p_value']:.2g}"
         weighted = ", ".join(f"{row['kind']} {percent(row['by_firings'])}" for row in table.to_dict("records"))
         measured += f"; weighted by firings: {weighted}"
-        verdict = alike_verdict(rates, numbers["p_value"], cast(Mapping[str, str], compared["verdict"]))
+        difference = stats.Interval(numbers["low"], numbers["high"])
+        verdict = alike_verdict(rates, difference, cast(Mapping[str, str], compared["verdict"]))
         n = sum(rate.n for rate in rates.values())
         controls = f"those of the substitution test: {', '.join(self.controls)}"
         return Claim(4, claim, measured, n, "firings, by atom", controls, verdict.outcome, verdict.sentence)
@@ -566,8 +572,8 @@ def compare_kinds(test: Result, atoms: pd.DataFrame, seed: int) -> tuple[pd.Data
     return pd.DataFrame(rows, columns=list(Partition.columns["substitution"])), facts
 
 
-def alike_verdict(rates: Mapping[str, stats.Estimate], p_value: float, test: Mapping[str, str]) -> Verdict:
-    """The outcome of claim 4 from the win rate of each kind, the p-value of their difference, and the verdict on all
+def alike_verdict(rates: Mapping[str, stats.Estimate], difference: stats.Interval, test: Mapping[str, str]) -> Verdict:
+    """The outcome of claim 4 from the win rate of each kind, the interval of their difference, and the verdict on all
     tested firings."""
     kinds = {
         kind: judge(rate, chance=0.5, relevant=RELEVANT, what=f"the win rate of {kind} atoms against deletion")
@@ -579,7 +585,11 @@ def alike_verdict(rates: Mapping[str, stats.Estimate], p_value: float, test: Map
             return stops[0]
     if failed := [kind for kind, each in kinds.items() if each.outcome == "fails"]:
         return Verdict("fails", f"Deletion is not beaten by {' and '.join(failed)} atoms.")
-    if p_value < 0.05:
-        return Verdict("fails", "Both kinds beat deletion, but not alike.")
-    sentence = "Both kinds beat deletion, and no difference is found; its interval says how large one could be."
-    return Verdict("holds", sentence)
+    if difference.low >= -RELEVANT and difference.high <= RELEVANT:
+        return Verdict("holds", f"Both kinds beat deletion, and differ by no more than {percent(RELEVANT)}.")
+    if difference.low > RELEVANT or difference.high < -RELEVANT:
+        return Verdict(
+            "fails", f"Both kinds beat deletion, but not alike: they differ by more than {percent(RELEVANT)}."
+        )
+    reach = f"an interval of their difference of [{span(*difference)}] points shows neither sameness nor a difference"
+    return Verdict("inconclusive", f"Both kinds beat deletion, but {reach} of {percent(RELEVANT)}.")

@@ -59,7 +59,8 @@ class Seeds(Evaluation):
     **Verdict** of claim 20, "seeds find the same kinds, not the same atoms": it *fails* where the numbers of alive
     atoms or of registers spread by more than 12 % of their mean, or more than 1 % of the matched atoms of some pair of
     dictionaries exceed cosine 0.9. Atoms that were never learned share nothing either, so it *holds* only where in
-    every pair of dictionaries the atoms match better than random directions; otherwise it is *inconclusive*.
+    every pair of dictionaries the atoms match better than random directions by 0.05 or more; otherwise it is
+    *inconclusive*. (Any excess will not do: random atoms that fire are a little more alike than random directions.)
 
     "Seeds share atoms beyond chance" (a claim of this project): the ladder of `judge` on the excess over random
     directions, of the pair of dictionaries where it is smallest, against native writes drawn at random (the pair where
@@ -196,7 +197,7 @@ class Seeds(Evaluation):
             faults.append(f"counts vary by more than {percent(self.largest_spread)}")
         if share["atoms"] > self.largest_share:
             faults.append(f"more than {percent(self.largest_share)} of atoms are the same")
-        learned = self._excess(result)
+        learned = self._excess(result, least=RELEVANT)
         if (few := too_little(_smallest(_matches(result, "random")))) is not None:
             verdict = Verdict("inconclusive", few)
         elif faults:
@@ -231,12 +232,12 @@ class Seeds(Evaluation):
             verdict.sentence,
         )
 
-    def _excess(self, result: Result, against: Mapping[str, Against] | None = None) -> Verdict:
-        """Whether atoms match better than random directions in every pair of dictionaries."""
+    def _excess(self, result: Result, against: Mapping[str, Against] | None = None, *, least: float = 0.0) -> Verdict:
+        """Whether atoms match better than random directions, by more than `least`, in every pair of dictionaries."""
         random = _matches(result, "random")
         worst = random.iloc[int(random["excess_low"].argmin())]
         what = f"the excess over random directions of {worst['a']} and {worst['b']}, the pair that matches worst,"
-        return judge(_smallest(random), against, relevant=RELEVANT, what=what)
+        return judge(_smallest(random), against, chance=least, relevant=RELEVANT, what=what)
 
     def figures(self, result: Result) -> list[Figure]:
         """Matched cosines beside both nulls, best pair first."""

@@ -13,10 +13,12 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
+from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluations import load_result
 from sae_lens_writesae.evaluations.erasure import CONTROLS, Erasure, selected_effect, slopes_of
 from sae_lens_writesae.experiment.firings import collect_firings, halves
+from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.result import Result
 
 T = 18
@@ -96,6 +98,21 @@ def test_the_choice_of_tokens_never_sees_the_test_half(model64: HookedRecurrent,
     assert one["atoms"][same].equals(other["atoms"][same])
     assert not np.allclose(one["atoms"]["effect"], other["atoms"]["effect"])
     assert set(one["firings"]["sequence"]) <= set(split.test.tolist()) and not set(split.test) & set(split.select)
+
+
+def test_the_random_direction_is_the_one_that_fits_the_firings_best(model64: HookedRecurrent, varied: Tensor) -> None:
+    sae, test = random_sae(model64), Erasure(**SMALL)
+    with torch.no_grad():
+        lab = Lab(model64, {"": sae}, varied)
+        draw = test._draw(lab)
+        atoms = lab.atoms(draw.atoms)
+        fitting = test._fitting(lab, draw.select, atoms).dense().flatten(1)
+        drawn = LowRank(torch.empty(12, 1, 8), torch.empty(12, 1, 6)).random_like(torch.Generator().manual_seed(0))
+        every = torch.nn.functional.normalize(drawn.dense().flatten(1))
+        for column, rows in draw.select.groupby("column"):
+            writes = [lab.native_writes([s]).rows([t]).dense().flatten() for s, t in zip(rows.sequence, rows.position)]
+            best = every[(torch.stack(writes).to(every) @ every.T).mean(0).argmax()]
+            torch.testing.assert_close(fitting[int(str(column))], best, rtol=1e-5, atol=1e-6, check_dtype=False)
 
 
 @pytest.mark.parametrize("target", ["write", "state"])
@@ -181,7 +198,8 @@ def sampled(**means: float) -> Result:
         ({"effect": -0.1, "random": -0.15}, "confounded", "fails"),
         ({"effect": -0.1, "wrong": -0.1}, "confounded", "fails"),
         ({"effect": 0.1}, "fails", "fails"),
-        ({"effect": -1e-6}, "below the floor", "holds"),
+        ({"effect": -0.1, "random": -0.095}, "holds", "fails"),  # a lead, but none that matters
+        ({"effect": -1e-6}, "below the floor", "fails"),
     ],
 )
 def test_verdicts(means: dict[str, float], outcome: str, single: str) -> None:

@@ -135,6 +135,8 @@ def table(kl: dict[str, float], n: int = 24) -> Result:
         ({"delete": 1.0, "code": 0.2, "mean": 0.5, "state": 2.0, "state_after": 0.01}, "holds"),
         ({"delete": 1.0, "code": 0.2, "mean": 0.1, "state": 2.0, "state_after": 0.01}, "confounded"),
         ({"delete": 1.0, "code": 1.5, "mean": 0.1, "state": 2.0, "state_after": 0.01}, "fails"),
+        ({"delete": 1.0, "code": 1e-12, "mean": 1e-13, "state": 2.0, "state_after": 1.0}, "confounded"),  # both are 0
+        ({"delete": 1.0, "code": 1e-13, "mean": 1e-12, "state": 2.0, "state_after": 1.0}, "confounded"),
         ({"delete": 1e-12, "code": 1e-13, "mean": 1.0, "state": 1.0, "state_after": 1.0}, "below the floor"),
     ],
 )

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small_saes import HEAD, LAYER, K, V, make_sae, planted
+from small_saes import HEAD, HOOK, LAYER, K, V, make_sae, planted
 
 from hookpoints import UnknownHookError
+from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluations import load_result
 from sae_lens_writesae.evaluations.partition import RULES, Partition, alike_verdict, compare_kinds, first_component
@@ -19,8 +20,9 @@ from sae_lens_writesae.experiment.cosines import firing_cosines
 from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.result import Result
 from sae_lens_writesae.verdict.mixtures import fisher_z, fit_mixtures
-from sae_lens_writesae.verdict.statistics import Estimate
+from sae_lens_writesae.verdict.statistics import Estimate, Interval
 
+HELD = {"outcome": "holds", "sentence": ""}
 QUICK: dict[str, Any] = {"min_firings": 2, "restarts": 1}
 
 
@@ -128,12 +130,13 @@ def test_fisher_z_is_finite() -> None:
 # -- verdicts
 
 
-def made(cosine: Any, shuffled: Any) -> Result:
+def made(cosine: Any, shuffled: Any, untrained: float = 0.0) -> Result:
     """A result from chosen medians, with real fits."""
     evaluation = Partition(restarts=1, components=3)
     n = len(cosine)
     atoms = pd.DataFrame({"atom": range(n), "firings": 9, "cosine": np.asarray(cosine, float), "shuffled": shuffled})
     atoms["random"], atoms["z"] = np.random.default_rng(9).normal(0, 0.01, n), fisher_z(cosine)
+    atoms["untrained"] = np.random.default_rng(8).normal(untrained, 0.01, n)
     atoms["kind"] = np.where(atoms["cosine"] >= evaluation.threshold, "register", "bundle")
     atoms = atoms.assign(key=0.5, value=0.5, shuffled_key=0.3, shuffled_value=0.3, pca=-0.05)
     tables = {
@@ -187,11 +190,40 @@ def test_verdicts_of_two_kinds(cosine: Any, shuffled: Any, outcome: str, words: 
     [
         (normal(0.1, 0.05, 100), normal(0.1, 0.05, 100)[::-1], "fails"),
         (normal(0.3, 0.05, 100), normal(0.1, 0.05, 100, 1), "holds"),
-        (normal(-0.1, 0.02, 100), normal(-0.3, 0.02, 100, 1), "confounded"),  # a random direction points nearer
+        (normal(-0.1, 0.02, 100), normal(-0.3, 0.02, 100, 1), "confounded"),  # random directions point nearer
     ],
 )
 def test_verdicts_of_alignment(cosine: Any, shuffled: Any, outcome: str) -> None:
     assert made(cosine, shuffled).claims()[1].outcome == outcome
+
+
+def test_alignment_that_firing_alone_brings_is_confounded() -> None:
+    """Random atoms have it too, where they fire."""
+    cosine = normal(0.07, 0.02, 100)
+    assert made(cosine, normal(0, 0.02, 100, 1), untrained=0.07).claims()[1].outcome == "confounded"
+    assert made(cosine, normal(0, 0.02, 100, 1), untrained=0.0).claims()[1].outcome == "holds"
+
+
+@pytest.mark.parametrize("target", ["write", "state"])
+def test_the_untrained_null_is_a_random_dictionary_at_its_own_firings(model: Any, tokens: Any, target: str) -> None:
+    """By hand: the random atom with the largest product at the token, where the atom is the strongest there."""
+    sae = make_sae(model, hook=HOOK.replace("write", target))
+    with torch.no_grad():
+        lab = Lab(model, {"": sae}, tokens)
+        numbers = lab.firings().alive(tokens.numel())
+        table: Any = firing_cosines(lab, numbers).table
+        found = model.recurrence(tokens[:1], LAYER)
+        writes = found.write(HEAD)[0, :, 0].flatten(1)
+        read = writes if target == "write" else found.states(HEAD)[0, :, 0].flatten(1)
+    seed = int(lab.rng(len(numbers), 1).integers(2**62))
+    blank = LowRank(torch.empty(30, 1, 8), torch.empty(30, 1, 6))
+    random = torch.nn.functional.normalize(blank.random_like(torch.Generator().manual_seed(seed)).dense().flatten(1))
+    strongest = table[table["sequence"] == 0].merge(lab.firings().frame(), on=["sequence", "position", "atom"])
+    for _, rows in strongest.groupby("position"):
+        row = rows.loc[rows["activation"].idxmax()]
+        t = int(row["position"])
+        best = random[(random @ read[t]).argmax()]
+        assert row["untrained"] == pytest.approx(float(torch.cosine_similarity(best, writes[t], dim=0)), abs=1e-5)
 
 
 def substitution_test(medians: dict[str, float], worse: float = 1.0) -> Result:
@@ -245,7 +277,16 @@ def test_kinds_that_differ_are_not_alike() -> None:
 
 def test_a_kind_of_few_atoms_is_inconclusive() -> None:
     rates = {"register": Estimate(0.9, 0.8, 1.0, 100, 20), "bundle": Estimate(0.9, 0.8, 1.0, 16, 4)}
-    assert alike_verdict(rates, 0.5, {"outcome": "holds", "sentence": ""}).outcome == "inconclusive"
+    assert alike_verdict(rates, Interval(-0.05, 0.05), HELD).outcome == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    "difference, outcome",
+    [((-0.05, 0.08), "holds"), ((-0.2, 0.15), "inconclusive"), ((0.02, 0.2), "inconclusive"), ((0.12, 0.3), "fails")],
+)
+def test_sameness_needs_an_interval_within_the_margin(difference: tuple[float, float], outcome: str) -> None:
+    rates = dict.fromkeys(("register", "bundle"), Estimate(0.9, 0.8, 1.0, 100, 20))
+    assert alike_verdict(rates, Interval(*difference), HELD).outcome == outcome
 
 
 def test_the_evaluation_tests_as_many_atoms_of_each_kind(model: Any, tokens: Any) -> None:

@@ -77,6 +77,7 @@ LOW, HIGH = np.linspace(0.1, 0.3, 200), np.linspace(0.4, 0.7, 200)
         ([100, 50], (HIGH, LOW, LOW), ("fails", "holds"), "Counts vary"),
         ([100, 99], (HIGH + 0.25, LOW, LOW), ("fails", "holds"), "are the same"),
         ([100, 99], (LOW, LOW, LOW), ("inconclusive", "fails"), "Nothing shows"),
+        ([100, 99], (LOW + 0.03, LOW, LOW), ("inconclusive", "holds"), "Nothing shows"),  # as random atoms that fire
         ([12, 12], (HIGH[:12], LOW[:12], LOW[:12]), ("inconclusive", "inconclusive"), "Too little"),
         ([100, 99], (HIGH, LOW, HIGH + 0.1), ("holds", "confounded"), "Counts agree"),
     ],
