@@ -350,7 +350,8 @@ class Partition(Evaluation):
             len(atoms),
             "alive atoms",
             f"shuffled null {np.median(atoms['shuffled']):.3f} (Wilcoxon p = {p:.2g}), "
-            f"untrained dictionary {np.median(atoms['untrained']):.3f}, random null {np.median(atoms['random']):.3f}; |cosine| of key sides {np.median(atoms['key']):.2f} "
+            f"untrained dictionary {np.median(atoms['untrained']):.3f}, random null {np.median(atoms['random']):.3f}; "
+            f"|cosine| of key sides {np.median(atoms['key']):.2f} "
             f"(shuffled {np.median(atoms['shuffled_key']):.2f}), of value sides {np.median(atoms['value']):.2f} "
             f"(shuffled {np.median(atoms['shuffled_value']):.2f})",
             verdict.outcome,

@@ -25,8 +25,8 @@ class FiringCosines(NamedTuple):
     """Signed cosines <A_i, W_t> / |A_i||W_t| over firings (i, t), for the dictionary and three nulls."""
 
     table: pd.DataFrame
-    """sequence, position, atom, cosine, shuffled, random, untrained; key, value, shuffled_key, shuffled_value (|cosine| of
-    one side of the matrices); and one column for each further direction. One row per firing at a write that is not
+    """sequence, position, atom, cosine, shuffled, random, untrained; key, value, shuffled_key, shuffled_value (|cosine|
+    of one side of the matrices); and one column for each further direction. One row per firing at a write that is not
     zero."""
     zero_writes: int
     """Firings left out because the native write there, or at the shuffled position, is zero."""
