@@ -21,7 +21,7 @@ from sae_lens_writesae.page.report import ReportFiles, write_report
 from sae_lens_writesae.sae.load import folder_label, load_sae
 
 _REFERENCE = 64
-"""Sequences from which control dictionaries are made."""
+"""Sequences from which control dictionaries are made, and on which baselines are fitted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Subjects:
     """Tokens per sequence."""
     control_dictionaries: bool = True
     """Evaluate an untrained dictionary and one of native writes beside each, by the same rules: three times the work.
-    They are made from the training text of the package."""
+    They are made from the training text of the package, on which baselines are then fitted too."""
 
 
 @dataclass(frozen=True, kw_only=True)

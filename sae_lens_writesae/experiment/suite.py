@@ -38,12 +38,14 @@ def evaluate_all(
     of each dictionary is measured once, and is in the `info` of all its results.
 
     Args:
-        controls: [N,T] tokens apart from those that are tested. Control dictionaries are made from them, and evaluated
-            beside the trained ones as "<label>, untrained" and "<label>, native writes": three times the work. None:
-            there are none.
+        controls: [M,S] tokens apart from those that are tested. Control dictionaries are made from them, and evaluated
+            beside the trained ones as "<label>, untrained" and "<label>, native writes": three times the work.
+            Baselines are fitted on the same tokens (the `reference` of `Evaluation.run`). None: there are no control
+            dictionaries, and baselines are fitted on the other half of `tokens`.
 
     Raises:
-        ValueError: the only evaluation asked for compares dictionaries, and these are not for the comparison.
+        ValueError: the only evaluation asked for compares dictionaries, and these are not for the comparison; sequences
+            of `controls` are tested.
     """
     beside = {} if controls is None else control_dictionaries(model, saes, controls)
     everything = dict(saes) | {f"{n}, {control}": sae for control, own in beside.items() for n, sae in own.items()}
@@ -61,12 +63,13 @@ def evaluate_all(
         for label, group in groups(evaluation.scope, saes, single=len(evaluations) == 1):
             named = with_label(evaluation, label)
             run = named.run if len(evaluations) == 1 else named.run_or_skip
-            trained = run(model, group, tokens, progress=progress)
+            trained = run(model, group, tokens, reference=controls, progress=progress)
             keep(trained, group)
             for control, own in beside.items() if evaluation.scope is not Scope.HEAD else ():
                 if trained.skipped is None and group.keys() <= own.keys():
                     other = replace(evaluation, label=f"{trained.label}, {control}")
-                    result = other.run_or_skip(model, {n: own[n] for n in group}, tokens, progress=progress)
+                    of_group = {n: own[n] for n in group}
+                    result = other.run_or_skip(model, of_group, tokens, reference=controls, progress=progress)
                     keep(as_control(result, control, trained), [f"{n}, {control}" for n in group])
     return results
 

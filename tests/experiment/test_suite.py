@@ -16,7 +16,7 @@ from sae_lens_writesae.evaluations.objectives import Objectives
 from sae_lens_writesae.evaluations.seeds import Seeds
 from sae_lens_writesae.evaluations.sign import Sign
 from sae_lens_writesae.evaluations.substitution import Substitution
-from sae_lens_writesae.experiment.controls import answers
+from sae_lens_writesae.experiment.controls import answers, control_dictionaries
 from sae_lens_writesae.experiment.evaluation import Scope
 from sae_lens_writesae.experiment.suite import comparable, evaluate_all, groups, with_label
 
@@ -96,6 +96,23 @@ def test_comparisons_are_run_on_controls_of_all_they_compare(model: HookedRecurr
     assert [r.label for r in results] == ["L1H2", "L1H2, untrained", "L1H2, native writes"]
     assert all(r.info["saes"] == ["a", "b"] for r in results)
     assert list(results[1].info["quality"]) == ["a, untrained", "b, untrained"]  # type: ignore[call-overload]
+
+
+def test_baselines_are_fitted_on_the_text_of_the_controls(model: HookedRecurrent, tmp_path: Path) -> None:
+    tokens = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(1))
+    tested, other = tokens[:4], tokens[4:]
+    saes = {"mine": make_sae(model)}
+    few = {"n_atoms": 1, "firings_per_atom": 2, "n_codes": 3, "pca_components": 1, "last_position_firings": 0}
+    small = Substitution(**few, horizon=1, scales=("coefficient",), controls=("drawn",), atom_choice=("own",))
+    results = evaluate_all([small], model, saes, tested, tmp_path, controls=other, progress=False, say=len)
+    dictionaries = [saes["mine"], *(own["mine"] for own in control_dictionaries(model, saes, other).values())]
+    for result, sae in zip(results, dictionaries, strict=True):
+        expected = small.run(model, sae, tested, reference=other, progress=False).tables["firings"]
+        assert result.tables["firings"].equals(expected)
+    without = small.run(model, saes, tested, progress=False).tables["firings"]
+    assert not results[0].tables["firings"].equals(without)
+    with pytest.raises(ValueError, match="reference"):
+        evaluate_all([small], model, saes, tested, tmp_path, controls=tokens, progress=False, say=len)
 
 
 def test_a_label_is_given_only_where_there_is_none() -> None:
