@@ -110,7 +110,7 @@ def loop(options: argparse.Namespace) -> None:
     print(f"{len(keys)} writes, {options.threads} threads; tokens per second, and per second of CPU")
     for batch, k in ((128, 1), (128, 4), (512, 1), (512, 4)):
         cfg = LanguageModelSAERunnerConfig(
-            sae=WriteTopKTrainingSAEConfig(d_in=64 * 32, d_k=64, d_sae=512, k=k),
+            sae=WriteTopKTrainingSAEConfig(d_in=64 * 32, d_k=64, d_sae=512, k=k, b_dec_rows=0),
             training_tokens=200 * batch,
             train_batch_size_tokens=batch,
             logger=LoggingConfig(log_to_wandb=False),

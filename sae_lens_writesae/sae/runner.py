@@ -191,6 +191,7 @@ class Interrupts:
     A signal waits for the end of the step: an optimizer goes through its parameters one by one, and what is saved in
     the middle of that has made the step with some of them only. While the buffer is filled it waits for the end of a
     batch of the language model; a second signal does not. Later ones do nothing, so that saving is not interrupted.
+    After the last step a signal waits until the result is saved.
     """
 
     def __init__(self) -> None:
@@ -200,6 +201,8 @@ class Interrupts:
         """Whether a step has begun and is not whole: then trainer and weights cannot be saved."""
         self.steps = 0
         """Steps that are whole."""
+        self.trained = False
+        """Whether the last step is made: then there is no checkpoint to resume from, and the result is soon saved."""
         self.filling: Callable[[], bool] = lambda: False
         """Whether the buffer is being filled: then an exception loses nothing wherever it comes."""
 
@@ -240,7 +243,7 @@ class Interrupts:
 
     def check(self) -> None:
         """Raise the KeyboardInterrupt that waits, if one does."""
-        if self._signal is not None and not self._raised:
+        if self._signal is not None and not self._raised and not self.trained:
             self._raised = True
             raise KeyboardInterrupt(self._signal)
 
@@ -349,9 +352,10 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
         return fit_metrics(model, tokens, [head], damping=sae.metric_damping, seed=cfg.seed)[head]
 
     def run(self) -> MatrixTrainingSAE:
-        """Train and save. A signal that came within the last step is raised when the result is saved."""
+        """Train and save. A signal that came within the last step or after it is raised when the result is saved."""
         with self._random.scope():
             sae = super().run()
+        self._interrupts.trained = False
         self._interrupts.check()
         return cast(MatrixTrainingSAE, sae)
 
@@ -368,6 +372,7 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
         with self._interrupts.handled():
             try:
                 sae = cast(MatrixTrainingSAE, trainer.fit())
+                self._interrupts.trained = True
                 settle_b_dec(trainer)
                 return sae if self.metric is None else self.metric.fold(sae)
             except KeyboardInterrupt:

@@ -48,7 +48,8 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     """`mean`: the mean of the first batch goes into b_dec, if that is still zero. See also `preset_b_dec`."""
     b_dec_rows: int = 32_768
     """Rows over which b_dec is set at the end of training, so that reconstructions are right on average: see
-    `calibrate_b_dec`. 0: b_dec stays as it was trained. Needs this package's runner."""
+    `calibrate_b_dec`. At most as many as were trained on. 0: b_dec stays as it was trained. Needs this package's
+    runner."""
     unit_norm_every: int = 100
     """Period in steps of moving the norms of atoms into the encoder, which leaves the function as it is, and of
     balancing their factors. 0: never."""

@@ -115,9 +115,10 @@ def check_metric(cfg: RunnerConfig, metric: Metric | None) -> None:
 
 
 def settle_b_dec(trainer: Trainer) -> None:
-    """What `b_dec_rows` of the config asks for, with further rows of the trainer's own source."""
+    """What `b_dec_rows` of the config asks for, with further rows of the trainer's own source; at most as many as were
+    trained on, so that a short run stays short."""
     sae = trainer.sae
-    if rows := getattr(sae.cfg, "b_dec_rows", 0):
+    if rows := min(getattr(sae.cfg, "b_dec_rows", 0), trainer.cfg.total_training_samples):
         batches = (batch.to(sae.device) for batch in trainer.data_provider)
         calibrate_b_dec(sae, batches, math.ceil(rows / trainer.cfg.train_batch_size_samples))
 

@@ -229,6 +229,18 @@ def test_planted_writes_are_found() -> None:
     assert error.square().sum() < 0.05 * rows.norm().square().sum()
 
 
+def test_b_dec_is_set_at_the_end_of_training_so_that_the_mean_is_right() -> None:
+    _, rows = planted()
+    x = rows.dense().flatten(1)
+    as_trained, settled = (train_on_writes(config(0, 60, b_dec_rows=n), rows.keys, rows.values) for n in (0, 32_768))
+    with torch.no_grad():
+        codes = [sae.encode(x) for sae in (as_trained, settled)]
+        errors = [(x - sae.decode(code)).mean(0).norm() for sae, code in zip((as_trained, settled), codes)]
+    assert errors[1] < 0.2 * errors[0]
+    torch.testing.assert_close(codes[1], codes[0], rtol=1e-4, atol=1e-4)  # which atoms act, and how much, stays
+    assert torch.equal(as_trained.v, settled.v) and torch.equal(as_trained.w, settled.w)
+
+
 def test_a_seed_is_a_dictionary() -> None:
     _, rows = planted()
 
