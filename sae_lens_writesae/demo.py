@@ -1,146 +1,214 @@
-"""The main job, end to end, on a model that ships with the package: train on writes and on states, then test both."""
+"""The main job, end to end, on a model that ships with the package: dictionaries of writes and of states, tested."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-import torch
+import pandas as pd
+from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.evaluations.substitution import Substitution
-from sae_lens_writesae.experiment.head import half_lives
+from sae_lens_writesae.experiment.quality import head_effects
+from sae_lens_writesae.experiment.result import Result
 from sae_lens_writesae.experiment.suite import quality_of_heads, with_quality
 from sae_lens_writesae.experiment.tokens import sample_sequences
 from sae_lens_writesae.page.report import ReportFiles, write_report
+from sae_lens_writesae.sae.collect import collect
+from sae_lens_writesae.sae.collection import Collection
 from sae_lens_writesae.sae.load import load_sae
-from sae_lens_writesae.sae.runner import quiet, text_dataset, train, training_config
+from sae_lens_writesae.sae.metric_fit import fit_metrics
+from sae_lens_writesae.sae.runner import quiet, train, training_config
 from sae_lens_writesae.sae.target import Target
-from sae_lens_writesae.sae.training import MatrixTrainingSAE
+from sae_lens_writesae.sae.writes import train_on_writes
+from sae_lens_writesae.verdict.format import percent, span
+
+
+class Recipe(NamedTuple):
+    """One dictionary of the demo."""
+
+    label: str
+    target: Target
+    k: int
+    metric: bool = False
+    """Whether errors are measured by the KL divergence that they cause (see `sae.metric`)."""
+
+    @property
+    def folder(self) -> str:
+        return self.label.replace(", ", "-").replace(" ", "-")
+
+
+RECIPES = (
+    Recipe("write-trained", "write", 1),
+    Recipe("write-trained, metric", "write", 1, metric=True),
+    Recipe("write-trained, k 4", "write", 4),
+    Recipe("state-trained", "state", 1),
+)
 
 
 class HeadChoice(NamedTuple):
-    """A head and how long it remembers."""
+    """A head, how long it remembers, and what its writes do."""
 
     layer: int
     head: int
     half_life: float
     """Median over writes of the tokens after which half of a write's norm is left, by decay and erase."""
+    nats: float
+    """KL(native || edited) per token where all writes of the head are deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Train two sparse autoencoders on one head with memory, one on its writes and one on its states, with SAELens' own
-    runner. Then, where an atom fires, exchange the model's own write for the atom and for controls, and measure how the
-    next-token distribution changes. The report puts both dictionaries side by side. Offline, on a CPU, in minutes."""
+    """Read what one head writes, train dictionaries on it, and exchange the model's own writes for their atoms.
+
+    The head is the one whose writes do most, of those that remember for a while. Four dictionaries: of its writes with
+    one and with four active atoms, of its writes in the model's own metric, and of its states. Where an atom fires, the
+    model's own write is exchanged for the atom and for what needs no training, and the report says how much of the
+    write's effect each takes back. Offline, on a CPU, in minutes."""
 
     model: str = "embedded"
     """Model to look into: one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7), a folder, or a
     name on the hub."""
     layer: int | None = None
-    """Recurrent layer. By default the head is taken whose writes last nearest to `memory` tokens."""
+    """Recurrent layer. By default the head is taken whose writes do most, of those with a half-life of `memory`."""
     head: int | None = None
     """Head of that layer."""
-    memory: float = 32.0
-    """Wanted half-life of a write, in tokens, where no head is named."""
-    targets: tuple[Target, ...] = ("write", "state")
-    """What dictionaries are trained on."""
-    d_sae: int = 512
+    memory: float = 16.0
+    """Least half-life of a write, in tokens, where no head is named."""
+    d_sae: int = 256
     """Atoms of a dictionary."""
-    k: int = 32
-    """Active atoms per token."""
-    training_tokens: int = 150_000
-    """Tokens that each dictionary is trained on."""
+    training_tokens: int = 256_000
+    """Tokens that each dictionary sees, in as many epochs of the text as that needs."""
     context_size: int = 128
     """Tokens per sequence."""
+    train_sequences: int = 900
+    """Sequences of the training text, or all that there are."""
     eval_sequences: int = 64
     """Sequences of the test."""
-    n_atoms: int = 60
+    n_atoms: int = 40
     """Atoms that are tested."""
-    firings_per_atom: int = 5
+    firings_per_atom: int = 4
     """Firings of each."""
-    last_position_firings: int = 30
-    """Firings that are followed to the end of their sequence; these cost several times the others."""
     seed: int = 0
     """Seed of training, draws and controls."""
     out: Path = Path("writesae-out")
-    """Folder for report.html, the dictionaries and the results."""
+    """Folder for report.html, the writes that were read, the dictionaries and the results."""
 
     def run(self, say: Callable[[str], object] = print) -> ReportFiles:
-        """Train one dictionary per target, test each, and write everything to `out`: the report, and per target the
-        dictionary (`sae/`) and its result (`substitution/`)."""
+        """Train and test each dictionary, and write everything to `out`: the report, and for each dictionary `sae/` and
+        its result `substitution/`."""
         model = HookedRecurrent.from_pretrained(self.model)
         tokens = sample_sequences(model, embedded.text("test"), self.context_size, self.eval_sequences)
-        choice = self.choose_head(model, tokens[:8])
+        text = sample_sequences(model, embedded.text("train"), self.context_size, self.train_sequences)
+        choice = self.choose_head(model, text[:16])
         rule = model.cfg.layer(choice.layer).rule
         say(
-            f"model {self.model!r}: head {choice.head} of layer {choice.layer} ({rule}), half-life of a write "
-            f"{choice.half_life:.0f} tokens"
+            f"model {self.model!r}: head {choice.head} of layer {choice.layer} ({rule}); half-life of a write "
+            f"{choice.half_life:.0f} tokens; without its writes the model is off by {choice.nats:.3f} nats per token"
         )
-        results = []
-        for target in self.targets:
-            say(f"\ntraining a WriteSAE on the {target}s of this head (SAELens)")
-            folder = self.out / target
-            sae = self._train(model, choice, target)
-            sae.save_inference_model(folder / "sae")
-            say("substitution test: its atoms in the place of the model's own writes")
-            label, trained = f"{target}-trained", load_sae(folder / "sae")
-            test = Substitution(
-                n_atoms=self.n_atoms,
-                firings_per_atom=self.firings_per_atom,
-                last_position_firings=self.last_position_firings,
-                seed=self.seed,
-                label=label,
-            )
-            quality = quality_of_heads(model, {label: trained}, tokens)
-            result = with_quality(test.run(model, trained, tokens), quality, [label])
-            result.save(folder / "substitution")
-            for claim in result.claims():
-                say(f"{result.label}: {claim.claim}: {claim.measured}: {claim.outcome}. {claim.sentence}")
+        place = [choice.layer], [choice.head]
+        collection = collect(model, text, *place, self.out / "collection", targets=("write", "state"), dtype="float32")
+        saes: dict[str, SAE] = {}
+        for recipe in RECIPES:
+            say(f"training: {recipe.label}")
+            folder = self.out / recipe.folder / "sae"
+            self._train(model, collection, text, choice, recipe, folder)
+            saes[recipe.label] = load_sae(folder)
+        quality, results = quality_of_heads(model, saes, tokens), []
+        for recipe in RECIPES:
+            result = self._test(recipe).run(model, saes[recipe.label], tokens, reference=text[:128])
+            result = with_quality(result, quality, [recipe.label])
+            result.save(self.out / recipe.folder / "substitution")
             results.append(result)
+        say(first_screen(results))
         return write_report(results, self.out / "report.html")
 
     def choose_head(self, model: HookedRecurrent, tokens: Tensor) -> HeadChoice:
-        """The head that was named, or the one whose half-life is nearest to `memory` (in octaves)."""
+        """The head that was named, or the one whose writes do most, of those with a half-life of `memory` or more (of
+        all, where there is none)."""
         layers = model.cfg.recurrent_layers if self.layer is None else [self.layer]
-        choices: list[HeadChoice] = []
-        for layer in layers:
-            heads = range(model.cfg.layer(layer).H)
-            with torch.no_grad():
-                whole = model.recurrence(tokens, layer)
-                for head in heads if self.head is None else [h for h in heads if h == self.head]:
-                    rows = (whole.select(rows=row, heads=head) for row in range(len(tokens)))
-                    lives = torch.cat([half_lives(row) for row in rows])
-                    choices.append(HeadChoice(layer, head, float(lives.median())))
-        if not choices:
-            n_heads = model.cfg.layer(layers[0]).H
+        n_heads = model.cfg.layer(layers[0]).H
+        if self.head is not None and not 0 <= self.head < n_heads:
             raise ValueError(f"head {self.head} is out of range: layer {layers[0]} has heads 0 to {n_heads - 1}")
-        wanted = torch.tensor(self.memory).log2()
-        return min(choices, key=lambda choice: float((torch.tensor(choice.half_life).log2() - wanted).abs()))
+        effects = head_effects(model, tokens, layers, None if self.head is None else [self.head])
+        lasting = effects[effects["half_life"] >= self.memory]
+        best = (effects if lasting.empty else lasting).iloc[0]
+        return HeadChoice(int(best["layer"]), int(best["head"]), float(best["half_life"]), float(best["nats"]))
 
-    def _train(self, model: HookedRecurrent, choice: HeadChoice, target: Target) -> MatrixTrainingSAE:
+    def _train(
+        self,
+        model: HookedRecurrent,
+        collection: Collection,
+        text: Tensor,
+        choice: HeadChoice,
+        recipe: Recipe,
+        folder: Path,
+    ) -> None:
         cfg = training_config(
-            model,
+            collection,
             choice.layer,
             choice.head,
-            target=target,
+            target=recipe.target,
             d_sae=self.d_sae,
-            sae={"k": self.k, "normalize_activations": "expected_average_only_in"},
+            metric="gauss_newton" if recipe.metric else "frobenius",
+            sae={"k": recipe.k},
             training_tokens=self.training_tokens,
             context_size=self.context_size,
-            store_batch_size_prompts=16,
-            n_batches_in_buffer=32,
-            train_batch_size_tokens=512,
-            n_batches_for_norm_estimate=8,
-            lr=1e-3,
-            lr_scheduler_name="cosineannealing",
-            lr_warm_up_steps=20,
-            dead_feature_window=100,
             seed=self.seed,
             verbose=False,
         )
         with quiet():
-            return train(cfg, model, text_dataset(embedded.text("train")))
+            if recipe.target == "write":
+                place = (choice.layer, choice.head)
+                metric = fit_metrics(model, text[::4], [place], seed=self.seed)[place] if recipe.metric else None
+                keys, values = (side[:] for side in collection.factors(*place))
+                sae = train_on_writes(cfg, keys, values, metric=metric)
+            else:
+                sae = train(cfg)
+        sae.save_inference_model(folder)
+
+    def _test(self, recipe: Recipe) -> Substitution:
+        return Substitution(
+            n_atoms=self.n_atoms,
+            firings_per_atom=self.firings_per_atom,
+            last_position_firings=0,
+            atom_choice=("dominant", "own") if recipe is RECIPES[0] else ("dominant",),
+            scales=("coefficient", "matched"),
+            seed=self.seed,
+            label=recipe.label,
+        )
+
+
+def first_screen(results: list[Result]) -> str:
+    """What a reader should see first: quality, one atom against what needs no training, and one write exchanged."""
+    lines = ["", "The dictionaries on held-out text (every write, or state, replaced at once):"]
+    for result in results:
+        quality = cast(dict, cast(dict, result.info["quality"])[result.label])
+        recovered = quality["recovered"]
+        share = (
+            "-" if recovered is None else f"{recovered['mean']:.0%} [{recovered['low']:.0%}, {recovered['high']:.0%}]"
+        )
+        lines.append(
+            f"  {result.label:24} recovered KL {share}, explained variance {quality['explained']:.2f}, L0 "
+            f"{quality['l0']:.1f}, alive {quality['alive']:.0%}"
+        )
+    lines += ["", "One atom in the place of one write:"]
+    for result in results:
+        claim = result.claims()[0]
+        lines += [f"  {result.label:24} {claim.measured}: {claim.outcome}. {claim.sentence}"]
+    lines.append(f"  {'controls of the first':24} {results[0].claims()[0].controls}")
+    return "\n".join([*lines, "", *_in_words(results[0].tables["example"])])
+
+
+def _in_words(example: pd.DataFrame) -> list[str]:
+    """The exchange of one write, as lines of text."""
+    if example.empty:
+        return []
+    wide = example.pivot_table(index="word", columns="condition", values="probability", sort=False)
+    head = f"One write exchanged, that of the token in brackets: {example['text'].iloc[0]!r}"
+    rows = "\n".join(f"  {line}" for line in wide.to_string(float_format="{:.1%}".format).splitlines())
+    return [head, "Probabilities of the next token at the bar:", rows]

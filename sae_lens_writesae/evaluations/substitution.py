@@ -28,6 +28,7 @@ from sae_lens_writesae.experiment.conditions import (
     written_at,
 )
 from sae_lens_writesae.experiment.evaluation import Evaluation
+from sae_lens_writesae.experiment.example import changed_words
 from sae_lens_writesae.experiment.firings import FiringDraw, draw_firings, folds
 from sae_lens_writesae.experiment.head import WriteKind, head_profile, head_writes
 from sae_lens_writesae.experiment.head_baselines import BASELINES
@@ -221,7 +222,15 @@ class Substitution(Evaluation):
             "kl_next": "nats, at t + 1",
             "kl_last": "nats, at the last token (missing for firings that were not run to the end)",
             **{name: "the same for KL(edited || native)" for name in KL_METRICS if name.startswith("reverse")},
-        }
+        },
+        "example": {
+            "firing": "number of the firing, of the headline's choice: the one whose deletion has the largest effect",
+            "text": "the sentence; the edited token is in brackets, and the prediction is the one made at the bar",
+            "read_at": "tokens after t at which the prediction is made",
+            "condition": "what is written at t",
+            "word": "a next token, of those whose probability the deletion changes most",
+            "probability": "of this next token",
+        },
     }
 
     def __post_init__(self) -> None:
@@ -256,7 +265,29 @@ class Substitution(Evaluation):
         for choice in self.atom_choice:
             exchanges = self.exchanges(lab, self.draw(lab, choice), self.scales_of(choice))
             tables += [self._measured(lab, exchange).assign(choice=choice) for exchange in exchanges]
-        return {"firings": pd.concat(tables, ignore_index=True)}
+        firings = pd.concat(tables, ignore_index=True)
+        return {"firings": firings, "example": self._example(lab, firings)}
+
+    def _example(self, lab: Lab, firings: pd.DataFrame) -> pd.DataFrame:
+        """The firing of the headline whose deletion moves the model most, in words."""
+        deleted = firings[(firings["choice"] == self.atom_choice[0]) & (firings["condition"] == "delete")]
+        row = deleted.loc[[deleted["kl_window"].idxmax()]]
+        draw, scale = (
+            self.draw(lab, self.atom_choice[0]),
+            self.scales[0] if self.scales[0] != "common" else "coefficient",
+        )
+        of_row = (draw.table["sequence"] == row["sequence"].item()) & (draw.table["firing"] == row["firing"].item())
+        (exchange,) = self.exchanges(lab, draw._replace(table=draw.table[of_row]), (scale,))
+        named = {each.name: each for each in exchange.conditions}
+        trials = [
+            Trial({"condition": name}, exchange.positions[0], edit)
+            for name in ("delete", "atom", "token_mean")
+            if name in named
+            for edit in edits_of(lab, named[name], exchange.native, exchange.positions, self.write)
+        ]
+        words = changed_words(lab, exchange.site, trials, self.horizon + 1)
+        lab.count_edited_runs(-len(trials) - 1)  # a reader counts conditions, not this
+        return words.assign(firing=row["firing"].item())
 
     def draw(self, lab: Lab, choice: str) -> FiringDraw:
         """The firings that are tested, the same for the same settings, whatever else is run. The column `to_end` says
@@ -564,6 +595,36 @@ class Substitution(Evaluation):
             )
         return notes
 
+    @classmethod
+    def front(cls, results: list[Result]) -> list[Figure]:
+        """The recovered share of one atom of each dictionary, beside what needs no training, and one exchange in
+        words."""
+        settings = cast(Substitution, results[0].evaluation)
+        rows, scale = [], settings.scales[0]
+        for result in results:
+            wide = wide_firings(result)
+            if (wide["delete"] > 0).any():
+                rows += [
+                    figures.Row(f"atom, {result.label}", *_share(wide, f"atom/{scale}"), colour="atom"),
+                    *(
+                        figures.Row(NAMES[name], *_share(wide, f"{name}/{scale}"))
+                        for name in (BASELINES if result is results[0] else ())
+                        if f"{name}/{scale}" in wide
+                    ),
+                ]
+        if not rows:
+            return []
+        label, title = "share of the deletion's effect taken back", "One atom in the place of a write"
+        panels = [
+            Figure(
+                title,
+                figures.intervals(rows, label, title),
+                "1 is the native model, 0 is a deleted write. Below the atoms (blue) stands what needs no training, at "
+                "the firings of the first dictionary.",
+            )
+        ]
+        return [*panels, *_exchange_figure(results[0])]
+
     def figures(self, result: Result) -> list[Figure]:
         """Recovered shares, win rates, divergences, ratios to deletion, quartiles of the effect, cosines; for every
         choice of atom."""
@@ -573,6 +634,31 @@ class Substitution(Evaluation):
             unbeaten = self.verdict(wide, self.scales[0])[0].unbeaten_controls
             panels += substitution_figures(self, result, wide, choice, unbeaten)
         return panels
+
+
+def _share(wide: pd.DataFrame, column: str) -> tuple[float, float, float]:
+    share = stats.recovered_share(wide[column], wide["delete"], wide["sequence"])
+    return share.mean, share.low, share.high
+
+
+def _exchange_figure(result: Result) -> list[Figure]:
+    """The example of a result as bars; nothing where it has none."""
+    example = result.tables["example"]
+    if example.empty:
+        return []
+    text, offset = str(example["text"].iloc[0]), int(example["read_at"].iloc[0])
+    wide = example.pivot_table(index="word", columns="condition", values="probability", sort=False)
+    bars = {NAMES[str(name)]: wide[name].tolist() for name in wide.columns}
+    later = f", {offset} tokens later" if offset else ""
+    title = "One write exchanged, in words"
+    return [
+        Figure(
+            title,
+            figures.bars([repr(str(word))[1:-1] for word in wide.index], bars, "probability of the next token", title),
+            f"{text} · The write at the token in brackets is exchanged; the next token is predicted at the bar{later}. "
+            f"This is the firing of {result.label} whose deletion moves the model most.",
+        )
+    ]
 
 
 def wide_firings(result: Result, metric: str = "kl_window", choice: str | None = None) -> pd.DataFrame:

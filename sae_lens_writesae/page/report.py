@@ -207,6 +207,7 @@ def _render(results: Sequence[Result], rows: list[Answer], title: str, numbers: 
             rows_shown=_ROWS,
             facts=_facts(results),
             qualities=quality_rows(results),
+            front=[figure for s in sections if s.kind != "skipped" for figure in EVALUATIONS[s.kind].front(s.results)],
         )
     )
 

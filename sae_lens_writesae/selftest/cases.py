@@ -71,12 +71,12 @@ SETTINGS: dict[str, dict[str, object]] = {
     "sign": {"n_positions": 48, "sizes": (0.3, 1.0)},
     "install": {"pairs": 20, "prompt_tokens": 16, "new_tokens": 5, "sizes": (3.0,)},
     "baselines": {
-        "test_sequences": 22,
+        "test_sequences": 14,
         "positions_per_sequence": 2,
         "pca_ranks": (1, 4),
         "pca_writes": 400,
         "state_ranks": (1,),
-        "replacement_sequences": 10,
+        "replacement_sequences": 8,
         "horizon": 6,
     },
     "amplify": {

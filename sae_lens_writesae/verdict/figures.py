@@ -105,6 +105,21 @@ def intervals(rows: Sequence[Row], label: str, title: str, *, chance: float = 0.
     return _svg(figure, title)
 
 
+def bars(names: Sequence[str], values: Mapping[str, Sequence[float]], label: str, title: str) -> str:
+    """Groups of horizontal bars: one group for each name (down), one bar for each entry of `values`."""
+    figure, axes = _panel(0.9 + 0.13 * len(names) * (len(values) + 1))
+    shades = {"atom": ATOM, NAMES["native"]: INK, NAMES["delete"]: GRID}
+    for n, (key, numbers) in enumerate(values.items()):
+        heights = [y + (n - (len(values) - 1) / 2) * 0.8 / len(values) for y in range(len(names))]
+        axes.barh(heights, numbers, 0.8 / len(values), color=shades.get(key, SOFT), label=key)
+    axes.set_yticks(range(len(names)), [name or " " for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    _grid(axes, "x")
+    axes.set_xlabel(label, loc="right")
+    _legend(figure, 2)
+    return _svg(figure, title)
+
+
 def scatter(
     x: ArrayLike,
     y: ArrayLike,

@@ -1,0 +1,237 @@
+"""Measure what one dictionary is worth: many recipes, on several heads of each model that ships, over seeds.
+
+    python scripts/dictionary_study.py --out docs/dictionaries.jsonl [--models embedded --heads 4 --minutes 40]
+
+Every dictionary of a head is measured at the same held-out positions, so that recipes are compared pair by pair, and
+beside what needs no training (`experiment.head_baselines`). A line of the file is one dictionary: its quality on whole
+sequences, and sums of KL by sequence.
+Finished lines are not measured again. `scripts/dictionary_page.py` makes docs/dictionaries.md from the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from hookpoints import HookedRecurrent, embedded
+from sae_lens_writesae import collect, fit_metrics, head_effects, sample_sequences, train_on_writes, training_config
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.experiment.head_baselines import BASELINES, HeadBaselines, tokens_and_before
+from sae_lens_writesae.experiment.lab import Lab, Site, Trial
+from sae_lens_writesae.experiment.quality import qualities
+from sae_lens_writesae.experiment.readout import kl_window
+from sae_lens_writesae.experiment.reconstruction import dominant
+from sae_lens_writesae.sae.base import MatrixSAE
+from sae_lens_writesae.sae.controls import native, untrained
+from sae_lens_writesae.sae.metric import Metric, MetricName
+from sae_lens_writesae.sae.target import RunnerConfig
+from sae_lens_writesae.sae.writes import new_sae
+
+CONTEXT, SEQUENCES, POSITIONS, HORIZON = 128, 48, 6, 16
+"""Tokens of a sequence; sequences tested; positions drawn in each; KL is the mean over t..t+HORIZON."""
+RECIPE: dict[str, object] = {
+    "k": 1,
+    "d_sae": 256,
+    "decoder_init": "native",
+    "steps": 2000,
+    "lr": 3e-3,
+    "metric": "frobenius",
+}
+"""What a recipe does not name: TopK, batches of 128 writes."""
+STAGES: tuple[tuple[dict[str, dict[str, object]], tuple[int, ...]], ...] = (
+    ({"k 1": {}, "k 1, metric": {"metric": "gauss_newton"}, "native writes": {}, "untrained": {}}, (0,)),
+    ({"k 4": {"k": 4}, "k 4, metric": {"k": 4, "metric": "gauss_newton"}}, (0,)),
+    ({"k 2": {"k": 2}, "k 32": {"k": 32}}, (0,)),
+    ({"k 1": {}, "k 1, metric": {"metric": "gauss_newton"}}, (1, 2)),
+    ({"k 1, random start": {"decoder_init": "random"}, "k 1, 500 steps": {"steps": 500}}, (0,)),
+    ({"k 4": {"k": 4}, "k 32": {"k": 32}, "k 4, metric": {"k": 4, "metric": "gauss_newton"}}, (1, 2)),
+    ({"k 1, not centred": {"b_dec_init": "zeros", "b_dec_rows": 0}, "k 1, 64 atoms": {"d_sae": 64}}, (0,)),
+    ({"k 1, 1024 atoms": {"d_sae": 1024}, "k 2": {"k": 2}, "k 32, metric": {"k": 32, "metric": "gauss_newton"}}, (0,)),
+    ({"k 2": {"k": 2}, "k 1, random start": {"decoder_init": "random"}}, (1, 2)),
+)
+"""Recipes and their seeds, the most wanted first: a run that is stopped has measured these on all heads."""
+
+
+@dataclass
+class Head:
+    """One head with its writes of the training text, and the positions of the test text."""
+
+    model: HookedRecurrent
+    layer: int
+    head: int
+    writes: LowRank
+    metric: Metric
+    tokens: Tensor
+    sites: dict[int, Site]
+    baselines: HeadBaselines
+
+    @property
+    def cell(self) -> str:
+        return f"L{self.layer}H{self.head}"
+
+
+def main() -> None:
+    """Measure what is not measured yet, stage by stage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", default=["embedded", "embedded-mamba2", "embedded-rwkv7"])
+    parser.add_argument("--heads", type=int, default=4, help="heads of each model, those whose writes do most")
+    parser.add_argument("--minutes", type=float, default=60.0)
+    options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
+    measured = (
+        {key(row) for row in map(json.loads, options.out.read_text().splitlines())} if options.out.exists() else set()
+    )
+    heads = [(name, head) for name in options.models for head in prepared(name, options.heads)]
+    for recipes, seeds in STAGES:
+        for name, head in heads:
+            for seed in seeds:
+                for recipe, changes in recipes.items():
+                    wanted = {"model": name, "cell": head.cell, "recipe": recipe, "seed": seed}
+                    if key(wanted) in measured or time.monotonic() > end:
+                        continue
+                    begin = time.process_time()
+                    row = wanted | measure(head, recipe, changes, seed)
+                    row["seconds"] = round(time.process_time() - begin, 1)
+                    with options.out.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+                    print({name: value for name, value in row.items() if name != "kl"}, flush=True)
+
+
+def key(row: dict[str, object]) -> tuple[object, ...]:
+    """What tells one line from another."""
+    return row["model"], row["cell"], row["recipe"], row["seed"]
+
+
+@torch.no_grad()
+def prepared(name: str, n_heads: int) -> list[Head]:
+    """The heads of a model whose writes do most, at most two of a layer, with one pass over the training text."""
+    model = HookedRecurrent.from_pretrained(name)
+    tokens = sample_sequences(model, embedded.text("test"), CONTEXT, SEQUENCES)
+    train = sample_sequences(model, embedded.text("train"), CONTEXT, 958)
+    effects = head_effects(model, train[:16]).groupby("layer").head(2).head(n_heads)
+    cells = [(int(layer), int(head)) for layer, head in zip(effects["layer"], effects["head"])]
+    rng = np.random.default_rng(0)
+    places = [np.sort(rng.choice(np.arange(2, CONTEXT - HORIZON), POSITIONS, replace=False)) for _ in tokens]
+    units = pd.DataFrame([(n, int(t)) for n, at in enumerate(places) for t in at], columns=["sequence", "position"])
+    with torch.enable_grad():
+        metrics = fit_metrics(model, train[::4][:240], cells, seed=0)
+    heads = []
+    with tempfile.TemporaryDirectory() as folder:
+        collection = collect(model, train, sorted({layer for layer, _ in cells}), None, folder, dtype="float32")
+        for layer, head in cells:
+            keys, values = (side[:].clone() for side in collection.factors(layer, head))
+            writes = LowRank(keys, values)
+            lab = Lab(model, {"": initial(model, layer, head, RECIPE)}, tokens)
+            sites = {int(str(n)): lab.site(int(str(n)), rows) for n, rows in units.groupby("sequence")}
+            text = np.concatenate([tokens_and_before(sequence) for sequence in train[:128]])
+            fitted = HeadBaselines.fit(
+                writes.rows(slice(len(text))), text, n_codes=256, components=4, rng=np.random.default_rng(0)
+            )
+            heads.append(Head(model, layer, head, writes, metrics[layer, head], tokens, sites, fitted))
+    return heads
+
+
+def config(model: HookedRecurrent, layer: int, head: int, recipe: dict[str, object], seed: int = 0) -> RunnerConfig:
+    """SAELens' runner config of one recipe."""
+    fields = {name: recipe[name] for name in recipe if name in ("k", "decoder_init", "b_dec_init", "b_dec_rows")}
+    return training_config(
+        model,
+        layer,
+        head,
+        architecture="writesae_topk",
+        d_sae=int(str(recipe["d_sae"])),
+        metric=cast(MetricName, recipe["metric"]),
+        sae=fields,
+        training_tokens=128 * int(str(recipe["steps"])),
+        train_batch_size_tokens=128,
+        context_size=CONTEXT,
+        n_batches_in_buffer=8,
+        lr=float(str(recipe["lr"])),
+        lr_scheduler_name="cosineannealing",
+        lr_warm_up_steps=20,
+        dead_feature_window=200,
+        seed=seed,
+        verbose=False,
+    )
+
+
+def initial(model: HookedRecurrent, layer: int, head: int, recipe: dict[str, object]) -> MatrixSAE:
+    """A dictionary of a recipe before any training."""
+    return new_sae(config(model, layer, head, recipe))
+
+
+def dictionary(head: Head, recipe: str, changes: dict[str, object], seed: int) -> MatrixSAE:
+    """Train a recipe, or make a control dictionary of that name."""
+    full = RECIPE | changes
+    if recipe in ("untrained", "native writes"):
+        sae = initial(head.model, head.layer, head.head, full)
+        rows = head.writes.rows(slice(0, 65_536, 16)).dense().flatten(1)
+        return untrained(sae, rows, seed=seed) if recipe == "untrained" else native(sae, rows, head.writes, seed=seed)
+    metric = head.metric if full["metric"] == "gauss_newton" else None
+    cfg = config(head.model, head.layer, head.head, full, seed)
+    return train_on_writes(cfg, head.writes.keys, head.writes.values, metric=metric)
+
+
+def measure(head: Head, recipe: str, changes: dict[str, object], seed: int) -> dict[str, object]:
+    """One dictionary: its quality on whole sequences, and KL at every position with its dominant atom written there."""
+    sae = dictionary(head, recipe, changes, seed).eval()
+    lab = Lab(head.model, {"": sae}, head.tokens)
+    with torch.no_grad():
+        quality = qualities(lab)[""]
+        conditions = ["delete", "atom", "code", *(BASELINES if (recipe, seed) == ("k 1", 0) else ())]
+        tables = [at_site(head, lab, sae, site, conditions) for site in head.sites.values()]
+    table = pd.concat(tables, ignore_index=True)
+    table["sequence"] = np.concatenate(
+        [np.tile(site.rows["sequence"], len(conditions)) for site in head.sites.values()]
+    )
+    sums = table.groupby(["condition", "sequence"])["kl"].sum()
+    kl = {name: [float(f"{x:.5g}") for x in sums[name]] for name in conditions}
+    norms = table[table["condition"] == "atom"]
+    return {
+        "kl": kl,
+        "norm": float(norms["size"].median()),
+        "cosine": quality.cosine,
+        "explained": quality.explained,
+        "alive": quality.alive,
+        "l0": quality.l0,
+        "stream": None if quality.recovered is None else list(quality.recovered[:3]),
+        "deleted": quality.deleted.mean,
+        "start_cosine": quality.start_cosine,
+    }
+
+
+def at_site(head: Head, lab: Lab, sae: MatrixSAE, site: Site, names: list[str]) -> pd.DataFrame:
+    """The conditions at the positions of one sequence."""
+    positions = site.rows["position"].tolist()
+    writes = site.at(positions)
+    acts = sae.encode(writes.dense().flatten(1))
+    strongest = dominant(sae, acts)
+    each = torch.arange(len(positions))
+    text = tokens_and_before(head.tokens[site.sequence])[positions]
+    code = sae.decode(acts).view(len(positions), *writes.dense().shape[1:])
+    written: dict[str, LowRank | None] = {"delete": None, "code": LowRank.svd(code)}
+    atom = lab.atoms(strongest.numpy()) * acts[each, strongest]
+    written["atom"] = atom
+    written |= {name: head.baselines.written(name, writes, text) for name in BASELINES if name in names}
+    size = atom.norm() / writes.norm()
+    trials = [
+        Trial({"condition": name, "size": float(size[n])}, t, lab.replace(t, written[name], n))
+        for name in names
+        for n, t in enumerate(positions)
+    ]
+    return lab.read(site, trials, kl_window, HORIZON + 1)
+
+
+if __name__ == "__main__":
+    main()
