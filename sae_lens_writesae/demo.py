@@ -189,9 +189,9 @@ def first_screen(results: list[Result]) -> str:
     for result in results:
         quality = cast(dict, cast(dict, result.info["quality"])[result.label])
         recovered = quality["recovered"]
-        share = (
-            "-" if recovered is None else f"{recovered['mean']:.0%} [{recovered['low']:.0%}, {recovered['high']:.0%}]"
-        )
+        share = "–"
+        if recovered is not None:
+            share = f"{percent(recovered['mean'])} [{span(recovered['low'], recovered['high'])}]"
         lines.append(
             f"  {result.label:24} recovered KL {share}, explained variance {quality['explained']:.2f}, L0 "
             f"{quality['l0']:.1f}, alive {quality['alive']:.0%}"
