@@ -29,6 +29,7 @@ FIRST = (
     "families.md",
     "attach.md",
     "results.md",
+    "dictionaries.md",
     "coverage.md",
     "benchmarks.md",
 )
