@@ -178,6 +178,7 @@ def test_training_goes_on_from_the_newest_checkpoint(tmp_path, monkeypatch):
         Workspace(config, tmp_path).train(dictionary)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_a_dictionary_and_a_stop_does_not_change_it(tmp_path, monkeypatch):
     config = ReproduceConfig(**TINY | {"seeds": (0, 1), "training_tokens": 8192})
     first, second = (next(d for d in dictionaries(config) if d.seed == seed) for seed in (0, 1))

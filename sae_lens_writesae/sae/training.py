@@ -326,7 +326,7 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
         cfg = self.cfg
         if self._step is not None:  # within a step the outer call has taken the columns off
             return run(step_input)
-        matrices, columns = self._split(step_input.sae_in)
+        matrices, columns = self.split_batch(step_input.sae_in)
         self._on_factors = isinstance(matrices, LowRank)
         try:
             with self._step_scope():
@@ -339,7 +339,7 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
             self._on_factors = False
         return output
 
-    def _split(self, batch: Tensor) -> tuple[Tensor | LowRank, Tensor]:
+    def split_batch(self, batch: Tensor) -> tuple[Tensor | LowRank, Tensor]:
         """The matrices of a batch, and the columns that the loss compares with.
 
         This is the one place that says which variants train on factors: those that have factors on both sides. The
@@ -473,7 +473,7 @@ def preset_b_dec(sae: MatrixWeights, batches: Iterable[Tensor | LowRank], n_batc
 
 
 @torch.no_grad()
-def calibrate_b_dec(sae: MatrixSAE, batches: Iterable[Tensor], n_batches: int = 16) -> Tensor:
+def calibrate_b_dec(sae: MatrixSAE, batches: Iterable[Tensor | LowRank], n_batches: int = 16) -> Tensor:
     """Move b_dec [K*V] by the mean residual, so that reconstructions are right on average, and return it. Codes stay as
     they are: the encoder's biases take back what it now subtracts.
 
@@ -482,8 +482,8 @@ def calibrate_b_dec(sae: MatrixSAE, batches: Iterable[Tensor], n_batches: int = 
     KL instead of -0.10, while explained variance goes from 0.209 to 0.211.)
 
     Args:
-        sae: in training or exported; the batches, of matrices [N,K*V] or of packed factors [N,R*(K+V)], are scaled as
-            it sees them.
+        sae: in training or exported; the batches, of flattened matrices [...,K*V] or of low-rank matrices, are scaled
+            as it sees them.
 
     Cost: an encode of each batch, and one decode.
 
@@ -493,8 +493,7 @@ def calibrate_b_dec(sae: MatrixSAE, batches: Iterable[Tensor], n_batches: int = 
     cfg, count = sae.cfg, 0
     total, code = sae.b_dec.new_zeros(cfg.d_in).double(), sae.b_dec.new_zeros(cfg.d_sae).double()
     for _, batch in zip(range(n_batches), batches):
-        rows = batch.reshape(-1, batch.shape[-1]).to(sae.b_dec)
-        x = rows if rows.shape[1] == cfg.d_in else unpack(rows, cfg.d_k, cfg.d_v)
+        x = (batch if isinstance(batch, LowRank) else batch.reshape(-1, cfg.d_in)).to(sae.b_dec)
         total += batch_mean(x) * len(x)
         code += sae._encode(x).acts.sum(0, dtype=torch.float64)
         count += len(x)

@@ -119,7 +119,7 @@ def settle_b_dec(trainer: Trainer) -> None:
     trained on, so that a short run stays short."""
     sae = trainer.sae
     if rows := min(getattr(sae.cfg, "b_dec_rows", 0), trainer.cfg.total_training_samples):
-        batches = (batch.to(sae.device) for batch in trainer.data_provider)
+        batches = (sae.split_batch(batch.to(sae.device))[0] for batch in trainer.data_provider)
         calibrate_b_dec(sae, batches, math.ceil(rows / trainer.cfg.train_batch_size_samples))
 
 

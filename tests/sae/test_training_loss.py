@@ -200,8 +200,12 @@ def test_training_lowers_the_loss_and_saves_an_ordinary_sae(model: Any, tmp_path
         return output
 
     runner.sae.training_forward_pass = spy  # pyright: ignore[reportAttributeAccessIssue]
-    runner.run()
+    trained = runner.run()
     assert sum(seen[-10:]) < 0.95 * sum(seen[:10])
+    with torch.no_grad():  # b_dec was set over matrices, without the columns
+        x = torch.cat([next(runner.activations_store)[:, : K * V] for _ in range(40)])
+        error = x - trained.decode(trained.encode(x))
+    assert error.mean(0).norm() < 0.1 * error.square().sum(1).mean().sqrt()
     loaded = load_sae(tmp_path / "sae")
     assert loaded.cfg.d_in == K * V and not hasattr(loaded.cfg, "loss")
     assert loaded.cfg.metadata.loss == loss
