@@ -87,9 +87,9 @@ class Demo:
     """Tokens per sequence."""
     train_sequences: int = 900
     """Sequences of the training text, or all that there are."""
-    eval_sequences: int = 64
+    eval_sequences: int = 48
     """Sequences of the test."""
-    n_atoms: int = 40
+    n_atoms: int = 30
     """Atoms that are tested."""
     firings_per_atom: int = 4
     """Firings of each."""

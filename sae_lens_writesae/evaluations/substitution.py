@@ -600,30 +600,26 @@ class Substitution(Evaluation):
         """The recovered share of one atom of each dictionary, beside what needs no training, and one exchange in
         words."""
         settings = cast(Substitution, results[0].evaluation)
-        rows, scale = [], settings.scales[0]
-        for result in results:
-            wide = wide_firings(result)
-            if (wide["delete"] > 0).any():
-                rows += [
-                    figures.Row(f"atom, {result.label}", *_share(wide, f"atom/{scale}"), colour="atom"),
-                    *(
-                        figures.Row(NAMES[name], *_share(wide, f"{name}/{scale}"))
-                        for name in (BASELINES if result is results[0] else ())
-                        if f"{name}/{scale}" in wide
-                    ),
-                ]
-        if not rows:
+        scale, tables = settings.scales[0], [(result, wide_firings(result)) for result in results]
+        tables = [(result, wide) for result, wide in tables if (wide["delete"] > 0).any()]
+        if not tables:
             return []
-        label, title = "share of the deletion's effect taken back", "One atom in the place of a write"
-        panels = [
-            Figure(
-                title,
-                figures.intervals(rows, label, title),
-                "1 is the native model, 0 is a deleted write. Below the atoms (blue) stands what needs no training, at "
-                "the firings of the first dictionary.",
-            )
+        atoms = {result.label: _share(wide, f"atom/{scale}") for result, wide in tables}
+        first = tables[0][1]
+        rows = [figures.Row(f"atom, {label}", *share, colour="atom") for label, share in atoms.items()]
+        rows += [
+            figures.Row(NAMES[name], *_share(first, f"{name}/{scale}"))
+            for name in BASELINES
+            if f"{name}/{scale}" in first
         ]
-        return [*panels, *_exchange_figure(results[0])]
+        label, title = "share of the deletion's effect taken back", "One atom in the place of a write"
+        caption = (
+            "1 is the native model, 0 is a deleted write; a triangle lies further left. Grey: what needs no training, at "
+            f"the firings of {tables[0][0].label}."
+        )
+        panel = Figure(title, figures.intervals(rows, label, title, least=-0.5), caption)
+        best = max(results, key=lambda result: atoms[result.label][0] if result.label in atoms else -np.inf)
+        return [panel, *_exchange_figure(best)]
 
     def figures(self, result: Result) -> list[Figure]:
         """Recovered shares, win rates, divergences, ratios to deletion, quartiles of the effect, cosines; for every

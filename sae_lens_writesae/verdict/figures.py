@@ -85,13 +85,23 @@ class Line(NamedTuple):
 # ---------------------------------------------------------------------------------------------- general panels
 
 
-def intervals(rows: Sequence[Row], label: str, title: str, *, chance: float = 0.0, percent: bool = False) -> str:
-    """An estimate and its interval in each row; a dashed line at `chance`."""
+def intervals(
+    rows: Sequence[Row],
+    label: str,
+    title: str,
+    *,
+    chance: float = 0.0,
+    percent: bool = False,
+    least: float | None = None,
+) -> str:
+    """An estimate and its interval in each row; a dashed line at `chance`. What is below `least` is drawn there, as a
+    triangle."""
     figure, axes = _panel(0.75 + 0.26 * len(rows))
     for y, row in enumerate(rows):
         colour = COLOURS[row.colour]
-        axes.plot([row.low, row.high], [y, y], color=colour, lw=2.0, alpha=0.55)
-        axes.plot(row.mean, y, "o", color=colour, ms=5, mec=PAPER, mew=0.7)
+        mean, low, high = (x if least is None else max(x, least) for x in (row.mean, row.low, row.high))
+        axes.plot([low, high], [y, y], color=colour, lw=2.0, alpha=0.55)
+        axes.plot(mean, y, "o" if mean == row.mean else "<", color=colour, ms=5, mec=PAPER, mew=0.7)
     axes.axvline(chance, color=MUTED, lw=0.8, ls=_DASHED)
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.set_ylim(len(rows) - 0.45, -0.55)
@@ -108,7 +118,7 @@ def intervals(rows: Sequence[Row], label: str, title: str, *, chance: float = 0.
 def bars(names: Sequence[str], values: Mapping[str, Sequence[float]], label: str, title: str) -> str:
     """Groups of horizontal bars: one group for each name (down), one bar for each entry of `values`."""
     figure, axes = _panel(0.9 + 0.13 * len(names) * (len(values) + 1))
-    shades = {"atom": ATOM, NAMES["native"]: INK, NAMES["delete"]: GRID}
+    shades = {NAMES["atom"]: ATOM, NAMES["native"]: INK, NAMES["delete"]: CONTROL}
     for n, (key, numbers) in enumerate(values.items()):
         heights = [y + (n - (len(values) - 1) / 2) * 0.8 / len(values) for y in range(len(names))]
         axes.barh(heights, numbers, 0.8 / len(values), color=shades.get(key, SOFT), label=key)
