@@ -614,8 +614,8 @@ class Substitution(Evaluation):
         ]
         label, title = "share of the deletion's effect taken back", "One atom in the place of a write"
         caption = (
-            "1 is the native model, 0 is a deleted write; a triangle lies further left. Grey: what needs no training, at "
-            f"the firings of {tables[0][0].label}."
+            "1 is the native model, 0 is a deleted write; a triangle lies further left. Grey: what needs no training, "
+            f"at the firings of {tables[0][0].label}."
         )
         panel = Figure(title, figures.intervals(rows, label, title, least=-0.5), caption)
         best = max(results, key=lambda result: atoms[result.label][0] if result.label in atoms else -np.inf)
