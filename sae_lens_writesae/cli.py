@@ -1,6 +1,7 @@
 """The `writesae` command. Each command is a dataclass: its fields are the flags, its docstrings the help (tyro).
 
-A command is imported when it is asked for, so that the list of commands costs nothing.
+A command is imported when it is asked for, and imports torch when it runs, so that help costs nothing. The exceptions
+are commands whose settings are those of a class that needs torch: `eval KIND` and `show`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from importlib.metadata import version
 from typing import NamedTuple, TypeVar
 
 import tyro
-
-from hookpoints.errors import HookpointsError
 
 T = TypeVar("T")
 
@@ -33,7 +32,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("Train a dictionary with SAELens' own command line.", "sae.runner:train_from_arguments"),
     "eval": Command("Evaluate trained dictionaries: one evaluation by name, or all.", "evaluate:run_eval"),
     "show": Command("Make a page for each atom of a dictionary.", "page.atoms:Show"),
-    "report": Command("Write one page from saved results.", "page.report:Report"),
+    "report": Command("Write one page from saved results.", "evaluate:Report"),
     "reproduce": Command(
         "Train and evaluate every dictionary of the paper's table for a model.", "reproduce.command:Reproduce"
     ),
@@ -55,7 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             written = target(given[1:])
         if written is not None:
             print(written)
-    except (HookpointsError, ValueError, FileNotFoundError) as error:
+    except Exception as error:
+        errors = sys.modules.get("hookpoints.errors")  # not loaded: then none of its errors was raised
+        if not isinstance(error, (ValueError, FileNotFoundError, errors.HookpointsError if errors else ValueError)):
+            raise
         print(f"error: {error}", file=sys.stderr)  # plain text: a path may hold what a markup language would take
         raise SystemExit(2) from error
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+from sae_lens_writesae.choices import Target
 
-from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae.evaluations.substitution import Substitution
-from sae_lens_writesae.experiment.head import half_lives
-from sae_lens_writesae.experiment.tokens import sample_sequences
-from sae_lens_writesae.page.report import ReportFiles, write_report
-from sae_lens_writesae.sae.load import load_sae
-from sae_lens_writesae.sae.runner import quiet, text_dataset, train, training_config
-from sae_lens_writesae.sae.target import Target
-from sae_lens_writesae.sae.training import MatrixTrainingSAE
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hookpoints import HookedRecurrent
+    from sae_lens_writesae.page.report import ReportFiles
+    from sae_lens_writesae.sae.training import MatrixTrainingSAE
 
 
 class HeadChoice(NamedTuple):
@@ -71,6 +67,14 @@ class Demo:
     def run(self, say: Callable[[str], object] = print) -> ReportFiles:
         """Train one dictionary per target, test each, and write everything to `out`: the report, and per target the
         dictionary (`sae/`) and its result (`substitution/`)."""
+        import torch
+
+        from hookpoints import HookedRecurrent, embedded
+        from sae_lens_writesae.evaluations.substitution import Substitution
+        from sae_lens_writesae.experiment.tokens import sample_sequences
+        from sae_lens_writesae.page.report import write_report
+        from sae_lens_writesae.sae.load import load_sae
+
         torch.manual_seed(self.seed)
         model = HookedRecurrent.from_pretrained(self.model)
         tokens = sample_sequences(model, embedded.text("test"), self.context_size, self.eval_sequences)
@@ -103,6 +107,10 @@ class Demo:
 
     def choose_head(self, model: HookedRecurrent, tokens: Tensor) -> HeadChoice:
         """The head that was named, or the one whose half-life is nearest to `memory` (in octaves)."""
+        import torch
+
+        from sae_lens_writesae.experiment.head import half_lives
+
         layers = model.cfg.recurrent_layers if self.layer is None else [self.layer]
         choices: list[HeadChoice] = []
         for layer in layers:
@@ -120,6 +128,9 @@ class Demo:
         return min(choices, key=lambda choice: float((torch.tensor(choice.half_life).log2() - wanted).abs()))
 
     def _train(self, model: HookedRecurrent, choice: HeadChoice, target: Target) -> MatrixTrainingSAE:
+        from hookpoints import embedded
+        from sae_lens_writesae.sae.runner import quiet, text_dataset, train, training_config
+
         cfg = training_config(
             model,
             choice.layer,

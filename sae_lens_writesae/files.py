@@ -30,3 +30,10 @@ def atomic_write(target: Path, write: Callable[[Path], object]) -> Path:
 def atomic_text(target: Path, text: str) -> Path:
     """Write a text file in UTF-8, whole or not at all."""
     return atomic_write(target, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError unless `folder` can be made or written to. Commands call this before any work."""
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}")

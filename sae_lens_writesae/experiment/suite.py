@@ -23,28 +23,49 @@ def evaluate_all(
     tokens: Tensor,
     out: Path,
     *,
+    single: bool = False,
+    resume: bool = False,
     progress: bool = True,
     say: Callable[[str], object] = print,
 ) -> list[Result]:
     """Run evaluations on dictionaries, and save each result in `out/<kind>/<label>` as soon as it is there.
 
     An evaluation runs once for each group of dictionaries that it is for (`groups`). One that has nothing to measure
-    does not stop the others; its result says why. A single evaluation raises NothingToMeasureError instead.
+    does not stop the others; its result says why.
+
+    Args:
+        single: one evaluation was asked for by name: it raises where it has nothing to measure, or cannot compare
+            these dictionaries.
+        resume: results that are saved with the same settings are taken as they are. The caller answers for them being
+            of the same dictionaries and text.
 
     Raises:
-        ValueError: the only evaluation asked for compares dictionaries, and these are not for the comparison.
+        NothingToMeasureError, ValueError: see `single`.
     """
     results = []
     for evaluation in evaluations:
-        for label, group in groups(evaluation.scope, saes, single=len(evaluations) == 1):
+        for label, group in groups(evaluation.scope, saes, single=single):
             named = with_label(evaluation, label)
-            run = named.run if len(evaluations) == 1 else named.run_or_skip
+            if resume and (saved := _saved(named, out)) is not None:
+                results.append(saved)
+                continue
+            run = named.run if single else named.run_or_skip
             result = run(model, group, tokens, progress=progress)
-            result.save(out / result.kind / result.label.replace("/", "-").replace(" ", "-"))
+            result.save(_folder(out, result.kind, result.label))
             how = result.pace if result.skipped is None else f"skipped: {result.skipped}"
             say(f"{result.kind}: {result.label} ({how})")
             results.append(result)
     return results
+
+
+def _folder(out: Path, kind: str, label: str) -> Path:
+    return out / kind / label.replace("/", "-").replace(" ", "-")
+
+
+def _saved(evaluation: Evaluation, out: Path) -> Result | None:
+    folder = _folder(out, evaluation.kind, evaluation.label)
+    result = Result.load(folder, {evaluation.kind: type(evaluation)}) if folder.exists() else None
+    return result if result is not None and result.evaluation == evaluation else None
 
 
 def with_label(evaluation: Evaluation, label: str) -> Evaluation:
@@ -71,16 +92,21 @@ def groups(scope: Scope, saes: Mapping[str, SAE], *, single: bool = False) -> It
     for cell, of_head in heads.items():
         if scope is Scope.HEAD:
             yield cell, dict([next(iter(of_head.items()))])
-        elif comparable(scope, list(of_head.values())):
-            yield cell, of_head
+        elif len(group := comparable(scope, of_head)) > 1:
+            yield cell, group
 
 
-def comparable(scope: Scope, saes: Sequence[SAE]) -> bool:
-    """Whether dictionaries of one head differ in what a comparison is about, and in nothing that it takes to be the
-    same."""
-    trained_for = {objective(sae) for sae in saes}
-    built = {(variant(sae), int(sae.cfg.d_sae)) for sae in saes}
-    differ: dict[Scope, set] = {Scope.TARGETS: trained_for, Scope.VARIANTS: built}
-    if len(saes) < 2 or any(len(kinds) > 1 for other, kinds in differ.items() if other is not scope):
-        return False
-    return scope not in differ or len(differ[scope]) > 1
+def comparable(scope: Scope, saes: Mapping[str, SAE]) -> dict[str, SAE]:
+    """Those dictionaries of one head that a comparison takes: the first, and one of each further kind that differs from
+    it in what the comparison is about and in nothing else. Dictionaries that differ in nothing are seeds."""
+
+    def traits(sae: SAE) -> dict[Scope, object]:
+        return {Scope.TARGETS: objective(sae), Scope.VARIANTS: (variant(sae), int(sae.cfg.d_sae))}
+
+    known = {label: traits(sae) for label, sae in saes.items()}
+    first = next(iter(known.values()))
+    alike = [label for label, own in known.items() if all(own[s] == first[s] for s in first if s is not scope)]
+    one_of_each: dict[object, str] = {}
+    for label in alike:
+        one_of_each.setdefault(label if scope is Scope.SEEDS else known[label][scope], label)
+    return {label: saes[label] for label in one_of_each.values()}

@@ -59,7 +59,7 @@ TRAINING: dict[str, tuple[type[TrainingSAE[Any]], type[TrainingSAEConfig]]] = {
 
 
 def register() -> None:
-    """Put the architectures in SAELens' registry. The package does so on import; repeating it is harmless.
+    """Put the architectures in SAELens' registry. This package does so on import; repeating it is harmless.
 
     Raises:
         ValueError: another class has one of the names.
@@ -72,6 +72,8 @@ def register() -> None:
         if SAE_TRAINING_CLASS_REGISTRY.get(name) != pair:
             register_sae_training_class(name, *pair)
 
+
+register()
 
 __all__ = [
     "INFERENCE",

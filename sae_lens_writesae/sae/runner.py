@@ -79,6 +79,8 @@ def _extended(original: Callable[..., HookedRootModule]) -> Callable[..., Hooked
     return load_model
 
 
+register_model_class()
+
 # ------------------------------------------------------------------------------------------------ configs and data
 
 
