@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -29,12 +30,13 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("Train two dictionaries on one head and test their atoms; offline, in minutes.", "demo:Demo"),
-    "train": Command("Train a dictionary with SAELens' own command line.", "sae.runner:train_from_arguments"),
+    "train": Command("Train dictionaries on heads of a model.", "train:Train"),
+    "train-saelens": Command("Train a dictionary with SAELens' own flags.", "sae.runner:train_from_arguments"),
     "eval": Command("Evaluate trained dictionaries: one evaluation by name, or all.", "evaluate:run_eval"),
     "show": Command("Make a page for each atom of a dictionary.", "page.atoms:Show"),
     "report": Command("Write one page from saved results.", "evaluate:Report"),
     "reproduce": Command(
-        "Train and evaluate every dictionary of the paper's table for a model.", "reproduce.command:Reproduce"
+        "The paper's whole table for a model: train, evaluate and report, as a workflow.", "reproduce.command:Reproduce"
     ),
 }
 
@@ -44,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         name = choose("writesae", given, {name: command.text for name, command in COMMANDS.items()})
+        if gpus := os.environ.get("WRITESAE_GPUS"):
+            importlib.import_module("sae_lens_writesae.reproduce.gpus").take_gpu(gpus.split(","))
         module, _, attribute = COMMANDS[name].target.partition(":")
         target = getattr(importlib.import_module(f"sae_lens_writesae.{module}"), attribute)
         if isinstance(target, type):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from sae_lens_writesae.cli import choose, parse
-from sae_lens_writesae.files import check_writable
+from sae_lens_writesae.files import check_writable, taken
 
 if TYPE_CHECKING:
     from sae_lens_writesae.experiment.evaluation import Evaluation
@@ -174,5 +174,6 @@ def evaluate(
     text = embedded.text("test") if subjects.text is None else subjects.text.read_text(encoding="utf-8")
     model = HookedRecurrent.from_pretrained(models.pop(), dtype=subjects.dtype)
     tokens = sample_sequences(model, text, subjects.context_size, subjects.sequences)
-    results = evaluate_all(evaluations, model, saes, tokens, subjects.out, single=single, resume=resume)
-    return write_report(results, subjects.out / "report.html")
+    with taken(subjects.out):
+        results = evaluate_all(evaluations, model, saes, tokens, subjects.out, single=single, resume=resume)
+        return write_report(results, subjects.out / "report.html")

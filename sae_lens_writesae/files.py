@@ -1,11 +1,14 @@
-"""Files that are whole or absent: written aside, then renamed."""
+"""Files that are whole or absent: written aside, then renamed; and folders that one process works in at a time."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 def atomic_write(target: Path, write: Callable[[Path], object]) -> Path:
@@ -37,3 +40,22 @@ def check_writable(folder: Path) -> None:
     there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{folder} cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}")
+
+
+@contextmanager
+def taken(folder: Path, say: Callable[[str], object] = print) -> Iterator[None]:
+    """Have a folder, which is made, to oneself among the processes that ask; waits for the one that has it.
+
+    The operating system lets go of the lock when a process dies, so that a killed one blocks nobody.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"another process works in {folder}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,10 +1,9 @@
-"""What a run will cost in time, memory and disk, from a few measured pieces; refused where the disk is too small."""
+"""What a run will cost in time, memory and disk, from three measured pieces; refused where the disk is too small."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +13,20 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput
 
 from hookpoints import HookedRecurrent, WriteEdit
-from sae_lens_writesae.evaluations.substitution import Substitution
+from sae_lens_writesae.choices import VARIANTS
+from sae_lens_writesae.evaluations import EVALUATIONS
+from sae_lens_writesae.experiment.evaluation import Scope
 from sae_lens_writesae.reproduce.config import ReproduceConfig
-from sae_lens_writesae.reproduce.tasks import Task, dictionaries, is_done, make_tasks
-from sae_lens_writesae.sae.base import VARIANTS
+from sae_lens_writesae.train import DictionaryName
 
-_OTHER_EVALUATIONS = 1.0
-"""Time of any other evaluation over that of the substitution test, roughly."""
-
+_ROWS_PER_FIRING = 40
+"""Edited rows of a firing in an evaluation: conditions, scales and choices of the atom."""
+_TOKENS_PER_ROW = 26
+"""Rows of a batch begin at its first edit, so that each is half as long again as its window of 17."""
 _TABLE_BYTES = 120
-"""Per firing and condition in the tables of the substitution test, compressed."""
-
-
+"""Per edited row in a table, compressed."""
 _LOGIT_BYTES = 512e6
-"""Float32 logits of one batch of edited rows, as `lab` bounds them."""
+"""Float32 logits of one batch of edited rows, as `Lab` bounds them."""
 
 
 class DiskTooSmallError(ValueError):
@@ -41,7 +40,7 @@ class Pieces:
     forward: float
     """One sequence of `context_size` tokens through the model."""
     train_step: float
-    """One optimizer step of one SAE on `train_batch_size_tokens` writes."""
+    """One optimizer step of one SAE on `train_batch_size_tokens` rows."""
     token: float
     """One token of one edited row."""
 
@@ -51,12 +50,14 @@ class Estimate:
     """What is left of a run."""
 
     pieces: Pieces
-    tasks: Counter[str]
-    """Steps left, by kind."""
+    dictionaries: int
+    """To be trained."""
+    evaluations: int
+    """To be done, of dictionaries and of heads."""
     seconds: float
     """Of one process; divide by the number of processes."""
     memory: float
-    """Bytes for model, one SAE with its optimizer, the activation buffer and the edited rows' logits."""
+    """Bytes of the largest step: model, one SAE with its optimizer, the activation buffer, logits of edited rows."""
     disk: float
     """Bytes that are still to be written, checkpoints included."""
     free: float
@@ -72,31 +73,46 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """For a person."""
-        kinds = ", ".join(f"{n} {kind}" for kind, n in self.tasks.items())
         return [
-            f"steps left  {sum(self.tasks.values())}: {kinds}",
-            f"time        about {_duration(self.seconds)} for one process (measured: forward "
-            f"{self.pieces.forward:.2g} s, optimizer step {self.pieces.train_step:.2g} s, edited row "
-            f"{self.pieces.token:.2g} s a token)",
-            f"memory      about {_size(self.memory)}",
-            f"disk        about {_size(self.disk)} to write, {_size(self.free)} free",
+            f"left    {self.dictionaries} dictionaries to train, {self.evaluations} evaluations",
+            f"time    about {_duration(self.seconds)} for one process (measured: forward {self.pieces.forward:.2g} s, "
+            f"optimizer step {self.pieces.train_step:.2g} s, edited row {self.pieces.token:.2g} s a token)",
+            f"memory  about {_size(self.memory)} a process",
+            f"disk    about {_size(self.disk)} to write, {_size(self.free)} free",
         ]
 
 
 def estimate(config: ReproduceConfig, folder: Path, model: HookedRecurrent, pieces: Pieces | None = None) -> Estimate:
     """Measure the pieces, unless they are given, and multiply. Cost: a few forwards and optimizer steps."""
-    left = [task for task in make_tasks(config) if not is_done(folder, task)]
-    kinds = Counter(task.kind for task in left)
+    heads = [folder / f"L{layer}H{head}" for layer in config.layers for head in config.heads]
+    names = [name for each in config.dictionaries().values() for name in each]
+    to_train = [name for head in heads for name in names if not (head / name / "sae").exists()]
+    evaluations = sum(_evaluations_left(config, head) for head in heads)
     pieces = pieces or measure(config, model)
-    size = _sae_bytes(config, model)
+    sizes = {name: _sae_bytes(config, model, DictionaryName.parse(name).variant) for name in names}
+    training = config.training_tokens / config.context_size * pieces.forward
+    training += config.training_tokens / config.train_batch_size_tokens * pieces.train_step
+    rows = config.n_atoms * config.firings_per_atom * _ROWS_PER_FIRING
+    evaluating = 2 * config.eval_sequences * pieces.forward + rows * _TOKENS_PER_ROW * pieces.token
+    checkpoints = 2 * 3 * max(sizes.values())  # the newest two, each with Adam's moments
+    kept = sum(sizes[name] for name in to_train)
+    there = next(each for each in (folder.resolve(), *folder.resolve().parents) if each.exists())
     return Estimate(
         pieces=pieces,
-        tasks=kinds,
-        seconds=sum(_seconds(task, config, pieces) for task in left),
-        memory=_memory(config, model, max(size.values())),
-        disk=_disk(left, config, size),
-        free=shutil.disk_usage(_existing(folder)).free,
+        dictionaries=len(to_train),
+        evaluations=evaluations,
+        seconds=len(to_train) * training + evaluations * evaluating,
+        memory=_memory(config, model, max(sizes.values())),
+        disk=kept + checkpoints + evaluations * rows * _TABLE_BYTES + len(heads) * config.dashboards * 100_000 + 5e6,
+        free=shutil.disk_usage(there).free,
     )
+
+
+def _evaluations_left(config: ReproduceConfig, head: Path) -> int:
+    scopes = [each.scope for kind, each in EVALUATIONS.items() if kind in (config.evaluations or EVALUATIONS)]
+    of_each = sum(not (head / "marks" / f"{target}.evaluated").exists() for target in config.targets)
+    of_head = not (head / "marks" / "compared").exists()
+    return sum(of_each if scope is Scope.EACH else of_head for scope in scopes)
 
 
 def measure(config: ReproduceConfig, model: HookedRecurrent) -> Pieces:
@@ -132,10 +148,10 @@ def _optimizer_step(config: ReproduceConfig, model: HookedRecurrent) -> Callable
 
 
 def _timed(run: Callable[[], object], model: HookedRecurrent) -> float:
-    """The shortest of three runs after a first one: another job on the machine can stretch any of them."""
+    """The shorter of two runs after a first one: another job on the machine can stretch either."""
     run()
     found = []
-    for _ in range(3):
+    for _ in range(2):
         begin = time.perf_counter()
         run()
         if model.cfg.device.type == "cuda":
@@ -144,37 +160,14 @@ def _timed(run: Callable[[], object], model: HookedRecurrent) -> float:
     return min(found)
 
 
-def _seconds(task: Task, config: ReproduceConfig, pieces: Pieces) -> float:
-    if task.kind == "sae":
-        sequences = config.training_tokens / config.context_size
-        return sequences * pieces.forward + config.training_tokens / config.train_batch_size_tokens * pieces.train_step
-    if task.kind in ("report", "atoms"):
-        return config.eval_sequences * pieces.forward
-    settings = Substitution()
-    conditions = len(settings.atom_choice) * (2 + len(settings.scales) * (1 + len(settings.controls)))
-    one = config.eval_sequences * 2 * pieces.forward + conditions * _row_tokens(config, settings) * pieces.token
-    return one if task.kind == "substitution" else _OTHER_EVALUATIONS * one
-
-
-def _row_tokens(config: ReproduceConfig, settings: Substitution) -> float:
-    """Tokens that are run for one condition of the substitution test: rows of a batch begin at its first edit, so each
-    is up to twice its window, and those that are run to the end begin a third into the sequence."""
-    firings = config.n_atoms * config.firings_per_atom
-    to_end = min(firings, firings if settings.last_position_firings is None else settings.last_position_firings)
-    return (firings - to_end) * 1.5 * (settings.horizon + 1) + to_end * config.context_size * 2 / 3
-
-
-def _sae_bytes(config: ReproduceConfig, model: HookedRecurrent) -> dict[str, int]:
-    """Bytes of an SAE's float32 weights, by variant."""
+def _sae_bytes(config: ReproduceConfig, model: HookedRecurrent, variant: str) -> int:
+    """Bytes of an SAE's float32 weights. One with as many parameters as the WriteSAE has as many bytes."""
     shape = model.cfg.layer(config.layers[0])
-    sizes = {}
-    for variant in {d.variant for d in dictionaries(config)}:
-        fields = VARIANTS.get(variant, VARIANTS["WriteSAE"])
-        factored = fields["rank"] * (shape.K + shape.V)
-        encoder = shape.K * shape.V if fields["encoder"] == "dense" else factored
-        decoder = shape.K * shape.V if fields["decoder"] == "flat" else factored
-        sizes[variant] = 4 * (config.d_sae * (encoder + decoder + 1) + shape.K * shape.V)
-    return sizes
+    fields = VARIANTS.get(variant, VARIANTS["WriteSAE"])
+    factored = fields["rank"] * (shape.K + shape.V)
+    encoder = shape.K * shape.V if fields["encoder"] == "dense" else factored
+    decoder = shape.K * shape.V if fields["decoder"] == "flat" else factored
+    return 4 * (config.d_sae * (encoder + decoder + 1) + shape.K * shape.V)
 
 
 def _memory(config: ReproduceConfig, model: HookedRecurrent, sae: int) -> float:
@@ -183,20 +176,6 @@ def _memory(config: ReproduceConfig, model: HookedRecurrent, sae: int) -> float:
     buffered = 10 * config.train_batch_size_tokens * shape.K * shape.V * 4
     logits = _LOGIT_BYTES + 4 * config.context_size * model.cfg.d_vocab * 2
     return weights + max(4 * sae + buffered, logits)  # weights, gradient, two moments of Adam
-
-
-def _disk(left: list[Task], config: ReproduceConfig, size: dict[str, int]) -> float:
-    by_key = {f"{d.key}/sae": size[d.variant] for d in dictionaries(config)}
-    kept = sum(by_key.get(task.key, 0) for task in left)
-    checkpoints = 2 * 3 * max(size.values())  # the newest two, each with Adam's moments
-    conditions = 2 * (2 + 3 * 7)
-    tables = sum(config.n_atoms * config.firings_per_atom * conditions * _TABLE_BYTES for t in left if t.kind != "sae")
-    pages = config.dashboards * 100_000 * sum(task.kind == "atoms" for task in left)
-    return kept + checkpoints + tables + pages + 5e6
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
 
 
 def _size(n: float) -> str:

@@ -10,7 +10,8 @@ from sae_lens.registry import (
 )
 from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
 
-from sae_lens_writesae.sae.base import VARIANTS, MatrixSAE, MatrixSAEConfig
+from sae_lens_writesae.choices import VARIANTS
+from sae_lens_writesae.sae.base import MatrixSAE, MatrixSAEConfig
 from sae_lens_writesae.sae.batchtopk import WriteBatchTopKTrainingSAE, WriteBatchTopKTrainingSAEConfig
 from sae_lens_writesae.sae.gated import (
     WriteGatedSAE,

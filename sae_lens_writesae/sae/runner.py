@@ -4,8 +4,10 @@ nothing, and SAELens' command line."""
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
+import shutil
 import signal
 import tempfile
 import warnings
@@ -22,6 +24,7 @@ import sae_lens.multi_sae_training_runner
 import torch
 from datasets import Dataset
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
+from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
@@ -267,6 +270,28 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
         return base / name
 
 
+class FrugalRunner(WriteSAETrainingRunner):
+    """Keeps the newest two checkpoints; for a wide SAE each is gigabytes."""
+
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        super().save_checkpoint(checkpoint_path)
+        if checkpoint_path is not None and checkpoint_path.parent.name == Path(str(self.cfg.checkpoint_path)).name:
+            for old in whole_checkpoints(checkpoint_path.parent.parent)[:-2]:
+                shutil.rmtree(old)
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints below `folder` by samples seen; one that a kill cut short lacks the file that is written last."""
+    found = []
+    for file in folder.rglob(RUNNER_CFG_FILENAME):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            continue
+        found.append(file.parent)
+    return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]))
+
+
 def train(cfg: RunnerConfig, model: HookedRecurrent | None = None, dataset: Dataset | None = None) -> MatrixTrainingSAE:
     """Train an SAE with SAELens and return it, still of its training class.
 
@@ -298,7 +323,7 @@ Trains an SAE with SAELens' own command line. Every flag below is SAELens'; thos
 
 A run on a head of the model that ships with the package (K = 64, V = 32, so d_in = 2048):
 
-  writesae train --architecture writesae_batchtopk --model_class_name HookedRecurrent --model_name embedded \\
+  writesae train-saelens --architecture writesae_batchtopk --model_class_name HookedRecurrent --model_name embedded \\
       --dataset_path embedded --is_dataset_tokenized false --streaming false --prepend_bos false \\
       --hook_name blocks.2.mixer.heads.1.hook_write_vec --d_in 2048 --d_k 64 --d_v 32 --d_sae 512 --k 32 \\
       --training_tokens 200000 --train_batch_size_tokens 512 --n_batches_in_buffer 8 \\
