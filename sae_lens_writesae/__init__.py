@@ -28,6 +28,7 @@ if "writesae" not in sys.modules:
     )
     from sae_lens_writesae.sae.target import head_target
     from sae_lens_writesae.sae.training import PAPER_RUNNER, calibrate_threshold, preset_b_dec
+    from sae_lens_writesae.sae.writes import train_on_writes
     from sae_lens_writesae.steering import scale_atoms, steer
 
 try:
@@ -58,6 +59,7 @@ __all__ = [
     "steer",
     "text_dataset",
     "train",
+    "train_on_writes",
     "training_config",
     "write_report",
 ]

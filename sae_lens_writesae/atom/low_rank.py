@@ -110,6 +110,10 @@ class LowRank:
         """Frobenius inner products <A_n, B_n> [N]. Costs N R R' (K + V)."""
         return ((self.keys @ other.keys.mT) * (self.values @ other.values.mT)).sum((1, 2))
 
+    def products(self, matrix: Tensor) -> Tensor:
+        """Frobenius inner products <A_n, M> [N] with one matrix [K,V]. Costs N R K V."""
+        return ((self.keys @ matrix) * self.values).sum((1, 2))
+
     def norm(self) -> Tensor:
         """Frobenius norms [N], exact whether or not the terms are orthogonal."""
         return self.inner(self).clamp_min(0).sqrt()

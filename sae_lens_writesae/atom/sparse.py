@@ -12,14 +12,25 @@ maps of an autoencoder, differentiable in all inputs, with their plain forms as 
   by their values, so that TopK, BatchTopK, JumpReLU and ReLU all profit. Where too many are active, the slices of the
   product are used instead.
 
-Both maps are registered as torch operators: torch.compile then does not look into them and needs no shapes that depend
-on data.
+Rows that are themselves sums of few outer products, X_n = sum_r k_nr u_nr^T (a write: R = 1 term in most families), are
+encoded, and compared with what a code c_n reconstructs, from inner products alone, and none of them is built:
 
-Alphabet: N rows, F atoms, R rank, K key side, V value side.
+    encode_rows:    <X_n, A_f> = sum_rs (k_nr . v_fs) (u_nr . w_fs)                           [N,F]
+    row_distances:  |X_n - Y_n|^2 - |X_n|^2 = c_n^T G c_n - 2 sum_f c_nf <X_n, A_f>           [N]
+    gram:           G_fg = <A_f, A_g> = sum_rs (v_fr . v_gs) (w_fr . w_gs)                    [F,F]
+
+The distance needs the Gram matrix of the active atoms of each row alone, which are gathered; where many are active, one
+Gram matrix of all atoms is cheaper. Terms cancel in the error |X - Y|^2, which is therefore less exact than a sum of
+squares by the ratio of |X|^2 to it, and is computed in at least fp32 whatever the dtype.
+
+encode and decode are registered as torch operators: torch.compile then does not look into them and needs no shapes that
+depend on data. The maps of low-rank rows are left out of compiled graphs for the same reason.
+
+Alphabet: N rows, F atoms, R rank (for low-rank rows: R their terms, S the rank of atoms), K key side, V value side.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +39,7 @@ _GATHER_COST = 6
 """A gathered pair costs about this many times its share of a full GEMM (measured: benchmarks/sae_step.py)."""
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """Some rows and their active atoms, padded with value 0 to the fullest of these rows."""
 
     rows: Tensor
@@ -81,7 +92,7 @@ def encode(x: Tensor, v: Tensor, w: Tensor) -> Tensor:
     Returns:
         [...,F]. Costs 2*F*K*V per row; the backward costs 4*R*K*V per entry of the gradient that is not zero.
     """
-    flat = _compute(x, v).reshape(-1, v.shape[-1] * w.shape[-1])
+    flat = as_operand(x, v).reshape(-1, v.shape[-1] * w.shape[-1])
     return _encode(flat, v, w).reshape(*x.shape[:-1], v.shape[0])
 
 
@@ -97,11 +108,79 @@ def decode(acts: Tensor, v: Tensor, w: Tensor, *, full_gradient: bool = True) ->
     Returns:
         [...,K*V], key-first. Costs 2*R*K*V per active pair.
     """
-    flat = _compute(acts, v).reshape(-1, v.shape[0])
+    flat = as_operand(acts, v).reshape(-1, v.shape[0])
     return _decode(flat, v, w, full_gradient).reshape(*acts.shape[:-1], v.shape[-1] * w.shape[-1])
 
 
-def _compute(t: Tensor, factors: Tensor) -> Tensor:
+def encode_rows(keys: Tensor, values: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """Inner products of low-rank rows with every atom, differentiable in all of them.
+
+    Args:
+        keys, values: N rows of R terms, [N,R,K] and [N,R,V]. Under autocast they are cast as a matmul casts them.
+        v, w: factors [F,S,K] and [F,S,V].
+
+    Returns:
+        [N,F]. Costs 2*R*S*(K+V) a pair; the backward only pairs whose gradient is not zero, if they are few.
+    """
+    operands = [as_operand(t, v) for t in (keys, values, v, w)]
+    with torch.autocast(v.device.type, enabled=False):
+        return _encode_rows(*operands)
+
+
+def row_distances(
+    keys: Tensor, values: Tensor, code: Tensor, v: Tensor, w: Tensor, *, full_gradient: bool = True
+) -> Tensor:
+    """|X_n - Y_n|^2 - |X_n|^2 for the reconstructions Y_n = sum_f code_nf A_f, differentiable in code, v and w.
+
+    Args:
+        keys, values: N rows of R terms, [N,R,K] and [N,R,V], taken as constants.
+        code: [N,F], mostly zero.
+        v, w: factors [F,S,K] and [F,S,V].
+        full_gradient: also compute the gradient of code where it is 0, which needs the Gram matrix of all atoms.
+
+    Returns:
+        [N] in at least fp32. With m active atoms a row it costs m*S*(R + m*S)*(K+V) a row; with all of them
+        F^2*S^2*(K+V) once and F^2 + F*R*S*(K+V) a row.
+    """
+    exact = torch.promote_types(v.dtype, torch.float32)
+    with torch.autocast(v.device.type, enabled=False):
+        keys, values, code, v, w = (t.to(exact) for t in (keys, values, code, v, w))
+        counts = None if full_gradient else _few_active(code, keys.shape[1], v, w)
+        if counts is None:
+            return ((code @ gram(v, w, v, w) - 2 * _encode_rows(keys, values, v, w)) * code).sum(-1)
+        index, parts = [counts.new_zeros(0)], [code.new_zeros(0)]
+        for block in blocks(code, counts, v, w):
+            at = block.rows[:, None] * code.shape[1] + block.atoms
+            active = code.flatten().index_select(0, at.flatten()).view(at.shape)
+            sides = keys.index_select(0, block.rows), values.index_select(0, block.rows)
+            index.append(block.rows)
+            parts.append(_gathered(*sides, active, block.atoms, v, w))
+        return code.new_zeros(len(code)).index_add(0, torch.cat(index), torch.cat(parts))
+
+
+def gram(v: Tensor, w: Tensor, v2: Tensor, w2: Tensor) -> Tensor:
+    """<A_f, B_g> [F,G] for atoms [F,S,K], [F,S,V] and [G,S,K], [G,S,V]."""
+    product = (v.flatten(0, 1) @ v2.flatten(0, 1).T) * (w.flatten(0, 1) @ w2.flatten(0, 1).T)
+    S = v.shape[1]
+    return product if S == 1 else product.view(len(v), S, len(v2), S).sum((1, 3))
+
+
+def matrix_products(matrix: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """<M, A_f> [F] of one matrix [K,V] with every atom. Costs F*S*K*V, once and not for each row."""
+    return ((v @ matrix) * w).sum((1, 2))
+
+
+def _few_active(code: Tensor, terms: int, v: Tensor, w: Tensor) -> Tensor | None:
+    """Active atoms per row [N], or None where the Gram matrix of all atoms is cheaper than those of the rows."""
+    counts = (code != 0).sum(-1)
+    F, S, sides = v.shape[0], v.shape[1], v.shape[2] + w.shape[2]
+    width = (counts * S).double()
+    gathered = float((width * (width + terms + _GATHER_COST)).sum()) * sides
+    everything = ((F * S) ** 2 + len(code) * F * S * terms) * sides + len(code) * F**2
+    return counts if gathered <= everything else None
+
+
+def as_operand(t: Tensor, factors: Tensor) -> Tensor:
     """`t` in the dtype of a matmul with `factors`: that of autocast where it is on, else that of the factors."""
     kind = t.device.type
     return t.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else factors.dtype)
@@ -218,7 +297,7 @@ def _combine(c: Tensor, v: Tensor, w: Tensor) -> Tensor:
         for s in _slices(v, w):
             out.addmm_(c[:, s], _product(v[s], w[s], c.dtype))
         return out
-    for block in _blocks(c, counts, v, w):
+    for block in blocks(c, counts, v, w):
         weighted = (v[block.atoms] * block.values[..., None, None]).to(c.dtype).flatten(1, 2)
         out[block.rows] = (weighted.mT @ w[block.atoms].to(c.dtype).flatten(1, 2)).flatten(1)
     return out
@@ -238,7 +317,7 @@ def _pair_gradients(m: Tensor, c: Tensor, v: Tensor, w: Tensor, want_dots: bool)
         if want_dots:
             dots = _project(m, v, w) * (c != 0)
     else:
-        for block in _blocks(c, counts, v, w):
+        for block in blocks(c, counts, v, w):
             _gathered_gradients(m, block, v, w, dv, dw, dots if want_dots else None)
     return _PairGradients(dv.to(v.dtype), dw.to(w.dtype), dots)
 
@@ -252,7 +331,7 @@ def _dense_gradients(m: Tensor, c: Tensor, v: Tensor, w: Tensor, dv: Tensor, dw:
 
 
 def _gathered_gradients(
-    m: Tensor, block: _Block, v: Tensor, w: Tensor, dv: Tensor, dw: Tensor, dots: Tensor | None
+    m: Tensor, block: Block, v: Tensor, w: Tensor, dv: Tensor, dw: Tensor, dots: Tensor | None
 ) -> None:
     """Add the active pairs of a block to dv and dw, and put their inner products into dots."""
     (n, j), R = block.atoms.shape, v.shape[1]
@@ -277,7 +356,7 @@ def _sparse_counts(c: Tensor, v: Tensor) -> Tensor | None:
     return counts if int(counts.sum()) * v.shape[1] * _GATHER_COST <= c.numel() else None
 
 
-def _blocks(c: Tensor, counts: Tensor, v: Tensor, w: Tensor) -> Iterator[_Block]:
+def blocks(c: Tensor, counts: Tensor, v: Tensor, w: Tensor) -> Iterator[Block]:
     """Rows grouped by their number of active atoms, so that one row with many does not pad the others."""
     order = counts.argsort(descending=True, stable=True)
     widths = counts[order].tolist()
@@ -287,5 +366,81 @@ def _blocks(c: Tensor, counts: Tensor, v: Tensor, w: Tensor) -> Iterator[_Block]
         rows = order[start : start + size]
         values = c[rows]
         atoms = values.abs().topk(widths[start], sorted=False).indices
-        yield _Block(rows, atoms, values.gather(1, atoms))
+        yield Block(rows, atoms, values.gather(1, atoms))
         start += size
+
+
+# ---------------------------------------------------------------------------------------------- low-rank rows
+
+
+class _EncodeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keys: Tensor, values: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        left = keys.flatten(0, 1) @ v.flatten(0, 1).T  # [N*R,F*S]
+        right = values.flatten(0, 1) @ w.flatten(0, 1).T
+        ctx.save_for_backward(keys, values, v, w, left, right)
+        return _sum_terms(left * right, keys.shape[1], v.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        keys, values, v, w, left, right = ctx.saved_tensors
+        grad, (N, R), (F, S) = grads[0], keys.shape[:2], v.shape[:2]
+        rows_need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        if not rows_need and int((grad != 0).sum()) * _GATHER_COST * 2 <= N * F:
+            n, f = grad.nonzero(as_tuple=True)
+            c = grad[n, f][:, None, None]
+            at_right = right.view(N, R, F, S)[n, :, f] * c  # [P,R,S]
+            at_left = left.view(N, R, F, S)[n, :, f] * c
+            dv = torch.zeros_like(v).index_add_(0, f, at_right.mT @ keys.index_select(0, n))
+            dw = torch.zeros_like(w).index_add_(0, f, at_left.mT @ values.index_select(0, n))
+            return None, None, dv, dw
+        wide = grad[:, None, :, None].expand(N, R, F, S).reshape(N * R, F * S)
+        dleft, dright = wide * right, wide * left
+        return (
+            (dleft @ v.flatten(0, 1)).view_as(keys) if rows_need else None,
+            (dright @ w.flatten(0, 1)).view_as(values) if rows_need else None,
+            (dleft.T @ keys.flatten(0, 1)).view_as(v),
+            (dright.T @ values.flatten(0, 1)).view_as(w),
+        )
+
+
+class _Gathered(torch.autograd.Function):
+    """`row_distances` where the m active atoms of each row are known: active, atoms [N,m] -> [N]."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Tensor, values: Tensor, active: Tensor, atoms: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        (N, m), S = atoms.shape, v.shape[1]
+        vs = v.index_select(0, atoms.flatten()).view(N, m * S, -1)
+        ws = w.index_select(0, atoms.flatten()).view(N, m * S, -1)
+        c = active.repeat_interleave(S, dim=1) if S > 1 else active
+        left, right = vs @ keys.mT, ws @ values.mT  # [N,m*S,R]
+        gram_v, gram_w = vs @ vs.mT, ws @ ws.mT
+        inner = (left * right).sum(-1)
+        weighted = ((gram_v * gram_w) @ c[..., None]).squeeze(-1)  # sum_j c_j <term i, term j>
+        ctx.save_for_backward(keys, values, atoms, v, w, vs, ws, c, left, right, gram_v, gram_w, weighted - inner)
+        return ((weighted - 2 * inner) * c).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        keys, values, atoms, v, w, vs, ws, c, left, right, gram_v, gram_w, error = ctx.saved_tensors
+        g = 2 * grads[0][:, None]
+        dactive = (error * g).view(*atoms.shape, -1).sum(-1)
+        pairs = (c * g)[..., None] * c[:, None, :]
+        scale = (c * g)[..., None]
+        # Each is the gradient of a gathered copy: the residual matrix times the other side of the term.
+        dvs = (pairs * gram_w) @ vs - (scale * right) @ keys
+        dws = (pairs * gram_v) @ ws - (scale * left) @ values
+        at = atoms.flatten()
+        dv = torch.zeros_like(v).index_add_(0, at, dvs.view(len(at), *v.shape[1:]))
+        dw = torch.zeros_like(w).index_add_(0, at, dws.view(len(at), *w.shape[1:]))
+        return None, None, dactive, None, dv, dw
+
+
+def _sum_terms(product: Tensor, R: int, S: int) -> Tensor:
+    """[N*R,F*S] -> [N,F], the sum over the terms of rows and atoms."""
+    return product if R == S == 1 else product.view(-1, R, product.shape[1] // S, S).sum((1, 3))
+
+
+# How many pairs are active depends on the data: torch.compile must not look into these.
+_encode_rows: Callable[..., Tensor] = cast(Any, torch.compiler.disable)(_EncodeRows.apply)
+_gathered: Callable[..., Tensor] = cast(Any, torch.compiler.disable)(_Gathered.apply)

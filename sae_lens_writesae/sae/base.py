@@ -103,6 +103,11 @@ class MatrixSAEConfig(SAEConfig):
         )
         super().__post_init__()
 
+    @property
+    def is_factored(self) -> bool:
+        """Whether both sides are factors, so that low-rank inputs need not be built as matrices."""
+        return self.encoder != "dense" and self.decoder == "rank"
+
 
 def _matrix_shape(d_in: int, d_k: int, d_v: int) -> tuple[int, int]:
     """(K, V), where one may be left 0 to be derived from d_in."""
@@ -209,22 +214,52 @@ class MatrixWeights(SAE[Any]):
     def decode_linear(self, acts: Tensor, atoms: slice = slice(None)) -> Tensor:
         """sum_f acts_f A_f, without bias: [...,F] -> [...,K*V]; `atoms` restricts to a range that `acts` covers."""
         if self.cfg.decoder == "flat":
-            return acts @ self.decoder_matrix[atoms]
-        full = self._step is None or not self._zeros_block_gradient
-        return sparse.decode(acts, self.v[atoms], self.w[atoms], full_gradient=full)
+            return self.coefficients(acts, atoms) @ self.decoder_matrix[atoms]
+        code = self.coefficients(acts, atoms)
+        return sparse.decode(code, self.v[atoms], self.w[atoms], full_gradient=self._full_gradient)
+
+    def coefficients(self, acts: Tensor, atoms: slice | Tensor = slice(None)) -> Tensor:
+        """What the atoms of the range are multiplied by [...,F'], from activations [...,F']."""
+        return acts
+
+    @property
+    def _full_gradient(self) -> bool:
+        """Whether decoding must pass a gradient to activations of 0."""
+        return self._step is None or not self._zeros_block_gradient
 
     def encode_linear_write(self, keys: Tensor, values: Tensor) -> Tensor:
         """`encode_linear` of the rank-1 matrices keys values^T: [...,K], [...,V] -> [...,F].
 
         Costs R*(K+V) per row and atom with factors instead of K*V, and never builds the matrices.
         """
-        cfg = self.cfg
-        if cfg.encoder == "dense" or (cfg.encoder == "tied" and cfg.decoder == "flat"):
-            return self.encode_linear((keys[..., :, None] * values[..., None, :]).flatten(-2))
-        v, w = (self.v_enc, self.w_enc) if cfg.encoder == "bilinear" else (self.v, self.w)
-        shape = (*keys.shape[:-1], *v.shape[:2])
-        out = ((keys @ v.flatten(0, 1).T) * (values @ w.flatten(0, 1).T)).view(shape).sum(-1)
-        return out if cfg.encoder == "bilinear" else out * self.encoder_scale
+        rows = LowRank.rank_one(keys.reshape(-1, self.cfg.d_k), values.reshape(-1, self.cfg.d_v))
+        return self.encode_linear_rows(rows).view(*keys.shape[:-1], -1)
+
+    def encode_linear_rows(self, rows: LowRank) -> Tensor:
+        """`encode_linear` of N low-rank matrices: [N,F].
+
+        Costs R*R'*(K+V) per row and atom for rows of R' terms; an encoder without factors needs the matrices built.
+        """
+        factors = self._encoder_factors
+        if factors is None:
+            return self.encode_linear(rows.dense().flatten(1))
+        out = sparse.encode_rows(rows.keys, rows.values, *factors)
+        return out * self.encoder_scale if self.cfg.encoder == "tied" else out
+
+    def encode_linear_bias(self) -> Tensor:
+        """`encode_linear` of b_dec [F], differentiable. Costs F*R*K*V, once and not for each row."""
+        factors = self._encoder_factors
+        if factors is None:
+            return self.encode_linear(self.b_dec)
+        out = sparse.matrix_products(self.b_dec.view(self.cfg.d_k, self.cfg.d_v), *factors)
+        return out * self.encoder_scale if self.cfg.encoder == "tied" else out
+
+    @property
+    def _encoder_factors(self) -> tuple[Tensor, Tensor] | None:
+        """[F,R,K] and [F,R,V], without the scale of a tied encoder; None where the encoder is a plain matrix."""
+        if self.cfg.encoder == "bilinear":
+            return self.v_enc, self.w_enc
+        return (self.v, self.w) if self.cfg.encoder == "tied" and self.cfg.decoder == "rank" else None
 
     def write_cosines(self, keys: Tensor, values: Tensor) -> Tensor:
         """Signed cosines of writes sum_r k_r u_r^T and decoder atoms: [N,R',K], [N,R',V] -> [N,F], differentiable.
@@ -386,10 +421,25 @@ class MatrixSAE(MatrixWeights):
         """
         return self._encode(x).acts
 
-    def _encode(self, x: Tensor) -> Activations:
-        linear = self.encode_linear(self.process_sae_in(x))
-        check_finite(linear, x)
-        return self._activate(linear)
+    def _encode(self, x: Tensor | LowRank) -> Activations:
+        return self._activate(self.linear(x))
+
+    def linear(self, x: Tensor | LowRank) -> Tensor:
+        """<X - b_dec, encoder atom> [...,F] of flattened matrices [...,K*V], or [N,F] of N low-rank matrices, which are
+        not built. (Without b_dec, if the config says so. `hook_sae_input` fires for flattened matrices only.)
+
+        Raises:
+            ValueError: NaN or infinite input.
+        """
+        if isinstance(x, LowRank):
+            linear = self.encode_linear_rows(x.to(self.dtype))
+            if self.cfg.apply_b_dec_to_input:
+                linear = linear - self.encode_linear_bias()
+            check_finite(linear, x.keys.flatten(1), x.values.flatten(1))
+        else:
+            linear = self.encode_linear(self.process_sae_in(x))
+            check_finite(linear, x)
+        return linear
 
     def encode_writes(self, keys: Tensor, values: Tensor) -> Tensor:
         """Feature activations [...,F] of rank-1 matrices keys values^T, [...,K] and [...,V].
@@ -397,11 +447,8 @@ class MatrixSAE(MatrixWeights):
         Equals `encode` of the flattened outer products, which are not built: R*(K+V) instead of K*V operations per atom
         and row. `hook_sae_input` does not fire.
         """
-        linear = self.encode_linear_write(keys.to(self.dtype), values.to(self.dtype))
-        if self.cfg.apply_b_dec_to_input:
-            linear = linear - self.encode_linear(self.b_dec)
-        check_finite(linear, keys, values)
-        return self._activate(linear).acts
+        rows = LowRank.rank_one(keys.reshape(-1, self.cfg.d_k), values.reshape(-1, self.cfg.d_v))
+        return self._activate(self.linear(rows).view(*keys.shape[:-1], -1)).acts
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstructions [...,K*V] of activations [...,F]. Costs 2*R*K*V per active atom."""

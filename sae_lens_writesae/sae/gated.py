@@ -60,8 +60,7 @@ class WriteGatedTrainingSAE(_GatedMaps, MatrixTrainingSAE, GatedTrainingSAE, Mat
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
         """SAELens' two losses on the gate path: L1, and a reconstruction from the gate alone."""
-        centred = step_input.sae_in - self.b_dec * self.cfg.apply_b_dec_to_input
-        gate = torch.relu(self.encode_linear(centred) + self.b_gate)
+        gate = torch.relu(self.linear(step_input.sae_in) + self.b_gate)
         l1 = step_input.coefficients["l1"] * (gate * self.decoder_norm()).sum(-1).mean()
-        error = self.decode_linear(gate) + self.b_dec - step_input.sae_in
-        return {"l1_loss": l1, "auxiliary_reconstruction_loss": error.pow(2).sum(-1).mean()}
+        errors = self.squared_errors(self.decode(gate), step_input.sae_in)
+        return {"l1_loss": l1, "auxiliary_reconstruction_loss": errors.sum(-1).mean()}

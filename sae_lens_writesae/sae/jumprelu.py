@@ -46,7 +46,7 @@ class _Threshold(MatrixSAE):
     @torch.no_grad()
     def contributions(self, x: Tensor) -> Tensor:
         """Pre-activations times atom norms [...,F]."""
-        return (self.encode_linear(self.process_sae_in(x)) + self.b_enc) * self.decoder_norm()
+        return (self.linear(x) + self.b_enc) * self.decoder_norm()
 
     @torch.no_grad()
     def set_threshold(self, value: float) -> None:

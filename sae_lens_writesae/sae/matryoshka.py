@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import cast
 
 from sae_lens.saes.matryoshka_batchtopk_sae import (
     MatryoshkaBatchTopKTrainingSAE,
@@ -11,7 +12,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 
 from sae_lens_writesae.sae.batchtopk import WriteBatchTopKTrainingSAE, WriteBatchTopKTrainingSAEConfig
-from sae_lens_writesae.sae.training import aux_loss
+from sae_lens_writesae.sae.training import Code, aux_loss
 
 
 @dataclass
@@ -41,6 +42,13 @@ class WriteMatryoshkaTrainingSAE(MatryoshkaBatchTopKTrainingSAE, WriteBatchTopKT
     ) -> Generator[tuple[int, Tensor], None, None]:
         """(width, reconstruction [N,K*V] from the first `width` atoms) for growing widths."""
         widths = self.cfg.matryoshka_widths if include_outer_loss else self.cfg.matryoshka_widths[:-1]
+        if self._on_factors:
+            for width in widths:
+                yield (
+                    width,
+                    cast(Tensor, Code(self.coefficients(feature_acts[:, :width], slice(0, width)), slice(0, width))),
+                )
+            return
         decoded: Tensor = self.b_dec
         for start, width in zip([0, *widths], widths):
             level = slice(start, width)
@@ -56,14 +64,12 @@ class WriteMatryoshkaTrainingSAE(MatryoshkaBatchTopKTrainingSAE, WriteBatchTopKT
         dead_neuron_mask: Tensor | None,
     ) -> Tensor:
         """The sum over widths of the auxiliary loss, each against the residual of its width."""
-        total = sae_out.new_tensor(0.0)
+        total = hidden_pre.new_tensor(0.0)
         if dead_neuron_mask is None:
             return total
         start = 0
         for width, decoded in self._iterable_decode(feature_acts, include_outer_loss=True):
             level, start = slice(start, width), width
-            residual = (sae_in - decoded).detach()
-            total = total + aux_loss(
-                self, self.cfg.k_aux, residual, hidden_pre[:, level], dead_neuron_mask[level], level
-            )
+            dead = dead_neuron_mask[level]
+            total = total + aux_loss(self, self.cfg.k_aux, sae_in, decoded, hidden_pre[:, level], dead, level)
         return self.cfg.aux_loss_coefficient * total

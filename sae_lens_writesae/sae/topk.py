@@ -80,10 +80,8 @@ class _TopKMaps(MatrixSAE):
             hidden_pre = hidden_pre * self.decoder_norm()
         return Activations(self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre)
 
-    def decode_linear(self, acts: Tensor, atoms: slice = slice(None)) -> Tensor:
-        if self.cfg.rescale_acts_by_decoder_norm:
-            acts = acts * (1 / self.decoder_norm()[atoms])
-        return super().decode_linear(acts, atoms)
+    def coefficients(self, acts: Tensor, atoms: slice | Tensor = slice(None)) -> Tensor:
+        return acts * (1 / self.decoder_norm()[atoms]) if self.cfg.rescale_acts_by_decoder_norm else acts
 
 
 class WriteTopKSAE(_TopKMaps, TopKSAE, MatrixWeights):
@@ -103,8 +101,8 @@ class WriteTopKTrainingSAE(_TopKMaps, MatrixTrainingSAE, TopKTrainingSAE, Matrix
     ) -> Tensor:
         """SAELens' auxiliary loss with `k_aux`; see `sae.training.aux_loss`."""
         if dead_neuron_mask is None:
-            return sae_out.new_tensor(0.0)
-        loss = aux_loss(self, self.cfg.k_aux, (sae_in - sae_out).detach(), hidden_pre, dead_neuron_mask)
+            return hidden_pre.new_tensor(0.0)
+        loss = aux_loss(self, self.cfg.k_aux, sae_in, sae_out, hidden_pre, dead_neuron_mask)
         return self.cfg.aux_loss_coefficient * loss
 
     @torch.no_grad()

@@ -10,10 +10,10 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
-from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepInput, TrainStepOutput, mse_loss
 from torch import Tensor
 
 from sae_lens_writesae.atom import sparse
@@ -67,14 +67,67 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
         self.metadata.loss = self.loss  # kept in the export, whose config has no field for it
 
 
+class Code(NamedTuple):
+    """Reconstructions of a batch that are not built: b_dec + sum_f coefficients_nf A_f over a range of atoms.
+
+    What `decode` returns within a step on factors.
+    """
+
+    coefficients: Tensor
+    """[N,F']"""
+    atoms: slice = slice(None)
+
+
 class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
-    """A `MatrixSAE` in training. It is the first base of the training class of every architecture."""
+    """A `MatrixSAE` in training. It is the first base of the training class of every architecture.
+
+    A batch holds flattened matrices [N,K*V], or the packed factors of low-rank matrices [N,R*(K+V)] (see `pack`); the
+    width says which. On factors the same losses and gradients come from inner products (`atom.sparse`): SAELens'
+    step then carries a `LowRank` as `sae_in` and a `Code` as `sae_out`, and no K x V matrix of a row is built.
+    """
 
     cfg: MatrixTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    _on_factors = False
+    """Whether a step on factors is under way."""
 
-    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def __init__(self, cfg: MatrixTrainingSAEConfig, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
+        self.mse_loss_fn = self.squared_errors
+
+    def encode_with_hidden_pre(self, x: Tensor | LowRank) -> tuple[Tensor, Tensor]:
         """SAELens' pair (activations, pre-activations)."""
         return self._encode(x)
+
+    def decode(self, feature_acts: Tensor) -> Any:
+        """Reconstructions [...,K*V] of activations [...,F]; within a step on factors a `Code`."""
+        return Code(self.coefficients(feature_acts)) if self._on_factors else super().decode(feature_acts)
+
+    def squared_errors(self, reconstruction: Tensor | Code, target: Tensor | LowRank) -> Tensor:
+        """What SAELens sums over the last axis for |X - Y|^2: [N,K*V], or from factors [N,1], with the constant
+        bias B of the reconstruction
+
+            |X - B - sum_f c_f A_f|^2 = |X|^2 - 2 <X, B> + |B|^2 + 2 sum_f c_f <B, A_f> + `row_distances`
+        """
+        if not isinstance(reconstruction, Code) or not isinstance(target, LowRank):
+            return mse_loss(cast(Tensor, reconstruction), cast(Tensor, target))
+        with torch.autocast(target.keys.device.type, enabled=False):
+            v, w = self._decoder_range(reconstruction.atoms)
+            rows, bias = target.to(exact_dtype(v)), self._bias_matrix()
+            code = reconstruction.coefficients.to(bias.dtype)
+            distance = sparse.row_distances(rows.keys, rows.values, code, v, w, full_gradient=self._full_gradient)
+            errors = rows.inner(rows) - 2 * rows.products(bias) + bias.square().sum() + distance
+            return (errors + 2 * (code @ sparse.matrix_products(bias, v, w)))[:, None]
+
+    def _decoder_range(self, atoms: slice) -> tuple[Tensor, Tensor]:
+        """Decoder factors of a range, in at least fp32."""
+        v, w = (self.v, self.w) if atoms == slice(None) else (self.v[atoms], self.w[atoms])
+        return v.to(exact_dtype(v)), w.to(exact_dtype(w))
+
+    def _bias_matrix(self) -> Tensor:
+        """b_dec [K,V] in at least fp32."""
+        return self.b_dec.to(exact_dtype(self.b_dec)).view(self.cfg.d_k, self.cfg.d_v)
+
+    # ---------------------------------------------------------------------------------------- the step
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """Upkeep (see `MatrixTrainingSAEConfig`), then SAELens' own step, then the loss that the config asks for.
@@ -85,7 +138,7 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
         return self._with_loss(step_input, self._matrix_step)
 
     def _matrix_step(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """Upkeep and SAELens' step on the matrices alone [N,K*V]."""
+        """Upkeep and SAELens' step on the matrices alone."""
         resampled = self._upkeep(step_input)  # pyright: ignore  (torch's decorator is untyped)
         with self._step_scope():
             output = super().training_forward_pass(step_input)
@@ -107,11 +160,12 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
     @torch.no_grad()
     def _upkeep(self, step_input: TrainStepInput) -> int:
         """What is due before this step; returns how many atoms were resampled. Kept out of compiled graphs."""
-        cfg, step, x = self.cfg, step_input.n_training_steps, step_input.sae_in
-        check_finite(x, x)
+        cfg, step, x = self.cfg, step_input.n_training_steps, cast(Tensor | LowRank, step_input.sae_in)
+        for part in (x.keys.flatten(1), x.values.flatten(1)) if isinstance(x, LowRank) else (x,):
+            check_finite(part, part)
         if step == 0:
             if cfg.b_dec_init == "mean" and not self.b_dec.any():
-                self.b_dec.data.copy_(x.float().mean(0))
+                self.b_dec.data.copy_(batch_mean(x))
             return 0
         if cfg.unit_norm_every and step % cfg.unit_norm_every == 0:
             self.fold_W_dec_norm()
@@ -122,18 +176,29 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
         return 0
 
     @torch.no_grad()
-    def resample(self, x: Tensor, dead: Tensor) -> int:
-        """Replace the atoms where `dead` [F] by rank-R directions of the residual of x [N,K*V]; returns how many.
+    def resample(self, x: Tensor | LowRank, dead: Tensor) -> int:
+        """Replace the atoms where `dead` [F] by rank-R directions of the residual of a batch; returns how many.
 
         At most one atom for each row, and fewer if rows resemble each other; the other dead atoms wait for the next
         time. A new atom has the mean norm of the living ones, in encoder and decoder, and biases of 0. Costs an encode,
         a decode and one K x V SVD for each atom.
+
+        Args:
+            x: flattened matrices [N,K*V], or N low-rank matrices, of which only the drawn ones are built.
         """
-        n_dead = int(dead.sum())
+        n_dead, K, V = int(dead.sum()), self.cfg.d_k, self.cfg.d_v
         if n_dead == 0:
             return 0
-        residual = (x - self.decode(self.encode(x))).float()
-        atoms = distinct_directions(residual.view(-1, self.cfg.d_k, self.cfg.d_v), n_dead, self.cfg.rank)
+        acts = self._encode(x).acts
+        if isinstance(x, LowRank):
+            rows = draw_rows(self.squared_errors(Code(self.coefficients(acts)), x)[:, 0].clamp_min(0), n_dead)
+            matrices = x.rows(rows).dense().flatten(1)
+        else:
+            weights = (x - self.decode_linear(acts) - self.b_dec).float().square().sum(1)
+            rows = draw_rows(weights, n_dead)
+            matrices = x[rows]
+        residual = (matrices - self.decode_linear(acts[rows]) - self.b_dec).float()
+        atoms = distinct_directions(residual.view(-1, K, V), self.cfg.rank)
         self.replace_atoms(torch.nonzero(dead).flatten()[: len(atoms)], atoms, ~dead)
         return len(atoms)
 
@@ -147,52 +212,117 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
         fractions of variance with fractions of misalignment.
         """
         cfg = self.cfg
-        if cfg.loss == "mse" or self._step is not None:  # within a step the outer call has taken the columns off
+        if self._step is not None:  # within a step the outer call has taken the columns off
             return run(step_input)
-        matrices, columns = step_input.sae_in[:, : cfg.d_in], step_input.sae_in[:, cfg.d_in :]
-        if columns.shape[1] == 0:
+        matrices, columns = self._split(step_input.sae_in)
+        self._on_factors = isinstance(matrices, LowRank)
+        try:
+            with self._step_scope():
+                output = run(dataclasses.replace(step_input, sae_in=cast(Tensor, matrices)))
+                if cfg.loss != "mse":
+                    loss = self._loss(output, matrices, columns)
+                    output.losses[f"{cfg.loss}_loss"] = loss
+                    output.loss = output.loss + cfg.loss_weight * (loss - output.losses["mse_loss"])
+        finally:
+            self._on_factors = False
+        return output
+
+    def _split(self, batch: Tensor) -> tuple[Tensor | LowRank, Tensor]:
+        """The matrices of a batch, and the columns that the loss compares with.
+
+        This is the one place that says which variants train on factors: those that have factors on both sides. The
+        others get the matrices of a packed batch built.
+        """
+        cfg, width = self.cfg, batch.shape[1]
+        if width >= cfg.d_in:
+            matrices, columns = batch[:, : cfg.d_in], batch[:, cfg.d_in :]
+        else:
+            rows = unpack(batch, cfg.d_k, cfg.d_v)
+            matrices = rows if cfg.is_factored else rows.dense().flatten(1)
+            columns = batch if cfg.loss == "write" else batch[:, :0]
+        if cfg.loss != "mse" and columns.shape[1] == 0:
             raise ValueError(
                 f"loss={cfg.loss!r} needs columns beside the {cfg.d_in} of the matrix (queries or writes), and the "
                 "batch has none: train with sae_lens_writesae.train or WriteSAETrainingRunner, since SAELens' own "
                 "runner gives none"
             )
-        with self._step_scope():
-            output = run(dataclasses.replace(step_input, sae_in=matrices))
-            loss = self._loss(output, matrices, columns)
-        output.losses[f"{cfg.loss}_loss"] = loss
-        output.loss = output.loss + cfg.loss_weight * (loss - output.losses["mse_loss"])
-        return output
+        return matrices, columns
 
-    def _loss(self, output: TrainStepOutput, matrices: Tensor, columns: Tensor) -> Tensor:
+    def _loss(self, output: TrainStepOutput, matrices: Tensor | LowRank, columns: Tensor) -> Tensor:
         cfg = self.cfg
         if cfg.loss == "reads":
+            assert isinstance(matrices, Tensor)
             return read_loss((output.sae_out - matrices).view(-1, cfg.d_k, cfg.d_v), columns)
-        terms = columns.shape[1] // (cfg.d_k + cfg.d_v)
-        keys, values = columns.split([terms * cfg.d_k, terms * cfg.d_v], dim=1)
-        cosine = self.write_cosines(keys.view(-1, terms, cfg.d_k), values.view(-1, terms, cfg.d_v))
+        writes = unpack(columns, cfg.d_k, cfg.d_v)
+        cosine = self.write_cosines(writes.keys, writes.values)
         in_units_of_contribution = getattr(cfg, "rescale_acts_by_decoder_norm", False)
         contribution = output.feature_acts if in_units_of_contribution else output.feature_acts * self.decoder_norm()
-        variance = (matrices - matrices.mean(0)).square().sum(-1).mean().detach()
-        return variance * write_loss(cosine, contribution)
+        return batch_variance(matrices).mean().detach() * write_loss(cosine, contribution)
+
+
+def pack(writes: LowRank) -> Tensor:
+    """N low-rank matrices as the rows of a batch [N,R*(K+V)]: their keys, then their values."""
+    return torch.cat([writes.keys.flatten(1), writes.values.flatten(1)], dim=1)
+
+
+def unpack(rows: Tensor, d_k: int, d_v: int) -> LowRank:
+    """The low-rank matrices of packed rows [N,R*(K+V)].
+
+    Raises:
+        ValueError: the width is no multiple of K + V.
+    """
+    terms, rest = divmod(rows.shape[1], d_k + d_v)
+    if rest or not terms:
+        raise ValueError(
+            f"rows of width {rows.shape[1]} are neither matrices of d_in = {d_k} * {d_v} = {d_k * d_v} entries, nor "
+            f"packed factors, whose width is a multiple of d_k + d_v = {d_k + d_v}"
+        )
+    keys, values = rows.split([terms * d_k, terms * d_v], dim=1)
+    return LowRank(keys.reshape(-1, terms, d_k), values.reshape(-1, terms, d_v))
+
+
+def batch_mean(x: Tensor | LowRank) -> Tensor:
+    """The mean matrix of a batch [K*V], in at least fp32."""
+    if isinstance(x, LowRank):
+        rows = x.to(exact_dtype(x.keys))
+        return (rows.keys.flatten(0, 1).T @ rows.values.flatten(0, 1) / len(x)).flatten()
+    return x.to(exact_dtype(x)).mean(0)
+
+
+def batch_variance(x: Tensor | LowRank) -> Tensor:
+    """|X_n - mean|^2 [N] of a batch, from the factors where there are some."""
+    if isinstance(x, LowRank):
+        rows, mean = x.to(exact_dtype(x.keys)), batch_mean(x).view(x.keys.shape[-1], x.values.shape[-1])
+        return rows.inner(rows) - 2 * rows.products(mean) + mean.square().sum()
+    return (x - x.mean(0)).square().sum(-1)
+
+
+def exact_dtype(t: Tensor) -> torch.dtype:
+    """The dtype of `t`, or fp32 if that has less precision."""
+    return torch.promote_types(t.dtype, torch.float32)
 
 
 _MAX_COSINE = 0.9
 """Two candidates for resampling that are closer than this count as one."""
 
 
-def distinct_directions(residuals: Tensor, count: int, rank: int) -> LowRank:
-    """Up to `count` unit-norm atoms of rank R from residual matrices [N,K,V], no two with a cosine above 0.9.
-
-    Rows are drawn without repetition, in proportion to their squared error, cut to rank R by SVD, and near-copies are
-    left out. (The paper's code draws rows of the raw state with repetition; a batch with one dominant direction then
-    gives many copies of it.)
-    """
-    weights = residuals.flatten(1).square().sum(1)
-    count = min(count, int((weights > 0).sum()))
+def draw_rows(errors: Tensor, count: int) -> Tensor:
+    """Up to `count` row numbers, drawn without repetition in proportion to the rows' squared errors [N]."""
+    count = min(count, int((errors > 0).sum()))
     if count == 0:
-        return LowRank.svd(residuals[:0], rank, balanced=True)
-    rows = torch.multinomial(weights / weights.max(), count, replacement=False)
-    atoms = LowRank.svd(residuals[rows], rank, balanced=True)
+        return errors.new_zeros(0, dtype=torch.long)
+    return torch.multinomial(errors / errors.max(), count, replacement=False)
+
+
+def distinct_directions(residuals: Tensor, rank: int) -> LowRank:
+    """Unit-norm atoms of rank R from drawn residual matrices [n,K,V], no two with a cosine above 0.9.
+
+    The matrices are cut to rank R by SVD, and near-copies are left out. (The paper's code draws rows of the raw state
+    with repetition; a batch with one dominant direction then gives many copies of it.)
+    """
+    atoms = LowRank.svd(residuals, rank, balanced=True)
+    if len(atoms) == 0:
+        return atoms
     scale = sparse.atom_norm(atoms.keys, atoms.values).rsqrt()[:, None, None]
     atoms = LowRank(atoms.keys * scale, atoms.values * scale)
     dense = atoms.dense().flatten(1)
@@ -222,7 +352,13 @@ def preset_b_dec(sae: MatrixWeights, batches: Iterable[Tensor], n_batches: int =
 
 
 def aux_loss(
-    sae: MatrixWeights, k_aux: int, residual: Tensor, hidden_pre: Tensor, dead: Tensor, atoms: slice = slice(None)
+    sae: MatrixTrainingSAE,
+    k_aux: int,
+    x: Tensor | LowRank,
+    reconstruction: Tensor | Code,
+    hidden_pre: Tensor,
+    dead: Tensor,
+    atoms: slice = slice(None),
 ) -> Tensor:
     """The auxiliary loss of TopK: the `k_aux` most active dead atoms reconstruct the residual, without bias.
 
@@ -232,17 +368,43 @@ def aux_loss(
 
     Args:
         k_aux: 0: the paper's 256, or d_sae if that is less.
-        residual: [N,K*V], detached.
+        x, reconstruction: the batch and its reconstruction, whose difference is taken as constant.
         hidden_pre: [N,F'] and dead [F'], for the range `atoms`.
     """
     n_dead = int(dead.sum())
     if n_dead == 0:
-        return residual.new_tensor(0.0)
+        return hidden_pre.new_tensor(0.0)
     wanted = k_aux or min(256, sae.cfg.d_sae)
-    top = torch.where(dead, hidden_pre, -torch.inf).topk(min(wanted, n_dead), sorted=False)
-    acts = torch.zeros_like(hidden_pre).scatter(-1, top.indices, top.values)
-    error = sae.decode_linear(acts, atoms) - residual
-    return min(n_dead / wanted, 1.0) * error.pow(2).sum(-1).mean()
+    index = torch.nonzero(dead).flatten()
+    acts = hidden_pre[:, index]
+    if n_dead > wanted:
+        top = acts.topk(wanted, sorted=False)
+        acts = torch.zeros_like(acts).scatter(-1, top.indices, top.values)
+    if isinstance(reconstruction, Code) and isinstance(x, LowRank):
+        errors = _residual_errors(sae, x, reconstruction, acts, index + (atoms.start or 0))
+    else:
+        acts = torch.zeros_like(hidden_pre).index_copy(1, index, acts)
+        residual = (cast(Tensor, x) - cast(Tensor, reconstruction)).detach()
+        errors = (sae.decode_linear(acts, atoms) - residual).pow(2).sum(-1)
+    return min(n_dead / wanted, 1.0) * errors.mean()
+
+
+def _residual_errors(sae: MatrixTrainingSAE, x: LowRank, reconstruction: Code, acts: Tensor, index: Tensor) -> Tensor:
+    """|E - Z|^2 [N] for the constant residual E = X - B - Y of a reconstruction and the code Z = sum_f c_f A_f of the
+    atoms `index` [D]: |E|^2 + (|X - Z|^2 - |X|^2) + 2 <B + Y, Z>. Costs F*D*(K+V) once and F*D a row."""
+    with torch.autocast(acts.device.type, enabled=False):
+        v, w = (side.index_select(0, index) for side in sae._decoder_range(slice(None)))
+        code = sae.coefficients(acts.to(v.dtype), index)
+        with torch.no_grad():
+            size = sae.squared_errors(reconstruction, x)[:, 0]
+        bias, y = sae._bias_matrix().detach(), reconstruction.coefficients.to(v.dtype).detach()
+        all_v, all_w = sae._decoder_range(reconstruction.atoms)
+        products = y @ sparse.gram(all_v.detach(), all_w.detach(), v, w) + sparse.matrix_products(bias, v, w)
+        return (
+            size
+            + sparse.row_distances(x.keys, x.values, code, v, w, full_gradient=False)
+            + 2 * (products * code).sum(-1)
+        )
 
 
 class HasThreshold(Protocol):

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 import sae_lens_writesae as W
 from sae_lens_writesae import sae as S
-from sae_lens_writesae.sae.training import aux_loss, distinct_directions
+from sae_lens_writesae.sae.training import aux_loss, distinct_directions, draw_rows
 
 K, V, D_IN, BATCH = 10, 8, 80, 256
 
@@ -274,11 +274,14 @@ def test_directions_are_distinct_even_if_the_rows_are_not() -> None:
     direction = torch.randn(1, K, V)
     copies = direction * torch.rand(40, 1, 1) + 1e-3 * torch.randn(40, K, V)
     others = 0.1 * torch.randn(6, K, V)
-    atoms = distinct_directions(torch.cat([copies, others]), 46, rank=1).dense().flatten(1)
+    residuals = torch.cat([copies, others])
+    drawn = draw_rows(residuals.flatten(1).square().sum(1), 46)
+    atoms = distinct_directions(residuals[drawn], rank=1).dense().flatten(1)
     assert 2 <= len(atoms) <= 7
     torch.testing.assert_close(atoms.norm(dim=1), torch.ones(len(atoms)))
     assert (atoms @ atoms.T).tril(-1).max() <= 0.9
-    assert len(distinct_directions(torch.zeros(5, K, V), 3, rank=2)) == 0
+    assert len(draw_rows(torch.zeros(5), 3)) == 0
+    assert len(distinct_directions(torch.zeros(0, K, V), rank=2)) == 0
 
 
 @pytest.mark.slow
@@ -311,8 +314,9 @@ def test_auxiliary_loss_by_hand(k_aux: int, n_dead: int, used: int, scale: float
     for row in range(6):
         values, atoms = hidden[row, :n_dead].topk(used)
         expected += (values @ unit[atoms] - residual[row]).square().sum().item() / 6
-    assert aux_loss(sae, sae.cfg.k_aux, residual, hidden, dead).item() == pytest.approx(scale * expected, rel=1e-5)
-    assert aux_loss(sae, sae.cfg.k_aux, residual, hidden, dead & False) == 0
+    x, output = residual + 1, torch.ones_like(residual)
+    assert aux_loss(sae, sae.cfg.k_aux, x, output, hidden, dead).item() == pytest.approx(scale * expected, rel=1e-5)
+    assert aux_loss(sae, sae.cfg.k_aux, x, output, hidden, dead & False) == 0
 
 
 def test_coefficient_of_the_auxiliary_loss() -> None:
