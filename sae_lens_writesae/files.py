@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ def taken(folder: Path, say: Callable[[str], object] = print) -> Iterator[None]:
     The operating system lets go of the lock when a process dies, so that a killed one blocks nobody.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / ".taken")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -59,3 +60,14 @@ def taken(folder: Path, say: Callable[[str], object] = print) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk on which a folder is or would be made."""
+    resolved = folder.resolve()
+    return shutil.disk_usage(next(path for path in (resolved, *resolved.parents) if path.exists())).free
+
+
+def size_text(n: float) -> str:
+    """A number of bytes for a person."""
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"

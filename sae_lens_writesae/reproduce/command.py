@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,15 +21,16 @@ import tyro
 from sae_lens_writesae.cli import parse
 from sae_lens_writesae.files import atomic_text, check_writable
 from sae_lens_writesae.reproduce.config import SMALL, ReproduceConfig
+from sae_lens_writesae.train import check_text, enough
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from hookpoints import HookedRecurrent
 
 Say = Callable[[str], object]
 
 _HERE = Path(__file__).parent
-_CHARACTERS_PER_TOKEN = 6
-"""More than any text has, so that enough documents are kept back for evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +70,14 @@ class Reproduce:
             ValueError: the run cannot be done, another process does it, the folder holds a run with other settings, the
                 disk is too small, or Snakemake is not installed; before anything is written.
         """
-        from hookpoints import HookedRecurrent, embedded
+        from hookpoints import HookedRecurrent
         from sae_lens_writesae.evaluate import EvalAll, Subjects
         from sae_lens_writesae.reproduce.estimate import estimate
         from sae_lens_writesae.reproduce.gpus import VARIABLE, visible
 
         check_writable(self.out)
         EvalAll(subjects=Subjects(saes=()), kinds=self.config.evaluations, set=self.config.set).evaluations()
-        if self.config.dataset is None and self.config.model not in embedded.names():
-            raise ValueError(
-                f"the package's own text is too short for {self.config.model}; name a --dataset with a text column"
-            )
+        check_text(self.config.model, self.config.dataset)
         gpus = visible()
         profile = profile_folder(self.profile or ("gpus" if len(gpus) > 1 else "gpu" if gpus else "laptop"))
         if not self.estimate and importlib.util.find_spec("snakemake") is None:
@@ -94,7 +92,7 @@ class Reproduce:
         self.out.mkdir(parents=True, exist_ok=True)
         own_run(self.out, unlock=self.unlock)
         config.keep_in(self.out)
-        write_texts(config, self.out / "texts")
+        write_texts(config, self.out / "texts", model)
         engine = [sys.executable, "-m", "snakemake", "--snakefile", str(_HERE / "Snakefile")]
         engine += ["--directory", str(self.out)]
         if list((self.out / ".snakemake" / "locks").glob("*")):  # of a process that is dead: this one owns the run
@@ -156,33 +154,24 @@ def own_run(folder: Path, *, unlock: bool = False) -> None:
     os.set_inheritable(file, True)
 
 
-def write_texts(config: ReproduceConfig, folder: Path) -> None:
+def write_texts(config: ReproduceConfig, folder: Path, model: HookedRecurrent) -> None:
     """`held-out.txt`, of the first documents, and `train/train.jsonl`, of those that follow; as much as is needed."""
     if (folder / "held-out.txt").exists():  # written last
         return
-    held_out, train = _texts(config)
-    atomic_text(folder / "train" / "train.jsonl", "".join(json.dumps({"text": each}) + "\n" for each in train))
+    held_out, train = _texts(config, model)
+    atomic_text(folder / "train" / "train.jsonl", "".join(json.dumps({"text": each}) + "\n" for each in train["text"]))
     atomic_text(folder / "held-out.txt", held_out)
 
 
-def _texts(config: ReproduceConfig) -> tuple[str, list[str]]:
+def _texts(config: ReproduceConfig, model: HookedRecurrent) -> tuple[str, Dataset]:
     from datasets import load_dataset
 
     from hookpoints import embedded
     from sae_lens_writesae.sae.runner import text_dataset
 
     if config.dataset is None:
-        return embedded.text("test"), text_dataset(embedded.text("train"))["text"]
+        documents = iter(text_dataset(embedded.text("train"))["text"])
+        return embedded.text("test"), enough(documents, config.training_tokens, model)
     documents = (str(row["text"]) for row in load_dataset(config.dataset, split="train", streaming=True))
-    held_out = "\n\n".join(_until(documents, config.eval_sequences * config.context_size))
-    return held_out, list(_until(documents, config.training_tokens))
-
-
-def _until(documents: Iterator[str], tokens: int) -> Iterator[str]:
-    """Documents until they surely have so many tokens."""
-    total = 0
-    for document in documents:
-        yield document
-        total += len(document)
-        if total >= tokens * _CHARACTERS_PER_TOKEN:
-            return
+    held_out = enough(documents, config.eval_sequences * config.context_size, model)
+    return "\n\n".join(held_out["text"]), enough(documents, config.training_tokens, model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ from sae_lens.saes.sae import TrainStepInput
 
 from hookpoints import HookedRecurrent, WriteEdit
 from sae_lens_writesae.choices import VARIANTS
+from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.evaluations import EVALUATIONS
 from sae_lens_writesae.experiment.evaluation import Scope
+from sae_lens_writesae.files import free_bytes, size_text
 from sae_lens_writesae.reproduce.config import ReproduceConfig
 from sae_lens_writesae.train import DictionaryName
 
@@ -27,10 +28,6 @@ _TABLE_BYTES = 120
 """Per edited row in a table, compressed."""
 _LOGIT_BYTES = 512e6
 """Float32 logits of one batch of edited rows, as `Lab` bounds them."""
-
-
-class DiskTooSmallError(ValueError):
-    """The run needs more room than the disk has. Nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,8 @@ class Estimate:
         """Raise DiskTooSmallError unless the disk has the room, with a tenth to spare."""
         if 1.1 * self.disk > self.free:
             raise DiskTooSmallError(
-                f"the run will write about {_size(self.disk)}, and {_size(self.free)} are free; make room, name "
-                "another --out, or take fewer layers, heads, seeds or variants"
+                f"the run will write about {size_text(self.disk)}, and {size_text(self.free)} are free; make room, "
+                "name another --out, or take fewer layers, heads, seeds or variants"
             )
 
     def lines(self) -> list[str]:
@@ -77,8 +74,8 @@ class Estimate:
             f"left    {self.dictionaries} dictionaries to train, {self.evaluations} evaluations",
             f"time    about {_duration(self.seconds)} for one process (measured: forward {self.pieces.forward:.2g} s, "
             f"optimizer step {self.pieces.train_step:.2g} s, edited row {self.pieces.token:.2g} s a token)",
-            f"memory  about {_size(self.memory)} a process",
-            f"disk    about {_size(self.disk)} to write, {_size(self.free)} free",
+            f"memory  about {size_text(self.memory)} a process",
+            f"disk    about {size_text(self.disk)} to write, {size_text(self.free)} free",
         ]
 
 
@@ -96,7 +93,6 @@ def estimate(config: ReproduceConfig, folder: Path, model: HookedRecurrent, piec
     evaluating = 2 * config.eval_sequences * pieces.forward + rows * _TOKENS_PER_ROW * pieces.token
     checkpoints = 2 * 3 * max(sizes.values())  # the newest two, each with Adam's moments
     kept = sum(sizes[name] for name in to_train)
-    there = next(each for each in (folder.resolve(), *folder.resolve().parents) if each.exists())
     return Estimate(
         pieces=pieces,
         dictionaries=len(to_train),
@@ -104,7 +100,7 @@ def estimate(config: ReproduceConfig, folder: Path, model: HookedRecurrent, piec
         seconds=len(to_train) * training + evaluations * evaluating,
         memory=_memory(config, model, max(sizes.values())),
         disk=kept + checkpoints + evaluations * rows * _TABLE_BYTES + len(heads) * config.dashboards * 100_000 + 5e6,
-        free=shutil.disk_usage(there).free,
+        free=free_bytes(folder),
     )
 
 
@@ -171,15 +167,11 @@ def _sae_bytes(config: ReproduceConfig, model: HookedRecurrent, variant: str) ->
 
 
 def _memory(config: ReproduceConfig, model: HookedRecurrent, sae: int) -> float:
-    weights = sum(p.numel() * p.element_size() for p in model.hf_model.parameters())
+    weights = sum(p.numel() * p.elementsize_text() for p in model.hf_model.parameters())
     shape = model.cfg.layer(config.layers[0])
     buffered = 10 * config.train_batch_size_tokens * shape.K * shape.V * 4
     logits = _LOGIT_BYTES + 4 * config.context_size * model.cfg.d_vocab * 2
     return weights + max(4 * sae + buffered, logits)  # weights, gradient, two moments of Adam
-
-
-def _size(n: float) -> str:
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
 
 
 def _duration(seconds: float) -> str:

@@ -4,7 +4,6 @@ nothing, and SAELens' command line."""
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import shutil
@@ -27,13 +26,23 @@ from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunne
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from transformer_lens import HookedRootModule
 
 from hookpoints import HookedRecurrent, embedded
+from sae_lens_writesae.sae.buffer import MixingBuffer
+from sae_lens_writesae.sae.checkpoint import (
+    ASIDE_PREFIX,
+    RandomNumbers,
+    check_checkpoint,
+    load_run_state,
+    save_run_state,
+)
+from sae_lens_writesae.sae.collection import INDEX, Collection
 from sae_lens_writesae.sae.losses import Loss
-from sae_lens_writesae.sae.store import PairedActivationsStore
+from sae_lens_writesae.sae.store import CollectedRows, PairedActivationsStore, SeededStore
 from sae_lens_writesae.sae.target import RunnerConfig, Target, check_hook, head_target
 from sae_lens_writesae.sae.training import MatrixTrainingSAE
 
@@ -88,7 +97,7 @@ register_model_class()
 
 
 def training_config(
-    model: HookedRecurrent,
+    model: HookedRecurrent | Collection,
     layer: int,
     head: int,
     *,
@@ -103,6 +112,7 @@ def training_config(
     """A SAELens runner config for one head of `model`.
 
     Args:
+        model: the language model, or a collection of its factors, with which no language model is loaded.
         target: what is learned; see `sae.target.Target`.
         architecture: a registered training architecture.
         d_sae: number of atoms F.
@@ -114,10 +124,11 @@ def training_config(
     Raises:
         ValueError: the activation buffer is smaller than a batch; and what `head_target` and the configs raise.
     """
-    place = head_target(model, layer, head, target)
+    collected = isinstance(model, Collection)
+    place = model.head_target(layer, head, target) if collected else head_target(model, layer, head, target)
     _, config_class = get_sae_training_class(architecture)
     defaults: dict[str, Any] = {
-        "model_name": model.cfg.model_name,
+        "model_name": model.model_name if collected else model.cfg.model_name,
         "model_class_name": MODEL_CLASS_NAME,
         "hook_name": place.hook_name,
         "seqpos_slice": place.seqpos_slice,
@@ -125,12 +136,15 @@ def training_config(
         "sequence_separator_token": None,
         "streaming": False,
         "is_dataset_tokenized": False,
-        "device": str(model.cfg.device),
+        "device": "cpu" if collected else str(model.cfg.device),
         "logger": LoggingConfig(log_to_wandb=False),
         "n_checkpoints": 0,
         "checkpoint_path": None,
         "output_path": None,
     }
+    if collected:
+        defaults |= {"use_cached_activations": True, "cached_activations_path": str(model.folder)}
+        defaults["context_size"] = model.context_size
     if target == "last_state":  # a sequence gives one row, so that the buffer is counted in sequences
         defaults["n_batches_in_buffer"] = 4 * int(runner.get("train_batch_size_tokens", 256))
         defaults["train_batch_size_tokens"] = 256
@@ -168,16 +182,20 @@ def text_dataset(text: str, min_characters: int = 2000) -> Dataset:
 
 
 class Interrupts:
-    """Turns SIGINT and SIGTERM into one KeyboardInterrupt, between steps.
+    """Turns SIGINT and SIGTERM into one KeyboardInterrupt, where nothing is lost by it.
 
-    A signal that comes within a step waits for its end: an optimizer goes through its parameters one by one, and what
-    is saved in the middle of that has made the step with some of them only. Signals after the first do nothing, so that
-    saving is not interrupted.
+    A signal waits for the end of the step: an optimizer goes through its parameters one by one, and what is saved in
+    the middle of that has made the step with some of them only. While the buffer is filled it waits for the end of a
+    batch of the language model. Signals after the first do nothing, so that saving is not interrupted.
     """
 
     def __init__(self) -> None:
         self._signal: str | None = None
-        self._raised = self._in_step = False
+        self._raised = False
+        self.in_step = False
+        """Whether a step has begun and is not whole: then trainer and weights cannot be saved."""
+        self.steps = 0
+        """Steps that are whole."""
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -199,13 +217,16 @@ class Interrupts:
         """Keep the steps of SAELens' trainer whole. Its loop calls `maybe_reset_sparsity` at the start of each round,
         and `step` once a batch has been taken."""
         step, begin = trainer.step, trainer.maybe_reset_sparsity
+        self.steps = trainer.n_training_steps
 
         def whole_step(batch: Tensor) -> object:
-            self._in_step = True
-            return step(batch)
+            self.in_step = True
+            output = step(batch)
+            self.steps += 1
+            return output
 
         def between_steps() -> dict[str, Any]:
-            self._in_step = False
+            self.in_step = False
             self.check()
             return begin()
 
@@ -219,84 +240,161 @@ class Interrupts:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._signal = self._signal or signal.Signals(number).name
-        if not self._in_step:
-            self.check()
 
 
 class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
-    """SAELens' runner with the losses of `sae.losses`, in which SIGINT and SIGTERM lose nothing.
+    """SAELens' runner with the losses of `sae.losses`, in which the seed decides and nothing is lost by an interrupt.
 
-    SAELens saves neither weights nor optimizer when it is interrupted, and fails if the folder is missing. Here an
-    interrupted run leaves a whole checkpoint (weights, optimizer, schedule, position in the data) in
-    `checkpoint_path/<samples>`; `resume_from_checkpoint` goes on from it.
+    On one machine, one config gives one dictionary, bit for bit; another seed gives another. The caller's random
+    numbers stay as they are. SIGINT and SIGTERM leave a whole checkpoint in `checkpoint_path/<samples>`, and a run with
+    `resume_from_checkpoint` ends with the very dictionary of a run that was never stopped. Checkpoints are written
+    aside and renamed. (SAELens' runner does not use its seed, saves nothing when it is interrupted, and resumes with
+    other random numbers and an empty buffer.)
+
+    Raises:
+        ValueError: a hook that does not fit the SAE; checkpoints beside `prefetch_llm_batches`, which draws batches
+            before they are trained on, so that no checkpoint can tell them.
+        CheckpointError: `resume_from_checkpoint` is not a whole checkpoint of a run with these settings.
     """
 
     def __init__(self, cfg: RunnerConfig, **overrides: Any):
-        super().__init__(cfg, **overrides)
-        self._interrupts = Interrupts()
-        if isinstance(self.model, HookedRecurrent):
-            check_hook(self.model, cfg)
-        if getattr(cfg.sae, "loss", "mse") != "mse":
-            dataset = cast(Dataset, self.activations_store.dataset)
-            self.activations_store = PairedActivationsStore.paired(cast(HookedRecurrent, self.model), cfg, dataset)
-            self.evaluator.activations_store = self.activations_store
+        self.cfg = cfg
+        self._random, self._interrupts = RandomNumbers(cfg.seed), Interrupts()
+        if cfg.prefetch_llm_batches and cfg.checkpoint_path is not None:
+            raise ValueError(
+                "prefetch_llm_batches draws batches before they are trained on, which a checkpoint cannot give back: "
+                "set prefetch_llm_batches=False, or checkpoint_path=None for a run without checkpoints"
+            )
+        if cfg.resume_from_checkpoint is not None:
+            check_checkpoint(Path(cfg.resume_from_checkpoint), cfg)
+        with self._random.scope():
+            # Before the model, whose loading may use random numbers.
+            sae = overrides.pop("override_sae", None) or _initial_sae(cfg)
+        with RandomNumbers(cfg.seed).scope():
+            if (collection := collection_of(cfg)) is not None:
+                self.sae, self.evaluator = sae.to(cfg.device), None  # pyright: ignore  (SAELens' trainer takes None)
+                self._read_from(collection)
+            else:
+                super().__init__(cfg, override_sae=sae, **overrides)
+                self._replace_store()
+
+    def _read_from(self, collection: Collection) -> None:
+        """Take rows from a collection; there is no language model, and no evaluation that needs one."""
+        cfg, source = self.cfg, CollectedRows(collection, self.cfg)
+        held = cfg.n_batches_in_buffer * len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+        mixing = cfg.activations_mixing_fraction
+        buffer = MixingBuffer(source, held, cfg.train_batch_size_tokens, mixing, cfg.seed)
+        buffer.between_draws = self._interrupts.check
+        self.activations_store = buffer  # pyright: ignore  (an iterator that is saved and loaded is all that is asked)
+
+    def _replace_store(self) -> None:
+        cfg, model = self.cfg, cast(HookedRecurrent, self.model)
+        if isinstance(model, HookedRecurrent):
+            check_hook(model, cfg)
+        dataset = cast("Dataset | None", self.activations_store.dataset)
+        paired = getattr(cfg.sae, "loss", "mse") != "mse"
+        make = PairedActivationsStore.paired if paired else SeededStore.seeded
+        self.activations_store = store = make(model, cfg, dataset)
+        store.buffer.between_draws = self._interrupts.check
+        self.evaluator.activations_store = store
 
     def run(self) -> MatrixTrainingSAE:
         """Train and save. A signal that came within the last step is raised when the result is saved."""
-        sae = super().run()
+        with self._random.scope():
+            sae = super().run()
         self._interrupts.check()
         return cast(MatrixTrainingSAE, sae)
 
     def run_trainer_with_interruption_handling(self, trainer: Trainer) -> MatrixTrainingSAE:
+        if self.cfg.resume_from_checkpoint is not None:
+            self._resume(trainer, Path(self.cfg.resume_from_checkpoint))
+        if self.cfg.checkpoint_path is not None:
+            trainer.save_checkpoint = functools.partial(self.save_whole_checkpoint, trainer)  # pyright: ignore
         self._interrupts.watch(trainer)
         with self._interrupts.handled():
             try:
                 return trainer.fit()
             except KeyboardInterrupt:
-                if self.cfg.checkpoint_path is not None:
-                    folder = self.save_whole_checkpoint(trainer)
-                    sae_lens.logger.warning(f"interrupted; resume with resume_from_checkpoint={str(folder)!r}")
+                self._save_interrupted(trainer)
                 raise
 
-    def save_whole_checkpoint(self, trainer: Trainer) -> Path:
-        """Weights, optimizer, schedule and position, in `checkpoint_path/<samples>`, which is whole or absent."""
+    def _resume(self, trainer: Trainer, checkpoint: Path) -> None:
+        """Set what SAELens does not: random numbers, the number of steps (which SAELens saves before it counts the step
+        that was made), and the checkpoints that are still to come."""
+        trainer.n_training_steps = load_run_state(checkpoint)
+        passed = trainer.n_training_samples
+        trainer.checkpoint_thresholds = [each for each in trainer.checkpoint_thresholds if each >= passed]
+
+    def _save_interrupted(self, trainer: Trainer) -> None:
+        if self.cfg.checkpoint_path is None:
+            return
+        if self._interrupts.in_step or trainer.n_training_samples == 0:
+            sae_lens.logger.warning("interrupted before a step was whole: no checkpoint beyond those that are there")
+            return
+        folder = self.save_whole_checkpoint(trainer)
+        sae_lens.logger.warning(f"interrupted; resume with resume_from_checkpoint={str(folder)!r}")
+
+    def save_whole_checkpoint(
+        self, trainer: Trainer, checkpoint_name: str | None = None, wandb_aliases: list[str] | None = None
+    ) -> Path:
+        """Weights, optimizer, schedule, data position and random numbers, in `checkpoint_path/<name>`, which is whole
+        or absent. The name is the number of samples, where none is given."""
         base = Path(cast(str, self.cfg.checkpoint_path))
+        checkpoint_name = checkpoint_name or str(trainer.n_training_samples)
         base.mkdir(parents=True, exist_ok=True)
-        name = str(trainer.n_training_samples)
-        with tempfile.TemporaryDirectory(dir=base, prefix=".writing-") as aside:
-            trainer.save_checkpoint(name, base_path=aside)
-            if not (base / name).exists():
-                os.replace(Path(aside) / name, base / name)
-        return base / name
+        with tempfile.TemporaryDirectory(dir=base, prefix=ASIDE_PREFIX) as aside:
+            SAETrainer.save_checkpoint(trainer, checkpoint_name, base_path=aside, wandb_aliases=wandb_aliases)
+            if not (base / checkpoint_name).exists():
+                os.replace(Path(aside) / checkpoint_name, base / checkpoint_name)
+        return base / checkpoint_name
+
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        """SAELens calls this when a checkpoint has its own files."""
+        super().save_checkpoint(checkpoint_path)
+        if checkpoint_path is not None:
+            save_run_state(checkpoint_path, self._interrupts.steps)
+
+
+def _initial_sae(cfg: RunnerConfig) -> TrainingSAE[Any]:
+    """What training begins with, as SAELens makes it."""
+    if cfg.from_pretrained_path is not None:
+        return TrainingSAE.load_from_disk(cfg.from_pretrained_path, cfg.device)
+    return TrainingSAE.from_dict(TrainingSAEConfig.from_dict(cfg.get_training_sae_cfg_dict()).to_dict())
+
+
+def collection_of(cfg: RunnerConfig) -> Collection | None:
+    """The collection that a config names as its cached activations; None where these are SAELens' or none."""
+    path = cfg.cached_activations_path
+    if not cfg.use_cached_activations or path is None or not (Path(path) / INDEX).is_file():
+        return None
+    return Collection.open(path)
 
 
 class FrugalRunner(WriteSAETrainingRunner):
     """Keeps the newest two checkpoints; for a wide SAE each is gigabytes."""
 
-    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
-        super().save_checkpoint(checkpoint_path)
-        if checkpoint_path is not None and checkpoint_path.parent.name == Path(str(self.cfg.checkpoint_path)).name:
-            for old in whole_checkpoints(checkpoint_path.parent.parent)[:-2]:
-                shutil.rmtree(old)
+    def save_whole_checkpoint(
+        self, trainer: Trainer, checkpoint_name: str | None = None, wandb_aliases: list[str] | None = None
+    ) -> Path:
+        saved = super().save_whole_checkpoint(trainer, checkpoint_name, wandb_aliases)
+        for old in whole_checkpoints(saved.parent.parent)[:-2]:
+            shutil.rmtree(old)
+        return saved
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints below `folder` by samples seen; one that a kill cut short lacks the file that is written last."""
-    found = []
-    for file in folder.rglob(RUNNER_CFG_FILENAME):
-        try:
-            json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            continue
-        found.append(file.parent)
-    return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]))
+    """Checkpoints below `folder` by samples seen. They are renamed when they are whole; what a kill left aside is
+    passed over."""
+    found = [file.parent for file in folder.rglob(RUNNER_CFG_FILENAME)]
+    whole = [each for each in found if not each.parent.name.startswith(ASIDE_PREFIX)]
+    return sorted(whole, key=lambda path: int(path.name.rpartition("_")[2]))
 
 
 def train(cfg: RunnerConfig, model: HookedRecurrent | None = None, dataset: Dataset | None = None) -> MatrixTrainingSAE:
     """Train an SAE with SAELens and return it, still of its training class.
 
-    `model` and `dataset` override those that the config names. For an architecture of SAELens the result is of SAELens'
-    class.
+    `model` and `dataset` override those that the config names; with a collection, as `training_config(collection, ...)`
+    names it, neither is used. For an architecture of SAELens the result is of SAELens' class.
     """
     return WriteSAETrainingRunner(cfg, override_model=model, override_dataset=dataset).run()
 
@@ -330,7 +428,9 @@ A run on a head of the model that ships with the package (K = 64, V = 32, so d_i
       --log_to_wandb false --checkpoint_path writesae-out/checkpoints --output_path writesae-out/sae
 
 hook_write_vec trains on writes, hook_state_vec on states; --dataset_path embedded is the package's held-out text.
-An interrupted run leaves a whole checkpoint in --checkpoint_path; --resume_from_checkpoint goes on from it.
+With --use_cached_activations true --cached_activations_path FOLDER it trains from what `writesae collect` wrote,
+without the language model. An interrupted run leaves a whole checkpoint in --checkpoint_path;
+--resume_from_checkpoint goes on from it.
 """
 
 
@@ -341,7 +441,7 @@ def train_from_arguments(arguments: Sequence[str]) -> MatrixTrainingSAE:
     cfg = _parse_cfg_args(list(arguments))
     dataset = text_dataset(embedded.text("train")) if cfg.dataset_path == "embedded" else None
     model = None
-    if cfg.model_class_name == MODEL_CLASS_NAME:
+    if cfg.model_class_name == MODEL_CLASS_NAME and collection_of(cfg) is None:
         # Loaded here, so that a wrong hook or size is reported before SAELens fills a buffer.
         kwargs = cfg.model_from_pretrained_kwargs
         model = HookedRecurrent.from_pretrained(cfg.model_name, device=cfg.llm_device, **(kwargs or {}))

@@ -30,6 +30,7 @@ RunnerConfig = LanguageModelSAERunnerConfig[Any]
 Dictionary = SAE[Any]
 """An SAELens autoencoder, of this package or not."""
 
+_HOOKS: dict[Target, str] = {"write": "hook_write_vec", "state": "hook_state_vec", "last_state": "hook_state_vec"}
 _HOOK_NAME = re.compile(r"blocks\.(\d+)\.mixer\.heads\.(\d+)\.hook_(write|state)_vec")
 
 
@@ -74,6 +75,12 @@ class HeadTarget:
     seqpos_slice: tuple[int | None, ...]
     """The positions that SAELens trains on, in its own form."""
 
+    @classmethod
+    def of_head(cls, layer: int, head: int, d_k: int, d_v: int, target: Target) -> HeadTarget:
+        """The target of a head with states [K,V]."""
+        positions: tuple[int | None, ...] = (-1, None) if target == "last_state" else (None,)
+        return cls(f"blocks.{layer}.mixer.heads.{head}.{_HOOKS[target]}", d_k, d_v, positions)
+
     @property
     def d_in(self) -> int:
         """K * V"""
@@ -93,9 +100,8 @@ def head_target(model: HookedRecurrent, layer: int, head: int, target: Target = 
         UnknownHookError: the head is out of range.
         ValueError: unknown target.
     """
-    hooks = {"write": "hook_write_vec", "state": "hook_state_vec", "last_state": "hook_state_vec"}
-    if target not in hooks:
-        raise ValueError(f"target must be one of {', '.join(hooks)}, found {target!r}")
+    if target not in _HOOKS:
+        raise ValueError(f"target must be one of {', '.join(_HOOKS)}, found {target!r}")
     if not 0 <= layer < model.cfg.n_layers:
         raise UnsupportedModelError(
             f"layer {layer} is out of range: {model.cfg.model_name} has layers 0 to {model.cfg.n_layers - 1}, "
@@ -104,8 +110,7 @@ def head_target(model: HookedRecurrent, layer: int, head: int, target: Target = 
     shape = model.cfg.layer(layer)
     if not 0 <= head < shape.H:
         raise UnknownHookError(f"head {head} is out of range: layer {layer} has heads 0 to {shape.H - 1}")
-    positions: tuple[int | None, ...] = (-1, None) if target == "last_state" else (None,)
-    return HeadTarget(f"blocks.{layer}.mixer.heads.{head}.{hooks[target]}", shape.K, shape.V, positions)
+    return HeadTarget.of_head(layer, head, shape.K, shape.V, target)
 
 
 def check_hook(model: HookedRecurrent, cfg: RunnerConfig) -> None:
