@@ -336,9 +336,7 @@ class Train:
         batch = self.train_batch_size_tokens
         buffered = max(2, -(-8 * batch // collection.context_size))  # sequences
         d_sae, fields = self._size(collection, layer, head, name)
-        checkpoints = (
-            {} if on_factors(name) else {"n_checkpoints": _CHECKPOINTS, "checkpoint_path": str(folder / "checkpoints")}
-        )
+        kept = {"n_checkpoints": _CHECKPOINTS, "checkpoint_path": str(folder / "checkpoints")}
         return training_config(
             collection,
             layer,

@@ -1,4 +1,4 @@
-"""What a run will cost in time, memory and disk, from three measured pieces; refused where the disk is too small."""
+"""What a run will cost in time, memory and disk, from a few measured pieces; refused where the disk is too small."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sae_lens_writesae.evaluations import EVALUATIONS
 from sae_lens_writesae.experiment.evaluation import Scope
 from sae_lens_writesae.files import free_bytes, size_text
 from sae_lens_writesae.reproduce.config import ReproduceConfig
-from sae_lens_writesae.train import DictionaryName
+from sae_lens_writesae.train import DictionaryName, on_factors
 
 _ROWS_PER_FIRING = 40
 """Edited rows of a firing in an evaluation: conditions, scales and choices of the atom."""
@@ -36,8 +36,10 @@ class Pieces:
 
     forward: float
     """One sequence of `context_size` tokens through the model."""
-    train_step: float
-    """One optimizer step of one SAE on `train_batch_size_tokens` rows."""
+    factored_step: float
+    """One optimizer step of a WriteSAE on `train_batch_size_tokens` writes, from their factors."""
+    dense_step: float
+    """The same on matrices, as states are."""
     token: float
     """One token of one edited row."""
 
@@ -73,7 +75,8 @@ class Estimate:
         return [
             f"left    {self.dictionaries} dictionaries to train, {self.evaluations} evaluations",
             f"time    about {_duration(self.seconds)} for one process (measured: forward {self.pieces.forward:.2g} s, "
-            f"optimizer step {self.pieces.train_step:.2g} s, edited row {self.pieces.token:.2g} s a token)",
+            f"step of training {self.pieces.factored_step:.2g} s on writes, {self.pieces.dense_step:.2g} s on states, "
+            f"edited row {self.pieces.token:.2g} s a token)",
             f"memory  about {size_text(self.memory)} a process",
             f"disk    about {size_text(self.disk)} to write, {size_text(self.free)} free",
         ]
@@ -87,8 +90,11 @@ def estimate(config: ReproduceConfig, folder: Path, model: HookedRecurrent, piec
     evaluations = sum(_evaluations_left(config, head) for head in heads)
     pieces = pieces or measure(config, model)
     sizes = {name: _sae_bytes(config, model, DictionaryName.parse(name).variant) for name in names}
-    training = config.training_tokens / config.context_size * pieces.forward
-    training += config.training_tokens / config.train_batch_size_tokens * pieces.train_step
+    collected = (folder / "collection" / "collected").exists()
+    one_pass = 0.0 if collected else config.training_tokens / config.context_size * pieces.forward
+    step = {True: pieces.factored_step, False: pieces.dense_step}
+    steps = config.training_tokens / config.train_batch_size_tokens
+    training = steps * sum(step[on_factors(DictionaryName.parse(name))] for name in to_train)
     rows = config.n_atoms * config.firings_per_atom * _ROWS_PER_FIRING
     evaluating = 2 * config.eval_sequences * pieces.forward + rows * _TOKENS_PER_ROW * pieces.token
     checkpoints = 2 * 3 * max(sizes.values())  # the newest two, each with Adam's moments
@@ -97,9 +103,16 @@ def estimate(config: ReproduceConfig, folder: Path, model: HookedRecurrent, piec
         pieces=pieces,
         dictionaries=len(to_train),
         evaluations=evaluations,
-        seconds=len(to_train) * training + evaluations * evaluating,
+        seconds=one_pass + training + evaluations * evaluating,
         memory=_memory(config, model, max(sizes.values())),
-        disk=kept + checkpoints + evaluations * rows * _TABLE_BYTES + len(heads) * config.dashboards * 100_000 + 5e6,
+        disk=0.0
+        if collected
+        else _collection_bytes(config, model, len(heads))
+        + kept
+        + checkpoints
+        + evaluations * rows * _TABLE_BYTES
+        + len(heads) * config.dashboards * 100_000
+        + 5e6,
         free=free_bytes(folder),
     )
 
@@ -123,16 +136,18 @@ def measure(config: ReproduceConfig, model: HookedRecurrent) -> Pieces:
     with torch.no_grad():
         forward = _timed(lambda: model(tokens), model)
         token = _timed(lambda: session.run(rows, stop=stop), model) / (len(rows) * (stop - t))
-    return Pieces(forward, _timed(_optimizer_step(config, model), model), token)
+    on_writes, on_states = (_optimizer_step(config, model, width) for width in (shape.K + shape.V, shape.K * shape.V))
+    return Pieces(forward, _timed(on_writes, model), _timed(on_states, model), token)
 
 
-def _optimizer_step(config: ReproduceConfig, model: HookedRecurrent) -> Callable[[], object]:
+def _optimizer_step(config: ReproduceConfig, model: HookedRecurrent, width: int) -> Callable[[], object]:
+    """A step on rows of K + V numbers, the factors of writes, or of K * V."""
     shape = model.cfg.layer(config.layers[0])
     sae_class, config_class = get_sae_training_class(config.architecture)
     fields = {"d_in": shape.K * shape.V, "d_k": shape.K, "d_v": shape.V, "d_sae": config.d_sae, "k": config.k}
     sae = sae_class(config_class.from_dict(fields | {"device": str(model.cfg.device)}))
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr)
-    batch = torch.randn(config.train_batch_size_tokens, sae.cfg.d_in, device=model.cfg.device)
+    batch = torch.randn(config.train_batch_size_tokens, width, device=model.cfg.device)
 
     def step() -> None:
         inputs = TrainStepInput(batch, {}, None, n_training_steps=0, is_logging_step=False)
@@ -166,8 +181,15 @@ def _sae_bytes(config: ReproduceConfig, model: HookedRecurrent, variant: str) ->
     return 4 * (config.d_sae * (encoder + decoder + 1) + shape.K * shape.V)
 
 
+def _collection_bytes(config: ReproduceConfig, model: HookedRecurrent, n_heads: int) -> float:
+    """Factors in a dtype of two bytes: those of writes, and for states queries, decays and erases."""
+    shape = model.cfg.layer(config.layers[0])
+    vectors = shape.K + shape.V + (0 if set(config.targets) == {"write"} else 3 * shape.K)
+    return config.training_tokens * n_heads * 2 * vectors
+
+
 def _memory(config: ReproduceConfig, model: HookedRecurrent, sae: int) -> float:
-    weights = sum(p.numel() * p.elementsize_text() for p in model.hf_model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in model.hf_model.parameters())
     shape = model.cfg.layer(config.layers[0])
     buffered = 10 * config.train_batch_size_tokens * shape.K * shape.V * 4
     logits = _LOGIT_BYTES + 4 * config.context_size * model.cfg.d_vocab * 2
