@@ -139,16 +139,19 @@ def own_run(folder: Path, *, unlock: bool = False) -> None:
         ValueError: its owner lives, or was on another machine, of which this one cannot tell.
     """
     file = os.open(folder / ".owner", os.O_RDWR | os.O_CREAT, 0o644)
-    owner = os.read(file, 1000).decode()
-    here = socket.gethostname()
+    owner, here = os.read(file, 1000).decode(), socket.gethostname()
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        if owner and json.loads(owner)["host"] != here and not unlock:
+            raise ValueError(
+                f"{folder} was worked on by another machine: {owner}. If nothing of that run lives there, give --unlock"
+            )
+    except BlockingIOError:
+        os.close(file)
         raise ValueError(f"{folder} is being worked on by another process: {owner}") from None
-    if owner and json.loads(owner)["host"] != here and not unlock:
-        raise ValueError(
-            f"{folder} was worked on by another machine: {owner}. If nothing of that run lives there, give --unlock"
-        )
+    except ValueError:
+        os.close(file)
+        raise
     os.ftruncate(file, 0)
     os.pwrite(file, json.dumps({"host": here, "pid": os.getpid()}).encode(), 0)
     os.set_inheritable(file, True)
