@@ -18,7 +18,7 @@ from sae_lens_writesae.evaluate import EvalAll, Subjects, questions
 from sae_lens_writesae.evaluations import EVALUATIONS, Evaluation, load_result
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 
-FAST = ("demo", "report")
+FAST = ("collect", "demo", "report", "reproduce", "train")
 """Commands whose help needs no torch."""
 
 COUNTS = ["--sequences", "6", "--context-size", "48"]
@@ -92,7 +92,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert done.status == 0 and done.out.startswith("writesae ")
 
 
-@pytest.mark.parametrize("command", ["demo", "report", "reproduce", "show", "train"])
+@pytest.mark.parametrize("command", [*FAST, "show", "train-saelens"])
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str], command: str) -> None:
     done = run(capsys, command, "--help")
     assert done.status == 0 and len(done.out) > 200 and "usage" in done.out.lower()
