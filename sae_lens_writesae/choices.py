@@ -1,7 +1,11 @@
 """What a dictionary is trained on and for, and how it is built, in words that settings and flags take. Without torch,
 for the sake of help."""
 
-from typing import Literal, TypedDict
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, TypedDict, cast, get_args
 
 Target = Literal["write", "state", "last_state"]
 """`write`: the matrix that is added at each token, which the substitution test exchanges (the default). `state`: the
@@ -33,3 +37,41 @@ VARIANTS: dict[str, Variant] = {
     "WriteSAE-rank4": {"encoder": "bilinear", "decoder": "rank", "rank": 4},
 }
 """The paper's variants, for any architecture. The paper's BilinearSAE ("untied") is the WriteSAE."""
+
+MATCHED = "FlatSAE-matched"
+"""A flat SAE with as many parameters as the WriteSAE has."""
+
+
+@dataclass(frozen=True)
+class DictionaryName:
+    """What a dictionary is, as its folder says it: `write-seed0`, `state-reads-seed0`, `write-FlatSAE-seed2`."""
+
+    target: Target
+    loss: Loss = "mse"
+    variant: str = "WriteSAE"
+    """Of `VARIANTS`, or `MATCHED`."""
+    seed: int = 0
+
+    def __str__(self) -> str:
+        loss = "" if self.loss == "mse" else self.loss
+        variant = "" if self.variant == "WriteSAE" else self.variant
+        return "-".join([self.target, *filter(None, [loss, variant]), f"seed{self.seed}"])
+
+    @classmethod
+    def parse(cls, name: str) -> DictionaryName:
+        """From its folder's name; ValueError, with what there is, where it is none."""
+        targets, losses, variants = get_args(Target), get_args(Loss), (*VARIANTS, MATCHED)
+        match = re.fullmatch(
+            f"({'|'.join(targets)})(?:-({'|'.join(losses)}))?(?:-({'|'.join(variants)}))?-seed([0-9]+)", name
+        )
+        if match is None:
+            raise ValueError(
+                f"{name!r} names no dictionary; names are TARGET[-LOSS][-VARIANT]-seedN, with targets "
+                f"{', '.join(targets)}, losses {', '.join(losses)} and variants {', '.join(variants)}"
+            )
+        return cls(cast(Target, match[1]), cast(Loss, match[2] or "mse"), match[3] or "WriteSAE", int(match[4]))
+
+    @property
+    def on_factors(self) -> bool:
+        """Whether it trains on factors of writes, without a matrix and in minutes, so that it needs no checkpoints."""
+        return self.target == "write" and self.loss == "mse"

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 
-from sae_lens_writesae.choices import VARIANTS, Loss, Target
+from sae_lens_writesae.choices import MATCHED, VARIANTS, DictionaryName, Loss, Target
 from sae_lens_writesae.cli import parse
 from sae_lens_writesae.files import check_writable, taken
 
@@ -30,41 +29,8 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], object]
 
-MATCHED = "FlatSAE-matched"
-"""A flat SAE with as many parameters as the WriteSAE has."""
-
 _CHECKPOINTS = 20
 """Checkpoints in a training run: what is lost when it is killed without warning is at most a twentieth of it."""
-
-
-@dataclass(frozen=True)
-class DictionaryName:
-    """What a dictionary is, as its folder says it: `write-seed0`, `state-reads-seed0`, `write-FlatSAE-seed2`."""
-
-    target: Target
-    loss: Loss = "mse"
-    variant: str = "WriteSAE"
-    """Of `VARIANTS`, or `MATCHED`."""
-    seed: int = 0
-
-    def __str__(self) -> str:
-        loss = "" if self.loss == "mse" else self.loss
-        variant = "" if self.variant == "WriteSAE" else self.variant
-        return "-".join([self.target, *filter(None, [loss, variant]), f"seed{self.seed}"])
-
-    @classmethod
-    def parse(cls, name: str) -> DictionaryName:
-        """From its folder's name; ValueError, with what there is, where it is none."""
-        targets, losses, variants = get_args(Target), get_args(Loss), (*VARIANTS, MATCHED)
-        match = re.fullmatch(
-            f"({'|'.join(targets)})(?:-({'|'.join(losses)}))?(?:-({'|'.join(variants)}))?-seed([0-9]+)", name
-        )
-        if match is None:
-            raise ValueError(
-                f"{name!r} names no dictionary; names are TARGET[-LOSS][-VARIANT]-seedN, with targets "
-                f"{', '.join(targets)}, losses {', '.join(losses)} and variants {', '.join(variants)}"
-            )
-        return cls(cast(Target, match[1]), cast(Loss, match[2] or "mse"), match[3] or "WriteSAE", int(match[4]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +278,7 @@ class Train:
         from sae_lens_writesae.sae.writes import train_on_writes
 
         with quiet():
-            if on_factors(name):
+            if name.on_factors:
                 writes = collection.factors(layer, head)
                 sae = train_on_writes(cfg, writes.keys[:], writes.values[:])
             else:
@@ -358,7 +324,7 @@ class Train:
             dead_feature_window=100,
             seed=name.seed,
             verbose=False,
-            **({} if on_factors(name) else kept),
+            **({} if name.on_factors else kept),
         )
 
     def _size(
@@ -376,9 +342,3 @@ class Train:
         place = collection.head_target(layer, head, name.target)
         flat = matched_flat(sae_class(config_class.from_dict(place.sae_fields | {"d_sae": self.d_sae, "k": self.k})))
         return flat.d_sae, fields | flat.fields
-
-
-def on_factors(name: DictionaryName) -> bool:
-    """Whether a dictionary trains on factors of writes, without a matrix and in minutes, so that it needs no
-    checkpoints."""
-    return name.target == "write" and name.loss == "mse"

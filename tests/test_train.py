@@ -8,12 +8,12 @@ import pytest
 from safetensors.torch import load_file
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.choices import VARIANTS
+from sae_lens_writesae.choices import MATCHED, VARIANTS, DictionaryName
 from sae_lens_writesae.sae import runner
 from sae_lens_writesae.sae.collection import Collection
 from sae_lens_writesae.sae.kinds import objective, variant
 from sae_lens_writesae.sae.load import load_sae
-from sae_lens_writesae.train import MATCHED, Collect, DictionaryName, Train
+from sae_lens_writesae.train import Collect, Train
 
 SIZES = {"d_sae": 16, "k": 2, "training_tokens": 1024, "train_batch_size_tokens": 128}
 HEADS = {"layers": (2,), "heads": (0, 1)}

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import cast
 
-from sae_lens_writesae.choices import Loss, Target
+from sae_lens_writesae.choices import MATCHED, DictionaryName, Loss, Target
 from sae_lens_writesae.files import atomic_text
-from sae_lens_writesae.train import MATCHED, DictionaryName
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,12 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput
 
 from hookpoints import HookedRecurrent, WriteEdit
-from sae_lens_writesae.choices import VARIANTS
+from sae_lens_writesae.choices import VARIANTS, DictionaryName
 from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.evaluations import EVALUATIONS
 from sae_lens_writesae.experiment.evaluation import Scope
 from sae_lens_writesae.files import free_bytes, size_text
 from sae_lens_writesae.reproduce.config import ReproduceConfig
-from sae_lens_writesae.train import DictionaryName, on_factors
 
 _ROWS_PER_FIRING = 40
 """Edited rows of a firing in an evaluation: conditions, scales and choices of the atom."""
@@ -94,7 +93,7 @@ def estimate(config: ReproduceConfig, folder: Path, model: HookedRecurrent, piec
     one_pass = 0.0 if collected else config.training_tokens / config.context_size * pieces.forward
     step = {True: pieces.factored_step, False: pieces.dense_step}
     steps = config.training_tokens / config.train_batch_size_tokens
-    training = steps * sum(step[on_factors(DictionaryName.parse(name))] for name in to_train)
+    training = steps * sum(step[DictionaryName.parse(name).on_factors] for name in to_train)
     rows = config.n_atoms * config.firings_per_atom * _ROWS_PER_FIRING
     evaluating = 2 * config.eval_sequences * pieces.forward + rows * _TOKENS_PER_ROW * pieces.token
     checkpoints = 2 * 3 * max(sizes.values())  # the newest two, each with Adam's moments
