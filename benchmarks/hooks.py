@@ -1,4 +1,5 @@
-"""What hooks cost: a hooked forward with nobody listening, and with one head's writes kept, against plain HF.
+"""What hooks cost: a hooked forward with nobody listening, and with one head's writes kept, against plain HF. Then what
+collecting the factors of every head costs, in time and on disk, and what it costs to get rows of one head back.
 
 Run ``python benchmarks/hooks.py``; timings are interleaved in one process and the median ratio is what counts.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 import transformers
 
 from hookpoints import HookedRecurrent
+from sae_lens_writesae.sae.collect import collect
 
 HEAD = "blocks.1.mixer.heads.1."
 
@@ -57,6 +60,30 @@ def _seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def collecting(hf: torch.nn.Module, tokens: torch.Tensor, rounds: int) -> dict[str, float]:
+    """Bytes per token and head, and times against a plain forward of the same tokens [B,T]: collecting all heads of all
+    recurrent layers, and rebuilding one head's rows [B*T,K*V] from the files."""
+    model = HookedRecurrent.from_hf(hf)
+    layers, heads = model.cfg.recurrent_layers, model.cfg.n_heads
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        numbers = iter(range(10**6))
+
+        def gather(target: str) -> object:
+            return collect(model, tokens, layers, None, f"{folder}/{next(numbers)}", targets=(target,), dtype="float16")
+
+        kept = {target: gather(target) for target in ("write", "state")}
+        parts = {
+            "collect writes": lambda: gather("write"),
+            "collect for states": lambda: gather("state"),
+            "rows of writes, one head": lambda: kept["write"].rows(layers[0], 0, "write"),
+            "rows of states, one head": lambda: kept["state"].rows(layers[0], 0, "state"),
+        }
+        found = ratios(lambda: hf(tokens, use_cache=False), parts, rounds)
+        per = tokens.numel() * heads * len(layers)
+        sizes = {f"bytes per token and head, {target}s": kept[target].contents.total_bytes / per for target in kept}
+    return {name: statistics.median(values) for name, values in found.items()} | sizes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=512)
@@ -93,6 +120,12 @@ def main() -> None:
         print(f"\n{label}")
         for name, value in row.items():
             print(f"  {name:28s} {value:6.3f}")
+    medians["collecting"] = collecting(
+        cases[1][1], torch.randint(0, 4096, (4, options.tokens)), max(3, options.rounds // 3)
+    )
+    print(f"\ncollecting, 16 heads 128x128 in 3 layers, 4 x {options.tokens} tokens: time / plain forward; bytes")
+    for name, value in medians["collecting"].items():
+        print(f"  {name:36s} {value:8.3f}")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "hooks.json").write_text(json.dumps(medians, indent=2))

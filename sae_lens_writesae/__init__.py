@@ -18,6 +18,8 @@ if "writesae" not in sys.modules:
     from sae_lens_writesae.experiment.tokens import sample_sequences
     from sae_lens_writesae.page.report import write_report
     from sae_lens_writesae.sae import VARIANTS, MatrixSAE, MatrixTrainingSAE
+    from sae_lens_writesae.sae.collect import collect
+    from sae_lens_writesae.sae.collection import Collection
     from sae_lens_writesae.sae.hooked import HookedSAERecurrent
     from sae_lens_writesae.sae.load import load_sae
     from sae_lens_writesae.sae.runner import (
@@ -40,6 +42,7 @@ __all__ = [
     "EVALUATIONS",
     "PAPER_RUNNER",
     "VARIANTS",
+    "Collection",
     "Evaluation",
     "HookedSAERecurrent",
     "LowRank",
@@ -49,6 +52,7 @@ __all__ = [
     "Substitution",
     "WriteSAETrainingRunner",
     "calibrate_threshold",
+    "collect",
     "half_lives",
     "head_target",
     "load_result",

@@ -67,15 +67,12 @@ class Demo:
     def run(self, say: Callable[[str], object] = print) -> ReportFiles:
         """Train one dictionary per target, test each, and write everything to `out`: the report, and per target the
         dictionary (`sae/`) and its result (`substitution/`)."""
-        import torch
-
         from hookpoints import HookedRecurrent, embedded
         from sae_lens_writesae.evaluations.substitution import Substitution
         from sae_lens_writesae.experiment.tokens import sample_sequences
         from sae_lens_writesae.page.report import write_report
         from sae_lens_writesae.sae.load import load_sae
 
-        torch.manual_seed(self.seed)
         model = HookedRecurrent.from_pretrained(self.model)
         tokens = sample_sequences(model, embedded.text("test"), self.context_size, self.eval_sequences)
         choice = self.choose_head(model, tokens[:8])

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import random
+import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.choices import MATCHED, VARIANTS, DictionaryName
+from sae_lens_writesae.choices import MATCHED, VARIANTS, DictionaryName, Target
 from sae_lens_writesae.sae import runner
 from sae_lens_writesae.sae.collection import Collection
 from sae_lens_writesae.sae.kinds import objective, variant
@@ -123,3 +129,71 @@ def test_a_state_goes_on_from_its_newest_whole_checkpoint(
     train = Train(collection=collection.folder, heads=(0,), targets=("state",), out=tmp_path, **SIZES)
     with pytest.raises(InterruptedError, match="1024"):
         train.run(lambda line: None)
+
+
+def stopping_after(saves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next training end with its n-th checkpoint."""
+    count, save = itertools.count(1), runner.FrugalRunner.save_whole_checkpoint
+
+    def stopping(own, *arguments, **named):
+        save(own, *arguments, **named)
+        if next(count) == saves:
+            raise InterruptedError
+
+    monkeypatch.setattr(runner.FrugalRunner, "save_whole_checkpoint", stopping)
+
+
+def test_a_stop_does_not_change_a_dictionary(
+    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(name: str) -> bytes:
+        sizes = SIZES | {"training_tokens": 4096}
+        train = Train(collection=collection.folder, heads=(0,), targets=("state",), out=tmp_path / name, **sizes)
+        train.run(lambda line: None)
+        return (tmp_path / name / "L2H0/state-seed0/sae/sae_weights.safetensors").read_bytes()
+
+    whole = trained("whole")
+    stopping_after(8, monkeypatch)
+    with pytest.raises(InterruptedError):
+        trained("stopped")
+    assert len(runner.whole_checkpoints(tmp_path / "stopped")) == 2
+    assert trained("stopped") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("target", ["write", "state"])
+def test_a_training_that_is_killed_again_and_again_ends_with_the_same_dictionaries(
+    collection: Collection, tmp_path: Path, target: Target
+) -> None:
+    train = Train(
+        collection=collection.folder,
+        targets=(target,),
+        seeds=(0, 1),
+        out=tmp_path / "whole",
+        **SIZES | {"training_tokens": 8192},
+    )
+    begin = time.monotonic()
+    train.run(lambda line: None)
+    length = time.monotonic() - begin
+
+    def weights(out: Path) -> dict[str, bytes]:
+        return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("sae_weights.safetensors"))}
+
+    draw, kills, out = random.Random(0), 0, tmp_path / "killed"
+    while kills < 10:
+        process = os.fork()
+        if process == 0:
+            try:
+                replace(train, out=out).run(lambda line: None)
+            finally:
+                os._exit(0)
+        time.sleep(draw.uniform(0, length))
+        os.kill(process, signal.SIGKILL)
+        if os.WIFSIGNALED(os.waitpid(process, 0)[1]):
+            kills += 1
+        else:
+            assert weights(out) == weights(tmp_path / "whole")
+            out = tmp_path / f"killed{kills}"
+    replace(train, out=out).run(lambda line: None)
+    assert weights(out) == weights(tmp_path / "whole") and len(weights(out)) == 4

@@ -41,8 +41,8 @@ class MixingBuffer(Iterator[Tensor]):
 
     Rows are kept in memory, and for each the batch of the source that it is of. A checkpoint holds only the keys of
     those batches, the places of the rows and the state of the random numbers; rows are made again on loading. A row
-    survives a refill with probability `mix_fraction`, so that a buffer of n batches has rows of about n log2(n rows) of
-    them.
+    survives a refill with probability `mix_fraction`; at one half a buffer of n batches has rows of about
+    n/2 log2(rows) of them.
 
     Args:
         size: rows held, at least `batch_size`.
@@ -113,6 +113,11 @@ class MixingBuffer(Iterator[Tensor]):
             raise ValueError("the training data is too short for one batch of sequences") from error
 
     # -- resuming
+
+    @property
+    def filling(self) -> bool:
+        """Whether a refill is under way, or was broken off."""
+        return self._before is not None
 
     def state_dict(self) -> State:
         """From which `load_state_dict` rebuilds the buffer; its size is that of the keys, not of the rows."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -211,8 +211,8 @@ class _Run:
         self.shard_bytes = shard_bytes
         self.first: dict[int, Recurrence] | None = None
         """Factors of the first batch, which were looked at to plan; they are not computed again."""
-        self.shards: list[ShardFile] = []
-        """Those that are whole."""
+        self.shards: dict[int, ShardFile] = {}
+        """Those that are whole, by number."""
 
     # -- before anything is written
 
@@ -220,12 +220,13 @@ class _Run:
         """What the folder will hold: as the index that is there says, or from a first batch."""
         source, text = Source.of(self.model), tensor_hash(self.tokens)
         if (self.folder / INDEX).exists():
-            there, self.shards = read_index(self.folder)
+            there, listed = read_index(self.folder)
             self._check_same(there, source, text)
-            self.shards = self._whole(there)
+            self.shards = self._whole(there, listed)
             return there
         self.first = self.factors(self.tokens[: self.plan.batch_size])
-        layers = {number: self._layer(number, r) for number, r in self.first.items()}
+        dtype = self._dtype(self.first)
+        layers = {number: self._layer(number, r, dtype) for number, r in self.first.items()}
         n, length = self.tokens.shape
         contents = Contents(source, text, n, length, self.plan.targets, layers, n, self.plan.batch_size)
         # Shards hold whole batches, so that a batch is the same in every run.
@@ -236,7 +237,7 @@ class _Run:
 
     def _check_same(self, there: Contents, source: Source, text: str) -> None:
         plan, file = self.plan, self.folder / INDEX
-        check_same(file, asdict(there.source), asdict(source))
+        there.source.check(file, source)
         asked: dict[str, object] = {
             "text": text,
             "n_sequences": len(self.tokens),
@@ -252,26 +253,27 @@ class _Run:
             if plan.dtype != "auto":
                 check_same(file, {"dtype": layer.factors["k"].dtype}, {"dtype": plan.dtype})
 
-    def _whole(self, contents: Contents) -> list[ShardFile]:
-        """Shards that are there, the listed ones and those that a kill left unlisted."""
-        found: list[ShardFile] = []
-        for number in range(contents.n_shards):
-            file = self.folder / shard_name(number)
-            if number < len(self.shards):
-                check_shard(file, contents, number, self.shards[number].bytes)
-                found.append(self.shards[number])
-            elif file.exists():
-                check_shard(file, contents, number)
-                found.append(ShardFile(file.name, file.stat().st_size, file_hash(file)))
-            else:
-                break
-        if stray := [each.name for each in self.folder.glob("shard-*") if each.name > shard_name(len(found) - 1)]:
-            raise CollectionError(f"{self.folder / stray[0]} is there, and shards before it are not; delete it")
+    def _whole(self, contents: Contents, listed: Sequence[ShardFile] = ()) -> dict[int, ShardFile]:
+        """Shards that are there by number, the listed ones and those that a kill left unlisted. What is missing is
+        collected."""
+        by_name = {shard.file: shard for shard in listed}
+        names = [shard_name(number) for number in range(contents.n_shards)]
+        if foreign := sorted({file.name for file in self.folder.glob("shard-*")} - set(names)):
+            raise CollectionError(f"{self.folder / foreign[0]} is no shard of this collection; delete it")
+        found: dict[int, ShardFile] = {}
+        for number, name in enumerate(names):
+            file, known = self.folder / name, by_name.get(name)
+            if file.exists():
+                check_shard(file, contents, number, known.bytes if known else None)
+                found[number] = known or ShardFile(name, file.stat().st_size, file_hash(file))
         return found
+
+    def _missing(self, contents: Contents) -> list[int]:
+        return [number for number in range(contents.n_shards) if number not in self.shards]
 
     def check_room(self, contents: Contents, say: Say) -> None:
         """Say what will be written; raise DiskTooSmallError where the disk has no room for it."""
-        left = sum(contents.shard_bytes(number) for number in range(len(self.shards), contents.n_shards))
+        left = sum(contents.shard_bytes(number) for number in self._missing(contents))
         free = free_bytes(self.folder)
         tokens = contents.n_sequences * contents.context_size
         say(
@@ -296,18 +298,24 @@ class _Run:
     def _heads(self, layer: int) -> tuple[int, ...]:
         return tuple(range(self.model.cfg.layer(layer).H)) if self.plan.heads is None else self.plan.heads
 
-    def _layer(self, number: int, r: Recurrence) -> Layer:
+    def _dtype(self, found: Mapping[int, Recurrence]) -> FactorDtype:
+        """One for all layers."""
+        if self.plan.dtype != "auto":
+            return self.plan.dtype
+        vectors: list[Tensor] = []
+        for number, r in found.items():
+            heads = r.select(heads=list(self._heads(number)))
+            names = _stored_names(r, _erases_along_key(r), self.plan.targets)
+            vectors += [x for name in names if (x := getattr(heads, name)).ndim > 3]
+        return _smallest_dtype(vectors)
+
+    def _layer(self, number: int, r: Recurrence, dtype: FactorDtype) -> Layer:
         if r.initial_state is not None:
             raise CollectionError(f"layer {number} begins with a state of its own, which a collection does not hold")
         along_key = _erases_along_key(r)
-        names = _stored_names(r, along_key, self.plan.targets)
-        heads = r.select(heads=list(self._heads(number)))
-        dtype = self.plan.dtype
-        if dtype == "auto":
-            dtype = _smallest_dtype([getattr(heads, name) for name in names if getattr(heads, name).ndim > 3])
         factors = {}
-        for name in names:
-            shape = tuple(getattr(heads, name).shape[3:])
+        for name in _stored_names(r, along_key, self.plan.targets):
+            shape = tuple(getattr(r, name).shape[3:])
             numbers = name == "beta" or (name == "log_decay" and not shape)
             factors[name] = Factor("float32" if numbers else dtype, shape)
         rule = self.model.cfg.layer(number).rule
@@ -317,22 +325,23 @@ class _Run:
 
     def write(self, contents: Contents, say: Say) -> None:
         """Write what is missing, shard by shard."""
-        for left in (*self.folder.glob(".shard-*"), *self.folder.glob(f".{INDEX}.*")):  # of a run that was killed
+        asides = (".shard-*", f".{INDEX}.*", ".tmp*")  # left by a kill; safetensors' own begin with .tmp
+        for left in (file for pattern in asides for file in self.folder.glob(pattern)):
             left.unlink()
-        atomic_text(self.folder / INDEX, index_text(contents, self.shards))
-        for number in range(len(self.shards), contents.n_shards):
+        with _written(self.folder / INDEX):
+            self._write_index(contents)
+        for number in self._missing(contents):
             tensors = self._shard(contents, number)
             file = self.folder / shard_name(number)
             save = partial(save_file, tensors, metadata=contents.metadata(number))
-            try:
+            with _written(file):
                 atomic_write(file, lambda aside, save=save: save(filename=aside))
-                self.shards.append(ShardFile(file.name, file.stat().st_size, file_hash(file)))
-                atomic_text(self.folder / INDEX, index_text(contents, self.shards))
-            except (OSError, SafetensorError) as error:
-                raise CollectionError(
-                    f"{file} could not be written ({error}); whole shards are kept: make room, and run the same command"
-                ) from error
+                self.shards[number] = ShardFile(file.name, file.stat().st_size, file_hash(file))
+                self._write_index(contents)
             say(f"shard {number + 1} of {contents.n_shards}")
+
+    def _write_index(self, contents: Contents) -> None:
+        atomic_text(self.folder / INDEX, index_text(contents, [self.shards[number] for number in sorted(self.shards)]))
 
     def _shard(self, contents: Contents, number: int) -> dict[str, Tensor]:
         """The tensors of a shard, filled batch by batch."""
@@ -349,12 +358,12 @@ class _Run:
         return tensors
 
     def _fill(self, stored: Layer, layer: int, r: Recurrence, tensors: dict[str, Tensor], at: slice) -> None:
-        if _erases_along_key(r) != stored.erases_along_key:
+        if {"a", "beta"} & stored.factors.keys() and _erases_along_key(r) != stored.erases_along_key:
             raise CollectionError(f"the erase of layer {layer} lies along the key in some batches only; not supported")
         for name, factor in stored.factors.items():
-            whole: Tensor = getattr(r, name)
+            whole: Tensor = getattr(r, name).cpu()
             for head in stored.heads:
-                value = whole[:, :, head].cpu()
+                value = whole[:, :, head]
                 kept = tensors[f"{layer}.{head}.{name}"][at]
                 kept.copy_(value)
                 if bool((kept.isfinite() != value.isfinite()).any()) or bool(value.isnan().any()):
@@ -363,6 +372,17 @@ class _Run:
                         f"{name} of layer {layer}, head {head} is not finite or leaves the range of {factor.dtype} "
                         f"(largest magnitude {largest:.3g}); collect with dtype bfloat16 or float32 into a new folder"
                     )
+
+
+@contextmanager
+def _written(file: Path) -> Iterator[None]:
+    """Turn what a full disk raises into an error that names the file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CollectionError(
+            f"{file} could not be written ({error}); whole shards are kept: make room, and run the same command"
+        ) from error
 
 
 def _erases_along_key(r: Recurrence) -> bool:

@@ -55,6 +55,11 @@ class Source:
     tokenizer: str | None
     """SHA-256 of the tokenizer; None where the model has none."""
 
+    def check(self, file: Path, model: Self) -> None:
+        """Raise CollectionError that names what differs, unless `model` is the same, under whatever name."""
+        if asdict(self) | {"model": model.model} != asdict(model):
+            check_same(file, asdict(self), asdict(model))
+
     @classmethod
     def of(cls, model: HookedRecurrent) -> Self:
         """Cost: one pass over the weights."""
@@ -188,7 +193,7 @@ class Mapped:
         self.parts = list(parts)
         self.starts = torch.tensor([0, *(len(part) for part in self.parts)]).cumsum(0)
         self.shape = torch.Size([int(self.starts[-1]), *self.parts[0].shape[1:]])
-        self.dtype = self.parts[0].dtype
+        self.dtype, self.device = self.parts[0].dtype, self.parts[0].device
         self.ndim = len(self.shape)
 
     def __len__(self) -> int:
@@ -268,7 +273,7 @@ class Collection:
                 raise CollectionError(f"{folder / shard.file} was changed after it was written: its hash differs")
         opened = cls(folder, contents, shards)
         if model is not None:
-            check_same(folder / INDEX, asdict(contents.source), asdict(Source.of(model)))
+            contents.source.check(folder / INDEX, Source.of(model))
         if dtype is not None:
             check_same(folder / INDEX, {"dtype": opened.dtype}, {"dtype": dtype})
         return opened

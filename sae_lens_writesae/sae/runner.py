@@ -186,7 +186,7 @@ class Interrupts:
 
     A signal waits for the end of the step: an optimizer goes through its parameters one by one, and what is saved in
     the middle of that has made the step with some of them only. While the buffer is filled it waits for the end of a
-    batch of the language model. Signals after the first do nothing, so that saving is not interrupted.
+    batch of the language model; a second signal does not. Later ones do nothing, so that saving is not interrupted.
     """
 
     def __init__(self) -> None:
@@ -196,6 +196,8 @@ class Interrupts:
         """Whether a step has begun and is not whole: then trainer and weights cannot be saved."""
         self.steps = 0
         """Steps that are whole."""
+        self.filling: Callable[[], bool] = lambda: False
+        """Whether the buffer is being filled: then an exception loses nothing wherever it comes."""
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -239,6 +241,8 @@ class Interrupts:
             raise KeyboardInterrupt(self._signal)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.filling():
+            self.check()
         self._signal = self._signal or signal.Signals(number).name
 
 
@@ -284,7 +288,7 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
         held = cfg.n_batches_in_buffer * len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
         mixing = cfg.activations_mixing_fraction
         buffer = MixingBuffer(source, held, cfg.train_batch_size_tokens, mixing, cfg.seed)
-        buffer.between_draws = self._interrupts.check
+        self._watch(buffer)
         self.activations_store = buffer  # pyright: ignore  (an iterator that is saved and loaded is all that is asked)
 
     def _replace_store(self) -> None:
@@ -295,8 +299,11 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
         paired = getattr(cfg.sae, "loss", "mse") != "mse"
         make = PairedActivationsStore.paired if paired else SeededStore.seeded
         self.activations_store = store = make(model, cfg, dataset)
-        store.buffer.between_draws = self._interrupts.check
+        self._watch(store.buffer)
         self.evaluator.activations_store = store
+
+    def _watch(self, buffer: MixingBuffer) -> None:
+        buffer.between_draws, self._interrupts.filling = self._interrupts.check, lambda: buffer.filling
 
     def run(self) -> MatrixTrainingSAE:
         """Train and save. A signal that came within the last step is raised when the result is saved."""

@@ -7,12 +7,15 @@ import os
 import random
 import shutil
 import signal
+from functools import cache
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from sae_lens.training.sae_trainer import SAETrainer
 
+from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
 from sae_lens_writesae.sae.checkpoint import RUN_STATE_FILENAME, RandomNumbers, check_checkpoint
 from sae_lens_writesae.sae.load import CheckpointError, load_sae
@@ -26,8 +29,9 @@ from sae_lens_writesae.sae.runner import (
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 LAYER, HEAD, BATCH = 2, 1, 64
-KINDS = [("writesae_topk", "write"), ("writesae_batchtopk", "write"), ("writesae_batchtopk", "state")]
-KINDS += [("writesae_topk", "state")]
+TOPK_WRITE, BATCHTOPK_STATE = ("writesae_topk", "write"), ("writesae_batchtopk", "state")
+MORE = [("writesae_batchtopk", "write"), ("writesae_topk", "state")]
+KINDS = [TOPK_WRITE, BATCHTOPK_STATE, *(pytest.param(kind, marks=pytest.mark.slow) for kind in MORE)]
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +73,8 @@ def equal(a, b):
 
 @pytest.fixture(scope="module")
 def uninterrupted(embedded, dataset):
-    """The dictionary of each kind that nothing stopped."""
-    return {kind: weights(train(config(embedded, *kind), embedded, dataset)) for kind in KINDS}
+    """Gives the dictionary of a kind that nothing stopped."""
+    return cache(lambda kind: weights(train(config(embedded, *kind), embedded, dataset)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,11 +84,12 @@ def test_one_seed_gives_one_dictionary_and_another_seed_another(embedded, datase
     again = train(config(embedded, *kind), embedded, dataset)
     assert torch.equal(torch.get_rng_state(), before)
     other = train(config(embedded, *kind, seed=1), embedded, dataset)
-    assert equal(weights(again), uninterrupted[kind])
+    assert equal(weights(again), uninterrupted(kind))
     assert not torch.equal(other.v, again.v)
 
 
-def test_one_seed_gives_one_dictionary_on_the_command_line(tmp_path):
+def test_one_seed_gives_one_dictionary_on_the_command_line(embedded, tmp_path, monkeypatch):
+    monkeypatch.setattr(HookedRecurrent, "from_pretrained", lambda name, **_: embedded)
     words = f"""--architecture writesae_batchtopk --model_class_name HookedRecurrent --model_name embedded --d_sae 16
         --dataset_path embedded --is_dataset_tokenized false --streaming false --prepend_bos false --k 2 --verbose false
         --hook_name blocks.2.mixer.heads.1.hook_write_vec --d_in 2048 --d_k 64 --d_v 32 --training_tokens 512
@@ -142,7 +147,7 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_dictionary(
         cfg = config(embedded, *kind, checkpoint_path=str(folder / "2"), n_checkpoints=5)
         cfg.resume_from_checkpoint = str(checkpoint)
         resumed = train(cfg, embedded, dataset)
-        assert equal(weights(resumed), uninterrupted[kind])
+        assert equal(weights(resumed), uninterrupted(kind))
         planned = {6, 11, 16, 21, 26}  # in steps; an interrupt adds its own
         after = {int(path.parent.name) // BATCH for path in (folder / "2").rglob(RUN_STATE_FILENAME)}
         assert after == {each for each in planned if each * BATCH > samples}
@@ -151,21 +156,24 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_dictionary(
 def test_a_run_stopped_twice_while_its_buffer_fills_ends_with_the_same_dictionary(
     embedded, dataset, uninterrupted, tmp_path
 ):
-    kind, checkpoint = KINDS[2], None
+    """By one signal, and by two in one batch, of which the second does not wait for its end."""
+    kind, checkpoint = BATCHTOPK_STATE, None
     for n, stop in enumerate([12, 2, None]):
         cfg = config(embedded, *kind, checkpoint_path=str(tmp_path / str(n)))
         cfg.resume_from_checkpoint = checkpoint
         runner = WriteSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset)
         source, draws = runner.activations_store, iter(range(10**6))
 
-        def drawing(draw=source.draw, draws=draws, stop=stop):
+        def drawing(draw=source.draw, draws=draws, stop=stop, n=n):
             if next(draws) == stop:
-                os.kill(os.getpid(), signal.SIGTERM)
+                for _ in range(n + 1):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                assert n == 0, "the second signal has raised"
             return draw()
 
         source.draw = drawing
         if stop is None:
-            assert equal(weights(runner.run()), uninterrupted[kind])
+            assert equal(weights(runner.run()), uninterrupted(kind))
             return
         with pytest.raises(KeyboardInterrupt):
             runner.run()
@@ -225,12 +233,32 @@ def test_a_checkpoint_of_another_run_is_refused(embedded, checkpoint):
     assert other["sae"]["k"] == load_sae(checkpoint, training=True).cfg.k == 4
 
 
-def test_prefetching_is_refused_beside_checkpoints(embedded, dataset, tmp_path):
+def test_a_run_on_cached_activations_goes_on_where_it_stopped(embedded, dataset, tmp_path):
+    """SAELens' own cache of activations, in a second epoch."""
+    name = config(embedded).hook_name
+    shape = datasets.Array2D((32, 2048), "float32")
+    with torch.no_grad():
+        tokens = embedded.to_tokens(shipped.text("train")[:4_000], prepend_bos=False, truncate=False)[0]
+        _, cache = embedded.run_with_cache(tokens[: 20 * 32].view(20, 32), names_filter=name)
+    features = datasets.Features({name: shape})
+    datasets.Dataset.from_dict({name: cache[name].numpy()}, features=features).save_to_disk(tmp_path / "cache")
+    cached = {"use_cached_activations": True, "cached_activations_path": str(tmp_path / "cache")}
+    whole = weights(train(config(embedded, **cached), embedded, dataset))
+    cfg = config(embedded, checkpoint_path=str(tmp_path / "run"), **cached)
+    runner = Stopped(cfg, override_model=embedded, override_dataset=dataset)
+    runner.step = 17
+    with pytest.raises(KeyboardInterrupt):
+        runner.run()
+    cfg = config(embedded, resume_from_checkpoint=str(newest(tmp_path / "run")), **cached)
+    assert equal(weights(train(cfg, embedded, dataset)), whole)
+
+
+def test_prefetching_is_refused_beside_checkpoints(embedded, dataset, uninterrupted, tmp_path):
     cfg = config(embedded, checkpoint_path=str(tmp_path), prefetch_llm_batches=True)
     with pytest.raises(ValueError, match="prefetch_llm_batches"):
         WriteSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset)
-    first = train(config(embedded, prefetch_llm_batches=True), embedded, dataset)
-    assert equal(weights(first), weights(train(config(embedded), embedded, dataset)))
+    alone = train(config(embedded, prefetch_llm_batches=True), embedded, dataset)
+    assert equal(weights(alone), uninterrupted(TOPK_WRITE))  # the thread that draws has random numbers of its own
 
 
 def test_random_numbers_of_a_run_are_its_own():

@@ -1,0 +1,307 @@
+"""Reading collections: damaged folders are refused by the name of the file, and dictionaries train from whole ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.sae.checkpoint import RUN_STATE_FILENAME
+from sae_lens_writesae.sae.collect import collect
+from sae_lens_writesae.sae.collection import INDEX, Collection, CollectionError, Mapped, Source, shard_name
+from sae_lens_writesae.sae.runner import WriteSAETrainingRunner, train, train_from_arguments, training_config
+
+LAYER, HEAD, T = 2, 1, 16
+TOKENS = torch.randint(1, 64, (40, T), generator=torch.Generator().manual_seed(4))
+
+
+def make(hf, folder: Path, **changes: Any) -> Collection:
+    model = HookedRecurrent.from_hf(hf)
+    settings: dict[str, Any] = {"targets": ("write", "state"), "dtype": "float32", "batch_size": 4, "shard_bytes": 1}
+    try:
+        return collect(model, TOKENS, [LAYER], [HEAD, 3], folder, **settings | changes)
+    finally:
+        model.attachment.detach()
+
+
+@pytest.fixture(scope="module")
+def folder(hf, tmp_path_factory):
+    """Ten shards of four sequences."""
+    folder = tmp_path_factory.mktemp("collection")
+    assert len(make(hf, folder).shards) == 10
+    return folder
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+# ------------------------------------------------------------------------------------------------ rows over files
+
+
+def test_rows_over_files_index_like_one_tensor():
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(23, 3, 2, generator=generator)
+    mapped = Mapped(whole.split([5, 1, 10, 7]))
+    assert len(mapped) == 23 and mapped.shape == whole.shape and mapped.dtype == whole.dtype and mapped.ndim == 3
+    slices = [
+        slice(None),
+        slice(3, 17),
+        slice(5, 6),
+        slice(-4, None),
+        slice(9, 2),
+        slice(1, 20, 3),
+        slice(None, None, -1),
+    ]
+    for index in slices[:-1]:
+        assert torch.equal(mapped[index], whole[index])
+    lists: list[Any] = [[0, 22, 5, 5, -1], [], torch.randint(-23, 23, (50,), generator=generator)]
+    for index in [*lists, torch.rand(23, generator=generator) > 0.5]:
+        assert torch.equal(mapped[index], whole[index])
+    assert torch.equal(mapped[7], whole[7]) and torch.equal(mapped[-1], whole[-1])
+    for wrong in ([23], [-24], torch.tensor([0, 99])):
+        with pytest.raises(IndexError):
+            mapped[wrong]
+
+
+def test_a_slice_within_a_shard_is_a_view_of_the_file(folder):
+    keys, _ = Collection.open(folder).factors(LAYER, HEAD)
+    part = keys.parts[1]
+    assert keys[4 * T : 8 * T].data_ptr() == part.data_ptr() and len(part) == 4 * T
+
+
+# ------------------------------------------------------------------------------------------------ bad folders
+
+
+def test_whole_collections_open(folder, hf):
+    model = HookedRecurrent.from_hf(hf)
+    found = Collection.open(folder, model=model, dtype="float32", verify=True)
+    model.attachment.detach()
+    moved = HookedRecurrent.from_hf(hf, name="the same in another folder")
+    assert Collection.open(folder, model=moved).contents == found.contents
+    moved.attachment.detach()
+    assert torch.equal(found.tokens, TOKENS) and found.context_size == T and found.n_sequences == 40
+
+
+def refused(folder: Path, name: str, **asked: Any) -> None:
+    with pytest.raises(CollectionError) as raised:
+        Collection.open(folder, **asked)
+    assert str(folder / name) in str(raised.value)
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
+def test_a_cut_file_is_refused(copy, share):
+    for name in (shard_name(3), INDEX):
+        data = (copy / name).read_bytes()
+        (copy / name).write_bytes(data[: int(share * len(data))])
+        refused(copy, name)
+        (copy / name).write_bytes(data)
+
+
+def test_missing_files_are_refused(copy, tmp_path):
+    (copy / shard_name(9)).unlink()
+    refused(copy, shard_name(9))
+    (copy / INDEX).unlink()
+    refused(copy, INDEX)
+    refused(tmp_path / "nowhere", INDEX)
+
+
+def test_shards_in_each_others_place_are_refused(copy):
+    first, second = (copy / shard_name(n) for n in (2, 5))
+    one, other = first.read_bytes(), second.read_bytes()
+    assert len(one) == len(other)
+    first.write_bytes(other)
+    refused(copy, shard_name(2))
+    first.write_bytes(one)
+    assert Collection.open(copy, verify=True)
+
+
+def test_shards_of_another_collection_are_refused(copy, hf, tmp_path):
+    """Of the same sizes: another text; and stale ones, of a run with other settings."""
+    model = HookedRecurrent.from_hf(hf)
+    settings: dict[str, Any] = {"targets": ("write", "state"), "dtype": "float32", "batch_size": 4, "shard_bytes": 1}
+    other = collect(model, TOKENS.flip(0), [LAYER], [HEAD, 3], tmp_path / "other", **settings)
+    model.attachment.detach()
+    assert (other.folder / shard_name(4)).stat().st_size == (copy / shard_name(4)).stat().st_size
+    shutil.copy(other.folder / shard_name(4), copy / shard_name(4))
+    refused(copy, shard_name(4))
+
+
+def test_a_changed_number_is_found_by_its_hash(copy):
+    file = copy / shard_name(6)
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    Collection.open(copy)
+    refused(copy, shard_name(6), verify=True)
+
+
+def test_other_versions_and_other_files_are_refused(copy):
+    index = json.loads((copy / INDEX).read_text())
+    for wrong in ({**index, "contents": {**index["contents"], "format": 99}}, {}, [], {"contents": 3}, 7):
+        (copy / INDEX).write_text(json.dumps(wrong))
+        refused(copy, INDEX)
+    (copy / INDEX).write_text("[" * 100_000)
+    refused(copy, INDEX)
+
+
+def test_an_unfinished_collection_is_refused(copy):
+    index = json.loads((copy / INDEX).read_text())
+    (copy / INDEX).write_text(json.dumps({**index, "shards": index["shards"][:4]}))
+    refused(copy, INDEX)
+
+
+@pytest.mark.parametrize("change", ["model_dtype", "tokenizer", "weights", "revision"])
+def test_a_collection_of_another_model_is_refused(folder, hf, change):
+    model = HookedRecurrent.from_hf(hf)
+    own = Source.of(model)
+    model.attachment.detach()
+    there = Collection.open(folder).contents.source
+    there.check(folder / INDEX, own)
+    with pytest.raises(CollectionError, match=change):
+        there.check(folder / INDEX, replace(own, **{change: "another"}))
+
+
+def test_another_dtype_and_a_changed_index_are_refused(copy):
+    refused(copy, INDEX, dtype="float16")
+    index = json.loads((copy / INDEX).read_text())
+    index["contents"]["source"]["weights"] = "another"
+    (copy / INDEX).write_text(json.dumps(index))
+    refused(copy, shard_name(0))  # which says what it is of
+
+
+def test_hashes_tell_weights_dtypes_and_tokenizers_apart(hf, embedded):
+    model = HookedRecurrent.from_hf(hf)
+    own = Source.of(model)
+    weight = next(hf.parameters())
+    before = weight.data[3, 2].clone()
+    weight.data[3, 2] += 1e-3
+    assert Source.of(model).weights != own.weights
+    weight.data[3, 2] = before
+    assert Source.of(model) == own and own.tokenizer is None
+    model.attachment.detach()
+    shipped = Source.of(embedded)
+    embedded.to_tokens(["one", "two words"], padding_side="left")  # sets padding in the tokenizer
+    assert Source.of(embedded) == shipped and shipped.tokenizer is not None
+
+
+def test_what_was_not_collected_is_said(folder, hf, tmp_path):
+    found = Collection.open(folder)
+    for layer, head in ((0, HEAD), (LAYER, 0)):
+        with pytest.raises(CollectionError, match=f"head {head} of layer {layer}"):
+            found.factors(layer, head)
+    writes = make(hf, tmp_path, targets=("write",))
+    assert set(writes.contents.layers[LAYER].factors) == {"k", "u"}
+    assert torch.equal(writes.rows(LAYER, HEAD), found.rows(LAYER, HEAD))
+    for read in (
+        lambda: writes.recurrence(LAYER, HEAD),
+        lambda: writes.rows(LAYER, HEAD, "state"),
+        lambda: writes.head_target(LAYER, HEAD, "last_state"),
+    ):
+        with pytest.raises(CollectionError, match="only writes"):
+            read()
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def config(source, target="write", loss="mse", **changes):
+    runner: dict[str, Any] = {
+        "training_tokens": 20 * 32,
+        "context_size": T,
+        "store_batch_size_prompts": 4,
+        "n_batches_in_buffer": 64 if target == "last_state" else 8,
+        "train_batch_size_tokens": 32,
+        "lr": 1e-3,
+        "verbose": False,
+        "dead_feature_window": 3,
+    }
+    sae = {"k": 3, "resample_every": 5}
+    return training_config(source, LAYER, HEAD, target=target, loss=loss, d_sae=12, sae=sae, **(runner | changes))
+
+
+CASES = [("write", "mse"), ("write", "write"), ("write", "reads"), ("state", "mse"), ("state", "reads")]
+CASES += [("state", "write"), ("last_state", "mse")]
+ENDS = pytest.mark.filterwarnings(
+    "ignore:All samples in the training", "ignore:The training dataset contains fewer", "ignore:To copy"
+)
+
+
+@ENDS
+@pytest.mark.parametrize(("target", "loss"), CASES)
+def test_a_dictionary_from_a_collection_is_that_from_the_language_model(folder, hf, target, loss, monkeypatch):
+    """Bit for bit, where factors are kept in float32 and batches of sequences are the same."""
+    model = HookedRecurrent.from_hf(hf)
+    dataset = Dataset.from_dict({"tokens": TOKENS.tolist()})
+    own = train(config(model, target, loss), model, dataset).state_dict()
+    model.attachment.detach()
+    monkeypatch.setattr(HookedRecurrent, "forward", None)  # no language model runs
+    collected = train(config(Collection.open(folder), target, loss)).state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in collected.items())
+    other = train(config(Collection.open(folder), target, loss, seed=1)).state_dict()
+    assert not torch.equal(other["v"], own["v"])
+
+
+@ENDS
+def test_training_from_a_collection_is_interrupted_and_goes_on(folder, tmp_path):
+    found = Collection.open(folder)
+    whole = train(config(found, "state")).state_dict()
+    cfg = config(found, "state", checkpoint_path=str(tmp_path))
+    runner = WriteSAETrainingRunner(cfg)
+    source, draws = runner.activations_store.source, iter(range(99))
+    draw = source.draw
+
+    def drawing():
+        if next(draws) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw()
+
+    source.draw = drawing
+    with pytest.raises(KeyboardInterrupt):
+        runner.run()
+    (state,) = tmp_path.rglob(RUN_STATE_FILENAME)
+    assert 0 < int(state.parent.name) < 640
+    resumed = train(config(found, "state", resume_from_checkpoint=str(state.parent))).state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+
+
+@ENDS
+def test_the_command_line_trains_from_a_collection(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(HookedRecurrent, "from_pretrained", None)
+    words = f"""--architecture writesae_topk --model_class_name HookedRecurrent --d_sae 12 --k 3 --verbose false
+        --use_cached_activations true --cached_activations_path {folder} --context_size {T} --prepend_bos false
+        --hook_name blocks.{LAYER}.mixer.heads.{HEAD}.hook_state_vec --d_in 48 --d_k 8 --d_v 6
+        --training_tokens 320 --train_batch_size_tokens 32 --n_batches_in_buffer 8 --store_batch_size_prompts 4
+        --log_to_wandb false --checkpoint_path {tmp_path}/c --output_path {tmp_path}/sae""".split()
+    train_from_arguments(words)
+    assert (tmp_path / "sae" / "sae_weights.safetensors").exists()
+
+
+def test_a_config_that_a_collection_does_not_fit_is_refused(folder):
+    found = Collection.open(folder)
+    for changes in ({"context_size": 8}, {"exclude_special_tokens": True}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            WriteSAETrainingRunner(config(found, **changes))
+    with pytest.raises(CollectionError):
+        training_config(found, 0, 0)
+
+
+@ENDS
+def test_excluded_tokens_are_left_out(folder):
+    found = Collection.open(folder)
+    excluded = sorted(set(TOKENS[:, :3].flatten().tolist()))[:20]
+    runner = WriteSAETrainingRunner(config(found, exclude_special_tokens=excluded))
+    rows = runner.activations_store.source.rows(torch.arange(4))
+    kept = ~torch.isin(TOKENS[:4].flatten(), torch.tensor(excluded))
+    assert 0 < kept.sum() < 4 * T
+    assert torch.equal(rows, found.rows(LAYER, HEAD, "write", slice(0, 4))[kept])
