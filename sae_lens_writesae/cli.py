@@ -61,9 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(written)
     except Exception as error:
         errors = sys.modules.get("hookpoints.errors")  # not loaded: then none of its errors was raised
-        if not isinstance(error, (ValueError, FileNotFoundError, errors.HookpointsError if errors else ValueError)):
+        if not isinstance(error, (ValueError, OSError, errors.HookpointsError if errors else ValueError)):
             raise
-        print(f"error: {error}", file=sys.stderr)  # plain text: a path may hold what a markup language would take
+        text = " ".join(str(error).split()) if isinstance(error, OSError) else str(error)  # of transformers: many lines
+        print(f"error: {text}", file=sys.stderr)  # plain text: a path may hold what a markup language would take
         raise SystemExit(2) from error
 
 

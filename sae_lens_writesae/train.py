@@ -89,7 +89,10 @@ class Collect:
     def of(self, model: HookedRecurrent, text: Dataset, say: Say = print) -> Path:
         """Collect from a model that is loaded; returns the folder."""
         from sae_lens_writesae.sae.collect import collect
+        from sae_lens_writesae.sae.target import head_target
 
+        for layer, head in itertools.product(self.layers, self.heads):
+            head_target(model, layer, head)
         with taken(self.out, say):
             collect(
                 model,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from hookpoints import HookedRecurrent
+from hookpoints import HookedRecurrent, UnsupportedModelError
 from sae_lens_writesae.choices import MATCHED, VARIANTS, DictionaryName, Target
 from sae_lens_writesae.sae import runner
 from sae_lens_writesae.sae.collection import Collection
@@ -107,6 +107,8 @@ def test_every_kind_trains_from_a_collection(collection: Collection, tmp_path: P
 def test_a_head_that_was_not_collected_is_said_before_training(collection: Collection, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3"):
         Train(collection=collection.folder, heads=(0, 3), out=tmp_path / "out", **SIZES).run(lambda line: None)
+    with pytest.raises(UnsupportedModelError):
+        Train(model="embedded", layers=(0,), heads=(0,), out=tmp_path / "out", **SIZES).run(lambda line: None)
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(ValueError, match="file"):
@@ -171,7 +173,7 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_dictionari
         targets=(target,),
         seeds=(0, 1),
         out=tmp_path / "whole",
-        **SIZES | {"training_tokens": 8192},
+        **SIZES | {"training_tokens": 4096},
     )
     begin = time.monotonic()
     train.run(lambda line: None)
@@ -181,7 +183,7 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_dictionari
         return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("sae_weights.safetensors"))}
 
     draw, kills, out = random.Random(0), 0, tmp_path / "killed"
-    while kills < 10:
+    while kills < 6:
         process = os.fork()
         if process == 0:
             try:
