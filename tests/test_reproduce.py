@@ -75,6 +75,7 @@ def test_layers_and_heads_follow_the_model():
     found = for_model(ReproduceConfig(model="embedded"), HookedRecurrent.from_pretrained("embedded"))
     model = HookedRecurrent.from_pretrained("embedded")
     assert set(found.layers) <= set(model.cfg.recurrent_layers) and found.heads == (1,)
+    assert for_model(replace(SMALL, model="embedded"), model).layers == (2,)
     published = transformers.Qwen3_5TextConfig(**{**_GDN, "num_hidden_layers": 24, "linear_num_value_heads": 16})
     paper = for_model(ReproduceConfig(), HookedRecurrent.from_hf(transformers.Qwen3_5ForCausalLM(published)))
     assert paper.layers == (1, 9, 17) and paper.heads == (4,)

@@ -122,7 +122,7 @@ def for_model(config: ReproduceConfig, model: HookedRecurrent) -> ReproduceConfi
     """
     from sae_lens_writesae.sae.target import head_target
 
-    depths = [depth / 24 * model.cfg.n_layers for depth in (1, 9, 17)]
+    depths = sorted(depth / 24 * model.cfg.n_layers for depth in (9, 1, 17)[: config.n_layers])
     nearest = [min(model.cfg.recurrent_layers, key=lambda layer: abs(layer - depth)) for depth in depths]
     layers = config.layers or tuple(dict.fromkeys(nearest))
     heads = config.heads or (min(model.cfg.layer(layer).H for layer in layers) // 4,)

@@ -18,7 +18,9 @@ class ReproduceConfig:
     model: str = "Qwen/Qwen3.5-0.8B"
     """Model on the hub, a folder, or one that ships with the package."""
     layers: tuple[int, ...] = ()
-    """Recurrent layers. By default three, at the depths of the paper's (1, 9 and 17 of 24)."""
+    """Recurrent layers. By default `n_layers` at the depths of the paper's (9, 1 and 17 of 24)."""
+    n_layers: int = 3
+    """How many layers, where none is named."""
     heads: tuple[int, ...] = ()
     """Heads of every layer. By default one, the paper's in proportion (4 of 16)."""
     targets: tuple[Target, ...] = ("write", "state")
@@ -72,6 +74,8 @@ class ReproduceConfig:
             raise ValueError("targets and seeds name at least one each")
         if "mse" in self.losses:
             raise ValueError("losses are those beside mse, which is always trained for")
+        if not 1 <= self.n_layers <= 3:
+            raise ValueError(f"n_layers must be 1, 2 or 3, found {self.n_layers}; name layers to have others")
         sizes = ("d_sae", "k", "training_tokens", "train_batch_size_tokens", "context_size", "eval_sequences")
         for name in (*sizes, "n_atoms", "firings_per_atom"):
             if getattr(self, name) < 1:
@@ -116,6 +120,7 @@ class ReproduceConfig:
 
 
 SMALL = ReproduceConfig(
+    n_layers=1,
     d_sae=256,
     k=16,
     training_tokens=40_000,
