@@ -139,7 +139,7 @@ def test_an_estimate_counts_what_is_left_and_refuses_a_full_disk(tmp_path):
     assert whole.memory > sum(p.numel() * p.element_size() for p in model.hf_model.parameters())
     whole.check()
     with pytest.raises(DiskTooSmallError):
-        replace(whole, pieces=Pieces(1, 1, 1, 1), disk=2e9, free=1e9).check()
+        replace(whole, pieces=Pieces(1, 1, 1), disk=2e9, free=1e9).check()
 
 
 # ------------------------------------------------------------------------------------------------ who owns a run

@@ -11,7 +11,7 @@ import torch
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput
 
-from hookpoints import HookedRecurrent, WriteEdit
+from hookpoints import HookedRecurrent
 from sae_lens_writesae.choices import VARIANTS, DictionaryName
 from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.evaluations import EVALUATIONS
@@ -22,7 +22,8 @@ from sae_lens_writesae.reproduce.config import ReproduceConfig
 _ROWS_PER_FIRING = 40
 """Edited rows of a firing in an evaluation: conditions, scales and choices of the atom."""
 _TOKENS_PER_ROW = 26
-"""Rows of a batch begin at its first edit, so that each is half as long again as its window of 17."""
+"""Rows of a batch begin at its first edit, so that each is half as long again as its window of 17. A token of such a
+row costs about what one of a forward costs."""
 _TABLE_BYTES = 120
 """Per edited row in a table, compressed."""
 _LOGIT_BYTES = 512e6
@@ -39,8 +40,6 @@ class Pieces:
     """One optimizer step of a WriteSAE on `train_batch_size_tokens` writes, from their factors."""
     dense_step: float
     """The same on matrices, as states are."""
-    token: float
-    """One token of one edited row."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,7 @@ class Estimate:
         return [
             f"left    {self.dictionaries} dictionaries to train, {self.evaluations} evaluations",
             f"time    about {_duration(self.seconds)} for one process (measured: forward {self.pieces.forward:.2g} s, "
-            f"step of training {self.pieces.factored_step:.2g} s on writes, {self.pieces.dense_step:.2g} s on states, "
-            f"edited row {self.pieces.token:.2g} s a token)",
+            f"step of training {self.pieces.factored_step:.2g} s on writes, {self.pieces.dense_step:.2g} s on states)",
             f"memory  about {size_text(self.memory)} a process",
             f"disk    about {size_text(self.disk)} to write, {size_text(self.free)} free",
         ]
@@ -95,7 +93,7 @@ def estimate(config: ReproduceConfig, folder: Path, model: HookedRecurrent, piec
     steps = config.training_tokens / config.train_batch_size_tokens
     training = steps * sum(step[DictionaryName.parse(name).on_factors] for name in to_train)
     rows = config.n_atoms * config.firings_per_atom * _ROWS_PER_FIRING
-    evaluating = 2 * config.eval_sequences * pieces.forward + rows * _TOKENS_PER_ROW * pieces.token
+    evaluating = (2 * config.eval_sequences + rows * _TOKENS_PER_ROW / config.context_size) * pieces.forward
     checkpoints = 2 * 3 * max(sizes.values())  # the newest two, each with Adam's moments
     kept = sum(sizes[name] for name in to_train)
     return Estimate(
@@ -124,19 +122,13 @@ def _evaluations_left(config: ReproduceConfig, head: Path) -> int:
 
 
 def measure(config: ReproduceConfig, model: HookedRecurrent) -> Pieces:
-    """Time one forward, one optimizer step and edited rows."""
-    layer, head = config.layers[0], config.heads[0]
-    shape = model.cfg.layer(layer)
+    """Time a forward and optimizer steps."""
+    shape = model.cfg.layer(config.layers[0])
     tokens = torch.randint(0, model.cfg.d_vocab, (1, config.context_size), device=model.cfg.device)
-    session = model.edit_session(tokens)
-    t = config.context_size // 2
-    rows = [WriteEdit(layer, head, t, torch.ones(shape.K), torch.ones(shape.V)) for _ in range(32)]
-    stop = min(t + 32, config.context_size)
     with torch.no_grad():
         forward = _timed(lambda: model(tokens), model)
-        token = _timed(lambda: session.run(rows, stop=stop), model) / (len(rows) * (stop - t))
     on_writes, on_states = (_optimizer_step(config, model, width) for width in (shape.K + shape.V, shape.K * shape.V))
-    return Pieces(forward, _timed(on_writes, model), _timed(on_states, model), token)
+    return Pieces(forward, _timed(on_writes, model), _timed(on_states, model))
 
 
 def _optimizer_step(config: ReproduceConfig, model: HookedRecurrent, width: int) -> Callable[[], object]:
