@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike
@@ -37,7 +38,7 @@ def changed_words(lab: Lab, site: Site, trials: Sequence[Trial], window: int) ->
     def probabilities(rows: EditedRows) -> Mapping[str, ArrayLike]:
         return {"p": rows.window[:, offset].float().softmax(-1).cpu().numpy()}
 
-    edited = torch.as_tensor(lab.read(site, trials, probabilities, window)["p"].tolist())
+    edited = torch.as_tensor(np.stack(lab.read(site, trials, probabilities, window)["p"].tolist()))
     native = site.session.logits[0, position + offset].float().softmax(-1).cpu()
     words = (edited[0] - native).abs().topk(min(WORDS, len(native))).indices
     tokens = lab.tokens[site.sequence]

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from sae_lens_writesae.atom import sparse
 from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.choices import MetricName
 from sae_lens_writesae.sae.base import MatrixSAE, MatrixSAEConfig, MatrixWeights, check_finite, require
 from sae_lens_writesae.sae.losses import Loss, read_loss, write_loss
-from sae_lens_writesae.sae.metric import DAMPING, Metric, MetricName
+from sae_lens_writesae.sae.metric import DAMPING, Metric
 
 PAPER_RUNNER: dict[str, float | int | str] = {
     "lr": 3e-4,
