@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -171,6 +172,14 @@ def test_a_single_evaluation_with_nothing_to_measure_is_an_error(
 ) -> None:
     done = run(capsys, "eval", "substitution", sae_folder, "--out", tmp_path, *COUNTS, "--atoms", "999")
     assert done.status == 2 and "999" in done.err
+
+
+def test_evaluations_are_chosen_by_what_they_are_done_for() -> None:
+    def kinds(per: Literal["dictionary", "head", "layer"] | None) -> set[str]:
+        return {each.kind for each in EvalAll(subjects=Subjects(saes=()), per=per).evaluations()}
+
+    assert kinds("layer") == {"amplify"} and "amplify" in kinds("dictionary") - kinds("head")
+    assert kinds("dictionary") | kinds("head") == kinds(None) == set(EVALUATIONS)
 
 
 def test_settings_of_eval_all_reach_those_that_have_them() -> None:

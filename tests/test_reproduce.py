@@ -224,10 +224,10 @@ def snakemake(folder: Path, *arguments: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("profile", PROFILES)
 def test_a_dry_run_of_every_profile_plans_every_step_once(tmp_path, profile):
-    replace(TINY, layers=(1, 2), heads=(0, 3), dashboards=2).keep_in(tmp_path)
+    replace(TINY, layers=(1, 2), heads=(0, 3), evaluations=("sign", "amplify"), dashboards=2).keep_in(tmp_path)
     said = snakemake(tmp_path, "--profile", str(profile_folder(profile)), "--dry-run")
     counts = dict(line.split() for line in said.splitlines() if len(line.split()) == 2 and line.split()[1].isdigit())
-    steps = {"collect": 1, "train": 8, "evaluate": 8, "compare": 4, "show": 4, "report": 1}
+    steps = {"collect": 1, "train": 8, "evaluate": 8, "compare": 4, "together": 2, "show": 4, "report": 1}
     assert {rule: int(counts[rule]) for rule in steps} == steps
     assert said.count("writesae train --collection collection --layers 2 --heads 3") == 2 * 1
     assert sorted(each.name for each in tmp_path.iterdir() if each.name != ".snakemake") == ["config.json"]

@@ -67,7 +67,7 @@ def test_each_point_has_a_row_and_is_trained_once(tmp_path: Path, monkeypatch: p
     sweep = tiny(tmp_path)
     files = sweep.run(say=lambda line: None)
     table = pd.read_csv(files.table)
-    assert table["k"].tolist() == [1, 4] and table["l0"].tolist() == [1, 4]  # as TopK has it
+    assert table["k"].tolist() == [1, 4] and (table["l0"] <= table["k"]).all() and table["l0"].is_monotonic_increasing
     assert (table["coverage"] > 0).all() and table["dead"].between(0, 1).all() and (table["explained"] < 1).all()
     assert table["recovered"].notna().all() and {"claim 1", "claim 6"} <= set(table)
     page = files.html.read_text()
@@ -86,7 +86,7 @@ def test_an_architecture_without_k_can_be_swept(tmp_path: Path) -> None:
     sweep = tiny(tmp_path, k=(4,), architecture=architectures, evaluation=("partition",))
     table = pd.read_csv(sweep.run(say=lambda line: None).table)
     assert table["architecture"].tolist() == list(architectures)
-    assert table["l0"].iloc[0] == 4 and table["l0"].iloc[1] != 4
+    assert table["l0"].iloc[0] <= 4 < table["l0"].iloc[1]
 
 
 def test_seeds_are_joined_in_a_figure() -> None:

@@ -30,6 +30,8 @@ def test_a_name_says_what_a_dictionary_is(variant: str) -> None:
     for target, loss in (("write", "mse"), ("state", "reads"), ("state", "write"), ("last_state", "mse")):
         name = DictionaryName(target, loss, variant, 3)  # type: ignore[arg-type]
         assert DictionaryName.parse(str(name)) == name
+    metric = DictionaryName("write", variant=variant, metric="gauss_newton")
+    assert DictionaryName.parse(str(metric)) == metric
 
 
 @pytest.mark.parametrize("name", ["", "write", "wrte-seed0", "write-seed", "write-NoSAE-seed0", "../write-seed0"])
@@ -47,6 +49,8 @@ def test_a_name_of_none_is_refused(name: str) -> None:
         ({"variants": ("Wrong",)}, "Wrong"),
         ({"training_tokens": -5}, "training_tokens"),
         ({"names": ("writ-seed0",)}, "writ-seed0"),
+        ({"metric": "gauss_newton", "targets": ("state",)}, "state-gauss_newton"),
+        ({"metric": "gauss_newton", "model": None, "collection": Path("collection")}, "--model"),
     ],
 )
 def test_wrong_arguments_are_said_before_any_work(changes: dict, word: str) -> None:
@@ -92,6 +96,19 @@ def test_a_model_runs_once_for_all_dictionaries_and_nothing_is_trained_twice(
     assert all((out / name / "sae" / "cfg.json").stat().st_mtime_ns == times[name] for name in names[:3])
     again = load_file(out / names[3] / "sae" / "sae_weights.safetensors")["v"]
     assert again.equal(weights[names[3]])  # the seed decides
+
+
+def test_a_metric_is_fitted_to_the_model_and_makes_another_dictionary(
+    embedded: HookedRecurrent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HookedRecurrent, "from_pretrained", lambda name, **_: embedded)
+    monkeypatch.setattr("sae_lens_writesae.train._METRIC_TOKENS", 512)
+    names = ("write-seed0", "write-gauss_newton-seed0")
+    Train(model="embedded", layers=(2,), heads=(0,), names=names, context_size=32, out=tmp_path, **SIZES).run(
+        lambda line: None
+    )
+    plain, fitted = (load_sae(tmp_path / "L2H0" / name / "sae").atoms().dense() for name in names)
+    assert not plain.equal(fitted) and plain.shape == fitted.shape
 
 
 def test_every_kind_trains_from_a_collection(collection: Collection, tmp_path: Path) -> None:

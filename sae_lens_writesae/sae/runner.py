@@ -402,8 +402,9 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
 
     def _resume(self, trainer: Trainer, checkpoint: Path) -> None:
         """Set what SAELens does not: random numbers, the number of steps (which SAELens saves before it counts the step
-        that was made), and the checkpoints that are still to come."""
-        trainer.n_training_steps = load_run_state(checkpoint)
+        that was made), the atoms that were put on rows, and the checkpoints that are still to come."""
+        trainer.n_training_steps, started = load_run_state(checkpoint)
+        trainer.sae.n_started = started
         passed = trainer.n_training_samples
         trainer.checkpoint_thresholds = [each for each in trainer.checkpoint_thresholds if each >= passed]
 
@@ -439,7 +440,7 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
         """SAELens calls this when a checkpoint has its own files."""
         super().save_checkpoint(checkpoint_path)
         if checkpoint_path is not None:
-            save_run_state(checkpoint_path, self._interrupts.steps)
+            save_run_state(checkpoint_path, self._interrupts.steps, getattr(self.sae, "n_started", None))
             if self.metric is not None:
                 self.metric.save(Path(checkpoint_path) / METRIC_FILENAME)
 

@@ -93,6 +93,7 @@ def test_comparisons_of_many_are_saved_and_read_back(model: HookedRecurrent, tmp
 
 def test_controls_and_quality_go_with_every_dictionary(model: HookedRecurrent, tmp_path: Path) -> None:
     tokens = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(1))
+    said: list[object] = []
     chosen = [Multistep(n_atoms=2, firings_per_atom=1, n_steps=2), Sign(n_positions=4)]
     results = evaluate_all(
         chosen, model, {"mine": make_sae(model)}, tokens[:4], tmp_path, controls=tokens[4:], progress=False, say=len
@@ -103,6 +104,18 @@ def test_controls_and_quality_go_with_every_dictionary(model: HookedRecurrent, t
     loaded = load_result(tmp_path / "multistep" / "mine-untrained")
     assert loaded.info["control_of"] == "mine" and list(loaded.info["quality"]) == ["mine, untrained"]  # type: ignore
     assert {row.label for row in answers(results)} == {"mine", "L1H2"}
+    again = evaluate_all(
+        chosen,
+        model,
+        {"mine": make_sae(model)},
+        tokens[:4],
+        tmp_path,
+        controls=tokens[4:],
+        resume=True,
+        say=said.append,
+    )
+    assert [(r.label, r.info.get("control")) for r in again] == [(r.label, r.info.get("control")) for r in results]
+    assert said == []  # all of them were saved
     mine = results[0].info["quality"]["mine"]  # type: ignore[index, call-overload]
     assert mine == results[3].info["quality"]["mine"] and mine["n_tokens"] == 96  # type: ignore
 
