@@ -3,43 +3,43 @@
 Importing this package registers six architectures in SAELens, after which its runners, metrics and patching utilities
 take them like its own. These are the names that most programs need. The classes of the architectures are in
 `sae_lens_writesae.sae`, every evaluation in `sae_lens_writesae.evaluations`, by its kind in `EVALUATIONS`.
+
+The command line (the module `writesae`) imports by itself what a command needs, so that help costs nothing.
 """
 
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.evaluations import EVALUATIONS, Evaluation, Result, load_result
-from sae_lens_writesae.evaluations.substitution import Substitution
-from sae_lens_writesae.experiment.head import half_lives
-from sae_lens_writesae.experiment.quality import dictionary_quality, head_effects
-from sae_lens_writesae.experiment.tokens import sample_sequences
-from sae_lens_writesae.page.report import write_report
-from sae_lens_writesae.sae import VARIANTS, MatrixSAE, MatrixTrainingSAE, register
-from sae_lens_writesae.sae.collect import collect
-from sae_lens_writesae.sae.collection import Collection
-from sae_lens_writesae.sae.hooked import HookedSAERecurrent
-from sae_lens_writesae.sae.load import load_sae
-from sae_lens_writesae.sae.metric import Metric
-from sae_lens_writesae.sae.metric_fit import fit_metrics
-from sae_lens_writesae.sae.runner import (
-    WriteSAETrainingRunner,
-    register_model_class,
-    text_dataset,
-    train,
-    training_config,
-)
-from sae_lens_writesae.sae.target import head_target
-from sae_lens_writesae.sae.training import PAPER_RUNNER, calibrate_b_dec, calibrate_threshold, preset_b_dec
-from sae_lens_writesae.sae.writes import train_on_writes
-from sae_lens_writesae.steering import scale_atoms, steer
+if "writesae" not in sys.modules:
+    from sae_lens_writesae.atom.low_rank import LowRank
+    from sae_lens_writesae.evaluations import EVALUATIONS, Evaluation, Result, load_result
+    from sae_lens_writesae.evaluations.substitution import Substitution
+    from sae_lens_writesae.experiment.head import half_lives
+    from sae_lens_writesae.experiment.quality import dictionary_quality, head_effects
+    from sae_lens_writesae.experiment.tokens import sample_sequences
+    from sae_lens_writesae.page.report import write_report
+    from sae_lens_writesae.sae import VARIANTS, MatrixSAE, MatrixTrainingSAE
+    from sae_lens_writesae.sae.collect import collect
+    from sae_lens_writesae.sae.collection import Collection
+    from sae_lens_writesae.sae.hooked import HookedSAERecurrent
+    from sae_lens_writesae.sae.load import load_sae
+    from sae_lens_writesae.sae.metric import Metric
+    from sae_lens_writesae.sae.metric_fit import fit_metrics
+    from sae_lens_writesae.sae.runner import (
+        WriteSAETrainingRunner,
+        text_dataset,
+        train,
+        training_config,
+    )
+    from sae_lens_writesae.sae.target import head_target
+    from sae_lens_writesae.sae.training import PAPER_RUNNER, calibrate_b_dec, calibrate_threshold, preset_b_dec
+    from sae_lens_writesae.sae.writes import train_on_writes
+    from sae_lens_writesae.steering import scale_atoms, steer
 
 try:
     __version__ = version("sae-lens-writesae")
 except PackageNotFoundError:  # used from a folder, without an installation
     __version__ = "unknown"
-
-register()
-register_model_class()
 
 __all__ = [
     "EVALUATIONS",

@@ -1,20 +1,20 @@
 """The `writesae` command. Each command is a dataclass: its fields are the flags, its docstrings the help (tyro).
 
-A command is imported when it is asked for, so that the list of commands costs nothing.
+A command is imported when it is asked for, and imports torch when it runs, so that help costs nothing. The exceptions
+are commands whose settings are those of a class that needs torch: `eval KIND` and `show`.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import NamedTuple, TypeVar
 
 import tyro
-
-from hookpoints.errors import HookpointsError
 
 T = TypeVar("T")
 
@@ -29,19 +29,18 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
-    "demo": Command("Train two dictionaries on one head and test their atoms; offline, in minutes.", "demo:Demo"),
-    "collect": Command(
-        "Run a language model once and keep what its heads write; dictionaries train from it.", "sae.collect:Collect"
-    ),
-    "train": Command("Train a dictionary with SAELens' own command line.", "sae.runner:train_from_arguments"),
+    "demo": Command("Train dictionaries on one head and test their atoms; offline, in minutes.", "demo:Demo"),
+    "collect": Command("Run a model once and keep what its heads write; dictionaries train from it.", "train:Collect"),
+    "train": Command("Train dictionaries on heads of a model.", "train:Train"),
+    "train-saelens": Command("Train a dictionary with SAELens' own flags.", "sae.runner:train_from_arguments"),
     "eval": Command("Evaluate trained dictionaries: one evaluation by name, or all.", "evaluate:run_eval"),
     "selftest": Command(
         "Check every evaluation where the truth is known; offline, in minutes.", "selftest.command:SelfTest"
     ),
-    "show": Command("Make a page for each atom of a dictionary.", "page.atoms:Show"),
-    "report": Command("Write one page from saved results.", "page.report:Report"),
+    "show": Command("Make a page for each atom of a dictionary.", "page.atoms.show:Show"),
+    "report": Command("Write one page from saved results.", "evaluate:Report"),
     "reproduce": Command(
-        "Train and evaluate every dictionary of the paper's table for a model.", "reproduce.command:Reproduce"
+        "The paper's whole table for a model: train, evaluate and report, as a workflow.", "reproduce.command:Reproduce"
     ),
     "sweep": Command("Train and evaluate one dictionary at every point of a grid.", "reproduce.sweep:Sweep"),
 }
@@ -52,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         name = choose("writesae", given, {name: command.text for name, command in COMMANDS.items()})
+        if gpus := os.environ.get("WRITESAE_GPUS"):
+            importlib.import_module("sae_lens_writesae.reproduce.gpus").take_gpu(gpus.split(","))
         module, _, attribute = COMMANDS[name].target.partition(":")
         target = getattr(importlib.import_module(f"sae_lens_writesae.{module}"), attribute)
         if isinstance(target, type):
@@ -62,8 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             written = target(given[1:])
         if written is not None:
             print(written)
-    except (HookpointsError, ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)  # plain text: a path may hold what a markup language would take
+    except Exception as error:
+        errors = sys.modules.get("hookpoints.errors")  # not loaded: then none of its errors was raised
+        if not isinstance(error, (ValueError, OSError, errors.HookpointsError if errors else ValueError)):
+            raise
+        text = " ".join(str(error).split()) if isinstance(error, OSError) else str(error)  # of transformers: many lines
+        print(f"error: {text}", file=sys.stderr)  # plain text: a path may hold what a markup language would take
         raise SystemExit(2) from error
 
 

@@ -5,27 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
-import pandas as pd
-from sae_lens import SAE
-from torch import Tensor
+from sae_lens_writesae.choices import Target
 
-from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae.evaluations.substitution import Substitution
-from sae_lens_writesae.experiment.quality import head_effects
-from sae_lens_writesae.experiment.result import Result
-from sae_lens_writesae.experiment.suite import quality_of_heads, with_quality
-from sae_lens_writesae.experiment.tokens import sample_sequences
-from sae_lens_writesae.page.report import ReportFiles, write_report
-from sae_lens_writesae.sae.collect import collect
-from sae_lens_writesae.sae.collection import Collection
-from sae_lens_writesae.sae.load import load_sae
-from sae_lens_writesae.sae.metric_fit import fit_metrics
-from sae_lens_writesae.sae.runner import quiet, train, training_config
-from sae_lens_writesae.sae.target import Target
-from sae_lens_writesae.sae.writes import train_on_writes
-from sae_lens_writesae.verdict.format import percent, span
+if TYPE_CHECKING:
+    import pandas as pd
+    from sae_lens import SAE
+    from torch import Tensor
+
+    from hookpoints import HookedRecurrent
+    from sae_lens_writesae.evaluations.substitution import Substitution
+    from sae_lens_writesae.experiment.result import Result
+    from sae_lens_writesae.page.report import ReportFiles
+    from sae_lens_writesae.sae.collection import Collection
 
 
 class Recipe(NamedTuple):
@@ -101,6 +94,13 @@ class Demo:
     def run(self, say: Callable[[str], object] = print) -> ReportFiles:
         """Train and test each dictionary, and write everything to `out`: the report, and for each dictionary `sae/` and
         its result `substitution/`."""
+        from hookpoints import HookedRecurrent, embedded
+        from sae_lens_writesae.experiment.suite import quality_of_heads, with_quality
+        from sae_lens_writesae.experiment.tokens import sample_sequences
+        from sae_lens_writesae.page.report import write_report
+        from sae_lens_writesae.sae.collect import collect
+        from sae_lens_writesae.sae.load import load_sae
+
         model = HookedRecurrent.from_pretrained(self.model)
         tokens = sample_sequences(model, embedded.text("test"), self.context_size, self.eval_sequences)
         text = sample_sequences(model, embedded.text("train"), self.context_size, self.train_sequences)
@@ -130,6 +130,8 @@ class Demo:
     def choose_head(self, model: HookedRecurrent, tokens: Tensor) -> HeadChoice:
         """The head that was named, or the one whose writes do most, of those with a half-life of `memory` or more (of
         all, where there is none)."""
+        from sae_lens_writesae.experiment.quality import head_effects
+
         layers = model.cfg.recurrent_layers if self.layer is None else [self.layer]
         n_heads = model.cfg.layer(layers[0]).H
         if self.head is not None and not 0 <= self.head < n_heads:
@@ -148,6 +150,10 @@ class Demo:
         recipe: Recipe,
         folder: Path,
     ) -> None:
+        from sae_lens_writesae.sae.metric_fit import fit_metrics
+        from sae_lens_writesae.sae.runner import quiet, train, training_config
+        from sae_lens_writesae.sae.writes import train_on_writes
+
         cfg = training_config(
             collection,
             choice.layer,
@@ -172,6 +178,8 @@ class Demo:
         sae.save_inference_model(folder)
 
     def _test(self, recipe: Recipe) -> Substitution:
+        from sae_lens_writesae.evaluations.substitution import Substitution
+
         return Substitution(
             n_atoms=self.n_atoms,
             firings_per_atom=self.firings_per_atom,
@@ -185,6 +193,8 @@ class Demo:
 
 def first_screen(results: list[Result]) -> str:
     """What a reader should see first: quality, one atom against what needs no training, and one write exchanged."""
+    from sae_lens_writesae.verdict.format import percent, span
+
     lines = ["", "The dictionaries on held-out text (every write, or state, replaced at once):"]
     for result in results:
         quality = cast(dict, cast(dict, result.info["quality"])[result.label])

@@ -1,24 +1,24 @@
-"""`writesae eval`: evaluations of dictionaries from folders, saved and joined on one page."""
+"""`writesae eval`: evaluations of dictionaries from folders, saved and joined on one page; and `writesae report`."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.cli import choose, parse
-from sae_lens_writesae.evaluations import EVALUATIONS
-from sae_lens_writesae.experiment.evaluation import Evaluation
-from sae_lens_writesae.experiment.result import Json
-from sae_lens_writesae.experiment.suite import evaluate_all
-from sae_lens_writesae.experiment.tokens import sample_sequences
-from sae_lens_writesae.page.report import ReportFiles, write_report
-from sae_lens_writesae.sae.load import folder_label, load_sae
+from sae_lens_writesae.files import check_writable, taken
+
+if TYPE_CHECKING:
+    from sae_lens_writesae.experiment.evaluation import Evaluation
+    from sae_lens_writesae.experiment.result import Json
+    from sae_lens_writesae.page.report import ReportFiles
 
 _REFERENCE = 64
 """Sequences from which control dictionaries are made, and on which baselines are fitted."""
@@ -34,6 +34,8 @@ class Subjects:
     """Folder for results and report."""
     model: str | None = None
     """Model; by default the one named in the SAEs' metadata."""
+    dtype: str = "float32"
+    """The model's dtype."""
     text: Path | None = None
     """Text file to test on; by default the held-out text of the package."""
     sequences: int = 100
@@ -52,64 +54,137 @@ class EvalAll:
     subjects: tyro.conf.OmitArgPrefixes[Subjects]
     seed: int = 0
     """Seed of all draws and controls."""
+    kinds: tuple[str, ...] = ()
+    """Which evaluations; by default all of them."""
+    per: Literal["dictionary", "head", "layer"] | None = None
+    """Only evaluations of single dictionaries, or only those that are done once per head: of the head itself, and
+    comparisons of its dictionaries; or only those of dictionaries of several heads of a layer, which act together."""
     set: tuple[str, ...] = ()
-    """Settings as FIELD=VALUE, for every evaluation that has the field."""
+    """Settings as FIELD=VALUE, for every evaluation that has the field, or as KIND.FIELD=VALUE for one."""
+    resume: bool = False
+    """Take results that are in `out` already as they are, and run the evaluations that are missing."""
 
     def evaluations(self) -> list[Evaluation]:
-        """Every evaluation, with those settings that it has."""
-        settings: dict[str, Json] = {"seed": self.seed}
-        for pair in self.set:
+        """The evaluations, each with those settings that it has.
+
+        Raises:
+            ValueError: a kind or a setting that does not exist, or a value that an evaluation refuses.
+        """
+        from sae_lens_writesae.evaluations import EVALUATIONS
+        from sae_lens_writesae.experiment.evaluation import Scope
+
+        if unknown := [kind for kind in self.kinds if kind not in EVALUATIONS]:
+            raise ValueError(f"there is no evaluation {', '.join(unknown)}; there are {', '.join(EVALUATIONS)}")
+        fields = {kind: {f.name for f in dataclasses.fields(each)} for kind, each in EVALUATIONS.items()}
+        settings: dict[str, dict[str, Json]] = {kind: {"seed": self.seed} for kind in EVALUATIONS}
+        for pair in sorted(self.set, key=lambda pair: "." in pair.partition("=")[0]):  # those of one kind win
             name, equals, value = pair.partition("=")
             if not equals:
                 raise ValueError(f"--set takes FIELD=VALUE, found {pair!r}")
+            of_kind, _, field = name.rpartition(".")
+            having = [kind for kind in EVALUATIONS if of_kind in ("", kind) and field in fields[kind]]
+            if not having:
+                raise ValueError(f"no evaluation has a setting {name}")
             try:
-                settings[name] = json.loads(value)
+                parsed = json.loads(value)
             except json.JSONDecodeError:
-                settings[name] = value
-        fields = {kind: {f.name for f in dataclasses.fields(each)} for kind, each in EVALUATIONS.items()}
-        if unknown := sorted(settings.keys() - {name for names in fields.values() for name in names}):
-            raise ValueError(f"no evaluation has a setting {', '.join(unknown)}")
+                parsed = value
+            for kind in having:
+                settings[kind][field] = parsed
+        places = {Scope.EACH: ("dictionary",), Scope.LAYER: ("dictionary", "layer")}
         return [
-            each.from_dict({name: value for name, value in settings.items() if name in fields[kind]})
+            each.from_dict(settings[kind])
             for kind, each in EVALUATIONS.items()
+            if kind in (self.kinds or fields) and (self.per is None or self.per in places.get(each.scope, ("head",)))
         ]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one page from saved results: claims, the paper's values, the values here, controls, verdicts."""
+
+    results: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders in or below which `writesae eval`, `demo` or `reproduce` left results."""
+    out: Path = Path("report.html")
+    """Page to write."""
+
+    def run(self) -> ReportFiles:
+        """Find the results and write the page."""
+        from sae_lens_writesae.page.report import find_results, write_report
+
+        return write_report(find_results(self.results), self.out)
+
+
+def questions() -> dict[str, str]:
+    """Every evaluation's kind and question, in the order of `EVALUATIONS`. They are read from the source, because
+    importing an evaluation loads torch."""
+    found: list[tuple[int, str, str]] = []
+    for file in (Path(__file__).parent / "evaluations").glob("[!_]*.py"):
+        for each in ast.parse(file.read_text(encoding="utf-8")).body:
+            values = {
+                ast.unparse(line.target): line.value
+                for line in (each.body if isinstance(each, ast.ClassDef) else [])
+                if isinstance(line, ast.AnnAssign) and line.value is not None
+            }
+            if "kind" in values:
+                kind, question = (ast.literal_eval(values[name]) for name in ("kind", "question"))
+                answers = ast.literal_eval(values["answers"]) if "answers" in values else ()
+                found.append((min(answers, default=99), kind, question))
+    return {kind: question for _, kind, question in sorted(found)}
 
 
 def run_eval(arguments: Sequence[str]) -> ReportFiles:
     """`writesae eval KIND SAE...` with the settings of that evaluation as flags; `all` runs every evaluation."""
-    kinds = {kind: evaluation.question for kind, evaluation in EVALUATIONS.items()}
-    kinds["all"] = "Every evaluation that fits the dictionaries, on one page."
+    kinds = questions() | {"all": "Every evaluation that fits the dictionaries, on one page."}
     kind = choose("writesae eval", arguments, kinds)
     program = f"writesae eval {kind}"
     if kind == "all":
         everything = parse(EvalAll, program, arguments[1:])
-        return evaluate(everything.subjects, everything.evaluations())
+        return evaluate(everything.subjects, everything.evaluations(), resume=everything.resume)
+    from sae_lens_writesae.evaluations import EVALUATIONS
+
     evaluation_class = tyro.conf.OmitArgPrefixes[EVALUATIONS[kind]]
     fields = [("subjects", tyro.conf.OmitArgPrefixes[Subjects]), ("evaluation", evaluation_class)]
     command_class = dataclasses.make_dataclass("Eval", fields, frozen=True)
     command_class.__doc__ = EVALUATIONS[kind].question
     command = parse(command_class, program, arguments[1:])
-    return evaluate(command.subjects, [command.evaluation])
+    return evaluate(command.subjects, [command.evaluation], single=True)
 
 
-def evaluate(subjects: Subjects, evaluations: Sequence[Evaluation]) -> ReportFiles:
+def evaluate(
+    subjects: Subjects, evaluations: Sequence[Evaluation], *, single: bool = False, resume: bool = False
+) -> ReportFiles:
     """Run evaluations on the SAEs of some folders; save each result, and a page over all.
 
+    Args:
+        single, resume: as in `evaluate_all`.
+
     Raises:
-        ValueError: SAEs of different models, two folders of one name, or an evaluation that refuses them.
+        ValueError: SAEs of different models, two folders of one name, a folder that cannot be written, or an evaluation
+            that refuses the SAEs.
     """
-    saes = {folder_label(folder): load_sae(folder) for folder in subjects.saes}
+    from hookpoints import HookedRecurrent, embedded
+    from sae_lens_writesae.experiment.suite import evaluate_all
+    from sae_lens_writesae.experiment.tokens import sample_sequences
+    from sae_lens_writesae.page.report import write_report
+    from sae_lens_writesae.sae.load import folder_labels, load_sae
+
+    check_writable(subjects.out)
+    saes = {label: load_sae(folder) for label, folder in zip(folder_labels(subjects.saes), subjects.saes)}
     if len(saes) < len(subjects.saes):
         raise ValueError(f"two of the SAEs' folders have the same name: {', '.join(map(str, subjects.saes))}")
     models = {subjects.model or str(sae.cfg.metadata.model_name) for sae in saes.values()}
     if len(models) != 1:
         named = ", ".join(sorted(models)) or "none"
         raise ValueError(f"the SAEs of one evaluation are of one model; found {named}. Evaluate them apart")
-    model = HookedRecurrent.from_pretrained(models.pop())
     text = embedded.text("test") if subjects.text is None else subjects.text.read_text(encoding="utf-8")
+    model = HookedRecurrent.from_pretrained(models.pop(), dtype=subjects.dtype)
     tokens = sample_sequences(model, text, subjects.context_size, subjects.sequences)
     reference = None
     if subjects.control_dictionaries:
         reference = sample_sequences(model, embedded.text("train"), subjects.context_size, _REFERENCE)
-    results = evaluate_all(evaluations, model, saes, tokens, subjects.out, controls=reference)
-    return write_report(results, subjects.out / "report.html")
+    with taken(subjects.out):
+        results = evaluate_all(
+            evaluations, model, saes, tokens, subjects.out, controls=reference, single=single, resume=resume
+        )
+        return write_report(results, subjects.out / "report.html")

@@ -1,12 +1,15 @@
-"""Files that are whole or absent: written aside, then renamed."""
+"""Files that are whole or absent: written aside, then renamed; and folders that one process works in at a time."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 def atomic_write(target: Path, write: Callable[[Path], object]) -> Path:
@@ -31,6 +34,32 @@ def atomic_write(target: Path, write: Callable[[Path], object]) -> Path:
 def atomic_text(target: Path, text: str) -> Path:
     """Write a text file in UTF-8, whole or not at all."""
     return atomic_write(target, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError unless `folder` can be made or written to. Commands call this before any work."""
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}")
+
+
+@contextmanager
+def taken(folder: Path, say: Callable[[str], object] = print) -> Iterator[None]:
+    """Have a folder, which is made, to oneself among the processes that ask; waits for the one that has it.
+
+    The operating system lets go of the lock when a process dies, so that a killed one blocks nobody.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".taken")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"another process works in {folder}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def free_bytes(folder: Path) -> int:

@@ -81,7 +81,12 @@ PARTS = (
         "writesae sweep --variant FlatSAE MatrixSAE WriteSAE BilinearFlatSAE TiedSAE --seed 0 1 2 --k 32",
         "sweep.csv, column explained; `reproduce` trains the same variants with two seeds (table `variants`)",
     ),
-    Part("tables 8 to 10", "training settings", "writesae train", "settings: `PAPER_RUNNER`, `VARIANTS`"),
+    Part(
+        "tables 8 to 10",
+        "training settings",
+        "writesae train --model embedded --layer 2 --head 1 --architecture writesae_batchtopk --k 32 --lr 3e-4",
+        "settings: `PAPER_RUNNER`, `VARIANTS`",
+    ),
     Part("table 11, figure 4", "register cosines by update rule", "writesae report results", "claim 27"),
     Part("table 12, figure 13", "all heads of a layer", "writesae report results", "claim 5"),
     Part(

@@ -14,6 +14,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from docs_site.texts import table
@@ -46,11 +47,11 @@ def main() -> None:
 
 def settings(folders: Sequence[Path]) -> str:
     """How each run was made: what departs from the defaults of `writesae reproduce`."""
-    defaults = ReproduceConfig().to_dict()
+    defaults = json.loads(json.dumps(asdict(ReproduceConfig())))
     lines = []
     for file in (folder / "config.json" for folder in folders if (folder / "config.json").exists()):
         config = json.loads(file.read_text(encoding="utf-8"))
-        own = {name: value for name, value in config.items() if value != defaults.get(name)}
+        own = {name: value for name, value in config.items() if value != defaults.get(name, value)}
         flags = [f"{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in own.items()]
         lines.append(f"* {'; '.join(flags)}")
     return "\n## How these runs were made\n\n" + "\n".join(lines) + "\n" if lines else ""

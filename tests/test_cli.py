@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -12,9 +15,12 @@ from sae_lens.saes.sae import SAEMetadata
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.cli import COMMANDS, main
-from sae_lens_writesae.evaluate import EvalAll, Subjects
+from sae_lens_writesae.evaluate import EvalAll, Subjects, questions
 from sae_lens_writesae.evaluations import EVALUATIONS, Evaluation, load_result
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
+
+FAST = ("collect", "demo", "report", "reproduce", "selftest", "sweep", "train")
+"""Commands whose help needs no torch."""
 
 COUNTS = ["--sequences", "6", "--context-size", "48"]
 
@@ -51,7 +57,7 @@ def sae_folder(embedded: HookedRecurrent, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(autouse=True)
 def one_model(embedded: HookedRecurrent, monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded model is loaded once for all tests."""
-    monkeypatch.setattr(HookedRecurrent, "from_pretrained", lambda name: embedded)
+    monkeypatch.setattr(HookedRecurrent, "from_pretrained", lambda name, **_: embedded)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["eval", "--help"]])
@@ -62,12 +68,32 @@ def test_names_are_listed_with_what_they_do(capsys: pytest.CaptureFixture[str], 
     assert run(capsys, *arguments[:-1]).status == 2  # nothing was asked for
 
 
+def test_help_loads_no_torch() -> None:
+    """In a process of its own, because these tests have loaded it."""
+    for arguments in (["--help"], ["--version"], ["eval", "--help"], *([name, "--help"] for name in FAST)):
+        code = f"""
+import sys, writesae
+sys.argv = ["writesae", *{arguments!r}]
+try:
+    writesae.main()
+except SystemExit as ended:
+    assert not ended.code
+print("loaded", sorted({{"torch", "numpy", "pandas", "sae_lens"}} & sys.modules.keys()))
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "loaded []", arguments
+
+
+def test_questions_are_read_from_the_source_as_the_classes_have_them() -> None:
+    assert list(questions().items()) == [(kind, each.question) for kind, each in EVALUATIONS.items()]
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     done = run(capsys, "--version")
     assert done.status == 0 and done.out.startswith("writesae ")
 
 
-@pytest.mark.parametrize("command", ["demo", "report", "reproduce", "show", "train"])
+@pytest.mark.parametrize("command", [*FAST, "show", "train-saelens"])
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str], command: str) -> None:
     done = run(capsys, command, "--help")
     assert done.status == 0 and len(done.out) > 200 and "usage" in done.out.lower()
@@ -146,6 +172,14 @@ def test_a_single_evaluation_with_nothing_to_measure_is_an_error(
 ) -> None:
     done = run(capsys, "eval", "substitution", sae_folder, "--out", tmp_path, *COUNTS, "--atoms", "999")
     assert done.status == 2 and "999" in done.err
+
+
+def test_evaluations_are_chosen_by_what_they_are_done_for() -> None:
+    def kinds(per: Literal["dictionary", "head", "layer"] | None) -> set[str]:
+        return {each.kind for each in EvalAll(subjects=Subjects(saes=()), per=per).evaluations()}
+
+    assert kinds("layer") == {"amplify"} and "amplify" in kinds("dictionary") - kinds("head")
+    assert kinds("dictionary") | kinds("head") == kinds(None) == set(EVALUATIONS)
 
 
 def test_settings_of_eval_all_reach_those_that_have_them() -> None:

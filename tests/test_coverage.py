@@ -16,10 +16,10 @@ import coverage_page  # noqa: E402
 
 from sae_lens_writesae import EVALUATIONS  # noqa: E402
 from sae_lens_writesae.cli import COMMANDS, parse  # noqa: E402
-from sae_lens_writesae.evaluate import Subjects  # noqa: E402
-from sae_lens_writesae.page.atoms import Show  # noqa: E402
-from sae_lens_writesae.page.report import Report  # noqa: E402
+from sae_lens_writesae.evaluate import Report, Subjects  # noqa: E402
+from sae_lens_writesae.page.atoms.show import Show  # noqa: E402
 from sae_lens_writesae.reproduce.sweep import Sweep  # noqa: E402
+from sae_lens_writesae.train import Train  # noqa: E402
 from sae_lens_writesae.verdict.paper import PAPER_CLAIMS  # noqa: E402
 
 
@@ -43,8 +43,8 @@ def test_every_command_parses(command: str) -> None:
         fields += [("evaluation", tyro.conf.OmitArgPrefixes[EVALUATIONS[kind]])]
         parsed = parse(dataclasses.make_dataclass("Eval", fields), "writesae eval", rest)
         assert parsed.subjects.saes and parsed.evaluation.kind == kind  # pyright: ignore
-    elif name != "train":  # SAELens' own parser, which has no default for what it needs
-        known = {"sweep": Sweep, "report": Report, "show": Show}
+    else:
+        known = {"sweep": Sweep, "report": Report, "show": Show, "train": Train}
         assert isinstance(parse(known[name], f"writesae {name}", arguments), known[name])
 
 

@@ -1,70 +1,58 @@
-"""A run of the whole table: its steps, what a kill leaves, several processes, and what it says beforehand."""
+"""The protocol as a workflow: what it covers, what is said beforehand, who owns a run, and what a kill leaves."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import transformers
+from conftest import _GDN
+from safetensors.torch import load_file
 
 from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.cli import main
-from sae_lens_writesae.evaluations import load_result
-from sae_lens_writesae.reproduce import workspace
-from sae_lens_writesae.reproduce.command import Place, Reproduce, run_tasks
+from sae_lens_writesae.reproduce import gpus
+from sae_lens_writesae.reproduce.command import Reproduce, for_model, own_run, profile_folder
 from sae_lens_writesae.reproduce.config import SMALL, ReproduceConfig
-from sae_lens_writesae.reproduce.estimate import DiskTooSmallError, Estimate, Pieces, estimate
-from sae_lens_writesae.reproduce.tasks import dictionaries, make_tasks
-from sae_lens_writesae.reproduce.workspace import Workspace, whole_checkpoints
+from sae_lens_writesae.reproduce.estimate import DiskTooSmallError, Pieces, estimate
+from sae_lens_writesae.reproduce.texts import write_texts
+from sae_lens_writesae.train import Train
 
-TINY = {
-    "model": "embedded",
-    "layers": (2,),
-    "heads": (0,),
-    "seeds": (0,),
-    "losses": (),
-    "variants": (),
-    "evaluations": ("multistep",),
-    "d_sae": 32,
-    "k": 4,
-    "training_tokens": 2048,
-    "train_batch_size_tokens": 256,
-    "context_size": 64,
-    "eval_sequences": 6,
-    "n_atoms": 3,
-    "firings_per_atom": 2,
-    "dashboards": 0,
-}
+PROFILES = ("laptop", "gpu", "gpus", "slurm")
+TINY = replace(
+    SMALL,
+    **{"model": "embedded", "layers": (2,), "heads": (0,), "seeds": (0,), "losses": (), "variants": ()},
+    **{"evaluations": ("multistep", "sign"), "d_sae": 32, "k": 4, "training_tokens": 2048, "dashboards": 0},
+    **{"eval_sequences": 6, "n_atoms": 3, "firings_per_atom": 2, "set": ("sign.n_positions=4",)},
+)
 
 
-def test_every_step_follows_what_it_needs_and_the_report_is_last():
-    chosen = ("substitution", "multistep", "sign")
-    config = ReproduceConfig(layers=(1, 9), heads=(4, 5), evaluations=chosen, dashboards=0)
-    tasks = make_tasks(config)
-    keys = [task.key for task in tasks]
-    assert len(set(keys)) == len(keys) and keys[-1] == "report"
-    assert all(keys.index(need) < keys.index(task.key) for task in tasks for need in task.needs)
-    evaluations = [task for task in tasks if task.kind in chosen]
-    assert all(task.needs and all(need.endswith("/sae") for need in task.needs) for task in evaluations)
-    # Per head: two targets, two losses, two more seeds, seven variants of two seeds each; each evaluation of the two
-    # plain ones, or of the head.
-    counts = {"sae": 4 * 20, "substitution": 8, "multistep": 8, "sign": 4, "report": 1}
-    assert Counter(task.kind for task in tasks) == counts
-    assert set(tasks[-1].needs) == set(keys[:-1])
+# ------------------------------------------------------------------------------------------------ what a run covers
+
+
+def test_seeds_losses_and_variants_are_those_of_the_comparisons():
+    assert ReproduceConfig(seeds=(0, 1), variants=("FlatSAE",)).dictionaries() == {
+        "write": ["write-seed0", "write-seed1", "write-FlatSAE-seed0", "write-FlatSAE-seed1"],
+        "state": ["state-seed0", "state-reads-seed0", "state-write-seed0"],
+    }
+    names = ReproduceConfig().dictionaries()["write"]  # seven variants of two seeds each
+    assert len(names) == 3 + 14 and {"write-TiedSAE-seed0", "write-TiedSAE-seed1"} < set(names)
+    only = ReproduceConfig(targets=("last_state",), seeds=(3,), variants=())
+    assert only.dictionaries() == {"last_state": ["last_state-seed3"]}
 
 
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"layers": ()}, "layers"),
+        ({"targets": ()}, "targets"),
         ({"seeds": (1, 1)}, "seeds"),
         ({"losses": ("mse",)}, "mse"),
         ({"variants": ("Wrong",)}, "Wrong"),
@@ -76,244 +64,212 @@ def test_a_wrong_setting_is_said(changes, word):
         ReproduceConfig(**changes)
 
 
-def test_an_unknown_evaluation_is_said():
-    with pytest.raises(ValueError, match="wrong"):
-        make_tasks(ReproduceConfig(evaluations=("wrong",)))
-
-
 def test_a_folder_of_another_run_is_not_touched(tmp_path):
-    ReproduceConfig(**TINY).keep_in(tmp_path)
+    TINY.keep_in(tmp_path)
     before = (tmp_path / "config.json").read_bytes()
-    ReproduceConfig(**TINY).keep_in(tmp_path)
+    TINY.keep_in(tmp_path)
     with pytest.raises(ValueError, match="d_sae"):
-        ReproduceConfig(**TINY | {"d_sae": 64}).keep_in(tmp_path)
+        replace(TINY, d_sae=64).keep_in(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before
-    assert ReproduceConfig(**json.loads(before)) == ReproduceConfig(**TINY)
+    assert ReproduceConfig.load(tmp_path / "config.json") == TINY
 
 
-class Interrupted(Workspace):
-    """Stops where the first evaluation would begin."""
-
-    def evaluate(self, name, key, dictionaries):
-        raise KeyboardInterrupt
-
-
-def test_a_run_goes_on_where_it_stopped(tmp_path, caplog):
-    config = ReproduceConfig(**TINY | {"targets": ("write",)})
-    done: list[str] = []
-    with pytest.raises(KeyboardInterrupt):
-        run_tasks(config, tmp_path, workspace=Interrupted(config, tmp_path), say=done.append)
-    weights = tmp_path / "L2H0/write-seed0/sae/sae_weights.safetensors"
-    trained = weights.stat().st_mtime_ns
-    assert run_tasks(config, tmp_path, say=done.append) == ["L2H0/write-seed0/multistep", "report"]
-    assert weights.stat().st_mtime_ns == trained
-    assert run_tasks(config, tmp_path) == []
-    assert not [record for record in caplog.records if record.name == "sae_lens"]  # "... not be reproducible"
-    claims = json.loads((tmp_path / "report/report.json").read_text())["claims"]
-    assert {claim["label"] for claim in claims} == {"L2H0 write-trained"}
-    assert (tmp_path / "report/tables/multistep-steps.parquet").exists()
-
-
-def test_what_cannot_be_measured_is_said_in_the_report_and_not_tried_again(tmp_path: Path) -> None:
-    """Here no atom fires as often as is asked: there is no partition."""
-    settings = {"partition": {"min_firings": 10**6}}
-    config = ReproduceConfig(**TINY | {"targets": ("write",), "evaluations": ("partition",), "settings": settings})
-    cell = "L2H0/write-seed0"
-    run_tasks(config, tmp_path, say=lambda line: None)
-    reason = load_result(tmp_path / cell / "partition").skipped
-    assert reason is not None and "min_firings" in reason
-    page, numbers = ((tmp_path / "report" / f"report.{kind}").read_text() for kind in ("html", "json"))
-    answers = [(row["number"], row["outcome"], row["sentence"]) for row in json.loads(numbers)["claims"]]
-    assert answers == [(n, "not tested", reason) for n in (4, 6, 26, 27)] and "partition of L2H0" in page
-    assert run_tasks(config, tmp_path, say=lambda line: None) == []
-
-
-def test_another_model_and_dataset_by_their_folders(tmp_path):
-    """Documents are numbered: those kept for evaluation come first, and none of them is trained on."""
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    words = embedded.text("train").split()
-    documents = [f"{n} " + " ".join(words[n * 60 : n * 60 + 60]) for n in range(80)]
-    lines = [json.dumps({"text": document}) for document in documents]
-    (folder / "train.jsonl").write_text("\n".join(lines))
-    changes = {"model": str(embedded.path("embedded")), "dataset": str(folder), "targets": ("write",)}
-    config = ReproduceConfig(**TINY | changes | {"eval_sequences": 4, "training_tokens": 512})
-    work = Workspace(config, tmp_path / "run")
-    work.check()
-    trained_on = [int(text.split()[0]) for text in work.dataset["text"]]
-    evaluated = "".join(work.model.tokenizer.batch_decode(work.tokens))
-    assert work.tokens.shape == (4, 64) and documents[0][:40] in evaluated
-    assert trained_on == list(range(trained_on[0], trained_on[0] + len(trained_on))) and len(trained_on) > 4
-    assert not any(documents[n][:40] in evaluated for n in trained_on)
-    assert run_tasks(config, tmp_path / "run", workspace=work)[-1] == "report"
-    with pytest.raises(ValueError, match="dataset"):
-        Workspace(ReproduceConfig(**TINY | {"model": changes["model"]}), tmp_path).check()
-
-
-def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
-    for samples, text in (("256", "{}"), ("1024", "{}"), ("2048", '{"cut'), ("4096", None)):
-        folder = tmp_path / "run" / samples
-        folder.mkdir(parents=True)
-        if text is not None:
-            (folder / "runner_cfg.json").write_text(text)
-    aside = tmp_path / "run" / ".writing-abc" / "8192"
-    aside.mkdir(parents=True)
-    (aside / "runner_cfg.json").write_text("{}")
-    assert [path.name for path in whole_checkpoints(tmp_path)] == ["256", "1024"]
-
-
-def test_training_goes_on_from_the_newest_checkpoint(tmp_path, monkeypatch):
-    config = ReproduceConfig(**TINY)
-    dictionary = next(dictionaries(config))
-    for samples in ("256", "1024"):
-        folder = tmp_path / dictionary.key / "checkpoints" / "run" / samples
-        folder.mkdir(parents=True)
-        (folder / "runner_cfg.json").write_text("{}")
-
-    def stop(cfg, **_):
-        raise InterruptedError(cfg.resume_from_checkpoint)
-
-    monkeypatch.setattr(workspace, "_FrugalRunner", stop)
-    with pytest.raises(InterruptedError, match="1024"):
-        Workspace(config, tmp_path).train(dictionary)
-
-
-@pytest.mark.slow
-def test_the_seed_decides_a_dictionary_and_a_stop_does_not_change_it(tmp_path, monkeypatch):
-    config = ReproduceConfig(**TINY | {"seeds": (0, 1), "training_tokens": 8192})
-    first, second = (next(d for d in dictionaries(config) if d.seed == seed) for seed in (0, 1))
-
-    def trained(name, dictionary):
-        Workspace(config, tmp_path / name).train(dictionary)
-        return (tmp_path / name / dictionary.key / "sae/sae_weights.safetensors").read_bytes()
-
-    whole = trained("one", first)
-    assert trained("two", second) != whole
-    saves, save = iter(range(99)), workspace._FrugalRunner.save_whole_checkpoint
-
-    def stopping(runner, *arguments, **named):
-        save(runner, *arguments, **named)
-        if next(saves) == 8:
-            raise InterruptedError
-
-    monkeypatch.setattr(workspace._FrugalRunner, "save_whole_checkpoint", stopping)
-    with pytest.raises(InterruptedError):
-        trained("three", first)
-    assert len(whole_checkpoints(tmp_path / "three")) == 2
-    assert trained("three", first) == whole
-    assert next(saves) > 9  # it went on with its checkpoints
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_training_that_is_killed_again_and_again_ends_with_the_same_dictionary(tmp_path):
-    config = ReproduceConfig(**TINY | {"training_tokens": 16384})
-    dictionary = next(dictionaries(config))
-    result = f"{dictionary.key}/sae/sae_weights.safetensors"
-    work = Workspace(config, tmp_path / "whole")
-    begin = time.monotonic()
-    work.train(dictionary)
-    length = time.monotonic() - begin
-    draw, kills, folder = random.Random(0), 0, tmp_path / "killed"
-    while kills < 20:
-        process = os.fork()
-        if process == 0:
-            try:
-                work.folder = folder
-                work.train(dictionary)
-            finally:
-                os._exit(0)
-        time.sleep(draw.uniform(0, length))
-        os.kill(process, signal.SIGKILL)
-        if os.WIFSIGNALED(os.waitpid(process, 0)[1]):
-            kills += 1
-        else:
-            assert (folder / result).read_bytes() == (tmp_path / "whole" / result).read_bytes()
-            folder = tmp_path / f"killed{kills}"
-    Workspace(config, folder).train(dictionary)
-    assert (folder / result).read_bytes() == (tmp_path / "whole" / result).read_bytes()
-
-
-def test_an_estimate_counts_what_is_left_and_refuses_a_full_disk(tmp_path):
-    config = ReproduceConfig(**TINY)
+def test_layers_and_heads_follow_the_model():
+    found = for_model(ReproduceConfig(model="embedded"), HookedRecurrent.from_pretrained("embedded"))
     model = HookedRecurrent.from_pretrained("embedded")
-    whole = estimate(config, tmp_path, model)
-    (tmp_path / "L2H0/write-seed0/sae").mkdir(parents=True)
-    rest = estimate(config, tmp_path, model, whole.pieces)
-    assert whole.tasks["sae"] == 2 and rest.tasks["sae"] == 1
-    weights = 4 * (32 * (2 * (64 + 32) + 1) + 64 * 32)
-    assert whole.disk - rest.disk == weights
-    assert whole.seconds > rest.seconds > 0
-    assert whole.memory > sum(p.numel() * p.element_size() for p in model.hf_model.parameters())
-    whole.check()
-    small = Estimate(Pieces(1, 1, 1), whole.tasks, 1, 1, disk=2e9, free=1e9)
-    with pytest.raises(DiskTooSmallError, match="GB"):
-        small.check()
-
-
-def test_processes_know_their_place(monkeypatch):
-    assert Place.from_environment() == Place(0, 1, 0)
-    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
-        monkeypatch.setenv(name, value)
-    assert Place.from_environment() == Place(3, 4, 1)
+    assert set(found.layers) <= set(model.cfg.recurrent_layers) and found.heads == (1,)
+    assert for_model(replace(SMALL, model="embedded"), model).layers == (2,)
+    published = transformers.Qwen3_5TextConfig(**{**_GDN, "num_hidden_layers": 24, "linear_num_value_heads": 16})
+    paper = for_model(ReproduceConfig(), HookedRecurrent.from_hf(transformers.Qwen3_5ForCausalLM(published)))
+    assert paper.layers == (1, 9, 17) and paper.heads == (4,)
 
 
 def test_the_command_line_is_the_config():
-    words = ["--layers", "1", "9", "17", "--heads", "4", "--small", "--d-sae", "64"]
+    words = ["--layers", "1", "9", "--small", "--d-sae", "64", "--profile", "slurm", "--", "--dry-run", "--cores", "3"]
     small = Reproduce.from_arguments(words)
-    assert small.config.layers == (1, 9, 17) and small.config.heads == (4,)
-    assert small.config.d_sae == 64 and small.config.training_tokens == SMALL.training_tokens  # a flag wins
+    assert small.config == replace(SMALL, layers=(1, 9), d_sae=64)  # a flag wins
+    assert small.snakemake == ("--dry-run", "--cores", "3") and small.profile == "slurm"
     assert Reproduce.from_arguments([]).config == ReproduceConfig()
 
 
 def test_what_cannot_run_is_said_before_anything_is_written(tmp_path, capsys):
-    out = tmp_path / "run"
+    out, file = tmp_path / "run", tmp_path / "file"
+    file.touch()
 
     def reproduce(*arguments: str) -> str:
         with pytest.raises(SystemExit) as ended:
             main(["reproduce", "--model", "embedded", "--out", str(out), *arguments])
-        assert ended.value.code == 2
-        return capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert ended.value.code == 2 and "Traceback" not in err
+        return err
 
     assert "layer 0" in reproduce("--layers", "0", "--heads", "0")
     assert "heads 0 to 3" in reproduce("--layers", "2", "--heads", "9")
-    assert "wrong" in reproduce("--layers", "2", "--heads", "0", "--evaluations", "wrong")
-    assert not out.exists()
+    assert "wrong" in reproduce("--evaluations", "wrong")
+    assert "foo" in reproduce("--set", "foo=1")
+    assert "laptop" in reproduce("--profile", "wrong")
+    assert "dataset" in reproduce("--model", "Qwen/Qwen3.5-0.8B")
+    assert str(file) in reproduce("--out", str(file / "run"))
+    assert list(tmp_path.iterdir()) == [file]
 
 
-ARGUMENTS = [
-    *("--model", "embedded", "--layers", "2", "--heads", "0", "1", "--targets", "write", "--seeds", "0"),
-    *("--variants", "TiedSAE", "--evaluations", "multistep", "--small", "--dashboards", "0"),
-    *("--training-tokens", "20000", "--n-atoms", "4", "--eval-sequences", "8"),
-]
+def test_documents_kept_for_evaluation_are_not_trained_on(tmp_path):
+    words = embedded.text("train").split()
+    documents = [f"{n} " + " ".join(words[n * 60 : n * 60 + 60]) for n in range(80)]
+    (tmp_path / "texts").mkdir()
+    lines = [json.dumps({"text": document}) for document in documents]
+    (tmp_path / "texts" / "train.jsonl").write_text("\n".join(lines))
+    config = replace(TINY, dataset=str(tmp_path / "texts"), training_tokens=512)
+    write_texts(config, tmp_path / "run", HookedRecurrent.from_pretrained("embedded"))
+    held_out = (tmp_path / "run" / "held-out.txt").read_text()
+    lines = (tmp_path / "run" / "train" / "train.jsonl").read_text().splitlines()
+    trained_on = [int(json.loads(line)["text"].split()[0]) for line in lines]
+    assert documents[0] in held_out and trained_on[0] > 0
+    assert trained_on == list(range(trained_on[0], trained_on[0] + len(trained_on)))
+    assert not any(documents[n] in held_out for n in trained_on) and documents[trained_on[0] - 1] in held_out
 
 
-def start(out: Path, rank: int = 0, world: int = 1) -> subprocess.Popen[bytes]:
-    places = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-    code = "from sae_lens_writesae.cli import main; main()"
-    command = [sys.executable, "-c", code, "reproduce", *ARGUMENTS, "--out", str(out)]
-    return subprocess.Popen(command, env=os.environ | places, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+def test_an_estimate_counts_what_is_left_and_refuses_a_full_disk(tmp_path):
+    model = HookedRecurrent.from_pretrained("embedded")
+    whole = estimate(TINY, tmp_path, model)
+    assert (whole.dictionaries, whole.evaluations) == (2, 3)  # multistep of both, sign of the head
+    (tmp_path / "L2H0/write-seed0/sae").mkdir(parents=True)
+    (tmp_path / "L2H0/marks").mkdir()
+    (tmp_path / "L2H0/marks/write.evaluated").touch()
+    rest = estimate(TINY, tmp_path, model, whole.pieces)
+    assert (rest.dictionaries, rest.evaluations) == (1, 2)
+    assert rest.disk < whole.disk and 0 < rest.seconds < whole.seconds
+    assert whole.memory > sum(p.numel() * p.element_size() for p in model.hf_model.parameters())
+    whole.check()
+    with pytest.raises(DiskTooSmallError):
+        replace(whole, pieces=Pieces(1, 1, 1), disk=2e9, free=1e9).check()
+
+
+# ------------------------------------------------------------------------------------------------ who owns a run
+
+OWNER = """
+import os, sys, writesae
+from pathlib import Path
+from sae_lens_writesae.reproduce.command import own_run
+own_run(Path(sys.argv[1]))
+os.execv(sys.executable, [sys.executable, "-c", "print('mine', flush=True); import time; time.sleep(600)"])
+"""
+
+
+def test_a_living_owner_is_told_from_a_dead_one(tmp_path):
+    """The owner becomes another program, as it becomes Snakemake, and is killed."""
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert owner.stdout is not None and owner.stdout.readline() == b"mine\n"
+        with pytest.raises(ValueError, match=str(owner.pid)):
+            own_run(tmp_path)
+    finally:
+        owner.kill()
+        owner.communicate()
+    own_run(tmp_path)
+    assert json.loads((tmp_path / ".owner").read_text()) == {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+def test_of_an_owner_on_another_machine_nothing_is_presumed(tmp_path):
+    (tmp_path / ".owner").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    with pytest.raises(ValueError, match="elsewhere"):
+        own_run(tmp_path)
+    own_run(tmp_path, unlock=True)
+
+
+TAKE = """
+import sys, time, writesae
+from pathlib import Path
+from sae_lens_writesae.reproduce.gpus import take_gpu
+print(take_gpu(["5", "7"], Path(sys.argv[1])), flush=True)
+time.sleep(600)
+"""
+
+
+def test_steps_take_different_gpus_and_a_dead_one_gives_its_back(tmp_path):
+    steps = []
+
+    def take() -> str:
+        steps.append(subprocess.Popen([sys.executable, "-c", TAKE, str(tmp_path)], stdout=subprocess.PIPE, text=True))
+        return steps[-1].stdout.readline().strip()
+
+    try:
+        assert [take(), take(), take()] == ["5", "7", "5"]  # more steps than GPUs share one
+        steps[1].kill()
+        steps[1].wait()
+        assert take() == "7"
+    finally:
+        for step in steps:
+            step.kill()
+            step.wait()
+            step.stdout.close()
+
+
+def test_visible_gpus_are_those_that_cuda_is_shown(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert gpus.visible() == ["2", "3"]
+
+
+# ------------------------------------------------------------------------------------------------ the workflow
+
+
+def snakemake(folder: Path, *arguments: str) -> str:
+    snakefile = profile_folder("laptop").parents[1] / "Snakefile"
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--directory", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
 
 
 @pytest.mark.slow
-def test_killed_then_shared_by_two_processes(tmp_path):
-    """SIGKILL in the second training; two processes then do the rest between them, nothing twice."""
-    process = start(tmp_path)
-    deadline = time.monotonic() + 240
-    while not list(tmp_path.glob("L2H*/*/checkpoints/*/*/runner_cfg.json")) or not list(tmp_path.glob("L2H0/*/sae")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("L2H*/*/sae/sae_weights.safetensors")}
-    both = [start(tmp_path, rank, 2) for rank in range(2)]
-    said = [process.communicate(timeout=400)[0].decode() for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    did = re.findall(r"^(\S+)  \d+ s$", "".join(said), flags=re.MULTILINE)
-    assert len(set(did)) == len(did) and "report" in did
-    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
-    for head in (0, 1):
-        assert (tmp_path / f"L2H{head}/write-seed0/multistep/info.json").exists()
-        assert (tmp_path / f"L2H{head}/write-TiedSAE-seed0/sae/cfg.json").exists()
-    assert not list(tmp_path.rglob("checkpoints"))
-    assert "L2H1" in (tmp_path / "report/report.html").read_text()
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_dry_run_of_every_profile_plans_every_step_once(tmp_path, profile):
+    replace(TINY, layers=(1, 2), heads=(0, 3), evaluations=("sign", "amplify"), dashboards=2).keep_in(tmp_path)
+    said = snakemake(tmp_path, "--profile", str(profile_folder(profile)), "--dry-run")
+    counts = dict(line.split() for line in said.splitlines() if len(line.split()) == 2 and line.split()[1].isdigit())
+    steps = {"collect": 1, "train": 8, "evaluate": 8, "compare": 4, "together": 2, "show": 4, "report": 1}
+    assert {rule: int(counts[rule]) for rule in steps} == steps
+    assert said.count("writesae train --collection collection --layers 2 --heads 3") == 2 * 1
+    assert sorted(each.name for each in tmp_path.iterdir() if each.name != ".snakemake") == ["config.json"]
+
+
+ARGUMENTS = [
+    *("reproduce", "--model", "embedded", "--small", "--layers", "2", "--heads", "0", "--seeds", "0", "--losses"),
+    *("--variants", "--dashboards", "0", "--evaluations", "multistep", "sign", "--set", "sign.n_positions=4"),
+    *("--training-tokens", "8192", "--eval-sequences", "6", "--n-atoms", "3"),
+]
+
+
+def start(out: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "writesae", *ARGUMENTS, "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_a_run_ends_as_one_that_was_not(tmp_path):
+    """SIGKILL of the process that was typed, while its steps go on; what was finished is not touched again."""
+    out, kept = tmp_path / "run", {}
+    for moment in ("L2H0/*/sae", "L2H0/*/multistep/*/info.json"):
+        process = start(out)
+        deadline = time.monotonic() + 200
+        while not list(out.glob(moment)):
+            assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0].decode()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert list((out / ".snakemake" / "locks").iterdir())  # stale
+        kept |= {path: path.stat().st_mtime_ns for path in out.glob("L2H0/*/sae/sae_weights.safetensors")}
+    process = start(out)
+    said = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == 0, said
+    assert kept and all(path.stat().st_mtime_ns == before for path, before in kept.items())
+    claims = json.loads((out / "report/report.json").read_text())["claims"]
+    assert {claim["label"] for claim in claims} == {"L2H0 write-trained", "L2H0 state-trained", "L2H0"}
+    assert not list(out.rglob("checkpoints"))
+    undisturbed, names = tmp_path / "undisturbed", ("write-seed0", "state-seed0")
+    sizes = {"d_sae": 256, "k": 16, "training_tokens": 8192, "train_batch_size_tokens": 256, "context_size": 64}
+    Train(model="embedded", layers=(2,), heads=(0,), names=names, **sizes, out=undisturbed).run()
+    for name in names:
+        ours, theirs = (load_file(each / "L2H0" / name / "sae/sae_weights.safetensors") for each in (out, undisturbed))
+        assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
+    assert "Nothing to be done" in snakemake(out, "--profile", str(profile_folder("laptop")), "--dry-run")

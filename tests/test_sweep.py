@@ -1,4 +1,4 @@
-"""A sweep: its grid, one row for each dictionary, nothing done twice, another trainer for SAELens' runner."""
+"""A sweep: its grid, one row for each dictionary, nothing done twice."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from sae_lens import TrainingSAE
-from sae_lens.registry import get_sae_training_class
 
-from hookpoints import HookedRecurrent
 from sae_lens_writesae.cli import parse
-from sae_lens_writesae.reproduce.sweep import MEASURE_NAMES, Sweep, figure
-from sae_lens_writesae.sae.target import RunnerConfig
+from sae_lens_writesae.reproduce.measures import MEASURE_NAMES, figure
+from sae_lens_writesae.reproduce.sweep import Sweep
+from sae_lens_writesae.train import Train
 
 TINY: dict[str, Any] = {
     "layer": (2,),
@@ -37,9 +35,9 @@ def test_the_grid_is_the_product_of_its_axes() -> None:
     sweep = Sweep(k=(1, 4), d_sae=(32, 64), variant=("WriteSAE", "TiedSAE"), seed=(0, 1))
     points = list(sweep.points())
     assert len(points) == 16 and len({point.folder for point in points}) == 16
-    config = sweep.config(points[-1])
-    assert (config.k, config.d_sae, config.variants, config.seeds) == (4, 64, ("TiedSAE",), (1,))
-    assert points[-1].dictionary.key == "L2H1/write-TiedSAE-seed1"
+    train = sweep.train(points[-1], Path("collection"))
+    assert (train.k, train.d_sae, train.names) == (4, 64, ("write-TiedSAE-seed1",))
+    assert (train.layers, train.heads) == ((2,), (1,))
     ladder = Sweep(model=("embedded", "embedded-mamba2"), layer=(2, 6), head=(1, 7), k=(4,))
     assert [(p.model, p.layer, p.head) for p in ladder.points()] == [("embedded", 2, 1), ("embedded-mamba2", 6, 7)]
 
@@ -48,7 +46,6 @@ def test_the_grid_is_the_product_of_its_axes() -> None:
     "changes, word",
     [
         ({"variant": ("Wrong",)}, "Wrong"),
-        ({"evaluation": ("baselines",)}, "baselines"),
         ({"evaluation": ("wrong",)}, "wrong"),
         ({"model": ("a", "b", "c"), "layer": (1, 2)}, "layer"),
         ({"k": (1, 1)}, "once"),
@@ -60,42 +57,36 @@ def test_a_wrong_setting_is_said(changes: dict[str, Any], word: str) -> None:
         Sweep(**changes)
 
 
-def untrained(cfg: RunnerConfig, model: HookedRecurrent, dataset: Any) -> TrainingSAE[Any]:
-    """The dictionary as it starts."""
-    sae_class, _ = get_sae_training_class(cfg.sae.architecture())
-    sae = sae_class(cfg.sae)
-    sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name = cfg.hook_name, cfg.model_name
-    sae.fold_activation_norm_scaling_factor(1.0)
-    return sae
+def test_what_compares_dictionaries_cannot_be_swept(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="baselines"):
+        tiny(tmp_path / "out", evaluation=("baselines",)).run()
+    assert not (tmp_path / "out").exists()
 
 
-def no_training(cfg: RunnerConfig, model: HookedRecurrent, dataset: Any) -> TrainingSAE[Any]:
-    raise AssertionError("it was trained before")
-
-
-def test_each_point_has_a_row_and_is_trained_once(tmp_path: Path) -> None:
+def test_each_point_has_a_row_and_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = tiny(tmp_path)
-    files = sweep.run(say=lambda line: None, trainer=untrained)
+    files = sweep.run(say=lambda line: None)
     table = pd.read_csv(files.table)
-    assert table["k"].tolist() == [1, 4] and table["l0"].tolist() == [1, 4]  # as TopK has it
+    assert table["k"].tolist() == [1, 4] and (table["l0"] <= table["k"]).all() and table["l0"].is_monotonic_increasing
     assert (table["coverage"] > 0).all() and table["dead"].between(0, 1).all() and (table["explained"] < 1).all()
     assert table["recovered"].notna().all() and {"claim 1", "claim 6"} <= set(table)
     page = files.html.read_text()
     assert "Sweep over k" in page and page.count("<svg") == sum(name in table for name in MEASURE_NAMES)
     assert "k1-seed0" in files.report.read_text()
-    again = tiny(tmp_path).run(say=lambda line: None, trainer=no_training)
+    monkeypatch.delattr(Train, "_train")
+    again = tiny(tmp_path).run(say=lambda line: None)
     pd.testing.assert_frame_equal(pd.read_csv(again.table), table)
     with pytest.raises(ValueError, match="training_tokens"):
-        tiny(tmp_path, training_tokens=4096).run(trainer=no_training)
+        tiny(tmp_path, training_tokens=4096).run()
 
 
 @pytest.mark.slow
 def test_an_architecture_without_k_can_be_swept(tmp_path: Path) -> None:
     architectures = ("writesae_topk", "writesae_jumprelu")
     sweep = tiny(tmp_path, k=(4,), architecture=architectures, evaluation=("partition",))
-    table = pd.read_csv(sweep.run(say=lambda line: None, trainer=untrained).table)
+    table = pd.read_csv(sweep.run(say=lambda line: None).table)
     assert table["architecture"].tolist() == list(architectures)
-    assert table["l0"].iloc[0] == 4 and table["l0"].iloc[1] != 4
+    assert table["l0"].iloc[0] <= 4 < table["l0"].iloc[1]
 
 
 def test_seeds_are_joined_in_a_figure() -> None:

@@ -11,7 +11,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.experiment.controls import as_control, control_dictionaries
+from sae_lens_writesae.experiment.controls import Control, as_control, control_dictionaries
 from sae_lens_writesae.experiment.evaluation import Evaluation, Scope
 from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.quality import DictionaryQuality, qualities
@@ -28,50 +28,73 @@ def evaluate_all(
     out: Path,
     *,
     controls: Tensor | None = None,
+    single: bool = False,
+    resume: bool = False,
     progress: bool = True,
     say: Callable[[str], object] = print,
 ) -> list[Result]:
     """Run evaluations on dictionaries, and save each result in `out/<kind>/<label>` as soon as it is there.
 
     An evaluation runs once for each group of dictionaries that it is for (`groups`). One that has nothing to measure
-    does not stop the others; its result says why. A single evaluation raises NothingToMeasureError instead. The quality
-    of each dictionary is measured once, and is in the `info` of all its results.
+    does not stop the others; its result says why. The quality of each dictionary is measured once, and is in the `info`
+    of all its results.
 
     Args:
         controls: [M,S] tokens apart from those that are tested. Control dictionaries are made from them, and evaluated
             beside the trained ones as "<label>, untrained" and "<label>, native writes": three times the work.
             Baselines are fitted on the same tokens (the `reference` of `Evaluation.run`). None: there are no control
             dictionaries, and baselines are fitted on the other half of `tokens`.
+        single: one evaluation was asked for by name: it raises where it has nothing to measure, or cannot compare
+            these dictionaries.
+        resume: results that are saved with the same settings are taken as they are. The caller answers for them being
+            of the same dictionaries, text and `controls`.
 
     Raises:
-        ValueError: the only evaluation asked for compares dictionaries, and these are not for the comparison; sequences
-            of `controls` are tested.
+        NothingToMeasureError, ValueError: see `single`; sequences of `controls` are tested.
     """
     beside = {} if controls is None else control_dictionaries(model, saes, controls)
     everything = dict(saes) | {f"{n}, {control}": sae for control, own in beside.items() for n, sae in own.items()}
     quality = quality_of_heads(model, everything, tokens)
     results: list[Result] = []
 
-    def keep(result: Result, labels: Iterable[str]) -> None:
-        result = with_quality(result, quality, labels)
-        result.save(out / result.kind / result.label.replace("/", "-").replace(" ", "-").replace(",", ""))
-        how = result.pace if result.skipped is None else f"skipped: {result.skipped}"
-        say(f"{result.kind}: {result.label} ({how})")
+    def one(
+        evaluation: Evaluation,
+        group: Mapping[str, SAE],
+        labels: Iterable[str],
+        control: Control = "untrained",
+        of: Result | None = None,
+    ) -> Result:
+        """Run an evaluation, unless its result is there; `of`: the trained result that a control stands beside."""
+        result = _saved(evaluation, out) if resume else None
+        if result is None:
+            run = evaluation.run if single and of is None else evaluation.run_or_skip
+            result = run(model, group, tokens, reference=controls, progress=progress)
+            result = with_quality(result if of is None else as_control(result, control, of), quality, labels)
+            result.save(_folder(out, result.kind, result.label))
+            how = result.pace if result.skipped is None else f"skipped: {result.skipped}"
+            say(f"{result.kind}: {result.label} ({how})")
         results.append(result)
+        return result
 
     for evaluation in evaluations:
-        for label, group in groups(evaluation.scope, saes, single=len(evaluations) == 1):
-            named = with_label(evaluation, label)
-            run = named.run if len(evaluations) == 1 else named.run_or_skip
-            trained = run(model, group, tokens, reference=controls, progress=progress)
-            keep(trained, group)
+        for label, group in groups(evaluation.scope, saes, single=single):
+            trained = one(with_label(evaluation, label), group, group)
             for control, own in beside.items() if evaluation.scope is not Scope.HEAD else ():
                 if trained.skipped is None and group.keys() <= own.keys():
                     other = replace(evaluation, label=f"{trained.label}, {control}")
-                    of_group = {n: own[n] for n in group}
-                    result = other.run_or_skip(model, of_group, tokens, reference=controls, progress=progress)
-                    keep(as_control(result, control, trained), [f"{n}, {control}" for n in group])
+                    one(other, {n: own[n] for n in group}, [f"{n}, {control}" for n in group], control, trained)
     return results
+
+
+def _folder(out: Path, kind: str, label: str) -> Path:
+    return out / kind / label.replace("/", "-").replace(" ", "-").replace(",", "")
+
+
+def _saved(evaluation: Evaluation, out: Path) -> Result | None:
+    folder = _folder(out, evaluation.kind, evaluation.label)
+    there = evaluation.label and folder.exists()
+    result = Result.load(folder, {evaluation.kind: type(evaluation)}) if there else None
+    return result if result is not None and result.evaluation == evaluation else None
 
 
 def quality_of_heads(model: HookedRecurrent, saes: Mapping[str, SAE], tokens: Tensor) -> Callable[[str], Json]:
@@ -110,7 +133,7 @@ def groups(scope: Scope, saes: Mapping[str, SAE], *, single: bool = False) -> It
         yield from ((label, {label: sae}) for label, sae in saes.items())
         return
     if scope is Scope.LAYER:
-        yield "", dict(saes)
+        yield f"L{HeadHook.of(next(iter(saes.values()))).layer}", dict(saes)
         return
     if scope.compares and single:
         yield "", dict(saes)
@@ -121,8 +144,8 @@ def groups(scope: Scope, saes: Mapping[str, SAE], *, single: bool = False) -> It
     for cell, of_head in heads.items():
         if scope is Scope.HEAD:
             yield cell, dict([next(iter(of_head.items()))])
-        elif comparable(scope, list(of_head.values())):
-            yield cell, of_head
+        elif len(group := comparable(scope, of_head)) > 1:
+            yield cell, group
 
 
 def _one_layer(saes: Mapping[str, SAE]) -> bool:
@@ -131,12 +154,19 @@ def _one_layer(saes: Mapping[str, SAE]) -> bool:
     return len({hook.cell for hook in hooks}) == len(hooks) > 1 and len({hook.layer for hook in hooks}) == 1
 
 
-def comparable(scope: Scope, saes: Sequence[SAE]) -> bool:
-    """Whether dictionaries of one head differ in what a comparison is about, and in nothing that it takes to be the
-    same."""
-    trained_for = {objective(sae) for sae in saes}
-    built = {(variant(sae), int(sae.cfg.d_sae)) for sae in saes}
-    differ: dict[Scope, set] = {Scope.TARGETS: trained_for, Scope.VARIANTS: built}
-    if len(saes) < 2 or any(len(kinds) > 1 for other, kinds in differ.items() if other is not scope):
-        return False
-    return scope not in differ or len(differ[scope]) > 1
+def comparable(scope: Scope, saes: Mapping[str, SAE]) -> dict[str, SAE]:
+    """Those dictionaries of one head that a comparison takes: the first, and those that differ from it in what the
+    comparison is about and in nothing else; the first alone where there is none. Dictionaries that differ in nothing
+    are seeds, which a comparison of variants joins, and of which one of targets takes the first."""
+
+    def traits(sae: SAE) -> dict[Scope, object]:
+        return {Scope.TARGETS: objective(sae), Scope.VARIANTS: (variant(sae), int(sae.cfg.d_sae))}
+
+    known = {label: traits(sae) for label, sae in saes.items()}
+    first = next(iter(known.values()))
+    alike = [label for label, own in known.items() if all(own[s] == first[s] for s in first if s is not scope)]
+    one_of_each: dict[object, str] = {}
+    for label in alike:
+        one_of_each.setdefault(label if scope is Scope.SEEDS else known[label][scope], label)
+    labels = alike if scope is Scope.VARIANTS and len(one_of_each) > 1 else one_of_each.values()
+    return {label: saes[label] for label in labels}

@@ -11,12 +11,10 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-import tyro
 
 from sae_lens_writesae.evaluations import EVALUATIONS, load_result
 from sae_lens_writesae.experiment.controls import Answer, answers
@@ -40,20 +38,6 @@ class ReportFiles(NamedTuple):
 
     def __str__(self) -> str:
         return f"report   {self.html}\nnumbers  {self.json}"
-
-
-@dataclass(frozen=True)
-class Report:
-    """Write one page from saved results: claims, the paper's values, the values here, controls, verdicts."""
-
-    results: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders in or below which `writesae eval`, `demo` or `reproduce` left results."""
-    out: Path = Path("report.html")
-    """Page to write."""
-
-    def run(self) -> ReportFiles:
-        """Find the results and write the page."""
-        return write_report(find_results(self.results), self.out)
 
 
 def find_results(paths: Sequence[str | Path]) -> list[Result]:

@@ -1,5 +1,6 @@
-"""The paper's whole table for one model: train, evaluate, report; resumable at every step, over many processes.
+"""The paper's whole table for one model, as a Snakemake workflow: collect once, train, evaluate, report.
 
-`config` says what a run covers, `tasks` makes its steps, `workspace` does one, `run` does those that are left,
-`estimate` says beforehand what it costs, `command` is what people type.
+`Snakefile` is the protocol, one `writesae` command a rule. `config` says what a run covers, `estimate` what it costs,
+`command` is what people type: it checks, prints the estimate and becomes Snakemake. `profiles` are for a laptop, one
+GPU, several GPUs of one machine, and SLURM.
 """

@@ -1,104 +1,43 @@
-"""`writesae reproduce`: the paper's whole table for a model; several processes and machines may share its folder."""
+"""`writesae reproduce`: checks, the estimate, the texts; then this process becomes Snakemake."""
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
+import importlib.util
+import itertools
+import json
 import os
-import time
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import tyro
-from filelock import FileLock, Timeout
 
 from sae_lens_writesae.cli import parse
-from sae_lens_writesae.page.report import ReportFiles
+from sae_lens_writesae.files import check_writable
 from sae_lens_writesae.reproduce.config import SMALL, ReproduceConfig
-from sae_lens_writesae.reproduce.estimate import estimate
-from sae_lens_writesae.reproduce.tasks import Task, is_done, make_tasks
-from sae_lens_writesae.reproduce.workspace import Workspace
+from sae_lens_writesae.reproduce.texts import write_texts
+from sae_lens_writesae.train import check_text
+
+if TYPE_CHECKING:
+    from hookpoints import HookedRecurrent
 
 Say = Callable[[str], object]
 
-_WAIT = 2.0
-"""Seconds between looks at what other processes have finished."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands among those that `torchrun` or `accelerate launch` started."""
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-
-    @classmethod
-    def from_environment(cls) -> Place:
-        """RANK, WORLD_SIZE, LOCAL_RANK, as both launchers set them; one process without them."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        rank, world, local = (int(os.environ.get(name, default)) for name, default in zip(names, ("0", "1", "0")))
-        return cls(rank, world, local)
-
-    @property
-    def device(self) -> str | None:
-        """The GPU of this process, None where there is none."""
-        return f"cuda:{self.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else None
-
-
-def run_tasks(
-    config: ReproduceConfig,
-    folder: Path,
-    *,
-    place: Place | None = None,
-    workspace: Workspace | None = None,
-    say: Say = print,
-) -> list[str]:
-    """Do every step that is not done, and wait for those that other processes are doing.
-
-    A step is taken by a lock on a file, which the operating system lets go when a process dies, so a killed process
-    blocks nobody. Each process begins at another head, so that they rarely meet.
-
-    Returns: keys of the steps that this process did. A step that raises stops this process; what is done stays done.
-    """
-    place = place or Place.from_environment()
-    config.keep_in(folder)
-    tasks = make_tasks(config)
-    work = workspace or Workspace(config, folder, place.device)
-    start = len(tasks) * place.rank // place.world
-    mine: list[str] = []
-    while left := [task for task in tasks[start:] + tasks[:start] if not is_done(folder, task)]:
-        keys = {task.key for task in left}
-        ready = [task for task in left if not keys.intersection(task.needs)]
-        if not any(_try(task, work, folder, mine, say, len(tasks)) for task in ready):
-            time.sleep(_WAIT)  # all that is ready is being done by others
-    return mine
-
-
-def _try(task: Task, work: Workspace, folder: Path, mine: list[str], say: Say, total: int) -> bool:
-    """Do a step unless another process holds it. True if it was done here."""
-    lock = folder / ".locks" / f"{task.key.replace('/', '-')}.lock"
-    lock.parent.mkdir(exist_ok=True)
-    try:
-        with FileLock(lock, timeout=0):
-            if is_done(folder, task):
-                return True
-            begin = time.monotonic()
-            task.run(work)
-            mine.append(task.key)
-            say(f"{task.key}  {time.monotonic() - begin:.0f} s")
-            return True
-    except Timeout:
-        return False
+_HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduce:
     """Run the paper's whole table: train every dictionary, evaluate each, write one report.
 
-    Every step leaves a folder, so that the same command goes on where it was stopped or killed. Processes that
-    `torchrun` or `accelerate launch` started share the steps through the folder, on one machine or on several that see
-    it."""
+    The estimate is printed, then Snakemake (the extra `protocol`) runs the steps. The same command goes on where it was
+    stopped or killed. What follows `--` is given to Snakemake: `-- --dry-run`, `-- --cores 8`."""
 
     config: tyro.conf.OmitArgPrefixes[ReproduceConfig] = field(default_factory=ReproduceConfig)
     out: Path = Path("writesae-out/reproduce")
@@ -107,27 +46,111 @@ class Reproduce:
     """Small numbers, for a trial on a laptop. Flags that are given win over them."""
     estimate: bool = False
     """Say what the run will cost, and stop."""
+    profile: str | None = None
+    """Where it runs: laptop, gpu, gpus, slurm, or a folder with a profile of Snakemake. By default what this machine
+    has."""
+    unlock: bool = False
+    """The run was stopped on another machine, and nothing of it runs there any more."""
+    snakemake: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     @classmethod
     def from_arguments(cls, arguments: Sequence[str]) -> Reproduce:
         """The command line as a value; with `--small`, small numbers are the defaults."""
-        default = cls(config=SMALL) if "--small" in arguments else cls()
-        return parse(cls, "writesae reproduce", arguments, default)
+        own = list(itertools.takewhile(lambda word: word != "--", arguments))
+        default = cls(config=SMALL) if "--small" in own else cls()
+        command = parse(cls, "writesae reproduce", own, default)
+        return dataclasses.replace(command, snakemake=tuple(arguments[len(own) + 1 :]))
 
-    def run(self, say: Say = print) -> ReportFiles | None:
-        """Print the estimate, then do every step that is not done; None where only the estimate was asked for.
+    def run(self, say: Say = print) -> None:
+        """Check, print the estimate, and become Snakemake: this call does not return, unless only the estimate was
+        asked for.
 
         Raises:
-            ValueError: the run cannot be done, the folder holds a run with other settings, or the disk is too small.
+            ValueError: the run cannot be done, another process does it, the folder holds a run with other settings, the
+                disk is too small, or Snakemake is not installed; before anything is written.
         """
-        place = Place.from_environment()
-        work = Workspace(self.config, self.out, place.device)
-        work.check()
-        if place.rank == 0:
-            cost = estimate(self.config, self.out, work.model)
-            say("\n".join(cost.lines()))
-            cost.check()
+        from hookpoints import HookedRecurrent
+        from sae_lens_writesae.evaluate import EvalAll, Subjects
+        from sae_lens_writesae.reproduce.estimate import estimate
+        from sae_lens_writesae.reproduce.gpus import VARIABLE, visible
+
+        check_writable(self.out)
+        EvalAll(subjects=Subjects(saes=()), kinds=self.config.evaluations, set=self.config.set).evaluations()
+        check_text(self.config.model, self.config.dataset)
+        gpus = visible()
+        profile = profile_folder(self.profile or ("gpus" if len(gpus) > 1 else "gpu" if gpus else "laptop"))
+        if not self.estimate and importlib.util.find_spec("snakemake") is None:
+            raise ValueError('the protocol runs on Snakemake: pip install "sae-lens-writesae[protocol]"')
+        model = HookedRecurrent.from_pretrained(self.config.model, dtype=self.config.dtype)
+        config = for_model(self.config, model)
+        cost = estimate(config, self.out, model)
+        say("\n".join(cost.lines()))
+        cost.check()
         if self.estimate:
-            return None
-        run_tasks(self.config, self.out, place=place, workspace=work, say=say)
-        return ReportFiles(self.out / "report" / "report.html", self.out / "report" / "report.json")
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        own_run(self.out, unlock=self.unlock)
+        config.keep_in(self.out)
+        write_texts(config, self.out / "texts", model)
+        engine = [sys.executable, "-m", "snakemake", "--snakefile", str(_HERE / "Snakefile")]
+        engine += ["--directory", str(self.out)]
+        if list((self.out / ".snakemake" / "locks").glob("*")):  # of a process that is dead: this one owns the run
+            subprocess.run([*engine, "--unlock"], check=True, capture_output=True)
+        call = [*engine, "--profile", str(profile)]
+        if profile.name == "gpus":
+            os.environ[VARIABLE] = ",".join(gpus)
+            call += ["--resources", f"gpu={len(gpus)}"]
+        sys.stdout.flush()
+        os.execv(sys.executable, [*call, *self.snakemake])
+
+
+def profile_folder(name: str) -> Path:
+    """The folder of a profile. ValueError where there is none."""
+    folder = next((each for each in (_HERE / "profiles" / name, Path(name)) if each.is_dir()), None)
+    if folder is None:
+        known = ", ".join(sorted(each.name for each in (_HERE / "profiles").iterdir()))
+        raise ValueError(f"there is no profile {name!r}: it is one of {known}, or a folder with a config.yaml")
+    return folder.resolve()
+
+
+def for_model(config: ReproduceConfig, model: HookedRecurrent) -> ReproduceConfig:
+    """The config with layers and heads of this model, and with paths that hold in any folder.
+
+    Raises:
+        UnsupportedModelError, UnknownHookError: a head that is not there.
+    """
+    from sae_lens_writesae.sae.target import head_target
+
+    depths = sorted(depth / 24 * model.cfg.n_layers for depth in (9, 1, 17)[: config.n_layers])
+    nearest = [min(model.cfg.recurrent_layers, key=lambda layer: abs(layer - depth)) for depth in depths]
+    layers = config.layers or tuple(dict.fromkeys(nearest))
+    heads = config.heads or (min(model.cfg.layer(layer).H for layer in layers) // 4,)
+    for layer, head in itertools.product(layers, heads):
+        head_target(model, layer, head)
+    name = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+    return dataclasses.replace(config, model=name, layers=layers, heads=heads)
+
+
+def own_run(folder: Path, *, unlock: bool = False) -> None:
+    """Make this process, and what it becomes, the owner of a run; the operating system frees a run whose owner dies.
+
+    Raises:
+        ValueError: its owner lives, or was on another machine, of which this one cannot tell.
+    """
+    file = os.open(folder / ".owner", os.O_RDWR | os.O_CREAT, 0o644)
+    owner, here = os.read(file, 1000).decode(), socket.gethostname()
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if owner and json.loads(owner)["host"] != here and not unlock:
+            raise ValueError(
+                f"{folder} was worked on by another machine: {owner}. If nothing of that run lives there, give --unlock"
+            )
+    except BlockingIOError:
+        os.close(file)
+        raise ValueError(f"{folder} is being worked on by another process: {owner}") from None
+    except ValueError:
+        os.close(file)
+        raise
+    os.ftruncate(file, 0)
+    os.pwrite(file, json.dumps({"host": here, "pid": os.getpid()}).encode(), 0)
+    os.set_inheritable(file, True)

@@ -1,59 +1,49 @@
-"""What a full run of the protocol covers. Every field is in the run's `config.json`."""
+"""What a full run of the protocol covers. Every field is in the run's `config.json`, which the workflow reads."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import cast
 
-import tyro
-
-from sae_lens_writesae.sae.base import VARIANTS
-from sae_lens_writesae.sae.losses import Loss
-from sae_lens_writesae.sae.target import Target
-
-MATCHED = "FlatSAE-matched"
+from sae_lens_writesae.choices import MATCHED, DictionaryName, Loss, Target
+from sae_lens_writesae.files import atomic_text
 
 
-@dataclass(frozen=True)
-class Dictionary:
-    """One SAE of a run."""
+def keep_settings(folder: Path, settings: Mapping[str, object]) -> None:
+    """Write `config.json`, or compare with the one that is there.
 
-    layer: int
-    head: int
-    target: Target
-    variant: str
-    """Of `VARIANTS`; "" is the WriteSAE itself."""
-    seed: int
-    loss: Loss = "mse"
-
-    @property
-    def cell(self) -> str:
-        return f"L{self.layer}H{self.head}"
-
-    @property
-    def label(self) -> str:
-        """Name within its head, and of its folder."""
-        loss = "" if self.loss == "mse" else self.loss
-        return "-".join([self.target, *filter(None, [loss, self.variant]), f"seed{self.seed}"])
-
-    @property
-    def key(self) -> str:
-        """Its folder in the run."""
-        return f"{self.cell}/{self.label}"
+    Raises:
+        ValueError: the folder holds a run with other settings; names them. Nothing is overwritten.
+    """
+    file = folder / "config.json"
+    own = json.loads(json.dumps(settings))
+    if not file.exists():
+        atomic_text(file, json.dumps(own, indent=1))
+        return
+    there = json.loads(file.read_text(encoding="utf-8"))
+    differing = [f"{key}: {there.get(key)!r}, now {own[key]!r}" for key in own if there.get(key) != own[key]]
+    if differing:
+        raise ValueError(
+            f"{folder} holds a run with other settings ({'; '.join(differing)}); give another --out, or the same "
+            "settings to go on with it"
+        )
 
 
 @dataclass(frozen=True)
 class ReproduceConfig:
-    """A run over `layers` x `heads` of one model; the defaults are the paper's sizes (Qwen3.5-0.8B)."""
+    """A run over `layers` x `heads` of one model; the other defaults are the paper's sizes (Qwen3.5-0.8B)."""
 
     model: str = "Qwen/Qwen3.5-0.8B"
     """Model on the hub, a folder, or one that ships with the package."""
-    layers: tuple[int, ...] = (1, 9, 17)
-    """Recurrent layers."""
-    heads: tuple[int, ...] = (4,)
-    """Heads of every layer."""
+    layers: tuple[int, ...] = ()
+    """Recurrent layers. By default `n_layers` at the depths of the paper's (9, 1 and 17 of 24)."""
+    n_layers: int = 3
+    """How many layers, where none is named."""
+    heads: tuple[int, ...] = ()
+    """Heads of every layer. By default one, the paper's in proportion (4 of 16)."""
     targets: tuple[Target, ...] = ("write", "state")
     """What dictionaries are trained on, side by side. The first one is looked at most closely."""
     losses: tuple[Loss, ...] = ("reads", "write")
@@ -70,12 +60,16 @@ class ReproduceConfig:
         "WriteSAE-rank2",
         "WriteSAE-rank4",
     )
-    """Further dictionaries of the first target, for the baselines: of `sae_lens_writesae.VARIANTS`, and `MATCHED`, a
-    flat SAE with as many parameters as the WriteSAE has."""
+    """Further dictionaries of the first target, for the baselines: of `sae_lens_writesae.VARIANTS`, and
+    FlatSAE-matched, a flat SAE with as many parameters as the WriteSAE has."""
     variant_seeds: int = 2
     """Seeds of each variant, the first of `seeds`: the paper's comparison of architectures (table 7) is over seeds."""
-    evaluations: tuple[str, ...] | None = None
-    """Kinds of evaluations; None: all of them."""
+    evaluations: tuple[str, ...] = ()
+    """Kinds of evaluations; by default all of them."""
+    control_dictionaries: bool = False
+    """Evaluate an untrained dictionary and one of native writes beside each: three times the work."""
+    set: tuple[str, ...] = ()
+    """Settings of evaluations, as FIELD=VALUE or KIND.FIELD=VALUE."""
     architecture: str = "writesae_batchtopk"
     """Architecture of the dictionaries, as SAELens names it."""
     d_sae: int = 2048
@@ -91,8 +85,8 @@ class ReproduceConfig:
     context_size: int = 1024
     """Tokens per sequence."""
     dataset: str | None = None
-    """Dataset on the hub with a `text` column, or a folder of one; None: the held-out text of this package, which is
-    enough for the models that ship with it."""
+    """Dataset on the hub with a `text` column, or a folder of one; by default the held-out text of this package, which
+    is enough for the models that ship with it."""
     eval_sequences: int = 200
     """Sequences of `context_size` tokens that no dictionary is trained on."""
     n_atoms: int = 100
@@ -103,39 +97,34 @@ class ReproduceConfig:
     """The model's dtype."""
     dashboards: int = 50
     """Atoms of the first dictionary of each head that get a page; 0: none."""
-    settings: Annotated[dict[str, dict[str, object]], tyro.conf.Suppress] = field(default_factory=dict)
-    """Settings of an evaluation by its kind, where they should not be its defaults."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "targets", "losses", "seeds", "variants"):
-            values = tuple(getattr(self, name))
-            object.__setattr__(self, name, values)
+            values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} are named once each, found {list(values)}")
-            if not values and name not in ("losses", "variants"):
-                raise ValueError(f"{name} must name at least one, found none")
-        if unknown := [name for name in self.variants if name not in (*VARIANTS, MATCHED)]:
-            raise ValueError(f"there is no variant {', '.join(unknown)}; there are {', '.join((*VARIANTS, MATCHED))}")
-        if unknown := [name for name in self.losses if name not in ("reads", "write")]:
-            raise ValueError(f"losses beside mse are reads and write, found {', '.join(unknown)}")
-        if self.evaluations is not None:
-            object.__setattr__(self, "evaluations", tuple(self.evaluations))
-        for name in (
-            "variant_seeds",
-            "d_sae",
-            "k",
-            "training_tokens",
-            "context_size",
-            "eval_sequences",
-            "n_atoms",
-            "firings_per_atom",
-        ):
+        if not self.targets or not self.seeds:
+            raise ValueError("targets and seeds name at least one each")
+        if "mse" in self.losses:
+            raise ValueError("losses are those beside mse, which is always trained for")
+        if not 1 <= self.n_layers <= 3:
+            raise ValueError(f"n_layers must be 1, 2 or 3, found {self.n_layers}; name layers to have others")
+        sizes = ("d_sae", "k", "training_tokens", "train_batch_size_tokens", "context_size", "eval_sequences")
+        for name in (*sizes, "variant_seeds", "n_atoms", "firings_per_atom"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        self.dictionaries()
 
-    def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON, lists for tuples; `ReproduceConfig(**d)` gives it back."""
-        return json.loads(json.dumps(asdict(self)))
+    def dictionaries(self) -> dict[str, list[str]]:
+        """Names of the dictionaries of a head, by target. The first of each target is the plain one."""
+        main, seed = self.targets[0], self.seeds[0]
+        names = {target: [DictionaryName(target, seed=seed)] for target in self.targets}
+        names[main] += [DictionaryName(main, seed=other) for other in self.seeds[1:]]
+        each_seed = self.seeds[: self.variant_seeds]
+        names[main] += [DictionaryName(main, variant=v, seed=one) for v in self.variants for one in each_seed]
+        if "state" in self.targets:
+            names["state"] += [DictionaryName("state", loss, seed=seed) for loss in self.losses]
+        return {target: [str(DictionaryName.parse(str(name))) for name in each] for target, each in names.items()}
 
     def keep_in(self, folder: Path) -> None:
         """Write `config.json`, or compare with the one that is there.
@@ -143,26 +132,18 @@ class ReproduceConfig:
         Raises:
             ValueError: the folder holds a run with other settings; names them. Nothing is overwritten.
         """
-        file = folder / "config.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        own = self.to_dict()
-        try:
-            with file.open("x", encoding="utf-8") as new:  # "x": of several processes, one writes
-                json.dump(own, new, indent=1)
-            return
-        except FileExistsError:
-            there = json.loads(file.read_text(encoding="utf-8"))
-        differing = [
-            f"{key}: {there.get(key)!r}, now {value!r}" for key, value in own.items() if there.get(key) != value
-        ]
-        if differing:
-            raise ValueError(
-                f"{folder} holds a run with other settings ({'; '.join(differing)}); give another --out, or the same "
-                "settings to go on with it"
-            )
+        keep_settings(folder, asdict(self) | {"dictionaries": self.dictionaries()})
+
+    @classmethod
+    def load(cls, file: Path) -> ReproduceConfig:
+        """Read what `keep_in` wrote."""
+        there = json.loads(file.read_text(encoding="utf-8"))
+        values = {f.name: tuple(v) if isinstance(v := there[f.name], list) else v for f in fields(cls)}
+        return cls(**cast(dict, values))
 
 
 SMALL = ReproduceConfig(
+    n_layers=1,
     variant_seeds=1,
     d_sae=256,
     k=16,

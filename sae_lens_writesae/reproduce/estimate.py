@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,23 +11,23 @@ import torch
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput
 
-from hookpoints import HookedRecurrent, WriteEdit
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.choices import VARIANTS, DictionaryName
 from sae_lens_writesae.errors import DiskTooSmallError
-from sae_lens_writesae.evaluations.substitution import Substitution
+from sae_lens_writesae.evaluations import EVALUATIONS
+from sae_lens_writesae.experiment.evaluation import Scope
 from sae_lens_writesae.files import free_bytes, size_text
 from sae_lens_writesae.reproduce.config import ReproduceConfig
-from sae_lens_writesae.reproduce.tasks import Task, dictionaries, is_done, make_tasks
-from sae_lens_writesae.sae.base import VARIANTS
 
-_OTHER_EVALUATIONS = 1.0
-"""Time of any other evaluation over that of the substitution test, roughly."""
-
+_ROWS_PER_FIRING = 40
+"""Edited rows of a firing in an evaluation: conditions, scales and choices of the atom."""
+_TOKENS_PER_ROW = 26
+"""Rows of a batch begin at its first edit, so that each is half as long again as its window of 17. A token of such a
+row costs about what one of a forward costs."""
 _TABLE_BYTES = 120
-"""Per firing and condition in the tables of the substitution test, compressed."""
-
-
+"""Per edited row in a table, compressed."""
 _LOGIT_BYTES = 512e6
-"""Float32 logits of one batch of edited rows, as `lab` bounds them."""
+"""Float32 logits of one batch of edited rows, as `Lab` bounds them."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,10 @@ class Pieces:
 
     forward: float
     """One sequence of `context_size` tokens through the model."""
-    train_step: float
-    """One optimizer step of one SAE on `train_batch_size_tokens` writes."""
-    token: float
-    """One token of one edited row."""
+    factored_step: float
+    """One optimizer step of a WriteSAE on `train_batch_size_tokens` writes, from their factors."""
+    dense_step: float
+    """The same on matrices, as states are."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,14 @@ class Estimate:
     """What is left of a run."""
 
     pieces: Pieces
-    tasks: Counter[str]
-    """Steps left, by kind."""
+    dictionaries: int
+    """To be trained."""
+    evaluations: int
+    """To be done, of dictionaries and of heads."""
     seconds: float
     """Of one process; divide by the number of processes."""
     memory: float
-    """Bytes for model, one SAE with its optimizer, the activation buffer and the edited rows' logits."""
+    """Bytes of the largest step: model, one SAE with its optimizer, the activation buffer, logits of edited rows."""
     disk: float
     """Bytes that are still to be written, checkpoints included."""
     free: float
@@ -69,55 +70,76 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """For a person."""
-        kinds = ", ".join(f"{n} {kind}" for kind, n in self.tasks.items())
         return [
-            f"steps left  {sum(self.tasks.values())}: {kinds}",
-            f"time        about {_duration(self.seconds)} for one process (measured: forward "
-            f"{self.pieces.forward:.2g} s, optimizer step {self.pieces.train_step:.2g} s, edited row "
-            f"{self.pieces.token:.2g} s a token)",
-            f"memory      about {size_text(self.memory)}",
-            f"disk        about {size_text(self.disk)} to write, {size_text(self.free)} free",
+            f"left    {self.dictionaries} dictionaries to train, {self.evaluations} evaluations",
+            f"time    about {_duration(self.seconds)} for one process (measured: forward {self.pieces.forward:.2g} s, "
+            f"step of training {self.pieces.factored_step:.2g} s on writes, {self.pieces.dense_step:.2g} s on states)",
+            f"memory  about {size_text(self.memory)} a process",
+            f"disk    about {size_text(self.disk)} to write, {size_text(self.free)} free",
         ]
 
 
 def estimate(config: ReproduceConfig, folder: Path, model: HookedRecurrent, pieces: Pieces | None = None) -> Estimate:
     """Measure the pieces, unless they are given, and multiply. Cost: a few forwards and optimizer steps."""
-    left = [task for task in make_tasks(config) if not is_done(folder, task)]
-    kinds = Counter(task.kind for task in left)
+    heads = [folder / f"L{layer}H{head}" for layer in config.layers for head in config.heads]
+    names = [name for each in config.dictionaries().values() for name in each]
+    to_train = [name for head in heads for name in names if not (head / name / "sae").exists()]
+    evaluations = sum(_evaluations_left(config, head) for head in heads)
+    together = [layer for layer in config.layers if not (folder / f"L{layer}" / "marks" / "together").exists()]
+    evaluations += len(together) * _chosen(config).count(Scope.LAYER) if len(config.heads) > 1 else 0
+    evaluations *= 3 if config.control_dictionaries else 1
     pieces = pieces or measure(config, model)
-    size = _sae_bytes(config, model)
+    sizes = {name: _sae_bytes(config, model, DictionaryName.parse(name).variant) for name in names}
+    collected = (folder / "collection" / "collected").exists()
+    one_pass = 0.0 if collected else config.training_tokens / config.context_size * pieces.forward
+    step = {True: pieces.factored_step, False: pieces.dense_step}
+    steps = config.training_tokens / config.train_batch_size_tokens
+    training = steps * sum(step[DictionaryName.parse(name).on_factors] for name in to_train)
+    rows = config.n_atoms * config.firings_per_atom * _ROWS_PER_FIRING
+    evaluating = (2 * config.eval_sequences + rows * _TOKENS_PER_ROW / config.context_size) * pieces.forward
+    checkpoints = 2 * 3 * max(sizes.values())  # the newest two, each with Adam's moments
+    kept = sum(sizes[name] for name in to_train) + (0 if collected else _collection_bytes(config, model, len(heads)))
+    written = evaluations * rows * _TABLE_BYTES + len(heads) * config.dashboards * 100_000
     return Estimate(
         pieces=pieces,
-        tasks=kinds,
-        seconds=sum(_seconds(task, config, pieces) for task in left),
-        memory=_memory(config, model, max(size.values())),
-        disk=_disk(left, config, size),
+        dictionaries=len(to_train),
+        evaluations=evaluations,
+        seconds=one_pass + training + evaluations * evaluating,
+        memory=_memory(config, model, max(sizes.values())),
+        disk=kept + checkpoints + written + 5e6,
         free=free_bytes(folder),
     )
 
 
+def _evaluations_left(config: ReproduceConfig, head: Path) -> int:
+    of_each = sum(not (head / "marks" / f"{target}.evaluated").exists() for target in config.targets)
+    of_head = not (head / "marks" / "compared").exists()
+    return sum(of_each if scope in (Scope.EACH, Scope.LAYER) else of_head for scope in _chosen(config))
+
+
+def _chosen(config: ReproduceConfig) -> list[Scope]:
+    """The scope of each evaluation that is asked for."""
+    return [each.scope for kind, each in EVALUATIONS.items() if kind in (config.evaluations or EVALUATIONS)]
+
+
 def measure(config: ReproduceConfig, model: HookedRecurrent) -> Pieces:
-    """Time one forward, one optimizer step and edited rows."""
-    layer, head = config.layers[0], config.heads[0]
-    shape = model.cfg.layer(layer)
+    """Time a forward and optimizer steps."""
+    shape = model.cfg.layer(config.layers[0])
     tokens = torch.randint(0, model.cfg.d_vocab, (1, config.context_size), device=model.cfg.device)
-    session = model.edit_session(tokens)
-    t = config.context_size // 2
-    rows = [WriteEdit(layer, head, t, torch.ones(shape.K), torch.ones(shape.V)) for _ in range(32)]
-    stop = min(t + 32, config.context_size)
     with torch.no_grad():
         forward = _timed(lambda: model(tokens), model)
-        token = _timed(lambda: session.run(rows, stop=stop), model) / (len(rows) * (stop - t))
-    return Pieces(forward, _timed(_optimizer_step(config, model), model), token)
+    on_writes, on_states = (_optimizer_step(config, model, width) for width in (shape.K + shape.V, shape.K * shape.V))
+    return Pieces(forward, _timed(on_writes, model), _timed(on_states, model))
 
 
-def _optimizer_step(config: ReproduceConfig, model: HookedRecurrent) -> Callable[[], object]:
+def _optimizer_step(config: ReproduceConfig, model: HookedRecurrent, width: int) -> Callable[[], object]:
+    """A step on rows of K + V numbers, the factors of writes, or of K * V."""
     shape = model.cfg.layer(config.layers[0])
     sae_class, config_class = get_sae_training_class(config.architecture)
     fields = {"d_in": shape.K * shape.V, "d_k": shape.K, "d_v": shape.V, "d_sae": config.d_sae, "k": config.k}
     sae = sae_class(config_class.from_dict(fields | {"device": str(model.cfg.device)}))
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr)
-    batch = torch.randn(config.train_batch_size_tokens, sae.cfg.d_in, device=model.cfg.device)
+    batch = torch.randn(config.train_batch_size_tokens, width, device=model.cfg.device)
 
     def step() -> None:
         inputs = TrainStepInput(batch, {}, None, n_training_steps=0, is_logging_step=False)
@@ -129,10 +151,10 @@ def _optimizer_step(config: ReproduceConfig, model: HookedRecurrent) -> Callable
 
 
 def _timed(run: Callable[[], object], model: HookedRecurrent) -> float:
-    """The shortest of three runs after a first one: another job on the machine can stretch any of them."""
+    """The shorter of two runs after a first one: another job on the machine can stretch either."""
     run()
     found = []
-    for _ in range(3):
+    for _ in range(2):
         begin = time.perf_counter()
         run()
         if model.cfg.device.type == "cuda":
@@ -141,37 +163,21 @@ def _timed(run: Callable[[], object], model: HookedRecurrent) -> float:
     return min(found)
 
 
-def _seconds(task: Task, config: ReproduceConfig, pieces: Pieces) -> float:
-    if task.kind == "sae":
-        sequences = config.training_tokens / config.context_size
-        return sequences * pieces.forward + config.training_tokens / config.train_batch_size_tokens * pieces.train_step
-    if task.kind in ("report", "atoms"):
-        return config.eval_sequences * pieces.forward
-    settings = Substitution()
-    conditions = sum(len(settings.written(choice)) for choice in settings.atom_choice)
-    one = config.eval_sequences * 2 * pieces.forward + conditions * _row_tokens(config, settings) * pieces.token
-    return one if task.kind == "substitution" else _OTHER_EVALUATIONS * one
-
-
-def _row_tokens(config: ReproduceConfig, settings: Substitution) -> float:
-    """Tokens that are run for one condition of the substitution test: rows of a batch begin at its first edit, so each
-    is up to twice its window, and those that are run to the end begin a third into the sequence."""
-    firings = config.n_atoms * config.firings_per_atom
-    to_end = min(firings, firings if settings.last_position_firings is None else settings.last_position_firings)
-    return (firings - to_end) * 1.5 * (settings.horizon + 1) + to_end * config.context_size * 2 / 3
-
-
-def _sae_bytes(config: ReproduceConfig, model: HookedRecurrent) -> dict[str, int]:
-    """Bytes of an SAE's float32 weights, by variant."""
+def _sae_bytes(config: ReproduceConfig, model: HookedRecurrent, variant: str) -> int:
+    """Bytes of an SAE's float32 weights. One with as many parameters as the WriteSAE has as many bytes."""
     shape = model.cfg.layer(config.layers[0])
-    sizes = {}
-    for variant in {d.variant for d in dictionaries(config)}:
-        fields = VARIANTS.get(variant, VARIANTS["WriteSAE"])
-        factored = fields["rank"] * (shape.K + shape.V)
-        encoder = shape.K * shape.V if fields["encoder"] == "dense" else factored
-        decoder = shape.K * shape.V if fields["decoder"] == "flat" else factored
-        sizes[variant] = 4 * (config.d_sae * (encoder + decoder + 1) + shape.K * shape.V)
-    return sizes
+    fields = VARIANTS.get(variant, VARIANTS["WriteSAE"])
+    factored = fields["rank"] * (shape.K + shape.V)
+    encoder = shape.K * shape.V if fields["encoder"] == "dense" else factored
+    decoder = shape.K * shape.V if fields["decoder"] == "flat" else factored
+    return 4 * (config.d_sae * (encoder + decoder + 1) + shape.K * shape.V)
+
+
+def _collection_bytes(config: ReproduceConfig, model: HookedRecurrent, n_heads: int) -> float:
+    """Factors in a dtype of two bytes: those of writes, and for states queries, decays and erases."""
+    shape = model.cfg.layer(config.layers[0])
+    vectors = shape.K + shape.V + (0 if set(config.targets) == {"write"} else 3 * shape.K)
+    return config.training_tokens * n_heads * 2 * vectors
 
 
 def _memory(config: ReproduceConfig, model: HookedRecurrent, sae: int) -> float:
@@ -180,16 +186,6 @@ def _memory(config: ReproduceConfig, model: HookedRecurrent, sae: int) -> float:
     buffered = 10 * config.train_batch_size_tokens * shape.K * shape.V * 4
     logits = _LOGIT_BYTES + 4 * config.context_size * model.cfg.d_vocab * 2
     return weights + max(4 * sae + buffered, logits)  # weights, gradient, two moments of Adam
-
-
-def _disk(left: list[Task], config: ReproduceConfig, size: dict[str, int]) -> float:
-    by_key = {f"{d.key}/sae": size[d.variant] for d in dictionaries(config)}
-    kept = sum(by_key.get(task.key, 0) for task in left)
-    checkpoints = 2 * 3 * max(size.values())  # the newest two, each with Adam's moments
-    conditions = sum(len(Substitution().written(choice)) for choice in Substitution().atom_choice)
-    tables = sum(config.n_atoms * config.firings_per_atom * conditions * _TABLE_BYTES for t in left if t.kind != "sae")
-    pages = config.dashboards * 100_000 * sum(task.kind == "atoms" for task in left)
-    return kept + checkpoints + tables + pages + 5e6
 
 
 def _duration(seconds: float) -> str:

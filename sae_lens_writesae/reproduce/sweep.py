@@ -10,34 +10,27 @@ are each one command:
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-import pandas as pd
-import torch
+from sae_lens_writesae.choices import VARIANTS, DictionaryName, Target
+from sae_lens_writesae.evaluate import EvalAll, Subjects, questions
+from sae_lens_writesae.files import atomic_text, check_writable
+from sae_lens_writesae.reproduce.config import ReproduceConfig, keep_settings
+from sae_lens_writesae.reproduce.texts import write_texts
+from sae_lens_writesae.train import Collect, Train, check_text
 
-from sae_lens_writesae.evaluations import EVALUATIONS, load_result
-from sae_lens_writesae.evaluations.substitution import Substitution, wide_firings
-from sae_lens_writesae.experiment.evaluation import Scope
-from sae_lens_writesae.experiment.lab import Lab
-from sae_lens_writesae.experiment.reconstruction import reconstruction
-from sae_lens_writesae.experiment.result import Result
-from sae_lens_writesae.files import atomic_text
-from sae_lens_writesae.page.report import find_results, write_report
-from sae_lens_writesae.page.template import environment
-from sae_lens_writesae.reproduce.config import Dictionary, ReproduceConfig
-from sae_lens_writesae.reproduce.workspace import Trainer, Workspace
-from sae_lens_writesae.sae.base import VARIANTS
-from sae_lens_writesae.sae.target import Target
-from sae_lens_writesae.verdict import figures
-from sae_lens_writesae.verdict import statistics as stats
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
 
-_FIT_SEQUENCES = 16
-"""Evaluation sequences on which reconstruction is measured."""
+    from hookpoints import HookedRecurrent
+
+Say = Callable[[str], object]
 
 
 class Point(NamedTuple):
@@ -64,11 +57,9 @@ class Point(NamedTuple):
         return Path(self.model.replace("/", "-").strip(".-")) / f"L{self.layer}H{self.head}" / self.name
 
     @property
-    def dictionary(self) -> Dictionary:
-        """What a `Workspace` trains and evaluates."""
-        return Dictionary(
-            self.layer, self.head, self.target, "" if self.variant == "WriteSAE" else self.variant, self.seed
-        )
+    def dictionary(self) -> str:
+        """Its name as `writesae train` has it."""
+        return str(DictionaryName(self.target, variant=self.variant, seed=self.seed))
 
 
 class SweepFiles(NamedTuple):
@@ -132,10 +123,8 @@ class Sweep:
                 raise ValueError(f"{name} names one, or one for each of the {len(self.model)} models")
         if unknown := [each for each in self.variant if each not in VARIANTS]:
             raise ValueError(f"there is no variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
-        if unknown := [each for each in self.evaluation if each not in EVALUATIONS]:
-            raise ValueError(f"there is no evaluation {', '.join(unknown)}; there are {', '.join(EVALUATIONS)}")
-        if several := [each for each in self.evaluation if EVALUATIONS[each].scope not in (Scope.EACH, Scope.LAYER)]:
-            raise ValueError(f"a sweep evaluates each dictionary by itself, which {', '.join(several)} cannot")
+        if unknown := [each for each in self.evaluation if each not in questions()]:
+            raise ValueError(f"there is no evaluation {', '.join(unknown)}; there are {', '.join(questions())}")
         points = list(self.points())
         if not points or len(set(points)) < len(points):
             raise ValueError("every axis of a sweep names at least one value, and each value once")
@@ -149,67 +138,91 @@ class Sweep:
             for rest in itertools.product(*axes):
                 yield Point(*place, *rest)
 
-    def config(self, point: Point) -> ReproduceConfig:
-        """The settings of one point, as `writesae reproduce` has them."""
-        return ReproduceConfig(
-            model=point.model,
+    def train(self, point: Point, collection: Path) -> Train:
+        """What trains one point."""
+        return Train(
+            collection=collection,
             layers=(point.layer,),
             heads=(point.head,),
-            targets=(point.target,),
-            losses=(),
-            seeds=(point.seed,),
-            variants=() if point.variant == "WriteSAE" else (point.variant,),
-            variant_seeds=1,
-            evaluations=self.evaluation,
+            names=(point.dictionary,),
             architecture=point.architecture,
             d_sae=point.d_sae,
             k=point.k,
+            normalize_activations="expected_average_only_in",
             training_tokens=self.training_tokens,
             train_batch_size_tokens=self.train_batch_size_tokens,
             lr=self.lr,
-            context_size=self.context_size,
-            dataset=self.dataset,
-            eval_sequences=self.eval_sequences,
-            n_atoms=self.n_atoms,
-            firings_per_atom=self.firings_per_atom,
-            dashboards=0,
-            settings={kind: {"label": point.name} for kind in self.evaluation},
+            out=self.out / point.folder,
         )
 
-    def run(self, say: Callable[[str], object] = print, trainer: Trainer | None = None) -> SweepFiles:
+    def run(self, say: Say = print) -> SweepFiles:
         """Do what is not done, and write table and pages.
 
-        Args:
-            trainer: trains one dictionary; by default SAELens' runner.
-
         Raises:
-            ValueError: a head that is not there, or a folder with other settings; before any training of that model.
+            ValueError: a head that is not there, an evaluation that compares dictionaries, or a folder with other
+                settings; before any training of that model.
         """
+        import pandas as pd
+
+        from hookpoints import HookedRecurrent
+        from sae_lens_writesae.evaluations import EVALUATIONS
+
+        if several := [each for each in self.evaluation if EVALUATIONS[each].scope.compares]:
+            raise ValueError(f"a sweep evaluates each dictionary by itself, which {', '.join(several)} cannot")
+        check_writable(self.out)
+        for name in self.model:
+            check_text(name, self.dataset)
+        axes = {"out", "evaluation", *Point._fields}
+        fixed = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in axes}
+        keep_settings(self.out, fixed)
         rows: list[dict[str, object]] = []
-        for _, of_model in itertools.groupby(self.points(), lambda point: point.model):
-            points = list(of_model)
-            shared = Workspace(self.config(points[0]), self.out / points[0].folder, trainer=trainer)
-            shared.check()
+        for name, of_model in itertools.groupby(self.points(), lambda point: point.model):
+            points, model = list(of_model), HookedRecurrent.from_pretrained(name)
+            tokens, collection = self._texts(points[0], model, say)
             for point in points:
-                config, folder = self.config(point), self.out / point.folder
-                config.keep_in(folder)
-                rows.append(self._row(shared.at(config, folder), point))
+                self.train(point, collection).run(lambda line: None)
+                rows.append(self._row(point, model, tokens))
                 say(f"{point.folder}: {', '.join(_said(rows[-1]))}")
         return self._write(pd.DataFrame(rows))
 
-    def _row(self, work: Workspace, point: Point) -> dict[str, object]:
-        """Train and evaluate one dictionary, where that is not done; its row of the table."""
-        dictionary = point.dictionary
-        own = work.folder / dictionary.key
-        if not (own / "sae").exists():
-            work.train(dictionary)
-        row: dict[str, object] = {**point._asdict(), **fit_of(work, dictionary)}
-        for kind in self.evaluation:
-            if not (own / kind).exists():
-                work.evaluate(kind, f"{dictionary.key}/{kind}", [dictionary])
-            result = load_result(own / kind)
-            if result.skipped is None and kind in MEASURES:
-                for name, estimate in MEASURES[kind](result).items():
+    def _texts(self, point: Point, model: HookedRecurrent, say: Say) -> tuple[Tensor, Path]:
+        """Tokens to evaluate on, and the folder of the head's factors on the training text."""
+        from datasets import load_dataset
+
+        from sae_lens_writesae.experiment.tokens import sample_sequences
+
+        folder = self.out / point.folder.parent
+        sizes = {name: getattr(self, name) for name in ("dataset", "training_tokens", "context_size", "eval_sequences")}
+        write_texts(ReproduceConfig(model=point.model, **sizes), folder / "texts", model)
+        states = any(target != "write" for target in self.target)
+        collect = Collect(
+            model=point.model,
+            layers=(point.layer,),
+            heads=(point.head,),
+            targets=("write", "state") if states else ("write",),
+            context_size=self.context_size,
+            out=folder / "collection",
+        )
+        collect.of(model, load_dataset(str(folder / "texts" / "train"), split="train"), say)
+        held_out = (folder / "texts" / "held-out.txt").read_text(encoding="utf-8")
+        return sample_sequences(model, held_out, self.context_size, self.eval_sequences), collect.out
+
+    def _row(self, point: Point, model: HookedRecurrent, tokens: Tensor) -> dict[str, object]:
+        """Evaluate one dictionary, where that is not done; its row of the table."""
+        from sae_lens_writesae.experiment.suite import evaluate_all
+        from sae_lens_writesae.reproduce.measures import MEASURES, fit_of
+        from sae_lens_writesae.sae.load import load_sae
+
+        own = self.out / point.folder / f"L{point.layer}H{point.head}" / point.dictionary
+        sae = load_sae(own / "sae", device=str(model.cfg.device))
+        row: dict[str, object] = {**point._asdict(), **fit_of(model, sae, tokens)}
+        sizes = tuple(f"{name}={getattr(self, name)}" for name in ("n_atoms", "firings_per_atom"))
+        chosen = EvalAll(subjects=Subjects(saes=()), kinds=self.evaluation, per="dictionary", set=sizes).evaluations()
+        for result in evaluate_all(
+            chosen, model, {point.name: sae}, tokens, own, resume=True, progress=False, say=lambda line: None
+        ):
+            if result.skipped is None and result.kind in MEASURES:
+                for name, estimate in MEASURES[result.kind](result).items():
                     row |= {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
             for claim in result.claims():
                 if claim.number is not None:
@@ -217,6 +230,10 @@ class Sweep:
         return row
 
     def _write(self, table: pd.DataFrame) -> SweepFiles:
+        from sae_lens_writesae.page.report import find_results, write_report
+        from sae_lens_writesae.page.template import environment
+        from sae_lens_writesae.reproduce.measures import MEASURE_NAMES, figure
+
         csv = atomic_text(self.out / "sweep.csv", table.to_csv(index=False))
         report = write_report(find_results([self.out]), self.out / "report.html", title="Claims at every point")
         varied = [axis for axis in Point._fields if table[axis].nunique() > 1]
@@ -232,92 +249,9 @@ class Sweep:
         return SweepFiles(atomic_text(self.out / "sweep.html", page), csv, report.html)
 
 
-@torch.no_grad()
-def fit_of(work: Workspace, dictionary: Dictionary) -> dict[str, float]:
-    """How a dictionary fits its target and fires: share of variance, L0, shares of dead atoms and of tokens at which
-    any atom fires."""
-    tokens = work.tokens
-    lab = Lab(work.model, {dictionary.label: work.sae(dictionary)}, tokens)
-    fit = reconstruction(lab, range(min(_FIT_SEQUENCES, len(tokens))))[["explained", "l0"]].mean()
-    firings = lab.firings()
-    places = np.unique(firings.sequence * firings.n_positions + firings.position)
-    dead = firings.n_atoms - len(firings.alive(tokens.numel()))
-    share = len(places) / tokens.numel()
-    return {
-        "explained": float(fit["explained"]),
-        "l0": float(fit["l0"]),
-        "dead": dead / firings.n_atoms,
-        "coverage": share,
-    }
-
-
-def substitution_measures(result: Result) -> dict[str, stats.Estimate]:
-    """Recovered share and win rate of the headline atom, at the first scale."""
-    test = cast(Substitution, result.evaluation)
-    wide = wide_firings(result, choice=test.atom_choice[0])
-    kl, deleted, sequence = wide[f"atom/{test.scales[0]}"], wide["delete"], wide["sequence"]
-    measures = {"wins": stats.win_rate(kl, deleted, sequence, seed=test.seed).over_clusters}
-    if (deleted > 0).any():
-        measures = {"recovered": stats.recovered_share(kl, deleted, sequence, seed=test.seed)} | measures
-    return measures
-
-
-def partition_measures(result: Result) -> dict[str, stats.Estimate]:
-    """Median cosine of registers, and shares of registers and bundles among all atoms (their counts over d_sae)."""
-    atoms, d_sae = result.tables["atoms"], int(result.fact("d_sae"))
-    measures: dict[str, stats.Estimate] = {}
-    for kind in ("register", "bundle"):
-        share = int((atoms["kind"] == kind).sum()) / d_sae
-        measures[f"{kind}s"] = stats.Estimate(share, share, share, d_sae, d_sae)  # a count of this dictionary
-    cosines = atoms.loc[atoms["kind"] == "register", "cosine"]
-    if len(cosines) > 1:
-        median = stats.estimate(cosines, np.arange(len(cosines)), statistic=stats.weighted_median)
-        measures = {"register_cosine": median} | measures
-    return measures
-
-
-MEASURES: Mapping[str, Callable[[Result], dict[str, stats.Estimate]]] = {
-    "substitution": substitution_measures,
-    "partition": partition_measures,
-}
-"""What a sweep reads off a result in numbers; of any other evaluation it keeps the outcomes of claims."""
-MEASURE_NAMES: Mapping[str, str] = {
-    "recovered": "recovered share",
-    "wins": "win rate against deletion",
-    "register_cosine": "median cosine of registers",
-    "registers": "share of atoms that are registers",
-    "bundles": "share of atoms that are bundles",
-}
-"""Measures, as a reader meets them, in the order of the page."""
-
-
-def figure(table: pd.DataFrame, measure: str, varied: list[str]) -> str:
-    """One measure over the grid: lines over k or d_sae, where one of them varies, or else an interval for each point.
-    Seeds are joined: their mean, and the range of their intervals."""
-    axis = next((name for name in ("k", "d_sae") if name in varied), None)
-    names = [name for name in varied if name not in (axis, "seed")]
-    columns = [measure, f"{measure}_low", f"{measure}_high"]
-    joined = (
-        table.dropna(subset=[measure])
-        .groupby([*names, *([axis] if axis else [])] or ["target"], sort=False)[columns]
-        .agg({measure: "mean", f"{measure}_low": "min", f"{measure}_high": "max"})
-        .reset_index()
-    )
-    title = f"{MEASURE_NAMES[measure]} over {axis or 'the grid'}"
-    labels = joined[names].astype(str).agg(", ".join, axis=1) if names else pd.Series("all", index=joined.index)
-    if axis is None:
-        numbers = joined[columns].to_numpy().tolist()
-        rows = [figures.Row(label, mean, low, high, "atom") for label, (mean, low, high) in zip(labels, numbers)]
-        return figures.intervals(rows, MEASURE_NAMES[measure], title)
-    lines = []
-    for n, (label, part) in enumerate(joined.groupby(labels, sort=False)):
-        part = part.sort_values(axis)
-        x, (y, low, high) = part[axis].astype(float).tolist(), part[columns].to_numpy().T.tolist()
-        lines.append(figures.Line(str(label), x, y, ("atom", "ink", "control", "soft")[n % 4], (low, high)))
-    return figures.curves(lines, axis, title, log_x=True)
-
-
 def _said(row: Mapping[str, object]) -> Iterator[str]:
+    from sae_lens_writesae.reproduce.measures import MEASURE_NAMES
+
     for name in ("explained", *MEASURE_NAMES):
         if name in row:
             yield f"{MEASURE_NAMES.get(name, name)} {row[name]:.3g}"

@@ -10,7 +10,8 @@ from sae_lens.registry import (
 )
 from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
 
-from sae_lens_writesae.sae.base import VARIANTS, MatrixSAE, MatrixSAEConfig
+from sae_lens_writesae.choices import VARIANTS
+from sae_lens_writesae.sae.base import MatrixSAE, MatrixSAEConfig
 from sae_lens_writesae.sae.batchtopk import WriteBatchTopKTrainingSAE, WriteBatchTopKTrainingSAEConfig
 from sae_lens_writesae.sae.gated import (
     WriteGatedSAE,
@@ -59,7 +60,7 @@ TRAINING: dict[str, tuple[type[TrainingSAE[Any]], type[TrainingSAEConfig]]] = {
 
 
 def register() -> None:
-    """Put the architectures in SAELens' registry. The package does so on import; repeating it is harmless.
+    """Put the architectures in SAELens' registry. This package does so on import; repeating it is harmless.
 
     Raises:
         ValueError: another class has one of the names.
@@ -72,6 +73,8 @@ def register() -> None:
         if SAE_TRAINING_CLASS_REGISTRY.get(name) != pair:
             register_sae_training_class(name, *pair)
 
+
+register()
 
 __all__ = [
     "INFERENCE",

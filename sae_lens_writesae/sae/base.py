@@ -15,7 +15,7 @@ every method that does so is overridden, and a test reads the installed SAELens 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypedDict, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from numpy.typing import NDArray
@@ -24,29 +24,7 @@ from torch import Tensor, nn
 
 from sae_lens_writesae.atom import sparse
 from sae_lens_writesae.atom.low_rank import Index, LowRank
-
-Encoder = Literal["bilinear", "tied", "dense"]
-Decoder = Literal["rank", "flat"]
-
-
-class Variant(TypedDict):
-    """Config fields that make a variant of the paper."""
-
-    encoder: Encoder
-    decoder: Decoder
-    rank: int
-
-
-VARIANTS: dict[str, Variant] = {
-    "WriteSAE": {"encoder": "bilinear", "decoder": "rank", "rank": 1},
-    "TiedSAE": {"encoder": "tied", "decoder": "rank", "rank": 1},
-    "MatrixSAE": {"encoder": "dense", "decoder": "rank", "rank": 1},
-    "BilinearFlatSAE": {"encoder": "bilinear", "decoder": "flat", "rank": 1},
-    "FlatSAE": {"encoder": "dense", "decoder": "flat", "rank": 1},
-    "WriteSAE-rank2": {"encoder": "bilinear", "decoder": "rank", "rank": 2},
-    "WriteSAE-rank4": {"encoder": "bilinear", "decoder": "rank", "rank": 4},
-}
-"""The paper's variants, for any architecture. The paper's BilinearSAE ("untied") is the WriteSAE."""
+from sae_lens_writesae.choices import Decoder, Encoder
 
 
 def require(condition: bool, field: str, value: object, wanted: str) -> None:

@@ -24,7 +24,7 @@ from sae_lens_writesae.sae.load import CheckpointError, load_sae
 from sae_lens_writesae.sae.target import RunnerConfig
 
 RUN_STATE_FILENAME = "run_state.safetensors"
-"""Steps made, and the state of torch's random numbers."""
+"""Steps made, atoms put on rows, and the state of torch's random numbers."""
 
 ASIDE_PREFIX = ".writing-"
 """Of folders in which a checkpoint is written before it is renamed; a kill may leave one."""
@@ -76,16 +76,18 @@ def set_random_state(state: dict[str, Tensor]) -> None:
             torch.cuda.set_rng_state(state[f"cuda:{n}"], n)
 
 
-def save_run_state(folder: Path, steps: int) -> None:
-    """Write the steps made and the present state of torch's random numbers into a checkpoint."""
-    save_file({"steps": torch.tensor(steps), **random_state()}, folder / RUN_STATE_FILENAME)
+def save_run_state(folder: Path, steps: int, n_started: int | None = None) -> None:
+    """Write the steps made, the atoms put on rows (`MatrixTrainingSAE.n_started`) and the present state of torch's
+    random numbers into a checkpoint."""
+    started = {} if n_started is None else {"started": torch.tensor(n_started)}
+    save_file({"steps": torch.tensor(steps), **started, **random_state()}, folder / RUN_STATE_FILENAME)
 
 
-def load_run_state(folder: Path) -> int:
-    """Set torch's random numbers to those of a checkpoint, and return the steps made."""
+def load_run_state(folder: Path) -> tuple[int, int | None]:
+    """Set torch's random numbers to those of a checkpoint, and return the steps made and the atoms put on rows."""
     state = load_file(folder / RUN_STATE_FILENAME)
     set_random_state(state)
-    return int(state["steps"])
+    return int(state["steps"]), int(state["started"]) if "started" in state else None
 
 
 def check_checkpoint(folder: Path, cfg: RunnerConfig) -> None:

@@ -1,4 +1,4 @@
-"""`writesae collect`: one pass of a language model over a text writes the factors of many heads to disk.
+"""One pass of a language model over a text writes the factors of many heads to disk.
 
 Killed at any moment, the next run goes on at the last whole shard, and the folder ends up with the same bytes.
 """
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from filelock import FileLock, Timeout
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hookpoints import HookedRecurrent, Recurrence, embedded
+from hookpoints import HookedRecurrent, Recurrence
 from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.files import atomic_text, atomic_write, free_bytes, size_text
 from sae_lens_writesae.sae.collection import (
@@ -41,7 +41,6 @@ from sae_lens_writesae.sae.collection import (
     shard_name,
     tensor_hash,
 )
-from sae_lens_writesae.sae.runner import text_dataset
 from sae_lens_writesae.sae.target import Target, head_target
 
 Say = Callable[[str], object]
@@ -419,65 +418,3 @@ def _keeps(x: Tensor, dtype: torch.dtype, largest: float, error: float) -> bool:
         return True
     rounded = (finite.to(dtype).float() - finite).norm()
     return float(finite.abs().max()) <= largest and float(rounded) <= error * float(finite.norm())
-
-
-# ------------------------------------------------------------------------------------------------ command
-
-
-@dataclass(frozen=True, kw_only=True)
-class Collect:
-    """Run a language model over a text once, and write the factors of the heads' recurrences to disk. Any number of
-    dictionaries train from them, without the language model.
-
-    The size is said beforehand. The same command goes on where it was stopped or killed. Train with
-    `writesae train --use_cached_activations true --cached_activations_path FOLDER`."""
-
-    model: str
-    """Model on the hub, a folder, or one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7)."""
-    layers: tuple[int, ...]
-    """Recurrent layers."""
-    heads: tuple[int, ...] = ()
-    """Heads of every layer; none named: all of them."""
-    n_tokens: int
-    """Tokens of text, rounded down to whole sequences."""
-    out: Path
-    """Folder of the collection."""
-    targets: tuple[Target, ...] = ("write",)
-    """What dictionaries will be trained on. States need reads, decays and erases beside the writes."""
-    context_size: int = 128
-    """Tokens per sequence."""
-    dataset: str | None = None
-    """Dataset on the hub with a column `text`, or a folder of one; None: the held-out text of this package."""
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
-    """Of the stored vectors; auto: the smallest that is safe on a first batch."""
-    model_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """The model's dtype."""
-    revision: str | None = None
-    """Branch, tag or commit of the model on the hub."""
-    device: str | None = None
-    """Of the model; None: the first GPU, or the CPU."""
-    batch_size: int | None = None
-    """Sequences of one forward pass; None: 4096 tokens."""
-
-    def run(self, say: Say = print) -> Path:
-        """Collect; returns the folder."""
-        dtype = getattr(torch, self.model_dtype)
-        model = HookedRecurrent.from_pretrained(self.model, device=self.device, dtype=dtype, revision=self.revision)
-        if self.dataset is None:
-            text = text_dataset(embedded.text("train"))
-        else:
-            text = cast(Dataset, load_dataset(self.dataset, split="train"))
-        collect(
-            model,
-            text,
-            self.layers,
-            self.heads or None,
-            self.out,
-            n_tokens=self.n_tokens,
-            context_size=self.context_size,
-            targets=self.targets,
-            dtype=self.dtype,
-            batch_size=self.batch_size,
-            say=say,
-        )
-        return self.out

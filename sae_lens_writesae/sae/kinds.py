@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from sae_lens import SAE
 
-from sae_lens_writesae.sae.base import VARIANTS
+from sae_lens_writesae.choices import VARIANTS
 from sae_lens_writesae.sae.target import HeadHook
 
 

@@ -7,6 +7,7 @@ folder first and then calls them.
 
 import difflib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,9 +45,12 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
     return cast(MatrixSAE, sae)
 
 
-def folder_label(folder: Path) -> str:
-    """A name for the SAE in a folder; one called `sae` is named after the folder that it is in."""
-    return folder.parent.name if folder.name == "sae" else folder.name
+def folder_labels(folders: Sequence[Path]) -> list[str]:
+    """Names for the SAEs in folders; one called `sae` is named after the folder that it is in. Where two of these have
+    one name, as those of two heads may, the folder above is in all names."""
+    own = [folder.parent if folder.name == "sae" else folder for folder in map(Path.resolve, folders)]
+    names = [folder.name for folder in own]
+    return names if len(set(names)) == len(names) else [f"{folder.parent.name}/{folder.name}" for folder in own]
 
 
 def _read_config(file: Path) -> dict[str, object]:

@@ -4,16 +4,11 @@ This file has the formulas. What they compare with (queries, writes of the same 
 further columns of the activations: `sae.store` appends them, `MatrixTrainingSAE` takes them off again.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from hookpoints import Recurrence
-
-Loss = Literal["mse", "reads", "write"]
-"""`mse`: the matrix itself. `reads`: what the head's queries read from it. `write`: the matrix itself, and atoms along
-the write of the same token."""
+from sae_lens_writesae.choices import Loss
 
 
 def n_columns(loss: Loss, d_k: int, d_v: int, terms: int = 1) -> int:

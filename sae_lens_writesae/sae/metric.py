@@ -17,7 +17,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from sae_lens_writesae.sae.training import MatrixTrainingSAE
 
     Trainer = SAETrainer[Any, Any]
-
-MetricName = Literal["frobenius", "gauss_newton"]
-"""`frobenius`: an error costs the sum of its squares. `gauss_newton`: the KL divergence that it causes in the model."""
 
 METRIC_FILENAME = "metric.safetensors"
 """The file beside the weights of an autoencoder that was trained in a metric."""

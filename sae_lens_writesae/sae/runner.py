@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
 import signal
 import tempfile
 import warnings
@@ -22,6 +23,7 @@ import sae_lens.multi_sae_training_runner
 import torch
 from datasets import Dataset
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
+from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
@@ -31,6 +33,7 @@ from torch import Tensor
 from transformer_lens import HookedRootModule
 
 from hookpoints import HookedRecurrent, embedded
+from sae_lens_writesae.choices import MetricName
 from sae_lens_writesae.sae.buffer import MixingBuffer
 from sae_lens_writesae.sae.checkpoint import (
     ASIDE_PREFIX,
@@ -41,7 +44,7 @@ from sae_lens_writesae.sae.checkpoint import (
 )
 from sae_lens_writesae.sae.collection import INDEX, Collection
 from sae_lens_writesae.sae.losses import Loss
-from sae_lens_writesae.sae.metric import METRIC_FILENAME, Metric, MetricName, put_in_metric
+from sae_lens_writesae.sae.metric import METRIC_FILENAME, Metric, put_in_metric
 from sae_lens_writesae.sae.metric_fit import fit_metrics
 from sae_lens_writesae.sae.store import CollectedRows, PairedActivationsStore, SeededStore
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig, Target, check_hook, head_target
@@ -90,6 +93,8 @@ def _extended(original: Callable[..., HookedRootModule]) -> Callable[..., Hooked
     setattr(load_model, _MARK, True)
     return load_model
 
+
+register_model_class()
 
 # ------------------------------------------------------------------------------------------------ configs and data
 
@@ -397,8 +402,9 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
 
     def _resume(self, trainer: Trainer, checkpoint: Path) -> None:
         """Set what SAELens does not: random numbers, the number of steps (which SAELens saves before it counts the step
-        that was made), and the checkpoints that are still to come."""
-        trainer.n_training_steps = load_run_state(checkpoint)
+        that was made), the atoms that were put on rows, and the checkpoints that are still to come."""
+        trainer.n_training_steps, started = load_run_state(checkpoint)
+        trainer.sae.n_started = started
         passed = trainer.n_training_samples
         trainer.checkpoint_thresholds = [each for each in trainer.checkpoint_thresholds if each >= passed]
 
@@ -434,7 +440,7 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
         """SAELens calls this when a checkpoint has its own files."""
         super().save_checkpoint(checkpoint_path)
         if checkpoint_path is not None:
-            save_run_state(checkpoint_path, self._interrupts.steps)
+            save_run_state(checkpoint_path, self._interrupts.steps, getattr(self.sae, "n_started", None))
             if self.metric is not None:
                 self.metric.save(Path(checkpoint_path) / METRIC_FILENAME)
 
@@ -452,6 +458,26 @@ def collection_of(cfg: RunnerConfig) -> Collection | None:
     if not cfg.use_cached_activations or path is None or not (Path(path) / INDEX).is_file():
         return None
     return Collection.open(path)
+
+
+class FrugalRunner(WriteSAETrainingRunner):
+    """Keeps the newest two checkpoints; for a wide SAE each is gigabytes."""
+
+    def save_whole_checkpoint(
+        self, trainer: Trainer, checkpoint_name: str | None = None, wandb_aliases: list[str] | None = None
+    ) -> Path:
+        saved = super().save_whole_checkpoint(trainer, checkpoint_name, wandb_aliases)
+        for old in whole_checkpoints(saved.parent.parent)[:-2]:
+            shutil.rmtree(old)
+        return saved
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints below `folder` by samples seen. They are renamed when they are whole; what a kill left aside is
+    passed over."""
+    found = [file.parent for file in folder.rglob(RUNNER_CFG_FILENAME)]
+    whole = [each for each in found if not each.parent.name.startswith(ASIDE_PREFIX)]
+    return sorted(whole, key=lambda path: int(path.name.rpartition("_")[2]))
 
 
 def train(
@@ -491,7 +517,7 @@ Trains an SAE with SAELens' own command line. Every flag below is SAELens'; thos
 
 A run on a head of the model that ships with the package (K = 64, V = 32, so d_in = 2048):
 
-  writesae train --architecture writesae_batchtopk --model_class_name HookedRecurrent --model_name embedded \\
+  writesae train-saelens --architecture writesae_batchtopk --model_class_name HookedRecurrent --model_name embedded \\
       --dataset_path embedded --is_dataset_tokenized false --streaming false --prepend_bos false \\
       --hook_name blocks.2.mixer.heads.1.hook_write_vec --d_in 2048 --d_k 64 --d_v 32 --d_sae 512 --k 32 \\
       --training_tokens 200000 --train_batch_size_tokens 512 --n_batches_in_buffer 8 \\

@@ -20,10 +20,7 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
 from sae_lens_writesae.atom.low_rank import LowRank
-
-Target = Literal["write", "state", "last_state"]
-"""`write`: the matrix that is added at each token, which the substitution test exchanges (the default). `state`: the
-state after each token (the paper's text). `last_state`: the state at the end of each sequence (the paper's code)."""
+from sae_lens_writesae.choices import Target
 
 HookTarget = Literal["write", "state"]
 """What the hook of a head carries: SAEs of states and of last states read the same hook."""

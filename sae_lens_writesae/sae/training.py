@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from sae_lens_writesae.atom import sparse
 from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.choices import MetricName
 from sae_lens_writesae.sae.base import MatrixSAE, MatrixSAEConfig, MatrixWeights, check_finite, require
 from sae_lens_writesae.sae.losses import Loss, read_loss, write_loss
-from sae_lens_writesae.sae.metric import DAMPING, Metric, MetricName
+from sae_lens_writesae.sae.metric import DAMPING, Metric
 
 PAPER_RUNNER: dict[str, float | int | str] = {
     "lr": 3e-4,
@@ -126,8 +127,8 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
     start_keys: Tensor
     """[F,R,K], with `start_values` [F,R,V] the atoms as they were when their training began."""
     start_values: Tensor
-    _n_started: int | None = None
-    """Atoms that were put on rows of the first batches; None where this run did not begin at step 0."""
+    n_started: int | None = None
+    """Atoms that were put on rows of the first batches, which a checkpoint has too; None where there were none."""
     _on_factors = False
     """Whether a step on factors is under way."""
 
@@ -240,7 +241,7 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
             first: begin with atom 0; otherwise go on where the last call ended.
         """
         F, R = self.cfg.d_sae, self.cfg.rank
-        done = 0 if first else self._n_started
+        done = 0 if first else self.n_started
         if done is None or done == F:
             return F
         sizes = x.inner(x) if isinstance(x, LowRank) else x.float().square().sum(1)
@@ -252,8 +253,8 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
             atoms = atoms.rows(atoms.cosines(before).amax(1) <= _MAX_COSINE)
         index = torch.arange(done, done + len(atoms), device=self.device)
         self.replace_atoms(index, atoms, torch.ones(F, dtype=torch.bool, device=self.device))
-        self._n_started = done + len(atoms)
-        return self._n_started
+        self.n_started = done + len(atoms)
+        return self.n_started
 
     @torch.no_grad()
     def resample(self, x: Tensor | LowRank, dead: Tensor) -> int:

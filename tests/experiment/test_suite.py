@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,15 +27,24 @@ OTHER_HEAD = "heads.0"
 def test_a_comparison_takes_only_what_differs_in_nothing_else(model: HookedRecurrent) -> None:
     a, same, wide = make_sae(model), make_sae(model), make_sae(model, d_sae=40)
     states, flat = make_sae(model, hook=STATE), make_sae(model, "flat")
+    flat_states = make_sae(model, "flat", hook=STATE)
 
     def fitting(*saes: object) -> list[str]:
         scopes = (Scope.SEEDS, Scope.TARGETS, Scope.VARIANTS)
-        return [scope.name for scope in scopes if comparable(scope, list(saes))]  # type: ignore[arg-type]
+        labelled = {str(n): sae for n, sae in enumerate(saes)}
+        return [scope.name for scope in scopes if len(comparable(scope, labelled)) > 1]  # type: ignore[arg-type]
 
     assert fitting(a, same) == ["SEEDS"]
     assert fitting(a, states) == ["TARGETS"]
     assert fitting(a, flat) == fitting(a, wide) == ["VARIANTS"]
     assert fitting(states, flat) == fitting(a) == []
+    everything = {"first": a, "state": states, "seed": same, "flat": flat, "wide": wide, "flat state": flat_states}
+    taken = {scope: list(comparable(scope, everything)) for scope in (Scope.SEEDS, Scope.TARGETS, Scope.VARIANTS)}
+    assert taken == {
+        Scope.SEEDS: ["first", "seed"],
+        Scope.TARGETS: ["first", "state"],
+        Scope.VARIANTS: ["first", "seed", "flat", "wide"],
+    }
 
 
 def test_dictionaries_are_grouped_by_head(model: HookedRecurrent) -> None:
@@ -70,11 +80,20 @@ def test_comparisons_of_many_are_saved_and_read_back(model: HookedRecurrent, tmp
     loaded = load_result(tmp_path / "objectives" / "L1H2")
     assert loaded.tables["dictionaries"]["sae"].tolist() == ["write", "state"]
     with pytest.raises(ValueError, match="two"):
-        evaluate_all([small], model, {"write": saes["write"]}, tokens, tmp_path, progress=False)
+        evaluate_all([small], model, {"write": saes["write"]}, tokens, tmp_path, single=True, progress=False)
+
+    def again(seed: int) -> list[str]:
+        said.clear()
+        evaluation = replace(small, seed=seed)
+        evaluate_all([evaluation], model, saes, tokens, tmp_path, resume=True, progress=False, say=said.append)
+        return said
+
+    assert again(0) == [] and len(again(1)) == 1  # saved already; saved with other settings
 
 
 def test_controls_and_quality_go_with_every_dictionary(model: HookedRecurrent, tmp_path: Path) -> None:
     tokens = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(1))
+    said: list[object] = []
     chosen = [Multistep(n_atoms=2, firings_per_atom=1, n_steps=2), Sign(n_positions=4)]
     results = evaluate_all(
         chosen, model, {"mine": make_sae(model)}, tokens[:4], tmp_path, controls=tokens[4:], progress=False, say=len
@@ -85,6 +104,18 @@ def test_controls_and_quality_go_with_every_dictionary(model: HookedRecurrent, t
     loaded = load_result(tmp_path / "multistep" / "mine-untrained")
     assert loaded.info["control_of"] == "mine" and list(loaded.info["quality"]) == ["mine, untrained"]  # type: ignore
     assert {row.label for row in answers(results)} == {"mine", "L1H2"}
+    again = evaluate_all(
+        chosen,
+        model,
+        {"mine": make_sae(model)},
+        tokens[:4],
+        tmp_path,
+        controls=tokens[4:],
+        resume=True,
+        say=said.append,
+    )
+    assert [(r.label, r.info.get("control")) for r in again] == [(r.label, r.info.get("control")) for r in results]
+    assert said == []  # all of them were saved
     mine = results[0].info["quality"]["mine"]  # type: ignore[index, call-overload]
     assert mine == results[3].info["quality"]["mine"] and mine["n_tokens"] == 96  # type: ignore
 
@@ -132,4 +163,4 @@ def test_many_evaluations_go_on_after_one_that_has_nothing_to_measure(model: Hoo
     assert load_result(tmp_path / "multistep" / "a-b-c").skipped == results[0].skipped  # a label is no path
     assert load_result(tmp_path / "sign" / "L1H2").label == "L1H2"  # named after the head alone
     with pytest.raises(NothingToMeasureError):  # asked for by itself, it is an error
-        evaluate_all([Substitution()], model, {"a": dead}, tokens, tmp_path, progress=False)
+        evaluate_all([Substitution()], model, {"a": dead}, tokens, tmp_path, single=True, progress=False)

@@ -34,7 +34,7 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("hookpoints", "sae_lens_writesae", "tests", "pyproject.toml")
+COPIED = ("hookpoints", "sae_lens_writesae", "writesae.py", "tests", "pyproject.toml")
 PRELOADED = ["torch", "pandas", "scipy.stats", "transformers", "transformer_lens", "sae_lens", "hypothesis", "pytest"]
 """Imported once: each run of the tests is forked from a process that has them, which saves most of its time."""
 PLUGIN = """

@@ -25,11 +25,12 @@ from sae_lens_writesae.evaluations.readers import Readers
 from sae_lens_writesae.evaluations.substitution import Substitution, wide_firings
 from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.result import Result
-from sae_lens_writesae.page.atoms import AtomPage, AtomPages, AtomPagesData, Show, write_atom_pages
+from sae_lens_writesae.page.atoms import AtomPage, AtomPages, AtomPagesData, write_atom_pages
 from sae_lens_writesae.page.atoms.collect import _with_column
 from sae_lens_writesae.page.atoms.data import Context, TokenValue
 from sae_lens_writesae.page.atoms.measure import Atoms, effect_firings, memory
 from sae_lens_writesae.page.atoms.pages import lead, token
+from sae_lens_writesae.page.atoms.show import Show
 from sae_lens_writesae.page.atoms.text import TokenTexts, visible
 from sae_lens_writesae.sae import WriteTopKSAE
 

@@ -7,6 +7,5 @@
 from sae_lens_writesae.page.atoms.collect import AtomPages
 from sae_lens_writesae.page.atoms.data import AtomPage, AtomPagesData
 from sae_lens_writesae.page.atoms.pages import AtomPageFiles, write_atom_pages
-from sae_lens_writesae.page.atoms.show import Show
 
-__all__ = ["AtomPage", "AtomPageFiles", "AtomPages", "AtomPagesData", "Show", "write_atom_pages"]
+__all__ = ["AtomPage", "AtomPageFiles", "AtomPages", "AtomPagesData", "write_atom_pages"]

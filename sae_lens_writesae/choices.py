@@ -1,0 +1,86 @@
+"""What a dictionary is trained on and for, and how it is built, in words that settings and flags take. Without torch,
+for the sake of help."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, TypedDict, cast, get_args
+
+Target = Literal["write", "state", "last_state"]
+"""`write`: the matrix that is added at each token, which the substitution test exchanges (the default). `state`: the
+state after each token (the paper's text). `last_state`: the state at the end of each sequence (the paper's code)."""
+
+Loss = Literal["mse", "reads", "write"]
+"""`mse`: the matrix itself. `reads`: what the head's queries read from it. `write`: the matrix itself, and atoms along
+the write of the same token."""
+
+MetricName = Literal["frobenius", "gauss_newton"]
+"""`frobenius`: an error costs the sum of its squares. `gauss_newton`: the KL divergence that it causes in the model."""
+
+Encoder = Literal["bilinear", "tied", "dense"]
+Decoder = Literal["rank", "flat"]
+
+
+class Variant(TypedDict):
+    """Config fields that make a variant of the paper."""
+
+    encoder: Encoder
+    decoder: Decoder
+    rank: int
+
+
+VARIANTS: dict[str, Variant] = {
+    "WriteSAE": {"encoder": "bilinear", "decoder": "rank", "rank": 1},
+    "TiedSAE": {"encoder": "tied", "decoder": "rank", "rank": 1},
+    "MatrixSAE": {"encoder": "dense", "decoder": "rank", "rank": 1},
+    "BilinearFlatSAE": {"encoder": "bilinear", "decoder": "flat", "rank": 1},
+    "FlatSAE": {"encoder": "dense", "decoder": "flat", "rank": 1},
+    "WriteSAE-rank2": {"encoder": "bilinear", "decoder": "rank", "rank": 2},
+    "WriteSAE-rank4": {"encoder": "bilinear", "decoder": "rank", "rank": 4},
+}
+"""The paper's variants, for any architecture. The paper's BilinearSAE ("untied") is the WriteSAE."""
+
+MATCHED = "FlatSAE-matched"
+"""A flat SAE with as many parameters as the WriteSAE has."""
+
+
+@dataclass(frozen=True)
+class DictionaryName:
+    """What a dictionary is, as its folder says it: `write-seed0`, `state-reads-seed0`, `write-FlatSAE-seed2`,
+    `write-gauss_newton-seed0`."""
+
+    target: Target
+    loss: Loss = "mse"
+    variant: str = "WriteSAE"
+    """Of `VARIANTS`, or `MATCHED`."""
+    seed: int = 0
+    metric: MetricName = "frobenius"
+    """What errors are measured by."""
+
+    def __str__(self) -> str:
+        loss = "" if self.loss == "mse" else self.loss
+        variant = "" if self.variant == "WriteSAE" else self.variant
+        metric = "" if self.metric == "frobenius" else self.metric
+        return "-".join([self.target, *filter(None, [loss, variant, metric]), f"seed{self.seed}"])
+
+    @classmethod
+    def parse(cls, name: str) -> DictionaryName:
+        """From its folder's name; ValueError, with what there is, where it is none."""
+        targets, losses, variants = get_args(Target), get_args(Loss), (*VARIANTS, MATCHED)
+        parts = (losses, variants, get_args(MetricName))
+        optional = "".join(f"(?:-({'|'.join(words)}))?" for words in parts)
+        match = re.fullmatch(f"({'|'.join(targets)}){optional}-seed([0-9]+)", name)
+        if match is None:
+            raise ValueError(
+                f"{name!r} names no dictionary; names are TARGET[-LOSS][-VARIANT][-gauss_newton]-seedN, with "
+                f"targets "
+                f"{', '.join(targets)}, losses {', '.join(losses)} and variants {', '.join(variants)}"
+            )
+        metric = cast(MetricName, match[4] or "frobenius")
+        return cls(cast(Target, match[1]), cast(Loss, match[2] or "mse"), match[3] or "WriteSAE", int(match[5]), metric)
+
+    @property
+    def on_factors(self) -> bool:
+        """Whether it trains on factors of writes, without a matrix and in minutes, so that it needs no checkpoints."""
+        return self.target == "write" and self.loss == "mse"

@@ -1,0 +1,218 @@
+"""`writesae train`: names of dictionaries, one pass for all of them, nothing twice, and errors before any work."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from hookpoints import HookedRecurrent, UnsupportedModelError
+from sae_lens_writesae.choices import MATCHED, VARIANTS, DictionaryName, Target
+from sae_lens_writesae.sae import runner
+from sae_lens_writesae.sae.collection import Collection
+from sae_lens_writesae.sae.kinds import objective, variant
+from sae_lens_writesae.sae.load import load_sae
+from sae_lens_writesae.train import Collect, Train
+
+SIZES = {"d_sae": 16, "k": 2, "training_tokens": 1024, "train_batch_size_tokens": 128}
+HEADS = {"layers": (2,), "heads": (0, 1)}
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, MATCHED])
+def test_a_name_says_what_a_dictionary_is(variant: str) -> None:
+    for target, loss in (("write", "mse"), ("state", "reads"), ("state", "write"), ("last_state", "mse")):
+        name = DictionaryName(target, loss, variant, 3)  # type: ignore[arg-type]
+        assert DictionaryName.parse(str(name)) == name
+    metric = DictionaryName("write", variant=variant, metric="gauss_newton")
+    assert DictionaryName.parse(str(metric)) == metric
+
+
+@pytest.mark.parametrize("name", ["", "write", "wrte-seed0", "write-seed", "write-NoSAE-seed0", "../write-seed0"])
+def test_a_name_of_none_is_refused(name: str) -> None:
+    with pytest.raises(ValueError):
+        DictionaryName.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"model": None}, "one of the two"),
+        ({"heads": ()}, "layers and heads"),
+        ({"seeds": (1, 1)}, "seeds"),
+        ({"variants": ("Wrong",)}, "Wrong"),
+        ({"training_tokens": -5}, "training_tokens"),
+        ({"names": ("writ-seed0",)}, "writ-seed0"),
+        ({"metric": "gauss_newton", "targets": ("state",)}, "state-gauss_newton"),
+        ({"metric": "gauss_newton", "model": None, "collection": Path("collection")}, "--model"),
+    ],
+)
+def test_wrong_arguments_are_said_before_any_work(changes: dict, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        Train(**{"model": "embedded", **HEADS, **changes})
+
+
+def test_flags_of_saelens_are_told_where_they_belong() -> None:
+    with pytest.raises(ValueError, match="train-saelens"):
+        Train.from_arguments(["--model_class_name", "HookedRecurrent", "--hook_name", "a"])
+    plain = Train.from_arguments(["--model", "embedded", "--layer", "2", "--head", "0", "--target", "write"])
+    assert plain == Train(model="embedded", layers=(2,), heads=(0,))
+
+
+@pytest.fixture(scope="module")
+def collection(embedded: HookedRecurrent, tmp_path_factory: pytest.TempPathFactory) -> Collection:
+    """Writes and states of two heads."""
+    folder = tmp_path_factory.mktemp("train") / "collection"
+    text = runner.text_dataset("We, the people of the United States. " * 400)
+    sizes = {"n_tokens": 1024, "context_size": 32}
+    Collect(model="embedded", **HEADS, targets=("write", "state"), out=folder, **sizes).of(
+        embedded, text, lambda line: 0
+    )
+    return Collection.open(folder)
+
+
+def test_a_model_runs_once_for_all_dictionaries_and_nothing_is_trained_twice(
+    embedded: HookedRecurrent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(HookedRecurrent, "from_pretrained", lambda name, **_: loaded.append(name) or embedded)
+    out, said = tmp_path / "saes", []
+    train = Train(model="embedded", **HEADS, seeds=(0, 1), context_size=32, out=out, **SIZES)
+    train.run(said.append)
+    names = [f"L2H{head}/write-seed{seed}" for head in (0, 1) for seed in (0, 1)]
+    assert [line.split()[0] for line in said[-4:]] == names and loaded == ["embedded"]
+    weights = {name: load_file(out / name / "sae" / "sae_weights.safetensors")["v"] for name in names}
+    assert not weights[names[0]].equal(weights[names[1]])  # a seed of its own
+    times = {name: (out / name / "sae" / "cfg.json").stat().st_mtime_ns for name in names}
+    (out / names[3] / "sae").rename(out / "elsewhere")
+    train.run(said.append)
+    assert loaded == ["embedded"] and said[-2].endswith("3 of them trained already")
+    assert all((out / name / "sae" / "cfg.json").stat().st_mtime_ns == times[name] for name in names[:3])
+    again = load_file(out / names[3] / "sae" / "sae_weights.safetensors")["v"]
+    assert again.equal(weights[names[3]])  # the seed decides
+
+
+def test_a_metric_is_fitted_to_the_model_and_makes_another_dictionary(
+    embedded: HookedRecurrent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HookedRecurrent, "from_pretrained", lambda name, **_: embedded)
+    monkeypatch.setattr("sae_lens_writesae.train._METRIC_TOKENS", 512)
+    names = ("write-seed0", "write-gauss_newton-seed0")
+    Train(model="embedded", layers=(2,), heads=(0,), names=names, context_size=32, out=tmp_path, **SIZES).run(
+        lambda line: None
+    )
+    plain, fitted = (load_sae(tmp_path / "L2H0" / name / "sae").atoms().dense() for name in names)
+    assert not plain.equal(fitted) and plain.shape == fitted.shape
+
+
+def test_every_kind_trains_from_a_collection(collection: Collection, tmp_path: Path) -> None:
+    names = ("write-seed0", "write-MatrixSAE-seed0", f"write-{MATCHED}-seed0", "state-seed0", "state-reads-seed1")
+    Train(collection=collection.folder, heads=(1,), names=names, out=tmp_path, **SIZES).run(lambda line: None)
+    saes = [load_sae(tmp_path / "L2H1" / name / "sae") for name in names]
+    assert [objective(sae) for sae in saes] == [("write", "mse")] * 3 + [("state", "mse"), ("state", "reads")]
+    assert [variant(sae) for sae in saes] == ["WriteSAE", "MatrixSAE", "FlatSAE", "WriteSAE", "WriteSAE"]
+    assert all(sae.cfg.metadata.model_name == "embedded" for sae in saes)
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_a_head_that_was_not_collected_is_said_before_training(collection: Collection, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="3"):
+        Train(collection=collection.folder, heads=(0, 3), out=tmp_path / "out", **SIZES).run(lambda line: None)
+    with pytest.raises(UnsupportedModelError):
+        Train(model="embedded", layers=(0,), heads=(0,), out=tmp_path / "out", **SIZES).run(lambda line: None)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ValueError, match="file"):
+        Train(collection=collection.folder, out=file / "out", **SIZES).run(lambda line: None)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_state_goes_on_from_its_newest_whole_checkpoint(
+    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for samples in ("run/256", "run/1024", "run/.writing-x/2048"):
+        folder = tmp_path / "L2H0/state-seed0/checkpoints" / samples
+        folder.mkdir(parents=True)
+        (folder / "runner_cfg.json").write_text("{}")
+
+    def stop(cfg, **_):
+        raise InterruptedError(cfg.resume_from_checkpoint)
+
+    monkeypatch.setattr(runner, "FrugalRunner", stop)
+    train = Train(collection=collection.folder, heads=(0,), targets=("state",), out=tmp_path, **SIZES)
+    with pytest.raises(InterruptedError, match="1024"):
+        train.run(lambda line: None)
+
+
+def stopping_after(saves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next training end with its n-th checkpoint."""
+    count, save = itertools.count(1), runner.FrugalRunner.save_whole_checkpoint
+
+    def stopping(own, *arguments, **named):
+        save(own, *arguments, **named)
+        if next(count) == saves:
+            raise InterruptedError
+
+    monkeypatch.setattr(runner.FrugalRunner, "save_whole_checkpoint", stopping)
+
+
+def test_a_stop_does_not_change_a_dictionary(
+    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(name: str) -> bytes:
+        sizes = SIZES | {"training_tokens": 4096}
+        train = Train(collection=collection.folder, heads=(0,), targets=("state",), out=tmp_path / name, **sizes)
+        train.run(lambda line: None)
+        return (tmp_path / name / "L2H0/state-seed0/sae/sae_weights.safetensors").read_bytes()
+
+    whole = trained("whole")
+    stopping_after(8, monkeypatch)
+    with pytest.raises(InterruptedError):
+        trained("stopped")
+    assert len(runner.whole_checkpoints(tmp_path / "stopped")) == 2
+    assert trained("stopped") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("target", ["write", "state"])
+def test_a_training_that_is_killed_again_and_again_ends_with_the_same_dictionaries(
+    collection: Collection, tmp_path: Path, target: Target
+) -> None:
+    train = Train(
+        collection=collection.folder,
+        targets=(target,),
+        seeds=(0, 1),
+        out=tmp_path / "whole",
+        **SIZES | {"training_tokens": 4096},
+    )
+    begin = time.monotonic()
+    train.run(lambda line: None)
+    length = time.monotonic() - begin
+
+    def weights(out: Path) -> dict[str, bytes]:
+        return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("sae_weights.safetensors"))}
+
+    draw, kills, out = random.Random(0), 0, tmp_path / "killed"
+    while kills < 6:
+        process = os.fork()
+        if process == 0:
+            try:
+                replace(train, out=out).run(lambda line: None)
+            finally:
+                os._exit(0)
+        time.sleep(draw.uniform(0, length))
+        os.kill(process, signal.SIGKILL)
+        if os.WIFSIGNALED(os.waitpid(process, 0)[1]):
+            kills += 1
+        else:
+            assert weights(out) == weights(tmp_path / "whole")
+            out = tmp_path / f"killed{kills}"
+    replace(train, out=out).run(lambda line: None)
+    assert weights(out) == weights(tmp_path / "whole") and len(weights(out)) == 4
