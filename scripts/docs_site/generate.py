@@ -31,6 +31,7 @@ FIRST = (
     "results.md",
     "coverage.md",
     "benchmarks.md",
+    "real_size.md",
 )
 """Hand-written pages, in reading order; whatever else lies in docs/ follows."""
 ELSEWHERE = ("verdicts.md", "SUMMARY.md")
