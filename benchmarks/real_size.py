@@ -18,8 +18,9 @@ import platform
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -82,15 +83,13 @@ def loading(options: argparse.Namespace) -> Row:
 def collecting(options: argparse.Namespace) -> Row:
     """One pass over the text: the writes of every head of two layers."""
     model, text = load(options), text_dataset(embedded.text("train"))
-    begin = time.perf_counter()
-    made = collect(
-        model, text, options.layers, None, options.folder / "writes", n_tokens=options.tokens, context_size=options.T
-    )
-    seconds = time.perf_counter() - begin
-    disk = size(options.folder / "writes")
+    folder = options.folder / "writes"
+    with timed() as work:
+        made = collect(model, text, options.layers, None, folder, n_tokens=options.tokens, context_size=options.T)
+    disk = size(folder)
     heads = sum(len(layer.heads) for layer in made.contents.layers.values())
     tokens = made.n_sequences * made.context_size
-    return {"tokens": tokens, "work": seconds, "disk": disk, "heads": heads, "bytes": disk / tokens / heads}
+    return {"tokens": tokens, **work, "disk": disk, "heads": heads, "bytes": disk / tokens / heads}
 
 
 def training(options: argparse.Namespace) -> Row:
@@ -108,12 +107,11 @@ def training(options: argparse.Namespace) -> Row:
         train_batch_size_tokens=options.batch,
         device=options.device,
     )
-    begin = time.perf_counter()
     writes = collection.factors(layer, options.head)
-    sae = train_on_writes(cfg, writes.keys[:], writes.values[:])
-    seconds = time.perf_counter() - begin
+    with timed() as work:
+        sae = train_on_writes(cfg, writes.keys[:], writes.values[:])
     sae.save_inference_model(str(options.folder / "sae"))
-    return {"tokens": options.training_tokens, "work": seconds, "disk": size(options.folder / "sae")}
+    return {"tokens": options.training_tokens, **work, "disk": size(options.folder / "sae")}
 
 
 def substituting(options: argparse.Namespace) -> Row:
@@ -131,12 +129,11 @@ def substituting(options: argparse.Namespace) -> Row:
         last_position_firings=0,
         mean_write_sequences=2,
     )
-    begin = time.perf_counter()
-    result = test.run(model, sae, ids[: options.sequences * options.T].view(-1, options.T), progress=False)
-    seconds = time.perf_counter() - begin
+    with timed() as work:
+        result = test.run(model, sae, ids[: options.sequences * options.T].view(-1, options.T), progress=False)
     result.save(options.folder / "results")
     runs = len(result.tables["firings"])
-    return {"tokens": runs * (test.horizon + 1), "work": seconds, "runs": runs}
+    return {"tokens": runs * (test.horizon + 1), **work, "runs": runs}
 
 
 def reporting(options: argparse.Namespace) -> Row:
@@ -160,6 +157,15 @@ def size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+@contextmanager
+def timed() -> Iterator[Row]:
+    """Seconds of this scope, and those of CPU."""
+    row: Row = {}
+    begin, cpu = time.perf_counter(), time.process_time()
+    yield row
+    row |= {"work": time.perf_counter() - begin, "work_cpu": time.process_time() - cpu}
+
+
 def peak_memory() -> int:
     """Bytes of this process's largest resident set so far."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -169,14 +175,15 @@ def stage(name: str, options: argparse.Namespace) -> Row:
     """Run a stage in this process. Times are seconds without imports, memory is in bytes."""
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
-    imported, begin, cpu = peak_memory(), time.perf_counter(), time.process_time()
-    row = STAGES[name](options)
-    row |= {"seconds": time.perf_counter() - begin, "cpu": time.process_time() - cpu}
+    imported = peak_memory()
+    with timed() as whole:
+        row = STAGES[name](options)
+    row |= {"seconds": whole["work"], "cpu": whole["work_cpu"]}
     row |= {"memory": peak_memory(), "imported": imported}
     if options.device.startswith("cuda"):
         row["device_memory"] = torch.cuda.max_memory_allocated()
     if "tokens" in row:
-        row["rate"] = row["tokens"] / row["work"]
+        row |= {"rate": row["tokens"] / row["work"], "rate_cpu": row["tokens"] / row["work_cpu"]}
     return row
 
 
@@ -188,8 +195,8 @@ whole way: every head of layers {layers} is collected, one dictionary (F = {F}, 
 on the collected writes of one head, and {runs} edited runs of the substitution test are reported. Sizes are small, so
 that it runs anywhere; rates, memory and bytes a token are what carries over, verdicts of a random model do not.
 
-| stage | seconds | of CPU | tokens | tokens a second | peak memory, MB | disk, MB |
-|---|---|---|---|---|---|---|
+| stage | seconds | of CPU | tokens | tokens a second | a second of CPU | peak memory, MB | disk, MB |
+|---|---|---|---|---|---|---|---|
 {table}
 
 A collection of writes costs **{bytes:.0f} bytes a token and head** (goal: at most {goal}). Each stage is a process of
@@ -204,7 +211,9 @@ def markdown(results: dict[str, Any]) -> str:
     """The page."""
     lines = []
     for name, row in results["stages"].items():
-        tokens = [f"{row['tokens']:,.0f}", f"{row['rate']:,.0f}"] if "tokens" in row else ["", ""]
+        tokens = (
+            [f"{row['tokens']:,.0f}", f"{row['rate']:,.0f}", f"{row['rate_cpu']:,.0f}"] if "tokens" in row else 3 * [""]
+        )
         disk = f"{row['disk'] / 1e6:,.1f}" if "disk" in row else ""
         cells = [f"{row['seconds']:.1f}", f"{row['cpu']:.1f}", *tokens, f"{row['memory'] / 1e6:,.0f}", disk]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -217,7 +226,7 @@ def markdown(results: dict[str, Any]) -> str:
         "imported": max(row["imported"] for row in stages.values()) / 1e6,
         "layers": " and ".join(map(str, settings["layers"])),
     }
-    return PAGE.format(**results | settings | named)
+    return PAGE.format(**settings | results | named)
 
 
 def main() -> None:
