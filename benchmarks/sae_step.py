@@ -108,7 +108,7 @@ def loop(options: argparse.Namespace) -> None:
         writes = model.recurrence(tokens, 2).select(heads=1)
     keys, values = (side[:, :, 0].flatten(0, 1)[:, None] for side in (writes.k, writes.u))
     print(f"{len(keys)} writes, {options.threads} threads; tokens per second, and per second of CPU")
-    for batch, k in ((128, 1), (128, 4), (512, 1), (512, 4)):
+    for batch, k in ((128, 1), (128, 4), (512, 1), (512, 4), (2048, 1)):
         cfg = LanguageModelSAERunnerConfig(
             sae=WriteTopKTrainingSAEConfig(d_in=64 * 32, d_k=64, d_sae=512, k=k, b_dec_rows=0),
             training_tokens=200 * batch,

@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,21 +46,22 @@ class Timing(NamedTuple):
     largest_gap: float  # of KL between the full forward and the batched window, relative
 
 
-def qwen(layers: int, width: int, heads: int, dim: int) -> torch.nn.Module:
-    """A random Qwen3.5-shaped model, three recurrent layers to one of attention."""
-    config = transformers.Qwen3_5TextConfig(
-        vocab_size=4096,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=width // 4,
-        linear_num_key_heads=heads,
-        linear_num_value_heads=heads,
-        linear_key_head_dim=dim,
-        linear_value_head_dim=dim,
-    )
+def qwen(layers: int, width: int, heads: int, dim: int, **fields: Any) -> torch.nn.Module:
+    """A random Qwen3.5-shaped model, three recurrent layers to one of attention, with further fields of its config."""
+    shape: dict[str, Any] = {
+        "vocab_size": 4096,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": width // 4,
+        "linear_num_key_heads": heads,
+        "linear_num_value_heads": heads,
+        "linear_key_head_dim": dim,
+        "linear_value_head_dim": dim,
+    }
+    config = transformers.Qwen3_5TextConfig(**shape | fields)
     torch.manual_seed(0)
     return transformers.Qwen3_5ForCausalLM(config).eval()
 

@@ -16,7 +16,7 @@ Rows that are themselves sums of few outer products, X_n = sum_r k_nr u_nr^T (a 
 encoded, and compared with what a code c_n reconstructs, from inner products alone, and none of them is built:
 
     encode_rows:    <X_n, A_f> = sum_rs (k_nr . v_fs) (u_nr . w_fs)                           [N,F]
-    row_distances:  |X_n - Y_n|^2 - |X_n|^2 = c_n^T G c_n - 2 sum_f c_nf <X_n, A_f>           [N]
+    row_distances:  |X_n - B - Y_n|^2 - |X_n - B|^2 = c_n^T G c_n - 2 sum_f c_nf <X_n - B, A_f>  [N]
     gram:           G_fg = <A_f, A_g> = sum_rs (v_fr . v_gs) (w_fr . w_gs)                    [F,F]
 
 The distance needs the Gram matrix of the active atoms of each row alone, which are gathered; where many are active, one
@@ -45,7 +45,7 @@ class Block(NamedTuple):
     rows: Tensor
     """[n] row numbers."""
     atoms: Tensor
-    """[n,m] atom numbers."""
+    """[n,m] atom numbers; where the value is 0, any atom."""
     values: Tensor
     """[n,m]"""
 
@@ -128,12 +128,14 @@ def encode_rows(keys: Tensor, values: Tensor, v: Tensor, w: Tensor) -> Tensor:
 
 
 def row_distances(
-    keys: Tensor, values: Tensor, code: Tensor, v: Tensor, w: Tensor, *, full_gradient: bool = True
+    keys: Tensor, values: Tensor, bias: Tensor, code: Tensor, v: Tensor, w: Tensor, *, full_gradient: bool = True
 ) -> Tensor:
-    """|X_n - Y_n|^2 - |X_n|^2 for the reconstructions Y_n = sum_f code_nf A_f, differentiable in code, v and w.
+    """|X_n - B - Y_n|^2 - |X_n - B|^2 for the reconstructions Y_n = sum_f code_nf A_f, differentiable in B, code, v
+    and w.
 
     Args:
         keys, values: N rows of R terms, [N,R,K] and [N,R,V], taken as constants.
+        bias: B [K,V].
         code: [N,F], mostly zero.
         v, w: factors [F,S,K] and [F,S,V].
         full_gradient: also compute the gradient of code where it is 0, which needs the Gram matrix of all atoms.
@@ -144,17 +146,20 @@ def row_distances(
     """
     exact = torch.promote_types(v.dtype, torch.float32)
     with torch.autocast(v.device.type, enabled=False):
-        keys, values, code, v, w = (t.to(exact) for t in (keys, values, code, v, w))
+        keys, values, bias, code, v, w = (t.to(exact) for t in (keys, values, bias, code, v, w))
+        products = matrix_products(bias, v, w)
         counts = None if full_gradient else _few_active(code, keys.shape[1], v, w)
         if counts is None:
-            return ((code @ gram(v, w, v, w) - 2 * _encode_rows(keys, values, v, w)) * code).sum(-1)
+            inner = _encode_rows(keys, values, v, w) - products
+            return ((code @ gram(v, w, v, w) - 2 * inner) * code).sum(-1)
         index, parts = [counts.new_zeros(0)], [code.new_zeros(0)]
-        for block in blocks(code, counts, v, w):
+        for block in blocks(code.detach(), counts, v, w):
             at = block.rows[:, None] * code.shape[1] + block.atoms
             active = code.flatten().index_select(0, at.flatten()).view(at.shape)
+            active = torch.where(block.values != 0, active, 0)
             sides = keys.index_select(0, block.rows), values.index_select(0, block.rows)
             index.append(block.rows)
-            parts.append(_gathered(*sides, active, block.atoms, v, w))
+            parts.append(_gathered(*sides, products, active, block.atoms, v, w))
         return code.new_zeros(len(code)).index_add(0, torch.cat(index), torch.cat(parts))
 
 
@@ -341,9 +346,9 @@ def _gathered_gradients(
     mw = ws @ matrices.mT  # [n,j*R,K]
     vm = vs @ matrices  # [n,j*R,V]
     if dots is not None:
-        values = (mw * vs).sum(-1).view(n, j, R).sum(-1)
-        # The padding names atoms that are not active, whose entries must stay 0.
-        dots[block.rows[:, None], block.atoms] = (values * (block.values != 0)).to(dots.dtype)
+        values = (mw * vs).sum(-1).view(n, j, R).sum(-1) * (block.values != 0)
+        # Added, because the padding may name an atom that is active.
+        dots.index_put_((block.rows[:, None], block.atoms), values.to(dots.dtype), accumulate=True)
     coefficient = block.values.to(dv.dtype)[..., None, None]
     at = block.atoms.flatten()
     dv.index_add_(0, at, (coefficient * mw.view(n, j, R, -1)).flatten(0, 1))
@@ -358,15 +363,21 @@ def _sparse_counts(c: Tensor, v: Tensor) -> Tensor | None:
 
 def blocks(c: Tensor, counts: Tensor, v: Tensor, w: Tensor) -> Iterator[Block]:
     """Rows grouped by their number of active atoms, so that one row with many does not pad the others."""
+    pairs = c.flatten().nonzero().squeeze(1)  # row by row
+    atoms, values = pairs % c.shape[1], c.flatten().index_select(0, pairs)
+    first = counts.cumsum(0) - counts
     order = counts.argsort(descending=True, stable=True)
     widths = counts[order].tolist()
     start, budget, factor_floats = 0, _budget(v.device), v.shape[1] * (v.shape[-1] + w.shape[-1])
-    while start < len(widths) and widths[start]:
-        size = max(1, budget // (widths[start] * factor_floats + v.shape[-1] * w.shape[-1]))
+    while start < len(widths) and (width := widths[start]):
+        size = max(1, budget // (width * factor_floats + v.shape[-1] * w.shape[-1]))
         rows = order[start : start + size]
-        values = c[rows]
-        atoms = values.abs().topk(widths[start], sorted=False).indices
-        yield Block(rows, atoms, values.gather(1, atoms))
+        places = torch.arange(width, device=c.device)
+        at = (first[rows][:, None] + places).clamp_max(len(pairs) - 1)
+        block = Block(rows, atoms[at], values[at])
+        if widths[min(start + size, len(widths)) - 1] < width:
+            block = block._replace(values=torch.where(places < counts[rows][:, None], block.values, 0))
+        yield block
         start += size
 
 
@@ -386,7 +397,7 @@ class _EncodeRows(torch.autograd.Function):
         keys, values, v, w, left, right = ctx.saved_tensors
         grad, (N, R), (F, S) = grads[0], keys.shape[:2], v.shape[:2]
         rows_need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        if not rows_need and int((grad != 0).sum()) * _GATHER_COST * 2 <= N * F:
+        if not rows_need and int(torch.count_nonzero(grad)) * _GATHER_COST * 2 <= N * F:
             pair = grad.flatten().nonzero().squeeze(1)
             n, f = pair // F, pair % F
             c = grad.flatten().index_select(0, pair)[:, None, None]
@@ -405,10 +416,13 @@ class _EncodeRows(torch.autograd.Function):
 
 
 class _Gathered(torch.autograd.Function):
-    """`row_distances` where the m active atoms of each row are known: active, atoms [N,m] -> [N]."""
+    """`row_distances` where the m active atoms of each row are known: active, atoms [N,m] -> [N]; products [F] are
+    those of the bias with the atoms."""
 
     @staticmethod
-    def forward(ctx: Any, keys: Tensor, values: Tensor, active: Tensor, atoms: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, keys: Tensor, values: Tensor, products: Tensor, active: Tensor, atoms: Tensor, v: Tensor, w: Tensor
+    ) -> Tensor:
         (N, m), S = atoms.shape, v.shape[1]
         vs = v.index_select(0, atoms.flatten()).view(N, m * S, -1)
         ws = w.index_select(0, atoms.flatten()).view(N, m * S, -1)
@@ -417,14 +431,17 @@ class _Gathered(torch.autograd.Function):
         gram_v, gram_w = vs @ vs.mT, ws @ ws.mT
         inner = (left * right).sum(-1)
         weighted = ((gram_v * gram_w) @ c[..., None]).squeeze(-1)  # sum_j c_j <term i, term j>
-        ctx.save_for_backward(keys, values, atoms, v, w, vs, ws, c, left, right, gram_v, gram_w, weighted - inner)
-        return ((weighted - 2 * inner) * c).sum(-1)
+        biased = products.index_select(0, atoms.flatten()).view(N, m)
+        error = weighted - inner
+        ctx.save_for_backward(keys, values, atoms, v, w, vs, ws, active, biased, left, right, gram_v, gram_w, error)
+        return ((weighted - 2 * inner) * c).sum(-1) + 2 * (biased * active).sum(-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        keys, values, atoms, v, w, vs, ws, c, left, right, gram_v, gram_w, error = ctx.saved_tensors
-        g = 2 * grads[0][:, None]
-        dactive = (error * g).view(*atoms.shape, -1).sum(-1)
+        keys, values, atoms, v, w, vs, ws, active, biased, left, right, gram_v, gram_w, error = ctx.saved_tensors
+        g, S = 2 * grads[0][:, None], v.shape[1]
+        dactive = (error * g).view(*atoms.shape, -1).sum(-1) + biased * g
+        c = active.repeat_interleave(S, dim=1) if S > 1 else active
         pairs = (c * g)[..., None] * c[:, None, :]
         scale = (c * g)[..., None]
         # Each is the gradient of a gathered copy: the residual matrix times the other side of the term.
@@ -433,7 +450,8 @@ class _Gathered(torch.autograd.Function):
         at = atoms.flatten()
         dv = torch.zeros_like(v).index_add_(0, at, dvs.view(len(at), *v.shape[1:]))
         dw = torch.zeros_like(w).index_add_(0, at, dws.view(len(at), *w.shape[1:]))
-        return None, None, dactive, None, dv, dw
+        dproducts = v.new_zeros(len(v)).index_add_(0, at, (active * g).flatten())
+        return None, None, dproducts, dactive, None, dv, dw
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:

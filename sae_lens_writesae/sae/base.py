@@ -224,7 +224,12 @@ class MatrixWeights(SAE[Any]):
 
     def coefficients(self, acts: Tensor, atoms: slice | Tensor = slice(None)) -> Tensor:
         """What the atoms of the range are multiplied by [...,F'], from activations [...,F']."""
-        return acts
+        scale = self.coefficient_scale()
+        return acts if scale is None else acts * scale[atoms]
+
+    def coefficient_scale(self) -> Tensor | None:
+        """Coefficient of each atom at an activation of 1 [F]; None: 1."""
+        return None
 
     @property
     def _full_gradient(self) -> bool:

@@ -44,10 +44,7 @@ class WriteMatryoshkaTrainingSAE(MatryoshkaBatchTopKTrainingSAE, WriteBatchTopKT
         widths = self.cfg.matryoshka_widths if include_outer_loss else self.cfg.matryoshka_widths[:-1]
         if self._on_factors:
             for width in widths:
-                yield (
-                    width,
-                    cast(Tensor, Code(self.coefficients(feature_acts[:, :width], slice(0, width)), slice(0, width))),
-                )
+                yield width, cast(Tensor, Code(feature_acts[:, :width], slice(0, width)))
             return
         decoded: Tensor = self.b_dec
         for start, width in zip([0, *widths], widths):

@@ -80,8 +80,8 @@ class _TopKMaps(MatrixSAE):
             hidden_pre = hidden_pre * self.decoder_norm()
         return Activations(self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre)
 
-    def coefficients(self, acts: Tensor, atoms: slice | Tensor = slice(None)) -> Tensor:
-        return acts * (1 / self.decoder_norm()[atoms]) if self.cfg.rescale_acts_by_decoder_norm else acts
+    def coefficient_scale(self) -> Tensor | None:
+        return 1 / self.decoder_norm() if self.cfg.rescale_acts_by_decoder_norm else None
 
 
 class WriteTopKSAE(_TopKMaps, TopKSAE, MatrixWeights):

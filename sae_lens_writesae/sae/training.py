@@ -105,12 +105,12 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
 
 
 class Code(NamedTuple):
-    """Reconstructions of a batch that are not built: b_dec + sum_f coefficients_nf A_f over a range of atoms.
+    """Reconstructions of a batch that are not built: b_dec and the atoms of a range at their activations.
 
     What `decode` returns within a step on factors.
     """
 
-    coefficients: Tensor
+    acts: Tensor
     """[N,F']"""
     atoms: slice = slice(None)
 
@@ -146,28 +146,29 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
 
     def decode(self, feature_acts: Tensor) -> Any:
         """Reconstructions [...,K*V] of activations [...,F]; within a step on factors a `Code`."""
-        return Code(self.coefficients(feature_acts)) if self._on_factors else super().decode(feature_acts)
+        return Code(feature_acts) if self._on_factors else super().decode(feature_acts)
 
     def squared_errors(self, reconstruction: Tensor | Code, target: Tensor | LowRank) -> Tensor:
         """What SAELens sums over the last axis for |X - Y|^2: [N,K*V], or from factors [N,1], with the constant
         bias B of the reconstruction
 
-            |X - B - sum_f c_f A_f|^2 = |X|^2 - 2 <X, B> + |B|^2 + 2 sum_f c_f <B, A_f> + `row_distances`
+            |X - B - sum_f c_f A_f|^2 = |X|^2 - 2 <X, B> + |B|^2 + `row_distances`
         """
         if not isinstance(reconstruction, Code) or not isinstance(target, LowRank):
             return mse_loss(cast(Tensor, reconstruction), cast(Tensor, target))
         with torch.autocast(target.keys.device.type, enabled=False):
             v, w = self._decoder_range(reconstruction.atoms)
             rows, bias = target.to(exact_dtype(v)), self._bias_matrix()
-            code = reconstruction.coefficients.to(bias.dtype)
-            distance = sparse.row_distances(rows.keys, rows.values, code, v, w, full_gradient=self._full_gradient)
+            code = reconstruction.acts.to(bias.dtype)
+            distance = sparse.row_distances(rows.keys, rows.values, bias, code, v, w, full_gradient=self._full_gradient)
             errors = rows.inner(rows) - 2 * rows.products(bias) + bias.square().sum() + distance
-            return (errors + 2 * (code @ sparse.matrix_products(bias, v, w)))[:, None]
+            return errors[:, None]
 
     def _decoder_range(self, atoms: slice) -> tuple[Tensor, Tensor]:
-        """Decoder factors of a range, in at least fp32."""
-        v, w = (self.v, self.w) if atoms == slice(None) else (self.v[atoms], self.w[atoms])
-        return v.to(exact_dtype(v)), w.to(exact_dtype(w))
+        """Factors of what an activation of 1 adds, for a range of atoms, in at least fp32."""
+        v, w, scale = self.v.to(exact_dtype(self.v)), self.w.to(exact_dtype(self.w)), self.coefficient_scale()
+        v = v if scale is None else v * scale[:, None, None]
+        return (v, w) if atoms == slice(None) else (v[atoms], w[atoms])
 
     def _bias_matrix(self) -> Tensor:
         """b_dec [K,V] in at least fp32."""
@@ -272,7 +273,7 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
             return 0
         acts = self._encode(x).acts
         if isinstance(x, LowRank):
-            rows = draw_rows(self.squared_errors(Code(self.coefficients(acts)), x)[:, 0].clamp_min(0), n_dead)
+            rows = draw_rows(self.squared_errors(Code(acts), x)[:, 0].clamp_min(0), n_dead)
             matrices = x.rows(rows).dense().flatten(1)
         else:
             weights = (x - self.decode_linear(acts) - self.b_dec).float().square().sum(1)
@@ -549,21 +550,18 @@ def aux_loss(
 
 
 def _residual_errors(sae: MatrixTrainingSAE, x: LowRank, reconstruction: Code, acts: Tensor, index: Tensor) -> Tensor:
-    """|E - Z|^2 [N] for the constant residual E = X - B - Y of a reconstruction and the code Z = sum_f c_f A_f of the
-    atoms `index` [D]: |E|^2 + (|X - Z|^2 - |X|^2) + 2 <B + Y, Z>. Costs F*D*(K+V) once and F*D a row."""
+    """|E - Z|^2 [N] for the constant residual E = X - B - Y of a reconstruction and what the atoms `index` [D] add, Z:
+    |E|^2 + (|X - B - Z|^2 - |X - B|^2) + 2 <Y, Z>. Costs F*D*(K+V) once and F*D a row."""
     with torch.autocast(acts.device.type, enabled=False):
         v, w = (side.index_select(0, index) for side in sae._decoder_range(slice(None)))
-        code = sae.coefficients(acts.to(v.dtype), index)
+        code = acts.to(v.dtype)
         with torch.no_grad():
             size = sae.squared_errors(reconstruction, x)[:, 0]
-        bias, y = sae._bias_matrix().detach(), reconstruction.coefficients.to(v.dtype).detach()
+        bias, y = sae._bias_matrix().detach(), reconstruction.acts.to(v.dtype).detach()
         all_v, all_w = sae._decoder_range(reconstruction.atoms)
-        products = y @ sparse.gram(all_v.detach(), all_w.detach(), v, w) + sparse.matrix_products(bias, v, w)
-        return (
-            size
-            + sparse.row_distances(x.keys, x.values, code, v, w, full_gradient=False)
-            + 2 * (products * code).sum(-1)
-        )
+        products = y @ sparse.gram(all_v.detach(), all_w.detach(), v, w)
+        distance = sparse.row_distances(x.keys, x.values, bias, code, v, w, full_gradient=False)
+        return size + distance + 2 * (products * code).sum(-1)
 
 
 class HasThreshold(Protocol):

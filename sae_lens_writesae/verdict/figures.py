@@ -383,21 +383,22 @@ def _dots(
 def quartiles(
     rows: Mapping[str, pd.Series], deletion: pd.Series, clusters: pd.Series, controls: Sequence[str], title: str
 ) -> str:
-    """Win rate against deletion by quartile of the deletion effect; the atom with its interval, controls as lines."""
+    """Win rate against deletion by quartile of the deletion effect; the atom with its interval, controls as lines.
+    Fewer than four firings leave quartiles out."""
     quartile = stats.quartile(deletion)
-    lines = []
+    parts, lines = sorted(int(q) for q in set(quartile)), []
     for condition in [name for name in rows if name != "delete"]:
         rates = [
             stats.win_rate(
                 rows[condition][quartile == q], deletion[quartile == q], clusters[quartile == q]
             ).over_clusters
-            for q in (1, 2, 3, 4)
+            for q in parts
         ]
         colour = "atom" if condition == "atom" else "control" if condition in controls else "soft"
         band = ([r.low for r in rates], [r.high for r in rates]) if condition == "atom" else None
-        lines.append(Line(NAMES[condition].split(" (")[0], (1, 2, 3, 4), [r.mean for r in rates], colour, band))
-    ticks = {float(q): f"Q{q}" for q in (1, 2, 3, 4)}
-    low, high = (number(float(deletion[quartile == q].median())) for q in (1, 4))
+        lines.append(Line(NAMES[condition].split(" (")[0], parts, [r.mean for r in rates], colour, band))
+    ticks = {float(q): f"Q{q}" for q in parts}
+    low, high = (number(float(deletion[quartile == q].median())) for q in (parts[0], parts[-1]))
     label = f"quartile of the deletion effect\n(median KL {low} to {high} nats)"
     lines.sort(key=lambda line: line.colour == "atom")
     return curves(lines, label, f"Win rate by deletion effect: {title}", percent=True, chance=0.5, ticks=ticks)

@@ -32,6 +32,7 @@ FIRST = (
     "dictionaries.md",
     "coverage.md",
     "benchmarks.md",
+    "real_size.md",
 )
 """Hand-written pages, in reading order; whatever else lies in docs/ follows."""
 ELSEWHERE = ("verdicts.md", "SUMMARY.md")

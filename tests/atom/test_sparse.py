@@ -35,8 +35,9 @@ def test_rows_are_their_dense_matrices(terms: int, rank: int, full_gradient: boo
     torch.testing.assert_close(sparse.gram(v, w, v[:3], w[:3]), atoms @ atoms[:3].T)
     torch.testing.assert_close(sparse.matrix_products(matrix, v, w), atoms @ matrix.flatten())
     for code in (uneven(), draw(N, F), torch.zeros(N, F, dtype=torch.float64)):
-        expected = (x - code @ atoms).square().sum(1) - x.square().sum(1)
-        found = sparse.row_distances(keys, values, code, v, w, full_gradient=full_gradient)
+        rest = x - matrix.flatten()
+        expected = (rest - code @ atoms).square().sum(1) - rest.square().sum(1)
+        found = sparse.row_distances(keys, values, matrix, code, v, w, full_gradient=full_gradient)
         torch.testing.assert_close(found, expected)
 
 
@@ -56,15 +57,15 @@ def test_encoding_has_the_gradient_of_finite_differences(terms: int, rank: int, 
 def test_distances_have_the_gradient_of_finite_differences(terms: int, rank: int) -> None:
     keys, values, v, w = operands(terms, rank)
     code, on = uneven(2), uneven(2) != 0
-    factors = [v.requires_grad_(), w.requires_grad_()]
+    factors = [v.requires_grad_(), w.requires_grad_(), draw(K, V).requires_grad_()]
 
-    def gathered(active: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    def gathered(active: Tensor, v: Tensor, w: Tensor, bias: Tensor) -> Tensor:
         full = torch.zeros_like(code).masked_scatter(on, active)
-        return sparse.row_distances(keys, values, full, v, w, full_gradient=False)
+        return sparse.row_distances(keys, values, bias, full, v, w, full_gradient=False)
 
     assert gradcheck(gathered, [code[on].requires_grad_(), *factors])
 
-    def everything(code: Tensor, v: Tensor, w: Tensor) -> Tensor:
-        return sparse.row_distances(keys, values, code, v, w)
+    def everything(code: Tensor, v: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+        return sparse.row_distances(keys, values, bias, code, v, w)
 
     assert gradcheck(everything, [code.clone().requires_grad_(), *factors])
