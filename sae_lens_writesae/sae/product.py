@@ -424,6 +424,7 @@ def _strongest(acts: Tensor, k: int) -> Tensor:
     return top & (acts > 0)
 
 
+@torch.compiler.disable
 def _pair_acts(key: Tensor, value: Tensor) -> Tensor:
     """The activations of all pairs, sparse [N,F_key*F_value], from those of the sides."""
     n, i = key.nonzero(as_tuple=True)

@@ -11,7 +11,14 @@ from typing import Any, cast
 import pandas as pd
 import pytest
 import torch
-from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig, SAETrainer, TrainingSAE
+from sae_lens import (
+    SAE,
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+    SAETrainer,
+    TrainingSAE,
+)
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import SAEConfig, SAEMetadata, TrainingSAEConfig, TrainStepInput
 from test_metric import made_up
@@ -51,7 +58,7 @@ COUNTS = [(1, 1), (2, 3), (4, 6)]
 def build(k_key: int = 1, k_value: int = 1, **fields: Any) -> Any:
     """Random parameters, the encoder apart from the decoder."""
     torch.manual_seed(0)
-    options = SHAPE | {"k_key": k_key, "k_value": k_value, "resample_every": 0} | fields
+    options: dict[str, Any] = SHAPE | {"k_key": k_key, "k_value": k_value, "resample_every": 0} | fields
     sae = WriteProductTrainingSAE(WriteProductTrainingSAEConfig(**options))
     for name, parameter in sae.named_parameters():
         parameter.data.copy_((0.1 if name == "b_dec" else 0.6) * torch.randn_like(parameter))
@@ -184,9 +191,14 @@ def test_what_products_cannot_be_is_refused(fields: dict[str, Any], name: str) -
 
 
 def test_numbers_of_sides_follow_from_each_other() -> None:
-    shape = {"d_in": K * V, "d_k": K}
-    for d_sae, given, sides in ((36, {}, (6, 6)), (24, {"f_key": 3}, (3, 8)), (24, {"f_value": 3}, (8, 3))):
-        cfg = WriteProductSAEConfig(**shape, d_sae=d_sae, **given)
+    shape: dict[str, Any] = {"d_in": K * V, "d_k": K}
+    for given, sides in (
+        ({"d_sae": 36}, (6, 6)),
+        ({"d_sae": 24, "f_key": 3}, (3, 8)),
+        ({"d_sae": 6, "f_value": 3}, (2, 3)),
+    ):
+        fields: dict[str, Any] = shape | given
+        cfg = WriteProductSAEConfig(**fields)
         assert (cfg.f_key, cfg.f_value, cfg.k) == (*sides, 1)
 
 
@@ -265,7 +277,7 @@ def config(start: str, seed: int = 0, **fields: Any) -> Any:
 @pytest.mark.parametrize("start", ["random", "native"])
 def test_both_sides_of_a_planted_world_are_found(start: str) -> None:
     keys, values, rows = world()
-    sae = train_on_writes(config(start, resample_every=25), rows.keys, rows.values)
+    sae: Any = train_on_writes(config(start, resample_every=25), rows.keys, rows.values)
     found_keys, found_values = (normalize(side.detach(), dim=1) for side in (sae.key_atoms, sae.value_atoms))
     assert (keys @ found_keys.T).abs().amax(1).min() > 0.99
     assert (values @ found_values.T).abs().amax(1).min() > 0.99
@@ -281,7 +293,8 @@ def test_both_sides_of_a_planted_world_are_found(start: str) -> None:
 def test_writes_without_shared_sides_are_not_found() -> None:
     """Each write has a key and a value of its own: pairs of few sides explain little of them."""
     rows = LowRank(torch.randn(3000, 1, 8), torch.randn(3000, 1, 10))
-    sae, x = train_on_writes(config("native"), rows.keys, rows.values), rows.dense().flatten(1)
+    sae: Any = train_on_writes(config("native"), rows.keys, rows.values)
+    x = rows.dense().flatten(1)
     with torch.no_grad():
         assert (sae(x) - x).square().sum() > 0.4 * x.square().sum()
 
@@ -344,9 +357,10 @@ def test_reconstructions_are_made_right_on_average() -> None:
 def test_control_dictionaries() -> None:
     _, _, rows = world(300)
     x = rows.dense().flatten(1)
-    sae = WriteProductSAE(WriteProductSAEConfig(d_in=80, d_k=8, d_sae=36, f_key=4, f_value=9))
+    sae: Any = WriteProductSAE(WriteProductSAEConfig(d_in=80, d_k=8, d_sae=36, f_key=4, f_value=9))
     sae.cfg.metadata.training_architecture_details = {"b_dec_init": "zeros"}
-    random, drawn = untrained(sae, x), native(sae, x, rows)
+    random: Any = untrained(sae, x)
+    drawn: Any = native(sae, x, rows)
     for control in (random, drawn):
         assert type(control) is WriteProductSAE and not control.b_dec.any()
         assert_close(control.decoder_norm().data, torch.ones(36))
@@ -361,13 +375,17 @@ def test_control_dictionaries() -> None:
 # ---------------------------------------------------------------------------------------- on a model
 
 
+def dataset() -> Any:
+    return text_dataset(shipped.text("train")[:60_000])
+
+
 @pytest.fixture(scope="module")
 def trained(embedded: Any) -> Any:
     """A small one, trained on factors in the metric by this package's runner."""
     fields = {"d_sae": 1024, "decoder_init": "native", "inputs": "factors", "b_dec_rows": 256}
     cfg = small_config(embedded, architecture="writesae_product", metric="gauss_newton", sae=fields)
     cfg.sae.metric_sequences = 4
-    sae = train(cfg, embedded, text_dataset(shipped.text("train")[:60_000]), made_up(64, 32))
+    sae = train(cfg, embedded, dataset(), made_up(64, 32))
     assert sae.cfg.metadata.metric == "gauss_newton" and sae.b_dec.any()
     inference = WriteProductSAE(WriteProductSAEConfig.from_dict(sae.cfg.get_inference_sae_cfg_dict()))
     state = sae.state_dict()
@@ -380,14 +398,17 @@ def trained(embedded: Any) -> Any:
 @pytest.mark.parametrize("inputs", ["matrices", "factors"])
 def test_the_runner_trains_on_both_forms(embedded: Any, inputs: str) -> None:
     cfg = small_config(embedded, architecture="writesae_product", sae={"d_sae": 64, "inputs": inputs, "b_dec_rows": 64})
-    sae = train(cfg, embedded, text_dataset(shipped.text("train")[:60_000]))
+    sae = train(cfg, embedded, dataset())
     assert type(sae) is WriteProductTrainingSAE and sae.start_cosine() < 0.999
+    if inputs == "matrices":
+        stock = LanguageModelSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset()).run()
+        assert type(stock) is WriteProductTrainingSAE and stock.start_cosine() < 0.999
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_evaluations_see_an_ordinary_dictionary(embedded: Any, trained: Any) -> None:
     tokens = sample_sequences(embedded, shipped.text("test"), 32, 3)
-    lab = Lab(embedded, {"": trained}, tokens)
+    lab: Any = Lab(embedded, {"": trained}, tokens)
     firings = lab.firings()
     assert firings.n_atoms == 1024 and len(firings) == tokens.numel()  # one pair at each token
     found = lab.atoms(firings.atom[:5])
@@ -410,7 +431,7 @@ def test_evaluations_see_an_ordinary_dictionary(embedded: Any, trained: Any) -> 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_it_takes_the_place_of_its_hook(trained: Any) -> None:
-    model = HookedSAERecurrent.from_pretrained("embedded")
+    model: Any = HookedSAERecurrent.from_pretrained("embedded")
     tokens = model.to_tokens("The water of the lake", prepend_bos=False, truncate=False)
     name = head_target(model, LAYER, HEAD).hook_name
     edited = model.run_with_saes(tokens, saes=[trained])
