@@ -271,7 +271,7 @@ class _SideStep(TrainingSAE[Any]):
         return TrainStepOutput(
             sae_in=cast(Tensor, writes),
             sae_out=cast(Tensor, LowRank.rank_one(key.reconstruction, value.reconstruction)),
-            feature_acts=_pair_acts(key.acts.detach(), value.acts.detach()),
+            feature_acts=_pair_acts(key.acts.detach(), value.acts.detach()),  # pyright: ignore  (untyped decorator)
             hidden_pre=torch.cat([key.pre, value.pre], dim=1),
             loss=losses["key_loss"] + losses["value_loss"],
             losses=losses,
