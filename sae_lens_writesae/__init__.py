@@ -1,6 +1,6 @@
 """Matrix-atom sparse autoencoders for SAELens, and tests of what their atoms do.
 
-Importing this package registers six architectures in SAELens, after which its runners, metrics and patching utilities
+Importing this package registers seven architectures in SAELens, after which its runners, metrics and patching utilities
 take them like its own. These are the names that most programs need. The classes of the architectures are in
 `sae_lens_writesae.sae`, every evaluation in `sae_lens_writesae.evaluations`, by its kind in `EVALUATIONS`.
 

@@ -23,6 +23,7 @@ from sae_lens_writesae.experiment.firings import Firings, collect_firings, folds
 from sae_lens_writesae.experiment.head import WriteKind, head_writes
 from sae_lens_writesae.experiment.head_baselines import MAX_TOKENS, HeadBaselines, tokens_and_before
 from sae_lens_writesae.experiment.result import Json
+from sae_lens_writesae.sae.base import MatrixWeights
 from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_fits, check_plain_activations
 
 T = TypeVar("T")
@@ -248,7 +249,8 @@ class Lab:
         or where there is none on that half of the sequences which `sequence` is not in (`folds`). Kept.
 
         Args:
-            n_codes: drawn writes, and codes of the quantiser. None: as many as the dictionary has atoms.
+            n_codes: drawn writes, and codes of the quantiser. None: as many as the dictionary has atoms (those
+                of the larger side, where they are products).
 
         Cost: a forward up to the layer for each sequence of that text, of at most `MAX_TOKENS` tokens; then as
         `HeadBaselines.fit`.
@@ -256,7 +258,8 @@ class Lab:
         Raises:
             NothingToMeasureError: there is no other text.
         """
-        n_codes = int(self.sae.cfg.d_sae) if n_codes is None else n_codes
+        if n_codes is None:
+            n_codes = self.sae.n_factors if isinstance(self.sae, MatrixWeights) else int(self.sae.cfg.d_sae)
         fold = None if self.reference is not None else folds(np.arange(len(self.tokens)), self.seed)[sequence]
         key = (kind, n_codes, components, fold)
         if key not in self._baselines:

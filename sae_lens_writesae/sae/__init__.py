@@ -1,4 +1,4 @@
-"""The six architectures and their place in SAELens' registry."""
+"""The seven architectures and their place in SAELens' registry."""
 
 from typing import Any
 
@@ -26,6 +26,12 @@ from sae_lens_writesae.sae.jumprelu import (
     WriteJumpReLUTrainingSAEConfig,
 )
 from sae_lens_writesae.sae.matryoshka import WriteMatryoshkaTrainingSAE, WriteMatryoshkaTrainingSAEConfig
+from sae_lens_writesae.sae.product import (
+    WriteProductSAE,
+    WriteProductSAEConfig,
+    WriteProductTrainingSAE,
+    WriteProductTrainingSAEConfig,
+)
 from sae_lens_writesae.sae.standard import (
     WriteStandardSAE,
     WriteStandardSAEConfig,
@@ -45,6 +51,7 @@ INFERENCE: dict[str, tuple[type[SAE[Any]], type[SAEConfig]]] = {
     "writesae_jumprelu": (WriteJumpReLUSAE, WriteJumpReLUSAEConfig),
     "writesae_standard": (WriteStandardSAE, WriteStandardSAEConfig),
     "writesae_gated": (WriteGatedSAE, WriteGatedSAEConfig),
+    "writesae_product": (WriteProductSAE, WriteProductSAEConfig),
 }
 """Architecture -> (class, config) for inference."""
 
@@ -55,6 +62,7 @@ TRAINING: dict[str, tuple[type[TrainingSAE[Any]], type[TrainingSAEConfig]]] = {
     "writesae_jumprelu": (WriteJumpReLUTrainingSAE, WriteJumpReLUTrainingSAEConfig),
     "writesae_standard": (WriteStandardTrainingSAE, WriteStandardTrainingSAEConfig),
     "writesae_gated": (WriteGatedTrainingSAE, WriteGatedTrainingSAEConfig),
+    "writesae_product": (WriteProductTrainingSAE, WriteProductTrainingSAEConfig),
 }
 """Architecture -> (class, config) for training. BatchTopK and Matryoshka are exported as `writesae_jumprelu`."""
 
@@ -96,6 +104,10 @@ __all__ = [
     "WriteJumpReLUTrainingSAEConfig",
     "WriteMatryoshkaTrainingSAE",
     "WriteMatryoshkaTrainingSAEConfig",
+    "WriteProductSAE",
+    "WriteProductSAEConfig",
+    "WriteProductTrainingSAE",
+    "WriteProductTrainingSAEConfig",
     "WriteStandardSAE",
     "WriteStandardSAEConfig",
     "WriteStandardTrainingSAE",

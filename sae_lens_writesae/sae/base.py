@@ -174,6 +174,11 @@ class MatrixWeights(SAE[Any]):
             self.register_buffer("encoder_scale", torch.ones(F, **like))
         self._keep_start(v, w)
 
+    @property
+    def n_factors(self) -> int:
+        """How many atoms are free of each other: all, unless they are made of fewer shared factors."""
+        return int(self.cfg.d_sae)
+
     def _keep_start(self, keys: Tensor, values: Tensor) -> None:
         """Is given the initial atoms [F,R,K], [F,R,V]; a class in training keeps them."""
 

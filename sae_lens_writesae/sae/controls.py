@@ -48,8 +48,9 @@ def native(sae: SAE, matrices: Tensor, writes: LowRank, *, seed: int = 0) -> Mat
 
     Args:
         sae, matrices: as in `untrained`.
-        writes: from which d_sae are drawn, without repetition if there are as many; zero ones are left out. They are
-            cut to the rank of the dictionary's atoms where theirs is higher.
+        writes: from which as many are drawn as the dictionary has atoms (on the larger side, where they are products),
+            without repetition if there are enough; zero ones are left out. They are cut to the rank of the dictionary's
+            atoms where theirs is higher.
         seed: of the draw.
 
     Raises:
@@ -57,7 +58,7 @@ def native(sae: SAE, matrices: Tensor, writes: LowRank, *, seed: int = 0) -> Mat
         NothingToMeasureError: all writes are zero.
     """
     new = _fresh(sae, matrices, seed)
-    n_atoms, rank = int(new.cfg.d_sae), new.cfg.rank
+    n_atoms, rank = new.n_factors, new.cfg.rank
     able = torch.nonzero(writes.norm() > 0).flatten().cpu()
     if len(able) == 0:
         raise NothingToMeasureError("the head writes nothing on the text from which native writes are drawn")

@@ -29,7 +29,9 @@ def objective(sae: SAE) -> Objective:
 
 
 def variant(sae: SAE) -> str:
-    """Name in `VARIANTS`, or "other". The rank says nothing about a dictionary without factors."""
+    """Name in `VARIANTS`, "product", or "other". The rank says nothing about a dictionary without factors."""
+    if hasattr(sae.cfg, "f_key"):
+        return "product"
     encoder, decoder = str(getattr(sae.cfg, "encoder", "dense")), str(getattr(sae.cfg, "decoder", "flat"))
     rank = 1 if (encoder, decoder) == ("dense", "flat") else int(getattr(sae.cfg, "rank", 1))
     fields = {"encoder": encoder, "decoder": decoder, "rank": rank}

@@ -154,10 +154,10 @@ class Metric:
             state |= {"v_enc": sae.v * scale[:, None, None], "w_enc": sae.w}
         elif scale is not None:
             state["encoder_matrix"] = sae.decoder_matrix.T * scale
-        for name, root in (("v_enc", self.key_root), ("w_enc", self.value_root)):
+        for name, root in zip(("v_enc", "w_enc", "key_encoder", "value_encoder"), 2 * (self.key_root, self.value_root)):
             if name in state:
                 state[name] = _moved(state[name], root)
-        for name, root in (("v", self.key_inverse), ("w", self.value_inverse)):
+        for name, root in zip(("v", "w", "key_atoms", "value_atoms"), 2 * (self.key_inverse, self.value_inverse)):
             if name in state:
                 state[name] = _moved(state[name], root)
         if "encoder_matrix" in state:

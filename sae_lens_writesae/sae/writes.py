@@ -183,10 +183,10 @@ def on_factors(trainer: Trainer) -> None:
     build = trainer.build_train_step_log_dict
 
     def build_from_factors(output: TrainStepOutput, n_training_samples: int) -> dict[str, Any]:
-        if not isinstance(output.sae_out, Code):
+        if isinstance(output.sae_out, Tensor):
             return build(output, n_training_samples)
         # SAELens computes three of the entries from dense tensors; they are replaced below.
-        stand_in = output.feature_acts.new_ones(len(output.feature_acts), 1)
+        stand_in = output.loss.new_ones(len(output.feature_acts), 1)
         log = build(dataclasses.replace(output, sae_in=stand_in, sae_out=stand_in), n_training_samples)
         return log | explained_variance(sae, cast(LowRank, output.sae_in), output.sae_out)
 

@@ -228,8 +228,8 @@ def test_balanced_factors_have_equal_norms() -> None:
 
 @pytest.mark.parametrize("name", S.INFERENCE)
 def test_whitening_is_refused_before_anything_changes(name: str) -> None:
-    fields = {"k": 4, "rescale_acts_by_decoder_norm": True} if name == "writesae_topk" else {}
-    sae = small(name, **fields)
+    needed = {"writesae_topk": {"k": 4, "rescale_acts_by_decoder_norm": True}, "writesae_product": {"f_key": 3}}
+    sae = small(name, **needed.get(name, {}))
     state = {n: t.clone() for n, t in sae.state_dict().items()}
     eye = torch.eye(D_IN, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="expected_average_only_in"):

@@ -53,7 +53,7 @@ def l0(sae: MatrixSAE) -> float:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("architecture", S.INFERENCE)
+@pytest.mark.parametrize("architecture", [name for name in S.INFERENCE if name != "writesae_product"])
 def test_controls_are_alike_in_all_but_their_atoms(architecture: str, variant: str) -> None:
     sae = trained(architecture, **VARIANTS[variant])
     for control in (untrained(sae, rows()), native(sae, rows(), writes())):

@@ -63,7 +63,7 @@ def differences(a: MatrixTrainingSAE, b: MatrixTrainingSAE, one: TrainStepOutput
     return [float((x - y).detach().norm() / x.detach().norm().clamp_min(1e-12)) for x, y in pairs]
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", FIELDS)
 @pytest.mark.parametrize("encoder", ["bilinear", "tied"])
 @pytest.mark.parametrize("rank, terms", [(1, 1), (2, 1), (1, 2), (4, 2)])
 @pytest.mark.parametrize("n_dead", [0, 5])

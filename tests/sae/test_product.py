@@ -1,0 +1,441 @@
+"""Products of key atoms and value atoms: what they are as an autoencoder of pairs, how they are trained, and what they
+find in writes whose keys and values are drawn from two small sets."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+import pytest
+import torch
+from sae_lens import (
+    SAE,
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+    SAETrainer,
+    TrainingSAE,
+)
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import SAEConfig, SAEMetadata, TrainingSAEConfig, TrainStepInput
+from test_metric import made_up
+from test_runner import HEAD, LAYER, small_config
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.testing import assert_close
+
+from hookpoints import embedded as shipped
+from sae_lens_writesae import calibrate_b_dec, load_sae, train_on_writes
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.evaluations.substitution import Substitution
+from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.experiment.quality import dictionary_quality
+from sae_lens_writesae.experiment.tokens import sample_sequences
+from sae_lens_writesae.sae import (
+    WriteProductSAE,
+    WriteProductSAEConfig,
+    WriteProductTrainingSAE,
+    WriteProductTrainingSAEConfig,
+)
+from sae_lens_writesae.sae.controls import native, untrained
+from sae_lens_writesae.sae.hooked import HookedSAERecurrent
+from sae_lens_writesae.sae.kinds import matched_flat, n_parameters, variant
+from sae_lens_writesae.sae.product import rank_one_rows
+from sae_lens_writesae.sae.runner import text_dataset, train
+from sae_lens_writesae.sae.target import head_target
+from sae_lens_writesae.sae.training import pack
+from sae_lens_writesae.sae.writes import on_factors, shuffled_rows
+
+K, V, N = 5, 7, 13
+SHAPE: dict[str, Any] = {"d_in": K * V, "d_k": K, "d_v": V, "d_sae": 24, "f_key": 4, "f_value": 6, "dtype": "float64"}
+COUNTS = [(1, 1), (2, 3), (4, 6)]
+"""Active key atoms and value atoms."""
+
+
+def build(k_key: int = 1, k_value: int = 1, **fields: Any) -> Any:
+    """Random parameters, the encoder apart from the decoder."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = SHAPE | {"k_key": k_key, "k_value": k_value, "resample_every": 0} | fields
+    sae = WriteProductTrainingSAE(WriteProductTrainingSAEConfig(**options))
+    for name, parameter in sae.named_parameters():
+        parameter.data.copy_((0.1 if name == "b_dec" else 0.6) * torch.randn_like(parameter))
+    return sae
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def writes() -> LowRank:
+    return LowRank(normal(N, 1, K), normal(N, 1, V, seed=2))
+
+
+def step(sae: Any, batch: Tensor, at: int = 1, dead: Tensor | None = None) -> Any:
+    dead = torch.zeros(sae.cfg.d_sae, dtype=torch.bool) if dead is None else dead
+    return sae.training_forward_pass(TrainStepInput(batch, {}, dead, at, False))
+
+
+def by_hand(sae: Any, k: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of both sides and the loss of one write, step by step."""
+    found = []
+    for sign in (1, -1):
+        left, right = sign * sae.key_encoder @ k, sign * sae.value_encoder @ u
+        codes = []
+        for pre, active in ((left, sae.cfg.k_key), (right, sae.cfg.k_value)):
+            code = torch.zeros_like(pre)
+            for atom in pre.argsort(descending=True)[:active]:
+                code[atom] = max(pre[atom], torch.zeros_like(pre[atom]))
+            codes.append(code)
+        key_error = (sign * k - codes[0] @ sae.key_atoms).square().sum()
+        value_error = (sign * u - codes[1] @ sae.value_atoms).square().sum()
+        loss = u.square().sum() * key_error + k.square().sum() * value_error
+        found.append(((codes[0].max() * codes[1].max()).item(), *codes, loss))
+    return max(found, key=lambda each: each[0])[1:]
+
+
+# ---------------------------------------------------------------------------------------- an autoencoder of pairs
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_codes_are_those_of_the_sides(counts: tuple[int, int]) -> None:
+    sae, rows = build(*counts), writes()
+    acts = sae.encode(rows.dense().flatten(1))
+    for n in range(N):
+        key, value, _ = by_hand(sae, rows.keys[n, 0], rows.values[n, 0])
+        assert_close(acts[n], torch.outer(key, value).flatten(), rtol=1e-10, atol=1e-10)
+    counted = (acts > 0).sum(1)
+    assert (acts >= 0).all() and counted.max() <= sae.cfg.k
+    if counts == (1, 1):
+        assert (counted == 1).all()
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_every_form_of_a_write_has_one_code(counts: tuple[int, int]) -> None:
+    sae, rows = build(*counts), writes()
+    keys, values = rows.keys[:, 0], rows.values[:, 0]
+    acts = sae.encode(rows.dense().flatten(1))
+    for scale in (1.0, -1.0, -0.3):
+        assert_close(sae.encode_writes(keys * scale, values / scale), acts, rtol=1e-10, atol=1e-10)
+        out = step(sae, pack(LowRank(rows.keys * scale, rows.values / scale)))
+        assert_close(out.feature_acts.to_dense(), acts, rtol=1e-10, atol=1e-10)
+    split = LowRank(torch.cat([rows.keys, 2 * rows.keys], 1), torch.cat([rows.values, rows.values], 1))
+    assert_close(sae._encode(split).acts, 3 * acts, rtol=1e-10, atol=1e-10)
+    assert_close(sae.encode(torch.zeros(2, 3, K * V).double()), torch.zeros(2, 3, 24).double())
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_pairs_are_ordinary_atoms(counts: tuple[int, int]) -> None:
+    sae, x = build(*counts), normal(2, N, K * V)  # of full rank
+    acts = sae.encode(x)
+    for i in range(4):
+        for j in range(6):
+            pair = torch.outer(sae.key_atoms[i], sae.value_atoms[j]).flatten()
+            assert_close(sae.W_dec[6 * i + j], pair)
+    assert_close(sae.atoms().dense().flatten(1), sae.W_dec.data)
+    assert_close(sae.atoms([3, 20]).dense().flatten(1), sae.W_dec.data[[3, 20]])
+    assert_close(sae.decode(acts), acts @ sae.W_dec + sae.b_dec)
+    assert_close(sae.decode_linear(acts[..., 5:9], slice(5, 9)), acts[..., 5:9] @ sae.W_dec[5:9])
+    assert_close(sae.encode_linear(x), x @ sae.W_enc)
+    assert_close(sae.decoder_norm(), sae.W_dec.norm(dim=1))
+    assert_close(sae.encoder_norm(), sae.W_enc.norm(dim=0))
+    on = acts > 0
+    assert_close(acts[on], sae.encode_linear(x)[on])
+    cut = sae.run_with_hooks(x, fwd_hooks=[("hook_sae_acts_post", lambda a, hook: a * 0)])
+    assert_close(cut, sae.b_dec.expand_as(cut))
+    assert sum(p.numel() for p in sae.parameters()) == n_parameters(sae) == 2 * (4 * K + 6 * V) + K * V
+    assert variant(sae) == "product" and matched_flat(sae).d_sae == 2
+
+
+def test_gradients() -> None:
+    sae, rows = build(2, 2), writes()
+    names = ("key_atoms", "value_atoms", "key_encoder", "value_encoder")
+    out = step(sae, pack(rows))
+    expected = torch.stack([by_hand(sae, k[0], u[0])[2] for k, u in zip(rows.keys, rows.values)]).mean()
+    assert_close(out.loss, expected, rtol=1e-10, atol=1e-10)
+    wanted = torch.autograd.grad(expected, [getattr(sae, name) for name in names])
+    for batch in (pack(rows), rows.dense().flatten(1)):
+        sae.zero_grad()
+        step(sae, batch).loss.backward()
+        for name, grad in zip(names, wanted):
+            assert_close(getattr(sae, name).grad, grad, rtol=1e-9, atol=1e-10)
+        assert sae.b_dec.grad is None
+    x = rows.dense().flatten(1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda y: sae.decode(sae.encode(y)), (x,))
+
+
+# ---------------------------------------------------------------------------------------- configs and files
+
+
+@pytest.mark.parametrize(
+    "fields, name",
+    [
+        ({"d_sae": 23}, "d_sae"),
+        ({"d_sae": 24, "f_key": 0, "f_value": 0}, "d_sae"),
+        ({"k_key": 5}, "k_key"),
+        ({"k_value": 0}, "k_value"),
+        ({"encoder": "tied"}, "encoder"),
+        ({"decoder": "flat"}, "decoder"),
+        ({"rank": 2}, "rank"),
+        ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input"),
+        ({"loss": "write"}, "loss"),
+        ({"b_dec_init": "mean"}, "b_dec_init"),
+        ({"unit_norm_every": 100}, "unit_norm_every"),
+    ],
+)
+def test_what_products_cannot_be_is_refused(fields: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}="):
+        WriteProductTrainingSAEConfig(**SHAPE | fields)
+
+
+def test_numbers_of_sides_follow_from_each_other() -> None:
+    shape: dict[str, Any] = {"d_in": K * V, "d_k": K}
+    for given, sides in (
+        ({"d_sae": 36}, (6, 6)),
+        ({"d_sae": 24, "f_key": 3}, (3, 8)),
+        ({"d_sae": 6, "f_value": 3}, (2, 3)),
+    ):
+        fields: dict[str, Any] = shape | given
+        cfg = WriteProductSAEConfig(**fields)
+        assert (cfg.f_key, cfg.f_value, cfg.k) == (*sides, 1)
+
+
+def test_export_loading_and_checkpoints(tmp_path: Path) -> None:
+    sae, x = build(2, 2), normal(N, K * V)
+    text = json.dumps(sae.cfg.to_dict())
+    assert TrainingSAEConfig.from_dict(json.loads(text)) == sae.cfg
+    assert type(SAE.from_dict(SAEConfig.from_dict(sae.cfg.get_inference_sae_cfg_dict()).to_dict())) is WriteProductSAE
+    sae.save_inference_model(tmp_path / "export")
+    for loaded in (SAE.load_from_disk(tmp_path / "export"), load_sae(tmp_path / "export")):
+        assert type(loaded) is WriteProductSAE
+        assert_close(loaded(x), sae(x), rtol=0, atol=0)
+        assert loaded.cfg.metadata.start_cosine == pytest.approx(sae.start_cosine())
+        assert (loaded.cfg.f_key, loaded.cfg.f_value, loaded.cfg.k) == (4, 6, 4)
+    sae.save_model(tmp_path / "checkpoint")
+    again = TrainingSAE.load_from_disk(tmp_path / "checkpoint")
+    assert type(again) is WriteProductTrainingSAE
+    assert_close(step(again, pack(writes())).loss, step(sae, pack(writes())).loss)
+
+
+def test_folds() -> None:
+    sae, x = build(2, 2), normal(N, K * V)
+    acts, out = sae.encode(x), sae(x)
+    with pytest.raises(NotImplementedError):
+        sae.fold_W_dec_norm()
+    folded = made_up(K, V).fold(sae)
+    moved = made_up(K, V).apply_rows
+    assert_close(folded.encode(x), sae.encode(moved(x)), rtol=1e-9, atol=1e-9)
+    assert_close(moved(folded(x)), sae(moved(x)), rtol=1e-9, atol=1e-9)
+    sae.fold_activation_norm_scaling_factor(3.0)
+    assert_close(sae.encode(x / 3), acts, rtol=1e-10, atol=1e-10)
+    assert_close(3 * sae(x / 3), out, rtol=1e-10, atol=1e-10)
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def test_rows_of_a_higher_rank_are_refused() -> None:
+    rows = rank_one_rows(writes().dense())
+    assert_close(rows.dense(), writes().dense(), rtol=1e-10, atol=1e-10)
+    assert not rank_one_rows(torch.zeros(2, K, V)).dense().any()
+    mixed = torch.cat([writes().dense(), normal(1, K, V)]).flatten(1)
+    for batch in (mixed, pack(LowRank(normal(N, 2, K), normal(N, 2, V)))):
+        with pytest.raises(ValueError, match="rank"):
+            step(build(), batch)
+    assert step(build(), mixed[:-1].half().double()).loss.isfinite()
+    with pytest.raises(ValueError, match="NaN"):
+        step(build(), mixed * torch.nan)
+
+
+def world(n: int = 3000, n_keys: int = 6, n_values: int = 9) -> tuple[Tensor, Tensor, LowRank]:
+    """Keys and values drawn independently from small sets, in an orientation that is drawn too."""
+    g = torch.Generator().manual_seed(3)
+    keys, values = (normalize(torch.randn(m, d, generator=g), dim=1) for m, d in ((n_keys, 8), (n_values, 10)))
+    which = torch.randint(n_keys, (n,), generator=g), torch.randint(n_values, (n,), generator=g)
+    sign = torch.randn(n, 1, generator=g).sign()
+    size = 1 + torch.rand(n, 1, generator=g)
+    return keys, values, LowRank.rank_one(sign * keys[which[0]], sign * size * values[which[1]])
+
+
+def config(start: str, seed: int = 0, **fields: Any) -> Any:
+    shape = {"d_in": 80, "d_k": 8, "d_v": 10, "d_sae": 160, "f_key": 8, "f_value": 20, "decoder_init": start}
+    return LanguageModelSAERunnerConfig(
+        sae=WriteProductTrainingSAEConfig(**shape | fields),
+        seed=seed,
+        lr=1e-2,
+        training_tokens=300 * 128,
+        train_batch_size_tokens=128,
+        dead_feature_window=40,
+        logger=LoggingConfig(log_to_wandb=False),
+        checkpoint_path=None,
+        device="cpu",
+    )
+
+
+@pytest.mark.parametrize("start", ["random", "native"])
+def test_both_sides_of_a_planted_world_are_found(start: str) -> None:
+    keys, values, rows = world()
+    sae: Any = train_on_writes(config(start, resample_every=25), rows.keys, rows.values)
+    found_keys, found_values = (normalize(side.detach(), dim=1) for side in (sae.key_atoms, sae.value_atoms))
+    assert (keys @ found_keys.T).abs().amax(1).min() > 0.99
+    assert (values @ found_values.T).abs().amax(1).min() > 0.99
+    x = rows.dense().flatten(1)
+    with torch.no_grad():
+        acts = sae.encode(x)
+        assert (sae(x) - x).square().sum() < 0.01 * x.square().sum()
+    fired = (acts > 0).any(0).sum()
+    assert len(keys) * len(values) <= fired <= 2 * len(keys) * len(values)  # at most both orientations of a pair
+    assert n_parameters(sae) - 80 < 2 * len(keys) * len(values) * 18  # of as many rank-one atoms with an encoder
+
+
+def test_writes_without_shared_sides_are_not_found() -> None:
+    """Each write has a key and a value of its own: pairs of few sides explain little of them."""
+    rows = LowRank(torch.randn(3000, 1, 8), torch.randn(3000, 1, 10))
+    sae: Any = train_on_writes(config("native"), rows.keys, rows.values)
+    x = rows.dense().flatten(1)
+    with torch.no_grad():
+        assert (sae(x) - x).square().sum() > 0.4 * x.square().sum()
+
+
+def test_starts_and_resampling_go_side_by_side() -> None:
+    keys, values, rows = world(200)
+    sae = WriteProductTrainingSAE(config("native", resample_every=10).sae)
+    assert step(sae, pack(rows), 0).loss < 0.2 * rows.norm().square().mean()
+    started = [normalize(side.detach(), dim=1) for side in (sae.key_atoms, sae.value_atoms)]
+    assert ((keys @ started[0].T).abs().amax(1) > 0.999).all()
+    assert ((values @ started[1].T).abs().amax(1) > 0.999).all()
+    assert sae.start_cosine() == pytest.approx(1, abs=1e-5)
+    grid = torch.zeros(8, 20, dtype=torch.bool)
+    grid[2] = True
+    grid[3, 4] = True  # a silent pair of living sides
+    before = [p.detach().clone() for p in (sae.key_atoms, sae.value_atoms)]
+    sae.key_atoms.data[2] = sae.key_encoder.data[2] = before[0][2] * 1e-3
+    assert step(sae, pack(rows * 1.0), 10, grid.flatten()).metrics["resampled_atoms"] <= 1
+    with torch.no_grad():
+        sae.value_atoms.mul_(torch.randn(20, 1).abs())
+        sae.value_encoder.zero_()
+    dead = torch.ones(8, 20, dtype=torch.bool)
+    dead[1:] = False
+    assert step(sae, pack(rows), 20, dead.flatten()).metrics["resampled_atoms"] == 1
+    assert_close(sae.value_encoder.data, torch.zeros(20, 10))
+    assert ((keys @ normalize(sae.key_atoms.detach()[:1], dim=1).T).abs().amax() > 0.999).all()
+
+
+@pytest.mark.parametrize("inputs", ["matrices", "factors"])
+def test_saelens_trainer_logs_both_forms(inputs: str) -> None:
+    rows = world(400)[2]
+    sae = WriteProductTrainingSAE(config("random").sae)
+    batches = shuffled_rows(rows, 50, torch.Generator().manual_seed(0))
+    if inputs == "matrices":
+        batches = (LowRank(b[:, None, :8], b[:, None, 8:]).dense().flatten(1) for b in batches)
+    trainer = SAETrainer(SAETrainerConfig(1000, 50, lr=1e-3, lr_end=1e-3), sae, cast(Any, batches))
+    if inputs == "factors":
+        on_factors(trainer)
+    before = copy.deepcopy(sae)
+    output = trainer.step(next(batches))
+    with torch.no_grad():
+        logs = trainer.build_train_step_log_dict(output, 50)
+        x = next(shuffled_rows(rows, 50, torch.Generator().manual_seed(0)))
+        x = LowRank(x[:, None, :8], x[:, None, 8:]).dense().flatten(1)
+        share = 1 - (x - before(x)).square().sum() / (x - x.mean(0)).square().sum()
+    assert logs["metrics/explained_variance"] == pytest.approx(float(share), rel=1e-4)
+    assert logs["metrics/l0"] == 1
+    assert set(output.losses) == {"key_loss", "value_loss"}
+
+
+def test_reconstructions_are_made_right_on_average() -> None:
+    sae, x = build(), writes().dense().flatten(1)
+    sae.requires_grad_(False)
+    codes = sae.encode(x)
+    calibrate_b_dec(sae, [x])
+    assert_close(sae.encode(x), codes)
+    assert_close(sae(x).mean(0), x.mean(0), rtol=1e-9, atol=1e-9)
+
+
+def test_control_dictionaries() -> None:
+    _, _, rows = world(300)
+    x = rows.dense().flatten(1)
+    sae: Any = WriteProductSAE(WriteProductSAEConfig(d_in=80, d_k=8, d_sae=36, f_key=4, f_value=9))
+    sae.cfg.metadata.training_architecture_details = {"b_dec_init": "zeros"}
+    random: Any = untrained(sae, x)
+    drawn: Any = native(sae, x, rows)
+    for control in (random, drawn):
+        assert type(control) is WriteProductSAE and not control.b_dec.any()
+        assert_close(control.decoder_norm().data, torch.ones(36))
+        assert_close(control.W_enc.T.data, control.W_dec.data)
+        assert ((control.encode(x) > 0).sum(1) == 1).all()
+    for side, of_writes in ((drawn.key_atoms, rows.keys[:, 0]), (drawn.value_atoms, rows.values[:, 0])):
+        cosines = normalize(side.detach(), dim=1) @ normalize(of_writes, dim=1).T
+        assert_close(cosines.amax(1), torch.ones(len(side)))
+    assert (random(x) - x).square().sum() > (drawn(x) - x).square().sum()
+
+
+# ---------------------------------------------------------------------------------------- on a model
+
+
+def dataset() -> Any:
+    return text_dataset(shipped.text("train")[:60_000])
+
+
+@pytest.fixture(scope="module")
+def trained(embedded: Any) -> Any:
+    """A small one, trained on factors in the metric by this package's runner."""
+    fields = {"d_sae": 1024, "decoder_init": "native", "inputs": "factors", "b_dec_rows": 256}
+    cfg = small_config(embedded, architecture="writesae_product", metric="gauss_newton", sae=fields)
+    cfg.sae.metric_sequences = 4
+    sae = train(cfg, embedded, dataset(), made_up(64, 32))
+    assert sae.cfg.metadata.metric == "gauss_newton" and sae.b_dec.any()
+    inference = WriteProductSAE(WriteProductSAEConfig.from_dict(sae.cfg.get_inference_sae_cfg_dict()))
+    state = sae.state_dict()
+    sae.process_state_dict_for_saving_inference(state)
+    inference.load_state_dict(state)
+    return inference.eval()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("inputs", ["matrices", "factors"])
+def test_the_runner_trains_on_both_forms(embedded: Any, inputs: str) -> None:
+    cfg = small_config(embedded, architecture="writesae_product", sae={"d_sae": 64, "inputs": inputs, "b_dec_rows": 64})
+    sae = train(cfg, embedded, dataset())
+    assert type(sae) is WriteProductTrainingSAE and sae.start_cosine() < 0.999
+    if inputs == "matrices":
+        stock = LanguageModelSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset()).run()
+        assert type(stock) is WriteProductTrainingSAE and stock.start_cosine() < 0.999
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_evaluations_see_an_ordinary_dictionary(embedded: Any, trained: Any) -> None:
+    tokens = sample_sequences(embedded, shipped.text("test"), 32, 3)
+    lab: Any = Lab(embedded, {"": trained}, tokens)
+    firings = lab.firings()
+    assert firings.n_atoms == 1024 and len(firings) == tokens.numel()  # one pair at each token
+    found = lab.atoms(firings.atom[:5])
+    write = lab.native_writes([0]).rows(slice(5))
+    cosine = found.cosine(write)
+    assert_close(
+        lab.sae.encode_writes(write.keys[:, 0], write.values[:, 0]).amax(1),
+        torch.tensor(firings.activation[:5]),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    assert cosine.mean() > 0
+    quality = dictionary_quality(embedded, trained, tokens)
+    assert quality.l0 == quality.coverage == 1 and quality.recovered is not None
+    few: Any = {"n_atoms": 4, "firings_per_atom": 1, "horizon": 4, "last_position_firings": 0}
+    tables = Substitution(**few, scales=("coefficient",), controls=("shuffled", "drawn")).measure(lab)
+    written = pd.concat(tables.values())
+    assert {"atom", "shuffled", "drawn"} <= set(written["condition"].dropna())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_it_takes_the_place_of_its_hook(trained: Any) -> None:
+    model: Any = HookedSAERecurrent.from_pretrained("embedded")
+    tokens = model.to_tokens("The water of the lake", prepend_bos=False, truncate=False)
+    name = head_target(model, LAYER, HEAD).hook_name
+    edited = model.run_with_saes(tokens, saes=[trained])
+    by_hook = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: trained(x))])
+    assert_close(edited, by_hook)
+    assert trained.cfg.metadata.hook_name == name and isinstance(trained.cfg.metadata, SAEMetadata)
+    assert not torch.allclose(edited, model(tokens))
