@@ -60,6 +60,8 @@ fortieth of the write itself takes back."""
 PRACTICAL_FLOOR = 1e-4
 """Nats: a median deletion effect below it is of no practical size, however far it lies above rounding."""
 
+_NAMED = 6
+"""Controls that the column of controls names, the best ones; the figures show all of them."""
 _LINES = 5
 """Controls that are lines of one panel: more names do not fit beside it."""
 
@@ -444,7 +446,9 @@ class Substitution(Evaluation):
             share = 1 - float(rival.sum()) / total if total > 0 else np.nan
             ahead = percent(float((wide[f"atom/{scale}"] < rival).mean()))
             parts.append((share, f"{NAMES[name]} {percent(share)} (atom nearer at {ahead})"))
-        return "recovered: " + ", ".join(text for _, text in sorted(parts, key=lambda p: -p[0])) if parts else ""
+        listed = [text for _, text in sorted(parts, key=lambda p: -p[0])]
+        more = f"; {len(listed) - _NAMED} more take back less" if len(listed) > _NAMED else ""
+        return f"recovered: {', '.join(listed[:_NAMED])}{more}" if parts else ""
 
     def _chain(self, wide: pd.DataFrame) -> list[Claim]:
         scale = "matched" if "matched" in self.scales else self.scales[0]
@@ -618,8 +622,7 @@ class Substitution(Evaluation):
             f"at the firings of {tables[0][0].label}."
         )
         panel = Figure(title, figures.intervals(rows, label, title, least=-0.5), caption)
-        best = max(results, key=lambda result: atoms[result.label][0] if result.label in atoms else -np.inf)
-        return [panel, *_exchange_figure(best)]
+        return [panel, *_exchange_figure(max(results, key=headline_share))]
 
     def figures(self, result: Result) -> list[Figure]:
         """Recovered shares, win rates, divergences, ratios to deletion, quartiles of the effect, cosines; for every
@@ -630,6 +633,14 @@ class Substitution(Evaluation):
             unbeaten = self.verdict(wide, self.scales[0])[0].unbeaten_controls
             panels += substitution_figures(self, result, wide, choice, unbeaten)
         return panels
+
+
+def headline_share(result: Result) -> float:
+    """The recovered share of the headline's atom; -inf where no deletion has an effect."""
+    wide = wide_firings(result)
+    total = float(wide["delete"].sum())
+    scale = cast(Substitution, result.evaluation).scales[0]
+    return 1 - float(wide[f"atom/{scale}"].sum()) / total if total > 0 else -np.inf
 
 
 def _share(wide: pd.DataFrame, column: str) -> tuple[float, float, float]:

@@ -153,8 +153,10 @@ def _unbeaten(
 def _seen(effect: Estimate, chance: float, sign: float) -> str:
     """What this sample could have seen, beside a "fails"."""
     few = f" The interval is over {effect.n_clusters} units, and may be too short." * (effect.n_clusters < FEW_CLUSTERS)
-    far = chance + sign * detectable(effect, chance)
-    return f"A true value of {far:.2g} would be found in four of five samples like this one.{few}"
+    size = detectable(effect, chance)
+    if size > 1:  # rates, shares and ratios do not reach so far
+        return f"Samples like this one find no value reliably.{few}"
+    return f"A true value of {chance + sign * size:.2g} would be found in four of five samples like this one.{few}"
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -22,7 +22,7 @@ def result() -> Result:
 def test_a_saved_folder_is_whole_and_has_nothing_beside_it(result: Result, tmp_path: Path) -> None:
     folder = result.save(tmp_path / "deep" / "result")
     assert [p.name for p in folder.parent.iterdir()] == ["result"]
-    assert sorted(p.name for p in folder.iterdir()) == ["firings.parquet", "info.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["example.parquet", "firings.parquet", "info.json"]
     loaded = load_result(folder)
     assert (loaded.info, loaded.evaluation, loaded.skipped) == (result.info, result.evaluation, None)
     pd.testing.assert_frame_equal(loaded.tables["firings"], result.tables["firings"])
@@ -63,7 +63,7 @@ def test_tables_are_checked(result: Result) -> None:
     with pytest.raises(ValueError, match="firings"):
         replace(result, tables={}).check()
     with pytest.raises(ValueError, match="cosine"):
-        replace(result, tables={"firings": result.tables["firings"].drop(columns="cosine")}).check()
+        replace(result, tables=result.tables | {"firings": result.tables["firings"].drop(columns="cosine")}).check()
 
 
 def test_contrast_is_the_estimate_of_paired_differences(result: Result) -> None:
@@ -74,7 +74,7 @@ def test_contrast_is_the_estimate_of_paired_differences(result: Result) -> None:
     assert result.contrast("kl_window", "atom", "delete", units=units) == expected
     assert result.contrast("kl_window", "delete", units=units).mean == pytest.approx(wide["delete"].mean())
     some = result.tables["firings"].query("not (condition == 'atom' and firing < 40)")
-    fewer = replace(result, tables={"firings": some})
+    fewer = replace(result, tables=result.tables | {"firings": some})
     assert fewer.contrast("kl_window", "atom", "delete", units=units).n == 200  # units without one side are left out
 
 

@@ -307,7 +307,7 @@ def test_atoms_are_drawn_from_those_that_were_tested(
     model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor, tested: Result
 ) -> None:
     firings = tested.tables["firings"]
-    some = replace(tested, tables={"firings": firings[firings["written_atom"].isin([1, 4])]})
+    some = replace(tested, tables=tested.tables | {"firings": firings[firings["written_atom"].isin([1, 4])]})
     quick = replace(SMALL, effect_firings=0)
     data = quick.collect(model, planted, tokens, substitution=some, progress=False)
     assert [page.atom for page in data.atoms] == [1, 4] and all(page.substitution for page in data.atoms)
