@@ -26,6 +26,7 @@ from torch import Tensor
 from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae import collect, fit_metrics, head_effects, sample_sequences, train_on_writes, training_config
 from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.choices import MetricName
 from sae_lens_writesae.experiment.head_baselines import BASELINES, HeadBaselines, tokens_and_before
 from sae_lens_writesae.experiment.lab import Lab, Site, Trial
 from sae_lens_writesae.experiment.quality import qualities
@@ -33,7 +34,7 @@ from sae_lens_writesae.experiment.readout import kl_window
 from sae_lens_writesae.experiment.reconstruction import dominant
 from sae_lens_writesae.sae.base import MatrixSAE
 from sae_lens_writesae.sae.controls import native, untrained
-from sae_lens_writesae.sae.metric import Metric, MetricName
+from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.target import RunnerConfig
 from sae_lens_writesae.sae.writes import new_sae
 
