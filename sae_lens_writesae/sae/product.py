@@ -303,7 +303,7 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep, MatrixWeig
             output.sae_out = cast(LowRank, output.sae_out).dense().flatten(1) + self.b_dec
         return output
 
-    def _split(self, batch: Tensor) -> tuple[LowRank, Tensor]:
+    def split_batch(self, batch: Tensor) -> tuple[LowRank, Tensor]:
         """The writes of a batch of matrices or packed factors."""
         cfg, width = self.cfg, batch.shape[1]
         if width < cfg.d_in:
@@ -349,7 +349,7 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep, MatrixWeig
             self._started = dict.fromkeys(SIDES, 0)
         if self._started is None:
             return min(self.cfg.f_key, self.cfg.f_value)
-        writes = x if isinstance(x, LowRank) else self._split(x)[0]
+        writes = x if isinstance(x, LowRank) else self.split_batch(x)[0]
         sizes = writes.inner(writes)
         drawn = writes.rows(draw_rows(sizes, len(sizes)))
         for side in SIDES:
@@ -372,7 +372,7 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep, MatrixWeig
         """Put dead atoms of a side on that side of rows of a batch, drawn in proportion to its squared error; returns
         how many. A key atom or a value atom is dead where all its pairs are (`dead` [d_sae])."""
         grid = dead.view(self.cfg.f_key, self.cfg.f_value)
-        codes, replaced = self.code(x if isinstance(x, LowRank) else self._split(x)[0]), 0
+        codes, replaced = self.code(x if isinstance(x, LowRank) else self.split_batch(x)[0]), 0
         for side, code, other, dead_side in zip(SIDES, codes, codes[::-1], (grid.all(1), grid.all(0))):
             errors = other.rows.square().sum(1) * (code.rows - code.reconstruction).square().sum(1)
             rows = code.rows[draw_rows(errors, int(dead_side.sum()))]

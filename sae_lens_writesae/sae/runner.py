@@ -106,7 +106,8 @@ RUNNER: dict[str, float | int | str] = {
     "dead_feature_window": 200,
 }
 """Settings of SAELens' runner that measured best for dictionaries of writes; docs/dictionaries.md has the numbers.
-Steps count, not tokens: 2,000 of 128 rows do what 2,000 of 512 do."""
+Steps count, not tokens: 2,000 of 128 rows do what 2,000 of 512 do. `training_config` warms up over a tenth of the steps
+of a run of fewer than 200."""
 
 
 def training_config(
@@ -142,7 +143,8 @@ def training_config(
         runner: further fields of `LanguageModelSAERunnerConfig`, such as `training_tokens`.
 
     Raises:
-        ValueError: the activation buffer is smaller than a batch; and what `head_target` and the configs raise.
+        ValueError: the activation buffer is smaller than a batch, or the run too short for its learning-rate schedule;
+            and what `head_target` and the configs raise.
     """
     collected = isinstance(model, Collection)
     place = model.head_target(layer, head, target) if collected else head_target(model, layer, head, target)
@@ -181,6 +183,9 @@ def training_config(
     }
     cfg = LanguageModelSAERunnerConfig(sae=config_class(**fields), **(defaults | runner))
     check_metric(cfg, None)
+    if "lr_warm_up_steps" not in runner:
+        cfg.lr_warm_up_steps = min(cfg.lr_warm_up_steps, cfg.training_tokens // cfg.train_batch_size_tokens // 10)
+    _check_schedule(cfg)
     rows = cfg.n_batches_in_buffer * (1 if target == "last_state" else cfg.context_size)
     if rows < cfg.train_batch_size_tokens:
         raise ValueError(
@@ -189,6 +194,17 @@ def training_config(
             "n_batches_in_buffer"
         )
     return cfg
+
+
+def _check_schedule(cfg: RunnerConfig) -> None:
+    """Raise ValueError where warm-up and decay leave no step to a cosine, of which SAELens then divides by zero."""
+    steps = cfg.training_tokens // cfg.train_batch_size_tokens
+    if cfg.lr_scheduler_name != "constant" and cfg.lr_warm_up_steps + cfg.lr_decay_steps >= steps:
+        raise ValueError(
+            f"{steps} steps (training_tokens {cfg.training_tokens} / train_batch_size_tokens "
+            f"{cfg.train_batch_size_tokens}) leave none to {cfg.lr_scheduler_name} after lr_warm_up_steps "
+            f"{cfg.lr_warm_up_steps} and lr_decay_steps {cfg.lr_decay_steps}; train longer, or make those fewer"
+        )
 
 
 def text_dataset(text: str, min_characters: int = 2000) -> Dataset:

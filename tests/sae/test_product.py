@@ -397,7 +397,8 @@ def trained(embedded: Any) -> Any:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("inputs", ["matrices", "factors"])
 def test_the_runner_trains_on_both_forms(embedded: Any, inputs: str) -> None:
-    cfg = small_config(embedded, architecture="writesae_product", sae={"d_sae": 64, "inputs": inputs, "b_dec_rows": 64})
+    fields = {"d_sae": 64, "inputs": inputs, "b_dec_rows": 64}
+    cfg = small_config(embedded, architecture="writesae_product", lr=1e-2, sae=fields)
     sae = train(cfg, embedded, dataset())
     assert type(sae) is WriteProductTrainingSAE and sae.start_cosine() < 0.999
     if inputs == "matrices":

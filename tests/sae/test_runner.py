@@ -349,6 +349,25 @@ def test_a_hook_that_does_not_fit_the_sae_is_said(embedded, dataset):
         training_config(embedded, LAYER, HEAD, target="reads")
 
 
+@pytest.mark.parametrize(("steps", "warm_up"), [(1, 0), (8, 0), (10, 1), (60, 6), (500, 20)])
+def test_a_short_run_warms_up_for_a_tenth_of_it(embedded, dataset, steps, warm_up):
+    cfg = small_config(embedded, training_tokens=64 * steps)
+    assert cfg.lr_warm_up_steps == warm_up
+    assert small_config(embedded, training_tokens=64 * steps, lr_warm_up_steps=0).lr_warm_up_steps == 0
+    if steps <= 10:
+        train(cfg, embedded, dataset)
+
+
+def test_a_schedule_longer_than_the_run_is_said(embedded):
+    for fields in ({"lr_warm_up_steps": 8}, {"lr_warm_up_steps": 20}, {"lr_decay_steps": 8}):
+        with pytest.raises(ValueError, match="8 steps"):
+            small_config(embedded, **fields)
+    with pytest.raises(ValueError, match="0 steps"):
+        small_config(embedded, training_tokens=63)
+    assert small_config(embedded, lr_warm_up_steps=8, lr_scheduler_name="constant").lr_warm_up_steps == 8
+    assert small_config(embedded, lr_warm_up_steps=7).lr_warm_up_steps == 7
+
+
 def test_text_dataset_keeps_the_text():
     text = embedded_text = "one\n" * 3 + "two\n"
     assert "".join(text_dataset(text, min_characters=5)["text"]) == embedded_text

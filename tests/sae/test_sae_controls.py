@@ -10,8 +10,9 @@ from torch.testing import assert_close
 
 from sae_lens_writesae import sae as S
 from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.choices import Variant
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.base import MatrixSAE, Variant
+from sae_lens_writesae.sae.base import MatrixSAE
 from sae_lens_writesae.sae.controls import native, untrained
 
 K, V, F, N = 6, 5, 20, 300
