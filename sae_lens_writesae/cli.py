@@ -30,8 +30,10 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("Train dictionaries on one head and test their atoms; offline, in minutes.", "demo:Demo"),
-    "collect": Command("Run a model once and keep what its heads write; dictionaries train from it.", "train:Collect"),
-    "train": Command("Train dictionaries on heads of a model.", "train:Train"),
+    "collect": Command(
+        "Run a model once and keep what its heads write; dictionaries train from it.", "dictionaries:Collect"
+    ),
+    "train": Command("Train dictionaries on heads of a model.", "dictionaries:Train"),
     "train-saelens": Command("Train a dictionary with SAELens' own flags.", "sae.runner:train_from_arguments"),
     "eval": Command("Evaluate trained dictionaries: one evaluation by name, or all.", "evaluate:run_eval"),
     "selftest": Command(

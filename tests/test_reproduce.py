@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 
 from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.cli import main
+from sae_lens_writesae.dictionaries import Train
 from sae_lens_writesae.reproduce import gpus
 from sae_lens_writesae.reproduce.command import Reproduce, for_model, own_run, profile_folder
 from sae_lens_writesae.reproduce.config import SMALL, ReproduceConfig
 from sae_lens_writesae.reproduce.estimate import DiskTooSmallError, Pieces, estimate
 from sae_lens_writesae.reproduce.texts import write_texts
-from sae_lens_writesae.train import Train
 
 PROFILES = ("laptop", "gpu", "gpus", "slurm")
 TINY = replace(
@@ -267,7 +267,9 @@ def test_killed_again_and_again_a_run_ends_as_one_that_was_not(tmp_path):
     assert {claim["label"] for claim in claims} == {"L2H0 write-trained", "L2H0 state-trained", "L2H0"}
     assert not list(out.rglob("checkpoints"))
     undisturbed, names = tmp_path / "undisturbed", ("write-seed0", "state-seed0")
-    sizes = {"d_sae": 256, "k": 16, "training_tokens": 8192, "train_batch_size_tokens": 256, "context_size": 64}
+    same = ("architecture", "d_sae", "k", "training_tokens", "train_batch_size_tokens", "lr", "context_size")
+    config = ReproduceConfig.load(out / "config.json")
+    sizes = {name: getattr(config, name) for name in same} | {"normalize_activations": "expected_average_only_in"}
     Train(model="embedded", layers=(2,), heads=(0,), names=names, **sizes, out=undisturbed).run()
     for name in names:
         ours, theirs = (load_file(each / "L2H0" / name / "sae/sae_weights.safetensors") for each in (out, undisturbed))

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 from sae_lens_writesae.cli import parse
+from sae_lens_writesae.dictionaries import Train
 from sae_lens_writesae.reproduce.measures import MEASURE_NAMES, figure
 from sae_lens_writesae.reproduce.sweep import Sweep
-from sae_lens_writesae.train import Train
 
 TINY: dict[str, Any] = {
     "layer": (2,),

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import tyro
 
 from sae_lens_writesae.cli import parse
+from sae_lens_writesae.dictionaries import check_text
 from sae_lens_writesae.files import check_writable
 from sae_lens_writesae.reproduce.config import SMALL, ReproduceConfig
 from sae_lens_writesae.reproduce.texts import write_texts
-from sae_lens_writesae.train import check_text
 
 if TYPE_CHECKING:
     from hookpoints import HookedRecurrent

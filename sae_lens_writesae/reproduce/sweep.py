@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sae_lens_writesae.choices import VARIANTS, DictionaryName, Target
+from sae_lens_writesae.dictionaries import Collect, Train, check_text
 from sae_lens_writesae.evaluate import EvalAll, Subjects, questions
 from sae_lens_writesae.files import atomic_text, check_writable
 from sae_lens_writesae.reproduce.config import ReproduceConfig, keep_settings
 from sae_lens_writesae.reproduce.texts import write_texts
-from sae_lens_writesae.train import Collect, Train, check_text
 
 if TYPE_CHECKING:
     import pandas as pd

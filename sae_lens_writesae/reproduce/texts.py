@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sae_lens_writesae.dictionaries import enough
 from sae_lens_writesae.files import atomic_text
 from sae_lens_writesae.reproduce.config import ReproduceConfig
-from sae_lens_writesae.train import enough
 
 if TYPE_CHECKING:
     from datasets import Dataset

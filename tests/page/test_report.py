@@ -117,7 +117,10 @@ def test_the_files_beside_the_page_hold_everything(saved: Path, files: ReportFil
     firings = pd.read_parquet(files.html.parent / "tables" / "substitution-firings.parquet")
     tables = [r.tables["firings"] for r in find_results([saved]) if r.skipped is None]
     assert len(firings) == sum(map(len, tables)) and {"label", "layer", "head"} <= set(firings.columns)
-    assert sorted(p.name for p in (files.html.parent / "tables").iterdir()) == ["substitution-example.parquet", "substitution-firings.parquet"]
+    assert sorted(p.name for p in (files.html.parent / "tables").iterdir()) == [
+        "substitution-example.parquet",
+        "substitution-firings.parquet",
+    ]
 
 
 def test_no_label_and_no_reason_puts_markup_into_the_page(files: ReportFiles, page: Page) -> None:
@@ -142,7 +145,9 @@ def test_the_page_is_self_contained(page: Page, files: ReportFiles) -> None:
     assert [link for link in page.links if not link.startswith("#")] == []
     assert "@import" not in source and "url(http" not in source
     assert {link[1:] for link in page.links} <= set(re.findall(r'id="([^"]+)"', source))
-    assert page.tags.count("svg") == 2 + 4 * 6  # the two of the top, then six for each  # of each measured dictionary; what was not measured has no figure
+    assert (
+        page.tags.count("svg") == 2 + 4 * 6
+    )  # the two of the top, then six for each  # of each measured dictionary; what was not measured has no figure
     assert source.count("prefers-color-scheme: dark") == 1 and "@media print" in source and "viewport" in source
 
 
