@@ -51,9 +51,9 @@ RECIPE: dict[str, object] = {
 """What a recipe does not name: TopK, batches of 128 writes."""
 STAGES: tuple[tuple[dict[str, dict[str, object]], tuple[int, ...]], ...] = (
     ({"k 1": {}, "k 1, metric": {"metric": "gauss_newton"}, "native writes": {}, "untrained": {}}, (0,)),
+    ({"k 1": {}, "k 1, metric": {"metric": "gauss_newton"}}, (1, 2)),
     ({"k 4": {"k": 4}, "k 4, metric": {"k": 4, "metric": "gauss_newton"}}, (0,)),
     ({"k 2": {"k": 2}, "k 32": {"k": 32}}, (0,)),
-    ({"k 1": {}, "k 1, metric": {"metric": "gauss_newton"}}, (1, 2)),
     ({"k 1, random start": {"decoder_init": "random"}, "k 1, 500 steps": {"steps": 500}}, (0,)),
     ({"k 4": {"k": 4}, "k 32": {"k": 32}, "k 4, metric": {"k": 4, "metric": "gauss_newton"}}, (1, 2)),
     ({"k 1, not centred": {"b_dec_init": "zeros", "b_dec_rows": 0}, "k 1, 64 atoms": {"d_sae": 64}}, (0,)),
