@@ -29,9 +29,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 HEAD = """# Results on the models of the package
 
 What was evaluated, with the verdict that [rules fixed beforehand](verdicts.md) give; a dash says that nothing here
-answers the claim, which `writesae eval all` or `scripts/results_run.py` would. The models have 2.3 to 2.4 M parameters, and the dictionaries are small and trained for a minute at most. A
-claim that fails here may hold on the models of the paper: this page shows what the tests measure and that claims
-can fail them, and not that the paper is wrong. `writesae reproduce` runs the same on a real model.
+answers the claim, which `writesae eval all` or `scripts/results_run.py` would. The models have 2.3 to 2.4 M parameters,
+and the dictionaries are small and trained for a minute at most. A claim that fails here may hold on the models of the
+paper: this page shows what the tests measure and that claims can fail them, and not that the paper is wrong.
+`writesae reproduce` runs the same on a real model.
 `scripts/results_page.py` makes the page from its results."""
 
 
