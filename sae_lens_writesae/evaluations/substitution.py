@@ -538,18 +538,19 @@ class Substitution(Evaluation):
     @classmethod
     def across(cls, results: list[Result]) -> list[tuple[str, Claim]]:
         """Claim 5, by target: mean recovered share and win rate over the heads of a layer, their spread, and where
-        claim 1 holds."""
-        groups: dict[tuple[object, ...], dict[object, Result]] = {}
+        claim 1 holds. Not where a head has several dictionaries of the target: taking one of them would be a choice
+        after the fact."""
+        groups: dict[tuple[object, ...], list[Result]] = {}
         for result in results:
             place = (result.info["model"], result.info["layer"], result.info["target"])
-            groups.setdefault(place, {})[result.info["head"]] = result
+            groups.setdefault(place, []).append(result)
         claims = []
-        for (_, layer, target), by_head in groups.items():
-            if len(by_head) < 2:
+        for (_, layer, target), of_layer in groups.items():
+            if len(of_layer) < 2 or len({result.info["head"] for result in of_layer}) < len(of_layer):
                 continue
             verdicts = [
                 cast(Substitution, r.evaluation).verdict(wide_firings(r), cast(Substitution, r.evaluation).scales[0])
-                for r in by_head.values()
+                for r in of_layer
             ]
             rates = pd.Series([rate.rate for _, rate, _ in verdicts])
             shares = pd.Series([share.mean for _, _, share in verdicts]).dropna()

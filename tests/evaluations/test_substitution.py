@@ -513,6 +513,7 @@ def test_all_heads_of_a_layer() -> None:
     assert (label, claim.number, claim.n, claim.outcome) == ("L1 write-trained", 5, 4, "fails")
     assert Substitution.across(heads[:3])[0][1].outcome == "holds"
     assert Substitution.across(heads[:1]) == []  # one head says nothing about others
+    assert Substitution.across([*heads, heads[0]]) == []  # which dictionary of that head would be a choice
     rates = [stats.win_rate(w["atom/matched"], w["delete"], w["sequence"]).rate for w in map(wide_firings, heads)]
     assert f"{100 * np.mean(rates):.1f}" in claim.measured
 
