@@ -546,7 +546,7 @@ class Substitution(Evaluation):
             groups.setdefault(place, []).append(result)
         claims = []
         for (_, layer, target), of_layer in groups.items():
-            if len(of_layer) < 2 or len({result.info["head"] for result in of_layer}) < len(of_layer):
+            if len(of_layer) < 2 or len({str(result.info["head"]) for result in of_layer}) < len(of_layer):
                 continue
             verdicts = [
                 cast(Substitution, r.evaluation).verdict(wide_firings(r), cast(Substitution, r.evaluation).scales[0])
