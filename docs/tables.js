@@ -3,7 +3,7 @@ document.querySelectorAll("div.sorted").forEach((box) => {
   const body = box.querySelector("tbody"), rows = [...body.rows];
   const filter = document.createElement("input"), count = document.createElement("span");
   filter.type = "search";
-  filter.placeholder = "filter: L4H1 holds";
+  filter.placeholder = "filter: embedded holds";
   filter.setAttribute("aria-label", "rows that contain all of these words");
   const show = () => {
     const words = filter.value.toLowerCase().split(/\s+/);

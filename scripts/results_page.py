@@ -96,7 +96,7 @@ def answers(models: Mapping[str, Sequence[Result]]) -> str:
     head = ("", "claim", "dictionary", "value here", "verdict", "why")
     return f"""## All answers
 
-Click a heading to sort. The box filters: `L4H1 holds` keeps the rows that contain both words.
+Click a heading to sort. The box filters: `embedded holds` keeps the rows that contain both words.
 
 <div class="sorted" markdown="1">
 
