@@ -49,16 +49,21 @@ RECIPE: dict[str, object] = {
     "metric": "frobenius",
 }
 """What a recipe does not name: TopK, batches of 128 writes."""
+METRIC: dict[str, object] = {"metric": "gauss_newton"}
+PRODUCT: dict[str, object] = {"architecture": "writesae_product", "f_key": 256, "d_sae": 256 * 256}
+"""Pairs of 256 key atoms and 256 value atoms, one active: the parameters of 256 atoms of `writesae_topk`."""
 STAGES: tuple[tuple[dict[str, dict[str, object]], tuple[int, ...]], ...] = (
-    ({"k 1": {}, "k 1, metric": {"metric": "gauss_newton"}, "native writes": {}, "untrained": {}}, (0,)),
-    ({"k 1": {}, "k 1, metric": {"metric": "gauss_newton"}}, (1, 2)),
-    ({"k 4": {"k": 4}, "k 4, metric": {"k": 4, "metric": "gauss_newton"}}, (0,)),
-    ({"k 2": {"k": 2}, "k 32": {"k": 32}}, (0,)),
-    ({"k 1, random start": {"decoder_init": "random"}, "k 1, 500 steps": {"steps": 500}}, (0,)),
-    ({"k 4": {"k": 4}, "k 32": {"k": 32}, "k 4, metric": {"k": 4, "metric": "gauss_newton"}}, (1, 2)),
-    ({"k 1, not centred": {"b_dec_init": "zeros", "b_dec_rows": 0}, "k 1, 64 atoms": {"d_sae": 64}}, (0,)),
-    ({"k 1, 1024 atoms": {"d_sae": 1024}, "k 2": {"k": 2}, "k 32, metric": {"k": 32, "metric": "gauss_newton"}}, (0,)),
-    ({"k 2": {"k": 2}, "k 1, random start": {"decoder_init": "random"}}, (1, 2)),
+    ({"k 1": {}, "k 1, metric": METRIC, "native writes": {}, "untrained": {}}, (0,)),
+    ({"k 1": {}, "k 1, metric": METRIC}, (1, 2)),
+    ({"product": PRODUCT, "product, metric": PRODUCT | METRIC, "k 4": {"k": 4}, "k 4, metric": {"k": 4} | METRIC}, (0,)),
+    ({"k 2": {"k": 2}, "k 32": {"k": 32}, "k 1, random start": {"decoder_init": "random"}}, (0,)),
+    ({"k 1, 500 steps": {"steps": 500}, "k 1, not centred": {"b_dec_init": "zeros", "b_dec_rows": 0}}, (0,)),
+    ({"product": PRODUCT, "product, metric": PRODUCT | METRIC}, (1, 2)),
+    ({"k 1, lr 1e-3": {"lr": 1e-3}, "k 1, 64 atoms": {"d_sae": 64}, "k 1, 1024 atoms": {"d_sae": 1024}}, (0,)),
+    ({"k 4": {"k": 4}, "k 4, metric": {"k": 4} | METRIC, "k 2": {"k": 2}, "k 32": {"k": 32}}, (1, 2)),
+    ({"k 1, random start": {"decoder_init": "random"}, "k 1, 500 steps": {"steps": 500}}, (1, 2)),
+    ({"k 1, not centred": {"b_dec_init": "zeros", "b_dec_rows": 0}, "k 1, lr 1e-3": {"lr": 1e-3}}, (1, 2)),
+    ({"k 1, 64 atoms": {"d_sae": 64}, "k 1, 1024 atoms": {"d_sae": 1024}}, (1, 2)),
 )
 """Recipes and their seeds, the most wanted first: a run that is stopped has measured these on all heads."""
 
@@ -145,12 +150,13 @@ def prepared(name: str, n_heads: int) -> list[Head]:
 
 def config(model: HookedRecurrent, layer: int, head: int, recipe: dict[str, object], seed: int = 0) -> RunnerConfig:
     """SAELens' runner config of one recipe."""
-    fields = {name: recipe[name] for name in recipe if name in ("k", "decoder_init", "b_dec_init", "b_dec_rows")}
+    names = {"decoder_init", "b_dec_init", "b_dec_rows", "f_key" if "f_key" in recipe else "k"}
+    fields = {name: recipe[name] for name in recipe if name in names}
     return training_config(
         model,
         layer,
         head,
-        architecture="writesae_topk",
+        architecture=str(recipe.get("architecture", "writesae_topk")),
         d_sae=int(str(recipe["d_sae"])),
         metric=cast(MetricName, recipe["metric"]),
         sae=fields,

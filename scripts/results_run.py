@@ -3,7 +3,7 @@
     python scripts/results_run.py runs/results --models embedded embedded-mamba2 embedded-rwkv7 --heads 3
     python scripts/results_page.py runs/results
 
-Of each head: dictionaries of writes with k 1 (two seeds), 2, 4 and 32, one in the model's metric, and one of states.
+Of each head: dictionaries of writes with k 1 (three seeds), 2, 4 and 32, one in the model's metric, and one of states.
 Substitution tests all of them, comparisons take what they compare, and every other evaluation the first one. A head
 that is finished is passed over.
 """
@@ -81,6 +81,7 @@ def dictionaries(
     recipes: dict[str, dict[str, object]] = {
         "write k 1": {},
         "write k 1 seed 1": {"seed": 1},
+        "write k 1 seed 2": {"seed": 2},
         "write k 1 metric": {"metric": "gauss_newton"},
         "write k 2": {"k": 2},
         "write k 4": {"k": 4},
