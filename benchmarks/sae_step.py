@@ -3,6 +3,7 @@ SAELens' TopK.
 
     python benchmarks/sae_step.py [--d-k 128 --d-v 128 --d-sae 2048 --k 32 --batch 256 --dead 0.0 --only NAME --out DIR]
     python benchmarks/sae_step.py --loop    # tokens per second of train_on_writes on writes of the embedded model
+    python benchmarks/sae_step.py --stack 16    # so many dictionaries in one step, against one after another
 
 Each contender runs SAELens' own SAETrainer.step (forward, losses, backward, clipping, Adam) in a process of its own, so
 that its peak memory is its own; the processes take turns, one step each, so that a busy machine slows both. Memory is
@@ -90,14 +91,57 @@ def work(options: argparse.Namespace) -> None:
     print(json.dumps({"peak": resident("VmHWM"), "imported": imported, "parameters": parameters}), flush=True)
 
 
+def stack(options: argparse.Namespace) -> None:
+    """CPU time of dictionaries that train together, as a share of the time of one after another, and rows a second."""
+    import torch
+
+    from sae_lens_writesae.atom.low_rank import LowRank
+    from sae_lens_writesae.sae.stack import train_many_on_writes
+    from sae_lens_writesae.sae.writes import train_on_writes
+
+    torch.set_num_threads(options.threads)
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        LowRank.rank_one(*(torch.randn(8192, n, generator=generator) for n in (64, 32))) for _ in range(options.stack)
+    ]
+    print(f"{options.stack} dictionaries, K 64, V 32, {options.threads} threads; share of time, rows per second of CPU")
+    for batch, d_sae, k in ((128, 256, 1), (128, 512, 1), (128, 512, 4), (512, 512, 1), (512, 512, 4), (2048, 512, 1)):
+        configs = [embedded_config(batch, k, d_sae, steps=100, seed=seed) for seed in range(options.stack)]
+        alone = together = 0.0
+        for _ in range(2):  # in turns, so that a busy machine slows both
+            start = time.process_time()
+            for cfg, each in zip(configs, rows):
+                train_on_writes(cfg, each.keys, each.values)
+            middle = time.process_time()
+            train_many_on_writes(configs, rows)
+            alone, together = alone + middle - start, together + time.process_time() - middle
+        speed = 2 * options.stack * 100 * batch / together
+        print(f"batch {batch:>4}, F {d_sae}, k {k}: {together / alone:.2f} {speed:>9.0f}", flush=True)
+
+
+def embedded_config(batch: int, k: int, d_sae: int = 512, steps: int = 200, seed: int = 0) -> Any:
+    """The config of a dictionary of a head of 64 x 32."""
+    from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+
+    from sae_lens_writesae.sae import WriteTopKTrainingSAEConfig
+
+    return LanguageModelSAERunnerConfig(
+        sae=WriteTopKTrainingSAEConfig(d_in=64 * 32, d_k=64, d_sae=d_sae, k=k, b_dec_rows=0),
+        training_tokens=steps * batch,
+        train_batch_size_tokens=batch,
+        logger=LoggingConfig(log_to_wandb=False),
+        checkpoint_path=None,
+        device="cpu",
+        seed=seed,
+    )
+
+
 def loop(options: argparse.Namespace) -> None:
     """Tokens per second of `train_on_writes` (K 64, V 32, F 512) on the writes of one head of the embedded model."""
     import torch
-    from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 
     from hookpoints import HookedRecurrent, embedded
     from sae_lens_writesae import train_on_writes
-    from sae_lens_writesae.sae import WriteTopKTrainingSAEConfig
 
     torch.set_num_threads(options.threads)
     model = HookedRecurrent.from_pretrained("embedded")
@@ -109,14 +153,7 @@ def loop(options: argparse.Namespace) -> None:
     keys, values = (side[:, :, 0].flatten(0, 1)[:, None] for side in (writes.k, writes.u))
     print(f"{len(keys)} writes, {options.threads} threads; tokens per second, and per second of CPU")
     for batch, k in ((128, 1), (128, 4), (512, 1), (512, 4), (2048, 1)):
-        cfg = LanguageModelSAERunnerConfig(
-            sae=WriteTopKTrainingSAEConfig(d_in=64 * 32, d_k=64, d_sae=512, k=k, b_dec_rows=0),
-            training_tokens=200 * batch,
-            train_batch_size_tokens=batch,
-            logger=LoggingConfig(log_to_wandb=False),
-            checkpoint_path=None,
-            device="cpu",
-        )
+        cfg = embedded_config(batch, k)
         start, cpu = time.perf_counter(), time.process_time()
         train_on_writes(cfg, keys, values)
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
@@ -203,6 +240,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for sae_step.json and sae_step.png")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="contenders beside SAELens")
     parser.add_argument("--loop", action="store_true", help="tokens per second of train_on_writes instead")
+    parser.add_argument("--stack", type=int, help="dictionaries that train together, against one after another")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.forward = sys.argv[1:]
@@ -211,6 +249,9 @@ def main() -> None:
         return
     if options.loop:
         loop(options)
+        return
+    if options.stack:
+        stack(options)
         return
     result = measure(options)
     print(table(result))

@@ -9,7 +9,8 @@ import itertools
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
     from sae_lens_writesae.sae.target import RunnerConfig
 
 Say = Callable[[str], object]
+Place = tuple[int, int, DictionaryName]
+"""Layer, head, and which dictionary of that head."""
 
+_WRITES_IN_MEMORY = 4_000_000_000
+"""Bytes of the writes that are trained on at once."""
 _METRIC_TOKENS = 32_768
 """Tokens on which a metric is fitted."""
 _CHECKPOINTS = 20
@@ -236,15 +241,23 @@ class Train:
         configs = {place: self.training_config(collection, *place, folders[place]) for place in places}
         left = [place for place in places if not (folders[place] / "sae").exists()]
         say(f"{len(places)} dictionaries, {len(places) - len(left)} of them trained already")
-        metrics = self._metrics([place[:2] for place in left if place[2].metric != "frobenius"], collection)
+        groups = [group for group in self._groups(places, configs, collection) if not {*left}.isdisjoint(group)]
+        measured = [place[:2] for group in groups for place in group if place[2].metric != "frobenius"]
+        metrics = self._metrics(measured, collection)
         begin = time.monotonic()
-        for done, place in enumerate(left, 1):
-            with taken(folders[place], say):
-                if not (folders[place] / "sae").exists():
-                    metric = metrics.get(place[:2]) if place[2].metric != "frobenius" else None
-                    self._train(collection, configs[place], *place, folders[place], metric)
-            rest = (time.monotonic() - begin) / done * (len(left) - done)
-            say(f"{folders[place].relative_to(self.out)}  {done} of {len(left)}, about {rest:.0f} s left")
+        done = 0
+        for group in groups:
+            with ExitStack() as locks:
+                for folder in sorted(folders[place] for place in group):
+                    locks.enter_context(taken(folder, say))
+                missing = [place for place in group if not (folders[place] / "sae").exists()]
+                if missing:
+                    self._train(collection, group, configs, folders, metrics)
+                done += len(missing)
+            if missing:
+                rest = (time.monotonic() - begin) / done * (len(left) - done)
+                names = ", ".join(str(folders[place].relative_to(self.out)) for place in missing)
+                say(f"{names}  {done} of {len(left)}, about {rest:.0f} s left")
         return self.out
 
     def _collection(self, say: Say) -> Collection:
@@ -304,33 +317,62 @@ class Train:
         tokens = sample_sequences(model, "\n".join(text["text"]), size, _METRIC_TOKENS // size)
         return fit_metrics(model, tokens, sorted(set(heads)))
 
+    def _groups(
+        self, places: Sequence[Place], configs: Mapping[Place, RunnerConfig], collection: Collection
+    ) -> list[list[Place]]:
+        """Which dictionaries train in one step: those on factors with one shape, as far as the writes of their heads
+        fit into memory together. Groups are those of all dictionaries, whether trained yet or not, so that a run which
+        goes on trains in the same company, and gives bitwise the same."""
+        from sae_lens_writesae.sae.stack import MAX_STACK, shape_of
+
+        groups: list[list[Place]] = []
+        open_groups: dict[object, list[Place]] = {}
+        n_writes = collection.n_sequences * collection.context_size
+        for place in places:
+            shape = shape_of(configs[place]) if place[2].on_factors else None
+            group = open_groups.get(shape) if shape is not None else None
+            sae = configs[place].sae
+            heads = max(1, _WRITES_IN_MEMORY // (4 * n_writes * (sae.d_k + sae.d_v)))
+            if group is None or len(group) == MAX_STACK or len({each[:2] for each in (*group, place)}) > heads:
+                group = []
+                groups.append(group)
+                open_groups |= {shape: group} if shape is not None else {}
+            group.append(place)
+        return groups
+
     def _train(
         self,
         collection: Collection,
-        cfg: RunnerConfig,
-        layer: int,
-        head: int,
-        name: DictionaryName,
-        folder: Path,
-        metric: Metric | None,
+        group: Sequence[Place],
+        configs: Mapping[Place, RunnerConfig],
+        folders: Mapping[Place, Path],
+        metrics: Mapping[tuple[int, int], Metric],
     ) -> None:
-        """One dictionary; a state's goes on from its newest whole checkpoint, if there is one."""
+        """Dictionaries of one shape; that of a state goes on from its newest whole checkpoint, if there is one."""
+        from sae_lens_writesae.atom.low_rank import LowRank
         from sae_lens_writesae.sae.runner import FrugalRunner, quiet, whole_checkpoints
-        from sae_lens_writesae.sae.writes import train_on_writes
+        from sae_lens_writesae.sae.stack import train_many_on_writes
 
         with quiet():
-            if name.on_factors:
-                writes = collection.factors(layer, head)
-                sae = train_on_writes(cfg, writes.keys[:], writes.values[:], metric=metric)
+            if group[0][2].on_factors:
+                heads = {place[:2]: collection.factors(*place[:2]) for place in group}
+                writes = {head: LowRank(mapped.keys[:], mapped.values[:]) for head, mapped in heads.items()}
+                wanted = [metrics.get(place[:2]) if place[2].metric != "frobenius" else None for place in group]
+                saes = train_many_on_writes([configs[p] for p in group], [writes[p[:2]] for p in group], wanted)
             else:
-                whole = whole_checkpoints(folder / "checkpoints")
-                cfg.resume_from_checkpoint = str(whole[-1]) if whole else None
-                sae = FrugalRunner(cfg).run()
-        aside = folder / ".sae"
-        shutil.rmtree(aside, ignore_errors=True)
-        sae.save_inference_model(str(aside))
-        os.replace(aside, folder / "sae")
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+                (place,) = group
+                whole = whole_checkpoints(folders[place] / "checkpoints")
+                configs[place].resume_from_checkpoint = str(whole[-1]) if whole else None
+                saes = [FrugalRunner(configs[place]).run()]
+        for place, sae in zip(group, saes):
+            folder = folders[place]
+            if (folder / "sae").exists():
+                continue
+            aside = folder / ".sae"
+            shutil.rmtree(aside, ignore_errors=True)
+            sae.save_inference_model(str(aside))
+            os.replace(aside, folder / "sae")
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def training_config(
         self, collection: Collection, layer: int, head: int, name: DictionaryName, folder: Path

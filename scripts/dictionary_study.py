@@ -55,7 +55,10 @@ PRODUCT: dict[str, object] = {"architecture": "writesae_product", "f_key": 256, 
 STAGES: tuple[tuple[dict[str, dict[str, object]], tuple[int, ...]], ...] = (
     ({"k 1": {}, "k 1, metric": METRIC, "native writes": {}, "untrained": {}}, (0,)),
     ({"k 1": {}, "k 1, metric": METRIC}, (1, 2)),
-    ({"product": PRODUCT, "product, metric": PRODUCT | METRIC, "k 4": {"k": 4}, "k 4, metric": {"k": 4} | METRIC}, (0,)),
+    (
+        {"product": PRODUCT, "product, metric": PRODUCT | METRIC, "k 4": {"k": 4}, "k 4, metric": {"k": 4} | METRIC},
+        (0,),
+    ),
     ({"k 2": {"k": 2}, "k 32": {"k": 32}, "k 1, random start": {"decoder_init": "random"}}, (0,)),
     ({"k 1, 500 steps": {"steps": 500}, "k 1, not centred": {"b_dec_init": "zeros", "b_dec_rows": 0}}, (0,)),
     ({"product": PRODUCT, "product, metric": PRODUCT | METRIC}, (1, 2)),

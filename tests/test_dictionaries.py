@@ -86,7 +86,7 @@ def test_a_model_runs_once_for_all_dictionaries_and_nothing_is_trained_twice(
     train = Train(model="embedded", **HEADS, seeds=(0, 1), context_size=32, out=out, **SIZES)
     train.run(said.append)
     names = [f"L2H{head}/write-seed{seed}" for head in (0, 1) for seed in (0, 1)]
-    assert [line.split()[0] for line in said[-4:]] == names and loaded == ["embedded"]
+    assert said[-1].startswith(", ".join(names)) and loaded == ["embedded"]
     weights = {name: load_file(out / name / "sae" / "sae_weights.safetensors")["v"] for name in names}
     assert not weights[names[0]].equal(weights[names[1]])  # a seed of its own
     times = {name: (out / name / "sae" / "cfg.json").stat().st_mtime_ns for name in names}

@@ -159,7 +159,7 @@ def row_distances(
             active = torch.where(block.values != 0, active, 0)
             sides = keys.index_select(0, block.rows), values.index_select(0, block.rows)
             index.append(block.rows)
-            parts.append(_gathered(*sides, products, active, block.atoms, v, w))
+            parts.append(gathered_distances(*sides, products, active, block.atoms, v, w))
         return code.new_zeros(len(code)).index_add(0, torch.cat(index), torch.cat(parts))
 
 
@@ -473,4 +473,4 @@ def _sum_terms(product: Tensor, R: int, S: int) -> Tensor:
 
 # How many pairs are active depends on the data: torch.compile must not look into these.
 _encode_rows: Callable[..., Tensor] = cast(Any, torch.compiler.disable)(_EncodeRows.apply)
-_gathered: Callable[..., Tensor] = cast(Any, torch.compiler.disable)(_Gathered.apply)
+gathered_distances: Callable[..., Tensor] = cast(Any, torch.compiler.disable)(_Gathered.apply)

@@ -215,7 +215,7 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
         """What is due before this step; returns how many atoms were resampled. Kept out of compiled graphs."""
         cfg, step, x = self.cfg, step_input.n_training_steps, cast(Tensor | LowRank, step_input.sae_in)
         check_rows(x)
-        if cfg.decoder_init == "native" and step < _START_STEPS:
+        if cfg.decoder_init == "native" and step < START_STEPS:
             self.start_from_rows(x, first=step == 0)
         if step == 0:
             if cfg.b_dec_init == "mean" and not self.b_dec.any():
@@ -422,7 +422,7 @@ def exact_dtype(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-_START_STEPS = 16
+START_STEPS = 16
 """Steps in which atoms are still put on rows of their batches, where one batch has too few distinct ones."""
 _MAX_COSINE = 0.9
 """Two candidates for resampling that are closer than this count as one."""

@@ -59,28 +59,12 @@ def train_on_writes(
         ValueError: a metric that the config cannot have, or none where it needs one; shapes that fit neither each other
             nor the config, fewer rows than a batch, NaN or infinite values.
     """
-    check_metric(cfg, metric)
-    if metric is None and getattr(cfg.sae, "metric", "frobenius") != "frobenius":
-        raise ValueError("cfg.sae.metric='gauss_newton' needs a metric: give what sae.metric_fit.fit_metrics returns")
-    batch_size, sae = cfg.train_batch_size_tokens, cfg.sae
-    writes = LowRank(keys.detach(), values.detach())
-    found = (keys.shape[2], values.shape[2])
-    if found != (sae.d_k, sae.d_v):
-        raise ValueError(f"the SAE is for K, V = {sae.d_k}, {sae.d_v} (d_k, d_v), the writes have K, V = {found}")
-    if len(writes) < batch_size:
-        raise ValueError(
-            f"{len(writes)} writes are fewer than one batch of train_batch_size_tokens={batch_size}; collect more, or "
-            "make the batch smaller"
-        )
+    check_writes(cfg, keys, values, metric)
     device = torch.device(cfg.device)
     _keep_freed_memory()
     with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type):
         torch.manual_seed(cfg.seed)
-        dictionary = new_sae(cfg)
-        rows = shuffled_rows(writes, batch_size, torch.Generator().manual_seed(cfg.seed))
-        trainer = factor_trainer(cfg.to_sae_trainer_config(), dictionary, rows)
-        if metric is not None:
-            put_in_metric(trainer, metric)
+        trainer = writes_trainer(cfg, LowRank(keys, values), metric)
         if report is not None:
             step = trainer.step
 
@@ -93,7 +77,33 @@ def train_on_writes(
         with _logged(cfg):
             trainer.fit()
         settle_b_dec(trainer)
-    return dictionary if metric is None else metric.fold(dictionary)
+    return trainer.sae if metric is None else metric.fold(trainer.sae)
+
+
+def writes_trainer(cfg: RunnerConfig, writes: LowRank, metric: Metric | None = None) -> Trainer:
+    """SAELens' trainer with a new dictionary and the shuffled rows of writes. It draws from torch's generator."""
+    writes = LowRank(writes.keys.detach(), writes.values.detach())
+    rows = shuffled_rows(writes, cfg.train_batch_size_tokens, torch.Generator().manual_seed(cfg.seed))
+    trainer = factor_trainer(cfg.to_sae_trainer_config(), new_sae(cfg), rows)
+    if metric is not None:
+        put_in_metric(trainer, metric)
+    return trainer
+
+
+def check_writes(cfg: RunnerConfig, keys: Tensor, values: Tensor, metric: Metric | None) -> None:
+    """Raise ValueError where `train_on_writes` could not train a dictionary."""
+    check_metric(cfg, metric)
+    if metric is None and getattr(cfg.sae, "metric", "frobenius") != "frobenius":
+        raise ValueError("cfg.sae.metric='gauss_newton' needs a metric: give what sae.metric_fit.fit_metrics returns")
+    batch_size, sae = cfg.train_batch_size_tokens, cfg.sae
+    found = (keys.shape[2], values.shape[2])
+    if found != (sae.d_k, sae.d_v):
+        raise ValueError(f"the SAE is for K, V = {sae.d_k}, {sae.d_v} (d_k, d_v), the writes have K, V = {found}")
+    if len(keys) < batch_size:
+        raise ValueError(
+            f"{len(keys)} writes are fewer than one batch of train_batch_size_tokens={batch_size}; collect more, or "
+            "make the batch smaller"
+        )
 
 
 def _keep_freed_memory() -> None:
