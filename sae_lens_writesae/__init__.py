@@ -31,6 +31,7 @@ if "writesae" not in sys.modules:
         train,
         training_config,
     )
+    from sae_lens_writesae.sae.stack import train_many_on_writes
     from sae_lens_writesae.sae.target import head_target
     from sae_lens_writesae.sae.training import PAPER_RUNNER, calibrate_b_dec, calibrate_threshold, preset_b_dec
     from sae_lens_writesae.sae.writes import train_on_writes
@@ -71,6 +72,7 @@ __all__ = [
     "steer",
     "text_dataset",
     "train",
+    "train_many_on_writes",
     "train_on_writes",
     "training_config",
     "write_report",

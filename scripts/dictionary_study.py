@@ -14,7 +14,7 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -24,7 +24,14 @@ import torch
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae import collect, fit_metrics, head_effects, sample_sequences, train_on_writes, training_config
+from sae_lens_writesae import (
+    collect,
+    fit_metrics,
+    head_effects,
+    sample_sequences,
+    train_many_on_writes,
+    training_config,
+)
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.choices import MetricName
 from sae_lens_writesae.experiment.head_baselines import BASELINES, HeadBaselines, tokens_and_before
@@ -83,6 +90,8 @@ class Head:
     tokens: Tensor
     sites: dict[int, Site]
     baselines: HeadBaselines
+    deleted: list[float] = field(default_factory=list)
+    """KL of deletion by sequence, once it was measured."""
 
     @property
     def cell(self) -> str:
@@ -103,15 +112,20 @@ def main() -> None:
     )
     heads = [(name, head) for name in options.models for head in prepared(name, options.heads)]
     for recipes, seeds in STAGES:
-        for name, head in heads:
-            for seed in seeds:
-                for recipe, changes in recipes.items():
-                    wanted = {"model": name, "cell": head.cell, "recipe": recipe, "seed": seed}
-                    if key(wanted) in measured or time.monotonic() > end:
-                        continue
-                    begin = time.process_time()
-                    row = wanted | measure(head, recipe, changes, seed)
-                    row["seconds"] = round(time.process_time() - begin, 1)
+        for name in options.models:
+            of_model = [head for model, head in heads if model == name]
+            for recipe, changes in recipes.items():
+                every = [
+                    (head, {"model": name, "cell": head.cell, "recipe": recipe, "seed": s}, s)
+                    for head in of_model
+                    for s in seeds
+                ]
+                missing = [each for each in every if key(each[1]) not in measured]
+                if not missing or time.monotonic() > end:
+                    continue
+                saes = dictionaries([(head, seed) for head, _, seed in missing], recipe, changes)
+                for (head, wanted, seed), sae in zip(missing, saes):
+                    row = wanted | measure(head, sae, baselines=(recipe, seed) == ("k 1", 0))
                     with options.out.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
                     print({name: value for name, value in row.items() if name != "kl"}, flush=True)
@@ -181,25 +195,30 @@ def initial(model: HookedRecurrent, layer: int, head: int, recipe: dict[str, obj
     return new_sae(config(model, layer, head, recipe))
 
 
-def dictionary(head: Head, recipe: str, changes: dict[str, object], seed: int) -> MatrixSAE:
-    """Train a recipe, or make a control dictionary of that name."""
+def dictionaries(wanted: list[tuple[Head, int]], recipe: str, changes: dict[str, object]) -> list[MatrixSAE]:
+    """Train a recipe for heads of one model and seeds, or make control dictionaries of that name."""
     full = RECIPE | changes
     if recipe in ("untrained", "native writes"):
-        sae = initial(head.model, head.layer, head.head, full)
-        rows = head.writes.rows(slice(0, 65_536, 16)).dense().flatten(1)
-        return untrained(sae, rows, seed=seed) if recipe == "untrained" else native(sae, rows, head.writes, seed=seed)
-    metric = head.metric if full["metric"] == "gauss_newton" else None
-    cfg = config(head.model, head.layer, head.head, full, seed)
-    return train_on_writes(cfg, head.writes.keys, head.writes.values, metric=metric)
+        return [control(head, recipe, seed) for head, seed in wanted]
+    configs = [config(head.model, head.layer, head.head, full, seed) for head, seed in wanted]
+    metrics = [head.metric if full["metric"] == "gauss_newton" else None for head, _ in wanted]
+    return list(train_many_on_writes(configs, [head.writes for head, _ in wanted], metrics))
 
 
-def measure(head: Head, recipe: str, changes: dict[str, object], seed: int) -> dict[str, object]:
+def control(head: Head, recipe: str, seed: int) -> MatrixSAE:
+    """A dictionary that nothing was learned for."""
+    sae = initial(head.model, head.layer, head.head, RECIPE)
+    rows = head.writes.rows(slice(0, 65_536, 16)).dense().flatten(1)
+    return untrained(sae, rows, seed=seed) if recipe == "untrained" else native(sae, rows, head.writes, seed=seed)
+
+
+def measure(head: Head, sae: MatrixSAE, *, baselines: bool) -> dict[str, object]:
     """One dictionary: its quality on whole sequences, and KL at every position with its dominant atom written there."""
-    sae = dictionary(head, recipe, changes, seed).eval()
+    sae = sae.eval()
     lab = Lab(head.model, {"": sae}, head.tokens)
     with torch.no_grad():
         quality = qualities(lab)[""]
-        conditions = ["delete", "atom", "code", *(BASELINES if (recipe, seed) == ("k 1", 0) else ())]
+        conditions = ["atom", "code", *([] if head.deleted else ["delete"]), *(BASELINES if baselines else ())]
         tables = [at_site(head, lab, sae, site, conditions) for site in head.sites.values()]
     table = pd.concat(tables, ignore_index=True)
     table["sequence"] = np.concatenate(
@@ -207,6 +226,7 @@ def measure(head: Head, recipe: str, changes: dict[str, object], seed: int) -> d
     )
     sums = table.groupby(["condition", "sequence"])["kl"].sum()
     kl = {name: [float(f"{x:.5g}") for x in sums[name]] for name in conditions}
+    head.deleted = kl.setdefault("delete", head.deleted)
     norms = table[table["condition"] == "atom"]
     return {
         "kl": kl,
