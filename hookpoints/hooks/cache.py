@@ -1,4 +1,4 @@
-"""Hooks that keep activations. TransformerLens' own take the time axis from the end; here it is always axis 1."""
+"""Hooks that keep activations. TransformerLens' own take the time axis from the end; here the hook table tells it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,33 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice, SliceInput
 
-from hookpoints.hooks.table import is_matrix
+from hookpoints.errors import UnknownHookError, nearest
+from hookpoints.hooks.table import is_matrix, time_axis
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 """A hook's name, several, a predicate on names, or None for every vector hook."""
 Saving = Callable[..., None]
+
+
+class RecurrentCache(ActivationCache):
+    """TransformerLens' cache, whose short names for attention also find what a recurrent mixer has in its place:
+    ``cache["pattern", 2]`` is ``cache["blocks.2.mixer.hook_pattern"]``."""
+
+    def __getitem__(self, key: str | tuple[str | int | None, ...]) -> Tensor:
+        """Raises UnknownHookError (a KeyError) for what was not kept."""
+        try:
+            return super().__getitem__(key)
+        except KeyError as error:
+            name = str(error.args[0])
+        mixer = name.replace(".attn.", ".mixer.")
+        if mixer in self.cache_dict:
+            return self.cache_dict[mixer]
+        hint = "; matrices and patterns are kept only if names_filter asks for them" if is_matrix(name) else ""
+        raise UnknownHookError(f"{name} is not in this cache{hint}{nearest(mixer, self.cache_dict)}")
 
 
 def caching_hooks(
@@ -32,8 +51,9 @@ def caching_hooks(
 
     def save(suffix: str) -> Saving:
         def hook(tensor: Tensor, hook: HookPoint) -> None:
-            value = cut.apply(tensor.detach().to(device), dim=1)
-            saved[f"{hook.name}{suffix}"] = value[0] if remove_batch_dim else value
+            name = str(hook.name)
+            value = cut.apply(tensor.detach().to(device), dim=time_axis(name))
+            saved[name + suffix] = value[0] if remove_batch_dim else value
 
         return hook
 

@@ -1,7 +1,8 @@
 """Every hook point as data: name, axes, when it fires, what an edit does.
 
 The hook modules, the documentation and a test that runs each row are all made from ``HOOKS``.
-Axes use one alphabet: B batch, T time, H head, K key channel, V value channel, D model width, R step of a token.
+Axes use one alphabet: B batch, T time, S source token, H head, K key channel, V value channel, D model width, R step of
+a token.
 Where a token takes R > 1 steps (Gated DeltaProduct; ``model.cfg.layer(l).R``), factors have an axis for them, and so
 have the factors of the write: its R terms are what each step writes as the later steps of the token leave it.
 """
@@ -30,8 +31,8 @@ class HookRow:
     edit: str
     """What returning something else does."""
     matrix: bool = False
-    """True for activations that hold a K x V matrix per token: built only for a listener, and left out of
-    ``run_with_cache`` unless named."""
+    """True for activations that hold a matrix per token (K x V), or a number for each token before it (patterns): built
+    only for a listener, and left out of ``run_with_cache`` unless named."""
     factor: str | None = None
     """Name of the field of ``rules.OpFactors`` that feeds this hook; the hook exists only where the rule has it."""
     fires: str = "prefill and decode"
@@ -40,8 +41,10 @@ class HookRow:
     """Whether there is one for each step of a token, where tokens take several."""
 
     def axes_of(self, rank: int) -> str:
-        """Axes where a token takes ``rank`` steps: ``BTHRK`` for ``BTHK``, ``BTHR`` for ``BTH``."""
-        return self.axes.replace("BTH", "BTHR", 1) if self.per_step and rank > 1 else self.axes
+        """Axes where a token takes ``rank`` steps: ``BTHRK`` for ``BTHK``, ``BTHR`` for ``BTH``, ``BHTSR``."""
+        if not self.per_step or rank == 1:
+            return self.axes
+        return self.axes.replace("BTH", "BTHR", 1).replace("BHTS", "BHTSR")
 
     def full_name(self, layer: int | str = "{l}", head: int | str = "{h}") -> str:
         """The name on a model: ``HookRow.full_name(1, 2) == "blocks.1.mixer.heads.2.hook_write"``."""
@@ -115,6 +118,16 @@ HOOKS: tuple[HookRow, ...] = (
     HookRow("hook_state", "head", "BTKV", "the state of one head", _TRAJECTORY, matrix=True),
     HookRow("hook_state_vec", "head", "BT(KV)", "the state of one head, flattened row-major", _TRAJECTORY, matrix=True),
     HookRow(
+        "hook_pattern",
+        "mixer",
+        "BHTS",
+        "attention of the recurrent head: the weight A with which token t reads the value u of the write at s, exactly "
+        "o = A u; it has a sign and is not normalised. S counts all tokens so far",
+        "the reads follow, o + (A' - A) u; the state does not change",
+        matrix=True,
+        per_step=True,
+    ),
+    HookRow(
         "hook_read", "mixer", "BTHV", "what the state gives back: S^T (scale q)", "feeds the head norm and out_proj"
     ),
     HookRow(
@@ -152,8 +165,13 @@ def rows(scope: Scope) -> Iterator[HookRow]:
 
 
 def is_matrix(name: str) -> bool:
-    """Whether the full hook name ``name`` is a K x V matrix per token (large; built only on demand)."""
+    """Whether the full hook name ``name`` is a matrix or a pattern (large; built only on demand)."""
     return name.rsplit(".", 1)[-1] in _MATRIX_NAMES
+
+
+def time_axis(name: str) -> int:
+    """Which axis of the activation at the hook ``name`` is T: 2 for patterns, as in TransformerLens, else 1."""
+    return 2 if name.endswith("hook_pattern") else 1
 
 
 _MATRIX_NAMES = frozenset(row.name for row in HOOKS if row.matrix)

@@ -7,15 +7,25 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hookpoints.edits.edit import LowRankChange, changes_of
 from hookpoints.errors import Float16OverflowError, UnsupportedModelError
 from hookpoints.hooks.points import HookSet, MixerHooks, watch
-from hookpoints.layer.context import Backend, Recorded, cache_among, count_tokens, current
+from hookpoints.layer.context import (
+    Backend,
+    Recorded,
+    Sources,
+    cache_among,
+    count_tokens,
+    current,
+    keep_sources,
+    sources_of,
+)
 from hookpoints.layer.intercept import Function, running, torch_form, wrap_forward
 from hookpoints.layer.padding import UNPADDED, Padding
 from hookpoints.layer.response import EditResponse
-from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.recurrence.recurrence import Recurrence, pattern_of
 from hookpoints.rules.base import Arguments, OpFactors, OpResult, Rule
 
 
@@ -82,7 +92,7 @@ class LayerCall:
         self.open = True
         self.met = False
         """Whether hooks or edits met an op call of this forward."""
-        cache = cache_among(*args, *kwargs.values())
+        self.cache = cache = cache_among(*args, *kwargs.values())
         hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         self.first_token = self.run.position if self.run.in_pass or cache is not None else 0
         """Position of the first token; None where nothing tells."""
@@ -120,7 +130,8 @@ class LayerCall:
         if run.record is not None:
             run.record[self.mixer.layer] = Recorded(_owning_state(recurrence), native)
         response = EditResponse(recurrence)
-        for change in self._fire_write_factors(recurrence):
+        written = self._fire_write_factors(recurrence)
+        for change in _changes_between(recurrence, written):
             response.add_low_rank(change)
         for plan in run.plans:
             # Each plan edits what those before it and the hooks left, so a plan's changes are complete before any acts.
@@ -131,7 +142,7 @@ class LayerCall:
             response.add_dense(heads, change)
         for heads, change in self._fire_matrices("state", response.states):
             response.add_states(heads, change)
-        result = self._fire_read(response.apply(native))
+        result = self._fire_read(self._fire_pattern(written, response.apply(native)))
         self.met = True
         if result.outputs.dtype == torch.float16:
             _check_range(self.mixer.layer, read=result.outputs, state=result.final_state)
@@ -171,23 +182,15 @@ class LayerCall:
                     changes[name] = seen.value
         return factors.with_(**changes), frozenset(changes)
 
-    def _fire_write_factors(self, r: Recurrence) -> Iterator[LowRankChange]:
-        """k'u'^T - k u^T as (k'-k) u'^T + k (u'-u)^T, which is exactly zero where nothing changed."""
-        key_change = self._fire_side("hook_write_key", r.k)
-        value_change = self._fire_side("hook_write_value", r.u)
-        values = r.u if value_change is None else r.u + value_change
-        for head in range(r.H):
-            if key_change is not None:
-                yield LowRankChange(head, key_change[:, :, head], values[:, :, head])
-            if value_change is not None:
-                yield LowRankChange(head, r.k[:, :, head], value_change[:, :, head])
-
-    def _fire_side(self, hook: str, side: Tensor) -> Tensor | None:
-        """What a hook on one side of the write adds to it, or None."""
-        if not self.hooks.listens(hook):
-            return None
-        seen = watch(side.clone(), lambda x: self.hooks.fire(hook, x))
-        return seen.value - side if seen.changed else None
+    def _fire_write_factors(self, r: Recurrence) -> Recurrence:
+        """The recurrence with the writes k'u'^T that hooks made of k u^T; its fields are those of ``r`` where nothing
+        changed, and the erase is always."""
+        for hook, side in (("hook_write_key", "k"), ("hook_write_value", "u")):
+            if self.hooks.listens(hook):
+                factor: Tensor = getattr(r, side)
+                seen = watch(factor.clone(), lambda x, hook=hook: self.hooks.fire(hook, x))
+                r = r.replace(**{side: seen.value}) if seen.changed else r
+        return r
 
     def _fire_matrices(self, kind: str, build: Callable[[slice], Tensor]) -> Iterator[_Changed]:
         """Fire the dense hooks of ``kind`` ("write", "state"), built only for heads with a listener."""
@@ -223,10 +226,43 @@ class LayerCall:
                 changed = changed or seen.changed
         return value if changed else None
 
+    def _fire_pattern(self, r: Recurrence, result: OpResult) -> OpResult:
+        """Fire ``hook_pattern``; what a hook changed moves the reads, o + (A' - A) u."""
+        if not self.hooks.listens("hook_pattern"):
+            return result
+        past, first = None, self.first_token
+        if self.cache is not None and r.initial_state is not None:
+            past = sources_of(self.cache, self.mixer.layer, first, r.initial_state)
+        reads, keys = r.by_source(None if past is None else past.keys).scan()
+        values = r.u if past is None else torch.cat([past.values, r.u], dim=1)
+        if self.cache is not None and result.final_state is not None:
+            next_token = None if first is None else first + r.T
+            keep_sources(self.cache, self.mixer.layer, Sources(keys, values, result.final_state.clone(), next_token))
+        pattern = pattern_of(reads, r)
+        # Of tokens that a cache holds from passes without a listener nothing is known, and NaN says so.
+        unseen = 0 if first is None else first + r.T - values.shape[1]
+        known = F.pad(pattern, (*[0] * 2 * (pattern.ndim - 4), unseen, 0), value=torch.nan)
+        fired = watch(known.clone(), lambda x: self.hooks.fire("hook_pattern", x))
+        if not fired.changed:
+            return result
+        change = (fired.value[:, :, :, unseen:] - pattern).flatten(3) @ values.transpose(1, 2).flatten(2, -2)
+        return result._replace(outputs=(result.outputs + change.transpose(1, 2)).to(result.outputs.dtype))
+
     def _fire_read(self, result: OpResult) -> OpResult:
         if not self.hooks.listens("hook_read"):
             return result
         return result._replace(outputs=self.hooks.fire("hook_read", result.outputs))
+
+
+def _changes_between(r: Recurrence, written: Recurrence) -> Iterator[LowRankChange]:
+    """k'u'^T - k u^T as (k'-k) u'^T + k (u'-u)^T, which is exactly zero where nothing changed."""
+    key_change = None if written.k is r.k else written.k - r.k
+    value_change = None if written.u is r.u else written.u - r.u
+    for head in range(r.H):
+        if key_change is not None:
+            yield LowRankChange(head, key_change[:, :, head], written.u[:, :, head])
+        if value_change is not None:
+            yield LowRankChange(head, r.k[:, :, head], value_change[:, :, head])
 
 
 def _check_range(layer: int, **values: Tensor | None) -> None:

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import Cache
 
@@ -136,6 +137,45 @@ def position_of(cache: Cache | None) -> int | None:
 def count_tokens(cache: Cache, tokens: int) -> None:
     """Note that a pass fills ``cache`` up to ``tokens``."""
     setattr(cache, _TOKENS, tokens)
+
+
+_SOURCES = "_hookpoints_sources"
+"""Attribute on caches: ``Sources`` by layer. As the count above, it lives, is copied and dies with the cache."""
+
+
+class Sources(NamedTuple):
+    """The tokens in a cache as sources of a layer's later reads: K + V numbers per token and head."""
+
+    keys: Tensor
+    """[B,H,K,S R], the key of each write as the transitions since have left it (``Recurrence.by_source``)."""
+    values: Tensor
+    """[B,S,H,V] or [B,S,H,R,V]."""
+    state: Tensor
+    """[B,H,K,V], the state that the cache was given with them."""
+    next_token: int | None
+    """Position of the token that follows; None where nothing tells."""
+
+
+def keep_sources(cache: Cache, layer: int, sources: Sources) -> None:
+    """Note the sources of what ``cache`` holds for ``layer``."""
+    setattr(cache, _SOURCES, {**getattr(cache, _SOURCES, {}), layer: sources})
+
+
+def sources_of(cache: Cache, layer: int, first_token: int | None, state: Tensor) -> Sources | None:
+    """The sources of a pass that begins at ``first_token`` with ``state`` [B,H,K,V]; None where they are not known.
+
+    Upstream code repeats the rows of a cache and changes their order (beams, edited runs). States tell which is which:
+    each row takes the sources of the row that left its state.
+    """
+    kept: Sources | None = getattr(cache, _SOURCES, {}).get(layer)
+    if kept is None or kept.next_token != first_token:
+        return None
+    rows = (state.flatten(1).float(), kept.state.flatten(1).float())
+    gap, row = torch.cdist(*rows, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+    # Caches may round the state to the model's dtype.
+    if bool((gap > 0.01 * rows[1].norm(dim=1)[row]).any()):
+        return None
+    return Sources(kept.keys[row], kept.values[row], kept.state[row], first_token)
 
 
 def cache_among(*values: object) -> Cache | None:

@@ -17,7 +17,7 @@ from transformers import Cache
 
 from hookpoints.edits.edit import EditPlan, EditRow, Edits
 from hookpoints.errors import HookpointsError
-from hookpoints.hooks.cache import NamesFilter, Saving, caching_hooks, reachable
+from hookpoints.hooks.cache import NamesFilter, RecurrentCache, Saving, caching_hooks, reachable
 from hookpoints.hooks.guard import ADDING, Hook, Hooks, Name, ScopedHooks, check_names
 from hookpoints.layer.context import Recorded, current, position_of, scope
 from hookpoints.model.config import HookedRecurrentConfig
@@ -115,7 +115,8 @@ class HookedModel(HookedRootModule):
         remove_batch_dim: bool = False,
         **kwargs: Any,
     ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
-        """Run and keep activations. Matrix hooks (writes, states) are kept only if named: they are K*V numbers a token.
+        """Run and keep activations. Matrices (writes, states: K*V numbers a token) and patterns (S numbers a token) are
+        kept only if named.
 
         Args:
             names_filter: a name, a list of names, a predicate on names, or None for every vector hook.
@@ -128,7 +129,7 @@ class HookedModel(HookedRootModule):
         out, cache = super().run_with_cache(*args, names_filter=names, remove_batch_dim=remove_batch_dim, **kwargs)
         if not return_cache_object:
             return out, cache
-        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+        return out, RecurrentCache(cache, self, has_batch_dim=not remove_batch_dim)
 
     def get_caching_hooks(  # type: ignore[override]
         self,

@@ -23,6 +23,7 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hookpoints.recurrence import chunked, reference
 from hookpoints.recurrence.canonical import (
@@ -118,6 +119,33 @@ class Recurrence(CanonicalForm):
         key = selected.k.to(self.dtype).index_select(1, at)
         value = value.to(self.dtype).index_select(1, at)
         return key.mT @ value if key.ndim == 5 else key[..., :, None] * value[..., None, :]
+
+    def by_source(self, past_keys: Tensor | None = None) -> Self:
+        """The same recurrence with one value channel for each term that a token writes, [S R], instead of V.
+
+        Its reads are the weights of `attention`. Its states [B,H,K,S R] are the keys as the transitions since have
+        left them, p_t(k_s): hand the last one to `by_source` of the tokens that follow, as `past_keys` [B,H,K,S' R],
+        and their reads have S' more sources in front.
+        """
+        count = self.T * self.R
+        past = 0 if past_keys is None else past_keys.shape[-1]
+        ones = torch.eye(count, dtype=self.dtype, device=self.device)
+        values = F.pad(ones, (past, 0)).view(self.T, 1, self.R, -1).expand(self.B, -1, self.H, -1, -1)
+        state = None if past_keys is None else F.pad(past_keys.to(self.dtype), (0, count))
+        return dataclasses.replace(self, u=values if self.k.ndim == 5 else values.squeeze(3), initial_state=state)
+
+    def attention(self, *, method: Method = "chunked", chunk_size: int | None = None) -> Tensor:
+        """How much token t reads of what token s wrote, exactly: A[t,s] = <p_t(k_s), scale q_t>, [B,H,T,S], S = T.
+
+        p_t(k_s) is the key of write s after the decays and erases of the tokens s+1 .. t, so that o_t is the sum over
+        s of A[t,s] u_s, plus what is read of `initial_state`. Weights have a sign and do not add up to 1; what is
+        above the diagonal is 0. Where a token writes R > 1 terms, [B,H,T,S,R]: each term has a weight of its own, and
+        a value of its own.
+
+        Cost O(K T R) per token and head, T / V times that of `outputs`; memory is the result's.
+        """
+        reads = self.by_source().outputs(method=method, chunk_size=chunk_size)
+        return pattern_of(reads, self)
 
     def state_blocks(self, *, method: Method = "chunked", chunk_size: int | None = None) -> Iterator[Tensor]:
         """All states after the write, in order, as blocks [B,C,H,K,V] of a few tokens: `states` for sums over tokens,
@@ -233,6 +261,12 @@ class Recurrence(CanonicalForm):
     def _full_precision(self) -> torch.autocast:
         """Autocast off: it would lower the products to half precision."""
         return torch.autocast(self.device.type, enabled=False)
+
+
+def pattern_of(reads: Tensor, r: CanonicalForm) -> Tensor:
+    """Reads [B,T,H,S R] of `r.by_source()` with TransformerLens' axes: [B,H,T,S], or [B,H,T,S,R] where R > 1."""
+    pattern = reads.transpose(1, 2)
+    return pattern if r.k.ndim == 4 else pattern.unflatten(-1, (-1, r.R))
 
 
 def _handed_back(x: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ def page(name: str, row: HookRow) -> str:
         if lack := {rule.name for rule in RULES} - have:
             facts["rules that do not"] = ", ".join(sorted(lack))
     facts["memory"] = (
-        "a K × V matrix per token: built for listeners only, and left out of `run_with_cache` unless named"
+        "K × V (in patterns S) numbers per token and head: built for listeners only, and left out of `run_with_cache` "
+        "unless named"
         if row.matrix
         else "a vector or a number per token; part of `run_with_cache`"
     )

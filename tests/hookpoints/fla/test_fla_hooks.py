@@ -10,7 +10,8 @@ import torch
 from conftest import VOCAB, KeepFloat64
 from fla_models import MODEL_TYPES, make_fla
 
-sys.path.append(str(Path(__file__).parents[1] / "model"))  # the tests of transformers' models, run again on fla's
+# The tests of transformers' models, run again on fla's.
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("model", "hooks")]
 
 import test_parity
 from test_model_types import (  # noqa: F401
@@ -24,6 +25,10 @@ from test_model_types import (  # noqa: F401
 from test_parity import (  # noqa: F401
     test_listening_everywhere_is_bit_identical,
     test_reads_are_states_times_queries,
+)
+from test_pattern import (  # noqa: F401
+    test_decoding_has_the_rows_of_the_whole,
+    test_weights_times_values_are_the_reads,
 )
 from torch.testing import assert_close
 
@@ -74,7 +79,8 @@ def test_mixers_hooks_fire_with_their_shapes(hooked, tokens):
     sizes = {"B": 2, "H": shape.H, "K": shape.K, "V": shape.V, "R": shape.R, "F": shape.K * shape.V}
     for row in rows:
         axes = row.axes_of(shape.R).replace("(KV)", "F").split(" or ")
-        expected = [[tuple({**sizes, "T": t}[axis] for axis in choice) for t in (70, 1)] for choice in axes]
+        lengths = ({"T": 70, "S": 70}, {"T": 1, "S": 71})
+        expected = [[tuple({**sizes, **length}[axis] for axis in choice) for length in lengths] for choice in axes]
         assert seen[row.full_name(layer, 1)] in expected
 
 

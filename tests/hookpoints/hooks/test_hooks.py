@@ -12,7 +12,7 @@ from transformer_lens.hook_points import HookPoint
 
 from hookpoints import HOOKS, HookedRecurrent, UnknownHookError
 from hookpoints.errors import HookDidNotFireError, HookShapeError
-from hookpoints.hooks.table import HookRow, is_matrix, markdown
+from hookpoints.hooks.table import HookRow, is_matrix, markdown, time_axis
 from hookpoints.model.inputs import cache_of
 
 LAYER, HEAD, ATTENTION = 1, 2, 3
@@ -24,7 +24,7 @@ def name_of(row: HookRow) -> str:
 
 
 def shape_of(axes: str, **sizes: int) -> tuple[int, ...]:
-    sizes = {**SIZES, **sizes}
+    sizes = {**SIZES, "S": SIZES["T"], **sizes}
     flat = axes.replace("(KV)", "F").split(" or ")[0]
     return tuple(sizes["K"] * sizes["V"] if axis == "F" else sizes[axis] for axis in flat)
 
@@ -38,8 +38,8 @@ def test_each_row_fires_in_prefill_and_decode_with_its_shape(model, tokens, row)
         model.generate(tokens, max_new_tokens=3, do_sample=False)
     attention = {"H": 2, "V": 16} if row.scope == "attn" else {}
     prefill = (shape_of(row.axes, **attention), name)
-    step = (shape_of(row.axes, **attention, T=1), name)
-    assert seen == [prefill, prefill, step, step]  # forward; generate: prompt, then two steps make three tokens
+    steps = [(shape_of(row.axes, **attention, T=1, S=SIZES["T"] + n), name) for n in (1, 2)]
+    assert seen == [prefill, prefill, *steps]  # forward; generate: prompt, then two steps make three tokens
 
 
 def test_the_table_is_the_model(model):
@@ -70,11 +70,11 @@ def test_each_hook_can_be_edited_and_only_the_future_moves(model, tokens, row):
 
     def returned(x, hook):
         x = x.clone()
-        x[:, t] *= 2
+        in_place(x, hook)
         return x
 
     def in_place(x, hook):
-        x[:, t] *= 2
+        x.select(time_axis(row.name), t).mul_(2)
 
     name = name_of(row)
     edited = model.run_with_hooks(tokens, fwd_hooks=[(name, returned)])

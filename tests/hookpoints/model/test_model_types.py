@@ -184,7 +184,7 @@ def test_rows_of_the_table_fire_with_their_shapes(hooked, tokens):
         axes = row.axes.replace("(KV)", "F")
         per_channel = "BTHK" if hooked.cfg.layer(layer).rule in ("Kimi delta attention", "RWKV-7") else "BTH"
         axes = per_channel if " or " in axes else axes
-        assert found == [tuple({**sizes, "T": t}[axis] for axis in axes) for t in (70, 1)]
+        assert found == [tuple({**sizes, "T": t, "S": s}[axis] for axis in axes) for t, s in ((70, 70), (1, 71))]
 
 
 @pytest.mark.parametrize("hook", ["hook_mixer_out", "hook_attn_out", "hook_mlp_out"])

@@ -1,0 +1,179 @@
+"""hook_pattern: reads are A u on every model, in prefill and decoding, and an edit of A moves them."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import pytest
+import torch
+from conftest import continuing
+from torch.testing import assert_close
+from transformer_lens import head_detector
+
+from hookpoints import HookedRecurrent, UnknownHookError, WriteEdit
+from hookpoints.model.inputs import cache_of
+
+PREFIX = "blocks.{}.mixer."
+
+
+@pytest.fixture
+def hooked(any_hf):
+    model = HookedRecurrent.from_hf(any_hf)
+    yield model
+    model.attachment.detach()
+
+
+def weighted(pattern: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """A u, [B,T,H,V], for one term a token or several."""
+    return (pattern.flatten(3) @ values.transpose(1, 2).flatten(2, -2)).transpose(1, 2)
+
+
+def listened(model: HookedRecurrent, layer: int, run) -> list[torch.Tensor]:
+    """Patterns of a layer at each pass that ``run`` makes."""
+    seen: list[torch.Tensor] = []
+    with model.hooks([(PREFIX.format(layer) + "hook_pattern", lambda x, hook: seen.append(x))]):
+        run()
+    return seen
+
+
+@torch.no_grad()
+def test_weights_times_values_are_the_reads(hooked, tokens):
+    layer = hooked.cfg.recurrent_layers[-1]
+    names = [PREFIX.format(layer) + name for name in ("hook_pattern", "hook_write_value", "hook_read")]
+    logits, cache = hooked.run_with_cache(tokens, names_filter=names)
+    pattern, values, reads = (cache[name] for name in names)
+    assert_close(weighted(pattern, values), reads, rtol=1e-4, atol=2e-6 * float(reads.abs().max()))
+    assert not pattern.movedim((2, 3), (-2, -1)).triu(1).any() and torch.equal(logits, hooked(tokens))
+    assert cache["pattern", layer] is pattern
+
+
+@torch.no_grad()
+def test_decoding_has_the_rows_of_the_whole(hooked, tokens):
+    """S grows by one a token."""
+    layer, out = hooked.cfg.recurrent_layers[-1], []
+    options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    steps = listened(hooked, layer, lambda: out.append(hooked.generate(tokens[:, :9], **options)))
+    assert [tuple(step.shape[2:4]) for step in steps] == [(9, 9), *((1, 9 + n) for n in range(1, 6))]
+    whole = listened(hooked, layer, lambda: hooked(out[0]))[0]
+    for step in steps[1:]:
+        row = whole[:, :, step.shape[3] - 1, : step.shape[3]]
+        assert_close(step[:, :, 0], row, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
+
+
+@torch.no_grad()
+def test_sources_follow_the_rows_of_a_cache(model, tokens):
+    """Upstream repeats and reorders rows; beams do at every step."""
+    whole = listened(model, 1, lambda: model(tokens[:, :14]))[0]
+    out = []
+    listened(model, 1, lambda: out.append(model.hf_model(tokens[:, :12], use_cache=True)))
+    order = cast(torch.LongTensor, torch.tensor([1, 0, 1]))
+    for layer in cache_of(out[0]).layers:
+        layer.reorder_cache(order)
+    step = listened(model, 1, lambda: model.hf_model(tokens[order, 12:14], **continuing(model.hf_model, out[0])))[0]
+    assert_close(step, whole[order][:, :, 12:], rtol=1e-4, atol=1e-6)
+    beams = listened(model, 1, lambda: model.generate(tokens[:, :9], num_beams=3, max_new_tokens=4, do_sample=False))
+    assert beams[-1].shape == (6, 4, 1, 12) and not any(step.isnan().any() for step in beams)
+
+
+@torch.no_grad()
+def test_an_edit_moves_the_reads(hooked, tokens):
+    """By (A' - A) u, in the prompt and in decoding, where most of u comes from the cache."""
+    layer = hooked.cfg.recurrent_layers[0]
+    names = [PREFIX.format(layer) + name for name in ("hook_pattern", "hook_write_value", "hook_read")]
+
+    def edit(pattern, hook):
+        pattern[..., 4:6] = 0.25
+        return pattern
+
+    _, plain = hooked.run_with_cache(tokens[:, :12], names_filter=names)
+    pattern, values, reads = (plain[name] for name in names)
+    with hooked.hooks([(names[0], edit)]):
+        _, edited = hooked.run_with_cache(tokens[:, :12], names_filter=names[2])
+        change = weighted(edit(pattern.clone(), None) - pattern, values)
+        largest = float(reads.abs().max())
+        assert_close(edited[names[2]], reads + change, rtol=1e-4, atol=1e-5 * largest)
+    with hooked.hooks([(names[0], lambda x, hook: None)]):
+        out = hooked.hf_model(tokens[:, :11], use_cache=True)
+    with hooked.hooks([(names[0], edit)]):
+        _, step = hooked.run_with_cache(
+            tokens[:, 11:12],
+            names_filter=names[2],
+            use_cache=True,
+            position_ids=torch.full((2, 1), 11),
+            **continuing(hooked.hf_model, out),
+        )
+    assert_close(step[names[2]], (reads + change)[:, 11:], rtol=1e-3, atol=1e-3 * largest)
+
+
+@torch.no_grad()
+def test_tokens_that_nobody_listened_to_are_nan(model, tokens):
+    """A cache that was filled without a listener: its columns are NaN, whose edit does nothing."""
+    name = PREFIX.format(1) + "hook_pattern"
+    outs = [model.hf_model(tokens[:, :12], use_cache=True) for _ in range(2)]
+    steps = [continuing(model.hf_model, out) for out in outs]
+    unedited = model.hf_model(tokens[:, 12:13], **steps[0]).logits
+    edited = model.run_with_hooks(tokens[:, 12:13], fwd_hooks=[(name, lambda x, hook: x.nan_to_num(7.0))], **steps[1])
+    assert torch.equal(edited, unedited)
+    seen = listened(model, 1, lambda: model.hf_model(tokens[:, 13:15], **steps[1]))[0]
+    assert seen.shape == (2, 4, 2, 15) and bool(seen[..., :12].isnan().all()) and not seen[..., 12:].isnan().any()
+
+
+@torch.no_grad()
+def test_edited_runs_have_their_prefix_as_sources(model, tokens):
+    """The one cache of a session is repeated for its rows."""
+    session, deletes = model.edit_session(tokens[:1]), [WriteEdit(2, h, 60, mode="delete") for h in range(3)]
+    whole = listened(model, 2, lambda: model(tokens[:1]))[0]
+    seen = listened(model, 2, lambda: session.run(deletes))[-1]
+    assert_close(seen, whole[:, :, 60:].expand(3, -1, -1, -1), rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_it_follows_hooks_on_factors_and_on_the_write(model64, tokens):
+    """q moves A; write_key moves the writes that are read, and so A; write_value does not."""
+    names = [PREFIX.format(1) + name for name in ("hook_pattern", "hook_write_value", "hook_read")]
+    plain = listened(model64, 1, lambda: model64(tokens))[0]
+    for factor, moves in (("hook_q", True), ("hook_write_key", True), ("hook_write_value", False)):
+        with model64.hooks([(PREFIX.format(1) + factor, lambda x, hook: x.roll(1, -1))]):
+            _, cache = model64.run_with_cache(tokens, names_filter=names)
+        expected = weighted(cache[names[0]], cache[names[1]])
+        assert_close(cache[names[2]], expected, rtol=0, atol=1e-10)
+        assert torch.allclose(cache[names[0]], plain) is not moves
+
+
+def test_gradients_at_the_pattern(model64, tokens):
+    """dL/dA[t,s] is what a small change of the weight does."""
+    name, kept = PREFIX.format(1) + "hook_pattern", []
+
+    def objective(step: float | torch.Tensor = 0.0):
+        def hook(x, hook):
+            kept.append(x)
+            return x + step
+
+        return model64.run_with_hooks(tokens[:1, :12], fwd_hooks=[(name, hook)])[0, -1, 5]
+
+    (gradient,) = torch.autograd.grad(objective(), kept[0])
+    step = torch.zeros_like(gradient)
+    step[0, 2, 9, 3] = 1e-5
+    with torch.no_grad():
+        measured = (objective(step) - objective(-step)) / 2e-5
+    assert_close(gradient[0, 2, 9, 3], measured, rtol=1e-5, atol=1e-9)
+    assert gradient[0, 2, 9, 3].abs() > 1e-6
+
+
+@torch.no_grad()
+def test_transformer_lens_head_detectors(embedded):
+    """On the cache as it is; a detector's score is the share of a head's weights that lies where it looks."""
+    text, heads = "The people of the United States. The people of the United States.", [(1, 0), (2, 3)]
+    tokens = embedded.to_tokens(text)
+    _, cache = embedded.run_with_cache(
+        tokens, remove_batch_dim=True, names_filter=lambda name: name.endswith("hook_pattern")
+    )
+    for kind in head_detector.HEAD_NAMES:
+        scores = head_detector.detect_head(embedded, text, kind, heads=heads, cache=cache)
+        assert scores.shape == (5, 4) and (scores != -1).sum() == 2
+    pattern = cache["pattern", 2][3]
+    previous = head_detector.detect_head(embedded, text, "previous_token_head", heads=heads, cache=cache)
+    assert_close(previous[2, 3], pattern.diagonal(-1).sum() / pattern.sum(), rtol=1e-4, atol=1e-6)
+    _, vectors = embedded.run_with_cache(tokens)
+    with pytest.raises(UnknownHookError, match="names_filter"):
+        vectors["pattern", 2]

@@ -1,0 +1,64 @@
+"""Attention of recurrent heads: A u is what is read, to 1e-10, for every rule; nothing lies above the diagonal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from hookpoints.recurrence import FORMS, Recurrence, random_recurrence
+
+EXACT = {"rtol": 0, "atol": 1e-10}
+
+
+def weighted(attention: torch.Tensor, r: Recurrence) -> torch.Tensor:
+    """A u, [B,T,H,V]."""
+    return torch.einsum("bhtsr,bshrv->bthv" if r.R > 1 else "bhts,bshv->bthv", attention, r.u)
+
+
+@pytest.fixture(params=FORMS)
+def r(request) -> Recurrence:
+    return random_recurrence(request.param, B=2, T=41, H=3, dtype=torch.float64, most_beta=2.0, initial_state=True)
+
+
+def test_weights_times_values_are_the_reads(r):
+    """What is left of the initial state aside, by the step-by-step reference."""
+    of_the_start = r.replace(u=torch.zeros_like(r.u)).outputs(method="reference")
+    assert_close(weighted(r.attention(), r) + of_the_start, r.outputs(method="reference"), **EXACT)
+    assert_close(r.attention(), r.attention(method="reference"), **EXACT)
+    assert r.attention().shape == (2, 3, 41, 41) + (() if r.R == 1 else (r.R,))
+
+
+def test_a_weight_is_the_propagated_key_seen_by_the_query(r):
+    """A[t,s] = <p_t(k_s), scale q_t>, write by write; 0 before s (and at s, where a token reads before it writes)."""
+    attention = r.attention() if r.R > 1 else r.attention().unsqueeze(-1)
+    keys = r.k if r.R > 1 else r.k.unsqueeze(3)
+    late = int(r.read_before_write)
+    for s in (0, 17, 40):
+        for head in range(3):
+            key = r.propagate(keys[:, s, head], s, head, method="reference")  # [B,R,T-s,K]
+            reads = (r.scale * r.q)[:, s + late :, head]
+            expected = torch.einsum("brtk,btk->btr", key[:, :, : reads.shape[1]], reads)
+            assert_close(attention[:, head, s + late :, s], expected, **EXACT)
+            assert not attention[:, head, : s + late, s].any()
+
+
+def test_half_the_tokens_after_the_other_half(r):
+    """Keys handed on give the later tokens the earlier ones as sources: the last rows of the whole."""
+    whole, parts = r.attention(), r.split(23)
+    past = parts.left.by_source().final_state()
+    later = parts.right(parts.left.final_state())
+    reads = later.by_source(past).outputs().transpose(1, 2)
+    assert_close(reads, whole[:, :, 23:].flatten(3), **EXACT)
+
+
+def test_gradients_reach_every_factor(r):
+    small = r.select(rows=0, heads=0, tokens=slice(0, 5))
+    u = small.u.clone().requires_grad_()
+    q = small.q.clone().requires_grad_()
+    # The gradient of o with respect to u is A.
+    small.replace(u=u).outputs()[0, 4, 0, 2].backward()
+    weights = small.attention()[0, 0, 4]
+    assert_close(u.grad[0, :, 0, ..., 2], weights, **EXACT)
+    small.replace(q=q).attention().sum().backward()
+    assert q.grad is not None and q.grad.abs().max() > 0
