@@ -60,7 +60,7 @@ def value_direction(model: HookedRecurrent, layer: int, head: int, token: int) -
     Raises:
         ValueError: the direction is zero.
     """
-    direction = (model.W_O(layer, head) @ model.W_U[:, token]).detach()
+    direction = (model.layer_W_O(layer)[head] @ model.W_U[:, token]).detach()
     size = direction.norm()
     if size == 0:
         raise ValueError(f"head {head} of layer {layer} has no direct path to token {token}: W_O^h W_U[T] is zero")

@@ -64,7 +64,7 @@ def test_toward_a_token_writes_the_key_of_the_token_and_the_value_of_the_target(
     model: Any, ids: Tensor, at: Any, strength: float
 ) -> None:
     w = value_direction(model, LAYER, HEAD, 5)
-    torch.testing.assert_close(w, torch.nn.functional.normalize(model.W_O(LAYER, HEAD) @ model.W_U[:, 5], dim=0))
+    torch.testing.assert_close(w, torch.nn.functional.normalize(model.layer_W_O(LAYER)[HEAD] @ model.W_U[:, 5], dim=0))
     r = model.recurrence(ids, LAYER)
     positions = range(ids.shape[1]) if at == "every" else at
     by_hand = []

@@ -132,6 +132,13 @@ HOOKS: tuple[HookRow, ...] = (
     ),
     HookRow(
         "hook_z",
+        "mixer",
+        "BTHV",
+        "what each head hands to out_proj, head norm and gate included: times W_O and summed it is hook_mixer_out",
+        "feeds out_proj",
+    ),
+    HookRow(
+        "hook_z",
         "attn",
         "BTHV",
         "what each attention head hands to the output projection, gate included (blocks with attention only)",

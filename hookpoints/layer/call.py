@@ -22,7 +22,7 @@ from hookpoints.layer.context import (
     keep_sources,
     sources_of,
 )
-from hookpoints.layer.intercept import Function, running, torch_form, wrap_forward
+from hookpoints.layer.intercept import Function, open_handlers, running, torch_form, wrap_forward
 from hookpoints.layer.padding import UNPADDED, Padding
 from hookpoints.layer.response import EditResponse
 from hookpoints.recurrence.recurrence import Recurrence, pattern_of
@@ -35,13 +35,16 @@ class HookedMixer:
     Args:
         owner: the attachment; runs of other hooked models do not concern this one.
         layer: block index.
+        projection: the layer's own, which takes what the heads hand on.
         backend: who computes the native pass.
 
     Raises:
         UnsupportedModelError: the layer calls the rule's op but does not name its sizes as the rule's layers do.
     """
 
-    def __init__(self, owner: object, layer: int, rule: Rule, module: nn.Module, backend: Backend):
+    def __init__(
+        self, owner: object, layer: int, rule: Rule, module: nn.Module, projection: nn.Module, backend: Backend
+    ):
         try:
             heads, _, _ = rule.head_shape(module)
         except AttributeError as error:
@@ -50,6 +53,7 @@ class HookedMixer:
                 f"of {rule.name} do: {error}"
             ) from error
         self.owner, self.layer, self.rule, self.module = owner, layer, rule, module
+        self.heads, self.projection = heads, projection
         self.backend: Backend = backend
         self.hooks = MixerHooks(heads, rule.factor_names)
         self.calls = 0
@@ -76,6 +80,21 @@ def hook_layer(mixer: HookedMixer) -> Callable[[], None]:
     return wrap_forward(mixer.module, around)
 
 
+def hook_projection(mixer: HookedMixer) -> Callable[[], None]:
+    """Fire ``hook_z`` on what the layer gives its output projection; returns what undoes it."""
+
+    def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        calls = (call for call in open_handlers() if isinstance(call, LayerCall) and call.mixer is mixer)
+        call = next(calls, None) if mixer.hooks.listens("hook_z") else None
+        if call is None:
+            return forward(*args, **kwargs)
+        (value, *others) = args
+        assert isinstance(value, Tensor)
+        return forward(call.fire_z(value), *others, **kwargs)
+
+    return wrap_forward(mixer.projection, around)
+
+
 class LayerCall:
     """One forward of a layer. It handles the op calls made meanwhile, and dies with the forward however that ends.
 
@@ -91,7 +110,9 @@ class LayerCall:
         self.run = current(mixer.owner)
         self.open = True
         self.met = False
-        """Whether hooks or edits met an op call of this forward."""
+        """Whether hooks or edits met this forward."""
+        self.padding = UNPADDED
+        """Of the op call."""
         self.cache = cache = cache_among(*args, *kwargs.values())
         hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         self.first_token = self.run.position if self.run.in_pass or cache is not None else 0
@@ -109,6 +130,11 @@ class LayerCall:
         """The layer."""
         return self.mixer.module
 
+    @property
+    def projection(self) -> nn.Module | None:
+        """The layer's output projection, where someone listens to what it is given."""
+        return self.mixer.projection if self.hooks.listens("hook_z") else None
+
     def handle(self, op: Function, arguments: Arguments) -> object:
         """Run the op with hooks and edits around it; returns what the layer expects from the op."""
         rule, run = self.mixer.rule, self.run
@@ -118,7 +144,7 @@ class LayerCall:
         if not edited and run.record is None and native_op is not None and not self.hooks.listening():
             return native_op(**arguments)
         # fla's layers take the padding out before the op.
-        padding = Padding(self.real) if arguments.get("cu_seqlens") is not None else UNPADDED
+        padding = self.padding = Padding(self.real) if arguments.get("cu_seqlens") is not None else UNPADDED
         factors, changed = self._fire_factors(padding.spread(rule.factors(arguments)))
         recurrence = Recurrence.of(rule.form(factors, arguments))
         if native_op is not None and changed & rule.torch_only:
@@ -147,6 +173,12 @@ class LayerCall:
         if result.outputs.dtype == torch.float16:
             _check_range(self.mixer.layer, read=result.outputs, state=result.final_state)
         return rule.write_result(padding.packed_result(result), arguments)
+
+    def fire_z(self, value: Tensor) -> Tensor:
+        """The input [B,T,H*V] of the output projection, after its hook."""
+        self.met = True
+        z = self.padding.spread_tokens(value).unflatten(-1, (self.mixer.heads, -1))
+        return self.padding.packed_tokens(self.hooks.fire("hook_z", z).flatten(-2), like=value)
 
     def check_output(self, output: object) -> None:
         """Raise Float16OverflowError if hooks or edits acted and the layer's output leaves float16's range."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 import threading
 import types
 from collections.abc import Callable, Mapping
@@ -108,6 +109,11 @@ class OpHandler(Protocol):
         """The layer."""
         ...
 
+    @property
+    def projection(self) -> nn.Module | None:
+        """The layer's output projection, where someone listens to what it is given."""
+        ...
+
     def handle(self, op: Function, arguments: Mapping[str, object]) -> object: ...
 
 
@@ -129,7 +135,8 @@ def running(handler: OpHandler, forward: Function, args: tuple[object, ...], kwa
         _RUNNING.set(outer)
 
 
-def _handlers() -> tuple[OpHandler, ...]:
+def open_handlers() -> tuple[OpHandler, ...]:
+    """Those of the layer whose forward is under way, the innermost first."""
     return tuple(handler for handler in _RUNNING.get() if handler.open)
 
 
@@ -165,7 +172,12 @@ def wrap_ops(namespace: ModuleType, rule: Rule) -> Callable[[], None]:
     """Bind the rule's op names in ``namespace`` to wrappers; returns what undoes it. The last one to undo it puts the
     originals back."""
     bound: list[tuple[str, Function]] = []
-    wrappers = ((rule.ops, _wrap_op), (rule.companions, _wrap_companion), (rule.fused, _wrap_fused))
+    wrappers = (
+        (rule.ops, _wrap_op),
+        (rule.companions, _wrap_companion),
+        (rule.fused, _wrap_fused),
+        (rule.norm_linear, _wrap_norm_linear),
+    )
     with _LOCK:
         for names, wrap in wrappers:
             for name in names:
@@ -204,7 +216,7 @@ def _wrap_op(op: Function) -> Function:
 
     @functools.wraps(op)
     def wrapper(*args: object, **kwargs: object) -> object:
-        handlers = _handlers()
+        handlers = open_handlers()
         if not handlers:
             return op(*args, **kwargs)
         positional = tuple(signature.parameters)[: len(args)]
@@ -237,7 +249,7 @@ def _keywords(op: Function) -> frozenset[str] | None:
 def _wrap_companion(op: Function) -> Function:
     @functools.wraps(op)
     def wrapper(*args: object, **kwargs: object) -> object:
-        return (_on_device(op, args, kwargs) if _handlers() else op)(*args, **kwargs)
+        return (_on_device(op, args, kwargs) if open_handlers() else op)(*args, **kwargs)
 
     return wrapper
 
@@ -247,7 +259,23 @@ def _wrap_fused(op: Function) -> Function:
 
     @functools.wraps(op)
     def wrapper(*args: object, **kwargs: object) -> object:
-        return (inspect.unwrap(op) if _handlers() else op)(*args, **kwargs)
+        return (inspect.unwrap(op) if open_handlers() else op)(*args, **kwargs)
+
+    return wrapper
+
+
+def _wrap_norm_linear(op: Function) -> Function:
+    """While someone listens between them, the norm and the projection of one kernel run one after the other."""
+    norm = getattr(sys.modules[op.__module__], "rms_norm")  # noqa: B009 (a module has no attributes for pyright)
+
+    @functools.wraps(op)
+    def wrapper(
+        x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None, **options: object
+    ) -> object:
+        project = next(filter(None, (handler.projection for handler in open_handlers())), None)
+        if project is None:
+            return op(x, norm_weight, norm_bias, weight, bias, **options)
+        return project(norm(x, norm_weight, norm_bias, **options))
 
     return wrapper
 

@@ -41,6 +41,17 @@ class Padding:
         """The way back."""
         return result if self.mask is None else result._replace(outputs=self._tokens(result.outputs))
 
+    def spread_tokens(self, x: Tensor) -> Tensor:
+        """A tensor of the layer's own, [1,N,...] or already [B,T,...], in the batch's rows; zero at padding."""
+        return x if self._has_rows(x) else self._rows(x)
+
+    def packed_tokens(self, x: Tensor, like: Tensor) -> Tensor:
+        """The way back, to the form that ``like`` has."""
+        return x if self._has_rows(like) else self._tokens(x)
+
+    def _has_rows(self, x: Tensor) -> bool:
+        return self.mask is None or x.shape[:2] == self.mask.shape
+
     def _rows(self, x: Tensor) -> Tensor:
         assert self.mask is not None
         return x.new_zeros(*self.mask.shape, *x.shape[2:]).index_put((self.mask,), x[0])

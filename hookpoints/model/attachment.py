@@ -14,9 +14,10 @@ from transformer_lens.hook_points import HookPoint
 from hookpoints.errors import HookpointsError, UnsupportedModelError
 from hookpoints.fla.scope import ModelScope, is_fla
 from hookpoints.hooks.points import BlockHooks, HookSet, MixerHooks, is_listening, watch
-from hookpoints.layer.call import HookedMixer, hook_layer
+from hookpoints.layer.call import HookedMixer, hook_layer, hook_projection
 from hookpoints.layer.context import Backend, cache_among, count_pass, current, position_of, scope
 from hookpoints.layer.intercept import Function, wrap_forward, wrap_ops
+from hookpoints.model.layout import out_projection
 from hookpoints.rules.base import Rule
 
 if TYPE_CHECKING:
@@ -64,9 +65,10 @@ class MixerAttachment:
 
     def attach_mixer(self, layer: int, rule: Rule, namespace: ModuleType, mixer: nn.Module, backend: Backend) -> None:
         """Take over the op calls of one mixer. ``namespace`` is where it looks its ops up."""
-        self.mixers[layer] = HookedMixer(self, layer, rule, mixer, backend)
+        self.mixers[layer] = HookedMixer(self, layer, rule, mixer, out_projection(mixer), backend)
         self._undo.callback(wrap_ops(namespace, rule))
         self._undo.callback(hook_layer(self.mixers[layer]))
+        self._undo.callback(hook_projection(self.mixers[layer]))
 
     def landmarks(self) -> list[nn.Module]:
         """Modules whose outputs every gradient passes that passes any hook point."""

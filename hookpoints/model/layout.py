@@ -142,11 +142,9 @@ def find_layout(model: nn.Module) -> ModelLayout:
     )
 
 
-def out_projection(mixer: nn.Module) -> nn.Linear:
-    """The linear map from the heads' normalised reads to the residual stream."""
-    module = _first(mixer, _OUT_PROJ_NAMES, "output projection")
-    assert isinstance(module, nn.Linear)
-    return module
+def out_projection(mixer: nn.Module) -> nn.Module:
+    """The linear map from what the heads hand on to the residual stream."""
+    return _first(mixer, _OUT_PROJ_NAMES, "output projection")
 
 
 def _backbone(model: nn.Module) -> nn.Module:

@@ -19,8 +19,9 @@ from hookpoints.model.attachment import Attachment, StopForward
 from hookpoints.model.config import describe
 from hookpoints.model.hooked import HookedModel
 from hookpoints.model.inputs import PaddingSide, TokenBatch, Tokens, check_mask, check_prompt_mask, check_tokens
-from hookpoints.model.layout import find_layout, out_projection
+from hookpoints.model.layout import find_layout
 from hookpoints.model.selfcheck import self_check as run_self_check
+from hookpoints.model.weights import Weights
 from hookpoints.recurrence.recurrence import Recurrence
 
 ReturnType = Literal["logits", "loss", "both"] | None
@@ -35,7 +36,7 @@ class Output(NamedTuple):
     """A scalar, or [B,T-1] with ``loss_per_token``."""
 
 
-class HookedRecurrent(Tokens, HookedModel):
+class HookedRecurrent(Tokens, Weights, HookedModel):
     """Hook points on the writes, states and reads of a recurrent language model, and on its residual stream.
 
     ``hookpoints.HOOKS`` lists every hook: name, axes, when it fires and what an edit does. The model inside,
@@ -46,7 +47,7 @@ class HookedRecurrent(Tokens, HookedModel):
         >>> logits, cache = model.run_with_cache("The state of the Union", names_filter="blocks.1.mixer.hook_k")
     """
 
-    attachment: Attachment
+    attachment: Attachment  # pyright: ignore[reportIncompatibleVariableOverride]
     hook_embed: nn.Module
     blocks: nn.ModuleList
     ln_final: nn.Module
@@ -229,28 +230,6 @@ class HookedRecurrent(Tokens, HookedModel):
         with self.recording() as record:
             self(input, return_type=None, stop_at_layer=layer + 1, **kwargs)
         return record[layer].recurrence
-
-    # -- weights, in TransformerLens' orientation
-
-    @property
-    def W_E(self) -> Tensor:
-        """[d_vocab, d_model] token embeddings."""
-        return cast(Tensor, self.attachment.layout.embed.weight)
-
-    @property
-    def W_U(self) -> Tensor:
-        """[d_model, d_vocab] unembedding."""
-        return cast(Tensor, self.attachment.layout.unembed.weight).T
-
-    def W_O(self, layer: int, head: int) -> Tensor:
-        """[V, d_model]: how head ``head`` of recurrent layer ``layer`` reaches the residual stream."""
-        shape = self.cfg.layer(layer)
-        if not 0 <= head < shape.H:
-            raise ValueError(f"head {head} is out of range: layer {layer} has heads 0 to {shape.H - 1}")
-        mixer = self.attachment.layout.blocks[layer].mixer
-        assert mixer is not None
-        weight = out_projection(mixer).weight
-        return weight[:, head * shape.V : (head + 1) * shape.V].T
 
     # -- helpers
 

@@ -142,6 +142,8 @@ class Rule:
     """Other fast ops of the same layers (convolutions) that only need to be kept on the right device."""
     fused: tuple[str, ...] = ()
     """Ops that would compute a whole layer in one kernel, past the recurrent op; a hooked mixer declines them."""
+    norm_linear: tuple[str, ...] = ()
+    """Ops that compute a layer's last norm and its output projection in one kernel, past ``hook_z`` between them."""
 
     @property
     def factor_names(self) -> tuple[str, ...]:

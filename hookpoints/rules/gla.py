@@ -33,3 +33,4 @@ class FlaHgrn2(FlaGatedLinear):
 
     name = "HGRN2"
     sizes = ("head_f_dim", "head_i_dim")
+    norm_linear = ("rms_norm_linear",)

@@ -182,7 +182,7 @@ class Sign(Evaluation):
         key = torch.nn.functional.normalize(site.writes.keys[t, 0], dim=0)
         values = torch.stack([m * size * sides[name].to(key) for name, m in kinds])
         added = LowRank.rank_one(key.expand(len(values), -1), values)
-        out = lab.model.W_O(lab.hook.layer, lab.hook.head)
+        out = lab.model.layer_W_O(lab.hook.layer)[lab.hook.head]
         naive = torch.stack([out @ lab.model.W_U[:, token] for token in (target.token, target.wrong)])
         of_target, of_wrong = predict(site.recurrence, added, t, [gradient, gradient], naive)
         described = {

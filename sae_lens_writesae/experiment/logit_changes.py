@@ -48,7 +48,7 @@ def choose_targets(
 
 def direct_path(lab: Lab) -> Tensor:
     """W_O^h W_U, [V,vocab], in float32 at least."""
-    out, unembed = lab.model.W_O(lab.hook.layer, lab.hook.head), lab.model.W_U
+    out, unembed = lab.model.layer_W_O(lab.hook.layer)[lab.hook.head], lab.model.W_U
     dtype = torch.promote_types(out.dtype, torch.float32)
     return out.to(dtype) @ unembed.to(out.device, dtype)
 

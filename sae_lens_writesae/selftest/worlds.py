@@ -404,7 +404,7 @@ def readers() -> World:
     cast(nn.Module, block_of(world).linear_attn).norm = Plain()
     sides = orthonormal(4, v, 3)
     for n, (layer, head) in enumerate(((3, 0), (3, 3), (4, 1), (4, 2))):
-        heard = normalize(sides[n] @ world.model.W_O(2, 2), dim=0)
+        heard = normalize(sides[n] @ world.model.layer_W_O(2)[2], dim=0)
         weight = world.model.hf_model.model.layers[layer].linear_attn.in_proj_qkv.weight
         with torch.no_grad():
             values = weight[-4 * v :][head * v : (head + 1) * v]

@@ -50,7 +50,7 @@ def test_predictions_of_the_paper_are_the_formula(model64: HookedRecurrent, toke
         with torch.no_grad():
             r = model64.recurrence(tokens[[row.sequence]], LAYER)
             k, u, q = (factor[0, row.position, HEAD] for factor in (r.k, r.u, r.q))
-            naive = model64.W_O(LAYER, HEAD) @ model64.W_U[:, row.token]
+            naive = model64.layer_W_O(LAYER)[HEAD] @ model64.W_U[:, row.token]
             reach = torch.nn.functional.normalize(k, dim=0) @ (r.scale * q)
             expected = row.m * k.norm() * u.norm() * reach * naive.norm()
         assert row.f0 == pytest.approx(float(expected), rel=1e-5) and row.aimed == np.sign(row.f0)

@@ -63,7 +63,7 @@ class Case:
     def predicted(self) -> Predictions:
         gradients = ReadGradients(self.model, self.session, self.layer, self.head, [self.position, self.start])
         reads = [gradients.at(self.position, self.direction)]
-        naive = self.model.W_O(self.layer, self.head) @ self.model.W_U @ self.direction
+        naive = self.model.layer_W_O(self.layer)[self.head] @ self.model.W_U @ self.direction
         return predict(self.recurrence, self.added, self.start, reads, naive[None])[0]
 
     def measured(self, eps: float) -> float:
@@ -140,7 +140,7 @@ def test_f0_is_the_papers_formula(kind: str) -> None:
     alpha = torch.ones(r.K, dtype=torch.float64)
     for t in range(case.start + 1, case.position + 1):
         alpha = alpha * r.log_decay[0, t, 0].exp()
-    out = (case.model.W_O(case.layer, case.head) @ case.model.W_U[:, case.token]).detach()
+    out = (case.model.layer_W_O(case.layer)[case.head] @ case.model.W_U[:, case.token]).detach()
     for key, value in zip(case.added.keys[0], case.added.values[0]):
         expected += float((alpha * key) @ r.q[0, case.position, 0] * r.scale * (value @ out))
     assert float(case.predicted().F0) == pytest.approx(expected, rel=1e-10)

@@ -122,7 +122,7 @@ def test_key_side_is_the_mean_cosine_by_token(
 def test_value_side_is_the_direct_path(model: HookedRecurrent, planted: WriteTopKSAE, data: AtomPagesData) -> None:
     page = data[0]
     w = normalize(planted.w[0, 0].double(), dim=-1)
-    path = w @ model.W_O(LAYER, HEAD) @ model.W_U
+    path = w @ model.layer_W_O(LAYER)[HEAD] @ model.W_U
     path = path - path.mean()
     best = int(path.argmax())
     assert page.values.tokens.high[0].token == best

@@ -56,7 +56,7 @@ class Atoms(NamedTuple):
         blocks and the final norm are not in it.
         """
         unembed = lab.model.W_U
-        path = self.w.to(unembed) @ lab.model.W_O(lab.hook.layer, lab.hook.head).to(unembed) @ unembed
+        path = self.w.to(unembed) @ lab.model.layer_W_O(lab.hook.layer)[lab.hook.head].to(unembed) @ unembed
         return (path - path.mean(-1, keepdim=True)).float().cpu().numpy()
 
 

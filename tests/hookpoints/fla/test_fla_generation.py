@@ -43,9 +43,9 @@ def mask_of(tokens, side: str) -> torch.Tensor:
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padded_rows_are_as_if_alone(hooked, tokens, side):
-    """Logits, writes and states; padding writes nothing and leaves the state alone."""
+    """Logits, writes, states and what heads hand on; padding writes nothing and leaves the state alone."""
     layer = hooked.cfg.recurrent_layers[-1]
-    names = [f"blocks.{layer}.mixer.{name}" for name in ("hook_write", "hook_state")]
+    names = [f"blocks.{layer}.mixer.{name}" for name in ("hook_write", "hook_state", "hook_z")]
     mask = mask_of(tokens, side)
     logits, kept = hooked.run_with_cache(tokens, attention_mask=mask, names_filter=names)
     for row, real in enumerate(mask.bool()):

@@ -14,6 +14,7 @@ from fla_models import MODEL_TYPES, make_fla
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("model", "hooks")]
 
 import test_parity
+from test_heads import test_heads_times_their_weights_are_what_the_layer_adds  # noqa: F401
 from test_model_types import (  # noqa: F401
     EXACT,
     by_hand,
@@ -134,15 +135,6 @@ def test_what_is_added_is_what_the_block_adds(hooked, tokens):
                 total = block.block.pre_norm(total)
         total = total + cache[f"blocks.{layer}.hook_attn_out"] + cache[f"blocks.{layer}.hook_mlp_out"]
         assert_close(total, cache[f"blocks.{layer}.hook_resid_post"], rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_output_weights_are_the_heads_own(hooked, tokens):
-    """W_O of a head maps its normalised reads to what the mixer adds."""
-    layer, shape = 0, hooked.cfg.layer(0)
-    weights = torch.cat([hooked.W_O(layer, head) for head in range(shape.H)])
-    assert torch.equal(weights, hooked.attachment.layout.blocks[layer].mixer.o_proj.weight.T)
-    assert hooked.W_E.shape == (VOCAB, hooked.cfg.d_model) and hooked.W_U.shape == (hooked.cfg.d_model, VOCAB)
 
 
 def test_gradients_reach_every_hook(hooked, tokens):

@@ -118,7 +118,6 @@ def test_layers_without_recurrence(model, layer, message):
         lambda: model.recurrence(IDS, layer),
         lambda: model.run_with_edits(IDS[:1], [delete]),
         lambda: model.edits(delete).__enter__(),
-        lambda: model.W_O(layer, 0),
         lambda: model.edit_session(IDS[:1]).recurrence(layer),
     ):
         with pytest.raises(UnsupportedModelError, match=message):
@@ -145,7 +144,6 @@ def test_heads_out_of_range(model, head):
     for call, error in (
         (lambda: model.run_with_edits(IDS[:1], [edit]), EditError),
         (lambda: model.edits(edit).__enter__(), EditError),
-        (lambda: model.W_O(1, head), ValueError),
     ):
         with pytest.raises(error, match=message):
             call()

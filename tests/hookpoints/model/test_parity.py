@@ -149,9 +149,9 @@ def test_losses(model, tokens):
 
 def test_weights_are_in_transformer_lens_orientation(model):
     assert model.W_E.shape == (VOCAB, 32) and model.W_U.shape == (32, VOCAB)
-    assert model.W_O(0, 3).shape == (6, 32)
+    assert model.layer_W_O(0).shape == (4, 6, 32)
     weight = model.attachment.layout.blocks[0].mixer.out_proj.weight
-    assert torch.equal(model.W_O(0, 3), weight[:, 18:24].T)
+    assert torch.equal(model.layer_W_O(0)[3], weight[:, 18:24].T)
 
 
 def test_multimodal_checkpoint_gives_its_text_model(tmp_path, tokens):
