@@ -33,6 +33,10 @@ class UnsupportedModelError(HookpointsError, ValueError):
     """The recurrence of this model cannot be hooked, or a package that it needs is not installed."""
 
 
+class ChecksumError(HookpointsError, ValueError):
+    """A file is not the one that the checksums of its folder were made from."""
+
+
 class SelfCheckError(HookpointsError, RuntimeError):
     """The model does not behave as its hooks assume. It is refused, since its hooks would be silently wrong."""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Mapping
-from pathlib import PurePath
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,9 +21,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from hookpoints import embedded
-from hookpoints.errors import UnsupportedModelError
+from hookpoints.checksums import check_checksums
+from hookpoints.errors import HookpointsError, UnsupportedModelError
 from hookpoints.fla.checkpoints import load_checkpoint
 from hookpoints.fla.importing import MODEL_TYPES, import_fla, restore_auto_classes
 from hookpoints.rules import REFUSED
@@ -65,9 +69,22 @@ def load(
     if hf_kwargs.get("trust_remote_code"):
         raise ValueError("trust_remote_code is not supported: hookpoints runs no code from a checkpoint")
     source = str(embedded.path(name_or_path)) if name_or_path in embedded.names() else name_or_path
+    with _errors_name_files(name_or_path, source):
+        if Path(source).is_dir():
+            _check_files(Path(source))
+        model = _model(name_or_path, source, dtype, revision, hf_kwargs)
+        _refuse_infinite(name_or_path, model)
+    if hf_kwargs.get("device_map") is None:
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Loaded(model, _tokenizer(source, revision))
+
+
+def _model(
+    name: str, source: str, dtype: torch.dtype | str, revision: str | None, hf_kwargs: dict[str, object]
+) -> nn.Module:
     saved, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-    _refuse_mamba_ssm(name_or_path, saved)
-    _refuse(name_or_path, saved.get("model_type"))  # before anything of it is imported or fetched
+    _refuse_mamba_ssm(name, saved)
+    _refuse(name, saved.get("model_type"))  # before anything of it is imported or fetched
     is_own = saved.get("model_type") in _OWN_CLASSES
     of_fla = not is_own and saved.get("model_type") in MODEL_TYPES
     if of_fla:
@@ -78,27 +95,89 @@ def load(
     # Without a word on trust, the Auto classes ask on the terminal whether to run the code that a config names.
     trust = {} if is_own else {"trust_remote_code": False}
     config = configs.from_pretrained(source, revision=revision, **trust)
-    _refuse(name_or_path, config.model_type)
+    _refuse(name, config.model_type)
     if not is_own and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModelError(
-            f"{name_or_path!r} is a {config.model_type!r} checkpoint, which has no causal language model"
+            f"{name!r} is a {config.model_type!r} checkpoint, which has no causal language model"
         )
     if of_fla:
-        model: Any = load_checkpoint(source, config, revision=revision, dtype=dtype, **hf_kwargs)
-    else:
-        # Shapes that do not fit are reported like the rest, and then refused with their names.
-        asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        how = {"dtype": dtype, "use_safetensors": True, **trust, **hf_kwargs, **asked}
+        return load_checkpoint(source, config, revision=revision, dtype=dtype, **hf_kwargs)
+    # Shapes that do not fit are reported like the rest, and then refused with their names.
+    asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    how = {"dtype": dtype, "use_safetensors": True, **trust, **hf_kwargs, **asked}
+    model, report = models.from_pretrained(source, revision=revision, **how)
+    _refuse_incomplete(name, report)
+    return model
+
+
+# -- what a folder holds
+
+
+def _check_files(folder: Path) -> None:
+    """Raise UnsupportedModelError, naming the file, where one that loading reads is broken; check its checksums.
+
+    Costs a look at the head of each weights file, and one reading of all files where there are checksums.
+    """
+    for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        file = folder / name
+        if not file.is_file():
+            continue
         try:
-            model, report = models.from_pretrained(source, revision=revision, **how)
-        except SafetensorError as error:
-            raise UnsupportedModelError(
-                f"a weights file of {name_or_path!r} is cut short or broken: {error}"
-            ) from error
-        _refuse_incomplete(name_or_path, report)
-    if hf_kwargs.get("device_map") is None:
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Loaded(model, _tokenizer(source, revision))
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UnsupportedModelError(f"{file} is cut short, or is not JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise UnsupportedModelError(f"{file} holds {type(content).__name__}, not an object of names and values")
+        shards = content.get("weight_map", {}) if name == SAFE_WEIGHTS_INDEX_NAME else {}
+        for shard in set(shards.values() if isinstance(shards, dict) else [shards]):
+            if PurePath(str(shard)).name != shard or not (folder / shard).is_file():  # names in files are data
+                raise UnsupportedModelError(f"{file} names {shard!r}, which is no file of its folder")
+    for file in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UnsupportedModelError(f"{file} is cut short or broken: {error}") from error
+    check_checksums(folder)
+
+
+@contextmanager
+def _errors_name_files(name: str, source: str) -> Iterator[None]:
+    """Errors of the libraries below, which name no file, become one that does. Unknown names of models and failed
+    downloads are left as they are."""
+    try:
+        yield
+    except (HookpointsError, MemoryError, torch.OutOfMemoryError, ImportError):
+        raise
+    except Exception as error:
+        if not (Path(source) / CONFIG_NAME).is_file() and isinstance(error, OSError):
+            raise
+        raise UnsupportedModelError(
+            f"{name!r} cannot be loaded: {CONFIG_NAME} does not describe a model that transformers can build, or "
+            f"{_weights(source)} is broken ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _weights(source: str) -> str:
+    """The weights files of a folder, or of a repository, for a person."""
+    return ", ".join(sorted(file.name for file in Path(source).glob("model*.safetensors"))[:3]) or "model.safetensors"
+
+
+def _refuse_infinite(name: str, model: nn.Module) -> None:
+    """Costs one reading of the weights."""
+    bad = [
+        each
+        for each, weight in model.named_parameters()
+        if weight.is_floating_point()
+        and not weight.is_meta
+        and not torch.isfinite(weight.detach().sum(dtype=torch.float32))
+        and not torch.isfinite(weight).all()  # the sum of finite weights may overflow
+    ]
+    if bad:
+        raise UnsupportedModelError(
+            f"{name!r} has NaN or infinite weights in {_weights(name)}: {len(bad)} tensor(s): {', '.join(bad[:3])}. "
+            "The file is damaged, training diverged before it was saved, or float16 is too small for it (dtype=)"
+        )
 
 
 def _refuse(name: str, model_type: object) -> None:
@@ -116,8 +195,8 @@ def _refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:
     faults = [f"{what} {len(keys)} tensor(s): {', '.join(keys[:3])}" for what, keys in wrong.items() if keys]
     if faults:
         raise UnsupportedModelError(
-            f"{name!r} is not a whole checkpoint of its architecture: it {'; it '.join(faults)}. Download it or "
-            "convert it again, or name the architecture that it was saved with in its config.json"
+            f"{name!r} is not a whole checkpoint of its architecture: {_weights(name)} {'; it '.join(faults)}. "
+            f"Download or convert it again, or name the architecture that it was saved with in its {CONFIG_NAME}"
         )
 
 
@@ -135,7 +214,10 @@ def _refuse_mamba_ssm(name: str, config: Mapping[str, Any]) -> None:
 def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises no narrower one
         # A model without one is still useful, and methods that need one say so; but a broken one must not look absent.
-        warnings.warn(f"{source}: loaded without a tokenizer ({type(error).__name__}: {error})", stacklevel=2)
+        files = ", ".join(file.name for file in sorted(Path(source).glob("*token*.json"))) or "no file of a tokenizer"
+        warnings.warn(
+            f"{source}: loaded without a tokenizer, from {files} ({type(error).__name__}: {error})", stacklevel=2
+        )
         return None

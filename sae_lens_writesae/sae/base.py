@@ -15,6 +15,7 @@ every method that does so is overridden, and a test reads the installed SAELens 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from sae_lens.saes.sae import SAE, SAEConfig
 from torch import Tensor, nn
 
+from hookpoints.checksums import write_checksums
 from sae_lens_writesae.atom import sparse
 from sae_lens_writesae.atom.low_rank import Index, LowRank
 from sae_lens_writesae.choices import Decoder, Encoder
@@ -468,9 +470,19 @@ class MatrixSAE(MatrixWeights):
         recons = self.hook_sae_recons(self.decode_linear(feature_acts) + self.b_dec)
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(recons), self.d_head)
 
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Save weights and config as SAELens does, with their checksums, which `load_sae` compares."""
+        return with_checksums(super().save_model(path))
+
     def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
         """Refused before an architecture has changed anything."""
         MatrixWeights.fold_activation_whitening(self, mean, whitening_matrix, unwhitening_matrix)
+
+
+def with_checksums(saved: tuple[Path, Path]) -> tuple[Path, Path]:
+    """Write `SHA256SUMS` beside the two files of an autoencoder; returns them."""
+    write_checksums(saved[0].parent, [file.name for file in saved])
+    return saved
 
 
 def _mean_over(values: Tensor, mask: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,7 +110,7 @@ def check_checkpoint(folder: Path, cfg: RunnerConfig) -> None:
             raise _cut(folder / name, error) from error
     try:
         torch.load(folder / TRAINER_STATE_FILENAME, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
+    except Exception as error:  # a damaged pickle raises whatever its damaged instructions lead to
         raise _cut(folder / TRAINER_STATE_FILENAME, error) from error
 
 
@@ -130,7 +129,7 @@ def _check_same(file: Path, cfg: RunnerConfig) -> None:
 def _read_json(file: Path) -> dict[str, object]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _cut(file, error) from error
     if not isinstance(found, dict):
         raise _cut(file, "no object")

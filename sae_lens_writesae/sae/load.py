@@ -5,6 +5,7 @@ imported. On a damaged folder they raise a bare KeyError, or a size mismatch wit
 folder first and then calls them.
 """
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Sequence
@@ -17,7 +18,12 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, TrainingSAE
 from safetensors import SafetensorError, safe_open
 
-from sae_lens_writesae.sae.base import MatrixSAE
+from hookpoints.checksums import check_checksums
+from hookpoints.errors import ChecksumError, nearest
+from sae_lens_writesae.sae.base import MatrixSAE, MatrixSAEConfig
+
+_BESIDE_FIELDS = {"architecture", "metadata"}
+"""What a saved config has beside the fields of its class."""
 
 
 class CheckpointError(ValueError):
@@ -34,14 +40,23 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
         device, dtype: as in `SAE.load_from_disk`; by default the dtype of the config.
 
     Raises:
-        CheckpointError: something is missing, truncated, not finite, or belongs to another architecture.
+        CheckpointError: something is missing, truncated, not finite, belongs to another architecture, is a field that
+            the config does not have, or is not what the checksums in the folder say.
     """
     folder = Path(path)
-    pair = _classes(folder / SAE_CFG_FILENAME, _read_config(folder / SAE_CFG_FILENAME), training)
-    config = _read_config(folder / SAE_CFG_FILENAME) | {"device": "meta"}
-    expected = _expected(folder / SAE_CFG_FILENAME, config, *pair)
+    file = folder / SAE_CFG_FILENAME
+    config = _read_config(file)
+    pair = _classes(file, config, training)
+    _check_fields(file, config, pair[1])
+    expected = _expected(file, config | {"device": "meta"}, *pair)
     _check_weights(folder / SAE_WEIGHTS_FILENAME, config, expected)
-    sae = (TrainingSAE if training else SAE).load_from_disk(folder, device=device, dtype=dtype)
+    try:
+        check_checksums(folder)
+        sae = (TrainingSAE if training else SAE).load_from_disk(folder, device=device, dtype=dtype)
+    except ChecksumError as error:
+        raise CheckpointError(str(error)) from error
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{file} describes no autoencoder ({type(error).__name__}: {error}).") from error
     return cast(MatrixSAE, sae)
 
 
@@ -58,8 +73,8 @@ def _read_config(file: Path) -> dict[str, object]:
         inside = sorted(p.name for p in file.parent.iterdir()) if file.parent.is_dir() else "no such folder"
         raise CheckpointError(f"{file} does not exist; {file.parent} holds: {inside}. Give the folder of one SAE.")
     try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON ({error}): truncated? Export the SAE again.") from error
     if not isinstance(config, dict) or "architecture" not in config:
         raise CheckpointError(f"{file} has no field 'architecture': not the config of a SAELens autoencoder.")
@@ -83,13 +98,25 @@ def _classes(file: Path, config: dict[str, object], training: bool) -> tuple[typ
     )
 
 
+def _check_fields(file: Path, config: dict[str, object], cfg_class: type[Any]) -> None:
+    """SAELens drops fields that it does not know, so that a misspelt one would quietly take its default. Its own older
+    files have more fields than its classes, so only configs of this package are held to theirs."""
+    if not issubclass(cfg_class, MatrixSAEConfig):
+        return
+    known = {field.name for field in dataclasses.fields(cfg_class)} | _BESIDE_FIELDS
+    if unknown := sorted(config.keys() - known):
+        raise CheckpointError(f"{file} has the unknown field(s) {', '.join(unknown)}{nearest(unknown[0], known)}.")
+    if not isinstance(config.get("metadata", {}), dict):
+        raise CheckpointError(f"{file}: the field 'metadata' is no object of names and values.")
+
+
 def _expected(
     file: Path, config: dict[str, object], sae_class: type[Any], cfg_class: type[Any]
 ) -> dict[str, torch.Size]:
     """Names and shapes that the config asks for, from a model without memory."""
     try:
         sae = sae_class(cfg_class.from_dict(config))
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{file}: {error}") from error
     return {name: tensor.shape for name, tensor in sae.state_dict().items()}
 
@@ -102,7 +129,7 @@ def _check_weights(file: Path, config: dict[str, object], expected: dict[str, to
             tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read as safetensors ({error}): truncated? Fetch it again.") from error
-    origin = f"the config's architecture {config['architecture']!r}"
+    origin = f"the architecture {config['architecture']!r} as {SAE_CFG_FILENAME} has it"
     if missing := sorted(expected.keys() - tensors.keys()):
         raise CheckpointError(f"{file} lacks {missing}, which {origin} needs; it has {sorted(tensors)}.")
     if surplus := sorted(tensors.keys() - expected.keys()):

@@ -194,9 +194,9 @@ class Metric:
                 if metadata.get("format") != "writesae_metric":
                     raise ValueError(f"{file} is not a metric: it lacks the mark that Metric.save writes")
                 tensors = {name: opened.get_tensor(name) for name in _TENSORS}
-        except (SafetensorError, OSError) as error:
+            return cls(**tensors, **json.loads(metadata["settings"]))
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} cannot be read as a metric ({error}); fit and save it again") from error
-        return cls(**tensors, **json.loads(metadata["settings"]))
 
 
 def put_in_metric(trainer: Trainer, metric: Metric) -> None:

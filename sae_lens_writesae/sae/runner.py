@@ -33,6 +33,7 @@ from torch import Tensor
 from transformer_lens import HookedRootModule
 
 from hookpoints import HookedRecurrent, embedded
+from hookpoints.checksums import CHECKSUMS, write_checksums
 from sae_lens_writesae.choices import MetricName
 from sae_lens_writesae.sae.buffer import MixingBuffer
 from sae_lens_writesae.sae.checkpoint import (
@@ -449,7 +450,9 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
         with tempfile.TemporaryDirectory(dir=base, prefix=ASIDE_PREFIX) as aside:
             SAETrainer.save_checkpoint(trainer, checkpoint_name, base_path=aside, wandb_aliases=wandb_aliases)
             if not (base / checkpoint_name).exists():
-                os.replace(Path(aside) / checkpoint_name, base / checkpoint_name)
+                whole = Path(aside) / checkpoint_name
+                write_checksums(whole, sorted(file.name for file in whole.iterdir() if file.name != CHECKSUMS))
+                os.replace(whole, base / checkpoint_name)
         return base / checkpoint_name
 
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:

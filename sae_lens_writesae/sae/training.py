@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
@@ -19,7 +20,14 @@ from torch import Tensor, nn
 from sae_lens_writesae.atom import sparse
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.choices import MetricName
-from sae_lens_writesae.sae.base import MatrixSAE, MatrixSAEConfig, MatrixWeights, check_finite, require
+from sae_lens_writesae.sae.base import (
+    MatrixSAE,
+    MatrixSAEConfig,
+    MatrixWeights,
+    check_finite,
+    require,
+    with_checksums,
+)
 from sae_lens_writesae.sae.losses import Loss, read_loss, write_loss
 from sae_lens_writesae.sae.metric import DAMPING, Metric
 
@@ -315,6 +323,10 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
         self.process_state_dict_for_saving(state_dict)
         self.cfg.metadata.start_cosine = self.start_cosine()
         del state_dict["start_keys"], state_dict["start_values"]
+
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Save what inference needs as SAELens does, with checksums."""
+        return with_checksums(super().save_inference_model(path))
 
     def _with_loss(
         self, step_input: TrainStepInput, run: Callable[[TrainStepInput], TrainStepOutput]

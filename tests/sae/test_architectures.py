@@ -372,7 +372,8 @@ def test_truncated_files_are_named(saved: Path) -> None:
         ({"d_k": 7}, r"cfg.json: d_k \* d_v = 7 \* 6"),
         ({"encoder": "dense"}, r"lacks \['encoder_matrix'\]"),
         ({"encoder": "tied"}, r"lacks \['encoder_scale'\]"),
-        ({"architecture": "writesae_jumprelu"}, r"lacks \['threshold'\]"),
+        ({"architecture": "writesae_jumprelu"}, r"unknown field\(s\) k, "),
+        ({"rank": 1, "normalise_activations": "none"}, r"normalise_activations; nearest: normalize_activations"),
         ({"architecture": "standard"}, r"lacks \['W_dec', 'W_enc'\]"),
         ({"architecture": "writesae_topp"}, r"'writesae_topp' is not registered.*writesae_topk.*import that package"),
         ({"architecture": "writesae_batchtopk"}, r"exists for training only; call with training=True"),
@@ -396,6 +397,23 @@ def test_foreign_weights_are_named(saved: Path) -> None:
         W.load_sae(saved)
     (saved / "cfg.json").write_text("[]")
     with pytest.raises(CheckpointError, match="has no field 'architecture'"):
+        W.load_sae(saved)
+
+
+def test_a_changed_number_is_told_by_its_checksum(saved: Path) -> None:
+    """A flipped bit of a weight is a valid number, and another k a valid setting."""
+    whole = {file: file.read_bytes() for file in saved.iterdir()}
+    for name, at in (("sae_weights.safetensors", -9), ("cfg.json", whole[saved / "cfg.json"].index(b'"k": ') + 5)):
+        data = bytearray(whole[saved / name])
+        data[at] ^= 1
+        (saved / name).write_bytes(data)
+        with pytest.raises(CheckpointError, match=name):
+            W.load_sae(saved)
+        (saved / name).write_bytes(whole[saved / name])
+    W.load_sae(saved)
+    edit_config(saved, seqpos_slice=[None], metadata={"model_name": "moved"})
+    (saved / "SHA256SUMS").unlink()  # edited on purpose
+    with pytest.raises(CheckpointError, match="seqpos_slice"):
         W.load_sae(saved)
 
 

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hookpoints import HookedRecurrent, UnsupportedModelError
+from hookpoints.checksums import write_checksums
+from hookpoints.errors import ChecksumError
 from hookpoints.model import loading
 from hookpoints.model.config import RecurrentLayer
 from hookpoints.model.layout import find_layout
@@ -114,6 +116,40 @@ def test_a_cut_file_is_refused_with_the_name_of_the_checkpoint(checkpoint):
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(UnsupportedModelError, match=checkpoint.name):
+        loading.load(str(checkpoint))
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, float("nan")), (torch.float16, 1e30)])
+def test_weights_that_are_not_finite_are_refused_by_name(checkpoint, dtype, value):
+    """Not those that the tokens of the self-check touch."""
+    _change(checkpoint, lambda tensors: tensors["model.embed_tokens.weight"][50].fill_(value))
+    with pytest.raises(UnsupportedModelError, match="embed_tokens"):
+        loading.load(str(checkpoint), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", "[" * 100_000),
+        ("config.json", "[]"),
+        ("generation_config.json", '{"eos_token_id": 1'),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../model.safetensors"}}'),
+        ("config.json", '{"model_type": "qwen3_5_text", "hidden_size": "many"}'),
+        ("SHA256SUMS", f"{'0' * 64}  ../config.json"),
+    ],
+)
+def test_a_broken_file_is_named(checkpoint, name, text):
+    (checkpoint / name).write_text(text)
+    with pytest.raises((UnsupportedModelError, ChecksumError), match=name):
+        loading.load(str(checkpoint))
+
+
+@pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
+def test_checksums_tell_a_changed_weight(checkpoint):
+    write_checksums(checkpoint, ["config.json", "model.safetensors"])
+    loading.load(str(checkpoint))
+    _change(checkpoint, lambda tensors: tensors[ADDED].add_(1e-3))
+    with pytest.raises(ChecksumError, match=r"model\.safetensors"):
         loading.load(str(checkpoint))
 
 
