@@ -26,7 +26,7 @@ class HookDidNotFireError(HookpointsError, RuntimeError):
 
 
 class HookShapeError(HookpointsError, ValueError):
-    """A hook returned a value that cannot replace the activation: no tensor, or one of another shape."""
+    """A hook returned a value that cannot replace the activation: no tensor, or one of another shape or device."""
 
 
 class UnsupportedModelError(HookpointsError, ValueError):

@@ -122,6 +122,8 @@ class EditPlan:
     @classmethod
     def for_rows(cls, rows: Sequence[EditRow]) -> EditPlan:
         """Row n of the batch gets ``rows[n]``."""
+        if not isinstance(rows, Sequence):
+            raise EditError(f"rows are a sequence with the edits of each row, found {type(rows).__name__}")
         return cls((PlacedEdit(n, edit) for n, row in enumerate(rows) for edit in as_edits(row)), len(rows))
 
     @classmethod
@@ -150,8 +152,17 @@ class EditPlan:
 
 
 def as_edits(edits: Edits) -> list[WriteEdit]:
-    """One edit or several, as a list."""
-    return [edits] if isinstance(edits, WriteEdit) else list(edits)
+    """One edit or several, as a list.
+
+    Raises:
+        EditError: something else than a WriteEdit.
+    """
+    if isinstance(edits, WriteEdit):
+        return [edits]
+    several = list(edits) if isinstance(edits, Iterable) else [edits]
+    if any(not isinstance(edit, WriteEdit) for edit in several):
+        raise EditError(f"edits are one WriteEdit or a sequence of them, found {edits!r:.80}")
+    return several
 
 
 class LowRankChange(NamedTuple):

@@ -13,7 +13,7 @@ from transformers import Cache
 from hookpoints.edits.edit import EditPlan, EditRow
 from hookpoints.errors import EditError
 from hookpoints.layer.context import Backend, current, scope
-from hookpoints.model.inputs import cache_argument, cache_of, check_tokens, position_inputs
+from hookpoints.model.inputs import as_tokens, cache_argument, cache_of, check_tokens, position_inputs
 from hookpoints.recurrence.recurrence import Recurrence
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class EditSession:
     """
 
     def __init__(self, model: HookedRecurrent, tokens: Tensor):
-        tokens = torch.as_tensor(tokens, device=model.cfg.device)
+        tokens = as_tokens(tokens, model.cfg.device)
         if tokens.ndim != 2 or tokens.shape[0] != 1:
             raise EditError(f"a session is about one sequence [1,T], found tokens of shape {list(tokens.shape)}")
         check_tokens(tokens, model.cfg)
@@ -93,9 +93,14 @@ class EditSession:
         if not edits:
             raise EditError("run needs at least one edit; the unedited logits are session.logits")
         stop = self.length if stop is None else stop
+        if not 1 <= stop <= self.length or batch_size < 1:
+            raise EditError(
+                f"stop must be between 1 and {self.length}, the length of the sequence, and batch_size at least 1; "
+                f"found {stop} and {batch_size}"
+            )
         start = min(edit.position or 0 for edit in edits)
         for edit in edits:
-            if edit.position is not None and not edit.position < stop <= self.length:
+            if edit.position is not None and not edit.position < stop:
                 raise EditError(
                     f"position {edit.position} is outside the stretch that is run, which ends at {stop} "
                     f"(the sequence has {self.length} tokens)"

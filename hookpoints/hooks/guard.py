@@ -48,6 +48,8 @@ def check_names(model: HasHooks, name: Name) -> None:
                 f"the filter {name!r} matches none of the {len(model.hook_dict)} hooks of this model"
             )
         return
+    if not isinstance(name, str):
+        raise UnknownHookError(f"a hook's name is a string or a predicate on names, found {name!r:.80}")
     module = model.mod_dict.get(name)
     if module is not None and hasattr(module, "add_hook"):
         return

@@ -32,14 +32,29 @@ class HookSet(nn.Module):
         """Pass ``value`` through a hook; returns what the hook gives back, checked for shape."""
         point = self._modules[name]
         assert point is not None
-        returned = point(value)
-        if not isinstance(returned, Tensor) or returned.shape != value.shape:
-            what = list(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
-            raise HookShapeError(
-                f"a hook on {getattr(point, 'name', name)} must return a tensor of shape {list(value.shape)} "
-                f"(or None to leave it), found {what}"
-            )
+        return fire(point, name, value)
+
+
+def fire(point: nn.Module, name: str, value: Tensor) -> Tensor:
+    """Pass ``value`` through a hook point; returns what its hooks give back, in the dtype of ``value``.
+
+    Raises:
+        HookShapeError: that is no real tensor of the same shape on the same device.
+    """
+    returned = point(value)
+    if not isinstance(returned, Tensor) or returned.shape != value.shape or returned.device != value.device:
+        what = (
+            f"{list(returned.shape)} on {returned.device}" if isinstance(returned, Tensor) else type(returned).__name__
+        )
+        raise HookShapeError(
+            f"a hook on {getattr(point, 'name', name)} must return a tensor of shape {list(value.shape)} on "
+            f"{value.device} (or None to leave it), found {what}"
+        )
+    if returned.dtype == value.dtype:
         return returned
+    if returned.is_complex():
+        raise HookShapeError(f"a hook on {getattr(point, 'name', name)} must return real numbers, found complex ones")
+    return returned.to(value.dtype)
 
 
 class MixerHooks(HookSet):
@@ -96,14 +111,15 @@ class Watched(NamedTuple):
     value: Tensor
     """What the hook gave back."""
     changed: bool
-    """Whether it may differ from what the hook was given; in-place edits count."""
+    """Whether it may differ from what the hook was given; in-place edits count, through numpy and ``.data`` too."""
 
 
 def watch(value: Tensor, fire: Callable[[Tensor], Tensor]) -> Watched:
     """Fire a hook on ``value`` and tell whether anything changed.
 
     In grad mode the hook is given a view of its own and counts as changed, so that a gradient taken at the hook
-    sees everything downstream of it.
+    sees everything downstream of it. Otherwise PyTorch counts changes of a tensor, but not those through numpy or
+    ``.data``; sums over the last axis tell those (all but a permutation along it). Costs two readings of ``value``.
     """
     if torch.is_grad_enabled() and value.requires_grad:
         return Watched(fire(value.view_as(value)), changed=True)
@@ -111,6 +127,7 @@ def watch(value: Tensor, fire: Callable[[Tensor], Tensor]) -> Watched:
         before = value.clone()
         returned = fire(value)
         return Watched(returned, returned is not value or not torch.equal(before, value))
-    version = value._version
+    version, sums = value._version, value.detach().sum(-1, dtype=torch.float64)
     returned = fire(value)
-    return Watched(returned, returned is not value or value._version != version)
+    touched = returned is not value or value._version != version
+    return Watched(returned, touched or not torch.equal(sums, value.detach().sum(-1, dtype=torch.float64)))

@@ -210,7 +210,7 @@ class LayerCall:
                 # A copy: the tensor may be a view of what the layer still uses.
                 factor: Tensor = getattr(factors, name)
                 seen = watch(factor.clone(), lambda x, hook=hook: self.hooks.fire(hook, x))
-                if seen.changed and (seen.value.requires_grad or not torch.equal(seen.value, factor)):
+                if seen.value.requires_grad or not torch.equal(seen.value, factor):
                     changes[name] = seen.value
         return factors.with_(**changes), frozenset(changes)
 

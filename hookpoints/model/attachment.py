@@ -13,7 +13,7 @@ from transformer_lens.hook_points import HookPoint
 
 from hookpoints.errors import HookpointsError, UnsupportedModelError
 from hookpoints.fla.scope import ModelScope, is_fla
-from hookpoints.hooks.points import BlockHooks, HookSet, MixerHooks, is_listening, watch
+from hookpoints.hooks.points import BlockHooks, HookSet, MixerHooks, fire, is_listening, watch
 from hookpoints.layer.call import HookedMixer, hook_layer, hook_projection
 from hookpoints.layer.context import Backend, cache_among, count_pass, current, position_of, scope
 from hookpoints.layer.intercept import Function, wrap_forward, wrap_ops
@@ -155,7 +155,7 @@ class Attachment(MixerAttachment):
 
     def _fire_embed(self, value: Tensor) -> Tensor:
         point = cast(nn.Module, self._root.hook_embed)
-        return point(value) if is_listening(point) and current(self).start_layer == 0 else value
+        return fire(point, "hook_embed", value) if is_listening(point) and current(self).start_layer == 0 else value
 
     def _on_output(self, module: nn.Module, through: Through) -> None:
         def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:

@@ -16,7 +16,7 @@ from transformer_lens.utilities.slice import Slice, SliceInput
 from transformers import Cache
 
 from hookpoints.edits.edit import EditPlan, EditRow, Edits
-from hookpoints.errors import HookpointsError
+from hookpoints.errors import EditError, HookpointsError
 from hookpoints.hooks.cache import NamesFilter, RecurrentCache, Saving, caching_hooks, reachable
 from hookpoints.hooks.guard import ADDING, Hook, Hooks, Name, ScopedHooks, check_names
 from hookpoints.layer.context import Recorded, current, position_of, scope
@@ -90,8 +90,10 @@ class HookedModel(HookedRootModule):
                 and a backward hook never did.
         """
         self.attachment.require()
-        for name, _ in (*fwd_hooks, *bwd_hooks):
+        for name, hook in (*fwd_hooks, *bwd_hooks):
             check_names(self, name)
+            if not callable(hook):
+                raise TypeError(f"the hook on {name!r} must be callable, found {type(hook).__name__}")
         with scope(self.attachment) as opened:
             hooks = ScopedHooks(opened, self.hook_dict, fwd_hooks, bwd_hooks, stay=not reset_hooks_end)
             with hooks.set_on(self.mod_dict, self.attachment.landmarks()):
@@ -174,10 +176,17 @@ class HookedModel(HookedRootModule):
             plan.check_acted()
 
     def check_edits(self, plan: EditPlan) -> None:
-        """Raise EditError (or UnsupportedModelError for an attention layer) unless every edit fits the model."""
+        """Raise EditError (or UnsupportedModelError for an attention layer) unless every edit fits the model and is
+        finite."""
         for edit in plan.all():
             shape = self.cfg.layer(edit.layer)
             edit.check_shape(shape.H, shape.K, shape.V)
+        sides: dict[torch.device, list[Tensor]] = {}
+        for side in [side for edit in plan.all() for side in (edit.keys, edit.values) if side is not None]:
+            sides.setdefault(side.device, []).append(side.detach().flatten())
+        # All at once: on a GPU each look at a value waits for it.
+        if not all(bool(torch.isfinite(torch.cat(values)).all()) for values in sides.values()):
+            raise EditError("keys or values of an edit are NaN or infinite; whatever it wrote would be, too")
 
     # -- where a pass is
 

@@ -21,6 +21,46 @@ _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What transformers' versions and families call the cache argument of a model."""
 
 
+def as_tokens(input: object, device: torch.device) -> Tensor:
+    """Token ids in a dtype that models take; ids in small integers (uint8, say) are widened.
+
+    Raises:
+        InputError: something that no tensor is made from (None, rows of unequal length).
+    """
+    try:
+        tokens = torch.as_tensor(input, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"input must be text or token ids [B,T], found {input!r:.80} ({error})") from error
+    return tokens.long() if tokens.dtype in (torch.uint8, torch.int8, torch.int16, torch.uint16) else tokens
+
+
+def check_text(texts: object) -> list[str]:
+    """``texts``, one or several, as a list.
+
+    Raises:
+        InputError: something else, or text with half of a surrogate pair, which no tokenizer takes.
+    """
+    rows = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, list | tuple) else []
+    if not rows or not all(isinstance(text, str) for text in rows):
+        raise InputError(f"text must be a string or a list of strings, found {texts!r:.80}")
+    for text in rows:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"text must be Unicode, but character {error.start} is half of a surrogate pair") from None
+    return rows
+
+
+def check_loss(tokens: Tensor, mask: Tensor | None) -> None:
+    """Raise InputError where a mean loss would be over no token at all, and so NaN."""
+    real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
+    if not bool((real[:, 1:] & real[:, :-1]).any()):
+        raise InputError(
+            f"a loss needs a token and one before it, found tokens of shape {list(tokens.shape)}"
+            + ("" if mask is None else " with this attention_mask")
+        )
+
+
 def check_tokens(tokens: Tensor, cfg: HookedRecurrentConfig) -> None:
     """Raise InputError unless ``tokens`` are ids [B,T] of the vocabulary, at least one of them. Warns where a model
     with attention gets more tokens than its configuration names; recurrent layers set no limit.
@@ -155,7 +195,7 @@ class Tokens:
     ) -> TokenBatch:
         """As ``to_tokens``, with the attention mask that padding needs."""
         tokenizer = self._need_tokenizer()
-        texts = [input] if isinstance(input, str) else list(input)
+        texts = check_text(input)
         rows = [self._bos(tokenizer(text)["input_ids"], prepend_bos) for text in texts]
         if truncate:
             rows = [row[: self.cfg.n_ctx] for row in rows]

@@ -18,7 +18,16 @@ from hookpoints.model import loading
 from hookpoints.model.attachment import Attachment, StopForward
 from hookpoints.model.config import describe
 from hookpoints.model.hooked import HookedModel
-from hookpoints.model.inputs import PaddingSide, TokenBatch, Tokens, check_mask, check_prompt_mask, check_tokens
+from hookpoints.model.inputs import (
+    PaddingSide,
+    TokenBatch,
+    Tokens,
+    as_tokens,
+    check_loss,
+    check_mask,
+    check_prompt_mask,
+    check_tokens,
+)
 from hookpoints.model.layout import find_layout
 from hookpoints.model.selfcheck import self_check as run_self_check
 from hookpoints.model.weights import Weights
@@ -240,7 +249,7 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
             batch = self.tokenize(cast("str | list[str]", input), prepend_bos, padding_side)
             check_tokens(batch.tokens, self.cfg)
             return batch if mask is None else TokenBatch(batch.tokens, mask)
-        tokens = torch.as_tensor(input, device=self.cfg.device)
+        tokens = as_tokens(input, self.cfg.device)
         tokens = tokens.unsqueeze(0) if tokens.ndim == 1 else tokens
         check_tokens(tokens, self.cfg)
         return TokenBatch(tokens, mask)
@@ -262,5 +271,7 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
             raise ValueError(f"return_type must be 'logits', 'loss', 'both' or None, not {return_type!r}")
         if tokens is None:
             raise ValueError("a loss with start_at_layer needs tokens=")
+        if not per_token:
+            check_loss(tokens, mask)
         loss = lm_cross_entropy_loss(logits, tokens.to(logits.device), mask, per_token)
         return loss if return_type == "loss" else Output(logits, loss)

@@ -12,7 +12,7 @@ from conftest import MAKERS, make_hf
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 from hookpoints import EditError, HookedRecurrent, UnknownHookError, UnsupportedModelError, WriteEdit, attach
-from hookpoints.errors import HookDidNotFireError, InputError
+from hookpoints.errors import HookDidNotFireError, HookShapeError, InputError
 from hookpoints.rules import REFUSED, RULES
 
 LEFT, RIGHT, WHOLE, HOLE = [0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1] * 5, [1, 0, 1, 1, 1]
@@ -268,3 +268,91 @@ def test_every_recurrent_type_of_transformers_is_hooked_or_refused():
             found.add(path.parent.name)
     assert len(found) > 10
     assert found <= set(MAKERS) | {name.removesuffix("_text") for name in REFUSED}
+
+
+POINTS = ["hook_embed", "blocks.1.hook_resid_pre", "blocks.3.attn.hook_z"]
+POINTS += [f"blocks.1.mixer.{name}" for name in ("hook_q", "hook_k", "hook_write_key", "hook_write", "hook_read")]
+POINTS += ["blocks.1.mixer.hook_state", "blocks.1.mixer.heads.1.hook_write_vec"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", POINTS)
+def test_edits_in_place_act_however_they_are_made(model, tokens, name):
+    """Through numpy and ``.data`` too, of whose changes PyTorch takes no note."""
+    half = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: x * 0.5)])
+    assert not torch.equal(half, model(tokens))
+
+    def by_numpy(x, hook):
+        x.detach().numpy()[...] *= 0.5
+
+    def by_data(x, hook):
+        x.data.mul_(0.5)
+
+    def in_place(x, hook):
+        x.mul_(0.5)
+
+    for edit in (by_numpy, by_data, in_place):
+        assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=[(name, edit)]), half)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", POINTS)
+def test_what_a_hook_returns_fits_or_is_refused(model, tokens, name):
+    def returning(change):
+        return model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: change(x))])
+
+    assert torch.equal(returning(lambda x: x.double() * 0.5), returning(lambda x: x * 0.5))
+    for change in (lambda x: x[:1], lambda x: x.to("meta"), lambda x: x + 1j, lambda x: "text"):
+        with pytest.raises(HookShapeError, match=name.split(".")[-1]):
+            returning(change)
+
+
+@torch.no_grad()
+def test_small_integers_are_ids(model, tokens):
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert torch.equal(model(tokens.to(dtype)), model(tokens))
+    edits = [WriteEdit(1, 0, 5, mode="delete")]
+    runs = [model.run_with_edits(tokens[:1].to(dtype), edits).logits for dtype in (torch.uint8, torch.long)]
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("input", [None, [], {}, b"text", 3, ["a", None], [[1, 2], [3]], "lone \ud800", object()])
+def test_input_that_is_no_text_and_no_ids(embedded, input):
+    with pytest.raises(InputError):
+        embedded(input)
+    with pytest.raises(InputError):
+        embedded.to_tokens(input)
+
+
+def test_a_loss_of_no_token(model, tokens):
+    with pytest.raises(InputError, match="loss"):
+        model(tokens[:, :1], return_type="loss")
+    with pytest.raises(InputError, match="attention_mask"):
+        mask = torch.zeros_like(tokens)
+        mask[:, -1] = 1
+        model(tokens, return_type="loss", attention_mask=mask)
+    assert model(tokens[:, :1], return_type="loss", loss_per_token=True).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "how"),
+    [
+        (None, {}),
+        ([None], {}),
+        ([WriteEdit(1, 0, 3, torch.full((8,), float("nan")), torch.ones(6))], {}),
+        ([WriteEdit(1, 0, 3, torch.ones(8), torch.full((6,), float("inf")))], {}),
+        ([WriteEdit(1, 0, None, mode="delete")], {"stop": 0}),
+        ([WriteEdit(1, 0, None, mode="delete")], {"stop": 71}),
+        ([WriteEdit(1, 0, 3, mode="delete")], {"batch_size": 0}),
+    ],
+)
+def test_edits_that_are_none(model, tokens, rows, how):
+    with pytest.raises(EditError):
+        model.run_with_edits(tokens[:1], rows, **how)
+
+
+def test_hooks_that_are_none(model, tokens):
+    with pytest.raises(UnknownHookError):
+        model.run_with_hooks(tokens, fwd_hooks=[(None, print)])
+    with pytest.raises(TypeError, match="callable"):
+        model.run_with_hooks(tokens, fwd_hooks=[("hook_embed", None)])
