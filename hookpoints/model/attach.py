@@ -39,8 +39,8 @@ from hookpoints.model.config import describe
 from hookpoints.model.hooked import Attached, HookedModel
 from hookpoints.model.layout import BlockLayout, ModelLayout, find_layout, rule_of
 
-_WRAPPED = ("run_with_cache", "run_with_hooks", "hooks", "add_hook", "reset_hooks")
-"""Methods of a bridge that are replaced while it is attached."""
+_WRAPPED = ("run_with_cache", "run_with_hooks", "hooks", "add_hook", "reset_hooks", "add_sae")
+"""Methods of a bridge that are replaced while it is attached. The last one is of SAELens' bridge alone."""
 
 
 def attach(model: nn.Module, *, backend: Backend = "auto", self_check: bool = True) -> Attached:
@@ -141,8 +141,8 @@ class AttachedBridge(Attached):
         except BaseException:
             self.detach()  # a bridge that is refused is left as it was
             raise
-        self._theirs = {name: getattr(bridge, name) for name in _WRAPPED}
-        for name in _WRAPPED:
+        self._theirs = {name: getattr(bridge, name) for name in _WRAPPED if hasattr(bridge, name)}
+        for name in self._theirs:
             setattr(bridge, name, getattr(self, f"_bridge_{name}"))
 
     def forward(self, *args: object, **kwargs: object) -> Any:
@@ -286,6 +286,16 @@ class AttachedBridge(Attached):
     def _bridge_reset_hooks(self, *args: Any, **kwargs: Any) -> None:
         self.reset_hooks(*args, **kwargs)
         self._theirs["reset_hooks"](*args, **kwargs)
+
+    def _bridge_add_sae(self, sae: Any, *args: Any, **kwargs: Any) -> None:
+        """Raises where the bridge would go on without the SAE, as it does for a hook that is not its own."""
+        name = str(sae.cfg.metadata.hook_name)
+        if self._is_own(name):
+            raise HookpointsError(
+                f"{name} is a hook of hookpoints, and this bridge puts SAEs on its own hooks alone. Load the model as "
+                "a HookedSAERecurrent (of sae-lens-writesae), which has SAELens' methods"
+            )
+        self._theirs["add_sae"](sae, *args, **kwargs)
 
     # -- whose name is it
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from sae_lens import HookedSAETransformer
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.sae.target import Dictionary
+from sae_lens_writesae.sae.target import Dictionary, check_hook
 
 
 class HookedSAERecurrent(HookedRecurrent):
     """A HookedRecurrent to which SAEs can be attached, with SAELens' own methods.
 
-    `add_sae`, `reset_saes`, `run_with_saes`, `run_with_cache_with_saes`, `run_with_hooks_with_saes` and the scope
-    `saes` are those of `sae_lens.HookedSAETransformer`, unchanged: they need a tree of hook points, not a transformer.
-    An SAE on a head's write runs at each token of prefill and generation; with the error term it leaves the model's
-    outputs as they were.
+    `reset_saes`, `run_with_saes`, `run_with_cache_with_saes`, `run_with_hooks_with_saes` and the scope `saes` are those
+    of `sae_lens.HookedSAETransformer`, unchanged: they need a tree of hook points, not a transformer. `add_sae`, which
+    all of them call, checks first that the SAE fits. An SAE on a head's write runs at each token of prefill and
+    generation; with the error term it leaves the model's outputs as they were. Without it, `hook_sae_error` never
+    fires, and is not among the hooks.
     """
 
-    add_sae = HookedSAETransformer.add_sae
     reset_saes = HookedSAETransformer.reset_saes
     run_with_saes = HookedSAETransformer.run_with_saes
     run_with_cache_with_saes = HookedSAETransformer.run_with_cache_with_saes
@@ -32,8 +32,27 @@ class HookedSAERecurrent(HookedRecurrent):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._acts_to_saes: dict[str, Dictionary] = {}
+        self._acts_to_saes: dict[str, Any] = {}
         self._transcoder_output_hooks: dict[str, str] = {}
+
+    def setup(self) -> None:
+        super().setup()
+        for wrapper in getattr(self, "_acts_to_saes", {}).values():
+            if not wrapper.use_error_term:
+                name = wrapper.hook_sae_error.name
+                del self.hook_dict[name], self.mod_dict[name]
+
+    def add_sae(self, sae: Dictionary, *args: Any, **kwargs: Any) -> None:
+        """SAELens' `add_sae`, which goes on without the SAE where the model lacks its hook.
+
+        Raises:
+            UnknownHookError: this model lacks the SAE's hook.
+            ValueError: the hook carries matrices of another size.
+        """
+        name = str(sae.cfg.metadata.hook_name)
+        if name not in self._acts_to_saes:
+            check_hook(self, name, sae.cfg)
+        HookedSAETransformer.add_sae(cast(Any, self), sae, *args, **kwargs)
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """`HookedRecurrent.forward` with the attached SAEs."""

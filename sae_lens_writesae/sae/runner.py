@@ -22,7 +22,13 @@ import sae_lens.load_model
 import sae_lens.multi_sae_training_runner
 import torch
 from datasets import Dataset
-from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
+from sae_lens import (
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import get_sae_training_class
@@ -68,14 +74,38 @@ _MARK = "__writesae__"
 
 
 def register_model_class() -> None:
-    """Let SAELens' `load_model` know `HookedRecurrent`, in every module that binds it. Repeating it is harmless.
+    """Let SAELens' `load_model` know `HookedRecurrent`, in every module that binds it, and let its runners check that
+    SAEs fit their hooks. Repeating it is harmless.
 
-    SAELens loads models by a fixed chain of names, with no registry to add to.
+    SAELens loads models by a fixed chain of names, with no registry to add to. Its runners compare d_in alone, so that
+    swapped d_k and d_v would train on transposed matrices.
     """
     for module in _LOADERS:
         original: Callable[..., HookedRootModule] = module.load_model  # type: ignore[attr-defined]
         if not hasattr(original, _MARK):
             module.load_model = _extended(original)  # type: ignore[attr-defined]
+    for runner in (LanguageModelSAETrainingRunner, MultiSAETrainingRunner):
+        if not hasattr(runner.__init__, _MARK):
+            runner.__init__ = _checked(runner.__init__)  # type: ignore[method-assign]
+
+
+def _checked(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor of a runner, which then raises what `check_hook` raises. No text has been read by then."""
+
+    @functools.wraps(init)
+    def __init__(
+        runner: Any, cfg: RunnerConfig | MultiSAETrainingRunnerConfig, *args: object, **kwargs: object
+    ) -> None:
+        init(runner, cfg, *args, **kwargs)
+        several = isinstance(cfg, MultiSAETrainingRunnerConfig)
+        pairs = (
+            [(cfg.hook_names_per_sae[n], sae) for n, sae in cfg.saes.items()] if several else [(cfg.hook_name, cfg.sae)]
+        )
+        for name, sae in pairs if isinstance(runner.model, HookedRecurrent) else ():
+            check_hook(runner.model, name, sae)
+
+    setattr(__init__, _MARK, True)
+    return __init__
 
 
 def _extended(original: Callable[..., HookedRootModule]) -> Callable[..., HookedRootModule]:
@@ -352,14 +382,18 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
 
     def _replace_store(self) -> None:
         cfg, model = self.cfg, cast(HookedRecurrent, self.model)
-        if isinstance(model, HookedRecurrent):
-            check_hook(model, cfg)
         dataset = cast("Dataset | None", self.activations_store.dataset)
         paired = getattr(cfg.sae, "loss", "mse") != "mse" or self._on_factors
         make = PairedActivationsStore.paired if paired else SeededStore.seeded
         self.activations_store = store = make(model, cfg, dataset)
         self._watch(store.buffer)
         self.evaluator.activations_store = store
+
+    def _compile_llm_if_needed(self) -> None:
+        """SAELens would leave a compiled `run_with_cache` on the model, from which it gains nothing: every hook breaks
+        the graph."""
+        if self.cfg.compile_llm:
+            sae_lens.logger.warning("compile_llm is ignored: hooks break the graph of a hooked model at every layer")
 
     def _watch(self, buffer: MixingBuffer) -> None:
         buffer.between_draws, self._interrupts.filling = self._interrupts.check, lambda: buffer.filling

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sae_lens import LanguageModelSAERunnerConfig
-from sae_lens.saes.sae import SAE
+from sae_lens.saes.sae import SAE, SAEConfig
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
@@ -114,32 +114,29 @@ def head_target(model: HookedRecurrent, layer: int, head: int, target: Target = 
     return HeadTarget.of_head(layer, head, shape.K, shape.V, target)
 
 
-def check_hook(model: HookedRecurrent, cfg: RunnerConfig) -> None:
-    """Raise unless the hook of a runner config exists on `model` and carries what its SAE expects; names both sizes."""
-    name = cfg.hook_name
+def check_hook(model: HookedRecurrent, name: str, sae: SAEConfig, where: str = "the SAE config") -> None:
+    """Raise unless the hook exists on `model` and, if it is one of a head, carries what an SAE of that config expects.
+
+    Raises:
+        UnknownHookError: the model has no such hook; names the nearest.
+        ValueError: it has other sizes; the message has both, and `where` the SAE is from.
+    """
     if name not in model.mod_dict:
         model.check_hook_name(name)
     parts = name.split(".")
     if len(parts) == 6 and parts[3] == "heads":
         shape = model.cfg.layer(int(parts[1]))
-        d_k, d_v = getattr(cfg.sae, "d_k", shape.K), getattr(cfg.sae, "d_v", shape.V)
-        if (d_k, d_v) != (shape.K, shape.V) or cfg.sae.d_in != shape.K * shape.V:
+        d_k, d_v = getattr(sae, "d_k", shape.K), getattr(sae, "d_v", shape.V)
+        if (d_k, d_v) != (shape.K, shape.V) or sae.d_in != shape.K * shape.V:
             raise ValueError(
-                f"{name} carries {shape.K} x {shape.V} matrices (d_in {shape.K * shape.V}), but the SAE config has "
-                f"d_k {d_k}, d_v {d_v}, d_in {cfg.sae.d_in}"
+                f"{name} of {model.cfg.model_name} carries {shape.K} x {shape.V} matrices (d_in {shape.K * shape.V}), "
+                f"but {where} has d_k {d_k}, d_v {d_v}, d_in {sae.d_in}"
             )
 
 
 def check_fits(model: HookedRecurrent, sae: Dictionary, where: Path | str) -> None:
-    """Raise ValueError unless the SAE's hook exists on the model with the SAE's size; the message names both."""
-    hook = HeadHook.of(sae)
-    model.check_hook_name(hook.name)
-    shape = model.cfg.layer(hook.layer)
-    if sae.cfg.d_in != shape.K * shape.V:
-        raise ValueError(
-            f"the SAE in {where} reads {sae.cfg.d_in} numbers, but {hook.name} of {model.cfg.model_name} has "
-            f"{shape.K} x {shape.V} = {shape.K * shape.V}"
-        )
+    """Raise unless the SAE is one of a head that the model has, with its sizes; see `check_hook`."""
+    check_hook(model, HeadHook.of(sae).name, sae.cfg, f"the SAE in {where}")
 
 
 def has_plain_activations(sae: Dictionary) -> bool:

@@ -21,6 +21,7 @@ from sae_lens import (
 )
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
+from small_saes import exact_sae
 from torch.testing import assert_close
 
 import sae_lens_writesae as writesae
@@ -120,8 +121,16 @@ def test_training_on_factors_is_training_on_matrices(embedded, dataset, tmp_path
         WriteSAETrainingRunner(refused, override_model=embedded, override_dataset=dataset)
 
 
+def test_compile_llm_changes_nothing(embedded, dataset):
+    """SAELens compiles `run_with_cache`, in which every hook breaks the graph."""
+    plain = train(small_config(embedded), embedded, dataset)
+    compiled = train(small_config(embedded, compile_llm=True), embedded, dataset)
+    assert all(torch.equal(one, other) for one, other in zip(plain.parameters(), compiled.parameters(), strict=True))
+    assert "run_with_cache" not in embedded.__dict__
+
+
 def test_multi_sae_runner(embedded, dataset, tmp_path):
-    """Two heads at once, each on its own hook."""
+    """Two heads at once, each on its own hook, and swapped sizes refused."""
     base = small_config(embedded)
     names = {f"head{head}": head_target(embedded, LAYER, head).hook_name for head in (0, 1)}
     cfg = MultiSAETrainingRunnerConfig(
@@ -139,6 +148,9 @@ def test_multi_sae_runner(embedded, dataset, tmp_path):
     )
     saes = MultiSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset).run()
     assert {sae.cfg.metadata.hook_name for sae in saes.values()} == set(names.values())
+    cfg.saes["head1"].d_k, cfg.saes["head1"].d_v = 32, 64
+    with pytest.raises(ValueError):
+        MultiSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset)
 
 
 def test_cached_activations_are_the_writes(embedded, dataset, tmp_path):
@@ -214,6 +226,16 @@ def _check_attached(model, sae):
     acts = cache[f"{hook}.hook_sae_acts_post"]
     _, writes = model.run_with_cache(tokens, names_filter=hook)
     assert_close(acts, sae.encode(writes[hook]), rtol=1e-3, atol=1e-4)
+    error = f"{hook}.hook_sae_error"
+    for with_error in (False, True):
+        _, cache = model.run_with_cache_with_saes(tokens, saes=[sae], use_error_term=with_error)
+        model.add_sae(sae, use_error_term=with_error)
+        _, by_steps = model.run_with_cache(tokens)
+        model.reset_saes()
+        assert cache.keys() == by_steps.keys() and (error in cache) == with_error
+        assert f"{hook}.hook_sae_acts_post" in cache
+    with model.saes(sae), pytest.raises(UnknownHookError):
+        model.run_with_cache(tokens, names_filter=error)
     assert torch.equal(model(tokens), plain) and not model.acts_to_saes
     by_hand = model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda x, hook: sae(x))])
     assert_close(replaced, by_hand, rtol=0, atol=1e-5)
@@ -222,6 +244,18 @@ def _check_attached(model, sae):
     step = model(generated)
     model.reset_saes()
     assert torch.equal(generated[0, tokens.shape[1] :], step[0, tokens.shape[1] - 1 : -1].argmax(-1))
+
+
+@pytest.mark.parametrize(("change", "error"), [({"hook_name": "blocks.0.hook_x"}, UnknownHookError), ({}, ValueError)])
+def test_an_sae_that_does_not_fit_is_not_attached(change, error):
+    """SAELens goes on without an SAE whose hook it does not find, and knows nothing of K and V."""
+    model = HookedSAERecurrent.from_pretrained("embedded")
+    sae = exact_sae(head_target(model, LAYER, HEAD).hook_name, k=32, v=64)
+    for name, value in change.items():
+        setattr(sae.cfg.metadata, name, value)
+    with pytest.raises(error):
+        model.run_with_saes(model.to_tokens("The Congress"), saes=[sae])
+    assert not model.acts_to_saes
 
 
 def _exported(model, dataset, folder):
@@ -342,8 +376,9 @@ def test_a_wrong_layer_or_head_is_said(embedded, layer, head, error, match):
 def test_a_hook_that_does_not_fit_the_sae_is_said(embedded, dataset):
     cfg = small_config(embedded)
     cfg.sae.d_k, cfg.sae.d_v = 32, 64
-    with pytest.raises(ValueError, match=r"64 x 32 matrices.*d_k 32, d_v 64"):
-        WriteSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset)
+    for runner in (WriteSAETrainingRunner, LanguageModelSAETrainingRunner):
+        with pytest.raises(ValueError, match=r"64 x 32 matrices.*d_k 32, d_v 64"):
+            runner(cfg, override_model=embedded, override_dataset=dataset)
     with pytest.raises(ValueError, match="buffer holds 8 rows"):
         small_config(embedded, "last_state")
     with pytest.raises(ValueError, match="target must be one of"):

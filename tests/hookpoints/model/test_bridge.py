@@ -8,12 +8,13 @@ import warnings
 import pytest
 import torch
 from conftest import make_hf
+from sae_lens import SAETransformerBridge, StandardSAE, StandardSAEConfig
 from torch.testing import assert_close
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 from hookpoints import HookedRecurrent, UnknownHookError, WriteEdit, attach
-from hookpoints.errors import BridgeWarning, HookDidNotFireError, SelfCheckError
+from hookpoints.errors import BridgeWarning, HookDidNotFireError, HookpointsError, SelfCheckError
 from hookpoints.model import loading
 from hookpoints.model.bridge import without_bridge
 
@@ -108,6 +109,23 @@ def test_names_that_nobody_knows_raise(attached, tokens):
         bridge.run_with_hooks(tokens, fwd_hooks=[(lambda name: False, zero)])
     with pytest.raises(HookDidNotFireError, match="never fired"):
         bridge.run_with_hooks(tokens, fwd_hooks=[(MIXER + "hook_write", zero)], stop_at_layer=LAYER)
+
+
+def test_saelens_bridge_refuses_saes_on_recurrent_hooks(tokens):
+    """SAELens' bridge would go on without the SAE; on the bridge's own hooks it runs one."""
+    bridge = bridge_of(make_hf("mamba2"))
+    bridge.__class__, bridge._acts_to_saes, bridge._transcoder_output_hooks = SAETransformerBridge, {}, {}
+    sae = StandardSAE(StandardSAEConfig(d_in=bridge.cfg.d_model, d_sae=4))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", BridgeWarning)
+        with attach(bridge):
+            for name, error in ((MIXER + "heads.0.hook_write_vec", HookpointsError), ("nowhere", UnknownHookError)):
+                sae.cfg.metadata.hook_name = name
+                with pytest.raises(error):
+                    bridge.run_with_saes(tokens, saes=[sae])
+            plain, sae.cfg.metadata.hook_name = bridge(tokens), f"blocks.{LAYER}.hook_out"
+            assert not torch.allclose(bridge.run_with_saes(tokens, saes=[sae]), plain)
+    assert "add_sae" not in bridge.__dict__
 
 
 @torch.no_grad()
