@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from numpy.typing import NDArray
+from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, SAEConfig
 from torch import Tensor, nn
 
@@ -27,6 +28,10 @@ from hookpoints.checksums import write_checksums
 from sae_lens_writesae.atom import sparse
 from sae_lens_writesae.atom.low_rank import Index, LowRank
 from sae_lens_writesae.choices import Decoder, Encoder
+
+REQUIRES = "import sae_lens_writesae (package sae-lens-writesae), which registers the architecture in SAELens"
+"""What the metadata of every saved autoencoder says. SAELens has no entry points: without the import it raises a bare
+KeyError with the architecture's name."""
 
 
 def require(condition: bool, field: str, value: object, wanted: str) -> None:
@@ -104,6 +109,7 @@ class MatrixSAEConfig(SAEConfig):
             "'none': the hooks of one head are flattened already",
         )
         super().__post_init__()
+        self.metadata["requires"] = REQUIRES
 
     @property
     def is_factored(self) -> bool:
@@ -473,6 +479,31 @@ class MatrixSAE(MatrixWeights):
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save weights and config as SAELens does, with their checksums, which `load_sae` compares."""
         return with_checksums(super().save_model(path))
+
+    @torch.no_grad()
+    def to_saelens(self) -> SAE[Any]:
+        """The same function as an autoencoder of SAELens' own class (TopK, JumpReLU, Standard or Gated), which loads
+        without this package.
+
+        `W_enc` [K*V,F] and `W_dec` [F,K*V] are built: 2 F K V numbers, in the place of the factors. Activations and
+        reconstructions are equal to rounding.
+
+        Raises:
+            ValueError: SAELens has no class of this form.
+        """
+        names = [name for name, (cls, _) in SAE_CLASS_REGISTRY.items() if cls in type(self).__mro__[1:]]
+        if not names:
+            raise ValueError(
+                f"{self.cfg.architecture()} has no form in SAELens: it activates the pairs of the most active key "
+                "atoms and the most active value atoms, which is no function of one pre-activation per atom"
+            )
+        metadata = {name: value for name, value in self.cfg.metadata.to_dict().items() if name != "requires"}
+        changes = {"architecture": names[0], "device": "meta", "metadata": metadata}
+        sae = SAE.from_dict(self.cfg.to_dict() | changes)
+        weights = {name: getattr(self, name).clone(memory_format=torch.contiguous_format) for name in sae.state_dict()}
+        sae.load_state_dict(weights, assign=True)
+        sae.cfg.device = self.cfg.device
+        return sae.to(self.device)
 
     def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
         """Refused before an architecture has changed anything."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
-from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepInput, TrainStepOutput, mse_loss
+from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig, TrainStepInput, TrainStepOutput, mse_loss
 from torch import Tensor, nn
 
 from sae_lens_writesae.atom import sparse
@@ -327,6 +327,15 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save what inference needs as SAELens does, with checksums."""
         return with_checksums(super().save_inference_model(path))
+
+    def to_saelens(self) -> SAE[Any]:
+        """As `MatrixSAE.to_saelens`, of what `save_inference_model` would save: BatchTopK and Matryoshka become
+        JumpReLU."""
+        state = self.state_dict()
+        self.process_state_dict_for_saving_inference(state)
+        sae = SAE.from_dict(self.cfg.get_inference_sae_cfg_dict())
+        sae.load_state_dict(state)
+        return cast(MatrixSAE, sae).to_saelens()
 
     def _with_loss(
         self, step_input: TrainStepInput, run: Callable[[TrainStepInput], TrainStepOutput]

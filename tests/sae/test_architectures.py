@@ -164,6 +164,30 @@ def test_export_is_what_saelens_would_export(name: str, variant: dict, tmp_path:
         assert getattr(ours.cfg, field) == value
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+@pytest.mark.parametrize("name", VARIED)
+def test_a_stock_autoencoder_is_the_same_function(name: str, variant: dict, tmp_path: Path) -> None:
+    sae = build(name, **variant)
+    sae.save_inference_model(tmp_path / "ours")
+    ours = W.load_sae(tmp_path / "ours")
+    x = torch.randn(3, 4, D_IN, dtype=torch.float64)
+    for stock in (sae.to_saelens(), ours.to_saelens()):
+        stock.save_model(tmp_path / "stock")
+        loaded = SAE.load_from_disk(tmp_path / "stock")
+        assert type(loaded).__module__.startswith("sae_lens.") and "requires" not in loaded.cfg.metadata
+        assert loaded.encode(x).count_nonzero() > 0
+        torch.testing.assert_close(loaded.encode(x), ours.encode(x), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(loaded(x), ours(x), rtol=1e-10, atol=1e-10)
+
+
+def test_products_have_no_stock_form_and_every_folder_names_the_package(tmp_path: Path) -> None:
+    sae = build("writesae_product")
+    with pytest.raises(ValueError, match="writesae_product"):
+        sae.to_saelens()
+    sae.save_inference_model(tmp_path)
+    assert "import sae_lens_writesae" in json.loads((tmp_path / "cfg.json").read_text())["metadata"]["requires"]
+
+
 @pytest.mark.parametrize("name", S.TRAINING)
 def test_a_hidden_leaf_gets_the_gradient_of_inactive_atoms_outside_of_training(name: str) -> None:
     sae = build(name)
