@@ -6,13 +6,10 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from hookpoints import Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank, mean_write
-
-HALF_LIFE_LIMIT = 128
-"""Longest half-life that is looked for, in tokens."""
+from sae_lens_writesae.sae.half_life import HALF_LIFE_LIMIT, half_lives
 
 WriteKind = Literal["additive", "corrected"]
 """The native write: k_t u_t^T, which keeps the erase of a delta rule, or k_t u~_t^T, which contains it."""
@@ -38,24 +35,6 @@ def head_writes(recurrence: Recurrence, head: int, kind: WriteKind = "additive")
     values = one.u if kind == "additive" else one.corrected_values()
     keys, values = one.k[0, :, 0].to(one.dtype), values[0, :, 0].to(one.dtype)
     return LowRank(keys, values) if keys.ndim == 3 else LowRank.rank_one(keys, values)
-
-
-def half_lives(recurrence: Recurrence, limit: int = HALF_LIFE_LIMIT, n_starts: int = 24) -> Tensor:
-    """Tokens until a write of head 0 has lost half of its norm, for [n] evenly spaced writes of batch row 0.
-
-    The key side p_t of a write is followed from p_t0 = k_t0; the half-life is the first t - t0 with |p_t| < |k_t0| / 2,
-    or `limit` if that comes later. Only writes with `limit` tokens after them are used; on sequences of fewer than
-    2 `limit` tokens the limit is T // 2. Cost: a vector recurrence per start.
-    """
-    limit = min(limit, recurrence.T // 2)
-    starts = torch.linspace(0, recurrence.T - 1 - limit, n_starts).long().unique().tolist()
-    lives = []
-    for start in starts:
-        keys = recurrence.k[0, start].to(recurrence.dtype)
-        norms = recurrence.propagate(keys, start, 0)[0, 0, : limit + 1].norm(dim=-1)
-        gone = (norms < norms[0] / 2).nonzero()
-        lives.append(int(gone[0]) if len(gone) else limit)
-    return torch.tensor(lives)
 
 
 def head_profile(recurrences: Iterable[Recurrence], kind: WriteKind = "additive", energy: float = 1.0) -> HeadProfile:

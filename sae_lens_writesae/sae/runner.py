@@ -21,6 +21,7 @@ import sae_lens.llm_sae_training_runner
 import sae_lens.load_model
 import sae_lens.multi_sae_training_runner
 import torch
+import wandb
 from datasets import Dataset
 from sae_lens import (
     LanguageModelSAERunnerConfig,
@@ -49,7 +50,8 @@ from sae_lens_writesae.sae.checkpoint import (
     load_run_state,
     save_run_state,
 )
-from sae_lens_writesae.sae.collection import INDEX, Collection
+from sae_lens_writesae.sae.collection import INDEX, Collection, CollectionError
+from sae_lens_writesae.sae.half_life import half_lives
 from sae_lens_writesae.sae.losses import Loss
 from sae_lens_writesae.sae.metric import METRIC_FILENAME, Metric, put_in_metric
 from sae_lens_writesae.sae.metric_fit import fit_metrics
@@ -321,6 +323,10 @@ class Interrupts:
         self._signal = self._signal or signal.Signals(number).name
 
 
+_HALF_LIVES = 8
+"""Sequences from which the half-life of a head is taken that is logged."""
+
+
 class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
     """SAELens' runner with the losses of `sae.losses`, the metric of `sae.metric` and training on factors, in which the
     seed decides and nothing is lost by an interrupt.
@@ -370,6 +376,8 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
             self.metric = metric
             if getattr(cfg.sae, "metric", "frobenius") != "frobenius":
                 self.metric = metric or self._earlier_metric() or self._fitted_metric()
+            logged = cfg.logger.log_to_wandb and ".heads." in cfg.hook_name
+            self._half_life = self._measured_half_life() if logged else None
 
     def _read_from(self, collection: Collection) -> None:
         """Take rows from a collection; there is no language model, and no evaluation that needs one."""
@@ -415,13 +423,31 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
                 "metric='gauss_newton' is fitted to a model, and a collection comes without one: give the metric that "
                 "sae.metric_fit.fit_metrics returns for this head"
             )
-        shuffled = cast(Dataset, self.activations_store.dataset).shuffle(seed=cfg.seed)
-        store = ActivationsStore.from_config(self.model, cfg, override_dataset=shuffled)
-        tokens = store.get_batch_tokens(sae.metric_sequences)
+        tokens = self._other_tokens(sae.metric_sequences)
         hook = HeadHook.parse(cfg.hook_name)
         head = (hook.layer, hook.head)
         model = cast(HookedRecurrent, self.model)
         return fit_metrics(model, tokens, [head], damping=sae.metric_damping, seed=cfg.seed)[head]
+
+    def _other_tokens(self, n_sequences: int) -> Tensor:
+        """Sequences from all over the training text [n_sequences,T], past the store, whose place in the text stays."""
+        shuffled = cast(Dataset, self.activations_store.dataset).shuffle(seed=self.cfg.seed)
+        store = ActivationsStore.from_config(self.model, self.cfg, override_dataset=shuffled)
+        return store.get_batch_tokens(n_sequences)
+
+    def _measured_half_life(self) -> float | None:
+        """Tokens until a write of the head has lost half of its norm: the median over a few sequences. None where the
+        collection has writes alone."""
+        hook, collection = HeadHook.parse(self.cfg.hook_name), collection_of(self.cfg)
+        if collection is not None:
+            try:
+                few = collection.recurrence(hook.layer, hook.head, slice(0, _HALF_LIVES))
+            except CollectionError:
+                return None
+        else:
+            model = cast(HookedRecurrent, self.model)
+            few = model.recurrence(self._other_tokens(_HALF_LIVES), hook.layer).select(heads=hook.head)
+        return float(torch.cat([half_lives(few.select(rows=slice(n, n + 1))) for n in range(few.B)]).median())
 
     def run(self) -> MatrixTrainingSAE:
         """Train and save. A signal that came within the last step or after it is raised when the result is saved."""
@@ -438,6 +464,8 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
             self._resume(trainer, Path(self.cfg.resume_from_checkpoint))
         if self.cfg.checkpoint_path is not None:
             trainer.save_checkpoint = functools.partial(self.save_whole_checkpoint, trainer)  # pyright: ignore
+        if self._half_life is not None:
+            wandb.log({"metrics/half_life": self._half_life}, step=trainer.n_training_steps)
         self._interrupts.watch(trainer)
         if self.metric is not None:
             put_in_metric(trainer, self.metric)

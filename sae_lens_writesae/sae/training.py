@@ -358,9 +358,32 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
                     loss = self._loss(output, matrices, columns)
                     output.losses[f"{cfg.loss}_loss"] = loss
                     output.loss = output.loss + cfg.loss_weight * (loss - output.losses["mse_loss"])
+                if step_input.is_logging_step:
+                    output.metrics |= self.write_metrics(matrices, output.feature_acts)  # pyright: ignore  (decorator)
         finally:
             self._on_factors = False
         return output
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def write_metrics(self, x: Tensor | LowRank, feature_acts: Tensor) -> dict[str, float]:
+        """What is logged at Weights & Biases beside SAELens' metrics, over the first `_LOGGED_ROWS` of a batch.
+
+        `cosine`: mean cosine of a write with its reconstruction. `top_atom_energy`: mean share of a write's squared
+        norm along its dominant atom; 0 where no atom is active. Of transformed writes, where a metric is trained in.
+        Costs a decode of those rows, as matrices.
+
+        Args:
+            x: flattened matrices [N,K*V], or N low-rank matrices.
+            feature_acts: [N,F], dense or sparse.
+        """
+        few, acts = slice(_LOGGED_ROWS), feature_acts.to_dense()[:_LOGGED_ROWS].to(self.dtype)
+        rows = x.rows(few).dense().flatten(1) if isinstance(x, LowRank) else x[few]
+        sizes, top = (self.coefficients(acts) * self.decoder_norm()).max(1)
+        atoms = self.decode_linear(nn.functional.one_hot(top, self.cfg.d_sae).to(acts))
+        energy = nn.functional.cosine_similarity(atoms, rows).square() * (sizes > 0)
+        cosine = nn.functional.cosine_similarity(self.decode_linear(acts) + self.b_dec, rows)
+        return {"cosine": cosine.mean().item(), "top_atom_energy": energy.mean().item()}
 
     def split_batch(self, batch: Tensor) -> tuple[Tensor | LowRank, Tensor]:
         """The matrices of a batch, and the columns that the loss compares with.
@@ -443,6 +466,8 @@ def exact_dtype(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
+_LOGGED_ROWS = 64
+"""Rows of a batch that `write_metrics` looks at."""
 START_STEPS = 16
 """Steps in which atoms are still put on rows of their batches, where one batch has too few distinct ones."""
 _MAX_COSINE = 0.9

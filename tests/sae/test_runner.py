@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from sae_lens import (
     SAE,
     CacheActivationsRunner,
@@ -27,6 +28,7 @@ from torch.testing import assert_close
 import sae_lens_writesae as writesae
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError, embedded
 from sae_lens_writesae import sae as architectures
+from sae_lens_writesae.sae.half_life import half_lives
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.runner import (
     MODEL_CLASS_NAME,
@@ -353,11 +355,19 @@ def test_an_interrupt_within_the_last_step_is_raised_after_the_result_is_saved(e
 
 @pytest.mark.slow
 def test_wandb_logging_offline(embedded, dataset, tmp_path, monkeypatch):
+    """What is logged tells of the write, beside SAELens' metrics."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    values, log = {}, wandb.Run.log
+    monkeypatch.setattr(wandb.Run, "log", lambda run, data, **kwargs: (values.update(data), log(run, data, **kwargs)))
     logger = LoggingConfig(log_to_wandb=True, wandb_project="test", wandb_log_frequency=2, eval_every_n_wandb_logs=2)
     train(small_config(embedded, logger=logger), embedded, dataset)
     assert list(tmp_path.glob("wandb/offline-run-*"))
+    tokens = embedded.to_tokens(dataset["text"][0], prepend_bos=False)[0, :256].view(8, 32)
+    lives = [half_lives(embedded.recurrence(row[None], LAYER).select(heads=HEAD)) for row in tokens]
+    assert values["metrics/half_life"] == pytest.approx(torch.cat(lives).median().item(), rel=0.5)
+    assert 0 < values["metrics/top_atom_energy"] < values["metrics/cosine"] < 1
+    assert values["metrics/explained_variance"] < 1
 
 
 @pytest.mark.parametrize(
