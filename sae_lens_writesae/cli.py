@@ -40,6 +40,7 @@ COMMANDS: dict[str, Command] = {
         "Check every evaluation where the truth is known; offline, in minutes.", "selftest.command:SelfTest"
     ),
     "show": Command("Make a page for each atom of a dictionary.", "page.atoms.show:Show"),
+    "push": Command("Publish dictionaries on the Hugging Face hub, with a card that loads them.", "push:Push"),
     "report": Command("Write one page from saved results.", "evaluate:Report"),
     "reproduce": Command(
         "The paper's whole table for a model: train, evaluate and report, as a workflow.", "reproduce.command:Reproduce"

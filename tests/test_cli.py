@@ -19,7 +19,7 @@ from sae_lens_writesae.evaluate import EvalAll, Subjects, questions
 from sae_lens_writesae.evaluations import EVALUATIONS, Evaluation, load_result
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 
-FAST = ("collect", "demo", "report", "reproduce", "selftest", "sweep", "train")
+FAST = ("collect", "demo", "push", "report", "reproduce", "selftest", "sweep", "train")
 """Commands whose help needs no torch."""
 
 COUNTS = ["--sequences", "6", "--context-size", "48"]
