@@ -28,6 +28,7 @@ FIRST = (
     "quickstart.md",
     "families.md",
     "attach.md",
+    "saelens.md",
     "results.md",
     "dictionaries.md",
     "coverage.md",
