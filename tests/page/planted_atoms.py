@@ -7,6 +7,7 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
+from sae_lens_writesae.choices import Decoder, Encoder
 from sae_lens_writesae.page.atoms import AtomPages
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 
@@ -28,13 +29,15 @@ def held_out(model: HookedRecurrent) -> Tensor:
     return ids[: N * T].view(N, T)
 
 
-def empty_sae(model: HookedRecurrent, d_sae: int = 6, rank: int = 1) -> WriteTopKSAE:
+def empty_sae(model: HookedRecurrent, d_sae: int = 6, rank: int = 1, decoder: Decoder = "rank") -> WriteTopKSAE:
     """Atoms to be planted: the encoder is the atoms, and the strongest one of each token fires."""
     shape = model.cfg.layer(LAYER)
     torch.manual_seed(0)
     metadata = SAEMetadata(hook_name=HOOK, model_name="embedded")
     d_in = shape.K * shape.V
-    cfg = WriteTopKSAEConfig(d_in=d_in, d_sae=d_sae, k=1, d_k=shape.K, rank=rank, encoder="tied", metadata=metadata)
+    encoder: Encoder = "tied" if decoder == "rank" else "bilinear"
+    cfg = WriteTopKSAEConfig(d_in=d_in, d_sae=d_sae, k=1, d_k=shape.K, rank=rank, encoder=encoder, decoder=decoder)
+    cfg.metadata = metadata
     return WriteTopKSAE(cfg)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import itertools
 import json
 import re
@@ -15,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from planted_atoms import HEAD, HOOK, LAYER, SMALL, T, empty_sae, float64_model, held_out, matrix, places, planted_sae
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -24,15 +27,17 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluations.readers import Readers
 from sae_lens_writesae.evaluations.substitution import Substitution, wide_firings
 from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.experiment.quality import dictionary_quality
 from sae_lens_writesae.experiment.result import Result
 from sae_lens_writesae.page.atoms import AtomPage, AtomPages, AtomPagesData, write_atom_pages
 from sae_lens_writesae.page.atoms.collect import _with_column
 from sae_lens_writesae.page.atoms.data import Context, TokenValue
 from sae_lens_writesae.page.atoms.measure import Atoms, effect_firings, memory
-from sae_lens_writesae.page.atoms.pages import lead, token
+from sae_lens_writesae.page.atoms.pages import heatmap, lead, token
 from sae_lens_writesae.page.atoms.show import Show
 from sae_lens_writesae.page.atoms.text import TokenTexts, visible
 from sae_lens_writesae.sae import WriteTopKSAE
+from sae_lens_writesae.verdict.format import percent
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +192,84 @@ def test_half_life_is_that_of_the_atoms_own_key_side(
     assert page.memory == memory(lives) and page.memory.n == len(active) > 1
 
 
+def test_a_timeline_is_what_the_head_reads_of_the_atom(
+    model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor, data: AtomPagesData
+) -> None:
+    """Against the response of the recurrence to a write of the atom alone."""
+    active = {(p.atom, c.sequence, c.position): c.activation for p in data.atoms for b in p.bands for c in b.contexts}
+    recurrence = model.recurrence(tokens, LAYER).select(heads=slice(HEAD, HEAD + 1))
+    total = recurrence.outputs()[:, :, 0].norm(dim=-1)
+    for page in data.atoms[:3]:
+        assert page.timelines is not None
+        for shown in page.timelines.firings:
+            k, u = torch.zeros_like(recurrence.k), torch.zeros_like(recurrence.u)
+            k[shown.sequence, shown.position] = (
+                active[page.atom, shown.sequence, shown.position] * planted.v[page.atom].double()
+            )
+            u[shown.sequence, shown.position] = planted.w[page.atom].double()
+            read = recurrence.with_write(k, u).outputs()[shown.sequence, :, 0].norm(dim=-1) / total[shown.sequence]
+            here = slice(shown.position, shown.position + len(shown.reads))
+            np.testing.assert_allclose(shown.reads, read[here].detach(), rtol=2e-3, atol=1e-9)
+            assert shown.tokens == [model.to_string(int(i)) for i in tokens[shown.sequence, here]]
+    assert data.atoms[0].timelines is not None
+    assert data.atoms[0].timelines.lags.edges[:3] == [0, 1, 2] and max(data.atoms[0].timelines.lags.values) > 0
+
+
+def test_an_atom_is_shown_as_a_matrix_among_its_neighbours(
+    model: HookedRecurrent, planted: WriteTopKSAE, data: AtomPagesData
+) -> None:
+    flat = torch.stack([normalize(matrix(planted, page.atom).flatten(), dim=0) for page in data.atoms])
+    for page in data.atoms:
+        (term,) = page.terms
+        np.testing.assert_allclose(term.size * np.outer(term.key, term.value), matrix(planted, page.atom), atol=2e-4)
+        with Image.open(io.BytesIO(base64.b64decode(heatmap(page.terms).split("base64,")[1].split('"')[0]))) as image:
+            drawn = np.asarray(image.convert("RGBA"), float)
+        assert drawn.shape[:2] == (len(term.key), len(term.value))
+        signs = np.where(drawn[..., 2] > drawn[..., 0], 1, -1)  # blue or orange
+        whole = matrix(planted, page.atom).numpy()
+        np.testing.assert_allclose(signs * drawn[..., 3] / 255, whole / np.abs(whole).max(), atol=0.04)
+        cosines = {int(other.atom): float(flat[page.atom] @ flat[other.atom]) for other in data.atoms if other != page}
+        assert [near.atom for near in page.nearest] == sorted(cosines, key=lambda atom: -cosines[atom])
+        assert [near.cosine for near in page.nearest] == pytest.approx(
+            [cosines[n.atom] for n in page.nearest], abs=1e-3
+        )
+        assert all(near.n_firings == data[near.atom].n_firings for near in page.nearest)
+
+
+def test_an_atom_without_factors_has_terms_and_neighbours(model: HookedRecurrent, tokens: Tensor) -> None:
+    sae = empty_sae(model, decoder="flat")
+    torch.nn.init.normal_(sae.W_dec)
+    page = SMALL.collect(model, sae, tokens, progress=False).atoms[0]
+    rows = normalize(sae.W_dec.detach(), dim=-1)
+    cosines = rows @ rows[page.atom]
+    assert page.nearest and [near.cosine for near in page.nearest] == pytest.approx(
+        [float(cosines[near.atom]) for near in page.nearest], abs=1e-3
+    )
+    shares = [term.share for term in page.terms]
+    assert len(shares) == 4 and shares == sorted(shares, reverse=True) and sum(shares) < 1
+
+
+def test_histograms_hold_every_firing_and_every_token_of_the_vocabulary(data: AtomPagesData) -> None:
+    for page in data.atoms:
+        for bars in (page.density, page.logits):
+            assert sum(bars.values) == pytest.approx(1, abs=1e-3) and bars.edges == sorted(bars.edges)
+        assert page.density.edges[0] == 0 and page.density.edges[-1] == pytest.approx(page.max_activation, rel=1e-3)
+        assert page.effect is not None
+        top, bottom = page.effect.tokens.high[0].value, page.effect.tokens.low[0].value
+        assert [page.logits.edges[0], page.logits.edges[-1]] == pytest.approx([bottom, top], rel=1e-3)
+
+
+def test_every_page_says_how_good_the_dictionary_is(
+    model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor, data: AtomPagesData, tmp_path: Path
+) -> None:
+    quality = dictionary_quality(model, planted, tokens)
+    assert data.info["quality"] == json.loads(json.dumps(quality.to_dict()))
+    files = write_atom_pages(data, tmp_path)
+    for file in (files.index, files.pages[0]):
+        source = file.read_text()
+        assert "explained variance" in source and quality.explained is not None and percent(quality.explained) in source
+
+
 def test_memory_counts_writes_that_outlive_their_sequence() -> None:
     assert memory([(n, False) for n in (2, 4, 6)]).half_life == 4
     # Survival after 2: 3/4; the one that ended at 3 leaves the risk set; after 5: 3/8.
@@ -199,7 +282,7 @@ def test_higher_rank_shows_the_leading_term(model: HookedRecurrent, tokens: Tens
     sae = empty_sae(model, rank=2)
     data = SMALL.collect(model, sae, tokens, progress=False)
     sigma = torch.linalg.svdvals(matrix(sae, data.atoms[0].atom))
-    assert data.atoms[0].rank_share == pytest.approx(float(sigma[0] ** 2 / (sigma**2).sum()), rel=1e-4)
+    assert data.atoms[0].terms[0].share == pytest.approx(float(sigma[0] ** 2 / (sigma**2).sum()), rel=1e-4)
     assert "leading term" in render(data, data.atoms[0], tmp_path)
 
 
@@ -213,7 +296,8 @@ def test_pages_from_loaded_data_are_the_same(data: AtomPagesData, tmp_path: Path
     assert max(p.stat().st_size for p in files.pages.values()) < 100_000
     for file in (files.index, *files.pages.values()):
         links = re.findall(r'(?:src|href)="([^"]*)"', file.read_text())
-        assert all((tmp_path / "first" / link).is_file() for link in links) and "url(" not in file.read_text()
+        outside = [link for link in links if not link.startswith("data:image/png;base64,")]
+        assert all((tmp_path / "first" / link).is_file() for link in outside) and "url(" not in file.read_text()
 
 
 def test_tokens_are_escaped_and_visible(data: AtomPagesData, tmp_path: Path) -> None:

@@ -114,10 +114,17 @@ def test_a_page_shows_each_side_of_an_atom(browser: Browser, data: AtomPagesData
         strongest = own.top[0]
         assert boxed.first.inner_text().replace("·", " ").replace("↵", "\n") == strongest.tokens[strongest.at]
         assert boxed.first.evaluate("e => getComputedStyle(e).outlineStyle") == "solid"
-        headings = page.get_by_role("heading").all_inner_texts()
-        for each in ("Key side v", "Value side w", "What it does to the logits", "Firing rate by position"):
-            assert any(each in text for text in [*headings, *page.locator("figcaption").all_inner_texts()]), each
+        names = page.locator("h2, h3, figcaption").all_inner_texts()
+        sides = ("Key side v", "Value side w", "The matrix", "What it does to the logits", "Nearest", "Firing rate by")
+        for each in (*sides, "Activation density", "Read after"):
+            assert any(name.startswith(each) for name in names), each
         assert page.get_by_role("row", name="layer 3, head").count() > 0  # readers
+        assert page.locator("img.heat").evaluate("e => e.naturalWidth * e.naturalHeight") == 32 * 64
+        boxed = page.get_by_role("heading", name="when it is read").locator("~ ol").locator("mark")
+        assert own.timelines is not None and boxed.count() == len(own.timelines.firings)
+        page.get_by_role("link", name=f"atom {own.nearest[0].atom}", exact=True).click()
+        page.wait_for_url(site.pages[own.nearest[0].atom].as_uri())
+        page.go_back()
         assert page.get_by_role("heading", name="In the place of the model's own write").count() == 1
 
 
@@ -125,7 +132,7 @@ def test_a_page_shows_each_side_of_an_atom(browser: Browser, data: AtomPagesData
 def test_both_schemes_can_be_read(browser: Browser, site: AtomPageFiles, light: Literal["light", "dark"]) -> None:
     for file, texts in (
         (site.index, ["h1", ".kicker", "th button", "td a", "#count", ".tok", ".ctx", "form.tools label"]),
-        (site.pages[0], ["h1", "nav a", ".lead", ".contexts small", ".side p", ".meter .n", ".chart p"]),
+        (site.pages[0], ["h1", "nav a", ".lead", ".contexts small", ".quality", ".side p", ".meter .n", ".chart p"]),
     ):
         with opened(browser, file, color_scheme=light) as page:
             paper = colour(page, "body", "backgroundColor")
@@ -169,7 +176,7 @@ def test_markup_in_the_corpus_stays_text(
         page.get_by_label("Search").fill('<script>alert("token")')
         assert listed(page) == sorted(files.pages)
     with opened(browser, files.pages[0], **PHONE) as page:
-        assert page.locator("img, script").count() == 0 and not scrolls_sideways(page)
+        assert page.locator("img:not(.heat), script").count() == 0 and not scrolls_sideways(page)
         assert page.locator("mark").first.inner_text().replace("·", " ") == EVIL
 
 

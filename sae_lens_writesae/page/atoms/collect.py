@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple, cast
 
@@ -21,18 +22,30 @@ from sae_lens_writesae.evaluations.substitution import Substitution, wide_firing
 from sae_lens_writesae.experiment.conditions import REFERENCES, written_at
 from sae_lens_writesae.experiment.firings import Firings, Integers, sample_firings
 from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.experiment.quality import qualities
 from sae_lens_writesae.experiment.result import Result
 from sae_lens_writesae.page.atoms import data
-from sae_lens_writesae.page.atoms.measure import FINE, Atoms, Effects, Sweep, effect_firings, effects, memory, sweep
+from sae_lens_writesae.page.atoms.measure import (
+    FINE,
+    Atoms,
+    Effects,
+    Sweep,
+    Trace,
+    effect_firings,
+    effects,
+    memory,
+    sweep,
+)
 from sae_lens_writesae.page.atoms.text import TokenTexts
 
 _BARS = 32
-"""Most bars of a histogram of cosines."""
+"""Most bars of a histogram."""
 
 _AT_LEAST = {
     **dict.fromkeys(("min_firings", "top", "bands", "n_tokens", "min_token_count", "position_bins"), 1),
     **dict.fromkeys(("half_life_firings", "half_life_limit", "effect_horizon"), 1),
     **dict.fromkeys(("n_atoms", "per_band", "before", "after", "effect_firings", "substitution_firings"), 0),
+    **dict.fromkeys(("n_nearest", "n_timelines"), 0),
 }
 
 
@@ -63,12 +76,16 @@ class AtomPages:
     """Tokens shown after it."""
     n_tokens: int = 10
     """Tokens listed at each end of the key side and of the value side, and heads among the readers."""
+    n_nearest: int = 6
+    """Other atoms listed by the cosine with this one."""
+    n_timelines: int = 3
+    """Firings, of those that are followed, whose text is shown with what the head reads of the atom at each token."""
     min_token_count: int = 3
     """Tokens that occur less often in the evaluation text are left out of the key side."""
     position_bins: int = 16
     """Bins of the firing rate over positions."""
     half_life_firings: int = 10
-    """Firings of an atom after which its write is followed."""
+    """Firings of an atom after which its write, and what the head reads of it, is followed."""
     half_life_limit: int = 128
     """Longest half-life that is looked for, in tokens."""
     effect_firings: int = 3
@@ -119,7 +136,8 @@ class AtomPages:
             progress: show progress bars.
 
         Cost: one forward up to the layer per sequence for firings and one for cosines; per atom `half_life_firings`
-        vector recurrences, `effect_firings` pairs of short edited runs and five for each of `substitution_firings`.
+        vector recurrences, `effect_firings` pairs of short edited runs and five for each of `substitution_firings`;
+        then as `qualities`.
 
         Raises:
             ValueError: the SAE does not fit the model, the model has no tokenizer or one of another vocabulary, the
@@ -138,15 +156,15 @@ class AtomPages:
             texts.check(tokens)
             evidence = self._measure(lab, texts, substitution, readers)
             pages = [_page(evidence, column) for column in range(len(evidence.atoms.number))]
-            facts = {"settings": asdict(self), "seconds": round(time.perf_counter() - started, 2)}
-            info = lab.describe(self.label) | facts
+            facts = {"settings": asdict(self), "quality": qualities(lab)[self.label].to_dict()}
+            info = lab.describe(self.label) | facts | {"seconds": round(time.perf_counter() - started, 2)}
         return data.AtomPagesData(info=json.loads(json.dumps(info)), atoms=pages)
 
     def _measure(self, lab: Lab, texts: TokenTexts, substitution: Result | None, readers: Result | None) -> _Evidence:
         """Everything that the pages are made from."""
         firings, n_tokens = lab.firings(), lab.tokens.numel()
-        frequent, alive = firings.alive(n_tokens, self.min_firings), len(firings.alive(n_tokens))
-        lab.skipped["atoms with fewer firings than min_firings"] = alive - len(frequent)
+        frequent, alive = firings.alive(n_tokens, self.min_firings), firings.alive(n_tokens)
+        lab.skipped["atoms with fewer firings than min_firings"] = len(alive) - len(frequent)
         tested = None if substitution is None else substituted(substitution)
         numbers = self._choose(firings, frequent, tested)
         matrices = lab.atoms(numbers)
@@ -163,9 +181,14 @@ class AtomPages:
         drawn = effect_firings(lab, table, self.effect_horizon, self.effect_firings)
         measured = effects(lab, atoms, drawn, self.effect_horizon, self.effect_step)
         shown = self._readers(readers, measured.changes.set_axis(atoms.number))
-        lab.facts = {"n_alive": alive, "n_frequent": len(frequent)}  # not those of the small test
+        lab.facts = {"n_alive": len(alive), "n_frequent": len(frequent)}  # not those of the small test
         tokens, direct = lab.tokens.cpu().numpy(), atoms.direct_path(lab)
-        return _Evidence(self, tokens, texts, atoms, swept, direct, measured, tested, shown)
+        counts = np.bincount(firings.atom, minlength=firings.n_atoms)
+        nearest = [
+            [data.Neighbour(atom=atom, cosine=_short(cosine), n_firings=int(counts[atom])) for atom, cosine in row]
+            for row in atoms.nearest(lab, alive, self.n_nearest)
+        ]
+        return _Evidence(self, tokens, texts, atoms, nearest, swept, direct, measured, tested, shown)
 
     def _readers(self, result: Result | None, measured: pd.DataFrame) -> dict[int, data.Readers]:
         """Per atom its strongest readers: by the evaluation `readers`, beside a random direction of the atom's norm; or
@@ -246,6 +269,7 @@ class _Evidence(NamedTuple):
     """[N,T]"""
     texts: TokenTexts
     atoms: Atoms
+    nearest: list[list[data.Neighbour]]
     swept: Sweep
     direct: NDArray[np.float32]
     effects: Effects
@@ -310,11 +334,14 @@ def _page(evidence: _Evidence, column: int) -> data.AtomPage:
     sign = -1.0 if len(written) and float(written["key_cosine"].median()) < 0 else 1.0
     return data.AtomPage(
         atom=atom,
-        rank_share=min(1.0, float(evidence.atoms.rank_share[column])),
+        terms=evidence.atoms.singular_terms(column, sign),
+        nearest=evidence.nearest[column],
         n_firings=len(rows),
         rate=len(rows) / evidence.tokens.size,
         max_activation=float(rows["activation"].max()),
         mean_activation=float(rows["activation"].mean()),
+        density=_histogram(rows["activation"].to_numpy(float), low=0.0),
+        logits=_logits(evidence, column, sign),
         fires_on=_fires_on(evidence, rows),
         top=_top(evidence, rows),
         bands=list(_bands(evidence, rows)),
@@ -329,7 +356,8 @@ def _page(evidence: _Evidence, column: int) -> data.AtomPage:
             at_firings=_quartiles(sign * written["value_cosine"].to_numpy()),
         ),
         effect=_effect(evidence, column, sign * evidence.direct[column]),
-        memory=memory(swept.lives[column]),
+        memory=memory([trace.life for trace in swept.traces[column]]),
+        timelines=_timelines(evidence, swept.traces[column]),
         readers=evidence.readers.get(atom),
         substitution=None if evidence.substitution is None else evidence.substitution.get(atom, []),
     )
@@ -427,6 +455,38 @@ def _quartiles(values: ArrayLike) -> data.Quartiles | None:
         return None
     median, q25, q75 = (float(q) for q in np.quantile(numbers, (0.5, 0.25, 0.75)))
     return data.Quartiles(median=median, q25=q25, q75=q75, n=len(numbers))
+
+
+def _histogram(values: NDArray[np.floating], low: float | None = None) -> data.Bars:
+    """Shares of `values` in `_BARS` bars from `low` (None: the smallest) to the largest."""
+    start, stop = float(values.min()) if low is None else low, float(values.max())
+    counts, edges = np.histogram(values, _BARS, (start, stop if stop > start else start + 1))
+    return data.Bars(edges=[_short(x) for x in edges], values=[_short(x) for x in counts / len(values)])
+
+
+def _logits(evidence: _Evidence, column: int, sign: float) -> data.Bars:
+    """Over the tokens of the vocabulary; by effect, or along the direct path where none was measured."""
+    effect = evidence.effects.mean[column] if evidence.effects.n[column] else sign * evidence.direct[column]
+    return _histogram(effect[: evidence.texts.size])
+
+
+def _timelines(evidence: _Evidence, traces: Sequence[Trace]) -> data.Timelines | None:
+    """Means over all followed firings; texts of the strongest of them."""
+    if not traces:
+        return None
+    longest = max(len(trace.reads) for trace in traces)
+    edges = [0, 1, *(2**i for i in range(1, 64) if 2**i < longest), longest]
+    together = np.full((len(traces), longest), np.nan)
+    for row, trace in zip(together, traces):
+        row[: len(trace.reads)] = trace.reads
+    lags = [_short(float(np.nanmean(together[:, a:b]))) for a, b in itertools.pairwise(edges)]
+    strongest = sorted(traces, key=lambda trace: -trace.activation)[: evidence.settings.n_timelines]
+    width, firings = evidence.settings.before + evidence.settings.after, []
+    for sequence, position, reads in ((t.sequence, t.position, t.reads[: width + 1]) for t in strongest):
+        tokens = evidence.texts.many(evidence.tokens[sequence, position : position + len(reads)])
+        shown = {"sequence": sequence, "position": position, "tokens": tokens, "reads": [_short(x) for x in reads]}
+        firings.append(data.Timeline.model_validate(shown))
+    return data.Timelines(lags=data.Bars(edges=[float(x) for x in edges], values=lags), firings=firings)
 
 
 def _positions(positions: Integers, shape: tuple[int, ...], bins: int) -> data.Bars:

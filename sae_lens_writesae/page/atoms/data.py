@@ -19,7 +19,8 @@ Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 _SHOWN = (
-    "label model layer head rule K V architecture d_sae n_sequences n_positions n_alive n_frequent n_skipped settings"
+    "label model layer head rule K V architecture d_sae n_sequences n_positions n_alive n_frequent n_skipped settings "
+    "quality"
 )
 """Entries of `AtomPagesData.info` that the pages show."""
 
@@ -159,6 +160,54 @@ class Memory(_Data):
     n: Count
 
 
+class Timeline(_Data):
+    """One firing and the tokens after it: where the head reads what the atom wrote."""
+
+    sequence: Count
+    position: Count
+    """Token t at which the atom was written."""
+    tokens: list[str]
+    """The tokens from t on."""
+    reads: list[float]
+    """At each of them |a S^T q| / |o|: what the head reads of the atom, over all that it reads there. S is what decay
+    and erase have left of the atom, a its activation. Above 1 where other writes cancel it."""
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        if len(self.reads) != len(self.tokens):
+            raise ValueError(f"a timeline has a read per token, found {len(self.reads)} and {len(self.tokens)}")
+        return self
+
+
+class Timelines(_Data):
+    """When what the atom writes is read."""
+
+    lags: Bars
+    """`Timeline.reads` by tokens since the write: mean over the firings that were followed."""
+    firings: list[Timeline]
+    """The strongest of them."""
+
+
+class Term(_Data):
+    """A rank-1 term size key value^T of the atom, both sides of unit length."""
+
+    size: float
+    share: float
+    """Of the atom's squared norm."""
+    key: list[float]
+    """[K]"""
+    value: list[float]
+    """[V]"""
+
+
+class Neighbour(_Data):
+    """Another atom that fires on the text."""
+
+    atom: Count
+    cosine: float
+    n_firings: Count
+
+
 class Reader(_Data):
     """A head of a later layer that reads what the atom writes."""
 
@@ -200,13 +249,19 @@ class AtomPage(_Data):
     median at its firings."""
 
     atom: Count
-    rank_share: float
-    """Share of the atom's squared norm in the leading term v w^T that key and value side describe; 1 for rank 1."""
+    terms: list[Term] = Field(min_length=1)
+    """The largest singular terms of the atom. Key and value side describe the leading one."""
+    nearest: list[Neighbour]
+    """Largest cosine of the matrices first."""
     n_firings: Count
     rate: Share
     """Share of tokens at which it fires."""
     max_activation: float
     mean_activation: float
+    density: Bars
+    """Share of its firings by activation."""
+    logits: Bars
+    """Share of the vocabulary by `effect`, or along the direct path (`values`) where no effect was measured."""
     fires_on: list[TokenValue]
     """Tokens at which it fires most often: share of its firings, and their number."""
     top: list[Context]
@@ -223,6 +278,8 @@ class AtomPage(_Data):
     of the head, later layers and the final norm are not in it."""
     effect: Effect | None
     memory: Memory
+    timelines: Timelines | None
+    """None where no firing was followed."""
     readers: Readers | None
     substitution: list[Substituted] | None
 
@@ -230,9 +287,10 @@ class AtomPage(_Data):
 class AtomPagesData(_Data):
     """The pages of one dictionary, as data."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     info: dict[str, JsonValue]
-    """What was looked at on what (`Lab.describe`), the settings, and `n_skipped`: what has no page, by reason."""
+    """What was looked at on what (`Lab.describe`), the settings, the dictionary's `quality` (`DictionaryQuality`), and
+    `n_skipped`: what has no page, by reason."""
     atoms: list[AtomPage]
 
     @field_validator("info")

@@ -19,11 +19,14 @@ from sae_lens_writesae.experiment.downstream_heads import DownstreamHeads, downs
 from sae_lens_writesae.experiment.firings import Integers
 from sae_lens_writesae.experiment.head import head_writes
 from sae_lens_writesae.experiment.lab import EditedRows, Lab, Trial
-from sae_lens_writesae.page.atoms.data import Memory
+from sae_lens_writesae.page.atoms.data import Memory, Term
+from sae_lens_writesae.sae.losses import read_queries
 
 Life: TypeAlias = tuple[int, bool]
 """Tokens after which less than half of a write's norm is left. If true, the sequence or the limit came first, and the
 number is how far the write was followed."""
+TERMS = 4
+"""Most singular terms of an atom that are kept."""
 FINE = np.linspace(-1, 1, 201)
 """Edges by which cosines are counted while the text goes by; figures merge them."""
 
@@ -33,20 +36,49 @@ class Atoms(NamedTuple):
 
     number: Integers
     matrices: LowRank
+    terms: LowRank
+    """The largest singular terms, at most `TERMS` of them."""
     v: Tensor
     """[n,K] unit key side of the leading term."""
     w: Tensor
     """[n,V] unit value side of the leading term."""
-    rank_share: NDArray[np.float64]
-    """[n] share of the squared norm in the leading term."""
 
     @classmethod
     def of(cls, number: Integers, matrices: LowRank) -> Atoms:
-        """From atoms that are not zero. For rank 1 the leading term is the atom; otherwise it costs an SVD each."""
-        leading = matrices if matrices.rank == 1 else LowRank.svd(matrices.dense(), 1)
-        share = ((leading.norm() / matrices.norm()) ** 2).double().cpu().numpy()
-        v, w = (normalize(side[:, 0], dim=-1) for side in (leading.keys, leading.values))
-        return cls(number, matrices, v, w, share)
+        """From atoms that are not zero. For rank 1 the only term is the atom; otherwise they cost an SVD each."""
+        terms = matrices if matrices.rank == 1 else LowRank.svd(matrices.dense(), TERMS)
+        v, w = (normalize(side[:, 0], dim=-1) for side in (terms.keys, terms.values))
+        return cls(number, matrices, terms, v, w)
+
+    def singular_terms(self, column: int, sign: float) -> list[Term]:
+        """The terms of one atom; `sign` turns both sides, which leaves the matrix as it is."""
+        keys, values = self.terms.keys[column].double().cpu(), self.terms.values[column].double().cpu()
+        sizes = keys.norm(dim=-1) * values.norm(dim=-1)
+        whole = float(self.matrices.rows([column]).norm()) ** 2
+        sides = (sign * normalize(keys, dim=-1), sign * normalize(values, dim=-1))
+        return [
+            Term(size=size, share=min(1.0, size**2 / whole), key=_rounded(key), value=_rounded(value))
+            for size, key, value in zip(sizes.tolist(), *sides)
+            if size > 1e-6 * float(sizes[0])
+        ]
+
+    def nearest(self, lab: Lab, among: Integers, n: int) -> list[list[tuple[int, float]]]:
+        """Per atom the n of `among` with the largest cosine, itself left out: (atom, cosine).
+
+        Cost: n F R R' (K + V) for F atoms `among`; atoms without factors are taken as flat matrices, n F K V.
+        """
+        chunks, mine = np.array_split(among, max(1, len(among) // 1024)), self.matrices
+        if mine.rank > TERMS:
+            flat, decoder = normalize(mine.dense().flatten(1), dim=-1), lab.sae.W_dec.detach()
+            rows = (normalize(decoder[torch.from_numpy(part).to(decoder.device)].to(flat), dim=-1) for part in chunks)
+            cosines = torch.cat([flat @ part.T for part in rows], 1)
+        else:
+            cosines = torch.cat([mine.cosines(lab.atoms(part)) for part in chunks], 1)
+        found: list[list[tuple[int, float]]] = []
+        for own, row in zip(self.number.tolist(), cosines.cpu().numpy()):
+            order = [i for i in np.argsort(-row, kind="stable")[: n + 1].tolist() if among[i] != own][:n]
+            found.append([(int(among[i]), float(row[i])) for i in order])
+        return found
 
     @torch.no_grad()
     def direct_path(self, lab: Lab) -> NDArray[np.float32]:
@@ -58,6 +90,17 @@ class Atoms(NamedTuple):
         unembed = lab.model.W_U
         path = self.w.to(unembed) @ lab.model.layer_W_O(lab.hook.layer)[lab.hook.head].to(unembed) @ unembed
         return (path - path.mean(-1, keepdim=True)).float().cpu().numpy()
+
+
+class Trace(NamedTuple):
+    """What became of the write of one firing."""
+
+    sequence: int
+    position: int
+    activation: float
+    life: Life
+    reads: NDArray[np.float64]
+    """[S] `data.Timeline.reads` at the firing and the tokens after it."""
 
 
 class Sweep(NamedTuple):
@@ -73,7 +116,7 @@ class Sweep(NamedTuple):
     """[U] their occurrences with a native write that is not zero."""
     key_means: NDArray[np.float64]
     """[n,U] mean cos(v, k_t) over these occurrences."""
-    lives: list[list[Life]]
+    traces: list[list[Trace]]
     """Per atom, one for each firing that was followed."""
 
 
@@ -92,7 +135,7 @@ def sweep(lab: Lab, atoms: Atoms, table: pd.DataFrame, followed: pd.DataFrame, l
     inverse, n = inverse.reshape(lab.tokens.shape), len(atoms.number)
     sums, counts = torch.zeros(n, len(ids), dtype=torch.float64), np.zeros(len(ids), dtype=np.int64)
     silent, columns = np.zeros((n, len(FINE) - 1), dtype=np.int64), np.arange(n)[None]
-    lives: list[list[Life]] = [[] for _ in range(n)]
+    traces: list[list[Trace]] = [[] for _ in range(n)]
     cosines = np.full((3, len(table)), np.nan)
     bounds = np.searchsorted(table["sequence"].to_numpy(), np.arange(len(lab.tokens) + 1))
     for i in lab.bar(range(len(lab.tokens)), "atoms"):
@@ -113,18 +156,24 @@ def sweep(lab: Lab, atoms: Atoms, table: pd.DataFrame, followed: pd.DataFrame, l
         np.add.at(silent, (np.broadcast_to(columns, bins.shape), bins), is_silent)
         sums.index_add_(1, torch.from_numpy(inverse[i][nonzero]), key[torch.from_numpy(nonzero)].T.double().cpu())
         counts += np.bincount(inverse[i][nonzero], minlength=len(ids))
-        for column, life in follow(recurrence, atoms.matrices, followed[followed["sequence"] == i], limit):
-            lives[column].append(life)
+        for column, trace in follow(recurrence, atoms.matrices, followed[followed["sequence"] == i], limit):
+            traces[column].append(trace)
     table = table.assign(cosine=cosines[0], key_cosine=cosines[1], value_cosine=cosines[2])
-    return Sweep(table, silent, ids, counts, sums.numpy() / np.maximum(counts, 1), lives)
+    return Sweep(table, silent, ids, counts, sums.numpy() / np.maximum(counts, 1), traces)
 
 
-def follow(recurrence: Recurrence, atoms: LowRank, firings: pd.DataFrame, limit: int) -> Iterator[tuple[int, Life]]:
-    """Follow sum_r p_r(t) w_r^T from p_r = v_r at each firing, under decay and erase (closed loop): (column, life).
+def follow(recurrence: Recurrence, atoms: LowRank, firings: pd.DataFrame, limit: int) -> Iterator[tuple[int, Trace]]:
+    """Follow sum_r p_r(t) w_r^T from p_r = v_r at each firing, under decay and erase (closed loop): (column, trace).
 
     Args:
         recurrence: of the head alone, on the sequence of the firings.
+
+    Cost: one pass of the head, and a vector recurrence for each position and term.
     """
+    if firings.empty:
+        return
+    queries, total = read_queries(recurrence)[0, :, 0] * recurrence.scale, recurrence.outputs()[0, :, 0].norm(dim=-1)
+    late = int(recurrence.read_before_write)  # the state after token t is read at token t + late
     for position, rows in firings.groupby("position"):
         start, columns = int(cast(int, position)), rows["column"].to_numpy()
         matrices, until = atoms.rows(torch.tensor(columns)), recurrence.select(tokens=slice(0, start + limit + 1))
@@ -132,9 +181,17 @@ def follow(recurrence: Recurrence, atoms: LowRank, firings: pd.DataFrame, limit:
         keys = carried.unflatten(0, (len(columns), atoms.rank)).movedim(1, 2)  # [n,S,R,K]
         gram = (matrices.values @ matrices.values.mT).to(keys)[:, None]
         sizes = ((keys @ keys.mT) * gram).sum((-2, -1)).clamp_min(0).sqrt().cpu().numpy()
-        for column, size in zip(columns.tolist(), sizes):
+        length = keys.shape[1]
+        read = (keys @ queries[start : start + length, :, None].to(keys))[..., 0]  # [n,S,R]
+        read = ((read[..., None, :] @ gram)[..., 0, :] * read).sum(-1).clamp_min(0).sqrt()
+        if late:
+            read = torch.cat([torch.zeros_like(read[:, :1]), read[:, :-1]], 1)
+        read = read / total[start : start + length].clamp_min(torch.finfo(total.dtype).tiny)
+        for column, firing, size, share in zip(columns.tolist(), rows.itertuples(), sizes, read.double().cpu().numpy()):
             gone = np.flatnonzero(size < size[0] / 2)
-            yield column, (int(gone[0]) if len(gone) else len(size) - 1, not len(gone))
+            life = (int(gone[0]) if len(gone) else len(size) - 1, not len(gone))
+            activation = float(cast(float, firing.activation))
+            yield column, Trace(int(cast(int, firing.sequence)), start, activation, life, activation * share)
 
 
 def memory(lives: Sequence[Life]) -> Memory:
@@ -228,3 +285,7 @@ def _relative(slope: Tensor, native: Tensor) -> NDArray[np.float64]:
     """[H] norms of `slope` over those of `native`, both [W,H,V]; NaN where a head gives zero."""
     size = native.double().norm(dim=(0, 2))
     return (slope.double().norm(dim=(0, 2)) / size).where(size > 0, torch.nan).cpu().numpy()
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(x, 4) for x in values.tolist()]

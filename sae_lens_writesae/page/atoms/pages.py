@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import itertools
+import struct
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 from markupsafe import Markup, escape
 
 from sae_lens_writesae.files import atomic_text
-from sae_lens_writesae.page.atoms.data import AtomPage, AtomPagesData, Context, TokenValue
+from sae_lens_writesae.page.atoms.data import AtomPage, AtomPagesData, Context, Term, TokenValue
 from sae_lens_writesae.page.atoms.text import EMPTY, symbol, visible
 from sae_lens_writesae.page.template import environment
 from sae_lens_writesae.verdict.format import number, percent
 from sae_lens_writesae.verdict.names import NAMES, SCALE_NAMES
+
+_LEVELS = 15
+"""Shades of a colour in `heatmap`."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +50,11 @@ def write_atom_pages(data: AtomPagesData, folder: str | Path) -> AtomPageFiles:
         raise ValueError("there is no atom to show: the data are empty")
     templates = environment()
     templates.filters |= {"pct": percent, "num": number, "signed": signed, "visible": visible}
-    templates.filters |= {"token": token, "context": context, "excerpt": excerpt}
+    templates.filters |= {"token": token, "context": context, "excerpt": excerpt, "shaded": shaded, "heatmap": heatmap}
     templates.globals |= {"condition_names": NAMES, "scale_names": SCALE_NAMES}
-    target, shared = Path(folder), {"info": data.info, "label": data.info["label"]}
-    numbers, files, template = (
-        [page.atom for page in data.atoms],
-        dict[int, Path](),
-        templates.get_template("atoms/atom.html"),
-    )
+    numbers, files, target = [page.atom for page in data.atoms], dict[int, Path](), Path(folder)
+    shared = {"info": data.info, "label": data.info["label"], "shown": numbers}
+    template = templates.get_template("atoms/atom.html")
     for page, previous, following in zip(data.atoms, [None, *numbers], [*numbers[1:], None]):
         content = template.render(page=page, lead=lead(page), previous=previous, following=following, **shared)
         files[page.atom] = atomic_text(target / f"atom-{page.atom}.html", content)
@@ -70,19 +76,49 @@ def token(value: TokenValue, titles: bool = True) -> Markup:
 
 
 def context(shown: Context, scale: float, titles: bool = True) -> Markup:
-    """The text around a firing: the firing token boxed, every token shaded by its activation relative to `scale`.
+    """The text around a firing, which is boxed."""
+    return shaded(shown.tokens, shown.activations, shown.at, scale, titles)
+
+
+def shaded(tokens: Sequence[str], values: Sequence[float], at: int, scale: float, titles: bool = True) -> Markup:
+    """Text with token `at` boxed and every token shaded by its value relative to `scale`.
 
     A space is a faint dot, and lines may break before it.
     """
     parts = []
-    for i, (piece, activation) in enumerate(zip(shown.tokens, shown.activations)):
-        level = max(1, min(9, round(9 * activation / scale))) if activation > 0 and scale > 0 else 0
-        tag = "mark" if i == shown.at else "b" if level else ""
-        title = f' title="{activation:g}"' if titles else ""
+    for i, (piece, value) in enumerate(zip(tokens, values)):
+        level = max(1, min(9, round(9 * value / scale))) if value > 0 and scale > 0 else 0
+        tag = "mark" if i == at else "b" if level else ""
+        title = f' title="{value:g}"' if titles else ""
         before = "<wbr>" if piece.startswith((" ", "\n")) else ""
         inked = _inked(piece)  # the only part that is not ours; escaped
         parts.append(f'{before}<{tag} class="a{level}"{title}>{inked}</{tag}>' if tag else before + inked)
     return Markup("".join(parts))
+
+
+def heatmap(terms: Sequence[Term]) -> Markup:
+    """The matrix of singular terms [K,V] as a picture of K x V pixels: blue above 0, orange below, opaque at the
+    largest entry. For 128 x 128 it is a few kB, where elements of a page would be a megabyte."""
+    matrix = sum(t.size * np.outer(t.key, t.value) for t in terms)
+    strength = np.abs(matrix) / max(float(np.abs(matrix).max()), 1e-30)
+    levels = np.rint(_LEVELS * strength).astype(np.uint8)
+    pixels = np.where((matrix < 0) & (levels > 0), levels + _LEVELS, levels)
+    colours = [(0x3D, 0x7F, 0xF0)] * (_LEVELS + 1) + [(0xE8, 0x6A, 0x2C)] * _LEVELS
+    alphas = [*range(_LEVELS + 1), *range(1, _LEVELS + 1)]
+    (height, width), packed = pixels.shape, b"".join(b"\0" + row.tobytes() for row in pixels)
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0),
+        b"PLTE": bytes(itertools.chain(*colours)),
+        b"tRNS": bytes(255 * alpha // _LEVELS for alpha in alphas),
+        b"IDAT": zlib.compress(packed, 9),
+        b"IEND": b"",
+    }
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks.items()
+    )
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return Markup(f'<img class="heat" alt="The atom, {height} by {width}" src="{source}">')
 
 
 def excerpt(shown: Context, before: int = 7, after: int = 3) -> Context:
