@@ -93,7 +93,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert done.status == 0 and done.out.startswith("writesae ")
 
 
-@pytest.mark.parametrize("command", [*FAST, "show", "train-saelens"])
+@pytest.mark.parametrize("command", [*FAST, "export", "prompt", "show", "train-saelens"])
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str], command: str) -> None:
     done = run(capsys, command, "--help")
     assert done.status == 0 and len(done.out) > 200 and "usage" in done.out.lower()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -159,10 +159,10 @@ def as_edits(edits: Edits) -> list[WriteEdit]:
     """
     if isinstance(edits, WriteEdit):
         return [edits]
-    several = list(edits) if isinstance(edits, Iterable) else [edits]
+    several: list[object] = list(edits) if isinstance(edits, Iterable) else [edits]
     if any(not isinstance(edit, WriteEdit) for edit in several):
         raise EditError(f"edits are one WriteEdit or a sequence of them, found {edits!r:.80}")
-    return several
+    return cast(list[WriteEdit], several)
 
 
 class LowRankChange(NamedTuple):

@@ -1,0 +1,97 @@
+"use strict";
+// Text of the page is set as text (textContent, title), never as markup.
+const form = document.querySelector("form.tools");
+const part = (id) => document.getElementById(id);
+let reading = null, at = 0;
+
+function element(tag, text, title, shade, low) {
+  const made = document.createElement(tag);
+  made.textContent = text;
+  if (title) made.title = title;
+  if (shade > 0) made.style.background = `color-mix(in srgb, var(${low ? "--rival" : "--atom"}) ${Math.min(100, Math.round(70 * shade))}%, transparent)`;
+  return made;
+}
+
+function meter(list, rows) {
+  const most = Math.max(1e-12, ...rows.map((row) => Math.abs(row.value)));
+  list.replaceChildren(...rows.map(({ name, value, shown, go, chosen }) => {
+    const item = document.createElement("li"), label = element(go ? "button" : "span", name);
+    item.style.setProperty("--size", `${Math.round((100 * Math.abs(value)) / most)}%`);
+    item.classList.toggle("low", value < 0);
+    label.className = "tok";
+    if (go) { label.type = "button"; label.addEventListener("click", go); }
+    if (chosen) label.setAttribute("aria-current", "true");
+    item.append(label, element("span", shown));
+    return item;
+  }));
+}
+
+function fillHeads() {
+  const n = Number(form.elements.layer.selectedOptions[0].dataset.heads), first = Math.min(Number(form.elements.head.dataset.first), n - 1);
+  form.elements.head.replaceChildren(...Array.from({ length: n }, (_, head) => new Option(head, head, head === first, head === first)));
+}
+
+function choose(token) {
+  at = token;
+  const { tokens, shares, atoms, writes } = reading, row = shares[at];
+  const most = Math.max(1e-12, ...row.map(Math.abs)), percent = (x) => `${(100 * x).toFixed(1)} %`;
+  part("text").replaceChildren(...tokens.map((piece, s) => {
+    const share = s < row.length ? row[s] : 0;
+    const shown = element("button", piece, `${s}: ${s < row.length ? percent(share) : "later"}`, Math.abs(share) / most, share < 0);
+    shown.type = "button";
+    if (s === at) shown.setAttribute("aria-current", "true");
+    shown.addEventListener("click", () => choose(s));
+    return shown;
+  }));
+  const order = row.map((value, s) => ({ name: `${s} ${tokens[s]}`, value, shown: percent(value), go: () => choose(s) }));
+  part("reads").textContent = `The largest shares of what the head reads at token ${at}, ${tokens[at]}.`;
+  meter(part("sources"), order.sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, 10));
+  const here = atoms ? atoms[at] : [];
+  part("none").textContent = atoms ? (here.length ? "" : "No atom fires here.") : "There is no dictionary of this head.";
+  meter(part("atoms"), here.slice(0, 20).map(([atom, value]) => ({ name: `atom ${atom}`, value, shown: String(value) })));
+  const head = Number(form.elements.head.value);
+  meter(part("heads"), writes.map((sizes, h) => ({ name: `head ${h}`, value: sizes[at], shown: String(sizes[at]), go: () => goTo(h, at), chosen: h === head })));
+}
+
+function goTo(head, token) {
+  if (head === Number(form.elements.head.value)) return choose(token);
+  form.elements.head.value = head;
+  read(token);
+}
+
+function grid() {
+  part("grid").replaceChildren(...reading.writes.map((sizes, head) => {
+    const row = document.createElement("tr"), most = Math.max(1e-12, ...sizes);
+    row.append(element("th", head), ...sizes.map((size, t) => {
+      const cell = element("td", "", `head ${head}, token ${t} ${reading.tokens[t]}: ${size}`, size / most);
+      cell.addEventListener("click", () => goTo(head, t));
+      return cell;
+    }));
+    return row;
+  }));
+}
+
+async function read(token) {
+  const { text, layer, head } = form.elements;
+  part("said").textContent = "reading";
+  try {
+    const body = JSON.stringify({ text: text.value, layer: Number(layer.value), head: Number(head.value) });
+    const answer = await fetch("/read", { method: "POST", headers: { "Content-Type": "application/json" }, body });
+    const given = await answer.json();
+    if (!answer.ok) throw new Error(given.error);
+    reading = given;
+    part("said").textContent = `${reading.tokens.length} tokens`;
+    part("result").hidden = false;
+    grid();
+    choose(Math.min(token ?? Infinity, reading.tokens.length - 1));
+  } catch (error) {
+    part("result").hidden = true;
+    part("said").textContent = error.message;
+  }
+}
+
+form.addEventListener("submit", (event) => { event.preventDefault(); read(); });
+form.elements.layer.addEventListener("change", () => { fillHeads(); read(at); });
+form.elements.head.addEventListener("change", () => read(at));
+fillHeads();
+read();

@@ -1,0 +1,149 @@
+"""The prompt page: its numbers, what it refuses, and what a browser shows."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from browsing import PHONE, chromium, colour, contrast, scrolls_sideways
+from planted_atoms import HEAD, LAYER, empty_sae
+from sae_lens import SAE
+
+from hookpoints import HookedRecurrent
+from hookpoints.recurrence.examples import FORMS, random_recurrence
+from sae_lens_writesae.page.prompt import MAX_TOKENS, Prompt, PromptServer, read_shares
+from sae_lens_writesae.sae.load import CheckpointError
+
+EVIL = '<script>alert("token")</script> <img src=x onerror=alert(1)>&amp;'
+
+
+@pytest.fixture(scope="module")
+def folder(embedded: HookedRecurrent, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompt") / "sae"
+    empty_sae(embedded).save_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[PromptServer]:
+    with Prompt(sae=folder, port=0).server() as serving:
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+        yield serving
+        serving.shutdown()
+        thread.join()
+
+
+def ask(server: PromptServer, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=60)
+    given = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, None if body is None else json.dumps(body), given)
+    answer = connection.getresponse()
+    content = answer.read().decode()
+    assert answer.getheader("Content-Security-Policy", "").startswith("default-src 'none'")
+    connection.close()
+    return answer.status, json.loads(content) if answer.getheader("Content-Type") == "application/json" else content
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_share_is_what_the_read_has_of_one_write(form: str) -> None:
+    """Against the response to the writes of one token alone."""
+    r = random_recurrence(form, T=9, H=1, dtype=torch.float64)
+    shares, read = read_shares(r), r.outputs()[0, :, 0]
+    for s in range(r.T):
+        alone = torch.zeros_like(r.u)
+        alone[:, s] = r.u[:, s]
+        part = (r.with_write(r.k, alone).outputs()[0, :, 0] * read).sum(-1) / read.square().sum(-1).clamp_min(1e-30)
+        torch.testing.assert_close(shares[:, s], part, rtol=0, atol=1e-10)
+    reads = slice(int(r.read_before_write), None)  # such a rule reads nothing at its first token
+    torch.testing.assert_close(shares[reads].sum(-1), torch.ones(r.T, dtype=torch.float64)[reads], rtol=0, atol=1e-10)
+
+
+def test_a_text_is_read(embedded: HookedRecurrent, server: PromptServer, folder: Path) -> None:
+    text = "The war between the States was over."
+    status, reading = ask(server, "POST", "/read", {"text": text, "layer": LAYER, "head": HEAD})
+    tokens = embedded.to_tokens(text, prepend_bos=False)
+    assert status == 200 and "".join(reading["tokens"]) == text.replace(" ", "·")
+    writes = embedded.recurrence(tokens, LAYER).write()[0].norm(dim=(-2, -1)).T
+    torch.testing.assert_close(torch.tensor(reading["writes"]), writes.detach(), rtol=1e-3, atol=1e-6)
+    assert [len(row) for row in reading["shares"]] == list(range(1, tokens.shape[1] + 1))
+    assert all(sum(row) == pytest.approx(1, abs=2e-3) for row in reading["shares"])
+    sae: Any = SAE.load_from_disk(folder)
+    _, cache = embedded.run_with_cache(tokens, names_filter=[sae.cfg.metadata.hook_name])
+    active = sae.encode(cache[sae.cfg.metadata.hook_name][0]).detach()
+    for row, shown in zip(active, reading["atoms"]):
+        assert {atom: pytest.approx(value, rel=1e-3) for atom, value in shown} == {
+            i: float(x) for i, x in enumerate(row) if x > 0
+        }
+    other = ask(server, "POST", "/read", {"text": text, "layer": LAYER, "head": HEAD - 1})[1]
+    assert other["atoms"] is None and other["shares"] != reading["shares"]
+
+
+def test_other_sites_and_other_requests_are_refused(server: PromptServer) -> None:
+    asked = {"text": "war", "layer": LAYER, "head": 0}
+    port = server.server_address[1]
+    assert server.server_address[0] == "127.0.0.1"
+    for status, method, path, body, headers in [
+        (200, "POST", "/read", asked, {"Origin": f"http://localhost:{port}"}),
+        (200, "GET", "/", None, {"Host": f"localhost:{port}"}),
+        (403, "GET", "/", None, {"Host": "evil.example"}),
+        (403, "POST", "/read", asked, {"Host": f"evil.example:{port}"}),
+        (403, "POST", "/read", asked, {"Origin": "http://evil.example"}),
+        (403, "POST", "/read", asked, {"Origin": "null"}),
+        (415, "POST", "/read", asked, {"Content_Type": "text/plain"}),
+        (413, "POST", "/read", {"text": "w" * 100_001}, {}),
+        (404, "GET", "/../prompt.py", None, {}),
+        (404, "POST", "/", asked, {}),
+        (400, "POST", "/read", {"text": "war"}, {}),
+        (400, "POST", "/read", ["war"], {}),
+        (400, "POST", "/read", asked | {"layer": 99}, {}),
+        (400, "POST", "/read", asked | {"head": 99}, {}),
+        (400, "POST", "/read", asked | {"text": ""}, {}),
+        (400, "POST", "/read", asked | {"text": "war " * (MAX_TOKENS + 1)}, {}),
+    ]:
+        found, said = ask(server, method, path, body, **headers)
+        assert found == status and (status == 200 or said["error"]), (status, headers, said)
+
+
+def test_bad_input_ends_before_a_model_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HookedRecurrent, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(CheckpointError):
+        Prompt(sae=folder / "none").server()
+    with socket.create_server(("127.0.0.1", 0)) as busy, pytest.raises(OSError):
+        Prompt(sae=folder, port=busy.getsockname()[1]).server()
+
+
+@pytest.mark.slow
+def test_the_page_shows_a_text_and_keeps_markup_text(server: PromptServer) -> None:
+    troubles: list[str] = []
+    with chromium() as browser:
+        for light in ("light", "dark"):
+            page = browser.new_context(**PHONE, color_scheme=light).new_page()
+            page.on("console", lambda message: troubles.append(message.text))
+            page.on("pageerror", lambda error: troubles.append(str(error)))
+            page.on("dialog", lambda dialog: troubles.append(dialog.message))
+            page.goto(f"http://127.0.0.1:{server.server_address[1]}")
+            page.locator("#grid td").first.wait_for()
+            page.get_by_label("Text").fill(EVIL)
+            page.get_by_role("button", name="Read").click()
+            shown = page.locator("#text")
+            shown.get_by_text("onerror").or_(shown.get_by_text("script")).first.wait_for()
+            assert shown.inner_text().replace("\n", "").replace("·", " ") == EVIL
+            assert page.locator("img").count() == 0 and page.locator("script").count() == 1
+            shown.get_by_role("button").nth(3).click()
+            assert shown.locator('[aria-current="true"]').count() == 1
+            assert page.locator("#sources li").count() == 4 and page.locator("#atoms li").count() == 1
+            page.locator("#heads").get_by_role("button", name="head 1").click()
+            page.get_by_text("There is no dictionary of this head.").wait_for()
+            assert page.get_by_label("Head").input_value() == "1" and not scrolls_sideways(page)
+            paper = colour(page, "body", "backgroundColor")
+            for selector in ("h1", ".muted", "#said", ".side p", "form.tools label"):
+                assert contrast(colour(page, selector), paper) >= 4.5, selector
+    assert not troubles
