@@ -14,6 +14,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -98,6 +99,10 @@ class Head:
         return f"L{self.layer}H{self.head}"
 
 
+Saes = dict[tuple[str, int], MatrixSAE]
+"""Dictionaries of a head by recipe and seed."""
+
+
 def main() -> None:
     """Measure what is not measured yet, stage by stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,21 +119,31 @@ def main() -> None:
     for recipes, seeds in STAGES:
         for name in options.models:
             of_model = [head for model, head in heads if model == name]
-            for recipe, changes in recipes.items():
-                every = [
-                    (head, {"model": name, "cell": head.cell, "recipe": recipe, "seed": s}, s)
-                    for head in of_model
-                    for s in seeds
-                ]
-                missing = [each for each in every if key(each[1]) not in measured]
-                if not missing or time.monotonic() > end:
-                    continue
-                saes = dictionaries([(head, seed) for head, _, seed in missing], recipe, changes)
-                for (head, wanted, seed), sae in zip(missing, saes):
-                    row = wanted | measure(head, sae, baselines=(recipe, seed) == ("k 1", 0))
+            there = {tuple(place) for model, *place in measured if model == name}
+            for head, saes in trained(of_model, recipes, seeds, there, end):
+                for (recipe, seed), row in measure(head, saes).items():
+                    line = {"model": name, "cell": head.cell, "recipe": recipe, "seed": seed} | row
                     with options.out.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
-                    print({name: value for name, value in row.items() if name != "kl"}, flush=True)
+                        file.write(json.dumps(line) + "\n")
+                    print({name: value for name, value in line.items() if name != "kl"}, flush=True)
+
+
+def trained(
+    heads: list[Head],
+    recipes: dict[str, dict[str, object]],
+    seeds: tuple[int, ...],
+    measured: Set[tuple[object, ...]],
+    end: float,
+) -> Iterator[tuple[Head, Saes]]:
+    """Each head of a model with its dictionaries that are not measured yet, unless the time is over. Heads and seeds
+    of a recipe train in one step."""
+    saes: dict[str, Saes] = {head.cell: {} for head in heads}
+    for recipe, changes in recipes.items():
+        missing = [(head, seed) for head in heads for seed in seeds if (head.cell, recipe, seed) not in measured]
+        if missing and time.monotonic() < end:
+            for (head, seed), sae in zip(missing, dictionaries(missing, recipe, changes)):
+                saes[head.cell][recipe, seed] = sae.eval()
+    yield from ((head, saes[head.cell]) for head in heads if saes[head.cell])
 
 
 def key(row: dict[str, object]) -> tuple[object, ...]:
@@ -212,55 +227,68 @@ def control(head: Head, recipe: str, seed: int) -> MatrixSAE:
     return untrained(sae, rows, seed=seed) if recipe == "untrained" else native(sae, rows, head.writes, seed=seed)
 
 
-def measure(head: Head, sae: MatrixSAE, *, baselines: bool) -> dict[str, object]:
-    """One dictionary: its quality on whole sequences, and KL at every position with its dominant atom written there."""
-    sae = sae.eval()
-    lab = Lab(head.model, {"": sae}, head.tokens)
+def measure(head: Head, saes: Saes) -> dict[tuple[str, int], dict[str, object]]:
+    """The dictionaries of a head: quality on whole sequences, and KL at every position with the dominant atom written
+    there, or the whole code. Passes that do not depend on a dictionary are made once for all."""
+    labels = {place: f"{place[0]} {place[1]}" for place in saes}
+    lab = Lab(head.model, {labels[place]: sae for place, sae in saes.items()}, head.tokens)
+    once = [*([] if head.deleted else ["delete"]), *(BASELINES if ("k 1", 0) in saes else ())]
     with torch.no_grad():
-        quality = qualities(lab)[""]
-        conditions = ["atom", "code", *([] if head.deleted else ["delete"]), *(BASELINES if baselines else ())]
-        tables = [at_site(head, lab, sae, site, conditions) for site in head.sites.values()]
+        quality = qualities(lab)
+        tables = [at_site(head, lab, site, once) for site in head.sites.values()]
     table = pd.concat(tables, ignore_index=True)
-    table["sequence"] = np.concatenate(
-        [np.tile(site.rows["sequence"], len(conditions)) for site in head.sites.values()]
-    )
-    sums = table.groupby(["condition", "sequence"])["kl"].sum()
-    kl = {name: [float(f"{x:.5g}") for x in sums[name]] for name in conditions}
-    head.deleted = kl.setdefault("delete", head.deleted)
-    norms = table[table["condition"] == "atom"]
-    return {
-        "kl": kl,
-        "norm": float(norms["size"].median()),
-        "cosine": quality.cosine,
-        "explained": quality.explained,
-        "alive": quality.alive,
-        "l0": quality.l0,
-        "stream": None if quality.recovered is None else list(quality.recovered[:3]),
-        "deleted": quality.deleted.mean,
-        "start_cosine": quality.start_cosine,
-    }
+    sums = table.groupby(["label", "condition", "sequence"])["kl"].sum()
+    head.deleted = head.deleted or rounded(sums["", "delete"])
+    rows: dict[tuple[str, int], dict[str, object]] = {}
+    for place, label in labels.items():
+        baselines = {name: rounded(sums["", name]) for name in BASELINES if place == ("k 1", 0)}
+        each = quality[label]
+        rows[place] = {
+            "kl": {"delete": head.deleted, **{n: rounded(sums[label, n]) for n in ("atom", "code")}, **baselines},
+            "norm": float(table.loc[(table["label"] == label) & (table["condition"] == "atom"), "size"].median()),
+            "cosine": each.cosine,
+            "explained": each.explained,
+            "alive": each.alive,
+            "l0": each.l0,
+            "stream": None if each.recovered is None else list(each.recovered[:3]),
+            "deleted": each.deleted.mean,
+            "start_cosine": each.start_cosine,
+        }
+    return rows
 
 
-def at_site(head: Head, lab: Lab, sae: MatrixSAE, site: Site, names: list[str]) -> pd.DataFrame:
-    """The conditions at the positions of one sequence."""
+def rounded(values: pd.Series) -> list[float]:
+    """Five digits of each number."""
+    return [float(f"{x:.5g}") for x in values]
+
+
+def at_site(head: Head, lab: Lab, site: Site, once: list[str]) -> pd.DataFrame:
+    """The conditions at the positions of one sequence: those of each dictionary, and `once` those of none."""
     positions = site.rows["position"].tolist()
     writes = site.at(positions)
-    acts = sae.encode(writes.dense().flatten(1))
-    strongest = dominant(sae, acts)
     each = torch.arange(len(positions))
     text = tokens_and_before(head.tokens[site.sequence])[positions]
-    code = sae.decode(acts).view(len(positions), *writes.dense().shape[1:])
-    written: dict[str, LowRank | None] = {"delete": None, "code": LowRank.svd(code)}
-    atom = lab.atoms(strongest.numpy()) * acts[each, strongest]
-    written["atom"] = atom
-    written |= {name: head.baselines.written(name, writes, text) for name in BASELINES if name in names}
-    size = atom.norm() / writes.norm()
+    written: dict[tuple[str, str], LowRank | None] = {
+        ("", name): None if name == "delete" else head.baselines.written(name, writes, text) for name in once
+    }
+    for label, sae in lab.saes.items():
+        acts = sae.encode(writes.dense().flatten(1))
+        strongest = dominant(sae, acts)
+        written[label, "atom"] = lab.atoms(strongest.numpy(), label) * acts[each, strongest]
+        written[label, "code"] = LowRank.svd(sae.decode(acts).view(len(positions), *writes.dense().shape[1:]))
     trials = [
-        Trial({"condition": name, "size": float(size[n])}, t, lab.replace(t, written[name], n))
-        for name in names
-        for n, t in enumerate(positions)
+        Trial(
+            {"label": label, "condition": name, "size": size, "sequence": site.sequence}, t, lab.replace(t, matrices, n)
+        )
+        for (label, name), matrices in written.items()
+        for n, (t, size) in enumerate(zip(positions, sizes(matrices, writes)))
     ]
     return lab.read(site, trials, kl_window, HORIZON + 1)
+
+
+def sizes(matrices: LowRank | None, writes: LowRank) -> list[float]:
+    """Norms as shares of those of the native writes."""
+    return [0.0] * len(writes) if matrices is None else (matrices.norm() / writes.norm()).tolist()
 
 
 if __name__ == "__main__":
