@@ -22,21 +22,17 @@ from nbconvert import MarkdownExporter  # noqa: E402
 from docs_site import error_pages, evaluation_pages, hook_pages, texts  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-FIRST = (
-    "index.md",
-    "install.md",
-    "quickstart.md",
-    "families.md",
-    "attach.md",
-    "saelens.md",
-    "results.md",
-    "dictionaries.md",
-    "coverage.md",
-    "benchmarks.md",
-    "real_size.md",
-)
-"""Hand-written pages, in reading order; whatever else lies in docs/ follows."""
-ELSEWHERE = ("verdicts.md", "SUMMARY.md")
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "Start": ("index.md", "install.md", "quickstart.md", "attention.md", "saelens.md", "attach.md", "glossary.md"),
+    "Tutorials": ("tutorials/",),
+    "Hooks": ("hooks/",),
+    "Evaluations": ("evaluations/",),
+    "Findings": ("results.md", "dictionaries.md", "verdicts.md", "claims.md", "coverage.md"),
+    "Models and speed": ("families.md", "compatibility.md", "benchmarks.md", "real_size.md", "reliability.md"),
+    "API and errors": ("api/", "errors/"),
+    "Development": ("ARCHITECTURE.md", "CONTRIBUTING.md", "decisions/"),
+}
+"""The navigation: pages and folders in reading order. The build fails where a page of docs/ is in no section."""
 ROOT_PAGES = ("ARCHITECTURE.md", "CONTRIBUTING.md")
 """Pages of the repository's root, which belong to the site too."""
 
@@ -96,18 +92,20 @@ def listing(pages: Mapping[str, str | bytes]) -> str:
 
 def summary(pages: Mapping[str, str | bytes]) -> str:
     """SUMMARY.md, the navigation as mkdocs-literate-nav reads it."""
-    written = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
-    order = [*(name for name in FIRST if name in written), *(n for n in written if n not in (*FIRST, *ELSEWHERE))]
-    lines = [f"* [{title(written[name])}]({name})" for name in order]
-    for folder in ("tutorials", "hooks", "evaluations", "errors", "decisions"):
-        lines.append(f"* [{folder.capitalize()}]({folder}/index.md)")
-        if folder == "evaluations":
-            lines += ["    * [How a verdict is reached](verdicts.md)", "    * [The paper's claims](claims.md)"]
-        for path in (p for p in pages if re.fullmatch(rf"{folder}/(?!index).*\.md", p)):
-            name = title(pages[path]) if folder in ("tutorials", "decisions") else Path(path).stem
-            lines.append(f"    * [{name}]({path})")
-    lines += ["* API", *(f"    * [{path.stem}](api/{path.name})" for path in sorted((ROOT / "docs/api").glob("*.md")))]
-    lines += [f"* [{title(pages[name])}]({name})" for name in ROOT_PAGES if name in pages]
+    every = {str(path.relative_to(ROOT / "docs")): path.read_text("utf-8") for path in (ROOT / "docs").rglob("*.md")}
+    every |= pages
+    lines, left = [], {name for name in every if "/" not in name}
+    for section, names in SECTIONS.items():
+        lines.append(f"* {section}")
+        for name in names:
+            of_folder = [path for path in every if name.endswith("/") and path.startswith(name)]
+            of_folder.sort(key=lambda path: (not path.endswith("index.md"), path))
+            for path in [name] * (name in every) + of_folder:
+                link = Path(path).stem if name in ("hooks/", "errors/", "api/", "evaluations/") else title(every[path])
+                lines.append(f"    * [{title(every[path]) if path.endswith('index.md') else link}]({path})")
+        left -= set(names)
+    if left:
+        raise ValueError(f"pages that no section of SECTIONS names: {sorted(left)}")
     return "\n".join(lines) + "\n"
 
 
