@@ -11,6 +11,7 @@ from hookpoints.edits.session import EditSession
 from hookpoints.errors import EditError, HookpointsError, UnknownHookError, UnsupportedModelError
 from hookpoints.hooks.table import HOOKS
 from hookpoints.model.attach import attach
+from hookpoints.model.attribution import check_attribution, source_attribution, write_attribution
 from hookpoints.model.recurrent import HookedRecurrent
 from hookpoints.recurrence.recurrence import Recurrence
 
@@ -26,6 +27,9 @@ __all__ = [
     "UnsupportedModelError",
     "WriteEdit",
     "attach",
+    "check_attribution",
     "embedded",
     "errors",
+    "source_attribution",
+    "write_attribution",
 ]

@@ -35,6 +35,7 @@ from hookpoints.recurrence.canonical import (
     resolve_index,
     resolve_one,
     tensors,
+    terms,
 )
 
 Method = Literal["chunked", "reference"]
@@ -198,6 +199,19 @@ class Recurrence(CanonicalForm):
         backwards = [self.T - 1 - t for t in resolve_index(positions, self.T, "positions")]
         adjoint = self.adjoint(read_gradients)
         return adjoint.states(heads, backwards, method=method, chunk_size=chunk_size)
+
+    def value_gradients(
+        self, read_gradients: Tensor, *, method: Method = "chunked", chunk_size: int | None = None
+    ) -> Tensor:
+        """dL/du of the value of every write, like `u`: (dL/dW_t)^T k_t, which is the sum over tokens of A[i,t] g_i.
+
+        So <u_t, dL/du_t> is the effect of the whole write on L, to first order. ``read_gradients`` and errors are those
+        of `adjoint`; the cost is that of `outputs`, for each term.
+        """
+        adjoint = self.adjoint(read_gradients)
+        readers = [adjoint.replace(q=key.flip(1)) for key in terms(self.k)]
+        gradients = [reader.outputs(method=method, chunk_size=chunk_size).flip(1) for reader in readers]
+        return gradients[0] if self.k.ndim == 4 else torch.stack(gradients, dim=3)
 
     def propagate(
         self, x: Tensor, start: int, head: int, *, loop: Loop = "closed", method: Method = "chunked"

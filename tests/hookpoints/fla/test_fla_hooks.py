@@ -14,6 +14,7 @@ from fla_models import MODEL_TYPES, make_fla
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("model", "hooks")]
 
 import test_parity
+from test_attribution import test_attributions_are_derivatives  # noqa: F401
 from test_heads import test_heads_times_their_weights_are_what_the_layer_adds  # noqa: F401
 from test_model_types import (  # noqa: F401
     EXACT,

@@ -32,6 +32,15 @@ def test_write_gradients_are_those_of_autograd(form: str, method: Method, declar
     torch.testing.assert_close(some, found[:, [5, 36, 5], 1:], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["chunked", "reference"])
+@pytest.mark.parametrize("form", FORMS)
+def test_value_gradients_are_those_of_autograd(form: str, method: Method) -> None:
+    r = random_recurrence(form, B=2, T=37, dtype=torch.float64, initial_state=True)
+    g, u = normal(r.B, r.T, r.H, r.V), r.u.clone().requires_grad_()
+    (expected,) = torch.autograd.grad((r.replace(u=u).outputs(method="reference") * g).sum(), u)
+    torch.testing.assert_close(r.value_gradients(g, method=method), expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_write_gradients_in_float32(form: str) -> None:
     exact = random_recurrence(form, B=2, T=70, dtype=torch.float64, seed=3)
