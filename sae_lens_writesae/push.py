@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from sae_lens_writesae.experiment.result import Json
 
-_FILES = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors")
-"""What is uploaded of a dictionary: what SAELens loads. `runner_cfg.json` stays behind, because it names folders of the
-machine."""
+_FILES = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "SHA256SUMS")
+"""What is uploaded of a dictionary: what SAELens loads, and its checksums. `runner_cfg.json` stays behind, because it
+names folders of the machine."""
 
 
 class Published(NamedTuple):

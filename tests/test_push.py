@@ -123,7 +123,11 @@ for name in ("L2H0/write-seed0", "L2H1/write-seed0"):
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"/me/saes/commit/{SHA}" in done.stdout
-    names = {f"L2H{head}/write-seed0/{file}" for head in (0, 1) for file in ("cfg.json", "sae_weights.safetensors")}
+    names = {
+        f"L2H{head}/write-seed0/{file}"
+        for head in (0, 1)
+        for file in ("cfg.json", "sae_weights.safetensors", "SHA256SUMS")
+    }
     assert set(Hub.repositories["me/saes"]) == names | {"README.md"}
 
 
