@@ -41,6 +41,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "show": Command("Make a page for each atom of a dictionary.", "page.atoms.show:Show"),
     "push": Command("Publish dictionaries on the Hugging Face hub, with a card that loads them.", "push:Push"),
+    "export": Command("Write atoms as Neuronpedia or delphi read them.", "page.atoms.show:Export"),
     "prompt": Command("Type a text in a browser: what heads write and read, which atoms fire.", "page.prompt:Prompt"),
     "report": Command("Write one page from saved results.", "evaluate:Report"),
     "reproduce": Command(

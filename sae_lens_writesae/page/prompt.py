@@ -52,7 +52,7 @@ class Reading(TypedDict):
 def read_shares(recurrence: Recurrence) -> torch.Tensor:
     """[T,S] `Reading.shares` of one head on one sequence, S = T. Cost T / V times that of its reads."""
     read, values = recurrence.outputs()[0, :, 0].double(), recurrence.u[0, :, 0].double()
-    pattern = _attention(recurrence)[0, 0].double()
+    pattern = recurrence.attention()[0, 0].double()
     along = torch.einsum("srv,tv->tsr", values.view(len(values), -1, values.shape[-1]), read)
     return (pattern.view(along.shape) * along).sum(-1) / read.square().sum(-1, keepdim=True).clamp_min(1e-30)
 
@@ -226,11 +226,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: texts are nobody else's business."""
-
-
-def _attention(r: Recurrence) -> torch.Tensor:
-    eye = torch.eye(r.T * r.R, dtype=r.dtype).view(1, r.T, 1, r.R, -1).expand(r.B, -1, r.H, -1, -1)
-    return r.with_write(r.k, eye if r.k.ndim == 5 else eye.squeeze(3)).outputs().transpose(1, 2)
 
 
 def _short(value: float) -> float:
