@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -10,25 +11,44 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 
 def atomic_write(target: Path, write: Callable[[Path], object]) -> Path:
     """Call `write` with a file beside `target`, then rename that file; after an exception nothing is left.
 
     Makes the folder of `target` where there is none.
+
+    Raises:
+        OSError: it cannot be written; names `target`, which errors of some libraries do not.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    aside = Path(name)
-    try:
-        write(aside)
-        aside.chmod(0o644)
-        os.replace(aside, target)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with named_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        aside = Path(name)
+        try:
+            write(aside)
+            aside.chmod(0o644)
+            os.replace(aside, target)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
     return target
+
+
+@contextmanager
+def named_errors(target: Path) -> Iterator[None]:
+    """In this scope, where files are written, a full disk or a read-only folder leads to an OSError that names
+    `target`, whichever library met it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, f"cannot be written ({error.strerror or error})", str(target)) from error
+    except (SafetensorError, RuntimeError) as error:  # what safetensors' and torch's writers raise
+        raise OSError(errno.EIO, f"cannot be written ({error})", str(target)) from error
 
 
 def atomic_text(target: Path, text: str) -> Path:

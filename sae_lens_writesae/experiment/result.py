@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 import numpy as np
 import pandas as pd
 
+from sae_lens_writesae.files import named_errors
 from sae_lens_writesae.verdict.paper import PAPER_CLAIMS, Outcome
 from sae_lens_writesae.verdict.statistics import Estimate, estimate
 
@@ -151,10 +152,12 @@ class Result:
 
     def save(self, folder: str | Path) -> Path:
         """Write a folder with info.json and one parquet file a table. The folder appears whole: it is written aside,
-        then renamed, in the place of one that was there."""
+        then renamed, in the place of one that was there.
+
+        Raises:
+            OSError: it cannot be written; names the folder.
+        """
         target = Path(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         head = {
             "format": _FORMAT,
             "kind": self.kind,
@@ -163,18 +166,21 @@ class Result:
             "skipped": self.skipped,
             "info": self.info,
         }
-        try:
-            text = json.dumps(head, indent=1, default=_plain, allow_nan=False)
-            (aside / _INFO).write_text(text, encoding="utf-8")
-            for name, table in self.tables.items():
-                table.to_parquet(aside / f"{name}.parquet", index=False)
-            aside.chmod(0o755)
-            if target.exists():
-                shutil.rmtree(target)
-            aside.replace(target)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
+        text = json.dumps(head, indent=1, default=_plain, allow_nan=False)
+        with named_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+            try:
+                (aside / _INFO).write_text(text, encoding="utf-8")
+                for name, table in self.tables.items():
+                    table.to_parquet(aside / f"{name}.parquet", index=False)
+                aside.chmod(0o755)
+                if target.exists():
+                    shutil.rmtree(target)
+                aside.replace(target)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
         return target
 
     @classmethod

@@ -28,6 +28,7 @@ from hookpoints.checksums import write_checksums
 from sae_lens_writesae.atom import sparse
 from sae_lens_writesae.atom.low_rank import Index, LowRank
 from sae_lens_writesae.choices import Decoder, Encoder
+from sae_lens_writesae.files import named_errors
 
 REQUIRES = "import sae_lens_writesae (package sae-lens-writesae), which registers the architecture in SAELens"
 """What the metadata of every saved autoencoder says. SAELens has no entry points: without the import it raises a bare
@@ -478,7 +479,7 @@ class MatrixSAE(MatrixWeights):
 
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save weights and config as SAELens does, with their checksums, which `load_sae` compares."""
-        return with_checksums(super().save_model(path))
+        return with_checksums(super().save_model, path)
 
     @torch.no_grad()
     def to_saelens(self) -> SAE[Any]:
@@ -510,10 +511,16 @@ class MatrixSAE(MatrixWeights):
         MatrixWeights.fold_activation_whitening(self, mean, whitening_matrix, unwhitening_matrix)
 
 
-def with_checksums(saved: tuple[Path, Path]) -> tuple[Path, Path]:
-    """Write `SHA256SUMS` beside the two files of an autoencoder; returns them."""
-    write_checksums(saved[0].parent, [file.name for file in saved])
-    return saved
+def with_checksums(save: Callable[[str | Path], tuple[Path, Path]], path: str | Path) -> tuple[Path, Path]:
+    """`save` the two files of an autoencoder in the folder `path`, and `SHA256SUMS` beside them; returns the two.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full; names the folder.
+    """
+    with named_errors(Path(path)):
+        files = save(path)
+        write_checksums(files[0].parent, [file.name for file in files])
+    return files
 
 
 def _mean_over(values: Tensor, mask: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ from transformer_lens import HookedRootModule
 from hookpoints import HookedRecurrent, embedded
 from hookpoints.checksums import CHECKSUMS, write_checksums
 from sae_lens_writesae.choices import MetricName
+from sae_lens_writesae.files import named_errors
 from sae_lens_writesae.sae.buffer import MixingBuffer
 from sae_lens_writesae.sae.checkpoint import (
     ASIDE_PREFIX,
@@ -508,14 +509,15 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
         or absent. The name is the number of samples, where none is given."""
         base = Path(cast(str, self.cfg.checkpoint_path))
         checkpoint_name = checkpoint_name or str(trainer.n_training_samples)
+        target = base / checkpoint_name
         base.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=base, prefix=ASIDE_PREFIX) as aside:
+        with named_errors(target), tempfile.TemporaryDirectory(dir=base, prefix=ASIDE_PREFIX) as aside:
             SAETrainer.save_checkpoint(trainer, checkpoint_name, base_path=aside, wandb_aliases=wandb_aliases)
-            if not (base / checkpoint_name).exists():
+            if not target.exists():
                 whole = Path(aside) / checkpoint_name
                 write_checksums(whole, sorted(file.name for file in whole.iterdir() if file.name != CHECKSUMS))
-                os.replace(whole, base / checkpoint_name)
-        return base / checkpoint_name
+                os.replace(whole, target)
+        return target
 
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         """SAELens calls this when a checkpoint has its own files."""

@@ -326,7 +326,7 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
 
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save what inference needs as SAELens does, with checksums."""
-        return with_checksums(super().save_inference_model(path))
+        return with_checksums(super().save_inference_model, path)
 
     def to_saelens(self) -> SAE[Any]:
         """As `MatrixSAE.to_saelens`, of what `save_inference_model` would save: BatchTopK and Matryoshka become

@@ -4,69 +4,16 @@ from __future__ import annotations
 
 import contextvars
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 
 import pytest
 import torch
 from conftest import make_hf
+from reliability.threads import PAIRS, WRITE, as_tasks, at_once, native
 
-from hookpoints import HookedRecurrent, WriteEdit
+from hookpoints import HookedRecurrent
 
-WRITE = "blocks.1.mixer.hook_write"
 ROUNDS = 15
 """Forwards of each thread in a test."""
-
-
-def native(model, tokens):
-    return model.hf_model(tokens).logits
-
-
-def deleted(model, tokens):
-    with model.edits(WriteEdit(1, 0, None, mode="delete")):
-        return model(tokens)
-
-
-def added(model, tokens):
-    with model.edits(WriteEdit(0, 1, 4, torch.ones(8), torch.ones(6))):
-        return model(tokens)
-
-
-def stopped(model, tokens):
-    return model(tokens, stop_at_layer=2)
-
-
-def started(model, tokens):
-    return model(model(tokens, stop_at_layer=1), start_at_layer=1)
-
-
-def hooked(model, tokens):
-    return model.run_with_hooks(tokens, fwd_hooks=[(WRITE, lambda write, hook: 2 * write)])
-
-
-def cached(model, tokens):
-    return model.run_with_cache(tokens, names_filter=WRITE)[1][WRITE]
-
-
-def session(model, tokens):
-    return model.run_with_edits(tokens[:1], [WriteEdit(1, head, 30, mode="delete") for head in range(4)]).logits
-
-
-def generated(model, tokens):
-    edit = WriteEdit(1, 0, 13, mode="delete")
-    return model.generate(tokens[:, :12], edits=edit, max_new_tokens=4, do_sample=False)
-
-
-PAIRS = [
-    (native, native),
-    (native, stopped),
-    (native, session),
-    (native, hooked),
-    (deleted, added),
-    (started, deleted),
-    (hooked, cached),
-    (session, session),
-    (generated, hooked),
-]
 
 
 @pytest.fixture(scope="module")
@@ -79,21 +26,16 @@ def test_two_kinds_of_run_at_once(shared, tokens, jobs):
     """Four threads, two of each kind, against the same runs alone; and the native output afterwards."""
     with torch.no_grad():
         plain = native(shared, tokens)
-        expected = {job: job(shared, tokens) for job in jobs}
-    threads = [job for job in jobs for _ in range(2)]
-    barrier = Barrier(len(threads))
-
-    def work(job):
-        barrier.wait(timeout=60)
-        with torch.no_grad():  # of this thread
-            return [torch.equal(job(shared, tokens), expected[job]) for _ in range(ROUNDS)]
-
-    with ThreadPoolExecutor(len(threads)) as pool:
-        equal = [x for result in pool.map(work, threads) for x in result]
+    equal = at_once(shared, tokens, jobs * 2, ROUNDS)
     assert len(equal) == 4 * ROUNDS and all(equal)
     with torch.no_grad():
         assert torch.equal(native(shared, tokens), plain)
     assert not any(point.fwd_hooks or point._forward_hooks for point in shared.hook_dict.values())
+
+
+def test_tasks_of_one_thread(shared, tokens):
+    equal = as_tasks(shared, tokens, 3)
+    assert len(equal) == 15 and all(equal)
 
 
 @torch.no_grad()
