@@ -8,15 +8,18 @@ layout), ``hookpoints.hooks.table`` and ``hookpoints.edits``.
 from hookpoints import embedded, errors
 from hookpoints.edits.edit import EditRow, WriteEdit
 from hookpoints.edits.session import EditSession
-from hookpoints.errors import EditError, HookpointsError, UnknownHookError, UnsupportedModelError
+from hookpoints.errors import EditError, HookpointsError, UnknownHookError, UnknownModelError, UnsupportedModelError
 from hookpoints.hooks.table import HOOKS
 from hookpoints.model.attach import attach
 from hookpoints.model.attribution import check_attribution, source_attribution, write_attribution
+from hookpoints.model.loading import cached
 from hookpoints.model.recurrent import HookedRecurrent
 from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.rules import RULES
 
 __all__ = [
     "HOOKS",
+    "RULES",
     "EditError",
     "EditRow",
     "EditSession",
@@ -24,9 +27,11 @@ __all__ = [
     "HookpointsError",
     "Recurrence",
     "UnknownHookError",
+    "UnknownModelError",
     "UnsupportedModelError",
     "WriteEdit",
     "attach",
+    "cached",
     "check_attribution",
     "embedded",
     "errors",

@@ -29,6 +29,10 @@ class HookShapeError(HookpointsError, ValueError):
     """A hook returned a value that cannot replace the activation: no tensor, or one of another shape or device."""
 
 
+class UnknownModelError(HookpointsError, OSError):
+    """No model of this name is at hand, or the hub does not give it. The message lists the nearest names."""
+
+
 class UnsupportedModelError(HookpointsError, ValueError):
     """The recurrence of this model cannot be hooked, or a package that it needs is not installed."""
 

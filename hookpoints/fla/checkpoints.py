@@ -80,7 +80,7 @@ def _files(source: str, revision: str | None) -> Iterator[str]:
     index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     names = {SAFE_WEIGHTS_NAME}
     if index is not None:
-        names = set(json.loads(Path(index).read_text())["weight_map"].values())
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
     for name in sorted(names):
         file = cached_file(source, name, revision=revision)
         assert file is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -25,7 +27,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from hookpoints import embedded
 from hookpoints.checksums import check_checksums
-from hookpoints.errors import HookpointsError, UnsupportedModelError
+from hookpoints.errors import HookpointsError, UnknownModelError, UnsupportedModelError, nearest
 from hookpoints.fla.checkpoints import load_checkpoint
 from hookpoints.fla.importing import MODEL_TYPES, import_fla, restore_auto_classes
 from hookpoints.rules import REFUSED
@@ -60,29 +62,41 @@ def load(
 ) -> Loaded:
     """Load the text model of a checkpoint. No code from the checkpoint is run, and only safetensors are read.
 
-    Published Qwen3.5 checkpoints carry a multimodal configuration; their text model is what is loaded.
+    Published Qwen3.5 checkpoints carry a multimodal configuration; their text model is what is loaded. On the device
+    "meta" no weights are read: the model has its shapes, and cannot run.
 
     Raises:
+        UnknownModelError: no such model; names the nearest, and what is at hand.
         UnsupportedModelError: a checkpoint without a causal language model, in the format of the mamba_ssm package
             (names the converted one), or with tensors missing, unknown or of another shape (names them).
     """
     if hf_kwargs.get("trust_remote_code"):
         raise ValueError("trust_remote_code is not supported: hookpoints runs no code from a checkpoint")
     source = str(embedded.path(name_or_path)) if name_or_path in embedded.names() else name_or_path
+    _refuse_unknown(name_or_path)
+    empty = device is not None and torch.device(device).type == "meta"
     with _errors_name_files(name_or_path, source):
-        if Path(source).is_dir():
+        if Path(source).is_dir() and not empty:
             _check_files(Path(source))
-        model = _model(name_or_path, source, dtype, revision, hf_kwargs)
+        model = _model(name_or_path, source, dtype, revision, hf_kwargs, empty)
         _refuse_infinite(name_or_path, model)
+    if empty:
+        return Loaded(model, None)
     if hf_kwargs.get("device_map") is None:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Loaded(model, _tokenizer(source, revision))
 
 
 def _model(
-    name: str, source: str, dtype: torch.dtype | str, revision: str | None, hf_kwargs: dict[str, object]
+    name: str, source: str, dtype: torch.dtype | str, revision: str | None, hf_kwargs: dict[str, object], empty: bool
 ) -> nn.Module:
-    saved, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    try:
+        saved, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    except OSError as error:
+        if Path(source).is_dir():
+            raise
+        told = str(error).strip().splitlines()[0].rstrip(".")
+        raise UnknownModelError(_unknown(name, f"of the hub: {told}")) from error
     _refuse_mamba_ssm(name, saved)
     _refuse(name, saved.get("model_type"))  # before anything of it is imported or fetched
     is_own = saved.get("model_type") in _OWN_CLASSES
@@ -100,6 +114,9 @@ def _model(
         raise UnsupportedModelError(
             f"{name!r} is a {config.model_type!r} checkpoint, which has no causal language model"
         )
+    if empty:
+        with torch.device("meta"):
+            return models(config) if is_own else models.from_config(config, **trust)
     if of_fla:
         return load_checkpoint(source, config, revision=revision, dtype=dtype, **hf_kwargs)
     # Shapes that do not fit are reported like the rest, and then refused with their names.
@@ -178,6 +195,27 @@ def _refuse_infinite(name: str, model: nn.Module) -> None:
             f"{name!r} has NaN or infinite weights in {_weights(name)}: {len(bad)} tensor(s): {', '.join(bad[:3])}. "
             "The file is damaged, training diverged before it was saved, or float16 is too small for it (dtype=)"
         )
+
+
+def cached() -> list[str]:
+    """Names of the models in the hub's cache on this machine. Costs one listing of a folder."""
+    folders = Path(HF_HUB_CACHE).glob("models--*")
+    return sorted(folder.name.removeprefix("models--").replace("--", "/") for folder in folders)
+
+
+def _refuse_unknown(name: str) -> None:
+    """What cannot be a name on the hub is refused without asking there, which takes a while where there is no network.
+    Models that stand there without an owner are of the hub's first days; none of them is recurrent."""
+    known = [*embedded.names(), *cached()]
+    if name in known or Path(name).is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return
+    raise UnknownModelError(_unknown(name, "no name on the hub, which is OWNER/NAME"))
+
+
+def _unknown(name: str, reason: str) -> str:
+    known = [*embedded.names(), *cached()]
+    near = nearest(name, known).removeprefix("; ") or f"on this machine: {', '.join(known)}"
+    return f"there is no model {name!r}: no folder, none that ships with hookpoints, and {reason}; {near}"
 
 
 def _refuse(name: str, model_type: object) -> None:

@@ -100,7 +100,8 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
         """Load a model from the hub, a local folder, or the package ("embedded").
 
         Args:
-            device: where to put it; default CUDA if there is one. Leave out with ``device_map``.
+            device: where to put it; default CUDA if there is one. Leave out with ``device_map``. "meta": no weights are
+                read; ``cfg`` and the hooks' names are there, and nothing can be run.
             dtype: float32 by default, as in TransformerLens; "auto" keeps the checkpoint's own.
             revision: branch, tag or commit on the hub.
             backend: who computes the native pass of recurrent layers: "auto" (upstream's op), "torch" (upstream's torch
@@ -109,10 +110,12 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
             hf_kwargs: passed to ``AutoModelForCausalLM.from_pretrained``; ``device_map`` for instance.
 
         Raises:
+            UnknownModelError: there is no such model; names the nearest.
             UnsupportedModelError: the model has no recurrence of the canonical form; says why.
             SelfCheckError: the model does not behave as hooks need.
         """
         loaded = loading.load(name_or_path, device=device, dtype=dtype, revision=revision, **hf_kwargs)
+        self_check = self_check and next(loaded.model.parameters()).device.type != "meta"
         return cls(loaded.model, loaded.tokenizer, name=name_or_path, backend=backend, self_check=self_check)
 
     @classmethod

@@ -43,7 +43,9 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     pages: dict[str, str | bytes] = {**hook_pages.pages(), **error_pages.pages(), **evaluation_pages.pages()}
     pages |= notebooks() | {name: of_root(name) for name in ROOT_PAGES if (ROOT / name).is_file()}
-    decisions = {f"decisions/{path.name}": path.read_text() for path in sorted((ROOT / "docs/decisions").glob("*.md"))}
+    decisions = {
+        f"decisions/{path.name}": path.read_text("utf-8") for path in sorted((ROOT / "docs/decisions").glob("*.md"))
+    }
     pages["decisions/index.md"] = texts.page("decisions", table=listing(decisions))
     pages["SUMMARY.md"] = summary(pages | decisions)
     for path, content in pages.items():

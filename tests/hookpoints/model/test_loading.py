@@ -13,7 +13,7 @@ from conftest import VOCAB, make_hf
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hookpoints import HookedRecurrent, UnsupportedModelError
+from hookpoints import HookedRecurrent, UnknownModelError, UnsupportedModelError
 from hookpoints.checksums import write_checksums
 from hookpoints.errors import ChecksumError
 from hookpoints.model import loading
@@ -161,3 +161,31 @@ def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(checkpoint, monkeyp
     (checkpoint / "evil.py").write_text("raise SystemExit('run')")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
     assert loading.load(str(checkpoint)).model.config.model_type == "qwen3_5_text"
+
+
+@pytest.mark.parametrize("name", ["embeded", "gpt2", "./nothing", "a/b/c", "a[/x]"])
+def test_what_cannot_be_a_name_on_the_hub_is_refused_without_asking_there(name, monkeypatch):
+    monkeypatch.setattr(loading.PreTrainedConfig, "get_config_dict", None)  # what asks
+    with pytest.raises(UnknownModelError, match="embedded") as raised:
+        HookedRecurrent.from_pretrained(name)
+    assert isinstance(raised.value, OSError) and repr(name) in str(raised.value)
+
+
+def test_a_cached_model_is_among_the_nearest(tmp_path, monkeypatch):
+    (tmp_path / "models--Qwen--Qwen3.5-0.8B").mkdir()
+    monkeypatch.setattr(loading, "HF_HUB_CACHE", str(tmp_path))
+    assert loading.cached() == ["Qwen/Qwen3.5-0.8B"]
+    with pytest.raises(UnknownModelError, match=r"nearest: Qwen/Qwen3\.5-0\.8B"):
+        HookedRecurrent.from_pretrained("Qwen/Qwen3.5-08B")
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "mamba2", "rwkv7"])
+def test_without_weights_a_model_has_its_shapes_and_hooks(tmp_path, model_type):
+    make_hf(model_type).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    shapes, model = (
+        HookedRecurrent.from_pretrained(str(tmp_path), device="meta"),
+        HookedRecurrent.from_hf(make_hf(model_type)),
+    )
+    assert shapes.cfg.layers == model.cfg.layers and shapes.hook_dict.keys() == model.hook_dict.keys()
+    assert all(parameter.is_meta for parameter in shapes.parameters())
