@@ -4,11 +4,17 @@ It lies beside the package because `import sae_lens_writesae` loads torch, SAELe
 seconds; while this module is loaded, the package leaves that to the commands.
 """
 
+import io
+import sys
+
 
 def main() -> None:
     """Run a command of `sae_lens_writesae.cli`."""
     from sae_lens_writesae.cli import main
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without the character gets a question mark, not an error
     main()
 
 

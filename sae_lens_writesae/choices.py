@@ -4,6 +4,7 @@ for the sake of help."""
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypedDict, cast, get_args
 
@@ -18,8 +19,20 @@ the write of the same token."""
 MetricName = Literal["frobenius", "gauss_newton"]
 """`frobenius`: an error costs the sum of its squares. `gauss_newton`: the KL divergence that it causes in the model."""
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""A language model's dtype."""
+
 Encoder = Literal["bilinear", "tied", "dense"]
 Decoder = Literal["rank", "flat"]
+
+
+def at_least(settings: object, bounds: Mapping[str, float]) -> None:
+    """ValueError for a setting below its bound, or an entry of it; None is in order."""
+    for name, bound in bounds.items():
+        value = getattr(settings, name)
+        for entry in value if isinstance(value, tuple) else (value,):
+            if entry is not None and (isinstance(entry, str) or not entry >= bound):
+                raise ValueError(f"{name} must be at least {bound:g}, found {entry!r}")
 
 
 class Variant(TypedDict):

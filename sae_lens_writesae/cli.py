@@ -1,7 +1,7 @@
 """The `writesae` command. Each command is a dataclass: its fields are the flags, its docstrings the help (tyro).
 
-A command is imported when it is asked for, and imports torch when it runs, so that help costs nothing. The exceptions
-are commands whose settings are those of a class that needs torch: `eval KIND` and `show`.
+A command is imported when it is asked for, and imports torch when it runs, so that help costs nothing (`prompt` and
+`train-saelens`, whose flags are SAELens', do so sooner). Settings of a class that needs torch are read off its source.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple, TypeVar
 
 import tyro
@@ -39,16 +39,21 @@ COMMANDS: dict[str, Command] = {
     "selftest": Command(
         "Check every evaluation where the truth is known; offline, in minutes.", "selftest.command:SelfTest"
     ),
-    "show": Command("Make a page for each atom of a dictionary.", "page.atoms.show:Show"),
+    "show": Command("Make a page for each atom of a dictionary.", "show:run_show"),
     "push": Command("Publish dictionaries on the Hugging Face hub, with a card that loads them.", "push:Push"),
-    "export": Command("Write atoms as Neuronpedia or delphi read them.", "page.atoms.show:Export"),
+    "export": Command("Write atoms as Neuronpedia or delphi read them.", "show:run_export"),
     "prompt": Command("Type a text in a browser: what heads write and read, which atoms fire.", "page.prompt:Prompt"),
     "report": Command("Write one page from saved results.", "evaluate:Report"),
     "reproduce": Command(
         "The paper's whole table for a model: train, evaluate and report, as a workflow.", "reproduce.command:Reproduce"
     ),
+    "models": Command("List the models on this machine, and the update rules that can be hooked.", "models:Models"),
+    "hooks": Command("List the hooks of a model with their shapes.", "models:Hooks"),
     "sweep": Command("Train and evaluate one dictionary at every point of a grid.", "reproduce.sweep:Sweep"),
 }
+
+PACKAGES = ("sae-lens-writesae", "torch", "transformers", "transformer-lens", "sae-lens", "flash-linear-attention")
+"""Those whose versions matter to a result, and to whoever reads a report of a fault."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -88,7 +93,7 @@ def choose(program: str, arguments: Sequence[str], names: Mapping[str, str]) -> 
     if name in names:
         return name
     if name == "--version":
-        print(f"{program} {version('sae-lens-writesae')}")
+        print("\n".join(f"{package:26}{_version(package)}" for package in PACKAGES))
         raise SystemExit(0)
     if name not in ("-h", "--help"):
         near = difflib.get_close_matches(name, names, n=1)
@@ -99,6 +104,13 @@ def choose(program: str, arguments: Sequence[str], names: Mapping[str, str]) -> 
     print("\n".join(f"  {name:{width}}  {text}" for name, text in names.items()))
     print(f"\n{program} COMMAND --help shows the flags of a command.")
     raise SystemExit(0 if arguments else 2)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def parse(command: type[T], program: str, arguments: Sequence[str], default: T | None = None) -> T:

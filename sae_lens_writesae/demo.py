@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from sae_lens_writesae.choices import Target
+from sae_lens_writesae.choices import Target, at_least
+from sae_lens_writesae.dictionaries import save_dictionary
+from sae_lens_writesae.files import check_settings, check_writable, keep_settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,10 +94,23 @@ class Demo:
     out: Path = Path("writesae-out")
     """Folder for report.html, the writes that were read, the dictionaries and the results."""
 
+    def __post_init__(self) -> None:
+        sizes = ("d_sae", "training_tokens", "context_size", "train_sequences", "eval_sequences", "n_atoms")
+        at_least(self, dict.fromkeys((*sizes, "firings_per_atom"), 1) | {"memory": 0, "seed": 0})
+
     def run(self, say: Callable[[str], object] = print) -> ReportFiles:
         """Train and test each dictionary, and write everything to `out`: the report, and for each dictionary `sae/` and
-        its result `substitution/`."""
+        its result `substitution/`. What is there already is kept: the same command goes on where it was stopped.
+
+        Raises:
+            ValueError: the head is not there, or `out` cannot be written or holds a demo with other settings; before
+                any training.
+        """
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "out"}
+        check_writable(self.out)
+        check_settings(self.out, settings)
         from hookpoints import HookedRecurrent, embedded
+        from sae_lens_writesae.evaluations import load_result
         from sae_lens_writesae.experiment.suite import quality_of_heads, with_quality
         from sae_lens_writesae.experiment.tokens import sample_sequences
         from sae_lens_writesae.page.report import write_report
@@ -110,20 +126,23 @@ class Demo:
             f"model {self.model!r}: head {choice.head} of layer {choice.layer} ({rule}); half-life of a write "
             f"{choice.half_life:.0f} tokens; without its writes the model is off by {choice.nats:.3f} nats per token"
         )
+        keep_settings(self.out, settings)
         place = [choice.layer], [choice.head]
         collection = collect(model, text, *place, self.out / "collection", targets=("write", "state"), dtype="float32")
         saes: dict[str, SAE] = {}
         for recipe in RECIPES:
-            say(f"training: {recipe.label}")
             folder = self.out / recipe.folder / "sae"
-            self._train(model, collection, text, choice, recipe, folder)
+            say(f"{'kept' if folder.exists() else 'training'}: {recipe.label}")
+            if not folder.exists():
+                self._train(model, collection, text, choice, recipe)
             saes[recipe.label] = load_sae(folder)
         quality, results = quality_of_heads(model, saes, tokens), []
         for recipe in RECIPES:
-            result = self._test(recipe).run(model, saes[recipe.label], tokens, reference=text[:128])
-            result = with_quality(result, quality, [recipe.label])
-            result.save(self.out / recipe.folder / "substitution")
-            results.append(result)
+            folder = self.out / recipe.folder / "substitution"
+            if not folder.exists():
+                result = self._test(recipe).run(model, saes[recipe.label], tokens, reference=text[:128])
+                with_quality(result, quality, [recipe.label]).save(folder)
+            results.append(load_result(folder))
         say(first_screen(results))
         return write_report(results, self.out / "report.html")
 
@@ -142,22 +161,16 @@ class Demo:
         return HeadChoice(int(best["layer"]), int(best["head"]), float(best["half_life"]), float(best["nats"]))
 
     def _train(
-        self,
-        model: HookedRecurrent,
-        collection: Collection,
-        text: Tensor,
-        choice: HeadChoice,
-        recipe: Recipe,
-        folder: Path,
+        self, model: HookedRecurrent, collection: Collection, text: Tensor, choice: HeadChoice, recipe: Recipe
     ) -> None:
         from sae_lens_writesae.sae.metric_fit import fit_metrics
         from sae_lens_writesae.sae.runner import quiet, train, training_config
         from sae_lens_writesae.sae.writes import train_on_writes
 
+        place = choice.layer, choice.head
         cfg = training_config(
             collection,
-            choice.layer,
-            choice.head,
+            *place,
             target=recipe.target,
             d_sae=self.d_sae,
             metric="gauss_newton" if recipe.metric else "frobenius",
@@ -169,13 +182,12 @@ class Demo:
         )
         with quiet():
             if recipe.target == "write":
-                place = (choice.layer, choice.head)
                 metric = fit_metrics(model, text[::4], [place], seed=self.seed)[place] if recipe.metric else None
                 keys, values = (side[:] for side in collection.factors(*place))
                 sae = train_on_writes(cfg, keys, values, metric=metric)
             else:
                 sae = train(cfg)
-        sae.save_inference_model(folder)
+        save_dictionary(sae, self.out / recipe.folder)
 
     def _test(self, recipe: Recipe) -> Substitution:
         from sae_lens_writesae.evaluations.substitution import Substitution

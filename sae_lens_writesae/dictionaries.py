@@ -11,15 +11,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 
-from sae_lens_writesae.choices import MATCHED, VARIANTS, DictionaryName, Loss, MetricName, Target
+from sae_lens_writesae.choices import MATCHED, VARIANTS, DictionaryName, Dtype, Loss, MetricName, Target, at_least
 from sae_lens_writesae.cli import parse
-from sae_lens_writesae.files import check_writable, taken
+from sae_lens_writesae.files import check_settings, check_writable, keep_settings, taken
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from sae_lens_writesae.sae.collection import Collection
     from sae_lens_writesae.sae.metric import Metric
     from sae_lens_writesae.sae.target import RunnerConfig
+    from sae_lens_writesae.sae.training import MatrixTrainingSAE
 
 Say = Callable[[str], object]
 Place = tuple[int, int, DictionaryName]
 """Layer, head, and which dictionary of that head."""
 
+_SIZES = ("d_sae", "k", "training_tokens", "train_batch_size_tokens")
 _WRITES_IN_MEMORY = 4_000_000_000
 """Bytes of the writes that are trained on at once."""
 _METRIC_TOKENS = 32_768
@@ -67,7 +69,7 @@ class Collect:
     is enough for the models that ship with it."""
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     """Of the stored vectors; auto: the smallest that is safe on a first batch."""
-    model_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    model_dtype: Dtype = "float32"
     """The model's dtype."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
@@ -75,6 +77,9 @@ class Collect:
     """Of the model; by default the first GPU, or the CPU."""
     batch_size: int | None = None
     """Sequences of one forward pass; by default 4096 tokens."""
+
+    def __post_init__(self) -> None:
+        at_least(self, dict.fromkeys(("n_tokens", "context_size", "batch_size"), 1))
 
     def run(self, say: Say = print) -> Path:
         """Collect; returns the folder."""
@@ -119,9 +124,10 @@ class Collect:
 
 
 def check_text(model: str, dataset: str | None) -> None:
-    """ValueError where the text of this package is not enough."""
-    from hookpoints import embedded
+    """Raise where the model cannot be had or hooked, or the text of this package is not enough; reads no weights."""
+    from hookpoints import HookedRecurrent, embedded
 
+    HookedRecurrent.from_pretrained(model, device="meta")
     if dataset is None and model not in embedded.names():
         raise ValueError(f"the package's own text is too short for {model}; name a --dataset with a text column")
 
@@ -137,6 +143,14 @@ def enough(documents: Iterable[str], n_tokens: int, model: HookedRecurrent) -> D
         if total >= n_tokens:
             break
     return Dataset.from_dict({"text": kept})
+
+
+def save_dictionary(sae: MatrixTrainingSAE, folder: Path) -> None:
+    """Leave a dictionary in FOLDER/sae, whole or not at all."""
+    aside = folder / ".sae"
+    shutil.rmtree(aside, ignore_errors=True)
+    sae.save_inference_model(str(aside))
+    os.replace(aside, folder / "sae")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +204,7 @@ class Train:
     """Learning rate of Adam."""
     context_size: int = 1024
     """Tokens per sequence; that of a collection holds."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """The model's dtype."""
     out: Path = Path("writesae-out/saes")
     """Folder of the dictionaries."""
@@ -204,9 +218,7 @@ class Train:
             values = getattr(self, name)
             if len(set(values)) != len(values) or not (values or name in ("layers", "heads")):
                 raise ValueError(f"{name} name one or more, once each; found {list(values)}")
-        for name in ("d_sae", "k", "training_tokens", "train_batch_size_tokens", "context_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        at_least(self, dict.fromkeys((*_SIZES, "context_size"), 1) | {"seeds": 0})
         for each in self.dictionaries():
             if each.metric != "frobenius" and not (self.model is not None and each.on_factors):
                 raise ValueError(f"the metric {each.metric} is one of a model's writes: give --model, found {each}")
@@ -233,11 +245,18 @@ class Train:
                 cannot be used; before any training.
         """
         check_writable(self.out)
+        from sae_lens_writesae.sae.kinds import sparsity_fields
+
+        sparsity_fields(self.architecture, self.k)  # raises where there is no such architecture
         collection = self._collection(say)
         layers = self.layers or tuple(collection.contents.layers)
         heads = self.heads or collection.contents.layers[layers[0]].heads
         places = [(*place, name) for place in itertools.product(layers, heads) for name in self.dictionaries()]
         folders = {place: self.out / f"L{place[0]}H{place[1]}" / str(place[2]) for place in places}
+        names = (*_SIZES, "architecture", "normalize_activations", "lr")
+        settings = {name: getattr(self, name) for name in names} | {"model": collection.model_name}
+        for folder in folders.values():
+            check_settings(folder, settings)
         configs = {place: self.training_config(collection, *place, folders[place]) for place in places}
         left = [place for place in places if not (folders[place] / "sae").exists()]
         say(f"{len(places)} dictionaries, {len(places) - len(left)} of them trained already")
@@ -251,6 +270,8 @@ class Train:
                 for folder in sorted(folders[place] for place in group):
                     locks.enter_context(taken(folder, say))
                 missing = [place for place in group if not (folders[place] / "sae").exists()]
+                for place in missing:
+                    keep_settings(folders[place], settings)
                 if missing:
                     self._train(collection, group, configs, folders, metrics)
                 done += len(missing)
@@ -268,9 +289,12 @@ class Train:
             return Collection.open(self.collection)
         folder = self.out / "collection"
         try:
-            return Collection.open(folder)
+            there = Collection.open(folder)
         except CollectionError:  # not there, or not finished
             return self._collect(folder, say)
+        if there.model_name != self.model:
+            raise ValueError(f"{folder} is of the model {there.model_name}, not {self.model}; name another --out")
+        return there
 
     def _collect(self, folder: Path, say: Say) -> Collection:
         from sae_lens_writesae.sae.collection import Collection
@@ -365,14 +389,9 @@ class Train:
                 configs[place].resume_from_checkpoint = str(whole[-1]) if whole else None
                 saes = [FrugalRunner(configs[place]).run()]
         for place, sae in zip(group, saes):
-            folder = folders[place]
-            if (folder / "sae").exists():
-                continue
-            aside = folder / ".sae"
-            shutil.rmtree(aside, ignore_errors=True)
-            sae.save_inference_model(str(aside))
-            os.replace(aside, folder / "sae")
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            if not (folders[place] / "sae").exists():
+                save_dictionary(sae, folders[place])
+                shutil.rmtree(folders[place] / "checkpoints", ignore_errors=True)
 
     def training_config(
         self, collection: Collection, layer: int, head: int, name: DictionaryName, folder: Path
@@ -414,11 +433,10 @@ class Train:
         """d_sae, and further fields of a dictionary's SAE."""
         from sae_lens.registry import get_sae_training_class
 
-        from sae_lens_writesae.sae.kinds import matched_flat
+        from sae_lens_writesae.sae.kinds import matched_flat, sparsity_fields
 
         sae_class, config_class = get_sae_training_class(self.architecture)
-        # Architectures with a penalty in the place of a number of active atoms have no k.
-        sparsity: dict[str, object] = {"k": self.k} if "k" in {f.name for f in fields(config_class)} else {}
+        sparsity = sparsity_fields(self.architecture, self.k)
         given = sparsity | {"normalize_activations": self.normalize_activations}
         if name.variant != MATCHED:
             return self.d_sae, given | VARIANTS[name.variant]

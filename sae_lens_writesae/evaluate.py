@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import tyro
 
+from sae_lens_writesae.choices import Dtype, at_least
 from sae_lens_writesae.cli import choose, parse
 from sae_lens_writesae.files import check_writable, taken
+from sae_lens_writesae.settings import evaluations, parse_with, settings_of
 
 if TYPE_CHECKING:
     from sae_lens_writesae.experiment.evaluation import Evaluation
-    from sae_lens_writesae.experiment.result import Json
     from sae_lens_writesae.page.report import ReportFiles
 
 _REFERENCE = 64
@@ -29,12 +27,13 @@ class Subjects:
     """What is evaluated, on which text."""
 
     saes: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of trained SAEs (cfg.json, sae_weights.safetensors) of one model."""
+    """Folders of trained SAEs (cfg.json, sae_weights.safetensors) of one model, or folders that hold such folders, as
+    `writesae train` and `demo` leave them."""
     out: Path = Path("writesae-out/eval")
     """Folder for results and report."""
     model: str | None = None
     """Model; by default the one named in the SAEs' metadata."""
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     """The model's dtype."""
     text: Path | None = None
     """Text file to test on; by default the held-out text of the package."""
@@ -45,6 +44,9 @@ class Subjects:
     control_dictionaries: bool = True
     """Evaluate an untrained dictionary and one of native writes beside each, by the same rules: three times the work.
     They are made from the training text of the package, on which baselines are then fitted too."""
+
+    def __post_init__(self) -> None:
+        at_least(self, {"sequences": 1, "context_size": 1})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +72,14 @@ class EvalAll:
         Raises:
             ValueError: a kind or a setting that does not exist, or a value that an evaluation refuses.
         """
+        from hookpoints.errors import nearest
         from sae_lens_writesae.evaluations import EVALUATIONS
         from sae_lens_writesae.experiment.evaluation import Scope
 
         if unknown := [kind for kind in self.kinds if kind not in EVALUATIONS]:
             raise ValueError(f"there is no evaluation {', '.join(unknown)}; there are {', '.join(EVALUATIONS)}")
-        fields = {kind: {f.name for f in dataclasses.fields(each)} for kind, each in EVALUATIONS.items()}
-        settings: dict[str, dict[str, Json]] = {kind: {"seed": self.seed} for kind in EVALUATIONS}
+        fields = {kind: settings_of(source.module, source.name) for kind, source in evaluations().items()}
+        settings: dict[str, dict[str, object]] = {kind: {"seed": self.seed} for kind in EVALUATIONS}
         for pair in sorted(self.set, key=lambda pair: "." in pair.partition("=")[0]):  # those of one kind win
             name, equals, value = pair.partition("=")
             if not equals:
@@ -84,19 +87,30 @@ class EvalAll:
             of_kind, _, field = name.rpartition(".")
             having = [kind for kind in EVALUATIONS if of_kind in ("", kind) and field in fields[kind]]
             if not having:
-                raise ValueError(f"no evaluation has a setting {name}")
-            try:
-                parsed = json.loads(value)
-            except json.JSONDecodeError:
-                parsed = value
+                known = {each for kind, own in fields.items() if of_kind in ("", kind) for each in own}
+                raise ValueError(f"no evaluation has a setting {name}{nearest(field, known)}")
             for kind in having:
-                settings[kind][field] = parsed
+                settings[kind][field] = _value(f"{kind}.{field}", fields[kind][field].type, value)
         places = {Scope.EACH: ("dictionary",), Scope.LAYER: ("dictionary", "layer")}
         return [
             each.from_dict(settings[kind])
             for kind, each in EVALUATIONS.items()
             if kind in (self.kinds or fields) and (self.per is None or self.per in places.get(each.scope, ("head",)))
         ]
+
+
+def _value(name: str, kind: object, text: str) -> object:
+    """A setting from JSON, or from a word where that is none."""
+    from pydantic import TypeAdapter, ValidationError
+
+    adapter = TypeAdapter(cast(type, kind))
+    for read in (adapter.validate_json, adapter.validate_python):
+        try:
+            return read(text)
+        except ValidationError:
+            continue
+    told = getattr(kind, "__name__", "") if isinstance(kind, type) else str(kind).replace("typing.", "")
+    raise ValueError(f"--set {name} takes a value of type {told}, as JSON; found {text!r}")
 
 
 @dataclass(frozen=True)
@@ -106,49 +120,36 @@ class Report:
     results: tyro.conf.Positional[tuple[Path, ...]]
     """Folders in or below which `writesae eval`, `demo` or `reproduce` left results."""
     out: Path = Path("report.html")
-    """Page to write."""
+    """Page to write, or a folder, which gets a report.html."""
 
     def run(self) -> ReportFiles:
-        """Find the results and write the page."""
+        """Find the results and write the page.
+
+        Raises:
+            ValueError: there are no results, or the page cannot be written; the latter before any work.
+        """
+        page = self.out / "report.html" if self.out.is_dir() else self.out.with_suffix(".html")
+        check_writable(page.parent)
+        if page.is_dir():
+            raise ValueError(f"{page} cannot be written: it is a folder; name another --out")
         from sae_lens_writesae.page.report import find_results, write_report
 
-        return write_report(find_results(self.results), self.out)
-
-
-def questions() -> dict[str, str]:
-    """Every evaluation's kind and question, in the order of `EVALUATIONS`. They are read from the source, because
-    importing an evaluation loads torch."""
-    found: list[tuple[int, str, str]] = []
-    for file in (Path(__file__).parent / "evaluations").glob("[!_]*.py"):
-        for each in ast.parse(file.read_text(encoding="utf-8")).body:
-            values = {
-                ast.unparse(line.target): line.value
-                for line in (each.body if isinstance(each, ast.ClassDef) else [])
-                if isinstance(line, ast.AnnAssign) and line.value is not None
-            }
-            if "kind" in values:
-                kind, question = (ast.literal_eval(values[name]) for name in ("kind", "question"))
-                answers = ast.literal_eval(values["answers"]) if "answers" in values else ()
-                found.append((min(answers, default=99), kind, question))
-    return {kind: question for _, kind, question in sorted(found)}
+        return write_report(find_results(self.results), page)
 
 
 def run_eval(arguments: Sequence[str]) -> ReportFiles:
     """`writesae eval KIND SAE...` with the settings of that evaluation as flags; `all` runs every evaluation."""
-    kinds = questions() | {"all": "Every evaluation that fits the dictionaries, on one page."}
-    kind = choose("writesae eval", arguments, kinds)
+    kinds = {kind: source.question for kind, source in evaluations().items()}
+    kind = choose("writesae eval", arguments, kinds | {"all": "Every evaluation that fits, on one page."})
     program = f"writesae eval {kind}"
     if kind == "all":
         everything = parse(EvalAll, program, arguments[1:])
         return evaluate(everything.subjects, everything.evaluations(), resume=everything.resume)
+    source = evaluations()[kind]
+    subjects, settings = parse_with(Subjects, source.module, source.name, program, arguments[1:])
     from sae_lens_writesae.evaluations import EVALUATIONS
 
-    evaluation_class = tyro.conf.OmitArgPrefixes[EVALUATIONS[kind]]
-    fields = [("subjects", tyro.conf.OmitArgPrefixes[Subjects]), ("evaluation", evaluation_class)]
-    command_class = dataclasses.make_dataclass("Eval", fields, frozen=True)
-    command_class.__doc__ = EVALUATIONS[kind].question
-    command = parse(command_class, program, arguments[1:])
-    return evaluate(command.subjects, [command.evaluation], single=True)
+    return evaluate(subjects, [EVALUATIONS[kind].from_dict(settings)], single=True)
 
 
 def evaluate(
@@ -167,12 +168,13 @@ def evaluate(
     from sae_lens_writesae.experiment.suite import evaluate_all
     from sae_lens_writesae.experiment.tokens import sample_sequences
     from sae_lens_writesae.page.report import write_report
-    from sae_lens_writesae.sae.load import folder_labels, load_sae
+    from sae_lens_writesae.sae.load import folder_labels, load_sae, sae_folders
 
     check_writable(subjects.out)
-    saes = {label: load_sae(folder) for label, folder in zip(folder_labels(subjects.saes), subjects.saes)}
-    if len(saes) < len(subjects.saes):
-        raise ValueError(f"two of the SAEs' folders have the same name: {', '.join(map(str, subjects.saes))}")
+    folders = [folder for path in subjects.saes for folder in sae_folders(path)]
+    saes = {label: load_sae(folder) for label, folder in zip(folder_labels(folders), folders)}
+    if len(saes) < len(folders):
+        raise ValueError(f"two of the SAEs' folders have the same name: {', '.join(map(str, folders))}")
     models = {subjects.model or str(sae.cfg.metadata.model_name) for sae in saes.values()}
     if len(models) != 1:
         named = ", ".join(sorted(models)) or "none"

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 import tyro
-from sae_lens import SAE
-from torch import Tensor
 
-from hookpoints import HookedRecurrent, embedded
+from sae_lens_writesae.choices import Dtype, at_least
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations import load_result
-from sae_lens_writesae.experiment.lab import Lab
-from sae_lens_writesae.experiment.tokens import sample_sequences
 from sae_lens_writesae.files import atomic_text, check_writable, taken
-from sae_lens_writesae.page.atoms.collect import AtomPages
-from sae_lens_writesae.page.atoms.export import neuronpedia_batch, write_delphi
-from sae_lens_writesae.page.atoms.pages import AtomPageFiles, write_atom_pages
-from sae_lens_writesae.sae.load import load_sae
+from sae_lens_writesae.settings import parse_with
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+    from torch import Tensor
+
+    from hookpoints import HookedRecurrent
+    from sae_lens_writesae.page.atoms.collect import AtomPages
+    from sae_lens_writesae.page.atoms.pages import AtomPageFiles
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +32,11 @@ class OnText:
     """A dictionary, its model and a text."""
 
     sae: tyro.conf.Positional[Path]
-    """Folder of a trained SAE (cfg.json, sae_weights.safetensors)."""
+    """Folder of a trained SAE (cfg.json, sae_weights.safetensors). `show` also takes one that holds such folders, as
+    `writesae train` and `demo` leave them: each then gets a folder in `out`."""
     model: str | None = None
     """Model; by default the one named in the SAE's metadata."""
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     """The model's dtype."""
     text: Path | None = None
     """Text file; by default the held-out text of the package."""
@@ -40,15 +45,22 @@ class OnText:
     context_size: int = 128
     """Tokens per sequence."""
 
+    def __post_init__(self) -> None:
+        at_least(self, {"sequences": 1, "context_size": 1})
+
     def load(self) -> tuple[HookedRecurrent, SAE, Tensor]:
         """The model, the dictionary, and the text as tokens [sequences,context_size].
 
         Raises:
             ValueError: a folder does not hold what it should, or the text is too short.
         """
+        from hookpoints import HookedRecurrent, embedded
+        from sae_lens_writesae.experiment.tokens import sample_sequences
+        from sae_lens_writesae.sae.load import load_sae
+
+        text = embedded.text("test") if self.text is None else self.text.read_text(encoding="utf-8")
         sae = load_sae(self.sae)
         model = HookedRecurrent.from_pretrained(self.model or str(sae.cfg.metadata.model_name), dtype=self.dtype)
-        text = embedded.text("test") if self.text is None else self.text.read_text(encoding="utf-8")
         return model, sae, sample_sequences(model, text, self.context_size, self.sequences)
 
 
@@ -61,29 +73,35 @@ class Show(OnText):
     """
 
     substitution: Path | None = None
-    """Folder of a saved substitution test of this SAE; by default a small one is run."""
+    """Folder of a saved substitution test of this SAE; by default the one that `demo` left beside it, or else a small
+    one is run."""
     readers: Path | None = None
     """Folder of a saved result of the evaluation `readers`; by default readers are measured here, without a control."""
-    pages: tyro.conf.OmitArgPrefixes[AtomPages] = field(default_factory=AtomPages)
     out: Path = Path("writesae-out/atoms")
     """Folder for index.html, one page per atom, and data.json."""
 
     optional: bool = False
     """Where no atom can be shown, leave the reason in `out` and no error."""
 
-    def run(self, progress: bool = True) -> AtomPageFiles | Path:
+    def run(self, pages: AtomPages | None = None, progress: bool = True) -> AtomPageFiles | Path:
         """Load the SAE, look at its atoms on the text, and write the pages to `out`.
 
         Raises:
             ValueError: a folder does not hold what it should, the SAE does not fit the model, or no atom fires often
                 enough.
         """
+        from sae_lens_writesae.evaluations import load_result
+        from sae_lens_writesae.page.atoms.collect import AtomPages
+        from sae_lens_writesae.page.atoms.pages import write_atom_pages
+
         check_writable(self.out)
-        substitution, readers = (None if f is None else load_result(f) for f in (self.substitution, self.readers))
-        loaded = self.load()
+        beside = self.sae.parent / "substitution"
+        tested = self.substitution or (beside if (beside / "info.json").is_file() else None)
+        substitution, readers = (None if f is None else load_result(f) for f in (tested, self.readers))
+        loaded, pages = self.load(), pages or AtomPages()
         with taken(self.out):
             try:
-                data = self.pages.collect(*loaded, substitution=substitution, readers=readers, progress=progress)
+                data = pages.collect(*loaded, substitution=substitution, readers=readers, progress=progress)
             except NothingToMeasureError as error:
                 if not self.optional:
                     raise
@@ -105,22 +123,49 @@ class Export(OnText):
     """What the text is called there."""
     splits: int = 5
     """delphi: files that the atoms are dealt to."""
-    pages: tyro.conf.OmitArgPrefixes[AtomPages] = field(default_factory=AtomPages)
     out: Path = Path("writesae-out/export")
     """Folder for what is written."""
 
-    def run(self, progress: bool = True) -> Path:
+    def run(self, pages: AtomPages | None = None, progress: bool = True) -> Path:
         """Load the SAE, find where its atoms fire on the text, and write to `out`: the file, or for delphi the folder.
 
         Raises:
             ValueError: a folder does not hold what it should, the SAE does not fit the model, no atom fires often
                 enough, or `splits` is not between 1 and the number of atoms.
         """
+        from sae_lens_writesae.experiment.lab import Lab
+        from sae_lens_writesae.page.atoms.collect import AtomPages
+        from sae_lens_writesae.page.atoms.export import neuronpedia_batch, write_delphi
+
         check_writable(self.out)
         model, sae, tokens = self.load()
         if self.to == "neuronpedia":
-            pages = replace(self.pages, substitution_firings=0)  # has no place there
+            pages = dataclasses.replace(pages or AtomPages(), substitution_firings=0)  # has no place there
             batch = neuronpedia_batch(pages.collect(model, sae, tokens, progress=progress), self.dataset)
             return atomic_text(self.out / "batch-0.json", json.dumps(batch, allow_nan=False))
         lab = Lab(model, {"": sae}, tokens, progress=progress)
         return write_delphi(lab, self.out, n_splits=self.splits, dataset=self.dataset)
+
+
+def run_show(arguments: Sequence[str]) -> str:
+    """`writesae show SAE` with the settings of `AtomPages` as flags."""
+    show, pages = _with_pages(Show, "writesae show", arguments)
+    from sae_lens_writesae.sae.load import folder_labels, sae_folders
+
+    folders = sae_folders(show.sae)
+    outs = [show.out / label for label in folder_labels(folders)] if len(folders) > 1 else [show.out]
+    each = [dataclasses.replace(show, sae=folder, out=out) for folder, out in zip(folders, outs)]
+    return "\n".join(str(one.run(pages)) for one in each)
+
+
+def run_export(arguments: Sequence[str]) -> Path:
+    """`writesae export SAE` with the settings of `AtomPages` as flags."""
+    export, pages = _with_pages(Export, "writesae export", arguments)
+    return export.run(pages)
+
+
+def _with_pages(command: type[T], program: str, arguments: Sequence[str]) -> tuple[T, AtomPages]:
+    given, settings = parse_with(command, "sae_lens_writesae.page.atoms.collect", "AtomPages", program, arguments)
+    from sae_lens_writesae.page.atoms.collect import AtomPages
+
+    return given, AtomPages(**cast(dict, settings))

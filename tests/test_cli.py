@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import pytest
 import torch
+import transformers
 from sae_lens.saes.sae import SAEMetadata
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.cli import COMMANDS, main
-from sae_lens_writesae.evaluate import EvalAll, Subjects, questions
+from sae_lens_writesae.evaluate import EvalAll, Subjects
 from sae_lens_writesae.evaluations import EVALUATIONS, Evaluation, load_result
+from sae_lens_writesae.page.atoms import AtomPages
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
-
-FAST = ("collect", "demo", "push", "report", "reproduce", "selftest", "sweep", "train")
-"""Commands whose help needs no torch."""
+from sae_lens_writesae.settings import evaluations, settings_of
 
 COUNTS = ["--sequences", "6", "--context-size", "48"]
 
@@ -57,7 +59,10 @@ def sae_folder(embedded: HookedRecurrent, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(autouse=True)
 def one_model(embedded: HookedRecurrent, monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded model is loaded once for all tests."""
-    monkeypatch.setattr(HookedRecurrent, "from_pretrained", lambda name, **_: embedded)
+    load = HookedRecurrent.from_pretrained
+    monkeypatch.setattr(
+        HookedRecurrent, "from_pretrained", lambda name, **how: embedded if name == "embedded" else load(name, **how)
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["eval", "--help"]])
@@ -70,30 +75,43 @@ def test_names_are_listed_with_what_they_do(capsys: pytest.CaptureFixture[str], 
 
 def test_help_loads_no_torch() -> None:
     """In a process of its own, because these tests have loaded it."""
-    for arguments in (["--help"], ["--version"], ["eval", "--help"], *([name, "--help"] for name in FAST)):
-        code = f"""
+    commands = [["--help"], ["--version"], ["eval", "--help"]]
+    commands += [["eval", kind, "--help"] for kind in [*EVALUATIONS, "all"]]
+    commands += [[name, "--help"] for name in COMMANDS if name not in ("eval", "prompt", "train-saelens")]
+    code = f"""
 import sys, writesae
-sys.argv = ["writesae", *{arguments!r}]
-try:
-    writesae.main()
-except SystemExit as ended:
-    assert not ended.code
-print("loaded", sorted({{"torch", "numpy", "pandas", "sae_lens"}} & sys.modules.keys()))
+for arguments in {commands!r}:
+    sys.argv = ["writesae", *arguments]
+    try:
+        writesae.main()
+    except SystemExit as ended:
+        assert not ended.code, arguments
+    loaded = {{"torch", "numpy", "pandas", "sae_lens"}} & sys.modules.keys()
+    assert not loaded, (arguments, loaded)
 """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert done.stdout.splitlines()[-1] == "loaded []", arguments
+    ascii_terminal = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=ascii_terminal, check=True)
 
 
-def test_questions_are_read_from_the_source_as_the_classes_have_them() -> None:
-    assert list(questions().items()) == [(kind, each.question) for kind, each in EVALUATIONS.items()]
+def test_settings_are_read_from_the_source_as_the_classes_have_them() -> None:
+    assert {kind: source.question for kind, source in evaluations().items()} == {
+        kind: each.question for kind, each in EVALUATIONS.items()
+    }
+    assert list(evaluations()) == list(EVALUATIONS)
+    for each in (*EVALUATIONS.values(), AtomPages):
+        settings, types = settings_of(each.__module__, each.__name__), get_type_hints(each)
+        assert list(settings) == [field.name for field in dataclasses.fields(each)]
+        for field in dataclasses.fields(each):
+            assert settings[field.name][:2] == (types[field.name], field.default)
+            assert settings[field.name].text, f"{each.__name__}.{field.name} has no docstring"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     done = run(capsys, "--version")
-    assert done.status == 0 and done.out.startswith("writesae ")
+    assert done.status == 0 and f"torch {torch.__version__}" in " ".join(done.out.split())
 
 
-@pytest.mark.parametrize("command", [*FAST, "export", "prompt", "show", "train-saelens"])
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"eval"}))
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str], command: str) -> None:
     done = run(capsys, command, "--help")
     assert done.status == 0 and len(done.out) > 200 and "usage" in done.out.lower()
@@ -117,22 +135,80 @@ def test_a_misspelt_name_is_answered_with_the_nearest(
     assert done.status == 2 and f"Did you mean '{near}'" in done.err and len(done.err.splitlines()) == 1
 
 
+HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["--n-atoms", "0"], "n_atoms"),
-        (["--scales", "matched", "unit"], "unit"),
-        (["--mean-write-energy", "2"], "mean_write_energy"),
-        (["--horizon", "many"], "horizon"),
-        (["--horizn", "3"], "horizn"),
+        (["collect", *HEAD, "--n-tokens", "0"], "n_tokens"),
+        (["collect", "--model", "embeded", "--layer", "2"], "nearest: embedded"),
+        (["demo", "--training-tokens", "-5"], "training_tokens"),
+        (["demo", "--model", "embeded"], "nearest: embedded"),
+        (["demo", "--model", "GPT2"], "recurrent op"),
+        (["demo", "--out", "FILE/below"], "is a file"),
+        (["demo", "--out", "/proc/below"], "/proc"),
+        (["eval", "all", "SAE", "--set", "n_atoms=abc"], "'abc'"),
+        (["eval", "all", "SAE", "--set", "n_atms=5"], "n_atoms"),
+        (["eval", "all", "SAE", "--set", "horizon=2.5"], "'2.5'"),
+        (["eval", "sign", "SAE", "--sequences", "-5"], "sequences"),
+        (["eval", "sign", "SAE", "--text", "[/nothing]"], "[/nothing]"),
+        (["eval", "substitution", "SAE", "--n-atoms", "0"], "n_atoms"),
+        (["eval", "substitution", "SAE", "--n-atoms", "abc"], "abc"),
+        (["eval", "substitution", "SAE", "--scales", "matched", "unit"], "unit"),
+        (["eval", "substitution", "SAE", "--mean-write-energy", "2"], "mean_write_energy"),
+        (["eval", "substitution", "SAE", "--horizn", "3"], "horizn"),
+        (["hooks", "embedded", "--layer", "9"], "layer 9"),
+        (["hooks", "a[/x]b[red]c"], "a[/x]b[red]c"),
+        (["report", "[/nothing]"], "[/nothing]"),
+        (["reproduce", "--small", "--set", "foo=1"], "foo"),
+        (["reproduce", "--small", "--profile", "nowhere"], "nowhere"),
+        (["reproduce", "--small", "--architecture", "writesae_jumpreluu"], "nearest: writesae_jumprelu"),
+        (["selftest", "--only", "[red]"], "[red]"),
+        (["show", "SAE", "--n-atoms", "-1"], "n_atoms"),
+        (["sweep", "--k", "0"], "k must"),
+        (["train", *HEAD, "--targets", "wrte"], "wrte"),
+        (["train", *HEAD, "--training-tokens", "-5"], "training_tokens"),
+        (["train", *HEAD, "--variants", "Wrong"], "Wrong"),
+        (["train", *HEAD, "--architecture", "writesae_topkk"], "nearest: writesae_topk"),
+        (["train", "--model", "embeded", *HEAD[2:]], "nearest: embedded"),
     ],
+    ids=" ".join,
 )
-def test_a_setting_typed_wrong_ends_before_any_work(
+def test_what_is_typed_wrong_ends_before_any_work(
     capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path, arguments: list[str], word: str
 ) -> None:
-    done = run(capsys, "eval", "substitution", sae_folder, "--out", tmp_path / "out", *arguments)
+    (tmp_path / "file").touch()
+    places = {"SAE": sae_folder, "GPT2": gpt2(tmp_path), "FILE/below": tmp_path / "file" / "below"}
+    out = [] if "--out" in arguments or arguments[0] in ("hooks", "selftest") else ["--out", tmp_path / "out"]
+    done = run(capsys, *(places.get(each, each) for each in arguments), *out)
     assert done.status == 2 and word in done.err and "Traceback" not in done.err
+    assert done.err.startswith("error: ") == (len(done.err.splitlines()) == 1)  # tyro's own are in a frame
     assert not (tmp_path / "out").exists()
+
+
+def gpt2(folder: Path) -> Path:
+    """A model without a recurrence."""
+    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=64, bos_token_id=1, eos_token_id=1)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
+    return folder / "gpt2"
+
+
+def test_models_and_hooks_are_listed_with_their_shapes(
+    capsys: pytest.CaptureFixture[str], embedded: HookedRecurrent
+) -> None:
+    models = run(capsys, "models")
+    assert models.status == 0 and "RWKV-7, 6 heads of 32 x 32" in models.out and "Gated DeltaProduct" in models.out
+    listed = run(capsys, "hooks", "embedded", "--layer", "2")
+    assert listed.status == 0, listed.err
+    _, cache = embedded.run_with_cache(torch.arange(1, 4)[None], names_filter=lambda name: True)
+    shapes = dict(re.findall(r"^  (\S+) +(\[.*?\](?: or \[.*?\])?)", listed.out, flags=re.MULTILINE))
+    for name, activation in cache.items():
+        if name.startswith("blocks.2.") and ".heads." not in name:
+            assert str(["B", "T", *activation.shape[2:]]).replace("'", "") in shapes[name]
+    assert shapes["blocks.2.mixer.heads.{h}.hook_write_vec"] == "[B, T, 2048]"
+    everything = run(capsys, "hooks", "embedded").out
+    assert "layer 0" in everything and "layers 1, 2, 3, 4" in everything
 
 
 def test_an_unknown_folder_is_named_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -158,7 +234,7 @@ def test_two_folders_of_one_name_and_two_models_are_refused(
 
 def test_eval_then_report(capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = run(capsys, "eval", "sign", sae_folder, "--out", out, *COUNTS, "--n-positions", "4", "--seed", "3")
+    done = run(capsys, "eval", "sign", sae_folder.parent, "--out", out, *COUNTS, "--n-positions", "4", "--seed", "3")
     assert done.status == 0, done.err
     assert done.out.splitlines()[-2:] == [f"report   {out / 'report.html'}", f"numbers  {out / 'report.json'}"]
     result = load_result(out / "sign" / "L2H1")

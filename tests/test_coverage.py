@@ -18,8 +18,8 @@ from sae_lens_writesae import EVALUATIONS  # noqa: E402
 from sae_lens_writesae.cli import COMMANDS, parse  # noqa: E402
 from sae_lens_writesae.dictionaries import Train  # noqa: E402
 from sae_lens_writesae.evaluate import Report, Subjects  # noqa: E402
-from sae_lens_writesae.page.atoms.show import Show  # noqa: E402
 from sae_lens_writesae.reproduce.sweep import Sweep  # noqa: E402
+from sae_lens_writesae.show import Show  # noqa: E402
 from sae_lens_writesae.verdict.paper import PAPER_CLAIMS  # noqa: E402
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,11 @@ def test_the_demo_leaves_a_report_dictionaries_and_results(tmp_path: Path) -> No
     assert files.html == tmp_path / "out" / "report.html"
     screen = "\n".join(said)
     assert "half-life" in screen and "One write exchanged" in screen and "mean write of the token pair" in screen
+    whole = (tmp_path / "out" / RECIPES[0].folder / "sae" / "sae_weights.safetensors").stat().st_mtime_ns
+    assert demo.run(say=said.append) == files and said.count(f"kept: {RECIPES[0].label}") == 1
+    assert (tmp_path / "out" / RECIPES[0].folder / "sae" / "sae_weights.safetensors").stat().st_mtime_ns == whole
+    with pytest.raises(ValueError, match="seed: 0, now 1"):
+        replace(demo, seed=1).run()
     page = files.html.read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and 'src="http' not in page
     labels = {row["label"] for row in json.loads(files.json.read_text())["claims"]}

@@ -81,7 +81,13 @@ def test_a_model_runs_once_for_all_dictionaries_and_nothing_is_trained_twice(
     embedded: HookedRecurrent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[str] = []
-    monkeypatch.setattr(HookedRecurrent, "from_pretrained", lambda name, **_: loaded.append(name) or embedded)
+
+    def load(name: str, **how: object) -> HookedRecurrent:
+        if how.get("device") != "meta":  # without weights
+            loaded.append(name)
+        return embedded
+
+    monkeypatch.setattr(HookedRecurrent, "from_pretrained", load)
     out, said = tmp_path / "saes", []
     train = Train(model="embedded", **HEADS, seeds=(0, 1), context_size=32, out=out, **SIZES)
     train.run(said.append)
@@ -89,6 +95,9 @@ def test_a_model_runs_once_for_all_dictionaries_and_nothing_is_trained_twice(
     assert said[-1].startswith(", ".join(names)) and loaded == ["embedded"]
     weights = {name: load_file(out / name / "sae" / "sae_weights.safetensors")["v"] for name in names}
     assert not weights[names[0]].equal(weights[names[1]])  # a seed of its own
+    for changes, word in (({"d_sae": 8}, "d_sae: 16, now 8"), ({"model": "embedded-rwkv7"}, "embedded-rwkv7")):
+        with pytest.raises(ValueError, match=word):
+            replace(train, **changes).run(said.append)
     times = {name: (out / name / "sae" / "cfg.json").stat().st_mtime_ns for name in names}
     (out / names[3] / "sae").rename(out / "elsewhere")
     train.run(said.append)

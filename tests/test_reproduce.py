@@ -108,7 +108,7 @@ def test_what_cannot_run_is_said_before_anything_is_written(tmp_path, capsys):
     assert "wrong" in reproduce("--evaluations", "wrong")
     assert "foo" in reproduce("--set", "foo=1")
     assert "laptop" in reproduce("--profile", "wrong")
-    assert "dataset" in reproduce("--model", "Qwen/Qwen3.5-0.8B")
+    assert "dataset" in reproduce("--model", str(embedded.path("embedded")))
     assert str(file) in reproduce("--out", str(file / "run"))
     assert list(tmp_path.iterdir()) == [file]
 

@@ -20,6 +20,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
+from sae_lens_writesae.choices import at_least
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.result import Claim, Figure, Json, Result
@@ -73,10 +74,7 @@ class Evaluation(ABC):
             value = getattr(self, name)
             if isinstance(value, list):  # as JSON and the command line give them
                 object.__setattr__(self, name, tuple(value))
-        for name, bound in {"rows_per_run": 1, **self.at_least}.items():
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, str) or value < bound):
-                raise ValueError(f"{name} must be at least {bound:g}, found {value!r}")
+        at_least(self, {"rows_per_run": 1, **self.at_least})
         for name, allowed in self.choices.items():
             value = getattr(self, name)
             entries = value if isinstance(value, tuple) else (value,)

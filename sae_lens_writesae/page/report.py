@@ -20,7 +20,7 @@ from sae_lens_writesae.evaluations import EVALUATIONS, load_result
 from sae_lens_writesae.experiment.controls import Answer, answers
 from sae_lens_writesae.experiment.evaluation import Evaluation
 from sae_lens_writesae.experiment.result import Claim, Json, Result
-from sae_lens_writesae.files import atomic_text, atomic_write
+from sae_lens_writesae.files import atomic_csv, atomic_text, atomic_write
 from sae_lens_writesae.page.template import environment, outcome_text
 from sae_lens_writesae.verdict.paper import OTHER_MODELS, PAPER_CLAIMS, Outcome, PaperClaim
 
@@ -79,7 +79,7 @@ def write_report(results: Sequence[Result], path: str | Path, *, title: str | No
     claims = pd.DataFrame(numbers["claims"], columns=["label", "paper", *Claim.__dataclass_fields__])
     for name, table in joined_tables(results).items():
         atomic_write(target.parent / "tables" / f"{name}.parquet", lambda f, t=table: t.to_parquet(f, index=False))
-    atomic_text(target.with_name("claims.csv"), claims.astype({"number": "Int64"}).to_csv(index=False))
+    atomic_csv(target.with_name("claims.csv"), claims.astype({"number": "Int64"}))
     beside = atomic_text(target.with_suffix(".json"), json.dumps(numbers, indent=1, allow_nan=False))
     atomic_text(target, _render(results, rows, title or _title(results), beside.name))
     return ReportFiles(target, beside)

@@ -69,12 +69,12 @@ class Reproduce:
             ValueError: the run cannot be done, another process does it, the folder holds a run with other settings, the
                 disk is too small, or Snakemake is not installed; before anything is written.
         """
+        check_writable(self.out)
         from hookpoints import HookedRecurrent
         from sae_lens_writesae.evaluate import EvalAll, Subjects
         from sae_lens_writesae.reproduce.estimate import estimate
         from sae_lens_writesae.reproduce.gpus import VARIABLE, visible
 
-        check_writable(self.out)
         EvalAll(subjects=Subjects(saes=()), kinds=self.config.evaluations, set=self.config.set).evaluations()
         check_text(self.config.model, self.config.dataset)
         gpus = visible()

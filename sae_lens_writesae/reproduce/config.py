@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import cast
 
-from sae_lens_writesae.choices import MATCHED, DictionaryName, Loss, Target
-from sae_lens_writesae.files import atomic_text
-
-
-def keep_settings(folder: Path, settings: Mapping[str, object]) -> None:
-    """Write `config.json`, or compare with the one that is there.
-
-    Raises:
-        ValueError: the folder holds a run with other settings; names them. Nothing is overwritten.
-    """
-    file = folder / "config.json"
-    own = json.loads(json.dumps(settings))
-    if not file.exists():
-        atomic_text(file, json.dumps(own, indent=1))
-        return
-    there = json.loads(file.read_text(encoding="utf-8"))
-    differing = [f"{key}: {there.get(key)!r}, now {own[key]!r}" for key in own if there.get(key) != own[key]]
-    if differing:
-        raise ValueError(
-            f"{folder} holds a run with other settings ({'; '.join(differing)}); give another --out, or the same "
-            "settings to go on with it"
-        )
+from sae_lens_writesae.choices import MATCHED, DictionaryName, Dtype, Loss, Target, at_least
+from sae_lens_writesae.files import keep_settings
 
 
 @dataclass(frozen=True)
 class ReproduceConfig:
     """A run over `layers` x `heads` of one model; the other defaults are the paper's sizes (Qwen3.5-0.8B)."""
 
-    model: str = "Qwen/Qwen3.5-0.8B"
+    model: str = "embedded"
     """Model on the hub, a folder, or one that ships with the package."""
     layers: tuple[int, ...] = ()
     """Recurrent layers. By default `n_layers` at the depths of the paper's (9, 1 and 17 of 24)."""
@@ -93,7 +72,7 @@ class ReproduceConfig:
     """Atoms that an evaluation draws."""
     firings_per_atom: int = 10
     """Firings of each."""
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     """The model's dtype."""
     dashboards: int = 50
     """Atoms of the first dictionary of each head that get a page; 0: none."""
@@ -110,9 +89,8 @@ class ReproduceConfig:
         if not 1 <= self.n_layers <= 3:
             raise ValueError(f"n_layers must be 1, 2 or 3, found {self.n_layers}; name layers to have others")
         sizes = ("d_sae", "k", "training_tokens", "train_batch_size_tokens", "context_size", "eval_sequences")
-        for name in (*sizes, "variant_seeds", "n_atoms", "firings_per_atom"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        at_least(self, dict.fromkeys((*sizes, "variant_seeds", "n_atoms", "firings_per_atom"), 1))
+        at_least(self, {"dashboards": 0, "seeds": 0})
         self.dictionaries()
 
     def dictionaries(self) -> dict[str, list[str]]:

@@ -18,6 +18,7 @@ from sae_lens_writesae.evaluations import EVALUATIONS
 from sae_lens_writesae.experiment.evaluation import Scope
 from sae_lens_writesae.files import free_bytes, size_text
 from sae_lens_writesae.reproduce.config import ReproduceConfig
+from sae_lens_writesae.sae.kinds import sparsity_fields
 
 _ROWS_PER_FIRING = 40
 """Edited rows of a firing in an evaluation: conditions, scales and choices of the atom."""
@@ -135,14 +136,16 @@ def measure(config: ReproduceConfig, model: HookedRecurrent) -> Pieces:
 def _optimizer_step(config: ReproduceConfig, model: HookedRecurrent, width: int) -> Callable[[], object]:
     """A step on rows of K + V numbers, the factors of writes, or of K * V."""
     shape = model.cfg.layer(config.layers[0])
+    fields = {"d_in": shape.K * shape.V, "d_k": shape.K, "d_v": shape.V, "d_sae": config.d_sae}
+    fields |= sparsity_fields(config.architecture, config.k)
     sae_class, config_class = get_sae_training_class(config.architecture)
-    fields = {"d_in": shape.K * shape.V, "d_k": shape.K, "d_v": shape.V, "d_sae": config.d_sae, "k": config.k}
     sae = sae_class(config_class.from_dict(fields | {"device": str(model.cfg.device)}))
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr)
     batch = torch.randn(config.train_batch_size_tokens, width, device=model.cfg.device)
 
     def step() -> None:
-        inputs = TrainStepInput(batch, {}, None, n_training_steps=0, is_logging_step=False)
+        coefficients = dict.fromkeys(sae.get_coefficients(), 1.0)
+        inputs = TrainStepInput(batch, coefficients, None, n_training_steps=0, is_logging_step=False)
         sae.training_forward_pass(inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

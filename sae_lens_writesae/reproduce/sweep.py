@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sae_lens_writesae.choices import VARIANTS, DictionaryName, Target
+from sae_lens_writesae.choices import VARIANTS, DictionaryName, Target, at_least
 from sae_lens_writesae.dictionaries import Collect, Train, check_text
-from sae_lens_writesae.evaluate import EvalAll, Subjects, questions
-from sae_lens_writesae.files import atomic_text, check_writable
-from sae_lens_writesae.reproduce.config import ReproduceConfig, keep_settings
+from sae_lens_writesae.evaluate import EvalAll, Subjects
+from sae_lens_writesae.files import atomic_csv, atomic_text, check_writable, keep_settings
+from sae_lens_writesae.reproduce.config import ReproduceConfig
 from sae_lens_writesae.reproduce.texts import write_texts
+from sae_lens_writesae.settings import evaluations
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,13 +119,15 @@ class Sweep:
     """Folder of the sweep."""
 
     def __post_init__(self) -> None:
+        sizes = ("d_sae", "k", "training_tokens", "train_batch_size_tokens", "context_size", "eval_sequences")
+        at_least(self, dict.fromkeys((*sizes, "n_atoms", "firings_per_atom"), 1) | {"seed": 0})
         for name in ("layer", "head"):
             if len(getattr(self, name)) not in (1, len(self.model)):
                 raise ValueError(f"{name} names one, or one for each of the {len(self.model)} models")
         if unknown := [each for each in self.variant if each not in VARIANTS]:
             raise ValueError(f"there is no variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
-        if unknown := [each for each in self.evaluation if each not in questions()]:
-            raise ValueError(f"there is no evaluation {', '.join(unknown)}; there are {', '.join(questions())}")
+        if unknown := [each for each in self.evaluation if each not in evaluations()]:
+            raise ValueError(f"there is no evaluation {', '.join(unknown)}; there are {', '.join(evaluations())}")
         points = list(self.points())
         if not points or len(set(points)) < len(points):
             raise ValueError("every axis of a sweep names at least one value, and each value once")
@@ -234,7 +237,7 @@ class Sweep:
         from sae_lens_writesae.page.template import environment
         from sae_lens_writesae.reproduce.measures import MEASURE_NAMES, figure
 
-        csv = atomic_text(self.out / "sweep.csv", table.to_csv(index=False))
+        csv = atomic_csv(self.out / "sweep.csv", table)
         report = write_report(find_results([self.out]), self.out / "report.html", title="Claims at every point")
         varied = [axis for axis in Point._fields if table[axis].nunique() > 1]
         panels = [(MEASURE_NAMES[name], figure(table, name, varied)) for name in MEASURE_NAMES if name in table]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import NamedTuple
 
 from sae_lens import SAE
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
+from hookpoints.errors import nearest
 from sae_lens_writesae.choices import VARIANTS
 from sae_lens_writesae.sae.target import HeadHook
 
@@ -41,6 +44,20 @@ def variant(sae: SAE) -> str:
 def n_parameters(sae: SAE) -> int:
     """Numbers that are trained."""
     return sum(p.numel() for p in sae.parameters())
+
+
+def sparsity_fields(architecture: str, k: int) -> dict[str, object]:
+    """`k` for an architecture that has one. Others have a penalty in the place of a number of active atoms.
+
+    Raises:
+        ValueError: there is no such architecture.
+    """
+    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        known = [name for name in SAE_TRAINING_CLASS_REGISTRY if name.startswith("writesae")]
+        near = nearest(architecture, known)
+        raise ValueError(f"there is no architecture {architecture!r}{near}; those of matrices are {', '.join(known)}")
+    config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+    return {"k": k} if "k" in {field.name for field in fields(config_class)} else {}
 
 
 class FlatSize(NamedTuple):

@@ -60,6 +60,25 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
     return cast(MatrixSAE, sae)
 
 
+def sae_folders(path: Path) -> list[Path]:
+    """The folders of SAEs that `path` is or holds: those of `writesae train` and `demo` lie deeper.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / SAE_CFG_FILENAME).is_file():
+        return [path]
+    files = sorted(path.rglob(SAE_CFG_FILENAME))
+    inside = [file.parent for file in files if "checkpoints" not in file.parts and _visible(file.relative_to(path))]
+    if not inside:
+        _read_config(path / SAE_CFG_FILENAME)  # says what there is
+    return inside
+
+
+def _visible(path: Path) -> bool:
+    return not any(part.startswith(".") for part in path.parts)
+
+
 def folder_labels(folders: Sequence[Path]) -> list[str]:
     """Names for the SAEs in folders; one called `sae` is named after the folder that it is in. Where two of these have
     one name, as those of two heads may, the folder above is in all names."""
@@ -71,7 +90,9 @@ def folder_labels(folders: Sequence[Path]) -> list[str]:
 def _read_config(file: Path) -> dict[str, object]:
     if not file.is_file():
         inside = sorted(p.name for p in file.parent.iterdir()) if file.parent.is_dir() else "no such folder"
-        raise CheckpointError(f"{file} does not exist; {file.parent} holds: {inside}. Give the folder of one SAE.")
+        raise CheckpointError(
+            f"{file} does not exist; {file.parent} holds: {inside}. Give the folder of an SAE, or one that holds some."
+        )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sae_lens_writesae.evaluate import questions
+from sae_lens_writesae.settings import evaluations
 
 if TYPE_CHECKING:
     from sae_lens_writesae.selftest.cases import Case
@@ -25,8 +25,8 @@ class SelfTest:
     """Leave out the cases for which a dictionary is trained (half a minute each)."""
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.only) - questions().keys()):
-            raise ValueError(f"no evaluation is called {', '.join(unknown)}; there are {', '.join(questions())}")
+        if unknown := sorted(set(self.only) - evaluations().keys()):
+            raise ValueError(f"no evaluation is called {', '.join(unknown)}; there are {', '.join(evaluations())}")
 
     def run(self, say: Callable[[str], object] = print) -> str:
         """Run the cases, a line for each claim as soon as it is there; SystemExit(1) where one is not as it must be."""

@@ -34,9 +34,9 @@ from sae_lens_writesae.page.atoms.collect import _with_column
 from sae_lens_writesae.page.atoms.data import Context, TokenValue
 from sae_lens_writesae.page.atoms.measure import Atoms, effect_firings, memory
 from sae_lens_writesae.page.atoms.pages import heatmap, lead, token
-from sae_lens_writesae.page.atoms.show import Show
 from sae_lens_writesae.page.atoms.text import TokenTexts, visible
 from sae_lens_writesae.sae import WriteTopKSAE
+from sae_lens_writesae.show import Show, run_show
 from sae_lens_writesae.verdict.format import percent
 
 
@@ -424,16 +424,18 @@ def test_bad_input_is_named(model: HookedRecurrent, planted: WriteTopKSAE, token
 def test_the_command_writes_pages_from_folders(planted: WriteTopKSAE, tested: Result, tmp_path: Path) -> None:
     planted.save_model(str(tmp_path / "sae"))
     (tmp_path / "text.txt").write_text(embedded.text("test")[:3000])
-    folder = tested.save(tmp_path / "substitution")
     pages = replace(SMALL, n_atoms=2, effect_firings=0)
-    show = Show(sae=tmp_path / "sae", text=tmp_path / "text.txt", context_size=48, pages=pages, out=tmp_path / "out")
-    files = show.run(progress=False)
+    show = Show(sae=tmp_path / "sae", text=tmp_path / "text.txt", context_size=48, out=tmp_path / "out")
+    files = show.run(pages, progress=False)
     loaded = AtomPagesData.load(tmp_path / "out" / "data.json")
     assert files.index.is_file() and [page.atom for page in loaded.atoms] == list(files.pages) and len(files.pages) == 2
-    joined = AtomPagesData.load(replace(show, substitution=folder).run(progress=False).data)
+    folder = tested.save(tmp_path / "substitution")
+    flags = ["--text", tmp_path / "text.txt", "--context-size", 48, "--n-atoms", 2, "--effect-firings", 0, "--out"]
+    run_show([str(each) for each in (tmp_path, *flags, tmp_path / "joined")])  # finds both folders
+    joined = AtomPagesData.load(tmp_path / "joined" / "data.json")
     assert all(page.substitution and len(page.substitution) == 1 for page in joined.atoms)
     with pytest.raises(ValueError, match="readers"):
-        replace(show, readers=folder).run(progress=False)
+        replace(show, readers=folder).run(pages, progress=False)
 
 
 def test_the_lead_says_what_the_numbers_say(data: AtomPagesData) -> None:

@@ -17,8 +17,8 @@ from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
 from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.page.atoms.export import neuronpedia_batch, write_delphi
-from sae_lens_writesae.page.atoms.show import Export
 from sae_lens_writesae.sae import WriteTopKSAE
+from sae_lens_writesae.show import Export
 
 
 class _Strict(BaseModel):
@@ -156,9 +156,7 @@ def test_the_command_writes_both(embedded: HookedRecurrent, planted: WriteTopKSA
     text = tmp_path / "text.txt"
     text.write_text(shipped.text("test")[:3000])
     for to in ("neuronpedia", "delphi"):
-        export = Export(
-            sae=tmp_path / "sae", to=to, text=text, context_size=48, splits=2, pages=SMALL, out=tmp_path / to
-        )
-        written = export.run(progress=False)
+        export = Export(sae=tmp_path / "sae", to=to, text=text, context_size=48, splits=2, out=tmp_path / to)
+        written = export.run(SMALL, progress=False)
         assert written == tmp_path / to / ("batch-0.json" if to == "neuronpedia" else HOOK)
     DashboardBatch.model_validate_json((tmp_path / "neuronpedia" / "batch-0.json").read_text())

@@ -17,6 +17,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
+from sae_lens_writesae.choices import at_least
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluations.substitution import Substitution, wide_firings
 from sae_lens_writesae.experiment.conditions import REFERENCES, written_at
@@ -105,9 +106,7 @@ class AtomPages:
     """Name of the dictionary on the pages; by default the head and the target."""
 
     def __post_init__(self) -> None:
-        for name, least in _AT_LEAST.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, found {value}")
+        at_least(self, _AT_LEAST)
         if not 0 < self.effect_step <= 1:
             raise ValueError(f"effect_step is a share of the write's norm in (0, 1], found {self.effect_step}")
         if self.atoms is not None and (not self.atoms or len(set(self.atoms)) != len(self.atoms)):

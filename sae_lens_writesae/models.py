@@ -1,0 +1,113 @@
+"""`writesae models`: what can be looked into. `writesae hooks`: every hook of a model, with its shape."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import tyro
+
+if TYPE_CHECKING:
+    from hookpoints import HookedRecurrent
+
+
+@dataclass(frozen=True)
+class Models:
+    """List the models on this machine, those that ship with the package first, and the update rules that can be hooked.
+    No weights are read, and nothing is asked of the hub."""
+
+    def run(self) -> str:
+        """The list, as lines."""
+        from hookpoints import RULES, HookpointsError, cached, embedded
+
+        lines = []
+        for name in (*embedded.names(), *cached()):
+            try:
+                told = summary(_shapes(name))
+            except (HookpointsError, OSError, ValueError) as error:
+                told = f"cannot be hooked: {error}"
+            lines.append(f"{name:24}  {told}")
+        rules = ", ".join(dict.fromkeys(rule.name for rule in RULES))
+        return "\n".join(
+            [
+                *lines,
+                "",
+                f"Update rules: {rules}.",
+                "Any checkpoint whose layers follow one of them can be named: OWNER/NAME on the hub, or a folder.",
+            ]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """List the hooks of a model in order of execution, with the shape of each activation. B: sequences, T: tokens. No
+    weights are read."""
+
+    model: tyro.conf.Positional[str]
+    """Model on the hub, a folder, or one that ships with the package."""
+    layer: int | None = None
+    """Only this layer, with its hooks spelt out; by default all layers, those that are alike together."""
+
+    def run(self) -> str:
+        """The table, as lines.
+
+        Raises:
+            UnknownModelError, UnsupportedModelError: no such model, one that cannot be hooked, or no such layer.
+        """
+        model = _shapes(self.model)
+        if self.layer is not None:
+            model.cfg.attention_heads(self.layer)  # raises where there is no such layer
+        return "\n".join([f"{model.cfg.model_name}: {summary(model)}", *self._lines(model)])
+
+    def _lines(self, model: HookedRecurrent) -> Iterator[str]:
+        blocks: dict[tuple[str, ...], list[int]] = {}
+        for layer in range(model.cfg.n_layers) if self.layer is None else [self.layer]:
+            blocks.setdefault(tuple(block_lines(model, layer)), []).append(layer)
+        for lines, layers in blocks.items():
+            l = "{l}" if self.layer is None else str(self.layer)
+            yield f"\n{'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))}"
+            yield from (line.replace("{l}", l) for line in lines)
+
+
+def block_lines(model: HookedRecurrent, layer: int) -> Iterator[str]:
+    """Name, shape and meaning of each hook that a layer has, and of those of the whole model."""
+    from hookpoints import HOOKS
+
+    shape, n_attention = model.cfg.layers.get(layer), model.cfg.attention_heads(layer)
+    of_mixer = {"H": shape.H, "K": shape.K, "V": shape.V, "R": shape.R} if shape else {}
+    of_attention = {} if n_attention is None else {"H": n_attention}
+    for row in HOOKS:
+        if row.full_name(layer, 0) in model.hook_dict:
+            sizes = {"D": model.cfg.d_model} | (of_attention if row.scope == "attn" else of_mixer)
+            axes = shape_text(row.axes_of(shape.R if shape else 1), sizes)
+            yield f"  {row.full_name():42}  {axes:22}  {row.meaning}"
+
+
+def shape_text(axes: str, sizes: Mapping[str, int]) -> str:
+    """Axes of the hook table, with sizes in the place of letters where they are known: `[B, T, 4, 64]`."""
+
+    def size(axis: str) -> str:
+        product = math.prod(sizes.get(letter, 0) for letter in axis.strip("()"))
+        return str(product or axis)
+
+    forms = [re.findall(r"\([A-Z]+\)|[A-Z]", form) for form in axes.split(" or ")]
+    return " or ".join(f"[{', '.join(map(size, form))}]" for form in forms)
+
+
+def summary(model: HookedRecurrent) -> str:
+    """Rule, layers, heads and sizes in one line."""
+    cfg = model.cfg
+    kinds = {
+        f"{each.rule}, {each.H} heads of {each.K} x {each.V}" + (f", rank {each.R}" if each.R > 1 else "")
+        for each in cfg.layers.values()
+    }
+    return f"{'; '.join(sorted(kinds))}; recurrent layers {', '.join(map(str, cfg.recurrent_layers))} of {cfg.n_layers}"
+
+
+def _shapes(name: str) -> HookedRecurrent:
+    from hookpoints import HookedRecurrent
+
+    return HookedRecurrent.from_pretrained(name, device="meta")
