@@ -209,7 +209,7 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_dictionari
         return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("sae_weights.safetensors"))}
 
     draw, kills, out = random.Random(0), 0, tmp_path / "killed"
-    while kills < 6:
+    while kills < 20:
         process = os.fork()
         if process == 0:
             try:

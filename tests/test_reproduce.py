@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -233,6 +234,8 @@ def test_a_dry_run_of_every_profile_plans_every_step_once(tmp_path, profile):
     assert sorted(each.name for each in tmp_path.iterdir() if each.name != ".snakemake") == ["config.json"]
 
 
+KILLS = 20
+"""Of the nightly test."""
 ARGUMENTS = [
     *("reproduce", "--model", "embedded", "--small", "--layers", "2", "--heads", "0", "--seeds", "0", "--losses"),
     *("--variants", "--dashboards", "0", "--evaluations", "multistep", "sign", "--set", "sign.n_positions=4"),
@@ -243,6 +246,36 @@ ARGUMENTS = [
 def start(out: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "writesae", *ARGUMENTS, "--out", str(out)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def finished(out: Path) -> tuple[dict[str, bytes], object]:
+    """The weights of a whole run, and its claims."""
+    files = {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("sae_weights.safetensors")}
+    return files, json.loads((out / "report/report.json").read_text())["claims"]
+
+
+@pytest.mark.nightly
+def test_twenty_kills_at_random_moments_leave_the_results_of_a_run_without(tmp_path):
+    """A run that ends before it is killed is compared, and a new one begun. Ten minutes on two cores."""
+    whole = tmp_path / "whole"
+    begin, process = time.monotonic(), start(whole)
+    said = process.communicate(timeout=900)[0].decode()
+    assert process.returncode == 0, said
+    length, expected = time.monotonic() - begin, finished(whole)
+    draw, kills, runs = random.Random(0), 0, 0
+    while kills < KILLS or runs == 0:
+        out = tmp_path / str(runs)
+        process = start(out)
+        try:
+            said = process.communicate(timeout=draw.uniform(0, length) if kills < KILLS else 900)[0].decode()
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0, said
+        assert finished(out) == expected
+        runs += 1
 
 
 @pytest.mark.slow
