@@ -9,11 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from sae_lens import SAE
-from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
@@ -22,6 +21,9 @@ from sae_lens_writesae.experiment.reconstruction import matrices_of
 from sae_lens_writesae.experiment.result import Claim, Result
 from sae_lens_writesae.sae.base import MatrixWeights
 from sae_lens_writesae.sae.controls import native, untrained
+
+if TYPE_CHECKING:
+    from sae_lens_writesae.experiment.lab import Text
 
 Control = Literal["untrained", "native writes"]
 """See `sae.controls`."""
@@ -34,28 +36,29 @@ all of it: a head with a long memory adds up what the mean of too little text is
 
 @torch.no_grad()
 def control_dictionaries(
-    model: HookedRecurrent, saes: Mapping[str, SAE], reference: Tensor, *, seed: int = 0
+    model: HookedRecurrent, saes: Mapping[str, SAE], reference: Text, *, seed: int = 0
 ) -> dict[Control, dict[str, SAE]]:
     """For each dictionary an untrained one and one of native writes, by the same labels. Each has a seed of its own.
     Dictionaries of other packages have none; where the head writes nothing, there is none of native writes.
 
     Args:
-        reference: [N,T] tokens apart from those that are tested. Writes are drawn from all of them, and what is set
-            is set on some 4,096 tokens.
+        reference: [N,T] tokens apart from those that are tested, or a collection of such text. Writes are drawn from
+            all of it, and what is set is set on some 4,096 tokens.
 
-    Cost: a forward of each sequence up to the layer for each dictionary, and what `sae.controls` says.
+    Cost: a forward of each sequence up to the layer for each dictionary (with a collection, of those 4,096 tokens
+    alone), and what `sae.controls` says.
     """
     made: dict[Control, dict[str, SAE]] = {control: {} for control in CONTROLS}
     for n, (label, sae) in enumerate(saes.items()):
         if not isinstance(sae, MatrixWeights):
             continue
         lab = Lab(model, {label: sae}, reference)
-        n_some = min(len(reference), -(-_TOKENS // reference.shape[1]))
-        some = torch.linspace(0, len(reference) - 1, n_some).long().tolist()
+        n, length = lab.tokens.shape
+        some = torch.linspace(0, n - 1, min(n, -(-_TOKENS // length))).long().tolist()
         x = torch.cat([matrices_of(lab.recurrence(i), lab.hook.target).flatten(1) for i in some])
         made["untrained"][label] = untrained(sae, x, seed=seed + n)
         try:
-            writes = lab.native_writes(range(len(reference)))
+            writes = lab.native_writes(range(n))
             made["native writes"][label] = native(sae, x, writes, seed=seed + n)
         except NothingToMeasureError:
             continue

@@ -12,18 +12,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
-from typing import ClassVar, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 import pandas as pd
 import torch
 from sae_lens import SAE
-from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.choices import at_least
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.result import Claim, Figure, Json, Result
+from sae_lens_writesae.sae.collection import Collection
+
+if TYPE_CHECKING:
+    from sae_lens_writesae.experiment.lab import Text
 
 
 class Scope(Enum):
@@ -40,6 +43,11 @@ class Scope(Enum):
     def compares(self) -> bool:
         """Whether a run takes several dictionaries at once."""
         return self not in (Scope.EACH, Scope.LAYER, Scope.HEAD)
+
+
+def _own(text: Text) -> Text:
+    """A clone of token ids, because gradients cannot be taken through inference tensors; a collection as it is."""
+    return text if isinstance(text, Collection) else torch.as_tensor(text).clone()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +144,9 @@ class Evaluation(ABC):
         self,
         model: HookedRecurrent,
         saes: SAE | Mapping[str, SAE],
-        tokens: Tensor,
+        tokens: Text,
         *,
-        reference: Tensor | None = None,
+        reference: Text | None = None,
         progress: bool = True,
     ) -> Result:
         """Evaluate dictionaries on sequences that neither the model nor a dictionary was trained on.
@@ -147,9 +155,10 @@ class Evaluation(ABC):
             model: the hooked model that the dictionaries read.
             saes: one dictionary, or several by label. Each reads `blocks.{l}.mixer.heads.{h}.hook_write_vec` or
                 `hook_state_vec`, by its own metadata.
-            tokens: [N,T] token ids, all sequences of one length, without padding.
-            reference: [M,S] token ids of other text, on which baselines are fitted; without it each half of `tokens` is
-                the other one's.
+            tokens: [N,T] token ids, all sequences of one length, without padding; or a collection of the head, from
+                whose shards firings are read.
+            reference: [M,S] token ids of other text, on which baselines are fitted, or a collection of the head on such
+                text; without it each half of `tokens` is the other one's.
             progress: show progress bars.
 
         Raises:
@@ -162,8 +171,8 @@ class Evaluation(ABC):
             lab = Lab(
                 model,
                 saes if isinstance(saes, Mapping) else {"": saes},
-                torch.as_tensor(tokens).clone(),  # a clone, because gradients cannot be taken through inference tensors
-                reference=None if reference is None else torch.as_tensor(reference).clone(),
+                _own(tokens),
+                reference=None if reference is None else _own(reference),
                 seed=self.seed,
                 rows_per_run=self.rows_per_run,
                 progress=progress,
@@ -185,9 +194,9 @@ class Evaluation(ABC):
         self,
         model: HookedRecurrent,
         saes: SAE | Mapping[str, SAE],
-        tokens: Tensor,
+        tokens: Text,
         *,
-        reference: Tensor | None = None,
+        reference: Text | None = None,
         progress: bool = True,
     ) -> Result:
         """As `run`; where there is nothing to measure, a result that says why, so that a run over many goes on."""

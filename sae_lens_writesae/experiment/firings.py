@@ -6,6 +6,7 @@ the first `alive_tokens` tokens of the text; every evaluation uses this one mean
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -72,13 +73,24 @@ class Firings:
 
 
 @torch.no_grad()
-def collect_firings(model: HookedRecurrent, sae: SAE, layer: int, tokens: Tensor, *, progress: bool = False) -> Firings:
+def collect_firings(
+    model: HookedRecurrent,
+    sae: SAE,
+    layer: int,
+    tokens: Tensor,
+    *,
+    progress: bool = False,
+    rows: Callable[[int], Tensor] | None = None,
+) -> Firings:
     """Encode the dictionary's hook, which is in `layer`, on every token of `tokens` [N,T], one sequence at a time.
+
+    Args:
+        rows: what the hook carries on sequence n [T,K*V], where that is known without the model.
 
     Raises:
         NothingToMeasureError: activations are not finite.
 
-    Cost: N forwards up to the hook's layer; memory T (K V + F) floats, and 28 bytes per firing.
+    Cost: N forwards up to the hook's layer, none with `rows`; memory T (K V + F) floats, and 28 bytes per firing.
     """
     hook_name = str(sae.cfg.metadata.hook_name)
     place = next(sae.parameters(), tokens)
@@ -87,8 +99,12 @@ def collect_firings(model: HookedRecurrent, sae: SAE, layer: int, tokens: Tensor
     n_atoms = 0
     sequences = range(len(tokens))
     for i in tqdm(sequences, desc="firings") if progress else sequences:
-        _, cache = model.run_with_cache(tokens[i : i + 1], names_filter=[hook_name], stop_at_layer=layer + 1)
-        activations = sae.encode(cache[hook_name][0].to(place.device, dtype))
+        if rows is None:
+            _, cache = model.run_with_cache(tokens[i : i + 1], names_filter=[hook_name], stop_at_layer=layer + 1)
+            x = cache[hook_name][0]
+        else:
+            x = rows(i)
+        activations = sae.encode(x.to(place.device, dtype))
         n_atoms = activations.shape[-1]
         if not bool(activations.isfinite().all()):
             raise NothingToMeasureError(f"the SAE gives NaN or infinite activations on sequence {i} of {hook_name}")

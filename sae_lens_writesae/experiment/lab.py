@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,11 @@ from sae_lens_writesae.experiment.head_baselines import MAX_TOKENS, HeadBaseline
 from sae_lens_writesae.experiment.result import Json
 from sae_lens_writesae.sae.base import MatrixWeights
 from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_fits, check_plain_activations
+
+if TYPE_CHECKING:
+    from sae_lens_writesae.sae.collection import Collection
+
+    Text = Tensor | Collection
 
 T = TypeVar("T")
 
@@ -110,8 +115,11 @@ class Lab:
     Args:
         model: the hooked model.
         saes: dictionaries by label; all read the same head.
-        tokens: [N,T] token ids.
-        reference: [M,S] token ids of other text, which nothing is tested on, for what is fitted to the head.
+        tokens: [N,T] token ids, or a collection (`sae.collect`) of the head on a text: then firings and native writes
+            are read from its shards, as they were rounded there, instead of running the model over all of the text.
+        reference: [M,S] token ids of other text, which nothing is tested on, for what is fitted to the head; or a
+            collection of the head on such text, from which its writes are read. Whoever opens a collection compares
+            it with the model: `Collection.open(folder, model=model)`.
         seed: seed of the evaluation.
         rows_per_run: largest number of edited rows in one pass.
         progress: show progress bars.
@@ -127,14 +135,19 @@ class Lab:
         self,
         model: HookedRecurrent,
         saes: Mapping[str, SAE],
-        tokens: Tensor,
+        tokens: Text,
         *,
-        reference: Tensor | None = None,
+        reference: Text | None = None,
         seed: int = 0,
         rows_per_run: int = 256,
         progress: bool = False,
         one_head: bool = True,
     ):
+        self.collected = None if isinstance(tokens, Tensor) else tokens
+        """Where firings and native writes are read; None: they are computed."""
+        self.collected_reference = None if reference is None or isinstance(reference, Tensor) else reference
+        tokens = tokens if self.collected is None else self.collected.tokens
+        reference = reference if self.collected_reference is None else self.collected_reference.tokens
         for name, ids in (("tokens", tokens), ("reference", reference)):
             if ids is not None and ids.ndim != 2:
                 raise ValueError(f"{name} must be [N,T], found shape {list(ids.shape)}")
@@ -154,6 +167,14 @@ class Lab:
             raise ValueError(f"dictionaries of one head can be evaluated together, found {listed}")
         if not one_head and (len(cells) < len(hooks) or len({layer for layer, _ in cells}) > 1):
             raise ValueError(f"one dictionary for each head of one layer can act together, found {listed}")
+        for collection in filter(None, (self.collected, self.collected_reference)):
+            for hook in hooks.values():
+                place, shape = collection.head_target(hook.layer, hook.head), model.cfg.layer(hook.layer)
+                if (place.d_k, place.d_v) != (shape.K, shape.V):
+                    raise ValueError(
+                        f"{collection.folder} has writes of {place.d_k} x {place.d_v} for {hook.cell}, and "
+                        f"{model.cfg.model_name} has {shape.K} x {shape.V}: it was collected from another model"
+                    )
         self.model, self.tokens, self.saes = model, tokens, dict(saes)
         self.hooks, self.reference = hooks, reference
         self.seed, self.rows_per_run, self.progress = seed, rows_per_run, progress
@@ -191,17 +212,23 @@ class Lab:
         return shape.K, shape.V
 
     def firings(self, label: str | None = None) -> Firings:
-        """Where the atoms of a dictionary fire on the text; kept. Cost: a forward per sequence up to the layer.
+        """Where the atoms of a dictionary fire on the text; kept. Cost: a forward per sequence up to the layer, or a
+        reading of the collection.
 
         Raises:
-            ValueError: the dictionary normalises its input, so that activations are not in units of the write.
+            ValueError: the dictionary normalises its input, so that activations are not in units of the write; or it
+                reads states, and the collection has writes alone.
         """
         label = next(iter(self.saes)) if label is None else label
         if label not in self._firings:
             sae = self.saes[label]
             check_plain_activations(sae)
+            collected, hook = self.collected, self.hooks[label]
+            rows = None
+            if collected is not None:
+                rows = lambda n: collected.rows(hook.layer, hook.head, hook.target, [n])  # noqa: E731
             self._firings[label] = collect_firings(
-                self.model, sae, self.hook.layer, self.tokens, progress=self.progress
+                self.model, sae, hook.layer, self.tokens, progress=self.progress, rows=rows
             )
         return self._firings[label]
 
@@ -232,8 +259,18 @@ class Lab:
         return Site(sequence, pd.DataFrame() if rows is None else rows, session, recurrence, head_writes(recurrence, 0))
 
     def native_writes(self, sequences: Sequence[int]) -> LowRank:
-        """Native writes of some sequences, one after the other. Cost: a forward each up to the layer."""
-        parts = [head_writes(self.recurrence(n), 0) for n in sequences]
+        """Native writes of some sequences, one after the other. Cost: a forward each up to the layer, or a reading of
+        the collection."""
+        return self._writes(sequences, self.tokens, self.collected)
+
+    def _writes(
+        self, sequences: Sequence[int], text: Tensor, collected: Collection | None, kind: WriteKind = "additive"
+    ) -> LowRank:
+        if collected is not None and kind == "additive":
+            stored = collected.factors(self.hook.layer, self.hook.head)
+            rows = torch.cat([torch.arange(n * text.shape[1], (n + 1) * text.shape[1]) for n in sequences])
+            return LowRank(stored.keys[rows], stored.values[rows]).to(torch.float32).to(self.model.cfg.device)
+        parts = [head_writes(self.recurrence(n, text), 0, kind) for n in sequences]
         return LowRank(torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts]))
 
     def recurrence(self, sequence: int, tokens: Tensor | None = None) -> Recurrence:
@@ -277,8 +314,8 @@ class Lab:
             "only; give more, or a reference, or leave the baselines out of controls",
         )
         rows = rows[: max(1, MAX_TOKENS // text.shape[1])]
-        writes = [head_writes(self.recurrence(n, text), 0, kind) for n in rows]
-        together = LowRank(torch.cat([w.keys for w in writes]), torch.cat([w.values for w in writes]))
+        collected = self.collected if self.reference is None else self.collected_reference
+        together = self._writes(rows, text, collected, kind)
         tokens = np.concatenate([tokens_and_before(text[n]) for n in rows])
         self.require(bool((together.norm() > 0).any()), "every write of the other text is zero; there is no baseline")
         return HeadBaselines.fit(

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sae_lens import SAE
-from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.experiment.controls import Control, as_control, control_dictionaries
@@ -19,15 +19,18 @@ from sae_lens_writesae.experiment.result import Json, Result
 from sae_lens_writesae.sae.kinds import objective, variant
 from sae_lens_writesae.sae.target import HeadHook
 
+if TYPE_CHECKING:
+    from sae_lens_writesae.experiment.lab import Text
+
 
 def evaluate_all(
     evaluations: Sequence[Evaluation],
     model: HookedRecurrent,
     saes: Mapping[str, SAE],
-    tokens: Tensor,
+    tokens: Text,
     out: Path,
     *,
-    controls: Tensor | None = None,
+    controls: Text | None = None,
     single: bool = False,
     resume: bool = False,
     progress: bool = True,
@@ -40,10 +43,11 @@ def evaluate_all(
     of all its results.
 
     Args:
-        controls: [M,S] tokens apart from those that are tested. Control dictionaries are made from them, and evaluated
-            beside the trained ones as "<label>, untrained" and "<label>, native writes": three times the work.
-            Baselines are fitted on the same tokens (the `reference` of `Evaluation.run`). None: there are no control
-            dictionaries, and baselines are fitted on the other half of `tokens`.
+        tokens: as in `Evaluation.run`.
+        controls: [M,S] tokens apart from those that are tested, or a collection of such text. Control dictionaries are
+            made from them, and evaluated beside the trained ones as "<label>, untrained" and "<label>, native writes":
+            three times the work. Baselines are fitted on the same tokens (the `reference` of `Evaluation.run`). None:
+            there are no control dictionaries, and baselines are fitted on the other half of `tokens`.
         single: one evaluation was asked for by name: it raises where it has nothing to measure, or cannot compare
             these dictionaries.
         resume: results that are saved with the same settings are taken as they are. The caller answers for them being
@@ -97,7 +101,7 @@ def _saved(evaluation: Evaluation, out: Path) -> Result | None:
     return result if result is not None and result.evaluation == evaluation else None
 
 
-def quality_of_heads(model: HookedRecurrent, saes: Mapping[str, SAE], tokens: Tensor) -> Callable[[str], Json]:
+def quality_of_heads(model: HookedRecurrent, saes: Mapping[str, SAE], tokens: Text) -> Callable[[str], Json]:
     """A function that gives the quality of a dictionary by its label, as `DictionaryQuality.to_dict` has it. All
     dictionaries of a head are measured together, when the first of them is asked for. None: `qualities` has none."""
 
