@@ -1,5 +1,6 @@
-"""What hooks cost: a hooked forward with nobody listening, and with one head's writes kept, against plain HF. Then what
-collecting the factors of every head costs, in time and on disk, and what it costs to get rows of one head back.
+"""What hooks cost: a hooked forward with nobody listening, with one head's writes kept, and with patterns, against plain
+HF. Then what collecting the factors of every head costs, in time and on disk, and what it costs to get rows of one head
+back.
 
 Run ``python benchmarks/hooks.py``; timings are interleaved in one process and the median ratio is what counts.
 """
@@ -110,6 +111,12 @@ def main() -> None:
                     ),
                     "one head's states kept": lambda model=model, tokens=tokens: model.run_with_cache(
                         tokens, names_filter=HEAD + "hook_state_vec"
+                    ),
+                    "one layer's pattern kept": lambda model=model, tokens=tokens: model.run_with_cache(
+                        tokens, names_filter="blocks.1.mixer.hook_pattern"
+                    ),
+                    "all patterns kept": lambda model=model, tokens=tokens: model.run_with_cache(
+                        tokens, names_filter=lambda name: name.endswith("hook_pattern")
                     ),
                 },
                 options.rounds,

@@ -23,7 +23,16 @@ from docs_site import error_pages, evaluation_pages, hook_pages, texts  # noqa: 
 
 ROOT = Path(__file__).parents[2]
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Start": ("index.md", "install.md", "quickstart.md", "attention.md", "saelens.md", "attach.md", "glossary.md"),
+    "Start": (
+        "index.md",
+        "install.md",
+        "quickstart.md",
+        "attention.md",
+        "transformer_lens.md",
+        "saelens.md",
+        "attach.md",
+        "glossary.md",
+    ),
     "Tutorials": ("tutorials/",),
     "Hooks": ("hooks/",),
     "Evaluations": ("evaluations/",),
