@@ -1,6 +1,6 @@
-"""What hooks cost: a hooked forward with nobody listening, with one head's writes kept, and with patterns, against plain
-HF. Then what collecting the factors of every head costs, in time and on disk, and what it costs to get rows of one head
-back.
+"""What hooks cost: a hooked forward with nobody listening, with one head's writes kept, and with patterns, against the
+plain HF model. Then what collecting the factors of every head costs, in time and on disk, and what it costs to get rows
+of one head back.
 
 Run ``python benchmarks/hooks.py``; timings are interleaved in one process and the median ratio is what counts.
 """

@@ -12,33 +12,19 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 from torch import Tensor, nn
 
 from hookpoints.errors import UnsupportedModelError
-from hookpoints.fla.substitutes import SUBSTITUTES
+from hookpoints.fla.substitutes import SUBSTITUTES, SUBSTITUTING, substituting
 from hookpoints.layer.intercept import Function, wrap_forward
 
 Keywords = dict[str, object]
 
-_RUNNING: ContextVar[bool] = ContextVar("hookpoints_running_fla", default=False)
 _WRAPPED: dict[int, tuple[object, Function]] = {}
 """id of what fla had -> (it, kept alive; its wrapper)."""
 _ABSENT = ("flash_attn_func", "flash_attn_varlen_func")
 """Functions of another package, None or not defined in fla where it is not installed."""
-
-
-@contextmanager
-def substituting() -> Iterator[None]:
-    """Compute fla's kernels on CPU tensors by torch until the context is left."""
-    outer = _RUNNING.get()
-    try:
-        _RUNNING.set(True)
-        yield
-    finally:
-        _RUNNING.set(outer)
 
 
 def install() -> None:
@@ -71,7 +57,7 @@ def _rebind(names: dict[str, object]) -> None:
 def _wrapper(original: Function, substitute: Function) -> Function:
     @functools.wraps(original)
     def call(*args: object, **kwargs: object) -> object:
-        function = substitute if _RUNNING.get() and _on_cpu(args, kwargs) else original
+        function = substitute if SUBSTITUTING.get() and _on_cpu(args, kwargs) else original
         return function(*args, **kwargs)
 
     call.__hookpoints_substitute__ = substitute  # type: ignore[attr-defined]

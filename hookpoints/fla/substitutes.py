@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -476,3 +478,17 @@ SUBSTITUTES: Mapping[str, Mapping[str, Callable[..., object]]] = {
     "fla.layers.attn": {"flash_attn_func": flash_attn_func, "flash_attn_varlen_func": flash_attn_varlen_func},
 }
 """Module -> function -> substitute."""
+
+SUBSTITUTING: ContextVar[bool] = ContextVar("hookpoints_substituting_fla", default=False)
+"""Whether they act in the code that runs now."""
+
+
+@contextmanager
+def substituting() -> Iterator[None]:
+    """Compute fla's kernels on CPU tensors by torch until the context is left."""
+    outer = SUBSTITUTING.get()
+    try:
+        SUBSTITUTING.set(True)
+        yield
+    finally:
+        SUBSTITUTING.set(outer)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
@@ -40,19 +41,42 @@ class HasHooks(Protocol):
     def cfg(self) -> HookedRecurrentConfig: ...
 
 
-def check_names(model: HasHooks, name: Name) -> None:
-    """Raise UnknownHookError unless ``name`` (or predicate) names a hook of ``model``."""
+def canonical(name: str, known: Container[str]) -> str:
+    """The hook in ``known`` that ``name`` is TransformerLens' way to spell, or ``name`` itself.
+
+    ``transformer_lens.utils.get_act_name`` puts names into ``blocks.{l}.attn.`` ("z", "q", "pattern") or
+    ``blocks.{l}.`` ("write", "read", "heads.1.write_vec"); on a recurrent layer these are hooks of its mixer.
+    """
+    spelt = None if name in known else _SPELT.fullmatch(name)
+    if spelt is None:
+        return name
+    layer, heads, hook = spelt.groups()
+    inside = f"blocks.{layer}.mixer.{heads or ''}hook_{hook}"
+    return inside if inside in known else name
+
+
+_SPELT = re.compile(r"blocks\.(\d+)\.(?:attn\.)?hook_(heads\.\d+\.)?(?:hook_)?(\w+)")
+
+
+def find_hook(model: HasHooks, name: Name) -> Name:
+    """``name`` as the model has it (see ``canonical``), or the predicate on names that it is.
+
+    Raises:
+        UnknownHookError: no hook of ``model`` is named so, or the predicate holds for none.
+    """
+    if not callable(name):
+        name = canonical(name, model.mod_dict)
     if callable(name):
         if not any(name(known) for known in model.hook_dict):
             raise UnknownHookError(
                 f"the filter {name!r} matches none of the {len(model.hook_dict)} hooks of this model"
             )
-        return
+        return name
     if not isinstance(name, str):
         raise UnknownHookError(f"a hook's name is a string or a predicate on names, found {name!r:.80}")
     module = model.mod_dict.get(name)
     if module is not None and hasattr(module, "add_hook"):
-        return
+        return name
     why = _reason(model.cfg, name) if module is None else "; this names a group of hooks"
     raise UnknownHookError(f"no hook named {name!r} in {model.cfg.model_name}{why}{nearest(name, model.hook_dict)}")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from hookpoints.errors import HookpointsError, UnsupportedModelError
-from hookpoints.fla.scope import ModelScope, is_fla
+from hookpoints.fla.scope import ModelScope, is_fla, substituting
 from hookpoints.hooks.points import BlockHooks, HookSet, MixerHooks, fire, is_listening, watch
 from hookpoints.layer.call import HookedMixer, hook_layer, hook_projection
 from hookpoints.layer.context import Backend, cache_among, count_pass, current, position_of, scope
@@ -105,7 +105,7 @@ class Attachment(MixerAttachment):
         self._root = root
         root.hook_embed = HookPoint()
         root.blocks = nn.ModuleList()
-        root.ln_final = self._final = HookSet(["hook_normalized"])
+        root.ln_final = self._final = _FinalNorm(self.layout.final_norm)
         try:
             for layer, block in enumerate(self.layout.blocks):
                 root.blocks.append(self._attach_block(layer, block, backend))
@@ -170,6 +170,20 @@ class Attachment(MixerAttachment):
             return forward(*args, **kwargs)
 
         self._undo.callback(wrap_forward(module, around))
+
+
+class _FinalNorm(HookSet):
+    """Hook points of the final norm; called, it is that norm."""
+
+    norm: nn.Module
+
+    def __init__(self, norm: nn.Module):
+        super().__init__(["hook_normalized"])
+        self.__dict__["norm"] = norm  # past nn.Module, which would register it as a part of the hooks
+
+    def forward(self, residual: Tensor) -> Tensor:
+        with substituting():
+            return self.norm(residual)
 
 
 @dataclass(eq=False)

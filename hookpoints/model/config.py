@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 from hookpoints.errors import UnsupportedModelError
+from hookpoints.model.norm import eps_of
 
 if TYPE_CHECKING:
     from hookpoints.model.layout import ModelLayout
+
+
+_NORMS: dict[Literal["RMS", "LN"], str] = {"RMS": "RMSNorm", "LN": "LayerNorm"}
+"""What names of their classes have in them."""
+_ACTIVATIONS = ("mlp_hidden_act", "hidden_act", "hidden_activation", "activation_function")
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,23 @@ class HookedRecurrentConfig:
     attention: dict[int, int] = field(default_factory=dict)
     """Number of attention heads by block index, for blocks that have ``attn.hook_z``."""
     n_key_value_heads: int | None = None
+    d_head: int = 0
+    """Largest V of any recurrent layer: the width of a head's read and of ``hook_z``."""
+    d_mlp: int | None = None
+    act_fn: str | None = None
+    """Of the MLPs; None where there are none."""
+    attn_only: bool = False
+    """Whether no block has an MLP."""
+    normalization_type: Literal["RMS", "LN"] | None = None
+    """The final norm; its weight is not folded into the unembedding. None: a norm that is neither."""
+    eps: float | None = None
+    """What the final norm adds to the mean square."""
     default_prepend_bos: bool | None = None
     """None: as the tokenizer does by itself."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
 
     @property
     def recurrent_layers(self) -> list[int]:
@@ -94,6 +115,8 @@ def describe(model: nn.Module, layout: ModelLayout, name: str, backend: str) -> 
         for layer, block in enumerate(layout.blocks)
         if block.rule is not None and block.mixer is not None
     }
+    has_mlp = any(block.mlps for block in layout.blocks)
+    norm = getattr(layout.final_norm, "original_component", layout.final_norm)  # a bridge stands before it
     weight = layout.embed.weight
     assert isinstance(weight, torch.Tensor)
     return HookedRecurrentConfig(
@@ -106,6 +129,12 @@ def describe(model: nn.Module, layout: ModelLayout, name: str, backend: str) -> 
         n_heads=max(layer.H for layer in layers.values()),
         layers=layers,
         attention={n: block.attn_heads.n for n, block in enumerate(layout.blocks) if block.attn_heads is not None},
+        d_head=max(layer.V for layer in layers.values()),
+        d_mlp=getattr(hf, "intermediate_size", None) if has_mlp else None,
+        act_fn=next((getattr(hf, name) for name in _ACTIVATIONS if hasattr(hf, name)), None) if has_mlp else None,
+        attn_only=not has_mlp,
+        normalization_type=next((kind for kind in ("RMS", "LN") if _NORMS[kind] in type(norm).__name__), None),
+        eps=eps_of(norm),
         device=weight.device,
         dtype=weight.dtype,
         backend=backend,

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice, SliceInput
 from transformers import Cache
 
 from hookpoints.edits.edit import EditPlan, EditRow, Edits
 from hookpoints.errors import EditError, HookpointsError
-from hookpoints.hooks.cache import NamesFilter, RecurrentCache, Saving, caching_hooks, reachable
-from hookpoints.hooks.guard import ADDING, Hook, Hooks, Name, ScopedHooks, check_names
+from hookpoints.hooks.cache import NamesFilter, Saving, caching_hooks, reachable
+from hookpoints.hooks.guard import ADDING, Hook, Hooks, Name, ScopedHooks, find_hook
 from hookpoints.layer.context import Recorded, current, position_of, scope
+from hookpoints.model.cache import RecurrentCache
 from hookpoints.model.config import HookedRecurrentConfig
 from hookpoints.recurrence.recurrence import Recurrence
 
@@ -74,7 +75,7 @@ class HookedModel(HookedRootModule):
 
     def check_hook_name(self, name: Name) -> None:
         """Raise UnknownHookError, naming the nearest, unless ``name`` (or predicate) names a hook of this model."""
-        check_names(self, name)
+        find_hook(self, name)
 
     @contextmanager
     def hooks(
@@ -91,9 +92,10 @@ class HookedModel(HookedRootModule):
         """
         self.attachment.require()
         for name, hook in (*fwd_hooks, *bwd_hooks):
-            check_names(self, name)
             if not callable(hook):
                 raise TypeError(f"the hook on {name!r} must be callable, found {type(hook).__name__}")
+        fwd_hooks = [(find_hook(self, name), hook) for name, hook in fwd_hooks]
+        bwd_hooks = [(find_hook(self, name), hook) for name, hook in bwd_hooks]
         with scope(self.attachment) as opened:
             hooks = ScopedHooks(opened, self.hook_dict, fwd_hooks, bwd_hooks, stay=not reset_hooks_end)
             with hooks.set_on(self.mod_dict, self.attachment.landmarks()):
@@ -105,7 +107,7 @@ class HookedModel(HookedRootModule):
     def add_hook(self, name: Name, hook: Hook, *args: Any, **kwargs: Any) -> None:
         """TransformerLens' ``add_hook`` (stays until ``reset_hooks``); raises UnknownHookError as ``hooks`` does."""
         self.attachment.require()
-        check_names(self, name)
+        name = find_hook(self, name)
         with ADDING:
             super().add_hook(name, cast(Any, hook), *args, **kwargs)
 
@@ -116,7 +118,7 @@ class HookedModel(HookedRootModule):
         return_cache_object: bool = True,
         remove_batch_dim: bool = False,
         **kwargs: Any,
-    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
+    ) -> tuple[Any, RecurrentCache | dict[str, Tensor]]:
         """Run and keep activations. Matrices (writes, states: K*V numbers a token) and patterns (S numbers a token) are
         kept only if named.
 
@@ -124,9 +126,9 @@ class HookedModel(HookedRootModule):
             names_filter: a name, a list of names, a predicate on names, or None for every vector hook.
             kwargs: those of TransformerLens' ``run_with_cache`` and of ``forward``.
         """
-        if isinstance(names_filter, str) or (names_filter is not None and not callable(names_filter)):
-            for name in [names_filter] if isinstance(names_filter, str) else names_filter:
-                check_names(self, name)
+        if names_filter is not None and not callable(names_filter):
+            asked = [names_filter] if isinstance(names_filter, str) else names_filter
+            names_filter = [cast(str, find_hook(self, name)) for name in asked]
         names = reachable(names_filter, kwargs.get("start_at_layer"), kwargs.get("stop_at_layer"), self.cfg.n_layers)
         out, cache = super().run_with_cache(*args, names_filter=names, remove_batch_dim=remove_batch_dim, **kwargs)
         if not return_cache_object:

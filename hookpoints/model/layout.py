@@ -20,6 +20,8 @@ from hookpoints.rules import REFUSED, REFUSED_LAYERS, RULES, Rule
 
 _MIXER_NAMES = ("linear_attn", "self_attn", "attn", "mixer", "mamba", "attention")
 _MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "ffn")
+_MIXER_NORM_NAMES = ("input_layernorm", "attn_norm", "norm")
+_MLP_NORM_NAMES = ("post_attention_layernorm", "pre_ff_layernorm", "mlp_norm", "ffn_norm")
 _FINAL_NORM_NAMES = ("norm", "norm_f", "final_layernorm", "ln_f")
 _OUT_PROJ_NAMES = ("out_proj", "o_proj")
 
@@ -59,6 +61,19 @@ class BlockLayout:
     """What the MLP adds; None where the block has none, or adds several."""
     attn_heads: Heads | None = None
     """Attention's heads; None in a block without attention."""
+    mlps: int = 0
+    """Number of MLPs in the block."""
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether the block adds what a recurrence and what attention make of the same input."""
+        return self.mixer_out is not None and self.attn_out is not self.mixer_out
+
+    def norm(self, *, mlp: bool = False) -> nn.Module | None:
+        """The norm that the block puts before its mixer (or its MLP), where it has one of its own there."""
+        if hasattr(self.block, "post_feedforward_layernorm") and not hasattr(self.block, "input_layernorm"):
+            return None  # OLMo's attention blocks have theirs behind
+        return next(iter(_children(self.block, _MLP_NORM_NAMES if mlp else _MIXER_NORM_NAMES)), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +98,17 @@ class ModelLayout:
     def first_block_feeds_all(self) -> bool:
         """Whether later blocks are handed what the first one makes (fla's RWKV-7: its values), so that no run can begin
         above it."""
-        of_fla = type(self.blocks[0].block).__module__.startswith("fla.")
-        return of_fla and "v_first" in _parameters(self.blocks[0].block)
+        return self._of_fla and "v_first" in _parameters(self.blocks[0].block)
+
+    @property
+    def embedding_norm(self) -> nn.Module | None:
+        """The norm that the first block puts on the embeddings before it adds to them (fla's RWKV models)."""
+        norms = _children(self.blocks[0].block, ("pre_norm",)) if self._of_fla else []
+        return norms[0] if norms else None
+
+    @property
+    def _of_fla(self) -> bool:
+        return type(self.blocks[0].block).__module__.startswith("fla.")
 
 
 def calls_of(mixer: nn.Module) -> frozenset[str]:
@@ -184,7 +208,7 @@ def _block_layout(block: nn.Module) -> BlockLayout:
         attn_out, mlp_out = Added(block.post_attention_layernorm), Added(block.post_feedforward_layernorm)  # type: ignore[arg-type]
         mixer_out = attn_out if recurrent is not None else None
     heads = None if attention is None else _heads(attention)
-    return BlockLayout(block, recurrent or attention, rule, namespace, mixer_out, attn_out, mlp_out, heads)
+    return BlockLayout(block, recurrent or attention, rule, namespace, mixer_out, attn_out, mlp_out, heads, len(mlps))
 
 
 def _parameters(module: nn.Module) -> frozenset[str]:

@@ -29,6 +29,7 @@ from hookpoints.model.inputs import (
     check_tokens,
 )
 from hookpoints.model.layout import find_layout
+from hookpoints.model.refused import REFUSED
 from hookpoints.model.selfcheck import self_check as run_self_check
 from hookpoints.model.weights import Weights
 from hookpoints.recurrence.recurrence import Recurrence
@@ -60,6 +61,13 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
     hook_embed: nn.Module
     blocks: nn.ModuleList
     ln_final: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        if name in REFUSED:
+            raise AttributeError(f"HookedRecurrent has no {name} of HookedTransformer's: {REFUSED[name]}")
+        if isinstance(of_class := getattr(type(self), name, None), property) and of_class.fget is not None:
+            return of_class.fget(self)  # it raised an AttributeError, which nn.Module would take for an absent name
+        return super().__getattr__(name)
 
     def __init__(
         self,
@@ -117,6 +125,11 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
         loaded = loading.load(name_or_path, device=device, dtype=dtype, revision=revision, **hf_kwargs)
         self_check = self_check and next(loaded.model.parameters()).device.type != "meta"
         return cls(loaded.model, loaded.tokenizer, name=name_or_path, backend=backend, self_check=self_check)
+
+    @classmethod
+    def from_pretrained_no_processing(cls, name_or_path: str, **kwargs: Any) -> HookedRecurrent:
+        """``from_pretrained``, under TransformerLens' name for it: weights are never processed here."""
+        return cls.from_pretrained(name_or_path, **kwargs)
 
     @classmethod
     def from_hf(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any) -> Self:
@@ -188,6 +201,8 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
         return_type: Literal["input", "str", "tokens"] = "input",
         prepend_bos: bool | None = None,
         attention_mask: Tensor | None = None,
+        stop_at_eos: bool = True,
+        verbose: bool = False,
         **hf_kwargs: object,
     ) -> Any:
         """Hugging Face's own ``generate``, with hooks and edits acting at every token, prompt and generated.
@@ -199,6 +214,8 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
                 sequences, which run more rows than prompts.
             return_type: "tokens" [B,T], "str", or "input" for the kind that was given.
             attention_mask: [B,T]; made by itself for text that needs padding.
+            stop_at_eos: False: go on behind the end-of-sequence token.
+            verbose: taken for TransformerLens' sake; there is no progress bar.
             hf_kwargs: ``max_new_tokens``, ``do_sample`` ...; with ``return_dict_in_generate`` the result is Hugging
                 Face's own.
 
@@ -210,6 +227,8 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
         mask = torch.ones_like(batch.tokens) if batch.attention_mask is None else batch.attention_mask
         check_mask(mask, batch.tokens)
         check_prompt_mask(mask)
+        if not stop_at_eos:
+            hf_kwargs["eos_token_id"] = None
         with torch.no_grad(), self.edits(edits, edit_rows=edit_rows):
             out = self.hf_model.generate(batch.tokens, attention_mask=mask, **hf_kwargs)
         if not isinstance(out, Tensor):
@@ -235,6 +254,13 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
     def edit_session(self, tokens: Tensor) -> EditSession:
         """The plain pass over ``tokens`` [1,T], kept, from which edited runs branch off cheaply."""
         return EditSession(self, tokens)
+
+    def loss_fn(
+        self, logits: Tensor, tokens: Tensor, attention_mask: Tensor | None = None, per_token: bool = False
+    ) -> Tensor:
+        """Cross entropy of the next tokens [B,T-1] under ``logits`` [B,T,vocab], its mean unless ``per_token``; padding
+        does not count."""
+        return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 
     def recurrence(self, input: str | Tensor, layer: int, **kwargs: Any) -> Recurrence:
         """The canonical factors of a layer on ``input``: reads, writes, decay, erase (differentiable)."""
@@ -276,5 +302,5 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
             raise ValueError("a loss with start_at_layer needs tokens=")
         if not per_token:
             check_loss(tokens, mask)
-        loss = lm_cross_entropy_loss(logits, tokens.to(logits.device), mask, per_token)
+        loss = self.loss_fn(logits, tokens, mask, per_token)
         return loss if return_type == "loss" else Output(logits, loss)

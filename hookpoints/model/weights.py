@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 Part = Literal["mixer", "attn"]
 """Of a block: its recurrence or its attention."""
+
+
+class UnequalHeadsError(UnsupportedModelError, AttributeError):
+    """Heads of several shapes have no one tensor. An AttributeError, so that ``hasattr(model, "W_O")`` is False."""
 
 
 class HeadOutputs(NamedTuple):
@@ -47,7 +51,9 @@ class Weights:
     attachment: Attachment
 
     if TYPE_CHECKING:
+        hf_model: Any
 
+        def to_single_token(self, string: str) -> int: ...
         @property
         def cfg(self) -> HookedRecurrentConfig: ...
         @cfg.setter
@@ -60,23 +66,85 @@ class Weights:
 
     @property
     def W_U(self) -> Tensor:
-        """[d_model, d_vocab] unembedding."""
-        return cast(Tensor, self.attachment.layout.unembed.weight).T
+        """[d_model, d_vocab] unembedding, with the model's own multiplier of the logits (Granite's, Falcon-H1's)."""
+        weight = cast(Tensor, self.attachment.layout.unembed.weight).T
+        return weight if self._logit_scale == 1.0 else weight * self._logit_scale
+
+    @property
+    def b_U(self) -> Tensor:
+        """[d_vocab] bias of the unembedding, zero where there is none."""
+        bias = getattr(self.attachment.layout.unembed, "bias", None)
+        return self.W_U.new_zeros(self.cfg.d_vocab) if bias is None else bias * self._logit_scale
+
+    @property
+    def _logit_scale(self) -> float:
+        config = self.hf_model.config
+        return float(getattr(config, "lm_head_multiplier", 1.0)) / float(getattr(config, "logits_scaling", 1.0))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[B,T,D], the token embeddings: what ``hook_embed`` sees."""
+        return self.attachment.layout.embed(tokens)
+
+    def unembed(self, residual: Tensor) -> Tensor:
+        """[...,d_vocab], the logits of what the final norm gives: ``model.unembed(model.ln_final(residual))``."""
+        return residual @ self.W_U + self.b_U
+
+    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:
+        """[...,D], the columns of ``W_U`` of a token (an id, or a string that is one token) or of ids [...].
+
+        They are directions of what the final norm gives; ``cache.apply_ln_to_stack`` brings parts of the stream there.
+        """
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        directions = self.W_U.T[tokens]
+        return directions.squeeze(0) if isinstance(tokens, Tensor) and tokens.shape == (1,) else directions
+
+    @property
+    def b_O(self) -> Tensor:
+        """[n_layers, d_model], what the output projections add beside their heads; zero where they have no bias."""
+        rows = self.W_E.new_zeros(self.cfg.n_layers, self.cfg.d_model)
+        for layer in {*self.cfg.layers, *self.cfg.attention}:
+            heads = self.head_outputs(layer)
+            if getattr(heads.projection, "bias", None) is not None:
+                rows[layer] = cast(Tensor, heads.projection.bias) * heads.scale
+        return rows
+
+    @property
+    def n_params_total(self) -> int:
+        """Number of parameters, embeddings included."""
+        return sum(parameter.numel() for parameter in self.hf_model.parameters())
+
+    def all_head_labels(self) -> list[str]:
+        """Names of the heads in the order of ``cache.stack_head_results``: "L0H0", "L0H1" ...; where a block has both,
+        attention heads follow as "L0A0" ..."""
+        labels = []
+        for layer in range(self.cfg.n_layers):
+            parts: tuple[Part, ...] = ("mixer", "attn")
+            labels += [label for part in parts for label in self.head_labels(layer, part)]
+        return labels
+
+    def head_labels(self, layer: int, part: Part) -> list[str]:
+        """Names of one mixer's heads; none where the block has no such heads."""
+        recurrent, attention = layer in self.cfg.layers, self.cfg.attention_heads(layer) or 0
+        n = attention if part == "attn" else self.cfg.layers[layer].H if recurrent else 0
+        letter = "A" if part == "attn" and recurrent else "H"
+        return [f"L{layer}{letter}{head}" for head in range(n)]
 
     @property
     def W_O(self) -> Tensor:
         """[n_layers, n_heads, d_head, d_model]: ``layer_W_O`` of every layer, copied into one tensor.
 
         Raises:
-            UnsupportedModelError: heads differ in number or size between layers, as in a model of recurrence and
+            UnequalHeadsError: heads differ in number or size between layers, as in a model of recurrence and
                 attention, or a layer has none.
         """
-        weights = [self.layer_W_O(layer) for layer in range(self.cfg.n_layers)]
+        weights = [self.layer_W_O(layer) for layer in sorted({*self.cfg.layers, *self.cfg.attention})]
         shapes = {tuple(weight.shape) for weight in weights}
-        if len(shapes) > 1:
-            raise UnsupportedModelError(
-                f"the heads of {self.cfg.model_name} have weights [heads, d_head, d_model] of the shapes "
-                f"{sorted(shapes)}, which no one tensor holds: take model.layer_W_O(layer), those of one layer"
+        if len(shapes) > 1 or len(weights) < self.cfg.n_layers:
+            raise UnequalHeadsError(
+                f"{len(weights)} of the {self.cfg.n_layers} layers of {self.cfg.model_name} have heads, with weights "
+                f"[heads, d_head, d_model] of the shapes {sorted(shapes)}, which no one tensor holds: take "
+                "model.layer_W_O(layer), those of one layer"
             )
         return torch.stack(weights)
 

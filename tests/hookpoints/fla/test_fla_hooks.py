@@ -15,6 +15,12 @@ sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("model", "ho
 
 import test_parity
 from test_attribution import test_attributions_are_derivatives  # noqa: F401
+from test_cache import (  # noqa: F401
+    run,
+    test_parts_add_up_to_the_stream,
+    test_parts_behind_a_blocks_norm_are_what_its_mixer_is_given,
+    test_parts_behind_the_final_norm_add_up_to_the_logits,
+)
 from test_heads import test_heads_times_their_weights_are_what_the_layer_adds  # noqa: F401
 from test_model_types import (  # noqa: F401
     EXACT,

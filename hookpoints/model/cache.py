@@ -1,0 +1,321 @@
+"""TransformerLens' ActivationCache over models whose blocks differ: recurrence, attention, MLP, or several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformer_lens import ActivationCache
+from transformer_lens.utilities.components_utils import get_act_name
+from transformer_lens.utilities.slice import Slice, SliceInput
+
+from hookpoints.errors import HookpointsError, nearest
+from hookpoints.hooks.guard import canonical
+from hookpoints.model.norm import Norm
+
+if TYPE_CHECKING:
+    from hookpoints.model.layout import ModelLayout
+    from hookpoints.model.weights import Part, Weights
+
+Labelled = tuple[Tensor, list[str]]
+Key = str | tuple[str | int | None, ...]
+
+REFUSED = {
+    name: reason
+    for names, reason in (
+        ("get_neuron_results stack_neuron_results", "no hook holds the neurons of an MLP; mlp_out is its whole output"),
+        ("ssm_layers compute_ssm_effective_attention", "hook_pattern is the exact attention of every recurrent head"),
+        ("compute_ssm_state", "hook_state holds every state"),
+    )
+    for name in names.split()
+}
+"""Methods of TransformerLens' cache that have no meaning here, and why."""
+
+
+class _Mixer(NamedTuple):
+    """What one token mixer of a block adds."""
+
+    layer: int
+    label: str
+    """"1_attn_out", as in TransformerLens; "1_mixer_out" for a recurrence beside attention."""
+    out: Tensor
+    part: Part | None
+    """Whose heads these are; None for attention whose heads are unknown."""
+
+
+class RecurrentCache(ActivationCache):
+    """TransformerLens' cache: its names, methods and labels, on every family.
+
+    * ``cache["z", 2]``, ``cache["read", -1]``, ``cache["heads.1.write_vec", 2]`` find the mixer's hooks.
+    * What no hook holds is computed: "scale" (of the final norm; with a layer, of "ln1" or "ln2"), "resid_mid", and
+      "result" after ``compute_head_results``.
+    * Norms are not folded into weights. ``apply_ln_to_stack`` does what the norm does at its scale on this run, gain
+      included, so that parts times ``W_U`` add up to the logits (less the norm's bias, which RWKV models have).
+
+    Decompositions need the hooks that they add up: those of ``run_with_cache`` without a filter, of a whole pass.
+    """
+
+    def __getattribute__(self, name: str) -> object:
+        if name in REFUSED:
+            raise AttributeError(f"the cache of a recurrent model has no {name}: {REFUSED[name]}")
+        return super().__getattribute__(name)
+
+    def __getitem__(self, key: Key) -> Tensor:
+        if key in self.cache_dict:
+            return self.cache_dict[cast(str, key)]
+        name, *place = (key,) if isinstance(key, str) else key
+        if place and isinstance(place[0], int) and place[0] < 0:
+            place[0] += self.model.cfg.n_layers
+        full = get_act_name(cast(str, name), *cast(tuple[int, str], place))
+        full = canonical(full, self.cache_dict.keys() | self.model.hook_dict.keys())
+        if full in self.cache_dict:
+            return self.cache_dict[full]
+        parts = full.split(".")
+        if full == "ln_final.hook_scale":
+            return self._norm_at(self.model.cfg.n_layers).scale
+        if parts[0] == "blocks" and parts[-1] == "hook_resid_mid":
+            return self._mid(int(parts[1]))
+        if parts[0] == "blocks" and parts[2:] in (["ln1", "hook_scale"], ["ln2", "hook_scale"]):
+            return self._norm_at(int(parts[1]), parts[2] == "ln2").scale
+        why = "was not kept: name it in names_filter" if full in self.model.hook_dict else "is no hook of this model"
+        raise KeyError(f"{full} {why}; {len(self.cache_dict)} activations were kept{nearest(full, self.cache_dict)}")
+
+    def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> RecurrentCache:
+        """The cache with its batch axis sliced."""
+        cut = super().apply_slice_to_batch_dim(batch_slice)
+        return type(self)(cut.cache_dict, self.model, cut.has_batch_dim)
+
+    def decompose_resid(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        mode: Literal["all", "mlp", "attn"] = "all",
+        apply_ln: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        incl_embeds: bool = True,
+        return_labels: bool = False,
+    ) -> Tensor | Labelled:
+        """[parts,B,T,D], what adds up to the stream that enters ``layer``: "embed", and of each block "0_attn_out" (its
+        recurrence, or attention), "0_mlp_out"; where both stand side by side, its recurrence as "0_mixer_out".
+
+        Arguments are TransformerLens'. A block without an MLP has no part for it.
+        """
+        layer = self._layer(layer)
+        parts = {"embed": self._embed()} if incl_embeds else {}
+        for at in range(layer + mlp_input):
+            if mode != "mlp":
+                parts |= {mixer.label: mixer.out for mixer in self._mixers(at)}
+            if mode != "attn" and at < layer and self._layout.blocks[at].mlps:
+                parts[f"{at}_mlp_out"] = self._mlp_out(at)
+        stack = self._stack(list(parts.values()), pos_slice)
+        if apply_ln:
+            stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)
+        return (stack, list(parts)) if return_labels else stack
+
+    def apply_ln_to_stack(
+        self,
+        residual_stack: Tensor,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        batch_slice: Slice | SliceInput = None,
+        has_batch_dim: bool = True,
+        recompute_ln: bool = False,
+    ) -> Tensor:
+        """What the norm before ``layer`` (None: the final one) makes of each part [...,D] of its input: centred where
+        it is a LayerNorm, divided by its scale on this run, times its gain. Arguments are TransformerLens'.
+
+        Raises:
+            HookpointsError: the block has no norm of its own there.
+        """
+        layer, batch = self._layer(layer), _cut(batch_slice)
+        if recompute_ln and layer == self.model.cfg.n_layers:
+            return super().apply_ln_to_stack(
+                residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
+            )
+        at = self._norm_at(layer, mlp_input)
+        scale = _cut(pos_slice).apply(at.scale, dim=-2)
+        scale = batch.apply(scale) if self.has_batch_dim else scale
+        return at.norm.frozen(batch.apply(residual_stack, dim=1) if has_batch_dim else residual_stack, scale)
+
+    def compute_head_results(self) -> None:
+        """Put ``hook_result`` [B,T,H,D] of every layer into the cache: what each head adds to the residual stream.
+
+        B*T*H*D numbers a layer. A norm behind the projection (OLMo's attention) is applied at its scale.
+        """
+        for layer in range(self.model.cfg.n_layers):
+            for mixer in self._mixers(layer):
+                if mixer.part is not None:
+                    self._results(layer, mixer.part)
+
+    def stack_head_results(
+        self,
+        layer: int | None = -1,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        apply_ln: bool = False,
+    ) -> Tensor | Labelled:
+        """[heads,B,T,D], what each head below ``layer`` adds to the residual stream, recurrent or attention. Labels are
+        "L0H3"; attention heads beside recurrent ones are "L0A3". Arguments are TransformerLens'."""
+        layer, parts, labels = self._layer(layer), [], []
+        for mixer in (mixer for at in range(layer) for mixer in self._mixers(at)):
+            if mixer.part is not None:
+                parts += self._results(mixer.layer, mixer.part).unbind(-2)
+                labels += self._weights.head_labels(mixer.layer, mixer.part)
+        if incl_remainder:
+            whole = self["resid_post", layer - 1] if layer else self._embed()
+            parts, labels = [*parts, whole - sum(parts)], [*labels, "remainder"]
+        stack = self._stack(parts, pos_slice)
+        if apply_ln:
+            stack = self.apply_ln_to_stack(stack, layer, pos_slice=pos_slice, has_batch_dim=self.has_batch_dim)
+        return (stack, labels) if return_labels else stack
+
+    def get_full_resid_decomposition(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        expand_neurons: bool = False,
+        apply_ln: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        return_labels: bool = False,
+        project_output_onto: Tensor | None = None,
+    ) -> Tensor | Labelled:
+        """[parts,B,T,D]: every head, every MLP, "embed", and "bias", what mixers add beside their heads' results (zero
+        but for rounding where projections have no bias). Attention whose heads are unknown is one part.
+
+        Args:
+            expand_neurons: must be False; in TransformerLens it is True by default.
+            project_output_onto: [D] or [D,N], by which each part is multiplied.
+        """
+        if expand_neurons:
+            raise HookpointsError(f"expand_neurons=True cannot be had: {REFUSED['get_neuron_results']}")
+        layer = self._layer(layer)
+        heads, labels = cast(Labelled, self.stack_head_results(layer + mlp_input, return_labels=True))
+        parts, bias = list(heads), torch.zeros_like(self._embed())
+        for mixer in (mixer for at in range(layer + mlp_input) for mixer in self._mixers(at)):
+            if mixer.part is None:
+                parts, labels = [*parts, mixer.out], [*labels, mixer.label]
+            else:
+                bias = bias + (mixer.out - self._results(mixer.layer, mixer.part).sum(-2))
+        rest, rest_labels = cast(Labelled, self.decompose_resid(layer, mode="mlp", return_labels=True))
+        named = dict(zip(rest_labels, rest, strict=True))
+        named["embed"] = named.pop("embed")  # after the MLPs, as in TransformerLens
+        stack = self._stack([*parts, *named.values(), bias], pos_slice)
+        if apply_ln:
+            stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)
+        if project_output_onto is not None:
+            stack = stack @ project_output_onto
+        return (stack, [*labels, *named, "bias"]) if return_labels else stack
+
+    def stack_activation(self, activation_name: str, layer: int = -1, sublayer_type: str | None = None) -> Tensor:
+        """[layers,...], one activation of the layers below ``layer`` that have it, in their order
+        (``model.cfg.recurrent_layers`` for hooks of a mixer).
+
+        Raises:
+            HookpointsError: no layer has it, or shapes differ between layers.
+        """
+        found: list[Tensor] = []
+        for at in range(self._layer(layer)):
+            try:
+                found.append(self[activation_name, at, sublayer_type])
+            except KeyError:
+                continue
+        if len({value.shape for value in found}) != 1:
+            shapes = sorted({tuple(value.shape) for value in found})
+            raise HookpointsError(
+                f"{activation_name!r} cannot be stacked: layers have it in the shapes {shapes}; take cache[name, layer]"
+            )
+        return torch.stack(found)
+
+    # -- parts
+
+    @property
+    def _layout(self) -> ModelLayout:
+        layout = getattr(self.model.attachment, "layout", None)
+        if layout is None:
+            raise HookpointsError("a TransformerBridge has its own cache methods; attach adds the mixers' hooks alone")
+        return layout
+
+    @property
+    def _weights(self) -> Weights:
+        if not hasattr(self.model, "head_outputs"):
+            raise HookpointsError("heads' results need weights, which HookedRecurrent.from_hf(model) names")
+        return cast("Weights", self.model)
+
+    def _layer(self, layer: int | None) -> int:
+        return self.model.cfg.n_layers if layer is None or layer == -1 else layer
+
+    def _stack(self, parts: list[Tensor], pos_slice: Slice | SliceInput) -> Tensor:
+        cut = _cut(pos_slice)
+        if not parts:
+            like = cut.apply(self._embed(), dim=-2)
+            return like.new_zeros(0, *like.shape)
+        return torch.stack([cut.apply(part, dim=-2) for part in parts])
+
+    def _embed(self) -> Tensor:
+        """What the first block adds to."""
+        entering, module = self["resid_pre", 0], self._layout.embedding_norm
+        if module is None:
+            return entering
+        norm = Norm.of(module)
+        return norm.frozen(entering, norm.scale(entering)) + norm.bias
+
+    def _mixers(self, layer: int) -> Iterator[_Mixer]:
+        block = self._layout.blocks[layer]
+        if block.side_by_side:
+            yield _Mixer(layer, f"{layer}_mixer_out", self["mixer_out", layer], "mixer")
+        if block.attn_out is not None:
+            known: Part | None = None if block.attn_heads is None else "attn"
+            part: Part | None = "mixer" if block.attn_out is block.mixer_out else known
+            yield _Mixer(layer, f"{layer}_attn_out", self["attn_out", layer], part)
+
+    def _mid(self, layer: int) -> Tensor:
+        entering = self["resid_pre", layer] if layer else self._embed()
+        return entering + sum(mixer.out for mixer in self._mixers(layer))
+
+    def _mlp_out(self, layer: int) -> Tensor:
+        if self._layout.blocks[layer].mlp_out is not None:
+            return self["mlp_out", layer]
+        return self["resid_post", layer] - self._mid(layer)  # of several MLPs, which have no hook
+
+    def _results(self, layer: int, part: Part) -> Tensor:
+        key = f"blocks.{layer}.{part}.hook_result"
+        if key not in self.cache_dict:
+            heads = self._weights.head_outputs(layer, part)
+            z = self[f"blocks.{layer}.{part}.hook_z"]
+            results = torch.einsum("...hv,hvd->...hd", z, self._weights.layer_W_O(layer, part))
+            if heads.norm is not None:
+                norm, bias = Norm.of(heads.norm), getattr(heads.projection, "bias", None)
+                total = results.sum(-2) if bias is None else results.sum(-2) + bias
+                results = norm.frozen(results, norm.scale(total).unsqueeze(-2)) * heads.added.scale
+            self.cache_dict[key] = results
+        return self.cache_dict[key]
+
+    def _norm_at(self, layer: int, mlp: bool = False) -> _At:
+        if layer == self.model.cfg.n_layers:
+            norm = Norm.of(self._layout.final_norm)
+            return _At(norm, norm.scale(self["resid_post", layer - 1]))
+        module = self._layout.blocks[layer].norm(mlp=mlp)
+        if module is None:
+            raise HookpointsError(
+                f"block {layer} has no norm of its own before its {'MLP' if mlp else 'mixer'}; the final norm is "
+                "that of layer=None"
+            )
+        norm = Norm.of(module)
+        entering = self._mid(layer) if mlp else self["resid_pre", layer] if layer else self._embed()
+        return _At(norm, norm.scale(entering))
+
+
+def _cut(where: Slice | SliceInput) -> Slice:
+    return where if isinstance(where, Slice) else Slice(where)
+
+
+class _At(NamedTuple):
+    """A norm, and its scale on the run."""
+
+    norm: Norm
+    scale: Tensor
+    """[B,T,1]."""

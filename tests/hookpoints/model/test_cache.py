@@ -1,0 +1,155 @@
+"""TransformerLens' cache methods on models of every type: parts add up to the stream, behind norms to the logits."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+from conftest import make_hf
+from torch.testing import assert_close
+from transformer_lens import patching
+from transformer_lens.utilities import get_act_name
+
+from hookpoints import HookedRecurrent, HookpointsError, attach
+from hookpoints.model.cache import REFUSED
+from hookpoints.model.norm import Norm
+
+
+@pytest.fixture
+def hooked(any_hf):
+    model = HookedRecurrent.from_hf(any_hf)
+    yield model
+    model.attachment.detach()
+
+
+@pytest.fixture
+def run(hooked, tokens):
+    with torch.no_grad():
+        return hooked.run_with_cache(tokens)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert_close(actual, expected, rtol=1e-4, atol=2e-5 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+def test_parts_add_up_to_the_stream(hooked, run):
+    _, cache = run
+    for layer in range(1, hooked.cfg.n_layers + 1):
+        entering = cache["resid_post", layer - 1]
+        parts, labels = cache.decompose_resid(layer, return_labels=True)
+        assert len(parts) == len(labels) == len(set(labels)) and labels[0] == "embed"
+        close(parts.sum(0), entering)
+        heads, labels = cache.stack_head_results(layer, return_labels=True, incl_remainder=True)
+        assert labels[-1] == "remainder" and labels[:-1] == hooked.all_head_labels()[: len(heads) - 1]
+        close(heads.sum(0), entering)
+        every, labels = cache.get_full_resid_decomposition(layer, return_labels=True)
+        assert len(every) == len(labels) == len(set(labels)) and labels[-1] == "bias"
+        close(every.sum(0), entering)
+        if not hooked.b_O.any():
+            assert every[-1].abs().max() <= 1e-5 * entering.abs().max()
+
+
+@torch.no_grad()
+def test_parts_behind_the_final_norm_add_up_to_the_logits(hooked, run):
+    logits, cache = run
+    norm = Norm.of(hooked.attachment.layout.final_norm)
+    expected = logits[..., 7] - norm.bias @ hooked.W_U[:, 7] - hooked.b_U[7]
+    for stack in (cache.decompose_resid(), cache.get_full_resid_decomposition()):
+        close(cache.logit_attrs(stack, 7).sum(0), expected)
+    close(cache.decompose_resid(apply_ln=True).sum(0) @ hooked.W_U[:, 7], expected)
+    close(norm.frozen(cache["resid_post", -1], cache["scale"]) + norm.bias, cache["normalized"])
+    streams, labels = cache.accumulated_resid(apply_ln=True, return_labels=True)
+    assert labels[-1] == "final_post" and len(streams) == hooked.cfg.n_layers + 1
+    close(hooked.unembed(streams[-1]), logits)
+    close(hooked.unembed(hooked.ln_final(cache["resid_post", -1])), logits)
+    assert hooked.cfg.normalization_type == ("LN" if norm.centred else "RMS") and hooked.cfg.eps == norm.eps
+
+
+@torch.no_grad()
+def test_parts_behind_a_blocks_norm_are_what_its_mixer_is_given(hooked, tokens, run):
+    _, cache = run
+    for layer, block in enumerate(hooked.attachment.layout.blocks):
+        for mlp in (False, True):
+            module, seen = block.norm(mlp=mlp), []
+            if module is None or (mlp and not block.mlps):
+                continue
+            handle = module.register_forward_hook(lambda _m, _args, out, seen=seen: seen.append(out))
+            hooked(tokens)
+            handle.remove()
+            parts = cache.decompose_resid(layer, mlp_input=mlp, apply_ln=True)
+            given = seen[0][0] if isinstance(seen[0], tuple) else seen[0]  # of fla, with the stream
+            close(parts.sum(0) + Norm.of(module).bias, given)
+
+
+@torch.no_grad()
+def test_positions_and_batches_are_sliced(model, tokens):
+    logits, cache = model.run_with_cache(tokens)
+    last = cache.decompose_resid(pos_slice=-1)
+    assert last.shape == (len(last), 2, 32)
+    close(cache.logit_attrs(last, tokens[:, 0], pos_slice=-1).sum(0), logits[:, -1].gather(1, tokens[:, :1])[:, 0])
+    one = cache.apply_slice_to_batch_dim(slice(1, 2)).remove_batch_dim()
+    assert_close(one["scale"], cache["scale"][1])
+    assert_close(one.stack_head_results(pos_slice=5), cache.stack_head_results()[:, 1, 5])
+    _, alone = model.run_with_cache(tokens[:1], remove_batch_dim=True)
+    assert_close(alone.get_full_resid_decomposition(), cache.get_full_resid_decomposition()[:, 0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_short_names_find_the_mixers_hooks(model, tokens):
+    names = ["blocks.2.mixer.heads.1.hook_write_vec", "blocks.2.mixer.hook_read", "blocks.3.attn.hook_z"]
+    _, cache = model.run_with_cache(tokens, names_filter=[get_act_name("heads.1.write_vec", 2), *names[1:]])
+    assert list(cache) == names
+    assert cache["heads.1.write_vec", 2] is cache[names[0]] and cache["read", -2] is cache[names[1]]
+    assert cache["z", 3] is cache[names[2]] and cache["read2"] is cache[names[1]]
+    with pytest.raises(KeyError, match=r"blocks\.0\.mixer.hook_read was not kept"):
+        cache["read", 0]
+    with pytest.raises(KeyError, match="is no hook"):
+        cache["nothing", 0]
+
+
+@pytest.mark.parametrize("name", ["z", "read", "write", "q", "heads.1.write_vec", "heads.2.state", "mixer_out"])
+@torch.no_grad()
+def test_activations_are_patched_by_their_short_names(model, tokens, name):
+    """TransformerLens' generic_activation_patch, against the hook by its own name."""
+    clean, corrupted = tokens[:1, :12], tokens[1:, :12]
+    _, cache = model.run_with_cache(clean, names_filter=lambda name: True)
+
+    def metric(logits):
+        return logits[0, -1, 5]
+
+    patched = patching.generic_activation_patch(
+        model, corrupted, cache, metric, patching.layer_pos_patch_setter, name,
+        index_df=pd.DataFrame({"layer": [0, 2], "pos": [3, 4]}),
+    )  # fmt: skip
+    head, _, short = name.rpartition(".")
+    full = "blocks.2." + ("" if name == "mixer_out" else "mixer.") + (f"{head}." if head else "") + f"hook_{short}"
+
+    def patch(value, hook):
+        value[:, 4] = cache[full][:, 4]
+
+    assert_close(patched[1], metric(model.run_with_hooks(corrupted, fwd_hooks=[(full, patch)])))
+
+
+@torch.no_grad()
+def test_what_cannot_be_had_says_why(model, tokens):
+    _, cache = model.run_with_cache(tokens)
+    for name, reason in REFUSED.items():
+        assert not hasattr(cache, name)
+        with pytest.raises(AttributeError, match=name) as raised:
+            getattr(cache, name)
+        assert reason in str(raised.value)
+    assert cache.stack_activation("read").shape == (3, 2, 70, 4, 6)
+    with pytest.raises(HookpointsError, match="shapes"):
+        cache.stack_activation("z")
+    with pytest.raises(HookpointsError, match="expand_neurons"):
+        cache.get_full_resid_decomposition(expand_neurons=True)
+
+
+@torch.no_grad()
+def test_an_attached_models_cache_adds_up_its_hooks(tokens):
+    with attach(make_hf()) as hooked:
+        _, cache = hooked.run_with_cache(tokens)
+        close(cache.decompose_resid().sum(0), cache["resid_post", -1])
+        with pytest.raises(HookpointsError, match="from_hf"):
+            cache.stack_head_results()

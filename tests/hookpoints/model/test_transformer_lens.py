@@ -1,0 +1,95 @@
+"""Names of TransformerLens' HookedTransformer: there with its meaning, or refused with a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformer_lens
+from conftest import make_hf
+from torch import nn
+from torch.testing import assert_close
+
+from hookpoints import HookedRecurrent
+from hookpoints.model.refused import REFUSED
+
+
+def test_every_public_name_is_there_or_refused(model):
+    theirs = getattr(transformer_lens, "HookedTransformer", None) if transformer_lens_major() < 4 else None
+    names = {name for name in dir(theirs) if not name.startswith("_")} if theirs else set()
+    absent = {name for name in names - set(dir(nn.Module)) if not hasattr(model, name)}
+    assert absent - {"W_O"} <= set(REFUSED)  # W_O: of heads of one shape
+    for name, reason in REFUSED.items():
+        assert not hasattr(model, name)
+        with pytest.raises(AttributeError, match=name) as raised:
+            getattr(model, name)
+        assert reason in str(raised.value)
+    with pytest.raises(AttributeError, match="no attribute 'W_X'"):
+        _ = model.W_X
+
+
+def transformer_lens_major() -> int:
+    from importlib.metadata import version
+
+    return int(version("transformer-lens").split(".")[0])
+
+
+@torch.no_grad()
+def test_ends_of_the_residual_stream(model, tokens):
+    logits, cache = model.run_with_cache(tokens)
+    assert torch.equal(model.embed(tokens), cache["embed"])
+    assert_close(model.ln_final(cache["resid_post", -1]), cache["normalized"])
+    assert_close(model.unembed(cache["normalized"]), logits, rtol=1e-4, atol=1e-5)
+    assert_close(model.loss_fn(logits, tokens), model(tokens, return_type="loss"))
+    assert model.loss_fn(logits, tokens, per_token=True).shape == (2, 69)
+    assert not model.b_U.any() and model.b_U.shape == (64,) and model.b_O.shape == (4, 32)
+    assert model.all_head_labels()[7:] == ["L1H3", "L2H0", "L2H1", "L2H2", "L2H3", "L3H0", "L3H1"]
+
+
+@torch.no_grad()
+def test_hooks_of_the_final_norm_fire_when_it_is_called(model, tokens):
+    stream = model(tokens, stop_at_layer=-1)
+    with model.hooks([("ln_final.hook_normalized", lambda value, hook: 0 * value)]):
+        assert not model.ln_final(stream).any()
+
+
+def test_directions_of_tokens(embedded):
+    token = embedded.to_single_token("e")
+    for one in ("e", token, torch.tensor(token), torch.tensor([token])):
+        assert torch.equal(embedded.tokens_to_residual_directions(one), embedded.W_U[:, token])
+    many = torch.tensor([[token, 1], [2, 3]])
+    assert embedded.tokens_to_residual_directions(many).shape == (2, 2, embedded.cfg.d_model)
+    assert embedded.to_single_str_token(token) == "e"
+
+
+def test_positions_of_tokens(embedded):
+    text = "of the people of the States"
+    where = [i for i, piece in enumerate(embedded.to_str_tokens(text)) if piece == " the"]
+    assert embedded.get_token_position(" the", text) == where[0] < where[-1]
+    assert embedded.get_token_position(" the", embedded.to_tokens(text), mode="last") == where[-1]
+    with pytest.raises(ValueError, match="is not in"):
+        embedded.get_token_position("z", text)
+
+
+def test_the_configuration_has_transformer_lens_fields():
+    cfg = HookedRecurrent.from_hf(make_hf()).cfg
+    assert (cfg.d_head, cfg.d_mlp, cfg.act_fn, cfg.attn_only) == (6, 48, "silu", False)
+    assert (cfg.normalization_type, cfg.eps) == ("RMS", 1e-6)
+    assert cfg.to_dict()["layers"][0]["K"] == 8 and set(cfg.to_dict()) >= {"n_layers", "d_model", "d_head"}
+    cfg = HookedRecurrent.from_hf(make_hf("mamba2")).cfg
+    assert cfg.attn_only and cfg.d_mlp is None and cfg.act_fn is None
+
+
+def test_loading_without_processing_is_loading():
+    model = HookedRecurrent.from_pretrained_no_processing("embedded", self_check=False)
+    assert isinstance(model, HookedRecurrent) and model.n_params_total == sum(p.numel() for p in model.parameters())
+
+
+def test_generation_goes_on_behind_the_end_where_asked(model, tokens):
+    first = int(model.generate(tokens[:1], max_new_tokens=1, do_sample=False)[0, -1])
+    model.hf_model.generation_config.eos_token_id = first
+    try:
+        stopped = model.generate(tokens[:1], max_new_tokens=5, do_sample=False, verbose=False)
+        went_on = model.generate(tokens[:1], max_new_tokens=5, do_sample=False, stop_at_eos=False)
+    finally:
+        model.hf_model.generation_config.eos_token_id = None
+    assert (stopped.shape[1], went_on.shape[1]) == (71, 75) and int(went_on[0, 70]) == first
