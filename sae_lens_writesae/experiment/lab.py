@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar, cast
 
@@ -143,17 +143,14 @@ class Lab:
         progress: bool = False,
         one_head: bool = True,
     ):
-        self.collected = None if isinstance(tokens, Tensor) else tokens
-        """Where firings and native writes are read; None: they are computed."""
-        self.collected_reference = None if reference is None or isinstance(reference, Tensor) else reference
-        tokens = tokens if self.collected is None else self.collected.tokens
-        reference = reference if self.collected_reference is None else self.collected_reference.tokens
-        for name, ids in (("tokens", tokens), ("reference", reference)):
-            if ids is not None and ids.ndim != 2:
-                raise ValueError(f"{name} must be [N,T], found shape {list(ids.shape)}")
-        if reference is not None and (shared := _shared_rows(tokens, reference)):
+        ids = tokens if isinstance(tokens, Tensor) else tokens.tokens
+        other = reference if reference is None or isinstance(reference, Tensor) else reference.tokens
+        for name, each in (("tokens", ids), ("reference", other)):
+            if each is not None and each.ndim != 2:
+                raise ValueError(f"{name} must be [N,T], found shape {list(each.shape)}")
+        if other is not None and (shared := _shared_rows(ids, other)):
             raise ValueError(
-                f"reference is other text than tokens, but {shared} of its {len(reference)} sequences are tested; "
+                f"reference is other text than tokens, but {shared} of its {len(other)} sequences are tested; "
                 "leave those out, or pass no reference: then each half of the sequences is the other one's"
             )
         if not saes:
@@ -167,16 +164,11 @@ class Lab:
             raise ValueError(f"dictionaries of one head can be evaluated together, found {listed}")
         if not one_head and (len(cells) < len(hooks) or len({layer for layer, _ in cells}) > 1):
             raise ValueError(f"one dictionary for each head of one layer can act together, found {listed}")
-        for collection in filter(None, (self.collected, self.collected_reference)):
-            for hook in hooks.values():
-                place, shape = collection.head_target(hook.layer, hook.head), model.cfg.layer(hook.layer)
-                if (place.d_k, place.d_v) != (shape.K, shape.V):
-                    raise ValueError(
-                        f"{collection.folder} has writes of {place.d_k} x {place.d_v} for {hook.cell}, and "
-                        f"{model.cfg.model_name} has {shape.K} x {shape.V}: it was collected from another model"
-                    )
-        self.model, self.tokens, self.saes = model, tokens, dict(saes)
-        self.hooks, self.reference = hooks, reference
+        self.collected = _source(model, tokens, hooks.values())
+        """Where firings and native writes are read; None: they are computed."""
+        self.collected_reference = _source(model, reference, hooks.values())
+        self.model, self.tokens, self.saes = model, ids, dict(saes)
+        self.hooks, self.reference = hooks, other
         self.seed, self.rows_per_run, self.progress = seed, rows_per_run, progress
         self.skipped: Counter[str] = Counter()
         """Units that could not be measured, by reason."""
@@ -467,6 +459,20 @@ class Lab:
             "n_skipped": dict(self.skipped),
             "n_edited_runs": self.n_edited_runs,
         }
+
+
+def _source(model: HookedRecurrent, text: Text | None, hooks: Iterable[HeadHook]) -> Collection | None:
+    """The collection that was given as a text, which has every head at the model's size; None for token ids."""
+    if text is None or isinstance(text, Tensor):
+        return None
+    for hook in hooks:
+        place, shape = text.head_target(hook.layer, hook.head), model.cfg.layer(hook.layer)
+        if (place.d_k, place.d_v) != (shape.K, shape.V):
+            raise ValueError(
+                f"{text.folder} has writes of {place.d_k} x {place.d_v} for {hook.cell}, and {model.cfg.model_name} "
+                f"has {shape.K} x {shape.V}: it was collected from another model"
+            )
+    return text
 
 
 def _shared_rows(tokens: Tensor, reference: Tensor) -> int:
