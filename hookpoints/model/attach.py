@@ -38,6 +38,7 @@ from hookpoints.model.bridge import Bypassed, check_bridge
 from hookpoints.model.config import describe
 from hookpoints.model.hooked import Attached, HookedModel
 from hookpoints.model.layout import BlockLayout, ModelLayout, find_layout, rule_of
+from hookpoints.model.wrappers import unwrap
 
 _WRAPPED = ("run_with_cache", "run_with_hooks", "hooks", "add_hook", "reset_hooks", "add_sae")
 """Methods of a bridge that are replaced while it is attached. The last one is of SAELens' bridge alone."""
@@ -63,14 +64,18 @@ def attach(model: nn.Module, *, backend: Backend = "auto", self_check: bool = Tr
     Args:
         model: a causal language model of transformers or flash-linear-attention, or a TransformerLens
             ``TransformerBridge``: then ``bridge.run_with_cache``, ``run_with_hooks``, ``hooks``, ``add_hook`` and
-            ``reset_hooks`` know the hooks of the recurrent mixers besides their own (see ``AttachedBridge``).
+            ``reset_hooks`` know the hooks of the recurrent mixers besides their own (see ``AttachedBridge``). What
+            ``torch.compile``, DistributedDataParallel, PEFT or nnsight puts around a model is looked through: hooks
+            fire when the wrapper runs.
         backend: as for ``HookedRecurrent.from_pretrained``.
         self_check: run a few tokens and prove that hooks see what the model does.
 
     Raises:
-        UnsupportedModelError: the model has no recurrence of the canonical form; says why.
+        UnsupportedModelError: the model has no recurrence of the canonical form, or hooks inside of its wrapper would
+            not act; says why.
         SelfCheckError: the model does not behave as hooks need. It is left as it was.
     """
+    model = unwrap(model)
     if isinstance(model, HookedModel):
         raise HookpointsError(
             f"{type(model).__name__} has hook points already; attach() is for plain models (here: model.hf_model)"

@@ -32,6 +32,7 @@ from hookpoints.model.layout import find_layout
 from hookpoints.model.refused import REFUSED
 from hookpoints.model.selfcheck import self_check as run_self_check
 from hookpoints.model.weights import Weights
+from hookpoints.model.wrappers import unwrap
 from hookpoints.recurrence.recurrence import Recurrence
 
 ReturnType = Literal["logits", "loss", "both"] | None
@@ -133,8 +134,11 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
 
     @classmethod
     def from_hf(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any) -> Self:
-        """Hook a model that is already loaded. The model itself is used, not a copy; it is put in eval mode."""
-        return cls(model, tokenizer, **kwargs)
+        """Hook a model that is already loaded. The model itself is used, not a copy; it is put in eval mode.
+
+        Of a model that is compiled, or wrapped by DistributedDataParallel, PEFT or nnsight, the one inside is used.
+        """
+        return cls(unwrap(model), tokenizer, **kwargs)
 
     # -- running
 

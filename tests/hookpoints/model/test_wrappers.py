@@ -1,0 +1,115 @@
+"""What other libraries put around a model is looked through, or refused at once with its reason."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from conftest import make_hf
+from torch import nn
+
+from hookpoints import HookedRecurrent, UnsupportedModelError, attach
+
+WRITE = "blocks.1.mixer.hook_write"
+
+
+@pytest.fixture
+def one_process(tmp_path) -> Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["in_proj_qkv", "out_proj"], init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+def check(wrap: Callable[[nn.Module], nn.Module], tokens: torch.Tensor) -> None:
+    """Hooks fire and edit when the wrapper runs; afterwards it is as it was."""
+    wrapper = wrap(make_hf())
+    plain, shapes = wrapper(tokens).logits, []
+    with attach(wrapper) as hooked:
+        assert torch.equal(wrapper(tokens).logits, plain)
+        listening = (WRITE, lambda write, hook: shapes.append(write.shape))
+        with hooked.hooks([listening, (WRITE, lambda write, hook: 0 * write)]):
+            edited = wrapper(tokens).logits
+        _, cache = hooked.run_with_cache(tokens, names_filter="blocks.1.mixer.hook_z")
+        assert cache["z", 1].shape == (2, 70, 4, 6)
+    assert shapes == [(2, 70, 4, 8, 6)] and not torch.allclose(edited, plain)
+    assert torch.equal(wrapper(tokens).logits, plain)
+    model = HookedRecurrent.from_hf(wrapper)
+    assert torch.allclose(model(tokens), plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled(tokens):
+    check(lambda model: torch.compile(model, backend="eager"), tokens)
+
+
+@torch.no_grad()
+def test_distributed_data_parallel(one_process, tokens):
+    check(nn.parallel.DistributedDataParallel, tokens)
+
+
+@torch.no_grad()
+def test_attaching_compiles_nothing(one_process, tokens):
+    model = make_hf()
+    wrapper = torch.compile(nn.parallel.DistributedDataParallel(model))
+    begun = time.monotonic()
+    with attach(wrapper, self_check=False) as hooked:
+        assert hooked.hf_model is model
+    assert time.monotonic() - begun < 1
+
+
+@torch.no_grad()
+def test_adapters_that_are_not_merged(tokens):
+    check(adapted, tokens)
+    model = HookedRecurrent.from_hf(adapted(make_hf()))
+    with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
+        model.layer_W_O(1)
+
+
+@torch.no_grad()
+def test_adapters_that_are_merged(tokens):
+    check(lambda model: adapted(model).merge_and_unload(), tokens)
+
+
+@torch.no_grad()
+def test_nnsight(tokens):
+    nnsight = pytest.importorskip("nnsight")
+    model = make_hf()
+    wrapper, plain = nnsight.NNsight(model), model(tokens).logits
+    with attach(wrapper) as hooked, hooked.hooks([(WRITE, lambda write, hook: 0 * write)]):
+        with wrapper.trace(tokens):
+            edited = wrapper.output.logits.save()
+        assert torch.equal(edited, model(tokens).logits) and not torch.allclose(edited, plain)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "reason"),
+    [
+        (nn.DataParallel, "DistributedDataParallel"),
+        (lambda model: {"model": model}, "torch.nn.Module"),
+        (lambda model: torch.compile(nn.Linear(2, 2)), "Linear has no list of blocks"),
+    ],
+)
+def test_what_cannot_be_hooked_from_inside_says_why(wrap, reason):
+    wrapper = wrap(make_hf())
+    begun = time.monotonic()
+    for call in (attach, HookedRecurrent.from_hf):
+        with pytest.raises(UnsupportedModelError, match=reason):
+            call(wrapper)
+    assert time.monotonic() - begun < 1
+
+
+def test_prompts_of_peft_are_refused():
+    peft = pytest.importorskip("peft")
+    wrapper = peft.get_peft_model(make_hf(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(UnsupportedModelError, match="virtual tokens"):
+        attach(wrapper)
