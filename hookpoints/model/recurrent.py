@@ -80,13 +80,14 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
         self_check: bool = True,
     ):
         super().__init__()
-        self.hf_model = hf_model.eval()
+        self.hf_model = hf_model
         self.tokenizer = tokenizer
         layout = find_layout(hf_model)
         self.attachment = Attachment(hf_model, layout, self, backend)  # pyright: ignore[reportIncompatibleVariableOverride]
         label = name or getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__
         self.cfg = describe(hf_model, layout, label, backend)
         self.setup()
+        self.eval()  # hook points too: TransformerLens 4 patches nothing that holds a module in training mode
         if self_check:
             try:
                 run_self_check(self)
