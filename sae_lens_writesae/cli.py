@@ -1,7 +1,7 @@
 """The `writesae` command. Each command is a dataclass: its fields are the flags, its docstrings the help (tyro).
 
-A command is imported when it is asked for, and imports torch when it runs, so that help costs nothing (`prompt` and
-`train-saelens`, whose flags are SAELens', do so sooner). Settings of a class that needs torch are read off its source.
+A command is imported when it is asked for, and imports torch when it runs, so that help costs nothing; the exception is
+`train-saelens`, whose flags are SAELens'. Settings of a class that needs torch are read off its source.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COMMANDS: dict[str, Command] = {
     "show": Command("Make a page for each atom of a dictionary.", "show:run_show"),
     "push": Command("Publish dictionaries on the Hugging Face hub, with a card that loads them.", "push:Push"),
     "export": Command("Write atoms as Neuronpedia or delphi read them.", "show:run_export"),
-    "prompt": Command("Type a text in a browser: what heads write and read, which atoms fire.", "page.prompt:Prompt"),
+    "prompt": Command("Type a text in a browser: what heads write and read, which atoms fire.", "show:Prompt"),
     "report": Command("Write one page from saved results.", "evaluate:Report"),
     "reproduce": Command(
         "The paper's whole table for a model: train, evaluate and report, as a workflow.", "reproduce.command:Reproduce"

@@ -1,4 +1,4 @@
-"""The commands `writesae show` and `writesae export`: pages of atoms, and atoms as other tools read them."""
+"""The commands `writesae show`, `prompt` and `export`: pages of atoms and of a prompt, and atoms for other tools."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hookpoints import HookedRecurrent
     from sae_lens_writesae.page.atoms.collect import AtomPages
     from sae_lens_writesae.page.atoms.pages import AtomPageFiles
+    from sae_lens_writesae.page.prompt import PromptServer
 
 T = TypeVar("T")
 
@@ -145,6 +146,40 @@ class Export(OnText):
             return atomic_text(self.out / "batch-0.json", json.dumps(batch, allow_nan=False))
         lab = Lab(model, {"": sae}, tokens, progress=progress)
         return write_delphi(lab, self.out, n_splits=self.splits, dataset=self.dataset)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Open a page on this machine: type a text, and see what heads write and read, and which atoms fire.
+
+    Needs no network. It answers to this machine alone, until it is interrupted.
+    """
+
+    model: tyro.conf.Positional[str | None] = None
+    """Model; by default the one named in the SAE's metadata, or without an SAE the embedded one."""
+    sae: Path | None = None
+    """Folder of a dictionary, whose atoms are shown for its head."""
+    dtype: Dtype = "float32"
+    """The model's dtype."""
+    port: int = 8765
+    """Port of 127.0.0.1. 0: a free one."""
+
+    def run(self) -> None:
+        """Serve until interrupted."""
+        server = self.server()
+        host, port = server.server_address[:2]
+        print(f"open http://{host}:{port} in a browser; Ctrl-C ends", flush=True)
+        with server:
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                print()
+
+    def server(self) -> PromptServer:
+        """The server, bound to its port; raises what `prompt_server` raises."""
+        from sae_lens_writesae.page.prompt import prompt_server
+
+        return prompt_server(self.model, self.sae, self.dtype, self.port)
 
 
 def run_show(arguments: Sequence[str]) -> str:

@@ -77,7 +77,7 @@ def test_help_loads_no_torch() -> None:
     """In a process of its own, because these tests have loaded it."""
     commands = [["--help"], ["--version"], ["eval", "--help"]]
     commands += [["eval", kind, "--help"] for kind in [*EVALUATIONS, "all"]]
-    commands += [[name, "--help"] for name in COMMANDS if name not in ("eval", "prompt", "train-saelens")]
+    commands += [[name, "--help"] for name in COMMANDS if name not in ("eval", "train-saelens")]  # SAELens' own flags
     code = f"""
 import sys, writesae
 for arguments in {commands!r}:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-import tyro
 from sae_lens import SAE
 
 from hookpoints import HookedRecurrent, Recurrence
@@ -98,54 +97,6 @@ class PromptReader:
             order = active[row[active].argsort(descending=True)].tolist()
             found.append([(atom, _short(float(row[atom]))) for atom in order])
         return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """Open a page on this machine: type a text, and see what heads write and read, and which atoms fire.
-
-    Needs no network. It answers to this machine alone, until it is interrupted.
-    """
-
-    model: tyro.conf.Positional[str | None] = None
-    """Model; by default the one named in the SAE's metadata, or without an SAE the embedded one."""
-    sae: Path | None = None
-    """Folder of a dictionary, whose atoms are shown for its head."""
-    dtype: str = "float32"
-    """The model's dtype."""
-    port: int = 8765
-    """Port of 127.0.0.1. 0: a free one."""
-
-    def run(self) -> None:
-        """Serve until interrupted."""
-        server = self.server()
-        host, port = server.server_address[:2]
-        print(f"open http://{host}:{port} in a browser; Ctrl-C ends", flush=True)
-        with server:
-            try:
-                server.serve_forever()
-            except KeyboardInterrupt:
-                print()
-
-    def server(self) -> PromptServer:
-        """The server, bound to its port.
-
-        Raises:
-            ValueError: the folder holds no whole dictionary, or one of another model.
-            OSError: the port is taken.
-        """
-        sae = None if self.sae is None else load_sae(self.sae)
-        server = PromptServer(("127.0.0.1", self.port), _Handler)  # a taken port ends this before a model loads
-        try:
-            name = self.model or ("embedded" if sae is None else str(sae.cfg.metadata.model_name))
-            model = HookedRecurrent.from_pretrained(name, dtype=self.dtype)
-            if sae is not None:
-                check_fits(model, sae, self.sae or "")
-            server.reader = PromptReader(model, TokenTexts(model), sae)
-        except BaseException:
-            server.server_close()
-            raise
-        return server
 
 
 class PromptServer(ThreadingHTTPServer):
@@ -234,3 +185,24 @@ def _short(value: float) -> float:
 
 def _rounded(row: torch.Tensor) -> list[float]:
     return [_short(value) for value in row.tolist()]
+
+
+def prompt_server(model: str | None, sae: Path | None, dtype: str, port: int) -> PromptServer:
+    """A server of the page, bound to its port.
+
+    Raises:
+        ValueError: the folder holds no whole dictionary, or one of another model.
+        OSError: the port is taken.
+    """
+    dictionary = None if sae is None else load_sae(sae)
+    server = PromptServer(("127.0.0.1", port), _Handler)  # a taken port ends this before a model loads
+    try:
+        name = model or ("embedded" if dictionary is None else str(dictionary.cfg.metadata.model_name))
+        hooked = HookedRecurrent.from_pretrained(name, dtype=dtype)
+        if dictionary is not None:
+            check_fits(hooked, dictionary, sae or "")
+        server.reader = PromptReader(hooked, TokenTexts(hooked), dictionary)
+    except BaseException:
+        server.server_close()
+        raise
+    return server
