@@ -16,7 +16,6 @@ from hookpoints import (
     write_attribution,
 )
 from hookpoints.errors import InputError
-from hookpoints.model.layout import out_projection
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 
@@ -47,14 +46,10 @@ def sequence():
 
 def direct_attribution(model: HookedRecurrent, tokens: torch.Tensor, layer: int, answer: int) -> torch.Tensor:
     """[B,H,T], from what the heads hand to the output projection: W_O, the final norm at its scale, W_U."""
-    block, shape, seen = model.attachment.layout.blocks[layer], model.cfg.layer(layer), []
-    handle = out_projection(block.mixer).register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-    logits, cache = model.run_with_cache(tokens, names_filter=[last, "ln_final.hook_normalized"])
-    handle.remove()
-    weight = out_projection(block.mixer).weight.T.unflatten(0, (shape.H, shape.V)) * block.mixer_out.scale
-    added = torch.einsum("bthv,hvd->bthd", seen[0].unflatten(-1, (shape.H, shape.V)), weight)
-    residual, normed = cache[last], cache["ln_final.hook_normalized"]
+    names = [f"blocks.{layer}.mixer.hook_z", f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
+    logits, cache = model.run_with_cache(tokens, names_filter=[*names, "ln_final.hook_normalized"])
+    z, residual, normed = cache.values()
+    added = torch.einsum("bthv,hvd->bthd", z, model.layer_W_O(layer))
     if isinstance(model.attachment.layout.final_norm, torch.nn.LayerNorm):
         residual = residual - residual.mean(-1, keepdim=True)
         added = added - added.mean(-1, keepdim=True)
