@@ -6,33 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice, SliceInput
 
-from hookpoints.errors import UnknownHookError, nearest
 from hookpoints.hooks.table import is_matrix, time_axis
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 """A hook's name, several, a predicate on names, or None for every vector hook."""
 Saving = Callable[..., None]
-
-
-class RecurrentCache(ActivationCache):
-    """TransformerLens' cache, whose short names for attention also find what a recurrent mixer has in its place:
-    ``cache["pattern", 2]`` is ``cache["blocks.2.mixer.hook_pattern"]``."""
-
-    def __getitem__(self, key: str | tuple[str | int | None, ...]) -> Tensor:
-        """Raises UnknownHookError (a KeyError) for what was not kept."""
-        try:
-            return super().__getitem__(key)
-        except KeyError as error:
-            name = str(error.args[0])
-        mixer = name.replace(".attn.", ".mixer.")
-        if mixer in self.cache_dict:
-            return self.cache_dict[mixer]
-        hint = "; matrices and patterns are kept only if names_filter asks for them" if is_matrix(name) else ""
-        raise UnknownHookError(f"{name} is not in this cache{hint}{nearest(mixer, self.cache_dict)}")
 
 
 def caching_hooks(
