@@ -107,6 +107,13 @@ class HookedRecurrentConfig:
             )
 
 
+def device_of(embed: nn.Module) -> torch.device:
+    """Where token ids go: the embedding's device, or where accelerate brings its offloaded weight for the call."""
+    device = cast(torch.Tensor, embed.weight).device
+    execution = getattr(getattr(embed, "_hf_hook", None), "execution_device", None)
+    return device if device.type != "meta" or execution is None else torch.device(execution)
+
+
 def describe(model: nn.Module, layout: ModelLayout, name: str, backend: str) -> HookedRecurrentConfig:
     """Read the configuration off a model and its layout."""
     hf = cast(PreTrainedConfig, model.config)
@@ -135,7 +142,7 @@ def describe(model: nn.Module, layout: ModelLayout, name: str, backend: str) -> 
         attn_only=not has_mlp,
         normalization_type=next((kind for kind in ("RMS", "LN") if _NORMS[kind] in type(norm).__name__), None),
         eps=eps_of(norm),
-        device=weight.device,
+        device=device_of(layout.embed),
         dtype=weight.dtype,
         backend=backend,
     )

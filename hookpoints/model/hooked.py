@@ -21,7 +21,7 @@ from hookpoints.hooks.cache import NamesFilter, Saving, caching_hooks, reachable
 from hookpoints.hooks.guard import ADDING, Hook, Hooks, Name, ScopedHooks, find_hook
 from hookpoints.layer.context import Recorded, current, position_of, scope
 from hookpoints.model.cache import RecurrentCache
-from hookpoints.model.config import HookedRecurrentConfig
+from hookpoints.model.config import HookedRecurrentConfig, device_of
 from hookpoints.recurrence.recurrence import Recurrence
 
 if TYPE_CHECKING:
@@ -45,9 +45,10 @@ class HookedModel(HookedRootModule):
     @property
     def cfg(self) -> HookedRecurrentConfig:
         """What the model is. Device and dtype are those that its embedding has now."""
-        weight = cast(Tensor, self.hf_model.get_input_embeddings().weight)
-        if (weight.device, weight.dtype) != (self._cfg.device, self._cfg.dtype):
-            self._cfg = replace(self._cfg, device=weight.device, dtype=weight.dtype)
+        embed = self.hf_model.get_input_embeddings()
+        device, dtype = device_of(embed), cast(Tensor, embed.weight).dtype
+        if (device, dtype) != (self._cfg.device, self._cfg.dtype):
+            self._cfg = replace(self._cfg, device=device, dtype=dtype)
         return self._cfg
 
     @cfg.setter

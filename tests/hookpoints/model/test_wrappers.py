@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
+import accelerate
 import pytest
 import torch
 from conftest import make_hf
@@ -78,6 +79,11 @@ def test_adapters_that_are_not_merged(tokens):
 @torch.no_grad()
 def test_adapters_that_are_merged(tokens):
     check(lambda model: adapted(model).merge_and_unload(), tokens)
+
+
+@torch.no_grad()
+def test_weights_that_accelerate_brings_for_each_call(tokens):
+    check(lambda model: accelerate.cpu_offload(model, execution_device=torch.device("cpu")), tokens)
 
 
 @torch.no_grad()
