@@ -586,12 +586,12 @@ class Substitution(Evaluation):
         """Definitions of conditions and scales, and how long the head remembers."""
         life, limit = result.info["half_life"], result.info["half_life_limit"]
         more = " or more" if life == limit else ""
-        listed = "; ".join(f"{NAMES[n]}: {DEFINITIONS[n]}" for n in ("native", "delete", "atom", *self.controls))
-        scales = "; ".join(f"{SCALE_NAMES[n]}: {SCALE_DEFINITIONS[n]}" for n in self.scales)
+        listed = [f"{NAMES[n]}: {DEFINITIONS[n]}" for n in ("native", "delete", "atom", *self.controls)]
+        scales = [f"{SCALE_NAMES[n]}: {SCALE_DEFINITIONS[n]}" for n in self.scales]
         notes = [
             f"A write of this head has lost half of its norm after {life} tokens{more} (median over writes).",
-            f"Conditions: {listed}.",
-            f"Scales: {scales}.",
+            "\n".join(["Conditions, which are written in the place of the native write:", *listed]),
+            "\n".join(["Scales:", *scales]),
         ]
         if "baseline_tokens" in result.info:
             notes.append(
@@ -657,7 +657,7 @@ def _exchange_figure(result: Result) -> list[Figure]:
     text, offset = str(example["text"].iloc[0]), int(example["read_at"].iloc[0])
     wide = example.pivot_table(index="word", columns="condition", values="probability", sort=False)
     bars = {NAMES[str(name)]: wide[name].tolist() for name in wide.columns}
-    later = f", {offset} tokens later" if offset else ""
+    later = f", {offset} token{'s' * (offset > 1)} later" if offset else ""
     title = "One write exchanged, in words"
     return [
         Figure(

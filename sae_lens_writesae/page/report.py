@@ -167,6 +167,11 @@ class _Section(NamedTuple):
     columns: dict[str, dict[str, str]]
     results: list[Result]
 
+    def notes(self) -> list[str]:
+        """What several results have to say alike."""
+        first, *others = (result.notes() for result in self.results)
+        return [note for note in first if others and all(note in notes for notes in others)]
+
 
 def _render(results: Sequence[Result], rows: list[Answer], title: str, numbers: str) -> str:
     sections = []

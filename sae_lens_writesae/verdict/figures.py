@@ -17,6 +17,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -24,7 +25,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from sae_lens_writesae.verdict import statistics as stats
-from sae_lens_writesae.verdict.format import number
+from sae_lens_writesae.verdict.format import number, percent
 from sae_lens_writesae.verdict.names import NAMES, SCALE_NAMES
 
 _VARIABLES = {
@@ -59,6 +60,8 @@ _STYLE: dict[str, object] = {
     "lines.solid_capstyle": "round",
 }
 _DASHED = (0, (3, 3))
+_HOVER = "hover:"
+"""Marks the ids that are texts to show."""
 
 
 class Row(NamedTuple):
@@ -100,8 +103,9 @@ def intervals(
     for y, row in enumerate(rows):
         colour = COLOURS[row.colour]
         mean, low, high = (x if least is None else max(x, least) for x in (row.mean, row.low, row.high))
-        axes.plot([low, high], [y, y], color=colour, lw=2.0, alpha=0.55)
-        axes.plot(mean, y, "o" if mean == row.mean else "<", color=colour, ms=5, mec=PAPER, mew=0.7)
+        lines = axes.plot([low, high], [y, y], color=colour, lw=2.0, alpha=0.55)
+        lines += axes.plot(mean, y, "o" if mean == row.mean else "<", color=colour, ms=5, mec=PAPER, mew=0.7)
+        _hover(lines, f"{row.name}: {number(row.mean)} [{number(row.low)}, {number(row.high)}]")
     axes.axvline(chance, color=MUTED, lw=0.8, ls=_DASHED)
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.set_ylim(len(rows) - 0.45, -0.55)
@@ -121,7 +125,9 @@ def bars(names: Sequence[str], values: Mapping[str, Sequence[float]], label: str
     shades = {NAMES["atom"]: ATOM, NAMES["native"]: INK, NAMES["delete"]: CONTROL}
     for n, (key, numbers) in enumerate(values.items()):
         heights = [y + (n - (len(values) - 1) / 2) * 0.8 / len(values) for y in range(len(names))]
-        axes.barh(heights, numbers, 0.8 / len(values), color=shades.get(key, SOFT), label=key)
+        drawn = axes.barh(heights, numbers, 0.8 / len(values), color=shades.get(key, SOFT), label=key)
+        for name, value, bar in zip(names, numbers, drawn):
+            _hover([bar], f"{name}, {key}: {number(value)}")
     axes.set_yticks(range(len(names)), [name or " " for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     _grid(axes, "x")
@@ -363,9 +369,11 @@ def _dots(
         mean, low, high = (max(float(row[column]), left) for column in columns)
         height = names.index(row["a"]) + (scales.index(row["scale"]) - (len(scales) - 1) / 2) * 0.24
         colour = _colour(row["a"], controls)
-        axes.plot([low, high], [height, height], color=colour, lw=1.6, alpha=0.55)
+        lines = axes.plot([low, high], [height, height], color=colour, lw=1.6, alpha=0.55)
         marker = _MARKERS[row["scale"]] if row[columns[0]] >= left else "<"
-        axes.plot(mean, height, marker, color=colour, ms=4.6, mec=PAPER, mew=0.7)
+        lines += axes.plot(mean, height, marker, color=colour, ms=4.6, mec=PAPER, mew=0.7)
+        values = [percent(float(row[column])) for column in columns]
+        _hover(lines, f"{NAMES[row['a']]}, {SCALE_NAMES[row['scale']]}: {values[0]} [{values[1]}, {values[2]}]")
     axes.axvline(axis.chance, color=MUTED, lw=0.8, ls=_DASHED)
     axes.set_yticks(range(len(names)), [_two_lines(NAMES[name]) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -483,6 +491,12 @@ def _powers(linear: float, edge: float) -> list[float]:
     return [*(-value for value in reversed(positive)), 0.0, *positive]
 
 
+def _hover(artists: Sequence[Artist], text: str) -> None:
+    """Have a browser show `text` at these artists: a title of their own in the SVG, which needs no script."""
+    for artist in artists:
+        artist.set_gid(_HOVER + text)
+
+
 def _svg(figure: Figure, title: str) -> str:
     """The figure as an SVG element: CSS variables for colours, no fixed size, a title for screen readers.
 
@@ -497,5 +511,6 @@ def _svg(figure: Figure, title: str) -> str:
         text = text.replace(placeholder, f"var(--{variable})")
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 role="img" width="100%"', text, count=1)
+    text = re.sub(rf"<g id=([\"']){_HOVER}(.*?)\1>", r"<g><title>\2</title>", text)
     text = re.sub(r"font: ([^;\"]*?)px [^;\"]*", r"font-size: \1px", text)
     return re.sub(r"(<svg[^>]*>)", lambda tag: f"{tag[1]}<title>{html.escape(title)}</title>", text, count=1)

@@ -10,3 +10,11 @@ def test_fewer_than_four_firings_leave_quartiles_out() -> None:
     rows = {"atom": pd.Series([0.1, 0.05]), "delete": deletion}
     svg = figures.quartiles(rows, deletion, pd.Series([0, 1]), [], "two firings")
     assert "Q1" in svg and "Q3" in svg and "Q2" not in svg and "Q4" not in svg
+
+
+def test_marks_say_their_numbers_and_names_stay_text() -> None:
+    name = '<script>alert("&")</script>'
+    svg = figures.intervals([figures.Row(name, 0.5, 0.25, 0.75)], "share", "one row")
+    assert svg.count('<title>&lt;script&gt;alert("&amp;")&lt;/script&gt;: 0.5 [0.25, 0.75]</title>') == 2
+    assert "<script" not in svg and "hover:" not in svg
+    assert "<title>war, atom: 0.25</title>" in figures.bars(["war"], {"atom": [0.25]}, "probability", "one bar")
