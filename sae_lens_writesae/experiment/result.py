@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 
-from sae_lens_writesae.files import named_errors
+from sae_lens_writesae.files import named_errors, size_text
 from sae_lens_writesae.verdict.paper import PAPER_CLAIMS, Outcome
 from sae_lens_writesae.verdict.statistics import Estimate, estimate
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _FORMAT = 2
 _INFO = "info.json"
+_LARGEST_TABLE = 2 * 10**9
+"""Bytes. Tables of the paper's protocol have some megabytes."""
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
@@ -204,7 +207,7 @@ class Result:
             # Names in files are data: only declared tables are read, so that no path leaves the folder.
             raise ValueError(f"{file} names the tables {head['tables']}, but {head['kind']} has {names}")
         try:
-            tables = {name: pd.read_parquet(Path(folder) / f"{name}.parquet") for name in names}
+            tables = {name: _table(Path(folder) / f"{name}.parquet") for name in names}
             evaluation = evaluation_class.from_dict(head["settings"])
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} cannot be read as {head['kind']}: {error}") from error
@@ -220,6 +223,19 @@ class Result:
             missing = [column for column in columns if column not in self.tables[name]]
             if missing:
                 raise ValueError(f"table {name!r} of {self.kind} needs the columns {', '.join(missing)}")
+
+
+def _table(file: Path) -> pd.DataFrame:
+    """Read a table, unless what it says of itself is too large: a file of a few kilobytes may unpack to many GB."""
+    told = pq.read_metadata(file)
+    unpacked = max(
+        8 * told.num_rows * told.num_columns, sum(told.row_group(n).total_byte_size for n in range(told.num_row_groups))
+    )
+    if unpacked > _LARGEST_TABLE:
+        raise ValueError(
+            f"{file} unpacks to {size_text(unpacked)}, more than the {size_text(_LARGEST_TABLE)} that are read"
+        )
+    return pd.read_parquet(file)
 
 
 def _head(file: Path) -> dict:

@@ -91,7 +91,10 @@ def evaluate_all(
 
 
 def _folder(out: Path, kind: str, label: str) -> Path:
-    return out / kind / label.replace("/", "-").replace(" ", "-").replace(",", "")
+    name = label.replace("/", "-").replace(" ", "-").replace(",", "")
+    if name in (".", ".."):  # what is saved there would take the place of the folder above
+        raise ValueError(f"{label!r} cannot be a label: results are saved in folders of their labels")
+    return out / kind / name
 
 
 def _saved(evaluation: Evaluation, out: Path) -> Result | None:

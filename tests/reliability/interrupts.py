@@ -200,3 +200,16 @@ class Tracer:
             function(*args)
         finally:
             sys.settrace(before)
+
+
+def at_lines(run, model, tokens, moments: int) -> int:
+    """Raise KeyboardInterrupt at random lines of hookpoints during ``run``; returns how many ended it."""
+    draw, all_lines, ended = random.Random(run.__name__), Tracer(), 0
+    with torch.no_grad():
+        all_lines.run(run, model, tokens)
+        for _ in range(moments):
+            try:
+                Tracer(draw.randrange(1, all_lines.lines)).run(run, model, tokens)
+            except KeyboardInterrupt:
+                ended += 1
+    return ended

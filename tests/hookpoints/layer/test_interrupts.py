@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import sys
 import types
 
@@ -16,16 +15,11 @@ from reliability.interrupts import (
     RUNS,
     WRITE,
     Outputs,
-    Tracer,
-    cached,
+    at_lines,
     fresh,
     generated,
-    hooked,
     interrupt,
-    nested,
-    partial,
     plain,
-    session,
     throw,
 )
 
@@ -97,16 +91,13 @@ def test_at_random_moments(expected, run):
     assert Outputs(model, tokens).equal(outputs)
 
 
-@pytest.mark.parametrize("run", [cached, hooked, generated, nested, partial, session], ids=lambda run: run.__name__)
+@pytest.mark.parametrize("run", RUNS[2:], ids=lambda run: run.__name__)
 @torch.no_grad()
 def test_at_random_lines_of_this_package(expected, run):
     """Signals mostly arrive inside of torch; here the interrupt comes where state changes hands."""
     tokens, outputs = expected
-    model, moments, all_lines = fresh(), random.Random(run.__name__), Tracer()
-    all_lines.run(run, model, tokens)
-    for _ in range(MOMENTS):
-        with pytest.raises(KeyboardInterrupt):
-            Tracer(moments.randrange(1, all_lines.lines)).run(run, model, tokens)
+    model = fresh()
+    assert at_lines(run, model, tokens, MOMENTS) == MOMENTS
     assert Outputs(model, tokens).equal(outputs)
 
 

@@ -1,0 +1,1 @@
+"""What goes wrong in practice, thrown at the packages: ``scripts/reliability.py`` and the tests here call it."""
