@@ -1,6 +1,7 @@
 """Mutation testing: does the suite notice when one line of the packages is wrong?
 
-    python tests/mutants/run.py [--only NAME ...] [--jobs N] [--timeout SECONDS] [--no-baseline]
+    python tests/mutants/run.py [--only NAME ...] [--sample N [--seed S]] [--shard I/N] [--jobs N] [--timeout SECONDS]
+                                [--no-baseline]
 
 Each entry of `mutants.toml` exchanges one piece of text in a copy of the packages, in a temporary folder, and runs the
 tests that must fail then. The checkout is never touched. An entry has:
@@ -23,6 +24,7 @@ import argparse
 import compileall
 import multiprocessing
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -212,6 +214,9 @@ def check_baseline(mutants: list[Mutant], root: Path, timeout: float) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names of mutants, or beginnings of names")
+    parser.add_argument("--sample", type=int, metavar="N", help="so many of them, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="every N-th of them, from the I-th on (from 1)")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at once, each in a copy of its own")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for the tests of one mutant")
     parser.add_argument("--no-baseline", action="store_true", help="do not run the tests on the unchanged code first")
@@ -219,6 +224,12 @@ def main() -> int:
     mutants = [m for m in read_mutants() if not arguments.only or m.name.startswith(tuple(arguments.only))]
     if not mutants:
         raise SystemExit(f"no mutant is called {', '.join(arguments.only)}")
+    if arguments.sample is not None:
+        mutants = random.Random(arguments.seed).sample(mutants, min(arguments.sample, len(mutants)))
+    shard, _, shards = arguments.shard.partition("/")
+    if not (shard.isdigit() and shards.isdigit() and 1 <= int(shard) <= int(shards)):
+        raise SystemExit(f"--shard takes I/N with 1 <= I <= N, found {arguments.shard!r}")
+    mutants = mutants[int(shard) - 1 :: int(shards)]
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copies: SimpleQueue[Path] = SimpleQueue()

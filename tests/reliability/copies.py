@@ -8,10 +8,10 @@ import pickle
 from collections.abc import Callable
 
 import torch
-from reliability.interrupts import EDITS, Outputs, fresh
 
 from hookpoints import HookedRecurrent, attach
 from hookpoints.errors import HookpointsError
+from reliability.interrupts import EDITS, Outputs, fresh
 
 COPIES: dict[str, Callable[[torch.nn.Module], object]] = {
     "copy.copy": copy.copy,

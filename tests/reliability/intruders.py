@@ -16,11 +16,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from reliability.disks import checkpoints, evaluation
-from reliability.interrupts import fresh
 from safetensors.torch import load_file
 
 from hookpoints import HookedRecurrent, embedded
+from reliability.disks import checkpoints, evaluation
+from reliability.interrupts import fresh
 from sae_lens_writesae.evaluations import load_result
 from sae_lens_writesae.page.report import find_results, write_report
 from sae_lens_writesae.sae.load import load_sae
