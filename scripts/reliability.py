@@ -4,7 +4,8 @@
 
 The throwers are those of ``tests/reliability``, which the test suite calls with fewer rounds. Numbers are kept in
 reliability.json, section by section, so that one section can be run again; the page is made from them. Takes about a
-quarter of an hour on two cores that nobody else uses; sections on disks need the right to mount a file system (they are skipped without).
+quarter of an hour on two cores that nobody else uses; sections on disks need the right to mount a file system, and are
+skipped without it.
 """
 
 from __future__ import annotations
