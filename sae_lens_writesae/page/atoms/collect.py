@@ -25,18 +25,8 @@ from sae_lens_writesae.experiment.firings import Firings, Integers, sample_firin
 from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.quality import qualities
 from sae_lens_writesae.experiment.result import Result
-from sae_lens_writesae.page.atoms import data
-from sae_lens_writesae.page.atoms.measure import (
-    FINE,
-    Atoms,
-    Effects,
-    Sweep,
-    Trace,
-    effect_firings,
-    effects,
-    memory,
-    sweep,
-)
+from sae_lens_writesae.page.atoms import data, measure
+from sae_lens_writesae.page.atoms.measure import FINE, Atoms, Effects, Sweep, Trace
 from sae_lens_writesae.page.atoms.text import TokenTexts
 
 _BARS = 32
@@ -176,9 +166,9 @@ class AtomPages:
         last, per_atom = firings.n_positions - 2, self.half_life_firings
         followed = sample_firings(firings, atoms.number, per_atom, first=0, last=last, rng=lab.rng(2))
         table = _with_column(firings.frame(np.isin(firings.atom, atoms.number)), atoms)
-        swept = sweep(lab, atoms, table, _with_column(followed, atoms), self.half_life_limit)
-        drawn = effect_firings(lab, table, self.effect_horizon, self.effect_firings)
-        measured = effects(lab, atoms, drawn, self.effect_horizon, self.effect_step)
+        swept = measure.sweep(lab, atoms, table, _with_column(followed, atoms), self.half_life_limit)
+        drawn = measure.effect_firings(lab, table, self.effect_horizon, self.effect_firings)
+        measured = measure.effects(lab, atoms, drawn, self.effect_horizon, self.effect_step)
         shown = self._readers(readers, measured.changes.set_axis(atoms.number))
         lab.facts = {"n_alive": len(alive), "n_frequent": len(frequent)}  # not those of the small test
         tokens, direct = lab.tokens.cpu().numpy(), atoms.direct_path(lab)
@@ -355,7 +345,7 @@ def _page(evidence: _Evidence, column: int) -> data.AtomPage:
             at_firings=_quartiles(sign * written["value_cosine"].to_numpy()),
         ),
         effect=_effect(evidence, column, sign * evidence.direct[column]),
-        memory=memory([trace.life for trace in swept.traces[column]]),
+        memory=measure.memory([trace.life for trace in swept.traces[column]]),
         timelines=_timelines(evidence, swept.traces[column]),
         readers=evidence.readers.get(atom),
         substitution=None if evidence.substitution is None else evidence.substitution.get(atom, []),
