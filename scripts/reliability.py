@@ -3,9 +3,8 @@
     python scripts/reliability.py [--only SECTION ...] [--scale X] [--out FOLDER]
 
 The throwers are those of ``tests/reliability``, which the test suite calls with fewer rounds. Numbers are kept in
-reliability.json, section by section, so that one section can be run again; the page is made from them. Takes about a
-quarter of an hour on two cores that nobody else uses; sections on disks need the right to mount a file system, and are
-skipped without it.
+reliability.json, section by section, so that one section can be run again; the page is made from them. Takes some five
+minutes of CPU time. Sections on disks need the right to mount a file system; they are skipped without.
 """
 
 from __future__ import annotations
@@ -194,7 +193,9 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "interrupts": ("Interrupts", interrupted),
     "threads": ("Threads and tasks", concurrent),
     "copies": ("Copies and moves", copied),
-    "kills": ("Kills", killed),
+    "kills": "After each kill everything that is there under its own name is read; at the end the run is let finish. "
+    "Twenty kills of trainings and twenty of a protocol are tests (`tests/test_dictionaries.py`, "
+    "`tests/test_reproduce.py`).",
     "disks": ("Disks and folders", on_disks),
     "strangers": ("Folders from strangers", from_strangers),
     "long": ("Long runs", long_runs),

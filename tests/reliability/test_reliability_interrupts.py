@@ -7,6 +7,7 @@ import torch
 from reliability.interrupts import LONG_RUNS, Outputs, fresh, throw
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a signal may come in a __del__
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("run", LONG_RUNS, ids=lambda run: run.__name__)
 def test_a_model_is_as_before_after_an_interrupt_of(run, tokens):

@@ -80,6 +80,7 @@ def test_from_a_substitute_of_fla(monkeypatch):
     assert torch.equal(model(x), 2 * x) and "forward" not in vars(model)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a signal may come in a __del__
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
 def test_at_random_moments(expected, run):
     """Real signals, whose handlers raise wherever Python is."""
