@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from reliability.interrupts import LONG_RUNS, Outputs, fresh, throw
 
 
