@@ -193,9 +193,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "interrupts": ("Interrupts", interrupted),
     "threads": ("Threads and tasks", concurrent),
     "copies": ("Copies and moves", copied),
-    "kills": "After each kill everything that is there under its own name is read; at the end the run is let finish. "
-    "Twenty kills of trainings and twenty of a protocol are tests (`tests/test_dictionaries.py`, "
-    "`tests/test_reproduce.py`).",
+    "kills": ("Kills", killed),
     "disks": ("Disks and folders", on_disks),
     "strangers": ("Folders from strangers", from_strangers),
     "long": ("Long runs", long_runs),
@@ -214,8 +212,8 @@ NOTES = {
     "copies": "A hooked model is refused with what to do instead; the model inside can be copied, and its copies carry "
     "no hook points.",
     "kills": "After each kill everything that is there under its own name is read; at the end the run is let finish. "
-    "Kills of training and of the protocol are in `tests/sae/test_checkpoint.py` and "
-    "`tests/test_reproduce.py`.",
+    "Twenty kills of trainings and twenty of a protocol are tests (`tests/test_dictionaries.py`, "
+    "`tests/test_reproduce.py`).",
     "disks": "A file system of 30, 60 and 90 % of the size that is needed, then with room, then read-only.",
     "strangers": "*no effect*: loading goes on without it; nothing was run, asked or written elsewhere.",
     "long": "",
