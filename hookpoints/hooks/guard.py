@@ -64,8 +64,6 @@ def find_hook(model: HasHooks, name: Name) -> Name:
     Raises:
         UnknownHookError: no hook of ``model`` is named so, or the predicate holds for none.
     """
-    if not callable(name):
-        name = canonical(name, model.mod_dict)
     if callable(name):
         if not any(name(known) for known in model.hook_dict):
             raise UnknownHookError(
@@ -74,6 +72,7 @@ def find_hook(model: HasHooks, name: Name) -> Name:
         return name
     if not isinstance(name, str):
         raise UnknownHookError(f"a hook's name is a string or a predicate on names, found {name!r:.80}")
+    name = canonical(name, model.mod_dict)
     module = model.mod_dict.get(name)
     if module is not None and hasattr(module, "add_hook"):
         return name

@@ -53,12 +53,12 @@ def control_dictionaries(
         if not isinstance(sae, MatrixWeights):
             continue
         lab = Lab(model, {label: sae}, reference)
-        n, length = lab.tokens.shape
-        some = torch.linspace(0, n - 1, min(n, -(-_TOKENS // length))).long().tolist()
+        n_sequences, length = lab.tokens.shape
+        some = torch.linspace(0, n_sequences - 1, min(n_sequences, -(-_TOKENS // length))).long().tolist()
         x = torch.cat([matrices_of(lab.recurrence(i), lab.hook.target).flatten(1) for i in some])
         made["untrained"][label] = untrained(sae, x, seed=seed + n)
         try:
-            writes = lab.native_writes(range(n))
+            writes = lab.native_writes(range(n_sequences))
             made["native writes"][label] = native(sae, x, writes, seed=seed + n)
         except NothingToMeasureError:
             continue

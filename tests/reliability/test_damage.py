@@ -1,15 +1,15 @@
-"""A few rounds of what ``scripts/reliability.py`` does by the hundred."""
+"""A few rounds of what ``scripts/reliability_page.py`` does by the hundred."""
 
 from __future__ import annotations
 
 import shutil
 
 import pytest
-from reliability import damage
 from small_saes import make_sae
 
 from hookpoints import embedded
 from hookpoints.checksums import write_checksums
+from reliability import damage
 
 
 def readable(folder):

@@ -1,4 +1,4 @@
-"""Kills, disks and folders from strangers; ``scripts/reliability.py`` does the same with more rounds."""
+"""Kills, disks and folders from strangers; ``scripts/reliability_page.py`` does the same with more rounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory over many runs, caches after generation, copies; ``scripts/reliability.py`` does the same for longer."""
+"""Memory over many runs, caches after generation, copies; ``scripts/reliability_page.py`` does the same for longer."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Throw at the packages what goes wrong in practice, count what comes back, and write docs/reliability.md.
 
-    python scripts/reliability.py [--only SECTION ...] [--scale X] [--out FOLDER]
+    python scripts/reliability_page.py [--only SECTION ...] [--scale X] [--out FOLDER]
 
 The throwers are those of ``tests/reliability``, which the test suite calls with fewer rounds. Numbers are kept in
 reliability.json, section by section, so that one section can be run again; the page is made from them. Takes some five
@@ -235,7 +235,7 @@ def page(kept: dict[str, dict]) -> str:
     lines = [
         "# Reliability",
         "",
-        f"Made by `scripts/reliability.py`, not by hand, on {' and '.join(dates)}: {used}; CPU.",
+        f"Made by `scripts/reliability_page.py`, not by hand, on {' and '.join(dates)}: {used}; CPU.",
         f"It tried {n:,} times, in the {len(rows)} ways below, to break the packages. {verdict}",
         "The same code runs in the test suite with fewer rounds (`tests/reliability`).",
     ]
