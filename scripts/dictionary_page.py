@@ -83,7 +83,7 @@ def shown(value: Estimate | float | None) -> str:
 def page(study: Study) -> str:
     """The page."""
     text = [HEAD.format(SEQUENCES=SEQUENCES, POSITIONS=POSITIONS, CONTEXT=CONTEXT, HORIZON=HORIZON, **RECIPE)]
-    text += [summary(study), one_atom(study), metric(study)]
+    text += [summary(study), by_family(study), one_atom(study), metric(study)]
     recipes_there = {name for _, _, name, _ in study.lines}
     text += [sparsity(study)] if {"k 2", "k 4", "k 32"} & recipes_there else []
     text += [product(study)] if "product, metric" in recipes_there else []
@@ -95,6 +95,56 @@ def page(study: Study) -> str:
 def head_name(cell: Cell) -> str:
     """A head as the tables name it."""
     return f"{cell[0].removeprefix('embedded').removeprefix('-') or 'gdn'} {cell[1]}"
+
+
+OPTIONS = (
+    ("the metric", "k 1, metric", "k 1"),
+    ("product codes", "product", "k 1"),
+    ("product codes, both in the metric", "product, metric", "k 1, metric"),
+)
+"""What is compared with what, at equal parameters and one active atom."""
+FAMILIES = {"embedded": "Gated DeltaNet", "embedded-mamba2": "Mamba-2", "embedded-rwkv7": "RWKV-7"}
+
+
+def by_family(study: Study) -> str:
+    """Where the metric and product codes pay: one row for each option and family."""
+    rows, pays, harms = [], [], []
+    for title, a, b in OPTIONS:
+        for model in dict.fromkeys(model for model, _ in study.cells):
+            cells = [cell for cell in study.cells if cell[0] == model]
+            leads = [lead for cell in cells if (lead := study.difference(cell, a, b))]
+            if not leads:
+                continue
+            above, below = sum(x.low > 0 for x in leads), sum(x.high < 0 for x in leads)
+            streams = [stream(study, cell, a) - stream(study, cell, b) for cell in cells]
+            name = FAMILIES.get(model, model)
+            middle = f"{100 * np.median([x.mean for x in leads]):+.0f}"
+            rows.append((title, name, len(leads), middle, above, below, f"{100 * np.median(streams):+.0f}"))
+            pays += [f"{title} on {name}"] if above > below and np.median(streams) > 0 else []
+            harms += [f"{title} on {name}"] if below > above and np.median(streams) < 0 else []
+    head = (
+        "option",
+        "model",
+        "heads",
+        "one atom, median lead (points)",
+        "interval above 0",
+        "below 0",
+        "whole stream, median lead",
+    )
+    return f"""## Which wins, and where not
+
+Leads over `writesae_topk` with as many parameters and one active atom too: over squared errors, or where it says so over
+the metric. It pays, which is to say that more intervals lie above 0 than below it and that the whole stream gains, with
+**{"; ".join(pays) or "nothing"}**. It does harm with **{"; ".join(harms) or "nothing"}**. As no option wins
+everywhere, try them on a head of your own: `dictionary_quality` tells.
+
+{table(head, rows)}"""
+
+
+def stream(study: Study, cell: Cell, recipe: str) -> float:
+    """Recovered share of the whole stream; NaN where it was not measured."""
+    value = study.mean(cell, recipe, "stream")
+    return float("nan") if value is None else value
 
 
 def one_atom(study: Study) -> str:
