@@ -244,3 +244,10 @@ def test_examples_of_evaluations_run(name, trained):
     code += "assert {claim.number for claim in result.claims()} <= {None, *result.evaluation.answers}\n"
     out = run_script(code, trained)
     assert len(out.splitlines()) >= 1 and all(" | " in line for line in out.splitlines())
+
+
+def test_formulas_of_notebooks_become_mathml():
+    mathml = pytest.importorskip("docs_site.mathml", reason="needs latex2mathml, of the extra docs")
+    made = mathml.formulas("`$a$` costs $5.\n\n$$x_t = y$$\n\n$v w^\\top$")
+    assert made.startswith("`$a$` costs $5.") and made.count("<math") == 2
+    assert 'display="block"' in made and made.endswith("</math></span>")

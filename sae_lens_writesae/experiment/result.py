@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 import tempfile
@@ -25,6 +26,11 @@ _FORMAT = 2
 _INFO = "info.json"
 _LARGEST_TABLE = 2 * 10**9
 """Bytes. Tables of the paper's protocol have some megabytes."""
+_COLOURS = (
+    "--paper:#ffffff;--ink:#1b1f24;--muted:#5c6670;--grid:#dde1e6;--soft:#98a2ad;--atom:#1d5fd1;--rival:#c2410c;"
+    "background:var(--paper);color:var(--ink);max-width:34rem;margin:0;padding:.5rem"
+)
+"""Those of a light page (`page/style.css`)."""
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
@@ -59,6 +65,11 @@ class Figure(NamedTuple):
     title: str
     svg: str
     caption: str = ""
+
+    def _repr_html_(self) -> str:
+        """The panel as a notebook shows it, which has none of the page's colours."""
+        caption = f"<p><small>{html.escape(self.caption)}</small></p>"
+        return f'<figure style="{_COLOURS}"><b>{html.escape(self.title)}</b>{self.svg}{caption}</figure>'
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "WANDB_MODE": "offline"}
 
 import mkdocs_gen_files  # noqa: E402
+import nbformat  # noqa: E402
 from nbconvert import MarkdownExporter  # noqa: E402
 
-from docs_site import error_pages, evaluation_pages, hook_pages, texts  # noqa: E402
+from docs_site import error_pages, evaluation_pages, hook_pages, mathml, texts  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -66,7 +67,12 @@ def notebooks() -> dict[str, str | bytes]:
     """The tutorials with the outputs that they were committed with: a page each, their images, and an index."""
     pages: dict[str, str | bytes] = {}
     for path in sorted((ROOT / "tutorials").glob("*.ipynb")):
-        body, made = MarkdownExporter().from_filename(str(path), {"output_files_dir": f"{path.stem}_files"})
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = mathml.formulas(cell.source)
+        resources = {"output_files_dir": f"{path.stem}_files"}
+        body, made = MarkdownExporter().from_notebook_node(notebook, resources)
         pages[f"tutorials/{path.stem}.md"] = re.sub(r"\((\d_\w+)\.ipynb\)", r"(\1.md)", body)
         pages |= {f"tutorials/{name}": data for name, data in (made.get("outputs") or {}).items()}
     return pages | {"tutorials/index.md": texts.page("tutorials", table=listing(pages))}
