@@ -38,11 +38,19 @@ def test_runs(path, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
 def test_imports_public_names_only(path):
-    """The two packages, the file of an evaluation, or the pages of atoms; nothing from inside."""
-    allowed = r"hookpoints|sae_lens_writesae(\.evaluations(\.\w+)?|\.page\.atoms)?"
+    """The two packages, or the pages of atoms; nothing from inside."""
+    allowed = r"hookpoints|sae_lens_writesae(\.page\.atoms)?"
     code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
     modules = re.findall(r"^(?:from|import) ((?:hookpoints|sae_lens_writesae)\S*)", code, flags=re.MULTILINE)
     assert modules and not [module for module in modules if not re.fullmatch(allowed, module)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
+def test_installs_on_a_fresh_machine_and_names_a_larger_model(path):
+    cells = nbformat.read(path, as_version=4).cells
+    first = next(cell.source for cell in cells if cell.cell_type == "code")
+    assert "importlib.util.find_spec" in first and "%pip install" in first
+    assert any("Qwen/Qwen3.5-0.8B" in cell.source for cell in cells if cell.cell_type == "markdown")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
