@@ -134,9 +134,9 @@ def by_family(study: Study) -> str:
     return f"""## Which wins, and where not
 
 Leads over `writesae_topk` with as many parameters and one active atom too: over squared errors, or where it says so
-over the metric. It pays, which is to say that more intervals lie above 0 than below it and that the whole stream gains, with
-**{"; ".join(pays) or "nothing"}**. It does harm with **{"; ".join(harms) or "nothing"}**. As no option wins
-everywhere, try them on a head of your own: `dictionary_quality` tells.
+over the metric. It pays, which is to say that more intervals lie above 0 than below it and that the whole stream gains,
+with **{"; ".join(pays) or "nothing"}**. It does harm with **{"; ".join(harms) or "nothing"}**. As no option
+wins everywhere, try them on a head of your own: `dictionary_quality` tells.
 
 {table(head, rows)}"""
 
