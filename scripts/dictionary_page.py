@@ -285,6 +285,7 @@ def recipes(study: Study) -> str:
         "k 1, 64 atoms",
         "k 1, 1024 atoms",
     )
+    names = tuple(name for name in names if counts(study, name, "k 1")[2])
     rows = [
         (
             head_name(cell),
@@ -299,7 +300,7 @@ def recipes(study: Study) -> str:
         for name in names
         for better, worse, n in [counts(study, name, "k 1")]
     ]
-    return f"""## Start, steps, learning rate, centring and size
+    return f"""## Other recipes
 
 Percentage points of one atom's recovered share against k 1 (native start, {RECIPE["steps"]} steps at {RECIPE["lr"]},
 centred, {RECIPE["d_sae"]} atoms), same seeds; then the whole stream. By intervals that do not reach 0:
