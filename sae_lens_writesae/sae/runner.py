@@ -139,8 +139,8 @@ RUNNER: dict[str, float | int | str] = {
     "train_batch_size_tokens": 128,
     "dead_feature_window": 200,
 }
-"""Settings of SAELens' runner for dictionaries of writes. docs/dictionaries.md compares them, on twelve
-heads of three models, with fewer steps, a random start and no centring, one seed each; not with other learning rates."""
+"""Settings of SAELens' runner for dictionaries of writes. docs/dictionaries.md compares them, on twelve heads of three
+models, with fewer steps, a random start and no centring, one seed each; not with other learning rates."""
 
 
 def training_config(
