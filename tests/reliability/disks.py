@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import datasets
 import torch
-from reliability.interrupts import fresh
 from small_saes import planted
 
 from hookpoints import HookedRecurrent
+from reliability.interrupts import fresh
 from sae_lens_writesae.evaluations import EVALUATIONS
 from sae_lens_writesae.experiment.suite import evaluate_all
 from sae_lens_writesae.files import taken
