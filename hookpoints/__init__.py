@@ -12,7 +12,7 @@ from hookpoints.errors import EditError, HookpointsError, UnknownHookError, Unkn
 from hookpoints.hooks.table import HOOKS
 from hookpoints.model.attach import attach
 from hookpoints.model.attribution import check_attribution, source_attribution, write_attribution
-from hookpoints.model.loading import cached
+from hookpoints.model.loading import cached, model_types
 from hookpoints.model.recurrent import HookedRecurrent
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.rules import RULES
@@ -35,6 +35,7 @@ __all__ = [
     "check_attribution",
     "embedded",
     "errors",
+    "model_types",
     "source_attribution",
     "write_attribution",
 ]

@@ -6,9 +6,12 @@ A command is imported when it is asked for, and imports torch when it runs, so t
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import io
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -114,10 +117,24 @@ def _version(package: str) -> str:
 
 
 def parse(command: type[T], program: str, arguments: Sequence[str], default: T | None = None) -> T:
-    """The command line as a value of `command`."""
-    if default is None:
-        return tyro.cli(command, prog=program, args=arguments)
-    return tyro.cli(command, prog=program, args=arguments, default=default)
+    """The command line as a value of `command`.
+
+    Raises:
+        ValueError: tyro cannot read it; its framed message, in one line.
+    """
+    framed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(framed):
+            if default is None:
+                return tyro.cli(command, prog=program, args=arguments)
+            return tyro.cli(command, prog=program, args=arguments, default=default)
+    except SystemExit:
+        if not framed.getvalue():  # the help, on the other stream
+            raise
+    lines = re.sub("[│╭╮╰╯]|(?<=╭)─ .* ─", " ", framed.getvalue())
+    parts = [" ".join(part.split()).rstrip(".") for part in re.split("─{3,}", lines)]
+    told = ". ".join(part for part in parts if part and not part.startswith(("Argument helptext", "For full helptext")))
+    raise ValueError(re.sub(r"(Perhaps you meant: \S+).*", r"\1", told) + f". {program} --help lists the flags")
 
 
 if __name__ == "__main__":

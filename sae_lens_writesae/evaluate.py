@@ -179,9 +179,12 @@ def evaluate(
     if len(saes) < len(folders):
         raise ValueError(f"two of the SAEs' folders have the same name: {', '.join(map(str, folders))}")
     models = {subjects.model or str(sae.cfg.metadata.model_name) for sae in saes.values()}
-    if len(models) != 1:
-        named = ", ".join(sorted(models)) or "none"
-        raise ValueError(f"the SAEs of one evaluation are of one model; found {named}. Evaluate them apart")
+    if not saes:
+        raise ValueError("an evaluation needs at least one folder of a dictionary; writesae train makes some")
+    if len(models) > 1:
+        raise ValueError(
+            f"the SAEs of one evaluation are of one model; found {', '.join(sorted(models))}. Evaluate them apart"
+        )
     text = embedded.text("test") if subjects.text is None else subjects.text.read_text(encoding="utf-8")
     model = HookedRecurrent.from_pretrained(models.pop(), dtype=subjects.dtype)
     tokens = sample_sequences(model, text, subjects.context_size, subjects.sequences)

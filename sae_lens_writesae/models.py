@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Models:
-    """List the models on this machine, those that ship with the package first, and the update rules that can be hooked.
+    """List the models on this machine, those that ship with the package first, and the model types that can be hooked.
     No weights are read, and nothing is asked of the hub."""
 
     def run(self) -> str:
         """The list, as lines."""
-        from hookpoints import RULES, HookpointsError, cached, embedded
+        from hookpoints import HookpointsError, cached, embedded, model_types
 
         lines = []
         for name in (*embedded.names(), *cached()):
@@ -30,13 +30,12 @@ class Models:
             except (HookpointsError, OSError, ValueError) as error:
                 told = f"cannot be hooked: {error}"
             lines.append(f"{name:24}  {told}")
-        rules = ", ".join(dict.fromkeys(rule.name for rule in RULES))
         return "\n".join(
             [
                 *lines,
                 "",
-                f"Update rules: {rules}.",
-                "Any checkpoint whose layers follow one of them can be named: OWNER/NAME on the hub, or a folder.",
+                "Any checkpoint of these model types can be named, as OWNER/NAME on the hub or as a folder:",
+                *(f"  {rule:20}  {', '.join(types)}" for rule, types in model_types().items()),
             ]
         )
 
@@ -78,7 +77,7 @@ def block_lines(model: HookedRecurrent, layer: int) -> Iterator[str]:
 
     shape, n_attention = model.cfg.layers.get(layer), model.cfg.attention_heads(layer)
     of_mixer = {"H": shape.H, "K": shape.K, "V": shape.V, "R": shape.R} if shape else {}
-    of_attention = {} if n_attention is None else {"H": n_attention}
+    of_attention = dict(zip("HV", model.layer_W_O(layer, "attn").shape)) if n_attention else {}
     for row in HOOKS:
         if row.full_name(layer, 0) in model.hook_dict:
             sizes = {"D": model.cfg.d_model} | (of_attention if row.scope == "attn" else of_mixer)

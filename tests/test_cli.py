@@ -174,6 +174,9 @@ HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]
         (["train", *HEAD, "--variants", "Wrong"], "Wrong"),
         (["train", *HEAD, "--architecture", "writesae_topkk"], "nearest: writesae_topk"),
         (["train", "--model", "embeded", *HEAD[2:]], "nearest: embedded"),
+        (["train", "--modle", "embedded"], "Perhaps you meant: --model"),
+        (["train", *HEAD, "--layers", "two"], "['two']"),
+        (["eval", "all"], "at least one"),
     ],
     ids=" ".join,
 )
@@ -185,7 +188,7 @@ def test_what_is_typed_wrong_ends_before_any_work(
     out = [] if "--out" in arguments or arguments[0] in ("hooks", "selftest") else ["--out", tmp_path / "out"]
     done = run(capsys, *(places.get(each, each) for each in arguments), *out)
     assert done.status == 2 and word in done.err and "Traceback" not in done.err
-    assert done.err.startswith("error: ") == (len(done.err.splitlines()) == 1)  # tyro's own are in a frame
+    assert done.err.startswith("error: ") and len(done.err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -200,7 +203,12 @@ def test_models_and_hooks_are_listed_with_their_shapes(
     capsys: pytest.CaptureFixture[str], embedded: HookedRecurrent
 ) -> None:
     models = run(capsys, "models")
-    assert models.status == 0 and "RWKV-7, 6 heads of 32 x 32" in models.out and "Gated DeltaProduct" in models.out
+    assert (
+        models.status == 0
+        and "RWKV-7, 6 heads of 32 x 32" in models.out
+        and "gated_deltaproduct" in models.out
+        and "qwen3_5_moe" in models.out
+    )
     listed = run(capsys, "hooks", "embedded", "--layer", "2")
     assert listed.status == 0, listed.err
     _, cache = embedded.run_with_cache(torch.arange(1, 4)[None], names_filter=lambda name: True)

@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -30,7 +31,8 @@ from hookpoints.checksums import check_checksums
 from hookpoints.errors import HookpointsError, UnknownModelError, UnsupportedModelError, nearest
 from hookpoints.fla.checkpoints import load_checkpoint
 from hookpoints.fla.importing import MODEL_TYPES, import_fla, restore_auto_classes
-from hookpoints.rules import REFUSED
+from hookpoints.model.refused import refuse_arguments
+from hookpoints.rules import REFUSED, RULES
 from hookpoints.rwkv7.configuration import RWKV7Config
 from hookpoints.rwkv7.modeling import RWKV7ForCausalLM
 
@@ -75,7 +77,8 @@ def load(
     source = str(embedded.path(name_or_path)) if name_or_path in embedded.names() else name_or_path
     _refuse_unknown(name_or_path)
     empty = device is not None and torch.device(device).type == "meta"
-    with _errors_name_files(name_or_path, source):
+    hf_kwargs = refuse_arguments(hf_kwargs)
+    with _errors_name_files(name_or_path, source, hf_kwargs):
         if Path(source).is_dir() and not empty:
             _check_files(Path(source))
         model = _model(name_or_path, source, dtype, revision, hf_kwargs, empty)
@@ -159,15 +162,19 @@ def _check_files(folder: Path) -> None:
 
 
 @contextmanager
-def _errors_name_files(name: str, source: str) -> Iterator[None]:
+def _errors_name_files(name: str, source: str, asked: Mapping[str, object]) -> Iterator[None]:
     """Errors of the libraries below, which name no file, become one that does. Unknown names of models and failed
-    downloads are left as they are."""
+    downloads are left as they are, and so is the refusal of an argument that the caller gave."""
     try:
         yield
     except (HookpointsError, MemoryError, torch.OutOfMemoryError, ImportError):
         raise
     except Exception as error:
         if not (Path(source) / CONFIG_NAME).is_file() and isinstance(error, OSError):
+            raise
+        if isinstance(error, TypeError) and any(
+            f"unexpected keyword argument {each!r}" in str(error) for each in asked
+        ):
             raise
         raise UnsupportedModelError(
             f"{name!r} cannot be loaded: {CONFIG_NAME} does not describe a model that transformers can build, or "
@@ -201,6 +208,19 @@ def cached() -> list[str]:
     """Names of the models in the hub's cache on this machine. Costs one listing of a folder."""
     folders = Path(HF_HUB_CACHE).glob("models--*")
     return sorted(folder.name.removeprefix("models--").replace("--", "/") for folder in folders)
+
+
+def model_types() -> dict[str, list[str]]:
+    """Model types that can be loaded: rule -> those of the installed transformers whose layers call its op and are not
+    refused, and hookpoints' own; "with the extra fla" -> those that flash-linear-attention defines. Costs a tenth of a
+    second: transformers' source is read, none of it imported."""
+    found: dict[str, list[str]] = {"RWKV-7": ["rwkv7"]}
+    for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        text, refused = file.read_text(encoding="utf-8"), {file.parent.name, f"{file.parent.name}_text"} & set(REFUSED)
+        for rule in () if refused else RULES:
+            if f"def {rule.ops[0]}(" in text:
+                found.setdefault(rule.name, []).append(file.parent.name)
+    return found | {"with the extra fla": sorted(MODEL_TYPES - _OWN_CLASSES.keys())}
 
 
 def _refuse_unknown(name: str) -> None:

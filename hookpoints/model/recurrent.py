@@ -120,6 +120,7 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
             hf_kwargs: passed to ``AutoModelForCausalLM.from_pretrained``; ``device_map`` for instance.
 
         Raises:
+            InputError: an argument of TransformerLens' that means nothing here (``fold_ln=True``); says what does it.
             UnknownModelError: there is no such model; names the nearest.
             UnsupportedModelError: the model has no recurrence of the canonical form; says why.
             SelfCheckError: the model does not behave as hooks need.

@@ -1,7 +1,13 @@
-"""Public names of TransformerLens' HookedTransformer that a recurrent model does not have, each with the reason."""
+"""What of TransformerLens' HookedTransformer a recurrent model does not have, each with the reason: public names, and
+arguments of ``from_pretrained``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from hookpoints.errors import InputError
+
+_UNPROCESSED = "weights stay as the checkpoint has them; cache.apply_ln_to_stack applies the final norm's gain"
 _REASONS: tuple[tuple[str, str], ...] = (
     (
         "W_Q W_K W_V b_Q b_K b_V QK OV all_composition_scores refactor_factored_attn_matrices fold_value_biases",
@@ -13,7 +19,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     (
         "fold_layer_norm center_unembed center_writing_weights process_weights_ load_and_process_state_dict "
         "fill_missing_keys init_weights",
-        "weights stay as the checkpoint has them; cache.apply_ln_to_stack applies the final norm's gain",
+        _UNPROCESSED,
     ),
     (
         "set_use_attn_result set_use_split_qkv_input set_use_attn_in set_use_hook_mlp_in "
@@ -30,3 +36,34 @@ _REASONS: tuple[tuple[str, str], ...] = (
 )
 REFUSED = {name: reason for names, reason in _REASONS for name in names.split()}
 """Name -> why there is none, and what to use."""
+
+_CHECKPOINT = "revision= names a commit or tag of the hub"
+_ARGUMENTS: dict[str, tuple[object, str]] = {
+    **dict.fromkeys(
+        ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases", "refactor_factored_attn_matrices"),
+        (False, _UNPROCESSED),
+    ),
+    "hf_model": (None, "HookedRecurrent.from_hf(model, tokenizer) takes a model at hand"),
+    "tokenizer": (None, "model.tokenizer = tokenizer sets it"),
+    "n_devices": (1, 'device_map="auto" spreads a model over devices'),
+    "move_to_device": (True, "device= says where it goes"),
+    **dict.fromkeys(("checkpoint_index", "checkpoint_value", "checkpoint_label"), (None, _CHECKPOINT)),
+    "first_n_layers": (None, "model(tokens, stop_at_layer=n) runs the first n"),
+    "n_ctx": (None, "a recurrence has no longest context"),
+    "default_prepend_bos": (None, "model.cfg.default_prepend_bos sets it"),
+    "default_padding_side": (None, "model.tokenizer.padding_side sets it"),
+}
+"""Argument of HookedTransformer.from_pretrained -> the value that asks for nothing, and what to do instead."""
+
+
+def refuse_arguments(given: Mapping[str, object]) -> dict[str, object]:
+    """``given`` without TransformerLens' arguments that ask for nothing, as ``fold_ln=False`` does.
+
+    Raises:
+        InputError: one asks for something; says what to do instead.
+    """
+    for name in given.keys() & _ARGUMENTS.keys():
+        nothing, instead = _ARGUMENTS[name]
+        if given[name] is not None and given[name] != nothing:
+            raise InputError(f"from_pretrained takes no {name}={given[name]!r}: {instead}")
+    return {name: value for name, value in given.items() if name not in _ARGUMENTS}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +10,17 @@ import transformers
 from conftest import MAKERS, make_hf
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-from hookpoints import EditError, HookedRecurrent, UnknownHookError, UnsupportedModelError, WriteEdit, attach
+from hookpoints import (
+    EditError,
+    HookedRecurrent,
+    UnknownHookError,
+    UnsupportedModelError,
+    WriteEdit,
+    attach,
+    model_types,
+)
 from hookpoints.errors import HookDidNotFireError, HookShapeError, InputError
-from hookpoints.rules import REFUSED, RULES
+from hookpoints.rules import REFUSED
 
 LEFT, RIGHT, WHOLE, HOLE = [0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1] * 5, [1, 0, 1, 1, 1]
 IDS = torch.arange(1, 11).view(2, 5)
@@ -259,15 +266,9 @@ def test_checkpoints_that_are_refused(tmp_path, model_type):
 
 
 def test_every_recurrent_type_of_transformers_is_hooked_or_refused():
-    """Whatever calls a rule's op has a tiny model that all tests run on, or a reason why it is not hooked."""
-    ops = {rule.ops[0] for rule in RULES}
-    found = set()
-    for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
-        text = path.read_text()
-        if any(f"def {op}(" in text for op in ops):
-            found.add(path.parent.name)
-    assert len(found) > 10
-    assert found <= set(MAKERS) | {name.removesuffix("_text") for name in REFUSED}
+    """Whatever calls a rule's op and is not refused has a tiny model that all tests run on."""
+    of_transformers = {name for rule, names in model_types().items() if rule != "with the extra fla" for name in names}
+    assert len(of_transformers) > 10 and of_transformers <= set(MAKERS)
 
 
 POINTS = ["hook_embed", "blocks.1.hook_resid_pre", "blocks.3.attn.hook_z"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import transformer_lens
@@ -10,7 +12,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
-from hookpoints.model.refused import REFUSED
+from hookpoints.errors import InputError
+from hookpoints.model.refused import REFUSED, refuse_arguments
 
 
 def test_every_public_name_is_there_or_refused(model):
@@ -25,6 +28,19 @@ def test_every_public_name_is_there_or_refused(model):
         assert reason in str(raised.value)
     with pytest.raises(AttributeError, match="no attribute 'W_X'"):
         _ = model.W_X
+
+
+def test_arguments_of_its_loading_are_taken_where_they_ask_for_nothing_and_refused_else():
+    theirs = getattr(transformer_lens, "HookedTransformer", None) if transformer_lens_major() < 4 else None
+    names = inspect.signature(theirs.from_pretrained).parameters if theirs else {}
+    ours = inspect.signature(HookedRecurrent.from_pretrained).parameters
+    nothing = {"fold_ln": False, "n_devices": 1, "n_ctx": None}
+    assert refuse_arguments(nothing | {"device_map": "cpu"}) == {"device_map": "cpu"}
+    for name in names.keys() - ours.keys() - {"model_name", "from_pretrained_kwargs"}:
+        with pytest.raises(InputError, match=name):
+            HookedRecurrent.from_pretrained("embedded", **{name: "something"})
+    with pytest.raises(TypeError, match="no_such_argument"):  # transformers', as it stands
+        HookedRecurrent.from_pretrained("embedded", no_such_argument=1)
 
 
 def transformer_lens_major() -> int:
