@@ -125,7 +125,7 @@ def copied(work: Path, scale: float) -> list[Row]:
 
 def killed(work: Path, scale: float) -> list[Row]:
     rows = []
-    for write in (disks.evaluation, disks.collection):
+    for write in (disks.evaluation, disks.collection, disks.trainings):
         found = disks.kill(write, work / write.__name__, times(20, scale))
         whole = "no file half written" if not found.broken else f"BROKEN: {'; '.join(found.broken)}"
         result = "the result of a run without kills" if found.equal else "ANOTHER RESULT"
@@ -212,8 +212,7 @@ NOTES = {
     "copies": "A hooked model is refused with what to do instead; the model inside can be copied, and its copies carry "
     "no hook points.",
     "kills": "After each kill everything that is there under its own name is read; at the end the run is let finish. "
-    "Twenty kills of trainings and twenty of a protocol are tests (`tests/test_dictionaries.py`, "
-    "`tests/test_reproduce.py`).",
+    "Twenty kills of a protocol are a test (`tests/test_reproduce.py`).",
     "disks": "A file system of 30, 60 and 90 % of the size that is needed, then with room, then read-only.",
     "strangers": "*no effect*: loading goes on without it; nothing was run, asked or written elsewhere.",
     "long": "",

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import random
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from hookpoints import HookedRecurrent, UnsupportedModelError
-from sae_lens_writesae.choices import MATCHED, VARIANTS, DictionaryName, Target
+from sae_lens_writesae.choices import MATCHED, VARIANTS, DictionaryName
 from sae_lens_writesae.dictionaries import Collect, Train
 from sae_lens_writesae.sae import runner
 from sae_lens_writesae.sae.collection import Collection
@@ -186,42 +182,3 @@ def test_a_stop_does_not_change_a_dictionary(
         trained("stopped")
     assert len(runner.whole_checkpoints(tmp_path / "stopped")) == 2
     assert trained("stopped") == whole
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("target", ["write", "state"])
-def test_a_training_that_is_killed_again_and_again_ends_with_the_same_dictionaries(
-    collection: Collection, tmp_path: Path, target: Target
-) -> None:
-    train = Train(
-        collection=collection.folder,
-        targets=(target,),
-        seeds=(0, 1),
-        out=tmp_path / "whole",
-        **SIZES | {"training_tokens": 4096},
-    )
-    begin = time.monotonic()
-    train.run(lambda line: None)
-    length = time.monotonic() - begin
-
-    def weights(out: Path) -> dict[str, bytes]:
-        return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("sae_weights.safetensors"))}
-
-    draw, kills, out = random.Random(0), 0, tmp_path / "killed"
-    while kills < 20:
-        process = os.fork()
-        if process == 0:
-            try:
-                replace(train, out=out).run(lambda line: None)
-            finally:
-                os._exit(0)
-        time.sleep(draw.uniform(0, length))
-        os.kill(process, signal.SIGKILL)
-        if os.WIFSIGNALED(os.waitpid(process, 0)[1]):
-            kills += 1
-        else:
-            assert weights(out) == weights(tmp_path / "whole")
-            out = tmp_path / f"killed{kills}"
-    replace(train, out=out).run(lambda line: None)
-    assert weights(out) == weights(tmp_path / "whole") and len(weights(out)) == 4

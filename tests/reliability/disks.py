@@ -21,6 +21,7 @@ from small_saes import planted
 
 from hookpoints import HookedRecurrent
 from reliability.interrupts import fresh
+from sae_lens_writesae.dictionaries import Train
 from sae_lens_writesae.evaluations import EVALUATIONS
 from sae_lens_writesae.experiment.suite import evaluate_all
 from sae_lens_writesae.files import taken
@@ -47,6 +48,15 @@ def collection(model: HookedRecurrent, folder: Path) -> None:
     """Shards of writes."""
     rows = torch.randint(1, 64, (22, 32), generator=torch.Generator().manual_seed(3))
     collect(model, rows, [0, 1], None, folder / "writes", batch_size=2, shard_bytes=100_000)
+
+
+def trainings(model: HookedRecurrent, folder: Path) -> None:
+    """Eight dictionaries, of writes and of states, from one collection."""
+    rows = torch.randint(1, 64, (64, 32), generator=torch.Generator().manual_seed(3))
+    collect(model, rows, [1], [0, 1], folder / "writes", targets=("write", "state"), batch_size=8)
+    sizes = {"d_sae": 16, "k": 2, "training_tokens": 2048, "train_batch_size_tokens": 64, "seeds": (0, 1)}
+    many = Train(collection=folder / "writes", targets=("write", "state"), out=folder / "saes", **sizes)
+    many.run(lambda line: None)
 
 
 def checkpoints(model: HookedRecurrent, folder: Path) -> None:
@@ -102,9 +112,13 @@ def kill(write: Write, work: Path, kills: int, seed: int = 0) -> Kills:
     lasts, folder = time.perf_counter() - begin, work / "killed"
     while n < kills:
         process = _child(write, model, folder, work / "done")
-        time.sleep(draw.uniform(0, lasts))
-        os.kill(process, signal.SIGKILL)
-        if os.WIFSIGNALED(os.waitpid(process, 0)[1]):
+        moment = time.perf_counter() + draw.uniform(0, lasts)
+        while (ended := os.waitpid(process, os.WNOHANG)) == (0, 0) and time.perf_counter() < moment:
+            time.sleep(lasts / 200)
+        if ended == (0, 0):
+            os.kill(process, signal.SIGKILL)
+            ended = os.waitpid(process, 0)
+        if os.WIFSIGNALED(ended[1]):
             n += 1
             try:
                 contents(folder) if any(folder.rglob("info.json")) else None

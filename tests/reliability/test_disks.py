@@ -16,9 +16,10 @@ SLOW = ("table_outside", "label_outside", "large_table")
 
 
 @pytest.mark.slow
-def test_kills_of_an_evaluation(tmp_path):
-    found = disks.kill(disks.evaluation, tmp_path, 4)
-    assert found.kills == 4 and not found.broken and found.equal
+@pytest.mark.parametrize("write, kills", [(disks.evaluation, 4), (disks.trainings, 20)])
+def test_kills(tmp_path, write, kills):
+    found = disks.kill(write, tmp_path, kills)
+    assert found.kills == kills and not found.broken and found.equal
 
 
 @pytest.mark.parametrize(
