@@ -317,12 +317,16 @@ def test_an_interrupt_saves_everything_and_resumes(embedded, dataset, tmp_path, 
     check_resumes(embedded, dataset, checkpoint, steps)
 
 
-class InterruptedWithin(Watched):
-    """Gets SIGINT within its fifth step: samples are counted, the optimizer has yet to move."""
+class InterruptedAgain(Watched):
+    """Gets SIGINT while it saves, which does not cut the saving short."""
 
     def save_whole_checkpoint(self, trainer):
-        os.kill(os.getpid(), signal.SIGINT)  # does not cut the saving short
+        os.kill(os.getpid(), signal.SIGINT)
         return super().save_whole_checkpoint(trainer)
+
+
+class InterruptedWithin(InterruptedAgain):
+    """Gets SIGINT within its fifth step: samples are counted, the optimizer has yet to move."""
 
     def run_trainer_with_interruption_handling(self, trainer):
         def interrupt(optimizer, args, kwargs):
@@ -343,6 +347,25 @@ def test_an_interrupt_within_a_step_waits_for_its_end(embedded, dataset, tmp_pat
     assert int(checkpoint.name) == 5 * SMALL["train_batch_size_tokens"] and runner.trainer.n_training_steps == 5
     assert {int(state["step"]) for state in runner.trainer.optimizer.state.values()} == {5}
     check_resumes(embedded, dataset, checkpoint, 5)
+
+
+def test_an_interrupt_within_a_refill_saves_everything(embedded, dataset, tmp_path):
+    cfg = small_config(embedded, checkpoint_path=str(tmp_path), training_tokens=200_000)
+    runner = InterruptedAgain(cfg, override_model=embedded, override_dataset=dataset)
+
+    def interrupt(*_):
+        if hasattr(runner, "trainer") and runner.trainer.n_training_steps > 25:  # behind the warm-up
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)  # does not wait for the end of the refill
+
+    handle = embedded.register_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            runner.run()
+    finally:
+        handle.remove()
+    (checkpoint,) = Path(cfg.checkpoint_path).iterdir()
+    check_resumes(embedded, dataset, checkpoint, runner.trainer.n_training_steps)
 
 
 def test_an_interrupt_within_the_last_step_is_raised_after_the_result_is_saved(embedded, dataset, tmp_path):

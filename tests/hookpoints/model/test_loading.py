@@ -135,12 +135,21 @@ def test_weights_that_are_not_finite_are_refused_by_name(checkpoint, dtype, valu
         ("generation_config.json", '{"eos_token_id": 1'),
         ("model.safetensors.index.json", '{"weight_map": {"a": "../model.safetensors"}}'),
         ("config.json", '{"model_type": "qwen3_5_text", "hidden_size": "many"}'),
-        ("SHA256SUMS", f"{'0' * 64}  ../config.json"),
     ],
 )
 def test_a_broken_file_is_named(checkpoint, name, text):
     (checkpoint / name).write_text(text)
     with pytest.raises((UnsupportedModelError, ChecksumError), match=name):
+        loading.load(str(checkpoint))
+
+
+@pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
+def test_checksums_are_of_files_of_their_folder(checkpoint):
+    """A right one of a file elsewhere is refused too: names in files are data."""
+    file = write_checksums(checkpoint, ["config.json"])
+    loading.load(str(checkpoint))
+    file.write_text(file.read_text().replace("config.json", f"../{checkpoint.name}/config.json"))
+    with pytest.raises(ChecksumError, match="SHA256SUMS"):
         loading.load(str(checkpoint))
 
 
