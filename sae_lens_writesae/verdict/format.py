@@ -17,7 +17,8 @@ def span(low: float, high: float, factor: float = 100) -> str:
     if math.isnan(low) or math.isnan(high):
         return "–"
     digits = 1 if factor == 100 else 2
-    return f"{factor * low:.{digits}f}–{factor * high:.{digits}f}"
+    between = " to " if low < 0 else "–"  # two dashes in a row cannot be read
+    return f"{factor * low:.{digits}f}{between}{factor * high:.{digits}f}"
 
 
 def number(x: float) -> str:

@@ -224,4 +224,5 @@ def test_how_numbers_are_written() -> None:
         "1.23e+04",
     ]
     assert fmt.span(0.5, 0.625) == "50.0–62.5" and fmt.span(float("nan"), 1) == "–"
+    assert fmt.span(-0.5, -0.25) == "-50.0 to -25.0"
     assert fmt.p_value(0.0004) == "< 0.001" and fmt.p_value(0.04) == "0.040"
