@@ -134,6 +134,10 @@ class EditPlan:
     def all(self) -> list[WriteEdit]:
         return [placed.edit for layer in self.by_layer.values() for placed in layer]
 
+    def factors(self) -> list[Tensor]:
+        """Keys and values of all edits."""
+        return [side for edit in self.all() for side in (edit.keys, edit.values) if side is not None]
+
     def note(self, placed: PlacedEdit) -> None:
         """``placed``, one of this plan's, met its token."""
         self._acted.add(id(placed))

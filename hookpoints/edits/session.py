@@ -39,6 +39,10 @@ class EditSession:
     Edits in force when the session is made are part of its plain pass, and of every run. Not for use by several
     threads at once: each makes its own session.
 
+    In grad mode, if keys or values of an edit in force require a gradient, logits of runs have it, by keys, values and
+    everything else that a pass depends on. Such a run recomputes all tokens and all blocks, since what the plain pass
+    left has no graph; and it keeps the activations of all rows, fewer of them with ``hf_model.requires_grad_(False)``.
+
     Args:
         model: the hooked model.
         tokens: [1,T].
@@ -75,7 +79,6 @@ class EditSession:
         self.model.cfg.layer(layer)
         return self._residual[layer]
 
-    @torch.no_grad()
     def run(self, rows: Sequence[EditRow], stop: int | None = None, batch_size: int = 64) -> EditedRun:
         """Run the sequence once per entry of ``rows``.
 
@@ -105,28 +108,35 @@ class EditSession:
                     f"position {edit.position} is outside the stretch that is run, which ends at {stop} "
                     f"(the sequence has {self.length} tokens)"
                 )
+        batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        factors = [factor for each in (*self._outer_plans, plan) for factor in each.factors()]
+        if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
+            logits = [self._run_batch(batch, 0, 0, stop, None)[:, start:] for batch in batches]
+            return EditedRun(torch.cat(logits), start, stop)
         layer = 0 if self.model.attachment.layout.first_block_feeds_all else min(plan.by_layer)
-        batches = range(0, len(rows), batch_size)
-        logits = [self._run_batch(rows[i : i + batch_size], layer, start, stop) for i in batches]
+        residual = self._residual[layer][:, start:stop]
+        with torch.no_grad():
+            logits = [self._run_batch(batch, layer, start, stop, residual) for batch in batches]
         return EditedRun(torch.cat(logits), start, stop)
 
-    def _run_batch(self, rows: Sequence[EditRow], layer: int, start: int, stop: int) -> Tensor:
+    def _run_batch(self, rows: Sequence[EditRow], layer: int, start: int, stop: int, residual: Tensor | None) -> Tensor:
+        """Logits [N,stop-start,vocab] of a pass that begins with ``residual`` [1,stop-start,D] at block ``layer``."""
         model, plan = self.model, EditPlan.for_rows(rows)
-        residual = self._residual[layer][:, start:stop].expand(len(rows), -1, -1)
-        positions = torch.arange(start, stop, device=residual.device).expand(len(rows), -1)
+        tokens = self.tokens[:, start:stop].expand(len(rows), -1)
         inputs: dict[str, object] = {"use_cache": False}
         if start > 0:
             inputs = {self._cache_name: self._branch(len(rows), layer, start), "use_cache": True}
-        inputs |= position_inputs(model.hf_model, positions)
+        inputs |= position_inputs(model.hf_model, torch.arange(start, stop, device=tokens.device).expand_as(tokens))
         # Tokens, not the residual stream: some models hand the embeddings to later blocks again.
-        inputs["input_ids"] = self.tokens[:, start:stop].expand(len(rows), -1)
+        inputs["input_ids"] = tokens
         # Upstream's torch ops pad to chunks of 64 tokens: four times the work for the 17 of a substitution test.
-        short = residual.device.type == "cpu" and stop - start < 64
+        short = tokens.device.type == "cpu" and stop - start < 64
         backend: Backend | None = "recurrence" if short else None
         plans = (*self._outer_plans, plan)
+        entering = None if residual is None else residual.expand(len(rows), -1, -1)
         with (
             scope(model.attachment, plans=plans, first_token=start, backend=backend),
-            model.attachment.passing(layer, None, residual),
+            model.attachment.passing(layer, None, entering),
         ):
             logits = model.hf_model(**inputs).logits
         plan.check_acted()

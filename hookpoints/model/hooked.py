@@ -185,7 +185,7 @@ class HookedModel(HookedRootModule):
             shape = self.cfg.layer(edit.layer)
             edit.check_shape(shape.H, shape.K, shape.V)
         sides: dict[torch.device, list[Tensor]] = {}
-        for side in [side for edit in plan.all() for side in (edit.keys, edit.values) if side is not None]:
+        for side in plan.factors():
             sides.setdefault(side.device, []).append(side.detach().flatten())
         # All at once: on a GPU each look at a value waits for it.
         if not all(bool(torch.isfinite(torch.cat(values)).all()) for values in sides.values()):

@@ -253,7 +253,8 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
             kwargs: ``stop``, ``batch_size`` of ``EditSession.run``.
 
         Blocks below the lowest edited layer and tokens before the first edited position run once. For several calls
-        on one sequence keep the ``edit_session``.
+        on one sequence keep the ``edit_session``. In grad mode logits have gradients by keys and values of edits that
+        require one, at the cost of whole passes (``EditSession``).
         """
         return self.edit_session(tokens).run(rows, **kwargs)
 

@@ -327,6 +327,7 @@ class Lab:
             return WriteEdit(*place, mode="delete")
         return WriteEdit(*place, written.keys[row], written.values[row], mode="replace")
 
+    @torch.no_grad()
     def read(
         self, site: Site, trials: Sequence[Trial], readout: Readout, window: int | None, *, plain: bool = False
     ) -> pd.DataFrame:

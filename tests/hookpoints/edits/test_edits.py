@@ -383,3 +383,24 @@ def test_hooks_know_where_a_pass_begins(model, sequence):
     assert begins == [0, 0, 20, 21]
     with pytest.raises(HookpointsError, match="in a hook"):
         model.first_token()
+
+
+@pytest.mark.parametrize("mode", ["add", "replace"])
+@pytest.mark.parametrize("position", [0, 30, None])
+def test_runs_have_gradients_by_the_factors_of_edits(model64, sequence, mode, position):
+    """Against finite differences in float64: of a row's own edits, and of those in force around the session."""
+    keys, values = (x.requires_grad_() for x in (vectors(0, 1, 8), vectors(1, 6)))
+    mix = vectors(2, 45, VOCAB)
+
+    def metric(keys, values):
+        edit = WriteEdit(LAYER, HEAD, position, keys, values, mode=mode)
+        rows = [edit, [edit_of("delete", 20)], [edit, WriteEdit(2, 0, 33, vectors(3, 8), 2 * values)]]
+        with model64.edits(WriteEdit(0, 1, 5, keys, vectors(4, 6))):
+            logits = model64.run_with_edits(sequence, rows, stop=45, batch_size=2).logits
+        return (logits.log_softmax(-1) * mix[45 - logits.shape[1] :]).sum((1, 2))
+
+    assert torch.autograd.gradcheck(metric, (keys, values), eps=1e-6, atol=1e-5, rtol=1e-5, fast_mode=True)
+    with torch.no_grad():
+        plain = metric(keys, values)
+    assert not plain.requires_grad
+    assert_close(plain, metric(keys, values).detach(), rtol=0, atol=1e-10)
