@@ -4,10 +4,9 @@ give missing weights random values and drop those it does not know.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import safe_open
@@ -17,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from hookpoints.errors import UnsupportedModelError
+from hookpoints.files import read_json
 
 _GATE, _UP = "gate_proj.weight", "up_proj.weight"
 
@@ -80,7 +80,7 @@ def _files(source: str, revision: str | None) -> Iterator[str]:
     index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     names = {SAFE_WEIGHTS_NAME}
     if index is not None:
-        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(cast("dict[str, str]", read_json(Path(index))["weight_map"]).values())
     for name in sorted(names):
         file = cached_file(source, name, revision=revision)
         assert file is not None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import transformers
@@ -29,6 +28,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 from hookpoints import embedded
 from hookpoints.checksums import check_checksums
 from hookpoints.errors import HookpointsError, UnknownModelError, UnsupportedModelError, nearest
+from hookpoints.files import check_json_size, read_json
 from hookpoints.fla.checkpoints import load_checkpoint
 from hookpoints.fla.importing import MODEL_TYPES, import_fla, restore_auto_classes
 from hookpoints.model.refused import refuse_arguments
@@ -36,6 +36,7 @@ from hookpoints.rules import REFUSED, RULES
 from hookpoints.rwkv7.configuration import RWKV7Config
 from hookpoints.rwkv7.modeling import RWKV7ForCausalLM
 
+T = TypeVar("T")
 _Classes = tuple[Any, Any]
 """A configuration class and a model class, or transformers' Auto classes, which share no type with them."""
 _OWN_CLASSES: dict[str, _Classes] = {
@@ -138,19 +139,16 @@ def _check_files(folder: Path) -> None:
 
     Costs a look at the head of each weights file, and one reading of all files where there are checksums.
     """
+    for file in sorted(folder.glob("*.json")):  # those of the tokenizer too
+        _read(check_json_size, file)
     for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME):
         file = folder / name
         if not file.is_file():
             continue
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UnsupportedModelError(f"{file} is cut short, or is not JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise UnsupportedModelError(f"{file} holds {type(content).__name__}, not an object of names and values")
+        content = _read(read_json, file)
         shards = content.get("weight_map", {}) if name == SAFE_WEIGHTS_INDEX_NAME else {}
-        for shard in set(shards.values() if isinstance(shards, dict) else [shards]):
-            if PurePath(str(shard)).name != shard or not (folder / shard).is_file():  # names in files are data
+        for shard in {str(value) for value in (shards.values() if isinstance(shards, dict) else [shards])}:
+            if PurePath(shard).name != shard or not (folder / shard).is_file():  # names in files are data
                 raise UnsupportedModelError(f"{file} names {shard!r}, which is no file of its folder")
     for file in sorted(folder.glob("model*.safetensors")):
         try:
@@ -159,6 +157,13 @@ def _check_files(folder: Path) -> None:
         except (SafetensorError, OSError) as error:
             raise UnsupportedModelError(f"{file} is cut short or broken: {error}") from error
     check_checksums(folder)
+
+
+def _read(read: Callable[[Path], T], file: Path) -> T:
+    try:
+        return read(file)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(str(error)) from error
 
 
 @contextmanager

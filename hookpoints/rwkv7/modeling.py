@@ -7,11 +7,10 @@ their names alone, so these are taken apart before it sees them.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -21,6 +20,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.hub import cached_file
 
+from hookpoints.files import read_json
 from hookpoints.rwkv7.configuration import RWKV7Config
 from hookpoints.rwkv7.layers import FirstValues, RWKV7Attention, RWKV7Block, initialise
 
@@ -201,7 +201,7 @@ def legacy_weights(name_or_path: str, options: Mapping[str, object]) -> dict[str
 
     index = find(_INDEX)
     if index is not None:
-        of_file: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        of_file = cast("dict[str, str]", read_json(index)["weight_map"])
         if not any(name.endswith(_JOINED) for name in of_file):
             return None
         files = [find(file) for file in sorted(set(of_file.values()))]

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from hookpoints.files import read_json
 from sae_lens_writesae.files import named_errors, size_text
 from sae_lens_writesae.verdict.paper import PAPER_CLAIMS, Outcome
 from sae_lens_writesae.verdict.statistics import Estimate, estimate
@@ -251,14 +252,11 @@ def _table(file: Path) -> pd.DataFrame:
 
 def _head(file: Path) -> dict:
     try:
-        head = json.loads(file.read_text(encoding="utf-8"))
+        head = read_json(file)
     except FileNotFoundError:
         raise ValueError(f"no result was saved in {file.parent}: it has no {_INFO}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON, or is cut short: {error}") from error
-    if not isinstance(head, dict) or head.get("format") != _FORMAT:
-        found = head.get("format") if isinstance(head, dict) else type(head).__name__
-        raise ValueError(f"{file} has format {found}; this version reads format {_FORMAT}")
+    if head.get("format") != _FORMAT:
+        raise ValueError(f"{file} has format {head.get('format')}; this version reads format {_FORMAT}")
     missing = {"kind", "settings", "tables", "skipped", "info"} - head.keys()
     if missing:
         raise ValueError(f"{file} lacks {', '.join(sorted(missing))}")

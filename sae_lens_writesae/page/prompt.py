@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
             text, layer, head = str(asked["text"]), int(asked["layer"]), int(asked["head"])
             with self.server.lock:
                 reading = self.server.reader.read(text, layer, head)
-        except (ValueError, KeyError, TypeError, HookpointsError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, HookpointsError) as error:
             return self._refuse(400, str(error))
         self._answer(200, "application/json", json.dumps(reading))
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hookpoints.files import read_json
 from sae_lens_writesae.sae.load import CheckpointError, load_sae
 from sae_lens_writesae.sae.target import RunnerConfig
 
@@ -128,12 +129,9 @@ def _check_same(file: Path, cfg: RunnerConfig) -> None:
 
 def _read_json(file: Path) -> dict[str, object]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(file)
+    except (OSError, ValueError) as error:
         raise _cut(file, error) from error
-    if not isinstance(found, dict):
-        raise _cut(file, "no object")
-    return found
 
 
 def _cut(file: Path, error: object) -> CheckpointError:

@@ -18,13 +18,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, Recurrence
+from hookpoints.files import read_json
 from sae_lens_writesae.sae.target import HeadTarget, Target
 
 INDEX = "index.json"
@@ -32,6 +33,8 @@ FORMAT = 1
 """Version of the files."""
 
 FactorDtype = Literal["float16", "bfloat16", "float32"]
+_NAMES = {torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""What safetensors calls dtypes, in the order in which it writes tensors of them."""
 
 Sequences = int | slice | Sequence[int] | Tensor | None
 """Which sequences; None: all."""
@@ -97,6 +100,16 @@ class Layer:
     """Whether a = -beta k and b = alpha k, so that only beta is stored."""
     factors: dict[str, Factor]
 
+    def __post_init__(self) -> None:
+        for name, size in (("k", self.K), ("u", self.V)):
+            shape = self.factors[name].shape
+            if ((1, *shape) if len(shape) == 1 else shape) != (self.R, size):
+                raise ValueError(f"{name} has shape {shape} in a layer of K {self.K}, V {self.V}, R {self.R}")
+        if wrong := {factor.dtype for factor in self.factors.values()} - set(get_args(FactorDtype)):
+            raise ValueError(f"factors have dtypes {wrong}")
+        if not isinstance(self.scale, int | float) or not all(isinstance(head, int) for head in self.heads):
+            raise ValueError(f"scale is {self.scale!r} and heads are {self.heads!r:.40}")
+
 
 @dataclass(frozen=True)
 class Contents:
@@ -113,6 +126,13 @@ class Contents:
     batch_size: int
     """Sequences of one forward pass."""
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        for name in ("n_sequences", "context_size", "sequences_per_shard", "batch_size"):
+            if not isinstance(size := getattr(self, name), int) or size < 1:
+                raise ValueError(f"{name} is {size!r}")
+        if not set(self.targets) <= set(get_args(Target)):
+            raise ValueError(f"targets are {self.targets}")
 
     @property
     def hash(self) -> str:
@@ -151,19 +171,23 @@ class Contents:
             for name, factor in layer.factors.items()
         }
 
+    @property
+    def n_tensors(self) -> int:
+        """Tensors in each shard."""
+        return 1 + sum(len(layer.heads) * len(layer.factors) for layer in self.layers.values())
+
     def metadata(self, shard: int) -> dict[str, str]:
         """What a shard says of itself."""
         return {"collection": json.dumps({"contents": self.hash, "shard": shard})}
 
     def shard_bytes(self, shard: int) -> int:
         """Exact size of a shard's file: the header of safetensors, padded to eight bytes, and the numbers."""
-        names = {torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16"}
         header: dict[str, object] = {"__metadata__": self.metadata(shard)}
         tensors, end = self.tensors(shard), 0
-        for name in sorted(tensors, key=lambda name: (list(names).index(tensors[name][0]), name)):
+        for name in sorted(tensors, key=lambda name: (list(_NAMES).index(tensors[name][0]), name)):
             dtype, shape = tensors[name]
             begin, end = end, end + dtype.itemsize * math.prod(shape)
-            header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": [begin, end]}
+            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
         length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
         return 8 + -(-length // 8) * 8 + end
 
@@ -409,11 +433,11 @@ def read_index(folder: Path) -> tuple[Contents, list[ShardFile]]:
     if not file.is_file():
         raise CollectionError(f"{file} does not exist: {folder} holds no collection")
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
+        index: Any = read_json(file)
         version = index["contents"]["format"]
         if version == FORMAT:
             return Contents.from_dict(index["contents"]), [ShardFile(**each) for each in index["shards"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CollectionError(f"{file} is cut short or not an index of a collection ({error!r})") from error
     raise CollectionError(f"{file} has format {version}, and this version reads format {FORMAT}; collect again")
 
@@ -432,16 +456,20 @@ def check_shard(file: Path, contents: Contents, shard: int, size: int | None = N
     try:
         with safe_open(file, framework="pt") as opened:
             said = (opened.metadata() or {}).get("collection")
-            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            there = {name: (x.get_dtype(), x.get_shape()) for name, x in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CollectionError(f"{file} is cut short or broken ({error}); delete and collect it again") from error
+    other = CollectionError(f"{file} has other tensors than its index says; delete and collect it again")
+    if len(there) != contents.n_tensors:  # first, as an index that nobody wrote may claim millions
+        raise other
     if said != contents.metadata(shard)["collection"]:
         raise CollectionError(
             f"{file} is of another collection or in another's place (it says {said}, and "
             f"{contents.metadata(shard)['collection']} is expected); delete it and collect it again"
         )
-    if shapes != {name: shape for name, (_, shape) in contents.tensors(shard).items()}:
-        raise CollectionError(f"{file} has other tensors than its index says; delete and collect it again")
+    if there != {name: (_NAMES[dtype], shape) for name, (dtype, shape) in contents.tensors(shard).items()}:
+        raise other
 
 
 def check_same(file: Path, there: Mapping[str, object], asked: Mapping[str, object]) -> None:

@@ -7,7 +7,6 @@ folder first and then calls them.
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from hookpoints.checksums import check_checksums
 from hookpoints.errors import ChecksumError, nearest
+from hookpoints.files import read_json
 from sae_lens_writesae.sae.base import MatrixSAE, MatrixSAEConfig
 
 _BESIDE_FIELDS = {"architecture", "metadata"}
@@ -94,10 +94,10 @@ def _read_config(file: Path) -> dict[str, object]:
             f"{file} does not exist; {file.parent} holds: {inside}. Give the folder of an SAE, or one that holds some."
         )
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error}): truncated? Export the SAE again.") from error
-    if not isinstance(config, dict) or "architecture" not in config:
+        config = read_json(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{error}. Export the SAE again.") from error
+    if "architecture" not in config:
         raise CheckpointError(f"{file} has no field 'architecture': not the config of a SAELens autoencoder.")
     return config
 

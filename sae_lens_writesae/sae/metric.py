@@ -195,7 +195,7 @@ class Metric:
                     raise ValueError(f"{file} is not a metric: it lacks the mark that Metric.save writes")
                 tensors = {name: opened.get_tensor(name) for name in _TENSORS}
             return cls(**tensors, **json.loads(metadata["settings"]))
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{file} cannot be read as a metric ({error}); fit and save it again") from error
 
 

@@ -16,13 +16,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hookpoints import HookedRecurrent, embedded
-from reliability.disks import checkpoints, evaluation
+from reliability.disks import checkpoints, collection, evaluation
 from reliability.interrupts import fresh
 from sae_lens_writesae.evaluations import load_result
 from sae_lens_writesae.page.report import find_results, write_report
+from sae_lens_writesae.sae.collection import INDEX, Collection, Contents
 from sae_lens_writesae.sae.load import load_sae
 
 Attack = Callable[[Path, Path], object]
@@ -149,6 +150,58 @@ def large_table(work: Path, mark: Path) -> None:
     mark.touch()  # it was read
 
 
+def _large(file: Path) -> None:
+    """Two gigabytes of zeros that take no room on the disk."""
+    with file.open("r+b") as opened:
+        opened.truncate(2 * 10**9)
+
+
+def large_config(work: Path, mark: Path) -> None:
+    """config.json of a model has two gigabytes."""
+    _large(_model(work) / "config.json")
+    HookedRecurrent.from_pretrained(str(work / "model"))
+
+
+def large_tokenizer(work: Path, mark: Path) -> None:
+    """tokenizer.json of a model has two gigabytes."""
+    _large(_model(work) / "tokenizer.json")
+    HookedRecurrent.from_pretrained(str(work / "model"))
+
+
+def large_dictionary(work: Path, mark: Path) -> None:
+    """cfg.json of a dictionary has two gigabytes."""
+    checkpoints(fresh(), work)
+    _large(work / "sae" / "cfg.json")
+    load_sae(work / "sae")
+
+
+def large_index(work: Path, mark: Path) -> None:
+    """index.json of a collection has two gigabytes."""
+    collection(fresh(), work)
+    _large(work / "writes" / INDEX)
+    Collection.open(work / "writes")
+
+
+def large_result(work: Path, mark: Path) -> None:
+    """info.json of a result has two gigabytes."""
+    folder = _results(work)
+    _large(folder / "info.json")
+    load_result(folder)
+
+
+def large_claims(work: Path, mark: Path) -> None:
+    """index.json of a collection claims sequences of a billion tokens, and a shard says that this is right."""
+    collection(fresh(), work)
+    folder = work / "writes"
+    index = json.loads((folder / INDEX).read_text())
+    index["contents"]["context_size"] = 10**9
+    contents, file = Contents.from_dict(index["contents"]), folder / index["shards"][0]["file"]
+    save_file(load_file(file), file, metadata=contents.metadata(0))
+    index["shards"][0]["bytes"] = file.stat().st_size
+    (folder / INDEX).write_text(json.dumps(index))
+    Collection.open(folder)
+
+
 ATTACKS: list[Attack] = [
     code_of_a_model,
     code_of_a_tokenizer,
@@ -159,6 +212,12 @@ ATTACKS: list[Attack] = [
     table_outside,
     label_outside,
     large_table,
+    large_config,
+    large_tokenizer,
+    large_dictionary,
+    large_index,
+    large_result,
+    large_claims,
 ]
 
 

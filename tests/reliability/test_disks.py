@@ -11,7 +11,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
 ]
-SLOW = ("table_outside", "label_outside", "large_table")
+SLOW = ("table_outside", "label_outside", "large_table", "large_result")
 """They evaluate a dictionary first."""
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.sae.checkpoint import RUN_STATE_FILENAME
 from sae_lens_writesae.sae.collect import collect
-from sae_lens_writesae.sae.collection import INDEX, Collection, CollectionError, Mapped, Source, shard_name
+from sae_lens_writesae.sae.collection import INDEX, Collection, CollectionError, Contents, Mapped, Source, shard_name
 from sae_lens_writesae.sae.runner import WriteSAETrainingRunner, train, train_from_arguments, training_config
 
 LAYER, HEAD, T = 2, 1, 16
@@ -153,6 +154,53 @@ def test_other_versions_and_other_files_are_refused(copy):
         refused(copy, INDEX)
     (copy / INDEX).write_text("[" * 100_000)
     refused(copy, INDEX)
+
+
+def changed(folder: Path, **changes: Any) -> dict[str, Any]:
+    """An index with other contents, written; fields of the layer, of its factors, or of the whole."""
+    index = json.loads((folder / INDEX).read_text())
+    contents = index["contents"]
+    (layer,) = contents["layers"].values()
+    for name, value in changes.items():
+        place = layer["factors"] if name in layer["factors"] else layer if name in layer else contents
+        place[name] = place[name] | value if isinstance(value, dict) else value
+    (folder / INDEX).write_text(json.dumps(index))
+    return contents
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_sequences": 0},
+        {"n_sequences": "40"},
+        {"sequences_per_shard": 0},
+        {"targets": ["other"]},
+        {"K": 10**9},
+        {"R": 7},
+        {"heads": "ab"},
+        {"scale": "1"},
+        {"k": {"dtype": "nn"}},
+        {"u": {"shape": [10**9]}},
+    ],
+    ids=str,
+)
+def test_an_index_that_cannot_be_is_refused(copy, changes):
+    changed(copy, **changes)
+    refused(copy, INDEX)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"context_size": 10**12}, {"heads": list(range(10**5))}, {"k": {"dtype": "float16"}}], ids=lambda _: ""
+)
+def test_an_index_that_claims_more_than_its_shards_have_is_refused(copy, changes):
+    """Though each shard says that it is of this collection, as those of a stranger may."""
+    contents = Contents.from_dict(changed(copy, **changes))
+    file = copy / shard_name(0)
+    save_file(load_file(file), file, metadata=contents.metadata(0))
+    index = json.loads((copy / INDEX).read_text())
+    index["shards"][0]["bytes"] = file.stat().st_size
+    (copy / INDEX).write_text(json.dumps(index))
+    refused(copy, f"{shard_name(0)} has other tensors")
 
 
 def test_an_unfinished_collection_is_refused(copy):

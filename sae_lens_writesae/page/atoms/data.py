@@ -11,11 +11,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
+from hookpoints.files import check_json_size
 from sae_lens_writesae.experiment.conditions import Control, Scale
 from sae_lens_writesae.experiment.downstream_heads import Mixer
 from sae_lens_writesae.files import atomic_text
 
 Count = Annotated[int, Field(ge=0)]
+_LARGEST = 10**9
+"""Bytes of a file that are read."""
 Share = Annotated[float, Field(ge=0, le=1)]
 
 _SHOWN = (
@@ -320,8 +323,9 @@ class AtomPagesData(_Data):
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file holds something else, or is cut short; names the file and the field.
+            ValueError: the file holds something else, is cut short or too large; names the file and the field.
         """
+        check_json_size(Path(path), _LARGEST)
         try:
             return cls.model_validate_json(Path(path).read_bytes())
         except ValidationError as error:
