@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -114,6 +116,7 @@ def _model(
     trust = {} if is_own else {"trust_remote_code": False}
     config = configs.from_pretrained(source, revision=revision, **trust)
     _refuse(name, config.model_type)
+    _warn_of_misspelt_fields(name, saved, config)
     if not is_own and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModelError(
             f"{name!r} is a {config.model_type!r} checkpoint, which has no causal language model"
@@ -261,6 +264,28 @@ def _refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:
             f"{name!r} is not a whole checkpoint of its architecture: {_weights(name)} {'; it '.join(faults)}. "
             f"Download or convert it again, or name the architecture that it was saved with in its {CONFIG_NAME}"
         )
+
+
+def _warn_of_misspelt_fields(name: str, saved: Mapping[str, object], config: PreTrainedConfig) -> None:
+    """transformers takes every field, and lets the one that a misspelt one stands for keep its default. Checkpoints
+    carry many fields that no class knows, so only one whose name is almost that of a known one, which the file lacks,
+    is told."""
+    parts = [(saved, config)]
+    parts += [(part, getattr(config, key)) for key in config.sub_configs if isinstance(part := saved.get(key), dict)]
+    for fields, made in parts:
+        aliases = made.attribute_map
+        inits = [kind.__init__ for kind in type(made).__mro__ if kind is not object]
+        known = {each for init in inits for each in inspect.signature(init).parameters} | {*aliases, *aliases.values()}
+        given = {*fields, *(aliases.get(field, field) for field in fields)}
+        absent = [each for each in known - given if aliases.get(each) not in given]
+        for field in sorted(fields.keys() - known):
+            (near,) = difflib.get_close_matches(field, absent, n=1, cutoff=0.9) or [""]
+            if near:  # one letter in ten; time_step_min and time_step_limit are two words
+                warnings.warn(
+                    f"{CONFIG_NAME} of {name} has the field {field!r}, which {type(made).__name__} does not know, and "
+                    f"lacks {near!r}, which is {getattr(made, near, None)!r} now: misspelt?",
+                    stacklevel=2,
+                )
 
 
 def _refuse_mamba_ssm(name: str, config: Mapping[str, Any]) -> None:

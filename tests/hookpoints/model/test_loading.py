@@ -154,6 +154,27 @@ def test_checksums_are_of_files_of_their_folder(checkpoint):
 
 
 @pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
+@pytest.mark.parametrize(("field", "misspelt"), [("rms_norm_eps", "rms_norm_epz"), ("hidden_act", "hiden_act")])
+def test_a_misspelt_field_is_told(checkpoint, field, misspelt):
+    """transformers takes any field, and gives the one that was meant its default."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    config[misspelt] = config.pop(field)
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=f"{misspelt}.*{field}"):
+        loading.load(str(checkpoint))
+
+
+OF_PUBLISHED = ("time_step_min", "use_sliding_window", "tie_embeddings", "num_groups", "use_shared_attention_lora")
+"""Fields of published checkpoints that their classes do not know."""
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_no_field_of_a_model_is_called_misspelt(any_hf, whole):
+    fields = json.loads(any_hf.config.to_json_string(use_diff=not whole))
+    loading._warn_of_misspelt_fields("it", fields | dict.fromkeys(OF_PUBLISHED), any_hf.config)
+
+
+@pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
 def test_checksums_tell_a_changed_weight(checkpoint):
     write_checksums(checkpoint, ["config.json", "model.safetensors"])
     loading.load(str(checkpoint))
