@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -49,6 +49,10 @@ class WriteEdit:
             raise EditError(f"mode must be add, replace or delete, not {self.mode!r}")
         if self.loop not in ("closed", "open"):
             raise EditError(f"loop must be closed or open, not {self.loop!r}")
+        for name in ("layer", "head", "position"):
+            value = getattr(self, name)
+            if not isinstance(value, SupportsIndex) and not (name == "position" and value is None):
+                raise EditError(f"{name} must be an integer, found {value!r:.80}")
         if self.position is not None and self.position < 0:
             raise EditError(f"position must be >= 0 or None for every token, not {self.position}")
         if self.mode == "delete":
@@ -57,6 +61,10 @@ class WriteEdit:
             return
         if self.keys is None or self.values is None:
             raise EditError(f"mode {self.mode!r} needs both keys [R,K] and values [R,V]")
+        for side in (self.keys, self.values):
+            if not isinstance(side, Tensor) or side.is_complex():
+                found = side.dtype if isinstance(side, Tensor) else type(side).__name__
+                raise EditError(f"keys and values must be tensors of real numbers, found {found}")
         keys, values = torch.atleast_2d(self.keys), torch.atleast_2d(self.values)
         if keys.ndim != 2 or values.ndim != 2 or keys.shape[0] != values.shape[0]:
             raise EditError(

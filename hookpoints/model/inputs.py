@@ -21,7 +21,7 @@ _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What transformers' versions and families call the cache argument of a model."""
 
 
-def as_tokens(input: object, device: torch.device) -> Tensor:
+def as_tokens(input: object, device: torch.device | None = None) -> Tensor:
     """Token ids in a dtype that models take; ids in small integers (uint8, say) are widened.
 
     Raises:
@@ -220,14 +220,14 @@ class Tokens:
     def to_string(self, tokens: Tensor | list[int] | int) -> str | list[str]:
         """Text of tokens: one string for [T], a list for [B,T]. Special tokens are kept."""
         tokenizer = self._need_tokenizer()
-        tokens = torch.as_tensor(tokens)
+        tokens = as_tokens(tokens)
         if tokens.ndim == 2:
             return [str(tokenizer.decode(row, clean_up_tokenization_spaces=False)) for row in tokens.tolist()]
         return str(tokenizer.decode(tokens.reshape(-1).tolist(), clean_up_tokenization_spaces=False))
 
     def to_str_tokens(self, input: str | Tensor | list[int], prepend_bos: bool | None = None) -> list[str]:
         """Each token of one text, or of ids [T] or [1,T], as a string."""
-        tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else torch.as_tensor(input)
+        tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else as_tokens(input)
         tokens = tokens.squeeze(0) if tokens.ndim == 2 else tokens
         if tokens.ndim != 1:
             raise ValueError(f"to_str_tokens takes one sequence [T] or [1,T], found {list(tokens.shape)}")

@@ -266,7 +266,13 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
         self, logits: Tensor, tokens: Tensor, attention_mask: Tensor | None = None, per_token: bool = False
     ) -> Tensor:
         """Cross entropy of the next tokens [B,T-1] under ``logits`` [B,T,vocab], its mean unless ``per_token``; padding
-        does not count."""
+        does not count.
+
+        Raises:
+            InputError: a mean over no token at all.
+        """
+        if not per_token:
+            check_loss(tokens, attention_mask)
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 
     def recurrence(self, input: str | Tensor, layer: int, **kwargs: Any) -> Recurrence:
@@ -307,7 +313,5 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
             raise ValueError(f"return_type must be 'logits', 'loss', 'both' or None, not {return_type!r}")
         if tokens is None:
             raise ValueError("a loss with start_at_layer needs tokens=")
-        if not per_token:
-            check_loss(tokens, mask)
         loss = self.loss_fn(logits, tokens, mask, per_token)
         return loss if return_type == "loss" else Output(logits, loss)

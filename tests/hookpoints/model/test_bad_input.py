@@ -325,6 +325,12 @@ def test_input_that_is_no_text_and_no_ids(embedded, input):
         embedded.to_tokens(input)
 
 
+@pytest.mark.parametrize("input", [None, {}, ["a", None], [[1, 2], [3]]])
+def test_str_tokens_of_other_things(embedded, input):
+    with pytest.raises(InputError):
+        embedded.to_str_tokens(input)
+
+
 def test_a_loss_of_no_token(model, tokens):
     with pytest.raises(InputError, match="loss"):
         model(tokens[:, :1], return_type="loss")
@@ -332,6 +338,8 @@ def test_a_loss_of_no_token(model, tokens):
         mask = torch.zeros_like(tokens)
         mask[:, -1] = 1
         model(tokens, return_type="loss", attention_mask=mask)
+    with pytest.raises(InputError, match="loss"):
+        model.loss_fn(model(tokens[:, :1]), tokens[:, :1])
     assert model(tokens[:, :1], return_type="loss", loss_per_token=True).shape == (2, 0)
 
 
@@ -350,6 +358,23 @@ def test_a_loss_of_no_token(model, tokens):
 def test_edits_that_are_none(model, tokens, rows, how):
     with pytest.raises(EditError):
         model.run_with_edits(tokens[:1], rows, **how)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"layer": "1"},
+        {"head": None},
+        {"position": 3.0},
+        {"keys": [1.0] * 8},
+        {"values": torch.ones(6).numpy()},
+        {"keys": torch.ones(8, dtype=torch.complex64)},
+    ],
+)
+def test_edits_of_other_things(wrong):
+    fields = {"layer": 1, "head": 0, "position": 3, "keys": torch.ones(8), "values": torch.ones(6)}
+    with pytest.raises(EditError, match=next(iter(wrong))):
+        WriteEdit(**fields | wrong)
 
 
 def test_hooks_that_are_none(model, tokens):
