@@ -168,7 +168,7 @@ def evaluate(
     """
     from hookpoints import HookedRecurrent, embedded
     from sae_lens_writesae.experiment.suite import evaluate_all
-    from sae_lens_writesae.experiment.tokens import sample_sequences
+    from sae_lens_writesae.experiment.tokens import sample_sequences, text_of
     from sae_lens_writesae.page.report import write_report
     from sae_lens_writesae.sae.collection import Collection
     from sae_lens_writesae.sae.load import folder_labels, load_sae, sae_folders
@@ -185,7 +185,7 @@ def evaluate(
         raise ValueError(
             f"the SAEs of one evaluation are of one model; found {', '.join(sorted(models))}. Evaluate them apart"
         )
-    text = embedded.text("test") if subjects.text is None else subjects.text.read_text(encoding="utf-8")
+    text = text_of(subjects.text)
     model = HookedRecurrent.from_pretrained(models.pop(), dtype=subjects.dtype)
     tokens = sample_sequences(model, text, subjects.context_size, subjects.sequences)
     reference = None

@@ -55,11 +55,11 @@ class OnText:
         Raises:
             ValueError: a folder does not hold what it should, or the text is too short.
         """
-        from hookpoints import HookedRecurrent, embedded
-        from sae_lens_writesae.experiment.tokens import sample_sequences
+        from hookpoints import HookedRecurrent
+        from sae_lens_writesae.experiment.tokens import sample_sequences, text_of
         from sae_lens_writesae.sae.load import load_sae
 
-        text = embedded.text("test") if self.text is None else self.text.read_text(encoding="utf-8")
+        text = text_of(self.text)
         sae = load_sae(self.sae)
         model = HookedRecurrent.from_pretrained(self.model or str(sae.cfg.metadata.model_name), dtype=self.dtype)
         return model, sae, sample_sequences(model, text, self.context_size, self.sequences)

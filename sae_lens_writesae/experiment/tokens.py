@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from hookpoints import HookedRecurrent
+from hookpoints import HookedRecurrent, embedded
+
+
+def text_of(file: Path | None) -> str:
+    """What a text file holds; None: the held-out text of the package.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not in UTF-8.
+    """
+    try:
+        return embedded.text("test") if file is None else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a text in UTF-8 ({error}); convert it") from error
 
 
 def sample_sequences(model: HookedRecurrent, text: str, context_size: int, n_sequences: int) -> Tensor:

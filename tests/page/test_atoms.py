@@ -436,6 +436,9 @@ def test_the_command_writes_pages_from_folders(planted: WriteTopKSAE, tested: Re
     assert all(page.substitution and len(page.substitution) == 1 for page in joined.atoms)
     with pytest.raises(ValueError, match="readers"):
         replace(show, readers=folder).run(pages, progress=False)
+    (tmp_path / "latin.txt").write_bytes(b"na\xefve")
+    with pytest.raises(ValueError, match=r"latin\.txt"):
+        replace(show, text=tmp_path / "latin.txt").run(pages, progress=False)
 
 
 def test_the_lead_says_what_the_numbers_say(data: AtomPagesData) -> None:
