@@ -214,7 +214,8 @@ NOTES = {
     "kills": "After each kill everything that is there under its own name is read; at the end the run is let finish. "
     "Twenty kills of a protocol are a test (`tests/test_reproduce.py`).",
     "disks": "A file system of 30, 60 and 90 % of the size that is needed, then with room, then read-only.",
-    "strangers": "*no effect*: loading goes on without it; nothing was run, asked or written elsewhere.",
+    "strangers": "*no effect*: loading goes on without it; nothing was run, asked or written elsewhere. "
+    "Markup in tokens, labels and names is opened in a browser by `tests/page`.",
     "long": "",
 }
 
