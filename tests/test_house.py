@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -111,6 +114,19 @@ def test_each_room_of_the_second_package_knows_only_the_rooms_below():
             other = target.split(".")
             if other[0] == "sae_lens_writesae" and len(other) > 1 and other[1] in order:
                 assert order.index(other[1]) <= room, f"{name} imports {target}"
+
+
+def test_every_package_that_is_imported_is_declared():
+    said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split(r"[^\w-]", each)[0] for each in (*said["dependencies"], *said["optional-dependencies"]["fla"])}
+    names = {"markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "fla": "flash-linear-attention"}
+    for file in (*MODULES.values(), ROOT / "writesae.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.append(node.module)
+            for top in {each.split(".")[0] for each in found} - {*PACKAGES, "writesae", *sys.stdlib_module_names}:
+                assert names.get(top, top.replace("_", "-")) in declared, f"{file} imports {top}"
 
 
 def test_few_untyped_places():

@@ -143,6 +143,14 @@ def test_a_broken_file_is_named(checkpoint, name, text):
         loading.load(str(checkpoint))
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_large_file_is_refused_before_it_is_read(checkpoint, name):
+    with (checkpoint / name).open("ab") as file:
+        file.truncate(65 * 10**6)
+    with pytest.raises(UnsupportedModelError, match=f"{name} has 65 MB"):
+        loading.load(str(checkpoint))
+
+
 @pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
 def test_checksums_are_of_files_of_their_folder(checkpoint):
     """A right one of a file elsewhere is refused too: names in files are data."""
