@@ -85,6 +85,8 @@ class HookedModel(HookedRootModule):
         """TransformerLens' scoped hooks; unknown names raise, and so does a hook that did not fire though a pass ran.
 
         They act in the thread that opened the scope; with ``reset_hooks_end=False`` they stay, and act everywhere.
+        What a hook returns is held to its shape and device. NaN is let through: it may be meant, to see what depends on
+        a token, and telling it costs a reading of every value.
 
         Raises:
             UnknownHookError: a name that this model lacks (names the nearest), or a filter that matches nothing.
