@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from sae_lens_writesae.choices import Target, at_least
 from sae_lens_writesae.dictionaries import save_dictionary
-from sae_lens_writesae.files import check_settings, check_writable, keep_settings
+from sae_lens_writesae.files import check_settings, check_writable, keep_settings, taken
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,6 +109,10 @@ class Demo:
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "out"}
         check_writable(self.out)
         check_settings(self.out, settings)
+        with taken(self.out, say):
+            return self._run(settings, say)
+
+    def _run(self, settings: dict[str, object], say: Callable[[str], object]) -> ReportFiles:
         from hookpoints import HookedRecurrent, embedded
         from sae_lens_writesae.evaluations import load_result
         from sae_lens_writesae.experiment.suite import quality_of_heads, with_quality

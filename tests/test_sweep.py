@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from sae_lens_writesae.cli import parse
 from sae_lens_writesae.dictionaries import Train
+from sae_lens_writesae.files import taken
 from sae_lens_writesae.reproduce.measures import MEASURE_NAMES, figure
 from sae_lens_writesae.reproduce.sweep import Sweep
 
@@ -74,7 +77,14 @@ def test_each_point_has_a_row_and_is_trained_once(tmp_path: Path, monkeypatch: p
     assert "Sweep over k" in page and page.count("<svg") == sum(name in table for name in MEASURE_NAMES)
     assert "k1-seed0" in files.report.read_text()
     monkeypatch.delattr(Train, "_train")
-    again = tiny(tmp_path).run(say=lambda line: None)
+    said: list[object] = []
+    with ThreadPoolExecutor() as pool:
+        with taken(tmp_path):
+            run = pool.submit(tiny(tmp_path).run, say=said.append)
+            while not said and not run.done():
+                time.sleep(0.01)
+        again = run.result()
+    assert "another process works" in str(said[0])
     pd.testing.assert_frame_equal(pd.read_csv(again.table), table)
     with pytest.raises(ValueError, match="training_tokens"):
         tiny(tmp_path, training_tokens=4096).run()

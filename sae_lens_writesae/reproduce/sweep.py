@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sae_lens_writesae.choices import VARIANTS, DictionaryName, Target, at_least
 from sae_lens_writesae.dictionaries import Collect, Train, check_text
 from sae_lens_writesae.evaluate import EvalAll, Subjects
-from sae_lens_writesae.files import atomic_csv, atomic_text, check_writable, keep_settings
+from sae_lens_writesae.files import atomic_csv, atomic_text, check_writable, keep_settings, taken
 from sae_lens_writesae.reproduce.config import ReproduceConfig
 from sae_lens_writesae.reproduce.texts import write_texts
 from sae_lens_writesae.settings import evaluations
@@ -167,7 +167,6 @@ class Sweep:
         """
         import pandas as pd
 
-        from hookpoints import HookedRecurrent
         from sae_lens_writesae.evaluations import EVALUATIONS
 
         if several := [each for each in self.evaluation if EVALUATIONS[each].scope.compares]:
@@ -177,16 +176,22 @@ class Sweep:
             check_text(name, self.dataset)
         axes = {"out", "evaluation", *Point._fields}
         fixed = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in axes}
-        keep_settings(self.out, fixed)
-        rows: list[dict[str, object]] = []
+        with taken(self.out, say):
+            keep_settings(self.out, fixed)
+            return self._write(pd.DataFrame(list(self._rows(say))))
+
+    def _rows(self, say: Say) -> Iterator[dict[str, object]]:
+        """One dictionary after the other, with what is measured of it."""
+        from hookpoints import HookedRecurrent
+
         for name, of_model in itertools.groupby(self.points(), lambda point: point.model):
             points, model = list(of_model), HookedRecurrent.from_pretrained(name)
             tokens, collection = self._texts(points[0], model, say)
             for point in points:
                 self.train(point, collection).run(lambda line: None)
-                rows.append(self._row(point, model, tokens))
-                say(f"{point.folder}: {', '.join(_said(rows[-1]))}")
-        return self._write(pd.DataFrame(rows))
+                row = self._row(point, model, tokens)
+                say(f"{point.folder}: {', '.join(_said(row))}")
+                yield row
 
     def _texts(self, point: Point, model: HookedRecurrent, say: Say) -> tuple[Tensor, Path]:
         """Tokens to evaluate on, and the folder of the head's factors on the training text."""
