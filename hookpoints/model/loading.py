@@ -121,9 +121,12 @@ def _model(
         raise UnsupportedModelError(
             f"{name!r} is a {config.model_type!r} checkpoint, which has no causal language model"
         )
-    if empty:
+    if empty or Path(source).is_dir():
         with torch.device("meta"):
-            return models(config) if is_own else models.from_config(config, **trust)
+            shapes = models(config) if is_own else models.from_config(config, **trust)
+        if empty:
+            return shapes
+        _refuse_larger(name, Path(source), shapes)
     if of_fla:
         return load_checkpoint(source, config, revision=revision, dtype=dtype, **hf_kwargs)
     # Shapes that do not fit are reported like the rest, and then refused with their names.
@@ -249,6 +252,18 @@ def _unknown(name: str, reason: str) -> str:
 def _refuse(name: str, model_type: object) -> None:
     if isinstance(model_type, str) and model_type in REFUSED:
         raise UnsupportedModelError(f"{name!r} cannot be hooked: {REFUSED[model_type]}")
+
+
+def _refuse_larger(name: str, folder: Path, shapes: nn.Module) -> None:
+    """transformers compares shapes when it has memory for all that a config asks for, which may be more than there is.
+    A parameter takes a bit at least; ``shapes`` is the model on the device "meta"."""
+    needed = sum(weight.numel() for weight in shapes.parameters())
+    held = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+    if needed > 8 * held > 0:
+        raise UnsupportedModelError(
+            f"{CONFIG_NAME} of {name!r} describes {needed:,} parameters, and {_weights(name)} has {held:,} bytes; "
+            "one of the two belongs to another model"
+        )
 
 
 def _refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:

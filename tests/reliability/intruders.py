@@ -162,6 +162,12 @@ def large_config(work: Path, mark: Path) -> None:
     HookedRecurrent.from_pretrained(str(work / "model"))
 
 
+def large_model(work: Path, mark: Path) -> None:
+    """config.json of a model asks for a vocabulary of a trillion tokens."""
+    _rewrite(_model(work) / "config.json", vocab_size=10**12)
+    HookedRecurrent.from_pretrained(str(work / "model"))
+
+
 def large_tokenizer(work: Path, mark: Path) -> None:
     """tokenizer.json of a model has two gigabytes."""
     _large(_model(work) / "tokenizer.json")
@@ -212,6 +218,7 @@ ATTACKS: list[Attack] = [
     table_outside,
     label_outside,
     large_table,
+    large_model,
     large_config,
     large_tokenizer,
     large_dictionary,

@@ -143,6 +143,13 @@ def test_a_broken_file_is_named(checkpoint, name, text):
         loading.load(str(checkpoint))
 
 
+def test_a_config_that_asks_for_more_memory_than_there_is_is_refused(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"vocab_size": 10**12}))
+    with pytest.raises(UnsupportedModelError, match=r"config\.json .* parameters"):
+        loading.load(str(checkpoint))
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_a_large_file_is_refused_before_it_is_read(checkpoint, name):
     with (checkpoint / name).open("ab") as file:
