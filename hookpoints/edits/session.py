@@ -31,6 +31,13 @@ class EditedRun(NamedTuple):
     """End of the stretch, exclusive."""
 
 
+def _is_trained(factor: Tensor) -> bool:
+    """Whether ``factor`` is itself what an optimiser would change; factors that were computed have a graph whenever
+    the model's weights do, which asks for nothing."""
+    origin = factor if factor._base is None or factor._base.numel() != factor.numel() else factor._base
+    return origin.requires_grad and origin.is_leaf
+
+
 class EditSession:
     """The plain pass over one sequence, kept, so that edited runs cost only what differs.
 
@@ -38,10 +45,6 @@ class EditSession:
     stream that the plain pass left below l and a copy of its cache at t. Calls with rising positions reuse the cache.
     Edits in force when the session is made are part of its plain pass, and of every run. Not for use by several
     threads at once: each makes its own session.
-
-    In grad mode, if keys or values of an edit in force require a gradient, logits of runs have it, by keys, values and
-    everything else that a pass depends on. Such a run recomputes all tokens and all blocks, since what the plain pass
-    left has no graph; and it keeps the activations of all rows, fewer of them with ``hf_model.requires_grad_(False)``.
 
     Args:
         model: the hooked model.
@@ -79,16 +82,22 @@ class EditSession:
         self.model.cfg.layer(layer)
         return self._residual[layer]
 
-    def run(self, rows: Sequence[EditRow], stop: int | None = None, batch_size: int = 64) -> EditedRun:
+    def run(
+        self, rows: Sequence[EditRow], stop: int | None = None, batch_size: int = 64, gradients: bool = False
+    ) -> EditedRun:
         """Run the sequence once per entry of ``rows``.
 
         Args:
             rows: one WriteEdit, several, or none (``[]``: the unedited run, for a baseline with the same arithmetic).
             stop: run up to this position, exclusive; None: to the end.
             batch_size: rows at once; memory grows with batch_size * (stop - start) * vocab.
+            gradients: give logits that can be differentiated, by keys and values of edits and by whatever else a pass
+                depends on. Each row is then a whole pass, since what the plain pass left has no graph, and the
+                activations of all rows are kept (fewer with ``hf_model.requires_grad_(False)``).
 
         Raises:
-            EditError: an edit does not fit the model or lies outside the sequence, or there is none at all.
+            EditError: an edit does not fit the model or lies outside the sequence, there is none at all, or one has a
+                tensor that is being trained though there will be no ``gradients``.
         """
         plan = EditPlan.for_rows(rows)
         self.model.check_edits(plan)
@@ -109,10 +118,15 @@ class EditSession:
                     f"(the sequence has {self.length} tokens)"
                 )
         batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        factors = [factor for each in (*self._outer_plans, plan) for factor in each.factors()]
-        if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
+        if gradients:
             logits = [self._run_batch(batch, 0, 0, stop, None)[:, start:] for batch in batches]
             return EditedRun(torch.cat(logits), start, stop)
+        factors = (factor for each in (*self._outer_plans, plan) for factor in each.factors())
+        if torch.is_grad_enabled() and any(_is_trained(factor) for factor in factors):
+            raise EditError(
+                "keys or values of an edit require a gradient, which runs of a session have with gradients=True only; "
+                "ask for it, or detach them"
+            )
         layer = 0 if self.model.attachment.layout.first_block_feeds_all else min(plan.by_layer)
         residual = self._residual[layer][:, start:stop]
         with torch.no_grad():

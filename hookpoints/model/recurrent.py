@@ -250,11 +250,10 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
         Args:
             tokens: [1,T].
             rows: for each row one WriteEdit or several.
-            kwargs: ``stop``, ``batch_size`` of ``EditSession.run``.
+            kwargs: ``stop``, ``batch_size``, ``gradients`` of ``EditSession.run``.
 
         Blocks below the lowest edited layer and tokens before the first edited position run once. For several calls
-        on one sequence keep the ``edit_session``. In grad mode logits have gradients by keys and values of edits that
-        require one, at the cost of whole passes (``EditSession``).
+        on one sequence keep the ``edit_session``. Logits have no gradient, unless ``gradients`` ask for it.
         """
         return self.edit_session(tokens).run(rows, **kwargs)
 

@@ -396,11 +396,26 @@ def test_runs_have_gradients_by_the_factors_of_edits(model64, sequence, mode, po
         edit = WriteEdit(LAYER, HEAD, position, keys, values, mode=mode)
         rows = [edit, [edit_of("delete", 20)], [edit, WriteEdit(2, 0, 33, vectors(3, 8), 2 * values)]]
         with model64.edits(WriteEdit(0, 1, 5, keys, vectors(4, 6))):
-            logits = model64.run_with_edits(sequence, rows, stop=45, batch_size=2).logits
+            logits = model64.run_with_edits(sequence, rows, stop=45, batch_size=2, gradients=True).logits
         return (logits.log_softmax(-1) * mix[45 - logits.shape[1] :]).sum((1, 2))
 
     assert torch.autograd.gradcheck(metric, (keys, values), eps=1e-6, atol=1e-5, rtol=1e-5, fast_mode=True)
-    with torch.no_grad():
-        plain = metric(keys, values)
-    assert not plain.requires_grad
-    assert_close(plain, metric(keys, values).detach(), rtol=0, atol=1e-10)
+
+
+def test_trained_factors_are_not_detached_without_a_word(model64, sequence):
+    """Native factors have a graph too, because the model's weights require gradients; those ask for nothing."""
+    trained = [vectors(0, 8).requires_grad_(), torch.nn.Parameter(vectors(0, 1, 8))]
+    for keys in trained:
+        edit = WriteEdit(LAYER, HEAD, 30, keys, vectors(1, 6))
+        with pytest.raises(EditError, match="gradients=True"):
+            model64.run_with_edits(sequence, [edit])
+        with model64.edits(edit), pytest.raises(EditError, match="gradients=True"):
+            model64.run_with_edits(sequence, [edit_of("delete", 40)])
+        with torch.no_grad():
+            plain = model64.run_with_edits(sequence, [edit]).logits
+        differentiable = model64.run_with_edits(sequence, [edit], gradients=True).logits
+        assert differentiable.requires_grad and not plain.requires_grad
+        assert_close(plain, differentiable.detach(), rtol=0, atol=1e-10)
+    r = model64.recurrence(sequence, LAYER)
+    native = WriteEdit(LAYER, HEAD, 30, r.k[0, 3, HEAD], r.u[0, 3, HEAD], mode="replace")
+    assert r.k.requires_grad and not model64.run_with_edits(sequence, [native]).logits.requires_grad
