@@ -109,11 +109,14 @@ class Demo:
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "out"}
         check_writable(self.out)
         check_settings(self.out, settings)
-        with taken(self.out, say):
-            return self._run(settings, say)
+        from hookpoints import HookedRecurrent
 
-    def _run(self, settings: dict[str, object], say: Callable[[str], object]) -> ReportFiles:
-        from hookpoints import HookedRecurrent, embedded
+        model = HookedRecurrent.from_pretrained(self.model)
+        with taken(self.out, say):
+            return self._run(model, settings, say)
+
+    def _run(self, model: HookedRecurrent, settings: dict[str, object], say: Callable[[str], object]) -> ReportFiles:
+        from hookpoints import embedded
         from sae_lens_writesae.evaluations import load_result
         from sae_lens_writesae.experiment.suite import quality_of_heads, with_quality
         from sae_lens_writesae.experiment.tokens import sample_sequences
@@ -121,7 +124,6 @@ class Demo:
         from sae_lens_writesae.sae.collect import collect
         from sae_lens_writesae.sae.load import load_sae
 
-        model = HookedRecurrent.from_pretrained(self.model)
         tokens = sample_sequences(model, embedded.text("test"), self.context_size, self.eval_sequences)
         text = sample_sequences(model, embedded.text("train"), self.context_size, self.train_sequences)
         choice = self.choose_head(model, text[:16])
