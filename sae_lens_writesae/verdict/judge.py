@@ -152,7 +152,7 @@ def _unbeaten(
 
 def _seen(effect: Estimate, chance: float, sign: float) -> str:
     """What this sample could have seen, beside a "fails"."""
-    few = f" The interval is over {effect.n_clusters} units, and may be too short." * (effect.n_clusters < FEW_CLUSTERS)
+    few = f" The interval is over {effect.n_clusters} units only." * (effect.n_clusters < FEW_CLUSTERS)
     size = detectable(effect, chance)
     if size > 1:  # rates, shares and ratios do not reach so far
         return f"Samples like this one find no value reliably.{few}"

@@ -6,8 +6,8 @@ Tests and distributions come from scipy; what is written here are bootstraps of 
 Holm's rule.
 
 Below about 20 clusters a percentile interval is too narrow (coverage 0.71 at 8 clusters for a rate of 0.95). Rates get
-another interval there (`few_clusters_interval`). For other statistics `n_clusters` is returned so that a reader sees
-it; `judge` says it beside a "fails", and gives no verdict under 5.
+another interval there (`few_clusters_interval`), other statistics wider percentiles (`_percentiles`). `n_clusters` is
+returned so that a reader sees it; `judge` says it beside a "fails", and gives no verdict under 5.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def estimate(
         step = max(1, _CHUNK_FLOATS // len(x))
         chunks = [draws[i : i + step, codes].astype(float) for i in range(0, N_RESAMPLES, step)]
         resampled = np.concatenate([compute(x, weights) for weights in chunks])
-    return Estimate(point, *_percentiles(resampled), len(x), n_clusters)
+    return Estimate(point, *_percentiles(resampled, n_clusters), len(x), n_clusters)
 
 
 def estimate_two_way(values: ArrayLike, rows: ArrayLike, columns: ArrayLike, *, seed: int = 0) -> Estimate:
@@ -127,7 +127,7 @@ def estimate_two_way(values: ArrayLike, rows: ArrayLike, columns: ArrayLike, *, 
         weights: Array = (draws[0][i : i + step, codes[0]] * draws[1][i : i + step, codes[1]]).astype(float)
         drawn = weights.sum(axis=1) > 0  # sparse tables can miss every cell
         resampled.append(weighted_mean(x, weights[drawn]))
-    return Estimate(float(x.mean()), *_percentiles(np.concatenate(resampled)), len(x), min(sizes))
+    return Estimate(float(x.mean()), *_percentiles(np.concatenate(resampled), min(sizes)), len(x), min(sizes))
 
 
 def estimate_difference(
@@ -137,16 +137,17 @@ def estimate_difference(
 
     `n` and `n_clusters` count both samples; the interval is NaN where either sample is a single cluster.
     """
-    means, points, n, n_clusters, lonely = [], [], 0, 0, False
+    means, points, n_clusters, n = [], [], [], 0
     for i, (name, sample, ids) in enumerate((("a", a, clusters_a), ("b", b, clusters_b))):
         x = _checked(name, sample)
         codes = _codes(ids, len(x))
         draws = _draws(int(codes.max()) + 1, seed + i)
         means.append(draws @ np.bincount(codes, x) / (draws @ np.bincount(codes)))
         points.append(float(x.mean()))
-        n, n_clusters, lonely = n + len(x), n_clusters + draws.shape[1], lonely or draws.shape[1] == 1
-    low, high = (math.nan, math.nan) if lonely else _percentiles(means[0] - means[1])
-    return Estimate(points[0] - points[1], low, high, n, n_clusters)
+        n += len(x)
+        n_clusters.append(draws.shape[1])
+    low, high = (math.nan, math.nan) if 1 in n_clusters else _percentiles(means[0] - means[1], min(n_clusters))
+    return Estimate(points[0] - points[1], low, high, n, sum(n_clusters))
 
 
 def recovered_share(kl: ArrayLike, deleted: ArrayLike, clusters: ArrayLike, *, seed: int = 0) -> Estimate:
@@ -383,7 +384,7 @@ def _ratio_of_sums(x: Array, y: Array, clusters: ArrayLike, seed: int) -> Estima
     draws = _draws(len(below), seed)
     drawn = draws @ below > 0
     resampled = (draws @ above)[drawn] / (draws @ below)[drawn]
-    return Estimate(point, *_percentiles(resampled), len(x), len(below))
+    return Estimate(point, *_percentiles(resampled, len(below)), len(x), len(below))
 
 
 @lru_cache(maxsize=4)
@@ -396,8 +397,15 @@ def _draws(n_clusters: int, seed: int) -> NDArray[np.int64]:
     return draws
 
 
-def _percentiles(resampled: Array) -> tuple[float, float]:
-    low, high = np.quantile(resampled, [0.025, 0.975])
+def _percentiles(resampled: Array, n_clusters: int) -> tuple[float, float]:
+    """Of a bootstrap over few clusters the expanded percentiles (Hesterberg, 2015, section 5.3): as far out as
+    Student's interval is, and for a variance that is too small by (C - 1) / C. Of 10,000 samples of 5, 8 and 12 normal
+    clusters they cover the mean in 91.6, 93.9 and 94.0 %, plain percentiles in 83.5, 87.7 and 90.5 %.
+    """
+    tail = 0.025
+    if n_clusters < FEW_CLUSTERS:
+        tail = float(stats.norm.sf(math.sqrt(n_clusters / (n_clusters - 1)) * stats.t.isf(tail, n_clusters - 1)))
+    low, high = np.quantile(resampled, [tail, 1 - tail])
     return float(low), float(high)
 
 

@@ -87,6 +87,21 @@ def test_coverage_on_clustered_wins() -> None:
     assert covered["wilson"] / runs < 0.7
 
 
+@pytest.mark.parametrize("n_clusters, plain", [(5, 0.835), (8, 0.877), (12, 0.905)])
+def test_the_interval_of_a_mean_covers_it_with_few_clusters(
+    n_clusters: int, plain: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, ids, runs = np.random.default_rng(1), np.arange(n_clusters), 1000
+    samples = rng.normal(size=(runs, n_clusters))
+
+    def coverage() -> float:
+        return float(np.mean([low <= 0 <= high for low, high in (S.estimate(x, ids).interval for x in samples)]))
+
+    assert 0.9 <= coverage() <= 0.97
+    monkeypatch.setattr(S, "FEW_CLUSTERS", 0)
+    assert coverage() == pytest.approx(plain, abs=0.03)
+
+
 def test_wilson_is_the_closed_form() -> None:
     wins, n, z = 37, 50, stats.norm.ppf(0.975)
     p = wins / n
