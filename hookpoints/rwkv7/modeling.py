@@ -22,7 +22,7 @@ from transformers.utils.hub import cached_file
 
 from hookpoints.files import read_json
 from hookpoints.rwkv7.configuration import RWKV7Config
-from hookpoints.rwkv7.layers import FirstValues, RWKV7Attention, RWKV7Block, initialise
+from hookpoints.rwkv7.layers import FirstValues, RWKV7Block, initialise
 
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this version of transformers calls the cache of an output (it changed between 5.15 and 5.24)."""
@@ -111,8 +111,7 @@ class RWKV7Model(RWKV7PreTrainedModel):
             cache = DynamicCache(config=self.config)
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         mask = _padding(attention_mask, x)
-        bottom = self.layers[0]
-        assert isinstance(bottom, RWKV7Block) and isinstance(bottom.attn, RWKV7Attention)
+        bottom = cast(RWKV7Block, self.layers[0])  # or what wraps one, as TransformerLens' bridge does
         x = embedded = bottom.pre_norm(x) if self.config.norm_first else x
         first = FirstValues(lambda: bottom.attn.first_values(bottom.attn_norm(embedded), cache, mask))
         seen = []

@@ -68,6 +68,13 @@ def _close(found, expected):
 
 
 @torch.no_grad()
+def test_a_bridge_runs_the_rwkv7_that_ships_here(tokens):
+    hf = make_hf("rwkv7")
+    plain = hf(tokens).logits
+    assert_close(bridge_of(hf)(tokens), plain, rtol=0, atol=5e-6)
+
+
+@torch.no_grad()
 def test_edits_through_the_bridge_are_the_wrappers(attached, tokens):
     hooked, bridge, hf = attached
     plain, wrapper = bridge(tokens), HookedRecurrent.from_hf(hf)
