@@ -40,7 +40,7 @@ _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
 
 
 def _qwen3_5(**changes):
-    config = transformers.Qwen3_5TextConfig(**_GDN, head_dim=16, **changes)
+    config = transformers.Qwen3_5TextConfig(**{**_GDN, "head_dim": 16, **changes})
     return transformers.Qwen3_5ForCausalLM(config)
 
 
@@ -90,7 +90,9 @@ _MAMBA = {
 def _mamba2(**changes):
     own = {"num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 8, "chunk_size": 32, "num_hidden_layers": 3}
     shared = {name: _SMALL[name] for name in ("vocab_size", "hidden_size", "pad_token_id", "bos_token_id")}
-    return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**own, **shared, eos_token_id=None, **changes))
+    return transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(**{**own, **shared, "eos_token_id": None, **changes})
+    )
 
 
 def _bamba(**changes):

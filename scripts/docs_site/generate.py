@@ -38,7 +38,14 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Hooks": ("hooks/",),
     "Evaluations": ("evaluations/",),
     "Findings": ("results.md", "dictionaries.md", "verdicts.md", "claims.md", "coverage.md"),
-    "Models and speed": ("families.md", "compatibility.md", "benchmarks.md", "real_size.md", "reliability.md"),
+    "Models and speed": (
+        "families.md",
+        "tools.md",
+        "compatibility.md",
+        "benchmarks.md",
+        "real_size.md",
+        "reliability.md",
+    ),
     "API and errors": ("api/", "errors/"),
     "Development": ("ARCHITECTURE.md", "CONTRIBUTING.md", "decisions/"),
 }
