@@ -139,8 +139,9 @@ RUNNER: dict[str, float | int | str] = {
     "train_batch_size_tokens": 128,
     "dead_feature_window": 200,
 }
-"""Settings of SAELens' runner for dictionaries of writes. docs/dictionaries.md compares them, on twelve heads of three
-models, with fewer steps, a random start and no centring, one seed each; not with other learning rates."""
+"""Settings of SAELens' runner for dictionaries of writes. docs/dictionaries.md compares them on twelve heads of
+three models, with three seeds each: a rate of 1e-3 is worse on 1 head, 500 steps on 3, a random start on 5, no centring
+on none, and better is none of these on any; 64 atoms instead of 256 are worse on 10, 1,024 better on 8."""
 
 
 def training_config(

@@ -5,9 +5,10 @@ The rungs, in order:
 1. *inconclusive*: there are too few units for an interval (`MIN_CLUSTERS`, `MIN_OBSERVATIONS`).
 2. *below the floor*: the typical size of what is measured is not above what rounding alone moves.
 3. *fails*: the interval of the effect does not lie beyond chance. Where the interval holds both chance and an effect
-   that would matter (`relevant`), the data cannot tell, and the outcome is *inconclusive* instead. An effect that has
-   to be `large` must lie beyond `relevant` itself: it fails where it is shown to be smaller, and is *inconclusive*
-   where its interval holds `relevant`.
+   that would matter (`relevant`), the data cannot tell, and the outcome is *inconclusive* instead; so it is where all
+   units are alike, which leaves no interval, and the rule of three does not exclude a share that would matter. An
+   effect that has to be `large` must lie beyond `relevant` itself: it fails where it is shown to be smaller, and is
+   *inconclusive* where its interval holds `relevant`.
 4. *confounded*: a control that contains none of the atom's information does at least as well. *undecided*: the effect
    is not shown to exceed a control, and the control is not shown to match it.
 5. *holds*.
@@ -28,6 +29,8 @@ MIN_CLUSTERS = 5
 clusters covers the truth in fewer than 80 of 100 cases."""
 MIN_OBSERVATIONS = 20
 """Observations below which no outcome is reported."""
+_UNSEEN = 3.0
+"""Rule of three: what none of n units shows may be found, by the end of its 95 % interval, in 3 / n of all units."""
 _ROUNDING = 1e-9
 """A difference from a control that is no larger is one of rounding."""
 
@@ -92,6 +95,8 @@ def judge(
     low, high = sorted((sign * (effect.low - chance), sign * (effect.high - chance)))
     far, side = chance + sign * relevant, "below" if less else "above"
     if not low > (relevant if large else 0):
+        if low == high and 0 < relevant < high + _UNSEEN / effect.n_clusters:
+            return Verdict("inconclusive", f"{_alike(effect)} An effect of {relevant:g} could be missed so.")
         if relevant and high > relevant:
             small = f"an effect short of {far:g}" if large and low > 0 else f"chance ({chance:g})"
             return Verdict(
@@ -152,11 +157,18 @@ def _unbeaten(
 
 def _seen(effect: Estimate, chance: float, sign: float) -> str:
     """What this sample could have seen, beside a "fails"."""
+    if effect.low == effect.high:
+        return _alike(effect)
     few = f" The interval is over {effect.n_clusters} units only." * (effect.n_clusters < FEW_CLUSTERS)
     size = detectable(effect, chance)
     if size > 1:  # rates, shares and ratios do not reach so far
         return f"Samples like this one find no value reliably.{few}"
     return f"A true value of {chance + sign * size:.2g} would be found in four of five samples like this one.{few}"
+
+
+def _alike(effect: Estimate) -> str:
+    share = _UNSEEN / effect.n_clusters
+    return f"All {effect.n_clusters} units have the same value; up to {share:.2g} of all such units may have another."
 
 
 def _listed(names: tuple[str, ...]) -> str:

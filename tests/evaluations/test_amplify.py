@@ -185,18 +185,21 @@ def test_tokens_without_an_atom(model64: HookedRecurrent, tokens: Tensor) -> Non
         run(model64, tokens, random_sae(model64), tokens=(5, 64))
 
 
-def counted(atom: float, random: float = 0.0, other: float = 0.0, n_tokens: int = 5, noise: int = 1) -> Result:
+LETTERS = "abcdefghijkl"
+
+
+def counted(atom: float, random: float = 0.0, other: float = 0.0, n_tokens: int = 12, noise: int = 1) -> Result:
     """Mean changes of counts over 20 prompts and some tokens, in whole numbers but for `other`."""
     rng, rows = np.random.default_rng(0), []
     for token in range(n_tokens):
         for prompt in range(20):
             native = float(rng.integers(3, 8))
             wobble = float(rng.integers(-noise, noise + 1))
-            row = {"token": token, "text": "abcde"[token], "prompt": prompt, "sequence": prompt, "fires": 2.0}
+            row = {"token": token, "text": LETTERS[token], "prompt": prompt, "sequence": prompt, "fires": 2.0}
             rows.append(row | {"condition": "nothing", "factor": 1.0, "count": native})
             changes = {"atom": atom + wobble, "random": random, "other": other}
             rows += [row | {"condition": c, "factor": 4.0, "count": native + x} for c, x in changes.items()]
-    letters = list("abcde")[:n_tokens]
+    letters = list(LETTERS)[:n_tokens]
     atoms = pd.DataFrame({"token": range(n_tokens), "text": letters, "atom": range(n_tokens), "count": 30})
     atoms = atoms.assign(phi=0.5, phi_test=0.4, precision=0.5, recall=0.5, head=0)
     evaluation = Amplify(factors=(4.0,), new_tokens=64)
@@ -206,11 +209,11 @@ def counted(atom: float, random: float = 0.0, other: float = 0.0, n_tokens: int 
 @pytest.mark.parametrize(
     "table, outcome, single",
     [
-        ({"atom": 3.0, "other": 0.5}, "holds", 5),
-        ({"atom": -2.0}, "holds", 5),  # either direction moves the token
+        ({"atom": 3.0, "other": 0.5}, "holds", 12),
+        ({"atom": -2.0}, "holds", 12),  # either direction moves the token
         ({"atom": 3.0, "random": 3.0}, "confounded", 0),
         ({"atom": 3.0, "other": 3.0}, "confounded", 0),
-        ({"atom": -2.0, "other": -4.0}, "confounded", 5),  # a control that moves it further
+        ({"atom": -2.0, "other": -4.0}, "confounded", 12),  # a control that moves it further
         ({"atom": 0.0, "random": 1.0, "noise": 0}, "below the floor", 0),
         ({"atom": 0.0}, "fails", 0),
         ({"atom": 0.0, "noise": 6}, "inconclusive", 0),  # too wide to tell nothing from a tenth of the count
@@ -220,6 +223,6 @@ def counted(atom: float, random: float = 0.0, other: float = 0.0, n_tokens: int 
 def test_verdicts(table: dict[str, Any], outcome: str, single: int) -> None:
     result = counted(**table)
     first, second = result.claims()
-    assert (first.number, first.outcome, first.n) == (18, outcome, 20 * table.get("n_tokens", 5))
+    assert (first.number, first.outcome, first.n) == (18, outcome, 20 * table.get("n_tokens", 12))
     assert second.measured.startswith(f"{single} of ") and (second.outcome == "holds") == (single > 0)
     assert len(result.figures()) == 2

@@ -274,7 +274,8 @@ NOTHING: dict[tuple[str, str], float] = {("", "delete"): 1e-13, ("ours", "atom")
     ("changes", "outcomes"),
     [
         ({}, {0: "holds", 1: "holds", 2: "holds", 3: "holds", 4: "fails", 5: "holds", 6: "holds"}),
-        ({"kl": {("flat", "atom svd"): 0.01}}, {0: "fails", 1: "holds", 2: "holds"}),
+        ({"kl": {("flat", "atom svd"): 0.01}, "n_sequences": 40}, {0: "fails", 1: "holds", 2: "holds"}),
+        ({"kl": {("flat", "atom svd"): 0.01}}, {0: "inconclusive"}),  # 20 sequences that are all alike
         ({"kl": {("flat", "svd"): 0.2}}, {0: "holds", 1: "fails", 2: "holds"}),  # neither is ahead
         ({"kl": {("ours", "atom"): 9.0, ("ours", "svd"): 9.0}}, {0: "fails", 1: "fails", 2: "fails"}),
         ({"kl": {("", "state"): 0.01}}, {0: "confounded", 1: "confounded", 2: "confounded"}),

@@ -127,7 +127,8 @@ def shares(target: float, random: float, wrong: float, nothing: float = 0.0, pai
         ((0.95, 0.1, 0.1), "holds"),
         ((0.5, 0.5, 0.0), "confounded"),
         ((0.5, 0.0, 0.6), "confounded"),
-        ((0.3, 0.0, 0.0, 0.3), "fails"),
+        ((0.3, 0.0, 0.0, 0.3, 80), "fails"),
+        ((0.3, 0.0, 0.0, 0.3), "inconclusive"),  # of 20 sequences that gain nothing, up to 0.15 of all may gain
         ((0.95, 0.0, 0.0, 0.0, 8), "inconclusive"),
     ],
 )

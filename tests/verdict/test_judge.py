@@ -44,6 +44,13 @@ def test_an_interval_with_chance_and_a_relevant_effect_is_inconclusive():
     assert judge(below, less=True, relevant=0.1).outcome == "inconclusive"
 
 
+@pytest.mark.parametrize(("clusters", "outcome"), [(20, "inconclusive"), (40, "fails")])
+def test_units_that_are_all_alike_say_nothing_of_three_in_so_many(clusters: int, outcome: str):
+    verdict = judge(Estimate(0.0, 0.0, 0.0, 2 * clusters, clusters), relevant=0.1)
+    assert verdict.outcome == outcome and f"{3 / clusters:.2g} of" in verdict.sentence
+    assert judge(Estimate(0.0, 0.0, 0.0, 40, 20), chance=0.5, relevant=0.05).outcome == "fails"  # wins none
+
+
 @pytest.mark.parametrize(
     ("low", "high", "outcome"),
     [
