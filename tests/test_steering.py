@@ -39,6 +39,7 @@ def run(model: Any, tokens: Tensor) -> Tensor:
         return model(tokens)
 
 
+@torch.no_grad()
 def edited(model: Any, tokens: Tensor, edits: list[WriteEdit]) -> tuple[Tensor, int]:
     """Logits [1,T-start,vocab] of a run with edits, and start."""
     found = model.run_with_edits(tokens, [edits])

@@ -66,6 +66,7 @@ def test_what_compares_dictionaries_cannot_be_swept(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_each_point_has_a_row_and_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = tiny(tmp_path)
     files = sweep.run(say=lambda line: None)
