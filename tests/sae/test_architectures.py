@@ -438,7 +438,7 @@ def test_foreign_weights_are_named(saved: Path) -> None:
     with pytest.raises(CheckpointError, match=r"sae_weights.safetensors: 'w' holds NaN"):
         W.load_sae(saved)
     (saved / "cfg.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="cfg.json holds list"):
+    with pytest.raises(CheckpointError, match=r"cfg.json holds list"):
         W.load_sae(saved)
 
 
