@@ -278,7 +278,7 @@ def test_twenty_kills_at_random_moments_leave_the_results_of_a_run_without(tmp_p
         runs += 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_again_and_again_a_run_ends_as_one_that_was_not(tmp_path):
     """SIGKILL of the process that was typed, while its steps go on; what was finished is not touched again."""
     out, kept = tmp_path / "run", {}
