@@ -273,12 +273,29 @@ class KeepFloat64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@pytest.fixture(scope="session")
-def _model64():
+def hooked_in_float64(model_type: str, seed: int = 0, zeroed: tuple[str, ...] = (), **how):
+    """A tiny hooked model, to be used under `KeepFloat64`; parameters whose names end with one of `zeroed` are 0."""
     from hookpoints import HookedRecurrent
 
+    hf = make_hf(model_type, seed).double()
+    if hasattr(hf, "set_experts_implementation"):
+        hf.set_experts_implementation("eager")  # torch's grouped product knows no float64
+    for name, parameter in hf.named_parameters():
+        if zeroed and name.endswith(zeroed):
+            parameter.data.zero_()
     with KeepFloat64():
-        return HookedRecurrent.from_hf(make_hf().double())
+        return HookedRecurrent.from_hf(hf, **how)
+
+
+@pytest.fixture
+def _keep_float64():
+    with KeepFloat64():
+        yield
+
+
+@pytest.fixture(scope="session")
+def _model64():
+    return hooked_in_float64("qwen3_5")
 
 
 @pytest.fixture

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import VOCAB, KeepFloat64, make_hf
+from conftest import VOCAB, KeepFloat64, hooked_in_float64
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
@@ -34,22 +33,9 @@ SMALL: dict[str, Any] = {
     "first_position": 4,
 }
 
-
-@pytest.fixture
-def _keep_float64() -> Iterator[None]:
-    with KeepFloat64():
-        yield
-
-
 float64 = pytest.mark.usefixtures("_keep_float64")
 
-
-@lru_cache(maxsize=4)
-def tiny(kind: str, seed: int = 0) -> HookedRecurrent:
-    """A tiny hooked float64 model."""
-    hf = make_hf(kind, seed).double()
-    hf.set_experts_implementation("eager")  # grouped products know no float64
-    return HookedRecurrent.from_hf(hf, backend="recurrence")
+tiny = lru_cache(maxsize=4)(partial(hooked_in_float64, backend="recurrence"))
 
 
 def some_tokens(n: int = 3, length: int = 24) -> Tensor:

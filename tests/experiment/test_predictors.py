@@ -3,13 +3,12 @@ exact."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import MAKERS, VOCAB, KeepFloat64, make_hf
+from conftest import MAKERS, VOCAB, hooked_in_float64
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -18,25 +17,12 @@ from hookpoints.recurrence.examples import FORMS, random_recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.experiment.predictors import Predictions, ReadGradients, predict, read_weights
 
-
-@pytest.fixture
-def _keep_float64() -> Iterator[None]:
-    with KeepFloat64():
-        yield
-
-
 float64 = pytest.mark.usefixtures("_keep_float64")
 
 NOISE = {"kimi_linear": 3e-9, "bailing_hybrid": 3e-9}
 """What float32 inside upstream's KDA models leaves of float64."""
 
-
-@lru_cache(maxsize=4)
-def tiny(kind: str, seed: int = 0) -> HookedRecurrent:
-    """A tiny hooked float64 model."""
-    hf = make_hf(kind, seed).double()
-    hf.set_experts_implementation("eager")  # grouped products know no float64
-    return HookedRecurrent.from_hf(hf, backend="recurrence")
+tiny = lru_cache(maxsize=4)(partial(hooked_in_float64, backend="recurrence"))
 
 
 class Case:

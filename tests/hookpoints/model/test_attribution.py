@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MAKERS, VOCAB, KeepFloat64, make_hf
+from conftest import MAKERS, VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from torch.testing import assert_close
 
 from hookpoints import (
@@ -23,14 +23,7 @@ EXACT = {"rtol": 0, "atol": 1e-10}
 @pytest.fixture(scope="module", params=sorted(MAKERS))
 def _hooked64(request):
     """Without what layers add to their reads beside the state: the skip D x, the bonus of RWKV-7, biases of norms."""
-    hf = make_hf(request.param).double()
-    if hasattr(hf, "set_experts_implementation"):
-        hf.set_experts_implementation("eager")  # torch's grouped product knows no float64
-    for name, parameter in hf.named_parameters():
-        if name.endswith((".D", ".r_k", "norm.bias")):
-            parameter.data.zero_()
-    with KeepFloat64():
-        return HookedRecurrent.from_hf(hf)
+    return hooked_in_float64(request.param, zeroed=(".D", ".r_k", "norm.bias"))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MAKERS, VOCAB, KeepFloat64, continuing, make_hf
+from conftest import MAKERS, VOCAB, KeepFloat64, continuing, hooked_in_float64, make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, WriteEdit
@@ -23,10 +23,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module", params=MODEL_TYPES)
 def _hooked64(request):
-    hf = make_hf(request.param).double()
-    hf.set_experts_implementation("eager")  # torch's grouped product knows no float64
-    with KeepFloat64():
-        return HookedRecurrent.from_hf(hf)
+    return hooked_in_float64(request.param)
 
 
 @pytest.fixture
