@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 from conftest import make_hf
-from sae_lens import SAETransformerBridge, StandardSAE, StandardSAEConfig
 from torch.testing import assert_close
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
@@ -122,9 +121,10 @@ def test_names_that_nobody_knows_raise(attached, tokens):
 
 def test_saelens_bridge_refuses_saes_on_recurrent_hooks(tokens):
     """SAELens' bridge would go on without the SAE; on the bridge's own hooks it runs one."""
+    lens = pytest.importorskip("sae_lens", reason="SAELens needs TransformerLens 3")
     bridge = bridge_of(make_hf("mamba2"))
-    bridge.__class__, bridge._acts_to_saes, bridge._transcoder_output_hooks = SAETransformerBridge, {}, {}
-    sae = StandardSAE(StandardSAEConfig(d_in=bridge.cfg.d_model, d_sae=4))
+    bridge.__class__, bridge._acts_to_saes, bridge._transcoder_output_hooks = lens.SAETransformerBridge, {}, {}
+    sae = lens.StandardSAE(lens.StandardSAEConfig(d_in=bridge.cfg.d_model, d_sae=4))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", BridgeWarning)
         with attach(bridge):
