@@ -100,10 +100,10 @@ def interrupted(work: Path, scale: float) -> list[Row]:
             )
     for run in interrupts.RUNS[2:]:
         model = interrupts.fresh()
-        equal, n = interrupts.at_lines(run, model, tokens, times(25, scale)), times(25, scale)
-        equal = equal == n and interrupts.Outputs(model, tokens).equal(expected)
+        ended = interrupts.at_calls(run, model, tokens, n := times(300, scale))
+        equal = interrupts.Outputs(model, tokens).equal(expected) and len(ended) == n
         outcome = "all outputs are those of a fresh model" if equal else "OTHER OUTPUTS"
-        rows.append(Row(f"KeyboardInterrupt at a line of hookpoints: {run.__name__}", n, outcome, equal))
+        rows.append(Row(f"KeyboardInterrupt as a call of hookpoints returns: {run.__name__}", n, outcome, equal))
     return rows
 
 

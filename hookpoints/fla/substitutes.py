@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from hookpoints.scopes import scoped
 
 Window = tuple[int, int]
 """How many tokens before and after a query it may look at; -1 for all."""
@@ -483,7 +484,7 @@ SUBSTITUTING: ContextVar[bool] = ContextVar("hookpoints_substituting_fla", defau
 """Whether they act in the code that runs now."""
 
 
-@contextmanager
+@scoped
 def substituting() -> Iterator[None]:
     """Compute fla's kernels on CPU tensors by torch until the context is left."""
     outer = SUBSTITUTING.get()

@@ -11,11 +11,12 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
-from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import NoReturn
+
+from hookpoints.scopes import scoped
 
 VERSION = "3.3.0"
 """The oldest triton that fla accepts; it only ever compares the number."""
@@ -120,7 +121,7 @@ def _is_triton(name: str) -> bool:
     return name == "triton" or name.startswith("triton.")
 
 
-@contextmanager
+@scoped
 def standing_in() -> Iterator[None]:
     """Let ``import triton`` give the stand-in until the context is left. Must not be used where triton is installed."""
     finder = _Finder()

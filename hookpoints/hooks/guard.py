@@ -6,7 +6,6 @@ import functools
 import re
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from transformer_lens.hook_points import HookPoint, LensHandle
 
 from hookpoints.errors import HookDidNotFireError, UnknownHookError, nearest
 from hookpoints.hooks.points import scopes_of
+from hookpoints.scopes import scoped
 
 if TYPE_CHECKING:
     from hookpoints.layer.context import Scope
@@ -128,7 +128,7 @@ class ScopedHooks:
             for one in ([known for known in points if name(known)] if callable(name) else [name])
         ]
 
-    @contextmanager
+    @scoped
     def set_on(self, modules: Mapping[str, nn.Module], landmarks: Iterable[nn.Module]) -> Iterator[None]:
         """Put the hooks on their points for the length of the scope. A backward pass through any of ``landmarks``
         that ran forward meanwhile is noticed."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -20,6 +19,7 @@ from transformers import Cache
 from hookpoints.edits.edit import EditPlan
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.rules.base import OpResult
+from hookpoints.scopes import scoped
 
 Backend = Literal["auto", "torch", "recurrence"]
 """Who computes the native pass: upstream's op for the device, upstream's torch op, or hookpoints' own kernel (the only
@@ -90,7 +90,7 @@ def current(owner: object) -> Run:
     return _NOTHING
 
 
-@contextmanager
+@scoped
 def scope(owner: object, plan: EditPlan | None = None, **changes: object) -> Iterator[Scope]:
     """Put ``changes`` (fields of ``Run``) in force on top of what is, for the length of the scope; ``plan`` is added
     to the plans in force."""

@@ -9,7 +9,7 @@ TransformerLens ignores it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ from hookpoints.model.config import describe
 from hookpoints.model.hooked import Attached, HookedModel
 from hookpoints.model.layout import BlockLayout, ModelLayout, find_layout, rule_of
 from hookpoints.model.wrappers import unwrap
+from hookpoints.scopes import scoped
 
 _WRAPPED = ("run_with_cache", "run_with_hooks", "hooks", "add_hook", "reset_hooks", "add_sae")
 """Methods of a bridge that are replaced while it is attached. The last one is of SAELens' bridge alone."""
@@ -224,7 +225,7 @@ class AttachedBridge(Attached):
 
     # -- the bridge's methods while attached
 
-    @contextmanager
+    @scoped
     def _bridge_hooks(
         self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), reset_hooks_end: bool = True, clear_contexts: bool = False
     ) -> Iterator[TransformerBridge]:

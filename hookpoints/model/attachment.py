@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
@@ -19,6 +19,7 @@ from hookpoints.layer.context import Backend, cache_among, count_pass, current, 
 from hookpoints.layer.intercept import Function, wrap_forward, wrap_ops
 from hookpoints.model.layout import out_projection
 from hookpoints.rules.base import Rule
+from hookpoints.scopes import scoped
 
 if TYPE_CHECKING:
     from hookpoints.model.layout import BlockLayout, ModelLayout
@@ -119,7 +120,7 @@ class Attachment(MixerAttachment):
         """See ``MixerAttachment.landmarks``: the embedding, every block, and the final norm."""
         return [self.layout.embed, *(block.block for block in self.layout.blocks), self.layout.final_norm]
 
-    @contextmanager
+    @scoped
     def passing(self, start: int, stop: int | None, residual: Tensor | None) -> Iterator[None]:
         """In this scope passes skip blocks below ``start``, feed ``residual`` [B,T,D] into it (None: what it is given)
         and end before block ``stop`` by raising StopForward.

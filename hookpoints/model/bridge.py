@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +14,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from hookpoints.errors import BridgeWarning
 from hookpoints.model.selfcheck import relative_error, tolerance
+from hookpoints.scopes import scoped
 
 _NEW = 3
 """Tokens decoded to compare cached passes: the first comes from the prompt, the others from the cache."""
@@ -93,7 +93,7 @@ def _unequal(what: str, measure: Callable[[], float], allowed: float) -> Iterato
         yield f"{what} gives other logits than the Hugging Face model (relative RMS {error:.1e}): do not use it"
 
 
-@contextmanager
+@scoped
 def without_bridge(model: nn.Module) -> Iterator[None]:
     """The Hugging Face model as it was before a bridge put its components in: they are swapped out for this scope."""
     swapped = list(_components(model))

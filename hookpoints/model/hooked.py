@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -23,6 +22,7 @@ from hookpoints.layer.context import Recorded, current, position_of, scope
 from hookpoints.model.cache import RecurrentCache
 from hookpoints.model.config import HookedRecurrentConfig, device_of
 from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.scopes import scoped
 
 if TYPE_CHECKING:
     from hookpoints.model.attachment import MixerAttachment
@@ -78,8 +78,8 @@ class HookedModel(HookedRootModule):
         """Raise UnknownHookError, naming the nearest, unless ``name`` (or predicate) names a hook of this model."""
         find_hook(self, name)
 
-    @contextmanager
-    def hooks(
+    @scoped
+    def hooks(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), reset_hooks_end: bool = True, clear_contexts: bool = False
     ) -> Iterator[Self]:
         """TransformerLens' scoped hooks; unknown names raise, and so does a hook that did not fire though a pass ran.
@@ -152,7 +152,7 @@ class HookedModel(HookedRootModule):
 
     # -- edits
 
-    @contextmanager
+    @scoped
     def edits(self, edits: Edits = (), *, edit_rows: Sequence[EditRow] | None = None) -> Iterator[Self]:
         """While this is open, every pass of the model writes as the edits say, in generation too.
 
@@ -208,7 +208,7 @@ class HookedModel(HookedRootModule):
             raise HookpointsError("first_token is known during a pass only: ask for it in a hook")
         return run.position
 
-    @contextmanager
+    @scoped
     def recording(self) -> Iterator[dict[int, Recorded]]:
         """The last native op call of each recurrent layer that runs while this is open, by layer."""
         record: dict[int, Recorded] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from transformers import Cache
 
 from hookpoints.errors import SelfCheckError
 from hookpoints.model.inputs import cache_argument, cache_of, position_inputs
+from hookpoints.scopes import scoped
 
 if TYPE_CHECKING:
     from hookpoints.layer.context import Recorded
@@ -68,7 +68,7 @@ def check_prefill(model: HookedModel, tokens: Tensor) -> None:
         _pass(model, tokens, 0, "prefill")
 
 
-@contextmanager
+@scoped
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Without dropout for the length of the scope; every module goes back to the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]

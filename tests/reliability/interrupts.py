@@ -1,9 +1,8 @@
-"""Interrupts at random moments of every kind of run, by real signals or at random lines of hookpoints."""
+"""Interrupts at random moments of every kind of run, by real signals or as random calls of hookpoints return."""
 
 from __future__ import annotations
 
-import linecache
-import os
+import inspect
 import random
 import signal
 import sys
@@ -172,44 +171,47 @@ def throw(run: Callable[[], object], moments: int, seed: object) -> Counter[str]
     return ended
 
 
-class Tracer:
-    """Counts the lines of hookpoints that run, and raises KeyboardInterrupt at one of them.
+class Profiler:
+    """Counts the calls that hookpoints makes or gets, and raises KeyboardInterrupt as one of them returns.
 
-    Not at a ``with``, whose line comes again before its exit: no signal can arrive there, since Python looks for
-    signals after calls and the exit is the next call, so that no lock is left held.
+    Python looks for signals after calls. Raised at any line, an interrupt would also come where none can: between a
+    call and the ``finally`` or the exit that closes it, or as a generator yields.
     """
 
     def __init__(self, at: int | None = None):
-        self.at, self.lines = at, 0
+        self.at, self.calls = at, 0
 
     def __call__(self, frame, event, arg):
-        return self.line if f"{os.sep}hookpoints{os.sep}" in frame.f_code.co_filename else None
-
-    def line(self, frame, event, arg):
-        source = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and not source.lstrip().startswith("with"):
-            self.lines += 1
-            if self.lines == self.at:
+        code = frame.f_code
+        if event == "return" and (code.co_flags & inspect.CO_GENERATOR or code.co_name in ("__enter__", "__exit__")):
+            return
+        if event in ("return", "c_return") and ("/hookpoints/" in code.co_filename or "contextlib" in code.co_filename):
+            self.calls += 1
+            if self.calls == self.at:
                 raise KeyboardInterrupt
-        return self.line
 
     def run(self, function, *args):
-        before = sys.gettrace()
-        sys.settrace(self)
+        before = sys.getprofile()
+        sys.setprofile(self)
         try:
             function(*args)
         finally:
-            sys.settrace(before)
+            sys.setprofile(before)
 
 
-def at_lines(run, model, tokens, moments: int) -> int:
-    """Raise KeyboardInterrupt at random lines of hookpoints during ``run``; returns how many ended it."""
-    draw, all_lines, ended = random.Random(run.__name__), Tracer(), 0
+def at_calls(run, model, tokens, moments: int) -> list[KeyboardInterrupt]:
+    """Raise KeyboardInterrupt at random calls of hookpoints during ``run``; returns those that ended it.
+
+    While they are kept, so are their tracebacks, as in a notebook: nothing that was left open is closed by the garbage
+    collector.
+    """
+    draw, all_calls, ended = random.Random(run.__name__), Profiler(), []
     with torch.no_grad():
-        all_lines.run(run, model, tokens)
+        run(model, tokens)  # the first run fills caches
+        all_calls.run(run, model, tokens)
         for _ in range(moments):
             try:
-                Tracer(draw.randrange(1, all_lines.lines)).run(run, model, tokens)
-            except KeyboardInterrupt:
-                ended += 1
+                Profiler(draw.randrange(1, all_calls.calls)).run(run, model, tokens)
+            except KeyboardInterrupt as interrupt:
+                ended.append(interrupt)
     return ended

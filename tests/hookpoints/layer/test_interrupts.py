@@ -15,7 +15,7 @@ from reliability.interrupts import (
     RUNS,
     WRITE,
     Outputs,
-    at_lines,
+    at_calls,
     fresh,
     generated,
     interrupt,
@@ -94,12 +94,33 @@ def test_at_random_moments(expected, run):
 
 @pytest.mark.parametrize("run", RUNS[2:], ids=lambda run: run.__name__)
 @torch.no_grad()
-def test_at_random_lines_of_this_package(expected, run):
+def test_at_random_calls_of_this_package(expected, run):
     """Signals mostly arrive inside of torch; here the interrupt comes where state changes hands."""
     tokens, outputs = expected
     model = fresh()
-    assert at_lines(run, model, tokens, MOMENTS) == MOMENTS
-    assert Outputs(model, tokens).equal(outputs)
+    ended = at_calls(run, model, tokens, MOMENTS)
+    assert Outputs(model, tokens).equal(outputs) and len(ended) == MOMENTS
+
+
+@torch.no_grad()
+def test_as_a_scope_has_just_been_entered(expected):
+    """Its generator waits at its ``yield``, and the traceback, which a notebook keeps, holds it there."""
+    tokens, outputs = expected
+    model = fresh()
+
+    def profile(frame, event, arg):
+        if event == "c_return" and arg is next and frame.f_code.co_name == "__enter__":
+            raise KeyboardInterrupt
+
+    sys.setprofile(profile)
+    try:
+        with model.edits(EDITS):
+            pass
+    except KeyboardInterrupt as error:
+        kept = error
+    finally:
+        sys.setprofile(None)
+    assert Outputs(model, tokens).equal(outputs) and kept.__traceback__ is not None
 
 
 def test_a_plain_model_of_the_same_type_is_not_changed(expected):
