@@ -185,6 +185,7 @@ def test_what_is_typed_wrong_ends_before_any_work(
 ) -> None:
     (tmp_path / "file").touch()
     places = {"SAE": sae_folder, "GPT2": gpt2(tmp_path), "FILE/below": tmp_path / "file" / "below"}
+    capsys.readouterr()  # the progress bar of saving a model
     out = [] if "--out" in arguments or arguments[0] in ("hooks", "selftest") else ["--out", tmp_path / "out"]
     done = run(capsys, *(places.get(each, each) for each in arguments), *out)
     assert done.status == 2 and word in done.err and "Traceback" not in done.err
