@@ -256,7 +256,7 @@ def finished(out: Path) -> tuple[dict[str, bytes], object]:
 
 @pytest.mark.nightly
 def test_twenty_kills_at_random_moments_leave_the_results_of_a_run_without(tmp_path):
-    """A run that ends before it is killed is compared, and a new one begun. Ten minutes on two cores."""
+    """A run that ends before it is killed is compared, and a new one begun. An hour beside other work."""
     whole = tmp_path / "whole"
     begin, process = time.monotonic(), start(whole)
     said = process.communicate(timeout=900)[0].decode()

@@ -212,6 +212,6 @@ def at_calls(run, model, tokens, moments: int) -> list[KeyboardInterrupt]:
         for _ in range(moments):
             try:
                 Profiler(draw.randrange(1, all_calls.calls)).run(run, model, tokens)
-            except KeyboardInterrupt as interrupt:
-                ended.append(interrupt)
+            except KeyboardInterrupt as error:
+                ended.append(error)
     return ended
