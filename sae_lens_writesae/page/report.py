@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,10 +23,10 @@ from sae_lens_writesae.experiment.evaluation import Evaluation
 from sae_lens_writesae.experiment.result import Claim, Json, Result
 from sae_lens_writesae.files import atomic_csv, atomic_text, atomic_write
 from sae_lens_writesae.page.template import environment, outcome_text
-from sae_lens_writesae.verdict.paper import OTHER_MODELS, PAPER_CLAIMS, Outcome, PaperClaim
+from sae_lens_writesae.verdict.paper import OTHER_MODELS, PAPER_CLAIMS, PaperClaim
 
 ONE_SIDE = 0.025
-"""Share of 95 % intervals that lie beyond chance on the side of the claim where there is no effect."""
+"""Share of 95% intervals that exclude chance on the side of the claim where there is no effect."""
 _ROWS = 40
 """Rows of a table that the page shows; the files hold all of them."""
 
@@ -123,26 +124,21 @@ def joined_tables(results: Sequence[Result]) -> dict[str, pd.DataFrame]:
 
 
 def lead(rows: Sequence[Answer]) -> str:
-    """The outcome of all answers in one sentence."""
-    counts: Counter[Outcome] = Counter(row.claim.outcome for row in rows)
-    verbs: dict[Outcome, tuple[str, str]] = {"holds": ("holds", "hold"), "fails": ("fails", "fail")}
-
-    def phrase(outcome: Outcome, n: int) -> str:
-        one, several = verbs.get(outcome, (f"is {outcome_text(outcome)}", f"are {outcome_text(outcome)}"))
-        return f"{n} {one if n == 1 else several}"
-
-    said = f"Of {len(rows)} answers to claims, {', '.join(itertools.starmap(phrase, counts.most_common()))}."
-    return f"{said} {multiplicity(rows)}".strip()
+    """The outcomes of all answers, counted."""
+    counts = Counter(outcome_text(row.claim.outcome) for row in rows)
+    said = ", ".join(f"{outcome} {n}" for outcome, n in counts.most_common())
+    return f"Verdicts of {len(rows)} answers to claims: {said}. {multiplicity(rows)}".strip()
 
 
 def multiplicity(rows: Sequence[Answer]) -> str:
-    """How many of the answers would hold by luck, where none of them were true. Nothing for a single answer."""
-    judged = sum(row.claim.outcome != "not tested" for row in rows)
-    if judged < 2:
+    """How many of the answers with an interval would be wrong by luck. Nothing for fewer than two of them."""
+    n = sum(re.search(r"\[[^]]*\d", row.claim.measured) is not None for row in rows)  # an interval of NaN is none
+    if n < 2:
         return ""
     return (
-        f"Each of the {judged} judged ones has its own 95 % interval, with no correction over the page: if nothing at "
-        f"all were there, about {max(1, round(ONE_SIDE * judged))} of {judged} would still lie beyond chance."
+        f"{n} of the answers have a 95% interval, without a correction for their number. If no effect existed at all, "
+        f"the expected number of intervals that exclude chance on the side of the claim would be {ONE_SIDE * n:.2f}, "
+        f"and the probability of at least one (for independent answers) {1 - (1 - ONE_SIDE) ** n:.2f}."
     )
 
 
@@ -212,8 +208,7 @@ def _by_claim(rows: list[Answer]) -> list[tuple[PaperClaim | None, list[Answer]]
 
 
 def _title(results: Sequence[Result]) -> str:
-    models = dict.fromkeys(str(result.info["model"]) for result in results)
-    return f"What the atoms of {', '.join(models)} do"
+    return f"What the atoms of {', '.join(dict.fromkeys(str(result.info['model']) for result in results))} do"
 
 
 def _facts(results: Sequence[Result]) -> dict[str, str]:
@@ -223,16 +218,15 @@ def _facts(results: Sequence[Result]) -> dict[str, str]:
     def listed(name: str) -> str:
         return ", ".join(dict.fromkeys(str(info[name]) for info in infos))
 
-    heads = dict.fromkeys(f"L{info['layer']}H{info['head']}" for info in infos)
     seconds = sum(result.fact("seconds") for result in results if result.skipped is None)
-    controls = dict.fromkeys(str(info["control"]) for info in infos if info.get("control") is not None)
     return {
         "model": listed("model"),
         "update rule": listed("rule"),
-        "heads": ", ".join(heads),
+        "heads": ", ".join(dict.fromkeys(f"L{info['layer']}H{info['head']}" for info in infos)),
         "dtype": listed("dtype"),
         "architecture of the SAEs": listed("architecture"),
         "atoms": listed("d_sae"),
-        "control dictionaries": ", ".join(controls) or "none",
+        "control dictionaries": ", ".join({str(i["control"]): 0 for i in infos if i.get("control") is not None})
+        or "none",
         "evaluations took": f"{seconds:.0f} s",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -198,10 +199,24 @@ def test_control_dictionaries_stand_beside_the_trained_one_and_quality_at_the_to
 def test_the_lead_counts_outcomes() -> None:
     rows = report.claim_rows([made_up(HOLDS, label="a", **FEW), made_up(CONFOUNDED, label="b", **FEW)])
     sentence = report.lead(rows)
-    assert sentence.startswith(f"Of {len(rows)} answers") and "confounded by a control" in sentence
-    assert f"about 1 of {len(rows)} would still lie beyond chance" in sentence and report.multiplicity(rows[:1]) == ""
+    counts = Counter(report.outcome_text(row.claim.outcome) for row in rows)
+    assert all(f"{outcome} {n}" in sentence for outcome, n in counts.items()) and "confounded by a control" in counts
+    assert report.multiplicity(rows) in sentence
     outcomes: list[Outcome] = ["holds", "fails", "undecided", "inconclusive", "below the floor", "not tested"]
     assert [report.outcome_text(each) for each in outcomes] == outcomes
+
+
+@pytest.mark.parametrize(("n", "expected", "at_least_one"), [(2, "0.05", "0.05"), (40, "1.00", "0.64")])
+def test_the_lead_says_how_many_intervals_exclude_chance_by_luck(n: int, expected: str, at_least_one: str) -> None:
+    """At 0.025 for each answer that has an interval; the others do not count."""
+    (with_interval, *_) = report.claim_rows([made_up(HOLDS, label="a", **FEW)])
+    others = [
+        with_interval._replace(claim=replace(with_interval.claim, measured=measured, outcome=outcome))
+        for measured, outcome in (("–", "not tested"), ("3 of 30 atoms", "fails"), ("+1 [+nan, +nan]", "inconclusive"))
+    ]
+    words = report.multiplicity([with_interval] * n + others)
+    assert words.startswith(f"{n} of the answers") and re.findall(r"\d+\.\d+", words) == [expected, at_least_one]
+    assert report.multiplicity([with_interval, *others]) == ""
 
 
 def test_folders_without_results_are_named(tmp_path: Path) -> None:
