@@ -49,11 +49,12 @@ class OnText:
     def __post_init__(self) -> None:
         at_least(self, {"sequences": 1, "context_size": 1})
 
-    def load(self) -> tuple[HookedRecurrent, SAE, Tensor]:
+    def load(self, pages: AtomPages) -> tuple[HookedRecurrent, SAE, Tensor]:
         """The model, the dictionary, and the text as tokens [sequences,context_size].
 
         Raises:
-            ValueError: a folder does not hold what it should, or the text is too short.
+            ValueError: a folder does not hold what it should, the dictionary has no atom of a number that `pages`
+                names (before the model is loaded), or the text is too short.
         """
         from hookpoints import HookedRecurrent
         from sae_lens_writesae.experiment.tokens import sample_sequences, text_of
@@ -61,6 +62,7 @@ class OnText:
 
         text = text_of(self.text)
         sae = load_sae(self.sae)
+        pages.check(sae)
         model = HookedRecurrent.from_pretrained(self.model or str(sae.cfg.metadata.model_name), dtype=self.dtype)
         return model, sae, sample_sequences(model, text, self.context_size, self.sequences)
 
@@ -99,7 +101,8 @@ class Show(OnText):
         beside = self.sae.parent / "substitution"
         tested = self.substitution or (beside if (beside / "info.json").is_file() else None)
         substitution, readers = (None if f is None else load_result(f) for f in (tested, self.readers))
-        loaded, pages = self.load(), pages or AtomPages()
+        pages = pages or AtomPages()
+        loaded = self.load(pages)
         with taken(self.out):
             try:
                 data = pages.collect(*loaded, substitution=substitution, readers=readers, progress=progress)
@@ -139,9 +142,9 @@ class Export(OnText):
         from sae_lens_writesae.page.atoms.export import neuronpedia_batch, write_delphi
 
         check_writable(self.out)
-        model, sae, tokens = self.load()
+        pages = dataclasses.replace(pages or AtomPages(), substitution_firings=0, quality=False)  # no place for them
+        model, sae, tokens = self.load(pages)
         if self.to == "neuronpedia":
-            pages = dataclasses.replace(pages or AtomPages(), substitution_firings=0)  # has no place there
             batch = neuronpedia_batch(pages.collect(model, sae, tokens, progress=progress), self.dataset)
             return atomic_text(self.out / "batch-0.json", json.dumps(batch, allow_nan=False))
         lab = Lab(model, {"": sae}, tokens, progress=progress)
@@ -163,6 +166,10 @@ class Prompt:
     """The model's dtype."""
     port: int = 8765
     """Port of 127.0.0.1. 0: a free one."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port: expected 0 to {2**16 - 1}, got {self.port}")
 
     def run(self) -> None:
         """Serve until interrupted."""

@@ -21,7 +21,7 @@ from sae_lens import SAE
 from hookpoints import HookedRecurrent, Recurrence
 from hookpoints.errors import HookpointsError
 from sae_lens_writesae.experiment.head import head_writes
-from sae_lens_writesae.page.atoms.text import TokenTexts, visible
+from sae_lens_writesae.page.atoms.text import TokenTexts, short, visible
 from sae_lens_writesae.page.template import environment
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.target import HeadHook, check_fits
@@ -81,8 +81,8 @@ class PromptReader:
         shares = read_shares(recurrence.select(heads=slice(head, head + 1)))
         return {
             "tokens": [visible(piece) for piece in self.texts.many(tokens[0].tolist())],
-            "writes": [_rounded(row) for row in sizes],
-            "shares": [_rounded(row[: t + 1]) for t, row in enumerate(shares)],
+            "writes": [[short(size) for size in row.tolist()] for row in sizes],
+            "shares": [[short(share) for share in row[: t + 1].tolist()] for t, row in enumerate(shares)],
             "atoms": self._atoms(tokens, layer, head),
         }
 
@@ -90,13 +90,9 @@ class PromptReader:
         if self.sae is None or (hook := HeadHook.of(self.sae))[1:3] != (layer, head):
             return None
         _, cache = self.model.run_with_cache(tokens, names_filter=[hook.name], stop_at_layer=layer + 1)
-        activations = self.sae.encode(cache[hook.name][0].to(next(self.sae.parameters())))
-        found: list[list[tuple[int, float]]] = []
-        for row in activations:
-            active = row.nonzero()[:, 0]
-            order = active[row[active].argsort(descending=True)].tolist()
-            found.append([(atom, _short(float(row[atom]))) for atom in order])
-        return found
+        ordered = self.sae.encode(cache[hook.name][0].to(next(self.sae.parameters()))).sort(descending=True)
+        rows = zip(ordered.indices.tolist(), ordered.values.tolist())
+        return [[(atom, short(value)) for atom, value in zip(*row) if value] for row in rows]
 
 
 class PromptServer(ThreadingHTTPServer):
@@ -120,9 +116,9 @@ class _Handler(BaseHTTPRequestHandler):
             reader, nonce = self.server.reader, secrets.token_urlsafe(16)
             cfg, hook = reader.model.cfg, None if reader.sae is None else HeadHook.of(reader.sae)
             heads = {layer: cfg.layer(layer).H for layer in cfg.recurrent_layers}
-            page = environment().get_template("prompt.html")
-            shown = page.render(model=cfg.model_name, heads=heads, hook=hook, nonce=nonce, most=MAX_TOKENS)
-            self._answer(200, "text/html; charset=utf-8", shown, nonce)
+            shown = {"model": cfg.model_name, "heads": heads, "hook": hook, "nonce": nonce, "most": MAX_TOKENS}
+            page = environment().get_template("prompt.html").render(shown)
+            self._answer(200, "text/html; charset=utf-8", page, nonce)
 
     def do_POST(self) -> None:
         if not (self._is_ours() and self._is_at("/read")):
@@ -177,14 +173,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: texts are nobody else's business."""
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-def _rounded(row: torch.Tensor) -> list[float]:
-    return [_short(value) for value in row.tolist()]
 
 
 def prompt_server(model: str | None, sae: Path | None, dtype: str, port: int) -> PromptServer:

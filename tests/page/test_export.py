@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
 from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.experiment.quality import DictionaryQuality, qualities
+from sae_lens_writesae.page.atoms import collect, write_atom_pages
 from sae_lens_writesae.page.atoms.export import neuronpedia_batch, write_delphi
 from sae_lens_writesae.sae import WriteTopKSAE
 from sae_lens_writesae.show import Export
@@ -120,6 +123,31 @@ def test_neuronpedia_gets_the_numbers_of_the_pages(
         assert len(bands) == page.n_firings  # all of them, with these settings
         assert all(a.bin_min <= a.values[a.qualifying_token_index] <= a.bin_max for a in bands)
         assert all(len(a.tokens) == len(a.values) for a in feature.activations)
+
+
+def test_the_quality_of_the_dictionary_is_measured_for_pages_alone(
+    embedded: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It needs a pass of the model for every sequence and replacement, and no other tool shows it."""
+    measured: list[Lab] = []
+
+    def counted(lab: Lab) -> dict[str, DictionaryQuality]:
+        measured.append(lab)
+        return qualities(lab)
+
+    monkeypatch.setattr(collect, "qualities", counted)
+    planted.save_model(tmp_path / "sae")
+    text = tmp_path / "text.txt"
+    text.write_text(shipped.text("test")[:3000])
+    export = Export(sae=tmp_path / "sae", to="neuronpedia", text=text, context_size=48, out=tmp_path / "out")
+    written = DashboardBatch.model_validate_json(export.run(SMALL, progress=False).read_text())
+    assert len(written.features) > 0 and not measured
+    without = replace(SMALL, quality=False, substitution_firings=0).collect(embedded, planted, tokens, progress=False)
+    pages = write_atom_pages(without, tmp_path / "pages")
+    assert not measured and without.info["quality"] is None and "recovered KL" not in pages.index.read_text()
+    whole = SMALL.collect(embedded, planted, tokens, progress=False)
+    assert len(measured) == 1 and whole.info["quality"] == qualities(measured[0])[""].to_dict()
+    assert "recovered KL" in write_atom_pages(whole, tmp_path / "pages").index.read_text()
 
 
 def test_delphi_gets_every_firing_at_its_place(

@@ -27,7 +27,7 @@ from sae_lens_writesae.experiment.quality import qualities
 from sae_lens_writesae.experiment.result import Result
 from sae_lens_writesae.page.atoms import data, measure
 from sae_lens_writesae.page.atoms.measure import FINE, Atoms, Effects, Sweep, Trace
-from sae_lens_writesae.page.atoms.text import TokenTexts
+from sae_lens_writesae.page.atoms.text import TokenTexts, short
 
 _BARS = 32
 """Most bars of a histogram."""
@@ -90,6 +90,8 @@ class AtomPages:
     substitution_firings: int = 4
     """Firings of an atom at which it takes the place of the model's own write, where no substitution test is given.
     0: none."""
+    quality: bool = True
+    """Measure the dictionary as a whole; it can take longer than all atoms together."""
     seed: int = 0
     """Seed of all draws."""
     label: str = ""
@@ -126,7 +128,7 @@ class AtomPages:
 
         Cost: one forward up to the layer per sequence for firings and one for cosines; per atom `half_life_firings`
         vector recurrences, `effect_firings` pairs of short edited runs and five for each of `substitution_firings`;
-        then as `qualities`.
+        then as `qualities`, if `quality` is set.
 
         Raises:
             ValueError: the SAE does not fit the model, the model has no tokenizer or one of another vocabulary, the
@@ -138,6 +140,7 @@ class AtomPages:
         with torch.inference_mode(False), torch.no_grad():
             if tokens.ndim != 2 or tokens.shape[1] < self.effect_horizon + 2:
                 raise ValueError(f"tokens must be [N,T] with T > {self.effect_horizon + 1}, found {list(tokens.shape)}")
+            self.check(sae)
             lab = Lab(model, {self.label: sae}, tokens, seed=self.seed, progress=progress)
             substitution = _about(substitution, "substitution", lab.hook.name)
             readers = _about(readers, "readers", lab.hook.name)
@@ -145,9 +148,18 @@ class AtomPages:
             texts.check(tokens)
             evidence = self._measure(lab, texts, substitution, readers)
             pages = [_page(evidence, column) for column in range(len(evidence.atoms.number))]
-            facts = {"settings": asdict(self), "quality": qualities(lab)[self.label].to_dict()}
-            info = lab.describe(self.label) | facts | {"seconds": round(time.perf_counter() - started, 2)}
+            whole = qualities(lab) if self.quality else {}
+            info = lab.describe(self.label) | {
+                "settings": asdict(self),
+                "quality": whole[self.label].to_dict() if whole else None,
+                "seconds": round(time.perf_counter() - started, 2),
+            }
         return data.AtomPagesData(info=json.loads(json.dumps(info)), atoms=pages)
+
+    def check(self, sae: SAE) -> None:
+        """ValueError where `atoms` names one that the dictionary does not have."""
+        if beyond := [atom for atom in self.atoms or () if not 0 <= atom < int(sae.cfg.d_sae)]:
+            raise ValueError(f"atoms: expected 0 to {int(sae.cfg.d_sae) - 1}, got {beyond}")
 
     def _measure(self, lab: Lab, texts: TokenTexts, substitution: Result | None, readers: Result | None) -> _Evidence:
         """Everything that the pages are made from."""
@@ -174,7 +186,7 @@ class AtomPages:
         tokens, direct = lab.tokens.cpu().numpy(), atoms.direct_path(lab)
         counts = np.bincount(firings.atom, minlength=firings.n_atoms)
         nearest = [
-            [data.Neighbour(atom=atom, cosine=_short(cosine), n_firings=int(counts[atom])) for atom, cosine in row]
+            [data.Neighbour(atom=atom, cosine=short(cosine), n_firings=int(counts[atom])) for atom, cosine in row]
             for row in atoms.nearest(lab, alive, self.n_nearest)
         ]
         return _Evidence(self, tokens, texts, atoms, nearest, swept, direct, measured, tested, shown)
@@ -201,7 +213,7 @@ class AtomPages:
             for i in np.argsort(np.negative(change), kind="stable").tolist()[: self.n_tokens]:  # NaN comes last
                 if not np.isnan(change[i]):
                     layer, mixer, head = changes.columns[i]
-                    known = {"change": _short(change[i]), "typical": None if np.isnan(usual[i]) else _short(usual[i])}
+                    known = {"change": short(change[i]), "typical": None if np.isnan(usual[i]) else short(usual[i])}
                     heads.append({"layer": int(layer), "mixer": mixer, "head": int(head), **known})
             readers[int(cast(int, atom))] = data.Readers.model_validate({"heads": heads, **words})
         return readers
@@ -352,11 +364,6 @@ def _page(evidence: _Evidence, column: int) -> data.AtomPage:
     )
 
 
-def _short(value: float) -> float:
-    """Four significant digits, which is what a reader can use and keeps files small."""
-    return float(f"{float(value):.4g}")
-
-
 def _contexts(evidence: _Evidence, shown: pd.DataFrame, rows: pd.DataFrame) -> list[data.Context]:
     """A context for each firing of `shown`; `rows` has all firings of the atom."""
     tokens, settings = evidence.tokens, evidence.settings
@@ -372,8 +379,8 @@ def _contexts(evidence: _Evidence, shown: pd.DataFrame, rows: pd.DataFrame) -> l
                 position=position,
                 first=first,
                 tokens=evidence.texts.many(tokens[window]),
-                activations=[_short(value) for value in activations[window]],
-                cosine=None if np.isnan(cosine) else _short(cosine),
+                activations=[short(value) for value in activations[window]],
+                cosine=None if np.isnan(cosine) else short(cosine),
             )
         )
     return contexts
@@ -404,8 +411,8 @@ def _bands(evidence: _Evidence, rows: pd.DataFrame) -> Iterator[data.Band]:
         yield data.Band(
             share_low=b / n_bands,
             share_high=(b + 1) / n_bands,
-            low=_short(band["activation"].min()),
-            high=_short(band["activation"].max()),
+            low=short(band["activation"].min()),
+            high=short(band["activation"].max()),
             contexts=_contexts(evidence, drawn, rows),
         )
 
@@ -420,7 +427,7 @@ def _fires_on(evidence: _Evidence, rows: pd.DataFrame) -> list[data.TokenValue]:
 
 def _listed(evidence: _Evidence, ids: Integers, values: NDArray[np.floating], n: Integers) -> list[data.TokenValue]:
     rows = zip(ids.tolist(), evidence.texts.many(ids), values.tolist(), n.tolist())
-    return [data.TokenValue(token=token, text=text, value=_short(value), n=k) for token, text, value, k in rows]
+    return [data.TokenValue(token=token, text=text, value=short(value), n=k) for token, text, value, k in rows]
 
 
 def _ends(evidence: _Evidence, ids: Integers, values: NDArray[np.floating], counts: Integers) -> data.Ends:
@@ -450,7 +457,7 @@ def _histogram(values: NDArray[np.floating], low: float | None = None) -> data.B
     """Shares of `values` in `_BARS` bars from `low` (None: the smallest) to the largest."""
     start, stop = float(values.min()) if low is None else low, float(values.max())
     counts, edges = np.histogram(values, _BARS, (start, stop if stop > start else start + 1))
-    return data.Bars(edges=[_short(x) for x in edges], values=[_short(x) for x in counts / len(values)])
+    return data.Bars(edges=[short(x) for x in edges], values=[short(x) for x in counts / len(values)])
 
 
 def _logits(evidence: _Evidence, column: int, sign: float) -> data.Bars:
@@ -468,12 +475,12 @@ def _timelines(evidence: _Evidence, traces: Sequence[Trace]) -> data.Timelines |
     together = np.full((len(traces), longest), np.nan)
     for row, trace in zip(together, traces):
         row[: len(trace.reads)] = trace.reads
-    lags = [_short(float(np.nanmean(together[:, a:b]))) for a, b in itertools.pairwise(edges)]
+    lags = [short(float(np.nanmean(together[:, a:b]))) for a, b in itertools.pairwise(edges)]
     strongest = sorted(traces, key=lambda trace: -trace.activation)[: evidence.settings.n_timelines]
     width, firings = evidence.settings.before + evidence.settings.after, []
     for sequence, position, reads in ((t.sequence, t.position, t.reads[: width + 1]) for t in strongest):
         tokens = evidence.texts.many(evidence.tokens[sequence, position : position + len(reads)])
-        shown = {"sequence": sequence, "position": position, "tokens": tokens, "reads": [_short(x) for x in reads]}
+        shown = {"sequence": sequence, "position": position, "tokens": tokens, "reads": [short(x) for x in reads]}
         firings.append(data.Timeline.model_validate(shown))
     return data.Timelines(lags=data.Bars(edges=[float(x) for x in edges], values=lags), firings=firings)
 
@@ -497,8 +504,7 @@ def _cosines(at_firings: NDArray[np.float64], silent: Integers) -> data.Cosines:
         merged = fine[low:high].reshape(-1, merge).sum(1)
         return data.Bars(edges=edges, values=[round(float(x), 5) for x in merged / max(merged.sum(), 1)])
 
-    quartiles = _quartiles(at_firings)
-    assert quartiles is not None
+    quartiles = cast(data.Quartiles, _quartiles(at_firings))  # there are firings
     return data.Cosines(at_firings=quartiles, firings=bars(counts), silent=bars(silent))
 
 

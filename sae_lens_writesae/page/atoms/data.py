@@ -292,8 +292,8 @@ class AtomPagesData(_Data):
 
     format: Literal[3] = 3
     info: dict[str, JsonValue]
-    """What was looked at on what (`Lab.describe`), the settings, the dictionary's `quality` (`DictionaryQuality`), and
-    `n_skipped`: what has no page, by reason."""
+    """What was looked at on what (`Lab.describe`), the settings, the dictionary's `quality` (`DictionaryQuality`; None:
+    not measured), and `n_skipped`: what has no page, by reason."""
     atoms: list[AtomPage]
 
     @field_validator("info")

@@ -74,11 +74,9 @@ class Atoms(NamedTuple):
             cosines = torch.cat([flat @ part.T for part in rows], 1)
         else:
             cosines = torch.cat([mine.cosines(lab.atoms(part)) for part in chunks], 1)
-        found: list[list[tuple[int, float]]] = []
-        for own, row in zip(self.number.tolist(), cosines.cpu().numpy()):
-            order = [i for i in np.argsort(-row, kind="stable")[: n + 1].tolist() if among[i] != own][:n]
-            found.append([(int(among[i]), float(row[i])) for i in order])
-        return found
+        cosines = cosines.cpu().numpy()
+        rows = zip(self.number.tolist(), cosines, np.argsort(-cosines, kind="stable")[:, : n + 1])
+        return [[(int(among[i]), float(row[i])) for i in order if among[i] != own][:n] for own, row, order in rows]
 
     @torch.no_grad()
     def direct_path(self, lab: Lab) -> NDArray[np.float32]:

@@ -18,6 +18,11 @@ _LOST = "\ufffd"
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
+def short(value: float) -> float:
+    """Four significant digits, which is what a reader can use and keeps files small."""
+    return float(f"{float(value):.4g}")
+
+
 class TokenTexts:
     """Texts of token ids, decoded once each.
 
