@@ -9,15 +9,19 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
-import io
 import os
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, get_type_hints
 
 import tyro
+
+try:
+    from tyro._errors import on_parse_error
+except ImportError:  # no public part of tyro: without it, tyro prints its own messages
+    on_parse_error = contextlib.nullcontext
 
 T = TypeVar("T")
 
@@ -99,13 +103,13 @@ def choose(program: str, arguments: Sequence[str], names: Mapping[str, str]) -> 
         print("\n".join(f"{package:26}{_version(package)}" for package in PACKAGES))
         raise SystemExit(0)
     if name not in ("-h", "--help"):
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
+        hint = "".join(f"Did you mean {near!r}? " for near in difflib.get_close_matches(name, names, n=1))
         raise ValueError(f"{program} has no command {name!r}. {hint}There are {', '.join(names)}")
     width = max(map(len, names))
-    print(f"usage: {program} COMMAND ...\n")
-    print("\n".join(f"  {name:{width}}  {text}" for name, text in names.items()))
-    print(f"\n{program} COMMAND --help shows the flags of a command.")
+    lines = [f"  {name:{width}}  {text}" for name, text in names.items()]
+    print(
+        f"usage: {program} COMMAND ...\n", *lines, f"\n{program} COMMAND --help shows the flags of a command.", sep="\n"
+    )
     raise SystemExit(0 if arguments else 2)
 
 
@@ -120,21 +124,41 @@ def parse(command: type[T], program: str, arguments: Sequence[str], default: T |
     """The command line as a value of `command`.
 
     Raises:
-        ValueError: tyro cannot read it; its framed message, in one line.
+        ValueError: an argument is unknown, missing or refused; in one line.
     """
-    framed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(framed):
-            if default is None:
-                return tyro.cli(command, prog=program, args=arguments)
-            return tyro.cli(command, prog=program, args=arguments, default=default)
-    except SystemExit:
-        if not framed.getvalue():  # the help, on the other stream
-            raise
-    lines = re.sub("[│╭╮╰╯]|(?<=╭)─ .* ─", " ", framed.getvalue())
-    parts = [" ".join(part.split()).rstrip(".") for part in re.split("─{3,}", lines)]
-    told = ". ".join(part for part in parts if part and not part.startswith(("Argument helptext", "For full helptext")))
-    raise ValueError(re.sub(r"(Perhaps you meant: \S+).*", r"\1", told) + f". {program} --help lists the flags")
+
+    def refuse(event: object) -> None:
+        if told := _told(event, command):
+            raise ValueError(f"{' '.join(told.split()).rstrip('.')}. {program} --help lists the flags")
+
+    start = tyro.MISSING_NONPROP if default is None else default
+    with on_parse_error(refuse):
+        return tyro.cli(command, prog=program, args=arguments, default=start)
+
+
+def _told(event: object, command: type) -> str | None:
+    """What tyro refuses. None: an event that is not known here, for which tyro prints its own message."""
+    from tyro import _errors
+
+    match event:
+        case _errors.InstantiationFailure(message=message, argument=argument):
+            return f"{argument.display_name()}: {message}" if argument else str(message)
+        case _errors.InvalidChoice(argument=argument, value=value, choices=choices):
+            return f"{argument.display_name()}: expected one of {', '.join(choices)}, got {value!r}"
+        case _errors.BadValue(argument=argument):
+            return f"{argument.display_name()}: expected {argument.lowered.metavar}, got no value"
+        case _errors.MissingArgs(missing_arguments=missing, unrecognized_tokens=tokens):
+            names = ", ".join(each.arg.display_name().rpartition(".")[2] for each in missing)
+            return f"missing {names}" + (f"; unknown {' '.join(tokens)}" if tokens else "")
+        case _errors.UnrecognizedArgs(tokens=tokens):
+            near = [name for token in tokens for name in difflib.get_close_matches(token, [*_flags(command)], 1)]
+            return f"unknown {' '.join(tokens)}" + (f"; nearest: {', '.join(near)}" if near else "")
+
+
+def _flags(command: object) -> Iterator[str]:
+    """The flags of a dataclass, and of those in its fields."""
+    for name, each in get_type_hints(command).items():
+        yield from _flags(each) if is_dataclass(each) else [f"--{name.replace('_', '-')}"]
 
 
 if __name__ == "__main__":

@@ -89,8 +89,8 @@ class EvalAll:
             of_kind, _, field = name.rpartition(".")
             having = [kind for kind in EVALUATIONS if of_kind in ("", kind) and field in fields[kind]]
             if not having:
-                known = {each for kind, own in fields.items() if of_kind in ("", kind) for each in own}
-                raise ValueError(f"no evaluation has a setting {name}{nearest(field, known)}")
+                known = {each: None for kind, own in fields.items() if of_kind in ("", kind) for each in own} or fields
+                raise ValueError(f"--set {name}: expected one of {', '.join(known)}{nearest(field, known)}")
             for kind in having:
                 settings[kind][field] = _value(f"{kind}.{field}", fields[kind][field].type, value)
         places = {Scope.EACH: ("dictionary",), Scope.LAYER: ("dictionary", "layer")}

@@ -152,7 +152,11 @@ HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]
         (["demo", "--out", "FILE/below"], "is a file"),
         (["demo", "--out", "/proc/below"], "/proc"),
         (["eval", "all", "SAE", "--set", "n_atoms=abc"], "'abc'"),
-        (["eval", "all", "SAE", "--set", "n_atms=5"], "n_atoms"),
+        (["eval", "all", "SAE", "--set", "n_atms=5"], "nearest: n_atoms"),
+        (["eval", "all", "SAE", "--set", "foo=1"], "expected one of seed, label, rows_per_run, n_atoms,"),
+        (["eval", "all", "SAE", "--set", "sign.foo=1"], "n_positions"),
+        (["eval", "all", "SAE", "--set", "sgn.n_positions=1"], "substitution, partition"),
+        (["export", "SAE"], "missing --to."),
         (["eval", "all", "SAE", "--set", "horizon=2.5"], "'2.5'"),
         (["eval", "sign", "SAE", "--sequences", "-5"], "sequences"),
         (["eval", "sign", "SAE", "--text", "[/nothing]"], "[/nothing]"),
@@ -163,19 +167,24 @@ HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]
         (["eval", "substitution", "SAE", "--horizn", "3"], "horizn"),
         (["hooks", "embedded", "--layer", "9"], "layer 9"),
         (["hooks", "a[/x]b[red]c"], "a[/x]b[red]c"),
+        (["prompt", "--port", "99999"], "65535, got 99999"),
+        (["prompt", "--port", "-1"], "65535, got -1"),
         (["report", "[/nothing]"], "[/nothing]"),
         (["reproduce", "--small", "--set", "foo=1"], "foo"),
         (["reproduce", "--small", "--profile", "nowhere"], "nowhere"),
         (["reproduce", "--small", "--architecture", "writesae_jumpreluu"], "nearest: writesae_jumprelu"),
         (["selftest", "--only", "[red]"], "[red]"),
         (["show", "SAE", "--n-atoms", "-1"], "n_atoms"),
+        (["sweep"], "--k"),
+        (["sweep", "--training-tokens", "100"], "--architecture"),
         (["sweep", "--k", "0"], "k must"),
-        (["train", *HEAD, "--targets", "wrte"], "wrte"),
+        (["train", *HEAD, "--targets", "wrte"], "expected one of write, state, last_state, got 'wrte'"),
+        (["train", *HEAD, "--d-sae"], "--d-sae: expected INT"),
         (["train", *HEAD, "--training-tokens", "-5"], "training_tokens"),
         (["train", *HEAD, "--variants", "Wrong"], "Wrong"),
         (["train", *HEAD, "--architecture", "writesae_topkk"], "nearest: writesae_topk"),
         (["train", "--model", "embeded", *HEAD[2:]], "nearest: embedded"),
-        (["train", "--modle", "embedded"], "Perhaps you meant: --model"),
+        (["train", "--modle", "embedded"], "unknown --modle embedded; nearest: --model."),
         (["train", *HEAD, "--layers", "two"], "['two']"),
         (["eval", "all"], "at least one"),
     ],
@@ -187,12 +196,47 @@ def test_what_is_typed_wrong_ends_before_any_work(
     (tmp_path / "file").touch()
     places = {"SAE": sae_folder, "GPT2": gpt2(tmp_path), "FILE/below": tmp_path / "file" / "below"}
     capsys.readouterr()  # the progress bar of saving a model
-    out = [] if "--out" in arguments or arguments[0] in ("hooks", "selftest") else ["--out", tmp_path / "out"]
+    out = [] if "--out" in arguments or arguments[0] in ("hooks", "prompt", "selftest") else ["--out", tmp_path / "out"]
     done = run(capsys, *(places.get(each, each) for each in arguments), *out)
     assert done.status == 2 and word in done.err and "Traceback" not in done.err
     before, error, told = done.err.partition("error: ")
     assert error and told.count("\n") == 1
     assert all("it/s]" in line for line in before.splitlines() if line)  # transformers' progress bars
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["demo", "--training-tokens", "-5"], "training_tokens must be at least 1, found -5"),
+        (["train", "--modle", "embedded"], "unknown --modle embedded; nearest: --model"),
+        (["collect"], "missing --model, --layer/--layers"),
+    ],
+    ids=" ".join,
+)
+def test_an_error_reads_alike_whatever_the_encoding_of_the_terminal(arguments: list[str], error: str) -> None:
+    for encoding in ("ascii", "utf-8"):
+        done = subprocess.run(
+            [sys.executable, "-m", "writesae", *arguments],
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr == f"error: {error}. writesae {arguments[0]} --help lists the flags\n"
+
+
+@pytest.mark.parametrize("command", [["show"], ["export", "--to", "neuronpedia"], ["export", "--to", "delphi"]])
+def test_an_atom_that_the_dictionary_lacks_ends_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+    sae_folder: Path,
+    tmp_path: Path,
+    command: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(HookedRecurrent, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    done = run(capsys, *command, sae_folder, "--atoms", "3", "9999", "--out", tmp_path / "out")
+    assert done.status == 2 and "atoms: expected 0 to 15, got [9999]" in done.err
     assert not (tmp_path / "out").exists()
 
 

@@ -93,7 +93,7 @@ class Sweep:
     """Of `sae_lens_writesae.VARIANTS`: encoder, decoder and rank."""
     d_sae: tuple[int, ...] = (256,)
     """Numbers of atoms."""
-    k: tuple[int, ...] = (1, 4, 32)
+    k: tuple[int, ...] = (1,)
     """Active atoms per token; architectures that have no k take no notice of it."""
     seed: tuple[int, ...] = (0,)
     """Seeds of training."""
@@ -131,6 +131,8 @@ class Sweep:
         points = list(self.points())
         if not points or len(set(points)) < len(points):
             raise ValueError("every axis of a sweep names at least one value, and each value once")
+        if all(getattr(self, axis) == getattr(Sweep, axis) for axis in Point._fields):
+            raise ValueError(f"expected what to vary, one of --{', --'.join(Point._fields)}; got only their defaults")
 
     def points(self) -> Iterator[Point]:
         """The grid, model by model."""
