@@ -212,7 +212,7 @@ def test_what_is_typed_wrong_ends_before_any_work(
         (["train", "--modle", "embedded"], "unknown --modle embedded; nearest: --model"),
         (["collect"], "missing --model, --layer/--layers"),
     ],
-    ids=" ".join,
+    ids=["setting", "unknown", "missing"],
 )
 def test_an_error_reads_alike_whatever_the_encoding_of_the_terminal(arguments: list[str], error: str) -> None:
     for encoding in ("ascii", "utf-8"):

@@ -77,7 +77,10 @@ class SweepFiles(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
     """Train one dictionary of a head at every point of a grid, run the same evaluations of each, and write one tidy
-    table with a figure for each measure, and a page of all claims. The same command goes on where it was stopped."""
+    table with a figure for each measure, and a page of all claims. The same command resumes where it was stopped.
+
+    At least one of model, layer, head, target, architecture, variant, d_sae, k and seed must differ from its default.
+    """
 
     model: tuple[str, ...] = ("embedded",)
     """Models: names on the hub, folders, or those that ship with the package."""
