@@ -1,11 +1,18 @@
 """The command `writesae push`: dictionaries on the Hugging Face hub, with a card of their own.
 
-The files are those that SAELens uploads and downloads, so that `SAE.from_pretrained(REPO, NAME)` loads each. SAELens'
-own card would not do: its code does not import this package, and ends in a KeyError for these architectures.
+The files are those that SAELens downloads, so that `SAE.from_pretrained(REPO, NAME)` loads each. SAELens' own card
+would not do: its code does not import this package, and ends in a KeyError for these architectures.
+
+Someone else may have written a dictionary, and a link in it may lead to a private file. So none of its files is
+uploaded: what `load_sae` read is saved again into a new folder, and only that folder goes up. Its metadata is data:
+fields that name a place on this machine are left out, and what the card names has the form of a name.
 """
 
 from __future__ import annotations
 
+import json
+import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +21,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import tyro
 
 if TYPE_CHECKING:
-    from sae_lens.saes.sae import SAEConfig
+    from sae_lens.saes.sae import SAEConfig, SAEMetadata
 
     from sae_lens_writesae.experiment.result import Json
 
-_FILES = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "SHA256SUMS")
-"""What is uploaded of a dictionary: what SAELens loads, and its checksums. `runner_cfg.json` stays behind, because it
-names folders of the machine."""
+_FILES = ("cfg.json", "sae_weights.safetensors", "SHA256SUMS")
+"""What is uploaded of a dictionary: what SAELens loads, and its checksums."""
+_NAME = r"[\w-][\w.-]*"
+_FORMS = {"dataset_path": f"({_NAME}/)?{_NAME}", "training_architecture": _NAME, "context_size": r"\d+"}
+"""Forms of metadata that the card names. What has another form is not published."""
+_PLACE = re.compile(r"\\|~|(?<![\w./:-])/|\b\w:/|file:")
+"""In JSON: the absolute path of a folder, and any character that JSON escapes."""
 
 
 class Published(NamedTuple):
     """A dictionary that is to be uploaded."""
 
     folder: Path
+    """Where it was read."""
+    model: str
+    """Where its model is, which may be a folder of this machine."""
     cfg: SAEConfig
+    """As it is published."""
     cell: str
     """Its head: L2H0."""
 
@@ -64,22 +79,21 @@ class Push:
                 take.
             OSError: the hub cannot be reached, or refuses.
         """
-        from huggingface_hub import CommitOperationAdd, HfApi
         from huggingface_hub.utils import validate_repo_id
 
         validate_repo_id(self.repo)
-        saes = dictionaries_in(self.folder)
-        text = card(self.repo, saes, self._quality(saes))
-        files = {
-            f"{name}/{file}": sae.folder / file
-            for name, sae in saes.items()
-            for file in _FILES
-            if (sae.folder / file).is_file()
-        }
-        if self.dry_run:
-            return "\n".join([*files, "README.md", "", text])
+        with tempfile.TemporaryDirectory() as fresh:
+            saes = saved_anew(self.folder, Path(fresh))
+            text = card(self.repo, saes, self._quality(saes))
+            files = [f"{name}/{file}" for name in saes for file in _FILES]
+            if self.dry_run:
+                return "\n".join([*files, "README.md", "", text])
+            return self._upload({file: Path(fresh, file) for file in files} | {"README.md": text.encode()}, saes)
+
+    def _upload(self, files: Mapping[str, Path | bytes], saes: Mapping[str, Published]) -> str:
+        from huggingface_hub import CommitOperationAdd, HfApi
+
         additions = [CommitOperationAdd(path, file) for path, file in files.items()]
-        additions.append(CommitOperationAdd("README.md", text.encode()))
         api = HfApi()
         try:
             api.create_repo(self.repo, private=self.private or None, exist_ok=True)
@@ -100,17 +114,20 @@ class Push:
         for name, sae in saes.items():
             own = sae.own_name
             for label in (own.name, f"{own.parent.name}/{own.name}"):  # as `folder_labels` gives them
-                if row := rows.get((sae.cfg.metadata.model_name, sae.cell, label)):
+                if row := rows.get((sae.model, sae.cell, label)):
                     found[name] = row
         return found
 
 
-def dictionaries_in(folder: Path) -> dict[str, Published]:
-    """The dictionaries in or below a folder, by the names that they get in a repository. Each is loaded, to check it.
+def saved_anew(folder: Path, fresh: Path) -> dict[str, Published]:
+    """Load the dictionaries in or below a folder, and save each into `fresh`, under the name that it gets in a
+    repository. Returns them by these names.
 
     Raises:
-        ValueError: there is none, one is damaged or not of a head, or two have the same name.
+        ValueError: there is none, one is damaged or not of a head, two have the same name, or a name has other
+            characters than a path of letters and digits.
     """
+    from hookpoints.files import write_checksums
     from sae_lens_writesae.sae.load import load_sae
     from sae_lens_writesae.sae.target import HeadHook
 
@@ -120,28 +137,49 @@ def dictionaries_in(folder: Path) -> dict[str, Published]:
         if any(part.startswith(".") or part == "checkpoints" for part in parts):
             continue
         loaded = load_sae(file.parent)
-        sae = Published(file.parent, loaded.cfg, HeadHook.of(loaded).cell)
+        model, loaded.cfg.metadata = str(loaded.cfg.metadata.model_name), _told(loaded.cfg.metadata)
+        sae = Published(file.parent, model, loaded.cfg, HeadHook.of(loaded).cell)
         name = "/".join(parts[:-1] if parts[-1:] == ("sae",) else parts) or sae.own_name.name
         if name in found:
             raise ValueError(f"{found[name].folder} and {file.parent} would both be {name}: push them apart")
+        if not re.fullmatch(r"[\w./=+, -]+", name):
+            raise ValueError(f"{file.parent}: expected a name of letters and digits, got {name!r}; rename the folder")
+        loaded.save_model(fresh / name)
+        write_checksums(fresh / name, _FILES[:2])
         found[name] = sae
     if not found:
         raise ValueError(f"no dictionary lies in or below {folder} (looked for cfg.json)")
     return found
 
 
+def _told(metadata: SAEMetadata) -> SAEMetadata:
+    """Metadata without fields that name a place on this machine, or that do not have the form of their field."""
+    from hookpoints import embedded
+
+    forms = _FORMS | {"model_name": "|".join([f"{_NAME}/{_NAME}", *embedded.names()])}
+    return type(metadata)(
+        **{
+            field: value
+            for field, value in metadata.items()
+            if not _PLACE.search(json.dumps([field, value], ensure_ascii=False))
+            and re.fullmatch(forms.get(field, ".*"), str(value), re.DOTALL)
+        }
+    )
+
+
 def card(repo: str, saes: Mapping[str, Published], quality: Mapping[str, Mapping[str, Json]]) -> str:
     """The repository's README.md in Markdown: how to load, what each dictionary is, and what was measured of it."""
+    from huggingface_hub import ModelCardData
+
     first, *_ = saes
     metadata = saes[first].cfg.metadata
-    models = sorted({str(sae.cfg.metadata.model_name) for sae in saes.values()})
-    base = [f"base_model: {models[0]}"] if len(models) == 1 and models[0].count("/") == 1 else []
+    models = sorted({sae.cfg.metadata.model_name or "a local model" for sae in saes.values()})
+    base = models[0] if len(models) == 1 and "/" in models[0] else None
+    tags = ["sparse-autoencoder", "saelens", "writesae"]
     plugin = any("requires" in sae.cfg.metadata for sae in saes.values())
     lines = [
         "---",
-        "library_name: saelens",
-        "tags: [sparse-autoencoder, saelens, writesae]",
-        *base,
+        ModelCardData(library_name="saelens", tags=tags, base_model=base).to_yaml(),
         "---",
         "",
         f"# Dictionaries of what recurrent heads of {', '.join(models)} write",
@@ -152,16 +190,16 @@ def card(repo: str, saes: Mapping[str, Published], quality: Mapping[str, Mapping
         "```python",
         *["import sae_lens_writesae  # registers the architectures in SAELens (package sae-lens-writesae)"] * plugin,
         "from sae_lens import SAE",
-        f'sae = SAE.from_pretrained("{repo}", "{first}")',
+        f"sae = SAE.from_pretrained({repo!r}, {first!r})",
         "```",
         "",
         "In the model, with its error left out:",
         "",
         "```python",
         "from sae_lens_writesae import HookedSAERecurrent",
-        f'model = HookedSAERecurrent.from_pretrained("{metadata.model_name}")',
+        f"model = HookedSAERecurrent.from_pretrained({metadata.model_name or 'the folder of your model'!r})",
         'logits, cache = model.run_with_cache_with_saes("The people of the United States", saes=[sae])',
-        f'acts = cache["{metadata.hook_name}.hook_sae_acts_post"]  # [batch, token, atom]',
+        f"acts = cache[{f'{metadata.hook_name}.hook_sae_acts_post'!r}]  # [batch, token, atom]",
         "```",
         "",
         *_table(
@@ -205,7 +243,7 @@ def _measured(quality: Mapping[str, Json]) -> tuple[str, ...]:
         if recovered["low"] is not None:
             share += f" ({span(recovered['low'], recovered['high'])})"
     return (
-        str(quality["n_tokens"]),
+        str(int(cast(float, quality["n_tokens"]))),
         or_dash(quality["l0"]),
         or_dash(quality["explained"]),
         or_dash(quality["cosine"]),

@@ -34,7 +34,7 @@ from reliability import copies, damage, disks, interrupts, intruders, long, thre
 from small_saes import make_sae  # noqa: E402
 
 from hookpoints import embedded  # noqa: E402
-from hookpoints.checksums import write_checksums  # noqa: E402
+from hookpoints.files import write_checksums  # noqa: E402
 
 VERSIONS = ("torch", "transformers", "transformer-lens", "sae-lens", "safetensors", "tokenizers")
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from sae_lens.saes.sae import SAEMetadata
+from sealing import reseal
 
 from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
@@ -286,6 +287,7 @@ def test_two_folders_of_one_name_and_two_models_are_refused(
     other.mkdir()
     (other / "cfg.json").write_text(json.dumps(config))
     (other / "sae_weights.safetensors").write_bytes((sae_folder / "sae_weights.safetensors").read_bytes())
+    reseal(other)
     apart = run(capsys, "eval", "sign", sae_folder, other)
     assert apart.status == 2 and "another, embedded" in apart.err
 
@@ -357,6 +359,7 @@ def test_eval_all_goes_as_far_as_the_dictionary_allows(
     (silent / "cfg.json").write_text((sae_folder / "cfg.json").read_text())
     weights = load_file(sae_folder / "sae_weights.safetensors")
     save_file(weights | {"b_enc": weights["b_enc"] * 0 - 1e6}, silent / "sae_weights.safetensors")
+    reseal(silent)
     small = ["n_positions=4", "pairs=2", "new_tokens=2"]
     done = run(
         capsys, "eval", "all", silent, "--out", tmp_path / "out", "--sequences", 24, *COUNTS[2:], "--set", *small

@@ -3,11 +3,14 @@ needed; huggingface_hub and SAELens are the real ones."""
 
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
 import json
 import os
+import pickle
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,10 +21,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import yaml
 from sae_lens.saes.sae import SAEMetadata
+from sealing import reseal
 
 from sae_lens_writesae.cli import main
-from sae_lens_writesae.push import Push
+from sae_lens_writesae.push import Push, card, saved_anew
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.sae.load import CheckpointError
 
@@ -143,7 +148,83 @@ def test_the_card_has_the_measured_quality(folder: Path, tmp_path: Path, capsys:
     assert "No measured quality was saved for `L2H0/write-seed0`." in found
     assert found.startswith("L2H0/write-seed0/cfg.json\n") and "runner_cfg" not in found
     alone = Push(one, "me/saes", dry_run=True).run()
-    assert 'SAE.from_pretrained("me/saes", "write-seed0")' in alone
+    assert "SAE.from_pretrained('me/saes', 'write-seed0')" in alone
+
+
+@pytest.fixture
+def foreign(folder: Path, tmp_path: Path) -> Path:
+    """A dictionary that someone else made."""
+    return Path(shutil.copytree(folder / "L2H0/write-seed0/sae", tmp_path / "foreign"))
+
+
+def describe(foreign: Path, **metadata: object) -> None:
+    """Give the dictionary other metadata."""
+    config = json.loads((foreign / "cfg.json").read_text())
+    (foreign / "cfg.json").write_text(json.dumps(config | {"metadata": config["metadata"] | metadata}))
+    reseal(foreign)
+
+
+def published(foreign: Path, fresh: Path) -> tuple[dict[str, bytes], str]:
+    """What would be uploaded: the files of the dictionary by name, and the card."""
+    saes = saved_anew(foreign, fresh)
+    files = {file.name: file.read_bytes() for file in fresh.rglob("*") if file.is_file() and not file.is_symlink()}
+    return files, card("me/saes", saes, {})
+
+
+@pytest.mark.parametrize("kind", ["link", "pickle"])
+def test_what_is_beside_a_dictionary_is_not_published(foreign: Path, tmp_path: Path, kind: str) -> None:
+    """A link to a private key, and code, under a name that SAELens uploads."""
+    key = tmp_path / "id_ed25519"
+    key.write_text("PRIVATE KEY")
+    other = foreign / "sparsity.safetensors"
+    if kind == "link":
+        other.symlink_to(key)
+    else:
+        other.write_bytes(pickle.dumps(os.system))
+    assert "sparsity" not in Push(foreign, "me/saes", dry_run=True).run()
+    files, _ = published(foreign, tmp_path / "fresh")
+    assert files.keys() == {"cfg.json", "sae_weights.safetensors", "SHA256SUMS"}
+    assert b"PRIVATE KEY" not in b"".join(files.values())
+    (foreign / "cfg.json").unlink()
+    (foreign / "cfg.json").symlink_to(key)
+    with pytest.raises(CheckpointError, match=r"cfg\.json"):
+        Push(foreign, "me/saes", dry_run=True).run()
+
+
+@pytest.mark.parametrize(
+    "text", ['x")\nimport os\nos.system("true") #', "me/model\n---\nlicense: mit", "me/model: [", "a | b", "`x`"]
+)
+@pytest.mark.parametrize("field", ["model_name", "dataset_path", "training_architecture", "context_size"])
+def test_metadata_is_no_code_and_no_front_matter(foreign: Path, tmp_path: Path, field: str, text: str) -> None:
+    describe(foreign, **{field: text})
+    shown = Push(foreign, "me/saes", dry_run=True).run()
+    assert text not in shown and "os.system" not in shown and "license" not in shown
+    _, front, body = shown.split("---\n", 2)
+    assert yaml.safe_load(front).keys() <= {"library_name", "tags", "base_model"}
+    for block in re.findall("```python\n(.*?)```", body, re.DOTALL):
+        names = {node.func.attr for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)}  # type: ignore[attr-defined]
+        assert names <= {"from_pretrained", "run_with_cache_with_saes"}
+    files, _ = published(foreign, tmp_path / "fresh")
+    assert text not in str(json.loads(files["cfg.json"])["metadata"].get(field))
+
+
+@pytest.mark.parametrize("place", ["/home/secret", "~/secret", "C:\\me\\secret", "a /home/secret", "file:secret"])
+def test_no_place_on_this_machine_is_published(foreign: Path, tmp_path: Path, place: str) -> None:
+    """Names on the hub are, and addresses."""
+    told = {"dataset_path": "me/text", "from": "https://example.com/secret", "training_architecture": "writesae_topk"}
+    describe(foreign, model_name=place, given={"cache": [place]}, **{f"at {place}": 1}, **told)
+    files, text = published(foreign, tmp_path / "fresh")
+    metadata = json.loads(files["cfg.json"])["metadata"]
+    assert told.items() <= metadata.items()
+    assert "secret" not in text and "secret" not in str({**metadata, "from": ""}) and "me/text" in text
+    describe(foreign, model_name="me/model", given="none")
+    _, text = published(foreign, tmp_path / "again")
+    assert "base_model: me/model" in text and "HookedSAERecurrent.from_pretrained('me/model')" in text
+
+
+def test_a_name_that_no_path_has_is_refused(foreign: Path) -> None:
+    with pytest.raises(ValueError, match="rename"):
+        Push(foreign.rename(foreign.parent / 'x"); y'), "me/saes", dry_run=True).run()
 
 
 @pytest.mark.parametrize("repo", ["no spaces", "a/b/c"])

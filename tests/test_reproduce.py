@@ -171,6 +171,18 @@ def test_a_living_owner_is_told_from_a_dead_one(tmp_path):
     assert json.loads((tmp_path / ".owner").read_text()) == {"host": socket.gethostname(), "pid": os.getpid()}
 
 
+def test_a_link_as_owner_makes_and_fills_no_file(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".owner").symlink_to(tmp_path / "private")
+    for content in (None, ""):
+        if content is not None:
+            (tmp_path / "private").write_text(content)
+        with pytest.raises(ValueError, match=r"\.owner"):
+            own_run(tmp_path / "run")
+        assert (tmp_path / "private").exists() == (content is not None)
+    assert (tmp_path / "private").read_text() == ""
+
+
 def test_of_an_owner_on_another_machine_nothing_is_presumed(tmp_path):
     (tmp_path / ".owner").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
     with pytest.raises(ValueError, match="elsewhere"):

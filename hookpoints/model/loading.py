@@ -28,9 +28,8 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from hookpoints import embedded
-from hookpoints.checksums import check_checksums
 from hookpoints.errors import HookpointsError, UnknownModelError, UnsupportedModelError, nearest
-from hookpoints.files import check_json_size, read_json
+from hookpoints.files import SealedFolder, check_json_size, read_json
 from hookpoints.fla.checkpoints import load_checkpoint
 from hookpoints.fla.importing import MODEL_TYPES, import_fla, restore_auto_classes
 from hookpoints.model.refused import refuse_arguments
@@ -82,7 +81,7 @@ def load(
     empty = device is not None and torch.device(device).type == "meta"
     hf_kwargs = refuse_arguments(hf_kwargs)
     with _errors_name_files(name_or_path, source, hf_kwargs):
-        if Path(source).is_dir() and not empty:
+        if Path(name_or_path).is_dir() and not empty:  # of one that ships with the package, an installer may link files
             _check_files(Path(source))
         model = _model(name_or_path, source, dtype, revision, hf_kwargs, empty)
         _refuse_infinite(name_or_path, model)
@@ -141,10 +140,13 @@ def _model(
 
 
 def _check_files(folder: Path) -> None:
-    """Raise UnsupportedModelError, naming the file, where one that loading reads is broken; check its checksums.
+    """Raise UnsupportedModelError, naming the file, where one that loading reads is broken; ChecksumError where one is
+    a link, or is not what seals it.
 
-    Costs a look at the head of each weights file, and one reading of all files where there are checksums.
+    Costs a look at the head of each weights file, and one reading of all files where the folder is sealed.
     """
+    names = {file.name for file in folder.iterdir() if file.suffix in (".json", ".safetensors")}
+    SealedFolder(folder).check(names)
     for file in sorted(folder.glob("*.json")):  # those of the tokenizer too
         _read(check_json_size, file)
     for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME):
@@ -154,7 +156,7 @@ def _check_files(folder: Path) -> None:
         content = _read(read_json, file)
         shards = content.get("weight_map", {}) if name == SAFE_WEIGHTS_INDEX_NAME else {}
         for shard in {str(value) for value in (shards.values() if isinstance(shards, dict) else [shards])}:
-            if PurePath(shard).name != shard or not (folder / shard).is_file():  # names in files are data
+            if shard not in names:  # names in files are data
                 raise UnsupportedModelError(f"{file} names {shard!r}, which is no file of its folder")
     for file in sorted(folder.glob("model*.safetensors")):
         try:
@@ -162,7 +164,6 @@ def _check_files(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise UnsupportedModelError(f"{file} is cut short or broken: {error}") from error
-    check_checksums(folder)
 
 
 def _read(read: Callable[[Path], T], file: Path) -> T:

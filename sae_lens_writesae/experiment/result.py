@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from hookpoints.files import read_json
+from hookpoints.files import SealedFolder, read_json, write_checksums
 from sae_lens_writesae.files import named_errors, size_text
 from sae_lens_writesae.verdict.paper import PAPER_CLAIMS, Outcome
 from sae_lens_writesae.verdict.statistics import Estimate, estimate
@@ -23,7 +23,8 @@ from sae_lens_writesae.verdict.statistics import Estimate, estimate
 if TYPE_CHECKING:
     from sae_lens_writesae.experiment.evaluation import Evaluation
 
-_FORMAT = 2
+_FORMAT = 3
+"""Version of the files. Those of format 2 are not sealed, and are read still."""
 _INFO = "info.json"
 _LARGEST_TABLE = 2 * 10**9
 """Bytes. Tables of the paper's protocol have some megabytes."""
@@ -166,8 +167,8 @@ class Result:
         return estimate(difference, wide[clusters], seed=self.evaluation.seed)
 
     def save(self, folder: str | Path) -> Path:
-        """Write a folder with info.json and one parquet file a table. The folder appears whole: it is written aside,
-        then renamed, in the place of one that was there.
+        """Write a folder with info.json, one parquet file a table, and their checksums. The folder appears whole: it is
+        written aside, then renamed, in the place of one that was there.
 
         Raises:
             OSError: it cannot be written; names the folder.
@@ -189,6 +190,7 @@ class Result:
                 (aside / _INFO).write_text(text, encoding="utf-8")
                 for name, table in self.tables.items():
                     table.to_parquet(aside / f"{name}.parquet", index=False)
+                write_checksums(aside, sorted(file.name for file in aside.iterdir()))
                 aside.chmod(0o755)
                 if target.exists():
                     shutil.rmtree(target)
@@ -206,11 +208,12 @@ class Result:
             known: evaluations by name; `evaluations.load_result` passes all of them.
 
         Raises:
-            ValueError: the folder holds something else, is cut short, or is of a kind or format that this version does
-                not know; names the file.
+            ValueError: the folder holds something else, is cut short, was changed, has links, or is of a kind or format
+                that this version does not know; names the file.
         """
-        file = Path(folder) / _INFO
-        head = _head(file)
+        sealed = SealedFolder(Path(folder), ValueError)
+        head = _head(sealed)
+        file = sealed.folder / _INFO
         if head["kind"] not in known:
             raise ValueError(f"{file} is of the kind {head['kind']!r}; known here: {', '.join(known)}")
         evaluation_class = known[head["kind"]]
@@ -219,7 +222,7 @@ class Result:
             # Names in files are data: only declared tables are read, so that no path leaves the folder.
             raise ValueError(f"{file} names the tables {head['tables']}, but {head['kind']} has {names}")
         try:
-            tables = {name: _table(Path(folder) / f"{name}.parquet") for name in names}
+            tables = {name: _table(sealed.file(f"{name}.parquet")) for name in names}
             evaluation = evaluation_class.from_dict(head["settings"])
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} cannot be read as {head['kind']}: {error}") from error
@@ -250,13 +253,13 @@ def _table(file: Path) -> pd.DataFrame:
     return pd.read_parquet(file)
 
 
-def _head(file: Path) -> dict:
-    try:
-        head = read_json(file)
-    except FileNotFoundError:
-        raise ValueError(f"no result was saved in {file.parent}: it has no {_INFO}") from None
-    if head.get("format") != _FORMAT:
-        raise ValueError(f"{file} has format {head.get('format')}; this version reads format {_FORMAT}")
+def _head(folder: SealedFolder) -> dict:
+    file = folder.file(_INFO)
+    head = read_json(file)
+    if head.get("format") not in (2, _FORMAT):
+        raise ValueError(f"{file} has format {head.get('format')}; this version reads formats 2 and {_FORMAT}")
+    if head["format"] == _FORMAT:
+        folder.require()
     missing = {"kind", "settings", "tables", "skipped", "info"} - head.keys()
     if missing:
         raise ValueError(f"{file} lacks {', '.join(sorted(missing))}")

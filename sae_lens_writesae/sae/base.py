@@ -24,7 +24,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, SAEConfig
 from torch import Tensor, nn
 
-from hookpoints.checksums import write_checksums
+from hookpoints.files import write_checksums
 from sae_lens_writesae.atom import sparse
 from sae_lens_writesae.atom.low_rank import Index, LowRank
 from sae_lens_writesae.choices import Decoder, Encoder

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hookpoints.files import read_json
-from sae_lens_writesae.sae.load import CheckpointError, load_sae
+from hookpoints.files import CHECKSUMS, SealedFolder, read_json
+from sae_lens_writesae.sae.load import CheckpointError, load_sealed
 from sae_lens_writesae.sae.target import RunnerConfig
 
 RUN_STATE_FILENAME = "run_state.safetensors"
@@ -94,14 +94,18 @@ def check_checkpoint(folder: Path, cfg: RunnerConfig) -> None:
     """Raise unless a run with this config can go on from `folder` as if it had never stopped.
 
     Raises:
-        CheckpointError: a file is missing or cut, or the checkpoint is of a run with other settings; names both.
+        CheckpointError: a file is missing, cut, changed or a link; or the checkpoint is of a run with other settings,
+            and both are named.
     """
-    load_sae(folder, training=True)
+    sealed = SealedFolder(folder, CheckpointError)
+    load_sealed(sealed, training=True)
     if not (folder / RUN_STATE_FILENAME).is_file():
         raise CheckpointError(
             f"{folder / RUN_STATE_FILENAME} does not exist: not a checkpoint of WriteSAETrainingRunner, so that a run "
             "cannot go on from it as if it had not stopped. SAELens' own runner may resume it"
         )
+    sealed.require()
+    sealed.check(file.name for file in folder.iterdir() if file.name != CHECKSUMS)
     _check_same(folder / RUNNER_CFG_FILENAME, cfg)
     _read_json(folder / ACTIVATION_SCALER_CFG_FILENAME)
     for name in (ACTIVATIONS_STORE_STATE_FILENAME, RUN_STATE_FILENAME):

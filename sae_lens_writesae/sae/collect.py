@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, Recurrence
+from hookpoints.files import file_hash
 from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.files import atomic_text, atomic_write, free_bytes, size_text
 from sae_lens_writesae.sae.collection import (
@@ -35,7 +36,6 @@ from sae_lens_writesae.sae.collection import (
     Source,
     check_same,
     check_shard,
-    file_hash,
     index_text,
     read_index,
     shard_name,
@@ -264,7 +264,7 @@ class _Run:
         for number, name in enumerate(names):
             file, known = self.folder / name, by_name.get(name)
             if file.exists():
-                check_shard(file, contents, number, known.bytes if known else None)
+                check_shard(self.folder, contents, number, known.bytes if known else None)
                 found[number] = known or ShardFile(name, file.stat().st_size, file_hash(file))
         return found
 

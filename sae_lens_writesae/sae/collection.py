@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, Recurrence
-from hookpoints.files import read_json
+from hookpoints.files import SealedFolder, plain_file, read_json
 from sae_lens_writesae.sae.target import HeadTarget, Target
 
 INDEX = "index.json"
@@ -258,10 +258,12 @@ class Factors(NamedTuple):
 
 class Collection:
     """A whole collection on disk. `collect` (in `sae.collect`) makes one, `Collection.open` reads one. Nothing is read
-    before it is asked for, and files are mapped, not copied."""
+    before it is asked for, and files are mapped, not copied. When something is first asked for, each shard is read
+    once and its hash compared; CollectionError names one that was changed."""
 
     def __init__(self, folder: Path, contents: Contents, shards: Sequence[ShardFile]):
         self.folder, self.contents, self.shards = folder, contents, tuple(shards)
+        self._sealed = SealedFolder(folder, CollectionError, {shard.file: shard.sha256 for shard in shards})
         self._mapped: dict[str, Mapped] = {}
 
     @classmethod
@@ -273,12 +275,13 @@ class Collection:
         dtype: FactorDtype | None = None,
         verify: bool = False,
     ) -> Self:
-        """Open a collection after a check of its files: names, sizes, and that each shard is of this collection.
+        """Open a collection after a check of its files: names, sizes, and that each shard is of this collection. Hashes
+        are compared when shards are first mapped.
 
         Args:
             model: refuse a collection of another model, revision, dtype or tokenizer. Cost: a pass over the weights.
             dtype: refuse a collection whose factors have another dtype.
-            verify: read every shard, and compare its hash.
+            verify: compare the hashes now. Cost: one reading of every shard.
 
         Raises:
             CollectionError: a file is missing, cut, changed or foreign, the collection is not finished, or it is not
@@ -292,10 +295,12 @@ class Collection:
                 "Run collect with the same settings to go on"
             )
         for number, shard in enumerate(shards):
-            check_shard(folder / shard.file, contents, number, shard.bytes)
-            if verify and file_hash(folder / shard.file) != shard.sha256:
-                raise CollectionError(f"{folder / shard.file} was changed after it was written: its hash differs")
+            if shard.file != shard_name(number):  # names in files are data
+                raise CollectionError(f"{folder / INDEX}: expected {shard_name(number)}, got {shard.file!r}")
+            check_shard(folder, contents, number, shard.bytes)
         opened = cls(folder, contents, shards)
+        if verify:
+            opened._sealed.check()
         if model is not None:
             contents.source.check(folder / INDEX, Source.of(model))
         if dtype is not None:
@@ -402,7 +407,7 @@ class Collection:
         if name not in self._mapped:
             parts = []
             for shard in self.shards:
-                with safe_open(self.folder / shard.file, framework="pt") as file:
+                with safe_open(self._sealed.file(shard.file), framework="pt") as file:
                     parts.append(file.get_tensor(name))
             self._mapped[name] = Mapped(parts)
         return self._mapped[name]
@@ -429,9 +434,7 @@ def read_index(folder: Path) -> tuple[Contents, list[ShardFile]]:
     Raises:
         CollectionError: there is no index, or it is cut or of another version.
     """
-    file = folder / INDEX
-    if not file.is_file():
-        raise CollectionError(f"{file} does not exist: {folder} holds no collection")
+    file = plain_file(folder, INDEX, CollectionError)
     try:
         index: Any = read_json(file)
         version = index["contents"]["format"]
@@ -446,10 +449,9 @@ def index_text(contents: Contents, shards: Sequence[ShardFile]) -> str:
     return json.dumps({"contents": asdict(contents), "shards": [each._asdict() for each in shards]}, indent=1)
 
 
-def check_shard(file: Path, contents: Contents, shard: int, size: int | None = None) -> None:
-    """Raise CollectionError unless `file` is whole and that shard of this collection. Reads its header alone."""
-    if not file.is_file() or file.name != shard_name(shard):
-        raise CollectionError(f"{file} does not exist or is not shard {shard}; collect it again")
+def check_shard(folder: Path, contents: Contents, shard: int, size: int | None = None) -> None:
+    """Raise CollectionError unless that shard of this collection is there and whole. Reads its header alone."""
+    file = plain_file(folder, shard_name(shard), CollectionError)
     found = file.stat().st_size
     if size is not None and found != size:
         raise CollectionError(f"{file} has {found} bytes, and {size} were written: cut short; delete and collect it")
@@ -480,11 +482,6 @@ def check_same(file: Path, there: Mapping[str, object], asked: Mapping[str, obje
         raise CollectionError(f"{file} is of another collection ({'; '.join(differing)}); name another folder")
 
 
-def file_hash(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def tensor_hash(value: Tensor) -> str:
     return hashlib.sha256(_bytes(value)).hexdigest()
 
@@ -501,7 +498,3 @@ def _tokenizer_hash(model: HookedRecurrent) -> str | None:
     if isinstance(said, dict):  # set anew by each call
         said |= {"padding": None, "truncation": None}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _product(shape: Sequence[int]) -> int:
-    return math.prod(shape)

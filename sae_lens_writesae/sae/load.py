@@ -17,9 +17,8 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, TrainingSAE
 from safetensors import SafetensorError, safe_open
 
-from hookpoints.checksums import check_checksums
-from hookpoints.errors import ChecksumError, nearest
-from hookpoints.files import read_json
+from hookpoints.errors import nearest
+from hookpoints.files import SealedFolder, read_json
 from sae_lens_writesae.sae.base import MatrixSAE, MatrixSAEConfig
 
 _BESIDE_FIELDS = {"architecture", "metadata"}
@@ -41,20 +40,24 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
 
     Raises:
         CheckpointError: something is missing, truncated, not finite, belongs to another architecture, is a field that
-            the config does not have, or is not what the checksums in the folder say.
+            the config does not have, is a link, or is not what `SHA256SUMS` in the folder says. This package saves that
+            file with each of its autoencoders, so a missing one is an error too.
     """
-    folder = Path(path)
-    file = folder / SAE_CFG_FILENAME
-    config = _read_config(file)
+    return load_sealed(SealedFolder(Path(path), CheckpointError), device, dtype, training=training)
+
+
+def load_sealed(folder: SealedFolder, device: str = "cpu", dtype: str | None = None, *, training: bool) -> MatrixSAE:
+    """As `load_sae`, from a folder of which other files are read too."""
+    file = folder.folder / SAE_CFG_FILENAME
+    config = _read_config(folder)
     pair = _classes(file, config, training)
+    if issubclass(pair[1], MatrixSAEConfig):
+        folder.require()
     _check_fields(file, config, pair[1])
     expected = _expected(file, config | {"device": "meta"}, *pair)
-    _check_weights(folder / SAE_WEIGHTS_FILENAME, config, expected)
+    _check_weights(folder.file(SAE_WEIGHTS_FILENAME), config, expected)
     try:
-        check_checksums(folder)
-        sae = (TrainingSAE if training else SAE).load_from_disk(folder, device=device, dtype=dtype)
-    except ChecksumError as error:
-        raise CheckpointError(str(error)) from error
+        sae = (TrainingSAE if training else SAE).load_from_disk(folder.folder, device=device, dtype=dtype)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{file} describes no autoencoder ({type(error).__name__}: {error}).") from error
     return cast(MatrixSAE, sae)
@@ -71,7 +74,7 @@ def sae_folders(path: Path) -> list[Path]:
     files = sorted(path.rglob(SAE_CFG_FILENAME))
     inside = [file.parent for file in files if "checkpoints" not in file.parts and _visible(file.relative_to(path))]
     if not inside:
-        _read_config(path / SAE_CFG_FILENAME)  # says what there is
+        _read_config(SealedFolder(path, CheckpointError))  # says what there is
     return inside
 
 
@@ -87,14 +90,15 @@ def folder_labels(folders: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [f"{folder.parent.name}/{folder.name}" for folder in own]
 
 
-def _read_config(file: Path) -> dict[str, object]:
-    if not file.is_file():
+def _read_config(folder: SealedFolder) -> dict[str, object]:
+    file = folder.folder / SAE_CFG_FILENAME
+    if not file.exists():
         inside = sorted(p.name for p in file.parent.iterdir()) if file.parent.is_dir() else "no such folder"
         raise CheckpointError(
             f"{file} does not exist; {file.parent} holds: {inside}. Give the folder of an SAE, or one that holds some."
         )
     try:
-        config = read_json(file)
+        config = read_json(folder.file(SAE_CFG_FILENAME))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{error}. Export the SAE again.") from error
     if "architecture" not in config:
@@ -143,8 +147,6 @@ def _expected(
 
 
 def _check_weights(file: Path, config: dict[str, object], expected: dict[str, torch.Size]) -> None:
-    if not file.is_file():
-        raise CheckpointError(f"{file} does not exist.")
     try:
         with safe_open(file, framework="pt") as weights:
             tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118

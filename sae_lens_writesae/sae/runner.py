@@ -40,7 +40,7 @@ from torch import Tensor
 from transformer_lens import HookedRootModule
 
 from hookpoints import HookedRecurrent, embedded
-from hookpoints.checksums import CHECKSUMS, write_checksums
+from hookpoints.files import CHECKSUMS, write_checksums
 from sae_lens_writesae.choices import MetricName
 from sae_lens_writesae.files import named_errors
 from sae_lens_writesae.sae.buffer import MixingBuffer
@@ -53,6 +53,7 @@ from sae_lens_writesae.sae.checkpoint import (
 )
 from sae_lens_writesae.sae.collection import INDEX, Collection, CollectionError
 from sae_lens_writesae.sae.half_life import half_lives
+from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.losses import Loss
 from sae_lens_writesae.sae.metric import METRIC_FILENAME, Metric, put_in_metric
 from sae_lens_writesae.sae.metric_fit import fit_metrics
@@ -531,7 +532,7 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
 def _initial_sae(cfg: RunnerConfig) -> TrainingSAE[Any]:
     """What training begins with, as SAELens makes it."""
     if cfg.from_pretrained_path is not None:
-        return TrainingSAE.load_from_disk(cfg.from_pretrained_path, cfg.device)
+        return cast("TrainingSAE[Any]", load_sae(cfg.from_pretrained_path, cfg.device, training=True))
     return TrainingSAE.from_dict(TrainingSAEConfig.from_dict(cfg.get_training_sae_cfg_dict()).to_dict())
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sealing import reseal
 from small_saes import HOOK, exact_sae, make_sae, planted
 
 from sae_lens_writesae.errors import NothingToMeasureError
@@ -232,12 +233,15 @@ def test_results_with_foreign_names_are_refused(world, tmp_path):
     folder = result_of("substitution", world).save(tmp_path / "r")
     head = json.loads((folder / "info.json").read_text())
     (folder / "info.json").write_text(json.dumps(head | {"tables": ["../../outside"]}))
+    reseal(folder)
     with pytest.raises(ValueError, match="info"):
         load_result(folder)
     (folder / "info.json").write_text(json.dumps(head | {"kind": "unheard"}))
+    reseal(folder)
     with pytest.raises(ValueError, match="unheard"):
         load_result(folder)
     (folder / "info.json").write_text("[" * 100_000)
+    reseal(folder)
     with pytest.raises(ValueError, match="info"):
         load_result(folder)
 

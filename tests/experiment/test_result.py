@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from made_up import FAILS, HOLDS, made_up
+from sealing import damages, reseal
 
 from sae_lens_writesae import page as page_folder
 from sae_lens_writesae.evaluations import load_result
@@ -24,7 +25,7 @@ def result() -> Result:
 def test_a_saved_folder_is_whole_and_has_nothing_beside_it(result: Result, tmp_path: Path) -> None:
     folder = result.save(tmp_path / "deep" / "result")
     assert [p.name for p in folder.parent.iterdir()] == ["result"]
-    assert sorted(p.name for p in folder.iterdir()) == ["example.parquet", "firings.parquet", "info.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["SHA256SUMS", "example.parquet", "firings.parquet", "info.json"]
     loaded = load_result(folder)
     assert (loaded.info, loaded.evaluation, loaded.skipped) == (result.info, result.evaluation, None)
     pd.testing.assert_frame_equal(loaded.tables["firings"], result.tables["firings"])
@@ -54,11 +55,50 @@ def test_load_says_what_is_wrong(result: Result, tmp_path: Path) -> None:
         load_result(tmp_path)
     folder = result.save(tmp_path / "result")
     (folder / "firings.parquet").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="firings"):
+        load_result(folder)
+    reseal(folder)
     with pytest.raises(ValueError, match="substitution"):
         load_result(folder)
     (folder / "info.json").write_text('{"cut')
+    reseal(folder)
     with pytest.raises(ValueError, match="JSON"):
         load_result(folder)
+
+
+def test_a_damaged_folder_is_told(result: Result, tmp_path: Path) -> None:
+    """Or what it gives is the same: a label that differs by one letter is a valid label."""
+    few = replace(result, tables={name: table[:12] for name, table in result.tables.items()})
+    folder = few.save(tmp_path / "result")
+    silent = []
+    for what in damages(folder, ["SHA256SUMS", "info.json"], 200):
+        try:
+            found = load_result(folder)
+        except ValueError as error:
+            assert str(folder) in str(error)
+        else:
+            same = (found.info, found.evaluation) == (few.info, few.evaluation)
+            silent += [what] * (not same or not all(found.tables[name].equals(few.tables[name]) for name in few.tables))
+    assert not silent
+    for name in ("SHA256SUMS", "firings.parquet", "info.json"):
+        data = (folder / name).read_bytes()
+        (folder / name).unlink()
+        with pytest.raises(ValueError, match=name):
+            load_result(folder)
+        (tmp_path / name).write_bytes(data)
+        (folder / name).symlink_to(tmp_path / name)
+        with pytest.raises(ValueError, match=name):
+            load_result(folder)
+        (folder / name).unlink()
+        (folder / name).write_bytes(data)
+
+
+def test_results_of_the_format_before_are_read(result: Result, tmp_path: Path) -> None:
+    """They have no seal."""
+    folder = result.save(tmp_path / "result")
+    (folder / "SHA256SUMS").unlink()
+    (folder / "info.json").write_text((folder / "info.json").read_text().replace('"format": 3', '"format": 2'))
+    assert load_result(folder).info == result.info
 
 
 def test_tables_are_checked(result: Result) -> None:

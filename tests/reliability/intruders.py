@@ -17,8 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
+from sealing import reseal
 
 from hookpoints import HookedRecurrent, embedded
+from hookpoints.files import CHECKSUMS
 from reliability.disks import checkpoints, collection, evaluation
 from reliability.interrupts import fresh
 from sae_lens_writesae.evaluations import load_result
@@ -47,6 +49,13 @@ def _model(work: Path) -> Path:
 
 def _rewrite(file: Path, **fields: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    _reseal(file.parent)
+
+
+def _reseal(folder: Path) -> None:
+    """A stranger's seal is of what the stranger wrote."""
+    if (folder / CHECKSUMS).exists():
+        reseal(folder)
 
 
 def code_of_a_model(work: Path, mark: Path) -> None:
@@ -88,8 +97,8 @@ def weights_outside(work: Path, mark: Path) -> None:
 def pickled_dictionary(work: Path, mark: Path) -> None:
     """A pickle under the name of the dictionary's weights."""
     checkpoints(fresh(), work)
-    (work / "sae" / "SHA256SUMS").unlink()
     (work / "sae" / "sae_weights.safetensors").write_bytes(pickle.dumps(_Evil(mark)))
+    _reseal(work / "sae")
     load_sae(work / "sae")
 
 
@@ -101,8 +110,8 @@ def pickled_checkpoint(work: Path, mark: Path) -> None:
     model = fresh()
     checkpoints(model, work)
     folder = sorted(work.glob(f"run/*/*/{TRAINER_STATE_FILENAME}"))[0].parent
-    (folder / "SHA256SUMS").unlink()
     torch.save({"n": _Evil(mark)}, folder / TRAINER_STATE_FILENAME)
+    _reseal(folder)
     sizes = {"training_tokens": 640, "train_batch_size_tokens": 64, "context_size": 32, "n_batches_in_buffer": 4}
     sizes |= {"store_batch_size_prompts": 4, "lr_warm_up_steps": 2, "n_checkpoints": 3}
     how = {"checkpoint_path": str(work / "run"), "is_dataset_tokenized": True, "verbose": False}
@@ -146,12 +155,14 @@ def large_table(work: Path, mark: Path) -> None:
     with pq.ParquetWriter(file, rows.schema) as writer:
         for _ in range(100 // len(names) + 1):
             writer.write_table(rows)
+    _reseal(folder)
     load_result(folder)
     mark.touch()  # it was read
 
 
 def _large(file: Path) -> None:
-    """Two gigabytes of zeros that take no room on the disk."""
+    """Two gigabytes of zeros that take no room on the disk. Without a seal, which would be compared first."""
+    (file.parent / CHECKSUMS).unlink(missing_ok=True)
     with file.open("r+b") as opened:
         opened.truncate(2 * 10**9)
 

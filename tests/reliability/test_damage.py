@@ -8,7 +8,7 @@ import pytest
 from small_saes import make_sae
 
 from hookpoints import embedded
-from hookpoints.checksums import write_checksums
+from hookpoints.files import write_checksums
 from reliability import damage
 
 

@@ -14,6 +14,7 @@ from sae_lens import SAE, TrainingSAE
 from sae_lens.evals import get_featurewise_weight_based_metrics
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig, TrainStepInput
 from safetensors.torch import load_file, save_file
+from sealing import reseal
 
 import sae_lens_writesae as W
 from sae_lens_writesae import sae as S
@@ -385,23 +386,26 @@ def saved(tmp_path: Path) -> Path:
 def edit_config(folder: Path, **fields: Any) -> None:
     cfg = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps(cfg | fields))
+    reseal(folder)
 
 
 def test_missing_files_are_named(saved: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere/cfg.json does not exist.*no such folder"):
         W.load_sae(saved / "nowhere")
     (saved / "sae_weights.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"sae_weights.safetensors does not exist"):
+    with pytest.raises(CheckpointError, match=r"sae_weights.safetensors.*does not exist"):
         W.load_sae(saved)
 
 
 def test_truncated_files_are_named(saved: Path) -> None:
     weights = saved / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-40])
+    reseal(saved)  # as each of these tests does, to reach what is checked after the seal
     with pytest.raises(CheckpointError, match=r"sae_weights.safetensors cannot be read as safetensors"):
         W.load_sae(saved)
     config = saved / "cfg.json"
     config.write_text(config.read_text()[:50])
+    reseal(saved)
     with pytest.raises(CheckpointError, match=r"cfg.json is cut short"):
         W.load_sae(saved)
 
@@ -431,13 +435,16 @@ def test_foreign_weights_are_named(saved: Path) -> None:
     weights = saved / "sae_weights.safetensors"
     state = load_file(weights)
     save_file(state | {"extra": torch.zeros(1)}, weights)
+    reseal(saved)
     with pytest.raises(CheckpointError, match=r"has \['extra'\]"):
         W.load_sae(saved)
     state["w"][3] = float("nan")
     save_file(state, weights)
+    reseal(saved)
     with pytest.raises(CheckpointError, match=r"sae_weights.safetensors: 'w' holds NaN"):
         W.load_sae(saved)
     (saved / "cfg.json").write_text("[]")
+    reseal(saved)
     with pytest.raises(CheckpointError, match=r"cfg.json holds list"):
         W.load_sae(saved)
 
@@ -454,8 +461,31 @@ def test_a_changed_number_is_told_by_its_checksum(saved: Path) -> None:
         (saved / name).write_bytes(whole[saved / name])
     W.load_sae(saved)
     edit_config(saved, seqpos_slice=[None], metadata={"model_name": "moved"})
-    (saved / "SHA256SUMS").unlink()  # edited on purpose
     with pytest.raises(CheckpointError, match="seqpos_slice"):
+        W.load_sae(saved)
+
+
+def test_a_seal_that_is_missing_or_short_is_told(saved: Path) -> None:
+    """A stock autoencoder of SAELens has none, and loads."""
+    seal = saved / "SHA256SUMS"
+    lines = seal.read_text().splitlines(keepends=True)
+    for kept in ("", "\n", lines[0], lines[1], "".join(lines) + lines[0].replace("cfg", "other").replace("sae_", "x")):
+        seal.write_text(kept)
+        with pytest.raises(CheckpointError, match=str(saved)):
+            W.load_sae(saved)
+    seal.unlink()
+    with pytest.raises(CheckpointError, match="SHA256SUMS"):
+        W.load_sae(saved)
+    reseal(saved)
+    W.load_sae(saved)
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors", "SHA256SUMS"])
+def test_links_are_refused(saved: Path, tmp_path: Path, name: str) -> None:
+    """To the very file that was there: a link may lead to what its author cannot read."""
+    (saved / name).rename(tmp_path.parent / f"{tmp_path.name}-{name}")
+    (saved / name).symlink_to(tmp_path.parent / f"{tmp_path.name}-{name}")
+    with pytest.raises(CheckpointError, match=name):
         W.load_sae(saved)
 
 

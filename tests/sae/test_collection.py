@@ -14,6 +14,8 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from sealing import damages
+from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.sae.checkpoint import RUN_STATE_FILENAME
@@ -143,8 +145,53 @@ def test_a_changed_number_is_found_by_its_hash(copy):
     data = bytearray(file.read_bytes())
     data[-100] ^= 1
     file.write_bytes(data)
-    Collection.open(copy)
     refused(copy, shard_name(6), verify=True)
+    opened = Collection.open(copy)
+    for read in (lambda: opened.tokens, lambda: opened.rows(LAYER, HEAD), lambda: opened.factors(LAYER, 3)):
+        with pytest.raises(CollectionError, match=file.name):
+            read()
+
+
+def read(folder: Path) -> list[Tensor]:
+    """Everything that a collection gives."""
+    found = Collection.open(folder)
+    both = [found.recurrence(LAYER, head) for head in (HEAD, 3)]
+    factors = [x for recurrence in both for x in vars(recurrence).values() if isinstance(x, Tensor)]
+    return [found.tokens, *factors, *(recurrence.states() for recurrence in both)]
+
+
+def test_a_damaged_collection_is_told(copy):
+    """Or what it gives is the same: a number that differs by one bit is a valid number."""
+    whole = read(copy)
+    names = [*(shard_name(number) for number in range(10)), INDEX]
+    silent, told = [], 0
+    for what in damages(copy, names, 220):
+        try:
+            found = read(copy)
+        except CollectionError as error:
+            assert str(copy) in str(error)
+            told += 1
+        else:
+            silent += [what] * (not all(map(torch.equal, found, whole)))
+    assert not silent and told > 200
+    assert all(map(torch.equal, read(copy), whole))
+
+
+def test_no_shard_lies_elsewhere(copy):
+    """Not by its name in the index, and not by a link."""
+    shutil.copytree(copy, copy.parent / "elsewhere")
+    index = json.loads((copy / INDEX).read_text())
+    index["shards"][3]["file"] = f"../elsewhere/{shard_name(3)}"
+    (copy / INDEX).write_text(json.dumps(index))
+    refused(copy, INDEX)
+    shutil.copy(copy.parent / "elsewhere" / INDEX, copy)
+    for name in (shard_name(3), INDEX):
+        (copy / name).unlink()
+        (copy / name).symlink_to(copy.parent / "elsewhere" / name)
+        refused(copy, name)
+        (copy / name).unlink()
+        shutil.copy(copy.parent / "elsewhere" / name, copy)
+    assert Collection.open(copy, verify=True)
 
 
 def test_other_versions_and_other_files_are_refused(copy):

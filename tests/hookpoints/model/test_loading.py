@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import types
 import warnings
 
@@ -15,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hookpoints import HookedRecurrent, UnknownModelError, UnsupportedModelError
-from hookpoints.checksums import write_checksums
 from hookpoints.errors import ChecksumError
+from hookpoints.files import write_checksums
 from hookpoints.model import loading
 from hookpoints.model.config import RecurrentLayer
 from hookpoints.model.layout import find_layout
@@ -159,12 +160,47 @@ def test_a_large_file_is_refused_before_it_is_read(checkpoint, name):
         loading.load(str(checkpoint))
 
 
+NAMES = ("config.json", "generation_config.json", "model.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
+def test_a_seal_lists_every_file_that_is_read(checkpoint):
+    """Emptied or shortened it would pass everything. Most models have none."""
+    loading.load(str(checkpoint))
+    for kept in ((), NAMES[:1], NAMES[1:], NAMES[:2]):
+        write_checksums(checkpoint, kept)
+        with pytest.raises(ChecksumError, match=str(checkpoint)):
+            loading.load(str(checkpoint))
+    write_checksums(checkpoint, NAMES)
+    loading.load(str(checkpoint))
+
+
+@pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
+@pytest.mark.parametrize("name", NAMES)
+def test_links_are_followed_within_the_cache_of_the_hub_only(checkpoint, tmp_path_factory, name):
+    """There a file of a snapshot is a link to a blob, which may be a link to a blob that several models share."""
+    hub = tmp_path_factory.mktemp("hub")
+    snapshot, shared = hub / "models--a--b" / "snapshots" / "0", hub / "blobs" / "11" / "1"
+    blob = hub / "models--a--b" / "blobs" / "1"
+    for folder in (blob.parent, shared.parent):
+        folder.mkdir(parents=True)
+    shutil.copytree(checkpoint, snapshot)
+    (snapshot / name).rename(shared)
+    blob.symlink_to("../../blobs/11/1")
+    (snapshot / name).symlink_to("../../blobs/1")
+    loading.load(str(snapshot))
+    (checkpoint / name).unlink()
+    (checkpoint / name).symlink_to(shared)
+    with pytest.raises(ChecksumError, match=name):
+        loading.load(str(checkpoint))
+
+
 @pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
 def test_checksums_are_of_files_of_their_folder(checkpoint):
     """A right one of a file elsewhere is refused too: names in files are data."""
-    file = write_checksums(checkpoint, ["config.json"])
+    file = write_checksums(checkpoint, NAMES)
     loading.load(str(checkpoint))
-    file.write_text(file.read_text().replace("config.json", f"../{checkpoint.name}/config.json"))
+    file.write_text(file.read_text().replace("model.", f"../{checkpoint.name}/model."))
     with pytest.raises(ChecksumError, match="SHA256SUMS"):
         loading.load(str(checkpoint))
 
@@ -196,7 +232,7 @@ def test_no_field_of_a_model_is_called_misspelt(any_hf):
 
 @pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
 def test_checksums_tell_a_changed_weight(checkpoint):
-    write_checksums(checkpoint, ["config.json", "model.safetensors"])
+    write_checksums(checkpoint, NAMES)
     loading.load(str(checkpoint))
     _change(checkpoint, lambda tensors: tensors[ADDED].add_(1e-3))
     with pytest.raises(ChecksumError, match=r"model\.safetensors"):

@@ -1,0 +1,53 @@
+"""Folders that someone else may have written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hookpoints.errors import ChecksumError
+from hookpoints.files import SealedFolder, plain_file, write_checksums
+
+
+def test_only_regular_files_of_the_folder_are_plain(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    for each in (folder, outside):
+        each.mkdir()
+        (each / "a").write_text("text")
+    (tmp_path / "here").symlink_to(folder)  # the folder itself may be one: its reader named it
+    assert plain_file(folder, "a").read_text() == plain_file(tmp_path / "here", "a").read_text() == "text"
+    (folder / "link").symlink_to("a")
+    (folder / "loop").symlink_to("loop")
+    (folder / "nowhere").symlink_to("x")
+    (folder / "linked").symlink_to(outside)
+    (folder / "below").mkdir()
+    os.mkfifo(folder / "pipe")
+    wrong = ["link", "loop", "nowhere", "linked/a", "below", "below/../a", "pipe", "../outside/a", "", "x"]
+    for name in (*wrong, str(outside / "a"), str(folder)):
+        with pytest.raises(ChecksumError, match="regular file"):
+            plain_file(folder, name)
+
+
+def test_a_file_is_compared_once_and_then_taken_as_read(tmp_path: Path) -> None:
+    """Reading it again would double the cost of a large one."""
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    write_checksums(tmp_path, ["a", "b"])
+    sealed = SealedFolder(tmp_path)
+    assert sealed.file("a").read_text() == "a"
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("other")
+    assert sealed.file("a") == tmp_path / "a"
+    for read in (lambda: sealed.file("b"), sealed.check, lambda: SealedFolder(tmp_path).file("a")):
+        with pytest.raises(ChecksumError, match="SHA-256"):
+            read()
+
+
+def test_a_folder_without_a_seal_is_refused_where_one_was_written(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    sealed = SealedFolder(tmp_path, ValueError)
+    assert sealed.file("a") == tmp_path / "a"
+    with pytest.raises(ValueError, match="SHA256SUMS"):
+        sealed.require()

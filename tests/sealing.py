@@ -1,0 +1,51 @@
+"""Sealed folders: sealing one again after an edit on purpose, and damaging one."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from reliability.damage import damaged
+
+from hookpoints.files import CHECKSUMS, write_checksums
+
+
+def reseal(folder: Path) -> None:
+    """As one who edited a file on purpose."""
+    write_checksums(folder, sorted(file.name for file in folder.iterdir() if file.is_file() and file.name != CHECKSUMS))
+
+
+def damages(folder: Path, names: list[str], n: int, seed: int = 0) -> Iterator[str]:
+    """Damage a folder n times, each time anew: a bit of a file is flipped, its end is cut off, two files change places,
+    or an entry of the seal is dropped or gets another name. Yields what was done."""
+    draw = random.Random(seed)
+    whole = {name: (folder / name).read_bytes() for name in names}
+    for number in range(n):
+        file = draw.choice(names)
+        changed, what = {file: damaged(whole[file], draw)[0]}, "changed"
+        if number % 4 == 1 and len(names) > 2:
+            other = draw.choice([name for name in names if whole[name] != whole[file]])
+            changed, what = {file: whole[other], other: whole[file]}, f"swapped with {other}"
+        if number % 4 == 3:
+            (file,), what = [name for name in names if name in (CHECKSUMS, "index.json")], "an entry of the seal"
+            changed = {file: _unsealed(whole[file], draw)}
+        for name, data in changed.items():
+            (folder / name).write_bytes(data)
+        yield f"{number}: {file}, {what}"
+        for name in changed:
+            (folder / name).write_bytes(whole[name])
+
+
+def _unsealed(seal: bytes, draw: random.Random) -> bytes:
+    index = json.loads(seal) if seal.startswith(b"{") else None
+    entries = seal.decode().splitlines() if index is None else [json.dumps(each) for each in index["shards"]]
+    at, other = draw.sample(range(len(entries)), 2)
+    names = [re.split(r'  |"file": "|", "bytes', entry)[1] for entry in entries]
+    renamed = entries[at].replace(names[at], draw.choice([names[other], "x", f"../elsewhere/{names[at]}"]))
+    entries[at : at + 1] = draw.choice([[], [renamed]])
+    if index is None:
+        return "".join(f"{entry}\n" for entry in entries).encode()
+    return json.dumps(index | {"shards": [json.loads(entry) for entry in entries]}).encode()
