@@ -33,8 +33,8 @@ def plain_file(folder: Path, name: str, error: type[ValueError] = ChecksumError)
     """
     inside = Path(os.path.realpath(folder))
     file = Path(os.path.realpath(inside / name))
-    repository = next((each.parent for each in inside.parents if each.name == "snapshots"), None)
-    blobs = () if repository is None else (repository / "blobs", repository.parent / "blobs")
+    snapshots = [each for each in inside.parents if each.name == "snapshots"]
+    blobs = [place / "blobs" for each in snapshots for place in (each.parent, each.parents[1])]
     own = file == inside / name and file.is_relative_to(inside)
     if not file.is_file() or not (own or any(map(file.is_relative_to, blobs))):
         found = "a link, a folder or a path outside" if os.path.lexists(folder / name) else "none: it does not exist"
@@ -50,9 +50,8 @@ def file_hash(file: Path) -> str:
 
 def write_checksums(folder: Path, names: Iterable[str]) -> Path:
     """Seal files of ``folder``. Costs one reading of each."""
-    lines = [f"{file_hash(folder / name)}  {name}\n" for name in names]
     file = folder / CHECKSUMS
-    file.write_text("".join(lines), encoding="utf-8")
+    file.write_text("".join(f"{file_hash(folder / name)}  {name}\n" for name in names), encoding="utf-8")
     return file
 
 
@@ -74,8 +73,6 @@ class SealedFolder:
         self.folder, self.error = folder, error
         self.sums = self._read() if sums is None and os.path.lexists(folder / CHECKSUMS) else sums
         self._whole: set[str] = set()
-        for name in self.sums or ():
-            plain_file(folder, name, error)
 
     def _read(self) -> dict[str, str]:
         file = plain_file(self.folder, CHECKSUMS, self.error)
@@ -84,7 +81,7 @@ class SealedFolder:
         sums: dict[str, str] = {}
         for line in lines or [""]:
             match = _LINE.fullmatch(line)
-            if match is None:
+            if match is None or not os.path.lexists(self.folder / match[2]):
                 raise self.error(f"{file}: expected lines of a SHA-256 and the name of a file beside it, got {line!r}")
             sums[match[2]] = match[1]
         return sums

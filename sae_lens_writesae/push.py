@@ -79,6 +79,7 @@ class Push:
                 take.
             OSError: the hub cannot be reached, or refuses.
         """
+        from huggingface_hub import CommitOperationAdd, HfApi
         from huggingface_hub.utils import validate_repo_id
 
         validate_repo_id(self.repo)
@@ -88,20 +89,16 @@ class Push:
             files = [f"{name}/{file}" for name in saes for file in _FILES]
             if self.dry_run:
                 return "\n".join([*files, "README.md", "", text])
-            return self._upload({file: Path(fresh, file) for file in files} | {"README.md": text.encode()}, saes)
-
-    def _upload(self, files: Mapping[str, Path | bytes], saes: Mapping[str, Published]) -> str:
-        from huggingface_hub import CommitOperationAdd, HfApi
-
-        additions = [CommitOperationAdd(path, file) for path, file in files.items()]
-        api = HfApi()
-        try:
-            api.create_repo(self.repo, private=self.private or None, exist_ok=True)
-            commit = api.create_commit(self.repo, additions, commit_message=f"Upload {', '.join(saes)}")
-        except OSError:
-            raise
-        except Exception as error:  # of the HTTP client, whose classes belong to none of these
-            raise OSError(f"{self.repo} was not uploaded to {api.endpoint}: {error}") from error
+            additions = [CommitOperationAdd(file, Path(fresh, file)) for file in files]
+            additions.append(CommitOperationAdd("README.md", text.encode()))
+            api = HfApi()
+            try:
+                api.create_repo(self.repo, private=self.private or None, exist_ok=True)
+                commit = api.create_commit(self.repo, additions, commit_message=f"Upload {', '.join(saes)}")
+            except OSError:
+                raise
+            except Exception as error:  # of the HTTP client, whose classes belong to none of these
+                raise OSError(f"{self.repo} was not uploaded to {api.endpoint}: {error}") from error
         return str(commit.commit_url)
 
     def _quality(self, saes: Mapping[str, Published]) -> dict[str, Mapping[str, Json]]:

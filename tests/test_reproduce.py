@@ -177,7 +177,7 @@ def test_a_link_as_owner_makes_and_fills_no_file(tmp_path):
     for content in (None, ""):
         if content is not None:
             (tmp_path / "private").write_text(content)
-        with pytest.raises(ValueError, match=r"\.owner"):
+        with pytest.raises(OSError, match=r"\.owner"):
             own_run(tmp_path / "run")
         assert (tmp_path / "private").exists() == (content is not None)
     assert (tmp_path / "private").read_text() == ""

@@ -135,12 +135,10 @@ def own_run(folder: Path, *, unlock: bool = False) -> None:
     """Make this process, and what it becomes, the owner of a run; the operating system frees a run whose owner dies.
 
     Raises:
-        ValueError: its owner lives, or was on another machine, of which this one cannot tell; or `.owner` is a link.
+        ValueError: its owner lives, or was on another machine, of which this one cannot tell.
+        OSError: `.owner` is a link, which could lead to a file of another folder, or cannot be written.
     """
-    try:
-        file = os.open(folder / ".owner", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        raise ValueError(f"{folder / '.owner'}: expected a file to write, got {error.strerror}; delete it") from error
+    file = os.open(folder / ".owner", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     owner, here = os.read(file, 1000).decode(), socket.gethostname()
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

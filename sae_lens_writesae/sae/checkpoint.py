@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,17 +11,16 @@ from typing import cast
 
 import torch
 from sae_lens.constants import (
-    ACTIVATION_SCALER_CFG_FILENAME,
-    ACTIVATIONS_STORE_STATE_FILENAME,
     RUNNER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
     TRAINER_STATE_FILENAME,
 )
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hookpoints.files import CHECKSUMS, SealedFolder, read_json
-from sae_lens_writesae.sae.load import CheckpointError, load_sealed
+from sae_lens_writesae.sae.load import CheckpointError, load_sae
 from sae_lens_writesae.sae.target import RunnerConfig
 
 RUN_STATE_FILENAME = "run_state.safetensors"
@@ -97,30 +97,25 @@ def check_checkpoint(folder: Path, cfg: RunnerConfig) -> None:
         CheckpointError: a file is missing, cut, changed or a link; or the checkpoint is of a run with other settings,
             and both are named.
     """
-    sealed = SealedFolder(folder, CheckpointError)
-    load_sealed(sealed, training=True)
+    load_sae(folder, training=True)
     if not (folder / RUN_STATE_FILENAME).is_file():
         raise CheckpointError(
             f"{folder / RUN_STATE_FILENAME} does not exist: not a checkpoint of WriteSAETrainingRunner, so that a run "
             "cannot go on from it as if it had not stopped. SAELens' own runner may resume it"
         )
+    sealed = SealedFolder(folder, CheckpointError)
     sealed.require()
-    sealed.check(file.name for file in folder.iterdir() if file.name != CHECKSUMS)
+    for name in sorted({*os.listdir(folder)} - {CHECKSUMS, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME}):
+        sealed.file(name)  # `load_sae` checked the others
     _check_same(folder / RUNNER_CFG_FILENAME, cfg)
-    _read_json(folder / ACTIVATION_SCALER_CFG_FILENAME)
-    for name in (ACTIVATIONS_STORE_STATE_FILENAME, RUN_STATE_FILENAME):
-        try:
-            load_file(folder / name)
-        except (SafetensorError, OSError) as error:
-            raise _cut(folder / name, error) from error
     try:
         torch.load(folder / TRAINER_STATE_FILENAME, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises whatever its damaged instructions lead to
-        raise _cut(folder / TRAINER_STATE_FILENAME, error) from error
+    except Exception as error:  # a stranger's pickle raises whatever its instructions lead to
+        raise CheckpointError(f"{folder / TRAINER_STATE_FILENAME} cannot be read ({error})") from error
 
 
 def _check_same(file: Path, cfg: RunnerConfig) -> None:
-    there, now = _read_json(file), cast("dict[str, object]", json.loads(json.dumps(cfg.to_dict())))
+    there, now = read_json(file), cast("dict[str, object]", json.loads(json.dumps(cfg.to_dict())))
     pairs = [(name, there.get(name), now.get(name)) for name in _SAME]
     before, after = there.get("sae"), now["sae"]
     if isinstance(before, dict) and isinstance(after, dict):
@@ -129,14 +124,3 @@ def _check_same(file: Path, cfg: RunnerConfig) -> None:
         raise CheckpointError(
             f"{file} is of a run with other settings ({'; '.join(differing)}); resume with the same, or begin anew"
         )
-
-
-def _read_json(file: Path) -> dict[str, object]:
-    try:
-        return read_json(file)
-    except (OSError, ValueError) as error:
-        raise _cut(file, error) from error
-
-
-def _cut(file: Path, error: object) -> CheckpointError:
-    return CheckpointError(f"{file} is missing, cut short or broken ({error}); resume from an earlier checkpoint")

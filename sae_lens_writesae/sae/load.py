@@ -43,11 +43,7 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
             the config does not have, is a link, or is not what `SHA256SUMS` in the folder says. This package saves that
             file with each of its autoencoders, so a missing one is an error too.
     """
-    return load_sealed(SealedFolder(Path(path), CheckpointError), device, dtype, training=training)
-
-
-def load_sealed(folder: SealedFolder, device: str = "cpu", dtype: str | None = None, *, training: bool) -> MatrixSAE:
-    """As `load_sae`, from a folder of which other files are read too."""
+    folder = SealedFolder(Path(path), CheckpointError)
     file = folder.folder / SAE_CFG_FILENAME
     config = _read_config(folder)
     pair = _classes(file, config, training)
