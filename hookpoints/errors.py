@@ -38,7 +38,7 @@ class UnsupportedModelError(HookpointsError, ValueError):
 
 
 class ChecksumError(HookpointsError, ValueError):
-    """A file is not the one that the checksums of its folder were made from."""
+    """A file is a link, lies outside its folder, or is not the one that the checksums of the folder list."""
 
 
 class SelfCheckError(HookpointsError, RuntimeError):

@@ -103,6 +103,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sae = WriteTopKSAE(WriteTopKSAEConfig(d_in=64 * 32, d_k=64, d_sae=16, k=2, metadata=metadata))
         sae.save_model(root / f"L2H{head}/write-seed0/sae")
         (root / f"L2H{head}/write-seed0/sae/runner_cfg.json").write_text("{}")
+    (root / "private").write_text("PRIVATE KEY")
+    (root / "L2H1/write-seed0/sae/sparsity.safetensors").symlink_to(root / "private")
     return root
 
 
@@ -134,6 +136,7 @@ for name in ("L2H0/write-seed0", "L2H1/write-seed0"):
         for file in ("cfg.json", "sae_weights.safetensors", "SHA256SUMS")
     }
     assert set(Hub.repositories["me/saes"]) == names | {"README.md"}
+    assert b"PRIVATE KEY" not in b"".join(Hub.repositories["me/saes"].values())
 
 
 def test_the_card_has_the_measured_quality(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
