@@ -63,8 +63,8 @@ class SealedFolder:
         sums: SHA-256 by name, where another file than ``SHA256SUMS`` seals the folder.
 
     Raises:
-        ChecksumError, or ``error``: ``SHA256SUMS`` is damaged or empty, or lists a file that is missing. Where there is
-            no ``SHA256SUMS``, the folder is not sealed.
+        ChecksumError, or ``error``: ``SHA256SUMS`` is damaged, or lists a file that is missing. Where there is no
+            ``SHA256SUMS``, the folder is not sealed; where it is empty, no file can be read.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class SealedFolder:
         with file.open("rb") as opened:
             lines = opened.read(LARGEST_JSON).decode("utf-8", "replace").splitlines()
         sums: dict[str, str] = {}
-        for line in lines or [""]:
+        for line in lines:
             match = _LINE.fullmatch(line)
             if match is None or not os.path.lexists(self.folder / match[2]):
                 raise self.error(f"{file}: expected lines of a SHA-256 and the name of a file beside it, got {line!r}")
