@@ -82,7 +82,10 @@ class SealedFolder:
         for line in lines:
             match = _LINE.fullmatch(line)
             if match is None or not os.path.lexists(self.folder / match[2]):
-                raise self.error(f"{file}: expected lines of a SHA-256 and the name of a file beside it, got {line!r}")
+                raise self.error(
+                    f"{file}: expected lines of a SHA-256 and the name of a file beside it, got {line!r}: the list is "
+                    "damaged, or that file is missing. Fetch or save the folder again"
+                )
             sums[match[2]] = match[1]
         return sums
 

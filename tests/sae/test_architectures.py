@@ -393,7 +393,7 @@ def test_missing_files_are_named(saved: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere/cfg.json does not exist.*no such folder"):
         W.load_sae(saved / "nowhere")
     (saved / "sae_weights.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"sae_weights.safetensors.*does not exist"):
+    with pytest.raises(CheckpointError, match=r"sae_weights.safetensors.* is missing"):
         W.load_sae(saved)
 
 
