@@ -41,14 +41,12 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
     Raises:
         CheckpointError: something is missing, truncated, not finite, belongs to another architecture, is a field that
             the config does not have, is a link, or is not what `SHA256SUMS` in the folder says. This package saves that
-            file with each of its autoencoders, so a missing one is an error too.
+            file with each of its autoencoders; SAELens' own uploader leaves it out, and nothing is verified then.
     """
     folder = SealedFolder(Path(path), CheckpointError)
     file = folder.folder / SAE_CFG_FILENAME
     config = _read_config(folder)
     pair = _classes(file, config, training)
-    if issubclass(pair[1], MatrixSAEConfig):
-        folder.require()
     _check_fields(file, config, pair[1])
     expected = _expected(file, config | {"device": "meta"}, *pair)
     _check_weights(folder.file(SAE_WEIGHTS_FILENAME), config, expected)

@@ -465,8 +465,8 @@ def test_a_changed_number_is_told_by_its_checksum(saved: Path) -> None:
         W.load_sae(saved)
 
 
-def test_a_seal_that_is_missing_or_short_is_told(saved: Path) -> None:
-    """A stock autoencoder of SAELens has none, and loads."""
+def test_a_seal_that_is_empty_or_short_is_told(saved: Path) -> None:
+    """SAELens' own uploader leaves the seal out; such a folder loads."""
     seal = saved / "SHA256SUMS"
     lines = seal.read_text().splitlines(keepends=True)
     for kept in ("", "\n", lines[0], lines[1], "".join(lines) + lines[0].replace("cfg", "other").replace("sae_", "x")):
@@ -474,9 +474,6 @@ def test_a_seal_that_is_missing_or_short_is_told(saved: Path) -> None:
         with pytest.raises(CheckpointError, match=str(saved)):
             W.load_sae(saved)
     seal.unlink()
-    with pytest.raises(CheckpointError, match="SHA256SUMS"):
-        W.load_sae(saved)
-    reseal(saved)
     W.load_sae(saved)
 
 
