@@ -5,7 +5,12 @@ seconds; while this module is loaded, the package leaves that to the commands.
 """
 
 import io
+import runpy
 import sys
+from pathlib import Path
+
+# By its path: importing it would load hookpoints, and with it torch.
+runpy.run_path(str(Path(__file__).with_name("hookpoints") / "_waiting.py"))
 
 
 def main() -> None:

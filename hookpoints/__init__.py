@@ -5,6 +5,7 @@ The names that most programs need. Everything else is imported from its own modu
 layout), ``hookpoints.hooks.table`` and ``hookpoints.edits``.
 """
 
+import hookpoints._waiting  # before torch loads  # noqa: F401
 from hookpoints import embedded, errors
 from hookpoints.edits.edit import EditRow, WriteEdit
 from hookpoints.edits.session import EditSession

@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 if "writesae" not in sys.modules:
+    import hookpoints  # noqa: F401  (first: it settles how threads wait, before torch loads)
     from sae_lens_writesae.atom.low_rank import LowRank
     from sae_lens_writesae.evaluations import EVALUATIONS, Evaluation, Result, load_result
     from sae_lens_writesae.evaluations.substitution import Substitution

@@ -15,6 +15,7 @@ from hookpoints.errors import EditError
 from hookpoints.layer.context import Backend, current, scope
 from hookpoints.model.inputs import as_tokens, cache_argument, cache_of, check_tokens, position_inputs
 from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.scopes import threads_for
 
 if TYPE_CHECKING:
     from hookpoints.model.recurrent import HookedRecurrent
@@ -59,7 +60,8 @@ class EditSession:
         self.model, self.tokens = model, tokens
         self._outer_plans = current(model.attachment).plans
         names = [f"blocks.{layer}.hook_resid_pre" for layer in model.cfg.recurrent_layers]
-        with torch.no_grad(), model.recording() as self._record:
+        self._weights = sum(weight.numel() for weight in model.hf_model.parameters())
+        with torch.no_grad(), threads_for(tokens.numel() * self._weights), model.recording() as self._record:
             self.logits, cache = model.run_with_cache(tokens, names_filter=names)
         """[1,T,vocab] logits of the plain pass."""
         self._residual = {layer: cache[name] for layer, name in zip(model.cfg.recurrent_layers, names, strict=True)}
@@ -144,13 +146,11 @@ class EditSession:
         # Tokens, not the residual stream: some models hand the embeddings to later blocks again.
         inputs["input_ids"] = tokens
         # Upstream's torch ops pad to chunks of 64 tokens: four times the work for the 17 of a substitution test.
-        short = tokens.device.type == "cpu" and stop - start < 64
-        backend: Backend | None = "recurrence" if short else None
-        plans = (*self._outer_plans, plan)
-        entering = None if residual is None else residual.expand(len(rows), -1, -1)
+        backend: Backend | None = "recurrence" if tokens.device.type == "cpu" and stop - start < 64 else None
         with (
-            scope(model.attachment, plans=plans, first_token=start, backend=backend),
-            model.attachment.passing(layer, None, entering),
+            threads_for(tokens.numel() * self._weights),
+            scope(model.attachment, plans=(*self._outer_plans, plan), first_token=start, backend=backend),
+            model.attachment.passing(layer, None, None if residual is None else residual.expand(len(rows), -1, -1)),
         ):
             logits = model.hf_model(**inputs).logits
         plan.check_acted()
@@ -177,7 +177,7 @@ class EditSession:
         inputs: dict[str, object] = {} if self._prefix is None else {self._cache_name: self._prefix}
         where = torch.arange(self._prefix_length, start, device=self.tokens.device).unsqueeze(0)
         prefix_length, self._prefix, self._prefix_length = self._prefix_length, None, 0  # half advanced, if interrupted
-        with scope(self.model.attachment, plans=self._outer_plans):
+        with threads_for(where.numel() * self._weights), scope(self.model.attachment, plans=self._outer_plans):
             out = self.model.hf_model(
                 input_ids=self.tokens[:, prefix_length:start],
                 use_cache=True,

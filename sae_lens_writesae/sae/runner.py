@@ -60,7 +60,7 @@ from sae_lens_writesae.sae.metric_fit import fit_metrics
 from sae_lens_writesae.sae.store import CollectedRows, PairedActivationsStore, SeededStore
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig, Target, check_hook, head_target
 from sae_lens_writesae.sae.training import MatrixTrainingSAE, MatrixTrainingSAEConfig
-from sae_lens_writesae.sae.writes import Trainer, check_metric, on_factors, settle_b_dec
+from sae_lens_writesae.sae.writes import Trainer, check_metric, on_factors, settle_b_dec, step_threads
 
 MODEL_CLASS_NAME = "HookedRecurrent"
 """The `model_class_name` with which SAELens' runners load a hookpoints model."""
@@ -302,7 +302,8 @@ class Interrupts:
 
         def whole_step(batch: Tensor) -> object:
             self.in_step = True
-            output = step(batch)
+            with step_threads(trainer, batch.shape[1]):
+                output = step(batch)
             self.steps += 1
             return output
 

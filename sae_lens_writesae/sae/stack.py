@@ -24,7 +24,14 @@ from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.target import RunnerConfig
 from sae_lens_writesae.sae.topk import WriteTopKTrainingSAE, WriteTopKTrainingSAEConfig
 from sae_lens_writesae.sae.training import START_STEPS, MatrixTrainingSAE
-from sae_lens_writesae.sae.writes import Trainer, check_writes, settle_b_dec, train_on_writes, writes_trainer
+from sae_lens_writesae.sae.writes import (
+    Trainer,
+    check_writes,
+    settle_b_dec,
+    step_threads,
+    train_on_writes,
+    writes_trainer,
+)
 
 MAX_STACK = 32
 """Dictionaries of one stack: more save nothing, and would hold their activations [M,N,F] all at once."""
@@ -84,11 +91,9 @@ def train_many_on_writes(
             part = members[first : first + MAX_STACK]
             if key == (part[0],):
                 rows = writes[part[0]]
-                sae = train_on_writes(configs[part[0]], rows.keys, rows.values, metric=given[part[0]])
-                trained[part[0]] = sae
+                trained[part[0]] = train_on_writes(configs[part[0]], rows.keys, rows.values, metric=given[part[0]])
             else:
-                each = [(configs[n], writes[n], given[n]) for n in part]
-                trained |= dict(zip(part, _train_stack(each)))
+                trained |= dict(zip(part, _train_stack([(configs[n], writes[n], given[n]) for n in part])))
             say(len(trained))
     return [trained[n] for n in range(len(configs))]
 
@@ -102,8 +107,9 @@ def _train_stack(members: Sequence[tuple[RunnerConfig, LowRank, Metric | None]])
             trainers.append(writes_trainer(cfg, rows, metric))
             states.append(_random_state(device))
         stack = _Stack(trainers, states)
-        while trainers[0].n_training_samples < trainers[0].cfg.total_training_samples:
-            stack.step()
+        with step_threads(trainers[0], stack.cfg.d_k + stack.cfg.d_v, len(trainers)):
+            while trainers[0].n_training_samples < trainers[0].cfg.total_training_samples:
+                stack.step()
         for trainer in trainers:
             trainer.set_final_sae_metadata()
             settle_b_dec(trainer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
+from hookpoints.scopes import threads_for
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.metric import Metric, put_in_metric
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig
@@ -74,7 +75,7 @@ def train_on_writes(
                 return output
 
             trainer.step = reported
-        with _logged(cfg):
+        with _logged(cfg), step_threads(trainer, keys[0].numel() + values[0].numel()):
             trainer.fit()
         settle_b_dec(trainer)
     return trainer.sae if metric is None else metric.fold(trainer.sae)
@@ -88,6 +89,12 @@ def writes_trainer(cfg: RunnerConfig, writes: LowRank, metric: Metric | None = N
     if metric is not None:
         put_in_metric(trainer, metric)
     return trainer
+
+
+def step_threads(trainer: Trainer, width: int, stacked: int = 1) -> AbstractContextManager[None]:
+    """The threads of a training step on rows [N,width], of ``stacked`` dictionaries; see `hookpoints.scopes`."""
+    cfg, rows = trainer.sae.cfg, stacked * trainer.cfg.train_batch_size_samples
+    return threads_for(rows * cfg.d_sae * (width if width >= cfg.d_in or cfg.is_factored else cfg.d_in))
 
 
 def check_writes(cfg: RunnerConfig, keys: Tensor, values: Tensor, metric: Metric | None) -> None:

@@ -1,0 +1,176 @@
+"""How threads wait, and how many of them small work takes on a CPU."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import hookpoints._waiting
+from hookpoints import EditSession, HookedRecurrent, WriteEdit, scopes
+from hookpoints import embedded as shipped
+from hookpoints.scopes import threads_for
+from sae_lens_writesae import text_dataset, train, train_many_on_writes, train_on_writes, training_config
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.sae.writes import step_threads
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+NUMBERS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def set_when_torch_loads(code: str, **given: str) -> dict[str, str]:
+    """The variables about threads at the moment a fresh process that runs ``code`` begins to load torch."""
+    ask = f"""
+import os, sys
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print({{each: os.environ[each] for each in {(*WAITING, *NUMBERS)} if each in os.environ}})
+            os._exit(sys.stdout.flush() or 0)
+sys.meta_path.insert(0, Stop())
+{code}
+raise SystemExit("torch was not loaded")
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in (*WAITING, *NUMBERS)} | given
+    done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+    return eval(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import hookpoints.rwkv7",
+        "import sae_lens_writesae.sae",
+        "import writesae; sys.argv = ['writesae', 'hooks', 'embedded']; writesae.main()",
+    ],
+)
+def test_threads_sleep_while_they_wait(code: str) -> None:
+    assert set_when_torch_loads(code) == {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7"), ("KMP_BLOCKTIME", "0")]
+)
+def test_the_users_own_way_of_waiting_stays(name: str, value: str) -> None:
+    assert set_when_torch_loads("import hookpoints", **{name: value}) == {name: value}
+
+
+def test_the_users_own_number_of_threads_stays() -> None:
+    found = set_when_torch_loads("import hookpoints", OMP_NUM_THREADS="3")
+    assert found == {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "3"}
+
+
+def test_nothing_is_set_once_torch_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    runpy.run_path(hookpoints._waiting.__file__)
+    assert os.environ == before
+
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where the user has chosen nothing."""
+    for name in NUMBERS:
+        monkeypatch.delenv(name, raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_small_work_has_one_thread_until_its_scope_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    with threads_for(scopes.SMALL_WORK):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    with pytest.raises(KeyError), threads_for(1):
+        raise KeyError
+    assert torch.get_num_threads() == 2
+    with threads_for(2 * scopes.SMALL_WORK):
+        assert torch.get_num_threads() == 2
+    for name in NUMBERS:
+        monkeypatch.setenv(name, "2")
+        with threads_for(1):
+            assert torch.get_num_threads() == 2
+        monkeypatch.delenv(name)
+    torch.set_num_threads(1)
+    with threads_for(2 * scopes.SMALL_WORK):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_edited_row_has_one_thread(model: HookedRecurrent, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    watch = model.hf_model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    session = EditSession(model, tokens[:1])
+    rows = [WriteEdit(model.cfg.recurrent_layers[0], 0, 3, mode="delete")]
+    one = session.run(rows).logits
+    assert seen == [1, 1, 1] and torch.get_num_threads() == 2  # plain pass, the pass up to the edit, the edited row
+    monkeypatch.setattr(scopes, "SMALL_WORK", 0)
+    assert_close(session.run(rows).logits, one)
+    assert seen[-1] == 2
+    watch.remove()
+
+
+def config(model: HookedRecurrent, **changes: Any) -> Any:
+    options: dict[str, Any] = {"training_tokens": 128, "train_batch_size_tokens": 64, "context_size": 32}
+    options |= {"store_batch_size_prompts": 2, "n_batches_in_buffer": 4, "verbose": False} | changes
+    return training_config(model, 2, 1, d_sae=24, sae={"k": 2}, **options)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_small_training_steps_have_one_thread_and_a_seed_gives_the_same_weights(
+    embedded: HookedRecurrent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = LowRank.rank_one(torch.randn(300, 64), torch.randn(300, 32))
+    cfg, seen = config(embedded), []
+    step = torch.optim.Adam.step
+
+    def watched(self: torch.optim.Adam, closure: Any = None) -> Any:
+        seen.append(torch.get_num_threads())
+        return step(self, closure)
+
+    def weights() -> list[Tensor]:
+        trained = [train_on_writes(cfg, rows.keys, rows.values), *train_many_on_writes([cfg, cfg], [rows, rows])]
+        trained.append(train(cfg, embedded, text_dataset(shipped.text("train")[:9000])))
+        return [parameter.detach() for sae in trained for parameter in sae.parameters()]
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    assert all(torch.equal(one, again) for one, again in zip(weights(), weights(), strict=True))
+    assert seen == [1] * 12 and torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_exception_in_training_leaves_the_threads_as_they_were(embedded: HookedRecurrent) -> None:
+    def stop(*_: object) -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        train_on_writes(config(embedded), torch.randn(300, 1, 64), torch.randn(300, 1, 32), stop)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(
+    ("width", "factored", "stacked", "threads"),
+    [(96, True, 1, 1), (96, True, 32, 2), (96, False, 1, 2), (2048, True, 1, 2)],
+)
+def test_the_size_of_a_step(width: int, factored: bool, stacked: int, threads: int) -> None:
+    """512 rows and 512 atoms of 64 x 32: small on factors, not as matrices nor 32 times."""
+    cfg = SimpleNamespace(d_in=2048, d_sae=512, is_factored=factored)
+    rows = SimpleNamespace(train_batch_size_samples=512)
+    trainer: Any = SimpleNamespace(sae=SimpleNamespace(cfg=cfg), cfg=rows)
+    with step_threads(trainer, width, stacked):
+        assert torch.get_num_threads() == threads
