@@ -2,8 +2,8 @@
 
 Run ``python benchmarks/families.py [--out docs]``. Ways of doing one thing are timed in turn, round after round, in one
 process (``recurrence.timed``); ratios are medians over rounds, times minima. Before an upstream op is timed, its
-outputs must be the chunked scan's. ``--out`` gets the page, benchmarks.md, its numbers, benchmarks.json, and
-images/growth.png.
+outputs must be the chunked scan's. ``--out`` gets the page, benchmarks.md, and its numbers, benchmarks.json; then
+``python scripts/pictures.py growth.png`` draws its picture.
 """
 
 from __future__ import annotations
@@ -142,7 +142,6 @@ def plot(lines: dict[str, dict[int, float]], sizes: dict[str, int], path: Path) 
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
@@ -192,7 +191,7 @@ def main() -> None:
     parser.add_argument("--T", type=int, default=1024)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, help="folder for the page, its numbers and its plot")
+    parser.add_argument("--out", type=Path, help="folder for the page and its numbers")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
@@ -205,7 +204,6 @@ def main() -> None:
         results["growth"] = growth(sizes, max(options.rounds // 3, 2))
     print(markdown(results))
     if options.out:
-        plot(results["growth"], sizes, options.out / "images" / "growth.png")
         (options.out / "benchmarks.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         (options.out / "benchmarks.md").write_text(markdown(results), encoding="utf-8")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 import os
 import pkgutil
 import re
@@ -18,6 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 
+import pictures  # noqa: E402
 import results_page  # noqa: E402
 from docs_site import error_pages, evaluation_pages, hook_pages, texts  # noqa: E402
 
@@ -146,6 +148,41 @@ def test_links_between_written_pages_exist():
     for page in (ROOT / "docs").glob("*.md"):
         for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
             assert link.split("/")[0] in made or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_picture_is_made_by_the_script_and_shown():
+    shown = {
+        link.rpartition("/")[2]
+        for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+        for link in re.findall(r"!\[[^\]]*\]\(([^)]*images/[^)]+)\)", page.read_text())
+    }
+    assert shown == set(pictures.PICTURES) == {path.name for path in pictures.IMAGES.glob("*.png")}
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_a_picture_is_no_older_than_its_sources(name):
+    """`python scripts/pictures.py NAME` makes it again."""
+    assert pictures.PICTURES[name].files() and json.loads(pictures.SOURCES.read_text())[name] == pictures.note(name)
+
+
+def test_a_changed_source_is_told(tmp_path, monkeypatch):
+    """By content: a copy of the same files has the same fingerprint, whatever its times."""
+    picture = pictures.PICTURES["growth.png"]
+    for file in picture.files():
+        copy = tmp_path / file.relative_to(ROOT)
+        copy.parent.mkdir(parents=True)
+        copy.write_bytes(file.read_bytes())
+    before = picture.fingerprint()
+    monkeypatch.setattr(pictures, "ROOT", tmp_path)
+    assert picture.fingerprint() == before
+    with (tmp_path / "docs/benchmarks.json").open("a") as file:
+        file.write(" ")
+    assert picture.fingerprint() != before
+
+
+def test_the_page_of_results_begins_as_its_script_writes_it():
+    """Its tables are not in the repository, so that the script cannot make it here."""
+    assert (ROOT / "docs/results.md").read_text().startswith(f"{results_page.HEAD}\n\n## Verdicts")
 
 
 def test_no_page_needs_a_network():

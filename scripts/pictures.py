@@ -1,0 +1,124 @@
+"""Make the pictures of README and docs, and note in docs/images/sources.json what each was made from.
+
+    python scripts/pictures.py                 every picture; that of an atom needs Chromium on the PATH
+    python scripts/pictures.py growth.png      one of them
+
+`tests/test_docs.py` fails for a picture whose sources have changed since, and for one that this script does not make.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "docs" / "images"
+SOURCES = IMAGES / "sources.json"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+TUTORIAL = "tutorials/5_attention_of_recurrent_heads.ipynb"
+
+
+def attention(file: Path) -> None:
+    """The figure that tutorial 5 was saved with: the pattern of L3H4 of RWKV-7, and its last row."""
+    cells = json.loads((ROOT / TUTORIAL).read_text(encoding="utf-8"))["cells"]
+    (outputs,) = [cell["outputs"] for cell in cells if "A of L3H4" in "".join(cell["source"]) and "outputs" in cell]
+    (png,) = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    file.write_bytes(base64.b64decode("".join(png)))
+
+
+def growth(file: Path) -> None:
+    """Times of docs/benchmarks.json against length."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import families
+
+    measured = json.loads((ROOT / "docs/benchmarks.json").read_text(encoding="utf-8"))
+    lines = {name: {int(T): ms for T, ms in line.items()} for name, line in measured["growth"].items()}
+    width = int(next(iter(measured["operations"])).split()[0])
+    families.plot(lines, {"H": 4, "K": width, "V": width}, file)
+
+
+def atom(file: Path) -> None:
+    """The top of the page that `writesae show` makes: of twelve atoms, that of the one most like the writes."""
+    from hookpoints import HookedRecurrent, embedded
+    from sae_lens_writesae import load_sae, sample_sequences, text_dataset, train, training_config
+    from sae_lens_writesae.page.atoms import AtomPages, write_atom_pages
+
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        raise RuntimeError(f"atom.png: expected a browser on the PATH, one of {', '.join(BROWSERS)}; got none")
+    model = HookedRecurrent.from_pretrained("embedded").requires_grad_(False)
+    tokens = sample_sequences(model, embedded.text("test"), 128, 40)
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = {"d_sae": 256, "context_size": 128, "training_tokens": 50_000, "n_batches_in_buffer": 32}
+        cfg = training_config(model, 4, 0, **sizes, verbose=False)
+        train(cfg, model, text_dataset(embedded.text("train"))).save_inference_model(folder)
+        data = AtomPages(n_atoms=12, min_firings=30).collect(model, load_sae(folder), tokens, progress=False)
+        nearest = max(data.atoms, key=lambda page: page.cosines.at_firings.median)
+        page = write_atom_pages(data, folder).pages[nearest.atom]
+        command = [browser, "--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1280,900"]
+        subprocess.run([*command, f"--screenshot={file}", page.as_uri()], check=True, capture_output=True)
+
+
+class Picture(NamedTuple):
+    """How a picture is made, and of which files of the repository."""
+
+    make: Callable[[Path], None]
+    sources: tuple[str, ...]
+    """Files, or patterns of them."""
+
+    def files(self) -> list[Path]:
+        return sorted({file for pattern in self.sources for file in ROOT.glob(pattern)})
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the code that makes it and of its sources."""
+        total = hashlib.sha256(inspect.getsource(self.make).encode())
+        for file in self.files():
+            total.update(f"{file.relative_to(ROOT).as_posix()}\n".encode() + file.read_bytes())
+        return total.hexdigest()
+
+
+PICTURES = {
+    "attention.png": Picture(attention, (TUTORIAL,)),
+    "growth.png": Picture(growth, ("docs/benchmarks.json", "benchmarks/families.py")),
+    "atom.png": Picture(
+        atom,
+        (
+            "hookpoints/embedded/gdn/model.safetensors",
+            "sae_lens_writesae/page/atoms/*.*",
+            *(f"sae_lens_writesae/page/{name}" for name in ("*.css", "base.html", "template.py")),
+        ),
+    ),
+}
+
+
+def note(name: str) -> dict[str, str | list[str]]:
+    """What sources.json says of a picture as it is now."""
+    picture, png = PICTURES[name], (IMAGES / name).read_bytes()
+    return {
+        "sources": list(picture.sources),
+        "made from": picture.fingerprint(),
+        "picture": hashlib.sha256(png).hexdigest(),
+    }
+
+
+def main(names: list[str]) -> None:
+    """Make the pictures that are named, or all."""
+    notes = json.loads(SOURCES.read_text(encoding="utf-8")) if SOURCES.exists() else {}
+    for name in names or PICTURES:
+        PICTURES[name].make(IMAGES / name)
+        notes[name] = note(name)
+    notes = {name: notes[name] for name in PICTURES if name in notes}
+    SOURCES.write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
