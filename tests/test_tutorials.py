@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -12,6 +13,10 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import build_tutorials  # noqa: E402
+
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 MACHINE_PATH = re.compile(r"/(?:home|root|tmp|work|Users|mnt|opt|usr|var)/|[A-Z]:\\\\|site-packages")
 
@@ -46,10 +51,36 @@ def test_imports_public_names_only(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
-def test_installs_on_a_fresh_machine_and_names_a_larger_model(path):
+def test_text_is_whole_and_installs_from_a_clone(path):
+    """What `..` is to the folder of the notebooks has a pyproject.toml."""
+    assert build_tutorials.faults(nbformat.read(path, as_version=4)) == []
+    assert "%pip install -q ..\n" in build_tutorials.INSTALL and (path.parents[1] / "pyproject.toml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("The effect lasts for twenty tokens.\n\nThe effect lasts for twenty tokens.", "paragraph occurs twice"),
+        ("Which head to steer depends on how long it should last.OMS", "stray markup"),
+        ("how long it should last.**OMS**", "stray markup"),
+        ("PROSE_AT", "stray markup"),
+        ("A **register fires on one token.", "opened and not closed"),
+    ],
+)
+def test_a_garbled_text_is_found(text, fault):
+    cells = [nbformat.v4.new_code_cell(build_tutorials.INSTALL.rstrip()), nbformat.v4.new_markdown_cell(text)]
+    (found,) = build_tutorials.faults(nbformat.v4.new_notebook(cells=cells))
+    assert fault in found
+
+
+def test_another_install_cell_is_found():
+    cells = [nbformat.v4.new_code_cell("%pip install -q sae-lens-writesae")]
+    assert build_tutorials.faults(nbformat.v4.new_notebook(cells=cells)) == ["the first code cell is not INSTALL"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
+def test_names_a_larger_model(path):
     cells = nbformat.read(path, as_version=4).cells
-    first = next(cell.source for cell in cells if cell.cell_type == "code")
-    assert "importlib.util.find_spec" in first and "%pip install" in first
     assert any("Qwen/Qwen3.5-0.8B" in cell.source for cell in cells if cell.cell_type == "markdown")
 
 
