@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from dictionary_study import CONTEXT, HORIZON, POSITIONS, RECIPE, SEQUENCES
+from dictionary_study import CONTEXT, FITTED, HORIZON, POSITIONS, RECIPE, SEQUENCES, TRAINED
 from docs_site.texts import table
 
 from sae_lens_writesae.experiment.head_baselines import BASELINES
@@ -135,7 +135,7 @@ def by_family(study: Study) -> str:
 
 Leads over `writesae_topk` with as many parameters and one active atom too: over squared errors, or where it says so
 over the metric. It pays, which is to say that more intervals lie above 0 than below it and that the whole stream gains,
-with **{"; ".join(pays) or "nothing"}**. It does harm with **{"; ".join(harms) or "nothing"}**. As no option
+with **{"; ".join(pays) or "nothing"}**. It makes things worse with **{"; ".join(harms) or "nothing"}**. As no option
 wins everywhere, try them on a head of your own: `dictionary_quality` tells.
 
 {table(head, rows)}"""
@@ -165,9 +165,11 @@ def one_atom(study: Study) -> str:
     n = len(study.cells)
     return f"""## What one atom is worth
 
-Share of a deletion's effect that one atom takes back, in percent, with its interval over sequences. By point estimates,
+Share of a deletion's effect that one atom recovers, in percent, with its interval over sequences. By point estimates,
 the atom is ahead of the mean write of the token on {beaten[0]} of {n} heads, of the token pair on {beaten[1]}, and on
 {beaten[2]} of the vector quantiser, which picks one of {RECIPE["d_sae"]} rank-1 directions and scales it to the write.
+The terms are not equal: what needs no training is fitted by squared errors, on {FITTED * CONTEXT:,} of the
+{TRAINED * CONTEXT:,} writes that a dictionary sees. On equal terms a vector quantiser does as well as an atom.
 
 {table(head, rows)}"""
 
@@ -334,7 +336,7 @@ def summary(study: Study) -> str:
 HEAD = """# What a dictionary of writes is worth
 
 How far a trained atom exceeds what needs no training, and where the model's own metric pays. On each head, {SEQUENCES}
-held-out sequences of {CONTEXT} tokens with {POSITIONS} positions each: the write is exchanged, and the KL divergence
+held-out sequences of {CONTEXT} tokens with {POSITIONS} positions each: the write is replaced, and the KL divergence
 from the native next-token distributions is averaged over the {HORIZON} tokens after it. The *recovered share* is
 1 - sum KL / sum KL(deletion). All dictionaries are `writesae_topk` with {d_sae} atoms, {steps} steps of 128 writes at a
 learning rate of {lr}, and start from native writes, unless the name says otherwise. The heads are those whose writes do

@@ -48,6 +48,8 @@ from sae_lens_writesae.sae.writes import new_sae
 
 CONTEXT, SEQUENCES, POSITIONS, HORIZON = 128, 48, 6, 16
 """Tokens of a sequence; sequences tested; positions drawn in each; KL is the mean over t..t+HORIZON."""
+TRAINED, FITTED = 958, 128
+"""Sequences of the training text that a dictionary sees, and of them those that baselines are fitted on."""
 RECIPE: dict[str, object] = {
     "k": 1,
     "d_sae": 256,
@@ -156,7 +158,7 @@ def prepared(name: str, n_heads: int) -> list[Head]:
     """The heads of a model whose writes do most, at most two of a layer, with one pass over the training text."""
     model = HookedRecurrent.from_pretrained(name)
     tokens = sample_sequences(model, embedded.text("test"), CONTEXT, SEQUENCES)
-    train = sample_sequences(model, embedded.text("train"), CONTEXT, 958)
+    train = sample_sequences(model, embedded.text("train"), CONTEXT, TRAINED)
     effects = head_effects(model, train[:16]).groupby("layer").head(2).head(n_heads)
     cells = [(int(layer), int(head)) for layer, head in zip(effects["layer"], effects["head"])]
     rng = np.random.default_rng(0)
@@ -172,7 +174,7 @@ def prepared(name: str, n_heads: int) -> list[Head]:
             writes = LowRank(keys, values)
             lab = Lab(model, {"": initial(model, layer, head, RECIPE)}, tokens)
             sites = {int(str(n)): lab.site(int(str(n)), rows) for n, rows in units.groupby("sequence")}
-            text = np.concatenate([tokens_and_before(sequence) for sequence in train[:128]])
+            text = np.concatenate([tokens_and_before(sequence) for sequence in train[:FITTED]])
             fitted = HeadBaselines.fit(
                 writes.rows(slice(len(text))), text, n_codes=256, components=4, rng=np.random.default_rng(0)
             )

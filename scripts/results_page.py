@@ -1,11 +1,11 @@
 """Write docs/results.md: what became of every claim on the models that were evaluated.
 
-    writesae reproduce --model embedded --layers 4 --heads 1 --k 4 --d-sae 256 ... --out runs/gdn
-    writesae reproduce --model embedded-mamba2 --layers 6 --heads 7 --k 4 --d-sae 256 ... --out runs/mamba2
-    python scripts/results_page.py runs/gdn runs/mamba2
+    python scripts/results_run.py runs/results
+    python scripts/results_page.py runs/results
 
-Reads every result that `writesae reproduce`, `eval` or `demo` saved in or below the folders. All numbers of the page
-come from there, and the settings from the `config.json` that `reproduce` leaves.
+Reads every result that `results_run.py`, or `writesae reproduce`, `eval` or `demo`, saved in or below the folders. All
+numbers of the page come from there. Settings are on the page only for runs of `reproduce`, which leaves a
+`config.json`. The tables that the page in docs/ was made from are not in the repository.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 
 HEAD = """# Results on the models of the package
 
-What was evaluated, with the verdict that [rules fixed beforehand](verdicts.md) give; a dash says that nothing here
-answers the claim, which `writesae eval all` or `scripts/results_run.py` would. The models have 2.3 to 2.4 M parameters,
-and the dictionaries are small and trained for a minute at most. A claim that fails here may hold on the models of the
-paper: this page shows what the tests measure and that claims can fail them, and not that the paper is wrong.
+What was evaluated, with the verdict that [one ladder of rules](verdicts.md) gives; a dash says that nothing here
+answers the claim. No control dictionaries were run: a claim that holds here may hold for an untrained dictionary too.
+The models have 2.3 to 2.4 M parameters, and the dictionaries are small and trained for a minute at most. A claim that
+fails here may hold on the models of the paper: this page shows what the tests measure and that claims can fail
+them, and not that the paper is wrong.
 `writesae reproduce` runs the same on a real model.
 `scripts/results_page.py` makes the page from its results."""
 

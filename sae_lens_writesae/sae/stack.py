@@ -67,7 +67,7 @@ def train_many_on_writes(
 
     A step is that of `train_on_writes` but for rounding, which training lets grow. The same call gives bitwise the same
     dictionaries; in other company a dictionary differs by rounding. 16 dictionaries of 512 atoms with 128 rows a step
-    take about a third of the time (docs/benchmarks.md); with more rows or active atoms the gain is smaller.
+    take a quarter of the time at k 1 (docs/decisions/9); with more rows or active atoms the gain is smaller.
 
     Args:
         configs: as `train_on_writes` takes them.
