@@ -37,7 +37,7 @@ CONTROLS = {
 
 RELEVANT = 0.1
 """Change of the count, as a share of the unedited count, from which on it matters, and margin by which a control may be
-weaker and still count as equal. The paper's change is a third of its count; fixed before any run."""
+weaker and still count as equal. The paper's change is a third of its count."""
 
 Team = dict[str, list[int]]
 """The atoms of one token, by the label of their dictionary."""

@@ -49,9 +49,9 @@ DICTIONARY_FREE = ("random", "mean", "state")
 
 RELEVANT = 0.1
 """Difference of two shares (win rates, dead atoms, firings at one token) from which on it matters, and margin by which
-a control may be worse and still count as equal; fixed before any run."""
+a control may be worse and still count as equal."""
 RELEVANT_SELECTIVITY = 0.01
-"""Difference of two selectivities that matters; fixed before any run. The paper's 47 heads lie between 0.96 and 1."""
+"""Difference of two selectivities that matters. The paper's 47 heads lie between 0.96 and 1."""
 SMALL_COST = math.log1p(0.001)
 """Nats per token, 0.1 % of perplexity, below which a cost does not matter (the paper's "negligible")."""
 SAME_SIZE = 0.05

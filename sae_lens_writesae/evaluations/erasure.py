@@ -36,7 +36,7 @@ CONTROLS: dict[str, str] = {
 """Columns of the controls, and their names for a reader."""
 
 RELEVANT = 0.01
-"""Nats, fixed before any run: a change of one percent of a token's probability. The paper reports 0.116 nats."""
+"""Nats: a change of one percent of a token's probability. The paper reports 0.116 nats."""
 
 _N_WRONG = 8
 """Tokens of similar probability that stand for "another token"."""

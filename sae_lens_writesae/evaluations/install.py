@@ -43,7 +43,7 @@ SEMANTIC = "semantic"
 
 RELEVANT = 0.1
 """Difference of hit rates that matters, and margin by which a control may be worse and still count as equal: the
-paper's gain is 0.67 to 1, and 0.1 is 2 of the default 20 pairs; fixed before any run."""
+paper's gain is 0.67 to 1, and 0.1 is 2 of the default 20 pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ BAR = {"F0": 0.5, "F1": 0.5, "F2": 0.95}
 """Unfitted R^2 at the smallest eps that each formula must exceed: half of the variance for those that leave paths out,
 nearly all of it for the exact derivative."""
 RELEVANT = {"F0": 0.1, "F1": 0.1, "F2": 0.04}
-"""Distance above the bar from which on an R^2 matters, fixed before any run: 0.6, 0.6 and 0.99. Also the margin by
+"""Distance above the bar from which on an R^2 matters: 0.6, 0.6 and 0.99. Also the margin by
 which the shuffled predictions may be worse and still count as equal."""
 PAPER_R2 = 0.9
 """Median R^2 with a scale for each cell beyond which the paper's statistic counts as reproduced (it reports 0.98)."""

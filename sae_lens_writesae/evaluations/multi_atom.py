@@ -30,7 +30,7 @@ from sae_lens_writesae.verdict.statistics import Estimate, estimate
 ALL = 0
 """The count that stands for "all active atoms"."""
 RELEVANT = 0.1
-"""Change of log KL that matters, fixed before any run: a tenth of the KL, the step of the substitution test's rates."""
+"""Change of log KL that matters: a tenth of the KL, the step of the substitution test's rates."""
 _SMALLEST_KL = 1e-16
 """Rounding of float64: no KL is told from a smaller one below this, or below what a no-op moves."""
 

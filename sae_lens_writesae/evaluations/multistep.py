@@ -27,7 +27,7 @@ from sae_lens_writesae.verdict.names import NAMES
 SMALL_GAP = 0.05
 """State gap that counts as small, in norms of the native state (the rebuttal's)."""
 RELEVANT_GAP = 0.01
-"""Distance from it that matters; fixed before any run."""
+"""Distance from it that matters."""
 
 
 @dataclass(frozen=True, kw_only=True)

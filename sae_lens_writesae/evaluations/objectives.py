@@ -49,7 +49,7 @@ _SHOWN |= {"cosine": "cosine with writes", "coefficient": "atoms, own coefficien
 """What follows a dictionary's label in a figure."""
 
 RELEVANT = 0.1
-"""Difference of two win rates from which on it matters; fixed before any run."""
+"""Difference of two win rates from which on it matters."""
 
 
 class SubstitutionTest(NamedTuple):

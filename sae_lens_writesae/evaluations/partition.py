@@ -37,7 +37,7 @@ STRONG = 10.0
 """Difference of BIC that counts as very strong evidence (Kass and Raftery, 1995)."""
 
 RELEVANT_COSINE = 0.05
-"""Gain in cosine over shuffled positions from which on atoms point along their writes; fixed before any run. It is the
+"""Gain in cosine over shuffled positions from which on atoms point along their writes. It is the
 cosine from which on the paper calls an atom a register."""
 
 RULES = ("Gated DeltaNet", "RWKV-7", "Mamba-2")

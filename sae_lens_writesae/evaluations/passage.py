@@ -36,7 +36,7 @@ CONTROLS: dict[str, str] = {
 """Conditions other than the deletion, and their names for a reader."""
 
 RELEVANT = 0.01
-"""Bits per token, fixed before any run: 0.7 percent of the perplexity. The paper reports +0.005 for registers and
+"""Bits per token: 0.7 percent of the perplexity. The paper reports +0.005 for registers and
 +0.226 for random writes."""
 
 _NO_OP = "native"

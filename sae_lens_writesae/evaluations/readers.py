@@ -36,7 +36,7 @@ CONTROLS: dict[str, str] = {
 """Columns of `ratios` that the reader must beat, and their names for a reader of the report."""
 
 RELEVANT = float(np.log(1.1))
-"""Log ratio of two changes, fixed before any run: a change that is a tenth larger than another."""
+"""Log ratio of two changes: a change that is a tenth larger than another."""
 
 _HEAD = ["layer", "mixer", "head"]
 _Place: TypeAlias = tuple[int, str, int]

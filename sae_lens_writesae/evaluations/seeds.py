@@ -35,8 +35,7 @@ SAMPLES: dict[str, str] = {
 }
 """What is matched: the dictionaries and the two nulls."""
 RELEVANT = 0.05
-"""Difference of matched |cosines| that matters, and margin by which a null may be worse and still count as equal; fixed
-before any run."""
+"""Difference of matched |cosines| that matters, and margin by which a null may be worse and still count as equal."""
 _SHOWN = {"atoms": ("atoms", "atom"), "writes": ("native writes", "control"), "random": ("random directions", "soft")}
 """Name and colour of each sample in the figure."""
 

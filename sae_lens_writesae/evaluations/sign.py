@@ -41,7 +41,7 @@ DIRECTIONS = ("direct", "gradient", "random", "wrong")
 
 RELEVANT = 0.1
 """Distance of a share of right signs from 1/2 from which on it matters, and margin by which a control may be worse and
-still count as equal. The paper's share is 0.35 above 1/2; fixed before any run."""
+still count as equal. The paper's share is 0.35 above 1/2."""
 
 GOOD_FIT = 0.9
 """Unfitted R^2 from which on sizes count as predicted."""

@@ -49,12 +49,11 @@ CHOICES: dict[str, str] = {
 }
 
 RELEVANT = 0.1
-"""Distance of a win rate from 1/2 from which on it matters, and margin by which a control may be worse; fixed before
-any run."""
+"""Distance of a win rate from 1/2 from which on it matters, and margin by which a control may be worse."""
 
 RELEVANT_SHARE = 0.05
-"""Recovered share that an atom has to exceed, and margin by which a control's may be smaller and still count as equal;
-fixed before any run. Where KL is quadratic in the write, c times the native write recovers 1 - (1 - c)^2: 5 % is what a
+"""Recovered share that an atom has to exceed, and margin by which a control's may be smaller and still count as equal.
+Where KL is quadratic in the write, c times the native write recovers 1 - (1 - c)^2: 5 % is what a
 fortieth of the write itself takes back."""
 
 PRACTICAL_FLOOR = 1e-4

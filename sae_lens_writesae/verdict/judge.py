@@ -78,7 +78,7 @@ def judge(
         floor: what a no-op moves, measured in the same run.
         chance: value of `effect` that says "nothing".
         less: the effect lies below chance where the claim holds (a log-probability that falls).
-        relevant: distance from chance from which on an effect matters, fixed before the run. Also the margin by which a
+        relevant: distance from chance from which on an effect matters. Also the margin by which a
             control may be worse and still count as equal.
         large: the effect must lie beyond `relevant`, not only beyond chance.
         what: the effect as the subject of a sentence.
