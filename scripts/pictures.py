@@ -73,16 +73,12 @@ class Picture(NamedTuple):
 
     make: Callable[[Path], None]
     sources: tuple[str, ...]
-    """Files, or patterns of them."""
-
-    def files(self) -> list[Path]:
-        return sorted({file for pattern in self.sources for file in ROOT.glob(pattern)})
 
     def fingerprint(self) -> str:
         """SHA-256 of the code that makes it and of its sources."""
         total = hashlib.sha256(inspect.getsource(self.make).encode())
-        for file in self.files():
-            total.update(f"{file.relative_to(ROOT).as_posix()}\n".encode() + file.read_bytes())
+        for name in self.sources:
+            total.update(f"{name}\n".encode() + (ROOT / name).read_bytes())
         return total.hexdigest()
 
 
@@ -93,8 +89,9 @@ PICTURES = {
         atom,
         (
             "hookpoints/embedded/gdn/model.safetensors",
-            "sae_lens_writesae/page/atoms/*.*",
-            *(f"sae_lens_writesae/page/{name}" for name in ("*.css", "base.html", "template.py")),
+            *(f"sae_lens_writesae/page/{name}" for name in ("base.html", "style.css", "template.py")),
+            *(f"sae_lens_writesae/page/atoms/{name}" for name in ("atom.html", "macros.html", "atoms.css")),
+            *(f"sae_lens_writesae/page/atoms/{name}" for name in ("pages.py", "text.py", "data.py")),
         ),
     ),
 }
