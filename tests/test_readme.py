@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 END = "-- end of block"
+PYTHON = os.environ.get("README_PYTHON", sys.executable)
 sys.path.append(str(ROOT / "scripts"))
 
 import readme_table  # noqa: E402
@@ -28,10 +30,11 @@ def blocks() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory) -> dict[str, str]:
-    """What each block prints, all of them run in one fresh process, in order."""
+    """What each block prints, all of them run in one fresh process, in order. `README_PYTHON` names its interpreter:
+    .ci/run gives that of an environment that has the wheel alone."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "readme.py").write_text("\n".join(f"print({END!r})\n{code}" for code in blocks().values()))
-    done = subprocess.run([sys.executable, "readme.py"], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run([PYTHON, "readme.py"], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(blocks(), done.stdout.split(END + "\n")[1:], strict=True))
 
