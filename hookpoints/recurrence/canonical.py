@@ -88,7 +88,8 @@ class CanonicalForm:
     def __post_init__(self) -> None:
         _check(self)
         if self.beta is not None and self.a is None:
-            object.__setattr__(self, "a", -self.beta[..., None] * self.k)
+            # In the dtype of the work: rounded to half, it would differ from what the declared form computes.
+            object.__setattr__(self, "a", -self.beta[..., None].to(self.dtype) * self.k)
 
     def __repr__(self) -> str:
         decay = "no decay" if self.log_decay is None else f"log_decay {list(self.log_decay.shape)}"

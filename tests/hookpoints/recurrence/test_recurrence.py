@@ -85,6 +85,17 @@ def test_half_precision_is_computed_and_returned_in_float32(dtype: torch.dtype) 
     same(r.states(0, 3), lifted.states(0, 3), 0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", [form for form in FORMS if random_recurrence(form).beta is not None])
+def test_half_precision_factors_with_a_declared_beta_give_one_result(form: str, dtype: torch.dtype) -> None:
+    """The erase that beta declares is not rounded to half, so every algorithm computes with the same erase."""
+    r = random_recurrence(form, T=40)
+    r = r.replace(k=r.k.to(dtype), u=r.u.to(dtype), beta=r.beta.to(dtype))
+    same(r.outputs(), r.outputs(method="reference"), 1e-5)
+    same(r.states(), r.states(method="reference"), 1e-5)
+    same(r.replace(beta=None, a=r.a).outputs(), r.outputs(), 1e-5)
+
+
 def test_autocast_does_not_reach_the_state() -> None:
     r = random_recurrence("rwkv7", T=40)
     with torch.autocast("cpu", dtype=torch.bfloat16):
