@@ -55,7 +55,7 @@ TOOLS = (
         (),
         ("Hookpoints._cached", "Hookpoints.write", "Hookpoints.replace", "Hookpoints.generate"),
         "The same calls in every family; edits are values, which act in prefill, decoding and batches, from the edited "
-        "token and layer on. Mamba-1 is refused, since its writes are no matrices.",
+        "token and layer on. Mamba-1 is refused, since each entry of its state decays by its own factor.",
     ),
     Tool(
         "TransformerLens 3",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 _MAMBA1 = (
-    "Mamba-1 keeps one vector per channel (thousands of heads a layer, each with a K x 1 state), so its writes are not "
-    "matrices; Mamba-2 models are supported"
+    "Mamba-1 decays each entry of its K x V state by its own factor, and the recurrence here decays rows: one factor "
+    "per head or per key channel; Mamba-2 models are supported"
 )
 _STREAMS = "its residual stream is several streams side by side (hyper-connections), which block hooks do not know"
 _ATTENTION = (

@@ -34,10 +34,10 @@ def test_refused_types_say_why(model_type):
 
 def test_mamba1_is_refused_before_its_weights_are_read(tmp_path):
     config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, state_size=4, num_hidden_layers=1)
-    with pytest.raises(UnsupportedModelError, match="'mamba' cannot be hooked: Mamba-1 keeps one vector per channel"):
+    with pytest.raises(UnsupportedModelError, match="'mamba' cannot be hooked: Mamba-1 decays each entry"):
         HookedRecurrent.from_hf(transformers.MambaForCausalLM(config))
     config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="Mamba-1 keeps one vector per channel"):
+    with pytest.raises(UnsupportedModelError, match="Mamba-1 decays each entry"):
         HookedRecurrent.from_pretrained(str(tmp_path))
 
 
