@@ -108,6 +108,20 @@ def _piped(model: nn.Module, _tokens: Tensor) -> Subject:
     return Subject(model, lambda: generate(TEXT, max_new_tokens=8, do_sample=False)[0]["generated_text"])
 
 
+def _unwrapped(model: nn.Module, tokens: Tensor) -> Subject:
+    accelerate = importlib.import_module("accelerate")
+
+    def run() -> Tensor:
+        accelerate.state.AcceleratorState._reset_state()  # one precision a process, else
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+        model.__dict__.pop("_is_accelerate_prepared", None)
+        prepared = accelerator.prepare(model)
+        inside = prepared(tokens).logits
+        return torch.cat([inside, accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)(tokens).logits]).detach()
+
+    return Subject(model, run)
+
+
 ROWS: tuple[tuple[str, str, Make], ...] = (
     ("LoRA, not merged", "peft", lambda model, tokens: called(_adapted(model), tokens)),
     ("LoRA, merged", "peft", lambda model, tokens: called(_adapted(model).merge_and_unload(), tokens)),  # type: ignore[operator]
@@ -117,6 +131,7 @@ ROWS: tuple[tuple[str, str, Make], ...] = (
     ("dynamic int8 quantisation", "torch", _dynamic),
     ("int8 weights", "torchao", _int8),
     ("`Accelerator.prepare`", "accelerate", lambda m, tokens: called(_prepared(m), tokens)),
+    ("`Accelerator.prepare` in bfloat16, then `unwrap_model`", "accelerate", _unwrapped),
     ("`cpu_offload`", "accelerate", lambda m, tokens: called(_offloaded(m), tokens)),
     ("`trace` of NNsight", "nnsight", _nnsight),
     ("`Trainer`, two steps", "transformers", _trained),

@@ -19,7 +19,7 @@ import types
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,12 @@ class _WrappedForward:
         self.replaced = module.__dict__.get("forward")  # accelerate sets one on the instance, too
         self.original: Function = module.forward
         self.arounds: tuple[Around, ...] = ()
-        functools.update_wrapper(cast(Function, self), self.original)  # upstream inspects signatures
+        self.__signature__ = inspect.signature(self.original)  # upstream looks at it
+        # What accelerate puts around and takes off again: a function of the class as that of a bound method, and below
+        # it only what was on the instance before.
+        self.__func__ = _as_function(self)
+        if self.replaced is not None:
+            self.__wrapped__ = self.replaced
 
     # torch.compile would freeze who listens at its first call, so a compiled model runs wrapped modules uncompiled.
     @torch.compiler.disable
@@ -67,6 +72,17 @@ class _WrappedForward:
 
     def __reduce__(self) -> tuple[Function, tuple[object, ...]]:
         return (copy.copy, (self.replaced,)) if self.replaced is not None else (getattr, (self.module, "forward"))
+
+
+def _as_function(wrapped: _WrappedForward) -> Function:
+    """``wrapped`` as a function that takes the module; bound to a copy of it, it is the copy's own ``forward``."""
+
+    def forward(module: nn.Module, /, *args: object, **kwargs: object) -> object:
+        called = wrapped if module is wrapped.module else types.MethodType(type(module).forward, module)
+        return called(*args, **kwargs)
+
+    forward.__signature__ = inspect.signature(type(wrapped.module).forward)  # type: ignore[attr-defined]
+    return forward
 
 
 def _call_around(around: Around, forward: Function, *args: object, **kwargs: object) -> object:

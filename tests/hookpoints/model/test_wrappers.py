@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import time
 from collections.abc import Callable, Iterator
 
@@ -84,6 +86,39 @@ def test_adapters_that_are_merged(tokens):
 @torch.no_grad()
 def test_weights_that_accelerate_brings_for_each_call(tokens):
     check(lambda model: accelerate.cpu_offload(model, execution_device=torch.device("cpu")), tokens)
+
+
+@pytest.fixture
+def accelerator() -> Iterator[accelerate.Accelerator]:
+    """One of mixed precision, which alone wraps a model; accelerate's state is global."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("order", ["prepare attach unwrap", "attach prepare unwrap", "attach prepare detach unwrap"])
+@torch.no_grad()
+def test_a_model_that_accelerate_prepares_and_unwraps(tokens, accelerator, order):
+    """Hooks act before and after the unwrap, and a copy of what is left has none."""
+    model, attached = make_hf(), []
+    plain = model(tokens).logits
+    steps = {
+        "prepare": lambda: accelerator.prepare(model),
+        "attach": lambda: attached.append(attach(model)),
+        "detach": lambda: attached[0].detach(),
+        "unwrap": lambda: accelerator.unwrap_model(model, keep_fp32_wrapper=False),
+    }
+    for step in order.split():
+        steps[step]()
+        logits = model(input_ids=tokens).logits
+        if attached and attached[0].attachment.attached:
+            assert "input_ids" in inspect.signature(model.forward).parameters
+            with attached[0].hooks([(WRITE, lambda write, hook: 0 * write)]):
+                assert not torch.allclose(model(tokens).logits, logits)
+    twin = copy.deepcopy(model)
+    assert torch.equal(model(tokens).logits, plain) and torch.equal(twin(tokens).logits, plain)
+    twin.lm_head.weight.data.zero_()
+    assert not twin(tokens).logits.any() and torch.equal(model(tokens).logits, logits)
 
 
 @torch.no_grad()

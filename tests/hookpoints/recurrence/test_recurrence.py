@@ -90,6 +90,7 @@ def test_half_precision_is_computed_and_returned_in_float32(dtype: torch.dtype) 
 def test_half_precision_factors_with_a_declared_beta_give_one_result(form: str, dtype: torch.dtype) -> None:
     """The erase that beta declares is not rounded to half, so every algorithm computes with the same erase."""
     r = random_recurrence(form, T=40)
+    assert r.beta is not None
     r = r.replace(k=r.k.to(dtype), u=r.u.to(dtype), beta=r.beta.to(dtype))
     same(r.outputs(), r.outputs(method="reference"), 1e-5)
     same(r.states(), r.states(method="reference"), 1e-5)
