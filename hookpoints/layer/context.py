@@ -7,13 +7,15 @@ a flag of its own before it leaves the context variable: an interrupt between th
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from hookpoints.edits.edit import EditPlan
@@ -61,13 +63,19 @@ class Run:
 
 
 class Scope:
-    """A stretch of a program for which a ``Run`` is in force. Opened by ``scope``."""
+    """A stretch of a program in which a hooked model runs otherwise. Opened by ``scope``."""
 
-    def __init__(self, owner: object, run: Run):
-        self.owner, self.run = owner, run
+    def __init__(self, owner: object, plans: tuple[EditPlan, ...], changes: dict[str, object]):
+        self.owner, self.plans, self.changes = owner, plans, changes
         self.open = True
         self.passes = 0
         """Forward passes of the model inside this scope, in its own context."""
+        self.restored: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Puts back what closing took off the model, for a forward pass that is computed again."""
+
+    def in_force(self) -> bool:
+        """Whether it is open, or was when the forward pass ran that is being computed again."""
+        return self.open or self in _KEPT.get()
 
     def active(self) -> bool:
         """Whether code that runs now is inside this scope.
@@ -75,35 +83,68 @@ class Scope:
         Autograd runs backward passes on a GPU in threads of its own, which have no context; they count as inside of
         every open scope.
         """
-        return self.open and (self in _SCOPES.get() or isinstance(threading.current_thread(), threading._DummyThread))
+        inside = self in _SCOPES.get() or isinstance(threading.current_thread(), threading._DummyThread)
+        return inside and self.in_force()
 
 
 _NOTHING = Run()
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("hookpoints_scopes", default=())
+_KEPT: ContextVar[tuple[Scope, ...]] = ContextVar("hookpoints_kept_scopes", default=())
+"""Scopes of a forward pass that gradient checkpointing computes again."""
 
 
 def current(owner: object) -> Run:
     """The run in force for ``owner`` (an attachment); other hooked models' runs do not concern it."""
-    for opened in reversed(_SCOPES.get()):
-        if opened.owner is owner and opened.open:
-            return opened.run
-    return _NOTHING
+    run = _NOTHING
+    for opened in _SCOPES.get():
+        if opened.owner is owner and opened.in_force():
+            run = replace(run, **{"plans": run.plans + opened.plans, **opened.changes})
+    return run
 
 
 @scoped
-def scope(owner: object, plan: EditPlan | None = None, **changes: object) -> Iterator[Scope]:
-    """Put ``changes`` (fields of ``Run``) in force on top of what is, for the length of the scope; ``plan`` is added
-    to the plans in force."""
-    outer = current(owner)
-    if plan is not None:
-        changes["plans"] = (*outer.plans, plan)
-    opened = Scope(owner, replace(outer, **changes))
+def scope(owner: object, added: tuple[EditPlan, ...] = (), **changes: object) -> Iterator[Scope]:
+    """Put ``changes`` (fields of ``Run``) in force on top of what is, for the length of the scope, and ``added`` after
+    the plans in force. Scopes may close in any order."""
+    opened = Scope(owner, added, changes)
     try:
         _SCOPES.set((*_SCOPES.get(), opened))
         yield opened
     finally:
         opened.open = False
         _SCOPES.set(tuple(other for other in _SCOPES.get() if other.open))
+
+
+# -- gradient checkpointing: a layer that is computed again runs in the scopes of its forward pass
+
+_CHECKPOINT = "_gradient_checkpointing_func"
+"""Attribute of upstream's modules, set whenever someone turns checkpointing on."""
+
+
+def bind_checkpoints(model: nn.Module, kept: bool) -> None:
+    """Have what checkpointing computes again run in the scopes of its forward pass; no longer, with ``kept=False``."""
+    for module in model.modules():
+        checkpoint = module.__dict__.get(_CHECKPOINT)
+        is_bound = isinstance(checkpoint, partial) and checkpoint.func is _in_scopes_of_forward
+        if checkpoint is not None and is_bound != kept:
+            bound = partial(_in_scopes_of_forward, checkpoint) if kept else checkpoint.args[0]
+            module.__dict__[_CHECKPOINT] = bound
+
+
+def _in_scopes_of_forward(checkpoint: Callable[..., object], function: Callable[..., object], *args: object) -> object:
+    """``checkpoint(function, *args)``. ``function`` may be computed again once the scopes are closed, or in a thread of
+    autograd, which has no context."""
+    context, scopes = copy_context(), tuple(opened for opened in _SCOPES.get() if opened.in_force())
+    context.run(_KEPT.set, scopes)
+
+    def run(*args: object) -> object:
+        with ExitStack() as restored:
+            for opened in scopes:
+                if not opened.open:
+                    restored.enter_context(opened.restored())
+            return context.copy().run(function, *args)
+
+    return checkpoint(run, *args)
 
 
 def count_pass(owner: object) -> None:

@@ -19,7 +19,7 @@ import types
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ def _as_function(wrapped: _WrappedForward) -> Function:
     """``wrapped`` as a function that takes the module; bound to a copy of it, it is the copy's own ``forward``."""
 
     def forward(module: nn.Module, /, *args: object, **kwargs: object) -> object:
-        called = wrapped if module is wrapped.module else types.MethodType(type(module).forward, module)
+        called = cast(Function, wrapped) if module is wrapped.module else types.MethodType(type(module).forward, module)
         return called(*args, **kwargs)
 
     forward.__signature__ = inspect.signature(type(wrapped.module).forward)  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
@@ -15,7 +16,7 @@ from hookpoints.errors import HookpointsError, UnsupportedModelError
 from hookpoints.fla.scope import ModelScope, is_fla, substituting
 from hookpoints.hooks.points import BlockHooks, HookSet, MixerHooks, fire, is_listening, watch
 from hookpoints.layer.call import HookedMixer, hook_layer, hook_projection
-from hookpoints.layer.context import Backend, cache_among, count_pass, current, position_of, scope
+from hookpoints.layer.context import Backend, bind_checkpoints, cache_among, count_pass, current, position_of, scope
 from hookpoints.layer.intercept import Function, wrap_forward, wrap_ops
 from hookpoints.model.layout import out_projection
 from hookpoints.rules.base import Rule
@@ -47,7 +48,9 @@ class MixerAttachment:
     def __init__(self, model: nn.Module, backbone: nn.Module | None = None):
         self.mixers: dict[int, HookedMixer] = {}
         self.attached = True
+        self._model = model
         self._undo = ExitStack()
+        self._undo.callback(bind_checkpoints, model, kept=False)
         if backbone is not None and backbone is not model:
             self._undo.callback(wrap_forward(backbone, self._run_backbone))
         self._undo.callback(wrap_forward(model, self._run_model))
@@ -77,6 +80,8 @@ class MixerAttachment:
 
     def _run_model(self, forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         count_pass(self)
+        if torch.is_grad_enabled():
+            bind_checkpoints(self._model, kept=True)
         position = current(self).first_token
         if position is None:
             position = position_of(cache_among(*args, *kwargs.values()))

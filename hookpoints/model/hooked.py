@@ -34,6 +34,9 @@ class HookedModel(HookedRootModule):
     Threads: scopes (``hooks``, ``edits``, and the runs that open one) hold in the thread that opened them, so several
     threads may use one model, each with its own. A thread started inside a scope is outside of it, unless it runs in
     ``contextvars.copy_context()``. Hooks of ``add_hook`` hold everywhere.
+
+    Gradient checkpointing of transformers computes layers again in the backward pass, in the scopes of their forward
+    pass even if those are closed by then. Hooks inside of these layers are called a second time.
     """
 
     hf_model: Any
@@ -101,6 +104,8 @@ class HookedModel(HookedRootModule):
         bwd_hooks = [(find_hook(self, name), hook) for name, hook in bwd_hooks]
         with scope(self.attachment) as opened:
             hooks = ScopedHooks(opened, self.hook_dict, fwd_hooks, bwd_hooks, stay=not reset_hooks_end)
+            if reset_hooks_end:
+                opened.restored = lambda: hooks.set_on(self.mod_dict, ())
             with hooks.set_on(self.mod_dict, self.attachment.landmarks()):
                 yield self
         if clear_contexts:
@@ -175,7 +180,7 @@ class HookedModel(HookedRootModule):
             return
         for plan in plans:
             self.check_edits(plan)
-        with scope(self.attachment, plans=(*current(self.attachment).plans, *plans)) as opened:
+        with scope(self.attachment, tuple(plans)) as opened:
             yield self
         for plan in plans if opened.passes else ():
             plan.check_acted()
