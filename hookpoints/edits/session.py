@@ -130,9 +130,10 @@ class EditSession:
                 "ask for it, or detach them"
             )
         layer = 0 if self.model.attachment.layout.first_block_feeds_all else min(plan.by_layer)
-        residual = self._residual[layer][:, start:stop]
+        begin = start if self.model.caches else 0
+        residual = self._residual[layer][:, begin:stop]
         with torch.no_grad():
-            logits = [self._run_batch(batch, layer, start, stop, residual) for batch in batches]
+            logits = [self._run_batch(batch, layer, begin, stop, residual)[:, start - begin :] for batch in batches]
         return EditedRun(torch.cat(logits), start, stop)
 
     def _run_batch(self, rows: Sequence[EditRow], layer: int, start: int, stop: int, residual: Tensor | None) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -43,6 +45,8 @@ class HookedModel(HookedRootModule):
     """The Hugging Face (or fla) model inside; it stays as it is."""
     attachment: MixerAttachment
     """Puts the hook points on it."""
+    caches: bool = True
+    """Whether upstream runs the model with a cache, as far as the self-check found."""
     _cfg: HookedRecurrentConfig
 
     @property
@@ -104,8 +108,7 @@ class HookedModel(HookedRootModule):
         bwd_hooks = [(find_hook(self, name), hook) for name, hook in bwd_hooks]
         with scope(self.attachment) as opened:
             hooks = ScopedHooks(opened, self.hook_dict, fwd_hooks, bwd_hooks, stay=not reset_hooks_end)
-            if reset_hooks_end:
-                opened.restored = lambda: hooks.set_on(self.mod_dict, ())
+            opened.restored = partial(hooks.set_on, self.mod_dict, ()) if reset_hooks_end else nullcontext
             with hooks.set_on(self.mod_dict, self.attachment.landmarks()):
                 yield self
         if clear_contexts:
@@ -173,14 +176,11 @@ class HookedModel(HookedRootModule):
                 model ran and an edit never met its token.
         """
         self.attachment.require()
-        plans = [EditPlan.for_all(edits)] + ([] if edit_rows is None else [EditPlan.for_rows(edit_rows)])
-        plans = [plan for plan in plans if plan.by_layer]
-        if not plans:
-            yield self
-            return
+        every = (EditPlan.for_all(edits), EditPlan.for_rows(() if edit_rows is None else edit_rows))
+        plans = tuple(plan for plan in every if plan.by_layer)
         for plan in plans:
             self.check_edits(plan)
-        with scope(self.attachment, tuple(plans)) as opened:
+        with scope(self.attachment, plans) as opened:
             yield self
         for plan in plans if opened.passes else ():
             plan.check_acted()

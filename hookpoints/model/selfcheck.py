@@ -32,11 +32,12 @@ class _Pass(NamedTuple):
     """What one pass of the model left."""
 
     layers: dict[int, Recorded]
-    cache: Cache
+    cache: Cache | None
 
 
 def self_check(model: HookedModel) -> None:
-    """Run 7 tokens at once, then 5 and two more one by one from the cache: four passes over a handful of tokens.
+    """Run 7 tokens at once, then 5 and two more one by one from the cache: five passes over a handful of tokens.
+    Decoding is left out where upstream cannot run the model with a cache.
 
     Raises:
         SelfCheckError: a recurrent layer whose op was not intercepted, an op that the canonical recurrence does not
@@ -47,26 +48,46 @@ def self_check(model: HookedModel) -> None:
     """
     count = _PREFILL + _DECODE
     tokens = torch.arange(1, count + 1, device=model.cfg.device).remainder(model.cfg.d_vocab).unsqueeze(0)
+    whole = check_prefill(model, tokens)
+    if not model.caches:
+        return
     with torch.no_grad():
-        whole = _pass(model, tokens, 0, "prefill").layers
         steps = [_pass(model, tokens[:, :_PREFILL], 0, "prefill")]
         for t in range(_PREFILL, count):
             steps.append(_pass(model, tokens[:, t : t + 1], t, "decode", steps[-1].cache))
     for layer in model.cfg.recurrent_layers:
         recorded = [step.layers[layer] for step in steps]
         for before, after in itertools.pairwise(recorded):
-            _check_chain(model, layer, before.native, after.recurrence.initial_state)
+            left, found = before.native.final_state, after.recurrence.initial_state
+            if left is None or found is None:
+                raise SelfCheckError(
+                    _message(model, layer, "its state does not go from one step of decoding to the next")
+                )
+            _compare(
+                model, layer, before.native, left, found, "the states that a step of decoding leaves and begins with"
+            )
         decoded = torch.cat([step.native.outputs for step in recorded[1:]], 1)
         error = relative_error(whole[layer].native.outputs[:, _PREFILL:], decoded)
-        if not error <= _allowed(model, recorded[0].native):
+        if not error <= tolerance(model.cfg.dtype, decoded.dtype):
             what = f"reads {error:.1e} (relative RMS) apart in decoding and in prefill, upstream's own difference"
             warnings.warn(f"{model.cfg.model_name}: layer {layer} {what}; hooks see both as they are", stacklevel=3)
 
 
-def check_prefill(model: HookedModel, tokens: Tensor) -> None:
-    """The part of ``self_check`` that needs no cache: one pass over ``tokens`` [1,T]."""
+def check_prefill(model: HookedModel, tokens: Tensor) -> dict[int, Recorded]:
+    """One pass over ``tokens`` [1,T], recorded and checked. Tries first whether upstream runs the model with a cache:
+    some classes cannot where all layers are recurrent, since they ask the cache for its length."""
+    where = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
     with torch.no_grad():
-        _pass(model, tokens, 0, "prefill")
+        try:
+            model.hf_model(input_ids=tokens, use_cache=True, **position_inputs(model.hf_model, where))
+        except ValueError as error:
+            model.caches = False
+            warnings.warn(
+                f"{model.cfg.model_name}: upstream cannot run it with a cache ({error}): decoding is not checked, and "
+                "generate runs without a cache",
+                stacklevel=4,
+            )
+        return _pass(model, tokens, 0, "prefill").layers
 
 
 @scoped
@@ -88,30 +109,23 @@ def _pass(model: HookedModel, tokens: Tensor, start: int, mode: str, cache: Cach
     where = torch.arange(start, start + tokens.shape[1], device=tokens.device).unsqueeze(0)
     inputs |= position_inputs(model.hf_model, where)
     with model.recording() as record:
-        out = model.hf_model(input_ids=tokens, use_cache=True, **inputs)
+        out = model.hf_model(input_ids=tokens, use_cache=model.caches, **inputs)
     for layer in model.cfg.recurrent_layers:
         if layer not in record:
             rule = model.attachment.mixers[layer].rule
             raise SelfCheckError(_message(model, layer, f"in {mode} none of its ops ({', '.join(rule.ops)}) was met"))
         recurrence, native = record[layer]
         outputs, state = recurrence.scan()
-        what = f"the native op and its canonical form ({mode} {{}})"
-        _compare(model, layer, native, native.outputs, outputs, what.format("outputs"))
+        _compare(model, layer, native, native.outputs, outputs, f"its op and canonical form ({mode} outputs)")
         if native.final_state is not None:
-            _compare(model, layer, native, native.final_state, state, what.format("state"))
-    return _Pass(record, cache_of(out))
-
-
-def _check_chain(model: HookedModel, layer: int, before: OpResult, actual: Tensor | None) -> None:
-    if before.final_state is None or actual is None:
-        raise SelfCheckError(_message(model, layer, "its state does not go from one step of decoding to the next"))
-    what = "the states that one step of decoding leaves and the next begins with"
-    _compare(model, layer, before, before.final_state, actual, what)
+            _compare(model, layer, native, native.final_state, state, f"its op and canonical form ({mode} state)")
+    return _Pass(record, cache_of(out) if model.caches else None)
 
 
 def _compare(model: HookedModel, layer: int, native: OpResult, expected: Tensor, actual: Tensor, what: str) -> None:
     error = relative_error(expected, actual)
-    if not error <= _allowed(model, native):
+    # Under autocast, ops of a float32 model are given half precision, which shows in what they return.
+    if not error <= tolerance(model.cfg.dtype, *(x.dtype for x in native if x is not None)):
         raise SelfCheckError(_message(model, layer, f"{what} differ by {error:.1e} (relative RMS)"))
 
 
@@ -122,15 +136,9 @@ def relative_error(expected: Tensor, actual: Tensor) -> float:
     return float((expected - actual).pow(2).mean().sqrt() / size)
 
 
-def _allowed(model: HookedModel, native: OpResult) -> float:
-    """Under autocast, ops of a float32 model are given half precision, which shows in what they return."""
-    found = (x.dtype for x in native if x is not None)
-    return max(tolerance(dtype) for dtype in (model.cfg.dtype, *found))
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Relative RMS difference that this check allows a model of ``dtype``."""
-    return _TOLERANCE.get(dtype, 5e-2)
+def tolerance(*dtypes: torch.dtype) -> float:
+    """Relative RMS difference that this check allows where all of ``dtypes`` occur."""
+    return max(_TOLERANCE.get(dtype, 5e-2) for dtype in dtypes)
 
 
 def _message(model: HookedModel, layer: int, what: str) -> str:
