@@ -79,7 +79,11 @@ class RecurrentCache(ActivationCache):
             return self._mid(int(parts[1]))
         if parts[0] == "blocks" and parts[2:] in (["ln1", "hook_scale"], ["ln2", "hook_scale"]):
             return self._norm_at(int(parts[1]), parts[2] == "ln2").scale
-        why = "was not kept: name it in names_filter" if full in self.model.hook_dict else "is no hook of this model"
+        why = (
+            "was not kept: name it in names_filter"
+            if full in self.model.hook_dict
+            else "is no hook of this model (to patch over layers, pass an index_df of those that have it)"
+        )
         raise KeyError(f"{full} {why}; {len(self.cache_dict)} activations were kept{nearest(full, self.cache_dict)}")
 
     def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> RecurrentCache:

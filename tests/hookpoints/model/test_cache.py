@@ -132,6 +132,23 @@ def test_activations_are_patched_by_their_short_names(model, tokens, name):
 
 
 @torch.no_grad()
+def test_patching_every_layer_of_a_hybrid_asks_for_an_index_of_those_that_have_the_hook(model, tokens):
+    clean, corrupted = tokens[:1, :3], tokens[1:, :3]
+    _, cache = model.run_with_cache(clean, names_filter=lambda name: "heads.1.hook_write" in name)
+
+    def patch(**sites):
+        setter = patching.layer_pos_patch_setter
+        return patching.generic_activation_patch(
+            model, corrupted, cache, lambda logits: logits[0, -1, 5], setter, "heads.1.write_vec", **sites
+        )
+
+    with pytest.raises(KeyError, match=r"blocks\.3\..*index_df"):
+        patch(index_axis_names=["layer", "pos"])
+    sites = [(layer, pos) for layer in model.cfg.recurrent_layers for pos in range(3)]
+    assert patch(index_df=pd.DataFrame(sites, columns=["layer", "pos"])).shape == (9,)
+
+
+@torch.no_grad()
 def test_what_cannot_be_had_says_why(model, tokens):
     _, cache = model.run_with_cache(tokens)
     for name, reason in REFUSED.items():
