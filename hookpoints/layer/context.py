@@ -81,10 +81,10 @@ class Scope:
         """Whether code that runs now is inside this scope.
 
         Autograd runs backward passes on a GPU in threads of its own, which have no context; they count as inside of
-        every open scope.
+        every open scope, unless they compute a forward pass again, which has the scopes that it had.
         """
-        inside = self in _SCOPES.get() or isinstance(threading.current_thread(), threading._DummyThread)
-        return inside and self.in_force()
+        threads = isinstance(threading.current_thread(), threading._DummyThread) and not _KEPT.get()
+        return self.in_force() and (threads or self in _SCOPES.get())
 
 
 _NOTHING = Run()
@@ -125,10 +125,8 @@ def bind_checkpoints(model: nn.Module, kept: bool) -> None:
     """Have what checkpointing computes again run in the scopes of its forward pass; no longer, with ``kept=False``."""
     for module in model.modules():
         checkpoint = module.__dict__.get(_CHECKPOINT)
-        is_bound = isinstance(checkpoint, partial) and checkpoint.func is _in_scopes_of_forward
-        if checkpoint is not None and is_bound != kept:
-            bound = partial(_in_scopes_of_forward, checkpoint) if kept else checkpoint.args[0]
-            module.__dict__[_CHECKPOINT] = bound
+        if checkpoint is not None and (getattr(checkpoint, "func", None) is _in_scopes_of_forward) != kept:
+            module.__dict__[_CHECKPOINT] = partial(_in_scopes_of_forward, checkpoint) if kept else checkpoint.args[0]
 
 
 def _in_scopes_of_forward(checkpoint: Callable[..., object], function: Callable[..., object], *args: object) -> object:
@@ -139,9 +137,8 @@ def _in_scopes_of_forward(checkpoint: Callable[..., object], function: Callable[
 
     def run(*args: object) -> object:
         with ExitStack() as restored:
-            for opened in scopes:
-                if not opened.open:
-                    restored.enter_context(opened.restored())
+            for closed in (scope for scope in scopes if not scope.open):
+                restored.enter_context(closed.restored())
             return context.copy().run(function, *args)
 
     return checkpoint(run, *args)

@@ -51,11 +51,10 @@ class _WrappedForward:
         self.original: Function = module.forward
         self.arounds: tuple[Around, ...] = ()
         self.__signature__ = inspect.signature(self.original)  # upstream looks at it
-        # What accelerate puts around and takes off again: a function of the class as that of a bound method, and below
-        # it only what was on the instance before.
-        self.__func__ = _as_function(self)
-        if self.replaced is not None:
-            self.__wrapped__ = self.replaced
+        # What accelerate wraps, as it does a bound method's; and what it unwraps this to, not upstream's own forward.
+        self.__func__ = functools.partial(_call_unbound, cast(Function, self), module)
+        self.__func__.__dict__.update(__name__="forward", __signature__=inspect.signature(type(module).forward))
+        self.__wrapped__ = self.replaced or self.__func__
 
     # torch.compile would freeze who listens at its first call, so a compiled model runs wrapped modules uncompiled.
     @torch.compiler.disable
@@ -74,15 +73,9 @@ class _WrappedForward:
         return (copy.copy, (self.replaced,)) if self.replaced is not None else (getattr, (self.module, "forward"))
 
 
-def _as_function(wrapped: _WrappedForward) -> Function:
-    """``wrapped`` as a function that takes the module; bound to a copy of it, it is the copy's own ``forward``."""
-
-    def forward(module: nn.Module, /, *args: object, **kwargs: object) -> object:
-        called = cast(Function, wrapped) if module is wrapped.module else types.MethodType(type(module).forward, module)
-        return called(*args, **kwargs)
-
-    forward.__signature__ = inspect.signature(type(wrapped.module).forward)  # type: ignore[attr-defined]
-    return forward
+def _call_unbound(wrapped: Function, own: nn.Module, module: nn.Module, /, *args: object, **kwargs: object) -> object:
+    """As a function of the class; for a copy of the module, which has no hooks, it is that of the class."""
+    return wrapped(*args, **kwargs) if module is own else type(module).forward(module, *args, **kwargs)
 
 
 def _call_around(around: Around, forward: Function, *args: object, **kwargs: object) -> object:

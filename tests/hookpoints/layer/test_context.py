@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import itertools
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 
@@ -56,6 +58,11 @@ def test_scopes_close_in_any_order(model, tokens, count):
 # -- gradient checkpointing
 
 
+def checkpointed(hf, use_reentrant: bool) -> None:
+    enable = "activation_checkpointing_enable"  # older versions have the other name alone
+    getattr(hf, enable if hasattr(hf, enable) else "gradient_checkpointing_enable")({"use_reentrant": use_reentrant})
+
+
 def trained_edit(values: torch.Tensor) -> WriteEdit:
     return WriteEdit(1, 0, None, torch.ones(8, dtype=values.dtype), values)
 
@@ -104,7 +111,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tokens, kind):
     expected = gradients_of(model, tokens[:, :40], kind, inside=False)
     assert float(expected[0].abs().max()) > 0 or kind == "hooks"
     for use_reentrant, inside in itertools.product([True, False], [True, False]):
-        model.hf_model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        checkpointed(model.hf_model, use_reentrant)
         found = gradients_of(model, tokens[:, :40], kind, inside)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
         assert not any(point.fwd_hooks for point in model.hook_dict.values())
@@ -127,15 +134,40 @@ def test_gradient_checkpointing_of_other_families(model_type, tokens):
 
     expected = gradients()
     for use_reentrant in (True, False):
-        model.hf_model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        checkpointed(model.hf_model, use_reentrant)
         torch.testing.assert_close(gradients(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_detaching_leaves_checkpointing_as_it_was(tokens):
     hf = make_hf().train()
-    hf.gradient_checkpointing_enable()
+    checkpointed(hf, use_reentrant=False)
     before = [module.__dict__.get("_gradient_checkpointing_func") for module in hf.modules()]
     with attach(hf) as hooked, hooked.edits(DELETED):
         hf(tokens, labels=tokens).loss.backward()
         assert [module.__dict__.get("_gradient_checkpointing_func") for module in hf.modules()] != before
     assert [module.__dict__.get("_gradient_checkpointing_func") for module in hf.modules()] == before
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_scopes_that_are_opened_before_the_backward_pass_do_not_reach_what_is_computed_again(tokens, use_reentrant):
+    """Not in a thread without a context either, as those are in which autograd runs on a GPU."""
+    model = HookedRecurrent.from_hf(make_hf())
+    model.hf_model.train()
+
+    def gradients(in_thread: bool) -> list[torch.Tensor]:
+        model.hf_model.zero_grad()
+        with model.edits(DELETED):
+            loss = model(tokens[:, :40], return_type="loss")
+        done = threading.Event()
+        with model.hooks([(WRITE, lambda write, hook: 0 * write)]), model.edits(adding(0)):
+            if in_thread:
+                _thread.start_new_thread(lambda: (loss.backward(), done.set()), ())
+                assert done.wait(60)
+            else:
+                loss.backward()
+        return [parameter.grad.clone() for parameter in model.hf_model.parameters() if parameter.grad is not None]
+
+    expected = gradients(in_thread=False)
+    checkpointed(model.hf_model, use_reentrant)
+    for in_thread in (False, True):
+        torch.testing.assert_close(gradients(in_thread), expected, rtol=1e-4, atol=1e-6)
