@@ -3,15 +3,16 @@ of a pass that realise it."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, SupportsIndex, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from hookpoints.errors import EditError
-from hookpoints.recurrence.canonical import CanonicalForm, Loop
+from hookpoints.recurrence.canonical import CanonicalForm, Loop, is_dense
 
 Mode = Literal["add", "replace", "delete"]
 
@@ -49,10 +50,12 @@ class WriteEdit:
             raise EditError(f"mode must be add, replace or delete, not {self.mode!r}")
         if self.loop not in ("closed", "open"):
             raise EditError(f"loop must be closed or open, not {self.loop!r}")
-        for name in ("layer", "head", "position"):
+        for name in ("layer", "head", "position")[: 2 if self.position is None else 3]:
             value = getattr(self, name)
-            if not isinstance(value, SupportsIndex) and not (name == "position" and value is None):
-                raise EditError(f"{name} must be an integer, found {value!r:.80}")
+            try:  # bool is an index to Python, and a mistake here
+                object.__setattr__(self, name, operator.index("" if isinstance(value, bool) else value))  # type: ignore[arg-type]
+            except TypeError as error:
+                raise EditError(f"{name} must be an integer, found {value!r:.80}") from error
         if self.position is not None and self.position < 0:
             raise EditError(f"position must be >= 0 or None for every token, not {self.position}")
         if self.mode == "delete":
@@ -62,9 +65,8 @@ class WriteEdit:
         if self.keys is None or self.values is None:
             raise EditError(f"mode {self.mode!r} needs both keys [R,K] and values [R,V]")
         for side in (self.keys, self.values):
-            if not isinstance(side, Tensor) or side.is_complex():
-                found = side.dtype if isinstance(side, Tensor) else type(side).__name__
-                raise EditError(f"keys and values must be tensors of real numbers, found {found}")
+            if not is_dense(side):
+                raise EditError(f"keys and values must be dense tensors of real numbers, found {type(side).__name__}")
         keys, values = torch.atleast_2d(self.keys), torch.atleast_2d(self.values)
         if keys.ndim != 2 or values.ndim != 2 or keys.shape[0] != values.shape[0]:
             raise EditError(

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice, SliceInput
 
+from hookpoints.errors import InputError
 from hookpoints.hooks.table import is_matrix, time_axis
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -33,7 +34,10 @@ def caching_hooks(
     def save(suffix: str) -> Saving:
         def hook(tensor: Tensor, hook: HookPoint) -> None:
             name = str(hook.name)
-            value = cut.apply(tensor.detach().to(device), dim=time_axis(name))
+            try:
+                value = cut.apply(tensor.detach().to(device), dim=time_axis(name))
+            except (TypeError, IndexError) as error:
+                raise InputError(f"pos_slice {cut} does not fit {name} {list(tensor.shape)}: {error}") from error
             saved[name + suffix] = value[0] if remove_batch_dim else value
 
         return hook

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedTokenizerBase
 
 from hookpoints.errors import InputError
+from hookpoints.recurrence.canonical import is_dense
 
 if TYPE_CHECKING:
     from hookpoints.model.config import HookedRecurrentConfig
@@ -22,16 +23,18 @@ _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def as_tokens(input: object, device: torch.device | None = None) -> Tensor:
-    """Token ids in a dtype that models take; ids in small integers (uint8, say) are widened.
+    """Token ids in a dtype that models take; other integers (uint8, say) are made long.
 
     Raises:
-        InputError: something that no tensor is made from (None, rows of unequal length).
+        InputError: something that no dense tensor of integers is made from (None, rows of unequal length, floats).
     """
     try:
         tokens = torch.as_tensor(input, device=device)
+        if not is_dense(tokens) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise TypeError(f"{tokens.layout} {tokens.dtype}")
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"input must be text or token ids [B,T], found {input!r:.80} ({error})") from error
-    return tokens.long() if tokens.dtype in (torch.uint8, torch.int8, torch.int16, torch.uint16) else tokens
+    return tokens if tokens.dtype == torch.int32 else tokens.long()
 
 
 def check_text(texts: object) -> list[str]:
@@ -53,7 +56,7 @@ def check_text(texts: object) -> list[str]:
 
 def check_loss(tokens: Tensor, mask: Tensor | None) -> None:
     """Raise InputError where a mean loss would be over no token at all, and so NaN."""
-    real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
+    real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else _real(mask)
     if not bool((real[:, 1:] & real[:, :-1]).any()):
         raise InputError(
             f"a loss needs a token and one before it, found tokens of shape {list(tokens.shape)}"
@@ -67,7 +70,7 @@ def check_tokens(tokens: Tensor, cfg: HookedRecurrentConfig) -> None:
 
     Costs one look at the ids, on a GPU a synchronisation.
     """
-    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+    if tokens.ndim != 2:
         raise InputError(f"input must be text or token ids [B,T], found {tokens.dtype} {list(tokens.shape)}")
     if tokens.numel() == 0:
         raise InputError(
@@ -86,6 +89,13 @@ def check_tokens(tokens: Tensor, cfg: HookedRecurrentConfig) -> None:
         )
 
 
+def _real(mask: Tensor) -> Tensor:
+    """Where ``mask`` is not 0. Raises InputError for what cannot be a mask."""
+    if not is_dense(mask):
+        raise InputError(f"attention_mask must be a dense tensor of 0 and 1, found {mask!r:.80}")
+    return mask != 0
+
+
 def check_mask(mask: Tensor, tokens: Tensor, cached: bool = False) -> None:
     """Raise InputError unless ``mask`` says which of ``tokens`` [B,T] are real, in a form that recurrent layers obey.
 
@@ -96,13 +106,13 @@ def check_mask(mask: Tensor, tokens: Tensor, cached: bool = False) -> None:
         mask: [B,T] of 0 and 1; with a cache [B,past+T].
         cached: whether the pass continues a cache.
     """
+    real = _real(mask)
     rows, width = tokens.shape
     if mask.ndim != 2 or mask.shape[0] != rows or mask.shape[1] < width or (mask.shape[1] > width and not cached):
         expected = f"[{rows},{width}]" if not cached else f"[{rows},past+{width}]"
         raise InputError(f"attention_mask must be {expected}, 1 for real tokens; found {list(mask.shape)}")
     if bool(((mask != 0) & (mask != 1)).any()):
         raise InputError("attention_mask must hold 0 and 1 only; found other values")
-    real = mask != 0
     if bool((~real.any(1)).any()):
         raise InputError(f"attention_mask leaves no token in row {int((~real.any(1)).nonzero()[0])}")
     changes = (real[:, 1:] != real[:, :-1]).sum(1)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hookpoints.edits.edit import EditRow, Edits
 from hookpoints.edits.session import EditedRun, EditSession
+from hookpoints.errors import UnsupportedModelError
 from hookpoints.layer.context import Backend, cache_among, current
 from hookpoints.model import loading
 from hookpoints.model.attachment import Attachment, StopForward
@@ -235,6 +236,8 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
         check_prompt_mask(mask)
         if not stop_at_eos:
             hf_kwargs["eos_token_id"] = None
+        if not self.caches and hf_kwargs.setdefault("use_cache", False):
+            raise UnsupportedModelError(f"upstream cannot run {self.cfg.model_name} with a cache: leave out use_cache")
         with torch.no_grad(), self.edits(edits, edit_rows=edit_rows):
             out = self.hf_model.generate(batch.tokens, attention_mask=mask, **hf_kwargs)
         if not isinstance(out, Tensor):
@@ -272,7 +275,9 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
         """
         if not per_token:
             check_loss(tokens, attention_mask)
-        return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
+        return lm_cross_entropy_loss(
+            logits, tokens.to(logits.device), None if attention_mask is None else attention_mask != 0, per_token
+        )
 
     def recurrence(self, input: str | Tensor, layer: int, **kwargs: Any) -> Recurrence:
         """The canonical factors of a layer on ``input``: reads, writes, decay, erase (differentiable)."""

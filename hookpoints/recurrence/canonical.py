@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, NamedTuple, Self, TypeVar
+from typing import Generic, Literal, NamedTuple, Self, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -248,6 +248,13 @@ class CanonicalForm:
         if self.initial_state is not None:
             return self.initial_state.to(self.dtype)
         return torch.zeros(self.B, self.H, self.K, self.V, dtype=self.dtype, device=self.device)
+
+
+def is_dense(x: object) -> TypeGuard[Tensor]:
+    """Whether `x` is a tensor of real numbers that are at hand: not sparse, nested, quantized, complex or "meta"."""
+    return isinstance(x, Tensor) and not (
+        x.layout != torch.strided or x.is_nested or x.is_quantized or x.is_meta or x.is_complex()
+    )
 
 
 def resolve_index(index: Index, size: int, what: str) -> list[int]:

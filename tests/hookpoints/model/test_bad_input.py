@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -48,6 +49,40 @@ def test_masks_that_recurrent_layers_cannot_obey(model, mask, message):
         model(IDS, attention_mask=torch.ones(2, 1, 5, 5))
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [WHOLE, WHOLE],
+        torch.ones(2, 5).numpy(),
+        "left",
+        1,
+        True,
+        torch.ones(2, 5, dtype=torch.complex64),
+        torch.ones(2, 5).to_sparse(),
+        torch.ones(2, 5, device="meta"),
+    ],
+    ids=lambda mask: str(getattr(mask, "layout", type(mask).__name__)),
+)
+@torch.no_grad()
+def test_masks_that_are_no_dense_tensors(model, mask):
+    for call in (
+        lambda: model(IDS, attention_mask=mask),
+        lambda: model(IDS, attention_mask=mask, return_type="loss"),
+        lambda: model.generate(IDS, attention_mask=mask, max_new_tokens=1),
+        lambda: model.loss_fn(torch.ones(2, 5, 64), IDS, mask),
+    ):
+        with pytest.raises(InputError, match="attention_mask"):
+            call()
+
+
+@torch.no_grad()
+def test_masks_of_any_number_type(model):
+    expected = model(IDS, attention_mask=torch.tensor([LEFT, WHOLE]), return_type="loss")
+    for dtype in (torch.bool, torch.uint16, torch.float16, torch.int64):
+        mask = torch.tensor([LEFT, WHOLE]).to(dtype)
+        assert torch.equal(model(IDS, attention_mask=mask, return_type="loss"), expected)
+
+
 def test_mixed_padding_sides_are_refused_for_every_model_type(any_hf):
     hooked = HookedRecurrent.from_hf(any_hf, self_check=False)
     with pytest.raises(InputError, match="pads row 0 on the left and row 1 on the right"):
@@ -85,7 +120,10 @@ def test_a_cache_takes_the_mask_of_all_tokens(model):
         (IDS - 2, "token id -1 is outside the vocabulary"),
         (IDS[:, :0], r"input is empty: tokens of shape \[2, 0\]"),
         (IDS[:0], r"input is empty: tokens of shape \[0, 5\]"),
-        (IDS.float(), r"must be text or token ids \[B,T\], found torch.float32 \[2, 5\]"),
+        (IDS.float(), r"(?s)must be text or token ids \[B,T\], found .*torch.float32"),
+        (IDS > 3, "must be text or token ids"),
+        (IDS.to(torch.complex64), "must be text or token ids"),
+        (IDS.to_sparse(), "must be text or token ids"),
         (IDS.view(1, 2, 5), r"found torch.int64 \[1, 2, 5\]"),
         ([], "must be text or token ids"),
     ],
@@ -94,7 +132,7 @@ def test_tokens_that_are_none(model, tokens, message):
     for call in (model, model.run_with_cache, lambda ids: model.generate(ids, max_new_tokens=1)):
         with pytest.raises(InputError, match=message):
             call(tokens)
-    if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 and len(tokens):
+    if isinstance(tokens, torch.Tensor) and tokens.layout == torch.strided and tokens.ndim == 2 and len(tokens):
         with pytest.raises(
             InputError, match=message.replace("2, 0", "1, 0").replace("2, 5", "1, 5").replace("74", "69")
         ):
@@ -310,7 +348,7 @@ def test_what_a_hook_returns_fits_or_is_refused(model, tokens, name):
 
 @torch.no_grad()
 def test_small_integers_are_ids(model, tokens):
-    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint32, torch.uint64):
         assert torch.equal(model(tokens.to(dtype)), model(tokens))
     edits = [WriteEdit(1, 0, 5, mode="delete")]
     runs = [model.run_with_edits(tokens[:1].to(dtype), edits).logits for dtype in (torch.uint8, torch.long)]
@@ -369,12 +407,32 @@ def test_edits_that_are_none(model, tokens, rows, how):
         {"keys": [1.0] * 8},
         {"values": torch.ones(6).numpy()},
         {"keys": torch.ones(8, dtype=torch.complex64)},
+        {"position": True},
+        {"layer": True},
+        {"head": False},
+        {"position": torch.tensor(3.0)},
+        {"position": torch.tensor([3, 4])},
+        {"keys": torch.ones(8).to_sparse()},
+        {"values": torch.ones(6, device="meta")},
     ],
 )
 def test_edits_of_other_things(wrong):
     fields = {"layer": 1, "head": 0, "position": 3, "keys": torch.ones(8), "values": torch.ones(6)}
     with pytest.raises(EditError, match=next(iter(wrong))):
         WriteEdit(**fields | wrong)
+
+
+def test_positions_of_other_integer_types_are_integers():
+    edits = {WriteEdit(1, 0, position, mode="delete") for position in (3, torch.tensor(3), numpy.int64(3))}
+    assert len(edits) == 1 and type(edits.pop().position) is int
+
+
+@pytest.mark.parametrize("pos_slice", [99, -99, [99], torch.tensor([99]), True, ("a", "b")])
+@torch.no_grad()
+def test_slices_of_positions_that_do_not_fit(model, pos_slice):
+    with pytest.raises(InputError, match="pos_slice"):
+        model.run_with_cache(IDS, pos_slice=pos_slice)
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
 def test_hooks_that_are_none(model, tokens):
