@@ -22,6 +22,7 @@ from golden.cases import (
     RENAMED_VALUES,
     ROUNDED,
     SCORE_ROUNDING,
+    SIZE_ROUNDING,
     Case,
 )
 from golden.make import digest, load, tables_of
@@ -36,7 +37,7 @@ def tolerance(values: NDArray[np.float64], rounding: str) -> NDArray[np.float64]
     enter."""
     size = np.abs(values)
     more = {
-        "": 0.0,
+        "": SIZE_ROUNDING * float(np.nanmax(size, initial=0.0)),
         "kl": KL_ROUNDING * np.sqrt(size),
         "logit": LOGIT_ROUNDING,
         "score": SCORE_ROUNDING * np.maximum(1, size),
