@@ -36,7 +36,7 @@ from sae_lens_writesae.verdict import figures
 from sae_lens_writesae.verdict.format import percent, span
 from sae_lens_writesae.verdict.judge import Against, judge
 from sae_lens_writesae.verdict.names import NAMES
-from sae_lens_writesae.verdict.statistics import Estimate, estimate, estimate_difference, weighted_median
+from sae_lens_writesae.verdict.statistics import Estimate, estimate, estimate_difference, success_rate, weighted_median
 
 CONDITIONS: dict[str, str] = {
     ATOM: "strongest atom",
@@ -530,8 +530,11 @@ def win_rate(result: Result, condition: Condition, minus: Condition | None = Non
     def wins(each: Condition) -> pd.Series:
         return (kl(result, *each) < kl(result, "delete")).astype(float)
 
-    values = wins(condition) if minus is None else wins(condition) - wins(minus)
-    return estimate(values, values.index.get_level_values("sequence"), seed=result.evaluation.seed)
+    values = wins(condition)
+    clusters = values.index.get_level_values("sequence")
+    if minus is None:
+        return success_rate(values, clusters).over_clusters
+    return estimate(values - wins(minus), clusters, seed=result.evaluation.seed)
 
 
 def cost(result: Result, method: Condition, minus: Condition | None = None, hook: str | None = None) -> Estimate:

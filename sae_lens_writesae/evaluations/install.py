@@ -198,7 +198,7 @@ class Install(Evaluation):
     def _ranks(self, result: Result) -> Claim:
         target, random = (improved(result, condition, self.headline) for condition in ("target", "random"))
         clusters = target.index.get_level_values("sequence")
-        rate = stats.success_rate(target, clusters, seed=self.seed)
+        rate = stats.success_rate(target, clusters)
         lead = stats.estimate(target.astype(float) - random.loc[target.index], clusters, seed=self.seed)
         verdict = judge(
             rate.over_clusters,
@@ -299,7 +299,7 @@ def strata_of(result: Result) -> list[str]:
 def hits(result: Result, stratum: str, condition: str, m: float) -> stats.Rate:
     """Share of continuations with the target in them, with intervals."""
     rows = _rows(result, stratum, condition, m)
-    return stats.success_rate(rows["hit"], rows["sequence"], seed=result.evaluation.seed)
+    return stats.success_rate(rows["hit"], rows["sequence"])
 
 
 def wrong_hits(result: Result, stratum: str, m: float) -> float:

@@ -146,7 +146,7 @@ class Multistep(Evaluation):
         wide = steps.pivot_table(index=["firing", "sequence"], columns="condition", values="distance").reset_index()
 
         def rate(a: str, b: str) -> stats.Rate:
-            return stats.win_rate(wide[a], wide[b], wide["sequence"], seed=self.seed)
+            return stats.win_rate(wide[a], wide[b], wide["sequence"])
 
         win, by_itself = rate("atom", "delete"), {name: rate(name, "delete") for name in self.controls}
         against = {

@@ -28,7 +28,7 @@ from sae_lens_writesae.verdict import figures
 from sae_lens_writesae.verdict.format import percent, span
 from sae_lens_writesae.verdict.judge import Verdict, judge, too_little
 from sae_lens_writesae.verdict.names import NAMES
-from sae_lens_writesae.verdict.statistics import Estimate, estimate, estimate_difference
+from sae_lens_writesae.verdict.statistics import Estimate, estimate, estimate_difference, success_rate
 
 TESTED_SCALES: tuple[Scale, ...] = ("coefficient", "matched")
 """Scales of the substitution test, each a measure: the share of firings at which the atom beats deletion."""
@@ -43,6 +43,8 @@ MEASURES: dict[str, str] = {
 """What is measured of each dictionary; the larger the better, all of them."""
 WITHIN_TARGET = ("explained", "reads")
 """Measures of what a dictionary was trained on, which mean the same within a target only."""
+SIZES = (*WITHIN_TARGET, "cosine")
+"""Measures that are means of sizes; all others are shares."""
 
 _SHOWN = {"explained": "variance explained", "reads": "reads explained", "alive": "alive atoms"}
 _SHOWN |= {"cosine": "cosine with writes", "coefficient": "atoms, own coefficient", "matched": "atoms, matched norm"}
@@ -252,7 +254,8 @@ class Objectives(Evaluation):
         for names in (MEASURES, self.controls):
             for label, of_sae in units.items():
                 for name in names:
-                    mean = estimate(*of_sae[name], seed=self.seed)
+                    each = of_sae[name]
+                    mean = estimate(*each, seed=self.seed) if name in SIZES else success_rate(*each).over_clusters
                     rows.append((label, name, *mean, "sequences" if name in WITHIN_TARGET else "atoms"))
         return pd.DataFrame(rows, columns=list(self.columns["measures"]))
 

@@ -552,7 +552,7 @@ def compare_kinds(test: Result, atoms: pd.DataFrame, seed: int) -> tuple[pd.Data
     rows = []
     for kind, each in of_kind.items():
         if each["atom"].nunique() > 1:  # a single atom says nothing about others
-            rate = stats.estimate(each["win"], each["atom"])
+            rate = stats.success_rate(each["win"], each["atom"]).over_clusters
             by_firings = np.average(each.groupby("atom")["win"].mean(), weights=each.groupby("atom")["firings"].first())
             rows.append((scale, kind, rate.mean, rate.low, rate.high, rate.n, rate.n_clusters, by_firings))
     verdict, _, _ = settings.verdict(wide, scale)

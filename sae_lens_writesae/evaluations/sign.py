@@ -303,7 +303,7 @@ def right_signs(result: Result, direction: str, by: str) -> stats.Rate:
         by: the expected sign: "aimed", "f0", "f2" (columns of the table), or "written" (the sign of m).
     """
     writes = _right(result.tables["writes"], direction, by)
-    return stats.success_rate(writes["right"], writes["sequence"], seed=result.evaluation.seed)
+    return stats.success_rate(writes["right"], writes["sequence"])
 
 
 def sizes(result: Result) -> pd.DataFrame:

@@ -413,7 +413,7 @@ class Substitution(Evaluation):
     def verdict(self, wide: pd.DataFrame, scale: str) -> tuple[Verdict, stats.Rate, stats.Estimate]:
         """The ladder at one scale, with the win rate and the recovered share (NaN where no deletion has an effect)."""
         clusters, atom, deleted = wide["sequence"], wide[f"atom/{scale}"], wide["delete"]
-        rate = stats.win_rate(atom, deleted, clusters, seed=self.seed)
+        rate = stats.win_rate(atom, deleted, clusters)
         against: dict[str, Against] = {}
         if (deleted > 0).any():
             share = effect = stats.recovered_share(atom, deleted, clusters, seed=self.seed)
@@ -460,7 +460,6 @@ class Substitution(Evaluation):
                 wide["delete"],
                 wide[f"{name}/{scale}"],
                 clusters=wide["sequence"],
-                seed=self.seed,
             )
             for name in ("shuffled", "random")
             if f"{name}/{scale}" in wide
@@ -704,7 +703,7 @@ def comparisons(
         controls = written_at(scale, settings.controls)
         for a, b in [*((name, "delete") for name in ("atom", *controls)), *(("atom", name) for name in controls)]:
             x, y = wide[f"{a}/{scale}"], deleted if b == "delete" else wide[f"{b}/{scale}"]
-            rate = stats.win_rate(x, y, ids, seed=seed)
+            rate = stats.win_rate(x, y, ids)
             moved = (y > 0).to_numpy()  # a ratio to an effect of exactly 0 says nothing
             ratio = stats.median_ratio(x[moved], y[moved], ids[moved], seed=seed) if moved.any() else None
             row = {"scale": scale, "a": a, "b": b, "rate": rate.rate, "low": rate.over_clusters.low}

@@ -46,7 +46,7 @@ def substitution_measures(result: Result) -> dict[str, stats.Estimate]:
     test = cast(Substitution, result.evaluation)
     wide = wide_firings(result, choice=test.atom_choice[0])
     kl, deleted, sequence = wide[f"atom/{test.scales[0]}"], wide["delete"], wide["sequence"]
-    measures = {"wins": stats.win_rate(kl, deleted, sequence, seed=test.seed).over_clusters}
+    measures = {"wins": stats.win_rate(kl, deleted, sequence).over_clusters}
     if (deleted > 0).any():
         measures = {"recovered": stats.recovered_share(kl, deleted, sequence, seed=test.seed)} | measures
     return measures

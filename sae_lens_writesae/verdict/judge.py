@@ -22,13 +22,15 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from sae_lens_writesae.verdict.paper import Outcome
-from sae_lens_writesae.verdict.statistics import FEW_CLUSTERS, Estimate, detectable
+from sae_lens_writesae.verdict.statistics import Estimate, detectable
 
 MIN_CLUSTERS = 5
-"""Independent units (sequences, atoms, prompts) below which no interval is trusted: a percentile interval over 4
-clusters covers the truth in fewer than 80 of 100 cases."""
+"""Independent units (sequences, atoms, prompts) below which no interval is trusted: over 4 clusters the one of a
+mean covers a normal sample's in fewer than 90 of 100 cases."""
 MIN_OBSERVATIONS = 20
 """Observations below which no outcome is reported."""
+FEW_CLUSTERS = 20
+"""Independent units below which a "fails" says how few there were."""
 _UNSEEN = 3.0
 """Rule of three: what none of n units shows may be found, by the end of its 95 % interval, in 3 / n of all units."""
 _ROUNDING = 1e-9

@@ -78,7 +78,7 @@ class Repeat(Evaluation):
         wide = result.wide("kl", units=["sequence", "position"])
 
         def larger(a: str, b: str) -> stats.Estimate:
-            return stats.win_rate(wide[b], wide[a], wide["sequence"], seed=self.seed).over_clusters
+            return stats.win_rate(wide[b], wide[a], wide["sequence"]).over_clusters
 
         rate, control = larger("previous", "delete"), larger("elsewhere", "delete")
         verdict = judge(

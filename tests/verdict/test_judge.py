@@ -31,6 +31,12 @@ def test_too_little_data_comes_first(n: int, clusters: int):
     assert judge(poor, chance=0.5, typical=0.0, floor=1.0).outcome == "inconclusive"
 
 
+@pytest.mark.parametrize(("clusters", "few"), [(19, True), (20, False)])
+def test_a_failure_over_few_units_says_so(clusters: int, few: bool):
+    verdict = judge(around(0.52, clusters=clusters), chance=0.5)
+    assert verdict.outcome == "fails" and ("19 units only" in verdict.sentence) == few
+
+
 def test_an_interval_that_cannot_be_formed_is_inconclusive():
     assert judge(Estimate(0.9, math.nan, math.nan, 100, 20)).outcome == "inconclusive"
 

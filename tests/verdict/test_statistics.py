@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sae_lens_writesae.verdict import statistics as S
+from sae_lens_writesae.verdict.judge import too_little
 
 
 @settings(max_examples=50, deadline=None)
@@ -53,9 +54,11 @@ def test_one_cluster_has_no_interval() -> None:
         S.estimate([1.0, 2.0], ["a", "a"]),
         S.recovered_share([1.0, 2.0], [2.0, 4.0], ["a", "a"]),
         S.estimate_two_way([1, 2], [0, 0], [0, 0]),
+        S.success_rate([True, False], ["a", "a"]).over_clusters,
     ):
         assert math.isnan(one.low) and math.isnan(one.high) and one.n_clusters == 1 and not math.isnan(one.mean)
-    assert math.isnan(S.estimate_difference([1, 2], [1], [0, 1], [0]).low)
+    difference = S.estimate_difference([1, 2], [1], [0, 1], [0])
+    assert difference[:1] + difference[3:] == (0.5, 3, 1) and math.isnan(difference.low + difference.high)
 
 
 def test_chunks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,19 +90,35 @@ def test_coverage_on_clustered_wins() -> None:
     assert covered["wilson"] / runs < 0.7
 
 
-@pytest.mark.parametrize("n_clusters, plain", [(5, 0.835), (8, 0.877), (12, 0.905)])
-def test_the_interval_of_a_mean_covers_it_with_few_clusters(
-    n_clusters: int, plain: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rng, ids, runs = np.random.default_rng(1), np.arange(n_clusters), 1000
-    samples = rng.normal(size=(runs, n_clusters))
+@pytest.mark.parametrize("n_clusters", [5, 8, 12, 20, 48])
+def test_the_interval_of_a_mean_covers_it(n_clusters: int) -> None:
+    """Plain percentiles cover it in 83.5, 87.7 and 90.5 % over 5, 8 and 12 clusters."""
+    rng, ids = np.random.default_rng(1), np.arange(n_clusters)
+    intervals = [S.estimate(x, ids).interval for x in rng.normal(size=(600, n_clusters))]
+    assert 0.91 <= np.mean([low <= 0 <= high for low, high in intervals]) <= 0.97
 
-    def coverage() -> float:
-        return float(np.mean([low <= 0 <= high for low, high in (S.estimate(x, ids).interval for x in samples)]))
 
-    assert 0.9 <= coverage() <= 0.97
-    monkeypatch.setattr(S, "FEW_CLUSTERS", 0)
-    assert coverage() == pytest.approx(plain, abs=0.03)
+@pytest.mark.parametrize("n_clusters", [16, 24])
+def test_every_interval_of_normal_clusters_is_students(n_clusters: int) -> None:
+    """Plain percentiles are 11 and 7 % shorter. Ten seeds, since 2,000 resamples leave an error of 3 %."""
+    ids, more = np.arange(n_clusters), np.arange(30)
+    x = 1 + stats.norm.ppf((ids + 0.5) / n_clusters) / 9
+    rows, columns = np.repeat(ids, 30), np.tile(more, n_clusters)
+    intervals: list[Callable[[int], S.Estimate]] = [
+        lambda seed: S.estimate(x, ids, seed=seed),
+        lambda seed: S.estimate(x, ids, statistic=S.weighted_mean, seed=seed),
+        lambda seed: S.estimate_difference(x, np.zeros(30), ids, more, seed=seed),
+        lambda seed: S.estimate_difference(np.zeros(30), -x, more, ids, seed=seed),
+        lambda seed: S.estimate_two_way(np.repeat(x, 30), rows, columns, seed=seed),
+        lambda seed: S.estimate_two_way(np.repeat(x, 30), columns, rows, seed=seed),
+        lambda seed: S.recovered_difference(np.zeros(n_clusters), x, np.ones(n_clusters), ids, seed=seed),
+    ]
+    half = stats.t.isf(0.025, n_clusters - 1) * x.std(ddof=1) / math.sqrt(n_clusters)
+    for interval in intervals:
+        each = [interval(seed) for seed in range(10)]
+        assert np.mean([e.low for e in each]) == pytest.approx(1 - half, abs=0.025 * half)
+        assert np.mean([e.high for e in each]) == pytest.approx(1 + half, abs=0.025 * half)
+        assert each[0].mean == pytest.approx(1) and each[0].n_clusters == n_clusters
 
 
 def test_wilson_is_the_closed_form() -> None:
@@ -118,26 +137,57 @@ def test_win_rate_counts_strict_wins_and_ties() -> None:
     assert rate.over_clusters.low < 0.1 and rate.over_clusters.high > 0.9  # two clusters say next to nothing
 
 
-@pytest.mark.parametrize("rate, icc, n_clusters", [(0.95, 0.0, 8), (0.95, 0.3, 8), (0.5, 0.1, 8), (0.9, 0.1, 5)])
-def test_the_interval_of_a_rate_covers_it_with_few_clusters(rate: float, icc: float, n_clusters: int) -> None:
-    rng, ids = np.random.default_rng(0), np.repeat(np.arange(n_clusters), 8)
-    covered = {"few": 0, "percentile": 0}
+@pytest.mark.parametrize(
+    "rate, icc, n_clusters, members",
+    [(0.95, 0.0, 8, 8), (0.95, 0.3, 8, 8), (0.5, 0.1, 8, 8), (0.9, 0.1, 5, 8)]
+    + [(0.95, 0.1, n_clusters, 2) for n_clusters in (8, 20, 30, 48)],
+)
+def test_the_interval_of_a_rate_covers_it(rate: float, icc: float, n_clusters: int, members: int) -> None:
+    rng, ids = np.random.default_rng(0), np.repeat(np.arange(n_clusters), members)
+    covered = {"share": 0, "percentile": 0}
     runs = 200
     for _ in range(runs):
         more = (1 - icc) / icc if icc else 1e9
-        wins = rng.random(len(ids)) < np.repeat(rng.beta(rate * more, (1 - rate) * more, n_clusters), 8)
-        few, percentile = S.success_rate(wins, ids).over_clusters, S.estimate(wins, ids)
-        covered["few"] += few.low <= rate <= few.high
+        wins = rng.random(len(ids)) < np.repeat(rng.beta(rate * more, (1 - rate) * more, n_clusters), members)
+        share, percentile = S.success_rate(wins, ids).over_clusters, S.estimate(wins, ids)
+        covered["share"] += share.low <= rate <= share.high
         covered["percentile"] += percentile.low <= rate <= percentile.high
-    assert covered["few"] / runs >= 0.93 and covered["few"] > covered["percentile"]
+    assert covered["share"] / runs >= 0.95 and covered["share"] > covered["percentile"]
 
 
-def test_the_interval_for_few_clusters_is_wilsons_where_observations_are_independent() -> None:
+@pytest.mark.parametrize("n", [20, 30, 48])
+@pytest.mark.parametrize("rate", [0.95, 0.05])
+def test_the_interval_of_a_rate_near_its_end_covers_it(n: int, rate: float) -> None:
+    """Over independent observations, exactly: all numbers of hits by their probability. Percentiles cover a rate of
+    0.95 in 64, 78 and 91 %."""
+    shares = [S.success_rate(np.arange(n) < hits, np.arange(n)).over_clusters for hits in range(n + 1)]
+    covers = [share.low <= rate <= share.high for share in shares]
+    assert stats.binom.pmf(np.arange(n + 1), n, rate) @ covers >= 0.935
+
+
+def test_the_interval_of_a_rate_by_hand() -> None:
+    """8 of 10 in clusters of 5, 3 and 2: p n_c = 4, 2.4, 1.6, so the variance is 3/2 (1 + 0.16 + 0.36) / 100."""
+    hits, ids = np.array([1, 1, 1, 1, 1, 1, 1, 0, 1, 0]), np.repeat([0, 1, 2], [5, 3, 2])
+    few = S.success_rate(hits, ids).over_clusters
+    effective, t = 0.16 / (1.5 * 1.52 / 100), stats.t.isf(0.025, 2)
+    scale = 1 + t**2 / effective
+    half = t * math.sqrt(0.16 / effective + t**2 / (4 * effective**2)) / scale
+    middle = (0.8 + t**2 / (2 * effective)) / scale
+    assert few == pytest.approx((0.8, middle - half, middle + half, 10, 3))
+
+
+def test_the_interval_of_a_rate_is_wilsons_where_observations_are_independent() -> None:
     wins = np.tile([1, 1, 1, 0], 25)  # each observation a cluster: the design effect is n / (n - 1), about 1
-    few, wilson = S.few_clusters_interval(wins, np.arange(100)), S.success_rate(wins, np.arange(100)).wilson
-    assert few == pytest.approx(wilson, abs=0.005)
-    low, high = S.few_clusters_interval(np.ones(40), np.arange(40) // 4)  # no variance: ten observations
-    assert high == pytest.approx(1) and low == pytest.approx(1 / (1 + stats.norm.ppf(0.975) ** 2 / 10))
+    rate = S.success_rate(wins, np.arange(100))
+    assert rate.over_clusters.interval == pytest.approx(rate.wilson, abs=0.005)
+    alike = S.success_rate(np.ones(40), np.arange(40) // 4).over_clusters  # no variance: ten observations
+    assert alike.interval == pytest.approx((1 / (1 + stats.norm.ppf(0.975) ** 2 / 10), 1))
+    hits = np.tile([0, 1], 200)
+    hits[1] = 0  # one cluster has 19 of 40: alike beyond independence counts as independence
+    even = S.success_rate(hits, np.arange(400) // 40)
+    low, high = even.over_clusters.interval
+    wide = stats.t.isf(0.025, 9) / stats.norm.isf(0.025)
+    assert (high - low) / (even.wilson.high - even.wilson.low) == pytest.approx(wide, rel=0.01)
 
 
 def test_what_a_sample_can_detect_is_found_in_four_of_five_samples() -> None:
@@ -213,7 +263,35 @@ def test_difference_of_singletons_is_the_normal_interval() -> None:
     half = 1.96 * np.sqrt(a.var() / 400 + b.var() / 300)
     assert difference.mean == pytest.approx(a.mean() - b.mean())
     assert difference.interval == pytest.approx((difference.mean - half, difference.mean + half), abs=0.04)
-    assert (difference.n, difference.n_clusters) == (700, 700)
+    assert (difference.n, difference.n_clusters) == (700, 300)
+
+
+def test_a_difference_has_the_clusters_of_its_poorer_sample() -> None:
+    poor, rich = (np.ones(30), np.arange(30) % 2), (np.zeros(30), np.arange(30) % 3)
+    for (a, ids_a), (b, ids_b) in ((poor, rich), (rich, poor)):
+        difference = S.estimate_difference(a, b, ids_a, ids_b)
+        assert (difference.n, difference.n_clusters) == (60, 2)
+        assert too_little(difference) is not None  # 2 + 3 are not five
+
+
+def test_both_samples_of_a_difference_are_resampled_by_themselves() -> None:
+    """Variances add, whichever way the samples lean on each other; a paired difference is another estimate."""
+    x, ids = np.random.default_rng(0).normal(size=100), np.arange(100)
+    one = S.estimate(x, ids)
+    for other in (x, -x):
+        both = S.estimate_difference(x, other, ids, ids)
+        assert (both.high - both.low) / (one.high - one.low) == pytest.approx(math.sqrt(2), rel=0.1)
+    assert S.estimate(x - x, ids).interval == (0, 0)
+
+
+def test_rows_and_columns_are_resampled_by_themselves() -> None:
+    """Effects of rows and of columns, which cancel or double where the same ones are drawn."""
+    effect = np.random.default_rng(0).normal(size=40)
+    rows, columns = np.repeat(np.arange(40), 40), np.tile(np.arange(40), 40)
+    one = S.estimate(effect, np.arange(40))
+    for sign in (-1, 1):
+        both = S.estimate_two_way(effect[rows] + sign * effect[columns], rows, columns)
+        assert (both.high - both.low) / (one.high - one.low) == pytest.approx(math.sqrt(2), rel=0.1)
 
 
 def test_two_way_is_wider_than_either_alone_and_covers() -> None:
