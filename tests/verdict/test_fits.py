@@ -74,6 +74,18 @@ def test_the_global_scale_is_fitted_on_the_other_half() -> None:
     assert one_scale(np.ones(4), np.zeros(4), sequence).scale == 0
 
 
+def test_fits_do_not_depend_on_the_order_of_rows() -> None:
+    rng = np.random.default_rng(0)
+    measured, predicted, clusters = rng.normal(size=60), rng.normal(size=60), np.arange(60) // 5
+    order = rng.permutation(60)
+    groups, features = np.arange(60) % 2, predicted[:, None]
+    one, again = (one_scale(measured[rows], predicted[rows], clusters[rows]) for rows in (np.arange(60), order))
+    np.testing.assert_allclose(again.predicted, one.predicted[order])
+    whole = linear_fit(measured, features, clusters, groups)
+    again = linear_fit(measured[order], features[order], clusters[order], groups[order])
+    np.testing.assert_allclose(again, whole[order])
+
+
 def test_the_control_keeps_horizon_rank_and_eps_and_changes_the_firing() -> None:
     for _, part in made_up().groupby(["quantity", "horizon", "rank", "eps"]):
         assert sorted(part["shuffled"]) == sorted(part["F2"]) and (part["shuffled"] != part["F2"]).all()

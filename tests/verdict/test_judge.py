@@ -114,7 +114,8 @@ def test_a_large_effect_lies_beyond_what_matters(low: float, high: float, outcom
 )
 def test_the_sentence_says_where_the_interval_lies(interval: tuple[float, float], settings: dict[str, Any], words: str):
     effect = Estimate(sum(interval) / 2, *interval, 100, 20)
-    assert words in judge(effect, **{"relevant": 0.05} | settings).sentence
+    given: dict[str, Any] = {"relevant": 0.05} | settings
+    assert words in judge(effect, **given).sentence
 
 
 @pytest.mark.parametrize(("names", "listed"), [("a", "from a."), ("ab", "from a and b."), ("abc", "from a, b and c.")])
