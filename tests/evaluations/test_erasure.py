@@ -16,7 +16,7 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.evaluations import load_result
-from sae_lens_writesae.evaluations.erasure import CONTROLS, Erasure, selected_effect, slopes_of
+from sae_lens_writesae.evaluations.erasure import CONTROLS, Directions, Erasure, selected_effect, slopes_of
 from sae_lens_writesae.experiment.firings import collect_firings, halves
 from sae_lens_writesae.experiment.lab import Lab
 from sae_lens_writesae.experiment.result import Result
@@ -263,3 +263,14 @@ def test_doses_add_the_typical_component(model64: HookedRecurrent, tokens: Tenso
     native = logits_with_write(model64, tokens[:1], lambda writes: writes).log_softmax(-1)
     edited = logits_with_write(model64, tokens[:1], change).log_softmax(-1)
     assert put_in["effect"] == pytest.approx(float((edited - native)[t : t + 4, token].mean()), rel=1e-4)
+
+
+def test_wrong_tokens_are_the_nearest_others(model64: HookedRecurrent, varied: Tensor) -> None:
+    sae, test = random_sae(model64), Erasure(**SMALL)
+    with torch.no_grad():
+        lab = Lab(model64, {"": sae}, varied)
+        draw = test._draw(lab)
+        atoms = lab.atoms(draw.atoms)
+        tokens = test._choose(lab, draw, Directions(atoms, test._fitting(lab, draw.select, atoms)), None)
+    assert tokens.wrong.shape == (3, 8)
+    assert not (tokens.wrong == tokens.own).any()

@@ -419,3 +419,17 @@ def test_trained_factors_are_not_detached_without_a_word(model64, sequence):
     r = model64.recurrence(sequence, LAYER)
     native = WriteEdit(LAYER, HEAD, 30, r.k[0, 3, HEAD], r.u[0, 3, HEAD], mode="replace")
     assert r.k.requires_grad and not model64.run_with_edits(sequence, [native]).logits.requires_grad
+
+
+@torch.no_grad()
+def test_an_interrupt_while_the_prefix_advances_leaves_no_half_of_it(model, sequence):
+    """Attention has the new tokens by then, and recurrent layers above do not."""
+    edit, session = edit_of("delete", 50), model.edit_session(sequence)
+    session.run([edit_of("delete", 20)])
+
+    def interrupt(x, hook):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), model.hooks([("blocks.3.hook_resid_post", interrupt)]):
+        session.run([edit])
+    assert_close(session.run([edit]).logits, model.run_with_edits(sequence, [edit]).logits, rtol=0, atol=5e-5)

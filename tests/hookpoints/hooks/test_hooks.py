@@ -362,3 +362,13 @@ def test_a_change_that_pytorch_does_not_count_is_seen_in_every_layout(layout):
             assert watch(value, lambda x, change=change: (change(x.data), x)[1]).changed
     row = torch.randn(1, 4096)  # halving takes the same number of bits off each of them
     assert watch(row, lambda x: (x.data.mul_(0.5), x)[1]).changed
+
+
+@pytest.mark.parametrize("hook", ["hook_write_value", "hook_write"])
+def test_in_place_edits_count_in_inference_mode_too(model, tokens, hook):
+    hooks = [(f"blocks.{LAYER}.mixer.{hook}", lambda x, hook: x.mul_(2))]
+    with torch.no_grad():
+        expected = model.run_with_hooks(tokens, fwd_hooks=hooks)
+    with torch.inference_mode():
+        assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=hooks), expected)
+        assert not torch.equal(model(tokens), expected)

@@ -177,3 +177,14 @@ def test_transformer_lens_head_detectors(embedded):
     _, vectors = embedded.run_with_cache(tokens)
     with pytest.raises(KeyError):
         vectors["pattern", 2]
+
+
+@torch.no_grad()
+def test_sources_of_another_state_are_not_taken(model, tokens):
+    """Someone put the state of another text into a cache."""
+    outs = []
+    listened(model, 1, lambda: outs.extend(model.hf_model(rows, use_cache=True) for rows in tokens[:, None, :12]))
+    ours, other = (cache_of(out).layers[1].recurrent_states for out in outs)
+    ours[0].copy_(other[0])
+    (step,) = listened(model, 1, lambda: model.hf_model(tokens[:1, 12:13], **continuing(model.hf_model, outs[0])))
+    assert bool(step[..., :12].isnan().all()) and not step[..., 12:].isnan().any()

@@ -12,11 +12,12 @@ import pytest
 import torch
 import transformers.models.mamba2.modeling_mamba2 as mamba2
 import transformers.models.qwen3_5.modeling_qwen3_5 as upstream
-from conftest import make_hf
+from conftest import continuing, make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, HookpointsError
 from hookpoints.layer.intercept import running, wrap_ops
+from hookpoints.model.inputs import cache_argument, cache_of
 from hookpoints.rules import GatedDelta
 
 
@@ -236,3 +237,56 @@ def test_unknown_keywords_go_to_ops_that_take_any(open_ended):
     assert chunk_size == 64 and q.item() == 1
     assert extra == ({"cu_seqlens": None, "use_cache": False} if open_ended else {})
     assert set(seen) == {"q", "chunk_size", *extra}
+
+
+@torch.no_grad()
+def test_hooks_of_a_later_attachment_stand_outside(tokens):
+    """It changes what goes into an earlier one first, and what comes out of it last, in mixers as in blocks."""
+    hf = make_hf()
+    earlier, later = (HookedRecurrent.from_hf(hf, self_check=False) for _ in range(2))
+
+    def more(x, hook):
+        return x + 1
+
+    def both(x, hook):
+        return 2 * (x + 1)
+
+    def reversed_(x, hook):
+        return 2 * x + 1
+
+    for name, together in (
+        ("blocks.1.mixer.hook_read", both),
+        ("blocks.1.hook_resid_post", both),
+        ("blocks.1.mixer.hook_beta", reversed_),
+        ("blocks.1.hook_resid_pre", reversed_),
+    ):
+        with earlier.hooks([(name, together)]):
+            expected = hf(tokens).logits
+        with earlier.hooks([(name, more)]), later.hooks([(name, doubled)]):
+            assert torch.equal(hf(tokens).logits, expected)
+
+
+@torch.no_grad()
+def test_a_changed_write_reaches_the_next_pass_once(model, tokens):
+    """A token before the last of the pass: the rest of the prompt carries the change on, and then the cache does."""
+
+    def tripled(x, hook):
+        x[:, 5:6] *= 3  # nothing in a step of one token
+
+    with model.hooks([(WRITE, tripled)]):
+        whole, out = model(tokens[:, :21]), model.hf_model(tokens[:, :20], use_cache=True)
+        step = model.hf_model(tokens[:, 20:21], **continuing(model.hf_model, out)).logits
+    assert_close(step, whole[:, 20:], rtol=0, atol=5e-5)
+
+
+@torch.no_grad()
+def test_where_a_pass_begins_is_unknown_after_a_cache_from_outside():
+    """A cache of recurrent layers alone holds no length; the tokens in it are not taken for none."""
+    hf, tokens = make_hf("mamba2"), torch.arange(1, 7).unsqueeze(0)
+    cache = cache_of(hf(tokens, use_cache=True))
+    model, seen = HookedRecurrent.from_hf(hf), []
+    assert model.position_of(cache) is None
+    with model.hooks([("blocks.0.hook_resid_pre", lambda x, hook: seen.append(model.first_token()))]):
+        hf(tokens[:, :1], **{cache_argument(hf): cache})
+        hf(tokens)
+    assert seen == [None, 0]

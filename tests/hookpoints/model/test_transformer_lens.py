@@ -109,3 +109,22 @@ def test_generation_goes_on_behind_the_end_where_asked(model, tokens):
     finally:
         model.hf_model.generation_config.eos_token_id = None
     assert (stopped.shape[1], went_on.shape[1]) == (71, 75) and int(went_on[0, 70]) == first
+
+
+def test_the_first_token_is_forced_or_taken_off(embedded):
+    start = embedded.tokenizer.bos_token_id
+    plain = embedded.to_tokens("of the people")[0].tolist()
+    for text in ("of the people", f"{embedded.tokenizer.bos_token}of the people"):
+        for wanted, ids in ((True, [start, *plain]), (False, plain)):
+            assert embedded.to_tokens(text, prepend_bos=wanted)[0].tolist() == ids
+            assert torch.equal(embedded(text, prepend_bos=wanted), embedded(torch.tensor([ids])))
+
+
+@torch.no_grad()
+def test_hooks_stay_where_they_are_not_to_be_reset(model, tokens):
+    plain, hook = model(tokens), ("blocks.1.mixer.hook_write", lambda x, hook: 2 * x)
+    with model.hooks([hook], reset_hooks_end=False):
+        edited = model(tokens)
+    assert not torch.equal(edited, plain) and torch.equal(model(tokens), edited)
+    model.reset_hooks()
+    assert torch.equal(model(tokens), plain)
