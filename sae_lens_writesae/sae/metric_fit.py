@@ -1,8 +1,8 @@
 """Fits of the Gauss-Newton metric of writes: gradients of sampled log-likelihoods, and their Kronecker factors.
 
-One backward pass a sequence gives the gradient, at every read of a head, of sum_t eps_t log p_t(y_t): y_t is drawn from
-the model's own distribution and eps_t = +-1 is a coin, so that the tokens' terms do not mix on average. The adjoint
-recurrence turns it into the gradient Gamma_t of every write, later erases included, and
+One backward pass a sequence gives the gradient, at every read of a head, of sum_t log p_t(y_t): each y_t is drawn from
+the model's own distribution, so that the tokens' terms have mean zero and do not mix on average. The adjoint recurrence
+turns it into the gradient Gamma_t of every write, later erases included, and
 
     E[Gamma_t Gamma_t^T] = the Gauss-Newton matrix of the KL of all tokens from t on,
 
@@ -42,12 +42,12 @@ class ReadScores(NamedTuple):
 def read_scores(
     model: HookedRecurrent, tokens: Tensor, layers: Sequence[int], generator: torch.Generator
 ) -> dict[int, ReadScores]:
-    """Gradients of sum_t eps_t log p_t(y_t) with respect to the reads of some layers, all in one backward pass.
+    """Gradients of sum_t log p_t(y_t) with respect to the reads of some layers, all in one backward pass.
 
     Args:
         tokens: [B,T]; rows are sequences, drawn for separately.
         layers: recurrent layers.
-        generator: draws y and eps, on the model's device.
+        generator: draws y, on the model's device.
 
     Cost: a forward, and a backward down to the lowest of the layers with its activations kept.
     """
@@ -67,8 +67,7 @@ def read_scores(
         logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
         log_p = logits.flatten(0, 1).float().log_softmax(-1)
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        signs = 2 * torch.randint(2, drawn.shape, generator=generator, device=drawn.device) - 1
-        total = (signs * log_p.gather(1, drawn)).sum()
+        total = log_p.gather(1, drawn).sum()
         gradients = torch.autograd.grad(total, [leaves[name] for name in names.values()])
     return {
         layer: ReadScores(_without_graph(record[layer].recurrence), gradient)
