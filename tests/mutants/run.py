@@ -1,267 +1,297 @@
-"""Mutation testing: does the suite notice when one line of the packages is wrong?
+"""Mutation testing: of the changes that mutmut makes to one place of the packages, how many does no test notice?
 
-    python tests/mutants/run.py [--only NAME ...] [--sample N [--seed S]] [--shard I/N] [--jobs N] [--timeout SECONDS]
-                                [--no-baseline]
+    python tests/mutants/run.py [--sample N] [--seed S] [--only TEXT] [--jobs N] [--out FOLDER] [--kept FOLDER]
 
-Each entry of `mutants.toml` exchanges one piece of text in a copy of the packages, in a temporary folder, and runs the
-tests that must fail then. The checkout is never touched. An entry has:
+It lists every mutant of both packages and draws a seeded sample: places first, then one mutant of each, for a call has
+two mutants for each of its arguments, and most of them fail at once. Each is tried in a copy of the checkout, with the
+tests that mirror its module: ``hookpoints/edits/edit.py`` has the folder ``tests/hookpoints/edits``,
+``sae_lens_writesae/push.py`` has ``tests/test_push.py``, and a module without either has the test files that import it.
+These run once unchanged, which shows the tests that execute each line; a mutant gets those alone. It is *killed* if
+one of them fails, or if they take three times as long as all of them did. ``mutants.json`` gets the rate and the
+survivors. Needs the extra ``nightly``: mutmut brings a terminal interface, which no other test needs.
 
-    [name]
-    file = "hookpoints/rules"            a file, or a folder in whose Python files the text is looked for
-    old = "..."                          must occur exactly once there
-    new = "..."
-    tests = ["test_rules.py"]            files or node ids; a file is found by its name anywhere under tests/
-    survives = "why"                     optional: the reason for which no test can notice it
+The operators are those of mutmut: numbers, comparisons, arithmetic, ``and``, ``or``, ``not``, ``break``, ``continue``,
+assignments, each argument of each call, lambdas, conditional expressions, cases of ``match``. Left out are
 
-The unchanged copy must pass the named tests first. A mutant is *killed* if a test fails, or if the run takes longer
-than the timeout; *survived* if all pass; *stale* if its text is not there exactly once, or a test that it names is
-gone. Exit status: 0 if nothing is stale and each mutant is killed, unless it says that it survives; 1 otherwise.
+* strings: prose or names. A test for prose repeats it; a wrong name fails at once and would only flatter the rate;
+* ``raise`` and ``warn``: all but their text is in the condition before them, which is mutated;
+* annotations, ``TYPE_CHECKING``, ``cast``, ``TypeVar``: never executed, or without an effect;
+* ``len`` and ``isinstance``, which mutmut leaves out too: any other argument is a TypeError;
+* decorators and imports: without them the module cannot be imported.
 """
 
 from __future__ import annotations
 
 import argparse
-import compileall
+import hashlib
+import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
 import time
-import tomllib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import coverage
+import libcst as cst
+import libcst.matchers as m
+import pytest
+from hypothesis import Phase, settings
+from libcst.metadata import MetadataWrapper, PositionProvider
+from mutmut.mutation.mutators import mutation_operators, operator_string
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("hookpoints", "sae_lens_writesae", "writesae.py", "tests", "pyproject.toml")
-PRELOADED = ["torch", "pandas", "scipy.stats", "transformers", "transformer_lens", "sae_lens", "hypothesis", "pytest"]
+PACKAGES = ("hookpoints", "sae_lens_writesae")
+PRELOADED = ["torch", "pandas", "scipy.stats", "transformers", "transformer_lens", "sae_lens"]
 """Imported once: each run of the tests is forked from a process that has them, which saves most of its time."""
-PLUGIN = """
-from hypothesis import Phase, settings
-
-# Any failing example will do; looking for the smallest one would take most of the time.
-settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], database=None)
-settings.load_profile("mutants")
-"""
+PRELOADED += ["hypothesis", "pytest", "coverage", "libcst.metadata", "mutmut.mutation.mutators"]
+LEFT_OUT = (cst.Annotation, cst.Decorator, cst.Import, cst.ImportFrom, cst.Raise)
+CALLS_LEFT_OUT = m.Call(
+    func=m.OneOf(*map(m.Name, ("cast", "TypeVar", "len", "isinstance"))) | m.Attribute(attr=m.Name("warn"))
+)
+TYPING = m.If(test=m.Name("TYPE_CHECKING"))
 
 
 class Mutant(NamedTuple):
-    """One entry of mutants.toml."""
+    """A change of a file: `before`, at the lines `first` to `last`, became `after`."""
 
-    name: str
     file: str
-    old: str
-    new: str
-    tests: list[str]
-    survives: str = ""
+    first: int
+    last: int
+    operator: str
+    before: str
+    after: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.first} {self.operator}: {self.before[:80]} -> {self.after[:80]}"
 
 
-class Outcome(NamedTuple):
-    """What became of a mutant."""
+class Places(cst.CSTVisitor):
+    """Collects (node, its mutants with the names of their operators) of a module."""
 
-    mutant: Mutant
-    verdict: str
-    """killed, survived or stale."""
-    why: str
-    seconds: float
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[cst.CSTNode, list[tuple[str, cst.CSTNode]]]] = []
 
-    @property
-    def good(self) -> bool:
-        """Whether it is as it should be."""
-        return self.verdict == ("survived" if self.mutant.survives else "killed")
-
-
-class Run(NamedTuple):
-    """What pytest left."""
-
-    status: int
-    text: str
+    def on_visit(self, node: cst.CSTNode) -> bool:
+        if isinstance(node, LEFT_OUT) or m.matches(node, CALLS_LEFT_OUT) or m.matches(node, TYPING):
+            return False
+        operators = [use for kind, use in mutation_operators if isinstance(node, kind) and use is not operator_string]
+        mutants = [(use.__name__.removeprefix("operator_"), mutated) for use in operators for mutated in use(node)]
+        self.found += [(node, mutants)] if mutants else []
+        return True
 
 
-class Stale(Exception):
-    """A mutant that no longer fits the code or the tests."""
+def draw(files: list[str], n: int, seed: int) -> tuple[list[Mutant], int]:
+    """A sample of mutants, and the number of all of them."""
+    counts, chance = {}, random.Random(seed)
+    for file in files:
+        cst.parse_module((ROOT / file).read_text("utf-8")).visit(places := Places())
+        counts[file] = [len(mutants) for _, mutants in places.found]
+    every = [(file, i) for file in files for i in range(len(counts[file]))]
+    drawn = [(file, i, chance.randrange(counts[file][i])) for file, i in chance.sample(every, min(n, len(every)))]
+    return [make(*place) for place in drawn], sum(map(sum, counts.values()))
 
 
-def read_mutants() -> list[Mutant]:
-    """All entries of mutants.toml, in its order. Unknown fields raise TypeError."""
-    entries = tomllib.loads((Path(__file__).parent / "mutants.toml").read_text(encoding="utf-8"))
-    return [Mutant(name, **entry) for name, entry in entries.items()]
+def make(file: str, place: int, which: int) -> Mutant:
+    tree, places = MetadataWrapper(cst.parse_module((ROOT / file).read_text("utf-8"))), Places()
+    tree.module.visit(places)
+    node, mutants = places.found[place]
+    operator, mutated = mutants[which]
+    lines, changed = tree.resolve(PositionProvider)[node], tree.module.deep_replace(node, mutated)
+    assert isinstance(changed, cst.Module)
+    before, after = (" ".join(tree.module.code_for_node(each).split()) for each in (node, mutated))
+    return Mutant(file, lines.start.line, lines.end.line, operator, before, after, changed.code)
 
 
-def copy_to(folder: Path) -> Path:
-    """A copy of what the tests need."""
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-            compileall.compile_dir(folder / name, quiet=2)  # tests write no bytecode, so a mutant's is never kept
-        else:
-            shutil.copy2(source, folder / name)
-    (folder / "no_shrinking.py").write_text(PLUGIN, encoding="utf-8")
-    return folder
+def mirror(file: str) -> tuple[str, ...]:
+    """The test files of a module, those with its name first."""
+    package, *names = Path(file).with_suffix("").parts
+    home = ROOT / "tests" / ("hookpoints" if package == "hookpoints" else "")
+    found = sorted(home.glob(f"test_{names[0]}*.py"))
+    if len(names) > 1 and (home / names[0]).is_dir():
+        found = sorted((home / names[0]).glob("test_*.py"))
+    importing = re.compile(rf"\b{package}\.{names[0]}\b|from {package} import .*\b{names[0]}\b")
+    found = found or [test for test in sorted(home.rglob("test_*.py")) if importing.search(test.read_text("utf-8"))]
+    found = found or sorted(home.glob("test_cli.py") if home.name == "tests" else home.glob("layer/test_*.py"))
+    found.sort(key=lambda test: not test.stem.startswith(f"test_{names[-1]}"))
+    return tuple(str(test.relative_to(ROOT)) for test in found)
 
 
-def place_of(mutant: Mutant, root: Path) -> Path:
-    """The only file with the mutant's text."""
-    where = root / mutant.file
-    files = sorted(where.rglob("*.py")) if where.is_dir() else [where] if where.is_file() else []
-    if not files:
-        raise Stale(f"there is no {mutant.file}")
-    counts = {file: file.read_text(encoding="utf-8").count(mutant.old) for file in files}
-    if sum(counts.values()) != 1:
-        raise Stale(f"its text occurs {sum(counts.values())} times in {mutant.file}, wanted once")
-    return max(counts, key=lambda file: counts[file])
+class Watched:
+    """A plugin of pytest that notes which test executes which line. What a fixture executes is of its whole file."""
+
+    def __init__(self, to: Path) -> None:
+        self.measured = coverage.Coverage(data_file=to, source=list(PACKAGES), config_file=False)
+        self.measured.set_option("run:relative_files", True)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.measured.switch_context(nodeid.partition("::")[0])
+
+    def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> None:
+        self.measured.switch_context(pyfuncitem.nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.measured.switch_context(report.nodeid.partition("::")[0])
+
+    def pytest_runtest_logfinish(self) -> None:
+        self.measured.switch_context("")
 
 
-def node_ids(tests: list[str], root: Path) -> list[str]:
-    """The tests as paths from `root`."""
-    found = []
-    for test in tests:
-        name, _, node = test.partition("::")
-        matches = sorted((root / "tests").rglob(name))
-        if len(matches) != 1:
-            raise Stale(f"{len(matches)} test files are called {name}, wanted one")
-        if node and f"def {node.split('::')[-1].partition('[')[0]}(" not in matches[0].read_text(encoding="utf-8"):
-            raise Stale(f"{name} has no test {node}")
-        found.append(str(matches[0].relative_to(root)) + (f"::{node}" if node else ""))
-    return found
-
-
-def pytest(root: Path, tests: list[str], timeout: float) -> Run:
-    """Run tests in a copy. Raises TimeoutError."""
-    options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no_shrinking"]
-    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of plugins that are imported beforehand
-    output = root / "output.txt"
-    output.unlink(missing_ok=True)
-    child = multiprocessing.get_context("forkserver").Process(target=_run_here, args=(root, [*options, *tests], output))
+def run_tests(root: Path, tests: list[str], timeout: float | None = None, watch: Path | None = None) -> int | None:
+    """pytest's exit status in a copy; None if it took too long."""
+    child = multiprocessing.get_context("forkserver").Process(target=_run_here, args=(root, tests, watch))
     child.start()
     child.join(timeout)
     if child.exitcode is None:
         child.kill()
         child.join()
-        raise TimeoutError
-    return Run(child.exitcode, output.read_text(encoding="utf-8", errors="replace") if output.exists() else "")
+        return None
+    return child.exitcode
 
 
-def _run_here(root: Path, arguments: list[str], output: Path) -> None:
+def _run_here(root: Path, tests: list[str], watch: Path | None) -> None:
     """In the forked process: pytest in the copy, all that is printed into a file."""
     os.chdir(root)
-    with output.open("w") as file:
+    with Path("output.txt").open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     multiprocessing.set_start_method("fork", force=True)  # the default of a process of its own
     sys.path.insert(0, str(root))
     sys.dont_write_bytecode = True
     os.environ |= {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
-    loaded = [name for name in COPIED if name in sys.modules]
-    assert not loaded, f"a module of {PRELOADED} has already imported {loaded}, so that the copy would not be tested"
-    from pytest import main as run_tests
-
-    status = int(run_tests(arguments))
+    assert not set(PACKAGES) & set(sys.modules), "a preloaded module has imported the packages: no copy would be tested"
+    # Any failing example will do; looking for the smallest one would take most of the time.
+    settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], database=None)
+    settings.load_profile("mutants")
+    options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of plugins that are imported beforehand
+    if watch:
+        watched = Watched(watch)
+        with watched.measured.collect():
+            status = pytest.main([*options, *tests], plugins=[watched])
+        watched.measured.save()
+    else:
+        status = pytest.main([*options, *tests])
     sys.stdout.flush()
     os._exit(status)
 
 
-def try_mutant(mutant: Mutant, root: Path, timeout: float) -> Outcome:
-    """Put the mutant into the copy at `root`, run its tests, and take it out again."""
-    begin = time.perf_counter()
-
-    def outcome(verdict: str, why: str = "") -> Outcome:
-        return Outcome(mutant, verdict, why, time.perf_counter() - begin)
-
-    try:
-        file, tests = place_of(mutant, root), node_ids(mutant.tests, root)
-    except Stale as reason:
-        return outcome("stale", str(reason))
-    text = file.read_text(encoding="utf-8")
-    file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-    try:
-        run = pytest(root, tests, timeout)
-    except TimeoutError:
-        return outcome("killed", f"no result after {timeout:.0f} s")
-    finally:
-        file.write_text(text, encoding="utf-8")
-    lines = run.text.strip().splitlines()
-    last = lines[-1] if lines else ""
-    if run.status == 0:
-        return outcome("survived", last)
-    failed = next((line for line in lines if line.startswith(("FAILED", "ERROR"))), last)
-    # 1: a test failed; 2: a test file could not be imported. All else says nothing of the mutant.
-    return outcome("killed" if run.status in (1, 2) else "stale", failed)
+def notes(tests: tuple[str, ...], kept: Path) -> Path:
+    """The folder for what is known of test files."""
+    return kept / hashlib.sha256(" ".join(sorted(tests)).encode()).hexdigest()[:16]
 
 
-def check_baseline(mutants: list[Mutant], root: Path, timeout: float) -> None:
-    """Exit unless the unchanged copy passes all named tests."""
-    names: set[str] = set()
-    for mutant in mutants:
-        try:
-            names |= set(node_ids(mutant.tests, root))
-        except Stale:
-            continue  # reported with the mutant
-    whole = {name for name in names if "::" not in name}
-    tests = sorted(name for name in names if name in whole or name.partition("::")[0] not in whole)
-    if not tests:
-        return
-    run = pytest(root, tests, timeout * max(1, len(mutants)))
-    if run.status:
-        raise SystemExit(f"without any mutant the named tests do not pass:\n{run.text[-3000:]}")
-    print(f"unchanged: {run.text.strip().splitlines()[-1]}", flush=True)
+def learn(tests: tuple[str, ...], copies: SimpleQueue[Path], kept: Path) -> None:
+    """Run tests in the unchanged copy, unless that is done: which lines they execute, and how long they take."""
+    folder, root, begin = notes(tests, kept), copies.get(), time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "seconds").exists():
+        if run_tests(root, [*tests], watch=folder / "lines"):
+            raise SystemExit(f"without any mutant {tests} do not pass:\n{(root / 'output.txt').read_text()[-3000:]}")
+        (folder / "seconds").write_text(f"{time.monotonic() - begin:.0f}")
+        print(f"unchanged {time.monotonic() - begin:4.0f} s  {Path(tests[0]).parent}", flush=True)
+    copies.put(root)
+
+
+def executing(mutant: Mutant, tests: tuple[str, ...], kept: Path) -> list[str]:
+    """The tests that execute the changed lines; all of them if an import executes them, or nothing does."""
+    data = coverage.CoverageData(str(notes(tests, kept) / "lines"))
+    data.read()
+    executed = data.contexts_by_lineno(mutant.file)
+    lines = [line for line in range(mutant.first, mutant.last + 1) if line in executed]
+    lines = lines or [max((line for line in executed if line < mutant.first), default=0)]
+    found = {test for line in lines for test in executed.get(line, [""])}
+    return [*tests] if "" in found else sorted(found, key=lambda test: (tests.index(test.partition("::")[0]), test))
+
+
+def try_mutant(mutant: Mutant, copies: SimpleQueue[Path], kept: Path) -> bool:
+    """Whether it survives."""
+    root, tests, begin = copies.get(), mirror(mutant.file), time.monotonic()
+    unchanged = (root / mutant.file).read_text("utf-8")
+    (root / mutant.file).write_text(mutant.source, "utf-8")
+    limit = 60 + 3 * float((notes(tests, kept) / "seconds").read_text())
+    # 1: a test failed; 2 to 4: the module or a conftest cannot be imported; None: it took too long.
+    survives = run_tests(root, executing(mutant, tests, kept), limit) == 0
+    said = (root / "output.txt").read_text("utf-8", "replace").strip().splitlines()
+    (root / mutant.file).write_text(unchanged, "utf-8")
+    copies.put(root)
+    why = next((line for line in said if line.startswith(("FAILED", "ERROR"))), said[-1] if said else "")
+    print(
+        f"{'SURVIVES' if survives else 'killed':8} {time.monotonic() - begin:5.0f} s  {mutant}  {why[:90]}", flush=True
+    )
+    return survives
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The lines of a page that say what came of a run."""
+    killed = 1 - result["survived"] / result["sample"]
+    head = (
+        f"{result['date']}, mutmut {result['mutmut']}: of {result['mutants']:,} mutants, {result['sample']} were drawn "
+        f"(seed {result['seed']}); the tests kill {killed:.1%}, and {result['survived']} survive."
+    )
+    rows = [f"| {name} | {n['sample']} | {n['survived']} |" for name, n in result["operators"].items()]
+    left = [f"- `{s['file']}:{s['line']}` ({s['operator']}): `{s['change']}`" for s in result["survivors"]]
+    return "\n".join([head, "", "| operator | drawn | survived |", "|---|---|---|", *rows, "", *left])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="names of mutants, or beginnings of names")
-    parser.add_argument("--sample", type=int, metavar="N", help="so many of them, drawn at random")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--shard", default="1/1", metavar="I/N", help="every N-th of them, from the I-th on (from 1)")
+    parser.add_argument("--sample", type=int, default=200, help="mutants to try")
+    parser.add_argument("--seed", type=int, default=int(f"{date.today():%Y%m%d}"), help="of the sample; default: today")
+    parser.add_argument("--only", default="", help="files with this text in their path")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at once, each in a copy of its own")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for the tests of one mutant")
-    parser.add_argument("--no-baseline", action="store_true", help="do not run the tests on the unchanged code first")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for mutants.json")
+    parser.add_argument("--kept", type=Path, help="folder in which to keep what the tests execute, for the next run")
+    parser.add_argument("--most", type=float, default=1, help="share of survivors above which the exit status is 1")
     arguments = parser.parse_args()
-    mutants = [m for m in read_mutants() if not arguments.only or m.name.startswith(tuple(arguments.only))]
-    if not mutants:
-        raise SystemExit(f"no mutant is called {', '.join(arguments.only)}")
-    if arguments.sample is not None:
-        mutants = random.Random(arguments.seed).sample(mutants, min(arguments.sample, len(mutants)))
-    shard, _, shards = arguments.shard.partition("/")
-    if not (shard.isdigit() and shards.isdigit() and 1 <= int(shard) <= int(shards)):
-        raise SystemExit(f"--shard takes I/N with 1 <= I <= N, found {arguments.shard!r}")
-    mutants = mutants[int(shard) - 1 :: int(shards)]
+    files = [str(f.relative_to(ROOT)) for package in PACKAGES for f in sorted((ROOT / package).rglob("*.py"))]
+    mutants, n = draw([file for file in files if arguments.only in file], arguments.sample, arguments.seed)
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        copies: SimpleQueue[Path] = SimpleQueue()
-        for n in range(max(1, min(arguments.jobs, len(mutants)))):
-            copies.put(copy_to(Path(folder) / str(n)))
-        if not arguments.no_baseline:
-            root = copies.get()
-            check_baseline(mutants, root, arguments.timeout)
-            copies.put(root)
-
-        def work(mutant: Mutant) -> Outcome:
-            root = copies.get()
-            try:
-                result = try_mutant(mutant, root, arguments.timeout)
-            finally:
-                copies.put(root)
-            mark = "" if result.good else "  <--"
-            print(f"{result.verdict:9} {mutant.name:44} {result.seconds:5.1f} s  {result.why[:110]}{mark}", flush=True)
-            return result
-
-        with ThreadPoolExecutor(max(1, arguments.jobs)) as pool:
-            outcomes = list(pool.map(work, mutants))
-    print()
-    for result in outcomes:
-        if result.verdict == "survived":
-            print(f"survived: {result.mutant.name}: {result.mutant.survives or 'NO TEST NOTICES IT'}")
-        elif result.verdict == "stale":
-            print(f"stale: {result.mutant.name}: {result.why}")
-        elif result.mutant.survives:
-            print(f"killed though it is said to survive: {result.mutant.name}")
-    print(f"{sum(r.verdict == 'killed' for r in outcomes)} of {len(outcomes)} killed")
-    return 0 if all(result.good for result in outcomes) else 1
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(arguments.jobs) as pool:
+        copies = SimpleQueue[Path]()
+        for i in range(arguments.jobs):
+            ignored = shutil.ignore_patterns(".git", "__pycache__", ".*_cache")
+            copies.put(shutil.copytree(ROOT, Path(folder, str(i)), ignore=ignored))
+        common = {"copies": copies, "kept": arguments.kept or Path(folder, "kept")}
+        mirrors = {frozenset(tests): tests for tests in map(mirror, (mutant.file for mutant in mutants))}
+        list(pool.map(partial(learn, **common), mirrors.values()))
+        survivors = [
+            mutant for mutant, survives in zip(mutants, pool.map(partial(try_mutant, **common), mutants)) if survives
+        ]
+    tried, left = (Counter(mutant.operator for mutant in each) for each in (mutants, survivors))
+    result = {
+        "date": f"{date.today()}",
+        "mutmut": version("mutmut"),
+        "seed": arguments.seed,
+        "mutants": n,
+        "sample": len(mutants),
+        "survived": len(survivors),
+        "operators": {name: {"sample": tried[name], "survived": left[name]} for name in sorted(tried)},
+        "survivors": [
+            {
+                "file": each.file,
+                "line": each.first,
+                "operator": each.operator,
+                "change": f"{each.before} -> {each.after}",
+            }
+            for each in survivors
+        ],
+    }
+    (arguments.out / "mutants.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(markdown(result))
+    return int(len(survivors) > arguments.most * len(mutants))
 
 
 if __name__ == "__main__":
