@@ -43,7 +43,7 @@ from sae_lens_writesae.sae import (
 from sae_lens_writesae.sae.controls import native, untrained
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.kinds import matched_flat, n_parameters, variant
-from sae_lens_writesae.sae.product import rank_one_rows
+from sae_lens_writesae.sae.product import _distinct, rank_one_rows
 from sae_lens_writesae.sae.runner import text_dataset, train
 from sae_lens_writesae.sae.target import head_target
 from sae_lens_writesae.sae.training import pack
@@ -196,6 +196,8 @@ def test_numbers_of_sides_follow_from_each_other() -> None:
         ({"d_sae": 36}, (6, 6)),
         ({"d_sae": 24, "f_key": 3}, (3, 8)),
         ({"d_sae": 6, "f_value": 3}, (2, 3)),
+        ({"d_sae": 6, "f_value": 6}, (1, 6)),
+        ({"d_sae": 6, "f_key": 6}, (6, 1)),
     ):
         fields: dict[str, Any] = shape | given
         cfg = WriteProductSAEConfig(**fields)
@@ -297,6 +299,13 @@ def test_writes_without_shared_sides_are_not_found() -> None:
     x = rows.dense().flatten(1)
     with torch.no_grad():
         assert (sae(x) - x).square().sum() > 0.4 * x.square().sum()
+
+
+def test_of_directions_near_to_each_other_the_first_is_distinct() -> None:
+    a, b, c = torch.eye(3)
+    rows = torch.stack([a, 2 * a, b, a, -b, c])
+    assert_close(_distinct(rows, c[None], either_sign=False), torch.stack([a, b, -b]))
+    assert_close(_distinct(rows, -c[None], either_sign=True), torch.stack([a, b]))
 
 
 def test_starts_and_resampling_go_side_by_side() -> None:

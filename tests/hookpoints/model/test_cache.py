@@ -92,6 +92,10 @@ def test_positions_and_batches_are_sliced(model, tokens):
     assert_close(one["scale"], cache["scale"][1])
     assert_close(one.stack_head_results(pos_slice=5), cache.stack_head_results()[:, 1, 5])
     _, alone = model.run_with_cache(tokens[:1], remove_batch_dim=True)
+    stack = alone.decompose_resid()
+    assert_close(
+        alone.apply_ln_to_stack(stack, batch_slice=0, has_batch_dim=False), alone.decompose_resid(apply_ln=True)
+    )
     assert_close(alone.get_full_resid_decomposition(), cache.get_full_resid_decomposition()[:, 0], rtol=1e-4, atol=1e-5)
 
 
