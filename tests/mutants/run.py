@@ -50,6 +50,8 @@ from mutmut.mutation.mutators import mutation_operators, operator_string
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("hookpoints", "sae_lens_writesae")
+ALSO = {"layer": "hooks"}
+"""Rooms whose tests are those of another one, too: hooks fire in layers."""
 LEFT_OUT = (cst.Annotation, cst.Decorator, cst.Import, cst.ImportFrom, cst.Raise)
 CALLS_LEFT_OUT = m.Call(
     func=m.OneOf(*map(m.Name, ("cast", "TypeVar", "len", "isinstance"))) | m.Attribute(attr=m.Name("warn"))
@@ -109,14 +111,16 @@ def mirror(file: str) -> tuple[str, ...]:
     """The test files of a module, those with its name first."""
     package, *names = Path(file).with_suffix("").parts
     home = ROOT / "tests" / ("hookpoints" if package == "hookpoints" else "")
+    rooms = dict.fromkeys((names[0], ALSO.get(names[0], names[0])))
     importing = re.compile(rf"\b{package}\.{names[0]}\b|from {package} import .*\b{names[0]}\b")
     found = (
-        (len(names) > 1 and sorted((home / names[0]).glob("test_*.py")))
-        or sorted(home.glob(f"test_{names[0]}*.py"))
+        [test for room in rooms if len(names) > 1 for test in sorted((home / room).glob("test_*.py"))]
+        or sorted({test for name in names for test in home.glob(f"test_{name}*.py")})
         or [test for test in sorted(home.rglob("test_*.py")) if importing.search(test.read_text("utf-8"))]
         or sorted(home.glob("layer/test_*.py" if package == "hookpoints" else "test_cli.py"))
     )
-    found.sort(key=lambda test: not test.stem.startswith(f"test_{names[-1]}"))
+    own = f"test_{names[-1]}"
+    found.sort(key=lambda test: not (test.stem.startswith(own) or own.startswith(test.stem)))
     return tuple(str(test.relative_to(ROOT)) for test in found)
 
 

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from hookpoints import HookedRecurrent, HookpointsError
 from hookpoints.layer.intercept import running, wrap_ops
 from hookpoints.model.inputs import cache_argument, cache_of
-from hookpoints.rules import GatedDelta
+from hookpoints.rules import GatedDelta, Mamba2
 
 
 def test_ops_are_wrapped_once_and_keep_their_identity():
@@ -54,6 +54,27 @@ def test_cpu_works_where_fast_kernels_are_installed(monkeypatch, tokens):
         assert torch.equal(model(tokens), expected)
         out = model.generate(tokens, max_new_tokens=3, do_sample=False)
     assert out.shape == (2, 73)
+
+
+def test_a_kernel_of_several_steps_is_declined_inside_a_hooked_layer_alone():
+    namespace, name = types.ModuleType("namespace"), Mamba2.fused[0]
+
+    def declines():
+        return "declined"
+
+    @functools.wraps(declines)
+    def kernel():
+        return "ran"
+
+    class Handler:
+        open, module = True, torch.nn.Identity()
+
+    setattr(namespace, name, kernel)
+    undo = wrap_ops(namespace, Mamba2())
+    assert getattr(namespace, name)() == "ran"
+    assert running(Handler(), getattr(namespace, name), (), {}) == "declined"
+    undo()
+    assert getattr(namespace, name) is kernel
 
 
 def test_a_plain_model_beside_a_hooked_one_is_not_touched(tokens):
