@@ -6,8 +6,8 @@ It lists every mutant of both packages and draws a seeded sample: places first, 
 two mutants for each of its arguments, and most of them fail at once. Each is tried in a copy of the checkout, with the
 tests that mirror its module: ``hookpoints/edits/edit.py`` has the folder ``tests/hookpoints/edits``,
 ``sae_lens_writesae/push.py`` has ``tests/test_push.py``, and a module without either has the test files that import it.
-These run once unchanged, which shows the tests that execute each line; a mutant gets those alone. It is *killed* if
-one of them fails, or if they take three times as long as all of them did. ``mutants.json`` gets the rate and the
+These run once unchanged, which shows the tests that execute each line; a mutant gets those alone (of a line that runs
+as its module is imported, those that execute anything of the module). It is *killed* if one of them fails, or if they take three times as long as all of them did. ``mutants.json`` gets the rate and the
 survivors. Needs the extra ``nightly``, which is apart from ``test`` because mutmut brings a terminal interface.
 
 The operators are those of mutmut: numbers, comparisons, arithmetic, ``and``, ``or``, ``not``, ``break``, ``continue``,
@@ -157,16 +157,18 @@ def unchanged(root: Path, tests: frozenset[str]) -> tuple[coverage.CoverageData,
 
 
 def survives(mutant: Mutant, root: Path) -> bool:
-    """Whether the tests that execute the changed lines pass; all of them where an import executes them, or nothing."""
+    """Whether the tests that execute the changed lines pass."""
     tests, file, begin = mirror(mutant.file), root / mutant.file, time.monotonic()
     data, seconds = unchanged(root, frozenset(tests))
     executed = data.contexts_by_lineno(str(file))
     lines = [line for line in range(mutant.first, mutant.last + 1) if line in executed]
     lines = lines or [max((line for line in executed if line < mutant.first), default=0)]
     contexts = {context for line in lines for context in executed.get(line, [""])}
+    if "" in contexts:  # as the module is imported: then all that executes anything of it
+        contexts = {context for found in executed.values() for context in found} - {""} or {*tests}
     # A fixture may be what a whole file shares.
     chosen = {each.partition("|" if each.endswith("|run") else "::")[0] for each in contexts}
-    chosen = list(tests) if "" in chosen else sorted(chosen, key=lambda test: tests.index(test.partition("::")[0]))
+    chosen = sorted(chosen, key=lambda test: tests.index(test.partition("::")[0]))
     source = file.read_text("utf-8")
     file.write_text(mutant.source, "utf-8")
     passed, said = run_tests(root, chosen, 60 + 3 * seconds)
