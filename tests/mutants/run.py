@@ -7,8 +7,9 @@ two mutants for each of its arguments, and most of them fail at once. Each is tr
 tests that mirror its module: ``hookpoints/edits/edit.py`` has the folder ``tests/hookpoints/edits``,
 ``sae_lens_writesae/push.py`` has ``tests/test_push.py``, and a module without either has the test files that import it.
 These run once unchanged, which shows the tests that execute each line; a mutant gets those alone (of a line that runs
-as its module is imported, those that execute anything of the module). It is *killed* if one of them fails, or if they take three times as long as all of them did. ``mutants.json`` gets the rate and the
-survivors. Needs the extra ``nightly``, which is apart from ``test`` because mutmut brings a terminal interface.
+as its module is imported, those that execute anything of the module). It is *killed* if one of them fails, or if they
+take three times as long as all of them did. ``mutants.json`` gets the rate and the survivors. Needs the extra
+``nightly``, which is apart from ``test`` because mutmut brings a terminal interface.
 
 The operators are those of mutmut: numbers, comparisons, arithmetic, ``and``, ``or``, ``not``, ``break``, ``continue``,
 assignments, each argument of each call, lambdas, conditional expressions, cases of ``match``. Left out are
