@@ -12,6 +12,7 @@ every method that does so is overridden, and a test reads the installed SAELens 
 """
 
 # No postponed annotations here: SAELens' command line evaluates those of config fields in another module.
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -217,6 +218,13 @@ class MatrixWeights(SAE[Any]):
             self._step[name] = compute()
         return self._step[name]
 
+    def output_bias(self) -> Tensor:
+        """What `decode` adds to the atoms [K*V]."""
+        return self.b_dec
+
+    def settle_b_dec(self) -> None:
+        """Make b_dec the output bias, which outside of training it is."""
+
     # ---------------------------------------------------------------------------------------- maps
 
     def encode_linear(self, x: Tensor) -> Tensor:
@@ -396,7 +404,8 @@ class MatrixWeights(SAE[Any]):
 
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        factor = torch.tensor(scaling_factor, dtype=self.dtype, device=self.device)
+        self.settle_b_dec()
+        factor = self.b_dec.new_tensor(scaling_factor)  # on its way into a model self.device may still be "meta"
         self._scale_in_place(1 / factor, factor)
         self.b_dec.data.div_(factor)
         self.cfg.normalize_activations = "none"
@@ -474,7 +483,7 @@ class MatrixSAE(MatrixWeights):
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstructions [...,K*V] of activations [...,F]. Costs 2*R*K*V per active atom."""
-        recons = self.hook_sae_recons(self.decode_linear(feature_acts) + self.b_dec)
+        recons = self.hook_sae_recons(self.decode_linear(feature_acts) + self.output_bias())
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(recons), self.d_head)
 
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
@@ -514,11 +523,14 @@ class MatrixSAE(MatrixWeights):
 def with_checksums(save: Callable[[str | Path], tuple[Path, Path]], path: str | Path) -> tuple[Path, Path]:
     """`save` the two files of an autoencoder in the folder `path`, and `SHA256SUMS` beside them; returns the two.
 
+    SAELens writes the fields of cfg.json in an order that differs from process to process; here they are sorted.
+
     Raises:
         OSError: the folder cannot be written, or the disk is full; names the folder.
     """
     with named_errors(Path(path)):
         files = save(path)
+        files[1].write_text(json.dumps(json.loads(files[1].read_text()), sort_keys=True))
         write_checksums(files[0].parent, [file.name for file in files])
     return files
 

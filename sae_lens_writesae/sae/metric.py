@@ -132,6 +132,7 @@ class Metric:
                 f"the metric is of {len(self.key_root)} x {len(self.value_root)} writes, but the autoencoder reads "
                 f"{cfg.d_k} x {cfg.d_v} matrices; fit the metric to the head that it is trained on"
             )
+        sae.settle_b_dec()
         changes: dict[str, object] = {"metadata": copy.copy(cfg.metadata)}
         if getattr(cfg, "rescale_acts_by_decoder_norm", False):
             sae.fold_W_dec_norm()

@@ -60,7 +60,7 @@ from sae_lens_writesae.sae.metric_fit import fit_metrics
 from sae_lens_writesae.sae.store import CollectedRows, PairedActivationsStore, SeededStore
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig, Target, check_hook, head_target
 from sae_lens_writesae.sae.training import MatrixTrainingSAE, MatrixTrainingSAEConfig
-from sae_lens_writesae.sae.writes import Trainer, check_metric, on_factors, settle_b_dec, step_threads
+from sae_lens_writesae.sae.writes import Trainer, check_metric, on_factors, step_threads
 
 MODEL_CLASS_NAME = "HookedRecurrent"
 """The `model_class_name` with which SAELens' runners load a hookpoints model."""
@@ -476,7 +476,6 @@ class WriteSAETrainingRunner(LanguageModelSAETrainingRunner):
             try:
                 sae = cast(MatrixTrainingSAE, trainer.fit())
                 self._interrupts.trained = True
-                settle_b_dec(trainer)
                 return sae if self.metric is None else self.metric.fold(sae)
             except KeyboardInterrupt:
                 self._save_interrupted(trainer)

@@ -24,14 +24,7 @@ from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.target import RunnerConfig
 from sae_lens_writesae.sae.topk import WriteTopKTrainingSAE, WriteTopKTrainingSAEConfig
 from sae_lens_writesae.sae.training import START_STEPS, MatrixTrainingSAE
-from sae_lens_writesae.sae.writes import (
-    Trainer,
-    check_writes,
-    settle_b_dec,
-    step_threads,
-    train_on_writes,
-    writes_trainer,
-)
+from sae_lens_writesae.sae.writes import Trainer, check_writes, step_threads, train_on_writes, writes_trainer
 
 MAX_STACK = 32
 """Dictionaries of one stack: more save nothing, and would hold their activations [M,N,F] all at once."""
@@ -112,7 +105,6 @@ def _train_stack(members: Sequence[tuple[RunnerConfig, LowRank, Metric | None]])
                 stack.step()
         for trainer in trainers:
             trainer.set_final_sae_metadata()
-            settle_b_dec(trainer)
             for parameter in trainer.sae.parameters():
                 parameter.data = parameter.data.clone()
     return [t.sae if metric is None else metric.fold(t.sae) for t, (*_, metric) in zip(trainers, members)]
@@ -224,6 +216,9 @@ class _Stack:
             explained = code.detach().view(M, N, k), at.view(M, N, k)
             loss = loss + self.cfg.aux_loss_coefficient * self._aux_loss(keys, values, dead, errors.detach(), explained)
         fired = torch.zeros(M * F, device=acts.device).index_add_(0, at.flatten(), (acts > 0).flatten().float())
+        total = acts.new_zeros(M * F).index_add_(0, at.flatten(), acts.detach().flatten()).view(M, 1, F)
+        for m, sae in enumerate(self.saes):
+            sae.update_means(LowRank(keys[m][:, None], values[m][:, None]), total[m])  # pyright: ignore  (decorator)
         return loss, fired.view(M, F)
 
     def _aux_loss(

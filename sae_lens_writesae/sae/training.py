@@ -56,9 +56,9 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     b_dec_init: Literal["mean", "zeros"] = "mean"
     """`mean`: the mean of the first batch goes into b_dec, if that is still zero. See also `preset_b_dec`."""
     b_dec_rows: int = 32_768
-    """Rows over which b_dec is set at the end of training, so that reconstructions are right on average: see
-    `calibrate_b_dec`. At most as many as were trained on. 0: b_dec stays as it was trained. Needs this package's
-    runner."""
+    """Rows over which running means of inputs and activations reach (fewer early in a run). Outside of training steps
+    and in what is saved for inference they decide what is added to reconstructions, so that these are right on average:
+    see `MatrixTrainingSAE.output_bias`. 0: b_dec as the optimizer leaves it."""
     unit_norm_every: int = 100
     """Period in steps of moving the norms of atoms into the encoder, which leaves the function as it is, and of
     balancing their factors. 0: never."""
@@ -132,6 +132,12 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
     """
 
     cfg: MatrixTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    mean_input: Tensor
+    """[K*V], a running mean over batches; see `update_means`."""
+    mean_contribution: Tensor
+    """[F], the running mean of activations times the norms of their atoms."""
+    mean_batches: Tensor
+    """[F], batches since an atom was put where it began; 0 everywhere: there are no means."""
     start_keys: Tensor
     """[F,R,K], with `start_values` [F,R,V] the atoms as they were when their training began."""
     start_values: Tensor
@@ -223,6 +229,7 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
         """What is due before this step; returns how many atoms were resampled. Kept out of compiled graphs."""
         cfg, step, x = self.cfg, step_input.n_training_steps, cast(Tensor | LowRank, step_input.sae_in)
         check_rows(x)
+        self.mean_batches.mul_(step > 0)  # a new run has new means
         if cfg.decoder_init == "native" and step < START_STEPS:
             self.start_from_rows(x, first=step == 0)
         if step == 0:
@@ -292,16 +299,59 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
         self.replace_atoms(torch.nonzero(dead).flatten()[: len(atoms)], atoms, ~dead)
         return len(atoms)
 
+    # ---------------------------------------------------------------------------------------- the mean
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def update_means(self, x: Tensor | LowRank, feature_acts: Tensor) -> None:
+        """Take a batch into the running means.
+
+        The weight of the t-th batch is proportional to t among inputs, and to t^5 among contributions, because the
+        weights of the autoencoder were others then. Beyond `b_dec_rows` both decay exponentially.
+
+        Args:
+            feature_acts: [N,F], or their sum [1,F].
+        """
+        acts = feature_acts.sum(0, dtype=exact_dtype(feature_acts)).to_dense() / len(x)
+        least = len(x) / max(len(x), self.cfg.b_dec_rows)
+        for mean, new, n, power in (
+            (self.mean_input, batch_mean(x), self.mean_batches.max(), 2),
+            (self.mean_contribution, acts * self.coefficients(self.get_W_dec_norm()), self.mean_batches, 6),
+        ):
+            mean.lerp_(new.to(mean), (power / (n + power)).clamp_min(least).to(mean))
+        self.mean_batches.add_(1)
+
+    def output_bias(self) -> Tensor:
+        """What `decode` adds to the atoms [K*V]. In training steps it is b_dec; outside of them the mean input less the
+        mean contributions of the atoms as they are now, where there are means. Costs a decode.
+
+        An error that all writes of a head share adds up in its state for as long as the head remembers, while squared
+        errors hardly see it. The optimizer leaves one in b_dec, whose entries move by the learning rate at each step.
+        (Set within the steps, b_dec would hide the mean of dense codes from their losses, and they diverge.)
+        """
+        if self._step is not None or not self.cfg.b_dec_rows or not self.mean_batches.any():
+            return self.b_dec
+        return self.mean_input - self.decode_linear(self.mean_contribution / self.coefficients(self.get_W_dec_norm()))
+
+    def settle_b_dec(self) -> None:
+        """Make b_dec what `output_bias` is, and forget the means. Nothing else changes."""
+        move_b_dec(self, self.output_bias() - self.b_dec)
+        self.mean_batches.zero_()
+
     # ---------------------------------------------------------------------------------------- movement
 
     def _keep_start(self, keys: Tensor, values: Tensor) -> None:
         self.register_buffer("start_keys", keys.clone())
         self.register_buffer("start_values", values.clone())
+        self.register_buffer("mean_input", torch.zeros_like(self.b_dec))
+        self.register_buffer("mean_contribution", self.b_dec.new_zeros(self.cfg.d_sae))
+        self.register_buffer("mean_batches", torch.zeros_like(self.mean_contribution, dtype=torch.long))
 
     @torch.no_grad()
     def replace_atoms(self, indices: Tensor, atoms: LowRank, alive: Tensor) -> None:
         """A replaced atom starts anew."""
         super().replace_atoms(indices, atoms, alive)
+        self.mean_batches[indices] = self.mean_contribution[indices] = 0
         self.start_keys[indices] = atoms.keys.to(self.start_keys)
         self.start_values[indices] = atoms.values.to(self.start_values)
 
@@ -319,10 +369,17 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
         return float(cosines.quantile(0.5))
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Tensor]) -> None:
-        """Keep how far the atoms moved in the metadata, and leave their start out."""
+        """Keep how far the atoms moved in the metadata, settle b_dec, and leave out what only training needs."""
         self.process_state_dict_for_saving(state_dict)
         self.cfg.metadata.start_cosine = self.start_cosine()
-        del state_dict["start_keys"], state_dict["start_values"]
+        self.settle_b_dec()  # in place, which the tensors of state_dict see
+        del (
+            state_dict["start_keys"],
+            state_dict["start_values"],
+            state_dict["mean_input"],
+            state_dict["mean_contribution"],
+            state_dict["mean_batches"],
+        )
 
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save what inference needs as SAELens does, with checksums."""
@@ -358,6 +415,7 @@ class MatrixTrainingSAE(MatrixSAE, TrainingSAE[Any]):
                     loss = self._loss(output, matrices, columns)
                     output.losses[f"{cfg.loss}_loss"] = loss
                     output.loss = output.loss + cfg.loss_weight * (loss - output.losses["mse_loss"])
+                self.update_means(matrices, output.feature_acts)  # pyright: ignore  (decorator)
                 if step_input.is_logging_step:
                     output.metrics |= self.write_metrics(matrices, output.feature_acts)  # pyright: ignore  (decorator)
         finally:
@@ -521,12 +579,24 @@ def preset_b_dec(sae: MatrixWeights, batches: Iterable[Tensor | LowRank], n_batc
 
 
 @torch.no_grad()
+def move_b_dec(sae: MatrixSAE, error: Tensor) -> None:
+    """Add `error` [K*V] to b_dec. Codes stay as they are: the encoder's biases take back what it now subtracts."""
+    sae.b_dec.data.add_(error)
+    if sae.cfg.apply_b_dec_to_input:
+        shift = sae.encode_linear(error)
+        for name in ("b_enc", "b_gate", "b_mag"):
+            bias = getattr(sae, name, None)
+            if isinstance(bias, nn.Parameter):
+                bias.data.add_(shift * cast(Tensor, sae.r_mag).exp() if name == "b_mag" else shift)
+
+
+@torch.no_grad()
 def calibrate_b_dec(sae: MatrixSAE, batches: Iterable[Tensor | LowRank], n_batches: int = 16) -> Tensor:
     """Move b_dec [K*V] by the mean residual, so that reconstructions are right on average, and return it. Codes stay as
     they are: the encoder's biases take back what it now subtracts.
 
-    An error that all writes of a head share adds up in its state for as long as the head remembers, while squared
-    errors hardly see it. (On a head with a half-life of 55 tokens, k = 1: whole-stream replacement recovers 0.34 of the
+    Training does so from its own rows (`MatrixTrainingSAE.output_bias`); this is for other rows, or more of them.
+    (On a head with a half-life of 55 tokens, k = 1: whole-stream replacement recovers 0.34 of the
     KL instead of -0.10, while explained variance goes from 0.209 to 0.211.)
 
     Args:
@@ -538,6 +608,7 @@ def calibrate_b_dec(sae: MatrixSAE, batches: Iterable[Tensor | LowRank], n_batch
     Raises:
         ValueError: no batch, or the data is not finite.
     """
+    sae.settle_b_dec()
     cfg, count = sae.cfg, 0
     total, code = sae.b_dec.new_zeros(cfg.d_in).double(), sae.b_dec.new_zeros(cfg.d_sae).double()
     for _, batch in zip(range(n_batches), batches):
@@ -547,13 +618,7 @@ def calibrate_b_dec(sae: MatrixSAE, batches: Iterable[Tensor | LowRank], n_batch
         count += len(x)
     require(count > 0, "batches", count, "at least one batch of activations [N, d_in]")
     error = (total / count).to(sae.b_dec) - sae.b_dec - sae.decode_linear((code / count).to(sae.b_dec))
-    sae.b_dec.data.add_(error)
-    if sae.cfg.apply_b_dec_to_input:
-        shift = sae.encode_linear(error)
-        for name in ("b_enc", "b_gate", "b_mag"):
-            bias = getattr(sae, name, None)
-            if isinstance(bias, nn.Parameter):
-                bias.data.add_(shift * cast(Tensor, sae.r_mag).exp() if name == "b_mag" else shift)
+    move_b_dec(sae, error)
     return sae.b_dec.data.clone()
 
 

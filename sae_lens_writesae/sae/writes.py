@@ -8,7 +8,6 @@ what their explained variance is.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from hookpoints.scopes import threads_for
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.metric import Metric, put_in_metric
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig
-from sae_lens_writesae.sae.training import Code, MatrixTrainingSAE, batch_variance, calibrate_b_dec, pack, unpack
+from sae_lens_writesae.sae.training import Code, MatrixTrainingSAE, batch_variance, pack, unpack
 
 Trainer = SAETrainer[Any, Any]
 
@@ -51,7 +50,8 @@ def train_on_writes(
         cfg: SAELens' runner config; `training_config` makes one for a head of a model. Its SAE, seed, device,
             `training_tokens` (rows seen, in as many epochs as that needs), batch size, optimizer, schedules,
             checkpoints and logger are used; its model and its text are not.
-        keys, values: [N,R,K] and [N,R,V], of any float dtype; memory-mapped tensors are read batch by batch.
+        keys, values: [N,R,K] and [N,R,V], or [N,K] and [N,V] for R = 1, of any float dtype; memory-mapped tensors are
+            read batch by batch.
         report: called after each step with the trainer and what the step returned.
         metric: where `cfg.sae.metric` is `gauss_newton`, the metric of this head (`sae.metric_fit.fit_metrics`). The
             dictionary that is returned has it folded in.
@@ -60,6 +60,7 @@ def train_on_writes(
         ValueError: a metric that the config cannot have, or none where it needs one; shapes that fit neither each other
             nor the config, fewer rows than a batch, NaN or infinite values.
     """
+    keys, values = (side[:, None] if side.ndim == 2 else side for side in (keys, values))
     check_writes(cfg, keys, values, metric)
     device = torch.device(cfg.device)
     _keep_freed_memory()
@@ -77,7 +78,6 @@ def train_on_writes(
             trainer.step = reported
         with _logged(cfg), step_threads(trainer, keys[0].numel() + values[0].numel()):
             trainer.fit()
-        settle_b_dec(trainer)
     return trainer.sae if metric is None else metric.fold(trainer.sae)
 
 
@@ -103,9 +103,11 @@ def check_writes(cfg: RunnerConfig, keys: Tensor, values: Tensor, metric: Metric
     if metric is None and getattr(cfg.sae, "metric", "frobenius") != "frobenius":
         raise ValueError("cfg.sae.metric='gauss_newton' needs a metric: give what sae.metric_fit.fit_metrics returns")
     batch_size, sae = cfg.train_batch_size_tokens, cfg.sae
-    found = (keys.shape[2], values.shape[2])
-    if found != (sae.d_k, sae.d_v):
-        raise ValueError(f"the SAE is for K, V = {sae.d_k}, {sae.d_v} (d_k, d_v), the writes have K, V = {found}")
+    if keys.shape != (*values.shape[:-1], sae.d_k) or values.shape != (*keys.shape[:2], sae.d_v):
+        raise ValueError(
+            f"keys, values: expected [N,R,K] and [N,R,V] with K, V = {sae.d_k}, {sae.d_v} (d_k, d_v of cfg.sae), got "
+            f"{list(keys.shape)} and {list(values.shape)}"
+        )
     if len(keys) < batch_size:
         raise ValueError(
             f"{len(keys)} writes are fewer than one batch of train_batch_size_tokens={batch_size}; collect more, or "
@@ -136,15 +138,6 @@ def check_metric(cfg: RunnerConfig, metric: Metric | None) -> None:
             f"metric={wanted!r} trains on transformed writes, but the weights of from_pretrained_path are for writes "
             "themselves; start anew, or go on with metric='frobenius'"
         )
-
-
-def settle_b_dec(trainer: Trainer) -> None:
-    """What `b_dec_rows` of the config asks for, with further rows of the trainer's own source; at most as many as were
-    trained on, so that a short run stays short."""
-    sae = trainer.sae
-    if rows := min(getattr(sae.cfg, "b_dec_rows", 0), trainer.cfg.total_training_samples):
-        batches = (sae.split_batch(batch.to(sae.device))[0] for batch in trainer.data_provider)
-        calibrate_b_dec(sae, batches, math.ceil(rows / trainer.cfg.train_batch_size_samples))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import sae_lens
 import torch
 from sae_lens import SAE, TrainingSAE
 from sae_lens.evals import get_featurewise_weight_based_metrics
+from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
+from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup, get_pretrained_saes_directory
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig, TrainStepInput
 from safetensors.torch import load_file, save_file
 from sealing import reseal
@@ -281,6 +284,46 @@ def test_paper_variants_are_configurations(variant: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+@pytest.mark.parametrize("name", S.TRAINING)
+def test_saelens_folds_the_scaling_factor_of_a_release(
+    name: str, variant: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "writesae_product":
+        variant = {}
+    sae = build(name, normalize_activations="expected_average_only_in", **variant)
+    sae.save_inference_model(tmp_path)
+    files: dict[str, Any] = {"release": "here", "repo_id": "", "model": "", "conversion_func": None}
+    nothing: dict[str, Any] = {key: {} for key in ("expected_var_explained", "expected_l0", "neuronpedia_id")}
+    lookup = PretrainedSAELookup(
+        **files, **nothing, saes_map={"one": str(tmp_path)}, norm_scaling_factor={"one": 2.5}, config_overrides=None
+    )
+    monkeypatch.setitem(get_pretrained_saes_directory(), "here", lookup)
+
+    def converter(repo_id: str, folder_name: str, device: str, force_download: bool, cfg_overrides: Any) -> Any:
+        return *sae_lens_disk_loader(folder_name, device, cfg_overrides), None
+
+    folded = SAE.from_pretrained("here", "one", dtype="float64", converter=converter)
+    assert folded.cfg.normalize_activations == "none" and folded.b_dec.device.type == "cpu"
+    x = torch.randn(9, D_IN, dtype=torch.float64)
+    expected = SAE.load_from_disk(tmp_path)(2.5 * x) / 2.5
+    torch.testing.assert_close(folded(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_dictionary_has_the_same_checksums_in_every_process(tmp_path: Path) -> None:
+    script = (
+        "import sys, torch, sae_lens_writesae\nfrom sae_lens_writesae.sae import TRAINING\ntorch.manual_seed(0)\n"
+        "sae_class, cfg_class = TRAINING['writesae_topk']\nsae = sae_class(cfg_class(d_in=6, d_k=2, d_sae=4, k=1))\n"
+        "sae.save_model(sys.argv[1] + '/training')\nsae.save_inference_model(sys.argv[1] + '/inference')"
+    )
+    folders = [tmp_path / seed for seed in ("1", "2")]
+    for folder in folders:
+        command = [sys.executable, "-c", script, str(folder)]
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONHASHSEED": folder.name})
+    for name in ("training/SHA256SUMS", "training/cfg.json", "inference/SHA256SUMS", "inference/cfg.json"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
 @pytest.mark.slow

@@ -26,8 +26,12 @@ from small_saes import exact_sae
 from torch.testing import assert_close
 
 import sae_lens_writesae as writesae
-from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError, embedded
+from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
+from hookpoints import embedded as shipped
 from sae_lens_writesae import sae as architectures
+from sae_lens_writesae import sample_sequences
+from sae_lens_writesae.experiment.lab import Lab
+from sae_lens_writesae.experiment.quality import qualities
 from sae_lens_writesae.sae.half_life import half_lives
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.runner import (
@@ -55,7 +59,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 @pytest.fixture(scope="module")
 def dataset():
-    return text_dataset(embedded.text("train")[:60_000])
+    return text_dataset(shipped.text("train")[:60_000])
 
 
 def small_config(model, target="write", architecture="writesae_topk", sae=None, **changes):
@@ -76,6 +80,26 @@ def test_stock_runner_trains_and_exports(embedded, dataset, tmp_path, target):
     assert loaded.cfg.d_sae == sae.cfg.d_sae
     runner_cfg = json.loads((tmp_path / "runner_cfg.json").read_text())
     assert runner_cfg["model_class_name"] == MODEL_CLASS_NAME and runner_cfg["model_name"] == "embedded"
+
+
+@pytest.mark.slow
+def test_stock_runner_gives_what_calibration_of_b_dec_would(embedded, tmp_path):
+    """On a head that remembers for dozens of tokens. What the optimizer leaves in b_dec recovers far less there."""
+
+    def runner():
+        torch.manual_seed(0)
+        sizes = {"training_tokens": 20_000, "context_size": 128, "store_batch_size_prompts": 8}
+        cfg = training_config(embedded, 4, 0, d_sae=512, output_path=str(tmp_path), n_batches_in_buffer=32, **sizes)
+        text = text_dataset(shipped.text("train"))
+        return LanguageModelSAETrainingRunner(cfg, override_model=embedded, override_dataset=text)
+
+    trained = runner().run().eval()  # SAELens has saved it too
+    saved, calibrated = (writesae.load_sae(tmp_path) for _ in range(2))
+    writesae.calibrate_b_dec(calibrated, runner().activations_store, 20_000 // 128)
+    tokens = sample_sequences(embedded, shipped.text("test"), 256, 12)
+    saes = {"returned": trained, "saved": saved, "calibrated": calibrated}
+    found = {name: each.recovered.mean for name, each in qualities(Lab(embedded, saes, tokens)).items()}
+    assert min(found["returned"], found["saved"]) > found["calibrated"] - 0.02
 
 
 def test_model_class_name_loads_the_model(embedded, dataset):

@@ -407,6 +407,42 @@ def test_reconstructions_are_made_right_on_average(name: str, tmp_path: Path) ->
         W.calibrate_b_dec(make(), [x * torch.nan])
 
 
+@pytest.mark.parametrize("name", S.TRAINING)
+def test_any_trainer_leaves_reconstructions_right_on_average(name: str, tmp_path: Path) -> None:
+    """Of small writes with much noise, so that the steps of the optimizer are large for b_dec."""
+
+    class Writes(Planted):
+        def __next__(self) -> Tensor:
+            common, which = torch.Generator().manual_seed(1), torch.randint(6, (BATCH,), generator=self.g)
+            sides = [torch.randn(6, n, generator=common)[which] + 0.5 + self.draw(BATCH, n) for n in (K, V)]
+            return 0.003 * (sides[0][:, :, None] * sides[1][:, None]).flatten(1)
+
+    fields: dict[str, dict[str, Any]] = {
+        "writesae_matryoshka": {"matryoshka_widths": [8, 36]},
+        "writesae_standard": {"l1_coefficient": 3e-3},
+        "writesae_gated": {"l1_coefficient": 3e-3},
+        "writesae_jumprelu": {"l0_coefficient": 1e-5, "jumprelu_init_threshold": 0.01},
+    }
+    data = Writes()
+    sae: Any = train(name, data, 150, d_sae=36, **fields.get(name, {})).sae
+    sae.requires_grad_(False)
+    x = torch.cat([next(data) for _ in range(40)])
+
+    def error(rebuilt: Tensor) -> float:
+        """Squared norm of the mean residual, as a share of that of the inputs."""
+        return float((x - rebuilt).mean(0).square().sum() / x.square().sum(1).mean())
+
+    by_optimizer = error(sae.decode_linear(sae.encode(x)) + sae.b_dec)
+    returned, codes = error(sae(x)), sae.encode(x)
+    sae.save_model(tmp_path / "checkpoint")
+    assert torch.equal(TrainingSAE.load_from_disk(tmp_path / "checkpoint")(x), sae(x))
+    sae.save_inference_model(tmp_path / "exported")
+    exported = error(W.load_sae(tmp_path / "exported")(x))
+    assert max(returned, exported) < min(1e-3, 0.6 * by_optimizer)
+    torch.testing.assert_close(sae.encode(x), codes, rtol=1e-3, atol=1e-5)
+    assert error(sae.decode_linear(codes) + sae.b_dec) == pytest.approx(returned, rel=0.01)
+
+
 # ---------------------------------------------------------------------------------------- the start
 
 

@@ -51,7 +51,7 @@ def config(seed: int = 0, steps: int = 6, **changes: Any) -> LanguageModelSAERun
 
 
 def state(sae: torch.nn.Module) -> dict[str, Tensor]:
-    """Weights, without the atoms of the start, which are computed in fp32 where rows are resampled."""
+    """Weights and running means, without the atoms of the start: where rows are resampled they are of fp32."""
     return {name: value for name, value in sae.state_dict().items() if not name.startswith("start_")}
 
 
@@ -60,7 +60,7 @@ CHANGES: list[dict[str, Any]] = [
     {"k": 1},
     {"k_aux": 3},
     {"apply_b_dec_to_input": False},
-    {"aux_loss_coefficient": 0.0, "b_dec_init": "zeros"},
+    {"aux_loss_coefficient": 0.0, "b_dec_init": "zeros", "b_dec_rows": 64},
 ]
 
 

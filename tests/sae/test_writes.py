@@ -124,7 +124,7 @@ def test_thresholds_and_means_come_from_factors_too() -> None:
 
 
 def test_upkeep_is_the_same() -> None:
-    """Centring, unit norm, and resampling, whose draws are the same ones."""
+    """Centring, unit norm, running means, and resampling, whose draws are the same ones."""
     for at, n_dead in ((0, 0), (500, 6)):
         dense = make(resample_every=250, b_dec_init="mean")
         dense.b_dec.data.mul_(at > 0)
@@ -135,7 +135,8 @@ def test_upkeep_is_the_same() -> None:
             outputs.append(step(each, x, n_dead, at))
         resampled = outputs[1].metrics["resampled_atoms"]
         assert resampled == outputs[0].metrics["resampled_atoms"] and (resampled == n_dead or n_dead > resampled > 0)
-        for p, q in zip(dense.parameters(), sae.parameters()):
+        assert dense.mean_contribution.any() and dense.mean_input.any()
+        for p, q in zip(dense.state_dict().values(), sae.state_dict().values(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
 
 
@@ -229,16 +230,14 @@ def test_planted_writes_are_found() -> None:
     assert error.square().sum() < 0.05 * rows.norm().square().sum()
 
 
-def test_b_dec_is_set_at_the_end_of_training_so_that_the_mean_is_right() -> None:
+def test_a_write_of_one_term_needs_no_axis_for_it() -> None:
     _, rows = planted()
-    x = rows.dense().flatten(1)
-    as_trained, settled = (train_on_writes(config(0, 60, b_dec_rows=n), rows.keys, rows.values) for n in (0, 32_768))
-    with torch.no_grad():
-        codes = [sae.encode(x) for sae in (as_trained, settled)]
-        errors = [(x - sae.decode(code)).mean(0).norm() for sae, code in zip((as_trained, settled), codes)]
-    assert errors[1] < 0.2 * errors[0]
-    torch.testing.assert_close(codes[1], codes[0], rtol=1e-4, atol=1e-4)  # which atoms act, and how much, stays
-    assert torch.equal(as_trained.v, settled.v) and torch.equal(as_trained.w, settled.w)
+    sides = (rows.keys, rows.values), (rows.keys[:, 0], rows.values[:, 0])
+    both = [train_on_writes(config(0, 5), keys, values) for keys, values in sides]
+    assert all(torch.equal(p, q) for p, q in zip(both[0].parameters(), both[1].parameters(), strict=True))
+    for keys, values in ((rows.values, rows.keys), (rows.keys[:, 0, 0], rows.values), (rows.keys[None], rows.values)):
+        with pytest.raises(ValueError, match=rf"keys, values: .*K, V = {K}, {V} .*got \["):
+            train_on_writes(config(), keys, values)
 
 
 def test_a_seed_is_a_dictionary() -> None:
