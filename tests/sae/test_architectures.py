@@ -180,7 +180,7 @@ def test_a_logging_step_tells_of_the_write(name: str, options: dict) -> None:
         norm, top = scaled.max(1)
         along = (x * torch.nn.functional.normalize(sae.W_dec[top], dim=1)).sum(1)
         energy = torch.where(norm > 0, along**2 / x.square().sum(1), 0)
-        cosine = torch.cosine_similarity(sae.decode(acts), x)
+        cosine = torch.cosine_similarity(sae.decode_linear(acts) + sae.b_dec, x)
     assert output.metrics["top_atom_energy"] == pytest.approx(energy.mean().item())
     assert output.metrics["cosine"] == pytest.approx(cosine.mean().item())
     assert "cosine" not in sae.training_forward_pass(step_input(sae)).metrics
