@@ -22,6 +22,7 @@ from sae_lens_writesae.experiment.evaluation import Evaluation
 from sae_lens_writesae.experiment.lab import Lab, Site, Trial
 from sae_lens_writesae.experiment.readout import kl_window
 from sae_lens_writesae.experiment.result import Claim, Figure, Result
+from sae_lens_writesae.sae.base import MatrixWeights
 from sae_lens_writesae.verdict import figures
 from sae_lens_writesae.verdict.judge import Against, judge
 from sae_lens_writesae.verdict.names import NAMES
@@ -342,7 +343,7 @@ def _bases(site: Site, position: int, mean: LowRank) -> Mapping[str, LowRank]:
 
 def _decoder_bias(lab: Lab) -> LowRank | None:
     """The decoder bias as its singular terms; None where there is none, or it is zero."""
-    bias = getattr(lab.sae, "b_dec", None)
+    bias = lab.sae.output_bias() if isinstance(lab.sae, MatrixWeights) else getattr(lab.sae, "b_dec", None)
     if not isinstance(bias, Tensor) or not bool(bias.any()):
         return None
     return nonzero_terms(bias.detach().float().reshape(lab.key_value).to(lab.model.cfg.device))
