@@ -7,11 +7,13 @@ import pandas as pd
 import pytest
 
 from sae_lens_writesae.verdict.fits import (
+    cell_r2,
     groups_of,
     linear_fit,
     one_scale,
     per_cell_table,
     r2_estimate,
+    scale_cells,
     scores_table,
     with_control,
 )
@@ -53,6 +55,24 @@ def test_scores_known_by_hand() -> None:
     lead = r2_estimate(m, rows["F1"], rows["sequence"], rival=rows["shuffled"])
     assert lead.mean == pytest.approx(half["r2"] - shuffled["r2"]) and 0 < lead.low < lead.mean < lead.high
     assert (lead.n, lead.n_clusters) == (160, 10)
+
+
+def test_r2_of_a_cell_by_hand() -> None:
+    """Measured 1 and 3 at sizes 1 and 2 of a line: the scale 7/5 leaves 0.4^2 + 0.2^2 of a variation of 2."""
+    cell = {"quantity": "logit", "horizon": 0, "rank": "1", "sequence": 7}
+    steps = pd.DataFrame([{"eps": 1.0, "F2": 1.0, "measured": 1.0}, {"eps": 2.0, "F2": 2.0, "measured": 3.0}])
+    cells = pd.concat([steps.assign(firing=0, **cell), steps.assign(firing=1, **cell | {"quantity": "log_prob"})])
+    cells = cells.reset_index(drop=True).assign(F1=0.0)
+    cells.loc[cells["quantity"] == "log_prob", "measured"] *= 10
+    assert cell_r2(cells, "F2").to_numpy().tolist() == [[pytest.approx(1 - 0.2 / 2), 7]]
+    assert scale_cells(cells, "F1").tolist() == [0] * 4  # nothing to scale
+    assert cell_r2(cells.assign(measured=lambda rows: rows["measured"] / 10), "F2")["r2"].tolist() == [
+        pytest.approx(0.9)
+    ]
+    constant = scores_table(cells.assign(F2=1.0), ["F2"]).query("quantity == 'logit' and horizon == 'all'")
+    assert constant["pearson"].iloc[0] == 0
+    small = scores_table(cells.assign(F2=cells["F2"] / 10), ["F2"]).query("quantity == 'logit' and horizon == 'all'")
+    assert small["pearson"].iloc[0] == pytest.approx(1)
 
 
 def test_groups_without_change_are_left_out() -> None:

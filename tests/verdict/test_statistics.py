@@ -127,6 +127,7 @@ def test_wilson_is_the_closed_form() -> None:
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     rate = S.success_rate(np.arange(n) < wins, np.arange(n))
+    assert rate[:4] == (p, wins, 0, n)
     assert rate.wilson == pytest.approx((centre - half, centre + half), abs=1e-12)
 
 
@@ -218,6 +219,8 @@ def test_median_ratio_of_pairs() -> None:
 def test_recovered_share_by_hand() -> None:
     """Sums, not a mean of shares: 1 - (1 + 3) / (2 + 8). Native recovers 1, deletion itself 0, worse is negative."""
     share = S.recovered_share([1.0, 3.0], [2.0, 8.0], clusters=[0, 1])
+    empty = S.recovered_share([0.0, 0.5], [0.0, 1.0], clusters=[0, 1])  # where the first alone is drawn, nothing is
+    assert empty.interval == pytest.approx((0.5, 0.5))
     assert share.mean == pytest.approx(0.6) and share.low <= 0.5 and share.high >= 0.625  # each cluster by itself
     deleted, clusters = np.arange(1.0, 9), np.arange(8)
     assert S.recovered_share(np.zeros(8), deleted, clusters).interval == (1, 1)
@@ -306,6 +309,11 @@ def test_two_way_is_wider_than_either_alone_and_covers() -> None:
         widths.append((both.high - both.low) / (one.high - one.low))
         assert both.n_clusters == 20
     assert covered >= 88 and np.median(widths) > 1.2
+
+
+def test_two_way_of_a_sparse_table_leaves_out_draws_of_nothing() -> None:
+    sparse = S.estimate_two_way([1.0, 2.0, 3.0], [0, 1, 2], [0, 1, 2])
+    assert sparse.mean == 2 and 1 <= sparse.low < sparse.high <= 3
 
 
 def test_two_way_with_one_column_is_over_the_rows_alone() -> None:
