@@ -8,14 +8,22 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from reliability.damage import damaged
-
 from hookpoints.files import CHECKSUMS, write_checksums
 
 
 def reseal(folder: Path) -> None:
     """As one who edited a file on purpose."""
     write_checksums(folder, sorted(file.name for file in folder.iterdir() if file.is_file() and file.name != CHECKSUMS))
+
+
+def damaged(data: bytes, draw: random.Random) -> bytes:
+    """A copy with one bit flipped, or with its end cut off."""
+    at = draw.randrange(len(data))
+    if draw.random() < 0.2:
+        return data[:at]
+    flipped = bytearray(data)
+    flipped[at] ^= 1 << draw.randrange(8)
+    return bytes(flipped)
 
 
 def damages(folder: Path, names: list[str], n: int, seed: int = 0) -> Iterator[str]:
@@ -25,7 +33,7 @@ def damages(folder: Path, names: list[str], n: int, seed: int = 0) -> Iterator[s
     whole = {name: (folder / name).read_bytes() for name in names}
     for number in range(n):
         file = draw.choice(names)
-        changed, what = {file: damaged(whole[file], draw)[0]}, "changed"
+        changed, what = {file: damaged(whole[file], draw)}, "changed"
         if number % 4 == 1 and len(names) > 2:
             other = draw.choice([name for name in names if whole[name] != whole[file]])
             changed, what = {file: whole[other], other: whole[file]}, f"swapped with {other}"

@@ -1,1 +1,1 @@
-"""What goes wrong in practice, thrown at the packages: ``scripts/reliability_page.py`` and the tests here call it."""
+"""What goes wrong in practice: checks that ``test_reliability.py`` and ``scripts/reliability_page.py`` run."""

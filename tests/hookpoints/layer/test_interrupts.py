@@ -1,4 +1,4 @@
-"""An interrupt (Ctrl-C, "stop" in a notebook) at any moment of any run leaves nothing behind."""
+"""An interrupt (Ctrl-C, "stop" in a notebook) leaves nothing behind; at calls of any run: ``tests/reliability``."""
 
 from __future__ import annotations
 
@@ -10,54 +10,39 @@ import pytest
 import torch
 import transformers.models.qwen3_5.modeling_qwen3_5 as upstream
 from conftest import make_hf
-from reliability.interrupts import (
-    EDITS,
-    RUNS,
-    WRITE,
-    Outputs,
-    at_calls,
-    fresh,
-    generated,
-    interrupt,
-    plain,
-    throw,
-)
+from reliability.checks import same
+from reliability.runs import EDITS, WRITE, fresh, generated, interrupt, native, outputs, some_tokens
 
 from hookpoints import attach
 from hookpoints.fla import scope as fla_scope
 
-MOMENTS = 12
-"""Random moments for each kind of run."""
-
 
 @pytest.fixture(scope="module")
 def expected():
-    torch.manual_seed(1)
-    tokens = torch.randint(1, 64, (2, 70))
-    return tokens, Outputs(fresh(), tokens)
+    return some_tokens(), outputs(fresh(), some_tokens())
 
 
 def test_from_a_hook(expected):
-    tokens, outputs = expected
+    tokens, alone = expected
     model = fresh()
     for name in (WRITE, "blocks.2.hook_resid_pre", "blocks.3.attn.hook_z", "blocks.0.mixer.hook_q"):
         with pytest.raises(KeyboardInterrupt):
             model.run_with_hooks(tokens, fwd_hooks=[(name, interrupt)])
     with pytest.raises(KeyboardInterrupt), model.edits(EDITS), model.hooks([(WRITE, interrupt)]):
         model(tokens, stop_at_layer=2)
-    assert Outputs(model, tokens).equal(outputs)
+    assert same(alone, outputs(model, tokens))
 
 
 def test_from_the_op(expected, monkeypatch):
-    tokens, outputs = expected
+    tokens, alone = expected
     for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
         with monkeypatch.context() as patch:
             model = fresh()
             patch.setattr(upstream, name, interrupt)
-            for run in (plain, generated):
+            for run in (native, generated):
                 with contextlib.suppress(KeyboardInterrupt):
                     run(model, tokens)
-        assert Outputs(model, tokens).equal(outputs)
+        assert same(alone, outputs(model, tokens))
 
 
 def test_from_a_substitute_of_fla(monkeypatch):
@@ -80,32 +65,10 @@ def test_from_a_substitute_of_fla(monkeypatch):
     assert torch.equal(model(x), 2 * x) and "forward" not in vars(model)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a signal may come in a __del__
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
-def test_at_random_moments(expected, run):
-    """Real signals, whose handlers raise wherever Python is."""
-    tokens, outputs = expected
-    model = fresh()
-    with torch.no_grad():
-        assert throw(lambda: run(model, tokens), MOMENTS, run.__name__).total() == MOMENTS
-    model.hf_model.zero_grad()
-    assert Outputs(model, tokens).equal(outputs)
-
-
-@pytest.mark.parametrize("run", RUNS[2:], ids=lambda run: run.__name__)
-@torch.no_grad()
-def test_at_random_calls_of_this_package(expected, run):
-    """Signals mostly arrive inside of torch; here the interrupt comes where state changes hands."""
-    tokens, outputs = expected
-    model = fresh()
-    ended = at_calls(run, model, tokens, MOMENTS)
-    assert Outputs(model, tokens).equal(outputs) and len(ended) == MOMENTS
-
-
 @torch.no_grad()
 def test_as_a_scope_has_just_been_entered(expected):
     """Its generator waits at its ``yield``, and the traceback, which a notebook keeps, holds it there."""
-    tokens, outputs = expected
+    tokens, alone = expected
     model = fresh()
 
     def profile(frame, event, arg):
@@ -120,15 +83,15 @@ def test_as_a_scope_has_just_been_entered(expected):
         kept = error
     finally:
         sys.setprofile(None)
-    assert Outputs(model, tokens).equal(outputs) and kept.__traceback__ is not None
+    assert same(alone, outputs(model, tokens)) and kept.__traceback__ is not None
 
 
 def test_a_plain_model_of_the_same_type_is_not_changed(expected):
-    tokens, outputs = expected
+    tokens, alone = expected
     hf = make_hf()
     with attach(hf) as hooked_model:
         with pytest.raises(KeyboardInterrupt):
             hooked_model.run_with_hooks(tokens, fwd_hooks=[(WRITE, interrupt)])
         with torch.no_grad():
-            assert torch.equal(hf(tokens).logits, outputs.values[0])
-            assert torch.equal(make_hf()(tokens).logits, outputs.values[0])
+            assert torch.equal(hf(tokens).logits, alone["native"])
+            assert torch.equal(make_hf()(tokens).logits, alone["native"])

@@ -1,4 +1,4 @@
-"""Several threads on one hooked model: each has its own hooks, edits and partial runs."""
+"""Several threads on one hooked model: each has its own hooks and gradients. Every kind of run: ``reliability``."""
 
 from __future__ import annotations
 
@@ -8,34 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import make_hf
-from reliability.threads import PAIRS, WRITE, as_tasks, at_once, native
+from reliability.runs import WRITE, native
 
 from hookpoints import HookedRecurrent
-
-ROUNDS = 15
-"""Forwards of each thread in a test."""
 
 
 @pytest.fixture(scope="module")
 def shared():
     return HookedRecurrent.from_hf(make_hf())
-
-
-@pytest.mark.parametrize("jobs", PAIRS, ids=lambda jobs: "-".join(job.__name__ for job in jobs))
-def test_two_kinds_of_run_at_once(shared, tokens, jobs):
-    """Four threads, two of each kind, against the same runs alone; and the native output afterwards."""
-    with torch.no_grad():
-        plain = native(shared, tokens)
-    equal = at_once(shared, tokens, jobs * 2, ROUNDS)
-    assert len(equal) == 4 * ROUNDS and all(equal)
-    with torch.no_grad():
-        assert torch.equal(native(shared, tokens), plain)
-    assert not any(point.fwd_hooks or point._forward_hooks for point in shared.hook_dict.values())
-
-
-def test_tasks_of_one_thread(shared, tokens):
-    equal = as_tasks(shared, tokens, 3)
-    assert len(equal) == 15 and all(equal)
 
 
 @torch.no_grad()

@@ -1,0 +1,279 @@
+"""Damaged folders, and folders from strangers: code, pickles, links, and files that claim much."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from conftest import make_hf
+from made_up import HOLDS, made_up
+from safetensors.torch import load_file
+from sealing import damages, reseal
+from small_saes import make_sae
+
+from hookpoints import HookedRecurrent, embedded
+from hookpoints.files import LARGEST_JSON
+from reliability.checks import REFUSED, Change, Comparison, check, outcome
+from reliability.runs import fresh
+from sae_lens_writesae.evaluations import load_result
+from sae_lens_writesae.sae.checkpoint import TRAINER_STATE_FILENAME, check_checkpoint
+from sae_lens_writesae.sae.collect import collect
+from sae_lens_writesae.sae.collection import INDEX, Collection
+from sae_lens_writesae.sae.load import load_sae
+from sae_lens_writesae.sae.runner import train, training_config
+
+Contents = dict[str, object]
+TEXT = "The state of the Union — 12 years, naïve"
+
+
+def make_model(folder: Path, model_type: str = "qwen3_5") -> None:
+    make_hf(model_type).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(embedded.path() / name, folder)
+    reseal(folder)
+
+
+def read_model(folder: Path) -> Contents:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = HookedRecurrent.from_pretrained(str(folder), device="cpu")
+    with torch.no_grad():
+        return {"logits": model(torch.arange(1, 33)[None]), "text": model.tokenizer and model.to_str_tokens(TEXT)}
+
+
+def make_dictionary(folder: Path) -> None:
+    make_sae(fresh()).save_model(folder)
+
+
+def read_dictionary(folder: Path) -> Contents:
+    return {"cfg": vars(sae := load_sae(folder))["cfg"].to_dict(), **sae.state_dict()}
+
+
+def make_collection(folder: Path) -> None:
+    rows = torch.randint(1, 64, (22, 32), generator=torch.Generator().manual_seed(3))
+    collect(fresh(), rows, [0, 1], None, folder, batch_size=2, shard_bytes=100_000)
+
+
+def read_collection(folder: Path) -> Contents:
+    found = Collection.open(folder)
+    heads = [(layer, head) for layer, each in found.contents.layers.items() for head in each.heads]
+    return {"tokens": found.tokens, **{str(each): found.rows(*each) for each in heads}}
+
+
+def make_result(folder: Path) -> None:
+    made_up(HOLDS, label="mine", scales=("matched",), last_position=False, n_sequences=6).save(folder)
+
+
+def read_result(folder: Path) -> Contents:
+    found = load_result(folder)
+    return {"evaluation": found.evaluation, "info": {**found.info, "seconds": 0}, **found.tables}
+
+
+class Kind(NamedTuple):
+    """What is saved in a folder."""
+
+    make: Callable[[Path], None]
+    read: Callable[[Path], Contents]
+    head: str
+    """The JSON file that describes the rest."""
+
+
+KINDS = {
+    "model": Kind(make_model, read_model, "config.json"),
+    "dictionary": Kind(make_dictionary, read_dictionary, "cfg.json"),
+    "collection": Kind(make_collection, read_collection, INDEX),
+    "result": Kind(make_result, read_result, "info.json"),
+}
+FILE = "hookpoints.files:SealedFolder.file"
+
+
+def _damaged(kind: str) -> Callable[[Path, int], Iterator[Comparison]]:
+    def run(work: Path, rounds: int) -> Iterator[Comparison]:
+        make, read, _ = KINDS[kind]
+        folder = work / kind
+        make(folder)
+        whole, names = read(folder), sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
+        for what in damages(folder, names, rounds):
+            got = outcome(read, folder)
+            yield Comparison(what, REFUSED if got == REFUSED else whole, got)
+        yield Comparison("not damaged any more", whole, outcome(read, folder))
+
+    run.__name__ = f"damaged_{kind}"
+    run.__doc__ = (
+        f"A folder of a {kind} with one bit flipped, cut short, with two files swapped, or with an entry of its seal "
+        "dropped or renamed. It is refused by name, or what is read is the same."
+    )
+    return run
+
+
+for _kind in KINDS:
+    _off = {"SHA-256 is not compared": [Change(FILE, "if found != expected", "if False")]}
+    check("Damaged folders", _off, few=60, many=220)(_damaged(_kind))
+
+
+@check(
+    "Folders from strangers",
+    {"links are followed": [Change("hookpoints.files:plain_file", "own or any", "True or any")]},
+)
+def links(work: Path, rounds: int) -> Iterator[Comparison]:
+    """Each file of a model, a dictionary, a collection and a result in turn is a link to the same file elsewhere. It is
+    refused by name."""
+    for kind, (make, read, _) in KINDS.items():
+        make(folder := work / kind)
+        for file in sorted(folder.iterdir()):
+            if file.suffix in (".json", ".safetensors", ".parquet"):
+                file.symlink_to(file.rename(work / file.name))
+                yield Comparison(f"{kind}, {file.name}", REFUSED, outcome(read, folder))
+                (work / file.name).replace(file)
+
+
+@check(
+    "Folders from strangers",
+    {"sizes of JSON files are not checked": [Change("hookpoints.files:check_json_size", "size > most", "False")]},
+    slow=True,
+)
+def large_files(work: Path, rounds: int) -> Iterator[Comparison]:
+    """The JSON file that describes a model, a dictionary, a collection or a result is padded to 64 MB. It is refused by
+    name."""
+    for kind, (make, read, head) in KINDS.items():
+        make(folder := work / kind)
+        with (folder / head).open("a") as file:
+            file.write(" " * LARGEST_JSON)
+        if kind != "collection":
+            reseal(folder)
+        yield Comparison(kind, REFUSED, outcome(read, folder))
+
+
+class _Evil:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.mark,)
+
+
+def _asked(work: Path, act: Callable[..., object], *args: object) -> str:
+    """What came of a folder that brings code along: "loaded", refused, or that the code was run or asked about."""
+    asked: list[str] = []
+
+    def ask(prompt: str = "") -> str:
+        asked.append(prompt)
+        return "y"
+
+    with patch("builtins.input", ask), contextlib.redirect_stdout(io.StringIO()):
+        got = outcome(act, *args)
+    if asked or (work / "mark").exists():
+        return "code was run, or asked about"
+    return got if isinstance(got, str) else "loaded"
+
+
+def _rewrite(file: Path, **fields: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    reseal(file.parent)
+
+
+LOADING = "hookpoints.model.loading"
+
+
+@check(
+    "Folders from strangers",
+    {
+        "`trust_remote_code=False` is missing where a model is loaded": [
+            Change(f"{LOADING}:_model", '{"trust_remote_code": False}', "{}")
+        ],
+        "`trust_remote_code=False` is missing where a tokenizer is loaded": [
+            Change(f"{LOADING}:_tokenizer", ", trust_remote_code=False", "")
+        ],
+    },
+)
+def code(work: Path, rounds: int) -> Iterator[Comparison]:
+    """`auto_map` of a model, or of a tokenizer, names a module beside it, and transformers has no class of its own. The
+    model is refused by name, or loaded without the tokenizer; nothing is run and nobody is asked."""
+    evil = f"from pathlib import Path\nPath({str(work / 'mark')!r}).touch()\nclass Evil: pass\n"
+    maps = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    fields = {
+        "config.json": {"model_type": "evil", "architectures": ["Evil"], "auto_map": maps},
+        "tokenizer_config.json": {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}},
+    }
+    for file, expected in (("config.json", REFUSED), ("tokenizer_config.json", "loaded")):
+        make_model(folder := work / file, "bamba")  # for which transformers has no tokenizer
+        (folder / "evil.py").write_text(evil)
+        _rewrite(folder / file, **fields[file])
+        yield Comparison(file, expected, _asked(work, read_model, folder))
+
+
+@check(
+    "Folders from strangers",
+    {
+        "weights are read from pickles": [Change(f"{LOADING}:_model", '"use_safetensors": True, ', "")],
+        "the state of a trainer is unpickled": [
+            Change("sae_lens_writesae.sae.checkpoint:check_checkpoint", "weights_only=True", "weights_only=False")
+        ],
+    },
+)
+def pickles(work: Path, rounds: int) -> Iterator[Comparison]:
+    """The weights of a model, or the state of the trainer in a checkpoint, are a pickle. It is refused by name."""
+    make_model(folder := work / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    reseal(folder)
+    yield Comparison("weights", REFUSED, _asked(work, read_model, folder))
+    rows = torch.randint(1, 64, (20, 32), generator=torch.Generator().manual_seed(3))
+    sizes = {"training_tokens": 640, "train_batch_size_tokens": 64, "context_size": 32, "n_batches_in_buffer": 4}
+    sizes |= {"store_batch_size_prompts": 4, "lr_warm_up_steps": 2, "n_checkpoints": 1, "verbose": False}
+    how = {"checkpoint_path": str(work / "run"), "is_dataset_tokenized": True, "sae": {"k": 4}, "d_sae": 24}
+    cfg = training_config(model := fresh(), 1, 2, architecture="writesae_topk", **sizes, **how)
+    train(cfg, model, datasets.Dataset.from_dict({"tokens": rows.tolist()}))
+    state = next(work.glob(f"run/*/*/{TRAINER_STATE_FILENAME}"))
+    torch.save({"n": _Evil(work / "mark")}, state)
+    reseal(state.parent)
+    yield Comparison("checkpoint", REFUSED, _asked(work, check_checkpoint, state.parent, cfg))
+
+
+@check(
+    "Folders from strangers",
+    {
+        "sizes are not compared": [Change(f"{LOADING}:_refuse_larger", "if needed > 8 * held > 0", "if False")],
+        "tables of any size are read": [
+            Change("sae_lens_writesae.experiment.result:_table", "if unpacked > _LARGEST_TABLE", "if False"),
+            Change("sae_lens_writesae.experiment.result:_table", "pd.read_parquet(file)", "pd.DataFrame()"),
+        ],
+        "an index of weights may name any file": [
+            Change(f"{LOADING}:_check_files", "if shard not in names", "if False")
+        ],
+    },
+)
+def claims(work: Path, rounds: int) -> Iterator[Comparison]:
+    """A config asks for a vocabulary of a trillion tokens; a table of some kilobytes unpacks to two gigabytes; an index
+    names weights outside of its folder. Each is refused by what it claims, before it is believed."""
+    make_model(folder := work / "model")
+    _rewrite(folder / "config.json", vocab_size=10**12)
+    yield Comparison("vocabulary", REFUSED, outcome(read_model, folder, says="describes"))
+    make_result(folder := work / "result")
+    table = next(folder.glob("*.parquet"))
+    names = pq.read_schema(table).names
+    rows = pa.table({name: pa.nulls(10**7) for name in names})
+    with pq.ParquetWriter(table, rows.schema) as writer:
+        for _ in range(30 // len(names) + 1):
+            writer.write_table(rows)
+    reseal(folder)
+    yield Comparison("table", REFUSED, outcome(load_result, folder, says="unpacks"))
+    make_model(folder := work / "index")
+    weights = (folder / "model.safetensors").rename(work / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(weights), "../outside.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    reseal(folder)
+    yield Comparison("index", REFUSED, outcome(read_model, folder, says="outside"))

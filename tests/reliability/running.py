@@ -1,0 +1,205 @@
+"""Interrupts, threads, tasks, and what runs leave behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import inspect
+import random
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from conftest import make_hf
+
+from hookpoints import attach
+from hookpoints.hooks.points import scopes_of
+from hookpoints.layer import context, intercept
+from reliability import runs
+from reliability.checks import Change, Comparison, check
+from reliability.runs import EDITS, RUNS, WRITE, fresh, outputs, some_tokens
+
+SCOPE = "hookpoints.layer.context:scope"
+
+
+class _Calls:
+    """Notes the places where a call that hookpoints makes or gets returns; raises KeyboardInterrupt at one of them.
+
+    Python looks for signals after calls. Raised at any line, an interrupt would also come where none can: between a
+    call and the ``finally`` or the exit that closes it, or as a generator yields.
+    """
+
+    def __init__(self, at: object = None):
+        self.at, self.places = at, {}
+
+    def __call__(self, frame, event, arg):
+        code = frame.f_code
+        if event == "return" and (code.co_flags & inspect.CO_GENERATOR or code.co_name in ("__enter__", "__exit__")):
+            return
+        if event in ("return", "c_return") and ("/hookpoints/" in code.co_filename or "contextlib" in code.co_filename):
+            self.places[place := (code.co_filename, frame.f_lineno, event, getattr(arg, "__name__", ""))] = True
+            if place == self.at:
+                raise KeyboardInterrupt
+
+    def run(self, function, *args):
+        before = sys.getprofile()
+        sys.setprofile(self)
+        try:
+            return function(*args)
+        finally:
+            sys.setprofile(before)
+
+
+@check(
+    "Interrupts",
+    {
+        "a scope whose entry is interrupted stays open": [
+            Change("hookpoints.scopes:_Scope.__enter__", "self.manager.gen.close()", "pass")
+        ],
+        "a layer that is interrupted stays open": [
+            Change("hookpoints.layer.intercept:running", "handler.open = False", "pass"),
+            Change("hookpoints.layer.intercept:running", "_RUNNING.set(outer)", "pass"),
+        ],
+    },
+    few=1,
+    many=20,
+)
+@torch.no_grad()
+def interrupts(work, rounds):
+    """KeyboardInterrupt as a call of the package returns, at another place each time. The tracebacks stay alive, as in
+    a notebook. Then the outputs of all kinds of run are compared with those of a fresh model."""
+    tokens, expected = some_tokens(), outputs(fresh(), some_tokens())
+    for run in RUNS:
+        model, calls, kept = fresh(), _Calls(), []
+        run(model, tokens)  # the first run fills caches
+        calls.run(run, model, tokens)
+        places = list(calls.places)
+        scopes = [place for place in places if place[3] == "next"][:1]
+        for place in [*scopes, *random.Random(0).sample(places, min(rounds, len(places)))]:
+            try:
+                _Calls(place).run(run, model, tokens)
+            except KeyboardInterrupt as error:
+                kept.append(error)
+                yield Comparison(f"{run.__name__}, {place}", expected, outputs(model, tokens))
+
+
+_GLOBAL = {
+    "scopes of one thread are in force in all": [
+        Change("hookpoints.layer.context:current", "_SCOPES.get()", "globals().get('_ALL', ())"),
+        Change("hookpoints.layer.context:Scope.active", "_SCOPES.get()", "globals().get('_ALL', ())"),
+        Change(SCOPE, "_SCOPES.get()", "globals().get('_ALL', ())"),
+        Change(SCOPE, "_SCOPES.set(", "globals().__setitem__('_ALL', "),
+    ]
+}
+PAIRS = [
+    (runs.nested, runs.native),
+    (runs.nested, runs.partial),
+    (runs.session, runs.native),
+    (runs.session, runs.session),
+    (runs.hooked, runs.nested),
+    (runs.generated, runs.hooked),
+]
+
+
+@check("Threads", _GLOBAL, few=5, many=20)
+def threads(work, rounds):
+    """Four threads run one model, two of one kind of run and two of another. Each result is compared with that of the
+    run alone."""
+    model, tokens = fresh(), some_tokens()
+    alone = outputs(model, tokens)
+    for jobs in PAIRS:
+        barrier = threading.Barrier(4)
+
+        def work_of(run, barrier=barrier):
+            barrier.wait(timeout=60)
+            with torch.no_grad():  # of this thread
+                return [run(model, tokens) for _ in range(rounds)]
+
+        with ThreadPoolExecutor(4) as pool:
+            for run, found in zip(jobs * 2, pool.map(work_of, jobs * 2)):
+                for result in found:
+                    yield Comparison(f"{run.__name__} of {[job.__name__ for job in jobs]}", alone[run.__name__], result)
+
+
+@check("Threads", _GLOBAL, few=2, many=20)
+@torch.no_grad()
+def tasks(work, rounds):
+    """Three tasks of one event loop, two of them inside edits that stay open while the others run. Each result is
+    compared with that of the task alone."""
+    model, tokens = fresh(), some_tokens()
+
+    async def task(edits):
+        found = []
+        for _ in range(rounds):
+            with model.edits(edits):
+                await asyncio.sleep(0)
+                found.append(model(tokens))
+                await asyncio.sleep(0)
+        return found
+
+    async def at_once():
+        return await asyncio.gather(*map(task, ([], EDITS[0], EDITS[1])))
+
+    for edits, found in zip(([], EDITS[0], EDITS[1]), asyncio.run(at_once())):
+        with model.edits(edits):
+            alone = model(tokens)
+        for result in found:
+            yield Comparison(f"edits {edits}", alone, result)
+
+
+def _left(model) -> dict[str, int]:
+    """What a run could leave."""
+    gc.collect()
+    points = list(model.hook_dict.values())
+    return {
+        "hooks": sum(len(point.fwd_hooks) + len(point.bwd_hooks) + len(point._forward_hooks) for point in points),
+        "scopes of hooks": sum(len(scopes_of(point)) for point in points),
+        "scopes": len(context._SCOPES.get()),
+        "open layers": len(intercept._RUNNING.get()),
+        "threads": threading.active_count(),
+        "tensors": sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()),
+    }
+
+
+def _wrapped(hf) -> int:
+    return sum("forward" in vars(module) for module in hf.modules()) + len(intercept._USES)
+
+
+@check(
+    "Leaving nothing behind",
+    {
+        "closed scopes stay in their thread": [
+            Change(SCOPE, "_SCOPES.set(tuple(other for other in _SCOPES.get() if other.open))", "pass")
+        ],
+        "hooks stay on their points": [
+            Change("hookpoints.hooks.guard:ScopedHooks.set_on", "visible.remove(handle)", "pass"),
+            Change("hookpoints.hooks.guard:ScopedHooks.set_on", "handle.hook.remove()", "pass"),
+        ],
+        "a detached model keeps its wrappers": [
+            Change("hookpoints.layer.intercept:wrap_forward", 'del module.__dict__["forward"]', "pass")
+        ],
+    },
+    few=1,
+    many=5,
+)
+@torch.no_grad()
+def nothing_left(work, rounds):
+    """Hooks, scopes, open layers, threads and tensors are counted before and after each kind of run, also after one
+    that raises in a hook. Wrapped modules and ops are counted before a model is attached to and after it is detached.
+    """
+    model, tokens = fresh(), some_tokens()
+    outputs(model, tokens)
+    before = _left(model)
+    for run in RUNS * rounds:
+        run(model, tokens)
+        yield Comparison(run.__name__, before, _left(model))
+    for _ in range(rounds):
+        with contextlib.suppress(ZeroDivisionError):
+            model.run_with_hooks(tokens, fwd_hooks=[(WRITE, lambda write, hook: 1 / 0)])
+        yield Comparison("a hook that raises", before, _left(model))
+        plain = _wrapped(hf := make_hf())
+        with attach(hf) as hooked_model:
+            hooked_model.run_with_cache(tokens, names_filter=WRITE)
+        yield Comparison("detach", plain, _wrapped(hf))

@@ -1,0 +1,44 @@
+"""Every check, with the product as it is and with each broken product that it must catch."""
+
+from __future__ import annotations
+
+import pytest
+
+from reliability import folders, long, running, writing  # noqa: F401 (they have checks)
+from reliability.checks import CHECKS, breaking
+from sae_lens_writesae.experiment.suite import _folder
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+]
+
+
+def _case(check, *more):
+    return pytest.param(check, *more, id="-".join([check.name, *more]), marks=[pytest.mark.slow] * check.slow)
+
+
+@pytest.mark.parametrize("check", [_case(check) for check in CHECKS])
+def test_the_product_holds(tmp_path, check):
+    found = list(check.run(tmp_path, check.few))
+    if check.name == "full_disks" and not found:
+        pytest.skip("no file system can be mounted here")
+    assert found and not [each for each in found if not each.holds()]
+
+
+@pytest.mark.parametrize("check, broken", [_case(check, name) for check in CHECKS for name in check.broken])
+def test_a_broken_product_is_caught(tmp_path, check, broken):
+    with breaking(check.broken[broken]):
+        both = (each for n in (check.few, check.many) for each in check.run(tmp_path / str(n), n))
+        assert not all(each.holds() for each in both)
+
+
+def test_every_check_has_a_broken_product():
+    assert len({check.name for check in CHECKS}) == len(CHECKS) and all(check.broken for check in CHECKS)
+
+
+def test_a_label_is_no_path(tmp_path):
+    assert _folder(tmp_path, "substitution", "../../a").parent == tmp_path / "substitution"
+    for label in (".", ".."):
+        with pytest.raises(ValueError, match="label"):
+            _folder(tmp_path, "substitution", label)

@@ -1,0 +1,198 @@
+"""Kills and full disks while results, collections and dictionaries are written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from small_saes import planted
+
+from hookpoints import HookedRecurrent
+from reliability.checks import REFUSED, Change, Comparison, check, outcome
+from reliability.folders import read_dictionary, read_result
+from reliability.runs import fresh
+from sae_lens_writesae.dictionaries import Train
+from sae_lens_writesae.evaluations import EVALUATIONS
+from sae_lens_writesae.experiment.suite import evaluate_all
+from sae_lens_writesae.files import taken
+from sae_lens_writesae.sae.collect import collect
+from sae_lens_writesae.sae.collection import read_index
+
+Write = Callable[[HookedRecurrent, Path], object]
+SMALL = {"n_atoms": 4, "firings_per_atom": 2, "min_firings": 2, "horizon": 3}
+
+
+def results(model: HookedRecurrent, folder: Path) -> None:
+    """Two evaluations of a dictionary, resuming what is there."""
+    rows = torch.randint(1, 64, (12, 40), generator=torch.Generator().manual_seed(3))
+    known = [EVALUATIONS[kind] for kind in ("install", "multistep")]
+    some = [each(**{name: n for name, n in SMALL.items() if hasattr(each, name)}) for each in known]
+    with taken(folder, say=lambda _: None):
+        saes = {"a": planted(model, rows)}
+        evaluate_all(some, model, saes, rows, folder, resume=True, progress=False, say=lambda _: None)
+
+
+def dictionaries(model: HookedRecurrent, folder: Path) -> None:
+    """A collection in several shards, and two dictionaries from it."""
+    rows = torch.randint(1, 64, (64, 32), generator=torch.Generator().manual_seed(3))
+    collect(model, rows, [1], [0, 1], folder / "writes", batch_size=8, shard_bytes=100_000)
+    sizes = {"d_sae": 16, "k": 2, "training_tokens": 1024, "train_batch_size_tokens": 64}
+    Train(collection=folder / "writes", out=folder / "saes", **sizes).run(lambda line: None)
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """What is there under its own name, read."""
+    found: dict[str, object] = {}
+    for file in sorted(folder.rglob("*")):
+        name = str(file.relative_to(folder))
+        if any(part.startswith(".") for part in Path(name).parts):
+            continue
+        if file.name == "info.json":
+            found[name] = read_result(file.parent)
+        elif file.name == "cfg.json":
+            found[name] = read_dictionary(file.parent)
+        elif file.name.startswith("shard-"):
+            found[name] = load_file(file)
+        elif file.name == "index.json":
+            described, shards = read_index(file.parent)
+            found |= {name: described, **{f"{name}, {shard.file}": shard for shard in shards}}
+    return found
+
+
+def _read_back(what: str, folder: Path, whole: dict[str, object]) -> Iterator[Comparison]:
+    """What is there, compared with the same of the whole result; nothing where nothing is there."""
+    got = outcome(contents, folder)
+    if got:
+        yield Comparison(what, {name: whole.get(name) for name in got} if isinstance(got, dict) else whole, got)
+
+
+class _Killer:
+    """Counts calls of built-in functions that change files, and kills the process as one of them returns."""
+
+    CALLS = ("open", "write", "replace", "rename", "mkdir", "unlink", "chmod", "serialize_file")
+
+    def __init__(self, at: int | None = None):
+        self.at, self.calls = at, 0
+
+    def __call__(self, frame, event, arg) -> None:
+        if event != "c_return" or arg.__name__ not in self.CALLS or isinstance(getattr(arg, "__self__", None), str):
+            return
+        if "/json/" not in frame.f_code.co_filename:  # which writes a file in hundreds of calls
+            self.calls += 1
+            if self.calls == self.at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def run(self, write: Write, model: HookedRecurrent, folder: Path) -> None:
+        sys.setprofile(self)
+        try:
+            write(model, folder)
+        finally:
+            sys.setprofile(None)
+
+
+def _kills(write: Write) -> Callable[[Path, int], Iterator[Comparison]]:
+    def run(work: Path, rounds: int) -> Iterator[Comparison]:
+        model, counter = fresh(), _Killer()
+        counter.run(write, model, work / "whole")
+        whole = contents(work / "whole")
+        for at in random.Random(0).sample(range(1, counter.calls + 1), min(rounds, counter.calls)):
+            folder = work / f"killed-{at}"
+            if (process := os.fork()) == 0:
+                try:
+                    _Killer(at).run(write, model, folder)
+                finally:
+                    os._exit(0)
+            os.waitpid(process, 0)
+            yield from _read_back(f"after a kill at call {at}", folder, whole)
+            outcome(write, model, folder)
+            yield Comparison(f"finished after a kill at call {at}", whole, outcome(contents, folder))
+            shutil.rmtree(folder)
+
+    run.__name__ = f"kills_{write.__name__}"
+    run.__doc__ = (
+        f"{write.__doc__} The process is killed (SIGKILL) as a call that changes files returns, at another call each "
+        "time. What it left is read and compared with the same of a run without kills. Then the run is resumed, and "
+        "the whole is compared."
+    )
+    return run
+
+
+RESULT, ATOMIC = "sae_lens_writesae.experiment.result:Result.save", "sae_lens_writesae.files:atomic_write"
+IN_PLACE = {
+    results: {
+        "results are written in place": [
+            Change(RESULT, 'Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))', "target"),
+            Change(RESULT, "if target.exists()", "if False"),
+            Change(RESULT, "aside.replace(target)", "pass"),
+            Change(RESULT, "(aside / _INFO).write_text", "(aside.mkdir(exist_ok=True), aside / _INFO)[1].write_text"),
+        ]
+    },
+    dictionaries: {
+        "files are written in place": [
+            Change(ATOMIC, "write(aside)", "write(target)"),
+            Change(ATOMIC, "aside.chmod(0o644)", "target.chmod(0o644)"),
+            Change(ATOMIC, "os.replace(aside, target)", "aside.unlink()"),
+        ],
+        "dictionaries are written in place": [
+            Change("sae_lens_writesae.dictionaries:save_dictionary", '".sae"', '"sae"'),
+            Change("sae_lens_writesae.dictionaries:save_dictionary", 'os.replace(aside, folder / "sae")', "pass"),
+        ],
+    },
+}
+for _write, _broken in IN_PLACE.items():
+    check("Kills", _broken, few=2, many=60, slow=True)(_kills(_write))
+
+
+@contextlib.contextmanager
+def _disk(folder: Path, size: int) -> Iterator[bool]:
+    """A file system of that many bytes; False where none can be mounted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    made = bool(shutil.which("mount")) and subprocess.run(mount, capture_output=True).returncode == 0
+    try:
+        yield made
+    finally:
+        if made:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@check(
+    "Full disks",
+    {
+        "errors of a full disk do not name the file": [
+            Change("sae_lens_writesae.files:named_errors", ", str(target)) from error", ") from error")
+        ]
+    },
+    slow=True,
+    many=3,
+)
+def full_disks(work: Path, rounds: int) -> Iterator[Comparison]:
+    """Results, a collection and dictionaries are written to file systems that are too small, then read-only; then there
+    is room. Errors name the file; what is there after each is compared with the same of the whole."""
+    model = fresh()
+    for write in (results, dictionaries):
+        name = write.__name__
+        write(model, work / name)
+        needed = sum(file.stat().st_size for file in (work / name).rglob("*") if file.is_file())
+        whole = contents(work / name)
+        for n in range(rounds):
+            share = (n + 1) / (rounds + 1)
+            with _disk(folder := work / f"{name}-{n}", int(share * needed) // 4096 * 4096) as made:
+                if not made:
+                    return
+                yield Comparison(f"{name}: full", REFUSED, outcome(write, model, folder))
+                yield from _read_back(f"{name}: left by a full disk", folder, whole)
+                subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+                yield Comparison(f"{name}: read-only", REFUSED, outcome(write, model, folder))
+                subprocess.run(["mount", "-o", f"remount,rw,size={10 * needed + 2**24}", folder], check=True)
+                write(model, folder)
+                yield Comparison(f"{name}: with room", whole, outcome(contents, folder))
