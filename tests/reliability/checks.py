@@ -79,6 +79,12 @@ class Check:
     def name(self) -> str:
         return self.run.__name__
 
+    def catches(self, broken: str, work: Path) -> bool:
+        """Whether a comparison fails with that broken product."""
+        with breaking(self.broken[broken]):
+            both = (each for n in (self.few, self.many) for each in self.run(work / str(n), n))
+            return any(not each.holds() for each in both)
+
 
 CHECKS: list[Check] = []
 ACTIVE: list[Change] = []
