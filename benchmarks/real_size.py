@@ -30,18 +30,10 @@ import transformers
 from substitution import qwen
 
 from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae import (
-    Collection,
-    Substitution,
-    collect,
-    load_sae,
-    text_dataset,
-    train_on_writes,
-    training_config,
-    write_report,
-)
+from sae_lens_writesae import Collection, collect, load_sae, text_dataset, train_on_writes, training_config
 from sae_lens_writesae.files import atomic_text
-from sae_lens_writesae.page.report import find_results
+from writesae import Substitution, write_report
+from writesae.page.report import find_results
 
 PUBLISHED: dict[str, Any] = {
     "layers": 24,

@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from sae_lens.saes.sae import SAEMetadata
 
 from hookpoints import HookedRecurrent, WriteEdit, embedded
-from sae_lens_writesae.experiment.conditions import DIRECTIONS, SCALES, conditions, edits_of
-from sae_lens_writesae.experiment.lab import Lab, Site, Trial
-from sae_lens_writesae.experiment.readout import divergences, kl_metrics
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
+from writesae.experiment.conditions import DIRECTIONS, SCALES, conditions, edits_of
+from writesae.experiment.lab import Lab, Site, Trial
+from writesae.experiment.readout import divergences, kl_metrics
 
 HORIZON = 16
 

@@ -1,12 +1,6 @@
-"""What a dictionary is trained on and for, and how it is built, in words that settings and flags take. Without torch,
-for the sake of help."""
+"""What a dictionary is trained on and for, and how it is built, in words that settings take."""
 
-from __future__ import annotations
-
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, TypedDict, cast, get_args
+from typing import Literal, TypedDict
 
 Target = Literal["write", "state", "last_state"]
 """`write`: the matrix that is added at each token, which the substitution test exchanges (the default). `state`: the
@@ -19,20 +13,8 @@ the write of the same token."""
 MetricName = Literal["frobenius", "gauss_newton"]
 """`frobenius`: an error costs the sum of its squares. `gauss_newton`: the KL divergence that it causes in the model."""
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-"""A language model's dtype."""
-
 Encoder = Literal["bilinear", "tied", "dense"]
 Decoder = Literal["rank", "flat"]
-
-
-def at_least(settings: object, bounds: Mapping[str, float]) -> None:
-    """ValueError for a setting below its bound, or an entry of it; None is in order."""
-    for name, bound in bounds.items():
-        value = getattr(settings, name)
-        for entry in value if isinstance(value, tuple) else (value,):
-            if entry is not None and (isinstance(entry, str) or not entry >= bound):
-                raise ValueError(f"{name} must be at least {bound:g}, found {entry!r}")
 
 
 class Variant(TypedDict):
@@ -53,47 +35,3 @@ VARIANTS: dict[str, Variant] = {
     "WriteSAE-rank4": {"encoder": "bilinear", "decoder": "rank", "rank": 4},
 }
 """The paper's variants, for any architecture. The paper's BilinearSAE ("untied") is the WriteSAE."""
-
-MATCHED = "FlatSAE-matched"
-"""A flat SAE with as many parameters as the WriteSAE has."""
-
-
-@dataclass(frozen=True)
-class DictionaryName:
-    """What a dictionary is, as its folder says it: `write-seed0`, `state-reads-seed0`, `write-FlatSAE-seed2`,
-    `write-gauss_newton-seed0`."""
-
-    target: Target
-    loss: Loss = "mse"
-    variant: str = "WriteSAE"
-    """Of `VARIANTS`, or `MATCHED`."""
-    seed: int = 0
-    metric: MetricName = "frobenius"
-    """What errors are measured by."""
-
-    def __str__(self) -> str:
-        loss = "" if self.loss == "mse" else self.loss
-        variant = "" if self.variant == "WriteSAE" else self.variant
-        metric = "" if self.metric == "frobenius" else self.metric
-        return "-".join([self.target, *filter(None, [loss, variant, metric]), f"seed{self.seed}"])
-
-    @classmethod
-    def parse(cls, name: str) -> DictionaryName:
-        """From its folder's name; ValueError, with what there is, where it is none."""
-        targets, losses, variants = get_args(Target), get_args(Loss), (*VARIANTS, MATCHED)
-        parts = (losses, variants, get_args(MetricName))
-        optional = "".join(f"(?:-({'|'.join(words)}))?" for words in parts)
-        match = re.fullmatch(f"({'|'.join(targets)}){optional}-seed([0-9]+)", name)
-        if match is None:
-            raise ValueError(
-                f"{name!r} names no dictionary; names are TARGET[-LOSS][-VARIANT][-gauss_newton]-seedN, with "
-                f"targets "
-                f"{', '.join(targets)}, losses {', '.join(losses)} and variants {', '.join(variants)}"
-            )
-        metric = cast(MetricName, match[4] or "frobenius")
-        return cls(cast(Target, match[1]), cast(Loss, match[2] or "mse"), match[3] or "WriteSAE", int(match[5]), metric)
-
-    @property
-    def on_factors(self) -> bool:
-        """Whether it trains on factors of writes, without a matrix and in minutes, so that it needs no checkpoints."""
-        return self.target == "write" and self.loss == "mse"

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from docs_site.texts import table
 
-from sae_lens_writesae import EVALUATIONS
-from sae_lens_writesae.experiment.evaluation import Scope
-from sae_lens_writesae.verdict.paper import OTHER_MODELS, PAPER_CLAIMS
+from writesae import EVALUATIONS
+from writesae.experiment.evaluation import Scope
+from writesae.verdict.paper import OTHER_MODELS, PAPER_CLAIMS
 
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
 

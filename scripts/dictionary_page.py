@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from dictionary_study import CONTEXT, FITTED, HORIZON, POSITIONS, RECIPE, SEQUENCES, TRAINED
 from docs_site.texts import table
 
-from sae_lens_writesae.experiment.head_baselines import BASELINES
-from sae_lens_writesae.verdict.names import NAMES
-from sae_lens_writesae.verdict.statistics import Estimate, recovered_difference, recovered_share
+from writesae.experiment.head_baselines import BASELINES
+from writesae.verdict.names import NAMES
+from writesae.verdict.statistics import Estimate, recovered_difference, recovered_share
 
 PAGE = Path(__file__).parents[1] / "docs" / "dictionaries.md"
 Line = Mapping[str, object]

@@ -25,26 +25,20 @@ import torch
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae import (
-    collect,
-    fit_metrics,
-    head_effects,
-    sample_sequences,
-    train_many_on_writes,
-    training_config,
-)
+from sae_lens_writesae import collect, fit_metrics, train_many_on_writes, training_config
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.choices import MetricName
-from sae_lens_writesae.experiment.head_baselines import BASELINES, HeadBaselines, tokens_and_before
-from sae_lens_writesae.experiment.lab import Lab, Site, Trial
-from sae_lens_writesae.experiment.quality import qualities
-from sae_lens_writesae.experiment.readout import kl_window
-from sae_lens_writesae.experiment.reconstruction import dominant
 from sae_lens_writesae.sae.base import MatrixSAE
 from sae_lens_writesae.sae.controls import native, untrained
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.target import RunnerConfig
 from sae_lens_writesae.sae.writes import new_sae
+from writesae import head_effects, sample_sequences
+from writesae.choices import MetricName
+from writesae.experiment.head_baselines import BASELINES, HeadBaselines, tokens_and_before
+from writesae.experiment.lab import Lab, Site, Trial
+from writesae.experiment.quality import qualities
+from writesae.experiment.readout import kl_window
+from writesae.experiment.reconstruction import dominant
 
 CONTEXT, SEQUENCES, POSITIONS, HORIZON = 128, 48, 6, 16
 """Tokens of a sequence; sequences tested; positions drawn in each; KL is the mean over t..t+HORIZON."""

@@ -49,8 +49,9 @@ def growth(file: Path) -> None:
 def atom(file: Path) -> None:
     """The top of the page that `writesae show` makes: of twelve atoms, that of the one most like the writes."""
     from hookpoints import HookedRecurrent, embedded
-    from sae_lens_writesae import load_sae, sample_sequences, text_dataset, train, training_config
-    from sae_lens_writesae.page.atoms import AtomPages, write_atom_pages
+    from sae_lens_writesae import load_sae, text_dataset, train, training_config
+    from writesae import sample_sequences
+    from writesae.page.atoms import AtomPages, write_atom_pages
 
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
@@ -89,9 +90,9 @@ PICTURES = {
         atom,
         (
             "hookpoints/embedded/gdn/model.safetensors",
-            *(f"sae_lens_writesae/page/{name}" for name in ("base.html", "style.css", "template.py")),
-            *(f"sae_lens_writesae/page/atoms/{name}" for name in ("atom.html", "macros.html", "atoms.css")),
-            *(f"sae_lens_writesae/page/atoms/{name}" for name in ("pages.py", "text.py", "data.py")),
+            *(f"writesae/page/{name}" for name in ("base.html", "style.css", "template.py")),
+            *(f"writesae/page/atoms/{name}" for name in ("atom.html", "macros.html", "atoms.css")),
+            *(f"writesae/page/atoms/{name}" for name in ("pages.py", "text.py", "data.py")),
         ),
     ),
 }

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from sae_lens_writesae import EVALUATIONS
+from writesae import EVALUATIONS
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- evaluations -->\n", "<!-- /evaluations -->"

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from docs_site.texts import table
 
-from sae_lens_writesae import Result
-from sae_lens_writesae.page.report import claim_rows, find_results, in_order
-from sae_lens_writesae.reproduce.config import ReproduceConfig
-from sae_lens_writesae.verdict.paper import PAPER_CLAIMS
+from writesae import Result
+from writesae.page.report import claim_rows, find_results, in_order
+from writesae.reproduce.config import ReproduceConfig
+from writesae.verdict.paper import PAPER_CLAIMS
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 

@@ -18,13 +18,14 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae import collect, fit_metrics, head_effects, load_sae, sample_sequences, train, train_on_writes
+from sae_lens_writesae import collect, fit_metrics, load_sae, train, train_on_writes
 from sae_lens_writesae import training_config as config_of
-from sae_lens_writesae.evaluations import EVALUATIONS
-from sae_lens_writesae.experiment.evaluation import Scope
-from sae_lens_writesae.experiment.suite import quality_of_heads, with_quality
 from sae_lens_writesae.sae.collection import Collection
 from sae_lens_writesae.sae.runner import quiet
+from writesae import head_effects, sample_sequences
+from writesae.evaluations import EVALUATIONS
+from writesae.experiment.evaluation import Scope
+from writesae.experiment.suite import quality_of_heads, with_quality
 
 CONTEXT, TOKENS = 128, 256_000
 SMALL: dict[str, object] = {"n_atoms": 30, "firings_per_atom": 4, "last_position_firings": 0, "n_sequences": 24}

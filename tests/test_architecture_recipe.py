@@ -26,8 +26,8 @@ sys.path += ["tests", "scripts"]
 import readme_table
 from small_saes import make_sae
 from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae import EVALUATIONS, load_result, sample_sequences, write_report
-from sae_lens_writesae.cli import main
+from writesae import EVALUATIONS, load_result, sample_sequences, write_report
+from writesae.cli import main
 
 evaluation = EVALUATIONS["repeat"]
 help = StringIO()
@@ -43,7 +43,7 @@ result = evaluation(n_positions=48, horizon=4).run(model, make_sae(model), token
 result.save("out/repeat")
 files = write_report([load_result("out/repeat")], "out/report")
 answer = {
-    "file": sys.modules["sae_lens_writesae"].__file__,
+    "file": sys.modules["writesae"].__file__,
     "help": help.getvalue(),
     "table": readme_table.with_table(Path("README.md").read_text(encoding="utf-8")),
     "page": files.html.read_text(),
@@ -57,9 +57,10 @@ print(json.dumps(answer))
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both packages, with one file more."""
     folder = tmp_path_factory.mktemp("recipe")
-    shutil.copytree(ROOT / "sae_lens_writesae", folder / "sae_lens_writesae")
-    shutil.copy(RECIPE, folder / "sae_lens_writesae" / "evaluations")
-    (folder / "hookpoints").symlink_to(ROOT / "hookpoints")
+    shutil.copytree(ROOT / "writesae", folder / "writesae")
+    shutil.copy(RECIPE, folder / "writesae" / "evaluations")
+    for name in ("hookpoints", "sae_lens_writesae"):
+        (folder / name).symlink_to(ROOT / name)
     for name in ("README.md", "pyproject.toml", "scripts/readme_table.py", "tests/conftest.py", "tests/small_saes.py"):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)

@@ -20,13 +20,13 @@ from sealing import reseal
 
 from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
-from sae_lens_writesae.cli import COMMANDS, main
-from sae_lens_writesae.evaluate import EvalAll, Subjects
-from sae_lens_writesae.evaluations import EVALUATIONS, Evaluation, load_result
-from sae_lens_writesae.page.atoms import AtomPages
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.sae.collect import collect
-from sae_lens_writesae.settings import evaluations, settings_of
+from writesae.cli import COMMANDS, main
+from writesae.evaluate import EvalAll, Subjects
+from writesae.evaluations import EVALUATIONS, Evaluation, load_result
+from writesae.page.atoms import AtomPages
+from writesae.settings import evaluations, settings_of
 
 COUNTS = ["--sequences", "6", "--context-size", "48"]
 
@@ -83,11 +83,12 @@ def test_help_loads_no_torch() -> None:
     commands += [["eval", kind, "--help"] for kind in [*EVALUATIONS, "all"]]
     commands += [[name, "--help"] for name in COMMANDS if name not in ("eval", "train-saelens")]  # SAELens' own flags
     code = f"""
-import sys, writesae
+import sys
+from writesae.__main__ import main
 for arguments in {commands!r}:
     sys.argv = ["writesae", *arguments]
     try:
-        writesae.main()
+        main()
     except SystemExit as ended:
         assert not ended.code, arguments
     loaded = {{"torch", "numpy", "pandas", "sae_lens"}} & sys.modules.keys()

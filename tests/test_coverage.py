@@ -14,13 +14,13 @@ sys.path.append(str(ROOT / "scripts"))
 
 import coverage_page  # noqa: E402
 
-from sae_lens_writesae import EVALUATIONS  # noqa: E402
-from sae_lens_writesae.cli import COMMANDS, parse  # noqa: E402
-from sae_lens_writesae.dictionaries import Train  # noqa: E402
-from sae_lens_writesae.evaluate import Report, Subjects  # noqa: E402
-from sae_lens_writesae.reproduce.sweep import Sweep  # noqa: E402
-from sae_lens_writesae.show import Show  # noqa: E402
-from sae_lens_writesae.verdict.paper import PAPER_CLAIMS  # noqa: E402
+from writesae import EVALUATIONS  # noqa: E402
+from writesae.cli import COMMANDS, parse  # noqa: E402
+from writesae.dictionaries import Train  # noqa: E402
+from writesae.evaluate import Report, Subjects  # noqa: E402
+from writesae.reproduce.sweep import Sweep  # noqa: E402
+from writesae.show import Show  # noqa: E402
+from writesae.verdict.paper import PAPER_CLAIMS  # noqa: E402
 
 
 def test_the_page_is_the_one_that_the_script_writes() -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.demo import RECIPES, Demo
-from sae_lens_writesae.evaluations import load_result
-from sae_lens_writesae.experiment.quality import head_effects
+from writesae.demo import RECIPES, Demo
+from writesae.evaluations import load_result
+from writesae.experiment.quality import head_effects
 
 TOKENS = torch.randint(1, 500, (2, 48), generator=torch.Generator().manual_seed(0))
 

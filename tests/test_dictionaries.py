@@ -10,12 +10,13 @@ import pytest
 from safetensors.torch import load_file
 
 from hookpoints import HookedRecurrent, UnsupportedModelError
-from sae_lens_writesae.choices import MATCHED, VARIANTS, DictionaryName
-from sae_lens_writesae.dictionaries import Collect, Train
+from sae_lens_writesae.choices import VARIANTS
 from sae_lens_writesae.sae import runner
 from sae_lens_writesae.sae.collection import Collection
 from sae_lens_writesae.sae.kinds import objective, variant
 from sae_lens_writesae.sae.load import load_sae
+from writesae.choices import MATCHED, DictionaryName
+from writesae.dictionaries import Collect, Train
 
 SIZES = {"d_sae": 16, "k": 2, "training_tokens": 1024, "train_batch_size_tokens": 128}
 HEADS = {"layers": (2,), "heads": (0, 1)}
@@ -107,7 +108,7 @@ def test_a_metric_is_fitted_to_the_model_and_makes_another_dictionary(
     embedded: HookedRecurrent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HookedRecurrent, "from_pretrained", lambda name, **_: embedded)
-    monkeypatch.setattr("sae_lens_writesae.dictionaries._METRIC_TOKENS", 512)
+    monkeypatch.setattr("writesae.dictionaries._METRIC_TOKENS", 512)
     names = ("write-seed0", "write-gauss_newton-seed0")
     Train(model="embedded", layers=(2,), heads=(0,), names=names, context_size=32, out=tmp_path, **SIZES).run(
         lambda line: None

@@ -26,7 +26,12 @@ from docs_site import error_pages, evaluation_pages, hook_pages, texts  # noqa: 
 import hookpoints  # noqa: E402
 import sae_lens_writesae  # noqa: E402
 from hookpoints.hooks.table import HOOKS  # noqa: E402
-from sae_lens_writesae import EVALUATIONS, Evaluation, Result, Substitution  # noqa: E402
+from writesae import (  # noqa: E402
+    EVALUATIONS,
+    Evaluation,
+    Result,
+    Substitution,
+)
 
 WRITTEN = sorted(path for path in (ROOT / "docs").rglob("*.md") if "```python" in path.read_text())
 COMPARED = {"bilinear": {}, "flat": {"decoder": "flat"}}

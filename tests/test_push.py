@@ -25,10 +25,10 @@ import yaml
 from sae_lens.saes.sae import SAEMetadata
 from sealing import reseal
 
-from sae_lens_writesae.cli import main
-from sae_lens_writesae.push import Push, card, saved_anew
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.sae.load import CheckpointError
+from writesae.cli import main
+from writesae.push import Push, card, saved_anew
 
 SHA = "0" * 40
 
@@ -114,7 +114,7 @@ def test_what_is_pushed_loads_by_the_lines_of_its_card(endpoint: str, folder: Pa
     code = f"""
 import re
 from urllib.request import urlopen
-from sae_lens_writesae.cli import main
+from writesae.cli import main
 main(["push", {str(folder)!r}, "me/saes"])
 card = urlopen("{endpoint}/me/saes/resolve/main/README.md").read().decode()
 for block in re.findall("```python\\n(.*?)```", card, re.DOTALL):

@@ -18,7 +18,7 @@ sys.path.append(str(ROOT / "scripts"))
 
 import readme_table  # noqa: E402
 
-from sae_lens_writesae import EVALUATIONS  # noqa: E402
+from writesae import EVALUATIONS  # noqa: E402
 
 
 def blocks() -> dict[str, str]:

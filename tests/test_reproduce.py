@@ -19,13 +19,13 @@ from conftest import _GDN
 from safetensors.torch import load_file
 
 from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae.cli import main
-from sae_lens_writesae.dictionaries import Train
-from sae_lens_writesae.reproduce import gpus
-from sae_lens_writesae.reproduce.command import Reproduce, for_model, own_run, profile_folder
-from sae_lens_writesae.reproduce.config import SMALL, ReproduceConfig
-from sae_lens_writesae.reproduce.estimate import DiskTooSmallError, Pieces, estimate
-from sae_lens_writesae.reproduce.texts import write_texts
+from writesae.cli import main
+from writesae.dictionaries import Train
+from writesae.reproduce import gpus
+from writesae.reproduce.command import Reproduce, for_model, own_run, profile_folder
+from writesae.reproduce.config import SMALL, ReproduceConfig
+from writesae.reproduce.estimate import DiskTooSmallError, Pieces, estimate
+from writesae.reproduce.texts import write_texts
 
 PROFILES = ("laptop", "gpu", "gpus", "slurm")
 TINY = replace(
@@ -151,7 +151,7 @@ def test_an_estimate_counts_what_is_left_and_refuses_a_full_disk(tmp_path):
 OWNER = """
 import os, sys, writesae
 from pathlib import Path
-from sae_lens_writesae.reproduce.command import own_run
+from writesae.reproduce.command import own_run
 own_run(Path(sys.argv[1]))
 os.execv(sys.executable, [sys.executable, "-c", "print('mine', flush=True); import time; time.sleep(600)"])
 """
@@ -193,7 +193,7 @@ def test_of_an_owner_on_another_machine_nothing_is_presumed(tmp_path):
 TAKE = """
 import sys, time, writesae
 from pathlib import Path
-from sae_lens_writesae.reproduce.gpus import take_gpu
+from writesae.reproduce.gpus import take_gpu
 print(take_gpu(["5", "7"], Path(sys.argv[1])), flush=True)
 time.sleep(600)
 """

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sae_lens_writesae.cli import parse
-from sae_lens_writesae.dictionaries import Train
 from sae_lens_writesae.files import taken
-from sae_lens_writesae.reproduce.measures import MEASURE_NAMES, figure
-from sae_lens_writesae.reproduce.sweep import Sweep
+from writesae.cli import parse
+from writesae.dictionaries import Train
+from writesae.reproduce.measures import MEASURE_NAMES, figure
+from writesae.reproduce.sweep import Sweep
 
 TINY: dict[str, Any] = {
     "layer": (2,),

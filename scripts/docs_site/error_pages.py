@@ -27,7 +27,9 @@ class ErrorClass:
 
 def errors() -> dict[str, ErrorClass]:
     """Every public error class of the two packages, by name, with the messages of all places that raise it."""
-    files = sorted(path for package in ("hookpoints", "sae_lens_writesae") for path in (ROOT / package).rglob("*.py"))
+    files = sorted(
+        path for package in ("hookpoints", "sae_lens_writesae", "writesae") for path in (ROOT / package).rglob("*.py")
+    )
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in files}
     classes: dict[str, ErrorClass] = {}
     for path, tree in trees.items():

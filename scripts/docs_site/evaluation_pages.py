@@ -10,9 +10,9 @@ from functools import cache
 import griffe
 
 from docs_site import texts
-from sae_lens_writesae import EVALUATIONS, Evaluation
-from sae_lens_writesae.experiment.evaluation import Scope
-from sae_lens_writesae.verdict.paper import PAPER_CLAIMS
+from writesae import EVALUATIONS, Evaluation
+from writesae.experiment.evaluation import Scope
+from writesae.verdict.paper import PAPER_CLAIMS
 
 LABELS = {
     Scope.EACH: ("my-sae",),
@@ -86,7 +86,7 @@ def example(evaluation: type[Evaluation], given: dict[str, object]) -> str:
 @cache
 def package() -> griffe.Object:
     """The source of the package, which has the strings below fields."""
-    return griffe.load("sae_lens_writesae", resolve_aliases=True)
+    return griffe.load("writesae", resolve_aliases=True)
 
 
 def settings(evaluation: type[Evaluation]) -> str:

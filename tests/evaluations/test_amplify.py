@@ -15,12 +15,12 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae import scale_atoms
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations import amplify
-from sae_lens_writesae.evaluations.amplify import Amplify, alignment, change, counts_of, places_of
-from sae_lens_writesae.experiment.firings import Firings, halves
-from sae_lens_writesae.experiment.generation import Sampled, sample_continuations
-from sae_lens_writesae.experiment.lab import Lab
-from sae_lens_writesae.experiment.result import Result
+from writesae.evaluations import amplify
+from writesae.evaluations.amplify import Amplify, alignment, change, counts_of, places_of
+from writesae.experiment.firings import Firings, halves
+from writesae.experiment.generation import Sampled, sample_continuations
+from writesae.experiment.lab import Lab
+from writesae.experiment.result import Result
 
 SMALL: dict[str, Any] = {
     "n_tokens": 2,

@@ -18,15 +18,15 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations import load_result
-from sae_lens_writesae.evaluations.baselines import Baselines, cost
-from sae_lens_writesae.experiment.approximations import Basis
-from sae_lens_writesae.experiment.firings import Firings
-from sae_lens_writesae.experiment.lab import Lab
-from sae_lens_writesae.experiment.pca import fit_pca
-from sae_lens_writesae.experiment.result import Result
-from sae_lens_writesae.experiment.selectivity import direction_selectivity, own_tokens
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
+from writesae.evaluations import load_result
+from writesae.evaluations.baselines import Baselines, cost
+from writesae.experiment.approximations import Basis
+from writesae.experiment.firings import Firings
+from writesae.experiment.lab import Lab
+from writesae.experiment.pca import fit_pca
+from writesae.experiment.result import Result
+from writesae.experiment.selectivity import direction_selectivity, own_tokens
 
 SMALL = Baselines(test_sequences=4, pca_ranks=(1, 3), pca_writes=40, replacement_sequences=3, horizon=4, min_firings=2)
 

@@ -15,10 +15,10 @@ from sealing import reseal
 from small_saes import HOOK, exact_sae, make_sae, planted
 
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations import EVALUATIONS, load_result
-from sae_lens_writesae.experiment.evaluation import Evaluation, Scope
-from sae_lens_writesae.experiment.result import Result
-from sae_lens_writesae.verdict.paper import PAPER_CLAIMS, Outcome
+from writesae.evaluations import EVALUATIONS, load_result
+from writesae.experiment.evaluation import Evaluation, Scope
+from writesae.experiment.result import Result
+from writesae.verdict.paper import PAPER_CLAIMS, Outcome
 
 SIZES = {
     "n_atoms": 6,

@@ -15,11 +15,11 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations import load_result
-from sae_lens_writesae.evaluations.erasure import CONTROLS, Directions, Erasure, selected_effect, slopes_of
-from sae_lens_writesae.experiment.firings import collect_firings, halves
-from sae_lens_writesae.experiment.lab import Lab
-from sae_lens_writesae.experiment.result import Result
+from writesae.evaluations import load_result
+from writesae.evaluations.erasure import CONTROLS, Directions, Erasure, selected_effect, slopes_of
+from writesae.experiment.firings import collect_firings, halves
+from writesae.experiment.lab import Lab
+from writesae.experiment.result import Result
 
 T = 18
 SMALL = {"n_atoms": 3, "select_firings": 4, "test_firings": 3, "min_firings": 2, "horizon": 3}

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations.install import Install, install_edits, strata_of
-from sae_lens_writesae.experiment.generation import greedy_rows
-from sae_lens_writesae.experiment.lab import Lab
-from sae_lens_writesae.experiment.result import Result
 from sae_lens_writesae.steering import value_direction
+from writesae.evaluations.install import Install, install_edits, strata_of
+from writesae.experiment.generation import greedy_rows
+from writesae.experiment.lab import Lab
+from writesae.experiment.result import Result
 
 SMALL: dict[str, Any] = {"pairs": 3, "prompt_tokens": 7, "sizes": (3.0,), "new_tokens": 3}
 

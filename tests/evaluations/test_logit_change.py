@@ -16,13 +16,13 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations import load_result
-from sae_lens_writesae.evaluations.logit_change import SCORED, ZERO_ATOM, ZERO_WRITE, LogitChange, error_order, score
-from sae_lens_writesae.experiment.firings import collect_firings
-from sae_lens_writesae.experiment.result import Result
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.sae.target import HeadHook
-from sae_lens_writesae.verdict.fits import per_cell_table, scores_table, with_control
+from writesae.evaluations import load_result
+from writesae.evaluations.logit_change import SCORED, ZERO_ATOM, ZERO_WRITE, LogitChange, error_order, score
+from writesae.experiment.firings import collect_firings
+from writesae.experiment.result import Result
+from writesae.verdict.fits import per_cell_table, scores_table, with_control
 
 SMALL: dict[str, Any] = {
     "n_atoms": 3,

@@ -12,8 +12,8 @@ from planted import LAYER, exact_sae, logits_with_write, make_sae, native_writes
 from torch import Tensor
 
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations.multi_atom import ALL, MultiAtom, rows_of
-from sae_lens_writesae.experiment.result import Result
+from writesae.evaluations.multi_atom import ALL, MultiAtom, rows_of
+from writesae.experiment.result import Result
 
 SMALL: dict[str, Any] = {
     "n_atoms": 4,

@@ -11,8 +11,8 @@ import torch
 from planted import HEAD, LAYER, random_sae
 from torch import Tensor
 
-from sae_lens_writesae.evaluations.multistep import Multistep
-from sae_lens_writesae.experiment.result import Result
+from writesae.evaluations.multistep import Multistep
+from writesae.experiment.result import Result
 
 SMALL: dict[str, Any] = {"n_steps": 4, "scale": "matched", "controls": ("mean",), "n_atoms": 3, "firings_per_atom": 2}
 

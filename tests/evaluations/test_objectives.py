@@ -14,12 +14,12 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations import load_result
-from sae_lens_writesae.evaluations.objectives import TESTED_SCALES, Objectives, firings_of, standings
-from sae_lens_writesae.evaluations.substitution import wide_firings
-from sae_lens_writesae.experiment.readout import KL_METRICS
-from sae_lens_writesae.experiment.result import Result
 from sae_lens_writesae.sae.kinds import Objective
+from writesae.evaluations import load_result
+from writesae.evaluations.objectives import TESTED_SCALES, Objectives, firings_of, standings
+from writesae.evaluations.substitution import wide_firings
+from writesae.experiment.readout import KL_METRICS
+from writesae.experiment.result import Result
 
 SMALL = Objectives(reconstruction_sequences=4, n_atoms=6, firings_per_atom=2, min_firings=1, horizon=4)
 

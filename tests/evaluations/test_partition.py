@@ -13,14 +13,14 @@ from small_saes import HEAD, HOOK, LAYER, K, V, make_sae, planted
 from hookpoints import UnknownHookError
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations import load_result
-from sae_lens_writesae.evaluations.partition import RULES, Partition, alike_verdict, compare_kinds, first_component
-from sae_lens_writesae.evaluations.substitution import Substitution
-from sae_lens_writesae.experiment.cosines import firing_cosines
-from sae_lens_writesae.experiment.lab import Lab
-from sae_lens_writesae.experiment.result import Result
-from sae_lens_writesae.verdict.mixtures import fisher_z, fit_mixtures
-from sae_lens_writesae.verdict.statistics import Estimate, Interval
+from writesae.evaluations import load_result
+from writesae.evaluations.partition import RULES, Partition, alike_verdict, compare_kinds, first_component
+from writesae.evaluations.substitution import Substitution
+from writesae.experiment.cosines import firing_cosines
+from writesae.experiment.lab import Lab
+from writesae.experiment.result import Result
+from writesae.verdict.mixtures import fisher_z, fit_mixtures
+from writesae.verdict.statistics import Estimate, Interval
 
 HELD = {"outcome": "holds", "sentence": ""}
 QUICK: dict[str, Any] = {"min_firings": 2, "restarts": 1}

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations import load_result
-from sae_lens_writesae.evaluations.passage import CONTROLS, Passage, class_names
-from sae_lens_writesae.experiment.result import Result
+from writesae.evaluations import load_result
+from writesae.evaluations.passage import CONTROLS, Passage, class_names
+from writesae.experiment.result import Result
 
 T = 18
 

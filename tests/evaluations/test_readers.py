@@ -15,11 +15,11 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations import load_result
-from sae_lens_writesae.evaluations.readers import Readers, at_readers, readers_of_atoms
-from sae_lens_writesae.experiment.downstream_heads import downstream_heads
-from sae_lens_writesae.experiment.firings import halves
-from sae_lens_writesae.experiment.result import Result
+from writesae.evaluations import load_result
+from writesae.evaluations.readers import Readers, at_readers, readers_of_atoms
+from writesae.experiment.downstream_heads import downstream_heads
+from writesae.experiment.firings import halves
+from writesae.experiment.result import Result
 
 T = 18
 SMALL = {"n_atoms": 3, "select_firings": 2, "test_firings": 2, "min_firings": 2, "horizon": 3}

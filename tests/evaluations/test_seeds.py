@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations import load_result
-from sae_lens_writesae.evaluations.seeds import SAMPLES, Seeds
-from sae_lens_writesae.experiment.result import Result
+from writesae.evaluations import load_result
+from writesae.evaluations.seeds import SAMPLES, Seeds
+from writesae.experiment.result import Result
 
 Cosines = np.ndarray
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations.sign import DIRECTIONS, Sign, right_signs, sizes
-from sae_lens_writesae.experiment.result import Result
 from sae_lens_writesae.steering import value_direction
+from writesae.evaluations.sign import DIRECTIONS, Sign, right_signs, sizes
+from writesae.experiment.result import Result
 
 
 @pytest.fixture(scope="module")

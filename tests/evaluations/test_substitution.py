@@ -15,16 +15,16 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations.substitution import RELEVANT_SHARE, Substitution, comparisons, wide_firings
-from sae_lens_writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, SCALES
-from sae_lens_writesae.experiment.firings import folds
-from sae_lens_writesae.experiment.head import half_lives
-from sae_lens_writesae.experiment.head_baselines import BASELINES
-from sae_lens_writesae.experiment.lab import Lab
-from sae_lens_writesae.experiment.readout import KL_METRICS
-from sae_lens_writesae.experiment.result import Claim, Result
-from sae_lens_writesae.verdict import statistics as stats
-from sae_lens_writesae.verdict.names import NAMES
+from writesae.evaluations.substitution import RELEVANT_SHARE, Substitution, comparisons, wide_firings
+from writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, SCALES
+from writesae.experiment.firings import folds
+from writesae.experiment.head import half_lives
+from writesae.experiment.head_baselines import BASELINES
+from writesae.experiment.lab import Lab
+from writesae.experiment.readout import KL_METRICS
+from writesae.experiment.result import Claim, Result
+from writesae.verdict import statistics as stats
+from writesae.verdict.names import NAMES
 
 T, HORIZON = 24, 4
 SMALL = {

@@ -14,9 +14,9 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank, state_direction
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.experiment import conditions as C
-from sae_lens_writesae.experiment.lab import Lab
-from sae_lens_writesae.verdict.names import DEFINITIONS, NAMES, SCALE_DEFINITIONS, SCALE_NAMES
+from writesae.experiment import conditions as C
+from writesae.experiment.lab import Lab
+from writesae.verdict.names import DEFINITIONS, NAMES, SCALE_DEFINITIONS, SCALE_NAMES
 
 N, K, V = 6, 5, 7
 

@@ -13,16 +13,16 @@ from small_saes import HOOK, STATE, make_sae
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.experiment.controls import (
+from writesae.experiment.controls import (
     Control,
     against_controls,
     answers,
     as_control,
     control_dictionaries,
 )
-from sae_lens_writesae.experiment.lab import Lab
-from sae_lens_writesae.experiment.result import Claim, Result
-from sae_lens_writesae.verdict.paper import Outcome
+from writesae.experiment.lab import Lab
+from writesae.experiment.result import Claim, Result
+from writesae.verdict.paper import Outcome
 
 
 def claim(outcome: Outcome, text: str = "atoms do it", measured: str = "80 %") -> Claim:
@@ -79,7 +79,7 @@ def test_claims_over_several_heads_have_controls_of_their_own() -> None:
 
 
 def test_words_that_hold_a_measured_number_are_still_the_same_claim() -> None:
-    from sae_lens_writesae.experiment import controls
+    from writesae.experiment import controls
 
     def row(text: str) -> controls.Answer:
         return controls.Answer("", claim("holds", text))

@@ -7,11 +7,11 @@ import torch
 
 from hookpoints import HookedRecurrent, WriteEdit
 from hookpoints import embedded as shipped
-from sae_lens_writesae.experiment.example import WORDS, changed_words
-from sae_lens_writesae.experiment.lab import Lab, Trial
-from sae_lens_writesae.experiment.tokens import sample_sequences
 from sae_lens_writesae.sae.runner import training_config
 from sae_lens_writesae.sae.writes import new_sae
+from writesae.experiment.example import WORDS, changed_words
+from writesae.experiment.lab import Lab, Trial
+from writesae.experiment.tokens import sample_sequences
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.experiment import firings as F
 from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_plain_activations
+from writesae.experiment import firings as F
 
 N, T, ATOMS = 12, 40, 9
 

@@ -8,8 +8,8 @@ from planted import HEAD, LAYER
 from torch import Tensor
 
 from hookpoints import EditError, HookedRecurrent, WriteEdit
-from sae_lens_writesae.experiment.generation import greedy_rows, sample_continuations
 from sae_lens_writesae.steering import value_direction
+from writesae.experiment.generation import greedy_rows, sample_continuations
 
 
 @pytest.fixture(scope="module")

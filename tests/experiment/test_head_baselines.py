@@ -11,8 +11,8 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.experiment.head_baselines import BASELINES, HeadBaselines, quantiser, tokens_and_before
-from sae_lens_writesae.experiment.lab import Lab
+from writesae.experiment.head_baselines import BASELINES, HeadBaselines, quantiser, tokens_and_before
+from writesae.experiment.lab import Lab
 
 K, V, N = 5, 7, 240
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from hookpoints import HookedRecurrent, UnknownHookError
 from hookpoints.embedded import text
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations.sign import Sign
-from sae_lens_writesae.experiment.lab import EditedRows, Lab, Trial
-from sae_lens_writesae.experiment.readout import kl_window
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.sae.collect import collect
 from sae_lens_writesae.sae.collection import Collection, CollectionError
+from writesae.evaluations.sign import Sign
+from writesae.experiment.lab import EditedRows, Lab, Trial
+from writesae.experiment.readout import kl_window
 
 T, WINDOW = 26, 5
 TEXT = torch.randint(1, 64, (3, T), generator=torch.Generator().manual_seed(8))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.experiment.pca import fit_pca, fit_pca_of_writes
+from writesae.experiment.pca import fit_pca, fit_pca_of_writes
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (60, 30)])

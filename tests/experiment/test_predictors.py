@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from hookpoints import HookedRecurrent, WriteEdit
 from hookpoints.recurrence.examples import FORMS, random_recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.experiment.predictors import Predictions, ReadGradients, predict, read_weights
+from writesae.experiment.predictors import Predictions, ReadGradients, predict, read_weights
 
 float64 = pytest.mark.usefixtures("_keep_float64")
 

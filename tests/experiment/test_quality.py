@@ -21,11 +21,11 @@ from torch.nn.functional import normalize
 
 from hookpoints import HookedRecurrent, WriteEdit
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.experiment.head import half_lives
-from sae_lens_writesae.experiment.lab import Lab
-from sae_lens_writesae.experiment.quality import DictionaryQuality, dictionary_quality, head_effects, qualities
 from sae_lens_writesae.sae.runner import quiet, training_config
 from sae_lens_writesae.sae.target import HeadHook
+from writesae.experiment.head import half_lives
+from writesae.experiment.lab import Lab
+from writesae.experiment.quality import DictionaryQuality, dictionary_quality, head_effects, qualities
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import torch
 from torch.nn.functional import kl_div
 
 from hookpoints import WriteEdit
-from sae_lens_writesae.experiment import readout
-from sae_lens_writesae.experiment.lab import EditedRows, Trial
-from sae_lens_writesae.experiment.readout import KL_METRICS, added_bits, divergences, kl_metrics, kl_window
+from writesae.experiment import readout
+from writesae.experiment.lab import EditedRows, Trial
+from writesae.experiment.readout import KL_METRICS, added_bits, divergences, kl_metrics, kl_window
 
 T, N, P, D = 9, 4, 3, 11
 

@@ -10,9 +10,9 @@ from small_saes import HEAD, HOOK, LAYER, STATE, K, V, exact_sae, make_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.experiment.lab import Lab, Trial
-from sae_lens_writesae.experiment.readout import kl_window
-from sae_lens_writesae.experiment.reconstruction import NO_VARIANCE, HeadMatrices, reconstruction
+from writesae.experiment.lab import Lab, Trial
+from writesae.experiment.readout import kl_window
+from writesae.experiment.reconstruction import NO_VARIANCE, HeadMatrices, reconstruction
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent, WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.experiment.approximations import Basis
-from sae_lens_writesae.experiment.lab import Lab
-from sae_lens_writesae.experiment.pca import fit_pca
-from sae_lens_writesae.experiment.reconstruction import UpperModel, replacement_costs
+from writesae.experiment.approximations import Basis
+from writesae.experiment.lab import Lab
+from writesae.experiment.pca import fit_pca
+from writesae.experiment.reconstruction import UpperModel, replacement_costs
 
 
 @pytest.fixture(autouse=True)

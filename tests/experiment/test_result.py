@@ -11,10 +11,10 @@ import pytest
 from made_up import FAILS, HOLDS, made_up
 from sealing import damages, reseal
 
-from sae_lens_writesae import page as page_folder
-from sae_lens_writesae.evaluations import load_result
-from sae_lens_writesae.experiment.result import Result
-from sae_lens_writesae.verdict.statistics import estimate
+from writesae import page as page_folder
+from writesae.evaluations import load_result
+from writesae.experiment.result import Result
+from writesae.verdict.statistics import estimate
 
 
 @pytest.fixture(scope="module")

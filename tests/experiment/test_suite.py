@@ -11,15 +11,15 @@ from small_saes import HOOK, STATE, make_sae
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations import load_result
-from sae_lens_writesae.evaluations.multistep import Multistep
-from sae_lens_writesae.evaluations.objectives import Objectives
-from sae_lens_writesae.evaluations.seeds import Seeds
-from sae_lens_writesae.evaluations.sign import Sign
-from sae_lens_writesae.evaluations.substitution import Substitution
-from sae_lens_writesae.experiment.controls import answers, control_dictionaries
-from sae_lens_writesae.experiment.evaluation import Scope
-from sae_lens_writesae.experiment.suite import comparable, evaluate_all, groups, with_label
+from writesae.evaluations import load_result
+from writesae.evaluations.multistep import Multistep
+from writesae.evaluations.objectives import Objectives
+from writesae.evaluations.seeds import Seeds
+from writesae.evaluations.sign import Sign
+from writesae.evaluations.substitution import Substitution
+from writesae.experiment.controls import answers, control_dictionaries
+from writesae.experiment.evaluation import Scope
+from writesae.experiment.suite import comparable, evaluate_all, groups, with_label
 
 OTHER_HEAD = "heads.0"
 

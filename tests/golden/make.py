@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from sae_lens_writesae.evaluations import EVALUATIONS
+from writesae.evaluations import EVALUATIONS
 
 from .cases import CASES, Case
 from .dictionaries import load_model, make_dictionary, tokens_of

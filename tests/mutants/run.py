@@ -5,7 +5,7 @@
 It lists every mutant of both packages and draws a seeded sample: places first, then one mutant of each, for a call has
 two mutants for each of its arguments, and most of them fail at once. Each is tried in a copy of the checkout, with the
 tests that mirror its module: ``hookpoints/edits/edit.py`` has the folder ``tests/hookpoints/edits``,
-``sae_lens_writesae/push.py`` has ``tests/test_push.py``, and a module without either has the test files that import it.
+``writesae/push.py`` has ``tests/test_push.py``, and a module without either has the test files that import it.
 These run once unchanged, which shows the tests that execute each line; a mutant gets those alone (of a line that runs
 as its module is imported, those that execute anything of the module). It is *killed* if one of them fails, or if they
 take three times as long as all of them did. ``mutants.json`` gets the rate and the survivors. Needs the extra

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.choices import Decoder, Encoder
-from sae_lens_writesae.page.atoms import AtomPages
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
+from writesae.page.atoms import AtomPages
 
 LAYER, HEAD, N, T = 2, 3, 4, 48
 HOOK = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write_vec"

@@ -24,20 +24,20 @@ from torch.nn.functional import normalize
 
 from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.evaluations.readers import Readers
-from sae_lens_writesae.evaluations.substitution import Substitution, wide_firings
-from sae_lens_writesae.experiment.lab import Lab
-from sae_lens_writesae.experiment.quality import dictionary_quality
-from sae_lens_writesae.experiment.result import Result
-from sae_lens_writesae.page.atoms import AtomPage, AtomPages, AtomPagesData, write_atom_pages
-from sae_lens_writesae.page.atoms.collect import _with_column
-from sae_lens_writesae.page.atoms.data import Context, TokenValue
-from sae_lens_writesae.page.atoms.measure import Atoms, effect_firings, memory
-from sae_lens_writesae.page.atoms.pages import heatmap, lead, token
-from sae_lens_writesae.page.atoms.text import TokenTexts, visible
 from sae_lens_writesae.sae import WriteTopKSAE
-from sae_lens_writesae.show import Show, run_show
-from sae_lens_writesae.verdict.format import percent
+from writesae.evaluations.readers import Readers
+from writesae.evaluations.substitution import Substitution, wide_firings
+from writesae.experiment.lab import Lab
+from writesae.experiment.quality import dictionary_quality
+from writesae.experiment.result import Result
+from writesae.page.atoms import AtomPage, AtomPages, AtomPagesData, write_atom_pages
+from writesae.page.atoms.collect import _with_column
+from writesae.page.atoms.data import Context, TokenValue
+from writesae.page.atoms.measure import Atoms, effect_firings, memory
+from writesae.page.atoms.pages import heatmap, lead, token
+from writesae.page.atoms.text import TokenTexts, visible
+from writesae.show import Show, run_show
+from writesae.verdict.format import percent
 
 
 @pytest.fixture(scope="module")

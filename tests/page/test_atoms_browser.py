@@ -10,7 +10,7 @@ from browsing import PHONE, chromium, colour, contrast, opened, scrolls_sideways
 from planted_atoms import SMALL, float64_model, held_out, planted_sae
 from playwright.sync_api import Browser, Page
 
-from sae_lens_writesae.page.atoms import AtomPage, AtomPageFiles, AtomPagesData, write_atom_pages
+from writesae.page.atoms import AtomPage, AtomPageFiles, AtomPagesData, write_atom_pages
 
 pytestmark = pytest.mark.slow  # a browser
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
-from sae_lens_writesae.experiment.lab import Lab
-from sae_lens_writesae.experiment.quality import DictionaryQuality, qualities
-from sae_lens_writesae.page.atoms import collect, write_atom_pages
-from sae_lens_writesae.page.atoms.export import neuronpedia_batch, write_delphi
 from sae_lens_writesae.sae import WriteTopKSAE
-from sae_lens_writesae.show import Export
+from writesae.experiment.lab import Lab
+from writesae.experiment.quality import DictionaryQuality, qualities
+from writesae.page.atoms import collect, write_atom_pages
+from writesae.page.atoms.export import neuronpedia_batch, write_delphi
+from writesae.show import Export
 
 
 class _Strict(BaseModel):

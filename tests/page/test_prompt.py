@@ -18,9 +18,9 @@ from sae_lens import SAE
 
 from hookpoints import HookedRecurrent
 from hookpoints.recurrence.examples import FORMS, random_recurrence
-from sae_lens_writesae.page.prompt import MAX_TOKENS, PromptServer, read_shares
 from sae_lens_writesae.sae.load import CheckpointError
-from sae_lens_writesae.show import Prompt
+from writesae.page.prompt import MAX_TOKENS, PromptServer, read_shares
+from writesae.show import Prompt
 
 EVIL = '<script>alert("token")</script> <img src=x onerror=alert(1)>&amp;'
 

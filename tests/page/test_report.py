@@ -15,15 +15,15 @@ import pandas as pd
 import pytest
 from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up
 
-from sae_lens_writesae.evaluations import EVALUATIONS, load_result
-from sae_lens_writesae.evaluations.sign import Sign
-from sae_lens_writesae.evaluations.substitution import Substitution
-from sae_lens_writesae.experiment.result import Result
-from sae_lens_writesae.page import report
-from sae_lens_writesae.page.report import ReportFiles, find_results, in_order, write_report
-from sae_lens_writesae.page.template import markdown
-from sae_lens_writesae.verdict import format as fmt
-from sae_lens_writesae.verdict.paper import PAPER_CLAIMS, Outcome
+from writesae.evaluations import EVALUATIONS, load_result
+from writesae.evaluations.sign import Sign
+from writesae.evaluations.substitution import Substitution
+from writesae.experiment.result import Result
+from writesae.page import report
+from writesae.page.report import ReportFiles, find_results, in_order, write_report
+from writesae.page.template import markdown
+from writesae.verdict import format as fmt
+from writesae.verdict.paper import PAPER_CLAIMS, Outcome
 
 EVIL = "<script>alert(1)</script>"
 FEW: dict[str, Any] = {"scales": ("matched",), "controls": ("state", "shuffled"), "n_sequences": 12}

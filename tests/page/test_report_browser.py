@@ -11,7 +11,7 @@ from browsing import PHONE, chromium, colour, contrast, opened, scrolls_sideways
 from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up
 from playwright.sync_api import Browser
 
-from sae_lens_writesae.page.report import ReportFiles, write_report
+from writesae.page.report import ReportFiles, write_report
 
 pytestmark = pytest.mark.slow  # a browser
 

@@ -8,14 +8,14 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
-from sae_lens_writesae.experiment.evaluation import Evaluation, Scope
-from sae_lens_writesae.experiment.lab import Lab, Trial
-from sae_lens_writesae.experiment.readout import kl_window
-from sae_lens_writesae.experiment.result import Claim, Figure, Result
-from sae_lens_writesae.verdict import figures
-from sae_lens_writesae.verdict import statistics as stats
-from sae_lens_writesae.verdict.format import percent, span
-from sae_lens_writesae.verdict.judge import Against, judge
+from writesae.experiment.evaluation import Evaluation, Scope
+from writesae.experiment.lab import Lab, Trial
+from writesae.experiment.readout import kl_window
+from writesae.experiment.result import Claim, Figure, Result
+from writesae.verdict import figures
+from writesae.verdict import statistics as stats
+from writesae.verdict.format import percent, span
+from writesae.verdict.judge import Against, judge
 
 
 @dataclass(frozen=True, kw_only=True)

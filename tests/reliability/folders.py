@@ -26,12 +26,12 @@ from hookpoints import HookedRecurrent, embedded
 from hookpoints.files import LARGEST_JSON
 from reliability.checks import REFUSED, Change, Comparison, check, outcome
 from reliability.runs import fresh
-from sae_lens_writesae.evaluations import load_result
 from sae_lens_writesae.sae.checkpoint import TRAINER_STATE_FILENAME, check_checkpoint
 from sae_lens_writesae.sae.collect import collect
 from sae_lens_writesae.sae.collection import INDEX, Collection
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import train, training_config
+from writesae.evaluations import load_result
 
 Contents = dict[str, object]
 TEXT = "The state of the Union — 12 years, naïve"
@@ -248,8 +248,8 @@ def pickles(work: Path, rounds: int) -> Iterator[Comparison]:
     {
         "sizes are not compared": [Change(f"{LOADING}:_refuse_larger", "if needed > 8 * held > 0", "if False")],
         "tables of any size are read": [
-            Change("sae_lens_writesae.experiment.result:_table", "if unpacked > _LARGEST_TABLE", "if False"),
-            Change("sae_lens_writesae.experiment.result:_table", "pd.read_parquet(file)", "pd.DataFrame()"),
+            Change("writesae.experiment.result:_table", "if unpacked > _LARGEST_TABLE", "if False"),
+            Change("writesae.experiment.result:_table", "pd.read_parquet(file)", "pd.DataFrame()"),
         ],
         "an index of weights may name any file": [
             Change(f"{LOADING}:_check_files", "if shard not in names", "if False")

@@ -6,7 +6,7 @@ import pytest
 
 from reliability import folders, long, running, writing  # noqa: F401 (they have checks)
 from reliability.checks import CHECKS
-from sae_lens_writesae.experiment.suite import _folder
+from writesae.experiment.suite import _folder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

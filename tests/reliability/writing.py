@@ -20,12 +20,12 @@ from hookpoints import HookedRecurrent
 from reliability.checks import REFUSED, Change, Comparison, check, outcome
 from reliability.folders import read_dictionary, read_result
 from reliability.runs import fresh
-from sae_lens_writesae.dictionaries import Train
-from sae_lens_writesae.evaluations import EVALUATIONS
-from sae_lens_writesae.experiment.suite import evaluate_all
 from sae_lens_writesae.files import taken
 from sae_lens_writesae.sae.collect import collect
 from sae_lens_writesae.sae.collection import read_index
+from writesae.dictionaries import Train
+from writesae.evaluations import EVALUATIONS
+from writesae.experiment.suite import evaluate_all
 
 Write = Callable[[HookedRecurrent, Path], object]
 SMALL = {"n_atoms": 4, "firings_per_atom": 2, "min_firings": 2, "horizon": 3}
@@ -126,7 +126,7 @@ def _kills(write: Write) -> Callable[[Path, int], Iterator[Comparison]]:
     return run
 
 
-RESULT, ATOMIC = "sae_lens_writesae.experiment.result:Result.save", "sae_lens_writesae.files:atomic_write"
+RESULT, ATOMIC = "writesae.experiment.result:Result.save", "sae_lens_writesae.files:atomic_write"
 IN_PLACE = {
     results: {
         "results are written in place": [
@@ -143,8 +143,8 @@ IN_PLACE = {
             Change(ATOMIC, "os.replace(aside, target)", "aside.unlink()"),
         ],
         "dictionaries are written in place": [
-            Change("sae_lens_writesae.dictionaries:save_dictionary", '".sae"', '"sae"'),
-            Change("sae_lens_writesae.dictionaries:save_dictionary", 'os.replace(aside, folder / "sae")', "pass"),
+            Change("writesae.dictionaries:save_dictionary", '".sae"', '"sae"'),
+            Change("writesae.dictionaries:save_dictionary", 'os.replace(aside, folder / "sae")', "pass"),
         ],
     },
 }

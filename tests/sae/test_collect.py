@@ -18,13 +18,13 @@ from filelock import FileLock
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
 from hookpoints import embedded as shipped
-from sae_lens_writesae.cli import main
 from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.sae import collect as module
 from sae_lens_writesae.sae.collect import collect
 from sae_lens_writesae.sae.collection import INDEX, Collection, CollectionError, shard_name
 from sae_lens_writesae.sae.runner import text_dataset
 from tests.conftest import make_hf
+from writesae.cli import main
 
 LAYERS, HEADS, BATCH, T = (0, 2), (1, 3), 2, 16
 TOKENS = torch.randint(1, 64, (22, T), generator=torch.Generator().manual_seed(3))

@@ -19,11 +19,11 @@ from hookpoints import Recurrence, WriteEdit
 from hookpoints import embedded as shipped
 from sae_lens_writesae import load_sae
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.experiment.tokens import sample_sequences
 from sae_lens_writesae.sae.metric import METRIC_FILENAME, Metric, put_in_metric
 from sae_lens_writesae.sae.metric_fit import ReadScores, Sums, fit_metrics, read_scores
 from sae_lens_writesae.sae.runner import WriteSAETrainingRunner, text_dataset, train
 from sae_lens_writesae.sae.writes import train_on_writes
+from writesae.experiment.tokens import sample_sequences
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -30,10 +30,6 @@ from torch.testing import assert_close
 from hookpoints import embedded as shipped
 from sae_lens_writesae import calibrate_b_dec, load_sae, train_on_writes
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.evaluations.substitution import Substitution
-from sae_lens_writesae.experiment.lab import Lab
-from sae_lens_writesae.experiment.quality import dictionary_quality
-from sae_lens_writesae.experiment.tokens import sample_sequences
 from sae_lens_writesae.sae import (
     WriteProductSAE,
     WriteProductSAEConfig,
@@ -48,6 +44,10 @@ from sae_lens_writesae.sae.runner import text_dataset, train
 from sae_lens_writesae.sae.target import head_target
 from sae_lens_writesae.sae.training import pack
 from sae_lens_writesae.sae.writes import on_factors, shuffled_rows
+from writesae.evaluations.substitution import Substitution
+from writesae.experiment.lab import Lab
+from writesae.experiment.quality import dictionary_quality
+from writesae.experiment.tokens import sample_sequences
 
 K, V, N = 5, 7, 13
 SHAPE: dict[str, Any] = {"d_in": K * V, "d_k": K, "d_v": V, "d_sae": 24, "f_key": 4, "f_value": 6, "dtype": "float64"}

@@ -29,9 +29,6 @@ import sae_lens_writesae as writesae
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
 from hookpoints import embedded as shipped
 from sae_lens_writesae import sae as architectures
-from sae_lens_writesae import sample_sequences
-from sae_lens_writesae.experiment.lab import Lab
-from sae_lens_writesae.experiment.quality import qualities
 from sae_lens_writesae.sae.half_life import half_lives
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.runner import (
@@ -43,6 +40,9 @@ from sae_lens_writesae.sae.runner import (
     training_config,
 )
 from sae_lens_writesae.sae.target import head_target
+from writesae import sample_sequences
+from writesae.experiment.lab import Lab
+from writesae.experiment.quality import qualities
 
 LAYER, HEAD = 2, 1
 SMALL = {

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_lens_writesae.cli import main
-from sae_lens_writesae.evaluations import EVALUATIONS
-from sae_lens_writesae.experiment.lab import Lab
-from sae_lens_writesae.experiment.result import Claim
-from sae_lens_writesae.selftest.cases import CASES, SETTINGS, Case, Wanted
-from sae_lens_writesae.selftest.command import SelfTest
-from sae_lens_writesae.selftest.dictionaries import DICTIONARIES, oracle, planted_atoms
-from sae_lens_writesae.selftest.run import fulfilled, run_case
-from sae_lens_writesae.selftest.worlds import WORLDS, World, world_of
-from sae_lens_writesae.verdict.paper import Outcome
+from writesae.cli import main
+from writesae.evaluations import EVALUATIONS
+from writesae.experiment.lab import Lab
+from writesae.experiment.result import Claim
+from writesae.selftest.cases import CASES, SETTINGS, Case, Wanted
+from writesae.selftest.command import SelfTest
+from writesae.selftest.dictionaries import DICTIONARIES, oracle, planted_atoms
+from writesae.selftest.run import fulfilled, run_case
+from writesae.selftest.worlds import WORLDS, World, world_of
+from writesae.verdict.paper import Outcome
 
 FAST = ("seeds",)
 """Evaluations whose cases take a second or two each."""
@@ -86,7 +86,7 @@ def test_a_claim_that_was_not_tested_fulfils_nothing(outcome: Outcome, wanted: W
 
 def test_a_case_that_comes_out_wrong_ends_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = dataclasses.replace(next(c for c in CASES if c.kind == "seeds"), claims={"seeds share": "must not hold"})
-    monkeypatch.setattr("sae_lens_writesae.selftest.cases.CASES", (wrong,))
+    monkeypatch.setattr("writesae.selftest.cases.CASES", (wrong,))
     said: list[object] = []
     with pytest.raises(SystemExit) as ended:
         SelfTest().run(said.append)

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from sae_lens_writesae.verdict import figures
+from writesae.verdict import figures
 
 
 def test_fewer_than_four_firings_leave_quartiles_out() -> None:

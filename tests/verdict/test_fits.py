@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sae_lens_writesae.verdict.fits import (
+from writesae.verdict.fits import (
     cell_r2,
     groups_of,
     linear_fit,

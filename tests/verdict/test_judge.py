@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from sae_lens_writesae.verdict.judge import Against, judge
-from sae_lens_writesae.verdict.statistics import Estimate
+from writesae.verdict.judge import Against, judge
+from writesae.verdict.statistics import Estimate
 
 
 def around(mean: float, half: float = 0.05, n: int = 100, clusters: int = 20) -> Estimate:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sae_lens_writesae.verdict import statistics as S
-from sae_lens_writesae.verdict.judge import too_little
+from writesae.verdict import statistics as S
+from writesae.verdict.judge import too_little
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,0 +1,23 @@
+"""The console script `writesae`, also `python -m writesae`."""
+
+import io
+import runpy
+import sys
+from pathlib import Path
+
+# By its path: importing it would load hookpoints, and with it torch.
+runpy.run_path(str(Path(__file__).parents[1] / "hookpoints" / "_waiting.py"))
+
+
+def main() -> None:
+    """Run a command of `writesae.cli`."""
+    from writesae.cli import main
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without the character gets a question mark, not an error
+    main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Words that flags take, and the names of dictionaries.
+
+`Target`, `Loss` and `MetricName` repeat those of `writesae.choices`, which cannot be imported without torch:
+help must stay fast. A test holds the two equal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+Target = Literal["write", "state", "last_state"]
+"""`write`: the matrix that is added at each token, which the substitution test exchanges (the default). `state`: the
+state after each token (the paper's text). `last_state`: the state at the end of each sequence (the paper's code)."""
+
+Loss = Literal["mse", "reads", "write"]
+"""`mse`: the matrix itself. `reads`: what the head's queries read from it. `write`: the matrix itself, and atoms along
+the write of the same token."""
+
+MetricName = Literal["frobenius", "gauss_newton"]
+"""`frobenius`: an error costs the sum of its squares. `gauss_newton`: the KL divergence that it causes in the model."""
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""A language model's dtype."""
+
+
+def at_least(settings: object, bounds: Mapping[str, float]) -> None:
+    """ValueError for a setting below its bound, or an entry of it; None is in order."""
+    for name, bound in bounds.items():
+        value = getattr(settings, name)
+        for entry in value if isinstance(value, tuple) else (value,):
+            if entry is not None and (isinstance(entry, str) or not entry >= bound):
+                raise ValueError(f"{name} must be at least {bound:g}, found {entry!r}")
+
+
+MATCHED = "FlatSAE-matched"
+"""A flat SAE with as many parameters as the WriteSAE has."""
+
+
+@dataclass(frozen=True)
+class DictionaryName:
+    """What a dictionary is, as its folder says it: `write-seed0`, `state-reads-seed0`, `write-FlatSAE-seed2`,
+    `write-gauss_newton-seed0`."""
+
+    target: Target
+    loss: Loss = "mse"
+    variant: str = "WriteSAE"
+    """Of `sae_lens_writesae.VARIANTS`, or `MATCHED`."""
+    seed: int = 0
+    metric: MetricName = "frobenius"
+    """What errors are measured by."""
+
+    def __str__(self) -> str:
+        loss = "" if self.loss == "mse" else self.loss
+        variant = "" if self.variant == "WriteSAE" else self.variant
+        metric = "" if self.metric == "frobenius" else self.metric
+        return "-".join([self.target, *filter(None, [loss, variant, metric]), f"seed{self.seed}"])
+
+    @classmethod
+    def parse(cls, name: str) -> DictionaryName:
+        """From its folder's name; ValueError, with what there is, where it is none."""
+        from sae_lens_writesae.choices import VARIANTS
+
+        targets, losses, variants = get_args(Target), get_args(Loss), (*VARIANTS, MATCHED)
+        parts = (losses, variants, get_args(MetricName))
+        optional = "".join(f"(?:-({'|'.join(words)}))?" for words in parts)
+        match = re.fullmatch(f"({'|'.join(targets)}){optional}-seed([0-9]+)", name)
+        if match is None:
+            raise ValueError(
+                f"{name!r} names no dictionary; names are TARGET[-LOSS][-VARIANT][-gauss_newton]-seedN, with "
+                f"targets "
+                f"{', '.join(targets)}, losses {', '.join(losses)} and variants {', '.join(variants)}"
+            )
+        metric = cast(MetricName, match[4] or "frobenius")
+        return cls(cast(Target, match[1]), cast(Loss, match[2] or "mse"), match[3] or "WriteSAE", int(match[5]), metric)
+
+    @property
+    def on_factors(self) -> bool:
+        """Whether it trains on factors of writes, without a matrix and in minutes, so that it needs no checkpoints."""
+        return self.target == "write" and self.loss == "mse"

@@ -1,0 +1,243 @@
+"""The main job, end to end, on a model that ships with the package: dictionaries of writes and of states, tested."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from sae_lens_writesae.files import check_settings, check_writable, keep_settings, taken
+from writesae.choices import Target, at_least
+from writesae.dictionaries import save_dictionary
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from sae_lens import SAE
+    from torch import Tensor
+
+    from hookpoints import HookedRecurrent
+    from sae_lens_writesae.sae.collection import Collection
+    from writesae.evaluations.substitution import Substitution
+    from writesae.experiment.result import Result
+    from writesae.page.report import ReportFiles
+
+
+class Recipe(NamedTuple):
+    """One dictionary of the demo."""
+
+    label: str
+    target: Target
+    k: int
+    metric: bool = False
+    """Whether errors are measured by the KL divergence that they cause (see `sae.metric`)."""
+
+    @property
+    def folder(self) -> str:
+        return self.label.replace(", ", "-").replace(" ", "-")
+
+
+RECIPES = (
+    Recipe("write-trained", "write", 1),
+    Recipe("write-trained, metric", "write", 1, metric=True),
+    Recipe("write-trained, k 4", "write", 4),
+    Recipe("state-trained", "state", 1),
+)
+
+
+class HeadChoice(NamedTuple):
+    """A head, how long it remembers, and what its writes do."""
+
+    layer: int
+    head: int
+    half_life: float
+    """Median over writes of the tokens after which half of a write's norm is left, by decay and erase."""
+    nats: float
+    """KL(native || edited) per token where all writes of the head are deleted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Read what one head writes, train dictionaries on it, and exchange the model's own writes for their atoms.
+
+    The head is the one whose writes do most, of those that remember for a while. Four dictionaries: of its writes with
+    one and with four active atoms, of its writes in the model's own metric, and of its states. Where an atom fires, the
+    model's own write is exchanged for the atom and for what needs no training, and the report says how much of the
+    write's effect each takes back. Offline, on a CPU, in minutes."""
+
+    model: str = "embedded"
+    """Model to look into: one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7), a folder, or a
+    name on the hub."""
+    layer: int | None = None
+    """Recurrent layer. By default the head is taken whose writes do most, of those with a half-life of `memory`."""
+    head: int | None = None
+    """Head of that layer."""
+    memory: float = 16.0
+    """Least half-life of a write, in tokens, where no head is named."""
+    d_sae: int = 256
+    """Atoms of a dictionary."""
+    training_tokens: int = 256_000
+    """Tokens that each dictionary sees, in as many epochs of the text as that needs."""
+    context_size: int = 128
+    """Tokens per sequence."""
+    train_sequences: int = 900
+    """Sequences of the training text, or all that there are."""
+    eval_sequences: int = 48
+    """Sequences of the test."""
+    n_atoms: int = 30
+    """Atoms that are tested."""
+    firings_per_atom: int = 4
+    """Firings of each."""
+    seed: int = 0
+    """Seed of training, draws and controls."""
+    out: Path = Path("writesae-out")
+    """Folder for report.html, the writes that were read, the dictionaries and the results."""
+
+    def __post_init__(self) -> None:
+        sizes = ("d_sae", "training_tokens", "context_size", "train_sequences", "eval_sequences", "n_atoms")
+        at_least(self, dict.fromkeys((*sizes, "firings_per_atom"), 1) | {"memory": 0, "seed": 0})
+
+    def run(self, say: Callable[[str], object] = print) -> ReportFiles:
+        """Train and test each dictionary, and write everything to `out`: the report, and for each dictionary `sae/` and
+        its result `substitution/`. What is there already is kept: the same command goes on where it was stopped.
+
+        Raises:
+            ValueError: the head is not there, or `out` cannot be written or holds a demo with other settings; before
+                any training.
+        """
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "out"}
+        check_writable(self.out)
+        check_settings(self.out, settings)
+        from hookpoints import HookedRecurrent
+
+        model = HookedRecurrent.from_pretrained(self.model)
+        with taken(self.out, say):
+            return self._run(model, settings, say)
+
+    def _run(self, model: HookedRecurrent, settings: dict[str, object], say: Callable[[str], object]) -> ReportFiles:
+        from hookpoints import embedded
+        from sae_lens_writesae.sae.collect import collect
+        from sae_lens_writesae.sae.load import load_sae
+        from writesae.evaluations import load_result
+        from writesae.experiment.suite import quality_of_heads, with_quality
+        from writesae.experiment.tokens import sample_sequences
+        from writesae.page.report import write_report
+
+        tokens = sample_sequences(model, embedded.text("test"), self.context_size, self.eval_sequences)
+        text = sample_sequences(model, embedded.text("train"), self.context_size, self.train_sequences)
+        choice = self.choose_head(model, text[:16])
+        rule = model.cfg.layer(choice.layer).rule
+        say(
+            f"model {self.model!r}: head {choice.head} of layer {choice.layer} ({rule}); half-life of a write "
+            f"{choice.half_life:.0f} tokens; without its writes the model is off by {choice.nats:.3f} nats per token"
+        )
+        keep_settings(self.out, settings)
+        place = [choice.layer], [choice.head]
+        collection = collect(model, text, *place, self.out / "collection", targets=("write", "state"), dtype="float32")
+        saes: dict[str, SAE] = {}
+        for recipe in RECIPES:
+            folder = self.out / recipe.folder / "sae"
+            say(f"{'kept' if folder.exists() else 'training'}: {recipe.label}")
+            if not folder.exists():
+                self._train(model, collection, text, choice, recipe)
+            saes[recipe.label] = load_sae(folder)
+        quality, results = quality_of_heads(model, saes, tokens), []
+        for recipe in RECIPES:
+            folder = self.out / recipe.folder / "substitution"
+            if not folder.exists():
+                result = self._test(recipe).run(model, saes[recipe.label], tokens, reference=text[:128])
+                with_quality(result, quality, [recipe.label]).save(folder)
+            results.append(load_result(folder))
+        say(first_screen(results))
+        return write_report(results, self.out / "report.html")
+
+    def choose_head(self, model: HookedRecurrent, tokens: Tensor) -> HeadChoice:
+        """The head that was named, or the one whose writes do most, of those with a half-life of `memory` or more (of
+        all, where there is none)."""
+        from writesae.experiment.quality import head_effects
+
+        layers = model.cfg.recurrent_layers if self.layer is None else [self.layer]
+        n_heads = model.cfg.layer(layers[0]).H
+        if self.head is not None and not 0 <= self.head < n_heads:
+            raise ValueError(f"head {self.head} is out of range: layer {layers[0]} has heads 0 to {n_heads - 1}")
+        effects = head_effects(model, tokens, layers, None if self.head is None else [self.head])
+        lasting = effects[effects["half_life"] >= self.memory]
+        best = (effects if lasting.empty else lasting).iloc[0]
+        return HeadChoice(int(best["layer"]), int(best["head"]), float(best["half_life"]), float(best["nats"]))
+
+    def _train(
+        self, model: HookedRecurrent, collection: Collection, text: Tensor, choice: HeadChoice, recipe: Recipe
+    ) -> None:
+        from sae_lens_writesae.sae.metric_fit import fit_metrics
+        from sae_lens_writesae.sae.runner import quiet, train, training_config
+        from sae_lens_writesae.sae.writes import train_on_writes
+
+        place = choice.layer, choice.head
+        cfg = training_config(
+            collection,
+            *place,
+            target=recipe.target,
+            d_sae=self.d_sae,
+            metric="gauss_newton" if recipe.metric else "frobenius",
+            sae={"k": recipe.k},
+            training_tokens=self.training_tokens,
+            context_size=self.context_size,
+            seed=self.seed,
+            verbose=False,
+        )
+        with quiet():
+            if recipe.target == "write":
+                metric = fit_metrics(model, text[::4], [place], seed=self.seed)[place] if recipe.metric else None
+                keys, values = (side[:] for side in collection.factors(*place))
+                sae = train_on_writes(cfg, keys, values, metric=metric)
+            else:
+                sae = train(cfg)
+        save_dictionary(sae, self.out / recipe.folder)
+
+    def _test(self, recipe: Recipe) -> Substitution:
+        from writesae.evaluations.substitution import Substitution
+
+        return Substitution(
+            n_atoms=self.n_atoms,
+            firings_per_atom=self.firings_per_atom,
+            last_position_firings=0,
+            atom_choice=("dominant", "own") if recipe is RECIPES[0] else ("dominant",),
+            scales=("coefficient", "matched"),
+            seed=self.seed,
+            label=recipe.label,
+        )
+
+
+def first_screen(results: list[Result]) -> str:
+    """What a reader should see first: quality, one atom against what needs no training, and one write exchanged."""
+    from writesae.evaluations.substitution import headline_share
+    from writesae.verdict.format import percent, span
+
+    lines = ["", "The dictionaries on held-out text (every write, or state, replaced at once):"]
+    for result in results:
+        quality = cast(dict, cast(dict, result.info["quality"])[result.label])
+        recovered = quality["recovered"]
+        share = "–"
+        if recovered is not None:
+            share = f"{percent(recovered['mean'])} [{span(recovered['low'], recovered['high'])}]"
+        lines.append(
+            f"  {result.label:24} recovered KL {share}, explained variance {quality['explained']:.2f}, L0 "
+            f"{quality['l0']:.1f}, alive {quality['alive']:.0%}"
+        )
+    lines += ["", "One atom in the place of one write:"]
+    for result in results:
+        claim = result.claims()[0]
+        lines += [f"  {result.label:24} {claim.measured}: {claim.outcome}. {claim.sentence}"]
+    lines.append(f"  {'controls of the first':24} {results[0].claims()[0].controls}")
+    return "\n".join([*lines, "", *_in_words(max(results, key=headline_share).tables["example"])])
+
+
+def _in_words(example: pd.DataFrame) -> list[str]:
+    """The exchange of one write, as lines of text."""
+    if example.empty:
+        return []
+    wide = example.pivot_table(index="word", columns="condition", values="probability", sort=False)
+    head = f"One write exchanged, that of the token in brackets: {example['text'].iloc[0]!r}"
+    rows = "\n".join(f"  {line}" for line in wide.to_string(float_format="{:.1%}".format).splitlines())
+    return [head, "Probabilities of the next token at the bar:", rows]

@@ -1,0 +1,201 @@
+"""`writesae eval`: evaluations of dictionaries from folders, saved and joined on one page; and `writesae report`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+import tyro
+
+from sae_lens_writesae.files import check_writable, taken
+from writesae.choices import Dtype, at_least
+from writesae.cli import choose, parse
+from writesae.settings import evaluations, parse_with, settings_of
+
+if TYPE_CHECKING:
+    from writesae.experiment.evaluation import Evaluation
+    from writesae.page.report import ReportFiles
+
+_REFERENCE = 64
+"""Sequences from which control dictionaries are made, and on which baselines are fitted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subjects:
+    """What is evaluated, on which text."""
+
+    saes: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of trained SAEs (cfg.json, sae_weights.safetensors) of one model, or folders that hold such folders, as
+    `writesae train` and `demo` leave them."""
+    out: Path = Path("writesae-out/eval")
+    """Folder for results and report."""
+    model: str | None = None
+    """Model; by default the one named in the SAEs' metadata."""
+    dtype: Dtype = "float32"
+    """The model's dtype."""
+    text: Path | None = None
+    """Text file to test on; by default the held-out text of the package."""
+    sequences: int = 100
+    """Sequences to find firings in."""
+    context_size: int = 128
+    """Tokens per sequence."""
+    control_dictionaries: bool = True
+    """Evaluate an untrained dictionary and one of native writes beside each, by the same rules: three times the work.
+    They are made from the training text of the package, on which baselines are then fitted too."""
+    collection: Path | None = None
+    """Make them from the writes of a collection (`writesae collect`, `train`) instead, without running the model."""
+
+    def __post_init__(self) -> None:
+        at_least(self, {"sequences": 1, "context_size": 1})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalAll:
+    """Run every evaluation that fits the dictionaries, and write one report."""
+
+    subjects: tyro.conf.OmitArgPrefixes[Subjects]
+    seed: int = 0
+    """Seed of all draws and controls."""
+    kinds: tuple[str, ...] = ()
+    """Which evaluations; by default all of them."""
+    per: Literal["dictionary", "head", "layer"] | None = None
+    """Only evaluations of single dictionaries, or only those that are done once per head: of the head itself, and
+    comparisons of its dictionaries; or only those of dictionaries of several heads of a layer, which act together."""
+    set: tuple[str, ...] = ()
+    """Settings as FIELD=VALUE, for every evaluation that has the field, or as KIND.FIELD=VALUE for one."""
+    resume: bool = False
+    """Take results that are in `out` already as they are, and run the evaluations that are missing."""
+
+    def evaluations(self) -> list[Evaluation]:
+        """The evaluations, each with those settings that it has.
+
+        Raises:
+            ValueError: a kind or a setting that does not exist, or a value that an evaluation refuses.
+        """
+        from hookpoints.errors import nearest
+        from writesae.evaluations import EVALUATIONS
+        from writesae.experiment.evaluation import Scope
+
+        if unknown := [kind for kind in self.kinds if kind not in EVALUATIONS]:
+            raise ValueError(f"there is no evaluation {', '.join(unknown)}; there are {', '.join(EVALUATIONS)}")
+        fields = {kind: settings_of(source.module, source.name) for kind, source in evaluations().items()}
+        settings: dict[str, dict[str, object]] = {kind: {"seed": self.seed} for kind in EVALUATIONS}
+        for pair in sorted(self.set, key=lambda pair: "." in pair.partition("=")[0]):  # those of one kind win
+            name, equals, value = pair.partition("=")
+            if not equals:
+                raise ValueError(f"--set takes FIELD=VALUE, found {pair!r}")
+            of_kind, _, field = name.rpartition(".")
+            having = [kind for kind in EVALUATIONS if of_kind in ("", kind) and field in fields[kind]]
+            if not having:
+                known = {each: None for kind, own in fields.items() if of_kind in ("", kind) for each in own} or fields
+                raise ValueError(f"--set {name}: expected one of {', '.join(known)}{nearest(field, known)}")
+            for kind in having:
+                settings[kind][field] = _value(f"{kind}.{field}", fields[kind][field].type, value)
+        places = {Scope.EACH: ("dictionary",), Scope.LAYER: ("dictionary", "layer")}
+        return [
+            each.from_dict(settings[kind])
+            for kind, each in EVALUATIONS.items()
+            if kind in (self.kinds or fields) and (self.per is None or self.per in places.get(each.scope, ("head",)))
+        ]
+
+
+def _value(name: str, kind: object, text: str) -> object:
+    """A setting from JSON, or from a word where that is none."""
+    from pydantic import TypeAdapter, ValidationError
+
+    adapter = TypeAdapter(cast(type, kind))
+    for read in (adapter.validate_json, adapter.validate_python):
+        try:
+            return read(text)
+        except ValidationError:
+            continue
+    told = getattr(kind, "__name__", "") if isinstance(kind, type) else str(kind).replace("typing.", "")
+    raise ValueError(f"--set {name} takes a value of type {told}, as JSON; found {text!r}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one page from saved results: claims, the paper's values, the values here, controls, verdicts."""
+
+    results: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders in or below which `writesae eval`, `demo` or `reproduce` left results."""
+    out: Path = Path("report.html")
+    """Page to write, or a folder, which gets a report.html."""
+
+    def run(self) -> ReportFiles:
+        """Find the results and write the page.
+
+        Raises:
+            ValueError: there are no results, or the page cannot be written; the latter before any work.
+        """
+        page = self.out / "report.html" if self.out.is_dir() else self.out.with_suffix(".html")
+        check_writable(page.parent)
+        if page.is_dir():
+            raise ValueError(f"{page} cannot be written: it is a folder; name another --out")
+        from writesae.page.report import find_results, write_report
+
+        return write_report(find_results(self.results), page)
+
+
+def run_eval(arguments: Sequence[str]) -> ReportFiles:
+    """`writesae eval KIND SAE...` with the settings of that evaluation as flags; `all` runs every evaluation."""
+    kinds = {kind: source.question for kind, source in evaluations().items()}
+    kind = choose("writesae eval", arguments, kinds | {"all": "Every evaluation that fits, on one page."})
+    program = f"writesae eval {kind}"
+    if kind == "all":
+        everything = parse(EvalAll, program, arguments[1:])
+        return evaluate(everything.subjects, everything.evaluations(), resume=everything.resume)
+    source = evaluations()[kind]
+    subjects, settings = parse_with(Subjects, source.module, source.name, program, arguments[1:])
+    from writesae.evaluations import EVALUATIONS
+
+    return evaluate(subjects, [EVALUATIONS[kind].from_dict(settings)], single=True)
+
+
+def evaluate(
+    subjects: Subjects, evaluations: Sequence[Evaluation], *, single: bool = False, resume: bool = False
+) -> ReportFiles:
+    """Run evaluations on the SAEs of some folders; save each result, and a page over all.
+
+    Args:
+        single, resume: as in `evaluate_all`.
+
+    Raises:
+        ValueError: SAEs of different models, two folders of one name, a folder that cannot be written, or an evaluation
+            that refuses the SAEs.
+    """
+    from hookpoints import HookedRecurrent, embedded
+    from sae_lens_writesae.sae.collection import Collection
+    from sae_lens_writesae.sae.load import folder_labels, load_sae, sae_folders
+    from writesae.experiment.suite import evaluate_all
+    from writesae.experiment.tokens import sample_sequences, text_of
+    from writesae.page.report import write_report
+
+    check_writable(subjects.out)
+    folders = [folder for path in subjects.saes for folder in sae_folders(path)]
+    saes = {label: load_sae(folder) for label, folder in zip(folder_labels(folders), folders)}
+    if len(saes) < len(folders):
+        raise ValueError(f"two of the SAEs' folders have the same name: {', '.join(map(str, folders))}")
+    models = {subjects.model or str(sae.cfg.metadata.model_name) for sae in saes.values()}
+    if not saes:
+        raise ValueError("an evaluation needs at least one folder of a dictionary; writesae train makes some")
+    if len(models) > 1:
+        raise ValueError(
+            f"the SAEs of one evaluation are of one model; found {', '.join(sorted(models))}. Evaluate them apart"
+        )
+    text = text_of(subjects.text)
+    model = HookedRecurrent.from_pretrained(models.pop(), dtype=subjects.dtype)
+    tokens = sample_sequences(model, text, subjects.context_size, subjects.sequences)
+    reference = None
+    if subjects.control_dictionaries:
+        if subjects.collection is not None:
+            reference = Collection.open(subjects.collection, model=model)
+        else:
+            reference = sample_sequences(model, embedded.text("train"), subjects.context_size, _REFERENCE)
+    with taken(subjects.out):
+        results = evaluate_all(
+            evaluations, model, saes, tokens, subjects.out, controls=reference, single=single, resume=resume
+        )
+        return write_report(results, subjects.out / "report.html")

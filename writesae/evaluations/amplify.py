@@ -1,0 +1,492 @@
+"""Amplify and suppress atoms while the model writes: does the token change that the atom is aligned with?
+
+Source: WriteSAE (arXiv 2605.12770), newline amplification, whose released code pairs token labels with the states at
+the ends of sequences; here a label belongs to the token at which an atom fires (or the next one), and atoms are chosen
+on text that no prompt is taken from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sae_lens_writesae.steering import Target, scale_atoms, token_id
+from writesae.experiment.evaluation import Evaluation, Scope
+from writesae.experiment.firings import Firings, collect_firings, halves
+from writesae.experiment.generation import Sampled, sample_continuations
+from writesae.experiment.lab import Lab
+from writesae.experiment.result import Claim, Figure, Result
+from writesae.experiment.tokens import special_tokens, token_text
+from writesae.verdict import figures
+from writesae.verdict import statistics as stats
+from writesae.verdict.judge import Against, judge, too_little
+
+CONTROLS = {
+    "random": "random directions of the same norm at the same firings",
+    "other": "the atoms of the other tokens",
+}
+"""Controls by the condition's name in the table, as a reader should see them."""
+
+RELEVANT = 0.1
+"""Change of the count, as a share of the unedited count, from which on it matters, and margin by which a control may be
+weaker and still count as equal. The paper's change is a third of its count."""
+
+Team = dict[str, list[int]]
+"""The atoms of one token, by the label of their dictionary."""
+
+GREW = "prompts after which a scaled continuation grew past the dtype, all their conditions"
+"""Reason under which `info["n_skipped"]` counts prompts."""
+
+
+class Places(NamedTuple):
+    """The places (tokens) of some sequences, and the firings there."""
+
+    labels: NDArray[np.int64]
+    """Token of each place, all sequences in one."""
+    atom: NDArray[np.int64]
+    """Atom of each firing."""
+    label: NDArray[np.int64]
+    """Token at each firing."""
+    n_atoms: int
+
+
+class Alignment(NamedTuple):
+    """How well each of F atoms fires where a token is."""
+
+    both: NDArray[np.int64]
+    """[F] firings at the token."""
+    fired: NDArray[np.int64]
+    """[F] firings."""
+    present: int
+    """Places of the token."""
+    phi: NDArray[np.float64]
+    """[F] correlation of firing and token; 0 where one of them never or always is."""
+
+
+class Condition(NamedTuple):
+    """Whose atom is scaled, and how."""
+
+    name: Literal["nothing", "atom", "random"]
+    factor: float = 1.0
+    token: int | None = None
+    """The token whose atom is scaled; None: nothing is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amplify(Evaluation):
+    """On the selection half of the sequences, a token's atom is the one whose firing has the largest correlation (phi)
+    with the token being there (`aligned="current"`) or coming next. In continuations of prompts from the other half,
+    every write at which the atom fires gets (factor - 1) a_i A_i, in the prompt too. Counted is the token among the new
+    tokens, minus the same count without scaling. All continuations have the same length and random numbers.
+
+    In the paper's form the `atoms_per_token` best aligned atoms are scaled in **every** head of the layer at once: give
+    one dictionary for each head, of which the first chooses the tokens. One atom of one head is far weaker.
+
+    **Controls:** `random`, a Gaussian direction of the atom's norm in its place, at the same firings and activations;
+    `other`, the count of the same token while the atoms of the other tokens are scaled (their mean).
+
+    **Verdict** of claim 18, at the headline factor, with prompts and tokens both resampled: the ladder of `judge` on
+    the mean change of the count (chance 0), in the direction that it has, against both controls. Either direction
+    counts, because the paper's newline feature, amplified, made fewer newlines. A change matters from a tenth of the
+    unedited count on. It is below the floor where no count changes. The second claim counts the tokens whose change
+    differs from nothing and from both controls by itself (Holm-adjusted sign-flip tests by prompt).
+    """
+
+    tokens: tuple[Target, ...] = ()
+    """Tokens (ids or strings, at least two) whose atoms are scaled. Empty: `n_tokens`, those with the best aligned."""
+    n_tokens: int = 5
+    """How many tokens, where none are named. A verdict needs 5."""
+    aligned: Literal["current", "next"] = "current"
+    """An atom belongs to the token at which it fires, or to the token that comes next."""
+    atoms_per_token: int = 1
+    """Atoms of a token in each dictionary: those that are aligned best (the paper's 10)."""
+    min_count: int = 20
+    """Times that a token must occur in the selection half."""
+    min_firings: int = 10
+    """Firings at the token, in the selection half, that its atom needs."""
+    factors: tuple[float, ...] = (0.0, 4.0)
+    """What the atom's component of each write is multiplied by: 0 suppresses, above 1 amplifies."""
+    headline: float = 4.0
+    """The factor of the claim; one of `factors`."""
+    prompts: int = 40
+    """Prompts: the beginnings of sequences of the test half; fewer where there are fewer."""
+    prompt_tokens: int = 24
+    """Length of a prompt."""
+    new_tokens: int = 40
+    """Tokens sampled at temperature 1, with the same random numbers under every condition."""
+    rows_per_run: int = 128
+    """Continuations at once. Changes which random numbers a prompt gets."""
+
+    kind: ClassVar[str] = "amplify"
+    question: ClassVar[str] = "Does scaling an atom change how often its token is written?"
+    answers: ClassVar[tuple[int, ...]] = (18,)
+    scope: ClassVar[Scope] = Scope.LAYER
+    at_least: ClassVar[dict[str, float]] = {
+        "n_tokens": 2,
+        "atoms_per_token": 1,
+        "min_count": 2,
+        "min_firings": 1,
+        "prompts": 2,
+        "prompt_tokens": 1,
+        "new_tokens": 1,
+    }
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"aligned": ("current", "next")}
+    columns: ClassVar[dict[str, dict[str, str]]] = {
+        "atoms": {
+            "token": "token that is counted",
+            "text": "the token as text",
+            "atom": "atom that is aligned with the token",
+            "count": "places of the token in the selection half",
+            "phi": "correlation of firing and token on the selection half",
+            "phi_test": "the same on the test half",
+            "precision": "share of the atom's firings that are at the token, on the test half",
+            "recall": "share of the token's places at which the atom fires, on the test half",
+            "head": "head of the atom's dictionary",
+        },
+        "counts": {
+            "token": "token that is counted",
+            "text": "the token as text",
+            "prompt": "number of the prompt",
+            "sequence": "row of the evaluation tokens that the prompt begins",
+            "condition": "what is scaled: nothing, atom, random, other",
+            "factor": "factor of the atom's component; 1 for nothing",
+            "count": "times that the token is among the new tokens",
+            "fires": "new tokens of the unedited continuation at which the atom fires",
+        },
+    }
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", tuple(float(factor) for factor in self.factors))
+        super().__post_init__()
+        if len(self.tokens) == 1:
+            raise ValueError("tokens needs at least two tokens, because the atoms of the others are a control; found 1")
+        if self.headline not in self.factors:
+            raise ValueError(f"headline must be one of factors {self.factors}, found {self.headline}")
+        if 1.0 in self.factors:
+            raise ValueError(f"a factor of 1 changes nothing and is what the others are compared with: {self.factors}")
+
+    @property
+    def shortest(self) -> int:
+        return self.prompt_tokens
+
+    # -- measuring
+
+    def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
+        split = halves(len(lab.tokens), self.seed)
+        asked = [token_id(lab.model, token) for token in self.tokens]
+        select, test = (
+            {label: places_of(lab.firings(label), lab.tokens, side, self.aligned) for label in lab.saes}
+            for side in split
+        )
+        atoms = self.choose_atoms(lab, next(iter(select.values())), asked)
+        teams = self.choose_teams(select, atoms)
+        sequences = split.test[: self.prompts]
+        prompts = lab.tokens[sequences, : self.prompt_tokens]
+        conditions = [Condition("nothing")]
+        for factor in self.factors:
+            for token in atoms:
+                conditions += [Condition("atom", factor, token), Condition("random", factor, token)]
+        counts: dict[Condition, NDArray[np.int64]] = {}
+        fires = np.zeros((len(prompts), len(atoms)))
+        finite = np.ones(len(prompts), dtype=bool)
+        for condition in lab.bar(conditions, self.kind):
+            new = self._continuations(lab, prompts, condition, teams)
+            counts[condition] = (new.tokens[..., None] == torch.tensor(list(atoms))).sum(1).numpy()
+            finite &= new.finite.numpy()
+            if condition.token is None:
+                fires = _fires(lab, prompts, new.tokens, list(atoms.values()))
+        lab.count_edited_runs(len(conditions) * len(prompts))
+        lab.require(
+            finite.sum() >= 2,
+            f"after {(~finite).sum()} of {len(finite)} prompts what the scaled atoms write feeds back and grows past "
+            f"{str(lab.model.cfg.dtype).removeprefix('torch.')}; scale less (factors: {self.factors})",
+        )
+        if not finite.all():
+            lab.skipped[GREW] += int((~finite).sum())
+        lab.facts["split"] = (
+            "half of the sequences, at random, for the choice of atoms; prompts begin sequences of the other half"
+        )
+        table = self._counts(counts, list(atoms), fires)
+        table = table.loc[finite[table["prompt"]]].reset_index(drop=True)
+        table = table.assign(
+            sequence=sequences[table["prompt"]], text=[token_text(lab.model, token) for token in table["token"]]
+        )
+        return {"atoms": _fits(lab, teams, select, test), "counts": table}
+
+    def choose_atoms(self, lab: Lab, places: Places, asked: Sequence[int]) -> dict[int, int]:
+        """The atom of each token: of those asked for, in order, or of the tokens whose atoms are aligned best. No atom
+        is chosen twice.
+
+        Raises:
+            ValueError: a token asked for has no atom.
+            NothingToMeasureError: fewer than two tokens have one.
+        """
+        tokens, counts = np.unique(places.labels, return_counts=True)
+        frequent = set(tokens[counts >= self.min_count].tolist())
+        frequent -= set() if asked else special_tokens(lab.model)
+        alignments = {token: alignment(places, token) for token in (asked or sorted(frequent))}
+        phi = {token: np.where(a.both >= self.min_firings, a.phi, -1.0) for token, a in alignments.items()}
+        atoms: dict[int, int] = {}
+        for token in asked or sorted(phi, key=lambda token: -phi[token].max()):
+            free = phi[token].copy()
+            if asked:
+                free[list(atoms.values())] = -1.0
+            atom = int(free.argmax())
+            if token in frequent and free[atom] > 0 and atom not in atoms.values():
+                atoms[token] = atom
+            elif asked:
+                raise ValueError(
+                    f"token {token_text(lab.model, token)!r} occurs {alignments[token].present} times in the selection "
+                    f"half (needed: {self.min_count}) and no atom left for it fires there {self.min_firings} times "
+                    f"(most: {int(alignments[token].both.max())}); give more sequences, or lower min_count and "
+                    "min_firings"
+                )
+            if len(atoms) == (len(asked) or self.n_tokens):
+                break
+        lab.require(
+            len(atoms) >= 2,
+            f"{len(frequent)} tokens occur {self.min_count} times in the selection half, and {len(atoms)} of them have "
+            f"an atom that fires at them {self.min_firings} times; two are needed. Give more sequences, or lower "
+            "min_count and min_firings",
+        )
+        return atoms
+
+    def choose_teams(self, places: Mapping[str, Places], atoms: Mapping[int, int]) -> dict[int, Team]:
+        """The atoms of each token in each dictionary, the best aligned first; in the first dictionary they begin with
+        the one that was chosen. None belongs to two tokens."""
+        taken = {label: set[int]() for label in places}
+        taken[next(iter(places))].update(atoms.values())
+        teams: dict[int, Team] = {}
+        for token, atom in atoms.items():
+            teams[token] = {}
+            for n, (label, of_head) in enumerate(places.items()):
+                fit = alignment(of_head, token)
+                able = [i for i in np.argsort(-fit.phi).tolist() if fit.both[i] >= self.min_firings and fit.phi[i] > 0]
+                team = [atom] if n == 0 else []
+                team += [i for i in able if i not in taken[label]][: self.atoms_per_token - len(team)]
+                taken[label].update(team)
+                teams[token][label] = team
+        return teams
+
+    def _continuations(self, lab: Lab, prompts: Tensor, condition: Condition, teams: Mapping[int, Team]) -> Sampled:
+        """Continuations of every prompt under one condition."""
+        with ExitStack() as scopes:
+            team = {} if condition.token is None else teams[condition.token]
+            for n, (label, atoms) in enumerate(team.items()):
+                like = None
+                if condition.name == "random":
+                    decoder = lab.atoms(atoms, label)
+                    seed = self.seed + (condition.token or 0) + 1_000_003 * n
+                    like = decoder.random_like(torch.Generator().manual_seed(seed)).with_norm(decoder.norm())
+                scopes.enter_context(scale_atoms(lab.model, lab.saes[label], atoms, condition.factor, like=like))
+            return sample_continuations(lab.model, prompts, self.new_tokens, self.seed, batch_size=self.rows_per_run)
+
+    def _counts(
+        self, counts: dict[Condition, NDArray[np.int64]], tokens: list[int], fires: NDArray[np.float64]
+    ) -> pd.DataFrame:
+        """Counts of every token under every condition that is about it, from counts [P,tokens] by condition."""
+        parts = []
+        for column, token in enumerate(tokens):
+            of_token = {("nothing", 1.0): counts[Condition("nothing")][:, column]}
+            for factor in self.factors:
+                of_token["atom", factor] = counts[Condition("atom", factor, token)][:, column]
+                of_token["random", factor] = counts[Condition("random", factor, token)][:, column]
+                others = [counts[Condition("atom", factor, t)][:, column] for t in tokens if t != token]
+                of_token["other", factor] = np.mean(others, axis=0)
+            for (name, factor), count in of_token.items():
+                described = {"token": token, "condition": name, "factor": factor, "fires": fires[:, column]}
+                parts.append(pd.DataFrame({"prompt": np.arange(len(count)), "count": count.astype(float), **described}))
+        return pd.concat(parts, ignore_index=True)
+
+    # -- judging
+
+    def claims(self, result: Result) -> list[Claim]:
+        """Claim 18 over all tokens, and how many tokens show it by themselves."""
+        factor = self.headline
+        effect = change(result, "atom", factor)
+        contrasts = {name: change(result, "atom", factor, minus=name) for name in CONTROLS}
+        native = counts_of(result, "nothing")
+        before, after = (c["count"].to_numpy(float) for c in (native, counts_of(result, "atom", factor)))
+        verdict = judge(
+            effect,
+            {shown: Against(contrasts[name]) for name, shown in CONTROLS.items()},
+            typical=float(np.abs(after - before).mean()),
+            less=effect.mean < 0,
+            relevant=RELEVANT * float(before.mean()),
+            what="the change of the count",
+        )
+        others = "".join(f"; at factor {f:g} {change(result, 'atom', f)}" for f in self.factors if f != factor)
+        atoms, n_tokens = result.tables["atoms"], len(tokens_of(result))
+        scaled = f"{len(atoms) / n_tokens:.3g} atoms of {atoms['head'].nunique()} heads a token"
+        first = Claim(
+            18,
+            "amplifying an atom moves its token in generation",
+            f"{before.mean():.2f} to {after.mean():.2f} times in {self.new_tokens} tokens at factor {factor:g} (change "
+            f"{effect}){others}; the atom fires at {native['fires'].mean():.1f} of them",
+            len(after),
+            f"prompt x token pairs ({n_tokens} tokens, {scaled})",
+            "; ".join(f"{shown} {change(result, name, factor)}" for name, shown in CONTROLS.items()),
+            verdict.outcome,
+            verdict.sentence,
+        )
+        return [first, self._single_tokens(result, too_little(effect))]
+
+    def _single_tokens(self, result: Result, reason: str | None) -> Claim:
+        """How many tokens move by themselves; `reason` says why there is too little data, or is None."""
+        atoms, p_values = tokens_of(result), token_p_values(result, self.headline)
+        moved = atoms[[p_values[str(token)] < 0.05 for token in atoms["token"]]]
+        named = ", ".join(
+            f"{text!r} {change(result, 'atom', self.headline, token=token)}"
+            for token, text in zip(moved["token"], moved["text"])
+        )
+        if len(moved):
+            outcome, sentence = "holds", "At least one token changes more than under every control."
+        elif reason is not None:
+            outcome, sentence = "inconclusive", reason
+        else:
+            outcome, sentence = "fails", "No token changes more than under every control by itself."
+        return Claim(
+            None,
+            "single atoms move their token in generation",
+            f"{len(moved)} of {len(atoms)} tokens (Holm-adjusted p < 0.05){': ' if named else ''}{named}",
+            len(atoms),
+            "tokens with an atom each",
+            "sign flips by prompt against nothing and both controls; the largest p counts",
+            outcome,
+            sentence,
+        )
+
+    def figures(self, result: Result) -> list[Figure]:
+        """Changes of counts over all tokens, and token by token."""
+        pooled = [
+            figures.Row(f"{condition}, x {factor:g}", *change(result, condition, factor)[:3], colour)
+            for factor in self.factors
+            for condition, colour in (("atom", "atom"), ("random", "control"), ("other", "soft"))
+        ]
+        atoms = tokens_of(result)
+        single = [
+            figures.Row(f"{text!r}", *change(result, "atom", self.headline, token=token)[:3], "atom")
+            for token, text in zip(atoms["token"], atoms["text"])
+        ]
+        label, name = f"change of the count in {self.new_tokens} tokens", f"{self.kind}: {result.label}"
+        return [
+            Figure(
+                "Scaled atoms, and controls",
+                figures.intervals(pooled, label, f"Changes of counts, {name}"),
+                "All tokens, 95 % intervals over prompts and tokens.",
+            ),
+            Figure(
+                f"Token by token, x {self.headline:g}",
+                figures.intervals(single, label, f"Changes by token, {name}"),
+                "95 % intervals over prompts.",
+            ),
+        ]
+
+    def notes(self, result: Result) -> list[str]:
+        """Which atoms were chosen, and how well they fit on the other half."""
+        where = "is there" if self.aligned == "current" else "comes next"
+        fits = ", ".join(
+            f"{row['text']!r} atom {row['atom']} ({row['phi']:.2f}, {row['phi_test']:.2f})"
+            for row in result.tables["atoms"].to_dict("records")
+        )
+        return [f"Correlation of firing with the token that {where}, on the selection and the test half: {fits}."]
+
+
+def places_of(
+    firings: Firings, tokens: Tensor, sequences: NDArray[np.int64], aligned: Literal["current", "next"]
+) -> Places:
+    """The places of some sequences; the label of a place is its token, or the next one."""
+    ids = tokens.cpu().numpy()
+    labels = ids if aligned == "current" else ids[:, 1:]
+    there = firings.of_sequences(sequences)
+    inside = there.position < labels.shape[1]
+    at = labels[there.sequence[inside], there.position[inside]]
+    return Places(labels[sequences].ravel(), there.atom[inside], at, there.n_atoms)
+
+
+def alignment(places: Places, token: int) -> Alignment:
+    """Correlation (phi) of every atom's firing with a token."""
+    fired = np.bincount(places.atom, minlength=places.n_atoms)
+    both = np.bincount(places.atom[places.label == token], minlength=places.n_atoms)
+    n, present = len(places.labels), int((places.labels == token).sum())
+    scale = np.sqrt(fired.astype(float) * (n - fired) * present * (n - present))
+    phi = np.where(scale > 0, (both * float(n) - fired * float(present)) / np.maximum(scale, 1), 0.0)
+    return Alignment(both, fired, present, phi)
+
+
+def counts_of(result: Result, condition: str, factor: float = 1.0) -> pd.DataFrame:
+    """Counts of one condition: index (token, prompt), columns count, sequence, fires."""
+    table = result.tables["counts"]
+    rows = table[(table["condition"] == condition) & (table["factor"] == factor)]
+    return rows.set_index(["token", "prompt"]).sort_index()
+
+
+def change(
+    result: Result, condition: str, factor: float, *, minus: str = "nothing", token: int | None = None
+) -> stats.Estimate:
+    """Mean change of the count against nothing, or against another condition at the same factor; of one token (over
+    prompts), or of all (prompts and tokens are both resampled)."""
+    rows = counts_of(result, condition, factor)
+    other = counts_of(result, minus, 1.0 if minus == "nothing" else factor)
+    rows = rows.assign(difference=rows["count"] - other["count"]).reset_index()
+    if token is not None:
+        rows = rows[rows["token"] == token]
+    return stats.estimate_two_way(rows["difference"], rows["sequence"], rows["token"], seed=result.evaluation.seed)
+
+
+def token_p_values(result: Result, factor: float) -> dict[str, float]:
+    """For each token, the largest p of sign-flip tests by prompt against nothing and each control, Holm-adjusted."""
+    atom = counts_of(result, "atom", factor)
+    others = [counts_of(result, "nothing"), *(counts_of(result, name, factor) for name in CONTROLS)]
+    largest = {}
+    for token in tokens_of(result)["token"]:
+        scaled = atom.loc[token]
+        tests = [stats.sign_flip_test(scaled["count"], o.loc[token]["count"], scaled["sequence"]) for o in others]
+        largest[str(token)] = max(test.p_value for test in tests)
+    return stats.holm(largest)
+
+
+def _fires(lab: Lab, prompts: Tensor, new: Tensor, atoms: list[int]) -> NDArray[np.float64]:
+    """[P,atoms] new tokens of the unedited continuations at which each atom fires."""
+    firings = collect_firings(lab.model, lab.sae, lab.hook.layer, torch.cat([prompts.cpu(), new], 1))
+    late = firings.position >= prompts.shape[1]
+    each = [np.bincount(firings.sequence[late & (firings.atom == i)], minlength=len(new)) for i in atoms]
+    return np.stack(each, 1).astype(float)
+
+
+def tokens_of(result: Result) -> pd.DataFrame:
+    """One row for each token, with its first atom."""
+    return result.tables["atoms"].drop_duplicates("token")
+
+
+def _fits(
+    lab: Lab, teams: Mapping[int, Team], select: Mapping[str, Places], test: Mapping[str, Places]
+) -> pd.DataFrame:
+    """How well the atoms of each token fit, on both halves."""
+    rows = []
+    for token, team in teams.items():
+        for label, atoms in team.items():
+            chosen, tested = alignment(select[label], token), alignment(test[label], token)
+            for atom in atoms:
+                rows.append(
+                    {
+                        "token": token,
+                        "text": token_text(lab.model, token),
+                        "atom": atom,
+                        "count": chosen.present,
+                        "phi": chosen.phi[atom],
+                        "phi_test": tested.phi[atom],
+                        "precision": tested.both[atom] / max(tested.fired[atom], 1),
+                        "recall": tested.both[atom] / max(tested.present, 1),
+                        "head": lab.hooks[label].head,
+                    }
+                )
+    return pd.DataFrame(rows)

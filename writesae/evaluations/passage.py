@@ -1,0 +1,269 @@
+"""Passages without a class of atoms: what does it cost the model to lose every firing of registers, or of bundles?
+
+Source: WriteSAE (arXiv 2605.12770), passage NLL. The paper compares atoms that are taken away with random writes that
+are put in; here random writes of the same norms are taken away and put in alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from hookpoints import WriteEdit
+from sae_lens_writesae.atom.low_rank import LowRank
+from writesae.experiment.evaluation import Evaluation
+from writesae.experiment.firings import Integers, halves
+from writesae.experiment.head import head_writes
+from writesae.experiment.lab import Lab, Site, Trial
+from writesae.experiment.readout import added_bits, bits
+from writesae.experiment.result import Claim, Figure, Result
+from writesae.verdict import figures
+from writesae.verdict import statistics as stats
+from writesae.verdict.judge import Against, Verdict, judge
+
+CONTROLS: dict[str, str] = {
+    "own": "same norm of the same writes taken away",
+    "removed": "same norm of other writes taken away",
+    "inserted": "other writes put in",
+    "random": "random directions put in",
+}
+"""Conditions other than the deletion, and their names for a reader."""
+
+RELEVANT = 0.01
+"""Bits per token: 0.7 percent of the perplexity. The paper reports +0.005 for registers and
++0.226 for random writes."""
+
+_NO_OP = "native"
+_SHORT = {"own": "same writes, less", "removed": "others taken away", "inserted": "others put in", "random": "random"}
+"""Names that leave room for the axis of a figure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage(Evaluation):
+    """At each token t of a passage where atoms of a class fire, the write W_t becomes W_t - sum_i a_i A_i, i over the
+    class's atoms (`deleted`). The **cost** is the mean over the passage of -log2 p(next token), minus the same without
+    edits, in bits per token.
+
+    The controls change as many writes, each by c_t = |sum_i a_i A_i|:
+
+    - `own`: c_t is taken from the write that is there.
+    - `removed`: the same norms are taken from the writes of as many random tokens.
+    - `inserted`: the writes of random other tokens are put in, at norm c_t.
+    - `random`: Gaussian rank-1 directions are put in, at norm c_t (the paper's control).
+
+    A no-op, `native`, writes the native writes of the same tokens again and measures the floor.
+
+    **Verdict** of claim 19, for the class `register` (or the first): the ladder of `judge` on
+    cost(deleted) - cost(random), which must lie below 0. It is confounded where other writes taken away (`removed`)
+    cost as little: then it counts that writes are taken away rather than put in, not which. Intervals resample
+    passages. A difference matters from 0.01 bits per token on. The typical size is the largest mean cost of a
+    condition, the floor the 95th percentile of the no-op.
+    """
+
+    passages: int = 20
+    """Sequences of the test half whose cost is measured; fewer where there are fewer."""
+    classes: Mapping[str, Sequence[int]] | None = None
+    """Atoms by the name of their class. None: `register` and `bundle`, by whether the median signed cosine with the
+    native write over an atom's firings, on the other half of the sequences, reaches `threshold`."""
+    threshold: float = 0.05
+    """Median cosine from which on an atom is a register and not a bundle."""
+    min_firings: int = 4
+    """Firings on the other half that an atom needs to be given a class."""
+
+    kind: ClassVar[str] = "passage"
+    question: ClassVar[str] = "Do passages bear the loss of a class of atoms?"
+    answers: ClassVar[tuple[int, ...]] = (19,)
+    at_least: ClassVar[dict[str, float]] = {"passages": 2, "min_firings": 1}
+    columns: ClassVar[dict[str, dict[str, str]]] = {
+        "passages": {
+            "sequence": "row of the evaluation tokens, in the test half",
+            "class": "name of the class",
+            "condition": "what was done to the writes: deleted, own, removed, inserted, random, native (a no-op)",
+            "bits": "bits per token, minus those of the unedited passage",
+            "native_bits": "bits per token of the unedited passage",
+            "tokens_edited": "tokens at which the class fires, so that their write was changed",
+            "norm": "mean norm of the change, in norms of the native write at the same token of the class",
+        },
+        "classes": {"class": "name of the class", "atom": "index in the dictionary"},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.classes is not None:
+            classes = {str(name): tuple(int(i) for i in atoms) for name, atoms in self.classes.items()}
+            object.__setattr__(self, "classes", classes)
+            if not classes or not all(classes.values()):
+                raise ValueError(f"classes map names to lists of atoms, none of them empty, found {classes}")
+
+    @property
+    def shortest(self) -> int:
+        return 8
+
+    # -- measuring
+
+    def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
+        """Cost: for each passage one forward, and six edited ones for each class."""
+        split = halves(len(lab.tokens), self.seed)
+        classes = self._classes(lab, split.select)
+        tables = []
+        for site in lab.sites(pd.DataFrame({"sequence": split.test[: self.passages]}), self.kind):
+            tokens = lab.tokens[site.sequence]
+            trials = [
+                trial
+                for number, (name, atoms) in enumerate(classes.items())
+                for trial in self._trials(lab, site, name, atoms, lab.rng(6, site.sequence, number))
+            ]
+            if trials:
+                rows = lab.read(site, trials, added_bits(tokens), None)
+                tables.append(rows.assign(native_bits=bits(site.session.logits[0], tokens)))
+        lab.require(bool(tables), f"no class fires on the passages: {', '.join(classes)}; give more sequences")
+        table = pd.concat(tables, ignore_index=True)
+        n_passages = table.groupby("class")["sequence"].nunique().to_dict()
+        measured = [name for name in classes if n_passages.get(name, 0) >= 2]
+        lab.skipped["classes that never fire on the passages"] += len(classes) - len(measured)
+        lab.require(bool(measured), f"no class fires in two passages: {', '.join(classes)}; give more sequences")
+        members = [(name, int(atom)) for name in measured for atom in classes[name]]
+        table = pd.DataFrame(table[table["class"].isin(measured)]).reset_index(drop=True)
+        return {"passages": table, "classes": pd.DataFrame(members, columns=["class", "atom"])}
+
+    def _classes(self, lab: Lab, sequences: Integers) -> dict[str, Integers]:
+        """The classes given, or register and bundle by the median cosine on some sequences."""
+        if self.classes is not None:
+            d_sae = int(lab.sae.cfg.d_sae)
+            unknown = sorted({i for atoms in self.classes.values() for i in atoms if not 0 <= i < d_sae})
+            if unknown:
+                raise ValueError(f"classes name atoms {unknown}, the SAE has atoms 0 to {d_sae - 1}")
+            return {name: np.array(atoms) for name, atoms in self.classes.items()}
+        parts = []
+        for sequence in sequences.tolist():
+            firings = lab.firings().of_sequences(np.array([sequence]))
+            if len(firings):
+                atoms, writes = lab.atoms(firings.atom), head_writes(lab.recurrence(sequence), 0)
+                cosine = atoms.cosine(writes.rows(torch.tensor(firings.position)).to(atoms.keys))
+                parts.append(pd.DataFrame({"atom": firings.atom, "cosine": cosine.cpu().numpy()}))
+        lab.require(bool(parts), "no atom fires on the half of the sequences that classes are made on")
+        grouped = pd.concat(parts).groupby("atom")["cosine"]
+        often = grouped.size().to_numpy() >= self.min_firings
+        atoms, is_register = np.array(list(grouped.groups)), grouped.median().to_numpy(float) >= self.threshold
+        lab.skipped["atoms with too few firings for a class"] += int((~often).sum())
+        classes = {"register": atoms[often & is_register], "bundle": atoms[often & ~is_register]}
+        needed = f"no atom fires {self.min_firings} times on the half of the sequences that classes are made on"
+        lab.require(bool(often.any()), needed)
+        return {name: members for name, members in classes.items() if len(members)}
+
+    def _trials(self, lab: Lab, site: Site, name: str, atoms: Integers, rng: np.random.Generator) -> list[Trial]:
+        """All conditions of one class in one passage; none where the class does not fire."""
+        firings = lab.firings().of_sequences(np.array([site.sequence]))
+        inside = np.isin(firings.atom, atoms)
+        written = np.flatnonzero(site.writes.norm().cpu().numpy() > 0)
+        if not inside.any() or len(written) < 2:
+            return []
+        components = lab.atoms(firings.atom[inside])
+        components = components * -torch.tensor(firings.activation[inside]).to(components.values)
+        where = firings.position[inside]
+        positions = np.unique(where).tolist()
+        sums = [_sum(components.rows(np.flatnonzero(where == t).tolist())) for t in positions]
+        native = site.at(positions)
+        size = torch.tensor([float(each.norm()) for each in sums]).to(native.values)
+        others = rng.choice(written, len(positions), replace=len(written) < len(positions))
+        elsewhere = [int(rng.choice(written[written != t])) for t in positions]
+        noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        first = native.terms(slice(0, 1))
+        usable = first.norm() > 0
+        at = [t for t, keep in zip(positions, usable.tolist()) if keep]
+        edits = {
+            "deleted": [lab.add(t, each) for t, each in zip(positions, sums)],
+            "own": _along(lab, at, first.rows(usable), -size[usable]),
+            "removed": _along(lab, others.tolist(), site.at(others.tolist()), -size),
+            "inserted": _along(lab, positions, site.at(elsewhere), size),
+            "random": _along(lab, positions, first.random_like(noise), size),
+            _NO_OP: [lab.replace(t, native, n) for n, t in enumerate(positions)],
+        }
+        described: dict[str, object] = {"sequence": site.sequence, "class": name, "tokens_edited": len(positions)}
+        described["norm"] = float((size / native.norm().clamp_min(1e-30)).mean())
+        return [
+            Trial({**described, "condition": condition}, min(edit.position or 0 for edit in row), row)
+            for condition, row in edits.items()
+            if row
+        ]
+
+    # -- judging
+
+    def claims(self, result: Result) -> list[Claim]:
+        """Claim 19 for registers, then the other classes."""
+        names = class_names(result)
+        first = "register" if "register" in names else names[0]
+        ordered = [first, *(name for name in names if name != first)]
+        return [self._claim(result, name, 19 if name == first else None) for name in ordered]
+
+    def _claim(self, result: Result, name: str, number: int | None) -> Claim:
+        table, members, verdict = result.tables["passages"], result.tables["classes"], self._verdict(result, name)
+        deleted = mean_cost(result, name, "deleted")
+        of_class = table[(table["class"] == name) & (table["condition"] == "deleted")]
+        n_atoms, n_tokens = int(np.sum(members["class"] == name)), float(np.mean(of_class["tokens_edited"]))
+        return Claim(
+            number,
+            f"passages bear the deletion of class {name} ({n_atoms} atoms, {n_tokens:.0f} tokens a passage)",
+            f"{deleted} bits per token",
+            deleted.n,
+            "passages",
+            "; ".join(f"{shown} {mean_cost(result, name, condition)}" for condition, shown in CONTROLS.items()),
+            verdict.outcome,
+            verdict.sentence,
+        )
+
+    def _verdict(self, result: Result, name: str) -> Verdict:
+        table = result.tables["passages"]
+        no_op = table[(table["class"] == name) & (table["condition"] == _NO_OP)]["bits"].to_numpy(float)
+        return judge(
+            mean_cost(result, name, "deleted", "random"),
+            {CONTROLS["removed"]: Against(mean_cost(result, name, "deleted", "removed"))},
+            typical=max(abs(mean_cost(result, name, condition).mean) for condition in ("deleted", *CONTROLS)),
+            floor=float(np.quantile(np.abs(no_op), 0.95)),
+            less=True,
+            relevant=RELEVANT,
+            what="the cost of taking the atoms away, minus that of random directions put in,",
+        )
+
+    def figures(self, result: Result) -> list[Figure]:
+        """Costs, one figure for each class."""
+        panels = []
+        for name in class_names(result):
+            unbeaten = self._verdict(result, name).unbeaten_controls
+            rows = [figures.Row("class taken away", *mean_cost(result, name, "deleted")[:3], "atom")]
+            for condition, shown in CONTROLS.items():
+                colour = "control" if shown in unbeaten else "soft"
+                rows.append(figures.Row(_SHORT[condition], *mean_cost(result, name, condition)[:3], colour))
+            svg = figures.intervals(rows, "bits per token", f"Costs, class {name}, passage: {result.label}")
+            panels.append(Figure(f"Class {name}", svg, "Mean over passages with 95 % intervals."))
+        return panels
+
+
+def mean_cost(result: Result, name: str, condition: str, minus: str | None = None) -> stats.Estimate:
+    """Bits per token that a condition of class `name` costs, mean over passages; with `minus` the paired difference."""
+    table = result.tables["passages"]
+    wide = table[table["class"] == name].pivot(index="sequence", columns="condition", values="bits")
+    values = wide[condition] - (wide[minus] if minus else 0.0)
+    return stats.estimate(values, wide.index.to_numpy(), seed=result.evaluation.seed)
+
+
+def class_names(result: Result) -> list[str]:
+    """Names of the measured classes, in the order given."""
+    return list(dict.fromkeys(result.tables["passages"]["class"]))
+
+
+def _sum(matrices: LowRank) -> LowRank:
+    """The sum of all N matrices, as one (N = 1)."""
+    return LowRank(matrices.keys.flatten(0, 1)[None], matrices.values.flatten(0, 1)[None])
+
+
+def _along(lab: Lab, positions: list[int], directions: LowRank, sizes: Tensor) -> list[WriteEdit]:
+    """Edits that add `sizes` (signed) along directions of any norm at positions."""
+    added = directions.with_norm(torch.ones_like(sizes)) * sizes
+    return [lab.add(t, added, n) for n, t in enumerate(positions)]

@@ -1,0 +1,330 @@
+"""Readers: which downstream heads change most when an atom's write is taken away?
+
+Source: WriteSAE (arXiv 2605.12770), reader traces, which list readers below the atom's own layer. A write reaches the
+rest of the model through its own head's reads; only heads of **later layers**, recurrent or attention, at the same or
+later tokens, can notice, and only those are looked at here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from sae_lens_writesae.atom.low_rank import LowRank
+from writesae.experiment.downstream_heads import DownstreamHeads, downstream_heads, head_name, newest_outputs
+from writesae.experiment.evaluation import Evaluation
+from writesae.experiment.firings import draw_atoms, halves, sample_firings
+from writesae.experiment.lab import EditedRows, Lab, Readout, Site, Trial
+from writesae.experiment.result import Claim, Figure, Result
+from writesae.verdict import figures
+from writesae.verdict import statistics as stats
+from writesae.verdict.judge import Against, Verdict, judge
+
+CONDITIONS: tuple[str, ...] = ("atom", "random", "other")
+
+CONTROLS: dict[str, str] = {
+    "other": "another atom at the same readers",
+    "excess": "the same atom at the other downstream heads",
+}
+"""Columns of `ratios` that the reader must beat, and their names for a reader of the report."""
+
+RELEVANT = float(np.log(1.1))
+"""Log ratio of two changes: a change that is a tenth larger than another."""
+
+_HEAD = ["layer", "mixer", "head"]
+_Place: TypeAlias = tuple[int, str, int]
+_SHOWN = 12
+"""Heads in the figure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Readers(Evaluation):
+    """At a firing (token t, atom i) the write W_t becomes W_t - a_i A_i. What a downstream head gives is its reads
+    (`hook_read`) or, for an attention head, its mix of values (`hook_z`). The **change** of a head is the norm of the
+    change of what it gives over t..t+horizon, divided by the norm of what it gives without edits. Heads of the same
+    layer or below cannot change and are not listed; nor are tokens before t.
+
+    An atom's **reader** is the head with the largest mean log ratio of its change to its change under a random
+    direction, over the firings of the selection half of the sequences. All that follows is measured on the other half.
+
+    The controls are taken away at the same token with the same norm:
+
+    - `random`: a Gaussian direction, drawn anew at each firing.
+    - `other`: the direction of another of the atoms.
+
+    **Verdict** (a claim of this project): the ladder of `judge` on the mean of log(change / change under random) at the
+    readers, which must lie above 0. It is confounded where the change is no larger than under another atom (the reader
+    notices anything), or where the log ratio is no larger than its mean over the other downstream heads (all of them
+    notice it; this control needs a second downstream head). Intervals resample sequences and atoms. A change matters
+    where it is a tenth larger. The typical size is the median change at the readers, the floor what a no-op changes,
+    mean over downstream heads.
+    """
+
+    n_atoms: int | None = 16
+    """Atoms drawn uniformly from those that fire often enough in both halves. None: all of them."""
+    atoms: tuple[int, ...] | None = None
+    """A hand-picked list (at least two) instead of a draw."""
+    select_firings: int = 8
+    """At most this many firings of an atom for the choice of its reader, dealt over sequences."""
+    test_firings: int = 8
+    """At most this many firings of an atom for the test, in the other half of the sequences."""
+    min_firings: int = 4
+    """Firings in each half that an atom needs."""
+    horizon: int = 8
+    """What downstream heads give is compared over t..t+horizon."""
+    first_position: int = 1
+    """Firings before this token are left out."""
+
+    kind: ClassVar[str] = "readers"
+    question: ClassVar[str] = "Which later heads read an atom's write?"
+    at_least: ClassVar[dict[str, float]] = {
+        "n_atoms": 2,
+        "select_firings": 1,
+        "test_firings": 2,
+        "min_firings": 2,
+        "horizon": 0,
+        "first_position": 0,
+    }
+    columns: ClassVar[dict[str, dict[str, str]]] = {
+        "changes": {
+            "firing": "number of the firing",
+            "half": "half of the sequences: select or test",
+            "atom": "index in the dictionary",
+            "sequence": "row of the evaluation tokens",
+            "position": "token t of the firing",
+            "layer": "layer of the downstream head",
+            "mixer": "what it is a head of: recurrence or attention",
+            "head": "the downstream head",
+            "condition": "what was taken away: atom, random, other",
+            "change": "change of what the head gives over t..t+horizon, divided by the norm of that",
+            "peak": "tokens after t at which the change is largest",
+        }
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.atoms is not None and (len(self.atoms) < 2 or len(set(self.atoms)) != len(self.atoms)):
+            raise ValueError(f"atoms needs at least two atoms, named once each, found {list(self.atoms)}")
+
+    @property
+    def shortest(self) -> int:
+        return self.first_position + self.horizon + 1
+
+    # -- measuring
+
+    def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
+        """Cost: three edited rows of horizon + 1 tokens for each firing, and one without edits for each batch.
+
+        Raises:
+            NothingToMeasureError: no layer with heads comes after that of the dictionary.
+        """
+        mixers = downstream_heads(lab.model, lab.hook.layer)
+        lab.require(
+            bool(mixers), f"no layer with heads comes after layer {lab.hook.layer}: nothing can read its writes"
+        )
+        places = pd.DataFrame([(m.layer, m.mixer, head) for m in mixers for head in range(m.n_heads)], columns=_HEAD)
+        units, atoms = self._draw(lab)
+        width, tables = self.horizon + 1, []
+        with newest_outputs(lab.model, mixers) as newest:
+            changes = _changes(mixers, newest)
+
+            def floor(rows: EditedRows) -> Mapping[str, ArrayLike]:
+                return {"change": np.nan_to_num(changes(rows)["change"]).mean(1)}
+
+            lab.facts["floor"] = lab.floor(floor, "change", width, plain=True)
+            for site in lab.sites(units, self.kind):
+                rows = lab.read(site, self._trials(lab, site, atoms), changes, width, plain=True)
+                values = {name: np.concatenate(rows[name].tolist()) for name in ("change", "peak")}
+                described = rows.drop(columns=list(values))
+                tables.append(described.merge(places, how="cross").assign(**values))
+        table = pd.concat(tables, ignore_index=True)
+        quiet = table["change"].isna().to_numpy()
+        lab.skipped["firings x heads that natively give zero"] += int(quiet.sum()) // len(CONDITIONS)
+        lab.require(not quiet.all(), "no downstream head reads anything after a firing")
+        return {"changes": pd.DataFrame(table[~quiet]).reset_index(drop=True)}
+
+    def _draw(self, lab: Lab) -> tuple[pd.DataFrame, LowRank]:
+        """The firings of both halves, and the atoms; `column` says which atom a firing belongs to."""
+        firings, rng, split = lab.firings(), lab.rng(), halves(len(lab.tokens), self.seed)
+        bounds = {"first": self.first_position, "last": firings.n_positions - 1 - self.horizon}
+        atoms = draw_atoms(
+            firings, split, bounds, rng, min_firings=self.min_firings, n_atoms=self.n_atoms, atoms=self.atoms
+        )
+        samples = [
+            sample_firings(firings.of_sequences(side), atoms, most, **bounds, rng=rng).assign(half=half)
+            for half, side, most in zip(("select", "test"), split, (self.select_firings, self.test_firings))
+        ]
+        table = pd.concat(samples, ignore_index=True).rename_axis("firing").reset_index()
+        column = {int(atom): n for n, atom in enumerate(atoms)}
+        return table.assign(column=[column[atom] for atom in table["atom"]]), lab.atoms(atoms)
+
+    def _trials(self, lab: Lab, site: Site, atoms: LowRank) -> list[Trial]:
+        """What is taken away under each condition, at each firing of a site."""
+        rng, rows = lab.rng(8, site.sequence), site.rows
+        column = rows["column"].to_numpy()
+        atom = atoms.rows(torch.tensor(column))
+        atom = atom * torch.tensor(rows["activation"].to_numpy()).to(atom.values)
+        step = rng.integers(1, max(2, len(atoms)), len(column))
+        other = atoms.rows(torch.tensor((column + step) % len(atoms)))
+        noise = atom.random_like(torch.Generator().manual_seed(int(rng.integers(2**62))))
+        size = -atom.norm()  # taken away
+        added = {"atom": atom * -1.0, "random": noise.with_norm(size), "other": other.with_norm(size)}
+        described = cast(list[dict[str, object]], rows.drop(columns=["activation", "column"]).to_dict("records"))
+        positions: list[int] = rows["position"].tolist()
+        return [
+            Trial({**row, "condition": condition}, t, lab.add(t, matrices, n))
+            for condition, matrices in added.items()
+            for n, (row, t) in enumerate(zip(described, positions))
+        ]
+
+    # -- judging
+
+    def claims(self, result: Result) -> list[Claim]:
+        """Do the readers that one half names read on the other?"""
+        verdict, table = self._verdict(result), at_readers(result)
+        ratio, to_other, excess = (_mean(result, table, name) for name in ("random", "other", "excess"))
+        readers = readers_of_atoms(result)
+        names = [head_name(*place) for place in zip(readers["layer"], readers["mixer"], readers["head"])]
+        named = ", ".join(f"{name} of {n}" for name, n in pd.Series(names).value_counts().head(3).items())
+        return [
+            Claim(
+                None,
+                "an atom's write has readers of its own among downstream heads",
+                f"change at the reader {_median_change(table):.2g} of what it gives; {_times(ratio)} that under a "
+                f"random direction (readers: {named} atoms)",
+                len(table),
+                f"firings of {table['atom'].nunique()} atoms in {table['sequence'].nunique()} sequences",
+                f"{_times(to_other)} that under another atom; the ratio is {_times(excess)} that of the other "
+                "downstream heads",
+                verdict.outcome,
+                verdict.sentence,
+            )
+        ]
+
+    def _verdict(self, result: Result) -> Verdict:
+        table = at_readers(result)
+        several = len(result.tables["changes"][_HEAD].drop_duplicates()) > 1
+        return judge(
+            _mean(result, table, "random"),
+            {
+                shown: Against(_mean(result, table, name))
+                for name, shown in CONTROLS.items()
+                if name != "excess" or several
+            },
+            typical=_median_change(table),
+            floor=result.fact("floor"),
+            relevant=RELEVANT,
+            what="the log ratio of the readers' change to that under a random direction",
+        )
+
+    def figures(self, result: Result) -> list[Figure]:
+        """Ratios at the readers, and at every downstream head."""
+        at, every, name = at_readers(result), ratios(result, "test"), f"{self.kind}: {result.label}"
+        unbeaten = self._verdict(result).unbeaten_controls
+        rows = [figures.Row("to random direction", *_log2(_mean(result, at, "random")), "atom")]
+        for column, shown in (("other", "to another atom"), ("excess", "over other heads")):
+            colour = "control" if CONTROLS[column] in unbeaten else "soft"
+            rows.append(figures.Row(shown, *_log2(_mean(result, at, column)), colour))
+        heads = [
+            (head_name(layer, mixer, head), _mean(result, of_head, "random"))
+            for (layer, mixer, head), of_head in cast(Iterable[tuple[_Place, pd.DataFrame]], every.groupby(_HEAD))
+        ]
+        heads.sort(key=lambda head: -head[1].mean)
+        of_heads = [figures.Row(head, *_log2(ratio), "atom") for head, ratio in heads[:_SHOWN]]
+        shown = "" if len(heads) <= _SHOWN else f" The first {_SHOWN} of {len(heads)}."
+        return [
+            Figure(
+                "At the readers",
+                figures.intervals(rows, "log2 ratio of changes", f"Ratios at the readers, {name}"),
+                "Test half, 95 % intervals. On the dashed line the reader notices nothing special. Orange controls are "
+                "not beaten.",
+            ),
+            Figure(
+                "Every downstream head",
+                figures.intervals(of_heads, "log2 of the change over that under random", f"Downstream heads, {name}"),
+                f"All atoms, test half, 95 % intervals.{shown}",
+            ),
+        ]
+
+    def notes(self, result: Result) -> list[str]:
+        """What is not listed, and when the change comes."""
+        table = result.tables["changes"]
+        peak = float(np.median(table.loc[table["condition"] == "atom", "peak"].to_numpy(float)))
+        return [
+            "H are recurrent heads, A attention heads; those of the same layer and below cannot read the write.",
+            f"The change of what a downstream head gives is largest {peak:.0f} tokens after the write (median).",
+        ]
+
+
+def ratios(result: Result, half: str) -> pd.DataFrame:
+    """For each firing of one half and each downstream head: `change` under the atom; `random` and `other`, the log
+    ratio of that to the control's; `excess`, the log ratio to random minus its mean over the other downstream heads (0
+    where there are none)."""
+    table = result.tables["changes"]
+    wide = table[table["half"] == half].pivot(
+        index=["firing", "atom", "sequence", *_HEAD], columns="condition", values="change"
+    )
+    logs = {name: np.log(np.maximum(wide[name].to_numpy(float), 1e-12)) for name in CONDITIONS}
+    values = {name: logs["atom"] - logs[name] for name in ("random", "other")}
+    heads = wide.index.to_frame(index=False).assign(change=wide["atom"].to_numpy(float), **values)
+    group = heads.groupby("firing")["random"]
+    n, total = group.transform("size").to_numpy(), group.transform("sum").to_numpy()
+    others = (total - values["random"]) / np.maximum(n - 1, 1)
+    return heads.assign(excess=np.where(n > 1, values["random"] - others, 0.0))
+
+
+def readers_of_atoms(result: Result) -> pd.DataFrame:
+    """The reader of each atom by the selection half: atom, layer, mixer, head, and its mean log_ratio there."""
+    table = ratios(result, "select")
+    means = pd.DataFrame(table.groupby(["atom", *_HEAD])["random"].mean()).reset_index()
+    top = means.loc[means.groupby("atom")["random"].idxmax()]
+    return top.rename(columns={"random": "log_ratio"}).reset_index(drop=True)
+
+
+def at_readers(result: Result) -> pd.DataFrame:
+    """`ratios` of the test half, at each atom's own reader."""
+    keys = ["atom", *_HEAD]
+    return ratios(result, "test").merge(readers_of_atoms(result)[keys], on=keys)
+
+
+def _changes(mixers: list[DownstreamHeads], newest: Mapping[DownstreamHeads, Tensor]) -> Readout:
+    """Relative change and its peak at every downstream head [n,heads], against the plain row of the same batch."""
+
+    def read(rows: EditedRows) -> Mapping[str, ArrayLike]:
+        changes, peaks = [], []
+        for mixer in mixers:
+            outputs = newest[mixer]  # [n+1,S,H,V], the plain row last
+            window = (rows.positions - rows.start).to(outputs.device)
+            each = torch.arange(len(window), device=outputs.device)[:, None]
+            native = outputs[-1][window]  # [n,W,H,V]
+            size = native.norm(dim=(1, 3))
+            gap = (outputs[each, window] - native).norm(dim=3)  # [n,W,H]
+            changes.append((gap.norm(dim=1) / size).where(size > 0, torch.nan).cpu())
+            peaks.append(gap.argmax(1).cpu())
+        return {"change": torch.cat(changes, 1).numpy(), "peak": torch.cat(peaks, 1).numpy()}
+
+    return read
+
+
+def _mean(result: Result, table: pd.DataFrame, column: str) -> stats.Estimate:
+    return stats.estimate_two_way(table[column], table["sequence"], table["atom"], seed=result.evaluation.seed)
+
+
+def _median_change(table: pd.DataFrame) -> float:
+    return float(np.median(table["change"].to_numpy(float)))
+
+
+def _times(ratio: stats.Estimate) -> str:
+    """A mean log ratio as a factor."""
+    return f"{np.exp(ratio.mean):.2f} [{np.exp(ratio.low):.2f}, {np.exp(ratio.high):.2f}] times"
+
+
+def _log2(ratio: stats.Estimate) -> tuple[float, float, float]:
+    return ratio.mean / np.log(2), ratio.low / np.log(2), ratio.high / np.log(2)

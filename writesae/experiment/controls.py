@@ -1,0 +1,146 @@
+"""Control dictionaries beside trained ones: made from a text, evaluated by the same rules, and held against a claim.
+
+A rule that also holds for a dictionary that learned nothing says nothing of learning. That is one rule for all
+evaluations, and `against_controls` is the only place that has it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+import torch
+from sae_lens import SAE
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.sae.base import MatrixWeights
+from sae_lens_writesae.sae.controls import native, untrained
+from writesae.experiment.lab import Lab
+from writesae.experiment.reconstruction import matrices_of
+from writesae.experiment.result import Claim, Result
+
+if TYPE_CHECKING:
+    from writesae.experiment.lab import Text
+
+Control = Literal["untrained", "native writes"]
+"""See `sae.controls`."""
+CONTROLS: tuple[Control, ...] = get_args(Control)
+
+_TOKENS = 4096
+"""Tokens of the reference text on which b_dec and thresholds of control dictionaries are set, in sequences spread over
+all of it: a head with a long memory adds up what the mean of too little text is wrong by."""
+
+
+@torch.no_grad()
+def control_dictionaries(
+    model: HookedRecurrent, saes: Mapping[str, SAE], reference: Text, *, seed: int = 0
+) -> dict[Control, dict[str, SAE]]:
+    """For each dictionary an untrained one and one of native writes, by the same labels. Each has a seed of its own.
+    Dictionaries of other packages have none; where the head writes nothing, there is none of native writes.
+
+    Args:
+        reference: [N,T] tokens apart from those that are tested, or a collection of such text. Writes are drawn from
+            all of it, and what is set is set on some 4,096 tokens.
+
+    Cost: a forward of each sequence up to the layer for each dictionary (with a collection, of those 4,096 tokens
+    alone), and what `sae.controls` says.
+    """
+    made: dict[Control, dict[str, SAE]] = {control: {} for control in CONTROLS}
+    for n, (label, sae) in enumerate(saes.items()):
+        if not isinstance(sae, MatrixWeights):
+            continue
+        lab = Lab(model, {label: sae}, reference)
+        n_sequences, length = lab.tokens.shape
+        some = torch.linspace(0, n_sequences - 1, min(n_sequences, -(-_TOKENS // length))).long().tolist()
+        x = torch.cat([matrices_of(lab.recurrence(i), lab.hook.target).flatten(1) for i in some])
+        made["untrained"][label] = untrained(sae, x, seed=seed + n)
+        try:
+            writes = lab.native_writes(range(n_sequences))
+            made["native writes"][label] = native(sae, x, writes, seed=seed + n)
+        except NothingToMeasureError:
+            continue
+    return made
+
+
+def as_control(result: Result, control: Control, trained: Result) -> Result:
+    """The result of a control dictionary, which says what it is and whose control."""
+    return replace(result, info=result.info | {"control": control, "control_of": trained.label})
+
+
+class Answer(NamedTuple):
+    """A claim as one dictionary, one head or one comparison answers it."""
+
+    label: str
+    claim: Claim
+
+
+def answers(results: Sequence[Result]) -> list[Answer]:
+    """Every answer of trained dictionaries, held against those of their controls where these are among the results."""
+    controlled: dict[Control, dict[tuple[object, ...], list[Answer]]] = {c: _own(results, c) for c in CONTROLS}
+    rows: list[Answer] = []
+    for of, own in _own(results, None).items():
+        for label, claim in own:
+            found: dict[Control, Claim] = {}
+            for control in CONTROLS:
+                if same := _same(claim, [each.claim for each in controlled[control].get(of, [])], own):
+                    found[control] = same
+            rows.append(Answer(label, against_controls(claim, found)))
+    return rows
+
+
+def against_controls(claim: Claim, controls: Mapping[Control, Claim]) -> Claim:
+    """The claim of a trained dictionary, with what the same rule says of its control dictionaries.
+
+    What holds for an untrained dictionary too is confounded. What holds for native writes as well is named: drawing
+    them is a way to find atoms, which needs no training but the model's own writes.
+    """
+    if not controls:
+        return claim
+    shown = [f"{_NAMES[name]}: {each.measured} ({each.outcome})" for name, each in controls.items()]
+    outcome, sentence = claim.outcome, claim.sentence
+    holds = [name for name, each in controls.items() if claim.outcome == each.outcome == "holds"]
+    if "untrained" in holds:
+        outcome, sentence = "confounded", "An untrained dictionary does as well: the same rule holds for it."
+    if "native writes" in holds:
+        sentence += " It holds for native writes drawn at random as well."
+    return replace(
+        claim, controls="; ".join(filter(None, [claim.controls, *shown])), outcome=outcome, sentence=sentence
+    )
+
+
+_NAMES: dict[Control, str] = {"untrained": "untrained dictionary", "native writes": "dictionary of native writes"}
+
+
+def _own(results: Sequence[Result], control: Control | None) -> dict[tuple[object, ...], list[Answer]]:
+    """Answers of one kind of dictionary by what they are about, which its controls share."""
+    found: dict[tuple[object, ...], list[Answer]] = {}
+    kinds: dict[str, list[Result]] = {}
+    for result in results:
+        if result.info.get("control") == control:
+            place = (*(result.info.get(name) for name in ("model", "layer", "head")), result.kind)
+            subject = result.label if control is None else result.info["control_of"]
+            found.setdefault((*place, subject), []).extend(Answer(result.label, claim) for claim in result.claims())
+            if result.skipped is None:
+                kinds.setdefault(result.kind, []).append(result)
+    for kind, group in kinds.items():
+        for label, claim in type(group[0].evaluation).across(group):
+            found.setdefault((kind, label), []).append(Answer(label, claim))
+    return found
+
+
+def _same(claim: Claim, others: Sequence[Claim], own: Sequence[Answer]) -> Claim | None:
+    """The claim of a control that says the same; in words that hold a number of what was measured, the one that differs
+    in nothing else."""
+    exact = [other for other in others if (other.number, other.claim) == (claim.number, claim.claim)]
+    if exact:
+        return exact[0]
+    near = [other for other in others if (other.number, _words(other)) == (claim.number, _words(claim))]
+    alike = [each for _, each in own if (each.number, _words(each)) == (claim.number, _words(claim))]
+    return near[0] if len(near) == len(alike) == 1 else None
+
+
+def _words(claim: Claim) -> str:
+    return re.sub(r"[\d.,]+", "#", claim.claim)

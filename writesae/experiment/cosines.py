@@ -1,0 +1,117 @@
+"""How each atom of a dictionary points against a head's native writes, at its firings and elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from hookpoints import Recurrence
+from sae_lens_writesae.atom.low_rank import LowRank
+from writesae.experiment.firings import Integers
+from writesae.experiment.head import head_writes
+from writesae.experiment.lab import Lab
+from writesae.experiment.reconstruction import matrices_of
+
+SIDES = ("key", "value", "shuffled_key", "shuffled_value")
+"""Columns that hold |cosines| of one side."""
+
+
+class FiringCosines(NamedTuple):
+    """Signed cosines <A_i, W_t> / |A_i||W_t| over firings (i, t), for the dictionary and three nulls."""
+
+    table: pd.DataFrame
+    """sequence, position, atom, cosine, shuffled, random, untrained; key, value, shuffled_key, shuffled_value (|cosine|
+    of one side of the matrices); and one column for each further direction. One row per firing at a write that is not
+    zero."""
+    zero_writes: int
+    """Firings left out because the native write there, or at the shuffled position, is zero."""
+    zero_atoms: Integers
+    """Atoms left out because they are zero."""
+
+
+def firing_cosines(
+    lab: Lab, atoms: Integers, label: str | None = None, directions: Mapping[str, LowRank] | None = None
+) -> FiringCosines:
+    """Cosines at the firings of `atoms`, beside what chance gives.
+
+    * `shuffled`: the same atom against the write of another position of the same sequence (one random permutation of
+      the positions per sequence). This is what is left when only the head's typical writes, and not this firing, can
+      match.
+    * `random`: a Gaussian rank-R direction in the place of the atom (one per atom), at the same firings.
+    * `untrained`: where the atom has the n-th largest activation, that one of F Gaussian rank-R directions which has
+      the n-th largest product with what the dictionary reads. An atom fires where its product is large, so that random
+      atoms, too, point along the writes they fire on; this is how far.
+
+    Args:
+        label: of the dictionary; by default the first one.
+        directions: single matrices (N = 1) by name, which are held against the writes at the same firings.
+
+    Cost: one forward up to the head's layer per sequence, and 3 T F R R' (K + V) for the cosines; for a dictionary of
+    states also T F R K V, and T K V numbers.
+    """
+    firings, further = lab.firings(label), directions or {}
+    decoded = lab.atoms(atoms, label)
+    nonzero = decoded.norm() > 0
+    decoded, usable_atoms = decoded.rows(nonzero), atoms[nonzero.cpu().numpy()]
+    rng = lab.rng(len(atoms))
+    # The noise has a seed of its own: a dictionary initialised under `lab.seed` would otherwise be its own null.
+    noise = decoded.random_like(torch.Generator().manual_seed(int(rng.integers(2**62))))
+    nothing = LowRank(*(side[:1].expand(firings.n_atoms, -1, -1) for side in (decoded.keys, decoded.values)))
+    seed = int(lab.rng(len(atoms), 1).integers(2**62))
+    untrained = nothing.random_like(torch.Generator().manual_seed(seed))
+    untrained = untrained.with_norm(torch.ones(firings.n_atoms).to(untrained.values))
+    column = np.full(firings.n_atoms, -1)
+    column[usable_atoms] = np.arange(len(usable_atoms))
+    tables, zero_writes = [], 0
+    for sequence in range(len(lab.tokens)):
+        table = firings.frame(firings.sequence == sequence)
+        table["place"] = table.groupby("position")["activation"].rank(method="first", ascending=False).astype(int) - 1
+        table = table[column[table["atom"].to_numpy()] >= 0]
+        order = rng.permutation(firings.n_positions)
+        if table.empty:
+            continue
+        recurrence = lab.recurrence(sequence)
+        writes = head_writes(recurrence, 0).to(decoded.values)
+        written = (writes.norm() > 0).cpu().numpy()
+        here, which = table["position"].to_numpy(), column[table["atom"].to_numpy()]
+        there = order[here]
+        usable = written[here] & written[there]
+        zero_writes += int((~usable).sum())
+        table, here, there, which = table.loc[usable], here[usable], there[usable], which[usable]
+        matched, chance = (writes.cosines(each).cpu().numpy() for each in (decoded, noise))
+        key, value = (side.cpu().numpy() for side in writes.side_cosines(decoded))
+        fires = _fires(untrained, recurrence, lab.hook.target if label is None else lab.hooks[label].target)
+        drawn = fires[torch.tensor(here), torch.tensor(table["place"].to_numpy())]
+        tables.append(
+            table.drop(columns=["activation", "place"]).assign(
+                cosine=matched[here, which],
+                shuffled=matched[there, which],
+                random=chance[here, which],
+                untrained=writes.rows(torch.tensor(here)).cosine(untrained.rows(drawn)).cpu().numpy(),
+                key=key[here, which],
+                value=value[here, which],
+                shuffled_key=key[there, which],
+                shuffled_value=value[there, which],
+                **{
+                    name: writes.cosines(each.to(writes.values))[here, 0].cpu().numpy()
+                    for name, each in further.items()
+                },
+            )
+        )
+    columns = ["sequence", "position", "atom", "cosine", "shuffled", "random", "untrained", *SIDES, *further]
+    joined = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+    return FiringCosines(joined, zero_writes, np.setdiff1d(atoms, usable_atoms))
+
+
+def _fires(atoms: LowRank, recurrence: Recurrence, target: str) -> Tensor:
+    """[T,F] numbers of atoms at each token, by falling inner product with the write or the state."""
+    if target == "write":
+        return atoms.cosines(head_writes(recurrence, 0).to(atoms.values)).T.argsort(dim=1, descending=True, stable=True)
+    states = matrices_of(recurrence, target).to(atoms.values)
+    products = torch.einsum("tkv,frk,frv->tf", states, atoms.keys, atoms.values)
+    return products.argsort(dim=1, descending=True, stable=True)

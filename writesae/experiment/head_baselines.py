@@ -1,0 +1,245 @@
+"""What can be written in the place of a head's write without any training: fitted on text that nothing is tested on.
+
+A trained atom must be compared with these, because each of them takes a part of a deletion's effect back: means of what
+the head writes (at any token, at the token, at the token pair), native writes drawn as a dictionary, a vector
+quantiser, and principal components. Each has a size of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sae_lens_writesae.atom.low_rank import LowRank
+from writesae.experiment.pca import MatrixPca, fit_pca_of_writes
+
+Integers = NDArray[np.int64]
+
+Baseline = Literal["head_mean", "token_mean", "pair_mean", "drawn", "quantised", "pca"]
+BASELINES: tuple[str, ...] = get_args(Baseline)
+"""Names of the baselines, as conditions of an experiment."""
+
+MAX_TOKENS = 32_768
+"""Tokens that baselines are fitted on at most, whole sequences in their order."""
+
+_LLOYD_PASSES = 10
+_ENERGY = 0.999
+"""A mean or a projection is written as the fewest rank-1 terms that hold this share of its squared norm."""
+_BLOCK = 16_000_000
+"""Inner products held at once: 64 MB in float32."""
+
+
+class Groups(NamedTuple):
+    """Tokens of a text that share something: their token, or their token and the one before."""
+
+    label: dict[tuple[int, ...], int]
+    """Number of each group."""
+    members: list[Integers]
+    """Positions of each group among the N tokens."""
+    strength: float
+    """m: the variance within groups over the variance between their means (infinite where the means do not vary)."""
+
+    def weight(self, group: tuple[int, ...]) -> float:
+        """n / (n + m): how much of its own mean a group of n tokens keeps; 0 for one that does not occur."""
+        n = len(self.members[self.label[group]]) if group in self.label else 0
+        return n / (n + self.strength) if n else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class HeadBaselines:
+    """Baselines of one head, from the N writes of a text.
+
+    **Means.** With n_v occurrences of token v, W_v their mean write and W the mean of all: the mean write of the token
+    is T_v = w W_v + (1 - w) W with w = n_v / (n_v + m); that of the pair (u, v) is w W_uv + (1 - w) T_v with
+    w = n_uv / (n_uv + m'). This is James and Stein's shrinkage with m = (variance within) / (variance between), both by
+    the moments of a one-way (nested) analysis of variance. A token without any occurrence has the head's mean.
+
+    **Drawn.** n native writes D_j drawn at random, as a dictionary: the one with the largest |cosine|, at its
+    least-squares coefficient <W, D_j> / |D_j|^2.
+
+    **Quantised.** The same with n codes of rank 1 and unit norm from Lloyd's algorithm on the directions of the writes
+    (gain-shape: the code with the largest |<W, C_j>|, times <W, C_j>), started from drawn writes.
+
+    **PCA.** The mean and the projection of W - mean on the first components.
+    """
+
+    writes: LowRank
+    """The N writes that all is fitted on."""
+    mean: Tensor
+    """[K,V]"""
+    tokens: Groups
+    pairs: Groups
+    drawn: LowRank
+    """n native writes."""
+    codes: LowRank
+    """n codes of rank 1, of unit norm."""
+    components: MatrixPca
+
+    @classmethod
+    def fit(
+        cls, writes: LowRank, tokens: Integers, *, n_codes: int, components: int, rng: np.random.Generator
+    ) -> HeadBaselines:
+        """From the writes of a text.
+
+        Args:
+            writes: N native writes, sequence by sequence.
+            tokens: [N,2] the token before (-1 at the start of a sequence) and the token itself.
+            n_codes: drawn writes, and codes of the quantiser; at most as many as there are writes other than 0.
+            components: principal components.
+
+        Cost: N K V for the means, 10 N n_codes (K + V) for the quantiser, 17 N K V (components + 6) for PCA; a second
+        or two for 16,000 writes of 64 x 32 on one core. Memory: N (K + V) numbers.
+
+        Raises:
+            ValueError: fewer than two writes, or all of them are 0.
+        """
+        nonzero = np.flatnonzero(writes.norm().cpu().numpy())
+        if len(writes) < 2 or not len(nonzero):
+            raise ValueError(f"baselines need two writes that are not all 0; found {len(writes)}, {len(nonzero)} not 0")
+        by_token, by_pair = _groups(tokens[:, 1:]), _groups(tokens)
+        everything = [np.arange(len(writes))]
+        chosen = np.sort(rng.permutation(nonzero)[:n_codes])
+        drawn = writes.rows(torch.tensor(chosen))
+        return cls(
+            writes,
+            _mean(writes, everything[0]),
+            by_token._replace(strength=_strength(writes, everything, by_token.members)),
+            by_pair._replace(strength=_strength(writes, by_token.members, by_pair.members)),
+            drawn,
+            quantiser(writes.rows(torch.tensor(nonzero)), drawn),
+            fit_pca_of_writes(writes, components, seed=int(rng.integers(2**62))),
+        )
+
+    def written(self, name: str, native: LowRank, tokens: Integers) -> LowRank:
+        """What a baseline writes in the place of N native writes, at its own size.
+
+        Args:
+            tokens: [N,2] the token before (-1 at the start) and the token itself.
+        """
+        if name == "drawn":
+            return _nearest(native, self.drawn)
+        if name == "quantised":
+            return _nearest(native, self.codes)
+        if name == "pca":
+            dense = native.dense()
+            return _compact(self.components.project(dense.flatten(1), len(self.components.components)).view_as(dense))
+        means: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
+            "head_mean": lambda _: self.mean,
+            "token_mean": self.token_mean,
+            "pair_mean": self.pair_mean,
+        }
+        pairs = [tuple(pair) for pair in tokens.tolist()]
+        distinct = {pair: n for n, pair in enumerate(dict.fromkeys(pairs))}
+        compact = _compact(torch.stack([means[name](pair) for pair in distinct]))
+        return compact.rows([distinct[pair] for pair in pairs]).to(native.values)
+
+    def token_mean(self, pair: tuple[int, ...]) -> Tensor:
+        """[K,V] mean write of the token of a pair, shrunk towards the head's."""
+        return self._shrunk(self.tokens, pair[1:], self.mean)
+
+    def pair_mean(self, pair: tuple[int, ...]) -> Tensor:
+        """[K,V] mean write of a token pair, shrunk towards the token's."""
+        return self._shrunk(self.pairs, pair, self.token_mean(pair))
+
+    def _shrunk(self, groups: Groups, group: tuple[int, ...], towards: Tensor) -> Tensor:
+        weight = groups.weight(group)
+        if not weight:
+            return towards
+        return weight * _mean(self.writes, groups.members[groups.label[group]]) + (1 - weight) * towards
+
+
+def tokens_and_before(tokens: Tensor) -> Integers:
+    """[T,2] the token before (-1 at the start) and the token, of one sequence [T]."""
+    ids = tokens.cpu().numpy().astype(np.int64)
+    return np.stack([np.append(-1, ids[:-1]), ids], 1)
+
+
+def quantiser(writes: LowRank, start: LowRank) -> LowRank:
+    """Codes [n] of rank 1 and unit norm that Lloyd's algorithm finds for the directions of `writes`, from `start`.
+
+    The objective is the sum over writes of the squared cosine with the nearest code. A pass gives each write to its
+    nearest code, then takes a step of the power method on either side of each code, from inner products of factors
+    alone; neither lowers the objective. A code that has no write stays what it is. Cost: N n (K + V) a pass.
+    """
+    unit = writes.with_norm(torch.ones_like(writes.norm()))
+    top = start if start.rank == 1 else LowRank.svd(start.dense(), 1)
+    keys, values = (torch.nn.functional.normalize(side[:, 0], dim=1) for side in (top.keys, top.values))
+    for _ in range(_LLOYD_PASSES):
+        nearest = _best(unit, LowRank.rank_one(keys, values))[0]
+        for side in ("keys", "values"):
+            x = (unit.keys * keys[nearest][:, None]).sum(-1)  # [N,R]
+            y = (unit.values * values[nearest][:, None]).sum(-1)
+            gain = (x * y).sum(1, keepdim=True)
+            own, factors = (keys, gain * y) if side == "keys" else (values, gain * x)
+            moved = torch.zeros_like(own).index_add_(0, nearest, (getattr(unit, side) * factors[..., None]).sum(1))
+            size = moved.norm(dim=1, keepdim=True)
+            moved = torch.where(size > 0, moved / size.clamp_min(torch.finfo(size.dtype).tiny), own)
+            keys, values = (moved, values) if side == "keys" else (keys, moved)
+    return LowRank.rank_one(keys, values)
+
+
+def _best(native: LowRank, dictionary: LowRank) -> tuple[Tensor, Tensor]:
+    """[N] the entry of a dictionary with the largest |cosine| with each native write, and [N] their inner product."""
+    size, step = dictionary.norm(), max(1, _BLOCK // len(dictionary))
+    parts = []
+    for i in range(0, len(native), step):
+        block = native.rows(slice(i, i + step))
+        inner = block.inners(dictionary)
+        best = (inner / size).abs().argmax(1)
+        parts.append((best, inner.gather(1, best[:, None])[:, 0]))
+    return torch.cat([best for best, _ in parts]), torch.cat([inner for _, inner in parts])
+
+
+def _nearest(native: LowRank, dictionary: LowRank) -> LowRank:
+    best, inner = _best(native, dictionary)
+    chosen = dictionary.rows(best)
+    return chosen * (inner / chosen.inner(chosen))
+
+
+def _mean(writes: LowRank, members: Integers) -> Tensor:
+    """[K,V] mean of some writes."""
+    chosen = writes.rows(torch.tensor(members))
+    return chosen.keys.flatten(0, 1).T @ chosen.values.flatten(0, 1) / len(members)
+
+
+def _compact(matrices: Tensor) -> LowRank:
+    """Matrices [N,K,V] as the fewest singular terms that hold `_ENERGY` of each one's squared norm."""
+    terms = LowRank.svd(matrices)
+    square = terms.keys.square().sum(-1)
+    held = square.cumsum(1) / square.sum(1, keepdim=True).clamp_min(torch.finfo(square.dtype).tiny)
+    return terms.terms(slice(int((held < _ENERGY).sum(1).max()) + 1))
+
+
+def _groups(tokens: Integers) -> Groups:
+    """Rows of `tokens` that are equal."""
+    distinct, which = np.unique(tokens, axis=0, return_inverse=True)
+    order = np.argsort(which.ravel(), kind="stable")
+    members = np.split(order, np.bincount(which.ravel()).cumsum()[:-1])
+    return Groups({tuple(row): n for n, row in enumerate(distinct.tolist())}, members, np.inf)
+
+
+def _strength(writes: LowRank, outer: Sequence[Integers], inner: Sequence[Integers]) -> float:
+    """Variance of the writes within the `inner` groups over the variance of the groups' means within the `outer` ones,
+    by the moments of a nested analysis of variance. Infinite where the means vary no more than chance makes them."""
+    n, n_inner, n_outer = len(writes), len(inner), len(outer)
+    if not n > n_inner > n_outer:
+        return np.inf
+    parent = np.empty(n, dtype=np.int64)
+    for number, members in enumerate(outer):
+        parent[members] = number
+    sizes = np.array([len(members) for members in inner], float)
+    outer_sizes = np.array([len(outer[int(parent[members[0]])]) for members in inner], float)
+    spread = n - float((sizes**2 / outer_sizes).sum())
+    above, below = (
+        sum(len(members) * float(_mean(writes, members).double().square().sum()) for members in groups)
+        for groups in (outer, inner)
+    )
+    noise = max(float(writes.inner(writes).double().sum()) - below, 0.0) / (n - n_inner)
+    varied = (below - above - (n_inner - n_outer) * noise) / spread
+    return noise / varied if varied > 0 else np.inf

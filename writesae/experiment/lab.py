@@ -1,0 +1,483 @@
+"""The laboratory: one head, its dictionaries and a text, and the only place that runs edited passes of a model."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sae_lens import SAE
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hookpoints import EditSession, HookedRecurrent, Recurrence, WriteEdit
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.sae.base import MatrixWeights
+from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_fits, check_plain_activations
+from writesae.experiment.firings import Firings, collect_firings, folds
+from writesae.experiment.head import WriteKind, head_writes
+from writesae.experiment.head_baselines import MAX_TOKENS, HeadBaselines, tokens_and_before
+from writesae.experiment.result import Json
+
+if TYPE_CHECKING:
+    from sae_lens_writesae.sae.collection import Collection
+
+    Text = Tensor | Collection
+
+T = TypeVar("T")
+
+_CPU_TOKENS = 4096
+"""Tokens of one batch on a CPU: runs to the end of a sequence were 2.5 times slower at 40,000, which no cache holds."""
+_STRETCH = 24
+"""Tokens that a batch may always stretch over: a call costs as much as a few dozen tokens of a small model."""
+_LOGIT_FLOATS = 128_000_000
+"""Float32 logits of one batch: 512 MB."""
+_NO_OPS = 32
+"""Places at which the native write is written again to measure the floor."""
+
+
+class Trial(NamedTuple):
+    """One edited run, which becomes one row of a table."""
+
+    row: dict[str, object]
+    """What the table says of this run besides the readout."""
+    position: int
+    """First edited token; the readout begins there."""
+    edits: WriteEdit | Sequence[WriteEdit]
+    """What is edited; an empty list runs the plain model by the same arithmetic."""
+
+
+class EditedRows(NamedTuple):
+    """Logits of some trials of one sequence, as a readout is given them."""
+
+    trials: Sequence[Trial]
+    native: Tensor
+    """[T,vocab] logits of the plain pass over the whole sequence."""
+    logits: Tensor
+    """[n,S,vocab] logits of the edited runs, tokens `start` .. `start + S - 1`."""
+    start: int
+    """First token that was run: before it, edited and plain run agree."""
+    width: int
+    """Tokens of the window of each trial, from its own position on."""
+    plain: Tensor | None
+    """[S,vocab] logits of a run without edits in the same batch, where it was asked for."""
+
+    @property
+    def positions(self) -> Tensor:
+        """[n,W] tokens of each trial's window, on the device of the logits."""
+        at = torch.tensor([trial.position for trial in self.trials])[:, None] + torch.arange(self.width)
+        return at.to(self.logits.device)
+
+    @property
+    def window(self) -> Tensor:
+        """[n,W,vocab] logits of each trial's own window."""
+        each = torch.arange(len(self.trials), device=self.logits.device)[:, None]
+        return self.logits[each, self.positions - self.start]
+
+    @property
+    def native_window(self) -> Tensor:
+        """[n,W,vocab] logits of the plain pass at the same tokens."""
+        return self.native[self.positions]
+
+
+Readout: TypeAlias = Callable[[EditedRows], Mapping[str, ArrayLike]]
+"""Turns a batch of edited runs into columns of a table, one value per trial; `experiment.readout` has the common
+ones."""
+
+
+class Site(NamedTuple):
+    """One sequence of the text, with the plain pass over it and the units that are tested there."""
+
+    sequence: int
+    rows: pd.DataFrame
+    """The units (firings, positions ...) of this sequence."""
+    session: EditSession
+    recurrence: Recurrence
+    """Of the evaluated head alone: B = H = 1."""
+    writes: LowRank
+    """The T native writes of the head."""
+
+    def at(self, positions: Sequence[int]) -> LowRank:
+        """The native writes at some positions."""
+        return self.writes.rows(list(positions))
+
+
+class Lab:
+    """One head, its dictionaries, and a text; what every evaluation works with.
+
+    Args:
+        model: the hooked model.
+        saes: dictionaries by label; all read the same head.
+        tokens: [N,T] token ids, or a collection (`sae.collect`) of the head on a text: then firings and native writes
+            are read from its shards, as they were rounded there, instead of running the model over all of the text.
+        reference: [M,S] token ids of other text, which nothing is tested on, for what is fitted to the head; or a
+            collection of the head on such text, from which its writes are read. Whoever opens a collection compares
+            it with the model: `Collection.open(folder, model=model)`.
+        seed: seed of the evaluation.
+        rows_per_run: largest number of edited rows in one pass.
+        progress: show progress bars.
+        one_head: all dictionaries read one head. Otherwise they read different heads of one layer, and `hook`, `sae`
+            and the sites are those of the first.
+
+    Raises:
+        ValueError: tokens of another shape, a reference that holds a tested sequence, no dictionary, one that does not
+            fit the model, or dictionaries of other heads than `one_head` says.
+    """
+
+    def __init__(
+        self,
+        model: HookedRecurrent,
+        saes: Mapping[str, SAE],
+        tokens: Text,
+        *,
+        reference: Text | None = None,
+        seed: int = 0,
+        rows_per_run: int = 256,
+        progress: bool = False,
+        one_head: bool = True,
+    ):
+        ids = tokens if isinstance(tokens, Tensor) else tokens.tokens
+        other = reference if reference is None or isinstance(reference, Tensor) else reference.tokens
+        for name, each in (("tokens", ids), ("reference", other)):
+            if each is not None and each.ndim != 2:
+                raise ValueError(f"{name} must be [N,T], found shape {list(each.shape)}")
+        if other is not None and (shared := _shared_rows(ids, other)):
+            raise ValueError(
+                f"reference is other text than tokens, but {shared} of its {len(other)} sequences are tested; "
+                "leave those out, or pass no reference: then each half of the sequences is the other one's"
+            )
+        if not saes:
+            raise ValueError("an evaluation needs a dictionary, found none")
+        for label, sae in saes.items():
+            check_fits(model, sae, label or "the SAE given")
+        hooks = {label: HeadHook.of(sae) for label, sae in saes.items()}
+        cells = {(hook.layer, hook.head) for hook in hooks.values()}
+        listed = "; ".join(f"{label}: {hook.name}" for label, hook in hooks.items())
+        if one_head and len(cells) > 1:
+            raise ValueError(f"dictionaries of one head can be evaluated together, found {listed}")
+        if not one_head and (len(cells) < len(hooks) or len({layer for layer, _ in cells}) > 1):
+            raise ValueError(f"one dictionary for each head of one layer can act together, found {listed}")
+        self.collected = _source(model, tokens, hooks.values())
+        """Where firings and native writes are read; None: they are computed."""
+        self.collected_reference = _source(model, reference, hooks.values())
+        self.model, self.tokens, self.saes = model, ids, dict(saes)
+        self.hooks, self.reference = hooks, other
+        self.seed, self.rows_per_run, self.progress = seed, rows_per_run, progress
+        self.skipped: Counter[str] = Counter()
+        """Units that could not be measured, by reason."""
+        self.facts: dict[str, Json] = {}
+        """What a reader of the tables must know besides the settings."""
+        self._counts: Counter[str] = Counter()
+        self._firings: dict[str, Firings] = {}
+        self._baselines: dict[tuple[object, ...], HeadBaselines] = {}
+
+    def only(self, label: str) -> Lab:
+        """A view of this laboratory with one of its dictionaries. Firings, baselines, counts of runs, and what is left
+        out are shared; the facts are the view's own."""
+        view = copy.copy(self)
+        view.saes, view.hooks, view.facts = {label: self.saes[label]}, {label: self.hooks[label]}, {}
+        return view
+
+    # -- the head and its dictionaries
+
+    @property
+    def sae(self) -> SAE:
+        """The dictionary; the first one where there are several."""
+        return next(iter(self.saes.values()))
+
+    @property
+    def hook(self) -> HeadHook:
+        """The hook that `sae` reads: layer, head, and whether it holds writes or states."""
+        return next(iter(self.hooks.values()))
+
+    @cached_property
+    def key_value(self) -> tuple[int, int]:
+        """K and V of the head."""
+        shape = self.model.cfg.layer(self.hook.layer)
+        return shape.K, shape.V
+
+    def firings(self, label: str | None = None) -> Firings:
+        """Where the atoms of a dictionary fire on the text; kept. Cost: a forward per sequence up to the layer, or a
+        reading of the collection.
+
+        Raises:
+            ValueError: the dictionary normalises its input, so that activations are not in units of the write; or it
+                reads states, and the collection has writes alone.
+        """
+        label = next(iter(self.saes)) if label is None else label
+        if label not in self._firings:
+            sae = self.saes[label]
+            check_plain_activations(sae)
+            collected, hook = self.collected, self.hooks[label]
+            rows = None
+            if collected is not None:
+                rows = lambda n: collected.rows(hook.layer, hook.head, hook.target, [n])  # noqa: E731
+            self._firings[label] = collect_firings(
+                self.model, sae, hook.layer, self.tokens, progress=self.progress, rows=rows
+            )
+        return self._firings[label]
+
+    def atoms(self, numbers: ArrayLike, label: str | None = None) -> LowRank:
+        """Atoms of a dictionary as its decoder has them, on the model's device, in float32."""
+        sae = self.sae if label is None else self.saes[label]
+        return atoms_of(sae, np.asarray(numbers), *self.key_value).to(self.model.cfg.device)
+
+    def rng(self, *stream: int) -> np.random.Generator:
+        """A generator of its own for each purpose, so that no draw depends on another."""
+        return np.random.default_rng([self.seed, *stream])
+
+    # -- the text
+
+    def sites(self, units: pd.DataFrame, name: str) -> Iterator[Site]:
+        """The sequences that `units` (with a column `sequence`) name, one plain pass each, in order."""
+        groups = [(int(cast(int, key)), rows) for key, rows in units.groupby("sequence")]
+        for sequence, rows in self.bar(groups, name):
+            yield self.site(sequence, rows)
+
+    def site(self, sequence: int, rows: pd.DataFrame | None = None, span: slice = slice(None)) -> Site:
+        """One sequence, or the tokens `span` of it as a text of their own.
+
+        Cost: one plain forward, whose cache edited runs branch off from.
+        """
+        session = self.model.edit_session(self.tokens[[sequence], span])
+        recurrence = session.recurrence(self.hook.layer).select(heads=slice(self.hook.head, self.hook.head + 1))
+        return Site(sequence, pd.DataFrame() if rows is None else rows, session, recurrence, head_writes(recurrence, 0))
+
+    def native_writes(self, sequences: Sequence[int]) -> LowRank:
+        """Native writes of some sequences, one after the other. Cost: a forward each up to the layer, or a reading of
+        the collection."""
+        return self._writes(sequences, self.tokens, self.collected)
+
+    def _writes(
+        self, sequences: Sequence[int], text: Tensor, collected: Collection | None, kind: WriteKind = "additive"
+    ) -> LowRank:
+        if collected is not None and kind == "additive":
+            stored = collected.factors(self.hook.layer, self.hook.head)
+            rows = torch.cat([torch.arange(n * text.shape[1], (n + 1) * text.shape[1]) for n in sequences])
+            return LowRank(stored.keys[rows], stored.values[rows]).to(torch.float32).to(self.model.cfg.device)
+        parts = [head_writes(self.recurrence(n, text), 0, kind) for n in sequences]
+        return LowRank(torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts]))
+
+    def recurrence(self, sequence: int, tokens: Tensor | None = None) -> Recurrence:
+        """The head's recurrence on one sequence of the text, or of other `tokens`. Cost: a forward up to the layer."""
+        ids = self.tokens if tokens is None else tokens
+        whole = self.model.recurrence(ids[[sequence]], self.hook.layer)
+        return whole.select(heads=slice(self.hook.head, self.hook.head + 1))
+
+    def baselines(
+        self, sequence: int, kind: WriteKind = "additive", *, n_codes: int | None = None, components: int = 4
+    ) -> HeadBaselines:
+        """What can be written at the tokens of `sequence` without a dictionary, fitted on other text: on `reference`,
+        or where there is none on that half of the sequences which `sequence` is not in (`folds`). Kept.
+
+        Args:
+            n_codes: drawn writes, and codes of the quantiser. None: as many as the dictionary has atoms (those
+                of the larger side, where they are products).
+
+        Cost: a forward up to the layer for each sequence of that text, of at most `MAX_TOKENS` tokens; then as
+        `HeadBaselines.fit`.
+
+        Raises:
+            NothingToMeasureError: there is no other text.
+        """
+        if n_codes is None:
+            n_codes = self.sae.n_factors if isinstance(self.sae, MatrixWeights) else int(self.sae.cfg.d_sae)
+        fold = None if self.reference is not None else folds(np.arange(len(self.tokens)), self.seed)[sequence]
+        key = (kind, n_codes, components, fold)
+        if key not in self._baselines:
+            self._baselines[key] = self._fit_baselines(fold, kind, n_codes, components)
+        return self._baselines[key]
+
+    @torch.no_grad()
+    def _fit_baselines(self, fold: int | None, kind: WriteKind, n_codes: int, components: int) -> HeadBaselines:
+        text = self.tokens if self.reference is None else self.reference
+        half = folds(np.arange(len(text)), self.seed)
+        rows = [n for n in range(len(text)) if fold is None or half[n] != fold]
+        self.require(
+            bool(rows),
+            "baselines are fitted on other text than they are tested on, and there is one sequence "
+            "only; give more, or a reference, or leave the baselines out of controls",
+        )
+        rows = rows[: max(1, MAX_TOKENS // text.shape[1])]
+        collected = self.collected if self.reference is None else self.collected_reference
+        together = self._writes(rows, text, collected, kind)
+        tokens = np.concatenate([tokens_and_before(text[n]) for n in rows])
+        self.require(bool((together.norm() > 0).any()), "every write of the other text is zero; there is no baseline")
+        return HeadBaselines.fit(
+            together, tokens, n_codes=n_codes, components=components, rng=self.rng(41, 0 if fold is None else fold)
+        )
+
+    # -- edits
+
+    def add(self, position: int, added: LowRank, row: int = 0) -> WriteEdit:
+        """An edit that adds matrix `row` of `added` to the head's write."""
+        return WriteEdit(self.hook.layer, self.hook.head, position, added.keys[row], added.values[row])
+
+    def replace(self, position: int, written: LowRank | None, row: int = 0) -> WriteEdit:
+        """An edit that writes matrix `row` of `written` in the place of the head's write; None: nothing is written."""
+        place = (self.hook.layer, self.hook.head, position)
+        if written is None:
+            return WriteEdit(*place, mode="delete")
+        return WriteEdit(*place, written.keys[row], written.values[row], mode="replace")
+
+    @torch.no_grad()
+    def read(
+        self, site: Site, trials: Sequence[Trial], readout: Readout, window: int | None, *, plain: bool = False
+    ) -> pd.DataFrame:
+        """Run the trials of one sequence and read each of them: one row per trial, in their order.
+
+        Args:
+            readout: is called batch by batch, right after the batch ran.
+            window: tokens that are run from each trial's position on; None: to the end of the sequence.
+            plain: run a row without edits in each batch, so that both sides of a difference come from one arithmetic.
+
+        Cost: rows of `window` tokens, from the edited layer up. Trials go in batches of near positions, because a
+        batch starts at its first position; the session keeps the prefix for later ones.
+        """
+        columns: dict[str, NDArray[np.generic]] = {}
+        length, vocabulary = site.session.logits.shape[1:]
+        for batch in self._batches(trials, length, vocabulary, window, extra=int(plain)):
+            stop = length if window is None else trials[batch[-1]].position + window
+            edits = [trials[n].edits for n in batch] + ([[]] if plain else [])
+            run = site.session.run(edits, stop=stop, batch_size=len(edits))
+            width = stop - trials[batch[-1]].position
+            rows = EditedRows(
+                [trials[n] for n in batch],
+                site.session.logits[0],
+                run.logits[: len(batch)],
+                run.start,
+                width,
+                run.logits[-1] if plain else None,
+            )
+            for name, values in readout(rows).items():
+                array = np.asarray(values)
+                column = columns.setdefault(name, np.empty((len(trials), *array.shape[1:]), array.dtype))
+                column[batch] = array
+            self.count_edited_runs(len(batch))
+        table = pd.DataFrame([trial.row for trial in trials])
+        return table.assign(**{name: list(values) if values.ndim > 1 else values for name, values in columns.items()})
+
+    def _batches(
+        self, trials: Sequence[Trial], length: int, vocabulary: int, window: int | None, extra: int
+    ) -> Iterator[list[int]]:
+        room = _LOGIT_FLOATS // vocabulary
+        if self.tokens.device.type == "cpu" and torch.device(self.model.cfg.device).type == "cpu":
+            room = min(room, _CPU_TOKENS)
+        batch: list[int] = []
+        order = sorted(range(len(trials)), key=lambda n: trials[n].position)
+        for row, following in zip(order, [*order[1:], None]):
+            batch.append(row)
+            if following is not None:
+                first = trials[batch[0]].position
+                if window is None:
+                    stretch, near = length - first, True
+                else:
+                    stretch = trials[following].position + window - first
+                    near = stretch <= max(2 * window, _STRETCH)
+                if near and (len(batch) + 1 + extra) * stretch <= room and len(batch) < self.rows_per_run:
+                    continue
+            yield batch
+            batch = []
+
+    def floor(
+        self, readout: Readout, column: str, window: int, quantile: float = 0.95, *, plain: bool = False
+    ) -> float:
+        """What a no-op moves: the native write is written again through the edit path, and `column` of the readout is
+        read. Measured in the model's own dtype.
+
+        Args:
+            plain: as in `read`.
+
+        Returns: the `quantile` of the absolute values over at most 32 places. Cost: one edited row each.
+        """
+        rng = self.rng(97)
+        length = self.tokens.shape[1]
+        sequences = rng.permutation(len(self.tokens))[:4].tolist()
+        values: list[float] = []
+        for sequence in sequences:
+            site = self.site(sequence)
+            last = length - window
+            positions = np.sort(rng.choice(np.arange(min(1, last), last + 1), _NO_OPS // 4)).tolist()
+            trials = [Trial({}, t, self.replace(t, site.writes, t)) for t in positions]
+            before = self.n_edited_runs
+            values += np.abs(self.read(site, trials, readout, window, plain=plain)[column].to_numpy(float)).tolist()
+            self._counts["edited runs"] = before  # a reader counts conditions, not this
+        return float(np.quantile(values, quantile))
+
+    # -- bookkeeping
+
+    @property
+    def n_edited_runs(self) -> int:
+        """Edited runs so far, without those that measured a floor."""
+        return self._counts["edited runs"]
+
+    def count_edited_runs(self, n: int) -> None:
+        """Count `n` edited runs that did not go through `read`, continuations say."""
+        self._counts["edited runs"] += n
+
+    def bar(self, items: Sequence[T], name: str) -> Iterator[T]:
+        """`items`, with a progress bar where it was asked for; TQDM_DISABLE=1 takes every bar away."""
+        return iter(tqdm(items, desc=name) if self.progress else items)
+
+    def require(self, condition: bool, message: str) -> None:
+        """Raise NothingToMeasureError with `message`, and what was left out so far, unless `condition` holds."""
+        if not condition:
+            counts = "; ".join(f"{n} ({why})" for why, n in self.skipped.items() if n)
+            raise NothingToMeasureError(message + (f". Left out: {counts}" if counts else ""))
+
+    def describe(self, label: str = "") -> dict[str, Json]:
+        """The part of a result's `info` that all evaluations share."""
+        shape, hook = self.model.cfg.layer(self.hook.layer), self.hook
+        architecture = getattr(self.sae.cfg, "architecture", None)
+        default = hook.cell if len(self.saes) > 1 else f"{hook.cell} {hook.target}-trained"
+        if len({each.head for each in self.hooks.values()}) > 1:
+            default = f"L{hook.layer}, {len(self.hooks)} heads"
+        return {
+            "label": label or default,
+            "model": str(self.model.cfg.model_name),
+            "model_type": str(self.model.cfg.model_type),
+            "dtype": str(self.model.cfg.dtype).removeprefix("torch."),
+            "rule": str(shape.rule),
+            "layer": hook.layer,
+            "head": hook.head,
+            "K": shape.K,
+            "V": shape.V,
+            "hook_name": hook.name,
+            "target": hook.target,
+            "saes": [name for name in self.saes if name],
+            "architecture": str(architecture() if callable(architecture) else type(self.sae).__name__),
+            "d_sae": int(self.sae.cfg.d_sae),
+            "n_sequences": len(self.tokens),
+            "n_positions": self.tokens.shape[1],
+            **self.facts,
+            "n_skipped": dict(self.skipped),
+            "n_edited_runs": self.n_edited_runs,
+        }
+
+
+def _source(model: HookedRecurrent, text: Text | None, hooks: Iterable[HeadHook]) -> Collection | None:
+    """The collection that was given as a text, which has every head at the model's size; None for token ids."""
+    if text is None or isinstance(text, Tensor):
+        return None
+    for hook in hooks:
+        place, shape = text.head_target(hook.layer, hook.head), model.cfg.layer(hook.layer)
+        if (place.d_k, place.d_v) != (shape.K, shape.V):
+            raise ValueError(
+                f"{text.folder} has writes of {place.d_k} x {place.d_v} for {hook.cell}, and {model.cfg.model_name} "
+                f"has {shape.K} x {shape.V}: it was collected from another model"
+            )
+    return text
+
+
+def _shared_rows(tokens: Tensor, reference: Tensor) -> int:
+    """Sequences of `reference` that begin as a sequence of `tokens` does, over the shorter length of the two."""
+    length = min(tokens.shape[1], reference.shape[1])
+    tested = {tuple(row) for row in tokens[:, :length].tolist()}
+    return sum(tuple(row) in tested for row in reference[:, :length].tolist())

@@ -1,0 +1,229 @@
+"""What a dictionary is worth on held-out text, in the standard numbers; and what the writes of a head do at all.
+
+The whole-stream number replaces every write of the head at once by its reconstruction. It needs no choice of an atom, a
+scale or a control, and is the share of KL that SAELens' own evaluator calls `kl_div_score`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from sae_lens import SAE
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.sae.target import HookTarget, check_plain_activations, has_plain_activations
+from sae_lens_writesae.sae.training import MatrixTrainingSAE
+from writesae.experiment.head import half_lives, head_writes
+from writesae.experiment.lab import Lab
+from writesae.experiment.readout import divergences
+from writesae.experiment.reconstruction import ROUNDING, UpperModel, decoded, dominant, encoded, matrices_of
+from writesae.experiment.result import Json
+from writesae.verdict.statistics import Estimate, estimate, recovered_share
+
+SEQUENCES = 64
+"""Sequences of the text that are looked at, the first ones."""
+_HALF_LIVES = 8
+"""Sequences from which half-lives are taken: each costs a vector recurrence for two dozen writes of each head."""
+
+
+@dataclass(frozen=True)
+class DictionaryQuality:
+    """One dictionary on one text. None: there is nothing to compute it from."""
+
+    target: HookTarget
+    """What it reads, and what is replaced: all writes, or all states (where each read sees the reconstruction, and the
+    recurrence goes on from the native state)."""
+    n_sequences: int
+    n_tokens: int
+    explained: float | None
+    """1 - sum |X - X^|^2 / sum |X - mean|^2 over all tokens. None: the matrices do not vary."""
+    l0: float
+    """Active atoms per token."""
+    alive: float
+    """Share of atoms that fire on the text."""
+    coverage: float
+    """Share of tokens at which an atom fires."""
+    cosine: float | None
+    """Mean cosine of the dominant atom with the native write, over tokens at which one fires."""
+    start_cosine: float | None
+    """Median cosine of an atom with its own start in training; 1 where nothing was learned. None: it was not kept."""
+    deleted: Estimate
+    """KL(native || edited) in nats per token, over sequences, where all writes are deleted (all states zeroed, for a
+    dictionary of states): what this head's writes do."""
+    floor: float
+    """The same where all are replaced by themselves."""
+    recovered: Estimate | None
+    """1 - sum KL(replaced) / sum KL(deleted), over sequences. None: deletion moves no more than the floor."""
+
+    def to_dict(self) -> dict[str, Json]:
+        """Plain JSON values; an interval that does not exist is None."""
+        fields = asdict(self)
+        for name in ("deleted", "recovered"):
+            value: Estimate | None = getattr(self, name)
+            fields[name] = None if value is None else {k: None if v != v else v for k, v in value._asdict().items()}
+        return fields
+
+
+def dictionary_quality(model: HookedRecurrent, sae: SAE, tokens: Tensor) -> DictionaryQuality:
+    """The quality of one dictionary on the first `SEQUENCES` of tokens [N,T]; cost as of `qualities`.
+
+    Raises:
+        ValueError: the dictionary normalises its input.
+        NothingToMeasureError: its activations are not finite.
+    """
+    check_plain_activations(sae)
+    found = qualities(Lab(model, {"": sae}, tokens))
+    if not found:
+        raise NothingToMeasureError("the SAE gives NaN or infinite activations on this text")
+    return found[""]
+
+
+@torch.no_grad()
+def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
+    """The quality of every dictionary of a laboratory, by label, on its first `SEQUENCES` sequences.
+
+    One that normalises its input, or whose activations are not finite, is left out: its activations are no coefficients
+    of atoms.
+
+    Cost: per sequence two forwards up to the layer, and from the layer on one, two for each target and one for each
+    dictionary; an encode and decode of each matrix.
+    """
+    own = {label: _Of(sae) for label, sae in lab.saes.items() if has_plain_activations(sae)}
+    of_target = {hook.target: _Target() for hook in lab.hooks.values()}
+    for sequence in lab.bar(range(min(SEQUENCES, len(lab.tokens))), "dictionary quality"):
+        recurrence, upper = lab.recurrence(sequence), UpperModel.of(lab, sequence)
+        native, writes = upper.logits(), head_writes(recurrence, 0)
+        for target, reference in of_target.items():
+            x = matrices_of(recurrence, target)
+            reference.add(x, *(_kl(native, upper.logits(target, put)) for put in (torch.zeros_like(x), x)))
+            for label in [label for label in own if lab.hooks[label].target == target]:
+                activations = encoded(lab.saes[label], x)
+                if not bool(activations.isfinite().all()):
+                    del own[label]
+                    continue
+                rebuilt = decoded(lab.saes[label], activations, x)
+                fires = (activations > 0).any(1)
+                strongest, which = dominant(lab.saes[label], activations)[fires].unique(return_inverse=True)
+                atoms = lab.atoms(strongest.cpu().numpy(), label).to(writes.keys).rows(which.to(writes.keys.device))
+                cosines = atoms.cosine(writes.rows(fires.to(writes.keys.device)))
+                own[label].add(x, rebuilt, activations, cosines, _kl(native, upper.logits(target, rebuilt)))
+    targets: dict[str, HookTarget] = {label: lab.hooks[label].target for label in own}
+    return {label: each.quality(targets[label], of_target[targets[label]]) for label, each in own.items()}
+
+
+def head_effects(
+    model: HookedRecurrent, tokens: Tensor, layers: Iterable[int] | None = None, heads: Iterable[int] | None = None
+) -> pd.DataFrame:
+    """What the writes of heads do, to choose one by: sorted by it, the largest first.
+
+    Args:
+        tokens: [N,T]
+        layers: None: all recurrent layers.
+        heads: None: all heads of each.
+
+    Returns: columns layer, head, half_life (tokens, median over writes of the first 8 sequences) and nats
+    (KL(native || edited) per token where all writes of the head are deleted).
+
+    Cost: per sequence and layer three forwards up to the layer, and one from it on for each head.
+    """
+    rows: list[tuple[int, int, float, float]] = []
+    chosen = list(heads) if heads is not None else None
+    with torch.no_grad():
+        for layer in model.cfg.recurrent_layers if layers is None else layers:
+            of_layer = range(model.cfg.layer(layer).H) if chosen is None else chosen
+            nats: dict[int, list[float]] = {head: [] for head in of_layer}
+            lives: dict[int, list[Tensor]] = {head: [] for head in of_layer}
+            for sequence in tokens[:, None]:
+                whole, upper = model.recurrence(sequence, layer), UpperModel.at(model, layer, 0, sequence)
+                native = upper.logits()
+                for head in of_layer:
+                    one = whole.select(heads=slice(head, head + 1))
+                    zero = torch.zeros_like(matrices_of(one, "write"))
+                    nats[head].append(float(_kl(native, upper._replace(head=head).logits("write", zero)).mean()))
+                    if len(lives[head]) < _HALF_LIVES:
+                        lives[head].append(half_lives(one))
+            rows += [(layer, h, float(torch.cat(lives[h]).median()), float(np.mean(nats[h]))) for h in of_layer]
+    table = pd.DataFrame(rows, columns=["layer", "head", "half_life", "nats"])
+    return table.sort_values("nats", ascending=False, ignore_index=True)
+
+
+def _kl(native: Tensor, edited: Tensor) -> NDArray[np.float64]:
+    """[T] KL(native || edited) of next-token distributions from logits [T,vocab]."""
+    positions = torch.arange(len(native), device=native.device)[None]
+    return divergences(native, positions, edited[None]).forward[0].double().numpy()
+
+
+class _Target:
+    """What all dictionaries of one target are compared with."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.square, self.n_tokens = 0.0, 0
+        self.deleted: list[NDArray[np.float64]] = []
+        self.itself: list[NDArray[np.float64]] = []
+
+    def add(self, x: Tensor, deleted: NDArray[np.float64], itself: NDArray[np.float64]) -> None:
+        flat = x.flatten(1).double()
+        self.total = flat.sum(0) if self.total is None else self.total + flat.sum(0)
+        self.square += float(flat.square().sum())
+        self.n_tokens += len(flat)
+        self.deleted.append(deleted)
+        self.itself.append(itself)
+
+    @property
+    def variance(self) -> float:
+        """Sum of squares around the mean; 0 where it is what rounding leaves."""
+        assert self.total is not None
+        variance = self.square - float(self.total @ self.total) / self.n_tokens
+        return variance if variance > ROUNDING * self.square else 0.0
+
+
+class _Of:
+    """Sums over tokens of one dictionary."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.sae, self.error, self.active, self.covered = sae, 0.0, 0, 0
+        self.fired = torch.zeros(int(sae.cfg.d_sae), dtype=torch.bool)
+        self.cosines: list[Tensor] = []
+        self.kl: list[NDArray[np.float64]] = []
+
+    def add(self, x: Tensor, rebuilt: Tensor, activations: Tensor, cosines: Tensor, kl: NDArray[np.float64]) -> None:
+        on = (activations > 0).cpu()
+        self.error += float((x - rebuilt).double().square().sum())
+        self.active += int(on.sum())
+        self.covered += int(on.any(1).sum())
+        self.fired |= on.any(0)
+        self.cosines.append(cosines.cpu())
+        self.kl.append(kl)
+
+    def quality(self, target: HookTarget, reference: _Target) -> DictionaryQuality:
+        n, variance, cosines = reference.n_tokens, reference.variance, torch.cat(self.cosines)
+        means = [np.array([each.mean() for each in kl]) for kl in (self.kl, reference.deleted, reference.itself)]
+        sequences, floor = np.arange(len(self.kl)), float(means[2].mean())
+        recovered = recovered_share(means[0], means[1], sequences) if means[1].mean() > floor else None
+        return DictionaryQuality(
+            target=target,
+            n_sequences=len(self.kl),
+            n_tokens=n,
+            explained=1 - self.error / variance if variance else None,
+            l0=self.active / n,
+            alive=float(self.fired.float().mean()),
+            coverage=self.covered / n,
+            cosine=float(cosines.mean()) if len(cosines) else None,
+            start_cosine=start_cosine(self.sae),
+            deleted=estimate(means[1], sequences),
+            floor=floor,
+            recovered=recovered,
+        )
+
+
+def start_cosine(sae: SAE) -> float | None:
+    """Median cosine of an atom with its own start, from a dictionary in training or from what its export kept."""
+    return sae.start_cosine() if isinstance(sae, MatrixTrainingSAE) else sae.cfg.metadata.start_cosine

@@ -1,0 +1,119 @@
+"""What is read of an edited run: divergences, log-probabilities, bits. Each readout gives one value per trial.
+
+`Lab.read` calls a readout with the logits of a batch (`lab.EditedRows`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from writesae.experiment.lab import EditedRows, Readout
+
+_BLOCK_FLOATS = 16_000_000
+"""Logits widened at once: 128 MB in float64."""
+
+
+class Divergences(NamedTuple):
+    """Per row and position, in nats. Exactly 0 where both distributions are equal."""
+
+    forward: Tensor
+    """[N,P] KL(native || edited), the headline direction."""
+    reverse: Tensor
+    """[N,P] KL(edited || native)."""
+
+
+def divergences(native: Tensor, positions: Tensor, edited: Tensor) -> Divergences:
+    """Both KL divergences of next-token distributions at some positions of edited runs of one sequence.
+
+    Computed in float64 (float32 where the device has none) block by block, so that memory beyond the inputs stays about
+    0.5 GB at any vocabulary. Rounding can leave a divergence of -1e-16; it is returned as 0.
+
+    Args:
+        native: [T,vocab] logits of the plain run.
+        positions: [N,P] where in the sequence; what rows share is widened once.
+        edited: [N,P,vocab] logits of edited run n at positions[n].
+    """
+    wide = torch.float32 if edited.device.type == "mps" else torch.float64
+    distinct, which = positions.unique(return_inverse=True)
+    log_native = native[distinct].to(wide).log_softmax(-1)
+    share_native = log_native.exp()
+    which, rows = which.flatten(), edited.flatten(0, 1)
+    forward, reverse = (torch.empty(len(rows), dtype=wide) for _ in range(2))
+    step = max(1, _BLOCK_FLOATS // edited.shape[-1])
+    for i in range(0, len(rows), step):
+        at, log_edited = which[i : i + step], rows[i : i + step].to(wide).log_softmax(-1)
+        gap = log_native[at] - log_edited
+        forward[i : i + step] = torch.linalg.vecdot(share_native[at], gap).cpu()
+        reverse[i : i + step] = -torch.linalg.vecdot(log_edited.exp_(), gap).cpu()
+    return Divergences(forward.clamp_min(0).view(positions.shape), reverse.clamp_min(0).view(positions.shape))
+
+
+KL_METRICS: tuple[str, ...] = tuple(
+    f"{direction}kl_{where}" for direction in ("", "reverse_") for where in ("window", "at", "next", "last")
+)
+"""Columns of `kl_metrics`. "reverse" is KL(edited || native)."""
+
+
+def kl_metrics(horizon: int, to_end: bool = False) -> Readout:
+    """KL at t, at t + 1, the mean over t..t+horizon, and at the last token of the sequence, in both directions.
+
+    Args:
+        to_end: the trials are run to the end of the sequence. Otherwise the values at the last token are NaN.
+    """
+    width = horizon + 1
+
+    def read(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
+        looked_at = torch.tensor([trial.position for trial in rows.trials])[:, None] + torch.arange(width)
+        if to_end:
+            looked_at = torch.cat([looked_at, torch.full((len(rows.trials), 1), len(rows.native) - 1)], 1)
+        looked_at = looked_at.to(rows.logits.device)
+        each = torch.arange(len(rows.trials), device=looked_at.device)[:, None]
+        both = divergences(rows.native, looked_at, rows.logits[each, looked_at - rows.start])
+        values: dict[str, NDArray[np.float64]] = {}
+        for prefix, kl in (("", both.forward), ("reverse_", both.reverse)):
+            values[f"{prefix}kl_window"] = kl[:, :width].mean(1).numpy()
+            values[f"{prefix}kl_at"], values[f"{prefix}kl_next"] = kl[:, 0].numpy(), kl[:, 1].numpy()
+            values[f"{prefix}kl_last"] = (kl[:, -1] if to_end else torch.full_like(kl[:, 0], torch.nan)).numpy()
+        return values
+
+    return read
+
+
+def kl_window(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
+    """`kl`: KL(native || edited) in nats, mean over the window; `kl_at`: at its first token."""
+    kl = divergences(rows.native, rows.positions, rows.window).forward
+    return {"kl": kl.mean(1).numpy(), "kl_at": kl[:, 0].numpy()}
+
+
+def native_log_prob(rows: EditedRows) -> Tensor:
+    """Mean over the window of log p without edits: [n,vocab], float32, nats."""
+    return rows.native_window.float().log_softmax(-1).mean(1)
+
+
+def log_prob_change(rows: EditedRows) -> Tensor:
+    """Mean over the window of log p(edited) - log p(native): [n,vocab], float32, nats."""
+    return rows.window.float().log_softmax(-1).mean(1) - native_log_prob(rows)
+
+
+def bits(logits: Tensor, tokens: Tensor) -> float:
+    """Mean of -log2 p(next token) over a sequence: logits [T,vocab], tokens [T]."""
+    loss = torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[1:].to(logits.device))
+    return float(loss) / math.log(2)
+
+
+def added_bits(tokens: Tensor) -> Readout:
+    """`bits`: bits per token of the whole sequence `tokens` [T], more than without edits. Runs must go to the end."""
+
+    def read(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
+        plain = bits(rows.native, tokens)
+        head = rows.native[: rows.start]
+        return {"bits": np.array([bits(torch.cat([head, logits]), tokens) - plain for logits in rows.logits])}
+
+    return read

@@ -1,0 +1,157 @@
+"""`writesae reproduce`: checks, the estimate, the texts; then this process becomes Snakemake."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import importlib.util
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from sae_lens_writesae.files import check_writable
+from writesae.cli import parse
+from writesae.dictionaries import check_text
+from writesae.reproduce.config import SMALL, ReproduceConfig
+from writesae.reproduce.texts import write_texts
+
+if TYPE_CHECKING:
+    from hookpoints import HookedRecurrent
+
+Say = Callable[[str], object]
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduce:
+    """Run the paper's whole table: train every dictionary, evaluate each, write one report.
+
+    The estimate is printed, then Snakemake (the extra `protocol`) runs the steps. The same command goes on where it was
+    stopped or killed. What follows `--` is given to Snakemake: `-- --dry-run`, `-- --cores 8`."""
+
+    config: tyro.conf.OmitArgPrefixes[ReproduceConfig] = field(default_factory=ReproduceConfig)
+    out: Path = Path("writesae-out/reproduce")
+    """Folder of the run; the same folder goes on where it stopped."""
+    small: bool = False
+    """Small numbers, for a trial on a laptop. Flags that are given win over them."""
+    estimate: bool = False
+    """Say what the run will cost, and stop."""
+    profile: str | None = None
+    """Where it runs: laptop, gpu, gpus, slurm, or a folder with a profile of Snakemake. By default what this machine
+    has."""
+    unlock: bool = False
+    """The run was stopped on another machine, and nothing of it runs there any more."""
+    snakemake: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_arguments(cls, arguments: Sequence[str]) -> Reproduce:
+        """The command line as a value; with `--small`, small numbers are the defaults."""
+        own = list(itertools.takewhile(lambda word: word != "--", arguments))
+        default = cls(config=SMALL) if "--small" in own else cls()
+        command = parse(cls, "writesae reproduce", own, default)
+        return dataclasses.replace(command, snakemake=tuple(arguments[len(own) + 1 :]))
+
+    def run(self, say: Say = print) -> None:
+        """Check, print the estimate, and become Snakemake: this call does not return, unless only the estimate was
+        asked for.
+
+        Raises:
+            ValueError: the run cannot be done, another process does it, the folder holds a run with other settings, the
+                disk is too small, or Snakemake is not installed; before anything is written.
+        """
+        check_writable(self.out)
+        from hookpoints import HookedRecurrent
+        from writesae.evaluate import EvalAll, Subjects
+        from writesae.reproduce.estimate import estimate
+        from writesae.reproduce.gpus import VARIABLE, visible
+
+        EvalAll(subjects=Subjects(saes=()), kinds=self.config.evaluations, set=self.config.set).evaluations()
+        check_text(self.config.model, self.config.dataset)
+        gpus = visible()
+        profile = profile_folder(self.profile or ("gpus" if len(gpus) > 1 else "gpu" if gpus else "laptop"))
+        if not self.estimate and importlib.util.find_spec("snakemake") is None:
+            raise ValueError('the protocol runs on Snakemake: pip install "sae-lens-writesae[protocol]"')
+        model = HookedRecurrent.from_pretrained(self.config.model, dtype=self.config.dtype)
+        config = for_model(self.config, model)
+        cost = estimate(config, self.out, model)
+        say("\n".join(cost.lines()))
+        cost.check()
+        if self.estimate:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        own_run(self.out, unlock=self.unlock)
+        config.keep_in(self.out)
+        write_texts(config, self.out / "texts", model)
+        engine = [sys.executable, "-m", "snakemake", "--snakefile", str(_HERE / "Snakefile")]
+        engine += ["--directory", str(self.out)]
+        if list((self.out / ".snakemake" / "locks").glob("*")):  # of a process that is dead: this one owns the run
+            subprocess.run([*engine, "--unlock"], check=True, capture_output=True)
+        call = [*engine, "--profile", str(profile)]
+        if profile.name == "gpus":
+            os.environ[VARIABLE] = ",".join(gpus)
+            call += ["--resources", f"gpu={len(gpus)}"]
+        sys.stdout.flush()
+        os.execv(sys.executable, [*call, *self.snakemake])
+
+
+def profile_folder(name: str) -> Path:
+    """The folder of a profile. ValueError where there is none."""
+    folder = next((each for each in (_HERE / "profiles" / name, Path(name)) if each.is_dir()), None)
+    if folder is None:
+        known = ", ".join(sorted(each.name for each in (_HERE / "profiles").iterdir()))
+        raise ValueError(f"there is no profile {name!r}: it is one of {known}, or a folder with a config.yaml")
+    return folder.resolve()
+
+
+def for_model(config: ReproduceConfig, model: HookedRecurrent) -> ReproduceConfig:
+    """The config with layers and heads of this model, and with paths that hold in any folder.
+
+    Raises:
+        UnsupportedModelError, UnknownHookError: a head that is not there.
+    """
+    from sae_lens_writesae.sae.target import head_target
+
+    depths = sorted(depth / 24 * model.cfg.n_layers for depth in (9, 1, 17)[: config.n_layers])
+    nearest = [min(model.cfg.recurrent_layers, key=lambda layer: abs(layer - depth)) for depth in depths]
+    layers = config.layers or tuple(dict.fromkeys(nearest))
+    heads = config.heads or (min(model.cfg.layer(layer).H for layer in layers) // 4,)
+    for layer, head in itertools.product(layers, heads):
+        head_target(model, layer, head)
+    name = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+    return dataclasses.replace(config, model=name, layers=layers, heads=heads)
+
+
+def own_run(folder: Path, *, unlock: bool = False) -> None:
+    """Make this process, and what it becomes, the owner of a run; the operating system frees a run whose owner dies.
+
+    Raises:
+        ValueError: its owner lives, or was on another machine, of which this one cannot tell.
+        OSError: `.owner` is a link, which could lead to a file of another folder, or cannot be written.
+    """
+    file = os.open(folder / ".owner", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    owner, here = os.read(file, 1000).decode(), socket.gethostname()
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if owner and json.loads(owner)["host"] != here and not unlock:
+            raise ValueError(
+                f"{folder} was worked on by another machine: {owner}. If nothing of that run lives there, give --unlock"
+            )
+    except BlockingIOError:
+        os.close(file)
+        raise ValueError(f"{folder} is being worked on by another process: {owner}") from None
+    except ValueError:
+        os.close(file)
+        raise
+    os.ftruncate(file, 0)
+    os.pwrite(file, json.dumps({"host": here, "pid": os.getpid()}).encode(), 0)
+    os.set_inheritable(file, True)

@@ -1,0 +1,135 @@
+"""What a full run of the protocol covers. Every field is in the run's `config.json`, which the workflow reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import cast
+
+from sae_lens_writesae.files import keep_settings
+from writesae.choices import MATCHED, DictionaryName, Dtype, Loss, Target, at_least
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """A run over `layers` x `heads` of one model; the other defaults are the paper's sizes (Qwen3.5-0.8B)."""
+
+    model: str = "embedded"
+    """Model on the hub, a folder, or one that ships with the package."""
+    layers: tuple[int, ...] = ()
+    """Recurrent layers. By default `n_layers` at the depths of the paper's (9, 1 and 17 of 24)."""
+    n_layers: int = 3
+    """How many layers, where none is named."""
+    heads: tuple[int, ...] = ()
+    """Heads of every layer. By default one, the paper's in proportion (4 of 16)."""
+    targets: tuple[Target, ...] = ("write", "state")
+    """What dictionaries are trained on, side by side. The first one is looked at most closely."""
+    losses: tuple[Loss, ...] = ("reads", "write")
+    """Further dictionaries of states, whose loss mixes in what queries read, or atoms' alignment with writes; for the
+    comparison of objectives. None is trained where states are no target."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the first target's dictionaries; other targets take the first seed."""
+    variants: tuple[str, ...] = (
+        "FlatSAE",
+        MATCHED,
+        "MatrixSAE",
+        "BilinearFlatSAE",
+        "TiedSAE",
+        "WriteSAE-rank2",
+        "WriteSAE-rank4",
+    )
+    """Further dictionaries of the first target, for the baselines: of `sae_lens_writesae.VARIANTS`, and
+    FlatSAE-matched, a flat SAE with as many parameters as the WriteSAE has."""
+    variant_seeds: int = 2
+    """Seeds of each variant, the first of `seeds`: the paper's comparison of architectures (table 7) is over seeds."""
+    evaluations: tuple[str, ...] = ()
+    """Kinds of evaluations; by default all of them."""
+    control_dictionaries: bool = False
+    """Evaluate an untrained dictionary and one of native writes beside each: three times the work."""
+    set: tuple[str, ...] = ()
+    """Settings of evaluations, as FIELD=VALUE or KIND.FIELD=VALUE."""
+    architecture: str = "writesae_batchtopk"
+    """Architecture of the dictionaries, as SAELens names it."""
+    d_sae: int = 2048
+    """Atoms of a dictionary."""
+    k: int = 32
+    """Active atoms per token."""
+    training_tokens: int = 5_000_000
+    """Tokens that each dictionary is trained on."""
+    train_batch_size_tokens: int = 4096
+    """Rows of an optimizer step."""
+    lr: float = 3e-4
+    """Learning rate of Adam."""
+    context_size: int = 1024
+    """Tokens per sequence."""
+    dataset: str | None = None
+    """Dataset on the hub with a `text` column, or a folder of one; by default the held-out text of this package, which
+    is enough for the models that ship with it."""
+    eval_sequences: int = 200
+    """Sequences of `context_size` tokens that no dictionary is trained on."""
+    n_atoms: int = 100
+    """Atoms that an evaluation draws."""
+    firings_per_atom: int = 10
+    """Firings of each."""
+    dtype: Dtype = "float32"
+    """The model's dtype."""
+    dashboards: int = 50
+    """Atoms of the first dictionary of each head that get a page; 0: none."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "heads", "targets", "losses", "seeds", "variants"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} are named once each, found {list(values)}")
+        if not self.targets or not self.seeds:
+            raise ValueError("targets and seeds name at least one each")
+        if "mse" in self.losses:
+            raise ValueError("losses are those beside mse, which is always trained for")
+        if not 1 <= self.n_layers <= 3:
+            raise ValueError(f"n_layers must be 1, 2 or 3, found {self.n_layers}; name layers to have others")
+        sizes = ("d_sae", "k", "training_tokens", "train_batch_size_tokens", "context_size", "eval_sequences")
+        at_least(self, dict.fromkeys((*sizes, "variant_seeds", "n_atoms", "firings_per_atom"), 1))
+        at_least(self, {"dashboards": 0, "seeds": 0})
+        self.dictionaries()
+
+    def dictionaries(self) -> dict[str, list[str]]:
+        """Names of the dictionaries of a head, by target. The first of each target is the plain one."""
+        main, seed = self.targets[0], self.seeds[0]
+        names = {target: [DictionaryName(target, seed=seed)] for target in self.targets}
+        names[main] += [DictionaryName(main, seed=other) for other in self.seeds[1:]]
+        each_seed = self.seeds[: self.variant_seeds]
+        names[main] += [DictionaryName(main, variant=v, seed=one) for v in self.variants for one in each_seed]
+        if "state" in self.targets:
+            names["state"] += [DictionaryName("state", loss, seed=seed) for loss in self.losses]
+        return {target: [str(DictionaryName.parse(str(name))) for name in each] for target, each in names.items()}
+
+    def keep_in(self, folder: Path) -> None:
+        """Write `config.json`, or compare with the one that is there.
+
+        Raises:
+            ValueError: the folder holds a run with other settings; names them. Nothing is overwritten.
+        """
+        keep_settings(folder, asdict(self) | {"dictionaries": self.dictionaries()})
+
+    @classmethod
+    def load(cls, file: Path) -> ReproduceConfig:
+        """Read what `keep_in` wrote."""
+        there = json.loads(file.read_text(encoding="utf-8"))
+        values = {f.name: tuple(v) if isinstance(v := there[f.name], list) else v for f in fields(cls)}
+        return cls(**cast(dict, values))
+
+
+SMALL = ReproduceConfig(
+    n_layers=1,
+    variant_seeds=1,
+    d_sae=256,
+    k=16,
+    training_tokens=40_000,
+    context_size=64,
+    eval_sequences=32,
+    n_atoms=24,
+    firings_per_atom=3,
+    train_batch_size_tokens=256,
+)
+"""Numbers for a trial on a laptop: minutes instead of a day."""

@@ -1,0 +1,181 @@
+"""Dictionaries of a world: oracles, whose atoms are the planted ones, and those that learned nothing of it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+
+import torch
+from sae_lens.saes.sae import SAEMetadata
+from torch.nn.functional import normalize
+
+from hookpoints import embedded
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.sae.load import load_sae
+from sae_lens_writesae.sae.runner import quiet, text_dataset, train, training_config
+from sae_lens_writesae.sae.topk import WriteTopKSAE, WriteTopKSAEConfig
+from writesae.selftest.worlds import World, generator, sizes
+
+D_SAE = 64
+"""Atoms of a dictionary that learned nothing."""
+
+Dictionaries = Mapping[str, WriteTopKSAE]
+"""Dictionaries by label; the label of a single one is empty."""
+
+
+def dictionary(
+    world: World,
+    atoms: LowRank,
+    k: int = 1,
+    *,
+    encoder: LowRank | None = None,
+    target: str = "write",
+    flat: bool = False,
+    silent: int = 0,
+) -> WriteTopKSAE:
+    """At each token the k atoms with the largest inner products with what is read, if these are positive.
+
+    Args:
+        atoms: F matrices of rank R, as they are written at activation 1.
+        encoder: what activations are inner products with; by default the atoms.
+        target: hook that is read, write or state.
+        flat: keep the same atoms as dense matrices (a FlatSAE).
+        silent: so many atoms, the last ones, never fire.
+    """
+    (d_k, d_v), read = sizes(world), atoms if encoder is None else encoder
+    kinds = {"encoder": "dense", "decoder": "flat"} if flat else {"rank": atoms.rank}
+    cfg = WriteTopKSAEConfig(
+        **{"d_in": d_k * d_v, "d_k": d_k, "d_sae": len(atoms), "k": k, **kinds},
+        rescale_acts_by_decoder_norm=False,
+        metadata=SAEMetadata(hook_name=world.hook.replace("write", target), model_name=world.model.cfg.model_name),
+    )
+    sae = WriteTopKSAE(cfg)
+    factors = {"v": atoms.keys, "w": atoms.values, "v_enc": read.keys, "w_enc": read.values}
+    dense = {"decoder_matrix": atoms.dense().flatten(1), "encoder_matrix": read.dense().flatten(1).T}
+    with torch.no_grad():
+        for name, value in (dense if flat else factors).items():
+            getattr(sae, name).copy_(value)
+        sae.b_enc[len(atoms) - silent :] = -1e6
+    return sae
+
+
+def planted_atoms(world: World) -> LowRank:
+    """The matrices that the head of a world writes; ValueError where there are none."""
+    if world.atoms is None:
+        raise ValueError("nothing is planted in this world")
+    return world.atoms
+
+
+def random_atoms(world: World, n: int = D_SAE, rank: int = 1, seed: int = 7) -> LowRank:
+    """Gaussian atoms at unit norm: an untrained dictionary."""
+    k, v = sizes(world)
+    atoms = LowRank(torch.empty(n, rank, k), torch.empty(n, rank, v)).random_like(generator(seed))
+    return atoms.with_norm(torch.ones(n))
+
+
+def blurred_atoms(world: World, seed: int, size: float) -> LowRank:
+    """The planted atoms in random order, each side with noise of `size` of its norm."""
+    own = planted_atoms(world)
+    noise = random_atoms(world, len(own), seed=seed)
+    order = torch.randperm(len(own), generator=generator(seed))
+    sides = [
+        normalize(a, dim=-1) + size * normalize(b, dim=-1)
+        for a, b in zip((own.keys, own.values), (noise.keys, noise.values))
+    ]
+    return LowRank(*sides).with_norm(torch.ones(len(own))).rows(order)
+
+
+# ---------------------------------------------------------------------------------------------- one dictionary
+
+
+def oracle(world: World, k: int = 1) -> WriteTopKSAE:
+    """The planted atoms, k of them active at a token."""
+    return dictionary(world, planted_atoms(world), k)
+
+
+def untrained(world: World, k: int = 1) -> WriteTopKSAE:
+    """Random atoms, of which TopK takes those that fit best: what a dictionary is before training."""
+    # `sae.controls.untrained` makes the same of a trained dictionary; here there is none to begin with.
+    return dictionary(world, random_atoms(world), k)
+
+
+def two_kinds(world: World, *, wrong: bool = False) -> WriteTopKSAE:
+    """Every other atom is a planted one whose value side is mixed with that of another, at a cosine of about 0.9. The
+    rest write what is read of the planted ones, at a cosine near 0; or `wrong`: random matrices."""
+    own = planted_atoms(world)
+    read = own if world.read is None else world.read
+    other = random_atoms(world, len(own), seed=10) if wrong else read
+    odd = (torch.arange(len(own)) % 2 == 1)[:, None, None]
+    mixed = own.values + torch.linspace(0.3, 0.6, len(own))[:, None, None] * normalize(read.values.roll(2, 0), dim=-1)
+    atoms = LowRank(torch.where(odd, other.keys, own.keys), torch.where(odd, other.values, mixed))
+    return dictionary(world, atoms, encoder=own)
+
+
+def trained(world: World) -> WriteTopKSAE:
+    """A dictionary that SAELens' runner trained in this world: one atom a token, small batches, half a minute."""
+    cfg = training_config(
+        world.model,
+        world.layer,
+        world.head,
+        architecture="writesae_topk",
+        d_sae=D_SAE,
+        sae={"k": 1},
+        training_tokens=50_000,
+        context_size=128,
+        store_batch_size_prompts=16,
+        n_batches_in_buffer=16,
+        train_batch_size_tokens=128,
+        lr=3e-3,
+        lr_warm_up_steps=20,
+        dead_feature_window=100,
+        seed=0,
+        verbose=False,
+    )
+    with quiet(), torch.enable_grad(), tempfile.TemporaryDirectory() as folder:
+        train(cfg, world.model, text_dataset(embedded.text("train"))).save_inference_model(folder)
+        sae = load_sae(folder)
+    assert isinstance(sae, WriteTopKSAE)
+    return sae
+
+
+# ---------------------------------------------------------------------------------------------- several
+
+
+def seeds(make: Callable[[int], LowRank], world: World) -> Dictionaries:
+    """Two dictionaries with atoms of two seeds."""
+    return {name: dictionary(world, make(seed)) for name, seed in (("a", 21), ("b", 22))}
+
+
+DICTIONARIES: dict[str, Callable[[World], WriteTopKSAE | Dictionaries]] = {
+    "oracle": oracle,
+    "oracle, k 3": lambda world: oracle(world, 3),
+    "blurred": lambda world: dictionary(world, blurred_atoms(world, 23, 0.05)),
+    "trained": trained,
+    "untrained": untrained,
+    "untrained, k 3": lambda world: untrained(world, 3),
+    "two kinds": two_kinds,
+    "half wrong": lambda world: two_kinds(world, wrong=True),
+    "seeds: the same atoms": lambda world: seeds(lambda seed: blurred_atoms(world, seed, 0.1), world),
+    "seeds: atoms alike": lambda world: seeds(lambda seed: blurred_atoms(world, seed, 0.6), world),
+    "seeds: untrained": lambda world: seeds(lambda seed: random_atoms(world, seed=seed), world),
+    "oracle of writes, untrained on states": lambda world: {
+        "write": oracle(world),
+        "state": dictionary(world, random_atoms(world, 32), target="state"),
+    },
+    "untrained on writes and states": lambda world: {
+        "write": dictionary(world, random_atoms(world, 32)),
+        "state": dictionary(world, random_atoms(world, 32, seed=8), target="state"),
+    },
+    "oracle, flat untrained, rank 2": lambda world: {
+        "WriteSAE": oracle(world),
+        "FlatSAE": dictionary(world, random_atoms(world, 32), flat=True, silent=16),
+        "rank 2": dictionary(world, LowRank.cat([planted_atoms(world), random_atoms(world, 32) * 1e-3])),
+    },
+    "oracle beside an untrained one": lambda world: {"oracle": oracle(world), "untrained": untrained(world)},
+    "oracle, flat oracle, rank 2 untrained": lambda world: {
+        "WriteSAE": oracle(world),
+        "FlatSAE": dictionary(world, planted_atoms(world), flat=True),
+        "rank 2": dictionary(world, random_atoms(world, 32, 2)),
+    },
+}
+"""Every dictionary, or set of dictionaries, by its name."""

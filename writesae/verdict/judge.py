@@ -1,0 +1,177 @@
+"""The only ladder of verdicts. Every evaluation says what it measured, against what; `judge` says what that means.
+
+The rungs, in order:
+
+1. *inconclusive*: there are too few units for an interval (`MIN_CLUSTERS`, `MIN_OBSERVATIONS`).
+2. *below the floor*: the typical size of what is measured is not above what rounding alone moves.
+3. *fails*: the interval of the effect does not lie beyond chance. Where the interval holds both chance and an effect
+   that would matter (`relevant`), the data cannot tell, and the outcome is *inconclusive* instead; so it is where all
+   units are alike, which leaves no interval, and the rule of three does not exclude a share that would matter. An
+   effect that has to be `large` must lie beyond `relevant` itself: it fails where it is shown to be smaller, and is
+   *inconclusive* where its interval holds `relevant`.
+4. *confounded*: a control that contains none of the atom's information does at least as well. *undecided*: the effect
+   is not shown to exceed a control, and the control is not shown to match it.
+5. *holds*.
+
+An outcome is about the measured dictionary and text; `verdict.paper` says what the paper claims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from writesae.verdict.paper import Outcome
+from writesae.verdict.statistics import Estimate, detectable
+
+MIN_CLUSTERS = 5
+"""Independent units (sequences, atoms, prompts) below which no interval is trusted: over 4 clusters the one of a
+mean covers a normal sample's in fewer than 90 of 100 cases."""
+MIN_OBSERVATIONS = 20
+"""Observations below which no outcome is reported."""
+FEW_CLUSTERS = 20
+"""Independent units below which a "fails" says how few there were."""
+_UNSEEN = 3.0
+"""Rule of three: what none of n units shows may be found, by the end of its 95 % interval, in 3 / n of all units."""
+_ROUNDING = 1e-9
+"""A difference from a control that is no larger is one of rounding."""
+
+
+class Against(NamedTuple):
+    """One control, as the effect's rival."""
+
+    contrast: Estimate
+    """Effect against control, pair by pair: a difference (chance 0) or a win rate (chance 1/2)."""
+    own: Estimate | None = None
+    """What the control itself reaches; a control that does not beat chance by itself cannot confound. None: any control
+    that is not beaten counts."""
+    chance: float = 0.0
+    """Value of `contrast` that says "no difference"."""
+
+
+class Verdict(NamedTuple):
+    """What became of one claim."""
+
+    outcome: Outcome
+    sentence: str
+    unbeaten_controls: tuple[str, ...] = ()
+    """Controls that the effect is not shown to exceed, the strongest first."""
+
+
+def judge(
+    effect: Estimate,
+    against: Mapping[str, Against] | None = None,
+    *,
+    typical: float | None = None,
+    floor: float = 0.0,
+    chance: float = 0.0,
+    less: bool = False,
+    relevant: float = 0.0,
+    large: bool = False,
+    what: str = "the effect",
+) -> Verdict:
+    """Judge one effect by the rungs above.
+
+    Args:
+        effect: the headline estimate with its 95 % interval.
+        against: controls by the name that a reader should see.
+        typical: typical size of what is measured (a median deletion effect, say), in the units of `floor`. None: there
+            is no floor.
+        floor: what a no-op moves, measured in the same run.
+        chance: value of `effect` that says "nothing".
+        less: the effect lies below chance where the claim holds (a log-probability that falls).
+        relevant: distance from chance from which on an effect matters. Also the margin by which a
+            control may be worse and still count as equal.
+        large: the effect must lie beyond `relevant`, not only beyond chance.
+        what: the effect as the subject of a sentence.
+
+    Returns: outcome, one sentence, and the controls that the effect is not shown to exceed.
+    """
+    if (reason := too_little(effect)) is not None:
+        return Verdict("inconclusive", reason)
+    if typical is not None and not typical > floor:
+        return Verdict(
+            "below the floor", f"The typical size, {typical:.2g}, is no larger than what a no-op moves, {floor:.2g}."
+        )
+    sign = -1.0 if less else 1.0
+    low, high = sorted((sign * (effect.low - chance), sign * (effect.high - chance)))
+    far, side = chance + sign * relevant, "below" if less else "above"
+    if not low > (relevant if large else 0):
+        if low == high and 0 < relevant < high + _UNSEEN / effect.n_clusters:
+            return Verdict("inconclusive", f"{_alike(effect)} An effect of {relevant:g} could be missed so.")
+        if relevant and high > relevant:
+            small = f"an effect short of {far:g}" if large and low > 0 else f"chance ({chance:g})"
+            return Verdict(
+                "inconclusive", f"The interval of {what} contains both {small} and one that matters ({far:g})."
+            )
+        small = f"lies {side} {chance:g}, but does not reach {far:g}, from which on it matters"
+        missed = small if low > 0 else f"does not lie {side} {chance:g}"
+        seen = "" if low > 0 else f" {_seen(effect, chance, sign)}"
+        return Verdict("fails", f"The interval of {what} {missed}.{seen}")
+    unbeaten, equal = _unbeaten(against or {}, sign, chance, relevant)
+    if equal:
+        rest = tuple(name for name in unbeaten if name not in equal)
+        more = f" Not beaten, perhaps worse: {_listed(rest)}." if rest else ""
+        return Verdict("confounded", f"Not beaten, and not shown to be worse: {_listed(equal)}.{more}", unbeaten)
+    if unbeaten:
+        return Verdict("undecided", f"The data do not tell {what} from {_listed(unbeaten)}.", unbeaten)
+    reached = f"The interval of {what} lies " + (f"{side} {far:g}" if large else f"beyond chance ({chance:g})")
+    return Verdict(
+        "holds", f"{reached}, and every control is beaten." if against else f"{reached}; no control was run."
+    )
+
+
+def too_little(effect: Estimate) -> str | None:
+    """Why no verdict can be given, or None: an interval needs `MIN_CLUSTERS` units and `MIN_OBSERVATIONS` values."""
+    if effect.n_clusters < MIN_CLUSTERS or effect.n < MIN_OBSERVATIONS:
+        return (
+            f"Too little data: {effect.n} observations in {effect.n_clusters} independent units; a verdict needs "
+            f"{MIN_OBSERVATIONS} in {MIN_CLUSTERS}."
+        )
+    if not (effect.low <= effect.high):  # NaN
+        return "Too little data: no interval can be formed."
+    return None
+
+
+def _unbeaten(
+    against: Mapping[str, Against], sign: float, chance: float, margin: float
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Controls that the effect is not shown to exceed, and those of them that are not shown to be worse."""
+    unbeaten: list[tuple[float, str]] = []
+    equal: list[str] = []
+    for name, control in against.items():
+        low, high = sorted(
+            (sign * (control.contrast.low - control.chance), sign * (control.contrast.high - control.chance))
+        )
+        if low > _ROUNDING:
+            continue
+        if (
+            control.own is not None
+            and not min(sign * (control.own.low - chance), sign * (control.own.high - chance)) > 0
+        ):
+            continue
+        unbeaten.append((sign * (control.contrast.mean - control.chance), name))
+        if high <= margin:
+            equal.append(name)
+    unbeaten.sort()
+    return tuple(name for _, name in unbeaten), tuple(name for _, name in unbeaten if name in equal)
+
+
+def _seen(effect: Estimate, chance: float, sign: float) -> str:
+    """What this sample could have seen, beside a "fails"."""
+    if effect.low == effect.high:
+        return _alike(effect)
+    few = f" The interval is over {effect.n_clusters} units only." * (effect.n_clusters < FEW_CLUSTERS)
+    size = detectable(effect, chance)
+    if size > 1:  # rates, shares and ratios do not reach so far
+        return f"Samples like this one find no value reliably.{few}"
+    return f"A true value of {chance + sign * size:.2g} would be found in four of five samples like this one.{few}"
+
+
+def _alike(effect: Estimate) -> str:
+    share = _UNSEEN / effect.n_clusters
+    return f"All {effect.n_clusters} units have the same value; up to {share:.2g} of all such units may have another."
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
