@@ -71,15 +71,15 @@ PARTS = (
     Part(
         "table 5, figure 8",
         "partition by sparsity rule",
-        "writesae sweep --architecture writesae_batchtopk writesae_jumprelu --k 32 --evaluation partition",
-        "sweep.csv, columns registers, bundles, dead, register_cosine, l0",
+        "writesae eval partition batchtopk",
+        "a dictionary of each rule from `writesae train --architecture`; claim 6",
     ),
     Part("table 6", "rank-1 atoms and flat SAEs", "writesae eval baselines bilinear flat", "claim 15"),
     Part(
         "table 7",
         "reconstruction by architecture, over seeds",
-        "writesae sweep --variant FlatSAE MatrixSAE WriteSAE BilinearFlatSAE TiedSAE --seed 0 1 2 --k 32",
-        "sweep.csv, column explained; `reproduce` trains the same variants with two seeds (table `variants`)",
+        "writesae train --model embedded --layer 2 --head 1 --variants FlatSAE MatrixSAE WriteSAE BilinearFlatSAE TiedSAE --seeds 0 1 2 --k 32",
+        "metadata of each; `reproduce` trains the same variants with two seeds (table `variants`)",
     ),
     Part(
         "tables 8 to 10",
@@ -105,8 +105,8 @@ PARTS = (
     Part(
         "table 15, k",
         "partition and substitution by k",
-        "writesae sweep --k 16 32 64 --d-sae 2048",
-        "sweep.csv and sweep.html",
+        "writesae train --model embedded --layer 2 --head 1 --k 16",
+        "`reproduce/sweep.smk` runs a grid",
     ),
     Part("table 16", "seeds", "writesae eval seeds seed-0 seed-1 seed-2", "claim 20"),
     Part("table 17", "top-1 flips by class", "", "not built: a further readout of the substitution test"),
@@ -126,9 +126,8 @@ PARTS = (
     Part(
         "figure 12",
         "ladder of model sizes",
-        "writesae sweep --model Qwen/Qwen3.5-0.8B Qwen/Qwen3.5-4B --layer 9 12 --head 4 8 --k 32 --d-sae 2048 "
-        "--dataset my-texts",
-        "sweep.csv, columns registers and register_cosine; needs the models",
+        "writesae train --model Qwen/Qwen3.5-4B --layer 12 --head 8 --k 32 --dataset my-texts",
+        "once for each model, then `partition`; needs the models",
     ),
     Part("figure 14", "where deletion wins", "writesae eval substitution my-sae", "figure by quartile of the deletion"),
     Part("3.4", "first component of the writes", "writesae eval partition my-sae", "claim 26, column pca"),
@@ -139,7 +138,12 @@ PARTS = (
         "left out: a probe reads a class off the state and writes nothing, so that it has no place in a test of "
         "writes; which token an atom's firings mark is measured by `amplify` and `baselines` (own tokens)",
     ),
-    Part("B", "gated SAE (fails)", "writesae sweep --architecture writesae_gated --k 32", "another gate: see its docs"),
+    Part(
+        "B",
+        "gated SAE (fails)",
+        "writesae train --model embedded --layer 2 --head 1 --architecture writesae_gated",
+        "another gate: see its docs",
+    ),
     Part("I.2", "readers", "writesae eval readers my-sae", "its own claim, for heads that can read the atom"),
     Part(
         "I.3",

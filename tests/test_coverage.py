@@ -18,7 +18,6 @@ from writesae import EVALUATIONS  # noqa: E402
 from writesae.cli import COMMANDS, parse  # noqa: E402
 from writesae.dictionaries import Train  # noqa: E402
 from writesae.evaluate import Report, Subjects  # noqa: E402
-from writesae.reproduce.sweep import Sweep  # noqa: E402
 from writesae.show import Show  # noqa: E402
 from writesae.verdict.paper import PAPER_CLAIMS  # noqa: E402
 
@@ -44,7 +43,7 @@ def test_every_command_parses(command: str) -> None:
         parsed = parse(dataclasses.make_dataclass("Eval", fields), "writesae eval", rest)
         assert parsed.subjects.saes and parsed.evaluation.kind == kind  # pyright: ignore
     else:
-        known = {"sweep": Sweep, "report": Report, "show": Show, "train": Train}
+        known = {"report": Report, "show": Show, "train": Train}
         assert isinstance(parse(known[name], f"writesae {name}", arguments), known[name])
 
 

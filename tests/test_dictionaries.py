@@ -56,7 +56,7 @@ def test_wrong_arguments_are_said_before_any_work(changes: dict, word: str) -> N
 
 
 def test_flags_of_saelens_are_told_where_they_belong() -> None:
-    with pytest.raises(ValueError, match="train-saelens"):
+    with pytest.raises(ValueError, match="own runner"):
         Train.from_arguments(["--model_class_name", "HookedRecurrent", "--hook_name", "a"])
     plain = Train.from_arguments(["--model", "embedded", "--layer", "2", "--head", "0", "--target", "write"])
     assert plain == Train(model="embedded", layers=(2,), heads=(0,))

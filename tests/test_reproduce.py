@@ -21,13 +21,12 @@ from safetensors.torch import load_file
 from hookpoints import HookedRecurrent, embedded
 from writesae.cli import main
 from writesae.dictionaries import Train
-from writesae.reproduce import gpus
 from writesae.reproduce.command import Reproduce, for_model, own_run, profile_folder
 from writesae.reproduce.config import SMALL, ReproduceConfig
 from writesae.reproduce.estimate import DiskTooSmallError, Pieces, estimate
 from writesae.reproduce.texts import write_texts
 
-PROFILES = ("laptop", "gpu", "gpus", "slurm")
+PROFILES = ("laptop", "gpu", "slurm")
 TINY = replace(
     SMALL,
     **{"model": "embedded", "layers": (2,), "heads": (0,), "seeds": (0,), "losses": (), "variants": ()},
@@ -190,39 +189,6 @@ def test_of_an_owner_on_another_machine_nothing_is_presumed(tmp_path):
     own_run(tmp_path, unlock=True)
 
 
-TAKE = """
-import sys, time, writesae
-from pathlib import Path
-from writesae.reproduce.gpus import take_gpu
-print(take_gpu(["5", "7"], Path(sys.argv[1])), flush=True)
-time.sleep(600)
-"""
-
-
-def test_steps_take_different_gpus_and_a_dead_one_gives_its_back(tmp_path):
-    steps = []
-
-    def take() -> str:
-        steps.append(subprocess.Popen([sys.executable, "-c", TAKE, str(tmp_path)], stdout=subprocess.PIPE, text=True))
-        return steps[-1].stdout.readline().strip()
-
-    try:
-        assert [take(), take(), take()] == ["5", "7", "5"]  # more steps than GPUs share one
-        steps[1].kill()
-        steps[1].wait()
-        assert take() == "7"
-    finally:
-        for step in steps:
-            step.kill()
-            step.wait()
-            step.stdout.close()
-
-
-def test_visible_gpus_are_those_that_cuda_is_shown(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    assert gpus.visible() == ["2", "3"]
-
-
 # ------------------------------------------------------------------------------------------------ the workflow
 
 
@@ -320,3 +286,17 @@ def test_killed_again_and_again_a_run_ends_as_one_that_was_not(tmp_path):
         ours, theirs = (load_file(each / "L2H0" / name / "sae/sae_weights.safetensors") for each in (out, undisturbed))
         assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
     assert "Nothing to be done" in snakemake(out, "--profile", str(profile_folder("laptop")), "--dry-run")
+
+
+@pytest.mark.slow
+def test_a_sweep_plans_every_point_of_its_grid_once(tmp_path):
+    snakefile = profile_folder("laptop").parents[1] / "sweep.smk"
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--directory", str(tmp_path)]
+    command += ["--cores", "1", "--dry-run", "--configfile", str(tmp_path / "grid.json")]
+    grid = {"model": "embedded", "layer": 2, "head": 1, "k": [1, 4], "seed": [0, 1]}
+    (tmp_path / "grid.json").write_text(json.dumps(grid))
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    counts = dict(line.split() for line in (done.stdout + done.stderr).splitlines() if len(line.split()) == 2)
+    assert {rule: counts[rule] for rule in ("collect", "train", "evaluate")} == dict(
+        collect="1", train="4", evaluate="4"
+    )

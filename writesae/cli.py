@@ -1,7 +1,7 @@
 """The `writesae` command. Each command is a dataclass: its fields are the flags, its docstrings the help (tyro).
 
-A command is imported when it is asked for, and imports torch when it runs, so that help costs nothing; the exception is
-`train-saelens`, whose flags are SAELens'. Settings of a class that needs torch are read off its source.
+A command is imported when it is asked for, and imports torch when it runs, so that help costs nothing. Settings of a
+class that needs torch are read off its source.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -48,17 +47,9 @@ COMMANDS: dict[str, Command] = {
         "Train dictionaries on heads of a model.",
         "writesae.dictionaries:Train",
     ),
-    "train-saelens": Command(
-        "Train a dictionary with SAELens' own flags.",
-        "sae_lens_writesae.sae.runner:train_from_arguments",
-    ),
     "eval": Command(
         "Evaluate trained dictionaries: one evaluation by name, or all.",
         "writesae.evaluate:run_eval",
-    ),
-    "selftest": Command(
-        "Check every evaluation where the truth is known; offline, in minutes.",
-        "writesae.selftest.command:SelfTest",
     ),
     "show": Command(
         "Make a page for each atom of a dictionary.",
@@ -92,10 +83,6 @@ COMMANDS: dict[str, Command] = {
         "List the hooks of a model with their shapes.",
         "writesae.models:Hooks",
     ),
-    "sweep": Command(
-        "Train and evaluate one dictionary at every point of a grid.",
-        "writesae.reproduce.sweep:Sweep",
-    ),
 }
 
 PACKAGES = ("sae-lens-writesae", "torch", "transformers", "transformer-lens", "sae-lens", "flash-linear-attention")
@@ -107,8 +94,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         name = choose("writesae", given, {name: command.text for name, command in COMMANDS.items()})
-        if gpus := os.environ.get("WRITESAE_GPUS"):
-            importlib.import_module("writesae.reproduce.gpus").take_gpu(gpus.split(","))
         module, _, attribute = COMMANDS[name].target.partition(":")
         target = getattr(importlib.import_module(module), attribute)
         if isinstance(target, type):

@@ -158,7 +158,7 @@ class Train:
     """Train dictionaries on heads of a model: every target, loss, variant and seed of every head that is named.
 
     Each dictionary is saved in OUT/L{layer}H{head}/{name}/sae, whole or not at all. The same command goes on where it
-    was stopped or killed, and trains nothing twice. SAELens' own flags are those of `writesae train-saelens`."""
+    was stopped or killed, and trains nothing twice."""
 
     model: str | None = None
     """Model on the hub, a folder, or one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7). It
@@ -227,7 +227,9 @@ class Train:
     def from_arguments(cls, arguments: Sequence[str]) -> Train:
         """The command line as a value; flags of SAELens are told where they belong."""
         if any(word.startswith(("--hook_name", "--model_class_name", "--dataset_path")) for word in arguments):
-            raise ValueError("these are SAELens' own flags, which `writesae train-saelens` takes")
+            raise ValueError(
+                "these are the flags of SAELens' own runner: call it from Python, after `import sae_lens_writesae`"
+            )
         return parse(cls, "writesae train", arguments)
 
     def dictionaries(self) -> list[DictionaryName]:

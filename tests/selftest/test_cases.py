@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
+from selftest.cases import CASES, SETTINGS, Case, Wanted
+from selftest.dictionaries import DICTIONARIES, oracle, planted_atoms
+from selftest.run import fulfilled, run_case
+from selftest.worlds import WORLDS, World, world_of
 from torch import Tensor
 
-from writesae.cli import main
 from writesae.evaluations import EVALUATIONS
 from writesae.experiment.lab import Lab
 from writesae.experiment.result import Claim
-from writesae.selftest.cases import CASES, SETTINGS, Case, Wanted
-from writesae.selftest.command import SelfTest
-from writesae.selftest.dictionaries import DICTIONARIES, oracle, planted_atoms
-from writesae.selftest.run import fulfilled, run_case
-from writesae.selftest.worlds import WORLDS, World, world_of
 from writesae.verdict.paper import Outcome
 
 FAST = ("seeds",)
@@ -82,23 +78,6 @@ def test_every_write_of_the_planted_world_is_an_atom_that_its_token_does_not_tel
 def test_a_claim_that_was_not_tested_fulfils_nothing(outcome: Outcome, wanted: Wanted, ok: bool) -> None:
     claim = Claim(None, "c", "m", 1, "u", "", outcome, "s")
     assert fulfilled(claim, wanted) == ok
-
-
-def test_a_case_that_comes_out_wrong_ends_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = dataclasses.replace(next(c for c in CASES if c.kind == "seeds"), claims={"seeds share": "must not hold"})
-    monkeypatch.setattr("writesae.selftest.cases.CASES", (wrong,))
-    said: list[object] = []
-    with pytest.raises(SystemExit) as ended:
-        SelfTest().run(said.append)
-    assert ended.value.code == 1 and any("NO" in str(each) for each in said)
-
-
-def test_the_command_runs_what_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["selftest", "--only", "nonsense"])
-    assert ended.value.code == 2 and "nonsense" in capsys.readouterr().err
-    assert {case.kind for case in SelfTest(only=("seeds",)).cases()} == {"seeds"}
-    assert not any(case.slow for case in SelfTest(fast=True).cases())
 
 
 def test_an_oracle_fires_once_at_every_token() -> None:

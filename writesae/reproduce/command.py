@@ -47,7 +47,7 @@ class Reproduce:
     estimate: bool = False
     """Say what the run will cost, and stop."""
     profile: str | None = None
-    """Where it runs: laptop, gpu, gpus, slurm, or a folder with a profile of Snakemake. By default what this machine
+    """Where it runs: laptop, gpu, slurm, or a folder with a profile of Snakemake. By default what this machine
     has."""
     unlock: bool = False
     """The run was stopped on another machine, and nothing of it runs there any more."""
@@ -70,15 +70,15 @@ class Reproduce:
                 disk is too small, or Snakemake is not installed; before anything is written.
         """
         check_writable(self.out)
+        import torch
+
         from hookpoints import HookedRecurrent
         from writesae.evaluate import EvalAll, Subjects
         from writesae.reproduce.estimate import estimate
-        from writesae.reproduce.gpus import VARIABLE, visible
 
         EvalAll(subjects=Subjects(saes=()), kinds=self.config.evaluations, set=self.config.set).evaluations()
         check_text(self.config.model, self.config.dataset)
-        gpus = visible()
-        profile = profile_folder(self.profile or ("gpus" if len(gpus) > 1 else "gpu" if gpus else "laptop"))
+        profile = profile_folder(self.profile or ("gpu" if torch.cuda.is_available() else "laptop"))
         if not self.estimate and importlib.util.find_spec("snakemake") is None:
             raise ValueError('the protocol runs on Snakemake: pip install "sae-lens-writesae[protocol]"')
         model = HookedRecurrent.from_pretrained(self.config.model, dtype=self.config.dtype)
@@ -97,9 +97,6 @@ class Reproduce:
         if list((self.out / ".snakemake" / "locks").glob("*")):  # of a process that is dead: this one owns the run
             subprocess.run([*engine, "--unlock"], check=True, capture_output=True)
         call = [*engine, "--profile", str(profile)]
-        if profile.name == "gpus":
-            os.environ[VARIABLE] = ",".join(gpus)
-            call += ["--resources", f"gpu={len(gpus)}"]
         sys.stdout.flush()
         os.execv(sys.executable, [*call, *self.snakemake])
 

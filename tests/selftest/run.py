@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
+from selftest.cases import SETTINGS, Case, Wanted
+from selftest.dictionaries import DICTIONARIES, Dictionaries, planted_atoms
+from selftest.worlds import World, world_of
+
 from writesae.evaluations import EVALUATIONS
 from writesae.evaluations.substitution import wide_firings
 from writesae.experiment.result import Claim, Result
-from writesae.selftest.cases import SETTINGS, Case, Wanted
-from writesae.selftest.dictionaries import DICTIONARIES, Dictionaries, planted_atoms
-from writesae.selftest.worlds import World, world_of
 from writesae.verdict.statistics import recovered_share
 
 
