@@ -23,7 +23,7 @@ INSTALL = """\
 import importlib.util
 
 if importlib.util.find_spec("hookpoints") is None:  # a fresh machine, in the folder tutorials/ of a clone
-    %pip install -q ..
+    %pip install -q "..[study]"
 """
 """The first code cell. Not `-e`: a kernel that runs does not see an editable installation until it is restarted."""
 STRAY = re.compile(r"\*\*[A-Z]+\*\*|[.!?][A-Z]{2,}\b|\bPROSE_\w+|<<<<<<<|>>>>>>>")

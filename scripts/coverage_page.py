@@ -78,7 +78,8 @@ PARTS = (
     Part(
         "table 7",
         "reconstruction by architecture, over seeds",
-        "writesae train --model embedded --layer 2 --head 1 --variants FlatSAE MatrixSAE WriteSAE BilinearFlatSAE TiedSAE --seeds 0 1 2 --k 32",
+        "writesae train --model embedded --layer 2 --head 1 --k 32 "
+        "--variants FlatSAE MatrixSAE WriteSAE BilinearFlatSAE TiedSAE --seeds 0 1 2",
         "metadata of each; `reproduce` trains the same variants with two seeds (table `variants`)",
     ),
     Part(

@@ -54,7 +54,7 @@ def test_imports_public_names_only(path):
 def test_text_is_whole_and_installs_from_a_clone(path):
     """What `..` is to the folder of the notebooks has a pyproject.toml."""
     assert build_tutorials.faults(nbformat.read(path, as_version=4)) == []
-    assert "%pip install -q ..\n" in build_tutorials.INSTALL and (path.parents[1] / "pyproject.toml").is_file()
+    assert '%pip install -q "..[study]"\n' in build_tutorials.INSTALL and (path.parents[1] / "pyproject.toml").is_file()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,10 @@ runpy.run_path(str(Path(__file__).parents[1] / "hookpoints" / "_waiting.py"))
 
 def main() -> None:
     """Run a command of `writesae.cli`."""
-    from writesae.cli import main
+    try:
+        from writesae.cli import main
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'error: the study needs {error.name}: pip install "sae-lens-writesae[study]"') from error
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

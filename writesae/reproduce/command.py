@@ -80,7 +80,7 @@ class Reproduce:
         check_text(self.config.model, self.config.dataset)
         profile = profile_folder(self.profile or ("gpu" if torch.cuda.is_available() else "laptop"))
         if not self.estimate and importlib.util.find_spec("snakemake") is None:
-            raise ValueError('the protocol runs on Snakemake: pip install "sae-lens-writesae[protocol]"')
+            raise ValueError('the protocol runs on Snakemake: pip install "sae-lens-writesae[study]"')
         model = HookedRecurrent.from_pretrained(self.config.model, dtype=self.config.dtype)
         config = for_model(self.config, model)
         cost = estimate(config, self.out, model)
