@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from safetensors.torch import load_file
 
 from hookpoints import HookedRecurrent, UnsupportedModelError
+from sae_lens_writesae import choices as plugin
 from sae_lens_writesae.choices import VARIANTS
 from sae_lens_writesae.sae import runner
 from sae_lens_writesae.sae.collection import Collection
 from sae_lens_writesae.sae.kinds import objective, variant
 from sae_lens_writesae.sae.load import load_sae
+from writesae import choices as study
 from writesae.choices import MATCHED, DictionaryName
 from writesae.dictionaries import Collect, Train
 
@@ -183,3 +186,10 @@ def test_a_stop_does_not_change_a_dictionary(
         trained("stopped")
     assert len(runner.whole_checkpoints(tmp_path / "stopped")) == 2
     assert trained("stopped") == whole
+
+
+def test_words_of_flags_are_those_of_the_plugin() -> None:
+    """Which cannot be imported without torch, and so says them a second time."""
+    assert tuple(VARIANTS) == study.VARIANTS
+    for name in ("Target", "Loss", "MetricName"):
+        assert get_args(getattr(plugin, name)) == get_args(getattr(study, name))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sae_lens_writesae.files import atomic_csv, check_settings, check_writable, keep_settings
+from writesae.files import atomic_csv, check_settings, check_writable, keep_settings
 
 
 def test_cells_that_a_spreadsheet_would_run_are_text(tmp_path: Path) -> None:

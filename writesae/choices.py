@@ -1,7 +1,7 @@
 """Words that flags take, and the names of dictionaries.
 
-`Target`, `Loss` and `MetricName` repeat those of `writesae.choices`, which cannot be imported without torch:
-help must stay fast. A test holds the two equal.
+`Target`, `Loss`, `MetricName` and `VARIANTS` repeat those of the plugin, which cannot be imported without torch, and help
+must stay fast. A test holds the two equal.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def at_least(settings: object, bounds: Mapping[str, float]) -> None:
                 raise ValueError(f"{name} must be at least {bound:g}, found {entry!r}")
 
 
+VARIANTS = ("WriteSAE", "TiedSAE", "MatrixSAE", "BilinearFlatSAE", "FlatSAE", "WriteSAE-rank2", "WriteSAE-rank4")
+"""Names of the paper's variants, whose fields `sae_lens_writesae.VARIANTS` has."""
 MATCHED = "FlatSAE-matched"
 """A flat SAE with as many parameters as the WriteSAE has."""
 
@@ -61,8 +63,6 @@ class DictionaryName:
     @classmethod
     def parse(cls, name: str) -> DictionaryName:
         """From its folder's name; ValueError, with what there is, where it is none."""
-        from sae_lens_writesae.choices import VARIANTS
-
         targets, losses, variants = get_args(Target), get_args(Loss), (*VARIANTS, MATCHED)
         parts = (losses, variants, get_args(MetricName))
         optional = "".join(f"(?:-({'|'.join(words)}))?" for words in parts)

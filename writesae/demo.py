@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from sae_lens_writesae.files import check_settings, check_writable, keep_settings, taken
 from writesae.choices import Target, at_least
 from writesae.dictionaries import save_dictionary
+from writesae.files import check_settings, check_writable, keep_settings, taken
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 
-from sae_lens_writesae.files import check_settings, check_writable, keep_settings, taken
 from writesae.choices import MATCHED, DictionaryName, Dtype, Loss, MetricName, Target, at_least
 from writesae.cli import parse
+from writesae.files import check_settings, check_writable, keep_settings, taken
 
 if TYPE_CHECKING:
     from datasets import Dataset

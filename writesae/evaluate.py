@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import tyro
 
-from sae_lens_writesae.files import check_writable, taken
 from writesae.choices import Dtype, at_least
 from writesae.cli import choose, parse
+from writesae.files import check_writable, taken
 from writesae.settings import evaluations, parse_with, settings_of
 
 if TYPE_CHECKING:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 import tyro
 
-from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.files import atomic_text, check_writable, taken
 from writesae.choices import Dtype, at_least
+from writesae.files import check_writable, taken
 from writesae.settings import parse_with
 
 if TYPE_CHECKING:
@@ -93,6 +92,8 @@ class Show(OnText):
             ValueError: a folder does not hold what it should, the SAE does not fit the model, or no atom fires often
                 enough.
         """
+        from sae_lens_writesae.errors import NothingToMeasureError
+        from sae_lens_writesae.files import atomic_text
         from writesae.evaluations import load_result
         from writesae.page.atoms.collect import AtomPages
         from writesae.page.atoms.pages import write_atom_pages
@@ -137,6 +138,7 @@ class Export(OnText):
             ValueError: a folder does not hold what it should, the SAE does not fit the model, no atom fires often
                 enough, or `splits` is not between 1 and the number of atoms.
         """
+        from sae_lens_writesae.files import atomic_text
         from writesae.experiment.lab import Lab
         from writesae.page.atoms.collect import AtomPages
         from writesae.page.atoms.export import neuronpedia_batch, write_delphi

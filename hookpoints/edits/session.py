@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,11 +13,12 @@ from transformers import Cache
 from hookpoints.edits.edit import EditPlan, EditRow
 from hookpoints.errors import EditError
 from hookpoints.layer.context import Backend, current, scope
-from hookpoints.model.attachment import Attachment
-from hookpoints.model.hooked import HookedModel
 from hookpoints.model.inputs import as_tokens, cache_argument, cache_of, check_tokens, position_inputs
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.scopes import threads_for
+
+if TYPE_CHECKING:
+    from hookpoints.model.recurrent import HookedRecurrent
 
 
 class EditedRun(NamedTuple):
@@ -51,13 +52,13 @@ class EditSession:
         tokens: [1,T].
     """
 
-    def __init__(self, model: HookedModel, tokens: Tensor):
+    def __init__(self, model: HookedRecurrent, tokens: Tensor):
         tokens = as_tokens(tokens, model.cfg.device)
         if tokens.ndim != 2 or tokens.shape[0] != 1:
             raise EditError(f"a session is about one sequence [1,T], found tokens of shape {list(tokens.shape)}")
         check_tokens(tokens, model.cfg)
-        self.model, self.attachment, self.tokens = model, cast(Attachment, model.attachment), tokens
-        self._outer_plans = current(self.attachment).plans
+        self.model, self.tokens = model, tokens
+        self._outer_plans = current(model.attachment).plans
         names = [f"blocks.{layer}.hook_resid_pre" for layer in model.cfg.recurrent_layers]
         self._weights = sum(weight.numel() for weight in model.hf_model.parameters())
         with torch.no_grad(), threads_for(tokens.numel() * self._weights), model.recording() as self._record:
@@ -128,7 +129,7 @@ class EditSession:
                 "keys or values of an edit require a gradient, which runs of a session have with gradients=True only; "
                 "ask for it, or detach them"
             )
-        layer = 0 if self.attachment.layout.first_block_feeds_all else min(plan.by_layer)
+        layer = 0 if self.model.attachment.layout.first_block_feeds_all else min(plan.by_layer)
         begin = start if self.model.caches else 0
         residual = self._residual[layer][:, begin:stop]
         with torch.no_grad():
@@ -149,8 +150,8 @@ class EditSession:
         backend: Backend | None = "recurrence" if tokens.device.type == "cpu" and stop - start < 64 else None
         with (
             threads_for(tokens.numel() * self._weights),
-            scope(self.attachment, plans=(*self._outer_plans, plan), first_token=start, backend=backend),
-            self.attachment.passing(layer, None, None if residual is None else residual.expand(len(rows), -1, -1)),
+            scope(model.attachment, plans=(*self._outer_plans, plan), first_token=start, backend=backend),
+            model.attachment.passing(layer, None, None if residual is None else residual.expand(len(rows), -1, -1)),
         ):
             logits = model.hf_model(**inputs).logits
         plan.check_acted()
@@ -177,7 +178,7 @@ class EditSession:
         inputs: dict[str, object] = {} if self._prefix is None else {self._cache_name: self._prefix}
         where = torch.arange(self._prefix_length, start, device=self.tokens.device).unsqueeze(0)
         prefix_length, self._prefix, self._prefix_length = self._prefix_length, None, 0  # half advanced, if interrupted
-        with threads_for(where.numel() * self._weights), scope(self.attachment, plans=self._outer_plans):
+        with threads_for(where.numel() * self._weights), scope(self.model.attachment, plans=self._outer_plans):
             out = self.model.hf_model(
                 input_ids=self.tokens[:, prefix_length:start],
                 use_cache=True,

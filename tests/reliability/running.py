@@ -103,7 +103,7 @@ PAIRS = [
 ]
 
 
-@check("Threads", _GLOBAL, few=5, many=20)
+@check("Threads", _GLOBAL, few=2, many=20)
 def threads(work, rounds):
     """Four threads run one model, two of one kind of run and two of another. Each result is compared with that of the
     run alone."""

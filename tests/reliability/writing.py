@@ -20,12 +20,12 @@ from hookpoints import HookedRecurrent
 from reliability.checks import REFUSED, Change, Comparison, check, outcome
 from reliability.folders import read_dictionary, read_result
 from reliability.runs import fresh
-from sae_lens_writesae.files import taken
 from sae_lens_writesae.sae.collect import collect
 from sae_lens_writesae.sae.collection import read_index
 from writesae.dictionaries import Train
 from writesae.evaluations import EVALUATIONS
 from writesae.experiment.suite import evaluate_all
+from writesae.files import taken
 
 Write = Callable[[HookedRecurrent, Path], object]
 SMALL = {"n_atoms": 4, "firings_per_atom": 2, "min_firings": 2, "horizon": 3}

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from sae_lens_writesae.files import check_writable
 from writesae.cli import parse
 from writesae.dictionaries import check_text
+from writesae.files import check_writable
 from writesae.reproduce.config import SMALL, ReproduceConfig
 from writesae.reproduce.texts import write_texts
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import cast
 
-from sae_lens_writesae.files import keep_settings
 from writesae.choices import MATCHED, DictionaryName, Dtype, Loss, Target, at_least
+from writesae.files import keep_settings
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sae_lens_writesae.files import atomic_text
 from writesae.dictionaries import enough
 from writesae.reproduce.config import ReproduceConfig
 
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
 
 def write_texts(config: ReproduceConfig, folder: Path, model: HookedRecurrent) -> None:
     """`held-out.txt`, of the first documents, and `train/train.jsonl`, of those that follow; as much as is needed."""
+    from sae_lens_writesae.files import atomic_text
+
     if (folder / "held-out.txt").exists():  # written last
         return
     held_out, train = _texts(config, model)

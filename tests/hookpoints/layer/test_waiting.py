@@ -50,7 +50,7 @@ raise SystemExit("torch was not loaded")
     [
         "import hookpoints.rwkv7",
         "import sae_lens_writesae.sae",
-        "import writesae; sys.argv = ['writesae', 'hooks', 'embedded']; writesae.main()",
+        "from writesae.__main__ import main; sys.argv = ['writesae', 'hooks', 'embedded']; main()",
     ],
 )
 def test_threads_sleep_while_they_wait(code: str) -> None:

@@ -1,0 +1,77 @@
+"""Folders of commands: their settings, one process at a time, tables. Loads no torch, for the sake of help."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def atomic_csv(target: Path, table: pd.DataFrame) -> Path:
+    """Write a table as CSV, whole or not at all. A spreadsheet would run a cell that begins with = + - or @, and a cell
+    may hold a token of any text; so such a cell gets an apostrophe in front."""
+    from sae_lens_writesae.files import atomic_text
+
+    def plain(cell: object) -> object:
+        return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+
+    return atomic_text(target, table.map(plain).to_csv(index=False))
+
+
+def check_settings(folder: Path, settings: Mapping[str, object]) -> None:
+    """Raise ValueError where the `config.json` of a folder has other settings; names them."""
+    file = folder / "config.json"
+    own = json.loads(json.dumps(settings))
+    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else own
+    differing = [f"{key}: {there.get(key)!r}, now {own[key]!r}" for key in own if there.get(key) != own[key]]
+    if differing:
+        raise ValueError(
+            f"{folder} holds a run with other settings ({'; '.join(differing)}); give another --out, or the same "
+            "settings to go on with it"
+        )
+
+
+def keep_settings(folder: Path, settings: Mapping[str, object]) -> None:
+    """Write `config.json`, or raise what `check_settings` raises. Nothing is overwritten."""
+    from sae_lens_writesae.files import atomic_text
+
+    check_settings(folder, settings)
+    if not (folder / "config.json").exists():
+        atomic_text(folder / "config.json", json.dumps(settings, indent=1))
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError unless `folder` can be made or written to. Commands call this before any work."""
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    try:  # because permission alone does not tell: some of a system's folders refuse later
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        reason = "is a file" if there.is_file() else f"takes no files ({error.strerror})"
+        raise ValueError(f"{folder} cannot be written: {there} {reason}; name another --out") from error
+
+
+@contextmanager
+def taken(folder: Path, say: Callable[[str], object] = print) -> Iterator[None]:
+    """Have a folder, which is made, to oneself among the processes that ask; waits for the one that has it.
+
+    The operating system lets go of the lock when a process dies, so that a killed one blocks nobody.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".taken")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"another process works in {folder}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
