@@ -1,7 +1,7 @@
 """Words that flags take, and the names of dictionaries.
 
-`Target`, `Loss`, `MetricName` and `VARIANTS` repeat those of the plugin, which cannot be imported without torch, and help
-must stay fast. A test holds the two equal.
+`Target`, `Loss`, `MetricName` and `VARIANTS` repeat those of the plugin: importing it loads torch, and help must stay
+fast. A test holds the two equal.
 """
 
 from __future__ import annotations
