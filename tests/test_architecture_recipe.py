@@ -61,7 +61,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(RECIPE, folder / "writesae" / "evaluations")
     for name in ("hookpoints", "sae_lens_writesae"):
         (folder / name).symlink_to(ROOT / name)
-    for name in ("README.md", "pyproject.toml", "scripts/readme_table.py", "tests/conftest.py", "tests/small_saes.py"):
+    support = ("tests/conftest.py", "tests/sealing.py", "tests/small_saes.py")
+    for name in ("README.md", "pyproject.toml", "scripts/readme_table.py", *support):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     (folder / "tests" / "evaluations").mkdir()
