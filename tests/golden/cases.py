@@ -370,8 +370,8 @@ LOGIT_ROUNDING = 3e-5
 where the tables were made on an AMD one, 1.8e-5)."""
 
 PLACE_ROUNDING = 0.01
-"""Share of rows in which the place of a maximum may be another one, among values that rounding cannot tell apart (largest
-seen between those processors: 1 of 144)."""
+"""Share of rows in which the place of a maximum may be another one, among values that rounding cannot distinguish
+(largest seen between those processors: 1 of 144)."""
 
 SIZE_ROUNDING = 1e-6
 """The same for cosines, norms and shares that float32 arithmetic makes, in units of the largest value of their column
