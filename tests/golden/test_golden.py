@@ -34,14 +34,15 @@ STRICT = os.environ.get("GOLDEN_STRICT") == "1"
 
 
 def tolerance(values: NDArray[np.float64], rounding: str) -> NDArray[np.float64]:
-    """How far a float may be from `values`; `rounding` is "kl", "logit", "score", or "" for what no logits
-    enter."""
+    """How far a float may be from `values`; `rounding` is "kl", "logit", "score", "place", or "" for what no
+    logits enter."""
     size = np.abs(values)
     more = {
         "": SIZE_ROUNDING * float(np.nanmax(size, initial=0.0)),
         "kl": KL_ROUNDING * np.sqrt(size),
         "logit": LOGIT_ROUNDING,
         "score": SCORE_ROUNDING * np.maximum(1, size),
+        "place": 0.0,
     }
     return ABSOLUTE + RELATIVE * size + more[rounding]
 
