@@ -1,148 +1,212 @@
-"""Write docs/tools.md: what interpretability tools do on recurrent models, each run in its current version.
+"""Run other tools on recurrent models, each in its current version, and print the rows of docs/tools.md that they give.
 
-    python scripts/tools_compared.py [FOLDER]
+    python scripts/tools_compared.py FOLDER
 
-Every tool gets an environment of its own in FOLDER (default: a temporary one; environments that are there are used
-again). It borrows what is installed here, and pip puts the tool in front of that, with the release of transformers that
-the tool asks for. There the probes of ``tool_probes`` run, on tiny random models and a CPU, and are held against a loop
-over tokens. Five minutes, most of them pip's.
+Every tool gets an environment of its own in FOLDER; those that are there are used again. It borrows what is installed
+here, and pip puts the tool in front, with the release of transformers that it asks for. The models are those that ship
+with the package, on a CPU. An answer is compared with that of hookpoints, whose own distance from loops over tokens is
+on docs/families.md. Five minutes, most of them pip's.
 """
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
-import ast
-import datetime
-import json
 import os
 import subprocess
 import sys
 import sysconfig
-import tempfile
-import textwrap
 import venv
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-SCRIPTS = Path(__file__).parent
-PAGE = SCRIPTS.parent / "docs" / "tools.md"
-sys.path.append(str(SCRIPTS))
-
-from tool_probes.truth import FAMILIES, solve  # noqa: E402
-
-
-class Tool(NamedTuple):
-    """A column of the table."""
-
-    name: str
-    module: str
-    """Where its probes are."""
-    distribution: str
-    """What its version is read from."""
-    requirements: tuple[str, ...]
-    """What pip installs."""
-    shown: tuple[str, ...]
-    """The probes that the page shows."""
-    about: str
-
-
-TOOLS = (
-    Tool(
-        "hookpoints",
-        "ours",
-        "sae-lens-writesae",
-        (),
-        ("Hookpoints._cached", "Hookpoints.write", "Hookpoints.replace", "Hookpoints.generate"),
-        "The same calls in every family; edits are values, which act in prefill, decoding and batches, from the edited "
-        "token and layer on. Mamba-1 is refused, since each entry of its state decays by its own factor.",
-    ),
-    Tool(
-        "TransformerLens 3",
-        "lens",
-        "transformer-lens",
-        # From 5.15 on, transformers' Gated DeltaNet lacks an attribute that this version calls.
-        ("transformer-lens==3.9.*", "transformers==5.14.*"),
-        ("Bridge._cached", "Bridge._edited", "Mamba2.__init__", "Mamba2.write", "Mamba2.replace"),
-        "The bridge replaces the forward of Mamba and Gated DeltaNet by its own. In Mamba the write is a hook, "
-        "`hook_ssm_write`, if `eager_scan` is set; in Gated DeltaNet its factors are. RWKV-7 is a block whose four "
-        "projections have hooks. Hooks inside these layers do not act while `generate` decodes.",
-    ),
-    Tool(
-        "TransformerLens 4",
-        "lens",
-        "transformer-lens",
-        ("transformer-lens==4.*", "transformers==5.17.*"),  # 5.17 is what it names as tested
-        ("Bridge.delete", "GatedDelta.write_with_work", "GatedDelta.replace_with_work"),
-        "As version 3 in these layers, and on more releases of transformers. SAELens cannot be used beside it.",
-    ),
-    Tool(
-        "nnsight",
-        "sight",
-        "nnsight",
-        ("nnsight",),
-        (
-            "Traced.layer",
-            "GatedDelta.op",
-            "GatedDelta.value",
-            "Traced._edited",
-            "GatedDelta.write_with_work",
-            "Traced.generate",
-        ),
-        "`source` reaches the arguments of each op and the assignments inside it, in decoding too. What to do with "
-        "them is the user's: which argument is a factor, how keys are normalised, where prefill and decoding call "
-        "different ops. Names of operations are those of the release of transformers.",
-    ),
-    Tool(
-        "pyvene",
-        "vene",
-        "pyvene",
-        ("pyvene",),
-        ("Modules.delete",),
-        "Interventions on inputs and outputs of modules. The write is made inside a function, and between it and the "
-        "projections lies a convolution or a token shift.",
-    ),
-    Tool(
-        "SAELens",
-        "saes",
-        "sae-lens",
-        ("sae-lens",),
-        ("SAELens._sae",),
-        "SAELens alone hooks outputs of modules. It trains on what another tool hooks; where a row has all heads of a "
-        "layer, d_in is H K V instead of K V, and atoms are vectors unless `sae_lens_writesae` makes them matrices.",
-    ),
-    Tool(
-        "mamba-lens",
-        "mambalens",
-        "mamba-lens",
-        ("mamba-lens",),
-        ("Mamba.state", "Mamba.delete"),
-        "Mamba-1 alone, with a hook on the state after each token.",
-    ),
-)
+ROOT = Path(__file__).resolve().parents[1]
+LAYER, HEAD, TOKEN, PROMPT, NEW = 4, 2, 3, 12, 8
+DELTA = "torch_chunk_gated_delta_rule"
+"""The write that is edited; tokens of the prompt in generation, of 40; tokens generated."""
+ENOUGH = 1e-3
+"""An answer is right if its largest error is below this share of the largest value, or of what the edit changes."""
+MODELS = {"mamba2": "Mamba-2", "gdn": "Gated DeltaNet"}
 TASKS = {
     "write": "read every token's write",
     "delete": "delete one token's write",
-    "replace": "put another write in its place",
     "state": "read the state after each token",
     "pattern": "exact attention of the heads",
     "generate": "edit all writes of a head in `generate`",
-    "batch": "eight edits as one batch",
-    "sae": "give a head's writes to SAELens' trainer",
-    "time": "time of reading all writes of a layer",
 }
-LETTERS = {"mamba2": "M", "qwen3_5": "G", "rwkv7": "R", "mamba": "1"}
-UNEDITED = "`generate` while nothing is hooked"
-WHICH = """\
-* Transformers, or the residual stream and module outputs of any model: TransformerLens; by their documentation also
-  nnsight, which runs models on NDIF's machines too, and pyvene, for trained interventions.
-* Mamba-1: TransformerLens or mamba-lens. Mamba-2, one prompt and no generation: TransformerLens does all of it.
-* A model that nothing else knows, or one edit at one place: nnsight, which reaches every place if you write the
-  algebra.
-* Vector SAEs on module outputs: SAELens. SAEs on writes, with matrices as atoms: `sae_lens_writesae`, which trains with
-  SAELens.
-* Delta rules and RWKV-7, one piece of code for several families, exact patterns, edits in generation or many at a time:
-  `hookpoints`. It attaches to models that [nnsight](compatibility.md) or a [TransformerBridge](attach.md) holds."""
+TOOLS = {
+    # From 5.15 on, transformers' Gated DeltaNet lacks an attribute that version 3 calls.
+    "TransformerLens 3": ("lens", "transformer-lens==3.9.*", "transformers==5.14.*"),
+    "TransformerLens 4": ("lens", "transformer-lens==4.3.*", "transformers==5.17.*"),
+    "nnsight": ("sight", "nnsight==0.8.*"),
+}
+Probes = dict[str, Callable[[], Tensor]]
+"""What a tool does for each task."""
+
+
+def delete(x: Tensor, hook: object = None) -> Tensor:
+    """Without one write, or what it is made with: [B,T,H,...], in place."""
+    x[:, TOKEN, HEAD] = 0
+    return x
+
+
+def silence(x: Tensor, hook: object = None) -> Tensor:
+    """Without all writes of a head."""
+    x[:, :, HEAD] = 0
+    return x
+
+
+def ours(model: Any, tokens: Tensor, family: str) -> Probes:
+    """hookpoints: the same calls in every family."""
+    from hookpoints import HookedRecurrent
+
+    hooked, write = HookedRecurrent.from_hf(model), f"blocks.{LAYER}.mixer.hook_write"
+    r = hooked.recurrence(tokens, LAYER)
+
+    def generate() -> Tensor:
+        with hooked.hooks([(write, silence)]):
+            return hooked.generate(tokens[:, :PROMPT], max_new_tokens=NEW, do_sample=False)[:, PROMPT:]
+
+    return {
+        "write": r.write,
+        "delete": lambda: hooked.run_with_hooks(tokens, fwd_hooks=[(write, delete)]),
+        "state": partial(r.states, method="reference"),
+        "pattern": partial(r.attention, method="reference"),
+        "generate": generate,
+    }
+
+
+def lens(model: Any, tokens: Tensor, family: str) -> Probes:
+    """TransformerLens: Mamba-2 has a hook on the write if `eager_scan` is set, Gated DeltaNet on its factors."""
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    bridge: Any = build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
+    at = f"blocks.{LAYER}.mixer." if family == "mamba2" else f"blocks.{LAYER}.linear_attn."
+    edited = at + ("hook_ssm_write" if family == "mamba2" else "hook_v")
+    for block in bridge.blocks if family == "mamba2" else ():
+        block.mixer.eager_scan = True
+
+    def whole() -> Any:
+        return bridge.run_with_cache(tokens, use_cache=False)[1]
+
+    def cached(*names: str) -> list[Tensor]:
+        return [whole()[at + name] for name in names]
+
+    def with_(change: Callable[..., Tensor], ids: Tensor = tokens) -> Tensor:
+        return bridge.run_with_hooks(ids, fwd_hooks=[(edited, change)], use_cache=False)
+
+    def generate() -> Tensor:  # hooks inside these layers do not act while `generate` decodes
+        ids = tokens[:, :PROMPT]
+        for _ in range(NEW):
+            ids = torch.cat([ids, with_(silence, ids)[:, -1:].argmax(-1)], dim=1)
+        return ids[:, PROMPT:]
+
+    if family == "mamba2":
+        writes: Probes = {
+            "write": lambda: cached("hook_ssm_write")[0].mT,
+            "state": lambda: cached("hook_ssm_state")[0].mT,
+            "pattern": lambda: whole().compute_ssm_effective_attention(layer=LAYER),
+        }
+    else:
+        writes = {
+            "write": lambda: outer(*cached("hook_k", "hook_v", "hook_beta")),
+            "state": lambda: whole().compute_ssm_state(layer=LAYER),
+            "pattern": lambda: one_hot_reads(*cached("hook_q", "hook_k", "hook_log_decay", "hook_beta")),
+        }
+    return {**writes, "delete": partial(with_, delete), "generate": generate}
+
+
+def sight(model: Any, tokens: Tensor, family: str) -> Probes:
+    """nnsight: `source` reaches the arguments of each op and the assignments inside it, in decoding too."""
+    import nnsight
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    traced: Any = nnsight.TransformersModel(model, task="text-generation", tokenizer=tokenizer)
+    path = f"backbone.layers.{LAYER}.mixer" if family == "mamba2" else f"model.layers.{LAYER}.linear_attn"
+
+    def op(name: str) -> Any:
+        call = getattr(traced.get(path).source, f"{name}_0")
+        return call.source.implementation_0.source if family == "mamba2" else call
+
+    def value() -> Tensor:  # what the op writes with
+        return op("mamba2_chunk_scan").hidden_states_1.output if family == "mamba2" else op(DELTA).inputs[0][2]
+
+    def decoded() -> Tensor:
+        update = op("mamba2_selective_state_update") if family == "mamba2" else op("torch_recurrent_gated_delta_rule")
+        return update.dBx_0.output[:, None] if family == "mamba2" else update.inputs[0][2]
+
+    def write() -> Tensor:
+        with traced.trace(tokens):
+            if family == "mamba2":
+                found = (op("mamba2_chunk_scan").B_0.output[..., None] * value()[..., None, :]).save()
+            else:
+                (_, k, v), rest = op(DELTA).inputs
+                found = nnsight.save(outer(k, v, rest["beta"]))
+        return found
+
+    def deleted() -> Tensor:
+        with traced.trace(tokens):
+            delete(value())
+            logits = traced.output.logits.save()
+        return logits
+
+    def generate() -> Tensor:
+        with traced.generate(tokens[:, :PROMPT], max_new_tokens=NEW, do_sample=False) as tracer:
+            silence(value())
+            for _ in tracer.iter[: NEW - 1]:
+                silence(decoded())
+            ids = tracer.result.save()
+        return ids[:, PROMPT:]
+
+    return {"write": write, "delete": deleted, "generate": generate}
+
+
+def outer(k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
+    """The writes of Gated DeltaNet from what its op is given."""
+    k = (k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()).repeat_interleave(v.shape[2] // k.shape[2], dim=2)
+    return k[..., None] * (beta[..., None] * v)[..., None, :]
+
+
+def one_hot_reads(q: Tensor, k: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """Exact attention of Gated DeltaNet: its op, called again with one-hot values."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5
+
+    q, k = (x.repeat_interleave(beta.shape[2] // k.shape[2], dim=2) for x in (q, k))
+    values = torch.eye(q.shape[1])[None, :, None] / beta[..., None]
+    options = {"g": g, "beta": beta, "use_qk_l2norm_in_kernel": True}
+    return getattr(modeling_qwen3_5, DELTA)(q, k, values, **options)[0].transpose(1, 2)
+
+
+def answer(probe: Callable[[], Tensor], right: Tensor, plain: Tensor | None) -> str:
+    """How far a tool's answer is from ours, relative to the largest value or to what the edit changes."""
+    try:
+        given = probe()
+        error = float((given - right).abs().max() / (right if plain is None else right - plain).abs().max())
+    except Exception as exception:  # whatever a tool raises is its answer
+        return f"no ({type(exception).__name__})"
+    return f"no (off by {error:.2g})" if error > ENOUGH else f"yes {error:.0e}"
+
+
+@torch.no_grad()
+def probe(name: str, folder: Path) -> None:
+    """The answers of one tool in this interpreter; ours are saved for the others."""
+    for family, title in MODELS.items():
+        model = AutoModelForCausalLM.from_pretrained(ROOT / "hookpoints" / "embedded" / family).eval()
+        tokens, file = torch.arange(40)[None] * 37 % 2000 + 1, folder / f"{family}.pt"
+        if name == "ours":
+            plain = model(tokens).logits
+            torch.save({**{task: run() for task, run in ours(model, tokens, family).items()}, "plain": plain}, file)
+            continue
+        right, probes = torch.load(file), {"lens": lens, "sight": sight}[name](model, tokens, family)
+        for task, run in probes.items():
+            found = answer(run, right[task], right["plain"] if task == "delete" else None)
+            print(f"    {TASKS[task]}: {title}: {found}", flush=True)
 
 
 def environment(folder: Path, requirements: tuple[str, ...]) -> Path:
@@ -150,180 +214,27 @@ def environment(folder: Path, requirements: tuple[str, ...]) -> Path:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-        ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-        packages = Path(subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip())
+        packages = next(folder.glob("lib/python*/site-packages"))
         # addsitedir reads the lender's .pth files as well, and so finds packages installed in place.
-        lender = sysconfig.get_path("purelib")
-        (packages / "borrowed.pth").write_text(f"import site; site.addsitedir({lender!r})\n")
-        if requirements:
-            subprocess.run([python, "-m", "pip", "install", "-q", "--no-warn-conflicts", *requirements], check=True)
+        lender = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
+        (packages / "borrowed.pth").write_text(lender)
+        subprocess.run([python, "-m", "pip", "install", "-q", "--no-warn-conflicts", *requirements], check=True)
     return python
 
 
-def run(python: Path, tool: Tool, work: Path) -> dict[str, Any]:
-    """Answers of a tool's probes by family and task, and the versions that gave them."""
-    answers = work / "answers.json"
-    path = os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)])
-    settings = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [python, "-m", "tool_probes", tool.module, str(work), str(answers)]
-    subprocess.run(command, check=True, env=settings, stderr=subprocess.DEVNULL)
-    ask = f"from importlib.metadata import version as v; print(v('{tool.distribution}'), v('transformers'))"
-    versions = subprocess.run([python, "-c", ask], check=True, env=settings, capture_output=True, text=True)
-    return {"answers": json.loads(answers.read_text()), "versions": versions.stdout.split()}
-
-
-def cell(answer: dict[str, Any] | None) -> str:
-    """One answer in a table."""
-    if answer is None:
-        return "–"
-    if "forwards" in answer:
-        return f"{answer['forwards']:.1f} ({answer['ms']:.0f} ms)"
-    if answer["grade"] == "no":
-        return "no"
-    return f"**{answer['grade']}** " + (f"{answer['error']:.0e}".replace("e-0", "e-") if answer["error"] else "exact")
-
-
-def missed(answer: dict[str, Any]) -> str:
-    """What went wrong."""
-    note = answer["note"] if len(answer["note"]) < 120 else answer["note"][:118] + " ..."
-    return "; ".join(filter(None, [f"off by {answer['error']:.2g}" if "error" in answer else "", note]))
-
-
-def remark(answer: dict[str, Any]) -> str:
-    """One answer in words; empty where there is nothing to say."""
-    if answer["grade"] == "no":
-        return f"*no*: {missed(answer)}"
-    plainly = f" (without it {missed(answer['plainly'])})" if answer.get("plainly") else ""
-    return f"*{answer['grade']}*: {answer['note']}{plainly}" if answer.get("note") else ""
-
-
-def remarks(answers: dict[str, Any], than: dict[str, Any] | None = None) -> list[str]:
-    """A line for each remark, with the tasks that it is on; only tasks of another grade ``than`` those, if given."""
-    tasks: dict[str, list[str]] = {}
-    for task, what in {**TASKS, "unedited": UNEDITED}.items():
-        for family, name in FAMILIES.items():
-            answer = answers.get(family, {}).get(task)
-            before = than[family].get(task) if than else None
-            if answer and remark(answer) and (than is None or (before and before["grade"] != answer["grade"])):
-                tasks.setdefault(remark(answer), []).append(f"{what}, {name}")
-    return [f"* {'; '.join(names)}: {said}" for said, names in tasks.items()]
-
-
-def rows() -> list[tuple[str, str]]:
-    """Task and family of each row."""
-    return [
-        (task, family)
-        for task in TASKS
-        for family in FAMILIES
-        if family != "mamba" or task in ("write", "delete", "state")
-    ]
-
-
-def full_table(results: dict[str, dict[str, Any]]) -> str:
-    """All tasks and families."""
-    lines = ["| | " + " | ".join(tool.name for tool in TOOLS) + " |", "|" + "---|" * (len(TOOLS) + 1)]
-    for task, family in rows():
-        cells = [cell(results[tool.name]["answers"].get(family, {}).get(task)) for tool in TOOLS]
-        lines.append(f"| {TASKS[task]}: {FAMILIES[family]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def short_cell(task: str, answers: dict[str, Any]) -> str:
-    """The families in which a tool does a task; those in brackets cost work."""
-    names = []
-    for family, letter in LETTERS.items():
-        grade = (answers.get(family, {}).get(task) or {"grade": "no"})["grade"]
-        if grade != "no":
-            names.append(f"({letter})" if grade == "with work" else letter)
-    return " ".join(names) or "–"
-
-
-def short_table(results: dict[str, dict[str, Any]]) -> str:
-    """Tasks alone, and the tools that do any of them."""
-    columns: dict[str, list[str]] = {}
-    for tool in TOOLS:
-        cells = [short_cell(task, results[tool.name]["answers"]) for task in list(TASKS)[:-1]]
-        if set(cells) != {"–"}:
-            columns[tool.name] = cells
-    lines = ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
-    lines += [f"| {' | '.join(row)} |" for row in zip(list(TASKS.values())[:-1], *columns.values(), strict=True)]
-    return "\n".join(lines)
-
-
-def source(tool: Tool) -> str:
-    """The probes that the page shows."""
-    text = (SCRIPTS / "tool_probes" / f"{tool.module}.py").read_text()
-    found = {}
-    for probes in ast.parse(text).body:
-        if isinstance(probes, ast.ClassDef):
-            for node in probes.body:
-                if isinstance(node, ast.FunctionDef):
-                    first = min(part.lineno for part in (node, *node.decorator_list))
-                    lines = text.splitlines()[first - 1 : node.end_lineno]
-                    found[f"{probes.name}.{node.name}"] = textwrap.dedent("\n".join(lines))
-    return "\n\n\n".join(found[name] for name in tool.shown)
-
-
-def section(tool: Tool, result: dict[str, Any], newest: dict[str, Any] | None) -> str:
-    """What the page says of one tool."""
-    version, transformers = result["versions"]
-    lines = [f"## {tool.name}", "", f"Version {version}, transformers {transformers}. {tool.about}", ""]
-    lines += [*remarks(result["answers"]), ""]
-    if newest and (other := remarks(newest["answers"], than=result["answers"])):
-        lines += [f"With transformers {newest['versions'][1]}:", "", *other, ""]
-    return "\n".join([*lines, f"```py\n{source(tool)}\n```", ""])
-
-
 def main(folder: Path) -> None:
-    """Run every tool and write the page."""
-    for family in FAMILIES:
-        save_file({name: x.contiguous() for name, x in solve(family).items()}, folder / f"{family}.safetensors")
-    results: dict[str, dict[str, Any]] = {}
-    newest: dict[str, dict[str, Any]] = {}
-    for tool in TOOLS:
-        results[tool.name] = run(environment(folder / tool.name.replace(" ", "-"), tool.requirements), tool, folder)
-        print(tool.name, *results[tool.name]["versions"], flush=True)
-        if len(tool.requirements) > 1:  # transformers held back
-            python = environment(folder / f"{tool.name.replace(' ', '-')}-newest", tool.requirements[:1])
-            newest[tool.name] = run(python, tool, folder)
-    sections = "\n".join(section(tool, results[tool.name], newest.get(tool.name)) for tool in TOOLS)
-    PAGE.write_text(f"""# Other tools
-
-What tools do on recurrent models, found by `python scripts/tools_compared.py` on {datetime.date.today()}: each tool in
-its current version, on tiny random models and a CPU. The families in which a tool does a task are M Mamba-2, G Gated
-DeltaNet, R RWKV-7 and 1 Mamba-1; in brackets are those in which it gives access and the rest is work. Tools that reach
-outputs of modules alone do none of it: pyvene, and SAELens by itself.
-
-{short_table(results)}
-
-## When to use which
-
-{WHICH}
-
-## Every run
-
-**Yes**: the result is that of a loop over tokens which knows no tool, but for the error beside it: the largest one,
-relative to the largest value, or for edits to what the edit changes in the logits. **With work**: the tool gives
-access, and the rest is the user's; below is what. *No*: below is what was raised, or how far off the nearest thing is.
-An edit that does nothing is off by 1; of generated tokens it is the share that differs. A dash: nothing to run, since
-the tool has no such part or fails before at what the task needs. With any tool, a copy of a layer can compute all again
-from a hook on the layer's input; that does not count. Times are in forwards of the model in the same environment,
-for four layers, states of 64 x 64 and 512 tokens; milliseconds are those of a shared machine, and older releases of
-transformers take several times as long for a forward of Mamba-2. RWKV-7 is `hookpoints.rwkv7`, in the layout of
-flash-linear-attention, whose own needs a GPU.
-
-{full_table(results)}
-
-The probes, of which parts follow, are in `scripts/tool_probes`. There, `truth.delete(x)` is `x[:, TOKEN, HEAD] = 0`,
-`exchange` is `x[:, TOKEN, HEAD] = x[:, SOURCE, HEAD]`, and `silence` is `x[:, :, HEAD] = 0`.
-
-{sections}""")
+    """Run every tool in its environment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe("ours", folder)
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for tool, (name, *requirements) in TOOLS.items():
+        python = environment(folder / tool.replace(" ", "-"), tuple(requirements))
+        print(tool, *requirements, flush=True)
+        subprocess.run([python, __file__, "--probe", name, folder], check=True, env=settings)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
-        main(Path(sys.argv[1]))
+    if sys.argv[1] == "--probe":
+        probe(sys.argv[2], Path(sys.argv[3]))
     else:
-        with tempfile.TemporaryDirectory() as temporary:
-            main(Path(temporary))
+        main(Path(sys.argv[1]))

@@ -23,7 +23,7 @@ from io import StringIO
 from pathlib import Path
 
 sys.path += ["tests", "scripts"]
-import readme_table
+import tables
 from small_saes import make_sae
 from hookpoints import HookedRecurrent, embedded
 from writesae import EVALUATIONS, load_result, sample_sequences, write_report
@@ -45,7 +45,7 @@ files = write_report([load_result("out/repeat")], "out/report")
 answer = {
     "file": sys.modules["writesae"].__file__,
     "help": help.getvalue(),
-    "table": readme_table.with_table(Path("README.md").read_text(encoding="utf-8")),
+    "table": tables.with_evaluations(Path("README.md").read_text(encoding="utf-8")),
     "page": files.html.read_text(),
     "claims": [vars(claim) for claim in result.claims()],
 }
@@ -62,7 +62,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("hookpoints", "sae_lens_writesae"):
         (folder / name).symlink_to(ROOT / name)
     support = ("tests/conftest.py", "tests/sealing.py", "tests/small_saes.py")
-    for name in ("README.md", "pyproject.toml", "scripts/readme_table.py", *support):
+    for name in ("README.md", "pyproject.toml", "scripts/tables.py", *support):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     (folder / "tests" / "evaluations").mkdir()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
+import io
 import json
 import os
 import pkgutil
@@ -12,46 +14,72 @@ import re
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 sys.path.append(str(ROOT / "scripts"))
 
+import findings  # noqa: E402
 import pictures  # noqa: E402
-import results_page  # noqa: E402
-from docs_site import error_pages, evaluation_pages, hook_pages, texts  # noqa: E402
+import tables  # noqa: E402
 
 import hookpoints  # noqa: E402
 import sae_lens_writesae  # noqa: E402
 from hookpoints.hooks.table import HOOKS  # noqa: E402
-from writesae import (  # noqa: E402
-    EVALUATIONS,
-    Evaluation,
-    Result,
-    Substitution,
-)
+from writesae import EVALUATIONS, Result, Substitution  # noqa: E402
 
-WRITTEN = sorted(path for path in (ROOT / "docs").rglob("*.md") if "```python" in path.read_text())
-COMPARED = {"bilinear": {}, "flat": {"decoder": "flat"}}
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)\n```$)?", flags=re.MULTILINE | re.DOTALL)
+"""A Python block, and what it prints, where that stands below it."""
+HEADINGS = {
+    "hooks": ("Definition", "Example"),
+    "errors": ("When it is raised", "How to mend it", "Example"),
+    "evaluations": ("Formula", "How to run it"),
+}
+EXAMPLES = [page for folder in ("hooks", "errors") for page in sorted((DOCS / folder).glob("[!i]*.md"))]
+WRITTEN = [page for page in sorted(DOCS.glob("*.md")) if "```python" in page.read_text()]
+DICTIONARIES = ("my-sae", "seed-0", "seed-1", "write", "state", "bilinear", "flat")
+"""Folders of the SAEs in the examples of evaluations."""
 
 
 def page_names(folder: str) -> list[str]:
-    return sorted(path.stem for path in (texts.FOLDER / folder).glob("*.md"))
+    return sorted(path.stem for path in (DOCS / folder).glob("*.md") if path.stem != "index")
 
 
-def test_every_hook_has_a_text_and_every_text_a_hook():
+def test_every_hook_evaluation_and_error_has_a_page_and_every_page_one_of_them():
     assert page_names("hooks") == sorted(f"{row.scope}.{row.name}" for row in HOOKS)
+    assert page_names("evaluations") == sorted(EVALUATIONS)
+    assert page_names("errors") == sorted(exceptions(hookpoints) | exceptions(sae_lens_writesae))
+    index = (DOCS / "errors" / "index.md").read_text()
+    assert all(f"({name}.md)" in index for name in page_names("errors"))
+
+
+@pytest.mark.parametrize("folder", HEADINGS)
+def test_every_page_has_its_headings(folder):
+    for name in page_names(folder):
+        text = (DOCS / folder / f"{name}.md").read_text()
+        assert all(f"\n## {heading}\n" in text for heading in HEADINGS[folder]), name
+        assert folder == "errors" or re.search("<!-- (hook|settings) -->", text), name
 
 
 @pytest.mark.parametrize("kind", EVALUATIONS)
-def test_every_evaluation_has_a_page(kind):
-    evaluation = EVALUATIONS[kind]
-    page = evaluation_pages.page(evaluation)
-    assert all(f"\n## {part}" in page for part in ("Definition", "Formula", "How to run it", "Settings", "Tables"))
-    assert all(f"| `{field.name}` |" in page for field in dataclasses.fields(evaluation))
-    assert all(f"| `{column}` |" in page for columns in evaluation.columns.values() for column in columns)
+def test_the_page_of_an_evaluation_says_what_its_class_says(kind):
+    site_pages = pytest.importorskip("site_pages", reason="needs the extra docs")
+    evaluation, text = EVALUATIONS[kind], (DOCS / "evaluations" / f"{kind}.md").read_text()
+    assert text.startswith(f"# {evaluation.question}\n") and f"Takes {evaluation.scope.value}." in text
+    made = site_pages.definition(kind) + site_pages.settings(kind)
+    assert all(f"| `{field.name}` |" in made for field in dataclasses.fields(evaluation))
+    assert all(f"| `{column}` |" in made for columns in evaluation.columns.values() for column in columns)
+
+
+@pytest.mark.parametrize("row", HOOKS, ids=lambda row: f"{row.scope}.{row.name}")
+def test_the_page_of_a_hook_says_what_its_table_says(row):
+    site_pages = pytest.importorskip("site_pages", reason="needs the extra docs")
+    made = site_pages.hook(f"{row.scope}.{row.name}")
+    assert all(part in made for part in (row.full_name(), row.fires, row.edit, site_pages.SCOPES[row.scope]))
 
 
 def exceptions(package) -> set[str]:
@@ -66,93 +94,16 @@ def exceptions(package) -> set[str]:
     return names
 
 
-def test_every_error_has_a_text_and_every_text_an_error():
-    assert page_names("errors") == sorted(exceptions(hookpoints) | exceptions(sae_lens_writesae))
-    assert sorted(error_pages.errors()) == page_names("errors")
-
-
-def test_messages_come_from_the_source():
-    classes = error_pages.errors()
-    messages = classes["EditError"].messages
-    assert "head ‹head› is out of range: layer ‹layer› has heads 0 to ‹…›" in messages
-    assert len(messages) == len(set(messages)) > 10
-    assert any(
-        "TransformerBridge (‹versions›)" in message for message in error_pages.errors()["BridgeWarning"].messages
-    )
-
-
-def test_a_text_without_its_formula_is_refused(tmp_path, monkeypatch):
-    write(tmp_path, monkeypatch, "evaluations/new.md", "example: n=1\n\n## Definition\n")
-    with pytest.raises(texts.MissingTextError, match=r"evaluations/new\.md .*'## Formula'"):
-        evaluation_pages.read("new")
-
-
-def test_something_new_without_a_text_fails_the_build_and_names_the_file(tmp_path, monkeypatch):
-    write(tmp_path, monkeypatch, "hooks/model.hook_embed.md", "text")
-    with pytest.raises(texts.MissingTextError, match=r"texts/hooks/model\.hook_embed\.md .*'## Definition'"):
-        hook_pages.pages()
-    with pytest.raises(texts.MissingTextError, match=r"texts/evaluations/substitution\.md"):
-        evaluation_pages.page(Substitution)
-
-
-def test_a_text_of_nothing_fails_the_build(tmp_path, monkeypatch):
-    write(tmp_path, monkeypatch, "errors/OldError.md", "text")
-    with pytest.raises(texts.MissingTextError, match="OldError"):
-        error_pages.pages()
-
-
-def test_an_evaluation_without_a_docstring_fails_the_build():
-    bare = type("Bare", (Substitution,), {"kind": "substitution"})
-    assert Evaluation.__doc__ and bare.__doc__ is None
-    with pytest.raises(texts.MissingTextError, match="Bare"):
-        evaluation_pages.page(bare)
-
-
-@pytest.mark.slow
-def test_an_example_that_raises_something_else_fails_the_build(tmp_path, monkeypatch):
-    text = "## When it is raised\n\n## How to mend it\n\n## Example\n\n```python\n1 / 0\n```\n"
-    write(tmp_path, monkeypatch, "errors/EditError.md", text)
-    with pytest.raises(RuntimeError, match="EditError raised ZeroDivisionError"):
-        error_pages.page(error_pages.errors()["EditError"])
-
-
-def write(folder: Path, monkeypatch, name: str, text: str) -> None:
-    (folder / name).parent.mkdir(parents=True)
-    (folder / name).write_text(text)
-    monkeypatch.setattr(texts, "FOLDER", folder)
-
-
-def test_what_blocks_print_stands_below_them():
-    text = "a\n\n```python\nx = 2\nprint(x)\n```\n\nb\n\n```python\nprint(x + 1)\n1 / 0\n```\n"
-    ran = texts.run(text, "here", may_raise=True)
-    assert "```\n\n```text\n2\n```\n\nb" in ran.markdown and "```text\n3\n```" in ran.markdown
-    assert isinstance(ran.raised, ZeroDivisionError)
-    with pytest.raises(RuntimeError, match="an example of here raised ZeroDivisionError"):
-        texts.run("```python\n1 / 0\n```\n\n```python\nprint(1)\n```\n", "here", may_raise=True)
-    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        texts.run("```python\n1 / 0\n```\n", "here")
-
-
 def test_tables_and_docstrings_show_every_character():
-    assert texts.escape("<k, q> and `a < b`") == "&lt;k, q> and `a < b`"
-    assert texts.table(("a",), [("|cosine| < 1",), ("",)]).splitlines()[2:] == ["| \\|cosine\\| &lt; 1 |", "| – |"]
+    assert tables.escape("<k, q> and `a < b`") == "&lt;k, q> and `a < b`"
+    assert tables.table(("a",), [("|cosine| < 1",), ("",)]).splitlines()[2:] == ["| \\|cosine\\| &lt; 1 |", "| – |"]
 
 
 def test_links_between_written_pages_exist():
-    """Pages that are generated are checked by `mkdocs build --strict`."""
-    made = {
-        "hooks",
-        "evaluations",
-        "errors",
-        "tutorials",
-        "claims.md",
-        "decisions",
-        "ARCHITECTURE.md",
-        "CONTRIBUTING.md",
-    }
-    for page in (ROOT / "docs").glob("*.md"):
-        for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
-            assert link.split("/")[0] in made or (page.parent / link).exists(), f"{page.name}: {link}"
+    """Links to tutorials, which are pages of the site alone, are checked by `mkdocs build --strict`."""
+    for page in DOCS.rglob("*.md"):
+        for link in re.findall(r"\]\((?!https?://|#|\d)([^)#]+)", page.read_text()):
+            assert "tutorials" in (page.parent.name, link.split("/")[0]) or (page.parent / link).exists(), (page, link)
 
 
 def test_every_picture_is_made_by_the_script_and_shown():
@@ -184,9 +135,17 @@ def test_a_changed_source_is_told(tmp_path, monkeypatch):
     assert picture.fingerprint() != before
 
 
-def test_the_page_of_results_begins_as_its_script_writes_it():
-    """Its tables are not in the repository, so that the script cannot make it here."""
-    assert (ROOT / "docs/results.md").read_text().startswith(f"{results_page.HEAD}\n\n## Verdicts")
+@pytest.mark.parametrize(
+    ("path", "page"),
+    [
+        (findings.RESULTS, findings.results_page),
+        pytest.param(findings.DICTIONARIES, findings.dictionaries_page, marks=pytest.mark.slow),
+    ],
+    ids=("results", "dictionaries"),
+)
+def test_the_pages_of_findings_are_made_of_their_data(path, page):
+    """`python scripts/findings.py` writes them."""
+    assert path.read_text() == page(findings.read(path))
 
 
 def test_no_page_needs_a_network():
@@ -197,15 +156,18 @@ def test_no_page_needs_a_network():
 
 def test_the_extra_for_the_site_is_what_ci_installs():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    plugins = {"mkdocs-gen-files", "mkdocs-literate-nav", "mkdocstrings[python]", "mkdocs-material"}
+    plugins = {"mkdocs-literate-nav", "mkdocstrings[python]", "mkdocs-material"}
     assert plugins <= {re.split("[>=<]", name)[0] for name in extras["docs"]}
     assert os.access(ROOT / ".ci" / "docs", os.X_OK)
 
 
-def test_the_page_of_results_has_every_answer_in_one_table():
+def test_every_saved_answer_is_on_the_page_of_results(tmp_path):
     info = {"model": "m", "layer": 2, "rule": "Mamba-2", "target": "write"}
-    heads = [info | {"head": head, "label": f"L2H{head} write"} for head in (3, 1)]
-    page = results_page.page([Result(Substitution(), each, {}, skipped="too short") for each in heads])
+    for head in (3, 1):
+        label = f"L2H{head} write"
+        skipped = Result(Substitution(), info | {"head": head, "label": label}, {}, skipped="too short")
+        skipped.save(tmp_path / label)
+    page = findings.results_page(findings.answers([tmp_path]))
     for head in (1, 3):
         assert page.count(f"| m L2H{head} write | – | not tested | too short") == len(Substitution.answers)
     assert "2 not tested" in page
@@ -228,15 +190,32 @@ def run_script(code: str, folder: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda path: path.stem)
 def test_written_pages_run(page, tmp_path):
-    run_script("\n".join(texts.python_blocks(page.read_text())), tmp_path)
+    run_script("\n".join(code for code, _ in BLOCK.findall(page.read_text())), tmp_path)
 
 
 @pytest.mark.slow
-def test_pages_of_hooks_and_errors_run():
-    """Their examples run while the page is made, and must raise what they should."""
-    pages = hook_pages.pages() | error_pages.pages()
-    assert len(pages) == len(HOOKS) + len(error_pages.errors()) + 2
-    assert not [path for path, text in pages.items() if str(ROOT) in text or re.search(r"\bnan\b", text)]
+@pytest.mark.parametrize("page", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_prints_and_raises_what_stands_below_it(page):
+    text, namespace, raised = page.read_text(), {"__name__": "__main__"}, None
+    for code, output in BLOCK.findall(text):
+        assert raised is None, "a block before the last one raised"
+        printed = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            try:
+                exec(compile(code, page.name, "exec"), namespace)
+            except Exception as error:
+                raised = error
+        assert comparable(printed.getvalue()) == comparable(output)
+    kinds = [kind.__name__ for kind in type(raised).__mro__]
+    assert (page.stem in kinds) == (page.parent.name == "errors" and not page.stem.endswith("Warning"))
+    assert raised is None or comparable(f"{type(raised).__name__}: {raised}") in comparable(text)
+
+
+def comparable(text: str) -> str:
+    """Without what differs from machine to machine: temporary folders, hashes, versions, rounding."""
+    text = re.sub(r"/\S*/(?=model/)|\b[0-9a-f]{64}\b", "", " ".join(text.split()))
+    return re.sub(r"[-+]?\d[\d.]*(e[-+]?\d+)?", "0", text)
 
 
 def dictionaries(folder: Path) -> None:
@@ -246,10 +225,8 @@ def dictionaries(folder: Path) -> None:
     from sae_lens_writesae.sae.runner import quiet
 
     model, dataset = HookedRecurrent.from_pretrained("embedded"), text_dataset(embedded.text("train"))
-    wanted = {label: {} for labels in evaluation_pages.LABELS.values() for label in labels}
-    wanted |= {"state": {"target": "state"}, "seed-1": {"seed": 1}} | {
-        label: {"sae": {"k": 8} | fields} for label, fields in COMPARED.items()
-    }
+    wanted: dict[str, dict] = {label: {} for label in DICTIONARIES}
+    wanted |= {"state": {"target": "state"}, "seed-1": {"seed": 1}, "flat": {"sae": {"k": 8, "decoder": "flat"}}}
     for label, changes in wanted.items():
         options = {"target": "write", "sae": {"k": 8}, "seed": 0} | changes
         cfg = training_config(
@@ -281,14 +258,14 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_examples_of_evaluations_run(name, trained):
     """They answer no claim that the class does not name."""
-    code = evaluation_pages.example(EVALUATIONS[name], evaluation_pages.read(name)[0])
+    code = "".join(code for code, _ in BLOCK.findall((DOCS / "evaluations" / f"{name}.md").read_text()))
     code += "assert {claim.number for claim in result.claims()} <= {None, *result.evaluation.answers}\n"
     out = run_script(code, trained)
     assert len(out.splitlines()) >= 1 and all(" | " in line for line in out.splitlines())
 
 
 def test_formulas_of_notebooks_become_mathml():
-    mathml = pytest.importorskip("docs_site.mathml", reason="needs latex2mathml, of the extra docs")
-    made = mathml.formulas("`$a$` costs $5.\n\n$$x_t = y$$\n\n$v w^\\top$")
+    site_pages = pytest.importorskip("site_pages", reason="needs the extra docs")
+    made = site_pages.formulas("`$a$` costs $5.\n\n$$x_t = y$$\n\n$v w^\\top$")
     assert made.startswith("`$a$` costs $5.") and made.count("<math") == 2
     assert 'display="block"' in made and made.endswith("</math></span>")

@@ -1,8 +1,8 @@
-"""docs/families.md says what the code has: every rule and model type, with its state, rank, erase, decay and hooks; and
-its errors, which are measured, keep within the tolerances."""
+"""docs/families.md says what the rules say of every model type, and its errors are within the tolerances."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,53 +10,33 @@ import pytest
 from conftest import MAKERS
 
 from hookpoints.fla import MODEL_TYPES as FLA_TYPES
-from hookpoints.rules import REFUSED, REFUSED_LAYERS, RULES
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "scripts"))
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
-from families_measure import ModelType, calls_of, facts_of, measure, model_types  # noqa: E402
-from families_page import markdown  # noqa: E402
-from families_table import load  # noqa: E402
+import families
 
-FAMILIES = load(ROOT / "docs" / "families.json")
+ROWS = json.loads(families.DATA.read_text(encoding="utf-8"))
 OP, LOGITS = 1e-10, 2e-5
-AGAIN = "run scripts/families_table.py again"
+FACTS = ("rule", "rank", "decay", "sizes", "op_oracle")
+OURS = [row for row in ROWS if row["source"] == "transformers"]
 
 
-def test_every_model_type_has_a_row():
-    found = {ModelType(family.source, family.model_type) for family in FAMILIES}
-    assert len(found) == len(FAMILIES) == len(MAKERS) + len(FLA_TYPES)
-    assert found == set(model_types()), AGAIN
+def test_every_model_type_has_a_row_and_the_page_has_every_row():
+    names = [(row["source"] == "fla", row["model_type"]) for row in ROWS]
+    assert names == sorted([(False, name) for name in MAKERS] + [(True, name) for name in FLA_TYPES])
+    assert families.PAGE.read_text(encoding="utf-8") == families.page(ROWS)
 
 
-def test_every_rule_has_a_row():
-    assert {rule.name for rule in RULES} <= {family.facts.rule for family in FAMILIES}, AGAIN
+@pytest.mark.parametrize("row", OURS, ids=lambda row: row["model_type"])
+def test_measured_again_a_family_is_what_its_row_says(row):
+    found = families.measured(row["model_type"])
+    assert [found[name] for name in FACTS] == [row[name] for name in FACTS]
+    assert found["op_error"] < OP and found["logits_error"] < LOGITS < found["largest_logit"]
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: f"{family.source}-{family.model_type}")
-def test_what_a_row_says_is_what_the_model_does(family):
-    """Where fla is not installed, its rows are skipped."""
-    assert facts_of(calls_of(ModelType(family.source, family.model_type))[0]) == family.facts, AGAIN
-
-
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: f"{family.source}-{family.model_type}")
-def test_every_error_was_measured_and_is_within_the_tolerance(family):
-    assert all(family.oracles())
-    assert 0 < family.op_error < OP
-    assert 0 < family.logits_error < LOGITS < family.largest_logit
-    if family.kernels_error is not None:
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['source']}-{row['model_type']}")
+def test_every_error_is_within_the_tolerance(row):
+    assert 0 < row["op_error"] < OP and 0 < row["logits_error"] < LOGITS < row["largest_logit"]
+    if row["kernels_error"]:
         # RWKV-7's chunked kernel solves in float16: tests/hookpoints/fla/test_fla_kernels.py has the proof.
-        assert family.source == "fla" and 0 < family.kernels_error < (1e-4 if family.model_type == "rwkv7" else LOGITS)
-
-
-@pytest.mark.parametrize("name", ["mamba2", "qwen3_5"])
-def test_measured_again_it_is_within_the_tolerance(name):
-    found = measure(ModelType("transformers", name), kernels=None)
-    assert found.op_error < OP and found.logits_error < LOGITS
-
-
-def test_the_page_is_made_of_the_data():
-    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
-    assert page == markdown(FAMILIES), f"{AGAIN}, with --page"
-    assert all(f"`{name}`" in page and f" {reason} |" in page for name, reason in (REFUSED | REFUSED_LAYERS).items())
+        assert row["source"] == "fla" and row["kernels_error"] < (1e-4 if row["model_type"] == "rwkv7" else LOGITS)

@@ -16,9 +16,7 @@ END = "-- end of block"
 PYTHON = os.environ.get("README_PYTHON", sys.executable)
 sys.path.append(str(ROOT / "scripts"))
 
-import readme_table  # noqa: E402
-
-from writesae import EVALUATIONS  # noqa: E402
+import tables  # noqa: E402
 
 
 def blocks() -> dict[str, str]:
@@ -94,14 +92,13 @@ def test_the_hook_table_in_the_readme_is_the_table():
 
 
 def test_the_table_of_evaluations_is_that_of_the_classes():
-    """`python scripts/readme_table.py` writes it."""
+    """`python scripts/tables.py` writes it."""
     text = README.read_text()
-    assert readme_table.with_table(text) == text
-    assert all(f"| `{kind}` | {each.question} |" in text for kind, each in EVALUATIONS.items())
+    assert tables.with_evaluations(text) == text
 
 
 def test_runs_of_numbers_are_joined():
-    assert readme_table.spans((1, 2, 3, 5, 11, 12)) == "1–3, 5, 11–12" and readme_table.spans(()) == ""
+    assert tables.spans((1, 2, 3, 5, 11, 12)) == "1–3, 5, 11–12" and tables.spans(()) == ""
 
 
 def test_the_readme_is_short():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 import nbformat
@@ -13,12 +12,29 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "scripts"))
-
-import build_tutorials  # noqa: E402
-
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
+INSTALL = """\
+import importlib.util
+
+if importlib.util.find_spec("hookpoints") is None:  # a fresh machine, in the folder tutorials/ of a clone
+    %pip install -q "..[study]"
+"""
+"""The first code cell. Not `-e`: a kernel that runs does not see an editable installation until it is restarted."""
+STRAY = re.compile(r"\*\*[A-Z]+\*\*|[.!?][A-Z]{2,}\b|\bPROSE_\w+|<<<<<<<|>>>>>>>")
+"""What a template leaves where a placeholder was not, or was only partly, replaced."""
 MACHINE_PATH = re.compile(r"/(?:home|root|tmp|work|Users|mnt|opt|usr|var)/|[A-Z]:\\\\|site-packages")
+
+
+def faults(notebook: nbformat.NotebookNode) -> list[str]:
+    """What is wrong with the text of a notebook: paragraphs that occur twice, stray markup, another install cell."""
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    paragraphs = [part.strip() for cell in cells for part in re.split(r"\n\s*\n", re.sub(r"`[^`]*`", "code", cell))]
+    starts = [paragraph[:60] for paragraph in paragraphs]
+    found = [f"paragraph occurs twice: {start!r}" for start in dict.fromkeys(starts) if starts.count(start) > 1]
+    found += [f"stray markup: {paragraph[-60:]!r}" for paragraph in paragraphs if STRAY.search(paragraph)]
+    found += [f"** is opened and not closed: {p[:60]!r}" for p in paragraphs if p.count("**") % 2]
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return found + ([] if code[0] == INSTALL.rstrip() else ["the first code cell is not INSTALL"])
 
 
 def ids(path: Path) -> str:
@@ -53,8 +69,8 @@ def test_imports_public_names_only(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
 def test_text_is_whole_and_installs_from_a_clone(path):
     """What `..` is to the folder of the notebooks has a pyproject.toml."""
-    assert build_tutorials.faults(nbformat.read(path, as_version=4)) == []
-    assert '%pip install -q "..[study]"\n' in build_tutorials.INSTALL and (path.parents[1] / "pyproject.toml").is_file()
+    assert faults(nbformat.read(path, as_version=4)) == []
+    assert '%pip install -q "..[study]"\n' in INSTALL and (path.parents[1] / "pyproject.toml").is_file()
 
 
 @pytest.mark.parametrize(
@@ -68,14 +84,14 @@ def test_text_is_whole_and_installs_from_a_clone(path):
     ],
 )
 def test_a_garbled_text_is_found(text, fault):
-    cells = [nbformat.v4.new_code_cell(build_tutorials.INSTALL.rstrip()), nbformat.v4.new_markdown_cell(text)]
-    (found,) = build_tutorials.faults(nbformat.v4.new_notebook(cells=cells))
+    cells = [nbformat.v4.new_code_cell(INSTALL.rstrip()), nbformat.v4.new_markdown_cell(text)]
+    (found,) = faults(nbformat.v4.new_notebook(cells=cells))
     assert fault in found
 
 
 def test_another_install_cell_is_found():
     cells = [nbformat.v4.new_code_cell("%pip install -q sae-lens-writesae")]
-    assert build_tutorials.faults(nbformat.v4.new_notebook(cells=cells)) == ["the first code cell is not INSTALL"]
+    assert faults(nbformat.v4.new_notebook(cells=cells)) == ["the first code cell is not INSTALL"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
