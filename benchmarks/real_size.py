@@ -94,7 +94,7 @@ def training(options: argparse.Namespace) -> Row:
         options.head,
         architecture="writesae_topk",
         d_sae=options.F,
-        sae={"k": options.k, "inputs": "factors"},
+        sae={"k": options.k, "rank": 1},
         training_tokens=options.training_tokens,
         train_batch_size_tokens=options.batch,
         device=options.device,

@@ -1,5 +1,4 @@
-"""What an optimizer step costs: matrix atoms with gathered decode and sparse encoder backward, and on factors, against
-SAELens' TopK.
+"""What an optimizer step costs: matrix atoms in SAELens' own step, and on factors (`sae.fast`), against SAELens' TopK.
 
     python benchmarks/sae_step.py [--d-k 128 --d-v 128 --d-sae 2048 --k 32 --batch 256 --dead 0.0 --only NAME --out DIR]
     python benchmarks/sae_step.py --loop    # tokens per second of train_on_writes on writes of the embedded model
@@ -26,9 +25,9 @@ CONTENDERS = {
     "writesae_topk rank 2": {"encoder": "bilinear", "decoder": "rank", "rank": 2},
     "writesae_topk tied": {"encoder": "tied", "decoder": "rank", "rank": 1},
     "writesae_topk dense encoder": {"encoder": "dense", "decoder": "rank", "rank": 1},
-    "on factors": {"inputs": "factors"},
-    "on factors, k 2": {"inputs": "factors", "k": 2},
-    "on factors, rank 2": {"inputs": "factors", "rank": 2},
+    "on factors": {"factors": True},
+    "on factors, k 2": {"factors": True, "k": 2},
+    "on factors, rank 2": {"factors": True, "rank": 2},
 }
 """Fields of the config; None is SAELens' own TopK. On factors the rows are writes, K + V numbers instead of K*V."""
 BASELINE = "SAELens topk"
@@ -54,16 +53,18 @@ def build(options: argparse.Namespace, variant: dict[str, Any] | None) -> Any:
         cfg = WriteTopKTrainingSAEConfig(**sizes | variant, d_k=options.d_k, d_v=options.d_v)
         sae = WriteTopKTrainingSAE(cfg)
     cfg = SAETrainerConfig(total_training_samples=10**9, train_batch_size_samples=options.batch, lr_end=3e-5)
-    trainer = SAETrainer(cfg, sae, iter(()))
-    if on_factors(variant):
-        from sae_lens_writesae.sae.writes import on_factors as adapt
-
-        adapt(trainer)
-    return trainer
+    return SAETrainer(cfg, sae, iter(()))
 
 
-def on_factors(variant: dict[str, Any] | None) -> bool:
-    return (variant or {}).get("inputs") == "factors"
+def on_factors(options: argparse.Namespace, variant: dict[str, Any], batch: Any) -> Any:
+    """The loop of `sae.fast` around one dictionary."""
+    from sae_lens_writesae.atom.low_rank import LowRank
+    from sae_lens_writesae.sae.fast import _Stack
+
+    changes = {name: value for name, value in variant.items() if name != "factors"}
+    cfg = embedded_config(options.batch, options.k, options.d_sae, 10**6, d_k=options.d_k, d_v=options.d_v, **changes)
+    keys, values = batch.split([options.d_k, options.d_v], dim=1)
+    return _Stack([(cfg, LowRank.rank_one(keys, values), None)], None)
 
 
 def work(options: argparse.Namespace) -> None:
@@ -74,20 +75,30 @@ def work(options: argparse.Namespace) -> None:
 
     torch.set_num_threads(options.threads)
     imported = resident("VmRSS")
-    trainer = build(options, CONTENDERS[options.worker])
-    trainer.n_forward_passes_since_fired[: int(options.dead * options.d_sae)] = float("inf")
-    generator = torch.Generator().manual_seed(0)
-    factors = on_factors(CONTENDERS[options.worker])
+    variant, generator = CONTENDERS[options.worker], torch.Generator().manual_seed(0)
+    factors, dead = bool(variant and variant.get("factors")), slice(int(options.dead * options.d_sae))
     width = options.d_k + options.d_v if factors else options.d_k * options.d_v
     batch = torch.randn(options.batch, width, generator=generator)
+    if factors:
+        trainer = on_factors(options, variant or {}, batch)
+        trainer.silent[:, dead] = 10**6
+        keys, values = (side[None, :, None] for side in batch.split([options.d_k, options.d_v], dim=1))
+    else:
+        trainer = build(options, variant)
+        trainer.n_forward_passes_since_fired[dead] = float("inf")
     for line in sys.stdin:
         if line.strip() == "end":
             break
         start = time.perf_counter()
-        trainer.step(batch)
-        trainer.n_training_steps += 1
+        if factors:
+            trainer._step(keys, values)
+            trainer.step += 1
+        else:
+            trainer.step(batch)
+            trainer.n_training_steps += 1
         print(time.perf_counter() - start, flush=True)
-    parameters = sum(p.numel() for p in trainer.sae.parameters())
+    sae = trainer.saes[0] if factors else trainer.sae
+    parameters = sum(p.numel() for p in sae.parameters())
     print(json.dumps({"peak": resident("VmHWM"), "imported": imported, "parameters": parameters}), flush=True)
 
 
@@ -95,9 +106,8 @@ def stack(options: argparse.Namespace) -> None:
     """CPU time of dictionaries that train together, as a share of the time of one after another, and rows a second."""
     import torch
 
+    from sae_lens_writesae import train_many_on_writes, train_on_writes
     from sae_lens_writesae.atom.low_rank import LowRank
-    from sae_lens_writesae.sae.stack import train_many_on_writes
-    from sae_lens_writesae.sae.writes import train_on_writes
 
     torch.set_num_threads(options.threads)
     generator = torch.Generator().manual_seed(0)
@@ -119,14 +129,18 @@ def stack(options: argparse.Namespace) -> None:
         print(f"batch {batch:>4}, F {d_sae}, k {k}: {together / alone:.2f} {speed:>9.0f}", flush=True)
 
 
-def embedded_config(batch: int, k: int, d_sae: int = 512, steps: int = 200, seed: int = 0) -> Any:
-    """The config of a dictionary of a head of 64 x 32."""
+def embedded_config(
+    batch: int, k: int, d_sae: int = 512, steps: int = 200, seed: int = 0, d_k: int = 64, d_v: int = 32, **sae: Any
+) -> Any:
+    """The config of a dictionary of a head, by default of 64 x 32."""
     from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 
     from sae_lens_writesae.sae import WriteTopKTrainingSAEConfig
 
     return LanguageModelSAERunnerConfig(
-        sae=WriteTopKTrainingSAEConfig(d_in=64 * 32, d_k=64, d_sae=d_sae, k=k, b_dec_rows=0),
+        sae=WriteTopKTrainingSAEConfig(
+            **{"d_in": d_k * d_v, "d_k": d_k, "d_sae": d_sae, "k": k, "b_dec_rows": 0} | sae
+        ),
         training_tokens=steps * batch,
         train_batch_size_tokens=batch,
         logger=LoggingConfig(log_to_wandb=False),

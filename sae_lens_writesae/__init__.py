@@ -12,20 +12,14 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae import VARIANTS, MatrixSAE, MatrixTrainingSAE
 from sae_lens_writesae.sae.collect import collect
 from sae_lens_writesae.sae.collection import Collection
+from sae_lens_writesae.sae.fast import train_many_on_writes, train_on_writes
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.metric_fit import fit_metrics
-from sae_lens_writesae.sae.runner import (
-    WriteSAETrainingRunner,
-    text_dataset,
-    train,
-    training_config,
-)
-from sae_lens_writesae.sae.stack import train_many_on_writes
+from sae_lens_writesae.sae.runner import text_dataset, train, training_config
 from sae_lens_writesae.sae.target import head_target
 from sae_lens_writesae.sae.training import PAPER_RUNNER, calibrate_b_dec, calibrate_threshold, preset_b_dec
-from sae_lens_writesae.sae.writes import train_on_writes
 from sae_lens_writesae.steering import scale_atoms, steer
 
 try:
@@ -42,7 +36,6 @@ __all__ = [
     "MatrixSAE",
     "MatrixTrainingSAE",
     "Metric",
-    "WriteSAETrainingRunner",
     "calibrate_b_dec",
     "calibrate_threshold",
     "collect",

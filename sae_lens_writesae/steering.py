@@ -25,7 +25,6 @@ from transformer_lens.hook_points import HookPoint
 
 from hookpoints import EditError, HookedRecurrent, WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.base import MatrixSAE
 from sae_lens_writesae.sae.target import Dictionary, HeadHook, atoms_of, check_fits, check_plain_activations
 
 Target = int | str
@@ -190,12 +189,8 @@ class Steering(Scoped):
 
     @torch.no_grad()
     def _activation(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Activation [B,T] of the atom on rank-1 writes [B,T,K] and [B,T,V], from their factors where the SAE can."""
-        if isinstance(self.sae, MatrixSAE):
-            activations = self.sae.encode_writes(keys.to(self.sae.b_dec), values.to(self.sae.b_dec))
-        else:
-            activations = _encode(self.sae, (keys.unsqueeze(-1) * values.unsqueeze(-2)).flatten(-2))
-        return activations[..., self.atom]
+        """Activation [B,T] of the atom on rank-1 writes [B,T,K] and [B,T,V]."""
+        return _encode(self.sae, (keys.unsqueeze(-1) * values.unsqueeze(-2)).flatten(-2))[..., self.atom]
 
 
 def steer(

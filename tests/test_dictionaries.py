@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from hookpoints import HookedRecurrent, UnsupportedModelError
 from sae_lens_writesae import choices as plugin
 from sae_lens_writesae.choices import VARIANTS
-from sae_lens_writesae.sae import runner
+from sae_lens_writesae.sae import fast
 from sae_lens_writesae.sae.collection import Collection
 from sae_lens_writesae.sae.kinds import objective, variant
 from sae_lens_writesae.sae.load import load_sae
+from sae_lens_writesae.sae.runner import text_dataset
 from writesae import choices as study
-from writesae.choices import MATCHED, DictionaryName
+from writesae.choices import MATCHED, DictionaryName, Target
 from writesae.dictionaries import Collect, Train
 
 SIZES = {"d_sae": 16, "k": 2, "training_tokens": 1024, "train_batch_size_tokens": 128}
@@ -69,7 +70,7 @@ def test_flags_of_saelens_are_told_where_they_belong() -> None:
 def collection(embedded: HookedRecurrent, tmp_path_factory: pytest.TempPathFactory) -> Collection:
     """Writes and states of two heads."""
     folder = tmp_path_factory.mktemp("train") / "collection"
-    text = runner.text_dataset("We, the people of the United States. " * 400)
+    text = text_dataset("We, the people of the United States. " * 400)
     sizes = {"n_tokens": 1024, "context_size": 32}
     Collect(model="embedded", **HEADS, targets=("write", "state"), out=folder, **sizes).of(
         embedded, text, lambda line: 0
@@ -127,7 +128,7 @@ def test_every_kind_trains_from_a_collection(collection: Collection, tmp_path: P
     assert [objective(sae) for sae in saes] == [("write", "mse")] * 3 + [("state", "mse"), ("state", "reads")]
     assert [variant(sae) for sae in saes] == ["WriteSAE", "MatrixSAE", "FlatSAE", "WriteSAE", "WriteSAE"]
     assert all(sae.cfg.metadata.model_name == "embedded" for sae in saes)
-    assert not list(tmp_path.rglob("checkpoints"))
+    assert not list(tmp_path.rglob("checkpoint"))
 
 
 def test_a_head_that_was_not_collected_is_said_before_training(collection: Collection, tmp_path: Path) -> None:
@@ -142,50 +143,36 @@ def test_a_head_that_was_not_collected_is_said_before_training(collection: Colle
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_state_goes_on_from_its_newest_whole_checkpoint(
-    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("target", ["write", "state"])
+def test_a_killed_training_goes_on_from_its_checkpoint(
+    target: Target, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for samples in ("run/256", "run/1024", "run/.writing-x/2048"):
-        folder = tmp_path / "L2H0/state-seed0/checkpoints" / samples
-        folder.mkdir(parents=True)
-        (folder / "runner_cfg.json").write_text("{}")
+    """Of writes to the same bytes; of states on other rows."""
 
-    def stop(cfg, **_):
-        raise InterruptedError(cfg.resume_from_checkpoint)
+    def train(name: str) -> tuple[bytes, int]:
+        steps: list[int] = []
+        monkeypatch.setattr(torch.optim.Adam, "step", lambda own, *a: (steps.append(1), whole_step(own, *a))[1])
+        Train(collection=collection.folder, heads=(0,), targets=(target,), out=tmp_path / name, **sizes).run(str)
+        file = tmp_path / name / f"L2H0/{target}-seed0/sae/sae_weights.safetensors"
+        return file.read_bytes(), len(steps)
 
-    monkeypatch.setattr(runner, "FrugalRunner", stop)
-    train = Train(collection=collection.folder, heads=(0,), targets=("state",), out=tmp_path, **SIZES)
-    with pytest.raises(InterruptedError, match="1024"):
-        train.run(lambda line: None)
-
-
-def stopping_after(saves: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the next training end with its n-th checkpoint."""
-    count, save = itertools.count(1), runner.FrugalRunner.save_whole_checkpoint
-
-    def stopping(own, *arguments, **named):
-        save(own, *arguments, **named)
-        if next(count) == saves:
+    def killing(own: torch.optim.Adam, *arguments: object) -> object:
+        left.append(1)
+        if len(left) > 20:
             raise InterruptedError
+        return whole_step(own, *arguments)
 
-    monkeypatch.setattr(runner.FrugalRunner, "save_whole_checkpoint", stopping)
-
-
-def test_a_stop_does_not_change_a_dictionary(
-    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def trained(name: str) -> bytes:
-        sizes = SIZES | {"training_tokens": 4096}
-        train = Train(collection=collection.folder, heads=(0,), targets=("state",), out=tmp_path / name, **sizes)
-        train.run(lambda line: None)
-        return (tmp_path / name / "L2H0/state-seed0/sae/sae_weights.safetensors").read_bytes()
-
-    whole = trained("whole")
-    stopping_after(8, monkeypatch)
+    sizes, left, whole_step = SIZES | {"training_tokens": 4096}, list[int](), torch.optim.Adam.step
+    monkeypatch.setattr(fast, "SAVE_SECONDS", -1.0)
+    whole, steps = train("whole")
+    assert steps == 32
+    monkeypatch.setattr(torch.optim.Adam, "step", killing)
     with pytest.raises(InterruptedError):
-        trained("stopped")
-    assert len(runner.whole_checkpoints(tmp_path / "stopped")) == 2
-    assert trained("stopped") == whole
+        Train(collection=collection.folder, heads=(0,), targets=(target,), out=tmp_path / "killed", **sizes).run(str)
+    assert list((tmp_path / "killed").rglob("checkpoint"))
+    resumed, steps = train("killed")
+    assert steps in (12, 13) and (resumed == whole) == (target == "write")
+    assert not list((tmp_path / "killed").rglob("*checkpoint*"))
 
 
 def test_words_of_flags_are_those_of_the_plugin() -> None:

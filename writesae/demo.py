@@ -169,9 +169,9 @@ class Demo:
     def _train(
         self, model: HookedRecurrent, collection: Collection, text: Tensor, choice: HeadChoice, recipe: Recipe
     ) -> None:
+
         from sae_lens_writesae.sae.metric_fit import fit_metrics
         from sae_lens_writesae.sae.runner import quiet, train, training_config
-        from sae_lens_writesae.sae.writes import train_on_writes
 
         place = choice.layer, choice.head
         cfg = training_config(
@@ -187,12 +187,8 @@ class Demo:
             verbose=False,
         )
         with quiet():
-            if recipe.target == "write":
-                metric = fit_metrics(model, text[::4], [place], seed=self.seed)[place] if recipe.metric else None
-                keys, values = (side[:] for side in collection.factors(*place))
-                sae = train_on_writes(cfg, keys, values, metric=metric)
-            else:
-                sae = train(cfg)
+            metric = fit_metrics(model, text[::4], [place], seed=self.seed)[place] if recipe.metric else None
+            sae = train(cfg, metric=metric)
         save_dictionary(sae, self.out / recipe.folder)
 
     def _test(self, recipe: Recipe) -> Substitution:

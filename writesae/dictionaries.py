@@ -39,8 +39,6 @@ _WRITES_IN_MEMORY = 4_000_000_000
 """Bytes of the writes that are trained on at once."""
 _METRIC_TOKENS = 32_768
 """Tokens on which a metric is fitted."""
-_CHECKPOINTS = 20
-"""Checkpoints in a training run: what is lost when it is killed without warning is at most a twentieth of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +257,7 @@ class Train:
         settings = {name: getattr(self, name) for name in names} | {"model": collection.model_name}
         for folder in folders.values():
             check_settings(folder, settings)
-        configs = {place: self.training_config(collection, *place, folders[place]) for place in places}
+        configs = {place: self.training_config(collection, *place) for place in places}
         left = [place for place in places if not (folders[place] / "sae").exists()]
         say(f"{len(places)} dictionaries, {len(places) - len(left)} of them trained already")
         groups = [group for group in self._groups(places, configs, collection) if not {*left}.isdisjoint(group)]
@@ -349,13 +347,13 @@ class Train:
         """Which dictionaries train in one step: those on factors with one shape, as far as the writes of their heads
         fit into memory together. Groups are those of all dictionaries, whether trained yet or not, so that a run which
         goes on trains in the same company, and gives bitwise the same."""
-        from sae_lens_writesae.sae.stack import MAX_STACK, shape_of
+        from sae_lens_writesae.sae.fast import MAX_STACK, shape_of
 
         groups: list[list[Place]] = []
         open_groups: dict[object, list[Place]] = {}
         n_writes = collection.n_sequences * collection.context_size
         for place in places:
-            shape = shape_of(configs[place]) if place[2].on_factors else None
+            shape = shape_of(configs[place]) if place[2].target == "write" else None
             group = open_groups.get(shape) if shape is not None else None
             sae = configs[place].sae
             heads = max(1, _WRITES_IN_MEMORY // (4 * n_writes * (sae.d_k + sae.d_v)))
@@ -374,30 +372,28 @@ class Train:
         folders: Mapping[Place, Path],
         metrics: Mapping[tuple[int, int], Metric],
     ) -> None:
-        """Dictionaries of one shape; that of a state goes on from its newest whole checkpoint, if there is one."""
+        """Dictionaries of one shape, from where a kill left them."""
         from sae_lens_writesae.atom.low_rank import LowRank
-        from sae_lens_writesae.sae.runner import FrugalRunner, quiet, whole_checkpoints
-        from sae_lens_writesae.sae.stack import train_many_on_writes
+        from sae_lens_writesae.sae.fast import shape_of, train_many_on_writes
+        from sae_lens_writesae.sae.runner import quiet, train
 
+        checkpoint = folders[group[0]] / "checkpoint"
         with quiet():
-            if group[0][2].on_factors:
+            if group[0][2].target == "write" and shape_of(configs[group[0]]) is not None:
                 heads = {place[:2]: collection.factors(*place[:2]) for place in group}
                 writes = {head: LowRank(mapped.keys[:], mapped.values[:]) for head, mapped in heads.items()}
                 wanted = [metrics.get(place[:2]) if place[2].metric != "frobenius" else None for place in group]
-                saes = train_many_on_writes([configs[p] for p in group], [writes[p[:2]] for p in group], wanted)
+                every = [configs[place] for place in group], [writes[place[:2]] for place in group], wanted
+                saes = train_many_on_writes(*every, checkpoint=checkpoint)
             else:
                 (place,) = group
-                whole = whole_checkpoints(folders[place] / "checkpoints")
-                configs[place].resume_from_checkpoint = str(whole[-1]) if whole else None
-                saes = [FrugalRunner(configs[place]).run()]
+                metric = metrics.get(place[:2]) if place[2].metric != "frobenius" else None
+                saes = [train(configs[place], metric=metric, checkpoint=checkpoint)]
         for place, sae in zip(group, saes):
             if not (folders[place] / "sae").exists():
                 save_dictionary(sae, folders[place])
-                shutil.rmtree(folders[place] / "checkpoints", ignore_errors=True)
 
-    def training_config(
-        self, collection: Collection, layer: int, head: int, name: DictionaryName, folder: Path
-    ) -> RunnerConfig:
+    def training_config(self, collection: Collection, layer: int, head: int, name: DictionaryName) -> RunnerConfig:
         """SAELens' config for one dictionary. Raises what `head_target` and the configs raise."""
         import torch
 
@@ -406,7 +402,6 @@ class Train:
         batch = self.train_batch_size_tokens
         buffered = max(2, -(-8 * batch // collection.context_size))  # sequences
         d_sae, sae = self._size(collection, layer, head, name)
-        kept = {"n_checkpoints": _CHECKPOINTS, "checkpoint_path": str(folder / "checkpoints")}
         return training_config(
             collection,
             layer,
@@ -426,7 +421,6 @@ class Train:
             lr=self.lr,
             seed=name.seed,
             verbose=False,
-            **({} if name.on_factors else kept),
         )
 
     def _size(

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.base import MatrixSAE, MatrixWeights
-from sae_lens_writesae.sae.training import HasThreshold, calibrate_threshold
+from sae_lens_writesae.sae.matrix import MatrixSAE
+from sae_lens_writesae.sae.training import calibrate_threshold
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def native(sae: SAE, matrices: Tensor, writes: LowRank, *, seed: int = 0) -> Mat
 
 def _fresh(sae: SAE, matrices: Tensor, seed: int) -> MatrixSAE:
     """Unit-norm atoms as the class draws them, encoder equal to the decoder, biases 0, b_dec by the recipe of `sae`."""
-    if not isinstance(sae, MatrixWeights):
+    if not isinstance(sae, MatrixSAE):
         raise ValueError(
             f"control dictionaries are made for the architectures of this package, found {type(sae).__name__}"
         )
@@ -99,16 +99,11 @@ def _calibrate(new: MatrixSAE, sae: SAE, matrices: Tensor) -> None:
     if getattr(new.cfg, "k", None) is not None:
         return
     x = matrices.to(new.b_dec.device, new.b_dec.dtype)
-    wanted, possible = int((sae.encode(x) > 0).sum()), len(x) * int(new.cfg.d_sae)
-    threshold = cast(HasThreshold, new)
-    if hasattr(new, "set_threshold"):
-        if 0 < wanted < possible:
-            calibrate_threshold(threshold, [x], wanted / len(x))
-        elif wanted == 0:
-            threshold.set_threshold(2 * max(float(threshold.contributions(x).max()), 0.0))
-        return
-    if wanted < possible:
-        top = new.encode_linear(new.process_sae_in(x)).flatten().topk(wanted + 1).values
+    wanted = int((sae.encode(x) > 0).sum())
+    if {"threshold", "topk_threshold"} & {*new.state_dict()}:
+        calibrate_threshold(new, [x], min(wanted / len(x), int(new.cfg.d_sae) - 1))
+    elif wanted < len(x) * int(new.cfg.d_sae):
+        top = (new.process_sae_in(x) @ new.W_enc).flatten().topk(wanted + 1).values
         between = top[-2:].mean() if wanted else 2 * top[0]  # of the last one in and the first one out
         bias = cast(Tensor, getattr(new, "b_gate" if hasattr(new, "b_gate") else "b_enc"))
         bias.data.fill_(-max(float(between), 0.0))

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from hookpoints.errors import nearest
 from hookpoints.files import SealedFolder, read_json
-from sae_lens_writesae.sae.base import MatrixSAE, MatrixSAEConfig
+from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig
 
 _BESIDE_FIELDS = {"architecture", "metadata"}
 """What a saved config has beside the fields of its class."""

@@ -1,19 +1,13 @@
 """What a dictionary is trained for besides reconstruction: the reads of its head, or atoms that point along the write.
 
 This file has the formulas. What they compare with (queries, writes of the same tokens) reaches the training step as
-further columns of the activations: `sae.store` appends them, `MatrixTrainingSAE` takes them off again.
+further columns of the activations: `sae.runner` appends them, `MatrixTrainingSAE` takes them off again.
 """
 
 import torch
 from torch import Tensor
 
 from hookpoints import Recurrence
-from sae_lens_writesae.choices import Loss
-
-
-def n_columns(loss: Loss, d_k: int, d_v: int, terms: int = 1) -> int:
-    """Columns appended to the matrix: the query [K], or the keys and values of a write of `terms` rank-1 terms."""
-    return {"mse": 0, "reads": d_k, "write": terms * (d_k + d_v)}[loss]
 
 
 def read_loss(error: Tensor, queries: Tensor) -> Tensor:

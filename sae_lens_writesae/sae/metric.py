@@ -17,24 +17,16 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
 import torch
-from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.files import atomic_write
-
-if TYPE_CHECKING:
-    from sae_lens.training.sae_trainer import SAETrainer
-
-    from sae_lens_writesae.sae.base import MatrixWeights
-    from sae_lens_writesae.sae.training import MatrixTrainingSAE
-
-    Trainer = SAETrainer[Any, Any]
+from sae_lens_writesae.sae.matrix import MatrixSAE
 
 METRIC_FILENAME = "metric.safetensors"
 """The file beside the weights of an autoencoder that was trained in a metric."""
@@ -45,7 +37,7 @@ prediction of held-out edits hardly changes."""
 
 _TENSORS = ("key_root", "value_root", "key_inverse", "value_inverse")
 
-SAEType = TypeVar("SAEType", bound="MatrixWeights")
+SAEType = TypeVar("SAEType", bound=MatrixSAE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,24 +80,8 @@ class Metric:
         return _moved(keys, self.key_root), _moved(values, self.value_root)
 
     def apply_rows(self, rows: Tensor) -> Tensor:
-        """A^1/2 X B^1/2 of rows of a training batch: flattened matrices [...,K*V], or R keys and then R values
-        [...,R*(K+V)]. Costs K V (K + V) for a matrix, R (K^2 + V^2) for factors.
-
-        Raises:
-            ValueError: rows of another width.
-        """
-        k, v = len(self.key_root), len(self.value_root)
-        terms, rest = divmod(rows.shape[-1], k + v)
-        if rows.shape[-1] == k * v:
-            return self._rows(rows, self.key_root, self.value_root)
-        if rest or not terms:
-            raise ValueError(
-                f"rows of width {rows.shape[-1]} are neither {k} x {v} matrices nor packed factors, whose width "
-                f"is a multiple of {k} + {v}"
-            )
-        keys, values = rows.split([terms * k, terms * v], dim=-1)
-        sides = self.apply(keys.unflatten(-1, (terms, k)), values.unflatten(-1, (terms, v)))
-        return torch.cat([side.flatten(-2) for side in sides], dim=-1)
+        """A^1/2 X B^1/2 of flattened matrices [...,K*V]. Costs K V (K + V) for each."""
+        return self._rows(rows, self.key_root, self.value_root)
 
     def inner(self, first: LowRank, second: LowRank) -> Tensor:
         """Inner products [N] of matrices in the metric, without `scale`."""
@@ -148,7 +124,7 @@ class Metric:
         return folded.train(sae.training)
 
     @torch.no_grad()
-    def _folded_state(self, sae: MatrixWeights) -> dict[str, Tensor]:
+    def _folded_state(self, sae: MatrixSAE) -> dict[str, Tensor]:
         cfg, state = sae.cfg, dict(sae.state_dict())
         scale = state.pop("encoder_scale", None)
         if scale is not None and cfg.decoder == "rank":
@@ -198,24 +174,6 @@ class Metric:
             return cls(**tensors, **json.loads(metadata["settings"]))
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{file} cannot be read as a metric ({error}); fit and save it again") from error
-
-
-def put_in_metric(trainer: Trainer, metric: Metric) -> None:
-    """Have SAELens' trainer see transformed writes, and its evaluator an autoencoder of writes. What it returns is for
-    transformed writes still: see `Metric.fold`."""
-    source, evaluate = trainer.data_provider, trainer.evaluator
-    trainer.sae.metric = metric
-    trainer.data_provider = map(metric.apply_rows, source)
-    if evaluate is None:
-        return
-
-    def evaluator(sae: MatrixTrainingSAE, data_provider: object, scaler: ActivationScaler) -> dict[str, Any]:
-        of_writes = copy.deepcopy(sae)
-        if scaler.scaling_factor is not None:
-            of_writes.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-        return evaluate(metric.fold(of_writes), source, ActivationScaler())
-
-    trainer.evaluator = evaluator
 
 
 def _moved(vectors: Tensor, matrix: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from transformer_lens.hook_points import HookPoint
 
 from hookpoints import HookedRecurrent, Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.base import require
+from sae_lens_writesae.sae.matrix import require
 from sae_lens_writesae.sae.metric import DAMPING, Metric
 from sae_lens_writesae.sae.target import head_target
 

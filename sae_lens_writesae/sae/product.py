@@ -14,14 +14,13 @@ Training needs writes of rank one, and has a squared error for each side, in uni
     |u|^2 |k - k^|^2 + |k|^2 |u - u^|^2,      k^ = sum_i (p_i.k)_+ a_i,   u^ = sum_j (q_j.u)_+ c_j
 
 To first order this is |k u^T - k^ u^^T|^2, and it is the same for every factorisation of a write. (The joint error
-diverged in training with several active atoms a side.) b_dec has no part in it: `calibrate_b_dec` sets it afterwards.
+diverged in training with several active atoms a side.) b_dec has no part in it: running means set it.
 """
 
 # No postponed annotations here: SAELens' command line evaluates those of config fields in another module.
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainingSAE, TrainStepInput, TrainStepOutput
@@ -29,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sae_lens_writesae.atom.low_rank import Index, LowRank
-from sae_lens_writesae.sae.base import Activations, MatrixSAE, MatrixSAEConfig, MatrixWeights, check_finite, require
-from sae_lens_writesae.sae.training import MatrixTrainingSAE, MatrixTrainingSAEConfig, draw_rows, exact_dtype, unpack
+from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig, require
+from sae_lens_writesae.sae.training import MAX_COSINE, MatrixTrainingSAE, MatrixTrainingSAEConfig, draw_rows
 
 Side = Literal["key", "value"]
 SIDES: tuple[Side, Side] = ("key", "value")
@@ -38,8 +37,6 @@ SIDES: tuple[Side, Side] = ("key", "value")
 _RANK_ONE = 1e-2
 """Norm of what a rank-one matrix leaves of a row, as a share of the row's, up to which it counts as a write. It lies
 above the rounding of half precision."""
-_MAX_COSINE = 0.9
-"""Two directions that are closer than this count as one where atoms are put on rows."""
 
 
 @dataclass(kw_only=True)
@@ -51,8 +48,10 @@ class _ProductConfig(MatrixSAEConfig):
             products of sides cannot have.
     """
 
+    _name = "writesae_product"
+
     f_key: int = 0
-    """F_key, the number of key atoms. 0: `d_sae // f_value`, and if that is 0 too the root of d_sae."""
+    """F_key, the number of key atoms. 0: `d_sae // f_value`, and if that is 0 too the root of d_sae, rounded down."""
     f_value: int = 0
     """F_value, the number of value atoms. 0: `d_sae // f_key`."""
     k_key: int = 1
@@ -63,26 +62,23 @@ class _ProductConfig(MatrixSAEConfig):
     """Must be False: a write less b_dec has no sides."""
 
     def __post_init__(self) -> None:
-        given = self.f_key, self.f_value
         root = math.isqrt(max(self.d_sae, 0))
-        self.f_key = given[0] or (self.d_sae // given[1] if given[1] else root)
-        self.f_value = given[1] or (self.d_sae // given[0] if given[0] else root)
-        fits = self.f_key >= 1 and self.f_value >= 1 and self.f_key * self.f_value == self.d_sae
-        require(fits, "d_sae", self.d_sae, f"f_key * f_value, found {given[0]} and {given[1]}")
+        self.f_key = self.f_key or (self.d_sae // self.f_value if self.f_value else root)
+        self.f_value = self.f_value or self.d_sae // max(self.f_key, 1)
+        require(self.f_key * self.f_value == self.d_sae, "d_sae", self.d_sae, "f_key * f_value")
         for name, most in (("k_key", self.f_key), ("k_value", self.f_value)):
             require(1 <= getattr(self, name) <= most, name, getattr(self, name), f"between 1 and {most}")
-        for name, only in (("encoder", "bilinear"), ("decoder", "rank"), ("rank", 1), ("apply_b_dec_to_input", False)):
-            require(getattr(self, name) == only, name, getattr(self, name), f"{only!r} for products of two sides")
+        fixed = {"encoder": "bilinear", "decoder": "rank", "rank": 1, "apply_b_dec_to_input": False, "loss": "mse"}
+        # b_dec is set by the means of training, and norms in the encoder would change which atoms are on top.
+        fixed |= {"b_dec_init": "zeros", "unit_norm_every": 0}
+        for name, only in fixed.items():
+            require(getattr(self, name, only) == only, name, getattr(self, name, only), f"{only!r} for two sides")
         super().__post_init__()
 
     @property
     def k(self) -> int:
         """Active atoms per matrix."""
         return self.k_key * self.k_value
-
-    @classmethod
-    def architecture(cls) -> str:
-        return "writesae_product"
 
 
 @dataclass
@@ -92,28 +88,12 @@ class WriteProductSAEConfig(_ProductConfig):
 
 @dataclass
 class WriteProductTrainingSAEConfig(_ProductConfig, MatrixTrainingSAEConfig):
-    """Training config of `writesae_product`.
-
-    Raises:
-        ValueError: a loss other than `mse`, a mean in b_dec, or unit norm.
-    """
+    """Training config of `writesae_product`."""
 
     unit_norm_every: int = 0
-    """Must be 0: moving norms into the encoder changes which atoms are on top."""
-
+    """Must be 0."""
     b_dec_init: Literal["mean", "zeros"] = "zeros"
-    """Must be `zeros`: b_dec is not trained, but set at the end (`b_dec_rows`)."""
-
-    def __post_init__(self) -> None:
-        require(self.loss == "mse", "loss", self.loss, "'mse': each side has a squared error of its own")
-        require(self.b_dec_init == "zeros", "b_dec_init", self.b_dec_init, "'zeros': sides are coded without b_dec")
-        require(
-            self.unit_norm_every == 0,
-            "unit_norm_every",
-            self.unit_norm_every,
-            "0, because moving norms into the encoder changes which atoms are on top",
-        )
-        super().__post_init__()
+    """Must be `zeros`: sides are coded without b_dec."""
 
 
 class SideCode(NamedTuple):
@@ -121,18 +101,16 @@ class SideCode(NamedTuple):
 
     rows: Tensor
     """[N,D] keys or values, in the orientation in which they are coded."""
-    pre: Tensor
-    """[N,F_side] inner products with encoder atoms."""
     acts: Tensor
-    """[N,F_side], the strongest of them that are positive."""
+    """[N,F_side], the strongest inner products with encoder atoms, as far as they are positive."""
     reconstruction: Tensor
     """[N,D]"""
 
 
 class _Product(MatrixSAE):
     """The parameters `key_atoms` [F_key,K], `value_atoms` [F_value,V], `key_encoder`, `value_encoder` and `b_dec`
-    [K*V], and what differs for products of sides. `v`, `w`, `v_enc`, `w_enc` are views for each pair, [d_sae,1,K] and
-    [d_sae,1,V]: what is written to their `.data` is lost."""
+    [K*V], and what differs for products of sides. `v`, `w`, `v_enc`, `w_enc` are computed for each pair, [d_sae,1,K]
+    and [d_sae,1,V]."""
 
     cfg: WriteProductSAEConfig | WriteProductTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     key_atoms: nn.Parameter
@@ -165,44 +143,19 @@ class _Product(MatrixSAE):
         self.key_encoder, self.value_encoder = nn.Parameter(keys.clone()), nn.Parameter(values.clone())
         self._keep_start(keys[:, None], values[:, None])
 
-    # ---------------------------------------------------------------------------------------- maps
-
-    def encode_linear(self, x: Tensor) -> Tensor:
-        """<X, p_i q_j^T>: [...,K*V] -> [...,d_sae]. Costs F_key V (K + F_value) a row."""
-        matrices = x.unflatten(-1, (self.cfg.d_k, self.cfg.d_v))
-        return (self.key_encoder @ matrices @ self.value_encoder.T).flatten(-2)
-
-    def encode_linear_rows(self, rows: LowRank) -> Tensor:
-        """`encode_linear` of N low-rank matrices of R terms: [N,d_sae]. Costs R d_sae a row."""
-        left, right = rows.keys @ self.key_encoder.T, rows.values @ self.value_encoder.T
-        return (left.mT @ right).flatten(1)
-
-    def decode_linear(self, acts: Tensor, atoms: slice = slice(None)) -> Tensor:
-        """sum_ij acts_ij a_i c_j^T, without bias: [...,d_sae] -> [...,K*V]. Costs F_key V (K + F_value) a row."""
-        if atoms != slice(None):
-            acts = acts.new_zeros(*acts.shape[:-1], self.cfg.d_sae).index_copy(
-                -1, torch.arange(self.cfg.d_sae, device=acts.device)[atoms], acts
-            )
-        grid = acts.unflatten(-1, (self.cfg.f_key, self.cfg.f_value))
-        return (self.key_atoms.T @ (grid @ self.value_atoms)).flatten(-2)
-
-    def _activate(self, linear: Tensor) -> Activations:
-        pre = self.hook_sae_acts_pre(linear)
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations and pre-activations [...,d_sae] of [...,K*V]."""
+        pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc)
         grid = pre.unflatten(-1, (self.cfg.f_key, self.cfg.f_value))
         best = pre.argmax(-1, keepdim=True)[..., None]
         column = grid.take_along_dim(best % self.cfg.f_value, -1).squeeze(-1)
         row = grid.take_along_dim(best // self.cfg.f_value, -2).squeeze(-2)
         active = _strongest(column, self.cfg.k_key)[..., None] & _strongest(row, self.cfg.k_value)[..., None, :]
-        acts = torch.where(active, grid, 0).clamp_min(0).flatten(-2)
-        return Activations(self.hook_sae_acts_post(acts), pre)
+        return self.hook_sae_acts_post(torch.where(active, grid, 0).clamp_min(0).flatten(-2)), pre
 
-    def decoder_norm(self) -> Tensor:
-        return torch.outer(self.key_atoms.norm(dim=1), self.value_atoms.norm(dim=1)).flatten()
-
-    def encoder_norm(self) -> Tensor:
-        return torch.outer(self.key_encoder.norm(dim=1), self.value_encoder.norm(dim=1)).flatten()
-
-    # ---------------------------------------------------------------------------------------- atoms
+    def _side(self, side: Side) -> tuple[nn.Parameter, nn.Parameter]:
+        """Atoms and encoder of a side."""
+        return (self.key_atoms, self.key_encoder) if side == "key" else (self.value_atoms, self.value_encoder)
 
     @torch.no_grad()
     def atoms(self, indices: Index = slice(None), rank: int | None = None) -> LowRank:
@@ -220,15 +173,10 @@ class _Product(MatrixSAE):
             n = len(self._side(side)[0])
             self._put(side, indices[indices < n], rows[indices < n], alive[:n])
 
-    def _side(self, side: Side) -> tuple[nn.Parameter, nn.Parameter]:
-        """Atoms and encoder of a side."""
-        return (self.key_atoms, self.key_encoder) if side == "key" else (self.value_atoms, self.value_encoder)
-
     def _put(self, side: Side, indices: Tensor, rows: Tensor, alive: Tensor) -> None:
         """Put directions [n,D] into atoms and encoder of a side, with the mean norms of those where `alive`."""
         for parameter in self._side(side):
-            norms = parameter.norm(dim=1)
-            size = norms[alive].mean() if bool(alive.any()) else norms.mean()
+            size = parameter.norm(dim=1)[alive if bool(alive.any()) else ~alive].mean()
             parameter.data[indices] = normalize(rows.to(parameter), dim=1) * size
 
     def _scaled(self, decoder: Tensor, encoder: Tensor) -> dict[str, Tensor]:
@@ -253,37 +201,39 @@ class WriteProductSAE(_Product):
 
     cfg: WriteProductSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    def encode(self, x: Tensor) -> Tensor:
+        """Activations [...,d_sae] of [...,K*V]."""
+        return self.encode_with_hidden_pre(x)[0]
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Reconstructions [...,K*V] of activations [...,d_sae]."""
+        recons = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
+        return self.run_time_activation_norm_fn_out(recons)
+
 
 class _SideStep(TrainingSAE[Any]):
-    """SAELens' training step with the errors of both sides, on writes of rank one [N,K] and [N,V].
+    """The training step with the errors of both sides, on rows [N,K*V] of rank one."""
 
-    `feature_acts` of what it returns are sparse, and `hidden_pre` [N,F_key+F_value] are those of the sides.
-    """
-
-    code: Callable[[LowRank], tuple[SideCode, SideCode]]
+    def code(self, writes: LowRank) -> tuple[SideCode, SideCode]:
+        raise NotImplementedError
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        writes = cast(LowRank, step_input.sae_in)
-        key, value = self.code(writes)
+        x = step_input.sae_in
+        key, value = self.code(rank_one_rows(x.unflatten(1, (self.cfg.d_k, self.cfg.d_v))))
         sizes = [side.rows.square().sum(1) for side in (key, value)]
         errors = [(side.rows - side.reconstruction).square().sum(1) for side in (key, value)]
         losses = {"key_loss": (sizes[1] * errors[0]).mean(), "value_loss": (sizes[0] * errors[1]).mean()}
-        return TrainStepOutput(
-            sae_in=cast(Tensor, writes),
-            sae_out=cast(Tensor, LowRank.rank_one(key.reconstruction, value.reconstruction)),
-            feature_acts=_pair_acts(key.acts.detach(), value.acts.detach()),  # pyright: ignore  (untyped decorator)
-            hidden_pre=torch.cat([key.pre, value.pre], dim=1),
-            loss=losses["key_loss"] + losses["value_loss"],
-            losses=losses,
-        )
+        acts = (key.acts.detach()[:, :, None] * value.acts.detach()[:, None]).flatten(1)
+        recons = LowRank.rank_one(key.reconstruction, value.reconstruction).dense().flatten(1) + self.b_dec
+        return TrainStepOutput(x, recons, acts, acts, losses["key_loss"] + losses["value_loss"], losses=losses)
 
 
-class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep, MatrixWeights):
+class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):
     """Products of key atoms and value atoms, in training. Resampling and starts from rows go side by side."""
 
     cfg: WriteProductTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    _started: dict[Side, int] | None = None
-    """Atoms of each side that were put on rows of the first batches."""
+    n_started: Tensor
+    """[2], key atoms and value atoms that were put on rows of the first batches."""
 
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         return {}
@@ -291,88 +241,54 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep, MatrixWeig
     def calculate_aux_loss(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         return {}
 
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """Upkeep, then the step on the sides.
-
-        Raises:
-            ValueError: NaN or infinite input or weights, or rows of a rank above one.
-        """
-        output = super().training_forward_pass(step_input)
-        if step_input.sae_in.shape[1] >= self.cfg.d_in:  # what SAELens logs is of matrices then
-            output.sae_in = step_input.sae_in
-            output.sae_out = cast(LowRank, output.sae_out).dense().flatten(1) + self.b_dec
-        return output
-
-    def split_batch(self, batch: Tensor) -> tuple[LowRank, Tensor]:
-        """The writes of a batch of matrices or packed factors."""
-        cfg, width = self.cfg, batch.shape[1]
-        if width < cfg.d_in:
-            rows = unpack(batch, cfg.d_k, cfg.d_v)
-            return rows if rows.rank == 1 else rank_one_rows(rows.dense()), batch[:, :0]
-        check_finite(batch, batch)
-        return rank_one_rows(batch[:, : cfg.d_in].unflatten(1, (cfg.d_k, cfg.d_v))), batch[:, :0]
-
     def code(self, writes: LowRank) -> tuple[SideCode, SideCode]:
-        """Both sides of writes of rank one, in at least fp32. Their outer product is what `encode` gives."""
-        exact = exact_dtype(self.b_dec)
-        with torch.autocast(self.b_dec.device.type, enabled=False):
-            rows = [side[:, 0].to(exact) for side in (writes.keys, writes.values)]
-            pre = [x @ self._side(side)[1].to(exact).T for side, x in zip(SIDES, rows)]
-            check_finite(torch.cat(pre, dim=1), *rows)
-            ahead, behind = ((s * pre[0]).amax(1).clamp_min(0) * (s * pre[1]).amax(1).clamp_min(0) for s in (1, -1))
-            sign = torch.where(behind > ahead, -1.0, 1.0).to(exact)[:, None]
-            found: list[SideCode] = []
-            for side, x, linear, k in zip(SIDES, rows, pre, (self.cfg.k_key, self.cfg.k_value)):
-                linear = sign * linear
-                acts = torch.where(_strongest(linear, k), linear, 0)
-                found.append(SideCode(sign * x, linear, acts, acts @ self._side(side)[0].to(exact)))
+        """Both sides of writes of rank one. Their outer product is what `encode` gives."""
+        rows = [side[:, 0].to(self.dtype) for side in (writes.keys, writes.values)]
+        pre = [x @ self._side(side)[1].T for side, x in zip(SIDES, rows)]
+        ahead, behind = ((s * pre[0]).amax(1).clamp_min(0) * (s * pre[1]).amax(1).clamp_min(0) for s in (1, -1))
+        sign = torch.where(behind > ahead, -1.0, 1.0).to(self.dtype)[:, None]
+        found: list[SideCode] = []
+        for side, x, linear, k in zip(SIDES, rows, pre, (self.cfg.k_key, self.cfg.k_value)):
+            acts = torch.where(_strongest(sign * linear, k), sign * linear, 0)
+            found.append(SideCode(sign * x, acts, acts @ self._side(side)[0]))
         return found[0], found[1]
 
-    def squared_errors(self, reconstruction: Any, target: Any) -> Tensor:
-        """As in the base; [N,1] for reconstructions k^ u^^T of a step on the sides, to which b_dec is added."""
-        if isinstance(reconstruction, LowRank):
-            error, bias = LowRank.cat([target, reconstruction * -1.0]), self._bias_matrix()
-            return (error.inner(error) - 2 * error.products(bias) + bias.square().sum())[:, None]
-        return super().squared_errors(reconstruction, target)
-
-    # ---------------------------------------------------------------------------------------- upkeep
+    def _keep_start(self, keys: Tensor, values: Tensor) -> None:
+        super()._keep_start(keys, values)
+        self.n_started = torch.zeros(2, dtype=torch.long, device=self.device)
 
     @torch.no_grad()
-    def start_from_rows(self, x: Tensor | LowRank, *, first: bool = True) -> int:
-        """Put atoms of both sides that still wait for it on sides of rows of a batch, in decoder and encoder; returns
-        how many of the side with fewer have such a start by now.
+    def start_from_rows(self, x: Tensor, *, first: bool = True) -> int:
+        """Put atoms of both sides that still wait for it on sides of rows of a batch [N,K*V], in decoder and encoder;
+        returns how many of the side with fewer have such a start by now.
 
         Rows are drawn in proportion to their squared norm; a direction near to an earlier one is left out. Values are
         taken in the orientation in which their key agrees with its key atom.
         """
         if first:
-            self._started = dict.fromkeys(SIDES, 0)
-        if self._started is None:
-            return min(self.cfg.f_key, self.cfg.f_value)
-        writes = x if isinstance(x, LowRank) else self.split_batch(x)[0]
-        sizes = writes.inner(writes)
-        drawn = writes.rows(draw_rows(sizes, len(sizes)))
-        for side in SIDES:
-            if side == "key":
-                rows = drawn.keys[:, 0]
-            else:
-                keys = self.key_atoms[: max(1, self._started["key"])]
-                agreement = drawn.keys[:, 0].to(keys) @ keys.T
+            self.n_started.zero_()
+        elif not self.n_started.any():
+            return 0
+        writes = rank_one_rows(x.unflatten(1, (self.cfg.d_k, self.cfg.d_v)))
+        drawn = writes.rows(draw_rows(writes.inner(writes), len(writes)))
+        for n, side in enumerate(SIDES):
+            rows, atoms, done = drawn.keys[:, 0].to(self.dtype), self._side(side)[0], int(self.n_started[n])
+            if side == "value":
+                agreement = rows @ self.key_atoms[: max(1, int(self.n_started[0]))].T
                 best = agreement.abs().argmax(1, keepdim=True)
-                rows = drawn.values[:, 0] * agreement.gather(1, best).sign()
-            done, atoms = self._started[side], self._side(side)[0]
-            new = _distinct(rows.to(self.dtype), atoms[:done], either_sign=side == "key")[: len(atoms) - done]
+                rows = drawn.values[:, 0].to(self.dtype) * agreement.gather(1, best).sign()
+            new = _distinct(rows, atoms[:done], either_sign=side == "key")[: len(atoms) - done]
             index = torch.arange(done, done + len(new), device=self.device)
             self._put(side, index, new, torch.ones(len(atoms), dtype=torch.bool, device=self.device))
-            self._started[side] = done + len(new)
-        return min(self._started.values())
+            self.n_started[n] += len(new)
+        return int(self.n_started.min())
 
     @torch.no_grad()
-    def resample(self, x: Tensor | LowRank, dead: Tensor) -> int:
-        """Put dead atoms of a side on that side of rows of a batch, drawn in proportion to its squared error; returns
-        how many. A key atom or a value atom is dead where all its pairs are (`dead` [d_sae])."""
+    def resample(self, x: Tensor, dead: Tensor) -> int:
+        """Put dead atoms of a side on that side of rows of a batch [N,K*V], drawn in proportion to its squared error;
+        returns how many. A key atom or a value atom is dead where all its pairs are (`dead` [d_sae])."""
         grid = dead.view(self.cfg.f_key, self.cfg.f_value)
-        codes, replaced = self.code(x if isinstance(x, LowRank) else self.split_batch(x)[0]), 0
+        codes, replaced = self.code(rank_one_rows(x.unflatten(1, (self.cfg.d_k, self.cfg.d_v)))), 0
         for side, code, other, dead_side in zip(SIDES, codes, codes[::-1], (grid.all(1), grid.all(0))):
             errors = other.rows.square().sum(1) * (code.rows - code.reconstruction).square().sum(1)
             rows = code.rows[draw_rows(errors, int(dead_side.sum()))]
@@ -404,9 +320,7 @@ def rank_one_rows(matrices: Tensor) -> LowRank:
         ValueError: a matrix of a higher rank; names the first one.
     """
     strongest = matrices.abs().amax(2).argmax(1)
-    u = matrices[torch.arange(len(matrices), device=matrices.device), strongest]
-    size = u.norm(dim=1, keepdim=True)
-    unit = torch.where(size > 0, u / size, 0)
+    unit = normalize(matrices[torch.arange(len(matrices), device=matrices.device), strongest], dim=1)
     k = (matrices @ unit[..., None]).squeeze(-1)
     rest = (matrices - k[..., None] * unit[:, None]).flatten(1).norm(dim=1)
     above = torch.nonzero(rest > _RANK_ONE * matrices.flatten(1).norm(dim=1)).flatten()
@@ -424,21 +338,8 @@ def _strongest(acts: Tensor, k: int) -> Tensor:
     return top & (acts > 0)
 
 
-@torch.compiler.disable
-def _pair_acts(key: Tensor, value: Tensor) -> Tensor:
-    """The activations of all pairs, sparse [N,F_key*F_value], from those of the sides."""
-    n, i = key.nonzero(as_tuple=True)
-    m, j = value[n].nonzero(as_tuple=True)
-    index = torch.stack([n[m], i[m] * value.shape[1] + j])
-    size = (len(key), key.shape[1] * value.shape[1])
-    return torch.sparse_coo_tensor(index, key[n[m], i[m]] * value[n[m], j], size, check_invariants=False)
-
-
 def _distinct(rows: Tensor, taken: Tensor, *, either_sign: bool) -> Tensor:
     """Those of the directions [n,D] that are not near to one before them or to one that is `taken` [m,D]."""
     rows, taken = normalize(rows, dim=1), normalize(taken, dim=1)
-    among, with_taken = rows @ rows.T, rows @ taken.T
-    if either_sign:
-        among, with_taken = among.abs(), with_taken.abs()
-    near = torch.cat([among.tril(-1), with_taken], dim=1) > _MAX_COSINE
-    return rows[~near.any(1)]
+    near = torch.cat([(rows @ rows.T).tril(-1), rows @ taken.T], dim=1)
+    return rows[~((near.abs() if either_sign else near) > MAX_COSINE).any(1)]

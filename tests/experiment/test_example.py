@@ -7,8 +7,8 @@ import torch
 
 from hookpoints import HookedRecurrent, WriteEdit
 from hookpoints import embedded as shipped
+from sae_lens_writesae.sae.fast import new_sae
 from sae_lens_writesae.sae.runner import training_config
-from sae_lens_writesae.sae.writes import new_sae
 from writesae.experiment.example import WORDS, changed_words
 from writesae.experiment.lab import Lab, Trial
 from writesae.experiment.tokens import sample_sequences

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -26,11 +25,9 @@ from hookpoints import HookedRecurrent, embedded
 from hookpoints.files import LARGEST_JSON
 from reliability.checks import REFUSED, Change, Comparison, check, outcome
 from reliability.runs import fresh
-from sae_lens_writesae.sae.checkpoint import TRAINER_STATE_FILENAME, check_checkpoint
 from sae_lens_writesae.sae.collect import collect
 from sae_lens_writesae.sae.collection import INDEX, Collection
 from sae_lens_writesae.sae.load import load_sae
-from sae_lens_writesae.sae.runner import train, training_config
 from writesae.evaluations import load_result
 
 Contents = dict[str, object]
@@ -219,28 +216,15 @@ def code(work: Path, rounds: int) -> Iterator[Comparison]:
     "Folders from strangers",
     {
         "weights are read from pickles": [Change(f"{LOADING}:_model", '"use_safetensors": True, ', "")],
-        "the state of a trainer is unpickled": [
-            Change("sae_lens_writesae.sae.checkpoint:check_checkpoint", "weights_only=True", "weights_only=False")
-        ],
     },
 )
 def pickles(work: Path, rounds: int) -> Iterator[Comparison]:
-    """The weights of a model, or the state of the trainer in a checkpoint, are a pickle. It is refused by name."""
+    """The weights of a model are a pickle. It is refused by name."""
     make_model(folder := work / "model")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     reseal(folder)
     yield Comparison("weights", REFUSED, _asked(work, read_model, folder))
-    rows = torch.randint(1, 64, (20, 32), generator=torch.Generator().manual_seed(3))
-    sizes = {"training_tokens": 640, "train_batch_size_tokens": 64, "context_size": 32, "n_batches_in_buffer": 4}
-    sizes |= {"store_batch_size_prompts": 4, "lr_warm_up_steps": 2, "n_checkpoints": 1, "verbose": False}
-    how = {"checkpoint_path": str(work / "run"), "is_dataset_tokenized": True, "sae": {"k": 4}, "d_sae": 24}
-    cfg = training_config(model := fresh(), 1, 2, architecture="writesae_topk", **sizes, **how)
-    train(cfg, model, datasets.Dataset.from_dict({"tokens": rows.tolist()}))
-    state = next(work.glob(f"run/*/*/{TRAINER_STATE_FILENAME}"))
-    torch.save({"n": _Evil(work / "mark")}, state)
-    reseal(state.parent)
-    yield Comparison("checkpoint", REFUSED, _asked(work, check_checkpoint, state.parent, cfg))
 
 
 @check(

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from sealing import damages
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.sae.checkpoint import RUN_STATE_FILENAME
 from sae_lens_writesae.sae.collect import collect
 from sae_lens_writesae.sae.collection import INDEX, Collection, CollectionError, Contents, Mapped, Source, shard_name
-from sae_lens_writesae.sae.runner import WriteSAETrainingRunner, train, train_from_arguments, training_config
 
 LAYER, HEAD, T = 2, 1, 16
 TOKENS = torch.randint(1, 64, (40, T), generator=torch.Generator().manual_seed(4))
@@ -308,95 +303,3 @@ def test_what_was_not_collected_is_said(folder, hf, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ training
-
-
-def config(source, target="write", loss="mse", **changes):
-    runner: dict[str, Any] = {
-        "training_tokens": 20 * 32,
-        "context_size": T,
-        "store_batch_size_prompts": 4,
-        "n_batches_in_buffer": 64 if target == "last_state" else 8,
-        "train_batch_size_tokens": 32,
-        "lr": 1e-3,
-        "verbose": False,
-        "dead_feature_window": 3,
-    }
-    sae = {"k": 3, "resample_every": 5}
-    return training_config(source, LAYER, HEAD, target=target, loss=loss, d_sae=12, sae=sae, **(runner | changes))
-
-
-CASES = [("write", "mse"), ("write", "write"), ("write", "reads"), ("state", "mse"), ("state", "reads")]
-CASES += [("state", "write"), ("last_state", "mse")]
-ENDS = pytest.mark.filterwarnings(
-    "ignore:All samples in the training", "ignore:The training dataset contains fewer", "ignore:To copy"
-)
-
-
-@ENDS
-@pytest.mark.parametrize(("target", "loss"), CASES)
-def test_a_dictionary_from_a_collection_is_that_from_the_language_model(folder, hf, target, loss, monkeypatch):
-    """Bit for bit, where factors are kept in float32 and batches of sequences are the same."""
-    model = HookedRecurrent.from_hf(hf)
-    dataset = Dataset.from_dict({"tokens": TOKENS.tolist()})
-    own = train(config(model, target, loss), model, dataset).state_dict()
-    model.attachment.detach()
-    monkeypatch.setattr(HookedRecurrent, "forward", None)  # no language model runs
-    collected = train(config(Collection.open(folder), target, loss)).state_dict()
-    assert all(torch.equal(value, own[name]) for name, value in collected.items())
-    other = train(config(Collection.open(folder), target, loss, seed=1)).state_dict()
-    assert not torch.equal(other["v"], own["v"])
-
-
-@ENDS
-def test_training_from_a_collection_is_interrupted_and_goes_on(folder, tmp_path):
-    found = Collection.open(folder)
-    whole = train(config(found, "state")).state_dict()
-    cfg = config(found, "state", checkpoint_path=str(tmp_path))
-    runner = WriteSAETrainingRunner(cfg)
-    source, draws = runner.activations_store.source, iter(range(99))
-    draw = source.draw
-
-    def drawing():
-        if next(draws) == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        return draw()
-
-    source.draw = drawing
-    with pytest.raises(KeyboardInterrupt):
-        runner.run()
-    (state,) = tmp_path.rglob(RUN_STATE_FILENAME)
-    assert 0 < int(state.parent.name) < 640
-    resumed = train(config(found, "state", resume_from_checkpoint=str(state.parent))).state_dict()
-    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
-
-
-@ENDS
-def test_the_command_line_trains_from_a_collection(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(HookedRecurrent, "from_pretrained", None)
-    words = f"""--architecture writesae_topk --model_class_name HookedRecurrent --d_sae 12 --k 3 --verbose false
-        --use_cached_activations true --cached_activations_path {folder} --context_size {T} --prepend_bos false
-        --hook_name blocks.{LAYER}.mixer.heads.{HEAD}.hook_state_vec --d_in 48 --d_k 8 --d_v 6
-        --training_tokens 320 --train_batch_size_tokens 32 --n_batches_in_buffer 8 --store_batch_size_prompts 4
-        --log_to_wandb false --checkpoint_path {tmp_path}/c --output_path {tmp_path}/sae""".split()
-    train_from_arguments(words)
-    assert (tmp_path / "sae" / "sae_weights.safetensors").exists()
-
-
-def test_a_config_that_a_collection_does_not_fit_is_refused(folder):
-    found = Collection.open(folder)
-    for changes in ({"context_size": 8}, {"exclude_special_tokens": True}):
-        with pytest.raises(ValueError, match=next(iter(changes))):
-            WriteSAETrainingRunner(config(found, **changes))
-    with pytest.raises(CollectionError):
-        training_config(found, 0, 0)
-
-
-@ENDS
-def test_excluded_tokens_are_left_out(folder):
-    found = Collection.open(folder)
-    excluded = sorted(set(TOKENS[:, :3].flatten().tolist()))[:20]
-    runner = WriteSAETrainingRunner(config(found, exclude_special_tokens=excluded))
-    rows = runner.activations_store.source.rows(torch.arange(4))
-    kept = ~torch.isin(TOKENS[:4].flatten(), torch.tensor(excluded))
-    assert 0 < kept.sum() < 4 * T
-    assert torch.equal(rows, found.rows(LAYER, HEAD, "write", slice(0, 4))[kept])

@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE, LanguageModelSAETrainingRunner
-from sae_lens.training.sae_trainer import SAETrainer
 from test_architectures import D_IN, OPTIONS, VARIANTS, K, N, V, build
-from test_runner import HEAD, LAYER, small_config
+from test_runner import small_config
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -19,10 +17,9 @@ from hookpoints import Recurrence, WriteEdit
 from hookpoints import embedded as shipped
 from sae_lens_writesae import load_sae
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.metric import METRIC_FILENAME, Metric, put_in_metric
+from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.metric_fit import ReadScores, Sums, fit_metrics, read_scores
-from sae_lens_writesae.sae.runner import WriteSAETrainingRunner, text_dataset, train
-from sae_lens_writesae.sae.writes import train_on_writes
+from sae_lens_writesae.sae.runner import text_dataset
 from writesae.experiment.tokens import sample_sequences
 
 
@@ -52,11 +49,6 @@ def test_vectors_rows_and_inner_products_agree_with_dense_matrices() -> None:
     expected = torch.einsum("nkv,kl,nlw,wv->n", write.dense(), a, write.dense(), b)
     assert_close(metric.inner(write, write), expected, rtol=1e-10, atol=1e-10)
     assert_close(metric.nats(write), expected, rtol=1e-10, atol=1e-10)  # scale 2, halved
-    packed = torch.cat([keys.flatten(1), values.flatten(1)], 1)
-    expected_rows = torch.cat([moved.keys.flatten(1), moved.values.flatten(1)], 1)
-    assert_close(metric.apply_rows(packed), expected_rows, rtol=1e-10, atol=1e-10)
-    with pytest.raises(ValueError, match="width 9"):
-        metric.apply_rows(normal(N, 9))
     assert metric.apply(keys.float(), values.float())[0].dtype == torch.float32
 
 
@@ -218,103 +210,3 @@ def in_metric(model: Any, **changes: Any) -> Any:
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def test_training_is_stock_training_on_transformed_writes(embedded: Any, dataset: Any) -> None:
-    """The runner, and one without a metric whose store transforms the rows: one seed, one order."""
-    cfg = in_metric(embedded)
-    runner = WriteSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset)
-    metric = runner.metric
-    assert metric is not None
-    assert (metric.n_sequences, len(metric.key_root), len(metric.value_root)) == (8, 64, 32)
-    plain_cfg = in_metric(embedded)
-    plain_cfg.sae.metric = "frobenius"
-    stock = WriteSAETrainingRunner(plain_cfg, override_model=embedded, override_dataset=dataset)
-    plain = stock.activations_store.get_activations
-    stock.activations_store.get_activations = lambda tokens: metric.apply_rows(plain(tokens))  # type: ignore
-    results = [each.run() for each in (runner, stock)]
-    found, expected = results[0].state_dict(), metric.fold(results[1]).state_dict()
-    for name, value in expected.items():
-        assert_close(found[name], value, rtol=1e-3, atol=1e-3 * float(value.abs().max()))
-
-
-def test_the_export_is_ordinary_and_says_its_metric(embedded: Any, dataset: Any, tmp_path: Path) -> None:
-    trained = train(in_metric(embedded, output_path=str(tmp_path)), embedded, dataset)
-    loaded = SAE.load_from_disk(str(tmp_path))
-    assert (loaded.cfg.metadata.metric, loaded.cfg.metadata.metric_sequences) == ("gauss_newton", 8)
-    assert Metric.load(tmp_path / METRIC_FILENAME).n_sequences == 8
-    x = embedded.recurrence(sample_sequences(embedded, shipped.text("test"), 32, 1), LAYER).write(HEAD)[0].flatten(1)
-    acts = loaded.encode(x)
-    assert (acts != 0).any()
-    assert_close(trained.encode(x), acts, rtol=1e-6, atol=1e-6)
-
-
-def test_resuming_keeps_the_metric(
-    embedded: Any, dataset: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cfg = in_metric(embedded, checkpoint_path=str(tmp_path), n_checkpoints=1)
-    train(cfg, embedded, dataset)
-    (checkpoint,) = Path(cfg.checkpoint_path).iterdir()
-    kept = Metric.load(checkpoint / METRIC_FILENAME)
-    resumed = in_metric(embedded, checkpoint_path=None, resume_from_checkpoint=str(checkpoint))
-    monkeypatch.setattr("sae_lens_writesae.sae.runner.fit_metrics", None)  # a new fit would fail
-    runner = WriteSAETrainingRunner(resumed, override_model=embedded, override_dataset=dataset)
-    assert runner.metric is not None
-    assert torch.equal(runner.metric.key_root, kept.key_root)
-    assert runner.run().cfg.metadata.metric_sequences == 8
-
-
-def test_evaluations_within_training_see_an_autoencoder_of_writes(embedded: Any, dataset: Any) -> None:
-    runner = WriteSAETrainingRunner(in_metric(embedded), override_model=embedded, override_dataset=dataset)
-    metric, seen = runner.metric, []
-    assert metric is not None
-    trainer = SAETrainer(
-        runner.cfg.to_sae_trainer_config(),
-        runner.sae,
-        runner.activations_store,
-        lambda sae, source, scaler: seen.append((sae, source, scaler.scaling_factor)) or {},
-    )
-    put_in_metric(trainer, metric)
-    trainer.activation_scaler.scaling_factor = 3.0
-    assert trainer.evaluator is not None
-    before = {name: value.clone() for name, value in runner.sae.state_dict().items()}
-    trainer.evaluator(runner.sae, trainer.data_provider, trainer.activation_scaler)
-    ((sae, source, factor),) = seen
-    assert source is runner.activations_store
-    assert factor is None
-    x = next(runner.activations_store)
-    assert_close(sae.encode(x), runner.sae.encode(3 * metric.apply_rows(x)) / 3, rtol=1e-4, atol=1e-5)
-    assert all(torch.equal(before[name], value) for name, value in runner.sae.state_dict().items())
-
-
-def test_what_has_no_metric_is_refused(embedded: Any, dataset: Any) -> None:
-    with pytest.raises(ValueError, match="hook_state_vec"):
-        in_metric(embedded, target="state")
-    with pytest.raises(ValueError, match="loss"):
-        in_metric(embedded, loss="write")
-    with pytest.raises(ValueError, match="from_pretrained_path"):
-        in_metric(embedded, from_pretrained_path="somewhere")
-    with pytest.raises(ValueError, match="frobenius"):
-        WriteSAETrainingRunner(small_config(embedded), made_up(64, 32), override_model=embedded)
-    with pytest.raises(ValueError, match="metric"):
-        small_config(embedded, metric="euclid")
-    stock = LanguageModelSAETrainingRunner(in_metric(embedded), override_model=embedded, override_dataset=dataset)
-    with pytest.raises(ValueError, match="gauss_newton"):
-        stock.run()
-
-
-def test_training_on_factors_in_the_metric(embedded: Any, dataset: Any) -> None:
-    recurrence = embedded.recurrence(sample_sequences(embedded, shipped.text("train"), 64, 4), LAYER).select(heads=HEAD)
-    keys, values = (x[:, :, 0].flatten(0, 1)[:, None] for x in (recurrence.k, recurrence.u))
-    cfg, metric = in_metric(embedded), made_up(64, 32)
-    plain = in_metric(embedded)
-    plain.sae.metric = "frobenius"
-    found = train_on_writes(cfg, keys, values, metric=metric)
-    expected = metric.fold(train_on_writes(plain, *metric.apply(keys, values)))
-    for name, value in expected.state_dict().items():
-        assert_close(found.state_dict()[name], value, rtol=1e-6, atol=1e-6)
-    with pytest.raises(ValueError, match="needs a metric"):
-        train_on_writes(cfg, keys, values)
-    factors = in_metric(embedded)
-    factors.sae.inputs = "factors"
-    assert train(factors, embedded, dataset, metric).cfg.metadata.metric == "gauss_newton"

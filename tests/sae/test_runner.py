@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,11 +25,9 @@ import sae_lens_writesae as writesae
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
 from hookpoints import embedded as shipped
 from sae_lens_writesae import sae as architectures
-from sae_lens_writesae.sae.half_life import half_lives
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.runner import (
     MODEL_CLASS_NAME,
-    WriteSAETrainingRunner,
     register_model_class,
     text_dataset,
     train,
@@ -125,36 +119,6 @@ def test_every_architecture_trains_through_the_runner(embedded, dataset, archite
     assert all(torch.isfinite(parameter).all() for parameter in trained.parameters())
 
 
-def test_training_on_factors_is_training_on_matrices(embedded, dataset, tmp_path):
-    """The same rows in the same order give the same dictionary, exported alike; states have no factors."""
-    exported = []
-    for inputs in ("matrices", "factors"):
-        fields = {"k": 4, "inputs": inputs, "normalize_activations": "expected_average_only_in"}
-        options = {"n_batches_for_norm_estimate": 2, "output_path": str(tmp_path / inputs)}
-        torch.manual_seed(0)
-        runner = WriteSAETrainingRunner(
-            small_config(embedded, sae=fields, **options), override_model=embedded, override_dataset=dataset
-        )
-        torch.manual_seed(0)
-        runner.run()
-        width = next(runner.activations_store).shape[-1]
-        assert width == (64 * 32 if inputs == "matrices" else 64 + 32)
-        exported.append(SAE.load_from_disk(str(tmp_path / inputs)))
-    for one, other in zip(exported[0].parameters(), exported[1].parameters(), strict=True):
-        assert_close(one, other, rtol=1e-3, atol=1e-5)
-    refused = small_config(embedded, "state", sae={"k": 4, "inputs": "factors"})
-    with pytest.raises(ValueError):
-        WriteSAETrainingRunner(refused, override_model=embedded, override_dataset=dataset)
-
-
-def test_compile_llm_changes_nothing(embedded, dataset):
-    """SAELens compiles `run_with_cache`, in which every hook breaks the graph."""
-    plain = train(small_config(embedded), embedded, dataset)
-    compiled = train(small_config(embedded, compile_llm=True), embedded, dataset)
-    assert all(torch.equal(one, other) for one, other in zip(plain.parameters(), compiled.parameters(), strict=True))
-    assert "run_with_cache" not in embedded.__dict__
-
-
 def test_multi_sae_runner(embedded, dataset, tmp_path):
     """Two heads at once, each on its own hook, and swapped sizes refused."""
     base = small_config(embedded)
@@ -212,7 +176,7 @@ def test_run_evals_measures_cross_entropy_recovered(embedded, dataset, target):
     further. (On so little text it need not cost more: this head's writes matter little.) The start is random, because
     atoms that start from a few native states, which resemble each other, leave fewer than 8 positive ones."""
     cfg = small_config(embedded, target, training_tokens=4096, sae={"k": 16, "decoder_init": "random"})
-    runner = WriteSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset)
+    runner = LanguageModelSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset)
     sae = runner.run()
     config = EvalConfig(
         batch_size_prompts=4,
@@ -289,117 +253,6 @@ def _exported(model, dataset, folder):
     return SAE.load_from_disk(str(folder))
 
 
-class Watched(WriteSAETrainingRunner):
-    """Keeps what the trainer begins with: samples seen, weights, and the optimizer's step count."""
-
-    def run_trainer_with_interruption_handling(self, trainer):
-        self.begun_samples = trainer.n_training_samples
-        self.begun_weights = {name: value.clone() for name, value in self.sae.state_dict().items()}
-        self.begun_steps = {int(state["step"]) for state in trainer.optimizer.state.values()}
-        self.trainer = trainer
-        return super().run_trainer_with_interruption_handling(trainer)
-
-
-def check_resumes(embedded, dataset, checkpoint: Path, steps: int):
-    """A run from ``checkpoint`` begins with its samples, weights and optimizer, and trains only what is left."""
-    samples = int(checkpoint.name.removeprefix("final_"))
-    cfg = small_config(
-        embedded, checkpoint_path=None, resume_from_checkpoint=str(checkpoint), training_tokens=samples + 256
-    )
-    runner = Watched(cfg, override_model=embedded, override_dataset=dataset)
-    trained = runner.run()
-    saved = writesae.load_sae(checkpoint, training=True).state_dict()
-    assert runner.begun_samples == samples and runner.begun_steps == {steps}
-    assert saved.keys() == runner.begun_weights.keys()
-    assert all(torch.equal(saved[name], value) for name, value in runner.begun_weights.items())
-    assert runner.trainer.n_training_samples == samples + 256
-    assert any(not torch.equal(saved[name], value) for name, value in trained.state_dict().items())
-
-
-def test_checkpoint_and_resume_go_on_from_the_same_state(embedded, dataset, tmp_path):
-    cfg = small_config(embedded, checkpoint_path=str(tmp_path), n_checkpoints=1)
-    train(cfg, embedded, dataset)
-    (checkpoint,) = Path(cfg.checkpoint_path).iterdir()
-    check_resumes(embedded, dataset, checkpoint, steps=int(checkpoint.name) // SMALL["train_batch_size_tokens"])
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_saves_everything_and_resumes(embedded, dataset, tmp_path, number):
-    cfg = small_config(embedded, checkpoint_path=str(tmp_path / "new" / "folder"), training_tokens=200_000)
-    runner = Watched(cfg, override_model=embedded, override_dataset=dataset)
-    before = signal.getsignal(number)
-    threading.Timer(2.0, lambda: os.kill(os.getpid(), number)).start()
-    with pytest.raises(KeyboardInterrupt):
-        runner.run()
-    assert signal.getsignal(number) is before
-    (checkpoint,) = Path(cfg.checkpoint_path).iterdir()
-    names = {path.name for path in checkpoint.iterdir()}
-    assert {"cfg.json", "sae_weights.safetensors", "trainer_state.pt", "activations_store_state.safetensors"} <= names
-    saved = writesae.load_sae(checkpoint, training=True).state_dict()
-    assert all(torch.equal(saved[name], value) for name, value in runner.sae.state_dict().items())
-    (steps,) = {int(state["step"]) for state in runner.trainer.optimizer.state.values()}
-    check_resumes(embedded, dataset, checkpoint, steps)
-
-
-class InterruptedAgain(Watched):
-    """Gets SIGINT while it saves, which does not cut the saving short."""
-
-    def save_whole_checkpoint(self, trainer):
-        os.kill(os.getpid(), signal.SIGINT)
-        return super().save_whole_checkpoint(trainer)
-
-
-class InterruptedWithin(InterruptedAgain):
-    """Gets SIGINT within its fifth step: samples are counted, the optimizer has yet to move."""
-
-    def run_trainer_with_interruption_handling(self, trainer):
-        def interrupt(optimizer, args, kwargs):
-            first = next(iter(optimizer.state.values()), None)
-            if first is not None and int(first["step"]) == 4:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        trainer.optimizer.register_step_pre_hook(interrupt)
-        return super().run_trainer_with_interruption_handling(trainer)
-
-
-def test_an_interrupt_within_a_step_waits_for_its_end(embedded, dataset, tmp_path):
-    cfg = small_config(embedded, checkpoint_path=str(tmp_path))
-    runner = InterruptedWithin(cfg, override_model=embedded, override_dataset=dataset)
-    with pytest.raises(KeyboardInterrupt):
-        runner.run()
-    (checkpoint,) = Path(cfg.checkpoint_path).iterdir()
-    assert int(checkpoint.name) == 5 * SMALL["train_batch_size_tokens"] and runner.trainer.n_training_steps == 5
-    assert {int(state["step"]) for state in runner.trainer.optimizer.state.values()} == {5}
-    check_resumes(embedded, dataset, checkpoint, 5)
-
-
-def test_an_interrupt_within_a_refill_saves_everything(embedded, dataset, tmp_path):
-    cfg = small_config(embedded, checkpoint_path=str(tmp_path), training_tokens=200_000)
-    runner = InterruptedAgain(cfg, override_model=embedded, override_dataset=dataset)
-
-    def interrupt(*_):
-        if hasattr(runner, "trainer") and runner.trainer.n_training_steps > 25:  # behind the warm-up
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)  # does not wait for the end of the refill
-
-    handle = embedded.register_forward_pre_hook(interrupt)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            runner.run()
-    finally:
-        handle.remove()
-    (checkpoint,) = Path(cfg.checkpoint_path).iterdir()
-    check_resumes(embedded, dataset, checkpoint, runner.trainer.n_training_steps)
-
-
-def test_an_interrupt_within_the_last_step_is_raised_after_the_result_is_saved(embedded, dataset, tmp_path):
-    training_tokens = 5 * SMALL["train_batch_size_tokens"]
-    cfg = small_config(embedded, output_path=str(tmp_path / "sae"), training_tokens=training_tokens)
-    with pytest.raises(KeyboardInterrupt):
-        InterruptedWithin(cfg, override_model=embedded, override_dataset=dataset).run()
-    writesae.load_sae(tmp_path / "sae")
-
-
 @pytest.mark.slow
 def test_wandb_logging_offline(embedded, dataset, tmp_path, monkeypatch):
     """What is logged tells of the write, beside SAELens' metrics."""
@@ -410,9 +263,6 @@ def test_wandb_logging_offline(embedded, dataset, tmp_path, monkeypatch):
     logger = LoggingConfig(log_to_wandb=True, wandb_project="test", wandb_log_frequency=2, eval_every_n_wandb_logs=2)
     train(small_config(embedded, logger=logger), embedded, dataset)
     assert list(tmp_path.glob("wandb/offline-run-*"))
-    tokens = embedded.to_tokens(dataset["text"][0], prepend_bos=False)[0, :256].view(8, 32)
-    lives = [half_lives(embedded.recurrence(row[None], LAYER).select(heads=HEAD)) for row in tokens]
-    assert values["metrics/half_life"] == pytest.approx(torch.cat(lives).median().item(), rel=0.5)
     assert 0 < values["metrics/top_atom_energy"] < values["metrics/cosine"] < 1
     assert values["metrics/explained_variance"] < 1
 
@@ -433,9 +283,8 @@ def test_a_wrong_layer_or_head_is_said(embedded, layer, head, error, match):
 def test_a_hook_that_does_not_fit_the_sae_is_said(embedded, dataset):
     cfg = small_config(embedded)
     cfg.sae.d_k, cfg.sae.d_v = 32, 64
-    for runner in (WriteSAETrainingRunner, LanguageModelSAETrainingRunner):
-        with pytest.raises(ValueError, match=r"64 x 32 matrices.*d_k 32, d_v 64"):
-            runner(cfg, override_model=embedded, override_dataset=dataset)
+    with pytest.raises(ValueError, match=r"64 x 32 matrices.*d_k 32, d_v 64"):
+        LanguageModelSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset)
     with pytest.raises(ValueError, match="buffer holds 8 rows"):
         small_config(embedded, "last_state")
     with pytest.raises(ValueError, match="target must be one of"):

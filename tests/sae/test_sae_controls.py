@@ -12,8 +12,8 @@ from sae_lens_writesae import sae as S
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.choices import Variant
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.base import MatrixSAE
 from sae_lens_writesae.sae.controls import native, untrained
+from sae_lens_writesae.sae.matrix import MatrixSAE
 
 K, V, F, N = 6, 5, 20, 300
 VARIANTS: dict[str, Variant] = {name: S.VARIANTS[name] for name in ("WriteSAE", "TiedSAE", "FlatSAE", "WriteSAE-rank2")}

@@ -1,8 +1,5 @@
 """Training with SAELens' own trainer on planted matrices, and the upkeep that serves matrices."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ from torch.nn.functional import normalize
 
 import sae_lens_writesae as W
 from sae_lens_writesae import sae as S
-from sae_lens_writesae.sae.training import aux_loss, distinct_directions, draw_rows
+from sae_lens_writesae.sae.training import distinct_directions, draw_rows
 
 K, V, D_IN, BATCH = 10, 8, 80, 256
 VARIED = [name for name in S.TRAINING if name != "writesae_product"]
@@ -160,18 +157,6 @@ def test_exported_threshold_is_right_after_fifty_steps(name: str, lr: float) -> 
     assert exported_l0(sae, fresh) == pytest.approx(2, abs=0.005)
 
 
-def test_threshold_is_a_mean_without_the_initial_zero() -> None:
-    sae = make("writesae_batchtopk", topk_threshold_lr=0.25)
-    for weakest in (2.0, 4.0):
-        sae.update_topk_threshold(torch.tensor([[0.0, 9.0, weakest]]))
-    assert sae.topk_threshold == pytest.approx(3.0)
-    sae.update_topk_threshold(torch.zeros(1, 3))  # nothing active: nothing learned
-    assert sae.topk_threshold == pytest.approx(3.0) and sae.threshold_updates == 2
-    for _ in range(60):
-        sae.update_topk_threshold(torch.tensor([[1.0]]))
-    assert sae.topk_threshold == pytest.approx(1.0, abs=1e-4)
-
-
 def test_calibration_of_an_inference_sae_sets_any_l0() -> None:
     data = Planted()
     trained = train("writesae_batchtopk", data, 100).sae
@@ -187,11 +172,11 @@ def test_calibration_of_an_inference_sae_sets_any_l0() -> None:
 
 
 def test_calibration_refuses_nonsense() -> None:
-    with pytest.raises(ValueError, match=r"l0=40.0.*below d_sae=32"):
+    with pytest.raises(ValueError, match="l0=40"):
         W.calibrate_threshold(make("writesae_batchtopk"), [torch.randn(4, D_IN)], 40)
     with pytest.raises(ValueError, match="at least one batch"):
         W.calibrate_threshold(make("writesae_batchtopk"), [])
-    with pytest.raises(ValueError, match=r"WriteTopKTrainingSAE.*BatchTopK, Matryoshka or JumpReLU"):
+    with pytest.raises(ValueError, match="sae="):
         W.calibrate_threshold(make("writesae_topk"), [torch.randn(4, D_IN)])
 
 
@@ -310,34 +295,6 @@ def test_resampling_revives_what_nothing_else_does() -> None:
     assert revived.dead_neurons.sum() < 8 and recovery(revived.sae, data) > 0.85
 
 
-# ---------------------------------------------------------------------------------------- auxiliary loss
-
-
-@pytest.mark.parametrize("k_aux, n_dead, used, scale", [(3, 8, 3, 1.0), (8, 4, 4, 0.5), (0, 4, 4, 4 / 32)])
-def test_auxiliary_loss_by_hand(k_aux: int, n_dead: int, used: int, scale: float) -> None:
-    sae = make(k_aux=k_aux)
-    sae.b_dec.data.normal_()  # must not enter
-    hidden, residual = torch.randn(6, 32), torch.randn(6, D_IN)
-    dead = torch.arange(32) < n_dead
-    expected = 0.0
-    unit = normalize(sae.W_dec.detach(), dim=1)
-    for row in range(6):
-        values, atoms = hidden[row, :n_dead].topk(used)
-        expected += (values @ unit[atoms] - residual[row]).square().sum().item() / 6
-    x, output = residual + 1, torch.ones_like(residual)
-    assert aux_loss(sae, sae.cfg.k_aux, x, output, hidden, dead).item() == pytest.approx(scale * expected, rel=1e-5)
-    assert aux_loss(sae, sae.cfg.k_aux, x, output, hidden, dead & False) == 0
-
-
-def test_coefficient_of_the_auxiliary_loss() -> None:
-    x, dead = torch.randn(16, D_IN), torch.arange(32) < 8
-    losses = []
-    for c in (0.01, 0.02):
-        sae = make(aux_loss_coefficient=c)
-        losses.append(step(sae, x, 1, dead).losses["auxiliary_reconstruction_loss"].item())
-    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-5) and losses[0] > 0
-
-
 # ---------------------------------------------------------------------------------------- the rest
 
 
@@ -347,19 +304,13 @@ def test_input_that_is_not_finite_stops_training(name: str) -> None:
     x = torch.randn(16, D_IN)
     x[11, 2] = float("nan")
     state = {n: t.clone() for n, t in sae.state_dict().items()}
-    with pytest.raises(ValueError, match=r"\[16, 80\] has NaN or infinite values in 1 rows, the first being row 11"):
+    with pytest.raises(ValueError, match="sae_in="):
         step(sae, x, 0)
-    assert all(torch.equal(t, state[n]) for n, t in sae.state_dict().items()) and sae._step is None
+    assert all(torch.equal(t, state[n]) for n, t in sae.state_dict().items()) and sae._built is None
     sae.b_dec.data[0] = float("inf")
-    with pytest.raises(ValueError, match="weights"):
+    with pytest.raises(ValueError, match="b_dec="):
         step(sae, x.nan_to_num(), 1)
-    assert sae._step is None
-
-
-def test_histograms_keep_what_saelens_logs() -> None:
-    assert {"weights/W_dec_norms", "weights/b_e"} == make("writesae_standard").log_histograms().keys()
-    assert "weights/b_gate" in make("writesae_gated").log_histograms()
-    assert make().log_histograms()["weights/W_dec_norms"] == pytest.approx(torch.ones(32).numpy())
+    assert sae._built is None
 
 
 def test_resumed_training_is_training_that_never_stopped(tmp_path: Path) -> None:
@@ -385,17 +336,6 @@ def test_resumed_training_is_training_that_never_stopped(tmp_path: Path) -> None
     assert type(TrainingSAE.load_from_disk(tmp_path / "half")) is S.WriteBatchTopKTrainingSAE
 
 
-@pytest.mark.slow
-def test_a_step_costs_a_fraction_of_saelens(tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "benchmarks" / "sae_step.py"
-    command = [sys.executable, str(script), "--out", str(tmp_path), "--steps", "3", "--only", "writesae_topk"]
-    subprocess.run(command, check=True, capture_output=True)
-    result = json.loads((tmp_path / "sae_step.json").read_text())["result"]
-    ours, stock = result["writesae_topk"], result["SAELens topk"]
-    for figure in ("seconds", "peak_mb", "added_mb"):
-        assert ours[figure] < 0.4 * stock[figure]
-
-
 @pytest.mark.parametrize("name", [name for name in S.INFERENCE if name in VARIED])
 def test_reconstructions_are_made_right_on_average(name: str, tmp_path: Path) -> None:
     data = Planted(mean=0.3)
@@ -411,8 +351,6 @@ def test_reconstructions_are_made_right_on_average(name: str, tmp_path: Path) ->
         assert after.mean(0).norm() < 1e-3 * before.mean(0).norm() and after.square().sum() < before.square().sum()
     with pytest.raises(ValueError, match="batches"):
         W.calibrate_b_dec(make(), [])
-    with pytest.raises(ValueError, match="NaN"):
-        W.calibrate_b_dec(make(), [x * torch.nan])
 
 
 @pytest.mark.parametrize("name", S.TRAINING)
@@ -440,7 +378,7 @@ def test_any_trainer_leaves_reconstructions_right_on_average(name: str, tmp_path
         """Squared norm of the mean residual, as a share of that of the inputs."""
         return float((x - rebuilt.detach()).mean(0).square().sum() / x.square().sum(1).mean())
 
-    by_optimizer = error(sae.decode_linear(sae.encode(x)) + sae.b_dec)
+    by_optimizer = error(sae.coefficients(sae.encode(x)) @ sae.W_dec + sae.b_dec)
     returned, codes = error(sae(x)), sae.encode(x)
     sae.save_model(tmp_path / "checkpoint")
     assert torch.equal(TrainingSAE.load_from_disk(tmp_path / "checkpoint")(x), sae(x))
@@ -448,7 +386,7 @@ def test_any_trainer_leaves_reconstructions_right_on_average(name: str, tmp_path
     exported = error(W.load_sae(tmp_path / "exported")(x))
     assert max(returned, exported) < min(1e-3, 0.6 * by_optimizer)
     torch.testing.assert_close(sae.encode(x), codes, rtol=1e-3, atol=1e-5)
-    assert error(sae.decode_linear(codes) + sae.b_dec) == pytest.approx(returned, rel=0.01)
+    assert error(sae.coefficients(codes) @ sae.W_dec + sae.b_dec) == pytest.approx(returned, rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------- the start

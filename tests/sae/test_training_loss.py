@@ -4,21 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_hf
+from datasets import Dataset
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput
 
-from hookpoints import HookedRecurrent
-from sae_lens_writesae import WriteSAETrainingRunner, load_sae, training_config
+from sae_lens_writesae import collect, load_sae, train, training_config
 from sae_lens_writesae.sae import TRAINING
-from sae_lens_writesae.sae.losses import n_columns, read_loss, read_queries, write_loss
-from sae_lens_writesae.sae.store import COLUMN_SCALE, PairedActivationsStore
+from sae_lens_writesae.sae.fast import COLUMN_SCALE
+from sae_lens_writesae.sae.losses import read_loss, read_queries, write_loss
+from sae_lens_writesae.sae.runner import head_rows
+from sae_lens_writesae.sae.training import MatrixTrainingSAE
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The training dataset contains fewer samples",
-    "ignore:All samples in the training dataset",
-    "ignore:To copy construct from a tensor",
-)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 LAYER, HEAD, K, V = 1, 2, 8, 6
 EXTRA: dict[str, Any] = {
@@ -42,7 +39,8 @@ def make(architecture: str = "writesae_topk", loss: Any = "reads", weight: float
 
 def rows(loss: Any, n: int = 10, terms: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(n, K * V + n_columns(loss, K, V, terms), dtype=torch.float64, generator=generator)
+    columns = {"mse": 0, "reads": K, "write": terms * (K + V)}[loss]
+    return torch.randn(n, K * V + columns, dtype=torch.float64, generator=generator)
 
 
 def step(sae: Any, x: torch.Tensor, at: int = 1) -> Any:
@@ -75,16 +73,6 @@ def test_write_loss_by_hand() -> None:
     cosine = torch.tensor([[1.0, -1.0, 0.5], [0.2, 0.2, 0.2], [1.0, 1.0, 1.0]])
     contribution = torch.tensor([[1.0, 0.0, 1.0], [3.0, 4.0, 1.0], [0.0, 0.0, 0.0]])
     assert write_loss(cosine, contribution) == pytest.approx(1 - (0.75 + 0.2 + 0) / 3)
-
-
-@pytest.mark.parametrize("decoder, rank, terms", [("rank", 1, 1), ("rank", 3, 2), ("flat", 1, 2)])
-def test_cosines_with_writes_are_those_of_the_dense_matrices(decoder: str, rank: int, terms: int) -> None:
-    sae = make(loss="write", decoder=decoder, rank=rank)
-    keys, values = rows("write", terms=terms)[:, K * V :].split([terms * K, terms * V], dim=1)
-    keys, values = keys.view(-1, terms, K), values.view(-1, terms, V)
-    expected = torch.cosine_similarity((keys.mT @ values).flatten(1)[:, None], sae.W_dec[None], dim=-1)
-    assert torch.allclose(sae.write_cosines(keys, values), expected, atol=1e-12)
-    assert sae.write_cosines(0 * keys, values).abs().max() == 0
 
 
 # -- steps
@@ -134,42 +122,7 @@ def test_weight_zero_is_plain_training() -> None:
         assert torch.allclose(one.grad, other.grad, atol=1e-14)
 
 
-# -- columns, and training through SAELens' trainer
-
-
-def config(model: Any, **fields: Any) -> Any:
-    runner: dict[str, Any] = {
-        "training_tokens": 640,
-        "context_size": 32,
-        "train_batch_size_tokens": 64,
-        "n_batches_in_buffer": 8,
-    }
-    runner |= {"store_batch_size_prompts": 2, "verbose": False, "lr": 3e-3}
-    return training_config(model, LAYER, HEAD, **runner | {"d_sae": 12, "sae": {"k": 3}} | fields)
-
-
-def dataset(n: int = 40) -> Any:
-    from datasets import Dataset
-
-    ids = torch.randint(1, 64, (n, 32), generator=torch.Generator().manual_seed(0))
-    return Dataset.from_dict({"tokens": ids.tolist()})
-
-
-@pytest.mark.parametrize("target", ["state", "write", "last_state"])
-@pytest.mark.parametrize("loss", ["reads", "write"])
-def test_columns_are_the_models_own_queries_and_writes(model: Any, tokens: Any, target: Any, loss: Any) -> None:
-    cfg = config(model, target=target, loss=loss, n_batches_in_buffer=64)
-    store = PairedActivationsStore.paired(model, cfg, dataset())
-    found = store.get_activations(tokens[:, :32])
-    assert found.shape[-1] == store.d_in == K * V + (K if loss == "reads" else K + V)
-    names = [cfg.hook_name] + [f"blocks.{LAYER}.mixer.hook_{n}" for n in ("q", "write_key", "write_value")]
-    _, cache = model.run_with_cache(tokens[:, :32], names_filter=names)
-    where = slice(*cfg.seqpos_slice)
-    matrix, columns = found.split([K * V, store.d_in - K * V], dim=-1)
-    assert torch.allclose(matrix, cache[names[0]][:, where], atol=1e-6)
-    wanted = [cache[names[1]]] if loss == "reads" else [cache[n] for n in names[2:]]
-    expected = torch.cat([x[:, where, HEAD] for x in wanted], -1)
-    assert torch.allclose(columns / COLUMN_SCALE, expected, atol=1e-5)
+# -- columns, and training from a collection
 
 
 def test_a_rule_that_reads_first_is_given_the_next_query() -> None:
@@ -180,67 +133,69 @@ def test_a_rule_that_reads_first_is_given_the_next_query() -> None:
     assert torch.equal(read_queries(r)[:, :-1], q[:, 1:]) and not read_queries(r)[:, -1].any()
 
 
+@pytest.fixture
+def collection(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    ids = torch.randint(1, 64, (40, 32), generator=torch.Generator().manual_seed(0))
+    return collect(model, ids, [LAYER], [HEAD], tmp_path_factory.mktemp("collection"), targets=("write", "state"))
+
+
+def config(source: Any, **fields: Any) -> Any:
+    runner: dict[str, Any] = {"training_tokens": 3840, "train_batch_size_tokens": 64, "n_batches_in_buffer": 8}
+    runner |= {"context_size": 32, "store_batch_size_prompts": 2, "verbose": False, "lr": 1e-2, "d_sae": 48}
+    return training_config(source, LAYER, HEAD, **runner | fields)
+
+
+@pytest.mark.parametrize("target", ["state", "write"])
+@pytest.mark.parametrize("loss", ["reads", "write"])
+def test_columns_are_the_models_own_queries_and_writes(model: Any, tokens: Any, target: Any, loss: Any) -> None:
+    name = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_{target}_vec"
+    names = [name] + [f"blocks.{LAYER}.mixer.hook_{n}" for n in ("q", "write_key", "write_value")]
+    _, cache = model.run_with_cache(tokens[:, :32], names_filter=names)
+    found = head_rows(model.recurrence(tokens[:, :32], LAYER).select(heads=HEAD), target, loss, slice(-3, None))
+    wanted = [cache[names[1]]] if loss == "reads" else [cache[n] for n in names[2:]]
+    expected = torch.cat([cache[name], *(COLUMN_SCALE * x[:, :, HEAD] for x in wanted)], -1)[:, -3:]
+    size = torch.ones(found.shape[-1])
+    size[: K * V] = COLUMN_SCALE
+    torch.testing.assert_close(found * size, expected * size, atol=1e-11, rtol=1e-5)
+
+
 @pytest.mark.parametrize("target, loss", [("state", "reads"), ("write", "write")])
-def test_training_lowers_the_loss_and_saves_an_ordinary_sae(model: Any, tmp_path: Any, target: Any, loss: Any) -> None:
+def test_training_lowers_the_loss_and_saves_an_ordinary_sae(
+    collection: Any, tmp_path: Any, target: Any, loss: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The write loss on writes, where the code is known to tell the write; a random model's states do not. Atoms start
     at random, because those that start on writes already point along them."""
     sae = {"k": 8, "normalize_activations": "expected_average_only_in", "decoder_init": "random"}
-    fields: dict[str, Any] = {
-        "training_tokens": 3840,
-        "n_batches_for_norm_estimate": 2,
-        "lr": 1e-2,
-        "d_sae": 48,
-        "sae": sae,
-    }
-    cfg = config(model, target=target, loss=loss, loss_weight=0.9, output_path=str(tmp_path / "sae"), **fields)
-    runner = WriteSAETrainingRunner(cfg, override_model=model, override_dataset=dataset())
+    cfg = config(collection, target=target, loss=loss, loss_weight=0.9, n_batches_for_norm_estimate=2, sae=sae)
     seen: list[float] = []
-    forward = runner.sae.training_forward_pass
+    forward = MatrixTrainingSAE.training_forward_pass
 
-    def spy(step_input: Any) -> Any:
-        output = forward(step_input)
+    def spy(self: Any, step_input: Any) -> Any:
+        output = forward(self, step_input)
         seen.append(float(output.losses[f"{loss}_loss"].detach()))
         return output
 
-    runner.sae.training_forward_pass = spy  # pyright: ignore[reportAttributeAccessIssue]
-    trained = runner.run()
-    assert sum(seen[-10:]) < 0.95 * sum(seen[:10])
-    with torch.no_grad():  # b_dec was set over matrices, without the columns
-        x = torch.cat([next(runner.activations_store)[:, : K * V] for _ in range(40)])
-        error = x - trained.decode(trained.encode(x))
-    assert error.mean(0).norm() < 0.1 * error.square().sum(1).mean().sqrt()
-    loaded = load_sae(tmp_path / "sae")
+    monkeypatch.setattr(MatrixTrainingSAE, "training_forward_pass", spy)
+    trained = train(cfg)
+    assert len(seen) == 60 and sum(seen[-10:]) < 0.95 * sum(seen[:10])
+    trained.save_inference_model(tmp_path)
+    loaded = load_sae(tmp_path)
     assert loaded.cfg.d_in == K * V and not hasattr(loaded.cfg, "loss")
     assert loaded.cfg.metadata.loss == loss
     assert loaded.cfg.metadata.hook_name == f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_{target}_vec"
-    assert loaded.encode(torch.randn(3, K * V)).shape == (3, 48)
+    again = train(cfg)
+    assert all(torch.equal(p, q) for p, q in zip(trained.parameters(), again.parameters(), strict=True))
 
 
-def test_saelens_own_runner_is_told_what_it_lacks(model: Any) -> None:
-    from sae_lens import LanguageModelSAETrainingRunner
-
-    cfg = config(model, target="state", loss="reads")
-    with pytest.raises(ValueError, match=r"train with sae_lens_writesae\.train"):
-        LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=dataset()).run()
-
-
-def test_cached_activations_and_bad_fields_are_refused(model: Any) -> None:
-    cfg = config(model, target="state", loss="reads")
-    cfg.use_cached_activations, cfg.cached_activations_path = True, "nowhere"
-    with pytest.raises(ValueError, match="use_cached_activations=False"):
-        PairedActivationsStore.paired(model, cfg, dataset())
-    for fields, words in (({"loss": "kl"}, "loss='kl'"), ({"loss_weight": 1.5}, "loss_weight=1.5")):
+def test_rows_without_what_loss_or_metric_need_are_refused(model: Any, collection: Any) -> None:
+    for fields in ({"loss": "reads"}, {"metric": "gauss_newton"}):
+        cfg = config(model, training_tokens=64, **fields)
+        ids = torch.randint(1, 64, (40, 32), generator=torch.Generator().manual_seed(0))
+        with pytest.raises(ValueError, match="collection"):
+            train(cfg, model, Dataset.from_dict({"tokens": ids.tolist()}))
+    for fields in ({"context_size": 16}, {"exclude_special_tokens": [3]}):
+        with pytest.raises(ValueError, match=next(iter(fields))):
+            train(config(collection, **fields))
+    for fields, words in (({"loss": "kl"}, "loss="), ({"loss_weight": 1.5}, "loss_weight=")):
         with pytest.raises(ValueError, match=words):
             config(model, **fields)
-
-
-@pytest.mark.parametrize("model_type", ["mamba2", "kimi_linear"])
-def test_columns_of_other_rules(model_type: str) -> None:
-    other = HookedRecurrent.from_hf(make_hf(model_type))
-    layer = other.cfg.recurrent_layers[-1]
-    shape = other.cfg.layer(layer)
-    small: dict[str, Any] = {"context_size": 32, "train_batch_size_tokens": 64, "n_batches_in_buffer": 8}
-    cfg = training_config(other, layer, 0, loss="write", d_sae=12, sae={"k": 3}, target="state", **small)
-    found = PairedActivationsStore.paired(other, cfg, dataset()).get_activations(torch.ones(1, 8, dtype=torch.long))
-    assert found.shape == (1, 8, shape.K * shape.V + shape.K + shape.V)
-    other.attachment.detach()

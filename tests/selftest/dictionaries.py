@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from sae_lens.saes.sae import SAEMetadata
+from sae_lens_writesae.sae.topk import WriteTopKSAE, WriteTopKSAEConfig
 from selftest.worlds import World, generator, sizes
 from torch.nn.functional import normalize
 
@@ -14,7 +15,6 @@ from hookpoints import embedded
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import quiet, text_dataset, train, training_config
-from sae_lens_writesae.sae.topk import WriteTopKSAE, WriteTopKSAEConfig
 
 D_SAE = 64
 """Atoms of a dictionary that learned nothing."""

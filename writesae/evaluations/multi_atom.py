@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank, mean_write, nonzero_terms
-from sae_lens_writesae.sae.base import MatrixWeights
+from sae_lens_writesae.sae.matrix import MatrixSAE
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.conditions import REFERENCES, state_after, state_before
 from writesae.experiment.evaluation import Evaluation
@@ -343,7 +343,7 @@ def _bases(site: Site, position: int, mean: LowRank) -> Mapping[str, LowRank]:
 
 def _decoder_bias(lab: Lab) -> LowRank | None:
     """The decoder bias as its singular terms; None where there is none, or it is zero."""
-    bias = lab.sae.output_bias() if isinstance(lab.sae, MatrixWeights) else getattr(lab.sae, "b_dec", None)
+    bias = lab.sae.output_bias() if isinstance(lab.sae, MatrixSAE) else getattr(lab.sae, "b_dec", None)
     if not isinstance(bias, Tensor) or not bool(bias.any()):
         return None
     return nonzero_terms(bias.detach().float().reshape(lab.key_value).to(lab.model.cfg.device))

@@ -16,8 +16,8 @@ from sae_lens import SAE
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.base import MatrixWeights
 from sae_lens_writesae.sae.controls import native, untrained
+from sae_lens_writesae.sae.matrix import MatrixSAE
 from writesae.experiment.lab import Lab
 from writesae.experiment.reconstruction import matrices_of
 from writesae.experiment.result import Claim, Result
@@ -50,7 +50,7 @@ def control_dictionaries(
     """
     made: dict[Control, dict[str, SAE]] = {control: {} for control in CONTROLS}
     for n, (label, sae) in enumerate(saes.items()):
-        if not isinstance(sae, MatrixWeights):
+        if not isinstance(sae, MatrixSAE):
             continue
         lab = Lab(model, {label: sae}, reference)
         n_sequences, length = lab.tokens.shape

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from hookpoints import EditSession, HookedRecurrent, Recurrence, WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.base import MatrixWeights
+from sae_lens_writesae.sae.matrix import MatrixSAE
 from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_fits, check_plain_activations
 from writesae.experiment.firings import Firings, collect_firings, folds
 from writesae.experiment.head import WriteKind, head_writes
@@ -288,7 +288,7 @@ class Lab:
             NothingToMeasureError: there is no other text.
         """
         if n_codes is None:
-            n_codes = self.sae.n_factors if isinstance(self.sae, MatrixWeights) else int(self.sae.cfg.d_sae)
+            n_codes = self.sae.n_factors if isinstance(self.sae, MatrixSAE) else int(self.sae.cfg.d_sae)
         fold = None if self.reference is not None else folds(np.arange(len(self.tokens)), self.seed)[sequence]
         key = (kind, n_codes, components, fold)
         if key not in self._baselines:

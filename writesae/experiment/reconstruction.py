@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent, Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.base import MatrixWeights
 from sae_lens_writesae.sae.losses import read_queries
+from sae_lens_writesae.sae.matrix import MatrixSAE
 from writesae.experiment.lab import Lab
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def decoded(sae: SAE, activations: Tensor, like: Tensor) -> Tensor:
 def dominant(sae: SAE, activations: Tensor) -> Tensor:
     """[T] the atom with the largest |a_i| |A_i| of activations [T,F]; atom 0 where none is active."""
     # SAELens' own dictionaries have no method for the norms.
-    norms = sae.decoder_norm() if isinstance(sae, MatrixWeights) else sae.W_dec.norm(dim=-1)
+    norms = sae.decoder_norm() if isinstance(sae, MatrixSAE) else sae.W_dec.norm(dim=-1)
     return (activations.abs() * norms).argmax(1)
 
 

@@ -14,6 +14,7 @@ from sae_lens.saes.sae import TrainStepInput
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.files import free_bytes, size_text
+from sae_lens_writesae.sae.fast import Options, gradients
 from sae_lens_writesae.sae.kinds import sparsity_fields
 from writesae.choices import DictionaryName
 from writesae.evaluations import EVALUATIONS
@@ -125,24 +126,30 @@ def _chosen(config: ReproduceConfig) -> list[Scope]:
 
 def measure(config: ReproduceConfig, model: HookedRecurrent) -> Pieces:
     """Time a forward and optimizer steps."""
-    shape = model.cfg.layer(config.layers[0])
     tokens = torch.randint(0, model.cfg.d_vocab, (1, config.context_size), device=model.cfg.device)
     with torch.no_grad():
         forward = _timed(lambda: model(tokens), model)
-    on_writes, on_states = (_optimizer_step(config, model, width) for width in (shape.K + shape.V, shape.K * shape.V))
+    on_writes, on_states = (_optimizer_step(config, model, on_factors=each) for each in (True, False))
     return Pieces(forward, _timed(on_writes, model), _timed(on_states, model))
 
 
-def _optimizer_step(config: ReproduceConfig, model: HookedRecurrent, width: int) -> Callable[[], object]:
-    """A step on rows of K + V numbers, the factors of writes, or of K * V."""
-
+def _optimizer_step(config: ReproduceConfig, model: HookedRecurrent, *, on_factors: bool) -> Callable[[], object]:
+    """A step on the factors of writes, where the architecture can, or on matrices."""
     shape = model.cfg.layer(config.layers[0])
     fields = {"d_in": shape.K * shape.V, "d_k": shape.K, "d_v": shape.V, "d_sae": config.d_sae}
     fields |= sparsity_fields(config.architecture, config.k)
     sae_class, config_class = get_sae_training_class(config.architecture)
     sae = sae_class(config_class.from_dict(fields | {"device": str(model.cfg.device)}))
-    optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr)
-    batch = torch.randn(config.train_batch_size_tokens, width, device=model.cfg.device)
+    stacked = {name: torch.nn.Parameter(x.data[None]) for name, x in sae.named_parameters()}
+    as_factors = on_factors and config.architecture == "writesae_topk"
+    optimizer = torch.optim.Adam(list(stacked.values()) if as_factors else sae.parameters(), lr=config.lr)
+    rows = 1, config.train_batch_size_tokens, 1
+    keys, values = (torch.randn(*rows, size, device=model.cfg.device) for size in (shape.K, shape.V))
+    batch = (keys[0].mT @ values[0]).flatten(1)
+
+    def on_pairs() -> None:
+        gradients(stacked, keys, values, [config.k], Options(rescale=True, center=True))
+        optimizer.step()
 
     def step() -> None:
         coefficients = dict.fromkeys(sae.get_coefficients(), 1.0)
@@ -151,7 +158,7 @@ def _optimizer_step(config: ReproduceConfig, model: HookedRecurrent, width: int)
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return on_pairs if as_factors else step
 
 
 def _timed(run: Callable[[], object], model: HookedRecurrent) -> float:

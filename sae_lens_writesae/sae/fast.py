@@ -1,0 +1,634 @@
+"""Training on the factors of writes: many TopK dictionaries at once, in one plain loop.
+
+A write is sum_s k_s u_s^T, and its inner product with an atom sum_r v_r w_r^T is sum_rs (v_r.k_s)(w_r.u_s): neither
+writes nor atoms are built. M dictionaries of one shape lie side by side, [M,F,R,K] and so on, and each operator is
+called once for all of them; a step of one small dictionary is mostly what it costs to call its operators. Errors,
+gradients, dead atoms, order of the rows and random numbers are those of each dictionary, which is the one that trains
+alone, but for rounding. Loss and gradients of a block of rows are computed together, from the selected pairs of row and
+atom, so that nothing of size N*F outlives its block.
+
+Shapes in one step: 16 heads of 64 x 32, F 256, R 1, N 128 rows, S 1, k 4: keys [16,128,1,64], scores [16,128,256],
+selected atoms [2048,4], their factors [2048,4,1,64] and [2048,4,1,32].
+
+Other variants (a dense or flat side, other architectures) are trained by SAELens' trainer on matrices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import wandb
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainStepInput
+from sae_lens.training.optim import get_lr_scheduler
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hookpoints.scopes import threads_for
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.files import atomic_write, named_errors
+from sae_lens_writesae.sae.architectures import WriteTopKTrainingSAEConfig
+from sae_lens_writesae.sae.metric import Metric
+from sae_lens_writesae.sae.target import HeadHook, RunnerConfig
+from sae_lens_writesae.sae.training import START_STEPS, MatrixTrainingSAE
+
+MAX_STACK = 32
+"""Dictionaries of one stack: more save nothing, and would hold their scores all at once."""
+BLOCK = 2**20
+"""Numbers of one block: of scores, or of a gathered factor."""
+SAVE_SECONDS = 60.0
+"""Time between two checkpoints: what a kill can lose."""
+FACTORS = ("v", "w", "v_enc", "w_enc")
+COLUMN_SCALE = 1e-6
+"""Factor of the columns behind a matrix. SAELens takes its scaling factor from the norms of whole rows, to which they
+must add nothing; the losses do not depend on it."""
+
+Report = Callable[[int, dict[str, Tensor]], None]
+"""Is told the step and what was measured in it, one number for each dictionary [M]."""
+
+# ------------------------------------------------------------------------------------------------ entry points
+
+
+def train_on_writes(
+    cfg: RunnerConfig,
+    keys: Tensor,
+    values: Tensor,
+    report: Report | None = None,
+    *,
+    metric: Metric | None = None,
+    checkpoint: Path | None = None,
+) -> MatrixTrainingSAE:
+    """Train a dictionary on writes in memory, sum_s k_ns u_ns^T, and return it, still of its training class.
+
+    The seed of the config draws initial atoms, the order of the rows and resampled atoms: the same seed gives bitwise
+    the same dictionary (on one machine and number of threads), and torch's global generator is left alone.
+
+    Args:
+        cfg: SAELens' runner config; `training_config` makes one for a head of a model. Its SAE, seed, device,
+            `training_tokens` (rows seen, in as many epochs as that needs), batch size, optimizer, schedule and logger
+            are used; its model and its text are not.
+        keys, values: [N,S,K] and [N,S,V], or [N,K] and [N,V] for S = 1, of any float dtype.
+        report: called after each step.
+        metric: where `cfg.sae.metric` is `gauss_newton`, the metric of this head (`sae.metric_fit.fit_metrics`). The
+            dictionary that is returned has it folded in.
+        checkpoint: a file that is written every minute, from which the same call goes on after a kill, to the same
+            weights. It is removed at the end.
+
+    Cost of a step: F*R*S*(K+V) operations a row, and k*k*R*R*(K+V) for the selected atoms; on matrices F*K*V.
+
+    Raises:
+        ValueError: a metric that the config cannot have, or none where it needs one; shapes that fit neither each other
+            nor the config, or fewer rows than a batch; NaN or infinite values.
+    """
+    keys, values = (side[:, None] if side.ndim == 2 else side for side in (keys, values))
+    (sae,) = train_many_on_writes([cfg], [LowRank(keys, values)], [metric], report=report, checkpoint=checkpoint)
+    return sae
+
+
+def train_many_on_writes(
+    configs: Sequence[RunnerConfig],
+    writes: Sequence[LowRank],
+    metrics: Sequence[Metric | None] | None = None,
+    say: Callable[[int], object] = lambda done: None,
+    *,
+    report: Report | None = None,
+    checkpoint: Path | None = None,
+) -> list[MatrixTrainingSAE]:
+    """`train_on_writes` of several dictionaries, in one step for all that have one shape. Seeds, heads and `k` may
+    differ.
+
+    Args:
+        configs: as `train_on_writes` takes them.
+        writes: of each dictionary; several may have the same.
+        metrics: of each dictionary whose config asks for one.
+        say: called with the number of dictionaries that are finished, after each stack.
+        checkpoint: as in `train_on_writes`; its name gets a number for each stack after the first.
+
+    Raises:
+        ValueError: what `train_on_writes` raises, before any training.
+    """
+    given = list(metrics) if metrics is not None else [None] * len(configs)
+    members = list(zip(configs, writes, given, strict=True))
+    for member in members:
+        _check(*member)
+    stacks: dict[object, list[int]] = {}
+    for n, (cfg, rows, _) in enumerate(members):
+        shape = shape_of(cfg)
+        stacks.setdefault((n,) if shape is None else (shape, rows.rank, rows.keys.device), []).append(n)
+    parts = [all_[i : i + MAX_STACK] for all_ in stacks.values() for i in range(0, len(all_), MAX_STACK)]
+    trained: dict[int, MatrixTrainingSAE] = {}
+    for number, part in enumerate(parts):
+        file = checkpoint and (checkpoint.with_suffix(f".{number}{checkpoint.suffix}") if number else checkpoint)
+        cfg, rows, metric = members[part[0]]
+        if shape_of(cfg) is not None:
+            found = _Stack([members[n] for n in part], file).train(report)
+        else:
+            found = [train_on_rows(cfg, _matrices(cfg, rows), metric, report, file)]
+        trained |= dict(zip(part, found))
+        say(len(trained))
+    return [trained[n] for n in range(len(configs))]
+
+
+def shape_of(cfg: RunnerConfig) -> str | None:
+    """What dictionaries that train together on factors have in common; None for one that is trained on matrices. On
+    factors are trained `writesae_topk` dictionaries with factors on both sides, on squared errors (in either metric).
+    """
+    sae = cfg.sae
+    if not isinstance(sae, WriteTopKTrainingSAEConfig) or cfg.autocast or sae.use_sparse_activations:
+        return None
+    if (sae.architecture(), sae.encoder, sae.decoder, sae.loss) != ("writesae_topk", "bilinear", "rank", "mse"):
+        return None
+    shared = dataclasses.replace(sae, k=1, metadata=type(sae.metadata)())
+    return repr((shared, dataclasses.replace(cfg.to_sae_trainer_config(), checkpoint_path=None), cfg.device))
+
+
+def _check(cfg: RunnerConfig, writes: LowRank, metric: Metric | None) -> None:
+    """Raise ValueError where `train_on_writes` could not train a dictionary."""
+    check_metric(cfg, metric)
+    found, wanted = (writes.keys.shape[2], writes.values.shape[2]), (cfg.sae.d_k, cfg.sae.d_v)
+    if found != wanted or len(writes) < cfg.train_batch_size_tokens:
+        raise ValueError(
+            f"keys, values: expected [N,S,K] and [N,S,V] with K, V = {wanted} (d_k, d_v of cfg.sae) and N at least "
+            f"train_batch_size_tokens = {cfg.train_batch_size_tokens}, got {list(writes.keys.shape)} and "
+            f"{list(writes.values.shape)}; collect more, or make the batch smaller"
+        )
+
+
+def check_metric(cfg: RunnerConfig, metric: Metric | None) -> None:
+    """Raise ValueError unless the metric that is given is the one that a runner config asks for."""
+    wanted = getattr(cfg.sae, "metric", "frobenius")
+    if (wanted == "frobenius") != (metric is None) or (metric and HeadHook.parse(cfg.hook_name).target != "write"):
+        raise ValueError(
+            f"metric: expected {'none' if wanted == 'frobenius' else 'one'} for cfg.sae.metric={wanted!r} and writes, "
+            f"got {'none' if metric is None else 'one'} for {cfg.hook_name}; sae.metric_fit.fit_metrics fits one"
+        )
+
+
+def new_sae(cfg: RunnerConfig) -> MatrixTrainingSAE:
+    """The untrained dictionary of a runner config and its seed, with what SAELens' runner writes into its metadata."""
+    sae_class, config_class = get_sae_training_class(cfg.sae.architecture())
+    fields = cast(Any, config_class).from_dict(cfg.get_training_sae_cfg_dict())
+    with seeded(cfg.seed, -1):
+        sae = cast(MatrixTrainingSAE, sae_class(dataclasses.replace(fields, device=cfg.device)))
+    metadata = sae.cfg.metadata
+    for name in ("dataset_path", "hook_name", "model_name", "model_class_name", "context_size", "seqpos_slice"):
+        setattr(metadata, name, getattr(cfg, name))
+    metadata.model_from_pretrained_kwargs = cfg.model_from_pretrained_kwargs
+    metadata.prepend_bos = cfg.prepend_bos
+    return sae
+
+
+def seeded(seed: int, step: int) -> ExitStack:
+    """A scope with random numbers of its own, which follow from a seed and a step: a run that goes on has those of one
+    that never stopped."""
+    scope = ExitStack()
+    scope.enter_context(torch.random.fork_rng())
+    torch.manual_seed(_mixed(seed, step))
+    return scope
+
+
+def _mixed(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step + 1) % 2**63
+
+
+class Shuffled:
+    """Batches of row numbers without end. Every epoch is a new permutation of N rows, and a batch may reach from one
+    epoch into the next, so that all rows are seen equally often."""
+
+    def __init__(self, n_rows: int, batch: int, seed: int):
+        self.n_rows, self.batch, self.seed = n_rows, batch, seed
+        self._epoch, self._order = -1, torch.zeros(0, dtype=torch.long)
+
+    def __call__(self, step: int) -> Tensor:
+        """[batch] rows of a step."""
+        parts: list[Tensor] = []
+        start, left = step * self.batch, self.batch
+        while left:
+            epoch, offset = divmod(start, self.n_rows)
+            if epoch != self._epoch:
+                generator = torch.Generator().manual_seed(_mixed(self.seed, epoch))
+                self._epoch, self._order = epoch, torch.randperm(self.n_rows, generator=generator)
+            parts.append(self._order[offset : offset + left])
+            start, left = start + len(parts[-1]), left - len(parts[-1])
+        return torch.cat(parts)
+
+
+# ------------------------------------------------------------------------------------------------ SAELens' trainer
+
+
+def train_on_rows(
+    cfg: RunnerConfig,
+    rows: Iterator[Tensor],
+    metric: Metric | None = None,
+    report: Report | None = None,
+    checkpoint: Path | None = None,
+) -> MatrixTrainingSAE:
+    """Train by SAELens' trainer on batches of rows [N,K*V + columns], with the random numbers of the seed. The folder
+    `checkpoint` is written at each twentieth of the run; the same call goes on from it, on other rows."""
+    trainer = SAETrainer(cfg.to_sae_trainer_config(), new_sae(cfg), rows)
+    if checkpoint is not None:
+        total = trainer.cfg.total_training_samples
+        trainer.checkpoint_thresholds = [total * part // 20 for part in range(1, 20)]
+        trainer.save_checkpoint = functools.partial(_keep, trainer, checkpoint)
+        if checkpoint.is_dir():
+            trainer.sae.load_weights_from_checkpoint(checkpoint)
+            trainer.load_trainer_state(checkpoint)
+            trainer.n_training_steps += 1  # SAELens saves before it counts the step
+            passed = trainer.n_training_samples
+            trainer.checkpoint_thresholds = [each for each in trainer.checkpoint_thresholds if each > passed]
+    if metric is not None:
+        trainer.sae.in_metric = True
+        trainer.data_provider = map(metric.apply_rows, rows)
+    step = trainer.step
+
+    def reported(batch: Tensor) -> Any:
+        output = step(batch)
+        if report is not None:
+            report(trainer.n_training_steps, {name: torch.as_tensor([value]) for name, value in output.losses.items()})
+        return output
+
+    trainer.step = reported
+    size = cfg.train_batch_size_tokens * cfg.sae.d_sae * cfg.sae.d_in
+    with seeded(cfg.seed, trainer.n_training_steps), _logs([cfg]), threads_for(size):
+        trainer.fit()
+    if checkpoint is not None:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return trainer.sae if metric is None else metric.fold(trainer.sae)
+
+
+def _keep(trainer: SAETrainer[Any, Any], folder: Path, *args: object, **kwargs: object) -> None:
+    """A checkpoint in `folder`, which is whole or absent."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with named_errors(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".checkpoint") as aside:
+        SAETrainer.save_checkpoint(trainer, "whole", base_path=aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        (Path(aside) / "whole").rename(folder)
+
+
+def _matrices(cfg: RunnerConfig, writes: LowRank) -> Iterator[Tensor]:
+    """Shuffled batches of writes as rows [N,K*V], and behind them their factors, where the loss compares with these."""
+    rows, step, columns = Shuffled(len(writes), cfg.train_batch_size_tokens, cfg.seed), 0, cfg.sae.loss == "write"
+    while True:
+        part = writes.rows(rows(step).to(writes.keys.device))
+        part, step = part.to(torch.promote_types(part.keys.dtype, torch.float32)), step + 1
+        sides = [COLUMN_SCALE * side.flatten(1) for side in (part.keys, part.values)] if columns else []
+        yield torch.cat([part.dense().flatten(1), *sides], dim=1)
+
+
+class _logs(ExitStack):
+    """Runs at Weights & Biases, one for each config that asks for one, as SAELens' runner opens them."""
+
+    def __init__(self, configs: Sequence[RunnerConfig]):
+        super().__init__()
+        self.runs: dict[int, Any] = {}
+        for m, cfg in enumerate(configs):
+            if (log := cfg.logger).log_to_wandb:
+                fields = {"project": log.wandb_project, "name": log.run_name, "id": log.wandb_id}
+                several: Any = {"reinit": "create_new"} if len(configs) > 1 else {}
+                self.runs[m] = self.enter_context(wandb.init(config=cfg.to_dict(), **fields, **several))
+
+
+# ------------------------------------------------------------------------------------------------ the step
+
+
+class Options(NamedTuple):
+    """What of a config a step depends on."""
+
+    rescale: bool
+    """`rescale_acts_by_decoder_norm`"""
+    center: bool
+    """`apply_b_dec_to_input`"""
+
+
+class Step(NamedTuple):
+    """What a step did, for M dictionaries and N rows each."""
+
+    errors: Tensor
+    """[M,N] |X - B - sum_f c_f A_f|^2"""
+    atoms: Tensor
+    """[M,N,k] numbers of the selected atoms, among those of all dictionaries."""
+    code: Tensor
+    """[M,N,k] their coefficients, 0 where an atom is not active."""
+
+
+def inners(keys: Tensor, values: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """<X_n, A_f> [M,N,F] of sum_s k_s u_s^T [M,N,S,K], [M,N,S,V] and sum_r v_r w_r^T [M,F,R,K], [M,F,R,V]."""
+    total = 0.0
+    for s in range(keys.shape[2]):
+        for r in range(v.shape[2]):
+            total = total + (keys[:, :, s] @ v[:, :, r].mT) * (values[:, :, s] @ w[:, :, r].mT)
+    return cast(Tensor, total)
+
+
+@torch.no_grad()
+def gradients(p: dict[str, nn.Parameter], keys: Tensor, values: Tensor, ks: Sequence[int], how: Options) -> Step:
+    """One step on rows [M,N,S,K] and [M,N,S,V]; puts the gradient of sum_m mean_n errors into the parameters.
+
+    With c = (<X - B, encoder atom> + b_enc)_+ of the k atoms on top (after a factor of their norms, if `how.rescale`;
+    X instead of X - B unless `how.center`), G_ij = <A_i, A_j> and N rows,
+
+        d errors / d c_i = 2 ((G c)_i - <X, A_i> + <B, A_i>)
+
+    and the derivatives by a side of an atom are those of the products of sides that <.,.> is made of.
+    """
+    (M, N, _, K), V, (F, R) = keys.shape, values.shape[-1], p["v"].shape[1:3]
+    v, w, v_enc, w_enc = (p[name] for name in FACTORS)
+    bias, g = p["b_dec"].view(M, K, V), 2.0 / N
+    by_left = {"dec": (w.flatten(1, 2) @ bias.mT).view_as(v), "enc": (w_enc.flatten(1, 2) @ bias.mT).view_as(v_enc)}
+    by_right = {"dec": (v.flatten(1, 2) @ bias).view_as(w), "enc": (v_enc.flatten(1, 2) @ bias).view_as(w_enc)}
+    shift = p["b_enc"] - (v_enc * by_left["enc"]).sum((2, 3)) if how.center else p["b_enc"]
+    biased = (v * by_left["dec"]).sum((2, 3)).flatten()
+    gain = _norms(v, w) if how.rescale else torch.ones_like(shift)
+    k, most = max(ks), torch.tensor(ks, device=keys.device)
+    at = torch.empty(M, N, k, dtype=torch.long, device=keys.device)
+    for rows in _blocks(N, M * F):
+        scores = (inners(keys[:, rows], values[:, rows], v_enc, w_enc) + shift[:, None]) * gain[:, None]
+        at[:, rows] = scores.topk(k, sorted=min(ks) < k).indices if k > 1 else scores.argmax(-1, keepdim=True)
+    at += F * torch.arange(M, device=at.device)[:, None, None]
+    kept = (torch.arange(k, device=at.device) < most[:, None, None]).expand(M, N, k).flatten(0, 1)
+    grad = {name: torch.zeros_like(p[name]).flatten(0, 1) for name in FACTORS}
+    by_shift, by_product = (torch.zeros(M * F, dtype=bias.dtype, device=bias.device) for _ in range(2))
+    code, errors = torch.empty(M * N, k, dtype=bias.dtype, device=bias.device), []
+    all_at, all_keys, all_values = at.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
+    for rows in _blocks(M * N, k * R * max(K, V, k * R)):
+        x, u, at_here = all_keys[rows], all_values[rows], all_at[rows]
+        flat = at_here.flatten()
+        vd, wd, ve, we = (p[n].flatten(0, 1).index_select(0, flat).view(*at_here.shape, R, -1) for n in FACTORS)
+        pk, pu = torch.einsum("nkrd,nsd->nkrs", ve, x), torch.einsum("nkrd,nsd->nkrs", we, u)
+        c = ((pk * pu).sum((2, 3)) + shift.flatten()[at_here]).relu() * kept[rows]
+        left, right = torch.einsum("nkrd,nsd->nkrs", vd, x), torch.einsum("nkrd,nsd->nkrs", wd, u)
+        inner, of_bias = (left * right).sum((2, 3)), biased[at_here]
+        terms_v, terms_w, terms_c = vd.flatten(1, 2), wd.flatten(1, 2), c.repeat_interleave(R, dim=1)
+        gram_v, gram_w = terms_v @ terms_v.mT, terms_w @ terms_w.mT
+        weighted = ((gram_v * gram_w) @ terms_c[..., None]).view(*c.shape, R).sum(2)
+        errors.append(((weighted - 2 * inner + 2 * of_bias) * c).sum(1))
+        by_code, size, code[rows] = (weighted - inner + of_bias) * (c > 0) * g, c * g, c
+        pairs = g * terms_c[..., None] * terms_c[:, None]
+        for name, change in (
+            ("v_enc", torch.einsum("nk,nkrs,nsd->nkrd", by_code, pu, x)),
+            ("w_enc", torch.einsum("nk,nkrs,nsd->nkrd", by_code, pk, u)),
+            ("v", ((pairs * gram_w) @ terms_v).view_as(vd) - torch.einsum("nk,nkrs,nsd->nkrd", size, right, x)),
+            ("w", ((pairs * gram_v) @ terms_w).view_as(wd) - torch.einsum("nk,nkrs,nsd->nkrd", size, left, u)),
+        ):
+            grad[name].index_add_(0, flat, change.flatten(0, 1))
+        by_shift.index_add_(0, flat, by_code.flatten())
+        by_product.index_add_(0, flat, size.flatten())
+    by_shift, by_product = by_shift.view(M, F), by_product.view(M, F)
+    grad = {name: x.view_as(p[name]) for name, x in grad.items()}
+    grad["v"] += by_product[..., None, None] * by_left["dec"]
+    grad["w"] += by_product[..., None, None] * by_right["dec"]
+    of_rows = torch.einsum("mnsk,mnsv->mkv", keys, values)
+    by_bias = torch.einsum("mfrk,mf,mfrv->mkv", v, by_product, w) - g * of_rows + 2 * bias
+    if how.center:
+        grad["v_enc"] -= by_shift[..., None, None] * by_left["enc"]
+        grad["w_enc"] -= by_shift[..., None, None] * by_right["enc"]
+        by_bias -= torch.einsum("mfrk,mf,mfrv->mkv", v_enc, by_shift, w_enc)
+    for name, x in (grad | {"b_enc": by_shift, "b_dec": by_bias.flatten(1)}).items():
+        p[name].grad = x
+    plain = ((keys @ keys.mT) * (values @ values.mT)).sum((2, 3))
+    plain = plain - 2 * ((keys @ bias[:, None]) * values).sum((2, 3)) + bias.square().sum((1, 2))[:, None]
+    return Step(plain + torch.cat(errors).view(M, N), at, code.view(M, N, k))
+
+
+def aux_loss(
+    p: dict[str, nn.Parameter], keys: Tensor, values: Tensor, dead: Tensor, step: Step, how: Options
+) -> Tensor:
+    """SAELens' auxiliary loss of every dictionary [M], differentiable: the most active dead atoms ([M,F] `dead`), at
+    most d_in // 2, reconstruct what the step left. Costs D (F + N) (K+V) + D D (K+V) for D dead atoms."""
+    (M, N, _, K), V, F = keys.shape, values.shape[-1], p["v"].shape[1]
+    counts, wanted = dead.sum(1), K * V // 2
+    index = dead.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
+    there = dead.gather(1, index)[:, None]  # [M,1,D]
+    v, w, v_enc, w_enc = (torch.stack([x[i] for x, i in zip(p[name], index)]) for name in FACTORS)
+    bias = p["b_dec"].view(M, 1, K, V)
+    shift = p["b_enc"].gather(1, index)
+    if how.center:
+        shift = shift - ((v_enc @ bias) * w_enc).sum((2, 3))
+    norm = _norms(v, w)
+    acts = inners(keys, values, v_enc, w_enc) + shift[:, None]
+    if acts.shape[-1] > wanted:
+        by = (acts * norm[:, None] if how.rescale else acts).detach().masked_fill(~there, -torch.inf)
+        top = by.topk(wanted, sorted=False).indices
+        there = there & torch.zeros_like(acts, dtype=torch.bool).scatter(-1, top, True)
+    code = torch.where(there, acts, 0.0)
+    with torch.no_grad():
+        numbers = step.atoms - F * torch.arange(M, device=keys.device)[:, None, None]
+        explained = torch.zeros(M, N, F, dtype=code.dtype, device=code.device).scatter(-1, numbers, step.code)
+    of_row = inners(keys, values, v, w) - ((v @ bias.detach()) * w).sum((2, 3))[:, None]
+    of_row = of_row - explained @ inners(p["v"].detach(), p["w"].detach(), v, w)
+    errors = step.errors + ((code @ inners(v, w, v, w) - 2 * of_row) * code).sum(-1)
+    return (counts.to(errors) / wanted).clamp_max(1) * errors.mean(1)
+
+
+def _norms(v: Tensor, w: Tensor) -> Tensor:
+    """|A_f| [M,F]."""
+    return ((v @ v.mT) * (w @ w.mT)).sum((2, 3)).clamp_min(0).sqrt()
+
+
+def _blocks(n: int, width: int) -> Iterator[slice]:
+    size = max(16, BLOCK // max(width, 1))
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+class _Stack:
+    """M dictionaries in training. Atom f of dictionary m is number m F + f of all. Parameters of the M autoencoders are
+    views of the stacked ones, so that their own upkeep works on them."""
+
+    def __init__(self, members: Sequence[tuple[RunnerConfig, LowRank, Metric | None]], file: Path | None):
+        self.configs, self.writes, self.metrics = zip(*members)
+        self.cfg, self.file = self.configs[0], file
+        self.saes = [new_sae(cfg) for cfg in self.configs]
+        self.ks = [int(sae.cfg.k) for sae in self.saes]  # type: ignore[attr-defined]
+        names = [name for name, _ in self.saes[0].named_parameters()]
+        stacked = {name: torch.stack([sae.get_parameter(name).data for sae in self.saes]) for name in names}
+        self.p = {name: nn.Parameter(x) for name, x in stacked.items()}
+        for m, sae in enumerate(self.saes):
+            sae.in_metric = self.metrics[m] is not None
+            for name in names:
+                sae.get_parameter(name).data = stacked[name][m]
+        cfg = cast(WriteTopKTrainingSAEConfig, self.saes[0].cfg)
+        self._how, self._aux = (
+            Options(cfg.rescale_acts_by_decoder_norm, cfg.apply_b_dec_to_input),
+            cfg.aux_loss_coefficient,
+        )
+        self.scales = [self._scale(m) for m in range(len(self.saes))]
+        self.trainer = self.cfg.to_sae_trainer_config()
+        adam = self.trainer.adam_beta1, self.trainer.adam_beta2
+        self.optimizer = torch.optim.Adam(list(self.p.values()), lr=self.trainer.lr, betas=adam, fused=True)
+        self.schedule = get_lr_scheduler(
+            self.trainer.lr_scheduler_name,
+            lr=self.trainer.lr,
+            optimizer=self.optimizer,
+            warm_up_steps=self.trainer.lr_warm_up_steps,
+            decay_steps=self.trainer.lr_decay_steps,
+            training_steps=self.trainer.total_training_steps,
+            lr_end=cast(float, self.trainer.lr_end),
+            num_cycles=self.trainer.n_restart_cycles,
+        )
+        size = self.p["b_enc"].shape
+        self.silent, self.fired = (torch.zeros(size, dtype=torch.long, device=self.cfg.device) for _ in range(2))
+        self.step = 0
+
+    def _scale(self, m: int) -> float:
+        """SAELens' scaling factor of the inputs."""
+        if self.saes[m].cfg.normalize_activations == "none":
+            return 1.0
+        return float(self.saes[m].cfg.d_in ** 0.5 / self.writes[m].norm().mean())
+
+    def rows(self, m: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [n,S,K] and values [n,S,V] of some rows of a dictionary, as it sees them."""
+        writes, metric, like = self.writes[m], self.metrics[m], self.p["b_dec"]
+        part = writes.rows(index.to(writes.keys.device)).to(like.device).to(like.dtype)
+        keys, values = metric.apply(part.keys, part.values) if metric else (part.keys, part.values)
+        return keys, values * self.scales[m]
+
+    def train(self, report: Report | None) -> list[MatrixTrainingSAE]:
+        """All steps, and the dictionaries."""
+        batch, steps = self.trainer.train_batch_size_samples, self.trainer.total_training_steps
+        order = [Shuffled(len(rows), batch, cfg.seed) for rows, cfg in zip(self.writes, self.configs)]
+        self._resume(self.file)
+        saved = time.monotonic()
+        sae = self.saes[0].cfg
+        size = len(self.saes) * batch * sae.d_sae * sae.rank * self.writes[0].rank * (sae.d_k + sae.d_v)
+        bar = tqdm(total=steps, initial=self.step, desc="Training SAE", disable=not self.cfg.verbose)
+        with _logs(self.configs) as logs, threads_for(size), bar:
+            while self.step < steps:
+                rows = [self.rows(m, shuffled(self.step)) for m, shuffled in enumerate(order)]
+                keys, values = (torch.stack(side) for side in zip(*rows))
+                done = self._step(keys, values)
+                self.step += 1
+                due = self.step % self.cfg.logger.wandb_log_frequency == 0 and bool(logs.runs)
+                if report is not None or due:
+                    measured = self._measured(done, keys, values)
+                    if report is not None:
+                        report(self.step - 1, measured)
+                    for m, run in logs.runs.items() if due else ():
+                        run.log({name: float(x[m]) for name, x in measured.items()}, step=self.step)
+                bar.update()
+                if self.file is not None and time.monotonic() - saved > SAVE_SECONDS:
+                    atomic_write(self.file, lambda aside: torch.save(self._state(), aside))
+                    saved = time.monotonic()
+        found = [self._finished(m) for m in range(len(self.saes))]
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+        return found
+
+    def _step(self, keys: Tensor, values: Tensor) -> Step:
+        dead = self.silent > self.trainer.dead_feature_window
+        self._upkeep(keys, values, dead)
+        done = gradients(self.p, keys, values, self.ks, self._how)
+        if not bool(done.errors.sum().isfinite()):
+            raise ValueError(f"step {self.step}: expected finite errors, got NaN or infinity: of the writes, or of lr")
+        if self._aux and bool(dead.any()):
+            (self._aux * aux_loss(self.p, keys, values, dead, done, self._how)).sum().backward()
+        with torch.no_grad():
+            every = [cast(Tensor, x.grad).flatten(1) for x in self.p.values()]
+            norms = torch.stack([x.square().sum(1) for x in every]).sum(0).sqrt()
+            for x in every:  # clip_grad_norm_, of each dictionary
+                x.mul_((1 / (norms + 1e-6)).clamp_max(1)[:, None])
+        self.optimizer.step()
+        self.schedule.step()
+        active = (done.code > 0).flatten().long()
+        fired = torch.zeros_like(self.silent).flatten().index_add_(0, done.atoms.flatten(), active).view_as(self.silent)
+        self.fired += fired
+        self.silent = torch.where(fired > 0, 0, self.silent + 1)
+        return done
+
+    def _upkeep(self, keys: Tensor, values: Tensor, dead: Tensor) -> None:
+        """What is due before a step, each dictionary with its own random numbers."""
+        cfg = self.saes[0].cfg
+        waiting = self.step < START_STEPS and any(int(sae.n_started) < cfg.d_sae for sae in self.saes)
+        if (
+            self.step
+            and not waiting
+            and all(n == 0 or self.step % n for n in (cfg.unit_norm_every, cfg.resample_every))
+        ):
+            return
+        for m, sae in enumerate(self.saes):
+            x = LowRank(keys[m], values[m]).dense().flatten(1)
+            with seeded(self.configs[m].seed, self.step):
+                sae._upkeep(x, TrainStepInput(x, {}, dead[m], self.step, False))  # pyright: ignore  (decorator)
+
+    @torch.no_grad()
+    def _measured(self, done: Step, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """Numbers of a step by SAELens' names, each [M]."""
+        size = ((keys @ keys.mT) * (values @ values.mT)).sum((2, 3)).mean(1)
+        mean = torch.einsum("mnsk,mnsv->mkv", keys, values) / keys.shape[1]
+        loss = done.errors.mean(1)
+        rate = loss.new_full(loss.shape, self.optimizer.param_groups[0]["lr"])
+        return {
+            "losses/mse_loss": loss,
+            "metrics/explained_variance": 1 - loss / (size - mean.square().sum((1, 2))),
+            "metrics/l0": (done.code > 0).sum(-1).float().mean(1),
+            "sparsity/dead_features": (self.silent > self.trainer.dead_feature_window).sum(1),
+            "details/current_learning_rate": rate,
+            "details/n_training_samples": torch.full_like(loss, self.step * keys.shape[1]),
+        }
+
+    @torch.no_grad()
+    def _finished(self, m: int) -> MatrixTrainingSAE:
+        """A dictionary with weights of its own, whose reconstructions are right on average over `b_dec_rows` rows."""
+        sae, metric, writes = self.saes[m], self.metrics[m], self.writes[m]
+        for parameter in sae.parameters():
+            parameter.data = parameter.data.clone()
+        n = min(len(writes), sae.cfg.b_dec_rows)
+        if n:
+            keys, values = self.rows(m, torch.linspace(0, len(writes) - 1, n).long())
+            p = {name: nn.Parameter(x[m : m + 1].detach()) for name, x in self.p.items()}
+            done = gradients(p, keys[None], values[None], self.ks[m : m + 1], self._how)
+            code = torch.zeros_like(sae.b_enc).index_add_(0, done.atoms.flatten(), done.code.flatten()) / n
+            mean = torch.einsum("nsk,nsv->kv", keys, values).flatten() / n
+            sae.move_b_dec(mean - sae.b_dec - code @ sae.W_dec)
+        if self.scales[m] != 1.0:
+            sae.fold_activation_norm_scaling_factor(self.scales[m])
+        metadata = sae.cfg.metadata
+        metadata.l0 = float(self.fired[m].sum()) / max(1, self.step * self.trainer.train_batch_size_samples)
+        metadata.num_dead_features = int((self.silent[m] > self.trainer.dead_feature_window).sum())
+        return sae if metric is None else metric.fold(sae)
+
+    # -- checkpoints
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "settings": repr([(shape_of(cfg), cfg.seed, cfg.sae.k, cfg.hook_name) for cfg in self.configs]),
+            "step": self.step,
+            "silent": self.silent,
+            "fired": self.fired,
+            "parameters": {name: x.data for name, x in self.p.items()},
+            "buffers": [dict(sae.named_buffers()) for sae in self.saes],
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def _resume(self, file: Path | None) -> None:
+        """Go on from a checkpoint, where there is one.
+
+        Raises:
+            ValueError: it is of other settings; names the file.
+        """
+        if file is None or not file.exists():
+            return
+        state, own = torch.load(file, map_location=self.cfg.device, weights_only=True), self._state()
+        if state["settings"] != own["settings"]:
+            raise ValueError(f"{file}: expected a checkpoint of these settings, got one of others; delete it")
+        self.step, self.silent, self.fired = state["step"], state["silent"], state["fired"]
+        for name, x in state["parameters"].items():
+            self.p[name].data.copy_(x)
+        for sae, buffers in zip(self.saes, state["buffers"]):
+            for name, x in buffers.items():
+                sae.get_buffer(name).copy_(x)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])

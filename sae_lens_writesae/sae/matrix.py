@@ -1,0 +1,359 @@
+"""What all matrix-atom autoencoders share: their config, their factors, and the matrices that SAELens works with.
+
+Inputs are flattened K x V matrices, key-first (`d_in = d_k * d_v`). Atom f is `A_f = sum_r v_f,r w_f,r^T`. With a
+factored encoder, the pre-activation of atom f is `sum_r v_enc^T X w_enc` (WriteSAE, arXiv 2605.12770, eq. 1, written
+key-first). The factors are the parameters; `W_enc` and `W_dec` are computed from them.
+
+An architecture is `class WriteXSAE(XSAE, MatrixSAE)`: SAELens' class X encodes, decodes and scores with `W_enc` and
+`W_dec`, whose gradients go on to the factors. SAELens writes to its weights through `W_enc.data` and `W_dec.data`,
+which does nothing to a computed matrix: `MatrixSAE` overrides every method that does so (the start and the folds), and
+a test reads the installed SAELens to see that none was missed.
+
+Example, K = 64, V = 32, F = 256, R = 1: `v` [256,1,64] and `w` [256,1,32] are 24,576 numbers; `W_dec` [256,2048] has
+524,288. It is built once in a training step, and at each call elsewhere.
+"""
+
+# No postponed annotations here: SAELens' command line evaluates those of config fields in another module.
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, get_args
+
+import torch
+from sae_lens.registry import SAE_CLASS_REGISTRY
+from sae_lens.saes.sae import SAE, SAEConfig
+from torch import Tensor, nn
+
+from hookpoints.files import write_checksums
+from sae_lens_writesae.atom.low_rank import Index, LowRank
+from sae_lens_writesae.choices import Decoder, Encoder
+from sae_lens_writesae.files import named_errors
+
+REQUIRES = "import sae_lens_writesae (package sae-lens-writesae), which registers the architecture in SAELens"
+"""What the metadata of every saved autoencoder says. SAELens has no entry points: without the import it raises a bare
+KeyError with the architecture's name."""
+
+
+def require(condition: bool, field: str, value: object, wanted: str) -> None:
+    """Raise ValueError unless `condition` holds; the message names the field, its value and what is needed."""
+    if not condition:
+        raise ValueError(f"{field}={value!r}: must be {wanted}.")
+
+
+@dataclass(kw_only=True)
+class MatrixSAEConfig(SAEConfig):
+    """Fields that the training and the inference config of every architecture share.
+
+    Raises:
+        ValueError: the shapes do not fit, an option is unknown, or matrix atoms cannot have it.
+    """
+
+    _name: ClassVar[str]
+    """The architecture's name in SAELens' registry."""
+
+    d_k: int = 0
+    """K, the key side (rows) of the matrices. 0: `d_in // d_v`. At least one of the two must be given."""
+    d_v: int = 0
+    """V, the value side (columns). 0: `d_in // d_k`."""
+    rank: int = 1
+    """R of every atom and of a bilinear encoder; 1, 2 and 4 are the paper's. Unused by `dense` and `flat`."""
+    encoder: Encoder = "bilinear"
+    """`bilinear`: separate factors; `tied`: the decoder's atoms; `dense`: a plain [d_in, d_sae] matrix."""
+    decoder: Decoder = "rank"
+    """`rank`: atoms of rank R; `flat`: a plain [d_sae, d_in] matrix."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        return cls._name
+
+    def __post_init__(self) -> None:
+        require(max(self.d_k, self.d_v) > 0, "d_k, d_v", (self.d_k, self.d_v), "the widths of the hooked head")
+        self.d_k, self.d_v = self.d_k or self.d_in // self.d_v, self.d_v or self.d_in // self.d_k
+        limit = min(self.d_k, self.d_v)
+        for field, good, wanted in (
+            ("d_in", self.d_in == self.d_k * self.d_v, f"d_k * d_v = {self.d_k} * {self.d_v}"),
+            ("d_sae", self.d_sae >= 1, "a number of atoms of at least 1"),
+            ("k", 0 < getattr(self, "k", 1) <= self.d_sae, f"above 0 and at most d_sae={self.d_sae}"),
+            ("encoder", self.encoder in get_args(Encoder), f"one of {get_args(Encoder)}"),
+            ("decoder", self.decoder in get_args(Decoder), f"one of {get_args(Decoder)}"),
+            ("rank", 1 <= self.rank <= limit, f"between 1 and min(d_k, d_v) = {limit}"),
+            (
+                "normalize_activations",
+                self.normalize_activations in ("none", "expected_average_only_in"),
+                "'none' or 'expected_average_only_in': only a scalar leaves atoms their rank when it is folded in",
+            ),
+            ("reshape_activations", self.reshape_activations == "none", "'none': hooks of one head are flattened"),
+        ):
+            require(good, field, getattr(self, field, None), wanted)
+        super().__post_init__()
+        self.metadata["requires"] = REQUIRES
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether both sides are factors."""
+        return self.encoder != "dense" and self.decoder == "rank"
+
+
+class MatrixSAE(SAE[Any]):
+    """The parameters of both sides, the matrices made of them, and the folds. It is the last base of an architecture.
+
+    Parameters: `b_dec` [K*V]; for a rank decoder `v` [F,R,K] and `w` [F,R,V], else `decoder_matrix` [F,K*V]; for a
+    bilinear encoder `v_enc`, `w_enc`, for a dense one `encoder_matrix` [K*V,F]. A tied encoder reads the decoder, times
+    the buffer `encoder_scale` [F], which stays 1 in training and lets norms be folded afterwards.
+    """
+
+    cfg: MatrixSAEConfig
+    b_dec: nn.Parameter
+    v: nn.Parameter
+    w: nn.Parameter
+    decoder_matrix: nn.Parameter
+    v_enc: nn.Parameter
+    w_enc: nn.Parameter
+    encoder_matrix: nn.Parameter
+    encoder_scale: Tensor
+    b_enc: nn.Parameter
+    """[F]; the gated architecture has none."""
+
+    _built: dict[str, Tensor] | None = None
+    """Matrices of this training step; None outside of a step, where a kept matrix could be older than its factors."""
+
+    # ---------------------------------------------------------------------------------------- parameters
+
+    def initialize_weights(self) -> None:
+        """Random atoms of norm `decoder_init_norm` (None: of the norm that SAELens' initialisation gives), with the
+        encoder equal to the decoder. Only draws and scales, so that it works on the meta device."""
+        cfg, like = self.cfg, {"dtype": self.dtype, "device": self.device}
+        norm = getattr(cfg, "decoder_init_norm", None) or math.sqrt(2.0)
+        self.b_dec = nn.Parameter(torch.zeros(cfg.d_in, **like))
+        start = LowRank(*(torch.randn(cfg.d_sae, cfg.rank, size, **like) for size in (cfg.d_k, cfg.d_v)))
+        scale = (norm / start.norm()).sqrt()[:, None, None]
+        v, w = start.keys * scale, start.values * scale
+        if cfg.decoder == "rank":
+            self.v, self.w = nn.Parameter(v), nn.Parameter(w)
+        else:
+            self.decoder_matrix = nn.Parameter(khatri_rao(v, w))
+        if cfg.encoder == "bilinear":
+            self.v_enc, self.w_enc = nn.Parameter(v.clone()), nn.Parameter(w.clone())
+        elif cfg.encoder == "dense":
+            self.encoder_matrix = nn.Parameter(khatri_rao(v, w).T.contiguous())
+        else:
+            self.register_buffer("encoder_scale", torch.ones(cfg.d_sae, **like))
+        self._keep_start(v, w)
+
+    def _keep_start(self, keys: Tensor, values: Tensor) -> None:
+        """Is given the initial atoms [F,R,K], [F,R,V]; a class in training keeps them."""
+
+    @property
+    def n_factors(self) -> int:
+        """How many atoms are free of each other: all, unless they are made of fewer shared factors."""
+        return int(self.cfg.d_sae)
+
+    def _decoder(self) -> Tensor:
+        flat = self.cfg.decoder == "flat"
+        return self.decoder_matrix if flat else self._once("W_dec", lambda: khatri_rao(self.v, self.w))
+
+    def _encoder(self) -> Tensor:
+        if self.cfg.encoder == "dense":
+            return self.encoder_matrix
+        if self.cfg.encoder == "tied":
+            return self._once("W_enc", lambda: self.W_dec.T * self.encoder_scale)
+        return self._once("W_enc", lambda: khatri_rao(self.v_enc, self.w_enc).T)
+
+    # Any, because SAELens declares these two as parameters.
+    W_dec: Any = property(_decoder)
+    """[F,K*V], computed from the factors: what is written to its `.data` is lost. Costs F*R*K*V, and F*K*V numbers of
+    memory, once in a training step."""
+    W_enc: Any = property(_encoder)
+    """[K*V,F], computed like `W_dec`."""
+
+    def _once(self, name: str, build: Callable[[], Tensor]) -> Tensor:
+        if self._built is None or not torch.is_grad_enabled():
+            return build()
+        if name not in self._built:
+            self._built[name] = build()
+        return self._built[name]
+
+    def decoder_norm(self) -> Tensor:
+        """Frobenius norm of every atom [F], differentiable, from the factors alone."""
+        return self.decoder_matrix.norm(dim=1) if self.cfg.decoder == "flat" else LowRank(self.v, self.w).norm()
+
+    def encoder_norm(self) -> Tensor:
+        """Norm of every encoder atom [F]."""
+        if self.cfg.encoder == "bilinear":
+            return LowRank(self.v_enc, self.w_enc).norm()
+        dense = self.cfg.encoder == "dense"
+        return self.encoder_matrix.norm(dim=0) if dense else self.decoder_norm() * self.encoder_scale
+
+    @torch.no_grad()
+    def get_W_dec_norm(self) -> Tensor:
+        return self.decoder_norm().clamp(min=1e-8)
+
+    # ---------------------------------------------------------------------------------------- atoms
+
+    @torch.no_grad()
+    def atoms(self, indices: Index = slice(None), rank: int | None = None) -> LowRank:
+        """Decoder atoms as low-rank matrices: N = n atoms.
+
+        Without `rank` they are exact: the factors themselves, and for a flat decoder all min(K, V) singular terms. With
+        `rank` each is the closest matrix of that rank, with its singular values shared by both sides (the paper's
+        baseline "flat SAE + top-1 SVD"). Costs one K x V SVD an atom, and nothing for atoms of the rank asked for.
+        """
+        cfg = self.cfg
+        if cfg.decoder == "flat":
+            dense = self.decoder_matrix[indices].view(-1, cfg.d_k, cfg.d_v)
+            return LowRank.svd(dense, rank, balanced=rank is not None)
+        atoms = LowRank(self.v[indices].clone(), self.w[indices].clone())
+        return atoms if rank in (None, cfg.rank) else LowRank.svd(atoms.dense(), rank, balanced=True)
+
+    @torch.no_grad()
+    def replace_atoms(self, indices: Tensor, atoms: LowRank, alive: Tensor) -> None:
+        """Put unit-norm `atoms` at `indices` [n], in the decoder and in the encoder.
+
+        They get the mean norm of the atoms where `alive` [F] on either side, and encoder biases of 0.
+        """
+        alive = alive if bool(alive.any()) else ~alive
+        sizes = self.decoder_norm()[alive].mean().sqrt(), self.encoder_norm()[alive].mean().sqrt()
+        for (left, right, matrix), size in zip(_SIDES, sizes):
+            if left in self._parameters:
+                self.get_parameter(left).data[indices] = (atoms.keys * size).to(self.b_dec)
+                self.get_parameter(right).data[indices] = (atoms.values * size).to(self.b_dec)
+            elif matrix in self._parameters:
+                rows = (atoms.dense().flatten(1) * size**2).to(self.b_dec)
+                whole = self.get_parameter(matrix).data
+                (whole if matrix == "decoder_matrix" else whole.T)[indices] = rows
+        for name in ("b_enc", "b_gate", "b_mag", "r_mag"):
+            if name in self._parameters:
+                self.get_parameter(name).data[indices] = 0
+
+    @torch.no_grad()
+    def balance_factors(self) -> None:
+        """Give both factors of every term the same norm. The atoms do not change, and Adam's steps, which have one size
+        for all parameters, then turn both sides equally."""
+        for left, right, _ in _SIDES:
+            if left in self._parameters:
+                v, w = self.get_parameter(left), self.get_parameter(right)
+                ratio = (w.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True)).sqrt()
+                ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+                v.data.mul_(ratio)
+                w.data.div_(ratio)
+
+    # ---------------------------------------------------------------------------------------- the bias
+
+    def output_bias(self) -> Tensor:
+        """What `decode` adds to the atoms [K*V]."""
+        return self.b_dec
+
+    def settle_b_dec(self) -> None:
+        """Make b_dec the output bias, which outside of training it is."""
+
+    @torch.no_grad()
+    def move_b_dec(self, error: Tensor) -> None:
+        """Add `error` [K*V] to b_dec. Codes stay as they are: the encoder's biases take back what it now subtracts."""
+        self.b_dec.data.add_(error)
+        if not self.cfg.apply_b_dec_to_input:
+            return
+        shift = error @ self.W_enc
+        for name in {"b_enc", "b_gate", "b_mag"} & self._parameters.keys():
+            gain = self.get_parameter("r_mag").exp() if name == "b_mag" else 1.0
+            self.get_parameter(name).data.add_(shift * gain)
+
+    # ---------------------------------------------------------------------------------------- folds
+
+    def _scaled(self, decoder: Tensor, encoder: Tensor) -> dict[str, Tensor]:
+        """State-dict entries in which every atom is multiplied by `decoder` and its encoder by `encoder`, both
+        positive, [F] or []."""
+        out: dict[str, Tensor] = {}
+        for (left, right, _), scale in zip(_SIDES, (decoder, encoder)):
+            out |= {n: self.get_parameter(n) * scale.sqrt()[..., None, None] for n in (left, right) if hasattr(self, n)}
+        if self.cfg.decoder == "flat":
+            out["decoder_matrix"] = self.decoder_matrix * decoder[..., None]
+        if self.cfg.encoder == "dense":
+            out["encoder_matrix"] = self.encoder_matrix * encoder
+        elif self.cfg.encoder == "tied":  # it reads the decoder, and so has its factor already
+            out["encoder_scale"] = self.encoder_scale * encoder / decoder
+        return out
+
+    @torch.no_grad()
+    def _scale_in_place(self, decoder: Tensor, encoder: Tensor) -> None:
+        for name, value in self._scaled(decoder, encoder).items():
+            getattr(self, name).data.copy_(value)
+
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        self.settle_b_dec()
+        factor = self.b_dec.new_tensor(scaling_factor)  # on its way into a model self.device may still be "meta"
+        self._scale_in_place(1 / factor, factor)
+        self.b_dec.data.div_(factor)
+        self.cfg.normalize_activations = "none"
+
+    @torch.no_grad()
+    def fold_and_get_W_dec_norm(self) -> Tensor:
+        norms = self.get_W_dec_norm()
+        self._scale_in_place(1 / norms, norms)
+        if "b_enc" in self._parameters:
+            self.b_enc.data.mul_(norms)
+        return norms
+
+    def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
+        """Refused: whitening mixes keys and values, so that an atom would lose its rank."""
+        raise NotImplementedError(
+            "Whitening mixes keys and values, so that an atom of rank R does not keep its rank. Use "
+            "normalize_activations='expected_average_only_in'."
+        )
+
+    # ---------------------------------------------------------------------------------------- files
+
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Save weights and config as SAELens does, with their checksums, which `load_sae` compares."""
+        return with_checksums(super().save_model, path)
+
+    @torch.no_grad()
+    def to_saelens(self) -> SAE[Any]:
+        """The same function as an autoencoder of SAELens' own class (TopK, JumpReLU, Standard or Gated), which loads
+        without this package.
+
+        `W_enc` [K*V,F] and `W_dec` [F,K*V] are built: 2 F K V numbers, in the place of the factors. Activations and
+        reconstructions are equal to rounding.
+
+        Raises:
+            ValueError: SAELens has no class of this form.
+        """
+        names = [name for name, (cls, _) in SAE_CLASS_REGISTRY.items() if cls in type(self).__mro__[1:]]
+        if not names:
+            raise ValueError(
+                f"{self.cfg.architecture()} has no form in SAELens: it activates the pairs of the most active key "
+                "atoms and the most active value atoms, which is no function of one pre-activation per atom"
+            )
+        metadata = {name: value for name, value in self.cfg.metadata.to_dict().items() if name != "requires"}
+        changes = {"architecture": names[0], "device": "meta", "metadata": metadata}
+        sae = SAE.from_dict(self.cfg.to_dict() | changes)
+        weights = {name: getattr(self, name).clone(memory_format=torch.contiguous_format) for name in sae.state_dict()}
+        sae.load_state_dict(weights, assign=True)
+        sae.cfg.device = self.cfg.device
+        return sae.to(self.device)
+
+
+_SIDES = (("v", "w", "decoder_matrix"), ("v_enc", "w_enc", "encoder_matrix"))
+"""Parameters of the decoder and of the encoder: two factors, or one matrix."""
+
+
+def khatri_rao(v: Tensor, w: Tensor) -> Tensor:
+    """[F,R,K], [F,R,V] -> [F,K*V]: sum_r v_fr w_fr^T, flattened key-first."""
+    return (v.mT @ w).flatten(1)
+
+
+def with_checksums(save: Callable[[str | Path], tuple[Path, Path]], path: str | Path) -> tuple[Path, Path]:
+    """`save` the two files of an autoencoder in the folder `path`, and `SHA256SUMS` beside them; returns the two.
+
+    SAELens writes the fields of cfg.json in an order that differs from process to process; here they are sorted.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full; names the folder.
+    """
+    with named_errors(Path(path)):
+        files = save(path)
+        files[1].write_text(json.dumps(json.loads(files[1].read_text()), sort_keys=True))
+        write_checksums(files[0].parent, [file.name for file in files])
+    return files

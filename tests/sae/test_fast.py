@@ -1,0 +1,263 @@
+"""Training on factors: the step is SAELens' own on matrices, dictionaries side by side are those that train alone, and
+a run that was killed ends with the weights of one that was not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.saes.sae import TrainStepInput
+from torch import Tensor, nn
+
+from sae_lens_writesae import train_many_on_writes, train_on_writes
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.sae import TRAINING, fast
+from sae_lens_writesae.sae.metric import Metric
+
+K, V, F, N = 6, 4, 24, 900
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def writes(seed: int = 0, dtype: torch.dtype = torch.float64, terms: int = 1) -> LowRank:
+    """Writes near 8 directions."""
+    g = torch.Generator().manual_seed(seed)
+    which = torch.randint(8, (N,), generator=g)
+    sides = [torch.randn(8, terms, n, generator=g)[which] + 0.2 * torch.randn(N, terms, n, generator=g) for n in (K, V)]
+    return LowRank(*sides).to(dtype)
+
+
+def config(seed: int = 0, steps: int = 6, name: str = "writesae_topk", **changes: Any) -> Any:
+    options: dict[str, Any] = {"d_in": K * V, "d_k": K, "d_v": V, "d_sae": F, "k": 2, "dtype": "float64"}
+    options |= {"resample_every": 4, "unit_norm_every": 3, "decoder_init": "native"}
+    # Not 1: with one active atom of unit norm, equal to its encoder, the gradient of the activation is exactly zero,
+    # and Adam makes steps of its rounding.
+    options |= {"decoder_init_norm": 0.7} | changes
+    return LanguageModelSAERunnerConfig(
+        sae=TRAINING[name][1](**options),
+        hook_name="blocks.1.mixer.heads.0.hook_write_vec",
+        seed=seed,
+        lr=1e-2,
+        training_tokens=steps * 32,
+        train_batch_size_tokens=32,
+        dead_feature_window=1,
+        logger=LoggingConfig(log_to_wandb=False),
+        checkpoint_path=None,
+        device="cpu",
+        verbose=False,
+    )
+
+
+def state(sae: nn.Module) -> dict[str, Tensor]:
+    """Weights, without the atoms of the start: where rows are resampled they are of fp32."""
+    return dict(sae.named_parameters())
+
+
+def assert_same(one: nn.Module, two: nn.Module) -> None:
+    for name, x in state(one).items():
+        assert torch.equal(x, state(two)[name]), name
+
+
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"k": 1},
+    {"k": F},
+    {"rank": 2},
+    {"apply_b_dec_to_input": False},
+    {"rescale_acts_by_decoder_norm": False, "unit_norm_every": 0},
+    {"aux_loss_coefficient": 0.0},
+]
+
+
+@pytest.mark.parametrize("block", [2**20, 64])
+@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_losses_and_gradients_are_those_of_the_dense_step(
+    changes: dict[str, Any], terms: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast, "BLOCK", block)
+    g = torch.Generator().manual_seed(1)
+    saes: list[Any] = [fast.new_sae(config(seed, **changes)) for seed in (0, 1, 2)]
+    for sae in saes:
+        for parameter in sae.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=g, dtype=parameter.dtype)
+    dead = torch.rand(3, F, generator=g) < torch.tensor([0.0, 0.2, 0.6])[:, None]
+    keys, values = (torch.randn(3, 32, terms, n, generator=g, dtype=torch.float64) for n in (K, V))
+    outputs = []
+    for m, sae in enumerate(saes):
+        x = LowRank(keys[m], values[m]).dense().flatten(1)
+        outputs.append(sae.training_forward_pass(TrainStepInput(x, {}, dead[m], 1, False)))
+        outputs[-1].loss.backward()
+    p = {n: nn.Parameter(torch.stack([sae.get_parameter(n).data for sae in saes])) for n in state(saes[0])}
+    cfg = saes[0].cfg
+    how = fast.Options(cfg.rescale_acts_by_decoder_norm, cfg.apply_b_dec_to_input)
+    done = fast.gradients(p, keys, values, [cfg.k] * 3, how)
+    if cfg.aux_loss_coefficient:
+        aux = cfg.aux_loss_coefficient * fast.aux_loss(p, keys, values, dead, done, how)
+        aux.sum().backward()
+        expected = torch.stack([output.losses["auxiliary_reconstruction_loss"] for output in outputs])
+        torch.testing.assert_close(aux, expected.to(aux), **CLOSE)
+    torch.testing.assert_close(done.errors.mean(1), torch.stack([o.losses["mse_loss"] for o in outputs]), **CLOSE)
+    for name, parameter in p.items():
+        dense = torch.stack([sae.get_parameter(name).grad for sae in saes])
+        torch.testing.assert_close(parameter.grad, dense, rtol=1e-9, atol=1e-9)
+    active = torch.stack([output.feature_acts.bool().sum(0) for output in outputs])
+    counts = torch.zeros(3 * F).index_add_(0, done.atoms.flatten(), (done.code > 0).flatten().float())
+    assert torch.equal(counts.view(3, F), active.float())
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_each_dictionary_is_the_one_that_trains_alone(changes: dict[str, Any]) -> None:
+    configs = [config(seed, **changes) for seed in (0, 1, 2)]
+    rows = [writes(0), writes(0), writes(1)]
+    for cfg, each, sae in zip(configs, rows, train_many_on_writes(configs, rows)):
+        alone = train_on_writes(cfg, each.keys, each.values)
+        torch.testing.assert_close(state(sae), state(alone), **CLOSE)
+        assert sae.cfg.metadata.l0 == pytest.approx(alone.cfg.metadata.l0)
+        assert sae.cfg.metadata.num_dead_features == alone.cfg.metadata.num_dead_features
+        assert sae.start_cosine() == pytest.approx(alone.start_cosine())
+
+
+def test_a_run_is_the_one_of_saelens_trainer() -> None:
+    """On the same rows from the same start; the output bias is then calibrated by one and averaged by the other."""
+    cfg, rows = config(steps=12, b_dec_rows=0, decoder_init="random", resample_every=0), writes()
+    matrices = fast.train_on_rows(cfg, fast._matrices(cfg, rows))
+    torch.testing.assert_close(
+        state(train_on_writes(cfg, rows.keys, rows.values)), state(matrices), rtol=1e-7, atol=1e-9
+    )
+
+
+def test_numbers_of_active_atoms_may_differ() -> None:
+    configs = [config(0, k=k) for k in (1, 4)]
+    for cfg, sae in zip(configs, train_many_on_writes(configs, [writes(), writes()])):
+        torch.testing.assert_close(state(sae), state(train_on_writes(cfg, writes().keys, writes().values)), **CLOSE)
+
+
+def test_a_seed_is_a_dictionary_and_shares_no_memory() -> None:
+    configs, rows = [config(seed, dtype="float32") for seed in (0, 1, 2)], [writes(0, torch.float32)] * 3
+    before = torch.get_rng_state()
+    three = train_many_on_writes(configs, rows)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    for sae, again in zip(three, train_many_on_writes(configs, rows)):
+        assert_same(sae, again)
+    assert not torch.allclose(three[0].v, three[1].v)
+    three[1].v.data.zero_()
+    assert three[0].v.abs().min() > 0
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_planted_writes_are_found(rank: int) -> None:
+    """16 atoms, and writes each of which is one of them times a number; reconstructions are right on average."""
+    g = torch.Generator().manual_seed(3)
+    atoms = LowRank(torch.randn(16, rank, K, generator=g), torch.randn(16, rank, V, generator=g))
+    atoms = atoms.with_norm(torch.ones(16))
+    rows = atoms.rows(torch.randint(16, (2000,), generator=g)) * (1 + torch.rand(2000, generator=g))
+    upkeep = {"decoder_init_norm": 1.0, "resample_every": 250, "unit_norm_every": 100, "dtype": "float32"}
+    cfg = config(0, 600, k=1, rank=rank, **upkeep)
+    cfg.dead_feature_window = 20
+    sae = train_on_writes(cfg, rows.keys, rows.values)
+    x = rows.dense().flatten(1)
+    residual = (x - sae(x)).detach()
+    assert residual.mean(0).square().sum() < 1e-6 * x.square().sum(1).mean()
+    assert residual.square().sum() < 0.05 * x.square().sum()
+    assert atoms.cosines(sae.atoms()).abs().amax(1).min() > 0.95
+
+
+def test_a_write_of_one_term_needs_no_axis_for_it() -> None:
+    rows = writes()
+    assert_same(
+        train_on_writes(config(), rows.keys, rows.values), train_on_writes(config(), rows.keys[:, 0], rows.values[:, 0])
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of SAELens, on a config without a model
+@pytest.mark.parametrize("encoder", ["bilinear", "tied"])
+def test_a_metric_is_folded_in(encoder: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    sides = [torch.randn(n, n, generator=g, dtype=torch.float64) for n in (K, V)]
+    metric = Metric.of(*(side @ side.mT + torch.eye(len(side)) for side in sides), 1.0, 0.1, 8)
+    cfg, rows = config(3, metric="gauss_newton", encoder=encoder, b_dec_rows=0), writes()
+    sae = train_on_writes(cfg, rows.keys, rows.values, metric=metric)
+    moved = LowRank(*metric.apply(rows.keys, rows.values))
+    plain = metric.fold(train_on_writes(config(3, encoder=encoder, b_dec_rows=0), moved.keys, moved.values))
+    torch.testing.assert_close(state(sae), state(plain), **CLOSE)
+
+
+def test_a_scaled_input_is_folded() -> None:
+    rows = writes()
+    how = {"normalize_activations": "expected_average_only_in"}
+    sae = train_on_writes(config(**how), rows.keys, rows.values)
+    scale = (K * V) ** 0.5 / rows.norm().mean()
+    plain = train_on_writes(config(), rows.keys, rows.values * scale)
+    assert sae.cfg.normalize_activations == "none"
+    x = rows.dense().flatten(1)
+    torch.testing.assert_close(sae(x), plain(x * scale) / scale, rtol=1e-8, atol=1e-8)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [0, 5, 9])
+@pytest.mark.parametrize("lr_scheduler_name", ["constant", "cosineannealing"])
+def test_a_killed_run_ends_with_the_same_weights(
+    at: int, lr_scheduler_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast, "SAVE_SECONDS", -1.0)
+    configs, rows = [config(seed, 12) for seed in (0, 1)], [writes(0), writes(1)]
+    for cfg in configs:
+        cfg.lr_scheduler_name = lr_scheduler_name
+    whole, file = train_many_on_writes(configs, rows), tmp_path / "run.pt"
+
+    def kill(step: int, measured: object) -> None:
+        if step == at + 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_many_on_writes(configs, rows, report=kill, checkpoint=file)
+    with pytest.raises(ValueError, match=r"run\.pt"):
+        train_many_on_writes([config(7, 12), configs[1]], rows, checkpoint=file)
+    steps: list[int] = []
+    resumed = train_many_on_writes(configs, rows, report=lambda step, _: steps.append(step), checkpoint=file)
+    assert steps == list(range(at + 1, 12)) and not list(tmp_path.iterdir())
+    for one, two in zip(whole, resumed):
+        assert_same(one, two)
+
+
+def test_numbers_are_logged_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    logged: list[dict[str, float]] = []
+    monkeypatch.setattr("wandb.sdk.wandb_run.Run.log", lambda run, data, step: logged.append(data | {"at": step}))
+    configs = [config(seed) for seed in (0, 1)]
+    for cfg in configs:
+        cfg.logger = LoggingConfig(log_to_wandb=True, wandb_project="p", wandb_log_frequency=3)
+    train_many_on_writes(configs, [writes(), writes()])
+    assert [each["at"] for each in logged] == [3, 3, 6, 6]
+    assert 0 < logged[-1]["metrics/explained_variance"] < 1 and 0 < logged[-1]["metrics/l0"] <= 2
+
+
+def test_every_row_is_seen_equally_often() -> None:
+    shuffled = fast.Shuffled(10, 4, seed=1)
+    drawn = torch.cat([shuffled(step) for step in range(10)])
+    assert drawn.bincount().tolist() == [4] * 10 and drawn[:10].tolist() != sorted(drawn[:10].tolist())
+    assert torch.equal(fast.Shuffled(10, 4, seed=1)(7), drawn[28:32])
+
+
+def test_what_does_not_fit_is_refused_before_any_training() -> None:
+    done: list[int] = []
+    rows, swapped = writes(), LowRank(writes().values, writes().keys)
+    metric = Metric.of(torch.eye(K), torch.eye(V), 1.0, 0.1, 8)
+    for configs, each, metrics in (
+        ([config(0), config(1)], [rows, swapped], None),
+        ([config(0)], [rows.rows(slice(20))], None),
+        ([config(0)], [rows], [metric]),
+        ([config(0, metric="gauss_newton")], [rows], None),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            train_many_on_writes(configs, each, metrics, say=done.append)
+    with pytest.raises(ValueError, match="NaN"):
+        train_on_writes(config(), rows.keys * torch.nan, rows.values)
+    assert not done
