@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 from sae_lens.saes.sae import SAEMetadata
-from sae_lens_writesae.sae.topk import WriteTopKSAE, WriteTopKSAEConfig
 from selftest.worlds import World, generator, sizes
 from torch.nn.functional import normalize
 
 from hookpoints import embedded
 from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import quiet, text_dataset, train, training_config
 
