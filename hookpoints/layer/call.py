@@ -141,7 +141,8 @@ class LayerCall:
         self.mixer.calls += 1
         native_op = self._native_op(op, arguments, run.backend or self.mixer.backend)
         edited = any(self.mixer.layer in plan.by_layer for plan in run.plans)
-        if not edited and run.record is None and native_op is not None and not self.hooks.listening():
+        record = run.record if run.recorded is None or self.mixer.layer in run.recorded else None
+        if not edited and record is None and native_op is not None and not self.hooks.listening():
             return native_op(**arguments)
         # fla's layers take the padding out before the op.
         padding = self.padding = Padding(self.real) if arguments.get("cu_seqlens") is not None else UNPADDED
@@ -153,8 +154,8 @@ class LayerCall:
         native = self._native(native_op, fed, recurrence, padding)
         if changed or native_op is None:
             native = native._replace(outputs=native.outputs.to(rule.output_dtype(arguments)))
-        if run.record is not None:
-            run.record[self.mixer.layer] = Recorded(_owning_state(recurrence), native)
+        if record is not None:
+            record[self.mixer.layer] = Recorded(_owning_state(recurrence), native)
         response = EditResponse(recurrence)
         written = self._fire_write_factors(recurrence)
         for change in _changes_between(recurrence, written):

@@ -7,7 +7,7 @@ a flag of its own before it leaves the context variable: an interrupt between th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, replace
@@ -46,6 +46,8 @@ class Run:
     """Write edits, outer scopes first; each plan acts on the model as those before it edited it."""
     record: dict[int, Recorded] | None = None
     """If given, each recurrent layer leaves its last op call here."""
+    recorded: Container[int] | None = None
+    """Layers that do; None: all."""
     first_token: int | None = None
     """Position of the first token of a pass; None: counted from the cache."""
     backend: Backend | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -214,10 +214,11 @@ class HookedModel(HookedRootModule):
         return run.position
 
     @scoped
-    def recording(self) -> Iterator[dict[int, Recorded]]:
-        """The last native op call of each recurrent layer that runs while this is open, by layer."""
+    def recording(self, layers: Container[int] | None = None) -> Iterator[dict[int, Recorded]]:
+        """The last native op call of each recurrent layer that runs while this is open, by layer; of those ``layers``
+        alone, where they are given: the others run as if nobody listened, and nothing of them is held."""
         record: dict[int, Recorded] = {}
-        with scope(self.attachment, record=record):
+        with scope(self.attachment, record=record, recorded=layers):
             yield record
 
 
@@ -240,7 +241,7 @@ class Attached(HookedModel):
     def recurrence(self, input: object, layer: int, **kwargs: object) -> Recurrence:
         """The canonical factors of a layer on ``input`` (with ``kwargs`` what the model's forward takes)."""
         self.cfg.layer(layer)
-        with self.recording() as record:
+        with self.recording([layer]) as record:
             self(input, **kwargs)
         return record[layer].recurrence
 

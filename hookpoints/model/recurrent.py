@@ -282,7 +282,7 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
     def recurrence(self, input: str | Tensor, layer: int, **kwargs: Any) -> Recurrence:
         """The canonical factors of a layer on ``input``: reads, writes, decay, erase (differentiable)."""
         self.cfg.layer(layer)
-        with self.recording() as record:
+        with self.recording([layer]) as record:
             self(input, return_type=None, stop_at_layer=layer + 1, **kwargs)
         return record[layer].recurrence
 
