@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.sae.collect import collect
+from sae_lens_writesae.sae.factors import collect
 
 HEAD = "blocks.1.mixer.heads.1."
 
@@ -81,7 +81,7 @@ def collecting(hf: torch.nn.Module, tokens: torch.Tensor, rounds: int) -> dict[s
         }
         found = ratios(lambda: hf(tokens, use_cache=False), parts, rounds)
         per = tokens.numel() * heads * len(layers)
-        sizes = {f"bytes per token and head, {target}s": kept[target].contents.total_bytes / per for target in kept}
+        sizes = {f"bytes per token and head, {target}s": kept[target].total_bytes / per for target in kept}
     return {name: statistics.median(values) for name, values in found.items()} | sizes
 
 

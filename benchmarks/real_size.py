@@ -79,7 +79,7 @@ def collecting(options: argparse.Namespace) -> Row:
     with timed() as work:
         made = collect(model, text, options.layers, None, folder, n_tokens=options.tokens, context_size=options.T)
     disk = size(folder)
-    heads = sum(len(layer.heads) for layer in made.contents.layers.values())
+    heads = sum(map(len, made.heads.values()))
     tokens = made.n_sequences * made.context_size
     return {"tokens": tokens, **work, "disk": disk, "heads": heads, "bytes": disk / tokens / heads}
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import random
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,8 +36,8 @@ def damages(folder: Path, names: list[str], n: int, seed: int = 0) -> Iterator[s
             other = draw.choice([name for name in names if whole[name] != whole[file]])
             changed, what = {file: whole[other], other: whole[file]}, f"swapped with {other}"
         if number % 4 == 3:
-            (file,), what = [name for name in names if name in (CHECKSUMS, "index.json")], "an entry of the seal"
-            changed = {file: _unsealed(whole[file], draw)}
+            file, what = CHECKSUMS, "an entry of the seal"
+            changed = {file: _unsealed(whole[file].decode(), draw)}
         for name, data in changed.items():
             (folder / name).write_bytes(data)
         yield f"{number}: {file}, {what}"
@@ -47,13 +45,10 @@ def damages(folder: Path, names: list[str], n: int, seed: int = 0) -> Iterator[s
             (folder / name).write_bytes(whole[name])
 
 
-def _unsealed(seal: bytes, draw: random.Random) -> bytes:
-    index = json.loads(seal) if seal.startswith(b"{") else None
-    entries = seal.decode().splitlines() if index is None else [json.dumps(each) for each in index["shards"]]
+def _unsealed(seal: str, draw: random.Random) -> bytes:
+    entries = [line.split("  ") for line in seal.splitlines()]
     at, other = draw.sample(range(len(entries)), 2)
-    names = [re.split(r'  |"file": "|", "bytes', entry)[1] for entry in entries]
-    renamed = entries[at].replace(names[at], draw.choice([names[other], "x", f"../elsewhere/{names[at]}"]))
+    digest, name = entries[at]
+    renamed = [digest, draw.choice([entries[other][1], "x", f"../elsewhere/{name}"])]
     entries[at : at + 1] = draw.choice([[], [renamed]])
-    if index is None:
-        return "".join(f"{entry}\n" for entry in entries).encode()
-    return json.dumps(index | {"shards": [json.loads(entry) for entry in entries]}).encode()
+    return "".join(f"{'  '.join(entry)}\n" for entry in entries).encode()

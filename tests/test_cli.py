@@ -21,7 +21,7 @@ from sealing import reseal
 from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
-from sae_lens_writesae.sae.collect import collect
+from sae_lens_writesae.sae.factors import collect
 from writesae.cli import COMMANDS, main
 from writesae.evaluate import EvalAll, Subjects
 from writesae.evaluations import EVALUATIONS, Evaluation, load_result

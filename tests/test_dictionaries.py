@@ -14,7 +14,7 @@ from hookpoints import HookedRecurrent, UnsupportedModelError
 from sae_lens_writesae import choices as plugin
 from sae_lens_writesae.choices import VARIANTS
 from sae_lens_writesae.sae import fast
-from sae_lens_writesae.sae.collection import Collection
+from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.kinds import objective, variant
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import text_dataset

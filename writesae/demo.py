@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hookpoints import HookedRecurrent
-    from sae_lens_writesae.sae.collection import Collection
+    from sae_lens_writesae.sae.factors import Collection
     from writesae.evaluations.substitution import Substitution
     from writesae.experiment.result import Result
     from writesae.page.report import ReportFiles
@@ -117,7 +117,7 @@ class Demo:
 
     def _run(self, model: HookedRecurrent, settings: dict[str, object], say: Callable[[str], object]) -> ReportFiles:
         from hookpoints import embedded
-        from sae_lens_writesae.sae.collect import collect
+        from sae_lens_writesae.sae.factors import collect
         from sae_lens_writesae.sae.load import load_sae
         from writesae.evaluations import load_result
         from writesae.experiment.suite import quality_of_heads, with_quality

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from hookpoints import HookedRecurrent
-    from sae_lens_writesae.sae.collection import Collection
+    from sae_lens_writesae.sae.factors import Collection
     from sae_lens_writesae.sae.metric import Metric
     from sae_lens_writesae.sae.target import RunnerConfig
     from sae_lens_writesae.sae.training import MatrixTrainingSAE
@@ -99,7 +99,7 @@ class Collect:
 
     def of(self, model: HookedRecurrent, text: Dataset, say: Say = print) -> Path:
         """Collect from a model that is loaded; returns the folder."""
-        from sae_lens_writesae.sae.collect import collect
+        from sae_lens_writesae.sae.factors import collect
         from sae_lens_writesae.sae.target import head_target
 
         for layer, head in itertools.product(self.layers, self.heads):
@@ -249,8 +249,8 @@ class Train:
 
         sparsity_fields(self.architecture, self.k)  # raises where there is no such architecture
         collection = self._collection(say)
-        layers = self.layers or tuple(collection.contents.layers)
-        heads = self.heads or collection.contents.layers[layers[0]].heads
+        layers = self.layers or tuple(collection.heads)
+        heads = self.heads or tuple(collection.heads[layers[0]])
         places = [(*place, name) for place in itertools.product(layers, heads) for name in self.dictionaries()]
         folders = {place: self.out / f"L{place[0]}H{place[1]}" / str(place[2]) for place in places}
         names = (*_SIZES, "architecture", "normalize_activations", "lr")
@@ -283,7 +283,7 @@ class Train:
 
     def _collection(self, say: Say) -> Collection:
         """The one that is there, or the model's, made now."""
-        from sae_lens_writesae.sae.collection import Collection, CollectionError
+        from sae_lens_writesae.sae.factors import Collection, CollectionError
 
         if self.collection is not None:
             return Collection.open(self.collection)
@@ -297,7 +297,7 @@ class Train:
         return there
 
     def _collect(self, folder: Path, say: Say) -> Collection:
-        from sae_lens_writesae.sae.collection import Collection
+        from sae_lens_writesae.sae.factors import Collection
 
         name = cast(str, self.model)
         check_text(name, self.dataset)

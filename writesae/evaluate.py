@@ -167,7 +167,7 @@ def evaluate(
             that refuses the SAEs.
     """
     from hookpoints import HookedRecurrent, embedded
-    from sae_lens_writesae.sae.collection import Collection
+    from sae_lens_writesae.sae.factors import Collection
     from sae_lens_writesae.sae.load import folder_labels, load_sae, sae_folders
     from writesae.experiment.suite import evaluate_all
     from writesae.experiment.tokens import sample_sequences, text_of

@@ -35,7 +35,7 @@ from transformer_lens import HookedRootModule
 
 from hookpoints import HookedRecurrent, Recurrence
 from sae_lens_writesae.choices import Loss, MetricName
-from sae_lens_writesae.sae.collection import INDEX, Collection
+from sae_lens_writesae.sae.factors import INDEX, Collection
 from sae_lens_writesae.sae.fast import COLUMN_SCALE, seeded, train_on_rows, train_on_writes
 from sae_lens_writesae.sae.losses import read_queries
 from sae_lens_writesae.sae.metric import Metric

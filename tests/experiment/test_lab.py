@@ -18,8 +18,7 @@ from hookpoints import HookedRecurrent, UnknownHookError
 from hookpoints.embedded import text
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
-from sae_lens_writesae.sae.collect import collect
-from sae_lens_writesae.sae.collection import Collection, CollectionError
+from sae_lens_writesae.sae.factors import Collection, CollectionError, collect
 from writesae.evaluations.sign import Sign
 from writesae.experiment.lab import EditedRows, Lab, Trial
 from writesae.experiment.readout import kl_window

@@ -25,8 +25,7 @@ from hookpoints import HookedRecurrent, embedded
 from hookpoints.files import LARGEST_JSON
 from reliability.checks import REFUSED, Change, Comparison, check, outcome
 from reliability.runs import fresh
-from sae_lens_writesae.sae.collect import collect
-from sae_lens_writesae.sae.collection import INDEX, Collection
+from sae_lens_writesae.sae.factors import INDEX, Collection, collect
 from sae_lens_writesae.sae.load import load_sae
 from writesae.evaluations import load_result
 
@@ -64,7 +63,7 @@ def make_collection(folder: Path) -> None:
 
 def read_collection(folder: Path) -> Contents:
     found = Collection.open(folder)
-    heads = [(layer, head) for layer, each in found.contents.layers.items() for head in each.heads]
+    heads = [(layer, head) for layer, numbers in found.heads.items() for head in numbers]
     return {"tokens": found.tokens, **{str(each): found.rows(*each) for each in heads}}
 
 
@@ -147,8 +146,7 @@ def large_files(work: Path, rounds: int) -> Iterator[Comparison]:
         make(folder := work / kind)
         with (folder / head).open("a") as file:
             file.write(" " * LARGEST_JSON)
-        if kind != "collection":
-            reseal(folder)
+        reseal(folder)
         yield Comparison(kind, REFUSED, outcome(read, folder))
 
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from small_saes import planted
 
 from hookpoints import HookedRecurrent
+from hookpoints.files import CHECKSUMS, read_json
 from reliability.checks import REFUSED, Change, Comparison, check, outcome
 from reliability.folders import read_dictionary, read_result
 from reliability.runs import fresh
-from sae_lens_writesae.sae.collect import collect
-from sae_lens_writesae.sae.collection import read_index
+from sae_lens_writesae.sae.factors import INDEX, collect
 from writesae.dictionaries import Train
 from writesae.evaluations import EVALUATIONS
 from writesae.experiment.suite import evaluate_all
@@ -62,9 +62,10 @@ def contents(folder: Path) -> dict[str, object]:
             found[name] = read_dictionary(file.parent)
         elif file.name.startswith("shard-"):
             found[name] = load_file(file)
-        elif file.name == "index.json":
-            described, shards = read_index(file.parent)
-            found |= {name: described, **{f"{name}, {shard.file}": shard for shard in shards}}
+        elif file.name == INDEX:
+            found[name] = read_json(file)
+        elif file.name == CHECKSUMS and (file.parent / INDEX).exists():
+            found |= {f"{name}, {line}": True for line in file.read_text().splitlines()}
     return found
 
 

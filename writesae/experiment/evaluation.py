@@ -20,7 +20,7 @@ from sae_lens import SAE
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.collection import Collection
+from sae_lens_writesae.sae.factors import Collection
 from writesae.choices import at_least
 from writesae.experiment.lab import Lab
 from writesae.experiment.result import Claim, Figure, Json, Result

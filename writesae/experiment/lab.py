@@ -27,7 +27,7 @@ from writesae.experiment.head_baselines import MAX_TOKENS, HeadBaselines, tokens
 from writesae.experiment.result import Json
 
 if TYPE_CHECKING:
-    from sae_lens_writesae.sae.collection import Collection
+    from sae_lens_writesae.sae.factors import Collection
 
     Text = Tensor | Collection
 

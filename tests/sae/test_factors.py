@@ -1,0 +1,436 @@
+"""Collections: what is written is what the model computes; kills, full disks and damages harm nothing; and dictionaries
+train from them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from filelock import FileLock
+from sealing import damages
+from torch import Tensor
+
+from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
+from hookpoints import embedded as shipped
+from hookpoints.files import CHECKSUMS
+from sae_lens_writesae.errors import DiskTooSmallError
+from sae_lens_writesae.sae import factors as module
+from sae_lens_writesae.sae.factors import INDEX, Collection, CollectionError, Mapped, collect
+from sae_lens_writesae.sae.runner import WriteSAETrainingRunner, text_dataset, train, training_config
+from tests.conftest import make_hf
+from writesae.cli import main
+
+LAYERS, HEADS, T = (0, 2), (1, 3), 16
+TOKENS = torch.randint(1, 64, (22, T), generator=torch.Generator().manual_seed(3))
+SHARDS = [f"shard-{number:05d}.safetensors" for number in range(6)]
+
+
+def small(model: HookedRecurrent, folder: Path, **changes: Any) -> Collection:
+    """Eleven batches in six shards."""
+    given: dict[str, Any] = {"text": TOKENS, "layers": LAYERS, "heads": HEADS, "targets": ("write", "state")}
+    given |= {"batch_size": 2, "shard_bytes": 27_000, "dtype": "float32"}
+    return collect(model, folder=folder, **given | changes)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def whole(hf, tmp_path_factory) -> Path:
+    """A collection that nothing stopped."""
+    model, folder = HookedRecurrent.from_hf(hf), tmp_path_factory.mktemp("whole")
+    small(model, folder)
+    model.attachment.detach()
+    assert sorted(contents(folder)) == sorted([*SHARDS, INDEX, CHECKSUMS])
+    return folder
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def refused(name: str, act: Any, *args: Any, **named: Any) -> None:
+    """With the name of what is wrong."""
+    with pytest.raises(CollectionError, match=name):
+        act(*args, **named)
+
+
+# ------------------------------------------------------------------------------------------------ what is collected
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "mamba2", "kimi_linear", "rwkv7"])
+def test_what_is_read_is_what_the_model_computes(model_type, tmp_path):
+    """To the last bit in float32, over shards: factors, writes, states and last states."""
+    model, targets = HookedRecurrent.from_hf(make_hf(model_type)), ("write", "state", "last_state")
+    layer, head = model.cfg.recurrent_layers[-1], model.cfg.layer(model.cfg.recurrent_layers[-1]).H - 1
+    found = small(model, tmp_path, layers=[layer], heads=None, targets=targets, batch_size=4, shard_bytes=1)
+    assert len(list(tmp_path.glob("shard-*"))) == 6 and torch.equal(found.tokens, TOKENS)
+    with torch.no_grad():
+        batches = [model.recurrence(TOKENS[n : n + 4], layer) for n in range(0, 22, 4)]
+    read = found.recurrence(layer, head)
+    for name in ("k", "u", "q", "log_decay", "a", "b"):
+        value, own = getattr(read, name), [getattr(batch, name) for batch in batches]
+        assert (value is None) == (own[0] is None)
+        assert value is None or torch.equal(value, torch.cat([x[:, :, head : head + 1] for x in own])), name
+    assert read.scale == batches[0].scale and read.read_before_write == batches[0].read_before_write
+    keys, values = found.factors(layer, head)
+    assert keys.shape == (22 * T, read.R, read.K) and values.shape == (22 * T, read.R, read.V)
+    assert torch.equal(keys[:].flatten(), read.k.flatten()) and torch.equal(values[:].flatten(), read.u.flatten())
+    some = [9, 2, 21]
+    for target in targets:
+        hook = found.head_target(layer, head, target).hook_name
+        _, cache = model.run_with_cache(TOKENS[some], names_filter=hook)
+        own = cache[hook][:, -1] if target == "last_state" else cache[hook].flatten(0, 1)
+        torch.testing.assert_close(found.rows(layer, head, target, some), own, rtol=0, atol=2e-6)
+    model.attachment.detach()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-3), ("bfloat16", 1e-2)])
+def test_two_bytes_keep_writes_and_states_to_their_rounding(model, whole, tmp_path, dtype, error):
+    exact, short = Collection.open(whole), small(model, tmp_path, dtype=dtype)
+    assert short.dtype == dtype and short.factors(0, 1).keys.dtype == getattr(torch, dtype)
+    for target in ("write", "state"):
+        rows, kept = (each.rows(2, 3, target) for each in (exact, short))
+        assert kept.dtype == torch.float32 and 0 < (kept - rows).norm() / rows.norm() < error
+
+
+def test_values_beyond_a_dtype_are_refused_by_name(tmp_path):
+    """A Mamba-2 layer writes as large as its weights say."""
+    hf = make_hf("mamba2")
+    for mixer in (each for each in hf.modules() if hasattr(each, "dt_bias")):
+        torch.nn.init.constant_(mixer.dt_bias, 1e5)
+    model = HookedRecurrent.from_hf(hf)
+    refused(r"1\.0\.u.*float16", collect, model, TOKENS, [1], None, tmp_path / "16", dtype="float16")
+    assert collect(model, TOKENS, [1], None, tmp_path / "auto").dtype == "bfloat16"
+    model.attachment.detach()
+
+
+def test_only_the_named_layers_are_recorded(model, tokens):
+    with model.recording() as every, model.recording([2]) as some:
+        model(tokens)
+    assert list(some) == [2] and not every  # the inner one holds
+    assert torch.equal(some[2].recurrence.k, model.recurrence(tokens, 2).k)
+
+
+def test_the_size_is_said_and_a_small_disk_is_refused(model, whole, tmp_path, monkeypatch):
+    said: list[str] = []
+    found = Collection.open(whole)
+    files = sum(file.stat().st_size for file in whole.glob("shard-*"))
+    assert files - 6 * 4000 < found.total_bytes < files  # without their headers
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=found.total_bytes - 1))
+    with pytest.raises(DiskTooSmallError, match=str(found.total_bytes)):
+        small(model, tmp_path, say=said.append)
+    assert len(said) == 1 and f"{found.total_bytes} bytes" in said[0] and not contents(tmp_path)
+
+
+def test_writes_at_the_papers_size_take_512_bytes_a_token_and_head():
+    layer = {"factors": {"k": ["float16", [128]], "u": ["float16", [128]]}}
+    index = {"shape": [10_000, 1024], "heads": {"9": list(range(16))}, "layers": {"9": layer}}
+    assert 512 < module._sequence_bytes(index) / (1024 * 16) < 513
+
+
+def test_shards_and_batches_of_a_large_model_are_those_of_a_minute(model, tmp_path, monkeypatch):
+    """Whatever is asked of bytes; by arithmetic, so that they are the same in every run."""
+    operations = 2 * T * sum(x.numel() for x in model.hf_model.parameters())
+    for sequences, batch, shards in ((9.5, 9, 3), (0.1, 1, 22)):
+        monkeypatch.setattr(module, "MINUTE", sequences * operations)
+        folder = tmp_path / str(batch)
+        small(model, folder, batch_size=None, shard_bytes=1e9)
+        index = json.loads((folder / INDEX).read_text())
+        assert index["batch_size"] == batch and len(list(folder.glob("shard-*"))) == shards
+
+
+def test_a_dataset_of_text_gives_the_sequences_that_saelens_trains_on(embedded, tmp_path):
+    text = text_dataset(shipped.text("train")[:20_000])
+    found = collect(embedded, text, [2], [1], tmp_path / "text", n_tokens=20 * 32 + 5, context_size=32)
+    joined = torch.cat([embedded.to_tokens(each, prepend_bos=False, truncate=False)[0] for each in text["text"]])
+    assert torch.equal(found.tokens.flatten(), joined[: 20 * 32])
+    pretokenized = Dataset.from_dict({"tokens": found.tokens.tolist()})
+    collect(embedded, pretokenized, [2], [1], tmp_path / "ids", context_size=32)
+    assert contents(tmp_path / "ids") == contents(tmp_path / "text")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"layers": []}, ValueError),
+        ({"layers": [3]}, UnsupportedModelError),
+        ({"layers": [77]}, UnsupportedModelError),
+        ({"heads": [9]}, UnknownHookError),
+        ({"targets": ("reads",)}, ValueError),
+        ({"targets": ()}, ValueError),
+        ({"dtype": "int8"}, ValueError),
+        ({"n_tokens": 10**6}, ValueError),
+        ({"n_tokens": 5}, ValueError),
+        ({"text": TOKENS.float()}, ValueError),
+        ({"text": TOKENS[0]}, ValueError),
+        ({"text": Dataset.from_dict({"words": ["a"]})}, ValueError),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_made(model, tmp_path, changes, error):
+    with pytest.raises(error):
+        small(model, tmp_path / "new", **changes)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_command(capsys, tmp_path, monkeypatch, embedded):
+    monkeypatch.setattr(HookedRecurrent, "from_pretrained", lambda name, **_: embedded)
+    words = "collect --model embedded --layers 2 --heads 0 1 --n-tokens 2048 --context-size 64 --targets write state"
+    main([*words.split(), "--out", str(tmp_path / "c")])
+    said, found = capsys.readouterr().out.splitlines(), Collection.open(tmp_path / "c", model=embedded)
+    assert f"{found.total_bytes} bytes" in said[0] and said[-1] == str(tmp_path / "c")
+    assert found.dtype == "float16" and found.n_sequences == 32 and found.heads == {2: [0, 1]}
+    for wrong in (["--layers", "0"], ["--heads", "9"], ["--n-tokens", "10"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*words.split(), *wrong, "--out", str(tmp_path / "d")])
+        assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------ stops
+
+
+class Stop(Exception):
+    pass
+
+
+def test_nothing_is_computed_twice(model, tmp_path, monkeypatch, whole):
+    """Stopped after one batch, then after two more, three more ...: a whole shard is two batches."""
+    computed: list[int] = []
+    recorded = module._recorded
+
+    def counting(model, ids, asked):
+        if len(computed) == limit:
+            raise Stop
+        computed.append(int((ids[0] == TOKENS).all(1).nonzero()))
+        return recorded(model, ids, asked)
+
+    monkeypatch.setattr(module, "_recorded", counting)
+    for more in range(1, 6):
+        start, first = len(computed), 4 * len(list(tmp_path.glob("shard-*")))
+        limit = start + more
+        try:
+            small(model, tmp_path)
+        except Stop:
+            assert computed[start:] == list(range(first, 22, 2))[:more]
+    assert contents(tmp_path) == contents(whole)  # 0 + 2 + 2 + 4 + 3 batches are kept
+    limit = len(computed)
+    small(model, tmp_path)  # finished: nothing is computed
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_twenty_kills_at_random_moments_leave_the_files_of_a_run_without(model, tmp_path, whole):
+    begin = time.monotonic()
+    small(model, tmp_path / "timing")
+    length = time.monotonic() - begin
+    draw, kills, folders, stopped_at = random.Random(0), 0, 0, set()
+    while kills < 20:
+        folder = tmp_path / str(folders)
+        if (process := os.fork()) == 0:
+            try:
+                small(model, folder)
+            finally:
+                os._exit(0)
+        time.sleep(draw.uniform(0, length))
+        os.kill(process, signal.SIGKILL)
+        _, status = os.waitpid(process, 0)
+        if os.WIFSIGNALED(status):
+            kills += 1
+            stopped_at.add(len(list(folder.glob("shard-*"))) if folder.exists() else None)
+        else:
+            assert contents(folder) == contents(whole)
+            folders += 1
+    small(model, folder)
+    assert contents(folder) == contents(whole)
+    assert len(stopped_at) > 2, stopped_at
+
+
+def test_what_is_missing_is_collected_and_what_is_there_stays(model, copy, whole):
+    """A shard that was deleted, one whose line is damaged, and what a kill left aside."""
+    (copy / SHARDS[0]).unlink()
+    lines = (copy / CHECKSUMS).read_text().splitlines()
+    (copy / CHECKSUMS).write_text("\n".join([*lines[:2], "no hash", *lines[3:]]))
+    for name in (SHARDS[3], INDEX, CHECKSUMS, "tmp"):
+        (copy / f".{name}.abc").write_text("of a killed run")
+    times = {path.name: path.stat().st_mtime_ns for path in copy.glob("shard-*")}
+    small(model, copy)
+    assert contents(copy) == contents(whole)
+    assert {name for name, was in times.items() if (copy / name).stat().st_mtime_ns != was} == {SHARDS[1]}
+
+
+def test_a_disk_that_fills_up_keeps_whole_shards(model, tmp_path, monkeypatch, whole):
+    save, calls = module.save_file, itertools.count()
+
+    def full(*args, **named):
+        if next(calls) == 3:
+            raise OSError(28, "No space left on device")
+        save(*args, **named)
+
+    monkeypatch.setattr(module, "save_file", full)
+    refused("No space left", small, model, tmp_path)
+    assert {*contents(tmp_path)} == {INDEX, CHECKSUMS, *SHARDS[:3]}
+    refused(SHARDS[3], Collection.open, tmp_path)  # not finished
+    small(model, tmp_path)
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_a_folder_that_cannot_be_written_or_is_in_use_is_refused(model, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    refused("file", small, model, tmp_path / "file" / "below")
+    with FileLock(tmp_path / ".lock"):
+        refused(r"\.lock", small, model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "differs"),
+    [
+        ({"dtype": "float16"}, "dtype"),
+        ({"targets": ("write",)}, "targets"),
+        ({"batch_size": 4}, "batch_size"),
+        ({"n_tokens": 10 * T}, "shape"),
+        ({"layers": (0,)}, "heads"),
+        ({"heads": (1,)}, "heads"),
+        ({"text": TOKENS.flip(0)}, "text"),
+    ],
+)
+def test_a_folder_of_another_collection_is_not_touched(model, copy, whole, changes, differs):
+    refused(f"{INDEX}.* {differs}", small, model, copy, **changes)
+    assert contents(copy) == contents(whole)
+
+
+def test_another_models_collection_is_refused(hf, copy, whole):
+    """By its weights and their dtype; not by its name."""
+    moved = HookedRecurrent.from_hf(hf, name="the same in another folder")
+    assert Collection.open(copy, model=moved).heads == small(moved, copy).heads
+    moved.attachment.detach()
+    for other in (make_hf(seed=1), make_hf().double()):
+        model = HookedRecurrent.from_hf(other)
+        refused(" model", small, model, copy)
+        refused(" model", Collection.open, copy, model=model)
+        model.attachment.detach()
+    assert contents(copy) == contents(whole)
+
+
+def test_folders_of_earlier_formats_and_shards_without_an_index_are_refused(model, copy):
+    (copy / INDEX).unlink()
+    refused(INDEX, Collection.open, copy)
+    refused(SHARDS[0], small, model, copy)
+    (copy / INDEX).write_text(json.dumps({"contents": {"format": 1}, "shards": []}))
+    (copy / CHECKSUMS).unlink()
+    refused(CHECKSUMS, Collection.open, copy)
+    refused("format", small, model, copy)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def test_rows_over_files_index_like_one_tensor(whole):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(23, 3, 2, generator=generator)
+    mapped = Mapped(rows.split([5, 1, 10, 7]))
+    assert len(mapped) == 23 and mapped.shape == rows.shape and mapped.dtype == rows.dtype
+    slices = [slice(None), slice(3, 17), slice(5, 6), slice(-4, None), slice(9, 2), slice(1, 20, 3)]
+    lists: list[Any] = [[0, 22, 5, 5, -1], [], torch.randint(-23, 23, (50,), generator=generator), 7, -1]
+    for index in [*slices, *lists, torch.rand(23, generator=generator) > 0.5]:
+        assert torch.equal(mapped[index], rows[index]), index
+    for wrong in ([23], [-24], torch.tensor([0, 99])):
+        with pytest.raises(IndexError):
+            mapped[wrong]
+    keys = Collection.open(whole).factors(2, 1).keys
+    assert keys[4 * T : 8 * T].data_ptr() == keys.parts[1].data_ptr() and len(keys.parts[1]) == 4 * T  # no copy
+
+
+def read(folder: Path) -> list[Tensor]:
+    """Everything that a collection gives."""
+    found = Collection.open(folder)
+    both = [found.recurrence(2, head) for head in HEADS]
+    factors = [x for recurrence in both for x in vars(recurrence).values() if isinstance(x, Tensor)]
+    return [found.tokens, *factors, *(recurrence.states() for recurrence in both)]
+
+
+def test_a_damaged_collection_is_told(copy):
+    """Or what it gives is the same: a number that differs by one bit is a valid number."""
+    whole, silent, told = read(copy), [], 0
+    for what in damages(copy, [*SHARDS, INDEX, CHECKSUMS], 220):
+        try:
+            found = read(copy)
+        except CollectionError as error:
+            assert str(copy) in str(error)
+            told += 1
+        else:
+            silent += [what] * (not all(map(torch.equal, found, whole)))
+    assert not silent and told > 200
+    assert all(map(torch.equal, read(copy), whole))
+
+
+def test_no_file_lies_elsewhere(copy):
+    for name in (SHARDS[3], INDEX, CHECKSUMS):
+        (copy / name).rename(copy.parent / name)
+        refused(name, read, copy)
+        (copy / name).symlink_to(copy.parent / name)
+        refused(name, read, copy)
+        (copy.parent / name).replace(copy / name)
+    assert read(copy)
+    refused(CHECKSUMS, Collection.open, copy / "nowhere")
+
+
+def test_what_was_not_collected_is_said(model, whole, tmp_path):
+    found, writes = Collection.open(whole), small(model, tmp_path, targets=("write",))
+    for layer, head in ((1, 1), (2, 0)):
+        refused(f"head {head} of layer {layer}", found.factors, layer, head)
+    assert torch.equal(writes.rows(2, 1), found.rows(2, 1)) and found.rows(2, 1, sequences=5).shape == (T, 8 * 6)
+    refused("only writes", writes.recurrence, 2, 1)
+    refused("only writes", writes.rows, 2, 1, "state")
+    refused("only writes", writes.head_target, 2, 1, "last_state")
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def config(source, target="write", loss="mse", **changes):
+    runner: dict[str, Any] = {"training_tokens": 20 * 32, "train_batch_size_tokens": 32, "context_size": T, "lr": 1e-3}
+    runner |= {"store_batch_size_prompts": 2, "n_batches_in_buffer": 64 if target == "last_state" else 8}
+    runner |= {"verbose": False, "dead_feature_window": 3, "sae": {"k": 3, "resample_every": 5}, "d_sae": 12}
+    return training_config(source, 2, 1, target=target, loss=loss, **runner | changes)
+
+
+CASES = [("write", "mse"), ("write", "write"), ("write", "reads"), ("state", "mse"), ("state", "reads")]
+CASES += [("state", "write"), ("last_state", "mse")]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:All samples in the training", "ignore:The training dataset contains fewer", "ignore:To copy"
+)
+@pytest.mark.parametrize(("target", "loss"), CASES)
+def test_a_dictionary_from_a_collection_is_that_from_the_language_model(whole, hf, target, loss, monkeypatch):
+    """Bit for bit, where factors are kept in float32 and batches of sequences are the same."""
+    model, dataset = HookedRecurrent.from_hf(hf), Dataset.from_dict({"tokens": TOKENS.tolist()})
+    own = train(config(model, target, loss), model, dataset).state_dict()
+    model.attachment.detach()
+    monkeypatch.setattr(HookedRecurrent, "forward", None)  # no language model runs
+    collected = train(config(Collection.open(whole), target, loss)).state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in collected.items())
+
+
+def test_a_config_that_a_collection_does_not_fit_is_refused_and_excluded_tokens_are_left_out(whole):
+    found = Collection.open(whole)
+    for changes in ({"context_size": 8}, {"exclude_special_tokens": True}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            WriteSAETrainingRunner(config(found, **changes))
+    excluded = sorted(set(TOKENS[:, :3].flatten().tolist()))[:20]
+    rows = WriteSAETrainingRunner(config(found, exclude_special_tokens=excluded)).activations_store.source.rows  # pyright: ignore
+    kept = ~torch.isin(TOKENS[:4].flatten(), torch.tensor(excluded))
+    assert 0 < kept.sum() < 4 * T
+    assert torch.equal(rows(torch.arange(4)), found.rows(2, 1, "write", slice(0, 4))[kept])
