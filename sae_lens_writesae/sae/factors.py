@@ -110,7 +110,7 @@ class Collection:
         self.folder, self._sealed, self._index = sealed.folder, sealed, index
         self.n_sequences, self.context_size = cast("list[int]", index["shape"])
         self.dtype: FactorDtype = index["dtype"]
-        self.model_name, self.targets = str(index["model_name"]), cast("list[Target]", index["targets"])
+        self.model_name: str = index["model_name"]
         self.heads: dict[int, list[int]] = {int(layer): heads for layer, heads in index["heads"].items()}
         self.total_bytes = self.n_sequences * _sequence_bytes(index)
         self._mapped: dict[str, Mapped] = {}
@@ -145,7 +145,7 @@ class Collection:
     def __repr__(self) -> str:
         return (
             f"Collection({self.model_name!r}, heads by layer {self.heads}, {self.n_sequences} sequences of "
-            f"{self.context_size} tokens, targets {self.targets}, {self.dtype})"
+            f"{self.context_size} tokens, targets {self._index['targets']}, {self.dtype})"
         )
 
     @cached_property
@@ -197,10 +197,11 @@ class Collection:
     def rows(self, layer: int, head: int, target: Target = "write", sequences: Sequences = None) -> Tensor:
         """[N,K*V] float32, what the hook of a head carries: its writes or states token by token, or with `last_state`
         the state at the end of each sequence. Memory is the result's: name few sequences at a time."""
+        self.head_target(layer, head, target)
         if target == "write":
             return self.writes(layer, head, sequences).write().flatten(0, 2).flatten(1)
-        last = -1 if target == "last_state" else None
-        return self.recurrence(layer, head, sequences).states(positions=last).flatten(0, 2).flatten(1)
+        at = -1 if target == "last_state" else None
+        return self.recurrence(layer, head, sequences).states(positions=at).flatten(0, 2).flatten(1)
 
     def _stored(self, layer: int, head: int, sequences: Sequences, names: Iterable[str]) -> dict[str, Any]:
         """Factors [B,T,1,...] of a head as they are stored, by name."""
@@ -301,13 +302,12 @@ def collect(
 
 def _sequences(model: HookedRecurrent, text: Tensor | Dataset, context_size: int, n_tokens: int | None) -> Tensor:
     """[N,T] int32 token ids."""
-    if isinstance(text, Tensor):
-        context_size = text.shape[-1]
-    wanted = None if n_tokens is None else n_tokens // context_size
-    rows = list(islice(text if isinstance(text, Tensor) else _tokenized(model, text, context_size), wanted))
+    length = text.shape[-1] if isinstance(text, Tensor) else context_size
+    wanted = None if n_tokens is None else n_tokens // length
+    rows = list(islice(text if isinstance(text, Tensor) else _tokenized(model, text, length), wanted))
     if not rows or len(rows) < (wanted or 1) or rows[0].ndim != 1 or rows[0].is_floating_point():
         raise ValueError(
-            f"text: expected {wanted or 'some'} sequences [{context_size}] of integers, got {len(rows)} of "
+            f"text: expected {wanted or 'some'} sequences [{length}] of integers, got {len(rows)} of "
             f"{[(row.dtype, list(row.shape)) for row in rows[:1]]}; take a longer text, or fewer tokens (n_tokens)"
         )
     return torch.stack(rows).to("cpu", torch.int32)
@@ -336,7 +336,9 @@ def _collect(
     whole."""
     for left in chain.from_iterable(folder.glob(f".{name}*") for name in ("shard-", INDEX, CHECKSUMS, "tmp")):
         left.unlink()  # of a run that was killed; safetensors' own begin with .tmp
-    file, first, listed = folder / INDEX, list[dict[int, Recurrence]](), dict[str, str]()
+    file = folder / INDEX
+    first: list[dict[int, Recurrence]] = []
+    listed: dict[str, str] = {}
     if file.exists():
         listed = {INDEX: file_hash(file)} | _listed(folder)
         index: Index = read_json(SealedFolder(folder, CollectionError, listed).file(INDEX))
@@ -351,8 +353,9 @@ def _collect(
         index["sequences_per_shard"] = max(1, n_batches) * index["batch_size"]
     spans = _spans(index)
     listed = {name: listed[name] for name in (INDEX, *spans) if name in listed and (folder / name).exists()}
-    left, free = (_sequence_bytes(index) * sum(len(spans[name]) for name in spans.keys() - listed), free_bytes(folder))
     total = _sequence_bytes(index) * len(ids)
+    left = total * sum(len(spans[name]) for name in spans.keys() - listed) // len(ids)
+    free = free_bytes(folder)
     say(
         f"{total} bytes ({size_text(total)}) in {len(spans)} shards, {total / ids.numel():.1f} bytes a token; "
         f"{size_text(left)} to write, {size_text(free)} free"
