@@ -26,7 +26,7 @@ from hookpoints.files import CHECKSUMS
 from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.sae import factors as module
 from sae_lens_writesae.sae.factors import INDEX, Collection, CollectionError, Mapped, collect
-from sae_lens_writesae.sae.runner import WriteSAETrainingRunner, text_dataset, train, training_config
+from sae_lens_writesae.sae.runner import text_dataset
 from tests.conftest import make_hf
 from writesae.cli import main
 
@@ -394,43 +394,3 @@ def test_what_was_not_collected_is_said(model, whole, tmp_path):
     refused("only writes", writes.recurrence, 2, 1)
     refused("only writes", writes.rows, 2, 1, "state")
     refused("only writes", writes.head_target, 2, 1, "last_state")
-
-
-# ------------------------------------------------------------------------------------------------ training
-
-
-def config(source, target="write", loss="mse", **changes):
-    runner: dict[str, Any] = {"training_tokens": 20 * 32, "train_batch_size_tokens": 32, "context_size": T, "lr": 1e-3}
-    runner |= {"store_batch_size_prompts": 2, "n_batches_in_buffer": 64 if target == "last_state" else 8}
-    runner |= {"verbose": False, "dead_feature_window": 3, "sae": {"k": 3, "resample_every": 5}, "d_sae": 12}
-    return training_config(source, 2, 1, target=target, loss=loss, **runner | changes)
-
-
-CASES = [("write", "mse"), ("write", "write"), ("write", "reads"), ("state", "mse"), ("state", "reads")]
-CASES += [("state", "write"), ("last_state", "mse")]
-
-
-@pytest.mark.filterwarnings(
-    "ignore:All samples in the training", "ignore:The training dataset contains fewer", "ignore:To copy"
-)
-@pytest.mark.parametrize(("target", "loss"), CASES)
-def test_a_dictionary_from_a_collection_is_that_from_the_language_model(whole, hf, target, loss, monkeypatch):
-    """Bit for bit, where factors are kept in float32 and batches of sequences are the same."""
-    model, dataset = HookedRecurrent.from_hf(hf), Dataset.from_dict({"tokens": TOKENS.tolist()})
-    own = train(config(model, target, loss), model, dataset).state_dict()
-    model.attachment.detach()
-    monkeypatch.setattr(HookedRecurrent, "forward", None)  # no language model runs
-    collected = train(config(Collection.open(whole), target, loss)).state_dict()
-    assert all(torch.equal(value, own[name]) for name, value in collected.items())
-
-
-def test_a_config_that_a_collection_does_not_fit_is_refused_and_excluded_tokens_are_left_out(whole):
-    found = Collection.open(whole)
-    for changes in ({"context_size": 8}, {"exclude_special_tokens": True}):
-        with pytest.raises(ValueError, match=next(iter(changes))):
-            WriteSAETrainingRunner(config(found, **changes))
-    excluded = sorted(set(TOKENS[:, :3].flatten().tolist()))[:20]
-    rows = WriteSAETrainingRunner(config(found, exclude_special_tokens=excluded)).activations_store.source.rows  # pyright: ignore
-    kept = ~torch.isin(TOKENS[:4].flatten(), torch.tensor(excluded))
-    assert 0 < kept.sum() < 4 * T
-    assert torch.equal(rows(torch.arange(4)), found.rows(2, 1, "write", slice(0, 4))[kept])

@@ -115,7 +115,7 @@ class Lab:
     Args:
         model: the hooked model.
         saes: dictionaries by label; all read the same head.
-        tokens: [N,T] token ids, or a collection (`sae.collect`) of the head on a text: then firings and native writes
+        tokens: [N,T] token ids, or a collection (`sae.factors`) of the head on a text: then firings and native writes
             are read from its shards, as they were rounded there, instead of running the model over all of the text.
         reference: [M,S] token ids of other text, which nothing is tested on, for what is fitted to the head; or a
             collection of the head on such text, from which its writes are read. Whoever opens a collection compares
