@@ -203,3 +203,4 @@ def nothing_left(work, rounds):
         with attach(hf) as hooked_model:
             hooked_model.run_with_cache(tokens, names_filter=WRITE)
         yield Comparison("detach", plain, _wrapped(hf))
+        del hf, hooked_model  # whose tensors the next round must not count
