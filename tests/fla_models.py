@@ -1,4 +1,4 @@
-"""fla's tiny random models, as hookpoints imports them. Importing this skips a module's tests where fla is missing."""
+"""fla's tiny random models, on a CPU. Importing this skips a module's tests where fla is missing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from fla_cpu import import_fla
 from fla_families import OWN, VOCAB, make
-
-from hookpoints.fla import import_fla
 
 if importlib.util.find_spec("fla") is None:
     pytest.skip('flash-linear-attention is not installed (pip install ".[fla]")', allow_module_level=True)
 
-__all__ = ["MODEL_TYPES", "VOCAB", "make_fla"]
+__all__ = ["MODEL_TYPES", "VOCAB", "import_fla", "make_fla"]
 
 MODEL_TYPES = (*sorted(OWN), "simple_gla")
 """All that the tests of hooks and edits run on."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from hookpoints.errors import HookpointsError, UnsupportedModelError
-from hookpoints.fla.scope import ModelScope, is_fla, substituting
+from hookpoints.fla.scope import is_fla, wrap_model
 from hookpoints.hooks.points import BlockHooks, HookSet, MixerHooks, fire, is_listening, watch
 from hookpoints.layer.call import HookedMixer, hook_layer, hook_projection
 from hookpoints.layer.context import Backend, bind_checkpoints, cache_among, count_pass, current, position_of, scope
@@ -55,7 +55,7 @@ class MixerAttachment:
             self._undo.callback(wrap_forward(backbone, self._run_backbone))
         self._undo.callback(wrap_forward(model, self._run_model))
         if is_fla(model):
-            self._undo.callback(ModelScope(model).remove)
+            self._undo.callback(wrap_model(model))
 
     def require(self) -> None:
         """Raise HookpointsError after ``detach``: hooks would never fire again, and silently so."""
@@ -188,8 +188,7 @@ class _FinalNorm(HookSet):
         self.__dict__["norm"] = norm  # past nn.Module, which would register it as a part of the hooks
 
     def forward(self, residual: Tensor) -> Tensor:
-        with substituting():
-            return self.norm(residual)
+        return self.norm(residual)
 
 
 @dataclass(eq=False)

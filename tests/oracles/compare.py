@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[1]))
 from families import FAMILIES, OPS, SCHEDULES, make, passes, simple_gla_call
+from fla_cpu import import_fla
 from safetensors.torch import load_file
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, Recurrence
-from hookpoints.fla import import_fla
 from hookpoints.rules import FlaSimpleGatedLinear
 
 ALL = (*FAMILIES, "simple_gla")

@@ -7,12 +7,11 @@ import sys
 
 import pytest
 import torch
-from fla_models import MODEL_TYPES, make_fla
+from fla_models import MODEL_TYPES, import_fla, make_fla
 from transformers import PreTrainedConfig
 
 from hookpoints import HookedRecurrent, UnsupportedModelError, attach
 from hookpoints.fla import MODEL_TYPES as HOOKED
-from hookpoints.fla import import_fla
 from hookpoints.model.layout import calls_of
 from hookpoints.rules import REFUSED, REFUSED_LAYERS, RULES
 

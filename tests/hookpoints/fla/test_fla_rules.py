@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fla_models  # noqa: F401  (skips where fla is not installed)
 import pytest
 import torch
 from conftest import KeepFloat64
+from fla_models import import_fla
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from hookpoints import Recurrence
-from hookpoints.fla import import_fla
 from hookpoints.rules import FlaDelta, FlaGatedDelta, FlaGatedLinear, FlaKimiDelta, FlaRetention, FlaSimpleGatedLinear
 from hookpoints.rules.base import l2_normalise
 

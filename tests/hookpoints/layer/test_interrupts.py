@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import types
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from reliability.checks import same
 from reliability.runs import EDITS, WRITE, fresh, generated, interrupt, native, outputs, some_tokens
 
 from hookpoints import attach
-from hookpoints.fla import scope as fla_scope
 
 
 @pytest.fixture(scope="module")
@@ -43,26 +41,6 @@ def test_from_the_op(expected, monkeypatch):
                 with contextlib.suppress(KeyboardInterrupt):
                     run(model, tokens)
         assert same(alone, outputs(model, tokens))
-
-
-def test_from_a_substitute_of_fla(monkeypatch):
-    """A stand-in for fla, which need not be installed: kernels act as fla's own again after the interrupt."""
-    kernels = types.ModuleType("fla.interrupted")
-    kernels.double = lambda x: 2 * x
-    monkeypatch.setitem(sys.modules, "fla.interrupted", kernels)
-    monkeypatch.setattr(fla_scope, "SUBSTITUTES", {"fla.interrupted": {"double": interrupt}})
-
-    class Model(torch.nn.Module):
-        def forward(self, x):
-            return kernels.double(x)
-
-    model, x = Model(), torch.ones(2)
-    opened = fla_scope.ModelScope(model)
-    with pytest.raises(KeyboardInterrupt):
-        model(x)
-    assert torch.equal(kernels.double(x), 2 * x)
-    opened.remove()
-    assert torch.equal(model(x), 2 * x) and "forward" not in vars(model)
 
 
 @torch.no_grad()

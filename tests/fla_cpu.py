@@ -1,23 +1,37 @@
-"""fla's kernels in plain torch, for CPU tensors, and the table that says which function stands in for which.
+"""Models of flash-linear-attention on a CPU, for tests: its kernels in torch, and a stand-in for triton.
 
-A substitute takes the same arguments as the function it stands in for and returns the same. To cover another kernel,
-write its torch form and add a line to ``SUBSTITUTES`` at the end. As the kernels do, the work is done in float32
-(float64 stays) and results are rounded once, to the input's dtype. What runs along the sequence (convolutions, rotary
-embeddings, token shift, attention) takes packed sequences, too: [1, sum T, ...] with the bounds ``cu_seqlens`` [N+1].
+fla's modules define Triton kernels when they are imported, and its layers are plain PyTorch around those kernels.
+Inside ``standing_in``, names of triton resolve to objects that can decorate, be subclassed and be passed around, and
+that raise when a kernel is launched. Afterwards ``sys.modules`` is without them, so that PyTorch and transformers do
+not come to believe that triton is there. Recurrent ops have no form here: hookpoints' own kernel steps in for them.
+
+A substitute takes the same arguments as the function it stands in for and returns the same. As the kernels do, the
+work is done in float32 (float64 stays) and results are rounded once, to the input's dtype. What runs along the sequence
+takes packed sequences, too: [1, sum T, ...] with the bounds ``cu_seqlens`` [N+1]. ``test_fla_kernels.py`` compares
+models that run on them with fla's own kernels.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
+from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import _triton
 
-from hookpoints.scopes import scoped
+from hookpoints import fla as own
 
 Window = tuple[int, int]
 """How many tokens before and after a query it may look at; -1 for all."""
@@ -480,16 +494,161 @@ SUBSTITUTES: Mapping[str, Mapping[str, Callable[..., object]]] = {
 }
 """Module -> function -> substitute."""
 
-SUBSTITUTING: ContextVar[bool] = ContextVar("hookpoints_substituting_fla", default=False)
-"""Whether they act in the code that runs now."""
+
+# -- a stand-in for triton
+
+VERSION = "3.3.0"
+"""The oldest triton that fla accepts; it only ever compares the number."""
 
 
-@scoped
-def substituting() -> Iterator[None]:
-    """Compute fla's kernels on CPU tensors by torch until the context is left."""
-    outer = SUBSTITUTING.get()
+class _Kernel:
+    """Stands for a compiled kernel: it has a name, and cannot be launched."""
+
+    def __init__(self, fn: object = None, *_args: object, **_kwargs: object):
+        self.fn = fn
+        self.arg_names: tuple[str, ...] = ()
+        self.__name__ = getattr(fn, "__name__", type(self).__name__)
+
+    def _launch(self, *_args: object, **_kwargs: object) -> NoReturn:
+        raise RuntimeError(f"the Triton kernel {self.__name__} was launched, but triton is not installed")
+
+    __call__ = __getitem__ = run = warmup = _launch
+
+    def __getattr__(self, name: str) -> _Symbol:
+        return _child("triton.kernel", name)
+
+
+class _Symbol:
+    """Anything else that triton might export."""
+
+    def __init__(self, name: str):
+        self._name = name
+        self.__name__ = name.rsplit(".", 1)[-1]
+
+    def __call__(self, *args: object, **kwargs: object) -> _Kernel | _Symbol:
+        """As a decorator (``jit``, or what ``autotune(...)`` returned) gives a kernel; else another symbol."""
+        if len(args) == 1 and not kwargs and (isinstance(args[0], _Kernel) or hasattr(args[0], "__code__")):
+            return args[0] if isinstance(args[0], _Kernel) else _Kernel(args[0])
+        return _Symbol(self._name)
+
+    def __getattr__(self, name: str) -> _Symbol:
+        return _child(self._name, name)
+
+    def __mro_entries__(self, _bases: tuple[object, ...]) -> tuple[type, ...]:
+        return (_Kernel,)
+
+    def __repr__(self) -> str:
+        return f"<stand-in for {self._name}>"
+
+
+def _child(parent: str, name: str) -> _Symbol:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    if name == "active":  # triton.runtime.driver.active: as triton itself does where it finds no GPU
+        raise RuntimeError("0 active drivers: triton is not installed")
+    return _Symbol(f"{parent}.{name}")
+
+
+class _Module(ModuleType):
+    """A stand-in module; a package, so that its submodules can be imported."""
+
+    __path__: MutableSequence[str] = []  # noqa: RUF012
+    __version__ = VERSION
+
+    def __getattr__(self, name: str) -> object:
+        if self.__name__ == "triton" and name in _ARITHMETIC:
+            return _ARITHMETIC[name]
+        return _child(self.__name__, name)
+
+
+_ARITHMETIC: dict[str, Callable[..., int]] = {
+    "cdiv": lambda x, y: -(-x // y),
+    "next_power_of_2": lambda n: 1 << (n - 1).bit_length(),
+}
+"""Triton's helpers for the sizes of a launch: with them, what fails is the launch, which says why."""
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds triton and everything below it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self, is_package=True) if _is_triton(fullname) else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Module(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+def _is_triton(name: str) -> bool:
+    return name == "triton" or name.startswith("triton.")
+
+
+@contextmanager
+def standing_in() -> Iterator[None]:
+    """Let ``import triton`` give the stand-in until the context is left."""
+    finder = _Finder()
+    sys.meta_path.insert(0, finder)
     try:
-        SUBSTITUTING.set(True)
         yield
     finally:
-        SUBSTITUTING.set(outer)
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if _is_triton(name)]:
+            del sys.modules[name]
+
+
+# -- importing
+
+
+def import_fla() -> ModuleType:
+    """fla as ``hookpoints.fla.import_fla`` gives it. Without triton: its models run on a CPU."""
+    if importlib.util.find_spec("triton") is None and "fla.models" not in sys.modules:
+        # PyTorch finds out now, and remembers, that there is no triton: it would otherwise ask during the import.
+        _triton.has_triton_package()
+        importlib.import_module("torch._inductor.runtime.triton_compat")
+        torch.compile(torch.nn.Identity())
+        for name in [name for name in sys.modules if name == "fla" or name.startswith("fla.")]:
+            del sys.modules[name]  # imported without triton it is empty
+        with standing_in(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
+            importlib.import_module("fla")
+        for name, ops in _TAKEN_BY_TRANSFORMERS.items():
+            for op in ops if name in sys.modules else ():
+                vars(sys.modules[name]).pop(op, None)
+        _substitute()
+    return own.import_fla()
+
+
+_TAKEN_BY_TRANSFORMERS = {
+    "fla.ops.gated_delta_rule": ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"),
+    "fla.ops.kda": ("chunk_kda", "fused_recurrent_kda"),
+}
+"""Ops that transformers binds in place of its own wherever they can be imported."""
+
+
+def _substitute() -> None:
+    """Bind fla's names to their substitutes, wherever a module of fla refers to them."""
+    wrapped = {}
+    for module_name, functions in SUBSTITUTES.items():
+        module = importlib.import_module(module_name)
+        for name, substitute in functions.items():
+            original = getattr(module, name, None)
+            if original is None:  # of another package, which is not installed
+                setattr(module, name, substitute)
+            else:
+                wrapped[id(original)] = _standing_for(original, substitute)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fla."):
+            for names in (vars(module), vars(module).get("ACT2FN", {})):
+                names.update({n: wrapped[id(x)] for n, x in names.items() if id(x) in wrapped})
+
+
+def _standing_for(original: Callable[..., object], substitute: Callable[..., object]) -> Callable[..., object]:
+    @functools.wraps(original)
+    def call(*args: object, **kwargs: object) -> object:
+        return substitute(*args, **kwargs)
+
+    return call
