@@ -58,7 +58,7 @@ class Float16OverflowError(HookpointsError, FloatingPointError):
 
 
 class BridgeWarning(UserWarning):
-    """A TransformerBridge computes other numbers than its own Hugging Face model, or some of its hooks never fire."""
+    """Some hooks of a TransformerBridge do not fire while hook points are attached to its model."""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

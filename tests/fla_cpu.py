@@ -127,34 +127,27 @@ def layer_norm_linear(
     return (out, summed.residual) if prenorm else out
 
 
-def _gated_norm(is_rms_norm: bool) -> Callable[..., Prenorm]:
-    """LayerNorm or RMSNorm of x + residual, times swish(g) or sigmoid(g)."""
-
-    def norm(
-        x: Tensor,
-        g: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        activation: str = "swish",
-        residual: Tensor | None = None,
-        prenorm: bool = False,
-        residual_in_fp32: bool = False,
-        eps: float = 1e-6,
-    ) -> Prenorm:
-        summed = _sum(x, residual, residual_in_fp32)
-        y = _normalised(summed.working, weight, bias, eps, is_rms_norm)
-        gate = g.to(y.dtype)
-        if activation in ("swish", "silu"):
-            y = y * gate * gate.sigmoid()
-        elif activation == "sigmoid":
-            y = y * gate.sigmoid()
-        y = y.to(x.dtype)
-        return (y, summed.residual) if prenorm else y
-
-    return norm
-
-
-layer_norm_gated, rms_norm_gated = _gated_norm(is_rms_norm=False), _gated_norm(is_rms_norm=True)
+def rms_norm_gated(
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str = "swish",
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Prenorm:
+    """RMSNorm of x + residual, times swish(g) or sigmoid(g)."""
+    summed = _sum(x, residual, residual_in_fp32)
+    y = _normalised(summed.working, weight, bias, eps, True)
+    gate = g.to(y.dtype)
+    if activation in ("swish", "silu"):
+        y = y * gate * gate.sigmoid()
+    elif activation == "sigmoid":
+        y = y * gate.sigmoid()
+    y = y.to(x.dtype)
+    return (y, summed.residual) if prenorm else y
 
 
 def l2norm(x: Tensor, eps: float = 1e-6, output_dtype: torch.dtype | None = None) -> Tensor:
@@ -172,24 +165,9 @@ def _rounded(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return function(*(x.to(dtype) for x in inputs)).to(inputs[0].dtype)
 
 
-def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + exp(-x))."""
-    return _rounded(torch.sigmoid, x)
-
-
-def logsigmoid(x: Tensor, temperature: float = 1.0) -> Tensor:
-    """log sigmoid(x) / temperature."""
-    return _rounded(lambda x: F.logsigmoid(x) / temperature, x)
-
-
 def swish(x: Tensor) -> Tensor:
     """x sigmoid(x)."""
     return _rounded(F.silu, x)
-
-
-def elu_p1(x: Tensor) -> Tensor:
-    """elu(x) + 1, a positive feature map."""
-    return _rounded(lambda x: F.elu(x) + 1, x)
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -197,48 +175,14 @@ def squared_relu(x: Tensor) -> Tensor:
     return _rounded(lambda x: F.relu(x).square(), x)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU with the tanh approximation, in the input's dtype."""
-    return F.gelu(x, approximate="tanh")
-
-
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """GELU of x + bias."""
-    return F.gelu(x + bias, approximate="tanh").to(x.dtype)
-
-
 def swiglu(x: Tensor, y: Tensor) -> Tensor:
     """swish(x) y."""
     return _rounded(lambda x, y: F.silu(x) * y, x, y)
 
 
-def sigmoidglu(x: Tensor, y: Tensor) -> Tensor:
-    """sigmoid(x) y."""
-    return _rounded(lambda x, y: x.sigmoid() * y, x, y)
-
-
-def powglu(x: Tensor, y: Tensor, power: float = 3.0) -> Tensor:
-    """x^(power / (sqrt(x) + 1)) sigmoid(x) y for x > 0, else x sigmoid(x) y."""
-
-    def function(x: Tensor, y: Tensor) -> Tensor:
-        positive = torch.where(x > 0, x, torch.ones_like(x))
-        raised = positive.pow(power / (positive.sqrt() + 1))
-        return torch.where(x > 0, raised, x) * x.sigmoid() * y
-
-    return _rounded(function, x, y)
-
-
 def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """swiglu, then a linear map; likewise the two below."""
+    """swiglu, then a linear map."""
     return F.linear(swiglu(x, y), weight, bias)
-
-
-def sigmoidglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(sigmoidglu(x, y), weight, bias)
-
-
-def powglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, power: float = 3.0) -> Tensor:
-    return F.linear(powglu(x, y, power), weight, bias)
 
 
 # -- what RWKV-7 layers compute around the recurrence
@@ -467,22 +411,12 @@ SUBSTITUTES: Mapping[str, Mapping[str, Callable[..., object]]] = {
         "rms_norm": rms_norm,
         "layer_norm_linear": layer_norm_linear,
     },
-    "fla.modules.norm.fused_norm_gate": {"layer_norm_gated": layer_norm_gated, "rms_norm_gated": rms_norm_gated},
+    "fla.modules.norm.fused_norm_gate": {"rms_norm_gated": rms_norm_gated},
     "fla.modules.norm.l2norm": {"l2norm": l2norm},
     "fla.modules.activations.ops": {
-        "sigmoid": sigmoid,
-        "logsigmoid": logsigmoid,
         "swish": swish,
-        "elu_p1": elu_p1,
         "sqrelu": squared_relu,
-        "fast_gelu_impl": gelu,
-        "bias_gelu_impl": bias_gelu,
-        "swiglu": swiglu,
         "swiglu_linear": swiglu_linear,
-        "sigmoidglu": sigmoidglu,
-        "sigmoidglu_linear": sigmoidglu_linear,
-        "powglu": powglu,
-        "powglu_linear": powglu_linear,
     },
     "fla.modules.causal_conv1d.ops": {"causal_conv1d": causal_conv1d, "causal_conv1d_update": causal_conv1d_update},
     "fla.modules.rotary.ops": {"rotary_embedding": rotary_embedding},

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
@@ -19,7 +18,6 @@ from hookpoints.layer.call import HookedMixer, hook_layer, hook_projection
 from hookpoints.layer.context import Backend, bind_checkpoints, cache_among, count_pass, current, position_of, scope
 from hookpoints.layer.intercept import Function, wrap_forward, wrap_ops
 from hookpoints.model.layout import out_projection
-from hookpoints.rules.base import Rule
 from hookpoints.scopes import scoped
 
 if TYPE_CHECKING:
@@ -36,26 +34,42 @@ class StopForward(Exception):
         self.residual = residual
 
 
-class MixerAttachment:
-    """Hook points on recurrent mixers alone; ``detach()`` takes them off again. Inert while nobody listens.
+class Attachment:
+    """Hook points on a Hugging Face model; ``detach()`` takes them off again. Inert while nobody listens.
 
     Args:
-        model: what is run as a whole; its passes are counted, and the position of their first token is read from the
+        model: a causal language model. Its passes are counted, and the position of their first token is read from the
             cache before any layer advances it.
-        backbone: the part of the model that holds the blocks, which may also be run by itself.
+        layout: where its parts are.
+        root: the module that gets the tree of hook points as ``hook_embed``, ``blocks`` and ``ln_final``; they are
+            looked up there at each pass, so that an SAE put in the place of a hook point is met.
+        backend: who computes the native pass of recurrent layers.
     """
 
-    def __init__(self, model: nn.Module, backbone: nn.Module | None = None):
+    def __init__(self, model: nn.Module, layout: ModelLayout, root: nn.Module, backend: Backend = "auto"):
         self.mixers: dict[int, HookedMixer] = {}
         self.attached = True
-        self._model = model
-        self._undo = ExitStack()
-        self._undo.callback(bind_checkpoints, model, kept=False)
-        if backbone is not None and backbone is not model:
-            self._undo.callback(wrap_forward(backbone, self._run_backbone))
-        self._undo.callback(wrap_forward(model, self._run_model))
-        if is_fla(model):
-            self._undo.callback(wrap_model(model))
+        self.layout = layout
+        self._model, self._root = model, root
+        self.undo = ExitStack()
+        """What takes everything off the model again."""
+        root.hook_embed = HookPoint()
+        root.blocks = nn.ModuleList()
+        root.ln_final = self._final = _FinalNorm(self.layout.final_norm)
+        try:
+            self.undo.callback(bind_checkpoints, model, kept=False)
+            if layout.backbone is not None and layout.backbone is not model:
+                self.undo.callback(wrap_forward(layout.backbone, self._run_backbone))
+            self.undo.callback(wrap_forward(model, self._run_model))
+            if is_fla(model):
+                self.undo.callback(wrap_model(model))
+            for layer, block in enumerate(self.layout.blocks):
+                root.blocks.append(self._attach_block(layer, block, backend))
+            self._on_output(self.layout.embed, self._fire_embed)
+            self._on_output(self.layout.final_norm, lambda x: self._final.fire("hook_normalized", x))
+        except BaseException:
+            self.detach()  # a model that is refused is left as it was
+            raise
 
     def require(self) -> None:
         """Raise HookpointsError after ``detach``: hooks would never fire again, and silently so."""
@@ -65,18 +79,12 @@ class MixerAttachment:
     def detach(self) -> None:
         """Take everything off the model that was put on it."""
         self.attached = False
-        self._undo.close()
-
-    def attach_mixer(self, layer: int, rule: Rule, namespace: ModuleType, mixer: nn.Module, backend: Backend) -> None:
-        """Take over the op calls of one mixer. ``namespace`` is where it looks its ops up."""
-        self.mixers[layer] = HookedMixer(self, layer, rule, mixer, out_projection(mixer), backend)
-        self._undo.callback(wrap_ops(namespace, rule))
-        self._undo.callback(hook_layer(self.mixers[layer]))
-        self._undo.callback(hook_projection(self.mixers[layer]))
+        self.undo.close()
 
     def landmarks(self) -> list[nn.Module]:
-        """Modules whose outputs every gradient passes that passes any hook point."""
-        return [mixer.module for mixer in self.mixers.values()]
+        """Modules whose outputs every gradient passes that passes any hook point: the embedding, every block, and the
+        final norm."""
+        return [self.layout.embed, *(block.block for block in self.layout.blocks), self.layout.final_norm]
 
     def _run_model(self, forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         count_pass(self)
@@ -92,38 +100,6 @@ class MixerAttachment:
         if current(self).in_pass:
             return forward(*args, **kwargs)
         return self._run_model(forward, args, kwargs)
-
-
-class Attachment(MixerAttachment):
-    """Hook points on mixers and on the residual stream of a Hugging Face model.
-
-    Args:
-        model: a Hugging Face causal language model.
-        layout: where its parts are.
-        root: the module that gets the tree of hook points as ``hook_embed``, ``blocks`` and ``ln_final``; they are
-            looked up there at each pass, so that an SAE put in the place of a hook point is met.
-        backend: who computes the native pass of recurrent layers.
-    """
-
-    def __init__(self, model: nn.Module, layout: ModelLayout, root: nn.Module, backend: Backend = "auto"):
-        super().__init__(model, layout.backbone)
-        self.layout = layout
-        self._root = root
-        root.hook_embed = HookPoint()
-        root.blocks = nn.ModuleList()
-        root.ln_final = self._final = _FinalNorm(self.layout.final_norm)
-        try:
-            for layer, block in enumerate(self.layout.blocks):
-                root.blocks.append(self._attach_block(layer, block, backend))
-            self._on_output(self.layout.embed, self._fire_embed)
-            self._on_output(self.layout.final_norm, lambda x: self._final.fire("hook_normalized", x))
-        except BaseException:
-            self.detach()  # a model that is refused is left as it was
-            raise
-
-    def landmarks(self) -> list[nn.Module]:
-        """See ``MixerAttachment.landmarks``: the embedding, every block, and the final norm."""
-        return [self.layout.embed, *(block.block for block in self.layout.blocks), self.layout.final_norm]
 
     @scoped
     def passing(self, start: int, stop: int | None, residual: Tensor | None) -> Iterator[None]:
@@ -146,8 +122,11 @@ class Attachment(MixerAttachment):
     def _attach_block(self, layer: int, block: BlockLayout, backend: Backend) -> BlockHooks:
         mixer_hooks: MixerHooks | None = None
         if block.rule is not None and block.namespace is not None and block.mixer is not None:
-            self.attach_mixer(layer, block.rule, block.namespace, block.mixer, backend)
-            mixer_hooks = self.mixers[layer].hooks
+            mixer = HookedMixer(self, layer, block.rule, block.mixer, out_projection(block.mixer), backend)
+            self.mixers[layer], mixer_hooks = mixer, mixer.hooks
+            self.undo.callback(wrap_ops(block.namespace, block.rule))
+            self.undo.callback(hook_layer(mixer))
+            self.undo.callback(hook_projection(mixer))
         outputs = {"hook_mixer_out": block.mixer_out, "hook_attn_out": block.attn_out, "hook_mlp_out": block.mlp_out}
         absent = [name for name, added in outputs.items() if added is None]
         hooks = BlockHooks(mixer_hooks, block.attn_heads is not None, absent)
@@ -156,7 +135,7 @@ class Attachment(MixerAttachment):
         for name, added in outputs.items():
             if added is not None:
                 self._on_output(added.module, _fire_scaled(hooks, name, added.scale))
-        self._undo.callback(wrap_forward(block.block, _BlockRun(self, layer, hooks)))
+        self.undo.callback(wrap_forward(block.block, _BlockRun(self, layer, hooks)))
         return hooks
 
     def _fire_embed(self, value: Tensor) -> Tensor:
@@ -167,7 +146,7 @@ class Attachment(MixerAttachment):
         def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
             return _changed_output(forward(*args, **kwargs), through)
 
-        self._undo.callback(wrap_forward(module, around))
+        self.undo.callback(wrap_forward(module, around))
 
     def _on_input(self, module: nn.Module, through: Through) -> None:
         def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
@@ -175,7 +154,7 @@ class Attachment(MixerAttachment):
             args, kwargs = entering.replaced(through(entering.value))
             return forward(*args, **kwargs)
 
-        self._undo.callback(wrap_forward(module, around))
+        self.undo.callback(wrap_forward(module, around))
 
 
 class _FinalNorm(HookSet):

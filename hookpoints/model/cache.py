@@ -238,10 +238,9 @@ class RecurrentCache(ActivationCache):
 
     @property
     def _layout(self) -> ModelLayout:
-        layout = getattr(self.model.attachment, "layout", None)
-        if layout is None:
-            raise HookpointsError("a TransformerBridge has its own cache methods; attach adds the mixers' hooks alone")
-        return layout
+        if hasattr(self.model, "bridge"):
+            raise HookpointsError("parts of the stream are for bridge.run_with_cache: attached, MLPs have no hook here")
+        return self.model.attachment.layout
 
     @property
     def _weights(self) -> Weights:

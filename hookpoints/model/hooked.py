@@ -27,7 +27,7 @@ from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.scopes import scoped
 
 if TYPE_CHECKING:
-    from hookpoints.model.attachment import MixerAttachment
+    from hookpoints.model.attachment import Attachment
 
 
 class HookedModel(HookedRootModule):
@@ -43,7 +43,7 @@ class HookedModel(HookedRootModule):
 
     hf_model: Any
     """The Hugging Face (or fla) model inside; it stays as it is."""
-    attachment: MixerAttachment
+    attachment: Attachment
     """Puts the hook points on it."""
     caches: bool = True
     """Whether upstream runs the model with a cache, as far as the self-check found."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from torch import nn
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from hookpoints.errors import UnsupportedModelError
 from hookpoints.rules import REFUSED, REFUSED_LAYERS, RULES, Rule
@@ -193,6 +194,9 @@ def _block_layout(block: nn.Module) -> BlockLayout:
     recurrent, (rule, namespace) = next(
         ((module, found) for module in block.modules() if (found := rule_of(module))), (None, (None, None))
     )
+    if isinstance(block, GeneralizedComponent):  # TransformerLens' parts do not tell attention from an MLP
+        added = _added(block, recurrent, "residual_multiplier", "ssm_out_multiplier")
+        return BlockLayout(block, recurrent, rule, namespace, added, None, None)
     named = _children(block, _MIXER_NAMES)
     attention = next((child for child in named if child is not recurrent and _mixes_tokens(child)), None)
     # Nemotron-H calls an MLP a mixer, too.
