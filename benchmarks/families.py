@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from recurrence import Way, timed, upstream
 from torch import Tensor, nn
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
-from hookpoints.recurrence import Recurrence, random_recurrence
+from hookpoints.recurrence import Recurrence
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from recurrences import random_recurrence
 
 FAMILIES = {
     "Gated DeltaNet": "gdn",

@@ -25,7 +25,10 @@ from typing import Any
 import torch
 import transformers
 
-from hookpoints.recurrence import FORMS, Recurrence, random_recurrence
+from hookpoints.recurrence import Recurrence
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from recurrences import FORMS, random_recurrence
 
 Way = Callable[[], object]
 GROWTH = ("gdn", "kda", "rwkv7")

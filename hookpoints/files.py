@@ -18,9 +18,6 @@ from hookpoints.errors import ChecksumError
 
 CHECKSUMS = "SHA256SUMS"
 """Name of the file."""
-LARGEST_JSON = 64 * 10**6
-"""Bytes of a JSON file that are read. Largest are tokenizers and indices of weights, some 35 MB; in memory it may take
-twenty times as much."""
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\0]+)")
 
 
@@ -76,10 +73,8 @@ class SealedFolder:
 
     def _read(self) -> dict[str, str]:
         file = plain_file(self.folder, CHECKSUMS, self.error)
-        with file.open("rb") as opened:
-            lines = opened.read(LARGEST_JSON).decode("utf-8", "replace").splitlines()
         sums: dict[str, str] = {}
-        for line in lines:
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             match = _LINE.fullmatch(line)
             if match is None or not os.path.lexists(self.folder / match[2]):
                 raise self.error(
@@ -121,26 +116,16 @@ class SealedFolder:
             self.file(name)
 
 
-def check_json_size(file: Path, most: int = LARGEST_JSON) -> None:
-    """Raise ValueError, naming the file, where it has more than ``most`` bytes. Nothing is read."""
-    size = file.stat().st_size
-    if size > most:
-        raise ValueError(f"{file} has {size / 1e6:,.0f} MB, and {most / 1e6:,.0f} MB of JSON at most are read")
-
-
 def read_json(file: Path) -> dict[str, object]:
     """The object of names and values that a JSON file holds.
 
     Raises:
-        ValueError: it is too large, cut short, nested too deeply, or holds something else; names the file.
+        ValueError: it is cut short, or holds something else; names the file.
         OSError: it cannot be read.
     """
-    check_json_size(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError(f"{file} is nested too deeply for JSON that is read") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is cut short, or is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds {type(content).__name__}, not an object of names and values")

@@ -1,107 +1,67 @@
-"""Loading fla's checkpoints, older formats included. What does not fit the model is refused by name: transformers would
-give missing weights random values and drop those it does not know.
-"""
+"""Older formats of fla's checkpoints, mended: transformers would give weights that it does not find random values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from hookpoints.errors import UnsupportedModelError
 from hookpoints.files import read_json
 
 _GATE, _UP = "gate_proj.weight", "up_proj.weight"
+_JOINED = ".attn.x_x"
+_PARTS = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
 
 
-class _Misfits(NamedTuple):
-    """Names of weights on which a checkpoint and the model do not agree."""
-
-    missing: set[str]
-    unexpected: set[str]
-    other_shape: set[str]
-
-
-def load_checkpoint(source: str, config: PreTrainedConfig, *, revision: str | None, **hf_kwargs: object) -> nn.Module:
-    """The causal language model of a checkpoint in fla's format.
-
-    Checkpoints from before 2025 keep the gate and the up projection of each MLP in one matrix [2I,D], gate first; they
-    are split. Their mode ``fused_chunk``, which fla has dropped, was another schedule of the same rule as ``chunk``.
-
-    Args:
-        config: of the checkpoint; changed where its mode is not known any more.
-        hf_kwargs: for ``from_pretrained``.
-
-    Raises:
-        UnsupportedModelError: weights that the model lacks or has in excess; names them.
-    """
-    if getattr(config, "attn_mode", None) == "fused_chunk" and config.model_type != "retnet":
-        config.attn_mode = "chunk"  # type: ignore[attr-defined]
-    options: dict[str, object] = {"revision": revision, "use_safetensors": True, **hf_kwargs}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
-    )
-    model, info = loaded
-    misfits = _Misfits(
-        set(info["missing_keys"]), set(info["unexpected_keys"]), {name for name, *_ in info["mismatched_keys"]}
-    )
-    fused = {name for name in misfits.other_shape if name.endswith(_GATE) and _up(name) in misfits.missing}
-    if fused:
-        _split(model, fused, _files(source, revision))
-    _refuse(source, misfits, fused)
-    return model
-
-
-def _up(gate: str) -> str:
-    return gate.removesuffix(_GATE) + _UP
-
-
-@torch.no_grad()
-def _split(model: nn.Module, fused: Iterable[str], files: Iterator[str]) -> None:
-    """Fill the gate and up projections from the matrices [2I,D] of the checkpoint."""
-    wanted, parameters = set(fused), dict(model.named_parameters())
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in wanted & set(tensors.keys()):
-                whole: Tensor = tensors.get_tensor(name)
-                for target, part in zip((name, _up(name)), whole.chunk(2), strict=True):
-                    parameters[target].copy_(part)
-
-
-def _files(source: str, revision: str | None) -> Iterator[str]:
-    """The safetensors files of a folder or a repository, which are on disk by now."""
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+def weight_files(source: str, **where: Any) -> list[str]:
+    """The safetensors files of a folder or a repository; ``where`` are arguments of ``cached_file``."""
+    where["_raise_exceptions_for_missing_entries"] = False
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **where)
     names = {SAFE_WEIGHTS_NAME}
     if index is not None:
         names = set(cast("dict[str, str]", read_json(Path(index))["weight_map"]).values())
-    for name in sorted(names):
-        file = cached_file(source, name, revision=revision)
-        assert file is not None
-        yield file
+    return [file for name in sorted(names) if (file := cached_file(source, name, **where)) is not None]
 
 
-def _refuse(source: str, misfits: _Misfits, mended: set[str]) -> None:
-    kinds = {
-        "lacks": misfits.missing - {_up(name) for name in mended},
-        "has besides": misfits.unexpected,
-        "has in another shape": misfits.other_shape - mended,
-    }
-    faults = [f"{kind} {_some(names)}" for kind, names in kinds.items() if names]
-    if faults:
-        raise UnsupportedModelError(
-            f"{source!r} does not fit the installed flash-linear-attention: of the model's weights it "
-            f"{'; it '.join(faults)}. Load it with the version of fla that it was made for and save it anew, or take a "
-            "newer revision of it"
-        )
+@torch.no_grad()
+def split_gates(model: nn.Module, report: dict[str, Any], files: Iterable[str]) -> None:
+    """Fill gate and up projections from a checkpoint of before 2025, which keeps both of an MLP in one matrix [2I,D],
+    gate first. ``report`` is what transformers loaded and what not; it is mended, too."""
+    found = {key[0]: key for key in report["mismatched_keys"] if key[0].endswith(_GATE)}
+    ups = {name: name.removesuffix(_GATE) + _UP for name in found}
+    fused = {name: up for name, up in ups.items() if up in report["missing_keys"]}
+    parameters = dict(model.named_parameters())
+    for file in files if fused else ():
+        with safe_open(file, framework="pt") as tensors:
+            for name in fused.keys() & set(tensors.keys()):
+                for target, part in zip((name, fused[name]), tensors.get_tensor(name).chunk(2), strict=True):
+                    parameters[target].copy_(part)
+    report["mismatched_keys"] = {key for key in report["mismatched_keys"] if key[0] not in fused}
+    report["missing_keys"] = set(report["missing_keys"]) - set(fused.values())
 
 
-def _some(names: set[str]) -> str:
-    shown = sorted(names)[:3]
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def first_format(files: Iterable[str]) -> dict[str, Tensor] | None:
+    """All weights of an RWKV-7 checkpoint under their present names, where it has the six token shifts of a layer as
+    one tensor [6,D]; None where it has them apart (the usual case, which costs a look at the names)."""
+    weights: dict[str, Tensor] = {}
+    if not any(name.endswith(_JOINED) for file in files for name in _names(file)):
+        return None
+    for name, value in (pair for file in files for pair in load_file(file).items()):
+        parts: Mapping[str, Tensor] = {name: value}
+        if name.endswith(_JOINED):
+            stem = name.removesuffix("x_x")
+            parts = {stem + part: shift.reshape(1, 1, -1).clone() for part, shift in zip(_PARTS, value, strict=True)}
+        weights |= parts
+    return weights
+
+
+def _names(file: str) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
 from huggingface_hub.constants import HF_HUB_CACHE
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,19 +22,18 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from hookpoints import embedded
 from hookpoints.errors import HookpointsError, UnknownModelError, UnsupportedModelError, nearest
-from hookpoints.files import SealedFolder, check_json_size, read_json
-from hookpoints.fla.checkpoints import load_checkpoint
+from hookpoints.files import SealedFolder, read_json
+from hookpoints.fla.checkpoints import split_gates, weight_files
 from hookpoints.fla.importing import MODEL_TYPES, import_fla, restore_auto_classes
 from hookpoints.model.refused import refuse_arguments
 from hookpoints.rules import REFUSED, RULES
 from hookpoints.rwkv7.configuration import RWKV7Config
 from hookpoints.rwkv7.modeling import RWKV7ForCausalLM
 
-T = TypeVar("T")
 _Classes = tuple[Any, Any]
 """A configuration class and a model class, or transformers' Auto classes, which share no type with them."""
 _OWN_CLASSES: dict[str, _Classes] = {
@@ -80,11 +76,10 @@ def load(
     _refuse_unknown(name_or_path)
     empty = device is not None and torch.device(device).type == "meta"
     hf_kwargs = refuse_arguments(hf_kwargs)
-    with _errors_name_files(name_or_path, source, hf_kwargs):
+    with _errors_name_the_model(name_or_path):
         if Path(name_or_path).is_dir() and not empty:  # of one that ships with the package, an installer may link files
             _check_files(Path(source))
         model = _model(name_or_path, source, dtype, revision, hf_kwargs, empty)
-        _refuse_infinite(name_or_path, model)
     if empty:
         return Loaded(model, None)
     if hf_kwargs.get("device_map") is None:
@@ -115,23 +110,22 @@ def _model(
     trust = {} if is_own else {"trust_remote_code": False}
     config = configs.from_pretrained(source, revision=revision, **trust)
     _refuse(name, config.model_type)
-    _warn_of_misspelt_fields(name, saved, config)
     if not is_own and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModelError(
             f"{name!r} is a {config.model_type!r} checkpoint, which has no causal language model"
         )
-    if empty or Path(source).is_dir():
+    if empty:
         with torch.device("meta"):
-            shapes = models(config) if is_own else models.from_config(config, **trust)
-        if empty:
-            return shapes
-        _refuse_larger(name, Path(source), shapes)
-    if of_fla:
-        return load_checkpoint(source, config, revision=revision, dtype=dtype, **hf_kwargs)
+            return models(config) if is_own else models.from_config(config, **trust)
+    if of_fla and config.model_type != "retnet" and getattr(config, "attn_mode", None) == "fused_chunk":
+        config.attn_mode = "chunk"  # the same rule: fla has dropped the other schedule
     # Shapes that do not fit are reported like the rest, and then refused with their names.
     asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     how = {"dtype": dtype, "use_safetensors": True, **trust, **hf_kwargs, **asked}
+    how |= {"config": config} if of_fla else {}
     model, report = models.from_pretrained(source, revision=revision, **how)
+    if of_fla:
+        split_gates(model, report, weight_files(source, revision=revision))
     _refuse_incomplete(name, report)
     return model
 
@@ -140,80 +134,28 @@ def _model(
 
 
 def _check_files(folder: Path) -> None:
-    """Raise UnsupportedModelError, naming the file, where one that loading reads is broken; ChecksumError where one is
-    a link, or is not what seals it.
-
-    Costs a look at the head of each weights file, and one reading of all files where the folder is sealed.
-    """
+    """Raise ChecksumError where a file that loading reads is a link, or is not what seals it, and UnsupportedModelError
+    where the index of the weights names a file elsewhere. Costs one reading of all files where the folder is sealed."""
     names = {file.name for file in folder.iterdir() if file.suffix in (".json", ".safetensors")}
     SealedFolder(folder).check(names)
-    for file in sorted(folder.glob("*.json")):  # those of the tokenizer too
-        _read(check_json_size, file)
-    for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME):
-        file = folder / name
-        if not file.is_file():
-            continue
-        content = _read(read_json, file)
-        shards = content.get("weight_map", {}) if name == SAFE_WEIGHTS_INDEX_NAME else {}
-        for shard in {str(value) for value in (shards.values() if isinstance(shards, dict) else [shards])}:
-            if shard not in names:  # names in files are data
-                raise UnsupportedModelError(f"{file} names {shard!r}, which is no file of its folder")
-    for file in sorted(folder.glob("model*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UnsupportedModelError(f"{file} is cut short or broken: {error}") from error
-
-
-def _read(read: Callable[[Path], T], file: Path) -> T:
-    try:
-        return read(file)
-    except (OSError, ValueError) as error:
-        raise UnsupportedModelError(str(error)) from error
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    shards = cast("dict[str, str]", read_json(index)["weight_map"]) if index.is_file() else {}
+    if elsewhere := sorted(set(shards.values()) - names):  # names in files are data
+        raise UnsupportedModelError(f"{index} names {elsewhere[0]!r}, which is no file of its folder")
 
 
 @contextmanager
-def _errors_name_files(name: str, source: str, asked: Mapping[str, object]) -> Iterator[None]:
-    """Errors of the libraries below, which name no file, become one that does. Unknown names of models and failed
-    downloads are left as they are, and so is the refusal of an argument that the caller gave."""
+def _errors_name_the_model(name: str) -> Iterator[None]:
+    """Errors of the libraries below, which name neither model nor file, become one that does."""
     try:
         yield
-    except (HookpointsError, MemoryError, torch.OutOfMemoryError, ImportError):
+    except (HookpointsError, MemoryError, torch.OutOfMemoryError, ImportError, TypeError):
         raise
     except Exception as error:
-        if not (Path(source) / CONFIG_NAME).is_file() and isinstance(error, OSError):
-            raise
-        if isinstance(error, TypeError) and any(
-            f"unexpected keyword argument {each!r}" in str(error) for each in asked
-        ):
-            raise
         raise UnsupportedModelError(
-            f"{name!r} cannot be loaded: {CONFIG_NAME} does not describe a model that transformers can build, or "
-            f"{_weights(source)} is broken ({type(error).__name__}: {error})"
+            f"{name!r} cannot be loaded: a file of it is damaged, or its {CONFIG_NAME} describes no model that "
+            f"transformers can build ({type(error).__name__}: {error})"
         ) from error
-
-
-def _weights(source: str) -> str:
-    """The weights files of a folder, or of a repository, for a person."""
-    return ", ".join(sorted(file.name for file in Path(source).glob("model*.safetensors"))[:3]) or "model.safetensors"
-
-
-def _refuse_infinite(name: str, model: nn.Module) -> None:
-    """Costs one reading of the weights."""
-    bad = [
-        each
-        for each, weight in model.named_parameters()
-        if weight.is_floating_point()
-        and not weight.is_meta
-        and not torch.isfinite(weight.detach().sum(dtype=torch.float32))
-        and not torch.isfinite(weight).all()  # the sum of finite weights may overflow
-    ]
-    if bad:
-        raise UnsupportedModelError(
-            f"{name!r} has NaN or infinite weights in {_weights(name)}: {len(bad)} tensor(s): {', '.join(bad[:3])}. "
-            "The file is damaged, training diverged before it was saved, or float16 is too small for it (dtype=)"
-        )
 
 
 def cached() -> list[str]:
@@ -255,18 +197,6 @@ def _refuse(name: str, model_type: object) -> None:
         raise UnsupportedModelError(f"{name!r} cannot be hooked: {REFUSED[model_type]}")
 
 
-def _refuse_larger(name: str, folder: Path, shapes: nn.Module) -> None:
-    """transformers compares shapes when it has memory for all that a config asks for, which may be more than there is.
-    A parameter takes a bit at least; ``shapes`` is the model on the device "meta"."""
-    needed = sum(weight.numel() for weight in shapes.parameters())
-    held = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
-    if needed > 8 * held > 0:
-        raise UnsupportedModelError(
-            f"{CONFIG_NAME} of {name!r} describes {needed:,} parameters, and {_weights(name)} has {held:,} bytes; "
-            "one of the two belongs to another model"
-        )
-
-
 def _refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:
     """transformers fills missing tensors with random numbers, and TransformerLens hides its warning."""
     wrong = {
@@ -277,31 +207,9 @@ def _refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:
     faults = [f"{what} {len(keys)} tensor(s): {', '.join(keys[:3])}" for what, keys in wrong.items() if keys]
     if faults:
         raise UnsupportedModelError(
-            f"{name!r} is not a whole checkpoint of its architecture: {_weights(name)} {'; it '.join(faults)}. "
+            f"{name!r} is not a whole checkpoint of its architecture: it {'; it '.join(faults)}. "
             f"Download or convert it again, or name the architecture that it was saved with in its {CONFIG_NAME}"
         )
-
-
-def _warn_of_misspelt_fields(name: str, saved: Mapping[str, object], config: PreTrainedConfig) -> None:
-    """transformers takes every field, and lets the one that a misspelt one stands for keep its default. Checkpoints
-    carry many fields that no class knows, so only one whose name is almost that of a known one, which the file lacks,
-    is told."""
-    parts = [(saved, config)]
-    parts += [(part, getattr(config, key)) for key in config.sub_configs if isinstance(part := saved.get(key), dict)]
-    for fields, made in parts:
-        aliases = made.attribute_map
-        inits = [kind.__init__ for kind in type(made).__mro__ if kind is not object]
-        known = {each for init in inits for each in inspect.signature(init).parameters} | {*aliases, *aliases.values()}
-        given = {*fields, *(aliases.get(field, field) for field in fields)}
-        absent = [each for each in known - given if aliases.get(each) not in given]
-        for field in sorted(fields.keys() - known):
-            (near,) = difflib.get_close_matches(field, absent, n=1, cutoff=0.9) or [""]
-            if near:  # one letter in ten; time_step_min and time_step_limit are two words
-                warnings.warn(
-                    f"{CONFIG_NAME} of {name} has the field {field!r}, which {type(made).__name__} does not know, and "
-                    f"lacks {near!r}, which is {getattr(made, near, None)!r} now: misspelt?",
-                    stacklevel=2,
-                )
 
 
 def _refuse_mamba_ssm(name: str, config: Mapping[str, Any]) -> None:

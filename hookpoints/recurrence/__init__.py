@@ -1,13 +1,10 @@
 """The write: the canonical recurrence, its step-by-step reference and its chunked fast path."""
 
 from hookpoints.recurrence.canonical import CanonicalForm, Index, Loop, ScanResult, Split, carried_keys
-from hookpoints.recurrence.examples import FORMS, Form, random_recurrence
 from hookpoints.recurrence.recurrence import Method, Recurrence, WriteKind
 
 __all__ = [
-    "FORMS",
     "CanonicalForm",
-    "Form",
     "Index",
     "Loop",
     "Method",
@@ -16,5 +13,4 @@ __all__ = [
     "Split",
     "WriteKind",
     "carried_keys",
-    "random_recurrence",
 ]

@@ -9,26 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils.hub import cached_file
 
-from hookpoints.files import read_json
+from hookpoints.fla.checkpoints import first_format, weight_files
 from hookpoints.rwkv7.configuration import RWKV7Config
 from hookpoints.rwkv7.layers import FirstValues, RWKV7Block, initialise
 
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this version of transformers calls the cache of an output (it changed between 5.15 and 5.24)."""
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_JOINED = ".attn.x_x"
-_PARTS = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
 _WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """Arguments of ``from_pretrained`` that say where a checkpoint is."""
 
@@ -46,7 +40,9 @@ class RWKV7PreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, for both versions of flash-linear-attention's format."""
         source = pretrained_model_name_or_path
-        old = None if source is None or kwargs.get("state_dict") is not None else legacy_weights(str(source), kwargs)
+        where = {name: kwargs[name] for name in _WHERE if kwargs.get(name) is not None}
+        known = source is None or kwargs.get("state_dict") is not None
+        old = None if known else first_format(weight_files(str(source), **where))
         if old is not None:
             if kwargs.get("config") is None:
                 kwargs["config"] = RWKV7Config.from_pretrained(str(source), revision=kwargs.get("revision") or "main")
@@ -184,46 +180,3 @@ def _padding(mask: Tensor | Mapping[str, Tensor] | None, x: Tensor) -> Tensor | 
         raise ValueError(f"attention_mask must be [B,T] for an input of {list(x.shape[:2])}, found {list(mask.shape)}")
     mask = mask[:, -x.shape[1] :]
     return None if bool((mask != 0).all()) else mask
-
-
-# -- checkpoints of the first format
-
-
-def legacy_weights(name_or_path: str, options: Mapping[str, object]) -> dict[str, Tensor] | None:
-    """All weights of a checkpoint under their present names, or None where it has these already (the usual case, which
-    costs a look at the names). ``options`` are those of ``from_pretrained``."""
-    where = {name: options[name] for name in _WHERE if options.get(name) is not None}
-
-    def find(file: str) -> Path | None:
-        path = cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **where)
-        return None if path is None else Path(path)
-
-    index = find(_INDEX)
-    if index is not None:
-        of_file = cast("dict[str, str]", read_json(index)["weight_map"])
-        if not any(name.endswith(_JOINED) for name in of_file):
-            return None
-        files = [find(file) for file in sorted(set(of_file.values()))]
-    else:
-        files = [find(_SINGLE)]
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        if file is None:  # no safetensors: from_pretrained says what is missing
-            return None
-        with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-            if index is None and not any(name.endswith(_JOINED) for name in names):
-                return None
-            weights |= {name: opened.get_tensor(name) for name in names}
-    return _renamed(weights)
-
-
-def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    present: dict[str, Tensor] = {}
-    for name, value in weights.items():
-        if name.endswith(_JOINED):
-            stem = name.removesuffix("x_x")
-            present |= {stem + part: shift.reshape(1, 1, -1).clone() for part, shift in zip(_PARTS, value, strict=True)}
-        else:
-            present[name] = value
-    return present

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import MAKERS, VOCAB, hooked_in_float64
+from recurrences import FORMS, random_recurrence
 from torch import Tensor
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, WriteEdit
-from hookpoints.recurrence.examples import FORMS, random_recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.experiment.predictors import Predictions, ReadGradients, predict, read_weights
 

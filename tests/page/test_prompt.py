@@ -14,10 +14,10 @@ import pytest
 import torch
 from browsing import PHONE, chromium, colour, contrast, scrolls_sideways
 from planted_atoms import HEAD, LAYER, empty_sae
+from recurrences import FORMS, random_recurrence
 from sae_lens import SAE
 
 from hookpoints import HookedRecurrent
-from hookpoints.recurrence.examples import FORMS, random_recurrence
 from sae_lens_writesae.sae.load import CheckpointError
 from writesae.page.prompt import MAX_TOKENS, PromptServer, read_shares
 from writesae.show import Prompt

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import types
-import warnings
 
 import pytest
 import torch
@@ -121,42 +120,16 @@ def test_a_cut_file_is_refused_with_the_name_of_the_checkpoint(checkpoint):
         loading.load(str(checkpoint))
 
 
-@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, float("nan")), (torch.float16, 1e30)])
-def test_weights_that_are_not_finite_are_refused_by_name(checkpoint, dtype, value):
-    """Not those that the tokens of the self-check touch."""
-    _change(checkpoint, lambda tensors: tensors["model.embed_tokens.weight"][50].fill_(value))
-    with pytest.raises(UnsupportedModelError, match="embed_tokens"):
-        loading.load(str(checkpoint), dtype=dtype)
-
-
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("config.json", "[" * 100_000),
-        ("config.json", "[]"),
-        ("generation_config.json", '{"eos_token_id": 1'),
         ("model.safetensors.index.json", '{"weight_map": {"a": "../model.safetensors"}}'),
         ("config.json", '{"model_type": "qwen3_5_text", "hidden_size": "many"}'),
     ],
 )
 def test_a_broken_file_is_named(checkpoint, name, text):
     (checkpoint / name).write_text(text)
-    with pytest.raises((UnsupportedModelError, ChecksumError), match=name):
-        loading.load(str(checkpoint))
-
-
-def test_a_config_that_asks_for_more_memory_than_there_is_is_refused(checkpoint):
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | {"vocab_size": 10**12}))
-    with pytest.raises(UnsupportedModelError, match=r"config\.json .* parameters"):
-        loading.load(str(checkpoint))
-
-
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_a_large_file_is_refused_before_it_is_read(checkpoint, name):
-    with (checkpoint / name).open("ab") as file:
-        file.truncate(65 * 10**6)
-    with pytest.raises(UnsupportedModelError, match=f"{name} has 65 MB"):
+    with pytest.raises(UnsupportedModelError, match=name):
         loading.load(str(checkpoint))
 
 
@@ -203,31 +176,6 @@ def test_checksums_are_of_files_of_their_folder(checkpoint):
     file.write_text(file.read_text().replace("model.", f"../{checkpoint.name}/model."))
     with pytest.raises(ChecksumError, match="SHA256SUMS"):
         loading.load(str(checkpoint))
-
-
-@pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
-@pytest.mark.parametrize(("field", "misspelt"), [("rms_norm_eps", "rms_norm_epz"), ("hidden_act", "hiden_act")])
-def test_a_misspelt_field_is_told(checkpoint, field, misspelt):
-    """transformers takes any field, and gives the one that was meant its default."""
-    config = json.loads((checkpoint / "config.json").read_text())
-    config[misspelt] = config.pop(field)
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match=f"{misspelt}.*{field}"):
-        loading.load(str(checkpoint))
-
-
-OF_PUBLISHED = ("time_step_min", "use_sliding_window", "tie_embeddings", "num_groups", "use_shared_attention_lora")
-"""Fields of published checkpoints that their classes do not know."""
-
-
-def test_no_field_of_a_model_is_called_misspelt(any_hf):
-    """In its whole config, and where the file has none of the fields that its class knows."""
-    others = dict.fromkeys(OF_PUBLISHED)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        for fields in (any_hf.config.to_dict() | others, others):
-            loading._warn_of_misspelt_fields("it", fields, any_hf.config)
-    assert not told
 
 
 @pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from recurrences import FORMS, random_recurrence
 from torch.autograd import gradcheck
 
 import hookpoints
-from hookpoints.recurrence import FORMS, Recurrence, chunked, random_recurrence
+from hookpoints.recurrence import Recurrence, chunked
 
 FIELDS = ("q", "k", "u", "log_decay", "a", "b", "beta", "initial_state")
 

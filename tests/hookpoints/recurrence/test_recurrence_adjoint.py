@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from recurrences import FORMS, random_recurrence
 
-from hookpoints.recurrence import FORMS, Method, Recurrence, random_recurrence
+from hookpoints.recurrence import Method, Recurrence
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

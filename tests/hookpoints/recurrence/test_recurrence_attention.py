@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from recurrences import FORMS, random_recurrence
 from torch.testing import assert_close
 
-from hookpoints.recurrence import FORMS, Recurrence, random_recurrence
+from hookpoints.recurrence import Recurrence
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 

@@ -8,11 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import modelling
+from recurrences import FORMS, random_recurrence
 from torch.nn import functional as F
 from transformers.models.mamba2 import modeling_mamba2 as mamba2
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
-from hookpoints.recurrence import FORMS, Recurrence, random_recurrence
+from hookpoints.recurrence import Recurrence
 
 kimi = modelling("kimi_linear")
 B, T, HK, H, K, V = 2, 100, 2, 4, 16, 12

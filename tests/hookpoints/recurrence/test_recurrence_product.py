@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from recurrences import random_recurrence
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from hookpoints.recurrence import Recurrence, carried_keys, random_recurrence
+from hookpoints.recurrence import Recurrence, carried_keys
 
 B, T, H, K, V = 2, 41, 3, 6, 4
 EXACT = {"rtol": 1e-11, "atol": 1e-11}

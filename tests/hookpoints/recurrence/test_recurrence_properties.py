@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recurrences import Form, random_recurrence
 from torch.testing import assert_close
 
-from hookpoints.recurrence import Form, Recurrence, random_recurrence
+from hookpoints.recurrence import Recurrence
 
 FREE = Form("channel", "free")
 

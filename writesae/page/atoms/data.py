@@ -11,7 +11,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
-from hookpoints.files import check_json_size
 from sae_lens_writesae.files import atomic_text
 from writesae.experiment.conditions import Control, Scale
 from writesae.experiment.downstream_heads import Mixer
@@ -325,7 +324,8 @@ class AtomPagesData(_Data):
         Raises:
             ValueError: the file holds something else, is cut short or too large; names the file and the field.
         """
-        check_json_size(Path(path), _LARGEST)
+        if (size := Path(path).stat().st_size) > _LARGEST:
+            raise ValueError(f"{path} has {size / 1e6:,.0f} MB, and {_LARGEST / 1e6:,.0f} MB at most are read")
         try:
             return cls.model_validate_json(Path(path).read_bytes())
         except ValidationError as error:

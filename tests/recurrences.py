@@ -1,4 +1,4 @@
-"""Random recurrences of each rule, for tests, benchmarks and trying things out."""
+"""Random recurrences of each rule, for tests and benchmarks."""
 
 from __future__ import annotations
 
