@@ -32,7 +32,6 @@ from recurrences import FORMS, random_recurrence
 
 Way = Callable[[], object]
 GROWTH = ("gdn", "kda", "rwkv7")
-PROBES = 4096
 
 
 def timed(ways: dict[str, Way], rounds: int) -> dict[str, dict[str, float]]:
@@ -102,21 +101,19 @@ def training(sizes: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 
 def states(sizes: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """All states of one head; probes of it; and the response to 16 edits at its first token."""
+    """All states of one head, and the response to 16 edits at its first token."""
     rows = {}
     for form in ("gdn", "kda", "rwkv7"):
         r = random_recurrence(form, **sizes)
         out = torch.empty(r.B, r.T, 1, r.K, r.V)
-        v, w, x = torch.randn(PROBES, r.K), torch.randn(PROBES, r.V), torch.randn(16, r.K)
+        x = torch.randn(16, r.K)
         rows[form] = timed(
             {
                 "states, new memory": lambda r=r: r.states(0),
-                "states, reused memory": lambda r=r, out=out: r.states(0, out=out),
                 "states, one head step by step": lambda r=r: r.states(0, method="reference"),
                 "states, all heads step by step": lambda r=r: r.states(method="reference"),
                 "touching new memory alone": lambda out=out: torch.empty_like(out).fill_(1.0),
                 "states at 8 positions": lambda r=r: r.states(0, range(r.T // 8 - 1, r.T, r.T // 8)),
-                f"{PROBES} probes": lambda r=r, v=v, w=w: r.project(v, w, 0),
                 "16 edits propagated": lambda r=r, x=x: r.propagate(x, 0, 0),
                 "16 edits step by step": lambda r=r, x=x: r.propagate(x, 0, 0, method="reference"),
             },

@@ -1,6 +1,6 @@
 """The write: the canonical recurrence, its step-by-step reference and its chunked fast path."""
 
-from hookpoints.recurrence.canonical import CanonicalForm, Index, Loop, ScanResult, Split, carried_keys
+from hookpoints.recurrence.canonical import CanonicalForm, Index, Loop, ScanResult, carried_keys
 from hookpoints.recurrence.recurrence import Method, Recurrence, WriteKind
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "Method",
     "Recurrence",
     "ScanResult",
-    "Split",
     "WriteKind",
     "carried_keys",
 ]

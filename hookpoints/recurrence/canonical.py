@@ -10,9 +10,9 @@ and `chunked`, which take a form from here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, NamedTuple, Self, TypeGuard, TypeVar
+from typing import Literal, NamedTuple, Self, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ TIME_FIELDS = ("q", "k", "u", "log_decay", "a", "b", "beta")
 """Fields with a time axis."""
 
 T_ = TypeVar("T_")
-FormT = TypeVar("FormT", bound="CanonicalForm")
 
 
 class ScanResult(NamedTuple):
@@ -36,15 +35,6 @@ class ScanResult(NamedTuple):
     """[B,T,H,V], what the layer reads."""
     final_state: Tensor
     """[B,H,K,V], the state after the last token."""
-
-
-class Split(NamedTuple, Generic[FormT]):
-    """A recurrence cut in two along time."""
-
-    left: FormT
-    """The tokens before the cut."""
-    right: Callable[[Tensor], FormT]
-    """Takes the state [B,H,K,V] to start from (`left.final_state()` for an exact continuation) and returns the rest."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -153,7 +143,8 @@ class CanonicalForm:
         """Part of the batch, heads or tokens. Slices give views.
 
         A stretch of tokens that does not begin at 0 needs the state to begin with, [B',H',K,V] after the
-        other selections: pass `initial_state` (zeros for the response to an edit made there), or use `split`.
+        other selections: pass `initial_state`, `final_state()` of the tokens before (zeros for the response to an
+        edit made there).
         """
         fields = {name: pick(pick(x, rows, 0, "rows"), heads, 2, "heads") for name, x in over_time(self)}
         state = self.initial_state
@@ -164,7 +155,7 @@ class CanonicalForm:
             if step != 1:
                 raise ValueError(f"tokens must be a slice of step 1, found {tokens}")
             if begin > 0 and initial_state is None:
-                raise ValueError(f"tokens from {begin} on need initial_state=, the state before them; see split")
+                raise ValueError(f"tokens from {begin} on need initial_state=, the state before them")
             fields = {name: x[:, tokens] for name, x in fields.items()}
         state = state if initial_state is None else initial_state
         return dataclasses.replace(self, **fields, initial_state=state)
@@ -216,26 +207,6 @@ class CanonicalForm:
                 f"at row {row}, token {token}, head {head}. Use the additive write, or states()."
             )
         return dataclasses.replace(self, beta=-along)
-
-    def split(self, t: int) -> Split[Self]:
-        """Cut before token t (0 < t < T). Handing `left.final_state()` to `right` equals one pass."""
-        if not 0 < t < self.T:
-            raise ValueError(f"split needs 0 < t < T={self.T}, found {t}")
-        rest = slice(t, None)
-        return Split(self.select(tokens=slice(0, t)), lambda state: self.select(tokens=rest, initial_state=state))
-
-    @classmethod
-    def cat(cls, parts: Iterable[Self]) -> Self:
-        """Join along time. The first part's initial state begins; those of later parts are ignored. Raises ValueError
-        if the forms differ."""
-        parts = list(parts)
-        if not parts:
-            raise ValueError("cat needs at least one recurrence")
-        forms = [({n: list(x.shape[2:]) for n, x in over_time(p)}, p.scale, p.read_before_write) for p in parts]
-        if any(form != forms[0] for form in forms):
-            raise ValueError(f"cat needs parts of one form (fields, scale, read_before_write), found {forms}")
-        joined = {name: torch.cat([getattr(p, name) for p in parts], dim=1) for name in forms[0][0]}
-        return dataclasses.replace(parts[0], **joined)
 
     def working(self) -> Self:
         """The same with every tensor in `dtype`; the algorithms begin with it."""

@@ -13,7 +13,7 @@ write of its own, and the erases of all are solved for together. After Yang et a
 Cost per token and head: about 3 K V + C (K + V) multiply-adds for chunks of C tokens. What is held besides
 inputs and outputs is bounded, whatever the length, unless gradients are recorded.
 
-The first half of this file is the walk; the second half makes outputs, states, responses and probes of its chunks.
+The first half of this file is the walk; the second half makes outputs and states of its chunks.
 """
 
 from __future__ import annotations
@@ -41,13 +41,6 @@ _FEW = 4
 
 _EXPANDED = 16
 """Tokens whose states come of one product: more cost arithmetic, fewer cost calls."""
-
-_SUB = 8
-"""Tokens whose per-channel probes come of one product."""
-
-_FEATURES = 2048
-"""Probes taken at a time, so that what they need stays in cache."""
-
 
 # -- the walk
 
@@ -221,11 +214,6 @@ def is_faster(r: CanonicalForm) -> bool:
     return r.T > _FEW and not (r.decays_per_channel and wide_dtype(r.q) != torch.float64)
 
 
-def propagates_faster(r: CanonicalForm, start: int) -> bool:
-    """Whether `propagate` has an advantage over the reference, which is as fast per channel with an erase."""
-    return r.a is None or not (r.decays_per_channel or r.T - start - 1 <= _FEW)
-
-
 def scan(r: CanonicalForm, chunk_size: int | None = None) -> ScanResult:
     """See `reference.scan`."""
     outputs, state = [], r.starting_state()
@@ -242,133 +230,37 @@ def corrected_values(r: CanonicalForm, chunk_size: int | None = None) -> Tensor:
     return torch.stack(values, dim=3) if r.k.ndim == 5 else values[0]
 
 
-def states(r: CanonicalForm, positions: list[int], out: Tensor | None = None, chunk_size: int | None = None) -> Tensor:
+def states(r: CanonicalForm, positions: list[int], chunk_size: int | None = None) -> Tensor:
     """See `reference.states`; `positions` must not be empty.
 
-    Sixteen tokens at a time are one batched product from the state before them, written straight into
-    the result where no gradient is recorded; memory beside the result stays bounded.
+    Sixteen tokens at a time are one batched product from the state before them; where no gradient is recorded they are
+    written into the result as they come, so that memory beside it stays bounded.
     """
     wanted = sorted(set(positions))
     if wanted != positions:
         at = torch.tensor([bisect_left(wanted, t) for t in positions], device=r.device)
-        return torch.index_select(states(r, wanted, chunk_size=chunk_size), 1, at, out=out)
+        return states(r, wanted, chunk_size).index_select(1, at)
     r = r.select(tokens=slice(0, wanted[-1] + 1)).working()
-    result = _Filled((r.B, len(wanted), r.H, r.K, r.V), r, out)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for _, x in tensors(r))
+    result = None if recorded else r.q.new_empty(r.B, len(wanted), r.H, r.K, r.V)
+    pieces: list[Tensor] = []
     for chunk in walk(r, chunk_size or _EXPANDED):
-        here = wanted[bisect_left(wanted, chunk.first) : bisect_left(wanted, chunk.first + chunk.size)]
-        if here:
-            slot = result.slot(len(here))
-            # With one head of one sequence the result has the layout of the product, which can write into it: dense
-            # states are bound by memory, and a copy would double the time.
-            into = slot[:, :, 0] if slot is not None and r.B * r.H == 1 else None
-            states_here = _states(chunk, [t - chunk.first for t in here], into)
-            result.put(states_here.unflatten(0, (r.B, r.H)).transpose(1, 2))
-    return result.joined()
+        begin, end = bisect_left(wanted, chunk.first), bisect_left(wanted, chunk.first + chunk.size)
+        if begin < end:
+            piece = _states(chunk, [t - chunk.first for t in wanted[begin:end]])
+            pieces.append(piece.unflatten(0, (r.B, r.H)).transpose(1, 2))
+            if result is not None:
+                result[:, begin:end] = pieces.pop()
+    return torch.cat(pieces, dim=1) if result is None else result
 
 
 def state_blocks(r: CanonicalForm, chunk_size: int | None = None) -> Iterator[Tensor]:
     """See `reference.state_blocks`; here a block is a chunk."""
     for chunk in walk(r.working(), chunk_size or _EXPANDED):
-        yield _states(chunk, list(range(chunk.size)), None).unflatten(0, (r.B, r.H)).transpose(1, 2)
+        yield _states(chunk, list(range(chunk.size))).unflatten(0, (r.B, r.H)).transpose(1, 2)
 
 
-def propagate(r: CanonicalForm, x: Tensor, start: int) -> Tensor:
-    """See `reference.propagate`; for where it is slower than that, see `propagates_faster`.
-
-    Without an erase, cumulated decays. With one decay per head the vectors are the columns of a state [K,N] to
-    which nothing is written.
-    """
-    first = x[:, :, None]
-    if start == r.T - 1:
-        return first
-    r = r.working().select(tokens=slice(start + 1, None), initial_state=r.starting_state())
-    if r.a is None:
-        return torch.cat([first, first * _cumulated(r)], dim=2)
-    # What an erase writes lies along a, whatever the rule. With k = a and beta = -1 the declared form says just that,
-    # so that the walk solves for one kind of write instead of two, of which one would be zero.
-    declared = {"k": r.a, "a": r.a, "beta": -torch.ones_like(r.a[..., 0])}
-    idle = r.replace(u=x.new_zeros(*r.a.shape[:-1], x.shape[1]), initial_state=x.mT[:, None], **declared)
-    return torch.cat([first, *(_columns(chunk) for chunk in walk(idle))], dim=2)
-
-
-def project(r: CanonicalForm, v: Tensor, w: Tensor, feature_block: int | None = None) -> Tensor:
-    """See `reference.project`.
-
-    One decay per head: z_t = alpha_t z_{t-1} + sum over writes of (v . key_t)(w . value_t), a scalar each.
-    Per channel the carried quantity is S_t w, a vector [K] each, and v is applied within 8 tokens.
-    """
-    r = r.working()
-    width = feature_block or _FEATURES
-    blocks = [(a.contiguous(), b) for a, b in zip(v.mT.split(width, dim=1), w.mT.split(width, dim=1))]
-    carried = [r.starting_state()[:, 0] @ some_w for _, some_w in blocks]
-    if not r.decays_per_channel:
-        carried = [(read * some_v).sum(1) for (some_v, _), read in zip(blocks, carried)]
-    step = _probe_channels if r.decays_per_channel else _probe_heads
-    result = _Filled((r.B, r.T, len(v)), r, also=(v, w))
-    for chunk in walk(r):
-        probes = []
-        for j, (some_v, some_w) in enumerate(blocks):
-            block, carried[j] = step(chunk, some_v, some_w, carried[j])
-            probes.append(block)
-        result.put(torch.cat(probes, dim=2) if len(probes) > 1 else probes[0])
-    return result.joined()
-
-
-class _Filled:
-    """A result filled along axis 1 in order: in place, or joined at the end where gradients are recorded."""
-
-    def __init__(
-        self, shape: tuple[int, ...], r: CanonicalForm, out: Tensor | None = None, also: tuple[Tensor, ...] = ()
-    ):
-        inputs = [x for _, x in tensors(r)] + list(also)
-        self.recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        self.pieces: list[Tensor] = []
-        self.count = 0
-        self.out = out
-        if out is None and not self.recorded:
-            self.out = torch.empty(shape, dtype=r.dtype, device=r.device)
-
-    def slot(self, count: int) -> Tensor | None:
-        """Where the next `count` entries may be written; None where they must be new tensors."""
-        return None if self.recorded or self.out is None else self.out[:, self.count : self.count + count]
-
-    def put(self, piece: Tensor) -> None:
-        """Add entries; those already written to their `slot` are only counted."""
-        slot = self.slot(piece.shape[1])
-        if slot is None:
-            self.pieces.append(piece)
-        elif slot.data_ptr() != piece.data_ptr():
-            slot.copy_(piece)
-        self.count += piece.shape[1]
-
-    def joined(self) -> Tensor:
-        """The result."""
-        if self.recorded or self.out is None:
-            return torch.cat(self.pieces, dim=1)
-        return self.out
-
-
-def _cumulated(r: CanonicalForm) -> Tensor:
-    """Decay of the only head from before the first token on, [B,1,T,1 or K]."""
-    if r.log_decay is None:
-        return r.q.new_ones(r.B, 1, r.T, 1)
-    total = r.log_decay[:, :, 0].to(wide_dtype(r.q)).cumsum(1).exp().to(r.dtype)
-    return total.reshape(r.B, 1, r.T, -1)
-
-
-def _columns(chunk: Chunk) -> Tensor:
-    """States of a chunk as vectors, [B,V,size,K], for one head and one decay per head."""
-    decay, tokens = chunk.span.decay, slice(0, chunk.size)
-    decayed = decay.since(chunk.place, 0, tokens)[:, None] * chunk.state.mT[:, :, None]
-    columns, between = decayed.flatten(0, 1), decay.between(chunk.place, tokens, tokens)[:, None, ..., 0]
-    for key, value in zip(chunk.keys, chunk.values):
-        weights = between * value[:, tokens].mT[:, :, None]
-        keys = key[:, None, tokens].expand(-1, value.shape[2], -1, -1)
-        columns.baddbmm_(weights.flatten(0, 1), keys.flatten(0, 1))
-    return columns.unflatten(0, decayed.shape[:2])
-
-
-def _states(chunk: Chunk, rows: list[int], into: Tensor | None) -> Tensor:
+def _states(chunk: Chunk, rows: list[int]) -> Tensor:
     """States [N,p,K,V] at `rows` of a chunk, one batched product."""
     decay, columns = chunk.span.decay, slice(0, rows[-1] + 1)
     dense = len(rows) == rows[-1] + 1 - rows[0]  # then a slice gives views, where a list of rows would copy
@@ -377,41 +269,9 @@ def _states(chunk: Chunk, rows: list[int], into: Tensor | None) -> Tensor:
     keys = torch.cat([key[:, None, columns] * between for key in chunk.keys], dim=2).flatten(0, 1)
     values = torch.cat([value[:, columns] for value in chunk.values], dim=1)[:, None]
     since = decay.since(chunk.place, 0, at)[..., None]
-    states = torch.mul(chunk.state[:, None], since, out=into).flatten(0, 1)
+    states = (chunk.state[:, None] * since).flatten(0, 1)
     states.baddbmm_(keys.mT, values.expand(-1, len(rows), -1, -1).flatten(0, 1))
     return states.unflatten(0, (-1, len(rows)))
-
-
-def _probe_heads(chunk: Chunk, v: Tensor, w: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
-    """Probes [B,size,F] by v [K,F] and w [V,F] of a chunk, and what to carry on: the last of them, [B,F]."""
-    decay, tokens = chunk.span.decay, slice(0, chunk.size)
-    probes = decay.since(chunk.place, 0, tokens) * carried[:, None]
-    weights = decay.between(chunk.place, tokens, tokens)[..., 0]
-    for key, value in zip(chunk.keys, chunk.values):
-        probes.baddbmm_(weights, (key[:, tokens] @ v) * (value[:, tokens] @ w))
-    return probes, probes[:, -1]
-
-
-def _probe_channels(chunk: Chunk, v: Tensor, w: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
-    """Probes [B,size,F] by v [K,F] and w [V,F] of a chunk, and what to carry on: S w, [B,K,F]."""
-    decay, pieces = chunk.span.decay, []
-    reads = [value @ w for value in chunk.values]
-    for first in range(0, chunk.size, _SUB):
-        tokens = slice(first, min(first + _SUB, chunk.size))
-        since = decay.since(chunk.place, first, tokens)
-        between = decay.between(chunk.place, tokens, tokens)
-        probes = since @ (v * carried)
-        carried = carried * since[:, -1, :, None]
-        for key, read in zip(chunk.keys, reads):
-            # v must see each key through the decay of its own channels, so <v, D(i->t) key_i> has no product form over
-            # pairs (i, t); [N,8,8,K] is built for a few tokens at a time, and S w is what is carried between them.
-            reach = between * key[:, None, tokens]
-            carried.baddbmm_(reach[:, -1].mT, read[:, tokens])
-            for t in range(reach.shape[1]):
-                seen = slice(first, first + t + 1)
-                probes[:, t] += ((reach[:, t, : t + 1] @ v) * read[:, seen]).sum(1)
-        pieces.append(probes)
-    return torch.cat(pieces, dim=1), carried
 
 
 def _by_token(pieces: list[Tensor], r: CanonicalForm) -> Tensor:

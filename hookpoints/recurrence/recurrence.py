@@ -1,4 +1,4 @@
-"""What can be computed from the factors of a recurrent layer: outputs, states, corrected values, responses, probes.
+"""What can be computed from the factors of a recurrent layer: outputs, states, corrected values, responses.
 
     S_t = (diag(alpha_t) + a_t b_t^T) S_{t-1} + k_t u_t^T          S: [B,H,K,V], key-first
     o_t = S_t^T (scale * q_t)
@@ -11,7 +11,7 @@ Each result is computed in two ways: `hookpoints.recurrence.reference` walks tok
 `hookpoints.recurrence.chunked` is the fast path and the default.
 
 Alphabet: B batch, T time, H head, K key side, V value side, R rank of a token's write, E rank of its erase (E = R in
-all rules so far), F feature, N vector. Sources: gated delta rule, Yang et al. 2024 (arXiv 2412.06464), eq. 10;
+all rules so far), N vector. Sources: gated delta rule, Yang et al. 2024 (arXiv 2412.06464), eq. 10;
 per-channel decay, Kimi Linear (arXiv 2510.26692), eq. 1; additive rules, GLA (arXiv 2312.06635), eq. 3.
 """
 
@@ -34,7 +34,6 @@ from hookpoints.recurrence.canonical import (
     choice,
     resolve_index,
     resolve_one,
-    tensors,
     terms,
 )
 
@@ -74,27 +73,20 @@ class Recurrence(CanonicalForm):
         heads: Index = None,
         positions: Index = None,
         *,
-        out: Tensor | None = None,
         method: Method = "chunked",
         chunk_size: int | None = None,
     ) -> Tensor:
         """States after the write, [B,T',H',K,V], for the selected heads and positions (None: all; an int keeps
         its axis).
 
-        Memory is the result's, K V numbers per token and head (64 KB in float32 at K = V = 128); most of the
-        time goes into touching it first, which a reused `out` (contiguous, in `dtype`, no gradients) saves.
-        A probe v^T S_t w costs far less by `project`, and a read by `outputs`.
+        Memory is the result's, K V numbers per token and head (64 KB in float32 at K = V = 128). Sums over tokens need
+        no more than `state_blocks`, and reads no more than `outputs`.
         """
         selected = self.select(heads=heads)
         at = resolve_index(positions, self.T, "positions")
-        shape = (self.B, len(at), selected.H, self.K, self.V)
-        if out is not None and (out.shape != shape or out.dtype != self.dtype or not out.is_contiguous()):
-            raise ValueError(f"out must be contiguous {self.dtype} {list(shape)}, found {out.dtype} {list(out.shape)}")
-        if out is not None and torch.is_grad_enabled() and any(x.requires_grad for _, x in tensors(selected)):
-            raise ValueError("out cannot be given where gradients are recorded; use torch.no_grad()")
         by_token = selected._by_token(method, chunk_size) or not at
         with self._full_precision():
-            return reference.states(selected, at, out) if by_token else chunked.states(selected, at, out, chunk_size)
+            return reference.states(selected, at) if by_token else chunked.states(selected, at, chunk_size)
 
     def corrected_values(self, *, method: Method = "chunked", chunk_size: int | None = None) -> Tensor:
         """Corrected values u~, like `u`: S_t = diag(alpha_t) S_{t-1} + k_t u~_t^T, so that decay alone links
@@ -164,16 +156,13 @@ class Recurrence(CanonicalForm):
 
         (q and g of t + 1 under `read_before_write`). Later erases react, as in the model (closed loop); take
         `without_erase().adjoint(...)` for the open loop. So state s of the result is dL/dW at token T - 1 - s, and its
-        methods serve for gradients: `state_blocks` for sums over tokens, `project` for products with rank-1 matrices.
+        `states` and `state_blocks` (for sums over tokens) serve for gradients.
 
         Args:
             read_gradients: [B,T,H,V], g: the gradient of a number L with respect to what the layer reads.
 
-        Raises ValueError for another shape. Costs nothing but views and copies of the factors.
+        Costs nothing but views and copies of the factors.
         """
-        if read_gradients.shape != (self.B, self.T, self.H, self.V):
-            expected = f"[B={self.B},T={self.T},H={self.H},V={self.V}]"
-            raise ValueError(f"read_gradients must be {expected}, as the reads, found {list(read_gradients.shape)}")
         keys, values = self.q.to(self.dtype) * self.scale, read_gradients.to(self.dtype)
         if self.read_before_write:
             keys, values = _handed_back(keys), _handed_back(values)
@@ -182,23 +171,6 @@ class Recurrence(CanonicalForm):
         log_decay, a, b = (None if x is None else _handed_back(x) for x in (self.log_decay, self.b, self.a))
         # What the result reads means nothing; its q may be any of the right shape.
         return type(self)(keys, keys, values, log_decay, a, b)
-
-    def write_gradients(
-        self,
-        read_gradients: Tensor,
-        heads: Index = None,
-        positions: Index = None,
-        *,
-        method: Method = "chunked",
-        chunk_size: int | None = None,
-    ) -> Tensor:
-        """dL/dW_t [B,T',H',K,V] of the writes of the selected heads and positions; see `adjoint`.
-
-        Memory is the result's. Sums over tokens are taken block by block, with `adjoint(...).state_blocks()`.
-        """
-        backwards = [self.T - 1 - t for t in resolve_index(positions, self.T, "positions")]
-        adjoint = self.adjoint(read_gradients)
-        return adjoint.states(heads, backwards, method=method, chunk_size=chunk_size)
 
     def value_gradients(
         self, read_gradients: Tensor, *, method: Method = "chunked", chunk_size: int | None = None
@@ -230,46 +202,21 @@ class Recurrence(CanonicalForm):
 
         Returns: [B,N,T-start,K].
         """
-        head, start = resolve_one(head, self.H, "head"), resolve_one(start, self.T, "start")
-        if x.ndim not in (2, 3) or x.shape[-1] != self.K or (x.ndim == 3 and x.shape[0] != self.B):
-            raise ValueError(f"x must be [N,K={self.K}] or [B={self.B},N,K={self.K}], found {list(x.shape)}")
-        selected = self.select(heads=head).replace(initial_state=None)
+        start, selected = resolve_one(start, self.T, "start"), self.select(heads=resolve_one(head, self.H, "head"))
         selected = choice(loop, {"closed": lambda: selected, "open": selected.without_erase}, "loop")()
-        engine = choice(method, {"chunked": chunked.propagate, "reference": reference.propagate}, "method")
-        if not chunked.propagates_faster(selected, start):
-            engine = reference.propagate
-        with self._full_precision():
-            return engine(selected, x.to(selected.dtype).expand(self.B, -1, -1), start)
-
-    def project(
-        self, v: Tensor, w: Tensor, head: int, *, feature_block: int | None = None, method: Method = "chunked"
-    ) -> Tensor:
-        """Rank-1 probes of the state after each write, v_f^T S_t w_f: [B,T,F], without building a state.
-
-        Cost O(F (K + V)) per token. Features are taken `feature_block` at a time, which bounds the memory
-        beside the result.
-
-        Args:
-            v: [F,K] key side of the probes.
-            w: [F,V] value side.
-            head: the head whose state is probed.
-        """
-        head = resolve_one(head, self.H, "head")
-        if v.ndim != 2 or w.ndim != 2 or v.shape[1] != self.K or w.shape[1] != self.V or len(v) != len(w):
-            shapes = f"v {list(v.shape)}, w {list(w.shape)}"
-            raise ValueError(f"project needs v [F,K={self.K}] and w [F,V={self.V}] with one F, found {shapes}")
-        if feature_block is not None and feature_block < 1:
-            raise ValueError(f"feature_block must be at least 1, found {feature_block}")
-        selected = self.select(heads=head)
-        v, w = v.to(selected.dtype), w.to(selected.dtype)
-        by_token = selected._by_token(method)
-        with self._full_precision():
-            return reference.project(selected, v, w) if by_token else chunked.project(selected, v, w, feature_block)
+        vectors = x.to(self.dtype).expand(self.B, -1, -1)
+        if start == self.T - 1:
+            return vectors.unsqueeze(2)
+        # The vectors are the columns of a state to which nothing is written.
+        later = selected.select(tokens=slice(start + 1, None), initial_state=selected.starting_state())
+        idle = later.replace(
+            u=vectors.new_zeros(*later.u.shape[:-1], x.shape[-2]), initial_state=vectors.mT.unsqueeze(1)
+        )
+        moved = idle.states(method=method)[:, :, 0].permute(0, 3, 1, 2)
+        return torch.cat([vectors.unsqueeze(2), moved], dim=2)
 
     def _by_token(self, method: Method, chunk_size: int | None = None) -> bool:
         """Whether the reference does the work: where it is asked for, and where chunks have no advantage."""
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, found {chunk_size}")
         return choice(method, {"chunked": not chunked.is_faster(self), "reference": True}, "method")
 
     def _full_precision(self) -> torch.autocast:

@@ -67,13 +67,13 @@ def scan(r: CanonicalForm) -> ScanResult:
     return ScanResult(torch.stack(outputs, dim=1), state)
 
 
-def states(r: CanonicalForm, positions: list[int], out: Tensor | None = None) -> Tensor:
+def states(r: CanonicalForm, positions: list[int]) -> Tensor:
     """States after the write at `positions`, [B,T',H,K,V]."""
     if not positions:
         return r.starting_state()[:, None][:, :0]
     wanted = set(positions)
     state_after = {t: step.after for t, step in enumerate(steps(r.working())) if t in wanted}
-    return torch.stack([state_after[t] for t in positions], dim=1, out=out)
+    return torch.stack([state_after[t] for t in positions], dim=1)
 
 
 def state_blocks(r: CanonicalForm) -> Iterator[Tensor]:
@@ -89,20 +89,3 @@ def corrected_values(r: CanonicalForm) -> Tensor:
         return r.u
     read_back = [read_out(r.b[:, t], step.before) for t, step in enumerate(steps(r))]
     return r.u - r.beta[..., None] * torch.stack(read_back, dim=1)
-
-
-def propagate(r: CanonicalForm, x: Tensor, start: int) -> Tensor:
-    """Transition products applied to x [B,N,K] of the only head: [B,N,T-start,K]."""
-    r = r.working()
-    vectors = x.mT[:, None]  # as the columns of a state, [B,1,K,N]
-    moved = [vectors]
-    for t in range(start + 1, r.T):
-        vectors = transition(r, t, vectors)
-        moved.append(vectors)
-    return torch.stack(moved, dim=1)[:, :, 0].permute(0, 3, 1, 2)
-
-
-def project(r: CanonicalForm, v: Tensor, w: Tensor) -> Tensor:
-    """v_f^T S_t w_f from the states themselves: [B,T,F]."""
-    probes = [torch.einsum("fk,bkv,fv->bf", v, step.after[:, 0], w) for step in steps(r.working())]
-    return torch.stack(probes, dim=1)

@@ -215,7 +215,6 @@ def test_recurrences_know_their_heads(model, head):
     for call in (
         lambda: r.states(head),
         lambda: r.propagate(torch.ones(1, r.K), 0, head),
-        lambda: r.project(torch.ones(1, r.K), torch.ones(1, r.V), head),
     ):
         with pytest.raises(IndexError, match=f"{head} is out of range for 4"):
             call()

@@ -46,9 +46,9 @@ def test_a_weight_is_the_propagated_key_seen_by_the_query(r):
 
 def test_half_the_tokens_after_the_other_half(r):
     """Keys handed on give the later tokens the earlier ones as sources: the last rows of the whole."""
-    whole, parts = r.attention(), r.split(23)
-    past = parts.left.by_source().final_state()
-    later = parts.right(parts.left.final_state())
+    whole, first = r.attention(), r.select(tokens=slice(0, 23))
+    past = first.by_source().final_state()
+    later = r.select(tokens=slice(23, None), initial_state=first.final_state())
     reads = later.by_source(past).outputs().transpose(1, 2)
     assert_close(reads, whole[:, :, 23:].flatten(3), **EXACT)
 

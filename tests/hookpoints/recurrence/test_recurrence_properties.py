@@ -76,11 +76,10 @@ def test_states_are_those_of_the_reference(r: Recurrence, data, chunk_size: int 
 @given(r=recurrences(least_T=2), data=st.data())
 def test_carrying_the_state_over_a_split_equals_one_pass(r: Recurrence, data) -> None:
     t = data.draw(st.integers(1, r.T - 1))
-    left, right = r.split(t)
-    rest = right(left.final_state())
+    left = r.select(tokens=slice(0, t))
+    rest = r.select(tokens=slice(t, None), initial_state=left.final_state())
     exact(torch.cat([left.outputs(), rest.outputs()], dim=1), r.outputs())
     exact(rest.final_state(), r.final_state())
-    exact(Recurrence.cat([left, rest]).outputs(), r.outputs(), 0.0)
 
 
 @seldom
@@ -113,13 +112,14 @@ def _outputs_with(r: Recurrence, t0: int, head: int, x: torch.Tensor, y: torch.T
         if not r.read_before_write:
             delta[:, t0, head] = (r.scale * r.q[:, t0, head] @ x)[:, None] * y
         return r.outputs() + delta
-    left, right = r.split(t0 + 1)
+    left = r.select(tokens=slice(0, t0 + 1))
     state = left.final_state().clone()
     state[:, head] += x[:, None] * y
     outputs = left.outputs().clone()
     if not r.read_before_write:
         outputs[:, t0, head] += (r.scale * r.q[:, t0, head] @ x)[:, None] * y
-    return torch.cat([outputs, right(state).outputs()], dim=1)
+    rest = r.select(tokens=slice(t0 + 1, None), initial_state=state)
+    return torch.cat([outputs, rest.outputs()], dim=1)
 
 
 @seldom
@@ -133,16 +133,6 @@ def test_propagate_is_the_reference(r: Recurrence, data) -> None:
         exact(found, r.propagate(x, t0, head, loop=loop, method="reference"))
     if r.a is None:
         exact(r.propagate(x, t0, head), r.propagate(x, t0, head, loop="open"), 0.0)
-
-
-@seldom
-@given(r=recurrences(), block=st.one_of(st.none(), st.integers(1, 4)), data=st.data())
-def test_a_probe_is_a_read_of_the_state(r: Recurrence, block: int | None, data) -> None:
-    head = data.draw(st.integers(0, r.H - 1))
-    v, w = normal(5, r.K), normal(5, r.V, seed=1)
-    dense = torch.einsum("fk,btkv,fv->btf", v, r.states(head, method="reference")[:, :, 0], w)
-    exact(r.project(v, w, head, feature_block=block), dense)
-    exact(r.project(v, w, head, method="reference"), dense)
 
 
 @seldom
