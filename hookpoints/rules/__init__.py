@@ -1,16 +1,17 @@
-"""One file per update rule. A rule knows an op's arguments and the canonical recurrence, and nothing of hooks.
+"""Update rules: ``tables``, and a file for each that needs more. A rule knows an op's arguments and the canonical recurrence, and nothing of hooks.
 
 How to add a rule, here one that fla would compute by ``chunk_new_rule(q, k, v, gk, beta, ...)``:
 
 1. Write the equation in canonical form, S_t = (diag(alpha) + a b^T) S_{t-1} + k u^T, o_t = S_t^T (scale q). If that is
    not possible, add the model type with the reason to ``refused.py`` instead.
-2. Write one file that begins with the equation and its source. Most rules are a table::
+2. Write it down in ``tables``, with the equation and its source. Most rules are a table::
 
-       class FlaNewRule(FlaRule):  # Rule for ops that have a torch form
-           name = "New rule"
-           ops = ("chunk_new_rule", "fused_recurrent_new_rule")  # every name under which a layer calls it
-           names = Names("q", "k", "v", log_decay="gk", beta="beta")  # factor -> argument
-           erases = True  # a delta rule: it takes off beta k (alpha k)^T S
+       FLA_NEW_RULE = FlaRule(  # Rule for ops that have a torch form
+           "New rule",
+           ("chunk_new_rule", "fused_recurrent_new_rule"),  # every name under which a layer calls it
+           Names("q", "k", "v", log_decay="gk", beta="beta"),  # factor -> argument
+           erases=True,  # a delta rule: it takes off beta k (alpha k)^T S
+       )
 
    What an op does to its arguments under a flag (``base`` lists them) is read and turned off for you. Where the rule
    differs, override the smallest method that says so: ``read`` and ``feed`` for one factor, ``write_key`` or
@@ -21,60 +22,39 @@ How to add a rule, here one that fla would compute by ``chunk_new_rule(q, k, v, 
 """
 
 from hookpoints.rules.base import Arguments, FlaRule, Names, Op, OpFactors, OpResult, Rule
-from hookpoints.rules.comba import FlaComba
-from hookpoints.rules.delta import FlaDelta
-from hookpoints.rules.delta_product import FlaGatedDeltaProduct
-from hookpoints.rules.gated_delta import FlaGatedDelta, GatedDelta
-from hookpoints.rules.gla import FlaGatedLinear, FlaHgrn2
-from hookpoints.rules.kda import FlaKimiDelta, KimiDelta
-from hookpoints.rules.mamba2 import Mamba2
+from hookpoints.rules.delta_product import GATED_DELTA_PRODUCT
+from hookpoints.rules.mamba2 import MAMBA2
 from hookpoints.rules.refused import REFUSED, REFUSED_LAYERS
-from hookpoints.rules.rwkv6 import FlaRWKV6
-from hookpoints.rules.rwkv7 import RWKV7, FlaRWKV7
-from hookpoints.rules.simple_gla import FlaRetention, FlaSimpleGatedLinear
+from hookpoints.rules.rwkv7 import FLA_RWKV7, RWKV7
+from hookpoints.rules.tables import (
+    FLA_COMBA,
+    FLA_DELTA,
+    FLA_GATED_DELTA,
+    FLA_GLA,
+    FLA_KIMI_DELTA,
+    FLA_RETENTION,
+    FLA_RWKV6,
+    FLA_SIMPLE_GLA,
+    GATED_DELTA,
+    KIMI_DELTA,
+)
 
 RULES: tuple[Rule, ...] = (
-    GatedDelta(),
-    KimiDelta(),
-    Mamba2(),
-    RWKV7(),
-    FlaRWKV7(),
-    FlaDelta(),
-    FlaGatedDelta(),
-    FlaGatedLinear(),
-    FlaKimiDelta(),
-    FlaRetention(),
-    FlaSimpleGatedLinear(),
-    FlaGatedDeltaProduct(),
-    FlaRWKV6(),
-    FlaComba(),
+    GATED_DELTA,
+    KIMI_DELTA,
+    MAMBA2,
+    RWKV7,
+    FLA_RWKV7,
+    FLA_DELTA,
+    FLA_GATED_DELTA,
+    FLA_GLA,
+    FLA_KIMI_DELTA,
+    FLA_RETENTION,
+    FLA_SIMPLE_GLA,
+    GATED_DELTA_PRODUCT,
+    FLA_RWKV6,
+    FLA_COMBA,
 )
 """The rules that hookpoints can hook."""
 
-__all__ = [
-    "REFUSED",
-    "REFUSED_LAYERS",
-    "RULES",
-    "RWKV7",
-    "Arguments",
-    "FlaComba",
-    "FlaDelta",
-    "FlaGatedDelta",
-    "FlaGatedDeltaProduct",
-    "FlaGatedLinear",
-    "FlaHgrn2",
-    "FlaKimiDelta",
-    "FlaRWKV6",
-    "FlaRWKV7",
-    "FlaRetention",
-    "FlaRule",
-    "FlaSimpleGatedLinear",
-    "GatedDelta",
-    "KimiDelta",
-    "Mamba2",
-    "Names",
-    "Op",
-    "OpFactors",
-    "OpResult",
-    "Rule",
-]
+__all__ = ["REFUSED", "REFUSED_LAYERS", "RULES", "Arguments", "FlaRule", "Names", "Op", "OpFactors", "OpResult", "Rule"]

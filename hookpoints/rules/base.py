@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,7 @@ class Names(NamedTuple):
         return frozenset(field for field, argument in self._asdict().items() if argument is not None)
 
 
+@dataclass(frozen=True, eq=False)
 class Rule:
     """One update rule: which ops compute it, and how their arguments map to the canonical form.
 
@@ -138,6 +139,10 @@ class Rule:
     """Factors that the op takes only in the dtype of its own arguments; the others are fed in the working dtype."""
     torch_only: frozenset[str] = frozenset()
     """Factors that only the torch op can be fed apart from the others; fast kernels tie them together."""
+    refuses_float32: frozenset[str] = frozenset()
+    """Fast ops that take no float32; hookpoints' own kernel computes those calls."""
+    output_like: Literal["q", "v"] = "v"
+    """Which argument has the dtype in which the torch op returns its outputs."""
     companions: tuple[str, ...] = ()
     """Other fast ops of the same layers (convolutions) that only need to be kept on the right device."""
     fused: tuple[str, ...] = ()
@@ -161,7 +166,9 @@ class Rule:
 
     def runs(self, op: Op, arguments: Arguments) -> bool:
         """Whether upstream's op can compute this call where its tensors are; else hookpoints' own kernel does."""
-        return not self.kernel_only or arguments[self.names.v].device.type != "cpu"
+        v = arguments[self.names.v]
+        runs_here = not self.kernel_only or v.device.type != "cpu"
+        return runs_here and not (v.dtype == torch.float32 and op.__name__ in self.refuses_float32)
 
     # -- from arguments to the canonical form
 
@@ -239,7 +246,7 @@ class Rule:
 
     def output_dtype(self, arguments: Arguments) -> torch.dtype:
         """The dtype in which the torch op returns its outputs."""
-        return arguments[self.names.v].dtype
+        return arguments[getattr(self.names, self.output_like)].dtype
 
     def wants_state(self, arguments: Arguments) -> bool:
         """Whether the caller asked for the final state."""
@@ -255,12 +262,16 @@ class Rule:
         return result.outputs, key_first(result.final_state, arguments)  # the same transposition leads back
 
 
+_NAMES_OF_FLA = Names("q", "k", "v", beta="beta", log_decay="g")
+
+
+@dataclass(frozen=True, eq=False)
 class FlaRule(Rule):
     """A rule of flash-linear-attention's ops: Triton kernels, which take [B,T,H,K] and [B,T,H,V]."""
 
-    names = Names("q", "k", "v", beta="beta", log_decay="g")
-    kernel_only = True
-    rounded = frozenset({"q", "k", "v", "back"})
+    names: Names = _NAMES_OF_FLA
+    kernel_only: bool = True
+    rounded: frozenset[str] = frozenset({"q", "k", "v", "back"})
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

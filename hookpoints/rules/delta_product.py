@@ -11,32 +11,24 @@ decay of later steps and for the reads of earlier ones, whose outputs the layer 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from hookpoints.recurrence.canonical import carried_keys
-from hookpoints.rules.base import Arguments, FlaRule, OpFactors, OpResult
+from hookpoints.rules.base import Arguments, FlaRule, OpFactors, OpResult, Rule
 
 _OF_A_STEP = ("k", "v", "beta")
 """Factors that each step has; the others belong to the token."""
 
 
-class FlaGatedDeltaProduct(FlaRule):
-    """The rule of fla's ``chunk_gated_delta_product``, and of ``fused_recurrent_gated_delta_rule`` in its layers.
+class GatedDeltaProduct(FlaRule):
+    """The rule of fla's ``chunk_gated_delta_product``, and of ``fused_recurrent_gated_delta_rule`` in its layers. Its
+    ``rank`` is R, as the mixer has it; calls of the second op do not tell."""
 
-    Args:
-        steps: R, as the mixer has it; calls of the second op do not tell.
-    """
-
-    name = "Gated DeltaProduct"
-    ops = ("chunk_gated_delta_product", "fused_recurrent_gated_delta_rule")
-    erases = True
-
-    def __init__(self, steps: int = 1):
-        self.rank = steps
-
-    def for_mixer(self, mixer: nn.Module) -> FlaGatedDeltaProduct:
-        return FlaGatedDeltaProduct(int(getattr(mixer, "num_householder")))  # noqa: B009 (its type is int here)
+    def for_mixer(self, mixer: nn.Module) -> Rule:
+        return replace(self, rank=int(getattr(mixer, "num_householder")))  # noqa: B009 (its type is int here)
 
     def read(self, field: str, arguments: Arguments, dtype: torch.dtype) -> Tensor | None:
         x = super().read(field, arguments, dtype)
@@ -82,3 +74,8 @@ class FlaGatedDeltaProduct(FlaRule):
         steps = torch.zeros_like(x).unsqueeze(2).repeat_interleave(self.rank, dim=2)
         steps[:, :, step] = x
         return steps.flatten(1, 2)
+
+
+GATED_DELTA_PRODUCT = GatedDeltaProduct(
+    "Gated DeltaProduct", ("chunk_gated_delta_product", "fused_recurrent_gated_delta_rule"), erases=True
+)

@@ -32,16 +32,7 @@ def _is_update(arguments: Arguments) -> bool:
 
 
 class Mamba2(Rule):
-    """The rule of transformers' ``mamba2_chunk_scan`` and ``mamba2_selective_state_update``."""
-
-    name = "Mamba-2"
-    ops = ("mamba2_chunk_scan", "mamba2_selective_state_update")
-    companions = ("causal_conv1d_fn", "causal_conv1d_update")
-    fused = ("mamba2_split_conv1d_scan_combined",)
-    torch_only = frozenset({"beta", "log_decay"})
-    names = Names("C", "B", "hidden_states", beta="dt", log_decay="A")
-    sizes = ("ssm_state_size", "head_dim")
-    default_scale = 1.0
+    """See above."""
 
     def factors(self, arguments: Arguments) -> OpFactors:
         x, B, C = (arguments[name] for name in ("hidden_states", "B", "C"))
@@ -101,6 +92,18 @@ class Mamba2(Rule):
             outputs = (outputs * F.silu(arguments["z"])).to(dtype)
         arguments["state"].copy_(state.mT)
         return outputs
+
+
+MAMBA2 = Mamba2(
+    "Mamba-2",
+    ("mamba2_chunk_scan", "mamba2_selective_state_update"),
+    Names("C", "B", "hidden_states", beta="dt", log_decay="A"),
+    sizes=("ssm_state_size", "head_dim"),
+    default_scale=1.0,
+    companions=("causal_conv1d_fn", "causal_conv1d_update"),
+    fused=("mamba2_split_conv1d_scan_combined",),
+    torch_only=frozenset({"beta", "log_decay"}),
+)
 
 
 def _step_size(arguments: Arguments) -> tuple[Tensor, Tensor]:

@@ -13,32 +13,19 @@ the read, the bonus (r . r_k k) v, and its gate are outside the op.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from hookpoints.recurrence.canonical import CanonicalForm
 from hookpoints.rules.base import Arguments, Names, OpFactors, Rule
 
 
-class RWKV7(Rule):
-    """The rule of ``hookpoints.rwkv7.rwkv7_recurrence``."""
-
-    name = "RWKV-7"
-    ops = ("rwkv7_recurrence",)
-    names = Names("r", "k", "v", log_decay="w")
-    sizes = ("head_dim", "head_v_dim")
-
+class _RWKV7(Rule):
     def form(self, factors: OpFactors, arguments: Arguments) -> CanonicalForm:
         along, back = _erase(arguments)
         dtype = factors.k.dtype
         return super().form(factors, arguments).replace(a=along.to(dtype), b=back.to(dtype))
-
-
-class FlaRWKV7(RWKV7):
-    """The rule of fla's ops."""
-
-    ops = ("chunk_rwkv7", "fused_mul_recurrent_rwkv7", "fused_recurrent_rwkv7")
-    kernel_only = True
-    rounded = RWKV7.names.fields()
 
 
 def _erase(arguments: Arguments) -> tuple[Tensor, Tensor]:
@@ -47,3 +34,14 @@ def _erase(arguments: Arguments) -> tuple[Tensor, Tensor]:
     if "kk" in arguments:
         return arguments["kk"] * arguments["a"], -arguments["kk"]
     return arguments["b"], arguments["a"]
+
+
+RWKV7 = _RWKV7("RWKV-7", ("rwkv7_recurrence",), Names("r", "k", "v", log_decay="w"), ("head_dim", "head_v_dim"))
+"""The rule of ``hookpoints.rwkv7.rwkv7_recurrence``."""
+FLA_RWKV7 = replace(
+    RWKV7,
+    ops=("chunk_rwkv7", "fused_mul_recurrent_rwkv7", "fused_recurrent_rwkv7"),
+    kernel_only=True,
+    rounded=RWKV7.names.fields(),
+)
+"""That of fla's ops."""

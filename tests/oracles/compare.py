@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, Recurrence
-from hookpoints.rules import FlaSimpleGatedLinear
+from hookpoints.rules.tables import FLA_SIMPLE_GLA
 
 ALL = (*FAMILIES, "simple_gla")
 
@@ -73,7 +73,7 @@ def _of_schedule(hooked: HookedRecurrent, schedule: str, saved: dict[str, Tensor
 
 
 def _of_simple_gla(saved: dict[str, Tensor]) -> dict[str, Errors]:
-    rule, call = FlaSimpleGatedLinear(), simple_gla_call()
+    rule, call = FLA_SIMPLE_GLA, simple_gla_call()
     found = Recurrence.of(rule.form(rule.factors(call), call)).scan()
     return {
         kind: Errors(

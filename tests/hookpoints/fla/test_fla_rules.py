@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from hookpoints import Recurrence
-from hookpoints.rules import FlaDelta, FlaGatedDelta, FlaGatedLinear, FlaKimiDelta, FlaRetention, FlaSimpleGatedLinear
 from hookpoints.rules.base import l2_normalise
+from hookpoints.rules.tables import FLA_DELTA, FLA_GATED_DELTA, FLA_GLA, FLA_KIMI_DELTA, FLA_RETENTION, FLA_SIMPLE_GLA
 
 B, T, H, HV, K, V = 2, 37, 2, 4, 8, 5
 DTYPES = [torch.float64, torch.float32]
@@ -57,9 +57,9 @@ def test_gla(dtype):
     given = call(dtype, g=F.logsigmoid(normal(4, B, T, HV, K, dtype=dtype)) / 16)
     with KeepFloat64():
         out = naive_recurrent_gla(given["q"], given["k"], given["v"], given["g"], given["initial_state"].mT, True)
-    check(FlaGatedLinear(), given, *out, dtype)
+    check(FLA_GLA, given, *out, dtype)
     given["gk"] = given.pop("g")  # as the recurrent op calls it
-    check(FlaGatedLinear(), given, *out, dtype)
+    check(FLA_GLA, given, *out, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,7 +72,7 @@ def test_simple_gla(dtype):
         out = naive_recurrent_simple_gla(
             given["q"], given["k"], given["v"], given["g"], initial_state=given["initial_state"].mT
         )
-    check(FlaSimpleGatedLinear(), given, *out, dtype)
+    check(FLA_SIMPLE_GLA, given, *out, dtype)
 
 
 def test_retention():
@@ -82,7 +82,7 @@ def test_retention():
     given = call(torch.float64, initial_state=None)
     with KeepFloat64():
         expected = naive_retention(*(given[name].transpose(1, 2) for name in "qkv")).transpose(1, 2)
-    recurrence = Recurrence.of(FlaRetention().form(FlaRetention().factors(given), given))
+    recurrence = Recurrence.of(FLA_RETENTION.form(FLA_RETENTION.factors(given), given))
     assert_close(recurrence.outputs(), expected, rtol=0, atol=1e-6)  # the reference makes its decays in float32
     assert_close(recurrence.log_decay[0, 3].exp(), 1 - 2.0 ** (-5.0 - torch.arange(HV, dtype=torch.float64)))
 
@@ -103,7 +103,7 @@ def test_delta(normalise, dtype):
         outputs, state = delta_rule_recurrence(
             *(x.transpose(1, 2) for x in (q, k, given["v"], beta)), given["initial_state"]
         )
-    check(FlaDelta(), given, outputs.transpose(1, 2), state, dtype)
+    check(FLA_DELTA, given, outputs.transpose(1, 2), state, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -129,7 +129,7 @@ def test_gated_delta(in_kernel, dtype):
         out = naive_recurrent_gated_delta_rule(
             q, k, given["v"], beta, g, initial_state=given["initial_state"].mT, output_final_state=True
         )
-    check(FlaGatedDelta(), given, *out, dtype)
+    check(FLA_GATED_DELTA, given, *out, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,23 +150,23 @@ def test_kda(bound, dtype):
         out = naive_recurrent_kda(
             q, k, given["v"], g, given["beta"].sigmoid(), None, given["initial_state"].mT.contiguous(), True
         )
-    check(FlaKimiDelta(), given, *out, dtype)
+    check(FLA_KIMI_DELTA, given, *out, dtype)
 
 
 @pytest.mark.parametrize(
     "rule, own",
     [
-        (FlaGatedDelta(), {"A_log": normal(5, HV), "dt_bias": None, "use_gate_in_kernel": True}),
-        (FlaKimiDelta(), {"A_log": normal(5, HV), "dt_bias": None, "lower_bound": -3.0, "use_gate_in_kernel": True}),
-        (FlaGatedLinear(), {}),
-        (FlaSimpleGatedLinear(), {"g_gamma": None}),
+        (FLA_GATED_DELTA, {"A_log": normal(5, HV), "dt_bias": None, "use_gate_in_kernel": True}),
+        (FLA_KIMI_DELTA, {"A_log": normal(5, HV), "dt_bias": None, "lower_bound": -3.0, "use_gate_in_kernel": True}),
+        (FLA_GLA, {}),
+        (FLA_SIMPLE_GLA, {"g_gamma": None}),
     ],
     ids=["gated_delta", "kda", "gla", "simple_gla"],
 )
 def test_what_is_fed_is_what_the_op_uses(rule, own):
     """Changed factors handed to an op, and read off that call again, are the same: what the kernel would have done
     with them is turned off."""
-    per_channel = isinstance(rule, (FlaKimiDelta, FlaGatedLinear))
+    per_channel = rule in (FLA_KIMI_DELTA, FLA_GLA)
     gate = -normal(4, B, T, HV, K).abs() if per_channel else -normal(4, B, T, HV).abs()
     heads = H if "A_log" in own else HV
     given = call(torch.float64, HV, heads, g=gate, **own)
@@ -183,7 +183,7 @@ def test_what_is_fed_is_what_the_op_uses(rule, own):
 
 
 def test_results_go_back_in_the_layout_of_the_call():
-    rule, given = FlaGatedLinear(), call(torch.float64, g=-normal(4, B, T, HV, K).abs())
+    rule, given = FLA_GLA, call(torch.float64, g=-normal(4, B, T, HV, K).abs())
     native = (normal(8, B, T, HV, V), normal(9, B, HV, V, K))
     result = rule.read_result(native, given)
     assert result.final_state.shape == (B, HV, K, V)
@@ -202,5 +202,5 @@ def test_the_chunk_op_of_deltanet_takes_no_float32():
         (torch.float32, recurrent, True),
     ):
         on_gpu = {name: torch.empty(1, device="meta", dtype=dtype) for name in "qkv"}
-        assert FlaDelta().runs(op, on_gpu) is runs
-        assert not FlaDelta().runs(op, {name: torch.empty(1, dtype=dtype) for name in "qkv"})
+        assert FLA_DELTA.runs(op, on_gpu) is runs
+        assert not FLA_DELTA.runs(op, {name: torch.empty(1, dtype=dtype) for name in "qkv"})

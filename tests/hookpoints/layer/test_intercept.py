@@ -18,12 +18,13 @@ from torch.testing import assert_close
 from hookpoints import HookedRecurrent, HookpointsError
 from hookpoints.layer.intercept import running, wrap_ops
 from hookpoints.model.inputs import cache_argument, cache_of
-from hookpoints.rules import GatedDelta, Mamba2
+from hookpoints.rules.mamba2 import MAMBA2
+from hookpoints.rules.tables import GATED_DELTA
 
 
 def test_ops_are_wrapped_once_and_keep_their_identity():
     HookedRecurrent.from_hf(make_hf())
-    before = {name: getattr(upstream, name) for name in (*GatedDelta.ops, *GatedDelta.companions)}
+    before = {name: getattr(upstream, name) for name in (*GATED_DELTA.ops, *GATED_DELTA.companions)}
     HookedRecurrent.from_hf(make_hf())
     for name, op in before.items():
         assert getattr(upstream, name) is op
@@ -43,7 +44,7 @@ def _fast_only(torch_op):
 def test_cpu_works_where_fast_kernels_are_installed(monkeypatch, tokens):
     """With fla and triton importable, upstream takes their kernels on a CPU too and crashes; hooked models do not."""
     expected = make_hf()(tokens).logits
-    originals = {name: inspect.unwrap(getattr(upstream, name)) for name in (*GatedDelta.ops, *GatedDelta.companions)}
+    originals = {name: inspect.unwrap(getattr(upstream, name)) for name in (*GATED_DELTA.ops, *GATED_DELTA.companions)}
     for name, op in originals.items():
         monkeypatch.setattr(upstream, name, _fast_only(op))
     plain = make_hf()
@@ -57,7 +58,7 @@ def test_cpu_works_where_fast_kernels_are_installed(monkeypatch, tokens):
 
 
 def test_a_kernel_of_several_steps_is_declined_inside_a_hooked_layer_alone():
-    namespace, name = types.ModuleType("namespace"), Mamba2.fused[0]
+    namespace, name = types.ModuleType("namespace"), MAMBA2.fused[0]
 
     def declines():
         return "declined"
@@ -70,7 +71,7 @@ def test_a_kernel_of_several_steps_is_declined_inside_a_hooked_layer_alone():
         open, module = True, torch.nn.Identity()
 
     setattr(namespace, name, kernel)
-    undo = wrap_ops(namespace, Mamba2())
+    undo = wrap_ops(namespace, MAMBA2)
     assert getattr(namespace, name)() == "ran"
     assert running(Handler(), getattr(namespace, name), (), {}) == "declined"
     undo()
@@ -249,7 +250,7 @@ def test_unknown_keywords_go_to_ops_that_take_any(open_ended):
 
     namespace = types.ModuleType("namespace")
     namespace.torch_chunk_gated_delta_rule = taking_any if open_ended else closed
-    wrap_ops(namespace, GatedDelta())
+    wrap_ops(namespace, GATED_DELTA)
 
     def forward():
         return namespace.torch_chunk_gated_delta_rule(torch.ones(1), cu_seqlens=None, use_cache=False)

@@ -196,10 +196,10 @@ def test_self_check_refuses_a_layer_that_is_not_what_it_seems():
 
 
 def test_self_check_refuses_a_wrong_formula(monkeypatch):
-    from hookpoints.rules import GatedDelta
+    from hookpoints.rules import Rule
 
-    true_form = GatedDelta.form
-    monkeypatch.setattr(GatedDelta, "form", lambda self, f, arguments: true_form(self, f, arguments).replace(scale=1.0))
+    true_form = Rule.form
+    monkeypatch.setattr(Rule, "form", lambda self, f, arguments: true_form(self, f, arguments).replace(scale=1.0))
     with pytest.raises(SelfCheckError, match=r"layer 0 .*differ by"):
         HookedRecurrent.from_hf(make_hf())
 

@@ -4,6 +4,7 @@ against the same ops written token by token. fla itself is not needed; its kerne
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -13,7 +14,9 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from hookpoints import Recurrence
-from hookpoints.rules import FlaComba, FlaGatedDeltaProduct, FlaRWKV6, OpFactors, Rule
+from hookpoints.rules import OpFactors, Rule
+from hookpoints.rules.delta_product import GATED_DELTA_PRODUCT
+from hookpoints.rules.tables import FLA_COMBA, FLA_RWKV6
 
 B, T, G, H, K, V, R = 2, 19, 2, 4, 6, 5, 3
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -130,11 +133,11 @@ def last_step(outputs: Tensor) -> Tensor:
 
 
 CASES = {
-    "product": Case(FlaGatedDeltaProduct(R), gated_delta_product, product_call),
-    "product of one": Case(FlaGatedDeltaProduct(1), gated_delta_product, lambda: product_call(1)),
-    "stepwise": Case(FlaGatedDeltaProduct(R), gated_delta_rule, stepwise_call, last_step),
-    "rwkv6": Case(FlaRWKV6(), rwkv6, rwkv6_call),
-    "comba": Case(FlaComba(), comba, comba_call),
+    "product": Case(replace(GATED_DELTA_PRODUCT, rank=R), gated_delta_product, product_call),
+    "product of one": Case(replace(GATED_DELTA_PRODUCT, rank=1), gated_delta_product, lambda: product_call(1)),
+    "stepwise": Case(replace(GATED_DELTA_PRODUCT, rank=R), gated_delta_rule, stepwise_call, last_step),
+    "rwkv6": Case(FLA_RWKV6, rwkv6, rwkv6_call),
+    "comba": Case(FLA_COMBA, comba, comba_call),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -177,7 +180,7 @@ def test_each_factor_can_be_fed_by_itself(case: Case, field: str) -> None:
 
 
 def test_steps_have_an_axis_of_their_own() -> None:
-    rule, call = FlaGatedDeltaProduct(R), product_call()
+    rule, call = replace(GATED_DELTA_PRODUCT, rank=R), product_call()
     factors = rule.factors(call)
     assert factors.k.shape == (B, T, H, R, K) and factors.v.shape == (B, T, H, R, V)
     assert factors.beta is not None and factors.beta.shape == (B, T, H, R)
@@ -187,7 +190,7 @@ def test_steps_have_an_axis_of_their_own() -> None:
 
 def test_no_decay_is_no_factor() -> None:
     """Gated DeltaProduct without its forget gate."""
-    rule, call = FlaGatedDeltaProduct(R), {**product_call(), "g": None}
+    rule, call = replace(GATED_DELTA_PRODUCT, rank=R), {**product_call(), "g": None}
     factors = rule.factors(call)
     assert "log_decay" not in factors.present()
     assert_close(Recurrence.of(rule.form(factors, call)).outputs(), gated_delta_product(**call)[0], **EXACT)
@@ -195,7 +198,7 @@ def test_no_decay_is_no_factor() -> None:
 
 def test_the_bonus_of_rwkv6_is_outside_the_state() -> None:
     """An edit of a write is read from the next token on; the bonus stays as the layer made it."""
-    rule, call = FlaRWKV6(), rwkv6_call()
+    rule, call = FLA_RWKV6, rwkv6_call()
     r = Recurrence.of(rule.form(rule.factors(call), call))
     assert r.read_before_write
     x, y = normal(7, 1, K), normal(8, V)
@@ -212,7 +215,7 @@ def test_the_bonus_of_rwkv6_is_outside_the_state() -> None:
 
 def test_comba_reads_back_before_the_decay() -> None:
     """The erase key is p itself; a delta rule's would be decayed."""
-    rule, call = FlaComba(), comba_call()
+    rule, call = FLA_COMBA, comba_call()
     r = Recurrence.of(rule.form(rule.factors(call), call))
     assert r.b is not None and r.beta is not None
     assert_close(r.b, unit(call["p"]).repeat_interleave(H // G, 2), **EXACT)

@@ -14,7 +14,9 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, Recurrence
 from hookpoints.layer.intercept import _bind, running, wrap_ops
-from hookpoints.rules import GatedDelta, KimiDelta, Mamba2, OpFactors
+from hookpoints.rules import OpFactors
+from hookpoints.rules.mamba2 import MAMBA2
+from hookpoints.rules.tables import GATED_DELTA, KIMI_DELTA
 
 GATED = [modelling(name) for name in ("qwen3_5", "lara_mini")]
 KIMI = [modelling(name) for name in ("kimi_linear", "bailing_hybrid")]
@@ -80,10 +82,10 @@ def update_call() -> dict:
 
 
 CALLS = [
-    *((GatedDelta(), m, name, lambda: delta_call(False)) for m in GATED if m for name in GatedDelta.ops),
-    *((KimiDelta(), m, name, lambda: delta_call(True)) for m in KIMI if m for name in KimiDelta.ops),
-    *((Mamba2(), m, Mamba2.ops[0], scan_call) for m in MAMBA),
-    *((Mamba2(), m, Mamba2.ops[1], update_call) for m in MAMBA),
+    *((GATED_DELTA, m, name, lambda: delta_call(False)) for m in GATED if m for name in GATED_DELTA.ops),
+    *((KIMI_DELTA, m, name, lambda: delta_call(True)) for m in KIMI if m for name in KIMI_DELTA.ops),
+    *((MAMBA2, m, MAMBA2.ops[0], scan_call) for m in MAMBA),
+    *((MAMBA2, m, MAMBA2.ops[1], update_call) for m in MAMBA),
 ]
 every_op = pytest.mark.parametrize(
     ("rule", "module", "name", "make"), CALLS, ids=[f"{c[1].__name__.split('.')[-2]}-{c[2]}" for c in CALLS]
@@ -143,7 +145,7 @@ def test_other_calls_of_the_scan():
     op, arguments = bound(mamba2, "mamba2_chunk_scan", scan_call)
     bare = {"D": None, "dt_bias": None, "dt_softplus": False, "initial_states": None, "return_final_states": False}
     arguments |= bare | {"dt": arguments["dt"].abs()}
-    rule = Mamba2()
+    rule = MAMBA2
     with KeepFloat64():
         r = Recurrence.of(rule.form(rule.factors(arguments), arguments))
         assert_close(r.outputs(), op(**arguments), **EXACT)
@@ -191,7 +193,7 @@ def test_kernels_may_name_their_arguments_otherwise():
 
     namespace = types.ModuleType("namespace")
     namespace.mamba2_chunk_scan = kernel
-    wrap_ops(namespace, Mamba2())
+    wrap_ops(namespace, MAMBA2)
     x = torch.empty(1, device="meta")
 
     def forward():  # looks the op up by its name, as layers do

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, Recurrence
 from hookpoints.model.inputs import cache_of
-from hookpoints.rules import RWKV7, FlaRWKV7
+from hookpoints.rules.rwkv7 import FLA_RWKV7, RWKV7
 from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM, rwkv7_recurrence
 
 B, T, H, K, V = 2, 45, 3, 8, 6
@@ -76,7 +76,7 @@ def test_no_state_is_returned_unasked_and_half_precision_stays():
     assert result.final_state is None and result.outputs.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("rule", [RWKV7(), FlaRWKV7()])
+@pytest.mark.parametrize("rule", [RWKV7, FLA_RWKV7])
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_rule_is_the_operation(rule, fused):
     """Both forms of call: a and b, or fla's decoding op with the erase key and the rate apart."""
@@ -91,9 +91,9 @@ def test_the_rule_is_the_operation(rule, fused):
     assert rule.wants_state(arguments) and (r.H, r.K, r.V) == (H, K, V)
 
 
-@pytest.mark.parametrize("field", RWKV7().factor_names)
+@pytest.mark.parametrize("field", RWKV7.factor_names)
 def test_each_factor_can_be_fed_by_itself(field):
-    rule, arguments = RWKV7(), {**call(), "scale": 1.0}
+    rule, arguments = RWKV7, {**call(), "scale": 1.0}
     factors = rule.factors(arguments)
     factors = factors.with_(**{field: 0.7 * getattr(factors, field)})
     fed = rule.arguments(arguments, factors, frozenset({field}))
@@ -103,7 +103,7 @@ def test_each_factor_can_be_fed_by_itself(field):
 
 
 def test_corrected_writes_are_refused():
-    rule, arguments = RWKV7(), {**call(), "scale": 1.0}
+    rule, arguments = RWKV7, {**call(), "scale": 1.0}
     r = Recurrence.of(rule.form(rule.factors(arguments), arguments))
     with pytest.raises(ValueError, match=r"only where the erase a is along the write key"):
         r.write(kind="corrected")
