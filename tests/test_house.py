@@ -7,6 +7,7 @@ import re
 import sys
 import tomllib
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
-BUDGETS = {"hookpoints": 4562, "sae_lens_writesae": 2056, "writesae": 7140, "tests": 13760, "scripts": 763}
+BUDGETS = {"hookpoints": 3550, "sae_lens_writesae": 2056, "writesae": 7140, "tests": 13760, "scripts": 763}
 """Statements, imports and docstrings not counted. To raise a number, say in the commit what was removed elsewhere."""
 MAX_DEPTH = 8
 """Longest chain of imports inside one package: a reader follows no more."""
@@ -33,13 +34,13 @@ MODULES = modules()
 
 
 @cache
-def imports(name: str) -> frozenset[str]:
-    """Modules of this project that a module imports, inside functions too; not those for type checkers alone."""
+def imports(name: str, typing: bool = False) -> frozenset[str]:
+    """Modules of this project that a module imports, inside functions too; those for type checkers only if asked."""
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     typing_only = {
         id(child)
         for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if not typing and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         for child in ast.walk(node)
     }
     targets: set[str] = set()
@@ -81,6 +82,11 @@ def test_imports_are_shallow_and_without_circles(package: str):
     chains = [longest_chain(name) for name in MODULES if name.split(".")[0] == package]
     deepest = max(chains, key=len)
     assert len(deepest) <= MAX_DEPTH, " > ".join(deepest)
+
+
+def test_imports_of_hookpoints_have_no_circle_for_type_checkers_either():
+    graph = {name: [each for each in imports(name, True) if each != "hookpoints"] for name in MODULES}
+    list(TopologicalSorter({name: graph[name] for name in MODULES if name.startswith("hookpoints")}).static_order())
 
 
 def statements(file: Path) -> int:

@@ -64,9 +64,9 @@ class WriteEdit:
             return
         if self.keys is None or self.values is None:
             raise EditError(f"mode {self.mode!r} needs both keys [R,K] and values [R,V]")
-        for side in (self.keys, self.values):
+        for name, side in (("keys", self.keys), ("values", self.values)):
             if not is_dense(side):
-                raise EditError(f"keys and values must be dense tensors of real numbers, found {type(side).__name__}")
+                raise EditError(f"{name} must be a dense tensor of real numbers, found {type(side).__name__}")
         keys, values = torch.atleast_2d(self.keys), torch.atleast_2d(self.values)
         if keys.ndim != 2 or values.ndim != 2 or keys.shape[0] != values.shape[0]:
             raise EditError(
@@ -127,13 +127,12 @@ class EditPlan:
         self.by_layer: dict[int, list[PlacedEdit]] = {}
         for item in placed:
             self.by_layer.setdefault(item.edit.layer, []).append(item)
-        self._acted: set[int] = set()
+        self.acted: set[int] = set()
+        """Identities of those that met their token."""
 
     @classmethod
     def for_rows(cls, rows: Sequence[EditRow]) -> EditPlan:
         """Row n of the batch gets ``rows[n]``."""
-        if not isinstance(rows, Sequence):
-            raise EditError(f"rows are a sequence with the edits of each row, found {type(rows).__name__}")
         return cls((PlacedEdit(n, edit) for n, row in enumerate(rows) for edit in as_edits(row)), len(rows))
 
     @classmethod
@@ -148,17 +147,9 @@ class EditPlan:
         """Keys and values of all edits."""
         return [side for edit in self.all() for side in (edit.keys, edit.values) if side is not None]
 
-    def note(self, placed: PlacedEdit) -> None:
-        """``placed``, one of this plan's, met its token."""
-        self._acted.add(id(placed))
-
-    def idle(self) -> list[WriteEdit]:
-        """Edits that never met their token."""
-        return [item.edit for layer in self.by_layer.values() for item in layer if id(item) not in self._acted]
-
     def check_acted(self) -> None:
         """Raise EditError if an edit never met its token."""
-        idle = self.idle()
+        idle = [item.edit for layer in self.by_layer.values() for item in layer if id(item) not in self.acted]
         if idle:
             raise EditError(
                 f"{len(idle)} edit(s) never acted: no pass reached position {idle[0].position} of layer {idle[0].layer}"
@@ -251,7 +242,7 @@ def changes_of(
             if not 0 <= token < r.T:
                 continue
             at = slice(token, token + 1)
-        plan.note(placed)
+        plan.acted.add(id(placed))
         stack = stacks.setdefault((edit.head, edit.loop), _HeadChanges(r, edit.head, edit.loop))
         rows = slice(None) if row is None else slice(row, row + 1)
         if edit.mode != "add":
@@ -281,17 +272,14 @@ class _HeadChanges:
 
     def add(self, rows: slice, at: slice, key: Tensor, value: Tensor) -> None:
         free = (slot for slot in self.slots if not slot[2][rows, at].any())
-        keys, values, taken = next(free, None) or self._new_slot()
+        slot = next(free, None)
+        if slot is None:
+            sides = [self.r.k.new_zeros(self.r.B, self.r.T, n, dtype=self.r.dtype) for n in (self.r.K, self.r.V)]
+            self.slots.append(slot := (sides[0], sides[1], torch.zeros_like(self.removed)))
+        keys, values, taken = slot
         keys[rows, at] = key.to(keys)
         values[rows, at] = value.to(values)
         taken[rows, at] = True
-
-    def _new_slot(self) -> tuple[Tensor, Tensor, Tensor]:
-        r = self.r
-        keys = r.k.new_zeros(r.B, r.T, r.K, dtype=r.dtype)
-        values = r.k.new_zeros(r.B, r.T, r.V, dtype=r.dtype)
-        self.slots.append((keys, values, torch.zeros_like(self.removed)))
-        return self.slots[-1]
 
     def changes(self, current: Sequence[LowRankChange]) -> Iterator[LowRankChange]:
         for keys, values, _ in self.slots:

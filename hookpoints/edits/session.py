@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,12 +13,10 @@ from transformers import Cache
 from hookpoints.edits.edit import EditPlan, EditRow
 from hookpoints.errors import EditError
 from hookpoints.layer.context import Backend, current, scope
+from hookpoints.model.hooked import HookedModel
 from hookpoints.model.inputs import as_tokens, cache_argument, cache_of, check_tokens, position_inputs
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.scopes import threads_for
-
-if TYPE_CHECKING:
-    from hookpoints.model.recurrent import HookedRecurrent
 
 
 class EditedRun(NamedTuple):
@@ -52,7 +50,7 @@ class EditSession:
         tokens: [1,T].
     """
 
-    def __init__(self, model: HookedRecurrent, tokens: Tensor):
+    def __init__(self, model: HookedModel, tokens: Tensor):
         tokens = as_tokens(tokens, model.cfg.device)
         if tokens.ndim != 2 or tokens.shape[0] != 1:
             raise EditError(f"a session is about one sequence [1,T], found tokens of shape {list(tokens.shape)}")
@@ -68,11 +66,6 @@ class EditSession:
         self._prefix: Cache | None = None
         self._prefix_length = 0
         self._cache_name = cache_argument(model.hf_model)
-
-    @property
-    def length(self) -> int:
-        """T, tokens in the sequence."""
-        return self.tokens.shape[1]
 
     def recurrence(self, layer: int) -> Recurrence:
         """Canonical factors of a recurrent layer in the plain pass."""
@@ -106,19 +99,16 @@ class EditSession:
         edits = plan.all()
         if not edits:
             raise EditError("run needs at least one edit; the unedited logits are session.logits")
-        stop = self.length if stop is None else stop
-        if not 1 <= stop <= self.length or batch_size < 1:
+        stop = self.tokens.shape[1] if stop is None else stop
+        if not 1 <= stop <= self.tokens.shape[1] or batch_size < 1:
             raise EditError(
-                f"stop must be between 1 and {self.length}, the length of the sequence, and batch_size at least 1; "
-                f"found {stop} and {batch_size}"
+                f"stop must be between 1 and {self.tokens.shape[1]}, the length of the sequence, and batch_size at "
+                f"least 1; found {stop} and {batch_size}"
             )
         start = min(edit.position or 0 for edit in edits)
-        for edit in edits:
-            if edit.position is not None and not edit.position < stop:
-                raise EditError(
-                    f"position {edit.position} is outside the stretch that is run, which ends at {stop} "
-                    f"(the sequence has {self.length} tokens)"
-                )
+        last = max(edit.position or 0 for edit in edits)
+        if last >= stop:
+            raise EditError(f"position {last} is outside the stretch that is run, which ends at {stop}")
         batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         if gradients:
             logits = [self._run_batch(batch, 0, 0, stop, None)[:, start:] for batch in batches]

@@ -9,7 +9,6 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice, SliceInput
 
-from hookpoints.errors import InputError
 from hookpoints.hooks.table import is_matrix, time_axis
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -34,10 +33,7 @@ def caching_hooks(
     def save(suffix: str) -> Saving:
         def hook(tensor: Tensor, hook: HookPoint) -> None:
             name = str(hook.name)
-            try:
-                value = cut.apply(tensor.detach().to(device), dim=time_axis(name))
-            except (TypeError, IndexError) as error:
-                raise InputError(f"pos_slice {cut} does not fit {name} {list(tensor.shape)}: {error}") from error
+            value = cut.apply(tensor.detach().to(device), dim=time_axis(name))
             saved[name + suffix] = value[0] if remove_batch_dim else value
 
         return hook
@@ -72,9 +68,7 @@ def _absolute(layer: int | None, default: int, n_layers: int) -> int:
 def _predicate(names_filter: NamesFilter) -> Callable[[str], bool]:
     if names_filter is None:
         return lambda name: not is_matrix(name)
-    if isinstance(names_filter, str):
-        return lambda name: name == names_filter
     if callable(names_filter):
         return lambda name: bool(names_filter(name))
-    names = set(names_filter)
-    return lambda name: name in names
+    names = {names_filter} if isinstance(names_filter, str) else set(names_filter)
+    return names.__contains__

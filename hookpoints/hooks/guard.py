@@ -6,9 +6,10 @@ import functools
 import re
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
+from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint, LensHandle
 
 from hookpoints.errors import HookDidNotFireError, UnknownHookError, nearest
@@ -17,7 +18,6 @@ from hookpoints.scopes import scoped
 
 if TYPE_CHECKING:
     from hookpoints.layer.context import Scope
-    from hookpoints.model.config import HookedRecurrentConfig
 
 Hook = Callable[..., object]
 """Called with an activation and ``hook=`` its hook point; returns another activation, or None to leave it."""
@@ -29,16 +29,6 @@ Way = Literal["fwd", "bwd"]
 
 ADDING = threading.RLock()
 """Held while hooks are put on points or taken off."""
-
-
-class HasHooks(Protocol):
-    """A hooked model, as far as names of hooks go."""
-
-    hook_dict: dict[str, HookPoint]
-    mod_dict: dict[str, nn.Module]
-
-    @property
-    def cfg(self) -> HookedRecurrentConfig: ...
 
 
 def canonical(name: str, known: Container[str]) -> str:
@@ -58,7 +48,7 @@ def canonical(name: str, known: Container[str]) -> str:
 _SPELT = re.compile(r"blocks\.(\d+)\.(?:attn\.)?hook_(heads\.\d+\.)?(?:hook_)?(\w+)")
 
 
-def find_hook(model: HasHooks, name: Name) -> Name:
+def find_hook(model: HookedRootModule, name: Name) -> Name:
     """``name`` as the model has it (see ``canonical``), or the predicate on names that it is.
 
     Raises:
@@ -70,38 +60,10 @@ def find_hook(model: HasHooks, name: Name) -> Name:
                 f"the filter {name!r} matches none of the {len(model.hook_dict)} hooks of this model"
             )
         return name
-    if not isinstance(name, str):
-        raise UnknownHookError(f"a hook's name is a string or a predicate on names, found {name!r:.80}")
     name = canonical(name, model.mod_dict)
-    module = model.mod_dict.get(name)
-    if module is not None and hasattr(module, "add_hook"):
-        return name
-    why = _reason(model.cfg, name) if module is None else "; this names a group of hooks"
-    raise UnknownHookError(f"no hook named {name!r} in {model.cfg.model_name}{why}{nearest(name, model.hook_dict)}")
-
-
-def _reason(cfg: HookedRecurrentConfig, name: str) -> str:
-    """Why there is no such hook, where its name tells."""
-    parts = name.split(".")
-    if len(parts) < 2 or parts[0] != "blocks" or not parts[1].isdigit():
-        return ""
-    layer = int(parts[1])
-    if layer >= cfg.n_layers:
-        return f"; blocks are 0 to {cfg.n_layers - 1}"
-    mixer = len(parts) > 2 and parts[2] == "mixer"
-    if mixer and layer not in cfg.layers:
-        return f"; block {layer} has no recurrence and so no writes (recurrent: {cfg.recurrent_layers})"
-    if mixer and len(parts) > 4 and parts[3] == "heads":
-        return f"; layer {layer} has heads 0 to {cfg.layers[layer].H - 1}"
-    return ""
-
-
-class _Watched(NamedTuple):
-    """A hook that notes when it is called."""
-
-    name: str
-    way: Way
-    call: Hook
+    if not hasattr(model.mod_dict.get(name), "add_hook"):
+        raise UnknownHookError(f"this model has no hook named {name!r}{nearest(name, model.hook_dict)}")
+    return name
 
 
 class ScopedHooks:
@@ -121,8 +83,8 @@ class ScopedHooks:
         self._called: set[tuple[str, Way]] = set()
         self._went_backward = False
         ways: tuple[tuple[Way, Hooks], ...] = (("fwd", fwd), ("bwd", bwd))
-        self._hooks = [
-            _Watched(one, way, self._watched(one, way, hook))
+        self._hooks: list[tuple[str, Way, Hook]] = [
+            (one, way, self._watched(one, way, hook))
             for way, hooks in ways
             for name, hook in hooks
             for one in ([known for known in points if name(known)] if callable(name) else [name])
@@ -143,7 +105,7 @@ class ScopedHooks:
                     handles.append((point, way, _visible(point, way)[-1]))
                     if not self._stay:
                         scopes_of(point).append(self._scope)
-            if any(hook.way == "bwd" for hook in self._hooks):
+            if any(way == "bwd" for _, way, _ in self._hooks):
                 marks += [module.register_forward_hook(self._mark) for module in landmarks]
             yield
         finally:
@@ -175,7 +137,7 @@ class ScopedHooks:
             )
 
     def _silent(self, way: Way) -> list[str]:
-        return [hook.name for hook in self._hooks if hook.way == way and (hook.name, way) not in self._called]
+        return [name for name, set_way, _ in self._hooks if set_way == way and (name, way) not in self._called]
 
     def _watched(self, name: str, way: Way, hook: Hook) -> Hook:
         @functools.wraps(hook, updated=())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -60,14 +60,6 @@ class HookedMixer:
         """Op calls so far; the self-check reads it."""
 
 
-class _Changed(NamedTuple):
-    """A change of the dense writes or states of some heads."""
-
-    heads: slice
-    change: Tensor
-    """[B,T,H',K,V]."""
-
-
 def hook_layer(mixer: HookedMixer) -> Callable[[], None]:
     """Make a ``LayerCall`` of every forward of the mixer's layer; returns what undoes it."""
 
@@ -106,7 +98,7 @@ class LayerCall:
     """
 
     def __init__(self, mixer: HookedMixer, args: tuple[object, ...], kwargs: dict[str, object]):
-        self.mixer, self.hooks = mixer, mixer.hooks
+        self.mixer, self.module, self.hooks = mixer, mixer.module, mixer.hooks
         self.run = current(mixer.owner)
         self.open = True
         self.met = False
@@ -126,11 +118,6 @@ class LayerCall:
             self.real = mask[:, -hidden.shape[1] :] != 0
 
     @property
-    def module(self) -> nn.Module:
-        """The layer."""
-        return self.mixer.module
-
-    @property
     def projection(self) -> nn.Module | None:
         """The layer's output projection, where someone listens to what it is given."""
         return self.mixer.projection if self.hooks.listens("hook_z") else None
@@ -139,7 +126,10 @@ class LayerCall:
         """Run the op with hooks and edits around it; returns what the layer expects from the op."""
         rule, run = self.mixer.rule, self.run
         self.mixer.calls += 1
-        native_op = self._native_op(op, arguments, run.backend or self.mixer.backend)
+        backend = run.backend or self.mixer.backend
+        native_op = torch_form(op) if backend == "torch" else op
+        if backend == "recurrence" or not rule.runs(op, arguments):
+            native_op = None  # hookpoints' own kernel computes the pass
         edited = any(self.mixer.layer in plan.by_layer for plan in run.plans)
         record = run.record if run.recorded is None or self.mixer.layer in run.recorded else None
         if not edited and record is None and native_op is not None and not self.hooks.listening():
@@ -151,11 +141,17 @@ class LayerCall:
         if native_op is not None and changed & rule.torch_only:
             native_op = torch_form(native_op)
         fed = rule.arguments(arguments, padding.packed(factors), changed)
-        native = self._native(native_op, fed, recurrence, padding)
+        if native_op is None:
+            outputs, state = recurrence.scan()
+            native = OpResult(outputs, state if rule.wants_state(fed) else None)
+        else:
+            native = padding.spread_result(rule.read_result(native_op(**fed), fed))
         if changed or native_op is None:
             native = native._replace(outputs=native.outputs.to(rule.output_dtype(arguments)))
         if record is not None:
-            record[self.mixer.layer] = Recorded(_owning_state(recurrence), native)
+            first = recurrence.initial_state  # a copy: caches are updated in place after the op returns
+            kept = recurrence if first is None else recurrence.replace(initial_state=first.clone())
+            record[self.mixer.layer] = Recorded(kept, native)
         response = EditResponse(recurrence)
         written = self._fire_write_factors(recurrence)
         for change in _changes_between(recurrence, written):
@@ -169,7 +165,9 @@ class LayerCall:
             response.add_dense(heads, change)
         for heads, change in self._fire_matrices("state", response.states):
             response.add_states(heads, change)
-        result = self._fire_read(self._fire_pattern(written, response.apply(native)))
+        result = self._fire_pattern(written, response.apply(native))
+        if self.hooks.listens("hook_read"):
+            result = result._replace(outputs=self.hooks.fire("hook_read", result.outputs))
         self.met = True
         if result.outputs.dtype == torch.float16:
             _check_range(self.mixer.layer, read=result.outputs, state=result.final_state)
@@ -187,19 +185,6 @@ class LayerCall:
         if self.met and isinstance(value, Tensor) and value.dtype == torch.float16:
             _check_range(self.mixer.layer, output=value)
 
-    def _native_op(self, op: Function, arguments: Arguments, backend: Backend) -> Function | None:
-        """What computes the native pass; None: hookpoints' own kernel."""
-        if backend == "recurrence" or not self.mixer.rule.runs(op, arguments):
-            return None
-        return torch_form(op) if backend == "torch" else op
-
-    def _native(self, op: Function | None, arguments: Arguments, recurrence: Recurrence, padding: Padding) -> OpResult:
-        """The pass without edits of writes, states and reads; by hookpoints' own kernel where no op is given."""
-        if op is None:
-            outputs, state = recurrence.scan()
-            return OpResult(outputs, state if self.mixer.rule.wants_state(arguments) else None)
-        return padding.spread_result(self.mixer.rule.read_result(op(**arguments), arguments))
-
     # -- hooks
 
     def _fire_factors(self, factors: OpFactors) -> tuple[OpFactors, frozenset[str]]:
@@ -213,7 +198,7 @@ class LayerCall:
                 seen = watch(factor.clone(), lambda x, hook=hook: self.hooks.fire(hook, x))
                 if seen.value.requires_grad or not torch.equal(seen.value, factor):
                     changes[name] = seen.value
-        return factors.with_(**changes), frozenset(changes)
+        return replace(factors, **changes), frozenset(changes)
 
     def _fire_write_factors(self, r: Recurrence) -> Recurrence:
         """The recurrence with the writes k'u'^T that hooks made of k u^T; its fields are those of ``r`` where nothing
@@ -225,8 +210,9 @@ class LayerCall:
                 r = r.replace(**{side: seen.value}) if seen.changed else r
         return r
 
-    def _fire_matrices(self, kind: str, build: Callable[[slice], Tensor]) -> Iterator[_Changed]:
-        """Fire the dense hooks of ``kind`` ("write", "state"), built only for heads with a listener."""
+    def _fire_matrices(self, kind: str, build: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """Fire the dense hooks of ``kind`` ("write", "state"), built only for heads with a listener: what changed, by
+        heads, [B,T,H',K,V]."""
         names = (f"hook_{kind}", f"hook_{kind}_vec")
         heads = self.hooks.heads_listening(*names)
         if not self.hooks.listens(names[0]):
@@ -236,7 +222,7 @@ class LayerCall:
                 changed = self._fire_head(head, names, value[:, :, 0])
                 if changed is not None:
                     # Firing may have edited `value` in place, so the difference is against a fresh one.
-                    yield _Changed(one, changed.unsqueeze(2) - build(one))
+                    yield (one, changed.unsqueeze(2) - build(one))
             return
         value = build(slice(None))
         seen = watch(value, lambda x: self.hooks.fire(names[0], x))
@@ -247,7 +233,7 @@ class LayerCall:
                 result, changed = result.clone(), True
                 result[:, :, head] = edited
         if changed:
-            yield _Changed(slice(None), result - build(slice(None)))
+            yield (slice(None), result - build(slice(None)))
 
     def _fire_head(self, head: int, names: tuple[str, str], value: Tensor) -> Tensor | None:
         hooks, changed = self.hooks.heads[head], False
@@ -281,11 +267,6 @@ class LayerCall:
         change = (fired.value[:, :, :, unseen:] - pattern).flatten(3) @ values.transpose(1, 2).flatten(2, -2)
         return result._replace(outputs=(result.outputs + change.transpose(1, 2)).to(result.outputs.dtype))
 
-    def _fire_read(self, result: OpResult) -> OpResult:
-        if not self.hooks.listens("hook_read"):
-            return result
-        return result._replace(outputs=self.hooks.fire("hook_read", result.outputs))
-
 
 def _changes_between(r: Recurrence, written: Recurrence) -> Iterator[LowRankChange]:
     """k'u'^T - k u^T as (k'-k) u'^T + k (u'-u)^T, which is exactly zero where nothing changed."""
@@ -307,8 +288,3 @@ def _check_range(layer: int, **values: Tensor | None) -> None:
                 "hooks and edits in force; load the model with dtype=torch.bfloat16 or torch.float32, or edit with "
                 "smaller matrices"
             )
-
-
-def _owning_state(r: Recurrence) -> Recurrence:
-    """The same with a state of its own: caches are updated in place after the op returns."""
-    return r if r.initial_state is None else r.replace(initial_state=r.initial_state.clone())

@@ -16,6 +16,7 @@ import inspect
 import sys
 import threading
 import types
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from types import ModuleType
@@ -113,10 +114,8 @@ class OpHandler(Protocol):
     open: bool
     """Whether that forward is under way."""
 
-    @property
-    def module(self) -> nn.Module:
-        """The layer."""
-        ...
+    module: nn.Module
+    """The layer."""
 
     @property
     def projection(self) -> nn.Module | None:
@@ -166,15 +165,8 @@ def _handled_by(handlers: tuple[OpHandler, ...], op: Function) -> Function:
     return call
 
 
-class _Use:
-    """What a wrapper of an op stands in for, and how many hooked layers need it."""
-
-    def __init__(self, original: Function):
-        self.original, self.layers = original, 0
-
-
-_USES: dict[Function, _Use] = {}
-"""By wrapper."""
+_USES: Counter[Function] = Counter()
+"""Wrapper of an op -> how many hooked layers need it."""
 
 
 def wrap_ops(namespace: ModuleType, rule: Rule) -> Callable[[], None]:
@@ -184,7 +176,7 @@ def wrap_ops(namespace: ModuleType, rule: Rule) -> Callable[[], None]:
     wrappers = (
         (rule.ops, _wrap_op),
         (rule.companions, _wrap_companion),
-        (rule.fused, _wrap_fused),
+        (rule.fused, functools.partial(_wrap_companion, fused=True)),
         (rule.norm_linear, _wrap_norm_linear),
     )
     with _LOCK:
@@ -194,22 +186,20 @@ def wrap_ops(namespace: ModuleType, rule: Rule) -> Callable[[], None]:
                 if op is None:
                     continue
                 if op not in _USES:
-                    original, op = op, wrap(op)
+                    op = wrap(op)
                     setattr(namespace, name, op)
-                    _USES[op] = _Use(original)
-                _USES[op].layers += 1
+                _USES[op] += 1
                 bound.append((name, op))
 
     def unwrap() -> None:
         with _LOCK:
             while bound:
                 name, wrapper = bound.pop()
-                use = _USES[wrapper]
-                use.layers -= 1
-                if not use.layers:
+                _USES[wrapper] -= 1
+                if not _USES[wrapper]:
                     del _USES[wrapper]
                     if getattr(namespace, name) is wrapper:
-                        setattr(namespace, name, use.original)
+                        setattr(namespace, name, wrapper.__wrapped__)  # type: ignore[attr-defined]
 
     return unwrap
 
@@ -255,20 +245,15 @@ def _keywords(op: Function) -> frozenset[str] | None:
     return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
 
 
-def _wrap_companion(op: Function) -> Function:
-    @functools.wraps(op)
-    def wrapper(*args: object, **kwargs: object) -> object:
-        return (_on_device(op, args, kwargs) if open_handlers() else op)(*args, **kwargs)
-
-    return wrapper
-
-
-def _wrap_fused(op: Function) -> Function:
-    """While a hooked layer runs, the torch stand-in answers, which declines, so that the layer calls its op."""
+def _wrap_companion(op: Function, fused: bool = False) -> Function:
+    """While a hooked layer runs, the op for the tensors' device. Of a ``fused`` op it is the torch stand-in, which
+    declines, so that the layer calls its own."""
 
     @functools.wraps(op)
     def wrapper(*args: object, **kwargs: object) -> object:
-        return (inspect.unwrap(op) if open_handlers() else op)(*args, **kwargs)
+        if not open_handlers():
+            return op(*args, **kwargs)
+        return (inspect.unwrap(op) if fused else _on_device(op, args, kwargs))(*args, **kwargs)
 
     return wrapper
 

@@ -23,23 +23,19 @@ class Padding:
 
     def spread(self, factors: OpFactors) -> OpFactors:
         """Factors of a packed call in the batch's rows."""
-        if self.mask is None:
-            return factors
         return replace(factors, **{name: self._rows(x) for name, x in factors.by_token().items()})
 
     def packed(self, factors: OpFactors) -> OpFactors:
         """The way back."""
-        if self.mask is None:
-            return factors
         return replace(factors, **{name: self._tokens(x) for name, x in factors.by_token().items()})
 
     def spread_result(self, result: OpResult) -> OpResult:
         """Outputs of a packed call in the batch's rows; zero at padding."""
-        return result if self.mask is None else result._replace(outputs=self._rows(result.outputs))
+        return result._replace(outputs=self._rows(result.outputs))
 
     def packed_result(self, result: OpResult) -> OpResult:
         """The way back."""
-        return result if self.mask is None else result._replace(outputs=self._tokens(result.outputs))
+        return result._replace(outputs=self._tokens(result.outputs))
 
     def spread_tokens(self, x: Tensor) -> Tensor:
         """A tensor of the layer's own, [1,N,...] or already [B,T,...], in the batch's rows; zero at padding."""
@@ -53,11 +49,12 @@ class Padding:
         return self.mask is None or x.shape[:2] == self.mask.shape
 
     def _rows(self, x: Tensor) -> Tensor:
-        assert self.mask is not None
+        if self.mask is None:
+            return x
         return x.new_zeros(*self.mask.shape, *x.shape[2:]).index_put((self.mask,), x[0])
 
     def _tokens(self, x: Tensor) -> Tensor:
-        return x[self.mask].unsqueeze(0)
+        return x if self.mask is None else x[self.mask].unsqueeze(0)
 
 
 UNPADDED = Padding(None)

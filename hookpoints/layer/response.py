@@ -6,15 +6,13 @@ zero state, and outputs are ``native + response``: the native kernel stays untou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from hookpoints.edits.edit import LowRankChange
-from hookpoints.recurrence.recurrence import Recurrence, ScanResult
-from hookpoints.recurrence.reference import transition
+from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.rules.base import OpResult
 
 
@@ -54,9 +52,8 @@ class EditResponse:
             return
         self._dense.append((heads, change))
         head = self.recurrence.select(heads=heads).replace(initial_state=None)
-        tokens = slice(span.start, span.stop)
-        span_head = head.select(tokens=tokens, initial_state=head.starting_state())
-        outputs, state = _dense_scan(span_head, change[:, tokens])
+        span_head = head.select(tokens=span, initial_state=head.starting_state())
+        outputs, state = _dense(span_head, change[:, span]).scan(method="reference")
         self._add(heads, span.start, outputs, state if span.stop == head.T else None)
         if span.stop < head.T:  # no more changes: the rest is carried by the chunked pass
             rest = head.with_write(head.k, torch.zeros_like(head.u))
@@ -92,7 +89,8 @@ class EditResponse:
             for i, head in enumerate(range(self.recurrence.H)[where]):
                 if head in wanted:
                     one = slice(i, i + 1)
-                    states[:, :, head - wanted.start] += _dense_states(selected.select(heads=one), change[:, :, one])
+                    moved = _dense(selected.select(heads=one), change[:, :, one]).states(method="reference")
+                    states[:, :, head - wanted.start] += moved[:, :, 0]
         return states
 
     def apply(self, native: OpResult) -> OpResult:
@@ -127,40 +125,15 @@ class EditResponse:
             self.final_state[:, heads] += final_state
 
 
-class Span(NamedTuple):
-    """Tokens from the first to the last that changed."""
-
-    start: int
-    stop: int
-
-
-def _span(size: Tensor, *sources: Tensor) -> Span | None:
+def _span(size: Tensor, *sources: Tensor) -> slice | None:
     """Tokens where ``size`` [B,T] is not zero; all of them where a gradient may be asked for; None where none is."""
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
-        return Span(0, size.shape[1])
+        return slice(0, size.shape[1])
     changed = (size != 0).any(0).nonzero()
-    return Span(int(changed[0]), int(changed[-1]) + 1) if len(changed) else None
+    return slice(int(changed[0]), int(changed[-1]) + 1) if len(changed) else None
 
 
-def _dense_steps(r: Recurrence, writes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token by token, (state before, state after): S_t = (diag(alpha_t) + a_t b_t^T) S_{t-1} + writes_t from zero."""
-    r = r.working()
-    writes = writes.to(r.dtype)
-    state = torch.zeros_like(writes[:, 0])
-    for t in range(r.T):
-        before, state = state, transition(r, t, state) + writes[:, t]
-        yield before, state
-
-
-def _dense_scan(r: Recurrence, writes: Tensor) -> ScanResult:
-    outputs, state = [], None
-    for t, (before, state) in enumerate(_dense_steps(r, writes)):
-        seen = before if r.read_before_write else state
-        outputs.append(torch.einsum("bhk,bhkv->bhv", r.scale * r.q[:, t].to(seen.dtype), seen))
-    assert state is not None
-    return ScanResult(torch.stack(outputs, 1), state)
-
-
-def _dense_states(r: Recurrence, writes: Tensor) -> Tensor:
-    """[B,T,K,V] of the only head."""
-    return torch.stack([state[:, 0] for _, state in _dense_steps(r, writes)], 1)
+def _dense(r: Recurrence, writes: Tensor) -> Recurrence:
+    """The response to writes [B,T,H,K,V] of full rank: K terms a token, one for each row."""
+    rows = torch.eye(r.K, dtype=r.dtype, device=r.device).expand(*writes.shape[:3], -1, -1)
+    return r.with_write(rows, writes)

@@ -97,7 +97,7 @@ def write_attribution(model: HookedRecurrent, input: str | Tensor, metric: Metri
 
     Raises:
         InputError: there are several sequences.
-        ValueError: the metric is not one number that depends on the logits.
+        RuntimeError: of torch, where the metric is not one number that depends on the logits.
 
     `check_attribution` tells how far first order carries. Cost: a pass with gradients, whose memory grows with T times
     layers, and one recurrence backwards in time for each layer.
@@ -114,11 +114,11 @@ def write_attribution(model: HookedRecurrent, input: str | Tensor, metric: Metri
     names = [f"blocks.{layer}.mixer.hook_read" for layer in layers]
     with model.recording() as record, model.hooks([("hook_embed", begin), *((name, keep) for name in names)]):
         logits = cast(Tensor, model(_one_sequence(model, input)))
-    gradients = _gradients(_number(metric, logits), [reads[name] for name in names])
+    found = torch.autograd.grad(metric(logits).reshape(()), [reads[name] for name in names], allow_unused=True)
     tables = []
     with torch.no_grad():
-        for layer, gradient in zip(layers, gradients, strict=True):
-            r = record[layer].recurrence
+        for layer, name, gradient in zip(layers, names, found, strict=True):
+            r, gradient = record[layer].recurrence, torch.zeros_like(reads[name]) if gradient is None else gradient
             effect = (r.u * r.value_gradients(gradient)).sum(-1)
             effect = (effect.sum(3) if r.k.ndim == 5 else effect)[0].cpu().numpy()  # [T,H]
             position, head = (each.ravel() for each in np.indices(effect.shape))
@@ -158,7 +158,7 @@ def check_attribution(
     if len(attributions) < 2:
         raise ValueError(f"a correlation needs at least two writes, found {len(attributions)}")
     session = model.edit_session(_one_sequence(model, input))
-    plain, measured = float(_number(metric, session.logits)), pd.Series(index=attributions.index, dtype=float)
+    plain, measured = float(metric(session.logits)), pd.Series(index=attributions.index, dtype=float)
     # A batch runs from its first position and lowest layer on, so that neighbours share one.
     for _, rows in attributions.sort_values("position").groupby("layer"):
         for start in range(0, len(rows), _BATCH):
@@ -167,7 +167,7 @@ def check_attribution(
             run = session.run([WriteEdit(int(layer), int(head), int(t), mode="delete") for layer, head, t in places])
             for index, logits in zip(batch.index, run.logits, strict=True):
                 edited = torch.cat([session.logits[0, : run.start], logits])
-                measured[index] = plain - float(_number(metric, edited.unsqueeze(0)))
+                measured[index] = plain - float(metric(edited.unsqueeze(0)))
     table = attributions.assign(measured=measured)
     predicted = table["attribution"]
     slope = float(np.polyfit(predicted, table["measured"], 1)[0])
@@ -234,20 +234,3 @@ def _one_sequence(model: HookedRecurrent, input: str | Tensor) -> Tensor:
     if tokens.ndim != 2 or tokens.shape[0] != 1:
         raise InputError(f"attribution is about one sequence, a text or tokens [1,T]; found {list(tokens.shape)}")
     return tokens
-
-
-def _number(metric: Metric, logits: Tensor) -> Tensor:
-    value = metric(logits)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        what = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"metric must make one number of logits [1,T,vocab], as a tensor; found {what}")
-    return value.reshape(())
-
-
-def _gradients(value: Tensor, reads: list[Tensor]) -> list[Tensor]:
-    if not value.requires_grad:
-        raise ValueError(
-            "metric must depend on the logits through differentiable functions (no argmax, item or detach)"
-        )
-    found = torch.autograd.grad(value, reads, allow_unused=True)
-    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(reads, found, strict=True)]

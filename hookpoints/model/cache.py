@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ from hookpoints.hooks.guard import canonical
 from hookpoints.model.norm import Norm
 
 if TYPE_CHECKING:
-    from hookpoints.model.layout import ModelLayout
-    from hookpoints.model.weights import Part, Weights
+    from hookpoints.model.layout import ModelLayout, Part
 
 Labelled = tuple[Tensor, list[str]]
 Key = str | tuple[str | int | None, ...]
@@ -74,11 +73,11 @@ class RecurrentCache(ActivationCache):
             return self.cache_dict[full]
         parts = full.split(".")
         if full == "ln_final.hook_scale":
-            return self._norm_at(self.model.cfg.n_layers).scale
+            return self._norm_at(self.model.cfg.n_layers)[1]
         if parts[0] == "blocks" and parts[-1] == "hook_resid_mid":
             return self._mid(int(parts[1]))
         if parts[0] == "blocks" and parts[2:] in (["ln1", "hook_scale"], ["ln2", "hook_scale"]):
-            return self._norm_at(int(parts[1]), parts[2] == "ln2").scale
+            return self._norm_at(int(parts[1]), parts[2] == "ln2")[1]
         why = (
             "was not kept: name it in names_filter"
             if full in self.model.hook_dict
@@ -139,10 +138,10 @@ class RecurrentCache(ActivationCache):
             return super().apply_ln_to_stack(
                 residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
             )
-        at = self._norm_at(layer, mlp_input)
-        scale = _cut(pos_slice).apply(at.scale, dim=-2)
+        norm, scale = self._norm_at(layer, mlp_input)
+        scale = _cut(pos_slice).apply(scale, dim=-2)
         scale = batch.apply(scale) if self.has_batch_dim else scale
-        return at.norm.frozen(batch.apply(residual_stack, dim=1) if has_batch_dim else residual_stack, scale)
+        return norm.frozen(batch.apply(residual_stack, dim=1) if has_batch_dim else residual_stack, scale)
 
     def compute_head_results(self) -> None:
         """Put ``hook_result`` [B,T,H,D] of every layer into the cache: what each head adds to the residual stream.
@@ -240,13 +239,12 @@ class RecurrentCache(ActivationCache):
     def _layout(self) -> ModelLayout:
         if hasattr(self.model, "bridge"):
             raise HookpointsError("parts of the stream are for bridge.run_with_cache: attached, MLPs have no hook here")
-        return self.model.attachment.layout
+        return cast("ModelLayout", self.model.attachment.layout)
 
     @property
-    def _weights(self) -> Weights:
-        if not hasattr(self.model, "head_outputs"):
-            raise HookpointsError("heads' results need weights, which HookedRecurrent.from_hf(model) names")
-        return cast("Weights", self.model)
+    def _weights(self) -> Any:
+        """The model, whose ``Weights`` know its heads; typed so, they would import the class that makes this cache."""
+        return self.model
 
     def _layer(self, layer: int | None) -> int:
         return self.model.cfg.n_layers if layer is None or layer == -1 else layer
@@ -297,10 +295,11 @@ class RecurrentCache(ActivationCache):
             self.cache_dict[key] = results
         return self.cache_dict[key]
 
-    def _norm_at(self, layer: int, mlp: bool = False) -> _At:
+    def _norm_at(self, layer: int, mlp: bool = False) -> tuple[Norm, Tensor]:
+        """A norm, and its scale [B,T,1] on the run."""
         if layer == self.model.cfg.n_layers:
             norm = Norm.of(self._layout.final_norm)
-            return _At(norm, norm.scale(self["resid_post", layer - 1]))
+            return norm, norm.scale(self["resid_post", layer - 1])
         module = self._layout.blocks[layer].norm(mlp=mlp)
         if module is None:
             raise HookpointsError(
@@ -309,16 +308,8 @@ class RecurrentCache(ActivationCache):
             )
         norm = Norm.of(module)
         entering = self._mid(layer) if mlp else self["resid_pre", layer] if layer else self._embed()
-        return _At(norm, norm.scale(entering))
+        return norm, norm.scale(entering)
 
 
 def _cut(where: Slice | SliceInput) -> Slice:
     return where if isinstance(where, Slice) else Slice(where)
-
-
-class _At(NamedTuple):
-    """A norm, and its scale on the run."""
-
-    norm: Norm
-    scale: Tensor
-    """[B,T,1]."""

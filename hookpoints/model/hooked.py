@@ -17,7 +17,7 @@ from transformer_lens.utilities.slice import Slice, SliceInput
 from transformers import Cache
 
 from hookpoints.edits.edit import EditPlan, EditRow, Edits
-from hookpoints.errors import EditError, HookpointsError
+from hookpoints.errors import HookpointsError
 from hookpoints.hooks.cache import NamesFilter, Saving, caching_hooks, reachable
 from hookpoints.hooks.guard import ADDING, Hook, Hooks, Name, ScopedHooks, find_hook
 from hookpoints.layer.context import Recorded, current, position_of, scope
@@ -101,9 +101,6 @@ class HookedModel(HookedRootModule):
                 and a backward hook never did.
         """
         self.attachment.require()
-        for name, hook in (*fwd_hooks, *bwd_hooks):
-            if not callable(hook):
-                raise TypeError(f"the hook on {name!r} must be callable, found {type(hook).__name__}")
         fwd_hooks = [(find_hook(self, name), hook) for name, hook in fwd_hooks]
         bwd_hooks = [(find_hook(self, name), hook) for name, hook in bwd_hooks]
         with scope(self.attachment) as opened:
@@ -186,17 +183,10 @@ class HookedModel(HookedRootModule):
             plan.check_acted()
 
     def check_edits(self, plan: EditPlan) -> None:
-        """Raise EditError (or UnsupportedModelError for an attention layer) unless every edit fits the model and is
-        finite."""
+        """Raise EditError (or UnsupportedModelError for an attention layer) unless every edit fits the model."""
         for edit in plan.all():
             shape = self.cfg.layer(edit.layer)
             edit.check_shape(shape.H, shape.K, shape.V)
-        sides: dict[torch.device, list[Tensor]] = {}
-        for side in plan.factors():
-            sides.setdefault(side.device, []).append(side.detach().flatten())
-        # All at once: on a GPU each look at a value waits for it.
-        if not all(bool(torch.isfinite(torch.cat(values)).all()) for values in sides.values()):
-            raise EditError("keys or values of an edit are NaN or infinite; whatever it wrote would be, too")
 
     # -- where a pass is
 
@@ -221,6 +211,13 @@ class HookedModel(HookedRootModule):
         with scope(self.attachment, record=record, recorded=layers):
             yield record
 
+    def recurrence(self, input: Any, layer: int, **kwargs: Any) -> Recurrence:
+        """The canonical factors of a layer on ``input`` (with ``kwargs`` what the model's forward takes)."""
+        self.cfg.layer(layer)
+        with self.recording([layer]) as record:
+            self(input, **kwargs)
+        return record[layer].recurrence
+
 
 class Attached(HookedModel):
     """Hook points on a model that stays its holder's. Made by ``attach``; a context manager that detaches.
@@ -237,22 +234,6 @@ class Attached(HookedModel):
         """The model's own forward: its arguments, its result."""
         self.attachment.require()
         return self.hf_model(*args, **kwargs)
-
-    def recurrence(self, input: object, layer: int, **kwargs: object) -> Recurrence:
-        """The canonical factors of a layer on ``input`` (with ``kwargs`` what the model's forward takes)."""
-        self.cfg.layer(layer)
-        with self.recording([layer]) as record:
-            self(input, **kwargs)
-        return record[layer].recurrence
-
-    def run_with_cache(self, *args: object, incl_bwd: bool = False, **kwargs: Any) -> tuple[Any, Any]:
-        """As ``HookedRecurrent.run_with_cache``, with the model's own result. Gradients are had with ``bwd_hooks``."""
-        if incl_bwd:
-            raise ValueError(
-                "incl_bwd needs a model whose forward returns a loss: open hooks(bwd_hooks=...) and call backward() on "
-                "the model's own loss, or use HookedRecurrent.from_hf(model)"
-            )
-        return super().run_with_cache(*args, **kwargs)
 
     def detach(self) -> None:
         """Take everything off the model. Hooking methods raise from here on."""

@@ -12,12 +12,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal
 
 from torch import nn
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from hookpoints.errors import UnsupportedModelError
 from hookpoints.rules import REFUSED, REFUSED_LAYERS, RULES, Rule
+
+Part = Literal["mixer", "attn"]
+"""Of a block: its recurrence or its attention."""
 
 _MIXER_NAMES = ("linear_attn", "self_attn", "attn", "mixer", "mamba", "attention")
 _MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "ffn")

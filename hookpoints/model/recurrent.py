@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
@@ -13,25 +12,16 @@ from transformers import PreTrainedTokenizerBase
 
 from hookpoints.edits.edit import EditRow, Edits
 from hookpoints.edits.session import EditedRun, EditSession
-from hookpoints.errors import UnsupportedModelError
-from hookpoints.layer.context import Backend, cache_among, current
+from hookpoints.errors import InputError, UnsupportedModelError
+from hookpoints.layer.context import Backend, cache_among
 from hookpoints.model import loading
 from hookpoints.model.attachment import Attachment, StopForward
 from hookpoints.model.config import describe
-from hookpoints.model.hooked import HookedModel
-from hookpoints.model.inputs import (
-    PaddingSide,
-    TokenBatch,
-    Tokens,
-    as_tokens,
-    check_loss,
-    check_mask,
-    check_prompt_mask,
-    check_tokens,
-)
+from hookpoints.model.inputs import as_tokens, check_loss, check_mask, check_tokens
 from hookpoints.model.layout import find_layout
 from hookpoints.model.refused import REFUSED
 from hookpoints.model.selfcheck import self_check as run_self_check
+from hookpoints.model.tokens import PaddingSide, TokenBatch, Tokens
 from hookpoints.model.weights import Weights
 from hookpoints.model.wrappers import unwrap
 from hookpoints.recurrence.recurrence import Recurrence
@@ -48,7 +38,7 @@ class Output(NamedTuple):
     """A scalar, or [B,T-1] with ``loss_per_token``."""
 
 
-class HookedRecurrent(Tokens, Weights, HookedModel):
+class HookedRecurrent(Tokens, Weights):
     """Hook points on the writes, states and reads of a recurrent language model, and on its residual stream.
 
     ``hookpoints.HOOKS`` lists every hook: name, axes, when it fires and what an edit does. The model inside,
@@ -59,7 +49,6 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
         >>> logits, cache = model.run_with_cache("The state of the Union", names_filter="blocks.1.mixer.hook_k")
     """
 
-    attachment: Attachment  # pyright: ignore[reportIncompatibleVariableOverride]
     hook_embed: nn.Module
     blocks: nn.ModuleList
     ln_final: nn.Module
@@ -84,7 +73,7 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
         self.hf_model = hf_model
         self.tokenizer = tokenizer
         layout = find_layout(hf_model)
-        self.attachment = Attachment(hf_model, layout, self, backend)  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.attachment = Attachment(hf_model, layout, self, backend)
         label = name or getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__
         self.cfg = describe(hf_model, layout, label, backend)
         self.setup()
@@ -186,14 +175,9 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
             if tokens is None:
                 raise ValueError(f"{self.cfg.model_type} blocks reread the embeddings: start_at_layer needs tokens=")
             inputs = {"input_ids": tokens}
-        # A hook of a partial run may run the whole model.
-        outer = current(self.attachment)
-        in_partial_run = outer.residual is not None or outer.stop_layer is not None
-        partial_run = residual is not None or stop < self.cfg.n_layers
-        scope = self.attachment.passing(start, stop, residual) if partial_run or in_partial_run else nullcontext()
         hf_kwargs.setdefault("use_cache", False)
         try:
-            with scope:
+            with self.attachment.passing(start, stop, residual):  # whole runs too: a hook of a partial run may make one
                 logits = self.hf_model(**inputs, attention_mask=attention_mask, **hf_kwargs).logits
         except StopForward as stopped:
             return stopped.residual
@@ -233,7 +217,8 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
         batch = self._token_batch(input, prepend_bos, "left", attention_mask)
         mask = torch.ones_like(batch.tokens) if batch.attention_mask is None else batch.attention_mask
         check_mask(mask, batch.tokens)
-        check_prompt_mask(mask)
+        if not bool((mask[:, -1] != 0).all()):  # generation goes on after the last column
+            raise InputError("generate needs prompts padded on the left; attention_mask ends with padding in some row")
         if not stop_at_eos:
             hf_kwargs["eos_token_id"] = None
         if not self.caches and hf_kwargs.setdefault("use_cache", False):
@@ -281,10 +266,17 @@ class HookedRecurrent(Tokens, Weights, HookedModel):
 
     def recurrence(self, input: str | Tensor, layer: int, **kwargs: Any) -> Recurrence:
         """The canonical factors of a layer on ``input``: reads, writes, decay, erase (differentiable)."""
-        self.cfg.layer(layer)
-        with self.recording([layer]) as record:
-            self(input, return_type=None, stop_at_layer=layer + 1, **kwargs)
-        return record[layer].recurrence
+        return super().recurrence(input, layer, return_type=None, stop_at_layer=layer + 1, **kwargs)
+
+    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:
+        """[...,D], the columns of ``W_U`` of a token (an id, or a string that is one token) or of ids [...].
+
+        They are directions of what the final norm gives; ``cache.apply_ln_to_stack`` brings parts of the stream there.
+        """
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        directions = self.W_U.T[tokens]
+        return directions.squeeze(0) if isinstance(tokens, Tensor) and tokens.shape == (1,) else directions
 
     # -- helpers
 

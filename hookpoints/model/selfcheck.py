@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -28,13 +28,6 @@ torch ops compute in float32 whatever the model's dtype."""
 _PREFILL, _DECODE = 5, 2
 
 
-class _Pass(NamedTuple):
-    """What one pass of the model left."""
-
-    layers: dict[int, Recorded]
-    cache: Cache | None
-
-
 def self_check(model: HookedModel) -> None:
     """Run 7 tokens at once, then 5 and two more one by one from the cache: five passes over a handful of tokens.
     Decoding is left out where upstream cannot run the model with a cache.
@@ -54,9 +47,9 @@ def self_check(model: HookedModel) -> None:
     with torch.no_grad():
         steps = [_pass(model, tokens[:, :_PREFILL], 0, "prefill")]
         for t in range(_PREFILL, count):
-            steps.append(_pass(model, tokens[:, t : t + 1], t, "decode", steps[-1].cache))
+            steps.append(_pass(model, tokens[:, t : t + 1], t, "decode", steps[-1][1]))
     for layer in model.cfg.recurrent_layers:
-        recorded = [step.layers[layer] for step in steps]
+        recorded = [step[layer] for step, _ in steps]
         for before, after in itertools.pairwise(recorded):
             left, found = before.native.final_state, after.recurrence.initial_state
             if left is None or found is None:
@@ -87,7 +80,7 @@ def check_prefill(model: HookedModel, tokens: Tensor) -> dict[int, Recorded]:
                 "generate runs without a cache",
                 stacklevel=4,
             )
-        return _pass(model, tokens, 0, "prefill").layers
+        return _pass(model, tokens, 0, "prefill")[0]
 
 
 @scoped
@@ -102,8 +95,11 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _pass(model: HookedModel, tokens: Tensor, start: int, mode: str, cache: Cache | None = None) -> _Pass:
-    """One pass; every layer's op must be met, and its canonical recurrence must give its outputs and state."""
+def _pass(
+    model: HookedModel, tokens: Tensor, start: int, mode: str, cache: Cache | None = None
+) -> tuple[dict[int, Recorded], Cache | None]:
+    """One pass: what it recorded, and its cache. Every layer's op must be met, and its canonical recurrence must give
+    its outputs and state."""
     inputs = {} if cache is None else {cache_argument(model.hf_model): cache}
     # Models whose first block is recurrent need to be told where they are.
     where = torch.arange(start, start + tokens.shape[1], device=tokens.device).unsqueeze(0)
@@ -119,7 +115,7 @@ def _pass(model: HookedModel, tokens: Tensor, start: int, mode: str, cache: Cach
         _compare(model, layer, native, native.outputs, outputs, f"its op and canonical form ({mode} outputs)")
         if native.final_state is not None:
             _compare(model, layer, native, native.final_state, state, f"its op and canonical form ({mode} state)")
-    return _Pass(record, cache_of(out) if model.caches else None)
+    return record, cache_of(out) if model.caches else None
 
 
 def _compare(model: HookedModel, layer: int, native: OpResult, expected: Tensor, actual: Tensor, what: str) -> None:

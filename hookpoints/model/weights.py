@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from hookpoints.errors import UnsupportedModelError
-from hookpoints.model.layout import Added, out_projection
+from hookpoints.model.hooked import HookedModel
+from hookpoints.model.layout import Added, Part, out_projection
 
-if TYPE_CHECKING:
-    from hookpoints.model.attachment import Attachment
-    from hookpoints.model.config import HookedRecurrentConfig
-
-Part = Literal["mixer", "attn"]
-"""Of a block: its recurrence or its attention."""
+_PARTS: tuple[Part, Part] = ("mixer", "attn")
 
 
 class UnequalHeadsError(UnsupportedModelError, AttributeError):
@@ -45,19 +41,8 @@ class HeadOutputs(NamedTuple):
         return self.added.scale if self.norm is None else 1.0
 
 
-class Weights:
-    """Methods of a hooked model over ``attachment`` and ``cfg``."""
-
-    attachment: Attachment
-
-    if TYPE_CHECKING:
-        hf_model: Any
-
-        def to_single_token(self, string: str) -> int: ...
-        @property
-        def cfg(self) -> HookedRecurrentConfig: ...
-        @cfg.setter
-        def cfg(self, value: HookedRecurrentConfig) -> None: ...
+class Weights(HookedModel):
+    """A hooked model with names for its weights."""
 
     @property
     def W_E(self) -> Tensor:
@@ -89,16 +74,6 @@ class Weights:
         """[...,d_vocab], the logits of what the final norm gives: ``model.unembed(model.ln_final(residual))``."""
         return residual @ self.W_U + self.b_U
 
-    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:
-        """[...,D], the columns of ``W_U`` of a token (an id, or a string that is one token) or of ids [...].
-
-        They are directions of what the final norm gives; ``cache.apply_ln_to_stack`` brings parts of the stream there.
-        """
-        if isinstance(tokens, str):
-            tokens = self.to_single_token(tokens)
-        directions = self.W_U.T[tokens]
-        return directions.squeeze(0) if isinstance(tokens, Tensor) and tokens.shape == (1,) else directions
-
     @property
     def b_O(self) -> Tensor:
         """[n_layers, d_model], what the output projections add beside their heads; zero where they have no bias."""
@@ -117,11 +92,8 @@ class Weights:
     def all_head_labels(self) -> list[str]:
         """Names of the heads in the order of ``cache.stack_head_results``: "L0H0", "L0H1" ...; where a block has both,
         attention heads follow as "L0A0" ..."""
-        labels = []
-        for layer in range(self.cfg.n_layers):
-            parts: tuple[Part, ...] = ("mixer", "attn")
-            labels += [label for part in parts for label in self.head_labels(layer, part)]
-        return labels
+        places: list[tuple[int, Part]] = [(layer, part) for layer in range(self.cfg.n_layers) for part in _PARTS]
+        return [label for place in places for label in self.head_labels(*place)]
 
     def head_labels(self, layer: int, part: Part) -> list[str]:
         """Names of one mixer's heads; none where the block has no such heads."""

@@ -42,11 +42,11 @@ class CanonicalForm:
     """Factors of one recurrent layer over one stretch of tokens.
 
     Floating dtypes may be mixed; the work is done, and results are returned, in float64 if any field is
-    float64 and in float32 otherwise. Shapes, devices and dtypes are checked here; values are not (`log_decay`
+    float64 and in float32 otherwise. Shapes and dtypes are checked here; values are not (`log_decay`
     is meant to be <= 0, and -inf is allowed).
 
     Raises:
-        ValueError: a shape, device or pairing is wrong; the message names the field, what was expected and
+        ValueError: a shape or pairing is wrong; the message names the field, what was expected and
         what was found.
         TypeError: a field is not a floating tensor.
     """
@@ -201,10 +201,9 @@ class CanonicalForm:
         tolerance = max(1e-5, 4 * torch.finfo(self.a.dtype).eps)
         off = (a - along[..., None] * k).norm(dim=-1) > tolerance * a.norm(dim=-1)
         if bool(off.any()):
-            row, token, head = off.nonzero()[0].tolist()[:3]
             raise ValueError(
-                "corrected values exist only where the erase a is along the write key k (a = -beta k); it is not "
-                f"at row {row}, token {token}, head {head}. Use the additive write, or states()."
+                "corrected values exist only where the erase a is along the write key k (a = -beta k). Use the "
+                "additive write, or states()"
             )
         return dataclasses.replace(self, beta=-along)
 
@@ -307,16 +306,13 @@ def carried_keys(k: Tensor, beta: Tensor) -> Tensor:
 
 
 def _check(r: CanonicalForm) -> None:
-    """Check types, shapes, devices and pairing of the fields; see `CanonicalForm` for what is raised."""
+    """Check types, shapes and pairing of the fields; see `CanonicalForm` for what is raised."""
     for name, x in tensors(r):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor, found {getattr(x, 'dtype', type(x).__name__)}")
     for name, side in (("k", "K"), ("u", "V")):
         if getattr(r, name).ndim not in (4, 5):
             raise ValueError(f"{name} must be [B,T,H,{side}] or [B,T,H,R,{side}], found {list(getattr(r, name).shape)}")
-    if 0 in r.k.shape or 0 in r.u.shape:
-        shapes = f"k {list(r.k.shape)}, u {list(r.u.shape)}"
-        raise ValueError(f"a recurrence needs at least one row, token, head and channel, found {shapes}")
     sizes = {"B": r.B, "T": r.T, "H": r.H, "K": r.K, "V": r.V, "R": r.R}
     write, erase = "BTHR" if r.k.ndim == 5 else "BTH", "BTH"
     if r.b is not None and r.b.ndim == 5:
@@ -329,8 +325,6 @@ def _check(r: CanonicalForm) -> None:
         if list(x.shape) != [sizes[c] for c in want]:
             spelt = "[" + ",".join(f"{c}={sizes[c]}" for c in want) + "]"
             raise ValueError(f"{name} must be {spelt} as k {list(r.k.shape)} says, found {list(x.shape)}")
-        if x.device != r.device:
-            raise ValueError(f"all fields must be on one device: k is on {r.device}, {name} on {x.device}")
     if (r.a is not None or r.beta is not None) != (r.b is not None):
         given = ", ".join(n for n in ("a", "b", "beta") if getattr(r, n) is not None)
         raise ValueError(f"an erase needs b together with a (or beta), found only {given}")

@@ -139,7 +139,8 @@ def _prepare(r: CanonicalForm, part: dict[str, Tensor], reads: bool) -> Span:
         # The first columns of the scores are what erases see of the writes k u^T, which are known and go to the right
         # side; the others are what they see of each other, which is solved for.
         lags = [row[len(values) :] for row in lags]
-        values = values + _solve(lags, [_read_back(row, values) for row in scores[: len(back)]])
+        seen = [sum((x @ value for x, value in zip(row, values)), torch.zeros(())) for row in scores[: len(back)]]
+        values = values + _solve(lags, [-x for x in seen])
         responses = _solve(lags, [decay.from_start(read) for read in back])
     return Span(
         decay,
@@ -151,14 +152,6 @@ def _prepare(r: CanonicalForm, part: dict[str, Tensor], reads: bool) -> Span:
         queries=decay.from_start(query[0]).unbind(1) if reads else (),
         attention=[weights.unbind(1) for weights in attention[0]] if reads else [],
     )
-
-
-def _read_back(weights: list[Tensor], values: list[Tensor]) -> Tensor:
-    """What an erase adds for what it sees of the writes, -sum(weights @ values)."""
-    seen = weights[0] @ values[0]
-    for more, value in zip(weights[1:], values[1:]):
-        seen = seen + more @ value
-    return -seen
 
 
 def _chunk_size(r: CanonicalForm, wanted: int | None) -> int:

@@ -7,21 +7,11 @@ returned is stored. Cost O(K V) per token and head, plus a handful of kernel lau
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hookpoints.recurrence.canonical import CanonicalForm, ScanResult
-
-
-class Step(NamedTuple):
-    """One token."""
-
-    before: Tensor
-    """[B,H,K,V] state before the token."""
-    after: Tensor
-    """[B,H,K,V] state after its write."""
 
 
 def read_out(x: Tensor, state: Tensor) -> Tensor:
@@ -47,12 +37,13 @@ def transition(r: CanonicalForm, t: int, state: Tensor) -> Tensor:
     return moved
 
 
-def steps(r: CanonicalForm) -> Iterator[Step]:
-    """Walk the tokens. `r` must be in its working dtype (`CanonicalForm.working`)."""
+def steps(r: CanonicalForm) -> Iterator[tuple[Tensor, Tensor]]:
+    """Walk the tokens: states [B,H,K,V] before and after each one's write. `r` must be in its working dtype
+    (`CanonicalForm.working`)."""
     state = r.starting_state()
     for t in range(r.T):
         after = add_write(transition(r, t, state), r.k[:, t], r.u[:, t])
-        yield Step(state, after)
+        yield state, after
         state = after
 
 
@@ -60,9 +51,8 @@ def scan(r: CanonicalForm) -> ScanResult:
     """Outputs [B,T,H,V] and final state."""
     r = r.working()
     outputs, state = [], r.starting_state()
-    for t, step in enumerate(steps(r)):
-        state = step.after
-        seen = step.before if r.read_before_write else step.after
+    for t, (before, state) in enumerate(steps(r)):
+        seen = before if r.read_before_write else state
         outputs.append(read_out(r.q[:, t] * r.scale, seen))
     return ScanResult(torch.stack(outputs, dim=1), state)
 
@@ -72,14 +62,14 @@ def states(r: CanonicalForm, positions: list[int]) -> Tensor:
     if not positions:
         return r.starting_state()[:, None][:, :0]
     wanted = set(positions)
-    state_after = {t: step.after for t, step in enumerate(steps(r.working())) if t in wanted}
+    state_after = {t: after for t, (_, after) in enumerate(steps(r.working())) if t in wanted}
     return torch.stack([state_after[t] for t in positions], dim=1)
 
 
 def state_blocks(r: CanonicalForm) -> Iterator[Tensor]:
     """States after each write, [B,1,H,K,V] at a time."""
-    for step in steps(r.working()):
-        yield step.after[:, None]
+    for _, after in steps(r.working()):
+        yield after[:, None]
 
 
 def corrected_values(r: CanonicalForm) -> Tensor:
@@ -87,5 +77,5 @@ def corrected_values(r: CanonicalForm) -> Tensor:
     r = r.working()
     if r.b is None or r.beta is None:
         return r.u
-    read_back = [read_out(r.b[:, t], step.before) for t, step in enumerate(steps(r))]
+    read_back = [read_out(r.b[:, t], before) for t, (before, _) in enumerate(steps(r))]
     return r.u - r.beta[..., None] * torch.stack(read_back, dim=1)

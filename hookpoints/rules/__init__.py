@@ -1,4 +1,5 @@
-"""Update rules: ``tables``, and a file for each that needs more. A rule knows an op's arguments and the canonical recurrence, and nothing of hooks.
+"""Update rules: ``tables``, and a file for each that needs more. A rule knows an op's arguments and the canonical
+recurrence, and nothing of hooks.
 
 How to add a rule, here one that fla would compute by ``chunk_new_rule(q, k, v, gk, beta, ...)``:
 

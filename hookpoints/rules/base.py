@@ -17,7 +17,7 @@ To add a rule, see `hookpoints.rules`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -74,10 +74,6 @@ class OpFactors:
     def by_token(self) -> dict[str, Tensor]:
         """All factors that have a time axis."""
         return {name: x for name in (*self.NAMES, "back") if (x := getattr(self, name)) is not None}
-
-    def with_(self, **changes: Tensor) -> OpFactors:
-        """A copy with some factors exchanged."""
-        return replace(self, **changes)
 
 
 class OpResult(NamedTuple):

@@ -60,31 +60,21 @@ class RWKV7Config(PreTrainedConfig):
             raise ValueError("RWKV-7 with layers of softmax attention (config.attn) is not supported, only pure RWKV-7")
         if self.hidden_act not in _ACTIVATIONS:
             raise ValueError(f"hidden_act must be relu squared ({' or '.join(_ACTIVATIONS)}), not {self.hidden_act!r}")
-        self._resolve_heads()
-        self._resolve_values()
+        asked = self.head_dim or self.num_heads
+        self.head_dim = self.head_dim or self.hidden_size // (self.num_heads or 1)
+        given, heads = self.hidden_size if self.value_dim is None else self.value_dim, self.hidden_size // self.head_dim
+        values = [given] * self.num_hidden_layers if isinstance(given, int) else list(given)
+        fits = asked and self.hidden_size == heads * self.head_dim and self.num_heads in (None, heads)
+        if not fits or len(values) != self.num_hidden_layers or len(set(values)) != 1 or values[0] % heads:
+            raise ValueError(
+                "hidden_size must be num_heads * head_dim, and value_dim one multiple of num_heads for all layers; "
+                f"found hidden_size {self.hidden_size}, num_heads {self.num_heads}, head_dim {self.head_dim}, "
+                f"value_dim {given}"
+            )
+        self.num_heads, self.value_dim = heads, values
         if self.intermediate_size is None:
             self.intermediate_size = -(-int(self.hidden_size * (self.hidden_ratio or 4)) // 32) * 32
         super().__post_init__(**kwargs)
-
-    def _resolve_heads(self) -> None:
-        if self.head_dim is None and self.num_heads is None:
-            raise ValueError("give head_dim or num_heads")
-        self.head_dim = self.head_dim or self.hidden_size // (self.num_heads or 1)
-        heads = self.hidden_size // self.head_dim
-        if self.hidden_size % self.head_dim or self.num_heads not in (None, heads):
-            sizes = f"hidden_size {self.hidden_size}, head_dim {self.head_dim}, num_heads {self.num_heads}"
-            raise ValueError(f"hidden_size must be num_heads * head_dim, found {sizes}")
-        self.num_heads = heads
-
-    def _resolve_values(self) -> None:
-        given = self.hidden_size if self.value_dim is None else self.value_dim
-        self.value_dim = [given] * self.num_hidden_layers if isinstance(given, int) else list(given)
-        if len(self.value_dim) != self.num_hidden_layers or len(set(self.value_dim)) != 1:
-            raise ValueError(
-                f"value_dim must be one size, the same for all {self.num_hidden_layers} layers, found {given}"
-            )
-        if self.value_dim[0] % (self.num_heads or 1):
-            raise ValueError(f"value_dim {self.value_dim[0]} must be a multiple of the {self.num_heads} heads")
 
     @property
     def layer_types(self) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +28,6 @@ _POWERS = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.
 """Exponents of the token shifts: the larger, the more a channel looks at the token before."""
 
 
-class StateResult(NamedTuple):
-    """Reads and the state that they leave."""
-
-    outputs: Tensor
-    """[B,T,H,V], in the dtype of ``v``."""
-    final_state: Tensor | None
-    """[B,H,K,V], or None where it was not asked for."""
-
-
 def rwkv7_recurrence(
     r: Tensor,
     w: Tensor,
@@ -48,7 +38,7 @@ def rwkv7_recurrence(
     scale: float = 1.0,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
-) -> StateResult:
+) -> tuple[Tensor, Tensor | None]:
     """S_t = diag(exp(w_t)) S_{t-1} + b_t (S_{t-1}^T a_t)^T + k_t v_t^T,  o_t = S_t^T (scale r_t).
 
     The arguments are those of flash-linear-attention's ``chunk_rwkv7``. Chunked, in float32 (float64 for float64),
@@ -64,19 +54,12 @@ def rwkv7_recurrence(
         scale: factor on r.
         initial_state: [B,H,K,V]; None for zeros.
         output_final_state: whether to return the state after the last token.
+
+    Returns: outputs [B,T,H,V] in the dtype of ``v``, and the state [B,H,K,V] or None.
     """
     form = Recurrence(q=r, k=k, u=v, log_decay=w, a=b, b=a, scale=scale, initial_state=initial_state)
     outputs, state = form.scan()
-    return StateResult(outputs.to(v.dtype), state if output_final_state else None)
-
-
-class Shifted(NamedTuple):
-    """A sequence and what came before each of its tokens."""
-
-    previous: Tensor
-    """[B,T,D], the token before each one that is no padding; zero before the first."""
-    last: Tensor
-    """[B,D], what the next token of the sequence will find before it."""
+    return outputs.to(v.dtype), state if output_final_state else None
 
 
 class FirstValues:
@@ -100,20 +83,20 @@ class FirstValues:
         return self._values
 
 
-def shift(x: Tensor, before: Tensor | None, mask: Tensor | None) -> Shifted:
-    """Token shift of x [B,T,D] after the token ``before`` [B or 1,D]; padding (mask [B,T] zero) is passed over, on
-    whichever side it is."""
+def shift(x: Tensor, before: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Token shift of x [B,T,D] after the token ``before`` [B or 1,D]: the token before each one [B,T,D], and what the
+    next token will find before it [B,D]. Padding (mask [B,T] zero) is passed over, on whichever side it is."""
     before = x.new_zeros(1, x.shape[2]) if before is None else before.to(x)
     seen = torch.cat([before[:, None].expand(x.shape[0], 1, -1), x], dim=1)
     if mask is None:
-        return Shifted(seen[:, :-1], seen[:, -1])
+        return seen[:, :-1], seen[:, -1]
     places = torch.arange(1, x.shape[1] + 1, device=x.device)
     latest = F.pad((places * (mask != 0)).cummax(dim=1).values, (1, 0))  # index in `seen` of the last real token
     last_real = seen.gather(1, latest[..., None].expand_as(seen))
-    return Shifted(last_real[:, :-1], last_real[:, -1])
+    return last_real[:, :-1], last_real[:, -1]
 
 
-def cached_shift(x: Tensor, cache: Cache | None, layer: int, part: int, mask: Tensor | None) -> Shifted:
+def cached_shift(x: Tensor, cache: Cache | None, layer: int, part: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """``shift`` after what the cache holds; the cache is left as it is."""
     before = None
     if cache is not None and cache.has_previous_state(layer, part):
@@ -159,7 +142,7 @@ class RWKV7Attention(nn.Module):
 
     def first_values(self, x: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
         """What layer 0 gives to `FirstValues`, from its normalised input x [B,T,D]; changes no cache."""
-        previous = cached_shift(x, cache, self.layer_idx, _ATTENTION, mask).previous
+        previous, _ = cached_shift(x, cache, self.layer_idx, _ATTENTION, mask)
         return self.v_proj(self._mixed(x, previous - x, "x_v"))
 
     def forward(
@@ -305,11 +288,10 @@ def _initialise_attention(module: RWKV7Attention, config: RWKV7Config) -> None:
     if layer:
         values = module.v_proj.out_features
         _bias(module.v_lora, 0.73 - 0.4 * torch.linspace(-0.5, 0.5, values))
-    init.copy_(module.k_k, 0.71 - 0.1 * centred)
-    init.constant_(module.k_a, 1.02)
-    init.constant_(module.r_k, -0.04)
-    init.constant_(module.g_norm.weight, ((layer + 1) / config.num_hidden_layers) ** 0.7)
-    init.zeros_(module.g_norm.bias)
+    gain = ((layer + 1) / config.num_hidden_layers) ** 0.7
+    constants = ((module.k_k, 0.71 - 0.1 * centred), (module.k_a, 1.02), (module.r_k, -0.04))
+    for weight, value in (*constants, (module.g_norm.weight, gain), (module.g_norm.bias, 0.0)):
+        init.copy_(weight, torch.as_tensor(value).expand_as(weight))
     init.orthogonal_(module.r_proj.weight)
     init.orthogonal_(module.k_proj.weight, gain=0.1)
     init.orthogonal_(module.v_proj.weight)

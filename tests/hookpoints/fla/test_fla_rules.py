@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import KeepFloat64
@@ -176,7 +178,7 @@ def test_what_is_fed_is_what_the_op_uses(rule, own):
     factors = rule.factors(given)
     changes = {name: getattr(factors, name) * 1.5 for name in rule.factor_names}
     for names in (rule.factor_names, *((name,) for name in rule.factor_names)):
-        edited = factors.with_(**{name: changes[name] for name in names})
+        edited = dataclasses.replace(factors, **{name: changes[name] for name in names})
         again = rule.factors(rule.arguments(given, edited, frozenset(names)))
         for name in rule.factor_names:
             assert_close(getattr(again, name), getattr(edited, name), rtol=0, atol=1e-12)

@@ -3,6 +3,7 @@ against the same ops written token by token. fla itself is not needed; its kerne
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -171,7 +172,7 @@ def test_each_factor_can_be_fed_by_itself(case: Case, field: str) -> None:
         return
     # Keys longer than 1 would make the delta rules explode.
     new = 0.7 * old if field in ("k", "log_decay") else old + normal(0, *old.shape).abs()
-    factors = factors.with_(**{field: new})
+    factors = dataclasses.replace(factors, **{field: new})
     fed = rule.arguments(call, factors, frozenset({field}))
     native = rule.read_result(case.op(**fed), fed)
     found = Recurrence.of(rule.form(factors, call)).scan(method="reference")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import types
@@ -132,7 +133,8 @@ def test_each_factor_can_be_fed_by_itself(rule, module, name, make, field):
     with KeepFloat64():
         factors = rule.factors(arguments)
         old = getattr(factors, field)
-        factors = factors.with_(**{field: 0.7 * old if field == "log_decay" else old + normal(0, *old.shape).abs()})
+        new = 0.7 * old if field == "log_decay" else old + normal(0, *old.shape).abs()
+        factors = dataclasses.replace(factors, **{field: new})
         found = Recurrence.of(rule.form(factors, arguments)).scan(method="reference")
         fed = clone(rule.arguments(arguments, factors, frozenset({field})))
         native = rule.read_result(op(**fed), fed)

@@ -1,0 +1,142 @@
+"""Text in and out of a hooked model."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hookpoints.errors import InputError
+from hookpoints.model.hooked import HookedModel
+from hookpoints.model.inputs import as_tokens
+
+PaddingSide = Literal["left", "right"]
+
+
+class TokenBatch(NamedTuple):
+    """Tokens and which of them are real."""
+
+    tokens: Tensor
+    """[B,T] integer ids."""
+    attention_mask: Tensor | None
+    """[B,T], 1 for real tokens; None where nothing is padded."""
+
+
+class Tokens(HookedModel):
+    """A hooked model with a tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def to_tokens(
+        self,
+        input: str | list[str],
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+    ) -> Tensor:
+        """Token ids [B,T] of text.
+
+        Args:
+            prepend_bos: True or False forces the begin-of-sequence token; None leaves it to the tokenizer, so that
+                tokens are those that Hugging Face users get.
+            padding_side: for lists of unequal length; None: the tokenizer's own.
+            truncate: cut to the model's context length.
+        """
+        return self.tokenize(input, prepend_bos, padding_side, move_to_device, truncate).tokens
+
+    def tokenize(
+        self,
+        input: str | list[str],
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+    ) -> TokenBatch:
+        """As ``to_tokens``, with the attention mask that padding needs."""
+        tokenizer = self._need_tokenizer()
+        texts = [input] if isinstance(input, str) else list(input) if isinstance(input, list | tuple) else []
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"text must be a string or a list of strings, found {input!r:.80}")
+        rows = [self._bos(tokenizer(text)["input_ids"], prepend_bos) for text in texts]
+        if truncate:
+            rows = [row[: self.cfg.n_ctx] for row in rows]
+        width = max(map(len, rows))
+        side = padding_side or tokenizer.padding_side
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if pad is None and any(len(row) < width for row in rows):
+            raise ValueError("texts of unequal length need padding, but the tokenizer has no pad or eos token")
+        sides = [((n := width - len(row)) * [pad], row, n * [0], len(row) * [1]) for row in rows]
+        tokens = [filler + row if side == "left" else row + filler for filler, row, _, _ in sides]
+        mask = [empty + real if side == "left" else real + empty for _, _, empty, real in sides]
+        device = self.cfg.device if move_to_device else "cpu"
+        padded = any(len(row) < width for row in rows)
+        return TokenBatch(
+            torch.tensor(tokens, dtype=torch.long, device=device),
+            torch.tensor(mask, dtype=torch.long, device=device) if padded else None,
+        )
+
+    def to_string(self, tokens: Tensor | list[int] | int) -> str | list[str]:
+        """Text of tokens: one string for [T], a list for [B,T]. Special tokens are kept."""
+        tokenizer = self._need_tokenizer()
+        tokens = as_tokens(tokens)
+        if tokens.ndim == 2:
+            return [str(tokenizer.decode(row, clean_up_tokenization_spaces=False)) for row in tokens.tolist()]
+        return str(tokenizer.decode(tokens.reshape(-1).tolist(), clean_up_tokenization_spaces=False))
+
+    def to_str_tokens(self, input: str | Tensor | list[int], prepend_bos: bool | None = None) -> list[str]:
+        """Each token of one text, or of ids [T] or [1,T], as a string."""
+        tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else as_tokens(input)
+        tokens = tokens.squeeze(0) if tokens.ndim == 2 else tokens
+        if tokens.ndim != 1:
+            raise ValueError(f"to_str_tokens takes one sequence [T] or [1,T], found {list(tokens.shape)}")
+        return [str(self.to_string(int(token))) for token in tokens]
+
+    def to_single_token(self, string: str) -> int:
+        """The id of a string that is one token; ValueError says how it splits if it is not."""
+        ids = self._bos(self._need_tokenizer()(string, add_special_tokens=False)["input_ids"], None)
+        if len(ids) != 1:
+            raise ValueError(f"{string!r} is {len(ids)} tokens, not one: {[self.to_string(i) for i in ids]}")
+        return ids[0]
+
+    def to_single_str_token(self, int_token: int) -> str:
+        """The string of one token id."""
+        return str(self.to_string(int_token))
+
+    def get_token_position(
+        self,
+        single_token: str | int | Tensor,
+        input: str | Tensor,
+        mode: Literal["first", "last"] = "first",
+        prepend_bos: bool | None = None,
+    ) -> int:
+        """Where a token (an id, or a string that is one token) stands in a text or in ids [T] or [1,T].
+
+        Raises:
+            ValueError: it does not occur there.
+        """
+        tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else input
+        wanted = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
+        places = (tokens.reshape(-1) == wanted).nonzero().flatten().tolist()
+        if not places or (tokens.ndim == 2 and tokens.shape[0] != 1):
+            raise ValueError(f"token {single_token!r} is not in one sequence of tokens: found {list(tokens.shape)}")
+        return places[0 if mode == "first" else -1]
+
+    def _bos(self, ids: list[int], prepend_bos: bool | None) -> list[int]:
+        prepend = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+        bos = cast("int | None", self._need_tokenizer().bos_token_id)
+        if prepend is None:
+            return ids
+        has = bool(ids) and bos is not None and ids[0] == bos
+        if prepend and bos is None:
+            raise ValueError("prepend_bos=True, but the tokenizer has no begin-of-sequence token")
+        if prepend and not has and bos is not None:
+            return [bos, *ids]
+        return ids[1:] if has and not prepend else ids
+
+    def _need_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: pass token ids, or give one to from_hf(model, tokenizer)")
+        return self.tokenizer
