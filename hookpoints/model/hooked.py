@@ -17,7 +17,7 @@ from transformer_lens.utilities.slice import Slice, SliceInput
 from transformers import Cache
 
 from hookpoints.edits.edit import EditPlan, EditRow, Edits
-from hookpoints.errors import HookpointsError
+from hookpoints.errors import EditError, HookpointsError
 from hookpoints.hooks.cache import NamesFilter, Saving, caching_hooks, reachable
 from hookpoints.hooks.guard import ADDING, Hook, Hooks, Name, ScopedHooks, find_hook
 from hookpoints.layer.context import Recorded, current, position_of, scope
@@ -183,10 +183,13 @@ class HookedModel(HookedRootModule):
             plan.check_acted()
 
     def check_edits(self, plan: EditPlan) -> None:
-        """Raise EditError (or UnsupportedModelError for an attention layer) unless every edit fits the model."""
+        """Raise EditError (or UnsupportedModelError for an attention layer) unless every edit fits the model and is
+        finite."""
         for edit in plan.all():
             shape = self.cfg.layer(edit.layer)
             edit.check_shape(shape.H, shape.K, shape.V)
+        if not all(bool(torch.isfinite(side).all()) for side in plan.factors()):
+            raise EditError("keys or values of an edit are NaN or infinite; whatever it wrote would be, too")
 
     # -- where a pass is
 

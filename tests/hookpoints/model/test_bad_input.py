@@ -295,6 +295,7 @@ def test_a_loss_of_no_token(model, tokens):
     ("rows", "how"),
     [
         ([None], {}),
+        ([WriteEdit(1, 0, 3, torch.full((8,), float("nan")), torch.ones(6))], {}),
         ([WriteEdit(1, 0, None, mode="delete")], {"stop": 0}),
         ([WriteEdit(1, 0, None, mode="delete")], {"stop": 71}),
         ([WriteEdit(1, 0, 3, mode="delete")], {"batch_size": 0}),
