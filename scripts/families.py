@@ -22,12 +22,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
+from hookpoints.rules.gla import FlaHgrn2  # noqa: E402
 from tables import table  # noqa: E402
 
 from hookpoints import HookedRecurrent  # noqa: E402
 from hookpoints.hooks.table import rows  # noqa: E402
 from hookpoints.rules import REFUSED, REFUSED_LAYERS, RULES, RWKV7, Rule  # noqa: E402
-from hookpoints.rules.gla import FlaHgrn2  # noqa: E402
 
 DATA, PAGE = ROOT / "docs" / "families.json", ROOT / "docs" / "families.md"
 Family = dict[str, Any]
