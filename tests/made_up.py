@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from writesae.evaluations.substitution import Substitution
+from writesae.experiment.evaluation import Result
 from writesae.experiment.readout import KL_METRICS
-from writesae.experiment.result import Result
 
 # Median KL (nats) by condition; a condition that is not named has 2.
 HOLDS = {"delete": 1.0, "atom": 0.3, "state": 0.9}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hookpoints import HookedRecurrent
     from sae_lens_writesae.sae.factors import Collection
     from writesae.evaluations.substitution import Substitution
-    from writesae.experiment.result import Result
+    from writesae.experiment.evaluation import Result
     from writesae.page.report import ReportFiles
 
 

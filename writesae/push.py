@@ -23,7 +23,7 @@ import tyro
 if TYPE_CHECKING:
     from sae_lens.saes.sae import SAEConfig, SAEMetadata
 
-    from writesae.experiment.result import Json
+    from writesae.files import Json
 
 _FILES = ("cfg.json", "sae_weights.safetensors", "SHA256SUMS")
 """What is uploaded of a dictionary: what SAELens loads, and its checksums."""

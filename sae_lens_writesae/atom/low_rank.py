@@ -110,6 +110,10 @@ class LowRank:
         """Frobenius inner products <A_n, B_n> [N]. Costs N R R' (K + V)."""
         return ((self.keys @ other.keys.mT) * (self.values @ other.values.mT)).sum((1, 2))
 
+    def total(self) -> LowRank:
+        """The sum of all N matrices, as one (N = 1) with all of their terms."""
+        return LowRank(self.keys.flatten(0, 1)[None], self.values.flatten(0, 1)[None])
+
     def products(self, matrix: Tensor) -> Tensor:
         """Frobenius inner products <A_n, M> [N] with one matrix [K,V]. Costs N R K V."""
         return ((self.keys @ matrix) * self.values).sum((1, 2))

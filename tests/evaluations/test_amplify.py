@@ -16,11 +16,11 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae import scale_atoms
 from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.evaluations import amplify
-from writesae.evaluations.amplify import Amplify, alignment, change, counts_of, places_of
+from writesae.evaluations.amplify import Amplify, alignment, counts_at, places_of
+from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import Firings, halves
 from writesae.experiment.generation import Sampled, sample_continuations
 from writesae.experiment.lab import Lab
-from writesae.experiment.result import Result
 
 SMALL: dict[str, Any] = {
     "n_tokens": 2,
@@ -81,8 +81,8 @@ def test_counts_are_those_of_text_sampled_under_scaled_atoms(
     for token in atoms:
         other = next(t for t in atoms if t != token)
         for condition, text in (("nothing", native), ("atom", texts[token]), ("other", texts[other])):
-            rows = counts_of(result, condition, 1.0 if condition == "nothing" else 1e3).loc[token]
-            assert rows["count"].tolist() == (text == token).sum(1).tolist()
+            rows = counts_at(result, 1e3).wide.query("token == @token")
+            assert rows[condition].tolist() == (text == token).sum(1).tolist()
             assert rows["sequence"].tolist() == split.test[:3].tolist()
     assert any(not torch.equal(text, native) for text in texts.values())
     assert result.tables["counts"].groupby(["condition", "factor"]).size().eq(2 * 3).all()
@@ -135,7 +135,8 @@ def test_atoms_of_all_heads_of_a_layer_are_scaled_together(model64: HookedRecurr
         condition = amplify.Condition("atom", 1e3, int(str(token)))
         sampled = result.evaluation._continuations(lab, prompts, condition, {int(str(token)): numbers})  # type: ignore
         assert torch.equal(sampled.tokens, text)
-        assert counts_of(result, "atom", 1e3).loc[token]["count"].tolist() == (text == token).sum(1).tolist()
+        rows = counts_at(result, 1e3).wide.query("token == @token")
+        assert rows["atom"].tolist() == (text == token).sum(1).tolist()
     assert not all(alone)  # the second head matters
     assert "2 heads" in result.claims()[0].unit and result.label == "L1, 2 heads"
     with pytest.raises(ValueError, match="each head of one layer"):
@@ -146,8 +147,9 @@ def test_atoms_that_are_zero_move_nothing(model64: HookedRecurrent, tokens: Tens
     sae = random_sae(model64)
     sae.w.data.zero_()
     result = run(model64, tokens, sae)
-    assert change(result, "atom", 4.0).mean == 0 and change(result, "random", 4.0).mean == 0
-    assert counts_of(result, "nothing")["fires"].sum() > 0
+    counts = counts_at(result, 4.0)
+    assert counts.mean("atom", "nothing").mean == 0 and counts.mean("random", "nothing").mean == 0
+    assert result.tables["counts"].query("condition == 'nothing'")["fires"].sum() > 0
     assert [claim.outcome for claim in result.claims()] == ["inconclusive"] * 2  # 3 prompts
 
 
@@ -225,4 +227,3 @@ def test_verdicts(table: dict[str, Any], outcome: str, single: int) -> None:
     first, second = result.claims()
     assert (first.number, first.outcome, first.n) == (18, outcome, 20 * table.get("n_tokens", 12))
     assert second.measured.startswith(f"{single} of ") and (second.outcome == "holds") == (single > 0)
-    assert len(result.figures()) == 2

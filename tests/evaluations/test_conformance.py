@@ -16,8 +16,7 @@ from small_saes import HOOK, exact_sae, make_sae, planted
 
 from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.evaluations import EVALUATIONS, load_result
-from writesae.experiment.evaluation import Evaluation, Scope
-from writesae.experiment.result import Result
+from writesae.experiment.evaluation import Evaluation, Result, Scope
 from writesae.verdict.paper import PAPER_CLAIMS, Outcome
 
 SIZES = {

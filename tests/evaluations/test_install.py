@@ -15,9 +15,9 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.steering import value_direction
 from writesae.evaluations.install import Install, install_edits, strata_of
+from writesae.experiment.evaluation import Result
 from writesae.experiment.generation import greedy_rows
 from writesae.experiment.lab import Lab
-from writesae.experiment.result import Result
 
 SMALL: dict[str, Any] = {"pairs": 3, "prompt_tokens": 7, "sizes": (3.0,), "new_tokens": 3}
 
@@ -137,7 +137,6 @@ def test_verdicts(table: tuple[float, ...], outcome: str) -> None:
     claim = result.claims()[0]
     assert (claim.number, claim.outcome, claim.unit) == (10, outcome, "prompt x target pairs")
     assert ("as in the paper" in claim.sentence) == (outcome == "holds")
-    assert len(result.figures()) == 1
 
 
 @pytest.mark.parametrize(
@@ -147,4 +146,4 @@ def test_verdicts(table: tuple[float, ...], outcome: str) -> None:
 def test_improved_ranks_are_held_against_a_random_direction(table: tuple[float, ...], outcome: str) -> None:
     claim = shares(*table).claims()[-1]  # pyright: ignore[reportArgumentType]
     assert (claim.number, claim.outcome, claim.n) == (25, outcome, 40)
-    assert claim.measured.startswith(f"{table[0]:.0%}")
+    assert claim.measured.startswith(f"{table[0]:.1%}")

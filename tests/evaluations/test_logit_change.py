@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,9 @@ from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.sae.target import HeadHook
-from writesae.evaluations import load_result
 from writesae.evaluations.logit_change import SCORED, ZERO_ATOM, ZERO_WRITE, LogitChange, error_order, score
+from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import collect_firings
-from writesae.experiment.result import Result
 from writesae.verdict.fits import per_cell_table, scores_table, with_control
 
 SMALL: dict[str, Any] = {
@@ -153,16 +151,9 @@ def test_the_coefficient_as_unit() -> None:
 
 
 @float64
-def test_save_load_figures_and_notes(result: Result, tmp_path: Path) -> None:
-    back = load_result(result.save(tmp_path / "x"))
-    for name, table in result.tables.items():
-        pd.testing.assert_frame_equal(back.tables[name], table)
-        assert bool(table.notna().all(axis=None))
-    assert back.claims() == result.claims() and back.notes() == result.notes()
-    svgs = [figure.svg for figure in back.figures()]
-    assert len(svgs) == 6 and len(set(svgs)) == 6 and all(svg.startswith("<svg") for svg in svgs)
+def test_a_score_that_was_not_measured_is_named(result: Result) -> None:
     with pytest.raises(KeyError, match="there are"):
-        score(back, "F2", eps=7)
+        score(result, "F2", eps=7)
 
 
 def test_mamba2_is_set_beside_the_papers_number(result: Result) -> None:

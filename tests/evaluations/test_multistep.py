@@ -12,7 +12,7 @@ from planted import HEAD, LAYER, random_sae
 from torch import Tensor
 
 from writesae.evaluations.multistep import Multistep
-from writesae.experiment.result import Result
+from writesae.experiment.evaluation import Result
 
 SMALL: dict[str, Any] = {"n_steps": 4, "scale": "matched", "controls": ("mean",), "n_atoms": 3, "firings_per_atom": 2}
 
@@ -65,7 +65,7 @@ def test_a_no_op_changes_nothing_and_every_condition_is_followed(result: Result)
     assert (steps.groupby(["firing", "condition", "scale"]).size() == 5).all()
     assert steps.loc[steps["condition"] == "delete", "state_gap"].gt(0).all()
     assert result.info["n_edited_runs"] == len(steps) / 5
-    assert len(result.figures()) == 2 and result.claims()[0].outcome == "inconclusive"  # 6 firings
+    assert result.claims()[0].outcome == "inconclusive"  # 6 firings
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,13 @@ from small_saes import HEAD, HOOK, LAYER, K, V, make_sae, planted
 from hookpoints import UnknownHookError
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
-from writesae.evaluations import load_result
 from writesae.evaluations.partition import RULES, Partition, alike_verdict, compare_kinds, first_component
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.cosines import firing_cosines
+from writesae.experiment.evaluation import Result
 from writesae.experiment.lab import Lab
-from writesae.experiment.result import Result
 from writesae.verdict.mixtures import fisher_z, fit_mixtures
-from writesae.verdict.statistics import Estimate, Interval
+from writesae.verdict.statistics import Estimate
 
 HELD = {"outcome": "holds", "sentence": ""}
 QUICK: dict[str, Any] = {"min_firings": 2, "restarts": 1}
@@ -75,7 +74,7 @@ def test_zero_atoms_are_named_and_a_label_chooses_the_dictionary(model: Any, tok
         assert firing_cosines(lab, lab.firings().alive(tokens.numel())).zero_atoms.tolist() == []
 
 
-def test_planted_atoms_are_registers_beyond_both_nulls(model: Any, tokens: Any, tmp_path: Any) -> None:
+def test_planted_atoms_are_registers_beyond_both_nulls(model: Any, tokens: Any) -> None:
     result = run(model, planted(model, tokens), tokens, tested_atoms=0)
     atoms = result.tables["atoms"]
     assert len(atoms) >= 20 and (atoms["kind"] == "register").mean() > 0.9
@@ -84,11 +83,6 @@ def test_planted_atoms_are_registers_beyond_both_nulls(model: Any, tokens: Any, 
     assert (aligned.outcome, aligned.n) == ("holds", len(atoms))
     n_alive, dead = result.info["n_alive"], result.info["dead"]
     assert isinstance(n_alive, int) and isinstance(dead, int) and n_alive + dead <= 30
-    for table in result.tables.values():
-        assert not table.isna().to_numpy().any()
-    loaded = load_result(result.save(tmp_path / "partition"))
-    assert loaded.claims() == result.claims() and loaded.notes() == result.notes()
-    assert [f.svg for f in loaded.figures()] == [f.svg for f in result.figures()] and len(result.figures()) == 3
 
 
 # -- mixtures
@@ -277,7 +271,7 @@ def test_kinds_that_differ_are_not_alike() -> None:
 
 def test_a_kind_of_few_atoms_is_inconclusive() -> None:
     rates = {"register": Estimate(0.9, 0.8, 1.0, 100, 20), "bundle": Estimate(0.9, 0.8, 1.0, 16, 4)}
-    assert alike_verdict(rates, Interval(-0.05, 0.05), HELD).outcome == "inconclusive"
+    assert alike_verdict(rates, (-0.05, 0.05), HELD).outcome == "inconclusive"
 
 
 @pytest.mark.parametrize(
@@ -286,7 +280,7 @@ def test_a_kind_of_few_atoms_is_inconclusive() -> None:
 )
 def test_sameness_needs_an_interval_within_the_margin(difference: tuple[float, float], outcome: str) -> None:
     rates = dict.fromkeys(("register", "bundle"), Estimate(0.9, 0.8, 1.0, 100, 20))
-    assert alike_verdict(rates, Interval(*difference), HELD).outcome == outcome
+    assert alike_verdict(rates, difference, HELD).outcome == outcome
 
 
 def test_the_evaluation_tests_as_many_atoms_of_each_kind(model: Any, tokens: Any) -> None:

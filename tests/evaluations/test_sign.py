@@ -15,7 +15,7 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.steering import value_direction
 from writesae.evaluations.sign import DIRECTIONS, Sign, right_signs, sizes
-from writesae.experiment.result import Result
+from writesae.experiment.evaluation import Result
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_the_logit_of_a_small_write_turns_with_its_sign_and_is_predicted(
     up, down = (table[table["m"] * sign > 0]["measured"].to_numpy() for sign in (1, -1))
     np.testing.assert_allclose(up, -down, rtol=0.02, atol=1e-9)
     for direction in DIRECTIONS:
-        assert right_signs(result, direction, "f2").rate == 1.0
+        assert right_signs(result, direction, "f2").mean == 1.0
     assert (sizes(result)["f2_r2"] > 0.9999).all()
     assert result.label == f"L{LAYER}H{HEAD}"  # not named after a dictionary, whose atoms are not used
     assert 0 <= float(result.info["floor"]) < 1e-9  # float64
@@ -121,13 +121,12 @@ def linear(right: float, wrong: float, flip: int = 1, size: float = 0.5, floor: 
 
 def test_signs_of_a_linear_readout_flip_with_it() -> None:
     result, flipped = linear(1.0, 0.5), linear(1.0, 0.5, flip=-1)
-    assert right_signs(result, "direct", "f0").rate == 1 and right_signs(result, "direct", "written").rate == 1
-    assert right_signs(flipped, "direct", "f0").rate == 0 and right_signs(flipped, "direct", "f2").rate == 1
+    assert right_signs(result, "direct", "f0").mean == 1 and right_signs(result, "direct", "written").mean == 1
+    assert right_signs(flipped, "direct", "f0").mean == 0 and right_signs(flipped, "direct", "f2").mean == 1
     assert [r.claims()[0].outcome for r in (result, flipped)] == ["holds", "fails"]
     assert result.claims()[0].n == 200 and result.claims()[1].outcome == "holds"
     fits = sizes(flipped).set_index("direction")
     assert fits.loc["direct", "f2_r2"] == pytest.approx(1) and fits.loc["direct", "f0_r2"] == pytest.approx(-3)
-    assert fits.loc["direct", "f0_r"] == pytest.approx(-1)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +136,6 @@ def test_signs_of_a_linear_readout_flip_with_it() -> None:
         ({"right": 0.8, "wrong": 0.8}, "confounded"),
         ({"right": 0.5, "wrong": 0.9}, "fails"),
         ({"right": 0.9, "wrong": 0.5, "floor": 0.6}, "below the floor"),
-        ({"right": 0.9, "wrong": 0.5, "n": 8}, "inconclusive"),
     ],
 )
 def test_verdicts(table: dict[str, Any], outcome: str) -> None:
@@ -150,7 +148,3 @@ def test_right_signs_of_wrong_sizes_are_no_prediction() -> None:
     table = result.tables["writes"].assign(f2=lambda t: 3 * t["f2"])
     claim = Result(result.evaluation, result.info, {"writes": table}).claims()[1]
     assert claim.outcome == "fails" and "R²" in claim.sentence
-
-
-def test_figures_come_from_the_table() -> None:
-    assert len(linear(0.9, 0.5).figures()) == 3

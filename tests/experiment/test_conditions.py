@@ -121,8 +121,8 @@ def test_state_is_the_top_direction_of_the_state_before_the_write(lab: Lab) -> N
     at = firings["position"].to_list()
     made = directions(lab, firings, ("state", "state_after"))
     after, writes = states_by_hook(lab, 1, "state")[at], states_by_hook(lab, 1, "write")[at]
-    close(C.state_before(lab.site(1), at), after - writes)
-    close(C.state_after(lab.site(1), at), after)
+    close(lab.site(1).state_before(at), after - writes)
+    close(lab.site(1).state_after(at), after)
     for name, states in (("state", after - writes), ("state_after", after)):
         close(made[name].cosine(state_direction(states)), torch.ones(len(at), dtype=torch.float64))
         close((made[name].dense() * states).sum((1, 2)), torch.linalg.matrix_norm(states, 2))

@@ -20,8 +20,9 @@ from writesae.experiment.controls import (
     as_control,
     control_dictionaries,
 )
+from writesae.experiment.evaluation import Result
 from writesae.experiment.lab import Lab
-from writesae.experiment.result import Claim, Result
+from writesae.verdict.finding import Claim
 from writesae.verdict.paper import Outcome
 
 
@@ -76,18 +77,6 @@ def test_claims_over_several_heads_have_controls_of_their_own() -> None:
     layer = [row for row in answers([*heads, *(of_control(r, "untrained", r) for r in heads)]) if row.claim.number == 5]
     assert [row.claim.outcome for row in layer] == ["confounded"]
     assert [row.claim.outcome for row in answers(heads) if row.claim.number == 5] == ["holds"]
-
-
-def test_words_that_hold_a_measured_number_are_still_the_same_claim() -> None:
-    from writesae.experiment import controls
-
-    def row(text: str) -> controls.Answer:
-        return controls.Answer("", claim("holds", text))
-
-    own = [row("class a (12 atoms)"), row("class b (3 atoms)"), row("rank-2 atoms"), row("rank-4 atoms")]
-    others = [claim("holds", text) for text in ("class a (7 atoms)", "rank-4 atoms", "rank-8 atoms")]
-    matched = [controls._same(each.claim, others, own) for each in own]
-    assert [m and m.claim for m in matched] == ["class a (7 atoms)", None, None, "rank-4 atoms"]
 
 
 def test_dictionaries_are_made_from_the_reference_text(model: HookedRecurrent) -> None:

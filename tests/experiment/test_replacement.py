@@ -13,10 +13,10 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent, WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae.experiment.approximations import Basis
+from writesae.experiment.head import UpperModel
 from writesae.experiment.lab import Lab
 from writesae.experiment.pca import fit_pca
-from writesae.experiment.reconstruction import UpperModel, replacement_costs
+from writesae.experiment.reconstruction import Basis, replacement_costs
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_zero_writes_are_the_writes_deleted(model: HookedRecurrent, tokens: Tens
     logits = session.run([[WriteEdit(LAYER, HEAD, t, mode="delete") for t in range(tokens.shape[1])]]).logits
     nats = torch.nn.functional.cross_entropy(logits[0, :-1].double(), tokens[0, 1:])
     assert zero["nats"] + zero["native_nats"] == pytest.approx(float(nats), abs=1e-6)
-    upper = UpperModel.of(Lab(model, {"a": exact_sae()}, tokens[:1]), 0)
+    upper = UpperModel.at(model, LAYER, HEAD, tokens[:1])
     assert zero["native_nats"] == pytest.approx(upper.nats()) and abs(zero["nats"]) > 1e-5
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: contrasts of its tables, and folders that appear whole or not at all."""
+"""What an evaluation leaves: folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from sealing import damages, reseal
 
 from writesae import page as page_folder
 from writesae.evaluations import load_result
-from writesae.experiment.result import Result
-from writesae.verdict.statistics import estimate
+from writesae.experiment.evaluation import Result
 
 
 @pytest.fixture(scope="module")
@@ -106,18 +105,6 @@ def test_tables_are_checked(result: Result) -> None:
         replace(result, tables={}).check()
     with pytest.raises(ValueError, match="cosine"):
         replace(result, tables=result.tables | {"firings": result.tables["firings"].drop(columns="cosine")}).check()
-
-
-def test_contrast_is_the_estimate_of_paired_differences(result: Result) -> None:
-    units = ["firing", "sequence"]
-    wide = result.wide("kl_window", units=units)
-    assert len(wide) == 240 and {"atom", "delete", "native"} <= set(wide.columns)
-    expected = estimate(wide["atom"] - wide["delete"], wide["sequence"])
-    assert result.contrast("kl_window", "atom", "delete", units=units) == expected
-    assert result.contrast("kl_window", "delete", units=units).mean == pytest.approx(wide["delete"].mean())
-    some = result.tables["firings"].query("not (condition == 'atom' and firing < 40)")
-    fewer = replace(result, tables=result.tables | {"firings": some})
-    assert fewer.contrast("kl_window", "atom", "delete", units=units).n == 200  # units without one side are left out
 
 
 def test_what_was_left_out_is_noted() -> None:

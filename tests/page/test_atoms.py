@@ -27,9 +27,9 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae import WriteTopKSAE
 from writesae.evaluations.readers import Readers
 from writesae.evaluations.substitution import Substitution, wide_firings
+from writesae.experiment.evaluation import Result
 from writesae.experiment.lab import Lab
 from writesae.experiment.quality import dictionary_quality
-from writesae.experiment.result import Result
 from writesae.page.atoms import AtomPage, AtomPages, AtomPagesData, write_atom_pages
 from writesae.page.atoms.collect import _with_column
 from writesae.page.atoms.data import Context, TokenValue

@@ -18,7 +18,7 @@ from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up
 from writesae.evaluations import EVALUATIONS, load_result
 from writesae.evaluations.sign import Sign
 from writesae.evaluations.substitution import Substitution
-from writesae.experiment.result import Result
+from writesae.experiment.evaluation import Result
 from writesae.page import report
 from writesae.page.report import ReportFiles, find_results, in_order, write_report
 from writesae.page.template import markdown
@@ -230,7 +230,7 @@ def test_folders_without_results_are_named(tmp_path: Path) -> None:
 
 
 def test_how_numbers_are_written() -> None:
-    assert fmt.percent(0.8725) == "87.2\u00a0%" and fmt.percent(float("nan")) == "–"
+    assert fmt.percent(0.8725) == "87.2%" and fmt.percent(float("nan")) == "–"
     assert [fmt.number(x) for x in (0, 1.2345, 0.0123, 3.2e-13, 12345)] == [
         "0",
         "1.23",
@@ -240,4 +240,3 @@ def test_how_numbers_are_written() -> None:
     ]
     assert fmt.span(0.5, 0.625) == "50.0–62.5" and fmt.span(float("nan"), 1) == "–"
     assert fmt.span(-0.5, -0.25) == "-50.0 to -25.0"
-    assert fmt.p_value(0.0004) == "< 0.001" and fmt.p_value(0.04) == "0.040"

@@ -8,14 +8,11 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
-from writesae.experiment.evaluation import Evaluation, Scope
+from writesae.experiment.evaluation import Evaluation, Result, Scope
 from writesae.experiment.lab import Lab, Trial
 from writesae.experiment.readout import kl_window
-from writesae.experiment.result import Claim, Figure, Result
-from writesae.verdict import figures
-from writesae.verdict import statistics as stats
-from writesae.verdict.format import percent, span
-from writesae.verdict.judge import Against, judge
+from writesae.verdict.finding import Against, Finding, Paired
+from writesae.verdict.format import percent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,28 +71,21 @@ class Repeat(Evaluation):
         lab.require(bool(tables), "no position has a write")
         return {"positions": pd.concat(tables, ignore_index=True)}
 
-    def claims(self, result: Result) -> list[Claim]:
-        wide = result.wide("kl", units=["sequence", "position"])
-
-        def larger(a: str, b: str) -> stats.Estimate:
-            return stats.win_rate(wide[b], wide[a], wide["sequence"]).over_clusters
-
-        rate, control = larger("previous", "delete"), larger("elsewhere", "delete")
-        verdict = judge(
-            rate,
-            {"write from elsewhere": Against(larger("previous", "elsewhere"), control, chance=0.5)},
-            typical=float(wide["delete"].median()),
-            floor=float(wide["native"].quantile(0.95)),
-            chance=0.5,
-            relevant=0.1,
-            what="the share of positions where the repeated write disturbs more",
-        )
-        measured = f"{percent(rate.mean)} [{span(*rate.interval)}] of positions"
-        unit, controls = f"positions in {rate.n_clusters} sequences", f"write from elsewhere {percent(control.mean)}"
-        return [Claim(None, self.question, measured, rate.n, unit, controls, verdict.outcome, verdict.sentence)]
-
-    def figures(self, result: Result) -> list[Figure]:
-        table = result.tables["positions"]
-        kl = {str(name): rows["kl"] for name, rows in table.groupby("condition") if name != "native"}
-        title = f"KL by what is written: {result.label}"
-        return [Figure("How far each moves the model", figures.boxes(kl, "KL from native, nats", [], title))]
+    def findings(self, result: Result) -> list[Finding]:
+        kl = Paired.of(result.tables["positions"], "kl", "sequence", "position", seed=self.seed)
+        rate, control = kl.wins("delete", "previous"), kl.wins("delete", "elsewhere")
+        return [
+            Finding(
+                claim=self.question,
+                effect=rate,
+                what="the share of positions where the repeated write disturbs more",
+                against={"write from elsewhere": Against(kl.wins("elsewhere", "previous"), control, chance=0.5)},
+                chance=0.5,
+                relevant=0.1,
+                **kl.size_of("delete"),
+                shown={"repeated write": rate, "write from elsewhere": control},
+                write=percent,
+                axis="of positions",
+                of="positions in {} sequences",
+            )
+        ]

@@ -212,8 +212,8 @@ def pickles(work: Path, rounds: int) -> Iterator[Comparison]:
     "Folders from strangers",
     {
         "tables of any size are read": [
-            Change("writesae.experiment.result:_table", "if unpacked > _LARGEST_TABLE", "if False"),
-            Change("writesae.experiment.result:_table", "pd.read_parquet(file)", "pd.DataFrame()"),
+            Change("writesae.experiment.evaluation:_table", "if unpacked > _LARGEST_TABLE", "if False"),
+            Change("writesae.experiment.evaluation:_table", "pd.read_parquet(file)", "pd.DataFrame()"),
         ],
         "an index of weights may name any file": [
             Change(f"{LOADING}:_check_files", "if elsewhere := sorted(set(shards.values()) - names)", "if False")

@@ -127,7 +127,7 @@ def _kills(write: Write) -> Callable[[Path, int], Iterator[Comparison]]:
     return run
 
 
-RESULT, ATOMIC = "writesae.experiment.result:Result.save", "sae_lens_writesae.files:atomic_write"
+RESULT, ATOMIC = "writesae.experiment.evaluation:Result.save", "sae_lens_writesae.files:atomic_write"
 IN_PLACE = {
     results: {
         "results are written in place": [

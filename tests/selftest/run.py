@@ -11,7 +11,8 @@ from selftest.worlds import World, world_of
 
 from writesae.evaluations import EVALUATIONS
 from writesae.evaluations.substitution import wide_firings
-from writesae.experiment.result import Claim, Result
+from writesae.experiment.evaluation import Result
+from writesae.verdict.finding import Claim
 from writesae.verdict.statistics import recovered_share
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from writesae.evaluations import EVALUATIONS
 from writesae.experiment.lab import Lab
-from writesae.experiment.result import Claim
+from writesae.verdict.finding import Claim
 from writesae.verdict.paper import Outcome
 
 FAST = ("seeds",)

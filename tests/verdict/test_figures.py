@@ -1,15 +1,6 @@
 """Figures of small results."""
 
-import pandas as pd
-
 from writesae.verdict import figures
-
-
-def test_fewer_than_four_firings_leave_quartiles_out() -> None:
-    deletion = pd.Series([0.2, 0.1])
-    rows = {"atom": pd.Series([0.1, 0.05]), "delete": deletion}
-    svg = figures.quartiles(rows, deletion, pd.Series([0, 1]), [], "two firings")
-    assert "Q1" in svg and "Q3" in svg and "Q2" not in svg and "Q4" not in svg
 
 
 def test_marks_say_their_numbers_and_names_stay_text() -> None:

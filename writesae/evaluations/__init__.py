@@ -6,8 +6,7 @@ import importlib
 import pkgutil
 from pathlib import Path
 
-from writesae.experiment.evaluation import Evaluation
-from writesae.experiment.result import Result
+from writesae.experiment.evaluation import Evaluation, Result
 
 
 def _discover() -> dict[str, type[Evaluation]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -19,15 +19,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_lens_writesae.steering import Target, scale_atoms, token_id
-from writesae.experiment.evaluation import Evaluation, Scope
+from writesae.experiment.evaluation import Evaluation, Result, Scope
 from writesae.experiment.firings import Firings, collect_firings, halves
 from writesae.experiment.generation import Sampled, sample_continuations
 from writesae.experiment.lab import Lab
-from writesae.experiment.result import Claim, Figure, Result
 from writesae.experiment.tokens import special_tokens, token_text
 from writesae.verdict import figures
 from writesae.verdict import statistics as stats
-from writesae.verdict.judge import Against, judge, too_little
+from writesae.verdict.finding import Figure, Finding, Paired
+from writesae.verdict.format import signed
+from writesae.verdict.judge import Verdict, too_little
+from writesae.verdict.statistics import Estimate
 
 CONTROLS = {
     "random": "random directions of the same norm at the same firings",
@@ -308,87 +310,63 @@ class Amplify(Evaluation):
 
     # -- judging
 
-    def claims(self, result: Result) -> list[Claim]:
+    def findings(self, result: Result) -> list[Finding]:
         """Claim 18 over all tokens, and how many tokens show it by themselves."""
-        factor = self.headline
-        effect = change(result, "atom", factor)
-        contrasts = {name: change(result, "atom", factor, minus=name) for name in CONTROLS}
-        native = counts_of(result, "nothing")
-        before, after = (c["count"].to_numpy(float) for c in (native, counts_of(result, "atom", factor)))
-        verdict = judge(
-            effect,
-            {shown: Against(contrasts[name]) for name, shown in CONTROLS.items()},
-            typical=float(np.abs(after - before).mean()),
-            less=effect.mean < 0,
-            relevant=RELEVANT * float(before.mean()),
+        atoms, tokens = result.tables["atoms"], tokens_of(result)
+        counts = {factor: counts_at(result, factor) for factor in self.factors}
+        change = {factor: each.mean("atom", "nothing") for factor, each in counts.items()}
+        at, effect, factor = counts[self.headline], change[self.headline], self.headline
+        others = "".join(f"; at factor {f:g} {each}" for f, each in change.items() if f != factor)
+        fires = result.tables["counts"].query("condition == 'nothing'")["fires"].mean()
+        scaled = f"{len(atoms) / len(tokens):.3g} atoms of {atoms['head'].nunique()} heads a token"
+        pooled = Finding(
+            number=18,
+            claim="amplifying an atom moves its token in generation",
+            effect=effect,
             what="the change of the count",
+            against=at.beaten("atom", CONTROLS),
+            typical=float((at["atom"] - at["nothing"]).abs().mean()),
+            less=effect.mean < 0,
+            relevant=RELEVANT * float(at["nothing"].mean()),
+            shown={f"atom, x {factor:g}": effect}
+            | {shown: at.mean(name, "nothing") for name, shown in CONTROLS.items()},
+            write=signed,
+            axis="change of the count",
+            measured=f"{at['nothing'].mean():.2f} to {at['atom'].mean():.2f} times in {self.new_tokens} tokens at "
+            f"factor {factor:g}{others}; the atom fires at {fires:.1f} of them",
+            of=f"prompt x token pairs ({len(tokens)} tokens, {scaled})",
         )
-        others = "".join(f"; at factor {f:g} {change(result, 'atom', f)}" for f in self.factors if f != factor)
-        atoms, n_tokens = result.tables["atoms"], len(tokens_of(result))
-        scaled = f"{len(atoms) / n_tokens:.3g} atoms of {atoms['head'].nunique()} heads a token"
-        first = Claim(
-            18,
-            "amplifying an atom moves its token in generation",
-            f"{before.mean():.2f} to {after.mean():.2f} times in {self.new_tokens} tokens at factor {factor:g} (change "
-            f"{effect}){others}; the atom fires at {native['fires'].mean():.1f} of them",
-            len(after),
-            f"prompt x token pairs ({n_tokens} tokens, {scaled})",
-            "; ".join(f"{shown} {change(result, name, factor)}" for name, shown in CONTROLS.items()),
-            verdict.outcome,
-            verdict.sentence,
-        )
-        return [first, self._single_tokens(result, too_little(effect))]
-
-    def _single_tokens(self, result: Result, reason: str | None) -> Claim:
-        """How many tokens move by themselves; `reason` says why there is too little data, or is None."""
-        atoms, p_values = tokens_of(result), token_p_values(result, self.headline)
-        moved = atoms[[p_values[str(token)] < 0.05 for token in atoms["token"]]]
-        named = ", ".join(
-            f"{text!r} {change(result, 'atom', self.headline, token=token)}"
-            for token, text in zip(moved["token"], moved["text"])
-        )
-        if len(moved):
-            outcome, sentence = "holds", "At least one token changes more than under every control."
-        elif reason is not None:
-            outcome, sentence = "inconclusive", reason
+        p_values = token_p_values(at)
+        moved = tokens[[p_values[str(token)] < 0.05 for token in tokens["token"]]]
+        each = [f"{text!r} {token_change(at, token)}" for token, text in zip(moved["token"], moved["text"])]
+        if each:
+            verdict = Verdict("holds", "At least one token changes more than under every control.")
+        elif (few := too_little(effect)) is not None:
+            verdict = Verdict("inconclusive", few)
         else:
-            outcome, sentence = "fails", "No token changes more than under every control by itself."
-        return Claim(
-            None,
-            "single atoms move their token in generation",
-            f"{len(moved)} of {len(atoms)} tokens (Holm-adjusted p < 0.05){': ' if named else ''}{named}",
-            len(atoms),
-            "tokens with an atom each",
-            "sign flips by prompt against nothing and both controls; the largest p counts",
-            outcome,
-            sentence,
+            verdict = Verdict("fails", "No token changes more than under every control by itself.")
+        single = Finding(
+            claim="single atoms move their token in generation",
+            ruled=verdict,
+            measured=": ".join(
+                filter(None, [f"{len(each)} of {len(tokens)} tokens (Holm-adjusted p < 0.05)", ", ".join(each)])
+            ),
+            controls="sign flips by prompt against nothing and both controls; the largest p counts",
+            n=len(tokens),
+            of="tokens with an atom each",
         )
+        return [pooled, single]
 
-    def figures(self, result: Result) -> list[Figure]:
-        """Changes of counts over all tokens, and token by token."""
-        pooled = [
-            figures.Row(f"{condition}, x {factor:g}", *change(result, condition, factor)[:3], colour)
-            for factor in self.factors
-            for condition, colour in (("atom", "atom"), ("random", "control"), ("other", "soft"))
+    def panels(self, result: Result) -> list[Figure]:
+        """Changes of counts token by token."""
+        tokens, at = tokens_of(result), counts_at(result, self.headline)
+        rows = [
+            figures.Row(f"{text!r}", *token_change(at, token)[:3], "atom")
+            for token, text in zip(tokens["token"], tokens["text"])
         ]
-        atoms = tokens_of(result)
-        single = [
-            figures.Row(f"{text!r}", *change(result, "atom", self.headline, token=token)[:3], "atom")
-            for token, text in zip(atoms["token"], atoms["text"])
-        ]
-        label, name = f"change of the count in {self.new_tokens} tokens", f"{self.kind}: {result.label}"
-        return [
-            Figure(
-                "Scaled atoms, and controls",
-                figures.intervals(pooled, label, f"Changes of counts, {name}"),
-                "All tokens, 95 % intervals over prompts and tokens.",
-            ),
-            Figure(
-                f"Token by token, x {self.headline:g}",
-                figures.intervals(single, label, f"Changes by token, {name}"),
-                "95 % intervals over prompts.",
-            ),
-        ]
+        title = f"Changes by token, {self.kind}: {result.label}"
+        svg = figures.intervals(rows, f"change of the count in {self.new_tokens} tokens", title, write=signed)
+        return [Figure(f"Token by token, x {self.headline:g}", svg, "95% intervals over prompts.")]
 
     def notes(self, result: Result) -> list[str]:
         """Which atoms were chosen, and how well they fit on the other half."""
@@ -422,34 +400,23 @@ def alignment(places: Places, token: int) -> Alignment:
     return Alignment(both, fired, present, phi)
 
 
-def counts_of(result: Result, condition: str, factor: float = 1.0) -> pd.DataFrame:
-    """Counts of one condition: index (token, prompt), columns count, sequence, fires."""
+def counts_at(result: Result, factor: float) -> Paired:
+    """Counts by token and prompt under each condition, at one factor."""
     table = result.tables["counts"]
-    rows = table[(table["condition"] == condition) & (table["factor"] == factor)]
-    return rows.set_index(["token", "prompt"]).sort_index()
+    rows = table[(table["factor"] == factor) | (table["condition"] == "nothing")]
+    return Paired.of(rows, "count", "token", "prompt", clusters=("sequence", "token"), seed=result.evaluation.seed)
 
 
-def change(
-    result: Result, condition: str, factor: float, *, minus: str = "nothing", token: int | None = None
-) -> stats.Estimate:
-    """Mean change of the count against nothing, or against another condition at the same factor; of one token (over
-    prompts), or of all (prompts and tokens are both resampled)."""
-    rows = counts_of(result, condition, factor)
-    other = counts_of(result, minus, 1.0 if minus == "nothing" else factor)
-    rows = rows.assign(difference=rows["count"] - other["count"]).reset_index()
-    if token is not None:
-        rows = rows[rows["token"] == token]
-    return stats.estimate_two_way(rows["difference"], rows["sequence"], rows["token"], seed=result.evaluation.seed)
+def token_change(counts: Paired, token: int) -> Estimate:
+    """Mean change of the count of one token over prompts."""
+    return replace(counts, wide=counts.wide[counts["token"] == token]).mean("atom", "nothing")
 
 
-def token_p_values(result: Result, factor: float) -> dict[str, float]:
+def token_p_values(counts: Paired) -> dict[str, float]:
     """For each token, the largest p of sign-flip tests by prompt against nothing and each control, Holm-adjusted."""
-    atom = counts_of(result, "atom", factor)
-    others = [counts_of(result, "nothing"), *(counts_of(result, name, factor) for name in CONTROLS)]
     largest = {}
-    for token in tokens_of(result)["token"]:
-        scaled = atom.loc[token]
-        tests = [stats.sign_flip_test(scaled["count"], o.loc[token]["count"], scaled["sequence"]) for o in others]
+    for token, rows in counts.wide.groupby("token"):
+        tests = [stats.sign_flip_test(rows["atom"], rows[n], rows["sequence"]) for n in ("nothing", *CONTROLS)]
         largest[str(token)] = max(test.p_value for test in tests)
     return stats.holm(largest)
 

@@ -1,7 +1,7 @@
 """Baselines: what a WriteSAE is to be compared with, other architectures and directions that need no dictionary.
 
 The question has four measures (substitution, whole replacement, two of selectivity) and eight claims, hence the length.
-What is written, and what a replacement costs, is in `experiment.approximations` and `experiment.reconstruction`.
+What is written, and what a replacement costs, is in `experiment.reconstruction`.
 
 Source: WriteSAE (arXiv 2605.12770), its comparisons of architectures.
 """
@@ -16,27 +16,28 @@ import numpy as np
 import pandas as pd
 
 from sae_lens_writesae.sae.kinds import n_parameters, variant
-from writesae.experiment.approximations import (
+from writesae.experiment.evaluation import Evaluation, Result, Scope, described
+from writesae.experiment.firings import halves
+from writesae.experiment.head import matrices_of
+from writesae.experiment.lab import Lab, Site, Trial
+from writesae.experiment.readout import kl_window
+from writesae.experiment.reconstruction import (
     ATOM,
     ATOM_SVD,
     SVD,
     Basis,
     Written,
     of_dictionary,
+    reconstruction,
+    replacement_costs,
     without_dictionary,
 )
-from writesae.experiment.evaluation import Evaluation, Scope
-from writesae.experiment.firings import halves
-from writesae.experiment.lab import Lab, Site, Trial
-from writesae.experiment.readout import kl_window
-from writesae.experiment.reconstruction import matrices_of, reconstruction, replacement_costs
-from writesae.experiment.result import Claim, Figure, Result
 from writesae.experiment.selectivity import direction_selectivity, own_tokens
 from writesae.verdict import figures
-from writesae.verdict.format import percent, span
-from writesae.verdict.judge import Against, judge
+from writesae.verdict.finding import Against, Figure, Finding, Paired, said
+from writesae.verdict.format import percent, points
 from writesae.verdict.names import NAMES
-from writesae.verdict.statistics import Estimate, estimate, estimate_difference, success_rate, weighted_median
+from writesae.verdict.statistics import Estimate
 
 CONDITIONS: dict[str, str] = {
     ATOM: "strongest atom",
@@ -56,11 +57,6 @@ SMALL_COST = math.log1p(0.001)
 """Nats per token, 0.1 % of perplexity, below which a cost does not matter (the paper's "negligible")."""
 SAME_SIZE = 0.05
 """Largest relative difference of two numbers of parameters that counts as the same number."""
-_COLOURS = {ATOM: "atom", ATOM_SVD: "soft", SVD: "ink"}
-_MATCH = {"as many atoms": "", "as many parameters": ": `matched_flat` says how many atoms that is"}
-
-Condition = tuple[str, str]
-"""What is written, and the label of its dictionary; "" where it needs none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,19 +149,18 @@ class Baselines(Evaluation):
     }
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"scale": ("coefficient", "matched")}
     columns: ClassVar[dict[str, dict[str, str]]] = {
-        "dictionaries": {
-            "sae": "label of the dictionary",
-            "variant": "which of the paper's variants it is, or other",
-            "d_sae": "number of atoms",
-            "parameters": "numbers that are trained",
-            "explained": "share of the variance of its target that it explains, mean over sequences",
-            "l0": "active atoms per token",
-            "alive": "number of atoms that fire",
-            "dead": "number of atoms that never fire",
-        },
+        "dictionaries": described(
+            "sae",
+            variant="which of the paper's variants it is, or other",
+            d_sae="number of atoms",
+            parameters="numbers that are trained",
+            explained="share of the variance of its target that it explains, mean over sequences",
+            l0="active atoms per token",
+            alive="number of atoms that fire",
+            dead="number of atoms that never fire",
+        ),
         "writes": {
-            "sequence": "row of the evaluation tokens",
-            "position": "token t that is edited",
+            **described("sequence position"),
             "sae": "label of the dictionary; empty where none is needed",
             "condition": "native, delete, random, mean, state, state_after, pca r; atom, atom svd, svd",
             "kl": "nats, mean over t..t+horizon of KL(native || edited)",
@@ -173,24 +168,23 @@ class Baselines(Evaluation):
             "norm": "Frobenius norm of what is written over that of the native write",
         },
         "replacement": {
-            "sequence": "row of the evaluation tokens",
+            **described("sequence"),
             "sae": "label of the dictionary; empty where none is needed",
             "hook": "what is replaced: write or state",
             "method": "itself, dictionary, mean, zero, pca r; for states rank r",
             "nats": "nats per token, more than without replacement",
             "native_nats": "nats per token without replacement",
         },
-        "own_tokens": {
-            "sae": "label of the dictionary",
-            "atom": "atom that fires often enough",
-            "firings": "number of its firings",
-            "token": "the most frequent token among them",
-            "share": "share of this token among the firings",
-            "chance": "the same share for as many random positions",
-        },
+        "own_tokens": described(
+            "sae",
+            atom="atom that fires often enough",
+            firings="number of its firings",
+            token="the most frequent token among them",
+            share="share of this token among the firings",
+            chance="the same share for as many random positions",
+        ),
         "selectivity": {
-            "sae": "label of the dictionary",
-            "sequence": "row of the evaluation tokens",
+            **described("sae sequence"),
             "position": "token t at which the strongest atom is added",
             "selectivity": "1 - overlap of the tokens that it moves most with those of a random direction",
             "chance": "the same of a second random direction",
@@ -301,16 +295,16 @@ class Baselines(Evaluation):
 
     # -- judging
 
-    def claims(self, result: Result) -> list[Claim]:
+    def findings(self, result: Result) -> list[Finding]:
         """Claims 15 to 17, whether whole replacement measures anything, own tokens, claim 28."""
-        table, ours = result.tables["dictionaries"], of_variant(result, "WriteSAE")
+        table, ours = result.tables["dictionaries"], _of_variant(result, "WriteSAE")
         same, near = None, None
         if ours is not None:
             flat = table[table["variant"] == "FlatSAE"]
             same = _first(flat[flat["d_sae"] == ours["d_sae"]])
             near = _first(flat[(flat["parameters"] / ours["parameters"] - 1).abs() <= SAME_SIZE])
         higher = [self._higher_rank(result, ours, 2, 16)]
-        if of_variant(result, "WriteSAE-rank4") is not None:
+        if _of_variant(result, "WriteSAE-rank4") is not None:
             higher.append(self._higher_rank(result, ours, 4, None))
         return [
             self._against_flat(result, ours, same, "as many atoms", (ATOM, ATOM_SVD)),
@@ -324,7 +318,7 @@ class Baselines(Evaluation):
         ]
 
     def summaries(self, result: Result) -> dict[str, pd.DataFrame]:
-        """`variants`: dictionaries of one kind over their seeds. `cosines`: what is written beside the native write."""
+        """`variants`: dictionaries of one kind over their seeds. `cosines`: of what is written and the native write."""
         of_kind = result.tables["dictionaries"].groupby(["variant", "d_sae"], sort=False)
         variants = of_kind.agg(
             dictionaries=("sae", "size"),
@@ -339,163 +333,183 @@ class Baselines(Evaluation):
 
     def _against_flat(
         self, result: Result, ours: pd.Series | None, flat: pd.Series | None, size: str, conditions: tuple[str, str]
-    ) -> Claim:
+    ) -> Finding:
         """`conditions`: what the WriteSAE writes, and what the flat SAE writes."""
         what, ranks = ("an atom", self.pca_ranks[:1]) if conditions[0] == ATOM else ("a code", self.pca_ranks)
         claim = f"{what} of the WriteSAE substitutes better than the top-1 SVD of {what} of a flat SAE with {size}"
         number = 15 if size == "as many atoms" else None
         if ours is None or flat is None:
-            return _untested(number, claim, f"It needs a WriteSAE and a FlatSAE with {size}{_MATCH[size]}.")
-        mine, theirs = (conditions[0], str(ours["sae"])), (conditions[1], str(flat["sae"]))
-        gap = win_rate(result, mine, theirs)
-        free = {c: win_rate(result, (c, "")) for c in (*DICTIONARY_FREE, *(f"pca {rank}" for rank in ranks))}
-        verdict = judge(
-            gap,
-            {_name(c): Against(win_rate(result, mine, (c, "")), _over_half(rate)) for c, rate in free.items()},
-            typical=float(kl(result, "delete").median()),
-            floor=float(kl(result, "native").quantile(0.95)),
-            relevant=RELEVANT,
+            match = ": `matched_flat` says how many atoms that is" * (size == "as many parameters")
+            return Finding.untested(claim, f"It needs a WriteSAE and a FlatSAE with {size}{match}.", number)
+        mine, theirs = (f"{row['sae']}/{condition}" for row, condition in zip((ours, flat), conditions))
+        kl = _kl(result)
+        nearer = {c: kl[c] < kl["/delete"] for c in kl.conditions if "/" in c}
+        wins = Paired(kl.wide.assign(**nearer), seed=self.seed)
+        free = {f"/{c}": _name(c) for c in (*DICTIONARY_FREE, *(f"pca {rank}" for rank in ranks))}
+        gap = wins.mean(mine, theirs)
+        return Finding(
+            number=number,
+            claim=claim,
+            effect=gap,
             what="the difference of win rates",
-        )
-        rates = [win_rate(result, condition) for condition in (mine, theirs)]
-        beat = ", ".join(f"{n} {percent(r.mean)} [{span(r.low, r.high)}]" for n, r in zip(("WriteSAE", "flat"), rates))
-        shown = free | {"state_after": win_rate(result, ("state_after", ""))}
-        return Claim(
-            number,
-            claim,
-            f"{_points(gap)}; beat deletion: {beat}",
-            gap.n,
-            f"positions in {gap.n_clusters} sequences",
-            "; ".join(f"{_name(c)} {percent(rate.mean)}" for c, rate in shown.items()),
-            *verdict[:2],
+            against={shown: Against(wins.mean(mine, c), wins.mean(c).beyond(0.5)) for c, shown in free.items()},
+            relevant=RELEVANT,
+            **kl.size_of("/delete", "/native"),
+            shown=wins.means({mine: "WriteSAE", theirs: "flat SAE"} | free | {"/state_after": NAMES["state_after"]}),
+            write=percent,
+            axis="of positions nearer to the native model than after deletion",
+            measured=f"difference {said(gap, points)} points",
+            of="positions in {} sequences",
         )
 
-    def _higher_rank(self, result: Result, ours: pd.Series | None, rank: int, number: int | None) -> Claim:
+    def _higher_rank(self, result: Result, ours: pd.Series | None, rank: int, number: int | None) -> Finding:
         claim, name = f"rank-{rank} atoms cost no more perplexity than rank-1 atoms", f"WriteSAE-rank{rank}"
-        other = of_variant(result, name)
+        other = _of_variant(result, name)
         if ours is None or other is None:
-            return _untested(number, claim, f"It needs a WriteSAE and one with atoms of rank {rank} ({name}).")
-        high, one = ("dictionary", str(other["sae"])), ("dictionary", str(ours["sae"]))
-        gap, zero, mean = cost(result, high, one), cost(result, ("zero", "")), cost(result, ("mean", ""))
-        verdict = judge(
-            gap,
-            {"the mean matrix": Against(cost(result, high, ("mean", "")))},
-            typical=zero.low,
-            floor=no_op_cost(result),
-            chance=SMALL_COST,
-            less=True,
-            relevant=SMALL_COST,
+            return Finding.untested(claim, f"It needs a WriteSAE and one with atoms of rank {rank} ({name}).", number)
+        high, one = (f"{row['sae']}/dictionary" for row in (other, ours))
+        names = {high: f"rank {rank}", one: "rank 1", "/mean": "mean matrix", "/zero": "zero"}
+        shown = {shown: cost(result, method) for method, shown in names.items()}
+        gap = cost(result, high, one)
+        return Finding(
+            number=number,
+            claim=claim,
+            effect=gap,
             what="the difference of costs",
-        )
-        return Claim(
-            number,
-            claim,
-            f"perplexity {perplexity(cost(result, high))} at rank {rank}, {perplexity(cost(result, one))} at rank 1; "
-            f"difference {perplexity(gap)}",
-            gap.n_clusters,
-            "sequences",
-            f"mean matrix {perplexity(mean)}; zero {perplexity(zero)}",
-            *verdict[:2],
-        )
-
-    def _dead(self, result: Result, ours: pd.Series | None, flat: pd.Series | None) -> Claim:
-        claim, dense = "the bilinear encoder leaves fewer atoms dead", of_variant(result, "MatrixSAE")
-        if ours is None or flat is None:
-            return _untested(17, claim, "It needs a WriteSAE and a FlatSAE with as many atoms.")
-        gap = _more_dead(flat, ours, self.seed)
-        controls, against = "a dense encoder with rank-1 atoms (MatrixSAE) was not given", {}
-        if dense is not None and dense["d_sae"] == ours["d_sae"]:
-            against = {"a dense encoder with rank-1 atoms": Against(_more_dead(dense, ours, self.seed))}
-            controls = f"dense encoder with rank-1 atoms {percent(dense['dead'] / dense['d_sae'])} dead"
-        shares = [percent(row["dead"] / row["d_sae"]) for row in (ours, flat)]
-        return Claim(
-            17,
-            claim,
-            f"dead: WriteSAE {shares[0]}, FlatSAE {shares[1]}; difference {_points(gap)}",
-            gap.n,
-            "atoms",
-            controls,
-            *judge(gap, against, relevant=RELEVANT, what="the difference of the shares of dead atoms")[:2],
-        )
-
-    def _low_rank_states(self, result: Result) -> Claim:
-        claim = "states cut to rank 1 cost less than 0.1 % of perplexity, so that whole replacement says little"
-        table = result.tables["replacement"]
-        methods = list(dict.fromkeys(table.loc[table["hook"] == "state", "method"]))
-        if "rank 1" not in methods:
-            return _untested(None, claim, "It needs rank 1 among state_ranks, and states of a higher rank.")
-        first = cost(result, ("rank 1", ""), hook="state")
-        zero = cost(result, ("zero", "")) if result.info["target"] == "state" else None
-        verdict = judge(
-            first,
-            typical=None if zero is None else zero.low,
+            against={"mean matrix": Against(cost(result, high, "/mean"))},
+            typical=shown["zero"].low,
             floor=no_op_cost(result),
             chance=SMALL_COST,
             less=True,
             relevant=SMALL_COST,
-            what="the cost",
+            shown=shown,
+            write=perplexity,
+            axis=f"of perplexity at rank {rank}",
+            measured=f"difference {said(gap, perplexity)}",
+            n=gap.n_clusters,
+            of="sequences",
         )
-        ranks = [method for method in methods if method.startswith("rank ") and method != "rank 1"]
-        others = [f"{method} {perplexity(cost(result, (method, ''), hook='state'))}" for method in ranks]
-        others += [] if zero is None else [f"zero {perplexity(zero)}"]
-        return Claim(None, claim, perplexity(first), first.n_clusters, "sequences", "; ".join(others), *verdict[:2])
 
-    def _selective(self, result: Result, ours: pd.Series | None) -> Claim:
+    def _dead(self, result: Result, ours: pd.Series | None, flat: pd.Series | None) -> Finding:
+        claim, dense = "the bilinear encoder leaves fewer atoms dead", _of_variant(result, "MatrixSAE")
+        if ours is None or flat is None:
+            return Finding.untested(claim, "It needs a WriteSAE and a FlatSAE with as many atoms.", 17)
+        rivals = {"WriteSAE": ours, "FlatSAE": flat}
+        if dense is not None and dense["d_sae"] == ours["d_sae"]:
+            rivals["a dense encoder with rank-1 atoms"] = dense
+        dead = {
+            name: Paired(
+                pd.DataFrame({"dead": np.arange(row["d_sae"]) < row["dead"]}).reset_index(), ("index",), self.seed
+            )
+            for name, row in rivals.items()
+        }
+        gap = {name: each.lead("dead", dead["WriteSAE"]) for name, each in dead.items()}
+        return Finding(
+            number=17,
+            claim=claim,
+            effect=gap["FlatSAE"],
+            what="the difference of the shares of dead atoms",
+            against={name: Against(each) for name, each in gap.items() if name.startswith("a dense")},
+            relevant=RELEVANT,
+            shown={name: each.mean("dead") for name, each in dead.items()},
+            write=percent,
+            axis="of atoms dead",
+            measured=f"difference {said(gap['FlatSAE'], points)} points",
+            controls="" if len(dead) > 2 else "a dense encoder with rank-1 atoms (MatrixSAE) was not given",
+            of="atoms",
+        )
+
+    def _low_rank_states(self, result: Result) -> Finding:
+        claim = "states cut to rank 1 cost less than 0.1% of perplexity, so that whole replacement says little"
+        table = result.tables["replacement"]
+        methods = dict.fromkeys(table.loc[table["hook"] == "state", "method"])
+        if "rank 1" not in methods:
+            return Finding.untested(claim, "It needs rank 1 among state_ranks, and states of a higher rank.")
+        shown = {m: cost(result, f"/{m}", hook="state") for m in methods if m.startswith("rank ")}
+        if result.info["target"] == "state":
+            shown["zero"] = cost(result, "/zero")
+        return Finding(
+            claim=claim,
+            effect=shown["rank 1"],
+            what="the cost",
+            typical=shown["zero"].low if "zero" in shown else None,
+            floor=no_op_cost(result),
+            chance=SMALL_COST,
+            less=True,
+            relevant=SMALL_COST,
+            shown=shown,
+            write=perplexity,
+            axis="of perplexity",
+            n=result.tables["replacement"]["sequence"].nunique(),
+            of="sequences",
+        )
+
+    def _own_token(self, result: Result, ours: pd.Series | None, flat: pd.Series | None) -> Finding:
+        claim, table = "atoms fire on a token of their own more than chance has it", result.tables["own_tokens"]
+        table, own = table.assign(excess=table["share"] - table["chance"]), {}
+        for name, row in (("WriteSAE", ours), ("FlatSAE", flat)):
+            rows = table[table["sae"] == (None if row is None else row["sae"])]
+            if len(rows) > 1:
+                own[name] = Paired(rows, ("atom",), self.seed)
+        if "WriteSAE" not in own:
+            return Finding.untested(claim, "It needs a WriteSAE with two atoms or more that fire often enough.")
+        against = {name: Against(own["WriteSAE"].lead("excess", other)) for name, other in own.items()}
+        against.pop("WriteSAE")
+        return Finding(
+            claim=claim,
+            effect=own["WriteSAE"].median("excess"),
+            what="the excess over chance",
+            against=against,
+            relevant=RELEVANT,
+            shown={name: each.median("excess") for name, each in own.items()},
+            write="{:+.2f}".format,
+            axis="median share of the most frequent token minus chance",
+            controls="" if against else "no FlatSAE with as many atoms was given",
+            of="atoms",
+        )
+
+    def _selective(self, result: Result, ours: pd.Series | None) -> Finding:
         claim, table = "an atom moves other tokens than a random direction of its norm", result.tables["selectivity"]
         rows = table if ours is None else table[table["sae"] == ours["sae"]]
         if ours is None or len(rows) < 2:
-            return _untested(28, claim, "It needs a WriteSAE whose atoms fire at two positions or more.")
-        own, chance, lead = (
-            estimate(values, rows["sequence"], seed=self.seed)
-            for values in (rows["selectivity"], rows["chance"], rows["selectivity"] - rows["chance"])
+            return Finding.untested(claim, "It needs a WriteSAE whose atoms fire at two positions or more.", 28)
+        moved, k, vocabulary = Paired(rows, seed=self.seed), self.top_tokens, int(result.fact("d_vocab"))
+        lead = moved.mean("selectivity", "chance")
+        return Finding(
+            number=28,
+            claim=claim,
+            effect=lead,
+            what="the lead over a direction without meaning",
+            relevant=RELEVANT_SELECTIVITY,
+            shown=moved.means({"selectivity": "atom", "chance": "a second random direction"}),
+            write="{:.4f}".format,
+            axis=f"selectivity at K = {k}",
+            measured=f"lead {lead}",
+            controls=f"two random sets of tokens {1 - k / vocabulary:.4f}",
+            of="positions in {} sequences",
         )
-        verdict = judge(lead, relevant=RELEVANT_SELECTIVITY, what="the lead over a direction without meaning")
-        k, vocabulary = self.top_tokens, int(result.fact("d_vocab"))
-        controls = f"a second random direction {chance.mean:.4f}; two random sets of tokens {1 - k / vocabulary:.4f}"
-        measured = f"selectivity {own.mean:.4f} [{own.low:.4f}, {own.high:.4f}] at K = {k}; lead {lead}"
-        return Claim(28, claim, measured, own.n, f"positions in {own.n_clusters} sequences", controls, *verdict[:2])
 
-    def _own_token(self, result: Result, ours: pd.Series | None, flat: pd.Series | None) -> Claim:
-        claim = "atoms fire on a token of their own more than chance has it"
-        mine = None if ours is None else excess(result, str(ours["sae"]))
-        if ours is None or mine is None:
-            return _untested(None, claim, "It needs a WriteSAE with two atoms or more that fire often enough.")
-        controls, against = "no FlatSAE with as many atoms was given", {}
-        other = None if flat is None else excess(result, str(flat["sae"]))
-        if flat is not None and other is not None:
-            table = result.tables["own_tokens"]
-            sides = [table[table["sae"] == row["sae"]] for row in (ours, flat)]
-            values = [side["share"] - side["chance"] for side in sides]
-            gap = estimate_difference(*values, *(side["atom"] for side in sides), seed=self.seed)
-            against = {"the atoms of the FlatSAE (mean over atoms)": Against(gap)}
-            controls = f"FlatSAE {other.mean:+.2f} [{other.low:+.2f}, {other.high:+.2f}]"
-        measured = f"median share of the most frequent token minus chance {mine.mean:+.2f} "
-        measured += f"[{mine.low:+.2f}, {mine.high:+.2f}]"
-        verdict = judge(mine, against, relevant=RELEVANT, what="the excess over chance")
-        return Claim(None, claim, measured, mine.n, "atoms", controls, *verdict[:2])
-
-    def figures(self, result: Result) -> list[Figure]:
-        """Win rates, costs of replacement, costs of states of low rank, own tokens."""
-        name, target = result.label, str(result.info["target"])
-        wins = figures.intervals(_wins(result), "% of positions", f"Win rates: {name}", chance=0.5, percent=True)
-        costs = figures.intervals(_costs(result), "% of perplexity", f"Costs of replacement: {name}")
-        caption = "The same positions for all. What needs no dictionary comes first."
-        panels = [
-            Figure("Nearer to the native model than deletion", wins, caption),
-            Figure(f"All {target}s replaced at once", costs, "Change of perplexity, mean over sequences."),
-        ]
+    def panels(self, result: Result) -> list[Figure]:
+        """Win rates and costs of replacement of all that was written; what needs no dictionary comes first."""
+        kl, target = _kl(result), str(result.info["target"])
+        wins = {c: kl.wins(c, "/delete") for c in kl.conditions if "/" in c and c not in ("/native", "/delete")}
         table = result.tables["replacement"]
-        methods = table.loc[table["method"].str.startswith("rank "), "method"].drop_duplicates()
-        rows = [_cost_row(f"states: {m}", cost(result, (m, ""), hook="state"), "control") for m in methods]
-        if rows:
-            svg = figures.intervals(rows, "% of perplexity", f"Costs of states of low rank: {name}")
-            panels.append(Figure("States cut to a low rank", svg, "No dictionary is needed for this."))
-        excesses = {sae: excess(result, sae) for sae in result.tables["dictionaries"]["sae"]}
-        rows = [figures.Row(sae, *e[:3], "atom") for sae, e in excesses.items() if e is not None]
-        if rows:
-            svg = figures.intervals(rows, "share of firings, above chance", f"Own tokens: {name}")
-            caption = "Median over atoms, above as many random positions."
-            panels.append(Figure("Firings at an atom's own token", svg, caption))
+        names = (table["sae"] + "/" + table["method"])[
+            (table["hook"] == target) & ~table["method"].str.startswith("rank ")
+        ]
+        costs = {str(name): cost(result, str(name)) for name in names.unique()}
+        panels = []
+        for title, axis, write, shown in (
+            ("Nearer to the native model than deletion", "of positions", percent, wins),
+            (f"All {target}s replaced at once", "of perplexity", perplexity, costs),
+        ):
+            rows = []
+            for name, each in sorted(shown.items(), key=lambda item: not item[0].startswith("/")):
+                sae, _, method = name.partition("/")
+                text = f"{sae}: {CONDITIONS.get(method, method)}" if sae else _name(method)
+                rows.append(figures.Row(text, *each[:3], "atom" if sae else "control"))
+            svg = figures.intervals(rows, axis, f"{title}: {result.label}", write=write)
+            panels.append(Figure(title, svg, "What needs no dictionary comes first, in orange; 95% intervals."))
         return panels
 
     def notes(self, result: Result) -> list[str]:
@@ -516,43 +530,26 @@ class Baselines(Evaluation):
 # ---------------------------------------------------------------------------------------------- reading a result
 
 
-def kl(result: Result, condition: str, sae: str = "") -> pd.Series:
-    """KL by (sequence, position), in one order for all conditions."""
+def _kl(result: Result) -> Paired:
+    """KL by position of all that was written, as "label of the dictionary/condition"."""
     table = result.tables["writes"]
-    rows = table[(table["condition"] == condition) & (table["sae"] == sae)]
-    return rows.set_index(["sequence", "position"])["kl"].sort_index()
+    named = table.assign(name=table["sae"] + "/" + table["condition"])
+    return Paired.of(named, "kl", "sequence", "position", by="name", seed=result.evaluation.seed)
 
 
-def win_rate(result: Result, condition: Condition, minus: Condition | None = None) -> Estimate:
-    """Share of positions at which a condition is nearer to the native model than deletion, over sequences; with `minus`
-    the paired difference of two shares."""
-
-    def wins(each: Condition) -> pd.Series:
-        return (kl(result, *each) < kl(result, "delete")).astype(float)
-
-    values = wins(condition)
-    clusters = values.index.get_level_values("sequence")
-    if minus is None:
-        return success_rate(values, clusters).over_clusters
-    return estimate(values - wins(minus), clusters, seed=result.evaluation.seed)
-
-
-def cost(result: Result, method: Condition, minus: Condition | None = None, hook: str | None = None) -> Estimate:
-    """Nats per token that a method (with the label of its dictionary) costs, over sequences; with `minus` the paired
+def cost(result: Result, method: str, minus: str | None = None, hook: str | None = None) -> Estimate:
+    """Nats per token that a method ("label of the dictionary/method") costs, over sequences; with `minus` the paired
     difference. Its observations are tokens.
 
     Args:
         hook: what is replaced; None: the dictionaries' own target.
     """
     table = result.tables["replacement"]
-    table = table[table["hook"] == (hook or result.info["target"])]
-
-    def nats(each: Condition) -> pd.Series:
-        rows = table[(table["method"] == each[0]) & (table["sae"] == each[1])]
-        return rows.set_index("sequence")["nats"].sort_index()
-
-    values = nats(method) if minus is None else nats(method) - nats(minus)
-    over_sequences = estimate(values, values.index, seed=result.evaluation.seed)
+    rows = table[table["hook"] == (hook or result.info["target"])]
+    costs = Paired.of(
+        rows.assign(name=rows["sae"] + "/" + rows["method"]), "nats", by="name", seed=result.evaluation.seed
+    )
+    over_sequences = costs.mean(method, minus)
     return over_sequences._replace(n=over_sequences.n * int(result.fact("n_positions")))
 
 
@@ -562,78 +559,21 @@ def no_op_cost(result: Result) -> float:
     return float(table.loc[table["method"] == "itself", "nats"].abs().quantile(0.95))
 
 
-def excess(result: Result, sae: str) -> Estimate | None:
-    """Median over atoms of (share of the own token - chance); None where fewer than two atoms were measured."""
-    table = result.tables["own_tokens"]
-    rows = table[table["sae"] == sae]
-    if len(rows) < 2:
-        return None
-    values = rows["share"] - rows["chance"]
-    return estimate(values, rows["atom"], statistic=weighted_median, seed=result.evaluation.seed)
+def perplexity(nats: float) -> str:
+    """A cost in nats per token as a change of perplexity."""
+    return f"{100 * math.expm1(nats):+.3g}%"
 
 
-def of_variant(result: Result, name: str) -> pd.Series | None:
+def _of_variant(result: Result, name: str) -> pd.Series | None:
     """The row of the first dictionary of a variant."""
     table = result.tables["dictionaries"]
     return _first(table[table["variant"] == name])
-
-
-def perplexity(nats: Estimate) -> str:
-    """A cost in nats per token as a change of perplexity, with its interval."""
-    mean, low, high = _percent_perplexity(nats)
-    return f"{mean:+.3g}\u00a0% [{low:+.3g}, {high:+.3g}]"
-
-
-def _percent_perplexity(nats: Estimate) -> tuple[float, float, float]:
-    return 100 * math.expm1(nats.mean), 100 * math.expm1(nats.low), 100 * math.expm1(nats.high)
-
-
-def _points(gap: Estimate) -> str:
-    return f"{100 * gap.mean:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}] points"
-
-
-def _over_half(rate: Estimate) -> Estimate:
-    """A win rate as a distance from 1/2, so that chance is 0."""
-    return rate._replace(mean=rate.mean - 0.5, low=rate.low - 0.5, high=rate.high - 0.5)
-
-
-def _more_dead(a: pd.Series, b: pd.Series, seed: int) -> Estimate:
-    """Share of dead atoms of `a` minus that of `b`."""
-    dead = [np.arange(row["d_sae"]) < row["dead"] for row in (a, b)]
-    return estimate_difference(*dead, *(np.arange(len(each)) for each in dead), seed=seed)
 
 
 def _first(table: pd.DataFrame) -> pd.Series | None:
     return None if table.empty else table.iloc[0]
 
 
-def _untested(number: int | None, claim: str, need: str) -> Claim:
-    return Claim(number, claim, "–", 0, "dictionaries", "", "not tested", need)
-
-
 def _name(condition: str) -> str:
     head, _, rank = condition.partition(" ")
     return f"{rank} principal component{'s' * (rank != '1')}" if head == "pca" else NAMES.get(condition, condition)
-
-
-def _wins(result: Result) -> list[figures.Row]:
-    pairs = result.tables["writes"][["sae", "condition"]].drop_duplicates()
-    rows = []
-    for sae, condition in pairs[~pairs["condition"].isin(["native", "delete"])].itertuples(index=False):
-        name = f"{sae}: {CONDITIONS[condition]}" if sae else _name(condition)
-        rows.append(figures.Row(name, *win_rate(result, (condition, sae))[:3], _COLOURS.get(condition, "control")))
-    return rows
-
-
-def _costs(result: Result) -> list[figures.Row]:
-    table = result.tables["replacement"]
-    pairs = table.loc[table["hook"] == result.info["target"], ["sae", "method"]].drop_duplicates()
-    pairs = pairs[~pairs["method"].str.startswith("rank ")].sort_values("sae", key=lambda x: x != "", kind="stable")
-    return [
-        _cost_row(sae or _name(method), cost(result, (method, sae)), "atom" if sae else "control")
-        for sae, method in pairs.itertuples(index=False)
-    ]
-
-
-def _cost_row(name: str, nats: Estimate, colour: str) -> figures.Row:
-    return figures.Row(name, *_percent_perplexity(nats), colour)

@@ -7,7 +7,7 @@ units were counted three times; here the unit is an independent pair of a prompt
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -19,10 +19,9 @@ from torch import Tensor
 from hookpoints import WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.steering import Target, token_id
-from writesae.experiment.evaluation import Evaluation, Scope
+from writesae.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae.experiment.generation import greedy_rows
 from writesae.experiment.lab import EditedRows, Lab, Site, Trial
-from writesae.experiment.result import Claim, Figure, Result
 from writesae.experiment.targets import (
     Stratum,
     draw_target,
@@ -33,8 +32,8 @@ from writesae.experiment.targets import (
 )
 from writesae.experiment.tokens import token_text
 from writesae.verdict import figures
-from writesae.verdict import statistics as stats
-from writesae.verdict.judge import Against, judge
+from writesae.verdict.finding import Against, Figure, Finding, Paired
+from writesae.verdict.format import percent
 
 STRATA = (Stratum("frequent", 2, 10), Stratum("100-1000", 100, 1000), Stratum("rare", 1001))
 """Targets by their native rank at the end of the prompt; the second stratum is the paper's."""
@@ -90,8 +89,7 @@ class Install(Evaluation):
             "pair": "number of the prompt x target pair",
             "sequence": "row of the evaluation tokens that the prompt is taken from",
             "stratum": "stratum of the target",
-            "token": "target T",
-            "text": "the target as text",
+            **described("token text"),
             "rank": "native rank of T at the end of the prompt, from 1",
             "wrong": "the wrong target: another token of the stratum, which is not installed",
             "condition": "what is written: nothing, target, random",
@@ -190,81 +188,77 @@ class Install(Evaluation):
 
     # -- judging
 
-    def claims(self, result: Result) -> list[Claim]:
+    def findings(self, result: Result) -> list[Finding]:
         """Claim 10 in the paper's stratum, then the same of the other strata; claim 25 over all of them."""
         by_paper = sorted(strata_of(result), key=lambda stratum: stratum != "100-1000")
-        return [*(self._claim(result, stratum) for stratum in by_paper), self._ranks(result)]
+        return [*(self._hits(result, stratum) for stratum in by_paper), self._ranks(result)]
 
-    def _ranks(self, result: Result) -> Claim:
-        target, random = (improved(result, condition, self.headline) for condition in ("target", "random"))
-        clusters = target.index.get_level_values("sequence")
-        rate = stats.success_rate(target, clusters)
-        lead = stats.estimate(target.astype(float) - random.loc[target.index], clusters, seed=self.seed)
-        verdict = judge(
-            rate.over_clusters,
-            {"a random direction of the same norm": Against(lead)},
+    def _hits(self, result: Result, stratum: str) -> Finding:
+        hits, table = hits_of(result, stratum, self.headline), result.tables["continuations"]
+        rows = table.query("stratum == @stratum and condition == 'target' and m == @self.headline")
+        moved = Paired(rows, seed=self.seed).mean("log_prob_change")
+        gain = hits.mean("target", "nothing")
+        finding = Finding(
+            number=10 if stratum == "100-1000" else None,
+            claim=f"installed writes put a token of stratum {stratum} into the continuation",
+            effect=gain,
+            what="the gain in hits over nothing",
+            against=hits.beaten(
+                "target",
+                {"random": "a random direction of the same norm", "wrong": "a token that was not installed"},
+            ),
+            relevant=RELEVANT,
+            shown={
+                "installed": hits.mean("target"),
+                "nothing": hits.mean("nothing"),
+                "a random direction of the same norm": hits.mean("random"),
+                "a token that was not installed": hits.mean("wrong"),
+            },
+            write=percent,
+            axis=f"of continuations have the token at m = {self.headline:g}",
+            measured=f"log-probability of the first token {moved} nats",
+            controls=f"installed - nothing {gain}",
+            of="prompt x target pairs",
+        )
+        if finding.verdict.outcome != "holds":
+            return finding
+        near = "as in the paper" if finding.shown["installed"].mean > 0.9 else "far from the paper's 100%"
+        return replace(finding, remark=f"The rate is {near}.")
+
+    def _ranks(self, result: Result) -> Finding:
+        rows = result.tables["continuations"].query("m == @self.headline")
+        rows = rows.assign(better=rows["edited_rank"] < rows["rank"], shift=rows["rank"] - rows["edited_rank"])
+        better = Paired.of(rows, "better", "pair", seed=self.seed)
+        target, random, lead = better["target"] > 0, better["random"] > 0, better.mean("target", "random")
+        rival, shift = "a random direction of the same norm", rows.loc[rows["condition"] == "target", "shift"].median()
+        return Finding(
+            number=25,
+            claim="installed writes improve the rank of their token",
+            effect=better.mean(target),
+            what="the share of improved ranks",
+            against={rival: Against(lead)},
             chance=0.5,
             relevant=RELEVANT,
-            what="the share of improved ranks",
-        )
-        low, high = rate.over_clusters.interval
-        rows = result.tables["continuations"].query("condition == 'target' and m == @self.headline")
-        return Claim(
-            25,
-            "installed writes improve the rank of their token",
-            f"{rate.rate:.0%} [{low:.0%}, {high:.0%}] of pairs at m = {self.headline:g}; median shift of the rank "
-            f"{float((rows['rank'] - rows['edited_rank']).median()):+,.0f}",
-            rate.n,
-            f"prompt x target pairs in {rate.over_clusters.n_clusters} sequences",
-            f"random direction {float(random.mean()):.0%}; installed - random {lead}",
-            verdict.outcome,
-            verdict.sentence,
+            shown={"installed": better.mean(target), rival: better.mean(random)},
+            write=percent,
+            axis=f"of pairs at m = {self.headline:g}",
+            measured=f"median shift of the rank {shift:+,.0f}",
+            controls=f"installed - random {lead}",
+            of="prompt x target pairs in {} sequences",
         )
 
-    def _claim(self, result: Result, stratum: str) -> Claim:
-        m = self.headline
-        gains = {name: gain(result, stratum, m, name) for name in ("nothing", "random", "wrong")}
-        verdict = judge(
-            gains["nothing"],
-            {
-                "a random direction of the same norm": Against(gains["random"]),
-                "a token that was not installed": Against(gains["wrong"]),
-            },
-            relevant=RELEVANT,
-            what="the gain in hits over nothing",
-        )
-        installed = hits(result, stratum, "target", m)
-        near = "as in the paper" if installed.rate > 0.9 else "far from the paper's 100 %"
-        remark = f" The rate is {near}." if verdict.outcome == "holds" else ""
-        rows = _rows(result, stratum, "target", m)
-        moved = stats.estimate(rows["log_prob_change"], rows["sequence"], seed=self.seed)
-        return Claim(
-            10 if stratum == "100-1000" else None,
-            f"installed writes put a token of stratum {stratum} into the continuation",
-            f"{hits(result, stratum, 'nothing', 0).rate:.0%} to {installed.rate:.0%} [{installed.wilson.low:.0%}, "
-            f"{installed.wilson.high:.0%}] at m = {m:g}; log-probability of the first token {moved} nats",
-            installed.n,
-            "prompt x target pairs",
-            f"random direction {hits(result, stratum, 'random', m).rate:.0%}, wrong target "
-            f"{wrong_hits(result, stratum, m):.0%}; installed - nothing {gains['nothing']}",
-            verdict.outcome,
-            verdict.sentence + remark,
-        )
-
-    def figures(self, result: Result) -> list[Figure]:
+    def panels(self, result: Result) -> list[Figure]:
         """Hits by size, one figure for each stratum."""
         panels = []
+        shown = {"nothing": "nothing", "random": "random direction", "wrong": "wrong target", "target": "installed"}
+        colours = dict(zip(shown, ("muted", "soft", "control", "atom")))
         for stratum in strata_of(result):
-            rates = {c: [hits(result, stratum, c, m) for m in self.sizes] for c in ("target", "random")}
-            wrong = [wrong_hits(result, stratum, m) for m in self.sizes]
-            nothing = [hits(result, stratum, "nothing", 0).rate] * len(self.sizes)
-            band = ([r.wilson.low for r in rates["target"]], [r.wilson.high for r in rates["target"]])
-            lines = [
-                figures.Line("nothing", self.sizes, nothing, "muted"),
-                figures.Line("random direction", self.sizes, [r.rate for r in rates["random"]], "soft"),
-                figures.Line("wrong target", self.sizes, wrong, "control"),
-                figures.Line("installed", self.sizes, [r.rate for r in rates["target"]], "atom", band),
-            ]
+            by_size = [hits_of(result, stratum, m) for m in self.sizes]
+            lines = []
+            for name, text in shown.items():
+                rates = [hits.mean(name) for hits in by_size]
+                band = ([r.low for r in rates], [r.high for r in rates]) if name == "target" else None
+                lines.append(figures.Line(text, self.sizes, [r.mean for r in rates], colours[name], band))
             title = f"Hits by size, stratum {stratum}, install: {result.label}"
             label = "norm of what is written, in native writes"
             svg = figures.curves(lines, label, title, log_x=True, percent=True)
@@ -296,41 +290,16 @@ def strata_of(result: Result) -> list[str]:
     return [str(name) for name in result.tables["continuations"]["stratum"].unique()]
 
 
-def hits(result: Result, stratum: str, condition: str, m: float) -> stats.Rate:
-    """Share of continuations with the target in them, with intervals."""
-    rows = _rows(result, stratum, condition, m)
-    return stats.success_rate(rows["hit"], rows["sequence"])
-
-
-def wrong_hits(result: Result, stratum: str, m: float) -> float:
-    """Share of the continuations under an installed target that have the wrong target in them."""
-    return float(np.mean(_rows(result, stratum, "target", m)["wrong_hit"].to_numpy(float)))
-
-
-def gain(result: Result, stratum: str, m: float, against: str) -> stats.Estimate:
-    """Difference of hit rates, installed - `against` (nothing, random, wrong), paired by prompt and target."""
-    installed = _rows(result, stratum, "target", m)
-    if against == "wrong":
-        other = installed["wrong_hit"]
-    else:
-        other = _rows(result, stratum, against, 0 if against == "nothing" else m)["hit"].loc[installed.index]
-    difference = installed["hit"].to_numpy(float) - other.to_numpy(float)
-    return stats.estimate(difference, installed["sequence"], seed=result.evaluation.seed)
-
-
-def improved(result: Result, condition: str, m: float) -> pd.Series:
-    """Whether the rank of the target is better (smaller) than without edits, by (pair, sequence), over all strata."""
+def hits_of(result: Result, stratum: str, m: float) -> Paired:
+    """By pair, whether the target is in the continuation under each condition at size m; `wrong`: whether the wrong
+    target is there while the target is installed."""
     table = result.tables["continuations"]
-    rows = table[(table["condition"] == condition) & (table["m"] == m)].set_index(["pair", "sequence"]).sort_index()
-    return rows["edited_rank"] < rows["rank"]
+    rows = table[(table["stratum"] == stratum) & ((table["m"] == m) | (table["condition"] == "nothing"))]
+    installed = rows[rows["condition"] == "target"]
+    rows = pd.concat([rows, installed.assign(condition="wrong", hit=installed["wrong_hit"])])
+    wide = rows.pivot(index=["pair", "sequence"], columns="condition", values="hit").astype(bool)
+    return Paired(wide.reset_index(), seed=result.evaluation.seed)
 
 
 def _moved(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
     return {**target_change(rows), **target_rank(rows)}
-
-
-def _rows(result: Result, stratum: str, condition: str, m: float) -> pd.DataFrame:
-    """Continuations of one stratum, condition and size, by pair."""
-    table = result.tables["continuations"]
-    chosen = np.logical_and.reduce([table["stratum"] == stratum, table["condition"] == condition, table["m"] == m])
-    return table[chosen].set_index("pair")

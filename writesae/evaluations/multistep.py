@@ -14,14 +14,12 @@ from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.evaluations.substitution import RELEVANT, Exchange, Substitution
-from writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, SCALES, Condition, Scale, edits_of
-from writesae.experiment.evaluation import Evaluation
+from writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, SCALES, Scale, edits_of
+from writesae.experiment.evaluation import Evaluation, Result, described
 from writesae.experiment.lab import EditedRows, Lab, Trial
-from writesae.experiment.result import Claim, Figure, Result
-from writesae.verdict import figures
-from writesae.verdict import statistics as stats
-from writesae.verdict.format import percent, span
-from writesae.verdict.judge import Against, Verdict, judge
+from writesae.verdict.finding import Against, Figure, Finding, Paired, medians
+from writesae.verdict.format import percent
+from writesae.verdict.judge import Verdict
 from writesae.verdict.names import NAMES
 
 SMALL_GAP = 0.05
@@ -61,23 +59,18 @@ class Multistep(Evaluation):
     """Controls and references to run."""
 
     kind: ClassVar[str] = "multistep"
-    question: ClassVar[str] = "How far does one substitution lead the model astray?"
+    question: ClassVar[str] = "How does the effect of one substitution grow over later tokens?"
     answers: ClassVar[tuple[int, ...]] = (21,)
     min_sequences: ClassVar[int] = 1
     at_least: ClassVar[dict[str, float]] = {"n_steps": 1, "n_atoms": 1, "firings_per_atom": 1}
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"scale": SCALES[:3], "controls": (*CONTROLS, *REFERENCES)}
     columns: ClassVar[dict[str, dict[str, str]]] = {
-        "steps": {
-            "firing": "number of the firing, shared by all of its conditions",
-            "sequence": "row of the evaluation tokens",
-            "position": "token t that is edited",
-            "atom": "atom whose firing was drawn",
-            "condition": "what is written at t",
-            "scale": "how the atom is scaled; none for native and delete",
-            "step": "tokens after t",
-            "state_gap": "norm of the change of the head's state over the norm of the native state",
-            "residual_cosine": "cosine of the edited and the native residual stream after the last block",
-        }
+        "steps": described(
+            "firing sequence position atom condition scale",
+            step="tokens after t",
+            state_gap="norm of the change of the head's state over the norm of the native state",
+            residual_cosine="cosine of the edited and the native residual stream after the last block",
+        )
     }
 
     @property
@@ -140,113 +133,70 @@ class Multistep(Evaluation):
 
     # -- judging
 
-    def claims(self, result: Result) -> list[Claim]:
-        """Whether an atom leaves the model nearer to its native course than deletion does."""
-        steps = result.tables["steps"].assign(distance=lambda table: 1 - table["residual_cosine"])
-        wide = steps.pivot_table(index=["firing", "sequence"], columns="condition", values="distance").reset_index()
-
-        def rate(a: str, b: str) -> stats.Rate:
-            return stats.win_rate(wide[a], wide[b], wide["sequence"])
-
-        win, by_itself = rate("atom", "delete"), {name: rate(name, "delete") for name in self.controls}
-        against = {
-            NAMES[name]: Against(rate("atom", name).over_clusters, by_itself[name].over_clusters, chance=0.5)
-            for name in self.controls
-            if name not in REFERENCES
-        }
-        verdict = judge(
-            win.over_clusters,
-            against,
-            typical=float(np.median(wide["delete"])),
-            floor=float(np.quantile(wide["native"], 0.95)),
-            chance=0.5,
-            relevant=RELEVANT,
-            what="the win rate against deletion",
+    def findings(self, result: Result) -> list[Finding]:
+        """Whether an atom leaves the model nearer to its native course than deletion does, and claim 21."""
+        steps = _with_distance(result)
+        far, gaps = (
+            Paired.of(steps, value, "firing", "sequence", seed=self.seed) for value in ("distance", "state_gap")
         )
+        wins = {name: far.wins(name, "delete") for name in ("atom", *self.controls)}
+        rivals = [name for name in self.controls if name not in REFERENCES]
+        against = {NAMES[n]: Against(far.wins("atom", n), wins[n], chance=0.5) for n in rivals}
+        gap = {name: gaps.mean(name) for name in ("atom", "delete", *self.controls) if name in gaps}
+        small = Verdict("confounded", "Deletion leaves the state within 5% of its norm as well.", ("delete",))
         return [
-            Claim(
-                None,
-                f"over {self.n_steps} tokens an atom leads less far astray than deletion",
-                f"{percent(win.rate)} [{span(*win.over_clusters.interval)}]",
-                win.n,
-                f"firings in {win.over_clusters.n_clusters} sequences",
-                ", ".join(
-                    f"{NAMES[n]} {percent(r.rate)}" for n, r in sorted(by_itself.items(), key=lambda x: -x[1].rate)
-                ),
-                verdict.outcome,
-                verdict.sentence,
+            Finding(
+                claim=f"over {self.n_steps} tokens an atom moves the model less than deletion",
+                effect=wins["atom"],
+                what="the win rate against deletion",
+                against=against,
+                chance=0.5,
+                relevant=RELEVANT,
+                **far.size_of("delete"),
+                shown={NAMES[name]: rate for name, rate in wins.items()},
+                write=percent,
+                axis="of firings nearer to the native residual stream than after deletion",
+                of="firings in {} sequences",
             ),
-            self._small_gap(result),
+            Finding(
+                number=21,
+                claim=f"over {self.n_steps} tokens an atom leaves the state within {percent(SMALL_GAP)} of its norm",
+                effect=gap["atom"],
+                what="the mean state gap",
+                chance=SMALL_GAP,
+                less=True,
+                relevant=RELEVANT_GAP,
+                **gaps.size_of("delete"),
+                unless=None if gap["delete"].high > SMALL_GAP else small,
+                shown={NAMES[name]: each for name, each in gap.items()},
+                write=percent,
+                axis="of the norm of the native state",
+                measured=f"below {percent(SMALL_GAP)} at {percent((gaps['atom'] < SMALL_GAP).mean())} of firings",
+                of="firings in {} sequences",
+            ),
         ]
 
-    def _small_gap(self, result: Result) -> Claim:
-        """Claim 21: how far the head's state is from the native one."""
-        steps, by = result.tables["steps"], ["firing", "sequence"]
-        gaps = steps.pivot_table(index=by, columns="condition", values="state_gap").reset_index()
-
-        def mean(values: pd.Series) -> stats.Estimate:
-            return stats.estimate(values, gaps["sequence"], seed=self.seed)
-
-        gap, deleted = mean(gaps["atom"]), mean(gaps["delete"])
-        verdict = judge(
-            gap,
-            typical=float(gaps["delete"].median()),
-            floor=float(gaps["native"].quantile(0.95)),
-            chance=SMALL_GAP,
-            less=True,
-            relevant=RELEVANT_GAP,
-            what="the mean state gap",
-        )
-        if verdict.outcome == "holds" and not deleted.high > SMALL_GAP:
-            verdict = Verdict("confounded", "Deletion leaves the state within 5 % of its norm as well.", ("deletion",))
-        shown = {name: gaps[name].mean() for name in ("delete", *self.controls)}
-        return Claim(
-            21,
-            f"over {self.n_steps} tokens an atom leaves the state within {percent(SMALL_GAP)} of its norm",
-            f"{percent(gap.mean)} [{span(*gap.interval)}] of the norm of the native state; below "
-            f"{percent(SMALL_GAP)} at {percent(float((gaps['atom'] < SMALL_GAP).mean()))} of firings",
-            gap.n,
-            f"firings in {gap.n_clusters} sequences",
-            ", ".join(f"{NAMES[name]} {percent(float(value))}" for name, value in shown.items()),
-            verdict.outcome,
-            verdict.sentence,
-        )
-
-    def figures(self, result: Result) -> list[Figure]:
+    def panels(self, result: Result) -> list[Figure]:
         """Medians of both distances by tokens after t."""
-        steps = result.tables["steps"].assign(distance=lambda table: 1 - table["residual_cosine"])
-        panels = []
-        for column, title, caption in (
-            ("state_gap", "Change of the head's state", "Median over firings, relative to the native state."),
-            ("distance", "Distance of the residual stream", "Median over firings of 1 - cosine after the last block."),
-        ):
-            medians = steps.groupby(["condition", "step"])[column].median().unstack("step").clip(lower=1e-16)
-            shown = [name for name in (*CONTROLS, "delete", "atom") if name in medians.index]
-            lines = [
-                figures.Line(
-                    NAMES[name],
-                    [float(step) for step in medians.columns],
-                    np.asarray(medians.loc[name]).tolist(),
-                    {"atom": "atom", "delete": "ink"}.get(name, "soft"),
-                )
-                for name in shown
-            ]
-            values = np.asarray(medians.loc[shown])
-            svg = figures.curves(
-                lines,
-                "tokens after t",
-                f"{title} by tokens after t, {self.scale}: {result.label}",
-                log_y=bool(values.max() > 10 * values.min()),
-            )
-            panels.append(Figure(title, svg, caption))
-        return panels
+        steps, names = _with_distance(result), {name: NAMES[name] for name in (*CONTROLS, "delete", "atom")}
+        titles = {"state_gap": "Change of the head's state", "distance": "1 - cosine of the residual stream"}
+        return [
+            medians(steps, "step", column, names, "tokens after t", f"{title}, {self.scale}: {result.label}")
+            for column, title in titles.items()
+        ]
+
+
+def _with_distance(result: Result) -> pd.DataFrame:
+    return result.tables["steps"].assign(distance=lambda steps: 1 - steps["residual_cosine"])
 
 
 def _state_gaps(exchange: Exchange, n: int, length: int) -> NDArray[np.generic]:
     """[C,S] relative change of the head's state under each condition of firing n, at the first `length` tokens."""
     start = exchange.positions[n]
     stop = start + length
-    changes = [_change(condition, exchange.native, n) for condition in exchange.conditions]
+    gone = exchange.native.rows([n]) * -1.0
+    written = [condition.written for condition in exchange.conditions]
+    changes = [gone if each is None else LowRank.cat([each.rows([n]), gone]) for each in written]
     recurrence = exchange.site.recurrence.select(tokens=slice(0, stop))
     keys = recurrence.propagate(torch.cat([change.keys[0] for change in changes]), start, 0)[0]  # [R,S,K], all changes
     native = torch.linalg.matrix_norm(recurrence.states(positions=list(range(start, stop)))[0, :, 0])  # [S]
@@ -254,9 +204,3 @@ def _state_gaps(exchange: Exchange, n: int, length: int) -> NDArray[np.generic]:
     for change, carried in zip(changes, keys.split([change.rank for change in changes])):
         gaps.append(LowRank(carried.transpose(0, 1), change.values.expand(length, -1, -1)).norm() / native)
     return torch.stack(gaps).cpu().numpy()
-
-
-def _change(condition: Condition, native: LowRank, n: int) -> LowRank:
-    """What a condition adds to the native write of firing n, as a single matrix."""
-    gone = native.rows([n]) * -1.0
-    return gone if condition.written is None else LowRank.cat([condition.written.rows([n]), gone])

@@ -13,22 +13,25 @@ from typing import ClassVar, cast
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import ks_2samp
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.evaluations.substitution import RELEVANT, Substitution, wide_firings
 from writesae.experiment.conditions import CONTROLS
 from writesae.experiment.cosines import SIDES, firing_cosines
-from writesae.experiment.evaluation import Evaluation
+from writesae.experiment.evaluation import Evaluation, Result, described
 from writesae.experiment.lab import Lab
 from writesae.experiment.pca import fit_pca
-from writesae.experiment.result import Claim, Figure, Json, Result
+from writesae.files import Json
 from writesae.verdict import figures
 from writesae.verdict import statistics as stats
-from writesae.verdict.format import percent, span
-from writesae.verdict.judge import Against, Verdict, judge
+from writesae.verdict.finding import Against, Claim, Figure, Finding, Paired, said
+from writesae.verdict.format import percent, points, signed
+from writesae.verdict.judge import Verdict, judge
 from writesae.verdict.mixtures import COLUMNS as MIXTURE_COLUMNS
 from writesae.verdict.mixtures import fisher_z, fit_mixtures
 from writesae.verdict.paper import Outcome
+from writesae.verdict.statistics import Estimate
 
 SAMPLES: dict[str, str] = {"cosine": "atoms", "shuffled": "shuffled", "random": "random"}
 """Columns of the table `atoms` that hold medians of cosines, and the names of these samples in the other tables."""
@@ -157,8 +160,7 @@ class Partition(Evaluation):
             "scale": "scale of the substitution test",
             "kind": "register or bundle",
             "rate": "share of firings on which the atom is nearer to native than deletion",
-            "low": "lower end of the 95 % interval over atoms",
-            "high": "upper end of the 95 % interval over atoms",
+            **described("low high"),
             "n": "firings",
             "n_atoms": "atoms",
             "by_firings": "the rate with each atom weighted by how often it fires on the text",
@@ -230,12 +232,8 @@ class Partition(Evaluation):
 
     def sweep_table(self, atoms: pd.DataFrame) -> pd.DataFrame:
         """Atoms at or above each threshold, in each sample."""
-        rows: list[dict[str, object]] = []
-        for threshold in self.sweep:
-            for column, sample in SAMPLES.items():
-                reached = atoms[column].to_numpy() >= threshold
-                rows.append({"threshold": threshold, "sample": sample, "registers": reached.sum()})
-                rows[-1]["share"] = reached.mean()
+        reached = {(t, sample): atoms[column] >= t for t in self.sweep for column, sample in SAMPLES.items()}
+        rows = [(*key, each.sum(), each.mean()) for key, each in reached.items()]
         return pd.DataFrame(rows, columns=list(self.columns["sweep"]))
 
     def _tested(self, lab: Lab, atoms: pd.DataFrame) -> pd.DataFrame:
@@ -244,8 +242,7 @@ class Partition(Evaluation):
         if not drawn:
             return pd.DataFrame(columns=list(self.columns["substitution"]))
         settings = replace(self.substitution, atoms=drawn)
-        test = Result(settings, lab.describe(), settings.measure(lab))
-        table, lab.facts["compared"] = compare_kinds(test, atoms, self.seed)
+        table, lab.facts["compared"] = compare_kinds(Result(settings, {}, settings.measure(lab)), atoms, self.seed)
         return table
 
     def _draw(self, lab: Lab, atoms: pd.DataFrame) -> tuple[int, ...]:
@@ -265,9 +262,53 @@ class Partition(Evaluation):
 
     # -- judging
 
-    def claims(self, result: Result) -> list[Claim]:
+    def findings(self, result: Result) -> list[Finding]:
         """Claims 6, 4 and 26, and whether atoms point along their writes."""
-        return [self._two_kinds(result), self._aligned(result), self._alike(result), self._beyond_pca(result)]
+        table = result.tables["atoms"]
+        medians = {name: float(table[name].median()) for name in (*SAMPLES, "untrained", *SIDES)}
+        atoms = Paired(table, ("atom",), self.seed)
+        gain, untrained = (atoms.median("cosine", null) for null in ("shuffled", "untrained"))
+        few = Verdict("not tested", f"{len(table)} alive atoms are too few.")
+        aligned = Finding(
+            claim="atoms point along the writes they fire on",
+            effect=gain,
+            what="the median gain in cosine over shuffled positions",
+            against={"an untrained dictionary at its own firings": Against(untrained)},
+            relevant=RELEVANT_COSINE,
+            ruled=few if len(table) < self.min_atoms else None,
+            shown={
+                "atoms": atoms.median("cosine"),
+                "shuffled null": atoms.median("shuffled"),
+                "an untrained dictionary at its own firings": atoms.median("untrained"),
+                "random null": atoms.median("random"),
+            },
+            write="{:.3f}".format,
+            axis="median cosine",
+            measured=f"{said(gain, signed)} over shuffled positions",
+            controls=f"|cosine| of key sides {medians['key']:.2f} (shuffled {medians['shuffled_key']:.2f}), of value "
+            f"sides {medians['value']:.2f} (shuffled {medians['shuffled_value']:.2f})",
+            of="alive atoms",
+        )
+        claim = "registers point along their writes, the first principal component of writes does not"
+        registers = Paired(table[table["kind"] == "register"], ("atom",), self.seed)
+        if len(registers.wide) < 2:
+            pca = Finding.untested(claim, "It needs two registers.", 26, "registers", len(registers.wide))
+        else:
+            lead = registers.median("cosine", "pca")
+            component = "first principal component at the same firings"
+            pca = Finding(
+                number=26,
+                claim=claim,
+                effect=lead,
+                what="the median lead of registers over the component",
+                relevant=RELEVANT_COSINE,
+                shown={"registers": registers.median("cosine"), component: registers.median("pca")},
+                write=signed,
+                axis="median cosine of registers",
+                measured=f"lead {lead}",
+                of="registers",
+            )
+        return [self._two_kinds(result), aligned, self._alike(result), pca]
 
     @classmethod
     def across(cls, results: list[Result]) -> list[tuple[str, Claim]]:
@@ -278,178 +319,120 @@ class Partition(Evaluation):
             for rule in RULES
             if (parts := [result.tables["atoms"] for result in of_writes if result.info["rule"] == rule])
         }
-        return [(", ".join(tables), _by_rule(tables))] if len(tables) > 1 else []
+        return [(", ".join(tables), _by_rule(tables).row())] if len(tables) > 1 else []
 
-    def _two_kinds(self, result: Result) -> Claim:
+    def _two_kinds(self, result: Result) -> Finding:
+        """Claim 6: the rules of the class's docstring, in order."""
         atoms, mixtures = result.tables["atoms"], result.tables["mixtures"]
-        registers = int((atoms["kind"] == "register").sum())
-        measured = f"{registers} register / {len(atoms) - registers} bundle / {result.info['dead']} dead"
-        if registers:
-            measured += f"; register median cosine {np.median(atoms.loc[atoms['kind'] == 'register', 'cosine']):.3f}"
-            firings = atoms.groupby("kind")["firings"].sum()
-            measured += f"; registers make {percent(float(firings['register'] / firings.sum()))} of firings"
+        fitted = {
+            (sample, space): _fitted(mixtures, sample, space)
+            for sample in SAMPLES.values()
+            for space in ("cosine", "z")
+        }
+        (best, gap), (null, null_gap) = fitted["atoms", "cosine"], fitted["shuffled", "cosine"]
+        registers = atoms[atoms["kind"] == "register"]
+        measured = f"{len(registers)} register / {len(atoms) - len(registers)} bundle / {result.info['dead']} dead"
+        if len(registers):
+            share = float(registers["firings"].sum() / atoms["firings"].sum())
+            measured += f"; register median cosine {registers['cosine'].median():.3f}"
+            measured += f"; registers make {percent(share)} of firings"
         above = {name: (atoms[name] >= self.threshold).astype(float) for name in SAMPLES}
-        controls = "; ".join(
-            f"{name} null: {percent(above[name].mean())} at {self.threshold:g} or above, "
-            f"BIC prefers {preferred(mixtures, name, 'cosine') or 'nothing'}"
-            for name in ("shuffled", "random")
+        finding = Finding(
+            number=6,
+            claim="atoms part into registers and bundles",
+            measured=measured,
+            controls="; ".join(
+                f"{name} null: {percent(above[name].mean())} at {self.threshold:g} or above, "
+                f"BIC prefers {fitted[name, 'cosine'][0] or 'nothing'}"
+                for name in ("shuffled", "random")
+            ),
+            n=len(atoms),
+            of="alive atoms",
         )
-        outcome, sentence = self._kinds_outcome(atoms, mixtures, above)
-        claim = "atoms part into registers and bundles"
-        return Claim(6, claim, measured, len(atoms), "alive atoms", controls, outcome, sentence)
-
-    def _kinds_outcome(
-        self, atoms: pd.DataFrame, mixtures: pd.DataFrame, above: Mapping[str, pd.Series]
-    ) -> tuple[Outcome, str]:
-        best, gap = preferred(mixtures, "atoms", "cosine"), gap_to_one(mixtures, "atoms", "cosine")
-        if len(atoms) < self.min_atoms or best is None:
-            return "not tested", f"{len(atoms)} alive atoms are too few, or too alike, to tell kinds apart."
         fit = (
-            f"BIC prefers {best} component{'s' if best > 1 else ''} on the cosine (by {gap:.0f} over one) and "
-            f"{preferred(mixtures, 'atoms', 'z')} on Fisher's z"
+            f"BIC prefers {best} component{'s' * (best != 1)} on the cosine (by {gap:.0f} over one) and "
+            f"{fitted['atoms', 'z'][0]} on Fisher's z"
         )
         share = f"{percent(above['cosine'].mean())} of atoms reach {self.threshold:g}"
-        if best != 2 or gap < STRONG:
-            return "fails", f"{fit}, so the cosine does not part the atoms into two kinds; {share}."
-        if gap_to_one(mixtures, "shuffled", "cosine") >= STRONG:
-            return "confounded", (
-                f"{fit}, but at shuffled positions, where nothing can point along its write, it prefers "
-                f"{preferred(mixtures, 'shuffled', 'cosine')}: a mixture fits what is not normal, and shows no kinds."
-            )
-        excess = stats.estimate(above["cosine"] - above["shuffled"], atoms["atom"], seed=self.seed)
-        verdict = judge(excess, what="the share of registers beyond that at shuffled positions")
-        points = span(*excess.interval)
-        if verdict.outcome == "fails":
-            return "confounded", f"{fit}, but shuffled positions give as many registers (difference [{points}] points)."
-        if verdict.outcome == "holds":
-            return "holds", f"{fit}; {share}, [{points}] points more than at shuffled positions."
-        return verdict.outcome, verdict.sentence
+        excess = Paired(atoms[["atom"]].assign(**above), ("atom",), self.seed).mean("cosine", "shuffled")
+        ladder = judge(excess, what="the share of registers beyond that at shuffled positions")
+        difference = f"[{points(excess.low)}, {points(excess.high)}] points"
+        if len(atoms) < self.min_atoms or best is None:
+            text = f"{len(atoms)} alive atoms are too few, or too alike, to tell kinds apart."
+            verdict = Verdict("not tested", text)
+        elif best != 2 or gap < STRONG:
+            text = f"{fit}, so the cosine does not part the atoms into two kinds; {share}."
+            verdict = Verdict("fails", text)
+        elif null_gap >= STRONG:
+            text = f"{fit}, but at shuffled positions, where nothing can point along its write, it prefers {null}: a "
+            verdict = Verdict("confounded", f"{text}mixture fits what is not normal, and shows no kinds.")
+        elif ladder.outcome == "fails":
+            text = f"{fit}, but shuffled positions give as many registers (difference {difference})."
+            verdict = Verdict("confounded", text)
+        else:
+            text = f"{fit}; {share}, {difference} more than at shuffled positions."
+            verdict = Verdict("holds", text) if ladder.outcome == "holds" else ladder
+        return replace(finding, ruled=verdict)
 
-    def _aligned(self, result: Result) -> Claim:
-        atoms = result.tables["atoms"]
-        gain, over_untrained = (
-            stats.estimate(
-                atoms["cosine"] - atoms[null], atoms["atom"], statistic=stats.weighted_median, seed=self.seed
-            )
-            for null in ("shuffled", "untrained")
-        )
-        verdict = judge(
-            gain,
-            {"an untrained dictionary at its own firings": Against(over_untrained)},
-            relevant=RELEVANT_COSINE,
-            what="the median gain in cosine over shuffled positions",
-        )
-        if len(atoms) < self.min_atoms:
-            verdict = Verdict("not tested", f"{len(atoms)} alive atoms are too few.")
-        bounds = f"[{gain.low:.3f}–{gain.high:.3f}] " if len(atoms) > 1 else ""
-        p = stats.paired_wilcoxon(atoms["cosine"], atoms["shuffled"]).p_value
-        return Claim(
-            None,
-            "atoms point along the writes they fire on",
-            f"median cosine {np.median(atoms['cosine']):.3f}; {gain.mean:+.3f} {bounds}over shuffled positions",
-            len(atoms),
-            "alive atoms",
-            f"shuffled null {np.median(atoms['shuffled']):.3f} (Wilcoxon p = {p:.2g}), "
-            f"untrained dictionary {np.median(atoms['untrained']):.3f}, random null {np.median(atoms['random']):.3f}; "
-            f"|cosine| of key sides {np.median(atoms['key']):.2f} "
-            f"(shuffled {np.median(atoms['shuffled_key']):.2f}), of value sides {np.median(atoms['value']):.2f} "
-            f"(shuffled {np.median(atoms['shuffled_value']):.2f})",
-            verdict.outcome,
-            verdict.sentence,
-        )
-
-    def _beyond_pca(self, result: Result) -> Claim:
-        claim = "registers point along their writes, the first principal component of writes does not"
-        registers = result.tables["atoms"].query("kind == 'register'")
-        if len(registers) < 2:
-            return Claim(26, claim, "–", len(registers), "registers", "", "not tested", "It needs two registers.")
-        cosine, component = (
-            stats.estimate(registers[name], registers["atom"], statistic=stats.weighted_median, seed=self.seed)
-            for name in ("cosine", "pca")
-        )
-        gain = stats.estimate(
-            registers["cosine"] - registers["pca"],
-            registers["atom"],
-            statistic=stats.weighted_median,
-            seed=self.seed,
-        )
-        verdict = judge(gain, relevant=RELEVANT_COSINE, what="the median lead of registers over the component")
-        return Claim(
-            26,
-            claim,
-            f"median cosine of registers {cosine}; lead {gain}",
-            len(registers),
-            "registers",
-            f"first principal component at the same firings {component}",
-            *verdict[:2],
-        )
-
-    def _alike(self, result: Result) -> Claim:
+    def _alike(self, result: Result) -> Finding:
+        """Claim 4: both kinds beat deletion, and the interval of their difference lies within 10 points of zero."""
         claim, table = "register and bundle atoms substitute alike", result.tables["substitution"]
-        compared = result.info.get("compared")
-        if not isinstance(compared, Mapping) or set(table["kind"]) != set(_KINDS):
+        compared = cast(Mapping[str, Mapping[str, float]], result.info.get("compared"))
+        if set(table["kind"]) != set(_KINDS):
             kinds = result.tables["atoms"]["kind"].tolist()
             counts = " and ".join(f"{kinds.count(kind)} {kind}" for kind in _KINDS)
             reason = f"It needs two tested atoms of each kind; of the alive atoms there are {counts}."
-            return Claim(4, claim, "–", 0, "firings", "", "not tested", reason)
+            return Finding.untested(claim, reason, 4, "firings")
         rates = {
-            str(row["kind"]): stats.Estimate(row["rate"], row["low"], row["high"], row["n"], row["n_atoms"])
+            str(row["kind"]): Estimate(row["rate"], row["low"], row["high"], row["n"], row["n_atoms"])
             for row in table.to_dict("records")
         }
-        numbers = cast(Mapping[str, float], compared["difference"])
-        measured = "; ".join(
-            f"{kind} {percent(rate.mean)} [{span(*rate.interval)}] ({rate.n_clusters} atoms)"
-            for kind, rate in ((kind, rates[kind]) for kind in _KINDS)
-        )
-        measured += f"; difference [{span(numbers['low'], numbers['high'])}] points, p = {numbers['p_value']:.2g}"
+        gap, test = compared["difference"], cast(Mapping[str, str], compared["verdict"])
+        atoms = ", ".join(f"{rate.n_clusters} {kind} atoms" for kind, rate in rates.items())
         weighted = ", ".join(f"{row['kind']} {percent(row['by_firings'])}" for row in table.to_dict("records"))
-        measured += f"; weighted by firings: {weighted}"
-        difference = stats.Interval(numbers["low"], numbers["high"])
-        verdict = alike_verdict(rates, difference, cast(Mapping[str, str], compared["verdict"]))
-        n = sum(rate.n for rate in rates.values())
-        controls = f"those of the substitution test: {', '.join(self.controls)}"
-        return Claim(4, claim, measured, n, "firings, by atom", controls, verdict.outcome, verdict.sentence)
+        return Finding(
+            number=4,
+            claim=claim,
+            ruled=alike_verdict(rates, (gap["low"], gap["high"]), test),
+            chance=0.5,
+            shown={kind: rates[kind] for kind in _KINDS},
+            write=percent,
+            axis="of firings nearer to the native model than after deletion",
+            measured=f"{atoms}; difference [{points(gap['low'])}, {points(gap['high'])}] points, p = "
+            f"{gap['p_value']:.2g}; weighted by firings: {weighted}",
+            controls=f"those of the substitution test: {', '.join(self.controls)}",
+            n=sum(rate.n for rate in rates.values()),
+            of="firings, by atom",
+        )
 
-    def figures(self, result: Result) -> list[Figure]:
-        """Cosines with nulls, BIC by components, registers by threshold."""
+    def panels(self, result: Result) -> list[Figure]:
+        """Cosines of atoms and nulls, BIC by components, registers by threshold."""
         atoms, mixtures, sweep = (result.tables[name] for name in ("atoms", "mixtures", "sweep"))
-        names = {"atoms": "atoms", "shuffled": "shuffled positions", "random": "random directions"}
-        colours = {"atoms": "atom", "shuffled": "control", "random": "soft"}
-        samples = {names[sample]: (atoms[column], colours[sample]) for column, sample in SAMPLES.items()}
-        panels = [
-            Figure(
-                "Cosine of each atom with the writes it fires on",
-                figures.histograms(
-                    samples,
-                    "median signed cosine with the native write",
-                    f"Cosines of atoms and writes: {result.label}",
-                    line=self.threshold,
-                ),
-                "Medians over firings, one count per alive atom. Dashed: where registers begin.",
-            )
+        colours, shares = {"atoms": "atom", "shuffled": "control", "random": "soft"}, np.linspace(0, 1, 21)
+        lines = [
+            figures.Line(name, shares.tolist(), np.quantile(atoms[column], 1 - shares).tolist(), colours[name])
+            for column, name in SAMPLES.items()
         ]
+        parts = {"Cosine of each atom with the writes it fires on": (lines, "share of alive atoms, best first")}
         bic = []
         for (sample, space), rows in mixtures.groupby(["sample", "space"], sort=False):
             each = rows.drop_duplicates("components")
             if sample != "random" and len(each) > 1:
-                gap = np.maximum(each["bic"] - each["bic"].min(), 1)
-                name, colour = names[str(sample)], colours[str(sample)]
-                name, colour = (f"{name}, z", "soft") if space == "z" else (name, colour)
-                bic.append(figures.Line(name, each["components"].tolist(), gap.tolist(), colour))
-        if bic:
-            caption = "BIC of Gaussian mixtures of the cosine and of Fisher's z, less that of the best; at least 1."
-            svg = figures.curves(bic, "components", f"BIC of mixtures: {result.label}", log_y=True)
-            panels.append(Figure("How many kinds BIC sees", svg, caption))
-        lines = [
-            figures.Line(names[str(sample)], rows["threshold"].tolist(), rows["share"].tolist(), colours[str(sample)])
-            for sample, rows in sweep.sort_values("threshold").groupby("sample", sort=False)
+                gap = np.maximum(each["bic"] - each["bic"].min(), 1).tolist()
+                name, colour = (f"{sample}, z", "soft") if space == "z" else (str(sample), colours[str(sample)])
+                bic.append(figures.Line(name, each["components"].tolist(), gap, colour))
+        parts["BIC of Gaussian mixtures, less that of the best"] = (bic, "components")
+        by_sample = sweep.sort_values("threshold").groupby("sample", sort=False)
+        of_sweep = [
+            figures.Line(str(sample), rows["threshold"].tolist(), rows["share"].tolist(), colours[str(sample)])
+            for sample, rows in by_sample
         ]
-        if lines:
-            title = f"Registers by threshold: {result.label}"
-            svg = figures.curves(lines, "threshold on the cosine", title, percent=True)
-            caption = "Share of alive atoms, and of the same atoms in both nulls."
-            panels.append(Figure("How many are at or above a threshold", svg, caption))
-        return panels
+        parts["Share of atoms at or above a threshold"] = (of_sweep, "threshold on the cosine")
+        return [
+            Figure(title, figures.curves(lines, axis, f"{title}: {result.label}", log_y=lines is bic))
+            for title, (lines, axis) in parts.items()
+            if lines
+        ]
 
     def notes(self, result: Result) -> list[str]:
         """What alive means, and what a mixture can say."""
@@ -458,7 +441,7 @@ class Partition(Evaluation):
             f"Alive: at least {self.min_firings} firings on {info['alive_tokens']:,} held-out tokens; "
             f"{info['n_alive']:,} of {info['d_sae']:,} atoms, and {info['dead']:,} never fire there.",
             "Two components of a mixture are no proof of two kinds: one skewed distribution is fitted by two "
-            "Gaussians, too, which is why the nulls are fitted beside it.",
+            "Gaussians, too, which is why the nulls are fitted in the same way.",
         ]
 
 
@@ -476,57 +459,43 @@ def first_component(lab: Lab, n_writes: int) -> LowRank:
     return LowRank.svd(turned.view(1, *rows.shape[1:]))
 
 
-def _by_rule(tables: Mapping[str, pd.DataFrame]) -> Claim:
+def _by_rule(tables: Mapping[str, pd.DataFrame]) -> Finding:
     """Claim 27 from the tables `atoms` of several rules, in the paper's order."""
-
-    def differ(column: str) -> tuple[dict[str, float], list[float]]:
-        """Adjusted p-value of every pair of rules, and the median of each rule's registers."""
+    ordered, p_values, medians = {}, {}, {}
+    for column in ("cosine", "shuffled"):
         pairs = itertools.combinations(tables, 2)
-        tests = {f"{a} / {b}": stats.kolmogorov_smirnov(tables[a][column], tables[b][column]) for a, b in pairs}
-        registers = [t.loc[t["kind"] == "register", column] for t in tables.values()]
-        return stats.holm({pair: test.p_value for pair, test in tests.items()}), [float(r.median()) for r in registers]
-
-    def ordered(column: str) -> bool:
-        p_values, medians = differ(column)
-        return max(p_values.values()) < 0.05 and all(a > b for a, b in itertools.pairwise(medians))
-
-    p_values, medians = differ("cosine")
-    if ordered("cosine") and ordered("shuffled"):
-        outcome, sentence = "confounded", "At shuffled positions the rules differ in the same way."
-    elif ordered("cosine"):
-        outcome, sentence = "holds", "Every pair of rules differs, in the paper's order."
+        tests = {f"{a} / {b}": float(ks_2samp(tables[a][column], tables[b][column]).pvalue) for a, b in pairs}  # pyright: ignore
+        p_values[column] = stats.holm(tests)
+        of_rule = [float(table.loc[table["kind"] == "register", column].median()) for table in tables.values()]
+        falling = all(a > b for a, b in itertools.pairwise(of_rule))
+        ordered[column] = max(p_values[column].values()) < 0.05 and falling
+        medians[column] = ", ".join(f"{rule} {'–' if np.isnan(m) else f'{m:.3f}'}" for rule, m in zip(tables, of_rule))
+    if ordered["cosine"] and ordered["shuffled"]:
+        verdict = Verdict("confounded", "At shuffled positions the rules differ in the same way.")
+    elif ordered["cosine"]:
+        verdict = Verdict("holds", "Every pair of rules differs, in the paper's order.")
     else:
-        outcome, sentence = "fails", "The rules do not all differ, or not in the paper's order."
-    _, shuffled = differ("shuffled")
-    return Claim(
-        27,
-        "alignment of registers falls with the rank of the write rule",
-        f"median cosine of registers: {_medians(tables, medians)}; Kolmogorov-Smirnov, Holm-adjusted: "
-        + ", ".join(f"{pair} p = {p:.2g}" for pair, p in p_values.items()),
-        sum(map(len, tables.values())),
-        "alive atoms",
-        f"at shuffled positions: {_medians(tables, shuffled)}",
-        cast(Outcome, outcome),
-        sentence,
+        verdict = Verdict("fails", "The rules do not all differ, or not in the paper's order.")
+    return Finding(
+        number=27,
+        claim="alignment of registers falls with the rank of the write rule",
+        ruled=verdict,
+        measured=f"median cosine of registers: {medians['cosine']}; Kolmogorov-Smirnov, Holm-adjusted: "
+        + ", ".join(f"{pair} p = {p:.2g}" for pair, p in p_values["cosine"].items()),
+        controls=f"at shuffled positions: {medians['shuffled']}",
+        n=sum(map(len, tables.values())),
+        of="alive atoms",
     )
 
 
-def _medians(tables: Mapping[str, pd.DataFrame], medians: list[float]) -> str:
-    return ", ".join(f"{rule} {'–' if np.isnan(m) else format(m, '.3f')}" for rule, m in zip(tables, medians))
-
-
-def preferred(mixtures: pd.DataFrame, sample: str, space: str) -> int | None:
-    """Components of the mixture with the lowest BIC; None where none was fitted."""
-    best = mixtures[(mixtures["sample"] == sample) & (mixtures["space"] == space) & mixtures["best"]]
-    counts = best["components"].tolist()
-    return int(counts[0]) if counts else None
-
-
-def gap_to_one(mixtures: pd.DataFrame, sample: str, space: str) -> float:
-    """How much lower the best BIC is than that of a single Gaussian; 0 where that is the best."""
+def _fitted(mixtures: pd.DataFrame, sample: str, space: str) -> tuple[int | None, float]:
+    """Components of the mixture with the lowest BIC (None where none was fitted), and how much lower that is than the
+    BIC of a single Gaussian."""
     rows = mixtures[(mixtures["sample"] == sample) & (mixtures["space"] == space)]
-    one = rows.loc[rows["components"] == 1, "bic"].tolist()
-    return float(one[0] - np.min(rows["bic"])) if one else 0.0
+    if rows.empty:
+        return None, 0.0
+    best = rows.nsmallest(1, "bic").iloc[0]
+    return int(best["components"]), float(rows.loc[rows["components"] == 1, "bic"].iloc[0] - best["bic"])
 
 
 def compare_kinds(test: Result, atoms: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, dict[str, Json]]:
@@ -539,41 +508,31 @@ def compare_kinds(test: Result, atoms: pd.DataFrame, seed: int) -> tuple[pd.Data
     Returns: the table `substitution`, and the verdict of the test with the difference of the kinds.
     """
     settings = cast(Substitution, test.evaluation)
-    wide, scale = wide_firings(test), settings.scales[0]
-    wins = pd.DataFrame(
-        {
-            "atom": wide["written_atom"],
-            "kind": wide["written_atom"].map(atoms.set_index("atom")["kind"]),
-            "firings": wide["written_atom"].map(atoms.set_index("atom")["firings"]),
-            "win": (wide[f"atom/{scale}"] < wide["delete"]).astype(float),
-        }
-    ).dropna()
-    of_kind = {kind: wins[wins["kind"] == kind] for kind in _KINDS}
+    wide, scale, known = wide_firings(test), settings.scales[0], atoms.set_index("atom")[["kind", "firings"]]
+    wins = wide[["written_atom"]].assign(win=wide[f"atom/{scale}"] < wide["delete"])
+    wins = wins.join(known, on="written_atom", how="inner")
+    of_kind = {kind: Paired(wins[wins["kind"] == kind], ("written_atom",), seed) for kind in _KINDS}
     rows = []
     for kind, each in of_kind.items():
-        if each["atom"].nunique() > 1:  # a single atom says nothing about others
-            rate = stats.success_rate(each["win"], each["atom"]).over_clusters
-            by_firings = np.average(each.groupby("atom")["win"].mean(), weights=each.groupby("atom")["firings"].first())
-            rows.append((scale, kind, rate.mean, rate.low, rate.high, rate.n, rate.n_clusters, by_firings))
-    verdict, _, _ = settings.verdict(wide, scale)
+        if each["written_atom"].nunique() > 1:  # a single atom says nothing about others
+            of_atom = each.wide.groupby("written_atom").agg(win=("win", "mean"), firings=("firings", "first"))
+            by_firings = np.average(of_atom["win"], weights=of_atom["firings"])
+            rows.append((scale, kind, *each.mean("win"), by_firings))
+    verdict = settings.nearer(wide, scale).verdict
     facts: dict[str, Json] = {
         "verdict": {"outcome": verdict.outcome, "sentence": verdict.sentence},
-        "without_kind": int(wide["written_atom"].nunique() - wins["atom"].nunique()),
+        "without_kind": int(wide["written_atom"].nunique() - wins["written_atom"].nunique()),
     }
     if len(rows) == len(_KINDS):
         register, bundle = of_kind.values()
-        both = (register["win"], bundle["win"], register["atom"], bundle["atom"])
-        difference = stats.estimate_difference(*both, seed=seed)
-        facts["difference"] = {
-            "mean": difference.mean,
-            "low": difference.low,
-            "high": difference.high,
-            "p_value": stats.permutation_test(*both, seed=seed).p_value,
-        }
+        samples = (register["win"], bundle["win"], register["written_atom"], bundle["written_atom"])
+        difference = register.lead("win", bundle)
+        ends = {name: getattr(difference, name) for name in ("mean", "low", "high")}
+        facts["difference"] = ends | {"p_value": stats.permutation_test(*samples, seed=seed).p_value}
     return pd.DataFrame(rows, columns=list(Partition.columns["substitution"])), facts
 
 
-def alike_verdict(rates: Mapping[str, stats.Estimate], difference: stats.Interval, test: Mapping[str, str]) -> Verdict:
+def alike_verdict(rates: Mapping[str, Estimate], gap: tuple[float, float], test: Mapping[str, str]) -> Verdict:
     """The outcome of claim 4 from the win rate of each kind, the interval of their difference, and the verdict on all
     tested firings."""
     kinds = {
@@ -586,11 +545,10 @@ def alike_verdict(rates: Mapping[str, stats.Estimate], difference: stats.Interva
             return stops[0]
     if failed := [kind for kind, each in kinds.items() if each.outcome == "fails"]:
         return Verdict("fails", f"Deletion is not beaten by {' and '.join(failed)} atoms.")
-    if difference.low >= -RELEVANT and difference.high <= RELEVANT:
-        return Verdict("holds", f"Both kinds beat deletion, and differ by no more than {percent(RELEVANT)}.")
-    if difference.low > RELEVANT or difference.high < -RELEVANT:
-        return Verdict(
-            "fails", f"Both kinds beat deletion, but not alike: they differ by more than {percent(RELEVANT)}."
-        )
-    reach = f"an interval of their difference of [{span(*difference)}] points shows neither sameness nor a difference"
-    return Verdict("inconclusive", f"Both kinds beat deletion, but {reach} of {percent(RELEVANT)}.")
+    (low, high), both, size = gap, "Both kinds beat deletion", percent(RELEVANT)
+    if low >= -RELEVANT and high <= RELEVANT:
+        return Verdict("holds", f"{both}, and differ by no more than {size}.")
+    if low > RELEVANT or high < -RELEVANT:
+        return Verdict("fails", f"{both}, but not alike: they differ by more than {size}.")
+    reach = f"an interval of their difference of [{points(low)}, {points(high)}] points"
+    return Verdict("inconclusive", f"{both}, but {reach} shows neither sameness nor a difference of {size}.")

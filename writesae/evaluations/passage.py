@@ -17,21 +17,19 @@ from torch import Tensor
 
 from hookpoints import WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae.experiment.evaluation import Evaluation
+from writesae.experiment.evaluation import Evaluation, Result
 from writesae.experiment.firings import Integers, halves
 from writesae.experiment.head import head_writes
 from writesae.experiment.lab import Lab, Site, Trial
 from writesae.experiment.readout import added_bits, bits
-from writesae.experiment.result import Claim, Figure, Result
-from writesae.verdict import figures
-from writesae.verdict import statistics as stats
-from writesae.verdict.judge import Against, Verdict, judge
+from writesae.verdict.finding import Finding, Paired
+from writesae.verdict.format import signed
 
 CONTROLS: dict[str, str] = {
-    "own": "same norm of the same writes taken away",
-    "removed": "same norm of other writes taken away",
-    "inserted": "other writes put in",
-    "random": "random directions put in",
+    "own": "same writes ablated by the same norm",
+    "removed": "other writes ablated by the same norm",
+    "inserted": "other writes inserted",
+    "random": "random directions inserted",
 }
 """Conditions other than the deletion, and their names for a reader."""
 
@@ -40,8 +38,6 @@ RELEVANT = 0.01
 +0.226 for random writes."""
 
 _NO_OP = "native"
-_SHORT = {"own": "same writes, less", "removed": "others taken away", "inserted": "others put in", "random": "random"}
-"""Names that leave room for the axis of a figure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +73,7 @@ class Passage(Evaluation):
     """Firings on the other half that an atom needs to be given a class."""
 
     kind: ClassVar[str] = "passage"
-    question: ClassVar[str] = "Do passages bear the loss of a class of atoms?"
+    question: ClassVar[str] = "How much does removing a class of atoms hurt the loss?"
     answers: ClassVar[tuple[int, ...]] = (19,)
     at_least: ClassVar[dict[str, float]] = {"passages": 2, "min_firings": 1}
     columns: ClassVar[dict[str, dict[str, str]]] = {
@@ -168,7 +164,7 @@ class Passage(Evaluation):
         components = components * -torch.tensor(firings.activation[inside]).to(components.values)
         where = firings.position[inside]
         positions = np.unique(where).tolist()
-        sums = [_sum(components.rows(np.flatnonzero(where == t).tolist())) for t in positions]
+        sums = [components.rows(np.flatnonzero(where == t).tolist()).total() for t in positions]
         native = site.at(positions)
         size = torch.tensor([float(each.norm()) for each in sums]).to(native.values)
         others = rng.choice(written, len(positions), replace=len(written) < len(positions))
@@ -195,72 +191,39 @@ class Passage(Evaluation):
 
     # -- judging
 
-    def claims(self, result: Result) -> list[Claim]:
-        """Claim 19 for registers, then the other classes."""
+    def findings(self, result: Result) -> list[Finding]:
+        """Claim 19 for registers, or the first class where there are none; then the other classes."""
         names = class_names(result)
         first = "register" if "register" in names else names[0]
-        ordered = [first, *(name for name in names if name != first)]
-        return [self._claim(result, name, 19 if name == first else None) for name in ordered]
+        return [self._cost(result, name, first) for name in sorted(names, key=lambda name: name != first)]
 
-    def _claim(self, result: Result, name: str, number: int | None) -> Claim:
-        table, members, verdict = result.tables["passages"], result.tables["classes"], self._verdict(result, name)
-        deleted = mean_cost(result, name, "deleted")
-        of_class = table[(table["class"] == name) & (table["condition"] == "deleted")]
-        n_atoms, n_tokens = int(np.sum(members["class"] == name)), float(np.mean(of_class["tokens_edited"]))
-        return Claim(
-            number,
-            f"passages bear the deletion of class {name} ({n_atoms} atoms, {n_tokens:.0f} tokens a passage)",
-            f"{deleted} bits per token",
-            deleted.n,
-            "passages",
-            "; ".join(f"{shown} {mean_cost(result, name, condition)}" for condition, shown in CONTROLS.items()),
-            verdict.outcome,
-            verdict.sentence,
-        )
-
-    def _verdict(self, result: Result, name: str) -> Verdict:
-        table = result.tables["passages"]
-        no_op = table[(table["class"] == name) & (table["condition"] == _NO_OP)]["bits"].to_numpy(float)
-        return judge(
-            mean_cost(result, name, "deleted", "random"),
-            {CONTROLS["removed"]: Against(mean_cost(result, name, "deleted", "removed"))},
-            typical=max(abs(mean_cost(result, name, condition).mean) for condition in ("deleted", *CONTROLS)),
-            floor=float(np.quantile(np.abs(no_op), 0.95)),
+    def _cost(self, result: Result, name: str, first: str) -> Finding:
+        table, members = result.tables["passages"], result.tables["classes"]
+        of_class = table[table["class"] == name]
+        bits = Paired.of(of_class, "bits", seed=self.seed)
+        costs = bits.means({"deleted": "class ablated"} | CONTROLS)
+        n_tokens = of_class.loc[of_class["condition"] == "deleted", "tokens_edited"].mean()
+        return Finding(
+            number=19 if name == first else None,
+            claim=f"ablating class {name} costs less than inserting random directions",
+            effect=bits.mean("deleted", "random"),
+            what="the cost of ablating the atoms, minus that of inserting random directions,",
+            against=bits.beaten("deleted", {"removed": CONTROLS["removed"]}),
             less=True,
             relevant=RELEVANT,
-            what="the cost of taking the atoms away, minus that of random directions put in,",
+            typical=max(abs(cost.mean) for cost in costs.values()),
+            floor=bits.size_of("native")["floor"],
+            shown=costs,
+            write=signed,
+            axis="bits per token",
+            measured=f"{(members['class'] == name).sum()} atoms, {n_tokens:.0f} tokens a passage",
+            of="passages",
         )
-
-    def figures(self, result: Result) -> list[Figure]:
-        """Costs, one figure for each class."""
-        panels = []
-        for name in class_names(result):
-            unbeaten = self._verdict(result, name).unbeaten_controls
-            rows = [figures.Row("class taken away", *mean_cost(result, name, "deleted")[:3], "atom")]
-            for condition, shown in CONTROLS.items():
-                colour = "control" if shown in unbeaten else "soft"
-                rows.append(figures.Row(_SHORT[condition], *mean_cost(result, name, condition)[:3], colour))
-            svg = figures.intervals(rows, "bits per token", f"Costs, class {name}, passage: {result.label}")
-            panels.append(Figure(f"Class {name}", svg, "Mean over passages with 95 % intervals."))
-        return panels
-
-
-def mean_cost(result: Result, name: str, condition: str, minus: str | None = None) -> stats.Estimate:
-    """Bits per token that a condition of class `name` costs, mean over passages; with `minus` the paired difference."""
-    table = result.tables["passages"]
-    wide = table[table["class"] == name].pivot(index="sequence", columns="condition", values="bits")
-    values = wide[condition] - (wide[minus] if minus else 0.0)
-    return stats.estimate(values, wide.index.to_numpy(), seed=result.evaluation.seed)
 
 
 def class_names(result: Result) -> list[str]:
     """Names of the measured classes, in the order given."""
     return list(dict.fromkeys(result.tables["passages"]["class"]))
-
-
-def _sum(matrices: LowRank) -> LowRank:
-    """The sum of all N matrices, as one (N = 1)."""
-    return LowRank(matrices.keys.flatten(0, 1)[None], matrices.values.flatten(0, 1)[None])
 
 
 def _along(lab: Lab, positions: list[int], directions: LowRank, sizes: Tensor) -> list[WriteEdit]:

@@ -19,13 +19,11 @@ from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.experiment.downstream_heads import DownstreamHeads, downstream_heads, head_name, newest_outputs
-from writesae.experiment.evaluation import Evaluation
+from writesae.experiment.evaluation import Evaluation, Result
 from writesae.experiment.firings import draw_atoms, halves, sample_firings
 from writesae.experiment.lab import EditedRows, Lab, Readout, Site, Trial
-from writesae.experiment.result import Claim, Figure, Result
 from writesae.verdict import figures
-from writesae.verdict import statistics as stats
-from writesae.verdict.judge import Against, Verdict, judge
+from writesae.verdict.finding import Against, Figure, Finding, Paired
 
 CONDITIONS: tuple[str, ...] = ("atom", "random", "other")
 
@@ -186,72 +184,44 @@ class Readers(Evaluation):
 
     # -- judging
 
-    def claims(self, result: Result) -> list[Claim]:
+    def findings(self, result: Result) -> list[Finding]:
         """Do the readers that one half names read on the other?"""
-        verdict, table = self._verdict(result), at_readers(result)
-        ratio, to_other, excess = (_mean(result, table, name) for name in ("random", "other", "excess"))
-        readers = readers_of_atoms(result)
-        names = [head_name(*place) for place in zip(readers["layer"], readers["mixer"], readers["head"])]
-        named = ", ".join(f"{name} of {n}" for name, n in pd.Series(names).value_counts().head(3).items())
+        at, readers = at_readers(result), readers_of_atoms(result)
+        logs = Paired(at, ("sequence", "atom"), self.seed)
+        several = len(result.tables["changes"][_HEAD].drop_duplicates()) > 1
+        named = pd.Series([head_name(*place) for place in zip(*(readers[name] for name in _HEAD))]).value_counts()
+        ratio = logs.means({"random": "a random direction"} | CONTROLS)
         return [
-            Claim(
-                None,
-                "an atom's write has readers of its own among downstream heads",
-                f"change at the reader {_median_change(table):.2g} of what it gives; {_times(ratio)} that under a "
-                f"random direction (readers: {named} atoms)",
-                len(table),
-                f"firings of {table['atom'].nunique()} atoms in {table['sequence'].nunique()} sequences",
-                f"{_times(to_other)} that under another atom; the ratio is {_times(excess)} that of the other "
-                "downstream heads",
-                verdict.outcome,
-                verdict.sentence,
+            Finding(
+                claim="an atom's write has readers of its own among downstream heads",
+                effect=ratio["a random direction"],
+                what="the log ratio of the readers' change to that under a random direction",
+                against={shown: Against(ratio[shown]) for c, shown in CONTROLS.items() if c != "excess" or several},
+                relevant=RELEVANT,
+                typical=float(at["change"].median()),
+                floor=result.fact("floor"),
+                shown=ratio,
+                write=_times,
+                axis="times the change under a random direction",
+                measured=f"change at the reader {at['change'].median():.2g} of what it outputs (readers: "
+                + ", ".join(f"{name} of {n}" for name, n in named.head(3).items())
+                + " atoms)",
+                of=f"firings of {at['atom'].nunique()} atoms in {at['sequence'].nunique()} sequences",
             )
         ]
 
-    def _verdict(self, result: Result) -> Verdict:
-        table = at_readers(result)
-        several = len(result.tables["changes"][_HEAD].drop_duplicates()) > 1
-        return judge(
-            _mean(result, table, "random"),
-            {
-                shown: Against(_mean(result, table, name))
-                for name, shown in CONTROLS.items()
-                if name != "excess" or several
-            },
-            typical=_median_change(table),
-            floor=result.fact("floor"),
-            relevant=RELEVANT,
-            what="the log ratio of the readers' change to that under a random direction",
-        )
-
-    def figures(self, result: Result) -> list[Figure]:
-        """Ratios at the readers, and at every downstream head."""
-        at, every, name = at_readers(result), ratios(result, "test"), f"{self.kind}: {result.label}"
-        unbeaten = self._verdict(result).unbeaten_controls
-        rows = [figures.Row("to random direction", *_log2(_mean(result, at, "random")), "atom")]
-        for column, shown in (("other", "to another atom"), ("excess", "over other heads")):
-            colour = "control" if CONTROLS[column] in unbeaten else "soft"
-            rows.append(figures.Row(shown, *_log2(_mean(result, at, column)), colour))
+    def panels(self, result: Result) -> list[Figure]:
+        """Ratios at every downstream head."""
         heads = [
-            (head_name(layer, mixer, head), _mean(result, of_head, "random"))
-            for (layer, mixer, head), of_head in cast(Iterable[tuple[_Place, pd.DataFrame]], every.groupby(_HEAD))
+            (head_name(*place), Paired(of_head, ("sequence", "atom"), self.seed).mean("random"))
+            for place, of_head in cast(Iterable[tuple[_Place, pd.DataFrame]], ratios(result, "test").groupby(_HEAD))
         ]
         heads.sort(key=lambda head: -head[1].mean)
-        of_heads = [figures.Row(head, *_log2(ratio), "atom") for head, ratio in heads[:_SHOWN]]
+        rows = [figures.Row(head, *ratio[:3], "atom") for head, ratio in heads[:_SHOWN]]
+        title = f"Downstream heads, {self.kind}: {result.label}"
+        svg = figures.intervals(rows, "times the change under a random direction", title, write=_times)
         shown = "" if len(heads) <= _SHOWN else f" The first {_SHOWN} of {len(heads)}."
-        return [
-            Figure(
-                "At the readers",
-                figures.intervals(rows, "log2 ratio of changes", f"Ratios at the readers, {name}"),
-                "Test half, 95 % intervals. On the dashed line the reader notices nothing special. Orange controls are "
-                "not beaten.",
-            ),
-            Figure(
-                "Every downstream head",
-                figures.intervals(of_heads, "log2 of the change over that under random", f"Downstream heads, {name}"),
-                f"All atoms, test half, 95 % intervals.{shown}",
-            ),
-        ]
+        return [Figure("Every downstream head", svg, f"All atoms, test half, 95% intervals.{shown}")]
 
     def notes(self, result: Result) -> list[str]:
         """What is not listed, and when the change comes."""
@@ -259,8 +229,13 @@ class Readers(Evaluation):
         peak = float(np.median(table.loc[table["condition"] == "atom", "peak"].to_numpy(float)))
         return [
             "H are recurrent heads, A attention heads; those of the same layer and below cannot read the write.",
-            f"The change of what a downstream head gives is largest {peak:.0f} tokens after the write (median).",
+            f"The change of what a downstream head outputs is largest {peak:.0f} tokens after the write (median).",
         ]
+
+
+def _times(log: float) -> str:
+    """A log ratio as a factor."""
+    return f"{np.exp(log):.2f}"
 
 
 def ratios(result: Result, half: str) -> pd.DataFrame:
@@ -311,20 +286,3 @@ def _changes(mixers: list[DownstreamHeads], newest: Mapping[DownstreamHeads, Ten
         return {"change": torch.cat(changes, 1).numpy(), "peak": torch.cat(peaks, 1).numpy()}
 
     return read
-
-
-def _mean(result: Result, table: pd.DataFrame, column: str) -> stats.Estimate:
-    return stats.estimate_two_way(table[column], table["sequence"], table["atom"], seed=result.evaluation.seed)
-
-
-def _median_change(table: pd.DataFrame) -> float:
-    return float(np.median(table["change"].to_numpy(float)))
-
-
-def _times(ratio: stats.Estimate) -> str:
-    """A mean log ratio as a factor."""
-    return f"{np.exp(ratio.mean):.2f} [{np.exp(ratio.low):.2f}, {np.exp(ratio.high):.2f}] times"
-
-
-def _log2(ratio: stats.Estimate) -> tuple[float, float, float]:
-    return ratio.mean / np.log(2), ratio.low / np.log(2), ratio.high / np.log(2)

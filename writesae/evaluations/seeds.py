@@ -8,8 +8,8 @@ two nulls are matched in the same way.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -18,15 +18,15 @@ import torch
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.experiment.cosines import firing_cosines
-from writesae.experiment.evaluation import Evaluation, Scope
+from writesae.experiment.evaluation import Evaluation, Result, Scope
 from writesae.experiment.firings import Integers
 from writesae.experiment.lab import Lab
 from writesae.experiment.matching import match_atoms
-from writesae.experiment.result import Claim, Figure, Result
 from writesae.verdict import figures
+from writesae.verdict.finding import Against, Figure, Finding, Paired
 from writesae.verdict.format import percent
-from writesae.verdict.judge import Against, Verdict, judge, too_little
-from writesae.verdict.statistics import Estimate, estimate, weighted_median
+from writesae.verdict.judge import Verdict, too_little
+from writesae.verdict.statistics import Estimate
 
 SAMPLES: dict[str, str] = {
     "atoms": "alive atoms of the two dictionaries",
@@ -162,42 +162,45 @@ class Seeds(Evaluation):
         rows = []
         for (a, b), both in pairs.groupby(["a", "b"], sort=False):
             cosines = {name: np.sort(both.loc[both["sample"] == name, "cosine"].to_numpy(float)) for name in SAMPLES}
-            atoms = cosines["atoms"]
             for sample, x in cosines.items():
-                n = min(len(x), len(atoms))
-                excess = estimate(atoms[-n:] - x[-n:], np.arange(n), statistic=weighted_median, seed=self.seed)
-                rows.append(
-                    {
-                        "a": a,
-                        "b": b,
-                        "sample": sample,
-                        "n": len(x),
-                        "median": np.median(x),
-                        "share_same": (x > self.same).mean(),
-                        "excess": excess.mean,
-                        "excess_low": excess.low if n > 1 else excess.mean,
-                        "excess_high": excess.high if n > 1 else excess.mean,
-                    }
-                )
-        return pd.DataFrame(rows)
+                n = min(len(x), len(cosines["atoms"]))
+                table = pd.DataFrame({"pair": np.arange(n), "excess": cosines["atoms"][-n:] - x[-n:]})
+                excess = Paired(table, ("pair",), self.seed).median("excess")
+                low, high = (excess.low, excess.high) if n > 1 else (excess.mean, excess.mean)
+                row = (a, b, sample, len(x), np.median(x), (x > self.same).mean(), excess.mean, low, high)
+                rows.append(row)
+        return pd.DataFrame(rows, columns=list(self.columns["matches"]))
 
     # -- judging
 
-    def claims(self, result: Result) -> list[Claim]:
+    def findings(self, result: Result) -> list[Finding]:
         """Claim 20, and whether atoms match beyond chance."""
-        return [self._same_kinds(result), self._beyond_chance(result)]
-
-    def _same_kinds(self, result: Result) -> Claim:
-        counts = result.tables["counts"]
-        spread = {name: _spread(counts[name]) for name in ("alive", "register")}
-        share = {name: float(_matches(result, name)["share_same"].max()) for name in SAMPLES}
-        faults = []
-        if any(x > self.largest_spread for x in spread.values()):
-            faults.append(f"counts vary by more than {percent(self.largest_spread)}")
-        if share["atoms"] > self.largest_share:
+        counts, matches = result.tables["counts"], dict(list(result.tables["matches"].groupby("sample")))
+        random, writes = (matches[name].nsmallest(1, "excess_low").iloc[0] for name in ("random", "writes"))
+        n = int(matches["atoms"]["n"].min())
+        smallest, over_writes = (
+            Estimate(row["excess"], row["excess_low"], row["excess_high"], n, n) for row in (random, writes)
+        )
+        medians = {name: ", ".join(f"{x:.2f}" for x in rows["median"]) for name, rows in matches.items()}
+        beyond = Finding(
+            claim="seeds share atoms beyond chance",
+            effect=smallest,
+            what=f"the excess over random directions of {random['a']} and {random['b']}, the pair that matches worst,",
+            against={"native writes drawn at random": Against(over_writes)},
+            relevant=RELEVANT,
+            measured=f"median matched |cosine| {medians['atoms']}",
+            controls=f"random directions {medians['random']}, random native writes {medians['writes']}",
+            n=int(matches["atoms"]["n"].sum()),
+            of=f"atom pairs of {len(matches['atoms'])} pairs of seeds",
+        )
+        spread = {name: float(np.ptp(counts[name]) / max(counts[name].mean(), 1)) for name in ("alive", "register")}
+        same = {name: float(rows["share_same"].max()) for name, rows in matches.items()}
+        faults = [f"counts vary by more than {percent(self.largest_spread)}"]
+        faults = faults if max(spread.values()) > self.largest_spread else []
+        if same["atoms"] > self.largest_share:
             faults.append(f"more than {percent(self.largest_share)} of atoms are the same")
-        learned = self._excess(result, least=RELEVANT)
-        if (few := too_little(_smallest(_matches(result, "random")))) is not None:
+        learned = replace(beyond, against={}, chance=RELEVANT).verdict  # atoms that fire are alike by a little
+        if (few := too_little(smallest)) is not None:
             verdict = Verdict("inconclusive", few)
         elif faults:
             verdict = Verdict("fails", f"{' and '.join(faults).capitalize()}.")
@@ -205,79 +208,34 @@ class Seeds(Evaluation):
             verdict = Verdict("holds", "Counts agree, and atoms do not.")
         else:
             verdict = Verdict("inconclusive", f"Nothing shows that anything was learned. {learned.sentence}")
-        return Claim(
-            20,
-            "seeds find the same kinds, not the same atoms",
-            f"alive vary by {percent(spread['alive'])}, registers by {percent(spread['register'])}; at most "
-            f"{percent(share['atoms'])} of atoms match at cosine > {self.same:g}",
-            len(counts),
-            "seeds",
-            f"random match {percent(share['random'])}, writes match {percent(share['writes'])}",
-            verdict.outcome,
-            verdict.sentence,
+        kinds = Finding(
+            number=20,
+            claim="seeds find the same kinds, not the same atoms",
+            ruled=verdict,
+            measured=f"alive vary by {percent(spread['alive'])}, registers by {percent(spread['register'])}; at most "
+            f"{percent(same['atoms'])} of atoms match at cosine > {self.same:g}",
+            controls=f"random match {percent(same['random'])}, writes match {percent(same['writes'])}",
+            n=len(counts),
+            of="seeds",
         )
+        return [kinds, beyond]
 
-    def _beyond_chance(self, result: Result) -> Claim:
-        atoms, random, writes = (_matches(result, name) for name in SAMPLES)
-        verdict = self._excess(result, {"native writes drawn at random": Against(_smallest(writes))})
-        return Claim(
-            None,
-            "seeds share atoms beyond chance",
-            f"median matched |cosine| {', '.join(f'{x:.2f}' for x in atoms['median'])}",
-            int(atoms["n"].sum()),
-            f"atom pairs of {len(atoms)} pairs of seeds",
-            f"random directions {random['median'].max():.2f}, random native writes {writes['median'].max():.2f}",
-            verdict.outcome,
-            verdict.sentence,
-        )
-
-    def _excess(self, result: Result, against: Mapping[str, Against] | None = None, *, least: float = 0.0) -> Verdict:
-        """Whether atoms match better than random directions, by more than `least`, in every pair of dictionaries."""
-        random = _matches(result, "random")
-        worst = random.iloc[int(random["excess_low"].argmin())]
-        what = f"the excess over random directions of {worst['a']} and {worst['b']}, the pair that matches worst,"
-        return judge(_smallest(random), against, chance=least, relevant=RELEVANT, what=what)
-
-    def figures(self, result: Result) -> list[Figure]:
-        """Matched cosines beside both nulls, best pair first."""
-        pairs = result.tables["pairs"]
-        shares = np.linspace(0, 1, 11)
-        lines = []
+    def panels(self, result: Result) -> list[Figure]:
+        """Matched cosines and those of both nulls, best pair first."""
+        pairs, shares, lines = result.tables["pairs"], np.linspace(0, 1, 11), []
         for sample, (name, colour) in _SHOWN.items():
             cosines = pairs[pairs["sample"] == sample].groupby(["a", "b"])["cosine"]
             each = np.array([np.quantile(x, 1 - shares) for _, x in cosines])  # [pairs of dictionaries, shares]
             band = (each.min(0).tolist(), each.max(0).tolist())
             lines.append(figures.Line(name, shares.tolist(), each.mean(0).tolist(), colour, band))
-        svg = figures.curves(
-            lines,
-            "matched pairs, best first",
-            f"Matched atoms of seeds: {result.label}",
-            chance=self.same,
-            ticks={float(share): f"{100 * share:.0f} %" for share in shares},
-        )
+        title, ticks = f"Matched atoms of seeds: {result.label}", {float(x): f"{100 * x:.0f}%" for x in shares}
+        svg = figures.curves(lines, "matched pairs, best first", title, chance=self.same, ticks=ticks)
         caption = "|cosine| of matched pairs: mean over pairs of dictionaries, and the range over them."
         return [Figure("How alike matched atoms are", svg, caption)]
 
     def notes(self, result: Result) -> list[str]:
         """How atoms are matched."""
         return ["Alive atoms are matched one to one, so that the sum of |cosines| is largest; so are both nulls."]
-
-
-def _matches(result: Result, sample: str) -> pd.DataFrame:
-    table = result.tables["matches"]
-    return table[table["sample"] == sample]
-
-
-def _smallest(matches: pd.DataFrame) -> Estimate:
-    """The excess of the pair of dictionaries where it is smallest, with the fewest matched atoms of any pair."""
-    worst = matches.iloc[int(matches["excess_low"].argmin())]
-    n = int(matches["n"].min())
-    return Estimate(float(worst["excess"]), float(worst["excess_low"]), float(worst["excess_high"]), n, n)
-
-
-def _spread(counts: pd.Series) -> float:
-    """(largest - smallest) / mean; 0 where all are 0."""
-    return float((counts.max() - counts.min()) / counts.mean()) if counts.max() > 0 else 0.0
 
 
 def _write_pools(lab: Lab, needed: int) -> tuple[LowRank, LowRank]:

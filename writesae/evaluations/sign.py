@@ -7,7 +7,7 @@ fitted.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -17,10 +17,9 @@ from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.steering import Target, token_id
-from writesae.experiment.evaluation import Evaluation, Scope
+from writesae.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae.experiment.lab import Lab, Site, Trial
 from writesae.experiment.predictors import ReadGradients, predict
-from writesae.experiment.result import Claim, Figure, Result
 from writesae.experiment.targets import (
     DrawnTarget,
     Stratum,
@@ -32,9 +31,10 @@ from writesae.experiment.targets import (
 )
 from writesae.experiment.tokens import token_text
 from writesae.verdict import figures
-from writesae.verdict import statistics as stats
-from writesae.verdict.format import percent, r_squared, span
-from writesae.verdict.judge import Against, judge
+from writesae.verdict.finding import Against, Figure, Finding, Paired, said
+from writesae.verdict.format import percent, r_squared
+from writesae.verdict.judge import Verdict
+from writesae.verdict.statistics import Estimate
 
 DIRECTIONS = ("direct", "gradient", "random", "wrong")
 """Value sides of the writes: two that aim at the target, and two controls."""
@@ -83,19 +83,16 @@ class Sign(Evaluation):
     scope: ClassVar[Scope] = Scope.HEAD
     at_least: ClassVar[dict[str, float]] = {"n_positions": 2, "first_position": 0}
     columns: ClassVar[dict[str, dict[str, str]]] = {
-        "writes": {
-            "sequence": "row of the evaluation tokens",
-            "position": "token t at which the write is added",
-            "token": "target T",
-            "text": "the target as text",
-            "rank": "native rank of T at the read, from 1",
-            "direction": "value side of the added write: direct, gradient, random, wrong",
-            "m": "signed norm of what is added, in norms of the native write",
-            "measured": "change of the logit of T",
-            "f0": "the change that F0, the paper's formula, predicts",
-            "f2": "the change that F2, all first-order paths, predicts",
-            "aimed": "the sign that the write aims at by F0; for `wrong`, of the other token's logit",
-        }
+        "writes": described(
+            "sequence position token text",
+            rank="native rank of T at the read, from 1",
+            direction="value side of the added write: direct, gradient, random, wrong",
+            m="signed norm of what is added, in norms of the native write",
+            measured="change of the logit of T",
+            f0="the change that F0, the paper's formula, predicts",
+            f2="the change that F2, all first-order paths, predicts",
+            aimed="the sign that the write aims at by F0; for `wrong`, of the other token's logit",
+        )
     }
 
     def __post_init__(self) -> None:
@@ -202,89 +199,58 @@ class Sign(Evaluation):
 
     # -- judging
 
-    def claims(self, result: Result) -> list[Claim]:
+    def findings(self, result: Result) -> list[Finding]:
         """Claim 9 by F0, and how far F2 predicts signs and sizes."""
-        table = result.tables["writes"]
-        rates = {
-            (direction, by): right_signs(result, direction, by)
-            for direction, by in (
-                ("direct", "aimed"),
-                ("direct", "written"),
-                ("direct", "f2"),
-                ("wrong", "aimed"),
-                ("random", "f0"),
-            )
-        }
-        direct, wrong, f2 = rates["direct", "aimed"], rates["wrong", "aimed"], rates["direct", "f2"]
-        toward, away = _right(table, "direct", "aimed"), _right(table, "wrong", "aimed")
-        difference = toward["right"].to_numpy(float) - away["right"].to_numpy(float)
-        gap = stats.estimate(difference, toward["sequence"], seed=self.seed)
-        typical = float(np.median(np.abs(table.loc[table["direction"] == "direct", "measured"])))
-        floor = result.fact("floor")
-        verdict = judge(
-            direct.over_clusters,
-            {"writes toward another token": Against(gap, wrong.over_clusters)},
-            typical=typical,
-            floor=floor,
-            chance=0.5,
-            relevant=RELEVANT,
+        table, fits = signs(result), sizes(result).query("direction == 'direct'")
+        of = f"position x target pairs in {{}} sequences, {table['m'].nunique()} writes each"
+        names = {"aimed": "by F0", "written": "by the sign that was written", "f2": "by F2"}
+        direct = {shown: right_signs(result, "direct", by) for by, shown in names.items()}
+        wrong = right_signs(result, "wrong", "aimed")
+        units = ("sequence", "position", "token", "m")
+        gap = Paired.of(table, "aimed", *units, by="direction", seed=self.seed).mean("direct", "wrong")
+        smallest = fits.nsmallest(1, "m").iloc[0]
+        first = Finding(
+            number=9,
+            claim="the sign of a write is the sign of its effect",
+            effect=direct["by F0"],
             what="the share of right signs",
-        )
-        pairs = len(table[["sequence", "position", "token"]].drop_duplicates())
-        unit = f"position x target pairs in {table['sequence'].nunique()} sequences, {table['m'].nunique()} writes each"
-        first = Claim(
-            9,
-            "the sign of a write is the sign of its effect",
-            f"{_share(direct)} by F0 (with the sign of <k, q>); {_share(rates['direct', 'written'])} by the sign that "
-            "was written",
-            pairs,
-            unit,
-            f"toward another token {_share(wrong)}, random direction {_share(rates['random', 'f0'])} by F0",
-            verdict.outcome,
-            verdict.sentence,
-        )
-        fits = sizes(result)
-        smallest = fits[(fits["direction"] == "direct") & (fits["m"] == fits["m"].min())].iloc[0]
-        by_f2 = judge(
-            f2.over_clusters,
-            typical=float(smallest["median"]),
-            floor=floor,
+            against={"writes toward another token": Against(gap, wrong)},
             chance=0.5,
             relevant=RELEVANT,
-            what="the share of F2's right signs",
+            typical=float(table.loc[table["direction"] == "direct", "measured"].abs().median()),
+            floor=result.fact("floor"),
+            shown={
+                "by F0": direct["by F0"],
+                "toward another token": wrong,
+                "random direction": right_signs(result, "random", "f0"),
+                "gradient, by F2": right_signs(result, "gradient", "f2"),
+            },
+            write=percent,
+            axis="of signs by F0 (with the sign of <k, q>)",
+            measured=f"{said(direct['by the sign that was written'], percent)} by the sign that was written",
+            n=len(table[["sequence", "position", "token"]].drop_duplicates()),
+            of=of,
         )
-        poor_fit = by_f2.outcome == "holds" and not smallest["f2_r2"] > GOOD_FIT
-        second = Claim(
-            None,
-            "all first-order paths together predict signs and sizes",
-            f"{_share(f2)} of signs by F2; R² {r_squared(smallest['f2_r2'])} at m = {smallest['m']:g} "
-            f"(F0: {r_squared(smallest['f0_r2'])})",
-            pairs,
-            unit,
-            "F0, which leaves norms, gates and later layers out",
-            "fails" if poor_fit else by_f2.outcome,
-            f"Signs are right, but the unfitted R² at the smallest m is not above {GOOD_FIT}."
-            if poor_fit
-            else by_f2.sentence,
+        poor = f"Signs are right, but the unfitted R² at the smallest m is not above {GOOD_FIT}."
+        second = replace(
+            first,
+            number=None,
+            claim="all first-order paths together predict signs and sizes",
+            effect=direct["by F2"],
+            what="the share of F2's right signs",
+            against={},
+            typical=float(smallest["median"]),
+            unless=None if smallest["f2_r2"] > GOOD_FIT else Verdict("fails", poor),
+            shown=dict(reversed(direct.items())),
+            axis="of signs by F2",
+            measured=f"R² {r_squared(smallest['f2_r2'])} at m = {smallest['m']:g} (F0: {r_squared(smallest['f0_r2'])})",
+            controls="F0 leaves out norms, gates and later layers",
         )
         return [first, second]
 
-    def figures(self, result: Result) -> list[Figure]:
-        """Shares of right signs; predicted against measured."""
-        rows = []
-        for name, direction, by, colour in (
-            ("direct, by F0", "direct", "aimed", "atom"),
-            ("direct, as written", "direct", "written", "atom"),
-            ("gradient, by F2", "gradient", "f2", "ink"),
-            ("toward another token", "wrong", "aimed", "control"),
-            ("random, by F0", "random", "f0", "soft"),
-        ):
-            rate = right_signs(result, direction, by)
-            rows.append(figures.Row(name, rate.rate, *rate.over_clusters.interval, colour))
-        title = f"Right signs, sign test: {result.label}"
-        svg = figures.intervals(rows, "right signs, % of writes", title, chance=0.5, percent=True)
-        panels = [Figure("Signs", svg, "95 % intervals over sequences. Dashed: chance.")]
-        table = result.tables["writes"]
+    def panels(self, result: Result) -> list[Figure]:
+        """Predicted against measured, at the smallest size."""
+        table, panels = result.tables["writes"], []
         smallest = table["m"].abs().min()
         small = table[(table["direction"] == "direct") & (table["m"].abs() == smallest)]
         for by in ("f0", "f2"):
@@ -295,43 +261,25 @@ class Sign(Evaluation):
         return panels
 
 
-def right_signs(result: Result, direction: str, by: str) -> stats.Rate:
-    """Share of the writes of one direction that moved the target as expected.
+def signs(result: Result) -> pd.DataFrame:
+    """The table `writes`, where `aimed`, `f0`, `f2` and `written` (the sign of m) say whether that sign was right."""
+    table = result.tables["writes"].assign(written=lambda t: t["m"])
+    right = {by: np.sign(table["measured"]) == np.sign(table[by]) for by in ("aimed", "f0", "f2", "written")}
+    return table.assign(**right)
 
-    Args:
-        direction: one of `DIRECTIONS`.
-        by: the expected sign: "aimed", "f0", "f2" (columns of the table), or "written" (the sign of m).
-    """
-    writes = _right(result.tables["writes"], direction, by)
-    return stats.success_rate(writes["right"], writes["sequence"])
+
+def right_signs(result: Result, direction: str, by: str) -> Estimate:
+    """Share of the writes of one direction that moved the target as a column of `signs` expects."""
+    table = signs(result)
+    return Paired(table[table["direction"] == direction]).mean(by)
 
 
 def sizes(result: Result) -> pd.DataFrame:
-    """For each direction and |m|: the unfitted R^2 and the correlation of the measured changes with F0 and with F2
-    (f0_r2, f0_r, f2_r2, f2_r), the median size of the change, and n."""
-    table = result.tables["writes"]
-    table = table.assign(size=table["m"].abs())
-    rows = []
-    for (direction, m), writes in table.groupby(["direction", "size"], sort=False):  # pyright: ignore
-        measured = writes["measured"].to_numpy(float)
-        row: dict[str, object] = {"direction": direction, "m": m, "median": np.median(np.abs(measured))}
-        row["n"] = len(writes)
+    """For each direction and |m|: the unfitted R^2 of F0 and F2 (f0_r2, f2_r2), and the median size of the change."""
+    rows, table = [], result.tables["writes"].assign(m=lambda t: t["m"].abs())
+    for (direction, m), writes in table.groupby(["direction", "m"], sort=False):  # pyright: ignore
+        measured = writes["measured"]
         total = max(float(((measured - measured.mean()) ** 2).sum()), 1e-300)
-        for by in ("f0", "f2"):
-            predicted = writes[by].to_numpy(float)
-            row[f"{by}_r2"] = 1 - float(((measured - predicted) ** 2).sum()) / total
-            varies = measured.std() * predicted.std() > 0
-            row[f"{by}_r"] = float(np.corrcoef(measured, predicted)[0, 1]) if varies else 0.0
-        rows.append(row)
+        r2 = {f"{by}_r2": 1 - float(((measured - writes[by]) ** 2).sum()) / total for by in ("f0", "f2")}
+        rows.append({"direction": direction, "m": m, "median": measured.abs().median(), **r2})
     return pd.DataFrame(rows)
-
-
-def _right(table: pd.DataFrame, direction: str, by: str) -> pd.DataFrame:
-    """Which writes of one direction moved the target as expected: columns right, sequence."""
-    writes = table[table["direction"] == direction]
-    expected = np.sign(writes["m"] if by == "written" else writes[by])
-    return pd.DataFrame({"right": np.sign(writes["measured"]) == expected, "sequence": writes["sequence"]})
-
-
-def _share(rate: stats.Rate) -> str:
-    return f"{percent(rate.rate)} [{span(*rate.over_clusters.interval)}]"

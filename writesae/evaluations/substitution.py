@@ -5,8 +5,8 @@ Source: WriteSAE (arXiv 2605.12770), section 4.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
@@ -27,18 +27,18 @@ from writesae.experiment.conditions import (
     edits_of,
     written_at,
 )
-from writesae.experiment.evaluation import Evaluation
+from writesae.experiment.evaluation import Evaluation, Result, described
 from writesae.experiment.example import changed_words
 from writesae.experiment.firings import FiringDraw, draw_firings, folds
 from writesae.experiment.head import WriteKind, head_profile, head_writes
 from writesae.experiment.head_baselines import BASELINES
 from writesae.experiment.lab import Lab, Site, Trial
 from writesae.experiment.readout import KL_METRICS, kl_metrics
-from writesae.experiment.result import Claim, Figure, Result
 from writesae.verdict import figures
 from writesae.verdict import statistics as stats
-from writesae.verdict.format import number, percent, span
-from writesae.verdict.judge import Against, Verdict, judge
+from writesae.verdict.finding import Against, Claim, Figure, Finding, Paired, said
+from writesae.verdict.format import number, percent
+from writesae.verdict.judge import Verdict
 from writesae.verdict.names import DEFINITIONS, NAMES, SCALE_DEFINITIONS, SCALE_NAMES
 from writesae.verdict.paper import Outcome
 
@@ -59,8 +59,7 @@ fortieth of the write itself takes back."""
 PRACTICAL_FLOOR = 1e-4
 """Nats: a median deletion effect below it is of no practical size, however far it lies above rounding."""
 
-_NAMED = 6
-"""Controls that the column of controls names, the best ones; the figures show all of them."""
+_QUARTILES = (0.5, 0.25, 0.75)
 _LINES = 5
 """Controls that are lines of one panel: more names do not fit beside it."""
 
@@ -73,8 +72,8 @@ _CLAIM_OF_MODEL = {"Qwen3.5-4B": 14}
 _WORST_FIRST: tuple[Outcome, ...] = ("confounded", "undecided", "fails")
 
 
-class Prepared(NamedTuple):
-    """What is written at the firings of one sequence, before it is scaled."""
+class Exchange(NamedTuple):
+    """What is written at the firings of one sequence."""
 
     site: Site
     native: LowRank
@@ -84,27 +83,9 @@ class Prepared(NamedTuple):
     activation: Tensor
     """[N]"""
     controls: dict[str, LowRank]
-    """Directions, and baselines at their own size."""
-
-    def products(self) -> pd.DataFrame:
-        """What `common_factors` needs of this sequence: of the atom, and of each baseline."""
-        own = {"atom": self.atom * self.activation} | {n: m for n, m in self.controls.items() if n in BASELINES}
-        rows = [
-            (self.site.sequence, name, float(matrix.inner(self.native).sum()), float(matrix.inner(matrix).sum()))
-            for name, matrix in own.items()
-        ]
-        return pd.DataFrame(rows, columns=["sequence", "condition", "inner", "square"])
-
-
-class Exchange(NamedTuple):
-    """All conditions at the firings of one sequence."""
-
-    site: Site
-    native: LowRank
-    """N = firings."""
-    atom: LowRank
-    """As the decoder has it, at activation 1."""
-    conditions: list[Condition]
+    """Directions, and baselines at their own size, before they are scaled."""
+    conditions: Sequence[Condition] = ()
+    """All conditions, scaled."""
 
     @property
     def positions(self) -> list[int]:
@@ -207,16 +188,12 @@ class Substitution(Evaluation):
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "firings": {
             "choice": "which atom is written: " + "; ".join(f"{k}: {v}" for k, v in CHOICES.items()),
-            "firing": "number of the firing within its choice, shared by all of its conditions",
-            "sequence": "row of the evaluation tokens",
-            "position": "token t that is edited",
-            "atom": "atom whose firing was drawn",
+            **described("firing sequence position atom"),
             "written_atom": "atom that is written",
             "activation": "activation of the written atom",
             "cosine": "signed cosine of the written atom and the native write",
             "write_norm": "Frobenius norm of the native write",
-            "condition": "what is written at t",
-            "scale": "how the atom is scaled; none for native and delete",
+            **described("condition scale"),
             "norm": "Frobenius norm of what is written",
             "kl_window": "nats, mean over t..t+horizon of KL(native || edited)",
             "kl_at": "nats, at t",
@@ -329,16 +306,17 @@ class Substitution(Evaluation):
         }
         factors: dict[int, dict[str, float]] = {}
         if "common" in scales:
-            factors = self._common(lab, self._prepared(lab, draw, profile.mean_write))
-        for site, native, atom, activation, controls in self._prepared(lab, draw, profile.mean_write):
-            listed = conditions(native, atom, activation, controls, scales, factors.get(site.sequence))
-            yield Exchange(site, native, atom, listed)
+            factors = self._common(lab, self._unscaled(lab, draw, profile.mean_write))
+        for each in self._unscaled(lab, draw, profile.mean_write):
+            of_sequence = factors.get(each.site.sequence)
+            listed = conditions(each.native, each.atom, each.activation, each.controls, scales, of_sequence)
+            yield each._replace(conditions=listed)
 
-    def _prepared(self, lab: Lab, draw: FiringDraw, mean: LowRank) -> Iterator[Prepared]:
+    def _unscaled(self, lab: Lab, draw: FiringDraw, mean: LowRank) -> Iterator[Exchange]:
         for site in lab.sites(draw.table, self.kind):
-            writes = site.writes if self.write == "additive" else head_writes(site.recurrence, 0, self.write)
-            site = site._replace(writes=writes)
-            native = writes.rows(site.rows["position"].tolist())
+            if self.write != "additive":
+                site = site._replace(writes=head_writes(site.recurrence, 0, self.write))
+            native = site.writes.rows(site.rows["position"].tolist())
             atom = lab.atoms(site.rows["written_atom"].to_numpy()).to(native.values)
             activation = torch.tensor(site.rows["activation"].to_numpy()).to(native.values)
             fitted = None
@@ -348,11 +326,17 @@ class Substitution(Evaluation):
             controls = control_directions(
                 lab, site, site.rows, atom, self.controls, alive=draw.alive, mean=mean, native=native, baselines=fitted
             )
-            yield Prepared(site, native, atom, activation, controls)
+            yield Exchange(site, native, atom, activation, controls)
 
-    def _common(self, lab: Lab, prepared: Iterator[Prepared]) -> dict[int, dict[str, float]]:
-        """The factors of the scale "common" by sequence."""
-        products = pd.concat([each.products() for each in prepared], ignore_index=True)
+    def _common(self, lab: Lab, exchanges: Iterator[Exchange]) -> dict[int, dict[str, float]]:
+        """The factors of the scale "common" by sequence, of the atom and of each baseline."""
+        rows = []
+        for each in exchanges:
+            own = {"atom": each.atom * each.activation} | {n: m for n, m in each.controls.items() if n in BASELINES}
+            for name, matrix in own.items():
+                inner, square = float(matrix.inner(each.native).sum()), float(matrix.inner(matrix).sum())
+                rows.append((each.site.sequence, name, inner, square))
+        products = pd.DataFrame(rows, columns=["sequence", "condition", "inner", "square"])
         fold = folds(products["sequence"].to_numpy(), self.seed)
         needed = "the scale 'common' is fitted on other sequences than it is used on, and all firings are in one"
         lab.require(len(fold) > 1, f"{needed}; give more text, or leave it out of scales")
@@ -382,156 +366,105 @@ class Substitution(Evaluation):
 
     # -- judging
 
-    def claims(self, result: Result) -> list[Claim]:
+    def findings(self, result: Result) -> list[Finding]:
         """Claim 1 for every choice of atom and scale; claims 2 and 3 for the headline."""
-        claims = []
+        found, model, rule = [], str(result.info["model"]), str(result.info["rule"])
+        by_model = (n for name, n in _CLAIM_OF_MODEL.items() if name in model)
         for choice in self.atom_choice:
             wide = wide_firings(result, choice=choice)
             for scale in self.scales_of(choice):
-                headline = choice == self.atom_choice[0] and scale == self.scales[0]
                 named = [] if choice == self.atom_choice[0] else [CHOICES[choice]]
                 named += [] if scale == self.scales[0] else [f"at {SCALE_NAMES[scale]}"]
-                claims.append(self._nearer(wide, scale, _claim_number(result) if headline else None, named))
-        wide = wide_firings(result, choice=self.atom_choice[0])
-        return [*claims, *self._chain(wide), *self._medians(wide)]
+                number_ = None if named else next(by_model, _CLAIM_OF_RULE.get(rule, 1))
+                found.append(self.nearer(wide, scale, number_, named))
+        return [*found, *self._chain_and_medians(wide_firings(result, choice=self.atom_choice[0]))]
 
-    def _nearer(self, wide: pd.DataFrame, scale: str, number_: int | None, named: Sequence[str]) -> Claim:
-        """Claim 1 of one choice of atom at one scale; `named` says which, where it is not the headline."""
-        verdict, rate, share = self.verdict(wide, scale)
-        return Claim(
-            number_,
-            ", ".join(["an atom is nearer to the native write than deletion", *named]),
-            f"recovers {percent(share.mean)} [{span(share.low, share.high)}]; wins {percent(rate.rate)} "
-            f"[{span(*rate.over_clusters.interval)}]",
-            rate.n,
-            f"firings in {rate.over_clusters.n_clusters} sequences",
-            self._controls_sentence(wide, scale),
-            verdict.outcome,
-            f"{verdict.sentence} {_floors(wide)}",
-        )
-
-    def verdict(self, wide: pd.DataFrame, scale: str) -> tuple[Verdict, stats.Rate, stats.Estimate]:
-        """The ladder at one scale, with the win rate and the recovered share (NaN where no deletion has an effect)."""
-        clusters, atom, deleted = wide["sequence"], wide[f"atom/{scale}"], wide["delete"]
-        rate = stats.win_rate(atom, deleted, clusters)
-        against: dict[str, Against] = {}
-        if (deleted > 0).any():
-            share = effect = stats.recovered_share(atom, deleted, clusters, seed=self.seed)
-            for name in written_at(scale, self.controls):
-                if name not in REFERENCES:
-                    rival = wide[f"{name}/{scale}"]
-                    ahead = stats.recovered_difference(atom, rival, deleted, clusters, seed=self.seed)
-                    against[NAMES[name]] = Against(ahead)
-        else:
-            share = rate.over_clusters._replace(mean=np.nan, low=np.nan, high=np.nan)
-            effect = share._replace(mean=0.0, low=0.0, high=0.0)  # of nothing, nothing is recovered
-        verdict = judge(
-            effect,
-            against,
-            typical=float(deleted.median()),
-            floor=float(wide["native"].quantile(0.95)),
+    def nearer(self, wide: pd.DataFrame, scale: str, number_: int | None = None, named: Sequence[str] = ()) -> Finding:
+        """Claim 1 of one choice of atom at one scale; `named` says which, where it is not the headline. `shown` has the
+        share that the atom and each control recovers; nothing where no deletion has an effect."""
+        kl, atom = Paired(wide, seed=self.seed), f"atom/{scale}"
+        wins, size, controls = kl.wins(atom, "delete"), kl.size_of("delete"), written_at(scale, self.controls)
+        small = f", below {number(PRACTICAL_FLOOR)}: of no practical size" * (size["typical"] < PRACTICAL_FLOOR)
+        finding = Finding(
+            number=number_,
+            claim=", ".join(["an atom is nearer to the native write than deletion", *named]),
+            effect=wins._replace(mean=0.0, low=0.0, high=0.0),  # of nothing, nothing is recovered
+            what="the recovered share",
             relevant=RELEVANT_SHARE,
             large=True,
-            what="the recovered share",
+            **size,
+            remark=f"A deletion moves the model by a median of {number(size['typical'])} nats (a no-op: "
+            f"{number(size['floor'])}){small}.",
+            write=percent,
+            axis="of deletion's effect recovered",
+            least=-0.5,
+            measured=f"wins {said(wins, percent)} of firings",
+            of="firings in {} sequences",
         )
-        return verdict, rate, share
-
-    def _controls_sentence(self, wide: pd.DataFrame, scale: str) -> str:
-        """Each control's recovered share, the best one first, and how often the atom is the nearer of the two."""
-        total = float(wide["delete"].sum())
-        parts = []
-        for name in written_at(scale, self.controls):
-            rival = wide[f"{name}/{scale}"]
-            share = 1 - float(rival.sum()) / total if total > 0 else np.nan
-            ahead = percent(float((wide[f"atom/{scale}"] < rival).mean()))
-            parts.append((share, f"{NAMES[name]} {percent(share)} (atom nearer at {ahead})"))
-        listed = [text for _, text in sorted(parts, key=lambda p: -p[0])]
-        more = f"; {len(listed) - _NAMED} more take back less" if len(listed) > _NAMED else ""
-        return f"recovered: {', '.join(listed[:_NAMED])}{more}" if parts else ""
-
-    def _chain(self, wide: pd.DataFrame) -> list[Claim]:
-        scale = "matched" if "matched" in self.scales else self.scales[0]
-        last = next((name for name in ("shuffled", "random") if f"{name}/{scale}" in wide), None)
-        if last is None:
-            return []
-        rates = {
-            name: stats.chain_rate(
-                wide[f"atom/{scale}"],
-                wide["delete"],
-                wide[f"{name}/{scale}"],
-                clusters=wide["sequence"],
-            )
-            for name in ("shuffled", "random")
-            if f"{name}/{scale}" in wide
+        if not (wide["delete"] > 0).any():
+            return finding
+        shares = {NAMES[name]: kl.recovered(f"{name}/{scale}") for name in controls}
+        best_first = dict(sorted(shares.items(), key=lambda share: -share[1].mean))
+        against = {
+            NAMES[name]: Against(kl.recovered(atom, than=f"{name}/{scale}"))
+            for name in controls
+            if name not in REFERENCES
         }
-        rate = rates[last]
-        verdict = judge(
-            rate.over_clusters,
-            typical=float(wide["delete"].median()),
-            floor=float(wide["native"].quantile(0.95)),
-            chance=0.5,
-            relevant=RELEVANT,
-            what="the rate of the strict order",
-        )
-        other = ", ".join(f"atom < delete < {NAMES[n]} {percent(r.rate)}" for n, r in rates.items() if n != last)
-        return [
-            Claim(
-                2,
-                f"strict chain atom < delete < {NAMES[last]}, at {SCALE_NAMES[scale]}",
-                f"{percent(rate.rate)} [{span(*rate.over_clusters.interval)}]",
-                rate.n,
-                f"firings in {rate.over_clusters.n_clusters} sequences",
-                other,
-                verdict.outcome,
-                verdict.sentence,
-            )
-        ]
+        share = kl.recovered(atom)
+        return replace(finding, effect=share, against=against, shown={"atom": share} | best_first)
 
-    def _medians(self, wide: pd.DataFrame) -> list[Claim]:
+    def _chain_and_medians(self, wide: pd.DataFrame) -> list[Finding]:
+        """Claims 2 and 3, at matched norm: the strict order, and the paired ratio of KLs."""
         scale = "matched" if "matched" in self.scales else self.scales[0]
-        moved, unit = wide[wide["delete"] > 0], f"firings in {wide['sequence'].nunique()} sequences"
+        kl, at, of = Paired(wide, seed=self.seed), SCALE_NAMES[scale], "firings in {} sequences"
+        atom, deleted = kl[f"atom/{scale}"], kl["delete"]
+        others = {f"{name}/{scale}": NAMES[name] for name in ("shuffled", "random") if f"{name}/{scale}" in kl}
+        chains = {f"atom < delete < {n}": kl.mean((atom < deleted) & (deleted < kl[c])) for c, n in others.items()}
+        found = [
+            Finding(
+                number=2,
+                claim=f"strict chain {chain}, at {at}",
+                effect=chains[chain],
+                what="the rate of the strict order",
+                chance=0.5,
+                relevant=RELEVANT,
+                **kl.size_of("delete"),
+                shown=chains,
+                write=percent,
+                axis="of firings",
+                of=of,
+            )
+            for chain in [*chains][:1]
+        ]
+        moved, claim = wide[wide["delete"] > 0], f"median KL of atom / delete, at {at}"
         if moved.empty:
             reason = "Every deletion has an effect of exactly 0, so that there is no ratio to one."
-            claim = f"median KL of atom / delete, at {SCALE_NAMES[scale]}"
-            return [Claim(3, claim, "–", len(wide), unit, "", "below the floor", reason)]
-        names = ["delete", *(f"{n}/{scale}" for n in ("shuffled", "random") if f"{n}/{scale}" in wide)]
-        atom = moved[f"atom/{scale}"]
-        ratios = {
-            name: stats.median_ratio(
-                atom[moved[name] > 0],
-                moved.loc[moved[name] > 0, name],
-                moved.loc[moved[name] > 0, "sequence"],
-                seed=self.seed,
-            )
-            for name in names
-        }
-        floor = float(wide["native"].quantile(0.95))
-        others = {NAMES[n.split("/")[0]]: Against(_below_one(r)) for n, r in ratios.items() if n != "delete"}
-        verdict = judge(
-            ratios["delete"],
-            others,
-            typical=float(wide["delete"].median()),
-            floor=floor,
+            empty = Finding.untested(claim, reason, 3, f"firings in {wide['sequence'].nunique()} sequences", len(wide))
+            return [*found, replace(empty, ruled=Verdict("below the floor", reason))]
+        ratios, medians = {}, [number(float(moved[f"atom/{scale}"].median()))]
+        for column, name in ({"delete": "delete"} | others).items():
+            rows = moved[moved[column] > 0]
+            ratios[name] = Paired(rows, seed=self.seed).median(rows[f"atom/{scale}"] / rows[column])
+            medians.append(number(float(moved[column].median())))
+        medians_of = Finding(
+            number=3,
+            claim=f"median KL of {' / '.join(['atom', *ratios])}, at {at}",
+            effect=ratios["delete"],
+            what="the median ratio of the atom's KL to deletion's",
+            against={name: Against(ratio, chance=1.0) for name, ratio in ratios.items() if name != "delete"},
             chance=1.0,
             less=True,
             relevant=RELEVANT,
-            what="the median ratio of the atom's KL to deletion's",
+            **kl.size_of("delete"),
+            shown=ratios,
+            write="{:.2f}".format,
+            axis="KL of the atom over that of deletion (controls: over theirs)",
+            measured=f"{' / '.join(medians)} nats",
+            controls=f"no-op {number(kl.size_of('delete')['floor'])} nats (95th percentile)",
+            n=len(moved),
+            of=of,
         )
-        medians = [f"{number(float(moved[n].median()))}" for n in (f"atom/{scale}", *names)]
-        listed = " / ".join(["atom", *(NAMES[n.split("/")[0]] for n in names)])
-        return [
-            Claim(
-                3,
-                f"median KL of {listed}, at {SCALE_NAMES[scale]}",
-                f"{' / '.join(medians)} nats; atom / delete {ratios['delete'].mean:.2f} "
-                f"[{span(ratios['delete'].low, ratios['delete'].high, 1)}]",
-                len(moved),
-                f"firings in {ratios['delete'].n_clusters} sequences",
-                f"no-op {number(floor)} nats (95th percentile)",
-                verdict.outcome,
-                verdict.sentence,
-            )
-        ]
+        return [*found, medians_of]
 
     @classmethod
     def across(cls, results: list[Result]) -> list[tuple[str, Claim]]:
@@ -546,35 +479,35 @@ class Substitution(Evaluation):
         for (_, layer, target), of_layer in groups.items():
             if len(of_layer) < 2 or len({str(result.info["head"]) for result in of_layer}) < len(of_layer):
                 continue
-            verdicts = [
-                cast(Substitution, r.evaluation).verdict(wide_firings(r), cast(Substitution, r.evaluation).scales[0])
-                for r in of_layer
-            ]
-            rates = pd.Series([rate.rate for _, rate, _ in verdicts])
-            shares = pd.Series([share.mean for _, _, share in verdicts]).dropna()
-            outcomes: list[Outcome] = [verdict.outcome for verdict, _, _ in verdicts]
+            found, wins = [], []
+            for result in of_layer:
+                wide, test = wide_firings(result), cast(Substitution, result.evaluation)
+                found.append(test.nearer(wide, test.scales[0]))
+                wins.append((wide[f"atom/{test.scales[0]}"] < wide["delete"]).mean())
+            shares = pd.Series([each.shown["atom"].mean for each in found if each.shown])
+            outcomes = [each.verdict.outcome for each in found]
             held = outcomes.count("holds")
-            worst: list[Outcome] = [o for o in _WORST_FIRST if o in outcomes] or outcomes
-            claim = Claim(
-                5,
-                "all heads of a layer",
-                f"recovers {_over_heads(shares)}; wins {_over_heads(rates)} (SD over heads)",
-                len(rates),
-                "heads",
-                f"confounded by a control on {outcomes.count('confounded')}",
-                "holds" if held == len(rates) else worst[0],
-                f"Claim 1 holds on {held} of {len(rates)} heads.",
+            worst: Outcome = next((outcome for outcome in _WORST_FIRST if outcome in outcomes), outcomes[0])
+            spread = [f"{percent(float(x.mean()))} ± {percent(float(x.std()))}" for x in (shares, pd.Series(wins))]
+            finding = Finding(
+                number=5,
+                claim="all heads of a layer",
+                ruled=Verdict(worst, f"Claim 1 holds on {held} of {len(found)} heads."),
+                measured=f"recovers {spread[0]}; wins {spread[1]} (SD over heads)",
+                controls=f"confounded by a control on {outcomes.count('confounded')}",
+                n=len(found),
+                of="heads",
             )
-            claims.append((f"L{layer} {target}-trained", claim))
+            claims.append((f"L{layer} {target}-trained", finding.row()))
         return claims
 
     def summaries(self, result: Result) -> dict[str, pd.DataFrame]:
         """Every comparison by the headline metric, and the headline comparison by every metric."""
-        by_metric = []
-        for metric in KL_METRICS:
-            if result.tables["firings"][metric].notna().any():
-                table = comparisons(result, metric)
-                by_metric.append(table[(table["a"] == "atom") & (table["b"] == "delete")].assign(metric=metric))
+        by_metric = [
+            comparisons(result, metric).query("a == 'atom' and b == 'delete'").assign(metric=metric)
+            for metric in KL_METRICS
+            if result.tables["firings"][metric].notna().any()
+        ]
         return {
             **{f"comparisons, {choice} atom": comparisons(result, choice=choice) for choice in self.atom_choice},
             "atom against deletion, by metric": pd.concat(by_metric, ignore_index=True),
@@ -583,13 +516,12 @@ class Substitution(Evaluation):
     def notes(self, result: Result) -> list[str]:
         """Definitions of conditions and scales, and how long the head remembers."""
         life, limit = result.info["half_life"], result.info["half_life_limit"]
-        more = " or more" if life == limit else ""
         listed = [f"{NAMES[n]}: {DEFINITIONS[n]}" for n in ("native", "delete", "atom", *self.controls)]
-        scales = [f"{SCALE_NAMES[n]}: {SCALE_DEFINITIONS[n]}" for n in self.scales]
         notes = [
-            f"A write of this head has lost half of its norm after {life} tokens{more} (median over writes).",
-            "\n".join(["Conditions, which are written in the place of the native write:", *listed]),
-            "\n".join(["Scales:", *scales]),
+            f"A write of this head has lost half of its norm after {life} tokens{' or more' * (life == limit)} (median "
+            "over writes).",
+            "\n".join(["Conditions, which are written in place of the native write:", *listed]),
+            "\n".join(["Scales:", *(f"{SCALE_NAMES[n]}: {SCALE_DEFINITIONS[n]}" for n in self.scales)]),
         ]
         if "baseline_tokens" in result.info:
             notes.append(
@@ -600,71 +532,88 @@ class Substitution(Evaluation):
 
     @classmethod
     def front(cls, results: list[Result]) -> list[Figure]:
-        """The recovered share of one atom of each dictionary, beside what needs no training, and one exchange in
+        """The recovered share of one atom of each dictionary and of what needs no training, and one exchange in
         words."""
         settings = cast(Substitution, results[0].evaluation)
-        scale, tables = settings.scales[0], [(result, wide_firings(result)) for result in results]
-        tables = [(result, wide) for result, wide in tables if (wide["delete"] > 0).any()]
-        if not tables:
+        found = {result.label: settings.nearer(wide_firings(result), settings.scales[0]) for result in results}
+        shown = {label: finding.shown for label, finding in found.items() if finding.shown}
+        if not shown:
             return []
-        atoms = {result.label: _share(wide, f"atom/{scale}") for result, wide in tables}
-        first = tables[0][1]
-        rows = [figures.Row(f"atom, {label}", *share, colour="atom") for label, share in atoms.items()]
-        rows += [
-            figures.Row(NAMES[name], *_share(first, f"{name}/{scale}"))
-            for name in BASELINES
-            if f"{name}/{scale}" in first
-        ]
-        label, title = "share of the deletion's effect taken back", "One atom in the place of a write"
+        rows = [figures.Row(f"atom, {label}", *shares["atom"][:3], "atom") for label, shares in shown.items()]
+        first = next(iter(shown))
+        free = [NAMES[name] for name in BASELINES if NAMES[name] in shown[first]]
+        rows += [figures.Row(name, *shown[first][name][:3]) for name in free]
+        label, title = "of deletion's effect recovered", "One atom in place of a write"
         caption = (
-            "1 is the native model, 0 is a deleted write; a triangle lies further left. Grey: what needs no training, "
-            f"at the firings of {tables[0][0].label}."
+            "100% is the native model, 0% is a deleted write; a triangle lies further left. Grey: what needs no "
+            f"training, at the firings of {first}."
         )
-        panel = Figure(title, figures.intervals(rows, label, title, least=-0.5), caption)
-        return [panel, *_exchange_figure(max(results, key=headline_share))]
+        panels = [Figure(title, figures.intervals(rows, label, title, write=percent, least=-0.5), caption)]
+        best = max(results, key=headline_share)
+        example = best.tables["example"]
+        if example.empty:
+            return panels
+        offset, title = int(example["read_at"].iloc[0]), "One write replaced, in words"
+        wide = example.pivot_table(index="word", columns="condition", values="probability", sort=False)
+        bars = {NAMES[str(name)]: wide[name].tolist() for name in wide.columns}
+        words = [repr(str(word))[1:-1] for word in wide.index]
+        later = f", {offset} token{'s' * (offset > 1)} later" if offset else ""
+        caption = (
+            f"{example['text'].iloc[0]} · The write at the token in brackets is replaced; the next token is predicted "
+            f"at the bar{later}. This is the firing of {best.label} whose deletion moves the model most."
+        )
+        return [*panels, Figure(title, figures.bars(words, bars, "probability of the next token", title), caption)]
 
-    def figures(self, result: Result) -> list[Figure]:
-        """Recovered shares, win rates, divergences, ratios to deletion, quartiles of the effect, cosines; for every
-        choice of atom."""
-        panels = []
+    def panels(self, result: Result) -> list[Figure]:
+        """For every choice of atom: how far each condition moves the model, and where the atom wins."""
+        panels, scale = [], self.scales[0]
         for choice in self.atom_choice:
-            wide = wide_firings(result, choice=choice)
-            unbeaten = self.verdict(wide, self.scales[0])[0].unbeaten_controls
-            panels += substitution_figures(self, result, wide, choice, unbeaten)
+            wide, name = wide_firings(result, choice=choice), f"{result.label}, {choice} atom"
+            columns = {"delete": "delete", f"atom/{scale}": "atom"}
+            columns |= {f"{name}/{scale}": name for name in written_at(scale, self.controls)}
+            logs = {short: np.log10(np.quantile(wide[c].clip(lower=1e-16), _QUARTILES)) for c, short in columns.items()}
+            colours = {"atom": "atom", "delete": "ink"}
+            rows = [
+                figures.Row(NAMES[n], float(ends[0]), float(ends[1]), float(ends[2]), colours.get(n, "soft"))
+                for n, ends in logs.items()
+            ]
+            title, level = f"KL by condition: {name}", float(logs["delete"][0])
+            svg = figures.intervals(
+                rows, "KL from native, nats", title, chance=level, write=lambda log: number(10**log)
+            )
+            caption = "Median and quartiles over firings. Dashed: deletion."
+            panels.append(Figure("How far each moves the model", svg, caption))
+            of_controls = [c for c, short in columns.items() if short not in ("atom", "delete", *REFERENCES)]
+            wins = (wide[of_controls].lt(wide["delete"], axis=0)).mean().sort_values(ascending=False, kind="stable")
+            shown = {c: NAMES[columns[c]].split(" (")[0] for c in (*wins.index[:_LINES], f"atom/{scale}")}
+            for column, what in (("delete", "deletion's effect"), ("cosine", "the cosine of atom and write")):
+                panels.append(_by_quartile(wide, column, shown, what, name))
         return panels
+
+
+def _by_quartile(wide: pd.DataFrame, column: str, shown: Mapping[str, str], what: str, name: str) -> Figure:
+    """Win rates against deletion by quartile of a column; the last condition of `shown` is the atom. Fewer than four
+    firings leave quartiles out."""
+    quartile, lines = stats.quartile(wide[column]), []
+    parts = {float(q): Paired(wide[quartile == q]) for q in sorted(set(quartile.tolist()))}
+    for condition, text in shown.items():
+        rates = [part.wins(condition, "delete") for part in parts.values()]
+        own = condition == [*shown][-1]
+        band = ([r.low for r in rates], [r.high for r in rates]) if own else None
+        lines.append(figures.Line(text, [*parts], [r.mean for r in rates], "atom" if own else "soft", band))
+    ends = [number(float(part[column].median())) for part in (*parts.values(),)]
+    label, ticks = f"quartile of {what}\n(medians {ends[0]} to {ends[-1]})", {q: f"Q{q:.0f}" for q in parts}
+    title = f"Win rate by {what}: {name}"
+    svg = figures.curves(lines, label, title, percent=True, chance=0.5, ticks=ticks)
+    caption = f"Of the controls, the {_LINES} that win most often. An effect that is real is largest in Q4."
+    return Figure(f"By {what}", svg, caption)
 
 
 def headline_share(result: Result) -> float:
     """The recovered share of the headline's atom; -inf where no deletion has an effect."""
     wide = wide_firings(result)
-    total = float(wide["delete"].sum())
-    scale = cast(Substitution, result.evaluation).scales[0]
+    total, scale = float(wide["delete"].sum()), cast(Substitution, result.evaluation).scales[0]
     return 1 - float(wide[f"atom/{scale}"].sum()) / total if total > 0 else -np.inf
-
-
-def _share(wide: pd.DataFrame, column: str) -> tuple[float, float, float]:
-    share = stats.recovered_share(wide[column], wide["delete"], wide["sequence"])
-    return share.mean, share.low, share.high
-
-
-def _exchange_figure(result: Result) -> list[Figure]:
-    """The example of a result as bars; nothing where it has none."""
-    example = result.tables["example"]
-    if example.empty:
-        return []
-    text, offset = str(example["text"].iloc[0]), int(example["read_at"].iloc[0])
-    wide = example.pivot_table(index="word", columns="condition", values="probability", sort=False)
-    bars = {NAMES[str(name)]: wide[name].tolist() for name in wide.columns}
-    later = f", {offset} token{'s' * (offset > 1)} later" if offset else ""
-    title = "One write exchanged, in words"
-    return [
-        Figure(
-            title,
-            figures.bars([repr(str(word))[1:-1] for word in wide.index], bars, "probability of the next token", title),
-            f"{text} · The write at the token in brackets is exchanged; the next token is predicted at the bar{later}. "
-            f"This is the firing of {result.label} whose deletion moves the model most.",
-        )
-    ]
 
 
 def wide_firings(result: Result, metric: str = "kl_window", choice: str | None = None) -> pd.DataFrame:
@@ -690,135 +639,32 @@ def comparisons(
         metric: one of `KL_METRICS`.
         cluster: "sequence" or "atom": what the bootstrap resamples.
 
-    Returns: scale, a, b, the rate of a < b with both intervals, ties, n, recovered (share of the deletion's effect that
-    a takes back) and gap (the same minus that of b) with their intervals, the paired median ratio, Cliff's delta, the
-    paired sign rate, p-values, and `holm_p` over all rows.
+    Returns: scale, a, b, n, n_clusters; with their intervals (`_low`, `_high`) the `rate` of a < b, `recovered` (share
+    of deletion's effect that a recovers), `gap` (the same minus that of b) and the median `ratio` a / b, missing where
+    no deletion has an effect; the p-value of sign flips by cluster, and `holm_p` over all rows.
     """
-    settings = result.evaluation
-    assert isinstance(settings, Substitution)
-    wide, seed = wide_firings(result, metric, choice), settings.seed
-    deleted, ids = wide["delete"], wide[cluster]
-    rows = []
+    settings = cast(Substitution, result.evaluation)
+    wide = wide_firings(result, metric, choice)
+    kl, rows = Paired(wide, (cluster,), settings.seed), []
     for scale in settings.scales_of(choice or settings.atom_choice[0]):
         controls = written_at(scale, settings.controls)
         for a, b in [*((name, "delete") for name in ("atom", *controls)), *(("atom", name) for name in controls)]:
-            x, y = wide[f"{a}/{scale}"], deleted if b == "delete" else wide[f"{b}/{scale}"]
-            rate = stats.win_rate(x, y, ids)
-            moved = (y > 0).to_numpy()  # a ratio to an effect of exactly 0 says nothing
-            ratio = stats.median_ratio(x[moved], y[moved], ids[moved], seed=seed) if moved.any() else None
-            row = {"scale": scale, "a": a, "b": b, "rate": rate.rate, "low": rate.over_clusters.low}
-            row |= {"high": rate.over_clusters.high, "wilson_low": rate.wilson.low, "wilson_high": rate.wilson.high}
-            row |= {"ties": rate.ties, "n": rate.n, "n_clusters": rate.over_clusters.n_clusters}
-            shares = [None, None]
-            if (deleted > 0).any():
-                shares = [
-                    stats.recovered_share(x, deleted, ids, seed=seed),
-                    stats.recovered_difference(x, y, deleted, ids, seed=seed),
-                ]
-            for name, share in zip(("recovered", "gap"), shares):
-                row |= dict(zip((name, f"{name}_low", f"{name}_high"), share[:3] if share else [np.nan] * 3))
-            row |= dict(zip(("median_ratio", "ratio_low", "ratio_high"), ratio[:3] if ratio else [np.nan] * 3))
-            row |= {"cliffs_delta": stats.cliffs_delta(x, y), "sign_rate": stats.paired_sign_rate(x, y)}
-            row |= {"wilcoxon_p": stats.paired_wilcoxon(x, y).p_value}
-            row |= {"sign_flip_p": stats.sign_flip_test(x, y, ids, seed=seed).p_value}
-            rows.append(row)
+            x, y = f"{a}/{scale}", b if b == "delete" else f"{b}/{scale}"
+            moved = wide[wide[y] > 0]  # a ratio to an effect of exactly 0 says nothing
+            wins = kl.wins(x, y)
+            none = wins._replace(mean=np.nan, low=np.nan, high=np.nan)
+            some = bool((wide["delete"] > 0).any())
+            numbers = {
+                "rate": wins,
+                "recovered": kl.recovered(x) if some else none,
+                "gap": kl.recovered(x, than=y) if some else none,
+                "ratio": none if moved.empty else replace(kl, wide=moved).median(moved[x] / moved[y]),
+            }
+            row = {"scale": scale, "a": a, "b": b, "n": wins.n, "n_clusters": wins.n_clusters}
+            for name, each in numbers.items():
+                row |= {name: each.mean, f"{name}_low": each.low, f"{name}_high": each.high}
+            flips = stats.sign_flip_test(wide[x], wide[y], wide[cluster], seed=settings.seed)
+            rows.append(row | {"sign_flip_p": flips.p_value})
     table = pd.DataFrame(rows)
     names = table["scale"] + "/" + table["a"] + "/" + table["b"]
     return table.assign(holm_p=list(stats.holm(dict(zip(names, table["sign_flip_p"]))).values()))
-
-
-def _claim_number(result: Result) -> int:
-    """Row of the paper's claims that a test of this model answers: by model, then by rule."""
-    model, rule = str(result.info["model"]), str(result.info["rule"])
-    return next((n for name, n in _CLAIM_OF_MODEL.items() if name in model), _CLAIM_OF_RULE.get(rule, 1))
-
-
-def _floors(wide: pd.DataFrame) -> str:
-    """How large a deletion's effect is, beside what rounding moves and what is of a practical size."""
-    typical, no_op = float(wide["delete"].median()), float(wide["native"].quantile(0.95))
-    small = f", below {number(PRACTICAL_FLOOR)}: of no practical size" if typical < PRACTICAL_FLOOR else ""
-    return f"A deletion moves the model by a median of {number(typical)} nats (a no-op: {number(no_op)}){small}."
-
-
-def _over_heads(values: pd.Series) -> str:
-    return f"{percent(float(values.mean()))} ± {percent(float(values.std()))}"
-
-
-def _below_one(ratio: stats.Estimate) -> stats.Estimate:
-    """A ratio as a difference from 1, so that chance is 0."""
-    return ratio._replace(mean=ratio.mean - 1, low=ratio.low - 1, high=ratio.high - 1)
-
-
-def substitution_figures(
-    settings: Substitution, result: Result, wide: pd.DataFrame, choice: str, unbeaten: Sequence[str]
-) -> list[Figure]:
-    """The panels of one choice of atom."""
-    scale, name = settings.scales[0], f"{result.label}, {choice} atom"
-    table = comparisons(result, choice=choice)
-    floor = float(wide["native"].quantile(0.95))
-    accents = [key for key, shown in NAMES.items() if shown in unbeaten]
-    relative = []
-    if (wide["delete"] > 0).any():  # a ratio to an effect of exactly 0 says nothing
-        title = f"KL relative to deletion: {name}"
-        relative.append(
-            Figure(
-                "The same against deletion",
-                figures.boxes(_ratios(wide, scale), "KL over deletion's", accents, title, line=1.0),
-                "Left of 1 is a win; how far left is how much of the deletion's effect is taken back.",
-            )
-        )
-    against = table[table["b"] == "delete"]
-    shares = []
-    if against["recovered"].notna().any():
-        shares.append(
-            Figure(
-                f"How much of a deletion's effect is taken back ({choice} atom)",
-                figures.recovered_shares(against, accents, name),
-                "Recovered share: 100 is the native model, 0 is deletion; triangles lie further to the left. Orange "
-                "controls are not beaten by the atom at the first scale.",
-            )
-        )
-    return [
-        *shares,
-        Figure(
-            f"Does anything else do as well? ({choice} atom)",
-            figures.win_rates(against, accents, name),
-            "Share of firings on which each condition is nearer to the native model than deletion, by however little.",
-        ),
-        Figure(
-            "How far each moves the model",
-            figures.boxes(
-                _of_scale(wide, scale), "KL from native, nats", accents, f"KL by condition: {name}", floor=floor
-            ),
-            "Median, quartiles and 5-95 % over firings.",
-        ),
-        *relative,
-        Figure(
-            "By the size of the effect",
-            figures.quartiles(_strongest(wide, scale), wide["delete"], wide["sequence"], accents, name),
-            f"A result that is real should be strongest in Q4. Of the controls, the {_LINES} that win most often.",
-        ),
-        Figure(
-            "By the likeness of atom and write",
-            figures.wins_by_cosine(wide["cosine"], wide[f"atom/{scale}"] < wide["delete"], wide["written_atom"], name),
-            "At matched norm only a cosine above 1/2 (shaded) makes an atom nearer to the write than nothing is.",
-        ),
-    ]
-
-
-def _of_scale(wide: pd.DataFrame, scale: str) -> dict[str, pd.Series]:
-    """KL of the conditions at one scale, by condition."""
-    return {c.removesuffix(f"/{scale}"): wide[c] for c in wide.columns if c.endswith(f"/{scale}") or c == "delete"}
-
-
-def _strongest(wide: pd.DataFrame, scale: str) -> dict[str, pd.Series]:
-    """The atom and those controls that beat deletion most often."""
-    of_scale = _of_scale(wide, scale)
-    controls = [name for name in of_scale if name not in ("atom", "delete", *REFERENCES)]
-    controls.sort(key=lambda name: -float((of_scale[name] < wide["delete"]).mean()))
-    return {name: of_scale[name] for name in ("atom", *controls[:_LINES])}
-
-
-def _ratios(wide: pd.DataFrame, scale: str) -> dict[str, pd.Series]:
-    moved = wide[wide["delete"] > 0]
-    return {name: kl / moved["delete"] for name, kl in _of_scale(moved, scale).items() if name != "delete"}

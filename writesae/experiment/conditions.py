@@ -7,7 +7,7 @@ are this project's. A write, an atom or a control is a `LowRank`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -19,9 +19,7 @@ from hookpoints import WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank, state_direction
 from writesae.experiment.head import WriteKind
 from writesae.experiment.head_baselines import BASELINES, Baseline, HeadBaselines, tokens_and_before
-
-if TYPE_CHECKING:
-    from writesae.experiment.lab import Lab, Site
+from writesae.experiment.lab import Lab, Site
 
 Scale = Literal["coefficient", "matched", "least_squares", "common"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
@@ -135,23 +133,6 @@ def common_factors(products: pd.DataFrame, fold: Mapping[int, int]) -> dict[int,
     return factors
 
 
-def state_before(site: Site, positions: Sequence[int]) -> Tensor:
-    """[N,K,V] states of the head before the write at each position: S_t - W_t, decay and erase of token t included.
-
-    A control must not contain the answer: where a head forgets, the top direction of the state after the write is the
-    write itself. Cost: the states at the distinct positions.
-    """
-    distinct, which = np.unique(np.asarray(positions), return_inverse=True)
-    states = site.recurrence.states(positions=distinct.tolist())[0, :, 0]
-    return (states - site.at(distinct.tolist()).dense().to(states))[torch.tensor(which)]
-
-
-def state_after(site: Site, positions: Sequence[int]) -> Tensor:
-    """[N,K,V] states of the head after the write at each position."""
-    distinct, which = np.unique(np.asarray(positions), return_inverse=True)
-    return site.recurrence.states(positions=distinct.tolist())[0, :, 0][torch.tensor(which)]
-
-
 def control_directions(
     lab: Lab,
     site: Site,
@@ -207,19 +188,18 @@ def control_directions(
         "random": random,
         "shuffled": shuffled,
         "elsewhere": elsewhere,
-        "state": lambda: state_direction(state_before(site, position.tolist())),
+        "state": lambda: state_direction(site.state_before(position.tolist())),
         "mean": lambda: mean.expand(len(firings)),
-        "state_after": lambda: state_direction(state_after(site, position.tolist())),
+        "state_after": lambda: state_direction(site.state_after(position.tolist())),
     }
-    before = tokens_and_before(lab.tokens[site.sequence])[position]
-
-    def made(name: str) -> LowRank:
-        if name not in BASELINES:
-            return makers[name]()
-        assert native is not None and baselines is not None, f"{name} needs what it is fitted on"
-        return baselines.written(name, native, before)
-
-    return {name: made(name) for name in names}
+    before, made = tokens_and_before(lab.tokens[site.sequence])[position], {}
+    for name in names:
+        if name in BASELINES:
+            assert native is not None and baselines is not None, f"{name} needs what it is fitted on"
+            made[name] = baselines.written(name, native, before)
+        else:
+            made[name] = makers[name]()
+    return made
 
 
 def edits_of(

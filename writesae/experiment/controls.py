@@ -6,10 +6,9 @@ evaluations, and `against_controls` is the only place that has it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from sae_lens import SAE
@@ -18,12 +17,10 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.controls import native, untrained
 from sae_lens_writesae.sae.matrix import MatrixSAE
-from writesae.experiment.lab import Lab
-from writesae.experiment.reconstruction import matrices_of
-from writesae.experiment.result import Claim, Result
-
-if TYPE_CHECKING:
-    from writesae.experiment.lab import Text
+from writesae.experiment.evaluation import Result
+from writesae.experiment.head import matrices_of
+from writesae.experiment.lab import Lab, Text
+from writesae.verdict.finding import Claim
 
 Control = Literal["untrained", "native writes"]
 """See `sae.controls`."""
@@ -85,8 +82,9 @@ def answers(results: Sequence[Result]) -> list[Answer]:
         for label, claim in own:
             found: dict[Control, Claim] = {}
             for control in CONTROLS:
-                if same := _same(claim, [each.claim for each in controlled[control].get(of, [])], own):
-                    found[control] = same
+                for other in controlled[control].get(of, []):
+                    if (other.claim.number, other.claim.claim) == (claim.number, claim.claim):
+                        found[control] = other.claim
             rows.append(Answer(label, against_controls(claim, found)))
     return rows
 
@@ -129,18 +127,3 @@ def _own(results: Sequence[Result], control: Control | None) -> dict[tuple[objec
         for label, claim in type(group[0].evaluation).across(group):
             found.setdefault((kind, label), []).append(Answer(label, claim))
     return found
-
-
-def _same(claim: Claim, others: Sequence[Claim], own: Sequence[Answer]) -> Claim | None:
-    """The claim of a control that says the same; in words that hold a number of what was measured, the one that differs
-    in nothing else."""
-    exact = [other for other in others if (other.number, other.claim) == (claim.number, claim.claim)]
-    if exact:
-        return exact[0]
-    near = [other for other in others if (other.number, _words(other)) == (claim.number, _words(claim))]
-    alike = [each for _, each in own if (each.number, _words(each)) == (claim.number, _words(claim))]
-    return near[0] if len(near) == len(alike) == 1 else None
-
-
-def _words(claim: Claim) -> str:
-    return re.sub(r"[\d.,]+", "#", claim.claim)

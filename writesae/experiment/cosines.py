@@ -13,9 +13,8 @@ from torch import Tensor
 from hookpoints import Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.experiment.firings import Integers
-from writesae.experiment.head import head_writes
+from writesae.experiment.head import head_writes, matrices_of
 from writesae.experiment.lab import Lab
-from writesae.experiment.reconstruction import matrices_of
 
 SIDES = ("key", "value", "shuffled_key", "shuffled_value")
 """Columns that hold |cosines| of one side."""

@@ -1,32 +1,65 @@
 """An evaluation is an object: its fields are the settings, its class says the question, the tables and the rule.
 
 A subclass in `evaluations/` needs one file and nothing else. It is found by its `kind`; README's table, the docs, the
-command `writesae eval KIND`, the protocol and the conformance tests read the class.
+command `writesae eval KIND`, the protocol and the conformance tests read the class. What a run leaves is a `Result`:
+settings, tidy tables, what was measured on what; and how it is kept in a folder.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
-from typing import TYPE_CHECKING, ClassVar, Self, cast
+from pathlib import Path
+from typing import ClassVar, Self, cast
 
+import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import torch
 from sae_lens import SAE
 
 from hookpoints import HookedRecurrent
+from hookpoints.files import SealedFolder, read_json, write_checksums
 from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.files import named_errors, size_text
 from sae_lens_writesae.sae.factors import Collection
 from writesae.choices import at_least
-from writesae.experiment.lab import Lab
-from writesae.experiment.result import Claim, Figure, Json, Result
+from writesae.experiment.lab import Lab, Text
+from writesae.files import Json
+from writesae.verdict.finding import Claim, Figure, Finding
 
-if TYPE_CHECKING:
-    from writesae.experiment.lab import Text
+_FORMAT = 3
+"""Version of the files. Those of format 2 are not sealed, and are read still."""
+_INFO = "info.json"
+_LARGEST_TABLE = 2 * 10**9
+"""Bytes. Tables of the paper's protocol have some megabytes."""
+
+
+_COLUMNS = {
+    "firing": "number of the firing, shared by all of its conditions",
+    "sequence": "row of the evaluation tokens",
+    "position": "token t that is edited",
+    "atom": "atom whose firing was drawn",
+    "condition": "what is written at t",
+    "scale": "how the atom is scaled; none for native and delete",
+    "token": "target T",
+    "text": "the target as text",
+    "sae": "label of the dictionary",
+    "low": "lower end of its 95 % interval",
+    "high": "upper end of its 95 % interval",
+}
+"""Columns that mean the same in many tables."""
+
+
+def described(shared: str, **own: str) -> dict[str, str]:
+    """What the columns of a table hold: shared ones by name, then its own with their meaning."""
+    return {name: _COLUMNS[name] for name in shared.split()} | own
 
 
 class Scope(Enum):
@@ -43,11 +76,6 @@ class Scope(Enum):
     def compares(self) -> bool:
         """Whether a run takes several dictionaries at once."""
         return self not in (Scope.EACH, Scope.LAYER, Scope.HEAD)
-
-
-def _own(text: Text) -> Text:
-    """A clone of token ids, because gradients cannot be taken through inference tensors; a collection as it is."""
-    return text if isinstance(text, Collection) else torch.as_tensor(text).clone()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +129,12 @@ class Evaluation(ABC):
         """
 
     @abstractmethod
-    def claims(self, result: Result) -> list[Claim]:
-        """The claims, with verdicts by `verdict.judge.judge`, from the tables alone."""
+    def findings(self, result: Result) -> list[Finding]:
+        """One finding for each claim, from the tables alone; verdict, sentence and a panel follow from it."""
 
-    @abstractmethod
-    def figures(self, result: Result) -> list[Figure]:
-        """Panels for the report, from the tables alone."""
+    def panels(self, result: Result) -> list[Figure]:
+        """Panels for the report besides those of the findings, from the tables alone."""
+        return []
 
     def notes(self, result: Result) -> list[str]:
         """Sentences that a reader needs beside the numbers."""
@@ -168,16 +196,7 @@ class Evaluation(ABC):
         """
         begin = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
-            lab = Lab(
-                model,
-                saes if isinstance(saes, Mapping) else {"": saes},
-                _own(tokens),
-                reference=None if reference is None else _own(reference),
-                seed=self.seed,
-                rows_per_run=self.rows_per_run,
-                progress=progress,
-                one_head=self.scope is not Scope.LAYER,
-            )
+            lab = self._lab(model, saes, tokens, reference, progress)
             self._check(lab)
             tables = self.measure(lab)
         tables = {
@@ -203,9 +222,32 @@ class Evaluation(ABC):
         try:
             return self.run(model, saes, tokens, reference=reference, progress=progress)
         except NothingToMeasureError as error:
-            given, one_head = saes if isinstance(saes, Mapping) else {"": saes}, self.scope is not Scope.LAYER
-            lab = Lab(model, given, tokens, seed=self.seed, one_head=one_head)
+            lab = self._lab(model, saes, tokens, None, progress=False)
             return Result(self, lab.describe(self._label(lab)), {}, skipped=str(error))
+
+    def _lab(
+        self,
+        model: HookedRecurrent,
+        saes: SAE | Mapping[str, SAE],
+        tokens: Text,
+        reference: Text | None,
+        progress: bool,
+    ) -> Lab:
+        # Gradients cannot be taken through inference tensors, so that token ids are cloned.
+        text, other = (
+            each if each is None or isinstance(each, Collection) else torch.as_tensor(each).clone()
+            for each in (tokens, reference)
+        )
+        return Lab(
+            model,
+            saes if isinstance(saes, Mapping) else {"": saes},
+            cast(Text, text),
+            reference=other,
+            seed=self.seed,
+            rows_per_run=self.rows_per_run,
+            progress=progress,
+            one_head=self.scope is not Scope.LAYER,
+        )
 
     def _label(self, lab: Lab) -> str:
         # A result about a head must not be named after the dictionary that only says which head it is.
@@ -222,3 +264,180 @@ class Evaluation(ABC):
             raise ValueError(f"{self.kind} compares {self.scope.value}: give at least two, found {len(lab.saes)}")
         if self.scope in (Scope.EACH, Scope.HEAD) and len(lab.saes) > 1:
             raise ValueError(f"{self.kind} takes {self.scope.value}; found {', '.join(lab.saes)}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of one evaluation of one dictionary, of a head, or of several dictionaries that are compared.
+
+    Claims and figures are made from the tables alone, so that a loaded result gives the same page as a fresh one.
+    """
+
+    evaluation: Evaluation
+    """The evaluation with its settings."""
+    info: dict[str, Json]
+    """What was evaluated on what: model, head, dictionaries, text, `seconds`, `n_edited_runs`, and `n_skipped`, which
+    maps a reason to the number of units that could not be measured."""
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    """Tidy tables by name, with the columns that the evaluation documents. No NaN stands for a failure: what could not
+    be measured is left out and counted in `info["n_skipped"]`."""
+    skipped: str | None = None
+    """Why nothing could be measured, where that is so; then there are no tables, and each claim is "not tested"."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the evaluation."""
+        return self.evaluation.kind
+
+    @property
+    def label(self) -> str:
+        """Name of what was evaluated, for reports."""
+        return str(self.info["label"])
+
+    def fact(self, name: str) -> float:
+        """A number of `info`; KeyError or ValueError where there is none."""
+        return float(cast(float, self.info[name]))
+
+    def findings(self) -> list[Finding]:
+        """What was found, one for every claim that the evaluation answers."""
+        if self.skipped is None:
+            return self.evaluation.findings(self)
+        question, numbers = self.evaluation.question, self.evaluation.answers or (None,)
+        return [Finding.untested(question, self.skipped, number, "measured") for number in numbers]
+
+    def claims(self) -> list[Claim]:
+        """Every claim that the evaluation answers, with its verdict."""
+        return [finding.row() for finding in self.findings()]
+
+    def figures(self) -> list[Figure]:
+        """Panels for the report: of findings, then the evaluation's own; none where nothing was measured."""
+        panels = [finding.panel(self.label) for finding in self.findings() if finding.shown]
+        return panels if self.skipped is not None else [*panels, *self.evaluation.panels(self)]
+
+    def notes(self) -> list[str]:
+        """Sentences that a reader needs beside the numbers."""
+        if self.skipped is not None:
+            return [self.skipped]
+        counts = self.info.get("n_skipped")
+        left_out = counts if isinstance(counts, Mapping) else {}
+        return [*self.evaluation.notes(self), *(f"Left out: {n:,} ({why})." for why, n in left_out.items() if n)]
+
+    def details(self) -> dict[str, pd.DataFrame]:
+        """Tables that a page shows: those that were measured, and those that the evaluation makes from them."""
+        return self.tables if self.skipped is not None else self.evaluation.summaries(self) | self.tables
+
+    @property
+    def pace(self) -> str:
+        """Time taken; where edits were run, how many runs and how fast."""
+        seconds, runs = self.fact("seconds"), int(self.fact("n_edited_runs"))
+        speed = f", {runs:,} edited runs, {runs / seconds:.0f} a second" if seconds and runs else ""
+        return f"{seconds:.0f} s{speed}"
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a folder with info.json, one parquet file a table, and their checksums. The folder appears whole: it is
+        written aside, then renamed, in the place of one that was there.
+
+        Raises:
+            OSError: it cannot be written; names the folder.
+        """
+        target = Path(folder)
+        head = {
+            "format": _FORMAT,
+            "kind": self.kind,
+            "settings": self.evaluation.to_dict(),
+            "tables": list(self.tables),
+            "skipped": self.skipped,
+            "info": self.info,
+        }
+        text = json.dumps(head, indent=1, default=_plain, allow_nan=False)
+        with named_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+            try:
+                (aside / _INFO).write_text(text, encoding="utf-8")
+                for name, table in self.tables.items():
+                    table.to_parquet(aside / f"{name}.parquet", index=False)
+                write_checksums(aside, sorted(file.name for file in aside.iterdir()))
+                aside.chmod(0o755)
+                if target.exists():
+                    shutil.rmtree(target)
+                aside.replace(target)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+        return target
+
+    @classmethod
+    def load(cls, folder: str | Path, known: Mapping[str, type[Evaluation]]) -> Result:
+        """Read what `save` wrote.
+
+        Args:
+            known: evaluations by name; `evaluations.load_result` passes all of them.
+
+        Raises:
+            ValueError: the folder holds something else, is cut short, was changed, has links, or is of a kind or format
+                that this version does not know; names the file.
+        """
+        sealed = SealedFolder(Path(folder), ValueError)
+        head = _head(sealed)
+        file = sealed.folder / _INFO
+        if head["kind"] not in known:
+            raise ValueError(f"{file} is of the kind {head['kind']!r}; known here: {', '.join(known)}")
+        evaluation_class = known[head["kind"]]
+        names = [] if head["skipped"] is not None else list(evaluation_class.columns)
+        if head["skipped"] is None and sorted(head["tables"]) != sorted(names):
+            # Names in files are data: only declared tables are read, so that no path leaves the folder.
+            raise ValueError(f"{file} names the tables {head['tables']}, but {head['kind']} has {names}")
+        try:
+            tables = {name: _table(sealed.file(f"{name}.parquet")) for name in names}
+            evaluation = evaluation_class.from_dict(head["settings"])
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder} cannot be read as {head['kind']}: {error}") from error
+        result = cls(evaluation, head["info"], tables, head["skipped"])
+        result.check()
+        return result
+
+    def check(self) -> None:
+        """Raise ValueError unless the tables have the columns that the evaluation documents."""
+        for name, columns in {} if self.skipped is not None else self.evaluation.columns.items():
+            if name not in self.tables:
+                raise ValueError(f"{self.kind} needs the table {name!r}, found {', '.join(self.tables) or 'none'}")
+            missing = [column for column in columns if column not in self.tables[name]]
+            if missing:
+                raise ValueError(f"table {name!r} of {self.kind} needs the columns {', '.join(missing)}")
+
+
+def _table(file: Path) -> pd.DataFrame:
+    """Read a table, unless what it says of itself is too large: a file of a few kilobytes may unpack to many GB."""
+    told = pq.read_metadata(file)
+    unpacked = max(
+        8 * told.num_rows * told.num_columns, sum(told.row_group(n).total_byte_size for n in range(told.num_row_groups))
+    )
+    if unpacked > _LARGEST_TABLE:
+        raise ValueError(
+            f"{file} unpacks to {size_text(unpacked)}, more than the {size_text(_LARGEST_TABLE)} that are read"
+        )
+    return pd.read_parquet(file)
+
+
+def _head(folder: SealedFolder) -> dict:
+    file = folder.file(_INFO)
+    head = read_json(file)
+    if head.get("format") not in (2, _FORMAT):
+        raise ValueError(f"{file} has format {head.get('format')}; this version reads formats 2 and {_FORMAT}")
+    if head["format"] == _FORMAT:
+        folder.require()
+    missing = {"kind", "settings", "tables", "skipped", "info"} - head.keys()
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(sorted(missing))}")
+    return head
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, frozenset | set):
+        return sorted(value)
+    raise TypeError(f"{type(value).__name__} is not a JSON value")

@@ -32,7 +32,11 @@ def changed_words(lab: Lab, site: Site, trials: Sequence[Trial], window: int) ->
     most, largest change first. Cost: two reads of the trials.
     """
     position = trials[0].position
-    kl = lab.read(site, trials[:1], _divergence_by_token, window)["kl"].iloc[0]
+
+    def divergence(rows: EditedRows) -> Mapping[str, ArrayLike]:
+        return {"kl": divergences(rows.native, rows.positions, rows.window).forward.numpy()}
+
+    kl = lab.read(site, trials[:1], divergence, window)["kl"].iloc[0]
     offset = int(torch.as_tensor(kl).argmax())
 
     def probabilities(rows: EditedRows) -> Mapping[str, ArrayLike]:
@@ -44,32 +48,21 @@ def changed_words(lab: Lab, site: Site, trials: Sequence[Trial], window: int) ->
     tokens = lab.tokens[site.sequence]
     conditions = ["native", *(str(trial.row["condition"]) for trial in trials)]
     rows = [
-        (_sentence(lab, tokens, position, offset), offset, condition, _word(lab, word), float(p[word]))
+        (_sentence(lab, tokens, position, offset), offset, condition, _text(lab, [word]), float(p[word]))
         for condition, p in zip(conditions, [native, *edited], strict=True)
         for word in words.tolist()
     ]
     return pd.DataFrame(rows, columns=["text", "read_at", "condition", "word", "probability"])
 
 
-def _divergence_by_token(rows: EditedRows) -> Mapping[str, ArrayLike]:
-    return {"kl": divergences(rows.native, rows.positions, rows.window).forward.numpy()}
-
-
 def _sentence(lab: Lab, tokens: Tensor, position: int, offset: int) -> str:
     bar = position + offset + 1
     first, last = max(0, position - _BEFORE), min(len(tokens), bar + _AFTER)
     spans = (first, position, position + 1, bar, last)
-    before, token, read, after = (_text(lab, tokens[i:j]) for i, j in itertools.pairwise(spans))
+    before, token, read, after = (_text(lab, tokens[i:j].tolist()) for i, j in itertools.pairwise(spans))
     return f"{'… ' if first else ''}{before}[{token}]{read}|{after}{' …' if last < len(tokens) else ''}"
 
 
-def _text(lab: Lab, tokens: Tensor) -> str:
-    if not len(tokens):
-        return ""
-    if lab.model.tokenizer is None:
-        return " ".join(map(str, tokens.tolist()))
-    return str(lab.model.tokenizer.decode(tokens.tolist()))
-
-
-def _word(lab: Lab, token: int) -> str:
-    return _text(lab, torch.tensor([token]))
+def _text(lab: Lab, tokens: list[int]) -> str:
+    plain = " ".join(map(str, tokens))
+    return plain if lab.model.tokenizer is None or not tokens else str(lab.model.tokenizer.decode(tokens))

@@ -44,11 +44,15 @@ def greedy_rows(
     if len(tokens) != len(rows):
         raise ValueError(f"each prompt needs its row of edits (empty for none), found {len(tokens)} and {len(rows)}")
     continuations: list[list[int]] = []
+    ends = set(_end_tokens(model))
     starts = range(0, len(rows), batch_size)
     for start in tqdm(starts, desc="generate") if progress else starts:
         batch = slice(start, start + batch_size)
-        new = _edited_greedy(model, tokens[batch], rows[batch], max_new_tokens)
-        continuations += [_before_end(model, row) for row in new.tolist()]
+        how = {"edit_rows": rows[batch], "max_new_tokens": max_new_tokens, "do_sample": False}
+        whole = cast(Tensor, model.generate(tokens[batch], **how, pad_token_id=_pad_token(model)))
+        for row in whole[:, tokens.shape[1] :].tolist():
+            stop = next((n for n, token in enumerate(row) if token in ends), len(row))
+            continuations.append(row[:stop])
     return continuations
 
 
@@ -89,14 +93,6 @@ def sample_continuations(
     return Sampled(torch.cat(sampled), torch.cat(finite))
 
 
-def _edited_greedy(model: HookedRecurrent, prompts: Tensor, rows: Sequence[EditRow], max_new_tokens: int) -> Tensor:
-    """[N,new] greedy tokens of one batch."""
-    whole = model.generate(
-        prompts, edit_rows=rows, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=_pad_token(model)
-    )
-    return cast(Tensor, whole)[:, prompts.shape[1] :]
-
-
 class _FiniteLogits(LogitsProcessor):
     """Notes which rows' logits are no distribution (NaN or +inf), and lets those rows go on from zeros."""
 
@@ -120,10 +116,3 @@ def _pad_token(model: HookedRecurrent) -> int:
     """The padding id, which `generate` asks for also where nothing is padded."""
     pad = model.hf_model.generation_config.pad_token_id
     return pad if pad is not None else next(iter(_end_tokens(model)), 0)
-
-
-def _before_end(model: HookedRecurrent, continuation: list[int]) -> list[int]:
-    """The tokens before the first end-of-sequence token."""
-    ends = set(_end_tokens(model))
-    stop = next((n for n, token in enumerate(continuation) if token in ends), len(continuation))
-    return continuation[:stop]

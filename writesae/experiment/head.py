@@ -1,15 +1,21 @@
-"""What one head writes, and how long it keeps what it writes."""
+"""What one head writes or holds, how long it keeps that, what a dictionary makes of it, and the model above."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 import torch
+from sae_lens import SAE
+from torch import Tensor
 
-from hookpoints import Recurrence
+from hookpoints import HookedRecurrent, Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank, mean_write
 from sae_lens_writesae.sae.half_life import HALF_LIFE_LIMIT, half_lives
+from sae_lens_writesae.sae.matrix import MatrixSAE
+
+ROUNDING = 1e-12
+"""A variance below this share of the mean square is what rounding leaves of equal matrices."""
 
 WriteKind = Literal["additive", "corrected"]
 """The native write: k_t u_t^T, which keeps the erase of a delta rule, or k_t u~_t^T, which contains it."""
@@ -52,3 +58,70 @@ def head_profile(recurrences: Iterable[Recurrence], kind: WriteKind = "additive"
         limit = min(HALF_LIFE_LIMIT, recurrence.T // 2)
     mean = mean_write(torch.cat([w.keys[:, 0] for w in writes]), torch.cat([w.values[:, 0] for w in writes]), energy)
     return HeadProfile(mean, float(torch.cat(lives).median()), limit)
+
+
+def matrices_of(recurrence: Recurrence, target: str) -> Tensor:
+    """[T,K,V] writes, or states after each token, of the recurrence of one head (H = 1) on one sequence."""
+    return (recurrence.states() if target == "state" else recurrence.write())[0, :, 0]
+
+
+def encoded(sae: SAE, matrices: Tensor) -> Tensor:
+    """Activations [T,F] of matrices [T,K,V], in the dtype of the SAE."""
+    place = next(sae.parameters())
+    return sae.encode(matrices.flatten(1).to(place.device, place.dtype))
+
+
+def decoded(sae: SAE, activations: Tensor, like: Tensor) -> Tensor:
+    """Decoded activations [T,F] as matrices of the shape and dtype of `like` [T,K,V]."""
+    return sae.decode(activations).view(like.shape).to(like)
+
+
+def dominant(sae: SAE, activations: Tensor) -> Tensor:
+    """[T] the atom with the largest |a_i| |A_i| of activations [T,F]; atom 0 where none is active."""
+    # SAELens' own dictionaries have no method for the norms.
+    norms = sae.decoder_norm() if isinstance(sae, MatrixSAE) else sae.W_dec.norm(dim=-1)
+    return (activations.abs() * norms).argmax(1)
+
+
+class UpperModel(NamedTuple):
+    """The model from the head's layer on, over one sequence."""
+
+    model: HookedRecurrent
+    layer: int
+    head: int
+    tokens: Tensor
+    """[1,T]"""
+    residual: Tensor
+    """[1,T,D] that enters the layer."""
+
+    @classmethod
+    def at(cls, model: HookedRecurrent, layer: int, head: int, tokens: Tensor) -> UpperModel:
+        """Cost: a forward of tokens [1,T] up to the layer."""
+        name = f"blocks.{layer}.hook_resid_pre"
+        _, cache = model.run_with_cache(tokens, names_filter=[name], stop_at_layer=layer + 1)
+        return cls(model, layer, head, tokens, cache[name])
+
+    def logits(self, target: str = "write", matrices: Tensor | None = None) -> Tensor:
+        """Logits [T,vocab].
+
+        Args:
+            target: what is replaced, "write" or "state". A replaced write goes into the state and is read from then on.
+                A replaced state is what its own reads see, while the recurrence goes on from the native one.
+            matrices: [T,K,V] in the place of all of the head's; None: nothing is replaced.
+
+        Cost: a forward from the layer on.
+        """
+        hooks: list[tuple[str | Callable, Callable]] = []
+        if matrices is not None:
+            flat = matrices.flatten(1)[None]
+            name = f"blocks.{self.layer}.mixer.heads.{self.head}.hook_{target}_vec"
+            hooks = [(name, lambda x, hook: flat.to(x))]
+        logits = self.model.run_with_hooks(
+            self.residual, fwd_hooks=hooks, start_at_layer=self.layer, tokens=self.tokens
+        )
+        return logits[0]
+
+    def nats(self, target: str = "write", matrices: Tensor | None = None) -> float:
+        """Mean of -log p(next token) over the sequence, in nats per token; arguments and cost as of `logits`."""
+        logits = self.logits(target, matrices).double()
+        return float(torch.nn.functional.cross_entropy(logits[:-1], self.tokens[0, 1:].to(logits.device)))

@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar, cast
+from typing import NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -19,19 +19,17 @@ from tqdm.auto import tqdm
 from hookpoints import EditSession, HookedRecurrent, Recurrence, WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.matrix import MatrixSAE
 from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_fits, check_plain_activations
 from writesae.experiment.firings import Firings, collect_firings, folds
 from writesae.experiment.head import WriteKind, head_writes
 from writesae.experiment.head_baselines import MAX_TOKENS, HeadBaselines, tokens_and_before
-from writesae.experiment.result import Json
-
-if TYPE_CHECKING:
-    from sae_lens_writesae.sae.factors import Collection
-
-    Text = Tensor | Collection
+from writesae.files import Json
 
 T = TypeVar("T")
+Text: TypeAlias = Tensor | Collection
+"""Token ids, or a collection of what heads write on a text."""
 
 _CPU_TOKENS = 4096
 """Tokens of one batch on a CPU: runs to the end of a sequence were 2.5 times slower at 40,000, which no cache holds."""
@@ -107,6 +105,17 @@ class Site(NamedTuple):
     def at(self, positions: Sequence[int]) -> LowRank:
         """The native writes at some positions."""
         return self.writes.rows(list(positions))
+
+    def state_after(self, positions: Sequence[int]) -> Tensor:
+        """[N,K,V] states of the head after the write at each position. Cost: the states at the distinct positions."""
+        distinct, which = np.unique(np.asarray(positions), return_inverse=True)
+        return self.recurrence.states(positions=distinct.tolist())[0, :, 0][torch.tensor(which)]
+
+    def state_before(self, positions: Sequence[int]) -> Tensor:
+        """The same before the write: S_t - W_t, decay and erase of token t included. A control must not contain the
+        answer: where a head forgets, the top direction of the state after the write is the write itself."""
+        after = self.state_after(positions)
+        return after - self.at(positions).dense().to(after)
 
 
 class Lab:

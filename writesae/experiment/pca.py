@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.atom.low_rank import LowRank
 
 _NO_VARIANCE = 1e-12
 """A direction with less than this share of the largest variance is rounding."""

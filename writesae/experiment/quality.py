@@ -20,11 +20,19 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.target import HookTarget, check_plain_activations, has_plain_activations
 from sae_lens_writesae.sae.training import MatrixTrainingSAE
-from writesae.experiment.head import half_lives, head_writes
+from writesae.experiment.head import (
+    ROUNDING,
+    UpperModel,
+    decoded,
+    dominant,
+    encoded,
+    half_lives,
+    head_writes,
+    matrices_of,
+)
 from writesae.experiment.lab import Lab
 from writesae.experiment.readout import divergences
-from writesae.experiment.reconstruction import ROUNDING, UpperModel, decoded, dominant, encoded, matrices_of
-from writesae.experiment.result import Json
+from writesae.files import Json
 from writesae.verdict.statistics import Estimate, estimate, recovered_share
 
 SEQUENCES = 64
@@ -98,7 +106,10 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
     own = {label: _Of(sae) for label, sae in lab.saes.items() if has_plain_activations(sae)}
     of_target = {hook.target: _Target() for hook in lab.hooks.values()}
     for sequence in lab.bar(range(min(SEQUENCES, len(lab.tokens))), "dictionary quality"):
-        recurrence, upper = lab.recurrence(sequence), UpperModel.of(lab, sequence)
+        recurrence, upper = (
+            lab.recurrence(sequence),
+            UpperModel.at(lab.model, lab.hook.layer, lab.hook.head, lab.tokens[[sequence]]),
+        )
         native, writes = upper.logits(), head_writes(recurrence, 0)
         for target, reference in of_target.items():
             x = matrices_of(recurrence, target)

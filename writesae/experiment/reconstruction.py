@@ -1,77 +1,29 @@
-"""How much of a head's matrices dictionaries give back: of the matrices themselves, of what queries read, and of the
-model's predictions where every write, or every state, of the head gives way to the reconstruction at once."""
+"""What dictionaries, and directions and projections without one, make of a head's matrices: what they reconstruct, what
+queries read of it, what is written in place of one write, and what it costs to replace every write, or every state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
-from sae_lens import SAE
 from torch import Tensor
 
-from hookpoints import HookedRecurrent, Recurrence
-from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.atom.low_rank import LowRank, mean_write, state_direction
 from sae_lens_writesae.sae.losses import read_queries
-from sae_lens_writesae.sae.matrix import MatrixSAE
-from writesae.experiment.lab import Lab
-
-if TYPE_CHECKING:
-    from writesae.experiment.approximations import Basis
+from writesae.experiment.head import ROUNDING, UpperModel, decoded, dominant, encoded, head_writes, matrices_of
+from writesae.experiment.lab import Lab, Site
+from writesae.experiment.pca import MatrixPca, fit_pca
 
 NO_VARIANCE = "sequences on which the matrices of a dictionary, or all reads of them, do not vary"
-ROUNDING = 1e-12
-"""A variance below this share of the mean square is what rounding leaves of equal matrices."""
+ATOM, ATOM_SVD, SVD = "atom", "atom svd", "svd"
+"""What a dictionary writes: its strongest atom; the same cut to rank 1, where it is of a higher rank; the top-1 SVD of
+its reconstruction."""
 
-
-class HeadMatrices(NamedTuple):
-    """What one head writes or holds on one sequence."""
-
-    matrices: Tensor
-    """[T,K,V] writes, or states after each token."""
-    queries: Tensor
-    """[T,K] the query that reads the state after each token."""
-
-    @classmethod
-    def of(cls, recurrence: Recurrence, target: str) -> HeadMatrices:
-        """Of the recurrence of one head (H = 1) on one sequence. Memory: T K V numbers."""
-        matrices = matrices_of(recurrence, target)
-        return cls(matrices, read_queries(recurrence)[0, :, 0].to(matrices.dtype))
-
-
-class Fit(NamedTuple):
-    """One dictionary on one sequence: sums of squares over tokens."""
-
-    sae: str
-    target: str
-    error: float
-    read_error: float
-    read: float
-    l0: float
-
-
-def matrices_of(recurrence: Recurrence, target: str) -> Tensor:
-    """[T,K,V] writes, or states after each token, of the recurrence of one head (H = 1) on one sequence."""
-    return (recurrence.states() if target == "state" else recurrence.write())[0, :, 0]
-
-
-def encoded(sae: SAE, matrices: Tensor) -> Tensor:
-    """Activations [T,F] of matrices [T,K,V], in the dtype of the SAE."""
-    place = next(sae.parameters())
-    return sae.encode(matrices.flatten(1).to(place.device, place.dtype))
-
-
-def decoded(sae: SAE, activations: Tensor, like: Tensor) -> Tensor:
-    """Decoded activations [T,F] as matrices of the shape and dtype of `like` [T,K,V]."""
-    return sae.decode(activations).view(like.shape).to(like)
-
-
-def dominant(sae: SAE, activations: Tensor) -> Tensor:
-    """[T] the atom with the largest |a_i| |A_i| of activations [T,F]; atom 0 where none is active."""
-    # SAELens' own dictionaries have no method for the norms.
-    norms = sae.decoder_norm() if isinstance(sae, MatrixSAE) else sae.W_dec.norm(dim=-1)
-    return (activations.abs() * norms).argmax(1)
+_MEAN_ENERGY = 0.99
+"""The mean write is kept as the fewest rank-1 terms that hold this share of its squared norm."""
 
 
 def reconstruction(lab: Lab, sequences: Sequence[int]) -> pd.DataFrame:
@@ -88,93 +40,114 @@ def reconstruction(lab: Lab, sequences: Sequence[int]) -> pd.DataFrame:
     each matrix by each dictionary.
     """
     targets = dict.fromkeys(hook.target for hook in lab.hooks.values())
-    fits: dict[int, list[Fit]] = {}
-    sums: dict[tuple[str, int], Tensor] = {}
-    squares: dict[tuple[str, int], float] = {}
+    rows: list[tuple[str, str, int, float, float, float, float]] = []
+    totals: dict[tuple[str, int], tuple[Tensor, float]] = {}
     for i in lab.bar(list(sequences), "reconstruction"):
         recurrence = lab.recurrence(i)
-        fits[i] = []
         for target in targets:
-            x = HeadMatrices.of(recurrence, target)
-            flat = x.matrices.flatten(1).double()
-            sums[target, i], squares[target, i] = flat.sum(0), float(flat.square().sum())
-            labels = [label for label, hook in lab.hooks.items() if hook.target == target]
-            fits[i] += [_fit(label, target, lab.saes[label], x) for label in labels]
-    n_tokens = lab.tokens.shape[1]
-    rows: list[tuple[str, int, float, float, float]] = []
-    left_out: set[tuple[str, int]] = set()
+            x = matrices_of(recurrence, target)
+            flat, queries = x.flatten(1).double(), read_queries(recurrence)[0, :, 0].to(x.dtype)
+            totals[target, i] = flat.sum(0), float(flat.square().sum())
+            for label in [label for label, hook in lab.hooks.items() if hook.target == target]:
+                activations = encoded(lab.saes[label], x)
+                lost = x - decoded(lab.saes[label], activations, x)
+                lost_read, read = (
+                    float(torch.einsum("tkv,tk->tv", m, queries).double().square().sum()) for m in (lost, x)
+                )
+                l0 = float((activations > 0).sum(1).float().mean())
+                rows.append((label, target, i, float(lost.double().square().sum()), lost_read, read, l0))
+    n_tokens, kept, left_out = lab.tokens.shape[1], [], set()
     for target in targets:
-        mean = torch.stack([sums[target, i] for i in fits]).sum(0) / (n_tokens * len(fits))
-        for i, of_sequence in fits.items():
-            square = squares[target, i]
-            variance = square - 2 * float(mean @ sums[target, i]) + n_tokens * float(mean @ mean)
-            for fit in (fit for fit in of_sequence if fit.target == target):
-                if variance <= ROUNDING * square or fit.read == 0:
-                    left_out.add((target, i))
-                else:
-                    rows.append((fit.sae, i, 1 - fit.error / variance, 1 - fit.read_error / fit.read, fit.l0))
+        mean = torch.stack([totals[target, i][0] for i in sequences]).sum(0) / (n_tokens * len(sequences))
+        for label, _, i, error, lost_read, read, l0 in (row for row in rows if row[1] == target):
+            total, square = totals[target, i]
+            variance = square - 2 * float(mean @ total) + n_tokens * float(mean @ mean)
+            if variance <= ROUNDING * square or read == 0:
+                left_out.add((target, i))
+            else:
+                kept.append((label, i, 1 - error / variance, 1 - lost_read / read, l0))
     lab.skipped[NO_VARIANCE] += len(left_out)
-    return pd.DataFrame(rows, columns=["sae", "sequence", "explained", "reads", "l0"])
+    return pd.DataFrame(kept, columns=["sae", "sequence", "explained", "reads", "l0"])
 
 
-def _fit(label: str, target: str, sae: SAE, x: HeadMatrices) -> Fit:
-    activations = encoded(sae, x.matrices)
-    error = x.matrices - decoded(sae, activations, x.matrices)
+class Basis(NamedTuple):
+    """What is known of a head from sequences that nothing is tested on."""
 
-    def read(m: Tensor) -> float:
-        return float(torch.einsum("tkv,tk->tv", m, x.queries).double().square().sum())
-
-    square = float(error.double().square().sum())
-    return Fit(label, target, square, read(error), read(x.matrices), float((activations > 0).sum(1).float().mean()))
-
-
-class UpperModel(NamedTuple):
-    """The model from the head's layer on, over one sequence."""
-
-    model: HookedRecurrent
-    layer: int
-    head: int
-    tokens: Tensor
-    """[1,T]"""
-    residual: Tensor
-    """[1,T,D] that enters the layer."""
+    pca: MatrixPca
+    """Of the native writes."""
+    mean: LowRank
+    """The mean native write, N = 1."""
+    target_mean: Tensor
+    """[K*V] mean of what the dictionaries reconstruct: writes or states."""
 
     @classmethod
-    def at(cls, model: HookedRecurrent, layer: int, head: int, tokens: Tensor) -> UpperModel:
-        """Cost: a forward of tokens [1,T] up to the layer."""
-        name = f"blocks.{layer}.hook_resid_pre"
-        _, cache = model.run_with_cache(tokens, names_filter=[name], stop_at_layer=layer + 1)
-        return cls(model, layer, head, tokens, cache[name])
+    def fit(cls, lab: Lab, sequences: Sequence[int], n_writes: int, n_components: int) -> Basis:
+        """From some sequences; components from `n_writes` writes drawn evenly over them.
 
-    @classmethod
-    def of(cls, lab: Lab, sequence: int) -> UpperModel:
-        """On a sequence of a laboratory."""
-        return cls.at(lab.model, lab.hook.layer, lab.hook.head, lab.tokens[[sequence]])
-
-    def logits(self, target: str = "write", matrices: Tensor | None = None) -> Tensor:
-        """Logits [T,vocab].
-
-        Args:
-            target: what is replaced, "write" or "state". A replaced write goes into the state and is read from then on.
-                A replaced state is what its own reads see, while the recurrence goes on from the native one.
-            matrices: [T,K,V] in the place of all of the head's; None: nothing is replaced.
-
-        Cost: a forward from the layer on.
+        Cost: a forward of each sequence up to the layer, and K V numbers for each of these writes.
         """
-        hooks: list[tuple[str | Callable, Callable]] = []
-        if matrices is not None:
-            flat = matrices.flatten(1)[None]
-            name = f"blocks.{self.layer}.mixer.heads.{self.head}.hook_{target}_vec"
-            hooks = [(name, lambda x, hook: flat.to(x))]
-        logits = self.model.run_with_hooks(
-            self.residual, fwd_hooks=hooks, start_at_layer=self.layer, tokens=self.tokens
-        )
-        return logits[0]
+        rng, per_sequence = lab.rng(11), -(-n_writes // len(sequences))
+        keys, values, rows, sums, n_tokens = [], [], [], [], 0
+        for sequence in sequences:
+            recurrence = lab.recurrence(sequence)
+            writes = head_writes(recurrence, 0)
+            keys.append(writes.keys.flatten(0, 1))
+            values.append(writes.values.flatten(0, 1))
+            drawn = np.sort(rng.choice(len(writes), min(per_sequence, len(writes)), replace=False)).tolist()
+            rows.append(writes.rows(drawn).dense().flatten(1))
+            sums.append(matrices_of(recurrence, lab.hook.target).flatten(1).double().sum(0))
+            n_tokens += len(writes)
+        pca = fit_pca(torch.cat(rows)[:n_writes], n_components)
+        mean = mean_write(torch.cat(keys), torch.cat(values), _MEAN_ENERGY)
+        return cls(pca, mean, (torch.stack(sums).sum(0) / n_tokens).to(pca.mean))
 
-    def nats(self, target: str = "write", matrices: Tensor | None = None) -> float:
-        """Mean of -log p(next token) over the sequence, in nats per token; arguments and cost as of `logits`."""
-        logits = self.logits(target, matrices).double()
-        return float(torch.nn.functional.cross_entropy(logits[:-1], self.tokens[0, 1:].to(logits.device)))
+
+class Written(NamedTuple):
+    """What one baseline writes at N positions of a sequence."""
+
+    sae: str
+    """Label of the dictionary; "" where none is needed."""
+    condition: str
+    matrices: LowRank
+    has_size: bool
+    """Whether the matrices have a size of their own; otherwise they are directions."""
+
+    def sized(self, native: LowRank, scale: str) -> LowRank:
+        """At the norm of the native write (`scale` "matched"), or at its own size ("coefficient"); a direction gets the
+        projection of the native write on it, its best. What is zero, because nothing fires, stays zero."""
+        if scale == "coefficient" and self.has_size:
+            return self.matrices
+        square = self.matrices.inner(self.matrices)
+        wanted = self.matrices.inner(native) if scale == "coefficient" else native.norm() * square.sqrt()
+        return self.matrices * torch.where(square > 0, wanted / square.clamp_min(torch.finfo(square.dtype).tiny), 0)
+
+
+def without_dictionary(
+    lab: Lab, site: Site, native: LowRank, positions: list[int], basis: Basis, pca_ranks: Sequence[int]
+) -> Iterator[Written]:
+    """Directions and projections that need no dictionary, at some positions of one sequence."""
+    seed = int(lab.rng(10, site.sequence).integers(2**62))
+    yield Written("", "random", native.random_like(torch.Generator().manual_seed(seed)), False)
+    yield Written("", "mean", basis.mean.expand(len(native)), False)
+    yield Written("", "state", state_direction(site.state_before(positions)), False)
+    yield Written("", "state_after", state_direction(site.state_after(positions)), False)
+    dense = native.dense()
+    for rank in pca_ranks:
+        projected = basis.pca.project(dense.flatten(1), rank).view_as(dense)
+        yield Written("", f"pca {rank}", LowRank.svd(projected, balanced=True), True)
+
+
+def of_dictionary(lab: Lab, label: str, matrices: Tensor, native: LowRank) -> Iterator[Written]:
+    """The strongest atom of a dictionary by |a_i| |A_i|, and its reconstruction, of matrices [N,K,V]."""
+    sae = lab.saes[label]
+    activations = encoded(sae, matrices)
+    strongest = dominant(sae, activations)
+    atoms = lab.atoms(strongest.cpu().numpy(), label)
+    atom = (atoms * activations.gather(1, strongest[:, None])[:, 0].to(atoms.values)).to(native.values)
+    yield Written(label, ATOM, atom, True)
+    if atom.rank > 1:
+        yield Written(label, ATOM_SVD, LowRank.svd(atom.dense(), 1, balanced=True), True)
+    yield Written(label, SVD, LowRank.svd(decoded(sae, activations, matrices), 1, balanced=True), True)
 
 
 def replacement_costs(
@@ -188,7 +161,10 @@ def replacement_costs(
 
     Cost: a forward from the layer on for each row, and an SVD of each state.
     """
-    recurrence, upper = lab.recurrence(sequence), UpperModel.of(lab, sequence)
+    recurrence, upper = (
+        lab.recurrence(sequence),
+        UpperModel.at(lab.model, lab.hook.layer, lab.hook.head, lab.tokens[[sequence]]),
+    )
     native, target = upper.nats(), lab.hook.target
     x = matrices_of(recurrence, target)
     methods: list[tuple[str, str, str, Tensor]] = [("", target, "itself", x)]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sae_lens import SAE
 
@@ -14,13 +13,10 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae.sae.kinds import objective, variant
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.experiment.controls import Control, as_control, control_dictionaries
-from writesae.experiment.evaluation import Evaluation, Scope
-from writesae.experiment.lab import Lab
+from writesae.experiment.evaluation import Evaluation, Result, Scope
+from writesae.experiment.lab import Lab, Text
 from writesae.experiment.quality import DictionaryQuality, qualities
-from writesae.experiment.result import Json, Result
-
-if TYPE_CHECKING:
-    from writesae.experiment.lab import Text
+from writesae.files import Json
 
 
 def evaluate_all(
@@ -136,7 +132,9 @@ def groups(scope: Scope, saes: Mapping[str, SAE], *, single: bool = False) -> It
         single: the evaluation was asked for by name, so that dictionaries which it cannot compare are its problem to
             report; otherwise they are passed over.
     """
-    if scope is Scope.EACH or (scope is Scope.LAYER and not _one_layer(saes)):
+    hooks = [HeadHook.of(sae) for sae in saes.values()]
+    one_layer = len({hook.cell for hook in hooks}) == len(hooks) > 1 and len({hook.layer for hook in hooks}) == 1
+    if scope is Scope.EACH or (scope is Scope.LAYER and not one_layer):
         yield from ((label, {label: sae}) for label, sae in saes.items())
         return
     if scope is Scope.LAYER:
@@ -153,12 +151,6 @@ def groups(scope: Scope, saes: Mapping[str, SAE], *, single: bool = False) -> It
             yield cell, dict([next(iter(of_head.items()))])
         elif len(group := comparable(scope, of_head)) > 1:
             yield cell, group
-
-
-def _one_layer(saes: Mapping[str, SAE]) -> bool:
-    """Whether the dictionaries are of different heads of one layer."""
-    hooks = [HeadHook.of(sae) for sae in saes.values()]
-    return len({hook.cell for hook in hooks}) == len(hooks) > 1 and len({hook.layer for hook in hooks}) == 1
 
 
 def comparable(scope: Scope, saes: Mapping[str, SAE]) -> dict[str, SAE]:

@@ -20,10 +20,10 @@ import pandas as pd
 from sae_lens_writesae.files import atomic_text, atomic_write
 from writesae.evaluations import EVALUATIONS, load_result
 from writesae.experiment.controls import Answer, answers
-from writesae.experiment.evaluation import Evaluation
-from writesae.experiment.result import Claim, Json, Result
-from writesae.files import atomic_csv
+from writesae.experiment.evaluation import Evaluation, Result
+from writesae.files import Json, atomic_csv
 from writesae.page.template import environment, outcome_text
+from writesae.verdict.finding import Claim
 from writesae.verdict.paper import OTHER_MODELS, PAPER_CLAIMS, PaperClaim
 
 ONE_SIDE = 0.025

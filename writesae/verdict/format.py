@@ -9,7 +9,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 def percent(x: float) -> str:
     """A share in percent, one decimal; a dash for NaN."""
-    return "–" if math.isnan(x) else f"{100 * x:.1f}\u00a0%"
+    return "–" if math.isnan(x) else f"{100 * x:.1f}%"
 
 
 def span(low: float, high: float, factor: float = 100) -> str:
@@ -31,9 +31,14 @@ def number(x: float) -> str:
     return f"{x:.3g}"
 
 
-def p_value(p: float) -> str:
-    """A p-value; below 0.001 only that."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+def signed(x: float) -> str:
+    """A difference, with its sign and three significant digits."""
+    return f"{x:+.3g}"
+
+
+def points(x: float) -> str:
+    """A difference of two shares in percentage points."""
+    return f"{100 * x:+.1f}"
 
 
 def r_squared(x: float) -> str:

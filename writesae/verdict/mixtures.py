@@ -56,8 +56,9 @@ def fit_mixtures(values: ArrayLike, largest: int = 4, *, restarts: int = 3, seed
         deviations = np.sqrt(np.asarray(fit.covariances_)[:, 0, 0])
         for rank, i in enumerate(np.argsort(means)):
             rows.append((c, rank + 1, float(weights[i]), float(means[i]), float(deviations[i]), bic))
-    table = pd.DataFrame(rows, columns=list(COLUMNS[:-1]))
-    table["best"] = table["bic"] == table["bic"].min() if len(table) else np.array([], dtype=bool)
+    # Without rows the columns would hold objects, and so would those of tables that it is joined to.
+    table = pd.DataFrame(rows, columns=list(COLUMNS[:-1])).astype(float).astype({"components": int, "component": int})
+    table["best"] = table["bic"] == table["bic"].min()
     reason = ""
     if len(fitted) < largest:
         reason = f"{distinct} distinct values, and a mixture of c components needs {VALUES_PER_COMPONENT} c"

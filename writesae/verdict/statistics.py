@@ -6,18 +6,17 @@ Tests and distributions come from scipy; what is written here are bootstraps of 
 Holm's rule.
 
 A percentile interval over clusters is too narrow (over 20 observations it covers a rate of 0.95 in 64 %). At every
-number of clusters rates have another interval (`_share`), and other statistics have expanded percentiles
+number of clusters rates have another interval (`share`), and other statistics have expanded percentiles
 (`_percentiles`). `n_clusters` is returned so that a reader sees it; `judge` says it beside a "fails", and gives no
 verdict under 5.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,13 +30,6 @@ WeightedStatistic = Callable[[Array, Array], Array]
 N_RESAMPLES = 2000
 _CHUNK_FLOATS = 8_000_000
 """Weights held at once by a bootstrap: 64 MB."""
-
-
-class Interval(NamedTuple):
-    """A two-sided 95 % confidence interval."""
-
-    low: float
-    high: float
 
 
 class Estimate(NamedTuple):
@@ -54,24 +46,9 @@ class Estimate(NamedTuple):
     def __str__(self) -> str:
         return f"{self.mean:+.3g} [{self.low:+.3g}, {self.high:+.3g}]"
 
-    @property
-    def interval(self) -> Interval:
-        """The interval alone."""
-        return Interval(self.low, self.high)
-
-
-class Rate(NamedTuple):
-    """A share of observations, with an interval for independent ones and one for clusters."""
-
-    rate: float
-    successes: int
-    ties: int
-    """Pairs that are equal; they count as failures."""
-    n: int
-    wilson: Interval
-    """Takes observations as independent (E. B. Wilson, 1927)."""
-    over_clusters: Estimate
-    """The same share with its interval over clusters."""
+    def beyond(self, value: float) -> Estimate:
+        """The same as a distance from `value`."""
+        return self._replace(mean=self.mean - value, low=self.low - value, high=self.high - value)
 
 
 class Significance(NamedTuple):
@@ -159,8 +136,8 @@ def recovered_share(kl: ArrayLike, deleted: ArrayLike, clusters: ArrayLike, *, s
         ValueError: every deletion has an effect of exactly 0.
     """
     x, y = _pair(kl, deleted)
-    share = _ratio_of_sums(x, y, clusters, seed)
-    return share._replace(mean=1 - share.mean, low=1 - share.high, high=1 - share.low)
+    lost = _ratio_of_sums(x, y, clusters, seed)
+    return lost._replace(mean=1 - lost.mean, low=1 - lost.high, high=1 - lost.low)
 
 
 def recovered_difference(
@@ -176,13 +153,28 @@ def recovered_difference(
     return _ratio_of_sums(z - x, y, clusters, seed)
 
 
-def success_rate(success: ArrayLike, clusters: ArrayLike, *, ties: int = 0) -> Rate:
-    """Share of true entries of a boolean array."""
-    hits = _checked("success", success)
-    successes = int(hits.sum())
-    interval = stats.binomtest(successes, len(hits)).proportion_ci(0.95, method="wilson")
-    wilson = Interval(float(interval.low), float(interval.high))
-    return Rate(successes / len(hits), successes, ties, len(hits), wilson, _share(hits, clusters))
+def share(hits: ArrayLike, clusters: ArrayLike) -> Estimate:
+    """The share of true entries, with an interval over clusters: Wilson's, with the effective sample size n / deff for
+    n, and Student's t with C - 1 degrees of freedom for the normal quantile (Korn and Graubard, 1998; Dean and Pagano,
+    2015). The design effect deff is the variance over clusters, over that of independent observations, and at
+    least 1. Where all clusters are alike there is no variance to measure: each cluster then counts as one observation,
+    which is the worst case, and the normal quantile stays.
+    """
+    x = _checked("hits", hits)
+    codes = _codes(clusters, len(x))
+    n, size = len(x), np.bincount(codes)
+    n_clusters, p = len(size), float(x.mean())
+    if n_clusters == 1:
+        return Estimate(p, math.nan, math.nan, n, 1)
+    spread = np.bincount(codes, x) - p * size
+    variance = n_clusters / (n_clusters - 1) * float(spread @ spread) / n**2
+    if variance > 0:
+        effective, t = min(float(n), p * (1 - p) / variance), float(stats.t.ppf(0.975, n_clusters - 1))
+    else:
+        effective, t = float(n_clusters), float(stats.norm.ppf(0.975))
+    centre = (p + t**2 / (2 * effective)) / (1 + t**2 / effective)
+    half = t / (1 + t**2 / effective) * math.sqrt(p * (1 - p) / effective + t**2 / (4 * effective**2))
+    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n, n_clusters)
 
 
 def detectable(effect: Estimate, chance: float, *, power: float = 0.8) -> float:
@@ -190,71 +182,6 @@ def detectable(effect: Estimate, chance: float, *, power: float = 0.8) -> float:
     with probability `power`: (1.96 + z) standard errors, the standard error read off the interval."""
     error = (effect.high - effect.low) / (2 * float(stats.norm.ppf(0.975)))
     return abs(float(stats.norm.ppf(0.975) + stats.norm.ppf(power)) * error)
-
-
-def win_rate(a: ArrayLike, b: ArrayLike, clusters: ArrayLike) -> Rate:
-    """Share of pairs with a < b strictly (for KL: `a` is closer to the native model). A tie is no win."""
-    x, y = _pair(a, b)
-    return success_rate(x < y, clusters, ties=int((x == y).sum()))
-
-
-def chain_rate(*ordered: ArrayLike, clusters: ArrayLike) -> Rate:
-    """Share of observations with ordered[0] < ordered[1] < ... strictly."""
-    if len(ordered) < 2:
-        raise ValueError(f"a chain needs at least two conditions, found {len(ordered)}")
-    links = [_pair(low, high) for low, high in itertools.pairwise(ordered)]
-    holds = np.logical_and.reduce([low < high for low, high in links])
-    tied = np.logical_or.reduce([low == high for low, high in links])
-    return success_rate(holds, clusters, ties=int(tied.sum()))
-
-
-def median_ratio(a: ArrayLike, b: ArrayLike, clusters: ArrayLike, *, seed: int = 0) -> Estimate:
-    """Median over pairs of a / b, with its interval. Pairs with b = 0 raise ValueError."""
-    x, y = _pair(a, b)
-    if (y == 0).any():
-        zeros = int((y == 0).sum())
-        raise ValueError(f"a ratio needs b != 0, found {zeros} zeros among {len(y)}; drop those pairs first")
-    return estimate(x / y, clusters, statistic=weighted_median, seed=seed)
-
-
-def cliffs_delta(a: ArrayLike, b: ArrayLike) -> float:
-    """Cliff's delta of two **independent** samples: P(a > b) - P(a < b) over all pairs (Cliff, 1993).
-
-    -1 when every a is below every b. It ignores pairing; `paired_sign_rate` is the paired quantity that is often given
-    its name.
-    """
-    x, y = _checked("a", a), _checked("b", b)
-    u = stats.mannwhitneyu(x, y, method="asymptotic").statistic
-    return float(2 * u / (len(x) * len(y)) - 1)
-
-
-def paired_sign_rate(a: ArrayLike, b: ArrayLike) -> float:
-    """Over pairs: share with a > b minus share with a < b. The sign convention of `cliffs_delta`, pairs only."""
-    x, y = _pair(a, b)
-    return float(np.sign(x - y).mean())
-
-
-def paired_wilcoxon(a: ArrayLike, b: ArrayLike) -> Significance:
-    """Wilcoxon's signed-rank test of paired samples of independent pairs. All pairs equal: statistic 0, p = 1."""
-    x, y = _pair(a, b)
-    if (x == y).all():
-        return Significance(0.0, 1.0, len(x))
-    statistic, p_value = cast(tuple[float, float], tuple(stats.wilcoxon(x, y)))
-    return Significance(float(statistic), float(p_value), len(x))
-
-
-def mann_whitney(a: ArrayLike, b: ArrayLike) -> Significance:
-    """Mann-Whitney U of two independent samples; the statistic is the U of `a`."""
-    x, y = _checked("a", a), _checked("b", b)
-    result = stats.mannwhitneyu(x, y)
-    return Significance(float(result.statistic), float(result.pvalue), len(x) + len(y))
-
-
-def kolmogorov_smirnov(a: ArrayLike, b: ArrayLike) -> Significance:
-    """Two-sample Kolmogorov-Smirnov test; the statistic is the largest distance of the two distribution functions."""
-    x, y = _checked("a", a), _checked("b", b)
-    statistic, p_value = cast(tuple[float, float], tuple(stats.ks_2samp(x, y)))
-    return Significance(float(statistic), float(p_value), len(x) + len(y))
 
 
 def sign_flip_test(
@@ -345,29 +272,6 @@ def weighted_median(values: Array, weights: Array) -> Array:
     low = ordered[(total < half).sum(axis=1)]  # first value that reaches half of the weight
     high = ordered[np.minimum((total <= half).sum(axis=1), len(values) - 1)]  # first that passes it
     return (low + high) / 2
-
-
-def _share(hits: Array, clusters: ArrayLike) -> Estimate:
-    """A share with its interval over clusters: Wilson's, with the effective sample size n / deff in the place of n, and
-    Student's t with C - 1 degrees of freedom in the place of the normal quantile (Korn and Graubard, 1998; Dean and
-    Pagano, 2015). The design effect deff is the variance over clusters, over that of independent observations, and at
-    least 1. Where all clusters are alike there is no variance to measure: each cluster then counts as one observation,
-    which is the worst case, and the normal quantile stays.
-    """
-    codes = _codes(clusters, len(hits))
-    n, size = len(hits), np.bincount(codes)
-    n_clusters, p = len(size), float(hits.mean())
-    if n_clusters == 1:
-        return Estimate(p, math.nan, math.nan, n, 1)
-    spread = np.bincount(codes, hits) - p * size
-    variance = n_clusters / (n_clusters - 1) * float(spread @ spread) / n**2
-    if variance > 0:
-        effective, t = min(float(n), p * (1 - p) / variance), float(stats.t.ppf(0.975, n_clusters - 1))
-    else:
-        effective, t = float(n_clusters), float(stats.norm.ppf(0.975))
-    centre = (p + t**2 / (2 * effective)) / (1 + t**2 / effective)
-    half = t / (1 + t**2 / effective) * math.sqrt(p * (1 - p) / effective + t**2 / (4 * effective**2))
-    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n, n_clusters)
 
 
 def _ratio_of_sums(x: Array, y: Array, clusters: ArrayLike, seed: int) -> Estimate:

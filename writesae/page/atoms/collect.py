@@ -21,10 +21,10 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.choices import at_least
 from writesae.evaluations.substitution import Substitution, wide_firings
 from writesae.experiment.conditions import REFERENCES, written_at
+from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import Firings, Integers, sample_firings
 from writesae.experiment.lab import Lab
 from writesae.experiment.quality import qualities
-from writesae.experiment.result import Result
 from writesae.page.atoms import data, measure
 from writesae.page.atoms.measure import FINE, Atoms, Effects, Sweep, Trace
 from writesae.page.atoms.text import TokenTexts, short

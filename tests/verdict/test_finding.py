@@ -1,0 +1,149 @@
+"""Pairing, clustering, verdict, sentence and panel of a claim: tested here once, for all evaluations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from writesae.verdict import statistics as stats
+from writesae.verdict.finding import Against, Finding, Paired, medians, said
+from writesae.verdict.format import percent
+from writesae.verdict.judge import Verdict
+from writesae.verdict.statistics import Estimate
+
+
+def tidy(**kl: float) -> pd.DataFrame:
+    """KL of 60 firings in 20 sequences under each condition: a shared effect of the firing, and 1% of noise."""
+    rng, n = np.random.default_rng(0), 60
+    shared = rng.normal(0, 0.5, n)
+    units = pd.DataFrame({"firing": np.arange(n), "sequence": np.arange(n) // 3, "feature": np.arange(n) % 7})
+    parts = [units.assign(condition=c, kl=x * np.exp(shared + 0.01 * rng.normal(size=n))) for c, x in kl.items()]
+    return pd.concat(parts).sample(frac=1, random_state=1)  # the order of rows means nothing
+
+
+@pytest.fixture
+def paired() -> Paired:
+    return Paired.of(tidy(native=1e-9, delete=1.0, atom=0.3, mean=0.8), "kl", "firing", "feature")
+
+
+def test_conditions_of_one_unit_are_paired(paired: Paired) -> None:
+    wide = paired.wide
+    gap = paired.mean("delete", "atom")
+    assert gap == stats.estimate(wide["delete"] - wide["atom"], wide["sequence"])
+    assert gap.mean == pytest.approx(wide["delete"].mean() - wide["atom"].mean()) and (gap.n, gap.n_clusters) == (
+        60,
+        20,
+    )
+    assert paired.median("delete", "atom").mean == np.median(wide["delete"] - wide["atom"])
+    assert gap.low > paired.mean("delete").low - paired.mean("atom").high  # what pairs share does not widen it
+    assert paired.size_of("delete") == {"typical": wide["delete"].median(), "floor": wide["native"].quantile(0.95)}
+
+
+def test_units_measured_twice_count_once_and_units_without_a_condition_are_left_out() -> None:
+    table = tidy(delete=1.0, atom=0.3)
+    assert Paired.of(pd.concat([table, table]), "kl", "firing").mean("atom").n == 60
+    fewer = Paired.of(table.query("not (condition == 'atom' and firing < 6)"), "kl", "firing")
+    assert (fewer.mean("atom", "delete").n, fewer.wins("atom", "delete").n, fewer.mean("delete").n) == (54, 54, 60)
+
+
+def test_truth_values_have_the_interval_of_a_share_and_a_tie_is_no_win(paired: Paired) -> None:
+    wide = paired.wide
+    assert paired.mean(wide["atom"] < 0.3) == stats.share(wide["atom"] < 0.3, wide["sequence"])
+    assert paired.wins("atom", "delete").mean == 1 and paired.wins("atom", "atom").mean == 0
+
+
+def test_two_clusters_are_both_resampled(paired: Paired) -> None:
+    both = Paired(paired.wide, ("sequence", "feature"), seed=3)
+    wide = paired.wide
+    assert both.mean("atom") == stats.estimate_two_way(wide["atom"], wide["sequence"], wide["feature"], seed=3)
+
+
+def test_shares_of_deletion_and_independent_samples(paired: Paired) -> None:
+    wide, ids = paired.wide, paired.wide["sequence"]
+    assert paired.recovered("atom") == stats.recovered_share(wide["atom"], wide["delete"], ids)
+    assert paired.recovered("atom", than="mean").mean == pytest.approx(
+        paired.recovered("atom").mean - paired.recovered("mean").mean
+    )
+    other = Paired(wide.assign(sequence=ids + 100))
+    assert paired.lead("delete", other, "atom") == stats.estimate_difference(
+        wide["delete"], wide["atom"], ids, other["sequence"]
+    )
+
+
+def found(paired: Paired, **changes: Any) -> Finding:
+    """An atom is nearer to the native model than deletion, against the mean write."""
+    wins = paired.wins("atom", "delete")
+    given: dict[str, Any] = {
+        "claim": "an atom is nearer than deletion",
+        "number": 1,
+        "effect": wins,
+        "against": {"mean write": Against(paired.wins("atom", "mean"), paired.wins("mean", "delete"), chance=0.5)},
+        "chance": 0.5,
+        "relevant": 0.1,
+        "shown": {"atom": wins, "mean write": paired.wins("mean", "delete")},
+        "write": percent,
+        "axis": "of firings",
+        "of": "firings in {} sequences",
+    }
+    return Finding(**given | paired.size_of("delete") | changes)
+
+
+@pytest.mark.parametrize(
+    "kl, outcome",
+    [
+        ({"atom": 0.3, "mean": 0.8}, "holds"),
+        ({"atom": 0.3, "mean": 0.1}, "confounded"),
+        ({"atom": 1.2, "mean": 0.8}, "fails"),
+        ({"atom": 0.3, "mean": 1.2}, "holds"),  # a control that does not win by itself cannot confound
+        ({"delete": 1e-10, "atom": 1e-11, "mean": 1e-10}, "below the floor"),
+    ],
+)
+def test_the_verdict_is_that_of_the_ladder(kl: dict[str, float], outcome: str) -> None:
+    finding = found(Paired.of(tidy(**{"native": 1e-9, "delete": 1.0} | kl), "kl", "firing"))
+    assert finding.verdict.outcome == finding.row().outcome == outcome
+    assert (finding.verdict.unbeaten_controls == ("mean write",)) == (outcome == "confounded")
+    assert ("var(--rival)" in finding.panel("x").svg) == (outcome == "confounded")  # it is orange
+
+
+def test_few_units_are_inconclusive(paired: Paired) -> None:
+    few = Paired(paired.wide.query("sequence < 4"))
+    assert found(few).verdict.outcome == "inconclusive"
+
+
+def test_a_rule_of_the_question_comes_before_the_ladder(paired: Paired) -> None:
+    other = Verdict("confounded", "Any write is small here.")
+    assert found(paired, unless=other).verdict == other
+    lost = found(paired, unless=other, effect=paired.wins("delete", "atom"))
+    assert lost.verdict.outcome == "fails"  # what fails needs no further rule
+    assert found(paired, ruled=other, effect=paired.wins("delete", "atom")).verdict == other
+    untested = Finding.untested("a claim", "It needs two dictionaries.", 15).row()
+    assert (untested.outcome, untested.measured, untested.n) == ("not tested", "–", 0)
+    assert untested.sentence == "It needs two dictionaries."
+
+
+def test_the_sentence_says_subject_and_controls_with_their_intervals(paired: Paired) -> None:
+    finding = found(paired, measured="KL 0.3 nats", controls="no-op 0", remark="It is small.")
+    row, wins = finding.row(), paired.wins("atom", "delete")
+    assert row.measured == f"{said(wins, percent)} of firings; KL 0.3 nats" and row.measured.startswith("100.0% [")
+    assert row.controls == f"mean write {said(paired.wins('mean', 'delete'), percent)}; no-op 0"
+    assert (row.n, row.unit, row.number) == (60, "firings in 20 sequences", 1)
+    assert row.sentence == f"{finding.verdict.sentence} It is small."
+    assert found(paired, n=3).row().n == 3
+    assert said(Estimate(0.25, np.nan, np.nan, 9, 1), percent) == "25.0%"  # one cluster gives no interval
+
+
+def test_the_panel_has_a_row_for_each_that_is_shown(paired: Paired) -> None:
+    panel = found(paired).panel("L1H2")
+    assert panel.title == "An atom is nearer than deletion" and "an atom is nearer than deletion: L1H2" in panel.svg
+    for name in ("atom", "mean write"):
+        assert f"<title>{name}: 100.0% [" in panel.svg
+
+
+def test_medians_have_a_line_for_each_condition() -> None:
+    table = tidy(delete=1.0, atom=0.3).assign(step=lambda t: t["firing"] % 2)
+    names = {"atom": "the atom", "delete": "deletion", "random": "never run"}
+    svg = medians(table, "step", "kl", names, "tokens after t", "KL by tokens: x").svg
+    assert "the atom" in svg and "deletion" in svg and "never run" not in svg

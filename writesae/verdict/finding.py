@@ -1,0 +1,289 @@
+"""What an evaluation found, as data. Verdict, sentence and panel of a claim follow from it, by one rule for all.
+
+`Paired` turns a measured table into estimates: it is the only place that pairs conditions, resamples clusters and
+averages. A `Finding` names the effect, its controls, and how a reader sees both. For a table with one row per firing
+and condition,
+
+    paired = Paired.of(table, "kl", "firing", seed=0)  # [firings, conditions], clustered by sequence
+    Finding(
+        claim="an atom is nearer to the native model than deletion",
+        effect=paired.wins("atom", "delete"),
+        chance=0.5,
+        against={"mean write": Against(paired.wins("atom", "mean"), paired.wins("mean", "delete"), chance=0.5)},
+        shown={"atom": paired.wins("atom", "delete"), "mean write": paired.wins("mean", "delete")},
+        write=percent,
+        axis="of firings",
+        of="firings",
+        **paired.size_of("delete"),
+    )
+
+is all that a question has to say.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypedDict
+
+import pandas as pd
+
+from writesae.verdict import figures
+from writesae.verdict import format as text
+from writesae.verdict import statistics as stats
+from writesae.verdict.judge import Against, Verdict, judge
+from writesae.verdict.paper import PAPER_CLAIMS, Outcome
+from writesae.verdict.statistics import Estimate
+
+Values = str | pd.Series
+"""A condition by its name, or one value for each unit."""
+
+_COLOURS = (
+    "--paper:#ffffff;--ink:#1b1f24;--muted:#5c6670;--grid:#dde1e6;--soft:#98a2ad;--atom:#1d5fd1;--rival:#c2410c;"
+    "background:var(--paper);color:var(--ink);max-width:34rem;margin:0;padding:.5rem"
+)
+"""Those of a light page (`page/style.css`)."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim, what was measured of it here, and what became of it."""
+
+    number: int | None
+    """Row of `verdict.paper.PAPER_CLAIMS`; None for a claim of this project."""
+    claim: str
+    measured: str
+    """The number with its interval, as a reader should see it."""
+    n: int
+    """Observations; `unit` names them: "firings in 40 sequences"."""
+    unit: str
+    controls: str
+    """What could have refuted the claim, with its number. Empty: no control was run; `sentence` says why."""
+    outcome: Outcome
+    sentence: str
+    """Why the outcome is what it is, by which rule."""
+
+    @property
+    def paper(self) -> str:
+        """The paper's value, or a dash."""
+        return PAPER_CLAIMS[self.number].value if self.number is not None else "–"
+
+
+class Figure(NamedTuple):
+    """One panel of the report: an inline SVG made by `verdict.figures`, which follows the page's colours."""
+
+    title: str
+    svg: str
+    caption: str = ""
+
+    def _repr_html_(self) -> str:
+        """The panel as a notebook shows it, which has none of the page's colours."""
+        caption = f"<p><small>{html.escape(self.caption)}</small></p>"
+        return f'<figure style="{_COLOURS}"><b>{html.escape(self.title)}</b>{self.svg}{caption}</figure>'
+
+
+class Size(TypedDict):
+    """How large what is measured is, and what a no-op moves."""
+
+    typical: float
+    floor: float
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One row for each unit, one column for each condition that it was measured under.
+
+    Units that lack a condition are left out of the estimates that need it. Cost of an estimate: 2,000 resamples.
+    """
+
+    wide: pd.DataFrame
+    clusters: tuple[str, ...] = ("sequence",)
+    """One or two columns of `wide` that are resampled. Two: units share both, a sequence and an atom say."""
+    seed: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        table: pd.DataFrame,
+        value: str,
+        *units: str,
+        by: str = "condition",
+        clusters: tuple[str, ...] = ("sequence",),
+        seed: int = 0,
+    ) -> Paired:
+        """From a table with one row for each unit and condition; a unit that was measured several times under one
+        condition gets the mean."""
+        index = list(dict.fromkeys([*units, *clusters]))
+        return cls(table.pivot_table(index=index, columns=by, values=value).reset_index(), clusters, seed)
+
+    def __getitem__(self, condition: str) -> pd.Series:
+        return self.wide[condition]
+
+    def __contains__(self, condition: str) -> bool:
+        return condition in self.wide
+
+    @property
+    def conditions(self) -> list[str]:
+        """Names of all columns; those of units and clusters are among them."""
+        return [str(name) for name in self.wide]
+
+    def mean(self, a: Values, minus: Values | None = None) -> Estimate:
+        """The mean under a condition, or of the paired difference of two. Truth values without `minus` are a share,
+        whose interval is another one (`statistics.share`)."""
+        values, clusters = self._values(a, minus)
+        if len(clusters) == 2:
+            return stats.estimate_two_way(values, *clusters, seed=self.seed)
+        return (
+            stats.share(values, *clusters)
+            if values.dtype == bool
+            else stats.estimate(values, *clusters, seed=self.seed)
+        )
+
+    def median(self, a: Values, minus: Values | None = None) -> Estimate:
+        """The median under a condition, or of the paired difference of two."""
+        values, clusters = self._values(a, minus)
+        return stats.estimate(values, clusters[0], statistic=stats.weighted_median, seed=self.seed)
+
+    def lead(self, a: str, other: Paired, b: str | None = None) -> Estimate:
+        """The mean of `a` minus that of `b` (or `a`) in another sample, which shares no cluster with this one."""
+        (x, x_ids), (y, y_ids) = (each._values(name, None) for each, name in ((self, a), (other, b or a)))
+        return stats.estimate_difference(x, y, x_ids[0], y_ids[0], seed=self.seed)
+
+    def wins(self, a: str, b: str) -> Estimate:
+        """The share of units at which `a` is smaller than `b` (of KL: nearer to the native model). A tie is no win."""
+        both = self.wide.dropna(subset=[a, b])
+        return self.mean(both[a] < both[b])
+
+    def recovered(self, a: str, than: str | None = None) -> Estimate:
+        """The share of deletion's effect that `a` recovers, or the difference of its share from that of `than`."""
+        values, (ids,) = self._values(a, None)
+        if than is None:
+            return stats.recovered_share(values, self.wide["delete"], ids, seed=self.seed)
+        return stats.recovered_difference(values, self.wide[than], self.wide["delete"], ids, seed=self.seed)
+
+    def means(self, names: Mapping[str, str]) -> dict[str, Estimate]:
+        """The mean under each condition of `names`, by the name that a reader sees."""
+        return {shown: self.mean(name) for name, shown in names.items()}
+
+    def beaten(self, a: str, names: Mapping[str, str]) -> dict[str, Against]:
+        """The controls `names` as rivals of `a`, by their paired differences."""
+        return {shown: Against(self.mean(a, name)) for name, shown in names.items()}
+
+    def size_of(self, name: str, no_op: str = "native") -> Size:
+        """The typical size of a condition and what a no-op measures, as a `Finding` takes them."""
+        return {"typical": float(self[name].abs().median()), "floor": float(self[no_op].abs().quantile(0.95))}
+
+    def _values(self, a: Values, minus: Values | None) -> tuple[pd.Series, list[pd.Series]]:
+        x, y = (self.wide[each] if isinstance(each, str) else each for each in (a, a if minus is None else minus))
+        values = (x if minus is None else x.astype(float) - y.astype(float)).dropna()
+        return values, [self.wide.loc[values.index, name] for name in self.clusters]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One claim: an effect, the controls that it must exceed, and how a reader sees both."""
+
+    claim: str
+    number: int | None = None
+    """Row of the paper's claims."""
+
+    effect: Estimate | None = None
+    """What the ladder of `judge` is applied to; the fields up to `large` are its arguments."""
+    what: str = "the effect"
+    against: Mapping[str, Against] = field(default_factory=dict)
+    chance: float = 0.0
+    relevant: float = 0.0
+    typical: float | None = None
+    floor: float = 0.0
+    less: bool = False
+    large: bool = False
+    unless: Verdict | None = None
+    """What becomes of a claim whose effect is there, by a further rule of the question."""
+    ruled: Verdict | None = None
+    """A verdict by the question's own rule instead of the ladder's."""
+    remark: str = ""
+    """What a reader must know besides, after the sentence."""
+
+    shown: Mapping[str, Estimate] = field(default_factory=dict)
+    """What the subject (first) and the controls reach by themselves; a panel has a row for each."""
+    write: Callable[[float], str] = text.number
+    """How these numbers are written."""
+    axis: str = ""
+    """What they are, with their unit."""
+    least: float | None = None
+    """Numbers below it are drawn there."""
+    measured: str = ""
+    """More numbers; all of them where nothing is `shown`."""
+    controls: str = ""
+    """The same of controls."""
+    n: int | None = None
+    """Observations; by default those of the effect."""
+    of: str = ""
+    """Units of observation; {} is the number of clusters: "firings in {} sequences"."""
+
+    @classmethod
+    def untested(cls, claim: str, why: str, number: int | None = None, of: str = "dictionaries", n: int = 0) -> Finding:
+        """A claim for which something is missing."""
+        return cls(claim=claim, number=number, ruled=Verdict("not tested", why), measured="–", of=of, n=n)
+
+    @property
+    def verdict(self) -> Verdict:
+        """By the question's own rule where there is one, otherwise by the ladder of `judge`."""
+        if self.ruled is not None or self.effect is None:
+            return self.ruled or Verdict("not tested", "Nothing was measured.")
+        names = ("typical", "floor", "chance", "less", "relevant", "large", "what")
+        verdict = judge(self.effect, self.against, **{name: getattr(self, name) for name in names})
+        return self.unless if self.unless is not None and verdict.outcome == "holds" else verdict
+
+    def row(self) -> Claim:
+        """The claim in words."""
+        subject, *others = [said(each, self.write) for each in self.shown.values()] or [""]
+        names = list(self.shown)[1:]
+        measured = "; ".join(filter(None, [f"{subject} {self.axis}".strip(), self.measured]))
+        controls = "; ".join(filter(None, [*map(" ".join, zip(names, others)), self.controls]))
+        n, clusters = (self.effect.n, self.effect.n_clusters) if self.effect is not None else (0, 0)
+        verdict = self.verdict
+        sentence = f"{verdict.sentence} {self.remark}".strip()
+        n = n if self.n is None else self.n
+        return Claim(
+            self.number, self.claim, measured, n, self.of.format(clusters), controls, verdict.outcome, sentence
+        )
+
+    def panel(self, label: str) -> Figure:
+        """Subject and controls with their intervals; a control that is not beaten is orange."""
+        unbeaten, subject = self.verdict.unbeaten_controls, next(iter(self.shown))
+        rows = [
+            figures.Row(name, *each[:3], "atom" if name == subject else "control" if name in unbeaten else "soft")
+            for name, each in self.shown.items()
+        ]
+        svg = figures.intervals(
+            rows, self.axis, f"{self.claim}: {label}", chance=self.chance, write=self.write, least=self.least
+        )
+        caption = "95% intervals; dashed: chance. The subject does not beat controls in orange."
+        return Figure(self.claim[0].upper() + self.claim[1:], svg, caption)
+
+
+def said(each: Estimate, write: Callable[[float], str] = text.number) -> str:
+    """A number with its interval, where it has one: "0.55 [0.51, 0.6]"."""
+    bounds = "" if math.isnan(each.low) else f" [{write(each.low)}, {write(each.high)}]"
+    return f"{write(each.mean)}{bounds}"
+
+
+def medians(
+    table: pd.DataFrame, x: str, value: str, names: Mapping[str, str], label: str, title: str, log_x: bool = False
+) -> Figure:
+    """Medians of the column `value` over `x`, one line for each condition of `names`, by the name that a reader
+    sees. A range of more than ten is drawn on a log scale."""
+    wide = table.groupby(["condition", x])[value].median().unstack(x).reindex(list(names)).dropna().clip(lower=1e-16)
+    x_values, colours = [float(each) for each in wide.columns], {"atom": "atom", "delete": "ink"}
+    lines = [
+        figures.Line(names[str(name)], x_values, row.tolist(), colours.get(str(name), "soft"))
+        for name, row in wide.iterrows()
+    ]
+    log_y = bool(wide.to_numpy().max() > 10 * wide.to_numpy().min())
+    return Figure(title.split(":")[0], figures.curves(lines, label, title, log_x=log_x, log_y=log_y), "Medians.")
+
+
+__all__ = ["Against", "Claim", "Figure", "Finding", "Paired", "medians", "said"]
