@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from writesae.evaluations.substitution import Substitution
+from writesae.experiment.conditions import written_at
 from writesae.experiment.evaluation import Result
 from writesae.experiment.readout import KL_METRICS
 
@@ -16,6 +17,12 @@ HOLDS = {"delete": 1.0, "atom": 0.3, "state": 0.9}
 FAILS = {"delete": 1.0, "atom": 1.4}
 CONFOUNDED = {"delete": 1.0, "atom": 0.4, "state": 0.1}
 NO_EFFECT = {"delete": 1e-13, "atom": 1e-13, "random": 1e-13, "shuffled": 1e-13}
+
+
+def written(test: Substitution, choice: str) -> list[tuple[str, str]]:
+    """Condition and scale of all that is written at each firing of a choice, in order."""
+    scaled = [(name, scale) for scale in test.scales_of(choice) for name in ("atom", *written_at(scale, test.controls))]
+    return [("native", "none"), ("delete", "none"), *scaled]
 
 
 def made_up(
@@ -55,7 +62,7 @@ def made_up(
     ).assign(written_atom=lambda t: t["atom"])
     frames = []
     for choice in evaluation.atom_choice:
-        for name, scale in evaluation.written(choice):
+        for name, scale in written(evaluation, choice):
             kl = medians.get(name, 2.0) * np.exp(shared + rng.normal(0, 0.4, n))
             kl = floor * rng.random(n) if name == "native" else kl
             measured = {m: kl * (1.1 if m.startswith("reverse") else 1) for m in KL_METRICS}

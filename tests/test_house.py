@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
-BUDGETS = {"hookpoints": 3550, "sae_lens_writesae": 2056, "writesae": 7140, "tests": 13760, "scripts": 763}
+BUDGETS = {"hookpoints": 3550, "sae_lens_writesae": 2056, "writesae": 6528, "tests": 13760, "scripts": 763}
 """Statements, imports and docstrings not counted. To raise a number, say in the commit what was removed elsewhere."""
 MAX_DEPTH = 8
 """Longest chain of imports inside one package: a reader follows no more."""
@@ -104,6 +104,11 @@ def statements(file: Path) -> int:
 def test_a_folder_keeps_its_budget_of_statements(folder: str, most: int):
     found = sum(map(statements, (ROOT / folder).rglob("*.py")))
     assert found <= most, f"{folder}: at most {most} statements, found {found}"
+
+
+def test_a_question_is_one_short_file():
+    for file in (ROOT / "writesae" / "evaluations").glob("*.py"):
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 400, file
 
 
 def test_a_package_knows_only_those_below_it():

@@ -207,7 +207,7 @@ class Demo:
 
 def first_screen(results: list[Result]) -> str:
     """What a reader should see first: quality, one atom against what needs no training, and one write exchanged."""
-    from writesae.evaluations.substitution import headline_share
+    from writesae.experiment.at_firings import headline_share
     from writesae.verdict.format import percent, span
 
     lines = ["", "The dictionaries on held-out text (every write, or state, replaced at once):"]

@@ -16,11 +16,12 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae import scale_atoms
 from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.evaluations import amplify
-from writesae.evaluations.amplify import Amplify, alignment, counts_at, places_of
+from writesae.evaluations.amplify import Amplify, counts_at
 from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import Firings, halves
 from writesae.experiment.generation import Sampled, sample_continuations
 from writesae.experiment.lab import Lab
+from writesae.experiment.selectivity import alignment, places_of
 
 SMALL: dict[str, Any] = {
     "n_tokens": 2,

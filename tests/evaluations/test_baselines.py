@@ -18,12 +18,12 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
-from writesae.evaluations.baselines import Baselines, cost
+from writesae.evaluations.baselines import Baselines
 from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import Firings
 from writesae.experiment.lab import Lab
 from writesae.experiment.pca import fit_pca
-from writesae.experiment.reconstruction import Basis
+from writesae.experiment.reconstruction import Basis, cost, exchanged
 from writesae.experiment.selectivity import direction_selectivity, own_tokens
 
 SMALL = Baselines(test_sequences=4, pca_ranks=(1, 3), pca_writes=40, replacement_sequences=3, horizon=4, min_firings=2)
@@ -57,19 +57,23 @@ def flat_of(writes: Tensor) -> WriteTopKSAE:
 # -- what is written
 
 
-def exchanged(model: HookedRecurrent, saes: Mapping[str, SAE], tokens: Tensor, **settings: Any) -> pd.DataFrame:
+def of_one_sequence(model: HookedRecurrent, saes: Mapping[str, SAE], tokens: Tensor, **settings: Any) -> pd.DataFrame:
     """The table `writes` of sequence 0, indexed by dictionary and condition."""
     one = model.recurrence(tokens, LAYER).select(heads=HEAD)
     rows = one.write()[:, :, 0].flatten(0, 1).flatten(1)
     basis = Basis(fit_pca(rows, 48), LowRank.rank_one(one.k[0, :1, 0], one.u[0, :1, 0]), torch.zeros(K * V))
-    lab = Lab(model, saes, tokens)
-    return Baselines(horizon=4, **settings).exchanged(lab, lab.site(0), basis).set_index(["sae", "condition"])
+    lab, test = Lab(model, saes, tokens), Baselines(horizon=4, **settings)
+    positions = test._positions(lab, lab.site(0))
+    table = exchanged(lab, lab.site(0), positions, basis, test.pca_ranks, test.scale, 5)
+    return table.set_index(["sae", "condition"])
 
 
 @pytest.mark.parametrize("scale", ["matched", "coefficient"])
 def test_a_planted_flat_dictionary_is_recovered_by_svd(model: HookedRecurrent, tokens: Tensor, scale: str) -> None:
     sae = flat_of(model.recurrence(tokens[:1], LAYER).write(HEAD)[0, :, 0])
-    table = exchanged(model, {"flat": sae}, tokens, scale=scale, positions_per_sequence=6, pca_ranks=(48,)).sort_index()
+    table = of_one_sequence(
+        model, {"flat": sae}, tokens, scale=scale, positions_per_sequence=6, pca_ranks=(48,)
+    ).sort_index()
     delete = table.loc[("", "delete"), "kl"].to_numpy()
     assert len(delete) == 6 and (delete > 1e-9).all()
     for key in (("flat", "atom"), ("flat", "atom svd"), ("flat", "svd"), ("", "pca 48")):
@@ -86,14 +90,14 @@ def test_a_planted_flat_dictionary_is_recovered_by_svd(model: HookedRecurrent, t
 def test_nothing_is_written_where_no_atom_fires(model: HookedRecurrent, tokens: Tensor) -> None:
     silent = make_sae(model)
     silent.b_enc.data -= 1e6
-    table = exchanged(model, {"silent": silent}, tokens).sort_index()
+    table = of_one_sequence(model, {"silent": silent}, tokens).sort_index()
     atom, delete = table.loc[("silent", "atom")], table.loc[("", "delete")]
     assert (atom["norm"] == 0).all() and atom["kl"].to_numpy() == pytest.approx(delete["kl"].to_numpy(), rel=1e-3)
 
 
 def test_atoms_of_a_dictionary_of_states_are_those_of_the_state(model: HookedRecurrent, tokens: Tensor) -> None:
     sae = make_sae(model, hook=STATE)
-    row = exchanged(model, {"s": sae}, tokens).sort_index().loc[("s", "atom")].iloc[0]
+    row = of_one_sequence(model, {"s": sae}, tokens).sort_index().loc[("s", "atom")].iloc[0]
     one = model.recurrence(tokens[:1], LAYER).select(heads=HEAD)
     activations = sae.encode(one.states()[0, int(row["position"]), 0].flatten())
     strongest = int((activations * sae.decoder_norm()).argmax())

@@ -13,10 +13,11 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
-from writesae.evaluations.erasure import CONTROLS, Erasure, selected_effect, slopes_of
+from writesae.evaluations.erasure import CONTROLS, Erasure, selected_effect
 from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import collect_firings, halves
 from writesae.experiment.lab import Lab
+from writesae.verdict.fits import slopes_of
 
 T = 18
 SMALL = {"n_atoms": 3, "select_firings": 4, "test_firings": 3, "min_firings": 2, "horizon": 3}

@@ -17,10 +17,10 @@ from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.sae.target import HeadHook
-from writesae.evaluations.logit_change import SCORED, ZERO_ATOM, ZERO_WRITE, LogitChange, error_order, score
+from writesae.evaluations.logit_change import SCORED, ZERO_ATOM, ZERO_WRITE, LogitChange
 from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import collect_firings
-from writesae.verdict.fits import per_cell_table, scores_table, with_control
+from writesae.verdict.fits import error_order, per_cell_table, score, scores_table, with_control
 
 SMALL: dict[str, Any] = {
     "n_atoms": 3,
@@ -71,8 +71,11 @@ def result() -> Result:
 def test_small_edits_are_predicted_and_what_is_left_is_curvature(kind: str, eps: float) -> None:
     model = tiny(kind)
     small = run(model, make_sae(model, rank=2), some_tokens(8), n_atoms=6, eps=(eps, 3 * eps))
-    assert score(small, "F2", eps=eps)["r2"] > 0.999 and score(small, "F2", quantity="log_prob", eps=eps)["r2"] > 0.999
-    assert error_order(small) == pytest.approx(2, abs=0.2)
+    assert (
+        score(small.tables["scores"], "F2", eps=eps)["r2"] > 0.999
+        and score(small.tables["scores"], "F2", quantity="log_prob", eps=eps)["r2"] > 0.999
+    )
+    assert error_order(small.tables["cells"]) == pytest.approx(2, abs=0.2)
     claim = small.claims()[2]
     assert claim.outcome == "holds", claim
 
@@ -153,7 +156,7 @@ def test_the_coefficient_as_unit() -> None:
 @float64
 def test_a_score_that_was_not_measured_is_named(result: Result) -> None:
     with pytest.raises(KeyError, match="there are"):
-        score(result, "F2", eps=7)
+        score(result.tables["scores"], "F2", eps=7)
 
 
 def test_mamba2_is_set_beside_the_papers_number(result: Result) -> None:
@@ -167,9 +170,9 @@ def test_held_out_positions_of_the_embedded_model() -> None:
     evaluation = LogitChange(n_atoms=6, firings_per_atom=1, eps=(0.1, 0.3))
     measured = evaluation.run(model, make_sae(model, 2), ids[: 6 * 40].view(6, 40), progress=False)
     for horizon in evaluation.horizons:
-        assert score(measured, "F2", horizon=horizon, eps=0.1)["r2"] > 0.95
+        assert score(measured.tables["scores"], "F2", horizon=horizon, eps=0.1)["r2"] > 0.95
     medians = measured.tables["per_cell"].query("quantity == 'logit'").set_index("predictor")["median_r2"]
-    assert score(measured, "F0", eps=0.1)["r2"] < 0.5 < medians["shuffled"]
+    assert score(measured.tables["scores"], "F0", eps=0.1)["r2"] < 0.5 < medians["shuffled"]
     assert 0 <= float(str(measured.info["floor"])) < 1e-4
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.evaluations.objectives import TESTED_SCALES, Objectives, standings
-from writesae.evaluations.substitution import wide_firings
+from writesae.experiment.at_firings import wide_firings
 from writesae.experiment.evaluation import Result
 from writesae.experiment.readout import KL_METRICS
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -13,12 +13,14 @@ from small_saes import HEAD, HOOK, LAYER, K, V, make_sae, planted
 from hookpoints import UnknownHookError
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
-from writesae.evaluations.partition import RULES, Partition, alike_verdict, compare_kinds, first_component
+from writesae.evaluations.partition import RULES, Partition
 from writesae.evaluations.substitution import Substitution
-from writesae.experiment.cosines import firing_cosines
+from writesae.experiment.at_firings import wide_firings
+from writesae.experiment.cosines import firing_cosines, first_component
 from writesae.experiment.evaluation import Result
+from writesae.experiment.kinds import alike_verdict, compare_kinds
 from writesae.experiment.lab import Lab
-from writesae.verdict.mixtures import fisher_z, fit_mixtures
+from writesae.verdict.mixtures import fisher_z, fit_mixtures, preferred
 from writesae.verdict.statistics import Estimate
 
 HELD = {"outcome": "holds", "sentence": ""}
@@ -91,7 +93,7 @@ def test_planted_atoms_are_registers_beyond_both_nulls(model: Any, tokens: Any) 
 def test_planted_mixture_is_found() -> None:
     rng = np.random.default_rng(0)
     fits = fit_mixtures(np.concatenate([rng.normal(0.0, 0.02, 300), rng.normal(0.4, 0.05, 100)]))
-    assert fits.preferred == 2 and not fits.skipped
+    assert preferred(fits.table)[0] == 2 and not fits.skipped
     two = fits.table[fits.table["components"] == 2]
     assert two["mean"].tolist() == pytest.approx([0, 0.4], abs=0.02)
     assert two["weight"].tolist() == pytest.approx([0.75, 0.25], abs=0.02)
@@ -101,7 +103,7 @@ def test_planted_mixture_is_found() -> None:
 def test_one_gaussian_needs_one_component_whose_bic_is_the_closed_form() -> None:
     x = np.random.default_rng(1).normal(size=400)
     fits = fit_mixtures(x)
-    assert fits.preferred == 1
+    assert preferred(fits.table)[0] == 1
     log_likelihood = -200 * (np.log(2 * np.pi * x.var()) + 1)
     assert fits.table["bic"].iloc[0] == pytest.approx(2 * np.log(400) - 2 * log_likelihood, rel=1e-4)
     scaled = fit_mixtures(1000 * x)  # BIC of all moves by the same amount
@@ -113,7 +115,7 @@ def test_one_gaussian_needs_one_component_whose_bic_is_the_closed_form() -> None
 def test_degenerate_samples_are_said_to_be_so(values: Any, fitted: int) -> None:
     fits = fit_mixtures(values)
     assert fits.table["components"].nunique() == fitted and "distinct values" in fits.skipped
-    assert fits.preferred == (1 if fitted else None) and not fits.table.isna().to_numpy().any()
+    assert preferred(fits.table)[0] == (1 if fitted else None) and not fits.table.isna().to_numpy().any()
 
 
 def test_fisher_z_is_finite() -> None:
@@ -243,7 +245,9 @@ def substitution_test(medians: dict[str, float], worse: float = 1.0) -> Result:
 def alike(test: Result) -> Any:
     """Claim 4 for a partition in which odd atoms are bundles."""
     result = made(np.tile([0.3, 0.0], 10), np.zeros(20))
-    table, compared = compare_kinds(test, result.tables["atoms"], 0)
+    wide, settings = wide_firings(test), cast(Substitution, test.evaluation)
+    verdict = settings.nearer(wide, "coefficient").verdict
+    table, compared = compare_kinds(wide, "coefficient", verdict, result.tables["atoms"], 0)
     tables = result.tables | {"substitution": table}
     return Result(result.evaluation, result.info | {"compared": compared}, tables).claims()[2], compared
 

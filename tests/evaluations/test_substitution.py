@@ -8,14 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up
+from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up, written
 from planted import HEAD, LAYER, logits_with_write, make_sae, native_writes, one_atom_a_position, random_sae
 from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
-from writesae.evaluations.substitution import RELEVANT_SHARE, Substitution, comparisons, wide_firings
+from writesae.evaluations.substitution import RELEVANT_SHARE, Substitution, comparisons
+from writesae.experiment.at_firings import wide_firings
 from writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, SCALES
 from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import folds
@@ -35,7 +36,7 @@ SMALL = {
     "last_position_firings": None,
     "mean_write_energy": 0.9,
 }
-ROWS = len(Substitution().written("dominant"))
+ROWS = len(written(Substitution(), "dominant"))
 
 
 @pytest.fixture(scope="module")

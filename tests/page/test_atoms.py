@@ -26,7 +26,8 @@ from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae import WriteTopKSAE
 from writesae.evaluations.readers import Readers
-from writesae.evaluations.substitution import Substitution, wide_firings
+from writesae.evaluations.substitution import Substitution
+from writesae.experiment.at_firings import wide_firings
 from writesae.experiment.evaluation import Result
 from writesae.experiment.lab import Lab
 from writesae.experiment.quality import dictionary_quality

@@ -113,7 +113,7 @@ def test_every_answer_is_on_the_page_in_json_and_in_csv(saved: Path, files: Repo
 def test_the_files_beside_the_page_hold_everything(saved: Path, files: ReportFiles) -> None:
     claims = pd.read_csv(files.html.with_name("claims.csv"))
     numbers = json.loads(files.json.read_text())["claims"]
-    assert claims["measured"].tolist() == [row["measured"] for row in numbers]
+    assert claims["measured"].str.removeprefix("'").tolist() == [row["measured"] for row in numbers]
     assert claims["sentence"].notna().all()
     firings = pd.read_parquet(files.html.parent / "tables" / "substitution-firings.parquet")
     tables = [r.tables["firings"] for r in find_results([saved]) if r.skipped is None]
@@ -186,7 +186,7 @@ def test_control_dictionaries_stand_beside_the_trained_one_and_quality_at_the_to
     beside.info["quality"] = {"mine, untrained": quality | {"recovered": None, "explained": None}}
     files = write_report([trained, beside], tmp_path / "page")
     page, numbers = Page(files.html.read_text()), json.loads(files.json.read_text())
-    assert "59.0 % [50.0, 65.0]" in page.text and page.text.index("59.0") < page.text.index("Claims, the paper")
+    assert "59.0% [50.0, 65.0]" in page.text and page.text.index("59.0") < page.text.index("Claims, the paper")
     assert "mine, untrained" in page.text and "control dictionaries: untrained" in page.text
     assert {row["label"] for row in numbers["claims"]} == {"mine"}
     assert "confounded" in {row["outcome"] for row in numbers["claims"]}

@@ -34,7 +34,7 @@ class Repeat(Evaluation):
     kind: ClassVar[str] = "repeat"
     question: ClassVar[str] = "Does a repeated write disturb more than a missing one?"
     scope: ClassVar[Scope] = Scope.HEAD
-    at_least: ClassVar[dict[str, float]] = {"n_positions": 1, "horizon": 0}
+    least: ClassVar[dict[str, int]] = {"horizon": 0}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "positions": {
             "sequence": "row of the evaluation tokens",

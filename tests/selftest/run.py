@@ -10,7 +10,7 @@ from selftest.dictionaries import DICTIONARIES, Dictionaries, planted_atoms
 from selftest.worlds import World, world_of
 
 from writesae.evaluations import EVALUATIONS
-from writesae.evaluations.substitution import wide_firings
+from writesae.experiment.at_firings import wide_firings
 from writesae.experiment.evaluation import Result
 from writesae.verdict.finding import Claim
 from writesae.verdict.statistics import recovered_share

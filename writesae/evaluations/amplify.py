@@ -20,15 +20,16 @@ from torch import Tensor
 
 from sae_lens_writesae.steering import Target, scale_atoms, token_id
 from writesae.experiment.evaluation import Evaluation, Result, Scope
-from writesae.experiment.firings import Firings, collect_firings, halves
+from writesae.experiment.firings import collect_firings, halves
 from writesae.experiment.generation import Sampled, sample_continuations
 from writesae.experiment.lab import Lab
+from writesae.experiment.selectivity import Places, alignment, places_of
 from writesae.experiment.tokens import special_tokens, token_text
 from writesae.verdict import figures
 from writesae.verdict import statistics as stats
 from writesae.verdict.finding import Figure, Finding, Paired
 from writesae.verdict.format import signed
-from writesae.verdict.judge import Verdict, too_little
+from writesae.verdict.judge import one_is_enough
 from writesae.verdict.statistics import Estimate
 
 CONTROLS = {
@@ -46,31 +47,6 @@ Team = dict[str, list[int]]
 
 GREW = "prompts after which a scaled continuation grew past the dtype, all their conditions"
 """Reason under which `info["n_skipped"]` counts prompts."""
-
-
-class Places(NamedTuple):
-    """The places (tokens) of some sequences, and the firings there."""
-
-    labels: NDArray[np.int64]
-    """Token of each place, all sequences in one."""
-    atom: NDArray[np.int64]
-    """Atom of each firing."""
-    label: NDArray[np.int64]
-    """Token at each firing."""
-    n_atoms: int
-
-
-class Alignment(NamedTuple):
-    """How well each of F atoms fires where a token is."""
-
-    both: NDArray[np.int64]
-    """[F] firings at the token."""
-    fired: NDArray[np.int64]
-    """[F] firings."""
-    present: int
-    """Places of the token."""
-    phi: NDArray[np.float64]
-    """[F] correlation of firing and token; 0 where one of them never or always is."""
 
 
 class Condition(NamedTuple):
@@ -131,16 +107,7 @@ class Amplify(Evaluation):
     question: ClassVar[str] = "Does scaling an atom change how often its token is written?"
     answers: ClassVar[tuple[int, ...]] = (18,)
     scope: ClassVar[Scope] = Scope.LAYER
-    at_least: ClassVar[dict[str, float]] = {
-        "n_tokens": 2,
-        "atoms_per_token": 1,
-        "min_count": 2,
-        "min_firings": 1,
-        "prompts": 2,
-        "prompt_tokens": 1,
-        "new_tokens": 1,
-    }
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"aligned": ("current", "next")}
+    least: ClassVar[dict[str, int]] = {"n_tokens": 2, "min_count": 2, "prompts": 2}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "atoms": {
             "token": "token that is counted",
@@ -166,7 +133,6 @@ class Amplify(Evaluation):
     }
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", tuple(float(factor) for factor in self.factors))
         super().__post_init__()
         if len(self.tokens) == 1:
             raise ValueError("tokens needs at least two tokens, because the atoms of the others are a control; found 1")
@@ -339,15 +305,11 @@ class Amplify(Evaluation):
         p_values = token_p_values(at)
         moved = tokens[[p_values[str(token)] < 0.05 for token in tokens["token"]]]
         each = [f"{text!r} {token_change(at, token)}" for token, text in zip(moved["token"], moved["text"])]
-        if each:
-            verdict = Verdict("holds", "At least one token changes more than under every control.")
-        elif (few := too_little(effect)) is not None:
-            verdict = Verdict("inconclusive", few)
-        else:
-            verdict = Verdict("fails", "No token changes more than under every control by itself.")
+        holds = "At least one token changes more than under every control."
+        fails = "No token changes more than under every control by itself."
         single = Finding(
             claim="single atoms move their token in generation",
-            ruled=verdict,
+            ruled=one_is_enough(len(each), effect, holds, fails),
             measured=": ".join(
                 filter(None, [f"{len(each)} of {len(tokens)} tokens (Holm-adjusted p < 0.05)", ", ".join(each)])
             ),
@@ -376,28 +338,6 @@ class Amplify(Evaluation):
             for row in result.tables["atoms"].to_dict("records")
         )
         return [f"Correlation of firing with the token that {where}, on the selection and the test half: {fits}."]
-
-
-def places_of(
-    firings: Firings, tokens: Tensor, sequences: NDArray[np.int64], aligned: Literal["current", "next"]
-) -> Places:
-    """The places of some sequences; the label of a place is its token, or the next one."""
-    ids = tokens.cpu().numpy()
-    labels = ids if aligned == "current" else ids[:, 1:]
-    there = firings.of_sequences(sequences)
-    inside = there.position < labels.shape[1]
-    at = labels[there.sequence[inside], there.position[inside]]
-    return Places(labels[sequences].ravel(), there.atom[inside], at, there.n_atoms)
-
-
-def alignment(places: Places, token: int) -> Alignment:
-    """Correlation (phi) of every atom's firing with a token."""
-    fired = np.bincount(places.atom, minlength=places.n_atoms)
-    both = np.bincount(places.atom[places.label == token], minlength=places.n_atoms)
-    n, present = len(places.labels), int((places.labels == token).sum())
-    scale = np.sqrt(fired.astype(float) * (n - fired) * present * (n - present))
-    phi = np.where(scale > 0, (both * float(n) - fired * float(present)) / np.maximum(scale, 1), 0.0)
-    return Alignment(both, fired, present, phi)
 
 
 def counts_at(result: Result, factor: float) -> Paired:

@@ -1,8 +1,5 @@
 """Baselines: what a WriteSAE is to be compared with, other architectures and directions that need no dictionary.
 
-The question has four measures (substitution, whole replacement, two of selectivity) and eight claims, hence the length.
-What is written, and what a replacement costs, is in `experiment.reconstruction`.
-
 Source: WriteSAE (arXiv 2605.12770), its comparisons of architectures.
 """
 
@@ -15,44 +12,36 @@ from typing import ClassVar, Literal
 import numpy as np
 import pandas as pd
 
-from sae_lens_writesae.sae.kinds import n_parameters, variant
+from writesae.experiment import selectivity
 from writesae.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae.experiment.firings import halves
-from writesae.experiment.head import matrices_of
-from writesae.experiment.lab import Lab, Site, Trial
-from writesae.experiment.readout import kl_window
+from writesae.experiment.lab import Lab, Site
 from writesae.experiment.reconstruction import (
     ATOM,
     ATOM_SVD,
+    DICTIONARIES,
+    EXCHANGED,
+    REPLACEMENT,
     SVD,
+    WRITTEN_NAMES,
     Basis,
-    Written,
-    of_dictionary,
-    reconstruction,
+    cost,
+    dictionaries,
+    exchanged,
+    no_op_cost,
     replacement_costs,
-    without_dictionary,
 )
-from writesae.experiment.selectivity import direction_selectivity, own_tokens
 from writesae.verdict import figures
 from writesae.verdict.finding import Against, Figure, Finding, Paired, said
-from writesae.verdict.format import percent, points
-from writesae.verdict.names import NAMES
-from writesae.verdict.statistics import Estimate
+from writesae.verdict.format import percent, perplexity, points
+from writesae.verdict.names import NAMES, shown_name
 
-CONDITIONS: dict[str, str] = {
-    ATOM: "strongest atom",
-    ATOM_SVD: "atom cut to rank 1",
-    SVD: "top-1 SVD of the reconstruction",
-}
-"""What a dictionary writes, as a reader meets it."""
 DICTIONARY_FREE = ("random", "mean", "state")
 """Controls that need no dictionary, besides the principal components."""
 
 RELEVANT = 0.1
 """Difference of two shares (win rates, dead atoms, firings at one token) from which on it matters, and margin by which
 a control may be worse and still count as equal."""
-RELEVANT_SELECTIVITY = 0.01
-"""Difference of two selectivities that matters. The paper's 47 heads lie between 0.96 and 1."""
 SMALL_COST = math.log1p(0.001)
 """Nats per token, 0.1 % of perplexity, below which a cost does not matter (the paper's "negligible")."""
 SAME_SIZE = 0.05
@@ -136,59 +125,18 @@ class Baselines(Evaluation):
     question: ClassVar[str] = "Do rank-1 atoms do better than what is simpler?"
     answers: ClassVar[tuple[int, ...]] = (15, 16, 17, 28)
     scope: ClassVar[Scope] = Scope.VARIANTS
-    at_least: ClassVar[dict[str, float]] = {
+    least: ClassVar[dict[str, int]] = {
         "test_sequences": 2,
         "replacement_sequences": 2,
         "pca_writes": 2,
-        "positions_per_sequence": 1,
-        "horizon": 1,
         "first_position": 0,
-        "alive_tokens": 1,
-        "min_firings": 1,
-        "top_tokens": 1,
     }
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"scale": ("coefficient", "matched")}
     columns: ClassVar[dict[str, dict[str, str]]] = {
-        "dictionaries": described(
-            "sae",
-            variant="which of the paper's variants it is, or other",
-            d_sae="number of atoms",
-            parameters="numbers that are trained",
-            explained="share of the variance of its target that it explains, mean over sequences",
-            l0="active atoms per token",
-            alive="number of atoms that fire",
-            dead="number of atoms that never fire",
-        ),
-        "writes": {
-            **described("sequence position"),
-            "sae": "label of the dictionary; empty where none is needed",
-            "condition": "native, delete, random, mean, state, state_after, pca r; atom, atom svd, svd",
-            "kl": "nats, mean over t..t+horizon of KL(native || edited)",
-            "cosine": "cosine of what is written and the native write",
-            "norm": "Frobenius norm of what is written over that of the native write",
-        },
-        "replacement": {
-            **described("sequence"),
-            "sae": "label of the dictionary; empty where none is needed",
-            "hook": "what is replaced: write or state",
-            "method": "itself, dictionary, mean, zero, pca r; for states rank r",
-            "nats": "nats per token, more than without replacement",
-            "native_nats": "nats per token without replacement",
-        },
-        "own_tokens": described(
-            "sae",
-            atom="atom that fires often enough",
-            firings="number of its firings",
-            token="the most frequent token among them",
-            share="share of this token among the firings",
-            chance="the same share for as many random positions",
-        ),
-        "selectivity": {
-            **described("sae sequence"),
-            "position": "token t at which the strongest atom is added",
-            "selectivity": "1 - overlap of the tokens that it moves most with those of a random direction",
-            "chance": "the same of a second random direction",
-        },
+        "dictionaries": DICTIONARIES,
+        "writes": EXCHANGED,
+        "replacement": REPLACEMENT,
+        "own_tokens": described("sae", **selectivity.OWN_TOKENS),
+        "selectivity": selectivity.SELECTIVITY,
     }
 
     def __post_init__(self) -> None:
@@ -213,8 +161,11 @@ class Baselines(Evaluation):
         tested = split.test[: self.test_sequences]
         written, directions = [], []
         for site in lab.sites(pd.DataFrame({"sequence": tested}), "writes"):
-            written.append(self.exchanged(lab, site, basis))
-            directions.append(self.selective(lab, site))
+            positions = self._positions(lab, site)
+            left_out = self.positions_per_sequence - len(positions)
+            lab.skipped["positions with a zero native write, or no room for the window"] += left_out
+            written.append(exchanged(lab, site, positions, basis, self.pca_ranks, self.scale, self.horizon + 1))
+            directions.append(selectivity.of_strongest(lab, site, positions, self.top_tokens))
         writes = pd.concat(written, ignore_index=True)
         lab.require(
             not writes.empty and writes["sequence"].nunique() > 1,
@@ -226,53 +177,17 @@ class Baselines(Evaluation):
             for sequence in lab.bar(replaced, "replacement")
         ]
         own = [
-            own_tokens(lab.firings(label), lab.tokens, self.min_firings, lab.rng(8)).assign(sae=label)
+            selectivity.own_tokens(lab.firings(label), lab.tokens, self.min_firings, lab.rng(8)).assign(sae=label)
             for label in lab.saes
         ]
         lab.facts["d_vocab"] = int(lab.model.cfg.d_vocab)
         return {
-            "dictionaries": self._dictionaries(lab, tested.tolist()),
+            "dictionaries": dictionaries(lab, tested.tolist(), self.alive_tokens),
             "writes": writes,
             "replacement": pd.concat(costs, ignore_index=True),
             "own_tokens": pd.concat(own, ignore_index=True),
             "selectivity": pd.concat(directions, ignore_index=True),
         }
-
-    def exchanged(self, lab: Lab, site: Site, basis: Basis) -> pd.DataFrame:
-        """Rows of the table `writes` for one sequence; none where the writes at all drawn positions are zero.
-
-        Cost: per position 2 edited rows and one for each baseline, of horizon + 1 tokens.
-        """
-        positions = self._positions(lab, site)
-        left_out = self.positions_per_sequence - len(positions)
-        lab.skipped["positions with a zero native write, or no room for the window"] += left_out
-        native = site.at(positions)
-        baselines = [Written("", "native", native, True), Written("", "delete", native * 0.0, True)]
-        if positions:
-            baselines += without_dictionary(lab, site, native, positions, basis, self.pca_ranks)
-            for label in lab.saes:
-                matrices = matrices_of(site.recurrence, lab.hooks[label].target)[positions]
-                baselines += of_dictionary(lab, label, matrices, native)
-        trials = []
-        for each in baselines:
-            written = each.matrices if each.condition in ("native", "delete") else each.sized(native, self.scale)
-            cosines, norms = written.cosine(native).tolist(), (written.norm() / native.norm()).tolist()
-            for n, t in enumerate(positions):
-                row = {"sequence": site.sequence, "position": t, "sae": each.sae, "condition": each.condition}
-                row |= {"cosine": cosines[n], "norm": norms[n]}
-                trials.append(Trial(row, t, lab.replace(t, written, n)))
-        return lab.read(site, trials, kl_window, self.horizon + 1)
-
-    def selective(self, lab: Lab, site: Site) -> pd.DataFrame:
-        """Rows of the table `selectivity` for one sequence, at the positions of `exchanged`."""
-        positions = self._positions(lab, site)
-        if not positions:
-            return pd.DataFrame()
-        atoms = {}
-        for label in lab.saes:
-            matrices = matrices_of(site.recurrence, lab.hooks[label].target)[positions]
-            atoms[label] = next(iter(of_dictionary(lab, label, matrices, site.at(positions)))).matrices
-        return direction_selectivity(lab, site, positions, atoms, self.top_tokens)
 
     def _positions(self, lab: Lab, site: Site) -> list[int]:
         """A uniform draw of the positions with a write that leave room for the window, in order."""
@@ -281,31 +196,19 @@ class Baselines(Evaluation):
         drawn = lab.rng(9, site.sequence).choice(able, min(self.positions_per_sequence, len(able)), replace=False)
         return sorted(drawn.tolist())
 
-    def _dictionaries(self, lab: Lab, tested: list[int]) -> pd.DataFrame:
-        fits = reconstruction(lab, tested)
-        n_tokens = min(self.alive_tokens, lab.tokens.numel())
-        rows = []
-        for label, sae in lab.saes.items():
-            fit, d_sae, alive = fits[fits["sae"] == label], int(sae.cfg.d_sae), len(lab.firings(label).alive(n_tokens))
-            lab.require(not fit.empty, f"{label}: what it reconstructs does not vary on any test sequence")
-            row = {"sae": label, "variant": variant(sae), "d_sae": d_sae, "parameters": n_parameters(sae)}
-            row |= {"explained": fit["explained"].mean(), "l0": fit["l0"].mean(), "alive": alive, "dead": d_sae - alive}
-            rows.append(row)
-        return pd.DataFrame(rows)
-
     # -- judging
 
     def findings(self, result: Result) -> list[Finding]:
         """Claims 15 to 17, whether whole replacement measures anything, own tokens, claim 28."""
-        table, ours = result.tables["dictionaries"], _of_variant(result, "WriteSAE")
-        same, near = None, None
+        table, same, near = result.tables["dictionaries"], None, None
+        ours = _first(table, variant="WriteSAE")
         if ours is not None:
-            flat = table[table["variant"] == "FlatSAE"]
-            same = _first(flat[flat["d_sae"] == ours["d_sae"]])
-            near = _first(flat[(flat["parameters"] / ours["parameters"] - 1).abs() <= SAME_SIZE])
+            same = _first(table, variant="FlatSAE", d_sae=ours["d_sae"])
+            near = _first(table[(table["parameters"] / ours["parameters"] - 1).abs() <= SAME_SIZE], variant="FlatSAE")
         higher = [self._higher_rank(result, ours, 2, 16)]
-        if _of_variant(result, "WriteSAE-rank4") is not None:
+        if _first(table, variant="WriteSAE-rank4") is not None:
             higher.append(self._higher_rank(result, ours, 4, None))
+        labels = [None if row is None else str(row["sae"]) for row in (ours, same)]
         return [
             self._against_flat(result, ours, same, "as many atoms", (ATOM, ATOM_SVD)),
             self._against_flat(result, ours, same, "as many atoms", (SVD, SVD)),
@@ -313,8 +216,8 @@ class Baselines(Evaluation):
             *higher,
             self._dead(result, ours, same),
             self._low_rank_states(result),
-            self._own_token(result, ours, same),
-            self._selective(result, ours),
+            selectivity.own_token(result, labels),
+            selectivity.selective(result, labels[0], self.top_tokens),
         ]
 
     def summaries(self, result: Result) -> dict[str, pd.DataFrame]:
@@ -345,7 +248,7 @@ class Baselines(Evaluation):
         kl = _kl(result)
         nearer = {c: kl[c] < kl["/delete"] for c in kl.conditions if "/" in c}
         wins = Paired(kl.wide.assign(**nearer), seed=self.seed)
-        free = {f"/{c}": _name(c) for c in (*DICTIONARY_FREE, *(f"pca {rank}" for rank in ranks))}
+        free = {f"/{c}": shown_name(c) for c in (*DICTIONARY_FREE, *(f"pca {rank}" for rank in ranks))}
         gap = wins.mean(mine, theirs)
         return Finding(
             number=number,
@@ -364,7 +267,7 @@ class Baselines(Evaluation):
 
     def _higher_rank(self, result: Result, ours: pd.Series | None, rank: int, number: int | None) -> Finding:
         claim, name = f"rank-{rank} atoms cost no more perplexity than rank-1 atoms", f"WriteSAE-rank{rank}"
-        other = _of_variant(result, name)
+        other = _first(result.tables["dictionaries"], variant=name)
         if ours is None or other is None:
             return Finding.untested(claim, f"It needs a WriteSAE and one with atoms of rank {rank} ({name}).", number)
         high, one = (f"{row['sae']}/dictionary" for row in (other, ours))
@@ -391,11 +294,12 @@ class Baselines(Evaluation):
         )
 
     def _dead(self, result: Result, ours: pd.Series | None, flat: pd.Series | None) -> Finding:
-        claim, dense = "the bilinear encoder leaves fewer atoms dead", _of_variant(result, "MatrixSAE")
+        claim = "the bilinear encoder leaves fewer atoms dead"
         if ours is None or flat is None:
             return Finding.untested(claim, "It needs a WriteSAE and a FlatSAE with as many atoms.", 17)
         rivals = {"WriteSAE": ours, "FlatSAE": flat}
-        if dense is not None and dense["d_sae"] == ours["d_sae"]:
+        dense = _first(result.tables["dictionaries"], variant="MatrixSAE", d_sae=ours["d_sae"])
+        if dense is not None:
             rivals["a dense encoder with rank-1 atoms"] = dense
         dead = {
             name: Paired(
@@ -444,51 +348,6 @@ class Baselines(Evaluation):
             of="sequences",
         )
 
-    def _own_token(self, result: Result, ours: pd.Series | None, flat: pd.Series | None) -> Finding:
-        claim, table = "atoms fire on a token of their own more than chance has it", result.tables["own_tokens"]
-        table, own = table.assign(excess=table["share"] - table["chance"]), {}
-        for name, row in (("WriteSAE", ours), ("FlatSAE", flat)):
-            rows = table[table["sae"] == (None if row is None else row["sae"])]
-            if len(rows) > 1:
-                own[name] = Paired(rows, ("atom",), self.seed)
-        if "WriteSAE" not in own:
-            return Finding.untested(claim, "It needs a WriteSAE with two atoms or more that fire often enough.")
-        against = {name: Against(own["WriteSAE"].lead("excess", other)) for name, other in own.items()}
-        against.pop("WriteSAE")
-        return Finding(
-            claim=claim,
-            effect=own["WriteSAE"].median("excess"),
-            what="the excess over chance",
-            against=against,
-            relevant=RELEVANT,
-            shown={name: each.median("excess") for name, each in own.items()},
-            write="{:+.2f}".format,
-            axis="median share of the most frequent token minus chance",
-            controls="" if against else "no FlatSAE with as many atoms was given",
-            of="atoms",
-        )
-
-    def _selective(self, result: Result, ours: pd.Series | None) -> Finding:
-        claim, table = "an atom moves other tokens than a random direction of its norm", result.tables["selectivity"]
-        rows = table if ours is None else table[table["sae"] == ours["sae"]]
-        if ours is None or len(rows) < 2:
-            return Finding.untested(claim, "It needs a WriteSAE whose atoms fire at two positions or more.", 28)
-        moved, k, vocabulary = Paired(rows, seed=self.seed), self.top_tokens, int(result.fact("d_vocab"))
-        lead = moved.mean("selectivity", "chance")
-        return Finding(
-            number=28,
-            claim=claim,
-            effect=lead,
-            what="the lead over a direction without meaning",
-            relevant=RELEVANT_SELECTIVITY,
-            shown=moved.means({"selectivity": "atom", "chance": "a second random direction"}),
-            write="{:.4f}".format,
-            axis=f"selectivity at K = {k}",
-            measured=f"lead {lead}",
-            controls=f"two random sets of tokens {1 - k / vocabulary:.4f}",
-            of="positions in {} sequences",
-        )
-
     def panels(self, result: Result) -> list[Figure]:
         """Win rates and costs of replacement of all that was written; what needs no dictionary comes first."""
         kl, target = _kl(result), str(result.info["target"])
@@ -506,7 +365,7 @@ class Baselines(Evaluation):
             rows = []
             for name, each in sorted(shown.items(), key=lambda item: not item[0].startswith("/")):
                 sae, _, method = name.partition("/")
-                text = f"{sae}: {CONDITIONS.get(method, method)}" if sae else _name(method)
+                text = f"{sae}: {WRITTEN_NAMES.get(method, method)}" if sae else shown_name(method)
                 rows.append(figures.Row(text, *each[:3], "atom" if sae else "control"))
             svg = figures.intervals(rows, axis, f"{title}: {result.label}", write=write)
             panels.append(Figure(title, svg, "What needs no dictionary comes first, in orange; 95% intervals."))
@@ -527,9 +386,6 @@ class Baselines(Evaluation):
         return [size, *quiet, worth]
 
 
-# ---------------------------------------------------------------------------------------------- reading a result
-
-
 def _kl(result: Result) -> Paired:
     """KL by position of all that was written, as "label of the dictionary/condition"."""
     table = result.tables["writes"]
@@ -537,43 +393,7 @@ def _kl(result: Result) -> Paired:
     return Paired.of(named, "kl", "sequence", "position", by="name", seed=result.evaluation.seed)
 
 
-def cost(result: Result, method: str, minus: str | None = None, hook: str | None = None) -> Estimate:
-    """Nats per token that a method ("label of the dictionary/method") costs, over sequences; with `minus` the paired
-    difference. Its observations are tokens.
-
-    Args:
-        hook: what is replaced; None: the dictionaries' own target.
-    """
-    table = result.tables["replacement"]
-    rows = table[table["hook"] == (hook or result.info["target"])]
-    costs = Paired.of(
-        rows.assign(name=rows["sae"] + "/" + rows["method"]), "nats", by="name", seed=result.evaluation.seed
-    )
-    over_sequences = costs.mean(method, minus)
-    return over_sequences._replace(n=over_sequences.n * int(result.fact("n_positions")))
-
-
-def no_op_cost(result: Result) -> float:
-    """What replacing all matrices by themselves costs: the floor, in nats per token (95th percentile)."""
-    table = result.tables["replacement"]
-    return float(table.loc[table["method"] == "itself", "nats"].abs().quantile(0.95))
-
-
-def perplexity(nats: float) -> str:
-    """A cost in nats per token as a change of perplexity."""
-    return f"{100 * math.expm1(nats):+.3g}%"
-
-
-def _of_variant(result: Result, name: str) -> pd.Series | None:
-    """The row of the first dictionary of a variant."""
-    table = result.tables["dictionaries"]
-    return _first(table[table["variant"] == name])
-
-
-def _first(table: pd.DataFrame) -> pd.Series | None:
-    return None if table.empty else table.iloc[0]
-
-
-def _name(condition: str) -> str:
-    head, _, rank = condition.partition(" ")
-    return f"{rank} principal component{'s' * (rank != '1')}" if head == "pca" else NAMES.get(condition, condition)
+def _first(table: pd.DataFrame, **wanted: object) -> pd.Series | None:
+    """The first row that has these values."""
+    rows = table[(table[list(wanted)] == list(wanted.values())).all(axis=1)]
+    return None if rows.empty else rows.iloc[0]

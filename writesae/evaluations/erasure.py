@@ -18,16 +18,18 @@ from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.steering import Target, token_id
-from writesae.experiment.evaluation import Evaluation, Result, described
-from writesae.experiment.firings import Integers, draw_atoms, halves, sample_firings, silent_positions
+from writesae.experiment.at_firings import OfHalves
+from writesae.experiment.evaluation import Result, described
+from writesae.experiment.firings import Integers, silent_positions
 from writesae.experiment.lab import EditedRows, Lab, Site, Trial
 from writesae.experiment.readout import log_prob_change, native_log_prob
 from writesae.experiment.tokens import token_text
 from writesae.verdict import figures
 from writesae.verdict import statistics as stats
 from writesae.verdict.finding import Against, Figure, Finding, Paired, said
+from writesae.verdict.fits import slopes_of
 from writesae.verdict.format import percent, signed
-from writesae.verdict.judge import Verdict, too_little
+from writesae.verdict.judge import one_is_enough
 from writesae.verdict.statistics import Estimate
 
 CONTROLS: dict[str, str] = {
@@ -49,7 +51,7 @@ _N_WRONG = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Erasure(Evaluation):
+class Erasure(OfHalves):
     """At a firing (token t, atom i) the write W_t becomes W_t - a_i A_i (or 0, with `erase="write"`). The **effect** on
     a token is the mean over t..t+horizon of log p(edited) - log p(native), in nats. An atom's token is the one whose
     log-probability falls most on average over the firings of the selection half of the sequences; the effect is
@@ -84,16 +86,12 @@ class Erasure(Evaluation):
 
     n_atoms: int | None = 20
     """Atoms drawn uniformly from those that fire often enough in both halves. None: all of them."""
-    atoms: tuple[int, ...] | None = None
-    """A hand-picked list instead of a draw."""
     token: Target | None = None
     """Look at this token (id or string) for every atom, instead of choosing one for each."""
     select_firings: int = 24
     """At most this many firings of an atom for the choice of its token, dealt over sequences."""
     test_firings: int = 12
     """At most this many firings of an atom for the test, in the other half of the sequences."""
-    min_firings: int = 4
-    """Firings in each half that an atom needs; those of the test half must lie in at least two sequences."""
     erase: Literal["component", "write"] = "component"
     """Take away the atom's component a_i A_i of the write, or the whole write at its firings."""
     doses: tuple[float, ...] = (-0.5, -1.0, -2.0)
@@ -102,35 +100,25 @@ class Erasure(Evaluation):
     """m where the atom is silent. Empty: nothing is put in."""
     horizon: int = 4
     """The effect is the mean change of a token's log-probability over t..t+horizon."""
-    first_position: int = 1
-    """Firings before this token are left out."""
 
     kind: ClassVar[str] = "erasure"
     question: ClassVar[str] = "Does erasing an atom lower a token of its own?"
     answers: ClassVar[tuple[int, ...]] = (8, 24)
-    at_least: ClassVar[dict[str, float]] = {
-        "n_atoms": 1,
-        "select_firings": 2,
-        "test_firings": 2,
-        "min_firings": 2,
-        "horizon": 0,
-        "first_position": 0,
-    }
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"erase": ("component", "write")}
+    least: ClassVar[dict[str, int]] = OfHalves.least | {"select_firings": 2}
     columns: ClassVar[dict[str, dict[str, str]]] = {
-        "atoms": {
-            "atom": "index in the dictionary",
-            "token": "token that was chosen on the selection half",
-            "text": "the token as text",
-            "n_select": "firings that the token was chosen on",
-            "n": "firings that it was tested on",
-            "selected": "nats, mean effect on the selection half, which the choice of the token biases",
-            "effect": "nats, mean effect on the test half",
-            "elsewhere": "nats, control: other writes, same token",
-            "random": "nats, control: a random direction, on the token chosen for it",
-            "wrong": "nats, control: the erasure, on tokens of similar probability",
-            "p": "largest p of sign-flip tests against the controls, by sequence; Holm-adjusted over atoms",
-        },
+        "atoms": described(
+            "text",
+            atom="index in the dictionary",
+            token="token that was chosen on the selection half",
+            n_select="firings that the token was chosen on",
+            n="firings that it was tested on",
+            selected="nats, mean effect on the selection half, which the choice of the token biases",
+            effect="nats, mean effect on the test half",
+            elsewhere="nats, control: other writes, same token",
+            random="nats, control: a random direction, on the token chosen for it",
+            wrong="nats, control: the erasure, on tokens of similar probability",
+            p="largest p of sign-flip tests against the controls, by sequence; Holm-adjusted over atoms",
+        ),
         "firings": described(
             "atom sequence position",
             activation="a_i",
@@ -154,12 +142,6 @@ class Erasure(Evaluation):
         fewest = min(self.select_firings, self.test_firings)
         if self.min_firings > fewest:
             raise ValueError(f"min_firings ({self.min_firings}) is above select_firings or test_firings ({fewest})")
-        if self.atoms is not None and (not self.atoms or len(set(self.atoms)) != len(self.atoms)):
-            raise ValueError(f"atoms names each atom once, and at least one; found {list(self.atoms)}")
-
-    @property
-    def shortest(self) -> int:
-        return self.first_position + self.horizon + 1
 
     # -- measuring
 
@@ -219,15 +201,10 @@ class Erasure(Evaluation):
     def _draw(self, lab: Lab) -> tuple[Integers, pd.DataFrame, pd.DataFrame]:
         """The tested atoms, and their firings in both halves. The column `column` says which of the atoms a firing
         belongs to; the test half has `elsewhere_position`, where the atom is silent."""
-        firings, rng, split = lab.firings(), lab.rng(), halves(len(lab.tokens), self.seed)
-        bounds = {"first": self.first_position, "last": firings.n_positions - 1 - self.horizon}
-        atoms = draw_atoms(
-            firings, split, bounds, rng, min_firings=self.min_firings, n_atoms=self.n_atoms, atoms=self.atoms
-        )
-        tables = []
-        for side, most in zip(split, (self.select_firings, self.test_firings)):
-            inside = firings.of_sequences(side)
-            sample = sample_firings(inside, atoms, most, **bounds, rng=rng).rename_axis("firing").reset_index()
+        rng, tables = lab.rng(), []
+        atoms, bounds, sides = self.drawn(lab, rng)
+        for inside, sample in sides:
+            sample = sample.rename_axis("firing").reset_index()
             tables.append((sample, silent_positions(sample, inside, **bounds, rng=rng)))
         (select, _), (test, moved) = tables
         n_test, moved = len(test), moved.rename(columns={"position": "elsewhere_position"})
@@ -343,17 +320,12 @@ class Erasure(Evaluation):
             "the token was chosen on",
             of=f"firings of {firings['atom'].nunique()} atoms in {firings['sequence'].nunique()} sequences",
         )
-        # A count is no effect with an interval: one atom is enough, and none of too few says nothing.
         lower = atoms["effect"] < atoms[list(CONTROLS)].min(axis=1) - RELEVANT
-        n_single, few = int((lower & (atoms["p"] < 0.05)).sum()), too_little(effect)
-        beaten = f"lowers its token {RELEVANT:g} nats more than every control."
-        if n_single:
-            verdict = Verdict("holds", f"At least one atom {beaten}")
-        else:
-            verdict = Verdict("inconclusive", few) if few else Verdict("fails", f"No atom {beaten}")
+        n_single = int((lower & (atoms["p"] < 0.05)).sum())
+        beaten = f"atom lowers its token {RELEVANT:g} nats more than every control."
         single = Finding(
             claim="single atoms have a token of their own",
-            ruled=verdict,
+            ruled=one_is_enough(n_single, effect, f"At least one {beaten}", f"No {beaten}"),
             measured=f"{n_single} of {len(atoms)} atoms (Holm-adjusted p < 0.05 and {RELEVANT:g} nats against every "
             "control)",
             controls="sign flips of effect - control by sequence; the largest p of the three controls counts",
@@ -412,16 +384,6 @@ class Erasure(Evaluation):
         return [
             Figure("What the choice adds", svg, "One point for each atom; on the dashed line it would add nothing.")
         ]
-
-
-def slopes_of(doses: pd.DataFrame) -> pd.DataFrame:
-    """Slope of `effect` and of `wrong` over the dose, by least squares through the origin, for each edited place."""
-    by = ["atom", "sequence", "position"]
-    products = doses[by].assign(
-        effect=doses["effect"] * doses["dose"], wrong=doses["wrong"] * doses["dose"], square=doses["dose"] ** 2
-    )
-    sums = products.groupby(by).sum()
-    return sums[["effect", "wrong"]].div(sums["square"], axis=0).reset_index()
 
 
 def selected_effect(result: Result) -> float:

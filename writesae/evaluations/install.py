@@ -83,7 +83,7 @@ class Install(Evaluation):
     question: ClassVar[str] = "Do installed writes put a token into the continuation?"
     answers: ClassVar[tuple[int, ...]] = (10, 25)
     scope: ClassVar[Scope] = Scope.HEAD
-    at_least: ClassVar[dict[str, float]] = {"pairs": 2, "prompt_tokens": 2, "n_positions": 1, "new_tokens": 1}
+    least: ClassVar[dict[str, int]] = {"pairs": 2, "prompt_tokens": 2}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "continuations": {
             "pair": "number of the prompt x target pair",
@@ -103,7 +103,6 @@ class Install(Evaluation):
     }
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", tuple(float(m) for m in self.sizes))
         super().__post_init__()
         if self.headline not in self.sizes:
             raise ValueError(f"headline must be one of sizes {self.sizes}, found {self.headline}")

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.experiment import logit_changes
-from writesae.experiment.evaluation import Evaluation, Result
-from writesae.experiment.firings import draw_firings
+from writesae.experiment.at_firings import OfFirings
+from writesae.experiment.evaluation import Result
 from writesae.experiment.lab import Lab, Site, Trial
 from writesae.experiment.predictors import DEFINITIONS, PREDICTORS
 from writesae.verdict import figures, fits
@@ -66,7 +66,7 @@ _LOWEST = -0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitChange(Evaluation):
+class LogitChange(OfFirings):
     """At a firing of atom i at token t, eps times A_i is added to the write, where eps = 1 is as large as the native
     write (or as the atom's own coefficient). The edit runs in closed loop. The change of the logits of chosen tokens at
     t + horizon is measured against a run without edits in the same batch, and predicted by three formulas without a
@@ -98,8 +98,6 @@ class LogitChange(Evaluation):
     """Atoms drawn uniformly from all alive atoms that can be tested. None: all of them."""
     firings_per_atom: int = 2
     """At most this many firings of an atom, dealt over sequences."""
-    atoms: tuple[int, ...] | None = None
-    """A hand-picked list instead of a draw. Conclusions then hold for these atoms only."""
     horizons: tuple[int, ...] = (0, 1, 4, 16)
     """Tokens after the write at which logits are predicted and measured."""
     ranks: tuple[RankGroup, ...] = ((1, 1), (2, 5), (50, 50))
@@ -109,24 +107,10 @@ class LogitChange(Evaluation):
     unit: Literal["write", "coefficient"] = "write"
     """What eps counts: the Frobenius norm of the native write at t, or the atom's own coefficient there (activation
     times the atom's norm)."""
-    first_position: int = 1
-    """Firings before this token are left out: at token 0 the state holds nothing but the write itself."""
-    alive_tokens: int = 65_536
-    """An atom is alive if it fires on the first so many evaluation tokens (all, where there are fewer)."""
-    min_firings: int = 1
-    """Firings on those tokens that make an atom alive."""
 
     kind: ClassVar[str] = "logit_change"
     question: ClassVar[str] = "Can a formula predict the change of a logit?"
     answers: ClassVar[tuple[int, ...]] = (7, 22, 23)
-    at_least: ClassVar[dict[str, float]] = {
-        "n_atoms": 1,
-        "firings_per_atom": 1,
-        "first_position": 0,
-        "alive_tokens": 1,
-        "min_firings": 1,
-    }
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"unit": ("write", "coefficient")}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "cells": {
             "firing": "number of the firing: one atom at one token of one sequence",
@@ -144,48 +128,20 @@ class LogitChange(Evaluation):
             **{name: f"predicted change, {DEFINITIONS[name]}" for name in PREDICTORS},
             CONTROL: "control: F2 of another firing at the same horizon, rank group and eps",
         },
-        "scores": {
-            "quantity": "logit or log_prob",
-            "predictor": "F0, F1, F2, or the control",
-            "horizon": "one horizon, or all",
-            "rank": "one rank group, or all",
-            "eps": "one size, or all",
-            "r2": "R^2 about the mean with nothing fitted; 0 is no better than one number for all rows",
-            "r2_low": "lower end of its 95 % interval over sequences",
-            "r2_high": "upper end of its 95 % interval over sequences",
-            "r2_global_scale": "R^2 with one scale for all rows, each half of the sequences scaled by the other's",
-            "global_scale": "that scale, fitted on all rows",
-            "per_cell_scale": "R^2 with a scale for each cell, fitted on what it is scored on: near 1 by construction",
-            "pearson": "correlation; 0 where the prediction is constant",
-            "sign_rate": "share of rows whose sign is predicted",
-            "n": "number of rows",
-            "n_sequences": "number of sequences",
-        },
-        "per_cell": {
-            "quantity": "logit or log_prob",
-            "predictor": "F0, F1, F2, or the control",
-            "median_r2": "the paper's statistic: median over cells of R^2 over eps, each with a scale of its own",
-            "low": "lower end of its 95 % interval over sequences",
-            "high": "upper end of its 95 % interval over sequences",
-            "n": "number of cells (firing, horizon, rank group)",
-        },
+        "scores": fits.SCORES,
+        "per_cell": fits.PER_CELL,
     }
 
     def __post_init__(self) -> None:
         pairs = [(group, group) if isinstance(group, int) else tuple(group) for group in self.ranks]
-        given = {"horizons": self.horizons, "ranks": pairs, "eps": [float(size) for size in self.eps]}
-        for name, values in (given | ({} if self.atoms is None else {"atoms": self.atoms})).items():
-            if not values:
-                raise ValueError(f"{name} is empty; leave it out for the default")
-            if len(set(values)) != len(values):
-                raise ValueError(f"{name} names each value once, found {list(values)}")
-            object.__setattr__(self, name, tuple(sorted(values)))
+        for name, values in {"horizons": self.horizons, "ranks": pairs, "eps": self.eps, "atoms": self.atoms}.items():
+            object.__setattr__(self, name, None if values is None else tuple(sorted(values)))
         super().__post_init__()
-        if min(self.horizons) < 0:
+        if not self.horizons or self.horizons[0] < 0:
             raise ValueError(f"horizons count tokens after the write, from 0 on; found {list(self.horizons)}")
-        if len(self.eps) < 2 or min(self.eps) <= 0:
+        if len(self.eps) < 2 or self.eps[0] <= 0:
             raise ValueError(f"eps needs two or more sizes above 0, because R^2 is taken over them; found {self.eps}")
-        if any(not 1 <= low <= high for low, high in self.ranks):
+        if not self.ranks or any(not 1 <= low <= high for low, high in self.ranks):
             raise ValueError(f"ranks are pairs 1 <= lowest <= highest, found {list(self.ranks)}")
 
     @property
@@ -200,17 +156,7 @@ class LogitChange(Evaluation):
             raise ValueError(
                 f"ranks asks for rank {highest}, but the vocabulary has {lab.model.cfg.d_vocab} tokens; change ranks"
             )
-        draw = draw_firings(
-            lab.firings(),
-            np.random.default_rng(self.seed),
-            horizon=max(1, *self.horizons),
-            n_atoms=self.n_atoms,
-            firings_per_atom=self.firings_per_atom,
-            atoms=self.atoms,
-            first_position=self.first_position,
-            alive_tokens=self.alive_tokens,
-            min_firings=self.min_firings,
-        )
+        draw = self.drawn(lab, np.random.default_rng(self.seed), max(1, *self.horizons))
         path = logit_changes.direct_path(lab)
         parts = [self._sequence(lab, site, path) for site in lab.sites(draw.table, self.kind)]
         parts = [part for part in parts if len(part)]
@@ -227,8 +173,6 @@ class LogitChange(Evaluation):
         lab.facts |= {
             "n_firings": int(cells["firing"].nunique()),
             "n_atoms": int(cells["atom"].nunique()),
-            "n_alive": len(draw.alive),
-            "n_testable": draw.n_testable,
             "floor": float(np.quantile(once["floor"].to_numpy(float), 0.95)),
         }
         return {"cells": cells, "scores": scores, "per_cell": fits.per_cell_table(cells, SCORED, self.seed)}
@@ -253,7 +197,7 @@ class LogitChange(Evaluation):
         described = firings.iloc[i].reset_index(drop=True)
         described = described.assign(
             horizon=np.array(self.horizons)[z],
-            rank=np.array([rank_name(group) for group in self.ranks])[g],
+            rank=np.array([logit_changes.rank_name(group) for group in self.ranks])[g],
             token=targets.tokens[i, z, g],
             native_rank=targets.ranks[i, z, g],
             eps=eps,
@@ -349,7 +293,7 @@ class LogitChange(Evaluation):
 
     def _paper(self, result: Result, unfitted: Finding) -> Finding:
         """Claim 7, with the paper's own statistic, which may be what any prediction reaches."""
-        scale = r_squared(score(result, "F0", eps=self.smallest)["r2_global_scale"])
+        scale = r_squared(fits.score(result.tables["scores"], "F0", eps=self.smallest)["r2_global_scale"])
         table = result.tables["per_cell"].query("quantity == 'logit'").set_index("predictor")["median_r2"]
         real, control = (r_squared(float(table.get(name, math.nan))) for name in ("F0", CONTROL))
         measured = f"{scale} with one scale for all; {real} (median) with a scale per cell"
@@ -374,15 +318,16 @@ class LogitChange(Evaluation):
     def _every_horizon(self, result: Result, rows: pd.DataFrame, finding: Finding) -> Finding:
         """The finding on F2, which must predict every horizon with changes above the floor."""
         typical, verdict = rows["measured"].abs().groupby(rows["horizon"]).median(), finding.verdict
+        scores = result.tables["scores"]
         seen = typical[typical > result.fact("floor")].index.tolist()
-        horizons = {int(h): float(score(result, "F2", horizon=h, eps=self.smallest)["r2"]) for h in seen}
+        horizons = {int(h): float(fits.score(scores, "F2", horizon=h, eps=self.smallest)["r2"]) for h in seen}
         worst = min(horizons, key=lambda h: horizons[h], default=None)
         if worst is None or verdict.outcome not in ("holds", "fails"):
             return finding
         sentence = f"{verdict.sentence} R² is lowest at horizon {worst}: {horizons[worst]:.4f}."
         if verdict.outcome == "holds" and horizons[worst] >= BAR["F2"]:
             return replace(finding, ruled=Verdict("holds", sentence))
-        order = error_order(result)
+        order = fits.error_order(result.tables["cells"])
         cause = "the model is curved here" if order > 1.5 else "arithmetic, not curvature; use float32 or float64"
         return replace(finding, ruled=Verdict("fails", f"{sentence} Its error grows as eps^{order:.2f}: {cause}."))
 
@@ -426,9 +371,10 @@ class LogitChange(Evaluation):
         """What eps counts, where F2 holds, and what a fitted scale hides."""
         if not varies(self._smallest_rows(result)):
             return []
-        full = score(result, "F2", eps=self.smallest)["r2"]
-        probability = score(result, "F2", quantity="log_prob", eps=self.smallest)["r2"]
-        reached = [f"{eps:g}" for eps in self.eps if score(result, "F2", eps=eps)["r2"] >= BAR["F2"]]
+        scores, order = result.tables["scores"], fits.error_order(result.tables["cells"])
+        full = fits.score(scores, "F2", eps=self.smallest)["r2"]
+        probability = fits.score(scores, "F2", quantity="log_prob", eps=self.smallest)["r2"]
+        reached = [f"{eps:g}" for eps in self.eps if fits.score(scores, "F2", eps=eps)["r2"] >= BAR["F2"]]
         small, large = self.eps[:2]
         unit = {"write": "the norm of the native write", "coefficient": "the atom's own coefficient at the firing"}
         return [
@@ -436,47 +382,9 @@ class LogitChange(Evaluation):
             "Logits are raw, not centred. The softmax ignores a shift common to all tokens; on log-probabilities F2's "
             f"R² is {probability:.4f} (logits: {full:.4f}) at eps {self.smallest:g}.",
             f"F2 reaches R² {BAR['F2']} at eps {', '.join(reached) or 'none of those tried'}. Its error grows as "
-            f"eps^{error_order(result):.2f} from {small:g} to {large:g}; 2 says that what it misses is curvature, less "
+            f"eps^{order:.2f} from {small:g} to {large:g}; 2 says that what it misses is curvature, less "
             "that it is arithmetic.",
             "With a scale fitted to each cell, any prediction that grows with eps has an R² near 1.",
             "Floor: a run without an edit, in the batch of the edited ones, differs from the plain pass by up to "
             f"{result.info['floor']:.1e} (95% of logits).",
         ]
-
-
-# ---------------------------------------------------------------------------------------------- reading a result
-
-
-def score(result: Result, predictor: str, **levels: float | str) -> pd.Series:
-    """One row of the table `scores`; the levels quantity, horizon, rank and eps are "logit" and "all" where not named.
-
-    Raises:
-        KeyError: there is no such row; names what there is.
-    """
-    wanted = {"quantity": "logit", "predictor": predictor, "horizon": ALL, "rank": ALL, "eps": ALL}
-    wanted |= {name: level if isinstance(level, str) else f"{level:g}" for name, level in levels.items()}
-    table = result.tables["scores"]
-    rows = table[np.logical_and.reduce([table[name] == value for name, value in wanted.items()])]
-    if rows.empty:
-        known = {name: sorted(table[name].unique()) for name in wanted}
-        raise KeyError(f"no score for {wanted}; there are {known}")
-    return rows.iloc[0]
-
-
-def error_order(result: Result) -> float:
-    """Exponent by which F2's rms error on logits grows between the two smallest eps; 2 says that the rest is curvature.
-    0 where there is no error."""
-    cells = result.tables["cells"]
-    logits = cells[cells["quantity"] == "logit"]
-    square = (logits["measured"] - logits["F2"]) ** 2
-    errors = (square.groupby(logits["eps"]).mean() ** 0.5).sort_index().iloc[:2]
-    if errors.min() == 0:
-        return 0.0
-    x, y = np.log(errors.index.to_numpy(float)), np.log(errors.to_numpy(float))
-    return float((y[1] - y[0]) / (x[1] - x[0]))
-
-
-def rank_name(group: RankGroup) -> str:
-    """A rank group as tables and figures call it: "1", "2-5"."""
-    low, high = group
-    return str(low) if low == high else f"{low}-{high}"

@@ -63,7 +63,7 @@ class MultiAtom(Evaluation):
     """How many of the strongest atoms are written (by |a_i| |A_i|); all active ones are always run too."""
     scales: tuple[Literal["coefficient", "matched"], ...] = ("coefficient", "matched")
     """The partial sum as the dictionary gives it, or brought to the norm of the native write."""
-    controls: tuple[str, ...] = ("mean", "state", "state_after")
+    controls: tuple[Literal["mean", "state", "state_after"], ...] = ("mean", "state", "state_after")
     """The n top terms of the head's mean write or of the state before the write, at the norm of the partial sum;
     `state_after`, the state after the write, is a reference that confounds nothing."""
     horizon: int = 16
@@ -76,17 +76,7 @@ class MultiAtom(Evaluation):
     kind: ClassVar[str] = "multi_atom"
     question: ClassVar[str] = "How many atoms does a write take?"
     min_sequences: ClassVar[int] = 1
-    at_least: ClassVar[dict[str, float]] = {
-        "n_atoms": 1,
-        "firings_per_atom": 1,
-        "horizon": 1,
-        "first_position": 0,
-        "mean_write_sequences": 1,
-    }
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {
-        "scales": ("coefficient", "matched"),
-        "controls": ("mean", "state", "state_after"),
-    }
+    least: ClassVar[dict[str, int]] = {"first_position": 0}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "writes": described(
             "sequence position",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae.evaluations.substitution import RELEVANT, Exchange, Substitution
-from writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, SCALES, Scale, edits_of
+from writesae.evaluations.substitution import Substitution
+from writesae.experiment.at_firings import RELEVANT, Exchange
+from writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, Control, edits_of
 from writesae.experiment.evaluation import Evaluation, Result, described
 from writesae.experiment.lab import EditedRows, Lab, Trial
 from writesae.verdict.finding import Against, Figure, Finding, Paired, medians
@@ -53,17 +54,15 @@ class Multistep(Evaluation):
     """Atoms drawn uniformly from all alive atoms that can be tested. None: all of them."""
     firings_per_atom: int = 3
     """At most this many firings of an atom, dealt over sequences."""
-    scale: Scale = "coefficient"
+    scale: Literal["coefficient", "matched", "least_squares"] = "coefficient"
     """How the atom is scaled; every control follows its norm."""
-    controls: tuple[str, ...] = (*DIRECTIONS, *REFERENCES)
+    controls: tuple[Control, ...] = (*DIRECTIONS, *REFERENCES)
     """Controls and references to run."""
 
     kind: ClassVar[str] = "multistep"
     question: ClassVar[str] = "How does the effect of one substitution grow over later tokens?"
     answers: ClassVar[tuple[int, ...]] = (21,)
     min_sequences: ClassVar[int] = 1
-    at_least: ClassVar[dict[str, float]] = {"n_steps": 1, "n_atoms": 1, "firings_per_atom": 1}
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"scale": SCALES[:3], "controls": (*CONTROLS, *REFERENCES)}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "steps": described(
             "firing sequence position atom condition scale",

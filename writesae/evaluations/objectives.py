@@ -9,15 +9,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import pandas as pd
 
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.kinds import objective
-from writesae.evaluations.substitution import Substitution, wide_firings
-from writesae.experiment.conditions import CONTROLS, REFERENCES, Scale
+from writesae.evaluations.substitution import Substitution
+from writesae.experiment.at_firings import wide_firings
+from writesae.experiment.conditions import Control
 from writesae.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae.experiment.lab import Lab
 from writesae.experiment.reconstruction import reconstruction
@@ -28,7 +29,8 @@ from writesae.verdict.judge import Verdict, too_little
 from writesae.verdict.names import NAMES
 from writesae.verdict.statistics import Estimate
 
-TESTED_SCALES: tuple[Scale, ...] = ("coefficient", "matched")
+TestedScale = Literal["coefficient", "matched"]
+TESTED_SCALES: tuple[TestedScale, ...] = get_args(TestedScale)
 """Scales of the substitution test, each a measure: the share of firings at which the atom beats deletion."""
 MEASURES: dict[str, str] = {
     "explained": "variance of its target",
@@ -73,10 +75,10 @@ class Objectives(Evaluation):
     """Atoms of each dictionary in the substitution test, drawn uniformly from the alive ones."""
     firings_per_atom: int = 3
     """Firings of each of these atoms."""
-    scale: Scale = "coefficient"
+    scale: TestedScale = "coefficient"
     """Scale that the claims are about, coefficient or matched. Both are measured: the coefficient of a dictionary of
     states is in units of states, so that its atoms can lose by their size alone."""
-    controls: tuple[str, ...] = ("random", "state")
+    controls: tuple[Control, ...] = ("random", "state")
     """Controls of the substitution test."""
     horizon: int = 16
     """KL is averaged over t..t+horizon, both included."""
@@ -88,15 +90,7 @@ class Objectives(Evaluation):
     kind: ClassVar[str] = "objectives"
     question: ClassVar[str] = "What should a dictionary be trained for?"
     scope: ClassVar[Scope] = Scope.TARGETS
-    at_least: ClassVar[dict[str, float]] = {
-        "reconstruction_sequences": 2,
-        "n_atoms": 2,  # intervals are over atoms
-        "firings_per_atom": 1,
-        "horizon": 1,
-        "alive_tokens": 1,
-        "min_firings": 1,
-    }
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"scale": TESTED_SCALES, "controls": (*CONTROLS, *REFERENCES)}
+    least: ClassVar[dict[str, int]] = {"reconstruction_sequences": 2, "n_atoms": 2}  # intervals are over atoms
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "dictionaries": described(
             "sae",

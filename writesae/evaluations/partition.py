@@ -6,32 +6,23 @@ Source: WriteSAE (arXiv 2605.12770), section on the partition.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
-import torch
-from scipy.stats import ks_2samp
 
-from sae_lens_writesae.atom.low_rank import LowRank
-from writesae.evaluations.substitution import RELEVANT, Substitution, wide_firings
-from writesae.experiment.conditions import CONTROLS
-from writesae.experiment.cosines import SIDES, firing_cosines
-from writesae.experiment.evaluation import Evaluation, Result, described
+from writesae.evaluations.substitution import Substitution
+from writesae.experiment.at_firings import wide_firings
+from writesae.experiment.conditions import Rival
+from writesae.experiment.cosines import SIDES, firing_cosines, first_component
+from writesae.experiment.evaluation import Evaluation, Result
+from writesae.experiment.kinds import KIND_RATES, KINDS, alike, by_rule, compare_kinds
 from writesae.experiment.lab import Lab
-from writesae.experiment.pca import fit_pca
-from writesae.files import Json
-from writesae.verdict import figures
-from writesae.verdict import statistics as stats
+from writesae.verdict import figures, mixtures
 from writesae.verdict.finding import Against, Claim, Figure, Finding, Paired, said
 from writesae.verdict.format import percent, points, signed
 from writesae.verdict.judge import Verdict, judge
-from writesae.verdict.mixtures import COLUMNS as MIXTURE_COLUMNS
-from writesae.verdict.mixtures import fisher_z, fit_mixtures
-from writesae.verdict.paper import Outcome
-from writesae.verdict.statistics import Estimate
 
 SAMPLES: dict[str, str] = {"cosine": "atoms", "shuffled": "shuffled", "random": "random"}
 """Columns of the table `atoms` that hold medians of cosines, and the names of these samples in the other tables."""
@@ -45,8 +36,6 @@ cosine from which on the paper calls an atom a register."""
 
 RULES = ("Gated DeltaNet", "RWKV-7", "Mamba-2")
 """Update rules in the order of their registers' alignment, as the paper has it."""
-
-_KINDS = ("register", "bundle")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +93,7 @@ class Partition(Evaluation):
     """Atoms of each kind whose substitution is tested, drawn uniformly (claim 4). 0: none."""
     firings_per_atom: int = 4
     """Firings of each of these atoms."""
-    controls: tuple[str, ...] = ("random", "state", "mean")
+    controls: tuple[Rival, ...] = ("random", "state", "mean")
     """Controls of that test."""
     pca_writes: int = 1024
     """Native writes that the first principal component is fitted to."""
@@ -112,17 +101,7 @@ class Partition(Evaluation):
     kind: ClassVar[str] = "partition"
     question: ClassVar[str] = "Do atoms point along the writes they fire on, and are there two kinds?"
     answers: ClassVar[tuple[int, ...]] = (4, 6, 26, 27)
-    at_least: ClassVar[dict[str, float]] = {
-        "alive_tokens": 1,
-        "min_firings": 1,
-        "components": 1,
-        "restarts": 1,
-        "min_atoms": 1,
-        "firings_per_atom": 1,
-        "tested_atoms": 0,
-        "pca_writes": 2,
-    }
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"controls": CONTROLS}
+    least: ClassVar[dict[str, int]] = {"tested_atoms": 0, "pca_writes": 2}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "atoms": {
             "atom": "index of an alive atom",
@@ -142,13 +121,7 @@ class Partition(Evaluation):
         "mixtures": {
             "sample": "atoms, shuffled or random",
             "space": "cosine or z (Fisher's)",
-            "components": "components of the mixture",
-            "component": "number of the component, by its mean",
-            "weight": "share of the component",
-            "mean": "mean of the component",
-            "sd": "standard deviation of the component",
-            "bic": "BIC of the mixture; lower is better",
-            "best": "whether this mixture has the lowest BIC of its sample and space",
+            **mixtures.COLUMNS,
         },
         "sweep": {
             "threshold": "cosine from which on an atom counts as a register",
@@ -156,15 +129,7 @@ class Partition(Evaluation):
             "registers": "atoms at or above the threshold",
             "share": "the same as a share of alive atoms",
         },
-        "substitution": {
-            "scale": "scale of the substitution test",
-            "kind": "register or bundle",
-            "rate": "share of firings on which the atom is nearer to native than deletion",
-            **described("low high"),
-            "n": "firings",
-            "n_atoms": "atoms",
-            "by_firings": "the rate with each atom weighted by how often it fires on the text",
-        },
+        "substitution": KIND_RATES,
     }
 
     def __post_init__(self) -> None:
@@ -205,30 +170,30 @@ class Partition(Evaluation):
         atoms = self.atom_table(cosines.table)
         lab.skipped[f"atoms that fire fewer than {self.min_firings} times"] += len(ever) - len(alive)
         lab.skipped["alive atoms that are zero matrices, or fire at zero writes only"] += len(alive) - len(atoms)
-        mixtures = self.mixture_table(atoms, lab)
+        fitted = self.mixture_table(atoms, lab)
         by_kind = self._tested(lab, atoms)
         # After the substitution test, which counts an atom as alive from its first firing on.
         lab.facts |= {"alive_tokens": alive_tokens, "n_alive": len(atoms), "dead": firings.n_atoms - len(ever)}
-        return {"atoms": atoms, "mixtures": mixtures, "sweep": self.sweep_table(atoms), "substitution": by_kind}
+        return {"atoms": atoms, "mixtures": fitted, "sweep": self.sweep_table(atoms), "substitution": by_kind}
 
     def atom_table(self, cosines: pd.DataFrame) -> pd.DataFrame:
         """Medians over firings, and the kind of each atom."""
         grouped = cosines.groupby("atom")[[*SAMPLES, "untrained", *SIDES, "pca"]]
         atoms = grouped.median().assign(firings=grouped.size()).reset_index()
-        kind = np.where(atoms["cosine"] >= self.threshold, *_KINDS)
-        return atoms.assign(z=fisher_z(atoms["cosine"]), kind=kind)
+        kind = np.where(atoms["cosine"] >= self.threshold, *KINDS)
+        return atoms.assign(z=mixtures.fisher_z(atoms["cosine"]), kind=kind)
 
     def mixture_table(self, atoms: pd.DataFrame, lab: Lab | None = None) -> pd.DataFrame:
         """Mixtures of each sample; those that could not be fitted are counted in `lab.skipped`."""
         tables: list[pd.DataFrame] = []
         for column, sample in SAMPLES.items():
-            for space, x in (("cosine", atoms[column].to_numpy()), ("z", fisher_z(atoms[column]))):
-                fits = fit_mixtures(x, self.components, restarts=self.restarts, seed=self.seed)
+            for space, x in (("cosine", atoms[column].to_numpy()), ("z", mixtures.fisher_z(atoms[column]))):
+                fits = mixtures.fit_mixtures(x, self.components, restarts=self.restarts, seed=self.seed)
                 tables.append(fits.table.assign(sample=sample, space=space))
                 if lab is not None and fits.skipped:
                     missing = self.components - len(set(fits.table["components"]))
                     lab.skipped[f"mixtures of the {sample} sample not fitted: {fits.skipped}"] += missing
-        return pd.DataFrame(pd.concat(tables, ignore_index=True), columns=["sample", "space", *MIXTURE_COLUMNS])
+        return pd.DataFrame(pd.concat(tables, ignore_index=True), columns=list(self.columns["mixtures"]))
 
     def sweep_table(self, atoms: pd.DataFrame) -> pd.DataFrame:
         """Atoms at or above each threshold, in each sample."""
@@ -242,7 +207,9 @@ class Partition(Evaluation):
         if not drawn:
             return pd.DataFrame(columns=list(self.columns["substitution"]))
         settings = replace(self.substitution, atoms=drawn)
-        table, lab.facts["compared"] = compare_kinds(Result(settings, {}, settings.measure(lab)), atoms, self.seed)
+        wide, scale = wide_firings(Result(settings, {}, settings.measure(lab))), settings.scales[0]
+        verdict = settings.nearer(wide, scale).verdict
+        table, lab.facts["compared"] = compare_kinds(wide, scale, verdict, atoms, self.seed)
         return table
 
     def _draw(self, lab: Lab, atoms: pd.DataFrame) -> tuple[int, ...]:
@@ -252,7 +219,7 @@ class Partition(Evaluation):
         inside &= firings.position < firings.n_positions - test.horizon
         testable = atoms[atoms["atom"].isin(np.unique(firings.atom[inside]))]
         rng, drawn = lab.rng(4), []
-        for kind in _KINDS:
+        for kind in KINDS:
             of_kind = testable.loc[testable["kind"] == kind, "atom"].to_numpy()
             n = min(len(of_kind), self.tested_atoms)
             if n < 2:
@@ -308,7 +275,7 @@ class Partition(Evaluation):
                 measured=f"lead {lead}",
                 of="registers",
             )
-        return [self._two_kinds(result), aligned, self._alike(result), pca]
+        return [self._two_kinds(result), aligned, alike(result, self.controls), pca]
 
     @classmethod
     def across(cls, results: list[Result]) -> list[tuple[str, Claim]]:
@@ -319,15 +286,15 @@ class Partition(Evaluation):
             for rule in RULES
             if (parts := [result.tables["atoms"] for result in of_writes if result.info["rule"] == rule])
         }
-        return [(", ".join(tables), _by_rule(tables).row())] if len(tables) > 1 else []
+        return [(", ".join(tables), by_rule(tables).row())] if len(tables) > 1 else []
 
     def _two_kinds(self, result: Result) -> Finding:
         """Claim 6: the rules of the class's docstring, in order."""
-        atoms, mixtures = result.tables["atoms"], result.tables["mixtures"]
+        atoms, table = result.tables["atoms"], result.tables["mixtures"]
+        fits = dict(list(table.groupby(["sample", "space"])))
         fitted = {
-            (sample, space): _fitted(mixtures, sample, space)
-            for sample in SAMPLES.values()
-            for space in ("cosine", "z")
+            key: mixtures.preferred(fits.get(key, table.iloc[:0]))
+            for key in itertools.product(SAMPLES.values(), ("cosine", "z"))
         }
         (best, gap), (null, null_gap) = fitted["atoms", "cosine"], fitted["shuffled", "cosine"]
         registers = atoms[atoms["kind"] == "register"]
@@ -374,40 +341,9 @@ class Partition(Evaluation):
             verdict = Verdict("holds", text) if ladder.outcome == "holds" else ladder
         return replace(finding, ruled=verdict)
 
-    def _alike(self, result: Result) -> Finding:
-        """Claim 4: both kinds beat deletion, and the interval of their difference lies within 10 points of zero."""
-        claim, table = "register and bundle atoms substitute alike", result.tables["substitution"]
-        compared = cast(Mapping[str, Mapping[str, float]], result.info.get("compared"))
-        if set(table["kind"]) != set(_KINDS):
-            kinds = result.tables["atoms"]["kind"].tolist()
-            counts = " and ".join(f"{kinds.count(kind)} {kind}" for kind in _KINDS)
-            reason = f"It needs two tested atoms of each kind; of the alive atoms there are {counts}."
-            return Finding.untested(claim, reason, 4, "firings")
-        rates = {
-            str(row["kind"]): Estimate(row["rate"], row["low"], row["high"], row["n"], row["n_atoms"])
-            for row in table.to_dict("records")
-        }
-        gap, test = compared["difference"], cast(Mapping[str, str], compared["verdict"])
-        atoms = ", ".join(f"{rate.n_clusters} {kind} atoms" for kind, rate in rates.items())
-        weighted = ", ".join(f"{row['kind']} {percent(row['by_firings'])}" for row in table.to_dict("records"))
-        return Finding(
-            number=4,
-            claim=claim,
-            ruled=alike_verdict(rates, (gap["low"], gap["high"]), test),
-            chance=0.5,
-            shown={kind: rates[kind] for kind in _KINDS},
-            write=percent,
-            axis="of firings nearer to the native model than after deletion",
-            measured=f"{atoms}; difference [{points(gap['low'])}, {points(gap['high'])}] points, p = "
-            f"{gap['p_value']:.2g}; weighted by firings: {weighted}",
-            controls=f"those of the substitution test: {', '.join(self.controls)}",
-            n=sum(rate.n for rate in rates.values()),
-            of="firings, by atom",
-        )
-
     def panels(self, result: Result) -> list[Figure]:
         """Cosines of atoms and nulls, BIC by components, registers by threshold."""
-        atoms, mixtures, sweep = (result.tables[name] for name in ("atoms", "mixtures", "sweep"))
+        atoms, fitted, sweep = (result.tables[name] for name in ("atoms", "mixtures", "sweep"))
         colours, shares = {"atoms": "atom", "shuffled": "control", "random": "soft"}, np.linspace(0, 1, 21)
         lines = [
             figures.Line(name, shares.tolist(), np.quantile(atoms[column], 1 - shares).tolist(), colours[name])
@@ -415,7 +351,7 @@ class Partition(Evaluation):
         ]
         parts = {"Cosine of each atom with the writes it fires on": (lines, "share of alive atoms, best first")}
         bic = []
-        for (sample, space), rows in mixtures.groupby(["sample", "space"], sort=False):
+        for (sample, space), rows in fitted.groupby(["sample", "space"], sort=False):
             each = rows.drop_duplicates("components")
             if sample != "random" and len(each) > 1:
                 gap = np.maximum(each["bic"] - each["bic"].min(), 1).tolist()
@@ -443,112 +379,3 @@ class Partition(Evaluation):
             "Two components of a mixture are no proof of two kinds: one skewed distribution is fitted by two "
             "Gaussians, too, which is why the nulls are fitted in the same way.",
         ]
-
-
-@torch.no_grad()
-def first_component(lab: Lab, n_writes: int) -> LowRank:
-    """The first principal component (N = 1) of up to `n_writes` native writes of the first 16 sequences, turned so that
-    its mean inner product with them is positive; zero where the writes do not vary. Memory: n_writes K V numbers."""
-    writes = lab.native_writes(range(min(16, len(lab.tokens))))
-    drawn = np.sort(lab.rng(12).choice(len(writes), min(n_writes, len(writes)), replace=False)).tolist()
-    rows = writes.rows(drawn).dense()
-    pca = fit_pca(rows.flatten(1), 1)
-    if len(pca.components) == 0:
-        return writes.rows([0]) * 0.0
-    turned = pca.components[0] * torch.sign(pca.components[0] @ pca.mean)
-    return LowRank.svd(turned.view(1, *rows.shape[1:]))
-
-
-def _by_rule(tables: Mapping[str, pd.DataFrame]) -> Finding:
-    """Claim 27 from the tables `atoms` of several rules, in the paper's order."""
-    ordered, p_values, medians = {}, {}, {}
-    for column in ("cosine", "shuffled"):
-        pairs = itertools.combinations(tables, 2)
-        tests = {f"{a} / {b}": float(ks_2samp(tables[a][column], tables[b][column]).pvalue) for a, b in pairs}  # pyright: ignore
-        p_values[column] = stats.holm(tests)
-        of_rule = [float(table.loc[table["kind"] == "register", column].median()) for table in tables.values()]
-        falling = all(a > b for a, b in itertools.pairwise(of_rule))
-        ordered[column] = max(p_values[column].values()) < 0.05 and falling
-        medians[column] = ", ".join(f"{rule} {'–' if np.isnan(m) else f'{m:.3f}'}" for rule, m in zip(tables, of_rule))
-    if ordered["cosine"] and ordered["shuffled"]:
-        verdict = Verdict("confounded", "At shuffled positions the rules differ in the same way.")
-    elif ordered["cosine"]:
-        verdict = Verdict("holds", "Every pair of rules differs, in the paper's order.")
-    else:
-        verdict = Verdict("fails", "The rules do not all differ, or not in the paper's order.")
-    return Finding(
-        number=27,
-        claim="alignment of registers falls with the rank of the write rule",
-        ruled=verdict,
-        measured=f"median cosine of registers: {medians['cosine']}; Kolmogorov-Smirnov, Holm-adjusted: "
-        + ", ".join(f"{pair} p = {p:.2g}" for pair, p in p_values["cosine"].items()),
-        controls=f"at shuffled positions: {medians['shuffled']}",
-        n=sum(map(len, tables.values())),
-        of="alive atoms",
-    )
-
-
-def _fitted(mixtures: pd.DataFrame, sample: str, space: str) -> tuple[int | None, float]:
-    """Components of the mixture with the lowest BIC (None where none was fitted), and how much lower that is than the
-    BIC of a single Gaussian."""
-    rows = mixtures[(mixtures["sample"] == sample) & (mixtures["space"] == space)]
-    if rows.empty:
-        return None, 0.0
-    best = rows.nsmallest(1, "bic").iloc[0]
-    return int(best["components"]), float(rows.loc[rows["components"] == 1, "bic"].iloc[0] - best["bic"])
-
-
-def compare_kinds(test: Result, atoms: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, dict[str, Json]]:
-    """Register against bundle in a substitution test.
-
-    Args:
-        test: of the kind "substitution", of some of `atoms`.
-        atoms: the table `atoms` of a partition.
-
-    Returns: the table `substitution`, and the verdict of the test with the difference of the kinds.
-    """
-    settings = cast(Substitution, test.evaluation)
-    wide, scale, known = wide_firings(test), settings.scales[0], atoms.set_index("atom")[["kind", "firings"]]
-    wins = wide[["written_atom"]].assign(win=wide[f"atom/{scale}"] < wide["delete"])
-    wins = wins.join(known, on="written_atom", how="inner")
-    of_kind = {kind: Paired(wins[wins["kind"] == kind], ("written_atom",), seed) for kind in _KINDS}
-    rows = []
-    for kind, each in of_kind.items():
-        if each["written_atom"].nunique() > 1:  # a single atom says nothing about others
-            of_atom = each.wide.groupby("written_atom").agg(win=("win", "mean"), firings=("firings", "first"))
-            by_firings = np.average(of_atom["win"], weights=of_atom["firings"])
-            rows.append((scale, kind, *each.mean("win"), by_firings))
-    verdict = settings.nearer(wide, scale).verdict
-    facts: dict[str, Json] = {
-        "verdict": {"outcome": verdict.outcome, "sentence": verdict.sentence},
-        "without_kind": int(wide["written_atom"].nunique() - wins["written_atom"].nunique()),
-    }
-    if len(rows) == len(_KINDS):
-        register, bundle = of_kind.values()
-        samples = (register["win"], bundle["win"], register["written_atom"], bundle["written_atom"])
-        difference = register.lead("win", bundle)
-        ends = {name: getattr(difference, name) for name in ("mean", "low", "high")}
-        facts["difference"] = ends | {"p_value": stats.permutation_test(*samples, seed=seed).p_value}
-    return pd.DataFrame(rows, columns=list(Partition.columns["substitution"])), facts
-
-
-def alike_verdict(rates: Mapping[str, Estimate], gap: tuple[float, float], test: Mapping[str, str]) -> Verdict:
-    """The outcome of claim 4 from the win rate of each kind, the interval of their difference, and the verdict on all
-    tested firings."""
-    kinds = {
-        kind: judge(rate, chance=0.5, relevant=RELEVANT, what=f"the win rate of {kind} atoms against deletion")
-        for kind, rate in rates.items()
-    }
-    verdicts = [Verdict(cast(Outcome, test["outcome"]), test["sentence"]), *kinds.values()]
-    for outcome in ("below the floor", "inconclusive", "confounded", "undecided"):
-        if stops := [each for each in verdicts if each.outcome == outcome]:
-            return stops[0]
-    if failed := [kind for kind, each in kinds.items() if each.outcome == "fails"]:
-        return Verdict("fails", f"Deletion is not beaten by {' and '.join(failed)} atoms.")
-    (low, high), both, size = gap, "Both kinds beat deletion", percent(RELEVANT)
-    if low >= -RELEVANT and high <= RELEVANT:
-        return Verdict("holds", f"{both}, and differ by no more than {size}.")
-    if low > RELEVANT or high < -RELEVANT:
-        return Verdict("fails", f"{both}, but not alike: they differ by more than {size}.")
-    reach = f"an interval of their difference of [{points(low)}, {points(high)}] points"
-    return Verdict("inconclusive", f"{both}, but {reach} shows neither sameness nor a difference of {size}.")

@@ -75,7 +75,7 @@ class Passage(Evaluation):
     kind: ClassVar[str] = "passage"
     question: ClassVar[str] = "How much does removing a class of atoms hurt the loss?"
     answers: ClassVar[tuple[int, ...]] = (19,)
-    at_least: ClassVar[dict[str, float]] = {"passages": 2, "min_firings": 1}
+    least: ClassVar[dict[str, int]] = {"passages": 2}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "passages": {
             "sequence": "row of the evaluation tokens, in the test half",

@@ -18,9 +18,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
+from writesae.experiment.at_firings import OfHalves
 from writesae.experiment.downstream_heads import DownstreamHeads, downstream_heads, head_name, newest_outputs
-from writesae.experiment.evaluation import Evaluation, Result
-from writesae.experiment.firings import draw_atoms, halves, sample_firings
+from writesae.experiment.evaluation import Result
 from writesae.experiment.lab import EditedRows, Lab, Readout, Site, Trial
 from writesae.verdict import figures
 from writesae.verdict.finding import Against, Figure, Finding, Paired
@@ -43,7 +43,7 @@ _SHOWN = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Readers(Evaluation):
+class Readers(OfHalves):
     """At a firing (token t, atom i) the write W_t becomes W_t - a_i A_i. What a downstream head gives is its reads
     (`hook_read`) or, for an attention head, its mix of values (`hook_z`). The **change** of a head is the norm of the
     change of what it gives over t..t+horizon, divided by the norm of what it gives without edits. Heads of the same
@@ -67,29 +67,11 @@ class Readers(Evaluation):
 
     n_atoms: int | None = 16
     """Atoms drawn uniformly from those that fire often enough in both halves. None: all of them."""
-    atoms: tuple[int, ...] | None = None
-    """A hand-picked list (at least two) instead of a draw."""
-    select_firings: int = 8
-    """At most this many firings of an atom for the choice of its reader, dealt over sequences."""
-    test_firings: int = 8
-    """At most this many firings of an atom for the test, in the other half of the sequences."""
-    min_firings: int = 4
-    """Firings in each half that an atom needs."""
-    horizon: int = 8
-    """What downstream heads give is compared over t..t+horizon."""
-    first_position: int = 1
-    """Firings before this token are left out."""
 
     kind: ClassVar[str] = "readers"
     question: ClassVar[str] = "Which later heads read an atom's write?"
-    at_least: ClassVar[dict[str, float]] = {
-        "n_atoms": 2,
-        "select_firings": 1,
-        "test_firings": 2,
-        "min_firings": 2,
-        "horizon": 0,
-        "first_position": 0,
-    }
+    fewest_atoms: ClassVar[int] = 2
+    least: ClassVar[dict[str, int]] = OfHalves.least | {"n_atoms": 2}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "changes": {
             "firing": "number of the firing",
@@ -105,15 +87,6 @@ class Readers(Evaluation):
             "peak": "tokens after t at which the change is largest",
         }
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.atoms is not None and (len(self.atoms) < 2 or len(set(self.atoms)) != len(self.atoms)):
-            raise ValueError(f"atoms needs at least two atoms, named once each, found {list(self.atoms)}")
-
-    @property
-    def shortest(self) -> int:
-        return self.first_position + self.horizon + 1
 
     # -- measuring
 
@@ -150,15 +123,8 @@ class Readers(Evaluation):
 
     def _draw(self, lab: Lab) -> tuple[pd.DataFrame, LowRank]:
         """The firings of both halves, and the atoms; `column` says which atom a firing belongs to."""
-        firings, rng, split = lab.firings(), lab.rng(), halves(len(lab.tokens), self.seed)
-        bounds = {"first": self.first_position, "last": firings.n_positions - 1 - self.horizon}
-        atoms = draw_atoms(
-            firings, split, bounds, rng, min_firings=self.min_firings, n_atoms=self.n_atoms, atoms=self.atoms
-        )
-        samples = [
-            sample_firings(firings.of_sequences(side), atoms, most, **bounds, rng=rng).assign(half=half)
-            for half, side, most in zip(("select", "test"), split, (self.select_firings, self.test_firings))
-        ]
+        atoms, _, sides = self.drawn(lab, lab.rng())
+        samples = [sample.assign(half=half) for half, (_, sample) in zip(("select", "test"), sides)]
         table = pd.concat(samples, ignore_index=True).rename_axis("firing").reset_index()
         column = {int(atom): n for n, atom in enumerate(atoms)}
         return table.assign(column=[column[atom] for atom in table["atom"]]), lab.atoms(atoms)

@@ -83,7 +83,6 @@ class Seeds(Evaluation):
     question: ClassVar[str] = "Do seeds find the same atoms?"
     answers: ClassVar[tuple[int, ...]] = (20,)
     scope: ClassVar[Scope] = Scope.SEEDS
-    at_least: ClassVar[dict[str, float]] = {"alive_tokens": 1, "min_firings": 1}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "counts": {
             "sae": "label of the dictionary",
@@ -125,11 +124,16 @@ class Seeds(Evaluation):
         if len(set(kinds.values())) > 1:
             listed = "; ".join(f"{label}: {kind}" for label, kind in kinds.items())
             raise ValueError(f"seeds are compared on one hook and at one size, found {listed}")
-        alive: dict[str, Side] = {}
-        counts = []
+        alive, counts, n_tokens = {}, [], min(self.alive_tokens, lab.tokens.numel())
         for label in lab.saes:
-            row, alive[label] = self._counted(lab, label)
-            counts.append(row)
+            firings = lab.firings(label)
+            numbers = firings.alive(n_tokens, self.min_firings)
+            rare = f"{label} has no atom that fires {self.min_firings} times on {n_tokens:,} tokens"
+            lab.require(len(numbers) > 0, rare)
+            medians = firing_cosines(lab, numbers, label).table.groupby("atom")["cosine"].median()
+            n_dead = firings.n_atoms - len(firings.alive(n_tokens))
+            counts.append((label, len(numbers), int((medians >= self.threshold).sum()), n_dead))
+            alive[label] = Side(numbers, lab.atoms(numbers, label))
         pools = _write_pools(lab, max(len(side.numbers) for side in alive.values()))
         rng = np.random.default_rng(self.seed)
         pairs = pd.concat(
@@ -140,22 +144,11 @@ class Seeds(Evaluation):
             ],
             ignore_index=True,
         )
-        return {"counts": pd.DataFrame(counts), "matches": self.summary(pairs), "pairs": pairs}
-
-    def _counted(self, lab: Lab, label: str) -> tuple[dict[str, object], Side]:
-        """The row of `counts`, and the alive atoms."""
-        firings = lab.firings(label)
-        n_tokens = min(self.alive_tokens, lab.tokens.numel())
-        alive = firings.alive(n_tokens, self.min_firings)
-        lab.require(len(alive) > 0, f"{label} has no atom that fires {self.min_firings} times on {n_tokens:,} tokens")
-        medians = firing_cosines(lab, alive, label).table.groupby("atom")["cosine"].median()
-        row: dict[str, object] = {
-            "sae": label,
-            "alive": len(alive),
-            "register": int((medians >= self.threshold).sum()),
-            "dead": firings.n_atoms - len(firings.alive(n_tokens)),
+        return {
+            "counts": pd.DataFrame(counts, columns=list(self.columns["counts"])),
+            "matches": self.summary(pairs),
+            "pairs": pairs,
         }
-        return row, Side(alive, lab.atoms(alive, label))
 
     def summary(self, pairs: pd.DataFrame) -> pd.DataFrame:
         """The table `matches` of a table `pairs`."""

@@ -81,7 +81,7 @@ class Sign(Evaluation):
     question: ClassVar[str] = "Does the sign of a write set the sign of its effect?"
     answers: ClassVar[tuple[int, ...]] = (9,)
     scope: ClassVar[Scope] = Scope.HEAD
-    at_least: ClassVar[dict[str, float]] = {"n_positions": 2, "first_position": 0}
+    least: ClassVar[dict[str, int]] = {"n_positions": 2, "first_position": 0}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "writes": described(
             "sequence position token text",
@@ -96,7 +96,6 @@ class Sign(Evaluation):
     }
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", tuple(float(m) for m in self.sizes))
         object.__setattr__(self, "ranks", tuple((int(low), int(high)) for low, high in self.ranks))
         super().__post_init__()
         if not self.sizes or any(m <= 0 for m in self.sizes):

@@ -26,15 +26,18 @@ SCALES: tuple[Scale, ...] = get_args(Scale)
 """How the atom is scaled. The paper names the first two, and contradicts itself about which; the others are ours."""
 
 Direction = Literal["random", "shuffled", "elsewhere", "state", "mean"]
-DIRECTIONS: tuple[str, ...] = get_args(Direction)
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 """Directions other than the atom's, written at the norm of the atom condition. The order fixes their random streams."""
 
-Control = Literal[Direction, Baseline]
-CONTROLS: tuple[str, ...] = (*DIRECTIONS, *BASELINES)
+Rival = Literal[Direction, Baseline]
+CONTROLS: tuple[Rival, ...] = get_args(Rival)
 """All that an atom has to beat: the directions, and what has a size of its own and needs no training."""
 
-REFERENCES: tuple[str, ...] = ("state_after",)
+Reference = Literal["state_after"]
+REFERENCES: tuple[Reference, ...] = get_args(Reference)
 """Upper references: they contain the native write, so that they are shown and never held against an atom."""
+
+Control = Literal[Rival, Reference]
 
 
 class Condition(NamedTuple):

@@ -15,6 +15,7 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.experiment.firings import Integers
 from writesae.experiment.head import head_writes, matrices_of
 from writesae.experiment.lab import Lab
+from writesae.experiment.pca import fit_pca
 
 SIDES = ("key", "value", "shuffled_key", "shuffled_value")
 """Columns that hold |cosines| of one side."""
@@ -114,3 +115,17 @@ def _fires(atoms: LowRank, recurrence: Recurrence, target: str) -> Tensor:
     states = matrices_of(recurrence, target).to(atoms.values)
     products = torch.einsum("tkv,frk,frv->tf", states, atoms.keys, atoms.values)
     return products.argsort(dim=1, descending=True, stable=True)
+
+
+@torch.no_grad()
+def first_component(lab: Lab, n_writes: int) -> LowRank:
+    """The first principal component (N = 1) of up to `n_writes` native writes of the first 16 sequences, turned so that
+    its mean inner product with them is positive; zero where the writes do not vary. Memory: n_writes K V numbers."""
+    writes = lab.native_writes(range(min(16, len(lab.tokens))))
+    drawn = np.sort(lab.rng(12).choice(len(writes), min(n_writes, len(writes)), replace=False)).tolist()
+    rows = writes.rows(drawn).dense()
+    pca = fit_pca(rows.flatten(1), 1)
+    if len(pca.components) == 0:
+        return writes.rows([0]) * 0.0
+    turned = pca.components[0] * torch.sign(pca.components[0] @ pca.mean)
+    return LowRank.svd(turned.view(1, *rows.shape[1:]))

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import ClassVar, Self, cast
+from typing import ClassVar, Literal, Self, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -100,24 +100,39 @@ class Evaluation(ABC):
     """For each table, what its columns hold, with units."""
     min_sequences: ClassVar[int] = 2
     """Sequences that a run needs."""
-    at_least: ClassVar[dict[str, float]] = {}
-    """Smallest allowed value of a setting, checked when the evaluation is made."""
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """Allowed values of a setting, or of each entry of a setting that is a tuple."""
+    least: ClassVar[dict[str, int]] = {}
+    """Smallest allowed value of each setting that is a whole number, where it is not 1."""
 
     def __post_init__(self) -> None:
-        for name in (f.name for f in fields(self)):
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, list | tuple):  # JSON gives lists, and whole numbers
+                value = tuple(map(float, value) if each.type == "tuple[float, ...]" else value)
+                object.__setattr__(self, each.name, value)
+                if len(set(map(str, value))) != len(value):
+                    raise ValueError(f"{each.name} names each value once; found {', '.join(map(str, value))}")
+        at_least(self, self.bounds())
+        for name, allowed in self.choices().items():
             value = getattr(self, name)
-            if isinstance(value, list):  # as JSON and the command line give them
-                object.__setattr__(self, name, tuple(value))
-        at_least(self, {"rows_per_run": 1, **self.at_least})
-        for name, allowed in self.choices.items():
-            value = getattr(self, name)
-            entries = value if isinstance(value, tuple) else (value,)
-            if unknown := [entry for entry in entries if entry not in allowed]:
+            if unknown := [
+                entry for entry in (value if isinstance(value, tuple) else (value,)) if entry not in allowed
+            ]:
                 raise ValueError(f"{name} must be among {', '.join(allowed)}; found {', '.join(map(str, unknown))}")
-            if len(set(entries)) != len(entries):
-                raise ValueError(f"{name} names each value once; found {', '.join(map(str, entries))}")
+
+    @classmethod
+    def bounds(cls) -> dict[str, int]:
+        """Smallest allowed value of each setting that is a whole number."""
+        return {f.name: cls.least.get(f.name, 1) for f in fields(cls) if f.type in ("int", "int | None")} | {"seed": 0}
+
+    @classmethod
+    def choices(cls) -> dict[str, tuple[str, ...]]:
+        """Allowed values of each setting that is a word, or a tuple of words: those that its type names."""
+        found = {}
+        for name, each in get_type_hints(cls).items():
+            word = get_args(each)[0] if get_origin(each) is tuple else each
+            if get_origin(word) is Literal:
+                found[name] = get_args(word)
+        return found
 
     @abstractmethod
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:

@@ -22,6 +22,8 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
 
 Integers = NDArray[np.int64]
+Bounds = dict[Literal["first", "last"], int]
+"""First and last position of a firing that is looked at."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def folds(sequences: Integers, seed: int) -> dict[int, int]:
 def draw_atoms(
     firings: Firings,
     split: Halves,
-    bounds: dict[str, int],
+    bounds: Bounds,
     rng: np.random.Generator,
     *,
     min_firings: int,

@@ -22,7 +22,7 @@ from writesae.experiment.pca import MatrixPca, fit_pca_of_writes
 Integers = NDArray[np.int64]
 
 Baseline = Literal["head_mean", "token_mean", "pair_mean", "drawn", "quantised", "pca"]
-BASELINES: tuple[str, ...] = get_args(Baseline)
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 """Names of the baselines, as conditions of an experiment."""
 
 MAX_TOKENS = 32_768

@@ -109,3 +109,9 @@ def _directions(native: Tensor, tokens: list[int]) -> Tensor:
     picks = torch.zeros(len(tokens), len(native)).to(probabilities)
     picks[torch.arange(len(tokens)), torch.tensor(tokens)] = 1
     return torch.cat([picks, probabilities[None]])
+
+
+def rank_name(group: tuple[int, int]) -> str:
+    """A rank group as tables and figures call it: "1", "2-5"."""
+    low, high = group
+    return str(low) if low == high else f"{low}-{high}"

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from sae_lens import SAE
 from torch import Tensor
 
@@ -103,8 +102,8 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
     Cost: per sequence two forwards up to the layer, and from the layer on one, two for each target and one for each
     dictionary; an encode and decode of each matrix.
     """
-    own = {label: _Of(sae) for label, sae in lab.saes.items() if has_plain_activations(sae)}
-    of_target = {hook.target: _Target() for hook in lab.hooks.values()}
+    own: dict[str, list[tuple]] = {label: [] for label, sae in lab.saes.items() if has_plain_activations(sae)}
+    of_target: dict[HookTarget, list[tuple]] = {hook.target: [] for hook in lab.hooks.values()}
     for sequence in lab.bar(range(min(SEQUENCES, len(lab.tokens))), "dictionary quality"):
         recurrence, upper = (
             lab.recurrence(sequence),
@@ -113,20 +112,43 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
         native, writes = upper.logits(), head_writes(recurrence, 0)
         for target, reference in of_target.items():
             x = matrices_of(recurrence, target)
-            reference.add(x, *(_kl(native, upper.logits(target, put)) for put in (torch.zeros_like(x), x)))
+            flat, puts = x.flatten(1).double(), (torch.zeros_like(x), x)
+            kls = (_kl(native, upper.logits(target, put)) for put in puts)
+            reference.append((flat.sum(0), float(flat.square().sum()), *kls))
             for label in [label for label in own if lab.hooks[label].target == target]:
                 activations = encoded(lab.saes[label], x)
                 if not bool(activations.isfinite().all()):
                     del own[label]
                     continue
                 rebuilt = decoded(lab.saes[label], activations, x)
-                fires = (activations > 0).any(1)
+                on = activations > 0
+                fires = on.any(1)
                 strongest, which = dominant(lab.saes[label], activations)[fires].unique(return_inverse=True)
                 atoms = lab.atoms(strongest.cpu().numpy(), label).to(writes.keys).rows(which.to(writes.keys.device))
-                cosines = atoms.cosine(writes.rows(fires.to(writes.keys.device)))
-                own[label].add(x, rebuilt, activations, cosines, _kl(native, upper.logits(target, rebuilt)))
-    targets: dict[str, HookTarget] = {label: lab.hooks[label].target for label in own}
-    return {label: each.quality(targets[label], of_target[targets[label]]) for label, each in own.items()}
+                cosines = atoms.cosine(writes.rows(fires.to(writes.keys.device))).cpu()
+                error, kl = float((x - rebuilt).double().square().sum()), _kl(native, upper.logits(target, rebuilt))
+                own[label].append((error, int(on.sum()), int(fires.sum()), on.any(0).cpu(), cosines, kl))
+    found = {}
+    for label, rows in own.items():
+        error, active, covered, fired, cosine, kl = zip(*rows)
+        totals, squares, deleted, itself = zip(*of_target[target := lab.hooks[label].target])
+        n, sequences, total = len(rows) * lab.tokens.shape[1], np.arange(len(rows)), torch.stack(totals).sum(0)
+        variance, cosines = sum(squares) - float(total @ total) / n, torch.cat(cosine)
+        found[label] = DictionaryQuality(
+            target=target,
+            n_sequences=len(rows),
+            n_tokens=n,
+            explained=1 - sum(error) / variance if variance > ROUNDING * sum(squares) else None,
+            l0=sum(active) / n,
+            alive=float(torch.stack(fired).any(0).float().mean()),
+            coverage=sum(covered) / n,
+            cosine=float(cosines.mean()) if len(cosines) else None,
+            start_cosine=start_cosine(lab.saes[label]),
+            deleted=estimate(deleted, sequences),
+            floor=float(np.mean(itself)),
+            recovered=recovered_share(kl, deleted, sequences) if np.mean(deleted) > np.mean(itself) else None,
+        )
+    return found
 
 
 def head_effects(
@@ -157,7 +179,7 @@ def head_effects(
                 for head in of_layer:
                     one = whole.select(heads=slice(head, head + 1))
                     zero = torch.zeros_like(matrices_of(one, "write"))
-                    nats[head].append(float(_kl(native, upper._replace(head=head).logits("write", zero)).mean()))
+                    nats[head].append(_kl(native, upper._replace(head=head).logits("write", zero)))
                     if len(lives[head]) < _HALF_LIVES:
                         lives[head].append(half_lives(one))
             rows += [(layer, h, float(torch.cat(lives[h]).median()), float(np.mean(nats[h]))) for h in of_layer]
@@ -165,74 +187,10 @@ def head_effects(
     return table.sort_values("nats", ascending=False, ignore_index=True)
 
 
-def _kl(native: Tensor, edited: Tensor) -> NDArray[np.float64]:
-    """[T] KL(native || edited) of next-token distributions from logits [T,vocab]."""
+def _kl(native: Tensor, edited: Tensor) -> float:
+    """KL(native || edited) of next-token distributions, mean over tokens, from logits [T,vocab]."""
     positions = torch.arange(len(native), device=native.device)[None]
-    return divergences(native, positions, edited[None]).forward[0].double().numpy()
-
-
-class _Target:
-    """What all dictionaries of one target are compared with."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.square, self.n_tokens = 0.0, 0
-        self.deleted: list[NDArray[np.float64]] = []
-        self.itself: list[NDArray[np.float64]] = []
-
-    def add(self, x: Tensor, deleted: NDArray[np.float64], itself: NDArray[np.float64]) -> None:
-        flat = x.flatten(1).double()
-        self.total = flat.sum(0) if self.total is None else self.total + flat.sum(0)
-        self.square += float(flat.square().sum())
-        self.n_tokens += len(flat)
-        self.deleted.append(deleted)
-        self.itself.append(itself)
-
-    @property
-    def variance(self) -> float:
-        """Sum of squares around the mean; 0 where it is what rounding leaves."""
-        assert self.total is not None
-        variance = self.square - float(self.total @ self.total) / self.n_tokens
-        return variance if variance > ROUNDING * self.square else 0.0
-
-
-class _Of:
-    """Sums over tokens of one dictionary."""
-
-    def __init__(self, sae: SAE) -> None:
-        self.sae, self.error, self.active, self.covered = sae, 0.0, 0, 0
-        self.fired = torch.zeros(int(sae.cfg.d_sae), dtype=torch.bool)
-        self.cosines: list[Tensor] = []
-        self.kl: list[NDArray[np.float64]] = []
-
-    def add(self, x: Tensor, rebuilt: Tensor, activations: Tensor, cosines: Tensor, kl: NDArray[np.float64]) -> None:
-        on = (activations > 0).cpu()
-        self.error += float((x - rebuilt).double().square().sum())
-        self.active += int(on.sum())
-        self.covered += int(on.any(1).sum())
-        self.fired |= on.any(0)
-        self.cosines.append(cosines.cpu())
-        self.kl.append(kl)
-
-    def quality(self, target: HookTarget, reference: _Target) -> DictionaryQuality:
-        n, variance, cosines = reference.n_tokens, reference.variance, torch.cat(self.cosines)
-        means = [np.array([each.mean() for each in kl]) for kl in (self.kl, reference.deleted, reference.itself)]
-        sequences, floor = np.arange(len(self.kl)), float(means[2].mean())
-        recovered = recovered_share(means[0], means[1], sequences) if means[1].mean() > floor else None
-        return DictionaryQuality(
-            target=target,
-            n_sequences=len(self.kl),
-            n_tokens=n,
-            explained=1 - self.error / variance if variance else None,
-            l0=self.active / n,
-            alive=float(self.fired.float().mean()),
-            coverage=self.covered / n,
-            cosine=float(cosines.mean()) if len(cosines) else None,
-            start_cosine=start_cosine(self.sae),
-            deleted=estimate(means[1], sequences),
-            floor=floor,
-            recovered=recovered,
-        )
+    return float(divergences(native, positions, edited[None]).forward.double().mean())
 
 
 def start_cosine(sae: SAE) -> float | None:

@@ -12,15 +12,56 @@ import torch
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank, mean_write, state_direction
+from sae_lens_writesae.sae.kinds import n_parameters, variant
 from sae_lens_writesae.sae.losses import read_queries
+from writesae.experiment.conditions import baseline_factor
+from writesae.experiment.evaluation import Result
 from writesae.experiment.head import ROUNDING, UpperModel, decoded, dominant, encoded, head_writes, matrices_of
-from writesae.experiment.lab import Lab, Site
+from writesae.experiment.lab import Lab, Site, Trial
 from writesae.experiment.pca import MatrixPca, fit_pca
+from writesae.experiment.readout import kl_window
+from writesae.verdict.finding import Paired
+from writesae.verdict.statistics import Estimate
 
 NO_VARIANCE = "sequences on which the matrices of a dictionary, or all reads of them, do not vary"
 ATOM, ATOM_SVD, SVD = "atom", "atom svd", "svd"
-"""What a dictionary writes: its strongest atom; the same cut to rank 1, where it is of a higher rank; the top-1 SVD of
-its reconstruction."""
+WRITTEN_NAMES: dict[str, str] = {
+    ATOM: "strongest atom",
+    ATOM_SVD: "atom cut to rank 1",
+    SVD: "top-1 SVD of the reconstruction",
+}
+"""What a dictionary writes, as a reader meets it; the atom is cut where it is of a higher rank."""
+EXCHANGED: dict[str, str] = {
+    "sequence": "row of the evaluation tokens",
+    "position": "token t that is edited",
+    "sae": "label of the dictionary; empty where none is needed",
+    "condition": "native, delete, random, mean, state, state_after, pca r; atom, atom svd, svd",
+    "kl": "nats, mean over t..t+horizon of KL(native || edited)",
+    "cosine": "cosine of what is written and the native write",
+    "norm": "Frobenius norm of what is written over that of the native write",
+}
+"""Columns of `exchanged`."""
+
+DICTIONARIES: dict[str, str] = {
+    "sae": "label of the dictionary",
+    "variant": "which of the paper's variants it is, or other",
+    "d_sae": "number of atoms",
+    "parameters": "numbers that are trained",
+    "explained": "share of the variance of its target that it explains, mean over sequences",
+    "l0": "active atoms per token",
+    "alive": "number of atoms that fire",
+    "dead": "number of atoms that never fire",
+}
+"""Columns of `dictionaries`."""
+REPLACEMENT: dict[str, str] = {
+    "sequence": "row of the evaluation tokens",
+    "sae": "label of the dictionary; empty where none is needed",
+    "hook": "what is replaced: write or state",
+    "method": "itself, dictionary, mean, zero, pca r; for states rank r",
+    "nats": "nats per token, more than without replacement",
+    "native_nats": "nats per token without replacement",
+}
+"""Columns of `replacement_costs`."""
 
 _MEAN_ENERGY = 0.99
 """The mean write is kept as the fewest rank-1 terms that hold this share of its squared norm."""
@@ -70,6 +111,21 @@ def reconstruction(lab: Lab, sequences: Sequence[int]) -> pd.DataFrame:
     return pd.DataFrame(kept, columns=["sae", "sequence", "explained", "reads", "l0"])
 
 
+def dictionaries(lab: Lab, sequences: Sequence[int], alive_tokens: int) -> pd.DataFrame:
+    """What each dictionary of the laboratory is, and how it does on some sequences (`reconstruction`).
+
+    Raises:
+        NothingToMeasureError: what one of them reconstructs does not vary.
+    """
+    fits, n_tokens, rows = reconstruction(lab, sequences), min(alive_tokens, lab.tokens.numel()), []
+    for label, sae in lab.saes.items():
+        fit, d_sae, alive = fits[fits["sae"] == label], int(sae.cfg.d_sae), len(lab.firings(label).alive(n_tokens))
+        lab.require(not fit.empty, f"{label}: what it reconstructs does not vary on any test sequence")
+        sizes = (d_sae, n_parameters(sae), fit["explained"].mean(), fit["l0"].mean(), alive, d_sae - alive)
+        rows.append((label, variant(sae), *sizes))
+    return pd.DataFrame(rows, columns=list(DICTIONARIES))
+
+
 class Basis(NamedTuple):
     """What is known of a head from sequences that nothing is tested on."""
 
@@ -115,11 +171,8 @@ class Written(NamedTuple):
     def sized(self, native: LowRank, scale: str) -> LowRank:
         """At the norm of the native write (`scale` "matched"), or at its own size ("coefficient"); a direction gets the
         projection of the native write on it, its best. What is zero, because nothing fires, stays zero."""
-        if scale == "coefficient" and self.has_size:
-            return self.matrices
-        square = self.matrices.inner(self.matrices)
-        wanted = self.matrices.inner(native) if scale == "coefficient" else native.norm() * square.sqrt()
-        return self.matrices * torch.where(square > 0, wanted / square.clamp_min(torch.finfo(square.dtype).tiny), 0)
+        how = scale if self.has_size or scale == "matched" else "least_squares"
+        return self.matrices * baseline_factor(how, self.matrices, native)
 
 
 def without_dictionary(
@@ -148,6 +201,30 @@ def of_dictionary(lab: Lab, label: str, matrices: Tensor, native: LowRank) -> It
     if atom.rank > 1:
         yield Written(label, ATOM_SVD, LowRank.svd(atom.dense(), 1, balanced=True), True)
     yield Written(label, SVD, LowRank.svd(decoded(sae, activations, matrices), 1, balanced=True), True)
+
+
+def exchanged(
+    lab: Lab, site: Site, positions: list[int], basis: Basis, pca_ranks: Sequence[int], scale: str, window: int
+) -> pd.DataFrame:
+    """What each dictionary, and what needs none, does in place of the writes at some positions of one sequence; no
+    rows without positions.
+
+    Cost: per position 2 edited rows and one for each baseline, of `window` tokens.
+    """
+    native = site.at(positions)
+    baselines = [Written("", "native", native, True), Written("", "delete", native * 0.0, True)]
+    if positions:
+        baselines += without_dictionary(lab, site, native, positions, basis, pca_ranks)
+        for label, hook in lab.hooks.items():
+            baselines += of_dictionary(lab, label, matrices_of(site.recurrence, hook.target)[positions], native)
+    trials = []
+    for each in baselines:
+        written = each.matrices if each.condition in ("native", "delete") else each.sized(native, scale)
+        cosines, norms = written.cosine(native).tolist(), (written.norm() / native.norm()).tolist()
+        for n, t in enumerate(positions):
+            row = {"sequence": site.sequence, "position": t, "sae": each.sae, "condition": each.condition}
+            trials.append(Trial(row | {"cosine": cosines[n], "norm": norms[n]}, t, lab.replace(t, written, n)))
+    return lab.read(site, trials, kl_window, window)
 
 
 def replacement_costs(
@@ -182,4 +259,26 @@ def replacement_costs(
         (sequence, label, hook, method, upper.nats(hook, matrices) - native, native)
         for label, hook, method, matrices in methods
     ]
-    return pd.DataFrame(rows, columns=["sequence", "sae", "hook", "method", "nats", "native_nats"])
+    return pd.DataFrame(rows, columns=list(REPLACEMENT))
+
+
+def cost(result: Result, method: str, minus: str | None = None, hook: str | None = None) -> Estimate:
+    """Nats per token that a method ("label of the dictionary/method") costs, over sequences; with `minus` the paired
+    difference. Its observations are tokens.
+
+    Args:
+        hook: what is replaced; None: the dictionaries' own target.
+    """
+    table = result.tables["replacement"]
+    rows = table[table["hook"] == (hook or result.info["target"])]
+    costs = Paired.of(
+        rows.assign(name=rows["sae"] + "/" + rows["method"]), "nats", by="name", seed=result.evaluation.seed
+    )
+    over_sequences = costs.mean(method, minus)
+    return over_sequences._replace(n=over_sequences.n * int(result.fact("n_positions")))
+
+
+def no_op_cost(result: Result) -> float:
+    """What replacing all matrices by themselves costs: the floor, in nats per token (95th percentile)."""
+    table = result.tables["replacement"]
+    return float(table.loc[table["method"] == "itself", "nats"].abs().quantile(0.95))

@@ -25,9 +25,34 @@ CELL = ["quantity", "firing", "horizon", "rank"]
 ALL = "all"
 """Level of an axis that is not split."""
 _SPLITS: tuple[tuple[str, ...], ...] = ((), ("horizon",), ("rank",), ("eps",), ("horizon", "eps"))
-_LEVELS = ("quantity", "predictor", "horizon", "rank", "eps")
-_NUMBERS = ("r2", "r2_low", "r2_high", "r2_global_scale", "global_scale", "per_cell_scale", "pearson", "sign_rate")
-_NUMBERS += ("n", "n_sequences")
+
+SCORES: dict[str, str] = {
+    "quantity": "logit or log_prob",
+    "predictor": "F0, F1, F2, or the control",
+    "horizon": "one horizon, or all",
+    "rank": "one rank group, or all",
+    "eps": "one size, or all",
+    "r2": "R^2 about the mean with nothing fitted; 0 is no better than one number for all rows",
+    "r2_low": "lower end of its 95 % interval over sequences",
+    "r2_high": "upper end of its 95 % interval over sequences",
+    "r2_global_scale": "R^2 with one scale for all rows, each half of the sequences scaled by the other's",
+    "global_scale": "that scale, fitted on all rows",
+    "per_cell_scale": "R^2 with a scale for each cell, fitted on what it is scored on: near 1 by construction",
+    "pearson": "correlation; 0 where the prediction is constant",
+    "sign_rate": "share of rows whose sign is predicted",
+    "n": "number of rows",
+    "n_sequences": "number of sequences",
+}
+"""Columns of `scores_table`."""
+PER_CELL: dict[str, str] = {
+    "quantity": "logit or log_prob",
+    "predictor": "F0, F1, F2, or the control",
+    "median_r2": "the paper's statistic: median over cells of R^2 over eps, each with a scale of its own",
+    "low": "lower end of its 95 % interval over sequences",
+    "high": "upper end of its 95 % interval over sequences",
+    "n": "number of cells (firing, horizon, rank group)",
+}
+"""Columns of `per_cell_table`."""
 
 
 class Fit(NamedTuple):
@@ -144,7 +169,7 @@ def scores_table(cells: pd.DataFrame, predictors: Sequence[str], seed: int = 0) 
                 "n_sequences": unfitted.n_clusters,
             }
             rows.append(names | {"predictor": predictor} | numbers)
-    return pd.DataFrame(rows, columns=[*_LEVELS, *_NUMBERS])
+    return pd.DataFrame(rows, columns=list(SCORES))
 
 
 def per_cell_table(cells: pd.DataFrame, predictors: Sequence[str], seed: int = 0) -> pd.DataFrame:
@@ -161,7 +186,7 @@ def per_cell_table(cells: pd.DataFrame, predictors: Sequence[str], seed: int = 0
         median = estimate(each["r2"], each["sequence"], statistic=weighted_median, seed=seed)
         ends = {"low": median.low, "high": median.high}
         rows.append({"quantity": quantity, "predictor": predictor, "median_r2": median.mean, **ends, "n": median.n})
-    return pd.DataFrame(rows, columns=["quantity", "predictor", "median_r2", "low", "high", "n"])
+    return pd.DataFrame(rows, columns=list(PER_CELL))
 
 
 def cell_r2(cells: pd.DataFrame, predictor: str, quantity: str = "logit") -> pd.DataFrame:
@@ -190,3 +215,40 @@ def groups_of(cells: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, dict[str, str
 def varies(rows: pd.DataFrame) -> bool:
     """Whether any measured change differs from another."""
     return bool(np.ptp(rows["measured"].to_numpy(float)) > 0)
+
+
+def score(scores: pd.DataFrame, predictor: str, **levels: float | str) -> pd.Series:
+    """One row of the table `scores`; the levels quantity, horizon, rank and eps are "logit" and "all" where not named.
+
+    Raises:
+        KeyError: there is no such row; names what there is.
+    """
+    wanted = {"quantity": "logit", "predictor": predictor, "horizon": ALL, "rank": ALL, "eps": ALL}
+    wanted |= {name: level if isinstance(level, str) else f"{level:g}" for name, level in levels.items()}
+    rows = scores[np.logical_and.reduce([scores[name] == value for name, value in wanted.items()])]
+    if rows.empty:
+        known = {name: sorted(scores[name].unique()) for name in wanted}
+        raise KeyError(f"no score for {wanted}; there are {known}")
+    return rows.iloc[0]
+
+
+def error_order(cells: pd.DataFrame) -> float:
+    """Exponent by which F2's rms error on logits grows between the two smallest eps; 2 says that the rest is curvature.
+    0 where there is no error."""
+    logits = cells[cells["quantity"] == "logit"]
+    square = (logits["measured"] - logits["F2"]) ** 2
+    errors = (square.groupby(logits["eps"]).mean() ** 0.5).sort_index().iloc[:2]
+    if errors.min() == 0:
+        return 0.0
+    x, y = np.log(errors.index.to_numpy(float)), np.log(errors.to_numpy(float))
+    return float((y[1] - y[0]) / (x[1] - x[0]))
+
+
+def slopes_of(doses: pd.DataFrame) -> pd.DataFrame:
+    """Slope of `effect` and of `wrong` over the dose, by least squares through the origin, for each edited place."""
+    by = ["atom", "sequence", "position"]
+    products = doses[by].assign(
+        effect=doses["effect"] * doses["dose"], wrong=doses["wrong"] * doses["dose"], square=doses["dose"] ** 2
+    )
+    sums = products.groupby(by).sum()
+    return sums[["effect", "wrong"]].div(sums["square"], axis=0).reset_index()

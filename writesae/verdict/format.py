@@ -44,3 +44,8 @@ def points(x: float) -> str:
 def r_squared(x: float) -> str:
     """Three decimals; whole numbers where a prediction is so far off that decimals say nothing."""
     return f"{x:.3f}" if abs(x) < 100 else f"{x:,.0f}"
+
+
+def perplexity(nats: float) -> str:
+    """A cost in nats per token as a change of perplexity."""
+    return f"{100 * math.expm1(nats):+.3g}%"

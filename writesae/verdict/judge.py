@@ -133,6 +133,15 @@ def too_little(effect: Estimate) -> str | None:
     return None
 
 
+def one_is_enough(found: int, pooled: Estimate, holds: str, fails: str) -> Verdict:
+    """Of a claim that a single unit shows. A count is no effect with an interval: one is enough, and none of too few
+    (`pooled` says of how many) says nothing."""
+    if found:
+        return Verdict("holds", holds)
+    few = too_little(pooled)
+    return Verdict("inconclusive", few) if few else Verdict("fails", fails)
+
+
 def _unbeaten(
     against: Mapping[str, Against], sign: float, chance: float, margin: float
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -15,23 +15,25 @@ VALUES_PER_COMPONENT = 5
 LARGEST_COSINE = 1 - 1e-6
 """|cosine| is clipped to this before Fisher's z, which is infinite at 1."""
 
-COLUMNS = ("components", "component", "weight", "mean", "sd", "bic", "best")
+COLUMNS: dict[str, str] = {
+    "components": "components of the mixture",
+    "component": "number of the component, by its mean",
+    "weight": "share of the component",
+    "mean": "mean of the component",
+    "sd": "standard deviation of the component",
+    "bic": "BIC of the mixture; lower is better",
+    "best": "whether this mixture has the lowest BIC of its sample and space",
+}
+"""Of the table of fits, which has one row for each component of each mixture."""
 
 
 class MixtureFits(NamedTuple):
     """Fits of 1..m components to one sample."""
 
     table: pd.DataFrame
-    """One row per component of each mixture: components, component, weight, mean, sd, bic (lower is better), best
-    (whether the mixture has the lowest BIC)."""
+    """Columns as in `COLUMNS`; one sample and space."""
     skipped: str
     """Why larger mixtures, or all of them, were not fitted; empty if all were."""
-
-    @property
-    def preferred(self) -> int | None:
-        """Components of the mixture with the lowest BIC; None where nothing was fitted."""
-        counts = self.table.loc[self.table["best"], "components"].to_numpy()
-        return int(counts[0]) if len(counts) else None
 
 
 def fit_mixtures(values: ArrayLike, largest: int = 4, *, restarts: int = 3, seed: int = 0) -> MixtureFits:
@@ -57,7 +59,7 @@ def fit_mixtures(values: ArrayLike, largest: int = 4, *, restarts: int = 3, seed
         for rank, i in enumerate(np.argsort(means)):
             rows.append((c, rank + 1, float(weights[i]), float(means[i]), float(deviations[i]), bic))
     # Without rows the columns would hold objects, and so would those of tables that it is joined to.
-    table = pd.DataFrame(rows, columns=list(COLUMNS[:-1])).astype(float).astype({"components": int, "component": int})
+    table = pd.DataFrame(rows, columns=[*COLUMNS][:-1]).astype(float).astype({"components": int, "component": int})
     table["best"] = table["bic"] == table["bic"].min()
     reason = ""
     if len(fitted) < largest:
@@ -68,3 +70,12 @@ def fit_mixtures(values: ArrayLike, largest: int = 4, *, restarts: int = 3, seed
 def fisher_z(cosine: ArrayLike) -> NDArray[np.float64]:
     """Fisher's z, artanh of a cosine, which spreads values near 1 apart; cosines are clipped to ±(1 - 1e-6)."""
     return np.arctanh(np.clip(np.asarray(cosine, dtype=float), -LARGEST_COSINE, LARGEST_COSINE))
+
+
+def preferred(fits: pd.DataFrame) -> tuple[int | None, float]:
+    """Components of the mixture of one sample with the lowest BIC (None where none was fitted), and how much lower that
+    is than the BIC of a single Gaussian."""
+    if fits.empty:
+        return None, 0.0
+    best = fits.nsmallest(1, "bic").iloc[0]
+    return int(best["components"]), float(fits.loc[fits["components"] == 1, "bic"].iloc[0] - best["bic"])

@@ -57,3 +57,9 @@ SCALE_DEFINITIONS: Mapping[str, str] = {
     "fitted by least squares on the other half of the sequences (not in the paper)",
     "none": "no scale",
 }
+
+
+def shown_name(condition: str) -> str:
+    """The name of a condition, or of "pca r"."""
+    head, _, rank = condition.partition(" ")
+    return f"{rank} principal component{'s' * (rank != '1')}" if head == "pca" else NAMES.get(condition, condition)

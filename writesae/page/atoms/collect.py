@@ -19,7 +19,8 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.choices import at_least
-from writesae.evaluations.substitution import Substitution, wide_firings
+from writesae.evaluations.substitution import Substitution
+from writesae.experiment.at_firings import wide_firings
 from writesae.experiment.conditions import REFERENCES, written_at
 from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import Firings, Integers, sample_firings
