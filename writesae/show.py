@@ -142,12 +142,13 @@ class Export(OnText):
         from writesae.experiment.lab import Lab
         from writesae.page.atoms.collect import AtomPages
         from writesae.page.atoms.export import neuronpedia_batch, write_delphi
+        from writesae.page.atoms.measure import Facts
 
         check_writable(self.out)
-        pages = dataclasses.replace(pages or AtomPages(), substitution_firings=0, quality=False)  # no place for them
+        pages = pages or AtomPages()
         model, sae, tokens = self.load(pages)
         if self.to == "neuronpedia":
-            batch = neuronpedia_batch(pages.collect(model, sae, tokens, progress=progress), self.dataset)
+            batch = neuronpedia_batch(Facts(pages, model, sae, tokens, progress=progress), self.dataset)
             return atomic_text(self.out / "batch-0.json", json.dumps(batch, allow_nan=False))
         lab = Lab(model, {"": sae}, tokens, progress=progress)
         return write_delphi(lab, self.out, n_splits=self.splits, dataset=self.dataset)
@@ -185,10 +186,10 @@ class Prompt:
                 print()
 
     def server(self) -> PromptServer:
-        """The server, bound to its port; raises what `prompt_server` raises."""
-        from writesae.page.prompt import prompt_server
+        """The server, bound to its port; raises what `PromptServer` raises."""
+        from writesae.page.prompt import PromptServer
 
-        return prompt_server(self.model, self.sae, self.dtype, self.port)
+        return PromptServer(self.model, self.sae, self.dtype, self.port)
 
 
 def run_show(arguments: Sequence[str]) -> str:

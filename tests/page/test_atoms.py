@@ -29,13 +29,12 @@ from writesae.evaluations.readers import Readers
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import wide_firings
 from writesae.experiment.evaluation import Result
-from writesae.experiment.lab import Lab
 from writesae.experiment.quality import dictionary_quality
 from writesae.page.atoms import AtomPage, AtomPages, AtomPagesData, write_atom_pages
-from writesae.page.atoms.collect import _with_column
+from writesae.page.atoms.collect import memory
 from writesae.page.atoms.data import Context, TokenValue
-from writesae.page.atoms.measure import Atoms, effect_firings, memory
-from writesae.page.atoms.pages import heatmap, lead, token
+from writesae.page.atoms.measure import Facts
+from writesae.page.atoms.pages import heatmap
 from writesae.page.atoms.text import TokenTexts, visible
 from writesae.show import Show, run_show
 from writesae.verdict.format import percent
@@ -138,10 +137,7 @@ def test_value_side_is_the_direct_path(model: HookedRecurrent, planted: WriteTop
 
 def one_firing(model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor, pages: AtomPages) -> tuple[int, int]:
     """Sequence and position at which the effect of atom 0 is measured."""
-    lab = Lab(model, {"": planted}, tokens)
-    firings, atoms = lab.firings(), Atoms.of(np.array([0]), lab.atoms([0]))
-    table = _with_column(firings.frame(firings.atom == 0), atoms)
-    row = effect_firings(lab, table, pages.effect_horizon, 1).iloc[0]
+    row = Facts(pages, model, planted, tokens, progress=False).drawn().iloc[0]
     return int(row["sequence"]), int(row["position"])
 
 
@@ -308,11 +304,11 @@ def test_tokens_are_escaped_and_visible(data: AtomPagesData, tmp_path: Path) -> 
     )
     on = TokenValue(token=7, text=evil, value=1.0, n=3)
     page = data.atoms[0].model_copy(update={"top": [first], "fires_on": [on]})
-    source = render(AtomPagesData(info=data.info, atoms=[page]), page, tmp_path)
-    assert evil not in source and source.count("<script") == 0
-    assert html.escape("<script>alert(") in source
+    files = write_atom_pages(AtomPagesData(info=data.info, atoms=[page]), tmp_path)
+    source, index = files.pages[page.atom].read_text(), files.index.read_text()
+    assert evil not in source + index and source.count("<script") == 0 and index.count("<script") == 1
+    assert all(html.escape("<script>alert(") in each for each in (source, index))
     assert "<i>·</i>a<i>↵</i></mark>" in source and "⟨U+200B⟩" in source
-    assert evil not in token(on) and "&lt;script&gt;" in token(on, titles=False)
     assert visible(" a\tb\n") == "·a⇥b↵" and visible("") == "⟨empty⟩" and visible("é漢") == "é漢"
 
 
@@ -356,8 +352,8 @@ def test_a_file_that_does_not_fit_is_refused(data: AtomPagesData, tmp_path: Path
 def test_bytes_that_are_no_character_are_shown_as_bytes(model: HookedRecurrent) -> None:
     texts = TokenTexts(model)
     lost = [i for i in range(model.W_U.shape[1]) if "\ufffd" in model.to_string(i)]
-    assert lost and all(re.fullmatch(r"⟨([0-9A-F]{2})+⟩", texts(i)) for i in lost)
-    assert texts(model.to_single_token(" the")) == " the"
+    assert lost and all(re.fullmatch(r"⟨([0-9A-F]{2})+⟩", texts[i]) for i in lost)
+    assert texts[model.to_single_token(" the")] == " the"
 
 
 def test_substitution_and_readers_are_joined_by_atom(
@@ -418,7 +414,7 @@ def test_bad_input_is_named(model: HookedRecurrent, planted: WriteTopKSAE, token
     with pytest.raises(NothingToMeasureError):
         SMALL.collect(model, silent, tokens, progress=False)
     info = SMALL.collect(model, planted, tokens, progress=False).info
-    with pytest.raises(ValueError, match="no atom"):
+    with pytest.raises(ValueError, match="atoms"):
         write_atom_pages(AtomPagesData(info=info, atoms=[]), tmp_path / "none")
 
 
@@ -442,18 +438,21 @@ def test_the_command_writes_pages_from_folders(planted: WriteTopKSAE, tested: Re
         replace(show, text=tmp_path / "latin.txt").run(pages, progress=False)
 
 
-def test_the_lead_says_what_the_numbers_say(data: AtomPagesData) -> None:
+def test_the_lead_says_what_the_numbers_say(data: AtomPagesData, tmp_path: Path) -> None:
     page = data.atoms[0]
-    words = lead(page)
+    words = re.sub(r"\s+", " ", render(data, page, tmp_path))
     assert page.cosines is not None
-    assert visible(page.fires_on[0].text) in words and f"{page.cosines.at_firings.median:.2f}" in words
-    assert "native write is zero" in lead(page.model_copy(update={"cosines": None}))
+    assert f"on “{visible(page.fires_on[0].text)}”" in words
+    assert f"native write is {page.cosines.at_firings.median:.2f} (median)" in words
+    assert f"half of its norm after {page.memory.half_life:g} token" in words
+    bare = page.model_copy(update={"cosines": None})
+    assert "native write is zero wherever" in render(AtomPagesData(info=data.info, atoms=[bare]), bare, tmp_path)
 
 
 def test_direct_path_is_centred(model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor) -> None:
-    lab = Lab(model, {"": planted}, tokens)
-    path = Atoms.of(np.arange(6), lab.atoms(np.arange(6))).direct_path(lab)
-    assert np.abs(path.mean(1)).max() < 1e-5 and path.shape == (6, model.W_U.shape[1])
+    facts = Facts(SMALL, model, planted, tokens, progress=False)
+    with torch.no_grad():
+        assert np.abs(facts.direct.mean(1)).max() < 1e-5 and facts.direct.shape == (6, model.W_U.shape[1])
 
 
 def test_readers_are_the_later_heads_whose_reads_change(
@@ -537,6 +536,6 @@ def test_another_tokenizer_is_refused(model: HookedRecurrent, planted: WriteTopK
     foreign[1, 3] = size = TokenTexts(model).size
     with pytest.raises(ValueError, match=str(size)):
         SMALL.collect(model, planted, foreign, progress=False)
-    for tokenizer, word in ((range(10), "vocabulary"), (None, "no tokenizer")):
+    for tokenizer, word in ((range(10), "got 10"), (None, "got 0")):
         with pytest.raises(ValueError, match=word):
             TokenTexts(cast(HookedRecurrent, SimpleNamespace(tokenizer=tokenizer, W_U=torch.zeros(3, 5))))

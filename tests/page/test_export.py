@@ -21,6 +21,7 @@ from writesae.experiment.lab import Lab
 from writesae.experiment.quality import DictionaryQuality, qualities
 from writesae.page.atoms import collect, write_atom_pages
 from writesae.page.atoms.export import neuronpedia_batch, write_delphi
+from writesae.page.atoms.measure import Facts
 from writesae.show import Export
 
 
@@ -108,7 +109,8 @@ def test_neuronpedia_gets_the_numbers_of_the_pages(
     embedded: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor
 ) -> None:
     data = SMALL.collect(embedded, planted, tokens, progress=False)
-    batch = DashboardBatch.model_validate_json(json.dumps(neuronpedia_batch(data, "speeches")))
+    facts = Facts(SMALL, embedded, planted, tokens, progress=False)
+    batch = DashboardBatch.model_validate_json(json.dumps(neuronpedia_batch(facts, "speeches")))
     assert batch.model_id == data.info["model"] and batch.layer == data.info["layer"]
     for page, feature in zip(data.atoms, batch.features, strict=True):
         assert (
@@ -123,6 +125,8 @@ def test_neuronpedia_gets_the_numbers_of_the_pages(
         assert len(bands) == page.n_firings  # all of them, with these settings
         assert all(a.bin_min <= a.values[a.qualifying_token_index] <= a.bin_max for a in bands)
         assert all(len(a.tokens) == len(a.values) for a in feature.activations)
+    # What no dashboard shows was not measured: no pass for cosines and memory, no neighbours.
+    assert not {"swept", "nearest", "direct"} & vars(facts).keys()
 
 
 def test_the_quality_of_the_dictionary_is_measured_for_pages_alone(

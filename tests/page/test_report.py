@@ -196,27 +196,18 @@ def test_control_dictionaries_stand_beside_the_trained_one_and_quality_at_the_to
     assert set(table["label"]) == {"mine", "mine, untrained"}
 
 
-def test_the_lead_counts_outcomes() -> None:
-    rows = report.claim_rows([made_up(HOLDS, label="a", **FEW), made_up(CONFOUNDED, label="b", **FEW)])
-    sentence = report.lead(rows)
+def test_the_lead_counts_outcomes_and_intervals(tmp_path: Path) -> None:
+    """At 0.025 for each answer that has an interval, by luck; the others do not count."""
+    results = [made_up(HOLDS, label="a", **FEW), made_up(CONFOUNDED, label="b", **FEW), skipped("c", "nothing")]
+    rows = report.claim_rows(results)
+    words = Page(write_report(results, tmp_path / "page").html.read_text()).text
     counts = Counter(report.outcome_text(row.claim.outcome) for row in rows)
-    assert all(f"{outcome} {n}" in sentence for outcome, n in counts.items()) and "confounded by a control" in counts
-    assert report.multiplicity(rows) in sentence
+    assert all(f"{outcome} {n}" in words for outcome, n in counts.items()) and "confounded by a control" in counts
+    n = sum("[" in row.claim.measured for row in rows)
+    assert 1 < n < len(rows) and f"{n} of the answers have a 95% interval" in words
+    assert f"would be {0.025 * n:.2f}" in words and f"answers) {1 - 0.975**n:.2f}." in words
     outcomes: list[Outcome] = ["holds", "fails", "undecided", "inconclusive", "below the floor", "not tested"]
     assert [report.outcome_text(each) for each in outcomes] == outcomes
-
-
-@pytest.mark.parametrize(("n", "expected", "at_least_one"), [(2, "0.05", "0.05"), (40, "1.00", "0.64")])
-def test_the_lead_says_how_many_intervals_exclude_chance_by_luck(n: int, expected: str, at_least_one: str) -> None:
-    """At 0.025 for each answer that has an interval; the others do not count."""
-    (with_interval, *_) = report.claim_rows([made_up(HOLDS, label="a", **FEW)])
-    others = [
-        with_interval._replace(claim=replace(with_interval.claim, measured=measured, outcome=outcome))
-        for measured, outcome in (("–", "not tested"), ("3 of 30 atoms", "fails"), ("+1 [+nan, +nan]", "inconclusive"))
-    ]
-    words = report.multiplicity([with_interval] * n + others)
-    assert words.startswith(f"{n} of the answers") and re.findall(r"\d+\.\d+", words) == [expected, at_least_one]
-    assert report.multiplicity([with_interval, *others]) == ""
 
 
 def test_folders_without_results_are_named(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import pandas as pd
 from sae_lens_writesae.files import atomic_text, atomic_write
 from writesae.evaluations import EVALUATIONS, load_result
 from writesae.experiment.controls import Answer, answers
-from writesae.experiment.evaluation import Evaluation, Result
+from writesae.experiment.evaluation import Result
 from writesae.files import Json, atomic_csv
 from writesae.page.template import environment, outcome_text
 from writesae.verdict.finding import Claim
@@ -48,14 +48,12 @@ def find_results(paths: Sequence[str | Path]) -> list[Result]:
     Raises:
         ValueError: a folder without any; a result that this version cannot read.
     """
-    results: list[Result] = []
-    for path in map(Path, paths):
-        files = sorted(path.rglob("info.json"))
-        folders = [f.parent for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)]
-        if not folders:
-            raise ValueError(f"no result was saved in or below {path} (looked for info.json)")
-        results += map(load_result, folders)
-    return results
+    folders = {Path(path): sorted(file.parent for file in Path(path).rglob("info.json")) for path in paths}
+    for path, below in folders.items():
+        folders[path] = [f for f in below if not any(part.startswith(".") for part in f.relative_to(path).parts)]
+        if not folders[path]:
+            raise ValueError(f"results: expected folders with saved results (info.json), got none in or below {path}")
+    return [load_result(folder) for found in folders.values() for folder in found]
 
 
 def write_report(results: Sequence[Result], path: str | Path, *, title: str | None = None) -> ReportFiles:
@@ -72,7 +70,7 @@ def write_report(results: Sequence[Result], path: str | Path, *, title: str | No
     if not results:
         raise ValueError("a report needs at least one result, found none")
     target, results = Path(path).with_suffix(".html"), in_order(results)
-    rows = claim_rows(results)
+    rows, models = claim_rows(results), dict.fromkeys(str(result.info["model"]) for result in results)
     numbers = {
         "claims": [{"label": row.label, "paper": row.claim.paper, **vars(row.claim)} for row in rows],
         "quality": quality_rows(results),
@@ -83,7 +81,7 @@ def write_report(results: Sequence[Result], path: str | Path, *, title: str | No
         atomic_write(target.parent / "tables" / f"{name}.parquet", lambda f, t=table: t.to_parquet(f, index=False))
     atomic_csv(target.with_name("claims.csv"), claims.astype({"number": "Int64"}))
     beside = atomic_text(target.with_suffix(".json"), json.dumps(numbers, indent=1, allow_nan=False))
-    atomic_text(target, _render(results, rows, title or _title(results), beside.name))
+    atomic_text(target, _render(results, rows, title or f"What the atoms of {', '.join(models)} do", beside.name))
     return ReportFiles(target, beside)
 
 
@@ -119,28 +117,9 @@ def joined_tables(results: Sequence[Result]) -> dict[str, pd.DataFrame]:
     for result in results:
         described = {"label": result.label, "layer": result.info["layer"], "head": result.info["head"]}
         for name, table in result.tables.items():
-            new = {f"of_{k}" if k in table else k: v for k, v in described.items()}
-            parts.setdefault(f"{result.kind}-{name}", []).append(table.assign(**new))
+            table = table.assign(**{f"of_{k}" if k in table else k: v for k, v in described.items()})
+            parts.setdefault(f"{result.kind}-{name}", []).append(table)
     return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
-
-
-def lead(rows: Sequence[Answer]) -> str:
-    """The outcomes of all answers, counted."""
-    counts = Counter(outcome_text(row.claim.outcome) for row in rows)
-    said = ", ".join(f"{outcome} {n}" for outcome, n in counts.most_common())
-    return f"Verdicts of {len(rows)} answers to claims: {said}. {multiplicity(rows)}".strip()
-
-
-def multiplicity(rows: Sequence[Answer]) -> str:
-    """How many of the answers with an interval would be wrong by luck. Nothing for fewer than two of them."""
-    n = sum(re.search(r"\[[^]]*\d", row.claim.measured) is not None for row in rows)  # an interval of NaN is none
-    if n < 2:
-        return ""
-    return (
-        f"{n} of the answers have a 95% interval, without a correction for their number. If no effect existed at all, "
-        f"the expected number of intervals that exclude chance on the side of the claim would be {ONE_SIDE * n:.2f}, "
-        f"and the probability of at least one (for independent answers) {1 - (1 - ONE_SIDE) ** n:.2f}."
-    )
 
 
 def unanswered(rows: Sequence[Answer]) -> list[str]:
@@ -155,45 +134,42 @@ def unanswered(rows: Sequence[Answer]) -> list[str]:
     ]
 
 
-class _Section(NamedTuple):
-    """All results of one kind."""
-
-    kind: str
-    question: str
-    description: str
-    columns: dict[str, dict[str, str]]
-    results: list[Result]
-
-    def notes(self) -> list[str]:
-        """What several results have to say alike."""
-        first, *others = (result.notes() for result in self.results)
-        return [note for note in first if others and all(note in notes for notes in others)]
+def _shared_notes(results: Sequence[Result]) -> list[str]:
+    """What several results have to say alike."""
+    first, *others = (result.notes() for result in results)
+    return [note for note in first if others and all(note in notes for notes in others)]
 
 
 def _render(results: Sequence[Result], rows: list[Answer], title: str, numbers: str) -> str:
-    sections = []
     trained = [result for result in results if result.info.get("control") is None]  # tables/ has those of the controls
-    for kind, group in itertools.groupby(trained, key=lambda r: r.kind if r.skipped is None else "skipped"):
-        if kind == "skipped":
-            sections.append(_Section(kind, "What could not be measured", "", {}, list(group)))
-            continue
-        evaluation: type[Evaluation] = EVALUATIONS[kind]
-        description = inspect.getdoc(evaluation) or ""
-        sections.append(_Section(kind, evaluation.question, description, evaluation.columns, list(group)))
+    kinds = itertools.groupby(trained, key=lambda r: r.kind if r.skipped is None else "skipped")
+    sections = {kind: list(group) for kind, group in kinds}
+    intervals = sum(re.search(r"\[[^]]*\d", row.claim.measured) is not None for row in rows)  # one of NaN is none
     return (
         environment()
         .get_template("report.html")
         .render(
             title=title,
-            lead=lead(rows),
+            outcomes=Counter(outcome_text(row.claim.outcome) for row in rows).most_common(),
+            n_answers=len(rows),
+            n_intervals=intervals,
+            one_side=ONE_SIDE,
             groups=_by_claim(rows),
             unanswered=unanswered(rows),
             numbers=numbers,
             sections=sections,
+            evaluations=EVALUATIONS,
+            documentation=inspect.getdoc,
+            shared_notes=_shared_notes,
             rows_shown=_ROWS,
             facts=_facts(results),
             qualities=quality_rows(results),
-            front=[figure for s in sections if s.kind != "skipped" for figure in EVALUATIONS[s.kind].front(s.results)],
+            front=[
+                figure
+                for kind, group in sections.items()
+                if kind != "skipped"
+                for figure in EVALUATIONS[kind].front(group)
+            ],
         )
     )
 
@@ -208,26 +184,18 @@ def _by_claim(rows: list[Answer]) -> list[tuple[PaperClaim | None, list[Answer]]
     return [(PAPER_CLAIMS.get(number_), list(group)) for (number_, _), group in groups]
 
 
-def _title(results: Sequence[Result]) -> str:
-    return f"What the atoms of {', '.join(dict.fromkeys(str(result.info['model']) for result in results))} do"
-
-
 def _facts(results: Sequence[Result]) -> dict[str, str]:
     """What holds for the whole page: models, heads, dictionaries, time."""
-    infos = [result.info for result in results]
-
-    def listed(name: str) -> str:
-        return ", ".join(dict.fromkeys(str(info[name]) for info in infos))
-
-    seconds = sum(result.fact("seconds") for result in results if result.skipped is None)
-    return {
-        "model": listed("model"),
-        "update rule": listed("rule"),
-        "heads": ", ".join(dict.fromkeys(f"L{info['layer']}H{info['head']}" for info in infos)),
-        "dtype": listed("dtype"),
-        "architecture of the SAEs": listed("architecture"),
-        "atoms": listed("d_sae"),
-        "control dictionaries": ", ".join({str(i["control"]): 0 for i in infos if i.get("control") is not None})
-        or "none",
-        "evaluations took": f"{seconds:.0f} s",
+    infos = [result.info | {"cell": f"L{result.info['layer']}H{result.info['head']}"} for result in results]
+    names = {
+        "model": "model",
+        "update rule": "rule",
+        "heads": "cell",
+        "dtype": "dtype",
+        "architecture of the SAEs": "architecture",
+        "atoms": "d_sae",
+        "control dictionaries": "control",
     }
+    known = {name: dict.fromkeys(str(i[key]) for i in infos if i.get(key) is not None) for name, key in names.items()}
+    seconds = sum(result.fact("seconds") for result in results if result.skipped is None)
+    return {name: ", ".join(each) or "none" for name, each in known.items()} | {"evaluations took": f"{seconds:.0f} s"}

@@ -11,8 +11,6 @@ from markupsafe import Markup
 from writesae.verdict.format import number, percent
 from writesae.verdict.paper import Outcome
 
-_WORDS: dict[Outcome, str] = {"confounded": "confounded by a control"}
-
 
 def markdown(text: str) -> Markup:
     """Markdown as HTML. HTML inside of the text is shown as text, so that nothing in a docstring or a label can put
@@ -35,24 +33,20 @@ def environment() -> jinja2.Environment:
 
 def outcome_text(outcome: Outcome) -> str:
     """An outcome as a reader sees it."""
-    return _WORDS.get(outcome, outcome)
+    return "confounded by a control" if outcome == "confounded" else outcome
 
 
 def _cell(value: object) -> str:
     """A table's value for a person."""
-    if value is None:
-        return "–"
     if isinstance(value, float):
         return number(value)
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    counts = isinstance(value, int) and not isinstance(value, bool)
+    return "–" if value is None else f"{value:,}" if counts else str(value)
 
 
 def _share(value: float | Mapping[str, float | None] | None) -> str:
     """A share in percent, with its interval where it has one; a dash where there is none."""
-    if value is None:
-        return "–"
     if not isinstance(value, Mapping):
-        return percent(value)
-    low, high = value["low"], value["high"]
-    mean = percent(float(value["mean"] or 0))
-    return mean if low is None or high is None else f"{mean} [{100 * low:.1f}, {100 * high:.1f}]"
+        return "–" if value is None else percent(value)
+    mean, low, high = (value[name] for name in ("mean", "low", "high"))
+    return percent(mean or 0) + ("" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]")

@@ -5,33 +5,34 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sae_lens import SAE
+from scipy import stats
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.sae.target import HeadHook
 from writesae.choices import at_least
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import wide_firings
 from writesae.experiment.conditions import REFERENCES, written_at
 from writesae.experiment.evaluation import Result
-from writesae.experiment.firings import Firings, Integers, sample_firings
-from writesae.experiment.lab import Lab
+from writesae.experiment.firings import Integers
 from writesae.experiment.quality import qualities
-from writesae.page.atoms import data, measure
-from writesae.page.atoms.measure import FINE, Atoms, Effects, Sweep, Trace
-from writesae.page.atoms.text import TokenTexts, short
+from writesae.page.atoms import data, parts
+from writesae.page.atoms.measure import Facts, Life, Trace
+from writesae.page.atoms.text import short
 
-_BARS = 32
-"""Most bars of a histogram."""
+_FINE = np.linspace(-1, 1, 201)
+"""Edges by which cosines are counted; figures merge them."""
 
 _AT_LEAST = {
     **dict.fromkeys(("min_firings", "top", "bands", "n_tokens", "min_token_count", "position_bins"), 1),
@@ -105,6 +106,13 @@ class AtomPages:
         if self.atoms is not None and (not self.atoms or len(set(self.atoms)) != len(self.atoms)):
             raise ValueError(f"atoms are named once each, at least one of them, found {list(self.atoms)}")
 
+    def check(self, sae: SAE) -> None:
+        """ValueError where `atoms` names one that the dictionary does not have."""
+        if beyond := [atom for atom in self.atoms or () if not 0 <= atom < int(sae.cfg.d_sae)]:
+            raise ValueError(f"atoms: expected 0 to {int(sae.cfg.d_sae) - 1}, got {beyond}")
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def collect(
         self,
         model: HookedRecurrent,
@@ -138,163 +146,31 @@ class AtomPages:
             NothingToMeasureError: no atom fires often enough, or all are zero.
         """
         started = time.perf_counter()
-        with torch.inference_mode(False), torch.no_grad():
-            if tokens.ndim != 2 or tokens.shape[1] < self.effect_horizon + 2:
-                raise ValueError(f"tokens must be [N,T] with T > {self.effect_horizon + 1}, found {list(tokens.shape)}")
-            self.check(sae)
-            lab = Lab(model, {self.label: sae}, tokens, seed=self.seed, progress=progress)
-            substitution = _about(substitution, "substitution", lab.hook.name)
-            readers = _about(readers, "readers", lab.hook.name)
-            texts = TokenTexts(model)
-            texts.check(tokens)
-            evidence = self._measure(lab, texts, substitution, readers)
-            pages = [_page(evidence, column) for column in range(len(evidence.atoms.number))]
-            whole = qualities(lab) if self.quality else {}
-            info = lab.describe(self.label) | {
-                "settings": asdict(self),
-                "quality": whole[self.label].to_dict() if whole else None,
-                "seconds": round(time.perf_counter() - started, 2),
-            }
-        return data.AtomPagesData(info=json.loads(json.dumps(info)), atoms=pages)
-
-    def check(self, sae: SAE) -> None:
-        """ValueError where `atoms` names one that the dictionary does not have."""
-        if beyond := [atom for atom in self.atoms or () if not 0 <= atom < int(sae.cfg.d_sae)]:
-            raise ValueError(f"atoms: expected 0 to {int(sae.cfg.d_sae) - 1}, got {beyond}")
-
-    def _measure(self, lab: Lab, texts: TokenTexts, substitution: Result | None, readers: Result | None) -> _Evidence:
-        """Everything that the pages are made from."""
-        firings, n_tokens = lab.firings(), lab.tokens.numel()
-        frequent, alive = firings.alive(n_tokens, self.min_firings), firings.alive(n_tokens)
-        lab.skipped["atoms with fewer firings than min_firings"] = len(alive) - len(frequent)
+        substitution, readers = _about(substitution, "substitution", sae), _about(readers, "readers", sae)
         tested = None if substitution is None else substituted(substitution)
-        numbers = self._choose(firings, frequent, tested)
-        matrices = lab.atoms(numbers)
-        nonzero = matrices.norm() > 0
-        lab.skipped["atoms that are zero"] = int((~nonzero).sum())
-        lab.require(bool(nonzero.any()), f"all {len(numbers)} chosen atoms are zero matrices: there is nothing to show")
-        atoms = Atoms.of(numbers[nonzero.cpu().numpy()], matrices.rows(nonzero))
+        facts = Facts(self, model, sae, tokens, among=tested, progress=progress)
         if tested is None and self.substitution_firings:
-            tested = self._test(lab, atoms.number)
-        last, per_atom = firings.n_positions - 2, self.half_life_firings
-        followed = sample_firings(firings, atoms.number, per_atom, first=0, last=last, rng=lab.rng(2))
-        table = _with_column(firings.frame(np.isin(firings.atom, atoms.number)), atoms)
-        swept = measure.sweep(lab, atoms, table, _with_column(followed, atoms), self.half_life_limit)
-        drawn = measure.effect_firings(lab, table, self.effect_horizon, self.effect_firings)
-        measured = measure.effects(lab, atoms, drawn, self.effect_horizon, self.effect_step)
-        shown = self._readers(readers, measured.changes.set_axis(atoms.number))
-        lab.facts = {"n_alive": len(alive), "n_frequent": len(frequent)}  # not those of the small test
-        tokens, direct = lab.tokens.cpu().numpy(), atoms.direct_path(lab)
-        counts = np.bincount(firings.atom, minlength=firings.n_atoms)
-        nearest = [
-            [data.Neighbour(atom=atom, cosine=short(cosine), n_firings=int(counts[atom])) for atom, cosine in row]
-            for row in atoms.nearest(lab, alive, self.n_nearest)
-        ]
-        return _Evidence(self, tokens, texts, atoms, nearest, swept, direct, measured, tested, shown)
-
-    def _readers(self, result: Result | None, measured: pd.DataFrame) -> dict[int, data.Readers]:
-        """Per atom its strongest readers: by the evaluation `readers`, beside a random direction of the atom's norm; or
-        by `measured` [atoms,heads], beside the median over the other atoms."""
-        if result is not None:
-            places = ["layer", "mixer", "head"]
-            means = result.tables["changes"].groupby(["condition", "atom", *places])["change"].mean().unstack(places)
-            changes, typical = means.loc["atom"], means.loc["random"].reindex(means.loc["atom"].index)
-            words = {"what": "as given", "typical": "a random direction of the same norm"}
-        else:
-            changes = measured.dropna(how="all")
-            others = {atom: changes.drop(index=atom).median() for atom in changes.index}
-            typical = pd.DataFrame(others, index=changes.columns).T
-            unit, other = "per norm of the native write, to first order", "the other atoms shown (median)"
-            words = {"what": unit, "typical": other}
-        readers: dict[int, data.Readers] = {}
-        for atom, change, usual in zip(
-            changes.index, changes.to_numpy(float).tolist(), typical.to_numpy(float).tolist()
-        ):
-            heads: list[dict[str, object]] = []
-            for i in np.argsort(np.negative(change), kind="stable").tolist()[: self.n_tokens]:  # NaN comes last
-                if not np.isnan(change[i]):
-                    layer, mixer, head = changes.columns[i]
-                    known = {"change": short(change[i]), "typical": None if np.isnan(usual[i]) else short(usual[i])}
-                    heads.append({"layer": int(layer), "mixer": mixer, "head": int(head), **known})
-            readers[int(cast(int, atom))] = data.Readers.model_validate({"heads": heads, **words})
-        return readers
-
-    def _choose(self, firings: Firings, frequent: Integers, tested: Collection[int] | None) -> Integers:
-        """The hand-picked atoms, or a draw from those that fire often enough (and were tested, if any were)."""
-        text = f"{firings.n_sequences} sequences of {firings.n_positions} tokens"
-        if self.atoms is not None:
-            if missing := sorted(set(self.atoms) - set(frequent.tolist())):
-                raise ValueError(
-                    f"atoms {missing} have fewer than {self.min_firings} firings on {text} (the SAE has "
-                    f"{firings.n_atoms} atoms, {len(frequent)} fire often enough); give more text, or lower min_firings"
-                )
-            return np.array(self.atoms)
-        among = (
-            frequent if tested is None else np.array([atom for atom in frequent.tolist() if atom in tested], dtype=int)
-        )
-        if len(among) == 0:
-            raise NothingToMeasureError(
-                f"no atom fires {self.min_firings} times on {text}"
-                + ("" if tested is None else " and was looked at by the substitution test")
-                + f": {len(firings)} firings, {len(frequent)} of {firings.n_atoms} atoms fire often enough; give more "
-                "text, or lower min_firings"
-            )
-        n = min(self.n_atoms or len(among), len(among))
-        return np.sort(np.random.default_rng(self.seed).choice(among, n, replace=False))
-
-    def _test(self, lab: Lab, atoms: Integers) -> dict[int, list[data.Substituted]] | None:
-        """A small substitution test at the atoms' own coefficients; None where no firing has room for the horizon."""
-        firings, last = lab.firings(), lab.tokens.shape[1] - 1 - self.effect_horizon
-        room = firings.atom[(firings.position >= 1) & (firings.position <= last)]
-        if not len(testable := np.intersect1d(atoms, room)):
-            return None
-        test = Substitution(
-            atoms=tuple(testable.tolist()),
-            atom_choice=("own",),
-            firings_per_atom=self.substitution_firings,
-            scales=("coefficient",),
-            controls=("random", "state"),
-            horizon=self.effect_horizon,
-            last_position_firings=0,
-            alive_tokens=lab.tokens.numel(),
-            mean_write_sequences=1,
-            seed=self.seed,
-        )
-        return substituted(Result(test, lab.describe(), test.measure(lab)))
-
-
-class _Evidence(NamedTuple):
-    """All that the pages are made from."""
-
-    settings: AtomPages
-    tokens: Integers
-    """[N,T]"""
-    texts: TokenTexts
-    atoms: Atoms
-    nearest: list[list[data.Neighbour]]
-    swept: Sweep
-    direct: NDArray[np.float32]
-    effects: Effects
-    substitution: Mapping[int, list[data.Substituted]] | None
-    readers: Mapping[int, data.Readers]
-
-
-def _with_column(rows: pd.DataFrame, atoms: Atoms) -> pd.DataFrame:
-    """With `column`, the place of each row's atom among the chosen ones."""
-    place = {int(atom): column for column, atom in enumerate(atoms.number)}
-    return rows.assign(column=np.array([place[atom] for atom in rows["atom"]], dtype=np.int64)).reset_index(drop=True)
+            tested = small_test(facts)
+        read = readers_of(facts, readers)
+        pages = [_page(facts, column, tested, read) for column in range(len(facts.number))]
+        whole = qualities(facts.lab)[self.label].to_dict() if self.quality else None
+        facts.lab.facts = facts.counts  # not those of the small test
+        info = facts.lab.describe(self.label) | {
+            "settings": asdict(self),
+            "quality": whole,
+            "seconds": round(time.perf_counter() - started, 2),
+        }
+        return data.AtomPagesData(info=json.loads(json.dumps(info)), atoms=pages)
 
 
 # ---------------------------------------------------------------------------------------------- results of evaluations
 
 
-def _about(result: Result | None, kind: str, hook_name: str) -> Result | None:
-    """A result that was checked to be of this kind and hook; None where it holds no measurement."""
-    if result is not None and (result.kind != kind or result.info["hook_name"] != hook_name):
-        raise ValueError(
-            f"{kind}= takes a result of the evaluation {kind!r} about {hook_name}, which the SAE reads; found one of "
-            f"{result.kind!r} about {result.info['hook_name']}"
-        )
+def _about(result: Result | None, kind: str, sae: SAE) -> Result | None:
+    """A result that was checked to be of this kind, and of the SAE's hook; None where it holds no measurement."""
+    about, expected = result and (result.kind, result.info["hook_name"]), (kind, HeadHook.of(sae).name)
+    if about not in (None, expected):
+        raise ValueError(f"{kind}: expected a result of {kind} about {expected[1]}, got {about}")
     return None if result is None or result.skipped is not None else result
 
 
@@ -323,166 +199,165 @@ def substituted(result: Result) -> dict[int, list[data.Substituted]]:
     return pages
 
 
+def small_test(facts: Facts) -> dict[int, list[data.Substituted]] | None:
+    """A small substitution test at the atoms' own coefficients; None where no firing has room for the horizon."""
+    settings, position = facts.settings, facts.firings.position
+    room = (position >= 1) & (position < facts.ids.shape[1] - settings.effect_horizon)
+    if not len(testable := np.intersect1d(facts.number, facts.firings.atom[room])):
+        return None
+    test = Substitution(
+        atoms=tuple(testable.tolist()),
+        atom_choice=("own",),
+        firings_per_atom=settings.substitution_firings,
+        scales=("coefficient",),
+        controls=("random", "state"),
+        horizon=settings.effect_horizon,
+        last_position_firings=0,
+        alive_tokens=facts.ids.size,
+        mean_write_sequences=1,
+        seed=settings.seed,
+    )
+    return substituted(Result(test, facts.lab.describe(), test.measure(facts.lab)))
+
+
+def readers_of(facts: Facts, result: Result | None) -> dict[int, data.Readers]:
+    """Per atom its strongest readers: by the evaluation `readers`, beside a random direction of the atom's norm; or by
+    the measured effects, beside the median over the other atoms."""
+    if result is not None:
+        places = ["layer", "mixer", "head"]
+        means = result.tables["changes"].groupby(["condition", "atom", *places])["change"].mean().unstack(places)
+        changes, typical = means.loc["atom"], means.loc["random"].reindex(means.loc["atom"].index)
+        words = {"what": "as given", "typical": "a random direction of the same norm"}
+    else:
+        changes = facts.effects.changes.set_axis(facts.number).dropna(how="all")
+        others = {atom: changes.drop(index=atom).median() for atom in changes.index}
+        typical = pd.DataFrame(others, index=changes.columns).T
+        unit, other = "per norm of the native write, to first order", "the other atoms shown (median)"
+        words = {"what": unit, "typical": other}
+    readers: dict[int, data.Readers] = {}
+    for atom in changes.index:
+        largest = changes.loc[atom].dropna().sort_values(ascending=False, kind="stable")[: facts.settings.n_tokens]
+        usual = typical.loc[atom][largest.index].map(short).astype(object)
+        rows = zip(largest.index, largest.map(short), usual.where(usual.notna(), None))
+        names = ("layer", "mixer", "head", "change", "typical")
+        heads = [dict(zip(names, (int(l), mixer, int(h), x, y))) for (l, mixer, h), x, y in rows]
+        readers[int(atom)] = data.Readers.model_validate({"heads": heads, **words})
+    return readers
+
+
 # ---------------------------------------------------------------------------------------------- one page
 
 
-def _page(evidence: _Evidence, column: int) -> data.AtomPage:
-    swept, atom = evidence.swept, int(evidence.atoms.number[column])
-    rows = swept.table[swept.table["column"] == column]
-    written = rows[rows["cosine"].notna()]
-    n = swept.token_counts
-    usual = np.flatnonzero(n >= evidence.settings.min_token_count)
-    # v w^T and (-v)(-w)^T are one atom; the pages take the sign for which v agrees with the keys at its firings.
-    sign = -1.0 if len(written) and float(written["key_cosine"].median()) < 0 else 1.0
+def _page(
+    facts: Facts, column: int, tested: dict[int, list[data.Substituted]] | None, readers: dict[int, data.Readers]
+) -> data.AtomPage:
+    settings, atom, sign, traces = facts.settings, int(facts.number[column]), facts.sign(column), facts.swept[1][column]
+    (whole, *sides), spots = facts.cosines(column), facts.spots(column)
+    rows = facts.rows(column).assign(cosine=whole[spots])
+    activations, written = rows["activation"].to_numpy(float), ~np.isnan(whole[spots])
+    key, value = (_quartiles(sign * side[spots][written]) for side in sides)
+    direct, firings = sign * facts.direct[column], np.bincount(facts.firings.atom)
+    near = [
+        data.Neighbour(atom=a, cosine=short(cosine), n_firings=int(firings[a])) for a, cosine in facts.nearest[column]
+    ]
     return data.AtomPage(
         atom=atom,
-        terms=evidence.atoms.singular_terms(column, sign),
-        nearest=evidence.nearest[column],
+        terms=_terms(facts, column, sign),
+        nearest=near,
         n_firings=len(rows),
-        rate=len(rows) / evidence.tokens.size,
-        max_activation=float(rows["activation"].max()),
+        rate=len(rows) / facts.ids.size,
+        max_activation=float(activations.max()),
         mean_activation=float(rows["activation"].mean()),
-        density=_histogram(rows["activation"].to_numpy(float), low=0.0),
-        logits=_logits(evidence, column, sign),
-        fires_on=_fires_on(evidence, rows),
-        top=_top(evidence, rows),
-        bands=list(_bands(evidence, rows)),
-        positions=_positions(rows["position"].to_numpy(), evidence.tokens.shape, evidence.settings.position_bins),
-        cosines=_cosines(written["cosine"].to_numpy(), swept.silent[column]) if len(written) else None,
-        keys=data.Side(
-            tokens=_ends(evidence, swept.token_ids[usual], sign * swept.key_means[column, usual], n[usual]),
-            at_firings=_quartiles(sign * written["key_cosine"].to_numpy()),
-        ),
-        values=data.Side(
-            tokens=_vocabulary(evidence, sign * evidence.direct[column]),
-            at_firings=_quartiles(sign * written["value_cosine"].to_numpy()),
-        ),
-        effect=_effect(evidence, column, sign * evidence.direct[column]),
-        memory=measure.memory([trace.life for trace in swept.traces[column]]),
-        timelines=_timelines(evidence, swept.traces[column]),
-        readers=evidence.readers.get(atom),
-        substitution=None if evidence.substitution is None else evidence.substitution.get(atom, []),
+        density=parts.bars(activations, low=0.0),
+        logits=parts.bars(facts.change(column)[: facts.texts.size]),
+        fires_on=_fires_on(facts, rows),
+        top=parts.top(facts, rows),
+        bands=list(parts.bands(facts, rows)),
+        positions=_positions(rows["position"].to_numpy(), facts.ids.shape, settings.position_bins),
+        cosines=_cosines(whole, spots) if written.any() else None,
+        keys=data.Side(tokens=_by_token(facts, sign * sides[0]), at_firings=key),
+        values=data.Side(tokens=parts.vocabulary(facts, direct), at_firings=value),
+        effect=_effect(facts, column, direct),
+        memory=memory([trace.life for trace in traces]),
+        timelines=_timelines(facts, traces) if traces else None,
+        readers=readers.get(atom),
+        substitution=None if tested is None else tested.get(atom, []),
     )
 
 
-def _contexts(evidence: _Evidence, shown: pd.DataFrame, rows: pd.DataFrame) -> list[data.Context]:
-    """A context for each firing of `shown`; `rows` has all firings of the atom."""
-    tokens, settings = evidence.tokens, evidence.settings
-    activations = np.zeros(tokens.shape)
-    activations[rows["sequence"].to_numpy(), rows["position"].to_numpy()] = rows["activation"].to_numpy()
-    contexts = []
-    for sequence, position, cosine in zip(shown["sequence"].tolist(), shown["position"].tolist(), shown["cosine"]):
-        first = max(0, position - settings.before)
-        window = (sequence, slice(first, position + settings.after + 1))
-        contexts.append(
-            data.Context(
-                sequence=sequence,
-                position=position,
-                first=first,
-                tokens=evidence.texts.many(tokens[window]),
-                activations=[short(value) for value in activations[window]],
-                cosine=None if np.isnan(cosine) else short(cosine),
-            )
-        )
-    return contexts
+def _terms(facts: Facts, column: int, sign: float) -> list[data.Term]:
+    keys, values = (side[column].double().cpu() for side in (facts.terms.keys, facts.terms.values))
+    sizes, whole = keys.norm(dim=-1) * values.norm(dim=-1), float(facts.matrices.rows([column]).norm()) ** 2
+    keys, values = ((sign * normalize(side, dim=-1)).numpy().round(4).tolist() for side in (keys, values))
+    return [
+        data.Term(size=size, share=min(1.0, size**2 / whole), key=key, value=value)
+        for size, key, value in zip(sizes.tolist(), keys, values)
+        if size > 1e-6 * float(sizes[0])
+    ]
 
 
-def _top(evidence: _Evidence, rows: pd.DataFrame) -> list[data.Context]:
-    """Largest activations first; firings that a context already shows are passed over."""
-    settings, chosen, seen = evidence.settings, list[int](), set[tuple[int, int]]()
-    ordered = rows.sort_values("activation", ascending=False, kind="stable")
-    for n, (sequence, position) in enumerate(zip(ordered["sequence"].tolist(), ordered["position"].tolist())):
-        if (sequence, position) not in seen and len(chosen) < settings.top:
-            chosen.append(n)
-            seen |= {(sequence, t) for t in range(position - settings.before, position + settings.after + 1)}
-    return _contexts(evidence, ordered.iloc[chosen], rows)
+def memory(lives: Sequence[Life]) -> data.Memory:
+    """Median over firings. Sequences end before some writes have faded, so it is the median of the Kaplan-Meier
+    curve; leaving those firings out would make memories look short."""
+    if not lives:
+        return data.Memory(half_life=None, longest=0, ended=0, n=0)
+    tokens, ended = (np.array(each) for each in zip(*lives))
+    survival = stats.ecdf(stats.CensoredData.right_censored(tokens, ended)).sf
+    below = survival.quantiles[survival.probabilities <= 0.5]
+    half_life = float(below[0]) if len(below) else None
+    return data.Memory(half_life=half_life, longest=int(tokens.max()), ended=int(ended.sum()), n=len(lives))
 
 
-def _bands(evidence: _Evidence, rows: pd.DataFrame) -> Iterator[data.Band]:
-    """Random contexts from equal shares of the firings, strongest share first."""
-    n_bands, per_band = evidence.settings.bands, evidence.settings.per_band
-    ordered = rows.sort_values("activation", kind="stable")
-    rng = np.random.default_rng([evidence.settings.seed, int(rows["atom"].iloc[0])])
-    edges = np.linspace(0, len(ordered), n_bands + 1).astype(int)
-    for b in reversed(range(n_bands)):
-        band = ordered.iloc[edges[b] : edges[b + 1]]
-        if band.empty or not per_band:
-            continue
-        drawn = band.iloc[np.sort(rng.choice(len(band), min(per_band, len(band)), replace=False))[::-1]]
-        yield data.Band(
-            share_low=b / n_bands,
-            share_high=(b + 1) / n_bands,
-            low=short(band["activation"].min()),
-            high=short(band["activation"].max()),
-            contexts=_contexts(evidence, drawn, rows),
-        )
+def _effect(facts: Facts, column: int, direct: NDArray[np.float32]) -> data.Effect | None:
+    """None where it was not measured. The sign of an atom does not matter to its effect, but to the direct path."""
+    mean, n = facts.effects.mean[column], int(facts.effects.n[column])
+    if n == 0:
+        return None
+    return data.Effect(
+        tokens=parts.vocabulary(facts, mean),
+        direct_r=float(np.corrcoef(mean, direct)[0, 1]) if mean.std() > 0 and direct.std() > 0 else None,
+        size=float(mean.std()),
+        n=n,
+        horizon=facts.settings.effect_horizon,
+    )
 
 
-def _fires_on(evidence: _Evidence, rows: pd.DataFrame) -> list[data.TokenValue]:
+def _fires_on(facts: Facts, rows: pd.DataFrame) -> list[data.TokenValue]:
     """The tokens of most firings, with their share of the firings."""
-    fired = evidence.tokens[rows["sequence"].to_numpy(), rows["position"].to_numpy()]
-    ids, counts = np.unique(fired, return_counts=True)
-    order = np.argsort(-counts, kind="stable")[: evidence.settings.n_tokens]
-    return _listed(evidence, ids[order], counts[order] / len(rows), counts[order])
+    ids, counts = np.unique(facts.ids[rows["sequence"], rows["position"]], return_counts=True)
+    order = np.argsort(-counts, kind="stable")[: facts.settings.n_tokens]
+    return parts.listed(facts, ids[order], counts[order] / len(rows), counts[order])
 
 
-def _listed(evidence: _Evidence, ids: Integers, values: NDArray[np.floating], n: Integers) -> list[data.TokenValue]:
-    rows = zip(ids.tolist(), evidence.texts.many(ids), values.tolist(), n.tolist())
-    return [data.TokenValue(token=token, text=text, value=short(value), n=k) for token, text, value, k in rows]
-
-
-def _ends(evidence: _Evidence, ids: Integers, values: NDArray[np.floating], counts: Integers) -> data.Ends:
-    n, order = min(evidence.settings.n_tokens, len(ids) // 2), np.argsort(-values, kind="stable")
-    high, low = order[:n], order[len(order) - n :][::-1]
-    return data.Ends(
-        high=_listed(evidence, ids[high], values[high], counts[high]),
-        low=_listed(evidence, ids[low], values[low], counts[low]),
-    )
-
-
-def _vocabulary(evidence: _Evidence, values: NDArray[np.float32]) -> data.Ends:
-    """All tokens of the vocabulary by `values` [vocab]; rows of W_U that pad it are no tokens."""
-    ids = np.arange(min(len(values), evidence.texts.size))
-    return _ends(evidence, ids, values[: len(ids)], np.zeros_like(ids))
+def _by_token(facts: Facts, cosines: NDArray[np.float64]) -> data.Ends:
+    """The mean of [N T] `cosines` over all occurrences of a token; NaN is no occurrence."""
+    (ids, token), known = np.unique(facts.ids, return_inverse=True), ~np.isnan(cosines)
+    token = token.reshape(-1)[known]
+    n = np.bincount(token, minlength=len(ids))
+    usual = np.flatnonzero(n >= facts.settings.min_token_count)
+    means = np.bincount(token, cosines[known], len(ids))[usual] / n[usual]
+    return parts.ends(facts, ids[usual], means, n[usual])
 
 
 def _quartiles(values: ArrayLike) -> data.Quartiles | None:
-    numbers = np.asarray(values, float)
-    if not len(numbers):
+    if not len(numbers := np.asarray(values, float)):
         return None
-    median, q25, q75 = (float(q) for q in np.quantile(numbers, (0.5, 0.25, 0.75)))
+    q25, median, q75 = np.quantile(numbers, (0.25, 0.5, 0.75)).tolist()
     return data.Quartiles(median=median, q25=q25, q75=q75, n=len(numbers))
 
 
-def _histogram(values: NDArray[np.floating], low: float | None = None) -> data.Bars:
-    """Shares of `values` in `_BARS` bars from `low` (None: the smallest) to the largest."""
-    start, stop = float(values.min()) if low is None else low, float(values.max())
-    counts, edges = np.histogram(values, _BARS, (start, stop if stop > start else start + 1))
-    return data.Bars(edges=[short(x) for x in edges], values=[short(x) for x in counts / len(values)])
-
-
-def _logits(evidence: _Evidence, column: int, sign: float) -> data.Bars:
-    """Over the tokens of the vocabulary; by effect, or along the direct path where none was measured."""
-    effect = evidence.effects.mean[column] if evidence.effects.n[column] else sign * evidence.direct[column]
-    return _histogram(effect[: evidence.texts.size])
-
-
-def _timelines(evidence: _Evidence, traces: Sequence[Trace]) -> data.Timelines | None:
-    """Means over all followed firings; texts of the strongest of them."""
-    if not traces:
-        return None
-    longest = max(len(trace.reads) for trace in traces)
-    edges = [0, 1, *(2**i for i in range(1, 64) if 2**i < longest), longest]
-    together = np.full((len(traces), longest), np.nan)
-    for row, trace in zip(together, traces):
-        row[: len(trace.reads)] = trace.reads
-    lags = [short(float(np.nanmean(together[:, a:b]))) for a, b in itertools.pairwise(edges)]
-    strongest = sorted(traces, key=lambda trace: -trace.activation)[: evidence.settings.n_timelines]
-    width, firings = evidence.settings.before + evidence.settings.after, []
-    for sequence, position, reads in ((t.sequence, t.position, t.reads[: width + 1]) for t in strongest):
-        tokens = evidence.texts.many(evidence.tokens[sequence, position : position + len(reads)])
-        shown = {"sequence": sequence, "position": position, "tokens": tokens, "reads": [short(x) for x in reads]}
-        firings.append(data.Timeline.model_validate(shown))
+def _timelines(facts: Facts, traces: Sequence[Trace]) -> data.Timelines:
+    """Means over all followed firings by tokens since the write, in bins that double; texts of the strongest."""
+    table = np.array([*itertools.zip_longest(*(t.reads for t in traces), fillvalue=np.nan)])  # NaN: the sequence ended
+    edges = [0, 1, *(2**i for i in range(1, 64) if 2**i < len(table)), len(table)]
+    lags = [short(float(np.nanmean(table[a:b]))) for a, b in itertools.pairwise(edges)]
+    width, firings = facts.settings.before + facts.settings.after + 1, list[data.Timeline]()
+    for s, t, _, _, reads in sorted(traces, key=lambda trace: -trace.activation)[: facts.settings.n_timelines]:
+        shown = {
+            "tokens": facts.texts.many(facts.ids[s, t : t + len(reads)][:width]),
+            "reads": [*map(short, reads[:width])],
+        }
+        firings.append(data.Timeline.model_validate({"sequence": s, "position": t, **shown}))
     return data.Timelines(lags=data.Bars(edges=[float(x) for x in edges], values=lags), firings=firings)
 
 
@@ -493,32 +368,18 @@ def _positions(positions: Integers, shape: tuple[int, ...], bins: int) -> data.B
     return data.Bars(edges=edges.astype(float).tolist(), values=rates.tolist())
 
 
-def _cosines(at_firings: NDArray[np.float64], silent: Integers) -> data.Cosines:
-    """Both histograms over the range where there is anything, in at most `_BARS` bars."""
-    counts = np.histogram(np.clip(at_firings, -1, 1), FINE)[0]
-    seen = np.flatnonzero(counts + silent)
-    low, high = int(seen[0]) // 10 * 10, int(seen[-1]) // 10 * 10 + 10  # whole tenths
-    merge = next(size for size in (1, 2, 5, 10) if (high - low) // size <= _BARS)
-    edges = [round(float(FINE[i]), 2) for i in range(low, high + 1, merge)]
-
-    def bars(fine: Integers) -> data.Bars:
-        merged = fine[low:high].reshape(-1, merge).sum(1)
-        return data.Bars(edges=edges, values=[round(float(x), 5) for x in merged / max(merged.sum(), 1)])
-
-    quartiles = cast(data.Quartiles, _quartiles(at_firings))  # there are firings
-    return data.Cosines(at_firings=quartiles, firings=bars(counts), silent=bars(silent))
-
-
-def _effect(evidence: _Evidence, column: int, direct: NDArray[np.float32]) -> data.Effect | None:
-    """None where it was not measured. The sign of an atom does not matter to its effect, but to the direct path."""
-    mean, n = evidence.effects.mean[column], int(evidence.effects.n[column])
-    if n == 0:
-        return None
-    varies = mean.std() > 0 and direct.std() > 0
-    return data.Effect(
-        tokens=_vocabulary(evidence, mean),
-        direct_r=float(np.corrcoef(mean, direct)[0, 1]) if varies else None,
-        size=float(mean.std()),
-        n=n,
-        horizon=evidence.settings.effect_horizon,
-    )
+def _cosines(cosines: NDArray[np.float64], spots: Integers) -> data.Cosines:
+    """Both histograms, over the whole tenths in which there is anything; of [N T] `cosines`, NaN where the native write
+    is zero, and the places of the firings."""
+    firings, silent = (part[~np.isnan(part)].clip(-1, 1) for part in (cosines[spots], np.delete(cosines, spots)))
+    counts = [np.histogram(part, _FINE)[0] for part in (firings, silent)]
+    seen = np.flatnonzero(counts[0] + counts[1])
+    low, high = int(seen[0]) // 10 * 10, int(seen[-1]) // 10 * 10 + 10
+    merge = next(size for size in (1, 2, 5, 10) if (high - low) // size <= parts.BARS)
+    merged = [fine[low:high].reshape(-1, merge).sum(1) for fine in counts]
+    shares = [[round(float(x), 5) for x in each / max(each.sum(), 1)] for each in merged]
+    bars = [
+        data.Bars(edges=[round(float(x), 2) for x in _FINE[low : high + 1 : merge]], values=each) for each in shares
+    ]
+    quartiles = cast(data.Quartiles, _quartiles(cosines[spots][~np.isnan(cosines[spots])]))  # there are firings
+    return data.Cosines(at_firings=quartiles, firings=bars[0], silent=bars[1])

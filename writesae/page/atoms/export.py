@@ -12,75 +12,83 @@ import json
 from pathlib import Path
 
 import numpy as np
-from pydantic import JsonValue
+import torch
 from safetensors.numpy import save_file
 
 from sae_lens_writesae.files import atomic_text, atomic_write
 from writesae.experiment.lab import Lab
-from writesae.page.atoms.data import AtomPage, AtomPagesData, Bars, Context
+from writesae.files import Json
+from writesae.page.atoms import parts
+from writesae.page.atoms.data import Bars, Context
+from writesae.page.atoms.measure import Facts
 
 LEAST_ACTIVATION = 1e-5
 """delphi keeps no activation below this one."""
 
 
-def neuronpedia_batch(data: AtomPagesData, dataset: str = "") -> dict[str, JsonValue]:
-    """The atoms of `data` as SAEDashboard's `NeuronpediaDashboardBatch`.
+@torch.inference_mode(False)
+@torch.no_grad()
+def neuronpedia_batch(facts: Facts, dataset: str = "") -> dict[str, Json]:
+    """The atoms of `facts` as SAEDashboard's `NeuronpediaDashboardBatch`; only what it holds is measured.
 
     Logits are those of `AtomPage.effect`, or along the direct path where it was not measured. Lists about neurons of
     the residual stream are empty, and so is `vector`: an atom is a matrix in the state of a head.
     """
-    info = data.info
+    info = facts.lab.describe()
     return {
         "model_id": info["model"],
         "layer": info["layer"],
         "sae_set": f"writesae-{info['target']}-{info['d_sae']}",
         "sae_id_suffix": f"h{info['head']}",
-        "features": [_feature(page, info, dataset) for page in data.atoms],
+        "features": [_feature(facts, column, dataset) for column in range(len(facts.number))],
     }
 
 
-def _feature(page: AtomPage, info: dict[str, JsonValue], dataset: str) -> dict[str, JsonValue]:
+def _feature(facts: Facts, column: int, dataset: str) -> dict[str, Json]:
     neurons = ("neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1")
     correlated = [f"correlated_{of}_{what}" for of in ("neurons", "features") for what in ("indices", "l1", "pearson")]
-    ends = (page.effect or page.values).tokens
-    top = [_activation(context, -1, page.max_activation, -1) for context in page.top]
+    rows = facts.rows(column).assign(cosine=np.nan)
+    change, activations = facts.change(column), rows["activation"].to_numpy(float)
+    ends, density = parts.vocabulary(facts, change), parts.bars(activations, low=0.0)
+    logits = parts.bars(change[: facts.texts.size])
+    top = [_activation(context, -1, float(activations.max()), -1) for context in parts.top(facts, rows)]
     bands = [
         _activation(context, band.low, band.high, band.share_high - band.share_low)
-        for band in page.bands
+        for band in parts.bands(facts, rows)
         for context in band.contexts
     ]
     return {
-        "feature_index": page.atom,
+        "feature_index": int(facts.number[column]),
         **{name: [] for name in (*neurons, *correlated, "decoder_weights_dist", "vector")},
         "neg_str": [token.text for token in ends.low],
         "neg_values": [token.value for token in ends.low],
         "pos_str": [token.text for token in ends.high],
         "pos_values": [token.value for token in ends.high],
-        "frac_nonzero": page.rate,
-        "freq_hist_data_bar_values": _centres(page.density),
-        "freq_hist_data_bar_heights": [round(share * page.n_firings) for share in page.density.values],
-        "logits_hist_data_bar_heights": list(page.logits.values),
-        "logits_hist_data_bar_values": _centres(page.logits),
-        "n_prompts_total": info["n_sequences"],
-        "n_tokens_in_prompt": info["n_positions"],
+        "frac_nonzero": len(rows) / facts.ids.size,
+        "freq_hist_data_bar_values": _centers(density),
+        "freq_hist_data_bar_heights": [round(share * len(rows)) for share in density.values],
+        "logits_hist_data_bar_heights": logits.values,
+        "logits_hist_data_bar_values": _centers(logits),
+        "n_prompts_total": facts.ids.shape[0],
+        "n_tokens_in_prompt": facts.ids.shape[1],
         "dataset": dataset,
         "activations": [*top, *bands],
     }
 
 
-def _activation(context: Context, low: float, high: float, share: float) -> dict[str, JsonValue]:
+def _activation(context: Context, low: float, high: float, share: float) -> dict[str, Json]:
     """SAEDashboard marks the strongest ones by a `bin_min` and a `bin_contains` of -1."""
     return {
         "bin_min": low,
         "bin_max": high,
         "bin_contains": share,
-        "tokens": list(context.tokens),
-        "values": list(context.activations),
+        "tokens": context.tokens,
+        "values": context.activations,
         "qualifying_token_index": context.at,
     }
 
 
-def _centres(bars: Bars) -> list[JsonValue]:
+def _centers(bars: Bars) -> list[float]:
     return [round((a + b) / 2, 5) for a, b in itertools.pairwise(bars.edges)]
 
 

@@ -1,93 +1,37 @@
-"""What is measured of the atoms that get a page: one pass over the text, and edited runs at a few firings."""
+"""What is measured of the atoms that get a page: each fact once, when a page or an export first asks for it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias, cast
+from collections.abc import Collection, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from sae_lens import SAE
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hookpoints import Recurrence
+from hookpoints import HookedRecurrent, Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.losses import read_queries
 from writesae.experiment.downstream_heads import DownstreamHeads, downstream_heads, newest_outputs
-from writesae.experiment.firings import Integers
+from writesae.experiment.firings import Integers, sample_firings
 from writesae.experiment.head import head_writes
 from writesae.experiment.lab import EditedRows, Lab, Trial
-from writesae.page.atoms.data import Memory, Term
+from writesae.files import Json
+from writesae.page.atoms.text import TokenTexts
 
+if TYPE_CHECKING:
+    from writesae.page.atoms.collect import AtomPages
+
+TERMS = 4
+"""Most singular terms of an atom that are kept."""
 Life: TypeAlias = tuple[int, bool]
 """Tokens after which less than half of a write's norm is left. If true, the sequence or the limit came first, and the
 number is how far the write was followed."""
-TERMS = 4
-"""Most singular terms of an atom that are kept."""
-FINE = np.linspace(-1, 1, 201)
-"""Edges by which cosines are counted while the text goes by; figures merge them."""
-
-
-class Atoms(NamedTuple):
-    """The n atoms that get a page."""
-
-    number: Integers
-    matrices: LowRank
-    terms: LowRank
-    """The largest singular terms, at most `TERMS` of them."""
-    v: Tensor
-    """[n,K] unit key side of the leading term."""
-    w: Tensor
-    """[n,V] unit value side of the leading term."""
-
-    @classmethod
-    def of(cls, number: Integers, matrices: LowRank) -> Atoms:
-        """From atoms that are not zero. For rank 1 the only term is the atom; otherwise they cost an SVD each."""
-        terms = matrices if matrices.rank == 1 else LowRank.svd(matrices.dense(), TERMS)
-        v, w = (normalize(side[:, 0], dim=-1) for side in (terms.keys, terms.values))
-        return cls(number, matrices, terms, v, w)
-
-    def singular_terms(self, column: int, sign: float) -> list[Term]:
-        """The terms of one atom; `sign` turns both sides, which leaves the matrix as it is."""
-        keys, values = self.terms.keys[column].double().cpu(), self.terms.values[column].double().cpu()
-        sizes = keys.norm(dim=-1) * values.norm(dim=-1)
-        whole = float(self.matrices.rows([column]).norm()) ** 2
-        sides = (sign * normalize(keys, dim=-1), sign * normalize(values, dim=-1))
-        return [
-            Term(size=size, share=min(1.0, size**2 / whole), key=_rounded(key), value=_rounded(value))
-            for size, key, value in zip(sizes.tolist(), *sides)
-            if size > 1e-6 * float(sizes[0])
-        ]
-
-    def nearest(self, lab: Lab, among: Integers, n: int) -> list[list[tuple[int, float]]]:
-        """Per atom the n of `among` with the largest cosine, itself left out: (atom, cosine).
-
-        Cost: n F R R' (K + V) for F atoms `among`; atoms without factors are taken as flat matrices, n F K V.
-        """
-        chunks, mine = np.array_split(among, max(1, len(among) // 1024)), self.matrices
-        if mine.rank > TERMS:
-            flat, decoder = normalize(mine.dense().flatten(1), dim=-1), lab.sae.W_dec.detach()
-            rows = (normalize(decoder[torch.from_numpy(part).to(decoder.device)].to(flat), dim=-1) for part in chunks)
-            cosines = torch.cat([flat @ part.T for part in rows], 1)
-        else:
-            cosines = torch.cat([mine.cosines(lab.atoms(part)) for part in chunks], 1)
-        cosines = cosines.cpu().numpy()
-        rows = zip(self.number.tolist(), cosines, np.argsort(-cosines, kind="stable")[:, : n + 1])
-        return [[(int(among[i]), float(row[i])) for i in order if among[i] != own][:n] for own, row, order in rows]
-
-    @torch.no_grad()
-    def direct_path(self, lab: Lab) -> NDArray[np.float32]:
-        """w^T W_O^h W_U [n,vocab] for unit w, minus the mean over the vocabulary, to which probabilities are blind.
-
-        The value side of the paper's formula (WriteSAE, arXiv 2605.12770): the gain and gate of the head's norm, later
-        blocks and the final norm are not in it.
-        """
-        unembed = lab.model.W_U
-        path = self.w.to(unembed) @ lab.model.layer_W_O(lab.hook.layer)[lab.hook.head].to(unembed) @ unembed
-        return (path - path.mean(-1, keepdim=True)).float().cpu().numpy()
 
 
 class Trace(NamedTuple):
@@ -99,109 +43,6 @@ class Trace(NamedTuple):
     life: Life
     reads: NDArray[np.float64]
     """[S] `data.Timeline.reads` at the firing and the tokens after it."""
-
-
-class Sweep(NamedTuple):
-    """What one pass over the text gathers."""
-
-    table: pd.DataFrame
-    """Firings of the atoms, with the columns cosine, key_cosine, value_cosine; NaN where the native write is zero."""
-    silent: Integers
-    """[n,bins of FINE] cosines with the native write where the atom does not fire."""
-    token_ids: Integers
-    """[U] distinct tokens of the text."""
-    token_counts: Integers
-    """[U] their occurrences with a native write that is not zero."""
-    key_means: NDArray[np.float64]
-    """[n,U] mean cos(v, k_t) over these occurrences."""
-    traces: list[list[Trace]]
-    """Per atom, one for each firing that was followed."""
-
-
-def sweep(lab: Lab, atoms: Atoms, table: pd.DataFrame, followed: pd.DataFrame, limit: int) -> Sweep:
-    """What needs the keys and values of every token.
-
-    Args:
-        table: firings of the atoms, ordered by sequence: sequence, position, activation, and `column`, the place of the
-            atom among `atoms`.
-        followed: the firings after which the write is followed, for at most `limit` tokens; same columns.
-
-    Cost: one forward up to the layer per sequence, 2 T n R (K + V) for cosines, and one vector recurrence per followed
-    position.
-    """
-    ids, inverse = np.unique(lab.tokens.cpu().numpy(), return_inverse=True)
-    inverse, n = inverse.reshape(lab.tokens.shape), len(atoms.number)
-    sums, counts = torch.zeros(n, len(ids), dtype=torch.float64), np.zeros(len(ids), dtype=np.int64)
-    silent, columns = np.zeros((n, len(FINE) - 1), dtype=np.int64), np.arange(n)[None]
-    traces: list[list[Trace]] = [[] for _ in range(n)]
-    cosines = np.full((3, len(table)), np.nan)
-    bounds = np.searchsorted(table["sequence"].to_numpy(), np.arange(len(lab.tokens) + 1))
-    for i in lab.bar(range(len(lab.tokens)), "atoms"):
-        recurrence = lab.recurrence(i)
-        writes = head_writes(recurrence, 0).to(atoms.v)
-        matrix = writes.cosines(atoms.matrices)  # [T,n]
-        key, value = (
-            (normalize(native, dim=-1) @ side.T).mean(1)
-            for native, side in ((writes.keys, atoms.v), (writes.values, atoms.w))
-        )
-        here, nonzero = slice(bounds[i], bounds[i + 1]), (writes.norm() > 0).cpu().numpy()
-        where = table["position"].to_numpy()[here], table["column"].to_numpy()[here]
-        for row, each in zip(cosines, (matrix, key, value)):
-            row[here] = np.where(nonzero[where[0]], each.cpu().numpy()[where], np.nan)
-        is_silent = np.repeat(nonzero[:, None], n, 1)
-        is_silent[where] = False
-        bins = np.clip(np.searchsorted(FINE, matrix.cpu().numpy(), side="right") - 1, 0, len(FINE) - 2)
-        np.add.at(silent, (np.broadcast_to(columns, bins.shape), bins), is_silent)
-        sums.index_add_(1, torch.from_numpy(inverse[i][nonzero]), key[torch.from_numpy(nonzero)].T.double().cpu())
-        counts += np.bincount(inverse[i][nonzero], minlength=len(ids))
-        for column, trace in follow(recurrence, atoms.matrices, followed[followed["sequence"] == i], limit):
-            traces[column].append(trace)
-    table = table.assign(cosine=cosines[0], key_cosine=cosines[1], value_cosine=cosines[2])
-    return Sweep(table, silent, ids, counts, sums.numpy() / np.maximum(counts, 1), traces)
-
-
-def follow(recurrence: Recurrence, atoms: LowRank, firings: pd.DataFrame, limit: int) -> Iterator[tuple[int, Trace]]:
-    """Follow sum_r p_r(t) w_r^T from p_r = v_r at each firing, under decay and erase (closed loop): (column, trace).
-
-    Args:
-        recurrence: of the head alone, on the sequence of the firings.
-
-    Cost: one pass of the head, and a vector recurrence for each position and term.
-    """
-    if firings.empty:
-        return
-    queries, total = read_queries(recurrence)[0, :, 0] * recurrence.scale, recurrence.outputs()[0, :, 0].norm(dim=-1)
-    late = int(recurrence.read_before_write)  # the state after token t is read at token t + late
-    for position, rows in firings.groupby("position"):
-        start, columns = int(cast(int, position)), rows["column"].to_numpy()
-        matrices, until = atoms.rows(torch.tensor(columns)), recurrence.select(tokens=slice(0, start + limit + 1))
-        carried = until.propagate(matrices.keys.flatten(0, 1).to(until.dtype), start, 0)[0]  # [nR,S,K]
-        keys = carried.unflatten(0, (len(columns), atoms.rank)).movedim(1, 2)  # [n,S,R,K]
-        gram = (matrices.values @ matrices.values.mT).to(keys)[:, None]
-        sizes = ((keys @ keys.mT) * gram).sum((-2, -1)).clamp_min(0).sqrt().cpu().numpy()
-        length = keys.shape[1]
-        read = (keys @ queries[start : start + length, :, None].to(keys))[..., 0]  # [n,S,R]
-        read = ((read[..., None, :] @ gram)[..., 0, :] * read).sum(-1).clamp_min(0).sqrt()
-        if late:
-            read = torch.cat([torch.zeros_like(read[:, :1]), read[:, :-1]], 1)
-        read = read / total[start : start + length].clamp_min(torch.finfo(total.dtype).tiny)
-        for column, firing, size, share in zip(columns.tolist(), rows.itertuples(), sizes, read.double().cpu().numpy()):
-            gone = np.flatnonzero(size < size[0] / 2)
-            life = (int(gone[0]) if len(gone) else len(size) - 1, not len(gone))
-            activation = float(cast(float, firing.activation))
-            yield column, Trace(int(cast(int, firing.sequence)), start, activation, life, activation * share)
-
-
-def memory(lives: Sequence[Life]) -> Memory:
-    """Median over firings. Sequences end before some writes have faded, so it is the median of the Kaplan-Meier
-    curve; leaving those firings out would make memories look short."""
-    if not lives:
-        return Memory(half_life=None, longest=0, ended=0, n=0)
-    tokens, ended = (np.array(each) for each in zip(*lives))
-    survival = stats.ecdf(stats.CensoredData.right_censored(tokens, ended)).sf
-    below = survival.quantiles[survival.probabilities <= 0.5]
-    half_life = float(below[0]) if len(below) else None
-    return Memory(half_life=half_life, longest=int(tokens.max()), ended=int(ended.sum()), n=len(lives))
 
 
 class Effects(NamedTuple):
@@ -216,67 +57,216 @@ class Effects(NamedTuple):
     mixer, head). NaN where none was measured."""
 
 
-def effect_firings(lab: Lab, table: pd.DataFrame, horizon: int, per_atom: int) -> pd.DataFrame:
-    """Up to `per_atom` firings of each atom, in different sequences, with room for the horizon.
-
-    All atoms take sequences in one random order, so that few sequences serve all of them: each costs a forward.
-    """
-    rng = lab.rng(1)
-    rows = table[table["position"] < lab.tokens.shape[1] - horizon]
-    rows = rows.iloc[rng.permutation(len(rows))].drop_duplicates(["column", "sequence"])
-    order = rng.permutation(int(table["sequence"].to_numpy().max()) + 1)
-    rows = rows.assign(turn=order[rows["sequence"].to_numpy()]).sort_values("turn", kind="stable")
-    return rows.groupby("column").head(per_atom).sort_values(["sequence", "position", "column"], ignore_index=True)
-
-
-def effects(lab: Lab, atoms: Atoms, firings: pd.DataFrame, horizon: int, step: float) -> Effects:
-    """d / d eps at eps = 0 where eps |W_t| A / |A| is added to the write, by central differences of `step`: of the
-    logits, and of what every head of a later layer gives (norm of the derivative over t..t+horizon, over the norm of
-    what it gives).
+class Facts:
+    """The atoms of a dictionary that get a page, and what there is to know of them on held-out text.
 
     Args:
-        firings: as `effect_firings` draws them: at most one of an atom in a sequence.
+        settings: which atoms, from how many firings.
+        model: a hooked model with a tokenizer.
+        sae: a dictionary of one of its heads.
+        tokens: [N,T] evaluation sequences.
+        among: atoms that a draw is from. None: all that fire often enough.
+        progress: show progress bars.
 
-    Firings at a zero write are left out. Cost: two edited rows of horizon + 1 tokens per firing.
+    Cost: one forward up to the layer per sequence.
+
+    Raises:
+        ValueError: the SAE does not fit the model, the model has no tokenizer or one of another vocabulary, the
+            tokens are not [N,T] with room for the effect's horizon, or a hand-picked atom does not fire often enough.
+        NothingToMeasureError: no atom fires often enough, or all are zero.
     """
-    n, mixers = len(atoms.number), downstream_heads(lab.model, lab.hook.layer)
-    places = [(m.layer, m.mixer, head) for m in mixers for head in range(m.n_heads)]
-    total = np.zeros((n, lab.model.W_U.shape[1]), dtype=np.float32)
-    measured, changes = list[int](), list[NDArray[np.float64]]()
-    native, raised = dict[DownstreamHeads, Tensor](), dict[int, list[Tensor]]()
-    unit = atoms.matrices.with_norm(torch.ones_like(atoms.matrices.norm()))
-    with newest_outputs(lab.model, mixers) as newest:
 
-        def read(rows: EditedRows) -> Mapping[str, ArrayLike]:
-            moved = rows.window.sub_(rows.native_window).float().mean(1)  # [n,vocab]
-            for row, trial in enumerate(rows.trials):
-                column, window = cast(int, trial.row["column"]), slice(trial.position, trial.position + rows.width)
-                run = slice(window.start - rows.start, window.stop - rows.start)
-                outputs = [moved[row], *(newest[m][row, run] for m in mixers)]
-                if column not in raised:  # the first of a pair; a batch may end between them
-                    raised[column] = outputs
-                    continue
-                logits, *heads = ((up - down) / (2 * step) for up, down in zip(raised.pop(column), outputs))
-                total[column] += (logits - logits.mean()).cpu().numpy()
-                measured.append(column)
-                relative = [_relative(slope, native[m][0, window]) for slope, m in zip(heads, mixers)]
-                changes.append(np.concatenate([np.empty(0), *relative]))
-            return {}
+    @torch.no_grad()
+    def __init__(
+        self,
+        settings: AtomPages,
+        model: HookedRecurrent,
+        sae: SAE,
+        tokens: Tensor,
+        *,
+        among: Collection[int] | None = None,
+        progress: bool = True,
+    ) -> None:
+        if tokens.ndim != 2 or tokens.shape[1] < settings.effect_horizon + 2:
+            raise ValueError(f"tokens: expected [N,T] with T > {settings.effect_horizon + 1}, got {list(tokens.shape)}")
+        settings.check(sae)
+        self.settings, self.texts = settings, TokenTexts(model)
+        self.lab = lab = Lab(model, {settings.label: sae}, tokens, seed=settings.seed, progress=progress)
+        self.texts.check(tokens)
+        self.ids, self.firings = tokens.cpu().numpy(), lab.firings()
+        self.alive, rare = self.firings.alive(tokens.numel()), f"{settings.min_firings} firings on this text"
+        often = self.firings.alive(tokens.numel(), settings.min_firings)
+        self.counts: dict[str, Json] = {"n_alive": len(self.alive), "n_frequent": len(often)}
+        lab.skipped["atoms with fewer firings than min_firings"] = len(self.alive) - len(often)
+        if missing := sorted(set(settings.atoms or ()) - set(often.tolist())):
+            raise ValueError(f"atoms: expected {rare}, got fewer of {missing}; give more text, or lower min_firings")
+        if among is not None:
+            often, rare = np.intersect1d(often, list(among)), f"{rare} and was tested"
+        lab.require(len(often) > 0 or bool(settings.atoms), f"no atom has {rare}; give more text, or lower min_firings")
+        n = min(settings.n_atoms or len(often), len(often))
+        drawn = np.random.default_rng(settings.seed).choice(often, n, replace=False)
+        chosen = np.sort(drawn) if settings.atoms is None else np.array(settings.atoms)
+        nonzero = (lab.atoms(chosen).norm() > 0).cpu().numpy()
+        lab.skipped["atoms that are zero"] = int((~nonzero).sum())
+        lab.require(bool(nonzero.any()), f"all {len(chosen)} chosen atoms are zero matrices: there is nothing to show")
+        self.number: Integers = chosen[nonzero]
+        """The n atoms."""
+        self.place = {int(atom): column for column, atom in enumerate(self.number)}
+        self.matrices = lab.atoms(self.number)
 
-        for site in lab.sites(firings, "effects"):
-            native |= newest
-            sizes, trials = site.writes.norm(), list[Trial]()
-            for column, t in zip(site.rows["column"].tolist(), site.rows["position"].tolist()):
-                if sizes[t] > 0:
-                    added = unit.rows([column]).to(sizes) * (step * sizes[[t]])
-                    trials += [Trial({"column": column}, t, lab.add(t, added * sign)) for sign in (1.0, -1.0)]
-            if trials:
-                lab.read(site, trials, read, horizon + 1)
-    heads = pd.MultiIndex.from_tuples(places) if places else None
-    each = pd.DataFrame(np.reshape(changes, (len(measured), len(places))), measured, heads)
-    counts = np.bincount(np.array(measured, dtype=np.int64), minlength=n)
-    total /= np.maximum(counts, 1)[:, None]
-    return Effects(total, counts, each.groupby(level=0).mean().reindex(range(n)))
+    @cached_property
+    def terms(self) -> LowRank:
+        """The largest singular terms, at most `TERMS` of them. For rank 1 the only term is the atom; otherwise they
+        cost an SVD each."""
+        return self.matrices if self.matrices.rank == 1 else LowRank.svd(self.matrices.dense(), TERMS)
+
+    @cached_property
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """[n,K] and [n,V] unit key and value side of the leading term."""
+        return normalize(self.terms.keys[:, 0], dim=-1), normalize(self.terms.values[:, 0], dim=-1)
+
+    @cached_property
+    def nearest(self) -> list[list[tuple[int, float]]]:
+        """Per atom the alive atoms with the largest cosine, itself left out: atom, cosine.
+
+        Cost: n F R R' (K + V) for F alive atoms; atoms without factors are taken as flat matrices, n F K V.
+        """
+        mine, parts = self.matrices, np.array_split(self.alive, -(-len(self.alive) // 1024))
+        if mine.rank <= TERMS:
+            each = [mine.cosines(self.lab.atoms(part)) for part in parts]
+        else:  # the factors of a decoder without factors would cost an SVD each
+            flat, decoder = normalize(mine.dense().flatten(1), dim=-1), self.lab.sae.W_dec.detach()
+            each = [flat @ normalize(decoder[torch.from_numpy(part)].to(flat), dim=-1).T for part in parts]
+        cosines = torch.cat(each, 1).cpu().numpy()
+        cosines[self.number[:, None] == self.alive] = -np.inf
+        best = np.argsort(-cosines, kind="stable")[:, : min(self.settings.n_nearest, len(self.alive) - 1)]
+        return [[(int(self.alive[i]), float(row[i])) for i in order] for row, order in zip(cosines, best)]
+
+    @cached_property
+    def direct(self) -> NDArray[np.float32]:
+        """w^T W_O^h W_U [n,vocab] for unit w, minus the mean over the vocabulary, to which probabilities are blind.
+
+        The value side of the paper's formula (WriteSAE, arXiv 2605.12770): the gain and gate of the head's norm, later
+        blocks and the final norm are not in it.
+        """
+        hook, unembed = self.lab.hook, self.lab.model.W_U
+        path = self.sides[1].to(unembed) @ self.lab.model.layer_W_O(hook.layer)[hook.head].to(unembed) @ unembed
+        return (path - path.mean(-1, keepdim=True)).float().cpu().numpy()
+
+    @cached_property
+    def swept(self) -> tuple[LowRank, list[list[Trace]]]:
+        """The N T native writes of the text, and per atom a trace for each firing that is followed, for at most
+        `half_life_limit` tokens.
+
+        Cost: one forward up to the layer per sequence, and one vector recurrence for each firing that is followed;
+        memory N T (K + V) floats.
+        """
+        lab, settings, last = self.lab, self.settings, self.ids.shape[1] - 2
+        writes, traces = list[LowRank](), [list[Trace]() for _ in self.number]
+        per_atom, rng = settings.half_life_firings, lab.rng(2)
+        followed = sample_firings(self.firings, self.number, per_atom, first=0, last=last, rng=rng)
+        for i in lab.bar(range(len(self.ids)), "atoms"):
+            recurrence = lab.recurrence(i)
+            native, total = head_writes(recurrence, 0).to(self.sides[0]), recurrence.outputs()[0, :, 0].norm(dim=-1)
+            writes.append(LowRank(native.keys.clone(), native.values.clone()))  # not views of the whole layer
+            own = followed[followed["sequence"] == i][["atom", "position", "activation"]]
+            for atom, t, activation in own.itertuples(index=False, name=None):
+                until = recurrence.select(tokens=slice(0, t + settings.half_life_limit + 1))
+                left, reads = follow(until, self.matrices.rows([self.place[atom]]), t)
+                gone = (left < left[0] / 2).nonzero()
+                life = (int(gone[0]) if len(gone) else len(left) - 1, not len(gone))
+                share = reads / total[t : t + len(reads)].clamp_min(torch.finfo(total.dtype).tiny)
+                shares = activation * share.double().cpu().numpy()
+                traces[self.place[atom]].append(Trace(i, t, activation, life, shares))
+        return LowRank(torch.cat([w.keys for w in writes]), torch.cat([w.values for w in writes])), traces
+
+    def cosines(self, column: int) -> NDArray[np.float64]:
+        """[3,N T] signed cosines of one atom with every native write: of the matrices, of the key sides and of the
+        value sides (mean over the terms of a write); NaN where the native write is zero."""
+        writes = self.swept[0]
+        pairs = zip((writes.keys, writes.values), self.sides)
+        sides = [(normalize(native, dim=-1) @ own[column]).mean(-1) for native, own in pairs]
+        cosines = torch.stack([writes.cosines(self.matrices.rows([column]))[:, 0], *sides])
+        return cosines.where(writes.norm() > 0, torch.nan).double().cpu().numpy()
+
+    def sign(self, column: int) -> float:
+        """v w^T and (-v)(-w)^T are one atom; the pages take the sign for which v agrees with keys at its firings."""
+        return -1.0 if pd.Series(self.cosines(column)[1][self.spots(column)]).median() < 0 else 1.0
+
+    def rows(self, column: int) -> pd.DataFrame:
+        """The firings of one atom: sequence, position, atom, activation."""
+        return self.firings.frame(self.firings.atom == self.number[column])
+
+    def spots(self, column: int) -> Integers:
+        """The firings of one atom as places in the N T tokens of the text."""
+        places = self.firings.sequence * self.ids.shape[1] + self.firings.position
+        return places[self.firings.atom == self.number[column]]
+
+    def change(self, column: int) -> NDArray[np.float32]:
+        """[vocab] change of the logits by effect, or along the direct path where no effect was measured."""
+        measured = self.effects
+        return measured.mean[column] if measured.n[column] else self.sign(column) * self.direct[column]
+
+    @cached_property
+    def effects(self) -> Effects:
+        """d / d eps at eps = 0 where eps |W_t| A / |A| is added to the write, by central differences of `effect_step`:
+        of the logits, and of what every head of a later layer gives (norm of the derivative over t..t+horizon, over
+        the norm of what it gives).
+
+        Cost: two edited rows of horizon + 1 tokens per firing. Firings at a zero write are left out.
+        """
+        lab, settings, n = self.lab, self.settings, len(self.number)
+        mixers = downstream_heads(lab.model, lab.hook.layer)
+        places = [(m.layer, m.mixer, head) for m in mixers for head in range(m.n_heads)]
+        total = np.zeros((n, lab.model.W_U.shape[1]), dtype=np.float32)
+        measured, changes = list[int](), list[NDArray[np.float64]]()
+        native, raised = dict[DownstreamHeads, Tensor](), dict[int, list[Tensor]]()
+        unit = self.matrices.with_norm(torch.ones_like(self.matrices.norm()))
+        with newest_outputs(lab.model, mixers) as newest:
+
+            def read(rows: EditedRows) -> Mapping[str, ArrayLike]:
+                moved = rows.window.sub_(rows.native_window).float().mean(1)  # [n,vocab]
+                for row, trial in enumerate(rows.trials):
+                    column, window = cast(int, trial.row["column"]), slice(trial.position, trial.position + rows.width)
+                    run = slice(window.start - rows.start, window.stop - rows.start)
+                    outputs = [moved[row], *(newest[m][row, run] for m in mixers)]
+                    if column not in raised:  # the first of a pair; a batch may end between them
+                        raised[column] = outputs
+                        continue
+                    pairs = zip(raised.pop(column), outputs)
+                    logits, *heads = ((up - down) / (2 * settings.effect_step) for up, down in pairs)
+                    total[column] += (logits - logits.mean()).cpu().numpy()
+                    measured.append(column)
+                    relative = [_relative(slope, native[m][0, window]) for slope, m in zip(heads, mixers)]
+                    changes.append(np.concatenate([np.empty(0), *relative]))
+                return {}
+
+            for site in lab.sites(self.drawn(), "effects"):
+                native |= newest
+                steps, trials = settings.effect_step * site.writes.norm(), list[Trial]()
+                for column, t in zip(map(self.place.__getitem__, site.rows["atom"]), site.rows["position"].tolist()):
+                    if steps[t] > 0:
+                        added = unit.rows([column]).to(steps) * steps[[t]]
+                        trials += [Trial({"column": column}, t, lab.add(t, added * sign)) for sign in (1.0, -1.0)]
+                if trials:
+                    lab.read(site, trials, read, settings.effect_horizon + 1)
+        heads = pd.MultiIndex.from_tuples(places) if places else None
+        each = pd.DataFrame(np.reshape(changes, (len(measured), len(places))), measured, heads)
+        counts = np.bincount(np.array(measured, dtype=np.int64), minlength=n)
+        total /= np.maximum(counts, 1)[:, None]
+        return Effects(total, counts, each.groupby(level=0).mean().reindex(range(n)))
+
+    def drawn(self) -> pd.DataFrame:
+        """Up to `effect_firings` firings of each atom, in different sequences, with room for the horizon.
+
+        All atoms take sequences in one random order, so that few sequences serve all of them: each costs a forward.
+        """
+        rng, table = self.lab.rng(1), self.firings.frame(np.isin(self.firings.atom, self.number))
+        rows = table[table["position"] < self.ids.shape[1] - self.settings.effect_horizon]
+        rows = rows.iloc[rng.permutation(len(rows))].drop_duplicates(["atom", "sequence"])
+        order = rng.permutation(int(table["sequence"].to_numpy().max()) + 1)
+        rows = rows.iloc[np.argsort(order[rows["sequence"].to_numpy()], kind="stable")]
+        return rows.groupby("atom").head(self.settings.effect_firings).sort_values(["sequence", "position", "atom"])
 
 
 def _relative(slope: Tensor, native: Tensor) -> NDArray[np.float64]:
@@ -285,5 +275,19 @@ def _relative(slope: Tensor, native: Tensor) -> NDArray[np.float64]:
     return (slope.double().norm(dim=(0, 2)) / size).where(size > 0, torch.nan).cpu().numpy()
 
 
-def _rounded(values: Tensor) -> list[float]:
-    return [round(x, 4) for x in values.tolist()]
+def follow(recurrence: Recurrence, atom: LowRank, start: int) -> tuple[Tensor, Tensor]:
+    """What becomes of an atom (N = 1) that is written at token `start`, under decay and erase (closed loop): from there
+    on, [S] the norm of what is left, and [S] the size of what the head reads of it.
+
+    Args:
+        recurrence: of the head alone, on the sequence.
+
+    Cost: a vector recurrence for each term.
+    """
+    keys = recurrence.propagate(atom.keys[0].to(recurrence.dtype), start, 0)[0].movedim(0, 1)  # [S,R,K]
+    left = LowRank(keys, atom.values.to(keys).expand(len(keys), -1, -1))
+    queries = (read_queries(recurrence)[0, start:, 0] * recurrence.scale).to(keys)
+    read = ((keys @ queries[..., None])[..., 0] @ left.values[0]).norm(dim=-1)
+    if recurrence.read_before_write:  # the state after token t is read at token t + 1
+        read = torch.cat([torch.zeros_like(read[:1]), read[:-1]])
+    return left.norm(), read

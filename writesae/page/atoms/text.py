@@ -14,7 +14,6 @@ from writesae.experiment.tokens import token_text
 _SYMBOLS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
 EMPTY = "⟨empty⟩"
 """How a text without characters is shown."""
-_LOST = "\ufffd"
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
@@ -23,8 +22,8 @@ def short(value: float) -> float:
     return float(f"{float(value):.4g}")
 
 
-class TokenTexts:
-    """Texts of token ids, decoded once each.
+class TokenTexts(dict[int, str]):
+    """Exact texts of token ids, decoded once each.
 
     A token that is only part of a character (byte-level vocabularies have such) decodes to U+FFFD; its bytes are shown
     instead, as `⟨E280⟩`.
@@ -34,46 +33,35 @@ class TokenTexts:
     """
 
     def __init__(self, model: HookedRecurrent) -> None:
-        if model.tokenizer is None:
+        n, vocabulary = len(model.tokenizer or ()), model.W_U.shape[1]
+        if not 0 < n <= vocabulary:
             raise ValueError(
-                "atom pages show text, and this model has no tokenizer: give one to from_hf(model, tokenizer)"
+                f"tokenizer: expected one with 1 to {vocabulary} tokens, got {n}; give the model's own tokenizer to "
+                "from_hf(model, tokenizer)"
             )
-        self._model, self._known = model, dict[int, str]()
-        self.size = len(model.tokenizer)
+        self._model, self.size = model, n
         """Tokens that have a text. A model may have more logits than that, which pad its vocabulary."""
-        if self.size > (vocabulary := model.W_U.shape[1]):
-            raise ValueError(
-                f"the tokenizer has {self.size:,} tokens and the model's vocabulary {vocabulary:,}: it is not this "
-                "model's; give the right one to from_hf(model, tokenizer)"
-            )
 
     def check(self, tokens: Tensor) -> None:
         """Raise ValueError for token ids that the tokenizer does not have; names the first."""
-        unknown = tokens[(tokens < 0) | (tokens >= self.size)]
-        if len(unknown):
+        if len(unknown := tokens[(tokens < 0) | (tokens >= self.size)]):
             raise ValueError(
-                f"the text has token {int(unknown[0])}, and the tokenizer knows 0 to {self.size - 1}: the tokens come "
-                "from another tokenizer; make them with model.to_tokens"
+                f"tokens: expected ids from 0 to {self.size - 1}, which the tokenizer knows, got {int(unknown[0])}; "
+                "make them with model.to_tokens"
             )
 
-    def __call__(self, token: int) -> str:
-        """The exact text of a token."""
-        if token not in self._known:
-            text = token_text(self._model, token)
-            self._known[token] = self._bytes(token) or text if _LOST in text else text
-        return self._known[token]
+    def __missing__(self, token: int) -> str:
+        text = token_text(self._model, token)
+        convert = getattr(self._model.tokenizer, "convert_ids_to_tokens", None)
+        written = convert(token) if convert is not None and "\ufffd" in text else None
+        if isinstance(written, str) and set(written) <= _BYTES.keys():
+            text = "⟨" + "".join(f"{_BYTES[character]:02X}" for character in written) + "⟩"
+        self[token] = text
+        return text
 
     def many(self, tokens: Iterable[int]) -> list[str]:
         """The exact texts of several tokens."""
-        return [self(int(token)) for token in tokens]
-
-    def _bytes(self, token: int) -> str | None:
-        """`⟨E280⟩` for a token of a byte-level vocabulary, None elsewhere."""
-        convert = getattr(self._model.tokenizer, "convert_ids_to_tokens", None)
-        written = convert(token) if convert is not None else None
-        if not isinstance(written, str) or not set(written) <= _BYTES.keys():
-            return None
-        return "⟨" + "".join(f"{_BYTES[character]:02X}" for character in written) + "⟩"
+        return [self[int(token)] for token in tokens]
 
 
 def symbol(character: str) -> str | None:

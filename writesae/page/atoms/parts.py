@@ -1,0 +1,85 @@
+"""Parts of what pages and exports show of an atom: contexts, ends of lists of tokens, histograms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from writesae.experiment.firings import Integers
+from writesae.page.atoms import data
+from writesae.page.atoms.measure import Facts
+from writesae.page.atoms.text import short
+
+BARS = 32
+"""Most bars of a histogram."""
+
+
+def _contexts(facts: Facts, shown: pd.DataFrame, rows: pd.DataFrame) -> list[data.Context]:
+    """A context for each firing of `shown`; `rows` has all firings of the atom."""
+    activations, contexts, settings = np.zeros(facts.ids.shape), list[data.Context](), facts.settings
+    activations[rows["sequence"], rows["position"]] = rows["activation"]
+    for s, t, cosine in zip(*(shown[name].tolist() for name in ("sequence", "position", "cosine"))):
+        window = slice(max(0, t - settings.before), t + settings.after + 1)
+        texts, values = facts.texts.many(facts.ids[s, window]), [short(x) for x in activations[s, window]]
+        native = None if np.isnan(cosine) else short(cosine)
+        place = {"sequence": s, "position": t, "first": window.start}
+        contexts.append(data.Context(**place, tokens=texts, activations=values, cosine=native))
+    return contexts
+
+
+def top(facts: Facts, rows: pd.DataFrame) -> list[data.Context]:
+    """Largest activations first; firings that a context already shows are passed over."""
+    settings, chosen, seen = facts.settings, list[int](), set[tuple[int, int]]()
+    ordered = rows.sort_values("activation", ascending=False, kind="stable")
+    for n, (sequence, position) in enumerate(zip(ordered["sequence"].tolist(), ordered["position"].tolist())):
+        if (sequence, position) not in seen and len(chosen) < settings.top:
+            chosen.append(n)
+            seen |= {(sequence, t) for t in range(position - settings.before, position + settings.after + 1)}
+    return _contexts(facts, ordered.iloc[chosen], rows)
+
+
+def bands(facts: Facts, rows: pd.DataFrame) -> Iterator[data.Band]:
+    """Random contexts from equal shares of the firings, strongest share first."""
+    n_bands, per_band = facts.settings.bands, facts.settings.per_band
+    ordered = rows.sort_values("activation", kind="stable")
+    rng = np.random.default_rng([facts.settings.seed, int(rows["atom"].iloc[0])])
+    edges = np.linspace(0, len(ordered), n_bands + 1).astype(int)
+    for b in reversed(range(n_bands)):
+        band = ordered.iloc[edges[b] : edges[b + 1]]
+        if len(band) and per_band:
+            drawn = band.iloc[np.sort(rng.choice(len(band), min(per_band, len(band)), replace=False))[::-1]]
+            yield data.Band(
+                share_low=b / n_bands,
+                share_high=(b + 1) / n_bands,
+                low=short(band["activation"].min()),
+                high=short(band["activation"].max()),
+                contexts=_contexts(facts, drawn, rows),
+            )
+
+
+def listed(facts: Facts, ids: Integers, values: NDArray[np.floating], n: Integers) -> list[data.TokenValue]:
+    rows = zip(ids.tolist(), facts.texts.many(ids), values.tolist(), n.tolist())
+    return [data.TokenValue(token=token, text=text, value=short(value), n=k) for token, text, value, k in rows]
+
+
+def ends(facts: Facts, ids: Integers, values: NDArray[np.floating], counts: Integers) -> data.Ends:
+    n, order = min(facts.settings.n_tokens, len(ids) // 2), np.argsort(-values, kind="stable")
+    both = (order[:n], order[len(order) - n :][::-1])
+    high, low = (listed(facts, ids[end], values[end], counts[end]) for end in both)
+    return data.Ends(high=high, low=low)
+
+
+def vocabulary(facts: Facts, values: NDArray[np.float32]) -> data.Ends:
+    """All tokens of the vocabulary by `values` [vocab]; rows of W_U that pad it are no tokens."""
+    ids = np.arange(facts.texts.size)
+    return ends(facts, ids, values[: len(ids)], np.zeros_like(ids))
+
+
+def bars(values: NDArray[np.floating], low: float | None = None) -> data.Bars:
+    """Shares of `values` in `BARS` bars from `low` (None: the smallest) to the largest."""
+    start, stop = float(values.min()) if low is None else low, float(values.max())
+    counts, edges = np.histogram(values, BARS, (start, stop if stop > start else start + 1))
+    return data.Bars(edges=[short(x) for x in edges], values=[short(x) for x in counts / len(values)])
