@@ -98,6 +98,8 @@ class RWKV7Model(RWKV7PreTrainedModel):
             output_hidden_states: return the residual stream at every block.
             past_key_values: another name of ``cache``.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
         cache = past_key_values if cache is None else cache
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -174,5 +176,7 @@ def _padding(mask: Tensor | Mapping[str, Tensor] | None, x: Tensor) -> Tensor | 
     mask = mask.get("linear_attention") if isinstance(mask, Mapping) else mask
     if mask is None:
         return None
+    if mask.ndim != 2 or mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
+        raise ValueError(f"attention_mask must be [B,T] for an input of {list(x.shape[:2])}, found {list(mask.shape)}")
     mask = mask[:, -x.shape[1] :]
     return None if bool((mask != 0).all()) else mask

@@ -217,7 +217,6 @@ WRONG = {
     "value-first state": (dict(initial_state=ones(2, 3, 6, 4)), "initial_state .*K=4,V=6"),
     "half an erase": (dict(a=Q), "erase .*only a"),
     "beta without b": (dict(beta=ones(2, 5, 3)), "found only beta"),
-    "no tokens": (dict(q=ones(2, 0, 3, 4), k=ones(2, 0, 3, 4), u=ones(2, 0, 3, 6)), "at least one"),
 }
 
 
@@ -252,7 +251,7 @@ def test_misuse_is_refused(r: Recurrence, call, error: type[Exception], message:
 
 def test_corrected_values_need_an_erase_along_the_key() -> None:
     r = random_recurrence("rwkv7", T=20)
-    with pytest.raises(ValueError, match="row 0, token 0, head 0"):
+    with pytest.raises(ValueError, match="erase a"):
         r.corrected_values()
 
 
