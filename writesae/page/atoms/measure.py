@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 import pandas as pd
@@ -22,10 +22,8 @@ from writesae.experiment.firings import Integers, sample_firings
 from writesae.experiment.head import head_writes
 from writesae.experiment.lab import EditedRows, Lab, Trial
 from writesae.files import Json
+from writesae.page.atoms.settings import AtomSettings
 from writesae.page.atoms.text import TokenTexts
-
-if TYPE_CHECKING:
-    from writesae.page.atoms.collect import AtomPages
 
 TERMS = 4
 """Most singular terms of an atom that are kept."""
@@ -79,7 +77,7 @@ class Facts:
     @torch.no_grad()
     def __init__(
         self,
-        settings: AtomPages,
+        settings: AtomSettings,
         model: HookedRecurrent,
         sae: SAE,
         tokens: Tensor,
