@@ -166,7 +166,8 @@ def test_the_quadratic_form_predicts_the_kl_of_real_edits(embedded: Any) -> None
     for tokens in sample_sequences(embedded, shipped.text("test"), length, 4).split(1):
         session = embedded.edit_session(tokens)
         scores = read_scores(embedded, tokens.expand(draws, -1), [layer], generator)[layer].head(head)
-        gradients = scores.recurrence.write_gradients(scores.gradients, positions=positions)[:, :, 0].double()
+        backwards = scores.recurrence.adjoint(scores.gradients).states()  # of the last token first
+        gradients = backwards.flip(1)[:, positions, 0].double()
         k, u = (x[0, :, 0].double() for x in (scores.recurrence.k, scores.recurrence.u))
         rows = []
         for i, t in enumerate(positions):
