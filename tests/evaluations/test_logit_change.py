@@ -46,7 +46,7 @@ def make_sae(model: HookedRecurrent, layer: int | None = None, rank: int = 1) ->
     shape = model.cfg.layer(layer)
     torch.manual_seed(0)
     meta = SAEMetadata(hook_name=f"blocks.{layer}.mixer.heads.{shape.H - 1}.hook_write_vec")
-    sizes = {"d_in": shape.K * shape.V, "d_k": shape.K, "d_sae": 24, "k": 3, "rank": rank}
+    sizes = {"d_in": shape.K * shape.V, "d_k": shape.K, "d_sae": 24, "k": 3, "rank": rank, "dtype": "float64"}
     return WriteTopKSAE(WriteTopKSAEConfig(**sizes, metadata=meta))
 
 
