@@ -14,6 +14,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
-from hookpoints.rules.gla import FlaHgrn2  # noqa: E402
 from tables import table  # noqa: E402
 
 from hookpoints import HookedRecurrent  # noqa: E402
 from hookpoints.hooks.table import rows  # noqa: E402
 from hookpoints.rules import REFUSED, REFUSED_LAYERS, RULES, RWKV7, Rule  # noqa: E402
+from hookpoints.rules.tables import FLA_GLA  # noqa: E402
 
 DATA, PAGE = ROOT / "docs" / "families.json", ROOT / "docs" / "families.md"
 Family = dict[str, Any]
@@ -80,13 +81,14 @@ MODEL_HEAD = ("model type", "from", "H, K, V", "oracle", "op", "logits", "larges
 def rule_of(family: Family) -> Rule:
     """The rule of a model type; fla has ops of its own, of which GLA's serves HGRN2 too."""
     is_fla = family["source"] == "fla"
-    return next(rule for rule in (*RULES, FlaHgrn2()) if rule.name == family["rule"] and rule.kernel_only == is_fla)
+    hgrn2 = replace(FLA_GLA, name="HGRN2", sizes=("head_f_dim", "head_i_dim"))
+    return next(rule for rule in (*RULES, hgrn2) if rule.name == family["rule"] and rule.kernel_only == is_fla)
 
 
 def erase(rule: Rule) -> str:
     """a b^T in symbols."""
     if not rule.erases:
-        return "its own a, b" if isinstance(rule, RWKV7) else "none"
+        return "its own a, b" if isinstance(rule, type(RWKV7)) else "none"
     return "−β k pᵀ" if rule.names.back else "−β k (αk)ᵀ" if rule.names.log_decay else "−β k kᵀ"
 
 
