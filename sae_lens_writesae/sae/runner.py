@@ -38,6 +38,7 @@ from sae_lens_writesae.choices import Loss, MetricName
 from sae_lens_writesae.sae.factors import INDEX, Collection
 from sae_lens_writesae.sae.fast import COLUMN_SCALE, seeded, train_on_rows, train_on_writes
 from sae_lens_writesae.sae.losses import read_queries
+from sae_lens_writesae.sae.matrix import require
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.target import HeadHook, HookTarget, RunnerConfig, Target, check_hook, head_target
 from sae_lens_writesae.sae.training import MatrixTrainingSAE
@@ -258,6 +259,7 @@ def train(
     """
     collection = collection_of(cfg)
     if collection is None:
+        require(metric is None, "metric", "one", "none without a collection: SAELens' runner trains on plain rows")
         with seeded(cfg.seed, 0):
             runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=dataset)
             return cast(MatrixTrainingSAE, runner.run())

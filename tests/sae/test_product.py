@@ -152,6 +152,7 @@ def test_gradients() -> None:
     for name, grad in zip(names, wanted):
         assert_close(getattr(sae, name).grad, grad, rtol=1e-9, atol=1e-10)
     assert sae.b_dec.grad is None
+    assert_close(out.sae_out, (sae.encode(out.sae_in) @ sae.W_dec + sae.b_dec).detach(), rtol=1e-10, atol=1e-10)
     x = rows.dense().flatten(1).requires_grad_()
     assert torch.autograd.gradcheck(lambda y: sae.decode(sae.encode(y)), (x,))
 

@@ -12,6 +12,7 @@ from sae_lens_writesae import collect, load_sae, train, training_config
 from sae_lens_writesae.sae import TRAINING
 from sae_lens_writesae.sae.fast import COLUMN_SCALE
 from sae_lens_writesae.sae.losses import read_loss, read_queries, write_loss
+from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.runner import head_rows
 from sae_lens_writesae.sae.training import MatrixTrainingSAE
 
@@ -193,6 +194,8 @@ def test_rows_without_what_loss_or_metric_need_are_refused(model: Any, collectio
         ids = torch.randint(1, 64, (40, 32), generator=torch.Generator().manual_seed(0))
         with pytest.raises(ValueError, match="collection"):
             train(cfg, model, Dataset.from_dict({"tokens": ids.tolist()}))
+    with pytest.raises(ValueError, match="metric="):
+        train(config(model), model, metric=Metric.of(torch.eye(K), torch.eye(V), 1.0, 0.1, 8))
     for fields in ({"context_size": 16}, {"exclude_special_tokens": [3]}):
         with pytest.raises(ValueError, match=next(iter(fields))):
             train(config(collection, **fields))

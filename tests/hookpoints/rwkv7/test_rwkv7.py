@@ -162,6 +162,7 @@ def test_decoding_in_pieces_continues_prefill(model64, tokens):
         out = model64(piece, cache=None if out is None else cache_of(out))
         pieces.append(out.logits)
     assert_close(torch.cat(pieces, 1), whole.logits, **EXACT)
+    assert_close(model64(tokens, logits_to_keep=3).logits, whole.logits[:, -3:], **EXACT)
     for found, expected in zip(cache_of(out).layers, cache_of(whole).layers):
         assert_close(found.recurrent_states[0], expected.recurrent_states[0], **EXACT)
         assert_close(found.conv_states[1], expected.conv_states[1], **EXACT)
