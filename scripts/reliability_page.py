@@ -64,10 +64,10 @@ def mutants(file: Path) -> list[str]:
     if not file.is_file():
         return []
     told = json.loads(file.read_text())
-    rate, when = told.get("rate"), f"{told.get('date')}, seed {told.get('seed')}"
-    share = f"{rate:.1%}" if isinstance(rate, float) else rate
-    text = f"The test suite notices {share} of {told.get('sample')} random changes of the packages ({when})."
-    return ["", "## Mutants", "", f"{text} `mutants.json` lists the {len(told.get('survivors', []))} that it does not."]
+    left, when = len(told["survivors"]), f"{told['date']}, seed {told['seed']}"
+    text = f"The test suite notices {1 - left / told['sample']:.1%} of {told['sample']} random changes of the packages"
+    rest = f"({when}). `mutants.json` lists the {left} that it does not. {told.get('remark', '')}"
+    return ["", "## Mutants", "", f"{text} {rest}".rstrip()]
 
 
 def page(saved: dict[str, dict], out: Path) -> str:

@@ -52,6 +52,6 @@ def unwrap(model: object) -> nn.Module:
 def _prompts(model: object) -> str | None:
     """PEFT's prompt methods act outside of the model that they wrap."""
     configs = getattr(model, "peft_config", None)
-    if isinstance(configs, dict) and any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
+    if isinstance(configs, dict) and any(config.is_prompt_learning for config in configs.values()):
         return "PEFT puts virtual tokens before the model's input, which hooks inside would not know of"
     return None

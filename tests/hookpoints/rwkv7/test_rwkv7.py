@@ -253,6 +253,7 @@ def test_the_erase_keeps_its_own_key(model_type, same, tokens):
         return key
 
     runs = [model.run_with_hooks(tokens, fwd_hooks=[(name.format(key), edit)]) for key in ("k", "write_key")]
+    assert isinstance(model.cfg.layer(1).V, int)
     assert torch.allclose(*runs, rtol=0, atol=1e-4) == same
     assert not torch.allclose(runs[0], model(tokens), rtol=0, atol=1e-2)
 
