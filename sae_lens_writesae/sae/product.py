@@ -224,7 +224,7 @@ class _SideStep(TrainingSAE[Any]):
         errors = [(side.rows - side.reconstruction).square().sum(1) for side in (key, value)]
         losses = {"key_loss": (sizes[1] * errors[0]).mean(), "value_loss": (sizes[0] * errors[1]).mean()}
         acts = (key.acts.detach()[:, :, None] * value.acts.detach()[:, None]).flatten(1)
-        recons = LowRank.rank_one(key.reconstruction, value.reconstruction).dense().flatten(1) + self.b_dec
+        recons = LowRank.rank_one(key.reconstruction, value.reconstruction).dense().flatten(1) + self.b_dec.detach()
         return TrainStepOutput(x, recons, acts, acts, losses["key_loss"] + losses["value_loss"], losses=losses)
 
 

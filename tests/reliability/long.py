@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -121,7 +122,10 @@ def memory(work, rounds):
 
     def peak(kind: str) -> int:
         command = [sys.executable, "-m", "reliability.long", kind, str(rounds), json.dumps(ACTIVE)]
-        return int(subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1]).stdout)
+        # Not in `tests`, whose folder `hookpoints` would be taken for the package.
+        root, tests = Path(__file__).parents[2], Path(__file__).parents[1]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(tests)])}
+        return int(subprocess.run(command, check=True, capture_output=True, cwd=root, env=environment).stdout)
 
     plain = peak("plain")
     for kind, bound in PEAKS.items():
