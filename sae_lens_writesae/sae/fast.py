@@ -16,29 +16,23 @@ Other variants (a dense or flat side, other architectures) are trained by SAELen
 from __future__ import annotations
 
 import dataclasses
-import functools
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-import wandb
-from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.optim import get_lr_scheduler
-from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hookpoints.scopes import threads_for
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.files import atomic_write, named_errors
+from sae_lens_writesae.files import atomic_write
 from sae_lens_writesae.sae.architectures import WriteTopKTrainingSAEConfig
 from sae_lens_writesae.sae.metric import Metric
+from sae_lens_writesae.sae.rows import Logs, Report, Shuffled, matrices, new_sae, seeded, train_on_rows
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig
 from sae_lens_writesae.sae.training import START_STEPS, MatrixTrainingSAE
 
@@ -49,12 +43,6 @@ BLOCK = 2**20
 SAVE_SECONDS = 60.0
 """Time between two checkpoints: what a kill can lose."""
 FACTORS = ("v", "w", "v_enc", "w_enc")
-COLUMN_SCALE = 1e-6
-"""Factor of the columns behind a matrix. SAELens takes its scaling factor from the norms of whole rows, to which they
-must add nothing; the losses do not depend on it."""
-
-Report = Callable[[int, dict[str, Tensor]], None]
-"""Is told the step and what was measured in it, one number for each dictionary [M]."""
 
 # ------------------------------------------------------------------------------------------------ entry points
 
@@ -133,7 +121,7 @@ def train_many_on_writes(
         if shape_of(cfg) is not None:
             found = _Stack([members[n] for n in part], file).train(report)
         else:
-            found = [train_on_rows(cfg, _matrices(cfg, rows), metric, report, file)]
+            found = [train_on_rows(cfg, matrices(cfg, rows), metric, report, file)]
         trained |= dict(zip(part, found))
         say(len(trained))
     return [trained[n] for n in range(len(configs))]
@@ -172,130 +160,6 @@ def check_metric(cfg: RunnerConfig, metric: Metric | None) -> None:
             f"metric: expected {'none' if wanted == 'frobenius' else 'one'} for cfg.sae.metric={wanted!r} and writes, "
             f"got {'none' if metric is None else 'one'} for {cfg.hook_name}; sae.metric_fit.fit_metrics fits one"
         )
-
-
-def new_sae(cfg: RunnerConfig) -> MatrixTrainingSAE:
-    """The untrained dictionary of a runner config and its seed, with what SAELens' runner writes into its metadata."""
-    sae_class, config_class = get_sae_training_class(cfg.sae.architecture())
-    fields = cast(Any, config_class).from_dict(cfg.get_training_sae_cfg_dict())
-    with seeded(cfg.seed, -1):
-        sae = cast(MatrixTrainingSAE, sae_class(dataclasses.replace(fields, device=cfg.device)))
-    metadata = sae.cfg.metadata
-    for name in ("dataset_path", "hook_name", "model_name", "model_class_name", "context_size", "seqpos_slice"):
-        setattr(metadata, name, getattr(cfg, name))
-    metadata.model_from_pretrained_kwargs = cfg.model_from_pretrained_kwargs
-    metadata.prepend_bos = cfg.prepend_bos
-    return sae
-
-
-def seeded(seed: int, step: int) -> ExitStack:
-    """A scope with random numbers of its own, which follow from a seed and a step: a run that goes on has those of one
-    that never stopped."""
-    scope = ExitStack()
-    scope.enter_context(torch.random.fork_rng())
-    torch.manual_seed(_mixed(seed, step))
-    return scope
-
-
-def _mixed(seed: int, step: int) -> int:
-    return (seed * 1_000_003 + step + 1) % 2**63
-
-
-class Shuffled:
-    """Batches of row numbers without end. Every epoch is a new permutation of N rows, and a batch may reach from one
-    epoch into the next, so that all rows are seen equally often."""
-
-    def __init__(self, n_rows: int, batch: int, seed: int):
-        self.n_rows, self.batch, self.seed = n_rows, batch, seed
-        self._epoch, self._order = -1, torch.zeros(0, dtype=torch.long)
-
-    def __call__(self, step: int) -> Tensor:
-        """[batch] rows of a step."""
-        parts: list[Tensor] = []
-        start, left = step * self.batch, self.batch
-        while left:
-            epoch, offset = divmod(start, self.n_rows)
-            if epoch != self._epoch:
-                generator = torch.Generator().manual_seed(_mixed(self.seed, epoch))
-                self._epoch, self._order = epoch, torch.randperm(self.n_rows, generator=generator)
-            parts.append(self._order[offset : offset + left])
-            start, left = start + len(parts[-1]), left - len(parts[-1])
-        return torch.cat(parts)
-
-
-# ------------------------------------------------------------------------------------------------ SAELens' trainer
-
-
-def train_on_rows(
-    cfg: RunnerConfig,
-    rows: Iterator[Tensor],
-    metric: Metric | None = None,
-    report: Report | None = None,
-    checkpoint: Path | None = None,
-) -> MatrixTrainingSAE:
-    """Train by SAELens' trainer on batches of rows [N,K*V + columns], with the random numbers of the seed. The folder
-    `checkpoint` is written at each twentieth of the run; the same call goes on from it, on other rows."""
-    trainer = SAETrainer(cfg.to_sae_trainer_config(), new_sae(cfg), rows)
-    if checkpoint is not None:
-        total = trainer.cfg.total_training_samples
-        trainer.checkpoint_thresholds = [total * part // 20 for part in range(1, 20)]
-        trainer.save_checkpoint = functools.partial(_keep, trainer, checkpoint)
-        if checkpoint.is_dir():
-            trainer.sae.load_weights_from_checkpoint(checkpoint)
-            trainer.load_trainer_state(checkpoint)
-            trainer.n_training_steps += 1  # SAELens saves before it counts the step
-            passed = trainer.n_training_samples
-            trainer.checkpoint_thresholds = [each for each in trainer.checkpoint_thresholds if each > passed]
-    if metric is not None:
-        trainer.sae.in_metric = True
-        trainer.data_provider = map(metric.apply_rows, rows)
-    step = trainer.step
-
-    def reported(batch: Tensor) -> Any:
-        output = step(batch)
-        if report is not None:
-            report(trainer.n_training_steps, {name: torch.as_tensor([value]) for name, value in output.losses.items()})
-        return output
-
-    trainer.step = reported
-    size = cfg.train_batch_size_tokens * cfg.sae.d_sae * cfg.sae.d_in
-    with seeded(cfg.seed, trainer.n_training_steps), _logs([cfg]), threads_for(size):
-        trainer.fit()
-    if checkpoint is not None:
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    return trainer.sae if metric is None else metric.fold(trainer.sae)
-
-
-def _keep(trainer: SAETrainer[Any, Any], folder: Path, *args: object, **kwargs: object) -> None:
-    """A checkpoint in `folder`, which is whole or absent."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with named_errors(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".checkpoint") as aside:
-        SAETrainer.save_checkpoint(trainer, "whole", base_path=aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        (Path(aside) / "whole").rename(folder)
-
-
-def _matrices(cfg: RunnerConfig, writes: LowRank) -> Iterator[Tensor]:
-    """Shuffled batches of writes as rows [N,K*V], and behind them their factors, where the loss compares with these."""
-    rows, step, columns = Shuffled(len(writes), cfg.train_batch_size_tokens, cfg.seed), 0, cfg.sae.loss == "write"
-    while True:
-        part = writes.rows(rows(step).to(writes.keys.device))
-        part, step = part.to(torch.promote_types(part.keys.dtype, torch.float32)), step + 1
-        sides = [COLUMN_SCALE * side.flatten(1) for side in (part.keys, part.values)] if columns else []
-        yield torch.cat([part.dense().flatten(1), *sides], dim=1)
-
-
-class _logs(ExitStack):
-    """Runs at Weights & Biases, one for each config that asks for one, as SAELens' runner opens them."""
-
-    def __init__(self, configs: Sequence[RunnerConfig]):
-        super().__init__()
-        self.runs: dict[int, Any] = {}
-        for m, cfg in enumerate(configs):
-            if (log := cfg.logger).log_to_wandb:
-                fields = {"project": log.wandb_project, "name": log.run_name, "id": log.wandb_id}
-                several: Any = {"reinit": "create_new"} if len(configs) > 1 else {}
-                self.runs[m] = self.enter_context(wandb.init(config=cfg.to_dict(), **fields, **several))
 
 
 # ------------------------------------------------------------------------------------------------ the step
@@ -460,10 +324,9 @@ class _Stack:
             for name in names:
                 sae.get_parameter(name).data = stacked[name][m]
         cfg = cast(WriteTopKTrainingSAEConfig, self.saes[0].cfg)
-        self._how, self._aux = (
-            Options(cfg.rescale_acts_by_decoder_norm, cfg.apply_b_dec_to_input),
-            cfg.aux_loss_coefficient,
-        )
+        self._how = Options(cfg.rescale_acts_by_decoder_norm, cfg.apply_b_dec_to_input)
+        self._aux = cfg.aux_loss_coefficient
+        self.scales = [1.0] * len(self.saes)
         self.scales = [self._scale(m) for m in range(len(self.saes))]
         self.trainer = self.cfg.to_sae_trainer_config()
         adam = self.trainer.adam_beta1, self.trainer.adam_beta2
@@ -483,10 +346,15 @@ class _Stack:
         self.step = 0
 
     def _scale(self, m: int) -> float:
-        """SAELens' scaling factor of the inputs."""
+        """SAELens' scaling factor of the inputs, in the metric where there is one, from at most 32,768 rows."""
         if self.saes[m].cfg.normalize_activations == "none":
             return 1.0
-        return float(self.saes[m].cfg.d_in ** 0.5 / self.writes[m].norm().mean())
+        return float(self.saes[m].cfg.d_in ** 0.5 / LowRank(*self.rows(m, self._spread(m, 32_768))).norm().mean())
+
+    def _spread(self, m: int, most: int) -> Tensor:
+        """Numbers of at most so many rows of a dictionary, evenly spaced."""
+        n = len(self.writes[m])
+        return torch.linspace(0, n - 1, min(n, most)).long()
 
     def rows(self, m: int, index: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [n,S,K] and values [n,S,V] of some rows of a dictionary, as it sees them."""
@@ -504,7 +372,7 @@ class _Stack:
         sae = self.saes[0].cfg
         size = len(self.saes) * batch * sae.d_sae * sae.rank * self.writes[0].rank * (sae.d_k + sae.d_v)
         bar = tqdm(total=steps, initial=self.step, desc="Training SAE", disable=not self.cfg.verbose)
-        with _logs(self.configs) as logs, threads_for(size), bar:
+        with Logs(self.configs) as logs, threads_for(size), bar:
             while self.step < steps:
                 rows = [self.rows(m, shuffled(self.step)) for m, shuffled in enumerate(order)]
                 keys, values = (torch.stack(side) for side in zip(*rows))
@@ -581,16 +449,15 @@ class _Stack:
     @torch.no_grad()
     def _finished(self, m: int) -> MatrixTrainingSAE:
         """A dictionary with weights of its own, whose reconstructions are right on average over `b_dec_rows` rows."""
-        sae, metric, writes = self.saes[m], self.metrics[m], self.writes[m]
+        sae, metric = self.saes[m], self.metrics[m]
         for parameter in sae.parameters():
             parameter.data = parameter.data.clone()
-        n = min(len(writes), sae.cfg.b_dec_rows)
-        if n:
-            keys, values = self.rows(m, torch.linspace(0, len(writes) - 1, n).long())
+        if sae.cfg.b_dec_rows:
+            keys, values = self.rows(m, self._spread(m, sae.cfg.b_dec_rows))
             p = {name: nn.Parameter(x[m : m + 1].detach()) for name, x in self.p.items()}
             done = gradients(p, keys[None], values[None], self.ks[m : m + 1], self._how)
-            code = torch.zeros_like(sae.b_enc).index_add_(0, done.atoms.flatten(), done.code.flatten()) / n
-            mean = torch.einsum("nsk,nsv->kv", keys, values).flatten() / n
+            code = torch.zeros_like(sae.b_enc).index_add_(0, done.atoms.flatten(), done.code.flatten()) / len(keys)
+            mean = torch.einsum("nsk,nsv->kv", keys, values).flatten() / len(keys)
             sae.move_b_dec(mean - sae.b_dec - code @ sae.W_dec)
         if self.scales[m] != 1.0:
             sae.fold_activation_norm_scaling_factor(self.scales[m])

@@ -36,10 +36,11 @@ from transformer_lens import HookedRootModule
 from hookpoints import HookedRecurrent, Recurrence
 from sae_lens_writesae.choices import Loss, MetricName
 from sae_lens_writesae.sae.factors import INDEX, Collection
-from sae_lens_writesae.sae.fast import COLUMN_SCALE, seeded, train_on_rows, train_on_writes
+from sae_lens_writesae.sae.fast import train_on_writes
 from sae_lens_writesae.sae.losses import read_queries
 from sae_lens_writesae.sae.matrix import require
 from sae_lens_writesae.sae.metric import Metric
+from sae_lens_writesae.sae.rows import COLUMN_SCALE, seeded, train_on_rows
 from sae_lens_writesae.sae.target import HeadHook, HookTarget, RunnerConfig, Target, check_hook, head_target
 from sae_lens_writesae.sae.training import MatrixTrainingSAE
 

@@ -309,12 +309,14 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         for name in ("start_keys", "start_values", "n_started", "mean_input", "mean_contribution", "mean_batches"):
             del state_dict[name]
         with torch.no_grad():
-            before = self.get_W_dec_norm()
-            state_dict |= {"W_enc": self.W_enc.clone(), "W_dec": self.W_dec.clone()}
+            given = self.W_dec
+            state_dict |= {"W_enc": self.W_enc.clone(), "W_dec": given.clone()}
             super().process_state_dict_for_saving_inference(state_dict)
-            scale = state_dict.pop("W_dec").norm(dim=1) / before
+            folded = state_dict.pop("W_dec")
             del state_dict["W_enc"]
-            state_dict |= self._scaled(scale, 1 / scale)
+            if not torch.equal(folded, given):
+                scale = folded.norm(dim=1) / self.get_W_dec_norm()
+                state_dict |= self._scaled(scale, 1 / scale)
 
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save what inference needs as SAELens does, with checksums."""

@@ -7,7 +7,7 @@ import torch
 
 from hookpoints import HookedRecurrent, WriteEdit
 from hookpoints import embedded as shipped
-from sae_lens_writesae.sae.fast import new_sae
+from sae_lens_writesae.sae.rows import new_sae
 from sae_lens_writesae.sae.runner import training_config
 from writesae.experiment.lab import Lab, Trial
 from writesae.experiment.readout import WORDS, changed_words

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sae_lens_writesae import train_many_on_writes, train_on_writes
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae import TRAINING, fast
+from sae_lens_writesae.sae import rows as rows_
 from sae_lens_writesae.sae.metric import Metric
 
 K, V, F, N = 6, 4, 24, 900
@@ -79,7 +80,7 @@ def test_losses_and_gradients_are_those_of_the_dense_step(
 ) -> None:
     monkeypatch.setattr(fast, "BLOCK", block)
     g = torch.Generator().manual_seed(1)
-    saes: list[Any] = [fast.new_sae(config(seed, **changes)) for seed in (0, 1, 2)]
+    saes: list[Any] = [rows_.new_sae(config(seed, **changes)) for seed in (0, 1, 2)]
     for sae in saes:
         for parameter in sae.parameters():
             parameter.data = torch.randn(parameter.shape, generator=g, dtype=parameter.dtype)
@@ -123,7 +124,7 @@ def test_each_dictionary_is_the_one_that_trains_alone(changes: dict[str, Any]) -
 def test_a_run_is_the_one_of_saelens_trainer() -> None:
     """On the same rows from the same start; the output bias is then calibrated by one and averaged by the other."""
     cfg, rows = config(steps=12, b_dec_rows=0, decoder_init="random", resample_every=0), writes()
-    matrices = fast.train_on_rows(cfg, fast._matrices(cfg, rows))
+    matrices = rows_.train_on_rows(cfg, rows_.matrices(cfg, rows))
     torch.testing.assert_close(
         state(train_on_writes(cfg, rows.keys, rows.values)), state(matrices), rtol=1e-7, atol=1e-9
     )
@@ -174,15 +175,18 @@ def test_a_write_of_one_term_needs_no_axis_for_it() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of SAELens, on a config without a model
+@pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
 @pytest.mark.parametrize("encoder", ["bilinear", "tied"])
-def test_a_metric_is_folded_in(encoder: str) -> None:
+def test_a_metric_is_folded_in(encoder: str, normalize: str) -> None:
+    """Rows are scaled as the dictionary sees them: after the metric."""
     g = torch.Generator().manual_seed(0)
     sides = [torch.randn(n, n, generator=g, dtype=torch.float64) for n in (K, V)]
     metric = Metric.of(*(side @ side.mT + torch.eye(len(side)) for side in sides), 1.0, 0.1, 8)
-    cfg, rows = config(3, metric="gauss_newton", encoder=encoder, b_dec_rows=0), writes()
+    how = {"encoder": encoder, "normalize_activations": normalize, "b_dec_rows": 0}
+    cfg, rows = config(3, metric="gauss_newton", **how), writes()
     sae = train_on_writes(cfg, rows.keys, rows.values, metric=metric)
     moved = LowRank(*metric.apply(rows.keys, rows.values))
-    plain = metric.fold(train_on_writes(config(3, encoder=encoder, b_dec_rows=0), moved.keys, moved.values))
+    plain = metric.fold(train_on_writes(config(3, **how), moved.keys, moved.values))
     torch.testing.assert_close(state(sae), state(plain), **CLOSE)
 
 
@@ -240,10 +244,10 @@ def test_numbers_are_logged_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_every_row_is_seen_equally_often() -> None:
-    shuffled = fast.Shuffled(10, 4, seed=1)
+    shuffled = rows_.Shuffled(10, 4, seed=1)
     drawn = torch.cat([shuffled(step) for step in range(10)])
     assert drawn.bincount().tolist() == [4] * 10 and drawn[:10].tolist() != sorted(drawn[:10].tolist())
-    assert torch.equal(fast.Shuffled(10, 4, seed=1)(7), drawn[28:32])
+    assert torch.equal(rows_.Shuffled(10, 4, seed=1)(7), drawn[28:32])
 
 
 def test_what_does_not_fit_is_refused_before_any_training() -> None:

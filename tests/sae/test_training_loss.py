@@ -10,9 +10,9 @@ from sae_lens.saes.sae import TrainStepInput
 
 from sae_lens_writesae import collect, load_sae, train, training_config
 from sae_lens_writesae.sae import TRAINING
-from sae_lens_writesae.sae.fast import COLUMN_SCALE
 from sae_lens_writesae.sae.losses import read_loss, read_queries, write_loss
 from sae_lens_writesae.sae.metric import Metric
+from sae_lens_writesae.sae.rows import COLUMN_SCALE
 from sae_lens_writesae.sae.runner import head_rows
 from sae_lens_writesae.sae.training import MatrixTrainingSAE
 

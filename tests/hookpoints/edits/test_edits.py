@@ -157,6 +157,15 @@ def test_predicted_effect_on_reads(model64, sequence):
 
 
 @torch.no_grad()
+def test_hooks_see_the_edited_write(model, sequence):
+    name = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write"
+    edit = edit_of("replace", 30)
+    with model.edits(edit):
+        _, cache = model.run_with_cache(sequence, names_filter=name)
+    assert_close(cache[name][0, 30].double(), edit.keys.T @ edit.values, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_edits_act_in_generation(model64, sequence):
     """A position in the prompt, one among the generated tokens, and every token: as a full run over the result."""
     prompt = sequence[:, :20]
@@ -333,6 +342,25 @@ def test_positions_in_a_cache_from_outside(model_type, sequence):
             logits = model.hf_model(sequence[:, 40:50], use_cache=True, **onward, **where).logits
         assert_close(logits, expected, rtol=0, atol=2e-4)
         assert not torch.allclose(expected, model(sequence[:, :50])[:, 40:], rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+@torch.no_grad()
+def test_generation_from_a_cache_from_outside(embedded, steps):
+    """The embedded hybrid: a prompt, its cache copied, and a continuation of one or several tokens with an edit."""
+    tokens = embedded.to_tokens("The state of the Union is strong, and we will not rest until")
+    length, layer = tokens.shape[1], embedded.cfg.recurrent_layers[-1]
+    cut, shape = length - steps, embedded.cfg.layer(layer)
+    assert any(n < layer for n in range(embedded.cfg.n_layers) if embedded.cfg.attention_heads(n))
+    cache = cache_of(embedded.hf_model(tokens[:, :cut], use_cache=True))
+    for position in (cut, length + 2):
+        edit = WriteEdit(layer, 0, position, 30 * vectors(0, shape.K), 30 * vectors(1, shape.V))
+        cached = {cache_argument(embedded.hf_model): copy.deepcopy(cache)}
+        out = embedded.generate(tokens, edits=edit, **cached, max_new_tokens=5, do_sample=False)
+        assert torch.equal(out, embedded.generate(tokens, edits=edit, max_new_tokens=5, do_sample=False))
+        with embedded.edits(edit):
+            logits = embedded(out)
+        assert torch.equal(out[0, length:], logits[0, length - 1 : -1].argmax(-1))
 
 
 @torch.no_grad()
