@@ -67,18 +67,10 @@ class AttachedModel(Attached):
 
     def __init__(self, model: nn.Module, *, backend: Backend = "auto", self_check: bool = True):
         super().__init__(model)
-        layout = find_layout(model)
-        self.attachment = Attachment(model, layout, root=self, backend=backend)
-        try:
-            label = getattr(model.config, "_name_or_path", "") or type(model).__name__
-            self.cfg = describe(model, layout, str(label), backend)
-            self.setup()
-            if self_check:
-                with selfcheck.in_eval_mode(model):
-                    self._check()
-        except BaseException:
-            self.detach()  # a model that is refused is left as it was
-            raise
+        with selfcheck.in_eval_mode(model):
+            layout = find_layout(model)
+            cfg = describe(model, layout, None, backend)
+            self._hook(Attachment(model, layout, self, backend), cfg, self._check if self_check else None)
 
     def _check(self) -> None:
         selfcheck.self_check(self)

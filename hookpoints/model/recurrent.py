@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
@@ -73,17 +74,8 @@ class HookedRecurrent(Tokens, Weights):
         self.hf_model = hf_model
         self.tokenizer = tokenizer
         layout = find_layout(hf_model)
-        self.attachment = Attachment(hf_model, layout, self, backend)
-        label = name or getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__
-        self.cfg = describe(hf_model, layout, label, backend)
-        self.setup()
-        self.eval()  # hook points too: TransformerLens 4 patches nothing that holds a module in training mode
-        if self_check:
-            try:
-                run_self_check(self)
-            except BaseException:
-                self.attachment.detach()  # a model that is refused is left as it was
-                raise
+        cfg, check = describe(hf_model, layout, name, backend), partial(run_self_check, self) if self_check else None
+        self._hook(Attachment(hf_model, layout, self, backend), cfg, check)
 
     @classmethod
     def from_pretrained(

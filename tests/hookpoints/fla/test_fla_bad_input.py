@@ -40,17 +40,3 @@ def test_an_attached_models_own_masks(model_type):
             torch.testing.assert_close(kept[name][row, real], own[name][0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-@torch.no_grad()
-def test_float16_raises_or_gives_what_float32_gives(model_type):
-    half = HookedRecurrent.from_hf(make_fla(model_type).half())
-    full = HookedRecurrent.from_hf(make_fla(model_type).half().float())
-    for hook, scale in itertools.product(("hook_v", "hook_write", "hook_state"), (10.0, 1e7)):
-        hooks = [(f"blocks.0.mixer.{hook}", lambda value, hook, scale=scale: scale * value)]
-        expected = full.run_with_hooks(IDS, fwd_hooks=hooks)
-        try:
-            found = half.run_with_hooks(IDS, fwd_hooks=hooks)
-        except Float16OverflowError:
-            assert scale == 1e7
-        else:
-            assert relative_error(expected, found) < 1e-2

@@ -169,7 +169,7 @@ def test_errors_say_what_to_do(tokens, model):
     with pytest.raises(HookpointsError, match="has hook points already"):
         attach(model)
     with attach(make_hf()) as hooked:
-        with pytest.raises(UnknownHookError, match="nearest"):
+        with pytest.raises(UnknownHookError, match="block 3 has no recurrence"):
             hooked.add_hook("blocks.3.mixer.hook_write", gone)
         with pytest.raises(HookDidNotFireError, match="never fired"), hooked.hooks([(WRITE, gone)]):
             count_pass(hooked.attachment)  # as a pass that leaves the block out would
