@@ -112,11 +112,6 @@ class HookedRecurrent(Tokens, Weights):
         return cls(loaded.model, loaded.tokenizer, name=name_or_path, backend=backend, self_check=self_check)
 
     @classmethod
-    def from_pretrained_no_processing(cls, name_or_path: str, **kwargs: Any) -> HookedRecurrent:
-        """``from_pretrained``, under TransformerLens' name for it: weights are never processed here."""
-        return cls.from_pretrained(name_or_path, **kwargs)
-
-    @classmethod
     def from_hf(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any) -> Self:
         """Hook a model that is already loaded. The model itself is used, not a copy; it is put in eval mode.
 

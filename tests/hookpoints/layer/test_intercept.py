@@ -87,17 +87,6 @@ def test_a_plain_model_beside_a_hooked_one_is_not_touched(tokens):
     assert torch.equal(untouched, make_hf()(tokens).logits) and not torch.equal(edited, untouched)
 
 
-def test_edits_of_one_model_do_not_reach_another(tokens):
-    from hookpoints import WriteEdit
-
-    one, other = HookedRecurrent.from_hf(make_hf()), HookedRecurrent.from_hf(make_hf())
-    with torch.no_grad():
-        plain = other(tokens)
-        with one.edits(WriteEdit(0, 0, None, mode="delete")):
-            assert torch.equal(other(tokens), plain)
-            assert not torch.equal(one(tokens), plain)
-
-
 def traces(hf: torch.nn.Module) -> int:
     """What hooking leaves on a model: PyTorch hooks, and forwards set on instances."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in m.__dict__) for m in hf.modules())

@@ -38,18 +38,3 @@ def test_a_scope_is_its_threads_own(shared, tokens):
     with ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(other).result(), edited)
     shared.reset_hooks()
-
-
-def test_gradients_of_several_threads(shared, tokens):
-    def work(factor):
-        seen = []
-        with shared.hooks(bwd_hooks=[(WRITE, lambda gradient, hook: seen.append(gradient.clone()))]):
-            (factor * shared(tokens, return_type="loss")).backward()
-        return seen
-
-    expected = [work(factor) for factor in (1.0, 2.0)]
-    with ThreadPoolExecutor(2) as pool:
-        for _ in range(5):
-            for found, alone in zip(pool.map(work, (1.0, 2.0)), expected, strict=True):
-                assert len(found) == 1 and torch.equal(found[0], alone[0])
-    shared.hf_model.zero_grad()

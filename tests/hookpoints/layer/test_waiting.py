@@ -146,13 +146,3 @@ def test_small_training_steps_have_one_thread_and_a_seed_gives_the_same_weights(
     monkeypatch.setattr(torch.optim.Adam, "step", watched)
     assert all(torch.equal(one, again) for one, again in zip(weights(), weights(), strict=True))
     assert seen == [1] * 8 and torch.get_num_threads() == 2
-
-
-@pytest.mark.usefixtures("two_threads")
-def test_an_exception_in_training_leaves_the_threads_as_they_were(embedded: HookedRecurrent) -> None:
-    def stop(*_: object) -> None:
-        raise KeyError
-
-    with pytest.raises(KeyError):
-        train_on_writes(config(embedded), torch.randn(300, 1, 64), torch.randn(300, 1, 32), stop)
-    assert torch.get_num_threads() == 2

@@ -9,6 +9,7 @@ import torch
 from conftest import MAKERS, make_hf
 
 from hookpoints import HookedRecurrent, UnsupportedModelError, WriteEdit, attach
+from hookpoints.errors import SelfCheckError
 
 ALL_RECURRENT = {"layer_types": ["linear_attention"] * 4}
 
@@ -59,3 +60,18 @@ def test_attaching_to_a_model_that_upstream_cannot_run_with_a_cache(tokens):
     with hooked, hooked.edits(WriteEdit(3, 0, 5, mode="delete")):
         edited = hf(tokens, use_cache=False).logits
     assert not torch.equal(edited, hf(tokens, use_cache=False).logits)
+
+
+def test_self_check_refuses_a_wrong_formula(monkeypatch):
+    from hookpoints.rules import Rule
+
+    true_form = Rule.form
+    monkeypatch.setattr(Rule, "form", lambda self, f, arguments: true_form(self, f, arguments).replace(scale=1.0))
+    with pytest.raises(SelfCheckError, match=r"layer 0 .*differ by"):
+        HookedRecurrent.from_hf(make_hf())
+
+
+def test_upstreams_own_difference_is_told():
+    """Nemotron-H clamps dt in prefill and not in decoding; hooks and edits hold in both."""
+    with pytest.warns(UserWarning, match="apart in decoding"):
+        HookedRecurrent.from_hf(make_hf("nemotron_h", time_step_min=0.05))

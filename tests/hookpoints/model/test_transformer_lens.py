@@ -74,16 +74,6 @@ def test_directions_of_tokens(embedded):
         assert torch.equal(embedded.tokens_to_residual_directions(one), embedded.W_U[:, token])
     many = torch.tensor([[token, 1], [2, 3]])
     assert embedded.tokens_to_residual_directions(many).shape == (2, 2, embedded.cfg.d_model)
-    assert embedded.to_single_str_token(token) == "e"
-
-
-def test_positions_of_tokens(embedded):
-    text = "of the people of the States"
-    where = [i for i, piece in enumerate(embedded.to_str_tokens(text)) if piece == " the"]
-    assert embedded.get_token_position(" the", text) == where[0] < where[-1]
-    assert embedded.get_token_position(" the", embedded.to_tokens(text), mode="last") == where[-1]
-    with pytest.raises(ValueError, match="is not in"):
-        embedded.get_token_position("z", text)
 
 
 def test_the_configuration_has_transformer_lens_fields():
@@ -93,11 +83,6 @@ def test_the_configuration_has_transformer_lens_fields():
     assert cfg.to_dict()["layers"][0]["K"] == 8 and set(cfg.to_dict()) >= {"n_layers", "d_model", "d_head"}
     cfg = HookedRecurrent.from_hf(make_hf("mamba2")).cfg
     assert cfg.attn_only and cfg.d_mlp is None and cfg.act_fn is None
-
-
-def test_loading_without_processing_is_loading():
-    model = HookedRecurrent.from_pretrained_no_processing("embedded", self_check=False)
-    assert isinstance(model, HookedRecurrent) and model.n_params_total == sum(p.numel() for p in model.parameters())
 
 
 def test_generation_goes_on_behind_the_end_where_asked(model, tokens):
@@ -128,3 +113,14 @@ def test_hooks_stay_where_they_are_not_to_be_reset(model, tokens):
     assert not torch.equal(edited, plain) and torch.equal(model(tokens), edited)
     model.reset_hooks()
     assert torch.equal(model(tokens), plain)
+
+
+def test_losses(model, tokens):
+    with torch.no_grad():
+        logits, loss = model(tokens, return_type="both", loss_per_token=True)
+        mean = model(tokens, return_type="loss")
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+    )
+    assert_close(loss.flatten(), expected)
+    assert_close(mean, expected.mean())

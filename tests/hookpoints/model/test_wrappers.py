@@ -49,12 +49,6 @@ def check(wrap: Callable[[nn.Module], nn.Module], tokens: torch.Tensor) -> None:
     assert torch.allclose(model(tokens), plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-@torch.no_grad()
-def test_compiled(tokens):
-    check(lambda model: torch.compile(model, backend="eager"), tokens)
-
-
 @torch.no_grad()
 def test_distributed_data_parallel(one_process, tokens):
     check(nn.parallel.DistributedDataParallel, tokens)

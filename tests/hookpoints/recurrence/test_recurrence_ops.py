@@ -180,47 +180,9 @@ def test_each_factor_can_be_fed_by_itself(case: Case, field: str) -> None:
     assert_close(native.final_state, found.final_state, **EXACT)
 
 
-def test_steps_have_an_axis_of_their_own() -> None:
-    rule, call = replace(GATED_DELTA_PRODUCT, rank=R), product_call()
-    factors = rule.factors(call)
-    assert factors.k.shape == (B, T, H, R, K) and factors.v.shape == (B, T, H, R, V)
-    assert factors.beta is not None and factors.beta.shape == (B, T, H, R)
-    assert_close(factors.k[0, 7, 2, 1], unit(call["k"])[0, 7 * R + 1, 2])
-    assert torch.equal(factors.v[1, 3, 0, 2], call["v"][1, 3 * R + 2, 0])
-
-
 def test_no_decay_is_no_factor() -> None:
     """Gated DeltaProduct without its forget gate."""
     rule, call = replace(GATED_DELTA_PRODUCT, rank=R), {**product_call(), "g": None}
     factors = rule.factors(call)
     assert "log_decay" not in factors.present()
     assert_close(Recurrence.of(rule.form(factors, call)).outputs(), gated_delta_product(**call)[0], **EXACT)
-
-
-def test_the_bonus_of_rwkv6_is_outside_the_state() -> None:
-    """An edit of a write is read from the next token on; the bonus stays as the layer made it."""
-    rule, call = FLA_RWKV6, rwkv6_call()
-    r = Recurrence.of(rule.form(rule.factors(call), call))
-    assert r.read_before_write
-    x, y = normal(7, 1, K), normal(8, V)
-    change_k, change_u = torch.zeros_like(r.k), torch.zeros_like(r.u)
-    change_k[:, 4, 1], change_u[:, 4, 1] = x, y
-    answer = r.with_write(change_k, change_u)
-    assert not answer.outputs()[:, :5].any()
-    carried = r.propagate(x, 4, 1)[:, 0]  # p_4 = x, read by token 5
-    assert_close(carried[:, 0], x.expand(B, -1), **EXACT)
-    reads = torch.einsum("btk,btk->bt", carried[:, :-1], r.q[:, 5:, 1])
-    assert_close(answer.outputs()[:, 5:, 1], reads[..., None] * y, **EXACT)
-    assert_close(answer.states()[:, 4, 1], (x[0, :, None] * y).expand(B, -1, -1), **EXACT)
-
-
-def test_comba_reads_back_before_the_decay() -> None:
-    """The erase key is p itself; a delta rule's would be decayed."""
-    rule, call = FLA_COMBA, comba_call()
-    r = Recurrence.of(rule.form(rule.factors(call), call))
-    assert r.b is not None and r.beta is not None
-    assert_close(r.b, unit(call["p"]).repeat_interleave(H // G, 2), **EXACT)
-    corrected = r.corrected_values()
-    before = torch.cat([r.starting_state()[:, None], r.states()[:, :-1]], 1)
-    read_back = torch.einsum("bthkv,bthk->bthv", before, r.b)
-    assert_close(corrected, r.beta[..., None] * (call["v"] - read_back), **EXACT)

@@ -63,35 +63,6 @@ def test_a_token_is_its_steps(R: int, negative: bool) -> None:
     assert_close(tokens.states(1, [0, 7, -1]), steps.states(1, slice(R - 1, None, R))[:, [0, 7, -1]], **EXACT)
 
 
-@every_rank
-def test_the_write_is_all_that_a_token_adds(R: int, negative: bool) -> None:
-    """From an empty state one token leaves its write; from any other, its write besides what the token keeps of it."""
-    r = by_token(**steps_of(R, negative))
-    states, writes = r.states(), r.write()
-    for t in (0, 5, 40):
-        state = states[:, t - 1] if t else r.initial_state
-        alone = r.select(tokens=slice(t, t + 1), initial_state=torch.zeros_like(state))
-        assert_close(alone.final_state(), writes[:, t], **EXACT)
-        kept = r.with_write(r.k, torch.zeros_like(r.u)).select(tokens=slice(t, t + 1), initial_state=state)
-        assert_close(kept.final_state() + writes[:, t], states[:, t], **EXACT)
-    assert int(torch.linalg.matrix_rank(writes[0, 3, 0])) == min(R, V)
-
-
-def test_replacing_one_write_by_another_tokens(R: int = 2) -> None:
-    """The factors of a token, r.k[b,t,h] and r.u[b,t,h], are the terms of its write, in any rank."""
-    r = by_token(**steps_of(R, True))
-    keys, values = r.k[0, 3, 1], r.u[0, 3, 1]
-    assert keys.shape == (R, K) and values.shape == (R, V)
-    assert_close(keys.mT @ values, r.write(1, 3)[0, 0, 0], **EXACT)
-    moved, written = r.k.clone(), r.u.clone()
-    moved[0, 9, 1], written[0, 9, 1] = keys, values
-    answer = r.with_write(moved, written).outputs() - r.with_write(r.k, r.u).outputs()
-    dense = r.write(1, 3)[0, 0, 0] - r.write(1, 9)[0, 0, 0]
-    p = r.propagate(torch.eye(K, dtype=torch.float64), 9, 1)[0]  # [K,T-9,K]
-    assert_close(answer[0, 9:, 1], torch.einsum("ntk,tk,nv->tv", p, r.scale * r.q[0, 9:, 1], dense), **EXACT)
-    assert not answer[0, :9].any() and not answer[1].any() and not answer[0, :, 0].any()
-
-
 def test_rank_of_write_and_erase_are_free() -> None:
     """A write of rank 3 on a transition of rank 1 (as edits make them), and the other way round."""
     r = random_recurrence("rwkv7", B=B, T=T, H=H, K=K, V=V, dtype=torch.float64)

@@ -64,17 +64,6 @@ def test_the_recurrence(method):
     assert_close(found.final_state, last, **EXACT)
 
 
-def test_its_gradients():
-    """Of reads and last state together, with respect to every factor and the first state."""
-    grads = []
-    for run in (ask, lambda **given: tuple(recurrence(**given).scan(method="chunked"))[:2]):
-        given = {name: x.requires_grad_() for name, x in factors().items()}
-        outputs, last = run(**given)
-        grads.append(torch.autograd.grad(outputs.square().sum() + last.sin().sum(), list(given.values())))
-    for ours, theirs in zip(*grads, strict=True):
-        assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-
-
 @torch.no_grad()
 def test_a_model(monkeypatch, tokens):
     """Qwen3.5 in float64 with opengdn in the place of its op: prefill, one step from the cache, and the states."""
