@@ -86,15 +86,6 @@ def test_the_native_write_put_back_is_bitwise_nothing(model, sequence):
 
 
 @torch.no_grad()
-def test_hooks_see_the_edited_write(model, sequence):
-    name = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write"
-    edit = edit_of("replace", 30)
-    with model.edits(edit):
-        _, cache = model.run_with_cache(sequence, names_filter=name)
-    assert_close(cache[name][0, 30].double(), edit.keys.T @ edit.values, rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
 def test_an_edited_cache_continues_and_a_shared_one_is_left_alone(model, sequence):
     edit = edit_of("add", 5)
     with model.edits(edit):

@@ -115,29 +115,6 @@ def test_write_factors_and_dense_write_agree(model64, tokens):
 
 
 @torch.no_grad()
-def test_a_write_key_edit_leaves_the_erase_alone(model64, tokens):
-    """hook_k moves write and erase together; hook_write_key the write only."""
-    layer = f"blocks.{LAYER}.mixer."
-
-    def turned(x, hook):
-        x = x.clone()
-        x[:, 30] = x[:, 30].roll(1, -1)
-        return x
-
-    runs = {
-        name: model64.run_with_hooks(tokens, fwd_hooks=[(layer + name, turned)])
-        for name in ("hook_k", "hook_write_key")
-    }
-    r = model64.recurrence(tokens, LAYER)
-    k = r.k.clone()
-    k[:, 30] = k[:, 30].roll(1, -1)
-    reads = r.replace(k=k).outputs(method="reference")  # the erase stays
-    fed = model64.run_with_hooks(tokens, fwd_hooks=[(layer + "hook_read", lambda x, hook: reads)])
-    assert_close(fed, runs["hook_write_key"], rtol=0, atol=1e-10)
-    assert not torch.allclose(runs["hook_k"], runs["hook_write_key"])
-
-
-@torch.no_grad()
 def test_state_edits_reach_generation(model, tokens):
     """A last state that is replaced in the prompt goes on into decoding."""
     name = f"blocks.{LAYER}.mixer.hook_state"

@@ -13,10 +13,8 @@ from conftest import make_hf
 from hookpoints import HookedRecurrent, UnsupportedModelError, WriteEdit, attach
 
 DELETED = WriteEdit(1, 0, 3, mode="delete")
-ADDED = WriteEdit(0, 1, None, torch.full((8,), 2.0), torch.full((6,), 3.0))
 SCOPES: dict[str, Callable[[HookedRecurrent], AbstractContextManager[object]]] = {
     "deleted": lambda model: model.edits(DELETED),
-    "added": lambda model: model.edits(ADDED),
     "hooked": lambda model: model.hooks([("blocks.1.mixer.hook_write", lambda write, hook: 2 * write)]),
     "recorded": lambda model: model.recording(),
 }
@@ -31,15 +29,14 @@ def test_scopes_close_in_any_order(model, tokens):
             for name in names:
                 stack.enter_context(SCOPES[name](model))
             expected[names] = model(tokens)
-    for opened in itertools.combinations(SCOPES, 3):
-        for closed in list(itertools.permutations(opened))[1:]:
-            scopes = {name: SCOPES[name](model) for name in opened}
-            for scope in scopes.values():
-                scope.__enter__()
-            model(tokens)
-            for name in closed:
-                scopes.pop(name).__exit__(None, None, None)
-                assert torch.equal(model(tokens), expected[tuple(scopes)]), (opened, closed, name)
+    for closed in itertools.permutations(SCOPES):
+        scopes = {name: SCOPES[name](model) for name in SCOPES}
+        for scope in scopes.values():
+            scope.__enter__()
+        model(tokens)
+        for name in closed:
+            scopes.pop(name).__exit__(None, None, None)
+            assert torch.equal(model(tokens), expected[tuple(scopes)]), (closed, name)
 
 
 def test_gradient_checkpointing_is_refused_in_scopes_and_left_alone_without(tokens):

@@ -56,19 +56,6 @@ def test_the_models_own_forward_and_generate_fire(tokens):
     assert hook_count(hf) == before and torch.equal(hf(tokens).logits, plain)
 
 
-@torch.no_grad()
-def test_added_hooks_stay_until_they_are_reset(tokens):
-    hf = make_hf()
-    plain = hf(tokens).logits
-    with attach(hf) as hooked:
-        hooked.add_hook(WRITE, gone)
-        assert not torch.allclose(hf(tokens).logits, plain)
-        hooked.reset_hooks()
-        assert torch.equal(hf(tokens).logits, plain)
-        hooked.add_hook(WRITE, gone, is_permanent=True)
-    assert torch.equal(hf(tokens).logits, plain)
-
-
 def test_training_mode_and_gradients_are_the_models(tokens):
     hf = make_hf().train()
     hf.model.layers[2].eval()

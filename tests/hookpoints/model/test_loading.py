@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -93,13 +92,6 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_name(checkpoint, change, n
         loading.load(str(checkpoint))
 
 
-def test_a_cut_file_is_refused_with_the_name_of_the_checkpoint(checkpoint):
-    file = checkpoint / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(UnsupportedModelError, match=checkpoint.name):
-        loading.load(str(checkpoint))
-
-
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -114,26 +106,6 @@ def test_a_broken_file_is_named(checkpoint, name, text):
 
 
 NAMES = ("config.json", "generation_config.json", "model.safetensors")
-
-
-@pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
-@pytest.mark.parametrize("name", NAMES)
-def test_links_are_followed_within_the_cache_of_the_hub_only(checkpoint, tmp_path_factory, name):
-    """There a file of a snapshot is a link to a blob, which may be a link to a blob that several models share."""
-    hub = tmp_path_factory.mktemp("hub")
-    snapshot, shared = hub / "models--a--b" / "snapshots" / "0", hub / "blobs" / "11" / "1"
-    blob = hub / "models--a--b" / "blobs" / "1"
-    for folder in (blob.parent, shared.parent):
-        folder.mkdir(parents=True)
-    shutil.copytree(checkpoint, snapshot)
-    (snapshot / name).rename(shared)
-    blob.symlink_to("../../blobs/11/1")
-    (snapshot / name).symlink_to("../../blobs/1")
-    loading.load(str(snapshot))
-    (checkpoint / name).unlink()
-    (checkpoint / name).symlink_to(shared)
-    with pytest.raises(ChecksumError, match=name):
-        loading.load(str(checkpoint))
 
 
 @pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")

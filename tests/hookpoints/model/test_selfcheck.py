@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from conftest import MAKERS, make_hf
 
-from hookpoints import HookedRecurrent, UnsupportedModelError, WriteEdit, attach
+from hookpoints import HookedRecurrent, UnsupportedModelError, WriteEdit
 from hookpoints.errors import SelfCheckError
 
 ALL_RECURRENT = {"layer_types": ["linear_attention"] * 4}
@@ -49,17 +47,6 @@ def test_a_model_that_upstream_cannot_run_with_a_cache_is_checked_and_run_withou
 def without_token_5(write, hook):
     write[:, 5] = 0
     return write
-
-
-@torch.no_grad()
-def test_attaching_to_a_model_that_upstream_cannot_run_with_a_cache(tokens):
-    hf = make_hf(**ALL_RECURRENT)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        hooked = attach(hf)
-    with hooked, hooked.edits(WriteEdit(3, 0, 5, mode="delete")):
-        edited = hf(tokens, use_cache=False).logits
-    assert not torch.equal(edited, hf(tokens, use_cache=False).logits)
 
 
 def test_self_check_refuses_a_wrong_formula(monkeypatch):

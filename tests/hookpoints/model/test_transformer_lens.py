@@ -61,13 +61,6 @@ def test_ends_of_the_residual_stream(model, tokens):
     assert model.all_head_labels()[7:] == ["L1H3", "L2H0", "L2H1", "L2H2", "L2H3", "L3H0", "L3H1"]
 
 
-@torch.no_grad()
-def test_hooks_of_the_final_norm_fire_when_it_is_called(model, tokens):
-    stream = model(tokens, stop_at_layer=-1)
-    with model.hooks([("ln_final.hook_normalized", lambda value, hook: 0 * value)]):
-        assert not model.ln_final(stream).any()
-
-
 def test_directions_of_tokens(embedded):
     token = embedded.to_single_token("e")
     for one in ("e", token, torch.tensor(token), torch.tensor([token])):

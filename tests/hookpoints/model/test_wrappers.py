@@ -55,26 +55,11 @@ def test_distributed_data_parallel(one_process, tokens):
 
 
 @torch.no_grad()
-def test_attaching_compiles_nothing(one_process, tokens):
-    model = make_hf()
-    wrapper = torch.compile(nn.parallel.DistributedDataParallel(model))
-    begun = time.monotonic()
-    with attach(wrapper, self_check=False) as hooked:
-        assert hooked.hf_model is model
-    assert time.monotonic() - begun < 1
-
-
-@torch.no_grad()
 def test_adapters_that_are_not_merged(tokens):
     check(adapted, tokens)
     model = HookedRecurrent.from_hf(adapted(make_hf()))
     with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
         model.layer_W_O(1)
-
-
-@torch.no_grad()
-def test_adapters_that_are_merged(tokens):
-    check(lambda model: adapted(model).merge_and_unload(), tokens)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from recurrences import Form, random_recurrence
 from torch.testing import assert_close
 
-from hookpoints.recurrence import Recurrence
+from hookpoints.recurrence import Loop, Recurrence
 
 forms = st.builds(
     Form,
@@ -80,11 +80,11 @@ def test_carrying_the_state_over_a_split_equals_one_pass(r: Recurrence, data) ->
 
 
 @seldom
-@given(r=recurrences(), data=st.data())
-def test_an_edit_acts_by_its_propagated_key_and_nowhere_else(r: Recurrence, data) -> None:
+@given(r=recurrences(), data=st.data(), loop=st.sampled_from(["closed", "open"]))
+def test_an_edit_acts_by_its_propagated_key_and_nowhere_else(r: Recurrence, data, loop: Loop) -> None:
     head, t0 = data.draw(st.integers(0, r.H - 1)), data.draw(st.integers(0, r.T - 1))
     x, y = normal(2, r.K), normal(2, r.V, seed=1)  # a change of rank 1, whatever the rank of the writes
-    p = r.propagate(x, t0, head)
+    p = r.propagate(x, t0, head, loop=loop)
     reads = r.scale * r.q[:, t0:, head]
     if r.read_before_write:
         p, reads = p[:, :, :-1], reads[:, 1:]
@@ -95,7 +95,7 @@ def test_an_edit_acts_by_its_propagated_key_and_nowhere_else(r: Recurrence, data
     def edited(n: int, size: float) -> torch.Tensor:
         k, u = torch.zeros_like(r.q), r.q.new_zeros(r.B, r.T, r.H, r.V)
         k[:, t0, head], u[:, t0, head] = x[n], size * y[n]
-        return r.with_write(k, u).outputs()
+        return r.with_write(k, u, loop=loop).outputs()
 
     exact(edited(0, 1.0), predicted[0])
     exact(edited(1, -3.0), -3.0 * predicted[1])
