@@ -17,7 +17,6 @@ from hookpoints.layer.context import Backend
 from hookpoints.layer.intercept import Function, wrap_forward
 from hookpoints.model import selfcheck
 from hookpoints.model.attachment import Attachment
-from hookpoints.model.config import describe
 from hookpoints.model.hooked import Attached, HookedModel
 from hookpoints.model.layout import find_layout
 from hookpoints.model.wrappers import unwrap
@@ -68,9 +67,8 @@ class AttachedModel(Attached):
     def __init__(self, model: nn.Module, *, backend: Backend = "auto", self_check: bool = True):
         super().__init__(model)
         with selfcheck.in_eval_mode(model):
-            layout = find_layout(model)
-            cfg = describe(model, layout, None, backend)
-            self._hook(Attachment(model, layout, self, backend), cfg, self._check if self_check else None)
+            attachment = Attachment(model, find_layout(model), self, backend)
+            self._hook(attachment, None, backend, self._check if self_check else None)
 
     def _check(self) -> None:
         selfcheck.self_check(self)

@@ -18,9 +18,9 @@ from hookpoints.edits.edit import EditPlan, EditRow, Edits
 from hookpoints.errors import EditError, HookpointsError
 from hookpoints.hooks.cache import NamesFilter, Saving, caching_hooks, reachable
 from hookpoints.hooks.guard import ADDING, Hook, Hooks, Name, find_hooks, scoped_hooks
-from hookpoints.layer.context import Recorded, current, position_of, scope
+from hookpoints.layer.context import Backend, Recorded, current, position_of, scope
 from hookpoints.model.cache import RecurrentCache
-from hookpoints.model.config import HookedRecurrentConfig, device_of
+from hookpoints.model.config import HookedRecurrentConfig, describe, device_of
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.scopes import scoped
 
@@ -60,11 +60,14 @@ class HookedModel(HookedRootModule):
     def cfg(self, value: HookedRecurrentConfig) -> None:
         self._cfg = value
 
-    def _hook(self, attachment: Attachment, cfg: HookedRecurrentConfig, check: Callable[[], object] | None) -> None:
+    def _hook(
+        self, attachment: Attachment, name: str | None, backend: Backend, check: Callable[[], object] | None
+    ) -> None:
         """Name the hook points that ``attachment`` made, and ``check`` them. A model that is refused is left as it
         was."""
-        self.attachment, self._cfg = attachment, cfg
+        self.attachment = attachment
         try:
+            self.cfg = describe(self.hf_model, attachment.layout, name, backend)
             self.setup()
             self.eval()  # hook points too: TransformerLens 4 patches nothing that holds a module in training mode
             if check is not None:

@@ -17,7 +17,6 @@ from hookpoints.errors import InputError, UnsupportedModelError
 from hookpoints.layer.context import Backend, cache_among
 from hookpoints.model import loading
 from hookpoints.model.attachment import Attachment, StopForward
-from hookpoints.model.config import describe
 from hookpoints.model.inputs import as_tokens, check_loss, check_mask, check_tokens
 from hookpoints.model.layout import find_layout
 from hookpoints.model.refused import REFUSED
@@ -73,9 +72,8 @@ class HookedRecurrent(Tokens, Weights):
         super().__init__()
         self.hf_model = hf_model
         self.tokenizer = tokenizer
-        layout = find_layout(hf_model)
-        cfg, check = describe(hf_model, layout, name, backend), partial(run_self_check, self) if self_check else None
-        self._hook(Attachment(hf_model, layout, self, backend), cfg, check)
+        attachment = Attachment(hf_model, find_layout(hf_model), self, backend)
+        self._hook(attachment, name, backend, partial(run_self_check, self) if self_check else None)
 
     @classmethod
     def from_pretrained(

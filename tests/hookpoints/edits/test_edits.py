@@ -188,25 +188,20 @@ def test_generation_and_sessions_inside_a_scope(model64, sequence):
 def test_rows_have_edits_of_their_own(model64, sequence):
     rows = [[], edit_of("delete", 10), [edit_of("add", 12, layer=0), edit_of("replace", 22)]]
     batch = sequence[:, :20].expand(3, -1)
-    alone = [
-        model64.generate(batch[:1], edits=row, max_new_tokens=5, do_sample=False, return_type="tokens") for row in rows
-    ]
-    out = model64.generate(batch, edit_rows=rows, max_new_tokens=5, do_sample=False)
-    assert torch.equal(out, torch.cat(alone))
+    how = {"max_new_tokens": 5, "do_sample": False}
+    alone = [model64.generate(batch[:1], edits=row, **how) for row in rows]
+    assert torch.equal(model64.generate(batch, edit_rows=rows, **how), torch.cat(alone))
     with model64.edits(edit_of("add", 3), edit_rows=rows):
         together = model64(sequence.expand(3, -1))
     for row, logits in zip(rows, together, strict=True):
         with model64.edits(edit_of("add", 3)), model64.edits(row):
             assert_close(logits, model64(sequence)[0], rtol=0, atol=1e-10)
-    with pytest.raises(EditError, match="rows"):
-        model64.generate(batch[:2], edit_rows=rows, max_new_tokens=5, do_sample=False)
-    with pytest.raises(EditError, match="rows"):  # beams are rows as well
-        model64.generate(batch, edit_rows=rows, max_new_tokens=5, num_beams=2)
-    with pytest.raises(EditError, match="never acted"):
-        model64.generate(batch, edit_rows=[[], [], edit_of("delete", 30)], max_new_tokens=5, do_sample=False)
+    for given, beams in ((batch[:2], 1), (batch, 2)):  # beams are rows as well
+        with pytest.raises(EditError, match="rows"):
+            model64.generate(given, edit_rows=rows, num_beams=beams, **how)
     same = edit_of("delete", 30)  # one object in two rows, of which neither acts
     with pytest.raises(EditError, match="2 edit"):
-        model64.generate(batch, edit_rows=[same, [], same], max_new_tokens=5, do_sample=False)
+        model64.generate(batch, edit_rows=[same, [], same], **how)
 
 
 # -- caches that come from outside

@@ -108,9 +108,9 @@ def test_several_hooked_models_detach_in_any_order(tokens, order):
     assert traces(hf) == count
 
 
-@pytest.mark.parametrize("first", ["accelerate", "hookpoints"])
 @torch.no_grad()
-def test_accelerate_may_set_forwards_of_its_own(tokens, first):
+def test_accelerate_may_set_forwards_of_its_own(tokens):
+    """On top of hooks that are there. Below them: ``model/test_wrappers.py``."""
     accelerate = pytest.importorskip("accelerate.hooks")
     hf, plain, calls = make_hf(), make_hf()(tokens).logits, []
 
@@ -119,26 +119,18 @@ def test_accelerate_may_set_forwards_of_its_own(tokens, first):
             calls.append(module)
             return args, kwargs
 
-    def offload():
-        for block in hf.model.layers:
-            accelerate.add_hook_to_module(block.mlp, Counting())
-            if hasattr(block, "linear_attn"):
-                accelerate.add_hook_to_module(block.linear_attn, Counting())
-
-    if first == "accelerate":
-        offload()
-    model = HookedRecurrent.from_hf(hf)
-    if first == "hookpoints":
-        offload()
-    calls.clear()
+    model = HookedRecurrent.from_hf(hf, self_check=False)
+    for block in hf.model.layers:
+        for module in (block.mlp, getattr(block, "linear_attn", None)):
+            if module is not None:
+                accelerate.add_hook_to_module(module, Counting())
     with model.hooks([(WRITE, doubled)]):
         assert not torch.equal(hf(tokens).logits, plain)
     assert len(calls) == 7
     model.attachment.detach()
     assert torch.equal(hf(tokens).logits, plain) and len(calls) == 14
-    if first == "hookpoints":
-        accelerate.remove_hook_from_submodules(hf)
-        assert torch.equal(hf(tokens).logits, plain) and len(calls) == 14
+    accelerate.remove_hook_from_submodules(hf)
+    assert torch.equal(hf(tokens).logits, plain) and len(calls) == 14
 
 
 def by_pickle(hf: torch.nn.Module) -> torch.nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import time
 from collections.abc import Callable, Iterator
 
 import accelerate
@@ -121,11 +120,9 @@ def test_nnsight(tokens):
 )
 def test_what_cannot_be_hooked_from_inside_says_why(wrap, reason):
     wrapper = wrap(make_hf())
-    begun = time.monotonic()
     for call in (attach, HookedRecurrent.from_hf):
         with pytest.raises(UnsupportedModelError, match=reason):
             call(wrapper)
-    assert time.monotonic() - begun < 1
 
 
 def test_prompts_of_peft_are_refused():
