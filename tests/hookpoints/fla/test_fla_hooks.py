@@ -24,12 +24,14 @@ from test_cache import (  # noqa: F401
 )
 from test_heads import test_heads_times_their_weights_are_what_the_layer_adds  # noqa: F401
 from test_model_types import (  # noqa: F401
-    test_decoding_continues_the_prompt,
     test_edits_are_exact_in_generation,
     test_edits_are_exact_in_prefill_and_session,
     test_hooks_fire_with_their_shapes,
-    test_listening_changes_nothing,
     test_loops_differ_only_where_there_is_an_erase,
+)
+from test_parity import (  # noqa: F401
+    test_decoding_continues_the_prompt,
+    test_listening_changes_nothing,
     test_reads_are_queries_times_states_and_the_last_is_the_caches,
     test_stop_and_start_meet,
 )

@@ -1,0 +1,112 @@
+"""Hooked is plain, bit by bit, while nobody edits, and hooks see what the model does: every family, fla's too."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import make_hf
+from torch.testing import assert_close
+
+from hookpoints import HookedRecurrent, UnsupportedModelError
+from hookpoints.fla import is_fla
+from hookpoints.model.inputs import cache_argument, cache_of, position_inputs
+
+VALUE_FIRST = {False: {"Mamba-2"}, True: {"Gated DeltaNet", "GLA", "HGRN2", "Kimi delta attention", "SimpleGLA"}}
+"""Whether a model is fla's -> rules whose states its cache keeps [B,H,V,K]."""
+
+
+def left_padding(tokens: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones_like(tokens)
+    mask[0, :9] = 0
+    return mask
+
+
+@torch.no_grad()
+def test_hooked_is_plain(hooked, tokens):
+    """Bit by bit, while nobody listens."""
+    plain = make_hf(hooked.cfg.model_type.removesuffix("_text"))
+    for mask in (None, left_padding(tokens)):
+        assert torch.equal(hooked(tokens, attention_mask=mask), plain(tokens, attention_mask=mask).logits)
+
+
+@torch.no_grad()
+def test_listening_changes_nothing(hooked, tokens):
+    """Bit by bit, with a listener on every hook; every hook fires."""
+    for mask in (None, left_padding(tokens)):
+        logits, cache = hooked.run_with_cache(tokens, attention_mask=mask, names_filter=lambda name: True)
+        assert torch.equal(logits, hooked(tokens, attention_mask=mask))
+        assert set(cache.keys()) == set(hooked.hook_dict)
+    with torch.inference_mode():
+        assert torch.equal(hooked(tokens), hooked.hf_model(tokens).logits)
+
+
+@torch.no_grad()
+def test_reads_are_queries_times_states_and_the_last_is_the_caches(hooked, tokens):
+    layer, of_fla = hooked.cfg.recurrent_layers[-1], is_fla(hooked.hf_model)
+    names = [f"blocks.{layer}.mixer.{name}" for name in ("hook_q", "hook_state", "hook_read")]
+    _, kept = hooked.run_with_cache(tokens, names_filter=names)
+    (q, states, reads), shape = (kept[name] for name in names), hooked.cfg.layer(layer)
+    cache = cache_of(hooked.hf_model(tokens, use_cache=True))
+    native = cache[layer]["recurrent_state"] if of_fla else cache.layers[layer].recurrent_states[0]
+    native = native.mT if shape.rule in VALUE_FIRST[of_fla] else native
+    assert_close(states[:, -1], native, rtol=1e-4, atol=1e-5)
+    scale = 1.0 if shape.rule in ("Mamba-2", "RWKV-6", "RWKV-7") else shape.K**-0.5
+    if shape.rule == "RWKV-6":  # reads before it writes
+        states = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], 1)
+    expected = torch.einsum("bthkv,bthk->bthv", states, scale * q)
+    assert_close(expected, reads, rtol=1e-4, atol=2e-6 * max(1.0, float(reads.abs().max())))
+
+
+@torch.no_grad()
+def test_decoding_continues_the_prompt(hooked, tokens):
+    """Token by token from a cache: logits and writes are those of the whole, and listening changes no bit."""
+    names = [f"blocks.{layer}.mixer.hook_write" for layer in hooked.cfg.recurrent_layers]
+    whole, kept = hooked.run_with_cache(tokens, names_filter=names)
+    heard, argument = cache_of(hooked.hf_model(tokens[:, :65], use_cache=True)), cache_argument(hooked.hf_model)
+    plain, slack = copy.deepcopy(heard), 1 if is_fla(hooked.hf_model) else 10
+    for t in range(65, 70):
+        how = {"use_cache": True, **position_inputs(hooked.hf_model, torch.full((2, 1), t))}
+        step = hooked(tokens[:, t : t + 1], **{argument: plain}, **how)
+        listened, at_t = hooked.run_with_cache(
+            tokens[:, t : t + 1], names_filter=lambda name: "mixer." in name, **{argument: heard}, **how
+        )
+        assert torch.equal(step, listened)
+        assert_close(step[:, 0], whole[:, t], rtol=0, atol=2e-5 * slack)
+        for name in names:
+            assert_close(at_t[name][:, 0], kept[name][:, t], rtol=1e-3, atol=1e-5 * slack)
+
+
+@torch.no_grad()
+def test_own_kernel_gives_the_models_logits(hooked, tokens):
+    own = HookedRecurrent.from_hf(hooked.hf_model, backend="recurrence", self_check=False)
+    logits = own(tokens)
+    own.attachment.detach()
+    assert_close(logits, hooked(tokens), rtol=0, atol=5e-5)
+
+
+@torch.no_grad()
+def test_stop_and_start_meet(hooked, tokens):
+    plain = hooked(tokens)
+    for layer in range(hooked.cfg.n_layers):
+        residual = hooked(tokens, stop_at_layer=layer)
+        assert residual.shape == (*tokens.shape, hooked.cfg.d_model)
+        if layer and hooked.attachment.layout.first_block_feeds_all:  # fla's RWKV-7; from_pretrained takes another
+            with pytest.raises(UnsupportedModelError, match="cannot start at layer"):
+                hooked(residual, start_at_layer=layer, tokens=tokens)
+        else:
+            assert torch.equal(hooked(residual, start_at_layer=layer, tokens=tokens), plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("model_type", ["qwen3_5", "falcon_h1", "rwkv7"])
+def test_other_dtypes_are_bit_identical(model_type, dtype, tokens):
+    plain, model = make_hf(model_type).to(dtype), HookedRecurrent.from_hf(make_hf(model_type).to(dtype))
+    listened, cache = model.run_with_cache(tokens, names_filter=lambda name: True)
+    assert torch.equal(listened, plain(tokens).logits)
+    assert listened.dtype == plain(tokens).logits.dtype and cache["blocks.0.hook_resid_pre"].dtype == dtype
+    with model.hooks([(lambda name: True, lambda x, hook: None)]):
+        out = model.generate(tokens, max_new_tokens=3, do_sample=False)
+    assert torch.equal(out, plain.generate(tokens, max_new_tokens=3, do_sample=False))
