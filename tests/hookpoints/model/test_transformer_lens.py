@@ -35,9 +35,7 @@ def test_every_public_name_is_there_or_refused(model):
 def test_arguments_of_its_loading_are_taken_where_they_ask_for_nothing_and_refused_else():
     names = inspect.signature(THEIRS.from_pretrained).parameters if THEIRS else {}
     ours = inspect.signature(HookedRecurrent.from_pretrained).parameters
-    assert refuse_arguments({"fold_ln": False, "n_devices": 1, "n_ctx": None, "device_map": "cpu"}) == {
-        "device_map": "cpu"
-    }
+    assert refuse_arguments({"fold_ln": False, "n_ctx": None, "device_map": "cpu"}) == {"device_map": "cpu"}
     for name in names.keys() - ours.keys() - {"model_name", "from_pretrained_kwargs"}:
         with pytest.raises(InputError, match=name):
             HookedRecurrent.from_pretrained("embedded", **{name: "something"})
