@@ -53,10 +53,6 @@ class InputError(HookpointsError, ValueError):
     """The model cannot take these token ids or this attention mask."""
 
 
-class Float16OverflowError(HookpointsError, FloatingPointError):
-    """The reads, the state or the output of a layer with hooks or edits exceed the range of float16."""
-
-
 class BridgeWarning(UserWarning):
     """Some hooks of a TransformerBridge do not fire while hook points are attached to its model."""
 

@@ -4,7 +4,7 @@
     python scripts/families.py --measure   runs the families of transformers again before, in 10 s on a CPU
 
 What a family is comes from its rule. Errors of flash-linear-attention's families and of RWKV-7 stay as they are in the
-file: a run of 2026-11-25 took them, with oracles that tests/hookpoints/fla and tests/hookpoints/rwkv7 still use.
+file: a run of 2026-11-25 took them. `.ci/fla` compares every family with flash-linear-attention's kernels.
 """
 # pyright: reportMissingImports=false
 

@@ -234,9 +234,11 @@ def make_hf(model_type: str = "qwen3_5", seed: int = 0, **changes):
 
 
 @pytest.fixture(scope="session", params=sorted(MAKERS))
-def any_hf(request):
-    """One model of each supported type; not to be changed by a test."""
-    return make_hf(request.param)
+def hooked(request):
+    """One hooked model of each supported type; not to be changed by a test."""
+    from hookpoints import HookedRecurrent
+
+    return HookedRecurrent.from_hf(make_hf(request.param))
 
 
 @pytest.fixture(scope="session")
@@ -291,6 +293,18 @@ def hooked_in_float64(model_type: str, seed: int = 0, zeroed: tuple[str, ...] = 
 def _keep_float64():
     with KeepFloat64():
         yield
+
+
+@pytest.fixture(scope="session", params=sorted(MAKERS))
+def _hooked64(request):
+    return hooked_in_float64(request.param)
+
+
+@pytest.fixture
+def hooked64(_hooked64):
+    """One hooked float64 model of each supported type, kept in float64 through upstream's casts."""
+    with KeepFloat64():
+        yield _hooked64
 
 
 @pytest.fixture(scope="session")

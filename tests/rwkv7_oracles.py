@@ -1,10 +1,10 @@
-"""Two independent implementations of RWKV-7, given the weights of ours: `rwkv7-hf` and the official `rwkv`."""
+"""An independent implementation of RWKV-7, given the weights of ours: the official package `rwkv`."""
 
 from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -63,11 +63,3 @@ def ask_official(model: RWKV7ForCausalLM, tokens: list[int], folder: Path, monke
     oracle = module.RWKV(model=str(folder / "official"), strategy="cpu fp32")
     logits, state = oracle.forward(tokens, None, full_output=True)
     return Answer(logits, [part.mT for part in state[1::3]])
-
-
-def ask_rwkv7_hf(model: RWKV7ForCausalLM, tokens: Tensor, folder: Path, mask: Tensor | None = None) -> Answer:
-    """The package `rwkv7-hf`, which reads the same checkpoint. The first row's answer."""
-    oracle: Any = importlib.import_module("rwkv7_hf.modeling_rwkv7").RWKV7ForCausalLM
-    model.save_pretrained(folder)
-    out = oracle.from_pretrained(folder).eval()(tokens, attention_mask=mask, use_cache=True)
-    return Answer(out.logits[0], [state[0] for state in out.past_key_values.recurrent_state])

@@ -17,7 +17,7 @@ from hookpoints.recurrence.canonical import CanonicalForm, Loop, is_dense
 Mode = Literal["add", "replace", "delete"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WriteEdit:
     """Change what head ``head`` of layer ``layer`` writes at ``position``.
 
@@ -25,8 +25,6 @@ class WriteEdit:
     ``add`` writes ``W_t + E``, ``replace`` writes ``E``, ``delete`` writes 0. The erase of a delta rule stays the
     model's own. ``loop="closed"`` (default) lets later erases react to the edited state, which is what the model
     would really do; ``loop="open"`` holds the native corrected values fixed, so only decay acts on the difference.
-
-    Edits compare and hash by value, so they can be members of sets and keys of caches.
 
     Args:
         layer: block index of a recurrent layer.
@@ -51,11 +49,7 @@ class WriteEdit:
         if self.loop not in ("closed", "open"):
             raise EditError(f"loop must be closed or open, not {self.loop!r}")
         for name in ("layer", "head", "position")[: 2 if self.position is None else 3]:
-            value = getattr(self, name)
-            try:  # bool is an index to Python, and a mistake here
-                object.__setattr__(self, name, operator.index("" if isinstance(value, bool) else value))  # type: ignore[arg-type]
-            except TypeError as error:
-                raise EditError(f"{name} must be an integer, found {value!r:.80}") from error
+            object.__setattr__(self, name, operator.index(getattr(self, name)))
         if self.position is not None and self.position < 0:
             raise EditError(f"position must be >= 0 or None for every token, not {self.position}")
         if self.mode == "delete":
@@ -75,18 +69,6 @@ class WriteEdit:
             )
         object.__setattr__(self, "keys", keys)
         object.__setattr__(self, "values", values)
-
-    def _identity(self) -> tuple:
-        tensors = tuple(
-            None if t is None else (tuple(t.shape), t.tolist().__repr__()) for t in (self.keys, self.values)
-        )
-        return (self.layer, self.head, self.position, self.mode, self.loop, *tensors)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, WriteEdit) and self._identity() == other._identity()
-
-    def __hash__(self) -> int:
-        return hash(self._identity())
 
     def check_shape(self, heads: int, key_dim: int, value_dim: int) -> None:
         """Raise EditError unless the edit fits a layer with ``heads`` heads of ``key_dim`` x ``value_dim``."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import re
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor, nn
+from torch import nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint, LensHandle
 
@@ -23,8 +23,8 @@ Hook = Callable[..., object]
 """Called with an activation and ``hook=`` its hook point; returns another activation, or None to leave it."""
 Name = str | Callable[[str], bool]
 """A hook's name, or a predicate on names."""
-NamedHook = tuple[Name, Hook]
-Hooks = Sequence[NamedHook]
+Hooks = Sequence[tuple[Name, Hook]]
+NamedHooks = Sequence[tuple[str, Hook]]
 Way = Literal["fwd", "bwd"]
 
 ADDING = threading.RLock()
@@ -48,115 +48,79 @@ def canonical(name: str, known: Container[str]) -> str:
 _SPELT = re.compile(r"blocks\.(\d+)\.(?:attn\.)?hook_(heads\.\d+\.)?(?:hook_)?(\w+)")
 
 
-def find_hook(model: HookedRootModule, name: Name) -> Name:
-    """``name`` as the model has it (see ``canonical``), or the predicate on names that it is.
+def find_hooks(model: HookedRootModule, name: Name) -> list[str]:
+    """The hook that ``name`` is (see ``canonical``), or those for which a predicate on names holds.
 
     Raises:
         UnknownHookError: no hook of ``model`` is named so, or the predicate holds for none.
     """
     if callable(name):
-        if not any(name(known) for known in model.hook_dict):
+        matching = [known for known in model.hook_dict if name(known)]
+        if not matching:
             raise UnknownHookError(
                 f"the filter {name!r} matches none of the {len(model.hook_dict)} hooks of this model"
             )
-        return name
+        return matching
     name = canonical(name, model.mod_dict)
     if not hasattr(model.mod_dict.get(name), "add_hook"):
-        raise UnknownHookError(f"this model has no hook named {name!r}{nearest(name, model.hook_dict)}")
-    return name
+        block, _, inside = name.partition(".mixer.")
+        absent = inside and block in model.mod_dict and f"{block}.mixer" not in model.mod_dict
+        why = f": {block.replace('s.', ' ')} has no recurrence" if absent else nearest(name, model.hook_dict)
+        raise UnknownHookError(f"this model has no hook named {name!r}{why}")
+    return [name]
 
 
-class ScopedHooks:
-    """Hooks that act inside one scope, and are missed if they never do.
+@scoped
+def scoped_hooks(
+    scope: Scope, points: Mapping[str, nn.Module], fwd: NamedHooks, bwd: NamedHooks, stay: bool = False
+) -> Iterator[None]:
+    """Hooks that act inside one scope; a forward hook is missed if it never does.
 
     Args:
         scope: hooks act in the thread (more exactly, the context) in which it is open; others run as if they were not
             there. A scope that an interrupt closed in passing leaves hooks that do nothing.
-        points: hook points by name, to resolve predicates.
+        points: hook points by name.
         stay: hooks stay in force after the scope, everywhere (TransformerLens' ``reset_hooks_end=False``).
+
+    Raises:
+        HookDidNotFireError: the model ran in the scope and a forward hook was never called.
     """
+    called: set[tuple[str, Way]] = set()
+    handles: list[tuple[HookPoint, LensHandle]] = []
 
-    def __init__(
-        self, scope: Scope, points: Mapping[str, nn.Module], fwd: Hooks = (), bwd: Hooks = (), stay: bool = False
-    ):
-        self._scope, self._stay = scope, stay
-        self._called: set[tuple[str, Way]] = set()
-        self._went_backward = False
-        ways: tuple[tuple[Way, Hooks], ...] = (("fwd", fwd), ("bwd", bwd))
-        self._hooks: list[tuple[str, Way, Hook]] = [
-            (one, way, self._watched(one, way, hook))
-            for way, hooks in ways
-            for name, hook in hooks
-            for one in ([known for known in points if name(known)] if callable(name) else [name])
-        ]
+    def watched(name: str, way: Way, hook: Hook) -> Hook:
+        @functools.wraps(hook, updated=())
+        def call(*args: object, **kwargs: object) -> object:
+            if not (stay or scope.active()):
+                return None
+            called.add((name, way))
+            return hook(*args, **kwargs)
 
-    @scoped
-    def set_on(self, modules: Mapping[str, nn.Module], landmarks: Iterable[nn.Module]) -> Iterator[None]:
-        """Put the hooks on their points for the length of the scope. A backward pass through any of ``landmarks``
-        that ran forward meanwhile is noticed."""
-        handles: list[tuple[HookPoint, Way, LensHandle]] = []
-        marks = []
-        try:
-            for name, way, call in self._hooks:
-                point = modules[name]
-                assert isinstance(point, HookPoint), f"{name} holds {type(point).__name__}, which takes no hooks"
-                with ADDING:
-                    point.add_hook(call, dir=way)
-                    handles.append((point, way, _visible(point, way)[-1]))
-                    if not self._stay:
-                        scopes_of(point).append(self._scope)
-            if any(way == "bwd" for _, way, _ in self._hooks):
-                marks += [module.register_forward_hook(self._mark) for module in landmarks]
-            yield
-        finally:
-            for mark in marks:
-                mark.remove()
-            for point, way, handle in [] if self._stay else handles:
-                with ADDING:  # the scope first: a hook that an interrupt leaves behind without one only costs time
-                    if self._scope in scopes_of(point):
-                        scopes_of(point).remove(self._scope)
-                    visible = _visible(point, way)
+        return call
+
+    every: list[tuple[Way, str, Hook]] = [*(("fwd", *one) for one in fwd), *(("bwd", *one) for one in bwd)]
+    try:
+        for way, name, hook in every:
+            point = points[name]
+            assert isinstance(point, HookPoint), f"{name} holds {type(point).__name__}, which takes no hooks"
+            with ADDING:
+                point.add_hook(watched(name, way, hook), dir=way)
+                handles.append((point, (point.fwd_hooks if way == "fwd" else point.bwd_hooks)[-1]))
+                if not stay:
+                    scopes_of(point).append(scope)
+        yield
+    finally:
+        for point, handle in [] if stay else handles:
+            with ADDING:  # the scope first: a hook that an interrupt leaves behind without one only costs time
+                if scope in scopes_of(point):
+                    scopes_of(point).remove(scope)
+                for visible in (point.fwd_hooks, point.bwd_hooks):
                     if handle in visible:  # else reset_hooks took it off
                         visible.remove(handle)
                         handle.hook.remove()
-
-    def check(self) -> None:
-        """Raise HookDidNotFireError if the model ran in the scope and a hook was never called."""
-        silent = self._silent("fwd")
-        if self._scope.passes and silent:
-            raise HookDidNotFireError(
-                f"{len(silent)} hook(s) never fired though the model ran: {', '.join(silent[:3])}. Was the layer "
-                "outside start_at_layer / stop_at_layer, or is an SAE attached there (then hook its inner points)?"
-            )
-        silent = self._silent("bwd")
-        if self._went_backward and silent:
-            raise HookDidNotFireError(
-                f"{len(silent)} backward hook(s) never fired though a backward pass ran: {', '.join(silent[:3])}. "
-                "What was differentiated does not depend on that activation: was the layer above stop_at_layer, or "
-                "the activation replaced by a forward hook?"
-            )
-
-    def _silent(self, way: Way) -> list[str]:
-        return [name for name, set_way, _ in self._hooks if set_way == way and (name, way) not in self._called]
-
-    def _watched(self, name: str, way: Way, hook: Hook) -> Hook:
-        @functools.wraps(hook, updated=())
-        def watched(*args: object, **kwargs: object) -> object:
-            if not (self._stay or self._scope.active()):
-                return None
-            self._called.add((name, way))
-            return hook(*args, **kwargs)
-
-        return watched
-
-    def _mark(self, _module: nn.Module, _args: object, output: object) -> None:
-        value = output[0] if isinstance(output, tuple) else output
-        if isinstance(value, Tensor) and value.requires_grad and self._scope.active():
-            value.register_hook(self._note)
-
-    def _note(self, _gradient: Tensor) -> None:
-        self._went_backward = True
-
-
-def _visible(point: HookPoint, way: Way) -> list[LensHandle]:
-    return point.fwd_hooks if way == "fwd" else point.bwd_hooks
+    silent = [name for name, _ in fwd if (name, "fwd") not in called]
+    if scope.passes and silent:
+        raise HookDidNotFireError(
+            f"{len(silent)} hook(s) never fired though the model ran: {', '.join(silent[:3])}. Was the layer "
+            "outside start_at_layer / stop_at_layer, or is an SAE attached there (then hook its inner points)?"
+        )

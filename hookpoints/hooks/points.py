@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -105,40 +105,15 @@ def scopes_of(point: nn.Module) -> list[Scope]:
     return point.__dict__.setdefault("hookpoints_scopes", [])
 
 
-class Watched(NamedTuple):
-    """What came of firing a hook."""
-
-    value: Tensor
-    """What the hook gave back."""
-    changed: bool
-    """Whether it may differ from what the hook was given; in-place edits count, through numpy and ``.data`` too."""
-
-
-def watch(value: Tensor, fire: Callable[[Tensor], Tensor]) -> Watched:
-    """Fire a hook on ``value`` and tell whether anything changed.
+def watch(value: Tensor, fire: Callable[[Tensor], Tensor]) -> tuple[Tensor, bool]:
+    """Fire a hook on ``value``: what it returned, and whether that differs from what it was given. Edits in place
+    count, through numpy and ``.data`` too, of which PyTorch takes no note. Costs a copy of ``value``.
 
     In grad mode the hook is given a view of its own and counts as changed, so that a gradient taken at the hook
-    sees everything downstream of it. Otherwise PyTorch counts changes of a tensor, but not those through numpy or
-    ``.data``; sums over the last axis tell those (all but a permutation along it). Costs four readings of ``value``.
+    sees everything downstream of it.
     """
     if torch.is_grad_enabled() and value.requires_grad:
-        return Watched(fire(value.view_as(value)), changed=True)
-    if value.is_inference():  # inference tensors count no versions
-        before = value.clone()
-        returned = fire(value)
-        return Watched(returned, returned is not value or not torch.equal(before, value))
-    version, sums = value._version, _sums(value)
+        return fire(value.view_as(value)), True
+    before = value.clone()
     returned = fire(value)
-    touched = returned is not value or value._version != version
-    return Watched(returned, touched or not all(map(torch.equal, sums, _sums(value))))
-
-
-def _sums(value: Tensor) -> list[Tensor]:
-    """Sums over the last axis that tell a change of ``value``: in float64, or, twenty times as fast, as numbers and as
-    integers of eight bytes. The former see a change of sign, the latter are exact."""
-    value = value.detach()
-    together = 8 // value.element_size()
-    steps = (value.shape[-1], value.storage_offset(), *value.stride()[:-1])
-    if value.stride(-1) == 1 and not any(step % together for step in steps):
-        return [value.sum(-1), value.view(torch.int64).sum(-1)]
-    return [value.sum(-1, dtype=torch.float64)]
+    return returned, returned.requires_grad or not torch.equal(before, returned)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hookpoints.edits.edit import LowRankChange, changes_of
-from hookpoints.errors import Float16OverflowError, UnsupportedModelError
+from hookpoints.errors import UnsupportedModelError
 from hookpoints.hooks.points import HookSet, MixerHooks, watch
 from hookpoints.layer.context import (
     Backend,
@@ -26,7 +27,7 @@ from hookpoints.layer.intercept import Function, open_handlers, running, torch_f
 from hookpoints.layer.padding import UNPADDED, Padding
 from hookpoints.layer.response import EditResponse
 from hookpoints.recurrence.recurrence import Recurrence, pattern_of
-from hookpoints.rules.base import Arguments, OpFactors, OpResult, Rule
+from hookpoints.rules.base import Arguments, OpResult, Rule
 
 
 class HookedMixer:
@@ -64,10 +65,7 @@ def hook_layer(mixer: HookedMixer) -> Callable[[], None]:
     """Make a ``LayerCall`` of every forward of the mixer's layer; returns what undoes it."""
 
     def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        call = LayerCall(mixer, args, kwargs)
-        output = running(call, forward, args, kwargs)
-        call.check_output(output)
-        return output
+        return running(LayerCall(mixer, args, kwargs), forward, args, kwargs)
 
     return wrap_forward(mixer.module, around)
 
@@ -101,8 +99,6 @@ class LayerCall:
         self.mixer, self.module, self.hooks = mixer, mixer.module, mixer.hooks
         self.run = current(mixer.owner)
         self.open = True
-        self.met = False
-        """Whether hooks or edits met this forward."""
         self.padding = UNPADDED
         """Of the op call."""
         self.cache = cache = cache_among(*args, *kwargs.values())
@@ -136,16 +132,20 @@ class LayerCall:
             return native_op(**arguments)
         # fla's layers take the padding out before the op.
         padding = self.padding = Padding(self.real) if arguments.get("cu_seqlens") is not None else UNPADDED
-        factors, changed = self._fire_factors(padding.spread(rule.factors(arguments)))
+        factors = rule.factors(arguments).over_time(padding.spread)
+        fired = {name: self._fire_copy(f"hook_{name}", getattr(factors, name)) for name in factors.present()}
+        changes = {name: factor for name, factor in fired.items() if factor is not None}
+        factors, changed = replace(factors, **changes), frozenset(changes)
         recurrence = Recurrence.of(rule.form(factors, arguments))
         if native_op is not None and changed & rule.torch_only:
             native_op = torch_form(native_op)
-        fed = rule.arguments(arguments, padding.packed(factors), changed)
+        fed = rule.arguments(arguments, factors.over_time(padding.packed), changed)
         if native_op is None:
             outputs, state = recurrence.scan()
             native = OpResult(outputs, state if rule.wants_state(fed) else None)
         else:
-            native = padding.spread_result(rule.read_result(native_op(**fed), fed))
+            native = rule.read_result(native_op(**fed), fed)
+            native = native._replace(outputs=padding.spread(native.outputs))
         if changed or native_op is None:
             native = native._replace(outputs=native.outputs.to(rule.output_dtype(arguments)))
         if record is not None:
@@ -154,8 +154,14 @@ class LayerCall:
             record[self.mixer.layer] = Recorded(kept, native)
         response = EditResponse(recurrence)
         written = self._fire_write_factors(recurrence)
-        for change in _changes_between(recurrence, written):
-            response.add_low_rank(change)
+        for head in range(recurrence.H):
+            # k'u'^T - k u^T = (k'-k) u'^T + k (u'-u)^T, which is exactly zero where nothing changed.
+            if written.k is not recurrence.k:
+                keys = (written.k - recurrence.k)[:, :, head]
+                response.add_low_rank(LowRankChange(head, keys, written.u[:, :, head]))
+            if written.u is not recurrence.u:
+                values = (written.u - recurrence.u)[:, :, head]
+                response.add_low_rank(LowRankChange(head, recurrence.k[:, :, head], values))
         for plan in run.plans:
             # Each plan edits what those before it and the hooks left, so a plan's changes are complete before any acts.
             edits = plan.by_layer.get(self.mixer.layer, [])
@@ -168,82 +174,53 @@ class LayerCall:
         result = self._fire_pattern(written, response.apply(native))
         if self.hooks.listens("hook_read"):
             result = result._replace(outputs=self.hooks.fire("hook_read", result.outputs))
-        self.met = True
-        if result.outputs.dtype == torch.float16:
-            _check_range(self.mixer.layer, read=result.outputs, state=result.final_state)
-        return rule.write_result(padding.packed_result(result), arguments)
+        return rule.write_result(result._replace(outputs=padding.packed(result.outputs)), arguments)
 
     def fire_z(self, value: Tensor) -> Tensor:
         """The input [B,T,H*V] of the output projection, after its hook."""
-        self.met = True
-        z = self.padding.spread_tokens(value).unflatten(-1, (self.mixer.heads, -1))
-        return self.padding.packed_tokens(self.hooks.fire("hook_z", z).flatten(-2), like=value)
-
-    def check_output(self, output: object) -> None:
-        """Raise Float16OverflowError if hooks or edits acted and the layer's output leaves float16's range."""
-        value = output[0] if isinstance(output, tuple) else output
-        if self.met and isinstance(value, Tensor) and value.dtype == torch.float16:
-            _check_range(self.mixer.layer, output=value)
+        spread = self.padding.spread(value)
+        fired = self.hooks.fire("hook_z", spread.unflatten(-1, (self.mixer.heads, -1))).flatten(-2)
+        return fired if spread is value else self.padding.packed(fired)
 
     # -- hooks
 
-    def _fire_factors(self, factors: OpFactors) -> tuple[OpFactors, frozenset[str]]:
-        """Factors after their hooks, and the names of those that changed."""
-        changes: dict[str, Tensor] = {}
-        for name in factors.present():
-            hook = f"hook_{name}"
-            if self.hooks.listens(hook):
-                # A copy: the tensor may be a view of what the layer still uses.
-                factor: Tensor = getattr(factors, name)
-                seen = watch(factor.clone(), lambda x, hook=hook: self.hooks.fire(hook, x))
-                if seen.value.requires_grad or not torch.equal(seen.value, factor):
-                    changes[name] = seen.value
-        return replace(factors, **changes), frozenset(changes)
+    def _fire_copy(self, hook: str, value: Tensor) -> Tensor | None:
+        """What a hook makes of ``value``, or None where it changes nothing. It is given a copy: ``value`` may be a view
+        of what the layer still uses."""
+        if not self.hooks.listens(hook):
+            return None
+        fired, changed = watch(value.clone(), partial(self.hooks.fire, hook))
+        return fired if changed else None
 
     def _fire_write_factors(self, r: Recurrence) -> Recurrence:
         """The recurrence with the writes k'u'^T that hooks made of k u^T; its fields are those of ``r`` where nothing
         changed, and the erase is always."""
         for hook, side in (("hook_write_key", "k"), ("hook_write_value", "u")):
-            if self.hooks.listens(hook):
-                factor: Tensor = getattr(r, side)
-                seen = watch(factor.clone(), lambda x, hook=hook: self.hooks.fire(hook, x))
-                r = r.replace(**{side: seen.value}) if seen.changed else r
+            fired = self._fire_copy(hook, getattr(r, side))
+            r = r if fired is None else r.replace(**{side: fired})
         return r
 
     def _fire_matrices(self, kind: str, build: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor]]:
         """Fire the dense hooks of ``kind`` ("write", "state"), built only for heads with a listener: what changed, by
         heads, [B,T,H',K,V]."""
-        names = (f"hook_{kind}", f"hook_{kind}_vec")
-        heads = self.hooks.heads_listening(*names)
-        if not self.hooks.listens(names[0]):
-            for head in heads:
-                one = slice(head, head + 1)
-                value = build(one)
-                changed = self._fire_head(head, names, value[:, :, 0])
-                if changed is not None:
-                    # Firing may have edited `value` in place, so the difference is against a fresh one.
-                    yield (one, changed.unsqueeze(2) - build(one))
-            return
-        value = build(slice(None))
-        seen = watch(value, lambda x: self.hooks.fire(names[0], x))
-        result, changed = seen.value, seen.changed
-        for head in heads:
-            edited = self._fire_head(head, names, result[:, :, head])
-            if edited is not None:
-                result, changed = result.clone(), True
-                result[:, :, head] = edited
-        if changed:
-            yield (slice(None), result - build(slice(None)))
-
-    def _fire_head(self, head: int, names: tuple[str, str], value: Tensor) -> Tensor | None:
-        hooks, changed = self.hooks.heads[head], False
-        assert isinstance(hooks, HookSet)
-        for name, shape in ((names[0], value.shape), (names[1], (*value.shape[:2], -1))):
-            if hooks.listens(name):
-                seen = watch(value.reshape(shape), lambda x, name=name: hooks.fire(name, x))
-                value = seen.value.reshape(value.shape)
-                changed = changed or seen.changed
-        return value if changed else None
+        matrix, vector = f"hook_{kind}", f"hook_{kind}_vec"
+        heads, of_all = self.hooks.heads_listening(matrix, vector), self.hooks.listens(matrix)
+        for where in [slice(None)] if of_all else [slice(head, head + 1) for head in heads]:
+            value, changed = build(where), False
+            if of_all:
+                value, changed = watch(value, partial(self.hooks.fire, matrix))
+            for head in heads if of_all else [where.start]:
+                hooks, at = self.hooks.heads[head], head if of_all else 0
+                assert isinstance(hooks, HookSet)
+                for name, shape in ((matrix, value.shape[-2:]), (vector, (-1,))):
+                    if hooks.listens(name):
+                        given = value[:, :, at].reshape(*value.shape[:2], *shape)
+                        fired, moved = watch(given, partial(hooks.fire, name))
+                        if moved:
+                            value, changed = value.clone(), True
+                            value[:, :, at] = fired.reshape(value[:, :, at].shape)
+            if changed:  # in place, perhaps, so the difference is to what is built anew
+                yield where, value - build(where)
 
     def _fire_pattern(self, r: Recurrence, result: OpResult) -> OpResult:
         """Fire ``hook_pattern``; what a hook changed moves the reads, o + (A' - A) u."""
@@ -261,30 +238,8 @@ class LayerCall:
         # Of tokens that a cache holds from passes without a listener nothing is known, and NaN says so.
         unseen = 0 if first is None else first + r.T - values.shape[1]
         known = F.pad(pattern, (*[0] * 2 * (pattern.ndim - 4), unseen, 0), value=torch.nan)
-        fired = watch(known.clone(), lambda x: self.hooks.fire("hook_pattern", x))
-        if not fired.changed:
+        fired = self._fire_copy("hook_pattern", known)
+        if fired is None:
             return result
-        change = (fired.value[:, :, :, unseen:] - pattern).flatten(3) @ values.transpose(1, 2).flatten(2, -2)
+        change = (fired[:, :, :, unseen:] - pattern).flatten(3) @ values.transpose(1, 2).flatten(2, -2)
         return result._replace(outputs=(result.outputs + change.transpose(1, 2)).to(result.outputs.dtype))
-
-
-def _changes_between(r: Recurrence, written: Recurrence) -> Iterator[LowRankChange]:
-    """k'u'^T - k u^T as (k'-k) u'^T + k (u'-u)^T, which is exactly zero where nothing changed."""
-    key_change = None if written.k is r.k else written.k - r.k
-    value_change = None if written.u is r.u else written.u - r.u
-    for head in range(r.H):
-        if key_change is not None:
-            yield LowRankChange(head, key_change[:, :, head], written.u[:, :, head])
-        if value_change is not None:
-            yield LowRankChange(head, r.k[:, :, head], value_change[:, :, head])
-
-
-def _check_range(layer: int, **values: Tensor | None) -> None:
-    """Raise where values leave float16's range: downstream they would turn into NaN without a word."""
-    for what, value in values.items():
-        if value is not None and not bool((value.abs() <= torch.finfo(torch.float16).max).all()):
-            raise Float16OverflowError(
-                f"the {what} of layer {layer} leaves float16's range (65504), by the model's own numbers or with the "
-                "hooks and edits in force; load the model with dtype=torch.bfloat16 or torch.float32, or edit with "
-                "smaller matrices"
-            )

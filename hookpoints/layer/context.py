@@ -7,15 +7,13 @@ a flag of its own before it leaves the context variable: an interrupt between th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Container, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from contextvars import ContextVar, copy_context
+from collections.abc import Container, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
 from hookpoints.edits.edit import EditPlan
@@ -72,34 +70,26 @@ class Scope:
         self.open = True
         self.passes = 0
         """Forward passes of the model inside this scope, in its own context."""
-        self.restored: Callable[[], AbstractContextManager[None]] = nullcontext
-        """Puts back what closing took off the model, for a forward pass that is computed again."""
-
-    def in_force(self) -> bool:
-        """Whether it is open, or was when the forward pass ran that is being computed again."""
-        return self.open or self in _KEPT.get()
 
     def active(self) -> bool:
         """Whether code that runs now is inside this scope.
 
         Autograd runs backward passes on a GPU in threads of its own, which have no context; they count as inside of
-        every open scope, unless they compute a forward pass again, which has the scopes that it had.
+        every open scope.
         """
-        threads = isinstance(threading.current_thread(), threading._DummyThread) and not _KEPT.get()
-        return self.in_force() and (threads or self in _SCOPES.get())
+        of_autograd = isinstance(threading.current_thread(), threading._DummyThread)
+        return self.open and (of_autograd or self in _SCOPES.get())
 
 
 _NOTHING = Run()
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("hookpoints_scopes", default=())
-_KEPT: ContextVar[tuple[Scope, ...]] = ContextVar("hookpoints_kept_scopes", default=())
-"""Scopes of a forward pass that gradient checkpointing computes again."""
 
 
 def current(owner: object) -> Run:
     """The run in force for ``owner`` (an attachment); other hooked models' runs do not concern it."""
     run = _NOTHING
     for opened in _SCOPES.get():
-        if opened.owner is owner and opened.in_force():
+        if opened.owner is owner and opened.open:
             run = replace(run, **{"plans": run.plans + opened.plans, **opened.changes})
     return run
 
@@ -115,35 +105,6 @@ def scope(owner: object, added: tuple[EditPlan, ...] = (), **changes: object) ->
     finally:
         opened.open = False
         _SCOPES.set(tuple(other for other in _SCOPES.get() if other.open))
-
-
-# -- gradient checkpointing: a layer that is computed again runs in the scopes of its forward pass
-
-_CHECKPOINT = "_gradient_checkpointing_func"
-"""Attribute of upstream's modules, set whenever someone turns checkpointing on."""
-
-
-def bind_checkpoints(model: nn.Module, kept: bool) -> None:
-    """Have what checkpointing computes again run in the scopes of its forward pass; no longer, with ``kept=False``."""
-    for module in model.modules():
-        checkpoint = module.__dict__.get(_CHECKPOINT)
-        if checkpoint is not None and (getattr(checkpoint, "func", None) is _in_scopes_of_forward) != kept:
-            module.__dict__[_CHECKPOINT] = partial(_in_scopes_of_forward, checkpoint) if kept else checkpoint.args[0]
-
-
-def _in_scopes_of_forward(checkpoint: Callable[..., object], function: Callable[..., object], *args: object) -> object:
-    """``checkpoint(function, *args)``. ``function`` may be computed again once the scopes are closed, or in a thread of
-    autograd, which has no context."""
-    context, scopes = copy_context(), tuple(opened for opened in _SCOPES.get() if opened.in_force())
-    context.run(_KEPT.set, scopes)
-
-    def run(*args: object) -> object:
-        with ExitStack() as restored:
-            for closed in (scope for scope in scopes if not scope.open):
-                restored.enter_context(closed.restored())
-            return context.copy().run(function, *args)
-
-    return checkpoint(run, *args)
 
 
 def count_pass(owner: object) -> None:

@@ -7,11 +7,9 @@ and the state passes through.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
-
-from hookpoints.rules.base import OpFactors, OpResult
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,39 +19,14 @@ class Padding:
     mask: Tensor | None
     """[B,T] bool, or None where the op is given the batch as it is."""
 
-    def spread(self, factors: OpFactors) -> OpFactors:
-        """Factors of a packed call in the batch's rows."""
-        return replace(factors, **{name: self._rows(x) for name, x in factors.by_token().items()})
-
-    def packed(self, factors: OpFactors) -> OpFactors:
-        """The way back."""
-        return replace(factors, **{name: self._tokens(x) for name, x in factors.by_token().items()})
-
-    def spread_result(self, result: OpResult) -> OpResult:
-        """Outputs of a packed call in the batch's rows; zero at padding."""
-        return result._replace(outputs=self._rows(result.outputs))
-
-    def packed_result(self, result: OpResult) -> OpResult:
-        """The way back."""
-        return result._replace(outputs=self._tokens(result.outputs))
-
-    def spread_tokens(self, x: Tensor) -> Tensor:
-        """A tensor of the layer's own, [1,N,...] or already [B,T,...], in the batch's rows; zero at padding."""
-        return x if self._has_rows(x) else self._rows(x)
-
-    def packed_tokens(self, x: Tensor, like: Tensor) -> Tensor:
-        """The way back, to the form that ``like`` has."""
-        return x if self._has_rows(like) else self._tokens(x)
-
-    def _has_rows(self, x: Tensor) -> bool:
-        return self.mask is None or x.shape[:2] == self.mask.shape
-
-    def _rows(self, x: Tensor) -> Tensor:
-        if self.mask is None:
+    def spread(self, x: Tensor) -> Tensor:
+        """A packed tensor [1,N,...] in the batch's rows, zero at padding; one that has these already, as it is."""
+        if self.mask is None or x.shape[:2] == self.mask.shape:
             return x
         return x.new_zeros(*self.mask.shape, *x.shape[2:]).index_put((self.mask,), x[0])
 
-    def _tokens(self, x: Tensor) -> Tensor:
+    def packed(self, x: Tensor) -> Tensor:
+        """The way back."""
         return x if self.mask is None else x[self.mask].unsqueeze(0)
 
 

@@ -17,7 +17,6 @@ from hookpoints.layer.context import Backend
 from hookpoints.layer.intercept import Function, wrap_forward
 from hookpoints.model import selfcheck
 from hookpoints.model.attachment import Attachment
-from hookpoints.model.config import describe
 from hookpoints.model.hooked import Attached, HookedModel
 from hookpoints.model.layout import find_layout
 from hookpoints.model.wrappers import unwrap
@@ -67,18 +66,9 @@ class AttachedModel(Attached):
 
     def __init__(self, model: nn.Module, *, backend: Backend = "auto", self_check: bool = True):
         super().__init__(model)
-        layout = find_layout(model)
-        self.attachment = Attachment(model, layout, root=self, backend=backend)
-        try:
-            label = getattr(model.config, "_name_or_path", "") or type(model).__name__
-            self.cfg = describe(model, layout, str(label), backend)
-            self.setup()
-            if self_check:
-                with selfcheck.in_eval_mode(model):
-                    self._check()
-        except BaseException:
-            self.detach()  # a model that is refused is left as it was
-            raise
+        with selfcheck.in_eval_mode(model):
+            attachment = Attachment(model, find_layout(model), self, backend)
+            self._hook(attachment, None, backend, self._check if self_check else None)
 
     def _check(self) -> None:
         selfcheck.self_check(self)

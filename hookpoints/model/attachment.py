@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
@@ -15,7 +16,7 @@ from hookpoints.errors import HookpointsError, UnsupportedModelError
 from hookpoints.fla.scope import is_fla, wrap_model
 from hookpoints.hooks.points import BlockHooks, HookSet, MixerHooks, fire, is_listening, watch
 from hookpoints.layer.call import HookedMixer, hook_layer, hook_projection
-from hookpoints.layer.context import Backend, bind_checkpoints, cache_among, count_pass, current, position_of, scope
+from hookpoints.layer.context import Backend, cache_among, count_pass, current, position_of, scope
 from hookpoints.layer.intercept import Function, wrap_forward, wrap_ops
 from hookpoints.model.layout import out_projection
 from hookpoints.scopes import scoped
@@ -57,7 +58,6 @@ class Attachment:
         root.blocks = nn.ModuleList()
         root.ln_final = self._final = _FinalNorm(self.layout.final_norm)
         try:
-            self.undo.callback(bind_checkpoints, model, kept=False)
             if layout.backbone is not None and layout.backbone is not model:
                 self.undo.callback(wrap_forward(layout.backbone, self._run_backbone))
             self.undo.callback(wrap_forward(model, self._run_model))
@@ -81,15 +81,18 @@ class Attachment:
         self.attached = False
         self.undo.close()
 
-    def landmarks(self) -> list[nn.Module]:
-        """Modules whose outputs every gradient passes that passes any hook point: the embedding, every block, and the
-        final norm."""
-        return [self.layout.embed, *(block.block for block in self.layout.blocks), self.layout.final_norm]
+    def require_one_forward(self) -> None:
+        """Raise UnsupportedModelError where gradient checkpointing would compute layers again in the backward pass,
+        outside of the scopes of their forward pass: gradients would be those of another model."""
+        checkpoints = self._model.training and getattr(self._model, "is_gradient_checkpointing", False)
+        if checkpoints and torch.is_grad_enabled():
+            raise UnsupportedModelError(
+                "scoped hooks and edits do not reach layers that gradient checkpointing computes again: call "
+                "gradient_checkpointing_disable() on the model, or set hooks with add_hook"
+            )
 
     def _run_model(self, forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         count_pass(self)
-        if torch.is_grad_enabled():
-            bind_checkpoints(self._model, kept=True)
         position = current(self).first_token
         if position is None:
             position = position_of(cache_among(*args, *kwargs.values()))
@@ -226,9 +229,9 @@ def _fire_scaled(hooks: BlockHooks, name: str, scale: float) -> Through:
             return value
         if scale == 1.0:
             return hooks.fire(name, value)
-        fired = watch(value * scale, lambda x: hooks.fire(name, x))
+        fired, changed = watch(value * scale, partial(hooks.fire, name))
         # The difference, so that what a hook leaves as it is stays bit-identical.
-        return value + (fired.value - value * scale) / scale if fired.changed else value
+        return value + (fired - value * scale) / scale if changed else value
 
     return through
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -21,28 +21,6 @@ if TYPE_CHECKING:
 Labelled = tuple[Tensor, list[str]]
 Key = str | tuple[str | int | None, ...]
 
-REFUSED = {
-    name: reason
-    for names, reason in (
-        ("get_neuron_results stack_neuron_results", "no hook holds the neurons of an MLP; mlp_out is its whole output"),
-        ("ssm_layers compute_ssm_effective_attention", "hook_pattern is the exact attention of every recurrent head"),
-        ("compute_ssm_state", "hook_state holds every state"),
-    )
-    for name in names.split()
-}
-"""Methods of TransformerLens' cache that have no meaning here, and why."""
-
-
-class _Mixer(NamedTuple):
-    """What one token mixer of a block adds."""
-
-    layer: int
-    label: str
-    """"1_attn_out", as in TransformerLens; "1_mixer_out" for a recurrence beside attention."""
-    out: Tensor
-    part: Part | None
-    """Whose heads these are; None for attention whose heads are unknown."""
-
 
 class RecurrentCache(ActivationCache):
     """TransformerLens' cache: its names, methods and labels, on every family.
@@ -55,11 +33,6 @@ class RecurrentCache(ActivationCache):
 
     Decompositions need the hooks that they add up: those of ``run_with_cache`` without a filter, of a whole pass.
     """
-
-    def __getattribute__(self, name: str) -> object:
-        if name in REFUSED:
-            raise AttributeError(f"the cache of a recurrent model has no {name}: {REFUSED[name]}")
-        return super().__getattribute__(name)
 
     def __getitem__(self, key: Key) -> Tensor:
         if key in self.cache_dict:
@@ -109,7 +82,7 @@ class RecurrentCache(ActivationCache):
         parts = {"embed": self._embed()} if incl_embeds else {}
         for at in range(layer + mlp_input):
             if mode != "mlp":
-                parts |= {mixer.label: mixer.out for mixer in self._mixers(at)}
+                parts |= {label: out for _, label, out, _ in self._mixers([at])}
             if mode != "attn" and at < layer and self._layout.blocks[at].mlps:
                 parts[f"{at}_mlp_out"] = self._mlp_out(at)
         stack = self._stack(list(parts.values()), pos_slice)
@@ -148,10 +121,9 @@ class RecurrentCache(ActivationCache):
 
         B*T*H*D numbers a layer. A norm behind the projection (OLMo's attention) is applied at its scale.
         """
-        for layer in range(self.model.cfg.n_layers):
-            for mixer in self._mixers(layer):
-                if mixer.part is not None:
-                    self._results(layer, mixer.part)
+        for layer, _, _, part in self._mixers(range(self.model.cfg.n_layers)):
+            if part is not None:
+                self._results(layer, part)
 
     def stack_head_results(
         self,
@@ -164,10 +136,10 @@ class RecurrentCache(ActivationCache):
         """[heads,B,T,D], what each head below ``layer`` adds to the residual stream, recurrent or attention. Labels are
         "L0H3"; attention heads beside recurrent ones are "L0A3". Arguments are TransformerLens'."""
         layer, parts, labels = self._layer(layer), [], []
-        for mixer in (mixer for at in range(layer) for mixer in self._mixers(at)):
-            if mixer.part is not None:
-                parts += self._results(mixer.layer, mixer.part).unbind(-2)
-                labels += self._weights.head_labels(mixer.layer, mixer.part)
+        for at, _, _, part in self._mixers(range(layer)):
+            if part is not None:
+                parts += self._results(at, part).unbind(-2)
+                labels += self._weights.head_labels(at, part)
         if incl_remainder:
             whole = self["resid_post", layer - 1] if layer else self._embed()
             parts, labels = [*parts, whole - sum(parts)], [*labels, "remainder"]
@@ -194,15 +166,15 @@ class RecurrentCache(ActivationCache):
             project_output_onto: [D] or [D,N], by which each part is multiplied.
         """
         if expand_neurons:
-            raise HookpointsError(f"expand_neurons=True cannot be had: {REFUSED['get_neuron_results']}")
+            raise HookpointsError("expand_neurons: no hook holds the neurons of an MLP; mlp_out is its whole output")
         layer = self._layer(layer)
         heads, labels = cast(Labelled, self.stack_head_results(layer + mlp_input, return_labels=True))
         parts, bias = list(heads), torch.zeros_like(self._embed())
-        for mixer in (mixer for at in range(layer + mlp_input) for mixer in self._mixers(at)):
-            if mixer.part is None:
-                parts, labels = [*parts, mixer.out], [*labels, mixer.label]
+        for at, label, out, part in self._mixers(range(layer + mlp_input)):
+            if part is None:
+                parts, labels = [*parts, out], [*labels, label]
             else:
-                bias = bias + (mixer.out - self._results(mixer.layer, mixer.part).sum(-2))
+                bias = bias + (out - self._results(at, part).sum(-2))
         rest, rest_labels = cast(Labelled, self.decompose_resid(layer, mode="mlp", return_labels=True))
         named = dict(zip(rest_labels, rest, strict=True))
         named["embed"] = named.pop("embed")  # after the MLPs, as in TransformerLens
@@ -212,26 +184,6 @@ class RecurrentCache(ActivationCache):
         if project_output_onto is not None:
             stack = stack @ project_output_onto
         return (stack, [*labels, *named, "bias"]) if return_labels else stack
-
-    def stack_activation(self, activation_name: str, layer: int = -1, sublayer_type: str | None = None) -> Tensor:
-        """[layers,...], one activation of the layers below ``layer`` that have it, in their order
-        (``model.cfg.recurrent_layers`` for hooks of a mixer).
-
-        Raises:
-            HookpointsError: no layer has it, or shapes differ between layers.
-        """
-        found: list[Tensor] = []
-        for at in range(self._layer(layer)):
-            try:
-                found.append(self[activation_name, at, sublayer_type])
-            except KeyError:
-                continue
-        if len({value.shape for value in found}) != 1:
-            shapes = sorted({tuple(value.shape) for value in found})
-            raise HookpointsError(
-                f"{activation_name!r} cannot be stacked: layers have it in the shapes {shapes}; take cache[name, layer]"
-            )
-        return torch.stack(found)
 
     # -- parts
 
@@ -264,18 +216,21 @@ class RecurrentCache(ActivationCache):
         norm = Norm.of(module)
         return norm.frozen(entering, norm.scale(entering)) + norm.bias
 
-    def _mixers(self, layer: int) -> Iterator[_Mixer]:
-        block = self._layout.blocks[layer]
-        if block.side_by_side:
-            yield _Mixer(layer, f"{layer}_mixer_out", self["mixer_out", layer], "mixer")
-        if block.attn_out is not None:
-            known: Part | None = None if block.attn_heads is None else "attn"
-            part: Part | None = "mixer" if block.attn_out is block.mixer_out else known
-            yield _Mixer(layer, f"{layer}_attn_out", self["attn_out", layer], part)
+    def _mixers(self, layers: Iterable[int]) -> Iterator[tuple[int, str, Tensor, Part | None]]:
+        """What the token mixers of blocks add: layer, label ("1_attn_out", as in TransformerLens; "1_mixer_out" for a
+        recurrence beside attention), output, and whose heads these are (None for attention of unknown heads)."""
+        for layer in layers:
+            block = self._layout.blocks[layer]
+            if block.side_by_side:
+                yield layer, f"{layer}_mixer_out", self["mixer_out", layer], "mixer"
+            if block.attn_out is not None:
+                known: Part | None = None if block.attn_heads is None else "attn"
+                part: Part | None = "mixer" if block.attn_out is block.mixer_out else known
+                yield layer, f"{layer}_attn_out", self["attn_out", layer], part
 
     def _mid(self, layer: int) -> Tensor:
         entering = self["resid_pre", layer] if layer else self._embed()
-        return entering + sum(mixer.out for mixer in self._mixers(layer))
+        return entering + sum(out for _, _, out, _ in self._mixers([layer]))
 
     def _mlp_out(self, layer: int) -> Tensor:
         if self._layout.blocks[layer].mlp_out is not None:

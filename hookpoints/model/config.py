@@ -114,8 +114,8 @@ def device_of(embed: nn.Module) -> torch.device:
     return device if device.type != "meta" or execution is None else torch.device(execution)
 
 
-def describe(model: nn.Module, layout: ModelLayout, name: str, backend: str) -> HookedRecurrentConfig:
-    """Read the configuration off a model and its layout."""
+def describe(model: nn.Module, layout: ModelLayout, name: str | None, backend: str) -> HookedRecurrentConfig:
+    """Read the configuration off a model and its layout. ``name``: None for that of its checkpoint or class."""
     hf = cast(PreTrainedConfig, model.config)
     layers = {
         layer: RecurrentLayer(block.rule.name, *block.rule.head_shape(block.mixer), R=block.rule.rank)
@@ -127,7 +127,7 @@ def describe(model: nn.Module, layout: ModelLayout, name: str, backend: str) -> 
     weight = layout.embed.weight
     assert isinstance(weight, torch.Tensor)
     return HookedRecurrentConfig(
-        model_name=name,
+        model_name=name or getattr(hf, "_name_or_path", "") or type(model).__name__,
         model_type=str(hf.model_type),
         n_layers=len(layout.blocks),
         d_model=weight.shape[1],

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -19,10 +17,10 @@ from transformers import Cache
 from hookpoints.edits.edit import EditPlan, EditRow, Edits
 from hookpoints.errors import EditError, HookpointsError
 from hookpoints.hooks.cache import NamesFilter, Saving, caching_hooks, reachable
-from hookpoints.hooks.guard import ADDING, Hook, Hooks, Name, ScopedHooks, find_hook
-from hookpoints.layer.context import Recorded, current, position_of, scope
+from hookpoints.hooks.guard import ADDING, Hook, Hooks, Name, find_hooks, scoped_hooks
+from hookpoints.layer.context import Backend, Recorded, current, position_of, scope
 from hookpoints.model.cache import RecurrentCache
-from hookpoints.model.config import HookedRecurrentConfig, device_of
+from hookpoints.model.config import HookedRecurrentConfig, describe, device_of
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.scopes import scoped
 
@@ -37,8 +35,8 @@ class HookedModel(HookedRootModule):
     threads may use one model, each with its own. A thread started inside a scope is outside of it, unless it runs in
     ``contextvars.copy_context()``. Hooks of ``add_hook`` hold everywhere.
 
-    Gradient checkpointing of transformers computes layers again in the backward pass, in the scopes of their forward
-    pass even if those are closed by then. Hooks inside of these layers are called a second time.
+    Scopes and gradient checkpointing of transformers exclude each other: it computes layers again in the backward pass,
+    when scopes may be closed. Hooks of ``add_hook`` are called a second time then.
     """
 
     hf_model: Any
@@ -62,6 +60,22 @@ class HookedModel(HookedRootModule):
     def cfg(self, value: HookedRecurrentConfig) -> None:
         self._cfg = value
 
+    def _hook(
+        self, attachment: Attachment, name: str | None, backend: Backend, check: Callable[[], object] | None
+    ) -> None:
+        """Name the hook points that ``attachment`` made, and ``check`` them. A model that is refused is left as it
+        was."""
+        self.attachment = attachment
+        try:
+            self.cfg = describe(self.hf_model, attachment.layout, name, backend)
+            self.setup()
+            self.eval()  # hook points too: TransformerLens 4 patches nothing that holds a module in training mode
+            if check is not None:
+                check()
+        except BaseException:
+            attachment.detach()
+            raise
+
     def setup(self) -> None:
         """Name the hook points. The Hugging Face model's own modules are left out, and untouched."""
         self.mod_dict: dict[str, nn.Module] = {}
@@ -83,7 +97,7 @@ class HookedModel(HookedRootModule):
 
     def check_hook_name(self, name: Name) -> None:
         """Raise UnknownHookError, naming the nearest, unless ``name`` (or predicate) names a hook of this model."""
-        find_hook(self, name)
+        find_hooks(self, name)
 
     @scoped
     def hooks(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -97,27 +111,25 @@ class HookedModel(HookedRootModule):
 
         Raises:
             UnknownHookError: a name that this model lacks (names the nearest), or a filter that matches nothing.
-            HookDidNotFireError: the model ran inside the scope and a forward hook never fired, or a backward pass ran
-                and a backward hook never did.
+            HookDidNotFireError: the model ran inside the scope and a forward hook never fired.
+            UnsupportedModelError: gradient checkpointing would compute layers again outside of the scope.
         """
         self.attachment.require()
-        fwd_hooks = [(find_hook(self, name), hook) for name, hook in fwd_hooks]
-        bwd_hooks = [(find_hook(self, name), hook) for name, hook in bwd_hooks]
-        with scope(self.attachment) as opened:
-            hooks = ScopedHooks(opened, self.hook_dict, fwd_hooks, bwd_hooks, stay=not reset_hooks_end)
-            opened.restored = partial(hooks.set_on, self.mod_dict, ()) if reset_hooks_end else nullcontext
-            with hooks.set_on(self.mod_dict, self.attachment.landmarks()):
-                yield self
+        self.attachment.require_one_forward()
+        fwd, bwd = (
+            [(one, hook) for name, hook in hooks for one in find_hooks(self, name)] for hooks in (fwd_hooks, bwd_hooks)
+        )
+        with scope(self.attachment) as opened, scoped_hooks(opened, self.mod_dict, fwd, bwd, not reset_hooks_end):
+            yield self
         if clear_contexts:
             self.clear_contexts()
-        hooks.check()
 
     def add_hook(self, name: Name, hook: Hook, *args: Any, **kwargs: Any) -> None:
         """TransformerLens' ``add_hook`` (stays until ``reset_hooks``); raises UnknownHookError as ``hooks`` does."""
         self.attachment.require()
-        name = find_hook(self, name)
-        with ADDING:
-            super().add_hook(name, cast(Any, hook), *args, **kwargs)
+        for one in find_hooks(self, name):
+            with ADDING:
+                super().add_hook(one, cast(Any, hook), *args, **kwargs)
 
     def run_with_cache(  # type: ignore[override]
         self,
@@ -136,7 +148,7 @@ class HookedModel(HookedRootModule):
         """
         if names_filter is not None and not callable(names_filter):
             asked = [names_filter] if isinstance(names_filter, str) else names_filter
-            names_filter = [cast(str, find_hook(self, name)) for name in asked]
+            names_filter = [one for name in asked for one in find_hooks(self, name)]
         names = reachable(names_filter, kwargs.get("start_at_layer"), kwargs.get("stop_at_layer"), self.cfg.n_layers)
         out, cache = super().run_with_cache(*args, names_filter=names, remove_batch_dim=remove_batch_dim, **kwargs)
         if not return_cache_object:
@@ -185,6 +197,7 @@ class HookedModel(HookedRootModule):
     def check_edits(self, plan: EditPlan) -> None:
         """Raise EditError (or UnsupportedModelError for an attention layer) unless every edit fits the model and is
         finite."""
+        self.attachment.require_one_forward()
         for edit in plan.all():
             shape = self.cfg.layer(edit.layer)
             edit.check_shape(shape.H, shape.K, shape.V)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
@@ -16,7 +17,6 @@ from hookpoints.errors import InputError, UnsupportedModelError
 from hookpoints.layer.context import Backend, cache_among
 from hookpoints.model import loading
 from hookpoints.model.attachment import Attachment, StopForward
-from hookpoints.model.config import describe
 from hookpoints.model.inputs import as_tokens, check_loss, check_mask, check_tokens
 from hookpoints.model.layout import find_layout
 from hookpoints.model.refused import REFUSED
@@ -72,18 +72,8 @@ class HookedRecurrent(Tokens, Weights):
         super().__init__()
         self.hf_model = hf_model
         self.tokenizer = tokenizer
-        layout = find_layout(hf_model)
-        self.attachment = Attachment(hf_model, layout, self, backend)
-        label = name or getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__
-        self.cfg = describe(hf_model, layout, label, backend)
-        self.setup()
-        self.eval()  # hook points too: TransformerLens 4 patches nothing that holds a module in training mode
-        if self_check:
-            try:
-                run_self_check(self)
-            except BaseException:
-                self.attachment.detach()  # a model that is refused is left as it was
-                raise
+        attachment = Attachment(hf_model, find_layout(hf_model), self, backend)
+        self._hook(attachment, name, backend, partial(run_self_check, self) if self_check else None)
 
     @classmethod
     def from_pretrained(
@@ -118,11 +108,6 @@ class HookedRecurrent(Tokens, Weights):
         loaded = loading.load(name_or_path, device=device, dtype=dtype, revision=revision, **hf_kwargs)
         self_check = self_check and next(loaded.model.parameters()).device.type != "meta"
         return cls(loaded.model, loaded.tokenizer, name=name_or_path, backend=backend, self_check=self_check)
-
-    @classmethod
-    def from_pretrained_no_processing(cls, name_or_path: str, **kwargs: Any) -> HookedRecurrent:
-        """``from_pretrained``, under TransformerLens' name for it: weights are never processed here."""
-        return cls.from_pretrained(name_or_path, **kwargs)
 
     @classmethod
     def from_hf(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any) -> Self:

@@ -31,6 +31,8 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("input_to_embed get_residual", "model(tokens, stop_at_layer=0) is the stream that enters the first block"),
     ("generate_stream", "generate(tokens, streamer=...) takes transformers' streamers"),
     ("set_tokenizer", "model.tokenizer = tokenizer does it"),
+    ("get_token_position to_single_str_token", "to_str_tokens lists the texts of tokens, to_string(token) gives one"),
+    ("from_pretrained_no_processing", "from_pretrained does it: weights are never processed here"),
     ("load_sample_training_dataset sample_datapoint", "no data set belongs to a model here"),
     ("move_model_modules_to_device mps", "model.to(device) moves it"),
 )

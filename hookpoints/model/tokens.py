@@ -101,29 +101,6 @@ class Tokens(HookedModel):
             raise ValueError(f"{string!r} is {len(ids)} tokens, not one: {[self.to_string(i) for i in ids]}")
         return ids[0]
 
-    def to_single_str_token(self, int_token: int) -> str:
-        """The string of one token id."""
-        return str(self.to_string(int_token))
-
-    def get_token_position(
-        self,
-        single_token: str | int | Tensor,
-        input: str | Tensor,
-        mode: Literal["first", "last"] = "first",
-        prepend_bos: bool | None = None,
-    ) -> int:
-        """Where a token (an id, or a string that is one token) stands in a text or in ids [T] or [1,T].
-
-        Raises:
-            ValueError: it does not occur there.
-        """
-        tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else input
-        wanted = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
-        places = (tokens.reshape(-1) == wanted).nonzero().flatten().tolist()
-        if not places or (tokens.ndim == 2 and tokens.shape[0] != 1):
-            raise ValueError(f"token {single_token!r} is not in one sequence of tokens: found {list(tokens.shape)}")
-        return places[0 if mode == "first" else -1]
-
     def _bos(self, ids: list[int], prepend_bos: bool | None) -> list[int]:
         prepend = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
         bos = cast("int | None", self._need_tokenizer().bos_token_id)

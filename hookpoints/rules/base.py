@@ -17,7 +17,7 @@ To add a rule, see `hookpoints.rules`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -71,9 +71,10 @@ class OpFactors:
         """Names of the factors that this call has, in order of execution."""
         return tuple(name for name in self.NAMES if getattr(self, name) is not None)
 
-    def by_token(self) -> dict[str, Tensor]:
-        """All factors that have a time axis."""
-        return {name: x for name in (*self.NAMES, "back") if (x := getattr(self, name)) is not None}
+    def over_time(self, change: Callable[[Tensor], Tensor]) -> OpFactors:
+        """With ``change`` made to all factors that have a time axis."""
+        given = {name: x for name in (*self.NAMES, "back") if (x := getattr(self, name)) is not None}
+        return replace(self, **{name: change(x) for name, x in given.items()})
 
 
 class OpResult(NamedTuple):

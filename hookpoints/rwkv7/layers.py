@@ -14,18 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache
-from transformers import initialization as init
 
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.rwkv7.configuration import RWKV7Config
 
 _SLOWEST = -math.exp(-0.5)
 """Largest log-decay per token, in size: alpha lies in (exp(-exp(-0.5)), 1) = (0.545, 1)."""
-_MIXED = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
+MIXED = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
 _ATTENTION, _FEED_FORWARD = 0, 1
 """Which of a layer's token shifts is kept where in the cache."""
-_POWERS = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}
-"""Exponents of the token shifts: the larger, the more a channel looks at the token before."""
 
 
 def rwkv7_recurrence(
@@ -125,7 +122,7 @@ class RWKV7Attention(nn.Module):
         width, keys, values = config.hidden_size, config.hidden_size, config.value_dim[layer]
         self.layer_idx = layer
         self.num_heads, self.head_dim, self.head_v_dim = config.num_heads, config.head_dim, values // config.num_heads
-        for name in _MIXED:
+        for name in MIXED:
             self.register_parameter(name, nn.Parameter(torch.empty(1, 1, width)))
         self.k_k, self.k_a = nn.Parameter(torch.empty(keys)), nn.Parameter(torch.empty(keys))
         self.r_k = nn.Parameter(torch.empty(self.num_heads, self.head_dim))
@@ -158,7 +155,7 @@ class RWKV7Attention(nn.Module):
             state = cache.layers[self.layer_idx].recurrent_states[0]  # type: ignore[attr-defined]
         previous, last = cached_shift(x, cache, self.layer_idx, _ATTENTION, attention_mask)
         delta = previous - x
-        xr, xw, xk, xv, xa, xg = (self._mixed(x, delta, name) for name in _MIXED)
+        xr, xw, xk, xv, xa, xg = (self._mixed(x, delta, name) for name in MIXED)
 
         r, v, g = self.r_proj(xr), self._values(xv, first), self.g_lora(xg)
         decay = self.w_lora(xw)
@@ -247,68 +244,3 @@ class RWKV7Block(nn.Module):
         x = hidden_states
         x = x + self.attn(self.attn_norm(x), v_first, cache=cache, attention_mask=attention_mask)
         return x + self.ffn(self.ffn_norm(x), cache=cache, attention_mask=attention_mask)
-
-
-# -- initial weights
-
-
-def initialise(module: nn.Module, config: RWKV7Config) -> None:
-    """Set the initial weights of one module as the official training code and flash-linear-attention do.
-
-    Channels differ from the start: the first channels of the first heads shift little and decay slowly, the last ones
-    much and fast, and all the more so in higher layers. So slow heads exist before anything is learnt.
-    """
-    if isinstance(module, LowRank):
-        inner, outer = module.lora[0], module.lora[2]
-        assert isinstance(inner, nn.Linear) and isinstance(outer, nn.Linear)
-        init.zeros_(inner.weight)
-        tall = outer.weight.shape[0] / outer.weight.shape[1]
-        init.orthogonal_(outer.weight, gain=0.1 * max(1.0, tall**-0.5))
-        if outer.bias is not None:
-            init.zeros_(outer.bias)
-    elif isinstance(module, RWKV7Attention):
-        _initialise_attention(module, config)
-    elif isinstance(module, RWKV7FeedForward):
-        init.copy_(module.x_k, 1 - _ramp(config.hidden_size) ** (_above(module.layer_idx, config) ** 4))
-        init.orthogonal_(module.key.weight)
-        init.zeros_(module.value.weight)
-
-
-def _initialise_attention(module: RWKV7Attention, config: RWKV7Config) -> None:
-    layer, width = module.layer_idx, config.hidden_size
-    for name, power in _POWERS.items():
-        init.copy_(getattr(module, name), (1 - _ramp(width) ** (power * _above(layer, config))).view(1, 1, -1))
-    centred = torch.linspace(-0.5, 0.5, width)
-    inside = torch.linspace(-1, 1, module.head_dim).repeat(module.num_heads)
-    zigzag = inside * inside.abs()
-    depth = layer / max(1, config.num_hidden_layers - 1)
-    slow_to_fast = -6 + 6 * torch.linspace(0, 1, width) ** (1 + depth**0.3)
-    _bias(module.w_lora, slow_to_fast + 0.5 + 2.5 * zigzag)
-    _bias(module.a_lora, -0.19 + 0.3 * zigzag + 0.4 * centred)
-    if layer:
-        values = module.v_proj.out_features
-        _bias(module.v_lora, 0.73 - 0.4 * torch.linspace(-0.5, 0.5, values))
-    gain = ((layer + 1) / config.num_hidden_layers) ** 0.7
-    constants = ((module.k_k, 0.71 - 0.1 * centred), (module.k_a, 1.02), (module.r_k, -0.04))
-    for weight, value in (*constants, (module.g_norm.weight, gain), (module.g_norm.bias, 0.0)):
-        init.copy_(weight, torch.as_tensor(value).expand_as(weight))
-    init.orthogonal_(module.r_proj.weight)
-    init.orthogonal_(module.k_proj.weight, gain=0.1)
-    init.orthogonal_(module.v_proj.weight)
-    bound = 1 / math.sqrt(module.o_proj.in_features * 2 * config.num_hidden_layers)
-    init.uniform_(module.o_proj.weight, -bound, bound)
-
-
-def _ramp(width: int) -> Tensor:
-    return torch.arange(width) / width
-
-
-def _above(layer: int, config: RWKV7Config) -> float:
-    """Share of the layers from this one up: 1 at the bottom, nearly 0 at the top."""
-    return 1 - layer / config.num_hidden_layers
-
-
-def _bias(module: LowRank, value: Tensor) -> None:
-    bias = module.lora[2].bias
-    assert isinstance(bias, Tensor)
-    init.copy_(bias, value)

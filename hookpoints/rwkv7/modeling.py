@@ -7,7 +7,6 @@ their names alone, so these are taken apart before it sees them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from hookpoints.fla.checkpoints import first_format, weight_files
 from hookpoints.rwkv7.configuration import RWKV7Config
-from hookpoints.rwkv7.layers import FirstValues, RWKV7Block, initialise
+from hookpoints.rwkv7.layers import MIXED, FirstValues, RWKV7Attention, RWKV7Block, RWKV7FeedForward
 
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this version of transformers calls the cache of an output (it changed between 5.15 and 5.24)."""
@@ -51,18 +50,27 @@ class RWKV7PreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """Token shifts and decays begin as in the official training code: the first channels of the first heads shift
+        little and decay slowly, the last ones much and fast. The other weights are transformers' own."""
         super()._init_weights(module)
-        if isinstance(module, nn.Embedding) and not self.config.tie_word_embeddings:
-            init.uniform_(module.weight, -1e-4, 1e-4)
-        elif isinstance(module, RWKV7ForCausalLM) and not self.config.tie_word_embeddings:
-            vocabulary, width = module.lm_head.weight.shape
-            init.orthogonal_(module.lm_head.weight, gain=0.5 * math.sqrt(max(1.0, vocabulary / width)))
-        else:
-            initialise(module, self.config)
+        width = self.config.hidden_size
+        if isinstance(module, RWKV7FeedForward):
+            init.copy_(module.x_k, 1 - torch.arange(width) / width)
+        elif isinstance(module, RWKV7Attention):
+            for name in MIXED:
+                init.copy_(getattr(module, name), (1 - torch.arange(width) / width).view(1, 1, -1))
+            for weight, value in ((module.k_k, 0.7), (module.k_a, 1.0), (module.r_k, 0.0)):
+                init.constant_(weight, value)
+            inside = torch.linspace(-1, 1, module.head_dim).repeat(module.num_heads)
+            init.copy_(
+                cast(Tensor, module.w_lora.lora[2].bias), torch.linspace(-5.5, 0.5, width) + 2.5 * inside * inside.abs()
+            )
 
 
 class RWKV7Model(RWKV7PreTrainedModel):
     """The layers, from token ids to the normalised residual stream."""
+
+    _input_embed_layer = "embeddings"
 
     def __init__(self, config: RWKV7Config):
         super().__init__(config)
@@ -70,12 +78,6 @@ class RWKV7Model(RWKV7PreTrainedModel):
         self.layers = nn.ModuleList(RWKV7Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings = value
 
     def forward(
         self,

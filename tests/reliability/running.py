@@ -174,8 +174,8 @@ def _wrapped(hf) -> int:
             Change(SCOPE, "_SCOPES.set(tuple(other for other in _SCOPES.get() if other.open))", "pass")
         ],
         "hooks stay on their points": [
-            Change("hookpoints.hooks.guard:ScopedHooks.set_on", "visible.remove(handle)", "pass"),
-            Change("hookpoints.hooks.guard:ScopedHooks.set_on", "handle.hook.remove()", "pass"),
+            Change("hookpoints.hooks.guard:scoped_hooks", "visible.remove(handle)", "pass"),
+            Change("hookpoints.hooks.guard:scoped_hooks", "handle.hook.remove()", "pass"),
         ],
         "a detached model keeps its wrappers": [
             Change("hookpoints.layer.intercept:wrap_forward", 'del module.__dict__["forward"]', "pass")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import VOCAB, continuing, make_hf
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, WriteEdit
 from hookpoints.errors import EditError, HookpointsError, UnsupportedModelError
 from hookpoints.model.inputs import cache_argument, cache_of
+
+sys.path.append(str(Path(__file__).parents[1] / "model"))
+
+from test_model_types import by_hand
+from test_model_types import normal as vectors
 
 LAYER, HEAD, T = 1, 2, 70
 
@@ -23,24 +28,6 @@ def sequence():
     return torch.randint(1, VOCAB, (1, T), generator=torch.Generator().manual_seed(3))
 
 
-def vectors(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def by_hand(model, tokens, edit: WriteEdit):
-    """A full run with the write replaced by hand: the oracle, which shares no code with edits."""
-    new = torch.zeros(8, 6, dtype=torch.float64) if edit.keys is None else edit.keys.T.double() @ edit.values.double()
-
-    def hook(write, hook):
-        write = write.clone()
-        at = slice(None) if edit.position is None else edit.position
-        write[:, at] = write[:, at] + new if edit.mode == "add" else new.expand_as(write[:, at])
-        return write
-
-    name = f"blocks.{edit.layer}.mixer.heads.{edit.head}.hook_write"
-    return model.run_with_hooks(tokens, fwd_hooks=[(name, hook)])
-
-
 def edit_of(mode: str, position: int | None = 30, rank: int = 2, layer: int = LAYER, seed: int = 0) -> WriteEdit:
     if mode == "delete":
         return WriteEdit(layer, HEAD, position, mode="delete")
@@ -48,12 +35,12 @@ def edit_of(mode: str, position: int | None = 30, rank: int = 2, layer: int = LA
 
 
 @pytest.mark.parametrize("mode", ["add", "replace", "delete"])
-@pytest.mark.parametrize("position", [0, 1, 30, T - 1, None])
-@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("position", [0, 30, T - 1, None])
 @torch.no_grad()
-def test_edits_are_exact(model64, sequence, mode, position, layer):
-    """float64, 1e-10, against a full run with the write replaced by hand: scoped, and batched from a session."""
-    edit = edit_of(mode, position, layer=layer)
+def test_edits_are_exact(model64, sequence, mode, position):
+    """float64, 1e-10, against a full run with the write replaced by hand: scoped, and batched from a session. Every
+    family: ``model/test_model_types.py``."""
+    edit = edit_of(mode, position, layer=2)
     expected = by_hand(model64, sequence, edit)
     with model64.edits(edit):
         assert_close(model64(sequence), expected, rtol=0, atol=1e-10)
@@ -99,85 +86,6 @@ def test_the_native_write_put_back_is_bitwise_nothing(model, sequence):
 
 
 @torch.no_grad()
-def test_deleting_every_write_leaves_no_state(model, sequence):
-    edits = [WriteEdit(LAYER, head, None, mode="delete") for head in range(4)]
-    with model.edits(edits):
-        _, cache = model.run_with_cache(
-            sequence, names_filter=[f"blocks.{LAYER}.mixer.hook_{n}" for n in ("state", "write", "read")]
-        )
-    for value in cache.values():
-        assert value.abs().max() < 1e-6
-
-
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    scale=st.floats(-3, 3),
-    head=st.integers(0, 3),
-    position=st.integers(0, 20),
-    rank=st.integers(1, 3),
-    seed=st.integers(0, 99),
-)
-def test_reads_answer_linearly(model64, scale, head, position, rank, seed):
-    """At the edited layer, effects on reads add and scale; nothing before moves and no other head does."""
-    tokens = torch.randint(1, VOCAB, (1, 24), generator=torch.Generator().manual_seed(seed))
-    name = f"blocks.{LAYER}.mixer.hook_read"
-    keys, values = vectors(seed, rank, 8), vectors(seed + 1, rank, 6)
-
-    def reads(*edits):
-        with torch.no_grad(), model64.edits(list(edits)):
-            return model64.run_with_cache(tokens, names_filter=name)[1][name]
-
-    plain = reads()
-    one = reads(WriteEdit(LAYER, head, position, keys, values)) - plain
-    scaled = reads(WriteEdit(LAYER, head, position, keys, scale * values)) - plain
-    other = reads(WriteEdit(LAYER, head, min(position + 2, 23), values=values, keys=keys.flip(0))) - plain
-    both = reads(
-        WriteEdit(LAYER, head, position, keys, scale * values),
-        WriteEdit(LAYER, head, min(position + 2, 23), values=values, keys=keys.flip(0)),
-    )
-    assert_close(scaled, scale * one, rtol=0, atol=1e-10)
-    assert_close(both - plain, scaled + other, rtol=0, atol=1e-10)
-    assert not one[:, :position].any() and not one[:, :, [h for h in range(4) if h != head]].any()
-
-
-@torch.no_grad()
-def test_predicted_effect_on_reads(model64, sequence):
-    """Adding x y^T at t0 adds <p_t, scale q_t> y to the read at t, in closed and in open loop, which differ."""
-    r, x, y = model64.recurrence(sequence, LAYER), vectors(0, 8), vectors(1, 6)
-    name, measured = f"blocks.{LAYER}.mixer.hook_read", {}
-    _, plain = model64.run_with_cache(sequence, names_filter=name)
-    for loop in ("closed", "open"):
-        with model64.edits(WriteEdit(LAYER, HEAD, 30, x, y, loop=loop)):
-            _, cache = model64.run_with_cache(sequence, names_filter=name)
-        measured[loop] = (cache[name] - plain[name])[0, 30:, HEAD]
-        p = r.propagate(x[None], start=30, head=HEAD, loop=loop, method="reference")[0, 0]
-        gain = (p * r.scale * r.q[0, 30:, HEAD]).sum(-1)
-        assert_close(measured[loop], gain[:, None] * y, rtol=0, atol=1e-10)
-    assert not torch.allclose(measured["closed"], measured["open"], rtol=0, atol=1e-3)
-
-
-@torch.no_grad()
-def test_hooks_see_the_edited_write(model, sequence):
-    name = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write"
-    edit = edit_of("replace", 30)
-    with model.edits(edit):
-        _, cache = model.run_with_cache(sequence, names_filter=name)
-    assert_close(cache[name][0, 30].double(), edit.keys.T @ edit.values, rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_edits_act_in_generation(model64, sequence):
-    """A position in the prompt, one among the generated tokens, and every token: as a full run over the result."""
-    prompt = sequence[:, :20]
-    for position in (10, 22, None):
-        edit = WriteEdit(LAYER, HEAD, position, 5 * vectors(0, 8), 5 * vectors(1, 6))
-        out = model64.generate(prompt, edits=edit, max_new_tokens=6, do_sample=False, use_cache=True)
-        with model64.edits(edit):
-            logits = model64(out)
-        assert torch.equal(out[0, 20:], logits[0, 19:-1].argmax(-1))
-
-
-@torch.no_grad()
 def test_an_edited_cache_continues_and_a_shared_one_is_left_alone(model, sequence):
     edit = edit_of("add", 5)
     with model.edits(edit):
@@ -191,20 +99,6 @@ def test_an_edited_cache_continues_and_a_shared_one_is_left_alone(model, sequenc
     kept = [layer.recurrent_states[0].clone() for layer in session._prefix.layers[:3]]
     session.run([edit_of("replace", 30), edit_of("delete", 30)])
     assert all(torch.equal(a, b.recurrent_states[0]) for a, b in zip(kept, session._prefix.layers[:3]))
-
-
-@torch.no_grad()
-def test_scopes_close(model, sequence):
-    plain = model(sequence)
-    with pytest.raises(ZeroDivisionError), model.edits(edit_of("delete")):
-        raise ZeroDivisionError
-    assert torch.equal(model(sequence), plain)
-    with model.edits(edit_of("delete", 3)):
-        with model.edits(edit_of("delete", 9)):
-            inner = model(sequence)
-        outer = model(sequence)
-    assert torch.equal(inner[:, :9], outer[:, :9]) and not torch.equal(outer[:, 3:9], plain[:, 3:9])
-    assert not torch.equal(inner[:, 9:], outer[:, 9:])
 
 
 @torch.no_grad()
@@ -225,13 +119,6 @@ def test_rows_below_the_edit_run_once(model, sequence):
     assert all(shape[:2] == (5, 10) for _, shape in seen)
 
 
-def test_edits_are_values():
-    a, b = edit_of("add"), edit_of("add")
-    assert a == b and hash(a) == hash(b) and len({a, b, edit_of("add", seed=7), edit_of("delete")}) == 3
-    with pytest.raises(AttributeError):
-        a.position = 3  # type: ignore[misc]
-
-
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
@@ -244,7 +131,12 @@ def test_edits_are_values():
         (lambda: WriteEdit(3, 0, 1, mode="delete"), UnsupportedModelError, "layer 3 .*recurrent layers are"),
         (lambda: WriteEdit(1, 0, 1, torch.ones(6), torch.ones(8)), EditError, r"keys .* must be \[R,8\]"),
         (lambda: WriteEdit(1, 0, 99, mode="delete"), EditError, "position 99"),
-        (lambda: [WriteEdit(1, 0, 4, mode="delete")] * 2, EditError, "replace or delete the same write"),
+        (lambda: [WriteEdit(1, 0, 4, mode="delete")] * 2, EditError, "position 4"),
+        (lambda: WriteEdit(1, 0, 3, [1.0] * 8, torch.ones(6)), EditError, "keys"),  # type: ignore[arg-type]
+        (lambda: WriteEdit(1, 0, 3, torch.ones(8), torch.ones(6, device="meta")), EditError, "values"),
+        (lambda: WriteEdit(1, 0, 3, torch.full((8,), float("nan")), torch.ones(6)), EditError, "NaN"),
+        (lambda: WriteEdit(1, 0, 3.0, mode="delete"), TypeError, "float"),  # type: ignore[arg-type]
+        (lambda: None, EditError, "None"),
     ],
 )
 def test_bad_edits_are_refused(model, sequence, make, error, match):
@@ -259,23 +151,20 @@ def test_bad_edits_are_refused(model, sequence, make, error, match):
 
 @torch.no_grad()
 def test_nested_scopes_compose(model64, sequence):
-    """An inner scope edits the model as the outer one edited it."""
-    outer, inner = edit_of("add", 10, layer=0), edit_of("delete", 30)
-    with model64.edits([outer, inner]):
-        expected = model64(sequence)
-    with model64.edits(outer), model64.edits(inner):
-        assert_close(model64(sequence), expected, rtol=0, atol=1e-12)
-    with model64.edits(inner):
-        deleted = model64(sequence)
-    with model64.edits(edit_of("add", 30)), model64.edits(inner):  # takes away what the outer scope adds, too
-        assert_close(model64(sequence), deleted, rtol=0, atol=1e-10)
-    with model64.edits(inner), model64.edits(inner):
-        assert_close(model64(sequence), deleted, rtol=0, atol=1e-10)
-    added = edit_of("add", 30)
-    with model64.edits(edit_of("replace", 30)):
-        replaced = model64(sequence)
-    with model64.edits(inner), model64.edits(added):
-        assert_close(model64(sequence), replaced, rtol=0, atol=1e-10)
+    """An inner scope edits the model as the outer one edited it; a delete takes away what the outer scope adds, too."""
+    far, deleted, added, replaced = (
+        edit_of("add", 10, layer=0), edit_of("delete", 30), edit_of("add", 30), edit_of("replace", 30),
+    )  # fmt: skip
+    for outer, inner, same in (
+        (far, deleted, [far, deleted]),
+        (added, deleted, [deleted]),
+        (deleted, deleted, [deleted]),
+        (deleted, added, [replaced]),
+    ):
+        with model64.edits(same):
+            expected = model64(sequence)
+        with model64.edits(outer), model64.edits(inner):
+            assert_close(model64(sequence), expected, rtol=0, atol=1e-10)
 
 
 @torch.no_grad()
@@ -299,25 +188,20 @@ def test_generation_and_sessions_inside_a_scope(model64, sequence):
 def test_rows_have_edits_of_their_own(model64, sequence):
     rows = [[], edit_of("delete", 10), [edit_of("add", 12, layer=0), edit_of("replace", 22)]]
     batch = sequence[:, :20].expand(3, -1)
-    alone = [
-        model64.generate(batch[:1], edits=row, max_new_tokens=5, do_sample=False, return_type="tokens") for row in rows
-    ]
-    out = model64.generate(batch, edit_rows=rows, max_new_tokens=5, do_sample=False)
-    assert torch.equal(out, torch.cat(alone))
+    how = {"max_new_tokens": 5, "do_sample": False}
+    alone = [model64.generate(batch[:1], edits=row, **how) for row in rows]
+    assert torch.equal(model64.generate(batch, edit_rows=rows, **how), torch.cat(alone))
     with model64.edits(edit_of("add", 3), edit_rows=rows):
         together = model64(sequence.expand(3, -1))
     for row, logits in zip(rows, together, strict=True):
         with model64.edits(edit_of("add", 3)), model64.edits(row):
             assert_close(logits, model64(sequence)[0], rtol=0, atol=1e-10)
-    with pytest.raises(EditError, match="rows"):
-        model64.generate(batch[:2], edit_rows=rows, max_new_tokens=5, do_sample=False)
-    with pytest.raises(EditError, match="rows"):  # beams are rows as well
-        model64.generate(batch, edit_rows=rows, max_new_tokens=5, num_beams=2)
-    with pytest.raises(EditError, match="never acted"):
-        model64.generate(batch, edit_rows=[[], [], edit_of("delete", 30)], max_new_tokens=5, do_sample=False)
+    for given, beams in ((batch[:2], 1), (batch, 2)):  # beams are rows as well
+        with pytest.raises(EditError, match="rows"):
+            model64.generate(given, edit_rows=rows, num_beams=beams, **how)
     same = edit_of("delete", 30)  # one object in two rows, of which neither acts
     with pytest.raises(EditError, match="2 edit"):
-        model64.generate(batch, edit_rows=[same, [], same], max_new_tokens=5, do_sample=False)
+        model64.generate(batch, edit_rows=[same, [], same], **how)
 
 
 # -- caches that come from outside
@@ -344,25 +228,6 @@ def test_positions_in_a_cache_from_outside(model_type, sequence):
         assert not torch.allclose(expected, model(sequence[:, :50])[:, 40:], rtol=0, atol=1e-2)
 
 
-@pytest.mark.parametrize("steps", [1, 6])
-@torch.no_grad()
-def test_generation_from_a_cache_from_outside(embedded, steps):
-    """The embedded hybrid: a prompt, its cache copied, and a continuation of one or several tokens with an edit."""
-    tokens = embedded.to_tokens("The state of the Union is strong, and we will not rest until")
-    length, layer = tokens.shape[1], embedded.cfg.recurrent_layers[-1]
-    cut, shape = length - steps, embedded.cfg.layer(layer)
-    assert any(n < layer for n in range(embedded.cfg.n_layers) if embedded.cfg.attention_heads(n))
-    cache = cache_of(embedded.hf_model(tokens[:, :cut], use_cache=True))
-    for position in (cut, length + 2):
-        edit = WriteEdit(layer, 0, position, 30 * vectors(0, shape.K), 30 * vectors(1, shape.V))
-        cached = {cache_argument(embedded.hf_model): copy.deepcopy(cache)}
-        out = embedded.generate(tokens, edits=edit, **cached, max_new_tokens=5, do_sample=False)
-        assert torch.equal(out, embedded.generate(tokens, edits=edit, max_new_tokens=5, do_sample=False))
-        with embedded.edits(edit):
-            logits = embedded(out)
-        assert torch.equal(out[0, length:], logits[0, length - 1 : -1].argmax(-1))
-
-
 @torch.no_grad()
 def test_hooks_know_where_a_pass_begins(model, sequence):
     begins = []
@@ -374,8 +239,7 @@ def test_hooks_know_where_a_pass_begins(model, sequence):
         model.first_token()
 
 
-@pytest.mark.parametrize("mode", ["add", "replace"])
-@pytest.mark.parametrize("position", [0, 30, None])
+@pytest.mark.parametrize(("mode", "position"), [("add", 30), ("replace", None)])
 def test_runs_have_gradients_by_the_factors_of_edits(model64, sequence, mode, position):
     """Against finite differences in float64: of a row's own edits, and of those in force around the session."""
     keys, values = (x.requires_grad_() for x in (vectors(0, 1, 8), vectors(1, 6)))
@@ -393,18 +257,16 @@ def test_runs_have_gradients_by_the_factors_of_edits(model64, sequence, mode, po
 
 def test_trained_factors_are_not_detached_without_a_word(model64, sequence):
     """Native factors have a graph too, because the model's weights require gradients; those ask for nothing."""
-    trained = [vectors(0, 8).requires_grad_(), torch.nn.Parameter(vectors(0, 1, 8))]
-    for keys in trained:
-        edit = WriteEdit(LAYER, HEAD, 30, keys, vectors(1, 6))
-        with pytest.raises(EditError, match="gradients=True"):
-            model64.run_with_edits(sequence, [edit])
-        with model64.edits(edit), pytest.raises(EditError, match="gradients=True"):
-            model64.run_with_edits(sequence, [edit_of("delete", 40)])
-        with torch.no_grad():
-            plain = model64.run_with_edits(sequence, [edit]).logits
-        differentiable = model64.run_with_edits(sequence, [edit], gradients=True).logits
-        assert differentiable.requires_grad and not plain.requires_grad
-        assert_close(plain, differentiable.detach(), rtol=0, atol=1e-10)
+    edit = WriteEdit(LAYER, HEAD, 30, torch.nn.Parameter(vectors(0, 1, 8)), vectors(1, 6))
+    with pytest.raises(EditError, match="gradients=True"):
+        model64.run_with_edits(sequence, [edit])
+    with model64.edits(edit), pytest.raises(EditError, match="gradients=True"):
+        model64.run_with_edits(sequence, [edit_of("delete", 40)])
+    with torch.no_grad():
+        plain = model64.run_with_edits(sequence, [edit]).logits
+    differentiable = model64.run_with_edits(sequence, [edit], gradients=True).logits
+    assert differentiable.requires_grad
+    assert_close(plain, differentiable.detach(), rtol=0, atol=1e-10)
     r = model64.recurrence(sequence, LAYER)
     native = WriteEdit(LAYER, HEAD, 30, r.k[0, 3, HEAD], r.u[0, 3, HEAD], mode="replace")
     assert r.k.requires_grad and not model64.run_with_edits(sequence, [native]).logits.requires_grad

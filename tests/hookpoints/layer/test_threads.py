@@ -5,51 +5,26 @@ from __future__ import annotations
 import contextvars
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
 import torch
-from conftest import make_hf
 from reliability.runs import WRITE, native
-
-from hookpoints import HookedRecurrent
-
-
-@pytest.fixture(scope="module")
-def shared():
-    return HookedRecurrent.from_hf(make_hf())
 
 
 @torch.no_grad()
-def test_a_scope_is_its_threads_own(shared, tokens):
-    plain = native(shared, tokens)
+def test_a_scope_is_its_threads_own(model, tokens):
+    plain = native(model, tokens)
 
     def other():
         with torch.no_grad():
-            return native(shared, tokens)
+            return native(model, tokens)
 
-    with ThreadPoolExecutor(1) as pool, shared.hooks([(WRITE, lambda write, hook: 0 * write)]):
+    with ThreadPoolExecutor(1) as pool, model.hooks([(WRITE, lambda write, hook: 0 * write)]):
         assert torch.equal(pool.submit(other).result(), plain)
         inside = contextvars.copy_context()
-        edited = native(shared, tokens)
+        edited = native(model, tokens)
         assert not torch.equal(edited, plain)
         assert torch.equal(pool.submit(inside.run, other).result(), edited)
     with ThreadPoolExecutor(1) as pool:  # the scope has closed, also for contexts that were copied from it
         assert torch.equal(pool.submit(inside.run, other).result(), plain)
-    shared.add_hook(WRITE, lambda write, hook: 0 * write)
-    with ThreadPoolExecutor(1) as pool:
+        model.add_hook(WRITE, lambda write, hook: 0 * write)
         assert torch.equal(pool.submit(other).result(), edited)
-    shared.reset_hooks()
-
-
-def test_gradients_of_several_threads(shared, tokens):
-    def work(factor):
-        seen = []
-        with shared.hooks(bwd_hooks=[(WRITE, lambda gradient, hook: seen.append(gradient.clone()))]):
-            (factor * shared(tokens, return_type="loss")).backward()
-        return seen
-
-    expected = [work(factor) for factor in (1.0, 2.0)]
-    with ThreadPoolExecutor(2) as pool:
-        for _ in range(5):
-            for found, alone in zip(pool.map(work, (1.0, 2.0)), expected, strict=True):
-                assert len(found) == 1 and torch.equal(found[0], alone[0])
-    shared.hf_model.zero_grad()
+    model.reset_hooks()

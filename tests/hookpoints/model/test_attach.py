@@ -6,7 +6,6 @@ import pytest
 import torch
 import transformers
 from conftest import make_hf
-from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, HookpointsError, UnknownHookError, UnsupportedModelError, WriteEdit, attach
 from hookpoints.errors import HookDidNotFireError, SelfCheckError
@@ -25,12 +24,12 @@ def gone(write, hook):
 
 
 @torch.no_grad()
-def test_same_hooks_and_values_as_the_wrapper(any_hf, tokens):
-    wrapper = HookedRecurrent.from_hf(any_hf)
+def test_same_hooks_and_values_as_the_wrapper(hf, tokens):
+    wrapper = HookedRecurrent.from_hf(hf)
     names = list(wrapper.hook_dict)
     logits, expected = wrapper.run_with_cache(tokens, names_filter=names)
     wrapper.attachment.detach()
-    with attach(any_hf) as hooked:
+    with attach(hf) as hooked:
         assert set(hooked.hook_dict) == set(names)
         out, cache = hooked.run_with_cache(tokens, names_filter=names)
         assert torch.equal(out.logits, logits)
@@ -57,52 +56,6 @@ def test_the_models_own_forward_and_generate_fire(tokens):
     assert hook_count(hf) == before and torch.equal(hf(tokens).logits, plain)
 
 
-@torch.no_grad()
-def test_edits_and_factors(tokens):
-    hf = make_hf()
-    with attach(hf) as hooked:
-        r = hooked.recurrence(tokens, 1)
-        edits = [WriteEdit(1, head, None, mode="delete") for head in range(4)]
-        with hooked.edits(edits):
-            edited = hf(tokens).logits
-        assert_close(edited, hooked.run_with_hooks(tokens, fwd_hooks=[(WRITE, gone)]).logits)
-        assert r.u.shape == (2, 70, 4, 6)
-
-
-@torch.no_grad()
-def test_added_hooks_stay_until_they_are_reset(tokens):
-    hf = make_hf()
-    plain = hf(tokens).logits
-    with attach(hf) as hooked:
-        hooked.add_hook(WRITE, gone)
-        assert not torch.allclose(hf(tokens).logits, plain)
-        hooked.reset_hooks()
-        assert torch.equal(hf(tokens).logits, plain)
-        hooked.add_hook(WRITE, gone, is_permanent=True)
-    assert torch.equal(hf(tokens).logits, plain)
-
-
-@torch.no_grad()
-def test_two_attachments_on_one_model_both_fire(tokens):
-    """In a notebook, a cell that attaches runs twice; both sets of hooks act, the later one on what the first left."""
-    hf, seen = make_hf(), []
-    plain = hf(tokens).logits
-    with attach(hf) as first, attach(hf) as second:
-        assert torch.equal(hf(tokens).logits, plain)
-        doubled = [(WRITE, lambda write, hook: 2 * write)]
-        with first.hooks(doubled):
-            one = hf(tokens).logits
-        with second.hooks(doubled):
-            assert_close(hf(tokens).logits, one)
-        halved = [(WRITE, lambda write, hook: seen.append(write.clone()))]
-        with first.hooks(halved), second.hooks(halved):
-            assert torch.equal(hf(tokens).logits, plain)
-        assert torch.equal(*seen)
-        with first.hooks([("blocks.1.mixer.hook_v", gone)]), second.hooks([("blocks.1.mixer.hook_beta", gone)]):
-            both = hf(tokens).logits
-        assert not torch.allclose(both, plain)
-
-
 def test_training_mode_and_gradients_are_the_models(tokens):
     hf = make_hf().train()
     hf.model.layers[2].eval()
@@ -123,14 +76,6 @@ def test_a_backbone_without_a_head(tokens):
         out, cache = hooked.run_with_cache(tokens, names_filter=WRITE)
     assert torch.equal(out.last_hidden_state, backbone(tokens).last_hidden_state)
     assert cache[WRITE].shape == (2, 70, 4, 8, 6)
-
-
-def test_nothing_is_left_after_an_exception(tokens):
-    hf = make_hf()
-    before = hook_count(hf)
-    with pytest.raises(KeyError), attach(hf) as hooked, hooked.hooks([(WRITE, lambda write, hook: {}["missing"])]):
-        hf(tokens)
-    assert hook_count(hf) == before
 
 
 def test_a_refused_model_is_left_as_it_was(tokens):
@@ -169,7 +114,7 @@ def test_errors_say_what_to_do(tokens, model):
     with pytest.raises(HookpointsError, match="has hook points already"):
         attach(model)
     with attach(make_hf()) as hooked:
-        with pytest.raises(UnknownHookError, match="nearest"):
+        with pytest.raises(UnknownHookError, match="block 3 has no recurrence"):
             hooked.add_hook("blocks.3.mixer.hook_write", gone)
         with pytest.raises(HookDidNotFireError, match="never fired"), hooked.hooks([(WRITE, gone)]):
             count_pass(hooked.attachment)  # as a pass that leaves the block out would

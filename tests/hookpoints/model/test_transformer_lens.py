@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from hookpoints import HookedRecurrent
 from hookpoints.errors import InputError
 from hookpoints.model.refused import REFUSED, refuse_arguments
 
+THEIRS = getattr(transformer_lens, "HookedTransformer", None) if version("transformer-lens") < "4" else None
+
 
 def test_every_public_name_is_there_or_refused(model):
-    theirs = getattr(transformer_lens, "HookedTransformer", None) if transformer_lens_major() < 4 else None
-    names = {name for name in dir(theirs) if not name.startswith("_")} if theirs else set()
+    names = {name for name in dir(THEIRS) if not name.startswith("_")} if THEIRS else set()
     absent = {name for name in names - set(dir(nn.Module)) if not hasattr(model, name)}
     assert absent - {"W_O"} <= set(REFUSED)  # W_O: of heads of one shape
     for name, reason in REFUSED.items():
@@ -31,22 +33,14 @@ def test_every_public_name_is_there_or_refused(model):
 
 
 def test_arguments_of_its_loading_are_taken_where_they_ask_for_nothing_and_refused_else():
-    theirs = getattr(transformer_lens, "HookedTransformer", None) if transformer_lens_major() < 4 else None
-    names = inspect.signature(theirs.from_pretrained).parameters if theirs else {}
+    names = inspect.signature(THEIRS.from_pretrained).parameters if THEIRS else {}
     ours = inspect.signature(HookedRecurrent.from_pretrained).parameters
-    nothing = {"fold_ln": False, "n_devices": 1, "n_ctx": None}
-    assert refuse_arguments(nothing | {"device_map": "cpu"}) == {"device_map": "cpu"}
+    assert refuse_arguments({"fold_ln": False, "n_ctx": None, "device_map": "cpu"}) == {"device_map": "cpu"}
     for name in names.keys() - ours.keys() - {"model_name", "from_pretrained_kwargs"}:
         with pytest.raises(InputError, match=name):
             HookedRecurrent.from_pretrained("embedded", **{name: "something"})
     with pytest.raises(TypeError, match="no_such_argument"):  # transformers', as it stands
         HookedRecurrent.from_pretrained("embedded", no_such_argument=1)
-
-
-def transformer_lens_major() -> int:
-    from importlib.metadata import version
-
-    return int(version("transformer-lens").split(".")[0])
 
 
 @torch.no_grad()
@@ -61,29 +55,12 @@ def test_ends_of_the_residual_stream(model, tokens):
     assert model.all_head_labels()[7:] == ["L1H3", "L2H0", "L2H1", "L2H2", "L2H3", "L3H0", "L3H1"]
 
 
-@torch.no_grad()
-def test_hooks_of_the_final_norm_fire_when_it_is_called(model, tokens):
-    stream = model(tokens, stop_at_layer=-1)
-    with model.hooks([("ln_final.hook_normalized", lambda value, hook: 0 * value)]):
-        assert not model.ln_final(stream).any()
-
-
 def test_directions_of_tokens(embedded):
     token = embedded.to_single_token("e")
     for one in ("e", token, torch.tensor(token), torch.tensor([token])):
         assert torch.equal(embedded.tokens_to_residual_directions(one), embedded.W_U[:, token])
     many = torch.tensor([[token, 1], [2, 3]])
     assert embedded.tokens_to_residual_directions(many).shape == (2, 2, embedded.cfg.d_model)
-    assert embedded.to_single_str_token(token) == "e"
-
-
-def test_positions_of_tokens(embedded):
-    text = "of the people of the States"
-    where = [i for i, piece in enumerate(embedded.to_str_tokens(text)) if piece == " the"]
-    assert embedded.get_token_position(" the", text) == where[0] < where[-1]
-    assert embedded.get_token_position(" the", embedded.to_tokens(text), mode="last") == where[-1]
-    with pytest.raises(ValueError, match="is not in"):
-        embedded.get_token_position("z", text)
 
 
 def test_the_configuration_has_transformer_lens_fields():
@@ -93,11 +70,6 @@ def test_the_configuration_has_transformer_lens_fields():
     assert cfg.to_dict()["layers"][0]["K"] == 8 and set(cfg.to_dict()) >= {"n_layers", "d_model", "d_head"}
     cfg = HookedRecurrent.from_hf(make_hf("mamba2")).cfg
     assert cfg.attn_only and cfg.d_mlp is None and cfg.act_fn is None
-
-
-def test_loading_without_processing_is_loading():
-    model = HookedRecurrent.from_pretrained_no_processing("embedded", self_check=False)
-    assert isinstance(model, HookedRecurrent) and model.n_params_total == sum(p.numel() for p in model.parameters())
 
 
 def test_generation_goes_on_behind_the_end_where_asked(model, tokens):
@@ -128,3 +100,14 @@ def test_hooks_stay_where_they_are_not_to_be_reset(model, tokens):
     assert not torch.equal(edited, plain) and torch.equal(model(tokens), edited)
     model.reset_hooks()
     assert torch.equal(model(tokens), plain)
+
+
+def test_losses(model, tokens):
+    with torch.no_grad():
+        logits, loss = model(tokens, return_type="both", loss_per_token=True)
+        mean = model(tokens, return_type="loss")
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+    )
+    assert_close(loss.flatten(), expected)
+    assert_close(mean, expected.mean())

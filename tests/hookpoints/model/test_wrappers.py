@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import time
 from collections.abc import Callable, Iterator
 
 import accelerate
@@ -49,25 +48,9 @@ def check(wrap: Callable[[nn.Module], nn.Module], tokens: torch.Tensor) -> None:
     assert torch.allclose(model(tokens), plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-@torch.no_grad()
-def test_compiled(tokens):
-    check(lambda model: torch.compile(model, backend="eager"), tokens)
-
-
 @torch.no_grad()
 def test_distributed_data_parallel(one_process, tokens):
     check(nn.parallel.DistributedDataParallel, tokens)
-
-
-@torch.no_grad()
-def test_attaching_compiles_nothing(one_process, tokens):
-    model = make_hf()
-    wrapper = torch.compile(nn.parallel.DistributedDataParallel(model))
-    begun = time.monotonic()
-    with attach(wrapper, self_check=False) as hooked:
-        assert hooked.hf_model is model
-    assert time.monotonic() - begun < 1
 
 
 @torch.no_grad()
@@ -76,11 +59,6 @@ def test_adapters_that_are_not_merged(tokens):
     model = HookedRecurrent.from_hf(adapted(make_hf()))
     with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
         model.layer_W_O(1)
-
-
-@torch.no_grad()
-def test_adapters_that_are_merged(tokens):
-    check(lambda model: adapted(model).merge_and_unload(), tokens)
 
 
 @torch.no_grad()
@@ -142,11 +120,9 @@ def test_nnsight(tokens):
 )
 def test_what_cannot_be_hooked_from_inside_says_why(wrap, reason):
     wrapper = wrap(make_hf())
-    begun = time.monotonic()
     for call in (attach, HookedRecurrent.from_hf):
         with pytest.raises(UnsupportedModelError, match=reason):
             call(wrapper)
-    assert time.monotonic() - begun < 1
 
 
 def test_prompts_of_peft_are_refused():

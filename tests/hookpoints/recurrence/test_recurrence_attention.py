@@ -42,24 +42,3 @@ def test_a_weight_is_the_propagated_key_seen_by_the_query(r):
             expected = torch.einsum("brtk,btk->btr", key[:, :, : reads.shape[1]], reads)
             assert_close(attention[:, head, s + late :, s], expected, **EXACT)
             assert not attention[:, head, : s + late, s].any()
-
-
-def test_half_the_tokens_after_the_other_half(r):
-    """Keys handed on give the later tokens the earlier ones as sources: the last rows of the whole."""
-    whole, first = r.attention(), r.select(tokens=slice(0, 23))
-    past = first.by_source().final_state()
-    later = r.select(tokens=slice(23, None), initial_state=first.final_state())
-    reads = later.by_source(past).outputs().transpose(1, 2)
-    assert_close(reads, whole[:, :, 23:].flatten(3), **EXACT)
-
-
-def test_gradients_reach_every_factor(r):
-    small = r.select(rows=0, heads=0, tokens=slice(0, 5))
-    u = small.u.clone().requires_grad_()
-    q = small.q.clone().requires_grad_()
-    # The gradient of o with respect to u is A.
-    small.replace(u=u).outputs()[0, 4, 0, 2].backward()
-    weights = small.attention()[0, 0, 4]
-    assert_close(u.grad[0, :, 0, ..., 2], weights, **EXACT)
-    small.replace(q=q).attention().sum().backward()
-    assert q.grad is not None and q.grad.abs().max() > 0

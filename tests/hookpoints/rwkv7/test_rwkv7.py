@@ -1,14 +1,13 @@
-"""RWKV-7 in plain torch: two other implementations agree, decoding continues prefill, padding leaves no trace."""
+"""RWKV-7 in plain torch: another implementation agrees, padding leaves no trace."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 
 import pytest
 import torch
 from conftest import VOCAB, make_hf
-from rwkv7_oracles import Answer, ask_official, ask_rwkv7_hf
+from rwkv7_oracles import Answer, ask_official
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, Recurrence
@@ -58,23 +57,6 @@ def test_the_operation_is_the_papers_equation(length):
     assert_close(rwkv7_recurrence(**call(length)), by_hand(**call(length)), **EXACT)
 
 
-def test_gradients_of_the_operation():
-    inputs = {n: x.requires_grad_() for n, x in call().items() if isinstance(x, torch.Tensor)}
-    weights = normal(8, B, T, H, V), normal(9, B, H, K, V)
-    gradients = []
-    for op in (rwkv7_recurrence, by_hand):
-        results = op(**inputs, output_final_state=True)
-        gradients.append(torch.autograd.grad([(x * y).sum() for x, y in zip(results, weights)], list(inputs.values())))
-    for found, expected in zip(*gradients):
-        assert_close(found, expected, **EXACT)
-
-
-def test_no_state_is_returned_unasked_and_half_precision_stays():
-    half = {n: x.bfloat16() if isinstance(x, torch.Tensor) else x for n, x in call().items()}
-    outputs, state = rwkv7_recurrence(**{**half, "output_final_state": False})
-    assert state is None and outputs.dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize("rule", [RWKV7, FLA_RWKV7])
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_rule_is_the_operation(rule, fused):
@@ -99,13 +81,6 @@ def test_each_factor_can_be_fed_by_itself(field):
     assert_close(rwkv7_recurrence(**fed), by_hand(**fed), **EXACT)
     assert_close(Recurrence.of(rule.form(factors, arguments)).outputs(), by_hand(**fed)[0], **EXACT)
     assert not torch.equal(by_hand(**fed)[0], by_hand(**arguments)[0])
-
-
-def test_corrected_writes_are_refused():
-    rule, arguments = RWKV7, {**call(), "scale": 1.0}
-    r = Recurrence.of(rule.form(rule.factors(arguments), arguments))
-    with pytest.raises(ValueError, match=r"only where the erase a is along the write key"):
-        r.write(kind="corrected")
 
 
 # ---- the model
@@ -134,38 +109,6 @@ def assert_agrees(answer: Answer, model: RWKV7ForCausalLM, tokens: torch.Tensor)
 @torch.no_grad()
 def test_logits_and_states_are_those_of_the_official_package(wide, tokens, tmp_path, monkeypatch):
     assert_agrees(ask_official(wide, tokens[0].tolist(), tmp_path, monkeypatch), wide, tokens[:1])
-
-
-@torch.no_grad()
-def test_logits_and_states_are_those_of_rwkv7_hf(wide, tokens, tmp_path):
-    assert_agrees(ask_rwkv7_hf(wide, tokens[:1], tmp_path), wide, tokens[:1])
-
-
-@torch.no_grad()
-def test_padding_on_either_side_is_treated_as_rwkv7_hf_does(wide, tokens, tmp_path):
-    for side in (slice(0, 9), slice(61, 70)):
-        mask = torch.ones_like(tokens[:1])
-        mask[:, side] = 0
-        answer = ask_rwkv7_hf(wide, tokens[:1], tmp_path, mask)
-        out = wide(tokens[:1], attention_mask=mask)
-        real = mask[0].bool()
-        assert_close(out.logits[0, real], answer.logits[real], rtol=1e-5, atol=1e-4)
-        for layer, state in zip(cache_of(out).layers, answer.states, strict=True):
-            assert_close(layer.recurrent_states[0][0], state, rtol=1e-4, atol=1e-5 * float(state.abs().max()))
-
-
-@torch.no_grad()
-def test_decoding_in_pieces_continues_prefill(model64, tokens):
-    """Pieces of 1, 2 and more tokens, from a cache; logits and last states."""
-    whole, out, pieces = model64(tokens), None, []
-    for piece in tokens.split([33, 1, 2, 4, 1, 29], dim=1):
-        out = model64(piece, cache=None if out is None else cache_of(out))
-        pieces.append(out.logits)
-    assert_close(torch.cat(pieces, 1), whole.logits, **EXACT)
-    assert_close(model64(tokens, logits_to_keep=3).logits, whole.logits[:, -3:], **EXACT)
-    for found, expected in zip(cache_of(out).layers, cache_of(whole).layers):
-        assert_close(found.recurrent_states[0], expected.recurrent_states[0], **EXACT)
-        assert_close(found.conv_states[1], expected.conv_states[1], **EXACT)
 
 
 @torch.no_grad()
@@ -204,20 +147,6 @@ def test_generation_in_batches_with_padding_and_beams(tokens):
     assert torch.equal(beams, slow)
 
 
-@torch.no_grad()
-def test_a_cache_can_be_copied_and_reordered(model64, tokens):
-    out = model64(tokens[:, :20])
-    kept = copy.deepcopy(cache_of(out))
-    branch = copy.deepcopy(cache_of(out))
-    branch.reorder_cache(torch.tensor([1, 0, 1]))
-    following = torch.tensor([[5], [6], [7]])
-    found = model64(following, cache=branch).logits
-    rows = torch.cat([tokens[[1, 0, 1], :20], following], 1)
-    assert_close(found[:, 0], model64(rows).logits[:, -1], **EXACT)
-    for before, after in zip(kept.layers, cache_of(out).layers):
-        assert torch.equal(before.recurrent_states[0], after.recurrent_states[0])
-
-
 def test_every_parameter_learns(tokens):
     model = make_hf("rwkv7").train()
     out = model(tokens, labels=tokens)
@@ -238,47 +167,3 @@ def test_decays_begin_slow_and_fast():
 
 
 # ---- hooks and edits that are its own
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("model_type", "same"), [("rwkv7", True), ("qwen3_5", False)])
-def test_the_erase_keeps_its_own_key(model_type, same, tokens):
-    """Where the erase has its own key, editing the key is editing the write's key; in a delta rule it is not."""
-    model = HookedRecurrent.from_hf(make_hf(model_type))
-    name = "blocks.1.mixer.hook_{}"
-
-    def edit(key, hook):
-        key = key.clone()
-        key[:, 5] = -key[:, 6]
-        return key
-
-    runs = [model.run_with_hooks(tokens, fwd_hooks=[(name.format(key), edit)]) for key in ("k", "write_key")]
-    assert isinstance(model.cfg.layer(1).V, int)
-    assert torch.allclose(*runs, rtol=0, atol=1e-4) == same
-    assert not torch.allclose(runs[0], model(tokens), rtol=0, atol=1e-2)
-
-
-@torch.no_grad()
-def test_the_bonus_is_outside_the_state(tokens):
-    """Reads are S^T r alone; with all values of the recurrence at zero the layer still adds (r . r_k k) v."""
-    model = HookedRecurrent.from_hf(make_hf("rwkv7"))
-    mixer, prefix, given = model.attachment.layout.blocks[1].mixer, "blocks.1.mixer.", []
-    handle = mixer.o_proj.register_forward_pre_hook(lambda _m, args: given.append(args[0].clone()))
-    _, cache = model.run_with_cache(tokens, names_filter=lambda n: n.startswith(prefix) and "heads" not in n)
-    gone = [(prefix + "hook_v", lambda x, hook: torch.zeros_like(x))]
-    model.run_with_hooks(tokens, fwd_hooks=gone)
-    handle.remove()
-    q, k, v, read = (cache[prefix + name] for name in ("hook_q", "hook_k", "hook_v", "hook_read"))
-    bonus = ((q * k * mixer.r_k).sum(-1, keepdim=True) * v).flatten(2)
-    normed = mixer.g_norm(read.flatten(0, 1).flatten(1)).view_as(bonus)
-    gate = given[0] / (normed + bonus)
-    assert_close(given[1], (mixer.g_norm.bias + bonus) * gate, rtol=1e-3, atol=1e-4)
-
-
-@torch.no_grad()
-def test_values_of_layer_0_reach_a_run_that_starts_further_up(tokens):
-    model = HookedRecurrent.from_hf(make_hf("rwkv7"))
-    residual = model(tokens, stop_at_layer=2)
-    assert torch.equal(model(residual, start_at_layer=2, tokens=tokens), model(tokens))
-    with pytest.raises(ValueError, match="start_at_layer needs tokens="):
-        model(residual, start_at_layer=2)

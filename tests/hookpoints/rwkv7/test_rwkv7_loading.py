@@ -110,21 +110,6 @@ def test_a_checkpoint_loads_without_fla(checkpoint, tokens):
 
 
 @torch.no_grad()
-def test_a_half_precision_checkpoint(tmp_path, tokens):
-    hf = make_hf("rwkv7").bfloat16()
-    hf.save_pretrained(tmp_path)
-    wide = loaded(tmp_path)
-    assert wide.cfg.dtype == torch.float32
-    assert torch.equal(wide(tokens), hf.float()(tokens).logits)
-    half = loaded(tmp_path, dtype="auto")
-    assert half.cfg.dtype == torch.bfloat16
-    listened, cache = half.run_with_cache(tokens, names_filter=lambda name: True)
-    assert torch.equal(listened, half(tokens)) and cache["blocks.0.mixer.hook_state"].dtype == torch.float32
-    error = (listened.float() - wide(tokens)).square().mean().sqrt() / wide(tokens).square().mean().sqrt()
-    assert error < 5e-2
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("shards", [1, 3])
 def test_the_first_version_of_the_format(checkpoint, tokens, shards):
     """RWKV/RWKV7-Goose-World3-1.5B-HF and others hold the six token shifts of a layer in one tensor."""
