@@ -245,7 +245,7 @@ class Train:
                 cannot be used; before any training.
         """
         check_writable(self.out)
-        from sae_lens_writesae.sae.kinds import sparsity_fields
+        from writesae.experiment.traits import sparsity_fields
 
         sparsity_fields(self.architecture, self.k)  # raises where there is no such architecture
         collection = self._collection(say)
@@ -430,7 +430,7 @@ class Train:
         from sae_lens.registry import get_sae_training_class
 
         from sae_lens_writesae.choices import VARIANTS
-        from sae_lens_writesae.sae.kinds import matched_flat, sparsity_fields
+        from writesae.experiment.traits import matched_flat, sparsity_fields
 
         sae_class, config_class = get_sae_training_class(self.architecture)
         sparsity = sparsity_fields(self.architecture, self.k)
@@ -438,5 +438,7 @@ class Train:
         if name.variant != MATCHED:
             return self.d_sae, given | VARIANTS[name.variant]
         place = collection.head_target(layer, head, name.target)
-        flat = matched_flat(sae_class(config_class.from_dict(place.sae_fields | {"d_sae": self.d_sae} | sparsity)))
-        return flat.d_sae, given | flat.fields
+        size, fields = matched_flat(
+            sae_class(config_class.from_dict(place.sae_fields | {"d_sae": self.d_sae} | sparsity))
+        )
+        return size, given | fields

@@ -33,16 +33,16 @@ from sae_lens_writesae.sae import (
     WriteProductTrainingSAE,
     WriteProductTrainingSAEConfig,
 )
-from sae_lens_writesae.sae.controls import native, untrained
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
-from sae_lens_writesae.sae.kinds import matched_flat, n_parameters, variant
 from sae_lens_writesae.sae.product import _distinct, rank_one_rows
 from sae_lens_writesae.sae.runner import text_dataset, train
 from sae_lens_writesae.sae.target import head_target
 from writesae.evaluations.substitution import Substitution
+from writesae.experiment.controls import control_dictionary
 from writesae.experiment.lab import Lab
 from writesae.experiment.quality import dictionary_quality
 from writesae.experiment.tokens import sample_sequences
+from writesae.experiment.traits import matched_flat, n_parameters, variant
 
 K, V, N = 5, 7, 13
 SHAPE: dict[str, Any] = {"d_in": K * V, "d_k": K, "d_v": V, "d_sae": 24, "f_key": 4, "f_value": 6, "dtype": "float64"}
@@ -138,7 +138,7 @@ def test_pairs_are_ordinary_atoms(counts: tuple[int, int]) -> None:
     cut = sae.run_with_hooks(x, fwd_hooks=[("hook_sae_acts_post", lambda a, hook: a * 0)])
     assert_close(cut, sae.b_dec.expand_as(cut))
     assert sum(p.numel() for p in sae.parameters()) == n_parameters(sae) == 2 * (4 * K + 6 * V) + K * V
-    assert variant(sae) == "product" and matched_flat(sae).d_sae == 2
+    assert variant(sae) == "product" and matched_flat(sae)[0] == 2
 
 
 def test_gradients() -> None:
@@ -335,8 +335,8 @@ def test_control_dictionaries() -> None:
     x = rows.dense().flatten(1)
     sae: Any = WriteProductSAE(WriteProductSAEConfig(d_in=80, d_k=8, d_sae=36, f_key=4, f_value=9))
     sae.cfg.metadata.training_architecture_details = {"b_dec_init": "zeros"}
-    random: Any = untrained(sae, x)
-    drawn: Any = native(sae, x, rows)
+    random: Any = control_dictionary(sae, x)
+    drawn: Any = control_dictionary(sae, x, rows)
     for control in (random, drawn):
         assert type(control) is WriteProductSAE and not control.b_dec.any()
         assert_close(control.decoder_norm().data, torch.ones(36))

@@ -15,10 +15,10 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.files import free_bytes, size_text
 from sae_lens_writesae.sae.fast import Options, gradients
-from sae_lens_writesae.sae.kinds import sparsity_fields
 from writesae.choices import DictionaryName
 from writesae.evaluations import EVALUATIONS
 from writesae.experiment.evaluation import Scope
+from writesae.experiment.traits import sparsity_fields
 from writesae.reproduce.config import ReproduceConfig
 
 _ROWS_PER_FIRING = 40
