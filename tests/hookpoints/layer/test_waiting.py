@@ -150,9 +150,6 @@ def test_small_training_steps_have_one_thread_and_a_seed_gives_the_same_weights(
 
 @pytest.mark.usefixtures("two_threads")
 def test_an_exception_in_training_leaves_the_threads_as_they_were(embedded: HookedRecurrent) -> None:
-    def stop(*_: object) -> None:
-        raise KeyError
-
-    with pytest.raises(KeyError):
-        train_on_writes(config(embedded), torch.randn(300, 1, 64), torch.randn(300, 1, 32), stop)
+    with pytest.raises(ValueError, match="NaN"):
+        train_on_writes(config(embedded), torch.full((300, 64), torch.nan), torch.ones(300, 32))
     assert torch.get_num_threads() == 2
