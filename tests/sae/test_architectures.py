@@ -433,40 +433,33 @@ def edit_config(folder: Path, **fields: Any) -> None:
     reseal(folder)
 
 
-def test_missing_files_are_named(saved: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nowhere/cfg.json does not exist.*no such folder"):
+def test_missing_and_truncated_files_are_named(saved: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere/cfg\.json"):
         W.load_sae(saved / "nowhere")
+    for name, length in (("sae_weights.safetensors", -40), ("cfg.json", 50)):
+        whole = (saved / name).read_bytes()
+        (saved / name).write_bytes(whole[:length])
+        reseal(saved)  # as each of these tests does, to reach what is checked after the seal
+        with pytest.raises(CheckpointError, match=name):
+            W.load_sae(saved)
+        (saved / name).write_bytes(whole)
     (saved / "sae_weights.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"sae_weights.safetensors.* is missing"):
-        W.load_sae(saved)
-
-
-def test_truncated_files_are_named(saved: Path) -> None:
-    weights = saved / "sae_weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-40])
-    reseal(saved)  # as each of these tests does, to reach what is checked after the seal
-    with pytest.raises(CheckpointError, match=r"sae_weights.safetensors cannot be read as safetensors"):
-        W.load_sae(saved)
-    config = saved / "cfg.json"
-    config.write_text(config.read_text()[:50])
-    reseal(saved)
-    with pytest.raises(CheckpointError, match=r"cfg.json is cut short"):
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors"):
         W.load_sae(saved)
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    ("fields", "message"),
     [
-        ({"d_sae": 17}, r"sae_weights.safetensors: '\w+' has shape \[16.*needs \[17"),
-        ({"rank": 2}, r"'v' has shape \[16, 1, 5\].*needs \[16, 2, 5\]"),
+        ({"d_sae": 17}, r"of shape \[17"),
+        ({"rank": 2}, r"v of shape \[16, 2, 5\]"),
         ({"d_k": 7}, "d_in=30"),
-        ({"encoder": "dense"}, r"lacks \['encoder_matrix'\]"),
-        ({"encoder": "tied"}, r"lacks \['encoder_scale'\]"),
-        ({"architecture": "writesae_jumprelu"}, r"unknown field\(s\) k, "),
-        ({"rank": 1, "normalise_activations": "none"}, r"normalise_activations; nearest: normalize_activations"),
-        ({"architecture": "standard"}, r"lacks \['W_dec', 'W_enc'\]"),
-        ({"architecture": "writesae_topp"}, r"'writesae_topp' is not registered.*writesae_topk.*import that package"),
-        ({"architecture": "writesae_batchtopk"}, r"exists for training only; call with training=True"),
+        ({"encoder": "dense"}, "encoder_matrix"),
+        ({"architecture": "writesae_jumprelu"}, r"\['k', "),
+        ({"rank": 1, "normalise_activations": "none"}, "normalize_activations"),
+        ({"architecture": "standard"}, "W_dec"),
+        ({"architecture": "writesae_topp"}, "writesae_topk"),
+        ({"architecture": "writesae_batchtopk"}, "training=False"),
     ],
 )
 def test_foreign_checkpoints_are_named(saved: Path, fields: dict, message: str) -> None:
@@ -478,18 +471,15 @@ def test_foreign_checkpoints_are_named(saved: Path, fields: dict, message: str) 
 def test_foreign_weights_are_named(saved: Path) -> None:
     weights = saved / "sae_weights.safetensors"
     state = load_file(weights)
-    save_file(state | {"extra": torch.zeros(1)}, weights)
-    reseal(saved)
-    with pytest.raises(CheckpointError, match=r"has \['extra'\]"):
-        W.load_sae(saved)
-    state["w"][3] = float("nan")
-    save_file(state, weights)
-    reseal(saved)
-    with pytest.raises(CheckpointError, match=r"sae_weights.safetensors: 'w' holds NaN"):
-        W.load_sae(saved)
+    bad = state["w"].index_fill(0, torch.tensor(3), torch.nan)
+    for other, message in ((state | {"extra": torch.zeros(1)}, "extra"), (state | {"w": bad}, "NaN")):
+        save_file(other, weights)
+        reseal(saved)
+        with pytest.raises(CheckpointError, match=message):
+            W.load_sae(saved)
     (saved / "cfg.json").write_text("[]")
     reseal(saved)
-    with pytest.raises(CheckpointError, match=r"cfg.json holds list"):
+    with pytest.raises(CheckpointError, match="list"):
         W.load_sae(saved)
 
 
