@@ -30,7 +30,7 @@ from sae_lens_writesae.sae.target import (
     Dictionary,
     HeadHook,
     atoms_of,
-    check_fits,
+    check_hook,
     check_plain_activations,
     head_target,
 )
@@ -229,6 +229,7 @@ def _encode(sae: Dictionary, matrices: Tensor) -> Tensor:
 
 def _checked(model: HookedRecurrent, sae: Dictionary) -> HeadHook:
     """The hook of an SAE that fits the model and whose activations are in units of the write."""
-    check_fits(model, sae, "sae=")
+    hook = HeadHook.of(sae)
+    check_hook(model, hook.name, sae.cfg, "sae=")
     check_plain_activations(sae)
-    return HeadHook.of(sae)
+    return hook
