@@ -100,12 +100,12 @@ def train_on_rows(
 
 
 def matrices(cfg: RunnerConfig, writes: LowRank) -> Iterator[Tensor]:
-    """Shuffled batches of writes as rows [N,K*V], and behind them their factors, where the loss compares with these."""
+    """Shuffled batches of writes as rows [N,K*V], and behind them the same again, where the loss compares with
+    writes."""
     for index in shuffled(len(writes), cfg.train_batch_size_tokens, cfg.seed):
         part = writes.rows(index.to(writes.keys.device))
-        part = part.to(torch.promote_types(part.keys.dtype, torch.float32))
-        sides = (part.keys, part.values) if cfg.sae.loss == "write" else ()
-        yield torch.cat([part.dense().flatten(1), *(COLUMN_SCALE * side.flatten(1) for side in sides)], dim=1)
+        rows = part.to(torch.promote_types(part.keys.dtype, torch.float32)).dense().flatten(1)
+        yield torch.cat([rows, COLUMN_SCALE * rows], dim=1) if cfg.sae.loss == "write" else rows
 
 
 def wandb_run(cfg: RunnerConfig, **options: Any) -> AbstractContextManager[Any]:

@@ -233,13 +233,12 @@ def _mixed_rows(collection: Collection, cfg: RunnerConfig) -> Iterator[Tensor]:
 
 def head_rows(recurrence: Recurrence, target: HookTarget, loss: Loss, positions: slice = slice(None)) -> Tensor:
     """[B,T',K*V + columns] writes or states of head 0, flattened, and what `loss` compares them with: the query that
-    reads them, or keys and values of the write of the same token."""
+    reads them, or the write of the same token."""
     at, one = list(range(recurrence.T))[positions], recurrence.select(heads=0)
-    matrices = (one.states(positions=at) if target == "state" else one.write(positions=at))[:, :, 0].flatten(2)
-    if loss == "mse":
-        return matrices
-    sides = (one.k[:, :, 0].flatten(2), one.u[:, :, 0].flatten(2)) if loss == "write" else (read_queries(one)[:, :, 0],)
-    return torch.cat([matrices, *(COLUMN_SCALE * side[:, positions].to(matrices) for side in sides)], dim=-1)
+    writes = one.write(positions=at)[:, :, 0].flatten(2)
+    matrices = one.states(positions=at)[:, :, 0].flatten(2) if target == "state" else writes
+    columns = {"mse": writes[..., :0], "reads": read_queries(one)[:, positions, 0], "write": writes}[loss]
+    return torch.cat([matrices, COLUMN_SCALE * columns.to(matrices)], dim=-1)
 
 
 @contextmanager

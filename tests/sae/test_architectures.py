@@ -1,6 +1,5 @@
 """Every architecture against SAELens' own with dense weights, and everything SAELens does with files and configs."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -166,23 +165,6 @@ def test_export_is_what_saelens_would_export(name: str, variant: dict, tmp_path:
     assert ours.cfg.metadata.training_architecture == name
     for field, value in variant.items():
         assert getattr(ours.cfg, field) == value
-
-
-@pytest.mark.parametrize("name, options", OPTIONS, ids=str)
-def test_a_logging_step_tells_of_the_write(name: str, options: dict) -> None:
-    sae = build(name, **options)
-    step = dataclasses.replace(step_input(sae), is_logging_step=True)
-    output = sae.training_forward_pass(step)
-    acts, x = output.feature_acts.to_dense().detach(), step.sae_in
-    with torch.no_grad():
-        scaled = sae.coefficients(acts) * sae.decoder_norm()
-        norm, top = scaled.max(1)
-        along = (x * torch.nn.functional.normalize(sae.W_dec[top], dim=1)).sum(1)
-        energy = torch.where(norm > 0, along**2 / x.square().sum(1), 0)
-        cosine = torch.cosine_similarity(sae.coefficients(acts) @ sae.W_dec + sae.b_dec, x)
-    assert output.metrics["top_atom_energy"] == pytest.approx(energy.mean().item())
-    assert output.metrics["cosine"] == pytest.approx(cosine.mean().item())
-    assert "cosine" not in sae.training_forward_pass(step_input(sae)).metrics
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))

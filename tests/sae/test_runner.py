@@ -88,7 +88,9 @@ def test_stock_runner_gives_what_calibration_of_b_dec_would(embedded, tmp_path):
 
     trained = runner().run().eval()  # SAELens has saved it too
     saved, calibrated = (writesae.load_sae(tmp_path) for _ in range(2))
-    writesae.calibrate_b_dec(calibrated, runner().activations_store, 20_000 // 128)
+    store = runner().activations_store
+    rows = torch.cat([next(store) for _ in range(20_000 // 128)])
+    calibrated.move_b_dec((rows - calibrated(rows)).mean(0).detach())
     tokens = sample_sequences(embedded, shipped.text("test"), 256, 12)
     saes = {"returned": trained, "saved": saved, "calibrated": calibrated}
     found = {name: each.recovered.mean for name, each in qualities(Lab(embedded, saes, tokens)).items()}
@@ -250,7 +252,6 @@ def _exported(model, dataset, folder):
 
 @pytest.mark.slow
 def test_wandb_logging_offline(embedded, dataset, tmp_path, monkeypatch):
-    """What is logged tells of the write, beside SAELens' metrics."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     values, log = {}, wandb.Run.log
@@ -258,7 +259,6 @@ def test_wandb_logging_offline(embedded, dataset, tmp_path, monkeypatch):
     logger = LoggingConfig(log_to_wandb=True, wandb_project="test", wandb_log_frequency=2, eval_every_n_wandb_logs=2)
     train(small_config(embedded, logger=logger), embedded, dataset)
     assert list(tmp_path.glob("wandb/offline-run-*"))
-    assert 0 < values["metrics/top_atom_energy"] < values["metrics/cosine"] < 1
     assert values["metrics/explained_variance"] < 1
 
 

@@ -38,9 +38,9 @@ def make(architecture: str = "writesae_topk", loss: Any = "reads", weight: float
     return sae_class(config_class(**shape | own | EXTRA.get(architecture, {}) | fields))  # pyright: ignore
 
 
-def rows(loss: Any, n: int = 10, terms: int = 1) -> torch.Tensor:
+def rows(loss: Any, n: int = 10) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    columns = {"mse": 0, "reads": K, "write": terms * (K + V)}[loss]
+    columns = {"mse": 0, "reads": K, "write": K * V}[loss]
     return torch.randn(n, K * V + columns, dtype=torch.float64, generator=generator)
 
 
@@ -150,11 +150,11 @@ def config(source: Any, **fields: Any) -> Any:
 @pytest.mark.parametrize("loss", ["reads", "write"])
 def test_columns_are_the_models_own_queries_and_writes(model: Any, tokens: Any, target: Any, loss: Any) -> None:
     name = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_{target}_vec"
-    names = [name] + [f"blocks.{LAYER}.mixer.hook_{n}" for n in ("q", "write_key", "write_value")]
+    names = [name, f"blocks.{LAYER}.mixer.hook_q", name.replace("state", "write")]
     _, cache = model.run_with_cache(tokens[:, :32], names_filter=names)
     found = head_rows(model.recurrence(tokens[:, :32], LAYER).select(heads=HEAD), target, loss, slice(-3, None))
-    wanted = [cache[names[1]]] if loss == "reads" else [cache[n] for n in names[2:]]
-    expected = torch.cat([cache[name], *(COLUMN_SCALE * x[:, :, HEAD] for x in wanted)], -1)[:, -3:]
+    wanted = cache[names[1]][:, :, HEAD] if loss == "reads" else cache[names[2]]
+    expected = torch.cat([cache[name], COLUMN_SCALE * wanted], -1)[:, -3:]
     size = torch.ones(found.shape[-1])
     size[: K * V] = COLUMN_SCALE
     torch.testing.assert_close(found * size, expected * size, atol=1e-11, rtol=1e-5)

@@ -101,7 +101,7 @@ def control_dictionary(sae: MatrixSAE, matrices: Tensor, writes: LowRank | None 
     x = matrices.to(new.b_dec)
     wanted = int((sae.encode(x) > 0).sum())
     if {"threshold", "topk_threshold"} & {*new.state_dict()}:
-        calibrate_threshold(new, [x], min(wanted / len(x), cfg.d_sae - 1))
+        calibrate_threshold(new, x, min(wanted / len(x), cfg.d_sae - 1))
     elif getattr(cfg, "k", None) is None and wanted < len(x) * cfg.d_sae:
         # Standard and Gated, which have no threshold, get one bias for all atoms, between the last one in and the next.
         top = (new.process_sae_in(x) @ new.W_enc).flatten().topk(wanted + 1).values
