@@ -6,11 +6,13 @@ Each dictionary is in its folder when it is whole, so that the same command goes
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
@@ -141,6 +143,20 @@ def enough(documents: Iterable[str], n_tokens: int, model: HookedRecurrent) -> D
         if total >= n_tokens:
             break
     return Dataset.from_dict({"text": kept})
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence SAELens' warnings in this scope. It warns that a run with a given model and text cannot be repeated from
+    its config alone, which does not concern callers that keep settings of their own."""
+    logger = logging.getLogger("sae_lens")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def save_dictionary(sae: MatrixTrainingSAE, folder: Path) -> None:
@@ -375,7 +391,7 @@ class Train:
         """Dictionaries of one shape, from where a kill left them."""
         from sae_lens_writesae.atom.low_rank import LowRank
         from sae_lens_writesae.sae.fast import shape_of, train_many_on_writes
-        from sae_lens_writesae.sae.runner import quiet, train
+        from sae_lens_writesae.sae.runner import train
 
         checkpoint = folders[group[0]] / "checkpoint"
         with quiet():

@@ -8,11 +8,8 @@ gives SAELens' trainer the rows. `sae.fast` trains on factors.
 from __future__ import annotations
 
 import functools
-import logging
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -239,17 +236,3 @@ def head_rows(recurrence: Recurrence, target: HookTarget, loss: Loss, positions:
     matrices = one.states(positions=at)[:, :, 0].flatten(2) if target == "state" else writes
     columns = {"mse": writes[..., :0], "reads": read_queries(one)[:, positions, 0], "write": writes}[loss]
     return torch.cat([matrices, COLUMN_SCALE * columns.to(matrices)], dim=-1)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence SAELens' warnings in this scope. It warns that a run with a given model and text cannot be repeated from
-    its config alone, which does not concern callers that keep settings of their own."""
-    logger = logging.getLogger("sae_lens")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logger.setLevel(level)

@@ -310,9 +310,8 @@ MAX_COSINE = 0.9
 def draw_rows(errors: Tensor, count: int) -> Tensor:
     """Up to `count` row numbers, drawn without repetition in proportion to the rows' squared errors [N]."""
     count = min(count, int((errors > 0).sum()))
-    if count == 0:
-        return errors.new_zeros(0, dtype=torch.long)
-    return torch.multinomial(errors / errors.max(), count, replacement=False)
+    none = errors.new_zeros(0, dtype=torch.long)
+    return torch.multinomial(errors / errors.max(), count, replacement=False) if count else none
 
 
 def distinct_directions(matrices: Tensor, rank: int, taken: LowRank | None = None) -> LowRank:

@@ -10,7 +10,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, Recurrence
-from sae_lens_writesae.atom.low_rank import LowRank, mean_write
+from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.matrix import MatrixSAE
 
 ROUNDING = 1e-12
@@ -21,6 +21,23 @@ HALF_LIFE_LIMIT = 128
 
 WriteKind = Literal["additive", "corrected"]
 """The native write: k_t u_t^T, which keeps the erase of a delta rule, or k_t u~_t^T, which contains it."""
+
+
+def state_direction(states: Tensor) -> LowRank:
+    """The top singular direction x y^T of states [N,K,V], at unit norm and with <S, x y^T> > 0. Costs an SVD each."""
+    left, _, right = torch.linalg.svd(states, full_matrices=False)
+    return LowRank.rank_one(left[:, :, 0], right[:, 0])
+
+
+def mean_write(keys: Tensor, values: Tensor, energy: float = 1.0) -> LowRank:
+    """The mean over tokens of k_t u_t^T from keys [T,K] and values [T,V], as one matrix (N = 1).
+
+    It has the fewest singular terms, largest first, that hold the share `energy` of its squared norm (1: all of them).
+    """
+    left, sigma, right = torch.linalg.svd(keys.T @ values / len(keys), full_matrices=False)
+    held = (sigma**2).cumsum(0) / (sigma**2).sum()
+    rank = min(int((held < energy).sum()) + 1, len(sigma))
+    return LowRank((left[:, :rank] * sigma[:rank]).T[None], right[None, :rank])
 
 
 class HeadProfile(NamedTuple):
