@@ -115,25 +115,6 @@ def test_planted_atoms_are_recovered(name: str, fields: dict) -> None:
     assert recovery(make(name, d_sae=48, **fields), data) < 0.6  # what chance gives
 
 
-def test_scaled_input_is_folded_by_the_trainer() -> None:
-    class Small(Planted):
-        def __next__(self) -> Tensor:
-            return super().__next__() * 1e-3
-
-    data = Small()
-    sae = train(
-        "writesae_batchtopk",
-        data,
-        400,
-        trainer_fields={"n_batches_for_norm_estimate": 4},
-        normalize_activations="expected_average_only_in",
-    ).sae
-    assert sae.cfg.normalize_activations == "none"
-    x = next(data)
-    assert (sae(x) - x).square().sum() < 0.3 * (x - x.mean(0)).square().sum()
-    assert abs(exported_l0(sae, x) - 2) < 0.2
-
-
 # ---------------------------------------------------------------------------------------- thresholds
 
 
@@ -268,22 +249,6 @@ def test_directions_are_distinct_even_if_the_rows_are_not() -> None:
     assert len(distinct_directions(torch.zeros(0, K, V), rank=2)) == 0
 
 
-@pytest.mark.slow
-def test_resampling_revives_what_nothing_else_does() -> None:
-    def with_most_atoms_dead(**fields: Any) -> tuple[Any, Planted]:
-        torch.manual_seed(0)
-        data = Planted()
-        trainer = make_trainer("writesae_topk", data, 300, 3e-3, {}, aux_loss_coefficient=0.0, **fields)
-        trainer.sae.b_enc.data[:24] = -5.0
-        trainer.fit()
-        return trainer, data
-
-    left, data = with_most_atoms_dead(resample_every=0)
-    assert left.dead_neurons[:24].all() and recovery(left.sae, data) < 0.7
-    revived, data = with_most_atoms_dead(resample_every=60)
-    assert revived.dead_neurons.sum() < 8 and recovery(revived.sae, data) > 0.85
-
-
 # ---------------------------------------------------------------------------------------- the rest
 
 
@@ -323,20 +288,6 @@ def test_resumed_training_is_training_that_never_stopped(tmp_path: Path) -> None
     for n, tensor in whole.sae.state_dict().items():
         assert torch.equal(tensor, resumed.sae.state_dict()[n]), n
     assert type(TrainingSAE.load_from_disk(tmp_path / "half")) is S.WriteBatchTopKTrainingSAE
-
-
-@pytest.mark.parametrize("name", [name for name in S.INFERENCE if name in VARIED])
-def test_a_moved_b_dec_leaves_the_codes(name: str, tmp_path: Path) -> None:
-    data = Planted(mean=0.3)
-    x = torch.cat([next(data) for _ in range(4)])
-    make(name).save_inference_model(tmp_path)
-    for sae in (make(name), W.load_sae(tmp_path)):
-        sae.requires_grad_(False)
-        codes, before = sae.encode(x), x - sae(x)
-        sae.move_b_dec(before.mean(0))
-        after = x - sae(x)
-        torch.testing.assert_close(sae.encode(x), codes, rtol=1e-3, atol=1e-4)
-        assert after.mean(0).norm() < 1e-3 * before.mean(0).norm() and after.square().sum() < before.square().sum()
 
 
 @pytest.mark.parametrize("name", S.TRAINING)
