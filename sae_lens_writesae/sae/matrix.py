@@ -127,10 +127,10 @@ class MatrixSAE(SAE[Any]):
             self.encoder_matrix = nn.Parameter(khatri_rao(v, w).T.contiguous())
         else:
             self.encoder_scale = nn.Buffer(torch.ones(cfg.d_sae, **like))
-        self._keep_start(v, w)
+        self._begin()
 
-    def _keep_start(self, keys: Tensor, values: Tensor) -> None:
-        """Is given the initial atoms [F,R,K], [F,R,V]; a class in training keeps them."""
+    def _begin(self) -> None:
+        """A class in training adds its buffers."""
 
     @property
     def n_factors(self) -> int:

@@ -136,7 +136,7 @@ class _Product(MatrixSAE):
         values = scale * normalize(torch.randn(cfg.f_value, cfg.d_v, **like), dim=1)
         self.key_atoms, self.key_encoder = nn.Parameter(keys), nn.Parameter(keys.clone())
         self.value_atoms, self.value_encoder = nn.Parameter(values), nn.Parameter(values.clone())
-        self._keep_start(keys[:, None], values[:, None])
+        self._begin()
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Activations and pre-activations [...,d_sae] of [...,K*V]."""
@@ -273,20 +273,6 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):
             self._put(side, torch.nonzero(dead_side).flatten()[: len(rows)], rows, ~dead_side)
             replaced += len(rows)
         return replaced
-
-    def _put(self, side: int, indices: Tensor, rows: Tensor, alive: Tensor) -> None:
-        """A replaced atom starts anew."""
-        super()._put(side, indices, rows, alive)
-        (self.start_keys, self.start_values)[side][indices] = self.sides[side][0].data[indices, None]
-
-    @torch.no_grad()
-    def start_cosine(self) -> float:
-        """Median over pairs of the cosine with their start, which is the product of those of the sides."""
-        keys, values = (
-            torch.cosine_similarity(side.float(), start[:, 0].float(), dim=1)
-            for side, start in ((self.key_atoms, self.start_keys), (self.value_atoms, self.start_values))
-        )
-        return float(torch.outer(keys, values).median())
 
 
 def rank_one_rows(sae: _Product | _SideStep, rows: Tensor) -> LowRank:

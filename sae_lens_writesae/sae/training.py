@@ -158,15 +158,14 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         """Put atoms that still wait for it on directions of rows of a batch [N,K*V], in decoder and encoder; returns
         how many have such a start by now.
 
-        Rows are drawn in proportion to their squared norm, and none is taken that is near to an atom which a row
-        started. What one batch leaves open waits for the next one. `first` begins with atom 0. Costs one K x V SVD for
-        each row that is drawn.
+        Rows are drawn in proportion to their squared norm, and none is taken that is near to an atom which an earlier
+        batch started. What one batch leaves open waits for the next one. `first` begins with atom 0. Costs one K x V
+        SVD for each row that is drawn.
         """
         F, done = self.cfg.d_sae, 0 if first else int(self.n_started)
         if done < F and (first or done):
             rows = x[draw_rows(x.float().square().sum(1), F - done)].view(-1, self.cfg.d_k, self.cfg.d_v)
-            before = LowRank(self.start_keys[:done], self.start_values[:done]).to(torch.float32)
-            atoms = distinct_directions(rows.float(), self.cfg.rank, before)
+            atoms = distinct_directions(rows.float(), self.cfg.rank, self.W_dec[:done].float())
             index = torch.arange(done, done + len(atoms), device=self.device)
             self.replace_atoms(index, atoms, torch.ones(F, dtype=torch.bool, device=self.device))
             self.n_started.fill_(done + len(atoms))
@@ -195,8 +194,6 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         if "threshold" in self._parameters:
             self.get_parameter("threshold").data[indices] = cast(Any, self.cfg).jumprelu_init_threshold
         self.mean_batches[indices] = self.mean_contribution[indices] = 0
-        self.start_keys[indices] = atoms.keys.to(self.start_keys)
-        self.start_values[indices] = atoms.values.to(self.start_values)
 
     # ---------------------------------------------------------------------------------------- the mean
 
@@ -246,9 +243,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
 
     # ---------------------------------------------------------------------------------------- what is kept and saved
 
-    def _keep_start(self, keys: Tensor, values: Tensor) -> None:
-        self.start_keys, self.start_values = nn.Buffer(keys.clone()), nn.Buffer(values.clone())
-        """[F,R,K] and [F,R,V], the atoms as they were when their training began."""
+    def _begin(self) -> None:
         self.n_started = nn.Buffer(torch.zeros((), dtype=torch.long, device=self.device))
         """[], atoms that were put on rows of the first batches."""
         self.mean_input = nn.Buffer(torch.zeros_like(self.b_dec, dtype=exact_dtype(self.b_dec)))
@@ -258,19 +253,11 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         self.mean_batches = nn.Buffer(torch.zeros_like(self.mean_contribution, dtype=torch.long))
         """[F], batches since an atom was put where it began; 0 everywhere: there are no means."""
 
-    @torch.no_grad()
-    def start_cosine(self) -> float:
-        """Median over atoms of the cosine of an atom with its own start: 1 where nothing was learned. An atom that was
-        resampled started where it was put. Costs a dictionary of dense atoms, where the decoder is flat."""
-        start = LowRank(self.start_keys, self.start_values).to(torch.float32)
-        return float(self.atoms().to(torch.float32).cosine(start).quantile(0.5))
-
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Tensor]) -> None:
-        """Keep how far the atoms moved in the metadata, settle b_dec, and leave out what only training needs. SAELens
+        """Settle b_dec, and leave out what only training needs. SAELens
         may fold norms into `W_enc` and `W_dec`: it is given both, and the factors follow."""
-        self.cfg.metadata.start_cosine = self.start_cosine()
         self.settle_b_dec()  # in place, which the tensors of state_dict see
-        for name in ("start_keys", "start_values", "n_started", "mean_input", "mean_contribution", "mean_batches"):
+        for name in ("n_started", "mean_input", "mean_contribution", "mean_batches"):
             del state_dict[name]
         with torch.no_grad():
             given = self.W_dec
@@ -314,9 +301,9 @@ def draw_rows(errors: Tensor, count: int) -> Tensor:
     return torch.multinomial(errors / errors.max(), count, replacement=False) if count else none
 
 
-def distinct_directions(matrices: Tensor, rank: int, taken: LowRank | None = None) -> LowRank:
-    """Unit-norm atoms of rank R from matrices [n,K,V], no two with a cosine above 0.9, and none so near to one that is
-    `taken`.
+def distinct_directions(matrices: Tensor, rank: int, taken: Tensor | None = None) -> LowRank:
+    """Unit-norm atoms of rank R from matrices [n,K,V], no two with a cosine above 0.9, and none so near to one of the
+    rows `taken` [m,K*V].
 
     The matrices are cut to rank R by SVD. (The paper's code draws rows of the raw state with repetition; a batch with
     one dominant direction then gives many copies of it.)
@@ -326,7 +313,7 @@ def distinct_directions(matrices: Tensor, rank: int, taken: LowRank | None = Non
     atoms = LowRank(atoms.keys * size, atoms.values * size)
     near = atoms.cosines(atoms).tril(-1)
     if taken is not None:
-        near = torch.cat([near, atoms.cosines(taken)], dim=1)
+        near = torch.cat([near, atoms.dense().flatten(1) @ nn.functional.normalize(taken, dim=1).T], dim=1)
     return atoms.rows(~(near > MAX_COSINE).any(1))
 
 

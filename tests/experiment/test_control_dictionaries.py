@@ -64,7 +64,6 @@ def test_controls_are_alike_in_all_but_their_atoms(architecture: str, variant: s
         assert_close(control.b_dec.data, rows().mean(0))
         assert_close(control.decoder_norm().data, torch.ones(F))
         assert_close(control.W_enc.T.data, control.W_dec.data)
-        assert control.cfg.metadata.start_cosine == 1 and sae.cfg.metadata.start_cosine is None
         nearest.append(torch.nn.functional.normalize(writes().dense().flatten(1), dim=1) @ control.W_dec.data.T)
     assert_close(nearest[0].amax(0), torch.ones(F))
     assert len(nearest[0].argmax(0).unique()) == F  # drawn without repetition

@@ -87,7 +87,6 @@ def control_dictionary(sae: MatrixSAE, matrices: Tensor, writes: LowRank | None 
     new._scale_in_place(1 / new.decoder_norm(), 1 / new.encoder_norm())
     if (cfg.metadata.training_architecture_details or {}).get("b_dec_init", "mean") == "mean":
         new.b_dec.data.copy_(matrices.float().mean(0))
-    cfg.metadata.start_cosine = 1.0
     if writes is not None:
         able, n_atoms = torch.nonzero(writes.norm() > 0).flatten().cpu(), new.n_factors
         order = torch.randperm(len(able), generator=torch.Generator().manual_seed(seed))
