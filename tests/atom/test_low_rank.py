@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae_lens_writesae import LowRank
-from writesae.experiment.head import mean_write, state_direction
 
 N, K, V = 6, 5, 7
 
@@ -66,24 +65,6 @@ def test_svd_is_exact_or_the_closest_of_its_rank(balanced: bool) -> None:
     sides = (singular[:, :2].sqrt(),) * 2 if balanced else (singular[:, :2], torch.ones(N, 2, dtype=torch.float64))
     close(closest.keys.norm(dim=-1), sides[0])
     close(closest.values.norm(dim=-1), sides[1])
-
-
-def test_state_direction_is_the_best_rank_one_match() -> None:
-    states = torch.randn(N, K, V, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    top = state_direction(states)
-    close(top.norm(), torch.ones(N, dtype=torch.float64))
-    close((top.dense() * states).sum((1, 2)), torch.linalg.matrix_norm(states, 2))
-
-
-def test_mean_write_holds_the_share_of_energy_asked_for() -> None:
-    tokens = draw(1, 0, 30)
-    keys, values = tokens.keys[:, 0], tokens.values[:, 0]
-    whole, most = mean_write(keys, values), mean_write(keys, values, energy=0.8)
-    close(whole.dense()[0], tokens.dense().mean(0))
-    assert most.rank < whole.rank == min(K, V)
-    missing = (whole.dense() - most.dense()).square().sum() / whole.dense().square().sum()
-    assert 0 < missing <= 0.2
-    assert mean_write(keys[:1], values[:1], energy=0.99).rank == 1
 
 
 def test_random_directions_are_seeded_and_isotropic() -> None:
