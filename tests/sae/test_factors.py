@@ -1,14 +1,9 @@
-"""Collections: what is written is what the model computes; kills, full disks and damages harm nothing; and dictionaries
-train from them."""
+"""Collections: what is written is what the model computes, and a run that was stopped is resumed."""
 
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -185,33 +180,6 @@ def test_the_command(capsys, tmp_path, monkeypatch, embedded):
 
 
 # ------------------------------------------------------------------------------------------------ stops
-
-
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_kills_at_random_moments_leave_the_files_of_a_run_without(model, tmp_path, whole):
-    begin = time.monotonic()
-    small(model, tmp_path / "timing")
-    length = time.monotonic() - begin
-    draw, kills, folders, stopped_at = random.Random(0), 0, 0, set()
-    while kills < 6:
-        folder = tmp_path / str(folders)
-        if (process := os.fork()) == 0:
-            try:
-                small(model, folder)
-            finally:
-                os._exit(0)
-        time.sleep(draw.uniform(0, length))
-        os.kill(process, signal.SIGKILL)
-        _, status = os.waitpid(process, 0)
-        if os.WIFSIGNALED(status):
-            kills += 1
-            stopped_at.add(len(list(folder.glob("shard-*"))) if folder.exists() else None)
-        else:
-            assert contents(folder) == contents(whole)
-            folders += 1
-    small(model, folder)
-    assert contents(folder) == contents(whole)
-    assert len(stopped_at) > 1, stopped_at
 
 
 def test_what_is_missing_is_collected_and_what_is_there_stays(model, copy, whole):
