@@ -113,6 +113,7 @@ def test_losses_and_gradients_are_those_of_the_dense_step(
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_each_dictionary_is_the_one_that_trains_alone(changes: dict[str, Any]) -> None:
     configs = [config(seed, **changes) for seed in (0, 1, 2)]
+    configs[2].sae.k = 1  # numbers of active atoms may differ
     rows = [writes(0), writes(0), writes(1)]
     for cfg, each, sae in zip(configs, rows, train_many_on_writes(configs, rows)):
         alone = train_on_writes(cfg, each.keys, each.values)
@@ -128,12 +129,6 @@ def test_a_run_is_the_one_of_saelens_trainer() -> None:
     torch.testing.assert_close(
         state(train_on_writes(cfg, rows.keys[:, 0], rows.values[:, 0])), state(matrices), rtol=1e-7, atol=1e-9
     )
-
-
-def test_numbers_of_active_atoms_may_differ() -> None:
-    configs = [config(0, k=k) for k in (1, 4)]
-    for cfg, sae in zip(configs, train_many_on_writes(configs, [writes(), writes()])):
-        torch.testing.assert_close(state(sae), state(train_on_writes(cfg, writes().keys, writes().values)), **CLOSE)
 
 
 def test_a_seed_is_a_dictionary_and_shares_no_memory() -> None:

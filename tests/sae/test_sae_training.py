@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE, SAETrainer, TrainingSAE
+from sae_lens import SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
@@ -117,35 +117,28 @@ def test_planted_atoms_are_recovered(name: str, fields: dict) -> None:
 # ---------------------------------------------------------------------------------------- thresholds
 
 
-def exported_l0(sae: Any, x: Tensor) -> float:
-    state = sae.state_dict()
-    sae.process_state_dict_for_saving_inference(state)
-    exported = SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
-    exported.load_state_dict(state)
-    return (exported.encode(x) > 0).float().sum(-1).mean().item()
+def exported_l0(sae: Any, x: Tensor, folder: Path) -> float:
+    sae.save_inference_model(folder)
+    return (W.load_sae(folder).encode(x) > 0).float().sum(-1).mean().item()
 
 
 @pytest.mark.parametrize("lr", [3e-4, 3e-3])
 @pytest.mark.parametrize("name", ["writesae_batchtopk", "writesae_matryoshka"])
-def test_exported_threshold_is_right_after_fifty_steps(name: str, lr: float) -> None:
+def test_exported_threshold_is_right_after_fifty_steps(name: str, lr: float, tmp_path: Path) -> None:
     data = Planted()
     fields: dict[str, Any] = {"matryoshka_widths": [8, 32]} if name == "writesae_matryoshka" else {}
     sae = train(name, data, 50, lr, **fields).sae
     fresh = torch.cat([next(data) for _ in range(4)])
-    assert exported_l0(sae, fresh) == pytest.approx(2, rel=0.1)
+    assert exported_l0(sae, fresh, tmp_path) == pytest.approx(2, rel=0.1)
     W.calibrate_threshold(sae, fresh)
-    assert exported_l0(sae, fresh) == pytest.approx(2, abs=0.005)
+    assert exported_l0(sae, fresh, tmp_path) == pytest.approx(2, abs=0.005)
 
 
-def test_calibration_of_an_inference_sae_sets_any_l0() -> None:
+def test_calibration_of_an_inference_sae_sets_any_l0(tmp_path: Path) -> None:
     data = Planted()
-    trained = train("writesae_batchtopk", data, 100).sae
-    state = trained.state_dict()
-    trained.process_state_dict_for_saving_inference(state)
-    sae: Any = SAE.from_dict(trained.cfg.get_inference_sae_cfg_dict())
-    sae.load_state_dict(state)
+    train("writesae_batchtopk", data, 100).sae.save_inference_model(tmp_path)
+    sae, x = W.load_sae(tmp_path), next(data)
     sae.v.data *= 2  # thresholds follow the contribution, not the activation
-    x = next(data)
     for l0 in (1.0, 3.5):
         W.calibrate_threshold(sae, x, l0)
         assert int((sae.encode(x) > 0).sum()) == round(l0 * len(x))  # not one more
