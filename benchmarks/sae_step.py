@@ -64,7 +64,7 @@ def on_factors(options: argparse.Namespace, variant: dict[str, Any], batch: Any)
     changes = {name: value for name, value in variant.items() if name != "factors"}
     cfg = embedded_config(options.batch, options.k, options.d_sae, 10**6, d_k=options.d_k, d_v=options.d_v, **changes)
     keys, values = batch.split([options.d_k, options.d_v], dim=1)
-    return _Stack([(cfg, LowRank.rank_one(keys, values), None)], None)
+    return _Stack([(cfg, LowRank.rank_one(keys, values), None)])
 
 
 def work(options: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.metric_fit import fit_metrics
 from sae_lens_writesae.sae.runner import text_dataset, train, training_config
 from sae_lens_writesae.sae.target import head_target
-from sae_lens_writesae.sae.training import PAPER_RUNNER, calibrate_b_dec, calibrate_threshold, preset_b_dec
+from sae_lens_writesae.sae.training import PAPER_RUNNER, calibrate_threshold
 from sae_lens_writesae.steering import scale_atoms, steer
 
 try:
@@ -35,13 +35,11 @@ __all__ = [
     "MatrixSAE",
     "MatrixTrainingSAE",
     "Metric",
-    "calibrate_b_dec",
     "calibrate_threshold",
     "collect",
     "fit_metrics",
     "head_target",
     "load_sae",
-    "preset_b_dec",
     "scale_atoms",
     "steer",
     "text_dataset",

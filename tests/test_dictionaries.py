@@ -15,12 +15,12 @@ from sae_lens_writesae import choices as plugin
 from sae_lens_writesae.choices import VARIANTS
 from sae_lens_writesae.sae import fast
 from sae_lens_writesae.sae.factors import Collection
-from sae_lens_writesae.sae.kinds import objective, variant
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import text_dataset
 from writesae import choices as study
 from writesae.choices import MATCHED, DictionaryName, Target
 from writesae.dictionaries import Collect, Train
+from writesae.experiment.traits import objective, variant
 
 SIZES = {"d_sae": 16, "k": 2, "training_tokens": 1024, "train_batch_size_tokens": 128}
 HEADS = {"layers": (2,), "heads": (0, 1)}

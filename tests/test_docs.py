@@ -222,7 +222,7 @@ def dictionaries(folder: Path) -> None:
     """Tiny SAEs in the folders that the evaluations' examples name."""
     from hookpoints import HookedRecurrent, embedded
     from sae_lens_writesae import text_dataset, train, training_config
-    from sae_lens_writesae.sae.runner import quiet
+    from writesae.dictionaries import quiet
 
     model, dataset = HookedRecurrent.from_pretrained("embedded"), text_dataset(embedded.text("train"))
     wanted: dict[str, dict] = {label: {} for label in DICTIONARIES}

@@ -7,7 +7,7 @@ import torch
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
-from hookpoints import UnsupportedModelError, WriteEdit
+from hookpoints import UnknownHookError, UnsupportedModelError, WriteEdit
 from sae_lens_writesae import LowRank, scale_atoms, steer
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.steering import token_id, value_direction
@@ -49,7 +49,7 @@ def edited(model: Any, tokens: Tensor, edits: list[WriteEdit]) -> tuple[Tensor, 
 def test_strength_zero_and_a_closed_block_leave_no_trace(model: Any, ids: Tensor) -> None:
     native = run(model, ids)
     one = steer(model, LAYER, HEAD, toward=5, strength=0)
-    assert one.hooks() == [] and one.edits(ids) == []
+    assert one.hooks == []
     with one:
         assert torch.equal(run(model, ids), native)
     with pytest.raises(RuntimeError, match="stop"), steer(model, LAYER, HEAD, toward=5, strength=3):
@@ -76,9 +76,7 @@ def test_toward_a_token_writes_the_key_of_the_token_and_the_value_of_the_target(
     one = steer(model, LAYER, HEAD, toward=5, strength=strength, at=at)
     with one:
         live = run(model, ids)
-    as_edits, _ = edited(model, ids, one.edits(ids))
     torch.testing.assert_close(live[:, start:], expected, atol=1e-10, rtol=0)
-    torch.testing.assert_close(as_edits, expected, atol=1e-10, rtol=0)
     assert (live - run(model, ids)).abs().max() > 1e-4
 
 
@@ -90,30 +88,24 @@ def test_an_atom_is_written_at_the_norm_asked_for(model: Any, ids: Tensor, at: A
     firing = (sae.encode(writes.flatten(1))[:, 4] > 0).nonzero()[:, 0].tolist()
     assert 0 < len(firing) < ids.shape[1]
     dense = (sae.v[4].mT @ sae.w[4]).detach()
-    positions = {"every": range(ids.shape[1]), "fires": firing}.get(at if isinstance(at, str) else "", at)
-    one = steer(model, sae=sae, atom=4, strength=1.5, at=at)
-    made = one.edits(ids)
-    assert [edit.position for edit in made] == list(positions)
-    for edit in made:
-        assert edit.position is not None and edit.keys is not None and edit.values is not None
-        expected = 1.5 * writes[edit.position].norm() * dense / dense.norm()
-        torch.testing.assert_close((edit.keys.mT @ edit.values).double(), expected, atol=1e-6, rtol=0)
-    with one:
+    positions: Any = firing if at == "fires" else range(ids.shape[1]) if at == "every" else at
+    sizes = 1.5 * writes.norm(dim=(1, 2)) / dense.norm()
+    expected = [WriteEdit(LAYER, HEAD, t, sae.v[4], sizes[t] * sae.w[4]) for t in positions]
+    with steer(model, sae=sae, atom=4, strength=1.5, at=at):
         live = run(model, ids)
-    expected, start = edited(model, ids, made)
-    torch.testing.assert_close(live[:, start:], expected, atol=1e-5, rtol=0)  # atoms_of gives float32
+    by_hand, start = edited(model, ids, expected)
+    torch.testing.assert_close(live[:, start:], by_hand.detach(), atol=1e-5, rtol=0)  # atoms_of gives float32
 
 
 def test_a_token_may_be_written_only_where_an_atom_fires(model: Any, ids: Tensor) -> None:
     sae = make_sae()
-    one = steer(model, toward=[5, 9], sae=sae, atom=4, strength=2, at="fires")
-    positions = [edit.position for edit in one.edits(ids) if edit.position is not None]
-    with one:
-        live = run(model, ids)
-    fixed = steer(model, LAYER, HEAD, toward=[5, 9], strength=2, at=positions)
-    with fixed:
-        torch.testing.assert_close(run(model, ids), live, atol=1e-12, rtol=0)
+    writes = model.recurrence(ids, LAYER).write(HEAD)[0, :, 0].detach()
+    positions = (sae.encode(writes.flatten(1))[:, 4] > 0).nonzero()[:, 0].tolist()
     assert 0 < len(positions) < ids.shape[1]
+    with steer(model, toward=[5, 9], sae=sae, atom=4, strength=2, at="fires"):
+        live = run(model, ids)
+    with steer(model, LAYER, HEAD, toward=[5, 9], strength=2, at=positions):
+        torch.testing.assert_close(run(model, ids), live, atol=1e-12, rtol=0)
 
 
 def test_generation_is_steered_as_prefill_is(model: Any, ids: Tensor) -> None:
@@ -122,13 +114,8 @@ def test_generation_is_steered_as_prefill_is(model: Any, ids: Tensor) -> None:
     for at in places:
         with steer(model, LAYER, HEAD, toward=5, strength=4, at=at):
             out = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-        if isinstance(at, tuple):
-            edits = steer(model, LAYER, HEAD, toward=5, strength=4, at=at).edits(out[:, :14])
-            logits, start = edited(model, out[:, :14], edits)
-        else:
-            with steer(model, LAYER, HEAD, toward=5, strength=4):
-                logits, start = run(model, out[:, :14]), 0
-        assert torch.equal(logits[0, 10 - start :].argmax(-1), out[0, 11:15])
+            logits = run(model, out[:, :14])
+        assert torch.equal(logits[0, 10:].argmax(-1), out[0, 11:15])
 
 
 def test_scopes_nest_and_add_up(model: Any, ids: Tensor) -> None:
@@ -144,7 +131,7 @@ def test_scopes_nest_and_add_up(model: Any, ids: Tensor) -> None:
 
 
 def test_suppressing_the_exact_write_is_deleting_it(model: Any, ids: Tensor) -> None:
-    """One atom equal to the write at t: factor 0 there equals WriteEdit's delete, factor 1 is bit-identical."""
+    """One atom equal to the write at t: factor 0 takes the projection on it away, factor 1 is bit-identical."""
     t = 6
     r = model.recurrence(ids, LAYER)
     sae = make_sae(d_sae=1, k=1)
@@ -160,15 +147,6 @@ def test_suppressing_the_exact_write_is_deleting_it(model: Any, ids: Tensor) -> 
     with scale_atoms(model, sae, [0], 1.0):
         assert torch.equal(run(model, ids), native)
 
-    def only_at_t(value: Tensor, hook: Any) -> Tensor:
-        change = scale_atoms(model, sae, [0], 0.0).change(value)
-        return torch.cat([value[:, :t], value[:, t : t + 1] + change[:, t : t + 1], value[:, t + 1 :]], 1)
-
-    with torch.no_grad():
-        suppressed = model.run_with_hooks(ids, fwd_hooks=[(f"blocks.1.mixer.heads.{HEAD}.hook_write_vec", only_at_t)])
-    deleted, start = edited(model, ids, [WriteEdit(LAYER, HEAD, t, mode="delete")])
-    torch.testing.assert_close(suppressed[:, start:], deleted, atol=1e-6, rtol=0)
-    # and everywhere at once: the projection on the atom is gone wherever it fires
     with scale_atoms(model, sae, [0], 0.0):
         everywhere = run(model, ids)
     by_hand = [WriteEdit(LAYER, HEAD, s, -fires[s] * sae.v[0], sae.w[0]) for s in fires.nonzero()[:, 0].tolist()]
@@ -190,9 +168,9 @@ def test_states_are_scaled_at_the_last_token_of_a_pass_as_a_write_would_be(model
 def test_a_control_takes_the_place_of_the_atoms(model: Any, ids: Tensor) -> None:
     sae = make_sae()
     like = LowRank.rank_one(torch.ones(1, K), torch.ones(1, V))
-    write = model.recurrence(ids, LAYER).write(HEAD)[0, :, 0].flatten(1).detach()
-    change = scale_atoms(model, sae, [4], 3.0, like=like).change(write)
-    torch.testing.assert_close(change, 2 * sae.encode(write)[:, 4:5] * torch.ones(1, K * V))
+    write = model.recurrence(ids, LAYER).write(HEAD)[:, :, 0].flatten(2).detach()
+    scale: Any = scale_atoms(model, sae, [4], 3.0, like=like).hooks[0][1]
+    torch.testing.assert_close(scale(write, None) - write, 2 * sae.encode(write)[..., 4:5] * torch.ones(1, K * V))
 
 
 @pytest.mark.parametrize(
@@ -200,16 +178,13 @@ def test_a_control_takes_the_place_of_the_atoms(model: Any, ids: Tensor) -> None
     [
         ({"layer": 1, "head": 2}, "direction"),
         ({"toward": 5}, "layer"),
-        ({"layer": 1, "head": 9, "toward": 5}, "head 9"),
-        ({"layer": 1, "head": 2, "toward": 64}, "token 64"),
-        ({"layer": 1, "head": 2, "toward": []}, "empty"),
+        ({"layer": 1, "head": 2, "toward": 64}, "got 64"),
         ({"layer": 1, "head": 2, "toward": 5, "at": "always"}, "always"),
         ({"layer": 1, "head": 2, "toward": 5, "at": (-1,)}, "-1"),
-        ({"layer": 1, "head": 2, "toward": 5, "at": "fires"}, "sae="),
+        ({"layer": 1, "head": 2, "toward": 5, "at": "fires"}, "at="),
         ({"sae": "write"}, "direction"),
-        ({"sae": "write", "atom": 12}, "atom 12"),
-        ({"sae": "write", "atom": 1, "head": 1}, "head 1"),
-        ({"sae": "write", "atom": 1, "toward": 5}, "at='fires'"),
+        ({"sae": "write", "atom": 1, "head": 1}, "layer, head"),
+        ({"sae": "write", "atom": 1, "toward": 5}, "'every'"),
         ({"sae": "state", "atom": 1, "at": "fires"}, "states"),
     ],
 )
@@ -220,9 +195,13 @@ def test_bad_input_is_named(model: Any, arguments: dict[str, Any], message: str)
         steer(model, **arguments)
 
 
-def test_attention_layers_have_no_writes(model: Any) -> None:
-    with pytest.raises(UnsupportedModelError):
+def test_what_the_model_or_the_dictionary_lacks_is_named(model: Any) -> None:
+    with pytest.raises(UnsupportedModelError):  # an attention layer has no writes
         steer(model, 3, 0, toward=5)
+    with pytest.raises(UnknownHookError, match="head 9"):
+        steer(model, 1, 9, toward=5)
+    with pytest.raises(IndexError):
+        steer(model, sae=make_sae(), atom=12)
 
 
 def test_strings_of_several_tokens_are_taken_apart(embedded: Any) -> None:

@@ -171,7 +171,8 @@ class Demo:
     ) -> None:
 
         from sae_lens_writesae.sae.metric_fit import fit_metrics
-        from sae_lens_writesae.sae.runner import quiet, train, training_config
+        from sae_lens_writesae.sae.runner import train, training_config
+        from writesae.dictionaries import quiet
 
         place = choice.layer, choice.head
         cfg = training_config(

@@ -6,11 +6,13 @@ Each dictionary is in its folder when it is whole, so that the same command goes
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
@@ -143,6 +145,20 @@ def enough(documents: Iterable[str], n_tokens: int, model: HookedRecurrent) -> D
     return Dataset.from_dict({"text": kept})
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence SAELens' warnings in this scope. It warns that a run with a given model and text cannot be repeated from
+    its config alone, which does not concern callers that keep settings of their own."""
+    logger = logging.getLogger("sae_lens")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def save_dictionary(sae: MatrixTrainingSAE, folder: Path) -> None:
     """Leave a dictionary in FOLDER/sae, whole or not at all."""
     aside = folder / ".sae"
@@ -245,7 +261,7 @@ class Train:
                 cannot be used; before any training.
         """
         check_writable(self.out)
-        from sae_lens_writesae.sae.kinds import sparsity_fields
+        from writesae.experiment.traits import sparsity_fields
 
         sparsity_fields(self.architecture, self.k)  # raises where there is no such architecture
         collection = self._collection(say)
@@ -375,7 +391,7 @@ class Train:
         """Dictionaries of one shape, from where a kill left them."""
         from sae_lens_writesae.atom.low_rank import LowRank
         from sae_lens_writesae.sae.fast import shape_of, train_many_on_writes
-        from sae_lens_writesae.sae.runner import quiet, train
+        from sae_lens_writesae.sae.runner import train
 
         checkpoint = folders[group[0]] / "checkpoint"
         with quiet():
@@ -430,7 +446,7 @@ class Train:
         from sae_lens.registry import get_sae_training_class
 
         from sae_lens_writesae.choices import VARIANTS
-        from sae_lens_writesae.sae.kinds import matched_flat, sparsity_fields
+        from writesae.experiment.traits import matched_flat, sparsity_fields
 
         sae_class, config_class = get_sae_training_class(self.architecture)
         sparsity = sparsity_fields(self.architecture, self.k)
@@ -438,5 +454,7 @@ class Train:
         if name.variant != MATCHED:
             return self.d_sae, given | VARIANTS[name.variant]
         place = collection.head_target(layer, head, name.target)
-        flat = matched_flat(sae_class(config_class.from_dict(place.sae_fields | {"d_sae": self.d_sae} | sparsity)))
-        return flat.d_sae, given | flat.fields
+        size, fields = matched_flat(
+            sae_class(config_class.from_dict(place.sae_fields | {"d_sae": self.d_sae} | sparsity))
+        )
+        return size, given | fields

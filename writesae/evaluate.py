@@ -11,7 +11,7 @@ import tyro
 
 from writesae.choices import Dtype, at_least
 from writesae.cli import choose, parse
-from writesae.files import check_writable, taken
+from writesae.files import check_writable, folder_labels, sae_folders, taken
 from writesae.settings import evaluations, parse_with, settings_of
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def evaluate(
     """
     from hookpoints import HookedRecurrent, embedded
     from sae_lens_writesae.sae.factors import Collection
-    from sae_lens_writesae.sae.load import folder_labels, load_sae, sae_folders
+    from sae_lens_writesae.sae.load import load_sae
     from writesae.experiment.suite import evaluate_all
     from writesae.experiment.tokens import sample_sequences, text_of
     from writesae.page.report import write_report

@@ -77,3 +77,25 @@ def taken(folder: Path, say: Callable[[str], object] = print) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def sae_folders(path: Path) -> list[Path]:
+    """The folders of SAEs that `path` is or holds: those of `writesae train` and `demo` lie deeper.
+
+    Raises:
+        ValueError: there is none.
+    """
+    files = [path / "cfg.json"] if (path / "cfg.json").is_file() else sorted(path.rglob("cfg.json"))
+    hidden = [any(p[0] == "." or p == "checkpoints" for p in file.relative_to(path).parts) for file in files]
+    found = [file.parent for file, each in zip(files, hidden) if not each]
+    if not found:
+        raise ValueError(f"{path / 'cfg.json'} does not exist. Give the folder of an SAE, or one that holds some")
+    return found
+
+
+def folder_labels(folders: Sequence[Path]) -> list[str]:
+    """Names for the SAEs in folders; one called `sae` is named after the folder that it is in. Where two of these have
+    one name, as those of two heads may, the folder above is in all names."""
+    own = [folder.parent if folder.name == "sae" else folder for folder in map(Path.resolve, folders)]
+    names = [folder.name for folder in own]
+    return names if len(set(names)) == len(names) else [f"{folder.parent.name}/{folder.name}" for folder in own]

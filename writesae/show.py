@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, cast
 import tyro
 
 from writesae.choices import Dtype, at_least
-from writesae.files import check_writable, taken
+from writesae.files import check_writable, folder_labels, sae_folders, taken
 from writesae.settings import parse_with
 
 if TYPE_CHECKING:
@@ -195,8 +195,6 @@ class Prompt:
 def run_show(arguments: Sequence[str]) -> str:
     """`writesae show SAE` with the settings of `AtomPages` as flags."""
     show, pages = _with_pages(Show, "writesae show", arguments)
-    from sae_lens_writesae.sae.load import folder_labels, sae_folders
-
     folders = sae_folders(show.sae)
     outs = [show.out / label for label in folder_labels(folders)] if len(folders) > 1 else [show.out]
     each = [dataclasses.replace(show, sae=folder, out=out) for folder, out in zip(folders, outs)]

@@ -114,10 +114,6 @@ class LowRank:
         """The sum of all N matrices, as one (N = 1) with all of their terms."""
         return LowRank(self.keys.flatten(0, 1)[None], self.values.flatten(0, 1)[None])
 
-    def products(self, matrix: Tensor) -> Tensor:
-        """Frobenius inner products <A_n, M> [N] with one matrix [K,V]. Costs N R K V."""
-        return ((self.keys @ matrix) * self.values).sum((1, 2))
-
     def norm(self) -> Tensor:
         """Frobenius norms [N], exact whether or not the terms are orthogonal."""
         return self.inner(self).clamp_min(0).sqrt()
@@ -140,18 +136,6 @@ class LowRank:
         """
         return _ratio(self.inner(other), self.norm() * other.norm())
 
-    def side_cosines(self, other: LowRank) -> tuple[Tensor, Tensor]:
-        """|cosine| of the key sides and of the value sides of all pairs [N,M]; 0 where a side is zero.
-
-        For rank 1 their product is the size of `cosines`; each side's own sign means nothing, because both may flip.
-        The sides of a matrix of a higher rank are its top singular vectors: an SVD each.
-        """
-        one, two = (each if each.rank == 1 else LowRank.svd(each.dense(), 1) for each in (self, other))
-        sides = []
-        for a, b in ((one.keys[:, 0], two.keys[:, 0]), (one.values[:, 0], two.values[:, 0])):
-            sides.append(_ratio((a @ b.mT).abs(), a.norm(dim=-1)[:, None] * b.norm(dim=-1)[None, :]))
-        return sides[0], sides[1]
-
     def cosines(self, other: LowRank) -> Tensor:
         """Signed cosines of all pairs [N,M]; 0 where either matrix is zero. Costs N M R R' (K + V)."""
         return _ratio(self.inners(other), self.norm()[:, None] * other.norm()[None, :])
@@ -163,32 +147,6 @@ class LowRank:
             for s in range(other.rank):
                 total += (self.keys[:, r] @ other.keys[:, s].mT) * (self.values[:, r] @ other.values[:, s].mT)
         return total
-
-
-def state_direction(states: Tensor) -> LowRank:
-    """The top singular direction x y^T of states [N,K,V], at unit norm and with <S, x y^T> > 0. Costs an SVD each."""
-    left, _, right = torch.linalg.svd(states, full_matrices=False)
-    return LowRank.rank_one(left[:, :, 0], right[:, 0])
-
-
-def mean_write(keys: Tensor, values: Tensor, energy: float = 1.0) -> LowRank:
-    """The mean over tokens of k_t u_t^T from keys [T,K] and values [T,V], as one matrix (N = 1).
-
-    It has the fewest singular terms, largest first, that hold the share `energy` of its squared norm (1: all of them).
-    """
-    if not 0 < energy <= 1:
-        raise ValueError(f"energy is a share in (0, 1], found {energy}")
-    left, sigma, right = torch.linalg.svd(keys.T @ values / len(keys), full_matrices=False)
-    held = (sigma**2).cumsum(0) / (sigma**2).sum()
-    rank = min(int((held < energy).sum()) + 1, len(sigma))
-    return LowRank((left[:, :rank] * sigma[:rank]).T[None], right[None, :rank])
-
-
-def nonzero_terms(matrix: Tensor, tolerance: float = 1e-6) -> LowRank:
-    """One matrix [K,V] as its singular terms, largest first, without those below `tolerance` times the largest."""
-    terms = LowRank.svd(matrix[None])
-    sizes = terms.keys[0].norm(dim=-1)
-    return terms.terms(sizes > sizes[0] * tolerance)
 
 
 def _ratio(inner: Tensor, size: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from sae_lens_writesae.sae.architectures import (
     WriteTopKSAEConfig,
     WriteTopKTrainingSAE,
     WriteTopKTrainingSAEConfig,
-    register,
 )
 from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig
 from sae_lens_writesae.sae.product import (
@@ -67,5 +66,4 @@ __all__ = [
     "WriteTopKSAEConfig",
     "WriteTopKTrainingSAE",
     "WriteTopKTrainingSAEConfig",
-    "register",
 ]

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae_lens.registry import (
-    SAE_CLASS_REGISTRY,
-    SAE_TRAINING_CLASS_REGISTRY,
     register_sae_class,
     register_sae_training_class,
 )
@@ -163,19 +161,8 @@ TRAINING: dict[str, tuple[type[TrainingSAE[Any]], type[TrainingSAEConfig]]] = {
 """Architecture -> (class, config) for training. BatchTopK and Matryoshka are exported as `writesae_jumprelu`."""
 
 
-def register() -> None:
-    """Put the architectures in SAELens' registry. This package does so on import; repeating it is harmless.
-
-    Raises:
-        ValueError: another class has one of the names.
-    """
-    # Inference first: a training config looks its inference config up.
-    for name, pair in INFERENCE.items():
-        if SAE_CLASS_REGISTRY.get(name) != pair:
-            register_sae_class(name, *pair)
-    for name, pair in TRAINING.items():
-        if SAE_TRAINING_CLASS_REGISTRY.get(name) != pair:
-            register_sae_training_class(name, *pair)
-
-
-register()
+# Inference first: a training config looks its inference config up.
+for _name, _pair in INFERENCE.items():
+    register_sae_class(_name, *_pair)
+for _name, _training in TRAINING.items():
+    register_sae_training_class(_name, *_training)

@@ -1,9 +1,9 @@
 """Factors of recurrences: one pass of a language model over a text writes them to disk, and they are read ever after.
 
 A folder holds `index.json`, which says what was collected, and shards `shard-00000.safetensors`, each of the same
-number of sequences. `SHA256SUMS` lists the index and the shards that are whole. A shard has `tokens` [S,T] int32 and
-for each head and factor a tensor `{layer}.{head}.{factor}` [S,T,...]: `k` and `u` for writes; for states also `q`,
-`log_decay`, and `beta` or `a` and `b` for what is erased. An erase that follows from the key, the delta rules'
+number of sequences. A shard that is there is whole; `SHA256SUMS` is written when all are. A shard has `tokens` [S,T]
+int32 and for each head and factor a tensor `{layer}.{head}.{factor}` [S,T,...]: `k` and `u` for writes; for states also
+`q`, `log_decay`, and `beta` or `a` and `b` for what is erased. An erase that follows from the key, the delta rules'
 a = -beta k and b = alpha k, is stored as `beta` alone. Vectors are in the collection's dtype, numbers (one log-decay or
 beta a head) in float32.
 
@@ -18,7 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import chain, islice, product
+from itertools import accumulate, islice, product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast, get_args
 
@@ -31,7 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, Recurrence
-from hookpoints.files import CHECKSUMS, SealedFolder, file_hash, read_json
+from hookpoints.files import CHECKSUMS, SealedFolder, read_json, write_checksums
+from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.files import atomic_text, atomic_write, free_bytes, size_text
 from sae_lens_writesae.sae.target import HeadTarget, Target, head_target
@@ -46,8 +47,8 @@ MINUTE = 3e12
 many. Not measured, because then shards would differ from run to run."""
 
 FactorDtype = Literal["float16", "bfloat16", "float32"]
-Sequences = int | slice | Sequence[int] | Tensor | None
-"""Which sequences; None: all."""
+Sequences = slice | Sequence[int] | Tensor
+"""Which sequences."""
 Index = dict[str, Any]
 """What `index.json` holds: what was asked for, and then what a first batch showed (`_describe`)."""
 
@@ -65,30 +66,22 @@ class CollectionError(ValueError):
 
 
 class Mapped:
-    """Rows [N,...] that lie in several memory-mapped tensors, indexed as one tensor is. `[:]` reads everything into
-    memory. A slice within one shard is a view of the file."""
+    """Rows [N,...] that lie in several memory-mapped tensors, indexed as one tensor is. What is indexed is read."""
 
     def __init__(self, parts: Sequence[Tensor]):
-        self.parts = list(parts)
-        self.starts = [0, *torch.tensor([len(part) for part in parts]).cumsum(0).tolist()]
-        self.shape = torch.Size([self.starts[-1], *self.parts[0].shape[1:]])
-        self.dtype = self.parts[0].dtype
+        self.parts, self.dtype = list(parts), parts[0].dtype
+        self.ends = list(accumulate(map(len, parts)))
+        self.shape = torch.Size([self.ends[-1], *parts[0].shape[1:]])
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: Sequences) -> Tensor:
-        if isinstance(index, slice) and index.step in (None, 1):
-            begin, end, _ = index.indices(len(self))
-            pieces = [part[max(begin - s, 0) : max(end - s, 0)] for s, part in zip(self.starts, self.parts)]
-            pieces = [piece for piece in pieces if len(piece)] or [self.parts[0][:0]]
-            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        rows = torch.arange(len(self))[index].contiguous()
-        part = torch.bucketize(rows, torch.tensor(self.starts[1:]), right=True)
+        rows = torch.arange(len(self))[index]
         out = torch.empty(*rows.shape, *self.shape[1:], dtype=self.dtype)
-        for number in part.unique().tolist():
-            at = part == number
-            out[at] = self.parts[number][rows[at] - self.starts[number]]
+        for part, end in zip(self.parts, self.ends):
+            here = (rows >= end - len(part)) & (rows < end)
+            out[here] = part[rows[here] - (end - len(part))]
         return out
 
 
@@ -127,26 +120,10 @@ class Collection:
                 format, or not of `model`.
         """
         sealed = SealedFolder(Path(folder), CollectionError)
-        if sealed.sums is None:
-            raise CollectionError(
-                f"{sealed.folder / CHECKSUMS}: expected the list of a collection's files, got none: nothing was "
-                "collected there, or by an earlier version. Collect into a new folder"
-            )
+        sealed.require()
         index = read_json(sealed.file(INDEX))
-        asked = {"format": FORMAT} | ({} if model is None else {"model": _weights_hash(model)})
-        _check_same(sealed.folder, index, asked)
-        if missing := _spans(index).keys() - sealed.sums.keys():
-            raise CollectionError(
-                f"{sealed.folder}: {len(missing)} shards are missing, from {min(missing)} on: the collection is not "
-                "finished. Run collect with the same settings to go on"
-            )
+        _check_same(sealed.folder, index, {"format": FORMAT} | ({} if model is None else {"model": _hash(model)}))
         return cls(sealed, index)
-
-    def __repr__(self) -> str:
-        return (
-            f"Collection({self.model_name!r}, heads by layer {self.heads}, {self.n_sequences} sequences of "
-            f"{self.context_size} tokens, targets {self._index['targets']}, {self.dtype})"
-        )
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -160,7 +137,7 @@ class Collection:
             CollectionError: the layer, the head or what the target needs was not collected; says what was.
         """
         if head not in self.heads.get(layer, ()):
-            raise CollectionError(f"{self.folder}: head {head} of layer {layer} was not collected. It is {self!r}")
+            raise CollectionError(f"{self.folder}: head {head} of layer {layer} was not collected, only {self.heads}")
         shapes = {name: shape for name, (_, shape) in self._index["layers"][str(layer)]["factors"].items()}
         if target != "write" and "q" not in shapes:
             raise CollectionError(f"{self.folder}: {target} needs decays and erases, and only writes were collected")
@@ -173,7 +150,7 @@ class Collection:
         terms = k[0].shape[2] if k[0].ndim == 4 else 1
         return Factors(*(Mapped([part.reshape(-1, terms, part.shape[-1]) for part in side]) for side in (k, u)))
 
-    def recurrence(self, layer: int, head: int, sequences: Sequences = None) -> Recurrence:
+    def recurrence(self, layer: int, head: int, sequences: Sequences = slice(None)) -> Recurrence:
         """The recurrence of a head (H = 1) on some sequences, from which `states()` and the rest are computed.
 
         Raises:
@@ -181,32 +158,22 @@ class Collection:
         """
         self.head_target(layer, head, "state")
         described: Index = self._index["layers"][str(layer)]
-        stored = self._stored(layer, head, sequences, described["factors"])
+        stored: dict[str, Any] = {
+            name: self._map(f"{layer}.{head}.{name}")[sequences].unsqueeze(2) for name in described["factors"]
+        }
         if "beta" in stored:
             stored["b"] = _faded(stored["k"].float(), stored.get("log_decay"))
         return Recurrence(**stored, scale=described["scale"], read_before_write=described["read_before_write"])
 
-    def writes(self, layer: int, head: int, sequences: Sequences = None) -> Recurrence:
-        """The writes of a head on some sequences as a recurrence that forgets nothing and has no reads of its own: for
-        `write()`, `k` and `u`."""
-        self.head_target(layer, head)
-        stored = self._stored(layer, head, sequences, ("k", "u"))
-        k = stored["k"]
-        return Recurrence(q=torch.zeros_like(k if k.ndim == 4 else k[:, :, :, 0]), **stored)
-
-    def rows(self, layer: int, head: int, target: Target = "write", sequences: Sequences = None) -> Tensor:
+    def rows(self, layer: int, head: int, target: Target = "write", sequences: Sequences = slice(None)) -> Tensor:
         """[N,K*V] float32, what the hook of a head carries: its writes or states token by token, or with `last_state`
         the state at the end of each sequence. Memory is the result's: name few sequences at a time."""
-        self.head_target(layer, head, target)
         if target == "write":
-            return self.writes(layer, head, sequences).write().flatten(0, 2).flatten(1)
+            keys, values = self.factors(layer, head)
+            tokens = torch.arange(len(keys)).view(self.n_sequences, -1)[sequences].flatten()
+            return LowRank(keys[tokens], values[tokens]).to(torch.float32).dense().flatten(1)
         at = -1 if target == "last_state" else None
         return self.recurrence(layer, head, sequences).states(positions=at).flatten(0, 2).flatten(1)
-
-    def _stored(self, layer: int, head: int, sequences: Sequences, names: Iterable[str]) -> dict[str, Any]:
-        """Factors [B,T,1,...] of a head as they are stored, by name."""
-        at = [sequences] if isinstance(sequences, int) else slice(None) if sequences is None else sequences
-        return {name: self._map(f"{layer}.{head}.{name}")[at].unsqueeze(2) for name in names}
 
     def _map(self, name: str) -> Mapped:
         if name not in self._mapped:
@@ -238,7 +205,7 @@ def collect(
 ) -> Collection:
     """Run the model over a text once, and keep the factors of some heads.
 
-    The same call goes on where an earlier one was stopped or killed: whole shards stay, nothing is computed twice, and
+    The same call resumes where an earlier one was stopped or killed: whole shards stay, and
     the files are those of a run that was never stopped, bit for bit.
 
     Args:
@@ -257,8 +224,8 @@ def collect(
 
     Raises:
         DiskTooSmallError: the rest of the collection is larger than the room on the disk. Nothing was written.
-        CollectionError: the folder cannot be written, is in use by another process, or holds another collection, or a
-            value does not fit the dtype.
+        CollectionError: the folder holds another collection, or a value does not fit the dtype.
+        OSError: the folder cannot be written, or another process collects into it.
         UnsupportedModelError, UnknownHookError: a layer or head that does not exist.
         ValueError: too short a text, or a bad setting.
 
@@ -280,7 +247,7 @@ def collect(
     minute = MINUTE * (1 if model.cfg.device.type == "cpu" else 100) / operations
     asked: Index = {
         "format": FORMAT,
-        "model": _weights_hash(model),
+        "model": _hash(model),
         "text": hashlib.sha256(ids.numpy().data).hexdigest(),
         "shape": list(ids.shape),
         "targets": sorted({*targets}),
@@ -288,159 +255,105 @@ def collect(
         "batch_size": max(1, int(batch_size or min(4096 // ids.shape[1], minute))),
         **({} if dtype == "auto" else {"dtype": dtype}),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            _collect(folder, model, ids, asked, minute, shard_bytes, say)
-    except OSError as error:
-        raise CollectionError(
-            f"{folder} cannot be written, or another process collects into it ({error}). Whole shards are kept: make "
-            "room or wait, and run the same again"
-        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock", timeout=0):
+        for left in [each for each in folder.glob(".*") if each.name != ".lock"]:
+            left.unlink()  # of a run that was killed
+        if (folder / INDEX).exists():
+            index: Index = read_json(folder / INDEX)
+            _check_same(folder, index, asked)
+        else:
+            index = asked | {"model_name": model.cfg.model_name} | _describe(model, ids, asked)
+            # Whole batches, so that a batch is the same in every run.
+            n_batches = int(min(shard_bytes / _sequence_bytes(index), minute) // index["batch_size"])
+            index["sequences_per_shard"] = max(1, n_batches) * index["batch_size"]
+        missing = {name: span for name, span in _spans(index).items() if not (folder / name).exists()}
+        sequence, free = _sequence_bytes(index), free_bytes(folder)
+        left_bytes = sequence * sum(map(len, missing.values()))
+        said = f"{sequence * len(ids)} bytes ({size_text(sequence * len(ids))}), {size_text(left_bytes)} to write"
+        say(f"{said} in {len(missing)} shards, {size_text(free)} free")
+        if left_bytes > free:
+            raise DiskTooSmallError(f"{folder}: {said}, but {size_text(free)} free; take fewer tokens, layers or heads")
+        atomic_text(folder / INDEX, json.dumps(index, indent=1))
+        for n, (name, span) in enumerate(missing.items()):
+            tensors = _shard(model, ids[span.start : span.stop], index)
+            atomic_write(folder / name, partial(save_file, tensors))
+            say(f"shard {n + 1} of {len(missing)}")
+        if missing or not (folder / CHECKSUMS).exists():
+            write_checksums(folder, [INDEX, *_spans(index)])
     return Collection.open(folder)
 
 
 def _sequences(model: HookedRecurrent, text: Tensor | Dataset, context_size: int, n_tokens: int | None) -> Tensor:
-    """[N,T] int32 token ids."""
-    length = text.shape[-1] if isinstance(text, Tensor) else context_size
-    wanted = None if n_tokens is None else n_tokens // length
-    rows = list(islice(text if isinstance(text, Tensor) else _tokenized(model, text, length), wanted))
-    if not rows or len(rows) < (wanted or 1) or rows[0].ndim != 1 or rows[0].is_floating_point():
-        raise ValueError(
-            f"text: expected {wanted or 'some'} sequences [{length}] of integers, got {len(rows)} of "
-            f"{[(row.dtype, list(row.shape)) for row in rows[:1]]}; take a longer text, or fewer tokens (n_tokens)"
-        )
-    return torch.stack(rows).to("cpu", torch.int32)
-
-
-def _tokenized(model: HookedRecurrent, text: Dataset, context_size: int) -> Iterable[Tensor]:
-    """Sequences [T] of a dataset, in the way of SAELens' store with `prepend_bos=False` and no separator."""
-    column = next((name for name in ("tokens", "input_ids") if name in text.column_names), "text")
-    values = (cast("Mapping[str, Any]", row)[column] for row in text.select_columns(column))
-    if column != "text":
-        return (torch.as_tensor(ids)[:context_size] for ids in values)
-    documents = (model.to_tokens(value, prepend_bos=False, truncate=False)[0].cpu() for value in values)
-    return concat_and_batch_sequences(documents, context_size)
-
-
-def _collect(
-    folder: Path,
-    model: HookedRecurrent,
-    ids: Tensor,
-    asked: Index,
-    minute: float,
-    shard_bytes: float,
-    say: Callable[[str], object],
-) -> None:
-    """Write what is missing, shard by shard. The index is there before any of them, and each is listed when it is
-    whole."""
-    for left in chain.from_iterable(folder.glob(f".{name}*") for name in ("shard-", INDEX, CHECKSUMS, "tmp")):
-        left.unlink()  # of a run that was killed; safetensors' own begin with .tmp
-    file = folder / INDEX
-    first: list[dict[int, Recurrence]] = []
-    listed: dict[str, str] = {}
-    if file.exists():
-        listed = {INDEX: file_hash(file)} | _listed(folder)
-        index: Index = read_json(SealedFolder(folder, CollectionError, listed).file(INDEX))
-        _check_same(folder, index, asked)
-    elif shards := sorted(folder.glob("shard-*")):
-        raise CollectionError(f"{shards[0]}: expected {INDEX} beside it, got none; delete it, or name another folder")
+    """[N,T] int32 token ids; of a text in the way of SAELens' store with `prepend_bos=False` and no separator."""
+    rows: Iterable[Tensor]
+    if isinstance(text, Tensor):
+        rows, context_size = text, text.shape[-1]
     else:
-        first = [_recorded(model, ids[: asked["batch_size"]], asked)]
-        index = asked | {"model_name": model.cfg.model_name} | _describe(first[0], asked)
-        # Whole batches, so that a batch is the same in every run.
-        n_batches = int(min(shard_bytes / _sequence_bytes(index), minute) // index["batch_size"])
-        index["sequences_per_shard"] = max(1, n_batches) * index["batch_size"]
-    spans = _spans(index)
-    listed = {name: listed[name] for name in (INDEX, *spans) if name in listed and (folder / name).exists()}
-    total = _sequence_bytes(index) * len(ids)
-    left = total * sum(len(spans[name]) for name in spans.keys() - listed) // len(ids)
-    free = free_bytes(folder)
-    say(
-        f"{total} bytes ({size_text(total)}) in {len(spans)} shards, {total / ids.numel():.1f} bytes a token; "
-        f"{size_text(left)} to write, {size_text(free)} free"
-    )
-    if left > free:
-        raise DiskTooSmallError(
-            f"{folder}: expected {left} bytes of room ({size_text(left)}), got {size_text(free)}; make room, or take "
-            "fewer tokens, layers or heads"
+        column = next((name for name in ("tokens", "input_ids") if name in text.column_names), "text")
+        values = (cast("Mapping[str, Any]", row)[column] for row in text.select_columns(column))
+        if column == "text":
+            documents = (model.to_tokens(value, prepend_bos=False, truncate=False)[0].cpu() for value in values)
+            rows = concat_and_batch_sequences(documents, context_size)
+        else:
+            rows = (torch.as_tensor(ids)[:context_size] for ids in values)
+    wanted = None if n_tokens is None else n_tokens // context_size
+    taken = list(islice(rows, wanted))
+    if not taken or len(taken) < (wanted or 1) or taken[0].ndim != 1 or taken[0].is_floating_point():
+        raise ValueError(
+            f"text: expected {wanted or 'some'} sequences [{context_size}] of integers, got {len(taken)} of "
+            f"{[(row.dtype, list(row.shape)) for row in taken[:1]]}; take a longer text, or fewer tokens (n_tokens)"
         )
-    if INDEX not in listed:
-        listed[INDEX] = file_hash(atomic_text(file, json.dumps(index, indent=1)))
-    _list(folder, listed)
-    for name in [name for name in spans if name not in listed]:
-        tensors = _shard(model, ids[spans[name].start : spans[name].stop], index, first)
-        listed[name] = file_hash(atomic_write(folder / name, partial(save_file, tensors)))
-        _list(folder, listed)
-        say(f"shard {len(listed) - 1} of {len(spans)}")
+    return torch.stack(taken).to("cpu", torch.int32)
 
 
-def _shard(model: HookedRecurrent, ids: Tensor, index: Index, first: list[dict[int, Recurrence]]) -> dict[str, Tensor]:
-    """The tensors of a shard. Factors of a `first` batch, which showed what there is, are not computed again."""
+def _shard(model: HookedRecurrent, ids: Tensor, index: Index) -> dict[str, Tensor]:
+    """The tensors of a shard."""
     parts: dict[str, list[Tensor]] = defaultdict(list, tokens=[ids])
     for batch in ids.split(index["batch_size"]):
-        for layer, r in (first.pop() if first else _recorded(model, batch, index)).items():
-            factors = index["layers"][str(layer)]["factors"]
+        for layer, r in _recorded(model, batch, index).items():
+            factors = index["layers"][layer]["factors"]
             if "q" in factors and (r.initial_state is not None or ("beta" in factors and not _erases_along_key(r))):
-                raise CollectionError(
-                    f"layer {layer}: expected a first state of zeros and one form of erase, got other"
-                )
-            for name, (dtype, _) in factors.items():
-                value: Tensor = getattr(r, name).cpu()
-                for head in index["heads"][str(layer)]:
-                    full = f"{layer}.{head}.{name}"
-                    parts[full].append(_kept(full, value[:, :, head], dtype))
+                raise CollectionError(f"layer {layer}: expected a first state of zeros and one form of erase")
+            for (name, (dtype, _)), head in product(factors.items(), index["heads"][layer]):
+                value: Tensor = getattr(r, name)[:, :, head].cpu()
+                kept = value.to(getattr(torch, dtype)).contiguous()
+                if not torch.equal(kept.isfinite(), value.isfinite()) or bool(value.isnan().any()):
+                    raise CollectionError(
+                        f"{layer}.{head}.{name} (layer, head, factor): expected numbers in the range of {dtype}, got "
+                        f"NaN, or up to {float(value.abs().nan_to_num().max()):.3g}; collect with dtype bfloat16 or "
+                        "float32 into a new folder"
+                    )
+                parts[f"{layer}.{head}.{name}"].append(kept)
     return {name: torch.cat(parts.pop(name)) for name in list(parts)}
 
 
-def _kept(name: str, value: Tensor, dtype: FactorDtype) -> Tensor:
-    """A copy in the dtype of the files."""
-    kept = value.to(getattr(torch, dtype)).contiguous()
-    if not torch.equal(kept.isfinite(), value.isfinite()) or bool(value.isnan().any()):
-        raise CollectionError(
-            f"{name} (layer, head, factor): expected numbers in the range of {dtype}, got NaN, or up to "
-            f"{float(value.abs().nan_to_num().max()):.3g}; collect with dtype bfloat16 or float32 into a new folder"
-        )
-    return kept
-
-
-def _recorded(model: HookedRecurrent, ids: Tensor, asked: Index) -> dict[int, Recurrence]:
+def _recorded(model: HookedRecurrent, ids: Tensor, asked: Index) -> dict[str, Recurrence]:
     """Factors of every layer asked for, on [B,T] tokens."""
     layers = [int(layer) for layer in asked["heads"]]
     with torch.no_grad(), model.recording(layers) as record:
         model(ids.long().to(model.cfg.device), return_type=None, stop_at_layer=max(layers) + 1)
-    return {layer: record[layer].recurrence for layer in layers}
+    return {str(layer): record[layer].recurrence for layer in layers}
 
 
-def _describe(first: Mapping[int, Recurrence], asked: Index) -> Index:
+def _describe(model: HookedRecurrent, ids: Tensor, asked: Index) -> Index:
     """What an index says besides what was asked for, from the factors of a first batch: the dtype, and for each layer
     the dtype and shape (of one token and head) of every factor, and what states need besides."""
-    stored = {
-        layer: {name: getattr(r, name)[:, :, asked["heads"][str(layer)]] for name in _names(r, asked)}
-        for layer, r in first.items()
-    }
-    vectors = [x for factors in stored.values() for x in factors.values() if x.ndim > 3]
+    layers: dict[str, Index] = {}
+    vectors: list[Tensor] = []
+    for layer, r in _recorded(model, ids[: asked["batch_size"]], asked).items():
+        states = ("q", "log_decay", *(["beta"] if _erases_along_key(r) else ["a", "b"]))
+        names = ("k", "u", *(states if asked["targets"] != ["write"] else ()))
+        factors = {name: x[:, :, asked["heads"][layer]] for name in names if (x := getattr(r, name)) is not None}
+        vectors += [x for x in factors.values() if x.ndim > 3]
+        layers[layer] = {"factors": factors, "scale": r.scale, "read_before_write": r.read_before_write}
     dtype = asked.get("dtype") or _smallest_dtype(vectors)
-    layers = {
-        str(layer): {
-            "factors": {
-                name: ["float32" if name == "beta" or x.ndim == 3 else dtype, list(x.shape[3:])]
-                for name, x in stored[layer].items()
-            },
-            "scale": r.scale,
-            "read_before_write": r.read_before_write,
+    for described in layers.values():
+        described["factors"] = {
+            name: ["float32" if name == "beta" or x.ndim == 3 else dtype, list(x.shape[3:])]
+            for name, x in described["factors"].items()
         }
-        for layer, r in first.items()
-    }
     return {"dtype": dtype, "layers": layers}
-
-
-def _names(r: Recurrence, asked: Index) -> list[str]:
-    """Factors that the targets need."""
-    if asked["targets"] == ["write"]:
-        return ["k", "u"]
-    erase = ["beta"] if _erases_along_key(r) else ["a", "b"]
-    return [name for name in ("k", "u", "q", "log_decay", *erase) if getattr(r, name) is not None]
 
 
 def _erases_along_key(r: Recurrence) -> bool:
@@ -484,16 +397,6 @@ def _sequence_bytes(index: Index) -> int:
     return index["shape"][1] * (4 + sum(sizes))
 
 
-def _listed(folder: Path) -> dict[str, str]:
-    """Hashes of the files that are whole, by name. A damaged line lists nothing."""
-    text = file.read_bytes().decode("utf-8", "replace") if (file := folder / CHECKSUMS).exists() else ""
-    return {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
-
-
-def _list(folder: Path, listed: Mapping[str, str]) -> None:
-    atomic_text(folder / CHECKSUMS, "".join(f"{listed[name]}  {name}\n" for name in sorted(listed)))
-
-
 def _check_same(folder: Path, index: Mapping[str, object], asked: Index) -> None:
     """Raise CollectionError that names what differs."""
     if differing := [name for name, value in asked.items() if index.get(name) != value]:
@@ -503,7 +406,7 @@ def _check_same(folder: Path, index: Mapping[str, object], asked: Index) -> None
         )
 
 
-def _weights_hash(model: HookedRecurrent) -> str:
+def _hash(model: HookedRecurrent) -> str:
     """SHA-256 of every parameter and buffer. Cost: one pass over them."""
     digest = hashlib.sha256()
     for name, value in sorted(model.hf_model.state_dict().items()):

@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -30,10 +33,11 @@ from tqdm.auto import tqdm
 from hookpoints.scopes import threads_for
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.files import atomic_write
-from sae_lens_writesae.sae.architectures import WriteTopKTrainingSAEConfig
+from sae_lens_writesae.sae.architectures import WriteTopKTrainingSAEConfig as Config
+from sae_lens_writesae.sae.matrix import require
 from sae_lens_writesae.sae.metric import Metric
-from sae_lens_writesae.sae.rows import Logs, Report, Shuffled, matrices, new_sae, seeded, train_on_rows
-from sae_lens_writesae.sae.target import HeadHook, RunnerConfig
+from sae_lens_writesae.sae.rows import matrices, new_sae, seeded, shuffled, train_on_rows, wandb_run
+from sae_lens_writesae.sae.target import RunnerConfig
 from sae_lens_writesae.sae.training import START_STEPS, MatrixTrainingSAE
 
 MAX_STACK = 32
@@ -51,7 +55,6 @@ def train_on_writes(
     cfg: RunnerConfig,
     keys: Tensor,
     values: Tensor,
-    report: Report | None = None,
     *,
     metric: Metric | None = None,
     checkpoint: Path | None = None,
@@ -66,65 +69,47 @@ def train_on_writes(
             `training_tokens` (rows seen, in as many epochs as that needs), batch size, optimizer, schedule and logger
             are used; its model and its text are not.
         keys, values: [N,S,K] and [N,S,V], or [N,K] and [N,V] for S = 1, of any float dtype.
-        report: called after each step.
         metric: where `cfg.sae.metric` is `gauss_newton`, the metric of this head (`sae.metric_fit.fit_metrics`). The
             dictionary that is returned has it folded in.
-        checkpoint: a file that is written every minute, from which the same call goes on after a kill, to the same
-            weights. It is removed at the end.
+        checkpoint: a file that is written every minute, from which the same call resumes after a kill, to the same
+            weights. It is removed at the end. (For SAELens' trainer a folder: see `train_on_rows`.)
 
     Cost of a step: F*R*S*(K+V) operations a row, and k*k*R*R*(K+V) for the selected atoms; on matrices F*K*V.
 
     Raises:
-        ValueError: a metric that the config cannot have, or none where it needs one; shapes that fit neither each other
-            nor the config, or fewer rows than a batch; NaN or infinite values.
+        ValueError: a metric that the config cannot have, or none where it needs one; writes of another shape than the
+            config's; NaN or infinite values.
     """
-    keys, values = (side[:, None] if side.ndim == 2 else side for side in (keys, values))
-    (sae,) = train_many_on_writes([cfg], [LowRank(keys, values)], [metric], report=report, checkpoint=checkpoint)
-    return sae
+    writes = LowRank(*(side[:, None] if side.ndim == 2 else side for side in (keys, values)))
+    if shape_of(cfg) is not None:
+        return train_many_on_writes([cfg], [writes], [metric], checkpoint=checkpoint)[0]
+    found, wanted = (writes.keys.shape[2], writes.values.shape[2]), (cfg.sae.d_k, cfg.sae.d_v)
+    require(found == wanted, "keys, values", found, f"of K, V = {wanted} (d_k, d_v of cfg.sae)")
+    return train_on_rows(cfg, matrices(cfg, writes), metric, checkpoint)
 
 
 def train_many_on_writes(
     configs: Sequence[RunnerConfig],
     writes: Sequence[LowRank],
     metrics: Sequence[Metric | None] | None = None,
-    say: Callable[[int], object] = lambda done: None,
     *,
-    report: Report | None = None,
     checkpoint: Path | None = None,
 ) -> list[MatrixTrainingSAE]:
-    """`train_on_writes` of several dictionaries, in one step for all that have one shape. Seeds, heads and `k` may
-    differ.
+    """`train_on_writes` of several dictionaries, all in one step. Seeds, heads and `k` may differ.
 
     Args:
-        configs: as `train_on_writes` takes them.
+        configs: of one `shape_of`. More than `MAX_STACK` save nothing.
         writes: of each dictionary; several may have the same.
         metrics: of each dictionary whose config asks for one.
-        say: called with the number of dictionaries that are finished, after each stack.
-        checkpoint: as in `train_on_writes`; its name gets a number for each stack after the first.
+        checkpoint: as in `train_on_writes`.
 
     Raises:
-        ValueError: what `train_on_writes` raises, before any training.
+        ValueError: what `train_on_writes` raises, or dictionaries of different shapes.
     """
-    given = list(metrics) if metrics is not None else [None] * len(configs)
-    members = list(zip(configs, writes, given, strict=True))
-    for member in members:
-        _check(*member)
-    stacks: dict[object, list[int]] = {}
-    for n, (cfg, rows, _) in enumerate(members):
-        shape = shape_of(cfg)
-        stacks.setdefault((n,) if shape is None else (shape, rows.rank, rows.keys.device), []).append(n)
-    parts = [all_[i : i + MAX_STACK] for all_ in stacks.values() for i in range(0, len(all_), MAX_STACK)]
-    trained: dict[int, MatrixTrainingSAE] = {}
-    for number, part in enumerate(parts):
-        file = checkpoint and (checkpoint.with_suffix(f".{number}{checkpoint.suffix}") if number else checkpoint)
-        cfg, rows, metric = members[part[0]]
-        if shape_of(cfg) is not None:
-            found = _Stack([members[n] for n in part], file).train(report)
-        else:
-            found = [train_on_rows(cfg, matrices(cfg, rows), metric, report, file)]
-        trained |= dict(zip(part, found))
-        say(len(trained))
-    return [trained[n] for n in range(len(configs))]
+    shapes = {shape_of(cfg) for cfg in configs}
+    one = len(shapes) == 1 and None not in shapes
+    require(one, "configs", f"{len(shapes)} shapes", "dictionaries on factors that have one `shape_of`")
+    return _Stack(list(zip(configs, writes, metrics or [None] * len(configs), strict=True))).train(checkpoint)
 
 
 def shape_of(cfg: RunnerConfig) -> str | None:
@@ -132,46 +117,15 @@ def shape_of(cfg: RunnerConfig) -> str | None:
     factors are trained `writesae_topk` dictionaries with factors on both sides, on squared errors (in either metric).
     """
     sae = cfg.sae
-    if not isinstance(sae, WriteTopKTrainingSAEConfig) or cfg.autocast or sae.use_sparse_activations:
+    if type(sae) is not Config or cfg.autocast or sae.use_sparse_activations:
         return None
-    if (sae.architecture(), sae.encoder, sae.decoder, sae.loss) != ("writesae_topk", "bilinear", "rank", "mse"):
+    if (sae.encoder, sae.decoder, sae.loss) != ("bilinear", "rank", "mse"):
         return None
     shared = dataclasses.replace(sae, k=1, metadata=type(sae.metadata)())
     return repr((shared, dataclasses.replace(cfg.to_sae_trainer_config(), checkpoint_path=None), cfg.device))
 
 
-def _check(cfg: RunnerConfig, writes: LowRank, metric: Metric | None) -> None:
-    """Raise ValueError where `train_on_writes` could not train a dictionary."""
-    check_metric(cfg, metric)
-    found, wanted = (writes.keys.shape[2], writes.values.shape[2]), (cfg.sae.d_k, cfg.sae.d_v)
-    if found != wanted or len(writes) < cfg.train_batch_size_tokens:
-        raise ValueError(
-            f"keys, values: expected [N,S,K] and [N,S,V] with K, V = {wanted} (d_k, d_v of cfg.sae) and N at least "
-            f"train_batch_size_tokens = {cfg.train_batch_size_tokens}, got {list(writes.keys.shape)} and "
-            f"{list(writes.values.shape)}; collect more, or make the batch smaller"
-        )
-
-
-def check_metric(cfg: RunnerConfig, metric: Metric | None) -> None:
-    """Raise ValueError unless the metric that is given is the one that a runner config asks for."""
-    wanted = getattr(cfg.sae, "metric", "frobenius")
-    if (wanted == "frobenius") != (metric is None) or (metric and HeadHook.parse(cfg.hook_name).target != "write"):
-        raise ValueError(
-            f"metric: expected {'none' if wanted == 'frobenius' else 'one'} for cfg.sae.metric={wanted!r} and writes, "
-            f"got {'none' if metric is None else 'one'} for {cfg.hook_name}; sae.metric_fit.fit_metrics fits one"
-        )
-
-
 # ------------------------------------------------------------------------------------------------ the step
-
-
-class Options(NamedTuple):
-    """What of a config a step depends on."""
-
-    rescale: bool
-    """`rescale_acts_by_decoder_norm`"""
-    center: bool
-    """`apply_b_dec_to_input`"""
 
 
 class Step(NamedTuple):
@@ -195,11 +149,11 @@ def inners(keys: Tensor, values: Tensor, v: Tensor, w: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gradients(p: dict[str, nn.Parameter], keys: Tensor, values: Tensor, ks: Sequence[int], how: Options) -> Step:
+def gradients(p: dict[str, nn.Parameter], keys: Tensor, values: Tensor, ks: Sequence[int], cfg: Config) -> Step:
     """One step on rows [M,N,S,K] and [M,N,S,V]; puts the gradient of sum_m mean_n errors into the parameters.
 
-    With c = (<X - B, encoder atom> + b_enc)_+ of the k atoms on top (after a factor of their norms, if `how.rescale`;
-    X instead of X - B unless `how.center`), G_ij = <A_i, A_j> and N rows,
+    With c = (<X - B, encoder atom> + b_enc)_+ of the k atoms on top (after a factor of their norms, if
+    `rescale_acts_by_decoder_norm`; X instead of X - B unless `apply_b_dec_to_input`), G_ij = <A_i, A_j> and N rows,
 
         d errors / d c_i = 2 ((G c)_i - <X, A_i> + <B, A_i>)
 
@@ -210,9 +164,9 @@ def gradients(p: dict[str, nn.Parameter], keys: Tensor, values: Tensor, ks: Sequ
     bias, g = p["b_dec"].view(M, K, V), 2.0 / N
     by_left = {"dec": (w.flatten(1, 2) @ bias.mT).view_as(v), "enc": (w_enc.flatten(1, 2) @ bias.mT).view_as(v_enc)}
     by_right = {"dec": (v.flatten(1, 2) @ bias).view_as(w), "enc": (v_enc.flatten(1, 2) @ bias).view_as(w_enc)}
-    shift = p["b_enc"] - (v_enc * by_left["enc"]).sum((2, 3)) if how.center else p["b_enc"]
+    shift = p["b_enc"] - (v_enc * by_left["enc"]).sum((2, 3)) if cfg.apply_b_dec_to_input else p["b_enc"]
     biased = (v * by_left["dec"]).sum((2, 3)).flatten()
-    gain = _norms(v, w) if how.rescale else torch.ones_like(shift)
+    gain = _norms(v, w) if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
     k, most = max(ks), torch.tensor(ks, device=keys.device)
     at = torch.empty(M, N, k, dtype=torch.long, device=keys.device)
     for rows in _blocks(N, M * F):
@@ -253,7 +207,7 @@ def gradients(p: dict[str, nn.Parameter], keys: Tensor, values: Tensor, ks: Sequ
     grad["w"] += by_product[..., None, None] * by_right["dec"]
     of_rows = torch.einsum("mnsk,mnsv->mkv", keys, values)
     by_bias = torch.einsum("mfrk,mf,mfrv->mkv", v, by_product, w) - g * of_rows + 2 * bias
-    if how.center:
+    if cfg.apply_b_dec_to_input:
         grad["v_enc"] -= by_shift[..., None, None] * by_left["enc"]
         grad["w_enc"] -= by_shift[..., None, None] * by_right["enc"]
         by_bias -= torch.einsum("mfrk,mf,mfrv->mkv", v_enc, by_shift, w_enc)
@@ -264,9 +218,7 @@ def gradients(p: dict[str, nn.Parameter], keys: Tensor, values: Tensor, ks: Sequ
     return Step(plain + torch.cat(errors).view(M, N), at, code.view(M, N, k))
 
 
-def aux_loss(
-    p: dict[str, nn.Parameter], keys: Tensor, values: Tensor, dead: Tensor, step: Step, how: Options
-) -> Tensor:
+def aux_loss(p: dict[str, nn.Parameter], keys: Tensor, values: Tensor, dead: Tensor, step: Step, cfg: Config) -> Tensor:
     """SAELens' auxiliary loss of every dictionary [M], differentiable: the most active dead atoms ([M,F] `dead`), at
     most d_in // 2, reconstruct what the step left. Costs D (F + N) (K+V) + D D (K+V) for D dead atoms."""
     (M, N, _, K), V, F = keys.shape, values.shape[-1], p["v"].shape[1]
@@ -276,12 +228,16 @@ def aux_loss(
     v, w, v_enc, w_enc = (torch.stack([x[i] for x, i in zip(p[name], index)]) for name in FACTORS)
     bias = p["b_dec"].view(M, 1, K, V)
     shift = p["b_enc"].gather(1, index)
-    if how.center:
+    if cfg.apply_b_dec_to_input:
         shift = shift - ((v_enc @ bias) * w_enc).sum((2, 3))
     norm = _norms(v, w)
     acts = inners(keys, values, v_enc, w_enc) + shift[:, None]
     if acts.shape[-1] > wanted:
-        by = (acts * norm[:, None] if how.rescale else acts).detach().masked_fill(~there, -torch.inf)
+        by = (
+            (acts * norm[:, None] if cfg.rescale_acts_by_decoder_norm else acts)
+            .detach()
+            .masked_fill(~there, -torch.inf)
+        )
         top = by.topk(wanted, sorted=False).indices
         there = there & torch.zeros_like(acts, dtype=torch.bool).scatter(-1, top, True)
     code = torch.where(there, acts, 0.0)
@@ -311,24 +267,21 @@ class _Stack:
     """M dictionaries in training. Atom f of dictionary m is number m F + f of all. Parameters of the M autoencoders are
     views of the stacked ones, so that their own upkeep works on them."""
 
-    def __init__(self, members: Sequence[tuple[RunnerConfig, LowRank, Metric | None]], file: Path | None):
+    def __init__(self, members: Sequence[tuple[RunnerConfig, LowRank, Metric | None]]):
         self.configs, self.writes, self.metrics = zip(*members)
-        self.cfg, self.file = self.configs[0], file
-        self.saes = [new_sae(cfg) for cfg in self.configs]
-        self.ks = [int(sae.cfg.k) for sae in self.saes]  # type: ignore[attr-defined]
+        self.saes = [new_sae(cfg, metric) for cfg, _, metric in members]
+        self.runner, self.cfg = self.configs[0], cast(Config, self.saes[0].cfg)
+        self.ks = [int(cfg.sae.k) for cfg in self.configs]
         names = [name for name, _ in self.saes[0].named_parameters()]
         stacked = {name: torch.stack([sae.get_parameter(name).data for sae in self.saes]) for name in names}
         self.p = {name: nn.Parameter(x) for name, x in stacked.items()}
-        for m, sae in enumerate(self.saes):
-            sae.in_metric = self.metrics[m] is not None
-            for name in names:
-                sae.get_parameter(name).data = stacked[name][m]
-        cfg = cast(WriteTopKTrainingSAEConfig, self.saes[0].cfg)
-        self._how = Options(cfg.rescale_acts_by_decoder_norm, cfg.apply_b_dec_to_input)
-        self._aux = cfg.aux_loss_coefficient
-        self.scales = [1.0] * len(self.saes)
-        self.scales = [self._scale(m) for m in range(len(self.saes))]
-        self.trainer = self.cfg.to_sae_trainer_config()
+        for (m, sae), name in product(enumerate(self.saes), names):
+            sae.get_parameter(name).data = stacked[name][m]
+        self.scales = [1.0] * len(members)
+        if self.cfg.normalize_activations != "none":  # SAELens' scaling factor of the inputs
+            norms = [LowRank(*self.rows(m, self._spread(m, 32_768))).norm().mean() for m in range(len(members))]
+            self.scales = [self.cfg.d_in**0.5 / float(norm) for norm in norms]
+        self.trainer = self.runner.to_sae_trainer_config()
         adam = self.trainer.adam_beta1, self.trainer.adam_beta2
         self.optimizer = torch.optim.Adam(list(self.p.values()), lr=self.trainer.lr, betas=adam, fused=True)
         self.schedule = get_lr_scheduler(
@@ -341,15 +294,8 @@ class _Stack:
             lr_end=cast(float, self.trainer.lr_end),
             num_cycles=self.trainer.n_restart_cycles,
         )
-        size = self.p["b_enc"].shape
-        self.silent, self.fired = (torch.zeros(size, dtype=torch.long, device=self.cfg.device) for _ in range(2))
+        self.silent = torch.zeros(self.p["b_enc"].shape, dtype=torch.long, device=self.runner.device)
         self.step = 0
-
-    def _scale(self, m: int) -> float:
-        """SAELens' scaling factor of the inputs, in the metric where there is one, from at most 32,768 rows."""
-        if self.saes[m].cfg.normalize_activations == "none":
-            return 1.0
-        return float(self.saes[m].cfg.d_in ** 0.5 / LowRank(*self.rows(m, self._spread(m, 32_768))).norm().mean())
 
     def _spread(self, m: int, most: int) -> Tensor:
         """Numbers of at most so many rows of a dictionary, evenly spaced."""
@@ -357,51 +303,61 @@ class _Stack:
         return torch.linspace(0, n - 1, min(n, most)).long()
 
     def rows(self, m: int, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [n,S,K] and values [n,S,V] of some rows of a dictionary, as it sees them."""
-        writes, metric, like = self.writes[m], self.metrics[m], self.p["b_dec"]
-        part = writes.rows(index.to(writes.keys.device)).to(like.device).to(like.dtype)
+        """Keys [n,S,K] and values [n,S,V] of some rows of a dictionary, as it sees them: in its metric, then scaled."""
+        metric, like = self.metrics[m], self.p["b_dec"]
+        part = self.writes[m].rows(index.to(self.writes[m].keys.device)).to(like.device).to(like.dtype)
         keys, values = metric.apply(part.keys, part.values) if metric else (part.keys, part.values)
         return keys, values * self.scales[m]
 
-    def train(self, report: Report | None) -> list[MatrixTrainingSAE]:
-        """All steps, and the dictionaries."""
+    def train(self, file: Path | None) -> list[MatrixTrainingSAE]:
+        """All steps from those of a checkpoint on, where there is one, and the dictionaries.
+
+        Raises:
+            ValueError: a checkpoint of other settings; names the file.
+        """
+        if file is not None and file.exists():
+            self._resume(file)
         batch, steps = self.trainer.train_batch_size_samples, self.trainer.total_training_steps
-        order = [Shuffled(len(rows), batch, cfg.seed) for rows, cfg in zip(self.writes, self.configs)]
-        self._resume(self.file)
+        of_each = list(zip(self.writes, self.configs))
+        order = [shuffled(len(writes), batch, cfg.seed, self.step) for writes, cfg in of_each]
+        size = len(self.saes) * batch * self.cfg.d_sae * self.cfg.rank * self.writes[0].rank
+        left, quiet = range(self.step, steps), not self.runner.verbose
         saved = time.monotonic()
-        sae = self.saes[0].cfg
-        size = len(self.saes) * batch * sae.d_sae * sae.rank * self.writes[0].rank * (sae.d_k + sae.d_v)
-        bar = tqdm(total=steps, initial=self.step, desc="Training SAE", disable=not self.cfg.verbose)
-        with Logs(self.configs) as logs, threads_for(size), bar:
-            while self.step < steps:
-                rows = [self.rows(m, shuffled(self.step)) for m, shuffled in enumerate(order)]
+        with ExitStack() as scope:
+            scope.enter_context(threads_for(size * (self.cfg.d_k + self.cfg.d_v)))
+            runs = [scope.enter_context(wandb_run(cfg, reinit="create_new")) for cfg in self.configs]
+            for _ in tqdm(left, initial=self.step, total=steps, desc="Training SAE", disable=quiet):
+                rows = [self.rows(m, next(numbers)) for m, numbers in enumerate(order)]
                 keys, values = (torch.stack(side) for side in zip(*rows))
                 done = self._step(keys, values)
                 self.step += 1
-                due = self.step % self.cfg.logger.wandb_log_frequency == 0 and bool(logs.runs)
-                if report is not None or due:
+                log = self.runner.logger
+                if log.log_to_wandb and self.step % log.wandb_log_frequency == 0:
                     measured = self._measured(done, keys, values)
-                    if report is not None:
-                        report(self.step - 1, measured)
-                    for m, run in logs.runs.items() if due else ():
+                    for m, run in enumerate(runs):
                         run.log({name: float(x[m]) for name, x in measured.items()}, step=self.step)
-                bar.update()
-                if self.file is not None and time.monotonic() - saved > SAVE_SECONDS:
-                    atomic_write(self.file, lambda aside: torch.save(self._state(), aside))
+                if file is not None and time.monotonic() - saved > SAVE_SECONDS:
+                    atomic_write(file, partial(torch.save, self._state()))
                     saved = time.monotonic()
         found = [self._finished(m) for m in range(len(self.saes))]
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
+        if file is not None:
+            file.unlink(missing_ok=True)
         return found
 
     def _step(self, keys: Tensor, values: Tensor) -> Step:
         dead = self.silent > self.trainer.dead_feature_window
-        self._upkeep(keys, values, dead)
-        done = gradients(self.p, keys, values, self.ks, self._how)
+        periods = self.cfg.unit_norm_every, self.cfg.resample_every
+        if self.step < START_STEPS or any(n and self.step % n == 0 for n in periods):
+            for m, (sae, cfg) in enumerate(zip(self.saes, self.configs)):
+                x = LowRank(keys[m], values[m]).dense().flatten(1)
+                with seeded(cfg.seed, self.step):
+                    sae._upkeep(x, TrainStepInput(x, {}, dead[m], self.step, False))  # pyright: ignore  (decorator)
+        done = gradients(self.p, keys, values, self.ks, self.cfg)
         if not bool(done.errors.sum().isfinite()):
             raise ValueError(f"step {self.step}: expected finite errors, got NaN or infinity: of the writes, or of lr")
-        if self._aux and bool(dead.any()):
-            (self._aux * aux_loss(self.p, keys, values, dead, done, self._how)).sum().backward()
+        if self.cfg.aux_loss_coefficient and bool(dead.any()):
+            aux = aux_loss(self.p, keys, values, dead, done, self.cfg)
+            (self.cfg.aux_loss_coefficient * aux).sum().backward()
         with torch.no_grad():
             every = [cast(Tensor, x.grad).flatten(1) for x in self.p.values()]
             norms = torch.stack([x.square().sum(1) for x in every]).sum(0).sqrt()
@@ -411,24 +367,8 @@ class _Stack:
         self.schedule.step()
         active = (done.code > 0).flatten().long()
         fired = torch.zeros_like(self.silent).flatten().index_add_(0, done.atoms.flatten(), active).view_as(self.silent)
-        self.fired += fired
         self.silent = torch.where(fired > 0, 0, self.silent + 1)
         return done
-
-    def _upkeep(self, keys: Tensor, values: Tensor, dead: Tensor) -> None:
-        """What is due before a step, each dictionary with its own random numbers."""
-        cfg = self.saes[0].cfg
-        waiting = self.step < START_STEPS and any(int(sae.n_started) < cfg.d_sae for sae in self.saes)
-        if (
-            self.step
-            and not waiting
-            and all(n == 0 or self.step % n for n in (cfg.unit_norm_every, cfg.resample_every))
-        ):
-            return
-        for m, sae in enumerate(self.saes):
-            x = LowRank(keys[m], values[m]).dense().flatten(1)
-            with seeded(self.configs[m].seed, self.step):
-                sae._upkeep(x, TrainStepInput(x, {}, dead[m], self.step, False))  # pyright: ignore  (decorator)
 
     @torch.no_grad()
     def _measured(self, done: Step, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
@@ -436,33 +376,30 @@ class _Stack:
         size = ((keys @ keys.mT) * (values @ values.mT)).sum((2, 3)).mean(1)
         mean = torch.einsum("mnsk,mnsv->mkv", keys, values) / keys.shape[1]
         loss = done.errors.mean(1)
-        rate = loss.new_full(loss.shape, self.optimizer.param_groups[0]["lr"])
         return {
             "losses/mse_loss": loss,
             "metrics/explained_variance": 1 - loss / (size - mean.square().sum((1, 2))),
             "metrics/l0": (done.code > 0).sum(-1).float().mean(1),
             "sparsity/dead_features": (self.silent > self.trainer.dead_feature_window).sum(1),
-            "details/current_learning_rate": rate,
+            "details/current_learning_rate": torch.full_like(loss, self.optimizer.param_groups[0]["lr"]),
             "details/n_training_samples": torch.full_like(loss, self.step * keys.shape[1]),
         }
 
     @torch.no_grad()
     def _finished(self, m: int) -> MatrixTrainingSAE:
         """A dictionary with weights of its own, whose reconstructions are right on average over `b_dec_rows` rows."""
-        sae, metric = self.saes[m], self.metrics[m]
+        sae, metric, metadata = self.saes[m], self.metrics[m], self.saes[m].cfg.metadata
         for parameter in sae.parameters():
             parameter.data = parameter.data.clone()
+        keys, values = self.rows(m, self._spread(m, sae.cfg.b_dec_rows or self.trainer.train_batch_size_samples))
+        p = {name: nn.Parameter(x[m : m + 1].detach()) for name, x in self.p.items()}
+        done = gradients(p, keys[None], values[None], self.ks[m : m + 1], self.cfg)
         if sae.cfg.b_dec_rows:
-            keys, values = self.rows(m, self._spread(m, sae.cfg.b_dec_rows))
-            p = {name: nn.Parameter(x[m : m + 1].detach()) for name, x in self.p.items()}
-            done = gradients(p, keys[None], values[None], self.ks[m : m + 1], self._how)
             code = torch.zeros_like(sae.b_enc).index_add_(0, done.atoms.flatten(), done.code.flatten()) / len(keys)
             mean = torch.einsum("nsk,nsv->kv", keys, values).flatten() / len(keys)
             sae.move_b_dec(mean - sae.b_dec - code @ sae.W_dec)
-        if self.scales[m] != 1.0:
-            sae.fold_activation_norm_scaling_factor(self.scales[m])
-        metadata = sae.cfg.metadata
-        metadata.l0 = float(self.fired[m].sum()) / max(1, self.step * self.trainer.train_batch_size_samples)
+        sae.fold_activation_norm_scaling_factor(self.scales[m])
+        metadata.l0 = float((done.code > 0).sum()) / len(keys)
         metadata.num_dead_features = int((self.silent[m] > self.trainer.dead_feature_window).sum())
         return sae if metric is None else metric.fold(sae)
 
@@ -473,29 +410,19 @@ class _Stack:
             "settings": repr([(shape_of(cfg), cfg.seed, cfg.sae.k, cfg.hook_name) for cfg in self.configs]),
             "step": self.step,
             "silent": self.silent,
-            "fired": self.fired,
-            "parameters": {name: x.data for name, x in self.p.items()},
-            "buffers": [dict(sae.named_buffers()) for sae in self.saes],
+            "saes": nn.ModuleList(self.saes).state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }
 
-    def _resume(self, file: Path | None) -> None:
-        """Go on from a checkpoint, where there is one.
-
-        Raises:
-            ValueError: it is of other settings; names the file.
-        """
-        if file is None or not file.exists():
-            return
-        state, own = torch.load(file, map_location=self.cfg.device, weights_only=True), self._state()
-        if state["settings"] != own["settings"]:
+    def _resume(self, file: Path) -> None:
+        state = torch.load(file, map_location=self.runner.device, weights_only=True)
+        if state["settings"] != self._state()["settings"]:
             raise ValueError(f"{file}: expected a checkpoint of these settings, got one of others; delete it")
-        self.step, self.silent, self.fired = state["step"], state["silent"], state["fired"]
-        for name, x in state["parameters"].items():
-            self.p[name].data.copy_(x)
-        for sae, buffers in zip(self.saes, state["buffers"]):
-            for name, x in buffers.items():
-                sae.get_buffer(name).copy_(x)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        self.step, self.silent = state["step"], state["silent"]
+        for part, name in (
+            (nn.ModuleList(self.saes), "saes"),
+            (self.optimizer, "optimizer"),
+            (self.schedule, "schedule"),
+        ):
+            part.load_state_dict(state[name])

@@ -6,23 +6,21 @@ folder first and then calls them.
 """
 
 import dataclasses
-import difflib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, TrainingSAE
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from hookpoints.errors import nearest
 from hookpoints.files import SealedFolder, read_json
 from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig
 
-_BESIDE_FIELDS = {"architecture", "metadata"}
-"""What a saved config has beside the fields of its class."""
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What SAELens, torch and Python raise on a damaged config or file."""
 
 
 class CheckpointError(ValueError):
@@ -44,119 +42,32 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
             file with each of its autoencoders; SAELens' own uploader leaves it out, and nothing is verified then.
     """
     folder = SealedFolder(Path(path), CheckpointError)
-    file = folder.folder / SAE_CFG_FILENAME
-    config = _read_config(folder)
-    pair = _classes(file, config, training)
-    _check_fields(file, config, pair[1])
-    expected = _expected(file, config | {"device": "meta"}, *pair)
-    _check_weights(folder.file(SAE_WEIGHTS_FILENAME), config, expected)
+    file, place = folder.file(SAE_CFG_FILENAME), folder.file(SAE_WEIGHTS_FILENAME)
+    registry: dict[str, tuple[Any, Any]] = {**(SAE_TRAINING_CLASS_REGISTRY if training else SAE_CLASS_REGISTRY)}
     try:
-        sae = (TrainingSAE if training else SAE).load_from_disk(folder.folder, device=device, dtype=dtype)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{file} describes no autoencoder ({type(error).__name__}: {error}).") from error
-    return cast(MatrixSAE, sae)
-
-
-def sae_folders(path: Path) -> list[Path]:
-    """The folders of SAEs that `path` is or holds: those of `writesae train` and `demo` lie deeper.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if (path / SAE_CFG_FILENAME).is_file():
-        return [path]
-    files = sorted(path.rglob(SAE_CFG_FILENAME))
-    inside = [file.parent for file in files if "checkpoints" not in file.parts and _visible(file.relative_to(path))]
-    if not inside:
-        _read_config(SealedFolder(path, CheckpointError))  # says what there is
-    return inside
-
-
-def _visible(path: Path) -> bool:
-    return not any(part.startswith(".") for part in path.parts)
-
-
-def folder_labels(folders: Sequence[Path]) -> list[str]:
-    """Names for the SAEs in folders; one called `sae` is named after the folder that it is in. Where two of these have
-    one name, as those of two heads may, the folder above is in all names."""
-    own = [folder.parent if folder.name == "sae" else folder for folder in map(Path.resolve, folders)]
-    names = [folder.name for folder in own]
-    return names if len(set(names)) == len(names) else [f"{folder.parent.name}/{folder.name}" for folder in own]
-
-
-def _read_config(folder: SealedFolder) -> dict[str, object]:
-    file = folder.folder / SAE_CFG_FILENAME
-    if not file.exists():
-        inside = sorted(p.name for p in file.parent.iterdir()) if file.parent.is_dir() else "no such folder"
-        raise CheckpointError(
-            f"{file} does not exist; {file.parent} holds: {inside}. Give the folder of an SAE, or one that holds some."
-        )
-    try:
-        config = read_json(folder.file(SAE_CFG_FILENAME))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{error}. Export the SAE again.") from error
-    if "architecture" not in config:
-        raise CheckpointError(f"{file} has no field 'architecture': not the config of a SAELens autoencoder.")
-    return config
-
-
-def _classes(file: Path, config: dict[str, object], training: bool) -> tuple[type[Any], type[Any]]:
-    name = str(config["architecture"])
-    registry, other = SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-    if training:
-        registry, other = other, registry
-    if name in registry:
-        return registry[name]
-    if name in other:
-        kind, wanted = ("inference", "False") if training else ("training", "True")
-        raise CheckpointError(f"{file}: architecture {name!r} exists for {kind} only; call with training={wanted}.")
-    near = difflib.get_close_matches(name, list(registry), n=3, cutoff=0.4)
-    raise CheckpointError(
-        f"{file}: architecture {name!r} is not registered (nearest: {near or sorted(registry)}). If another package "
-        "defines it, import that package first."
-    )
-
-
-def _check_fields(file: Path, config: dict[str, object], cfg_class: type[Any]) -> None:
-    """SAELens drops fields that it does not know, so that a misspelt one would quietly take its default. Its own older
-    files have more fields than its classes, so only configs of this package are held to theirs."""
-    if not issubclass(cfg_class, MatrixSAEConfig):
-        return
-    known = {field.name for field in dataclasses.fields(cfg_class)} | _BESIDE_FIELDS
-    if unknown := sorted(config.keys() - known):
-        raise CheckpointError(f"{file} has the unknown field(s) {', '.join(unknown)}{nearest(unknown[0], known)}.")
-    if not isinstance(config.get("metadata", {}), dict):
-        raise CheckpointError(f"{file}: the field 'metadata' is no object of names and values.")
-
-
-def _expected(
-    file: Path, config: dict[str, object], sae_class: type[Any], cfg_class: type[Any]
-) -> dict[str, torch.Size]:
-    """Names and shapes that the config asks for, from a model without memory."""
-    try:
-        sae = sae_class(cfg_class.from_dict(config))
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    return {name: tensor.shape for name, tensor in sae.state_dict().items()}
-
-
-def _check_weights(file: Path, config: dict[str, object], expected: dict[str, torch.Size]) -> None:
-    try:
-        with safe_open(file, framework="pt") as weights:
-            tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read as safetensors ({error}): truncated? Fetch it again.") from error
-    origin = f"the architecture {config['architecture']!r} as {SAE_CFG_FILENAME} has it"
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise CheckpointError(f"{file} lacks {missing}, which {origin} needs; it has {sorted(tensors)}.")
-    if surplus := sorted(tensors.keys() - expected.keys()):
-        raise CheckpointError(f"{file} has {surplus}, which {origin} does not know: weights of another architecture?")
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
+        config = read_json(file)
+        name = str(config.get("architecture"))
+        if name not in registry:
             raise CheckpointError(
-                f"{file}: {name!r} has shape {list(tensors[name].shape)}, {origin} needs {list(shape)}."
+                f"{file}: expected an architecture that is registered with training={training}, got {name!r}"
+                f"{nearest(name, registry)}. If another package defines it, import that package first"
             )
-        if not torch.isfinite(tensors[name]).all():
-            raise CheckpointError(
-                f"{file}: {name!r} holds NaN or infinite values; training diverged before it was saved."
-            )
+        sae_class, cfg_class = registry[name]
+        if issubclass(cfg_class, MatrixSAEConfig):  # SAELens drops fields that it does not know, as misspelt ones
+            known = {field.name for field in dataclasses.fields(cfg_class)} | {"architecture", "metadata"}
+            if unknown := sorted(config.keys() - known):
+                raise CheckpointError(f"{file} has the unknown field(s) {unknown}{nearest(unknown[0], known)}")
+        expected = sae_class(cfg_class.from_dict(config | {"device": "meta"})).state_dict()
+        shapes = {key: list(tensor.shape) for key, tensor in expected.items()}
+        weights = load_file(place)
+        found = {key: list(tensor.shape) for key, tensor in weights.items()}
+        for key in sorted({*found, *shapes}):
+            if found.get(key) != shapes.get(key):
+                raise CheckpointError(f"{place}: expected {key} of shape {shapes.get(key)}, got {found.get(key)}")
+            if not weights[key].isfinite().all():
+                raise CheckpointError(f"{place}: expected finite numbers, got NaN or infinity in {key}")
+        return cast(MatrixSAE, (TrainingSAE if training else SAE).load_from_disk(path, device=device, dtype=dtype))
+    except CheckpointError:
+        raise
+    except (*_DAMAGE, SafetensorError) as error:
+        raise CheckpointError(f"{file}, {place.name}: no autoencoder ({type(error).__name__}: {error})") from error

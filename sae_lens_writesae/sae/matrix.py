@@ -90,11 +90,6 @@ class MatrixSAEConfig(SAEConfig):
         super().__post_init__()
         self.metadata["requires"] = REQUIRES
 
-    @property
-    def is_factored(self) -> bool:
-        """Whether both sides are factors."""
-        return self.encoder != "dense" and self.decoder == "rank"
-
 
 class MatrixSAE(SAE[Any]):
     """The parameters of both sides, the matrices made of them, and the folds. It is the last base of an architecture.
@@ -105,14 +100,6 @@ class MatrixSAE(SAE[Any]):
     """
 
     cfg: MatrixSAEConfig
-    b_dec: nn.Parameter
-    v: nn.Parameter
-    w: nn.Parameter
-    decoder_matrix: nn.Parameter
-    v_enc: nn.Parameter
-    w_enc: nn.Parameter
-    encoder_matrix: nn.Parameter
-    encoder_scale: Tensor
     b_enc: nn.Parameter
     """[F]; the gated architecture has none."""
 
@@ -139,11 +126,11 @@ class MatrixSAE(SAE[Any]):
         elif cfg.encoder == "dense":
             self.encoder_matrix = nn.Parameter(khatri_rao(v, w).T.contiguous())
         else:
-            self.register_buffer("encoder_scale", torch.ones(cfg.d_sae, **like))
-        self._keep_start(v, w)
+            self.encoder_scale = nn.Buffer(torch.ones(cfg.d_sae, **like))
+        self._begin()
 
-    def _keep_start(self, keys: Tensor, values: Tensor) -> None:
-        """Is given the initial atoms [F,R,K], [F,R,V]; a class in training keeps them."""
+    def _begin(self) -> None:
+        """A class in training adds its buffers."""
 
     @property
     def n_factors(self) -> int:
@@ -241,12 +228,8 @@ class MatrixSAE(SAE[Any]):
 
     # ---------------------------------------------------------------------------------------- the bias
 
-    def output_bias(self) -> Tensor:
-        """What `decode` adds to the atoms [K*V]."""
-        return self.b_dec
-
     def settle_b_dec(self) -> None:
-        """Make b_dec the output bias, which outside of training it is."""
+        """Make b_dec what `decode` adds to the atoms, which outside of training it is."""
 
     @torch.no_grad()
     def move_b_dec(self, error: Tensor) -> None:
@@ -321,11 +304,7 @@ class MatrixSAE(SAE[Any]):
             ValueError: SAELens has no class of this form.
         """
         names = [name for name, (cls, _) in SAE_CLASS_REGISTRY.items() if cls in type(self).__mro__[1:]]
-        if not names:
-            raise ValueError(
-                f"{self.cfg.architecture()} has no form in SAELens: it activates the pairs of the most active key "
-                "atoms and the most active value atoms, which is no function of one pre-activation per atom"
-            )
+        require(bool(names), "architecture", self.cfg.architecture(), "of a form that SAELens has, not of pairs")
         metadata = {name: value for name, value in self.cfg.metadata.to_dict().items() if name != "requires"}
         changes = {"architecture": names[0], "device": "meta", "metadata": metadata}
         sae = SAE.from_dict(self.cfg.to_dict() | changes)

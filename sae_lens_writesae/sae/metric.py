@@ -14,28 +14,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.files import atomic_write
 from sae_lens_writesae.sae.matrix import MatrixSAE
-
-METRIC_FILENAME = "metric.safetensors"
-"""The file beside the weights of an autoencoder that was trained in a metric."""
 
 DAMPING = 0.05
 """Share of the identity in A and in B. Undamped condition numbers reach the thousands; between 0.001 and 0.2 the
 prediction of held-out edits hardly changes."""
-
-_TENSORS = ("key_root", "value_root", "key_inverse", "value_inverse")
 
 SAEType = TypeVar("SAEType", bound=MatrixSAE)
 
@@ -83,13 +73,9 @@ class Metric:
         """A^1/2 X B^1/2 of flattened matrices [...,K*V]. Costs K V (K + V) for each."""
         return self._rows(rows, self.key_root, self.value_root)
 
-    def inner(self, first: LowRank, second: LowRank) -> Tensor:
-        """Inner products [N] of matrices in the metric, without `scale`."""
-        return LowRank(*self.apply(first.keys, first.values)).inner(LowRank(*self.apply(second.keys, second.values)))
-
     def nats(self, change: LowRank) -> Tensor:
         """KL [N] that `change` of a write costs to second order: nats, over all later tokens, for an average token."""
-        return 0.5 * self.scale * self.inner(change, change)
+        return 0.5 * self.scale * LowRank(*self.apply(change.keys, change.values)).norm().square()
 
     def fold(self, sae: SAEType) -> SAEType:
         """The autoencoder of writes that does what `sae` does on transformed writes.
@@ -98,16 +84,8 @@ class Metric:
         Encoder factors become A^1/2 p and B^1/2 q, atoms and b_dec go through the inverses, and biases and thresholds
         stay. Two settings change where they must: activations are no longer rescaled by norms of atoms, which are now
         others (`sae` itself gets unit norms first, and keeps its function), and a tied encoder becomes an untied one.
-
-        Raises:
-            ValueError: the autoencoder is of other sizes.
         """
         cfg = sae.cfg
-        if (cfg.d_k, cfg.d_v) != (len(self.key_root), len(self.value_root)):
-            raise ValueError(
-                f"the metric is of {len(self.key_root)} x {len(self.value_root)} writes, but the autoencoder reads "
-                f"{cfg.d_k} x {cfg.d_v} matrices; fit the metric to the head that it is trained on"
-            )
         sae.settle_b_dec()
         changes: dict[str, object] = {"metadata": copy.copy(cfg.metadata)}
         if getattr(cfg, "rescale_acts_by_decoder_norm", False):
@@ -148,32 +126,6 @@ class Metric:
     def _rows(rows: Tensor, key_side: Tensor, value_side: Tensor) -> Tensor:
         matrices = rows.unflatten(-1, (len(key_side), len(value_side)))
         return (key_side.to(rows) @ matrices @ value_side.to(rows)).flatten(-2)
-
-    # ------------------------------------------------------------------------------------------ files
-
-    def save(self, file: Path) -> Path:
-        """Write a safetensors file, whole or not at all."""
-        header = {"scale": self.scale, "damping": self.damping, "n_sequences": self.n_sequences}
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        metadata = {"format": "writesae_metric", "settings": json.dumps(header)}
-        return atomic_write(file, lambda aside: save_file(tensors, aside, metadata))
-
-    @classmethod
-    def load(cls, file: Path) -> Metric:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: the file is missing, cut or something else; names it.
-        """
-        try:
-            with safe_open(file, framework="pt") as opened:
-                metadata = opened.metadata() or {}
-                if metadata.get("format") != "writesae_metric":
-                    raise ValueError(f"{file} is not a metric: it lacks the mark that Metric.save writes")
-                tensors = {name: opened.get_tensor(name) for name in _TENSORS}
-            return cls(**tensors, **json.loads(metadata["settings"]))
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{file} cannot be read as a metric ({error}); fit and save it again") from error
 
 
 def _moved(vectors: Tensor, matrix: Tensor) -> Tensor:

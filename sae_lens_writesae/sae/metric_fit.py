@@ -34,10 +34,6 @@ class ReadScores(NamedTuple):
     gradients: Tensor
     """[B,T,H,V], of the sampled log-likelihood of each sequence, at what its heads read."""
 
-    def head(self, head: int) -> ReadScores:
-        """One head alone."""
-        return ReadScores(self.recurrence.select(heads=head), self.gradients[:, :, head : head + 1])
-
 
 def read_scores(
     model: HookedRecurrent, tokens: Tensor, layers: Sequence[int], generator: torch.Generator
@@ -106,7 +102,6 @@ def fit_metrics(
     beside a batch: the factors of the writes, K + V numbers a token and head.
     """
     require(0 < damping <= 1, "damping", damping, "above 0 and at most 1")
-    require(len(tokens) > 0 and len(heads) > 0, "tokens, heads", (len(tokens), list(heads)), "at least one of each")
     for layer, head in heads:
         head_target(model, layer, head)
     generator = torch.Generator(tokens.device).manual_seed(seed)
@@ -115,7 +110,8 @@ def fit_metrics(
     for batch in tokens.split(batch_size):
         scores = read_scores(model, batch, layers, generator)
         for (layer, head), of_head in sums.items():
-            of_head.add(scores[layer].head(head))
+            of_layer, gradients = scores[layer]
+            of_head.add(ReadScores(of_layer.select(heads=head), gradients[:, :, head : head + 1]))
     return {place: of_head.metric(damping, len(tokens)) for place, of_head in sums.items()}
 
 
@@ -159,13 +155,7 @@ class Sums:
 
 def _damped(matrix: Tensor, share: float) -> Tensor:
     """(1 - share) of a matrix with unit mean eigenvalue, and `share` of the identity."""
-    trace = float(matrix.trace())
-    if not 0 < trace < float("inf"):
-        raise ValueError(
-            f"the squared gradients of the writes sum to {trace}: the head does not reach the logits, or the model's "
-            "gradients overflow; take another head, or load the model in float32"
-        )
-    unit = matrix * (len(matrix) / trace)
+    unit = matrix * (len(matrix) / matrix.trace())
     return (1 - share) * unit + share * torch.eye(len(matrix)).to(unit)
 
 

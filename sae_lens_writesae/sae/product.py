@@ -20,7 +20,7 @@ diverged in training with several active atoms a side.) b_dec has no part in it:
 # No postponed annotations here: SAELens' command line evaluates those of config fields in another module.
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainingSAE, TrainStepInput, TrainStepOutput
@@ -30,9 +30,6 @@ from torch.nn.functional import normalize
 from sae_lens_writesae.atom.low_rank import Index, LowRank
 from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig, require
 from sae_lens_writesae.sae.training import MAX_COSINE, MatrixTrainingSAE, MatrixTrainingSAEConfig, draw_rows
-
-Side = Literal["key", "value"]
-SIDES: tuple[Side, Side] = ("key", "value")
 
 _RANK_ONE = 1e-2
 """Norm of what a rank-one matrix leaves of a row, as a share of the row's, up to which it counts as a write. It lies
@@ -70,8 +67,7 @@ class _ProductConfig(MatrixSAEConfig):
             require(1 <= getattr(self, name) <= most, name, getattr(self, name), f"between 1 and {most}")
         fixed = {"encoder": "bilinear", "decoder": "rank", "rank": 1, "apply_b_dec_to_input": False, "loss": "mse"}
         # b_dec is set by the means of training, and norms in the encoder would change which atoms are on top.
-        fixed |= {"b_dec_init": "zeros", "unit_norm_every": 0}
-        for name, only in fixed.items():
+        for name, only in (fixed | {"b_dec_init": "zeros", "unit_norm_every": 0}).items():
             require(getattr(self, name, only) == only, name, getattr(self, name, only), f"{only!r} for two sides")
         super().__post_init__()
 
@@ -113,20 +109,19 @@ class _Product(MatrixSAE):
     and [d_sae,1,V]."""
 
     cfg: WriteProductSAEConfig | WriteProductTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    key_atoms: nn.Parameter
-    value_atoms: nn.Parameter
-    key_encoder: nn.Parameter
-    value_encoder: nn.Parameter
+    v: Any = property(lambda self: self._pairs(self.key_atoms[:, None]))
+    w: Any = property(lambda self: self._pairs(self.value_atoms))
+    v_enc: Any = property(lambda self: self._pairs(self.key_encoder[:, None]))
+    w_enc: Any = property(lambda self: self._pairs(self.value_encoder))
 
-    v: Any = property(lambda self: self._pairs("key", self.key_atoms))
-    w: Any = property(lambda self: self._pairs("value", self.value_atoms))
-    v_enc: Any = property(lambda self: self._pairs("key", self.key_encoder))
-    w_enc: Any = property(lambda self: self._pairs("value", self.value_encoder))
+    def _pairs(self, side: Tensor) -> Tensor:
+        """A side [F_key,1,K] or [F_value,V], repeated for every pair: [d_sae,1,D]."""
+        return side.expand(self.cfg.f_key, self.cfg.f_value, -1).reshape(self.cfg.d_sae, 1, -1)
 
-    def _pairs(self, side: Side, atoms: Tensor) -> Tensor:
-        """The atoms of a side, repeated for every pair: [F_side,D] -> [d_sae,1,D]."""
-        grid = atoms[:, None] if side == "key" else atoms[None]
-        return grid.expand(self.cfg.f_key, self.cfg.f_value, -1).reshape(self.cfg.d_sae, 1, -1)
+    @property
+    def sides(self) -> tuple[tuple[nn.Parameter, nn.Parameter], tuple[nn.Parameter, nn.Parameter]]:
+        """Atoms and encoder of the keys, and of the values."""
+        return (self.key_atoms, self.key_encoder), (self.value_atoms, self.value_encoder)
 
     @property
     def n_factors(self) -> int:
@@ -139,9 +134,9 @@ class _Product(MatrixSAE):
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in, **like))
         keys = scale * normalize(torch.randn(cfg.f_key, cfg.d_k, **like), dim=1)
         values = scale * normalize(torch.randn(cfg.f_value, cfg.d_v, **like), dim=1)
-        self.key_atoms, self.value_atoms = nn.Parameter(keys), nn.Parameter(values)
-        self.key_encoder, self.value_encoder = nn.Parameter(keys.clone()), nn.Parameter(values.clone())
-        self._keep_start(keys[:, None], values[:, None])
+        self.key_atoms, self.key_encoder = nn.Parameter(keys), nn.Parameter(keys.clone())
+        self.value_atoms, self.value_encoder = nn.Parameter(values), nn.Parameter(values.clone())
+        self._begin()
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Activations and pre-activations [...,d_sae] of [...,K*V]."""
@@ -152,10 +147,6 @@ class _Product(MatrixSAE):
         row = grid.take_along_dim(best // self.cfg.f_value, -2).squeeze(-2)
         active = _strongest(column, self.cfg.k_key)[..., None] & _strongest(row, self.cfg.k_value)[..., None, :]
         return self.hook_sae_acts_post(torch.where(active, grid, 0).clamp_min(0).flatten(-2)), pre
-
-    def _side(self, side: Side) -> tuple[nn.Parameter, nn.Parameter]:
-        """Atoms and encoder of a side."""
-        return (self.key_atoms, self.key_encoder) if side == "key" else (self.value_atoms, self.value_encoder)
 
     @torch.no_grad()
     def atoms(self, indices: Index = slice(None), rank: int | None = None) -> LowRank:
@@ -169,13 +160,13 @@ class _Product(MatrixSAE):
         """Put the sides of rank-one `atoms` at key atoms and value atoms `indices` [n], each below `n_factors`, as far
         as a side has so many. (No pair can be replaced alone.) Norms become the mean ones of the side where `alive`
         [n_factors]."""
-        for side, rows in zip(SIDES, (atoms.keys[:, 0], atoms.values[:, 0])):
-            n = len(self._side(side)[0])
+        for side, rows in enumerate((atoms.keys[:, 0], atoms.values[:, 0])):
+            n = len(self.sides[side][0])
             self._put(side, indices[indices < n], rows[indices < n], alive[:n])
 
-    def _put(self, side: Side, indices: Tensor, rows: Tensor, alive: Tensor) -> None:
-        """Put directions [n,D] into atoms and encoder of a side, with the mean norms of those where `alive`."""
-        for parameter in self._side(side):
+    def _put(self, side: int, indices: Tensor, rows: Tensor, alive: Tensor) -> None:
+        """Put directions [n,D] into atoms and encoder of a side, with the mean norm of those where `alive`."""
+        for parameter in self.sides[side]:
             size = parameter.norm(dim=1)[alive if bool(alive.any()) else ~alive].mean()
             parameter.data[indices] = normalize(rows.to(parameter), dim=1) * size
 
@@ -214,12 +205,9 @@ class WriteProductSAE(_Product):
 class _SideStep(TrainingSAE[Any]):
     """The training step with the errors of both sides, on rows [N,K*V] of rank one."""
 
-    def code(self, writes: LowRank) -> tuple[SideCode, SideCode]:
-        raise NotImplementedError
-
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         x = step_input.sae_in
-        key, value = self.code(rank_one_rows(x.unflatten(1, (self.cfg.d_k, self.cfg.d_v))))
+        key, value = cast(WriteProductTrainingSAE, self).code(rank_one_rows(self, x))
         sizes = [side.rows.square().sum(1) for side in (key, value)]
         errors = [(side.rows - side.reconstruction).square().sum(1) for side in (key, value)]
         losses = {"key_loss": (sizes[1] * errors[0]).mean(), "value_loss": (sizes[0] * errors[1]).mean()}
@@ -232,8 +220,6 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):
     """Products of key atoms and value atoms, in training. Resampling and starts from rows go side by side."""
 
     cfg: WriteProductTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    n_started: Tensor
-    """[2], key atoms and value atoms that were put on rows of the first batches."""
 
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         return {}
@@ -244,92 +230,68 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):
     def code(self, writes: LowRank) -> tuple[SideCode, SideCode]:
         """Both sides of writes of rank one. Their outer product is what `encode` gives."""
         rows = [side[:, 0].to(self.dtype) for side in (writes.keys, writes.values)]
-        pre = [x @ self._side(side)[1].T for side, x in zip(SIDES, rows)]
+        pre = [x @ encoder.T for x, (_, encoder) in zip(rows, self.sides)]
         ahead, behind = ((s * pre[0]).amax(1).clamp_min(0) * (s * pre[1]).amax(1).clamp_min(0) for s in (1, -1))
         sign = torch.where(behind > ahead, -1.0, 1.0).to(self.dtype)[:, None]
         found: list[SideCode] = []
-        for side, x, linear, k in zip(SIDES, rows, pre, (self.cfg.k_key, self.cfg.k_value)):
+        for (atoms, _), x, linear, k in zip(self.sides, rows, pre, (self.cfg.k_key, self.cfg.k_value)):
             acts = torch.where(_strongest(sign * linear, k), sign * linear, 0)
-            found.append(SideCode(sign * x, acts, acts @ self._side(side)[0]))
+            found.append(SideCode(sign * x, acts, acts @ atoms))
         return found[0], found[1]
-
-    def _keep_start(self, keys: Tensor, values: Tensor) -> None:
-        super()._keep_start(keys, values)
-        self.n_started = torch.zeros(2, dtype=torch.long, device=self.device)
 
     @torch.no_grad()
     def start_from_rows(self, x: Tensor, *, first: bool = True) -> int:
-        """Put atoms of both sides that still wait for it on sides of rows of a batch [N,K*V], in decoder and encoder;
-        returns how many of the side with fewer have such a start by now.
+        """Put atoms of both sides on sides of rows of the first batch [N,K*V], in decoder and encoder, as far as it has
+        distinct ones; returns how many of the side with fewer.
 
         Rows are drawn in proportion to their squared norm; a direction near to an earlier one is left out. Values are
         taken in the orientation in which their key agrees with its key atom.
         """
         if first:
-            self.n_started.zero_()
-        elif not self.n_started.any():
-            return 0
-        writes = rank_one_rows(x.unflatten(1, (self.cfg.d_k, self.cfg.d_v)))
-        drawn = writes.rows(draw_rows(writes.inner(writes), len(writes)))
-        for n, side in enumerate(SIDES):
-            rows, atoms, done = drawn.keys[:, 0].to(self.dtype), self._side(side)[0], int(self.n_started[n])
-            if side == "value":
-                agreement = rows @ self.key_atoms[: max(1, int(self.n_started[0]))].T
-                best = agreement.abs().argmax(1, keepdim=True)
-                rows = drawn.values[:, 0].to(self.dtype) * agreement.gather(1, best).sign()
-            new = _distinct(rows, atoms[:done], either_sign=side == "key")[: len(atoms) - done]
-            index = torch.arange(done, done + len(new), device=self.device)
-            self._put(side, index, new, torch.ones(len(atoms), dtype=torch.bool, device=self.device))
-            self.n_started[n] += len(new)
-        return int(self.n_started.min())
+            writes = rank_one_rows(self, x)
+            drawn = writes.rows(draw_rows(writes.inner(writes), len(writes)))
+            keys = _distinct(drawn.keys[:, 0], either_sign=True)[: self.cfg.f_key]
+            agreement = drawn.keys[:, 0] @ keys.T
+            sign = agreement.gather(1, agreement.abs().argmax(1, keepdim=True)).sign()
+            values = _distinct(drawn.values[:, 0] * sign, either_sign=False)[: self.cfg.f_value]
+            for side, rows in enumerate((keys, values)):
+                alive = torch.ones(len(self.sides[side][0]), dtype=torch.bool, device=self.device)
+                self._put(side, torch.arange(len(rows), device=self.device), rows, alive)
+            self.n_started.fill_(min(len(keys), len(values)))
+        return int(self.n_started)
 
     @torch.no_grad()
     def resample(self, x: Tensor, dead: Tensor) -> int:
         """Put dead atoms of a side on that side of rows of a batch [N,K*V], drawn in proportion to its squared error;
         returns how many. A key atom or a value atom is dead where all its pairs are (`dead` [d_sae])."""
         grid = dead.view(self.cfg.f_key, self.cfg.f_value)
-        codes, replaced = self.code(rank_one_rows(x.unflatten(1, (self.cfg.d_k, self.cfg.d_v)))), 0
-        for side, code, other, dead_side in zip(SIDES, codes, codes[::-1], (grid.all(1), grid.all(0))):
+        codes, replaced = self.code(rank_one_rows(self, x)), 0
+        for side, dead_side in enumerate((grid.all(1), grid.all(0))):
+            code, other = codes[side], codes[1 - side]
             errors = other.rows.square().sum(1) * (code.rows - code.reconstruction).square().sum(1)
-            rows = code.rows[draw_rows(errors, int(dead_side.sum()))]
-            rows = _distinct(rows, rows[:0], either_sign=side == "key")
+            rows = _distinct(code.rows[draw_rows(errors, int(dead_side.sum()))], either_sign=side == 0)
             self._put(side, torch.nonzero(dead_side).flatten()[: len(rows)], rows, ~dead_side)
             replaced += len(rows)
         return replaced
 
-    def _put(self, side: Side, indices: Tensor, rows: Tensor, alive: Tensor) -> None:
-        """A replaced atom starts anew."""
-        super()._put(side, indices, rows, alive)
-        start = self.start_keys if side == "key" else self.start_values
-        start[indices] = self._side(side)[0].data[indices, None]
 
-    @torch.no_grad()
-    def start_cosine(self) -> float:
-        """Median over pairs of the cosine with their start, which is the product of those of the sides."""
-        keys, values = (
-            torch.cosine_similarity(side.float(), start[:, 0].float(), dim=1)
-            for side, start in ((self.key_atoms, self.start_keys), (self.value_atoms, self.start_values))
-        )
-        return float(torch.outer(keys, values).median())
-
-
-def rank_one_rows(matrices: Tensor) -> LowRank:
-    """Matrices [N,K,V] of rank one as k u^T: u is the row with the largest entry, k the projections on it.
+def rank_one_rows(sae: _Product | _SideStep, rows: Tensor) -> LowRank:
+    """Rows [N,K*V] of rank one as k u^T: u is the row of the matrix with the largest entry, k the projections on it.
 
     Raises:
         ValueError: a matrix of a higher rank; names the first one.
     """
+    matrices = rows.unflatten(1, (sae.cfg.d_k, sae.cfg.d_v))
     strongest = matrices.abs().amax(2).argmax(1)
     unit = normalize(matrices[torch.arange(len(matrices), device=matrices.device), strongest], dim=1)
-    k = (matrices @ unit[..., None]).squeeze(-1)
-    rest = (matrices - k[..., None] * unit[:, None]).flatten(1).norm(dim=1)
-    above = torch.nonzero(rest > _RANK_ONE * matrices.flatten(1).norm(dim=1)).flatten()
-    if len(above):
+    writes = LowRank.rank_one((matrices @ unit[..., None]).squeeze(-1), unit)
+    above = (rows - writes.dense().flatten(1)).norm(dim=1) > _RANK_ONE * rows.norm(dim=1)
+    if above.any():
         raise ValueError(
-            f"writesae_product is trained on writes of rank one, and row {int(above[0])} of the batch has a higher "
-            "rank; train it on the writes of a head (target='write'), and states with another architecture"
+            f"row {int(above.nonzero()[0])}: expected a write of rank one, which writesae_product is trained on, got a "
+            "higher rank; train it on the writes of a head, and states with another architecture"
         )
-    return LowRank.rank_one(k, unit)
+    return writes
 
 
 def _strongest(acts: Tensor, k: int) -> Tensor:
@@ -338,8 +300,8 @@ def _strongest(acts: Tensor, k: int) -> Tensor:
     return top & (acts > 0)
 
 
-def _distinct(rows: Tensor, taken: Tensor, *, either_sign: bool) -> Tensor:
-    """Those of the directions [n,D] that are not near to one before them or to one that is `taken` [m,D]."""
-    rows, taken = normalize(rows, dim=1), normalize(taken, dim=1)
-    near = torch.cat([(rows @ rows.T).tril(-1), rows @ taken.T], dim=1)
+def _distinct(rows: Tensor, *, either_sign: bool) -> Tensor:
+    """Those of the directions [n,D] that are not near to one before them."""
+    rows = normalize(rows, dim=1)
+    near = (rows @ rows.T).tril(-1)
     return rows[~((near.abs() if either_sign else near) > MAX_COSINE).any(1)]

@@ -6,23 +6,23 @@ Random numbers follow from the seed of a config, and the caller's stay as they a
 from __future__ import annotations
 
 import dataclasses
-import functools
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 import wandb
-from sae_lens.registry import get_sae_training_class
+from sae_lens import LanguageModelSAETrainingRunner
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from hookpoints.scopes import threads_for
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.files import named_errors
+from sae_lens_writesae.sae.matrix import require
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.target import RunnerConfig
 from sae_lens_writesae.sae.training import MatrixTrainingSAE
@@ -31,126 +31,87 @@ COLUMN_SCALE = 1e-6
 """Factor of the columns behind a matrix. SAELens takes its scaling factor from the norms of whole rows, to which they
 must add nothing; the losses do not depend on it."""
 
-Report = Callable[[int, dict[str, Tensor]], None]
-"""Is told the step and what was measured in it, one number for each dictionary [M]."""
 
+def new_sae(cfg: RunnerConfig, metric: Metric | None = None) -> MatrixTrainingSAE:
+    """The untrained dictionary of a runner config and its seed, with what SAELens' runner writes into its metadata.
 
-def new_sae(cfg: RunnerConfig) -> MatrixTrainingSAE:
-    """The untrained dictionary of a runner config and its seed, with what SAELens' runner writes into its metadata."""
-    sae_class, config_class = get_sae_training_class(cfg.sae.architecture())
-    fields = cast(Any, config_class).from_dict(cfg.get_training_sae_cfg_dict())
+    Raises:
+        ValueError: a metric, and a config that asks for none; or none where it asks for one.
+    """
+    wanted = cfg.sae.metric
+    require((metric is None) == (wanted == "frobenius"), "metric", wanted, "frobenius, or given (see `fit_metrics`)")
     with seeded(cfg.seed, -1):
-        sae = cast(MatrixTrainingSAE, sae_class(dataclasses.replace(fields, device=cfg.device)))
-    metadata = sae.cfg.metadata
-    for name in ("dataset_path", "hook_name", "model_name", "model_class_name", "context_size", "seqpos_slice"):
-        setattr(metadata, name, getattr(cfg, name))
-    metadata.model_from_pretrained_kwargs = cfg.model_from_pretrained_kwargs
-    metadata.prepend_bos = cfg.prepend_bos
+        sae = cast(MatrixTrainingSAE, TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict() | {"device": cfg.device}))
+    LanguageModelSAETrainingRunner._set_sae_metadata(cast(Any, SimpleNamespace(cfg=cfg, sae=sae)))
+    sae.in_metric = metric is not None
     return sae
 
 
-def seeded(seed: int, step: int) -> ExitStack:
-    """A scope with random numbers of its own, which follow from a seed and a step: a run that goes on has those of one
+@contextmanager
+def seeded(seed: int, step: int) -> Iterator[None]:
+    """A scope with random numbers of its own, which follow from a seed and a step: a resumed run draws those of one
     that never stopped."""
-    scope = ExitStack()
-    scope.enter_context(torch.random.fork_rng())
-    torch.manual_seed(mixed(seed, step))
-    return scope
+    with torch.random.fork_rng():
+        torch.manual_seed((seed * 1_000_003 + step + 1) % 2**63)
+        yield
 
 
-def mixed(seed: int, step: int) -> int:
-    return (seed * 1_000_003 + step + 1) % 2**63
-
-
-class Shuffled:
-    """Batches of row numbers without end. Every epoch is a new permutation of N rows, and a batch may reach from one
-    epoch into the next, so that all rows are seen equally often."""
-
-    def __init__(self, n_rows: int, batch: int, seed: int):
-        self.n_rows, self.batch, self.seed = n_rows, batch, seed
-        self._epoch, self._order = -1, torch.zeros(0, dtype=torch.long)
-
-    def __call__(self, step: int) -> Tensor:
-        """[batch] rows of a step."""
-        parts: list[Tensor] = []
-        start, left = step * self.batch, self.batch
-        while left:
-            epoch, offset = divmod(start, self.n_rows)
-            if epoch != self._epoch:
-                generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
-                self._epoch, self._order = epoch, torch.randperm(self.n_rows, generator=generator)
-            parts.append(self._order[offset : offset + left])
-            start, left = start + len(parts[-1]), left - len(parts[-1])
-        return torch.cat(parts)
+def shuffled(n_rows: int, batch: int, seed: int, step: int = 0) -> Iterator[Tensor]:
+    """[batch] row numbers of a step and all later ones. Every epoch is a new permutation of N rows, and a batch may
+    reach from one epoch into the next, so that all rows are seen equally often."""
+    epoch, skipped = divmod(step * batch, n_rows)
+    order = torch.zeros(0, dtype=torch.long)
+    while True:
+        while len(order) < batch + skipped:
+            with seeded(seed, epoch):
+                order = torch.cat([order, torch.randperm(n_rows)])
+            epoch += 1
+        yield order[skipped : skipped + batch]
+        order = order[skipped + batch :]
+        skipped = 0
 
 
 def train_on_rows(
-    cfg: RunnerConfig,
-    rows: Iterator[Tensor],
-    metric: Metric | None = None,
-    report: Report | None = None,
-    checkpoint: Path | None = None,
+    cfg: RunnerConfig, rows: Iterator[Tensor], metric: Metric | None = None, checkpoint: Path | None = None
 ) -> MatrixTrainingSAE:
     """Train by SAELens' trainer on batches of rows [N,K*V + columns], with the random numbers of the seed. The folder
-    `checkpoint` is written at each twentieth of the run; the same call goes on from it, on other rows."""
-    trainer = SAETrainer(cfg.to_sae_trainer_config(), new_sae(cfg), rows)
-    if checkpoint is not None:
-        total = trainer.cfg.total_training_samples
-        trainer.checkpoint_thresholds = [total * part // 20 for part in range(1, 20)]
-        trainer.save_checkpoint = functools.partial(_keep, trainer, checkpoint)
+    `checkpoint` is written at each twentieth of the run; the same call resumes from it, on other rows."""
+    settings, sae = cfg.to_sae_trainer_config(), new_sae(cfg, metric)
+    trainer = SAETrainer(settings, sae, map(metric.apply_rows, rows) if metric else rows)
+    part = None if checkpoint is None else checkpoint.with_name(f".{checkpoint.name}.part")
+    if checkpoint is not None and part is not None:
+
+        def keep(checkpoint_path: Path | None) -> None:  # whole or absent
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            cast(Path, checkpoint_path).rename(checkpoint)
+
+        settings = dataclasses.replace(settings, n_checkpoints=19, checkpoint_path=str(part))
+        trainer = SAETrainer(settings, sae, trainer.data_provider, save_checkpoint_fn=keep)
         if checkpoint.is_dir():
-            trainer.sae.load_weights_from_checkpoint(checkpoint)
+            sae.load_weights_from_checkpoint(checkpoint)
             trainer.load_trainer_state(checkpoint)
             trainer.n_training_steps += 1  # SAELens saves before it counts the step
-            passed = trainer.n_training_samples
-            trainer.checkpoint_thresholds = [each for each in trainer.checkpoint_thresholds if each > passed]
-    if metric is not None:
-        trainer.sae.in_metric = True
-        trainer.data_provider = map(metric.apply_rows, rows)
-    step = trainer.step
-
-    def reported(batch: Tensor) -> Any:
-        output = step(batch)
-        if report is not None:
-            report(trainer.n_training_steps, {name: torch.as_tensor([value]) for name, value in output.losses.items()})
-        return output
-
-    trainer.step = reported
     size = cfg.train_batch_size_tokens * cfg.sae.d_sae * cfg.sae.d_in
-    with seeded(cfg.seed, trainer.n_training_steps), Logs([cfg]), threads_for(size):
+    with seeded(cfg.seed, trainer.n_training_steps), wandb_run(cfg), threads_for(size):
         trainer.fit()
-    if checkpoint is not None:
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    return trainer.sae if metric is None else metric.fold(trainer.sae)
-
-
-def _keep(trainer: SAETrainer[Any, Any], folder: Path, *args: object, **kwargs: object) -> None:
-    """A checkpoint in `folder`, which is whole or absent."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with named_errors(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".checkpoint") as aside:
-        SAETrainer.save_checkpoint(trainer, "whole", base_path=aside)
+    for folder in filter(None, (checkpoint, part)):
         shutil.rmtree(folder, ignore_errors=True)
-        (Path(aside) / "whole").rename(folder)
+    return metric.fold(sae) if metric else sae
 
 
 def matrices(cfg: RunnerConfig, writes: LowRank) -> Iterator[Tensor]:
-    """Shuffled batches of writes as rows [N,K*V], and behind them their factors, where the loss compares with these."""
-    rows, step, columns = Shuffled(len(writes), cfg.train_batch_size_tokens, cfg.seed), 0, cfg.sae.loss == "write"
-    while True:
-        part = writes.rows(rows(step).to(writes.keys.device))
-        part, step = part.to(torch.promote_types(part.keys.dtype, torch.float32)), step + 1
-        sides = [COLUMN_SCALE * side.flatten(1) for side in (part.keys, part.values)] if columns else []
-        yield torch.cat([part.dense().flatten(1), *sides], dim=1)
+    """Shuffled batches of writes as rows [N,K*V], and behind them the same again, where the loss compares with
+    writes."""
+    for index in shuffled(len(writes), cfg.train_batch_size_tokens, cfg.seed):
+        part = writes.rows(index.to(writes.keys.device))
+        rows = part.to(torch.promote_types(part.keys.dtype, torch.float32)).dense().flatten(1)
+        yield torch.cat([rows, COLUMN_SCALE * rows], dim=1) if cfg.sae.loss == "write" else rows
 
 
-class Logs(ExitStack):
-    """Runs at Weights & Biases, one for each config that asks for one, as SAELens' runner opens them."""
-
-    def __init__(self, configs: Sequence[RunnerConfig]):
-        super().__init__()
-        self.runs: dict[int, Any] = {}
-        for m, cfg in enumerate(configs):
-            if (log := cfg.logger).log_to_wandb:
-                fields = {"project": log.wandb_project, "name": log.run_name, "id": log.wandb_id}
-                several: Any = {"reinit": "create_new"} if len(configs) > 1 else {}
-                self.runs[m] = self.enter_context(wandb.init(config=cfg.to_dict(), **fields, **several))
+def wandb_run(cfg: RunnerConfig, **options: Any) -> AbstractContextManager[Any]:
+    """The run at Weights & Biases that SAELens' runner opens for a config that asks for one."""
+    log = cfg.logger
+    if not log.log_to_wandb:
+        return nullcontext()
+    names = {"project": log.wandb_project, "entity": log.wandb_entity, "name": log.run_name, "id": log.wandb_id}
+    return wandb.init(config=cfg.to_dict(), **names, **options)

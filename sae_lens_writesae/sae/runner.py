@@ -8,10 +8,8 @@ gives SAELens' trainer the rows. `sae.fast` trains on factors.
 from __future__ import annotations
 
 import functools
-import logging
-import warnings
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +23,6 @@ from sae_lens import (
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
     LoggingConfig,
-    MultiSAETrainingRunner,
-    MultiSAETrainingRunnerConfig,
 )
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.mixing_buffer import mixing_buffer
@@ -41,7 +37,7 @@ from sae_lens_writesae.sae.losses import read_queries
 from sae_lens_writesae.sae.matrix import require
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import COLUMN_SCALE, seeded, train_on_rows
-from sae_lens_writesae.sae.target import HeadHook, HookTarget, RunnerConfig, Target, check_hook, head_target
+from sae_lens_writesae.sae.target import HeadHook, HookTarget, RunnerConfig, Target, head_target
 from sae_lens_writesae.sae.training import MatrixTrainingSAE
 
 MODEL_CLASS_NAME = "HookedRecurrent"
@@ -56,62 +52,26 @@ _LOADERS = (
     sae_lens.multi_sae_training_runner,
 )
 """The modules that bind `load_model` by name."""
-_MARK = "__writesae__"
+_load_model: Callable[..., HookedRootModule] = sae_lens.load_model.load_model
 
 
-def register_model_class() -> None:
-    """Let SAELens' `load_model` know `HookedRecurrent`, in every module that binds it, and let its runners check that
-    SAEs fit their hooks. Repeating it is harmless.
-
-    SAELens loads models by a fixed chain of names, with no registry to add to. Its runners compare d_in alone, so that
-    swapped d_k and d_v would train on transposed matrices.
-    """
-    for module in _LOADERS:
-        original: Callable[..., HookedRootModule] = module.load_model  # type: ignore[attr-defined]
-        if not hasattr(original, _MARK):
-            module.load_model = _extended(original)  # type: ignore[attr-defined]
-    for runner in (LanguageModelSAETrainingRunner, MultiSAETrainingRunner):
-        if not hasattr(runner.__init__, _MARK):
-            runner.__init__ = _checked(runner.__init__)  # type: ignore[method-assign]
-
-
-def _checked(init: Callable[..., None]) -> Callable[..., None]:
-    """The constructor of a runner, which then raises what `check_hook` raises. No text has been read by then."""
-
-    @functools.wraps(init)
-    def __init__(
-        runner: Any, cfg: RunnerConfig | MultiSAETrainingRunnerConfig, *args: object, **kwargs: object
-    ) -> None:
-        init(runner, cfg, *args, **kwargs)
-        several = isinstance(cfg, MultiSAETrainingRunnerConfig)
-        pairs = (
-            [(cfg.hook_names_per_sae[n], sae) for n, sae in cfg.saes.items()] if several else [(cfg.hook_name, cfg.sae)]
-        )
-        for name, sae in pairs if isinstance(runner.model, HookedRecurrent) else ():
-            check_hook(runner.model, name, sae)
-
-    setattr(__init__, _MARK, True)
-    return __init__
+@functools.wraps(_load_model)
+def load_model(
+    model_class_name: str,
+    model_name: str,
+    device: str | torch.device | None = None,
+    model_from_pretrained_kwargs: dict[str, Any] | None = None,
+    **kwargs: object,
+) -> HookedRootModule:
+    """SAELens' `load_model`, which knows `HookedRecurrent` too. SAELens loads models by a fixed chain of names, with no
+    registry to add to."""
+    if model_class_name == MODEL_CLASS_NAME:
+        return HookedRecurrent.from_pretrained(model_name, device=device, **(model_from_pretrained_kwargs or {}))
+    return _load_model(model_class_name, model_name, device, model_from_pretrained_kwargs, **kwargs)
 
 
-def _extended(original: Callable[..., HookedRootModule]) -> Callable[..., HookedRootModule]:
-    @functools.wraps(original)
-    def load_model(
-        model_class_name: str,
-        model_name: str,
-        device: str | torch.device | None = None,
-        model_from_pretrained_kwargs: dict[str, Any] | None = None,
-        **kwargs: object,
-    ) -> HookedRootModule:
-        if model_class_name == MODEL_CLASS_NAME:
-            return HookedRecurrent.from_pretrained(model_name, device=device, **(model_from_pretrained_kwargs or {}))
-        return original(model_class_name, model_name, device, model_from_pretrained_kwargs, **kwargs)
-
-    setattr(load_model, _MARK, True)
-    return load_model
-
-
-register_model_class()
+for _module in _LOADERS:
+    _module.load_model = load_model  # type: ignore[attr-defined]
 
 # ------------------------------------------------------------------------------------------------ configs and data
 
@@ -159,9 +119,9 @@ def training_config(
         runner: further fields of `LanguageModelSAERunnerConfig`, such as `training_tokens`.
 
     Raises:
-        ValueError: the activation buffer is smaller than a batch, or the run too short for its learning-rate schedule;
-            and what `head_target` and the configs raise.
+        ValueError: a metric of states, and what `head_target` and the configs raise.
     """
+    require(metric == "frobenius" or target == "write", "metric", metric, f"frobenius for {target}")
     collected = isinstance(model, Collection)
     place = model.head_target(layer, head, target) if collected else head_target(model, layer, head, target)
     _, config_class = get_sae_training_class(architecture)
@@ -200,38 +160,13 @@ def training_config(
     cfg = LanguageModelSAERunnerConfig(sae=config_class(**fields), **(defaults | runner))
     if "lr_warm_up_steps" not in runner:
         cfg.lr_warm_up_steps = min(cfg.lr_warm_up_steps, cfg.training_tokens // cfg.train_batch_size_tokens // 10)
-    _check_schedule(cfg)
-    rows = cfg.n_batches_in_buffer * (1 if target == "last_state" else cfg.context_size)
-    if rows < cfg.train_batch_size_tokens:
-        raise ValueError(
-            f"the activation buffer holds {rows} rows (n_batches_in_buffer {cfg.n_batches_in_buffer} x positions "
-            f"kept per sequence), fewer than one batch of train_batch_size_tokens {cfg.train_batch_size_tokens}; raise "
-            "n_batches_in_buffer"
-        )
     return cfg
-
-
-def _check_schedule(cfg: RunnerConfig) -> None:
-    """Raise ValueError where warm-up and decay leave no step to a cosine, of which SAELens then divides by zero."""
-    steps = cfg.training_tokens // cfg.train_batch_size_tokens
-    if cfg.lr_scheduler_name != "constant" and cfg.lr_warm_up_steps + cfg.lr_decay_steps >= steps:
-        raise ValueError(
-            f"{steps} steps (training_tokens {cfg.training_tokens} / train_batch_size_tokens "
-            f"{cfg.train_batch_size_tokens}) leave none to {cfg.lr_scheduler_name} after lr_warm_up_steps "
-            f"{cfg.lr_warm_up_steps} and lr_decay_steps {cfg.lr_decay_steps}; train longer, or make those fewer"
-        )
 
 
 def text_dataset(text: str, min_characters: int = 2000) -> Dataset:
     """Running text as a dataset with a `text` column: documents of whole lines with `min_characters` or more each."""
-    documents: list[str] = []
-    document = ""
-    for line in text.splitlines(keepends=True):
-        document += line
-        if len(document) >= min_characters:
-            documents.append(document)
-            document = ""
-    return Dataset.from_dict({"text": [*documents, document] if document.strip() else documents})
+    documents = re.findall(rf"(?s).{{{min_characters - 1},}}?(?:\n|\Z)|.+", text)
+    return Dataset.from_dict({"text": [document for document in documents if document.strip()]})
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -258,19 +193,16 @@ def train(
     Raises:
         ValueError: a loss or a metric without a collection, or what the config asks for is not in it.
     """
-    collection = collection_of(cfg)
-    if collection is None:
+    path = cfg.cached_activations_path
+    if not cfg.use_cached_activations or path is None or not (Path(path) / INDEX).is_file():  # SAELens' own, or none
         require(metric is None, "metric", "one", "none without a collection: SAELens' runner trains on plain rows")
         with seeded(cfg.seed, 0):
             runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=dataset)
             return cast(MatrixTrainingSAE, runner.run())
-    hook = HeadHook.parse(cfg.hook_name)
+    collection, hook = Collection.open(path), HeadHook.parse(cfg.hook_name)
     collection.head_target(hook.layer, hook.head, hook.target)
-    if cfg.exclude_special_tokens or cfg.context_size != collection.context_size:
-        raise ValueError(
-            f"exclude_special_tokens={cfg.exclude_special_tokens}, context_size={cfg.context_size}: expected none and "
-            f"{collection.context_size} for {collection.folder}, which has every token of its sequences"
-        )
+    fits = not cfg.exclude_special_tokens and cfg.context_size == collection.context_size
+    require(fits, "context_size", cfg.context_size, f"{collection.context_size}, with exclude_special_tokens=False")
     if hook.target == "write" and cfg.sae.loss != "reads":
         keys, values = (side[:] for side in collection.factors(hook.layer, hook.head))
         return train_on_writes(cfg, keys, values, metric=metric, checkpoint=checkpoint)
@@ -298,33 +230,9 @@ def _mixed_rows(collection: Collection, cfg: RunnerConfig) -> Iterator[Tensor]:
 
 def head_rows(recurrence: Recurrence, target: HookTarget, loss: Loss, positions: slice = slice(None)) -> Tensor:
     """[B,T',K*V + columns] writes or states of head 0, flattened, and what `loss` compares them with: the query that
-    reads them, or keys and values of the write of the same token."""
+    reads them, or the write of the same token."""
     at, one = list(range(recurrence.T))[positions], recurrence.select(heads=0)
-    matrices = (one.states(positions=at) if target == "state" else one.write(positions=at))[:, :, 0].flatten(2)
-    if loss == "mse":
-        return matrices
-    sides = (one.k[:, :, 0].flatten(2), one.u[:, :, 0].flatten(2)) if loss == "write" else (read_queries(one)[:, :, 0],)
-    return torch.cat([matrices, *(COLUMN_SCALE * side[:, positions].to(matrices) for side in sides)], dim=-1)
-
-
-def collection_of(cfg: RunnerConfig) -> Collection | None:
-    """The collection that a config names as its cached activations; None where these are SAELens' or none."""
-    path = cfg.cached_activations_path
-    if not cfg.use_cached_activations or path is None or not (Path(path) / INDEX).is_file():
-        return None
-    return Collection.open(path)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence SAELens' warnings in this scope. It warns that a run with a given model and text cannot be repeated from
-    its config alone, which does not concern callers that keep settings of their own."""
-    logger = logging.getLogger("sae_lens")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    writes = one.write(positions=at)[:, :, 0].flatten(2)
+    matrices = one.states(positions=at)[:, :, 0].flatten(2) if target == "state" else writes
+    columns = {"mse": writes[..., :0], "reads": read_queries(one)[:, positions, 0], "write": writes}[loss]
+    return torch.cat([matrices, COLUMN_SCALE * columns.to(matrices)], dim=-1)

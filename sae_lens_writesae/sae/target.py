@@ -8,19 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import SAE, SAEConfig
-from torch import Tensor
 
-from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
+from hookpoints import HookedRecurrent, UnknownHookError
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.choices import Target
+from sae_lens_writesae.sae.matrix import MatrixSAE
 
 HookTarget = Literal["write", "state"]
 """What the hook of a head carries: SAEs of states and of last states read the same hook."""
@@ -83,31 +82,21 @@ class HeadTarget:
         return cls(f"blocks.{layer}.mixer.heads.{head}.{_HOOKS[target]}", d_k, d_v, positions)
 
     @property
-    def d_in(self) -> int:
-        """K * V"""
-        return self.d_k * self.d_v
-
-    @property
     def sae_fields(self) -> dict[str, int]:
         """The fields of an SAE config that follow from the head."""
-        return {"d_in": self.d_in, "d_k": self.d_k, "d_v": self.d_v}
+        return {"d_in": self.d_k * self.d_v, "d_k": self.d_k, "d_v": self.d_v}
 
 
 def head_target(model: HookedRecurrent, layer: int, head: int, target: Target = "write") -> HeadTarget:
     """The hook of a head and the sizes that an SAE on it needs.
 
     Raises:
-        UnsupportedModelError: the layer has no recurrence; the message names those that have one.
+        UnsupportedModelError: the layer has no recurrence or is out of range; the message names those that have one.
         UnknownHookError: the head is out of range.
         ValueError: unknown target.
     """
     if target not in _HOOKS:
         raise ValueError(f"target must be one of {', '.join(_HOOKS)}, found {target!r}")
-    if not 0 <= layer < model.cfg.n_layers:
-        raise UnsupportedModelError(
-            f"layer {layer} is out of range: {model.cfg.model_name} has layers 0 to {model.cfg.n_layers - 1}, "
-            f"of which {model.cfg.recurrent_layers} are recurrent"
-        )
     shape = model.cfg.layer(layer)
     if not 0 <= head < shape.H:
         raise UnknownHookError(f"head {head} is out of range: layer {layer} has heads 0 to {shape.H - 1}")
@@ -123,20 +112,13 @@ def check_hook(model: HookedRecurrent, name: str, sae: SAEConfig, where: str = "
     """
     if name not in model.mod_dict:
         model.check_hook_name(name)
-    parts = name.split(".")
-    if len(parts) == 6 and parts[3] == "heads":
-        shape = model.cfg.layer(int(parts[1]))
-        d_k, d_v = getattr(sae, "d_k", shape.K), getattr(sae, "d_v", shape.V)
-        if (d_k, d_v) != (shape.K, shape.V) or sae.d_in != shape.K * shape.V:
-            raise ValueError(
-                f"{name} of {model.cfg.model_name} carries {shape.K} x {shape.V} matrices (d_in {shape.K * shape.V}), "
-                f"but {where} has d_k {d_k}, d_v {d_v}, d_in {sae.d_in}"
-            )
-
-
-def check_fits(model: HookedRecurrent, sae: Dictionary, where: Path | str) -> None:
-    """Raise unless the SAE is one of a head that the model has, with its sizes; see `check_hook`."""
-    check_hook(model, HeadHook.of(sae).name, sae.cfg, f"the SAE in {where}")
+    if match := _HOOK_NAME.fullmatch(name):
+        shape = model.cfg.layer(int(match[1]))
+        wanted = shape.K, shape.V, shape.K * shape.V
+        found = getattr(sae, "d_k", shape.K), getattr(sae, "d_v", shape.V), sae.d_in
+        if found != wanted:
+            held = f"{name} of {model.cfg.model_name}"
+            raise ValueError(f"{where}: expected d_k, d_v, d_in = {wanted}, those of {held}, got {found}")
 
 
 def has_plain_activations(sae: Dictionary) -> bool:
@@ -147,25 +129,21 @@ def has_plain_activations(sae: Dictionary) -> bool:
 def check_plain_activations(sae: Dictionary) -> None:
     """Raise ValueError where activations are not coefficients of atoms in the units of the write."""
     if not has_plain_activations(sae):
-        how = sae.cfg.normalize_activations
         raise ValueError(
-            f"the SAE normalises its input ({how}), so its activations are not in units of the write; fold the factor "
-            "first (sae.fold_activation_norm_scaling_factor) and save the SAE with normalize_activations='none'"
+            f"the SAE normalises its input ({sae.cfg.normalize_activations}), so its activations are not in units of "
+            "the write; fold the factor first (sae.fold_activation_norm_scaling_factor) and save the SAE with "
+            "normalize_activations='none'"
         )
 
 
 def atoms_of(sae: Dictionary, atoms: Sequence[int] | NDArray[np.int64], key_dim: int, value_dim: int) -> LowRank:
     """Some decoder atoms in float32 as low-rank matrices, N = len(atoms).
 
-    They are the factors `sae.v` [F,R,K] and `sae.w` [F,R,V] where the SAE has them. The rows of any other decoder are
-    factored exactly, R = min(K, V); that costs one K x V SVD an atom.
+    They are the factors of an SAE of this package. The rows of any other decoder are factored exactly, R = min(K, V);
+    that costs one K x V SVD an atom.
     """
     index = torch.tensor(np.array(atoms))
-    if hasattr(sae, "v") and hasattr(sae, "w"):
-        keys, values = (
-            factor.detach().reshape(len(factor), -1, size)[index.to(factor.device)].float()
-            for factor, size in ((cast(Tensor, sae.v), key_dim), (cast(Tensor, sae.w), value_dim))
-        )
-        return LowRank(keys, values)
+    if isinstance(sae, MatrixSAE):
+        return sae.atoms(index.to(sae.b_dec.device)).to(torch.float32)
     rows = sae.W_dec.detach()[index.to(sae.W_dec.device)].float()
     return LowRank.svd(rows.reshape(-1, key_dim, value_dim))

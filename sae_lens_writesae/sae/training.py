@@ -7,7 +7,6 @@ dictionary. The optimizer's moments are not touched; those of a dead atom have d
 
 # No postponed annotations here: SAELens' command line evaluates those of config fields in another module.
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -44,7 +43,7 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     """Directions of the atoms at the start: `random`, or `native`: rows of the first batches, cut to rank R, without
     near-copies. Atoms for which the first batches hold no further direction stay random."""
     b_dec_init: Literal["mean", "zeros"] = "mean"
-    """`mean`: the mean of the first batch goes into b_dec, if that is still zero. See also `preset_b_dec`."""
+    """`mean`: the mean of the first batch goes into b_dec, if that is still zero."""
     b_dec_rows: int = 32_768
     """Rows over which running means of inputs and activations reach (fewer early in a run). Outside of training steps
     and in what is saved for inference they decide what is added to reconstructions, so that these are right on average:
@@ -55,8 +54,6 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     resample_every: int = 250
     """Period in steps of replacing dead atoms by residual directions. The trainer's `dead_feature_window` says which
     atoms are dead: those silent for 1000 steps by default, 100 in the paper. 0: never."""
-    resample_until: int = 0
-    """Last step with resampling, so that the new atoms are still trained. 0: no limit."""
     loss: Loss = "mse"
     """What is asked of the reconstruction: see `losses`. All but `mse` need rows with further columns, which
     `sae_lens_writesae.train` takes from a collection."""
@@ -78,7 +75,6 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
             ("unit_norm_every", self.unit_norm_every >= 0, "a number, or 0 for never"),
             ("unit_norm_every", rescaled or not self.unit_norm_every, "0 with rescale_acts_by_decoder_norm=False"),
             ("resample_every", self.resample_every >= 0, "a number, or 0 for never"),
-            ("resample_until", self.resample_until >= 0, "a number, or 0 for never"),
             ("loss", self.loss in get_args(Loss), f"one of {get_args(Loss)}"),
             ("loss_weight", 0 <= self.loss_weight <= 1, "between 0 and 1"),
             ("metric", self.metric in get_args(MetricName), f"one of {get_args(MetricName)}"),
@@ -96,17 +92,6 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
     """
 
     cfg: MatrixTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    mean_input: Tensor
-    """[K*V], a running mean over batches; see `update_means`."""
-    mean_contribution: Tensor
-    """[F], the running mean of activations times the norms of their atoms."""
-    mean_batches: Tensor
-    """[F], batches since an atom was put where it began; 0 everywhere: there are no means."""
-    start_keys: Tensor
-    """[F,R,K], with `start_values` [F,R,V] the atoms as they were when their training began."""
-    start_values: Tensor
-    n_started: Tensor
-    """[], atoms that were put on rows of the first batches."""
     in_metric = False
     """Whether its rows are writes that a metric has transformed (`Metric.fold` gives the autoencoder of writes)."""
 
@@ -137,10 +122,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
                 loss = self._loss(output, x, columns)
                 output.losses[f"{cfg.loss}_loss"] = loss
                 output.loss = output.loss + cfg.loss_weight * (loss - output.losses["mse_loss"])
-            acts = output.feature_acts.detach().to_dense()
-            self.update_means(x, acts)  # pyright: ignore  (decorator)
-            if step_input.is_logging_step:
-                output.metrics |= self.write_metrics(x, acts)  # pyright: ignore
+            self.update_means(x, output.feature_acts.detach().to_dense())  # pyright: ignore  (decorator)
         finally:
             self._built = None
         output.metrics["resampled_atoms"] = resampled
@@ -149,19 +131,17 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
     def _loss(self, output: TrainStepOutput, x: Tensor, columns: Tensor) -> Tensor:
         if self.cfg.loss == "reads":
             return read_loss((output.sae_out - x).view(-1, self.cfg.d_k, self.cfg.d_v), columns)
-        writes = unpack(columns, self.cfg.d_k, self.cfg.d_v).dense().flatten(1)
-        directions = nn.functional.normalize(writes, dim=1), nn.functional.normalize(self.W_dec, dim=1)
+        cosines = nn.functional.normalize(columns, dim=1) @ nn.functional.normalize(self.W_dec, dim=1).T
         contribution = self.coefficients(output.feature_acts) * self.decoder_norm()
-        return (x - x.mean(0)).square().sum(1).mean() * write_loss(directions[0] @ directions[1].T, contribution)
+        return (x - x.mean(0)).square().sum(1).mean() * write_loss(cosines, contribution)
 
     @torch.compiler.disable
     @torch.no_grad()
     def _upkeep(self, x: Tensor, step_input: TrainStepInput) -> int:
         """What is due before this step; returns how many atoms were resampled. Kept out of compiled graphs."""
         cfg, step, dead = self.cfg, step_input.n_training_steps, step_input.dead_neuron_mask
-        if not bool(torch.isfinite(x.sum(dtype=exact_dtype(x)) + self.b_dec.sum())):
-            require(bool(torch.isfinite(x).all()), "sae_in", "NaN or infinity", "finite: check the model's dtype")
-            require(bool(torch.isfinite(self.b_dec).all()), "b_dec", "NaN", "finite: lower the learning rate")
+        finite = bool(torch.isfinite(x.sum(dtype=exact_dtype(x)) + self.b_dec.sum()))
+        require(finite, "sae_in, b_dec", "NaN or infinity", "finite: check the model's dtype and the learning rate")
         self.mean_batches.mul_(step > 0)  # a new run has new means
         if cfg.decoder_init == "native" and step < START_STEPS:
             self.start_from_rows(x, first=step == 0)
@@ -170,7 +150,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         if step and cfg.unit_norm_every and step % cfg.unit_norm_every == 0:
             self.fold_W_dec_norm()
             self.balance_factors()
-        due = step and cfg.resample_every and step % cfg.resample_every == 0 and step <= (cfg.resample_until or step)
+        due = step and cfg.resample_every and step % cfg.resample_every == 0
         return self.resample(x, dead) if due and dead is not None else 0
 
     @torch.no_grad()
@@ -178,15 +158,14 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         """Put atoms that still wait for it on directions of rows of a batch [N,K*V], in decoder and encoder; returns
         how many have such a start by now.
 
-        Rows are drawn in proportion to their squared norm, and none is taken that is near to an atom which a row
-        started. What one batch leaves open waits for the next one. `first` begins with atom 0. Costs one K x V SVD for
-        each row that is drawn.
+        Rows are drawn in proportion to their squared norm, and none is taken that is near to an atom which an earlier
+        batch started. What one batch leaves open waits for the next one. `first` begins with atom 0. Costs one K x V
+        SVD for each row that is drawn.
         """
         F, done = self.cfg.d_sae, 0 if first else int(self.n_started)
         if done < F and (first or done):
             rows = x[draw_rows(x.float().square().sum(1), F - done)].view(-1, self.cfg.d_k, self.cfg.d_v)
-            before = LowRank(self.start_keys[:done], self.start_values[:done]).to(torch.float32)
-            atoms = distinct_directions(rows.float(), self.cfg.rank, before)
+            atoms = distinct_directions(rows.float(), self.cfg.rank, self.W_dec[:done].float())
             index = torch.arange(done, done + len(atoms), device=self.device)
             self.replace_atoms(index, atoms, torch.ones(F, dtype=torch.bool, device=self.device))
             self.n_started.fill_(done + len(atoms))
@@ -215,23 +194,6 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         if "threshold" in self._parameters:
             self.get_parameter("threshold").data[indices] = cast(Any, self.cfg).jumprelu_init_threshold
         self.mean_batches[indices] = self.mean_contribution[indices] = 0
-        self.start_keys[indices] = atoms.keys.to(self.start_keys)
-        self.start_values[indices] = atoms.values.to(self.start_values)
-
-    @torch.compiler.disable
-    @torch.no_grad()
-    def write_metrics(self, x: Tensor, feature_acts: Tensor) -> dict[str, float]:
-        """What is logged at Weights & Biases beside SAELens' metrics, over the first `_LOGGED_ROWS` of a batch.
-
-        `cosine`: mean cosine of a write with its reconstruction. `top_atom_energy`: mean share of a write's squared
-        norm along its dominant atom; 0 where no atom is active. Of transformed writes, where a metric is trained in.
-        """
-        rows, acts = x[:_LOGGED_ROWS], self.coefficients(feature_acts[:_LOGGED_ROWS].to(self.dtype))
-        atoms = self.W_dec
-        sizes, top = (acts * self.decoder_norm()).max(1)
-        energy = nn.functional.cosine_similarity(atoms[top], rows).square() * (sizes > 0)
-        cosine = nn.functional.cosine_similarity(acts @ atoms + self.b_dec, rows)
-        return {"cosine": cosine.mean().item(), "top_atom_energy": energy.mean().item()}
 
     # ---------------------------------------------------------------------------------------- the mean
 
@@ -259,11 +221,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstructions [...,K*V] of activations [...,F]; outside of training steps with `output_bias`."""
         out = super().decode(feature_acts)
-        return out if self._built is not None or not self._has_means else out + (self.output_bias() - self.b_dec)
-
-    @property
-    def _has_means(self) -> bool:
-        return bool(self.cfg.b_dec_rows and self.mean_batches.any())
+        return out if self._built is not None else out + (self.output_bias() - self.b_dec)
 
     def output_bias(self) -> Tensor:
         """What `decode` adds to the atoms [K*V]. In training steps it is b_dec; outside of them the mean input less the
@@ -273,7 +231,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         errors hardly see it. The optimizer leaves one in b_dec, whose entries move by the learning rate at each step.
         (Set within the steps, b_dec would hide the mean of dense codes from their losses, and they diverge.)
         """
-        if not self._has_means:
+        if not (self.cfg.b_dec_rows and self.mean_batches.any()):
             return self.b_dec
         code = (self.mean_contribution / self.get_W_dec_norm()).to(self.b_dec)
         return (self.mean_input - code @ self.W_dec).to(self.b_dec)
@@ -285,28 +243,21 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
 
     # ---------------------------------------------------------------------------------------- what is kept and saved
 
-    def _keep_start(self, keys: Tensor, values: Tensor) -> None:
-        exact = exact_dtype(self.b_dec)
-        self.register_buffer("start_keys", keys.clone())
-        self.register_buffer("start_values", values.clone())
-        self.register_buffer("n_started", torch.zeros((), dtype=torch.long, device=self.device))
-        self.register_buffer("mean_input", torch.zeros_like(self.b_dec, dtype=exact))
-        self.register_buffer("mean_contribution", self.mean_input.new_zeros(self.cfg.d_sae))
-        self.register_buffer("mean_batches", torch.zeros_like(self.mean_contribution, dtype=torch.long))
-
-    @torch.no_grad()
-    def start_cosine(self) -> float:
-        """Median over atoms of the cosine of an atom with its own start: 1 where nothing was learned. An atom that was
-        resampled started where it was put. Costs a dictionary of dense atoms, where the decoder is flat."""
-        start = LowRank(self.start_keys, self.start_values).to(torch.float32)
-        return float(self.atoms().to(torch.float32).cosine(start).quantile(0.5))
+    def _begin(self) -> None:
+        self.n_started = nn.Buffer(torch.zeros((), dtype=torch.long, device=self.device))
+        """[], atoms that were put on rows of the first batches."""
+        self.mean_input = nn.Buffer(torch.zeros_like(self.b_dec, dtype=exact_dtype(self.b_dec)))
+        """[K*V], a running mean over batches; see `update_means`."""
+        self.mean_contribution = nn.Buffer(self.mean_input.new_zeros(self.cfg.d_sae))
+        """[F], the running mean of activations times the norms of their atoms."""
+        self.mean_batches = nn.Buffer(torch.zeros_like(self.mean_contribution, dtype=torch.long))
+        """[F], batches since an atom was put where it began; 0 everywhere: there are no means."""
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Tensor]) -> None:
-        """Keep how far the atoms moved in the metadata, settle b_dec, and leave out what only training needs. SAELens
+        """Settle b_dec, and leave out what only training needs. SAELens
         may fold norms into `W_enc` and `W_dec`: it is given both, and the factors follow."""
-        self.cfg.metadata.start_cosine = self.start_cosine()
         self.settle_b_dec()  # in place, which the tensors of state_dict see
-        for name in ("start_keys", "start_values", "n_started", "mean_input", "mean_contribution", "mean_batches"):
+        for name in ("n_started", "mean_input", "mean_contribution", "mean_batches"):
             del state_dict[name]
         with torch.no_grad():
             given = self.W_dec
@@ -332,20 +283,11 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         return cast(MatrixSAE, sae).to_saelens()
 
 
-def unpack(rows: Tensor, d_k: int, d_v: int) -> LowRank:
-    """The low-rank matrices of rows [N,R*(K+V)], which hold their keys, then their values."""
-    terms = rows.shape[1] // (d_k + d_v)
-    keys, values = rows.split([terms * d_k, terms * d_v], dim=1)
-    return LowRank(keys.reshape(-1, terms, d_k), values.reshape(-1, terms, d_v))
-
-
 def exact_dtype(t: Tensor) -> torch.dtype:
     """The dtype of `t`, or fp32 if that has less precision."""
     return torch.promote_types(t.dtype, torch.float32)
 
 
-_LOGGED_ROWS = 64
-"""Rows of a batch that `write_metrics` looks at."""
 START_STEPS = 16
 """Steps in which atoms are still put on rows of their batches, where one batch has too few distinct ones."""
 MAX_COSINE = 0.9
@@ -355,14 +297,13 @@ MAX_COSINE = 0.9
 def draw_rows(errors: Tensor, count: int) -> Tensor:
     """Up to `count` row numbers, drawn without repetition in proportion to the rows' squared errors [N]."""
     count = min(count, int((errors > 0).sum()))
-    if count == 0:
-        return errors.new_zeros(0, dtype=torch.long)
-    return torch.multinomial(errors / errors.max(), count, replacement=False)
+    none = errors.new_zeros(0, dtype=torch.long)
+    return torch.multinomial(errors / errors.max(), count, replacement=False) if count else none
 
 
-def distinct_directions(matrices: Tensor, rank: int, taken: LowRank | None = None) -> LowRank:
-    """Unit-norm atoms of rank R from matrices [n,K,V], no two with a cosine above 0.9, and none so near to one that is
-    `taken`.
+def distinct_directions(matrices: Tensor, rank: int, taken: Tensor | None = None) -> LowRank:
+    """Unit-norm atoms of rank R from matrices [n,K,V], no two with a cosine above 0.9, and none so near to one of the
+    rows `taken` [m,K*V].
 
     The matrices are cut to rank R by SVD. (The paper's code draws rows of the raw state with repetition; a batch with
     one dominant direction then gives many copies of it.)
@@ -372,7 +313,7 @@ def distinct_directions(matrices: Tensor, rank: int, taken: LowRank | None = Non
     atoms = LowRank(atoms.keys * size, atoms.values * size)
     near = atoms.cosines(atoms).tril(-1)
     if taken is not None:
-        near = torch.cat([near, atoms.cosines(taken)], dim=1)
+        near = torch.cat([near, atoms.dense().flatten(1) @ nn.functional.normalize(taken, dim=1).T], dim=1)
     return atoms.rows(~(near > MAX_COSINE).any(1))
 
 
@@ -380,79 +321,27 @@ def distinct_directions(matrices: Tensor, rank: int, taken: LowRank | None = Non
 
 
 @torch.no_grad()
-def preset_b_dec(sae: MatrixSAE, batches: Iterable[Tensor], n_batches: int = 16) -> Tensor:
-    """Mean-centring: put the mean of the first batches [...,K*V] into b_dec [K*V], which the encoder subtracts, and
-    return it.
-
-    They must be scaled as the SAE will see them: with normalize_activations='expected_average_only_in' leave this to
-    `b_dec_init='mean'`, which sees scaled ones.
-
-    Raises:
-        ValueError: no batch.
-    """
-    rows = [batch.reshape(-1, sae.cfg.d_in) for _, batch in zip(range(n_batches), batches)]
-    require(bool(rows), "batches", 0, "at least one batch of activations [N, d_in]")
-    sae.b_dec.data.copy_(torch.cat(rows).mean(0, dtype=torch.float64))
-    return sae.b_dec.data.clone()
-
-
-@torch.no_grad()
-def calibrate_b_dec(sae: MatrixSAE, batches: Iterable[Tensor], n_batches: int = 16) -> Tensor:
-    """Move b_dec [K*V] by the mean residual, so that reconstructions are right on average, and return it. Codes stay as
-    they are: the encoder's biases take back what it now subtracts.
-
-    Training does so from its own rows (`MatrixTrainingSAE.output_bias`); this is for other rows, or more of them.
-
-    Args:
-        sae: in training or exported; the batches [...,K*V] are scaled as it sees them.
-
-    Cost: an encode and a decode of each batch.
-
-    Raises:
-        ValueError: no batch.
-    """
-    sae.settle_b_dec()
-    total, count = sae.b_dec.new_zeros(sae.cfg.d_in).double(), 0
-    for _, batch in zip(range(n_batches), batches):
-        x = batch.reshape(-1, sae.cfg.d_in).to(sae.b_dec)
-        total += (x - sae.decode(sae.encode(x))).sum(0, dtype=torch.float64)
-        count += len(x)
-    require(count > 0, "batches", count, "at least one batch of activations [N, d_in]")
-    sae.move_b_dec((total / count).to(sae.b_dec))
-    return sae.b_dec.data.clone()
-
-
-def _contributions(sae: MatrixSAE, x: Tensor) -> Tensor:
-    """What atoms are compared by [...,F]: pre-activations, times atom norms unless the config says not to."""
-    pre = sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
-    return pre * sae.decoder_norm() if getattr(sae.cfg, "rescale_acts_by_decoder_norm", True) else pre
-
-
-@torch.no_grad()
-def calibrate_threshold(
-    sae: MatrixSAE, batches: Iterable[Tensor], l0: float | None = None, n_batches: int = 16
-) -> float:
-    """Set the threshold so that exactly `l0` atoms are active on average over these batches, and return it.
+def calibrate_threshold(sae: MatrixSAE, x: Tensor, l0: float | None = None) -> float:
+    """Set the threshold so that exactly `l0` atoms are active on average over matrices [N,K*V], and return it.
 
     It takes a BatchTopK or Matryoshka SAE in training (before export; `l0` defaults to its k) or a `writesae_jumprelu`
     SAE, exported or not, in which all atoms get the same threshold in units of their contribution (activation times
-    atom norm). Batches are flattened matrices [...,K*V]. Holds N*F pre-activations at once.
+    atom norm). Holds N*F pre-activations.
 
     Raises:
-        ValueError: no data, an l0 out of range, or a class without a threshold.
+        ValueError: an l0 out of range.
+        AttributeError: a class without a threshold.
     """
     l0 = float(getattr(sae.cfg, "k", 0) if l0 is None else l0)
     require(0 <= l0 < sae.cfg.d_sae, "l0", l0, f"at least 0 and below d_sae={sae.cfg.d_sae}")
-    rows = [batch.reshape(-1, sae.cfg.d_in) for _, batch in zip(range(n_batches), batches)]
-    require(bool(rows), "batches", 0, "at least one batch of activations [N, d_in]")
-    flat = torch.cat([_contributions(sae, x) for x in rows]).float().flatten()
-    wanted = round(l0 * len(flat) / sae.cfg.d_sae)
-    require(wanted < len(flat), "l0", l0, f"small enough for {len(flat) // sae.cfg.d_sae} rows")
-    top = flat.topk(wanted + 1).values  # sorted: the threshold goes between the last one in and the first one out
+    pre = sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", True):
+        pre = pre * sae.decoder_norm()
+    wanted = round(l0 * len(x))
+    top = pre.float().flatten().topk(wanted + 1).values  # the threshold goes between the last one in and the next
     threshold = max(float(top[-2:].mean()) if wanted else 2 * float(top[0]), 0.0)
     if "threshold" in sae._parameters:
         sae.get_parameter("threshold").data.copy_(threshold / sae.get_W_dec_norm())
     else:
-        require("topk_threshold" in sae._buffers, "sae", type(sae).__name__, "a BatchTopK, Matryoshka or JumpReLU SAE")
         sae.get_buffer("topk_threshold").fill_(threshold)
     return threshold

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae_lens_writesae import LowRank
-from sae_lens_writesae.atom.low_rank import mean_write, nonzero_terms, state_direction
 
 N, K, V = 6, 5, 7
 
@@ -40,13 +39,6 @@ def test_arithmetic_is_that_of_the_matrices(r: int, s: int, seed: int) -> None:
     close(rescaled.cosine(a), torch.ones(N, dtype=torch.float64))
 
 
-def test_rank_one_cosine_is_the_product_of_the_cosines_of_the_sides() -> None:
-    a, b = draw(1, 0), draw(1, 1)
-    product = torch.cosine_similarity(a.keys, b.keys, -1) * torch.cosine_similarity(a.values, b.values, -1)
-    close(a.cosine(b), product[:, 0])
-    close((a * -1.0).cosine(b), -product[:, 0])
-
-
 def test_a_zero_matrix_has_cosine_zero_and_no_direction() -> None:
     a = draw(1, 0)
     zero = a * torch.tensor([1.0, 0, 1, 1, 1, 1])
@@ -73,33 +65,6 @@ def test_svd_is_exact_or_the_closest_of_its_rank(balanced: bool) -> None:
     sides = (singular[:, :2].sqrt(),) * 2 if balanced else (singular[:, :2], torch.ones(N, 2, dtype=torch.float64))
     close(closest.keys.norm(dim=-1), sides[0])
     close(closest.values.norm(dim=-1), sides[1])
-
-
-def test_nonzero_terms_leave_out_what_rounding_left() -> None:
-    matrix = draw(2, 0, 1).dense()[0]
-    terms = nonzero_terms(matrix)
-    assert terms.rank == 2
-    close(terms.dense()[0], matrix)
-
-
-def test_state_direction_is_the_best_rank_one_match() -> None:
-    states = torch.randn(N, K, V, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    top = state_direction(states)
-    close(top.norm(), torch.ones(N, dtype=torch.float64))
-    close((top.dense() * states).sum((1, 2)), torch.linalg.matrix_norm(states, 2))
-
-
-def test_mean_write_holds_the_share_of_energy_asked_for() -> None:
-    tokens = draw(1, 0, 30)
-    keys, values = tokens.keys[:, 0], tokens.values[:, 0]
-    whole, most = mean_write(keys, values), mean_write(keys, values, energy=0.8)
-    close(whole.dense()[0], tokens.dense().mean(0))
-    assert most.rank < whole.rank == min(K, V)
-    missing = (whole.dense() - most.dense()).square().sum() / whole.dense().square().sum()
-    assert 0 < missing <= 0.2
-    assert mean_write(keys[:1], values[:1], energy=0.99).rank == 1
-    with pytest.raises(ValueError, match="energy"):
-        mean_write(keys, values, energy=0)
 
 
 def test_random_directions_are_seeded_and_isotropic() -> None:

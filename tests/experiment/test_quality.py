@@ -21,8 +21,9 @@ from torch.nn.functional import normalize
 
 from hookpoints import HookedRecurrent, WriteEdit
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.runner import quiet, training_config
+from sae_lens_writesae.sae.runner import training_config
 from sae_lens_writesae.sae.target import HeadHook
+from writesae.dictionaries import quiet
 from writesae.experiment.head import half_lives
 from writesae.experiment.lab import Lab
 from writesae.experiment.quality import DictionaryQuality, dictionary_quality, head_effects, qualities

@@ -177,7 +177,7 @@ def test_what_could_not_be_measured_has_a_section_of_its_own(page: Page, files: 
 
 def test_control_dictionaries_stand_beside_the_trained_one_and_quality_at_the_top(tmp_path: Path) -> None:
     quality: dict[str, Any] = {"target": "write", "n_sequences": 64, "n_tokens": 8192, "explained": 0.25, "l0": 1.5}
-    quality |= {"alive": 0.5, "coverage": 0.75, "cosine": None, "start_cosine": 0.84, "floor": 0.0}
+    quality |= {"alive": 0.5, "coverage": 0.75, "cosine": None, "floor": 0.0}
     quality |= {"deleted": {"mean": 0.081, "low": None, "high": None, "n": 64, "n_clusters": 64}}
     recovered = {"mean": 0.59, "low": 0.5, "high": 0.65, "n": 64, "n_clusters": 64}
     made = made_up(HOLDS, label="mine", **FEW)

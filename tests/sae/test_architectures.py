@@ -1,10 +1,6 @@
 """Every architecture against SAELens' own with dense weights, and everything SAELens does with files and configs."""
 
-import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +8,9 @@ import pytest
 import sae_lens
 import torch
 from sae_lens import SAE, TrainingSAE
-from sae_lens.evals import get_featurewise_weight_based_metrics
 from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup, get_pretrained_saes_directory
-from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig, TrainStepInput
+from sae_lens.saes.sae import TrainStepInput
 from safetensors.torch import load_file, save_file
 from sealing import reseal
 
@@ -162,43 +157,14 @@ def test_export_is_what_saelens_would_export(name: str, variant: dict, tmp_path:
     assert ours.encode(x).count_nonzero() > 0
     torch.testing.assert_close(ours.encode(x), stock.encode(x), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(ours(x), stock(x), rtol=1e-10, atol=1e-10)
-    assert torch.equal(W.load_sae(tmp_path / "ours")(x), ours(x))
-    assert ours.cfg.metadata.training_architecture == name
-    for field, value in variant.items():
-        assert getattr(ours.cfg, field) == value
-
-
-@pytest.mark.parametrize("name, options", OPTIONS, ids=str)
-def test_a_logging_step_tells_of_the_write(name: str, options: dict) -> None:
-    sae = build(name, **options)
-    step = dataclasses.replace(step_input(sae), is_logging_step=True)
-    output = sae.training_forward_pass(step)
-    acts, x = output.feature_acts.to_dense().detach(), step.sae_in
-    with torch.no_grad():
-        scaled = sae.coefficients(acts) * sae.decoder_norm()
-        norm, top = scaled.max(1)
-        along = (x * torch.nn.functional.normalize(sae.W_dec[top], dim=1)).sum(1)
-        energy = torch.where(norm > 0, along**2 / x.square().sum(1), 0)
-        cosine = torch.cosine_similarity(sae.coefficients(acts) @ sae.W_dec + sae.b_dec, x)
-    assert output.metrics["top_atom_energy"] == pytest.approx(energy.mean().item())
-    assert output.metrics["cosine"] == pytest.approx(cosine.mean().item())
-    assert "cosine" not in sae.training_forward_pass(step_input(sae)).metrics
-
-
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
-@pytest.mark.parametrize("name", VARIED)
-def test_a_stock_autoencoder_is_the_same_function(name: str, variant: dict, tmp_path: Path) -> None:
-    sae = build(name, **variant)
-    sae.save_inference_model(tmp_path / "ours")
-    ours = W.load_sae(tmp_path / "ours")
-    x = torch.randn(3, 4, D_IN, dtype=torch.float64)
-    for stock in (sae.to_saelens(), ours.to_saelens()):
-        stock.save_model(tmp_path / "stock")
-        loaded = SAE.load_from_disk(tmp_path / "stock")
-        assert type(loaded).__module__.startswith("sae_lens.") and "requires" not in loaded.cfg.metadata
-        assert loaded.encode(x).count_nonzero() > 0
-        torch.testing.assert_close(loaded.encode(x), ours.encode(x), rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(loaded(x), ours(x), rtol=1e-10, atol=1e-10)
+    loaded = W.load_sae(tmp_path / "ours")
+    assert torch.equal(loaded(x), ours(x)) and ours.cfg.metadata.training_architecture == name
+    for stock in (sae.to_saelens(), loaded.to_saelens()):
+        stock.save_model(tmp_path / "again")
+        again = SAE.load_from_disk(tmp_path / "again")
+        assert type(again).__module__.startswith("sae_lens.") and "requires" not in again.cfg.metadata
+        torch.testing.assert_close(again.encode(x), ours.encode(x), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(again(x), ours(x), rtol=1e-10, atol=1e-10)
 
 
 def test_products_have_no_stock_form_and_every_folder_names_the_package(tmp_path: Path) -> None:
@@ -206,63 +172,12 @@ def test_products_have_no_stock_form_and_every_folder_names_the_package(tmp_path
     with pytest.raises(ValueError, match="writesae_product"):
         sae.to_saelens()
     sae.save_inference_model(tmp_path)
-    assert "import sae_lens_writesae" in json.loads((tmp_path / "cfg.json").read_text())["metadata"]["requires"]
-
-
-@pytest.mark.parametrize("name", S.TRAINING)
-def test_a_hidden_leaf_gets_the_gradient_of_inactive_atoms_outside_of_training(name: str) -> None:
-    sae = build(name)
-    acts = (torch.rand(N, F, dtype=torch.float64) * (torch.rand(N, F) < 0.1)).requires_grad_()
-    sae.decode(acts).sum().backward()
-    assert acts.grad is not None and acts.grad.abs().min() > 0
-
-
-@pytest.mark.parametrize("name", S.INFERENCE)
-def test_saelens_utilities_see_an_ordinary_autoencoder(name: str) -> None:
-    sae = build(name)
-    state = sae.state_dict()
-    sae.process_state_dict_for_saving_inference(state)
-    exported: Any = SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
-    exported.load_state_dict(state)
-    x = torch.randn(3, D_IN, dtype=torch.float64)
-    _, cache = exported.run_with_cache(x)
-    for hook in ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons", "hook_sae_output"):
-        assert hook in cache, hook
-    edited = exported.run_with_hooks(x, fwd_hooks=[("hook_sae_acts_post", lambda acts, hook: acts * 0)])
-    torch.testing.assert_close(edited, exported.b_dec.expand(3, -1))
-    metrics = get_featurewise_weight_based_metrics(exported)
-    assert metrics["encoder_norm"] == pytest.approx(exported.encoder_norm().tolist())
-    exported._use_error_term = True
-    torch.testing.assert_close(exported(x), x)
+    text = (tmp_path / "cfg.json").read_text()
+    assert "import sae_lens_writesae" in json.loads(text)["metadata"]["requires"]
+    assert text == json.dumps(json.loads(text), sort_keys=True)  # so that checksums are those of every process
 
 
 # ---------------------------------------------------------------------------------------- configs
-
-
-@pytest.mark.parametrize("name", VARIED)
-def test_config_round_trips(name: str) -> None:
-    cfg = build(name, encoder="tied", rank=2).cfg
-    text = json.dumps(cfg.to_dict())
-    again = TrainingSAEConfig.from_dict(json.loads(text))
-    assert type(again) is type(cfg) and again == cfg
-    assert type(TrainingSAE.from_dict(json.loads(text))) is S.TRAINING[name][0]
-    inference = SAEConfig.from_dict(cfg.get_inference_sae_cfg_dict())
-    assert type(inference) is cfg.get_inference_config_class()
-    assert (inference.d_k, inference.d_v, inference.rank, inference.encoder) == (K, V, 2, "tied")  # pyright: ignore
-    assert SAEConfig.from_dict(json.loads(json.dumps(inference.to_dict()))) == inference
-    assert type(SAE.from_dict(inference.to_dict())) is S.INFERENCE[inference.architecture()][0]
-
-
-def test_registering_again_is_harmless_and_a_taken_name_is_not() -> None:
-    before = dict(sae_lens.registry.SAE_CLASS_REGISTRY)
-    S.register()
-    assert before == sae_lens.registry.SAE_CLASS_REGISTRY
-    sae_lens.registry.SAE_CLASS_REGISTRY["writesae_topk"] = (object, object)  # pyright: ignore
-    try:
-        with pytest.raises(ValueError, match="writesae_topk already registered"):
-            S.register()
-    finally:
-        sae_lens.registry.SAE_CLASS_REGISTRY["writesae_topk"] = before["writesae_topk"]
 
 
 def test_saelens_command_line_takes_our_architectures() -> None:
@@ -274,25 +189,14 @@ def test_saelens_command_line_takes_our_architectures() -> None:
     assert (cfg.d_k, cfg.d_v, cfg.k, cfg.encoder, cfg.rank) == (5, 6, 3, "tied", 2)
 
 
-@pytest.mark.parametrize("variant", W.VARIANTS.values(), ids=W.VARIANTS)
-def test_paper_variants_are_configurations(variant: dict) -> None:
-    sae = S.WriteTopKTrainingSAE(S.WriteTopKTrainingSAEConfig(d_in=30, d_sae=8, d_k=5, d_v=6, k=2, **variant))
-    out = sae.training_forward_pass(TrainStepInput(torch.randn(4, 30), {}, None, 1, False))
-    out.loss.backward()
-    assert all(p.grad is not None for p in sae.parameters())
-
-
 # ---------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
 @pytest.mark.parametrize("name", S.TRAINING)
 def test_saelens_folds_the_scaling_factor_of_a_release(
-    name: str, variant: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if name == "writesae_product":
-        variant = {}
-    sae = build(name, normalize_activations="expected_average_only_in", **variant)
+    sae = build(name, normalize_activations="expected_average_only_in")
     sae.save_inference_model(tmp_path)
     files: dict[str, Any] = {"release": "here", "repo_id": "", "model": "", "conversion_func": None}
     nothing: dict[str, Any] = {key: {} for key in ("expected_var_explained", "expected_l0", "neuronpedia_id")}
@@ -309,40 +213,6 @@ def test_saelens_folds_the_scaling_factor_of_a_release(
     x = torch.randn(9, D_IN, dtype=torch.float64)
     expected = SAE.load_from_disk(tmp_path)(2.5 * x) / 2.5
     torch.testing.assert_close(folded(x), expected, rtol=1e-10, atol=1e-10)
-
-
-def test_a_dictionary_has_the_same_checksums_in_every_process(tmp_path: Path) -> None:
-    script = (
-        "import sys, torch, sae_lens_writesae\nfrom sae_lens_writesae.sae import TRAINING\ntorch.manual_seed(0)\n"
-        "sae_class, cfg_class = TRAINING['writesae_topk']\nsae = sae_class(cfg_class(d_in=6, d_k=2, d_sae=4, k=1))\n"
-        "sae.save_model(sys.argv[1] + '/training')\nsae.save_inference_model(sys.argv[1] + '/inference')"
-    )
-    folders = [tmp_path / seed for seed in ("1", "2")]
-    for folder in folders:
-        command = [sys.executable, "-c", script, str(folder)]
-        subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONHASHSEED": folder.name})
-    for name in ("training/SHA256SUMS", "training/cfg.json", "inference/SHA256SUMS", "inference/cfg.json"):
-        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
-
-
-@pytest.mark.slow
-def test_a_fresh_process_gives_the_same_outputs(tmp_path: Path) -> None:
-    names = list(S.TRAINING)
-    x = torch.randn(7, D_IN, dtype=torch.float64)
-    save_file({"x": x}, tmp_path / "x.safetensors")
-    expected = {}
-    for name in names:
-        build(name, **({"rank": 2} if name in VARIED else {})).save_inference_model(tmp_path / name)
-        expected[name] = SAE.load_from_disk(tmp_path / name)(x)
-    script = (
-        "import sys, pathlib\nfrom safetensors.torch import load_file, save_file\nfrom sae_lens import SAE\n"
-        "import sae_lens_writesae\nroot = pathlib.Path(sys.argv[1])\nx = load_file(root / 'x.safetensors')['x']\n"
-        "save_file({n: SAE.load_from_disk(root / n)(x).detach() for n in sys.argv[2:]}, root / 'y.safetensors')"
-    )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path), *names], check=True, capture_output=True)
-    found = load_file(tmp_path / "y.safetensors")
-    for name in names:
-        assert torch.equal(found[name], expected[name])
 
 
 @pytest.mark.parametrize("name", S.TRAINING)
@@ -393,29 +263,19 @@ def test_low_precision_training_steps(name: str, setting: str) -> None:
     assert all(p.isfinite().all() for p in sae.parameters())
 
 
-COMPILED = [("writesae_topk", "aot_eager")]
-SLOW = [("writesae_topk", "eager"), ("writesae_topk", "inductor")]
-SLOW += [(name, "aot_eager") for name in S.TRAINING if name not in dict(COMPILED)]
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:<class 'torch.autograd.function.Function'>")
-@pytest.mark.parametrize("name, backend", [*COMPILED, *(pytest.param(*p, marks=pytest.mark.slow) for p in SLOW)])
-def test_compiled_training_step_is_the_same(name: str, backend: str) -> None:
+@pytest.mark.parametrize("name", S.TRAINING)
+def test_compiled_training_step_is_the_same(name: str) -> None:
     plain, compiled = build(name), build(name)
     torch._dynamo.reset()
-    step = torch.compile(compiled.training_forward_pass, backend=backend)
-    for i in range(2):
-        a, b = step_input(plain, i), step_input(compiled, i)
-        a.n_training_steps = b.n_training_steps = i
-        wanted, got = plain.training_forward_pass(a), step(b)
-        torch.testing.assert_close(got.loss, wanted.loss)
-        for out, sae in ((wanted, plain), (got, compiled)):
-            sae.zero_grad()
-            out.loss.backward()
-        for p, q in zip(plain.parameters(), compiled.parameters()):
-            torch.testing.assert_close(p.grad, q.grad)
-    torch._dynamo.reset()
+    wanted = plain.training_forward_pass(step_input(plain)).loss
+    got = torch.compile(compiled.training_forward_pass, backend="aot_eager")(step_input(compiled)).loss
+    torch.testing.assert_close(got, wanted)
+    for each in (wanted, got):
+        each.backward()
+    for p, q in zip(plain.parameters(), compiled.parameters()):
+        torch.testing.assert_close(p.grad, q.grad)
 
 
 # ---------------------------------------------------------------------------------------- damaged folders
@@ -433,40 +293,33 @@ def edit_config(folder: Path, **fields: Any) -> None:
     reseal(folder)
 
 
-def test_missing_files_are_named(saved: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nowhere/cfg.json does not exist.*no such folder"):
+def test_missing_and_truncated_files_are_named(saved: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere/cfg\.json"):
         W.load_sae(saved / "nowhere")
+    for name, length in (("sae_weights.safetensors", -40), ("cfg.json", 50)):
+        whole = (saved / name).read_bytes()
+        (saved / name).write_bytes(whole[:length])
+        reseal(saved)  # as each of these tests does, to reach what is checked after the seal
+        with pytest.raises(CheckpointError, match=name):
+            W.load_sae(saved)
+        (saved / name).write_bytes(whole)
     (saved / "sae_weights.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"sae_weights.safetensors.* is missing"):
-        W.load_sae(saved)
-
-
-def test_truncated_files_are_named(saved: Path) -> None:
-    weights = saved / "sae_weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-40])
-    reseal(saved)  # as each of these tests does, to reach what is checked after the seal
-    with pytest.raises(CheckpointError, match=r"sae_weights.safetensors cannot be read as safetensors"):
-        W.load_sae(saved)
-    config = saved / "cfg.json"
-    config.write_text(config.read_text()[:50])
-    reseal(saved)
-    with pytest.raises(CheckpointError, match=r"cfg.json is cut short"):
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors"):
         W.load_sae(saved)
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    ("fields", "message"),
     [
-        ({"d_sae": 17}, r"sae_weights.safetensors: '\w+' has shape \[16.*needs \[17"),
-        ({"rank": 2}, r"'v' has shape \[16, 1, 5\].*needs \[16, 2, 5\]"),
+        ({"d_sae": 17}, r"of shape \[17"),
+        ({"rank": 2}, r"v of shape \[16, 2, 5\]"),
         ({"d_k": 7}, "d_in=30"),
-        ({"encoder": "dense"}, r"lacks \['encoder_matrix'\]"),
-        ({"encoder": "tied"}, r"lacks \['encoder_scale'\]"),
-        ({"architecture": "writesae_jumprelu"}, r"unknown field\(s\) k, "),
-        ({"rank": 1, "normalise_activations": "none"}, r"normalise_activations; nearest: normalize_activations"),
-        ({"architecture": "standard"}, r"lacks \['W_dec', 'W_enc'\]"),
-        ({"architecture": "writesae_topp"}, r"'writesae_topp' is not registered.*writesae_topk.*import that package"),
-        ({"architecture": "writesae_batchtopk"}, r"exists for training only; call with training=True"),
+        ({"encoder": "dense"}, "encoder_matrix"),
+        ({"architecture": "writesae_jumprelu"}, r"\['k', "),
+        ({"rank": 1, "normalise_activations": "none"}, "normalize_activations"),
+        ({"architecture": "standard"}, "W_dec"),
+        ({"architecture": "writesae_topp"}, "writesae_topk"),
+        ({"architecture": "writesae_batchtopk"}, "training=False"),
     ],
 )
 def test_foreign_checkpoints_are_named(saved: Path, fields: dict, message: str) -> None:
@@ -478,18 +331,15 @@ def test_foreign_checkpoints_are_named(saved: Path, fields: dict, message: str) 
 def test_foreign_weights_are_named(saved: Path) -> None:
     weights = saved / "sae_weights.safetensors"
     state = load_file(weights)
-    save_file(state | {"extra": torch.zeros(1)}, weights)
-    reseal(saved)
-    with pytest.raises(CheckpointError, match=r"has \['extra'\]"):
-        W.load_sae(saved)
-    state["w"][3] = float("nan")
-    save_file(state, weights)
-    reseal(saved)
-    with pytest.raises(CheckpointError, match=r"sae_weights.safetensors: 'w' holds NaN"):
-        W.load_sae(saved)
+    bad = state["w"].index_fill(0, torch.tensor(3), torch.nan)
+    for other, message in ((state | {"extra": torch.zeros(1)}, "extra"), (state | {"w": bad}, "NaN")):
+        save_file(other, weights)
+        reseal(saved)
+        with pytest.raises(CheckpointError, match=message):
+            W.load_sae(saved)
     (saved / "cfg.json").write_text("[]")
     reseal(saved)
-    with pytest.raises(CheckpointError, match=r"cfg.json holds list"):
+    with pytest.raises(CheckpointError, match="list"):
         W.load_sae(saved)
 
 
@@ -503,34 +353,10 @@ def test_a_changed_number_is_told_by_its_checksum(saved: Path) -> None:
         with pytest.raises(CheckpointError, match=name):
             W.load_sae(saved)
         (saved / name).write_bytes(whole[saved / name])
+    (saved / "SHA256SUMS").unlink()  # SAELens' own uploader leaves it out
     W.load_sae(saved)
-    edit_config(saved, seqpos_slice=[None], metadata={"model_name": "moved"})
-    with pytest.raises(CheckpointError, match="seqpos_slice"):
-        W.load_sae(saved)
-
-
-def test_a_seal_that_is_empty_or_short_is_told(saved: Path) -> None:
-    """SAELens' own uploader leaves the seal out; such a folder loads."""
-    seal = saved / "SHA256SUMS"
-    lines = seal.read_text().splitlines(keepends=True)
-    for kept in ("", "\n", lines[0], lines[1], "".join(lines) + lines[0].replace("cfg", "other").replace("sae_", "x")):
-        seal.write_text(kept)
-        with pytest.raises(CheckpointError, match=str(saved)):
-            W.load_sae(saved)
-    seal.unlink()
-    W.load_sae(saved)
-
-
-@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors", "SHA256SUMS"])
-def test_links_are_refused(saved: Path, tmp_path: Path, name: str) -> None:
-    """To the very file that was there: a link may lead to what its author cannot read."""
-    (saved / name).rename(tmp_path.parent / f"{tmp_path.name}-{name}")
-    (saved / name).symlink_to(tmp_path.parent / f"{tmp_path.name}-{name}")
-    with pytest.raises(CheckpointError, match=name):
-        W.load_sae(saved)
 
 
 def test_stock_autoencoders_load_too(tmp_path: Path) -> None:
-    stock = sae_lens.StandardTrainingSAE(sae_lens.StandardTrainingSAEConfig(d_in=30, d_sae=8))
-    stock.save_inference_model(tmp_path)
+    stock_twin(build("writesae_standard")).save_inference_model(tmp_path)
     assert type(W.load_sae(tmp_path)) is sae_lens.StandardSAE

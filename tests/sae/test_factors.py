@@ -1,28 +1,20 @@
-"""Collections: what is written is what the model computes; kills, full disks and damages harm nothing; and dictionaries
-train from them."""
+"""Collections: what is written is what the model computes, and a run that was stopped is resumed."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
-import random
 import shutil
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from filelock import FileLock
-from sealing import damages
-from torch import Tensor
+from filelock import FileLock, Timeout
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
 from hookpoints import embedded as shipped
-from hookpoints.files import CHECKSUMS
+from hookpoints.files import CHECKSUMS, write_checksums
 from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.sae import factors as module
 from sae_lens_writesae.sae.factors import INDEX, Collection, CollectionError, Mapped, collect
@@ -117,13 +109,6 @@ def test_values_beyond_a_dtype_are_refused_by_name(tmp_path):
     model.attachment.detach()
 
 
-def test_only_the_named_layers_are_recorded(model, tokens):
-    with model.recording() as every, model.recording([2]) as some:
-        model(tokens)
-    assert list(some) == [2] and not every  # the inner one holds
-    assert torch.equal(some[2].recurrence.k, model.recurrence(tokens, 2).k)
-
-
 def test_the_size_is_said_and_a_small_disk_is_refused(model, whole, tmp_path, monkeypatch):
     said: list[str] = []
     found = Collection.open(whole)
@@ -168,7 +153,6 @@ def test_a_dataset_of_text_gives_the_sequences_that_saelens_trains_on(embedded, 
     [
         ({"layers": []}, ValueError),
         ({"layers": [3]}, UnsupportedModelError),
-        ({"layers": [77]}, UnsupportedModelError),
         ({"heads": [9]}, UnknownHookError),
         ({"targets": ("reads",)}, ValueError),
         ({"targets": ()}, ValueError),
@@ -193,104 +177,26 @@ def test_the_command(capsys, tmp_path, monkeypatch, embedded):
     said, found = capsys.readouterr().out.splitlines(), Collection.open(tmp_path / "c", model=embedded)
     assert f"{found.total_bytes} bytes" in said[0] and said[-1] == str(tmp_path / "c")
     assert found.dtype == "float16" and found.n_sequences == 32 and found.heads == {2: [0, 1]}
-    for wrong in (["--layers", "0"], ["--heads", "9"], ["--n-tokens", "10"]):
-        with pytest.raises(SystemExit) as ended:
-            main([*words.split(), *wrong, "--out", str(tmp_path / "d")])
-        assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------------------ stops
 
 
-class Stop(Exception):
-    pass
-
-
-def test_nothing_is_computed_twice(model, tmp_path, monkeypatch, whole):
-    """Stopped after one batch, then after two more, three more ...: a whole shard is two batches."""
-    computed: list[int] = []
-    recorded = module._recorded
-
-    def counting(model, ids, asked):
-        if len(computed) == limit:
-            raise Stop
-        computed.append(int((ids[0] == TOKENS).all(1).nonzero()))
-        return recorded(model, ids, asked)
-
-    monkeypatch.setattr(module, "_recorded", counting)
-    for more in range(1, 6):
-        start, first = len(computed), 4 * len(list(tmp_path.glob("shard-*")))
-        limit = start + more
-        try:
-            small(model, tmp_path)
-        except Stop:
-            assert computed[start:] == list(range(first, 22, 2))[:more]
-    assert contents(tmp_path) == contents(whole)  # 0 + 2 + 2 + 4 + 3 batches are kept
-    limit = len(computed)
-    small(model, tmp_path)  # finished: nothing is computed
-
-
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_twenty_kills_at_random_moments_leave_the_files_of_a_run_without(model, tmp_path, whole):
-    begin = time.monotonic()
-    small(model, tmp_path / "timing")
-    length = time.monotonic() - begin
-    draw, kills, folders, stopped_at = random.Random(0), 0, 0, set()
-    while kills < 20:
-        folder = tmp_path / str(folders)
-        if (process := os.fork()) == 0:
-            try:
-                small(model, folder)
-            finally:
-                os._exit(0)
-        time.sleep(draw.uniform(0, length))
-        os.kill(process, signal.SIGKILL)
-        _, status = os.waitpid(process, 0)
-        if os.WIFSIGNALED(status):
-            kills += 1
-            stopped_at.add(len(list(folder.glob("shard-*"))) if folder.exists() else None)
-        else:
-            assert contents(folder) == contents(whole)
-            folders += 1
-    small(model, folder)
-    assert contents(folder) == contents(whole)
-    assert len(stopped_at) > 2, stopped_at
-
-
 def test_what_is_missing_is_collected_and_what_is_there_stays(model, copy, whole):
-    """A shard that was deleted, one whose line is damaged, and what a kill left aside."""
-    (copy / SHARDS[0]).unlink()
-    lines = (copy / CHECKSUMS).read_text().splitlines()
-    (copy / CHECKSUMS).write_text("\n".join([*lines[:2], "no hash", *lines[3:]]))
+    """A shard that was deleted, and what a kill left aside."""
+    for name in (SHARDS[1], CHECKSUMS):
+        (copy / name).unlink()
     for name in (SHARDS[3], INDEX, CHECKSUMS, "tmp"):
         (copy / f".{name}.abc").write_text("of a killed run")
     times = {path.name: path.stat().st_mtime_ns for path in copy.glob("shard-*")}
     small(model, copy)
     assert contents(copy) == contents(whole)
-    assert {name for name, was in times.items() if (copy / name).stat().st_mtime_ns != was} == {SHARDS[1]}
+    assert all((copy / name).stat().st_mtime_ns == was for name, was in times.items())
 
 
-def test_a_disk_that_fills_up_keeps_whole_shards(model, tmp_path, monkeypatch, whole):
-    save, calls = module.save_file, itertools.count()
-
-    def full(*args, **named):
-        if next(calls) == 3:
-            raise OSError(28, "No space left on device")
-        save(*args, **named)
-
-    monkeypatch.setattr(module, "save_file", full)
-    refused("No space left", small, model, tmp_path)
-    assert {*contents(tmp_path)} == {INDEX, CHECKSUMS, *SHARDS[:3]}
-    refused(SHARDS[3], Collection.open, tmp_path)  # not finished
-    small(model, tmp_path)
-    assert contents(tmp_path) == contents(whole)
-
-
-def test_a_folder_that_cannot_be_written_or_is_in_use_is_refused(model, tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    refused("file", small, model, tmp_path / "file" / "below")
-    with FileLock(tmp_path / ".lock"):
-        refused(r"\.lock", small, model, tmp_path)
+def test_a_folder_that_is_in_use_is_refused(model, tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(Timeout):
+        small(model, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -323,74 +229,34 @@ def test_another_models_collection_is_refused(hf, copy, whole):
     assert contents(copy) == contents(whole)
 
 
-def test_folders_of_earlier_formats_and_shards_without_an_index_are_refused(model, copy):
-    (copy / INDEX).unlink()
-    refused(INDEX, Collection.open, copy)
-    refused(SHARDS[0], small, model, copy)
+def test_folders_of_earlier_formats_are_refused(model, copy):
     (copy / INDEX).write_text(json.dumps({"contents": {"format": 1}, "shards": []}))
-    (copy / CHECKSUMS).unlink()
-    refused(CHECKSUMS, Collection.open, copy)
     refused("format", small, model, copy)
+    write_checksums(copy, [INDEX])
+    refused("format", Collection.open, copy)
 
 
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def test_rows_over_files_index_like_one_tensor(whole):
+def test_rows_over_files_index_like_one_tensor():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(23, 3, 2, generator=generator)
     mapped = Mapped(rows.split([5, 1, 10, 7]))
     assert len(mapped) == 23 and mapped.shape == rows.shape and mapped.dtype == rows.dtype
     slices = [slice(None), slice(3, 17), slice(5, 6), slice(-4, None), slice(9, 2), slice(1, 20, 3)]
-    lists: list[Any] = [[0, 22, 5, 5, -1], [], torch.randint(-23, 23, (50,), generator=generator), 7, -1]
+    lists: list[Any] = [[0, 22, 5, 5, -1], [], torch.randint(-23, 23, (50,), generator=generator)]
     for index in [*slices, *lists, torch.rand(23, generator=generator) > 0.5]:
         assert torch.equal(mapped[index], rows[index]), index
-    for wrong in ([23], [-24], torch.tensor([0, 99])):
-        with pytest.raises(IndexError):
-            mapped[wrong]
-    keys = Collection.open(whole).factors(2, 1).keys
-    assert keys[4 * T : 8 * T].data_ptr() == keys.parts[1].data_ptr() and len(keys.parts[1]) == 4 * T  # no copy
-
-
-def read(folder: Path) -> list[Tensor]:
-    """Everything that a collection gives."""
-    found = Collection.open(folder)
-    both = [found.recurrence(2, head) for head in HEADS]
-    factors = [x for recurrence in both for x in vars(recurrence).values() if isinstance(x, Tensor)]
-    return [found.tokens, *factors, *(recurrence.states() for recurrence in both)]
-
-
-def test_a_damaged_collection_is_told(copy):
-    """Or what it gives is the same: a number that differs by one bit is a valid number."""
-    whole, silent, told = read(copy), [], 0
-    for what in damages(copy, [*SHARDS, INDEX, CHECKSUMS], 220):
-        try:
-            found = read(copy)
-        except CollectionError as error:
-            assert str(copy) in str(error)
-            told += 1
-        else:
-            silent += [what] * (not all(map(torch.equal, found, whole)))
-    assert not silent and told > 200
-    assert all(map(torch.equal, read(copy), whole))
-
-
-def test_no_file_lies_elsewhere(copy):
-    for name in (SHARDS[3], INDEX, CHECKSUMS):
-        (copy / name).rename(copy.parent / name)
-        refused(name, read, copy)
-        (copy / name).symlink_to(copy.parent / name)
-        refused(name, read, copy)
-        (copy.parent / name).replace(copy / name)
-    assert read(copy)
-    refused(CHECKSUMS, Collection.open, copy / "nowhere")
+    with pytest.raises(IndexError):
+        mapped[[23]]
 
 
 def test_what_was_not_collected_is_said(model, whole, tmp_path):
     found, writes = Collection.open(whole), small(model, tmp_path, targets=("write",))
     for layer, head in ((1, 1), (2, 0)):
         refused(f"head {head} of layer {layer}", found.factors, layer, head)
-    assert torch.equal(writes.rows(2, 1), found.rows(2, 1)) and found.rows(2, 1, sequences=5).shape == (T, 8 * 6)
+    assert torch.equal(writes.rows(2, 1), found.rows(2, 1)) and found.rows(2, 1, sequences=[5]).shape == (T, 8 * 6)
     refused("only writes", writes.recurrence, 2, 1)
     refused("only writes", writes.rows, 2, 1, "state")
     refused("only writes", writes.head_target, 2, 1, "last_state")

@@ -13,30 +13,21 @@ from sae_lens import (
     CacheActivationsRunnerConfig,
     LanguageModelSAETrainingRunner,
     LoggingConfig,
-    MultiSAETrainingRunner,
-    MultiSAETrainingRunnerConfig,
 )
-from sae_lens.evals import EvalConfig, run_evals
-from sae_lens.training.activation_scaler import ActivationScaler
 from small_saes import exact_sae
 from torch.testing import assert_close
 
-import sae_lens_writesae as writesae
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
 from hookpoints import embedded as shipped
 from sae_lens_writesae import sae as architectures
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.runner import (
     MODEL_CLASS_NAME,
-    register_model_class,
     text_dataset,
     train,
     training_config,
 )
 from sae_lens_writesae.sae.target import head_target
-from writesae import sample_sequences
-from writesae.experiment.lab import Lab
-from writesae.experiment.quality import qualities
 
 LAYER, HEAD = 2, 1
 SMALL = {
@@ -76,28 +67,7 @@ def test_stock_runner_trains_and_exports(embedded, dataset, tmp_path, target):
     assert runner_cfg["model_class_name"] == MODEL_CLASS_NAME and runner_cfg["model_name"] == "embedded"
 
 
-@pytest.mark.slow
-def test_stock_runner_gives_what_calibration_of_b_dec_would(embedded, tmp_path):
-    """On a head that remembers for dozens of tokens. What the optimizer leaves in b_dec recovers far less there."""
-
-    def runner():
-        torch.manual_seed(0)
-        sizes = {"training_tokens": 20_000, "context_size": 128, "store_batch_size_prompts": 8}
-        cfg = training_config(embedded, 4, 0, d_sae=512, output_path=str(tmp_path), n_batches_in_buffer=32, **sizes)
-        text = text_dataset(shipped.text("train"))
-        return LanguageModelSAETrainingRunner(cfg, override_model=embedded, override_dataset=text)
-
-    trained = runner().run().eval()  # SAELens has saved it too
-    saved, calibrated = (writesae.load_sae(tmp_path) for _ in range(2))
-    writesae.calibrate_b_dec(calibrated, runner().activations_store, 20_000 // 128)
-    tokens = sample_sequences(embedded, shipped.text("test"), 256, 12)
-    saes = {"returned": trained, "saved": saved, "calibrated": calibrated}
-    found = {name: each.recovered.mean for name, each in qualities(Lab(embedded, saes, tokens)).items()}
-    assert min(found["returned"], found["saved"]) > found["calibrated"] - 0.02
-
-
 def test_model_class_name_loads_the_model(embedded, dataset):
-    register_model_class()  # again: harmless
     cfg = small_config(embedded, training_tokens=128)
     runner = LanguageModelSAETrainingRunner(cfg, override_dataset=dataset)
     assert isinstance(runner.model, HookedRecurrent) and runner.model.cfg.model_name == "embedded"
@@ -117,30 +87,6 @@ def test_model_class_name_loads_the_model(embedded, dataset):
 def test_every_architecture_trains_through_the_runner(embedded, dataset, architecture, sae):
     trained = train(small_config(embedded, architecture=architecture, sae=sae), embedded, dataset)
     assert all(torch.isfinite(parameter).all() for parameter in trained.parameters())
-
-
-def test_multi_sae_runner(embedded, dataset, tmp_path):
-    """Two heads at once, each on its own hook, and swapped sizes refused."""
-    base = small_config(embedded)
-    names = {f"head{head}": head_target(embedded, LAYER, head).hook_name for head in (0, 1)}
-    cfg = MultiSAETrainingRunnerConfig(
-        saes={name: small_config(embedded).sae for name in names},
-        hook_names=names,
-        model_name="embedded",
-        model_class_name=MODEL_CLASS_NAME,
-        prepend_bos=False,
-        streaming=False,
-        sequence_separator_token=None,
-        output_path=str(tmp_path),
-        checkpoint_path=None,
-        logger=LoggingConfig(log_to_wandb=False),
-        **{name: getattr(base, name) for name in SMALL if name != "verbose"},
-    )
-    saes = MultiSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset).run()
-    assert {sae.cfg.metadata.hook_name for sae in saes.values()} == set(names.values())
-    cfg.saes["head1"].d_k, cfg.saes["head1"].d_v = 32, 64
-    with pytest.raises(ValueError):
-        MultiSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset)
 
 
 def test_cached_activations_are_the_writes(embedded, dataset, tmp_path):
@@ -169,33 +115,6 @@ def test_cached_activations_are_the_writes(embedded, dataset, tmp_path):
     assert_close(written, cache[cfg.hook_name][0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["write", pytest.param("state", marks=pytest.mark.slow)])
-def test_run_evals_measures_cross_entropy_recovered(embedded, dataset, target):
-    """Replacing a head's writes (states) by their reconstruction, by SAELens' evaluator; zeroing them moves the model
-    further. (On so little text it need not cost more: this head's writes matter little.) The start is random, because
-    atoms that start from a few native states, which resemble each other, leave fewer than 8 positive ones."""
-    cfg = small_config(embedded, target, training_tokens=4096, sae={"k": 16, "decoder_init": "random"})
-    runner = LanguageModelSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset)
-    sae = runner.run()
-    config = EvalConfig(
-        batch_size_prompts=4,
-        n_eval_reconstruction_batches=2,
-        n_eval_sparsity_variance_batches=2,
-        compute_kl=True,
-        compute_ce_loss=True,
-        compute_l2_norms=True,
-        compute_variance_metrics=True,
-        compute_sparsity_metrics=True,
-    )
-    metrics, _ = run_evals(sae, runner.activations_store, runner.model, ActivationScaler(), config)
-    performance = metrics["model_performance_preservation"]
-    assert performance["ce_loss_with_ablation"] != performance["ce_loss_without_sae"] != performance["ce_loss_with_sae"]
-    behavior = metrics["model_behavior_preservation"]
-    assert behavior["kl_div_with_ablation"] > behavior["kl_div_with_sae"] > 0
-    assert 8 < metrics["sparsity"]["l0"] <= 16  # the 16 strongest, less those that are not positive
-
-
 def test_saes_stand_in_for_hook_points(dataset, tmp_path):
     """add_sae, run_with_saes, the error term, and inner hooks, in prefill and generation."""
     model = HookedSAERecurrent.from_pretrained("embedded")
@@ -212,20 +131,11 @@ def _check_attached(model, sae):
     assert not torch.allclose(replaced, plain, atol=1e-4)
     assert_close(with_error, plain, rtol=0, atol=5e-4)
     hook = sae.cfg.metadata.hook_name
-    _, cache = model.run_with_cache_with_saes(tokens, saes=[sae], names_filter=lambda n: "hook_sae_acts_post" in n)
-    acts = cache[f"{hook}.hook_sae_acts_post"]
-    _, writes = model.run_with_cache(tokens, names_filter=hook)
-    assert_close(acts, sae.encode(writes[hook]), rtol=1e-3, atol=1e-4)
-    error = f"{hook}.hook_sae_error"
     for with_error in (False, True):
         _, cache = model.run_with_cache_with_saes(tokens, saes=[sae], use_error_term=with_error)
-        model.add_sae(sae, use_error_term=with_error)
-        _, by_steps = model.run_with_cache(tokens)
-        model.reset_saes()
-        assert cache.keys() == by_steps.keys() and (error in cache) == with_error
-        assert f"{hook}.hook_sae_acts_post" in cache
+        assert (f"{hook}.hook_sae_error" in cache) == with_error and f"{hook}.hook_sae_acts_post" in cache
     with model.saes(sae), pytest.raises(UnknownHookError):
-        model.run_with_cache(tokens, names_filter=error)
+        model.run_with_cache(tokens, names_filter=f"{hook}.hook_sae_error")
     assert torch.equal(model(tokens), plain) and not model.acts_to_saes
     by_hand = model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda x, hook: sae(x))])
     assert_close(replaced, by_hand, rtol=0, atol=1e-5)
@@ -236,16 +146,13 @@ def _check_attached(model, sae):
     assert torch.equal(generated[0, tokens.shape[1] :], step[0, tokens.shape[1] - 1 : -1].argmax(-1))
 
 
-@pytest.mark.parametrize(("change", "error"), [({"hook_name": "blocks.0.hook_x"}, UnknownHookError), ({}, ValueError)])
-def test_an_sae_that_does_not_fit_is_not_attached(change, error):
+def test_an_sae_that_does_not_fit_is_not_attached():
     """SAELens goes on without an SAE whose hook it does not find, and knows nothing of K and V."""
     model = HookedSAERecurrent.from_pretrained("embedded")
-    sae = exact_sae(head_target(model, LAYER, HEAD).hook_name, k=32, v=64)
-    for name, value in change.items():
-        setattr(sae.cfg.metadata, name, value)
-    with pytest.raises(error):
-        model.run_with_saes(model.to_tokens("The Congress"), saes=[sae])
-    assert not model.acts_to_saes
+    for name, error in ((head_target(model, LAYER, HEAD).hook_name, ValueError), ("blocks.0.hook_x", UnknownHookError)):
+        with pytest.raises(error):
+            model.run_with_saes(model.to_tokens("The Congress"), saes=[exact_sae(name, k=32, v=64)])
+        assert not model.acts_to_saes
 
 
 def _exported(model, dataset, folder):
@@ -255,7 +162,6 @@ def _exported(model, dataset, folder):
 
 @pytest.mark.slow
 def test_wandb_logging_offline(embedded, dataset, tmp_path, monkeypatch):
-    """What is logged tells of the write, beside SAELens' metrics."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     values, log = {}, wandb.Run.log
@@ -263,32 +169,22 @@ def test_wandb_logging_offline(embedded, dataset, tmp_path, monkeypatch):
     logger = LoggingConfig(log_to_wandb=True, wandb_project="test", wandb_log_frequency=2, eval_every_n_wandb_logs=2)
     train(small_config(embedded, logger=logger), embedded, dataset)
     assert list(tmp_path.glob("wandb/offline-run-*"))
-    assert 0 < values["metrics/top_atom_energy"] < values["metrics/cosine"] < 1
     assert values["metrics/explained_variance"] < 1
 
 
 @pytest.mark.parametrize(
-    ("layer", "head", "error", "match"),
+    ("changes", "error", "match"),
     [
-        (0, 0, UnsupportedModelError, r"layer 0 .*recurrent layers are \[1, 2, 3, 4\]"),
-        (9, 0, UnsupportedModelError, "layers 0 to 4"),
-        (1, 7, UnknownHookError, "heads 0 to 3"),
+        ({"layer": 0}, UnsupportedModelError, "layer 0"),
+        ({"layer": 9}, UnsupportedModelError, "layer 9"),
+        ({"head": 7}, UnknownHookError, "head 7"),
+        ({"target": "reads"}, ValueError, "reads"),
+        ({"target": "state", "metric": "gauss_newton"}, ValueError, "metric"),
     ],
 )
-def test_a_wrong_layer_or_head_is_said(embedded, layer, head, error, match):
+def test_a_config_that_the_model_cannot_have_is_refused(embedded, changes, error, match):
     with pytest.raises(error, match=match):
-        training_config(embedded, layer, head)
-
-
-def test_a_hook_that_does_not_fit_the_sae_is_said(embedded, dataset):
-    cfg = small_config(embedded)
-    cfg.sae.d_k, cfg.sae.d_v = 32, 64
-    with pytest.raises(ValueError, match=r"64 x 32 matrices.*d_k 32, d_v 64"):
-        LanguageModelSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset)
-    with pytest.raises(ValueError, match="buffer holds 8 rows"):
-        small_config(embedded, "last_state")
-    with pytest.raises(ValueError, match="target must be one of"):
-        training_config(embedded, LAYER, HEAD, target="reads")
+        training_config(embedded, **({"layer": LAYER, "head": HEAD} | changes))
 
 
 @pytest.mark.parametrize(("steps", "warm_up"), [(1, 0), (8, 0), (10, 1), (60, 6), (500, 20)])
@@ -300,16 +196,7 @@ def test_a_short_run_warms_up_for_a_tenth_of_it(embedded, dataset, steps, warm_u
         train(cfg, embedded, dataset)
 
 
-def test_a_schedule_longer_than_the_run_is_said(embedded):
-    for fields in ({"lr_warm_up_steps": 8}, {"lr_warm_up_steps": 20}, {"lr_decay_steps": 8}):
-        with pytest.raises(ValueError, match="8 steps"):
-            small_config(embedded, **fields)
-    with pytest.raises(ValueError, match="0 steps"):
-        small_config(embedded, training_tokens=63)
-    assert small_config(embedded, lr_warm_up_steps=8, lr_scheduler_name="constant").lr_warm_up_steps == 8
-    assert small_config(embedded, lr_warm_up_steps=7).lr_warm_up_steps == 7
-
-
 def test_text_dataset_keeps_the_text():
-    text = embedded_text = "one\n" * 3 + "two\n"
-    assert "".join(text_dataset(text, min_characters=5)["text"]) == embedded_text
+    text = "one\n" * 3 + "two\n"
+    assert text_dataset(text, min_characters=5)["text"] == ["one\none\n", "one\ntwo\n"]
+    assert text_dataset("one\n" * 3 + "\n", min_characters=9)["text"] == ["one\none\none\n"]

@@ -38,9 +38,9 @@ def make(architecture: str = "writesae_topk", loss: Any = "reads", weight: float
     return sae_class(config_class(**shape | own | EXTRA.get(architecture, {}) | fields))  # pyright: ignore
 
 
-def rows(loss: Any, n: int = 10, terms: int = 1) -> torch.Tensor:
+def rows(loss: Any, n: int = 10) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    columns = {"mse": 0, "reads": K, "write": terms * (K + V)}[loss]
+    columns = {"mse": 0, "reads": K, "write": K * V}[loss]
     return torch.randn(n, K * V + columns, dtype=torch.float64, generator=generator)
 
 
@@ -50,15 +50,6 @@ def step(sae: Any, x: torch.Tensor, at: int = 1) -> Any:
 
 
 # -- formulas
-
-
-def test_read_loss_is_zero_exactly_where_reads_agree() -> None:
-    x = rows("reads")
-    q = x[:, K * V :]
-    error = torch.randn(10, K, V, dtype=torch.float64)
-    unread = error - q[:, :, None] * (torch.einsum("nkv,nk->nv", error, q) / q.square().sum(-1, keepdim=True))[:, None]
-    assert read_loss(unread, q) < 1e-25 < read_loss(error, q) and unread.norm() > 1
-    assert read_loss(error, 1000 * q) == pytest.approx(read_loss(error, q).item())
 
 
 def test_read_loss_by_hand_and_in_units_of_the_squared_error() -> None:
@@ -96,33 +87,6 @@ def test_a_step_mixes_the_loss_in_by_its_weight(architecture: str, loss: str) ->
         assert extra.item() == pytest.approx(direct.item())
 
 
-@pytest.mark.parametrize("loss", ["reads", "write"])
-@pytest.mark.parametrize("fields", [{}, {"rank": 2}, {"decoder": "flat", "encoder": "dense"}])
-def test_gradients_are_those_of_finite_differences(loss: str, fields: dict[str, Any]) -> None:
-    sae, x = make(loss=loss, weight=1.0, **fields), rows(loss)
-    step(sae, x).loss.backward()
-    generator, checked = torch.Generator().manual_seed(2), 0
-    for parameter in sae.parameters():
-        direction = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
-        expected, losses = (parameter.grad * direction).sum(), []
-        for sign in (1, -1):
-            parameter.data += sign * 1e-6 * direction
-            losses.append(step(sae, x).loss.item())
-            parameter.data -= sign * 1e-6 * direction
-        assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
-        checked += 1
-    assert checked >= 4
-
-
-def test_weight_zero_is_plain_training() -> None:
-    x = rows("reads")
-    sae, plain = make(weight=0.0), make(loss="mse")
-    step(sae, x).loss.backward()
-    step(plain, x[:, : K * V]).loss.backward()
-    for one, other in zip(sae.parameters(), plain.parameters()):
-        assert torch.allclose(one.grad, other.grad, atol=1e-14)
-
-
 # -- columns, and training from a collection
 
 
@@ -150,11 +114,11 @@ def config(source: Any, **fields: Any) -> Any:
 @pytest.mark.parametrize("loss", ["reads", "write"])
 def test_columns_are_the_models_own_queries_and_writes(model: Any, tokens: Any, target: Any, loss: Any) -> None:
     name = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_{target}_vec"
-    names = [name] + [f"blocks.{LAYER}.mixer.hook_{n}" for n in ("q", "write_key", "write_value")]
+    names = [name, f"blocks.{LAYER}.mixer.hook_q", name.replace("state", "write")]
     _, cache = model.run_with_cache(tokens[:, :32], names_filter=names)
     found = head_rows(model.recurrence(tokens[:, :32], LAYER).select(heads=HEAD), target, loss, slice(-3, None))
-    wanted = [cache[names[1]]] if loss == "reads" else [cache[n] for n in names[2:]]
-    expected = torch.cat([cache[name], *(COLUMN_SCALE * x[:, :, HEAD] for x in wanted)], -1)[:, -3:]
+    wanted = cache[names[1]][:, :, HEAD] if loss == "reads" else cache[names[2]]
+    expected = torch.cat([cache[name], COLUMN_SCALE * wanted], -1)[:, -3:]
     size = torch.ones(found.shape[-1])
     size[: K * V] = COLUMN_SCALE
     torch.testing.assert_close(found * size, expected * size, atol=1e-11, rtol=1e-5)
@@ -199,6 +163,3 @@ def test_rows_without_what_loss_or_metric_need_are_refused(model: Any, collectio
     for fields in ({"context_size": 16}, {"exclude_special_tokens": [3]}):
         with pytest.raises(ValueError, match=next(iter(fields))):
             train(config(collection, **fields))
-    for fields, words in (({"loss": "kl"}, "loss="), ({"loss_weight": 1.5}, "loss_weight=")):
-        with pytest.raises(ValueError, match=words):
-            config(model, **fields)

@@ -14,7 +14,8 @@ from hookpoints import embedded
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.sae.load import load_sae
-from sae_lens_writesae.sae.runner import quiet, text_dataset, train, training_config
+from sae_lens_writesae.sae.runner import text_dataset, train, training_config
+from writesae.dictionaries import quiet
 
 D_SAE = 64
 """Atoms of a dictionary that learned nothing."""

@@ -15,11 +15,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sae_lens_writesae.atom.low_rank import LowRank, mean_write, nonzero_terms
-from sae_lens_writesae.sae.matrix import MatrixSAE
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.sae.training import MatrixTrainingSAE
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.conditions import REFERENCES
 from writesae.experiment.evaluation import Evaluation, Result, described
+from writesae.experiment.head import mean_write
 from writesae.experiment.lab import Lab, Site, Trial
 from writesae.experiment.readout import kl_window
 from writesae.verdict.finding import Against, Figure, Finding, Paired, medians
@@ -120,9 +121,11 @@ class MultiAtom(Evaluation):
         places = self.substitution.draw(lab, "dominant").table
         writes = lab.native_writes(range(min(self.mean_write_sequences, len(lab.tokens))))
         mean = mean_write(writes.keys[:, 0], writes.values[:, 0])
-        bias = lab.sae.output_bias() if isinstance(lab.sae, MatrixSAE) else getattr(lab.sae, "b_dec", None)
+        bias = lab.sae.output_bias() if isinstance(lab.sae, MatrixTrainingSAE) else getattr(lab.sae, "b_dec", None)
         if isinstance(bias, Tensor) and bool(bias.any()):
-            bias = nonzero_terms(bias.detach().float().reshape(lab.key_value).to(lab.model.cfg.device))
+            bias = LowRank.svd(bias.detach().float().reshape(1, *lab.key_value).to(lab.model.cfg.device))
+            sizes = bias.keys[0].norm(dim=-1)
+            bias = bias.terms(sizes > 1e-6 * sizes[0])  # without what rounding left
         else:
             bias = None
         tables: list[pd.DataFrame] = []

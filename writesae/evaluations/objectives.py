@@ -15,13 +15,13 @@ import numpy as np
 import pandas as pd
 
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.kinds import objective
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import wide_firings
 from writesae.experiment.conditions import Control
 from writesae.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae.experiment.lab import Lab
 from writesae.experiment.reconstruction import reconstruction
+from writesae.experiment.traits import objective
 from writesae.verdict import figures
 from writesae.verdict.finding import Figure, Finding, Paired, said
 from writesae.verdict.format import percent, points

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hookpoints import WriteEdit
-from sae_lens_writesae.atom.low_rank import LowRank, state_direction
-from writesae.experiment.head import WriteKind
+from sae_lens_writesae.atom.low_rank import LowRank
+from writesae.experiment.head import WriteKind, state_direction
 from writesae.experiment.head_baselines import BASELINES, Baseline, HeadBaselines, tokens_and_before
 from writesae.experiment.lab import Lab, Site
 

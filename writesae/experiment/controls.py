@@ -6,24 +6,27 @@ evaluations, and `against_controls` is the only place that has it.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from sae_lens import SAE
+from torch import Tensor
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.controls import native, untrained
+from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.matrix import MatrixSAE
+from sae_lens_writesae.sae.training import calibrate_threshold
 from writesae.experiment.evaluation import Result
 from writesae.experiment.head import matrices_of
 from writesae.experiment.lab import Lab, Text
 from writesae.verdict.finding import Claim
 
 Control = Literal["untrained", "native writes"]
-"""See `sae.controls`."""
+"""Atoms of random directions, and atoms that are writes of the model drawn at random."""
 CONTROLS: tuple[Control, ...] = get_args(Control)
 
 _TOKENS = 4096
@@ -43,7 +46,7 @@ def control_dictionaries(
             all of it, and what is set is set on some 4,096 tokens.
 
     Cost: a forward of each sequence up to the layer for each dictionary (with a collection, of those 4,096 tokens
-    alone), and what `sae.controls` says.
+    alone), and what `control_dictionary` says.
     """
     made: dict[Control, dict[str, SAE]] = {control: {} for control in CONTROLS}
     for n, (label, sae) in enumerate(saes.items()):
@@ -53,13 +56,57 @@ def control_dictionaries(
         n_sequences, length = lab.tokens.shape
         some = torch.linspace(0, n_sequences - 1, min(n_sequences, -(-_TOKENS // length))).long().tolist()
         x = torch.cat([matrices_of(lab.recurrence(i), lab.hook.target).flatten(1) for i in some])
-        made["untrained"][label] = untrained(sae, x, seed=seed + n)
-        try:
-            writes = lab.native_writes(range(n_sequences))
-            made["native writes"][label] = native(sae, x, writes, seed=seed + n)
-        except NothingToMeasureError:
-            continue
+        made["untrained"][label] = control_dictionary(sae, x, seed=seed + n)
+        writes = lab.native_writes(range(n_sequences))
+        if writes.norm().any():
+            made["native writes"][label] = control_dictionary(sae, x, writes, seed=seed + n)
     return made
+
+
+@torch.no_grad()
+def control_dictionary(sae: MatrixSAE, matrices: Tensor, writes: LowRank | None = None, *, seed: int = 0) -> MatrixSAE:
+    """A dictionary of the class, config and size of a trained one, with atoms that nothing was learned for: random
+    unit-norm atoms, as training would begin with them, or native writes. The encoder is equal to the atoms.
+
+    Args:
+        matrices: [N,K*V] of the kind that `sae` reads, from a text that nothing is tested on. Their mean becomes b_dec,
+            unless the trained one began with zeros. Where the architecture has a threshold (or biases that act as one),
+            it is set so that as many atoms are active per matrix as in `sae`.
+        writes: from which as many are drawn as the dictionary has atoms (on the larger side, where they are products),
+            without repetition if there are enough; zero ones are left out. They are cut to the rank of the dictionary's
+            atoms where theirs is higher.
+        seed: of the atoms, the same on every device.
+
+    Cost: an encode by both dictionaries, N F numbers.
+    """
+    cfg: Any = copy.deepcopy(sae.cfg)
+    cfg.device = "cpu"  # so that a seed means the same on every device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new = type(sae)(cfg).to(sae.b_dec.device, sae.b_dec.dtype).eval()
+    new._scale_in_place(1 / new.decoder_norm(), 1 / new.encoder_norm())
+    if (cfg.metadata.training_architecture_details or {}).get("b_dec_init", "mean") == "mean":
+        new.b_dec.data.copy_(matrices.float().mean(0))
+    if writes is not None:
+        able, n_atoms = torch.nonzero(writes.norm() > 0).flatten().cpu(), new.n_factors
+        order = torch.randperm(len(able), generator=torch.Generator().manual_seed(seed))
+        drawn = able[order.repeat(math.ceil(n_atoms / len(able)))[:n_atoms]]
+        atoms = writes.rows(drawn.to(writes.keys.device)).to(torch.float32)
+        if cfg.decoder == "rank" and atoms.rank != cfg.rank:
+            atoms = LowRank.svd(atoms.dense(), cfg.rank, balanced=True)
+        atoms = atoms.with_norm(atoms.norm().new_ones(n_atoms)).to(new.b_dec.device)
+        everywhere = torch.arange(n_atoms, device=new.b_dec.device)
+        new.replace_atoms(everywhere, atoms, torch.ones_like(everywhere, dtype=torch.bool))
+    x = matrices.to(new.b_dec)
+    wanted = int((sae.encode(x) > 0).sum())
+    if {"threshold", "topk_threshold"} & {*new.state_dict()}:
+        calibrate_threshold(new, x, min(wanted / len(x), cfg.d_sae - 1))
+    elif getattr(cfg, "k", None) is None and wanted < len(x) * cfg.d_sae:
+        # Standard and Gated, which have no threshold, get one bias for all atoms, between the last one in and the next.
+        top = (new.process_sae_in(x) @ new.W_enc).flatten().topk(wanted + 1).values
+        between = top[-2:].mean() if wanted else 2 * top[0]
+        new.get_parameter("b_gate" if hasattr(new, "b_gate") else "b_enc").data.fill_(-max(float(between), 0.0))
+    return new
 
 
 def as_control(result: Result, control: Control, trained: Result) -> Result:

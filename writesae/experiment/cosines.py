@@ -84,7 +84,7 @@ def firing_cosines(
         zero_writes += int((~usable).sum())
         table, here, there, which = table.loc[usable], here[usable], there[usable], which[usable]
         matched, chance = (writes.cosines(each).cpu().numpy() for each in (decoded, noise))
-        key, value = (side.cpu().numpy() for side in writes.side_cosines(decoded))
+        key, value = (side.cpu().numpy() for side in side_cosines(writes, decoded))
         fires = _fires(untrained, recurrence, lab.hook.target if label is None else lab.hooks[label].target)
         drawn = fires[torch.tensor(here), torch.tensor(table["place"].to_numpy())]
         tables.append(
@@ -129,3 +129,17 @@ def first_component(lab: Lab, n_writes: int) -> LowRank:
         return writes.rows([0]) * 0.0
     turned = pca.components[0] * torch.sign(pca.components[0] @ pca.mean)
     return LowRank.svd(turned.view(1, *rows.shape[1:]))
+
+
+def side_cosines(one: LowRank, other: LowRank) -> tuple[Tensor, Tensor]:
+    """|cosine| of the key sides and of the value sides of all pairs [N,M]; 0 where a side is zero.
+
+    For rank 1 their product is the size of `LowRank.cosines`; each side's own sign means nothing, because both may
+    flip. The sides of a matrix of a higher rank are its top singular vectors: an SVD each.
+    """
+    pair = [each if each.rank == 1 else LowRank.svd(each.dense(), 1) for each in (one, other)]
+    sides = []
+    for a, b in zip(*((each.keys[:, 0], each.values[:, 0]) for each in pair)):
+        size = a.norm(dim=-1)[:, None] * b.norm(dim=-1)[None, :]
+        sides.append((a @ b.mT).abs() / size.clamp_min(torch.finfo(size.dtype).tiny))
+    return sides[0], sides[1]

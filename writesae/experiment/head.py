@@ -10,15 +10,34 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, Recurrence
-from sae_lens_writesae.atom.low_rank import LowRank, mean_write
-from sae_lens_writesae.sae.half_life import HALF_LIFE_LIMIT, half_lives
+from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.matrix import MatrixSAE
 
 ROUNDING = 1e-12
 """A variance below this share of the mean square is what rounding leaves of equal matrices."""
 
+HALF_LIFE_LIMIT = 128
+"""Longest half-life that is looked for, in tokens."""
+
 WriteKind = Literal["additive", "corrected"]
 """The native write: k_t u_t^T, which keeps the erase of a delta rule, or k_t u~_t^T, which contains it."""
+
+
+def state_direction(states: Tensor) -> LowRank:
+    """The top singular direction x y^T of states [N,K,V], at unit norm and with <S, x y^T> > 0. Costs an SVD each."""
+    left, _, right = torch.linalg.svd(states, full_matrices=False)
+    return LowRank.rank_one(left[:, :, 0], right[:, 0])
+
+
+def mean_write(keys: Tensor, values: Tensor, energy: float = 1.0) -> LowRank:
+    """The mean over tokens of k_t u_t^T from keys [T,K] and values [T,V], as one matrix (N = 1).
+
+    It has the fewest singular terms, largest first, that hold the share `energy` of its squared norm (1: all of them).
+    """
+    left, sigma, right = torch.linalg.svd(keys.T @ values / len(keys), full_matrices=False)
+    held = (sigma**2).cumsum(0) / (sigma**2).sum()
+    rank = min(int((held < energy).sum()) + 1, len(sigma))
+    return LowRank((left[:, :rank] * sigma[:rank]).T[None], right[None, :rank])
 
 
 class HeadProfile(NamedTuple):
@@ -58,6 +77,20 @@ def head_profile(recurrences: Iterable[Recurrence], kind: WriteKind = "additive"
         limit = min(HALF_LIFE_LIMIT, recurrence.T // 2)
     mean = mean_write(torch.cat([w.keys[:, 0] for w in writes]), torch.cat([w.values[:, 0] for w in writes]), energy)
     return HeadProfile(mean, float(torch.cat(lives).median()), limit)
+
+
+def half_lives(recurrence: Recurrence, limit: int = HALF_LIFE_LIMIT, n_starts: int = 24) -> Tensor:
+    """Tokens until a write of head 0 has lost half of its norm, for [n] evenly spaced writes of batch row 0.
+
+    The key side p_t of a write is followed from p_t0 = k_t0; the half-life is the first t - t0 with |p_t| < |k_t0| / 2,
+    or `limit` if that comes later. Only writes with `limit` tokens after them are used; on sequences of fewer than
+    2 `limit` tokens the limit is T // 2. Cost: a vector recurrence per start.
+    """
+    limit = min(limit, recurrence.T // 2)
+    starts = torch.linspace(0, recurrence.T - 1 - limit, n_starts).long().unique().tolist()
+    sides = [recurrence.propagate(recurrence.k[0, t].to(recurrence.dtype), t, 0)[0, 0, : limit + 1] for t in starts]
+    norms = torch.stack(sides).norm(dim=-1)
+    return (norms >= norms[:, :1] / 2).long().cumprod(1).sum(1).clamp_max(limit)
 
 
 def matrices_of(recurrence: Recurrence, target: str) -> Tensor:

@@ -21,7 +21,7 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.matrix import MatrixSAE
-from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_fits, check_plain_activations
+from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_hook, check_plain_activations
 from writesae.experiment.firings import Firings, collect_firings, folds
 from writesae.experiment.head import WriteKind, head_writes
 from writesae.experiment.head_baselines import MAX_TOKENS, HeadBaselines, tokens_and_before
@@ -165,7 +165,7 @@ class Lab:
         if not saes:
             raise ValueError("an evaluation needs a dictionary, found none")
         for label, sae in saes.items():
-            check_fits(model, sae, label or "the SAE given")
+            check_hook(model, HeadHook.of(sae).name, sae.cfg, label or "the SAE given")
         hooks = {label: HeadHook.of(sae) for label, sae in saes.items()}
         cells = {(hook.layer, hook.head) for hook in hooks.values()}
         listed = "; ".join(f"{label}: {hook.name}" for label, hook in hooks.items())

@@ -18,7 +18,6 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.target import HookTarget, check_plain_activations, has_plain_activations
-from sae_lens_writesae.sae.training import MatrixTrainingSAE
 from writesae.experiment.head import (
     ROUNDING,
     UpperModel,
@@ -59,8 +58,6 @@ class DictionaryQuality:
     """Share of tokens at which an atom fires."""
     cosine: float | None
     """Mean cosine of the dominant atom with the native write, over tokens at which one fires."""
-    start_cosine: float | None
-    """Median cosine of an atom with its own start in training; 1 where nothing was learned. None: it was not kept."""
     deleted: Estimate
     """KL(native || edited) in nats per token, over sequences, where all writes are deleted (all states zeroed, for a
     dictionary of states): what this head's writes do."""
@@ -143,7 +140,6 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
             alive=float(torch.stack(fired).any(0).float().mean()),
             coverage=sum(covered) / n,
             cosine=float(cosines.mean()) if len(cosines) else None,
-            start_cosine=start_cosine(lab.saes[label]),
             deleted=estimate(deleted, sequences),
             floor=float(np.mean(itself)),
             recovered=recovered_share(kl, deleted, sequences) if np.mean(deleted) > np.mean(itself) else None,
@@ -191,8 +187,3 @@ def _kl(native: Tensor, edited: Tensor) -> float:
     """KL(native || edited) of next-token distributions, mean over tokens, from logits [T,vocab]."""
     positions = torch.arange(len(native), device=native.device)[None]
     return float(divergences(native, positions, edited[None]).forward.double().mean())
-
-
-def start_cosine(sae: SAE) -> float | None:
-    """Median cosine of an atom with its own start, from a dictionary in training or from what its export kept."""
-    return sae.start_cosine() if isinstance(sae, MatrixTrainingSAE) else sae.cfg.metadata.start_cosine

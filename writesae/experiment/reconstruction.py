@@ -11,15 +11,25 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sae_lens_writesae.atom.low_rank import LowRank, mean_write, state_direction
-from sae_lens_writesae.sae.kinds import n_parameters, variant
+from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.losses import read_queries
 from writesae.experiment.conditions import baseline_factor
 from writesae.experiment.evaluation import Result
-from writesae.experiment.head import ROUNDING, UpperModel, decoded, dominant, encoded, head_writes, matrices_of
+from writesae.experiment.head import (
+    ROUNDING,
+    UpperModel,
+    decoded,
+    dominant,
+    encoded,
+    head_writes,
+    matrices_of,
+    mean_write,
+    state_direction,
+)
 from writesae.experiment.lab import Lab, Site, Trial
 from writesae.experiment.pca import MatrixPca, fit_pca
 from writesae.experiment.readout import kl_window
+from writesae.experiment.traits import n_parameters, variant
 from writesae.verdict.finding import Paired
 from writesae.verdict.statistics import Estimate
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from sae_lens import SAE
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.sae.kinds import objective, variant
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.experiment.controls import Control, as_control, control_dictionaries
 from writesae.experiment.evaluation import Evaluation, Result, Scope
 from writesae.experiment.lab import Lab, Text
 from writesae.experiment.quality import DictionaryQuality, qualities
+from writesae.experiment.traits import objective, variant
 from writesae.files import Json
 
 

@@ -19,7 +19,7 @@ import torch
 from hookpoints import HookedRecurrent, Recurrence
 from hookpoints.errors import HookpointsError
 from sae_lens_writesae.sae.load import load_sae
-from sae_lens_writesae.sae.target import HeadHook, check_fits
+from sae_lens_writesae.sae.target import HeadHook, check_hook
 from writesae.experiment.head import head_writes
 from writesae.page.atoms.text import TokenTexts, short, visible
 from writesae.page.template import environment
@@ -60,7 +60,7 @@ class PromptServer(ThreadingHTTPServer):
             self.model = HookedRecurrent.from_pretrained(name, dtype=dtype)
             self.texts, self.hook = TokenTexts(self.model), None if self.sae is None else HeadHook.of(self.sae)
             if self.sae is not None:
-                check_fits(self.model, self.sae, sae or "")
+                check_hook(self.model, HeadHook.of(self.sae).name, self.sae.cfg, f"the SAE in {sae}")
             undo.pop_all()
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from sae_lens.registry import get_sae_training_class
@@ -14,11 +15,12 @@ from sae_lens.saes.sae import TrainStepInput
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.files import free_bytes, size_text
-from sae_lens_writesae.sae.fast import Options, gradients
-from sae_lens_writesae.sae.kinds import sparsity_fields
+from sae_lens_writesae.sae import WriteTopKTrainingSAEConfig
+from sae_lens_writesae.sae.fast import gradients
 from writesae.choices import DictionaryName
 from writesae.evaluations import EVALUATIONS
 from writesae.experiment.evaluation import Scope
+from writesae.experiment.traits import sparsity_fields
 from writesae.reproduce.config import ReproduceConfig
 
 _ROWS_PER_FIRING = 40
@@ -148,7 +150,7 @@ def _optimizer_step(config: ReproduceConfig, model: HookedRecurrent, *, on_facto
     batch = (keys[0].mT @ values[0]).flatten(1)
 
     def on_pairs() -> None:
-        gradients(stacked, keys, values, [config.k], Options(rescale=True, center=True))
+        gradients(stacked, keys, values, [config.k], cast(WriteTopKTrainingSAEConfig, sae.cfg))
         optimizer.step()
 
     def step() -> None:

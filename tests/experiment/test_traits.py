@@ -8,7 +8,7 @@ import pytest
 from small_saes import HOOK, STATE, exact_sae
 
 from sae_lens_writesae.sae import INFERENCE, VARIANTS, WriteTopKSAE, WriteTopKSAEConfig
-from sae_lens_writesae.sae.kinds import matched_flat, n_parameters, objective, variant
+from writesae.experiment.traits import matched_flat, n_parameters, objective, variant
 
 
 @pytest.mark.parametrize("architecture", ["writesae_topk", "writesae_jumprelu", "writesae_gated"])
@@ -22,15 +22,15 @@ def test_a_matched_flat_sae_differs_by_half_an_atom_at_most(architecture: str, n
         return sae_class(config_class(d_in=48, d_k=8, **{**more, **fields}))
 
     sae = build(d_sae=d_sae, **VARIANTS[name])
-    size = matched_flat(sae)
-    flat = build(d_sae=size.d_sae, **size.fields)
+    size, fields = matched_flat(sae)
+    flat = build(d_sae=size, **fields)
     assert variant(sae) == name and variant(flat) == "FlatSAE"
-    of_an_atom = (n_parameters(flat) - 48) / size.d_sae
-    assert abs(n_parameters(flat) - n_parameters(sae)) <= of_an_atom * (0.5 if size.d_sae > 1 else 1)
+    of_an_atom = (n_parameters(flat) - 48) / size
+    assert abs(n_parameters(flat) - n_parameters(sae)) <= of_an_atom * (0.5 if size > 1 else 1)
     if name == "FlatSAE":
-        assert size.d_sae == d_sae
+        assert size == d_sae
     if more:
-        assert flat.cfg.k <= max(1, size.d_sae // 2)
+        assert flat.cfg.k <= max(1, size // 2)
 
 
 def test_the_papers_sizes_give_32_flat_atoms() -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sae_lens import StandardSAE, StandardSAEConfig
 from torch import Tensor
 from torch.testing import assert_close
 
 from sae_lens_writesae import sae as S
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.choices import Variant
-from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.controls import native, untrained
 from sae_lens_writesae.sae.matrix import MatrixSAE
+from writesae.experiment.controls import control_dictionary
 
 K, V, F, N = 6, 5, 20, 300
 VARIANTS: dict[str, Variant] = {name: S.VARIANTS[name] for name in ("WriteSAE", "TiedSAE", "FlatSAE", "WriteSAE-rank2")}
@@ -57,7 +55,8 @@ def l0(sae: MatrixSAE) -> float:
 @pytest.mark.parametrize("architecture", [name for name in S.INFERENCE if name != "writesae_product"])
 def test_controls_are_alike_in_all_but_their_atoms(architecture: str, variant: str) -> None:
     sae = trained(architecture, **VARIANTS[variant])
-    for control in (untrained(sae, rows()), native(sae, rows(), writes())):
+    nearest = []
+    for control in (control_dictionary(sae, rows(), writes()), control_dictionary(sae, rows())):
         assert type(control) is type(sae) and not control.training
         shapes = [{name: p.shape for name, p in each.named_parameters()} for each in (control, sae)]
         assert shapes[0] == shapes[1]
@@ -65,17 +64,7 @@ def test_controls_are_alike_in_all_but_their_atoms(architecture: str, variant: s
         assert_close(control.b_dec.data, rows().mean(0))
         assert_close(control.decoder_norm().data, torch.ones(F))
         assert_close(control.W_enc.T.data, control.W_dec.data)
-        assert control.cfg.metadata.start_cosine == 1 and sae.cfg.metadata.start_cosine is None
-        assert bool(control.encode(rows()).isfinite().all())
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_native_atoms_are_writes_and_untrained_ones_are_not(variant: str) -> None:
-    sae = trained("writesae_topk", **VARIANTS[variant])
-    nearest = [
-        torch.nn.functional.normalize(writes().dense().flatten(1), dim=1) @ each.W_dec.data.T
-        for each in (native(sae, rows(), writes()), untrained(sae, rows()))
-    ]
+        nearest.append(torch.nn.functional.normalize(writes().dense().flatten(1), dim=1) @ control.W_dec.data.T)
     assert_close(nearest[0].amax(0), torch.ones(F))
     assert len(nearest[0].argmax(0).unique()) == F  # drawn without repetition
     assert float(nearest[1].amax(0).median()) < 0.9
@@ -83,27 +72,21 @@ def test_native_atoms_are_writes_and_untrained_ones_are_not(variant: str) -> Non
 
 def test_a_seed_is_a_draw() -> None:
     sae = trained("writesae_jumprelu")
-    for make in (lambda seed: untrained(sae, rows(), seed=seed), lambda seed: native(sae, rows(), writes(), seed=seed)):
-        assert_close(make(1).W_dec, make(1).W_dec)
-        assert not torch.allclose(make(1).W_dec, make(2).W_dec)
-    before = torch.random.get_rng_state()
-    untrained(sae, rows())
-    assert torch.equal(before, torch.random.get_rng_state())
-
-
-def test_b_dec_follows_the_recipe_of_the_trained_one() -> None:
+    for drawn in (None, writes()):
+        atoms = [control_dictionary(sae, rows(), drawn, seed=seed).W_dec for seed in (1, 1, 2)]
+        assert_close(atoms[0], atoms[1])
+        assert not torch.allclose(atoms[0], atoms[2])
     sae = trained("writesae_topk")
+    before = torch.random.get_rng_state()
     sae.cfg.metadata.training_architecture_details = {"b_dec_init": "zeros"}
-    assert not untrained(sae, rows()).b_dec.any()
+    assert not control_dictionary(sae, rows()).b_dec.any()  # as the trained one began
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_few_writes_are_repeated_and_zero_ones_are_not_drawn() -> None:
     sae, some = trained("writesae_topk"), writes().rows([0, 1, 2])
     with_zero = LowRank(torch.cat([some.keys, torch.zeros(9, 1, K)]), torch.cat([some.values, torch.ones(9, 1, V)]))
-    made = native(sae, rows(), with_zero).atoms()
-    assert_close(made.cosines(some).amax(1), torch.ones(F))
-    with pytest.raises(NothingToMeasureError):
-        native(sae, rows(), with_zero.rows(slice(3, None)))
+    assert_close(control_dictionary(sae, rows(), with_zero).atoms().cosines(some).amax(1), torch.ones(F))
 
 
 @pytest.mark.parametrize("architecture", ["writesae_jumprelu", "writesae_standard", "writesae_gated"])
@@ -111,9 +94,4 @@ def test_controls_of_a_dead_dictionary_are_dead(architecture: str) -> None:
     sae = trained(architecture)
     with torch.no_grad():
         getattr(sae, "b_gate" if architecture == "writesae_gated" else "b_enc").fill_(-1e6)
-    assert l0(sae) == l0(untrained(sae, rows())) == l0(native(sae, rows(), writes())) == 0
-
-
-def test_other_packages_dictionaries_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="StandardSAE"):
-        untrained(StandardSAE(StandardSAEConfig(d_in=K * V, d_sae=F)), rows())
+    assert l0(sae) == l0(control_dictionary(sae, rows())) == l0(control_dictionary(sae, rows(), writes())) == 0

@@ -1,8 +1,7 @@
-"""Which kind of dictionary an SAE is: which of the paper's variants, how large, what it was trained for."""
+"""What kind of dictionary an SAE is: which of the paper's variants, how large, what it was trained for."""
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import NamedTuple
 
 from sae_lens import SAE
@@ -24,20 +23,18 @@ class Objective(NamedTuple):
 
 def objective(sae: SAE) -> Objective:
     """Target and loss of a trained SAE, from its metadata."""
-    metadata = sae.cfg.metadata
-    target = HeadHook.of(sae).target
-    slice_ = tuple(metadata.get("seqpos_slice") or ())
-    name = "last_state" if target == "state" and slice_[:1] == (-1,) else target
-    return Objective(name, metadata.get("loss") or "mse")
+    metadata, target = sae.cfg.metadata, HeadHook.of(sae).target
+    last = target == "state" and tuple(metadata.get("seqpos_slice") or ())[:1] == (-1,)
+    return Objective("last_state" if last else target, metadata.get("loss") or "mse")
 
 
 def variant(sae: SAE) -> str:
     """Name in `VARIANTS`, "product", or "other". The rank says nothing about a dictionary without factors."""
     if hasattr(sae.cfg, "f_key"):
         return "product"
-    encoder, decoder = str(getattr(sae.cfg, "encoder", "dense")), str(getattr(sae.cfg, "decoder", "flat"))
-    rank = 1 if (encoder, decoder) == ("dense", "flat") else int(getattr(sae.cfg, "rank", 1))
-    fields = {"encoder": encoder, "decoder": decoder, "rank": rank}
+    fields = {name: getattr(sae.cfg, name, "flat" if name == "decoder" else "dense") for name in ("encoder", "decoder")}
+    flat = fields == {"encoder": "dense", "decoder": "flat"}
+    fields["rank"] = 1 if flat else getattr(sae.cfg, "rank", 1)
     return next((name for name, known in VARIANTS.items() if known == fields), "other")
 
 
@@ -54,21 +51,12 @@ def sparsity_fields(architecture: str, k: int) -> dict[str, object]:
     """
     if architecture not in SAE_TRAINING_CLASS_REGISTRY:
         known = [name for name in SAE_TRAINING_CLASS_REGISTRY if name.startswith("writesae")]
-        near = nearest(architecture, known)
-        raise ValueError(f"there is no architecture {architecture!r}{near}; those of matrices are {', '.join(known)}")
-    config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
-    return {"k": k} if "k" in {field.name for field in fields(config_class)} else {}
+        raise ValueError(f"architecture: expected one of {known}, got {architecture!r}{nearest(architecture, known)}")
+    return {"k": k} if "k" in SAE_TRAINING_CLASS_REGISTRY[architecture][1].__dataclass_fields__ else {}
 
 
-class FlatSize(NamedTuple):
-    """A flat SAE as large as another dictionary: arguments of `training_config(..., d_sae=, sae=)`."""
-
-    d_sae: int
-    fields: dict[str, object]
-
-
-def matched_flat(sae: SAE) -> FlatSize:
-    """The flat SAE with as many parameters as `sae`.
+def matched_flat(sae: SAE) -> tuple[int, dict[str, object]]:
+    """d_sae and the SAE's fields for `training_config` of the flat SAE with as many parameters as `sae`.
 
     A flat atom has 2 K V numbers and those that every atom of the architecture has (a bias, a threshold), so that the
     two differ by no more than half of that (all of it, where one flat atom is already too many). At the paper's sizes,
@@ -78,8 +66,6 @@ def matched_flat(sae: SAE) -> FlatSize:
     d_in, d_sae = int(sae.cfg.d_in), int(sae.cfg.d_sae)
     of_each = sum(p.shape == (d_sae,) for name, p in sae.named_parameters() if name != "b_dec")
     atoms = max(1, round((n_parameters(sae) - d_in) / (2 * d_in + of_each)))
-    fields: dict[str, object] = {"encoder": "dense", "decoder": "flat"}
     k = getattr(sae.cfg, "k", None)
-    if k is not None:
-        fields["k"] = type(k)(max(1, min(k, atoms // 2)))
-    return FlatSize(atoms, fields)
+    sparsity = {} if k is None else {"k": type(k)(max(1, min(k, atoms // 2)))}
+    return atoms, {"encoder": "dense", "decoder": "flat", **sparsity}
