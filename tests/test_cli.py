@@ -116,20 +116,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert done.status == 0 and f"torch {version('torch')}" in " ".join(done.out.split())
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"eval"}))
-def test_help_of_every_command(capsys: pytest.CaptureFixture[str], command: str) -> None:
-    done = run(capsys, command, "--help")
-    assert done.status == 0 and len(done.out) > 200 and "usage" in done.out.lower()
-
-
-@pytest.mark.parametrize("kind", sorted(EVALUATIONS))
-def test_help_of_every_evaluation_shows_its_settings(capsys: pytest.CaptureFixture[str], kind: str) -> None:
-    done = run(capsys, "eval", kind, "--help")
-    names = [field.name for field in dataclasses.fields(EVALUATIONS[kind])]
-    assert done.status == 0
-    assert all(f"--{name.replace('_', '-')} " in done.out for name in [*names, "out", "text", "sequences"])
-
-
 @pytest.mark.parametrize(
     ("given", "near"), [(["dmo"], "demo"), (["eval", "substition"], "substitution"), (["evl", "sign"], "eval")]
 )
@@ -155,6 +141,7 @@ HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]
         (["demo", "--out", "/proc/below"], "/proc"),
         (["eval", "all", "SAE", "--set", "n_atoms=abc"], "'abc'"),
         (["eval", "all", "SAE", "--set", "n_atms=5"], "nearest: n_atoms"),
+        (["eval", "all", "SAE", "--set", "n_atoms"], "FIELD=VALUE"),
         (["eval", "all", "SAE", "--set", "foo=1"], "expected one of seed, label, rows_per_run, n_atoms,"),
         (["eval", "all", "SAE", "--set", "sign.foo=1"], "n_positions"),
         (["eval", "all", "SAE", "--set", "sgn.n_positions=1"], "substitution, partition"),
@@ -203,39 +190,12 @@ def test_what_is_typed_wrong_ends_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (["demo", "--training-tokens", "-5"], "training_tokens must be at least 1, found -5"),
-        (["train", "--modle", "embedded"], "unknown --modle embedded; nearest: --model"),
-        (["collect"], "missing --model, --layer/--layers"),
-    ],
-    ids=["setting", "unknown", "missing"],
-)
-def test_an_error_reads_alike_whatever_the_encoding_of_the_terminal(arguments: list[str], error: str) -> None:
-    for encoding in ("ascii", "utf-8"):
-        done = subprocess.run(
-            [sys.executable, "-m", "writesae", *arguments],
-            env=os.environ | {"PYTHONIOENCODING": encoding},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr == f"error: {error}. writesae {arguments[0]} --help lists the flags\n"
-
-
-@pytest.mark.parametrize("command", [["show"], ["export", "--to", "neuronpedia"], ["export", "--to", "delphi"]])
-def test_an_atom_that_the_dictionary_lacks_ends_before_the_model_is_loaded(
-    capsys: pytest.CaptureFixture[str],
-    sae_folder: Path,
-    tmp_path: Path,
-    command: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(HookedRecurrent, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
-    done = run(capsys, *command, sae_folder, "--atoms", "3", "9999", "--out", tmp_path / "out")
-    assert done.status == 2 and "atoms: expected 0 to 15, got [9999]" in done.err
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_an_error_reads_alike_whatever_the_encoding_of_the_terminal(encoding: str) -> None:
+    command = [sys.executable, "-m", "writesae", "train", "--modle", "embedded"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, text=True)
+    error = "unknown --modle embedded; nearest: --model. writesae train --help lists the flags"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {error}\n")
 
 
 def gpt2(folder: Path) -> Path:
@@ -293,7 +253,7 @@ def test_eval_then_report(capsys: pytest.CaptureFixture[str], sae_folder: Path, 
     out = tmp_path / "out"
     done = run(capsys, "eval", "sign", sae_folder.parent, "--out", out, *COUNTS, "--n-positions", "4", "--seed", "3")
     assert done.status == 0, done.err
-    assert done.out.splitlines()[-2:] == [f"report   {out / 'report.html'}", f"numbers  {out / 'report.json'}"]
+    assert done.out.splitlines()[-1] == str(out / "report.html") and (out / "report.json").is_file()
     result = load_result(out / "sign" / "L2H1")
     assert result.evaluation.to_dict()["n_positions"] == 4 and result.evaluation.seed == 3
     again = run(capsys, "report", out, "--out", tmp_path / "one.html")
@@ -339,9 +299,6 @@ def test_settings_of_eval_all_reach_those_that_have_them() -> None:
         settings = evaluation.to_dict()
         assert settings["seed"] == 7
         assert settings.get("n_atoms", 5) == 5 and (kind != "substitution" or settings["write"] == "corrected")
-    for wrong, word in (("n_atoms", "FIELD=VALUE"), ("n_atoms=0", "n_atoms"), ("n_atms=5", "n_atms")):
-        with pytest.raises(ValueError, match=word):
-            made(wrong)
 
 
 @pytest.mark.slow

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from sae_lens_writesae.sae.factors import Collection
     from writesae.evaluations.substitution import Substitution
     from writesae.experiment.evaluation import Result
-    from writesae.page.report import ReportFiles
 
 
 class Recipe(NamedTuple):
@@ -98,7 +97,7 @@ class Demo:
         sizes = ("d_sae", "training_tokens", "context_size", "train_sequences", "eval_sequences", "n_atoms")
         at_least(self, dict.fromkeys((*sizes, "firings_per_atom"), 1) | {"memory": 0, "seed": 0})
 
-    def run(self, say: Callable[[str], object] = print) -> ReportFiles:
+    def run(self, say: Callable[[str], object] = print) -> Path:
         """Train and test each dictionary, and write everything to `out`: the report, and for each dictionary `sae/` and
         its result `substitution/`. What is there already is kept: the same command goes on where it was stopped.
 
@@ -115,7 +114,7 @@ class Demo:
         with taken(self.out, say):
             return self._run(model, settings, say)
 
-    def _run(self, model: HookedRecurrent, settings: dict[str, object], say: Callable[[str], object]) -> ReportFiles:
+    def _run(self, model: HookedRecurrent, settings: dict[str, object], say: Callable[[str], object]) -> Path:
         from hookpoints import embedded
         from sae_lens_writesae.sae.factors import collect
         from sae_lens_writesae.sae.load import load_sae

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,7 @@ from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
 from sae_lens_writesae.sae import WriteTopKSAE
 from writesae.experiment.lab import Lab
-from writesae.experiment.quality import DictionaryQuality, qualities
-from writesae.page.atoms import collect, write_atom_pages
+from writesae.page.atoms import collect
 from writesae.page.atoms.export import neuronpedia_batch, write_delphi
 from writesae.page.atoms.measure import Facts
 from writesae.show import Export
@@ -120,38 +118,26 @@ def test_neuronpedia_gets_the_numbers_of_the_pages(
         assert len(feature.logits_hist_data_bar_heights) == len(feature.logits_hist_data_bar_values)
         assert page.effect is not None and feature.pos_str == [t.text for t in page.effect.tokens.high]
         top = [a for a in feature.activations if a.bin_contains == -1]
-        assert [a.values[a.qualifying_token_index] for a in top] == [c.activation for c in page.top]
+        assert [a.values[a.qualifying_token_index] for a in top] == [c.values[c.at] for c in page.top]
         bands = [a for a in feature.activations if a.bin_contains > 0]
         assert len(bands) == page.n_firings  # all of them, with these settings
         assert all(a.bin_min <= a.values[a.qualifying_token_index] <= a.bin_max for a in bands)
         assert all(len(a.tokens) == len(a.values) for a in feature.activations)
-    # What no dashboard shows was not measured: no pass for cosines and memory, no neighbours.
-    assert not {"swept", "nearest", "direct"} & vars(facts).keys()
+    assert not {"writes", "traces", "nearest", "direct"} & vars(facts).keys()  # what no dashboard shows
 
 
-def test_the_quality_of_the_dictionary_is_measured_for_pages_alone(
-    embedded: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_no_other_tool_shows_is_not_measured(
+    planted: WriteTopKSAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It needs a pass of the model for every sequence and replacement, and no other tool shows it."""
-    measured: list[Lab] = []
-
-    def counted(lab: Lab) -> dict[str, DictionaryQuality]:
-        measured.append(lab)
-        return qualities(lab)
-
-    monkeypatch.setattr(collect, "qualities", counted)
+    """Quality needs a pass of the model for every sequence and replacement; cosines, memory and neighbors cost, too."""
+    for name in ("qualities", "_page"):
+        monkeypatch.setattr(collect, name, lambda *_: pytest.fail("was measured"))
     planted.save_model(tmp_path / "sae")
-    text = tmp_path / "text.txt"
-    text.write_text(shipped.text("test")[:3000])
-    export = Export(sae=tmp_path / "sae", to="neuronpedia", text=text, context_size=48, out=tmp_path / "out")
-    written = DashboardBatch.model_validate_json(export.run(SMALL, progress=False).read_text())
-    assert len(written.features) > 0 and not measured
-    without = replace(SMALL, quality=False, substitution_firings=0).collect(embedded, planted, tokens, progress=False)
-    pages = write_atom_pages(without, tmp_path / "pages")
-    assert not measured and without.info["quality"] is None and "recovered KL" not in pages.index.read_text()
-    whole = SMALL.collect(embedded, planted, tokens, progress=False)
-    assert len(measured) == 1 and whole.info["quality"] == qualities(measured[0])[""].to_dict()
-    assert "recovered KL" in write_atom_pages(whole, tmp_path / "pages").index.read_text()
+    (text := tmp_path / "text.txt").write_text(shipped.text("test")[:3000])
+    for to, file in (("neuronpedia", "batch-0.json"), ("delphi", HOOK)):
+        export = Export(sae=tmp_path / "sae", to=to, text=text, context_size=48, splits=2, out=tmp_path / to)
+        assert export.run(SMALL, progress=False) == tmp_path / to / file
+    DashboardBatch.model_validate_json((tmp_path / "neuronpedia" / "batch-0.json").read_text())
 
 
 def test_delphi_gets_every_firing_at_its_place(
@@ -181,14 +167,3 @@ def test_delphi_gets_every_firing_at_its_place(
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="splits"):
         write_delphi(lab, tmp_path / "many", n_splits=7)
-
-
-def test_the_command_writes_both(embedded: HookedRecurrent, planted: WriteTopKSAE, tmp_path: Path) -> None:
-    planted.save_model(tmp_path / "sae")
-    text = tmp_path / "text.txt"
-    text.write_text(shipped.text("test")[:3000])
-    for to in ("neuronpedia", "delphi"):
-        export = Export(sae=tmp_path / "sae", to=to, text=text, context_size=48, splits=2, out=tmp_path / to)
-        written = export.run(SMALL, progress=False)
-        assert written == tmp_path / to / ("batch-0.json" if to == "neuronpedia" else HOOK)
-    DashboardBatch.model_validate_json((tmp_path / "neuronpedia" / "batch-0.json").read_text())

@@ -98,8 +98,6 @@ def test_other_sites_and_other_requests_are_refused(server: PromptServer) -> Non
         (403, "POST", "/read", asked, {"Host": f"evil.example:{port}"}),
         (403, "POST", "/read", asked, {"Origin": "http://evil.example"}),
         (403, "POST", "/read", asked, {"Origin": "null"}),
-        (415, "POST", "/read", asked, {"Content_Type": "text/plain"}),
-        (413, "POST", "/read", {"text": "w" * 100_001}, {}),
         (404, "GET", "/../prompt.py", None, {}),
         (404, "POST", "/", asked, {}),
         (400, "POST", "/read", {"text": "war"}, {}),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
-from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hookpoints import HookedRecurrent
@@ -41,14 +40,6 @@ class TokenTexts(dict[int, str]):
             )
         self._model, self.size = model, n
         """Tokens that have a text. A model may have more logits than that, which pad its vocabulary."""
-
-    def check(self, tokens: Tensor) -> None:
-        """Raise ValueError for token ids that the tokenizer does not have; names the first."""
-        if len(unknown := tokens[(tokens < 0) | (tokens >= self.size)]):
-            raise ValueError(
-                f"tokens: expected ids from 0 to {self.size - 1}, which the tokenizer knows, got {int(unknown[0])}; "
-                "make them with model.to_tokens"
-            )
 
     def __missing__(self, token: int) -> str:
         text = token_text(self._model, token)
