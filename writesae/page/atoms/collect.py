@@ -121,11 +121,8 @@ def memory(lives: Sequence[tuple[int, bool]]) -> data.Memory:
 def _effect(facts: Facts, column: int, direct: NDArray[np.float32]) -> data.Effect | None:
     """None where it was not measured. The sign of an atom does not matter to its effect, but to the direct path."""
     mean, n = facts.effects[0][column], int(facts.effects[1][column])
-    return (
-        data.Effect(parts.vocabulary(facts, mean), float(np.nan_to_num(np.corrcoef(mean, direct)[0, 1])), n)
-        if n
-        else None
-    )
+    correlation = float(np.nan_to_num(np.corrcoef(mean, direct)[0, 1]))
+    return data.Effect(parts.vocabulary(facts, mean), correlation, n) if n else None
 
 
 def _fires_on(facts: Facts, rows: pd.DataFrame) -> list[data.TokenValue]:
