@@ -117,32 +117,6 @@ for _kind in KINDS:
     check("Damaged folders", _off, few=60, many=220)(_damaged(_kind))
 
 
-@check(
-    "Folders from strangers",
-    {"links are followed": [Change("hookpoints.files:plain_file", "own or any", "True or any")]},
-)
-def links(work: Path, rounds: int) -> Iterator[Comparison]:
-    """Each file of a model, a dictionary, a collection and a result in turn is a link to the same file elsewhere. It is
-    refused by name."""
-    for kind, (make, read, _) in KINDS.items():
-        make(folder := work / kind)
-        for file in sorted(folder.iterdir()):
-            if file.suffix in (".json", ".safetensors", ".parquet"):
-                file.symlink_to(file.rename(work / file.name))
-                yield Comparison(f"{kind}, {file.name}", REFUSED, outcome(read, folder))
-                (work / file.name).replace(file)
-
-
-class _Evil:
-    """A pickle that makes a file when it is read."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Path.touch, (self.mark,)
-
-
 def _asked(work: Path, act: Callable[..., object], *args: object) -> str:
     """What came of a folder that brings code along: "loaded", refused, or that the code was run or asked about."""
     asked: list[str] = []
@@ -215,14 +189,10 @@ def pickles(work: Path, rounds: int) -> Iterator[Comparison]:
             Change("writesae.experiment.evaluation:_table", "if unpacked > _LARGEST_TABLE", "if False"),
             Change("writesae.experiment.evaluation:_table", "pd.read_parquet(file)", "pd.DataFrame()"),
         ],
-        "an index of weights may name any file": [
-            Change(f"{LOADING}:_check_files", "if elsewhere := sorted(set(shards.values()) - names)", "if False")
-        ],
     },
 )
 def claims(work: Path, rounds: int) -> Iterator[Comparison]:
-    """A table of some kilobytes unpacks to two gigabytes; an index names weights outside of its folder. Each is refused
-    by what it claims, before it is believed."""
+    """A table of some kilobytes unpacks to two gigabytes. It is refused by what it claims, before it is believed."""
     make_result(folder := work / "result")
     table = next(folder.glob("*.parquet"))
     names = pq.read_schema(table).names
@@ -232,9 +202,3 @@ def claims(work: Path, rounds: int) -> Iterator[Comparison]:
             writer.write_table(rows)
     reseal(folder)
     yield Comparison("table", REFUSED, outcome(load_result, folder, says="unpacks"))
-    make_model(folder := work / "index")
-    weights = (folder / "model.safetensors").rename(work / "outside.safetensors")
-    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(weights), "../outside.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    reseal(folder)
-    yield Comparison("index", REFUSED, outcome(read_model, folder, says="outside"))
