@@ -15,7 +15,8 @@ import transformers
 from conftest import _GDN
 from safetensors.torch import load_file
 
-from hookpoints import HookedRecurrent, embedded
+from hookpoints import HookedRecurrent
+from hookpoints import embedded as shipped
 from writesae.cli import main
 from writesae.dictionaries import Train
 from writesae.reproduce.command import Reproduce, for_model, own_run, profile_folder
@@ -85,41 +86,30 @@ def test_the_command_line_is_the_config():
     assert Reproduce.from_arguments([]).config == ReproduceConfig()
 
 
-def test_what_cannot_run_is_said_before_anything_is_written(tmp_path, capsys):
-    out, file = tmp_path / "run", tmp_path / "file"
-    file.touch()
-
-    def reproduce(*arguments: str) -> str:
-        with pytest.raises(SystemExit) as ended:
-            main(["reproduce", "--model", "embedded", "--out", str(out), *arguments])
-        err = capsys.readouterr().err
-        assert ended.value.code == 2 and "Traceback" not in err
-        return err
-
-    assert "layer 0" in reproduce("--layers", "0", "--heads", "0")
-    assert "heads 0 to 3" in reproduce("--layers", "2", "--heads", "9")
-    assert "wrong" in reproduce("--evaluations", "wrong")
-    assert "foo" in reproduce("--set", "foo=1")
-    assert "laptop" in reproduce("--profile", "wrong")
-    assert "dataset" in reproduce("--model", str(embedded.path("embedded")))
-    assert str(file) in reproduce("--out", str(file / "run"))
-    assert list(tmp_path.iterdir()) == [file]
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--layers", "0", "--heads", "0"], "layer 0"),
+        (["--layers", "2", "--heads", "9"], "heads 0 to 3"),
+        (["--evaluations", "wrong"], "wrong"),
+        (["--model", str(shipped.path("embedded"))], "dataset"),
+    ],
+)
+def test_what_cannot_run_is_said_before_anything_is_written(tmp_path, capsys, arguments, word):
+    with pytest.raises(SystemExit) as ended:
+        main(["reproduce", "--model", "embedded", "--out", str(tmp_path / "run"), *arguments])
+    assert ended.value.code == 2 and word in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_documents_kept_for_evaluation_are_not_trained_on(tmp_path):
-    words = embedded.text("train").split()
+def test_documents_kept_for_evaluation_are_not_trained_on(tmp_path, embedded):
+    words = shipped.text("train").split()
     documents = [f"{n} " + " ".join(words[n * 60 : n * 60 + 60]) for n in range(80)]
-    (tmp_path / "texts").mkdir()
-    lines = [json.dumps({"text": document}) for document in documents]
-    (tmp_path / "texts" / "train.jsonl").write_text("\n".join(lines))
-    config = replace(TINY, dataset=str(tmp_path / "texts"), training_tokens=512)
-    write_texts(config, tmp_path / "run", HookedRecurrent.from_pretrained("embedded"))
-    held_out = (tmp_path / "run" / "held-out.txt").read_text()
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    write_texts(replace(TINY, dataset=str(tmp_path), training_tokens=512), tmp_path / "run", embedded)
+    held_out = (tmp_path / "run" / "held-out.txt").read_text().split("\n\n")
     lines = (tmp_path / "run" / "train" / "train.jsonl").read_text().splitlines()
-    trained_on = [int(json.loads(line)["text"].split()[0]) for line in lines]
-    assert documents[0] in held_out and trained_on[0] > 0
-    assert trained_on == list(range(trained_on[0], trained_on[0] + len(trained_on)))
-    assert not any(documents[n] in held_out for n in trained_on) and documents[trained_on[0] - 1] in held_out
+    trained_on = [json.loads(line)["text"] for line in lines]
+    assert held_out and trained_on and held_out + trained_on == documents[: len(held_out) + len(trained_on)]
 
 
 # ------------------------------------------------------------------------------------------------ who owns a run
