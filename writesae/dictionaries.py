@@ -68,13 +68,9 @@ class Collect:
     """The model's dtype."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
-    device: str | None = None
-    """Of the model; by default the first GPU, or the CPU."""
-    batch_size: int | None = None
-    """Sequences of one forward pass; by default 4096 tokens."""
 
     def __post_init__(self) -> None:
-        at_least(self, dict.fromkeys(("n_tokens", "context_size", "batch_size"), 1))
+        at_least(self, {"n_tokens": 1, "context_size": 1})
 
     def run(self, say: Say = print) -> Path:
         """Collect; returns the folder."""
@@ -82,9 +78,7 @@ class Collect:
 
         check_writable(self.out)
         check_text(self.model, self.dataset)
-        model = HookedRecurrent.from_pretrained(
-            self.model, device=self.device, dtype=self.model_dtype, revision=self.revision
-        )
+        model = HookedRecurrent.from_pretrained(self.model, dtype=self.model_dtype, revision=self.revision)
         return self.of(model, enough(documents(self.dataset), self.n_tokens, model), say)
 
     def of(self, model: HookedRecurrent, text: Dataset, say: Say = print) -> Path:
@@ -105,7 +99,6 @@ class Collect:
                 context_size=self.context_size,
                 targets=self.targets,
                 dtype=self.dtype,
-                batch_size=self.batch_size,
                 say=say,
             )
         return self.out
