@@ -71,7 +71,6 @@ class Push:
                 take.
             OSError: the hub cannot be reached, or refuses.
         """
-        from httpx import HTTPError
         from huggingface_hub import HfApi
         from huggingface_hub.utils import validate_repo_id
 
@@ -85,13 +84,10 @@ class Push:
             if self.dry_run:
                 return "\n".join([*files, "README.md", "", text])
             atomic_text(Path(folder, "README.md"), text)
-            api, told = HfApi(), f"Upload {', '.join(saes)}"
-            try:
-                api.create_repo(self.repo, private=self.private or None, exist_ok=True)
-                commit = api.upload_folder(repo_id=self.repo, folder_path=folder, commit_message=told)
-            except HTTPError as error:
-                raise OSError(f"{self.repo} was not uploaded to {api.endpoint}: {error}") from error
-        return str(commit.commit_url)
+            api = HfApi()
+            api.create_repo(self.repo, private=self.private or None, exist_ok=True)
+            told = f"Upload {', '.join(saes)}"
+            return str(api.upload_folder(repo_id=self.repo, folder_path=folder, commit_message=told).commit_url)
 
     def _quality(self, saes: Mapping[str, Published]) -> dict[str, Mapping[str, Json]]:
         """What results say of the dictionaries, by their names in the repository; nothing, where they say nothing."""

@@ -185,10 +185,7 @@ def test_a_timeline_is_what_the_head_reads_of_the_atom(
     assert lags is not None and lags.edges[:3] == [0, 1, 2] and max(lags.values) > 0
 
 
-def test_an_atom_is_shown_as_a_matrix_among_its_neighbours(
-    model: HookedRecurrent, planted: WriteTopKSAE, data: AtomPagesData
-) -> None:
-    flat = torch.stack([normalize(matrix(planted, page.atom).flatten(), dim=0) for page in data.atoms])
+def test_an_atom_is_shown_as_a_matrix(planted: WriteTopKSAE, data: AtomPagesData) -> None:
     for page in data.atoms:
         (term,) = page.terms
         np.testing.assert_allclose(term.size * np.outer(term.key, term.value), matrix(planted, page.atom), atol=2e-4)
@@ -198,21 +195,6 @@ def test_an_atom_is_shown_as_a_matrix_among_its_neighbours(
         signs = np.where(drawn[..., 2] > drawn[..., 0], 1, -1)  # blue or orange
         whole = matrix(planted, page.atom).numpy()
         np.testing.assert_allclose(signs * drawn[..., 3] / 255, whole / np.abs(whole).max(), atol=0.04)
-        cosines = {int(other.atom): float(flat[page.atom] @ flat[other.atom]) for other in data.atoms if other != page}
-        assert [atom for atom, *_ in page.nearest] == sorted(cosines, key=lambda atom: -cosines[atom])
-        for atom, cosine, n in page.nearest:
-            assert cosine == pytest.approx(cosines[atom], abs=1e-3) and n == data.atoms[atom].n_firings
-
-
-def test_an_atom_without_factors_has_terms_and_neighbours(model: HookedRecurrent, tokens: Tensor) -> None:
-    sae = empty_sae(model, decoder="flat")
-    torch.nn.init.normal_(sae.W_dec)
-    page = SMALL.collect(model, sae, tokens, progress=False).atoms[0]
-    rows = normalize(sae.W_dec.detach(), dim=-1)
-    cosines = rows @ rows[page.atom]
-    assert page.nearest and all(near == pytest.approx(float(cosines[atom]), abs=1e-3) for atom, near, _ in page.nearest)
-    shares = [term.share for term in page.terms]
-    assert len(shares) == 4 and shares == sorted(shares, reverse=True) and sum(shares) < 1
 
 
 def test_histograms_hold_every_firing_and_every_token_of_the_vocabulary(data: AtomPagesData) -> None:
@@ -242,12 +224,20 @@ def test_memory_counts_writes_that_outlive_their_sequence() -> None:
     assert memory([(7, True)]).half_life is None and memory([]).n == 0
 
 
-def test_higher_rank_shows_the_leading_term(model: HookedRecurrent, tokens: Tensor, tmp_path: Path) -> None:
-    sae = empty_sae(model, rank=2)
-    data = SMALL.collect(model, sae, tokens, progress=False)
-    sigma = torch.linalg.svdvals(matrix(sae, data.atoms[0].atom))
-    assert data.atoms[0].terms[0].share == pytest.approx(float(sigma[0] ** 2 / (sigma**2).sum()), rel=1e-4)
-    assert "leading term" in write_atom_pages(data, tmp_path).with_name(f"atom-{data.atoms[0].atom}.html").read_text()
+@pytest.mark.parametrize(("changes", "n"), [({"rank": 2}, 2), ({"decoder": "flat"}, 4)])
+def test_an_atom_of_higher_rank_shows_its_terms(
+    model: HookedRecurrent, tokens: Tensor, tmp_path: Path, changes: dict[str, Any], n: int
+) -> None:
+    sae = empty_sae(model, **changes)
+    if n == 4:
+        torch.nn.init.normal_(sae.W_dec)
+    quick = replace(SMALL, quality=False, effect_firings=0)
+    data = quick.collect(model, sae, tokens, progress=False)
+    page = data.atoms[0]
+    sigma = torch.linalg.svdvals(sae.W_dec[page.atom].detach().view(-1, len(page.terms[0].value)))
+    shares = (sigma**2 / (sigma**2).sum()).tolist()[:n]
+    assert [term.share for term in page.terms] == pytest.approx(shares, rel=1e-4)
+    assert "leading term" in write_atom_pages(data, tmp_path).with_name(f"atom-{page.atom}.html").read_text()
 
 
 def test_the_numbers_lie_beside_pages_that_need_nothing_else(data: AtomPagesData, site: Path) -> None:
@@ -260,11 +250,9 @@ def test_the_numbers_lie_beside_pages_that_need_nothing_else(data: AtomPagesData
         assert all((site / link).exists() for link in links if not link.startswith(("#", "data:image/png")))
 
 
-def test_bytes_that_are_no_character_are_shown_as_bytes(model: HookedRecurrent) -> None:
-    texts = TokenTexts(model)
-    lost = [i for i in range(model.W_U.shape[1]) if "\ufffd" in model.to_string(i)]
-    assert lost and all(re.fullmatch(r"⟨([0-9A-F]{2})+⟩", texts[i]) for i in lost)
-    assert texts[model.to_single_token(" the")] == " the" and visible(" a\tb\n\u200b") == "·a⇥b↵⟨U+200B⟩"
+def test_a_token_is_exact_as_data_and_visible_on_a_page(model: HookedRecurrent) -> None:
+    assert TokenTexts(model)[model.to_single_token(" the")] == " the"
+    assert visible(" a\tb\n\u200b") == "·a⇥b↵⟨U+200B⟩"
 
 
 @pytest.mark.parametrize(

@@ -82,13 +82,13 @@ def test_neuronpedia_gets_the_numbers_of_the_pages(
         bands = [(each, peak) for each, peak in zip(shown, peaks) if each["bin_contains"] > 0]
         assert len(bands) == page.n_firings  # all of them, with these settings
         assert all(each["bin_min"] <= peak <= each["bin_max"] for each, peak in bands)
-    assert not {"writes", "traces", "nearest", "direct"} & vars(facts).keys()  # what no dashboard shows
+    assert not {"writes", "traces", "direct"} & vars(facts).keys()  # what no dashboard shows
 
 
 def test_what_no_other_tool_shows_is_not_measured(
     planted: WriteTopKSAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Quality needs a pass of the model for every sequence and replacement; cosines, memory and neighbors cost, too."""
+    """Quality needs a pass of the model for every sequence and replacement; cosines and memory cost, too."""
     for name in ("qualities", "_page"):
         monkeypatch.setattr(collect, name, lambda *_: pytest.fail("was measured"))
     planted.save_model(tmp_path / "sae")

@@ -70,7 +70,6 @@ def _page(facts: Facts, column: int) -> data.AtomPage:
     return data.AtomPage(
         atom=atom,
         terms=_terms(facts, column, sign),
-        nearest=facts.nearest[column],
         n_firings=len(rows),
         rate=len(rows) / facts.ids.size,
         max_activation=float(activations.max()),
@@ -121,8 +120,10 @@ def memory(lives: Sequence[tuple[int, bool]]) -> data.Memory:
 def _effect(facts: Facts, column: int, direct: NDArray[np.float32]) -> data.Effect | None:
     """None where it was not measured. The sign of an atom does not matter to its effect, but to the direct path."""
     mean, n = facts.effects[0][column], int(facts.effects[1][column])
-    correlation = float(np.nan_to_num(np.corrcoef(mean, direct)[0, 1]))
-    return data.Effect(parts.vocabulary(facts, mean), correlation, n) if n else None
+    if n == 0:
+        return None
+    correlation = pd.Series(mean).corr(pd.Series(direct))  # NaN where one of them is constant
+    return data.Effect(parts.vocabulary(facts, mean), float(np.nan_to_num(correlation)), n)
 
 
 def _fires_on(facts: Facts, rows: pd.DataFrame) -> list[data.TokenValue]:

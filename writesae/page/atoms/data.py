@@ -139,8 +139,6 @@ class AtomPage:
     atom: int
     terms: list[Term]
     """The largest singular terms of the atom. Key and value side describe the leading one."""
-    nearest: list[tuple[int, float, int]]
-    """Other atoms that fire on the text, largest cosine first: atom, cosine of the matrices, number of firings."""
     n_firings: int
     rate: float
     """Share of tokens at which it fires."""

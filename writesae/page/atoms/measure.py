@@ -20,7 +20,7 @@ from sae_lens_writesae.sae.losses import read_queries
 from writesae.experiment.firings import Integers, sample_firings
 from writesae.experiment.lab import EditedRows, Lab, Trial
 from writesae.page.atoms.settings import AtomSettings
-from writesae.page.atoms.text import TokenTexts, short
+from writesae.page.atoms.text import TokenTexts
 
 TERMS = 4
 """Most singular terms of an atom that are kept."""
@@ -90,20 +90,6 @@ class Facts:
     def sides(self) -> tuple[Tensor, Tensor]:
         """[n,K] and [n,V] unit key and value side of the leading term."""
         return normalize(self.terms.keys[:, 0], dim=-1), normalize(self.terms.values[:, 0], dim=-1)
-
-    @cached_property
-    def nearest(self) -> list[list[tuple[int, float, int]]]:
-        """Per atom the six alive atoms with the largest cosine, itself left out: atom, cosine, number of firings.
-
-        Cost: n F R R' (K + V) for F alive atoms; an SVD for each atom that has no factors.
-        """
-        parts = np.array_split(self.alive, -(-len(self.alive) // 1024))
-        cosines = torch.cat([self.matrices.cosines(self.lab.atoms(part)) for part in parts], 1).cpu().numpy()
-        firings = np.bincount(self.firings.atom)
-        cosines[self.number[:, None] == self.alive] = -np.inf
-        best = np.argsort(-cosines, kind="stable")[:, : min(6, len(self.alive) - 1)]
-        near = [zip(self.alive[order], row[order], firings[self.alive[order]]) for row, order in zip(cosines, best)]
-        return [[(int(atom), short(cosine), int(n)) for atom, cosine, n in each] for each in near]
 
     @cached_property
     def direct(self) -> NDArray[np.float32]:
