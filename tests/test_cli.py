@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, get_type_hints
 
@@ -109,11 +108,6 @@ def test_settings_are_read_from_the_source_as_the_classes_have_them() -> None:
         for field in dataclasses.fields(each):
             assert settings[field.name][:2] == (types[field.name], field.default)
             assert settings[field.name].text, f"{each.__name__}.{field.name} has no docstring"
-
-
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    done = run(capsys, "--version")
-    assert done.status == 0 and f"torch {version('torch')}" in " ".join(done.out.split())
 
 
 @pytest.mark.parametrize(
@@ -289,27 +283,3 @@ def test_settings_of_eval_all_reach_those_that_have_them() -> None:
         settings = evaluation.to_dict()
         assert settings["seed"] == 7
         assert settings.get("n_atoms", 5) == 5 and (kind != "substitution" or settings["write"] == "corrected")
-
-
-@pytest.mark.slow
-def test_eval_all_goes_as_far_as_the_dictionary_allows(
-    capsys: pytest.CaptureFixture[str], embedded: HookedRecurrent, sae_folder: Path, tmp_path: Path
-) -> None:
-    """Of a dictionary without an alive atom, what is about the head is measured; the rest says why it is not."""
-    from safetensors.torch import load_file, save_file
-
-    silent = tmp_path / "silent"
-    silent.mkdir()
-    (silent / "cfg.json").write_text((sae_folder / "cfg.json").read_text())
-    weights = load_file(sae_folder / "sae_weights.safetensors")
-    save_file(weights | {"b_enc": weights["b_enc"] * 0 - 1e6}, silent / "sae_weights.safetensors")
-    reseal(silent)
-    small = ["n_positions=4", "pairs=2", "new_tokens=2"]
-    done = run(
-        capsys, "eval", "all", silent, "--out", tmp_path / "out", "--sequences", 24, *COUNTS[2:], "--set", *small
-    )
-    assert done.status == 0, done.err
-    numbers = json.loads((tmp_path / "out" / "report.json").read_text())["claims"]
-    assert {row["number"] for row in numbers if row["outcome"] == "not tested"} >= {1, 2, 3, 4, 6, 7, 8, 18, 19}
-    page = (tmp_path / "out" / "report.html").read_text().replace("&#39;", "'").replace("&gt;", ">")
-    assert page.count(">What could not be measured</h2>") == 1

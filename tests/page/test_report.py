@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import html as html_of
 import json
 import re
 from collections import Counter
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -28,33 +28,10 @@ EVIL = "<script>alert(1)</script>"
 FEW: dict[str, Any] = {"scales": ("matched",), "controls": ("state", "shuffled"), "n_sequences": 12}
 
 
-class Page(HTMLParser):
-    """Text, tags and links of a page; unbalanced tags raise."""
-
-    void = ("meta", "br", "path", "use", "link")
-
-    def __init__(self, source: str):
-        super().__init__()
-        self.text, self.open, self.links, self.tags = "", [], [], []
-        self.feed(source)
-        assert not self.open, f"left open: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.handle_startendtag(tag, attrs)
-        if tag not in self.void:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        self.tags.append(tag)
-        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v]
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.void:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not {"style", "title"} & set(self.open):
-            self.text += re.sub(r"\s+", " ", data)
+def words(page: Path) -> str:
+    """The text of a page."""
+    text = re.sub(r"<(style|title)>.*?</\1>|<[^>]+>", "", page.read_text(), flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html_of.unescape(text))
 
 
 def skipped(label: str, reason: str) -> Result:
@@ -83,8 +60,8 @@ def html(saved: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(html: Path) -> Page:
-    return Page(html.read_text())
+def text(html: Path) -> str:
+    return words(html)
 
 
 def test_results_are_found_and_ordered(saved: Path) -> None:
@@ -95,7 +72,7 @@ def test_results_are_found_and_ordered(saved: Path) -> None:
     assert [r.kind for r in in_order(kinds)] == list(EVALUATIONS)
 
 
-def test_every_answer_is_on_the_page_and_in_json(saved: Path, html: Path, page: Page) -> None:
+def test_every_answer_is_on_the_page_and_in_json(saved: Path, html: Path, text: str) -> None:
     answers = {(r.label, c.claim): c for r in find_results([saved]) for c in r.claims()}
     numbers = json.loads(html.with_suffix(".json").read_text())
     assert {(row["label"], row["claim"]) for row in numbers["claims"]} >= answers.keys()
@@ -103,7 +80,7 @@ def test_every_answer_is_on_the_page_and_in_json(saved: Path, html: Path, page: 
         claim = answers.get((row["label"], row["claim"]))
         assert claim is None or (row["measured"], row["n"], row["outcome"]) == (claim.measured, claim.n, claim.outcome)
         assert row["number"] is None or row["paper"] == PAPER_CLAIMS[row["number"]].value
-        assert re.sub(r"\s+", " ", row["measured"]) in page.text and row["sentence"] in page.text
+        assert re.sub(r"\s+", " ", row["measured"]) in text and row["sentence"] in text
     assert [row["number"] for row in numbers["claims"]] == sorted(row["number"] for row in numbers["claims"])
     first = numbers["results"][0]
     assert Substitution.from_dict(first["settings"]) == load_result(saved / "1" / "substitution").evaluation
@@ -116,9 +93,9 @@ def test_every_table_is_beside_the_page(saved: Path, html: Path) -> None:
     assert (html.parent / "tables" / "substitution-example.parquet").is_file()
 
 
-def test_no_label_and_no_reason_puts_markup_into_the_page(html: Path, page: Page) -> None:
+def test_no_label_and_no_reason_puts_markup_into_the_page(html: Path, text: str) -> None:
     source = html.read_text()
-    assert "script" not in page.tags and EVIL in page.text and "no atom <fires>" in page.text
+    assert "<script" not in source and EVIL in text and "no atom <fires>" in text
     assert EVIL not in source and "&lt;script&gt;" in source
 
 
@@ -133,14 +110,11 @@ def test_the_title_is_escaped(tmp_path: Path) -> None:
     assert "<title>a &lt; b</title>" in source
 
 
-def test_the_page_is_self_contained(page: Page, html: Path) -> None:
+def test_the_page_is_self_contained(text: str, html: Path) -> None:
     source = html.read_text()
-    assert [link for link in page.links if not link.startswith("#")] == []
-    assert "@import" not in source and "url(http" not in source
-    assert {link[1:] for link in page.links} <= set(re.findall(r'id="([^"]+)"', source))
-    assert (
-        page.tags.count("svg") == 2 + 4 * 6
-    )  # the two of the top, then six for each  # of each measured dictionary; what was not measured has no figure
+    links = re.findall(r'(?:src|href)="([^"]*)"', source)
+    assert {*links} <= {f"#{name}" for name in re.findall(r'id="([^"]+)"', source)} and "@import" not in source
+    assert source.count("<svg") == 2 + 4 * 6  # two at the top, six for each dictionary that was measured
     assert source.count("prefers-color-scheme: dark") == 1 and "@media print" in source and "viewport" in source
 
 
@@ -154,19 +128,19 @@ def test_figures_follow_the_colours_of_the_page(html: Path) -> None:
     assert len(ids) == len(set(ids))  # a clip path of one figure must not cut another
 
 
-def test_claims_that_nothing_answers_are_listed_with_what_would(page: Page) -> None:
-    assert "12. substitution on RWKV-7 (needs the evaluation substitution on an RWKV-7 model)" in page.text
-    assert "5. all heads of a layer (needs the evaluation substitution on several heads)" in page.text
-    assert not re.search(r"\b1\. an atom is nearer[^(]*\(needs", page.text)  # answered
-    assert not re.search(r"\b9\. the sign[^(]*\(needs", page.text)  # "not tested" is an answer, with its reason
+def test_claims_that_nothing_answers_are_listed_with_what_would(text: str) -> None:
+    assert "12. substitution on RWKV-7 (needs the evaluation substitution on an RWKV-7 model)" in text
+    assert "5. all heads of a layer (needs the evaluation substitution on several heads)" in text
+    assert not re.search(r"\b1\. an atom is nearer[^(]*\(needs", text)  # answered
+    assert not re.search(r"\b9\. the sign[^(]*\(needs", text)  # "not tested" is an answer, with its reason
 
 
-def test_what_could_not_be_measured_has_a_section_of_its_own(page: Page, html: Path) -> None:
+def test_what_could_not_be_measured_has_a_section_of_its_own(text: str, html: Path) -> None:
     rows = [
         row for row in json.loads(html.with_suffix(".json").read_text())["claims"] if row["outcome"] == "not tested"
     ]
     assert {row["number"] for row in rows} == set(Sign.answers)
-    assert page.text.index("What could not be measured") < page.text.index("sign of a dead one")
+    assert text.index("What could not be measured") < text.index("sign of a dead one")
 
 
 def test_control_dictionaries_stand_beside_the_trained_one_and_quality_at_the_top(tmp_path: Path) -> None:
@@ -179,13 +153,13 @@ def test_control_dictionaries_stand_beside_the_trained_one_and_quality_at_the_to
     beside = replace(made, info=made.info | {"label": "mine, untrained", "control": "untrained", "control_of": "mine"})
     beside.info["quality"] = {"mine, untrained": quality | {"recovered": None, "explained": None}}
     html = write_report([trained, beside], tmp_path / "page")
-    page, numbers = Page(html.read_text()), json.loads(html.with_suffix(".json").read_text())
-    assert "59.0% [50.0, 65.0]" in page.text and page.text.index("59.0") < page.text.index("Claims, the paper")
-    assert "mine, untrained" in page.text and "control dictionaries: untrained" in page.text
+    text, numbers = words(html), json.loads(html.with_suffix(".json").read_text())
+    assert "59.0% [50.0, 65.0]" in text and text.index("59.0") < text.index("Claims, the paper")
+    assert "mine, untrained" in text and "control dictionaries: untrained" in text
     assert {row["label"] for row in numbers["claims"]} == {"mine"}
     assert "confounded" in {row["outcome"] for row in numbers["claims"]}
     assert [row["dictionary"] for row in numbers["quality"]] == ["mine", "mine, untrained"]
-    assert page.tags.count("h3") == 1  # figures are those of the trained one
+    assert html.read_text().count("<h3>") == 1  # figures are those of the trained one
     table = pd.read_parquet(html.parent / "tables" / "substitution-firings.parquet")
     assert set(table["label"]) == {"mine", "mine, untrained"}
 
@@ -194,12 +168,12 @@ def test_the_lead_counts_outcomes_and_intervals(tmp_path: Path) -> None:
     """At 0.025 for each answer that has an interval, by luck; the others do not count."""
     results = [made_up(HOLDS, label="a", **FEW), made_up(CONFOUNDED, label="b", **FEW), skipped("c", "nothing")]
     rows = report.claim_rows(results)
-    words = Page(write_report(results, tmp_path / "page").read_text()).text
+    text = words(write_report(results, tmp_path / "page"))
     counts = Counter(report.outcome_text(row.claim.outcome) for row in rows)
-    assert all(f"{outcome} {n}" in words for outcome, n in counts.items()) and "confounded by a control" in counts
+    assert all(f"{outcome} {n}" in text for outcome, n in counts.items()) and "confounded by a control" in counts
     n = sum("[" in row.claim.measured for row in rows)
-    assert 1 < n < len(rows) and f"{n} of the answers have a 95% interval" in words
-    assert f"would be {0.025 * n:.2f}" in words and f"answers) {1 - 0.975**n:.2f}." in words
+    assert 1 < n < len(rows) and f"{n} of the answers have a 95% interval" in text
+    assert f"would be {0.025 * n:.2f}" in text and f"answers) {1 - 0.975**n:.2f}." in text
     outcomes: list[Outcome] = ["holds", "fails", "undecided", "inconclusive", "below the floor", "not tested"]
     assert [report.outcome_text(each) for each in outcomes] == outcomes
 
