@@ -33,22 +33,6 @@ def browser() -> Iterator[Browser]:
         yield running
 
 
-def test_claims_stand_beside_the_papers_values_and_their_controls(browser: Browser, html: Path) -> None:
-    with opened(browser, html, viewport={"width": 1280, "height": 900}) as page:
-        claims = page.locator("table.claims")
-        first = claims.locator("tbody").first
-        assert "1. an atom is nearer" in first.inner_text() and "paper: 92.4 %" in first.inner_text()
-        badges = first.locator(".badge").all_inner_texts()
-        assert sorted(badges) == ["below the floor", "confounded by a control", "fails", "holds"]
-        assert "state before the write" in first.locator('td[data-name="controls"]').first.inner_text()
-        assert EVIL in claims.inner_text() and page.locator("script").count() == 0
-        assert page.locator("figure svg").count() > len(MADE)
-        page.get_by_text("claims of the paper that nothing here answers").click()
-        assert page.get_by_text("12. substitution on RWKV-7").is_visible()
-        page.get_by_role("link", name="Can an atom stand in").click()
-        assert page.url.endswith("#substitution") and not scrolls_sideways(page)
-
-
 def test_a_phone_shows_every_verdict_without_scrolling_sideways(browser: Browser, html: Path) -> None:
     with opened(browser, html, **PHONE) as page:
         assert not scrolls_sideways(page)

@@ -30,12 +30,14 @@ def find_results(paths: Sequence[str | Path]) -> list[Result]:
     Raises:
         ValueError: a folder without any; a result that this version cannot read.
     """
-    folders = {Path(path): sorted(file.parent for file in Path(path).rglob("info.json")) for path in paths}
-    for path, below in folders.items():
-        folders[path] = [f for f in below if not any(part.startswith(".") for part in f.relative_to(path).parts)]
-        if not folders[path]:
+    folders = list[Path]()
+    for path in map(Path, paths):
+        below = [file.parent for file in sorted(path.rglob("info.json"))]
+        found = [each for each in below if not any(part.startswith(".") for part in each.relative_to(path).parts)]
+        if not found:
             raise ValueError(f"results: expected folders with saved results (info.json), got none in or below {path}")
-    return [load_result(folder) for found in folders.values() for folder in found]
+        folders += found
+    return [load_result(folder) for folder in folders]
 
 
 def write_report(results: Sequence[Result], path: str | Path, *, title: str | None = None) -> Path:

@@ -59,7 +59,7 @@ class AtomPages(AtomSettings):
 
 def _page(facts: Facts, column: int) -> data.AtomPage:
     settings, atom, sign = facts.settings, int(facts.number[column]), facts.sign(column)
-    rows, traces = facts.rows(column), facts.traces[atom]
+    rows, traces = facts.rows(column), facts.traces[column]
     whole, *sides = facts.cosines(column)
     spots = rows["spot"].to_numpy()
     rows["cosine"] = whole[spots]

@@ -108,31 +108,32 @@ class Facts:
         return self.lab.native_writes(range(len(self.ids))).to(self.matrices.keys)
 
     @cached_property
-    def traces(self) -> dict[int, list[Trace]]:
-        """By atom a trace for each firing that is followed, for at most `half_life_limit` tokens.
+    def traces(self) -> list[list[Trace]]:
+        """Per atom a trace for each firing that is followed, for at most `half_life_limit` tokens.
 
         Cost: one forward up to the layer per sequence, and one vector recurrence for each of these firings.
         """
-        settings, found = self.settings, {int(atom): list[Trace]() for atom in self.number}
+        settings, found = self.settings, [list[Trace]() for _ in self.number]
         for s, rows in self._sample(settings.half_life_firings, 1, stream=2):
             recurrence = self.lab.recurrence(s)
             total = recurrence.outputs()[0, :, 0].norm(dim=-1)
-            for atom, t, activation in rows:
+            for column, t, activation in rows:
                 until = recurrence.select(tokens=slice(0, t + settings.half_life_limit + 1))
-                left, reads = follow(until, self.lab.atoms([atom]), t)
+                left, reads = follow(until, self.matrices.rows([column]), t)
                 gone = (left < left[0] / 2).nonzero()
                 life = (int(gone[0]) if len(gone) else len(left) - 1, not len(gone))
                 share = reads / total[t : t + len(reads)].clamp_min(torch.finfo(total.dtype).tiny)
-                found[atom].append(Trace(s, t, activation, life, activation * share.double().cpu().numpy()))
+                found[column].append(Trace(s, t, activation, life, activation * share.double().cpu().numpy()))
         return found
 
     def _sample(self, per_atom: int, room: int, stream: int) -> Iterator[tuple[int, list[tuple[int, int, float]]]]:
-        """By sequence: atom, position and activation of up to `per_atom` firings of each atom, with `room` tokens after
-        them."""
+        """By sequence: column, position and activation of up to `per_atom` firings of each atom, with `room` tokens
+        after them."""
         last, rng = self.ids.shape[1] - 1 - room, self.lab.rng(stream)
         table = sample_firings(self.firings, self.number, per_atom, first=0, last=last, rng=rng)
+        table["column"] = np.searchsorted(self.number, table["atom"])
         for sequence, rows in table.groupby("sequence"):
-            columns = (rows[name].tolist() for name in ("atom", "position", "activation"))
+            columns = (rows[name].tolist() for name in ("column", "position", "activation"))
             yield cast(int, sequence), list(zip(*columns))
 
     def cosines(self, column: int) -> NDArray[np.float64]:
@@ -179,8 +180,7 @@ class Facts:
         for sequence, firings in self._sample(settings.effect_firings, settings.effect_horizon, stream=1):
             site, trials = lab.site(sequence), list[Trial]()
             size = site.writes.norm()
-            for atom, t in [(atom, t) for atom, t, _ in firings if size[t] > 0]:
-                column = int(np.searchsorted(self.number, atom))
+            for column, t in [(column, t) for column, t, _ in firings if size[t] > 0]:
                 added = unit.rows([column]).to(size) * (STEP * size[[t]])
                 steps = [({"column": column, "sign": sign}, lab.add(t, added * sign)) for sign in (1.0, -1.0)]
                 trials += [Trial(row, t, edit) for row, edit in steps]
