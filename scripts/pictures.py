@@ -63,8 +63,8 @@ def atom(file: Path) -> None:
         cfg = training_config(model, 4, 0, **sizes, verbose=False)
         train(cfg, model, text_dataset(embedded.text("train"))).save_inference_model(folder)
         data = AtomPages(n_atoms=12, min_firings=30).collect(model, load_sae(folder), tokens, progress=False)
-        nearest = max(data.atoms, key=lambda page: page.cosines.at_firings.median)
-        page = write_atom_pages(data, folder).pages[nearest.atom]
+        nearest = max(data.atoms, key=lambda page: page.cosines.median)
+        page = write_atom_pages(data, folder).with_name(f"atom-{nearest.atom}.html")
         command = [browser, "--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1280,900"]
         subprocess.run([*command, f"--screenshot={file}", page.as_uri()], check=True, capture_output=True)
 

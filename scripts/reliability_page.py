@@ -5,7 +5,7 @@
 Each check runs with the product as it is, and then with each broken product that it must catch. The test suite does the
 same with fewer rounds. Numbers are saved in reliability.json, check by check, and the page is made from them (--only
 without a name: from those that are there). Takes some ten minutes of CPU time; --rounds 10 takes ten times as many
-rounds. Full disks need the right to mount a file system.
+rounds.
 """
 
 from __future__ import annotations

@@ -51,20 +51,3 @@ def _own_page(request: Any, folder: str) -> bool:
 def scrolls_sideways(page: Page) -> bool:
     """Whether anything reaches beyond the right edge of the window."""
     return page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
-
-
-def colour(page: Page, selector: str, what: str = "color") -> tuple[int, ...]:
-    """Red, green and blue of an element as it is shown."""
-    shown = page.locator(selector).first.evaluate("(element, what) => getComputedStyle(element)[what]", what)
-    return tuple(int(float(part)) for part in shown[shown.index("(") + 1 : -1].split(",")[:3])
-
-
-def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
-    """Of two colours, by WCAG 2: 1 to 21; text needs 4.5."""
-    darker, lighter = sorted(map(_luminance, (one, other)))
-    return (lighter + 0.05) / (darker + 0.05)
-
-
-def _luminance(colour: tuple[int, ...]) -> float:
-    linear = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

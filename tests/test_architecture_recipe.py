@@ -41,12 +41,12 @@ model = HookedRecurrent.from_hf(make_hf())
 tokens = sample_sequences(HookedRecurrent.from_pretrained("embedded"), embedded.text("test"), 40, 8) % 64
 result = evaluation(n_positions=48, horizon=4).run(model, make_sae(model), tokens, progress=False)
 result.save("out/repeat")
-files = write_report([load_result("out/repeat")], "out/report")
+page = write_report([load_result("out/repeat")], "out/report")
 answer = {
     "file": sys.modules["writesae"].__file__,
     "help": help.getvalue(),
     "table": tables.with_evaluations(Path("README.md").read_text(encoding="utf-8")),
-    "page": files.html.read_text(),
+    "page": page.read_text(),
     "claims": [vars(claim) for claim in result.claims()],
 }
 print(json.dumps(answer))

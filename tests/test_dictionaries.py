@@ -59,13 +59,6 @@ def test_wrong_arguments_are_said_before_any_work(changes: dict, word: str) -> N
         Train(**{"model": "embedded", **HEADS, **changes})
 
 
-def test_flags_of_saelens_are_told_where_they_belong() -> None:
-    with pytest.raises(ValueError, match="own runner"):
-        Train.from_arguments(["--model_class_name", "HookedRecurrent", "--hook_name", "a"])
-    plain = Train.from_arguments(["--model", "embedded", "--layer", "2", "--head", "0", "--target", "write"])
-    assert plain == Train(model="embedded", layers=(2,), heads=(0,))
-
-
 @pytest.fixture(scope="module")
 def collection(embedded: HookedRecurrent, tmp_path_factory: pytest.TempPathFactory) -> Collection:
     """Writes and states of two heads."""

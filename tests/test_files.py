@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
-from writesae.files import atomic_csv, check_settings, check_writable, keep_settings
-
-
-def test_cells_that_a_spreadsheet_would_run_are_text(tmp_path: Path) -> None:
-    table = pd.DataFrame({"token": ["=1+1", "@SUM(A1)", "+1", "-1", " the", None], "n": [-1.5, 2, 3, 4, 5, 6]})
-    read = pd.read_csv(atomic_csv(tmp_path / "table.csv", table))
-    assert read["token"].tolist()[:5] == ["'=1+1", "'@SUM(A1)", "'+1", "'-1", " the"]
-    assert read["n"].tolist() == table["n"].tolist()
+from writesae.files import check_settings, check_writable, keep_settings
 
 
 def test_a_folder_that_takes_no_files_is_refused_and_no_other_is_changed(tmp_path: Path) -> None:

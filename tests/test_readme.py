@@ -95,11 +95,3 @@ def test_the_table_of_evaluations_is_that_of_the_classes():
     """`python scripts/tables.py` writes it."""
     text = README.read_text()
     assert tables.with_evaluations(text) == text
-
-
-def test_runs_of_numbers_are_joined():
-    assert tables.spans((1, 2, 3, 5, 11, 12)) == "1–3, 5, 11–12" and tables.spans(()) == ""
-
-
-def test_the_readme_is_short():
-    assert len(README.read_text().splitlines()) <= 180

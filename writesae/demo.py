@@ -13,15 +13,12 @@ from writesae.dictionaries import save_dictionary
 from writesae.files import check_settings, check_writable, keep_settings, taken
 
 if TYPE_CHECKING:
-    import pandas as pd
     from sae_lens import SAE
     from torch import Tensor
 
     from hookpoints import HookedRecurrent
     from sae_lens_writesae.sae.factors import Collection
-    from writesae.evaluations.substitution import Substitution
     from writesae.experiment.evaluation import Result
-    from writesae.page.report import ReportFiles
 
 
 class Recipe(NamedTuple):
@@ -98,7 +95,7 @@ class Demo:
         sizes = ("d_sae", "training_tokens", "context_size", "train_sequences", "eval_sequences", "n_atoms")
         at_least(self, dict.fromkeys((*sizes, "firings_per_atom"), 1) | {"memory": 0, "seed": 0})
 
-    def run(self, say: Callable[[str], object] = print) -> ReportFiles:
+    def run(self, say: Callable[[str], object] = print) -> Path:
         """Train and test each dictionary, and write everything to `out`: the report, and for each dictionary `sae/` and
         its result `substitution/`. What is there already is kept: the same command goes on where it was stopped.
 
@@ -109,48 +106,53 @@ class Demo:
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "out"}
         check_writable(self.out)
         check_settings(self.out, settings)
-        from hookpoints import HookedRecurrent
-
-        model = HookedRecurrent.from_pretrained(self.model)
-        with taken(self.out, say):
-            return self._run(model, settings, say)
-
-    def _run(self, model: HookedRecurrent, settings: dict[str, object], say: Callable[[str], object]) -> ReportFiles:
-        from hookpoints import embedded
+        from hookpoints import HookedRecurrent, embedded
         from sae_lens_writesae.sae.factors import collect
         from sae_lens_writesae.sae.load import load_sae
         from writesae.evaluations import load_result
+        from writesae.evaluations.substitution import Substitution
         from writesae.experiment.suite import quality_of_heads, with_quality
         from writesae.experiment.tokens import sample_sequences
         from writesae.page.report import write_report
 
+        model = HookedRecurrent.from_pretrained(self.model)
         tokens = sample_sequences(model, embedded.text("test"), self.context_size, self.eval_sequences)
         text = sample_sequences(model, embedded.text("train"), self.context_size, self.train_sequences)
-        choice = self.choose_head(model, text[:16])
-        rule = model.cfg.layer(choice.layer).rule
-        say(
-            f"model {self.model!r}: head {choice.head} of layer {choice.layer} ({rule}); half-life of a write "
-            f"{choice.half_life:.0f} tokens; without its writes the model is off by {choice.nats:.3f} nats per token"
-        )
-        keep_settings(self.out, settings)
-        place = [choice.layer], [choice.head]
-        collection = collect(model, text, *place, self.out / "collection", targets=("write", "state"), dtype="float32")
-        saes: dict[str, SAE] = {}
-        for recipe in RECIPES:
-            folder = self.out / recipe.folder / "sae"
-            say(f"{'kept' if folder.exists() else 'training'}: {recipe.label}")
-            if not folder.exists():
-                self._train(model, collection, text, choice, recipe)
-            saes[recipe.label] = load_sae(folder)
-        quality, results = quality_of_heads(model, saes, tokens), []
-        for recipe in RECIPES:
-            folder = self.out / recipe.folder / "substitution"
-            if not folder.exists():
-                result = self._test(recipe).run(model, saes[recipe.label], tokens, reference=text[:128])
-                with_quality(result, quality, [recipe.label]).save(folder)
-            results.append(load_result(folder))
-        say(first_screen(results))
-        return write_report(results, self.out / "report.html")
+        with taken(self.out, say):
+            choice = self.choose_head(model, text[:16])
+            say(
+                f"model {self.model!r}: head {choice.head} of layer {choice.layer} "
+                f"({model.cfg.layer(choice.layer).rule}); half-life of a write {choice.half_life:.0f} tokens; without "
+                f"its writes the model is off by {choice.nats:.3f} nats per token"
+            )
+            keep_settings(self.out, settings)
+            head, folder = ([choice.layer], [choice.head]), self.out / "collection"
+            collection = collect(model, text, *head, folder, targets=("write", "state"), dtype="float32")
+            saes: dict[str, SAE] = {}
+            for recipe in RECIPES:
+                folder = self.out / recipe.folder / "sae"
+                say(f"{'kept' if folder.exists() else 'training'}: {recipe.label}")
+                if not folder.exists():
+                    self._train(model, collection, text, (choice.layer, choice.head), recipe)
+                saes[recipe.label] = load_sae(folder)
+            quality, results = quality_of_heads(model, saes, tokens), []
+            for recipe in RECIPES:
+                folder = self.out / recipe.folder / "substitution"
+                if not folder.exists():
+                    test = Substitution(
+                        n_atoms=self.n_atoms,
+                        firings_per_atom=self.firings_per_atom,
+                        last_position_firings=0,
+                        atom_choice=("dominant", "own") if recipe is RECIPES[0] else ("dominant",),
+                        scales=("coefficient", "matched"),
+                        seed=self.seed,
+                        label=recipe.label,
+                    )
+                    result = test.run(model, saes[recipe.label], tokens, reference=text[:128])
+                    with_quality(result, quality, [recipe.label]).save(folder)
+                results.append(load_result(folder))
+            say(first_screen(results))
+            return write_report(results, self.out / "report.html")
 
     def choose_head(self, model: HookedRecurrent, tokens: Tensor) -> HeadChoice:
         """The head that was named, or the one whose writes do most, of those with a half-life of `memory` or more (of
@@ -167,14 +169,12 @@ class Demo:
         return HeadChoice(int(best["layer"]), int(best["head"]), float(best["half_life"]), float(best["nats"]))
 
     def _train(
-        self, model: HookedRecurrent, collection: Collection, text: Tensor, choice: HeadChoice, recipe: Recipe
+        self, model: HookedRecurrent, collection: Collection, text: Tensor, place: tuple[int, int], recipe: Recipe
     ) -> None:
-
         from sae_lens_writesae.sae.metric_fit import fit_metrics
         from sae_lens_writesae.sae.runner import train, training_config
         from writesae.dictionaries import quiet
 
-        place = choice.layer, choice.head
         cfg = training_config(
             collection,
             *place,
@@ -192,49 +192,28 @@ class Demo:
             sae = train(cfg, metric=metric)
         save_dictionary(sae, self.out / recipe.folder)
 
-    def _test(self, recipe: Recipe) -> Substitution:
-        from writesae.evaluations.substitution import Substitution
-
-        return Substitution(
-            n_atoms=self.n_atoms,
-            firings_per_atom=self.firings_per_atom,
-            last_position_firings=0,
-            atom_choice=("dominant", "own") if recipe is RECIPES[0] else ("dominant",),
-            scales=("coefficient", "matched"),
-            seed=self.seed,
-            label=recipe.label,
-        )
-
 
 def first_screen(results: list[Result]) -> str:
     """What a reader should see first: quality, one atom against what needs no training, and one write exchanged."""
     from writesae.experiment.at_firings import headline_share
-    from writesae.verdict.format import percent, span
+    from writesae.page.template import share_text
 
     lines = ["", "The dictionaries on held-out text (every write, or state, replaced at once):"]
     for result in results:
         quality = cast(dict, cast(dict, result.info["quality"])[result.label])
-        recovered = quality["recovered"]
-        share = "–"
-        if recovered is not None:
-            share = f"{percent(recovered['mean'])} [{span(recovered['low'], recovered['high'])}]"
         lines.append(
-            f"  {result.label:24} recovered KL {share}, explained variance {quality['explained']:.2f}, L0 "
-            f"{quality['l0']:.1f}, alive {quality['alive']:.0%}"
+            f"  {result.label:24} recovered KL {share_text(quality['recovered'])}, explained variance "
+            f"{quality['explained']:.2f}, L0 {quality['l0']:.1f}, alive {quality['alive']:.0%}"
         )
     lines += ["", "One atom in the place of one write:"]
     for result in results:
         claim = result.claims()[0]
-        lines += [f"  {result.label:24} {claim.measured}: {claim.outcome}. {claim.sentence}"]
-    lines.append(f"  {'controls of the first':24} {results[0].claims()[0].controls}")
-    return "\n".join([*lines, "", *_in_words(max(results, key=headline_share).tables["example"])])
-
-
-def _in_words(example: pd.DataFrame) -> list[str]:
-    """The exchange of one write, as lines of text."""
-    if example.empty:
-        return []
-    wide = example.pivot_table(index="word", columns="condition", values="probability", sort=False)
-    head = f"One write exchanged, that of the token in brackets: {example['text'].iloc[0]!r}"
-    rows = "\n".join(f"  {line}" for line in wide.to_string(float_format="{:.1%}".format).splitlines())
-    return [head, "Probabilities of the next token at the bar:", rows]
+        lines.append(f"  {result.label:24} {claim.measured}: {claim.outcome}. {claim.sentence}")
+    lines += [f"  {'controls of the first':24} {results[0].claims()[0].controls}", ""]
+    example = max(results, key=headline_share).tables["example"]
+    if not example.empty:
+        wide = example.pivot_table(index="word", columns="condition", values="probability", sort=False)
+        lines += [f"One write exchanged, that of the token in brackets: {example['text'].iloc[0]!r}"]
+        lines += ["Probabilities of the next token at the bar:"]
+        lines += [f"  {line}" for line in wide.to_string(float_format="{:.1%}".format).splitlines()]
+    return "\n".join(lines)

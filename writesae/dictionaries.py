@@ -9,10 +9,9 @@ import itertools
 import logging
 import os
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import tyro
 
 from writesae.choices import MATCHED, DictionaryName, Dtype, Loss, MetricName, Target, at_least
-from writesae.cli import parse
 from writesae.files import check_settings, check_writable, keep_settings, taken
 
 if TYPE_CHECKING:
@@ -73,31 +71,18 @@ class Collect:
     """The model's dtype."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
-    device: str | None = None
-    """Of the model; by default the first GPU, or the CPU."""
-    batch_size: int | None = None
-    """Sequences of one forward pass; by default 4096 tokens."""
 
     def __post_init__(self) -> None:
-        at_least(self, dict.fromkeys(("n_tokens", "context_size", "batch_size"), 1))
+        at_least(self, {"n_tokens": 1, "context_size": 1})
 
     def run(self, say: Say = print) -> Path:
         """Collect; returns the folder."""
-        from datasets import load_dataset
-
-        from hookpoints import HookedRecurrent, embedded
-        from sae_lens_writesae.sae.runner import text_dataset
+        from hookpoints import HookedRecurrent
 
         check_writable(self.out)
         check_text(self.model, self.dataset)
-        if self.dataset is None:
-            text = text_dataset(embedded.text("train"))
-        else:
-            text = cast("Dataset", load_dataset(self.dataset, split="train"))
-        model = HookedRecurrent.from_pretrained(
-            self.model, device=self.device, dtype=self.model_dtype, revision=self.revision
-        )
-        return self.of(model, text, say)
+        model = HookedRecurrent.from_pretrained(self.model, dtype=self.model_dtype, revision=self.revision)
+        return self.of(model, enough(documents(self.dataset), self.n_tokens, model), say)
 
     def of(self, model: HookedRecurrent, text: Dataset, say: Say = print) -> Path:
         """Collect from a model that is loaded; returns the folder."""
@@ -117,7 +102,6 @@ class Collect:
                 context_size=self.context_size,
                 targets=self.targets,
                 dtype=self.dtype,
-                batch_size=self.batch_size,
                 say=say,
             )
         return self.out
@@ -132,15 +116,28 @@ def check_text(model: str, dataset: str | None) -> None:
         raise ValueError(f"the package's own text is too short for {model}; name a --dataset with a text column")
 
 
-def enough(documents: Iterable[str], n_tokens: int, model: HookedRecurrent) -> Dataset:
-    """The first documents that have `n_tokens` tokens between them, or all."""
+def documents(dataset: str | None) -> Iterator[str]:
+    """The texts of a dataset on the hub or in a folder; None: the held-out text of this package."""
+    from datasets import load_dataset
+
+    from hookpoints import embedded
+    from sae_lens_writesae.sae.runner import text_dataset
+
+    if dataset is None:
+        yield from text_dataset(embedded.text("train"))["text"]
+    else:
+        yield from (str(row["text"]) for row in load_dataset(dataset, split="train", streaming=True))
+
+
+def enough(texts: Iterable[str], n_tokens: int | None, model: HookedRecurrent) -> Dataset:
+    """The first texts that have `n_tokens` tokens between them, or all."""
     from datasets import Dataset
 
     kept, total = [], 0
-    for document in documents:
-        kept.append(document)
-        total += model.to_tokens(document, prepend_bos=False, truncate=False).shape[1]
-        if total >= n_tokens:
+    for text in texts:
+        kept.append(text)
+        total += model.to_tokens(text, prepend_bos=False, truncate=False).shape[1]
+        if n_tokens is not None and total >= n_tokens:
             break
     return Dataset.from_dict({"text": kept})
 
@@ -237,15 +234,6 @@ class Train:
             if each.metric != "frobenius" and not (self.model is not None and each.on_factors):
                 raise ValueError(f"the metric {each.metric} is one of a model's writes: give --model, found {each}")
 
-    @classmethod
-    def from_arguments(cls, arguments: Sequence[str]) -> Train:
-        """The command line as a value; flags of SAELens are told where they belong."""
-        if any(word.startswith(("--hook_name", "--model_class_name", "--dataset_path")) for word in arguments):
-            raise ValueError(
-                "these are the flags of SAELens' own runner: call it from Python, after `import sae_lens_writesae`"
-            )
-        return parse(cls, "writesae train", arguments)
-
     def dictionaries(self) -> list[DictionaryName]:
         """What is trained on each head."""
         if self.names:
@@ -279,71 +267,52 @@ class Train:
         groups = [group for group in self._groups(places, configs, collection) if not {*left}.isdisjoint(group)]
         measured = [place[:2] for group in groups for place in group if place[2].metric != "frobenius"]
         metrics = self._metrics(measured, collection)
-        begin = time.monotonic()
         done = 0
         for group in groups:
-            with ExitStack() as locks:
-                for folder in sorted(folders[place] for place in group):
-                    locks.enter_context(taken(folder, say))
+            with taken(folders[group[0]], say):
                 missing = [place for place in group if not (folders[place] / "sae").exists()]
                 for place in missing:
                     keep_settings(folders[place], settings)
                 if missing:
                     self._train(collection, group, configs, folders, metrics)
-                done += len(missing)
-            if missing:
-                rest = (time.monotonic() - begin) / done * (len(left) - done)
-                names = ", ".join(str(folders[place].relative_to(self.out)) for place in missing)
-                say(f"{names}  {done} of {len(left)}, about {rest:.0f} s left")
+                    done += len(missing)
+                    names = ", ".join(str(folders[place].relative_to(self.out)) for place in missing)
+                    say(f"{names}  {done} of {len(left)}")
         return self.out
 
     def _collection(self, say: Say) -> Collection:
         """The one that is there, or the model's, made now."""
         from sae_lens_writesae.sae.factors import Collection, CollectionError
 
-        if self.collection is not None:
-            return Collection.open(self.collection)
-        folder = self.out / "collection"
+        folder = self.collection or self.out / "collection"
         try:
             there = Collection.open(folder)
-        except CollectionError:  # not there, or not finished
-            return self._collect(folder, say)
-        if there.model_name != self.model:
+        except CollectionError:
+            if self.model is None:
+                raise
+            check_text(self.model, self.dataset)
+            names = self.dictionaries()
+            needed: set[Target] = {each.target for each in names}
+            needed |= {"state"} if any(each.loss == "reads" for each in names) else set()
+            model = self._model()
+            collect = Collect(
+                model=self.model,
+                layers=self.layers,
+                heads=self.heads,
+                targets=tuple(sorted(needed)),
+                context_size=self.context_size,
+                out=folder,
+            )
+            collect.of(model, enough(documents(self.dataset), self.training_tokens, model), say)
+            return Collection.open(folder)
+        if self.model not in (None, there.model_name):
             raise ValueError(f"{folder} is of the model {there.model_name}, not {self.model}; name another --out")
         return there
 
-    def _collect(self, folder: Path, say: Say) -> Collection:
-        from sae_lens_writesae.sae.factors import Collection
+    def _model(self) -> HookedRecurrent:
+        from hookpoints import HookedRecurrent
 
-        name = cast(str, self.model)
-        check_text(name, self.dataset)
-        model, text = self._model_and_text(self.training_tokens)
-        needed: set[Target] = {each.target for each in self.dictionaries()}
-        needed |= {"state"} if any(each.loss == "reads" for each in self.dictionaries()) else set()
-        collect = Collect(
-            model=name,
-            layers=self.layers,
-            heads=self.heads,
-            targets=tuple(sorted(needed)),
-            context_size=self.context_size,
-            out=folder,
-        )
-        collect.of(model, text, say)
-        return Collection.open(folder)
-
-    def _model_and_text(self, n_tokens: int) -> tuple[HookedRecurrent, Dataset]:
-        """The model, and documents of the training text that have so many tokens between them."""
-        from datasets import load_dataset
-
-        from hookpoints import HookedRecurrent, embedded
-        from sae_lens_writesae.sae.runner import text_dataset
-
-        model = HookedRecurrent.from_pretrained(cast(str, self.model), dtype=self.dtype)
-        if self.dataset is None:
-            documents = text_dataset(embedded.text("train"))["text"]
-        else:
-            documents = (str(row["text"]) for row in load_dataset(self.dataset, split="train", streaming=True))
-        return model, enough(documents, n_tokens, model)
+        return HookedRecurrent.from_pretrained(cast(str, self.model), dtype=self.dtype)
 
     def _metrics(self, heads: Sequence[tuple[int, int]], collection: Collection) -> dict[tuple[int, int], Metric]:
         """The metrics of some heads, fitted on the first of the training text; the same each time."""
@@ -352,10 +321,9 @@ class Train:
 
         if not heads:
             return {}
-        model, text = self._model_and_text(_METRIC_TOKENS)
-        size = min(collection.context_size, _METRIC_TOKENS)
-        tokens = sample_sequences(model, "\n".join(text["text"]), size, _METRIC_TOKENS // size)
-        return fit_metrics(model, tokens, sorted(set(heads)))
+        model, size = self._model(), min(collection.context_size, _METRIC_TOKENS)
+        text = "\n".join(enough(documents(self.dataset), _METRIC_TOKENS, model)["text"])
+        return fit_metrics(model, sample_sequences(model, text, size, _METRIC_TOKENS // size), sorted(set(heads)))
 
     def _groups(
         self, places: Sequence[Place], configs: Mapping[Place, RunnerConfig], collection: Collection
@@ -365,20 +333,15 @@ class Train:
         goes on trains in the same company, and gives bitwise the same."""
         from sae_lens_writesae.sae.fast import MAX_STACK, shape_of
 
-        groups: list[list[Place]] = []
-        open_groups: dict[object, list[Place]] = {}
+        heads = list(dict.fromkeys(place[:2] for place in places))
         n_writes = collection.n_sequences * collection.context_size
+        groups: dict[object, list[Place]] = {}
         for place in places:
-            shape = shape_of(configs[place]) if place[2].target == "write" else None
-            group = open_groups.get(shape) if shape is not None else None
-            sae = configs[place].sae
-            heads = max(1, _WRITES_IN_MEMORY // (4 * n_writes * (sae.d_k + sae.d_v)))
-            if group is None or len(group) == MAX_STACK or len({each[:2] for each in (*group, place)}) > heads:
-                group = []
-                groups.append(group)
-                open_groups |= {shape: group} if shape is not None else {}
-            group.append(place)
-        return groups
+            shape, sae = shape_of(configs[place]) if place[2].target == "write" else None, configs[place].sae
+            together = max(1, _WRITES_IN_MEMORY // (4 * n_writes * (sae.d_k + sae.d_v)))  # heads
+            key = place if shape is None else (shape, heads.index(place[:2]) // together)
+            groups.setdefault(key, []).append(place)
+        return [each[i : i + MAX_STACK] for each in groups.values() for i in range(0, len(each), MAX_STACK)]
 
     def _train(
         self,
@@ -394,17 +357,15 @@ class Train:
         from sae_lens_writesae.sae.runner import train
 
         checkpoint = folders[group[0]] / "checkpoint"
+        wanted = [metrics.get(place[:2]) if place[2].metric != "frobenius" else None for place in group]
         with quiet():
             if group[0][2].target == "write" and shape_of(configs[group[0]]) is not None:
                 heads = {place[:2]: collection.factors(*place[:2]) for place in group}
                 writes = {head: LowRank(mapped.keys[:], mapped.values[:]) for head, mapped in heads.items()}
-                wanted = [metrics.get(place[:2]) if place[2].metric != "frobenius" else None for place in group]
                 every = [configs[place] for place in group], [writes[place[:2]] for place in group], wanted
                 saes = train_many_on_writes(*every, checkpoint=checkpoint)
             else:
-                (place,) = group
-                metric = metrics.get(place[:2]) if place[2].metric != "frobenius" else None
-                saes = [train(configs[place], metric=metric, checkpoint=checkpoint)]
+                saes = [train(configs[group[0]], metric=wanted[0], checkpoint=checkpoint)]
         for place, sae in zip(group, saes):
             if not (folders[place] / "sae").exists():
                 save_dictionary(sae, folders[place])
@@ -412,12 +373,22 @@ class Train:
     def training_config(self, collection: Collection, layer: int, head: int, name: DictionaryName) -> RunnerConfig:
         """SAELens' config for one dictionary. Raises what `head_target` and the configs raise."""
         import torch
+        from sae_lens.registry import get_sae_training_class
 
+        from sae_lens_writesae.choices import VARIANTS
         from sae_lens_writesae.sae.runner import training_config
+        from writesae.experiment.traits import matched_flat, sparsity_fields
 
-        batch = self.train_batch_size_tokens
+        batch, d_sae = self.train_batch_size_tokens, self.d_sae
         buffered = max(2, -(-8 * batch // collection.context_size))  # sequences
-        d_sae, sae = self._size(collection, layer, head, name)
+        sparsity = sparsity_fields(self.architecture, self.k)
+        if name.variant == MATCHED:
+            sae_class, config_class = get_sae_training_class(self.architecture)
+            place = collection.head_target(layer, head, name.target)
+            own = sae_class(config_class.from_dict(place.sae_fields | {"d_sae": d_sae} | sparsity))
+            d_sae, variant = matched_flat(own)
+        else:
+            variant = VARIANTS[name.variant]
         return training_config(
             collection,
             layer,
@@ -427,7 +398,7 @@ class Train:
             metric=name.metric,
             architecture=self.architecture,
             d_sae=d_sae,
-            sae=sae,
+            sae=sparsity | {"normalize_activations": self.normalize_activations} | variant,
             device="cuda" if torch.cuda.is_available() else "cpu",
             training_tokens=self.training_tokens,
             train_batch_size_tokens=batch,
@@ -438,23 +409,3 @@ class Train:
             seed=name.seed,
             verbose=False,
         )
-
-    def _size(
-        self, collection: Collection, layer: int, head: int, name: DictionaryName
-    ) -> tuple[int, dict[str, object]]:
-        """d_sae, and further fields of a dictionary's SAE."""
-        from sae_lens.registry import get_sae_training_class
-
-        from sae_lens_writesae.choices import VARIANTS
-        from writesae.experiment.traits import matched_flat, sparsity_fields
-
-        sae_class, config_class = get_sae_training_class(self.architecture)
-        sparsity = sparsity_fields(self.architecture, self.k)
-        given = sparsity | {"normalize_activations": self.normalize_activations}
-        if name.variant != MATCHED:
-            return self.d_sae, given | VARIANTS[name.variant]
-        place = collection.head_target(layer, head, name.target)
-        size, fields = matched_flat(
-            sae_class(config_class.from_dict(place.sae_fields | {"d_sae": self.d_sae} | sparsity))
-        )
-        return size, given | fields

@@ -16,7 +16,6 @@ from writesae.settings import evaluations, parse_with, settings_of
 
 if TYPE_CHECKING:
     from writesae.experiment.evaluation import Evaluation
-    from writesae.page.report import ReportFiles
 
 _REFERENCE = 64
 """Sequences from which control dictionaries are made, and on which baselines are fitted."""
@@ -124,7 +123,7 @@ class Report:
     out: Path = Path("report.html")
     """Page to write, or a folder, which gets a report.html."""
 
-    def run(self) -> ReportFiles:
+    def run(self) -> Path:
         """Find the results and write the page.
 
         Raises:
@@ -139,7 +138,7 @@ class Report:
         return write_report(find_results(self.results), page)
 
 
-def run_eval(arguments: Sequence[str]) -> ReportFiles:
+def run_eval(arguments: Sequence[str]) -> Path:
     """`writesae eval KIND SAE...` with the settings of that evaluation as flags; `all` runs every evaluation."""
     kinds = {kind: source.question for kind, source in evaluations().items()}
     kind = choose("writesae eval", arguments, kinds | {"all": "Every evaluation that fits, on one page."})
@@ -156,7 +155,7 @@ def run_eval(arguments: Sequence[str]) -> ReportFiles:
 
 def evaluate(
     subjects: Subjects, evaluations: Sequence[Evaluation], *, single: bool = False, resume: bool = False
-) -> ReportFiles:
+) -> Path:
     """Run evaluations on the SAEs of some folders; save each result, and a page over all.
 
     Args:

@@ -1,4 +1,4 @@
-"""Folders of commands: their settings, one process at a time, tables. Loads no torch, for the sake of help."""
+"""Folders of commands: their settings, one process at a time. Loads no torch, for the sake of help."""
 
 from __future__ import annotations
 
@@ -7,25 +7,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from filelock import FileLock, Timeout
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
-
-
-def atomic_csv(target: Path, table: pd.DataFrame) -> Path:
-    """Write a table as CSV, whole or not at all. A spreadsheet would run a cell that begins with = + - or @, and a cell
-    may hold a token of any text; so such a cell gets an apostrophe in front."""
-    from sae_lens_writesae.files import atomic_text
-
-    def plain(cell: object) -> object:
-        return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
-
-    return atomic_text(target, table.map(plain).to_csv(index=False))
 
 
 def check_settings(folder: Path, settings: Mapping[str, object]) -> None:

@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import tyro
 
 if TYPE_CHECKING:
+    from sae_lens import SAE
     from sae_lens.saes.sae import SAEConfig, SAEMetadata
 
     from writesae.files import Json
 
-_FILES = ("cfg.json", "sae_weights.safetensors", "SHA256SUMS")
-"""What is uploaded of a dictionary: what SAELens loads, and its checksums."""
 _NAME = r"[\w-][\w.-]*"
 _FORMS = {"dataset_path": f"({_NAME}/)?{_NAME}", "training_architecture": _NAME, "context_size": r"\d+"}
 """Forms of metadata that the card names. What has another form is not published."""
@@ -38,18 +37,11 @@ class Published(NamedTuple):
     """A dictionary that is to be uploaded."""
 
     folder: Path
-    """Where it was read."""
+    """The folder that names it, of this machine."""
     model: str
     """Where its model is, which may be a folder of this machine."""
-    cfg: SAEConfig
-    """As it is published."""
-    cell: str
-    """Its head: L2H0."""
-
-    @property
-    def own_name(self) -> Path:
-        """The folder that names it: `sae` is what a run calls its result."""
-        return (self.folder.parent if self.folder.name == "sae" else self.folder).resolve()
+    sae: SAE
+    """With the metadata that is published."""
 
 
 @dataclass(frozen=True)
@@ -79,39 +71,35 @@ class Push:
                 take.
             OSError: the hub cannot be reached, or refuses.
         """
-        from huggingface_hub import CommitOperationAdd, HfApi
+        from huggingface_hub import HfApi
         from huggingface_hub.utils import validate_repo_id
 
+        from sae_lens_writesae.files import atomic_text
+
         validate_repo_id(self.repo)
-        with tempfile.TemporaryDirectory() as fresh:
-            saes = saved_anew(self.folder, Path(fresh))
+        with tempfile.TemporaryDirectory() as folder:
+            saes = saved_anew(self.folder, Path(folder))
+            files = sorted(str(file.relative_to(folder)) for file in Path(folder).rglob("*") if file.is_file())
             text = card(self.repo, saes, self._quality(saes))
-            files = [f"{name}/{file}" for name in saes for file in _FILES]
             if self.dry_run:
                 return "\n".join([*files, "README.md", "", text])
-            additions = [CommitOperationAdd(file, Path(fresh, file)) for file in files]
-            additions.append(CommitOperationAdd("README.md", text.encode()))
+            atomic_text(Path(folder, "README.md"), text)
             api = HfApi()
-            try:
-                api.create_repo(self.repo, private=self.private or None, exist_ok=True)
-                commit = api.create_commit(self.repo, additions, commit_message=f"Upload {', '.join(saes)}")
-            except OSError:
-                raise
-            except Exception as error:  # of the HTTP client, whose classes belong to none of these
-                raise OSError(f"{self.repo} was not uploaded to {api.endpoint}: {error}") from error
-        return str(commit.commit_url)
+            api.create_repo(self.repo, private=self.private or None, exist_ok=True)
+            told = f"Upload {', '.join(saes)}"
+            return str(api.upload_folder(repo_id=self.repo, folder_path=folder, commit_message=told).commit_url)
 
     def _quality(self, saes: Mapping[str, Published]) -> dict[str, Mapping[str, Json]]:
         """What results say of the dictionaries, by their names in the repository; nothing, where they say nothing."""
+        from sae_lens_writesae.sae.target import HeadHook
         from writesae.page.report import find_results, quality_rows
 
         places = self.results or [self.folder] * any(self.folder.rglob("info.json"))
         rows = {(row["model"], row["head"], row["dictionary"]): row for row in quality_rows(find_results(places))}
         found: dict[str, Mapping[str, Json]] = {}
-        for name, sae in saes.items():
-            own = sae.own_name
-            for label in (own.name, f"{own.parent.name}/{own.name}"):  # as `folder_labels` gives them
-                if row := rows.get((sae.model, sae.cell, label)):
+        for name, (folder, model, sae) in saes.items():
+            for label in (folder.name, f"{folder.parent.name}/{folder.name}"):  # as `folder_labels` gives them
+                if row := rows.get((model, HeadHook.of(sae).cell, label)):
                     found[name] = row
         return found
 
@@ -133,17 +121,18 @@ def saved_anew(folder: Path, fresh: Path) -> dict[str, Published]:
         parts = file.parent.relative_to(folder).parts
         if any(part.startswith(".") or part == "checkpoints" for part in parts):
             continue
-        loaded = load_sae(file.parent)
-        model, loaded.cfg.metadata = str(loaded.cfg.metadata.model_name), _told(loaded.cfg.metadata)
-        sae = Published(file.parent, model, loaded.cfg, HeadHook.of(loaded).cell)
-        name = "/".join(parts[:-1] if parts[-1:] == ("sae",) else parts) or sae.own_name.name
+        sae = load_sae(file.parent)
+        HeadHook.of(sae)  # raises where it is not of a head
+        model, sae.cfg.metadata = str(sae.cfg.metadata.model_name), _told(sae.cfg.metadata)
+        own = (file.parents[1] if file.parent.name == "sae" else file.parent).resolve()  # a run calls its result `sae`
+        name = "/".join(parts[:-1] if parts[-1:] == ("sae",) else parts) or own.name
         if name in found:
-            raise ValueError(f"{found[name].folder} and {file.parent} would both be {name}: push them apart")
+            raise ValueError(f"{found[name].folder} and {own} would both be {name}: push them apart")
         if not re.fullmatch(r"[\w./=+, -]+", name):
-            raise ValueError(f"{file.parent}: expected a name of letters and digits, got {name!r}; rename the folder")
-        loaded.save_model(fresh / name)
-        write_checksums(fresh / name, _FILES[:2])
-        found[name] = sae
+            raise ValueError(f"{own}: expected a name of letters and digits, got {name!r}; rename the folder")
+        sae.save_model(fresh / name)
+        write_checksums(fresh / name, ("cfg.json", "sae_weights.safetensors"))
+        found[name] = Published(own, model, sae)
     if not found:
         raise ValueError(f"no dictionary lies in or below {folder} (looked for cfg.json)")
     return found
@@ -169,11 +158,12 @@ def card(repo: str, saes: Mapping[str, Published], quality: Mapping[str, Mapping
     from huggingface_hub import ModelCardData
 
     first, *_ = saes
-    metadata = saes[first].cfg.metadata
-    models = sorted({sae.cfg.metadata.model_name or "a local model" for sae in saes.values()})
+    configs = {name: each.sae.cfg for name, each in saes.items()}
+    metadata = configs[first].metadata
+    models = sorted({cfg.metadata.model_name or "a local model" for cfg in configs.values()})
     base = models[0] if len(models) == 1 and "/" in models[0] else None
     tags = ["sparse-autoencoder", "saelens", "writesae"]
-    plugin = any("requires" in sae.cfg.metadata for sae in saes.values())
+    plugin = any("requires" in cfg.metadata for cfg in configs.values())
     lines = [
         "---",
         ModelCardData(library_name="saelens", tags=tags, base_model=base).to_yaml(),
@@ -201,7 +191,7 @@ def card(repo: str, saes: Mapping[str, Published], quality: Mapping[str, Mapping
         "",
         *_table(
             ("name", "hook", "K x V", "atoms", "architecture", "trained on"),
-            [(f"`{name}`", *_described(sae.cfg)) for name, sae in saes.items()],
+            [(f"`{name}`", *_described(cfg)) for name, cfg in configs.items()],
         ),
     ]
     if measured := [(f"`{name}`", *_measured(quality[name])) for name in saes if name in quality]:
@@ -228,25 +218,11 @@ def _described(cfg: SAEConfig) -> tuple[str, ...]:
 
 
 def _measured(quality: Mapping[str, Json]) -> tuple[str, ...]:
-    from writesae.verdict.format import number, percent, span
+    from writesae.page.template import cell_text, share_text
 
-    def or_dash(value: Json) -> str:
-        return "–" if value is None else number(cast(float, value))
-
-    recovered = cast("dict[str, float] | None", quality["recovered"])
-    share = "–"
-    if recovered is not None:
-        share = percent(recovered["mean"])
-        if recovered["low"] is not None:
-            share += f" ({span(recovered['low'], recovered['high'])})"
-    return (
-        str(int(cast(float, quality["n_tokens"]))),
-        or_dash(quality["l0"]),
-        or_dash(quality["explained"]),
-        or_dash(quality["cosine"]),
-        percent(cast(float, quality["alive"])),
-        share,
-    )
+    values = [quality[name] for name in ("l0", "explained", "cosine")]
+    shares = [cast("float | Mapping[str, float | None] | None", quality[name]) for name in ("alive", "recovered")]
+    return cell_text(quality["n_tokens"]), *map(cell_text, values), *map(share_text, shares)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import tyro
 
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 
     from hookpoints import HookedRecurrent
     from writesae.page.atoms.collect import AtomPages
-    from writesae.page.atoms.pages import AtomPageFiles
     from writesae.page.prompt import PromptServer
 
-T = TypeVar("T")
+_PAGES = "writesae.page.atoms.collect", "AtomPages"
+"""Whose settings are flags of `show` and `export`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,24 +45,24 @@ class OnText:
     """Sequences to find firings in."""
     context_size: int = 128
     """Tokens per sequence."""
+    out: Path = Path("writesae-out/atoms")
+    """Folder for what is written."""
 
     def __post_init__(self) -> None:
         at_least(self, {"sequences": 1, "context_size": 1})
 
-    def load(self, pages: AtomPages) -> tuple[HookedRecurrent, SAE, Tensor]:
+    def load(self) -> tuple[HookedRecurrent, SAE, Tensor]:
         """The model, the dictionary, and the text as tokens [sequences,context_size].
 
         Raises:
-            ValueError: a folder does not hold what it should, the dictionary has no atom of a number that `pages`
-                names (before the model is loaded), or the text is too short.
+            ValueError: a folder does not hold what it should, or the text is too short.
         """
         from hookpoints import HookedRecurrent
         from sae_lens_writesae.sae.load import load_sae
         from writesae.experiment.tokens import sample_sequences, text_of
 
-        text = text_of(self.text)
-        sae = load_sae(self.sae)
-        pages.check(sae)
+        check_writable(self.out)
+        text, sae = text_of(self.text), load_sae(self.sae)
         model = HookedRecurrent.from_pretrained(self.model or str(sae.cfg.metadata.model_name), dtype=self.dtype)
         return model, sae, sample_sequences(model, text, self.context_size, self.sequences)
 
@@ -74,19 +75,12 @@ class Show(OnText):
     beside them as JSON.
     """
 
-    substitution: Path | None = None
-    """Folder of a saved substitution test of this SAE; by default the one that `demo` left beside it, or else a small
-    one is run."""
-    readers: Path | None = None
-    """Folder of a saved result of the evaluation `readers`; by default readers are measured here, without a control."""
-    out: Path = Path("writesae-out/atoms")
-    """Folder for index.html, one page per atom, and data.json."""
-
     optional: bool = False
     """Where no atom can be shown, leave the reason in `out` and no error."""
 
-    def run(self, pages: AtomPages | None = None, progress: bool = True) -> AtomPageFiles | Path:
-        """Load the SAE, look at its atoms on the text, and write the pages to `out`.
+    def run(self, pages: AtomPages, progress: bool = True) -> Path:
+        """Load the SAE, look at its atoms on the text, and write index.html, a page for each atom and data.json to
+        `out`; returns the index.
 
         Raises:
             ValueError: a folder does not hold what it should, the SAE does not fit the model, or no atom fires often
@@ -94,24 +88,16 @@ class Show(OnText):
         """
         from sae_lens_writesae.errors import NothingToMeasureError
         from sae_lens_writesae.files import atomic_text
-        from writesae.evaluations import load_result
-        from writesae.page.atoms.collect import AtomPages
         from writesae.page.atoms.pages import write_atom_pages
 
-        check_writable(self.out)
-        beside = self.sae.parent / "substitution"
-        tested = self.substitution or (beside if (beside / "info.json").is_file() else None)
-        substitution, readers = (None if f is None else load_result(f) for f in (tested, self.readers))
-        pages = pages or AtomPages()
-        loaded = self.load(pages)
+        loaded = self.load()
         with taken(self.out):
             try:
-                data = pages.collect(*loaded, substitution=substitution, readers=readers, progress=progress)
+                return write_atom_pages(pages.collect(*loaded, progress=progress), self.out)
             except NothingToMeasureError as error:
                 if not self.optional:
                     raise
                 return atomic_text(self.out / "nothing-to-show.txt", f"{error}\n")
-            return write_atom_pages(data, self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +114,8 @@ class Export(OnText):
     """What the text is called there."""
     splits: int = 5
     """delphi: files that the atoms are dealt to."""
-    out: Path = Path("writesae-out/export")
-    """Folder for what is written."""
 
-    def run(self, pages: AtomPages | None = None, progress: bool = True) -> Path:
+    def run(self, pages: AtomPages, progress: bool = True) -> Path:
         """Load the SAE, find where its atoms fire on the text, and write to `out`: the file, or for delphi the folder.
 
         Raises:
@@ -140,13 +124,10 @@ class Export(OnText):
         """
         from sae_lens_writesae.files import atomic_text
         from writesae.experiment.lab import Lab
-        from writesae.page.atoms.collect import AtomPages
         from writesae.page.atoms.export import neuronpedia_batch, write_delphi
         from writesae.page.atoms.measure import Facts
 
-        check_writable(self.out)
-        pages = pages or AtomPages()
-        model, sae, tokens = self.load(pages)
+        model, sae, tokens = self.load()
         if self.to == "neuronpedia":
             batch = neuronpedia_batch(Facts(pages, model, sae, tokens, progress=progress), self.dataset)
             return atomic_text(self.out / "batch-0.json", json.dumps(batch, allow_nan=False))
@@ -176,14 +157,9 @@ class Prompt:
 
     def run(self) -> None:
         """Serve until interrupted."""
-        server = self.server()
-        host, port = server.server_address[:2]
-        print(f"open http://{host}:{port} in a browser; Ctrl-C ends", flush=True)
-        with server:
-            try:
-                server.serve_forever()
-            except KeyboardInterrupt:
-                print()
+        with self.server() as server, suppress(KeyboardInterrupt):
+            print(f"open http://127.0.0.1:{server.server_port} in a browser; Ctrl-C ends", flush=True)
+            server.serve_forever()
 
     def server(self) -> PromptServer:
         """The server, bound to its port; raises what `PromptServer` raises."""
@@ -194,21 +170,18 @@ class Prompt:
 
 def run_show(arguments: Sequence[str]) -> str:
     """`writesae show SAE` with the settings of `AtomPages` as flags."""
-    show, pages = _with_pages(Show, "writesae show", arguments)
+    show, settings = parse_with(Show, *_PAGES, "writesae show", arguments)
+    from writesae.page.atoms.collect import AtomPages
+
     folders = sae_folders(show.sae)
     outs = [show.out / label for label in folder_labels(folders)] if len(folders) > 1 else [show.out]
     each = [dataclasses.replace(show, sae=folder, out=out) for folder, out in zip(folders, outs)]
-    return "\n".join(str(one.run(pages)) for one in each)
+    return "\n".join(f"pages    {one.run(AtomPages(**cast(dict, settings)))}" for one in each)
 
 
 def run_export(arguments: Sequence[str]) -> Path:
     """`writesae export SAE` with the settings of `AtomPages` as flags."""
-    export, pages = _with_pages(Export, "writesae export", arguments)
-    return export.run(pages)
-
-
-def _with_pages(command: type[T], program: str, arguments: Sequence[str]) -> tuple[T, AtomPages]:
-    given, settings = parse_with(command, "writesae.page.atoms.collect", "AtomPages", program, arguments)
+    export, settings = parse_with(Export, *_PAGES, "writesae export", arguments)
     from writesae.page.atoms.collect import AtomPages
 
-    return given, AtomPages(**cast(dict, settings))
+    return export.run(AtomPages(**cast(dict, settings)))

@@ -41,7 +41,7 @@ from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import coverage
 import libcst as cst
@@ -180,20 +180,6 @@ def survives(mutant: Mutant, root: Path) -> bool:
     return passed
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The lines of a page that say what came of a run."""
-    left = [
-        f"- `{each['file']}:{each['line']}` ({each['operator']}): `{each['change']}`" for each in result["survivors"]
-    ]
-    share = f"{1 - len(left) / result['sample']:.1%}"
-    head = (
-        f"{result['date']}, mutmut {result['mutmut']}: of {result['mutants']:,} mutants, {result['sample']} were drawn "
-        f"(seed {result['seed']}); the tests kill {share}, and {len(left)} survive."
-    )
-    rows = [f"| {name} | {n} | {lost} |" for name, (n, lost) in result["operators"].items()]
-    return "\n".join([head, "", "| operator | drawn | survived |", "|---|---|---|", *rows, "", *left])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, default=200, help="mutants to try")
@@ -220,7 +206,7 @@ def main() -> None:
         "survivors": survivors,
     }
     (arguments.out / "mutants.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(markdown(result))
+    print(f"{len(mutants) - len(left)} of {len(mutants)} mutants were killed")
 
 
 if __name__ == "__main__":

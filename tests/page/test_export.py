@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from planted_atoms import HOOK, SMALL, held_out, planted_sae
-from pydantic import BaseModel, ConfigDict
 from safetensors.numpy import load_file
 from torch import Tensor
 
@@ -18,81 +17,40 @@ from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
 from sae_lens_writesae.sae import WriteTopKSAE
 from writesae.experiment.lab import Lab
-from writesae.experiment.quality import DictionaryQuality, qualities
-from writesae.page.atoms import collect, write_atom_pages
+from writesae.page.atoms import collect
 from writesae.page.atoms.export import neuronpedia_batch, write_delphi
 from writesae.page.atoms.measure import Facts
 from writesae.show import Export
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class DashboardActivation(_Strict):
-    """`NeuronpediaDashboardActivation.to_dict`, SAEDashboard 0.8.0, sae_dashboard/neuronpedia/neuronpedia_dashboard.py;
-    fields of direct feature attribution left out."""
-
-    bin_min: float
-    bin_max: float
-    bin_contains: float
-    tokens: list[str]
-    values: list[float]
-    qualifying_token_index: int
-
-
-class DashboardFeature(_Strict):
-    """`NeuronpediaDashboardFeature.to_dict`, of the same file."""
-
-    feature_index: int
-    neuron_alignment_indices: list[int]
-    neuron_alignment_values: list[float]
-    neuron_alignment_l1: list[float]
-    correlated_neurons_indices: list[int]
-    correlated_neurons_l1: list[float]
-    correlated_neurons_pearson: list[float]
-    correlated_features_indices: list[int]
-    correlated_features_l1: list[float]
-    correlated_features_pearson: list[float]
-    neg_str: list[str]
-    neg_values: list[float]
-    pos_str: list[str]
-    pos_values: list[float]
-    frac_nonzero: float
-    freq_hist_data_bar_values: list[float]
-    freq_hist_data_bar_heights: list[float]
-    logits_hist_data_bar_heights: list[float]
-    logits_hist_data_bar_values: list[float]
-    n_prompts_total: int
-    n_tokens_in_prompt: int
-    dataset: str
-    decoder_weights_dist: list[float]
-    activations: list[DashboardActivation]
-    vector: list[float]
+_INTS = ("feature_index", "n_prompts_total", "n_tokens_in_prompt")
+_LISTS = (
+    "neuron_alignment_indices neuron_alignment_values neuron_alignment_l1 correlated_neurons_indices "
+    "correlated_neurons_l1 correlated_neurons_pearson correlated_features_indices correlated_features_l1 "
+    "correlated_features_pearson neg_str neg_values pos_str pos_values freq_hist_data_bar_values "
+    "freq_hist_data_bar_heights logits_hist_data_bar_heights logits_hist_data_bar_values decoder_weights_dist "
+    "activations vector"
+)
+SCHEMAS: dict[str, dict[str, Any]] = {
+    # `NeuronpediaDashboardBatch.to_dict`, SAEDashboard 0.8.0, sae_dashboard/neuronpedia/neuronpedia_dashboard.py
+    "batch": {"model_id": str, "layer": int, "sae_set": str, "sae_id_suffix": str, "features": list},
+    # `NeuronpediaDashboardFeature.to_dict`, of the same file
+    "feature": dict.fromkeys(_LISTS.split(), list)
+    | dict.fromkeys(_INTS, int)
+    | {"frac_nonzero": float, "dataset": str},
+    # `NeuronpediaDashboardActivation.to_dict`; fields of direct feature attribution left out
+    "activation": dict.fromkeys(("bin_min", "bin_max", "bin_contains"), (int, float))
+    | {"tokens": list, "values": list, "qualifying_token_index": int},
+    # `CacheConfig` of eai-delphi 0.1.3, delphi/config.py, and the name that `LatentCache.save_config` adds
+    "cache": dict.fromkeys(("batch_size", "cache_ctx_len", "n_tokens", "n_splits"), int)
+    | dict.fromkeys(("dataset_repo", "dataset_split", "dataset_name", "dataset_column", "model_name"), str),
+}
 
 
-class DashboardBatch(_Strict):
-    """`NeuronpediaDashboardBatch.to_dict`, of the same file."""
-
-    model_id: str
-    layer: int
-    sae_set: str
-    sae_id_suffix: str | None
-    features: list[DashboardFeature]
-
-
-class CacheConfig(_Strict):
-    """`CacheConfig` of eai-delphi 0.1.3, delphi/config.py, and the name that `LatentCache.save_config` adds."""
-
-    dataset_repo: str
-    dataset_split: str
-    dataset_name: str
-    dataset_column: str
-    batch_size: int
-    cache_ctx_len: int
-    n_tokens: int
-    n_splits: int
-    model_name: str
+def fits(value: dict[str, Any], schema: str) -> dict[str, Any]:
+    """The value, which must have the fields of a schema and no others."""
+    assert value.keys() == SCHEMAS[schema].keys()
+    assert all(isinstance(value[name], kind) for name, kind in SCHEMAS[schema].items())
+    return value
 
 
 @pytest.fixture(scope="module")
@@ -110,48 +68,34 @@ def test_neuronpedia_gets_the_numbers_of_the_pages(
 ) -> None:
     data = SMALL.collect(embedded, planted, tokens, progress=False)
     facts = Facts(SMALL, embedded, planted, tokens, progress=False)
-    batch = DashboardBatch.model_validate_json(json.dumps(neuronpedia_batch(facts, "speeches")))
-    assert batch.model_id == data.info["model"] and batch.layer == data.info["layer"]
-    for page, feature in zip(data.atoms, batch.features, strict=True):
-        assert (
-            feature.feature_index == page.atom and feature.frac_nonzero == page.rate and feature.dataset == "speeches"
-        )
-        assert sum(feature.freq_hist_data_bar_heights) == page.n_firings
-        assert len(feature.logits_hist_data_bar_heights) == len(feature.logits_hist_data_bar_values)
-        assert page.effect is not None and feature.pos_str == [t.text for t in page.effect.tokens.high]
-        top = [a for a in feature.activations if a.bin_contains == -1]
-        assert [a.values[a.qualifying_token_index] for a in top] == [c.activation for c in page.top]
-        bands = [a for a in feature.activations if a.bin_contains > 0]
+    batch = fits(json.loads(json.dumps(neuronpedia_batch(facts, "speeches"), allow_nan=False)), "batch")
+    assert batch["model_id"] == data.info["model"] and batch["layer"] == data.info["layer"]
+    for page, feature in zip(data.atoms, batch["features"], strict=True):
+        fits(feature, "feature")
+        assert (feature["feature_index"], feature["frac_nonzero"]) == (page.atom, page.rate)
+        assert sum(feature["freq_hist_data_bar_heights"]) == page.n_firings
+        assert page.effect is not None and feature["pos_str"] == [t.text for t in page.effect.tokens.high]
+        shown = [fits(each, "activation") for each in feature["activations"]]
+        peaks = [each["values"][each["qualifying_token_index"]] for each in shown]
+        top = [peak for each, peak in zip(shown, peaks) if each["bin_contains"] == -1]
+        assert top == [c.values[c.at] for c in page.top]
+        bands = [(each, peak) for each, peak in zip(shown, peaks) if each["bin_contains"] > 0]
         assert len(bands) == page.n_firings  # all of them, with these settings
-        assert all(a.bin_min <= a.values[a.qualifying_token_index] <= a.bin_max for a in bands)
-        assert all(len(a.tokens) == len(a.values) for a in feature.activations)
-    # What no dashboard shows was not measured: no pass for cosines and memory, no neighbours.
-    assert not {"swept", "nearest", "direct"} & vars(facts).keys()
+        assert all(each["bin_min"] <= peak <= each["bin_max"] for each, peak in bands)
+    assert not {"writes", "traces", "direct"} & vars(facts).keys()  # what no dashboard shows
 
 
-def test_the_quality_of_the_dictionary_is_measured_for_pages_alone(
-    embedded: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_no_other_tool_shows_is_not_measured(
+    planted: WriteTopKSAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It needs a pass of the model for every sequence and replacement, and no other tool shows it."""
-    measured: list[Lab] = []
-
-    def counted(lab: Lab) -> dict[str, DictionaryQuality]:
-        measured.append(lab)
-        return qualities(lab)
-
-    monkeypatch.setattr(collect, "qualities", counted)
+    """Quality needs a pass of the model for every sequence and replacement; cosines and memory cost, too."""
+    for name in ("qualities", "_page"):
+        monkeypatch.setattr(collect, name, lambda *_: pytest.fail("was measured"))
     planted.save_model(tmp_path / "sae")
-    text = tmp_path / "text.txt"
-    text.write_text(shipped.text("test")[:3000])
-    export = Export(sae=tmp_path / "sae", to="neuronpedia", text=text, context_size=48, out=tmp_path / "out")
-    written = DashboardBatch.model_validate_json(export.run(SMALL, progress=False).read_text())
-    assert len(written.features) > 0 and not measured
-    without = replace(SMALL, quality=False, substitution_firings=0).collect(embedded, planted, tokens, progress=False)
-    pages = write_atom_pages(without, tmp_path / "pages")
-    assert not measured and without.info["quality"] is None and "recovered KL" not in pages.index.read_text()
-    whole = SMALL.collect(embedded, planted, tokens, progress=False)
-    assert len(measured) == 1 and whole.info["quality"] == qualities(measured[0])[""].to_dict()
-    assert "recovered KL" in write_atom_pages(whole, tmp_path / "pages").index.read_text()
+    (text := tmp_path / "text.txt").write_text(shipped.text("test")[:3000])
+    for to, file in (("neuronpedia", "batch-0.json"), ("delphi", HOOK)):
+        export = Export(sae=tmp_path / "sae", to=to, text=text, context_size=48, splits=2, out=tmp_path / to)
+        assert export.run(SMALL, progress=False) == tmp_path / to / file
 
 
 def test_delphi_gets_every_firing_at_its_place(
@@ -162,8 +106,8 @@ def test_delphi_gets_every_firing_at_its_place(
     lab = Lab(embedded, {"": planted}, tokens)
     folder = write_delphi(lab, tmp_path / "cache", n_splits=4, dataset="speeches")
     assert [entry.name for entry in folder.parent.iterdir()] == [HOOK]
-    config = CacheConfig.model_validate_json((folder / "config.json").read_text())
-    assert config.cache_ctx_len == tokens.shape[1] and config.n_tokens == tokens.numel() and config.n_splits == 4
+    config = fits(json.loads((folder / "config.json").read_text()), "cache")
+    assert (config["cache_ctx_len"], config["n_tokens"], config["n_splits"]) == (tokens.shape[1], tokens.numel(), 4)
     found, next_atom = torch.zeros(*tokens.shape, int(planted.cfg.d_sae)), 0
     for file in sorted(folder.glob("*.safetensors"), key=lambda file: int(file.stem.split("_")[0])):
         first, last = map(int, file.stem.split("_"))
@@ -181,14 +125,3 @@ def test_delphi_gets_every_firing_at_its_place(
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="splits"):
         write_delphi(lab, tmp_path / "many", n_splits=7)
-
-
-def test_the_command_writes_both(embedded: HookedRecurrent, planted: WriteTopKSAE, tmp_path: Path) -> None:
-    planted.save_model(tmp_path / "sae")
-    text = tmp_path / "text.txt"
-    text.write_text(shipped.text("test")[:3000])
-    for to in ("neuronpedia", "delphi"):
-        export = Export(sae=tmp_path / "sae", to=to, text=text, context_size=48, splits=2, out=tmp_path / to)
-        written = export.run(SMALL, progress=False)
-        assert written == tmp_path / to / ("batch-0.json" if to == "neuronpedia" else HOOK)
-    DashboardBatch.model_validate_json((tmp_path / "neuronpedia" / "batch-0.json").read_text())

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from browsing import PHONE, chromium, colour, contrast, scrolls_sideways
+from browsing import PHONE, chromium, scrolls_sideways
 from planted_atoms import HEAD, LAYER, empty_sae
 from recurrences import FORMS, random_recurrence
 from sae_lens import SAE
@@ -98,8 +98,6 @@ def test_other_sites_and_other_requests_are_refused(server: PromptServer) -> Non
         (403, "POST", "/read", asked, {"Host": f"evil.example:{port}"}),
         (403, "POST", "/read", asked, {"Origin": "http://evil.example"}),
         (403, "POST", "/read", asked, {"Origin": "null"}),
-        (415, "POST", "/read", asked, {"Content_Type": "text/plain"}),
-        (413, "POST", "/read", {"text": "w" * 100_001}, {}),
         (404, "GET", "/../prompt.py", None, {}),
         (404, "POST", "/", asked, {}),
         (400, "POST", "/read", {"text": "war"}, {}),
@@ -144,7 +142,4 @@ def test_the_page_shows_a_text_and_keeps_markup_text(server: PromptServer) -> No
             page.locator("#heads").get_by_role("button", name="head 1").click()
             page.get_by_text("There is no dictionary of this head.").wait_for()
             assert page.get_by_label("Head").input_value() == "1" and not scrolls_sideways(page)
-            paper = colour(page, "body", "backgroundColor")
-            for selector in ("h1", ".muted", "#said", ".side p", "form.tools label"):
-                assert contrast(colour(page, selector), paper) >= 4.5, selector
     assert not troubles

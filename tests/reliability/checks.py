@@ -87,8 +87,6 @@ class Check:
 
 
 CHECKS: list[Check] = []
-ACTIVE: list[Change] = []
-"""Changes that are in force here; processes that a check starts make them too."""
 
 
 def check(
@@ -108,7 +106,6 @@ def breaking(changes: Sequence[Change]) -> Iterator[None]:
     """In this scope the product is the broken one. Code objects are replaced, so that every name of a function has the
     change."""
     with ExitStack() as undo:
-        undo.callback(ACTIVE.clear)
         for target in dict.fromkeys(change.function for change in changes):
             module, _, name = target.partition(":")
             function = inspect.unwrap(attrgetter(name)(importlib.import_module(module)))
@@ -120,7 +117,6 @@ def breaking(changes: Sequence[Change]) -> Iterator[None]:
             (code,) = [x for x in made if isinstance(x, CodeType) and x.co_name == function.__name__]
             undo.callback(setattr, function, "__code__", function.__code__)
             function.__code__ = code
-        ACTIVE.extend(changes)
         yield
 
 

@@ -24,7 +24,6 @@ from small_saes import make_sae
 from hookpoints import HookedRecurrent, embedded
 from reliability.checks import REFUSED, Change, Comparison, check, outcome
 from reliability.runs import fresh
-from sae_lens_writesae.sae.factors import INDEX, Collection, collect
 from sae_lens_writesae.sae.load import load_sae
 from writesae.evaluations import load_result
 
@@ -55,17 +54,6 @@ def read_dictionary(folder: Path) -> Contents:
     return {"cfg": vars(sae := load_sae(folder))["cfg"].to_dict(), **sae.state_dict()}
 
 
-def make_collection(folder: Path) -> None:
-    rows = torch.randint(1, 64, (22, 32), generator=torch.Generator().manual_seed(3))
-    collect(fresh(), rows, [0, 1], None, folder, batch_size=2, shard_bytes=100_000)
-
-
-def read_collection(folder: Path) -> Contents:
-    found = Collection.open(folder)
-    heads = [(layer, head) for layer, numbers in found.heads.items() for head in numbers]
-    return {"tokens": found.tokens, **{str(each): found.rows(*each) for each in heads}}
-
-
 def make_result(folder: Path) -> None:
     made_up(HOLDS, label="mine", scales=("matched",), last_position=False, n_sequences=6).save(folder)
 
@@ -87,7 +75,6 @@ class Kind(NamedTuple):
 KINDS = {
     "model": Kind(make_model, read_model, "config.json"),
     "dictionary": Kind(make_dictionary, read_dictionary, "cfg.json"),
-    "collection": Kind(make_collection, read_collection, INDEX),
     "result": Kind(make_result, read_result, "info.json"),
 }
 FILE = "hookpoints.files:SealedFolder.file"
@@ -115,32 +102,6 @@ def _damaged(kind: str) -> Callable[[Path, int], Iterator[Comparison]]:
 for _kind in KINDS:
     _off = {"SHA-256 is not compared": [Change(FILE, "if found != expected", "if False")]}
     check("Damaged folders", _off, few=60, many=220)(_damaged(_kind))
-
-
-@check(
-    "Folders from strangers",
-    {"links are followed": [Change("hookpoints.files:plain_file", "own or any", "True or any")]},
-)
-def links(work: Path, rounds: int) -> Iterator[Comparison]:
-    """Each file of a model, a dictionary, a collection and a result in turn is a link to the same file elsewhere. It is
-    refused by name."""
-    for kind, (make, read, _) in KINDS.items():
-        make(folder := work / kind)
-        for file in sorted(folder.iterdir()):
-            if file.suffix in (".json", ".safetensors", ".parquet"):
-                file.symlink_to(file.rename(work / file.name))
-                yield Comparison(f"{kind}, {file.name}", REFUSED, outcome(read, folder))
-                (work / file.name).replace(file)
-
-
-class _Evil:
-    """A pickle that makes a file when it is read."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Path.touch, (self.mark,)
 
 
 def _asked(work: Path, act: Callable[..., object], *args: object) -> str:
@@ -215,14 +176,10 @@ def pickles(work: Path, rounds: int) -> Iterator[Comparison]:
             Change("writesae.experiment.evaluation:_table", "if unpacked > _LARGEST_TABLE", "if False"),
             Change("writesae.experiment.evaluation:_table", "pd.read_parquet(file)", "pd.DataFrame()"),
         ],
-        "an index of weights may name any file": [
-            Change(f"{LOADING}:_check_files", "if elsewhere := sorted(set(shards.values()) - names)", "if False")
-        ],
     },
 )
 def claims(work: Path, rounds: int) -> Iterator[Comparison]:
-    """A table of some kilobytes unpacks to two gigabytes; an index names weights outside of its folder. Each is refused
-    by what it claims, before it is believed."""
+    """A table of some kilobytes unpacks to two gigabytes. It is refused by what it claims, before it is believed."""
     make_result(folder := work / "result")
     table = next(folder.glob("*.parquet"))
     names = pq.read_schema(table).names
@@ -232,9 +189,3 @@ def claims(work: Path, rounds: int) -> Iterator[Comparison]:
             writer.write_table(rows)
     reseal(folder)
     yield Comparison("table", REFUSED, outcome(load_result, folder, says="unpacks"))
-    make_model(folder := work / "index")
-    weights = (folder / "model.safetensors").rename(work / "outside.safetensors")
-    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(weights), "../outside.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    reseal(folder)
-    yield Comparison("index", REFUSED, outcome(read_model, folder, says="outside"))

@@ -1,8 +1,7 @@
-"""Interrupts, threads, tasks, and what runs leave behind."""
+"""Interrupts, threads, and what runs leave behind."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import inspect
@@ -19,7 +18,7 @@ from hookpoints.hooks.points import scopes_of
 from hookpoints.layer import context, intercept
 from reliability import runs
 from reliability.checks import Change, Comparison, check
-from reliability.runs import EDITS, RUNS, WRITE, fresh, outputs, some_tokens
+from reliability.runs import RUNS, WRITE, fresh, outputs, some_tokens
 
 SCOPE = "hookpoints.layer.context:scope"
 
@@ -121,32 +120,6 @@ def threads(work, rounds):
             for run, found in zip(jobs * 2, pool.map(work_of, jobs * 2)):
                 for result in found:
                     yield Comparison(f"{run.__name__} of {[job.__name__ for job in jobs]}", alone[run.__name__], result)
-
-
-@check("Threads", _GLOBAL, few=2, many=20)
-@torch.no_grad()
-def tasks(work, rounds):
-    """Three tasks of one event loop, two of them inside edits that stay open while the others run. Each result is
-    compared with that of the task alone."""
-    model, tokens = fresh(), some_tokens()
-
-    async def task(edits):
-        found = []
-        for _ in range(rounds):
-            with model.edits(edits):
-                await asyncio.sleep(0)
-                found.append(model(tokens))
-                await asyncio.sleep(0)
-        return found
-
-    async def at_once():
-        return await asyncio.gather(*map(task, ([], EDITS[0], EDITS[1])))
-
-    for edits, found in zip(([], EDITS[0], EDITS[1]), asyncio.run(at_once())):
-        with model.edits(edits):
-            alone = model(tokens)
-        for result in found:
-            yield Comparison(f"edits {edits}", alone, result)
 
 
 def _left(model) -> dict[str, int]:

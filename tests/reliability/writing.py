@@ -1,13 +1,11 @@
-"""Kills and full disks while results, collections and dictionaries are written."""
+"""Kills while results, collections and dictionaries are written."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +16,7 @@ from small_saes import planted
 
 from hookpoints import HookedRecurrent
 from hookpoints.files import CHECKSUMS, read_json
-from reliability.checks import REFUSED, Change, Comparison, check, outcome
+from reliability.checks import Change, Comparison, check, outcome
 from reliability.folders import read_dictionary, read_result
 from reliability.runs import fresh
 from sae_lens_writesae.sae.factors import INDEX, collect
@@ -151,49 +149,3 @@ IN_PLACE = {
 }
 for _write, _broken in IN_PLACE.items():
     check("Kills", _broken, few=2, many=60, slow=True)(_kills(_write))
-
-
-@contextlib.contextmanager
-def _disk(folder: Path, size: int) -> Iterator[bool]:
-    """A file system of that many bytes; False where none can be mounted."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    made = bool(shutil.which("mount")) and subprocess.run(mount, capture_output=True).returncode == 0
-    try:
-        yield made
-    finally:
-        if made:
-            subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-@check(
-    "Full disks",
-    {
-        "errors of a full disk do not name the file": [
-            Change("sae_lens_writesae.files:named_errors", ", str(target)) from error", ") from error")
-        ]
-    },
-    slow=True,
-    many=3,
-)
-def full_disks(work: Path, rounds: int) -> Iterator[Comparison]:
-    """Results, a collection and dictionaries are written to file systems that are too small, then read-only; then there
-    is room. Errors name the file; what is there after each is compared with the same of the whole."""
-    model = fresh()
-    for write in (results, dictionaries):
-        name = write.__name__
-        write(model, work / name)
-        needed = sum(file.stat().st_size for file in (work / name).rglob("*") if file.is_file())
-        whole = contents(work / name)
-        for n in range(rounds):
-            share = (n + 1) / (rounds + 1)
-            with _disk(folder := work / f"{name}-{n}", int(share * needed) // 4096 * 4096) as made:
-                if not made:
-                    return
-                yield Comparison(f"{name}: full", REFUSED, outcome(write, model, folder))
-                yield from _read_back(f"{name}: left by a full disk", folder, whole)
-                subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
-                yield Comparison(f"{name}: read-only", REFUSED, outcome(write, model, folder))
-                subprocess.run(["mount", "-o", f"remount,rw,size={10 * needed + 2**24}", folder], check=True)
-                write(model, folder)
-                yield Comparison(f"{name}: with room", whole, outcome(contents, folder))

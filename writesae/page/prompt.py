@@ -10,7 +10,7 @@ import json
 import secrets
 import threading
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from writesae.page.template import environment
 
 MAX_TOKENS = 256
 """Longest text that is read: a page shows a number for each pair of tokens."""
-_MAX_BYTES = 100_000
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
@@ -54,14 +53,11 @@ class PromptServer(ThreadingHTTPServer):
     def __init__(self, model: str | None, sae: Path | None, dtype: str, port: int) -> None:
         self.sae, self.lock = None if sae is None else load_sae(sae), threading.Lock()
         super().__init__(("127.0.0.1", port), _Handler)  # a taken port ends this before a model loads
-        with ExitStack() as undo:
-            undo.callback(self.server_close)
-            name = model or ("embedded" if self.sae is None else str(self.sae.cfg.metadata.model_name))
-            self.model = HookedRecurrent.from_pretrained(name, dtype=dtype)
-            self.texts, self.hook = TokenTexts(self.model), None if self.sae is None else HeadHook.of(self.sae)
-            if self.sae is not None:
-                check_hook(self.model, HeadHook.of(self.sae).name, self.sae.cfg, f"the SAE in {sae}")
-            undo.pop_all()
+        name = model or ("embedded" if self.sae is None else str(self.sae.cfg.metadata.model_name))
+        self.model = HookedRecurrent.from_pretrained(name, dtype=dtype)
+        self.texts, self.hook = TokenTexts(self.model), None if self.sae is None else HeadHook.of(self.sae)
+        if self.sae is not None:
+            check_hook(self.model, HeadHook.of(self.sae).name, self.sae.cfg, f"the SAE in {sae}")
 
     @torch.no_grad()
     def read(self, text: str, layer: int, head: int) -> dict[str, object]:
@@ -122,25 +118,16 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, reading)
 
     def _is_refused(self, path: str) -> bool:
-        """Whether the request was refused: it names another host than this server, comes from another page, asks for
-        another path than `path`, or sends what is no JSON (which a page of another site cannot send without asking) or
-        too large."""
+        """Whether the request was refused: it names another host than this server, comes from a page of another site,
+        or asks for another path than `path`."""
         hosts = [f"{name}:{self.server.server_address[1]}" for name in ("127.0.0.1", "localhost")]
-        origins, length = (None, *(f"http://{each}" for each in hosts)), self.headers.get("Content-Length", "")
-        ours, sends = (self.headers.get("Host") in hosts and self.headers.get("Origin") in origins), path == "/read"
-        reasons = [
-            (403, f"this page answers to {hosts[0]} alone", not ours),
-            (404, "there is nothing here", self.path != path),
-            (415, "send application/json", sends and self.headers.get_content_type() != "application/json"),
-            (
-                413,
-                f"send at most {_MAX_BYTES:,} bytes, with their number",
-                sends and not (length.isdecimal() and int(length) <= _MAX_BYTES),
-            ),
-        ]
-        for status, error in [(status, error) for status, error, holds in reasons if holds][:1]:
-            self._answer(status, {"error": error})
-        return any(holds for *_, holds in reasons)
+        origins = (None, *(f"http://{each}" for each in hosts))
+        is_ours = self.headers.get("Host") in hosts and self.headers.get("Origin") in origins
+        refused = not is_ours or self.path != path
+        if refused:
+            error = "there is nothing here" if is_ours else f"this page answers to {hosts[0]} alone"
+            self._answer(404 if is_ours else 403, {"error": error})
+        return refused
 
     def _answer(self, status: int, content: str | Mapping[str, object], nonce: str = "") -> None:
         """Send a page, or values as JSON."""

@@ -1,19 +1,17 @@
 """One page over everything that was evaluated: claim, the paper's value, the value here, controls, verdict; then why.
 
-The page is made from saved results alone. Beside it lie the same numbers: a JSON file of its name, `claims.csv`, and
-every table of one kind joined over dictionaries in `tables/<kind>-<table>.parquet`.
+The page is made from saved results alone. Beside it are the same numbers: a JSON file of its name, and every table of
+one kind joined over dictionaries in `tables/<kind>-<table>.parquet`.
 """
 
 from __future__ import annotations
 
 import inspect
-import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
@@ -21,25 +19,9 @@ from sae_lens_writesae.files import atomic_text, atomic_write
 from writesae.evaluations import EVALUATIONS, load_result
 from writesae.experiment.controls import Answer, answers
 from writesae.experiment.evaluation import Result
-from writesae.files import Json, atomic_csv
+from writesae.files import Json
 from writesae.page.template import environment, outcome_text
-from writesae.verdict.finding import Claim
 from writesae.verdict.paper import OTHER_MODELS, PAPER_CLAIMS, PaperClaim
-
-ONE_SIDE = 0.025
-"""Share of 95% intervals that exclude chance on the side of the claim where there is no effect."""
-_ROWS = 40
-"""Rows of a table that the page shows; the files hold all of them."""
-
-
-class ReportFiles(NamedTuple):
-    """What was written."""
-
-    html: Path
-    json: Path
-
-    def __str__(self) -> str:
-        return f"report   {self.html}\nnumbers  {self.json}"
 
 
 def find_results(paths: Sequence[str | Path]) -> list[Result]:
@@ -48,17 +30,19 @@ def find_results(paths: Sequence[str | Path]) -> list[Result]:
     Raises:
         ValueError: a folder without any; a result that this version cannot read.
     """
-    folders = {Path(path): sorted(file.parent for file in Path(path).rglob("info.json")) for path in paths}
-    for path, below in folders.items():
-        folders[path] = [f for f in below if not any(part.startswith(".") for part in f.relative_to(path).parts)]
-        if not folders[path]:
+    folders = list[Path]()
+    for path in map(Path, paths):
+        below = [file.parent for file in sorted(path.rglob("info.json"))]
+        found = [each for each in below if not any(part.startswith(".") for part in each.relative_to(path).parts)]
+        if not found:
             raise ValueError(f"results: expected folders with saved results (info.json), got none in or below {path}")
-    return [load_result(folder) for found in folders.values() for folder in found]
+        folders += found
+    return [load_result(folder) for folder in folders]
 
 
-def write_report(results: Sequence[Result], path: str | Path, *, title: str | None = None) -> ReportFiles:
-    """Write the page `path` (.html), the numbers beside it (.json), `claims.csv` and `tables/`. Each file is written
-    aside and renamed.
+def write_report(results: Sequence[Result], path: str | Path, *, title: str | None = None) -> Path:
+    """Write the page `path` (.html), the numbers beside it (.json), and `tables/`; returns the page. Each file is
+    written aside and renamed.
 
     Args:
         results: of any evaluations, dictionaries, heads and models.
@@ -70,19 +54,17 @@ def write_report(results: Sequence[Result], path: str | Path, *, title: str | No
     if not results:
         raise ValueError("a report needs at least one result, found none")
     target, results = Path(path).with_suffix(".html"), in_order(results)
-    rows, models = claim_rows(results), dict.fromkeys(str(result.info["model"]) for result in results)
+    rows = claim_rows(results)
+    title = title or f"What the atoms of {', '.join(dict.fromkeys(str(r.info['model']) for r in results))} do"
     numbers = {
         "claims": [{"label": row.label, "paper": row.claim.paper, **vars(row.claim)} for row in rows],
         "quality": quality_rows(results),
         "results": [{"kind": r.kind, "settings": r.evaluation.to_dict(), "info": r.info} for r in results],
     }
-    claims = pd.DataFrame(numbers["claims"], columns=["label", "paper", *Claim.__dataclass_fields__])
     for name, table in joined_tables(results).items():
         atomic_write(target.parent / "tables" / f"{name}.parquet", lambda f, t=table: t.to_parquet(f, index=False))
-    atomic_csv(target.with_name("claims.csv"), claims.astype({"number": "Int64"}))
     beside = atomic_text(target.with_suffix(".json"), json.dumps(numbers, indent=1, allow_nan=False))
-    atomic_text(target, _render(results, rows, title or f"What the atoms of {', '.join(models)} do", beside.name))
-    return ReportFiles(target, beside)
+    return atomic_text(target, _render(results, rows, title, beside.name))
 
 
 def in_order(results: Sequence[Result]) -> list[Result]:
@@ -134,17 +116,16 @@ def unanswered(rows: Sequence[Answer]) -> list[str]:
     ]
 
 
-def _shared_notes(results: Sequence[Result]) -> list[str]:
-    """What several results have to say alike."""
-    first, *others = (result.notes() for result in results)
-    return [note for note in first if others and all(note in notes for notes in others)]
-
-
 def _render(results: Sequence[Result], rows: list[Answer], title: str, numbers: str) -> str:
     trained = [result for result in results if result.info.get("control") is None]  # tables/ has those of the controls
-    kinds = itertools.groupby(trained, key=lambda r: r.kind if r.skipped is None else "skipped")
-    sections = {kind: list(group) for kind, group in kinds}
-    intervals = sum(re.search(r"\[[^]]*\d", row.claim.measured) is not None for row in rows)  # one of NaN is none
+    sections: dict[str, list[Result]] = {}
+    for result in trained:
+        sections.setdefault(result.kind if result.skipped is None else "skipped", []).append(result)
+    measured = [(kind, group) for kind, group in sections.items() if kind != "skipped"]
+    shared = {  # what several results have to say alike
+        kind: [note for note in group[0].notes() if len(group) > 1 and all(note in each.notes() for each in group)]
+        for kind, group in sections.items()
+    }
     return (
         environment()
         .get_template("report.html")
@@ -152,41 +133,32 @@ def _render(results: Sequence[Result], rows: list[Answer], title: str, numbers: 
             title=title,
             outcomes=Counter(outcome_text(row.claim.outcome) for row in rows).most_common(),
             n_answers=len(rows),
-            n_intervals=intervals,
-            one_side=ONE_SIDE,
+            # an interval of NaN is none
+            n_intervals=sum(re.search(r"\[[^]]*\d", row.claim.measured) is not None for row in rows),
             groups=_by_claim(rows),
             unanswered=unanswered(rows),
             numbers=numbers,
             sections=sections,
+            shared=shared,
             evaluations=EVALUATIONS,
             documentation=inspect.getdoc,
-            shared_notes=_shared_notes,
-            rows_shown=_ROWS,
             facts=_facts(results),
             qualities=quality_rows(results),
-            front=[
-                figure
-                for kind, group in sections.items()
-                if kind != "skipped"
-                for figure in EVALUATIONS[kind].front(group)
-            ],
+            front=[figure for kind, group in measured for figure in EVALUATIONS[kind].front(group)],
         )
     )
 
 
 def _by_claim(rows: list[Answer]) -> list[tuple[PaperClaim | None, list[Answer]]]:
     """Rows under the paper's claim that they answer; this project's own claims each under its own words."""
-
-    def key(row: Answer) -> tuple[int, str]:
-        return (row.claim.number, "") if row.claim.number else (len(PAPER_CLAIMS) + 1, row.claim.claim)
-
-    groups = itertools.groupby(sorted(rows, key=key), key)
-    return [(PAPER_CLAIMS.get(number_), list(group)) for (number_, _), group in groups]
+    groups: dict[object, list[Answer]] = {}
+    for row in rows:  # by number already
+        groups.setdefault(row.claim.number or row.claim.claim, []).append(row)
+    return [(PAPER_CLAIMS.get(group[0].claim.number or 0), group) for group in groups.values()]
 
 
 def _facts(results: Sequence[Result]) -> dict[str, str]:
     """What holds for the whole page: models, heads, dictionaries, time."""
-    infos = [result.info | {"cell": f"L{result.info['layer']}H{result.info['head']}"} for result in results]
     names = {
         "model": "model",
         "update rule": "rule",
@@ -196,6 +168,7 @@ def _facts(results: Sequence[Result]) -> dict[str, str]:
         "atoms": "d_sae",
         "control dictionaries": "control",
     }
+    infos = [result.info | {"cell": f"L{result.info['layer']}H{result.info['head']}"} for result in results]
     known = {name: dict.fromkeys(str(i[key]) for i in infos if i.get(key) is not None) for name, key in names.items()}
     seconds = sum(result.fact("seconds") for result in results if result.skipped is None)
     return {name: ", ".join(each) or "none" for name, each in known.items()} | {"evaluations took": f"{seconds:.0f} s"}

@@ -27,7 +27,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"cell": _cell, "share": _share, "outcome": outcome_text, "markdown": markdown}
+    made.filters |= {"cell": cell_text, "share": share_text, "outcome": outcome_text, "markdown": markdown}
     return made
 
 
@@ -36,7 +36,7 @@ def outcome_text(outcome: Outcome) -> str:
     return "confounded by a control" if outcome == "confounded" else outcome
 
 
-def _cell(value: object) -> str:
+def cell_text(value: object) -> str:
     """A table's value for a person."""
     if isinstance(value, float):
         return number(value)
@@ -44,7 +44,7 @@ def _cell(value: object) -> str:
     return "–" if value is None else f"{value:,}" if counts else str(value)
 
 
-def _share(value: float | Mapping[str, float | None] | None) -> str:
+def share_text(value: float | Mapping[str, float | None] | None) -> str:
     """A share in percent, with its interval where it has one; a dash where there is none."""
     if not isinstance(value, Mapping):
         return "–" if value is None else percent(value)

@@ -1,6 +1,6 @@
 """The paper's whole table for one model, as a Snakemake workflow: collect once, train, evaluate, report.
 
-`Snakefile` is the protocol, one `writesae` command a rule. `config` says what a run covers, `estimate` what it costs,
-`command` is what people type: it checks, prints the estimate and becomes Snakemake. `profiles` are for a laptop, one
+`Snakefile` is the protocol, one `writesae` command a rule. `config` says what a run covers,
+`command` is what people type: it checks and becomes Snakemake. `profiles` are for a laptop, one
 GPU, several GPUs of one machine, and SLURM.
 """

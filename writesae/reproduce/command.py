@@ -1,4 +1,4 @@
-"""`writesae reproduce`: checks, the estimate, the texts; then this process becomes Snakemake."""
+"""`writesae reproduce`: checks and texts; then this process becomes Snakemake."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import dataclasses
 import fcntl
 import importlib.util
 import itertools
-import json
 import os
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +25,6 @@ from writesae.reproduce.texts import write_texts
 if TYPE_CHECKING:
     from hookpoints import HookedRecurrent
 
-Say = Callable[[str], object]
-
 _HERE = Path(__file__).parent
 
 
@@ -36,21 +32,17 @@ _HERE = Path(__file__).parent
 class Reproduce:
     """Run the paper's whole table: train every dictionary, evaluate each, write one report.
 
-    The estimate is printed, then Snakemake (the extra `protocol`) runs the steps. The same command goes on where it was
-    stopped or killed. What follows `--` is given to Snakemake: `-- --dry-run`, `-- --cores 8`."""
+    Snakemake runs the steps. The same command resumes a run that was stopped or killed. What follows `--` is given to
+    Snakemake: `-- --dry-run`, `-- --cores 8`."""
 
     config: tyro.conf.OmitArgPrefixes[ReproduceConfig] = field(default_factory=ReproduceConfig)
     out: Path = Path("writesae-out/reproduce")
     """Folder of the run; the same folder goes on where it stopped."""
     small: bool = False
     """Small numbers, for a trial on a laptop. Flags that are given win over them."""
-    estimate: bool = False
-    """Say what the run will cost, and stop."""
     profile: str | None = None
     """Where it runs: laptop, gpu, slurm, or a folder with a profile of Snakemake. By default what this machine
     has."""
-    unlock: bool = False
-    """The run was stopped on another machine, and nothing of it runs there any more."""
     snakemake: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     @classmethod
@@ -61,44 +53,38 @@ class Reproduce:
         command = parse(cls, "writesae reproduce", own, default)
         return dataclasses.replace(command, snakemake=tuple(arguments[len(own) + 1 :]))
 
-    def run(self, say: Say = print) -> None:
-        """Check, print the estimate, and become Snakemake: this call does not return, unless only the estimate was
-        asked for.
+    def run(self) -> None:
+        """Check, write the texts, and become Snakemake: this call does not return.
 
         Raises:
-            ValueError: the run cannot be done, another process does it, the folder holds a run with other settings, the
-                disk is too small, or Snakemake is not installed; before anything is written.
+            ValueError: the run cannot be done, another process does it, the folder holds a run with other settings, or
+                Snakemake is not installed; before anything is written.
         """
         check_writable(self.out)
         import torch
 
         from hookpoints import HookedRecurrent
         from writesae.evaluate import EvalAll, Subjects
-        from writesae.reproduce.estimate import estimate
+        from writesae.experiment.traits import sparsity_fields
 
         EvalAll(subjects=Subjects(saes=()), kinds=self.config.evaluations, set=self.config.set).evaluations()
         check_text(self.config.model, self.config.dataset)
+        sparsity_fields(self.config.architecture, self.config.k)  # raises where there is no such architecture
         profile = profile_folder(self.profile or ("gpu" if torch.cuda.is_available() else "laptop"))
-        if not self.estimate and importlib.util.find_spec("snakemake") is None:
+        if importlib.util.find_spec("snakemake") is None:
             raise ValueError('the protocol runs on Snakemake: pip install "sae-lens-writesae[study]"')
         model = HookedRecurrent.from_pretrained(self.config.model, dtype=self.config.dtype)
         config = for_model(self.config, model)
-        cost = estimate(config, self.out, model)
-        say("\n".join(cost.lines()))
-        cost.check()
-        if self.estimate:
-            return
         self.out.mkdir(parents=True, exist_ok=True)
-        own_run(self.out, unlock=self.unlock)
+        own_run(self.out)
         config.keep_in(self.out)
         write_texts(config, self.out / "texts", model)
         engine = [sys.executable, "-m", "snakemake", "--snakefile", str(_HERE / "Snakefile")]
         engine += ["--directory", str(self.out)]
         if list((self.out / ".snakemake" / "locks").glob("*")):  # of a process that is dead: this one owns the run
             subprocess.run([*engine, "--unlock"], check=True, capture_output=True)
-        call = [*engine, "--profile", str(profile)]
         sys.stdout.flush()
-        os.execv(sys.executable, [*call, *self.snakemake])
+        os.execv(sys.executable, [*engine, "--profile", str(profile), *self.snakemake])
 
 
 def profile_folder(name: str) -> Path:
@@ -128,27 +114,17 @@ def for_model(config: ReproduceConfig, model: HookedRecurrent) -> ReproduceConfi
     return dataclasses.replace(config, model=name, layers=layers, heads=heads)
 
 
-def own_run(folder: Path, *, unlock: bool = False) -> None:
+def own_run(folder: Path) -> None:
     """Make this process, and what it becomes, the owner of a run; the operating system frees a run whose owner dies.
 
     Raises:
-        ValueError: its owner lives, or was on another machine, of which this one cannot tell.
+        ValueError: its owner lives.
         OSError: `.owner` is a link, which could lead to a file of another folder, or cannot be written.
     """
     file = os.open(folder / ".owner", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    owner, here = os.read(file, 1000).decode(), socket.gethostname()
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if owner and json.loads(owner)["host"] != here and not unlock:
-            raise ValueError(
-                f"{folder} was worked on by another machine: {owner}. If nothing of that run lives there, give --unlock"
-            )
     except BlockingIOError:
         os.close(file)
-        raise ValueError(f"{folder} is being worked on by another process: {owner}") from None
-    except ValueError:
-        os.close(file)
-        raise
-    os.ftruncate(file, 0)
-    os.pwrite(file, json.dumps({"host": here, "pid": os.getpid()}).encode(), 0)
+        raise ValueError(f"{folder} is being worked on by another process") from None
     os.set_inheritable(file, True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
-from writesae.choices import MATCHED, DictionaryName, Dtype, Loss, Target, at_least
+from writesae.choices import MATCHED, DictionaryName, Dtype, Target, at_least
 from writesae.files import keep_settings
 
 
@@ -19,13 +19,13 @@ class ReproduceConfig:
     """Model on the hub, a folder, or one that ships with the package."""
     layers: tuple[int, ...] = ()
     """Recurrent layers. By default `n_layers` at the depths of the paper's (9, 1 and 17 of 24)."""
-    n_layers: int = 3
+    n_layers: Literal[1, 2, 3] = 3
     """How many layers, where none is named."""
     heads: tuple[int, ...] = ()
     """Heads of every layer. By default one, the paper's in proportion (4 of 16)."""
     targets: tuple[Target, ...] = ("write", "state")
     """What dictionaries are trained on, side by side. The first one is looked at most closely."""
-    losses: tuple[Loss, ...] = ("reads", "write")
+    losses: tuple[Literal["reads", "write"], ...] = ("reads", "write")
     """Further dictionaries of states, whose loss mixes in what queries read, or atoms' alignment with writes; for the
     comparison of objectives. None is trained where states are no target."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -79,15 +79,9 @@ class ReproduceConfig:
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "targets", "losses", "seeds", "variants"):
-            values = getattr(self, name)
-            if len(set(values)) != len(values):
-                raise ValueError(f"{name} are named once each, found {list(values)}")
-        if not self.targets or not self.seeds:
-            raise ValueError("targets and seeds name at least one each")
-        if "mse" in self.losses:
-            raise ValueError("losses are those beside mse, which is always trained for")
-        if not 1 <= self.n_layers <= 3:
-            raise ValueError(f"n_layers must be 1, 2 or 3, found {self.n_layers}; name layers to have others")
+            values, needed = getattr(self, name), name in ("targets", "seeds")
+            if len({*values}) != len(values) or (needed and not values):
+                raise ValueError(f"{name}: expected {'one or more, ' * needed}each once, got {list(values)}")
         sizes = ("d_sae", "k", "training_tokens", "train_batch_size_tokens", "context_size", "eval_sequences")
         at_least(self, dict.fromkeys((*sizes, "variant_seeds", "n_atoms", "firings_per_atom"), 1))
         at_least(self, {"dashboards": 0, "seeds": 0})

@@ -6,6 +6,6 @@
 
 from writesae.page.atoms.collect import AtomPages
 from writesae.page.atoms.data import AtomPage, AtomPagesData
-from writesae.page.atoms.pages import AtomPageFiles, write_atom_pages
+from writesae.page.atoms.pages import write_atom_pages
 
-__all__ = ["AtomPage", "AtomPageFiles", "AtomPages", "AtomPagesData", "write_atom_pages"]
+__all__ = ["AtomPage", "AtomPages", "AtomPagesData", "write_atom_pages"]

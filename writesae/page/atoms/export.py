@@ -22,9 +22,6 @@ from writesae.page.atoms import parts
 from writesae.page.atoms.data import Bars, Context
 from writesae.page.atoms.measure import Facts
 
-LEAST_ACTIVATION = 1e-5
-"""delphi keeps no activation below this one."""
-
 
 @torch.inference_mode(False)
 @torch.no_grad()
@@ -83,7 +80,7 @@ def _activation(context: Context, low: float, high: float, share: float) -> dict
         "bin_max": high,
         "bin_contains": share,
         "tokens": context.tokens,
-        "values": context.activations,
+        "values": context.values,
         "qualifying_token_index": context.at,
     }
 
@@ -104,7 +101,7 @@ def write_delphi(lab: Lab, folder: Path, *, n_splits: int = 5, dataset: str = ""
     firings, tokens = lab.firings(), lab.tokens
     if not 0 < n_splits <= firings.n_atoms:
         raise ValueError(f"splits must be between 1 and the number of atoms, {firings.n_atoms}; found {n_splits}")
-    kept = firings.frame(firings.activation > LEAST_ACTIVATION)
+    kept = firings.frame(firings.activation > 1e-5)  # delphi keeps no activation below
     target, bounds = folder / lab.hook.name, np.linspace(0, firings.n_atoms, n_splits + 1).astype(int).tolist()
     for first, following in itertools.pairwise(bounds):
         rows = kept[kept["atom"].between(first, following - 1)]

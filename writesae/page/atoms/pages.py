@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,35 +17,13 @@ from writesae.page.atoms.data import AtomPagesData, Term
 from writesae.page.atoms.text import EMPTY, symbol, visible
 from writesae.page.template import environment
 from writesae.verdict.format import number, percent
-from writesae.verdict.names import NAMES, SCALE_NAMES
-
-_LEVELS = 15
-"""Shades of a colour in `heatmap`."""
 
 
-@dataclass(frozen=True)
-class AtomPageFiles:
-    """What was written."""
-
-    index: Path
-    pages: dict[int, Path]
-    """By atom."""
-    data: Path
-
-    def __str__(self) -> str:
-        return f"pages    {self.index} and {len(self.pages)} atoms\nnumbers  {self.data}"
-
-
-def write_atom_pages(data: AtomPagesData, folder: str | Path) -> AtomPageFiles:
-    """Write index.html, atom-<n>.html and data.json into `folder`, which is made if need be.
+def write_atom_pages(data: AtomPagesData, folder: str | Path) -> Path:
+    """Write index.html, atom-<n>.html and data.json into `folder`, which is made if need be; returns the index.
 
     The pages need nothing else: no network, no server. Each file is written aside, then renamed.
-
-    Raises:
-        ValueError: there is no atom to show.
     """
-    if not data.atoms:
-        raise ValueError("atoms: expected at least one to show, got none")
     templates = environment()
     templates.filters |= {
         "pct": percent,
@@ -56,15 +33,14 @@ def write_atom_pages(data: AtomPagesData, folder: str | Path) -> AtomPageFiles:
         "inked": inked,
         "heatmap": heatmap,
     }
-    templates.globals |= {"condition_names": NAMES, "scale_names": SCALE_NAMES}
-    numbers, files, target = [page.atom for page in data.atoms], dict[int, Path](), Path(folder)
+    numbers, target = [page.atom for page in data.atoms], Path(folder)
     shared = {"info": data.info, "label": data.info["label"], "shown": numbers}
     template = templates.get_template("atoms/atom.html")
     for page, previous, following in zip(data.atoms, [None, *numbers], [*numbers[1:], None]):
         content = template.render(page=page, previous=previous, following=following, **shared)
-        files[page.atom] = atomic_text(target / f"atom-{page.atom}.html", content)
-    index = atomic_text(target / "index.html", templates.get_template("atoms/index.html").render(data=data, **shared))
-    return AtomPageFiles(index, files, data.save(target / "data.json"))
+        atomic_text(target / f"atom-{page.atom}.html", content)
+    data.save(target / "data.json")
+    return atomic_text(target / "index.html", templates.get_template("atoms/index.html").render(data=data, **shared))
 
 
 def signed(value: float, how: str = "+.2f") -> str:
@@ -79,7 +55,7 @@ def heatmap(terms: Sequence[Term]) -> Markup:
     matrix = np.sum([t.size * np.outer(t.key, t.value) for t in terms], axis=0)
     strength = np.abs(matrix) / max(float(np.abs(matrix).max()), 1e-30)
     color = np.where(matrix[..., None] < 0, (0xE8, 0x6A, 0x2C), (0x3D, 0x7F, 0xF0))
-    opacity = 255 // _LEVELS * np.rint(_LEVELS * strength)
+    opacity = 17 * np.rint(15 * strength)  # 15 shades of a color
     png = io.BytesIO()
     imsave(png, np.dstack([color, opacity]).astype(np.uint8), format="png")
     source, (height, width) = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}", matrix.shape

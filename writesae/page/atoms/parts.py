@@ -13,31 +13,27 @@ from writesae.page.atoms import data
 from writesae.page.atoms.measure import Facts
 from writesae.page.atoms.text import short
 
-BARS = 32
-"""Most bars of a histogram."""
-
 
 def _contexts(facts: Facts, shown: pd.DataFrame, rows: pd.DataFrame) -> list[data.Context]:
     """A context for each firing of `shown`; `rows` has all firings of the atom."""
     activations, contexts, settings = np.zeros(facts.ids.shape), list[data.Context](), facts.settings
     activations[rows["sequence"], rows["position"]] = rows["activation"]
-    for s, t, cosine in zip(*(shown[name].tolist() for name in ("sequence", "position", "cosine"))):
-        window = slice(max(0, t - settings.before), t + settings.after + 1)
+    for s, t, cosine in shown[["sequence", "position", "cosine"]].itertuples(index=False, name=None):
+        first = max(0, t - settings.before)
+        window = slice(first, t + settings.after + 1)
         texts, values = facts.texts.many(facts.ids[s, window]), [short(x) for x in activations[s, window]]
-        native = None if np.isnan(cosine) else short(cosine)
-        place = {"sequence": s, "position": t, "first": window.start}
-        contexts.append(data.Context(**place, tokens=texts, activations=values, cosine=native))
+        contexts.append(data.Context(s, t, t - first, texts, values, None if np.isnan(cosine) else short(cosine)))
     return contexts
 
 
 def top(facts: Facts, rows: pd.DataFrame) -> list[data.Context]:
     """Largest activations first; firings that a context already shows are passed over."""
-    settings, chosen, seen = facts.settings, list[int](), set[tuple[int, int]]()
-    ordered = rows.sort_values("activation", ascending=False, kind="stable")
-    for n, (sequence, position) in enumerate(zip(ordered["sequence"].tolist(), ordered["position"].tolist())):
-        if (sequence, position) not in seen and len(chosen) < settings.top:
+    settings, shown = facts.settings, np.zeros(facts.ids.shape, dtype=bool)
+    ordered, chosen = rows.sort_values("activation", ascending=False, kind="stable"), list[int]()
+    for n, (s, t) in enumerate(zip(ordered["sequence"], ordered["position"])):
+        if not shown[s, t] and len(chosen) < settings.top:
             chosen.append(n)
-            seen |= {(sequence, t) for t in range(position - settings.before, position + settings.after + 1)}
+            shown[s, max(0, t - settings.before) : t + settings.after + 1] = True
     return _contexts(facts, ordered.iloc[chosen], rows)
 
 
@@ -78,8 +74,8 @@ def vocabulary(facts: Facts, values: NDArray[np.float32]) -> data.Ends:
     return ends(facts, ids, values[: len(ids)], np.zeros_like(ids))
 
 
-def bars(values: NDArray[np.floating], low: float | None = None) -> data.Bars:
-    """Shares of `values` in `BARS` bars from `low` (None: the smallest) to the largest."""
-    start, stop = float(values.min()) if low is None else low, float(values.max())
-    counts, edges = np.histogram(values, BARS, (start, stop if stop > start else start + 1))
-    return data.Bars(edges=[short(x) for x in edges], values=[short(x) for x in counts / len(values)])
+def bars(values: NDArray[np.floating], low: float | None = None, high: float | None = None) -> data.Bars:
+    """Shares of `values` in 32 bars from `low` (None: the smallest) to `high` (None: the largest)."""
+    start, stop = (float(values.min()) if low is None else low), (float(values.max()) if high is None else high)
+    counts, edges = np.histogram(values, 32, (start, stop if stop > start else start + 1))
+    return data.Bars([short(x) for x in edges], [short(x) for x in counts / max(len(values), 1)])

@@ -5,16 +5,12 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
-from torch import Tensor
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
 from hookpoints import HookedRecurrent
 from writesae.experiment.tokens import token_text
 
 _SYMBOLS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
 EMPTY = "⟨empty⟩"
 """How a text without characters is shown."""
-_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def short(value: float) -> float:
@@ -24,9 +20,6 @@ def short(value: float) -> float:
 
 class TokenTexts(dict[int, str]):
     """Exact texts of token ids, decoded once each.
-
-    A token that is only part of a character (byte-level vocabularies have such) decodes to U+FFFD; its bytes are shown
-    instead, as `⟨E280⟩`.
 
     Raises:
         ValueError: the model has no tokenizer, or one with more tokens than the model.
@@ -42,21 +35,8 @@ class TokenTexts(dict[int, str]):
         self._model, self.size = model, n
         """Tokens that have a text. A model may have more logits than that, which pad its vocabulary."""
 
-    def check(self, tokens: Tensor) -> None:
-        """Raise ValueError for token ids that the tokenizer does not have; names the first."""
-        if len(unknown := tokens[(tokens < 0) | (tokens >= self.size)]):
-            raise ValueError(
-                f"tokens: expected ids from 0 to {self.size - 1}, which the tokenizer knows, got {int(unknown[0])}; "
-                "make them with model.to_tokens"
-            )
-
     def __missing__(self, token: int) -> str:
-        text = token_text(self._model, token)
-        convert = getattr(self._model.tokenizer, "convert_ids_to_tokens", None)
-        written = convert(token) if convert is not None and "\ufffd" in text else None
-        if isinstance(written, str) and set(written) <= _BYTES.keys():
-            text = "⟨" + "".join(f"{_BYTES[character]:02X}" for character in written) + "⟩"
-        self[token] = text
+        self[token] = text = token_text(self._model, token)
         return text
 
     def many(self, tokens: Iterable[int]) -> list[str]:
