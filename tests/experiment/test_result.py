@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 from made_up import FAILS, HOLDS, made_up
 from sealing import damages, reseal
 
-from writesae import page as page_folder
 from writesae.evaluations import load_result
 from writesae.experiment.evaluation import Result
 
@@ -114,13 +112,3 @@ def test_what_was_left_out_is_noted() -> None:
     skipped = replace(some, tables={}, skipped="no atom fires")
     assert skipped.notes() == ["no atom fires"] and skipped.figures() == [] and skipped.details() == {}
     assert {c.outcome for c in skipped.claims()} == {"not tested"}
-
-
-def test_a_figure_in_a_notebook_has_the_colours_of_a_light_page(result: Result) -> None:
-    page = Path(page_folder.__file__).with_name("style.css").read_text(encoding="utf-8").split("@media")[0]
-    colours = re.compile(r"--(\w+): ?(#\w+);")
-    for figure in result.figures():
-        shown = figure._repr_html_()
-        found = dict(colours.findall(shown))
-        assert set(re.findall(r"var\(--(\w+)\)", figure.svg)) <= found.keys()
-        assert found.items() <= dict(colours.findall(page)).items() and figure.svg in shown

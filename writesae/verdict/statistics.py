@@ -263,7 +263,8 @@ def _interval(point: float, resampled: Array, n: int, n_clusters: int) -> Estima
     if n_clusters == 1:
         return Estimate(point, math.nan, math.nan, n, 1)
     tail = float(stats.norm.sf(math.sqrt(n_clusters / (n_clusters - 1)) * stats.t.isf(0.025, n_clusters - 1)))
-    return Estimate(point, *np.quantile(resampled, [tail, 1 - tail]).tolist(), n, n_clusters)
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return Estimate(point, float(low), float(high), n, n_clusters)
 
 
 def _sample(values: ArrayLike, clusters: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
