@@ -19,9 +19,7 @@ from sae_lens.saes.sae import SAEMetadata
 from sealing import reseal
 
 from hookpoints import HookedRecurrent
-from hookpoints import embedded as shipped
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
-from sae_lens_writesae.sae.factors import collect
 from writesae.cli import COMMANDS, main
 from writesae.evaluate import EvalAll, Subjects
 from writesae.evaluations import EVALUATIONS, Evaluation, load_result
@@ -298,20 +296,6 @@ def test_eval_then_report(capsys: pytest.CaptureFixture[str], sae_folder: Path, 
     assert result.evaluation.to_dict()["n_positions"] == 4 and result.evaluation.seed == 3
     again = run(capsys, "report", out, "--out", tmp_path / "one.html")
     assert again.status == 0 and "84.6 %" in (tmp_path / "one.html").read_text()
-
-
-def test_eval_takes_controls_from_a_collection(
-    capsys: pytest.CaptureFixture[str], embedded: HookedRecurrent, sae_folder: Path, tmp_path: Path
-) -> None:
-    """One of the very model; a collection of other heads is refused."""
-    text = embedded.to_tokens(shipped.text("train"), prepend_bos=False, truncate=False)[0, : 8 * 48].view(8, 48)
-    for head, status in ((1, 0), (0, 2)):
-        folder = tmp_path / f"head{head}"
-        collect(embedded, text, [2], [head], folder)
-        asked = ["--collection", folder, "--out", tmp_path / f"out{head}", *COUNTS, "--n-positions", "4"]
-        done = run(capsys, "eval", "sign", sae_folder, *asked)
-        assert done.status == status, done.err
-    assert "head 1 of layer 2 was not collected" in done.err
 
 
 def test_a_single_evaluation_with_nothing_to_measure_is_an_error(

@@ -44,8 +44,6 @@ class Subjects:
     control_dictionaries: bool = True
     """Evaluate an untrained dictionary and one of native writes beside each, by the same rules: three times the work.
     They are made from the training text of the package, on which baselines are then fitted too."""
-    collection: Path | None = None
-    """Make them from the writes of a collection (`writesae collect`, `train`) instead, without running the model."""
 
     def __post_init__(self) -> None:
         at_least(self, {"sequences": 1, "context_size": 1})
@@ -167,7 +165,6 @@ def evaluate(
             that refuses the SAEs.
     """
     from hookpoints import HookedRecurrent, embedded
-    from sae_lens_writesae.sae.factors import Collection
     from sae_lens_writesae.sae.load import folder_labels, load_sae, sae_folders
     from writesae.experiment.suite import evaluate_all
     from writesae.experiment.tokens import sample_sequences, text_of
@@ -190,10 +187,7 @@ def evaluate(
     tokens = sample_sequences(model, text, subjects.context_size, subjects.sequences)
     reference = None
     if subjects.control_dictionaries:
-        if subjects.collection is not None:
-            reference = Collection.open(subjects.collection, model=model)
-        else:
-            reference = sample_sequences(model, embedded.text("train"), subjects.context_size, _REFERENCE)
+        reference = sample_sequences(model, embedded.text("train"), subjects.context_size, _REFERENCE)
     with taken(subjects.out):
         results = evaluate_all(
             evaluations, model, saes, tokens, subjects.out, controls=reference, single=single, resume=resume

@@ -200,7 +200,7 @@ def test_a_dead_dictionary_is_skipped_with_the_reason(kind: str, world, tmp_path
     dead = make_sae(model)
     with torch.no_grad():
         dead.b_enc.fill_(-1e6)
-    result = small(kind).run_or_skip(model, dead, tokens, progress=False)
+    result = small(kind).run(model, dead, tokens, progress=False, or_skip=True)
     if result.skipped is None:
         assert {claim.outcome for claim in result.claims()} <= {"not tested", "inconclusive", "below the floor"}
         return
@@ -223,7 +223,9 @@ def test_no_verdict_on_a_handful_of_observations(kind: str, world):
     names = {field.name for field in dataclasses.fields(EVALUATIONS[kind])}
     if not {"n_atoms", "firings_per_atom"} <= names:
         pytest.skip("the evaluation draws no firings of atoms")
-    result = small(kind, n_atoms=4, firings_per_atom=1).run_or_skip(model, saes[Scope.EACH], tokens, progress=False)
+    result = small(kind, n_atoms=4, firings_per_atom=1).run(
+        model, saes[Scope.EACH], tokens, progress=False, or_skip=True
+    )
     assert "fails" not in {claim.outcome for claim in result.claims()}
 
 

@@ -38,7 +38,7 @@ class FakeSAE(torch.nn.Module):
         self, activations: torch.Tensor, hook: str = "blocks.3.mixer.heads.1.hook_write_vec", norm: str = "none"
     ):
         super().__init__()
-        self.activations = activations
+        self.activations, self.place = activations, torch.nn.Parameter(torch.zeros(1))
         self.cfg = SimpleNamespace(metadata=SimpleNamespace(hook_name=hook), normalize_activations=norm)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:

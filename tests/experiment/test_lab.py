@@ -10,16 +10,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from planted import HEAD, LAYER, logits_with_write, random_sae
-from sae_lens import SAE
-from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, UnknownHookError
-from hookpoints.embedded import text
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
-from sae_lens_writesae.sae.factors import Collection, CollectionError, collect
-from writesae.evaluations.sign import Sign
 from writesae.experiment.lab import EditedRows, Lab, Trial
 from writesae.experiment.readout import kl_window
 
@@ -194,60 +188,9 @@ def test_what_was_left_out_is_said(model64: HookedRecurrent) -> None:
 
 def test_a_lab_is_of_one_head_and_fits_its_model(model64: HookedRecurrent) -> None:
     sae = random_sae(model64)
-    with pytest.raises(ValueError, match="shape"):
-        Lab(model64, {"": sae}, TEXT[0])
     with pytest.raises(ValueError, match="none"):
         Lab(model64, {}, TEXT)
     with pytest.raises(ValueError, match="one head"):
         Lab(model64, {"a": sae, "b": random_sae(model64, head=0)}, TEXT)
     with pytest.raises(UnknownHookError):
         Lab(model64, {"": random_sae(model64, head=17)}, TEXT)
-
-
-@pytest.fixture(scope="module")
-def head_and_text(embedded: HookedRecurrent, tmp_path_factory: pytest.TempPathFactory) -> tuple[SAE, list[Collection]]:
-    """A dictionary of a head, and collections of it on two texts, at full precision."""
-    torch.manual_seed(0)
-    metadata = SAEMetadata(hook_name="blocks.2.mixer.heads.1.hook_write_vec", model_name="embedded")
-    sae = WriteTopKSAE(WriteTopKSAEConfig(d_in=64 * 32, d_k=64, d_sae=16, k=2, metadata=metadata))
-    ids = embedded.to_tokens(text("test"), prepend_bos=False, truncate=False)[0, : 16 * 48].view(16, 48)
-    made = []
-    for n, part in enumerate((ids[:8], ids[8:])):
-        made.append(collect(embedded, part, [2], [1], tmp_path_factory.mktemp(f"text{n}"), dtype="float32"))
-    return sae, made
-
-
-def test_a_collection_is_read_in_the_place_of_runs_of_the_model(
-    embedded: HookedRecurrent, head_and_text: tuple[SAE, list[Collection]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sae, (tested, other) = head_and_text
-    live, read = Lab(embedded, {"": sae}, tested.tokens, reference=other.tokens), Lab(embedded, {"": sae}, tested)
-    both = Lab(embedded, {"": sae}, tested, reference=other)
-    expected, native, mean = live.firings(), live.native_writes([1, 3]), live.baselines(0, n_codes=4).mean
-    with monkeypatch.context() as context:
-        for name in ("run_with_cache", "recurrence"):
-            context.setattr(embedded, name, None)
-        firings, writes = read.firings(), read.native_writes([1, 3])
-        found = both.baselines(0, n_codes=4).mean
-    for name in ("sequence", "position", "atom"):
-        assert np.array_equal(getattr(firings, name), getattr(expected, name))
-    torch.testing.assert_close(writes.dense(), native.dense(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-5)
-
-
-def test_an_evaluation_takes_collections(
-    embedded: HookedRecurrent, head_and_text: tuple[SAE, list[Collection]]
-) -> None:
-    sae, (tested, other) = head_and_text
-    evaluation = Sign(n_positions=4)
-    given = evaluation.run(embedded, sae, tested, reference=other, progress=False)
-    plain = evaluation.run(embedded, sae, tested.tokens, reference=other.tokens, progress=False)
-    for name, table in plain.tables.items():
-        pd.testing.assert_frame_equal(given.tables[name], table, rtol=1e-3, atol=1e-5)
-    states = WriteTopKSAE(WriteTopKSAEConfig(d_in=64 * 32, d_k=64, d_sae=16, k=2))
-    states.cfg.metadata.hook_name = "blocks.2.mixer.heads.1.hook_state_vec"
-    with pytest.raises(CollectionError):  # only writes were collected
-        Lab(embedded, {"": states}, tested).firings()
-    sae.cfg.metadata.hook_name = "blocks.2.mixer.heads.0.hook_write_vec"
-    with pytest.raises(CollectionError):
-        Lab(embedded, {"": sae}, tested)

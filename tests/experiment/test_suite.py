@@ -19,7 +19,7 @@ from writesae.evaluations.sign import Sign
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.controls import answers, control_dictionaries
 from writesae.experiment.evaluation import Scope
-from writesae.experiment.suite import comparable, evaluate_all, groups, with_label
+from writesae.experiment.suite import comparable, evaluate_all, groups
 
 OTHER_HEAD = "heads.0"
 
@@ -144,10 +144,6 @@ def test_baselines_are_fitted_on_the_text_of_the_controls(model: HookedRecurrent
     assert not results[0].tables["firings"].equals(without)
     with pytest.raises(ValueError, match="reference"):
         evaluate_all([small], model, saes, tested, tmp_path, controls=tokens, progress=False, say=len)
-
-
-def test_a_label_is_given_only_where_there_is_none() -> None:
-    assert with_label(Sign(), "a").label == "a" and with_label(Sign(label="mine"), "a").label == "mine"
 
 
 def test_many_evaluations_go_on_after_one_that_has_nothing_to_measure(model: HookedRecurrent, tmp_path: Path) -> None:

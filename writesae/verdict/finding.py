@@ -115,6 +115,9 @@ class Paired:
     def __getitem__(self, condition: str) -> pd.Series:
         return self.wide[condition]
 
+    def __contains__(self, condition: str) -> bool:
+        return condition in self.wide
+
     @property
     def conditions(self) -> list[str]:
         """Names of all columns; those of units and clusters are among them."""
