@@ -1,7 +1,7 @@
 """The `writesae` command. Each command is a dataclass: its fields are the flags, its docstrings the help (tyro).
 
-A command is imported when it is asked for, and imports torch when it runs, so that help costs nothing. Settings of a
-class that needs torch are read off its source.
+A command is imported when it is asked for, and imports torch when it runs, so that help costs nothing. Help of a single
+evaluation, of `show` and of `export` imports the class whose settings it lists, and torch with it: some seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, make_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple, TypeVar, get_type_hints
 
@@ -22,7 +22,7 @@ try:
 except ImportError:  # no public part of tyro: without it, tyro prints its own messages
     on_parse_error = contextlib.nullcontext
 
-T = TypeVar("T")
+S, T = TypeVar("S"), TypeVar("T")
 
 
 class Command(NamedTuple):
@@ -158,6 +158,15 @@ def parse(command: type[T], program: str, arguments: Sequence[str], default: T |
     start = tyro.MISSING_NONPROP if default is None else default
     with on_parse_error(refuse):
         return tyro.cli(command, prog=program, args=arguments, default=start)
+
+
+def parse_with(command: type[T], settings: type[S], program: str, arguments: Sequence[str]) -> tuple[T, S]:
+    """The command line as a value of `command` and one of `settings`, whose docstring the help shows."""
+    parts = [(name, tyro.conf.OmitArgPrefixes[each]) for name, each in (("command", command), ("settings", settings))]
+    both = make_dataclass("Command", parts, frozen=True)
+    both.__doc__ = command.__doc__
+    given = parse(both, program, arguments)
+    return given.command, given.settings
 
 
 def _told(event: object, command: type) -> str | None:

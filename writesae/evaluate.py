@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast, get_type_hints
 
 import tyro
 
 from writesae.choices import Dtype, at_least
-from writesae.cli import choose, parse
+from writesae.cli import choose, parse, parse_with
 from writesae.files import check_writable, taken
-from writesae.settings import evaluations, parse_with, settings_of
 
 if TYPE_CHECKING:
     from writesae.experiment.evaluation import Evaluation
@@ -78,7 +78,7 @@ class EvalAll:
 
         if unknown := [kind for kind in self.kinds if kind not in EVALUATIONS]:
             raise ValueError(f"there is no evaluation {', '.join(unknown)}; there are {', '.join(EVALUATIONS)}")
-        fields = {kind: settings_of(source.module, source.name) for kind, source in evaluations().items()}
+        fields = {kind: get_type_hints(each) for kind, each in EVALUATIONS.items()}
         settings: dict[str, dict[str, object]] = {kind: {"seed": self.seed} for kind in EVALUATIONS}
         for pair in sorted(self.set, key=lambda pair: "." in pair.partition("=")[0]):  # those of one kind win
             name, equals, value = pair.partition("=")
@@ -90,7 +90,7 @@ class EvalAll:
                 known = {each: None for kind, own in fields.items() if of_kind in ("", kind) for each in own} or fields
                 raise ValueError(f"--set {name}: expected one of {', '.join(known)}{nearest(field, known)}")
             for kind in having:
-                settings[kind][field] = _value(f"{kind}.{field}", fields[kind][field].type, value)
+                settings[kind][field] = _value(f"{kind}.{field}", fields[kind][field], value)
         places = {Scope.EACH: ("dictionary",), Scope.LAYER: ("dictionary", "layer")}
         return [
             each.from_dict(settings[kind])
@@ -139,17 +139,25 @@ class Report:
 
 def run_eval(arguments: Sequence[str]) -> ReportFiles:
     """`writesae eval KIND SAE...` with the settings of that evaluation as flags; `all` runs every evaluation."""
-    kinds = {kind: source.question for kind, source in evaluations().items()}
-    kind = choose("writesae eval", arguments, kinds | {"all": "Every evaluation that fits, on one page."})
+    kind = choose("writesae eval", arguments, questions() | {"all": "Every evaluation that fits, on one page."})
     program = f"writesae eval {kind}"
     if kind == "all":
         everything = parse(EvalAll, program, arguments[1:])
         return evaluate(everything.subjects, everything.evaluations(), resume=everything.resume)
-    source = evaluations()[kind]
-    subjects, settings = parse_with(Subjects, source.module, source.name, program, arguments[1:])
     from writesae.evaluations import EVALUATIONS
 
-    return evaluate(subjects, [EVALUATIONS[kind].from_dict(settings)], single=True)
+    subjects, evaluation = parse_with(Subjects, EVALUATIONS[kind], program, arguments[1:])
+    return evaluate(subjects, [evaluation], single=True)
+
+
+def questions() -> dict[str, str]:
+    """What each evaluation asks, by its kind: read off the sources, so that the list needs no torch."""
+    found: dict[str, str] = {}
+    for file in sorted((Path(__file__).parent / "evaluations").glob("[!_]*.py")):
+        line = r'^    {}: ClassVar\[str\] = "(.+)"$'
+        kinds, asked = (re.findall(line.format(name), file.read_text("utf-8"), re.M) for name in ("kind", "question"))
+        found |= dict(zip(kinds, asked, strict=True))
+    return found
 
 
 def evaluate(

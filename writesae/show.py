@@ -7,13 +7,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import tyro
 
 from writesae.choices import Dtype, at_least
+from writesae.cli import parse_with
 from writesae.files import check_writable, taken
-from writesae.settings import parse_with
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -210,7 +210,6 @@ def run_export(arguments: Sequence[str]) -> Path:
 
 
 def _with_pages(command: type[T], program: str, arguments: Sequence[str]) -> tuple[T, AtomPages]:
-    given, settings = parse_with(command, "writesae.page.atoms.collect", "AtomPages", program, arguments)
     from writesae.page.atoms.collect import AtomPages
 
-    return given, AtomPages(**cast(dict, settings))
+    return parse_with(command, AtomPages, program, arguments)

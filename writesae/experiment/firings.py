@@ -93,7 +93,8 @@ def collect_firings(model: HookedRecurrent, sae: SAE, layer: int, tokens: Tensor
         position, atom = (activations > 0).nonzero(as_tuple=True)
         values = activations[position, atom].float().cpu().numpy()
         parts.append((np.full(len(values), i), position.cpu().numpy(), atom.cpu().numpy(), values))
-    return Firings(*map(np.concatenate, zip(*parts)), *tokens.shape, n_atoms)
+    sequence, position, atom, values = map(np.concatenate, zip(*parts))
+    return Firings(sequence, position, atom, values, tokens.shape[0], tokens.shape[1], n_atoms)
 
 
 def sample_firings(
