@@ -25,8 +25,8 @@ def logits_of(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
     return {"logits": rows.window.numpy()}
 
 
-def make_lab(model: HookedRecurrent, rows_per_run: int = 256, seed: int = 0) -> Lab:
-    return Lab(model, {"": random_sae(model)}, TEXT, seed=seed, rows_per_run=rows_per_run)
+def make_lab(model: HookedRecurrent, **how: int) -> Lab:
+    return Lab(model, {"": random_sae(model)}, TEXT, **how)
 
 
 def trials_of(lab: Lab, window: int | None) -> tuple[list[Trial], list[Tensor | None]]:
@@ -75,35 +75,23 @@ def test_an_edited_run_is_a_full_forward_with_the_write_changed(model64: HookedR
     assert lab.n_edited_runs == 12
 
 
-@pytest.mark.parametrize("rows_per_run", [1, 3])
-def test_batching_changes_nothing(model64: HookedRecurrent, rows_per_run: int) -> None:
-    whole, cut = make_lab(model64), make_lab(model64, rows_per_run)
-    sizes: list[int] = []
+def test_batches_are_small_and_near_and_change_nothing(model64: HookedRecurrent) -> None:
+    """A batch starts at its first position: two trials 60 tokens apart would run 60 tokens for a window of 2."""
+    seen: list[tuple[int, int]] = []
 
     def spy(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
-        sizes.append(len(rows.trials))
+        seen.append(tuple(rows.logits.shape[:2]))
         return logits_of(rows)
 
+    whole, cut = make_lab(model64), make_lab(model64, rows_per_run=3)
     trials, _ = trials_of(whole, WINDOW)
     first, second = (lab.read(lab.site(1), trials, spy, WINDOW) for lab in (whole, cut))
     np.testing.assert_allclose(np.stack(first["logits"]), np.stack(second["logits"]), rtol=0, atol=1e-12)
-    assert max(sizes[-(12 // rows_per_run) :]) <= rows_per_run < max(sizes)
-    assert whole.n_edited_runs == cut.n_edited_runs == 12
-
-
-def test_far_positions_share_no_batch_of_a_short_window(model64: HookedRecurrent) -> None:
-    """A batch starts at its first position: two trials 60 tokens apart would run 60 tokens for a window of 2."""
+    assert max(n for n, _ in seen[-4:]) <= 3 < max(n for n, _ in seen) and whole.n_edited_runs == 12
     text = torch.randint(1, 64, (1, 80), generator=torch.Generator().manual_seed(2))
-    lab = Lab(model64, {"": random_sae(model64)}, text)
-    lengths: list[int] = []
-
-    def spy(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
-        lengths.append(rows.logits.shape[1])
-        return {"x": np.zeros(len(rows.trials))}
-
-    trials = [Trial({}, t, lab.replace(t, None)) for t in (70, 5, 6, 71)]
-    lab.read(lab.site(0), trials, spy, 2)
-    assert lengths == [3, 3]
+    far = Lab(model64, {"": random_sae(model64)}, text)
+    far.read(far.site(0), [Trial({}, t, far.replace(t, None)) for t in (70, 5, 6, 71)], spy, 2)
+    assert [length for _, length in seen[-2:]] == [3, 3]
 
 
 def test_a_plain_row_runs_in_the_same_batch(model64: HookedRecurrent) -> None:
@@ -117,35 +105,22 @@ def test_a_plain_row_runs_in_the_same_batch(model64: HookedRecurrent) -> None:
 
     assert lab.read(lab.site(1), trials, plain, WINDOW, plain=True)["gap"].max() < 1e-10
     assert lab.n_edited_runs == 12  # the plain row is no condition
-    missing: list[bool] = []
-    lab.read(lab.site(1), trials[:1], lambda rows: {"x": [missing.append(rows.plain is None) or 0.0]}, WINDOW)
-    assert missing == [True]
 
 
-def test_the_floor_of_float64_is_next_to_nothing(model64: HookedRecurrent) -> None:
-    lab = make_lab(model64)
-    assert lab.floor(kl_window, "kl", WINDOW) < 1e-14
-    assert lab.n_edited_runs == 0  # a reader counts conditions, not this
-
-
-def test_the_floor_is_what_a_no_op_moves(embedded: HookedRecurrent) -> None:
-    lab = Lab(embedded, {"": random_sae(embedded)}, TEXT)
-    floor = lab.floor(kl_window, "kl", WINDOW)
+def test_the_floor_is_the_95th_percentile_of_what_a_no_op_moves(model64: HookedRecurrent) -> None:
+    lab, values = make_lab(model64), []
     deleted = [Trial({}, t, lab.replace(t, None)) for t in range(4, 12)]
-    assert 0 <= floor < 1e-6 < lab.read(lab.site(0), deleted, kl_window, WINDOW)["kl"].median()
-    assert lab.n_edited_runs == 8
-    assert floor == Lab(embedded, lab.saes, TEXT).floor(kl_window, "kl", WINDOW)  # seeded
-
-
-def test_the_floor_is_the_95th_percentile_of_sizes(model64: HookedRecurrent) -> None:
-    values: list[float] = []
+    effect = lab.read(lab.site(0), deleted, kl_window, WINDOW)["kl"].median()
+    assert 0 <= lab.floor(kl_window, "kl", WINDOW) < 1e-14 < effect
+    assert lab.n_edited_runs == 8  # a reader counts conditions, not the floor
 
     def read(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
         values.extend(-float(trial.position) for trial in rows.trials)
         return {"x": np.array([-float(trial.position) for trial in rows.trials])}
 
-    floor = make_lab(model64).floor(read, "x", WINDOW)
+    floor = lab.floor(read, "x", WINDOW)
     assert floor == np.quantile(np.abs(values), 0.95) > np.median(np.abs(values))
+    assert floor == make_lab(model64).floor(read, "x", WINDOW)  # seeded
 
 
 def test_sites_have_the_head_and_the_rows_of_each_sequence(model64: HookedRecurrent) -> None:
@@ -165,12 +140,6 @@ def test_sites_have_the_head_and_the_rows_of_each_sequence(model64: HookedRecurr
     assert part.writes.keys.shape[0] == 6
     both = lab.native_writes([2, 0])
     torch.testing.assert_close(both.rows(slice(T, None)).dense(), sites[0].writes.dense())
-
-
-def test_streams_are_seeded_and_apart(model64: HookedRecurrent) -> None:
-    lab, other = make_lab(model64, seed=3), make_lab(model64, seed=4)
-    assert lab.rng(1, 2).integers(10**9) == np.random.default_rng([3, 1, 2]).integers(10**9)
-    assert len({int(g.integers(10**9)) for g in (lab.rng(1), lab.rng(2), lab.rng(1, 2), other.rng(1))}) == 4
 
 
 def test_what_was_left_out_is_said(model64: HookedRecurrent) -> None:
