@@ -22,7 +22,8 @@ try:
 except ImportError:  # no public part of tyro: without it, tyro prints its own messages
     on_parse_error = contextlib.nullcontext
 
-S, T = TypeVar("S"), TypeVar("T")
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 class Command(NamedTuple):

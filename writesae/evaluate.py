@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, get_type_hints
+from typing import TYPE_CHECKING, Literal, get_type_hints
 
 import tyro
 
@@ -78,7 +80,7 @@ class EvalAll:
 
         if unknown := [kind for kind in self.kinds if kind not in EVALUATIONS]:
             raise ValueError(f"there is no evaluation {', '.join(unknown)}; there are {', '.join(EVALUATIONS)}")
-        fields = {kind: get_type_hints(each) for kind, each in EVALUATIONS.items()}
+        fields = {kind: [field.name for field in dataclasses.fields(each)] for kind, each in EVALUATIONS.items()}
         settings: dict[str, dict[str, object]] = {kind: {"seed": self.seed} for kind in EVALUATIONS}
         for pair in sorted(self.set, key=lambda pair: "." in pair.partition("=")[0]):  # those of one kind win
             name, equals, value = pair.partition("=")
@@ -87,10 +89,11 @@ class EvalAll:
             of_kind, _, field = name.rpartition(".")
             having = [kind for kind in EVALUATIONS if of_kind in ("", kind) and field in fields[kind]]
             if not having:
-                known = {each: None for kind, own in fields.items() if of_kind in ("", kind) for each in own} or fields
+                known = [each for kind, own in fields.items() if of_kind in ("", kind) for each in own] or fields
+                known = list(dict.fromkeys(known))
                 raise ValueError(f"--set {name}: expected one of {', '.join(known)}{nearest(field, known)}")
             for kind in having:
-                settings[kind][field] = _value(f"{kind}.{field}", fields[kind][field], value)
+                settings[kind][field] = _value(EVALUATIONS[kind], field, value)
         places = {Scope.EACH: ("dictionary",), Scope.LAYER: ("dictionary", "layer")}
         return [
             each.from_dict(settings[kind])
@@ -99,18 +102,15 @@ class EvalAll:
         ]
 
 
-def _value(name: str, kind: object, text: str) -> object:
+def _value(evaluation: type[Evaluation], field: str, text: str) -> object:
     """A setting from JSON, or from a word where that is none."""
     from pydantic import TypeAdapter, ValidationError
 
-    adapter = TypeAdapter(cast(type, kind))
-    for read in (adapter.validate_json, adapter.validate_python):
-        try:
+    kind = get_type_hints(evaluation)[field]
+    for read in (TypeAdapter(kind).validate_json, TypeAdapter(kind).validate_python):
+        with contextlib.suppress(ValidationError):
             return read(text)
-        except ValidationError:
-            continue
-    told = getattr(kind, "__name__", "") if isinstance(kind, type) else str(kind).replace("typing.", "")
-    raise ValueError(f"--set {name} takes a value of type {told}, as JSON; found {text!r}")
+    raise ValueError(f"--set {evaluation.kind}.{field}: expected JSON of {kind}, got {text!r}")
 
 
 @dataclass(frozen=True)

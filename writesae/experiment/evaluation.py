@@ -351,11 +351,11 @@ class Result:
         """
         sealed = SealedFolder(Path(folder), ValueError)
         file = sealed.file(_INFO)
-        sealed.require()
         head = cast(dict, read_json(file))
         if head.get("format") != _FORMAT or head.get("kind") not in known:
             found = f"format {head.get('format')!r} of the kind {head.get('kind')!r}"
             raise ValueError(f"{file}: expected format {_FORMAT} of a kind among {', '.join(known)}, got {found}")
+        sealed.require()
         kind = known[head["kind"]]
         try:
             # Names in files are data: only declared tables are read, so that no path leaves the folder.
