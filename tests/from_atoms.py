@@ -11,7 +11,14 @@ from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
 
 @torch.no_grad()
 def sae_of(
-    hook: str, model: str, atoms: LowRank, k: int, *, read: LowRank | None = None, flat: bool = False, **cfg: object
+    hook: str,
+    model: str | None,
+    atoms: LowRank,
+    k: int,
+    *,
+    read: LowRank | None = None,
+    flat: bool = False,
+    **cfg: object,
 ) -> WriteTopKSAE:
     """At each token the k atoms with the largest inner products with what the hook carries, if these are positive.
 
@@ -26,6 +33,7 @@ def sae_of(
     meta = SAEMetadata(hook_name=hook, model_name=model)
     sizes = {"d_in": d_k * d_v, "d_k": d_k, "d_sae": len(atoms), "k": k}
     sae = WriteTopKSAE(WriteTopKSAEConfig(**sizes | kinds | cfg, metadata=meta))  # pyright: ignore[reportArgumentType]
+    sae = sae.to(atoms.keys.dtype)
     given = {"v": atoms.keys, "w": atoms.values, "v_enc": read.keys, "w_enc": read.values}
     if flat:
         given = {"decoder_matrix": atoms.dense().flatten(1), "encoder_matrix": read.dense().flatten(1).T}

@@ -130,8 +130,6 @@ class Report:
         """
         page = self.out / "report.html" if self.out.is_dir() else self.out.with_suffix(".html")
         check_writable(page.parent)
-        if page.is_dir():
-            raise ValueError(f"{page} cannot be written: it is a folder; name another --out")
         from writesae.page.report import find_results, write_report
 
         return write_report(find_results(self.results), page)
@@ -184,12 +182,9 @@ def evaluate(
     if len(saes) < len(folders):
         raise ValueError(f"two of the SAEs' folders have the same name: {', '.join(map(str, folders))}")
     models = {subjects.model or str(sae.cfg.metadata.model_name) for sae in saes.values()}
-    if not saes:
-        raise ValueError("an evaluation needs at least one folder of a dictionary; writesae train makes some")
-    if len(models) > 1:
-        raise ValueError(
-            f"the SAEs of one evaluation are of one model; found {', '.join(sorted(models))}. Evaluate them apart"
-        )
+    if len(models) != 1:
+        found = ", ".join(sorted(models)) or "none; writesae train makes some"
+        raise ValueError(f"saes: expected folders of dictionaries of one model, got {found}")
     text = text_of(subjects.text)
     model = HookedRecurrent.from_pretrained(models.pop(), dtype=subjects.dtype)
     tokens = sample_sequences(model, text, subjects.context_size, subjects.sequences)

@@ -87,15 +87,6 @@ def test_alive_counts_the_first_tokens_only() -> None:
     assert few.alive(N * T, min_firings=2).tolist() == [4]
 
 
-def test_strongest_atom_of_a_position(dense: torch.Tensor, firings: F.Firings) -> None:
-    places = pd.DataFrame({"sequence": [3, 7, 3], "position": [5, 0, 5]}, index=[30, 10, 20])
-    best = firings.strongest(places)
-    assert best.index.tolist() == [30, 10, 20]
-    for (s, p), atom, activation in zip([(3, 5), (7, 0), (3, 5)], best["atom"], best["activation"]):
-        assert activation == dense[s, p].max() and atom == dense[s, p].argmax()
-    assert at((0, 1, 1)).strongest(places)["atom"].isna().all()
-
-
 def test_the_sample_is_spread_over_sequences(firings: F.Firings) -> None:
     sample = F.sample_firings(firings, np.arange(ATOMS), 6, **BOUNDS, rng=rng())
     assert sample["position"].between(2, 30).all() and not sample.duplicated(["sequence", "position", "atom"]).any()
@@ -151,6 +142,8 @@ def test_the_dominant_atom_is_written_and_a_position_counts_once(dense: torch.Te
     assert np.allclose(table["activation"], values.max(1).values)
     own = drawn(firings, n_atoms=None, firings_per_atom=30).table
     assert (own["written_atom"] == own["atom"]).all() and own.duplicated(["sequence", "position"]).any()
+    nothing = firings.strongest(pd.DataFrame({"sequence": [0], "position": [T]}, index=[7]))
+    assert nothing.index.tolist() == [7] and nothing["atom"].isna().all()
 
 
 def test_what_cannot_be_drawn_is_refused(firings: F.Firings) -> None:

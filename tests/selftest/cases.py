@@ -147,7 +147,6 @@ CASES: tuple[Case, ...] = (
     Case("partition", "noise", "untrained", {_KINDS: NOT, _ALIGNED: NOT}, settings={"tested_atoms": 0}),
     # -- logit_change
     Case("logit_change", "linear", "oracle", {"F0": HOLDS, "F1": HOLDS, _PATHS: HOLDS}),
-    Case("logit_change", "last layer", "oracle", {"F0": CONFOUNDED, "F1": HOLDS, _PATHS: HOLDS}),
     Case("logit_change", "planted", "oracle", {"F0": NOT, "F1": NOT, _PATHS: HOLDS}),
     Case("logit_change", "planted", "untrained", {_PATHS: NOT}, settings={"eps": (30.0, 100.0)}),
     # -- erasure

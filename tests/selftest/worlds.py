@@ -278,13 +278,6 @@ def linear() -> World:
     return plant(world, by_phase(world.k, N_ATOMS), orthonormal(N_ATOMS, world.k, 2), unit(N_ATOMS, world.v, 3))
 
 
-def last_layer() -> World:
-    """The last layer without its MLP: norms and gate stand between a read and the logits, and nothing else."""
-    world = bare(4, 1)
-    hold_block(world, "hook_mlp_out", torch.zeros_like)
-    return plant(world, by_phase(world.k, N_ATOMS), unit(N_ATOMS, world.k, 2), unit(N_ATOMS, world.v, 3))
-
-
 def scrambled() -> World:
     """As `linear`, but at half of the tokens the mixer's output has the other sign, which W_O and W_U do not tell."""
     world = linear()
@@ -355,7 +348,7 @@ def spared() -> World:
     return replace(world, atoms=LowRank.rank_one(asked.expand(n, -1), normalize(values, dim=1)))
 
 
-_ALL = (planted, noise, one_write, two_kinds, sums, blurred, tokens, shared_tokens, linear, last_layer, scrambled)
+_ALL = (planted, noise, one_write, two_kinds, sums, blurred, tokens, shared_tokens, linear, scrambled)
 WORLDS: dict[str, Callable[[], World]] = {
     make.__name__.replace("_", " "): make for make in (*_ALL, same_rows, readable, unread, readers, spared)
 }

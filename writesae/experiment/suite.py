@@ -142,10 +142,10 @@ def comparable(scope: Scope, saes: Mapping[str, SAE]) -> dict[str, SAE]:
     comparison is about and in nothing else; the first alone where there is none. Dictionaries that differ in nothing
     are seeds, which a comparison of variants joins, and of which one of targets takes the first."""
 
-    def traits(sae: SAE) -> dict[Scope, object]:
-        return {Scope.TARGETS: objective(sae), Scope.VARIANTS: (variant(sae), int(sae.cfg.d_sae))}
-
-    known = {label: traits(sae) for label, sae in saes.items()}
+    known: dict[str, dict[Scope, object]] = {
+        label: {Scope.TARGETS: objective(sae), Scope.VARIANTS: (variant(sae), int(sae.cfg.d_sae))}
+        for label, sae in saes.items()
+    }
     first = next(iter(known.values()))
     alike = [label for label, own in known.items() if all(own[s] == first[s] for s in first if s is not scope)]
     one_of_each: dict[object, str] = {}

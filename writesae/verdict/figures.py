@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -63,7 +62,7 @@ _STYLE: dict[str, object] = {
 }
 _DASHED = (0, (3, 3))
 _HOVER = "hover:"
-"""Marks the ids that are texts to show."""
+"""Marks the ids that are texts to show: each becomes a title of its own in the SVG, which a browser shows over it."""
 
 
 class Row(NamedTuple):
@@ -107,7 +106,8 @@ def intervals(
         mean, low, high = (x if least is None else max(x, least) for x in (row.mean, row.low, row.high))
         lines = axes.plot([low, high], [y, y], color=colour, lw=2.0, alpha=0.55)
         lines += axes.plot(mean, y, "o" if mean == row.mean else "<", color=colour, ms=5, mec=PAPER, mew=0.7)
-        _hover(lines, f"{row.name}: {write(row.mean)} [{write(row.low)}, {write(row.high)}]")
+        for line in lines:
+            line.set_gid(f"{_HOVER}{row.name}: {write(row.mean)} [{write(row.low)}, {write(row.high)}]")
     axes.axvline(chance, color=MUTED, lw=0.8, ls=_DASHED)
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.set_ylim(len(rows) - 0.45, -0.55)
@@ -125,7 +125,7 @@ def bars(names: Sequence[str], values: Mapping[str, Sequence[float]], label: str
         heights = [y + (n - (len(values) - 1) / 2) * 0.8 / len(values) for y in range(len(names))]
         drawn = axes.barh(heights, numbers, 0.8 / len(values), color=shades.get(key, SOFT), label=key)
         for name, value, bar in zip(names, numbers, drawn):
-            _hover([bar], f"{name}, {key}: {number(value)}")
+            bar.set_gid(f"{_HOVER}{name}, {key}: {number(value)}")
     axes.set_yticks(range(len(names)), [name or " " for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel(label, loc="right")
@@ -230,12 +230,6 @@ def _panel(height: float, grid: str = "x") -> tuple[Figure, Axes]:
     figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)
     return figure, axes
-
-
-def _hover(artists: Sequence[Artist], text: str) -> None:
-    """Have a browser show `text` at these artists: a title of their own in the SVG, which needs no script."""
-    for artist in artists:
-        artist.set_gid(_HOVER + text)
 
 
 def _svg(figure: Figure, title: str, names: int = 0) -> str:
