@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sae_lens.saes.sae import SAEMetadata
+from from_atoms import sae_of
 from torch import Tensor
 
-from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
+from sae_lens_writesae.atom.low_rank import LowRank
 
 LAYER, HEAD = 1, 2
 
@@ -25,16 +25,9 @@ def make_sae(
 ) -> Any:
     """Tied atoms keys [F,K] values [F,V]^T: activation i is <A_i, X> + bias where that is positive and among the k
     largest."""
-    torch.manual_seed(0)
     hook = f"blocks.{layer}.mixer.heads.{head}.hook_{target}_vec"
-    sizes = {"d_in": keys.shape[1] * values.shape[1], "d_k": keys.shape[1], "d_sae": len(keys)}
-    sae = WriteTopKSAE(
-        WriteTopKSAEConfig(**sizes, k=k, rescale_acts_by_decoder_norm=False, metadata=SAEMetadata(hook_name=hook))
-    ).to(keys.dtype)
+    sae = sae_of(hook, None, LowRank.rank_one(keys, values), k, rescale_acts_by_decoder_norm=False)
     with torch.no_grad():
-        for name, side in (("v", keys), ("w", values)):
-            for own in (name, f"{name}_enc"):
-                getattr(sae, own).copy_(side[:, None])
         sae.b_enc.fill_(bias)
     return sae
 

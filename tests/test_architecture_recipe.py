@@ -61,10 +61,11 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(RECIPE, folder / "writesae" / "evaluations")
     for name in ("hookpoints", "sae_lens_writesae"):
         (folder / name).symlink_to(ROOT / name)
-    support = ("tests/conftest.py", "tests/sealing.py", "tests/small_saes.py")
+    support = ("tests/conftest.py", "tests/from_atoms.py", "tests/small_saes.py")
     for name in ("README.md", "pyproject.toml", "scripts/tables.py", *support):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(TESTS / "golden", folder / "tests" / "golden", ignore=shutil.ignore_patterns("tables"))
     (folder / "tests" / "evaluations").mkdir()
     shutil.copy(TESTS / "evaluations" / "test_conformance.py", folder / "tests" / "evaluations")
     return folder

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Literal
 
 import pytest
 import torch
@@ -18,14 +17,10 @@ from sae_lens.saes.sae import SAEMetadata
 from sealing import reseal
 
 from hookpoints import HookedRecurrent
-from hookpoints import embedded as shipped
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
-from sae_lens_writesae.sae.factors import collect
 from writesae.cli import COMMANDS, main
-from writesae.evaluate import EvalAll, Subjects
+from writesae.evaluate import EvalAll, Subjects, questions
 from writesae.evaluations import EVALUATIONS, Evaluation, load_result
-from writesae.page.atoms import AtomPages
-from writesae.settings import evaluations, settings_of
 
 COUNTS = ["--sequences", "6", "--context-size", "48"]
 
@@ -79,8 +74,8 @@ def test_names_are_listed_with_what_they_do(capsys: pytest.CaptureFixture[str], 
 def test_help_loads_no_torch() -> None:
     """In a process of its own, because these tests have loaded it."""
     commands = [["--help"], ["--version"], ["eval", "--help"]]
-    commands += [["eval", kind, "--help"] for kind in [*EVALUATIONS, "all"]]
-    commands += [[name, "--help"] for name in COMMANDS if name != "eval"]
+    commands += [["eval", "all", "--help"]]
+    commands += [[name, "--help"] for name in COMMANDS if name not in ("eval", "show", "export")]
     code = f"""
 import sys
 from writesae.__main__ import main
@@ -97,17 +92,8 @@ for arguments in {commands!r}:
     subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=ascii_terminal, check=True)
 
 
-def test_settings_are_read_from_the_source_as_the_classes_have_them() -> None:
-    assert {kind: source.question for kind, source in evaluations().items()} == {
-        kind: each.question for kind, each in EVALUATIONS.items()
-    }
-    assert list(evaluations()) == list(EVALUATIONS)
-    for each in (*EVALUATIONS.values(), AtomPages):
-        settings, types = settings_of(each.__module__, each.__name__), get_type_hints(each)
-        assert list(settings) == [field.name for field in dataclasses.fields(each)]
-        for field in dataclasses.fields(each):
-            assert settings[field.name][:2] == (types[field.name], field.default)
-            assert settings[field.name].text, f"{each.__name__}.{field.name} has no docstring"
+def test_questions_are_read_from_the_source_as_the_classes_have_them() -> None:
+    assert questions() == {kind: each.question for kind, each in EVALUATIONS.items()}
 
 
 @pytest.mark.parametrize(
@@ -251,18 +237,11 @@ def test_eval_then_report(capsys: pytest.CaptureFixture[str], sae_folder: Path, 
     assert again.status == 0 and "84.6 %" in (tmp_path / "one.html").read_text()
 
 
-def test_eval_takes_controls_from_a_collection(
-    capsys: pytest.CaptureFixture[str], embedded: HookedRecurrent, sae_folder: Path, tmp_path: Path
+def test_a_single_evaluation_with_nothing_to_measure_is_an_error(
+    capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path
 ) -> None:
-    """One of the very model; a collection of other heads is refused."""
-    text = embedded.to_tokens(shipped.text("train"), prepend_bos=False, truncate=False)[0, : 8 * 48].view(8, 48)
-    for head, status in ((1, 0), (0, 2)):
-        folder = tmp_path / f"head{head}"
-        collect(embedded, text, [2], [head], folder)
-        asked = ["--collection", folder, "--out", tmp_path / f"out{head}", *COUNTS, "--n-positions", "4"]
-        done = run(capsys, "eval", "sign", sae_folder, *asked)
-        assert done.status == status, done.err
-    assert "head 1 of layer 2 was not collected" in done.err
+    done = run(capsys, "eval", "substitution", sae_folder, "--out", tmp_path, *COUNTS, "--atoms", "999")
+    assert done.status == 2 and "999" in done.err
 
 
 def test_evaluations_are_chosen_by_what_they_are_done_for() -> None:

@@ -55,10 +55,9 @@ class DictionaryName:
     """What errors are measured by."""
 
     def __str__(self) -> str:
-        loss = "" if self.loss == "mse" else self.loss
-        variant = "" if self.variant == "WriteSAE" else self.variant
-        metric = "" if self.metric == "frobenius" else self.metric
-        return "-".join([self.target, *filter(None, [loss, variant, metric]), f"seed{self.seed}"])
+        told = (self.loss, self.variant, self.metric)
+        own = [word for word in told if word not in ("mse", "WriteSAE", "frobenius")]
+        return "-".join([self.target, *own, f"seed{self.seed}"])
 
     @classmethod
     def parse(cls, name: str) -> DictionaryName:

@@ -1,20 +1,28 @@
 """The `writesae` command. Each command is a dataclass: its fields are the flags, its docstrings the help (tyro).
 
-A command is imported when it is asked for, and imports torch when it runs, so that help costs nothing. Settings of a
-class that needs torch are read off its source.
+A command is imported when it is asked for, and imports torch when it runs, so that help costs nothing. Help of a single
+evaluation, of `show` and of `export` imports the class whose settings it lists, and torch with it: some seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass, make_dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, get_type_hints
 
 import tyro
 
+try:
+    from tyro._errors import on_parse_error
+except ImportError:  # no public part of tyro: without it, tyro prints its own messages
+    on_parse_error = contextlib.nullcontext
+
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -138,9 +146,53 @@ def _version(package: str) -> str:
 
 
 def parse(command: type[T], program: str, arguments: Sequence[str], default: T | None = None) -> T:
-    """The command line as a value of `command`. Where an argument is unknown, missing or refused, tyro prints why and
-    the program ends with status 2."""
-    return tyro.cli(command, prog=program, args=arguments, default=tyro.MISSING_NONPROP if default is None else default)
+    """The command line as a value of `command`.
+
+    Raises:
+        ValueError: an argument is unknown, missing or refused; in one line.
+    """
+
+    def refuse(event: object) -> None:
+        if told := _told(event, command):
+            raise ValueError(f"{' '.join(told.split()).rstrip('.')}. {program} --help lists the flags")
+
+    start = tyro.MISSING_NONPROP if default is None else default
+    with on_parse_error(refuse):
+        return tyro.cli(command, prog=program, args=arguments, default=start)
+
+
+def parse_with(command: type[T], settings: type[S], program: str, arguments: Sequence[str]) -> tuple[T, S]:
+    """The command line as a value of `command` and one of `settings`, whose docstring the help shows."""
+    parts = [(name, tyro.conf.OmitArgPrefixes[each]) for name, each in (("command", command), ("settings", settings))]
+    both = make_dataclass("Command", parts, frozen=True)
+    both.__doc__ = command.__doc__
+    given = parse(both, program, arguments)
+    return given.command, given.settings
+
+
+def _told(event: object, command: type) -> str | None:
+    """What tyro refuses. None: an event that is not known here, for which tyro prints its own message."""
+    from tyro import _errors
+
+    match event:
+        case _errors.InstantiationFailure(message=message, argument=argument):
+            return f"{argument.display_name()}: {message}" if argument else str(message)
+        case _errors.InvalidChoice(argument=argument, value=value, choices=choices):
+            return f"{argument.display_name()}: expected one of {', '.join(choices)}, got {value!r}"
+        case _errors.BadValue(argument=argument):
+            return f"{argument.display_name()}: expected {argument.lowered.metavar}, got no value"
+        case _errors.MissingArgs(missing_arguments=missing, unrecognized_tokens=tokens):
+            names = ", ".join(each.arg.display_name().rpartition(".")[2] for each in missing)
+            return f"missing {names}" + (f"; unknown {' '.join(tokens)}" if tokens else "")
+        case _errors.UnrecognizedArgs(tokens=tokens):
+            near = [name for token in tokens for name in difflib.get_close_matches(token, [*_flags(command)], 1)]
+            return f"unknown {' '.join(tokens)}" + (f"; nearest: {', '.join(near)}" if near else "")
+
+
+def _flags(command: object) -> Iterator[str]:
+    """The flags of a dataclass, and of those in its fields."""
+    for name, each in get_type_hints(command).items():
+        yield from _flags(each) if is_dataclass(each) else [f"--{name.replace('_', '-')}"]
 
 
 if __name__ == "__main__":

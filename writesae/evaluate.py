@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, get_type_hints
 
 import tyro
 
 from writesae.choices import Dtype, at_least
-from writesae.cli import choose, parse
+from writesae.cli import choose, parse, parse_with
 from writesae.files import check_writable, folder_labels, sae_folders, taken
-from writesae.settings import evaluations, parse_with, settings_of
 
 if TYPE_CHECKING:
     from writesae.experiment.evaluation import Evaluation
@@ -43,8 +45,6 @@ class Subjects:
     control_dictionaries: bool = True
     """Evaluate an untrained dictionary and one of native writes beside each, by the same rules: three times the work.
     They are made from the training text of the package, on which baselines are then fitted too."""
-    collection: Path | None = None
-    """Make them from the writes of a collection (`writesae collect`, `train`) instead, without running the model."""
 
     def __post_init__(self) -> None:
         at_least(self, {"sequences": 1, "context_size": 1})
@@ -79,7 +79,7 @@ class EvalAll:
 
         if unknown := [kind for kind in self.kinds if kind not in EVALUATIONS]:
             raise ValueError(f"there is no evaluation {', '.join(unknown)}; there are {', '.join(EVALUATIONS)}")
-        fields = {kind: settings_of(source.module, source.name) for kind, source in evaluations().items()}
+        fields = {kind: [field.name for field in dataclasses.fields(each)] for kind, each in EVALUATIONS.items()}
         settings: dict[str, dict[str, object]] = {kind: {"seed": self.seed} for kind in EVALUATIONS}
         for pair in sorted(self.set, key=lambda pair: "." in pair.partition("=")[0]):  # those of one kind win
             name, equals, value = pair.partition("=")
@@ -88,10 +88,11 @@ class EvalAll:
             of_kind, _, field = name.rpartition(".")
             having = [kind for kind in EVALUATIONS if of_kind in ("", kind) and field in fields[kind]]
             if not having:
-                known = {each: None for kind, own in fields.items() if of_kind in ("", kind) for each in own} or fields
+                known = [each for kind, own in fields.items() if of_kind in ("", kind) for each in own] or fields
+                known = list(dict.fromkeys(known))
                 raise ValueError(f"--set {name}: expected one of {', '.join(known)}{nearest(field, known)}")
             for kind in having:
-                settings[kind][field] = _value(f"{kind}.{field}", fields[kind][field].type, value)
+                settings[kind][field] = _value(EVALUATIONS[kind], field, value)
         places = {Scope.EACH: ("dictionary",), Scope.LAYER: ("dictionary", "layer")}
         return [
             each.from_dict(settings[kind])
@@ -100,18 +101,15 @@ class EvalAll:
         ]
 
 
-def _value(name: str, kind: object, text: str) -> object:
+def _value(evaluation: type[Evaluation], field: str, text: str) -> object:
     """A setting from JSON, or from a word where that is none."""
     from pydantic import TypeAdapter, ValidationError
 
-    adapter = TypeAdapter(cast(type, kind))
-    for read in (adapter.validate_json, adapter.validate_python):
-        try:
+    kind = get_type_hints(evaluation)[field]
+    for read in (TypeAdapter(kind).validate_json, TypeAdapter(kind).validate_python):
+        with contextlib.suppress(ValidationError):
             return read(text)
-        except ValidationError:
-            continue
-    told = getattr(kind, "__name__", "") if isinstance(kind, type) else str(kind).replace("typing.", "")
-    raise ValueError(f"--set {name} takes a value of type {told}, as JSON; found {text!r}")
+    raise ValueError(f"--set {evaluation.kind}.{field}: expected JSON of {kind}, got {text!r}")
 
 
 @dataclass(frozen=True)
@@ -131,8 +129,6 @@ class Report:
         """
         page = self.out / "report.html" if self.out.is_dir() else self.out.with_suffix(".html")
         check_writable(page.parent)
-        if page.is_dir():
-            raise ValueError(f"{page} cannot be written: it is a folder; name another --out")
         from writesae.page.report import find_results, write_report
 
         return write_report(find_results(self.results), page)
@@ -140,17 +136,25 @@ class Report:
 
 def run_eval(arguments: Sequence[str]) -> Path:
     """`writesae eval KIND SAE...` with the settings of that evaluation as flags; `all` runs every evaluation."""
-    kinds = {kind: source.question for kind, source in evaluations().items()}
-    kind = choose("writesae eval", arguments, kinds | {"all": "Every evaluation that fits, on one page."})
+    kind = choose("writesae eval", arguments, questions() | {"all": "Every evaluation that fits, on one page."})
     program = f"writesae eval {kind}"
     if kind == "all":
         everything = parse(EvalAll, program, arguments[1:])
         return evaluate(everything.subjects, everything.evaluations(), resume=everything.resume)
-    source = evaluations()[kind]
-    subjects, settings = parse_with(Subjects, source.module, source.name, program, arguments[1:])
     from writesae.evaluations import EVALUATIONS
 
-    return evaluate(subjects, [EVALUATIONS[kind].from_dict(settings)], single=True)
+    subjects, evaluation = parse_with(Subjects, EVALUATIONS[kind], program, arguments[1:])
+    return evaluate(subjects, [evaluation], single=True)
+
+
+def questions() -> dict[str, str]:
+    """What each evaluation asks, by its kind: read off the sources, so that the list needs no torch."""
+    found: dict[str, str] = {}
+    for file in sorted((Path(__file__).parent / "evaluations").glob("[!_]*.py")):
+        line = r'^    {}: ClassVar\[str\] = "(.+)"$'
+        kinds, asked = (re.findall(line.format(name), file.read_text("utf-8"), re.M) for name in ("kind", "question"))
+        found |= dict(zip(kinds, asked, strict=True))
+    return found
 
 
 def evaluate(
@@ -166,7 +170,6 @@ def evaluate(
             that refuses the SAEs.
     """
     from hookpoints import HookedRecurrent, embedded
-    from sae_lens_writesae.sae.factors import Collection
     from sae_lens_writesae.sae.load import load_sae
     from writesae.experiment.suite import evaluate_all
     from writesae.experiment.tokens import sample_sequences, text_of
@@ -178,21 +181,15 @@ def evaluate(
     if len(saes) < len(folders):
         raise ValueError(f"two of the SAEs' folders have the same name: {', '.join(map(str, folders))}")
     models = {subjects.model or str(sae.cfg.metadata.model_name) for sae in saes.values()}
-    if not saes:
-        raise ValueError("an evaluation needs at least one folder of a dictionary; writesae train makes some")
-    if len(models) > 1:
-        raise ValueError(
-            f"the SAEs of one evaluation are of one model; found {', '.join(sorted(models))}. Evaluate them apart"
-        )
+    if len(models) != 1:
+        found = ", ".join(sorted(models)) or "none; writesae train makes some"
+        raise ValueError(f"saes: expected folders of dictionaries of one model, got {found}")
     text = text_of(subjects.text)
     model = HookedRecurrent.from_pretrained(models.pop(), dtype=subjects.dtype)
     tokens = sample_sequences(model, text, subjects.context_size, subjects.sequences)
     reference = None
     if subjects.control_dictionaries:
-        if subjects.collection is not None:
-            reference = Collection.open(subjects.collection, model=model)
-        else:
-            reference = sample_sequences(model, embedded.text("train"), subjects.context_size, _REFERENCE)
+        reference = sample_sequences(model, embedded.text("train"), subjects.context_size, _REFERENCE)
     with taken(subjects.out):
         results = evaluate_all(
             evaluations, model, saes, tokens, subjects.out, controls=reference, single=single, resume=resume

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from writesae.choices import Dtype, at_least
+from writesae.cli import parse_with
 from writesae.files import check_writable, folder_labels, sae_folders, taken
-from writesae.settings import parse_with
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from hookpoints import HookedRecurrent
     from writesae.page.atoms.collect import AtomPages
     from writesae.page.prompt import PromptServer
-
-_PAGES = "writesae.page.atoms.collect", "AtomPages"
-"""Whose settings are flags of `show` and `export`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,18 +167,18 @@ class Prompt:
 
 def run_show(arguments: Sequence[str]) -> str:
     """`writesae show SAE` with the settings of `AtomPages` as flags."""
-    show, settings = parse_with(Show, *_PAGES, "writesae show", arguments)
     from writesae.page.atoms.collect import AtomPages
 
+    show, pages = parse_with(Show, AtomPages, "writesae show", arguments)
     folders = sae_folders(show.sae)
     outs = [show.out / label for label in folder_labels(folders)] if len(folders) > 1 else [show.out]
     each = [dataclasses.replace(show, sae=folder, out=out) for folder, out in zip(folders, outs)]
-    return "\n".join(f"pages    {one.run(AtomPages(**cast(dict, settings)))}" for one in each)
+    return "\n".join(f"pages    {one.run(pages)}" for one in each)
 
 
 def run_export(arguments: Sequence[str]) -> Path:
     """`writesae export SAE` with the settings of `AtomPages` as flags."""
-    export, settings = parse_with(Export, *_PAGES, "writesae export", arguments)
     from writesae.page.atoms.collect import AtomPages
 
-    return export.run(AtomPages(**cast(dict, settings)))
+    export, pages = parse_with(Export, AtomPages, "writesae export", arguments)
+    return export.run(pages)

@@ -17,7 +17,6 @@ from writesae.experiment.controls import (
     Control,
     against_controls,
     answers,
-    as_control,
     control_dictionaries,
 )
 from writesae.experiment.evaluation import Result
@@ -53,8 +52,8 @@ def test_what_an_untrained_dictionary_reaches_is_confounded(
 
 
 def of_control(result: Result, control: Control, trained: Result) -> Result:
-    info = result.info | {"label": f"{trained.label}, {control}"}
-    return as_control(replace(result, info=info), control, trained)
+    info = {"label": f"{trained.label}, {control}", "control": control, "control_of": trained.label}
+    return replace(result, info=result.info | info)
 
 
 def test_answers_are_matched_with_the_controls_of_the_same_dictionary() -> None:

@@ -11,18 +11,11 @@ import pytest
 import torch
 
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_plain_activations
+from sae_lens_writesae.sae.target import HeadHook, atoms_of
 from writesae.experiment import firings as F
 
 N, T, ATOMS = 12, 40, 9
-
-
-def dense(seed: int = 0) -> torch.Tensor:
-    """Activations [N,T,F]: atom i fires with probability (i + 1) / 20; atom 8 never."""
-    g = torch.Generator().manual_seed(seed)
-    chance = (torch.arange(ATOMS) + 1) / 20
-    chance[8] = 0
-    return torch.rand(N, T, ATOMS, generator=g) * (torch.rand(N, T, ATOMS, generator=g) < chance)
+BOUNDS: F.Bounds = {"first": 2, "last": 30}
 
 
 class FakeModel:
@@ -34,12 +27,11 @@ class FakeModel:
 
 
 class FakeSAE(torch.nn.Module):
-    def __init__(
-        self, activations: torch.Tensor, hook: str = "blocks.3.mixer.heads.1.hook_write_vec", norm: str = "none"
-    ):
+    cfg = SimpleNamespace(metadata=SimpleNamespace(hook_name="blocks.3.mixer.heads.1.hook_write_vec"))
+
+    def __init__(self, activations: torch.Tensor):
         super().__init__()
-        self.activations = activations
-        self.cfg = SimpleNamespace(metadata=SimpleNamespace(hook_name=hook), normalize_activations=norm)
+        self.activations, self.place = activations, torch.nn.Parameter(torch.zeros(1))
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         return self.activations.flatten(0, 1)[x[:, 0].long()]
@@ -50,100 +42,86 @@ def collected(activations: torch.Tensor) -> F.Firings:
     return F.collect_firings(cast(Any, FakeModel()), cast(Any, FakeSAE(activations)), 3, tokens)
 
 
-def test_collected_firings_are_the_positive_activations() -> None:
-    activations = dense()
-    firings = collected(activations)
-    again = torch.zeros_like(activations)
+def at(*places: tuple[Any, Any, Any]) -> F.Firings:
+    """Firings at some places alone, all of activation 1."""
+    activations = torch.zeros(N, T, ATOMS)
+    for place in places:
+        activations[place] = 1
+    return collected(activations)
+
+
+@pytest.fixture(scope="module")
+def dense() -> torch.Tensor:
+    """Activations [N,T,F]: atom i fires with probability (i + 1) / 20; atom 8 never."""
+    g, chance = torch.Generator().manual_seed(0), (torch.arange(ATOMS) + 1) / 20
+    chance[8] = 0
+    return torch.rand(N, T, ATOMS, generator=g) * (torch.rand(N, T, ATOMS, generator=g) < chance)
+
+
+@pytest.fixture(scope="module")
+def firings(dense: torch.Tensor) -> F.Firings:
+    return collected(dense)
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def test_firings_are_the_positive_activations_and_some_sequences_keep_their_numbers(
+    dense: torch.Tensor, firings: F.Firings
+) -> None:
+    again = torch.zeros_like(dense)
     again[firings.sequence, firings.position, firings.atom] = torch.tensor(firings.activation)
-    assert torch.equal(again, activations) and len(firings) == int((activations > 0).sum())
+    assert torch.equal(again, dense) and len(firings) == int((dense > 0).sum())
     assert (firings.n_sequences, firings.n_positions, firings.n_atoms) == (N, T, ATOMS)
-
-
-def test_firings_of_some_sequences_keep_their_numbers() -> None:
-    activations = dense()
-    some = collected(activations).of_sequences(np.array([2, 7]))
-    assert set(some.sequence) == {2, 7} and len(some) == int((activations[[2, 7]] > 0).sum())
+    some = firings.of_sequences(np.array([2, 7]))
+    assert set(some.sequence) == {2, 7} and len(some) == int((dense[[2, 7]] > 0).sum())
+    with pytest.raises(NothingToMeasureError, match="sequence 0"):
+        collected(dense.index_fill(1, torch.tensor([4]), torch.nan))
 
 
 def test_alive_counts_the_first_tokens_only() -> None:
-    activations = torch.zeros(N, T, ATOMS)
-    activations[0, 5, 2] = activations[1, 3, 4] = activations[1, 4, 4] = 1
-    firings = collected(activations)
-    assert firings.alive(N * T).tolist() == [2, 4]
-    assert firings.alive(T + 3).tolist() == [2]  # token T + 3 is not among the first T + 3
-    assert firings.alive(T + 4).tolist() == [2, 4]
-    assert firings.alive(N * T, min_firings=2).tolist() == [4]
+    few = at((0, 5, 2), (1, 3, 4), (1, 4, 4))
+    assert few.alive(T + 3).tolist() == [2]  # token T + 3 is not among the first T + 3
+    assert few.alive(T + 4).tolist() == few.alive(N * T).tolist() == [2, 4]
+    assert few.alive(N * T, min_firings=2).tolist() == [4]
 
 
-def test_strongest_atom_of_a_position() -> None:
-    activations = dense()
-    at = pd.DataFrame({"sequence": [3, 7, 3], "position": [5, 0, 5]}, index=[30, 10, 20])
-    best = collected(activations).strongest(at)
-    assert best.index.tolist() == [30, 10, 20]
-    for (s, p), atom, activation in zip([(3, 5), (7, 0), (3, 5)], best["atom"], best["activation"]):
-        assert activation == activations[s, p].max() and atom == activations[s, p].argmax()
-    nothing = collected(dense() * 0 + (torch.arange(T) == 1)[None, :, None]).strongest(at)
-    assert nothing["atom"].isna().all()
-
-
-def test_the_sample_is_spread_over_sequences() -> None:
-    firings = collected(dense())
-    sample = F.sample_firings(firings, np.arange(ATOMS), 6, first=2, last=30, rng=np.random.default_rng(0))
+def test_the_sample_is_spread_over_sequences(firings: F.Firings) -> None:
+    sample = F.sample_firings(firings, np.arange(ATOMS), 6, **BOUNDS, rng=rng())
     assert sample["position"].between(2, 30).all() and not sample.duplicated(["sequence", "position", "atom"]).any()
     for atom, rows in sample.groupby("atom"):
         inside = (firings.atom == atom) & (firings.position >= 2) & (firings.position <= 30)
         assert len(rows) == min(6, inside.sum())
-        if len(np.unique(firings.sequence[inside])) >= 6:
-            assert rows["sequence"].is_unique
-    assert 8 not in set(sample["atom"])
-
-
-def test_a_second_turn_only_begins_when_the_first_is_over() -> None:
-    firings = collected(dense())
-    sample = F.sample_firings(firings, np.array([7]), 18, first=0, last=T - 1, rng=np.random.default_rng(1))
-    counts = sample["sequence"].value_counts()
-    assert counts.max() - counts.reindex(range(N), fill_value=0).min() == 1 and len(sample) == 18
+        assert rows["sequence"].is_unique or len(np.unique(firings.sequence[inside])) < 6
+    more = F.sample_firings(firings, np.array([7]), 18, first=0, last=T - 1, rng=rng())
+    counts = more["sequence"].value_counts().reindex(range(N), fill_value=0)
+    assert counts.max() - counts.min() == 1 and len(more) == 18  # a second turn begins when the first is over
 
 
 def test_sequences_have_the_same_chance_however_often_an_atom_fires_in_them() -> None:
     """One firing in one sequence, nine in another: when one is drawn, each sequence has it half of the time."""
-    activations = torch.zeros(N, T, ATOMS)
-    activations[0, 5, 0] = 1
-    activations[1, 6:15, 0] = 1
-    firings, rng = collected(activations), np.random.default_rng(0)
-    draws = [
-        F.sample_firings(firings, np.array([0]), 1, first=0, last=T - 1, rng=rng)["sequence"][0] for _ in range(150)
-    ]
+    uneven, draw = at((0, 5, 0), (1, slice(6, 15), 0)), rng()
+    draws = [F.sample_firings(uneven, np.array([0]), 1, **BOUNDS, rng=draw)["sequence"][0] for _ in range(150)]
     assert np.mean(draws) == pytest.approx(0.5, abs=0.12)  # 3 standard errors
 
 
-def test_silent_positions_keep_everything_but_the_position() -> None:
-    activations = dense()
-    firings, rng = collected(activations), np.random.default_rng(0)
-    sample = F.sample_firings(firings, np.arange(8), 5, first=1, last=30, rng=rng)
-    moved = F.silent_positions(sample, firings, first=1, last=30, rng=rng)
-    assert len(moved) == len(sample) and moved["position"].between(1, 30).all()
-    assert (activations[moved["sequence"], moved["position"], moved["atom"]] == 0).all()
+def test_silent_positions_keep_everything_but_the_position(dense: torch.Tensor, firings: F.Firings) -> None:
+    sample = F.sample_firings(firings, np.arange(8), 5, **BOUNDS, rng=rng())
+    moved = F.silent_positions(sample, firings, **BOUNDS, rng=rng())
+    assert len(moved) == len(sample) and moved["position"].between(2, 30).all()
+    assert (dense[moved["sequence"], moved["position"], moved["atom"]] == 0).all()
     assert sorted(moved["activation"]) == sorted(sample["activation"])
-
-
-def test_atoms_that_are_never_silent_are_dropped() -> None:
-    activations = torch.zeros(N, T, ATOMS)
-    activations[:, :, 0] = activations[:, 3, 1] = 1
-    firings, rng = collected(activations), np.random.default_rng(0)
-    sample = F.sample_firings(firings, np.array([0, 1]), 2, first=1, last=30, rng=rng)
-    assert set(F.silent_positions(sample, firings, first=1, last=30, rng=rng)["atom"]) == {1}
-
-
-DRAW = {"horizon": 5, "n_atoms": 4, "firings_per_atom": 6}
+    always = at((slice(None), slice(None), 0), (slice(None), 3, 1))
+    sample = F.sample_firings(always, np.array([0, 1]), 2, **BOUNDS, rng=rng())
+    assert set(F.silent_positions(sample, always, **BOUNDS, rng=rng())["atom"]) == {1}  # atom 0 is silent nowhere
 
 
 def drawn(firings: F.Firings, seed: int = 0, **changes: Any) -> F.FiringDraw:
-    return F.draw_firings(firings, np.random.default_rng(seed), **DRAW | changes)
+    return F.draw_firings(firings, rng(seed), **{"horizon": 5, "n_atoms": 4, "firings_per_atom": 6} | changes)
 
 
-def test_the_draw_is_seeded_and_says_what_it_drew_from() -> None:
-    firings = collected(dense())
+def test_the_draw_is_seeded_and_says_what_it_drew_from(firings: F.Firings) -> None:
     one = drawn(firings)
     pd.testing.assert_frame_equal(one.table, drawn(firings).table)
     assert not drawn(firings, 1).table.equals(one.table)
@@ -152,34 +130,28 @@ def test_the_draw_is_seeded_and_says_what_it_drew_from() -> None:
     assert one.table["position"].between(1, T - 1 - 5).all()  # the horizon follows each
     assert set(drawn(firings, atoms=(6, 2)).table["atom"]) == {2, 6}
     assert drawn(firings, n_atoms=None).table["atom"].nunique() == 8
+    moved, fires = drawn(firings, silent=True).table, set(zip(firings.sequence, firings.position, firings.atom))
+    assert not fires & set(zip(moved["sequence"], moved["position"], moved["atom"])) and len(moved)
 
 
-def test_the_dominant_atom_is_written_and_a_position_counts_once() -> None:
-    activations = dense()
-    firings = collected(activations)
+def test_the_dominant_atom_is_written_and_a_position_counts_once(dense: torch.Tensor, firings: F.Firings) -> None:
     table = drawn(firings, n_atoms=None, firings_per_atom=30, written="dominant").table
     assert not table.duplicated(["sequence", "position"]).any()
-    at = activations[table["sequence"].to_list(), table["position"].to_list()]
-    assert (table["written_atom"].to_numpy() == at.argmax(1).numpy()).all()
-    assert np.allclose(table["activation"], at.max(1).values)
+    values = dense[table["sequence"].to_list(), table["position"].to_list()]
+    assert (table["written_atom"].to_numpy() == values.argmax(1).numpy()).all()
+    assert np.allclose(table["activation"], values.max(1).values)
     own = drawn(firings, n_atoms=None, firings_per_atom=30).table
     assert (own["written_atom"] == own["atom"]).all() and own.duplicated(["sequence", "position"]).any()
+    nothing = firings.strongest(pd.DataFrame({"sequence": [0], "position": [T]}, index=[7]))
+    assert nothing.index.tolist() == [7] and nothing["atom"].isna().all()
 
 
-def test_silent_positions_of_a_draw() -> None:
-    firings = collected(dense())
-    table = drawn(firings, silent=True).table
-    fires = set(zip(firings.sequence, firings.position, firings.atom))
-    assert not fires & set(zip(table["sequence"], table["position"], table["atom"])) and len(table)
-
-
-def test_what_cannot_be_drawn_is_refused() -> None:
-    firings = collected(dense())
+def test_what_cannot_be_drawn_is_refused(firings: F.Firings) -> None:
     with pytest.raises(ValueError, match="8"):
         drawn(firings, atoms=(8,))
     with pytest.raises(NothingToMeasureError, match="0 of 9"):
-        drawn(collected(dense() * 0))
-    with pytest.raises(NothingToMeasureError, match="fire"):
+        drawn(at())
+    with pytest.raises(NothingToMeasureError, match="8 of 9"):
         drawn(firings, first_position=T)
 
 
@@ -191,55 +163,36 @@ def test_halves_share_no_sequence() -> None:
         F.halves(3, seed=0)
 
 
-def test_atoms_of_both_halves() -> None:
-    firings, split, rng = collected(dense()), F.halves(N, seed=0), np.random.default_rng(0)
-    bounds = {"first": 2, "last": 30}
-    atoms = F.draw_atoms(firings, split, bounds, rng, min_firings=15, n_atoms=None)
+def test_atoms_of_both_halves(firings: F.Firings) -> None:
+    split = F.halves(N, seed=0)
+
+    def picked(given: F.Firings = firings, min_firings: int = 15, n_atoms: int | None = None, **how: Any) -> list[int]:
+        return F.draw_atoms(given, split, BOUNDS, rng(), min_firings=min_firings, n_atoms=n_atoms, **how).tolist()
+
     for side in split:
         inside = np.isin(firings.sequence, side) & (firings.position >= 2) & (firings.position <= 30)
-        assert (np.bincount(firings.atom[inside], minlength=ATOMS)[atoms] >= 15).all()
-    two = F.draw_atoms(firings, split, bounds, rng, min_firings=15, n_atoms=2)
-    assert len(set(two)) == 2 and set(two) <= set(atoms)
-    assert F.draw_atoms(firings, split, bounds, rng, min_firings=1, n_atoms=None, atoms=(7, 3)).tolist() == [7, 3]
+        assert (np.bincount(firings.atom[inside], minlength=ATOMS)[picked()] >= 15).all()
+    assert len(set(picked(n_atoms=2))) == 2 and set(picked(n_atoms=2)) <= set(picked())
+    assert picked(min_firings=1, atoms=(7, 3)) == [7, 3]
     with pytest.raises(ValueError, match="8"):
-        F.draw_atoms(firings, split, bounds, rng, min_firings=1, n_atoms=2, atoms=(8,))
+        picked(min_firings=1, atoms=(8,))
     with pytest.raises(NothingToMeasureError):
-        F.draw_atoms(firings, split, bounds, rng, min_firings=10**4, n_atoms=2)
-
-
-def test_an_atom_of_a_single_test_sequence_is_not_drawn() -> None:
-    """All of its firings there are dependent, so that they would have no interval."""
-    split, activations = F.halves(N, seed=0), torch.zeros(N, T, ATOMS)
-    activations[split.select[0], 3:9, :2] = 1
-    activations[split.test[0], 3:9, :2] = 1
-    activations[split.test[1], 3:9, 1] = 1
-    bounds, rng = {"first": 2, "last": 30}, np.random.default_rng(0)
-    assert F.draw_atoms(collected(activations), split, bounds, rng, min_firings=2, n_atoms=None).tolist() == [1]
+        picked(min_firings=10**4)
+    test, fires = split.test, slice(3, 9)  # atom 0 fires in a single test sequence: it would have no interval
+    once = at((split.select[0], fires, slice(2)), (test[0], fires, slice(2)), (test[1], fires, 1))
+    assert picked(once, min_firings=2) == [1]
 
 
 def test_hook_names() -> None:
     hook = HeadHook.parse("blocks.12.mixer.heads.3.hook_state_vec")
     assert hook[1:] == (12, 3, "state") and hook.cell == "L12H3"
-    for other in (
-        "blocks.1.hook_resid_pre",
-        "blocks.1.mixer.heads.2.hook_write",
-        "xblocks.1.mixer.heads.2.hook_write_vec",
-    ):
+    for other in ("blocks.1.hook_resid_pre", "blocks.1.mixer.heads.2.hook_write", f"x{hook.name}"):
         with pytest.raises(ValueError, match="hook_write_vec"):
             HeadHook.parse(other)
 
 
-def test_activations_must_be_coefficients() -> None:
-    normed = cast(Any, FakeSAE(dense(), norm="expected_average_only_in"))
-    with pytest.raises(ValueError, match="expected_average_only_in"):
-        check_plain_activations(normed)
-    with pytest.raises(NothingToMeasureError, match="sequence 0"):
-        collected(dense().index_fill(1, torch.tensor([4]), torch.nan))
-
-
-def test_atoms_of_other_packages_are_factored() -> None:
+def test_atoms_are_the_factors_or_those_of_the_decoder() -> None:
     v, w = torch.randn(6, 2, 3), torch.randn(6, 2, 5)
-    rows = (v.mT @ w).flatten(1)
-    flat = atoms_of(cast(Any, SimpleNamespace(W_dec=rows)), np.array([4, 1]), 3, 5)
+    assert torch.equal(atoms_of(cast(Any, SimpleNamespace(v=v, w=w)), [4, 1], 3, 5).keys, v[[4, 1]])
+    flat = atoms_of(cast(Any, SimpleNamespace(W_dec=(v.mT @ w).flatten(1))), np.array([4, 1]), 3, 5)
     torch.testing.assert_close(flat.dense(), (v.mT @ w)[[4, 1]])
-    torch.testing.assert_close(flat.norm(), rows[[4, 1]].norm(dim=1))

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_hf
 from datasets import Dataset
 from planted import HEAD, LAYER, make_sae, native_writes, random_sae
 from sae_lens import ActivationsStore
@@ -41,34 +40,33 @@ def tokens() -> Tensor:
     return torch.randint(1, 64, (6, 24), generator=torch.Generator().manual_seed(1))
 
 
+def hold(model: HookedRecurrent, name: str, side: Tensor) -> None:
+    """Let the head have rows of `side` in turn, whatever it natively has."""
+
+    def hook(x: Tensor, hook: Any) -> Tensor:
+        x = x.clone()
+        x[:, :, HEAD] = side[torch.arange(x.shape[1]) % len(side)]
+        return x
+
+    model.add_hook(f"blocks.{LAYER}.mixer.{name}", hook, is_permanent=True)
+
+
 @pytest.fixture
-def prototypes(model: HookedRecurrent) -> Iterator[tuple[HookedRecurrent, Any]]:
-    """A model whose head writes multiples of four matrices, one at each token, and the dictionary of these four."""
+def prototypes(model: HookedRecurrent) -> Iterator[Any]:
+    """The dictionary of four matrices, of which the head of the model writes multiples, one at each token."""
     keys, values = (normalize(side, dim=1) for side in native_writes(model, torch.arange(1, 5)[None]))
-
-    def plant(side: Tensor) -> Any:
-        def hook(x: Tensor, hook: Any) -> Tensor:
-            x = x.clone()
-            x[:, :, HEAD] = side[torch.arange(x.shape[1]) % 4]
-            return x
-
-        return hook
-
-    model.add_hook(f"blocks.{LAYER}.mixer.hook_k", plant(keys), is_permanent=True)
-    model.add_hook(f"blocks.{LAYER}.mixer.hook_v", plant(values), is_permanent=True)
-    yield model, make_sae(keys, values, 1)
+    hold(model, "hook_k", keys)
+    hold(model, "hook_v", values)
+    yield make_sae(keys, values, 1)
     model.reset_hooks(including_permanent=True)
 
 
-def silence(model: HookedRecurrent) -> None:
-    """Make the head write nothing."""
-
-    def zero(x: Tensor, hook: Any) -> Tensor:
-        x = x.clone()
-        x[:, :, HEAD] = 0
-        return x
-
-    model.add_hook(f"blocks.{LAYER}.mixer.hook_v", zero, is_permanent=True)
+@pytest.fixture
+def silenced(model: HookedRecurrent) -> Iterator[None]:
+    """The head of the model writes nothing."""
+    hold(model, "hook_v", torch.zeros(1, 6))
+    yield
+    model.reset_hooks(including_permanent=True)
 
 
 def finite(quality: DictionaryQuality) -> dict[str, Any]:
@@ -76,34 +74,28 @@ def finite(quality: DictionaryQuality) -> dict[str, Any]:
     return json.loads(json.dumps(quality.to_dict(), allow_nan=False))
 
 
-@pytest.mark.parametrize("hook", [HOOK, STATE])
-def test_an_exact_dictionary_gives_everything_back(model: HookedRecurrent, tokens: Tensor, hook: str) -> None:
-    quality = dictionary_quality(model, exact(hook), tokens)
-    assert quality.target == HeadHook.parse(hook).target and quality.n_tokens == tokens.numel()
-    assert quality.explained == pytest.approx(1, abs=1e-6) and quality.recovered is not None
-    assert quality.recovered.mean == pytest.approx(1, abs=1e-4) and quality.recovered.n_clusters == 6
-    assert quality.coverage == 1 and quality.l0 > 1 and quality.floor < 1e-9 < quality.deleted.mean
+def test_an_exact_dictionary_gives_everything_back(model: HookedRecurrent, tokens: Tensor) -> None:
+    found = qualities(Lab(model, {"write": exact(HOOK), "state": exact(STATE)}, tokens))
+    for target, quality in found.items():
+        assert quality.target == target and quality.n_tokens == tokens.numel()
+        assert quality.explained == pytest.approx(1, abs=1e-6) and quality.recovered is not None
+        assert quality.recovered.mean == pytest.approx(1, abs=1e-4) and quality.recovered.n_clusters == 6
+        assert quality.coverage == 1 and quality.l0 > 1 and quality.floor < 1e-9 < quality.deleted.mean
+    # Zero states are the writes deleted.
+    assert found["write"].deleted.mean == pytest.approx(found["state"].deleted.mean, rel=1e-4)
 
 
 def test_the_dictionary_of_planted_writes_is_told_from_an_untrained_one(
-    prototypes: tuple[HookedRecurrent, Any], tokens: Tensor
+    model: HookedRecurrent, prototypes: Any, tokens: Tensor
 ) -> None:
-    model, oracle = prototypes
-    lab = Lab(model, {"oracle": oracle, "untrained": random_sae(model, d_sae=4, k=1)}, tokens)
-    found = qualities(lab)
-    assert found["oracle"].explained == pytest.approx(1, abs=1e-4)
-    assert found["oracle"].cosine == pytest.approx(1, abs=1e-4)
-    assert found["oracle"].l0 == found["oracle"].alive == found["oracle"].coverage == 1
-    assert found["oracle"].recovered is not None and found["oracle"].recovered.low > 0.99
-    other = found["untrained"]
+    found = qualities(Lab(model, {"oracle": prototypes, "untrained": random_sae(model, d_sae=4, k=1)}, tokens))
+    oracle, other = found["oracle"], found["untrained"]
+    assert oracle.explained == pytest.approx(1, abs=1e-4) and oracle.cosine == pytest.approx(1, abs=1e-4)
+    assert oracle.l0 == oracle.alive == oracle.coverage == 1
+    assert oracle.recovered is not None and oracle.recovered.low > 0.99
     assert other.recovered is not None and other.recovered.mean < 0.4
     assert other.explained is not None and other.explained < 0.4 and other.cosine is not None and other.cosine < 0.6
-    assert other.deleted == found["oracle"].deleted
-
-
-def test_zero_states_are_the_writes_deleted(model: HookedRecurrent, tokens: Tensor) -> None:
-    found = qualities(Lab(model, {"write": exact(HOOK), "state": exact(STATE)}, tokens))
-    assert found["write"].deleted.mean == pytest.approx(found["state"].deleted.mean, rel=1e-4)
+    assert other.deleted == oracle.deleted
 
 
 @pytest.mark.parametrize("hook", [HOOK, STATE])
@@ -147,12 +139,10 @@ def test_dead_atoms_equal_atoms_and_one_sequence_give_no_nan(model: HookedRecurr
     assert one["deleted"]["low"] is None and one["recovered"]["high"] is None
 
 
-def test_a_head_that_writes_nothing_has_nothing_to_recover(model: HookedRecurrent, tokens: Tensor) -> None:
-    silence(model)
-    try:
-        quality = dictionary_quality(model, random_sae(model), tokens)
-    finally:
-        model.reset_hooks(including_permanent=True)
+def test_a_head_that_writes_nothing_has_nothing_to_recover(
+    model: HookedRecurrent, tokens: Tensor, silenced: None
+) -> None:
+    quality = dictionary_quality(model, random_sae(model), tokens)
     assert finite(quality) | {"explained": None, "recovered": None, "cosine": None} == finite(quality)
     assert quality.deleted.mean == 0
 
@@ -168,14 +158,10 @@ def test_what_gives_no_coefficients_is_named(model: HookedRecurrent, tokens: Ten
     assert list(qualities(Lab(model, {"a": scaled, "b": broken, "c": random_sae(model)}, tokens))) == ["c"]
 
 
-def test_heads_are_ordered_by_what_their_writes_do(tokens: Tensor) -> None:
-    model = HookedRecurrent.from_hf(make_hf())
-    silence(model)
+def test_heads_are_ordered_by_what_their_writes_do(model: HookedRecurrent, tokens: Tensor, silenced: None) -> None:
     table = head_effects(model, tokens[:2, :12])
-    model.attachment.detach()
     places = [(layer, head) for layer in model.cfg.recurrent_layers for head in range(model.cfg.layer(layer).H)]
-    assert sorted(zip(table["layer"], table["head"])) == places
-    assert table["nats"].is_monotonic_decreasing
+    assert sorted(zip(table["layer"], table["head"])) == places and table["nats"].is_monotonic_decreasing
     assert tuple(table.iloc[-1][["layer", "head", "nats"]]) == (LAYER, HEAD, 0)
 
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from conftest import make_hf
 from made_up import HOLDS, made_up
@@ -172,20 +170,16 @@ def pickles(work: Path, rounds: int) -> Iterator[Comparison]:
 @check(
     "Folders from strangers",
     {
-        "tables of any size are read": [
-            Change("writesae.experiment.evaluation:_table", "if unpacked > _LARGEST_TABLE", "if False"),
-            Change("writesae.experiment.evaluation:_table", "pd.read_parquet(file)", "pd.DataFrame()"),
+        "an index of weights may name any file": [
+            Change(f"{LOADING}:_check_files", "if elsewhere := sorted(set(shards.values()) - names)", "if False")
         ],
     },
 )
 def claims(work: Path, rounds: int) -> Iterator[Comparison]:
-    """A table of some kilobytes unpacks to two gigabytes. It is refused by what it claims, before it is believed."""
-    make_result(folder := work / "result")
-    table = next(folder.glob("*.parquet"))
-    names = pq.read_schema(table).names
-    rows = pa.table({name: pa.nulls(10**7) for name in names})
-    with pq.ParquetWriter(table, rows.schema) as writer:
-        for _ in range(30 // len(names) + 1):
-            writer.write_table(rows)
+    """An index names weights outside of its folder. It is refused by what it claims, before it is believed."""
+    make_model(folder := work / "index")
+    weights = (folder / "model.safetensors").rename(work / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(weights), "../outside.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     reseal(folder)
-    yield Comparison("table", REFUSED, outcome(load_result, folder, says="unpacks"))
+    yield Comparison("index", REFUSED, outcome(read_model, folder, says="outside"))

@@ -129,10 +129,10 @@ RESULT, ATOMIC = "writesae.experiment.evaluation:Result.save", "sae_lens_writesa
 IN_PLACE = {
     results: {
         "results are written in place": [
-            Change(RESULT, 'Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))', "target"),
+            Change(RESULT, "Path(beside) / target.name", "target"),
             Change(RESULT, "if target.exists()", "if False"),
             Change(RESULT, "aside.replace(target)", "pass"),
-            Change(RESULT, "(aside / _INFO).write_text", "(aside.mkdir(exist_ok=True), aside / _INFO)[1].write_text"),
+            Change(RESULT, "aside.mkdir()", "aside.mkdir(exist_ok=True)"),
         ]
     },
     dictionaries: {

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 
 import torch
-from sae_lens.saes.sae import SAEMetadata
-from selftest.worlds import World, generator, sizes
+from from_atoms import sae_of
+from selftest.worlds import World, generator
 from torch.nn.functional import normalize
 
-from hookpoints import embedded
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
-from sae_lens_writesae.sae.load import load_sae
-from sae_lens_writesae.sae.runner import text_dataset, train, training_config
-from writesae.dictionaries import quiet
+from sae_lens_writesae.sae import WriteTopKSAE
 
 D_SAE = 64
 """Atoms of a dictionary that learned nothing."""
@@ -25,37 +20,12 @@ Dictionaries = Mapping[str, WriteTopKSAE]
 
 
 def dictionary(
-    world: World,
-    atoms: LowRank,
-    k: int = 1,
-    *,
-    encoder: LowRank | None = None,
-    target: str = "write",
-    flat: bool = False,
-    silent: int = 0,
+    world: World, atoms: LowRank, k: int = 1, *, target: str = "write", silent: int = 0, **how: object
 ) -> WriteTopKSAE:
-    """At each token the k atoms with the largest inner products with what is read, if these are positive.
-
-    Args:
-        atoms: F matrices of rank R, as they are written at activation 1.
-        encoder: what activations are inner products with; by default the atoms.
-        target: hook that is read, write or state.
-        flat: keep the same atoms as dense matrices (a FlatSAE).
-        silent: so many atoms, the last ones, never fire.
-    """
-    (d_k, d_v), read = sizes(world), atoms if encoder is None else encoder
-    kinds = {"encoder": "dense", "decoder": "flat"} if flat else {"rank": atoms.rank}
-    cfg = WriteTopKSAEConfig(
-        **{"d_in": d_k * d_v, "d_k": d_k, "d_sae": len(atoms), "k": k, **kinds},
-        rescale_acts_by_decoder_norm=False,
-        metadata=SAEMetadata(hook_name=world.hook.replace("write", target), model_name=world.model.cfg.model_name),
-    )
-    sae = WriteTopKSAE(cfg)
-    factors = {"v": atoms.keys, "w": atoms.values, "v_enc": read.keys, "w_enc": read.values}
-    dense = {"decoder_matrix": atoms.dense().flatten(1), "encoder_matrix": read.dense().flatten(1).T}
+    """As `sae_of` makes it, at the world's head; the last `silent` atoms never fire."""
+    hook, name = world.hook.replace("write", target), world.model.cfg.model_name
+    sae = sae_of(hook, name, atoms, k, rescale_acts_by_decoder_norm=False, **how)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
-        for name, value in (dense if flat else factors).items():
-            getattr(sae, name).copy_(value)
         sae.b_enc[len(atoms) - silent :] = -1e6
     return sae
 
@@ -69,8 +39,7 @@ def planted_atoms(world: World) -> LowRank:
 
 def random_atoms(world: World, n: int = D_SAE, rank: int = 1, seed: int = 7) -> LowRank:
     """Gaussian atoms at unit norm: an untrained dictionary."""
-    k, v = sizes(world)
-    atoms = LowRank(torch.empty(n, rank, k), torch.empty(n, rank, v)).random_like(generator(seed))
+    atoms = LowRank(torch.empty(n, rank, world.k), torch.empty(n, rank, world.v)).random_like(generator(seed))
     return atoms.with_norm(torch.ones(n))
 
 
@@ -109,34 +78,7 @@ def two_kinds(world: World, *, wrong: bool = False) -> WriteTopKSAE:
     odd = (torch.arange(len(own)) % 2 == 1)[:, None, None]
     mixed = own.values + torch.linspace(0.3, 0.6, len(own))[:, None, None] * normalize(read.values.roll(2, 0), dim=-1)
     atoms = LowRank(torch.where(odd, other.keys, own.keys), torch.where(odd, other.values, mixed))
-    return dictionary(world, atoms, encoder=own)
-
-
-def trained(world: World) -> WriteTopKSAE:
-    """A dictionary that SAELens' runner trained in this world: one atom a token, small batches, half a minute."""
-    cfg = training_config(
-        world.model,
-        world.layer,
-        world.head,
-        architecture="writesae_topk",
-        d_sae=D_SAE,
-        sae={"k": 1},
-        training_tokens=50_000,
-        context_size=128,
-        store_batch_size_prompts=16,
-        n_batches_in_buffer=16,
-        train_batch_size_tokens=128,
-        lr=3e-3,
-        lr_warm_up_steps=20,
-        dead_feature_window=100,
-        seed=0,
-        verbose=False,
-    )
-    with quiet(), torch.enable_grad(), tempfile.TemporaryDirectory() as folder:
-        train(cfg, world.model, text_dataset(embedded.text("train"))).save_inference_model(folder)
-        sae = load_sae(folder)
-    assert isinstance(sae, WriteTopKSAE)
-    return sae
+    return dictionary(world, atoms, read=own)
 
 
 # ---------------------------------------------------------------------------------------------- several
@@ -151,7 +93,6 @@ DICTIONARIES: dict[str, Callable[[World], WriteTopKSAE | Dictionaries]] = {
     "oracle": oracle,
     "oracle, k 3": lambda world: oracle(world, 3),
     "blurred": lambda world: dictionary(world, blurred_atoms(world, 23, 0.05)),
-    "trained": trained,
     "untrained": untrained,
     "untrained, k 3": lambda world: untrained(world, 3),
     "two kinds": two_kinds,

@@ -47,6 +47,8 @@ class World:
     model: HookedRecurrent
     layer: int
     head: int
+    k: int
+    v: int
     tokens: Tensor
     """[N,T]"""
     atoms: LowRank | None = None
@@ -86,13 +88,8 @@ def without(rows: Tensor, direction: Tensor) -> Tensor:
 def bare(layer: int, head: int) -> World:
     """The embedded model, a head of it, and text; nothing is planted."""
     model = HookedRecurrent.from_pretrained("embedded")
-    return World(model, layer, head, sample_sequences(model, embedded.text("test"), N_TOKENS, N_SEQUENCES))
-
-
-def sizes(world: World) -> tuple[int, int]:
-    """K and V of the head."""
-    shape = world.model.cfg.layer(world.layer)
-    return shape.K, shape.V
+    shape, text = model.cfg.layer(layer), sample_sequences(model, embedded.text("test"), N_TOKENS, N_SEQUENCES)
+    return World(model, layer, head, shape.K, shape.V, text)
 
 
 def hold(world: World, name: str, change: Change) -> None:
@@ -112,24 +109,31 @@ def hold_block(world: World, name: str, change: Change) -> None:
     world.model.add_hook(f"blocks.{world.layer}.{name}", act, is_permanent=True)
 
 
+def seen(world: World, name: str) -> list[Tensor]:
+    """Filled in each pass: what the head has at a hook, before what holds it from now on."""
+    latest: list[Tensor] = []
+
+    def see(native: Tensor) -> Tensor:
+        latest[:] = [native]
+        return native
+
+    hold(world, name, see)
+    return latest
+
+
 def by_phase(size: int, n: int) -> Choose:
     """Prototypes in equal shares, by a fine phase of the native key."""
     direction = unit(1, size, 1)[0]
     return lambda key: ((_PHASES * (key @ direction)) % 1.0 * n).long().clamp_max(n - 1)
 
 
-def by_token(world: World, tokens: Tensor) -> Callable[..., Tensor]:
-    """The nearest of the mean native keys of n tokens; n where none is within `reach`, if one is given."""
+def by_token(world: World, tokens: Tensor) -> Choose:
+    """The nearest of the mean native keys of n tokens."""
     hook = f"blocks.{world.layer}.mixer.hook_k"
     _, cache = world.model.run_with_cache(world.tokens, names_filter=[hook], stop_at_layer=world.layer + 1)
     keys, ids = cache[hook][:, :, world.head].flatten(0, 1), world.tokens.flatten()
     centres = torch.stack([keys[ids == token].mean(0) for token in tokens])
-
-    def choose(key: Tensor, reach: float = torch.inf) -> Tensor:
-        nearest = torch.cdist(key.flatten(0, -2), centres).min(1)
-        return nearest.indices.where(nearest.values < reach, len(centres)).view(key.shape[:-1])
-
-    return choose
+    return lambda key: torch.cdist(key.flatten(0, -2), centres).argmin(1).view(key.shape[:-1])
 
 
 def frequent_tokens(world: World, n: int) -> Tensor:
@@ -141,14 +145,9 @@ def frequent_tokens(world: World, n: int) -> Tensor:
 
 def plant(world: World, choose: Choose, keys: Tensor, values: Tensor) -> World:
     """Let the head write prototypes, keys [n,K] and values [n,V]."""
-    chosen: list[Tensor] = []  # of this pass: the hook of the key fires before that of the value
-
-    def key(native: Tensor) -> Tensor:
-        chosen[:] = [choose(native)]
-        return keys[chosen[0]]
-
-    hold(world, "hook_k", key)
-    hold(world, "hook_v", lambda native: values[chosen[0]])
+    native = seen(world, "hook_k")  # fires before the hook of the value
+    hold(world, "hook_k", lambda key: keys[choose(key)])
+    hold(world, "hook_v", lambda value: values[choose(native[0])])
     atoms = LowRank.rank_one(keys, values)
     return replace(world, atoms=atoms.with_norm(torch.ones(len(keys))))
 
@@ -171,16 +170,9 @@ def block_of(world: World) -> nn.Module:
 
 
 def head_output(world: World) -> Tensor:
-    """[D,V] the head's part of the output projection; it may be changed in place, in `torch.no_grad`."""
-    v = sizes(world)[1]
+    """[D,V] the head's part of the output projection, which may be changed in place."""
     projection = cast(nn.Module, cast(nn.Module, block_of(world).linear_attn).out_proj)
-    return cast(Tensor, projection.weight)[:, world.head * v : (world.head + 1) * v]
-
-
-def louder(world: World, factor: float) -> None:
-    """Multiply the head's part of the output projection."""
-    with torch.no_grad():
-        head_output(world).mul_(factor)
+    return cast(Tensor, projection.weight)[:, world.head * world.v : (world.head + 1) * world.v]
 
 
 class Plain(nn.Module):
@@ -197,15 +189,13 @@ class Plain(nn.Module):
 def planted() -> World:
     """Every write is one of 32 matrices, chosen by context."""
     world = bare(2, 2)
-    k, v = sizes(world)
-    return plant(world, by_phase(k, N_ATOMS), unit(N_ATOMS, k, 2), unit(N_ATOMS, v, 3))
+    return plant(world, by_phase(world.k, N_ATOMS), unit(N_ATOMS, world.k, 2), unit(N_ATOMS, world.v, 3))
 
 
 def noise() -> World:
     """No write is like another: both sides are chaotic functions of the native ones."""
     world = bare(2, 2)
-    k, v = sizes(world)
-    for name, size, seed in (("hook_k", k, 4), ("hook_v", v, 5)):
+    for name, size, seed in (("hook_k", world.k, 4), ("hook_v", world.v, 5)):
         mix = _CHAOS * torch.randn(size, size, generator=generator(seed))
         hold(world, name, lambda native, mix=mix: normalize(torch.sin(normalize(native, dim=-1) @ mix), dim=-1))
     return world
@@ -214,93 +204,42 @@ def noise() -> World:
 def one_write() -> World:
     """Every write is the same matrix, so that the head's mean write is each of them."""
     world = bare(2, 2)
-    k, v = sizes(world)
-    return plant(world, by_phase(k, 1), unit(1, k, 2), unit(1, v, 3))
-
-
-def of_token() -> World:
-    """Every write is a function of its token: the eight most frequent ones have a matrix each, all others share one."""
-    world = bare(1, 0)
-    (k, v), n = sizes(world), 8
-    world.model.add_hook("blocks.0.hook_attn_out", lambda value, hook: torch.zeros_like(value), is_permanent=True)
-    with torch.no_grad():
-        cast(Tensor, cast(nn.Module, cast(nn.Module, block_of(world).linear_attn).conv1d).weight)[..., :-1] = 0
-    nearest = by_token(world, frequent_tokens(world, n))
-    return plant(world, lambda key: nearest(key, 1e-3), unit(n + 1, k, 2), unit(n + 1, v, 3))
+    return plant(world, by_phase(world.k, 1), unit(1, world.k, 2), unit(1, world.v, 3))
 
 
 def two_kinds() -> World:
     """Half of the atoms carry, beside what reaches the residual stream, 30 to 50 times as much along a value direction
     that does not: the rest of the atom lies at a cosine of about 0.025 with the write, and does all that it does."""
     world = bare(2, 2)
-    k, v = sizes(world)
-    lost = unit(1, v, 6)[0]
+    lost = unit(1, world.v, 6)[0]
     cast(nn.Module, block_of(world).linear_attn).norm = Plain()  # a norm would let the lost part set the scale
     reaching = head_output(world)
-    with torch.no_grad():
-        reaching -= (reaching @ lost)[:, None] * lost
-    keys, values = unit(N_ATOMS, k, 2), normalize(without(unit(N_ATOMS, v, 3), lost), dim=1)
+    reaching -= (reaching @ lost)[:, None] * lost
+    keys, values = unit(N_ATOMS, world.k, 2), normalize(without(unit(N_ATOMS, world.v, 3), lost), dim=1)
     hidden = torch.linspace(30, 50, N_ATOMS)[:, None] * (torch.arange(N_ATOMS) % 2)[:, None]
-    world = plant(world, by_phase(k, N_ATOMS), keys, values + hidden * lost)
+    world = plant(world, by_phase(world.k, N_ATOMS), keys, values + hidden * lost)
     return replace(world, read=LowRank.rank_one(keys, values / (1 + hidden**2).sqrt()))
-
-
-def needed() -> World:
-    """The last layer expects each write of the head, which is read at its own token alone, and takes off again what it
-    says: any other write, or none, leaves the model off by the difference."""
-    world = bare(4, 1)
-    k, v = sizes(world)
-    plain_path(world, norm=False)
-    keys, values, phase = unit(N_ATOMS, k, 2), 2000 * unit(N_ATOMS, v, 3), by_phase(k, N_ATOMS)
-    asked = normalize(keys.sum(0), dim=0)
-    hold(world, "hook_q", lambda native: asked.expand_as(native))
-    hold(world, "hook_beta", torch.ones_like)
-    hold(world, "hook_log_decay", lambda native: torch.full_like(native, -50.0))
-    expected = k**-0.5 * (keys @ asked)[:, None] * values @ head_output(world).detach().T
-    chosen: list[Tensor] = []
-
-    def choose(native: Tensor) -> Tensor:
-        chosen[:] = [phase(native)]
-        return chosen[0]
-
-    world = plant(world, choose, keys, values)
-    hold_block(world, "hook_mixer_out", lambda out: out - expected[chosen[0]])
-    return world
 
 
 def sums() -> World:
     """Every write is the sum of three of eight atoms that share its key; there are eight keys, 64 atoms."""
     world = bare(2, 2)
-    k, v = sizes(world)
-    keys, values = orthonormal(8, k, 2), orthonormal(8, v, 3)
-    triples = torch.tensor(list(itertools.combinations(range(8), 3)))
-    written = values[triples].sum(1)
-    n = len(triples)
-    world = plant(world, by_phase(k, 8 * n), keys.repeat_interleave(n, 0), written.repeat(8, 1))
+    keys, values = orthonormal(8, world.k, 2), orthonormal(8, world.v, 3)
+    written = values[torch.tensor(list(itertools.combinations(range(8), 3)))].sum(1)
+    n = len(written)
+    world = plant(world, by_phase(world.k, 8 * n), keys.repeat_interleave(n, 0), written.repeat(8, 1))
     return replace(world, atoms=LowRank.rank_one(keys.repeat_interleave(8, 0), values.repeat(8, 1)))
 
 
 def blurred() -> World:
     """Every write is one of 32 matrices, with chaotic noise on both sides: the cosine of the two is about 0.6."""
     world = planted()
-    k, v = sizes(world)
-    for name, size, seed in (("hook_k", k, 4), ("hook_v", v, 5)):
-        # The prototype is the same for many tokens; what differs is the native query.
-        mix = _CHAOS * torch.randn(k, size, generator=generator(seed))
-        blur(world, name, mix)
+    query = seen(world, "hook_q")  # the prototype is the same for many tokens; what differs is the native query
+    for name, size, seed in (("hook_k", world.k, 4), ("hook_v", world.v, 5)):
+        mix = _CHAOS * torch.randn(world.k, size, generator=generator(seed))
+        noisy = lambda side, mix=mix: side + 0.8 * normalize(torch.sin(query[0] @ mix), dim=-1)  # noqa: E731
+        hold(world, name, lambda side, noisy=noisy: normalize(noisy(side), dim=-1))
     return world
-
-
-def blur(world: World, name: str, mix: Tensor) -> None:
-    """Add to a side chaotic noise that follows the native query."""
-    queries: list[Tensor] = []
-
-    def see(native: Tensor) -> Tensor:
-        queries[:] = [native]
-        return native
-
-    hold(world, "hook_q", see)
-    hold(world, name, lambda side: normalize(side + 0.8 * normalize(torch.sin(queries[0] @ mix), dim=-1), dim=-1))
 
 
 def tokens() -> World:
@@ -316,9 +255,8 @@ def shared_tokens() -> World:
 def _raising(raised: Tensor, size: float) -> World:
     """Write i raises token j by raised[i,j]."""
     world = bare(4, 1)
-    k, _ = sizes(world)
     plain_path(world, norm=False)
-    axes, asked = orthonormal(N_ATOMS + 1, k, 2), frequent_tokens(world, N_ATOMS)
+    axes, asked = orthonormal(N_ATOMS + 1, world.k, 2), frequent_tokens(world, N_ATOMS)
     values = torch.stack([value_direction(world.model, 4, 1, int(token)) for token in asked])
     choose = by_token(world, asked)
     remembered(world, axes[0])
@@ -335,126 +273,84 @@ def remembered(world: World, asked: Tensor) -> None:
 def linear() -> World:
     """The last layer, where a read reaches the logits through W_O and W_U alone: the first-order formula is exact."""
     world = bare(4, 1)
-    k, v = sizes(world)
     plain_path(world, norm=True)
-    louder(world, 30.0)
-    return plant(world, by_phase(k, N_ATOMS), orthonormal(N_ATOMS, k, 2), unit(N_ATOMS, v, 3))
-
-
-def last_layer() -> World:
-    """The last layer without its MLP: norms and gate stand between a read and the logits, and nothing else."""
-    world = bare(4, 1)
-    k, v = sizes(world)
-    hold_block(world, "hook_mlp_out", torch.zeros_like)
-    return plant(world, by_phase(k, N_ATOMS), unit(N_ATOMS, k, 2), unit(N_ATOMS, v, 3))
+    head_output(world).mul_(30.0)
+    return plant(world, by_phase(world.k, N_ATOMS), orthonormal(N_ATOMS, world.k, 2), unit(N_ATOMS, world.v, 3))
 
 
 def scrambled() -> World:
     """As `linear`, but at half of the tokens the mixer's output has the other sign, which W_O and W_U do not tell."""
     world = linear()
-    signs: list[Tensor] = []
-    choose = by_phase(sizes(world)[0], 2)
-
-    def see(native: Tensor) -> Tensor:
-        signs[:] = [2.0 * choose(native)[..., None] - 1]
-        return native
-
-    hold(world, "hook_q", see)
-    hold_block(world, "hook_mixer_out", lambda out: signs[0] * out)
+    query, choose = seen(world, "hook_q"), by_phase(world.k, 2)
+    hold_block(world, "hook_mixer_out", lambda out: (2.0 * choose(query[0])[..., None] - 1) * out)
     return world
 
 
 def same_rows() -> World:
     """As `linear`, but the rows of the unembedding hardly differ, so that a write toward any token moves all."""
     world = linear()
-    head = world.model.hf_model.lm_head
-    rows = head.weight.detach()
-    head.weight = nn.Parameter(rows.mean(0).expand_as(rows) * 5 + 0.05 * rows)
+    rows = world.model.hf_model.lm_head.weight.detach()
+    world.model.hf_model.lm_head.weight = nn.Parameter(rows.mean(0).expand_as(rows) * 5 + 0.05 * rows)
     return world
 
 
 def readable() -> World:
     """A head whose writes are read at once and for many tokens, and reach the logits directly and strongly."""
-    world = bare(4, 1)
-    k, _ = sizes(world)
-    plain_path(world, norm=True)
-    asked = unit(1, k, 2)[0]
-    remembered(world, asked)
-    hold(world, "hook_k", lambda native: normalize(native + 3 * asked, dim=-1))
-    louder(world, 1000.0)
-    return world
+    return _direct(lambda key, asked: key + 3 * asked)
 
 
 def unread() -> World:
     """As `readable`, but no query sees any key."""
+    return _direct(without)
+
+
+def _direct(turned: Callable[[Tensor, Tensor], Tensor]) -> World:
+    """Every query is one direction, and keys are turned from or toward it."""
     world = bare(4, 1)
-    k, _ = sizes(world)
     plain_path(world, norm=True)
-    asked = unit(1, k, 2)[0]
+    asked = unit(1, world.k, 2)[0]
     remembered(world, asked)
-    hold(world, "hook_k", lambda native: normalize(without(native, asked), dim=-1))
-    louder(world, 1000.0)
+    hold(world, "hook_k", lambda native: normalize(turned(native, asked), dim=-1))
+    head_output(world).mul_(1000.0)
     return world
 
 
 def readers() -> World:
     """The value sides are four directions, and one head of a later layer listens to each."""
     world = bare(2, 2)
-    k, v = sizes(world)
     cast(nn.Module, block_of(world).linear_attn).norm = Plain()
-    sides = orthonormal(4, v, 3)
+    sides = orthonormal(4, world.v, 3)
     for n, (layer, head) in enumerate(((3, 0), (3, 3), (4, 1), (4, 2))):
         heard = normalize(sides[n] @ world.model.layer_W_O(2)[2], dim=0)
-        weight = world.model.hf_model.model.layers[layer].linear_attn.in_proj_qkv.weight
-        with torch.no_grad():
-            values = weight[-4 * v :][head * v : (head + 1) * v]
-            values += 100 * unit(1, v, 11 + n)[0][:, None] * heard
-    axes = orthonormal(N_ATOMS + 1, k, 2)
+        values = world.model.hf_model.model.layers[layer].linear_attn.in_proj_qkv.weight[-4 * world.v :]
+        values[head * world.v : (head + 1) * world.v] += 100 * unit(1, world.v, 11 + n)[0][:, None] * heard
+    axes = orthonormal(N_ATOMS + 1, world.k, 2)
     hold(world, "hook_q", lambda native: axes[0].expand_as(native))
     keys = normalize(axes[0] + axes[1:], dim=1)
-    return plant(world, by_phase(k, N_ATOMS), keys, sides.repeat(N_ATOMS // 4, 1))
+    return plant(world, by_phase(world.k, N_ATOMS), keys, sides.repeat(N_ATOMS // 4, 1))
 
 
 def spared() -> World:
     """Half of the writes are native; the others are one of 16 matrices along a key that no query reads."""
-    world = bare(4, 1)
-    k, v = sizes(world)
-    n = N_ATOMS // 2
-    unread, values, choose = unit(1, k, 2)[0], 5 * unit(n, v, 3), by_phase(k, 2 * n)
-    chosen: list[Tensor] = []
+    world, n = bare(4, 1), N_ATOMS // 2
+    asked, values, choose = unit(1, world.k, 2)[0], 5 * unit(n, world.v, 3), by_phase(world.k, 2 * n)
+    native = seen(world, "hook_k")
 
-    def key(native: Tensor) -> Tensor:
-        chosen[:] = [choose(native)[..., None]]
-        return torch.where(chosen[0] < n, unread, normalize(without(native, unread), dim=-1))
+    def key(own: Tensor) -> Tensor:
+        return torch.where(choose(own)[..., None] < n, asked, normalize(without(own, asked), dim=-1))
 
-    hold(world, "hook_q", lambda native: without(native, unread))
-    hold(world, "hook_k", key)
-    hold(world, "hook_v", lambda native: torch.where(chosen[0] < n, values[chosen[0][..., 0].clamp_max(n - 1)], native))
-    return replace(world, atoms=LowRank.rank_one(unread.expand(n, -1), normalize(values, dim=1)))
+    def value(own: Tensor) -> Tensor:
+        chosen = choose(native[0])
+        return torch.where(chosen[..., None] < n, values[chosen.clamp_max(n - 1)], own)
+
+    for name, change in (("hook_q", lambda own: without(own, asked)), ("hook_k", key), ("hook_v", value)):
+        hold(world, name, change)
+    return replace(world, atoms=LowRank.rank_one(asked.expand(n, -1), normalize(values, dim=1)))
 
 
+_ALL = (planted, noise, one_write, two_kinds, sums, blurred, tokens, shared_tokens, linear, scrambled)
 WORLDS: dict[str, Callable[[], World]] = {
-    make.__name__.replace("_", " "): make
-    for make in (
-        planted,
-        noise,
-        one_write,
-        of_token,
-        two_kinds,
-        needed,
-        sums,
-        blurred,
-        tokens,
-        shared_tokens,
-        linear,
-        last_layer,
-        scrambled,
-        same_rows,
-        readable,
-        unread,
-        readers,
-        spared,
-    )
+    make.__name__.replace("_", " "): make for make in (*_ALL, same_rows, readable, unread, readers, spared)
 }
 """Every world by its name."""
 

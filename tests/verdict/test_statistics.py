@@ -25,28 +25,16 @@ def test_weighted_median_is_the_median_of_repeats(pairs: list[tuple[int, int]]) 
     assert S.weighted_median(values, weights[None])[0] == expected
 
 
-def test_the_estimate_of_singletons_is_the_normal_interval() -> None:
-    x = np.random.default_rng(0).normal(3, 2, 400)
-    estimate = S.estimate(x, np.arange(400))
-    half = 1.96 * x.std() / 20
-    assert estimate.mean == pytest.approx(x.mean())
-    assert estimate[1:3] == pytest.approx((x.mean() - half, x.mean() + half), abs=0.03)
-    assert (estimate.n, estimate.n_clusters) == (400, 400)
-
-
-def test_the_estimate_of_identical_members_is_that_of_the_cluster_means() -> None:
+def test_an_estimate_is_seeded_and_of_clusters_whatever_their_ids() -> None:
     means = np.random.default_rng(1).normal(size=60)
-    fine = S.estimate(np.repeat(means, 25), np.repeat(np.arange(60), 25), seed=3)
-    assert fine[1:3] == pytest.approx(S.estimate(means, np.arange(60), seed=3)[1:3])
+    ids = np.array([f"cluster {n}" for n in range(60)])
+    fine = S.estimate(np.repeat(means, 25), np.repeat(ids, 25), seed=3)
+    assert fine[1:3] == pytest.approx(S.estimate(means, ids, seed=3)[1:3])
+    assert (fine.mean, fine.n, fine.n_clusters) == (pytest.approx(means.mean()), 1500, 60)
     naive = S.estimate(np.repeat(means, 25), np.arange(1500), seed=3)
     assert (fine.high - fine.low) > 4 * (naive.high - naive.low)  # sqrt(25) = 5 in expectation
-
-
-def test_an_estimate_is_seeded_and_takes_any_ids() -> None:
-    x, ids = np.arange(30.0), np.array(list("abcdefghij") * 3)
-    assert S.estimate(x, ids, seed=1) == S.estimate(x, ids, seed=1)
-    assert S.estimate(x, ids, seed=1) != S.estimate(x, ids, seed=2)
-    assert S.estimate(x, ids, statistic=S.weighted_median).mean == np.median(x)
+    assert S.estimate(means, ids, seed=1) == S.estimate(means, ids, seed=1) != S.estimate(means, ids, seed=2)
+    assert S.estimate(means, ids, statistic=S.weighted_median).mean == np.median(means)
 
 
 def test_one_cluster_has_no_interval() -> None:
@@ -69,38 +57,10 @@ def test_chunks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> Non
     assert S.estimate_two_way(x, ids, np.arange(50) % 5) == pytest.approx(two_way)
 
 
-def test_the_mean_has_a_shortcut_with_the_same_answer() -> None:
-    x, ids = np.random.default_rng(0).normal(size=50), np.arange(50) // 7
-    general = S.estimate(x, ids, statistic=lambda values, weights: S.weighted_mean(values, weights))
-    assert S.estimate(x, ids)[1:3] == pytest.approx(general[1:3], abs=1e-12)
-
-
-def test_coverage_on_clustered_wins() -> None:
-    """40 sequences whose own win rate varies: the cluster interval covers 95 %, Wilson's does not."""
-    rng = np.random.default_rng(0)
-    ids = np.repeat(np.arange(40), 20)
-    covered = {"cluster": 0, "wilson": 0}
-    runs = 300
-    for _ in range(runs):
-        wins = rng.random(800) < np.repeat(rng.beta(1.4, 0.6, 40), 20)  # mean 0.7
-        for name, clusters in (("cluster", ids), ("wilson", np.arange(800))):
-            rate = S.share(wins, clusters)
-            covered[name] += rate.low <= 0.7 <= rate.high
-    assert 0.90 <= covered["cluster"] / runs <= 0.98
-    assert covered["wilson"] / runs < 0.7
-
-
-@pytest.mark.parametrize("n_clusters", [5, 8, 12, 20, 48])
-def test_the_interval_of_a_mean_covers_it(n_clusters: int) -> None:
-    """Plain percentiles cover it in 83.5, 87.7 and 90.5 % over 5, 8 and 12 clusters."""
-    rng, ids = np.random.default_rng(1), np.arange(n_clusters)
-    intervals = [S.estimate(x, ids)[1:3] for x in rng.normal(size=(600, n_clusters))]
-    assert 0.91 <= np.mean([low <= 0 <= high for low, high in intervals]) <= 0.97
-
-
-@pytest.mark.parametrize("n_clusters", [16, 24])
+@pytest.mark.parametrize("n_clusters", [5, 12, 24])
 def test_every_interval_of_normal_clusters_is_students(n_clusters: int) -> None:
-    """Plain percentiles are 11 and 7 % shorter. Ten seeds, since 2,000 resamples leave an error of 3 %."""
+    """Plain percentiles are 11 and 7 % shorter over 16 and 24 clusters. Ten seeds, since 2,000 resamples leave an error
+    of 3 %."""
     ids, more = np.arange(n_clusters), np.arange(30)
     x = 1 + stats.norm.ppf((ids + 0.5) / n_clusters) / 9
     rows, columns = np.repeat(ids, 30), np.tile(more, n_clusters)
@@ -111,39 +71,38 @@ def test_every_interval_of_normal_clusters_is_students(n_clusters: int) -> None:
         lambda seed: S.estimate_difference(np.zeros(30), -x, more, ids, seed=seed),
         lambda seed: S.estimate_two_way(np.repeat(x, 30), rows, columns, seed=seed),
         lambda seed: S.estimate_two_way(np.repeat(x, 30), columns, rows, seed=seed),
+        lambda seed: S.estimate_two_way(x, ids, np.zeros(n_clusters), seed=seed),  # over the rows alone
         lambda seed: S.recovered_difference(np.zeros(n_clusters), x, np.ones(n_clusters), ids, seed=seed),
     ]
     half = stats.t.isf(0.025, n_clusters - 1) * x.std(ddof=1) / math.sqrt(n_clusters)
+    within = 0.025 if n_clusters > 12 else 0.1  # few clusters draw no normal mean
     for interval in intervals:
         each = [interval(seed) for seed in range(10)]
-        assert np.mean([e.low for e in each]) == pytest.approx(1 - half, abs=0.025 * half)
-        assert np.mean([e.high for e in each]) == pytest.approx(1 + half, abs=0.025 * half)
+        assert np.mean([e.low for e in each]) == pytest.approx(1 - half, abs=within * half)
+        assert np.mean([e.high for e in each]) == pytest.approx(1 + half, abs=within * half)
         assert each[0].mean == pytest.approx(1) and each[0].n_clusters == n_clusters
 
 
 @pytest.mark.parametrize(
     "rate, icc, n_clusters, members",
-    [(0.95, 0.0, 8, 8), (0.95, 0.3, 8, 8), (0.5, 0.1, 8, 8), (0.9, 0.1, 5, 8)]
-    + [(0.95, 0.1, n_clusters, 2) for n_clusters in (8, 20, 30, 48)],
+    [(0.95, 0.3, 8, 8), (0.5, 0.1, 8, 8), (0.9, 0.1, 5, 8), (0.95, 0.1, 20, 2), (0.95, 0.1, 48, 2)],
 )
 def test_the_interval_of_a_rate_covers_it(rate: float, icc: float, n_clusters: int, members: int) -> None:
     rng, ids = np.random.default_rng(0), np.repeat(np.arange(n_clusters), members)
     covered = {"share": 0, "percentile": 0}
-    runs = 200
-    for _ in range(runs):
-        more = (1 - icc) / icc if icc else 1e9
+    for _ in range(200):
+        more = (1 - icc) / icc
         wins = rng.random(len(ids)) < np.repeat(rng.beta(rate * more, (1 - rate) * more, n_clusters), members)
-        share, percentile = S.share(wins, ids), S.estimate(wins, ids)
-        covered["share"] += share.low <= rate <= share.high
-        covered["percentile"] += percentile.low <= rate <= percentile.high
-    assert covered["share"] / runs >= 0.95 and covered["share"] > covered["percentile"]
+        for name, each in (("share", S.share(wins, ids)), ("percentile", S.estimate(wins, ids))):
+            covered[name] += each.low <= rate <= each.high
+    assert covered["share"] / 200 >= 0.95 and covered["share"] > covered["percentile"]
 
 
-@pytest.mark.parametrize("n", [20, 30, 48])
+@pytest.mark.parametrize("n", [20, 48])
 @pytest.mark.parametrize("rate", [0.95, 0.05])
 def test_the_interval_of_a_rate_near_its_end_covers_it(n: int, rate: float) -> None:
     """Over independent observations, exactly: all numbers of hits by their probability. Percentiles cover a rate of
-    0.95 in 64, 78 and 91 %."""
+    0.95 in 64 and 91 %."""
     shares = [S.share(np.arange(n) < hits, np.arange(n)) for hits in range(n + 1)]
     covers = [share.low <= rate <= share.high for share in shares]
     assert stats.binom.pmf(np.arange(n + 1), n, rate) @ covers >= 0.935
@@ -152,18 +111,14 @@ def test_the_interval_of_a_rate_near_its_end_covers_it(n: int, rate: float) -> N
 def test_the_interval_of_a_rate_by_hand() -> None:
     """8 of 10 in clusters of 5, 3 and 2: p n_c = 4, 2.4, 1.6, so the variance is 3/2 (1 + 0.16 + 0.36) / 100."""
     hits, ids = np.array([1, 1, 1, 1, 1, 1, 1, 0, 1, 0]), np.repeat([0, 1, 2], [5, 3, 2])
-    few = S.share(hits, ids)
     effective, t = 0.16 / (1.5 * 1.52 / 100), stats.t.isf(0.025, 2)
     scale = 1 + t**2 / effective
     half = t * math.sqrt(0.16 / effective + t**2 / (4 * effective**2)) / scale
     middle = (0.8 + t**2 / (2 * effective)) / scale
-    assert few == pytest.approx((0.8, middle - half, middle + half, 10, 3))
+    assert S.share(hits, ids) == pytest.approx((0.8, middle - half, middle + half, 10, 3))
 
 
 def test_the_interval_of_a_rate_is_wilsons_where_observations_are_independent() -> None:
-    wins = np.tile([1, 1, 1, 0], 25)  # each observation a cluster: the design effect is n / (n - 1), about 1
-    wilson = stats.binomtest(75, 100).proportion_ci(method="wilson")
-    assert S.share(wins, np.arange(100))[1:3] == pytest.approx((wilson.low, wilson.high), abs=0.005)
     alike = S.share(np.ones(40), np.arange(40) // 4)  # no variance: ten observations
     assert alike[1:3] == pytest.approx((1 / (1 + stats.norm.ppf(0.975) ** 2 / 10), 1))
     hits = np.tile([0, 1], 200)
@@ -173,15 +128,9 @@ def test_the_interval_of_a_rate_is_wilsons_where_observations_are_independent() 
     assert (even.high - even.low) / (wilson.high - wilson.low) == pytest.approx(wide, rel=0.01)
 
 
-def test_what_a_sample_can_detect_is_found_in_four_of_five_samples() -> None:
-    """72 firings in 30 sequences find a true 60 % with probability 0.42, so that much more is detectable."""
-    rng, found, runs = np.random.default_rng(0), 0, 300
-    one = S.estimate(rng.random(400) < 0.5, np.arange(400))
-    far = 0.5 + S.detectable(one, 0.5)
-    assert 0.06 < far - 0.5 < 0.08  # 2.8 * 0.5 / 20
-    for _ in range(runs):
-        found += S.estimate(rng.random(400) < far, np.arange(400)).low > 0.5
-    assert found / runs == pytest.approx(0.8, abs=0.07)
+def test_what_a_sample_can_detect_is_2_8_standard_errors() -> None:
+    one = S.estimate(np.random.default_rng(0).random(400) < 0.5, np.arange(400))
+    assert S.detectable(one) == pytest.approx(2.8 * 0.5 / 20, rel=0.1)
 
 
 def test_recovered_share_by_hand() -> None:
@@ -191,9 +140,8 @@ def test_recovered_share_by_hand() -> None:
     assert empty[1:3] == pytest.approx((0.5, 0.5))
     assert share.mean == pytest.approx(0.6) and share.low <= 0.5 and share.high >= 0.625  # each cluster by itself
     deleted, clusters = np.arange(1.0, 9), np.arange(8)
-    assert S.recovered_share(np.zeros(8), deleted, clusters)[1:3] == (1, 1)
-    assert S.recovered_share(deleted, deleted, clusters)[1:3] == pytest.approx((0, 0))
-    assert S.recovered_share(2 * deleted, deleted, clusters).mean == pytest.approx(-1)
+    for factor in (0, 1, 2):
+        assert S.recovered_share(factor * deleted, deleted, clusters)[:3] == pytest.approx((1 - factor,) * 3)
     with pytest.raises(ValueError, match="above 0"):
         S.recovered_share([1.0, 1.0], [0.0, 0.0], clusters=[0, 1])
 
@@ -208,33 +156,7 @@ def test_the_difference_of_shares_is_paired() -> None:
     shares = [S.recovered_share(kl, deleted, ids) for kl in (atom, rival)]
     assert gap.mean == pytest.approx(shares[0].mean - shares[1].mean)
     assert gap.low > 0 and shares[0].low < shares[1].high  # each interval by itself would not tell them apart
-    assert S.recovered_difference(rival, rival, deleted, ids)[1:3] == (0, 0)
     assert S.recovered_difference(atom, deleted, deleted, ids) == pytest.approx(shares[0])
-    assert math.isnan(S.recovered_difference(atom, rival, deleted, np.zeros(200)).low)
-    with pytest.raises(ValueError, match="above 0"):
-        S.recovered_difference(atom, rival, 0 * deleted, ids)
-
-
-def test_recovered_share_covers() -> None:
-    """30 sequences; of the effect of each deletion the condition leaves 40 % on average, more where it is large."""
-    rng, covered = np.random.default_rng(1), 0
-    ids = np.repeat(np.arange(30), 10)
-    for _ in range(150):
-        size = rng.gamma(2, 1, 30)[ids]
-        deleted = size * rng.gamma(4, 0.25, 300)
-        share = S.recovered_share(deleted * rng.beta(2, 3, 300), deleted, ids)
-        covered += share.low <= 0.6 <= share.high
-    assert 0.88 <= covered / 150 <= 0.99
-
-
-def test_difference_of_singletons_is_the_normal_interval() -> None:
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(3, 2, 400), rng.normal(1, 1, 300)
-    difference = S.estimate_difference(a, b, np.arange(400), np.arange(300))
-    half = 1.96 * np.sqrt(a.var() / 400 + b.var() / 300)
-    assert difference.mean == pytest.approx(a.mean() - b.mean())
-    assert difference[1:3] == pytest.approx((difference.mean - half, difference.mean + half), abs=0.04)
-    assert (difference.n, difference.n_clusters) == (700, 300)
 
 
 def test_a_difference_has_the_clusters_of_its_poorer_sample() -> None:
@@ -245,38 +167,16 @@ def test_a_difference_has_the_clusters_of_its_poorer_sample() -> None:
         assert too_little(difference) is not None  # 2 + 3 are not five
 
 
-def test_both_samples_of_a_difference_are_resampled_by_themselves() -> None:
-    """Variances add, whichever way the samples lean on each other; a paired difference is another estimate."""
-    x, ids = np.random.default_rng(0).normal(size=100), np.arange(100)
-    one = S.estimate(x, ids)
-    for other in (x, -x):
-        both = S.estimate_difference(x, other, ids, ids)
-        assert (both.high - both.low) / (one.high - one.low) == pytest.approx(math.sqrt(2), rel=0.1)
-    assert S.estimate(x - x, ids)[1:3] == (0, 0)
-
-
-def test_rows_and_columns_are_resampled_by_themselves() -> None:
-    """Effects of rows and of columns, which cancel or double where the same ones are drawn."""
-    effect = np.random.default_rng(0).normal(size=40)
-    rows, columns = np.repeat(np.arange(40), 40), np.tile(np.arange(40), 40)
-    one = S.estimate(effect, np.arange(40))
+def test_both_samples_and_both_ways_are_resampled_by_themselves() -> None:
+    """Variances add, whichever way the effects lean on each other."""
+    x, ids = np.random.default_rng(0).normal(size=40), np.arange(40)
+    one, rows, columns = S.estimate(x, ids), np.repeat(ids, 40), np.tile(ids, 40)
     for sign in (-1, 1):
-        both = S.estimate_two_way(effect[rows] + sign * effect[columns], rows, columns)
-        assert (both.high - both.low) / (one.high - one.low) == pytest.approx(math.sqrt(2), rel=0.1)
-
-
-def test_two_way_is_wider_than_either_alone_and_covers() -> None:
-    """Effects of 30 sequences and 20 atoms on every cell: the variance of the mean is that of both effects."""
-    rng = np.random.default_rng(0)
-    rows, columns = np.repeat(np.arange(30), 20), np.tile(np.arange(20), 30)
-    covered, widths = 0, []
-    for _ in range(100):
-        x = rng.normal(size=30)[rows] + rng.normal(size=20)[columns] + 0.1 * rng.normal(size=600)
-        both, one = S.estimate_two_way(x, rows, columns), S.estimate(x, rows)
-        covered += both.low <= 0 <= both.high
-        widths.append((both.high - both.low) / (one.high - one.low))
-        assert both.n_clusters == 20
-    assert covered >= 88 and np.median(widths) > 1.2
+        for both in (
+            S.estimate_difference(x, sign * x, ids, ids),
+            S.estimate_two_way(x[rows] + sign * x[columns], rows, columns),
+        ):
+            assert (both.high - both.low) / (one.high - one.low) == pytest.approx(math.sqrt(2), rel=0.1)
 
 
 def test_two_way_of_a_sparse_table_leaves_out_draws_of_nothing() -> None:
@@ -284,62 +184,19 @@ def test_two_way_of_a_sparse_table_leaves_out_draws_of_nothing() -> None:
     assert sparse.mean == 2 and 1 <= sparse.low < sparse.high <= 3
 
 
-def test_two_way_with_one_column_is_over_the_rows_alone() -> None:
-    x, rows = np.arange(12.0), np.arange(12) // 2
-    assert S.estimate_two_way(x, rows, np.zeros(12)) == S.estimate(x, rows)
-    assert S.estimate_two_way(x, np.zeros(12), rows) == S.estimate(x, rows)
-
-
-def test_sign_flip_is_exact_on_few_pairs() -> None:
-    """Four positive differences: only the all-plus and all-minus patterns are as extreme, 2 of 16."""
-    assert S.sign_flip_test([2, 3, 4, 5], [1, 1, 1, 1]) == pytest.approx((2.5, 2 / 16, 4))
-    assert S.sign_flip_test([1, 2], [0, 0], clusters=[7, 7]).p_value == 1
-
-
-def test_sign_flip_by_cluster_is_that_of_the_clusters() -> None:
+def test_sign_flip_by_hand() -> None:
     """Three clusters that all lean one way: 2 of 8 patterns, however many members they have."""
-    a, ids = np.array([3.0, 1, 2, 2, 5]), [0, 0, 1, 1, 2]
-    test = S.sign_flip_test(a, np.zeros(5), ids)
-    assert (test.statistic, test.p_value, test.n) == (pytest.approx(a.mean()), pytest.approx(0.25), 3)
-
-
-def test_sign_flip_by_cluster_keeps_its_level() -> None:
-    rng = np.random.default_rng(0)
-    ids = np.repeat(np.arange(12), 20)
-    false_alarms = {True: 0, False: 0}
-    for _ in range(100):
-        noise = np.repeat(rng.normal(size=12), 20) + 0.3 * rng.normal(size=240)
-        for clustered in (True, False):
-            p = S.sign_flip_test(noise, np.zeros(240), ids if clustered else None, n_resamples=499).p_value
-            false_alarms[clustered] += p < 0.05
-    assert false_alarms[True] <= 10 and false_alarms[False] >= 40
+    a = np.array([3.0, 1, 2, 2, 5])
+    assert S.sign_flip_test(a, np.zeros(5), [0, 0, 1, 1, 2]) == pytest.approx((a.mean(), 2 / 8))
+    assert S.sign_flip_test([2, 3, 4, 5], [1, 1, 1, 1], range(4)) == pytest.approx((2.5, 2 / 16))
+    assert S.sign_flip_test([1, 2], [0, 0], clusters=[7, 7]).p_value == 1
 
 
 def test_permutation_by_hand() -> None:
     """Two against three: of C(5, 2) = 10 ways only {1, 2} and {4, 5} reach a difference of 2.5."""
-    assert S.permutation_test([1, 2], [3, 4, 5]) == pytest.approx((-2.5, 0.2, 5))
-    # three against three: the mirror image is as extreme
-    assert S.permutation_test([1, 2, 3], [4, 5, 6]).p_value == pytest.approx(2 / 20)
-    assert S.permutation_test([1, 1], [1, 1]).p_value == 1
-
-
-def test_permutation_of_clusters_is_that_of_their_means_where_sizes_agree() -> None:
-    rng = np.random.default_rng(3)
-    a, b = rng.normal(size=5), rng.normal(1, 1, size=4)
-    fine = S.permutation_test(np.repeat(a, 6), np.repeat(b, 6), np.repeat(np.arange(5), 6), np.repeat(list("wxyz"), 6))
-    assert fine == pytest.approx(S.permutation_test(a, b))
-
-
-def test_permutation_of_clusters_keeps_its_level_and_that_of_members_does_not() -> None:
-    rng = np.random.default_rng(0)
-    ids = np.repeat(np.arange(8), 15)
-    false_alarms = {True: 0, False: 0}
-    for _ in range(100):
-        a, b = (np.repeat(rng.normal(size=8), 15) + 0.3 * rng.normal(size=120) for _ in range(2))
-        for clustered in (True, False):
-            given_ids = (ids, ids) if clustered else (None, None)
-            false_alarms[clustered] += S.permutation_test(a, b, *given_ids, n_resamples=499).p_value < 0.05
-    assert false_alarms[True] <= 10 and false_alarms[False] >= 40
+    assert S.permutation_test([1, 2], [3, 4, 5], range(2), range(3)) == pytest.approx((-2.5, 0.2))
+    fine = S.permutation_test(np.repeat([1, 2], 6), np.repeat([3, 4, 5], 6), np.arange(12) // 6, np.arange(18) // 6)
+    assert fine == pytest.approx((-2.5, 0.2))  # whole clusters change sides
 
 
 def test_holm_by_hand() -> None:
@@ -348,9 +205,6 @@ def test_holm_by_hand() -> None:
     assert list(adjusted) == ["d", "a", "c", "b"]
     assert adjusted == pytest.approx({"a": 0.04, "b": 0.06, "c": 0.06, "d": 0.06})
     assert S.holm({"x": 0.9, "y": 0.8}) == {"x": 1.0, "y": 1.0}
-    for bad in ({}, {"x": 1.5}):
-        with pytest.raises(ValueError):
-            S.holm(bad)
 
 
 def test_quartiles_are_even_and_ordered() -> None:
@@ -362,17 +216,11 @@ def test_quartiles_are_even_and_ordered() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "word"),
-    [
-        (lambda: S.share([], []), "one value"),
-        (lambda: S.estimate([1.0, np.nan], [0, 1]), "NaN"),
-        (lambda: S.recovered_share([1.0], [1, 2], [0]), "paired"),
-        (lambda: S.estimate([1.0, 2.0], [0]), "clusters"),
-        (lambda: S.estimate([1.0, 2.0], np.array([0, np.nan])), "missing"),
-        (lambda: S.estimate([[1.0]], [1.0]), "1-D"),
-        (lambda: S.quartile([]), "one value"),
-    ],
+    "values, clusters, word",
+    [([], [], "(0,)"), ([1.0, np.nan], [0, 1], "1 NaN"), ([1, 2], [0], "1 clusters"), ([1, 2], [0, np.nan], "1 of")],
 )
-def test_errors_name_the_fault(call: Callable[[], object], word: str) -> None:
-    with pytest.raises(ValueError, match=word):
-        call()
+def test_errors_name_the_fault(values: list[float], clusters: list[float], word: str) -> None:
+    for call in (S.share, S.estimate):
+        with pytest.raises(ValueError) as raised:
+            call(values, clusters)
+        assert word in str(raised.value)

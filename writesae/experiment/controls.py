@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
@@ -22,7 +23,7 @@ from sae_lens_writesae.sae.matrix import MatrixSAE
 from sae_lens_writesae.sae.training import calibrate_threshold
 from writesae.experiment.evaluation import Result
 from writesae.experiment.head import matrices_of
-from writesae.experiment.lab import Lab, Text
+from writesae.experiment.lab import Lab
 from writesae.verdict.finding import Claim
 
 Control = Literal["untrained", "native writes"]
@@ -36,24 +37,23 @@ all of it: a head with a long memory adds up what the mean of too little text is
 
 @torch.no_grad()
 def control_dictionaries(
-    model: HookedRecurrent, saes: Mapping[str, SAE], reference: Text, *, seed: int = 0
+    model: HookedRecurrent, saes: Mapping[str, SAE], reference: Tensor, *, seed: int = 0
 ) -> dict[Control, dict[str, SAE]]:
     """For each dictionary an untrained one and one of native writes, by the same labels. Each has a seed of its own.
     Dictionaries of other packages have none; where the head writes nothing, there is none of native writes.
 
     Args:
-        reference: [N,T] tokens apart from those that are tested, or a collection of such text. Writes are drawn from
-            all of it, and what is set is set on some 4,096 tokens.
+        reference: [N,T] tokens apart from those that are tested. Writes are drawn from all of it; what is set is set on
+            some 4,096 tokens.
 
-    Cost: a forward of each sequence up to the layer for each dictionary (with a collection, of those 4,096 tokens
-    alone), and what `control_dictionary` says.
+    Cost: a forward of each sequence up to the layer for each dictionary, and what `control_dictionary` says.
     """
     made: dict[Control, dict[str, SAE]] = {control: {} for control in CONTROLS}
     for n, (label, sae) in enumerate(saes.items()):
         if not isinstance(sae, MatrixSAE):
             continue
         lab = Lab(model, {label: sae}, reference)
-        n_sequences, length = lab.tokens.shape
+        n_sequences, length = reference.shape
         some = torch.linspace(0, n_sequences - 1, min(n_sequences, -(-_TOKENS // length))).long().tolist()
         x = torch.cat([matrices_of(lab.recurrence(i), lab.hook.target).flatten(1) for i in some])
         made["untrained"][label] = control_dictionary(sae, x, seed=seed + n)
@@ -109,11 +109,6 @@ def control_dictionary(sae: MatrixSAE, matrices: Tensor, writes: LowRank | None 
     return new
 
 
-def as_control(result: Result, control: Control, trained: Result) -> Result:
-    """The result of a control dictionary, which says what it is and whose control."""
-    return replace(result, info=result.info | {"control": control, "control_of": trained.label})
-
-
 class Answer(NamedTuple):
     """A claim as one dictionary, one head or one comparison answers it."""
 
@@ -123,15 +118,16 @@ class Answer(NamedTuple):
 
 def answers(results: Sequence[Result]) -> list[Answer]:
     """Every answer of trained dictionaries, held against those of their controls where these are among the results."""
-    controlled: dict[Control, dict[tuple[object, ...], list[Answer]]] = {c: _own(results, c) for c in CONTROLS}
+    controlled = {control: _own(results, control) for control in CONTROLS}
     rows: list[Answer] = []
     for of, own in _own(results, None).items():
         for label, claim in own:
-            found: dict[Control, Claim] = {}
-            for control in CONTROLS:
-                for other in controlled[control].get(of, []):
-                    if (other.claim.number, other.claim.claim) == (claim.number, claim.claim):
-                        found[control] = other.claim
+            found: dict[Control, Claim] = {
+                control: other.claim
+                for control in CONTROLS
+                for other in controlled[control].get(of, [])
+                if (other.claim.number, other.claim.claim) == (claim.number, claim.claim)
+            }
             rows.append(Answer(label, against_controls(claim, found)))
     return rows
 
@@ -142,35 +138,30 @@ def against_controls(claim: Claim, controls: Mapping[Control, Claim]) -> Claim:
     What holds for an untrained dictionary too is confounded. What holds for native writes as well is named: drawing
     them is a way to find atoms, which needs no training but the model's own writes.
     """
-    if not controls:
-        return claim
-    shown = [f"{_NAMES[name]}: {each.measured} ({each.outcome})" for name, each in controls.items()]
+    names = {"untrained": "untrained dictionary", "native writes": "dictionary of native writes"}
+    shown = [f"{names[name]}: {each.measured} ({each.outcome})" for name, each in controls.items()]
     outcome, sentence = claim.outcome, claim.sentence
     holds = [name for name, each in controls.items() if claim.outcome == each.outcome == "holds"]
     if "untrained" in holds:
         outcome, sentence = "confounded", "An untrained dictionary does as well: the same rule holds for it."
     if "native writes" in holds:
         sentence += " It holds for native writes drawn at random as well."
-    return replace(
-        claim, controls="; ".join(filter(None, [claim.controls, *shown])), outcome=outcome, sentence=sentence
-    )
-
-
-_NAMES: dict[Control, str] = {"untrained": "untrained dictionary", "native writes": "dictionary of native writes"}
+    told = "; ".join(filter(None, [claim.controls, *shown]))
+    return replace(claim, controls=told, outcome=outcome, sentence=sentence)
 
 
 def _own(results: Sequence[Result], control: Control | None) -> dict[tuple[object, ...], list[Answer]]:
     """Answers of one kind of dictionary by what they are about, which its controls share."""
-    found: dict[tuple[object, ...], list[Answer]] = {}
-    kinds: dict[str, list[Result]] = {}
+    found: dict[tuple[object, ...], list[Answer]] = defaultdict(list)
+    measured: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         if result.info.get("control") == control:
-            place = (*(result.info.get(name) for name in ("model", "layer", "head")), result.kind)
-            subject = result.label if control is None else result.info["control_of"]
-            found.setdefault((*place, subject), []).extend(Answer(result.label, claim) for claim in result.claims())
+            of = result.label if control is None else result.info["control_of"]
+            place = (*(result.info.get(name) for name in ("model", "layer", "head")), result.kind, of)
+            found[place] += [Answer(result.label, claim) for claim in result.claims()]
             if result.skipped is None:
-                kinds.setdefault(result.kind, []).append(result)
-    for kind, group in kinds.items():
+                measured[result.kind].append(result)
+    for kind, group in measured.items():
         for label, claim in type(group[0].evaluation).across(group):
-            found.setdefault((kind, label), []).append(Answer(label, claim))
+            found[kind, label].append(Answer(label, claim))
     return found

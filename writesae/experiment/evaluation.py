@@ -15,30 +15,27 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
+from operator import methodcaller
 from pathlib import Path
 from typing import ClassVar, Literal, Self, cast, get_args, get_origin, get_type_hints
 
-import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import torch
 from sae_lens import SAE
+from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from hookpoints.files import SealedFolder, read_json, write_checksums
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.files import named_errors, size_text
-from sae_lens_writesae.sae.factors import Collection
+from sae_lens_writesae.files import named_errors
 from writesae.choices import at_least
-from writesae.experiment.lab import Lab, Text
+from writesae.experiment.lab import Lab
 from writesae.files import Json
 from writesae.verdict.finding import Claim, Figure, Finding
 
 _FORMAT = 3
-"""Version of the files. Those of format 2 are not sealed, and are read still."""
+"""Version of the files."""
 _INFO = "info.json"
-_LARGEST_TABLE = 2 * 10**9
-"""Bytes. Tables of the paper's protocol have some megabytes."""
 
 
 _COLUMNS = {
@@ -106,18 +103,15 @@ class Evaluation(ABC):
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            if isinstance(value, list | tuple):  # JSON gives lists, and whole numbers
-                value = tuple(map(float, value) if each.type == "tuple[float, ...]" else value)
-                object.__setattr__(self, each.name, value)
+            if isinstance(value, list | tuple):
+                object.__setattr__(self, each.name, tuple(value))  # JSON gives lists
                 if len(set(map(str, value))) != len(value):
                     raise ValueError(f"{each.name} names each value once; found {', '.join(map(str, value))}")
         at_least(self, self.bounds())
         for name, allowed in self.choices().items():
             value = getattr(self, name)
-            if unknown := [
-                entry for entry in (value if isinstance(value, tuple) else (value,)) if entry not in allowed
-            ]:
-                raise ValueError(f"{name} must be among {', '.join(allowed)}; found {', '.join(map(str, unknown))}")
+            if unknown := set(value if isinstance(value, tuple) else (value,)) - set(allowed):
+                raise ValueError(f"{name}: expected {', '.join(allowed)}, got {', '.join(map(str, unknown))}")
 
     @classmethod
     def bounds(cls) -> dict[str, int]:
@@ -187,10 +181,11 @@ class Evaluation(ABC):
         self,
         model: HookedRecurrent,
         saes: SAE | Mapping[str, SAE],
-        tokens: Text,
+        tokens: Tensor,
         *,
-        reference: Text | None = None,
+        reference: Tensor | None = None,
         progress: bool = True,
+        or_skip: bool = False,
     ) -> Result:
         """Evaluate dictionaries on sequences that neither the model nor a dictionary was trained on.
 
@@ -198,11 +193,11 @@ class Evaluation(ABC):
             model: the hooked model that the dictionaries read.
             saes: one dictionary, or several by label. Each reads `blocks.{l}.mixer.heads.{h}.hook_write_vec` or
                 `hook_state_vec`, by its own metadata.
-            tokens: [N,T] token ids, all sequences of one length, without padding; or a collection of the head, from
-                whose shards firings are read.
-            reference: [M,S] token ids of other text, on which baselines are fitted, or a collection of the head on such
-                text; without it each half of `tokens` is the other one's.
+            tokens: [N,T] token ids, all sequences of one length, without padding.
+            reference: [M,S] token ids of other text, on which baselines are fitted; without it each half of `tokens` is
+                the other one's.
             progress: show progress bars.
+            or_skip: where there is nothing to measure, return a result that says why, so that a run over many resumes.
 
         Raises:
             ValueError: a dictionary does not fit the model, sequences are too few or too short, or dictionaries cannot
@@ -211,74 +206,39 @@ class Evaluation(ABC):
         """
         begin = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
-            lab = self._lab(model, saes, tokens, reference, progress)
-            self._check(lab)
-            tables = self.measure(lab)
+            lab = Lab(
+                model,
+                saes if isinstance(saes, Mapping) else {"": saes},
+                tokens.clone(),  # gradients cannot be taken through inference tensors
+                reference=reference,
+                seed=self.seed,
+                rows_per_run=self.rows_per_run,
+                progress=progress,
+                one_head=self.scope is not Scope.LAYER,
+            )
+            n, length = tokens.shape
+            if n < self.min_sequences or length < self.shortest:
+                raise ValueError(
+                    f"{self.kind} needs at least {self.min_sequences} sequences of {self.shortest} tokens; tokens are "
+                    f"{[n, length]}"
+                )
+            if self.scope is not Scope.LAYER and self.scope.compares != (len(lab.saes) > 1):
+                expected = "at least two dictionaries" if self.scope.compares else "one dictionary"
+                raise ValueError(f"{self.kind}, {self.scope.value}: expected {expected}, got {', '.join(lab.saes)}")
+            # A result about a head must not be named after the dictionary that only says which head it is.
+            label = self.label or (lab.hook.cell if self.scope is Scope.HEAD else "")
+            try:
+                tables = self.measure(lab)
+            except NothingToMeasureError as error:
+                if not or_skip:
+                    raise
+                return Result(self, lab.describe(label), {}, skipped=str(error))
         tables = {
             # Files hold no index: without one a loaded table equals the measured one.
-            name: pd.DataFrame(tables[name], columns=list(columns)).reset_index(drop=True)
+            name: tables[name].reindex(columns=list(columns)).reset_index(drop=True)
             for name, columns in self.columns.items()
         }
-        info = lab.describe(self._label(lab)) | {"seconds": round(time.perf_counter() - begin, 3)}
-        result = Result(self, info, tables)
-        result.check()
-        return result
-
-    def run_or_skip(
-        self,
-        model: HookedRecurrent,
-        saes: SAE | Mapping[str, SAE],
-        tokens: Text,
-        *,
-        reference: Text | None = None,
-        progress: bool = True,
-    ) -> Result:
-        """As `run`; where there is nothing to measure, a result that says why, so that a run over many goes on."""
-        try:
-            return self.run(model, saes, tokens, reference=reference, progress=progress)
-        except NothingToMeasureError as error:
-            lab = self._lab(model, saes, tokens, None, progress=False)
-            return Result(self, lab.describe(self._label(lab)), {}, skipped=str(error))
-
-    def _lab(
-        self,
-        model: HookedRecurrent,
-        saes: SAE | Mapping[str, SAE],
-        tokens: Text,
-        reference: Text | None,
-        progress: bool,
-    ) -> Lab:
-        # Gradients cannot be taken through inference tensors, so that token ids are cloned.
-        text, other = (
-            each if each is None or isinstance(each, Collection) else torch.as_tensor(each).clone()
-            for each in (tokens, reference)
-        )
-        return Lab(
-            model,
-            saes if isinstance(saes, Mapping) else {"": saes},
-            cast(Text, text),
-            reference=other,
-            seed=self.seed,
-            rows_per_run=self.rows_per_run,
-            progress=progress,
-            one_head=self.scope is not Scope.LAYER,
-        )
-
-    def _label(self, lab: Lab) -> str:
-        # A result about a head must not be named after the dictionary that only says which head it is.
-        return self.label or (lab.hook.cell if self.scope is Scope.HEAD else "")
-
-    def _check(self, lab: Lab) -> None:
-        n, length = lab.tokens.shape
-        if n < self.min_sequences or length < self.shortest:
-            raise ValueError(
-                f"{self.kind} needs at least {self.min_sequences} sequences of {self.shortest} tokens; tokens are "
-                f"{[n, length]}"
-            )
-        if self.scope.compares and len(lab.saes) < 2:
-            raise ValueError(f"{self.kind} compares {self.scope.value}: give at least two, found {len(lab.saes)}")
-        if self.scope in (Scope.EACH, Scope.HEAD) and len(lab.saes) > 1:
-            raise ValueError(f"{self.kind} takes {self.scope.value}; found {', '.join(lab.saes)}")
+        return Result(self, lab.describe(label) | {"seconds": round(time.perf_counter() - begin, 3)}, tables)
 
 
 @dataclass(frozen=True)
@@ -360,26 +320,22 @@ class Result:
             "format": _FORMAT,
             "kind": self.kind,
             "settings": self.evaluation.to_dict(),
-            "tables": list(self.tables),
             "skipped": self.skipped,
             "info": self.info,
         }
-        text = json.dumps(head, indent=1, default=_plain, allow_nan=False)
+        text = json.dumps(head, indent=1, default=methodcaller("item"), allow_nan=False)  # of numpy's numbers
         with named_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-            try:
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
+                aside = Path(beside) / target.name
+                aside.mkdir()
                 (aside / _INFO).write_text(text, encoding="utf-8")
                 for name, table in self.tables.items():
                     table.to_parquet(aside / f"{name}.parquet", index=False)
                 write_checksums(aside, sorted(file.name for file in aside.iterdir()))
-                aside.chmod(0o755)
                 if target.exists():
                     shutil.rmtree(target)
                 aside.replace(target)
-            except BaseException:
-                shutil.rmtree(aside, ignore_errors=True)
-                raise
         return target
 
     @classmethod
@@ -394,65 +350,20 @@ class Result:
                 that this version does not know; names the file.
         """
         sealed = SealedFolder(Path(folder), ValueError)
-        head = _head(sealed)
-        file = sealed.folder / _INFO
-        if head["kind"] not in known:
-            raise ValueError(f"{file} is of the kind {head['kind']!r}; known here: {', '.join(known)}")
-        evaluation_class = known[head["kind"]]
-        names = [] if head["skipped"] is not None else list(evaluation_class.columns)
-        if head["skipped"] is None and sorted(head["tables"]) != sorted(names):
-            # Names in files are data: only declared tables are read, so that no path leaves the folder.
-            raise ValueError(f"{file} names the tables {head['tables']}, but {head['kind']} has {names}")
+        file = sealed.file(_INFO)
+        head = cast(dict, read_json(file))
+        if head.get("format") != _FORMAT or head.get("kind") not in known:
+            found = f"format {head.get('format')!r} of the kind {head.get('kind')!r}"
+            raise ValueError(f"{file}: expected format {_FORMAT} of a kind among {', '.join(known)}, got {found}")
+        sealed.require()
+        kind = known[head["kind"]]
         try:
-            tables = {name: _table(sealed.file(f"{name}.parquet")) for name in names}
-            evaluation = evaluation_class.from_dict(head["settings"])
-        except (OSError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder} cannot be read as {head['kind']}: {error}") from error
-        result = cls(evaluation, head["info"], tables, head["skipped"])
-        result.check()
-        return result
-
-    def check(self) -> None:
-        """Raise ValueError unless the tables have the columns that the evaluation documents."""
-        for name, columns in {} if self.skipped is not None else self.evaluation.columns.items():
-            if name not in self.tables:
-                raise ValueError(f"{self.kind} needs the table {name!r}, found {', '.join(self.tables) or 'none'}")
-            missing = [column for column in columns if column not in self.tables[name]]
-            if missing:
-                raise ValueError(f"table {name!r} of {self.kind} needs the columns {', '.join(missing)}")
-
-
-def _table(file: Path) -> pd.DataFrame:
-    """Read a table, unless what it says of itself is too large: a file of a few kilobytes may unpack to many GB."""
-    told = pq.read_metadata(file)
-    unpacked = max(
-        8 * told.num_rows * told.num_columns, sum(told.row_group(n).total_byte_size for n in range(told.num_row_groups))
-    )
-    if unpacked > _LARGEST_TABLE:
-        raise ValueError(
-            f"{file} unpacks to {size_text(unpacked)}, more than the {size_text(_LARGEST_TABLE)} that are read"
-        )
-    return pd.read_parquet(file)
-
-
-def _head(folder: SealedFolder) -> dict:
-    file = folder.file(_INFO)
-    head = read_json(file)
-    if head.get("format") not in (2, _FORMAT):
-        raise ValueError(f"{file} has format {head.get('format')}; this version reads formats 2 and {_FORMAT}")
-    if head["format"] == _FORMAT:
-        folder.require()
-    missing = {"kind", "settings", "tables", "skipped", "info"} - head.keys()
-    if missing:
-        raise ValueError(f"{file} lacks {', '.join(sorted(missing))}")
-    return head
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, frozenset | set):
-        return sorted(value)
-    raise TypeError(f"{type(value).__name__} is not a JSON value")
+            # Names in files are data: only declared tables are read, so that no path leaves the folder.
+            names = {} if head["skipped"] is not None else kind.columns
+            tables = {name: pd.read_parquet(sealed.file(f"{name}.parquet")) for name in names}
+            lacking = [f"{name}.{each}" for name, table in tables.items() for each in names[name] if each not in table]
+            if lacking:
+                raise ValueError(f"tables lack the columns {', '.join(lacking)}")
+            return cls(kind.from_dict(head["settings"]), head["info"], tables, head["skipped"])
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder} cannot be read as {kind.kind}: {error}") from error

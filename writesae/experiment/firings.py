@@ -6,7 +6,6 @@ the first `alive_tokens` tokens of the text; every evaluation uses this one mean
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -24,6 +23,7 @@ from sae_lens_writesae.errors import NothingToMeasureError
 Integers = NDArray[np.int64]
 Bounds = dict[Literal["first", "last"], int]
 """First and last position of a firing that is looked at."""
+_COLUMNS = ("sequence", "position", "atom", "activation")
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,12 @@ class Firings:
 
     def frame(self, rows: NDArray[np.generic] | slice = slice(None)) -> pd.DataFrame:
         """Some firings (all by default) as a table: sequence, position, atom, activation."""
-        names = ("sequence", "position", "atom", "activation")
-        return pd.DataFrame({name: getattr(self, name)[rows] for name in names})
+        return pd.DataFrame({name: getattr(self, name)[rows] for name in _COLUMNS})
 
     def of_sequences(self, sequences: Integers) -> Firings:
         """The firings on some of the sequences, which keep their numbers."""
         inside = np.isin(self.sequence, sequences)
-        names = ("sequence", "position", "atom", "activation")
-        return replace(self, **{name: getattr(self, name)[inside] for name in names})
+        return replace(self, **{name: getattr(self, name)[inside] for name in _COLUMNS})
 
     def alive(self, n_tokens: int, min_firings: int = 1) -> Integers:
         """Atoms with at least `min_firings` among the first `n_tokens` tokens, read sequence by sequence."""
@@ -69,53 +67,34 @@ class Firings:
         wanted = (at["sequence"] * self.n_positions + at["position"]).to_numpy()
         table = self.frame(np.isin(spot, wanted)).sort_values("activation")
         top = table.drop_duplicates(["sequence", "position"], keep="last")
-        columns = ["sequence", "position"]
-        joined = pd.merge(at[columns], top, on=columns, how="left").set_index(at.index)
-        return pd.DataFrame(joined, columns=["atom", "activation"])
+        joined = at[["sequence", "position"]].merge(top, how="left").set_index(at.index)
+        return joined[["atom", "activation"]]
 
 
 @torch.no_grad()
-def collect_firings(
-    model: HookedRecurrent,
-    sae: SAE,
-    layer: int,
-    tokens: Tensor,
-    *,
-    progress: bool = False,
-    rows: Callable[[int], Tensor] | None = None,
-) -> Firings:
+def collect_firings(model: HookedRecurrent, sae: SAE, layer: int, tokens: Tensor, *, progress: bool = False) -> Firings:
     """Encode the dictionary's hook, which is in `layer`, on every token of `tokens` [N,T], one sequence at a time.
-
-    Args:
-        rows: what the hook carries on sequence n [T,K*V], where that is known without the model.
 
     Raises:
         NothingToMeasureError: activations are not finite.
 
-    Cost: N forwards up to the hook's layer, none with `rows`; memory T (K V + F) floats, and 28 bytes per firing.
+    Cost: N forwards up to the hook's layer; memory T (K V + F) floats, and 28 bytes per firing.
     """
-    hook_name = str(sae.cfg.metadata.hook_name)
-    place = next(sae.parameters(), tokens)
-    dtype = place.dtype if place.is_floating_point() else torch.float32
+    hook_name, place = str(sae.cfg.metadata.hook_name), next(sae.parameters())
     parts: list[tuple[NDArray[np.generic], ...]] = []
     n_atoms = 0
     sequences = range(len(tokens))
     for i in tqdm(sequences, desc="firings") if progress else sequences:
-        if rows is None:
-            _, cache = model.run_with_cache(tokens[i : i + 1], names_filter=[hook_name], stop_at_layer=layer + 1)
-            x = cache[hook_name][0]
-        else:
-            x = rows(i)
-        activations = sae.encode(x.to(place.device, dtype))
+        _, cache = model.run_with_cache(tokens[i : i + 1], names_filter=[hook_name], stop_at_layer=layer + 1)
+        activations = sae.encode(cache[hook_name][0].to(place.device, place.dtype))
         n_atoms = activations.shape[-1]
         if not bool(activations.isfinite().all()):
             raise NothingToMeasureError(f"the SAE gives NaN or infinite activations on sequence {i} of {hook_name}")
         position, atom = (activations > 0).nonzero(as_tuple=True)
         values = activations[position, atom].float().cpu().numpy()
         parts.append((np.full(len(values), i), position.cpu().numpy(), atom.cpu().numpy(), values))
-    sequence, position, atom, values = (np.concatenate(column) for column in zip(*parts))
-    n_sequences, n_positions = tokens.shape
-    return Firings(sequence, position, atom, values, n_sequences, n_positions, n_atoms)
+    sequence, position, atom, values = map(np.concatenate, zip(*parts))
+    return Firings(sequence, position, atom, values, tokens.shape[0], tokens.shape[1], n_atoms)
 
 
 def sample_firings(
@@ -200,29 +179,30 @@ def draw_atoms(
         NothingToMeasureError: all atoms do.
     """
     inside = (firings.position >= bounds["first"]) & (firings.position <= bounds["last"])
-    counted = []
-    for side in split:
-        table = firings.frame(inside & np.isin(firings.sequence, side))
-        counted.append(table.groupby("atom").agg(n=("position", "size"), sequences=("sequence", "nunique")))
-    enough = counted[0][counted[0]["n"] >= min_firings].index
-    enough = enough.intersection(counted[1].query(f"n >= {min_firings} and sequences >= 2").index)
-    able = np.sort(enough.to_numpy(np.int64))
+    sides = (firings.frame(inside & np.isin(firings.sequence, side)) for side in split)
+    chosen, tested = (table.groupby("atom")["sequence"].agg(["size", "nunique"]) for table in sides)
+    able = chosen.index[chosen["size"] >= min_firings].intersection(
+        tested.index[(tested["size"] >= min_firings) & (tested["nunique"] >= 2)]
+    )
+    needed = f"each must fire {min_firings} times in both halves of the sequences, in two sequences of the test half"
+    return _picked(np.sort(able.to_numpy(np.int64)), atoms, n_atoms, rng, f"{needed}; {_fire(firings)}")
+
+
+def _picked(
+    able: Integers, atoms: tuple[int, ...] | None, n_atoms: int | None, rng: np.random.Generator, needed: str
+) -> Integers:
+    """Of the atoms that can be tested those asked for, or a uniform draw; `needed` says what the others lack."""
+    if len(able) == 0:
+        raise NothingToMeasureError(f"no atom can be tested: {needed}; give more sequences, or lower min_firings")
     if atoms is not None:
         if missing := sorted(set(atoms) - set(able.tolist())):
-            raise ValueError(
-                f"atoms {missing} cannot be tested: each must fire {min_firings} times in both halves of the "
-                f"sequences, in two sequences of the test half; the SAE has {firings.n_atoms} atoms"
-            )
+            raise ValueError(f"atoms {missing} cannot be tested: {needed}")
         return np.array(atoms)
-    if len(able) == 0:
-        n = len(np.unique(firings.atom))
-        raise NothingToMeasureError(
-            f"no atom can be tested: {n} of {firings.n_atoms} fire, none {min_firings} times in each half; give "
-            "more sequences, or lower min_firings"
-        )
-    if n_atoms is None:
-        return able
-    return np.sort(rng.choice(able, min(n_atoms, len(able)), replace=False))
+    return able if n_atoms is None else np.sort(rng.choice(able, min(n_atoms, len(able)), replace=False))
+
+
+def _fire(firings: Firings) -> str:
+    return f"{len(np.unique(firings.atom))} of {firings.n_atoms} atoms fire"
 
 
 class FiringDraw(NamedTuple):
@@ -270,21 +250,8 @@ def draw_firings(
     alive = firings.alive(alive_tokens, min_firings)
     inside = (firings.position >= first_position) & (firings.position <= last)
     testable = np.intersect1d(alive, firings.atom[inside])
-    if len(testable) == 0:
-        raise NothingToMeasureError(
-            f"no atom can be tested: {len(alive)} of {firings.n_atoms} fire on {alive_tokens} tokens, none of them "
-            f"at positions {first_position}..{last}"
-        )
-    picked = testable
-    if atoms is not None:
-        if missing := [i for i in atoms if i not in testable]:
-            raise ValueError(
-                f"atoms {missing} cannot be tested: the SAE has {firings.n_atoms} atoms, and these are not alive or "
-                "fire only outside of the tested positions"
-            )
-        picked = np.array(atoms)
-    elif n_atoms is not None:
-        picked = np.sort(rng.choice(testable, min(n_atoms, len(testable)), replace=False))
+    needed = f"alive atoms with a firing at positions {first_position}..{last} are; {_fire(firings)}"
+    picked = _picked(testable, atoms, n_atoms, rng, needed)
     bounds = {"first": first_position, "last": last}
     table = sample_firings(firings, picked, firings_per_atom, **bounds, rng=rng)
     if silent:

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias, TypeVar, cast
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from hookpoints import EditSession, HookedRecurrent, Recurrence, WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.matrix import MatrixSAE
 from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_hook, check_plain_activations
 from writesae.experiment.firings import Firings, collect_firings, folds
@@ -28,8 +27,6 @@ from writesae.experiment.head_baselines import MAX_TOKENS, HeadBaselines, tokens
 from writesae.files import Json
 
 T = TypeVar("T")
-Text: TypeAlias = Tensor | Collection
-"""Token ids, or a collection of what heads write on a text."""
 
 _CPU_TOKENS = 4096
 """Tokens of one batch on a CPU: runs to the end of a sequence were 2.5 times slower at 40,000, which no cache holds."""
@@ -124,11 +121,8 @@ class Lab:
     Args:
         model: the hooked model.
         saes: dictionaries by label; all read the same head.
-        tokens: [N,T] token ids, or a collection (`sae.factors`) of the head on a text: then firings and native writes
-            are read from its shards, as they were rounded there, instead of running the model over all of the text.
-        reference: [M,S] token ids of other text, which nothing is tested on, for what is fitted to the head; or a
-            collection of the head on such text, from which its writes are read. Whoever opens a collection compares
-            it with the model: `Collection.open(folder, model=model)`.
+        tokens: [N,T] token ids.
+        reference: [M,S] token ids of other text, which nothing is tested on, for what is fitted to the head.
         seed: seed of the evaluation.
         rows_per_run: largest number of edited rows in one pass.
         progress: show progress bars.
@@ -136,48 +130,40 @@ class Lab:
             and the sites are those of the first.
 
     Raises:
-        ValueError: tokens of another shape, a reference that holds a tested sequence, no dictionary, one that does not
-            fit the model, or dictionaries of other heads than `one_head` says.
+        ValueError: a reference that holds a tested sequence, no dictionary, one that does not fit the model, or
+            dictionaries of other heads than `one_head` says.
     """
 
     def __init__(
         self,
         model: HookedRecurrent,
         saes: Mapping[str, SAE],
-        tokens: Text,
+        tokens: Tensor,
         *,
-        reference: Text | None = None,
+        reference: Tensor | None = None,
         seed: int = 0,
         rows_per_run: int = 256,
         progress: bool = False,
         one_head: bool = True,
     ):
-        ids = tokens if isinstance(tokens, Tensor) else tokens.tokens
-        other = reference if reference is None or isinstance(reference, Tensor) else reference.tokens
-        for name, each in (("tokens", ids), ("reference", other)):
-            if each is not None and each.ndim != 2:
-                raise ValueError(f"{name} must be [N,T], found shape {list(each.shape)}")
-        if other is not None and (shared := _shared_rows(ids, other)):
-            raise ValueError(
-                f"reference is other text than tokens, but {shared} of its {len(other)} sequences are tested; "
-                "leave those out, or pass no reference: then each half of the sequences is the other one's"
-            )
-        if not saes:
-            raise ValueError("an evaluation needs a dictionary, found none")
+        if reference is not None:
+            length = min(tokens.shape[1], reference.shape[1])
+            tested = set(map(tuple, tokens[:, :length].tolist()))
+            if shared := sum(tuple(row) in tested for row in reference[:, :length].tolist()):
+                raise ValueError(
+                    f"reference is other text than tokens, but {shared} of its {len(reference)} sequences are tested; "
+                    "leave those out, or pass no reference: then each half of the sequences is the other one's"
+                )
         for label, sae in saes.items():
             check_hook(model, HeadHook.of(sae).name, sae.cfg, label or "the SAE given")
-        hooks = {label: HeadHook.of(sae) for label, sae in saes.items()}
-        cells = {(hook.layer, hook.head) for hook in hooks.values()}
-        listed = "; ".join(f"{label}: {hook.name}" for label, hook in hooks.items())
-        if one_head and len(cells) > 1:
-            raise ValueError(f"dictionaries of one head can be evaluated together, found {listed}")
-        if not one_head and (len(cells) < len(hooks) or len({layer for layer, _ in cells}) > 1):
-            raise ValueError(f"one dictionary for each head of one layer can act together, found {listed}")
-        self.collected = _source(model, tokens, hooks.values())
-        """Where firings and native writes are read; None: they are computed."""
-        self.collected_reference = _source(model, reference, hooks.values())
-        self.model, self.tokens, self.saes = model, ids, dict(saes)
-        self.hooks, self.reference = hooks, other
+        self.hooks = {label: HeadHook.of(sae) for label, sae in saes.items()}
+        cells = {hook.cell for hook in self.hooks.values()}
+        layers = {hook.layer for hook in self.hooks.values()}
+        if len(layers) != 1 or len(cells) != (1 if one_head else len(saes)):
+            expected = "of one head" if one_head else "of different heads of one layer"
+            listed = "; ".join(f"{label}: {hook.name}" for label, hook in self.hooks.items())
+            raise ValueError(f"expected dictionaries {expected}, got {listed or 'none'}")
+        self.model, self.tokens, self.saes, self.reference = model, tokens, dict(saes), reference
         self.seed, self.rows_per_run, self.progress = seed, rows_per_run, progress
         self.skipped: Counter[str] = Counter()
         """Units that could not be measured, by reason."""
@@ -213,24 +199,17 @@ class Lab:
         return shape.K, shape.V
 
     def firings(self, label: str | None = None) -> Firings:
-        """Where the atoms of a dictionary fire on the text; kept. Cost: a forward per sequence up to the layer, or a
-        reading of the collection.
+        """Where the atoms of a dictionary fire on the text; kept. Cost: a forward per sequence up to the layer.
 
         Raises:
-            ValueError: the dictionary normalises its input, so that activations are not in units of the write; or it
-                reads states, and the collection has writes alone.
+            ValueError: the dictionary normalises its input, so that activations are not in units of the write.
         """
         label = next(iter(self.saes)) if label is None else label
         if label not in self._firings:
             sae = self.saes[label]
             check_plain_activations(sae)
-            collected, hook = self.collected, self.hooks[label]
-            rows = None
-            if collected is not None:
-                rows = lambda n: collected.rows(hook.layer, hook.head, hook.target, [n])  # noqa: E731
-            self._firings[label] = collect_firings(
-                self.model, sae, hook.layer, self.tokens, progress=self.progress, rows=rows
-            )
+            layer = self.hooks[label].layer
+            self._firings[label] = collect_firings(self.model, sae, layer, self.tokens, progress=self.progress)
         return self._firings[label]
 
     def atoms(self, numbers: ArrayLike, label: str | None = None) -> LowRank:
@@ -259,19 +238,12 @@ class Lab:
         recurrence = session.recurrence(self.hook.layer).select(heads=slice(self.hook.head, self.hook.head + 1))
         return Site(sequence, pd.DataFrame() if rows is None else rows, session, recurrence, head_writes(recurrence, 0))
 
-    def native_writes(self, sequences: Sequence[int]) -> LowRank:
-        """Native writes of some sequences, one after the other. Cost: a forward each up to the layer, or a reading of
-        the collection."""
-        return self._writes(sequences, self.tokens, self.collected)
-
-    def _writes(
-        self, sequences: Sequence[int], text: Tensor, collected: Collection | None, kind: WriteKind = "additive"
+    def native_writes(
+        self, sequences: Iterable[int], tokens: Tensor | None = None, kind: WriteKind = "additive"
     ) -> LowRank:
-        if collected is not None and kind == "additive":
-            stored = collected.factors(self.hook.layer, self.hook.head)
-            rows = torch.cat([torch.arange(n * text.shape[1], (n + 1) * text.shape[1]) for n in sequences])
-            return LowRank(stored.keys[rows], stored.values[rows]).to(torch.float32).to(self.model.cfg.device)
-        parts = [head_writes(self.recurrence(n, text), 0, kind) for n in sequences]
+        """Native writes of some sequences of the text, or of other `tokens`, one after the other. Cost: a forward each
+        up to the layer."""
+        parts = [head_writes(self.recurrence(n, tokens), 0, kind) for n in sequences]
         return LowRank(torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts]))
 
     def recurrence(self, sequence: int, tokens: Tensor | None = None) -> Recurrence:
@@ -280,6 +252,7 @@ class Lab:
         whole = self.model.recurrence(ids[[sequence]], self.hook.layer)
         return whole.select(heads=slice(self.hook.head, self.hook.head + 1))
 
+    @torch.no_grad()
     def baselines(
         self, sequence: int, kind: WriteKind = "additive", *, n_codes: int | None = None, components: int = 4
     ) -> HeadBaselines:
@@ -298,30 +271,21 @@ class Lab:
         """
         if n_codes is None:
             n_codes = self.sae.n_factors if isinstance(self.sae, MatrixSAE) else int(self.sae.cfg.d_sae)
-        fold = None if self.reference is not None else folds(np.arange(len(self.tokens)), self.seed)[sequence]
+        text, fold = self.reference, -1
+        if text is None:
+            text, fold = self.tokens, folds(np.arange(len(self.tokens)), self.seed)[sequence]
         key = (kind, n_codes, components, fold)
         if key not in self._baselines:
-            self._baselines[key] = self._fit_baselines(fold, kind, n_codes, components)
+            half = folds(np.arange(len(text)), self.seed)
+            rows = [n for n in range(len(text)) if half[n] != fold][: max(1, MAX_TOKENS // text.shape[1])]
+            needed = "baselines are fitted on other text than they are tested on, and there is one sequence only"
+            self.require(bool(rows), f"{needed}; give more, or a reference, or leave the baselines out of controls")
+            writes = self.native_writes(rows, text, kind)
+            self.require(bool((writes.norm() > 0).any()), "every write of the other text is zero; there is no baseline")
+            before, rng = np.concatenate([tokens_and_before(text[n]) for n in rows]), self.rng(41, max(0, fold))
+            fitted = HeadBaselines.fit(writes, before, n_codes=n_codes, components=components, rng=rng)
+            self._baselines[key] = fitted
         return self._baselines[key]
-
-    @torch.no_grad()
-    def _fit_baselines(self, fold: int | None, kind: WriteKind, n_codes: int, components: int) -> HeadBaselines:
-        text = self.tokens if self.reference is None else self.reference
-        half = folds(np.arange(len(text)), self.seed)
-        rows = [n for n in range(len(text)) if fold is None or half[n] != fold]
-        self.require(
-            bool(rows),
-            "baselines are fitted on other text than they are tested on, and there is one sequence "
-            "only; give more, or a reference, or leave the baselines out of controls",
-        )
-        rows = rows[: max(1, MAX_TOKENS // text.shape[1])]
-        collected = self.collected if self.reference is None else self.collected_reference
-        together = self._writes(rows, text, collected, kind)
-        tokens = np.concatenate([tokens_and_before(text[n]) for n in rows])
-        self.require(bool((together.norm() > 0).any()), "every write of the other text is zero; there is no baseline")
-        return HeadBaselines.fit(
-            together, tokens, n_codes=n_codes, components=components, rng=self.rng(41, 0 if fold is None else fold)
-        )
 
     # -- edits
 
@@ -350,28 +314,27 @@ class Lab:
         Cost: rows of `window` tokens, from the edited layer up. Trials go in batches of near positions, because a
         batch starts at its first position; the session keeps the prefix for later ones.
         """
-        columns: dict[str, NDArray[np.generic]] = {}
+        parts: list[pd.DataFrame] = []
         length, vocabulary = site.session.logits.shape[1:]
         for batch in self._batches(trials, length, vocabulary, window, extra=int(plain)):
-            stop = length if window is None else trials[batch[-1]].position + window
+            last = trials[batch[-1]].position
+            stop = length if window is None else last + window
             edits = [trials[n].edits for n in batch] + ([[]] if plain else [])
             run = site.session.run(edits, stop=stop, batch_size=len(edits))
-            width = stop - trials[batch[-1]].position
             rows = EditedRows(
-                [trials[n] for n in batch],
-                site.session.logits[0],
-                run.logits[: len(batch)],
-                run.start,
-                width,
-                run.logits[-1] if plain else None,
+                trials=[trials[n] for n in batch],
+                native=site.session.logits[0],
+                logits=run.logits[: len(batch)],
+                start=run.start,
+                width=stop - last,
+                plain=run.logits[-1] if plain else None,
             )
-            for name, values in readout(rows).items():
-                array = np.asarray(values)
-                column = columns.setdefault(name, np.empty((len(trials), *array.shape[1:]), array.dtype))
-                column[batch] = array
+            values = {name: np.asarray(column) for name, column in readout(rows).items()}
+            columns = {name: column if column.ndim == 1 else list(column) for name, column in values.items()}
+            parts.append(pd.DataFrame(columns, index=batch))
             self.count_edited_runs(len(batch))
-        table = pd.DataFrame([trial.row for trial in trials])
-        return table.assign(**{name: list(values) if values.ndim > 1 else values for name, values in columns.items()})
+        read = pd.concat(parts).sort_index()
+        return pd.DataFrame([trial.row for trial in trials]).assign(**{str(name): read[name] for name in read})
 
     def _batches(
         self, trials: Sequence[Trial], length: int, vocabulary: int, window: int | None, extra: int
@@ -380,20 +343,16 @@ class Lab:
         if self.tokens.device.type == "cpu" and torch.device(self.model.cfg.device).type == "cpu":
             room = min(room, _CPU_TOKENS)
         batch: list[int] = []
-        order = sorted(range(len(trials)), key=lambda n: trials[n].position)
-        for row, following in zip(order, [*order[1:], None]):
+        for row in sorted(range(len(trials)), key=lambda n: trials[n].position):
+            if batch:
+                stop = length if window is None else trials[row].position + window
+                stretch = stop - trials[batch[0]].position
+                far = window is not None and stretch > max(2 * window, _STRETCH)
+                if far or (len(batch) + 1 + extra) * stretch > room or len(batch) == self.rows_per_run:
+                    yield batch
+                    batch = []
             batch.append(row)
-            if following is not None:
-                first = trials[batch[0]].position
-                if window is None:
-                    stretch, near = length - first, True
-                else:
-                    stretch = trials[following].position + window - first
-                    near = stretch <= max(2 * window, _STRETCH)
-                if near and (len(batch) + 1 + extra) * stretch <= room and len(batch) < self.rows_per_run:
-                    continue
-            yield batch
-            batch = []
+        yield batch
 
     def floor(
         self, readout: Readout, column: str, window: int, quantile: float = 0.95, *, plain: bool = False
@@ -406,19 +365,15 @@ class Lab:
 
         Returns: the `quantile` of the absolute values over at most 32 places. Cost: one edited row each.
         """
-        rng = self.rng(97)
-        length = self.tokens.shape[1]
-        sequences = rng.permutation(len(self.tokens))[:4].tolist()
-        values: list[float] = []
-        for sequence in sequences:
+        rng, values, before = self.rng(97), [], self.n_edited_runs
+        last = self.tokens.shape[1] - window
+        for sequence in rng.permutation(len(self.tokens))[:4].tolist():
             site = self.site(sequence)
-            last = length - window
             positions = np.sort(rng.choice(np.arange(min(1, last), last + 1), _NO_OPS // 4)).tolist()
             trials = [Trial({}, t, self.replace(t, site.writes, t)) for t in positions]
-            before = self.n_edited_runs
-            values += np.abs(self.read(site, trials, readout, window, plain=plain)[column].to_numpy(float)).tolist()
-            self._counts["edited runs"] = before  # a reader counts conditions, not this
-        return float(np.quantile(values, quantile))
+            values.append(self.read(site, trials, readout, window, plain=plain)[column].abs())
+        self.count_edited_runs(before - self.n_edited_runs)  # a reader counts conditions, not this
+        return float(pd.concat(values).quantile(quantile))
 
     # -- bookkeeping
 
@@ -469,24 +424,3 @@ class Lab:
             "n_skipped": dict(self.skipped),
             "n_edited_runs": self.n_edited_runs,
         }
-
-
-def _source(model: HookedRecurrent, text: Text | None, hooks: Iterable[HeadHook]) -> Collection | None:
-    """The collection that was given as a text, which has every head at the model's size; None for token ids."""
-    if text is None or isinstance(text, Tensor):
-        return None
-    for hook in hooks:
-        place, shape = text.head_target(hook.layer, hook.head), model.cfg.layer(hook.layer)
-        if (place.d_k, place.d_v) != (shape.K, shape.V):
-            raise ValueError(
-                f"{text.folder} has writes of {place.d_k} x {place.d_v} for {hook.cell}, and {model.cfg.model_name} "
-                f"has {shape.K} x {shape.V}: it was collected from another model"
-            )
-    return text
-
-
-def _shared_rows(tokens: Tensor, reference: Tensor) -> int:
-    """Sequences of `reference` that begin as a sequence of `tokens` does, over the shorter length of the two."""
-    length = min(tokens.shape[1], reference.shape[1])
-    tested = {tuple(row) for row in tokens[:, :length].tolist()}
-    return sum(tuple(row) in tested for row in reference[:, :length].tolist())

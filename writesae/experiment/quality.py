@@ -70,8 +70,8 @@ class DictionaryQuality:
         """Plain JSON values; an interval that does not exist is None."""
         fields = asdict(self)
         for name in ("deleted", "recovered"):
-            value: Estimate | None = getattr(self, name)
-            fields[name] = None if value is None else {k: None if v != v else v for k, v in value._asdict().items()}
+            if fields[name] is not None:
+                fields[name] = {k: None if v != v else v for k, v in getattr(self, name)._asdict().items()}
         return fields
 
 
@@ -99,54 +99,61 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
     Cost: per sequence two forwards up to the layer, and from the layer on one, two for each target and one for each
     dictionary; an encode and decode of each matrix.
     """
-    own: dict[str, list[tuple]] = {label: [] for label, sae in lab.saes.items() if has_plain_activations(sae)}
-    of_target: dict[HookTarget, list[tuple]] = {hook.target: [] for hook in lab.hooks.values()}
+    own: dict[str, list[dict]] = {label: [] for label, sae in lab.saes.items() if has_plain_activations(sae)}
     for sequence in lab.bar(range(min(SEQUENCES, len(lab.tokens))), "dictionary quality"):
-        recurrence, upper = (
-            lab.recurrence(sequence),
-            UpperModel.at(lab.model, lab.hook.layer, lab.hook.head, lab.tokens[[sequence]]),
-        )
+        recurrence = lab.recurrence(sequence)
+        upper = UpperModel.at(lab.model, lab.hook.layer, lab.hook.head, lab.tokens[[sequence]])
         native, writes = upper.logits(), head_writes(recurrence, 0)
-        for target, reference in of_target.items():
+        for target in {lab.hooks[label].target for label in own}:
             x = matrices_of(recurrence, target)
-            flat, puts = x.flatten(1).double(), (torch.zeros_like(x), x)
-            kls = (_kl(native, upper.logits(target, put)) for put in puts)
-            reference.append((flat.sum(0), float(flat.square().sum()), *kls))
+            flat = x.flatten(1).double()
+            shared = {
+                "sum": flat.sum(0),
+                "square": float(flat.square().sum()),
+                "deleted": _kl(native, upper.logits(target, torch.zeros_like(x))),
+                "itself": _kl(native, upper.logits(target, x)),
+            }
             for label in [label for label in own if lab.hooks[label].target == target]:
                 activations = encoded(lab.saes[label], x)
                 if not bool(activations.isfinite().all()):
                     del own[label]
                     continue
-                rebuilt = decoded(lab.saes[label], activations, x)
-                on = activations > 0
+                rebuilt, on = decoded(lab.saes[label], activations, x), activations > 0
                 fires = on.any(1)
                 strongest, which = dominant(lab.saes[label], activations)[fires].unique(return_inverse=True)
                 atoms = lab.atoms(strongest.cpu().numpy(), label).to(writes.keys).rows(which.to(writes.keys.device))
-                cosines = atoms.cosine(writes.rows(fires.to(writes.keys.device))).cpu()
-                error, kl = float((x - rebuilt).double().square().sum()), _kl(native, upper.logits(target, rebuilt))
-                own[label].append((error, int(on.sum()), int(fires.sum()), on.any(0).cpu(), cosines, kl))
+                of_dictionary = {
+                    "error": float((x - rebuilt).double().square().sum()),
+                    "active": int(on.sum()),
+                    "covered": int(fires.sum()),
+                    "fired": on.any(0).cpu(),
+                    "cosine": atoms.cosine(writes.rows(fires.to(writes.keys.device))).cpu(),
+                    "kl": _kl(native, upper.logits(target, rebuilt)),
+                }
+                own[label].append(shared | of_dictionary)
     found = {}
     for label, rows in own.items():
-        error, active, covered, fired, cosine, kl = zip(*rows)
-        totals, squares, deleted, itself = zip(*of_target[target := lab.hooks[label].target])
-        n, sequences, total = len(rows) * lab.tokens.shape[1], np.arange(len(rows)), torch.stack(totals).sum(0)
-        variance, cosines = sum(squares) - float(total @ total) / n, torch.cat(cosine)
+        each = {name: [row[name] for row in rows] for name in rows[0]}
+        n, sequences = len(rows) * lab.tokens.shape[1], np.arange(len(rows))
+        total, cosines, squares = torch.stack(each["sum"]).sum(0), torch.cat(each["cosine"]), sum(each["square"])
+        variance, deleted, floor = squares - float(total @ total) / n, each["deleted"], float(np.mean(each["itself"]))
         found[label] = DictionaryQuality(
-            target=target,
+            target=lab.hooks[label].target,
             n_sequences=len(rows),
             n_tokens=n,
-            explained=1 - sum(error) / variance if variance > ROUNDING * sum(squares) else None,
-            l0=sum(active) / n,
-            alive=float(torch.stack(fired).any(0).float().mean()),
-            coverage=sum(covered) / n,
+            explained=1 - sum(each["error"]) / variance if variance > ROUNDING * squares else None,
+            l0=sum(each["active"]) / n,
+            alive=float(torch.stack(each["fired"]).any(0).float().mean()),
+            coverage=sum(each["covered"]) / n,
             cosine=float(cosines.mean()) if len(cosines) else None,
             deleted=estimate(deleted, sequences),
-            floor=float(np.mean(itself)),
-            recovered=recovered_share(kl, deleted, sequences) if np.mean(deleted) > np.mean(itself) else None,
+            floor=floor,
+            recovered=recovered_share(each["kl"], deleted, sequences) if np.mean(deleted) > floor else None,
         )
     return found
 
 
+@torch.no_grad()
 def head_effects(
     model: HookedRecurrent, tokens: Tensor, layers: Iterable[int] | None = None, heads: Iterable[int] | None = None
 ) -> pd.DataFrame:
@@ -163,22 +170,21 @@ def head_effects(
     Cost: per sequence and layer three forwards up to the layer, and one from it on for each head.
     """
     rows: list[tuple[int, int, float, float]] = []
-    chosen = list(heads) if heads is not None else None
-    with torch.no_grad():
-        for layer in model.cfg.recurrent_layers if layers is None else layers:
-            of_layer = range(model.cfg.layer(layer).H) if chosen is None else chosen
-            nats: dict[int, list[float]] = {head: [] for head in of_layer}
-            lives: dict[int, list[Tensor]] = {head: [] for head in of_layer}
-            for sequence in tokens[:, None]:
-                whole, upper = model.recurrence(sequence, layer), UpperModel.at(model, layer, 0, sequence)
-                native = upper.logits()
-                for head in of_layer:
-                    one = whole.select(heads=slice(head, head + 1))
-                    zero = torch.zeros_like(matrices_of(one, "write"))
-                    nats[head].append(_kl(native, upper._replace(head=head).logits("write", zero)))
-                    if len(lives[head]) < _HALF_LIVES:
-                        lives[head].append(half_lives(one))
-            rows += [(layer, h, float(torch.cat(lives[h]).median()), float(np.mean(nats[h]))) for h in of_layer]
+    chosen = None if heads is None else list(heads)
+    for layer in model.cfg.recurrent_layers if layers is None else layers:
+        of_layer = range(model.cfg.layer(layer).H) if chosen is None else chosen
+        nats: dict[int, list[float]] = {head: [] for head in of_layer}
+        lives: dict[int, list[Tensor]] = {head: [] for head in of_layer}
+        for n, sequence in enumerate(tokens[:, None]):
+            whole, upper = model.recurrence(sequence, layer), UpperModel.at(model, layer, 0, sequence)
+            native = upper.logits()
+            for head in of_layer:
+                one = whole.select(heads=slice(head, head + 1))
+                zero = torch.zeros_like(matrices_of(one, "write"))
+                nats[head].append(_kl(native, upper._replace(head=head).logits("write", zero)))
+                if n < _HALF_LIVES:
+                    lives[head].append(half_lives(one))
+        rows += [(layer, h, float(torch.cat(lives[h]).median()), float(np.mean(nats[h]))) for h in of_layer]
     table = pd.DataFrame(rows, columns=["layer", "head", "half_life", "nats"])
     return table.sort_values("nats", ascending=False, ignore_index=True)
 

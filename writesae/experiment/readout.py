@@ -85,10 +85,9 @@ def kl_metrics(horizon: int, to_end: bool = False) -> Readout:
     Args:
         to_end: the trials are run to the end of the sequence. Otherwise the values at the last token are NaN.
     """
-    width = horizon + 1
 
     def read(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
-        looked_at = torch.tensor([trial.position for trial in rows.trials])[:, None] + torch.arange(width)
+        looked_at = torch.tensor([trial.position for trial in rows.trials])[:, None] + torch.arange(horizon + 1)
         if to_end:
             looked_at = torch.cat([looked_at, torch.full((len(rows.trials), 1), len(rows.native) - 1)], 1)
         looked_at = looked_at.to(rows.logits.device)
@@ -96,9 +95,9 @@ def kl_metrics(horizon: int, to_end: bool = False) -> Readout:
         both = divergences(rows.native, looked_at, rows.logits[each, looked_at - rows.start])
         values: dict[str, NDArray[np.float64]] = {}
         for prefix, kl in (("", both.forward), ("reverse_", both.reverse)):
-            values[f"{prefix}kl_window"] = kl[:, :width].mean(1).numpy()
-            values[f"{prefix}kl_at"], values[f"{prefix}kl_next"] = kl[:, 0].numpy(), kl[:, 1].numpy()
-            values[f"{prefix}kl_last"] = (kl[:, -1] if to_end else torch.full_like(kl[:, 0], torch.nan)).numpy()
+            last = kl[:, -1] if to_end else torch.full_like(kl[:, 0], torch.nan)
+            columns = {"window": kl[:, : horizon + 1].mean(1), "at": kl[:, 0], "next": kl[:, 1], "last": last}
+            values |= {f"{prefix}kl_{name}": column.numpy() for name, column in columns.items()}
         return values
 
     return read
@@ -164,20 +163,17 @@ def changed_words(lab: Lab, site: Site, trials: Sequence[Trial], window: int) ->
     words = (edited[0] - native).abs().topk(min(WORDS, len(native))).indices
     tokens = lab.tokens[site.sequence]
     conditions = ["native", *(str(trial.row["condition"]) for trial in trials)]
+    bar = position + offset + 1
+    first, last = max(0, position - _BEFORE), min(len(tokens), bar + _AFTER)
+    spans = itertools.pairwise((first, position, position + 1, bar, last))
+    before, token, read, after = (_text(lab, tokens[i:j].tolist()) for i, j in spans)
+    sentence = f"{'… ' if first else ''}{before}[{token}]{read}|{after}{' …' if last < len(tokens) else ''}"
     rows = [
-        (_sentence(lab, tokens, position, offset), offset, condition, _text(lab, [word]), float(p[word]))
+        (sentence, offset, condition, _text(lab, [word]), float(p[word]))
         for condition, p in zip(conditions, [native, *edited], strict=True)
         for word in words.tolist()
     ]
     return pd.DataFrame(rows, columns=list(EXAMPLE))
-
-
-def _sentence(lab: Lab, tokens: Tensor, position: int, offset: int) -> str:
-    bar = position + offset + 1
-    first, last = max(0, position - _BEFORE), min(len(tokens), bar + _AFTER)
-    spans = (first, position, position + 1, bar, last)
-    before, token, read, after = (_text(lab, tokens[i:j].tolist()) for i, j in itertools.pairwise(spans))
-    return f"{'… ' if first else ''}{before}[{token}]{read}|{after}{' …' if last < len(tokens) else ''}"
 
 
 def _text(lab: Lab, tokens: list[int]) -> str:

@@ -1,8 +1,8 @@
 """Panels of the report as inline SVG that follows the page's colours, light or dark.
 
-A panel is drawn with placeholder colours, which are then replaced by CSS variables; its text stays text. One panel is
-about as wide as a phone, so that a page can lay panels out in a grid. Evaluations call `intervals`, `scatter`,
-`curves` and `bars`.
+A panel is drawn in the colours of a light page, which are then replaced by CSS variables that have them as their
+defaults; its text stays text. One panel is about as wide as a phone, so that a page can lay panels out in a grid.
+Evaluations call `intervals`, `scatter`, `curves` and `bars`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -27,14 +26,15 @@ from writesae.verdict.format import number
 from writesae.verdict.names import NAMES
 
 _VARIABLES = {
-    "#010203": "ink",
-    "#010204": "muted",
-    "#010205": "grid",
-    "#010206": "atom",
-    "#010207": "rival",
-    "#010208": "paper",
-    "#010209": "soft",
+    "#1b1f24": "ink",
+    "#5c6670": "muted",
+    "#dde1e6": "grid",
+    "#1d5fd1": "atom",
+    "#c2410c": "rival",
+    "#ffffff": "paper",
+    "#98a2ad": "soft",
 }
+"""The colours of a light page, and the CSS variables that have them on a page."""
 INK, MUTED, GRID, ATOM, CONTROL, PAPER, SOFT = _VARIABLES
 COLOURS = {"atom": ATOM, "control": CONTROL, "ink": INK, "soft": SOFT, "muted": MUTED}
 """Colours by what they say: the atom; a control that confounds it; deletion or another plain line; the rest."""
@@ -44,6 +44,10 @@ _STYLE: dict[str, object] = {
     "font.size": 9,
     "axes.edgecolor": GRID,
     "axes.labelcolor": MUTED,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
     "text.color": INK,
     "xtick.color": MUTED,
     "ytick.color": INK,
@@ -58,7 +62,7 @@ _STYLE: dict[str, object] = {
 }
 _DASHED = (0, (3, 3))
 _HOVER = "hover:"
-"""Marks the ids that are texts to show."""
+"""Marks the ids that are texts to show: each becomes a title of its own in the SVG, which a browser shows over it."""
 
 
 class Row(NamedTuple):
@@ -102,13 +106,13 @@ def intervals(
         mean, low, high = (x if least is None else max(x, least) for x in (row.mean, row.low, row.high))
         lines = axes.plot([low, high], [y, y], color=colour, lw=2.0, alpha=0.55)
         lines += axes.plot(mean, y, "o" if mean == row.mean else "<", color=colour, ms=5, mec=PAPER, mew=0.7)
-        _hover(lines, f"{row.name}: {write(row.mean)} [{write(row.low)}, {write(row.high)}]")
+        for line in lines:
+            line.set_gid(f"{_HOVER}{row.name}: {write(row.mean)} [{write(row.low)}, {write(row.high)}]")
     axes.axvline(chance, color=MUTED, lw=0.8, ls=_DASHED)
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.locator_params(axis="x", nbins=4)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
-    _grid(axes, "x")
     axes.set_xlabel(label, loc="right")
     return _svg(figure, title)
 
@@ -121,13 +125,11 @@ def bars(names: Sequence[str], values: Mapping[str, Sequence[float]], label: str
         heights = [y + (n - (len(values) - 1) / 2) * 0.8 / len(values) for y in range(len(names))]
         drawn = axes.barh(heights, numbers, 0.8 / len(values), color=shades.get(key, SOFT), label=key)
         for name, value, bar in zip(names, numbers, drawn):
-            _hover([bar], f"{name}, {key}: {number(value)}")
+            bar.set_gid(f"{_HOVER}{name}, {key}: {number(value)}")
     axes.set_yticks(range(len(names)), [name or " " for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
-    _grid(axes, "x")
     axes.set_xlabel(label, loc="right")
-    _legend(figure, 2)
-    return _svg(figure, title)
+    return _svg(figure, title, names=2)
 
 
 def scatter(
@@ -145,7 +147,8 @@ def scatter(
     With `symlog` both axes are linear around 0 and logarithmic beyond, and have one scale.
     """
     across, up = np.asarray(x, float), np.asarray(y, float)
-    figure, axes = _panel(3.4 if symlog else 2.6)
+    figure, axes = _panel(3.4 if symlog else 2.6, "both")
+    axes.locator_params(nbins=5)
     ends = [float(min(across.min(), 0)), float(max(across.max(), 0))]
     if symlog:
         linear = max(float(np.median(np.abs(up))), 1e-12)
@@ -155,15 +158,9 @@ def scatter(
         axes.set_xscale("symlog", linthresh=linear)
         axes.set_yscale("symlog", linthresh=linear)
         axes.minorticks_off()
-    else:
-        axes.locator_params(nbins=5)
     axes.plot(ends, ends, color=MUTED, lw=0.8, ls=_DASHED)
     axes.scatter(across, up, s=size, color=COLOURS[colour], alpha=0.5, lw=0)
-    axes.grid(color=GRID, lw=0.5)
-    axes.set_axisbelow(True)
-    axes.set_xlabel(labels[0])
-    axes.set_ylabel(labels[1], color=MUTED)
-    axes.tick_params(axis="y", labelcolor=MUTED)
+    axes.set(xlabel=labels[0], ylabel=labels[1])
     return _svg(figure, title)
 
 
@@ -189,7 +186,7 @@ def curves(
         lowest: what is below it is cut off (an R^2 of -500, say).
         ticks: names of points on the x axis, where they are not their numbers.
     """
-    figure, axes = _panel(2.5 + 0.08 * len(lines))
+    figure, axes = _panel(2.5 + 0.08 * len(lines), "y")
     points = sorted({x for line in lines for x in line.x})
     place = {x: float(i) if even else x for i, x in enumerate(points)}
     for line in lines:
@@ -215,19 +212,18 @@ def curves(
     step = max(1, math.ceil(len(points) / 8))
     axes.set_xticks([place[x] for x in points][::step], names[::step])
     axes.minorticks_off()
-    _grid(axes, "y")
-    axes.tick_params(axis="y", labelcolor=MUTED)
     axes.set_xlabel(label, loc="left")
-    _legend(figure, 3)
-    return _svg(figure, title)
+    return _svg(figure, title, names=3)
 
 
 # ---------------------------------------------------------------------------------------------- drawing
 
 
-def _panel(height: float) -> tuple[Figure, Axes]:
-    """A figure of a phone's width, in inches of 100 units."""
-    with matplotlib.rc_context(_STYLE):  # pyright: ignore[reportArgumentType]  # matplotlib types keys as literals
+def _panel(height: float, grid: str = "x") -> tuple[Figure, Axes]:
+    """A figure of a phone's width, in inches of 100 units, with lines across an axis or both. Names of rows are in
+    ink, numbers are not."""
+    style = _STYLE | {"axes.grid.axis": grid, "ytick.labelcolor": INK if grid == "x" else MUTED}
+    with matplotlib.rc_context(style):  # pyright: ignore[reportArgumentType]  # matplotlib types keys as literals
         figure = Figure(figsize=(3.9, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
@@ -236,42 +232,21 @@ def _panel(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _grid(axes: Axes, axis: str) -> None:
-    axes.grid(axis="x" if axis == "x" else "y", color=GRID, lw=0.6)
-    axes.set_axisbelow(True)
-
-
-def _legend(figure: Figure, columns: int) -> None:
-    figure.legend(
-        loc="outside upper left",
-        ncols=columns,
-        frameon=False,
-        fontsize=8,
-        handletextpad=0.3,
-        columnspacing=1.2,
-        borderaxespad=0.1,
-        labelcolor=MUTED,
-    )
-
-
-def _hover(artists: Sequence[Artist], text: str) -> None:
-    """Have a browser show `text` at these artists: a title of their own in the SVG, which needs no script."""
-    for artist in artists:
-        artist.set_gid(_HOVER + text)
-
-
-def _svg(figure: Figure, title: str) -> str:
-    """The figure as an SVG element: CSS variables for colours, no fixed size, a title for screen readers.
+def _svg(figure: Figure, title: str, names: int = 0) -> str:
+    """The figure as an SVG element: CSS variables for colours, no fixed size, a title for screen readers, and the names
+    of what is drawn above it in so many columns.
 
     Ids inside are made from the title, which must therefore be unique in a page.
     """
+    if names:
+        spacing = {"handletextpad": 0.3, "columnspacing": 1.2, "borderaxespad": 0.1}
+        figure.legend(loc="outside upper left", ncols=names, frameon=False, fontsize=8, labelcolor=MUTED, **spacing)
     buffer = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):  # pyright: ignore[reportArgumentType]
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    for placeholder, variable in _VARIABLES.items():
-        text = text.replace(placeholder, f"var(--{variable})")
+    text = re.sub("|".join(_VARIABLES), lambda colour: f"var(--{_VARIABLES[colour[0]]},{colour[0]})", text)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 role="img" width="100%"', text, count=1)
     text = re.sub(rf"<g id=([\"']){_HOVER}(.*?)\1>", r"<g><title>\2</title>", text)

@@ -40,12 +40,6 @@ from writesae.verdict.statistics import Estimate
 Values = str | pd.Series
 """A condition by its name, or one value for each unit."""
 
-_COLOURS = (
-    "--paper:#ffffff;--ink:#1b1f24;--muted:#5c6670;--grid:#dde1e6;--soft:#98a2ad;--atom:#1d5fd1;--rival:#c2410c;"
-    "background:var(--paper);color:var(--ink);max-width:34rem;margin:0;padding:.5rem"
-)
-"""Those of a light page (`page/style.css`)."""
-
 
 @dataclass(frozen=True)
 class Claim:
@@ -79,9 +73,9 @@ class Figure(NamedTuple):
     caption: str = ""
 
     def _repr_html_(self) -> str:
-        """The panel as a notebook shows it, which has none of the page's colours."""
+        """The panel as a notebook shows it, in the colours of a light page."""
         caption = f"<p><small>{html.escape(self.caption)}</small></p>"
-        return f'<figure style="{_COLOURS}"><b>{html.escape(self.title)}</b>{self.svg}{caption}</figure>'
+        return f"<figure><b>{html.escape(self.title)}</b>{self.svg}{caption}</figure>"
 
 
 class Size(TypedDict):
@@ -240,15 +234,17 @@ class Finding:
     def row(self) -> Claim:
         """The claim in words."""
         subject, *others = [said(each, self.write) for each in self.shown.values()] or [""]
-        names = list(self.shown)[1:]
-        measured = "; ".join(filter(None, [f"{subject} {self.axis}".strip(), self.measured]))
-        controls = "; ".join(filter(None, [*map(" ".join, zip(names, others)), self.controls]))
-        n, clusters = (self.effect.n, self.effect.n_clusters) if self.effect is not None else (0, 0)
-        verdict = self.verdict
-        sentence = f"{verdict.sentence} {self.remark}".strip()
-        n = n if self.n is None else self.n
+        beside = map(" ".join, zip(list(self.shown)[1:], others))
+        n, clusters = (0, 0) if self.effect is None else (self.effect.n, self.effect.n_clusters)
         return Claim(
-            self.number, self.claim, measured, n, self.of.format(clusters), controls, verdict.outcome, sentence
+            number=self.number,
+            claim=self.claim,
+            measured="; ".join(filter(None, [f"{subject} {self.axis}".strip(), self.measured])),
+            n=n if self.n is None else self.n,
+            unit=self.of.format(clusters),
+            controls="; ".join(filter(None, [*beside, self.controls])),
+            outcome=self.verdict.outcome,
+            sentence=f"{self.verdict.sentence} {self.remark}".strip(),
         )
 
     def panel(self, label: str) -> Figure:

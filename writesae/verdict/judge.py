@@ -90,35 +90,47 @@ def judge(
     if (reason := too_little(effect)) is not None:
         return Verdict("inconclusive", reason)
     if typical is not None and not typical > floor:
-        return Verdict(
-            "below the floor", f"The typical size, {typical:.2g}, is no larger than what a no-op moves, {floor:.2g}."
-        )
-    sign = -1.0 if less else 1.0
-    low, high = sorted((sign * (effect.low - chance), sign * (effect.high - chance)))
-    far, side = chance + sign * relevant, "below" if less else "above"
+        size = f"The typical size, {typical:.2g}, is no larger than what a no-op moves, {floor:.2g}."
+        return Verdict("below the floor", size)
+    sign, side = (-1.0, "below") if less else (1.0, "above")
+    low, high = _beyond(effect, chance, sign)
+    far = chance + sign * relevant
     if not low > (relevant if large else 0):
-        if low == high and 0 < relevant < high + _UNSEEN / effect.n_clusters:
-            return Verdict("inconclusive", f"{_alike(effect)} An effect of {relevant:g} could be missed so.")
+        n, share = effect.n_clusters, _UNSEEN / effect.n_clusters
+        units = f"All {n} units have the same value; up to {share:.2g} of all such units may have another."
+        if low == high and 0 < relevant < high + share:
+            return Verdict("inconclusive", f"{units} An effect of {relevant:g} could be missed so.")
         if relevant and high > relevant:
             small = f"an effect short of {far:g}" if large and low > 0 else f"chance ({chance:g})"
-            return Verdict(
-                "inconclusive", f"The interval of {what} contains both {small} and one that matters ({far:g})."
-            )
-        small = f"lies {side} {chance:g}, but does not reach {far:g}, from which on it matters"
-        missed = small if low > 0 else f"does not lie {side} {chance:g}"
-        seen = "" if low > 0 else f" {_seen(effect, chance, sign)}"
-        return Verdict("fails", f"The interval of {what} {missed}.{seen}")
-    unbeaten, equal = _unbeaten(against or {}, sign, chance, relevant)
-    if equal:
-        rest = tuple(name for name in unbeaten if name not in equal)
-        more = f" Not beaten, perhaps worse: {_listed(rest)}." if rest else ""
-        return Verdict("confounded", f"Not beaten, and not shown to be worse: {_listed(equal)}.{more}", unbeaten)
-    if unbeaten:
-        return Verdict("undecided", f"The data do not tell {what} from {_listed(unbeaten)}.", unbeaten)
+            both = f"The interval of {what} contains both {small} and one that matters ({far:g})."
+            return Verdict("inconclusive", both)
+        if low > 0:
+            short = f"lies {side} {chance:g}, but does not reach {far:g}, from which on it matters"
+            return Verdict("fails", f"The interval of {what} {short}.")
+        size = detectable(effect)
+        seen = f"A true value of {chance + sign * size:.2g} would be found in four of five samples like this one."
+        if size > 1:  # rates, shares and ratios do not reach so far
+            seen = "Samples like this one find no value reliably."
+        seen = units if low == high else seen + f" The interval is over {n} units only." * (n < FEW_CLUSTERS)
+        return Verdict("fails", f"The interval of {what} does not lie {side} {chance:g}. {seen}")
+    found: list[tuple[float, str]] = []
+    equal: set[str] = set()
+    for name, control in (against or {}).items():
+        worst, best = _beyond(control.contrast, control.chance, sign)
+        if worst > _ROUNDING or (control.own is not None and not _beyond(control.own, chance, sign)[0] > 0):
+            continue
+        found.append((sign * (control.contrast.mean - control.chance), name))
+        if best <= relevant:
+            equal.add(name)
+    unbeaten = tuple(name for _, name in sorted(found))
+    alike, worse = (_listed([name for name in unbeaten if (name in equal) == same]) for same in (True, False))
+    if alike:
+        more = f" Not beaten, perhaps worse: {worse}." if worse else ""
+        return Verdict("confounded", f"Not beaten, and not shown to be worse: {alike}.{more}", unbeaten)
+    if worse:
+        return Verdict("undecided", f"The data do not tell {what} from {worse}.", unbeaten)
     reached = f"The interval of {what} lies " + (f"{side} {far:g}" if large else f"beyond chance ({chance:g})")
-    return Verdict(
-        "holds", f"{reached}, and every control is beaten." if against else f"{reached}; no control was run."
-    )
+    return Verdict("holds", reached + (", and every control is beaten." if against else "; no control was run."))
 
 
 def too_little(effect: Estimate) -> str | None:
@@ -142,45 +154,11 @@ def one_is_enough(found: int, pooled: Estimate, holds: str, fails: str) -> Verdi
     return Verdict("inconclusive", few) if few else Verdict("fails", fails)
 
 
-def _unbeaten(
-    against: Mapping[str, Against], sign: float, chance: float, margin: float
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Controls that the effect is not shown to exceed, and those of them that are not shown to be worse."""
-    unbeaten: list[tuple[float, str]] = []
-    equal: list[str] = []
-    for name, control in against.items():
-        low, high = sorted(
-            (sign * (control.contrast.low - control.chance), sign * (control.contrast.high - control.chance))
-        )
-        if low > _ROUNDING:
-            continue
-        if (
-            control.own is not None
-            and not min(sign * (control.own.low - chance), sign * (control.own.high - chance)) > 0
-        ):
-            continue
-        unbeaten.append((sign * (control.contrast.mean - control.chance), name))
-        if high <= margin:
-            equal.append(name)
-    unbeaten.sort()
-    return tuple(name for _, name in unbeaten), tuple(name for _, name in unbeaten if name in equal)
+def _beyond(estimate: Estimate, chance: float, sign: float) -> tuple[float, float]:
+    """The ends of an interval as distances from chance, the lower one first. `sign`: -1 where an effect is to fall."""
+    low, high = sorted((sign * (estimate.low - chance), sign * (estimate.high - chance)))
+    return low, high
 
 
-def _seen(effect: Estimate, chance: float, sign: float) -> str:
-    """What this sample could have seen, beside a "fails"."""
-    if effect.low == effect.high:
-        return _alike(effect)
-    few = f" The interval is over {effect.n_clusters} units only." * (effect.n_clusters < FEW_CLUSTERS)
-    size = detectable(effect, chance)
-    if size > 1:  # rates, shares and ratios do not reach so far
-        return f"Samples like this one find no value reliably.{few}"
-    return f"A true value of {chance + sign * size:.2g} would be found in four of five samples like this one.{few}"
-
-
-def _alike(effect: Estimate) -> str:
-    share = _UNSEEN / effect.n_clusters
-    return f"All {effect.n_clusters} units have the same value; up to {share:.2g} of all such units may have another."
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
