@@ -197,7 +197,6 @@ class Demo:
         return Substitution(
             n_atoms=self.n_atoms,
             firings_per_atom=self.firings_per_atom,
-            last_position_firings=0,
             atom_choice=("dominant", "own") if recipe is RECIPES[0] else ("dominant",),
             scales=("coefficient", "matched"),
             seed=self.seed,

@@ -30,7 +30,6 @@ SIZES = {
     "horizons": (0, 1, 2),
     "n_steps": 3,
     "mean_write_sequences": 2,
-    "last_position_firings": 2,
     "n_positions": 12,
     "pairs": 4,
     "new_tokens": 3,

@@ -18,7 +18,7 @@ from writesae.experiment.evaluation import Result
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    return made_up(HOLDS, label="mine", scales=("matched",), last_position=False)
+    return made_up(HOLDS, label="mine", scales=("matched",))
 
 
 def test_a_saved_folder_is_whole_and_has_nothing_beside_it(result: Result, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_baselines_are_fitted_on_the_text_of_the_controls(model: HookedRecurrent
     tokens = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(1))
     tested, other = tokens[:4], tokens[4:]
     saes = {"mine": make_sae(model)}
-    few = {"n_atoms": 1, "firings_per_atom": 2, "n_codes": 3, "pca_components": 1, "last_position_firings": 0}
+    few = {"n_atoms": 1, "firings_per_atom": 2, "n_codes": 3, "pca_components": 1}
     small = Substitution(**few, horizon=1, scales=("coefficient",), controls=("drawn",), atom_choice=("own",))
     results = evaluate_all([small], model, saes, tested, tmp_path, controls=other, progress=False, say=len)
     dictionaries = [saes["mine"], *(own["mine"] for own in control_dictionaries(model, saes, other).values())]

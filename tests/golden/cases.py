@@ -47,16 +47,12 @@ SUBSTITUTION: dict[str, object] = {
     "n_atoms": 6,
     "firings_per_atom": 2,
     "atom_choice": "own",
-    "positions": "firing",
-    "write": "additive",
     "scales": ALL_SCALES,
     "controls": ALL_CONTROLS,
     "horizon": 8,
     "first_position": 1,
-    "last_position_firings": 3,
     "min_firings": 1,
     "mean_write_sequences": 4,
-    "mean_write_energy": 0.99,
     "seed": 3,
 }
 LOGIT_CHANGE: dict[str, object] = {
@@ -129,14 +125,6 @@ CASES: tuple[Case, ...] = (
         {"sae": WRITE},
     ),
     Case(
-        "substitution-silent-corrected",
-        "substitution",
-        "embedded",
-        SUBSTITUTION
-        | {"positions": "silent", "write": "corrected", "scales": ("matched",), "controls": ("shuffled", "elsewhere")},
-        {"sae": WRITE},
-    ),
-    Case(
         "substitution-state-trained",
         "substitution",
         "embedded",
@@ -147,21 +135,21 @@ CASES: tuple[Case, ...] = (
         "substitution-rank-2",
         "substitution",
         "embedded",
-        SUBSTITUTION | {"scales": ("coefficient",), "controls": ("random", "shuffled"), "last_position_firings": None},
+        SUBSTITUTION | {"scales": ("coefficient",), "controls": ("random", "shuffled")},
         {"sae": RANK_2},
     ),
     Case(
         "substitution-flat",
         "substitution",
         "embedded",
-        SUBSTITUTION | {"scales": ("least_squares",), "controls": ("random",), "last_position_firings": 0},
+        SUBSTITUTION | {"scales": ("least_squares",), "controls": ("random",)},
         {"sae": FLAT},
     ),
     Case(
         "substitution-unequal-norms",
         "substitution",
         "embedded",
-        SUBSTITUTION | {"scales": ("coefficient", "matched"), "controls": ("random",), "last_position_firings": 0},
+        SUBSTITUTION | {"scales": ("coefficient", "matched"), "controls": ("random",)},
         {"sae": UNEQUAL},
     ),
     Case(
@@ -383,7 +371,7 @@ predictors, in units of max(1, |score|) (largest seen: 0.011). The cells that th
 
 ROUNDED: dict[tuple[str, str], dict[str, str]] = {
     ("substitution", "firings"): {
-        f"{direction}kl_{where}": "kl" for direction in ("", "reverse_") for where in ("window", "at", "next", "last")
+        f"{direction}kl_{where}": "kl" for direction in ("", "reverse_") for where in ("window", "at", "next")
     },
     ("multistep", "steps"): {"state_gap": "logit", "residual_cosine": "logit"},
     ("logit_change", "cells"): dict.fromkeys(("measured", "F1", "F2", "shuffled"), "logit"),

@@ -68,7 +68,7 @@ def tested(model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor) -> Res
         "controls": ("random", "state", "pca", "state_after"),
         "horizon": 4,
     }
-    test = Substitution(**settings, last_position_firings=0, mean_write_sequences=1, firings_per_atom=3)
+    test = Substitution(**settings, mean_write_sequences=1, firings_per_atom=3)
     return test.run(model, planted, tokens, progress=False)
 
 

@@ -394,7 +394,7 @@ def test_evaluations_see_an_ordinary_dictionary(embedded: Any, trained: Any) -> 
     assert cosine.mean() > 0
     quality = dictionary_quality(embedded, trained, tokens)
     assert quality.l0 == quality.coverage == 1 and quality.recovered is not None
-    few: Any = {"n_atoms": 4, "firings_per_atom": 1, "horizon": 4, "last_position_firings": 0}
+    few: Any = {"n_atoms": 4, "firings_per_atom": 1, "horizon": 4}
     tables = Substitution(**few, scales=("coefficient",), controls=("shuffled", "drawn")).measure(lab)
     written = pd.concat(tables.values())
     assert {"atom", "shuffled", "drawn"} <= set(written["condition"].dropna())

@@ -57,7 +57,6 @@ SETTINGS: dict[str, dict[str, object]] = {
         "atom_choice": ("dominant",),
         "scales": ("coefficient", "matched"),
         "horizon": 6,
-        "last_position_firings": 0,
     },
     "partition": {"components": 3, "restarts": 1, "firings_per_atom": 3, "controls": ("random", "mean")},
     "logit_change": {

@@ -141,7 +141,6 @@ class Objectives(Evaluation):
             scales=TESTED_SCALES,
             controls=self.controls,
             horizon=self.horizon,
-            last_position_firings=0,
             alive_tokens=self.alive_tokens,
             min_firings=self.min_firings,
             seed=self.seed,

@@ -147,7 +147,6 @@ class Partition(Evaluation):
             firings_per_atom=self.firings_per_atom,
             scales=("coefficient",),
             controls=self.controls,
-            last_position_firings=0,
             alive_tokens=self.alive_tokens,
             seed=self.seed,
             rows_per_run=self.rows_per_run,

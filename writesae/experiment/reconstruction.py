@@ -14,7 +14,7 @@ from torch import Tensor
 from sae_lens_writesae.atom.low_rank import LowRank, mean_write, state_direction
 from sae_lens_writesae.sae.kinds import n_parameters, variant
 from sae_lens_writesae.sae.losses import read_queries
-from writesae.experiment.conditions import baseline_factor
+from writesae.experiment.conditions import scaled
 from writesae.experiment.evaluation import Result
 from writesae.experiment.head import ROUNDING, UpperModel, decoded, dominant, encoded, head_writes, matrices_of
 from writesae.experiment.lab import Lab, Site, Trial
@@ -172,7 +172,7 @@ class Written(NamedTuple):
         """At the norm of the native write (`scale` "matched"), or at its own size ("coefficient"); a direction gets the
         projection of the native write on it, its best. What is zero, because nothing fires, stays zero."""
         how = scale if self.has_size or scale == "matched" else "least_squares"
-        return self.matrices * baseline_factor(how, self.matrices, native)
+        return scaled(self.matrices, native, how)
 
 
 def without_dictionary(

@@ -22,7 +22,7 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import wide_firings
-from writesae.experiment.conditions import REFERENCES, written_at
+from writesae.experiment.conditions import REFERENCES
 from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import Integers
 from writesae.experiment.quality import qualities
@@ -111,7 +111,7 @@ def substituted(result: Result) -> dict[int, list[data.Substituted]]:
     pages: dict[int, list[data.Substituted]] = {}
     for atom, rows in wide.groupby("written_atom"):
         for scale in scales:
-            controls = [name for name in written_at(scale, test.controls) if name not in REFERENCES]
+            controls = [name for name in test.controls if name not in REFERENCES]
             beats = {n: float((rows[f"{n}/{scale}"] < rows["delete"]).mean()) for n in ("atom", *controls)}
             best = max(controls, key=lambda name: beats[name], default=None)
             shown = {
@@ -140,7 +140,6 @@ def small_test(facts: Facts) -> dict[int, list[data.Substituted]] | None:
         scales=("coefficient",),
         controls=("random", "state"),
         horizon=settings.effect_horizon,
-        last_position_firings=0,
         alive_tokens=facts.ids.size,
         mean_write_sequences=1,
         seed=settings.seed,
