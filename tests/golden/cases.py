@@ -90,7 +90,6 @@ MULTI_ATOM: dict[str, object] = {
 PARTITION: dict[str, object] = {
     "min_firings": 3,
     "threshold": 0.35,
-    "sweep": (0.02, 0.1, 0.2, 0.35),
     "components": 2,
     "restarts": 1,
     "min_atoms": 10,
@@ -331,7 +330,6 @@ KEYS: dict[tuple[str, str], tuple[str, ...]] = {
     ("multi_atom", "writes"): ("sequence", "position", "condition", "scale", "count", "all"),
     ("partition", "atoms"): ("atom",),
     ("partition", "mixtures"): ("sample", "space", "components", "component"),
-    ("partition", "sweep"): ("threshold", "sample"),
     ("partition", "substitution"): ("scale", "kind"),
     ("seeds", "counts"): ("sae",),
     ("seeds", "matches"): ("a", "b", "sample"),

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae.experiment.pca import MatrixPca, fit_pca_of_writes
+from writesae.experiment.pca import MatrixPca, fit_pca
 
 Integers = NDArray[np.int64]
 
@@ -113,7 +113,7 @@ class HeadBaselines:
             by_pair._replace(strength=_strength(writes, by_token.members, by_pair.members)),
             drawn,
             quantiser(writes.rows(torch.tensor(nonzero)), drawn),
-            fit_pca_of_writes(writes, components, seed=int(rng.integers(2**62))),
+            fit_pca(writes, components),
         )
 
     def written(self, name: str, native: LowRank, tokens: Integers) -> LowRank:

@@ -143,19 +143,19 @@ class Basis(NamedTuple):
         Cost: a forward of each sequence up to the layer, and K V numbers for each of these writes.
         """
         rng, per_sequence = lab.rng(11), -(-n_writes // len(sequences))
-        keys, values, rows, sums, n_tokens = [], [], [], [], 0
+        writes, drawn, means = [], [], []
         for sequence in sequences:
             recurrence = lab.recurrence(sequence)
-            writes = head_writes(recurrence, 0)
-            keys.append(writes.keys.flatten(0, 1))
-            values.append(writes.values.flatten(0, 1))
-            drawn = np.sort(rng.choice(len(writes), min(per_sequence, len(writes)), replace=False)).tolist()
-            rows.append(writes.rows(drawn).dense().flatten(1))
-            sums.append(matrices_of(recurrence, lab.hook.target).flatten(1).double().sum(0))
-            n_tokens += len(writes)
-        pca = fit_pca(torch.cat(rows)[:n_writes], n_components)
-        mean = mean_write(torch.cat(keys), torch.cat(values), _MEAN_ENERGY)
-        return cls(pca, mean, (torch.stack(sums).sum(0) / n_tokens).to(pca.mean))
+            writes.append(head_writes(recurrence, 0))
+            rows = rng.choice(len(writes[-1]), min(per_sequence, len(writes[-1])), replace=False)
+            drawn.append(writes[-1].rows(np.sort(rows).tolist()))
+            means.append(matrices_of(recurrence, lab.hook.target).flatten(1).double().mean(0))
+        every, some = (
+            LowRank(torch.cat([x.keys for x in y]), torch.cat([x.values for x in y])) for y in (writes, drawn)
+        )
+        pca = fit_pca(some.rows(slice(n_writes)), n_components)
+        mean = mean_write(every.keys.flatten(0, 1), every.values.flatten(0, 1), _MEAN_ENERGY)
+        return cls(pca, mean, torch.stack(means).mean(0).to(pca.mean))
 
 
 class Written(NamedTuple):
