@@ -18,7 +18,6 @@ from golden.cases import (
     KEYS,
     KL_ROUNDING,
     LOGIT_ROUNDING,
-    PLACE_ROUNDING,
     RENAMED,
     RENAMED_VALUES,
     ROUNDED,
@@ -34,15 +33,14 @@ STRICT = os.environ.get("GOLDEN_STRICT") == "1"
 
 
 def tolerance(values: NDArray[np.float64], rounding: str) -> NDArray[np.float64]:
-    """How far a float may be from `values`; `rounding` is "kl", "logit", "score", "place", or "" for what no
-    logits enter."""
+    """How far a float may be from `values`; `rounding` is "kl", "logit", "score", or "" for what no logits
+    enter."""
     size = np.abs(values)
     more = {
         "": SIZE_ROUNDING * float(np.nanmax(size, initial=0.0)),
         "kl": KL_ROUNDING * np.sqrt(size),
         "logit": LOGIT_ROUNDING,
         "score": SCORE_ROUNDING * np.maximum(1, size),
-        "place": 0.0,
     }
     return ABSOLUTE + RELATIVE * size + more[rounding]
 
@@ -90,8 +88,6 @@ def differences(kind: str, name: str, golden: pd.DataFrame, fresh: pd.DataFrame,
             wrong = ~(gap <= tolerance(old, rounding.get(str(column), ""))) & ~(np.isnan(old) & np.isnan(new))
         else:
             wrong = old != new
-            if rounding.get(str(column)) == "place" and wrong.mean() <= PLACE_ROUNDING:
-                wrong[:] = False
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
             where = fresh.loc[row, list(KEYS[kind, name])].to_dict() if not RENAMED.get((kind, name)) else row
