@@ -25,7 +25,7 @@ from writesae.experiment.reconstruction import reconstruction
 from writesae.verdict import figures
 from writesae.verdict.finding import Figure, Finding, Paired, said
 from writesae.verdict.format import percent, points
-from writesae.verdict.judge import Verdict, too_little
+from writesae.verdict.judge import Verdict
 from writesae.verdict.names import NAMES
 from writesae.verdict.statistics import Estimate
 
@@ -56,17 +56,12 @@ class Objectives(Evaluation):
     native write at tested firings; and the substitution win rate, the share of tested firings at which the atom is
     nearer to the native model than deletion, at the dictionary's own coefficient and at the norm of the native write.
 
-    A dictionary wins a measure where its difference from each other one has an interval above 0 (bootstrap: over
-    sequences, paired, for reconstruction; over atoms for all others).
+    Differences have intervals by a bootstrap: over sequences, paired, for reconstruction; over atoms for all others.
 
     **Verdict** of "training on X substitutes better than training on states by mse", one claim for each other
     objective. It is "not tested" without a dictionary of states by mse, and below the floor where the substitution test
     of either dictionary is. Otherwise the ladder of `judge` on the difference of win rates (10 points matter), then the
     outcome of X's own substitution test (claim 1): X must also beat deletion, and every control that beats deletion.
-
-    "One objective is best at all that it can be compared in" holds where one dictionary wins the substitution and is
-    beaten on no measure. It is inconclusive where the substitution of one of them rests on too little data, and fails
-    otherwise; it says what wins where.
     """
 
     reconstruction_sequences: int = 16
@@ -222,15 +217,14 @@ class Objectives(Evaluation):
     # -- judging
 
     def findings(self, result: Result) -> list[Finding]:
-        """Each objective against states by mse; what wins where."""
+        """Each objective against states by mse."""
         table = result.tables["dictionaries"].set_index("sae", drop=False)
         base = table[(table["target"] == "state") & (table["loss"] == "mse")]
         need = Finding.untested(
             "another objective substitutes better", "It needs a dictionary trained on states by mse."
         )
         others = [table.loc[label] for label in table.index if base.empty or label != base.index[0]]
-        better = [need] if base.empty else [self._better(result, other, base.iloc[0]) for other in others]
-        return [*better, self._best(result)]
+        return [need] if base.empty else [self._better(result, other, base.iloc[0]) for other in others]
 
     def _better(self, result: Result, row: pd.Series, base: pd.Series) -> Finding:
         """The difference must hold, and so must the better dictionary's own substitution test."""
@@ -257,46 +251,16 @@ class Objectives(Evaluation):
             of=f"firings of {mine.n_clusters + theirs.n_clusters} atoms",
         )
 
-    def _best(self, result: Result) -> Finding:
-        where, parts = standings(result), []
-        for key, (leader, tied) in where.items():
-            measure, _, target = key.partition("/")
-            what = MEASURES[measure].replace("its target", f"{target.replace('_', ' ')}s")
-            parts.append(f"{what}: {leader}" + (f" (not beaten: {', '.join(tied)})" if tied else ""))
-        labels, table = list(result.tables["dictionaries"]["sae"]), result.tables["contrasts"]
-        winner, tied = where[self.scale]
-        behind = table.loc[(table["b"] == winner) & (table["low"] > 0), "measure"]
-        lost = [MEASURES[measure] for measure in dict.fromkeys(behind)]
-        few = [reason for label in labels if (reason := too_little(value(result, label, self.scale))) is not None]
-        if few:
-            verdict = Verdict("inconclusive", few[0])
-        elif tied:
-            verdict = Verdict("fails", f"No objective wins the substitution: {winner} does not beat {', '.join(tied)}.")
-        elif lost:
-            verdict = Verdict("fails", f"{winner} wins the substitution, but is beaten on {', '.join(lost)}.")
-        else:
-            verdict = Verdict("holds", f"{winner} wins the substitution, and is beaten on no measure of it.")
-        claim = "one objective is best at all that it can be compared in"
-        return Finding(claim=claim, ruled=verdict, measured="; ".join(parts), n=len(labels), of="dictionaries")
-
     def panels(self, result: Result) -> list[Figure]:
         """Every measure of every dictionary."""
         table = result.tables["measures"]
-        table = table[table["measure"].isin(list(MEASURES))]
         rows = [
             figures.Row(f"{row['sae']}: {MEASURES[row['measure']]}", row["value"], row["low"], row["high"], "atom")
-            for row in table.to_dict("records")
+            for row in table[table["measure"].isin(list(MEASURES))].to_dict("records")
         ]
         svg = figures.intervals(rows, "share, or cosine", f"Measures by objective: {result.label}")
-        caption = "Explained variance and reads are of what each dictionary was trained on."
+        caption = "Explained variance and reads are of what each dictionary was trained on, and not compared across."
         return [Figure("Reconstruction, alive atoms, cosine with writes, win rates", svg, caption)]
-
-    def notes(self, result: Result) -> list[str]:
-        """What cannot be compared."""
-        return ["Writes and states are different things to reconstruct: their explained shares are not compared."]
-
-
-# ---------------------------------------------------------------------------------------------- reading a result
 
 
 def value(result: Result, sae: str, measure: str) -> Estimate:
@@ -304,19 +268,3 @@ def value(result: Result, sae: str, measure: str) -> Estimate:
     table = result.tables["measures"]
     row = table[(table["sae"] == sae) & (table["measure"] == measure)].iloc[0]
     return Estimate(row["value"], row["low"], row["high"], int(row["n"]), int(row["clusters"]))
-
-
-def standings(result: Result) -> dict[str, tuple[str, list[str]]]:
-    """By measure (and target, where only within one can be compared): the leader, and those that it does not beat."""
-    contrasts, table = result.tables["contrasts"], result.tables["dictionaries"]
-    groups = {f"/{target}": list(rows["sae"]) for target, rows in table.groupby("target", sort=False)}
-    where: dict[str, tuple[str, list[str]]] = {}
-    for measure in MEASURES:
-        for suffix, labels in groups.items() if measure in WITHIN_TARGET else [("", list(table["sae"]))]:
-            if len(labels) < 2:
-                continue
-            leader = max(labels, key=lambda label: value(result, label, measure).mean)
-            ahead = contrasts[(contrasts["measure"] == measure) & (contrasts["a"] == leader) & (contrasts["low"] > 0)]
-            beaten = {leader, *ahead["b"]}
-            where[measure + suffix] = (leader, [label for label in labels if label not in beaten])
-    return where
