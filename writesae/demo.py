@@ -206,7 +206,6 @@ class Demo:
 
 def first_screen(results: list[Result]) -> str:
     """What a reader should see first: quality, one atom against what needs no training, and one write exchanged."""
-    from writesae.experiment.at_firings import headline_share
     from writesae.verdict.format import percent, span
 
     lines = ["", "The dictionaries on held-out text (every write, or state, replaced at once):"]
@@ -225,7 +224,7 @@ def first_screen(results: list[Result]) -> str:
         claim = result.claims()[0]
         lines += [f"  {result.label:24} {claim.measured}: {claim.outcome}. {claim.sentence}"]
     lines.append(f"  {'controls of the first':24} {results[0].claims()[0].controls}")
-    return "\n".join([*lines, "", *_in_words(max(results, key=headline_share).tables["example"])])
+    return "\n".join([*lines, "", *_in_words(results[0].tables["example"])])
 
 
 def _in_words(example: pd.DataFrame) -> list[str]:

@@ -63,16 +63,6 @@ def test_the_first_component_is_that_of_the_dense_writes(model: Any, tokens: Any
     assert (component @ top).abs().item() == pytest.approx(1, abs=1e-3) and component @ rows.mean(0) > 0
 
 
-def test_zero_atoms_are_left_out_and_a_label_chooses_the_dictionary(model: Any, tokens: Any) -> None:
-    first, second = planted(model, tokens), planted(model, tokens)
-    second.w.data[3] = 0
-    with torch.no_grad():
-        lab = Lab(model, {"a": first, "b": second}, tokens)
-        numbers = lab.firings("b").alive(tokens.numel())
-        assert 3 in numbers and 3 not in set(firing_cosines(lab, numbers, "b")["atom"])
-        assert 3 in set(firing_cosines(lab, lab.firings().alive(tokens.numel()))["atom"])
-
-
 def test_planted_atoms_are_registers_beyond_both_nulls(model: Any, tokens: Any) -> None:
     result = run(model, planted(model, tokens), tokens, tested_atoms=0)
     atoms = result.tables["atoms"]

@@ -146,7 +146,7 @@ def test_the_page_is_self_contained(page: Page, files: ReportFiles) -> None:
     assert [link for link in page.links if not link.startswith("#")] == []
     assert "@import" not in source and "url(http" not in source
     assert {link[1:] for link in page.links} <= set(re.findall(r'id="([^"]+)"', source))
-    assert page.tags.count("svg") == 2 + 4 * 4  # two at the top, four of each measured dictionary
+    assert page.tags.count("svg") == 1 + 4 * 4  # one at the top, four of each measured dictionary
     assert source.count("prefers-color-scheme: dark") == 1 and "@media print" in source and "viewport" in source
 
 

@@ -14,7 +14,6 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 import pandas as pd
 
-from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.kinds import objective
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import wide_firings
@@ -22,8 +21,7 @@ from writesae.experiment.conditions import Control
 from writesae.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae.experiment.lab import Lab
 from writesae.experiment.reconstruction import reconstruction
-from writesae.verdict import figures
-from writesae.verdict.finding import Figure, Finding, Paired, said
+from writesae.verdict.finding import Finding, Paired, said
 from writesae.verdict.format import percent, points
 from writesae.verdict.judge import Verdict
 from writesae.verdict.names import NAMES
@@ -150,7 +148,13 @@ class Objectives(Evaluation):
             bool((n_fits >= 2).all()),
             f"what {n_fits.idxmin()} was trained on varies on fewer than two sequences: nothing to explain",
         )
-        tests = {label: self._tested(lab.only(label), label) for label in lab.saes}
+        tests, test = {}, self.substitution()
+        for label in lab.saes:
+            view = lab.only(label)
+            wide = wide_firings(Result(test, {}, test.measure(view)))
+            few = f"{label}: only one atom can be tested, and an interval needs two; give more tokens"
+            lab.require(wide["written_atom"].nunique() > 1, few)
+            tests[label] = (wide, int(str(view.facts["n_alive"])))
         rows = [
             {"sae": label, **objective(sae)._asdict(), "d_sae": int(sae.cfg.d_sae)} for label, sae in lab.saes.items()
         ]
@@ -158,23 +162,15 @@ class Objectives(Evaluation):
         lab.facts["target"] = ", ".join(dictionaries["target"].unique())
         return self.tables(dictionaries, tests, fits)
 
-    def _tested(self, view: Lab, label: str) -> tuple[pd.DataFrame, int]:
-        """The substitution test of one dictionary: one row per firing, and how many atoms are alive."""
-        try:
-            tables = self.substitution().measure(view)
-        except NothingToMeasureError as error:
-            raise NothingToMeasureError(f"{label}: {error}") from error
-        wide = wide_firings(Result(self.substitution(), {}, tables))
-        view.require(
-            wide["written_atom"].nunique() > 1,
-            f"{label}: only one atom can be tested, and an interval needs two; give more tokens",
-        )
-        return wide, int(str(view.facts["n_alive"]))
-
     def tables(
         self, dictionaries: pd.DataFrame, tests: Mapping[str, tuple[pd.DataFrame, int]], fits: pd.DataFrame
     ) -> dict[str, pd.DataFrame]:
-        """All tables, from what `_tested` and `reconstruction` give: verdicts, means, and what is ahead of what."""
+        """All tables: verdicts, means, and what is ahead of what.
+
+        Args:
+            tests: by label, the firings of the substitution test (`wide_firings`) and how many atoms are alive.
+            fits: as `reconstruction` gives them.
+        """
         samples: dict[str, dict[str, Paired]] = {}
         told, firings = [], []
         for row in dictionaries.to_dict("records"):
@@ -250,17 +246,6 @@ class Objectives(Evaluation):
             measured=f"difference {said(gap, points)} points",
             of=f"firings of {mine.n_clusters + theirs.n_clusters} atoms",
         )
-
-    def panels(self, result: Result) -> list[Figure]:
-        """Every measure of every dictionary."""
-        table = result.tables["measures"]
-        rows = [
-            figures.Row(f"{row['sae']}: {MEASURES[row['measure']]}", row["value"], row["low"], row["high"], "atom")
-            for row in table[table["measure"].isin(list(MEASURES))].to_dict("records")
-        ]
-        svg = figures.intervals(rows, "share, or cosine", f"Measures by objective: {result.label}")
-        caption = "Explained variance and reads are of what each dictionary was trained on, and not compared across."
-        return [Figure("Reconstruction, alive atoms, cosine with writes, win rates", svg, caption)]
 
 
 def value(result: Result, sae: str, measure: str) -> Estimate:

@@ -154,7 +154,6 @@ class Partition(Evaluation):
         kind = np.where(atoms["cosine"] >= self.threshold, *KINDS)
         atoms = atoms.assign(z=mixtures.fisher_z(atoms["cosine"]), kind=kind)
         lab.skipped[f"atoms that fire fewer than {self.min_firings} times"] += len(ever) - len(alive)
-        lab.skipped["alive atoms that are zero matrices, or fire at zero writes only"] += len(alive) - len(atoms)
         by_kind = self._tested(lab, atoms)
         # After the substitution test, which counts an atom as alive from its first firing on.
         lab.facts |= {"alive_tokens": alive_tokens, "n_alive": len(atoms), "dead": firings.n_atoms - len(ever)}

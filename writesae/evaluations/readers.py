@@ -7,9 +7,9 @@ later tokens, can notice, and only those are looked at here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias, cast
+from typing import ClassVar, cast
 
 import numpy as np
 import pandas as pd
@@ -22,8 +22,7 @@ from writesae.experiment.downstream_heads import DownstreamHeads, downstream_hea
 from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import Integers
 from writesae.experiment.lab import EditedRows, Lab, Readout, Site, Trial
-from writesae.verdict import figures
-from writesae.verdict.finding import Against, Figure, Finding, Paired
+from writesae.verdict.finding import Against, Finding, Paired
 
 CONDITIONS: tuple[str, ...] = ("atom", "random", "other")
 
@@ -37,9 +36,6 @@ RELEVANT = float(np.log(1.1))
 """Log ratio of two changes: a change that is a tenth larger than another."""
 
 _HEAD = ["layer", "mixer", "head"]
-_Place: TypeAlias = tuple[int, str, int]
-_SHOWN = 12
-"""Heads in the figure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,19 +160,6 @@ class Readers(OfHalves):
                 of=f"firings of {at['atom'].nunique()} atoms in {at['sequence'].nunique()} sequences",
             )
         ]
-
-    def panels(self, result: Result) -> list[Figure]:
-        """Ratios at every downstream head."""
-        heads = [
-            (head_name(*place), Paired(of_head, ("sequence", "atom"), self.seed).mean("random"))
-            for place, of_head in cast(Iterable[tuple[_Place, pd.DataFrame]], ratios(result, "test").groupby(_HEAD))
-        ]
-        heads.sort(key=lambda head: -head[1].mean)
-        rows = [figures.Row(head, *ratio[:3], "atom") for head, ratio in heads[:_SHOWN]]
-        title = f"Downstream heads, {self.kind}: {result.label}"
-        svg = figures.intervals(rows, "times the change under a random direction", title, write=_times)
-        shown = "" if len(heads) <= _SHOWN else f" The first {_SHOWN} of {len(heads)}."
-        return [Figure("Every downstream head", svg, f"All atoms, test half, 95% intervals.{shown}")]
 
 
 def _times(log: float) -> str:

@@ -172,10 +172,8 @@ class Seeds(Evaluation):
         )
         spread = {name: float(np.ptp(counts[name]) / max(counts[name].mean(), 1)) for name in ("alive", "register")}
         same = {name: float(rows["share_same"].max()) for name, rows in matches.items()}
-        faults = [f"counts vary by more than {percent(SPREAD)}"]
-        faults = faults if max(spread.values()) > SPREAD else []
-        if same["atoms"] > SAME_SHARE:
-            faults.append(f"more than {percent(SAME_SHARE)} of atoms are the same")
+        faults = [f"counts vary by more than {percent(SPREAD)}"] * (max(spread.values()) > SPREAD)
+        faults += [f"more than {percent(SAME_SHARE)} of atoms are the same"] * (same["atoms"] > SAME_SHARE)
         learned = replace(beyond, against={}, chance=RELEVANT).verdict  # atoms that fire are alike by a little
         if (few := too_little(smallest)) is not None:
             verdict = Verdict("inconclusive", few)

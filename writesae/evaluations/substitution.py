@@ -11,10 +11,9 @@ from typing import ClassVar, cast
 
 import pandas as pd
 
-from writesae.experiment.at_firings import CHOICES, RELEVANT, Exchanging, headline_share, wide_firings
+from writesae.experiment.at_firings import CHOICES, RELEVANT, Exchanging, wide_firings
 from writesae.experiment.conditions import REFERENCES
 from writesae.experiment.evaluation import Result, described
-from writesae.experiment.head_baselines import BASELINES
 from writesae.experiment.lab import Lab
 from writesae.experiment.readout import EXAMPLE, KL_METRICS, kl_metrics
 from writesae.verdict import figures
@@ -216,7 +215,7 @@ class Substitution(Exchanging):
             shares = pd.Series([each.shown["atom"].mean for each in found if each.shown])
             wins = pd.Series([(wide[f"atom/{test.scales[0]}"] < wide["delete"]).mean() for wide, test in tests])
             outcomes: list[Outcome] = [each.verdict.outcome for each in found]
-            worst = next((outcome for outcome in _WORST_FIRST if outcome in outcomes), outcomes[0])
+            worst: Outcome = next((outcome for outcome in _WORST_FIRST if outcome in outcomes), outcomes[0])
             spread = [f"{percent(float(x.mean()))} ± {percent(float(x.std()))}" for x in (shares, wins)]
             finding = Finding(
                 number=5,
@@ -243,34 +242,17 @@ class Substitution(Exchanging):
 
     @classmethod
     def front(cls, results: list[Result]) -> list[Figure]:
-        """The recovered share of one atom of each dictionary and of what needs no training, and one exchange in
-        words."""
-        settings = cast(Substitution, results[0].evaluation)
-        found = {result.label: settings.nearer(wide_firings(result), settings.scales[0]).shown for result in results}
-        shown = {label: shares for label, shares in found.items() if shares}
-        if not shown:
-            return []
-        label, first = next(iter(shown.items()))
-        rows = [figures.Row(f"atom, {name}", *shares["atom"][:3], "atom") for name, shares in shown.items()]
-        rows += [figures.Row(NAMES[n], *first[NAMES[n]][:3]) for n in BASELINES if NAMES[n] in first]
-        title = "One atom in place of a write"
-        svg = figures.intervals(rows, "of deletion's effect recovered", title, write=percent, least=-0.5)
-        caption = (
-            "100% is the native model, 0% is a deleted write; a triangle lies further left. Grey: what needs no "
-            f"training, at the firings of {label}."
-        )
-        best = max(results, key=headline_share)
-        example, words = best.tables["example"], "One write replaced, in words"
+        """One exchange of the first dictionary in words."""
+        example, title = results[0].tables["example"], "One write replaced, in words"
         wide = example.pivot_table(index="word", columns="condition", values="probability", sort=False)
         bars = {NAMES[str(name)]: wide[name].tolist() for name in wide.columns}
-        next_words = [repr(str(word))[1:-1] for word in wide.index]
-        told = (
+        words = [repr(str(word))[1:-1] for word in wide.index]
+        caption = (
             f"{example['text'].iloc[0]} · The write at the token in brackets is replaced; the next token is predicted "
-            f"at the bar, {example['read_at'].iloc[0]} tokens later. This is the firing of {best.label} whose "
+            f"at the bar, {example['read_at'].iloc[0]} tokens later. This is the firing of {results[0].label} whose "
             "deletion moves the model most."
         )
-        exchanged = figures.bars(next_words, bars, "probability of the next token", words)
-        return [Figure(title, svg, caption), Figure(words, exchanged, told)]
+        return [Figure(title, figures.bars(words, bars, "probability of the next token", title), caption)]
 
     def panels(self, result: Result) -> list[Figure]:
         """Where the headline's atom wins (the paper's table 13 and figure 14)."""

@@ -81,9 +81,18 @@ class OfFirings(OfAtoms):
         self, lab: Lab, rng: np.random.Generator, horizon: int, written: Literal["own", "dominant"] = "own"
     ) -> FiringDraw:
         """The firings that are tested, as `draw_firings` takes them."""
-        names = ("n_atoms", "atoms", "first_position", "firings_per_atom", "alive_tokens", "min_firings")
-        settings = {name: getattr(self, name) for name in names}
-        draw = draw_firings(lab.firings(), rng, horizon=horizon, written=written, **settings)
+        draw = draw_firings(
+            lab.firings(),
+            rng,
+            horizon=horizon,
+            n_atoms=self.n_atoms,
+            firings_per_atom=self.firings_per_atom,
+            atoms=self.atoms,
+            first_position=self.first_position,
+            alive_tokens=self.alive_tokens,
+            min_firings=self.min_firings,
+            written=written,
+        )
         lab.facts |= {"n_alive": len(draw.alive), "alive_tokens": draw.alive_tokens, "n_testable": draw.n_testable}
         return draw
 
@@ -114,8 +123,9 @@ class OfHalves(OfAtoms):
         is drawn when it is asked for."""
         firings, split = lab.firings(), halves(len(lab.tokens), self.seed)
         bounds: Bounds = {"first": self.first_position, "last": firings.n_positions - 1 - self.horizon}
-        how = {"min_firings": self.min_firings, "n_atoms": self.n_atoms, "atoms": self.atoms}
-        atoms = draw_atoms(firings, split, bounds, rng, **how)
+        atoms = draw_atoms(
+            firings, split, bounds, rng, min_firings=self.min_firings, n_atoms=self.n_atoms, atoms=self.atoms
+        )
         sides = zip(map(firings.of_sequences, split), (self.select_firings, self.test_firings))
         samples = ((side, sample_firings(side, atoms, most, **bounds, rng=rng)) for side, most in sides)
         return atoms, bounds, samples
@@ -225,10 +235,3 @@ def wide_firings(result: Result, choice: str | None = None) -> pd.DataFrame:
     units = ["firing", "sequence", "position", "atom", "written_atom", "activation", "cosine", "write_norm"]
     values = table.assign(name=names).pivot(index="firing", columns="name", values="kl_window")
     return table[units].groupby("firing").first().join(values).reset_index()
-
-
-def headline_share(result: Result) -> float:
-    """The recovered share of the headline's atom; -inf where no deletion has an effect."""
-    wide = wide_firings(result)
-    total, scale = float(wide["delete"].sum()), cast(Exchanging, result.evaluation).scales[0]
-    return 1 - float(wide[f"atom/{scale}"].sum()) / total if total > 0 else -np.inf

@@ -36,16 +36,14 @@ def firing_cosines(
         directions: single matrices (N = 1) by name, which are held against the writes at the same firings.
 
     Returns: sequence, position, atom, cosine, shuffled, random, untrained; key, value, shuffled_key, shuffled_value
-    (|cosine| of one side of the matrices); and one column for each further direction. One row per firing of an atom
-    that is not zero at a write that is not; firings at zero writes are counted in `lab.skipped`.
+    (|cosine| of one side of the matrices); and one column for each further direction. One row per firing. A cosine with
+    a write or an atom that is zero is 0.
 
     Cost: one forward up to the head's layer per sequence, and 3 T F R R' (K + V) for the cosines; for a dictionary of
     states also T F R K V, and T K V numbers.
     """
     firings, target = lab.firings(label), (lab.hook if label is None else lab.hooks[label]).target
     decoded = lab.atoms(atoms, label)
-    nonzero = decoded.norm() > 0
-    decoded = decoded.rows(nonzero)
     rng = lab.rng(len(atoms))
     # The noise has a seed of its own: a dictionary initialised under `lab.seed` would otherwise be its own null.
     noise = decoded.random_like(torch.Generator().manual_seed(int(rng.integers(2**62))))
@@ -53,7 +51,7 @@ def firing_cosines(
     untrained = nothing.random_like(torch.Generator().manual_seed(int(lab.rng(len(atoms), 1).integers(2**62))))
     untrained = untrained.with_norm(torch.ones(firings.n_atoms).to(untrained.values))
     column = np.full(firings.n_atoms, -1)
-    column[atoms[nonzero.cpu().numpy()]] = np.arange(len(decoded))
+    column[atoms] = np.arange(len(atoms))
     tables = []
     for sequence in range(len(lab.tokens)):
         table = firings.frame(firings.sequence == sequence)
@@ -64,10 +62,6 @@ def firing_cosines(
             continue
         recurrence = lab.recurrence(sequence)
         writes = head_writes(recurrence, 0).to(decoded.values)
-        written = (writes.norm() > 0).cpu().numpy()
-        usable = written[table["position"]] & written[order[table["position"]]]
-        lab.skipped["firings at zero writes"] += int((~usable).sum())
-        table = table[usable]
         here, which = table["position"].to_numpy(copy=True), column[table["atom"].to_numpy()]
         there = order[here]
         if target == "write":
@@ -93,7 +87,6 @@ def firing_cosines(
                 **further,
             )
         )
-    lab.require(any(map(len, tables)), "no cosine is defined, though atoms are alive")
     return pd.concat(tables, ignore_index=True)
 
 

@@ -77,20 +77,15 @@ class HeadBaselines:
         """From the writes of a text.
 
         Args:
-            writes: N native writes, sequence by sequence.
+            writes: N native writes, sequence by sequence; not all of them 0.
             tokens: [N,2] the token before (-1 at the start of a sequence) and the token itself.
             n_codes: drawn writes, and codes of the quantiser; at most as many as there are writes other than 0.
             components: principal components.
 
         Cost: N K V for the means, 10 N n_codes (K + V) for the quantiser, 17 N K V (components + 6) for PCA; a second
         or two for 16,000 writes of 64 x 32 on one core. Memory: N (K + V) numbers.
-
-        Raises:
-            ValueError: fewer than two writes, or all of them are 0.
         """
         nonzero = np.flatnonzero(writes.norm().cpu().numpy())
-        if len(writes) < 2 or not len(nonzero):
-            raise ValueError(f"baselines need two writes that are not all 0; found {len(writes)}, {len(nonzero)} not 0")
         table, everything = pd.DataFrame(tokens, columns=["before", "token"]), np.arange(len(writes))
         by_token = cast(dict[int, Integers], table.groupby("token").indices)
         by_pair = cast(dict[tuple[int, int], Integers], table.groupby(["before", "token"]).indices)
@@ -115,9 +110,8 @@ class HeadBaselines:
         """
         if name in ("drawn", "quantised"):
             dictionary = self.drawn if name == "drawn" else self.codes
-            best, inner = _best(native, dictionary)
-            chosen = dictionary.rows(best)
-            return chosen * (inner / chosen.inner(chosen))
+            chosen = dictionary.rows(_best(native, dictionary))
+            return chosen * (native.inner(chosen) / chosen.inner(chosen))
         if name == "pca":
             dense = native.dense()
             return _compact(self.components.project(dense.flatten(1), len(self.components.components)).view_as(dense))
@@ -155,7 +149,7 @@ def quantiser(writes: LowRank, start: LowRank) -> LowRank:
     top = start if start.rank == 1 else LowRank.svd(start.dense(), 1)
     sides = [torch.nn.functional.normalize(side[:, 0], dim=1) for side in (top.keys, top.values)]
     for _ in range(_LLOYD_PASSES):
-        nearest = _best(unit, LowRank.rank_one(*sides))[0]
+        nearest = _best(unit, LowRank.rank_one(*sides))
         for side, factors in enumerate((unit.keys, unit.values)):
             x, y = (
                 (own * code[nearest][:, None]).sum(-1) for own, code in zip((unit.keys, unit.values), sides)
@@ -167,16 +161,11 @@ def quantiser(writes: LowRank, start: LowRank) -> LowRank:
     return LowRank.rank_one(*sides)
 
 
-def _best(native: LowRank, dictionary: LowRank) -> tuple[Tensor, Tensor]:
-    """[N] the entry of a dictionary with the largest |cosine| with each native write, and [N] their inner product."""
+def _best(native: LowRank, dictionary: LowRank) -> Tensor:
+    """[N] the entry of a dictionary with the largest |cosine| with each native write."""
     size, step = dictionary.norm(), max(1, _BLOCK // len(dictionary))
-    parts = []
-    for i in range(0, len(native), step):
-        block = native.rows(slice(i, i + step))
-        inner = block.inners(dictionary)
-        best = (inner / size).abs().argmax(1)
-        parts.append((best, inner.gather(1, best[:, None])[:, 0]))
-    return torch.cat([best for best, _ in parts]), torch.cat([inner for _, inner in parts])
+    blocks = [native.rows(slice(i, i + step)) for i in range(0, len(native), step)]
+    return torch.cat([(block.inners(dictionary) / size).abs().argmax(1) for block in blocks])
 
 
 def _mean(writes: LowRank, members: Integers) -> Tensor:

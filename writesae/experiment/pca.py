@@ -35,12 +35,7 @@ def fit_pca(writes: LowRank, rank: int) -> MatrixPca:
 
     Neither an N x D nor a D x D matrix is built. Cost: N K V multiplications for each product of Lanczos' method,
     some dozens of them.
-
-    Raises:
-        ValueError: fewer than two writes.
     """
-    if len(writes) < 2:
-        raise ValueError(f"principal components need at least two writes, found {len(writes)}")
     exact = writes.to(torch.float64)
     keys, values = (side.flatten(0, 1).cpu().numpy() for side in (exact.keys, exact.values))  # [N R,K], [N R,V]
     mean = keys.T @ values / len(writes)

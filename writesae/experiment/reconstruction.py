@@ -80,33 +80,27 @@ def reconstruction(lab: Lab, sequences: Sequence[int]) -> pd.DataFrame:
     are left out and counted in `lab.skipped`. Cost: a forward per sequence up to the layer, and an encode and decode of
     each matrix by each dictionary.
     """
-    rows = []
-    sums: dict[tuple[str, int], Tensor] = {}
+    rows, sums = [], []
     for i in lab.bar(list(sequences), "reconstruction"):
         recurrence = lab.recurrence(i)
         queries = read_queries(recurrence)[0, :, 0]
-        for target in dict.fromkeys(hook.target for hook in lab.hooks.values()):
-            x = matrices_of(recurrence, target)
-            sums[target, i] = x.flatten(1).double().sum(0)
-            for label in [label for label, hook in lab.hooks.items() if hook.target == target]:
-                activations = encoded(lab.saes[label], x)
-                lost = x - decoded(lab.saes[label], activations, x)
-                squares = [float(m.double().square().sum()) for m in (lost, x)]
-                reads = [torch.einsum("tkv,tk->tv", m, queries.to(x.dtype)) for m in (lost, x)]
-                squares += [float(read.double().square().sum()) for read in reads]
-                rows.append((label, target, i, *squares, float((activations > 0).sum(1).float().mean())))
+        for label, hook in lab.hooks.items():
+            x = matrices_of(recurrence, hook.target)
+            activations = encoded(lab.saes[label], x)
+            lost = x - decoded(lab.saes[label], activations, x)
+            both = [lost, x, *(torch.einsum("tkv,tk->tv", m, queries.to(x.dtype)) for m in (lost, x))]
+            squares = [float(each.double().square().sum()) for each in both]
+            rows.append((label, hook.target, i, *squares, float((activations > 0).sum(1).float().mean())))
+            sums.append(x.flatten(1).double().sum(0))
     table = pd.DataFrame(rows, columns=["sae", "target", "sequence", "lost", "square", "lost_read", "read", "l0"])
-    n_tokens, variances = lab.tokens.shape[1], []
-    for target, i, square in zip(table["target"], table["sequence"], table["square"]):
-        mean = torch.stack([sums[target, j] for j in sequences]).mean(0) / n_tokens
-        variances.append(square - 2 * float(mean @ sums[target, i]) + n_tokens * float(mean @ mean))
-    table = table.assign(variance=variances)
-    still = (table["variance"] <= ROUNDING * table["square"]) | (table["read"] == 0)
+    n_tokens, totals, variance = lab.tokens.shape[1], torch.stack(sums), table["square"].copy()
+    for label in lab.saes:
+        of_sae = np.flatnonzero(table["sae"] == label)
+        mean = totals[of_sae].mean(0) / n_tokens
+        variance[of_sae] += (n_tokens * (mean @ mean) - 2 * totals[of_sae] @ mean).cpu().numpy()
+    still = (variance <= ROUNDING * table["square"]) | (table["read"] == 0)
     lab.skipped[NO_VARIANCE] += len(table[still].drop_duplicates(["target", "sequence"]))
-    table = table[~still].assign(
-        explained=lambda kept: 1 - kept["lost"] / kept["variance"],
-        reads=lambda kept: 1 - kept["lost_read"] / kept["read"],
-    )
+    table = table.assign(explained=1 - table["lost"] / variance, reads=1 - table["lost_read"] / table["read"])[~still]
     return table[["sae", "sequence", "explained", "reads", "l0"]].reset_index(drop=True)
 
 
