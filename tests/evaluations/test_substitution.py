@@ -14,8 +14,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.errors import NothingToMeasureError
-from writesae.evaluations.substitution import RELEVANT_SHARE, Substitution
+from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import wide_firings
 from writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, SCALES
 from writesae.experiment.evaluation import Result
@@ -125,36 +124,6 @@ def test_atoms_that_other_text_holds_too_are_confounded_by_drawn_writes(model64:
     assert share.low > 0.9 and verdict.outcome == "confounded" and NAMES["drawn"] in verdict.sentence
 
 
-def test_atoms_of_random_directions_do_not_hold(model64: HookedRecurrent, many: Tensor) -> None:
-    more = BESIDE | {"firings_per_atom": 12, "scales": ("coefficient", "matched")}
-    result = run(model64, random_sae(model64), many, **more)
-    wide = wide_firings(result)
-    for scale in ("coefficient", "matched"):
-        found = nearer(result, scale)
-        assert found.verdict.outcome != "holds" and found.shown["atom"].low < RELEVANT_SHARE, scale
-    assert len(wide) >= 20 and wide["sequence"].nunique() >= 5
-
-
-def test_atoms_that_are_means_of_tokens_are_confounded_by_them(model64: HookedRecurrent) -> None:
-    """In the first layer, with a convolution that looks at one token, the write is a function of its token: an atom for
-    each token is all that there is to know, and no dictionary is needed for it."""
-    tokens = torch.randint(1, 9, (8, T), generator=torch.Generator().manual_seed(5))
-    taps = model64.hf_model.get_parameter("model.layers.0.linear_attn.conv1d.weight")
-    before = taps.detach().clone()
-    try:
-        taps.data[..., :-1] = 0
-        seen = torch.arange(1, 9)[None]
-        sides = native_writes(model64, seen, layer=0)
-        sae = make_sae(*(torch.nn.functional.normalize(side, dim=1) for side in sides), 1, layer=0)
-        result = run(model64, sae, tokens, **BESIDE | {"firings_per_atom": 8, "n_codes": 1})
-    finally:
-        taps.data.copy_(before)
-    found = nearer(result, "matched")
-    verdict, share = found.verdict, found.shown["atom"]
-    assert share.low > 0.9 and verdict.outcome == "confounded"
-    assert set(verdict.unbeaten_controls) == {NAMES["token_mean"], NAMES["pair_mean"]}
-
-
 def test_the_dominant_atom_is_written_beside_the_firings_own(model64: HookedRecurrent, same: Tensor) -> None:
     """Atom t is the write at t, atom T + t the same at 0.9 of its norm: both fire there, and the first dominates."""
     keys, values = (torch.nn.functional.normalize(side, dim=1) for side in native_writes(model64, same[:1]))
@@ -241,18 +210,6 @@ def test_batches_and_other_controls_change_nothing(model64: HookedRecurrent, tok
         np.testing.assert_allclose(both[metric], both[f"{metric}_first"], rtol=1e-6, atol=1e-14)
 
 
-def test_what_cannot_be_tested_is_refused(model64: HookedRecurrent, tokens: Tensor) -> None:
-    sae = random_sae(model64)
-    with pytest.raises(ValueError, match="tokens"):
-        run(model64, sae, tokens[:, : HORIZON + 1])
-    with pytest.raises(ValueError, match="999"):
-        run(model64, sae, tokens, atoms=(999,))
-    with torch.no_grad():
-        sae.b_enc.fill_(-1e6)
-    with pytest.raises(NothingToMeasureError, match="0 of 12"):
-        run(model64, sae, tokens)
-
-
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
@@ -296,17 +253,11 @@ def test_verdicts(medians: dict[str, float], floor: float, outcome: str, unbeate
     assert result.claims()[0].outcome == outcome
 
 
-@pytest.mark.parametrize("medians", [HOLDS, FAILS, CONFOUNDED])
 @pytest.mark.parametrize("size", [(19, 1), (4, 10), (1, 40)])
-def test_little_data_is_inconclusive(medians: dict[str, float], size: tuple[int, int]) -> None:
-    few = claims(medians, n_sequences=size[0], per_sequence=size[1], scales=("matched",)).values()
+def test_little_data_is_inconclusive(size: tuple[int, int]) -> None:
+    few = claims(HOLDS, n_sequences=size[0], per_sequence=size[1], scales=("matched",)).values()
     assert {claim.outcome for claim in few} == {"inconclusive"}
     assert not any("nan" in claim.measured for claim in few)
-
-
-def test_an_interval_with_chance_and_a_relevant_effect_is_inconclusive() -> None:
-    wide = claims({"delete": 1.0, "atom": 0.95}, n_sequences=8, per_sequence=3, seed=1, scales=("matched",))
-    assert wide[1].outcome == "inconclusive"
 
 
 def test_a_share_that_is_small_but_sure_fails() -> None:
@@ -327,18 +278,6 @@ def test_the_practical_floor_is_said_and_is_no_verdict() -> None:
     small, plain = (made_up(medians, **settings).claims()[0] for medians in (tiny, HOLDS))
     assert small.outcome == plain.outcome == "holds"
     assert "practical" in small.sentence and "practical" not in plain.sentence
-
-
-def test_the_claim_of_the_larger_model() -> None:
-    result = made_up(HOLDS, scales=("matched",))
-    result.info["model"] = "Qwen/Qwen3.5-4B-Base"
-    assert result.claims()[0].number == 14
-
-
-def test_a_control_that_is_neither_worse_nor_as_good_leaves_it_undecided() -> None:
-    close = made_up({"delete": 1.0, "atom": 0.3, "state": 0.31}, n_sequences=20, per_sequence=3, scales=("matched",))
-    verdict = nearer(close, "matched").verdict
-    assert (verdict.outcome, verdict.unbeaten_controls) == ("undecided", ("state before the write",))
 
 
 def test_claims_2_and_3_are_judged_at_matched_norm_with_intervals() -> None:
@@ -372,9 +311,20 @@ def test_without_controls_the_verdict_says_so() -> None:
     assert made[1].outcome == "holds" and "no control" in made[1].sentence and 2 not in made
 
 
-@pytest.mark.parametrize(("rule", "number"), [("Mamba-2", 11), ("RWKV-7", 12), ("DeltaNet", 13), ("GLA", 1)])
-def test_the_claim_of_a_rule(rule: str, number: int) -> None:
-    assert made_up(HOLDS, rule=rule, scales=("matched",)).claims()[0].number == number
+@pytest.mark.parametrize(
+    ("info", "number"),
+    [
+        ({"rule": "Mamba-2"}, 11),
+        ({"rule": "RWKV-7"}, 12),
+        ({"rule": "DeltaNet"}, 13),
+        ({"rule": "GLA"}, 1),
+        ({"model": "Qwen/Qwen3.5-4B-Base"}, 14),
+    ],
+)
+def test_the_claim_of_a_rule_and_of_the_larger_model(info: dict[str, str], number: int) -> None:
+    result = made_up(HOLDS, scales=("matched",))
+    result.info.update(info)
+    assert result.claims()[0].number == number
 
 
 def test_all_heads_of_a_layer() -> None:
