@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from writesae.experiment.at_firings import OfHalves
-from writesae.experiment.downstream_heads import DownstreamHeads, downstream_heads, head_name, newest_outputs
+from writesae.experiment.downstream_heads import DownstreamHeads, downstream_heads, newest_outputs
 from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import Integers
 from writesae.experiment.lab import EditedRows, Lab, Readout, Site, Trial
@@ -140,7 +140,8 @@ class Readers(OfHalves):
         at, readers = at_readers(result), readers_of_atoms(result)
         logs = Paired(at, ("sequence", "atom"), self.seed)
         several = len(result.tables["changes"][_HEAD].drop_duplicates()) > 1
-        named = pd.Series([head_name(*place) for place in zip(*(readers[name] for name in _HEAD))]).value_counts()
+        kinds = readers["mixer"].map({"recurrence": "H", "attention": "A"})
+        named = ("L" + readers["layer"].astype(str) + kinds + readers["head"].astype(str)).value_counts()
         ratio = logs.means({"random": "a random direction"} | CONTROLS)
         return [
             Finding(

@@ -34,9 +34,6 @@ PRACTICAL_FLOOR = 1e-4
 
 _CLAIM_OF_RULE = {"Mamba-2": 11, "RWKV-7": 12, "DeltaNet": 13}
 """Rules for which the paper reports a substitution test of their own; for all others it is its first claim."""
-_CLAIM_OF_MODEL = {"Qwen3.5-4B": 14}
-"""Models of which the same is true, by a part of their name."""
-
 _WORST_FIRST: tuple[Outcome, ...] = ("confounded", "undecided", "fails")
 
 
@@ -110,14 +107,14 @@ class Substitution(Exchanging):
 
     def findings(self, result: Result) -> list[Finding]:
         """Claim 1 for every choice of atom and scale; claims 2 and 3 for the headline."""
-        found, model, rule = [], str(result.info["model"]), str(result.info["rule"])
-        by_model = (n for name, n in _CLAIM_OF_MODEL.items() if name in model)
+        found, rule = [], str(result.info["rule"])
+        headline = 14 if "Qwen3.5-4B" in str(result.info["model"]) else _CLAIM_OF_RULE.get(rule, 1)
         for choice in self.atom_choice:
             wide = wide_firings(result, choice=choice)
             for scale in self.scales_of(choice):
                 named = [] if choice == self.atom_choice[0] else [CHOICES[choice]]
                 named += [] if scale == self.scales[0] else [f"at {SCALE_NAMES[scale]}"]
-                number_ = None if named else next(by_model, _CLAIM_OF_RULE.get(rule, 1))
+                number_ = None if named else headline
                 found.append(self.nearer(wide, scale, number_, named))
         return [*found, *self._chain_and_medians(wide_firings(result, choice=self.atom_choice[0]))]
 
@@ -215,7 +212,7 @@ class Substitution(Exchanging):
             shares = pd.Series([each.shown["atom"].mean for each in found if each.shown])
             wins = pd.Series([(wide[f"atom/{test.scales[0]}"] < wide["delete"]).mean() for wide, test in tests])
             outcomes: list[Outcome] = [each.verdict.outcome for each in found]
-            worst: Outcome = next((outcome for outcome in _WORST_FIRST if outcome in outcomes), outcomes[0])
+            worst = min(outcomes, key=lambda outcome: (*_WORST_FIRST, outcome).index(outcome))
             spread = [f"{percent(float(x.mean()))} ± {percent(float(x.std()))}" for x in (shares, wins)]
             finding = Finding(
                 number=5,
