@@ -91,10 +91,8 @@ def alike(result: Result, controls: Sequence[str]) -> Finding:
         text = f"Both kinds beat deletion, but not alike: they differ by more than {percent(RELEVANT)}."
         verdict = Verdict("fails", text)
     else:
-        text = (
-            f"Both kinds beat deletion, but an interval of their difference of {interval} shows neither sameness nor "
-        )
-        verdict = Verdict("inconclusive", f"{text}a difference of {percent(RELEVANT)}.")
+        text = f"Both kinds beat deletion, but their difference {interval} shows neither sameness nor a difference of"
+        verdict = Verdict("inconclusive", f"{text} {percent(RELEVANT)}.")
     atoms = ", ".join(f"{rate.n_clusters} {kind} atoms" for kind, rate in rates.items())
     return Finding(
         number=4,
