@@ -118,7 +118,6 @@ def substituting(options: argparse.Namespace) -> Row:
         atom_choice=("dominant",),
         scales=("coefficient",),
         controls=("shuffled", "random", "head_mean"),
-        last_position_firings=0,
         mean_write_sequences=2,
     )
     with timed() as work:

@@ -22,7 +22,7 @@ from sae_lens.saes.sae import SAEMetadata
 
 from hookpoints import HookedRecurrent, WriteEdit, embedded
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
-from writesae.experiment.conditions import DIRECTIONS, SCALES, conditions, edits_of
+from writesae.experiment.conditions import DIRECTIONS, SCALES, conditions
 from writesae.experiment.lab import Lab, Site, Trial
 from writesae.experiment.readout import divergences, kl_metrics
 
@@ -95,8 +95,8 @@ def edits_for(lab: Lab, site: Site, positions: list[int]) -> list[list[WriteEdit
     generator = torch.Generator().manual_seed(0)
     atom, *controls = (native.random_like(generator) for _ in range(1 + len(DIRECTIONS)))
     directions = dict(zip(DIRECTIONS, controls))
-    all_conditions = conditions(native, atom, torch.ones(len(positions)), directions, SCALES[:3])
-    return [edits_of(lab, condition, native, positions, "additive") for condition in all_conditions]
+    listed = conditions(native, atom, directions, SCALES)
+    return [[lab.replace(t, each.written, n) for n, t in enumerate(positions)] for each in listed]
 
 
 def batched(lab: Lab, positions: list[int], to_end: bool) -> np.ndarray:
@@ -104,7 +104,7 @@ def batched(lab: Lab, positions: list[int], to_end: bool) -> np.ndarray:
     site = lab.site(0)
     edits = edits_for(lab, site, positions)
     trials = [Trial({}, position, edit) for of_condition in edits for position, edit in zip(positions, of_condition)]
-    table = lab.read(site, trials, kl_metrics(HORIZON, to_end), None if to_end else HORIZON + 1)
+    table = lab.read(site, trials, kl_metrics, None if to_end else HORIZON + 1)
     return table["kl_window"].to_numpy(float).reshape(len(edits), len(positions))
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from writesae.evaluations.substitution import Substitution
-from writesae.experiment.conditions import written_at
 from writesae.experiment.evaluation import Result
 from writesae.experiment.readout import KL_METRICS
 
@@ -21,7 +20,7 @@ NO_EFFECT = {"delete": 1e-13, "atom": 1e-13, "random": 1e-13, "shuffled": 1e-13}
 
 def written(test: Substitution, choice: str) -> list[tuple[str, str]]:
     """Condition and scale of all that is written at each firing of a choice, in order."""
-    scaled = [(name, scale) for scale in test.scales_of(choice) for name in ("atom", *written_at(scale, test.controls))]
+    scaled = [(name, scale) for scale in test.scales_of(choice) for name in ("atom", *test.controls)]
     return [("native", "none"), ("delete", "none"), *scaled]
 
 
@@ -32,7 +31,6 @@ def made_up(
     target: str = "write",
     rule: str = "Gated DeltaNet",
     floor: float = 0.0,
-    last_position: bool = True,
     n_sequences: int = 30,
     per_sequence: int = 8,
     head: int = 2,
@@ -42,9 +40,7 @@ def made_up(
     """Log-normal KLs with an effect of the firing and of its sequence, shared by all conditions. One choice of atom,
     the dominant one, unless `settings` say otherwise."""
     rng = np.random.default_rng(seed)
-    settings = {"atom_choice": ("dominant",), "label": label, "last_position_firings": 100} | settings
-    if not last_position:
-        settings["last_position_firings"] = 0
+    settings = {"atom_choice": ("dominant",), "label": label} | settings
     evaluation = Substitution(**settings)
     n = n_sequences * per_sequence
     sequence = np.repeat(np.arange(n_sequences), per_sequence)
@@ -66,8 +62,6 @@ def made_up(
             kl = medians.get(name, 2.0) * np.exp(shared + rng.normal(0, 0.4, n))
             kl = floor * rng.random(n) if name == "native" else kl
             measured = {m: kl * (1.1 if m.startswith("reverse") else 1) for m in KL_METRICS}
-            if not last_position:
-                measured |= {"kl_last": np.nan, "reverse_kl_last": np.nan}
             size = 0.0 if name == "delete" else firings["write_norm"]
             frames.append(firings.assign(choice=choice, condition=name, scale=scale, norm=size, **measured))
     info = {
@@ -92,7 +86,6 @@ def made_up(
         "n_testable": 280,
         "half_life": 20.0,
         "half_life_limit": 128,
-        "mean_write_rank": 5,
         "n_skipped": {},
         "n_edited_runs": len(frames) * n,
         "seconds": 12.5,

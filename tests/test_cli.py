@@ -132,7 +132,7 @@ HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]
         (["eval", "substitution", "SAE", "--n-atoms", "0"], "n_atoms"),
         (["eval", "substitution", "SAE", "--n-atoms", "abc"], "abc"),
         (["eval", "substitution", "SAE", "--scales", "matched", "unit"], "unit"),
-        (["eval", "substitution", "SAE", "--mean-write-energy", "2"], "mean_write_energy"),
+        (["eval", "substitution", "SAE", "--horizon", "0"], "horizon"),
         (["eval", "substitution", "SAE", "--horizn", "3"], "horizn"),
         (["hooks", "embedded", "--layer", "9"], "layer 9"),
         (["hooks", "a[/x]b[red]c"], "a[/x]b[red]c"),
@@ -256,9 +256,9 @@ def test_settings_of_eval_all_reach_those_that_have_them() -> None:
     def made(*pairs: str) -> dict[str, Evaluation]:
         return {each.kind: each for each in EvalAll(subjects=Subjects(saes=()), seed=7, set=pairs).evaluations()}
 
-    evaluations = made("n_atoms=5", "write=corrected")
+    evaluations = made("n_atoms=5", "n_codes=7")
     assert list(evaluations) == list(EVALUATIONS)
     for kind, evaluation in evaluations.items():
         settings = evaluation.to_dict()
         assert settings["seed"] == 7
-        assert settings.get("n_atoms", 5) == 5 and (kind != "substitution" or settings["write"] == "corrected")
+        assert settings.get("n_atoms", 5) == 5 and (kind != "substitution" or settings["n_codes"] == 7)

@@ -142,7 +142,6 @@ class Demo:
                     test = Substitution(
                         n_atoms=self.n_atoms,
                         firings_per_atom=self.firings_per_atom,
-                        last_position_firings=0,
                         atom_choice=("dominant", "own") if recipe is RECIPES[0] else ("dominant",),
                         scales=("coefficient", "matched"),
                         seed=self.seed,
@@ -195,7 +194,6 @@ class Demo:
 
 def first_screen(results: list[Result]) -> str:
     """What a reader should see first: quality, one atom against what needs no training, and one write exchanged."""
-    from writesae.experiment.at_firings import headline_share
     from writesae.page.template import share_text
 
     lines = ["", "The dictionaries on held-out text (every write, or state, replaced at once):"]
@@ -210,7 +208,7 @@ def first_screen(results: list[Result]) -> str:
         claim = result.claims()[0]
         lines.append(f"  {result.label:24} {claim.measured}: {claim.outcome}. {claim.sentence}")
     lines += [f"  {'controls of the first':24} {results[0].claims()[0].controls}", ""]
-    example = max(results, key=headline_share).tables["example"]
+    example = results[0].tables["example"]
     if not example.empty:
         wide = example.pivot_table(index="word", columns="condition", values="probability", sort=False)
         lines += [f"One write exchanged, that of the token in brackets: {example['text'].iloc[0]!r}"]

@@ -22,7 +22,7 @@ from writesae.evaluations.baselines import Baselines
 from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import Firings
 from writesae.experiment.lab import Lab
-from writesae.experiment.pca import fit_pca
+from writesae.experiment.pca import MatrixPca
 from writesae.experiment.reconstruction import Basis, cost, exchanged
 from writesae.experiment.selectivity import direction_selectivity, own_tokens
 
@@ -61,7 +61,8 @@ def of_one_sequence(model: HookedRecurrent, saes: Mapping[str, SAE], tokens: Ten
     """The table `writes` of sequence 0, indexed by dictionary and condition."""
     one = model.recurrence(tokens, LAYER).select(heads=HEAD)
     rows = one.write()[:, :, 0].flatten(0, 1).flatten(1)
-    basis = Basis(fit_pca(rows, 48), LowRank.rank_one(one.k[0, :1, 0], one.u[0, :1, 0]), torch.zeros(K * V))
+    pca = MatrixPca(rows.mean(0), torch.linalg.svd(rows - rows.mean(0)).Vh)
+    basis = Basis(pca, LowRank.rank_one(one.k[0, :1, 0], one.u[0, :1, 0]), torch.zeros(K * V))
     lab, test = Lab(model, saes, tokens), Baselines(horizon=4, **settings)
     positions = test._positions(lab, lab.site(0))
     table = exchanged(lab, lab.site(0), positions, basis, test.pca_ranks, test.scale, 5)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up
 from small_saes import HOOK, STATE, exact_sae, make_sae, planted
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
-from writesae.evaluations.objectives import TESTED_SCALES, Objectives, standings
+from writesae.evaluations.objectives import TESTED_SCALES, Objectives
 from writesae.experiment.at_firings import wide_firings
 from writesae.experiment.evaluation import Result
-from writesae.experiment.readout import KL_METRICS
 
 SMALL = Objectives(reconstruction_sequences=4, n_atoms=6, firings_per_atom=2, min_firings=1, horizon=4)
 
@@ -38,12 +37,9 @@ def test_the_exact_dictionary_wins_reconstruction(model: HookedRecurrent, tokens
     result = SMALL.run(model, saes, tokens, progress=False)
     assert result.tables["dictionaries"]["target"].tolist() == ["write", "write", "state"]
     assert result.info["target"] == "write, state"
-    where = standings(result)
-    assert where["explained/write"] == ("exact", []) and where["reads/write"] == ("exact", [])
-    assert "explained/state" not in where  # nothing to compare it with
     contrasts = result.tables["contrasts"].set_index(["measure", "a", "b"])
     assert ("explained", "exact", "states") not in contrasts.index
-    assert contrasts.loc[("explained", "exact", "random"), "low"] > 0
+    assert (contrasts.loc[[("explained", "exact", "random"), ("reads", "exact", "random")], "low"] > 0).all()
     for measure, a, b in contrasts.index:
         there, back = (contrasts.loc[(measure, *pair), "difference"] for pair in ((a, b), (b, a)))
         assert there == pytest.approx(-back)
@@ -69,14 +65,13 @@ def test_errors_name_the_fault(model: HookedRecurrent, tokens: Tensor) -> None:
     a, other = make_sae(model), make_sae(model, hook=HOOK.replace("heads.2", "heads.0"))
     for saes, words in (
         ({"a": a}, "at least two"),
-        ({"a": a, "other": other}, "other: .*heads.0"),
-        ({"a": a, "b": exact_sae(k=5, v=4)}, "20"),
+        ({"a": a, "other": other}, "heads.0"),
     ):
         with pytest.raises(ValueError, match=words):
             SMALL.run(model, saes, tokens, progress=False)
     dead = make_sae(model)
     dead.b_enc.data -= 1e6
-    with pytest.raises(NothingToMeasureError, match=r"^dead: "):
+    with pytest.raises(NothingToMeasureError, match="fire"):
         SMALL.run(model, {"a": a, "dead": dead}, tokens, progress=False)
     with pytest.raises(NothingToMeasureError, match="only one atom"):
         SMALL.run(model, {"a": a, "b": a}, tokens[:1, :1].expand(3, 24), progress=False)
@@ -89,43 +84,16 @@ def test_errors_name_the_fault(model: HookedRecurrent, tokens: Tensor) -> None:
 # -- verdicts
 
 
-HOLDS = {"delete": 1.0, "atom": 0.3, "state": 0.9}
-FAILS = {"delete": 1.0, "atom": 1.4}
 BARELY = {"delete": 1.0, "atom": 1.2}  # no better than deletion
 WORSE = {"delete": 1.0, "atom": 4.0}
-CONFOUNDED = {"delete": 1.0, "atom": 0.4, "state": 0.1}
-NO_EFFECT = {"delete": 1e-13, "atom": 1e-14, "random": 1e-13}
-"""Median KL (nats) by condition; what is not named gets 2."""
 
 
-def made_up_firings(medians: Mapping[str, float], seed: int, n_sequences: int) -> pd.DataFrame:
-    """The table `firings` of a substitution test: log-normal KLs, with an effect of the firing and of its sequence that
-    all conditions share; the no-op moves 1e-11 nats at most."""
-    rng, n = np.random.default_rng(seed), 8 * n_sequences
-    sequence = np.repeat(np.arange(n_sequences), 8)
-    shared = rng.normal(0, 0.5, n_sequences)[sequence] + rng.normal(0, 0.7, n)
-    units = {"choice": "dominant", "firing": np.arange(n), "sequence": sequence, "position": rng.integers(1, 100, n)}
-    units |= {"atom": rng.integers(0, 20, n), "activation": 1.0, "write_norm": 1.0}
-    units |= {"cosine": np.clip(rng.normal(0.45, 0.2, n), -1, 1)}
-    firings = pd.DataFrame(units).assign(written_atom=lambda table: table["atom"])
-    named = [("native", "none"), ("delete", "none")]
-    named += [(name, scale) for scale in TESTED_SCALES for name in ("atom", "random", "state")]
-    parts = []
-    for name, scale in named:
-        kl = medians.get(name, 2.0) * np.exp(shared + rng.normal(0, 0.4, n))
-        kl = 1e-11 * rng.random(n) if name == "native" else kl
-        parts.append(firings.assign(condition=name, scale=scale, norm=1.0, **dict.fromkeys(KL_METRICS, kl)))
-    return pd.concat(parts, ignore_index=True)
-
-
-def made_up(
-    own: Mapping[str, float], base: Mapping[str, float] = FAILS, target: str = "state", n_sequences: int = 30
-) -> Result:
+def made(own: dict[str, float], base: dict[str, float] = FAILS, target: str = "state", n_sequences: int = 30) -> Result:
     """A dictionary of writes with effects `own` beside one of `target` with `base`."""
     evaluation, tests = Objectives(), {}
+    settings = {"scales": TESTED_SCALES, "controls": evaluation.controls, "n_sequences": n_sequences}
     for seed, (label, medians) in enumerate({"new": own, "old": base}.items()):
-        firings = made_up_firings(medians, seed, n_sequences)
-        tests[label] = (wide_firings(Result(evaluation.substitution(), {}, {"firings": firings})), 300)
+        tests[label] = (wide_firings(made_up(medians, floor=1e-11, seed=seed, **settings)), 300)
     rows = [{"sae": "new", "target": "write"}, {"sae": "old", "target": target}]
     fits = pd.DataFrame([(each, n, 0.5, 0.5) for each in tests for n in range(3)])
     fits.columns = ["sae", "sequence", "explained", "reads"]
@@ -145,24 +113,17 @@ def made_up(
         (HOLDS, NO_EFFECT, "below the floor"),
     ],
 )
-def test_verdicts_follow_the_rules(own: Mapping[str, float], base: Mapping[str, float], outcome: str) -> None:
-    claim = made_up(own, base).claims()[0]
+def test_verdicts_follow_the_rules(own: dict[str, float], base: dict[str, float], outcome: str) -> None:
+    claim = made(own, base).claims()[0]
     assert claim.outcome == outcome, claim
     assert "states by mse" in claim.claim and claim.n == 480 and claim.unit == "firings of 40 atoms"
 
 
 def test_few_firings_are_inconclusive() -> None:
-    result = made_up(HOLDS, FAILS, n_sequences=1)
-    assert [claim.outcome for claim in result.claims()] == ["inconclusive", "inconclusive"]
+    result = made(HOLDS, FAILS, n_sequences=1)
+    assert [claim.outcome for claim in result.claims()] == ["inconclusive"]
 
 
 def test_without_states_there_is_nothing_to_beat() -> None:
-    claims = made_up(HOLDS, FAILS, target="last_state").claims()
+    claims = made(HOLDS, FAILS, target="last_state").claims()
     assert claims[0].outcome == "not tested" and "states by mse" in claims[0].sentence
-
-
-def test_what_wins_where_is_said() -> None:
-    best = made_up(HOLDS, FAILS).claims()[-1]
-    assert best.outcome == "holds" and "substitution at its own coefficient: new" in best.measured
-    tied = made_up(HOLDS, HOLDS).claims()[-1]
-    assert tied.outcome == "fails" and "does not beat" in tied.sentence

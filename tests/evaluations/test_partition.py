@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up
 from small_saes import HEAD, HOOK, LAYER, K, V, make_sae, planted
 
-from hookpoints import UnknownHookError
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.evaluations.partition import RULES, Partition
@@ -18,12 +18,10 @@ from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import wide_firings
 from writesae.experiment.cosines import firing_cosines, first_component
 from writesae.experiment.evaluation import Result
-from writesae.experiment.kinds import alike_verdict, compare_kinds
+from writesae.experiment.kinds import compare_kinds
 from writesae.experiment.lab import Lab
-from writesae.verdict.mixtures import fisher_z, fit_mixtures, preferred
-from writesae.verdict.statistics import Estimate
+from writesae.verdict.mixtures import fisher_z, fit_mixtures
 
-HELD = {"outcome": "holds", "sentence": ""}
 QUICK: dict[str, Any] = {"min_firings": 2, "restarts": 1}
 
 
@@ -36,7 +34,7 @@ def test_cosines_are_those_of_the_dense_matrices(model: Any, tokens: Any, decode
     sae = make_sae(model, decoder, rank)
     with torch.no_grad():
         lab = Lab(model, {"": sae}, tokens)
-        table: Any = firing_cosines(lab, lab.firings().alive(tokens.numel())).table
+        table: Any = firing_cosines(lab, lab.firings().alive(tokens.numel()))
         writes = model.recurrence(tokens, LAYER).write(HEAD)[:, :, 0].flatten(2)
     assert len(table) == len(lab.firings())
     atoms = sae.W_dec.detach()
@@ -65,36 +63,14 @@ def test_the_first_component_is_that_of_the_dense_writes(model: Any, tokens: Any
     assert (component @ top).abs().item() == pytest.approx(1, abs=1e-3) and component @ rows.mean(0) > 0
 
 
-def test_zero_atoms_are_named_and_a_label_chooses_the_dictionary(model: Any, tokens: Any) -> None:
-    first, second = planted(model, tokens), planted(model, tokens)
-    second.w.data[3] = 0
-    with torch.no_grad():
-        lab = Lab(model, {"a": first, "b": second}, tokens)
-        numbers = lab.firings("b").alive(tokens.numel())
-        assert 3 in numbers
-        assert firing_cosines(lab, numbers, "b").zero_atoms.tolist() == [3]
-        assert firing_cosines(lab, lab.firings().alive(tokens.numel())).zero_atoms.tolist() == []
-
-
-def test_planted_atoms_are_registers_beyond_both_nulls(model: Any, tokens: Any) -> None:
-    result = run(model, planted(model, tokens), tokens, tested_atoms=0)
-    atoms = result.tables["atoms"]
-    assert len(atoms) >= 20 and (atoms["kind"] == "register").mean() > 0.9
-    assert atoms["cosine"].median() > atoms["shuffled"].median() + 0.2 and abs(atoms["random"].median()) < 0.05
-    aligned = result.claims()[1]
-    assert (aligned.outcome, aligned.n) == ("holds", len(atoms))
-    n_alive, dead = result.info["n_alive"], result.info["dead"]
-    assert isinstance(n_alive, int) and isinstance(dead, int) and n_alive + dead <= 30
-
-
 # -- mixtures
 
 
 def test_planted_mixture_is_found() -> None:
     rng = np.random.default_rng(0)
     fits = fit_mixtures(np.concatenate([rng.normal(0.0, 0.02, 300), rng.normal(0.4, 0.05, 100)]))
-    assert preferred(fits.table)[0] == 2 and not fits.skipped
-    two = fits.table[fits.table["components"] == 2]
+    assert set(fits.loc[fits["best"], "components"]) == {2} and fits["components"].max() == 4
+    two = fits[fits["components"] == 2]
     assert two["mean"].tolist() == pytest.approx([0, 0.4], abs=0.02)
     assert two["weight"].tolist() == pytest.approx([0.75, 0.25], abs=0.02)
     assert two["sd"].tolist() == pytest.approx([0.02, 0.05], abs=0.01)
@@ -103,19 +79,17 @@ def test_planted_mixture_is_found() -> None:
 def test_one_gaussian_needs_one_component_whose_bic_is_the_closed_form() -> None:
     x = np.random.default_rng(1).normal(size=400)
     fits = fit_mixtures(x)
-    assert preferred(fits.table)[0] == 1
+    assert set(fits.loc[fits["best"], "components"]) == {1}
     log_likelihood = -200 * (np.log(2 * np.pi * x.var()) + 1)
-    assert fits.table["bic"].iloc[0] == pytest.approx(2 * np.log(400) - 2 * log_likelihood, rel=1e-4)
-    scaled = fit_mixtures(1000 * x)  # BIC of all moves by the same amount
-    moved = scaled.table["bic"] - fits.table["bic"]
+    assert fits["bic"].iloc[0] == pytest.approx(2 * np.log(400) - 2 * log_likelihood, rel=1e-4)
+    moved = fit_mixtures(1000 * x)["bic"] - fits["bic"]  # BIC of all moves by the same amount
     assert moved.to_numpy() == pytest.approx(800 * np.log(1000), rel=1e-3)
 
 
 @pytest.mark.parametrize("values, fitted", [([0.3] * 50, 0), ([0.1, 0.2, 0.3], 0), (np.linspace(0, 1, 7), 1)])
-def test_degenerate_samples_are_said_to_be_so(values: Any, fitted: int) -> None:
+def test_few_values_have_few_mixtures(values: Any, fitted: int) -> None:
     fits = fit_mixtures(values)
-    assert fits.table["components"].nunique() == fitted and "distinct values" in fits.skipped
-    assert preferred(fits.table)[0] == (1 if fitted else None) and not fits.table.isna().to_numpy().any()
+    assert fits["components"].nunique() == fitted and not fits.isna().to_numpy().any()
 
 
 def test_fisher_z_is_finite() -> None:
@@ -138,7 +112,6 @@ def made(cosine: Any, shuffled: Any, untrained: float = 0.0) -> Result:
     tables = {
         "atoms": atoms,
         "mixtures": evaluation.mixture_table(atoms),
-        "sweep": evaluation.sweep_table(atoms),
         "substitution": pd.DataFrame(columns=list(Partition.columns["substitution"])),
     }
     info: Any = {"dead": 7, "n_alive": n, "d_sae": 512, "alive_tokens": 1000, "label": "made"}
@@ -149,16 +122,15 @@ def normal(mean: float, sd: float, n: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).normal(mean, sd, n)
 
 
-def test_verdict_holds_for_two_kinds_beyond_a_null_of_one() -> None:
-    two = np.concatenate([normal(0.0, 0.01, 150), normal(0.4, 0.05, 150)])
-    claim = made(two, normal(0, 0.01, 300, 3)).claims()[0]
-    assert (claim.outcome, claim.n, claim.number) == ("holds", 300, 6)
-    assert "150 register / 150 bundle / 7 dead" in claim.measured
-
-
 @pytest.mark.parametrize(
     "cosine, shuffled, outcome, words",
     [
+        (
+            np.concatenate([normal(0.0, 0.01, 150), normal(0.4, 0.05, 150)]),
+            normal(0, 0.01, 300, 3),
+            "holds",
+            "of atoms reach 0.05",
+        ),
         (normal(0.3, 0.05, 300), normal(0, 0.01, 300, 1), "fails", "prefers 1"),
         (
             np.concatenate([normal(0, 0.01, 150), normal(0.4, 0.05, 150)]),
@@ -178,26 +150,23 @@ def test_verdict_holds_for_two_kinds_beyond_a_null_of_one() -> None:
 )
 def test_verdicts_of_two_kinds(cosine: Any, shuffled: Any, outcome: str, words: str) -> None:
     claim = made(cosine, shuffled).claims()[0]
-    assert claim.outcome == outcome and words in claim.sentence
+    assert (claim.outcome, claim.n, claim.number) == (outcome, len(cosine), 6) and words in claim.sentence
+    kinds = f"{np.sum(cosine >= 0.05)} register / {np.sum(cosine < 0.05)} bundle / 7 dead"
+    assert kinds in claim.measured
 
 
 @pytest.mark.parametrize(
-    "cosine, shuffled, outcome",
+    "cosine, shuffled, untrained, outcome",
     [
-        (normal(0.1, 0.05, 100), normal(0.1, 0.05, 100)[::-1], "fails"),
-        (normal(0.3, 0.05, 100), normal(0.1, 0.05, 100, 1), "holds"),
-        (normal(-0.1, 0.02, 100), normal(-0.3, 0.02, 100, 1), "confounded"),  # random directions point nearer
+        (normal(0.1, 0.05, 100), normal(0.1, 0.05, 100)[::-1], 0.0, "fails"),
+        (normal(0.3, 0.05, 100), normal(0.1, 0.05, 100, 1), 0.0, "holds"),
+        (normal(-0.1, 0.02, 100), normal(-0.3, 0.02, 100, 1), 0.0, "confounded"),  # random directions point nearer
+        (normal(0.07, 0.02, 100), normal(0, 0.02, 100, 1), 0.07, "confounded"),  # random atoms, where they fire
+        (normal(0.07, 0.02, 100), normal(0, 0.02, 100, 1), 0.0, "holds"),
     ],
 )
-def test_verdicts_of_alignment(cosine: Any, shuffled: Any, outcome: str) -> None:
-    assert made(cosine, shuffled).claims()[1].outcome == outcome
-
-
-def test_alignment_that_firing_alone_brings_is_confounded() -> None:
-    """Random atoms have it too, where they fire."""
-    cosine = normal(0.07, 0.02, 100)
-    assert made(cosine, normal(0, 0.02, 100, 1), untrained=0.07).claims()[1].outcome == "confounded"
-    assert made(cosine, normal(0, 0.02, 100, 1), untrained=0.0).claims()[1].outcome == "holds"
+def test_verdicts_of_alignment(cosine: Any, shuffled: Any, untrained: float, outcome: str) -> None:
+    assert made(cosine, shuffled, untrained).claims()[1].outcome == outcome
 
 
 @pytest.mark.parametrize("target", ["write", "state"])
@@ -207,7 +176,7 @@ def test_the_untrained_null_is_a_random_dictionary_at_its_own_firings(model: Any
     with torch.no_grad():
         lab = Lab(model, {"": sae}, tokens)
         numbers = lab.firings().alive(tokens.numel())
-        table: Any = firing_cosines(lab, numbers).table
+        table: Any = firing_cosines(lab, numbers)
         found = model.recurrence(tokens[:1], LAYER)
         writes = found.write(HEAD)[0, :, 0].flatten(1)
         read = writes if target == "write" else found.states(HEAD)[0, :, 0].flatten(1)
@@ -222,69 +191,56 @@ def test_the_untrained_null_is_a_random_dictionary_at_its_own_firings(model: Any
         assert row["untrained"] == pytest.approx(float(torch.cosine_similarity(best, writes[t], dim=0)), abs=1e-5)
 
 
-def substitution_test(medians: dict[str, float], worse: float = 1.0) -> Result:
-    """A made-up substitution test of 20 atoms over 30 sequences: log-normal KLs with an effect that the conditions of
-    a firing share. The KL of odd atoms is `worse` times larger at a third of the positions."""
-    rng, n = np.random.default_rng(0), 240
-    firing, atom, position = np.arange(n), rng.integers(0, 20, n), rng.integers(1, 100, n)
-    shared = rng.normal(0, 0.8, n)
-    frames = []
-    for name in ("native", "delete", "atom", "state"):
-        kl = medians.get(name, 2.0) * np.exp(shared + rng.normal(0, 0.4, n))
-        kl = 1e-12 * rng.random(n) if name == "native" else kl
-        if name == "atom":
-            kl = np.where((atom % 2 == 1) & (position % 3 == 0), worse * kl, kl)
-        units = {"firing": firing, "sequence": firing // 8, "position": position, "atom": atom, "written_atom": atom}
-        scale = "none" if name in ("native", "delete") else "coefficient"
-        described = {"activation": 1.0, "cosine": 0.5, "write_norm": 1.0, "condition": name, "scale": scale}
-        frames.append(pd.DataFrame(units | described | {"choice": "own", "kl_window": kl}))
-    evaluation = Substitution(atom_choice=("own",), scales=("coefficient",), controls=("state",))
-    return Result(evaluation, {"label": "made"}, {"firings": pd.concat(frames, ignore_index=True)})
-
-
-def alike(test: Result) -> Any:
-    """Claim 4 for a partition in which odd atoms are bundles."""
-    result = made(np.tile([0.3, 0.0], 10), np.zeros(20))
-    wide, settings = wide_firings(test), cast(Substitution, test.evaluation)
-    verdict = settings.nearer(wide, "coefficient").verdict
+def alike(medians: dict[str, float], worse: float = 1.0) -> Any:
+    """Claim 4 of a partition in which odd atoms are bundles, and what was compared. The KL of odd atoms is `worse`
+    times larger at a third of the positions."""
+    test = made_up(medians, floor=1e-12, scales=("coefficient",), controls=("state",))
+    table = test.tables["firings"]
+    odd = (table["condition"] == "atom") & (table["atom"] % 2 == 1) & (table["position"] % 3 == 0)
+    table.loc[odd, "kl_window"] *= worse
+    result, wide = made(np.tile([0.3, 0.0], 10), np.zeros(20)), wide_firings(test)
+    verdict = cast(Substitution, test.evaluation).nearer(wide, "coefficient").verdict
     table, compared = compare_kinds(wide, "coefficient", verdict, result.tables["atoms"], 0)
     tables = result.tables | {"substitution": table}
     return Result(result.evaluation, result.info | {"compared": compared}, tables).claims()[2], compared
 
 
 @pytest.mark.parametrize(
-    "medians, outcome",
+    "medians, worse, outcome",
     [
-        ({"delete": 1.0, "atom": 0.3, "state": 0.9}, "holds"),
-        ({"delete": 1.0, "atom": 1.4}, "fails"),
-        ({"delete": 1.0, "atom": 0.4, "state": 0.1}, "confounded"),
-        ({"delete": 1e-13, "atom": 1e-13}, "below the floor"),
+        (HOLDS, 1, "holds"),
+        (HOLDS, 100, "fails"),  # not alike
+        (FAILS, 1, "fails"),
+        (CONFOUNDED, 1, "confounded"),
+        (NO_EFFECT, 1, "below the floor"),
     ],
 )
-def test_register_against_bundle(medians: dict[str, float], outcome: str) -> None:
-    claim, _ = alike(substitution_test(medians))
+def test_register_against_bundle(medians: dict[str, float], worse: float, outcome: str) -> None:
+    claim, compared = alike(medians, worse)
     assert (claim.number, claim.outcome, claim.n) == (4, outcome, 240)
-    assert "difference [" in claim.measured
-
-
-def test_kinds_that_differ_are_not_alike() -> None:
-    claim, compared = alike(substitution_test({"delete": 1.0, "atom": 0.3, "state": 0.9}, worse=100))
-    assert compared["difference"]["low"] > 0.1 and compared["difference"]["p_value"] < 0.01
-    assert claim.outcome == "fails" and "not alike" in claim.sentence
-
-
-def test_a_kind_of_few_atoms_is_inconclusive() -> None:
-    rates = {"register": Estimate(0.9, 0.8, 1.0, 100, 20), "bundle": Estimate(0.9, 0.8, 1.0, 16, 4)}
-    assert alike_verdict(rates, (-0.05, 0.05), HELD).outcome == "inconclusive"
+    gap = compared["difference"]
+    assert worse == 1 or (gap["low"] > 0.1 and gap["p_value"] < 0.01 and "not alike" in claim.sentence)
 
 
 @pytest.mark.parametrize(
-    "difference, outcome",
-    [((-0.05, 0.08), "holds"), ((-0.2, 0.15), "inconclusive"), ((0.02, 0.2), "inconclusive"), ((0.12, 0.3), "fails")],
+    "low, high, n_atoms, outcome",
+    [
+        (-0.05, 0.08, 20, "holds"),
+        (-0.2, 0.15, 20, "inconclusive"),
+        (0.02, 0.2, 20, "inconclusive"),
+        (0.12, 0.3, 20, "fails"),
+        (-0.05, 0.08, 4, "inconclusive"),  # few atoms
+    ],
 )
-def test_sameness_needs_an_interval_within_the_margin(difference: tuple[float, float], outcome: str) -> None:
-    rates = dict.fromkeys(("register", "bundle"), Estimate(0.9, 0.8, 1.0, 100, 20))
-    assert alike_verdict(rates, difference, HELD).outcome == outcome
+def test_sameness_needs_an_interval_within_the_margin(low: float, high: float, n_atoms: int, outcome: str) -> None:
+    rates = [("coefficient", kind, 0.9, 0.8, 1.0, 100, n_atoms) for kind in ("register", "bundle")]
+    table = pd.DataFrame(rates, columns=list(Partition.columns["substitution"]))
+    difference: Any = {"low": low, "high": high, "p_value": 0.5}
+    compared: Any = {"difference": difference, "verdict": {"outcome": "holds", "sentence": ""}}
+    result = made([0.3], [0.1])
+    tables = result.tables | {"substitution": table}
+    claim = Result(result.evaluation, result.info | {"compared": compared}, tables).claims()[2]
+    assert claim.outcome == outcome
 
 
 def test_the_evaluation_tests_as_many_atoms_of_each_kind(model: Any, tokens: Any) -> None:
@@ -296,7 +252,7 @@ def test_the_evaluation_tests_as_many_atoms_of_each_kind(model: Any, tokens: Any
     claim = result.claims()[2]
     assert (claim.number, claim.n) == (4, int(table["n"].sum())) and "p = " in claim.measured
     compared: Any = result.info["compared"]
-    assert 0 < compared["difference"]["p_value"] <= 1 and compared["without_kind"] == 0
+    assert 0 < compared["difference"]["p_value"] <= 1
     assert result.info["n_alive"] == len(result.tables["atoms"])  # and not the substitution test's count
     none = run(model, sae, tokens, threshold=-1)
     claim = none.claims()[2]
@@ -341,11 +297,3 @@ def test_rules_are_compared_over_results(cosines: Any, shuffled: Any, outcome: s
 def test_errors_name_the_fault(model: Any, tokens: Any) -> None:
     with pytest.raises(NothingToMeasureError, match="min_firings"):
         run(model, planted(model, tokens), tokens, min_firings=10_000)
-    with pytest.raises(UnknownHookError):
-        run(model, make_sae(model, hook="blocks.99.mixer.heads.2.hook_write_vec"), tokens)
-
-
-@pytest.mark.parametrize("field, value", [("min_firings", 0), ("threshold", 2.0), ("sweep", (0.1, -3))])
-def test_settings_are_checked(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=field):
-        Partition(**{field: value})

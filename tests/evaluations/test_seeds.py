@@ -102,5 +102,3 @@ def test_errors_name_the_fault(model: HookedRecurrent, tokens: Tensor) -> None:
             Seeds().run(model, {"a": sae, "b": other}, tokens, progress=False)
     with pytest.raises(NothingToMeasureError, match="9999"):
         Seeds(min_firings=9999).run(model, {"a": sae, "b": sae}, tokens, progress=False)
-    with pytest.raises(ValueError, match="same"):
-        Seeds(same=1.5)

@@ -34,58 +34,39 @@ def close(a: Tensor, b: Tensor) -> None:
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_scales(rank: int) -> None:
-    native, atom, activation = draw(1, 0), draw(rank, 1), torch.arange(1.0, N + 1)
-    close(C.atom_coefficient("coefficient", atom, native, activation), activation.double())
-    matched = atom * C.atom_coefficient("matched", atom, native, activation)
+    native, atom = draw(1, 0), draw(rank, 1)
+    assert C.scaled(atom, native, "coefficient") is atom
+    matched, fit = (C.scaled(atom, native, scale) for scale in ("matched", "least_squares"))
     close(matched.norm(), native.norm())
     assert (matched.inner(atom) > 0).all()
-    fit = atom * C.atom_coefficient("least_squares", atom, native, activation)
     residual = native.dense() - fit.dense()
     close((residual * atom.dense()).sum((1, 2)), torch.zeros(N, dtype=torch.float64))  # orthogonal to the atom
-    assert (residual.norm(dim=(1, 2)) < native.norm()).all()  # closer to the write than nothing
     close(fit.norm(), native.norm() * native.cosine(atom).abs())
-
-
-def test_matched_atom_beats_nothing_only_above_cosine_one_half() -> None:
-    native, atom = draw(1, 0, 200), draw(1, 1, 200)
-    matched = atom * C.atom_coefficient("matched", atom, native, torch.ones(200))
-    closer = (native.dense() - matched.dense()).norm(dim=(1, 2)) < native.norm()
-    assert closer.any() and torch.equal(closer, native.cosine(atom) > 0.5)
-
-
-def test_unknown_scale_and_control_are_named() -> None:
-    a = draw(1, 0)
-    with pytest.raises(ValueError, match="frobenius"):
-        C.atom_coefficient("frobenius", a, a, torch.ones(N))
-    with pytest.raises(ValueError, match="psalm"):
-        C.conditions(a, a, torch.ones(N), {"psalm": a}, C.SCALES)
+    for scale in C.SCALES:
+        assert not C.scaled(atom * 0.0, native, scale).dense().any()  # nothing has no size to rescale
 
 
 def test_conditions_list_and_norms() -> None:
     native, atom = draw(1, 0), draw(2, 1)
-    activation = torch.linspace(0.1, 3, N, dtype=torch.float64)
     controls = dict(zip(C.DIRECTIONS, [draw(2, 2), draw(2, 3), draw(1, 4), draw(1, 6), draw(4, 5, 1).expand(N)]))
-    listed = C.conditions(native, atom, activation, controls, C.SCALES[:3])
+    listed = C.conditions(native, atom, controls | {"drawn": draw(1, 7)}, C.SCALES)
     names = [(c.name, c.scale) for c in listed]
-    assert names[:2] == [("native", "none"), ("delete", "none")] and listed[1].written is None
-    assert names[2:] == [(name, scale) for scale in C.SCALES[:3] for name in ("atom", *C.DIRECTIONS)]
-    assert listed[0].written is native
+    assert names[:2] == [("native", "none"), ("delete", "none")]
+    assert listed[0].written is native and listed[1].written is None
+    assert names[2:] == [(name, scale) for scale in C.SCALES for name in ("atom", *C.DIRECTIONS, "drawn")]
     written = {(c.name, c.scale): c.written for c in listed if c.written is not None}
-    for scale in C.SCALES[:3]:
+    for scale in C.SCALES:
+        close(written["drawn", scale].dense(), C.scaled(draw(1, 7), native, scale).dense())
         for name, direction in controls.items():
             close(written[name, scale].norm(), written["atom", scale].norm())
             close(written[name, scale].cosine(direction), torch.ones(N, dtype=torch.float64))  # a sign of its own
+    with pytest.raises(ValueError, match="zero"):  # a control without a direction
+        C.conditions(native, atom, {"random": atom * 0.0}, ("matched",))
 
 
 def test_every_condition_and_scale_has_a_name_and_a_definition() -> None:
     assert set(NAMES) == set(DEFINITIONS) == {"native", "delete", "atom", *C.CONTROLS, *C.REFERENCES}
     assert set(SCALE_NAMES) == set(C.SCALES) and set(SCALE_DEFINITIONS) == {*C.SCALES, "none"}
-
-
-def test_a_zero_control_has_no_direction() -> None:
-    zero = draw(1, 0) * torch.tensor([1.0, 0, 1, 1, 1, 1])
-    with pytest.raises(ValueError, match="zero"):
-        C.conditions(draw(1, 1), draw(1, 2), torch.ones(N), {"random": zero}, ("matched",))
 
 
 # -- directions of the controls, on a model
@@ -105,9 +86,8 @@ def some_firings(lab: Lab, sequence: int = 1) -> pd.DataFrame:
 def directions(lab: Lab, firings: pd.DataFrame, names: tuple[str, ...], **more: Any) -> dict[str, LowRank]:
     site = lab.site(1, firings)
     atom = lab.atoms(firings["written_atom"].to_numpy()).to(site.writes.values)
-    mean = lab.native_writes([0])
-    arguments = {"alive": lab.firings().alive(10**6), "mean": LowRank.cat([mean.rows([0])])} | more
-    return C.control_directions(lab, site, firings, atom, names, **arguments)
+    arguments = {"alive": lab.firings().alive(10**6), "mean": lab.native_writes([0]).rows([0])} | more
+    return C.controls_at(lab, site, atom, names, **arguments)
 
 
 def states_by_hook(lab: Lab, sequence: int, kind: str) -> Tensor:
@@ -130,40 +110,28 @@ def test_state_is_the_top_direction_of_the_state_before_the_write(lab: Lab) -> N
     assert (made["state"].cosine(made["state_after"]) < 1 - 1e-6).any()  # they are not the same control
 
 
-def test_shuffled_is_another_atom_that_does_not_fire_there(lab: Lab) -> None:
+def test_drawn_controls_are_never_those_of_the_position_itself(lab: Lab) -> None:
+    """Over several seeds, since one that fires there, or the write itself, would be drawn sooner or later."""
     firings = some_firings(lab)
-    lab_of_many = [
-        Lab(lab.model, lab.saes, lab.tokens, seed=seed) for seed in range(8)
-    ]  # an atom that fires there would be drawn sooner or later
-    table = lab.firings().frame()
-    atoms = lab.atoms(np.arange(20)).to(torch.float64)
-    for each in lab_of_many:
-        shuffled = directions(each, firings, ("shuffled",))["shuffled"]
-        drawn = shuffled.cosines(atoms).argmax(1).tolist()
-        close(shuffled.cosine(atoms.rows(drawn)), torch.ones(len(firings), dtype=torch.float64))
-        for atom, row in zip(drawn, firings.itertuples()):
-            firing_there = set(table.query("sequence == 1 and position == @row.position")["atom"])
-            assert atom not in firing_there | {row.written_atom}
+    atoms, writes = lab.atoms(np.arange(20)).to(torch.float64), lab.site(1).writes
+    active = lab.firings().frame().query("sequence == 1").groupby("position")["atom"].agg(set)
+    for seed in range(8):
+        made = directions(Lab(lab.model, lab.saes, lab.tokens, seed=seed), firings, ("shuffled", "elsewhere"))
+        drawn, places = (
+            made[n].cosines(all).argmax(1).tolist() for n, all in (("shuffled", atoms), ("elsewhere", writes))
+        )
+        close(made["shuffled"].cosine(atoms.rows(drawn)), torch.ones(len(firings), dtype=torch.float64))
+        close(made["elsewhere"].norm(), writes.rows(places).norm())
+        for atom, place, row in zip(drawn, places, firings.itertuples()):
+            assert atom not in active[row.position] | {row.written_atom} and place != row.position
 
 
-def test_elsewhere_is_a_write_of_another_position_and_mean_is_the_mean(lab: Lab) -> None:
+def test_mean_is_the_mean_and_random_has_the_rank_of_the_atom(lab: Lab) -> None:
     firings = some_firings(lab)
     mean = lab.native_writes([2]).rows([3])
-    made = directions(lab, firings, ("elsewhere", "mean", "random"), mean=mean)
-    writes = lab.site(1).writes
-    drawn = made["elsewhere"].cosines(writes).argmax(1)
-    close(made["elsewhere"].norm(), writes.rows(drawn).norm())
-    assert (drawn != torch.tensor(firings["position"].to_numpy())).all()
+    made = directions(lab, firings, ("mean", "random"), mean=mean)
     close(made["mean"].dense(), mean.dense().expand(len(firings), -1, -1))
     assert made["random"].rank == 1 and len(made["random"]) == len(firings)
-
-
-def test_elsewhere_is_never_the_write_of_the_position_itself(lab: Lab) -> None:
-    firings = some_firings(lab)
-    own = lab.site(1).writes.rows(firings["position"].to_list())
-    for seed in range(20):  # sooner or later it would be
-        drawn = directions(Lab(lab.model, lab.saes, lab.tokens, seed=seed), firings, ("elsewhere",))["elsewhere"]
-        assert (drawn.cosine(own) < 1 - 1e-9).all()
 
 
 def test_a_control_has_a_random_stream_of_its_own(lab: Lab) -> None:
@@ -179,17 +147,3 @@ def test_a_control_without_anything_to_draw_says_so(lab: Lab) -> None:
     firings = some_firings(lab)
     with pytest.raises(NothingToMeasureError, match="shuffled"):
         directions(lab, firings, ("shuffled",), alive=firings["atom"].to_numpy()[:1])
-
-
-def test_edits_replace_an_additive_write_and_add_to_a_corrected_one(lab: Lab) -> None:
-    native, atom = draw(1, 0), draw(2, 1)
-    nothing, written = C.Condition("delete", "none", None), C.Condition("atom", "matched", atom)
-    at = list(range(N))
-    assert [e.mode for e in C.edits_of(lab, nothing, native, at, "additive")] == ["delete"] * N
-    for n, edit in enumerate(C.edits_of(lab, written, native, at, "additive")):
-        assert (edit.mode, edit.position, edit.layer, edit.head) == ("replace", n, LAYER, HEAD)
-        close(edit.keys.mT @ edit.values, atom.dense()[n])
-    for condition, expected in ((nothing, -native.dense()), (written, atom.dense() - native.dense())):
-        for n, edit in enumerate(C.edits_of(lab, condition, native, at, "corrected")):
-            assert edit.mode == "add"
-            close(edit.keys.reshape(-1, K).mT @ edit.values.reshape(-1, V), expected[n])

@@ -64,17 +64,14 @@ def test_windows_are_each_trials_own() -> None:
         assert table["kl_at"][n] == pytest.approx(kl_by_hand(batch, n, t), rel=1e-10)
 
 
-def test_metrics_look_at_t_the_next_the_window_and_the_end() -> None:
+def test_metrics_look_at_t_the_next_and_the_window() -> None:
     batch = rows()
-    to_end, window = kl_metrics(3, to_end=True)(batch), kl_metrics(3)(batch)
-    assert set(to_end) == set(window) == set(KL_METRICS)
-    assert np.isnan(window["kl_last"]).all() and np.isnan(window["reverse_kl_last"]).all()
+    found = kl_metrics(batch)
+    assert set(found) == set(KL_METRICS)
     for n, t in enumerate((2, 4)):
-        looked = {"at": [t], "next": [t + 1], "window": range(t, t + 4), "last": [T - 1]}
-        for name, tokens in looked.items():
+        for name, tokens in {"at": [t], "next": [t + 1], "window": range(t, t + 4)}.items():
             expected = np.mean([kl_by_hand(batch, n, s) for s in tokens])
-            assert to_end[f"kl_{name}"][n] == pytest.approx(expected, rel=1e-10)
-    np.testing.assert_array_equal(to_end["kl_window"], window["kl_window"])
+            assert found[f"kl_{name}"][n] == pytest.approx(expected, rel=1e-10)
 
 
 def test_added_bits_are_those_of_the_whole_sequence() -> None:

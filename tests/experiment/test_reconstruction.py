@@ -10,8 +10,6 @@ from small_saes import HEAD, HOOK, LAYER, STATE, K, V, exact_sae, make_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.sae.losses import read_queries
-from writesae.experiment.head import matrices_of
 from writesae.experiment.lab import Lab, Trial
 from writesae.experiment.readout import kl_window
 from writesae.experiment.reconstruction import NO_VARIANCE, reconstruction
@@ -53,12 +51,6 @@ def test_shares_are_those_of_the_dense_matrices(model: HookedRecurrent, tokens: 
         return float(torch.stack([(e.view(K, V).T @ q).square().sum() for e, q in zip(rows, one.q[2, :, 0])]).sum())
 
     assert row["reads"] == pytest.approx(1 - read(error) / read(x[2]), abs=1e-4)
-
-
-def test_reads_of_states_are_what_the_layer_reads(model: HookedRecurrent, tokens: Tensor) -> None:
-    one = model.recurrence(tokens[:1], LAYER).select(heads=HEAD)
-    states, queries = matrices_of(one, "state"), read_queries(one)[0, :, 0]
-    assert torch.allclose(torch.einsum("tkv,tk->tv", states, queries) * one.scale, one.outputs()[0, :, 0])
 
 
 def test_sequences_without_variance_are_left_out_and_counted(model: HookedRecurrent, tokens: Tensor) -> None:

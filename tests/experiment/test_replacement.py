@@ -35,7 +35,7 @@ def costs(
     model: HookedRecurrent, saes: Mapping[str, SAE], tokens: Tensor, state_ranks: tuple[int, ...]
 ) -> pd.DataFrame:
     nothing = LowRank(torch.zeros(1, 1, K), torch.zeros(1, 1, V))
-    basis = Basis(fit_pca(torch.randn(9, K * V), 2), nothing, torch.zeros(K * V))
+    basis = Basis(fit_pca(LowRank.svd(torch.randn(9, K, V)), 2), nothing, torch.zeros(K * V))
     return replacement_costs(Lab(model, saes, tokens), 0, basis, (2,), state_ranks)
 
 

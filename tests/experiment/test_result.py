@@ -17,7 +17,7 @@ from writesae.experiment.evaluation import Result
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    whole = made_up(HOLDS, label="mine", scales=("matched",), last_position=False)
+    whole = made_up(HOLDS, label="mine", scales=("matched",))
     return replace(whole, tables={name: table[:12] for name, table in whole.tables.items()})
 
 

@@ -116,7 +116,7 @@ def test_comparisons_are_run_on_controls_of_all_they_compare(suite: Suite) -> No
 
 def test_baselines_are_fitted_on_the_text_of_the_controls(suite: Suite) -> None:
     saes = {"mine": make_sae(suite.model)}
-    few = {"n_atoms": 1, "firings_per_atom": 2, "n_codes": 3, "pca_components": 1, "last_position_firings": 0}
+    few = {"n_atoms": 1, "firings_per_atom": 2, "n_codes": 3, "pca_components": 1}
     small = Substitution(**few, horizon=1, scales=("coefficient",), controls=("drawn",), atom_choice=("own",))
     dictionaries = [saes, *control_dictionaries(suite.model, saes, OTHER).values()]
     for result, own in zip(suite([small], saes, controls=OTHER), dictionaries, strict=True):

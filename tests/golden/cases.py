@@ -44,16 +44,12 @@ SUBSTITUTION: dict[str, object] = {
     "n_atoms": 6,
     "firings_per_atom": 2,
     "atom_choice": "own",
-    "positions": "firing",
-    "write": "additive",
     "scales": ALL_SCALES,
     "controls": ALL_CONTROLS,
     "horizon": 8,
     "first_position": 1,
-    "last_position_firings": 3,
     "min_firings": 1,
     "mean_write_sequences": 4,
-    "mean_write_energy": 0.99,
     "seed": 3,
 }
 LOGIT_CHANGE: dict[str, object] = {
@@ -91,7 +87,6 @@ MULTI_ATOM: dict[str, object] = {
 PARTITION: dict[str, object] = {
     "min_firings": 3,
     "threshold": 0.35,
-    "sweep": (0.02, 0.1, 0.2, 0.35),
     "components": 2,
     "restarts": 1,
     "min_atoms": 10,
@@ -122,14 +117,6 @@ CASES: tuple[Case, ...] = (
         {"sae": WRITE},
     ),
     Case(
-        "substitution-silent-corrected",
-        "substitution",
-        "embedded",
-        SUBSTITUTION
-        | {"positions": "silent", "write": "corrected", "scales": ("matched",), "controls": ("shuffled", "elsewhere")},
-        {"sae": WRITE},
-    ),
-    Case(
         "substitution-state-trained",
         "substitution",
         "embedded",
@@ -140,21 +127,21 @@ CASES: tuple[Case, ...] = (
         "substitution-rank-2",
         "substitution",
         "embedded",
-        SUBSTITUTION | {"scales": ("coefficient",), "controls": ("random", "shuffled"), "last_position_firings": None},
+        SUBSTITUTION | {"scales": ("coefficient",), "controls": ("random", "shuffled")},
         {"sae": RANK_2},
     ),
     Case(
         "substitution-flat",
         "substitution",
         "embedded",
-        SUBSTITUTION | {"scales": ("least_squares",), "controls": ("random",), "last_position_firings": 0},
+        SUBSTITUTION | {"scales": ("least_squares",), "controls": ("random",)},
         {"sae": FLAT},
     ),
     Case(
         "substitution-unequal-norms",
         "substitution",
         "embedded",
-        SUBSTITUTION | {"scales": ("coefficient", "matched"), "controls": ("random",), "last_position_firings": 0},
+        SUBSTITUTION | {"scales": ("coefficient", "matched"), "controls": ("random",)},
         {"sae": UNEQUAL},
     ),
     Case(
@@ -246,7 +233,7 @@ CASES: tuple[Case, ...] = (
         "seeds",
         "seeds",
         "embedded",
-        {"min_firings": 3, "threshold": 0.35, "same": 0.9, "largest_spread": 0.12, "largest_share": 0.01, "seed": 3},
+        {"min_firings": 3, "threshold": 0.35, "seed": 3},
         {"one": WRITE, "two": OTHER_SEED},
     ),
     Case(
@@ -336,7 +323,6 @@ KEYS: dict[tuple[str, str], tuple[str, ...]] = {
     ("multi_atom", "writes"): ("sequence", "position", "condition", "scale", "count", "all"),
     ("partition", "atoms"): ("atom",),
     ("partition", "mixtures"): ("sample", "space", "components", "component"),
-    ("partition", "sweep"): ("threshold", "sample"),
     ("partition", "substitution"): ("scale", "kind"),
     ("seeds", "counts"): ("sae",),
     ("seeds", "matches"): ("a", "b", "sample"),
@@ -362,10 +348,6 @@ LOGIT_ROUNDING = 3e-5
 """The same for a difference of logits or of log-probabilities, in nats (largest seen: 7e-6; on an Intel processor,
 where the tables were made on an AMD one, 1.8e-5)."""
 
-PLACE_ROUNDING = 0.01
-"""Share of rows in which the place of a maximum may be another one, among values that rounding cannot distinguish
-(largest seen between those processors: 1 of 144)."""
-
 SIZE_ROUNDING = 1e-6
 """The same for cosines, norms and shares that float32 arithmetic makes, in units of the largest value of their column
 (largest seen between those processors: 2.4e-7)."""
@@ -376,7 +358,7 @@ predictors, in units of max(1, |score|) (largest seen: 0.011). The cells that th
 
 ROUNDED: dict[tuple[str, str], dict[str, str]] = {
     ("substitution", "firings"): {
-        f"{direction}kl_{where}": "kl" for direction in ("", "reverse_") for where in ("window", "at", "next", "last")
+        f"{direction}kl_{where}": "kl" for direction in ("", "reverse_") for where in ("window", "at", "next")
     },
     ("multistep", "steps"): {"state_gap": "logit", "residual_cosine": "logit"},
     ("logit_change", "cells"): dict.fromkeys(("measured", "F1", "F2", "shuffled"), "logit"),
@@ -394,7 +376,7 @@ ROUNDED: dict[tuple[str, str], dict[str, str]] = {
     ("sign", "writes"): {"measured": "logit", "f2": "logit"},
     ("install", "continuations"): {"log_prob_change": "logit"},
     ("passage", "passages"): {"bits": "logit", "native_bits": "logit"},
-    ("readers", "changes"): {"change": "logit", "peak": "place"},
+    ("readers", "changes"): {"change": "logit"},
     ("multi_atom", "writes"): {"kl": "kl", "kl_at": "kl"},
     ("objectives", "firings"): {"delete": "kl", "coefficient": "kl", "matched": "kl"},
     ("baselines", "writes"): {"kl": "kl"},

@@ -53,7 +53,7 @@ def read_dictionary(folder: Path) -> Contents:
 
 
 def make_result(folder: Path) -> None:
-    made_up(HOLDS, label="mine", scales=("matched",), last_position=False, n_sequences=6).save(folder)
+    made_up(HOLDS, label="mine", scales=("matched",), n_sequences=6).save(folder)
 
 
 def read_result(folder: Path) -> Contents:

@@ -18,7 +18,7 @@ from torch import Tensor
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.training import MatrixTrainingSAE
 from writesae.evaluations.substitution import Substitution
-from writesae.experiment.conditions import REFERENCES
+from writesae.experiment.conditions import REFERENCES, scaled
 from writesae.experiment.evaluation import Evaluation, Result, described
 from writesae.experiment.head import mean_write
 from writesae.experiment.lab import Lab, Site, Trial
@@ -95,10 +95,10 @@ class MultiAtom(Evaluation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if list(self.counts) != sorted(set(self.counts)) or not self.counts or self.counts[0] < 1:
-            raise ValueError(f"counts must rise from 1 or more, found {self.counts}")
-        if not self.scales:
-            raise ValueError("scales must name at least one of coefficient, matched; found none")
+        if not self.scales or min(self.counts, default=0) < 1:
+            raise ValueError(
+                f"scales and counts name one or more, counts from 1 on; found {self.scales}, {self.counts}"
+            )
 
     @property
     def substitution(self) -> Substitution:
@@ -128,15 +128,15 @@ class MultiAtom(Evaluation):
             bias = bias.terms(sizes > 1e-6 * sizes[0])  # without what rounding left
         else:
             bias = None
-        tables: list[pd.DataFrame] = []
-        zero = "positions with a zero native write"
+        tables = []
         for site in lab.sites(places, self.kind):
-            trials: list[Trial] = []
-            for t in site.rows["position"].tolist():
-                if float(site.at([t]).norm()) == 0:
-                    lab.skipped[zero] += 1
-                else:
-                    trials += self._trials(lab, site, t, mean, bias)
+            written = site.at(site.rows["position"].tolist()).norm().cpu().numpy() > 0
+            lab.skipped["positions with a zero native write"] += int((~written).sum())
+            trials = [
+                trial
+                for t in site.rows.loc[written, "position"].tolist()
+                for trial in self._trials(lab, site, t, mean, bias)
+            ]
             if trials:
                 tables.append(lab.read(site, trials, kl_window, self.horizon + 1))
         lab.require(bool(tables), "every native write at the drawn positions is zero, so there is nothing to replace")
@@ -146,38 +146,31 @@ class MultiAtom(Evaluation):
         """What is written at one position: the code is a_i A_i of the active atoms, strongest first."""
         firings, native = lab.firings(), site.at([position])
         active = firings.frame((firings.sequence == site.sequence) & (firings.position == position))
-        atoms = lab.atoms(active["atom"].to_numpy())
-        code = atoms * torch.tensor(active["activation"].to_numpy()).to(atoms.values)
+        code = lab.atoms(active["atom"].to_numpy())
+        code = code * torch.tensor(active["activation"].to_numpy()).to(code.values)
         code = code.rows(code.norm().argsort(descending=True))
         bases = {"mean": mean, "state": LowRank.svd(site.state_before([position]))}
         bases["state_after"] = LowRank.svd(site.state_after([position]))
-
-        def trial(name: str, matrix: LowRank | None, scale: str = "none", n: int = 0, is_all: bool = False) -> Trial:
-            row: dict[str, object] = {"sequence": site.sequence, "position": position, "condition": name}
-            row |= {"scale": scale, "count": n, "all": is_all, "terms": 0 if matrix is None else matrix.rank}
-            row["norm"] = 0.0 if matrix is None else float(matrix.norm() / native.norm())
-            row["cosine"] = 0.0 if matrix is None else float(matrix.cosine(native))
-            return Trial(row, position, lab.replace(position, matrix))
-
-        yield trial("native", native)
-        yield trial("delete", None)
+        written = [("native", "none", 0, native), ("delete", "none", 0, native.terms([]))]
         for scale in self.scales:
-
-            def scaled(matrix: LowRank, at: str = scale) -> LowRank:
-                return matrix.with_norm(native.norm().to(matrix.values)) if at == "matched" else matrix
-
             if bias is not None:
-                yield trial("bias", scaled(bias), scale)
-            for n, is_all in [*((n, False) for n in self.counts if n < len(code)), (len(code), True)]:
+                written.append(("bias", scale, 0, scaled(bias, native, scale)))
+            for n in [*(n for n in sorted(self.counts) if n < len(code)), len(code)]:
                 partial = code.rows(slice(n)).total()
                 if float(partial.norm()) == 0:
                     continue
-                yield trial("code", scaled(partial), scale, n, is_all)
+                own = scaled(partial, native, scale)
+                written.append(("code", scale, n, own))
                 if bias is not None:
-                    yield trial("code + bias", scaled(LowRank.cat([partial, bias])), scale, n, is_all)
+                    written.append(("code + bias", scale, n, scaled(LowRank.cat([partial, bias]), native, scale)))
                 for name in self.controls:
                     top = bases[name].terms(slice(partial.rank)).to(partial.values)
-                    yield trial(name, top.with_norm(scaled(partial).norm()), scale, n, is_all)
+                    written.append((name, scale, n, top.with_norm(own.norm())))
+        for name, scale, n, matrix in written:
+            row: dict[str, object] = {"sequence": site.sequence, "position": position, "condition": name}
+            row |= {"scale": scale, "count": n, "all": 0 < n == len(code), "terms": matrix.rank}
+            row |= {"norm": float(matrix.norm() / native.norm()), "cosine": float(matrix.cosine(native))}
+            yield Trial(row, position, lab.replace(position, matrix if matrix.rank else None))
 
     # -- judging
 
@@ -216,32 +209,13 @@ class MultiAtom(Evaluation):
         ]
 
     def panels(self, result: Result) -> list[Figure]:
-        """KL, and norm and cosine of what is written, by the number of atoms; the last point of a line is all."""
-        columns = {"kl": "KL in nats", "norm": "Norm over the native norm", "cosine": "Cosine with the native write"}
-        kinds = [(scale, "kl") for scale in self.scales] + [(self.scales[0], name) for name in ("norm", "cosine")]
-        panels = []
-        for scale, column in kinds:
-            counts = sorted({*result.tables["writes"].query("condition == 'code' and ~all")["count"]})
-            every = rows_of(result, "code", scale, ALL)["count"].max()
-            names = ["code", "code + bias", *self.controls] if column != "norm" else ["code", "code + bias"]
-            parts = [
-                rows_of(result, name, scale, n).assign(x=every if n == ALL else n)
-                for name in names
-                for n in (*(n for n in counts if n < every), ALL)
-            ]
-            level = rows_of(result, "delete")
-            parts += [level.assign(x=n) for n in (*counts, every)] if column == "kl" else []
-            shown = {name: NAMES.get(name, name).split(" (")[0] for name in (*names, "delete")}
-            title = f"{columns[column]} by atoms at scale {scale}, multi_atom: {result.label}"
-            table = pd.concat(parts, ignore_index=True)
-            panels.append(medians(table, "x", column, shown, "atoms written (last: all)", title, log_x=True))
-        return panels
-
-    def notes(self, result: Result) -> list[str]:
-        """What the code of a state means."""
-        if result.info["target"] != "state":
-            return []
-        return ["The dictionary reads states: its code of the state after the write is written in place of the write."]
+        """KL by the number of atoms; the last point of a line is all."""
+        table, names = result.tables["writes"], ["code", "code + bias", *self.controls]
+        every = table.loc[table["scale"] == self.scales[0]].assign(x=lambda rows: rows["count"])
+        every.loc[every["all"], "x"] = every["count"].max()
+        shown = {name: NAMES.get(name, name).split(" (")[0] for name in names}
+        title = f"KL in nats by atoms at scale {self.scales[0]}, multi_atom: {result.label}"
+        return [medians(every, "x", "kl", shown, "atoms written (last: all)", title, log_x=True)]
 
 
 def rows_of(result: Result, condition: str, scale: str = "none", count: int | None = None) -> pd.DataFrame:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -15,9 +15,9 @@ from torch import Tensor
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import RELEVANT, Exchange
-from writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, Control, edits_of
+from writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, Control
 from writesae.experiment.evaluation import Evaluation, Result, described
-from writesae.experiment.lab import EditedRows, Lab, Trial
+from writesae.experiment.lab import EditedRows, Lab
 from writesae.verdict.finding import Against, Figure, Finding, Paired, medians
 from writesae.verdict.format import percent
 from writesae.verdict.judge import Verdict
@@ -92,32 +92,22 @@ class Multistep(Evaluation):
     # -- measuring
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
-        test = self.substitution
-        exchanges = test.exchanges(lab, test.draw(lab, "dominant"))
-        return {"steps": pd.concat([self._followed(lab, each) for each in exchanges], ignore_index=True)}
+        test, parts = self.substitution, []
+        for exchange in test.exchanges(lab, test.draw(lab, "dominant"), test.scales):
+            table = self._residual_cosines(lab, exchange)
+            cosines, gaps = (
+                np.concatenate(table.pop("residual_cosine").tolist()),
+                _state_gaps(exchange, self.n_steps + 1),
+            )
+            steps = np.tile(np.arange(self.n_steps + 1), len(table))
+            table = table.loc[table.index.repeat(self.n_steps + 1)]
+            parts.append(table.assign(step=steps, state_gap=gaps.ravel(), residual_cosine=cosines))
+        return {"steps": pd.concat(parts, ignore_index=True)}
 
-    def _followed(self, lab: Lab, exchange: Exchange) -> pd.DataFrame:
-        """All firings of one sequence: one row per firing, condition and step."""
-        rows = cast(list[dict[str, object]], exchange.site.rows.to_dict("records"))
-        edits = [edits_of(lab, each, exchange.native, exchange.positions, "additive") for each in exchange.conditions]
-        trials: list[Trial] = []
-        gaps: list[NDArray[np.generic]] = []
-        for n, row in enumerate(rows):
-            gaps.append(_state_gaps(exchange, n, self.n_steps + 1))
-            for condition, of_firings in zip(exchange.conditions, edits):
-                named = row | {"condition": condition.name, "scale": condition.scale}
-                trials.append(Trial(named, exchange.positions[n], of_firings[n]))
-        table = self._residual_cosines(lab, exchange, trials)
-        cosines = np.concatenate(table.pop("residual_cosine").tolist())
-        steps = np.tile(np.arange(self.n_steps + 1), len(table))
-        table = table.loc[table.index.repeat(self.n_steps + 1)]
-        return table.assign(step=steps, state_gap=np.concatenate(gaps).ravel(), residual_cosine=cosines)
-
-    def _residual_cosines(self, lab: Lab, exchange: Exchange, trials: list[Trial]) -> pd.DataFrame:
-        """The column `residual_cosine` holds one array [S] per trial."""
+    def _residual_cosines(self, lab: Lab, exchange: Exchange) -> pd.DataFrame:
+        """One row per condition and firing; the column `residual_cosine` holds an array [S] each."""
         name = f"blocks.{lab.model.cfg.n_layers - 1}.hook_resid_post"
-        _, cache = lab.model.run_with_cache(exchange.site.session.tokens, names_filter=[name])
-        native = cache[name][0]
+        native = lab.model.run_with_cache(exchange.site.session.tokens, names_filter=[name])[1][name][0]
         seen: list[Tensor] = []
 
         def read(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
@@ -128,13 +118,13 @@ class Multistep(Evaluation):
             return {"residual_cosine": torch.cosine_similarity(window, native[rows.positions], dim=-1).cpu().numpy()}
 
         with lab.model.hooks(fwd_hooks=[(name, lambda value, hook: seen.append(value))]):
-            return lab.read(exchange.site, trials, read, self.n_steps + 1)
+            return lab.read(exchange.site, exchange.trials(lab), read, self.n_steps + 1)
 
     # -- judging
 
     def findings(self, result: Result) -> list[Finding]:
         """Whether an atom leaves the model nearer to its native course than deletion does, and claim 21."""
-        steps = _with_distance(result)
+        steps = result.tables["steps"].assign(distance=lambda table: 1 - table["residual_cosine"])
         far, gaps = (
             Paired.of(steps, value, "firing", "sequence", seed=self.seed) for value in ("distance", "state_gap")
         )
@@ -176,30 +166,24 @@ class Multistep(Evaluation):
         ]
 
     def panels(self, result: Result) -> list[Figure]:
-        """Medians of both distances by tokens after t."""
-        steps, names = _with_distance(result), {name: NAMES[name] for name in (*CONTROLS, "delete", "atom")}
-        titles = {"state_gap": "Change of the head's state", "distance": "1 - cosine of the residual stream"}
-        return [
-            medians(steps, "step", column, names, "tokens after t", f"{title}, {self.scale}: {result.label}")
-            for column, title in titles.items()
-        ]
+        """The medians of the state gap by tokens after t."""
+        names = {name: NAMES[name] for name in (*CONTROLS, "delete", "atom")}
+        title = f"Change of the head's state, {self.scale}: {result.label}"
+        return [medians(result.tables["steps"], "step", "state_gap", names, "tokens after t", title)]
 
 
-def _with_distance(result: Result) -> pd.DataFrame:
-    return result.tables["steps"].assign(distance=lambda steps: 1 - steps["residual_cosine"])
-
-
-def _state_gaps(exchange: Exchange, n: int, length: int) -> NDArray[np.generic]:
-    """[C,S] relative change of the head's state under each condition of firing n, at the first `length` tokens."""
-    start = exchange.positions[n]
-    stop = start + length
-    gone = exchange.native.rows([n]) * -1.0
-    written = [condition.written for condition in exchange.conditions]
-    changes = [gone if each is None else LowRank.cat([each.rows([n]), gone]) for each in written]
-    recurrence = exchange.site.recurrence.select(tokens=slice(0, stop))
-    keys = recurrence.propagate(torch.cat([change.keys[0] for change in changes]), start, 0)[0]  # [R,S,K], all changes
-    native = torch.linalg.matrix_norm(recurrence.states(positions=list(range(start, stop)))[0, :, 0])  # [S]
+def _state_gaps(exchange: Exchange, length: int) -> NDArray[np.generic]:
+    """[C,N,S] relative change of the head's state under each condition at the first `length` tokens of each firing."""
     gaps = []
-    for change, carried in zip(changes, keys.split([change.rank for change in changes])):
-        gaps.append(LowRank(carried.transpose(0, 1), change.values.expand(length, -1, -1)).norm() / native)
-    return torch.stack(gaps).cpu().numpy()
+    for n, start in enumerate(exchange.site.rows["position"].tolist()):
+        stop, gone = start + length, exchange.native.rows([n]) * -1.0
+        written = [condition.written for condition in exchange.conditions]
+        changes = [gone if each is None else LowRank.cat([each.rows([n]), gone]) for each in written]
+        recurrence = exchange.site.recurrence.select(tokens=slice(0, stop))
+        native = torch.linalg.matrix_norm(recurrence.states(positions=list(range(start, stop)))[0, :, 0])  # [S]
+        keys = recurrence.propagate(torch.cat([change.keys[0] for change in changes]), start, 0)[0]  # [R,S,K]
+        for change, carried in zip(changes, keys.split([change.rank for change in changes])):
+            moved = LowRank(carried.transpose(0, 1), change.values.expand(length, -1, -1))
+            gaps.append(moved.norm() / native)
+    by_firing = torch.stack(gaps).view(-1, len(exchange.conditions), length)
+    return by_firing.transpose(0, 1).cpu().numpy()

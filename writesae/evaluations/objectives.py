@@ -14,7 +14,6 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 import pandas as pd
 
-from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import wide_firings
 from writesae.experiment.conditions import Control
@@ -22,10 +21,9 @@ from writesae.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae.experiment.lab import Lab
 from writesae.experiment.reconstruction import reconstruction
 from writesae.experiment.traits import objective
-from writesae.verdict import figures
-from writesae.verdict.finding import Figure, Finding, Paired, said
+from writesae.verdict.finding import Finding, Paired, said
 from writesae.verdict.format import percent, points
-from writesae.verdict.judge import Verdict, too_little
+from writesae.verdict.judge import Verdict
 from writesae.verdict.names import NAMES
 from writesae.verdict.statistics import Estimate
 
@@ -56,17 +54,12 @@ class Objectives(Evaluation):
     native write at tested firings; and the substitution win rate, the share of tested firings at which the atom is
     nearer to the native model than deletion, at the dictionary's own coefficient and at the norm of the native write.
 
-    A dictionary wins a measure where its difference from each other one has an interval above 0 (bootstrap: over
-    sequences, paired, for reconstruction; over atoms for all others).
+    Differences have intervals by a bootstrap: over sequences, paired, for reconstruction; over atoms for all others.
 
     **Verdict** of "training on X substitutes better than training on states by mse", one claim for each other
     objective. It is "not tested" without a dictionary of states by mse, and below the floor where the substitution test
     of either dictionary is. Otherwise the ladder of `judge` on the difference of win rates (10 points matter), then the
     outcome of X's own substitution test (claim 1): X must also beat deletion, and every control that beats deletion.
-
-    "One objective is best at all that it can be compared in" holds where one dictionary wins the substitution and is
-    beaten on no measure. It is inconclusive where the substitution of one of them rests on too little data, and fails
-    otherwise; it says what wins where.
     """
 
     reconstruction_sequences: int = 16
@@ -141,7 +134,6 @@ class Objectives(Evaluation):
             scales=TESTED_SCALES,
             controls=self.controls,
             horizon=self.horizon,
-            last_position_firings=0,
             alive_tokens=self.alive_tokens,
             min_firings=self.min_firings,
             seed=self.seed,
@@ -156,7 +148,13 @@ class Objectives(Evaluation):
             bool((n_fits >= 2).all()),
             f"what {n_fits.idxmin()} was trained on varies on fewer than two sequences: nothing to explain",
         )
-        tests = {label: self._tested(lab.only(label), label) for label in lab.saes}
+        tests, test = {}, self.substitution()
+        for label in lab.saes:
+            view = lab.only(label)
+            wide = wide_firings(Result(test, {}, test.measure(view)))
+            few = f"{label}: only one atom can be tested, and an interval needs two; give more tokens"
+            lab.require(wide["written_atom"].nunique() > 1, few)
+            tests[label] = (wide, int(str(view.facts["n_alive"])))
         rows = [
             {"sae": label, **objective(sae)._asdict(), "d_sae": int(sae.cfg.d_sae)} for label, sae in lab.saes.items()
         ]
@@ -164,23 +162,15 @@ class Objectives(Evaluation):
         lab.facts["target"] = ", ".join(dictionaries["target"].unique())
         return self.tables(dictionaries, tests, fits)
 
-    def _tested(self, view: Lab, label: str) -> tuple[pd.DataFrame, int]:
-        """The substitution test of one dictionary: one row per firing, and how many atoms are alive."""
-        try:
-            tables = self.substitution().measure(view)
-        except NothingToMeasureError as error:
-            raise NothingToMeasureError(f"{label}: {error}") from error
-        wide = wide_firings(Result(self.substitution(), {}, tables))
-        view.require(
-            wide["written_atom"].nunique() > 1,
-            f"{label}: only one atom can be tested, and an interval needs two; give more tokens",
-        )
-        return wide, int(str(view.facts["n_alive"]))
-
     def tables(
         self, dictionaries: pd.DataFrame, tests: Mapping[str, tuple[pd.DataFrame, int]], fits: pd.DataFrame
     ) -> dict[str, pd.DataFrame]:
-        """All tables, from what `_tested` and `reconstruction` give: verdicts, means, and what is ahead of what."""
+        """All tables: verdicts, means, and what is ahead of what.
+
+        Args:
+            tests: by label, the firings of the substitution test (`wide_firings`) and how many atoms are alive.
+            fits: as `reconstruction` gives them.
+        """
         samples: dict[str, dict[str, Paired]] = {}
         told, firings = [], []
         for row in dictionaries.to_dict("records"):
@@ -223,15 +213,14 @@ class Objectives(Evaluation):
     # -- judging
 
     def findings(self, result: Result) -> list[Finding]:
-        """Each objective against states by mse; what wins where."""
+        """Each objective against states by mse."""
         table = result.tables["dictionaries"].set_index("sae", drop=False)
         base = table[(table["target"] == "state") & (table["loss"] == "mse")]
         need = Finding.untested(
             "another objective substitutes better", "It needs a dictionary trained on states by mse."
         )
         others = [table.loc[label] for label in table.index if base.empty or label != base.index[0]]
-        better = [need] if base.empty else [self._better(result, other, base.iloc[0]) for other in others]
-        return [*better, self._best(result)]
+        return [need] if base.empty else [self._better(result, other, base.iloc[0]) for other in others]
 
     def _better(self, result: Result, row: pd.Series, base: pd.Series) -> Finding:
         """The difference must hold, and so must the better dictionary's own substitution test."""
@@ -258,66 +247,9 @@ class Objectives(Evaluation):
             of=f"firings of {mine.n_clusters + theirs.n_clusters} atoms",
         )
 
-    def _best(self, result: Result) -> Finding:
-        where, parts = standings(result), []
-        for key, (leader, tied) in where.items():
-            measure, _, target = key.partition("/")
-            what = MEASURES[measure].replace("its target", f"{target.replace('_', ' ')}s")
-            parts.append(f"{what}: {leader}" + (f" (not beaten: {', '.join(tied)})" if tied else ""))
-        labels, table = list(result.tables["dictionaries"]["sae"]), result.tables["contrasts"]
-        winner, tied = where[self.scale]
-        behind = table.loc[(table["b"] == winner) & (table["low"] > 0), "measure"]
-        lost = [MEASURES[measure] for measure in dict.fromkeys(behind)]
-        few = [reason for label in labels if (reason := too_little(value(result, label, self.scale))) is not None]
-        if few:
-            verdict = Verdict("inconclusive", few[0])
-        elif tied:
-            verdict = Verdict("fails", f"No objective wins the substitution: {winner} does not beat {', '.join(tied)}.")
-        elif lost:
-            verdict = Verdict("fails", f"{winner} wins the substitution, but is beaten on {', '.join(lost)}.")
-        else:
-            verdict = Verdict("holds", f"{winner} wins the substitution, and is beaten on no measure of it.")
-        claim = "one objective is best at all that it can be compared in"
-        return Finding(claim=claim, ruled=verdict, measured="; ".join(parts), n=len(labels), of="dictionaries")
-
-    def panels(self, result: Result) -> list[Figure]:
-        """Every measure of every dictionary."""
-        table = result.tables["measures"]
-        table = table[table["measure"].isin(list(MEASURES))]
-        rows = [
-            figures.Row(f"{row['sae']}: {MEASURES[row['measure']]}", row["value"], row["low"], row["high"], "atom")
-            for row in table.to_dict("records")
-        ]
-        svg = figures.intervals(rows, "share, or cosine", f"Measures by objective: {result.label}")
-        caption = "Explained variance and reads are of what each dictionary was trained on."
-        return [Figure("Reconstruction, alive atoms, cosine with writes, win rates", svg, caption)]
-
-    def notes(self, result: Result) -> list[str]:
-        """What cannot be compared."""
-        return ["Writes and states are different things to reconstruct: their explained shares are not compared."]
-
-
-# ---------------------------------------------------------------------------------------------- reading a result
-
 
 def value(result: Result, sae: str, measure: str) -> Estimate:
     """One measure of one dictionary."""
     table = result.tables["measures"]
     row = table[(table["sae"] == sae) & (table["measure"] == measure)].iloc[0]
     return Estimate(row["value"], row["low"], row["high"], int(row["n"]), int(row["clusters"]))
-
-
-def standings(result: Result) -> dict[str, tuple[str, list[str]]]:
-    """By measure (and target, where only within one can be compared): the leader, and those that it does not beat."""
-    contrasts, table = result.tables["contrasts"], result.tables["dictionaries"]
-    groups = {f"/{target}": list(rows["sae"]) for target, rows in table.groupby("target", sort=False)}
-    where: dict[str, tuple[str, list[str]]] = {}
-    for measure in MEASURES:
-        for suffix, labels in groups.items() if measure in WITHIN_TARGET else [("", list(table["sae"]))]:
-            if len(labels) < 2:
-                continue
-            leader = max(labels, key=lambda label: value(result, label, measure).mean)
-            ahead = contrasts[(contrasts["measure"] == measure) & (contrasts["a"] == leader) & (contrasts["low"] > 0)]
-            beaten = {leader, *ahead["b"]}
-            where[measure + suffix] = (leader, [label for label in labels if label not in beaten])
-    return where

@@ -5,7 +5,6 @@ Source: WriteSAE (arXiv 2605.12770), section on the partition.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -21,7 +20,7 @@ from writesae.experiment.kinds import KIND_RATES, KINDS, alike, by_rule, compare
 from writesae.experiment.lab import Lab
 from writesae.verdict import figures, mixtures
 from writesae.verdict.finding import Against, Claim, Figure, Finding, Paired, said
-from writesae.verdict.format import percent, points, signed
+from writesae.verdict.format import number, percent, points, signed
 from writesae.verdict.judge import Verdict, judge
 
 SAMPLES: dict[str, str] = {"cosine": "atoms", "shuffled": "shuffled", "random": "random"}
@@ -81,8 +80,6 @@ class Partition(Evaluation):
     """Firings on those tokens that make an atom alive; a median over fewer says little."""
     threshold: float = 0.05
     """Cosine from which on an atom is a register (the paper's operational rule)."""
-    sweep: tuple[float, ...] = (0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.10)
-    """Thresholds at which atoms are counted beside it."""
     components: int = 4
     """Largest mixture that is fitted."""
     restarts: int = 3
@@ -123,20 +120,8 @@ class Partition(Evaluation):
             "space": "cosine or z (Fisher's)",
             **mixtures.COLUMNS,
         },
-        "sweep": {
-            "threshold": "cosine from which on an atom counts as a register",
-            "sample": "atoms, shuffled or random",
-            "registers": "atoms at or above the threshold",
-            "share": "the same as a share of alive atoms",
-        },
         "substitution": KIND_RATES,
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, values in (("threshold", (self.threshold,)), ("sweep", self.sweep)):
-            if wrong := [x for x in values if not -1 <= x <= 1]:
-                raise ValueError(f"{name} holds cosines between -1 and 1, found {wrong[0]}")
 
     @property
     def substitution(self) -> Substitution:
@@ -147,7 +132,6 @@ class Partition(Evaluation):
             firings_per_atom=self.firings_per_atom,
             scales=("coefficient",),
             controls=self.controls,
-            last_position_firings=0,
             alive_tokens=self.alive_tokens,
             seed=self.seed,
             rows_per_run=self.rows_per_run,
@@ -165,67 +149,44 @@ class Partition(Evaluation):
             f"{self.min_firings} times; give more tokens, or lower min_firings",
         )
         cosines = firing_cosines(lab, alive, directions={"pca": first_component(lab, self.pca_writes)})
-        lab.skipped["firings at zero writes"] += cosines.zero_writes
-        lab.require(not cosines.table.empty, "no cosine is defined, though atoms are alive")
-        atoms = self.atom_table(cosines.table)
-        lab.skipped[f"atoms that fire fewer than {self.min_firings} times"] += len(ever) - len(alive)
-        lab.skipped["alive atoms that are zero matrices, or fire at zero writes only"] += len(alive) - len(atoms)
-        fitted = self.mixture_table(atoms, lab)
-        by_kind = self._tested(lab, atoms)
-        # After the substitution test, which counts an atom as alive from its first firing on.
-        lab.facts |= {"alive_tokens": alive_tokens, "n_alive": len(atoms), "dead": firings.n_atoms - len(ever)}
-        return {"atoms": atoms, "mixtures": fitted, "sweep": self.sweep_table(atoms), "substitution": by_kind}
-
-    def atom_table(self, cosines: pd.DataFrame) -> pd.DataFrame:
-        """Medians over firings, and the kind of each atom."""
         grouped = cosines.groupby("atom")[[*SAMPLES, "untrained", *SIDES, "pca"]]
         atoms = grouped.median().assign(firings=grouped.size()).reset_index()
         kind = np.where(atoms["cosine"] >= self.threshold, *KINDS)
-        return atoms.assign(z=mixtures.fisher_z(atoms["cosine"]), kind=kind)
+        atoms = atoms.assign(z=mixtures.fisher_z(atoms["cosine"]), kind=kind)
+        lab.skipped[f"atoms that fire fewer than {self.min_firings} times"] += len(ever) - len(alive)
+        by_kind = self._tested(lab, atoms)
+        # After the substitution test, which counts an atom as alive from its first firing on.
+        lab.facts |= {"alive_tokens": alive_tokens, "n_alive": len(atoms), "dead": firings.n_atoms - len(ever)}
+        return {"atoms": atoms, "mixtures": self.mixture_table(atoms), "substitution": by_kind}
 
-    def mixture_table(self, atoms: pd.DataFrame, lab: Lab | None = None) -> pd.DataFrame:
-        """Mixtures of each sample; those that could not be fitted are counted in `lab.skipped`."""
-        tables: list[pd.DataFrame] = []
-        for column, sample in SAMPLES.items():
-            for space, x in (("cosine", atoms[column].to_numpy()), ("z", mixtures.fisher_z(atoms[column]))):
-                fits = mixtures.fit_mixtures(x, self.components, restarts=self.restarts, seed=self.seed)
-                tables.append(fits.table.assign(sample=sample, space=space))
-                if lab is not None and fits.skipped:
-                    missing = self.components - len(set(fits.table["components"]))
-                    lab.skipped[f"mixtures of the {sample} sample not fitted: {fits.skipped}"] += missing
+    def mixture_table(self, atoms: pd.DataFrame) -> pd.DataFrame:
+        """Mixtures of each sample and space."""
+        tables = [
+            mixtures.fit_mixtures(x, self.components, restarts=self.restarts, seed=self.seed).assign(
+                sample=name, space=s
+            )
+            for column, name in SAMPLES.items()
+            for s, x in (("cosine", atoms[column]), ("z", mixtures.fisher_z(atoms[column])))
+        ]
         return pd.DataFrame(pd.concat(tables, ignore_index=True), columns=list(self.columns["mixtures"]))
 
-    def sweep_table(self, atoms: pd.DataFrame) -> pd.DataFrame:
-        """Atoms at or above each threshold, in each sample."""
-        reached = {(t, sample): atoms[column] >= t for t in self.sweep for column, sample in SAMPLES.items()}
-        rows = [(*key, each.sum(), each.mean()) for key, each in reached.items()]
-        return pd.DataFrame(rows, columns=list(self.columns["sweep"]))
-
     def _tested(self, lab: Lab, atoms: pd.DataFrame) -> pd.DataFrame:
-        """The table `substitution`, empty where a kind has fewer than two atoms that can be tested."""
-        drawn = self._draw(lab, atoms)
-        if not drawn:
+        """The table `substitution`, from up to `tested_atoms` of each kind that fire where they can be tested; empty
+        where a kind has fewer than two."""
+        firings, settings = lab.firings(), self.substitution
+        inside = firings.position >= settings.first_position
+        inside &= firings.position < firings.n_positions - settings.horizon
+        testable = atoms[atoms["atom"].isin(firings.atom[inside])]
+        of_kinds = [testable.loc[testable["kind"] == kind, "atom"].to_numpy() for kind in KINDS]
+        if min(self.tested_atoms, *map(len, of_kinds)) < 2:
             return pd.DataFrame(columns=list(self.columns["substitution"]))
-        settings = replace(self.substitution, atoms=drawn)
-        wide, scale = wide_firings(Result(settings, {}, settings.measure(lab))), settings.scales[0]
-        verdict = settings.nearer(wide, scale).verdict
-        table, lab.facts["compared"] = compare_kinds(wide, scale, verdict, atoms, self.seed)
+        rng = lab.rng(4)
+        drawn = [rng.choice(each, min(len(each), self.tested_atoms), replace=False) for each in of_kinds]
+        settings = replace(settings, atoms=tuple(np.sort(np.concatenate(drawn)).tolist()))
+        wide = wide_firings(Result(settings, {}, settings.measure(lab)))
+        verdict = settings.nearer(wide, settings.scales[0]).verdict
+        table, lab.facts["compared"] = compare_kinds(wide, settings.scales[0], verdict, atoms, self.seed)
         return table
-
-    def _draw(self, lab: Lab, atoms: pd.DataFrame) -> tuple[int, ...]:
-        """Up to `tested_atoms` of each kind that fire where they can be tested."""
-        firings, test = lab.firings(), self.substitution
-        inside = firings.position >= test.first_position
-        inside &= firings.position < firings.n_positions - test.horizon
-        testable = atoms[atoms["atom"].isin(np.unique(firings.atom[inside]))]
-        rng, drawn = lab.rng(4), []
-        for kind in KINDS:
-            of_kind = testable.loc[testable["kind"] == kind, "atom"].to_numpy()
-            n = min(len(of_kind), self.tested_atoms)
-            if n < 2:
-                return ()
-            drawn += rng.choice(of_kind, n, replace=False).tolist()
-        return tuple(sorted(drawn))
 
     # -- judging
 
@@ -290,40 +251,22 @@ class Partition(Evaluation):
 
     def _two_kinds(self, result: Result) -> Finding:
         """Claim 6: the rules of the class's docstring, in order."""
-        atoms, table = result.tables["atoms"], result.tables["mixtures"]
-        fits = dict(list(table.groupby(["sample", "space"])))
+        atoms, fits = result.tables["atoms"], result.tables["mixtures"].set_index("components")
+        # Components with the lowest BIC, and by how much it is lower than that of one, the first row of a sample.
         fitted = {
-            key: mixtures.preferred(fits.get(key, table.iloc[:0]))
-            for key in itertools.product(SAMPLES.values(), ("cosine", "z"))
+            key: (int(str(bic.idxmin())), float(bic.iloc[0] - bic.min()))
+            for key, bic in fits.groupby(["sample", "space"])["bic"]
         }
-        (best, gap), (null, null_gap) = fitted["atoms", "cosine"], fitted["shuffled", "cosine"]
+        (best, gap), (null, null_gap), (on_z, _) = (
+            fitted.get(key, (None, 0.0)) for key in (("atoms", "cosine"), ("shuffled", "cosine"), ("atoms", "z"))
+        )
         registers = atoms[atoms["kind"] == "register"]
-        measured = f"{len(registers)} register / {len(atoms) - len(registers)} bundle / {result.info['dead']} dead"
-        if len(registers):
-            share = float(registers["firings"].sum() / atoms["firings"].sum())
-            measured += f"; register median cosine {registers['cosine'].median():.3f}"
-            measured += f"; registers make {percent(share)} of firings"
-        above = {name: (atoms[name] >= self.threshold).astype(float) for name in SAMPLES}
-        finding = Finding(
-            number=6,
-            claim="atoms part into registers and bundles",
-            measured=measured,
-            controls="; ".join(
-                f"{name} null: {percent(above[name].mean())} at {self.threshold:g} or above, "
-                f"BIC prefers {fitted[name, 'cosine'][0] or 'nothing'}"
-                for name in ("shuffled", "random")
-            ),
-            n=len(atoms),
-            of="alive atoms",
-        )
-        fit = (
-            f"BIC prefers {best} component{'s' * (best != 1)} on the cosine (by {gap:.0f} over one) and "
-            f"{fitted['atoms', 'z'][0]} on Fisher's z"
-        )
-        share = f"{percent(above['cosine'].mean())} of atoms reach {self.threshold:g}"
-        excess = Paired(atoms[["atom"]].assign(**above), ("atom",), self.seed).mean("cosine", "shuffled")
+        above = atoms[list(SAMPLES)].ge(self.threshold).astype(float).assign(atom=atoms["atom"])
+        excess = Paired(above, ("atom",), self.seed).mean("cosine", "shuffled")
         ladder = judge(excess, what="the share of registers beyond that at shuffled positions")
         difference = f"[{points(excess.low)}, {points(excess.high)}] points"
+        share = f"{percent(above['cosine'].mean())} of atoms reach {self.threshold:g}"
+        fit = f"BIC prefers {best} components on the cosine (by {gap:.0f} over one) and {on_z} on Fisher's z"
         if len(atoms) < self.min_atoms or best is None:
             text = f"{len(atoms)} alive atoms are too few, or too alike, to tell kinds apart."
             verdict = Verdict("not tested", text)
@@ -336,46 +279,41 @@ class Partition(Evaluation):
         elif ladder.outcome == "fails":
             text = f"{fit}, but shuffled positions give as many registers (difference {difference})."
             verdict = Verdict("confounded", text)
+        elif ladder.outcome == "holds":
+            verdict = Verdict("holds", f"{fit}; {share}, {difference} more than at shuffled positions.")
         else:
-            text = f"{fit}; {share}, {difference} more than at shuffled positions."
-            verdict = Verdict("holds", text) if ladder.outcome == "holds" else ladder
-        return replace(finding, ruled=verdict)
+            verdict = ladder
+        return Finding(
+            number=6,
+            claim="atoms part into registers and bundles",
+            ruled=verdict,
+            measured=f"{len(registers)} register / {len(atoms) - len(registers)} bundle / {result.info['dead']} dead; "
+            f"register median cosine {number(float(registers['cosine'].median()))}; registers make "
+            f"{percent(float(registers['firings'].sum() / atoms['firings'].sum()))} of firings",
+            controls="; ".join(
+                f"{name} null: {percent(above[name].mean())} at {self.threshold:g} or above, BIC prefers "
+                f"{fitted.get((name, 'cosine'), ('nothing',))[0]}"
+                for name in ("shuffled", "random")
+            ),
+            n=len(atoms),
+            of="alive atoms",
+        )
 
     def panels(self, result: Result) -> list[Figure]:
-        """Cosines of atoms and nulls, BIC by components, registers by threshold."""
-        atoms, fitted, sweep = (result.tables[name] for name in ("atoms", "mixtures", "sweep"))
+        """The cosines of atoms and nulls."""
         colours, shares = {"atoms": "atom", "shuffled": "control", "random": "soft"}, np.linspace(0, 1, 21)
         lines = [
-            figures.Line(name, shares.tolist(), np.quantile(atoms[column], 1 - shares).tolist(), colours[name])
-            for column, name in SAMPLES.items()
+            figures.Line(name, shares.tolist(), np.quantile(cosines, 1 - shares).tolist(), colours[name])
+            for name, cosines in ((name, result.tables["atoms"][column]) for column, name in SAMPLES.items())
         ]
-        parts = {"Cosine of each atom with the writes it fires on": (lines, "share of alive atoms, best first")}
-        bic = []
-        for (sample, space), rows in fitted.groupby(["sample", "space"], sort=False):
-            each = rows.drop_duplicates("components")
-            if sample != "random" and len(each) > 1:
-                gap = np.maximum(each["bic"] - each["bic"].min(), 1).tolist()
-                name, colour = (f"{sample}, z", "soft") if space == "z" else (str(sample), colours[str(sample)])
-                bic.append(figures.Line(name, each["components"].tolist(), gap, colour))
-        parts["BIC of Gaussian mixtures, less that of the best"] = (bic, "components")
-        by_sample = sweep.sort_values("threshold").groupby("sample", sort=False)
-        of_sweep = [
-            figures.Line(str(sample), rows["threshold"].tolist(), rows["share"].tolist(), colours[str(sample)])
-            for sample, rows in by_sample
-        ]
-        parts["Share of atoms at or above a threshold"] = (of_sweep, "threshold on the cosine")
-        return [
-            Figure(title, figures.curves(lines, axis, f"{title}: {result.label}", log_y=lines is bic))
-            for title, (lines, axis) in parts.items()
-            if lines
-        ]
+        title = "Cosine of each atom with the writes it fires on"
+        return [Figure(title, figures.curves(lines, "share of alive atoms, best first", f"{title}: {result.label}"))]
 
     def notes(self, result: Result) -> list[str]:
         """What alive means, and what a mixture can say."""
-        info = result.info
         return [
-            f"Alive: at least {self.min_firings} firings on {info['alive_tokens']:,} held-out tokens; "
-            f"{info['n_alive']:,} of {info['d_sae']:,} atoms, and {info['dead']:,} never fire there.",
+            f"Alive: at least {self.min_firings} firings on {result.info['alive_tokens']:,} held-out tokens; "
+            f"{result.info['n_alive']:,} of {result.info['d_sae']:,} atoms. {result.info['dead']:,} never fire there.",
             "Two components of a mixture are no proof of two kinds: one skewed distribution is fitted by two "
             "Gaussians, too, which is why the nulls are fitted in the same way.",
         ]

@@ -7,9 +7,9 @@ later tokens, can notice, and only those are looked at here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias, cast
+from typing import ClassVar, cast
 
 import numpy as np
 import pandas as pd
@@ -17,13 +17,12 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.experiment.at_firings import OfHalves
-from writesae.experiment.downstream_heads import DownstreamHeads, downstream_heads, head_name, newest_outputs
+from writesae.experiment.downstream_heads import DownstreamHeads, downstream_heads, newest_outputs
 from writesae.experiment.evaluation import Result
+from writesae.experiment.firings import Integers
 from writesae.experiment.lab import EditedRows, Lab, Readout, Site, Trial
-from writesae.verdict import figures
-from writesae.verdict.finding import Against, Figure, Finding, Paired
+from writesae.verdict.finding import Against, Finding, Paired
 
 CONDITIONS: tuple[str, ...] = ("atom", "random", "other")
 
@@ -37,9 +36,6 @@ RELEVANT = float(np.log(1.1))
 """Log ratio of two changes: a change that is a tenth larger than another."""
 
 _HEAD = ["layer", "mixer", "head"]
-_Place: TypeAlias = tuple[int, str, int]
-_SHOWN = 12
-"""Heads in the figure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +66,6 @@ class Readers(OfHalves):
 
     kind: ClassVar[str] = "readers"
     question: ClassVar[str] = "Which later heads read an atom's write?"
-    fewest_atoms: ClassVar[int] = 2
     least: ClassVar[dict[str, int]] = OfHalves.least | {"n_atoms": 2}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "changes": {
@@ -84,7 +79,6 @@ class Readers(OfHalves):
             "head": "the downstream head",
             "condition": "what was taken away: atom, random, other",
             "change": "change of what the head gives over t..t+horizon, divided by the norm of that",
-            "peak": "tokens after t at which the change is largest",
         }
     }
 
@@ -101,51 +95,42 @@ class Readers(OfHalves):
             bool(mixers), f"no layer with heads comes after layer {lab.hook.layer}: nothing can read its writes"
         )
         places = pd.DataFrame([(m.layer, m.mixer, head) for m in mixers for head in range(m.n_heads)], columns=_HEAD)
-        units, atoms = self._draw(lab)
-        width, tables = self.horizon + 1, []
+        atoms, _, sides = self.drawn(lab, lab.rng())
+        lab.require(len(atoms) > 1, "the control 'other' needs a second atom that fires often enough")
+        samples = [sample.assign(half=half) for half, (_, sample) in zip(("select", "test"), sides)]
+        units = pd.concat(samples, ignore_index=True).rename_axis("firing").reset_index()
+        tables = []
         with newest_outputs(lab.model, mixers) as newest:
             changes = _changes(mixers, newest)
 
             def floor(rows: EditedRows) -> Mapping[str, ArrayLike]:
                 return {"change": np.nan_to_num(changes(rows)["change"]).mean(1)}
 
-            lab.facts["floor"] = lab.floor(floor, "change", width, plain=True)
+            lab.facts["floor"] = lab.floor(floor, "change", self.horizon + 1, plain=True)
             for site in lab.sites(units, self.kind):
-                rows = lab.read(site, self._trials(lab, site, atoms), changes, width, plain=True)
-                values = {name: np.concatenate(rows[name].tolist()) for name in ("change", "peak")}
-                described = rows.drop(columns=list(values))
-                tables.append(described.merge(places, how="cross").assign(**values))
+                rows = lab.read(site, self._trials(lab, site, atoms), changes, self.horizon + 1, plain=True)
+                change = np.concatenate(rows.pop("change").tolist())
+                tables.append(rows.merge(places, how="cross").assign(change=change))
         table = pd.concat(tables, ignore_index=True)
-        quiet = table["change"].isna().to_numpy()
+        quiet = table["change"].isna()
         lab.skipped["firings x heads that natively give zero"] += int(quiet.sum()) // len(CONDITIONS)
         lab.require(not quiet.all(), "no downstream head reads anything after a firing")
-        return {"changes": pd.DataFrame(table[~quiet]).reset_index(drop=True)}
+        return {"changes": table[~quiet].reset_index(drop=True)}
 
-    def _draw(self, lab: Lab) -> tuple[pd.DataFrame, LowRank]:
-        """The firings of both halves, and the atoms; `column` says which atom a firing belongs to."""
-        atoms, _, sides = self.drawn(lab, lab.rng())
-        samples = [sample.assign(half=half) for half, (_, sample) in zip(("select", "test"), sides)]
-        table = pd.concat(samples, ignore_index=True).rename_axis("firing").reset_index()
-        column = {int(atom): n for n, atom in enumerate(atoms)}
-        return table.assign(column=[column[atom] for atom in table["atom"]]), lab.atoms(atoms)
-
-    def _trials(self, lab: Lab, site: Site, atoms: LowRank) -> list[Trial]:
+    def _trials(self, lab: Lab, site: Site, numbers: Integers) -> list[Trial]:
         """What is taken away under each condition, at each firing of a site."""
-        rng, rows = lab.rng(8, site.sequence), site.rows
-        column = rows["column"].to_numpy()
-        atom = atoms.rows(torch.tensor(column))
-        atom = atom * torch.tensor(rows["activation"].to_numpy()).to(atom.values)
-        step = rng.integers(1, max(2, len(atoms)), len(column))
-        other = atoms.rows(torch.tensor((column + step) % len(atoms)))
+        rng, column = lab.rng(8, site.sequence), pd.Index(numbers).get_indexer(pd.Index(site.rows["atom"]))
+        step = rng.integers(1, len(numbers), len(column))
+        atom, other = lab.atoms(numbers[column]), lab.atoms(numbers[(column + step) % len(numbers)])
+        atom = atom * torch.tensor(site.rows["activation"].to_numpy()).to(atom.values)
         noise = atom.random_like(torch.Generator().manual_seed(int(rng.integers(2**62))))
         size = -atom.norm()  # taken away
         added = {"atom": atom * -1.0, "random": noise.with_norm(size), "other": other.with_norm(size)}
-        described = cast(list[dict[str, object]], rows.drop(columns=["activation", "column"]).to_dict("records"))
-        positions: list[int] = rows["position"].tolist()
+        described = cast(list[dict[str, object]], site.rows.to_dict("records"))
         return [
-            Trial({**row, "condition": condition}, t, lab.add(t, matrices, n))
+            Trial(row | {"condition": condition}, t, lab.add(t, matrices, n))
             for condition, matrices in added.items()
-            for n, (row, t) in enumerate(zip(described, positions))
+            for n, (row, t) in enumerate(zip(described, site.rows["position"].tolist()))
         ]
 
     # -- judging
@@ -155,7 +140,8 @@ class Readers(OfHalves):
         at, readers = at_readers(result), readers_of_atoms(result)
         logs = Paired(at, ("sequence", "atom"), self.seed)
         several = len(result.tables["changes"][_HEAD].drop_duplicates()) > 1
-        named = pd.Series([head_name(*place) for place in zip(*(readers[name] for name in _HEAD))]).value_counts()
+        kinds = readers["mixer"].map({"recurrence": "H", "attention": "A"})
+        named = ("L" + readers["layer"].astype(str) + kinds + readers["head"].astype(str)).value_counts()
         ratio = logs.means({"random": "a random direction"} | CONTROLS)
         return [
             Finding(
@@ -174,28 +160,6 @@ class Readers(OfHalves):
                 + " atoms)",
                 of=f"firings of {at['atom'].nunique()} atoms in {at['sequence'].nunique()} sequences",
             )
-        ]
-
-    def panels(self, result: Result) -> list[Figure]:
-        """Ratios at every downstream head."""
-        heads = [
-            (head_name(*place), Paired(of_head, ("sequence", "atom"), self.seed).mean("random"))
-            for place, of_head in cast(Iterable[tuple[_Place, pd.DataFrame]], ratios(result, "test").groupby(_HEAD))
-        ]
-        heads.sort(key=lambda head: -head[1].mean)
-        rows = [figures.Row(head, *ratio[:3], "atom") for head, ratio in heads[:_SHOWN]]
-        title = f"Downstream heads, {self.kind}: {result.label}"
-        svg = figures.intervals(rows, "times the change under a random direction", title, write=_times)
-        shown = "" if len(heads) <= _SHOWN else f" The first {_SHOWN} of {len(heads)}."
-        return [Figure("Every downstream head", svg, f"All atoms, test half, 95% intervals.{shown}")]
-
-    def notes(self, result: Result) -> list[str]:
-        """What is not listed, and when the change comes."""
-        table = result.tables["changes"]
-        peak = float(np.median(table.loc[table["condition"] == "atom", "peak"].to_numpy(float)))
-        return [
-            "H are recurrent heads, A attention heads; those of the same layer and below cannot read the write.",
-            f"The change of what a downstream head outputs is largest {peak:.0f} tokens after the write (median).",
         ]
 
 
@@ -236,19 +200,17 @@ def at_readers(result: Result) -> pd.DataFrame:
 
 
 def _changes(mixers: list[DownstreamHeads], newest: Mapping[DownstreamHeads, Tensor]) -> Readout:
-    """Relative change and its peak at every downstream head [n,heads], against the plain row of the same batch."""
+    """Relative change at every downstream head [n,heads], against the plain row of the same batch."""
 
     def read(rows: EditedRows) -> Mapping[str, ArrayLike]:
-        changes, peaks = [], []
+        changes = []
         for mixer in mixers:
             outputs = newest[mixer]  # [n+1,S,H,V], the plain row last
             window = (rows.positions - rows.start).to(outputs.device)
             each = torch.arange(len(window), device=outputs.device)[:, None]
             native = outputs[-1][window]  # [n,W,H,V]
-            size = native.norm(dim=(1, 3))
-            gap = (outputs[each, window] - native).norm(dim=3)  # [n,W,H]
-            changes.append((gap.norm(dim=1) / size).where(size > 0, torch.nan).cpu())
-            peaks.append(gap.argmax(1).cpu())
-        return {"change": torch.cat(changes, 1).numpy(), "peak": torch.cat(peaks, 1).numpy()}
+            size, gap = (x.norm(dim=(1, 3)) for x in (native, outputs[each, window] - native))
+            changes.append((gap / size).where(size > 0, torch.nan).cpu())
+        return {"change": torch.cat(changes, 1).numpy()}
 
     return read

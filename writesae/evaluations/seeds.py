@@ -8,20 +8,18 @@ two nulls are matched in the same way.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.optimize import linear_sum_assignment
 
-from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.experiment.cosines import firing_cosines
 from writesae.experiment.evaluation import Evaluation, Result, Scope
 from writesae.experiment.firings import Integers
 from writesae.experiment.lab import Lab
-from writesae.experiment.matching import match_atoms
 from writesae.verdict import figures
 from writesae.verdict.finding import Against, Figure, Finding, Paired
 from writesae.verdict.format import percent
@@ -36,16 +34,11 @@ SAMPLES: dict[str, str] = {
 """What is matched: the dictionaries and the two nulls."""
 RELEVANT = 0.05
 """Difference of matched |cosines| that matters, and margin by which a null may be worse and still count as equal."""
+SAME, SAME_SHARE, SPREAD = 0.9, 0.01, 0.12
+"""The paper's: |cosine| above which two atoms are the same; share of matched atoms up to which atoms are not the same;
+spread of a count over seeds, (largest - smallest) / mean, up to which kinds are the same."""
 _SHOWN = {"atoms": ("atoms", "atom"), "writes": ("native writes", "control"), "random": ("random directions", "soft")}
 """Name and colour of each sample in the figure."""
-
-
-class Side(NamedTuple):
-    """What one dictionary, or a null in its place, brings to a match."""
-
-    numbers: Integers
-    """[n] numbers of the atoms; running numbers in the nulls."""
-    matrices: LowRank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +65,6 @@ class Seeds(Evaluation):
     """Firings on those tokens that make an atom alive."""
     threshold: float = 0.05
     """Median cosine with the native write from which on an atom is a register."""
-    same: float = 0.9
-    """|cosine| above which two atoms are the same (the paper's)."""
-    largest_spread: float = 0.12
-    """Spread of a count over seeds, (largest - smallest) / mean, up to which kinds are the same (the paper's 12 %)."""
-    largest_share: float = 0.01
-    """Share of matched atoms up to which atoms are not the same (the paper's 1 %)."""
 
     kind: ClassVar[str] = "seeds"
     question: ClassVar[str] = "Do seeds find the same atoms?"
@@ -96,7 +83,7 @@ class Seeds(Evaluation):
             "sample": "; ".join(f"{name}: {meaning}" for name, meaning in SAMPLES.items()),
             "n": "number of matched pairs",
             "median": "median |cosine| of the matched pairs",
-            "share_same": "share of pairs with a |cosine| above `same`",
+            "share_same": "share of pairs with a |cosine| above 0.9",
             "excess": "median over pairs of the matched |cosine| of the atoms minus this sample's, both sorted",
             "excess_low": "lower end of its 95 % interval over pairs",
             "excess_high": "upper end of its 95 % interval over pairs",
@@ -111,12 +98,6 @@ class Seeds(Evaluation):
         },
     }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("same", "largest_spread", "largest_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in (0, 1], found {getattr(self, name)}")
-
     # -- measuring
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
@@ -124,31 +105,36 @@ class Seeds(Evaluation):
         if len(set(kinds.values())) > 1:
             listed = "; ".join(f"{label}: {kind}" for label, kind in kinds.items())
             raise ValueError(f"seeds are compared on one hook and at one size, found {listed}")
-        alive, counts, n_tokens = {}, [], min(self.alive_tokens, lab.tokens.numel())
+        numbers: dict[str, Integers] = {}
+        counts, n_tokens = [], min(self.alive_tokens, lab.tokens.numel())
         for label in lab.saes:
             firings = lab.firings(label)
-            numbers = firings.alive(n_tokens, self.min_firings)
+            numbers[label] = alive = firings.alive(n_tokens, self.min_firings)
             rare = f"{label} has no atom that fires {self.min_firings} times on {n_tokens:,} tokens"
-            lab.require(len(numbers) > 0, rare)
-            medians = firing_cosines(lab, numbers, label).table.groupby("atom")["cosine"].median()
+            lab.require(len(alive) > 0, rare)
+            medians = firing_cosines(lab, alive, label).groupby("atom")["cosine"].median()
             n_dead = firings.n_atoms - len(firings.alive(n_tokens))
-            counts.append((label, len(numbers), int((medians >= self.threshold).sum()), n_dead))
-            alive[label] = Side(numbers, lab.atoms(numbers, label))
-        pools = _write_pools(lab, max(len(side.numbers) for side in alive.values()))
-        rng = np.random.default_rng(self.seed)
-        pairs = pd.concat(
-            [
-                _matched(a, b, sample, *sides)
-                for a, b in itertools.combinations(lab.saes, 2)
-                for sample, sides in _samples(alive[a], alive[b], pools, rng)
-            ],
-            ignore_index=True,
-        )
-        return {
-            "counts": pd.DataFrame(counts, columns=list(self.columns["counts"])),
-            "matches": self.summary(pairs),
-            "pairs": pairs,
-        }
+            counts.append((label, len(alive), int((medians >= self.threshold).sum()), n_dead))
+        pools, needed = [], -(-max(map(len, numbers.values())) // lab.tokens.shape[1]) + 1
+        for start in (0, 1):  # native writes of even and of odd sequences
+            writes = lab.native_writes(range(start, len(lab.tokens), 2)[:needed])
+            pools.append(writes.rows(writes.norm() > 0))
+        rng, pairs = np.random.default_rng(self.seed), []
+        for a, b in itertools.combinations(lab.saes, 2):
+            atoms = [lab.atoms(numbers[label], label) for label in (a, b)]
+            noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
+            random = [each.random_like(noise) for each in atoms]
+            drawn = [rng.permutation(len(pool))[: len(each)] for pool, each in zip(pools, atoms)]
+            writes = [pool.rows(torch.tensor(rows)) for pool, rows in zip(pools, drawn)]
+            for sample, (one, other) in zip(SAMPLES, (atoms, random, writes)):
+                size = one.cosines(other).abs().cpu().double().numpy()
+                first, second = linear_sum_assignment(size, maximize=True)
+                ids = (numbers[a][first], numbers[b][second]) if sample == "atoms" else (first, second)
+                values = dict(zip(("first", "second", "cosine"), (*ids, size[first, second])))
+                pairs.append(pd.DataFrame({"a": a, "b": b, "sample": sample, **values}))
+        table = pd.concat(pairs, ignore_index=True)
+        named = pd.DataFrame(counts, columns=list(self.columns["counts"]))
+        return {"counts": named, "matches": self.summary(table), "pairs": table}
 
     def summary(self, pairs: pd.DataFrame) -> pd.DataFrame:
         """The table `matches` of a table `pairs`."""
@@ -159,9 +145,7 @@ class Seeds(Evaluation):
                 n = min(len(x), len(cosines["atoms"]))
                 table = pd.DataFrame({"pair": np.arange(n), "excess": cosines["atoms"][-n:] - x[-n:]})
                 excess = Paired(table, ("pair",), self.seed).median("excess")
-                low, high = (excess.low, excess.high) if n > 1 else (excess.mean, excess.mean)
-                row = (a, b, sample, len(x), np.median(x), (x > self.same).mean(), excess.mean, low, high)
-                rows.append(row)
+                rows.append((a, b, sample, len(x), np.median(x), (x > SAME).mean(), *excess[:3]))
         return pd.DataFrame(rows, columns=list(self.columns["matches"]))
 
     # -- judging
@@ -188,10 +172,8 @@ class Seeds(Evaluation):
         )
         spread = {name: float(np.ptp(counts[name]) / max(counts[name].mean(), 1)) for name in ("alive", "register")}
         same = {name: float(rows["share_same"].max()) for name, rows in matches.items()}
-        faults = [f"counts vary by more than {percent(self.largest_spread)}"]
-        faults = faults if max(spread.values()) > self.largest_spread else []
-        if same["atoms"] > self.largest_share:
-            faults.append(f"more than {percent(self.largest_share)} of atoms are the same")
+        faults = [f"counts vary by more than {percent(SPREAD)}"] * (max(spread.values()) > SPREAD)
+        faults += [f"more than {percent(SAME_SHARE)} of atoms are the same"] * (same["atoms"] > SAME_SHARE)
         learned = replace(beyond, against={}, chance=RELEVANT).verdict  # atoms that fire are alike by a little
         if (few := too_little(smallest)) is not None:
             verdict = Verdict("inconclusive", few)
@@ -206,7 +188,7 @@ class Seeds(Evaluation):
             claim="seeds find the same kinds, not the same atoms",
             ruled=verdict,
             measured=f"alive vary by {percent(spread['alive'])}, registers by {percent(spread['register'])}; at most "
-            f"{percent(same['atoms'])} of atoms match at cosine > {self.same:g}",
+            f"{percent(same['atoms'])} of atoms match at cosine > {SAME:g}",
             controls=f"random match {percent(same['random'])}, writes match {percent(same['writes'])}",
             n=len(counts),
             of="seeds",
@@ -217,45 +199,8 @@ class Seeds(Evaluation):
         """Matched cosines and those of both nulls, best pair first."""
         pairs, shares, lines = result.tables["pairs"], np.linspace(0, 1, 11), []
         for sample, (name, colour) in _SHOWN.items():
-            cosines = pairs[pairs["sample"] == sample].groupby(["a", "b"])["cosine"]
-            each = np.array([np.quantile(x, 1 - shares) for _, x in cosines])  # [pairs of dictionaries, shares]
-            band = (each.min(0).tolist(), each.max(0).tolist())
-            lines.append(figures.Line(name, shares.tolist(), each.mean(0).tolist(), colour, band))
+            cosines = np.quantile(pairs.loc[pairs["sample"] == sample, "cosine"], 1 - shares)
+            lines.append(figures.Line(name, shares.tolist(), cosines.tolist(), colour))
         title, ticks = f"Matched atoms of seeds: {result.label}", {float(x): f"{100 * x:.0f}%" for x in shares}
-        svg = figures.curves(lines, "matched pairs, best first", title, chance=self.same, ticks=ticks)
-        caption = "|cosine| of matched pairs: mean over pairs of dictionaries, and the range over them."
-        return [Figure("How alike matched atoms are", svg, caption)]
-
-    def notes(self, result: Result) -> list[str]:
-        """How atoms are matched."""
-        return ["Alive atoms are matched one to one, so that the sum of |cosines| is largest; so are both nulls."]
-
-
-def _write_pools(lab: Lab, needed: int) -> tuple[LowRank, LowRank]:
-    """Native writes of even and of odd sequences, at least `needed` each where there are so many."""
-    pools = []
-    for start in (0, 1):
-        sequences = range(start, len(lab.tokens), 2)[: -(-needed // lab.tokens.shape[1]) + 1]
-        writes = lab.native_writes(sequences)
-        pools.append(writes.rows(writes.norm() > 0))
-    return pools[0], pools[1]
-
-
-def _samples(
-    a: Side, b: Side, pools: tuple[LowRank, LowRank], rng: np.random.Generator
-) -> Iterator[tuple[str, tuple[Side, Side]]]:
-    """What is matched for one pair of dictionaries, by sample."""
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    random = [side.matrices.random_like(generator) for side in (a, b)]
-    drawn = [rng.permutation(len(pool))[: len(side.numbers)] for pool, side in zip(pools, (a, b))]
-    writes = [pool.rows(torch.tensor(rows)) for pool, rows in zip(pools, drawn)]
-    yield "atoms", (a, b)
-    for name, (one, other) in (("random", random), ("writes", writes)):
-        yield name, (Side(np.arange(len(one)), one), Side(np.arange(len(other)), other))
-
-
-def _matched(a: str, b: str, sample: str, one: Side, other: Side) -> pd.DataFrame:
-    """The rows of `pairs` of one pair of dictionaries and one sample."""
-    match = match_atoms(one.matrices, other.matrices)
-    ids = {"first": one.numbers[match.first], "second": other.numbers[match.second]}
-    return pd.DataFrame({"a": a, "b": b, "sample": sample, **ids, "cosine": match.cosine})
+        svg = figures.curves(lines, "matched pairs, best first", title, chance=SAME, ticks=ticks)
+        return [Figure("How alike matched atoms are", svg, "|cosine| of matched pairs of all dictionaries.")]

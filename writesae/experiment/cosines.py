@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from hookpoints import Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.experiment.firings import Integers
 from writesae.experiment.head import head_writes, matrices_of
@@ -21,23 +19,10 @@ SIDES = ("key", "value", "shuffled_key", "shuffled_value")
 """Columns that hold |cosines| of one side."""
 
 
-class FiringCosines(NamedTuple):
-    """Signed cosines <A_i, W_t> / |A_i||W_t| over firings (i, t), for the dictionary and three nulls."""
-
-    table: pd.DataFrame
-    """sequence, position, atom, cosine, shuffled, random, untrained; key, value, shuffled_key, shuffled_value (|cosine|
-    of one side of the matrices); and one column for each further direction. One row per firing at a write that is not
-    zero."""
-    zero_writes: int
-    """Firings left out because the native write there, or at the shuffled position, is zero."""
-    zero_atoms: Integers
-    """Atoms left out because they are zero."""
-
-
 def firing_cosines(
     lab: Lab, atoms: Integers, label: str | None = None, directions: Mapping[str, LowRank] | None = None
-) -> FiringCosines:
-    """Cosines at the firings of `atoms`, beside what chance gives.
+) -> pd.DataFrame:
+    """Signed cosines <A_i, W_t> / |A_i||W_t| at the firings (i, t) of `atoms`, beside what chance gives.
 
     * `shuffled`: the same atom against the write of another position of the same sequence (one random permutation of
       the positions per sequence). This is what is left when only the head's typical writes, and not this firing, can
@@ -51,23 +36,24 @@ def firing_cosines(
         label: of the dictionary; by default the first one.
         directions: single matrices (N = 1) by name, which are held against the writes at the same firings.
 
+    Returns: sequence, position, atom, cosine, shuffled, random, untrained; key, value, shuffled_key, shuffled_value
+    (|cosine| of one side of the matrices); and one column for each further direction. One row per firing. A cosine with
+    a write or an atom that is zero is 0.
+
     Cost: one forward up to the head's layer per sequence, and 3 T F R R' (K + V) for the cosines; for a dictionary of
     states also T F R K V, and T K V numbers.
     """
-    firings, further = lab.firings(label), directions or {}
+    firings, target = lab.firings(label), (lab.hook if label is None else lab.hooks[label]).target
     decoded = lab.atoms(atoms, label)
-    nonzero = decoded.norm() > 0
-    decoded, usable_atoms = decoded.rows(nonzero), atoms[nonzero.cpu().numpy()]
     rng = lab.rng(len(atoms))
     # The noise has a seed of its own: a dictionary initialised under `lab.seed` would otherwise be its own null.
     noise = decoded.random_like(torch.Generator().manual_seed(int(rng.integers(2**62))))
     nothing = LowRank(*(side[:1].expand(firings.n_atoms, -1, -1) for side in (decoded.keys, decoded.values)))
-    seed = int(lab.rng(len(atoms), 1).integers(2**62))
-    untrained = nothing.random_like(torch.Generator().manual_seed(seed))
+    untrained = nothing.random_like(torch.Generator().manual_seed(int(lab.rng(len(atoms), 1).integers(2**62))))
     untrained = untrained.with_norm(torch.ones(firings.n_atoms).to(untrained.values))
     column = np.full(firings.n_atoms, -1)
-    column[usable_atoms] = np.arange(len(usable_atoms))
-    tables, zero_writes = [], 0
+    column[atoms] = np.arange(len(atoms))
+    tables = []
     for sequence in range(len(lab.tokens)):
         table = firings.frame(firings.sequence == sequence)
         table["place"] = table.groupby("position")["activation"].rank(method="first", ascending=False).astype(int) - 1
@@ -77,58 +63,44 @@ def firing_cosines(
             continue
         recurrence = lab.recurrence(sequence)
         writes = head_writes(recurrence, 0).to(decoded.values)
-        written = (writes.norm() > 0).cpu().numpy()
-        here, which = table["position"].to_numpy(), column[table["atom"].to_numpy()]
+        here, which = table["position"].to_numpy(copy=True), column[table["atom"].to_numpy()]
         there = order[here]
-        usable = written[here] & written[there]
-        zero_writes += int((~usable).sum())
-        table, here, there, which = table.loc[usable], here[usable], there[usable], which[usable]
+        if target == "write":
+            products = untrained.cosines(writes).T
+        else:
+            states = matrices_of(recurrence, target).to(untrained.values)
+            products = torch.einsum("tkv,frk,frv->tf", states, untrained.keys, untrained.values)
+        fires = products.argsort(dim=1, descending=True, stable=True)  # [T,F] atoms by falling product
+        drawn = untrained.rows(fires[torch.tensor(here), torch.tensor(table["place"].to_numpy())])
         matched, chance = (writes.cosines(each).cpu().numpy() for each in (decoded, noise))
         key, value = (side.cpu().numpy() for side in side_cosines(writes, decoded))
-        fires = _fires(untrained, recurrence, lab.hook.target if label is None else lab.hooks[label].target)
-        drawn = fires[torch.tensor(here), torch.tensor(table["place"].to_numpy())]
+        further = {n: writes.cosines(x.to(writes.values))[here, 0].cpu().numpy() for n, x in (directions or {}).items()}
         tables.append(
             table.drop(columns=["activation", "place"]).assign(
                 cosine=matched[here, which],
                 shuffled=matched[there, which],
                 random=chance[here, which],
-                untrained=writes.rows(torch.tensor(here)).cosine(untrained.rows(drawn)).cpu().numpy(),
+                untrained=writes.rows(torch.tensor(here)).cosine(drawn).cpu().numpy(),
                 key=key[here, which],
                 value=value[here, which],
                 shuffled_key=key[there, which],
                 shuffled_value=value[there, which],
-                **{
-                    name: writes.cosines(each.to(writes.values))[here, 0].cpu().numpy()
-                    for name, each in further.items()
-                },
+                **further,
             )
         )
-    columns = ["sequence", "position", "atom", "cosine", "shuffled", "random", "untrained", *SIDES, *further]
-    joined = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
-    return FiringCosines(joined, zero_writes, np.setdiff1d(atoms, usable_atoms))
-
-
-def _fires(atoms: LowRank, recurrence: Recurrence, target: str) -> Tensor:
-    """[T,F] numbers of atoms at each token, by falling inner product with the write or the state."""
-    if target == "write":
-        return atoms.cosines(head_writes(recurrence, 0).to(atoms.values)).T.argsort(dim=1, descending=True, stable=True)
-    states = matrices_of(recurrence, target).to(atoms.values)
-    products = torch.einsum("tkv,frk,frv->tf", states, atoms.keys, atoms.values)
-    return products.argsort(dim=1, descending=True, stable=True)
+    return pd.concat(tables, ignore_index=True)
 
 
 @torch.no_grad()
 def first_component(lab: Lab, n_writes: int) -> LowRank:
     """The first principal component (N = 1) of up to `n_writes` native writes of the first 16 sequences, turned so that
-    its mean inner product with them is positive; zero where the writes do not vary. Memory: n_writes K V numbers."""
+    its mean inner product with them is positive; zero where the writes do not vary."""
     writes = lab.native_writes(range(min(16, len(lab.tokens))))
     drawn = np.sort(lab.rng(12).choice(len(writes), min(n_writes, len(writes)), replace=False)).tolist()
-    rows = writes.rows(drawn).dense()
-    pca = fit_pca(rows.flatten(1), 1)
-    if len(pca.components) == 0:
-        return writes.rows([0]) * 0.0
-    turned = pca.components[0] * torch.sign(pca.components[0] @ pca.mean)
-    return LowRank.svd(turned.view(1, *rows.shape[1:]))
+    pca = fit_pca(writes.rows(drawn), 1)
+    component = pca.components.sum(0)  # of one, or of none
+    turned = component * torch.sign(component @ pca.mean)
+    return LowRank.svd(turned.view(1, *lab.key_value))
 
 
 def side_cosines(one: LowRank, other: LowRank) -> tuple[Tensor, Tensor]:

@@ -49,8 +49,3 @@ def newest_outputs(
     newest: dict[DownstreamHeads, Tensor] = {}
     with model.hooks([(m.hook, lambda x, hook, m=m: newest.__setitem__(m, x)) for m in mixers]):
         yield newest
-
-
-def head_name(layer: int, mixer: str, head: int) -> str:
-    """L3H1; an attention head is L3A1."""
-    return f"L{layer}{'A' if mixer == 'attention' else 'H'}{head}"

@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-import numpy as np
 import pandas as pd
 from scipy.stats import ks_2samp
 
@@ -18,7 +17,7 @@ from writesae.experiment.evaluation import Result, described
 from writesae.files import Json
 from writesae.verdict import statistics as stats
 from writesae.verdict.finding import Finding, Paired
-from writesae.verdict.format import percent, points
+from writesae.verdict.format import number, percent, points
 from writesae.verdict.judge import Verdict, judge
 from writesae.verdict.paper import Outcome
 from writesae.verdict.statistics import Estimate
@@ -31,7 +30,6 @@ KIND_RATES: dict[str, str] = {
     **described("low high"),
     "n": "firings",
     "n_atoms": "atoms",
-    "by_firings": "the rate with each atom weighted by how often it fires on the text",
 }
 """Columns of the table of `compare_kinds`."""
 
@@ -39,7 +37,7 @@ KIND_RATES: dict[str, str] = {
 def compare_kinds(
     wide: pd.DataFrame, scale: str, verdict: Verdict, atoms: pd.DataFrame, seed: int
 ) -> tuple[pd.DataFrame, dict[str, Json]]:
-    """Register against bundle in a substitution test.
+    """Register against bundle in a substitution test of two or more atoms of each.
 
     Args:
         wide: firings of a substitution test of some of `atoms` (`wide_firings`).
@@ -49,79 +47,64 @@ def compare_kinds(
 
     Returns: the table `substitution`, and the verdict of the test with the difference of the kinds.
     """
-    known = atoms.set_index("atom")[["kind", "firings"]]
     wins = wide[["written_atom"]].assign(win=wide[f"atom/{scale}"] < wide["delete"])
-    wins = wins.join(known, on="written_atom", how="inner")
-    of_kind = {kind: Paired(wins[wins["kind"] == kind], ("written_atom",), seed) for kind in KINDS}
-    rows = []
-    for kind, each in of_kind.items():
-        if each["written_atom"].nunique() > 1:  # a single atom says nothing about others
-            of_atom = each.wide.groupby("written_atom").agg(win=("win", "mean"), firings=("firings", "first"))
-            by_firings = np.average(of_atom["win"], weights=of_atom["firings"])
-            rows.append((scale, kind, *each.mean("win"), by_firings))
+    wins = wins.join(atoms.set_index("atom")["kind"], on="written_atom", how="inner")
+    register, bundle = (Paired(wins[wins["kind"] == kind], ("written_atom",), seed) for kind in KINDS)
+    rows = [(scale, kind, *each.mean("win")) for kind, each in zip(KINDS, (register, bundle))]
+    samples = (register["win"], bundle["win"], register["written_atom"], bundle["written_atom"])
+    gap = register.lead("win", bundle)._asdict() | {"p_value": stats.permutation_test(*samples, seed=seed).p_value}
     facts: dict[str, Json] = {
         "verdict": {"outcome": verdict.outcome, "sentence": verdict.sentence},
-        "without_kind": int(wide["written_atom"].nunique() - wins["written_atom"].nunique()),
+        "difference": {name: gap[name] for name in ("mean", "low", "high", "p_value")},
     }
-    if len(rows) == len(KINDS):
-        register, bundle = of_kind.values()
-        samples = (register["win"], bundle["win"], register["written_atom"], bundle["written_atom"])
-        difference = register.lead("win", bundle)
-        ends = {name: getattr(difference, name) for name in ("mean", "low", "high")}
-        facts["difference"] = ends | {"p_value": stats.permutation_test(*samples, seed=seed).p_value}
     return pd.DataFrame(rows, columns=list(KIND_RATES)), facts
 
 
-def alike_verdict(rates: Mapping[str, Estimate], gap: tuple[float, float], test: Mapping[str, str]) -> Verdict:
-    """The outcome of claim 4 from the win rate of each kind, the interval of their difference, and the verdict on all
-    tested firings."""
-    kinds = {
-        kind: judge(rate, chance=0.5, relevant=RELEVANT, what=f"the win rate of {kind} atoms against deletion")
-        for kind, rate in rates.items()
-    }
-    verdicts = [Verdict(cast(Outcome, test["outcome"]), test["sentence"]), *kinds.values()]
-    for outcome in ("below the floor", "inconclusive", "confounded", "undecided"):
-        if stops := [each for each in verdicts if each.outcome == outcome]:
-            return stops[0]
-    if failed := [kind for kind, each in kinds.items() if each.outcome == "fails"]:
-        return Verdict("fails", f"Deletion is not beaten by {' and '.join(failed)} atoms.")
-    (low, high), both, size = gap, "Both kinds beat deletion", percent(RELEVANT)
-    if low >= -RELEVANT and high <= RELEVANT:
-        return Verdict("holds", f"{both}, and differ by no more than {size}.")
-    if low > RELEVANT or high < -RELEVANT:
-        return Verdict("fails", f"{both}, but not alike: they differ by more than {size}.")
-    reach = f"an interval of their difference of [{points(low)}, {points(high)}] points"
-    return Verdict("inconclusive", f"{both}, but {reach} shows neither sameness nor a difference of {size}.")
-
-
 def alike(result: Result, controls: Sequence[str]) -> Finding:
-    """Claim 4: both kinds beat deletion, and the interval of their difference lies within 10 points of zero."""
+    """Claim 4: both kinds beat deletion, and the interval of their difference lies within 10 points of zero. A test
+    that is stopped, as a whole or for one kind, stops the claim."""
     claim, table = "register and bundle atoms substitute alike", result.tables["substitution"]
-    compared = cast(Mapping[str, Mapping[str, float]], result.info.get("compared"))
-    if set(table["kind"]) != set(KINDS):
-        kinds = result.tables["atoms"]["kind"].tolist()
-        counts = " and ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS)
-        reason = f"It needs two tested atoms of each kind; of the alive atoms there are {counts}."
+    if table.empty:
+        counts = result.tables["atoms"]["kind"].value_counts()
+        listed = " and ".join(f"{counts.get(kind, 0)} {kind}" for kind in KINDS)
+        reason = f"It needs two tested atoms of each kind; of the alive atoms there are {listed}."
         return Finding.untested(claim, reason, 4, "firings")
+    compared = cast(Mapping[str, Mapping[str, float]], result.info["compared"])
+    gap, test = compared["difference"], cast(Mapping[str, str], compared["verdict"])
     rates = {
         str(row["kind"]): Estimate(row["rate"], row["low"], row["high"], row["n"], row["n_atoms"])
         for row in table.to_dict("records")
     }
-    gap, test = compared["difference"], cast(Mapping[str, str], compared["verdict"])
+    what = "the win rate of {} atoms against deletion".format
+    verdicts = [Verdict(cast(Outcome, test["outcome"]), test["sentence"])]
+    verdicts += [judge(rate, chance=0.5, relevant=RELEVANT, what=what(kind)) for kind, rate in rates.items()]
+    interval = f"[{points(gap['low'])}, {points(gap['high'])}] points"
+    order = ("below the floor", "inconclusive", "confounded", "undecided")
+    stops = sorted((each for each in verdicts if each.outcome in order), key=lambda each: order.index(each.outcome))
+    if stops:
+        verdict = stops[0]
+    elif failed := [kind for kind, each in zip(KINDS, verdicts[1:]) if each.outcome == "fails"]:
+        verdict = Verdict("fails", f"Deletion is not beaten by {' and '.join(failed)} atoms.")
+    elif gap["low"] >= -RELEVANT and gap["high"] <= RELEVANT:
+        verdict = Verdict("holds", f"Both kinds beat deletion, and differ by no more than {percent(RELEVANT)}.")
+    elif gap["low"] > RELEVANT or gap["high"] < -RELEVANT:
+        text = f"Both kinds beat deletion, but not alike: they differ by more than {percent(RELEVANT)}."
+        verdict = Verdict("fails", text)
+    else:
+        text = f"Both kinds beat deletion, but their difference {interval} shows neither sameness nor a difference of"
+        verdict = Verdict("inconclusive", f"{text} {percent(RELEVANT)}.")
     atoms = ", ".join(f"{rate.n_clusters} {kind} atoms" for kind, rate in rates.items())
-    weighted = ", ".join(f"{row['kind']} {percent(row['by_firings'])}" for row in table.to_dict("records"))
     return Finding(
         number=4,
         claim=claim,
-        ruled=alike_verdict(rates, (gap["low"], gap["high"]), test),
+        ruled=verdict,
         chance=0.5,
-        shown={kind: rates[kind] for kind in KINDS},
+        shown=rates,
         write=percent,
         axis="of firings nearer to the native model than after deletion",
-        measured=f"{atoms}; difference [{points(gap['low'])}, {points(gap['high'])}] points, p = "
-        f"{gap['p_value']:.2g}; weighted by firings: {weighted}",
+        measured=f"{atoms}; difference {interval}, p = {gap['p_value']:.2g}",
         controls=f"those of the substitution test: {', '.join(controls)}",
-        n=sum(rate.n for rate in rates.values()),
+        n=int(table["n"].sum()),
         of="firings, by atom",
     )
 
@@ -132,11 +115,11 @@ def by_rule(tables: Mapping[str, pd.DataFrame]) -> Finding:
     for column in ("cosine", "shuffled"):
         pairs = itertools.combinations(tables, 2)
         tests = {f"{a} / {b}": float(ks_2samp(tables[a][column], tables[b][column]).pvalue) for a, b in pairs}  # pyright: ignore
-        p_values[column] = stats.holm(tests)
+        p_values = stats.holm(tests) if column == "cosine" else p_values
         of_rule = [float(table.loc[table["kind"] == "register", column].median()) for table in tables.values()]
         falling = all(a > b for a, b in itertools.pairwise(of_rule))
-        ordered[column] = max(p_values[column].values()) < 0.05 and falling
-        medians[column] = ", ".join(f"{rule} {'–' if np.isnan(m) else f'{m:.3f}'}" for rule, m in zip(tables, of_rule))
+        ordered[column] = falling and max(stats.holm(tests).values()) < 0.05
+        medians[column] = ", ".join(f"{rule} {number(median)}" for rule, median in zip(tables, of_rule))
     if ordered["cosine"] and ordered["shuffled"]:
         verdict = Verdict("confounded", "At shuffled positions the rules differ in the same way.")
     elif ordered["cosine"]:
@@ -148,7 +131,7 @@ def by_rule(tables: Mapping[str, pd.DataFrame]) -> Finding:
         claim="alignment of registers falls with the rank of the write rule",
         ruled=verdict,
         measured=f"median cosine of registers: {medians['cosine']}; Kolmogorov-Smirnov, Holm-adjusted: "
-        + ", ".join(f"{pair} p = {p:.2g}" for pair, p in p_values["cosine"].items()),
+        + ", ".join(f"{pair} p = {p:.2g}" for pair, p in p_values.items()),
         controls=f"at shuffled positions: {medians['shuffled']}",
         n=sum(map(len, tables.values())),
         of="alive atoms",

@@ -1,16 +1,18 @@
-"""Principal components of matrices: the best that a linear code of r numbers can do, without any dictionary."""
+"""Principal components of writes: the best that a linear code of r numbers can do, without any dictionary."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 
 _NO_VARIANCE = 1e-12
-"""A direction with less than this share of the largest variance is rounding."""
+"""A direction with less than this share of the mean square is rounding."""
 
 
 class MatrixPca(NamedTuple):
@@ -19,7 +21,7 @@ class MatrixPca(NamedTuple):
     mean: Tensor
     """[D]"""
     components: Tensor
-    """[R,D], by falling variance; R is at most min(N - 1, D)."""
+    """[R,D], by falling variance; R is at most min(N, D) - 1."""
 
     def project(self, rows: Tensor, rank: int) -> Tensor:
         """[N,D] in the span of the mean and the first `rank` components (all, where there are fewer)."""
@@ -28,60 +30,28 @@ class MatrixPca(NamedTuple):
         return (self.mean + centred @ basis.T @ basis).to(rows)
 
 
-def fit_pca(rows: Tensor, rank: int) -> MatrixPca:
-    """The first `rank` components of rows [N,D], in float64; directions without variance are left out.
+def fit_pca(writes: LowRank, rank: int) -> MatrixPca:
+    """The first `rank` components of N writes from their factors, in float64; directions without variance are left out.
 
-    Cost: an eigendecomposition of the smaller of the N x N and D x D Gram matrices.
-
-    Raises:
-        ValueError: fewer than two rows.
+    Neither an N x D nor a D x D matrix is built. Cost: N K V multiplications for each product of Lanczos' method,
+    some dozens of them.
     """
-    if rows.ndim != 2 or len(rows) < 2:
-        raise ValueError(f"principal components need at least two rows [N,D], found {list(rows.shape)}")
-    x = rows.double()
-    mean = x.mean(0)
-    x = x - mean
-    wide = len(x) < x.shape[1]
-    values, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
-    varying = int((values > values[-1].clamp_min(0) * _NO_VARIANCE).sum()) if float(values[-1]) > 0 else 0
-    top = vectors.flip(1)[:, : min(rank, varying)]
-    components = (x.T @ top / (x.T @ top).norm(dim=0)).T if wide else top.T
-    return MatrixPca(mean.to(rows.dtype), components.to(rows.dtype))
-
-
-def fit_pca_of_writes(writes: LowRank, rank: int, seed: int = 0, *, spare: int = 6, passes: int = 16) -> MatrixPca:
-    """`fit_pca` of N writes from their factors, in float64: neither an N x D nor a D x D matrix is built.
-
-    Subspace iteration with `spare` further directions, then the principal axes within the subspace. Exact where the
-    writes have no more than rank + spare components; otherwise the components that it finds hold the variance of the
-    best ones but for a share of about (v_next / v_rank)^(2 passes), v_next being the variance of the first component
-    beyond the spare ones.
-
-    Cost: N K V (rank + spare) multiplications for each pass.
-
-    Raises:
-        ValueError: fewer than two writes.
-    """
-    if len(writes) < 2:
-        raise ValueError(f"principal components need at least two writes, found {len(writes)}")
-    keys, values = writes.keys.flatten(0, 1).double(), writes.values.flatten(0, 1).double()  # [N R,K], [N R,V]
-    shape = (len(writes), writes.rank)
+    exact = writes.to(torch.float64)
+    keys, values = (side.flatten(0, 1).cpu().numpy() for side in (exact.keys, exact.values))  # [N R,K], [N R,V]
     mean = keys.T @ values / len(writes)
-    n = min(rank + spare, len(writes) - 1, mean.numel())
-    drawn = torch.randn(*mean.shape, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    basis = torch.linalg.qr(drawn.to(mean.device).flatten(0, 1))[0]  # [D,n]
 
-    def centred_scores() -> Tensor:
-        each = [((keys @ m) * values).sum(1).view(shape).sum(1) for m in basis.T.view(n, *mean.shape)]
-        scores = torch.stack(each, 1)
-        return scores - scores.mean(0)  # the scores of the mean are the mean of the scores
+    def scores(axis: np.ndarray) -> np.ndarray:
+        matrix = axis.reshape(mean.shape)
+        return ((keys @ matrix) * values).reshape(len(writes), -1).sum(1) - (mean * matrix).sum()
 
-    for _ in range(passes):
-        weights = centred_scores().repeat_interleave(writes.rank, 0)
-        moved = [((keys * weights[:, j, None]).T @ values).flatten() for j in range(n)]
-        basis = torch.linalg.qr(torch.stack(moved, 1))[0]
-    scores = centred_scores()
-    variances, turned = torch.linalg.eigh(scores.T @ scores)
-    varying = int((variances > variances[-1].clamp_min(0) * _NO_VARIANCE).sum()) if float(variances[-1]) > 0 else 0
-    components = (basis @ turned.flip(1)[:, : min(rank, varying)]).T
-    return MatrixPca(mean.flatten().to(writes.values), components.to(writes.values))
+    def sums(weights: np.ndarray) -> np.ndarray:
+        return ((keys * weights.repeat(writes.rank)[:, None]).T @ values - weights.sum() * mean).ravel()
+
+    square = float(exact.inner(exact).sum())
+    centred = LinearOperator((len(writes), mean.size), matvec=scores, rmatvec=sums, dtype=np.float64)  # pyright: ignore
+    components = np.empty((0, mean.size))
+    if square - len(writes) * (mean**2).sum() > _NO_VARIANCE * square:
+        _, sizes, axes = svds(centred, min(rank, len(writes) - 1, mean.size - 1), random_state=0)  # pyright: ignore
+        order = np.argsort(-sizes)
+        components = axes[order[sizes[order] ** 2 > _NO_VARIANCE * square]]
+    return MatrixPca(*(torch.from_numpy(each).to(writes.values) for each in (mean.ravel(), components)))

@@ -73,34 +73,19 @@ _KL = {
     "kl_window": "nats, mean over t..t+horizon of KL(native || edited)",
     "kl_at": "nats, at t",
     "kl_next": "nats, at t + 1",
-    "kl_last": "nats, at the last token (missing for firings that were not run to the end)",
 }
 KL_METRICS: dict[str, str] = _KL | {f"reverse_{name}": "the same for KL(edited || native)" for name in _KL}
 """Columns of `kl_metrics`."""
 
 
-def kl_metrics(horizon: int, to_end: bool = False) -> Readout:
-    """KL at t, at t + 1, the mean over t..t+horizon, and at the last token of the sequence, in both directions.
-
-    Args:
-        to_end: the trials are run to the end of the sequence. Otherwise the values at the last token are NaN.
-    """
-
-    def read(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
-        looked_at = torch.tensor([trial.position for trial in rows.trials])[:, None] + torch.arange(horizon + 1)
-        if to_end:
-            looked_at = torch.cat([looked_at, torch.full((len(rows.trials), 1), len(rows.native) - 1)], 1)
-        looked_at = looked_at.to(rows.logits.device)
-        each = torch.arange(len(rows.trials), device=looked_at.device)[:, None]
-        both = divergences(rows.native, looked_at, rows.logits[each, looked_at - rows.start])
-        values: dict[str, NDArray[np.float64]] = {}
-        for prefix, kl in (("", both.forward), ("reverse_", both.reverse)):
-            last = kl[:, -1] if to_end else torch.full_like(kl[:, 0], torch.nan)
-            columns = {"window": kl[:, : horizon + 1].mean(1), "at": kl[:, 0], "next": kl[:, 1], "last": last}
-            values |= {f"{prefix}kl_{name}": column.numpy() for name, column in columns.items()}
-        return values
-
-    return read
+def kl_metrics(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
+    """KL at t, at t + 1, and the mean over the window, in both directions."""
+    both = divergences(rows.native, rows.positions, rows.window)
+    values: dict[str, NDArray[np.float64]] = {}
+    for prefix, kl in (("", both.forward), ("reverse_", both.reverse)):
+        values[f"{prefix}kl_window"] = kl.mean(1).numpy()
+        values[f"{prefix}kl_at"], values[f"{prefix}kl_next"] = kl[:, 0].numpy(), kl[:, 1].numpy()
+    return values
 
 
 def kl_window(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:

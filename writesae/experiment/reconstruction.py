@@ -3,7 +3,7 @@ queries read of it, what is written in place of one write, and what it costs to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.losses import read_queries
-from writesae.experiment.conditions import baseline_factor
+from writesae.experiment.conditions import scaled
 from writesae.experiment.evaluation import Result
 from writesae.experiment.head import (
     ROUNDING,
@@ -90,35 +90,28 @@ def reconstruction(lab: Lab, sequences: Sequence[int]) -> pd.DataFrame:
     are left out and counted in `lab.skipped`. Cost: a forward per sequence up to the layer, and an encode and decode of
     each matrix by each dictionary.
     """
-    targets = dict.fromkeys(hook.target for hook in lab.hooks.values())
-    rows: list[tuple[str, str, int, float, float, float, float]] = []
-    totals: dict[tuple[str, int], tuple[Tensor, float]] = {}
+    rows, sums = [], []
     for i in lab.bar(list(sequences), "reconstruction"):
         recurrence = lab.recurrence(i)
-        for target in targets:
-            x = matrices_of(recurrence, target)
-            flat, queries = x.flatten(1).double(), read_queries(recurrence)[0, :, 0].to(x.dtype)
-            totals[target, i] = flat.sum(0), float(flat.square().sum())
-            for label in [label for label, hook in lab.hooks.items() if hook.target == target]:
-                activations = encoded(lab.saes[label], x)
-                lost = x - decoded(lab.saes[label], activations, x)
-                lost_read, read = (
-                    float(torch.einsum("tkv,tk->tv", m, queries).double().square().sum()) for m in (lost, x)
-                )
-                l0 = float((activations > 0).sum(1).float().mean())
-                rows.append((label, target, i, float(lost.double().square().sum()), lost_read, read, l0))
-    n_tokens, kept, left_out = lab.tokens.shape[1], [], set()
-    for target in targets:
-        mean = torch.stack([totals[target, i][0] for i in sequences]).sum(0) / (n_tokens * len(sequences))
-        for label, _, i, error, lost_read, read, l0 in (row for row in rows if row[1] == target):
-            total, square = totals[target, i]
-            variance = square - 2 * float(mean @ total) + n_tokens * float(mean @ mean)
-            if variance <= ROUNDING * square or read == 0:
-                left_out.add((target, i))
-            else:
-                kept.append((label, i, 1 - error / variance, 1 - lost_read / read, l0))
-    lab.skipped[NO_VARIANCE] += len(left_out)
-    return pd.DataFrame(kept, columns=["sae", "sequence", "explained", "reads", "l0"])
+        queries = read_queries(recurrence)[0, :, 0]
+        for label, hook in lab.hooks.items():
+            x = matrices_of(recurrence, hook.target)
+            activations = encoded(lab.saes[label], x)
+            lost = x - decoded(lab.saes[label], activations, x)
+            both = [lost, x, *(torch.einsum("tkv,tk->tv", m, queries.to(x.dtype)) for m in (lost, x))]
+            squares = [float(each.double().square().sum()) for each in both]
+            rows.append((label, hook.target, i, *squares, float((activations > 0).sum(1).float().mean())))
+            sums.append(x.flatten(1).double().sum(0))
+    table = pd.DataFrame(rows, columns=["sae", "target", "sequence", "lost", "square", "lost_read", "read", "l0"])
+    n_tokens, totals, variance = lab.tokens.shape[1], torch.stack(sums), table["square"].copy()
+    for label in lab.saes:
+        of_sae = np.flatnonzero(table["sae"] == label)
+        mean = totals[of_sae].mean(0) / n_tokens
+        variance[of_sae] += (n_tokens * (mean @ mean) - 2 * totals[of_sae] @ mean).cpu().numpy()
+    still = (variance <= ROUNDING * table["square"]) | (table["read"] == 0)
+    lab.skipped[NO_VARIANCE] += len(table[still].drop_duplicates(["target", "sequence"]))
+    table = table.assign(explained=1 - table["lost"] / variance, reads=1 - table["lost_read"] / table["read"])[~still]
+    return table[["sae", "sequence", "explained", "reads", "l0"]].reset_index(drop=True)
 
 
 def dictionaries(lab: Lab, sequences: Sequence[int], alive_tokens: int) -> pd.DataFrame:
@@ -153,64 +146,32 @@ class Basis(NamedTuple):
         Cost: a forward of each sequence up to the layer, and K V numbers for each of these writes.
         """
         rng, per_sequence = lab.rng(11), -(-n_writes // len(sequences))
-        keys, values, rows, sums, n_tokens = [], [], [], [], 0
+        writes, drawn, means = [], [], []
         for sequence in sequences:
             recurrence = lab.recurrence(sequence)
-            writes = head_writes(recurrence, 0)
-            keys.append(writes.keys.flatten(0, 1))
-            values.append(writes.values.flatten(0, 1))
-            drawn = np.sort(rng.choice(len(writes), min(per_sequence, len(writes)), replace=False)).tolist()
-            rows.append(writes.rows(drawn).dense().flatten(1))
-            sums.append(matrices_of(recurrence, lab.hook.target).flatten(1).double().sum(0))
-            n_tokens += len(writes)
-        pca = fit_pca(torch.cat(rows)[:n_writes], n_components)
-        mean = mean_write(torch.cat(keys), torch.cat(values), _MEAN_ENERGY)
-        return cls(pca, mean, (torch.stack(sums).sum(0) / n_tokens).to(pca.mean))
+            writes.append(head_writes(recurrence, 0))
+            rows = rng.choice(len(writes[-1]), min(per_sequence, len(writes[-1])), replace=False)
+            drawn.append(writes[-1].rows(np.sort(rows).tolist()))
+            means.append(matrices_of(recurrence, lab.hook.target).flatten(1).double().mean(0))
+        every, some = (
+            LowRank(torch.cat([x.keys for x in y]), torch.cat([x.values for x in y])) for y in (writes, drawn)
+        )
+        pca = fit_pca(some.rows(slice(n_writes)), n_components)
+        mean = mean_write(every.keys.flatten(0, 1), every.values.flatten(0, 1), _MEAN_ENERGY)
+        return cls(pca, mean, torch.stack(means).mean(0).to(pca.mean))
 
 
-class Written(NamedTuple):
-    """What one baseline writes at N positions of a sequence."""
-
-    sae: str
-    """Label of the dictionary; "" where none is needed."""
-    condition: str
-    matrices: LowRank
-    has_size: bool
-    """Whether the matrices have a size of their own; otherwise they are directions."""
-
-    def sized(self, native: LowRank, scale: str) -> LowRank:
-        """At the norm of the native write (`scale` "matched"), or at its own size ("coefficient"); a direction gets the
-        projection of the native write on it, its best. What is zero, because nothing fires, stays zero."""
-        how = scale if self.has_size or scale == "matched" else "least_squares"
-        return self.matrices * baseline_factor(how, self.matrices, native)
-
-
-def without_dictionary(
-    lab: Lab, site: Site, native: LowRank, positions: list[int], basis: Basis, pca_ranks: Sequence[int]
-) -> Iterator[Written]:
-    """Directions and projections that need no dictionary, at some positions of one sequence."""
-    seed = int(lab.rng(10, site.sequence).integers(2**62))
-    yield Written("", "random", native.random_like(torch.Generator().manual_seed(seed)), False)
-    yield Written("", "mean", basis.mean.expand(len(native)), False)
-    yield Written("", "state", state_direction(site.state_before(positions)), False)
-    yield Written("", "state_after", state_direction(site.state_after(positions)), False)
-    dense = native.dense()
-    for rank in pca_ranks:
-        projected = basis.pca.project(dense.flatten(1), rank).view_as(dense)
-        yield Written("", f"pca {rank}", LowRank.svd(projected, balanced=True), True)
-
-
-def of_dictionary(lab: Lab, label: str, matrices: Tensor, native: LowRank) -> Iterator[Written]:
-    """The strongest atom of a dictionary by |a_i| |A_i|, and its reconstruction, of matrices [N,K,V]."""
+def of_dictionary(lab: Lab, label: str, matrices: Tensor, native: LowRank) -> dict[str, LowRank]:
+    """What a dictionary writes for matrices [N,K,V] in the place of native writes: its strongest atom by |a_i| |A_i|,
+    cut to rank 1 where it is of a higher one, and the top term of its reconstruction."""
     sae = lab.saes[label]
     activations = encoded(sae, matrices)
     strongest = dominant(sae, activations)
     atoms = lab.atoms(strongest.cpu().numpy(), label)
-    atom = (atoms * activations.gather(1, strongest[:, None])[:, 0].to(atoms.values)).to(native.values)
-    yield Written(label, ATOM, atom, True)
-    if atom.rank > 1:
-        yield Written(label, ATOM_SVD, LowRank.svd(atom.dense(), 1, balanced=True), True)
-    yield Written(label, SVD, LowRank.svd(decoded(sae, activations, matrices), 1, balanced=True), True)
+    written = {ATOM: (atoms * activations.gather(1, strongest[:, None])[:, 0].to(atoms.values)).to(native.values)}
+    if atoms.rank > 1:
+        written[ATOM_SVD] = LowRank.svd(written[ATOM].dense(), 1, balanced=True)
+    return written | {SVD: LowRank.svd(decoded(sae, activations, matrices), 1, balanced=True)}
 
 
 def exchanged(
@@ -219,21 +180,37 @@ def exchanged(
     """What each dictionary, and what needs none, does in place of the writes at some positions of one sequence; no
     rows without positions.
 
+    Args:
+        scale: "matched", the norm of the native write, or "coefficient", the own size of what has one; a direction gets
+            the projection of the native write on it, its best. What is zero, because nothing fires, stays zero.
+
     Cost: per position 2 edited rows and one for each baseline, of `window` tokens.
     """
     native = site.at(positions)
-    baselines = [Written("", "native", native, True), Written("", "delete", native * 0.0, True)]
+    written = {("", "native"): native, ("", "delete"): native * 0.0}
     if positions:
-        baselines += without_dictionary(lab, site, native, positions, basis, pca_ranks)
+        noise = torch.Generator().manual_seed(int(lab.rng(10, site.sequence).integers(2**62)))
+        directions = {
+            "random": native.random_like(noise),
+            "mean": basis.mean.expand(len(native)),
+            "state": state_direction(site.state_before(positions)),
+            "state_after": state_direction(site.state_after(positions)),
+        }
+        best = "least_squares" if scale == "coefficient" else scale
+        written |= {("", name): scaled(each, native, best) for name, each in directions.items()}
+        dense = native.dense()
+        for rank in pca_ranks:
+            projected = basis.pca.project(dense.flatten(1), rank).view_as(dense)
+            written["", f"pca {rank}"] = scaled(LowRank.svd(projected, balanced=True), native, scale)
         for label, hook in lab.hooks.items():
-            baselines += of_dictionary(lab, label, matrices_of(site.recurrence, hook.target)[positions], native)
+            own = of_dictionary(lab, label, matrices_of(site.recurrence, hook.target)[positions], native)
+            written |= {(label, name): scaled(each, native, scale) for name, each in own.items()}
     trials = []
-    for each in baselines:
-        written = each.matrices if each.condition in ("native", "delete") else each.sized(native, scale)
-        cosines, norms = written.cosine(native).tolist(), (written.norm() / native.norm()).tolist()
+    for (sae, condition), each in written.items():
+        cosines, norms = each.cosine(native).tolist(), (each.norm() / native.norm()).tolist()
         for n, t in enumerate(positions):
-            row = {"sequence": site.sequence, "position": t, "sae": each.sae, "condition": each.condition}
-            trials.append(Trial(row | {"cosine": cosines[n], "norm": norms[n]}, t, lab.replace(t, written, n)))
+            row = {"sequence": site.sequence, "position": t, "sae": sae, "condition": condition}
+            trials.append(Trial(row | {"cosine": cosines[n], "norm": norms[n]}, t, lab.replace(t, each, n)))
     return lab.read(site, trials, kl_window, window)
 
 
@@ -248,17 +225,14 @@ def replacement_costs(
 
     Cost: a forward from the layer on for each row, and an SVD of each state.
     """
-    recurrence, upper = (
-        lab.recurrence(sequence),
-        UpperModel.at(lab.model, lab.hook.layer, lab.hook.head, lab.tokens[[sequence]]),
-    )
+    recurrence = lab.recurrence(sequence)
+    upper = UpperModel.at(lab.model, lab.hook.layer, lab.hook.head, lab.tokens[[sequence]])
     native, target = upper.nats(), lab.hook.target
     x = matrices_of(recurrence, target)
-    methods: list[tuple[str, str, str, Tensor]] = [("", target, "itself", x)]
-    for label, sae in lab.saes.items():
-        methods.append((label, target, "dictionary", decoded(sae, encoded(sae, x), x)))
-    methods.append(("", target, "mean", basis.target_mean.to(x).view(x.shape[1:]).expand_as(x)))
-    methods.append(("", target, "zero", torch.zeros_like(x)))
+    mean = basis.target_mean.to(x).view(x.shape[1:]).expand_as(x)
+    methods = [("", target, "itself", x)]
+    methods += [(n, target, "dictionary", decoded(sae, encoded(sae, x), x)) for n, sae in lab.saes.items()]
+    methods += [("", target, "mean", mean), ("", target, "zero", torch.zeros_like(x))]
     if target == "write":
         flat = x.flatten(1)
         methods += [("", target, f"pca {rank}", basis.pca.project(flat, rank).view_as(x)) for rank in pca_ranks]

@@ -22,7 +22,7 @@ from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import Firings, Integers
 from writesae.experiment.head import matrices_of
 from writesae.experiment.lab import EditedRows, Lab, Readout, Site, Trial
-from writesae.experiment.reconstruction import of_dictionary
+from writesae.experiment.reconstruction import ATOM, of_dictionary
 from writesae.verdict.finding import Against, Finding, Paired
 
 RELEVANT_SHARE = 0.1
@@ -125,7 +125,7 @@ def of_strongest(lab: Lab, site: Site, positions: list[int], k: int) -> pd.DataF
     native, atoms = site.at(positions), {}
     for label, hook in lab.hooks.items():
         matrices = matrices_of(site.recurrence, hook.target)[positions]
-        atoms[label] = next(of_dictionary(lab, label, matrices, native)).matrices
+        atoms[label] = of_dictionary(lab, label, matrices, native)[ATOM]
     return direction_selectivity(lab, site, positions, atoms, k)
 
 

@@ -47,14 +47,11 @@ SCALE_NAMES: Mapping[str, str] = {
     "coefficient": "coefficient",
     "matched": "matched norm",
     "least_squares": "least squares",
-    "common": "a common factor",
 }
 SCALE_DEFINITIONS: Mapping[str, str] = {
     "coefficient": "the SAE's own activation; for baselines their own size",
     "matched": "the norm of the native write",
     "least_squares": "the projection of the native write on the atom, possibly negative (not in the paper)",
-    "common": "the atom at its activation and baselines at their own size, each times one factor for all firings, "
-    "fitted by least squares on the other half of the sequences (not in the paper)",
     "none": "no scale",
 }
 
