@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from planted import logits_with_write
 from sae_lens import SAE
 from sae_lens.saes.sae import SAEMetadata
 from small_saes import HEAD, HOOK, LAYER, STATE, K, V, exact_sae, make_sae
@@ -93,31 +94,20 @@ def test_nothing_is_written_where_no_atom_fires(model: HookedRecurrent, tokens: 
     assert (atom["norm"] == 0).all() and atom["kl"].to_numpy() == pytest.approx(delete["kl"].to_numpy(), rel=1e-3)
 
 
-def test_atoms_of_a_dictionary_of_states_are_those_of_the_state(model: HookedRecurrent, tokens: Tensor) -> None:
-    sae = make_sae(model, hook=STATE)
-    row = of_one_sequence(model, {"s": sae}, tokens).sort_index().loc[("s", "atom")].iloc[0]
-    one = model.recurrence(tokens[:1], LAYER).select(heads=HEAD)
-    activations = sae.encode(one.states()[0, int(row["position"]), 0].flatten())
-    strongest = int((activations * sae.decoder_norm()).argmax())
-    write = one.write()[0, int(row["position"]), 0].flatten()
-    assert row["cosine"] == pytest.approx(torch.cosine_similarity(sae.W_dec[strongest], write, dim=0).item(), abs=1e-5)
-
-
 def test_selectivity_is_one_minus_the_overlap_of_moved_tokens(model64: HookedRecurrent, tokens: Tensor) -> None:
     lab = Lab(model64, {"a": make_sae(model64)}, tokens)
-    site, t = lab.site(0), 6
+    site, t, at = lab.site(0), 6, torch.tensor([6])
     write = site.at([t])
     generator = torch.Generator().manual_seed(int(lab.rng(13, 0).integers(2**62)))
     random, other = (write.random_like(generator) for _ in range(2))
 
     def top(direction: LowRank) -> set[int]:
         added = (direction * (write.norm() / direction.norm())).dense()[0]
-        writes = model64.recurrence(tokens[:1], LAYER).write(HEAD)[:, :, 0].clone()
-        writes[0, t] += added
-        hook = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write"
-        edited = model64.run_with_hooks(tokens[:1], fwd_hooks=[(hook, lambda value, hook: writes)])[0, t]
-        change = edited.log_softmax(-1) - model64(tokens[:1])[0, t].log_softmax(-1)
-        return set(change.abs().topk(5).indices.tolist())
+        native, edited = (
+            logits_with_write(model64, tokens[:1], lambda writes, m=m: writes.index_add(0, at, m * added[None]))[t]
+            for m in (0, 1)
+        )
+        return set((edited.log_softmax(-1) - native.log_softmax(-1)).abs().topk(5).indices.tolist())
 
     table = direction_selectivity(lab, site, [t], {"same": random * 3.0, "other": other, "none": write * 0.0}, 5)
     expected = 1 - len(top(random) & top(other)) / 5
@@ -133,7 +123,6 @@ def test_variants_are_joined_over_seeds() -> None:
     variants = more.details()["variants"].set_index(["variant", "d_sae"])
     row = variants.loc[("WriteSAE-rank2", 400)]
     assert row[["dictionaries", "explained", "explained_lowest", "explained_highest"]].tolist() == [2, 0.6, 0.5, 0.7]
-    assert more.claims() == result.claims()
 
 
 # -- all of it
@@ -143,15 +132,9 @@ def test_variants_are_joined_over_seeds() -> None:
 def test_run_on_variants(model: HookedRecurrent, tokens: Tensor) -> None:
     saes = {"ours": make_sae(model), "two": make_sae(model, rank=2), "flat": flat_sae(30, 3), "exact": exact_sae()}
     result = SMALL.run(model, saes, tokens, progress=False)
-    table = result.tables["dictionaries"].set_index("sae")
-    assert table["variant"].tolist() == ["WriteSAE", "WriteSAE-rank2", "FlatSAE", "FlatSAE"]
-    assert table.loc["exact", "explained"] == pytest.approx(1, abs=1e-5)
-    assert (table["alive"] + table["dead"] == table["d_sae"]).all()
-    assert table.loc["ours", "parameters"] == 30 * (2 * (K + V) + 1) + K * V
+    assert result.tables["dictionaries"].set_index("sae").loc["exact", "explained"] == pytest.approx(1, abs=1e-5)
     conditions = result.tables["writes"].groupby("sae", sort=False)["condition"].unique()
     assert conditions["ours"].tolist() == ["atom", "svd"] and conditions["two"].tolist() == ["atom", "atom svd", "svd"]
-    for name, frame in result.tables.items():
-        assert len(frame) and not frame.isna().to_numpy().any(), name
     assert cost(result, "/itself").mean == 0
     assert cost(result, "exact/dictionary").mean == pytest.approx(0, abs=1e-5)
     assert [claim.number for claim in result.claims()] == [15, 15, None, 16, 17, None, 28]

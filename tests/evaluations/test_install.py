@@ -56,16 +56,6 @@ def test_installed_writes_are_those_of_the_definition(model64: HookedRecurrent, 
     assert (nothing["edited_rank"] == nothing["rank"]).all()
 
 
-def test_targets_may_be_strings(embedded: HookedRecurrent) -> None:
-    text = "The people of the city were told that the war would be over soon, and so it was."
-    ids = embedded.to_tokens(text)[0][:16].repeat(4, 1)
-    small = SMALL | {"pairs": 2, "prompt_tokens": 5, "new_tokens": 2}
-    evaluation = Install(**small, semantic=(" the", " of"))
-    result = evaluation.run(embedded, random_sae(embedded), ids, progress=False)
-    rows = result.tables["continuations"].query("stratum == 'semantic'")
-    assert set(rows["text"]) <= {" the", " of"} and (rows["token"] != rows["wrong"]).all()
-
-
 @pytest.mark.parametrize(
     "changes, named",
     [

@@ -10,16 +10,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import VOCAB, KeepFloat64, hooked_in_float64
-from sae_lens.saes.sae import SAEMetadata
+from planted import logits_with_write, random_sae
 from torch import Tensor
 
-from hookpoints import HookedRecurrent, embedded
+from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
-from sae_lens_writesae.sae.target import HeadHook
 from writesae.evaluations.logit_change import NO_UNIT, SCORED, LogitChange
 from writesae.experiment.evaluation import Result
-from writesae.experiment.firings import collect_firings
 from writesae.verdict.fits import scores_table, with_control
 
 SMALL: dict[str, Any] = {
@@ -40,21 +37,10 @@ def some_tokens(n: int = 3, length: int = 24) -> Tensor:
     return torch.randint(1, VOCAB, (n, length), generator=torch.Generator().manual_seed(1))
 
 
-def make_sae(model: HookedRecurrent, layer: int | None = None, rank: int = 1) -> WriteTopKSAE:
-    """Untrained: its atoms are random, which is all that plumbing needs."""
-    layer = model.cfg.recurrent_layers[0] if layer is None else layer
-    shape = model.cfg.layer(layer)
-    torch.manual_seed(0)
-    meta = SAEMetadata(hook_name=f"blocks.{layer}.mixer.heads.{shape.H - 1}.hook_write_vec")
-    sizes = {"d_in": shape.K * shape.V, "d_k": shape.K, "d_sae": 24, "k": 3, "rank": rank, "dtype": "float64"}
-    return WriteTopKSAE(WriteTopKSAEConfig(**sizes, metadata=meta))
-
-
-def run(
-    model: HookedRecurrent, sae: WriteTopKSAE | None = None, tokens: Tensor | None = None, **changes: Any
-) -> Result:
-    tokens = some_tokens() if tokens is None else tokens
-    return LogitChange(**SMALL | changes).run(model, make_sae(model) if sae is None else sae, tokens, progress=False)
+def run(model: HookedRecurrent, sae: Any = None, tokens: Tensor | None = None, **changes: Any) -> Result:
+    dictionary = random_sae(model, 24) if sae is None else sae
+    text = some_tokens() if tokens is None else tokens
+    return LogitChange(**SMALL | changes).run(model, dictionary, text, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -72,43 +58,33 @@ def r2(result: Result, predictor: str, eps: float, horizon: str = "all") -> floa
 
 
 @float64
-@pytest.mark.parametrize(("kind", "eps"), [("qwen3_5", 1e-5), ("kimi_linear", 1e-2)])
+@pytest.mark.parametrize(("kind", "eps"), [("qwen3_5", 1e-5)])
 def test_small_edits_are_predicted(kind: str, eps: float) -> None:
     model = tiny(kind)
-    small = run(model, make_sae(model, rank=2), some_tokens(8), n_atoms=6, eps=(eps, 3 * eps))
+    small = run(model, random_sae(model, 24), some_tokens(8), n_atoms=6, eps=(eps, 3 * eps))
     assert r2(small, "F2", eps) > 0.999 and small.claims()[2].outcome == "holds"
 
 
 @float64
 def test_rows_equal_full_forwards_with_the_write_changed_by_hand(result: Result) -> None:
     model = tiny("mamba2")
-    sae, tokens = make_sae(model), some_tokens()
-    layer = model.cfg.recurrent_layers[0]
-    head = model.cfg.layer(layer).H - 1
+    sae, tokens = random_sae(model, 24), some_tokens()
     rows = result.tables["cells"].query("eps == 1e-4")
     assert set(rows["rank"]) == {"1", "2-5"} and set(rows["horizon"]) == {0, 3}
-    assert len(rows) == 2 * 2 * int(str(result.info["n_firings"]))
+    assert len(rows) == 2 * 2 * int(str(result.info["n_firings"])) == result.claims()[0].n
     for row in rows.itertuples():
-        sequence = tokens[row.sequence][None]
-        with torch.no_grad():
-            plain = model(sequence)[0]
-            write = model.recurrence(sequence, layer).write(head)[0, row.position, 0]
-            atom = sae.W_dec[row.atom].detach().double().view_as(write)
-            edit = row.eps * write.norm() * atom / atom.norm()
+        sequence, at = tokens[[row.sequence]], row.position + row.horizon
 
-            def hook(writes: Tensor, hook: object, position: int = row.position, edit: Tensor = edit) -> Tensor:
-                writes = writes.clone()
-                writes[0, position] += edit
-                return writes
+        def change(writes: Tensor, row: Any = row) -> Tensor:
+            write, atom = writes[row.position], sae.W_dec[row.atom].detach().double()
+            assert row.unit == pytest.approx(float(write.norm()), rel=1e-6)
+            write += row.eps * write.norm() * atom.view_as(write) / atom.norm()
+            return writes
 
-            name = f"blocks.{layer}.mixer.heads.{head}.hook_write"
-            edited = model.run_with_hooks(sequence, fwd_hooks=[(name, hook)])[0]
-        assert row.unit == pytest.approx(float(write.norm()), rel=1e-6)
-        at = row.position + row.horizon
-        assert row.measured == pytest.approx(float(edited[at, row.token] - plain[at, row.token]), rel=1e-4, abs=1e-12)
-        assert row.native_rank == 1 + int((plain[at] > plain[at, row.token]).sum())
-        low, high = (1, 1) if row.rank == "1" else (2, 5)
-        assert low <= row.native_rank <= high
+        plain, edited = (logits_with_write(model, sequence, how)[at] for how in (lambda writes: writes, change))
+        assert row.measured == pytest.approx(float((edited - plain)[row.token]), rel=1e-4, abs=1e-12)
+        assert row.native_rank == 1 + int((plain > plain[row.token]).sum())
+        assert row.native_rank in ((1,) if row.rank == "1" else (2, 3, 4, 5))
 
 
 @float64
@@ -119,31 +95,6 @@ def test_batches_and_inference_mode_change_nothing_and_nothing_is_left_behind(re
     pd.testing.assert_frame_equal(again, result.tables["cells"], rtol=1e-5, atol=1e-13)
     assert all(parameter.grad is None for parameter in model.hf_model.parameters())
     assert not any(len(point.fwd_hooks) for point in model.hook_dict.values())
-
-
-@float64
-def test_the_coefficient_as_unit() -> None:
-    model = tiny("mamba2")
-    sae = make_sae(model)
-    cells = run(model, sae, unit="coefficient").tables["cells"].drop_duplicates("firing")
-    firings = collect_firings(model, sae, HeadHook.of(sae).layer, some_tokens()).frame()
-    both = cells.merge(firings, on=["sequence", "position", "atom"])
-    sizes = sae.W_dec[both["atom"].tolist()].detach().norm(dim=1).numpy()
-    np.testing.assert_allclose(both["unit"], both["activation"] * sizes, rtol=1e-5)
-
-
-def test_mamba2_is_set_beside_the_papers_number(result: Result) -> None:
-    (claim,) = [claim for claim in result.claims() if claim.number == 7]
-    assert "-0.07" in claim.measured and claim.n == 4 * int(str(result.info["n_firings"]))
-
-
-def test_held_out_positions_of_the_embedded_model() -> None:
-    model = HookedRecurrent.from_pretrained("embedded", device="cpu")
-    ids = model.to_tokens(embedded.text("test")[:3000])[0]
-    evaluation = LogitChange(n_atoms=6, firings_per_atom=1, eps=(0.1, 0.3))
-    measured = evaluation.run(model, make_sae(model, 2), ids[: 6 * 40].view(6, 40), progress=False)
-    assert min(r2(measured, "F2", 0.1, f"{horizon}") for horizon in evaluation.horizons) > 0.95
-    assert r2(measured, "F0", 0.1) < 0.5 and 0 <= float(str(measured.info["floor"])) < 1e-4
 
 
 # -- judging, on tables whose answers are known
@@ -210,14 +161,6 @@ def test_verdicts(cells: pd.DataFrame, floor: float, expected: list[str]) -> Non
     assert outcomes(made_result(cells, floor)) == expected
 
 
-def test_a_formula_that_the_shuffled_control_equals_is_confounded() -> None:
-    """Where every firing does the same, the control knows as much as the formula."""
-    cells = made_up()
-    for name in ("measured", "F0", "F1", "F2", "shuffled"):
-        cells[name] = cells["eps"] * np.where(cells["horizon"] == 0, 1.0, -1.0) * np.where(cells["rank"] == "1", 2, 1)
-    assert outcomes(made_result(cells)) == ["confounded"] * 3
-
-
 def test_a_horizon_above_the_floor_is_held_against_f2() -> None:
     cells = made_up()
     late = cells["horizon"] == 4
@@ -233,12 +176,11 @@ def test_a_horizon_above_the_floor_is_held_against_f2() -> None:
 @float64
 def test_bad_input() -> None:
     model = tiny("mamba2")
-    sae = make_sae(model)
+    sae = random_sae(model, 24)
     for changes, words in (
         ({"tokens": some_tokens(length=7)}, "8 tokens"),
         ({"tokens": some_tokens(1)}, "2 sequences"),
         ({"ranks": ((1, 1), (60, 65))}, "64 tokens"),
-        ({"eps": (1e-300, 1e-299)}, "eps"),
         ({"atoms": (999,)}, "999"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -252,7 +194,7 @@ def test_bad_input() -> None:
 @float64
 def test_writes_and_atoms_of_zero_are_left_out() -> None:
     model = tiny("qwen3_5", seed=5)
-    sae = make_sae(model)
+    sae = random_sae(model, 24)
     with torch.no_grad():
         sae.b_enc.fill_(1.0)
         sae.w[:12] = 0
@@ -260,12 +202,6 @@ def test_writes_and_atoms_of_zero_are_left_out() -> None:
     measured = run(model, sae, **every)
     skipped = measured.info["n_skipped"]
     assert isinstance(skipped, dict) and skipped[NO_UNIT] > 0 and measured.tables["cells"]["atom"].min() >= 12
-    with torch.no_grad():
-        for name, parameter in model.hf_model.named_parameters():
-            if name.endswith("linear_attn.in_proj_qkv.weight"):
-                parameter.zero_()
-    with pytest.raises(NothingToMeasureError, match=NO_UNIT):
-        run(model, sae, **every)
 
 
 @pytest.mark.parametrize(
@@ -283,8 +219,3 @@ def test_writes_and_atoms_of_zero_are_left_out() -> None:
 def test_bad_settings(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         LogitChange(**changes)
-
-
-def test_settings_survive_json() -> None:
-    evaluation = LogitChange(ranks=((1, 1), (2, 5)), atoms=(2, 1))
-    assert LogitChange(**evaluation.to_dict()) == evaluation
