@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import KeepFloat64
 from planted import HEAD, LAYER, logits_with_write, native_writes, random_sae
 from torch import Tensor
 
@@ -29,14 +28,11 @@ def run(model: HookedRecurrent, tokens: Tensor, **changes: Any) -> Result:
     return Sign(**small | changes).run(model, random_sae(model), tokens, progress=False)
 
 
-@pytest.fixture(scope="module")
-def small(_model64: HookedRecurrent, tokens: Tensor) -> Result:
-    with KeepFloat64():
-        return run(_model64, tokens)
-
-
-def test_the_logit_of_a_small_write_turns_with_its_sign_and_is_predicted(small: Result) -> None:
+def test_the_logit_of_a_small_write_turns_with_its_sign_and_is_predicted(
+    model64: HookedRecurrent, tokens: Tensor
+) -> None:
     """At small m the readout is linear: F2 is right in sign and size, and the two signs of m are opposite."""
+    small = run(model64, tokens)
     table = small.tables["writes"]
     assert len(table) == small.info["n_edited_runs"] == 6 * 2 * 4 * 2  # positions, ranks, directions, signs
     up, down = (table[table["m"] * sign > 0]["measured"].to_numpy() for sign in (1, -1))
