@@ -35,6 +35,13 @@ def at_least(settings: object, bounds: Mapping[str, float]) -> None:
                 raise ValueError(f"{name} must be at least {bound:g}, found {entry!r}")
 
 
+def expect(settings: object, **rules: tuple[bool, str]) -> None:
+    """ValueError for the first setting whose rule does not hold; a rule is whether it does, and what is expected."""
+    for name, (holds, expected) in rules.items():
+        if not holds:
+            raise ValueError(f"{name} must be {expected}; found {getattr(settings, name)}")
+
+
 VARIANTS = ("WriteSAE", "TiedSAE", "MatrixSAE", "BilinearFlatSAE", "FlatSAE", "WriteSAE-rank2", "WriteSAE-rank4")
 """Names of the paper's variants, whose fields `sae_lens_writesae.VARIANTS` has."""
 MATCHED = "FlatSAE-matched"

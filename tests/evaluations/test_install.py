@@ -14,10 +14,8 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.steering import value_direction
-from writesae.evaluations.install import Install, install_edits, strata_of
+from writesae.evaluations.install import Install
 from writesae.experiment.evaluation import Result
-from writesae.experiment.generation import greedy_rows
-from writesae.experiment.lab import Lab
 
 SMALL: dict[str, Any] = {"pairs": 3, "prompt_tokens": 7, "sizes": (3.0,), "new_tokens": 3}
 
@@ -27,23 +25,10 @@ def tokens() -> Tensor:
     return torch.randint(1, 64, (6, 21), generator=torch.Generator().manual_seed(8))
 
 
-def test_an_install_of_no_strength_changes_no_bit(model64: HookedRecurrent, tokens: Tensor) -> None:
-    prompt = tokens[:1, :9]
-    lab = Lab(model64, {"": random_sae(model64)}, prompt)
-    edits = install_edits(lab, lab.native_writes([0]), value_direction(model64, LAYER, HEAD, 5), 0.0, 3)
-    assert [edit.position for edit in edits] == [6, 7, 8]
-    with torch.no_grad():
-        native = model64(prompt)
-        with model64.edits(edits):
-            assert torch.equal(model64(prompt), native)
-    rows = greedy_rows(model64, prompt.expand(2, -1), [edits, []], 5)
-    assert rows[0] == rows[1]
-
-
 def test_installed_writes_are_those_of_the_definition(model64: HookedRecurrent, tokens: Tensor) -> None:
     result = Install(**SMALL, n_positions=2).run(model64, random_sae(model64), tokens, progress=False)
     table = result.tables["continuations"]
-    assert strata_of(result) == ["frequent"]  # of a vocabulary of 64
+    assert set(table["stratum"]) == {"frequent"}  # of a vocabulary of 64
     assert result.info["n_skipped"] == {"pairs whose stratum is not in the vocabulary": 6}
     assert len(table) == result.info["n_edited_runs"] == 3 * 3  # nothing, target, random
     assert table.groupby("pair")["sequence"].nunique().eq(1).all()
@@ -69,19 +54,6 @@ def test_installed_writes_are_those_of_the_definition(model64: HookedRecurrent, 
     assert row["edited_rank"] == 1 + int((logits > logits[int(row["token"])]).sum())
     nothing = table[table["condition"] == "nothing"]
     assert (nothing["edited_rank"] == nothing["rank"]).all()
-
-
-def test_targets_may_be_strings(embedded: HookedRecurrent) -> None:
-    text = "The people of the city were told that the war would be over soon, and so it was."
-    ids = embedded.to_tokens(text)[0][:16].repeat(4, 1)
-    small = SMALL | {"pairs": 2, "prompt_tokens": 5, "new_tokens": 2}
-    sae = random_sae(embedded)
-    result = Install(**small, semantic=(" the", " of")).run(embedded, sae, ids, progress=False)
-    rows = result.tables["continuations"].query("stratum == 'semantic'")
-    assert set(rows["text"]) <= {" the", " of"} and (rows["token"] != rows["wrong"]).all()
-    assert not any("semantic" in note for note in result.notes())
-    with pytest.raises(ValueError, match="tokens, not one"):
-        Install(**SMALL, semantic=(" the people", " of")).run(embedded, sae, ids, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +108,6 @@ def test_verdicts(table: tuple[float, ...], outcome: str) -> None:
     result = shares(*table)  # pyright: ignore[reportArgumentType]
     claim = result.claims()[0]
     assert (claim.number, claim.outcome, claim.unit) == (10, outcome, "prompt x target pairs")
-    assert ("as in the paper" in claim.sentence) == (outcome == "holds")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.steering import value_direction
-from writesae.evaluations.sign import DIRECTIONS, Sign, right_signs, sizes
+from writesae.evaluations.sign import Sign
 from writesae.experiment.evaluation import Result
 
 
@@ -32,32 +32,20 @@ def test_the_logit_of_a_small_write_turns_with_its_sign_and_is_predicted(
     model64: HookedRecurrent, tokens: Tensor
 ) -> None:
     """At small m the readout is linear: F2 is right in sign and size, and the two signs of m are opposite."""
-    result = run(model64, tokens)
-    table = result.tables["writes"]
-    assert len(table) == result.info["n_edited_runs"] == 6 * 2 * 4 * 2  # positions, ranks, directions, signs
+    small = run(model64, tokens)
+    table = small.tables["writes"]
+    assert len(table) == small.info["n_edited_runs"] == 6 * 2 * 4 * 2  # positions, ranks, directions, signs
     up, down = (table[table["m"] * sign > 0]["measured"].to_numpy() for sign in (1, -1))
     np.testing.assert_allclose(up, -down, rtol=0.02, atol=1e-9)
-    for direction in DIRECTIONS:
-        assert right_signs(result, direction, "f2").mean == 1.0
-    assert (sizes(result)["f2_r2"] > 0.9999).all()
-    assert result.label == f"L{LAYER}H{HEAD}"  # not named after a dictionary, whose atoms are not used
-    assert 0 <= float(result.info["floor"]) < 1e-9  # float64
-
-
-def test_predictions_of_the_paper_are_the_formula(model64: HookedRecurrent, tokens: Tensor) -> None:
-    table = run(model64, tokens).tables["writes"]
-    for row in table[table["direction"] == "direct"].iloc[::5].itertuples():
-        with torch.no_grad():
-            r = model64.recurrence(tokens[[row.sequence]], LAYER)
-            k, u, q = (factor[0, row.position, HEAD] for factor in (r.k, r.u, r.q))
-            naive = model64.layer_W_O(LAYER)[HEAD] @ model64.W_U[:, row.token]
-            reach = torch.nn.functional.normalize(k, dim=0) @ (r.scale * q)
-            expected = row.m * k.norm() * u.norm() * reach * naive.norm()
-        assert row.f0 == pytest.approx(float(expected), rel=1e-5) and row.aimed == np.sign(row.f0)
+    assert (np.sign(table["f2"]) == np.sign(table["measured"])).all()
+    np.testing.assert_allclose(table["f2"], table["measured"], rtol=0.02, atol=1e-9)
+    assert small.label == f"L{LAYER}H{HEAD}"  # not named after a dictionary, whose atoms are not used
+    assert 0 <= float(small.info["floor"]) < 1e-9  # float64
 
 
 def test_signs_are_measured_as_in_a_full_pass(model64: HookedRecurrent, tokens: Tensor) -> None:
-    table = run(model64, tokens, sizes=(2.0,)).tables["writes"]
+    table = run(model64, tokens, sizes=(2.0,), targets=(5, 9, 30)).tables["writes"]
+    assert set(table["token"]) <= {5, 9, 30}
     row = table[(table["direction"] == "direct") & (table["m"] < 0)].iloc[0]
     t, sequence = int(row["position"]), tokens[[int(row["sequence"])]]
     keys, values = native_writes(model64, sequence)
@@ -72,21 +60,14 @@ def test_signs_are_measured_as_in_a_full_pass(model64: HookedRecurrent, tokens: 
     assert row["rank"] == 1 + int((native > native[row["token"]]).sum())
 
 
-def test_targets_may_be_named(model64: HookedRecurrent, tokens: Tensor) -> None:
-    assert set(run(model64, tokens, targets=(5, 9, 30)).tables["writes"]["token"]) <= {5, 9, 30}
-
-
 def test_positions_without_a_write_are_left_out_and_counted(model64: HookedRecurrent, tokens: Tensor) -> None:
-    def mute(value: Tensor, positions: slice) -> Tensor:
-        value = value.clone()
-        value[:, positions] = 0
-        return value
+    def mute(value: Tensor, hook: object, until: int = 21) -> Tensor:
+        return torch.cat([torch.zeros_like(value[:, :until]), value[:, until:]], 1)
 
     name = f"blocks.{LAYER}.mixer.hook_v"
-    everywhere = [(name, lambda value, hook: mute(value, slice(None)))]
-    with model64.hooks(fwd_hooks=everywhere), pytest.raises(NothingToMeasureError, match=r"6 \(positions"):
+    with model64.hooks(fwd_hooks=[(name, mute)]), pytest.raises(NothingToMeasureError, match=r"6 \(positions"):
         run(model64, tokens)
-    with model64.hooks(fwd_hooks=[(name, lambda value, hook: mute(value, slice(0, 10)))]):
+    with model64.hooks(fwd_hooks=[(name, lambda value, hook: mute(value, hook, 10))]):
         result = run(model64, tokens, n_positions=12)
     assert result.tables["writes"]["position"].min() >= 10
     assert result.info["n_skipped"]["positions with a zero write"] > 0
@@ -97,7 +78,6 @@ def test_positions_without_a_write_are_left_out_and_counted(model64: HookedRecur
     [
         ({"targets": (5,)}, "targets"),
         ({"sizes": (1.0, 0.0)}, "sizes"),
-        ({"sizes": ()}, "sizes"),
         ({"ranks": ((5, 2),)}, "ranks"),
         ({"n_positions": 1}, "n_positions"),
     ],
@@ -119,32 +99,23 @@ def linear(right: float, wrong: float, flip: int = 1, size: float = 0.5, floor: 
     return Result(Sign(), {"label": "x", "floor": floor}, {"writes": pd.DataFrame(rows)})
 
 
-def test_signs_of_a_linear_readout_flip_with_it() -> None:
-    result, flipped = linear(1.0, 0.5), linear(1.0, 0.5, flip=-1)
-    assert right_signs(result, "direct", "f0").mean == 1 and right_signs(result, "direct", "written").mean == 1
-    assert right_signs(flipped, "direct", "f0").mean == 0 and right_signs(flipped, "direct", "f2").mean == 1
-    assert [r.claims()[0].outcome for r in (result, flipped)] == ["holds", "fails"]
-    assert result.claims()[0].n == 200 and result.claims()[1].outcome == "holds"
-    fits = sizes(flipped).set_index("direction")
-    assert fits.loc["direct", "f2_r2"] == pytest.approx(1) and fits.loc["direct", "f0_r2"] == pytest.approx(-3)
-
-
 @pytest.mark.parametrize(
     "table, outcome",
     [
         ({"right": 0.9, "wrong": 0.5}, "holds"),
         ({"right": 0.8, "wrong": 0.8}, "confounded"),
         ({"right": 0.5, "wrong": 0.9}, "fails"),
+        ({"right": 1.0, "wrong": 0.5, "flip": -1}, "fails"),
         ({"right": 0.9, "wrong": 0.5, "floor": 0.6}, "below the floor"),
     ],
 )
 def test_verdicts(table: dict[str, Any], outcome: str) -> None:
     claim = linear(**table).claims()[0]
-    assert (claim.number, claim.outcome) == (9, outcome)
+    assert (claim.number, claim.outcome, claim.n) == (9, outcome, 200)
 
 
 def test_right_signs_of_wrong_sizes_are_no_prediction() -> None:
     result = linear(1.0, 0.5)
     table = result.tables["writes"].assign(f2=lambda t: 3 * t["f2"])
-    claim = Result(result.evaluation, result.info, {"writes": table}).claims()[1]
-    assert claim.outcome == "fails" and "R²" in claim.sentence
+    tripled = Result(result.evaluation, result.info, {"writes": table})
+    assert [each.claims()[1].outcome for each in (result, tripled)] == ["holds", "fails"]

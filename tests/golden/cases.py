@@ -204,7 +204,6 @@ CASES: tuple[Case, ...] = (
         "embedded",
         {
             "n_tokens": 2,
-            "aligned": "current",
             "min_count": 3,
             "min_firings": 2,
             "factors": (0.0, 20.0),
@@ -266,7 +265,6 @@ CASES: tuple[Case, ...] = (
             "replacement_sequences": 2,
             "horizon": 6,
             "first_position": 1,
-            "min_firings": 3,
             "seed": 3,
         },
         {"rank 1": WRITE, "rank 2": RANK_2, "flat": FLAT, "tied": TIED},
@@ -285,7 +283,6 @@ CASES: tuple[Case, ...] = (
             "replacement_sequences": 2,
             "horizon": 4,
             "first_position": 1,
-            "min_firings": 3,
             "seed": 3,
         },
         {"rank 1": STATE, "flat": STATE | FLAT},
@@ -308,9 +305,8 @@ CASES: tuple[Case, ...] = (
 KEYS: dict[tuple[str, str], tuple[str, ...]] = {
     ("substitution", "firings"): ("firing", "condition", "scale"),
     ("multistep", "steps"): ("firing", "condition", "scale", "step"),
-    ("logit_change", "cells"): ("firing", "quantity", "horizon", "rank", "token", "eps"),
-    ("logit_change", "scores"): ("quantity", "predictor", "horizon", "rank", "eps"),
-    ("logit_change", "per_cell"): ("predictor", "quantity"),
+    ("logit_change", "cells"): ("firing", "horizon", "rank", "token", "eps"),
+    ("logit_change", "scores"): ("predictor", "horizon", "rank", "eps"),
     ("erasure", "atoms"): ("atom",),
     ("erasure", "firings"): ("atom", "sequence", "position"),
     ("sign", "writes"): ("sequence", "position", "token", "direction", "m"),
@@ -334,7 +330,6 @@ KEYS: dict[tuple[str, str], tuple[str, ...]] = {
     ("baselines", "dictionaries"): ("sae",),
     ("baselines", "writes"): ("sequence", "position", "sae", "condition"),
     ("baselines", "replacement"): ("sequence", "sae", "hook", "method"),
-    ("baselines", "own_tokens"): ("sae", "atom"),
     ("baselines", "selectivity"): ("sae", "sequence", "position"),
 }
 """(kind, table) -> the columns that name a row. Rows are compared in the order of these, not in that of the table."""
@@ -362,14 +357,7 @@ ROUNDED: dict[tuple[str, str], dict[str, str]] = {
     },
     ("multistep", "steps"): {"state_gap": "logit", "residual_cosine": "logit"},
     ("logit_change", "cells"): dict.fromkeys(("measured", "F1", "F2", "shuffled"), "logit"),
-    ("logit_change", "scores"): dict.fromkeys(
-        (
-            *("r2", "r2_low", "r2_high", "r2_global_scale", "global_scale", "per_cell_scale"),
-            *("pearson", "sign_rate"),
-        ),
-        "score",
-    ),
-    ("logit_change", "per_cell"): dict.fromkeys(("median_r2", "low", "high"), "score"),
+    ("logit_change", "scores"): dict.fromkeys(("r2", "r2_low", "r2_high", "r2_global_scale"), "score"),
     ("erasure", "atoms"): dict.fromkeys(("selected", "effect", "elsewhere", "random", "wrong"), "logit"),
     ("erasure", "firings"): dict.fromkeys(("effect", "elsewhere", "random", "wrong"), "logit"),
     # f2 is a float32 gradient times a propagated key, which is summed in float64 since the sizes of writes are.

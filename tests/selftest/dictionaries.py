@@ -113,7 +113,6 @@ DICTIONARIES: dict[str, Callable[[World], WriteTopKSAE | Dictionaries]] = {
         "FlatSAE": dictionary(world, random_atoms(world, 32), flat=True, silent=16),
         "rank 2": dictionary(world, LowRank.cat([planted_atoms(world), random_atoms(world, 32) * 1e-3])),
     },
-    "oracle beside an untrained one": lambda world: {"oracle": oracle(world), "untrained": untrained(world)},
     "oracle, flat oracle, rank 2 untrained": lambda world: {
         "WriteSAE": oracle(world),
         "FlatSAE": dictionary(world, planted_atoms(world), flat=True),

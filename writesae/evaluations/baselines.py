@@ -12,8 +12,8 @@ from typing import ClassVar, Literal
 import numpy as np
 import pandas as pd
 
-from writesae.experiment import selectivity
-from writesae.experiment.evaluation import Evaluation, Result, Scope, described
+from writesae.choices import expect
+from writesae.experiment.evaluation import Evaluation, Result, Scope
 from writesae.experiment.firings import halves
 from writesae.experiment.lab import Lab, Site
 from writesae.experiment.reconstruction import (
@@ -23,7 +23,6 @@ from writesae.experiment.reconstruction import (
     EXCHANGED,
     REPLACEMENT,
     SVD,
-    WRITTEN_NAMES,
     Basis,
     cost,
     dictionaries,
@@ -31,8 +30,8 @@ from writesae.experiment.reconstruction import (
     no_op_cost,
     replacement_costs,
 )
-from writesae.verdict import figures
-from writesae.verdict.finding import Against, Figure, Finding, Paired, said
+from writesae.experiment.selectivity import SELECTIVITY, of_strongest
+from writesae.verdict.finding import Against, Finding, Paired, said
 from writesae.verdict.format import percent, perplexity, points
 from writesae.verdict.names import NAMES, shown_name
 
@@ -40,10 +39,12 @@ DICTIONARY_FREE = ("random", "mean", "state")
 """Controls that need no dictionary, besides the principal components."""
 
 RELEVANT = 0.1
-"""Difference of two shares (win rates, dead atoms, firings at one token) from which on it matters, and margin by which
+"""Difference of two shares (win rates, dead atoms) from which on it matters, and margin by which
 a control may be worse and still count as equal."""
 SMALL_COST = math.log1p(0.001)
 """Nats per token, 0.1 % of perplexity, below which a cost does not matter (the paper's "negligible")."""
+RELEVANT_SELECTIVITY = 0.01
+"""Difference of two selectivities that matters. The paper's 47 heads lie between 0.96 and 1."""
 SAME_SIZE = 0.05
 """Largest relative difference of two numbers of parameters that counts as the same number."""
 
@@ -65,15 +66,12 @@ class Baselines(Evaluation):
     in nats per token, and as perplexity exp(cost) - 1. Beside it: the mean matrix, zero, `pca r`, and states cut to
     rank r. Replacing all by itself is the no-op that measures the floor.
 
-    **Own tokens** of an atom (this project's): the share of its most frequent token among its firings, minus the same
-    share for as many positions drawn at random.
-
     **Selectivity** of a direction (the paper's, I.1): 1 - overlap of the `top_tokens` tokens that the strongest atom
     moves most, where it is added to the write at the write's norm, with those that a random direction moves there.
 
     The WriteSAE is the first dictionary with rank-1 atoms and a bilinear encoder, the FlatSAE the first dense one with
     as many atoms (or, once more, as many parameters within 5 %). Intervals are over sequences, and over atoms for dead
-    atoms and own tokens. Dictionaries of one variant that differ in their seed are joined in the table `variants` of
+    atoms. Dictionaries of one variant that differ in their seed are joined in the table `variants` of
     the page (the paper's table 7: explained variance by variant and seed); claims are about the first of each variant.
 
     **Verdicts** by the ladder of `judge`:
@@ -83,13 +81,11 @@ class Baselines(Evaluation):
       the difference of win rates (10 points matter), against everything that needs no dictionary: an atom against the
       first of `pca_ranks` alone, a reconstruction against all of them.
     * Claim 16, rank-2 atoms cost no more perplexity: the interval of cost(rank 2) - cost(rank 1) ends below 0.1 % of
-      perplexity, against the mean matrix; below the floor where replacing all by zero costs nothing. Atoms of rank 4,
-      where there are any, by the same rule.
+      perplexity, against the mean matrix; below the floor where replacing all by zero costs nothing.
     * Claim 17, fewer dead atoms than the FlatSAE: the difference of shares (10 points matter), against a dense encoder
       with rank-1 atoms (MatrixSAE), where there is one.
     * States cut to rank 1 cost less than 0.1 % of perplexity. Where that holds, the measure says little of
       dictionaries.
-    * Atoms fire at a token of their own: the median excess over chance, against the atoms of the FlatSAE.
     * Claim 28, an atom moves other tokens than a random direction: the ladder on its selectivity minus that of a second
       random direction (0.01 matters). The paper finds no difference from directions without meaning.
     """
@@ -116,8 +112,6 @@ class Baselines(Evaluation):
     """Positions before this one are not drawn."""
     alive_tokens: int = 65_536
     """Dead atoms are those that never fire on the first so many tokens (all, where there are fewer)."""
-    min_firings: int = 5
-    """Firings of an atom below which its own token is not looked for."""
     top_tokens: int = 32
     """Tokens that are compared for the selectivity of directions (the paper's K)."""
 
@@ -135,16 +129,14 @@ class Baselines(Evaluation):
         "dictionaries": DICTIONARIES,
         "writes": EXCHANGED,
         "replacement": REPLACEMENT,
-        "own_tokens": described("sae", **selectivity.OWN_TOKENS),
-        "selectivity": selectivity.SELECTIVITY,
+        "selectivity": SELECTIVITY,
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("pca_ranks", "state_ranks"):
-            ranks = getattr(self, name)
-            if not ranks or min(ranks) < 1 or list(ranks) != sorted(set(ranks)):
-                raise ValueError(f"{name} must rise from 1 or more, found {list(ranks)}")
+        rising = {name: getattr(self, name) for name in ("pca_ranks", "state_ranks")}
+        sound = {name: min(ranks, default=0) > 0 and list(ranks) == sorted(ranks) for name, ranks in rising.items()}
+        expect(self, **{name: (each, "ranks that rise from 1 or more") for name, each in sound.items()})
 
     @property
     def shortest(self) -> int:
@@ -165,7 +157,7 @@ class Baselines(Evaluation):
             left_out = self.positions_per_sequence - len(positions)
             lab.skipped["positions with a zero native write, or no room for the window"] += left_out
             written.append(exchanged(lab, site, positions, basis, self.pca_ranks, self.scale, self.horizon + 1))
-            directions.append(selectivity.of_strongest(lab, site, positions, self.top_tokens))
+            directions.append(of_strongest(lab, site, positions, self.top_tokens))
         writes = pd.concat(written, ignore_index=True)
         lab.require(
             not writes.empty and writes["sequence"].nunique() > 1,
@@ -176,16 +168,11 @@ class Baselines(Evaluation):
             replacement_costs(lab, sequence, basis, self.pca_ranks, self.state_ranks)
             for sequence in lab.bar(replaced, "replacement")
         ]
-        own = [
-            selectivity.own_tokens(lab.firings(label), lab.tokens, self.min_firings, lab.rng(8)).assign(sae=label)
-            for label in lab.saes
-        ]
         lab.facts["d_vocab"] = int(lab.model.cfg.d_vocab)
         return {
             "dictionaries": dictionaries(lab, tested.tolist(), self.alive_tokens),
             "writes": writes,
             "replacement": pd.concat(costs, ignore_index=True),
-            "own_tokens": pd.concat(own, ignore_index=True),
             "selectivity": pd.concat(directions, ignore_index=True),
         }
 
@@ -199,40 +186,37 @@ class Baselines(Evaluation):
     # -- judging
 
     def findings(self, result: Result) -> list[Finding]:
-        """Claims 15 to 17, whether whole replacement measures anything, own tokens, claim 28."""
+        """Claims 15 to 17, whether whole replacement measures anything, claim 28."""
         table, same, near = result.tables["dictionaries"], None, None
         ours = _first(table, variant="WriteSAE")
         if ours is not None:
             same = _first(table, variant="FlatSAE", d_sae=ours["d_sae"])
             near = _first(table[(table["parameters"] / ours["parameters"] - 1).abs() <= SAME_SIZE], variant="FlatSAE")
-        higher = [self._higher_rank(result, ours, 2, 16)]
-        if _first(table, variant="WriteSAE-rank4") is not None:
-            higher.append(self._higher_rank(result, ours, 4, None))
-        labels = [None if row is None else str(row["sae"]) for row in (ours, same)]
         return [
             self._against_flat(result, ours, same, "as many atoms", (ATOM, ATOM_SVD)),
             self._against_flat(result, ours, same, "as many atoms", (SVD, SVD)),
             self._against_flat(result, ours, near, "as many parameters", (SVD, SVD)),
-            *higher,
+            self._higher_rank(result, ours),
             self._dead(result, ours, same),
             self._low_rank_states(result),
-            selectivity.own_token(result, labels),
-            selectivity.selective(result, labels[0], self.top_tokens),
+            self._selective(result, ours),
         ]
 
     def summaries(self, result: Result) -> dict[str, pd.DataFrame]:
-        """`variants`: dictionaries of one kind over their seeds. `cosines`: of what is written and the native write."""
-        of_kind = result.tables["dictionaries"].groupby(["variant", "d_sae"], sort=False)
-        variants = of_kind.agg(
-            dictionaries=("sae", "size"),
-            explained=("explained", "mean"),
-            explained_lowest=("explained", "min"),
-            explained_highest=("explained", "max"),
-            l0=("l0", "mean"),
-            dead=("dead", "mean"),
+        """`variants`: dictionaries of one kind over their seeds."""
+        variants = (
+            result.tables["dictionaries"]
+            .groupby(["variant", "d_sae"], sort=False)
+            .agg(
+                dictionaries=("sae", "size"),
+                explained=("explained", "mean"),
+                explained_lowest=("explained", "min"),
+                explained_highest=("explained", "max"),
+                l0=("l0", "mean"),
+                dead=("dead", "mean"),
+            )
         )
-        medians = result.tables["writes"].groupby(["sae", "condition"], sort=False)[["cosine", "norm"]].median()
-        return {"variants": variants.reset_index(), "cosines": medians.reset_index()}
+        return {"variants": variants.reset_index()}
 
     def _against_flat(
         self, result: Result, ours: pd.Series | None, flat: pd.Series | None, size: str, conditions: tuple[str, str]
@@ -265,17 +249,17 @@ class Baselines(Evaluation):
             of="positions in {} sequences",
         )
 
-    def _higher_rank(self, result: Result, ours: pd.Series | None, rank: int, number: int | None) -> Finding:
-        claim, name = f"rank-{rank} atoms cost no more perplexity than rank-1 atoms", f"WriteSAE-rank{rank}"
-        other = _first(result.tables["dictionaries"], variant=name)
+    def _higher_rank(self, result: Result, ours: pd.Series | None) -> Finding:
+        claim = "rank-2 atoms cost no more perplexity than rank-1 atoms"
+        other = _first(result.tables["dictionaries"], variant="WriteSAE-rank2")
         if ours is None or other is None:
-            return Finding.untested(claim, f"It needs a WriteSAE and one with atoms of rank {rank} ({name}).", number)
+            return Finding.untested(claim, "It needs a WriteSAE and one with atoms of rank 2 (WriteSAE-rank2).", 16)
         high, one = (f"{row['sae']}/dictionary" for row in (other, ours))
-        names = {high: f"rank {rank}", one: "rank 1", "/mean": "mean matrix", "/zero": "zero"}
+        names = {high: "rank 2", one: "rank 1", "/mean": "mean matrix", "/zero": "zero"}
         shown = {shown: cost(result, method) for method, shown in names.items()}
         gap = cost(result, high, one)
         return Finding(
-            number=number,
+            number=16,
             claim=claim,
             effect=gap,
             what="the difference of costs",
@@ -287,7 +271,7 @@ class Baselines(Evaluation):
             relevant=SMALL_COST,
             shown=shown,
             write=perplexity,
-            axis=f"of perplexity at rank {rank}",
+            axis="of perplexity at rank 2",
             measured=f"difference {said(gap, perplexity)}",
             n=gap.n_clusters,
             of="sequences",
@@ -348,42 +332,26 @@ class Baselines(Evaluation):
             of="sequences",
         )
 
-    def panels(self, result: Result) -> list[Figure]:
-        """Win rates and costs of replacement of all that was written; what needs no dictionary comes first."""
-        kl, target = _kl(result), str(result.info["target"])
-        wins = {c: kl.wins(c, "/delete") for c in kl.conditions if "/" in c and c not in ("/native", "/delete")}
-        table = result.tables["replacement"]
-        names = (table["sae"] + "/" + table["method"])[
-            (table["hook"] == target) & ~table["method"].str.startswith("rank ")
-        ]
-        costs = {str(name): cost(result, str(name)) for name in names.unique()}
-        panels = []
-        for title, axis, write, shown in (
-            ("Nearer to the native model than deletion", "of positions", percent, wins),
-            (f"All {target}s replaced at once", "of perplexity", perplexity, costs),
-        ):
-            rows = []
-            for name, each in sorted(shown.items(), key=lambda item: not item[0].startswith("/")):
-                sae, _, method = name.partition("/")
-                text = f"{sae}: {WRITTEN_NAMES.get(method, method)}" if sae else shown_name(method)
-                rows.append(figures.Row(text, *each[:3], "atom" if sae else "control"))
-            svg = figures.intervals(rows, axis, f"{title}: {result.label}", write=write)
-            panels.append(Figure(title, svg, "What needs no dictionary comes first, in orange; 95% intervals."))
-        return panels
-
-    def notes(self, result: Result) -> list[str]:
-        """What is written at which size, and what the measures are worth."""
-        size = (
-            "All that is written has the norm of the native write, so that only directions differ."
-            if self.scale == "matched"
-            else "Dictionaries and projections write at their own size; directions without one (random, mean, state) "
-            "get the projection of the native write on them, which is the best they can do."
+    def _selective(self, result: Result, ours: pd.Series | None) -> Finding:
+        claim, table = "an atom moves other tokens than a random direction of its norm", result.tables["selectivity"]
+        rows = table[table["sae"] == (None if ours is None else ours["sae"])]
+        if len(rows) < 2:
+            return Finding.untested(claim, "It needs a WriteSAE whose atoms fire at two positions or more.", 28)
+        moved = Paired(rows, seed=self.seed)
+        lead = moved.mean("selectivity", "chance")
+        return Finding(
+            number=28,
+            claim=claim,
+            effect=lead,
+            what="the lead over a direction without meaning",
+            relevant=RELEVANT_SELECTIVITY,
+            shown=moved.means({"selectivity": "atom", "chance": "a second random direction"}),
+            write="{:.4f}".format,
+            axis=f"selectivity at K = {self.top_tokens}",
+            measured=f"lead {lead}",
+            controls=f"two random sets of tokens {1 - self.top_tokens / result.fact('d_vocab'):.4f}",
+            of="positions in {} sequences",
         )
-        table = result.tables["writes"]
-        silent = int(((table["condition"] == ATOM) & (table["norm"] == 0)).sum())
-        quiet = [f"At {silent} positions no atom fires, and nothing is written: that is no win."] if silent else []
-        worth = "Perplexity of whole replacement and selectivity are reported for completeness: both say little."
-        return [size, *quiet, worth]
 
 
 def _kl(result: Result) -> Paired:

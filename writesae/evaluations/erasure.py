@@ -6,8 +6,8 @@ token is chosen on one half of the sequences and tested on the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.steering import Target, token_id
+from writesae.choices import expect
 from writesae.experiment.at_firings import OfHalves
 from writesae.experiment.evaluation import Result, described
 from writesae.experiment.firings import Integers, silent_positions
@@ -27,10 +28,8 @@ from writesae.experiment.tokens import token_text
 from writesae.verdict import figures
 from writesae.verdict import statistics as stats
 from writesae.verdict.finding import Against, Figure, Finding, Paired, said
-from writesae.verdict.fits import slopes_of
 from writesae.verdict.format import percent, signed
 from writesae.verdict.judge import one_is_enough
-from writesae.verdict.statistics import Estimate
 
 CONTROLS: dict[str, str] = {
     "elsewhere": "other writes, same norm",
@@ -43,8 +42,8 @@ RELEVANT = 0.01
 """Nats: a change of one percent of a token's probability. The paper reports 0.116 nats."""
 
 Directions = Mapping[str, LowRank]
-"""What is ablated, one matrix for each atom: the `atom`, and a `random` direction at unit norm, which is what an
-untrained dictionary has for these firings."""
+"""What is ablated, one matrix for each atom: the atom (`effect`), and a `random` direction at unit norm, which is what
+an untrained dictionary has for these firings."""
 
 _N_WRONG = 8
 """Tokens of similar probability that stand for "another token"."""
@@ -76,12 +75,10 @@ class Erasure(OfHalves):
     effect is below every control by itself, by 0.01 nats or more: each has one random direction, and of two random
     directions one is always a little ahead.
 
-    **Doses** (the paper's I.4). m a* A_i is added to the write, where a* is the median activation of the atom at its
-    test firings: with negative m at a firing, with positive m where the atom is silent. Claim 24, that an atom raises
-    its token where it is put in: the ladder on the mean effect at the largest of `injected` (the paper's own test
-    fails), against the same edit looked at on the tokens of similar probability. A claim of this project, that the
-    effect follows the dose at firings: the slope of the effect over m by least squares through the origin, for each
-    firing, against the slope on those tokens.
+    **Put in** (the paper's I.4). m a* A_i is added to the write where the atom is silent; a* is the median activation
+    of the atom at its test firings. Claim 24, that an atom raises its token there: the ladder on the mean effect at the
+    largest of `injected` (the paper's own test fails), against the same edit looked at on the tokens of similar
+    probability.
     """
 
     n_atoms: int | None = 20
@@ -94,8 +91,6 @@ class Erasure(OfHalves):
     """At most this many firings of an atom for the test, in the other half of the sequences."""
     erase: Literal["component", "write"] = "component"
     """Take away the atom's component a_i A_i of the write, or the whole write at its firings."""
-    doses: tuple[float, ...] = (-0.5, -1.0, -2.0)
-    """m: what is added to the write at a firing, in units of the atom's typical component. Empty: no dose curve."""
     injected: tuple[float, ...] = (1.0, 2.0, 4.0)
     """m where the atom is silent. Empty: nothing is put in."""
     horizon: int = 4
@@ -129,8 +124,8 @@ class Erasure(OfHalves):
             elsewhere_position="token where the control `elsewhere` ablated the norm",
         ),
         "doses": described(
-            "atom sequence position",
-            place="firing, or silent: a random position where the atom does not fire",
+            "atom sequence",
+            position="token where the atom is silent and is put in",
             dose="m: what is added, in units of the median activation of the atom at its test firings",
             effect="nats, change of the atom's token",
             wrong="nats, the same edit on tokens of similar probability",
@@ -140,18 +135,17 @@ class Erasure(OfHalves):
     def __post_init__(self) -> None:
         super().__post_init__()
         fewest = min(self.select_firings, self.test_firings)
-        if self.min_firings > fewest:
-            raise ValueError(f"min_firings ({self.min_firings}) is above select_firings or test_firings ({fewest})")
+        expect(self, min_firings=(self.min_firings <= fewest, "at most select_firings and test_firings"))
 
     # -- measuring
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
-        """Cost: two edited rows of horizon + 1 tokens for each firing, three in the test half. Memory: three float32
-        rows of the vocabulary for each atom."""
+        """Cost: two edited rows of horizon + 1 tokens for each firing, three in the test half and one for each of
+        `injected`. Memory: three float32 rows of the vocabulary for each atom."""
         fixed = None if self.token is None else token_id(lab.model, self.token)
         atoms, select, test = self._draw(lab)
         decoded = lab.atoms(atoms)
-        directions = {"atom": decoded, "random": self._fitting(lab, select, decoded)}
+        directions = {"effect": decoded, "random": self._fitting(lab, select, decoded)}
         tokens, selected = self._choose(lab, select, directions, fixed)
 
         def floor(rows: EditedRows) -> Mapping[str, ArrayLike]:
@@ -159,10 +153,9 @@ class Erasure(OfHalves):
             return {"change": log_prob_change(rows)[:, own].abs().mean(1).cpu().numpy()}
 
         def changes(rows: EditedRows) -> Mapping[str, ArrayLike]:
-            change, column = log_prob_change(rows), _columns(rows.trials)
-            is_random = torch.tensor([trial.row["condition"] == "random" for trial in rows.trials])
-            token = torch.where(is_random[:, None], tokens["random"][column], tokens["effect"][column])
-            looked_at = {"change": token, "wrong": tokens["wrong"][column]}
+            change, (column, is_random) = log_prob_change(rows), _columns(rows)
+            own = torch.where(is_random[:, None], tokens["random"][column], tokens["effect"][column])
+            looked_at = {"change": own, "wrong": tokens["wrong"][column]}
             return {
                 name: change.gather(1, each.to(change.device)).double().mean(1).cpu().numpy()
                 for name, each in looked_at.items()
@@ -170,33 +163,40 @@ class Erasure(OfHalves):
 
         lab.facts["floor"] = lab.floor(floor, "change", self.horizon + 1)
         lab.facts["split"] = "a random half of the sequences for the choice of tokens, the other half for the test"
-        typical = torch.tensor(test.groupby("column")["activation"].median().sort_index().to_numpy())
-        parts, doses = [], []
-        for site in lab.sites(test, self.kind):
-            trials = self._trials(lab, site, directions, ("effect", "random", "elsewhere"))
-            parts.append(lab.read(site, trials, changes, self.horizon + 1))
-            if trials := self._doses(lab, site, decoded, typical):
-                doses.append(lab.read(site, trials, changes, self.horizon + 1))
-        table = pd.concat(parts)
-        wide = table.pivot(index="firing", columns="condition", values="change")
-        wrong = table[table["condition"] == "effect"].set_index("firing")["wrong"]
-        firings = test.set_index("firing").join(wide).assign(wrong=wrong)
-        rows, p_values, n_select = [], {}, select["atom"].value_counts().to_dict()
-        for n, atom in enumerate(atoms.tolist()):
-            of_atom, token = firings[firings["atom"] == atom], int(tokens["effect"][n, 0])
-            tests = [
-                stats.sign_flip_test(of_atom["effect"], of_atom[name], of_atom["sequence"], seed=self.seed)
+        typical = torch.tensor(test.groupby("column")["activation"].median().to_numpy())
+        parts = [
+            lab.read(site, self._trials(lab, site, directions, typical), changes, self.horizon + 1)
+            for site in lab.sites(test, self.kind)
+        ]
+        table, by_firing = pd.concat(parts), test.set_index("firing")
+        put_in = table["condition"] == "injected"
+        wide = table[~put_in].pivot(index="firing", columns="condition", values="change")
+        firings = by_firing.join(wide).join(table[table["condition"] == "effect"].set_index("firing")["wrong"])
+        of_atom = firings.groupby("column")
+        p_values = {
+            str(n): max(
+                stats.sign_flip_test(rows["effect"], rows[name], rows["sequence"], seed=self.seed).p_value
                 for name in CONTROLS
-            ]
-            p_values[str(atom)] = max(test.p_value for test in tests)
-            row = {"atom": atom, "token": token, "text": token_text(lab.model, token), "selected": selected[n]}
-            row |= {"n_select": n_select[atom], "n": len(of_atom)}
-            rows.append(row | {name: of_atom[name].mean() for name in ("effect", *CONTROLS)})
-        return {
-            "atoms": pd.DataFrame(rows).assign(p=list(stats.holm(p_values).values())),
-            "firings": firings,
-            "doses": pd.concat(doses).rename(columns={"change": "effect"}) if doses else pd.DataFrame(),
+            )
+            for n, rows in of_atom
         }
+        own = tokens["effect"][:, 0].tolist()
+        summary = (
+            of_atom[["effect", *CONTROLS]]
+            .mean()
+            .assign(
+                atom=atoms,
+                token=own,
+                text=[token_text(lab.model, token) for token in own],
+                selected=selected,
+                n_select=select.groupby("column").size(),
+                n=of_atom.size(),
+                p=list(stats.holm(p_values).values()),
+            )
+        )
+        names = {"change": "effect", "elsewhere_position": "position"}
+        doses = table[put_in].join(by_firing[["atom", "sequence", "elsewhere_position"]], on="firing")
+        return {"atoms": summary, "firings": firings, "doses": doses.rename(columns=names)}
 
     def _draw(self, lab: Lab) -> tuple[Integers, pd.DataFrame, pd.DataFrame]:
         """The tested atoms, and their firings in both halves. The column `column` says which of the atoms a firing
@@ -207,8 +207,8 @@ class Erasure(OfHalves):
             sample = sample.rename_axis("firing").reset_index()
             tables.append((sample, silent_positions(sample, inside, **bounds, rng=rng)))
         (select, _), (test, moved) = tables
-        n_test, moved = len(test), moved.rename(columns={"position": "elsewhere_position"})
-        test = test.merge(moved[["firing", "elsewhere_position"]], on="firing")
+        n_test, there = len(test), moved.set_index("firing")["position"].rename("elsewhere_position")
+        test = test.join(there, on="firing", how="inner")
         test = test[test.groupby("atom")["sequence"].transform("nunique") >= 2]
         lab.skipped["test firings whose atom is silent nowhere else"] += n_test - len(test)
         atoms = atoms[np.isin(atoms, test["atom"].to_numpy())]
@@ -235,21 +235,22 @@ class Erasure(OfHalves):
     ) -> tuple[dict[str, Tensor], NDArray[np.float64]]:
         """The token that falls most, for each atom (`effect`) and its random direction (or `fixed`), and tokens of
         similar probability (`wrong`): [n,1] or [n,8]. And [n] the mean effect on the atom's own token."""
-        shape = (len(directions["atom"]), lab.model.W_U.shape[1])
+        shape = (len(directions["effect"]), lab.model.W_U.shape[1])
         sums = {name: torch.zeros(shape, device=lab.model.cfg.device) for name in ("effect", "random", "native")}
 
         def add(rows: EditedRows) -> Mapping[str, ArrayLike]:
-            change, native = log_prob_change(rows), native_log_prob(rows)
-            for name, values in (("effect", change), ("random", change), ("native", native)):
-                condition = "effect" if name == "native" else name
-                rows_of = [n for n, trial in enumerate(rows.trials) if trial.row["condition"] == condition]
-                column = _columns([rows.trials[n] for n in rows_of]).to(sums[name].device)
-                sums[name].index_add_(0, column, values[rows_of].to(sums[name]))
+            change, native, (column, is_random) = log_prob_change(rows), native_log_prob(rows), _columns(rows)
+            for name, values, of in (
+                ("effect", change, ~is_random),
+                ("random", change, is_random),
+                ("native", native, ~is_random),
+            ):
+                sums[name].index_add_(0, column[of].to(sums[name].device), values[of].to(sums[name]))
             return {}
 
         for site in lab.sites(select, f"{self.kind}: tokens"):
-            lab.read(site, self._trials(lab, site, directions, ("effect", "random")), add, self.horizon + 1)
-        counts = torch.tensor(select.groupby("column").size().sort_index().to_numpy())[:, None]
+            lab.read(site, self._trials(lab, site, directions), add, self.horizon + 1)
+        counts = torch.tensor(select.groupby("column").size().to_numpy())[:, None]
         means = {name: total.cpu() / counts for name, total in sums.items()}
         tokens = {
             name: means[name].argmin(1, keepdim=True) if fixed is None else torch.full((shape[0], 1), fixed)
@@ -260,64 +261,53 @@ class Erasure(OfHalves):
         tokens["wrong"] = distance.topk(min(_N_WRONG, shape[1] - 1), largest=False).indices
         return tokens, means["effect"].gather(1, own)[:, 0].double().numpy()
 
-    def _trials(self, lab: Lab, site: Site, directions: Directions, conditions: tuple[str, ...]) -> list[Trial]:
-        """What is ablated under each condition at each firing of a site: the atom's component, a random direction of
-        its norm, or (`elsewhere`) as much of another write."""
-        trials, whole = [], self.erase == "write"
-        column, rows = torch.tensor(site.rows["column"].to_numpy()), site.rows
-        atom = directions["atom"].rows(column)
-        component = atom * torch.tensor(rows["activation"].to_numpy()).to(atom.values)
-        for condition in conditions:
-            where: list[int] = rows["elsewhere_position" if condition == "elsewhere" else "position"].tolist()
-            native, taken = site.at(where), component
-            size = (native.norm() if whole else component.norm()).to(native.values)
-            if condition == "random":
-                taken = directions["random"].rows(column).to(size) * size
-            elif condition == "elsewhere":
-                there = native.norm()
-                taken = native * torch.where(there > 0, size / there.clamp_min(1e-30), 0)
-            taken = taken * -1.0
-            for n, (firing, of, t) in enumerate(zip(rows["firing"], rows["column"], where)):
-                deleted = whole and condition != "random"
-                edit = lab.replace(t, None) if deleted else lab.add(t, taken, n)
-                trials.append(Trial({"firing": firing, "column": of, "condition": condition}, t, edit))
-        return trials
-
-    def _doses(self, lab: Lab, site: Site, atoms: LowRank, typical: Tensor) -> list[Trial]:
-        """The atom at every dose, at its firings and where it is silent."""
+    def _trials(self, lab: Lab, site: Site, directions: Directions, typical: Tensor | None = None) -> list[Trial]:
+        """What is taken from the write at each firing of a site: the atom's component, and a random direction of its
+        norm. In the test half, where the activations `typical` of the atoms are given, also as much of another write
+        (`elsewhere`), and what is put in there (`injected`)."""
+        rows, whole = site.rows, self.erase == "write"
+        column, activation = (torch.tensor(rows[name].to_numpy()) for name in ("column", "activation"))
+        native, atom = site.at(rows["position"].tolist()), directions["effect"].rows(column)
+        component = atom * activation.to(atom.values)
+        size = (native if whole else component).norm().to(native.values)
+        random = directions["random"].rows(column).to(size)
+        added = {("effect", 0.0): component * -1.0, ("random", 0.0): random * -size}
+        if typical is not None:
+            there = site.at(rows["elsewhere_position"].tolist())
+            added["elsewhere", 0.0] = there * torch.where(there.norm() > 0, -size / there.norm().clamp_min(1e-30), 0)
+            added |= {("injected", m): atom * (m * typical[column]).to(atom.values) for m in self.injected}
         trials = []
-        for place, doses in (("firing", self.doses), ("silent", self.injected)):
-            for row in site.rows.to_dict("records"):
-                t, n = row["position" if place == "firing" else "elsewhere_position"], row["column"]
-                named = {name: row[name] for name in ("atom", "sequence", "column")}
-                for dose in doses:
-                    added = atoms.rows([n]) * float(dose * typical[n])
-                    of_dose = {"position": t, "place": place, "dose": dose, "condition": "effect"}
-                    trials.append(Trial(named | of_dose, t, lab.add(t, added)))
+        for (condition, dose), matrices in added.items():
+            where = rows["position" if condition in directions else "elsewhere_position"]
+            deleted = whole and condition in ("effect", "elsewhere")
+            for n, (firing, of, t) in enumerate(zip(rows["firing"], rows["column"], where)):
+                edit = lab.replace(t, None) if deleted else lab.add(t, matrices, n)
+                trials.append(Trial({"firing": firing, "column": of, "condition": condition, "dose": dose}, t, edit))
         return trials
 
     # -- judging
 
     def findings(self, result: Result) -> list[Finding]:
-        """Claim 8 over all firings, how many atoms show it by themselves, claim 24 and the dose curve."""
+        """Claim 8 over all firings, how many atoms show it by themselves, and claim 24."""
         firings, atoms, doses = (result.tables[name] for name in ("firings", "atoms", "doses"))
-        erased, typical = _pooled(result, firings), float(firings["effect"].abs().median())
+        erased = Paired(firings, ("sequence", "atom"), self.seed)
         falls, effect = Paired(firings).mean(firings["effect"] < 0), erased.mean("effect")
+        selected = np.average(atoms["selected"], weights=atoms["n_select"])
         pooled = Finding(
             number=8,
             claim="erasing an atom lowers its token",
             effect=effect,
             what="the mean effect on sequences that the token was not chosen on",
             against=erased.beaten("effect", CONTROLS),
-            typical=typical,
+            typical=float(firings["effect"].abs().median()),
             floor=result.fact("floor"),
             less=True,
             relevant=RELEVANT,
             shown={"atom ablated": effect} | erased.means(CONTROLS),
             write=signed,
             axis="nats",
-            measured=f"falls on {said(falls, percent)} of firings; {signed(selected_effect(result))} on the half that "
-            "the token was chosen on",
+            measured=f"falls on {said(falls, percent)} of firings; {signed(float(selected))} on the half that the "
+            "token was chosen on",
             of=f"firings of {firings['atom'].nunique()} atoms in {firings['sequence'].nunique()} sequences",
         )
         lower = atoms["effect"] < atoms[list(CONTROLS)].min(axis=1) - RELEVANT
@@ -332,69 +322,39 @@ class Erasure(OfHalves):
             n=len(atoms),
             of="atoms",
         )
-        found = [pooled, single]
-        if self.injected:
-            silent = dict(list(doses[doses["place"] == "silent"].groupby("dose")))
-            curve = {f"m = {dose:g}": _pooled(result, rows).mean("effect") for dose, rows in silent.items()}
-            claim, what = "an atom inserted where it is silent raises its token", "the effect where the atom is silent"
-            found.append(self._dosed(result, claim, what, silent[max(self.injected)], curve, 24))
-        if len(set(self.doses)) > 1:
-            at = doses[doses["place"] == "firing"]
-            each = ", ".join(f"m = {dose:g}: {signed(x)}" for dose, x in at.groupby("dose")["effect"].mean().items())
-            slopes, claim = slopes_of(at), "an atom's token follows its dose at firings"
-            slope = self._dosed(result, claim, "the slope of the effect over the dose", slopes, {})
-            found.append(replace(slope, axis="nats a dose", measured=each))
-        return found
-
-    def _dosed(
-        self,
-        result: Result,
-        claim: str,
-        what: str,
-        rows: pd.DataFrame,
-        curve: Mapping[str, Estimate],
-        number: int | None = None,
-    ) -> Finding:
-        """A claim about columns `effect` and `wrong` of some rows: the effect lies above 0 and above other tokens."""
-        pooled, rival = _pooled(result, rows), CONTROLS["wrong"]
-        effect, wrong = pooled.mean("effect"), pooled.mean("wrong")
-        strongest = [*curve][-1] if curve else "slope"
-        return Finding(
-            number=number,
-            claim=claim,
-            effect=effect,
-            what=what,
-            against={rival: Against(pooled.mean("effect", "wrong"), wrong)},
+        if doses.empty:
+            return [pooled, single]
+        at = {m: Paired(rows, ("sequence", "atom"), self.seed) for m, rows in doses.groupby("dose")}
+        most = max(self.injected)
+        rows, raised, wrong, rival = at[most].wide, at[most].mean("effect"), at[most].mean("wrong"), CONTROLS["wrong"]
+        put_in = Finding(
+            number=24,
+            claim="an atom inserted where it is silent raises its token",
+            effect=raised,
+            what="the effect where the atom is silent",
+            against={rival: Against(at[most].mean("effect", "wrong"), wrong)},
             typical=float(rows["effect"].abs().median()),
             floor=result.fact("floor"),
             relevant=RELEVANT,
-            shown={strongest: effect, rival: wrong} | {m: each for m, each in curve.items() if m != strongest},
+            shown={f"m = {most:g}": raised, rival: wrong}
+            | {f"m = {m:g}": each.mean("effect") for m, each in at.items() if m != most},
             write=signed,
-            axis=f"nats at {strongest}",
+            axis=f"nats at m = {most:g}",
             of=f"positions of {rows['atom'].nunique()} atoms in {rows['sequence'].nunique()} sequences",
         )
+        return [pooled, single, put_in]
 
     def panels(self, result: Result) -> list[Figure]:
         """Each atom on both halves."""
-        atoms = result.tables["atoms"]
+        atoms, title = result.tables["atoms"], f"Atoms on both halves, {self.kind}: {result.label}"
         labels = ("half that the token was chosen on, nats", "other half, nats")
-        svg = figures.scatter(
-            atoms["selected"], atoms["effect"], labels, f"Atoms on both halves, {self.kind}: {result.label}"
-        )
-        return [
-            Figure("What the choice adds", svg, "One point for each atom; on the dashed line it would add nothing.")
-        ]
+        svg = figures.scatter(atoms["selected"], atoms["effect"], labels, title)
+        caption = "One point for each atom; on the dashed line it would add nothing."
+        return [Figure("What the choice adds", svg, caption)]
 
 
-def selected_effect(result: Result) -> float:
-    """Mean effect on the half that tokens were chosen on, over firings, in nats."""
-    atoms = result.tables["atoms"]
-    return float(np.average(atoms["selected"], weights=atoms["n_select"]))
-
-
-def _pooled(result: Result, rows: pd.DataFrame) -> Paired:
-    return Paired(rows, ("sequence", "atom"), result.evaluation.seed)
-
-
-def _columns(trials: Sequence[Trial]) -> Tensor:
-    return torch.tensor([int(str(trial.row["column"])) for trial in trials], dtype=torch.long)
+def _columns(rows: EditedRows) -> tuple[Tensor, Tensor]:
+    """[n] the number of each trial's atom, and whether its random direction is taken away."""
+    described = pd.DataFrame([trial.row for trial in rows.trials])
+    is_random = described["condition"] == "random"
+    return torch.tensor(described["column"].to_numpy()), torch.tensor(is_random.to_numpy())

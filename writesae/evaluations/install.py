@@ -6,40 +6,26 @@ units were counted three times; here the unit is an independent pair of a prompt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from hookpoints import WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.steering import Target, token_id
+from sae_lens_writesae.steering import Target, token_id, value_direction
+from writesae.choices import expect
 from writesae.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae.experiment.generation import greedy_rows
-from writesae.experiment.lab import EditedRows, Lab, Site, Trial
-from writesae.experiment.targets import (
-    Stratum,
-    draw_target,
-    random_unit,
-    target_change,
-    target_rank,
-    token_directions,
-)
+from writesae.experiment.lab import Lab, Trial
+from writesae.experiment.targets import Stratum, draw_target, random_unit, target_change
 from writesae.experiment.tokens import token_text
-from writesae.verdict import figures
-from writesae.verdict.finding import Against, Figure, Finding, Paired
+from writesae.verdict.finding import Against, Finding, Paired
 from writesae.verdict.format import percent
 
 STRATA = (Stratum("frequent", 2, 10), Stratum("100-1000", 100, 1000), Stratum("rare", 1001))
 """Targets by their native rank at the end of the prompt; the second stratum is the paper's."""
-SEMANTIC = "semantic"
-"""Name of the stratum of tokens that are given by hand."""
-
 RELEVANT = 0.1
 """Difference of hit rates that matters, and margin by which a control may be worse and still count as equal: the
 paper's gain is 0.67 to 1, and 0.1 is 2 of the default 20 pairs."""
@@ -56,10 +42,9 @@ class Install(Evaluation):
 
     **Verdict** of claim 10, in the stratum 100-1000 at the headline m (intervals over the prompts' sequences): the
     ladder of `judge` on the difference of hit rates, installed - nothing (chance 0, a difference matters from 0.1 on),
-    against the random value side and the wrong target. Where it holds, the sentence says whether the rate comes near
-    the paper's 100 %. The other strata are judged by the same rule. Claim 25, over all strata, as the paper pools them:
-    the share of pairs whose target has a better rank at the first new token than without edits (chance 1/2, from 60 %
-    on it matters), against the same share under the random value side.
+    against the random value side and the wrong target. The other strata are judged by the same rule. Claim 25, over all
+    strata, as the paper pools them: the share of pairs whose target has a better rank at the first new token than
+    without edits (chance 1/2, from 60 % on it matters), against the same share under the random value side.
     """
 
     pairs: int = 20
@@ -76,8 +61,6 @@ class Install(Evaluation):
     """Greedy tokens in which the target is looked for."""
     semantic: tuple[Target, ...] = ()
     """Tokens or strings (each one token) that mean something to you: a stratum of their own. Empty: left out."""
-    rows_per_run: int = 128
-    """Continuations at once. Lower it when memory runs out; results stay the same."""
 
     kind: ClassVar[str] = "install"
     question: ClassVar[str] = "Do installed writes put a token into the continuation?"
@@ -104,14 +87,13 @@ class Install(Evaluation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.headline not in self.sizes:
-            raise ValueError(f"headline must be one of sizes {self.sizes}, found {self.headline}")
-        if any(m <= 0 for m in self.sizes):
-            raise ValueError(f"sizes are norms and positive, found {self.sizes}")
-        if self.n_positions > self.prompt_tokens:
-            raise ValueError(f"n_positions ({self.n_positions}) is above prompt_tokens ({self.prompt_tokens})")
-        if len(self.semantic) == 1:
-            raise ValueError("semantic needs at least two tokens, because the others are the wrong targets; found 1")
+        expect(
+            self,
+            headline=(self.headline in self.sizes, f"one of sizes {self.sizes}"),
+            sizes=(min(self.sizes) > 0, "norms above 0"),
+            n_positions=(self.n_positions <= self.prompt_tokens, f"at most prompt_tokens ({self.prompt_tokens})"),
+            semantic=(len(self.semantic) != 1, "two tokens or more, because the others are the wrong targets"),
+        )
 
     @property
     def shortest(self) -> int:
@@ -120,39 +102,46 @@ class Install(Evaluation):
     # -- measuring
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
-        rng = lab.rng(2)
+        rng, place = lab.rng(2), (lab.hook.layer, lab.hook.head)
         strata = [*STRATA]
         if self.semantic:
-            strata.append(Stratum(SEMANTIC, among=tuple(token_id(lab.model, target) for target in self.semantic)))
-        directions = token_directions(lab)
+            strata.append(Stratum("semantic", among=tuple(token_id(lab.model, target) for target in self.semantic)))
         tables, prompts, edits = [], [], []
-        for place, (sequence, start) in enumerate(lab.bar(self._windows(lab, rng, len(strata)), self.kind)):
-            stratum, span = strata[place % len(strata)], slice(start, start + self.prompt_tokens)
+        for n, (sequence, start) in enumerate(lab.bar(self._windows(lab, rng, len(strata)), self.kind)):
+            stratum, span = strata[n % len(strata)], slice(start, start + self.prompt_tokens)
             site = lab.site(sequence, span=span)
             target = draw_target(lab.model, site.session.logits[0, -1], stratum, rng)
             if target is None:
                 lab.skipped["pairs whose stratum is not in the vocabulary"] += 1
                 continue
-            pair = len(tables)
+            pair, first = len(tables), self.prompt_tokens - self.n_positions
             row = {"pair": pair, "sequence": sequence, "stratum": stratum.name, "token": target.token}
             row |= {"text": token_text(lab.model, target.token), "rank": target.rank, "wrong": target.wrong}
-            trials = self._trials(lab, site, row, directions(target.token), lab.rng(3, pair))
-            nothing = pd.DataFrame(
-                [row | {"condition": "nothing", "m": 0.0, "log_prob": 0.0, "edited_rank": target.rank}]
-            )
-            tables.append(pd.concat([nothing, lab.read(site, trials, _moved, self.n_positions)]))
+            direction = value_direction(lab.model, *place, target.token)
+            sides = {"target": direction, "random": random_unit(direction, lab.rng(3, pair))}
+            norms, keys = site.writes.norm()[:, None], torch.nn.functional.normalize(site.writes.keys[:, 0], dim=-1)
+            trials = []
+            for m in self.sizes:
+                for condition, value in sides.items():
+                    added = LowRank.rank_one(keys, m * norms * value.to(norms))
+                    each = [lab.add(t, added, t) for t in range(first, self.prompt_tokens)]
+                    trials.append(Trial(row | {"condition": condition, "m": m}, first, each))
+            nothing = row | {"condition": "nothing", "m": 0.0, "log_prob_change": 0.0, "edited_rank": target.rank}
+            tables.append(pd.concat([pd.DataFrame([nothing]), lab.read(site, trials, target_change, self.n_positions)]))
             edits += [[], *(trial.edits for trial in trials)]
             prompts += [lab.tokens[sequence, span]] * (1 + len(trials))
         lab.require(bool(tables), f"no stratum has two tokens: the vocabulary has {lab.model.W_U.shape[1]}")
         lab.count_edited_runs(len(edits) - lab.n_edited_runs)  # a continuation and its first token are one condition
-        continuations = greedy_rows(
+        new = greedy_rows(
             lab.model, torch.stack(prompts), edits, self.new_tokens, batch_size=self.rows_per_run, progress=lab.progress
         )
-        table = pd.concat(tables, ignore_index=True).rename(columns={"log_prob": "log_prob_change"})
-        table["hit"] = [token in new for token, new in zip(table["token"], continuations)]
-        table["wrong_hit"] = [wrong in new for wrong, new in zip(table["wrong"], continuations)]
-        table["first"] = [new.index(t) if t in new else -1 for t, new in zip(table["token"], continuations)]
-        return {"continuations": table}
+        table = pd.concat(tables, ignore_index=True)
+        found = {
+            "hit": [token in row for token, row in zip(table["token"], new)],
+            "wrong_hit": [wrong in row for wrong, row in zip(table["wrong"], new)],
+            "first": [row.index(token) if token in row else -1 for token, row in zip(table["token"], new)],
+        }
+        return {"continuations": table.assign(**found)}
 
     def _windows(self, lab: Lab, rng: np.random.Generator, n_strata: int) -> list[tuple[int, int]]:
         """Sequence and first token of as many prompts as there are pairs; prompts are dealt over sequences."""
@@ -170,66 +159,46 @@ class Install(Evaluation):
         )
         return windows[:needed]
 
-    def _trials(
-        self, lab: Lab, site: Site, row: dict[str, object], direction: Tensor, rng: np.random.Generator
-    ) -> list[Trial]:
-        """The target and a random direction at every size."""
-        noise = random_unit(direction, rng)
-        return [
-            Trial(
-                row | {"condition": condition, "m": m},
-                self.prompt_tokens - self.n_positions,
-                install_edits(lab, site.writes, value, m, self.n_positions),
-            )
-            for m in self.sizes
-            for condition, value in (("target", direction), ("random", noise))
-        ]
-
     # -- judging
 
     def findings(self, result: Result) -> list[Finding]:
         """Claim 10 in the paper's stratum, then the same of the other strata; claim 25 over all of them."""
-        by_paper = sorted(strata_of(result), key=lambda stratum: stratum != "100-1000")
-        return [*(self._hits(result, stratum) for stratum in by_paper), self._ranks(result)]
+        table = result.tables["continuations"]
+        rows = table[table["m"].isin([0.0, self.headline])]
+        by_paper = sorted(rows["stratum"].unique(), key=lambda stratum: stratum != "100-1000")
+        return [*(self._hits(stratum, rows[rows["stratum"] == stratum]) for stratum in by_paper), self._ranks(rows)]
 
-    def _hits(self, result: Result, stratum: str) -> Finding:
-        hits, table = hits_of(result, stratum, self.headline), result.tables["continuations"]
-        rows = table.query("stratum == @stratum and condition == 'target' and m == @self.headline")
-        moved = Paired(rows, seed=self.seed).mean("log_prob_change")
-        gain = hits.mean("target", "nothing")
-        finding = Finding(
+    def _hits(self, stratum: str, rows: pd.DataFrame) -> Finding:
+        """Whether the target is in the continuation; `wrong`: the wrong target, while the target is installed."""
+        installed = rows[rows["condition"] == "target"]
+        both = pd.concat([rows, installed.assign(condition="wrong", hit=installed["wrong_hit"])])
+        wide = both.pivot(index=["pair", "sequence"], columns="condition", values="hit").astype(bool)
+        hits = Paired(wide.reset_index(), seed=self.seed)
+        gain, moved = hits.mean("target", "nothing"), Paired(installed, seed=self.seed).mean("log_prob_change")
+        controls = {"random": "a random direction of the same norm", "wrong": "a token that was not installed"}
+        return Finding(
             number=10 if stratum == "100-1000" else None,
             claim=f"installed writes put a token of stratum {stratum} into the continuation",
             effect=gain,
             what="the gain in hits over nothing",
-            against=hits.beaten(
-                "target",
-                {"random": "a random direction of the same norm", "wrong": "a token that was not installed"},
-            ),
+            against=hits.beaten("target", controls),
             relevant=RELEVANT,
-            shown={
-                "installed": hits.mean("target"),
-                "nothing": hits.mean("nothing"),
-                "a random direction of the same norm": hits.mean("random"),
-                "a token that was not installed": hits.mean("wrong"),
-            },
+            shown=hits.means({"target": "installed", "nothing": "nothing"} | controls),
             write=percent,
             axis=f"of continuations have the token at m = {self.headline:g}",
             measured=f"log-probability of the first token {moved} nats",
             controls=f"installed - nothing {gain}",
             of="prompt x target pairs",
         )
-        if finding.verdict.outcome != "holds":
-            return finding
-        near = "as in the paper" if finding.shown["installed"].mean > 0.9 else "far from the paper's 100%"
-        return replace(finding, remark=f"The rate is {near}.")
 
-    def _ranks(self, result: Result) -> Finding:
-        rows = result.tables["continuations"].query("m == @self.headline")
-        rows = rows.assign(better=rows["edited_rank"] < rows["rank"], shift=rows["rank"] - rows["edited_rank"])
-        better = Paired.of(rows, "better", "pair", seed=self.seed)
+    def _ranks(self, rows: pd.DataFrame) -> Finding:
+        ranks = rows.assign(better=rows["edited_rank"] < rows["rank"], shift=rows["rank"] - rows["edited_rank"])
+        better = Paired.of(ranks, "better", "pair", seed=self.seed)
         target, random, lead = better["target"] > 0, better["random"] > 0, better.mean("target", "random")
-        rival, shift = "a random direction of the same norm", rows.loc[rows["condition"] == "target", "shift"].median()
+        rival, shift = (
+            "a random direction of the same norm",
+            ranks.loc[ranks["condition"] == "target", "shift"].median(),
+        )
         return Finding(
             number=25,
             claim="installed writes improve the rank of their token",
@@ -245,60 +214,3 @@ class Install(Evaluation):
             controls=f"installed - random {lead}",
             of="prompt x target pairs in {} sequences",
         )
-
-    def panels(self, result: Result) -> list[Figure]:
-        """Hits by size, one figure for each stratum."""
-        panels = []
-        shown = {"nothing": "nothing", "random": "random direction", "wrong": "wrong target", "target": "installed"}
-        colours = dict(zip(shown, ("muted", "soft", "control", "atom")))
-        for stratum in strata_of(result):
-            by_size = [hits_of(result, stratum, m) for m in self.sizes]
-            lines = []
-            for name, text in shown.items():
-                rates = [hits.mean(name) for hits in by_size]
-                band = ([r.low for r in rates], [r.high for r in rates]) if name == "target" else None
-                lines.append(figures.Line(text, self.sizes, [r.mean for r in rates], colours[name], band))
-            title = f"Hits by size, stratum {stratum}, install: {result.label}"
-            label = "norm of what is written, in native writes"
-            svg = figures.curves(lines, label, title, log_x=True, percent=True)
-            panels.append(Figure(f"Targets of initial rank: {stratum}", svg, "Continuations with the target in them."))
-        return panels
-
-    def notes(self, result: Result) -> list[str]:
-        """What the paper did otherwise."""
-        unit = "A pair of a prompt and a target is counted once; the paper's rates are exact thirds of 300."
-        no_semantic = "No semantic stratum: no tokens were given for it."
-        return [unit] if SEMANTIC in strata_of(result) else [unit, no_semantic]
-
-
-def install_edits(lab: Lab, writes: LowRank, value: Tensor, size: float, n_positions: int) -> list[WriteEdit]:
-    """Add size |W_t| k_t value^T / |k_t| at the last `n_positions` of a prompt.
-
-    Args:
-        writes: the native writes of the prompt, N = its tokens.
-        value: [V], of norm 1.
-    """
-    norms = size * writes.norm()
-    keys = torch.nn.functional.normalize(writes.keys[:, 0], dim=-1)
-    added = LowRank.rank_one(keys, norms[:, None] * value.to(norms))
-    return [lab.add(t, added, t) for t in range(len(writes) - n_positions, len(writes))]
-
-
-def strata_of(result: Result) -> list[str]:
-    """The strata with at least one pair."""
-    return [str(name) for name in result.tables["continuations"]["stratum"].unique()]
-
-
-def hits_of(result: Result, stratum: str, m: float) -> Paired:
-    """By pair, whether the target is in the continuation under each condition at size m; `wrong`: whether the wrong
-    target is there while the target is installed."""
-    table = result.tables["continuations"]
-    rows = table[(table["stratum"] == stratum) & ((table["m"] == m) | (table["condition"] == "nothing"))]
-    installed = rows[rows["condition"] == "target"]
-    rows = pd.concat([rows, installed.assign(condition="wrong", hit=installed["wrong_hit"])])
-    wide = rows.pivot(index=["pair", "sequence"], columns="condition", values="hit").astype(bool)
-    return Paired(wide.reset_index(), seed=result.evaluation.seed)
-
-
-def _moved(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
-    return {**target_change(rows), **target_rank(rows)}

@@ -13,13 +13,10 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
-from hookpoints import WriteEdit
-from sae_lens_writesae.atom.low_rank import LowRank
+from writesae.choices import expect
 from writesae.experiment.evaluation import Evaluation, Result
 from writesae.experiment.firings import Integers, halves
-from writesae.experiment.head import head_writes
 from writesae.experiment.lab import Lab, Site, Trial
 from writesae.experiment.readout import added_bits, bits
 from writesae.verdict.finding import Finding, Paired
@@ -36,8 +33,6 @@ CONTROLS: dict[str, str] = {
 RELEVANT = 0.01
 """Bits per token: 0.7 percent of the perplexity. The paper reports +0.005 for registers and
 +0.226 for random writes."""
-
-_NO_OP = "native"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +89,9 @@ class Passage(Evaluation):
         if self.classes is not None:
             classes = {str(name): tuple(int(i) for i in atoms) for name, atoms in self.classes.items()}
             object.__setattr__(self, "classes", classes)
-            if not classes or not all(classes.values()):
-                raise ValueError(f"classes map names to lists of atoms, none of them empty, found {classes}")
+            expect(
+                self, classes=(all(classes.values()) and bool(classes), "names and lists of atoms, none of them empty")
+            )
 
     @property
     def shortest(self) -> int:
@@ -119,38 +115,35 @@ class Passage(Evaluation):
                 rows = lab.read(site, trials, added_bits(tokens), None)
                 tables.append(rows.assign(native_bits=bits(site.session.logits[0], tokens)))
         lab.require(bool(tables), f"no class fires on the passages: {', '.join(classes)}; give more sequences")
-        table = pd.concat(tables, ignore_index=True)
-        n_passages = table.groupby("class")["sequence"].nunique().to_dict()
-        measured = [name for name in classes if n_passages.get(name, 0) >= 2]
-        lab.skipped["classes that never fire on the passages"] += len(classes) - len(measured)
-        lab.require(bool(measured), f"no class fires in two passages: {', '.join(classes)}; give more sequences")
-        members = [(name, int(atom)) for name in measured for atom in classes[name]]
-        table = pd.DataFrame(table[table["class"].isin(measured)]).reset_index(drop=True)
+        table = pd.concat(tables)
+        table = table[table.groupby("class")["sequence"].transform("nunique") >= 2]
+        lab.require(not table.empty, f"no class fires in two passages: {', '.join(classes)}; give more sequences")
+        names = table["class"].unique().tolist()
+        lab.skipped["classes that never fire on the passages"] += len(classes) - len(names)
+        members = [(name, int(atom)) for name in names for atom in classes[name]]
         return {"passages": table, "classes": pd.DataFrame(members, columns=["class", "atom"])}
 
     def _classes(self, lab: Lab, sequences: Integers) -> dict[str, Integers]:
         """The classes given, or register and bundle by the median cosine on some sequences."""
         if self.classes is not None:
             d_sae = int(lab.sae.cfg.d_sae)
-            unknown = sorted({i for atoms in self.classes.values() for i in atoms if not 0 <= i < d_sae})
-            if unknown:
+            if unknown := sorted({i for atoms in self.classes.values() for i in atoms if not 0 <= i < d_sae}):
                 raise ValueError(f"classes name atoms {unknown}, the SAE has atoms 0 to {d_sae - 1}")
             return {name: np.array(atoms) for name, atoms in self.classes.items()}
-        parts = []
-        for sequence in sequences.tolist():
-            firings = lab.firings().of_sequences(np.array([sequence]))
-            if len(firings):
-                atoms, writes = lab.atoms(firings.atom), head_writes(lab.recurrence(sequence), 0)
-                cosine = atoms.cosine(writes.rows(torch.tensor(firings.position)).to(atoms.keys))
-                parts.append(pd.DataFrame({"atom": firings.atom, "cosine": cosine.cpu().numpy()}))
-        lab.require(bool(parts), "no atom fires on the half of the sequences that classes are made on")
-        grouped = pd.concat(parts).groupby("atom")["cosine"]
-        often = grouped.size().to_numpy() >= self.min_firings
-        atoms, is_register = np.array(list(grouped.groups)), grouped.median().to_numpy(float) >= self.threshold
-        lab.skipped["atoms with too few firings for a class"] += int((~often).sum())
-        classes = {"register": atoms[often & is_register], "bundle": atoms[often & ~is_register]}
-        needed = f"no atom fires {self.min_firings} times on the half of the sequences that classes are made on"
-        lab.require(bool(often.any()), needed)
+        cosines = [pd.DataFrame({"atom": np.array([], int), "cosine": np.array([], float)})]
+        for sequence, rows in lab.firings().of_sequences(sequences).frame().groupby("sequence"):
+            atoms = lab.atoms(rows["atom"].to_numpy())
+            writes = lab.native_writes([int(str(sequence))]).rows(rows["position"].tolist()).to(atoms.keys)
+            cosines.append(rows[["atom"]].assign(cosine=atoms.cosine(writes).double().cpu().numpy()))
+        of_atom = pd.concat(cosines).groupby("atom")["cosine"].agg(["size", "median"])
+        often = of_atom[of_atom["size"] >= self.min_firings]
+        lab.skipped["atoms with too few firings for a class"] += len(of_atom) - len(often)
+        lab.require(
+            len(often) > 0,
+            f"no atom fires {self.min_firings} times on the half of the sequences that classes are made on",
+        )
+        is_register = often["median"] >= self.threshold
+        classes = {"register": often.index[is_register].to_numpy(), "bundle": often.index[~is_register].to_numpy()}
         return {name: members for name, members in classes.items() if len(members)}
 
     def _trials(self, lab: Lab, site: Site, name: str, atoms: Integers, rng: np.random.Generator) -> list[Trial]:
@@ -167,20 +160,23 @@ class Passage(Evaluation):
         sums = [components.rows(np.flatnonzero(where == t).tolist()).total() for t in positions]
         native = site.at(positions)
         size = torch.tensor([float(each.norm()) for each in sums]).to(native.values)
-        others = rng.choice(written, len(positions), replace=len(written) < len(positions))
+        others = rng.choice(written, len(positions), replace=len(written) < len(positions)).tolist()
         elsewhere = [int(rng.choice(written[written != t])) for t in positions]
         noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
         first = native.terms(slice(0, 1))
         usable = first.norm() > 0
         at = [t for t, keep in zip(positions, usable.tolist()) if keep]
-        edits = {
-            "deleted": [lab.add(t, each) for t, each in zip(positions, sums)],
-            "own": _along(lab, at, first.rows(usable), -size[usable]),
-            "removed": _along(lab, others.tolist(), site.at(others.tolist()), -size),
-            "inserted": _along(lab, positions, site.at(elsewhere), size),
-            "random": _along(lab, positions, first.random_like(noise), size),
-            _NO_OP: [lab.replace(t, native, n) for n, t in enumerate(positions)],
+        changed = {  # condition: where, what is added in which direction, at which signed norm
+            "own": (at, first.rows(usable), -size[usable]),
+            "removed": (others, site.at(others), -size),
+            "inserted": (positions, site.at(elsewhere), size),
+            "random": (positions, first.random_like(noise), size),
         }
+        edits = {"deleted": [lab.add(t, each) for t, each in zip(positions, sums)]}
+        for condition, (places, directions, norms) in changed.items():
+            added = directions.with_norm(torch.ones_like(norms)) * norms
+            edits[condition] = [lab.add(t, added, n) for n, t in enumerate(places)]
+        edits["native"] = [lab.replace(t, native, n) for n, t in enumerate(positions)]
         described: dict[str, object] = {"sequence": site.sequence, "class": name, "tokens_edited": len(positions)}
         described["norm"] = float((size / native.norm().clamp_min(1e-30)).mean())
         return [
@@ -193,7 +189,7 @@ class Passage(Evaluation):
 
     def findings(self, result: Result) -> list[Finding]:
         """Claim 19 for registers, or the first class where there are none; then the other classes."""
-        names = class_names(result)
+        names = result.tables["passages"]["class"].unique().tolist()
         first = "register" if "register" in names else names[0]
         return [self._cost(result, name, first) for name in sorted(names, key=lambda name: name != first)]
 
@@ -219,14 +215,3 @@ class Passage(Evaluation):
             measured=f"{(members['class'] == name).sum()} atoms, {n_tokens:.0f} tokens a passage",
             of="passages",
         )
-
-
-def class_names(result: Result) -> list[str]:
-    """Names of the measured classes, in the order given."""
-    return list(dict.fromkeys(result.tables["passages"]["class"]))
-
-
-def _along(lab: Lab, positions: list[int], directions: LowRank, sizes: Tensor) -> list[WriteEdit]:
-    """Edits that add `sizes` (signed) along directions of any norm at positions."""
-    added = directions.with_norm(torch.ones_like(sizes)) * sizes
-    return [lab.add(t, added, n) for n, t in enumerate(positions)]

@@ -41,21 +41,15 @@ DEFINITIONS = {
 
 
 class Gradient(NamedTuple):
-    """Gradient of `direction . logits` at one position with respect to the reads of one head."""
+    """Gradient of the logit of one token at one position with respect to the reads of one head."""
 
     position: int
     reads: Tensor
     """[position + 1, V], of every read up to `position`, through everything after the read."""
     direct: Tensor
     """[V], of the read at `position`, along the direct path."""
-
-
-class Predictions(NamedTuple):
-    """What the formulas say of n added matrices: [n] each."""
-
-    F0: Tensor
-    F1: Tensor
-    F2: Tensor
+    naive: Tensor
+    """[V], of the same read by the weights of the direct path alone: W_O^h W_U[token], in float32 at least."""
 
 
 class ReadGradients:
@@ -73,71 +67,64 @@ class ReadGradients:
     """
 
     def __init__(self, model: HookedRecurrent, session: EditSession, layer: int, head: int, positions: Sequence[int]):
-        self.head = head
+        self.model, self.layer, self.head = model, layer, head
         self._index = {position: i for i, position in enumerate(sorted(set(positions)))}
         stop = max(self._index) + 1
-        seen: dict[str, Tensor] = {}
-
-        def keep(value: Tensor, hook: HookPoint) -> None:
-            seen[str(hook.name)] = value
-
-        def make_leaf(value: Tensor, hook: HookPoint) -> Tensor:
-            seen[str(hook.name)] = value.detach().requires_grad_()
-            return seen[str(hook.name)]
-
-        read, mixed = f"blocks.{layer}.mixer.hook_read", f"blocks.{layer}.hook_mixer_out"
         last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+        names = (f"blocks.{layer}.mixer.hook_read", f"blocks.{layer}.hook_mixer_out", last)
+        seen: dict[str | None, Tensor] = {}
+
+        def keep(value: Tensor, hook: HookPoint) -> Tensor:
+            seen[hook.name] = value.detach().requires_grad_() if hook.name == names[0] else value
+            return seen[hook.name]
+
         with torch.enable_grad():
-            logits = model.run_with_hooks(
+            self._logits = model.run_with_hooks(
                 session.residual(layer)[:, :stop],
                 start_at_layer=layer,
                 tokens=session.tokens[:, :stop],
                 logits_to_keep=torch.tensor(sorted(self._index), device=session.tokens.device),
-                fwd_hooks=[(read, make_leaf), (mixed, keep), (last, keep)],
+                fwd_hooks=[(name, keep) for name in names],
             )
-        self._read, self._mixed, self._last, self._logits = seen[read], seen[mixed], seen[last], logits
+        self._read, self._mixed, self._last = (seen[name] for name in names)
 
     @torch.enable_grad()
-    def at(self, position: int, direction: Tensor) -> Gradient:
-        """Gradients of `direction` [vocab] . logits at `position`, one of those that were asked for."""
-        logits = self._logits[0, self._index[position]]
-        ends = [self._read, self._last]
-        through_all, at_last = torch.autograd.grad(logits, ends, direction.to(logits), retain_graph=True)
+    def at(self, position: int, token: int) -> Gradient:
+        """Gradients of the logit of a token at `position`, one of those that were asked for."""
+        logit = self._logits[0, self._index[position], token]
+        through_all, at_last = torch.autograd.grad(logit, [self._read, self._last], retain_graph=True)
         # On the direct path, what the mixer adds to the residual stream reaches the final norm unchanged.
         mixed = self._mixed[0, position]
         (direct,) = torch.autograd.grad(mixed, self._read, at_last[0, position], retain_graph=True)
-        return Gradient(position, through_all[0, : position + 1, self.head], direct[0, position, self.head])
+        out, column = self.model.layer_W_O(self.layer)[self.head].detach(), self.model.W_U[:, token].detach()
+        wide = torch.promote_types(out.dtype, torch.float32)
+        naive = out.to(wide) @ column.to(out.device, wide)
+        return Gradient(position, through_all[0, : position + 1, self.head], direct[0, position, self.head], naive)
 
 
-def predict(
-    recurrence: Recurrence, added: LowRank, start: int, gradients: Sequence[Gradient], naive: Tensor
-) -> list[Predictions]:
-    """The three formulas for n matrices added at `start`: one `Predictions` for each of G gradients.
+def predict(recurrence: Recurrence, added: LowRank, start: int, gradients: Sequence[Gradient]) -> Tensor:
+    """[G,n,3]: what the formulas, in the order of `PREDICTORS`, say of n matrices added at `start`, for each of G
+    gradients.
 
     Args:
         recurrence: factors of the one head (B = H = 1).
         added: n matrices.
         gradients: G of them, at positions >= start.
-        naive: [G,V], W_O^h W_U d for the direction d of each gradient: the value side of F0.
 
     Cost: two passes of `Recurrence.propagate` over the n R keys, from `start` to the last position.
     """
     stop = max(gradient.position for gradient in gradients) + 1
     exact = read_weights(recurrence, added.keys, start, stop)  # [n,R,S]
     decayed = read_weights(recurrence.without_erase(), added.keys, start, stop)
-    values = added.values.to(exact)
-    predictions = []
-    for gradient, direction in zip(gradients, naive, strict=True):
+    values, predictions = added.values.to(exact), []
+    for gradient in gradients:
         here = gradient.position - start
-        reads = gradient.reads[start:].to(exact)  # [here + 1, V]
-        predictions.append(
-            Predictions(
-                F0=(decayed[:, :, here] * (values @ direction.to(exact))).sum(1),
-                F1=(exact[:, :, here] * (values @ gradient.direct.to(exact))).sum(1),
-                F2=torch.einsum("nrs,nrv,sv->n", exact[:, :, : here + 1], values, reads),
-            )
-        )
-    return predictions
+        reads, direct, naive = (each.to(exact) for each in (gradient.reads[start:], gradient.direct, gradient.naive))
+        f0 = (decayed[:, :, here] * (values @ naive)).sum(1)
+        f1 = (exact[:, :, here] * (values @ direct)).sum(1)
+        f2 = torch.einsum("nrs,nrv,sv->n", exact[:, :, : here + 1], values, reads)
+        predictions.append(torch.stack([f0, f1, f2], 1))
+    return torch.stack(predictions)
 
 
 def read_weights(recurrence: Recurrence, keys: Tensor, start: int, stop: int) -> Tensor:
@@ -148,9 +135,7 @@ def read_weights(recurrence: Recurrence, keys: Tensor, start: int, stop: int) ->
     """
     until_stop = recurrence.select(tokens=slice(0, stop))
     carried = until_stop.propagate(keys.flatten(0, 1), start, 0)[0]  # [nR,S,K]
-    reads = until_stop.scale * until_stop.q[0, start:, 0].to(carried)
     if until_stop.read_before_write:  # the read at s sees the state after s - 1
-        weights = torch.cat([torch.zeros_like(carried[:, :1, 0]), (carried[:, :-1] * reads[1:]).sum(-1)], 1)
-    else:
-        weights = (carried * reads).sum(-1)
-    return weights.unflatten(0, keys.shape[:2])
+        carried = torch.nn.functional.pad(carried[:, :-1], (0, 0, 1, 0))
+    reads = until_stop.scale * until_stop.q[0, start:, 0].to(carried)
+    return (carried * reads).sum(-1).unflatten(0, keys.shape[:2])
