@@ -21,7 +21,7 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.experiment.firings import Firings, Integers
 from writesae.experiment.head import matrices_of
 from writesae.experiment.lab import EditedRows, Lab, Site, Trial
-from writesae.experiment.reconstruction import of_dictionary
+from writesae.experiment.reconstruction import ATOM, of_dictionary
 
 SELECTIVITY: dict[str, str] = {
     "sae": "label of the dictionary",
