@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint, LensHandle
 
@@ -72,20 +72,28 @@ def find_hooks(model: HookedRootModule, name: Name) -> list[str]:
 
 @scoped
 def scoped_hooks(
-    scope: Scope, points: Mapping[str, nn.Module], fwd: NamedHooks, bwd: NamedHooks, stay: bool = False
+    scope: Scope,
+    points: Mapping[str, nn.Module],
+    landmarks: Sequence[nn.Module],
+    fwd: NamedHooks,
+    bwd: NamedHooks,
+    stay: bool = False,
 ) -> Iterator[None]:
-    """Hooks that act inside one scope; a forward hook is missed if it never does.
+    """Hooks that act inside one scope, and are missed if they never do.
 
     Args:
         scope: hooks act in the thread (more exactly, the context) in which it is open; others run as if they were not
             there. A scope that an interrupt closed in passing leaves hooks that do nothing.
         points: hook points by name.
+        landmarks: modules whose outputs every gradient passes that passes a hook point; they tell a backward pass.
         stay: hooks stay in force after the scope, everywhere (TransformerLens' ``reset_hooks_end=False``).
 
     Raises:
-        HookDidNotFireError: the model ran in the scope and a forward hook was never called.
+        HookDidNotFireError: the model ran in the scope and a forward hook was never called, or a backward pass went
+            through it and a backward hook never was.
     """
     called: set[tuple[str, Way]] = set()
+    gone_backward: list[bool] = []
     handles: list[tuple[HookPoint, LensHandle]] = []
 
     def watched(name: str, way: Way, hook: Hook) -> Hook:
@@ -98,6 +106,12 @@ def scoped_hooks(
 
         return call
 
+    def mark(_module: nn.Module, _args: object, output: object) -> None:
+        value = output[0] if isinstance(output, tuple) else output
+        if isinstance(value, Tensor) and value.requires_grad and scope.active():
+            value.register_hook(lambda _: gone_backward.append(True))
+
+    marks = [module.register_forward_hook(mark) for module in (landmarks if bwd else ())]
     every: list[tuple[Way, str, Hook]] = [*(("fwd", *one) for one in fwd), *(("bwd", *one) for one in bwd)]
     try:
         for way, name, hook in every:
@@ -110,6 +124,8 @@ def scoped_hooks(
                     scopes_of(point).append(scope)
         yield
     finally:
+        for each in marks:
+            each.remove()
         for point, handle in [] if stay else handles:
             with ADDING:  # the scope first: a hook that an interrupt leaves behind without one only costs time
                 if scope in scopes_of(point):
@@ -118,9 +134,14 @@ def scoped_hooks(
                     if handle in visible:  # else reset_hooks took it off
                         visible.remove(handle)
                         handle.hook.remove()
-    silent = [name for name, _ in fwd if (name, "fwd") not in called]
-    if scope.passes and silent:
+    if scope.passes and (silent := [name for name, _ in fwd if (name, "fwd") not in called]):
         raise HookDidNotFireError(
             f"{len(silent)} hook(s) never fired though the model ran: {', '.join(silent[:3])}. Was the layer "
             "outside start_at_layer / stop_at_layer, or is an SAE attached there (then hook its inner points)?"
+        )
+    if gone_backward and (silent := [name for name, _ in bwd if (name, "bwd") not in called]):
+        raise HookDidNotFireError(
+            f"{len(silent)} backward hook(s) never fired though a backward pass ran: {', '.join(silent[:3])}. What was "
+            "differentiated does not depend on that activation: was the layer above stop_at_layer, or the activation "
+            "replaced by a forward hook?"
         )

@@ -81,6 +81,11 @@ class Attachment:
         self.attached = False
         self.undo.close()
 
+    def landmarks(self) -> list[nn.Module]:
+        """Modules whose outputs every gradient passes that passes any hook point: the embedding, every block, and the
+        final norm."""
+        return [self.layout.embed, *(block.block for block in self.layout.blocks), self.layout.final_norm]
+
     def require_one_forward(self) -> None:
         """Raise UnsupportedModelError where gradient checkpointing would compute layers again in the backward pass,
         outside of the scopes of their forward pass: gradients would be those of another model."""

@@ -111,7 +111,8 @@ class HookedModel(HookedRootModule):
 
         Raises:
             UnknownHookError: a name that this model lacks (names the nearest), or a filter that matches nothing.
-            HookDidNotFireError: the model ran inside the scope and a forward hook never fired.
+            HookDidNotFireError: the model ran inside the scope and a forward hook never fired, or a backward pass ran
+                and a backward hook never did.
             UnsupportedModelError: gradient checkpointing would compute layers again outside of the scope.
         """
         self.attachment.require()
@@ -119,7 +120,8 @@ class HookedModel(HookedRootModule):
         fwd, bwd = (
             [(one, hook) for name, hook in hooks for one in find_hooks(self, name)] for hooks in (fwd_hooks, bwd_hooks)
         )
-        with scope(self.attachment) as opened, scoped_hooks(opened, self.mod_dict, fwd, bwd, not reset_hooks_end):
+        marks, stay = self.attachment.landmarks(), not reset_hooks_end
+        with scope(self.attachment) as opened, scoped_hooks(opened, self.mod_dict, marks, fwd, bwd, stay):
             yield self
         if clear_contexts:
             self.clear_contexts()

@@ -114,7 +114,7 @@ def test_the_page_is_self_contained(text: str, html: Path) -> None:
     source = html.read_text()
     links = re.findall(r'(?:src|href)="([^"]*)"', source)
     assert {*links} <= {f"#{name}" for name in re.findall(r'id="([^"]+)"', source)} and "@import" not in source
-    assert source.count("<svg") == 2 + 4 * 6  # two at the top, six for each dictionary that was measured
+    assert source.count("<svg") == 1 + 4 * 4  # one at the top, four of each measured dictionary
     assert source.count("prefers-color-scheme: dark") == 1 and "@media print" in source and "viewport" in source
 
 

@@ -17,7 +17,10 @@ def text_of(file: Path | None) -> str:
         OSError: it cannot be read.
         ValueError: it is not in UTF-8.
     """
-    return embedded.text("test") if file is None else file.read_text(encoding="utf-8")
+    try:
+        return embedded.text("test") if file is None else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected a text in UTF-8, got another encoding ({error}); convert it") from error
 
 
 def sample_sequences(model: HookedRecurrent, text: str, context_size: int, n_sequences: int) -> Tensor:

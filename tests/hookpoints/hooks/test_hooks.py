@@ -206,6 +206,20 @@ def test_a_hook_that_does_not_fire_is_an_error(model, tokens):
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
+def test_a_backward_hook_is_missed_where_a_backward_pass_does_not_reach_it(model, tokens):
+    kept = []
+    low, high = (
+        [(f"blocks.{layer}.mixer.hook_write", lambda gradient, hook: kept.append(gradient))] for layer in (0, 2)
+    )
+    with model.hooks(bwd_hooks=low):
+        model(tokens, stop_at_layer=2).sum().backward()
+    assert len(kept) == 1
+    with pytest.raises(HookDidNotFireError, match=r"blocks\.2\.mixer"), model.hooks(bwd_hooks=high):
+        model(tokens, stop_at_layer=2).sum().backward()
+    with model.hooks(bwd_hooks=high):
+        model(tokens)  # without a backward pass nothing is claimed
+
+
 @torch.no_grad()
 def test_something_in_the_place_of_a_hook_point_is_met(model, tokens):
     """An SAE is attached by putting a module where the hook point was."""
