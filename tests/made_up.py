@@ -83,7 +83,6 @@ def made_up(
         "n_positions": 256,
         "n_alive": 300,
         "alive_tokens": 30_000,
-        "n_testable": 280,
         "half_life": 20.0,
         "half_life_limit": 128,
         "n_skipped": {},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import wide_firings
-from writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, SCALES
+from writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, Scale
 from writesae.experiment.evaluation import Result
 from writesae.experiment.head_baselines import BASELINES
 from writesae.experiment.lab import Lab
@@ -72,7 +72,7 @@ def kl_by_hand(native: Tensor, edited: Tensor, t: int) -> dict[str, float]:
 # -- planted truths
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", get_args(Scale))
 def test_atoms_that_are_the_writes_take_back_the_whole_effect(
     model64: HookedRecurrent, same: Tensor, scale: str
 ) -> None:
@@ -182,7 +182,7 @@ def test_every_condition_is_a_full_forward_with_the_write_replaced(model64: Hook
 
 
 def test_norms_and_the_tidy_table(model64: HookedRecurrent, tokens: Tensor) -> None:
-    table = firings_of(run(model64, random_sae(model64), tokens, scales=SCALES))
+    table = firings_of(run(model64, random_sae(model64), tokens, scales=get_args(Scale)))
     n = table.groupby("choice")["firing"].nunique()
     full = 1 + len(CONTROLS) + len(REFERENCES)
     assert len(table) == n["dominant"] * (2 + 3 * full) + n["own"] * (2 + full)

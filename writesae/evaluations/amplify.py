@@ -271,7 +271,7 @@ class Amplify(Evaluation):
         p_values, words = {}, {}
         for (token, text), rows in at.wide.merge(atoms[["token", "text"]].drop_duplicates()).groupby(["token", "text"]):
             tests = [stats.sign_flip_test(rows["atom"], rows[n], rows["sequence"]) for n in ("nothing", *CONTROLS)]
-            p_values[str(token)] = max(test.p_value for test in tests)
+            p_values[str(token)] = max(tests)
             words[str(token)] = f"{text!r} {replace(at, wide=rows).mean('atom', 'nothing')}"
         moved = [words[token] for token, p in stats.holm(p_values).items() if p < 0.05]
         holds = "At least one token changes more than under every control."

@@ -175,8 +175,7 @@ class Erasure(OfHalves):
         of_atom = firings.groupby("column")
         p_values = {
             str(n): max(
-                stats.sign_flip_test(rows["effect"], rows[name], rows["sequence"], seed=self.seed).p_value
-                for name in CONTROLS
+                stats.sign_flip_test(rows["effect"], rows[name], rows["sequence"], seed=self.seed) for name in CONTROLS
             )
             for n, rows in of_atom
         }

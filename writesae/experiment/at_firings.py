@@ -35,7 +35,7 @@ from writesae.experiment.firings import (
     halves,
     sample_firings,
 )
-from writesae.experiment.head import head_profile
+from writesae.experiment.head import HALF_LIFE_LIMIT, half_lives, head_writes, mean_write
 from writesae.experiment.head_baselines import BASELINES
 from writesae.experiment.lab import Lab, Site, Trial
 from writesae.experiment.readout import changed_words
@@ -93,7 +93,7 @@ class OfFirings(OfAtoms):
             min_firings=self.min_firings,
             written=written,
         )
-        lab.facts |= {"n_alive": len(draw.alive), "alive_tokens": draw.alive_tokens, "n_testable": draw.n_testable}
+        lab.facts["n_alive"] = len(draw.alive)
         return draw
 
 
@@ -197,9 +197,13 @@ class Exchanging(OfFirings):
 
     def exchanges(self, lab: Lab, draw: FiringDraw, scales: Sequence[Scale]) -> Iterator[Exchange]:
         """The conditions of each sequence that has firings, one sequence at a time. Cost: one plain forward each."""
-        sequences = range(min(self.mean_write_sequences, len(lab.tokens)))
-        profile = head_profile(map(lab.recurrence, sequences), energy=MEAN_ENERGY)
-        lab.facts |= {"half_life": profile.half_life, "half_life_limit": profile.half_life_limit}
+        recurrences = [lab.recurrence(n) for n in range(min(self.mean_write_sequences, len(lab.tokens)))]
+        writes = [head_writes(each, 0) for each in recurrences]
+        keys, values = (torch.cat(sides) for sides in zip(*((w.keys[:, 0], w.values[:, 0]) for w in writes)))
+        mean = mean_write(keys, values, MEAN_ENERGY)
+        lives = torch.cat([half_lives(each) for each in recurrences])
+        lab.facts["half_life"] = float(lives.median())
+        lab.facts["half_life_limit"] = min(HALF_LIFE_LIMIT, lab.tokens.shape[1] // 2)
         for site in lab.sites(draw.table, self.kind):
             native = site.at(site.rows["position"].tolist())
             atom = lab.atoms(site.rows["written_atom"].to_numpy()).to(native.values)
@@ -207,10 +211,7 @@ class Exchanging(OfFirings):
             fitted = None
             if set(self.controls) & set(BASELINES):
                 fitted = lab.baselines(site.sequence, n_codes=self.n_codes, components=self.pca_components)
-                lab.facts |= {"baseline_tokens": len(fitted.writes), "n_codes": len(fitted.drawn)}
-            controls = controls_at(
-                lab, site, atom, self.controls, alive=draw.alive, mean=profile.mean_write, baselines=fitted
-            )
+            controls = controls_at(lab, site, atom, self.controls, alive=draw.alive, mean=mean, baselines=fitted)
             yield Exchange(site, native, atom, conditions(native, atom, controls, scales))
 
     def example(self, lab: Lab, firings: pd.DataFrame) -> pd.DataFrame:

@@ -35,12 +35,8 @@ from writesae.verdict.statistics import Estimate
 
 NO_VARIANCE = "sequences on which the matrices of a dictionary, or all reads of them, do not vary"
 ATOM, ATOM_SVD, SVD = "atom", "atom svd", "svd"
-WRITTEN_NAMES: dict[str, str] = {
-    ATOM: "strongest atom",
-    ATOM_SVD: "atom cut to rank 1",
-    SVD: "top-1 SVD of the reconstruction",
-}
-"""What a dictionary writes, as a reader meets it; the atom is cut where it is of a higher rank."""
+"""What a dictionary writes: its strongest atom, that atom cut to rank 1 (where it is of a higher rank), and the top-1
+SVD of the reconstruction."""
 EXCHANGED: dict[str, str] = {
     "sequence": "row of the evaluation tokens",
     "position": "token t that is edited",

@@ -172,29 +172,25 @@ def curves(
     log_x: bool = False,
     log_y: bool = False,
     percent: bool = False,
-    even: bool = False,
     chance: float | None = None,
-    lowest: float | None = None,
     ticks: Mapping[float, str] | None = None,
 ) -> str:
     """Lines with their names above.
 
     Args:
         label: of the x axis.
-        even: place the points at even distances, whatever their x.
         chance: a dashed horizontal line.
-        lowest: what is below it is cut off (an R^2 of -500, say).
         ticks: names of points on the x axis, where they are not their numbers.
     """
     figure, axes = _panel(2.5 + 0.08 * len(lines), "y")
     points = sorted({x for line in lines for x in line.x})
-    place = {x: float(i) if even else x for i, x in enumerate(points)}
     for line in lines:
         colour, strong = COLOURS[line.colour], line.colour in ("atom", "control", "ink")
-        x, y = [place[value] for value in line.x], np.maximum(np.asarray(line.y, float), 1e-16 if log_y else -np.inf)
         if line.band is not None:
-            axes.fill_between(x, *line.band, color=colour, alpha=0.16, lw=0)
-        axes.plot(x, y, "o-", color=colour, lw=1.9 if strong else 0.9, ms=3.5 if strong else 2.5, label=line.name)
+            axes.fill_between(line.x, *line.band, color=colour, alpha=0.16, lw=0)
+        axes.plot(
+            line.x, line.y, "o-", color=colour, lw=1.9 if strong else 0.9, ms=3.5 if strong else 2.5, label=line.name
+        )
     if chance is not None:
         axes.axhline(chance, color=MUTED, lw=0.8, ls=_DASHED)
     if log_x:
@@ -206,11 +202,11 @@ def curves(
         axes.yaxis.set_major_formatter(
             FuncFormatter(lambda value, _: f"{100 * value:.0f}%" if percent else number(value))
         )
-    if percent or lowest is not None:
-        axes.set_ylim(0.0 if lowest is None else lowest, 1.05)
+    if percent:
+        axes.set_ylim(0.0, 1.05)
     names = [(ticks or {}).get(x, number(x)) for x in points]
     step = max(1, math.ceil(len(points) / 8))
-    axes.set_xticks([place[x] for x in points][::step], names[::step])
+    axes.set_xticks(points[::step], names[::step])
     axes.minorticks_off()
     axes.set_xlabel(label, loc="left")
     return _svg(figure, title, names=3)
