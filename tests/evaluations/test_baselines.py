@@ -116,16 +116,6 @@ def test_selectivity_is_one_minus_the_overlap_of_moved_tokens(model64: HookedRec
     assert table["chance"].tolist() == pytest.approx([expected] * 2)
 
 
-def test_variants_are_joined_over_seeds() -> None:
-    result = made_up()
-    table = result.tables["dictionaries"]
-    again = table.query("sae == 'two'").assign(sae="two-seed1", explained=0.7)
-    more = Result(result.evaluation, result.info, result.tables | {"dictionaries": pd.concat([table, again])})
-    variants = more.details()["variants"].set_index(["variant", "d_sae"])
-    row = variants.loc[("WriteSAE-rank2", 400)]
-    assert row[["dictionaries", "explained", "explained_lowest", "explained_highest"]].tolist() == [2, 0.6, 0.5, 0.7]
-
-
 # -- all of it
 
 
@@ -151,8 +141,6 @@ def test_errors_name_the_fault(model: HookedRecurrent, tokens: Tensor) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             Baselines().run(model, saes, text, progress=False)
-    with pytest.raises(ValueError, match="pca_ranks"):
-        Baselines(pca_ranks=(2, 1))
 
 
 # -- verdicts

@@ -210,7 +210,6 @@ def test_writes_and_atoms_of_zero_are_left_out() -> None:
         ({"eps": (0.1,)}, "eps"),
         ({"eps": (0.0, 1.0)}, "eps"),
         ({"horizons": (-1,)}, "horizons"),
-        ({"horizons": ()}, "horizons"),
         ({"horizons": (1, 1)}, "horizons"),
         ({"ranks": ((3, 2),)}, "ranks"),
         ({"unit": "parsec"}, "parsec"),

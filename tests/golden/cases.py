@@ -34,7 +34,6 @@ STATE: Recipe = {"seed": 0, "target": "state"}
 RANK_2: Recipe = {"seed": 0, "rank": 2}
 FLAT: Recipe = {"seed": 0, "rank": 2, "flat": True}
 TIED: Recipe = {"seed": 0, "encoder": "tied"}
-BIASED: Recipe = {"seed": 0, "bias": 0.3}
 UNEQUAL: Recipe = {"seed": 0, "norms": (0.5, 2.0)}
 
 ALL_SCALES = ("coefficient", "matched", "least_squares")
@@ -95,7 +94,7 @@ PARTITION: dict[str, object] = {
     "controls": ("random", "mean"),
     "seed": 3,
 }
-PASSAGE: dict[str, object] = {"passages": 4, "classes": None, "threshold": 0.35, "min_firings": 2, "seed": 3}
+PASSAGE: dict[str, object] = {"passages": 4, "threshold": 0.35, "min_firings": 2, "seed": 3}
 READERS: dict[str, object] = {
     "n_atoms": 3,
     "select_firings": 2,
@@ -216,16 +215,8 @@ CASES: tuple[Case, ...] = (
         {"sae": WRITE},
     ),
     Case("passage", "passage", "embedded", PASSAGE, {"sae": WRITE}),
-    Case(
-        "passage-given-classes",
-        "passage",
-        "embedded",
-        PASSAGE | {"classes": {"first": tuple(range(8)), "rest": tuple(range(8, 24))}},
-        {"sae": RANK_2},
-    ),
     Case("readers", "readers", "embedded", READERS, {"sae": WRITE}),
     Case("multi_atom", "multi_atom", "embedded", MULTI_ATOM, {"sae": WRITE}),
-    Case("multi_atom-with-bias", "multi_atom", "embedded", MULTI_ATOM | {"counts": (1, 2)}, {"sae": BIASED}),
     Case("partition", "partition", "embedded", PARTITION, {"sae": WRITE}),
     Case("partition-state-trained", "partition", "embedded", PARTITION | {"threshold": 0.3}, {"sae": STATE}),
     Case(

@@ -105,6 +105,7 @@ class LogitChange(OfFirings):
     kind: ClassVar[str] = "logit_change"
     question: ClassVar[str] = "Can a formula predict the change of a logit?"
     answers: ClassVar[tuple[int, ...]] = (7, 22, 23)
+    least: ClassVar[dict[str, int]] = OfFirings.least | {"horizons": 0}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "cells": {
             "firing": "number of the firing: one atom at one token of one sequence",
@@ -129,7 +130,6 @@ class LogitChange(OfFirings):
         super().__post_init__()
         expect(
             self,
-            horizons=(min(self.horizons, default=-1) >= 0, "tokens after the write, from 0 on"),
             eps=(len(self.eps) > 1 and min(self.eps) > 0, "two or more sizes above 0, because R^2 is taken over them"),
             ranks=(all(1 <= low <= high for low, high in self.ranks), "pairs 1 <= lowest <= highest"),
         )

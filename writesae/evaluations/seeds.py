@@ -101,10 +101,6 @@ class Seeds(Evaluation):
     # -- measuring
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
-        kinds = {label: f"{lab.hooks[label].name} with {sae.cfg.d_sae} atoms" for label, sae in lab.saes.items()}
-        if len(set(kinds.values())) > 1:
-            listed = "; ".join(f"{label}: {kind}" for label, kind in kinds.items())
-            raise ValueError(f"seeds are compared on one hook and at one size, found {listed}")
         numbers: dict[str, Integers] = {}
         counts, n_tokens = [], min(self.alive_tokens, lab.tokens.numel())
         for label in lab.saes:

@@ -180,8 +180,6 @@ class Exchanging(OfFirings):
         if isinstance(self.atom_choice, str):
             object.__setattr__(self, "atom_choice", (self.atom_choice,))
         super().__post_init__()
-        if not (self.scales and self.atom_choice):
-            raise ValueError(f"scales and atom_choice name one or more, found {self.scales} and {self.atom_choice}")
 
     @property
     def shortest(self) -> int:

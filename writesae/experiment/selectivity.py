@@ -86,13 +86,10 @@ def direction_selectivity(
 
 
 def of_strongest(lab: Lab, site: Site, positions: list[int], k: int) -> pd.DataFrame:
-    """`direction_selectivity` of the strongest atom of each dictionary of the laboratory; no rows without positions."""
-    if not positions:
-        return pd.DataFrame()
-    native, atoms = site.at(positions), {}
-    for label, hook in lab.hooks.items():
-        matrices = matrices_of(site.recurrence, hook.target)[positions]
-        atoms[label] = of_dictionary(lab, label, matrices, native)[ATOM]
+    """`direction_selectivity` of the strongest atom of each dictionary of the laboratory."""
+    native, targets = site.at(positions), {label: hook.target for label, hook in lab.hooks.items()}
+    matrices = {label: matrices_of(site.recurrence, target)[positions] for label, target in targets.items()}
+    atoms = {label: of_dictionary(lab, label, x, native)[ATOM] for label, x in matrices.items()}
     return direction_selectivity(lab, site, positions, atoms, k)
 
 
