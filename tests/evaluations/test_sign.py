@@ -44,8 +44,7 @@ def test_the_logit_of_a_small_write_turns_with_its_sign_and_is_predicted(
 
 
 def test_signs_are_measured_as_in_a_full_pass(model64: HookedRecurrent, tokens: Tensor) -> None:
-    table = run(model64, tokens, sizes=(2.0,), targets=(5, 9, 30)).tables["writes"]
-    assert set(table["token"]) <= {5, 9, 30}
+    table = run(model64, tokens, sizes=(2.0,)).tables["writes"]
     row = table[(table["direction"] == "direct") & (table["m"] < 0)].iloc[0]
     t, sequence = int(row["position"]), tokens[[int(row["sequence"])]]
     keys, values = native_writes(model64, sequence)
@@ -76,7 +75,6 @@ def test_positions_without_a_write_are_left_out_and_counted(model64: HookedRecur
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"targets": (5,)}, "targets"),
         ({"sizes": (1.0, 0.0)}, "sizes"),
         ({"ranks": ((5, 2),)}, "ranks"),
         ({"n_positions": 1}, "n_positions"),

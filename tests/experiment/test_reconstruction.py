@@ -67,7 +67,7 @@ def test_a_view_of_one_dictionary_shares_counts_and_firings(model: HookedRecurre
     assert view.firings() is lab.firings("b")
     site = view.site(0)
     view.read(site, [Trial({}, 3, view.replace(3, None))], kl_window, 4)
-    assert lab.n_edited_runs == view.n_edited_runs == 1
-    before = lab.n_edited_runs
+    assert lab.counts["runs"] == view.counts["runs"] == 1
+    before = lab.counts["runs"]
     view.floor(kl_window, "kl", 4)
-    assert lab.n_edited_runs == before
+    assert lab.counts["runs"] == before

@@ -67,7 +67,6 @@ ERASURE: dict[str, object] = {
     "select_firings": 6,
     "test_firings": 8,
     "min_firings": 3,
-    "erase": "component",
     "horizon": 3,
     "first_position": 1,
     "seed": 3,
@@ -166,19 +165,11 @@ CASES: tuple[Case, ...] = (
         {"sae": RANK_2},
     ),
     Case("erasure", "erasure", "embedded", ERASURE, {"sae": WRITE}, (16, 48)),
-    Case("erasure-write-of-a-token", "erasure", "embedded", ERASURE | {"erase": "write", "token": 300}, {"sae": STATE}),
     Case(
         "sign",
         "sign",
         "embedded",
         {"n_positions": 10, "ranks": ((1, 10), (11, 100)), "sizes": (0.3, 3.0), "first_position": 8, "seed": 3},
-        {"sae": WRITE},
-    ),
-    Case(
-        "sign-of-named-tokens",
-        "sign",
-        "embedded",
-        {"n_positions": 6, "targets": (300, 301, 302), "sizes": (1.0,), "first_position": 4, "seed": 3},
         {"sae": WRITE},
     ),
     Case(

@@ -152,7 +152,7 @@ class Amplify(Evaluation):
                 text = torch.cat([prompts.cpu(), new], 1)
                 fired = collect_firings(lab.model, lab.sae, lab.hook.layer, text).frame()
                 fires = fired[fired["position"] >= self.prompt_tokens].groupby(["sequence", "atom"]).size()
-        lab.count_edited_runs(len(conditions) * len(prompts))
+        lab.counts["runs"] += len(conditions) * len(prompts)
         lab.require(
             finite.sum() >= 2,
             f"after {(~finite).sum()} of {len(finite)} prompts what the scaled atoms write feeds back and grows past "

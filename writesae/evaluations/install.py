@@ -131,7 +131,7 @@ class Install(Evaluation):
             edits += [[], *(trial.edits for trial in trials)]
             prompts += [lab.tokens[sequence, span]] * (1 + len(trials))
         lab.require(bool(tables), f"no stratum has two tokens: the vocabulary has {lab.model.W_U.shape[1]}")
-        lab.count_edited_runs(len(edits) - lab.n_edited_runs)  # a continuation and its first token are one condition
+        lab.counts["runs"] = len(edits)  # a continuation and its first token are one condition
         new = greedy_rows(
             lab.model, torch.stack(prompts), edits, self.new_tokens, batch_size=self.rows_per_run, progress=lab.progress
         )

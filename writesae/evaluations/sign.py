@@ -15,7 +15,7 @@ import torch
 from sklearn.metrics import r2_score
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.steering import Target, token_id, value_direction
+from sae_lens_writesae.steering import value_direction
 from writesae.choices import expect
 from writesae.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae.experiment.lab import Lab, Site, Trial
@@ -60,8 +60,6 @@ class Sign(Evaluation):
     """Positions t, spread evenly over the sequences."""
     ranks: tuple[tuple[int, int], ...] = ((1, 10), (11, 100), (101, 1000))
     """One target is drawn at each position from each of these native ranks at t (from 1, both ends included)."""
-    targets: tuple[Target, ...] = ()
-    """Tokens (ids or strings, at least two) of which one is drawn at each position, instead of `ranks`."""
     sizes: tuple[float, ...] = (0.3, 1.0, 3.0)
     """m: norm of what is added, in norms of the native write; each with both signs."""
     first_position: int = 8
@@ -91,7 +89,6 @@ class Sign(Evaluation):
         expect(
             self,
             sizes=(min(self.sizes, default=0) > 0, "norms above 0"),
-            targets=(len(self.targets) != 1, "two tokens or more, because the other ones are the wrong targets"),
             ranks=(all(1 <= low <= high for low, high in self.ranks), "pairs 1 <= low <= high"),
         )
 
@@ -103,8 +100,6 @@ class Sign(Evaluation):
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
         strata = [Stratum("", *ends) for ends in self.ranks]
-        if self.targets:
-            strata = [Stratum("", among=tuple(token_id(lab.model, target) for target in self.targets))]
         tables = []
         for site in lab.sites(self._positions(lab), self.kind):
             positions, delay = site.rows["position"].tolist(), int(site.recurrence.read_before_write)

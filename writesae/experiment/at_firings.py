@@ -221,7 +221,7 @@ class Exchanging(OfFirings):
         (exchange,) = self.exchanges(lab, one, self.scales[:1])
         trials = [each for each in exchange.trials(lab) if each.row["condition"] in ("delete", "atom", "token_mean")]
         words = changed_words(lab, exchange.site, trials, self.horizon + 1)
-        lab.count_edited_runs(-len(trials) - 1)  # a reader counts conditions, not this
+        lab.counts["runs"] -= len(trials) + 1  # a reader counts conditions, not this
         return words.assign(firing=firing)
 
 

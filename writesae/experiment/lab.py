@@ -169,7 +169,8 @@ class Lab:
         """Units that could not be measured, by reason."""
         self.facts: dict[str, Json] = {}
         """What a reader of the tables must know besides the settings."""
-        self._counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        """`runs`: edited runs so far, without those that measured a floor."""
         self._firings: dict[str, Firings] = {}
         self._baselines: dict[tuple[int, int, int], HeadBaselines] = {}
 
@@ -328,7 +329,7 @@ class Lab:
             values = {name: np.asarray(column) for name, column in readout(rows).items()}
             columns = {name: column if column.ndim == 1 else list(column) for name, column in values.items()}
             parts.append(pd.DataFrame(columns, index=batch))
-            self.count_edited_runs(len(batch))
+            self.counts["runs"] += len(batch)
         read = pd.concat(parts).sort_index()
         return pd.DataFrame([trial.row for trial in trials]).assign(**{str(name): read[name] for name in read})
 
@@ -361,26 +362,17 @@ class Lab:
 
         Returns: the `quantile` of the absolute values over at most 32 places. Cost: one edited row each.
         """
-        rng, values, before = self.rng(97), [], self.n_edited_runs
+        rng, values, before = self.rng(97), [], self.counts["runs"]
         last = self.tokens.shape[1] - window
         for sequence in rng.permutation(len(self.tokens))[:4].tolist():
             site = self.site(sequence)
             positions = np.sort(rng.choice(np.arange(min(1, last), last + 1), _NO_OPS // 4)).tolist()
             trials = [Trial({}, t, self.replace(t, site.writes, t)) for t in positions]
             values.append(self.read(site, trials, readout, window, plain=plain)[column].abs())
-        self.count_edited_runs(before - self.n_edited_runs)  # a reader counts conditions, not this
+        self.counts["runs"] = before  # a reader counts conditions, not this
         return float(pd.concat(values).quantile(quantile))
 
     # -- bookkeeping
-
-    @property
-    def n_edited_runs(self) -> int:
-        """Edited runs so far, without those that measured a floor."""
-        return self._counts["edited runs"]
-
-    def count_edited_runs(self, n: int) -> None:
-        """Count `n` edited runs that did not go through `read`, continuations say."""
-        self._counts["edited runs"] += n
 
     def bar(self, items: Sequence[T], name: str) -> Iterator[T]:
         """`items`, with a progress bar where it was asked for; TQDM_DISABLE=1 takes every bar away."""
@@ -418,5 +410,5 @@ class Lab:
             "n_positions": self.tokens.shape[1],
             **self.facts,
             "n_skipped": dict(self.skipped),
-            "n_edited_runs": self.n_edited_runs,
+            "n_edited_runs": self.counts["runs"],
         }
