@@ -89,9 +89,4 @@ def made_up(
         "n_edited_runs": len(frames) * n,
         "seconds": 12.5,
     }
-    example = pd.DataFrame(
-        [("a word [in] place|", 1, name, word, p) for name, p in (("native", 0.5), ("delete", 0.1)) for word in "<b"],
-        columns=["text", "read_at", "condition", "word", "probability"],
-    ).assign(firing=0)
-    tables = {"firings": pd.concat(frames, ignore_index=True), "example": example[list(evaluation.columns["example"])]}
-    return Result(evaluation, info, tables)
+    return Result(evaluation, info, {"firings": pd.concat(frames, ignore_index=True)})

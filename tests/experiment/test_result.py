@@ -25,7 +25,7 @@ def test_a_save_replaces_the_folder_whole_or_leaves_it(
     result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = result.save(tmp_path / "deep" / "result")
-    whole = ["SHA256SUMS", "example.parquet", "firings.parquet", "info.json"]
+    whole = ["SHA256SUMS", "firings.parquet", "info.json"]
     with monkeypatch.context() as context:
         context.setattr(pd.DataFrame, "to_parquet", Mock(side_effect=OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):

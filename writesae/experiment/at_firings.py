@@ -38,7 +38,6 @@ from writesae.experiment.firings import (
 from writesae.experiment.head import HALF_LIFE_LIMIT, half_lives, head_writes, mean_write
 from writesae.experiment.head_baselines import BASELINES
 from writesae.experiment.lab import Lab, Site, Trial
-from writesae.experiment.readout import changed_words
 
 MEAN_ENERGY = 0.99
 """The mean write is kept as the fewest rank-1 terms that hold this share of its squared norm."""
@@ -211,18 +210,6 @@ class Exchanging(OfFirings):
                 fitted = lab.baselines(site.sequence, n_codes=self.n_codes, components=self.pca_components)
             controls = controls_at(lab, site, atom, self.controls, alive=draw.alive, mean=mean, baselines=fitted)
             yield Exchange(site, native, atom, conditions(native, atom, controls, scales))
-
-    def example(self, lab: Lab, firings: pd.DataFrame) -> pd.DataFrame:
-        """The firing of the headline whose deletion moves the model most, in words."""
-        deleted = firings[(firings["choice"] == self.atom_choice[0]) & (firings["condition"] == "delete")]
-        firing = deleted["firing"].iloc[int(deleted["kl_window"].argmax())]
-        draw = self.draw(lab, self.atom_choice[0])
-        one = draw._replace(table=draw.table[draw.table["firing"] == firing])
-        (exchange,) = self.exchanges(lab, one, self.scales[:1])
-        trials = [each for each in exchange.trials(lab) if each.row["condition"] in ("delete", "atom", "token_mean")]
-        words = changed_words(lab, exchange.site, trials, self.horizon + 1)
-        lab.counts["runs"] -= len(trials) + 1  # a reader counts conditions, not this
-        return words.assign(firing=firing)
 
 
 def wide_firings(result: Result, choice: str | None = None) -> pd.DataFrame:

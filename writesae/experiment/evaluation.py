@@ -153,11 +153,6 @@ class Evaluation(ABC):
         return []
 
     @classmethod
-    def front(cls, results: list[Result]) -> list[Figure]:
-        """Panels for the top of a page, from all results of this kind: what a reader should see first."""
-        return []
-
-    @classmethod
     def across(cls, results: list[Result]) -> list[tuple[str, Claim]]:
         """Claims about several results together (all heads of a layer, say), each with a label."""
         return []

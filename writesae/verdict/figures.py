@@ -2,7 +2,7 @@
 
 A panel is drawn in the colours of a light page, which are then replaced by CSS variables that have them as their
 defaults; its text stays text. One panel is about as wide as a phone, so that a page can lay panels out in a grid.
-Evaluations call `intervals`, `scatter`, `curves` and `bars`.
+Evaluations call `intervals`, `scatter` and `curves`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
 from writesae.verdict.format import number
-from writesae.verdict.names import NAMES
 
 _VARIABLES = {
     "#1b1f24": "ink",
@@ -115,21 +114,6 @@ def intervals(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
     axes.set_xlabel(label, loc="right")
     return _svg(figure, title)
-
-
-def bars(names: Sequence[str], values: Mapping[str, Sequence[float]], label: str, title: str) -> str:
-    """Groups of horizontal bars: one group for each name (down), one bar for each entry of `values`."""
-    figure, axes = _panel(0.9 + 0.13 * len(names) * (len(values) + 1))
-    shades = {NAMES["atom"]: ATOM, NAMES["native"]: INK, NAMES["delete"]: CONTROL}
-    for n, (key, numbers) in enumerate(values.items()):
-        heights = [y + (n - (len(values) - 1) / 2) * 0.8 / len(values) for y in range(len(names))]
-        drawn = axes.barh(heights, numbers, 0.8 / len(values), color=shades.get(key, SOFT), label=key)
-        for name, value, bar in zip(names, numbers, drawn):
-            bar.set_gid(f"{_HOVER}{name}, {key}: {number(value)}")
-    axes.set_yticks(range(len(names)), [name or " " for name in names])
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlabel(label, loc="right")
-    return _svg(figure, title, names=2)
 
 
 def scatter(
