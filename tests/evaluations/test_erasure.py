@@ -123,22 +123,11 @@ def test_the_random_direction_fits_the_firings_best_and_wrong_tokens_are_others(
 
 
 def test_what_cannot_be_measured_is_refused(model: HookedRecurrent, varied: Tensor) -> None:
-    sae = random_sae(model)
     always = random_sae(model, k=12, bias=10.0)  # every atom fires everywhere, so that there is no place elsewhere
-    often = {"min_firings": 300, "select_firings": 300, "test_firings": 300}
-    for dictionary, text, changes, words in (
-        (sae, varied[:3], {}, "4 sequences"),
-        (sae, varied, often, "300 times"),
-        (random_sae(model, bias=-1e6), varied, {}, "fire"),
-        (always, varied, {}, "elsewhere"),
-        (sae, varied, {"atoms": (99,)}, "99"),
-    ):
-        kind = ValueError if "atoms" in changes else NothingToMeasureError
-        with pytest.raises(kind, match=words):
-            run(model, dictionary, text, **changes)
-    for name, value in {"atoms": (1, 1), "min_firings": 20}.items():
-        with pytest.raises(ValueError, match=name):
-            Erasure(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(NothingToMeasureError, match="elsewhere"):
+        run(model, always, varied)
+    with pytest.raises(ValueError, match="min_firings"):
+        Erasure(min_firings=20)
 
 
 NOISE = 0.02 * np.random.default_rng(3).standard_normal(64)

@@ -126,23 +126,6 @@ def test_drawn_controls_are_never_those_of_the_position_itself(lab: Lab) -> None
             assert atom not in active[row.position] | {row.written_atom} and place != row.position
 
 
-def test_mean_is_the_mean_and_random_has_the_rank_of_the_atom(lab: Lab) -> None:
-    firings = some_firings(lab)
-    mean = lab.native_writes([2]).rows([3])
-    made = directions(lab, firings, ("mean", "random"), mean=mean)
-    close(made["mean"].dense(), mean.dense().expand(len(firings), -1, -1))
-    assert made["random"].rank == 1 and len(made["random"]) == len(firings)
-
-
-def test_a_control_has_a_random_stream_of_its_own(lab: Lab) -> None:
-    firings = some_firings(lab)
-    alone = directions(lab, firings, ("elsewhere",))["elsewhere"]
-    together = directions(lab, firings, ("random", "shuffled", "elsewhere"))
-    assert torch.equal(alone.keys, together["elsewhere"].keys)
-    again = directions(Lab(lab.model, lab.saes, lab.tokens, seed=6), firings, ("random",))["random"]
-    assert not torch.equal(again.keys, together["random"].keys)
-
-
 def test_a_control_without_anything_to_draw_says_so(lab: Lab) -> None:
     firings = some_firings(lab)
     with pytest.raises(NothingToMeasureError, match="shuffled"):

@@ -13,7 +13,6 @@ from planted import HEAD, LAYER, logits_with_write, random_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, UnknownHookError
-from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.experiment.lab import EditedRows, Lab, Trial
 from writesae.experiment.readout import kl_window
 
@@ -140,19 +139,6 @@ def test_sites_have_the_head_and_the_rows_of_each_sequence(model64: HookedRecurr
     assert part.writes.keys.shape[0] == 6
     both = lab.native_writes([2, 0])
     torch.testing.assert_close(both.rows(slice(T, None)).dense(), sites[0].writes.dense())
-
-
-def test_what_was_left_out_is_said(model64: HookedRecurrent) -> None:
-    lab = make_lab(model64)
-    lab.skipped["zero writes"] += 3
-    lab.facts["floor"] = 1e-9
-    lab.require(True, "fine")
-    with pytest.raises(NothingToMeasureError, match="zero writes"):
-        lab.require(False, "nothing is left")
-    described = lab.describe("mine")
-    assert described["n_skipped"] == {"zero writes": 3} and described["floor"] == 1e-9
-    assert (described["label"], described["layer"], described["head"]) == ("mine", LAYER, HEAD)
-    assert lab.describe()["label"] == f"L{LAYER}H{HEAD} write-trained"
 
 
 def test_a_lab_is_of_one_head_and_fits_its_model(model64: HookedRecurrent) -> None:

@@ -83,21 +83,6 @@ def test_every_interval_of_normal_clusters_is_students(n_clusters: int) -> None:
         assert each[0].mean == pytest.approx(1) and each[0].n_clusters == n_clusters
 
 
-@pytest.mark.parametrize(
-    "rate, icc, n_clusters, members",
-    [(0.95, 0.3, 8, 8), (0.5, 0.1, 8, 8), (0.9, 0.1, 5, 8), (0.95, 0.1, 20, 2), (0.95, 0.1, 48, 2)],
-)
-def test_the_interval_of_a_rate_covers_it(rate: float, icc: float, n_clusters: int, members: int) -> None:
-    rng, ids = np.random.default_rng(0), np.repeat(np.arange(n_clusters), members)
-    covered = {"share": 0, "percentile": 0}
-    for _ in range(200):
-        more = (1 - icc) / icc
-        wins = rng.random(len(ids)) < np.repeat(rng.beta(rate * more, (1 - rate) * more, n_clusters), members)
-        for name, each in (("share", S.share(wins, ids)), ("percentile", S.estimate(wins, ids))):
-            covered[name] += each.low <= rate <= each.high
-    assert covered["share"] / 200 >= 0.95 and covered["share"] > covered["percentile"]
-
-
 @pytest.mark.parametrize("n", [20, 48])
 @pytest.mark.parametrize("rate", [0.95, 0.05])
 def test_the_interval_of_a_rate_near_its_end_covers_it(n: int, rate: float) -> None:
@@ -160,18 +145,6 @@ def test_a_difference_has_the_clusters_of_its_poorer_sample() -> None:
         difference = S.estimate_difference(a, b, ids_a, ids_b)
         assert (difference.n, difference.n_clusters) == (60, 2)
         assert too_little(difference) is not None  # 2 + 3 are not five
-
-
-def test_both_samples_and_both_ways_are_resampled_by_themselves() -> None:
-    """Variances add, whichever way the effects lean on each other."""
-    x, ids = np.random.default_rng(0).normal(size=40), np.arange(40)
-    one, rows, columns = S.estimate(x, ids), np.repeat(ids, 40), np.tile(ids, 40)
-    for sign in (-1, 1):
-        for both in (
-            S.estimate_difference(x, sign * x, ids, ids),
-            S.estimate_two_way(x[rows] + sign * x[columns], rows, columns),
-        ):
-            assert (both.high - both.low) / (one.high - one.low) == pytest.approx(math.sqrt(2), rel=0.1)
 
 
 def test_two_way_of_a_sparse_table_leaves_out_draws_of_nothing() -> None:
