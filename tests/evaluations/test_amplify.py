@@ -48,9 +48,9 @@ def test_prompts_after_which_the_model_grows_past_its_dtype_are_left_out(
     whole = run(model64, tokens, sae)
     calls = itertools.count()
 
-    def second_prompt_grows(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        sampled, finite = sample_continuations(*args, **kwargs)
-        return sampled, torch.arange(3) != 1 if next(calls) == 2 else finite
+    def second_prompt_grows(*args: Any, **kwargs: Any) -> Tensor:
+        sampled = sample_continuations(*args, **kwargs)
+        return sampled.index_fill(0, torch.tensor([1]), -1) if next(calls) == 2 else sampled
 
     monkeypatch.setattr(amplify, "sample_continuations", second_prompt_grows)
     result = run(model64, tokens, sae)
@@ -68,13 +68,13 @@ def test_atoms_of_all_heads_of_a_layer_are_scaled_together(model64: HookedRecurr
     assert not atoms.duplicated(["head", "atom"]).any() and atoms.groupby(["token", "head"]).size().max() == 2
     assert result.info["n_edited_runs"] == 3 * (1 + 2 * 2)  # prompts; tokens, atom and random
     prompts, counts = tokens[halves(len(tokens), 0).test[:3], :5], counts_at(result, 1e3).wide
-    texts, alone = {"nothing": sample_continuations(model64, prompts, 12, seed=0)[0]}, []
+    texts, alone = {"nothing": sample_continuations(model64, prompts, 12, seed=0)}, []
     for token, team in atoms.groupby("token"):
         numbers = {f"H{head}": of_head["atom"].tolist() for head, of_head in team.groupby("head", sort=False)}
         with scale_atoms(model64, saes["H2"], numbers["H2"], 1e3):
-            first, _ = sample_continuations(model64, prompts, 12, seed=0)
+            first = sample_continuations(model64, prompts, 12, seed=0)
             with scale_atoms(model64, saes["H0"], numbers["H0"], 1e3):
-                texts[token], _ = sample_continuations(model64, prompts, 12, seed=0)
+                texts[token] = sample_continuations(model64, prompts, 12, seed=0)
         alone.append(torch.equal(first, texts[token]))
     one, two = atoms["token"].unique()
     for token, other in ((one, two), (two, one)):

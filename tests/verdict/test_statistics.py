@@ -175,14 +175,6 @@ def test_holm_by_hand() -> None:
     assert S.holm({"x": 0.9, "y": 0.8}) == {"x": 1.0, "y": 1.0}
 
 
-def test_quartiles_are_even_and_ordered() -> None:
-    x = np.random.default_rng(0).normal(size=101)
-    q = S.quartile(x)
-    assert np.bincount(q)[1:].tolist() == [26, 25, 25, 25]
-    assert all(x[q == i].max() < x[q == i + 1].min() for i in (1, 2, 3))
-    assert np.bincount(S.quartile(np.zeros(8)))[1:].tolist() == [2, 2, 2, 2]
-
-
 @pytest.mark.parametrize(
     "values, clusters, word",
     [([], [], "(0,)"), ([1.0, np.nan], [0, 1], "1 NaN"), ([1, 2], [0], "1 clusters"), ([1, 2], [0, np.nan], "1 of")],

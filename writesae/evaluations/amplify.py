@@ -142,14 +142,14 @@ class Amplify(Evaluation):
         frames, fires = [], pd.Series(dtype=float)
         finite = np.ones(len(prompts), dtype=bool)
         for name, factor, scaled in lab.bar(conditions, self.kind):
-            new, sound = self._continuations(lab, prompts, name, factor, teams.get(scaled, {}), scaled)
-            finite &= sound.numpy()
+            new = self._continuations(lab, prompts, name, factor, teams.get(scaled, {}), scaled)
+            finite &= (new >= 0).all(1).numpy()
             counts = (new[..., None] == torch.tensor(list(teams))).sum(1).numpy()  # [P,tokens]
             frame = pd.DataFrame(counts, columns=list(teams)).rename_axis("prompt").reset_index()
             frame = frame.melt("prompt", var_name="token", value_name="count")
             frames.append(frame.assign(condition=name, factor=factor, scaled=scaled))
             if name == "nothing":
-                text = torch.cat([prompts.cpu(), new], 1)
+                text = torch.cat([prompts.cpu(), new.clamp_min(0)], 1)
                 fired = collect_firings(lab.model, lab.sae, lab.hook.layer, text).frame()
                 fires = fired[fired["position"] >= self.prompt_tokens].groupby(["sequence", "atom"]).size()
         lab.counts["runs"] += len(conditions) * len(prompts)
@@ -228,7 +228,7 @@ class Amplify(Evaluation):
 
     def _continuations(
         self, lab: Lab, prompts: Tensor, name: str, factor: float, team: Mapping[str, list[int]], token: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Continuations of every prompt while the atoms of a token, or random directions for them, are scaled."""
         with ExitStack() as scopes:
             for n, (label, atoms) in enumerate(team.items()):

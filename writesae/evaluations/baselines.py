@@ -202,7 +202,7 @@ class Baselines(Evaluation):
             return Finding.untested(claim, f"It needs a WriteSAE and a FlatSAE with {size}{match}.", number)
         mine, theirs = (f"{row['sae']}/{condition}" for row, condition in zip((ours, flat), conditions))
         kl = _kl(result)
-        nearer = {c: kl[c] < kl["/delete"] for c in kl.conditions if "/" in c}
+        nearer = {c: kl[c] < kl["/delete"] for c in map(str, kl.wide) if "/" in c}
         wins = Paired(kl.wide.assign(**nearer), seed=self.seed)
         free = {f"/{c}": shown_name(c) for c in (*DICTIONARY_FREE, *(f"pca {rank}" for rank in ranks))}
         gap = wins.mean(mine, theirs)

@@ -22,8 +22,8 @@ from writesae.experiment.at_firings import OfFirings
 from writesae.experiment.evaluation import Result
 from writesae.experiment.lab import EditedRows, Lab, Site, Trial
 from writesae.experiment.predictors import DEFINITIONS, PREDICTORS, ReadGradients, predict
-from writesae.verdict import figures, fits
-from writesae.verdict.finding import Against, Figure, Finding, Paired
+from writesae.verdict import fits
+from writesae.verdict.finding import Against, Finding, Paired
 from writesae.verdict.fits import CONTROL
 from writesae.verdict.format import r_squared
 from writesae.verdict.judge import Verdict, judge
@@ -293,10 +293,3 @@ class LogitChange(OfFirings):
             f"reach {r_squared(control.mean)} as well. {unfitted.verdict.sentence}"
         )
         return replace(unfitted, ruled=Verdict("confounded", sentence, (SHUFFLED,)))
-
-    def panels(self, result: Result) -> list[Figure]:
-        """The paper's figure 7: what F0 predicts, and what was measured."""
-        cells, name, labels = result.tables["cells"], result.label, ("predicted change of the logit", "measured")
-        rows, title = cells[cells["eps"] == min(self.eps)], f"F0, predicted against measured logit changes: {name}"
-        svg = figures.scatter(rows["F0"], rows["measured"], labels, title, colour="control", size=7, symlog=True)
-        return [Figure("F0: predicted and measured", svg, f"{DEFINITIONS['F0']}; eps {min(self.eps):g}")]

@@ -17,7 +17,6 @@ from writesae.experiment.evaluation import Result, described
 from writesae.experiment.lab import Lab
 from writesae.experiment.readout import KL_METRICS, kl_metrics
 from writesae.verdict import figures
-from writesae.verdict import statistics as stats
 from writesae.verdict.finding import Against, Claim, Figure, Finding, Paired, said
 from writesae.verdict.format import number, percent
 from writesae.verdict.judge import Verdict
@@ -236,7 +235,7 @@ class Substitution(Exchanging):
         """Where the headline's atom wins (the paper's table 13 and figure 14)."""
         wide, lines = wide_firings(result), []
         for column, name in (("delete", "by deletion's effect"), ("cosine", "by cosine of atom and write")):
-            quartile = stats.quartile(wide[column])
+            quartile = 1 + pd.qcut(wide[column].rank(method="first"), 4, labels=False)
             wins = [Paired(rows).wins(f"atom/{self.scales[0]}", "delete") for _, rows in wide.groupby(quartile)]
             colour = "atom" if column == "delete" else "soft"
             band = ([rate.low for rate in wins], [rate.high for rate in wins])

@@ -2,7 +2,7 @@
 
 A panel is drawn in the colours of a light page, which are then replaced by CSS variables that have them as their
 defaults; its text stays text. One panel is about as wide as a phone, so that a page can lay panels out in a grid.
-Evaluations call `intervals`, `scatter` and `curves`.
+Evaluations call `intervals` and `curves`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from numpy.typing import ArrayLike
 
 from writesae.verdict.format import number
 
@@ -113,38 +111,6 @@ def intervals(
     axes.locator_params(axis="x", nbins=4)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
     axes.set_xlabel(label, loc="right")
-    return _svg(figure, title)
-
-
-def scatter(
-    x: ArrayLike,
-    y: ArrayLike,
-    labels: tuple[str, str],
-    title: str,
-    *,
-    colour: str = "atom",
-    size: float = 12,
-    symlog: bool = False,
-) -> str:
-    """Points over the diagonal: what was expected (across) against what was measured (up).
-
-    With `symlog` both axes are linear around 0 and logarithmic beyond, and have one scale.
-    """
-    across, up = np.asarray(x, float), np.asarray(y, float)
-    figure, axes = _panel(3.4 if symlog else 2.6, "both")
-    axes.locator_params(nbins=5)
-    ends = [float(min(across.min(), 0)), float(max(across.max(), 0))]
-    if symlog:
-        linear = max(float(np.median(np.abs(up))), 1e-12)
-        edge = 1.5 * max(float(np.abs(up).max()), float(np.abs(across).max()), linear)
-        ends = [-edge, edge]
-        axes.set(xlim=ends, ylim=ends)
-        axes.set_xscale("symlog", linthresh=linear)
-        axes.set_yscale("symlog", linthresh=linear)
-        axes.minorticks_off()
-    axes.plot(ends, ends, color=MUTED, lw=0.8, ls=_DASHED)
-    axes.scatter(across, up, s=size, color=COLOURS[colour], alpha=0.5, lw=0)
-    axes.set(xlabel=labels[0], ylabel=labels[1])
     return _svg(figure, title)
 
 

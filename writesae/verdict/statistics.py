@@ -178,13 +178,6 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
-def quartile(values: ArrayLike) -> NDArray[np.int64]:
-    """Quartile 1-4 of every value among `values`, by rank; ties go in order of appearance, so that sizes differ by at
-    most 1."""
-    ranks = stats.rankdata(values, method="ordinal") - 1
-    return (1 + ranks * 4 // len(ranks)).astype(np.int64)
-
-
 def weighted_mean(values: Array, weights: Array) -> Array:
     """Mean of `values` [N] under each row of `weights` [S,N]."""
     return (weights @ values) / weights.sum(axis=1)
