@@ -14,6 +14,7 @@ import pandas as pd
 
 from writesae.experiment.evaluation import Evaluation, Result, Scope
 from writesae.experiment.firings import halves
+from writesae.experiment.head import matrices_of
 from writesae.experiment.lab import Lab, Site
 from writesae.experiment.reconstruction import (
     ATOM,
@@ -27,9 +28,10 @@ from writesae.experiment.reconstruction import (
     dictionaries,
     exchanged,
     no_op_cost,
+    of_dictionary,
     replacement_costs,
 )
-from writesae.experiment.selectivity import SELECTIVITY, of_strongest
+from writesae.experiment.selectivity import SELECTIVITY, direction_selectivity
 from writesae.verdict.finding import Against, Finding, Paired, said
 from writesae.verdict.format import percent, perplexity, points
 from writesae.verdict.names import NAMES, shown_name
@@ -149,7 +151,10 @@ class Baselines(Evaluation):
             if not positions:
                 continue
             written.append(exchanged(lab, site, positions, basis, self.pca_ranks, self.scale, self.horizon + 1))
-            directions.append(of_strongest(lab, site, positions, self.top_tokens))
+            native, targets = site.at(positions), {label: hook.target for label, hook in lab.hooks.items()}
+            matrices = {label: matrices_of(site.recurrence, target)[positions] for label, target in targets.items()}
+            atoms = {label: of_dictionary(lab, label, x, native)[ATOM] for label, x in matrices.items()}
+            directions.append(direction_selectivity(lab, site, positions, atoms, self.top_tokens))
         lab.require(len(written) > 1, "the head writes nothing at the drawn positions of all but one sequence")
         replaced = split.test[: self.replacement_sequences].tolist()
         costs = [

@@ -100,8 +100,14 @@ class Sign(Evaluation):
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
         strata = [Stratum("", *ends) for ends in self.ranks]
-        tables = []
-        for site in lab.sites(self._positions(lab), self.kind):
+        rng, (n, length) = lab.rng(4), lab.tokens.shape
+        candidates = np.arange(self.first_position, length - 1)
+        share = np.full(n, self.n_positions // n)  # as evenly spread over sequences as can be
+        share[rng.permutation(n)[: self.n_positions % n]] += 1
+        drawn = [np.sort(rng.choice(candidates, min(k, len(candidates)), replace=False)) for k in share]
+        sequence = np.repeat(np.arange(n), [len(positions) for positions in drawn])
+        places, tables = pd.DataFrame({"sequence": sequence, "position": np.concatenate(drawn)}), []
+        for site in lab.sites(places, self.kind):
             positions, delay = site.rows["position"].tolist(), int(site.recurrence.read_before_write)
             if "floor" not in lab.facts:
                 lab.facts["floor"] = lab.floor(logit_noise, "logit", 1 + delay)
@@ -122,17 +128,6 @@ class Sign(Evaluation):
                     tables.append(lab.read(site, trials, target_change, 1 + delay))
         lab.require(bool(tables), "no position could be written at")
         return {"writes": pd.concat(tables)}
-
-    def _positions(self, lab: Lab) -> pd.DataFrame:
-        """Positions as evenly spread over sequences as can be, uniform within each."""
-        rng = lab.rng(4)
-        n, length = lab.tokens.shape
-        candidates = np.arange(self.first_position, length - 1)
-        share = np.full(n, self.n_positions // n)
-        share[rng.permutation(n)[: self.n_positions % n]] += 1
-        drawn = [np.sort(rng.choice(candidates, min(k, len(candidates)), replace=False)) for k in share]
-        sequence = np.repeat(np.arange(n), [len(positions) for positions in drawn])
-        return pd.DataFrame({"sequence": sequence, "position": np.concatenate(drawn)})
 
     def _trials(
         self, lab: Lab, site: Site, t: int, target: DrawnTarget, gradients: ReadGradients, rng: np.random.Generator
