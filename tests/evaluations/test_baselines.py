@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,9 @@ from writesae.experiment.pca import MatrixPca
 from writesae.experiment.reconstruction import Basis, exchanged
 from writesae.experiment.selectivity import direction_selectivity
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 SMALL = Baselines(test_sequences=4, pca_ranks=(1, 3), pca_writes=40, replacement_sequences=3, horizon=4)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

@@ -20,54 +20,42 @@ from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import collect_firings, halves
 from writesae.experiment.lab import Lab
 
-T = 18
 SMALL = {"n_atoms": 3, "select_firings": 4, "test_firings": 3, "min_firings": 2, "horizon": 3}
 
 
-@pytest.fixture(scope="module")
-def tokens() -> Tensor:
-    """[6,T], all rows equal: an atom planted at a position of one row fires at that position of all."""
-    return torch.randint(1, 64, (1, T), generator=torch.Generator().manual_seed(5)).repeat(6, 1)
-
-
-@pytest.fixture(scope="module")
-def varied() -> Tensor:
-    return torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(6))
-
-
 @pytest.fixture
-def planted(model64: HookedRecurrent, tokens: Tensor) -> SAE:
-    return one_atom_a_position(model64, tokens[:1])
+def planted(model64: HookedRecurrent, equal_rows: Tensor) -> SAE:
+    return one_atom_a_position(model64, equal_rows[:1])
 
 
-def run(model: HookedRecurrent, sae: SAE, tokens: Tensor, **changes: object) -> Result:
-    return Erasure(**SMALL | changes).run(model, sae, tokens, progress=False)
+def run(model: HookedRecurrent, sae: SAE, equal_rows: Tensor, **changes: object) -> Result:
+    return Erasure(**SMALL | changes).run(model, sae, equal_rows, progress=False)
 
 
 def test_erasing_an_atom_that_is_the_write_is_deleting_the_write(
-    model64: HookedRecurrent, tokens: Tensor, planted: SAE
+    model64: HookedRecurrent, equal_rows: Tensor, planted: SAE
 ) -> None:
-    tables = run(model64, planted, tokens).tables
+    tables = run(model64, planted, equal_rows).tables
     firings, token = tables["firings"], tables["atoms"].set_index("atom")["token"]
     assert (firings["atom"] == firings["position"]).all() and len(firings) == 9  # an atom is the write of its position
-    native = logits_with_write(model64, tokens[:1], lambda writes: writes).log_softmax(-1)
+    native = logits_with_write(model64, equal_rows[:1], lambda writes: writes).log_softmax(-1)
     for row in firings.drop_duplicates("atom").itertuples():
 
         def silenced(writes: Tensor, position: int = row.position) -> Tensor:
             writes[position] = 0
             return writes
 
-        edited = logits_with_write(model64, tokens[:1], silenced).log_softmax(-1)
+        edited = logits_with_write(model64, equal_rows[:1], silenced).log_softmax(-1)
         change = (edited - native)[row.position : row.position + 4].mean(0)
         assert row.effect == pytest.approx(float(change[token[row.atom]]), rel=1e-4)
         assert change.argmin() == token[row.atom]  # sequences are equal, so that both halves choose the same token
 
 
 def test_an_atom_elsewhere_takes_the_same_norm_from_the_write_there_or_is_put_in(
-    model64: HookedRecurrent, tokens: Tensor, planted: SAE
+    model64: HookedRecurrent, equal_rows: Tensor, planted: SAE
 ) -> None:
     """All sequences are equal, so that the median activation is that of each firing."""
-    result = run(model64, planted, tokens)
+    result = run(model64, planted, equal_rows)
     row = result.tables["firings"].iloc[0]
     token = int(result.tables["atoms"].set_index("atom")["token"][row["atom"]])
     there, atom = int(row["elsewhere_position"]), planted.W_dec[int(row["atom"])].detach().double()
@@ -80,7 +68,7 @@ def test_an_atom_elsewhere_takes_the_same_norm_from_the_write_there_or_is_put_in
             return writes
 
         native, edited = (
-            logits_with_write(model64, tokens[:1], how).log_softmax(-1) for how in (lambda writes: writes, at)
+            logits_with_write(model64, equal_rows[:1], how).log_softmax(-1) for how in (lambda writes: writes, at)
         )
         return float((edited - native)[there : there + 4, token].mean())
 
@@ -118,8 +106,8 @@ def test_the_random_direction_fits_the_firings_best_and_wrong_tokens_are_others(
             writes = [lab.native_writes([s]).rows([t]).dense().flatten() for s, t in zip(rows.sequence, rows.position)]
             best = every[(torch.stack(writes).to(every) @ every.T).mean(0).argmax()]
             torch.testing.assert_close(fitting[int(str(column))], best, rtol=1e-5, atol=1e-6, check_dtype=False)
-        tokens, _ = test._choose(lab, select, directions)
-    assert tokens["wrong"].shape == (3, 8) and not (tokens["wrong"] == tokens["effect"]).any()
+        chosen, _ = test._choose(lab, select, directions)
+    assert chosen["wrong"].shape == (3, 8) and not (chosen["wrong"] == chosen["effect"]).any()
 
 
 def test_what_cannot_be_measured_is_refused(model: HookedRecurrent, varied: Tensor) -> None:
