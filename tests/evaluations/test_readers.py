@@ -54,13 +54,6 @@ def test_readers_are_later_heads_and_change_as_in_a_full_pass(
         assert row.change == pytest.approx(float(gap.norm() / native[window].norm()), rel=1e-4)
 
 
-@pytest.mark.parametrize("layer", [0, 2])
-def test_readers_are_heads_of_later_layers(model64: HookedRecurrent, varied: Tensor, layer: int) -> None:
-    result = run(model64, random_sae(model64, layer=layer), varied)
-    assert set(result.tables["changes"]["layer"]) == set(range(layer + 1, 4))
-    assert layer == 0 or "L3A" in result.claims()[0].measured  # attention alone
-
-
 def test_the_last_layer_has_no_readers(varied: Tensor) -> None:
     model = HookedRecurrent.from_hf(make_hf("mamba2"))
     last = model.cfg.n_layers - 1

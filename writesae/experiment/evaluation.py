@@ -112,8 +112,9 @@ class Evaluation(ABC):
             value = getattr(self, name)
             words = value if isinstance(value, tuple) else (value,)
             if set(words) - set(allowed) or (not words and name != "controls"):
-                found = ", ".join(map(str, words)) or "nothing"
-                raise ValueError(f"{name}: expected {', '.join(allowed)}, got {found}")
+                raise ValueError(
+                    f"{name}: expected {', '.join(allowed)}, got {', '.join(map(str, words)) or 'nothing'}"
+                )
 
     @classmethod
     def bounds(cls) -> dict[str, int]:

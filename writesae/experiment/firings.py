@@ -185,13 +185,19 @@ def draw_atoms(
         tested.index[(tested["size"] >= min_firings) & (tested["nunique"] >= 2)]
     )
     needed = f"each must fire {min_firings} times in both halves of the sequences, in two sequences of the test half"
-    return _picked(np.sort(able.to_numpy(np.int64)), atoms, n_atoms, rng, f"{needed}; {_fire(firings)}")
+    return _picked(np.sort(able.to_numpy(np.int64)), atoms, n_atoms, rng, needed, firings)
 
 
 def _picked(
-    able: Integers, atoms: tuple[int, ...] | None, n_atoms: int | None, rng: np.random.Generator, needed: str
+    able: Integers,
+    atoms: tuple[int, ...] | None,
+    n_atoms: int | None,
+    rng: np.random.Generator,
+    needed: str,
+    firings: Firings,
 ) -> Integers:
     """Of the atoms that can be tested those asked for, or a uniform draw; `needed` says what the others lack."""
+    needed += f"; {len(np.unique(firings.atom))} of {firings.n_atoms} atoms fire"
     if len(able) == 0:
         raise NothingToMeasureError(f"no atom can be tested: {needed}; give more sequences, or lower min_firings")
     if atoms is not None:
@@ -199,10 +205,6 @@ def _picked(
             raise ValueError(f"atoms {missing} cannot be tested: {needed}")
         return np.array(atoms)
     return able if n_atoms is None else np.sort(rng.choice(able, min(n_atoms, len(able)), replace=False))
-
-
-def _fire(firings: Firings) -> str:
-    return f"{len(np.unique(firings.atom))} of {firings.n_atoms} atoms fire"
 
 
 class FiringDraw(NamedTuple):
@@ -243,8 +245,8 @@ def draw_firings(
     alive = firings.alive(alive_tokens, min_firings)
     inside = (firings.position >= first_position) & (firings.position <= last)
     testable = np.intersect1d(alive, firings.atom[inside])
-    needed = f"alive atoms with a firing at positions {first_position}..{last} are; {_fire(firings)}"
-    picked = _picked(testable, atoms, n_atoms, rng, needed)
+    needed = f"alive atoms with a firing at positions {first_position}..{last} are"
+    picked = _picked(testable, atoms, n_atoms, rng, needed, firings)
     table = sample_firings(firings, picked, firings_per_atom, first=first_position, last=last, rng=rng)
     table["written_atom"] = table["atom"]
     if written == "dominant":
