@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from sae_lens.saes.sae import SAEMetadata
 
 from hookpoints import HookedRecurrent, WriteEdit, embedded
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
-from writesae.experiment.conditions import DIRECTIONS, SCALES, conditions
+from writesae.experiment.conditions import DIRECTIONS, Scale, conditions
 from writesae.experiment.lab import Lab, Site, Trial
 from writesae.experiment.readout import divergences, kl_metrics
 
@@ -95,7 +95,7 @@ def edits_for(lab: Lab, site: Site, positions: list[int]) -> list[list[WriteEdit
     generator = torch.Generator().manual_seed(0)
     atom, *controls = (native.random_like(generator) for _ in range(1 + len(DIRECTIONS)))
     directions = dict(zip(DIRECTIONS, controls))
-    listed = conditions(native, atom, directions, SCALES)
+    listed = conditions(native, atom, directions, get_args(Scale))
     return [[lab.replace(t, each.written, n) for n, t in enumerate(positions)] for each in listed]
 
 

@@ -331,3 +331,34 @@ def embedded():
 def tokens():
     """[2,70] token ids: more than one chunk, not a multiple of one."""
     return torch.randint(1, VOCAB, (2, 70), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def no_grad():
+    """Gradients are off."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="session")
+def short_text():
+    """[6,24] token ids."""
+    return torch.randint(1, VOCAB, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def prompt_text():
+    """[6,21] token ids."""
+    return torch.randint(1, VOCAB, (6, 21), generator=torch.Generator().manual_seed(8))
+
+
+@pytest.fixture(scope="session")
+def varied():
+    """[8,24] token ids."""
+    return torch.randint(1, VOCAB, (8, 24), generator=torch.Generator().manual_seed(6))
+
+
+@pytest.fixture(scope="session")
+def equal_rows():
+    """[6,18], all rows equal: an atom planted at a position of one row fires at that position of all."""
+    return torch.randint(1, VOCAB, (1, 18), generator=torch.Generator().manual_seed(5)).repeat(6, 1)

@@ -83,16 +83,10 @@ def made_up(
         "n_positions": 256,
         "n_alive": 300,
         "alive_tokens": 30_000,
-        "n_testable": 280,
         "half_life": 20.0,
         "half_life_limit": 128,
         "n_skipped": {},
         "n_edited_runs": len(frames) * n,
         "seconds": 12.5,
     }
-    example = pd.DataFrame(
-        [("a word [in] place|", 1, name, word, p) for name, p in (("native", 0.5), ("delete", 0.1)) for word in "<b"],
-        columns=["text", "read_at", "condition", "word", "probability"],
-    ).assign(firing=0)
-    tables = {"firings": pd.concat(frames, ignore_index=True), "example": example[list(evaluation.columns["example"])]}
-    return Result(evaluation, info, tables)
+    return Result(evaluation, info, {"firings": pd.concat(frames, ignore_index=True)})

@@ -39,7 +39,7 @@ def test_the_demo_leaves_a_report_dictionaries_and_results(tmp_path: Path) -> No
     page = demo.run(say=lambda line: said.append(str(line)))
     assert page == tmp_path / "out" / "report.html"
     screen = "\n".join(said)
-    assert "half-life" in screen and "One write exchanged" in screen and "mean write of the token pair" in screen
+    assert "half-life" in screen and "mean write of the token pair" in screen
     whole = (tmp_path / "out" / RECIPES[0].folder / "sae" / "sae_weights.safetensors").stat().st_mtime_ns
     assert demo.run(say=said.append) == page and said.count(f"kept: {RECIPES[0].label}") == 1
     assert (tmp_path / "out" / RECIPES[0].folder / "sae" / "sae_weights.safetensors").stat().st_mtime_ns == whole
@@ -52,4 +52,3 @@ def test_the_demo_leaves_a_report_dictionaries_and_results(tmp_path: Path) -> No
         assert (folder / "sae" / "cfg.json").exists()
         result = load_result(folder / "substitution")
         assert result.tables["firings"].query("condition == 'native'")["kl_window"].abs().max() < 1e-6
-        assert set(result.tables["example"]["condition"]) == {"native", "delete", "atom", "token_mean"}

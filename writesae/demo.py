@@ -193,7 +193,7 @@ class Demo:
 
 
 def first_screen(results: list[Result]) -> str:
-    """What a reader should see first: quality, one atom against what needs no training, and one write exchanged."""
+    """What a reader should see first: quality, and one atom against what needs no training."""
     from writesae.page.template import share_text
 
     lines = ["", "The dictionaries on held-out text (every write, or state, replaced at once):"]
@@ -207,11 +207,5 @@ def first_screen(results: list[Result]) -> str:
     for result in results:
         claim = result.claims()[0]
         lines.append(f"  {result.label:24} {claim.measured}: {claim.outcome}. {claim.sentence}")
-    lines += [f"  {'controls of the first':24} {results[0].claims()[0].controls}", ""]
-    example = results[0].tables["example"]
-    if not example.empty:
-        wide = example.pivot_table(index="word", columns="condition", values="probability", sort=False)
-        lines += [f"One write exchanged, that of the token in brackets: {example['text'].iloc[0]!r}"]
-        lines += ["Probabilities of the next token at the bar:"]
-        lines += [f"  {line}" for line in wide.to_string(float_format="{:.1%}".format).splitlines()]
+    lines += [f"  {'controls of the first':24} {results[0].claims()[0].controls}"]
     return "\n".join(lines)

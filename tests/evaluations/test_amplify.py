@@ -32,49 +32,44 @@ SMALL: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokens() -> Tensor:
-    return torch.randint(1, 64, (6, 21), generator=torch.Generator().manual_seed(8))
-
-
 def run(model: HookedRecurrent, ids: Tensor, sae: Any, **changes: Any) -> Result:
     return Amplify(**SMALL | changes).run(model, sae, ids, progress=False)
 
 
 def test_prompts_after_which_the_model_grows_past_its_dtype_are_left_out(
-    model64: HookedRecurrent, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+    model64: HookedRecurrent, prompt_text: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sae = random_sae(model64)
-    whole = run(model64, tokens, sae)
+    whole = run(model64, prompt_text, sae)
     calls = itertools.count()
 
-    def second_prompt_grows(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        sampled, finite = sample_continuations(*args, **kwargs)
-        return sampled, torch.arange(3) != 1 if next(calls) == 2 else finite
+    def second_prompt_grows(*args: Any, **kwargs: Any) -> Tensor:
+        sampled = sample_continuations(*args, **kwargs)
+        return sampled.index_fill(0, torch.tensor([1]), -1) if next(calls) == 2 else sampled
 
     monkeypatch.setattr(amplify, "sample_continuations", second_prompt_grows)
-    result = run(model64, tokens, sae)
+    result = run(model64, prompt_text, sae)
     expected = whole.tables["counts"].query("prompt != 1").reset_index(drop=True)
     pd.testing.assert_frame_equal(result.tables["counts"], expected)
     assert result.info["n_skipped"] == {amplify.GREW: 1}
 
 
-def test_atoms_of_all_heads_of_a_layer_are_scaled_together(model64: HookedRecurrent, tokens: Tensor) -> None:
+def test_atoms_of_all_heads_of_a_layer_are_scaled_together(model64: HookedRecurrent, prompt_text: Tensor) -> None:
     saes = {f"H{head}": random_sae(model64, head=head) for head in (2, 0)}
     settings = {"atoms_per_token": 2, "factors": (1e3,), "headline": 1e3, "new_tokens": 12}
-    result = Amplify(**SMALL | settings).run(model64, saes, tokens, progress=False)
+    result = Amplify(**SMALL | settings).run(model64, saes, prompt_text, progress=False)
     atoms = result.tables["atoms"]
     assert atoms.groupby("token", sort=False)["head"].unique().map(list).tolist() == [[2, 0]] * 2
     assert not atoms.duplicated(["head", "atom"]).any() and atoms.groupby(["token", "head"]).size().max() == 2
     assert result.info["n_edited_runs"] == 3 * (1 + 2 * 2)  # prompts; tokens, atom and random
-    prompts, counts = tokens[halves(len(tokens), 0).test[:3], :5], counts_at(result, 1e3).wide
-    texts, alone = {"nothing": sample_continuations(model64, prompts, 12, seed=0)[0]}, []
+    prompts, counts = prompt_text[halves(len(prompt_text), 0).test[:3], :5], counts_at(result, 1e3).wide
+    texts, alone = {"nothing": sample_continuations(model64, prompts, 12, seed=0)}, []
     for token, team in atoms.groupby("token"):
         numbers = {f"H{head}": of_head["atom"].tolist() for head, of_head in team.groupby("head", sort=False)}
         with scale_atoms(model64, saes["H2"], numbers["H2"], 1e3):
-            first, _ = sample_continuations(model64, prompts, 12, seed=0)
+            first = sample_continuations(model64, prompts, 12, seed=0)
             with scale_atoms(model64, saes["H0"], numbers["H0"], 1e3):
-                texts[token], _ = sample_continuations(model64, prompts, 12, seed=0)
+                texts[token] = sample_continuations(model64, prompts, 12, seed=0)
         alone.append(torch.equal(first, texts[token]))
     one, two = atoms["token"].unique()
     for token, other in ((one, two), (two, one)):
@@ -85,23 +80,25 @@ def test_atoms_of_all_heads_of_a_layer_are_scaled_together(model64: HookedRecurr
     assert "2 heads" in result.claims()[0].unit and result.label == "L1, 2 heads"
 
 
-def test_atoms_are_chosen_by_their_correlation_on_the_selection_half(model64: HookedRecurrent, tokens: Tensor) -> None:
-    sae, split = random_sae(model64), halves(len(tokens), 0)
-    changed = tokens.clone()
-    changed[split.test] = tokens[split.test].flip(1)
-    one, other = (run(model64, ids, sae).tables["atoms"] for ids in (tokens, changed))
+def test_atoms_are_chosen_by_their_correlation_on_the_selection_half(
+    model64: HookedRecurrent, prompt_text: Tensor
+) -> None:
+    sae, split = random_sae(model64), halves(len(prompt_text), 0)
+    changed = prompt_text.clone()
+    changed[split.test] = prompt_text[split.test].flip(1)
+    one, other = (run(model64, ids, sae).tables["atoms"] for ids in (prompt_text, changed))
     same = ["token", "atom", "count", "phi"]
     assert one[same].equals(other[same]) and not one.equals(other)
-    firings = collect_firings(model64, sae, LAYER, tokens)
-    fires = np.zeros((*tokens.shape, 12), dtype=bool)
+    firings = collect_firings(model64, sae, LAYER, prompt_text)
+    fires = np.zeros((*prompt_text.shape, 12), dtype=bool)
     fires[firings.sequence, firings.position, firings.atom] = True
     for side, column in ((split.select, "phi"), (split.test, "phi_test")):
-        there = tokens[side].numpy()
+        there = prompt_text[side].numpy()
         expected = [
             np.corrcoef(fires[side][..., a].ravel(), (there == t).ravel())[0, 1] for t, a in zip(one.token, one.atom)
         ]
         np.testing.assert_allclose(one[column], expected)
-    assert (alignment(firings, tokens, split.select, [64]).phi == 0).all()  # a token that is nowhere
+    assert (alignment(firings, prompt_text, split.select, [64]).phi == 0).all()  # a token that is nowhere
 
 
 @pytest.mark.parametrize(
@@ -118,12 +115,12 @@ def test_settings_that_make_no_sense(changes: dict[str, Any], named: str) -> Non
         Amplify(**SMALL | changes)
 
 
-def test_tokens_without_an_atom(model64: HookedRecurrent, tokens: Tensor) -> None:
+def test_tokens_without_an_atom(model64: HookedRecurrent, prompt_text: Tensor) -> None:
     with pytest.raises(ValueError, match="'#5'") as error:
-        run(model64, tokens, random_sae(model64), tokens=(5, 6), min_firings=50)
+        run(model64, prompt_text, random_sae(model64), tokens=(5, 6), min_firings=50)
     assert not isinstance(error.value, NothingToMeasureError)
     with pytest.raises(NothingToMeasureError, match="50 times"):
-        run(model64, tokens, random_sae(model64), min_firings=50)
+        run(model64, prompt_text, random_sae(model64), min_firings=50)
 
 
 LETTERS = "abcdefghijkl"

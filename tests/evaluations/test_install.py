@@ -20,13 +20,8 @@ from writesae.experiment.evaluation import Result
 SMALL: dict[str, Any] = {"pairs": 3, "prompt_tokens": 7, "sizes": (3.0,), "new_tokens": 3}
 
 
-@pytest.fixture(scope="module")
-def tokens() -> Tensor:
-    return torch.randint(1, 64, (6, 21), generator=torch.Generator().manual_seed(8))
-
-
-def test_installed_writes_are_those_of_the_definition(model64: HookedRecurrent, tokens: Tensor) -> None:
-    result = Install(**SMALL, n_positions=2).run(model64, random_sae(model64), tokens, progress=False)
+def test_installed_writes_are_those_of_the_definition(model64: HookedRecurrent, prompt_text: Tensor) -> None:
+    result = Install(**SMALL, n_positions=2).run(model64, random_sae(model64), prompt_text, progress=False)
     table = result.tables["continuations"]
     assert set(table["stratum"]) == {"frequent"}  # of a vocabulary of 64
     assert result.info["n_skipped"] == {"pairs whose stratum is not in the vocabulary": 6}
@@ -35,9 +30,9 @@ def test_installed_writes_are_those_of_the_definition(model64: HookedRecurrent, 
     assert (table["hit"] == (table["first"] >= 0)).all() and table["rank"].between(2, 10).all()
     row = table[table["condition"] == "target"].iloc[0]
     rng = np.random.default_rng([0, 2])
-    starts = rng.permutation(tokens.shape[1] // 7) * 7
-    assert int(row["sequence"]) == rng.permutation(len(tokens))[0]
-    prompt = tokens[[row["sequence"]], starts[0] : starts[0] + 7]
+    starts = rng.permutation(prompt_text.shape[1] // 7) * 7
+    assert int(row["sequence"]) == rng.permutation(len(prompt_text))[0]
+    prompt = prompt_text[[row["sequence"]], starts[0] : starts[0] + 7]
     keys, values = native_writes(model64, prompt)
     w = value_direction(model64, LAYER, HEAD, int(row["token"]))
 
@@ -71,9 +66,9 @@ def test_settings_that_make_no_sense(changes: dict[str, Any], named: str) -> Non
         Install(**SMALL | changes)
 
 
-def test_too_few_prompts(model64: HookedRecurrent, tokens: Tensor) -> None:
+def test_too_few_prompts(model64: HookedRecurrent, prompt_text: Tensor) -> None:
     with pytest.raises(NothingToMeasureError, match=r"27 prompts .* 18"):
-        Install(**SMALL | {"pairs": 9}).run(model64, random_sae(model64), tokens, progress=False)
+        Install(**SMALL | {"pairs": 9}).run(model64, random_sae(model64), prompt_text, progress=False)
 
 
 def shares(target: float, random: float, wrong: float, nothing: float = 0.0, pairs: int = 40) -> Result:

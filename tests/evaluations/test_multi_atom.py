@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from planted import LAYER, exact_sae, logits_with_write, make_sae, native_writes, random_sae
+from planted import LAYER, exact_sae, logits_with_write, make_sae, native_writes
 from torch import Tensor
 
 from writesae.evaluations.multi_atom import ALL, MultiAtom, rows_of
@@ -71,34 +71,6 @@ def test_partial_sums_are_the_strongest_atoms(model64: Any, tokens: Tensor, scal
     assert row["cosine"] == pytest.approx(float((written * native).sum() / written.norm() / native.norm()), rel=1e-5)
 
 
-def test_a_bias_is_counted_apart(model64: Any, tokens: Tensor) -> None:
-    """All atoms of an exact code, with a bias on top: `bias` alone writes it, `code + bias` is off by it."""
-    sae = exact_sae(model64)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        sae.b_dec.copy_(0.1 * torch.randn(48))
-        sae.cfg.apply_b_dec_to_input = False
-    result = run(model64, sae, tokens)
-    row = rows_of(result, "bias", "coefficient").iloc[0]
-    sequence, t = int(row["sequence"]), int(row["position"])
-    bias = sae.b_dec.detach().view(8, 6)
-    assert row["kl"] == pytest.approx(kl_of_write(model64, tokens[[sequence]], t, bias), rel=1e-4)
-    keys, values = native_writes(model64, tokens[[sequence]])
-    both = rows_of(result, "code + bias", "coefficient", ALL).loc[(sequence, t)]
-    whole = torch.outer(keys[t], values[t]) + bias
-    assert both["kl"] == pytest.approx(kl_of_write(model64, tokens[[sequence]], t, whole), rel=1e-4)
-    assert rows_of(result, "code", "coefficient", ALL)["kl"].abs().max() < 1e-10
-
-
-def test_controls_have_the_terms_and_the_norm_of_the_partial_sum(model64: Any, tokens: Tensor) -> None:
-    result = run(model64, random_sae(model64, target="state"), tokens)
-    code = rows_of(result, "code", "matched", 1)
-    for control in ("mean", "state", "state_after"):
-        other = rows_of(result, control, "matched", 1).loc[code.index]
-        np.testing.assert_allclose(other["norm"], code["norm"], rtol=1e-5)
-        assert (other["terms"] == code["terms"]).all()
-
-
 def table(kl: dict[str, float], n: int = 24) -> Result:
     """Every write has the same KL under each condition, with one atom or all of two, but for a little noise."""
     rng = np.random.default_rng(0)
@@ -131,22 +103,6 @@ def test_verdicts_of_known_samples(kl: dict[str, float], outcome: str) -> None:
     assert claim.outcome == outcome and claim.n == 24 and claim.unit == "writes in 12 sequences"
     if outcome == "holds":
         assert claim.measured.startswith("0.20 [") and "mean write at the atom's norm 0.50 [" in claim.controls
-
-
-@pytest.mark.parametrize("biased, measured", [(0.1, "(code + bias, coefficient)"), (0.4, "(code, coefficient)")])
-def test_the_bias_counts_where_it_is_nearer(biased: float, measured: str) -> None:
-    others = {"mean": 2.0, "state": 2.0, "state_after": 2.0}
-    claim = table({"native": 0.0, "delete": 1.0, "code": 0.2, "code + bias": biased} | others).claims()[0]
-    assert measured in claim.claim
-
-
-@pytest.mark.parametrize(
-    "field, value",
-    [("counts", (0, 1)), ("scales", ()), ("scales", ("least_squares",))],
-)
-def test_settings_that_make_no_sense(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=field):
-        MultiAtom(**SMALL | {field: value})
 
 
 def test_writes_of_no_norm_are_left_out_and_counted(model64: Any, tokens: Tensor) -> None:

@@ -12,7 +12,6 @@ from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up
 from small_saes import HEAD, HOOK, LAYER, K, V, make_sae, planted
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.evaluations.partition import RULES, Partition
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import wide_firings
@@ -90,11 +89,6 @@ def test_one_gaussian_needs_one_component_whose_bic_is_the_closed_form() -> None
 def test_few_values_have_few_mixtures(values: Any, fitted: int) -> None:
     fits = fit_mixtures(values)
     assert fits["components"].nunique() == fitted and not fits.isna().to_numpy().any()
-
-
-def test_fisher_z_is_finite() -> None:
-    assert fisher_z([0, 0.5, 1, -1])[:2] == pytest.approx([0, 0.5493], abs=1e-4)
-    assert np.isfinite(fisher_z([1, -1])).all()
 
 
 # -- verdicts
@@ -289,11 +283,3 @@ def test_rules_are_compared_over_results(cosines: Any, shuffled: Any, outcome: s
     ((label, claim),) = Partition.across(results)
     assert (claim.number, claim.outcome, claim.n) == (27, outcome, 240) and label == ", ".join(RULES)
     assert Partition.across(results[:1]) == [] == Partition.across([])
-
-
-# -- bad input
-
-
-def test_errors_name_the_fault(model: Any, tokens: Any) -> None:
-    with pytest.raises(NothingToMeasureError, match="min_firings"):
-        run(model, planted(model, tokens), tokens, min_firings=10_000)

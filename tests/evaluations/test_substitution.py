@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import wide_firings
-from writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, SCALES
+from writesae.experiment.conditions import DIRECTIONS, Scale
 from writesae.experiment.evaluation import Result
 from writesae.experiment.head_baselines import BASELINES
 from writesae.experiment.lab import Lab
@@ -72,7 +72,7 @@ def kl_by_hand(native: Tensor, edited: Tensor, t: int) -> dict[str, float]:
 # -- planted truths
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", get_args(Scale))
 def test_atoms_that_are_the_writes_take_back_the_whole_effect(
     model64: HookedRecurrent, same: Tensor, scale: str
 ) -> None:
@@ -181,24 +181,6 @@ def test_every_condition_is_a_full_forward_with_the_write_replaced(model64: Hook
 # -- the table
 
 
-def test_norms_and_the_tidy_table(model64: HookedRecurrent, tokens: Tensor) -> None:
-    table = firings_of(run(model64, random_sae(model64), tokens, scales=SCALES))
-    n = table.groupby("choice")["firing"].nunique()
-    full = 1 + len(CONTROLS) + len(REFERENCES)
-    assert len(table) == n["dominant"] * (2 + 3 * full) + n["own"] * (2 + full)
-    native = table[table["condition"] == "native"]
-    assert np.allclose(native["norm"], native["write_norm"]) and (native["kl_window"] < 1e-14).all()
-    assert (table.loc[table["condition"] == "delete", "norm"] == 0).all()
-    matched = table[table["scale"] == "matched"]
-    assert np.allclose(matched["norm"], matched["write_norm"], rtol=1e-5)
-    directions = table[table["condition"].isin(["atom", *DIRECTIONS, *REFERENCES]) & (table["scale"] != "none")]
-    assert np.allclose(directions.groupby(["choice", "firing", "scale"])["norm"].std().dropna(), 0, atol=1e-6)
-    fit = table[(table["scale"] == "least_squares") & (table["condition"] == "atom")]
-    assert np.allclose(fit["norm"], fit["write_norm"] * fit["cosine"].abs(), rtol=1e-5)
-    assert (table.groupby("condition")["kl_window"].median().drop("native") > 1e-12).all()
-    assert table[list(KL_METRICS)].notna().all(axis=None)
-
-
 def test_batches_and_other_controls_change_nothing(model64: HookedRecurrent, tokens: Tensor) -> None:
     sae = random_sae(model64)
     first = firings_of(run(model64, sae, tokens))
@@ -253,31 +235,15 @@ def test_verdicts(medians: dict[str, float], floor: float, outcome: str, unbeate
     assert result.claims()[0].outcome == outcome
 
 
-@pytest.mark.parametrize("size", [(19, 1), (4, 10), (1, 40)])
-def test_little_data_is_inconclusive(size: tuple[int, int]) -> None:
-    few = claims(HOLDS, n_sequences=size[0], per_sequence=size[1], scales=("matched",)).values()
-    assert {claim.outcome for claim in few} == {"inconclusive"}
-    assert not any("nan" in claim.measured for claim in few)
-
-
 def test_a_share_that_is_small_but_sure_fails() -> None:
     """It wins nearly everywhere, by 2 % of the deletion's effect: what a hundredth of the write itself does."""
     result = made_up({"delete": 1.0}, scales=("matched",), controls=())
-    table = result.tables["firings"].set_index(["firing", "condition"])
-    deleted = table.xs("delete", level="condition")["kl_window"]
-    atom = 0.98 * deleted
-    rows = result.tables["firings"]["condition"] == "atom"
-    result.tables["firings"].loc[rows, "kl_window"] = atom.to_numpy()
+    table = result.tables["firings"]
+    deleted = table.loc[table["condition"] == "delete"].set_index("firing")["kl_window"]
+    rows = table["condition"] == "atom"
+    table.loc[rows, "kl_window"] = 0.98 * table.loc[rows, "firing"].map(deleted)
     claim = result.claims()[0]
     assert claim.outcome == "fails" and "wins 100.0" in claim.measured and claim.measured.startswith("2.0%")
-
-
-def test_the_practical_floor_is_said_and_is_no_verdict() -> None:
-    tiny = {name: 1e-7 * kl for name, kl in (HOLDS | {"random": 2.0, "shuffled": 2.0}).items()}
-    settings: Any = {"scales": ("matched",), "controls": ("state", "random", "shuffled")}
-    small, plain = (made_up(medians, **settings).claims()[0] for medians in (tiny, HOLDS))
-    assert small.outcome == plain.outcome == "holds"
-    assert "practical" in small.sentence and "practical" not in plain.sentence
 
 
 def test_claims_2_and_3_are_judged_at_matched_norm_with_intervals() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -42,20 +42,20 @@ def test_scales(rank: int) -> None:
     residual = native.dense() - fit.dense()
     close((residual * atom.dense()).sum((1, 2)), torch.zeros(N, dtype=torch.float64))  # orthogonal to the atom
     close(fit.norm(), native.norm() * native.cosine(atom).abs())
-    for scale in C.SCALES:
+    for scale in get_args(C.Scale):
         assert not C.scaled(atom * 0.0, native, scale).dense().any()  # nothing has no size to rescale
 
 
 def test_conditions_list_and_norms() -> None:
     native, atom = draw(1, 0), draw(2, 1)
     controls = dict(zip(C.DIRECTIONS, [draw(2, 2), draw(2, 3), draw(1, 4), draw(1, 6), draw(4, 5, 1).expand(N)]))
-    listed = C.conditions(native, atom, controls | {"drawn": draw(1, 7)}, C.SCALES)
+    listed = C.conditions(native, atom, controls | {"drawn": draw(1, 7)}, get_args(C.Scale))
     names = [(c.name, c.scale) for c in listed]
     assert names[:2] == [("native", "none"), ("delete", "none")]
     assert listed[0].written is native and listed[1].written is None
-    assert names[2:] == [(name, scale) for scale in C.SCALES for name in ("atom", *C.DIRECTIONS, "drawn")]
+    assert names[2:] == [(name, scale) for scale in get_args(C.Scale) for name in ("atom", *C.DIRECTIONS, "drawn")]
     written = {(c.name, c.scale): c.written for c in listed if c.written is not None}
-    for scale in C.SCALES:
+    for scale in get_args(C.Scale):
         close(written["drawn", scale].dense(), C.scaled(draw(1, 7), native, scale).dense())
         for name, direction in controls.items():
             close(written[name, scale].norm(), written["atom", scale].norm())
@@ -66,7 +66,7 @@ def test_conditions_list_and_norms() -> None:
 
 def test_every_condition_and_scale_has_a_name_and_a_definition() -> None:
     assert set(NAMES) == set(DEFINITIONS) == {"native", "delete", "atom", *C.CONTROLS, *C.REFERENCES}
-    assert set(SCALE_NAMES) == set(C.SCALES) and set(SCALE_DEFINITIONS) == {*C.SCALES, "none"}
+    assert set(SCALE_NAMES) == set(get_args(C.Scale)) and set(SCALE_DEFINITIONS) == {*get_args(C.Scale), "none"}
 
 
 # -- directions of the controls, on a model
@@ -124,23 +124,6 @@ def test_drawn_controls_are_never_those_of_the_position_itself(lab: Lab) -> None
         close(made["elsewhere"].norm(), writes.rows(places).norm())
         for atom, place, row in zip(drawn, places, firings.itertuples()):
             assert atom not in active[row.position] | {row.written_atom} and place != row.position
-
-
-def test_mean_is_the_mean_and_random_has_the_rank_of_the_atom(lab: Lab) -> None:
-    firings = some_firings(lab)
-    mean = lab.native_writes([2]).rows([3])
-    made = directions(lab, firings, ("mean", "random"), mean=mean)
-    close(made["mean"].dense(), mean.dense().expand(len(firings), -1, -1))
-    assert made["random"].rank == 1 and len(made["random"]) == len(firings)
-
-
-def test_a_control_has_a_random_stream_of_its_own(lab: Lab) -> None:
-    firings = some_firings(lab)
-    alone = directions(lab, firings, ("elsewhere",))["elsewhere"]
-    together = directions(lab, firings, ("random", "shuffled", "elsewhere"))
-    assert torch.equal(alone.keys, together["elsewhere"].keys)
-    again = directions(Lab(lab.model, lab.saes, lab.tokens, seed=6), firings, ("random",))["random"]
-    assert not torch.equal(again.keys, together["random"].keys)
 
 
 def test_a_control_without_anything_to_draw_says_so(lab: Lab) -> None:

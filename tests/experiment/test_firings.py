@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.target import HeadHook, atoms_of
+from sae_lens_writesae.sae.target import HeadHook
 from writesae.experiment import firings as F
 
 N, T, ATOMS = 12, 40, 9
@@ -125,13 +125,11 @@ def test_the_draw_is_seeded_and_says_what_it_drew_from(firings: F.Firings) -> No
     one = drawn(firings)
     pd.testing.assert_frame_equal(one.table, drawn(firings).table)
     assert not drawn(firings, 1).table.equals(one.table)
-    assert one.alive_tokens == N * T and one.alive.tolist() == list(range(8)) and one.n_testable == 8
+    assert one.alive.tolist() == list(range(8))
     assert one.table["atom"].nunique() == 4 and one.table["firing"].tolist() == list(range(len(one.table)))
     assert one.table["position"].between(1, T - 1 - 5).all()  # the horizon follows each
     assert set(drawn(firings, atoms=(6, 2)).table["atom"]) == {2, 6}
     assert drawn(firings, n_atoms=None).table["atom"].nunique() == 8
-    moved, fires = drawn(firings, silent=True).table, set(zip(firings.sequence, firings.position, firings.atom))
-    assert not fires & set(zip(moved["sequence"], moved["position"], moved["atom"])) and len(moved)
 
 
 def test_the_dominant_atom_is_written_and_a_position_counts_once(dense: torch.Tensor, firings: F.Firings) -> None:

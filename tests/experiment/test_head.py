@@ -3,16 +3,9 @@
 import torch
 
 from sae_lens_writesae import LowRank
-from writesae.experiment.head import mean_write, state_direction
+from writesae.experiment.head import mean_write
 
 N, K, V = 6, 5, 7
-
-
-def test_state_direction_is_the_best_rank_one_match() -> None:
-    states = torch.randn(N, K, V, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    top = state_direction(states)
-    torch.testing.assert_close(top.norm(), torch.ones(N, dtype=torch.float64))
-    torch.testing.assert_close((top.dense() * states).sum((1, 2)), torch.linalg.matrix_norm(states, 2))
 
 
 def test_mean_write_holds_the_share_of_energy_asked_for() -> None:

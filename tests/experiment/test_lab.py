@@ -13,7 +13,6 @@ from planted import HEAD, LAYER, logits_with_write, random_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, UnknownHookError
-from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.experiment.lab import EditedRows, Lab, Trial
 from writesae.experiment.readout import kl_window
 
@@ -72,7 +71,7 @@ def test_an_edited_run_is_a_full_forward_with_the_write_changed(model64: HookedR
     table = lab.read(lab.site(1), trials, gap, window)
     assert table["n"].tolist() == list(range(12))  # one row a trial, in their order
     assert table["gap"].max() < 1e-10
-    assert lab.n_edited_runs == 12
+    assert lab.counts["runs"] == 12
 
 
 def test_batches_are_small_and_near_and_change_nothing(model64: HookedRecurrent) -> None:
@@ -87,7 +86,7 @@ def test_batches_are_small_and_near_and_change_nothing(model64: HookedRecurrent)
     trials, _ = trials_of(whole, WINDOW)
     first, second = (lab.read(lab.site(1), trials, spy, WINDOW) for lab in (whole, cut))
     np.testing.assert_allclose(np.stack(first["logits"]), np.stack(second["logits"]), rtol=0, atol=1e-12)
-    assert max(n for n, _ in seen[-4:]) <= 3 < max(n for n, _ in seen) and whole.n_edited_runs == 12
+    assert max(n for n, _ in seen[-4:]) <= 3 < max(n for n, _ in seen) and whole.counts["runs"] == 12
     text = torch.randint(1, 64, (1, 80), generator=torch.Generator().manual_seed(2))
     far = Lab(model64, {"": random_sae(model64)}, text)
     far.read(far.site(0), [Trial({}, t, far.replace(t, None)) for t in (70, 5, 6, 71)], spy, 2)
@@ -104,7 +103,7 @@ def test_a_plain_row_runs_in_the_same_batch(model64: HookedRecurrent) -> None:
         return {"gap": np.full(len(rows.trials), float((rows.plain - native).abs().max()))}
 
     assert lab.read(lab.site(1), trials, plain, WINDOW, plain=True)["gap"].max() < 1e-10
-    assert lab.n_edited_runs == 12  # the plain row is no condition
+    assert lab.counts["runs"] == 12  # the plain row is no condition
 
 
 def test_the_floor_is_the_95th_percentile_of_what_a_no_op_moves(model64: HookedRecurrent) -> None:
@@ -112,7 +111,7 @@ def test_the_floor_is_the_95th_percentile_of_what_a_no_op_moves(model64: HookedR
     deleted = [Trial({}, t, lab.replace(t, None)) for t in range(4, 12)]
     effect = lab.read(lab.site(0), deleted, kl_window, WINDOW)["kl"].median()
     assert 0 <= lab.floor(kl_window, "kl", WINDOW) < 1e-14 < effect
-    assert lab.n_edited_runs == 8  # a reader counts conditions, not the floor
+    assert lab.counts["runs"] == 8  # a reader counts conditions, not the floor
 
     def read(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
         values.extend(-float(trial.position) for trial in rows.trials)
@@ -140,19 +139,6 @@ def test_sites_have_the_head_and_the_rows_of_each_sequence(model64: HookedRecurr
     assert part.writes.keys.shape[0] == 6
     both = lab.native_writes([2, 0])
     torch.testing.assert_close(both.rows(slice(T, None)).dense(), sites[0].writes.dense())
-
-
-def test_what_was_left_out_is_said(model64: HookedRecurrent) -> None:
-    lab = make_lab(model64)
-    lab.skipped["zero writes"] += 3
-    lab.facts["floor"] = 1e-9
-    lab.require(True, "fine")
-    with pytest.raises(NothingToMeasureError, match="zero writes"):
-        lab.require(False, "nothing is left")
-    described = lab.describe("mine")
-    assert described["n_skipped"] == {"zero writes": 3} and described["floor"] == 1e-9
-    assert (described["label"], described["layer"], described["head"]) == ("mine", LAYER, HEAD)
-    assert lab.describe()["label"] == f"L{LAYER}H{HEAD} write-trained"
 
 
 def test_a_lab_is_of_one_head_and_fits_its_model(model64: HookedRecurrent) -> None:

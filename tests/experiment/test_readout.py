@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div
 from hookpoints import WriteEdit
 from writesae.experiment import readout
 from writesae.experiment.lab import EditedRows, Trial
-from writesae.experiment.readout import KL_METRICS, added_bits, divergences, kl_metrics, kl_window
+from writesae.experiment.readout import added_bits, divergences, kl_window
 
 T, N, P, D = 9, 4, 3, 11
 
@@ -62,16 +62,6 @@ def test_windows_are_each_trials_own() -> None:
     for n, t in enumerate((2, 4)):
         assert table["kl"][n] == pytest.approx(np.mean([kl_by_hand(batch, n, t + s) for s in range(4)]), rel=1e-10)
         assert table["kl_at"][n] == pytest.approx(kl_by_hand(batch, n, t), rel=1e-10)
-
-
-def test_metrics_look_at_t_the_next_and_the_window() -> None:
-    batch = rows()
-    found = kl_metrics(batch)
-    assert set(found) == set(KL_METRICS)
-    for n, t in enumerate((2, 4)):
-        for name, tokens in {"at": [t], "next": [t + 1], "window": range(t, t + 4)}.items():
-            expected = np.mean([kl_by_hand(batch, n, s) for s in tokens])
-            assert found[f"kl_{name}"][n] == pytest.approx(expected, rel=1e-10)
 
 
 def test_added_bits_are_those_of_the_whole_sequence() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pandas as pd
 import pytest
@@ -18,31 +18,21 @@ from writesae.experiment.lab import Lab
 from writesae.experiment.pca import fit_pca
 from writesae.experiment.reconstruction import Basis, replacement_costs
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def tokens() -> Tensor:
-    """[8,24] token ids."""
-    return torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(1))
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def costs(
-    model: HookedRecurrent, saes: Mapping[str, SAE], tokens: Tensor, state_ranks: tuple[int, ...]
+    model: HookedRecurrent, saes: Mapping[str, SAE], short_text: Tensor, state_ranks: tuple[int, ...]
 ) -> pd.DataFrame:
     nothing = LowRank(torch.zeros(1, 1, K), torch.zeros(1, 1, V))
     basis = Basis(fit_pca(LowRank.svd(torch.randn(9, K, V)), 2), nothing, torch.zeros(K * V))
-    return replacement_costs(Lab(model, saes, tokens), 0, basis, (2,), state_ranks)
+    return replacement_costs(Lab(model, saes, short_text), 0, basis, (2,), state_ranks)
 
 
 @pytest.mark.parametrize("hook", [HOOK, STATE])
-def test_replacing_all_by_itself_changes_nothing(model: HookedRecurrent, tokens: Tensor, hook: str) -> None:
+def test_replacing_all_by_itself_changes_nothing(model: HookedRecurrent, short_text: Tensor, hook: str) -> None:
     saes = {"exact": exact_sae(hook), "other": make_sae(model, hook=hook)}
-    table = costs(model, saes, tokens[:1], (1, 2, V))
+    table = costs(model, saes, short_text[:1], (1, 2, V))
     kind = "state" if hook == STATE else "write"
     nats = table[table["hook"] == kind].set_index(["sae", "method"])["nats"]
     assert nats["", "itself"] == 0
@@ -54,17 +44,17 @@ def test_replacing_all_by_itself_changes_nothing(model: HookedRecurrent, tokens:
     assert (("", "pca 2") in nats.index) == (kind == "write")
 
 
-def test_zero_writes_are_the_writes_deleted(model: HookedRecurrent, tokens: Tensor) -> None:
-    zero = costs(model, {"a": exact_sae()}, tokens[:1], (1,)).set_index("method").loc["zero"]
-    session = model.edit_session(tokens[:1])
-    logits = session.run([[WriteEdit(LAYER, HEAD, t, mode="delete") for t in range(tokens.shape[1])]]).logits
-    nats = torch.nn.functional.cross_entropy(logits[0, :-1].double(), tokens[0, 1:])
+def test_zero_writes_are_the_writes_deleted(model: HookedRecurrent, short_text: Tensor) -> None:
+    zero = costs(model, {"a": exact_sae()}, short_text[:1], (1,)).set_index("method").loc["zero"]
+    session = model.edit_session(short_text[:1])
+    logits = session.run([[WriteEdit(LAYER, HEAD, t, mode="delete") for t in range(short_text.shape[1])]]).logits
+    nats = torch.nn.functional.cross_entropy(logits[0, :-1].double(), short_text[0, 1:])
     assert zero["nats"] + zero["native_nats"] == pytest.approx(float(nats), abs=1e-6)
-    upper = UpperModel.at(model, LAYER, HEAD, tokens[:1])
+    upper = UpperModel.at(model, LAYER, HEAD, short_text[:1])
     assert zero["native_nats"] == pytest.approx(upper.nats()) and abs(zero["nats"]) > 1e-5
 
 
-def test_states_of_rank_two_are_cut_to_it_without_loss(model: HookedRecurrent, tokens: Tensor) -> None:
+def test_states_of_rank_two_are_cut_to_it_without_loss(model: HookedRecurrent, short_text: Tensor) -> None:
     """Two tokens write states of rank 2 at most."""
-    table = costs(model, {"a": exact_sae(STATE)}, tokens[:1, :2], (1, 2)).set_index("method")
+    table = costs(model, {"a": exact_sae(STATE)}, short_text[:1, :2], (1, 2)).set_index("method")
     assert table.loc["rank 2", "nats"] == pytest.approx(0, abs=1e-6)

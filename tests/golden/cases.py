@@ -34,7 +34,6 @@ STATE: Recipe = {"seed": 0, "target": "state"}
 RANK_2: Recipe = {"seed": 0, "rank": 2}
 FLAT: Recipe = {"seed": 0, "rank": 2, "flat": True}
 TIED: Recipe = {"seed": 0, "encoder": "tied"}
-BIASED: Recipe = {"seed": 0, "bias": 0.3}
 UNEQUAL: Recipe = {"seed": 0, "norms": (0.5, 2.0)}
 
 ALL_SCALES = ("coefficient", "matched", "least_squares")
@@ -68,7 +67,6 @@ ERASURE: dict[str, object] = {
     "select_firings": 6,
     "test_firings": 8,
     "min_firings": 3,
-    "erase": "component",
     "horizon": 3,
     "first_position": 1,
     "seed": 3,
@@ -95,7 +93,7 @@ PARTITION: dict[str, object] = {
     "controls": ("random", "mean"),
     "seed": 3,
 }
-PASSAGE: dict[str, object] = {"passages": 4, "classes": None, "threshold": 0.35, "min_firings": 2, "seed": 3}
+PASSAGE: dict[str, object] = {"passages": 4, "threshold": 0.35, "min_firings": 2, "seed": 3}
 READERS: dict[str, object] = {
     "n_atoms": 3,
     "select_firings": 2,
@@ -167,19 +165,11 @@ CASES: tuple[Case, ...] = (
         {"sae": RANK_2},
     ),
     Case("erasure", "erasure", "embedded", ERASURE, {"sae": WRITE}, (16, 48)),
-    Case("erasure-write-of-a-token", "erasure", "embedded", ERASURE | {"erase": "write", "token": 300}, {"sae": STATE}),
     Case(
         "sign",
         "sign",
         "embedded",
         {"n_positions": 10, "ranks": ((1, 10), (11, 100)), "sizes": (0.3, 3.0), "first_position": 8, "seed": 3},
-        {"sae": WRITE},
-    ),
-    Case(
-        "sign-of-named-tokens",
-        "sign",
-        "embedded",
-        {"n_positions": 6, "targets": (300, 301, 302), "sizes": (1.0,), "first_position": 4, "seed": 3},
         {"sae": WRITE},
     ),
     Case(
@@ -216,16 +206,8 @@ CASES: tuple[Case, ...] = (
         {"sae": WRITE},
     ),
     Case("passage", "passage", "embedded", PASSAGE, {"sae": WRITE}),
-    Case(
-        "passage-given-classes",
-        "passage",
-        "embedded",
-        PASSAGE | {"classes": {"first": tuple(range(8)), "rest": tuple(range(8, 24))}},
-        {"sae": RANK_2},
-    ),
     Case("readers", "readers", "embedded", READERS, {"sae": WRITE}),
     Case("multi_atom", "multi_atom", "embedded", MULTI_ATOM, {"sae": WRITE}),
-    Case("multi_atom-with-bias", "multi_atom", "embedded", MULTI_ATOM | {"counts": (1, 2)}, {"sae": BIASED}),
     Case("partition", "partition", "embedded", PARTITION, {"sae": WRITE}),
     Case("partition-state-trained", "partition", "embedded", PARTITION | {"threshold": 0.3}, {"sae": STATE}),
     Case(

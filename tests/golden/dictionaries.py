@@ -44,13 +44,11 @@ def make_dictionary(
     encoder: str = "bilinear",
     flat: bool = False,
     norms: tuple[float, float] = (1.0, 1.0),
-    bias: float = 0.0,
 ) -> WriteTopKSAE:
     """A `writesae_topk` SAE of 48 atoms, 4 of them at a token, on the head that `HEADS` names.
 
     Atom f is the sum of `rank` native writes, drawn with `seed`, rescaled to a Frobenius norm that goes linearly from
-    norms[0] to norms[1] over the atoms. The encoder equals the decoder, `b_enc` is zero, and `b_dec` is `bias` times
-    the mean of the atoms.
+    norms[0] to norms[1] over the atoms. The encoder equals the decoder, and the biases are zero.
     """
     model, (layer, head), d_sae = load_model(model_name), HEADS[model_name], 48
     writes = model.recurrence(sequences(model_name, 48)[ATOMS_FROM : ATOMS_FROM + 8], layer)
@@ -61,6 +59,4 @@ def make_dictionary(
     atoms = LowRank(v, w * size[:, None, None])
     more = {} if flat else {"encoder": encoder}
     hook = f"blocks.{layer}.mixer.heads.{head}.hook_{target}_vec"
-    sae = sae_of(hook, model_name, atoms, 4, flat=flat, **more)
-    sae.b_dec.copy_(bias * atoms.dense().flatten(1).mean(0))
-    return sae
+    return sae_of(hook, model_name, atoms, 4, flat=flat, **more)

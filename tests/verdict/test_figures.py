@@ -13,7 +13,6 @@ def test_marks_say_their_numbers_and_names_stay_text() -> None:
     svg = figures.intervals([figures.Row(name, 0.5, 0.25, 0.75)], "share", "one row")
     assert svg.count('<title>&lt;script&gt;alert("&amp;")&lt;/script&gt;: 0.5 [0.25, 0.75]</title>') == 2
     assert "<script" not in svg and "hover:" not in svg
-    assert "<title>war, atom: 0.25</title>" in figures.bars(["war"], {"atom": [0.25]}, "probability", "one bar")
 
 
 def test_colours_are_the_pages_and_those_of_its_light_side_elsewhere() -> None:

@@ -117,8 +117,6 @@ def test_controls_are_named_by_their_distance_from_their_own_chance() -> None:
         (over(-0.02, 0.08), {"relevant": 0.05}, "both chance (0)"),
         (over(0.01, 0.04), LARGE, "does not reach 0.05"),
         (over(0.30, 0.49), LARGE | FALLS | HALF | {"relevant": 0.3}, "reach 0.2,"),
-        (over(0.45, 0.55), FALLS | HALF, "true value of 0.43"),
-        (over(-2.0, 0.02), {"relevant": 0.05}, "find no value"),
         (over(0.47, 0.57, clusters=19), HALF, "19 units only"),
         (over(0, 0, 40), {"relevant": 0.1}, "0.15 of"),
         (over(0.06, 0.10), LARGE, "above 0.05; no control"),
@@ -132,4 +130,3 @@ def test_the_sentence_says_where_the_interval_lies(effect: Estimate, settings: d
 
 def test_the_sentence_says_no_more_than_there_is() -> None:
     assert "units only" not in judge(around(0.52), chance=0.5).sentence  # 20 of them
-    assert "four of five" not in judge(over(0.01, 0.04), **LARGE).sentence  # it is above chance

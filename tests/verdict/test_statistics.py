@@ -1,4 +1,4 @@
-"""Every statistic against a hand-computed, closed-form or scipy answer; coverage of intervals by simulation."""
+"""Every statistic against a hand-computed, closed-form or scipy answer."""
 
 from __future__ import annotations
 
@@ -83,31 +83,6 @@ def test_every_interval_of_normal_clusters_is_students(n_clusters: int) -> None:
         assert each[0].mean == pytest.approx(1) and each[0].n_clusters == n_clusters
 
 
-@pytest.mark.parametrize(
-    "rate, icc, n_clusters, members",
-    [(0.95, 0.3, 8, 8), (0.5, 0.1, 8, 8), (0.9, 0.1, 5, 8), (0.95, 0.1, 20, 2), (0.95, 0.1, 48, 2)],
-)
-def test_the_interval_of_a_rate_covers_it(rate: float, icc: float, n_clusters: int, members: int) -> None:
-    rng, ids = np.random.default_rng(0), np.repeat(np.arange(n_clusters), members)
-    covered = {"share": 0, "percentile": 0}
-    for _ in range(200):
-        more = (1 - icc) / icc
-        wins = rng.random(len(ids)) < np.repeat(rng.beta(rate * more, (1 - rate) * more, n_clusters), members)
-        for name, each in (("share", S.share(wins, ids)), ("percentile", S.estimate(wins, ids))):
-            covered[name] += each.low <= rate <= each.high
-    assert covered["share"] / 200 >= 0.95 and covered["share"] > covered["percentile"]
-
-
-@pytest.mark.parametrize("n", [20, 48])
-@pytest.mark.parametrize("rate", [0.95, 0.05])
-def test_the_interval_of_a_rate_near_its_end_covers_it(n: int, rate: float) -> None:
-    """Over independent observations, exactly: all numbers of hits by their probability. Percentiles cover a rate of
-    0.95 in 64 and 91 %."""
-    shares = [S.share(np.arange(n) < hits, np.arange(n)) for hits in range(n + 1)]
-    covers = [share.low <= rate <= share.high for share in shares]
-    assert stats.binom.pmf(np.arange(n + 1), n, rate) @ covers >= 0.935
-
-
 def test_the_interval_of_a_rate_by_hand() -> None:
     """8 of 10 in clusters of 5, 3 and 2: p n_c = 4, 2.4, 1.6, so the variance is 3/2 (1 + 0.16 + 0.36) / 100."""
     hits, ids = np.array([1, 1, 1, 1, 1, 1, 1, 0, 1, 0]), np.repeat([0, 1, 2], [5, 3, 2])
@@ -126,11 +101,6 @@ def test_the_interval_of_a_rate_is_wilsons_where_observations_are_independent() 
     even, wilson = S.share(hits, np.arange(400) // 40), stats.binomtest(199, 400).proportion_ci(method="wilson")
     wide = stats.t.isf(0.025, 9) / stats.norm.isf(0.025)
     assert (even.high - even.low) / (wilson.high - wilson.low) == pytest.approx(wide, rel=0.01)
-
-
-def test_what_a_sample_can_detect_is_2_8_standard_errors() -> None:
-    one = S.estimate(np.random.default_rng(0).random(400) < 0.5, np.arange(400))
-    assert S.detectable(one) == pytest.approx(2.8 * 0.5 / 20, rel=0.1)
 
 
 def test_recovered_share_by_hand() -> None:
@@ -167,18 +137,6 @@ def test_a_difference_has_the_clusters_of_its_poorer_sample() -> None:
         assert too_little(difference) is not None  # 2 + 3 are not five
 
 
-def test_both_samples_and_both_ways_are_resampled_by_themselves() -> None:
-    """Variances add, whichever way the effects lean on each other."""
-    x, ids = np.random.default_rng(0).normal(size=40), np.arange(40)
-    one, rows, columns = S.estimate(x, ids), np.repeat(ids, 40), np.tile(ids, 40)
-    for sign in (-1, 1):
-        for both in (
-            S.estimate_difference(x, sign * x, ids, ids),
-            S.estimate_two_way(x[rows] + sign * x[columns], rows, columns),
-        ):
-            assert (both.high - both.low) / (one.high - one.low) == pytest.approx(math.sqrt(2), rel=0.1)
-
-
 def test_two_way_of_a_sparse_table_leaves_out_draws_of_nothing() -> None:
     sparse = S.estimate_two_way([1.0, 2.0, 3.0], [0, 1, 2], [0, 1, 2])
     assert sparse.mean == 2 and 1 <= sparse.low < sparse.high <= 3
@@ -187,16 +145,16 @@ def test_two_way_of_a_sparse_table_leaves_out_draws_of_nothing() -> None:
 def test_sign_flip_by_hand() -> None:
     """Three clusters that all lean one way: 2 of 8 patterns, however many members they have."""
     a = np.array([3.0, 1, 2, 2, 5])
-    assert S.sign_flip_test(a, np.zeros(5), [0, 0, 1, 1, 2]) == pytest.approx((a.mean(), 2 / 8))
-    assert S.sign_flip_test([2, 3, 4, 5], [1, 1, 1, 1], range(4)) == pytest.approx((2.5, 2 / 16))
-    assert S.sign_flip_test([1, 2], [0, 0], clusters=[7, 7]).p_value == 1
+    assert S.sign_flip_test(a, np.zeros(5), [0, 0, 1, 1, 2]) == pytest.approx(2 / 8)
+    assert S.sign_flip_test([2, 3, 4, 5], [1, 1, 1, 1], range(4)) == pytest.approx(2 / 16)
+    assert S.sign_flip_test([1, 2], [0, 0], clusters=[7, 7]) == 1
 
 
 def test_permutation_by_hand() -> None:
     """Two against three: of C(5, 2) = 10 ways only {1, 2} and {4, 5} reach a difference of 2.5."""
-    assert S.permutation_test([1, 2], [3, 4, 5], range(2), range(3)) == pytest.approx((-2.5, 0.2))
+    assert S.permutation_test([1, 2], [3, 4, 5], range(2), range(3)) == pytest.approx(0.2)
     fine = S.permutation_test(np.repeat([1, 2], 6), np.repeat([3, 4, 5], 6), np.arange(12) // 6, np.arange(18) // 6)
-    assert fine == pytest.approx((-2.5, 0.2))  # whole clusters change sides
+    assert fine == pytest.approx(0.2)  # whole clusters change sides
 
 
 def test_holm_by_hand() -> None:
@@ -205,14 +163,6 @@ def test_holm_by_hand() -> None:
     assert list(adjusted) == ["d", "a", "c", "b"]
     assert adjusted == pytest.approx({"a": 0.04, "b": 0.06, "c": 0.06, "d": 0.06})
     assert S.holm({"x": 0.9, "y": 0.8}) == {"x": 1.0, "y": 1.0}
-
-
-def test_quartiles_are_even_and_ordered() -> None:
-    x = np.random.default_rng(0).normal(size=101)
-    q = S.quartile(x)
-    assert np.bincount(q)[1:].tolist() == [26, 25, 25, 25]
-    assert all(x[q == i].max() < x[q == i + 1].min() for i in (1, 2, 3))
-    assert np.bincount(S.quartile(np.zeros(8)))[1:].tolist() == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize(

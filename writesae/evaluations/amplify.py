@@ -142,17 +142,17 @@ class Amplify(Evaluation):
         frames, fires = [], pd.Series(dtype=float)
         finite = np.ones(len(prompts), dtype=bool)
         for name, factor, scaled in lab.bar(conditions, self.kind):
-            new, sound = self._continuations(lab, prompts, name, factor, teams.get(scaled, {}), scaled)
-            finite &= sound.numpy()
+            new = self._continuations(lab, prompts, name, factor, teams.get(scaled, {}), scaled)
+            finite &= (new >= 0).all(1).numpy()
             counts = (new[..., None] == torch.tensor(list(teams))).sum(1).numpy()  # [P,tokens]
             frame = pd.DataFrame(counts, columns=list(teams)).rename_axis("prompt").reset_index()
             frame = frame.melt("prompt", var_name="token", value_name="count")
             frames.append(frame.assign(condition=name, factor=factor, scaled=scaled))
             if name == "nothing":
-                text = torch.cat([prompts.cpu(), new], 1)
+                text = torch.cat([prompts.cpu(), new.clamp_min(0)], 1)
                 fired = collect_firings(lab.model, lab.sae, lab.hook.layer, text).frame()
                 fires = fired[fired["position"] >= self.prompt_tokens].groupby(["sequence", "atom"]).size()
-        lab.count_edited_runs(len(conditions) * len(prompts))
+        lab.counts["runs"] += len(conditions) * len(prompts)
         lab.require(
             finite.sum() >= 2,
             f"after {(~finite).sum()} of {len(finite)} prompts what the scaled atoms write feeds back and grows past "
@@ -228,7 +228,7 @@ class Amplify(Evaluation):
 
     def _continuations(
         self, lab: Lab, prompts: Tensor, name: str, factor: float, team: Mapping[str, list[int]], token: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Continuations of every prompt while the atoms of a token, or random directions for them, are scaled."""
         with ExitStack() as scopes:
             for n, (label, atoms) in enumerate(team.items()):
@@ -271,7 +271,7 @@ class Amplify(Evaluation):
         p_values, words = {}, {}
         for (token, text), rows in at.wide.merge(atoms[["token", "text"]].drop_duplicates()).groupby(["token", "text"]):
             tests = [stats.sign_flip_test(rows["atom"], rows[n], rows["sequence"]) for n in ("nothing", *CONTROLS)]
-            p_values[str(token)] = max(test.p_value for test in tests)
+            p_values[str(token)] = max(tests)
             words[str(token)] = f"{text!r} {replace(at, wide=rows).mean('atom', 'nothing')}"
         moved = [words[token] for token, p in stats.holm(p_values).items() if p < 0.05]
         holds = "At least one token changes more than under every control."

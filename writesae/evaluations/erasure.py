@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.steering import Target, token_id
 from writesae.choices import expect
 from writesae.experiment.at_firings import OfHalves
 from writesae.experiment.evaluation import Result, described
@@ -25,9 +24,8 @@ from writesae.experiment.firings import Integers, silent_positions
 from writesae.experiment.lab import EditedRows, Lab, Site, Trial
 from writesae.experiment.readout import log_prob_change, native_log_prob
 from writesae.experiment.tokens import token_text
-from writesae.verdict import figures
 from writesae.verdict import statistics as stats
-from writesae.verdict.finding import Against, Figure, Finding, Paired, said
+from writesae.verdict.finding import Against, Finding, Paired, said
 from writesae.verdict.format import percent, signed
 from writesae.verdict.judge import one_is_enough
 
@@ -51,7 +49,7 @@ _N_WRONG = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Erasure(OfHalves):
-    """At a firing (token t, atom i) the write W_t becomes W_t - a_i A_i (or 0, with `erase="write"`). The **effect** on
+    """At a firing (token t, atom i) the write W_t becomes W_t - a_i A_i. The **effect** on
     a token is the mean over t..t+horizon of log p(edited) - log p(native), in nats. An atom's token is the one whose
     log-probability falls most on average over the firings of the selection half of the sequences; the effect is
     measured on the other half.
@@ -83,14 +81,10 @@ class Erasure(OfHalves):
 
     n_atoms: int | None = 20
     """Atoms drawn uniformly from those that fire often enough in both halves. None: all of them."""
-    token: Target | None = None
-    """Look at this token (id or string) for every atom, instead of choosing one for each."""
     select_firings: int = 24
     """At most this many firings of an atom for the choice of its token, dealt over sequences."""
     test_firings: int = 12
     """At most this many firings of an atom for the test, in the other half of the sequences."""
-    erase: Literal["component", "write"] = "component"
-    """Take away the atom's component a_i A_i of the write, or the whole write at its firings."""
     injected: tuple[float, ...] = (1.0, 2.0, 4.0)
     """m where the atom is silent. Empty: nothing is put in."""
     horizon: int = 4
@@ -142,11 +136,10 @@ class Erasure(OfHalves):
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
         """Cost: two edited rows of horizon + 1 tokens for each firing, three in the test half and one for each of
         `injected`. Memory: three float32 rows of the vocabulary for each atom."""
-        fixed = None if self.token is None else token_id(lab.model, self.token)
         atoms, select, test = self._draw(lab)
         decoded = lab.atoms(atoms)
         directions = {"effect": decoded, "random": self._fitting(lab, select, decoded)}
-        tokens, selected = self._choose(lab, select, directions, fixed)
+        tokens, selected = self._choose(lab, select, directions)
 
         def floor(rows: EditedRows) -> Mapping[str, ArrayLike]:
             own = tokens["effect"][:, 0].to(rows.logits.device)
@@ -175,8 +168,7 @@ class Erasure(OfHalves):
         of_atom = firings.groupby("column")
         p_values = {
             str(n): max(
-                stats.sign_flip_test(rows["effect"], rows[name], rows["sequence"], seed=self.seed).p_value
-                for name in CONTROLS
+                stats.sign_flip_test(rows["effect"], rows[name], rows["sequence"], seed=self.seed) for name in CONTROLS
             )
             for n, rows in of_atom
         }
@@ -231,10 +223,10 @@ class Erasure(OfHalves):
         return drawn.rows(products.argmax(1))
 
     def _choose(
-        self, lab: Lab, select: pd.DataFrame, directions: Directions, fixed: int | None
+        self, lab: Lab, select: pd.DataFrame, directions: Directions
     ) -> tuple[dict[str, Tensor], NDArray[np.float64]]:
-        """The token that falls most, for each atom (`effect`) and its random direction (or `fixed`), and tokens of
-        similar probability (`wrong`): [n,1] or [n,8]. And [n] the mean effect on the atom's own token."""
+        """The token that falls most, for each atom (`effect`) and its random direction, and tokens of similar
+        probability (`wrong`): [n,1] or [n,8]. And [n] the mean effect on the atom's own token."""
         shape = (len(directions["effect"]), lab.model.W_U.shape[1])
         sums = {name: torch.zeros(shape, device=lab.model.cfg.device) for name in ("effect", "random", "native")}
 
@@ -252,10 +244,7 @@ class Erasure(OfHalves):
             lab.read(site, self._trials(lab, site, directions), add, self.horizon + 1)
         counts = torch.tensor(select.groupby("column").size().to_numpy())[:, None]
         means = {name: total.cpu() / counts for name, total in sums.items()}
-        tokens = {
-            name: means[name].argmin(1, keepdim=True) if fixed is None else torch.full((shape[0], 1), fixed)
-            for name in ("effect", "random")
-        }
+        tokens = {name: means[name].argmin(1, keepdim=True) for name in ("effect", "random")}
         own = tokens["effect"]
         distance = (means["native"] - means["native"].gather(1, own)).abs().scatter(1, own, torch.inf)
         tokens["wrong"] = distance.topk(min(_N_WRONG, shape[1] - 1), largest=False).indices
@@ -265,11 +254,11 @@ class Erasure(OfHalves):
         """What is taken from the write at each firing of a site: the atom's component, and a random direction of its
         norm. In the test half, where the activations `typical` of the atoms are given, also as much of another write
         (`elsewhere`), and what is put in there (`injected`)."""
-        rows, whole = site.rows, self.erase == "write"
+        rows = site.rows
         column, activation = (torch.tensor(rows[name].to_numpy()) for name in ("column", "activation"))
-        native, atom = site.at(rows["position"].tolist()), directions["effect"].rows(column)
+        atom = directions["effect"].rows(column)
         component = atom * activation.to(atom.values)
-        size = (native if whole else component).norm().to(native.values)
+        size = component.norm()
         random = directions["random"].rows(column).to(size)
         added = {("effect", 0.0): component * -1.0, ("random", 0.0): random * -size}
         if typical is not None:
@@ -279,10 +268,9 @@ class Erasure(OfHalves):
         trials = []
         for (condition, dose), matrices in added.items():
             where = rows["position" if condition in directions else "elsewhere_position"]
-            deleted = whole and condition in ("effect", "elsewhere")
             for n, (firing, of, t) in enumerate(zip(rows["firing"], rows["column"], where)):
-                edit = lab.replace(t, None) if deleted else lab.add(t, matrices, n)
-                trials.append(Trial({"firing": firing, "column": of, "condition": condition, "dose": dose}, t, edit))
+                row = {"firing": firing, "column": of, "condition": condition, "dose": dose}
+                trials.append(Trial(row, t, lab.add(t, matrices, n)))
         return trials
 
     # -- judging
@@ -343,14 +331,6 @@ class Erasure(OfHalves):
             of=f"positions of {rows['atom'].nunique()} atoms in {rows['sequence'].nunique()} sequences",
         )
         return [pooled, single, put_in]
-
-    def panels(self, result: Result) -> list[Figure]:
-        """Each atom on both halves."""
-        atoms, title = result.tables["atoms"], f"Atoms on both halves, {self.kind}: {result.label}"
-        labels = ("half that the token was chosen on, nats", "other half, nats")
-        svg = figures.scatter(atoms["selected"], atoms["effect"], labels, title)
-        caption = "One point for each atom; on the dashed line it would add nothing."
-        return [Figure("What the choice adds", svg, caption)]
 
 
 def _columns(rows: EditedRows) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -106,8 +105,20 @@ class Install(Evaluation):
         strata = [*STRATA]
         if self.semantic:
             strata.append(Stratum("semantic", among=tuple(token_id(lab.model, target) for target in self.semantic)))
+        n_sequences, length = lab.tokens.shape
+        windows = [  # prompts are dealt over sequences
+            (int(sequence), int(window) * self.prompt_tokens)
+            for window in rng.permutation(length // self.prompt_tokens)
+            for sequence in rng.permutation(n_sequences)
+        ]
+        needed = self.pairs * len(strata)
+        lab.require(
+            len(windows) >= needed,
+            f"{len(strata)} strata x {self.pairs} pairs need {needed} prompts of {self.prompt_tokens} tokens, the text "
+            f"gives {len(windows)}; give more sequences, or lower pairs",
+        )
         tables, prompts, edits = [], [], []
-        for n, (sequence, start) in enumerate(lab.bar(self._windows(lab, rng, len(strata)), self.kind)):
+        for n, (sequence, start) in enumerate(lab.bar(windows[:needed], self.kind)):
             stratum, span = strata[n % len(strata)], slice(start, start + self.prompt_tokens)
             site = lab.site(sequence, span=span)
             target = draw_target(lab.model, site.session.logits[0, -1], stratum, rng)
@@ -131,7 +142,7 @@ class Install(Evaluation):
             edits += [[], *(trial.edits for trial in trials)]
             prompts += [lab.tokens[sequence, span]] * (1 + len(trials))
         lab.require(bool(tables), f"no stratum has two tokens: the vocabulary has {lab.model.W_U.shape[1]}")
-        lab.count_edited_runs(len(edits) - lab.n_edited_runs)  # a continuation and its first token are one condition
+        lab.counts["runs"] = len(edits)  # a continuation and its first token are one condition
         new = greedy_rows(
             lab.model, torch.stack(prompts), edits, self.new_tokens, batch_size=self.rows_per_run, progress=lab.progress
         )
@@ -142,22 +153,6 @@ class Install(Evaluation):
             "first": [row.index(token) if token in row else -1 for token, row in zip(table["token"], new)],
         }
         return {"continuations": table.assign(**found)}
-
-    def _windows(self, lab: Lab, rng: np.random.Generator, n_strata: int) -> list[tuple[int, int]]:
-        """Sequence and first token of as many prompts as there are pairs; prompts are dealt over sequences."""
-        n, length = lab.tokens.shape
-        windows = [
-            (int(sequence), int(window) * self.prompt_tokens)
-            for window in rng.permutation(length // self.prompt_tokens)
-            for sequence in rng.permutation(n)
-        ]
-        needed = self.pairs * n_strata
-        lab.require(
-            len(windows) >= needed,
-            f"{n_strata} strata x {self.pairs} pairs need {needed} prompts of {self.prompt_tokens} tokens, the text "
-            f"gives {len(windows)}; give more sequences, or lower pairs",
-        )
-        return windows[:needed]
 
     # -- judging
 

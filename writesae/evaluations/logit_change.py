@@ -22,8 +22,8 @@ from writesae.experiment.at_firings import OfFirings
 from writesae.experiment.evaluation import Result
 from writesae.experiment.lab import EditedRows, Lab, Site, Trial
 from writesae.experiment.predictors import DEFINITIONS, PREDICTORS, ReadGradients, predict
-from writesae.verdict import figures, fits
-from writesae.verdict.finding import Against, Figure, Finding, Paired
+from writesae.verdict import fits
+from writesae.verdict.finding import Against, Finding, Paired
 from writesae.verdict.fits import CONTROL
 from writesae.verdict.format import r_squared
 from writesae.verdict.judge import Verdict, judge
@@ -105,6 +105,7 @@ class LogitChange(OfFirings):
     kind: ClassVar[str] = "logit_change"
     question: ClassVar[str] = "Can a formula predict the change of a logit?"
     answers: ClassVar[tuple[int, ...]] = (7, 22, 23)
+    least: ClassVar[dict[str, int]] = OfFirings.least | {"horizons": 0}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "cells": {
             "firing": "number of the firing: one atom at one token of one sequence",
@@ -129,7 +130,6 @@ class LogitChange(OfFirings):
         super().__post_init__()
         expect(
             self,
-            horizons=(min(self.horizons, default=-1) >= 0, "tokens after the write, from 0 on"),
             eps=(len(self.eps) > 1 and min(self.eps) > 0, "two or more sizes above 0, because R^2 is taken over them"),
             ranks=(all(1 <= low <= high for low, high in self.ranks), "pairs 1 <= lowest <= highest"),
         )
@@ -293,10 +293,3 @@ class LogitChange(OfFirings):
             f"reach {r_squared(control.mean)} as well. {unfitted.verdict.sentence}"
         )
         return replace(unfitted, ruled=Verdict("confounded", sentence, (SHUFFLED,)))
-
-    def panels(self, result: Result) -> list[Figure]:
-        """The paper's figure 7: what F0 predicts, and what was measured."""
-        cells, name, labels = result.tables["cells"], result.label, ("predicted change of the logit", "measured")
-        rows, title = cells[cells["eps"] == min(self.eps)], f"F0, predicted against measured logit changes: {name}"
-        svg = figures.scatter(rows["F0"], rows["measured"], labels, title, colour="control", size=7, symlog=True)
-        return [Figure("F0: predicted and measured", svg, f"{DEFINITIONS['F0']}; eps {min(self.eps):g}")]

@@ -13,10 +13,8 @@ from typing import ClassVar, Literal
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.training import MatrixTrainingSAE
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.conditions import REFERENCES, scaled
 from writesae.experiment.evaluation import Evaluation, Result, described
@@ -37,9 +35,8 @@ _SMALLEST_KL = 1e-16
 @dataclass(frozen=True, kw_only=True)
 class MultiAtom(Evaluation):
     """At a firing's position t, the active atoms are ordered by |a_i| |A_i|. Written is the sum of the n first a_i A_i
-    (`code`), and the same with the decoder bias where the dictionary has one (`code + bias`; `bias` alone is n = 0 of
-    it), at the dictionary's own scale or at the norm of the native write. KL(native || edited) is the mean over
-    t..t+horizon.
+    (`code`), without the decoder's bias, at the dictionary's own scale or at the norm of the native write.
+    KL(native || edited) is the mean over t..t+horizon.
 
     Beside it are native (a no-op), delete, and, with the same number of rank-1 terms and at the same norm, the top
     terms of the mean write and of the state S_t - W_t before the write. The state after the write contains the write:
@@ -49,7 +46,7 @@ class MultiAtom(Evaluation):
     The question is then whether what the state's dictionary says is there can stand in for what the token adds. At the
     dictionary's own scale it has the norm of a whole state.
 
-    **Verdict** (a claim of this project), with all atoms, at the first scale, with the bias where that is nearer: the
+    **Verdict** (a claim of this project), with all atoms, at the first scale: the
     ladder of `judge` on the mean of log KL(all atoms) - log KL(delete), which lies below 0 where the claim holds (a
     change of 0.1 matters), against every control that is nearer than deletion by itself. A KL below the floor (the 95th
     percentile of the no-op) counts as the floor, because the logarithm of what rounding leaves says nothing. The median
@@ -81,9 +78,9 @@ class MultiAtom(Evaluation):
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "writes": described(
             "sequence position",
-            condition="what is written at t: native, delete, code, code + bias, bias, mean, state, state_after",
+            condition="what is written at t: native, delete, code, mean, state, state_after",
             scale="coefficient or matched; none for native and delete",
-            count="atoms written (controls: atoms whose terms and norm they have); 0 for native, delete, bias",
+            count="atoms written (controls: atoms whose terms and norm they have); 0 for native, delete",
             all="whether these are all active atoms",
             terms="rank-1 terms written",
             kl="nats, mean over t..t+horizon of KL(native || edited)",
@@ -92,13 +89,6 @@ class MultiAtom(Evaluation):
             cosine="cosine of what is written and the native write",
         )
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.scales or min(self.counts, default=0) < 1:
-            raise ValueError(
-                f"scales and counts name one or more, counts from 1 on; found {self.scales}, {self.counts}"
-            )
 
     @property
     def substitution(self) -> Substitution:
@@ -121,28 +111,19 @@ class MultiAtom(Evaluation):
         places = self.substitution.draw(lab, "dominant").table
         writes = lab.native_writes(range(min(self.mean_write_sequences, len(lab.tokens))))
         mean = mean_write(writes.keys[:, 0], writes.values[:, 0])
-        bias = lab.sae.output_bias() if isinstance(lab.sae, MatrixTrainingSAE) else getattr(lab.sae, "b_dec", None)
-        if isinstance(bias, Tensor) and bool(bias.any()):
-            bias = LowRank.svd(bias.detach().float().reshape(1, *lab.key_value).to(lab.model.cfg.device))
-            sizes = bias.keys[0].norm(dim=-1)
-            bias = bias.terms(sizes > 1e-6 * sizes[0])  # without what rounding left
-        else:
-            bias = None
         tables = []
         for site in lab.sites(places, self.kind):
             written = site.at(site.rows["position"].tolist()).norm().cpu().numpy() > 0
             lab.skipped["positions with a zero native write"] += int((~written).sum())
             trials = [
-                trial
-                for t in site.rows.loc[written, "position"].tolist()
-                for trial in self._trials(lab, site, t, mean, bias)
+                trial for t in site.rows.loc[written, "position"].tolist() for trial in self._trials(lab, site, t, mean)
             ]
             if trials:
                 tables.append(lab.read(site, trials, kl_window, self.horizon + 1))
         lab.require(bool(tables), "every native write at the drawn positions is zero, so there is nothing to replace")
         return {"writes": pd.concat(tables, ignore_index=True)}
 
-    def _trials(self, lab: Lab, site: Site, position: int, mean: LowRank, bias: LowRank | None) -> Iterator[Trial]:
+    def _trials(self, lab: Lab, site: Site, position: int, mean: LowRank) -> Iterator[Trial]:
         """What is written at one position: the code is a_i A_i of the active atoms, strongest first."""
         firings, native = lab.firings(), site.at([position])
         active = firings.frame((firings.sequence == site.sequence) & (firings.position == position))
@@ -153,16 +134,12 @@ class MultiAtom(Evaluation):
         bases["state_after"] = LowRank.svd(site.state_after([position]))
         written = [("native", "none", 0, native), ("delete", "none", 0, native.terms([]))]
         for scale in self.scales:
-            if bias is not None:
-                written.append(("bias", scale, 0, scaled(bias, native, scale)))
             for n in [*(n for n in sorted(self.counts) if n < len(code)), len(code)]:
                 partial = code.rows(slice(n)).total()
                 if float(partial.norm()) == 0:
                     continue
                 own = scaled(partial, native, scale)
                 written.append(("code", scale, n, own))
-                if bias is not None:
-                    written.append(("code + bias", scale, n, scaled(LowRank.cat([partial, bias]), native, scale)))
                 for name in self.controls:
                     top = bases[name].terms(slice(partial.rank)).to(partial.values)
                     written.append((name, scale, n, top.with_norm(own.norm())))
@@ -180,27 +157,25 @@ class MultiAtom(Evaluation):
         rows = table[(table["all"] & (table["scale"] == scale)) | table["condition"].isin(["native", "delete"])]
         kl = Paired.of(rows, "kl", "sequence", "position", seed=self.seed)
         size, names = kl.size_of("delete"), [name for name in self.controls if name in kl]
-        biased = "code + bias" in kl and kl["code + bias"].median() < kl["code"].median()
-        code = "code + bias" if biased else "code"
         least = max(_SMALLEST_KL, size["floor"])
         logs = Paired(
-            kl.wide.assign(**{n: np.log(kl[n].clip(lower=least)) for n in (code, "delete", *names)}), seed=self.seed
+            kl.wide.assign(**{n: np.log(kl[n].clip(lower=least)) for n in ("code", "delete", *names)}), seed=self.seed
         )
-        ratio = {name: logs.mean(name, "delete") for name in (code, *names)}
-        counts = [*sorted({int(n) for n in rows_of(result, code, scale).query("~all")["count"]}), ALL]
+        ratio = {name: logs.mean(name, "delete") for name in ("code", *names)}
+        counts = [*sorted({int(n) for n in rows_of(result, "code", scale).query("~all")["count"]}), ALL]
         curve = ", ".join(
-            f"{'all' if n == ALL else n}: {rows_of(result, code, scale, n)['kl'].median():.3g}" for n in counts
+            f"{'all' if n == ALL else n}: {rows_of(result, 'code', scale, n)['kl'].median():.3g}" for n in counts
         )
         return [
             Finding(
-                claim=f"a write can be replaced by its sparse code ({code}, {scale})",
-                effect=ratio[code],
+                claim=f"a write can be replaced by its sparse code ({scale})",
+                effect=ratio["code"],
                 what="the log KL ratio of the whole code to deletion",
-                against={NAMES[n]: Against(logs.mean(code, n), ratio[n]) for n in names if n not in REFERENCES},
+                against={NAMES[n]: Against(logs.mean("code", n), ratio[n]) for n in names if n not in REFERENCES},
                 less=True,
                 relevant=RELEVANT,
                 **size,
-                shown={"all atoms" if name == code else NAMES[name]: each for name, each in ratio.items()},
+                shown={"all atoms" if name == "code" else NAMES[name]: each for name, each in ratio.items()},
                 write=lambda log: f"{np.exp(log):.2f}",
                 axis="KL over that of deletion",
                 measured=f"median KL by atoms {curve} nats; delete {size['typical']:.3g}",
@@ -210,7 +185,7 @@ class MultiAtom(Evaluation):
 
     def panels(self, result: Result) -> list[Figure]:
         """KL by the number of atoms; the last point of a line is all."""
-        table, names = result.tables["writes"], ["code", "code + bias", *self.controls]
+        table, names = result.tables["writes"], ["code", *self.controls]
         every = table.loc[table["scale"] == self.scales[0]].assign(x=lambda rows: rows["count"])
         every.loc[every["all"], "x"] = every["count"].max()
         shown = {name: NAMES.get(name, name).split(" (")[0] for name in names}

@@ -156,7 +156,7 @@ class Partition(Evaluation):
         lab.skipped[f"atoms that fire fewer than {self.min_firings} times"] += len(ever) - len(alive)
         by_kind = self._tested(lab, atoms)
         # After the substitution test, which counts an atom as alive from its first firing on.
-        lab.facts |= {"alive_tokens": alive_tokens, "n_alive": len(atoms), "dead": firings.n_atoms - len(ever)}
+        lab.facts |= {"n_alive": len(atoms), "dead": firings.n_atoms - len(ever)}
         return {"atoms": atoms, "mixtures": self.mixture_table(atoms), "substitution": by_kind}
 
     def mixture_table(self, atoms: pd.DataFrame) -> pd.DataFrame:
@@ -308,12 +308,3 @@ class Partition(Evaluation):
         ]
         title = "Cosine of each atom with the writes it fires on"
         return [Figure(title, figures.curves(lines, "share of alive atoms, best first", f"{title}: {result.label}"))]
-
-    def notes(self, result: Result) -> list[str]:
-        """What alive means, and what a mixture can say."""
-        return [
-            f"Alive: at least {self.min_firings} firings on {result.info['alive_tokens']:,} held-out tokens; "
-            f"{result.info['n_alive']:,} of {result.info['d_sae']:,} atoms. {result.info['dead']:,} never fire there.",
-            "Two components of a mixture are no proof of two kinds: one skewed distribution is fitted by two "
-            "Gaussians, too, which is why the nulls are fitted in the same way.",
-        ]

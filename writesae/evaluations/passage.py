@@ -6,7 +6,6 @@ are put in; here random writes of the same norms are taken away and put in alike
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from writesae.choices import expect
 from writesae.experiment.evaluation import Evaluation, Result
 from writesae.experiment.firings import Integers, halves
 from writesae.experiment.lab import Lab, Site, Trial
@@ -59,11 +57,9 @@ class Passage(Evaluation):
 
     passages: int = 20
     """Sequences of the test half whose cost is measured; fewer where there are fewer."""
-    classes: Mapping[str, Sequence[int]] | None = None
-    """Atoms by the name of their class. None: `register` and `bundle`, by whether the median signed cosine with the
-    native write over an atom's firings, on the other half of the sequences, reaches `threshold`."""
     threshold: float = 0.05
-    """Median cosine from which on an atom is a register and not a bundle."""
+    """Median signed cosine with the native write, over an atom's firings on the other half of the sequences, from which
+    on it is a register and not a bundle."""
     min_firings: int = 4
     """Firings on the other half that an atom needs to be given a class."""
 
@@ -83,15 +79,6 @@ class Passage(Evaluation):
         },
         "classes": {"class": "name of the class", "atom": "index in the dictionary"},
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.classes is not None:
-            classes = {str(name): tuple(int(i) for i in atoms) for name, atoms in self.classes.items()}
-            object.__setattr__(self, "classes", classes)
-            expect(
-                self, classes=(all(classes.values()) and bool(classes), "names and lists of atoms, none of them empty")
-            )
 
     @property
     def shortest(self) -> int:
@@ -124,12 +111,7 @@ class Passage(Evaluation):
         return {"passages": table, "classes": pd.DataFrame(members, columns=["class", "atom"])}
 
     def _classes(self, lab: Lab, sequences: Integers) -> dict[str, Integers]:
-        """The classes given, or register and bundle by the median cosine on some sequences."""
-        if self.classes is not None:
-            d_sae = int(lab.sae.cfg.d_sae)
-            if unknown := sorted({i for atoms in self.classes.values() for i in atoms if not 0 <= i < d_sae}):
-                raise ValueError(f"classes name atoms {unknown}, the SAE has atoms 0 to {d_sae - 1}")
-            return {name: np.array(atoms) for name, atoms in self.classes.items()}
+        """The atoms that are registers and bundles by the median cosine on some sequences."""
         cosines = [pd.DataFrame({"atom": np.array([], int), "cosine": np.array([], float)})]
         for sequence, rows in lab.firings().of_sequences(sequences).frame().groupby("sequence"):
             atoms = lab.atoms(rows["atom"].to_numpy())

@@ -20,8 +20,7 @@ from writesae.experiment.cosines import firing_cosines
 from writesae.experiment.evaluation import Evaluation, Result, Scope
 from writesae.experiment.firings import Integers
 from writesae.experiment.lab import Lab
-from writesae.verdict import figures
-from writesae.verdict.finding import Against, Figure, Finding, Paired
+from writesae.verdict.finding import Against, Finding, Paired
 from writesae.verdict.format import percent
 from writesae.verdict.judge import Verdict, too_little
 from writesae.verdict.statistics import Estimate
@@ -37,8 +36,6 @@ RELEVANT = 0.05
 SAME, SAME_SHARE, SPREAD = 0.9, 0.01, 0.12
 """The paper's: |cosine| above which two atoms are the same; share of matched atoms up to which atoms are not the same;
 spread of a count over seeds, (largest - smallest) / mean, up to which kinds are the same."""
-_SHOWN = {"atoms": ("atoms", "atom"), "writes": ("native writes", "control"), "random": ("random directions", "soft")}
-"""Name and colour of each sample in the figure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +98,6 @@ class Seeds(Evaluation):
     # -- measuring
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
-        kinds = {label: f"{lab.hooks[label].name} with {sae.cfg.d_sae} atoms" for label, sae in lab.saes.items()}
-        if len(set(kinds.values())) > 1:
-            listed = "; ".join(f"{label}: {kind}" for label, kind in kinds.items())
-            raise ValueError(f"seeds are compared on one hook and at one size, found {listed}")
         numbers: dict[str, Integers] = {}
         counts, n_tokens = [], min(self.alive_tokens, lab.tokens.numel())
         for label in lab.saes:
@@ -194,13 +187,3 @@ class Seeds(Evaluation):
             of="seeds",
         )
         return [kinds, beyond]
-
-    def panels(self, result: Result) -> list[Figure]:
-        """Matched cosines and those of both nulls, best pair first."""
-        pairs, shares, lines = result.tables["pairs"], np.linspace(0, 1, 11), []
-        for sample, (name, colour) in _SHOWN.items():
-            cosines = np.quantile(pairs.loc[pairs["sample"] == sample, "cosine"], 1 - shares)
-            lines.append(figures.Line(name, shares.tolist(), cosines.tolist(), colour))
-        title, ticks = f"Matched atoms of seeds: {result.label}", {float(x): f"{100 * x:.0f}%" for x in shares}
-        svg = figures.curves(lines, "matched pairs, best first", title, chance=SAME, ticks=ticks)
-        return [Figure("How alike matched atoms are", svg, "|cosine| of matched pairs of all dictionaries.")]

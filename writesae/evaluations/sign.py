@@ -15,7 +15,7 @@ import torch
 from sklearn.metrics import r2_score
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.steering import Target, token_id, value_direction
+from sae_lens_writesae.steering import value_direction
 from writesae.choices import expect
 from writesae.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae.experiment.lab import Lab, Site, Trial
@@ -60,8 +60,6 @@ class Sign(Evaluation):
     """Positions t, spread evenly over the sequences."""
     ranks: tuple[tuple[int, int], ...] = ((1, 10), (11, 100), (101, 1000))
     """One target is drawn at each position from each of these native ranks at t (from 1, both ends included)."""
-    targets: tuple[Target, ...] = ()
-    """Tokens (ids or strings, at least two) of which one is drawn at each position, instead of `ranks`."""
     sizes: tuple[float, ...] = (0.3, 1.0, 3.0)
     """m: norm of what is added, in norms of the native write; each with both signs."""
     first_position: int = 8
@@ -91,7 +89,6 @@ class Sign(Evaluation):
         expect(
             self,
             sizes=(min(self.sizes, default=0) > 0, "norms above 0"),
-            targets=(len(self.targets) != 1, "two tokens or more, because the other ones are the wrong targets"),
             ranks=(all(1 <= low <= high for low, high in self.ranks), "pairs 1 <= low <= high"),
         )
 
@@ -103,10 +100,14 @@ class Sign(Evaluation):
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
         strata = [Stratum("", *ends) for ends in self.ranks]
-        if self.targets:
-            strata = [Stratum("", among=tuple(token_id(lab.model, target) for target in self.targets))]
-        tables = []
-        for site in lab.sites(self._positions(lab), self.kind):
+        rng, (n, length) = lab.rng(4), lab.tokens.shape
+        candidates = np.arange(self.first_position, length - 1)
+        share = np.full(n, self.n_positions // n)  # as evenly spread over sequences as can be
+        share[rng.permutation(n)[: self.n_positions % n]] += 1
+        drawn = [np.sort(rng.choice(candidates, min(k, len(candidates)), replace=False)) for k in share]
+        sequence = np.repeat(np.arange(n), [len(positions) for positions in drawn])
+        places, tables = pd.DataFrame({"sequence": sequence, "position": np.concatenate(drawn)}), []
+        for site in lab.sites(places, self.kind):
             positions, delay = site.rows["position"].tolist(), int(site.recurrence.read_before_write)
             if "floor" not in lab.facts:
                 lab.facts["floor"] = lab.floor(logit_noise, "logit", 1 + delay)
@@ -127,17 +128,6 @@ class Sign(Evaluation):
                     tables.append(lab.read(site, trials, target_change, 1 + delay))
         lab.require(bool(tables), "no position could be written at")
         return {"writes": pd.concat(tables)}
-
-    def _positions(self, lab: Lab) -> pd.DataFrame:
-        """Positions as evenly spread over sequences as can be, uniform within each."""
-        rng = lab.rng(4)
-        n, length = lab.tokens.shape
-        candidates = np.arange(self.first_position, length - 1)
-        share = np.full(n, self.n_positions // n)
-        share[rng.permutation(n)[: self.n_positions % n]] += 1
-        drawn = [np.sort(rng.choice(candidates, min(k, len(candidates)), replace=False)) for k in share]
-        sequence = np.repeat(np.arange(n), [len(positions) for positions in drawn])
-        return pd.DataFrame({"sequence": sequence, "position": np.concatenate(drawn)})
 
     def _trials(
         self, lab: Lab, site: Site, t: int, target: DrawnTarget, gradients: ReadGradients, rng: np.random.Generator

@@ -15,9 +15,8 @@ from writesae.experiment.at_firings import CHOICES, RELEVANT, Exchanging, wide_f
 from writesae.experiment.conditions import REFERENCES
 from writesae.experiment.evaluation import Result, described
 from writesae.experiment.lab import Lab
-from writesae.experiment.readout import EXAMPLE, KL_METRICS, kl_metrics
+from writesae.experiment.readout import KL_METRICS, kl_metrics
 from writesae.verdict import figures
-from writesae.verdict import statistics as stats
 from writesae.verdict.finding import Against, Claim, Figure, Finding, Paired, said
 from writesae.verdict.format import number, percent
 from writesae.verdict.judge import Verdict
@@ -86,10 +85,6 @@ class Substitution(Exchanging):
             "norm": "Frobenius norm of what is written",
             **KL_METRICS,
         },
-        "example": {
-            "firing": "number of the firing, of the headline's choice: the one whose deletion has the largest effect",
-            **EXAMPLE,
-        },
     }
 
     # -- measuring
@@ -100,8 +95,7 @@ class Substitution(Exchanging):
             for choice in self.atom_choice
             for each in self.exchanges(lab, self.draw(lab, choice), self.scales_of(choice))
         ]
-        firings = pd.concat(tables, ignore_index=True)
-        return {"firings": firings, "example": self.example(lab, firings)}
+        return {"firings": pd.concat(tables, ignore_index=True)}
 
     # -- judging
 
@@ -237,25 +231,11 @@ class Substitution(Exchanging):
             "\n".join(["Scales:", *(f"{SCALE_NAMES[n]}: {SCALE_DEFINITIONS[n]}" for n in self.scales)]),
         ]
 
-    @classmethod
-    def front(cls, results: list[Result]) -> list[Figure]:
-        """One exchange of the first dictionary in words."""
-        example, title = results[0].tables["example"], "One write replaced, in words"
-        wide = example.pivot_table(index="word", columns="condition", values="probability", sort=False)
-        bars = {NAMES[str(name)]: wide[name].tolist() for name in wide.columns}
-        words = [repr(str(word))[1:-1] for word in wide.index]
-        caption = (
-            f"{example['text'].iloc[0]} · The write at the token in brackets is replaced; the next token is predicted "
-            f"at the bar, {example['read_at'].iloc[0]} tokens later. This is the firing of {results[0].label} whose "
-            "deletion moves the model most."
-        )
-        return [Figure(title, figures.bars(words, bars, "probability of the next token", title), caption)]
-
     def panels(self, result: Result) -> list[Figure]:
         """Where the headline's atom wins (the paper's table 13 and figure 14)."""
         wide, lines = wide_firings(result), []
         for column, name in (("delete", "by deletion's effect"), ("cosine", "by cosine of atom and write")):
-            quartile = stats.quartile(wide[column])
+            quartile = 1 + pd.qcut(wide[column].rank(method="first"), 4, labels=False)
             wins = [Paired(rows).wins(f"atom/{self.scales[0]}", "delete") for _, rows in wide.groupby(quartile)]
             colour = "atom" if column == "delete" else "soft"
             band = ([rate.low for rate in wins], [rate.high for rate in wins])

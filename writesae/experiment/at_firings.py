@@ -35,10 +35,9 @@ from writesae.experiment.firings import (
     halves,
     sample_firings,
 )
-from writesae.experiment.head import head_profile
+from writesae.experiment.head import HALF_LIFE_LIMIT, half_lives, head_writes, mean_write
 from writesae.experiment.head_baselines import BASELINES
 from writesae.experiment.lab import Lab, Site, Trial
-from writesae.experiment.readout import changed_words
 
 MEAN_ENERGY = 0.99
 """The mean write is kept as the fewest rank-1 terms that hold this share of its squared norm."""
@@ -93,7 +92,7 @@ class OfFirings(OfAtoms):
             min_firings=self.min_firings,
             written=written,
         )
-        lab.facts |= {"n_alive": len(draw.alive), "alive_tokens": draw.alive_tokens, "n_testable": draw.n_testable}
+        lab.facts["n_alive"] = len(draw.alive)
         return draw
 
 
@@ -180,8 +179,6 @@ class Exchanging(OfFirings):
         if isinstance(self.atom_choice, str):
             object.__setattr__(self, "atom_choice", (self.atom_choice,))
         super().__post_init__()
-        if not (self.scales and self.atom_choice):
-            raise ValueError(f"scales and atom_choice name one or more, found {self.scales} and {self.atom_choice}")
 
     @property
     def shortest(self) -> int:
@@ -197,9 +194,13 @@ class Exchanging(OfFirings):
 
     def exchanges(self, lab: Lab, draw: FiringDraw, scales: Sequence[Scale]) -> Iterator[Exchange]:
         """The conditions of each sequence that has firings, one sequence at a time. Cost: one plain forward each."""
-        sequences = range(min(self.mean_write_sequences, len(lab.tokens)))
-        profile = head_profile(map(lab.recurrence, sequences), energy=MEAN_ENERGY)
-        lab.facts |= {"half_life": profile.half_life, "half_life_limit": profile.half_life_limit}
+        recurrences = [lab.recurrence(n) for n in range(min(self.mean_write_sequences, len(lab.tokens)))]
+        writes = [head_writes(each, 0) for each in recurrences]
+        keys, values = (torch.cat(sides) for sides in zip(*((w.keys[:, 0], w.values[:, 0]) for w in writes)))
+        mean = mean_write(keys, values, MEAN_ENERGY)
+        lives = torch.cat([half_lives(each) for each in recurrences])
+        lab.facts["half_life"] = float(lives.median())
+        lab.facts["half_life_limit"] = min(HALF_LIFE_LIMIT, lab.tokens.shape[1] // 2)
         for site in lab.sites(draw.table, self.kind):
             native = site.at(site.rows["position"].tolist())
             atom = lab.atoms(site.rows["written_atom"].to_numpy()).to(native.values)
@@ -207,23 +208,8 @@ class Exchanging(OfFirings):
             fitted = None
             if set(self.controls) & set(BASELINES):
                 fitted = lab.baselines(site.sequence, n_codes=self.n_codes, components=self.pca_components)
-                lab.facts |= {"baseline_tokens": len(fitted.writes), "n_codes": len(fitted.drawn)}
-            controls = controls_at(
-                lab, site, atom, self.controls, alive=draw.alive, mean=profile.mean_write, baselines=fitted
-            )
+            controls = controls_at(lab, site, atom, self.controls, alive=draw.alive, mean=mean, baselines=fitted)
             yield Exchange(site, native, atom, conditions(native, atom, controls, scales))
-
-    def example(self, lab: Lab, firings: pd.DataFrame) -> pd.DataFrame:
-        """The firing of the headline whose deletion moves the model most, in words."""
-        deleted = firings[(firings["choice"] == self.atom_choice[0]) & (firings["condition"] == "delete")]
-        firing = deleted["firing"].iloc[int(deleted["kl_window"].argmax())]
-        draw = self.draw(lab, self.atom_choice[0])
-        one = draw._replace(table=draw.table[draw.table["firing"] == firing])
-        (exchange,) = self.exchanges(lab, one, self.scales[:1])
-        trials = [each for each in exchange.trials(lab) if each.row["condition"] in ("delete", "atom", "token_mean")]
-        words = changed_words(lab, exchange.site, trials, self.horizon + 1)
-        lab.count_edited_runs(-len(trials) - 1)  # a reader counts conditions, not this
-        return words.assign(firing=firing)
 
 
 def wide_firings(result: Result, choice: str | None = None) -> pd.DataFrame:

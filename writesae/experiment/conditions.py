@@ -19,7 +19,6 @@ from writesae.experiment.head_baselines import BASELINES, Baseline, HeadBaseline
 from writesae.experiment.lab import Lab, Site
 
 Scale = Literal["coefficient", "matched", "least_squares"]
-SCALES: tuple[Scale, ...] = get_args(Scale)
 """How the atom is scaled. The paper names the first two, and contradicts itself about which; the third is ours."""
 
 Direction = Literal["random", "shuffled", "elsewhere", "state", "mean"]
@@ -42,13 +41,13 @@ class Condition(NamedTuple):
 
     name: str
     scale: str
-    """One of `SCALES`, or "none" for native and delete."""
+    """A `Scale`, or "none" for native and delete."""
     written: LowRank | None
     """What is written at each firing; None: nothing."""
 
 
 def scaled(matrix: LowRank, native: LowRank, scale: str) -> LowRank:
-    """Matrices with a size of their own at a scale of `SCALES`: as they are, at the norm of the native write W, or as
+    """Matrices with a size of their own at a `Scale`: as they are, at the norm of the native write W, or as
     the projection <W,A> A / |A|^2 of W on them. A matrix that is zero stays zero.
 
     At "matched", c A is closer to W than 0 only if their cosine exceeds 1/2; at "least_squares" it always is.

@@ -110,13 +110,17 @@ class Evaluation(ABC):
         at_least(self, self.bounds())
         for name, allowed in self.choices().items():
             value = getattr(self, name)
-            if unknown := set(value if isinstance(value, tuple) else (value,)) - set(allowed):
-                raise ValueError(f"{name}: expected {', '.join(allowed)}, got {', '.join(map(str, unknown))}")
+            words = value if isinstance(value, tuple) else (value,)
+            if set(words) - set(allowed) or (not words and name != "controls"):
+                raise ValueError(
+                    f"{name}: expected {', '.join(allowed)}, got {', '.join(map(str, words)) or 'nothing'}"
+                )
 
     @classmethod
     def bounds(cls) -> dict[str, int]:
-        """Smallest allowed value of each setting that is a whole number."""
-        return {f.name: cls.least.get(f.name, 1) for f in fields(cls) if f.type in ("int", "int | None")} | {"seed": 0}
+        """Smallest allowed value of each setting that is a whole number, or some of them."""
+        whole = ("int", "int | None", "tuple[int, ...]")
+        return {f.name: cls.least.get(f.name, 1) for f in fields(cls) if f.type in whole} | {"seed": 0}
 
     @classmethod
     def choices(cls) -> dict[str, tuple[str, ...]]:
@@ -147,15 +151,6 @@ class Evaluation(ABC):
 
     def notes(self, result: Result) -> list[str]:
         """Sentences that a reader needs beside the numbers."""
-        return []
-
-    def summaries(self, result: Result) -> dict[str, pd.DataFrame]:
-        """Further tables for the report, made from the measured ones."""
-        return {}
-
-    @classmethod
-    def front(cls, results: list[Result]) -> list[Figure]:
-        """Panels for the top of a page, from all results of this kind: what a reader should see first."""
         return []
 
     @classmethod
@@ -225,6 +220,9 @@ class Evaluation(ABC):
             if self.scope is not Scope.LAYER and self.scope.compares != (len(lab.saes) > 1):
                 expected = "at least two dictionaries" if self.scope.compares else "one dictionary"
                 raise ValueError(f"{self.kind}, {self.scope.value}: expected {expected}, got {', '.join(lab.saes)}")
+            if self.scope in (Scope.SEEDS, Scope.VARIANTS) and len({hook.name for hook in lab.hooks.values()}) > 1:
+                listed = "; ".join(f"{label}: {hook.name}" for label, hook in lab.hooks.items())
+                raise ValueError(f"{self.kind}, {self.scope.value}: expected one hook, got {listed}")
             # A result about a head must not be named after the dictionary that only says which head it is.
             label = self.label or (lab.hook.cell if self.scope is Scope.HEAD else "")
             try:
@@ -296,10 +294,6 @@ class Result:
         counts = self.info.get("n_skipped")
         left_out = counts if isinstance(counts, Mapping) else {}
         return [*self.evaluation.notes(self), *(f"Left out: {n:,} ({why})." for why, n in left_out.items() if n)]
-
-    def details(self) -> dict[str, pd.DataFrame]:
-        """Tables that a page shows: those that were measured, and those that the evaluation makes from them."""
-        return self.tables if self.skipped is not None else self.evaluation.summaries(self) | self.tables
 
     @property
     def pace(self) -> str:

@@ -185,13 +185,19 @@ def draw_atoms(
         tested.index[(tested["size"] >= min_firings) & (tested["nunique"] >= 2)]
     )
     needed = f"each must fire {min_firings} times in both halves of the sequences, in two sequences of the test half"
-    return _picked(np.sort(able.to_numpy(np.int64)), atoms, n_atoms, rng, f"{needed}; {_fire(firings)}")
+    return _picked(np.sort(able.to_numpy(np.int64)), atoms, n_atoms, rng, needed, firings)
 
 
 def _picked(
-    able: Integers, atoms: tuple[int, ...] | None, n_atoms: int | None, rng: np.random.Generator, needed: str
+    able: Integers,
+    atoms: tuple[int, ...] | None,
+    n_atoms: int | None,
+    rng: np.random.Generator,
+    needed: str,
+    firings: Firings,
 ) -> Integers:
     """Of the atoms that can be tested those asked for, or a uniform draw; `needed` says what the others lack."""
+    needed += f"; {len(np.unique(firings.atom))} of {firings.n_atoms} atoms fire"
     if len(able) == 0:
         raise NothingToMeasureError(f"no atom can be tested: {needed}; give more sequences, or lower min_firings")
     if atoms is not None:
@@ -201,21 +207,13 @@ def _picked(
     return able if n_atoms is None else np.sort(rng.choice(able, min(n_atoms, len(able)), replace=False))
 
 
-def _fire(firings: Firings) -> str:
-    return f"{len(np.unique(firings.atom))} of {firings.n_atoms} atoms fire"
-
-
 class FiringDraw(NamedTuple):
-    """The firings that a test looks at, and how many atoms they were drawn from."""
+    """The firings that a test looks at, and the alive atoms."""
 
     table: pd.DataFrame
     """firing, sequence, position, atom, written_atom, activation; ordered by sequence and position."""
     alive: Integers
     """All alive atoms."""
-    n_testable: int
-    """Alive atoms with a firing at a position that can be tested; the draw is uniform over these."""
-    alive_tokens: int
-    """Tokens on which aliveness was counted."""
 
 
 def draw_firings(
@@ -230,7 +228,6 @@ def draw_firings(
     alive_tokens: int = 65_536,
     min_firings: int = 1,
     written: Literal["own", "dominant"] = "own",
-    silent: bool = False,
 ) -> FiringDraw:
     """A uniform draw of the alive atoms that can be tested, and firings of each, dealt over sequences.
 
@@ -239,30 +236,22 @@ def draw_firings(
         atoms: a hand-picked list instead of a draw.
         written: the atom that is written: the firing's own, or the dominant one of the position, which has the largest
             activation there (the paper's section 3.2). Under "dominant" a position counts once.
-        silent: move each firing to a random position where its atom is silent (a null).
 
     Raises:
         ValueError: a hand-picked atom cannot be tested.
         NothingToMeasureError: no atom can be tested.
     """
     last = firings.n_positions - 1 - horizon
-    alive_tokens = min(alive_tokens, firings.n_sequences * firings.n_positions)
     alive = firings.alive(alive_tokens, min_firings)
     inside = (firings.position >= first_position) & (firings.position <= last)
     testable = np.intersect1d(alive, firings.atom[inside])
-    needed = f"alive atoms with a firing at positions {first_position}..{last} are; {_fire(firings)}"
-    picked = _picked(testable, atoms, n_atoms, rng, needed)
-    bounds = {"first": first_position, "last": last}
-    table = sample_firings(firings, picked, firings_per_atom, **bounds, rng=rng)
-    if silent:
-        table = silent_positions(table, firings, **bounds, rng=rng)
+    needed = f"alive atoms with a firing at positions {first_position}..{last} are"
+    picked = _picked(testable, atoms, n_atoms, rng, needed, firings)
+    table = sample_firings(firings, picked, firings_per_atom, first=first_position, last=last, rng=rng)
     table["written_atom"] = table["atom"]
     if written == "dominant":
-        strongest = firings.strongest(table).dropna()  # at a silent position nothing may fire at all
-        table = table.loc[strongest.index]
+        strongest = firings.strongest(table)
         table = table.assign(written_atom=strongest["atom"].astype(int), activation=strongest["activation"])
         table = table.drop_duplicates(["sequence", "position"])
-    if table.empty:
-        raise NothingToMeasureError(f"none of the {len(picked)} atoms has a position to be tested at")
     table = table.reset_index(drop=True).rename_axis("firing").reset_index()
-    return FiringDraw(table, alive, len(testable), alive_tokens)
+    return FiringDraw(table, alive)

@@ -44,20 +44,18 @@ def greedy_rows(
 @torch.no_grad()
 def sample_continuations(
     model: HookedRecurrent, tokens: Tensor, new_tokens: int, seed: int, *, batch_size: int = 256
-) -> tuple[Tensor, Tensor]:
-    """Tokens [N,new_tokens] sampled at temperature 1 after prompts `tokens` [N,T], under the hooks in force; and [N]
-    whether the logits were finite throughout. Both are on the CPU.
+) -> Tensor:
+    """Tokens [N,new_tokens], on the CPU, sampled at temperature 1 after prompts `tokens` [N,T], under the hooks in
+    force.
 
     All continuations have the same length: an end-of-sequence token is never drawn. Where what is written under the
-    hooks feeds back and grows past the dtype, what follows means nothing, and the other rows are as they would be
-    without it.
+    hooks feeds back and grows past the dtype, a row is -1 everywhere, and the others are as they would be without it.
 
     The random numbers depend on `seed`, N and `batch_size` alone, so that continuations under two conditions differ
     only by what the conditions do to the logits. The generators of the process are left as they were.
     """
     device = torch.device(model.cfg.device)
     sampled: list[Tensor] = []
-    finite: list[Tensor] = []
     lost: list[Tensor] = []
 
     def go_on(input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -82,9 +80,9 @@ def sample_continuations(
                 pad_token_id=_pad_token(model),
                 logits_processor=LogitsProcessorList([go_on]),  # pyright: ignore[reportArgumentType]
             )
-            sampled.append(cast(Tensor, whole)[:, tokens.shape[1] :].cpu())
-            finite.append(~torch.stack(lost).any(0).cpu())
-    return torch.cat(sampled), torch.cat(finite)
+            new = cast(Tensor, whole)[:, tokens.shape[1] :]
+            sampled.append(new.masked_fill(torch.stack(lost).any(0)[:, None], -1).cpu())
+    return torch.cat(sampled)
 
 
 def _pad_token(model: HookedRecurrent) -> int:

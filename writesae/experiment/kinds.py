@@ -52,7 +52,7 @@ def compare_kinds(
     register, bundle = (Paired(wins[wins["kind"] == kind], ("written_atom",), seed) for kind in KINDS)
     rows = [(scale, kind, *each.mean("win")) for kind, each in zip(KINDS, (register, bundle))]
     samples = (register["win"], bundle["win"], register["written_atom"], bundle["written_atom"])
-    gap = register.lead("win", bundle)._asdict() | {"p_value": stats.permutation_test(*samples, seed=seed).p_value}
+    gap = register.lead("win", bundle)._asdict() | {"p_value": stats.permutation_test(*samples, seed=seed)}
     facts: dict[str, Json] = {
         "verdict": {"outcome": verdict.outcome, "sentence": verdict.sentence},
         "difference": {name: gap[name] for name in ("mean", "low", "high", "p_value")},

@@ -22,7 +22,7 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.matrix import MatrixSAE
 from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_hook, check_plain_activations
 from writesae.experiment.firings import Firings, collect_firings, folds
-from writesae.experiment.head import WriteKind, head_writes
+from writesae.experiment.head import head_writes
 from writesae.experiment.head_baselines import MAX_TOKENS, HeadBaselines, tokens_and_before
 from writesae.files import Json
 
@@ -169,9 +169,10 @@ class Lab:
         """Units that could not be measured, by reason."""
         self.facts: dict[str, Json] = {}
         """What a reader of the tables must know besides the settings."""
-        self._counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        """`runs`: edited runs so far, without those that measured a floor."""
         self._firings: dict[str, Firings] = {}
-        self._baselines: dict[tuple[object, ...], HeadBaselines] = {}
+        self._baselines: dict[tuple[int, int, int], HeadBaselines] = {}
 
     def only(self, label: str) -> Lab:
         """A view of this laboratory with one of its dictionaries. Firings, baselines, counts of runs, and what is left
@@ -238,12 +239,10 @@ class Lab:
         recurrence = session.recurrence(self.hook.layer).select(heads=slice(self.hook.head, self.hook.head + 1))
         return Site(sequence, pd.DataFrame() if rows is None else rows, session, recurrence, head_writes(recurrence, 0))
 
-    def native_writes(
-        self, sequences: Iterable[int], tokens: Tensor | None = None, kind: WriteKind = "additive"
-    ) -> LowRank:
+    def native_writes(self, sequences: Iterable[int], tokens: Tensor | None = None) -> LowRank:
         """Native writes of some sequences of the text, or of other `tokens`, one after the other. Cost: a forward each
         up to the layer."""
-        parts = [head_writes(self.recurrence(n, tokens), 0, kind) for n in sequences]
+        parts = [head_writes(self.recurrence(n, tokens), 0) for n in sequences]
         return LowRank(torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts]))
 
     def recurrence(self, sequence: int, tokens: Tensor | None = None) -> Recurrence:
@@ -253,9 +252,7 @@ class Lab:
         return whole.select(heads=slice(self.hook.head, self.hook.head + 1))
 
     @torch.no_grad()
-    def baselines(
-        self, sequence: int, kind: WriteKind = "additive", *, n_codes: int | None = None, components: int = 4
-    ) -> HeadBaselines:
+    def baselines(self, sequence: int, *, n_codes: int | None = None, components: int = 4) -> HeadBaselines:
         """What can be written at the tokens of `sequence` without a dictionary, fitted on other text: on `reference`,
         or where there is none on that half of the sequences which `sequence` is not in (`folds`). Kept.
 
@@ -274,13 +271,13 @@ class Lab:
         text, fold = self.reference, -1
         if text is None:
             text, fold = self.tokens, folds(np.arange(len(self.tokens)), self.seed)[sequence]
-        key = (kind, n_codes, components, fold)
+        key = (n_codes, components, fold)
         if key not in self._baselines:
             half = folds(np.arange(len(text)), self.seed)
             rows = [n for n in range(len(text)) if half[n] != fold][: max(1, MAX_TOKENS // text.shape[1])]
             needed = "baselines are fitted on other text than they are tested on, and there is one sequence only"
             self.require(bool(rows), f"{needed}; give more, or a reference, or leave the baselines out of controls")
-            writes = self.native_writes(rows, text, kind)
+            writes = self.native_writes(rows, text)
             self.require(bool((writes.norm() > 0).any()), "every write of the other text is zero; there is no baseline")
             before, rng = np.concatenate([tokens_and_before(text[n]) for n in rows]), self.rng(41, max(0, fold))
             fitted = HeadBaselines.fit(writes, before, n_codes=n_codes, components=components, rng=rng)
@@ -332,7 +329,7 @@ class Lab:
             values = {name: np.asarray(column) for name, column in readout(rows).items()}
             columns = {name: column if column.ndim == 1 else list(column) for name, column in values.items()}
             parts.append(pd.DataFrame(columns, index=batch))
-            self.count_edited_runs(len(batch))
+            self.counts["runs"] += len(batch)
         read = pd.concat(parts).sort_index()
         return pd.DataFrame([trial.row for trial in trials]).assign(**{str(name): read[name] for name in read})
 
@@ -365,26 +362,17 @@ class Lab:
 
         Returns: the `quantile` of the absolute values over at most 32 places. Cost: one edited row each.
         """
-        rng, values, before = self.rng(97), [], self.n_edited_runs
+        rng, values, before = self.rng(97), [], self.counts["runs"]
         last = self.tokens.shape[1] - window
         for sequence in rng.permutation(len(self.tokens))[:4].tolist():
             site = self.site(sequence)
             positions = np.sort(rng.choice(np.arange(min(1, last), last + 1), _NO_OPS // 4)).tolist()
             trials = [Trial({}, t, self.replace(t, site.writes, t)) for t in positions]
             values.append(self.read(site, trials, readout, window, plain=plain)[column].abs())
-        self.count_edited_runs(before - self.n_edited_runs)  # a reader counts conditions, not this
+        self.counts["runs"] = before  # a reader counts conditions, not this
         return float(pd.concat(values).quantile(quantile))
 
     # -- bookkeeping
-
-    @property
-    def n_edited_runs(self) -> int:
-        """Edited runs so far, without those that measured a floor."""
-        return self._counts["edited runs"]
-
-    def count_edited_runs(self, n: int) -> None:
-        """Count `n` edited runs that did not go through `read`, continuations say."""
-        self._counts["edited runs"] += n
 
     def bar(self, items: Sequence[T], name: str) -> Iterator[T]:
         """`items`, with a progress bar where it was asked for; TQDM_DISABLE=1 takes every bar away."""
@@ -422,5 +410,5 @@ class Lab:
             "n_positions": self.tokens.shape[1],
             **self.facts,
             "n_skipped": dict(self.skipped),
-            "n_edited_runs": self.n_edited_runs,
+            "n_edited_runs": self.counts["runs"],
         }

@@ -46,7 +46,6 @@ class DictionaryQuality:
     target: HookTarget
     """What it reads, and what is replaced: all writes, or all states (where each read sees the reconstruction, and the
     recurrence goes on from the native state)."""
-    n_sequences: int
     n_tokens: int
     explained: float | None
     """1 - sum |X - X^|^2 / sum |X - mean|^2 over all tokens. None: the matrices do not vary."""
@@ -139,7 +138,6 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
         variance, deleted, floor = squares - float(total @ total) / n, each["deleted"], float(np.mean(each["itself"]))
         found[label] = DictionaryQuality(
             target=lab.hooks[label].target,
-            n_sequences=len(rows),
             n_tokens=n,
             explained=1 - sum(each["error"]) / variance if variance > ROUNDING * squares else None,
             l0=sum(each["active"]) / n,

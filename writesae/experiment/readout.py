@@ -1,37 +1,23 @@
-"""What is read of an edited run: divergences, log-probabilities, bits; and one edit in words.
+"""What is read of an edited run: divergences, log-probabilities, bits.
 
 Each readout gives one value per trial. `Lab.read` calls it with the logits of a batch (`lab.EditedRows`).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
-from writesae.experiment.lab import EditedRows, Lab, Readout, Site, Trial
+from writesae.experiment.lab import EditedRows, Readout
 
 _BLOCK_FLOATS = 16_000_000
 """Logits widened at once: 128 MB in float64."""
-EXAMPLE: dict[str, str] = {
-    "text": "the sentence; the edited token is in brackets, and the prediction is the one made at the bar",
-    "read_at": "tokens after t at which the prediction is made",
-    "condition": "what is written at t",
-    "word": "a next token, of those whose probability the deletion changes most",
-    "probability": "of this next token",
-}
-"""Columns of `changed_words`."""
-WORDS = 6
-"""Next tokens that an example shows."""
-_BEFORE, _AFTER = 24, 4
-"""Tokens of the sentence before the edit, and after the token at which predictions are shown."""
 
 
 class Divergences(NamedTuple):
@@ -119,48 +105,3 @@ def added_bits(tokens: Tensor) -> Readout:
         return {"bits": np.array([bits(torch.cat([head, logits]), tokens) - plain for logits in rows.logits])}
 
     return read
-
-
-def changed_words(lab: Lab, site: Site, trials: Sequence[Trial], window: int) -> pd.DataFrame:
-    """Next-token probabilities under some edits of one token, where the first of them moves the model most.
-
-    Args:
-        trials: edits at one position; `row["condition"]` names each. The native model comes first in the result.
-        window: tokens that are looked at, from the edit on.
-
-    Returns: columns text (the sentence, the edited token in brackets), read_at (tokens after the edit at which the
-    probabilities were read), condition, word, probability; the `WORDS` tokens whose probability the first edit changes
-    most, largest change first. Cost: two reads of the trials.
-    """
-    position = trials[0].position
-
-    def divergence(rows: EditedRows) -> Mapping[str, ArrayLike]:
-        return {"kl": divergences(rows.native, rows.positions, rows.window).forward.numpy()}
-
-    kl = lab.read(site, trials[:1], divergence, window)["kl"].iloc[0]
-    offset = int(torch.as_tensor(kl).argmax())
-
-    def probabilities(rows: EditedRows) -> Mapping[str, ArrayLike]:
-        return {"p": rows.window[:, offset].float().softmax(-1).cpu().numpy()}
-
-    edited = torch.from_numpy(np.stack(lab.read(site, trials, probabilities, window)["p"].to_list()))
-    native = site.session.logits[0, position + offset].float().softmax(-1).cpu()
-    words = (edited[0] - native).abs().topk(min(WORDS, len(native))).indices
-    tokens = lab.tokens[site.sequence]
-    conditions = ["native", *(str(trial.row["condition"]) for trial in trials)]
-    bar = position + offset + 1
-    first, last = max(0, position - _BEFORE), min(len(tokens), bar + _AFTER)
-    spans = itertools.pairwise((first, position, position + 1, bar, last))
-    before, token, read, after = (_text(lab, tokens[i:j].tolist()) for i, j in spans)
-    sentence = f"{'… ' if first else ''}{before}[{token}]{read}|{after}{' …' if last < len(tokens) else ''}"
-    rows = [
-        (sentence, offset, condition, _text(lab, [word]), float(p[word]))
-        for condition, p in zip(conditions, [native, *edited], strict=True)
-        for word in words.tolist()
-    ]
-    return pd.DataFrame(rows, columns=list(EXAMPLE))
-
-
-def _text(lab: Lab, tokens: list[int]) -> str:
-    plain = " ".join(map(str, tokens))
-    return plain if lab.model.tokenizer is None or not tokens else str(lab.model.tokenizer.decode(tokens))

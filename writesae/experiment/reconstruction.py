@@ -35,12 +35,8 @@ from writesae.verdict.statistics import Estimate
 
 NO_VARIANCE = "sequences on which the matrices of a dictionary, or all reads of them, do not vary"
 ATOM, ATOM_SVD, SVD = "atom", "atom svd", "svd"
-WRITTEN_NAMES: dict[str, str] = {
-    ATOM: "strongest atom",
-    ATOM_SVD: "atom cut to rank 1",
-    SVD: "top-1 SVD of the reconstruction",
-}
-"""What a dictionary writes, as a reader meets it; the atom is cut where it is of a higher rank."""
+"""What a dictionary writes: its strongest atom, that atom cut to rank 1 (where it is of a higher rank), and the top-1
+SVD of the reconstruction."""
 EXCHANGED: dict[str, str] = {
     "sequence": "row of the evaluation tokens",
     "position": "token t that is edited",
@@ -177,8 +173,7 @@ def of_dictionary(lab: Lab, label: str, matrices: Tensor, native: LowRank) -> di
 def exchanged(
     lab: Lab, site: Site, positions: list[int], basis: Basis, pca_ranks: Sequence[int], scale: str, window: int
 ) -> pd.DataFrame:
-    """What each dictionary, and what needs none, does in place of the writes at some positions of one sequence; no
-    rows without positions.
+    """What each dictionary, and what needs none, does in place of the writes at some positions of one sequence.
 
     Args:
         scale: "matched", the norm of the native write, or "coefficient", the own size of what has one; a direction gets
@@ -188,23 +183,22 @@ def exchanged(
     """
     native = site.at(positions)
     written = {("", "native"): native, ("", "delete"): native * 0.0}
-    if positions:
-        noise = torch.Generator().manual_seed(int(lab.rng(10, site.sequence).integers(2**62)))
-        directions = {
-            "random": native.random_like(noise),
-            "mean": basis.mean.expand(len(native)),
-            "state": state_direction(site.state_before(positions)),
-            "state_after": state_direction(site.state_after(positions)),
-        }
-        best = "least_squares" if scale == "coefficient" else scale
-        written |= {("", name): scaled(each, native, best) for name, each in directions.items()}
-        dense = native.dense()
-        for rank in pca_ranks:
-            projected = basis.pca.project(dense.flatten(1), rank).view_as(dense)
-            written["", f"pca {rank}"] = scaled(LowRank.svd(projected, balanced=True), native, scale)
-        for label, hook in lab.hooks.items():
-            own = of_dictionary(lab, label, matrices_of(site.recurrence, hook.target)[positions], native)
-            written |= {(label, name): scaled(each, native, scale) for name, each in own.items()}
+    noise = torch.Generator().manual_seed(int(lab.rng(10, site.sequence).integers(2**62)))
+    directions = {
+        "random": native.random_like(noise),
+        "mean": basis.mean.expand(len(native)),
+        "state": state_direction(site.state_before(positions)),
+        "state_after": state_direction(site.state_after(positions)),
+    }
+    best = "least_squares" if scale == "coefficient" else scale
+    written |= {("", name): scaled(each, native, best) for name, each in directions.items()}
+    dense = native.dense()
+    for rank in pca_ranks:
+        projected = basis.pca.project(dense.flatten(1), rank).view_as(dense)
+        written["", f"pca {rank}"] = scaled(LowRank.svd(projected, balanced=True), native, scale)
+    for label, hook in lab.hooks.items():
+        own = of_dictionary(lab, label, matrices_of(site.recurrence, hook.target)[positions], native)
+        written |= {(label, name): scaled(each, native, scale) for name, each in own.items()}
     trials = []
     for (sae, condition), each in written.items():
         cosines, norms = each.cosine(native).tolist(), (each.norm() / native.norm()).tolist()

@@ -19,9 +19,7 @@ from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.experiment.firings import Firings, Integers
-from writesae.experiment.head import matrices_of
 from writesae.experiment.lab import EditedRows, Lab, Site, Trial
-from writesae.experiment.reconstruction import ATOM, of_dictionary
 
 SELECTIVITY: dict[str, str] = {
     "sae": "label of the dictionary",
@@ -83,17 +81,6 @@ def direction_selectivity(
         lost = [1 - len(random & other) / len(random) for other in (top[label, "atom", t], top["", "other", t])]
         rows.append((label, site.sequence, t, *lost))
     return pd.DataFrame(rows, columns=list(SELECTIVITY))
-
-
-def of_strongest(lab: Lab, site: Site, positions: list[int], k: int) -> pd.DataFrame:
-    """`direction_selectivity` of the strongest atom of each dictionary of the laboratory; no rows without positions."""
-    if not positions:
-        return pd.DataFrame()
-    native, atoms = site.at(positions), {}
-    for label, hook in lab.hooks.items():
-        matrices = matrices_of(site.recurrence, hook.target)[positions]
-        atoms[label] = of_dictionary(lab, label, matrices, native)[ATOM]
-    return direction_selectivity(lab, site, positions, atoms, k)
 
 
 def alignment(firings: Firings, tokens: Tensor, sequences: Integers, wanted: Sequence[int]) -> Alignment:

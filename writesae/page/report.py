@@ -121,7 +121,6 @@ def _render(results: Sequence[Result], rows: list[Answer], title: str, numbers: 
     sections: dict[str, list[Result]] = {}
     for result in trained:
         sections.setdefault(result.kind if result.skipped is None else "skipped", []).append(result)
-    measured = [(kind, group) for kind, group in sections.items() if kind != "skipped"]
     shared = {  # what several results have to say alike
         kind: [note for note in group[0].notes() if len(group) > 1 and all(note in each.notes() for each in group)]
         for kind, group in sections.items()
@@ -144,7 +143,6 @@ def _render(results: Sequence[Result], rows: list[Answer], title: str, numbers: 
             documentation=inspect.getdoc,
             facts=_facts(results),
             qualities=quality_rows(results),
-            front=[figure for kind, group in measured for figure in EVALUATIONS[kind].front(group)],
         )
     )
 

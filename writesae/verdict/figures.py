@@ -2,7 +2,7 @@
 
 A panel is drawn in the colours of a light page, which are then replaced by CSS variables that have them as their
 defaults; its text stays text. One panel is about as wide as a phone, so that a page can lay panels out in a grid.
-Evaluations call `intervals`, `scatter`, `curves` and `bars`.
+Evaluations call `intervals` and `curves`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from numpy.typing import ArrayLike
 
 from writesae.verdict.format import number
-from writesae.verdict.names import NAMES
 
 _VARIABLES = {
     "#1b1f24": "ink",
@@ -117,53 +114,6 @@ def intervals(
     return _svg(figure, title)
 
 
-def bars(names: Sequence[str], values: Mapping[str, Sequence[float]], label: str, title: str) -> str:
-    """Groups of horizontal bars: one group for each name (down), one bar for each entry of `values`."""
-    figure, axes = _panel(0.9 + 0.13 * len(names) * (len(values) + 1))
-    shades = {NAMES["atom"]: ATOM, NAMES["native"]: INK, NAMES["delete"]: CONTROL}
-    for n, (key, numbers) in enumerate(values.items()):
-        heights = [y + (n - (len(values) - 1) / 2) * 0.8 / len(values) for y in range(len(names))]
-        drawn = axes.barh(heights, numbers, 0.8 / len(values), color=shades.get(key, SOFT), label=key)
-        for name, value, bar in zip(names, numbers, drawn):
-            bar.set_gid(f"{_HOVER}{name}, {key}: {number(value)}")
-    axes.set_yticks(range(len(names)), [name or " " for name in names])
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlabel(label, loc="right")
-    return _svg(figure, title, names=2)
-
-
-def scatter(
-    x: ArrayLike,
-    y: ArrayLike,
-    labels: tuple[str, str],
-    title: str,
-    *,
-    colour: str = "atom",
-    size: float = 12,
-    symlog: bool = False,
-) -> str:
-    """Points over the diagonal: what was expected (across) against what was measured (up).
-
-    With `symlog` both axes are linear around 0 and logarithmic beyond, and have one scale.
-    """
-    across, up = np.asarray(x, float), np.asarray(y, float)
-    figure, axes = _panel(3.4 if symlog else 2.6, "both")
-    axes.locator_params(nbins=5)
-    ends = [float(min(across.min(), 0)), float(max(across.max(), 0))]
-    if symlog:
-        linear = max(float(np.median(np.abs(up))), 1e-12)
-        edge = 1.5 * max(float(np.abs(up).max()), float(np.abs(across).max()), linear)
-        ends = [-edge, edge]
-        axes.set(xlim=ends, ylim=ends)
-        axes.set_xscale("symlog", linthresh=linear)
-        axes.set_yscale("symlog", linthresh=linear)
-        axes.minorticks_off()
-    axes.plot(ends, ends, color=MUTED, lw=0.8, ls=_DASHED)
-    axes.scatter(across, up, s=size, color=COLOURS[colour], alpha=0.5, lw=0)
-    axes.set(xlabel=labels[0], ylabel=labels[1])
-    return _svg(figure, title)
-
-
 def curves(
     lines: Sequence[Line],
     label: str,
@@ -172,29 +122,25 @@ def curves(
     log_x: bool = False,
     log_y: bool = False,
     percent: bool = False,
-    even: bool = False,
     chance: float | None = None,
-    lowest: float | None = None,
     ticks: Mapping[float, str] | None = None,
 ) -> str:
     """Lines with their names above.
 
     Args:
         label: of the x axis.
-        even: place the points at even distances, whatever their x.
         chance: a dashed horizontal line.
-        lowest: what is below it is cut off (an R^2 of -500, say).
         ticks: names of points on the x axis, where they are not their numbers.
     """
     figure, axes = _panel(2.5 + 0.08 * len(lines), "y")
     points = sorted({x for line in lines for x in line.x})
-    place = {x: float(i) if even else x for i, x in enumerate(points)}
     for line in lines:
         colour, strong = COLOURS[line.colour], line.colour in ("atom", "control", "ink")
-        x, y = [place[value] for value in line.x], np.maximum(np.asarray(line.y, float), 1e-16 if log_y else -np.inf)
         if line.band is not None:
-            axes.fill_between(x, *line.band, color=colour, alpha=0.16, lw=0)
-        axes.plot(x, y, "o-", color=colour, lw=1.9 if strong else 0.9, ms=3.5 if strong else 2.5, label=line.name)
+            axes.fill_between(line.x, *line.band, color=colour, alpha=0.16, lw=0)
+        axes.plot(
+            line.x, line.y, "o-", color=colour, lw=1.9 if strong else 0.9, ms=3.5 if strong else 2.5, label=line.name
+        )
     if chance is not None:
         axes.axhline(chance, color=MUTED, lw=0.8, ls=_DASHED)
     if log_x:
@@ -206,11 +152,11 @@ def curves(
         axes.yaxis.set_major_formatter(
             FuncFormatter(lambda value, _: f"{100 * value:.0f}%" if percent else number(value))
         )
-    if percent or lowest is not None:
-        axes.set_ylim(0.0 if lowest is None else lowest, 1.05)
+    if percent:
+        axes.set_ylim(0.0, 1.05)
     names = [(ticks or {}).get(x, number(x)) for x in points]
     step = max(1, math.ceil(len(points) / 8))
-    axes.set_xticks([place[x] for x in points][::step], names[::step])
+    axes.set_xticks(points[::step], names[::step])
     axes.minorticks_off()
     axes.set_xlabel(label, loc="left")
     return _svg(figure, title, names=3)

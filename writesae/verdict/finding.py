@@ -118,11 +118,6 @@ class Paired:
     def __contains__(self, condition: str) -> bool:
         return condition in self.wide
 
-    @property
-    def conditions(self) -> list[str]:
-        """Names of all columns; those of units and clusters are among them."""
-        return [str(name) for name in self.wide]
-
     def mean(self, a: Values, minus: Values | None = None) -> Estimate:
         """The mean under a condition, or of the paired difference of two. Truth values without `minus` are a share,
         whose interval is another one (`statistics.share`)."""

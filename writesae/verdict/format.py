@@ -12,15 +12,6 @@ def percent(x: float) -> str:
     return "–" if math.isnan(x) else f"{100 * x:.1f}%"
 
 
-def span(low: float, high: float, factor: float = 100) -> str:
-    """An interval, in percent by default; a dash where there is none (a single cluster)."""
-    if math.isnan(low) or math.isnan(high):
-        return "–"
-    digits = 1 if factor == 100 else 2
-    between = " to " if low < 0 else "–"  # two dashes in a row cannot be read
-    return f"{factor * low:.{digits}f}{between}{factor * high:.{digits}f}"
-
-
 def number(x: float) -> str:
     """Three significant digits; powers of ten below 0.001; a dash for NaN."""
     if x == 0 or math.isnan(x):

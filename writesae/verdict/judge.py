@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from writesae.verdict.paper import Outcome
-from writesae.verdict.statistics import Estimate, detectable
+from writesae.verdict.statistics import Estimate
 
 MIN_CLUSTERS = 5
 """Independent units (sequences, atoms, prompts) below which no interval is trusted: over 4 clusters the one of a
@@ -107,12 +107,8 @@ def judge(
         if low > 0:
             short = f"lies {side} {chance:g}, but does not reach {far:g}, from which on it matters"
             return Verdict("fails", f"The interval of {what} {short}.")
-        size = detectable(effect)
-        seen = f"A true value of {chance + sign * size:.2g} would be found in four of five samples like this one."
-        if size > 1:  # rates, shares and ratios do not reach so far
-            seen = "Samples like this one find no value reliably."
-        seen = units if low == high else seen + f" The interval is over {n} units only." * (n < FEW_CLUSTERS)
-        return Verdict("fails", f"The interval of {what} does not lie {side} {chance:g}. {seen}")
+        seen = f" {units}" if low == high else f" It is over {n} units only." * (n < FEW_CLUSTERS)
+        return Verdict("fails", f"The interval of {what} does not lie {side} {chance:g}.{seen}")
     found: list[tuple[float, str]] = []
     equal: set[str] = set()
     for name, control in (against or {}).items():

@@ -47,13 +47,6 @@ class Estimate(NamedTuple):
         return self._replace(mean=self.mean - value, low=self.low - value, high=self.high - value)
 
 
-class Significance(NamedTuple):
-    """A test statistic and its two-sided p-value."""
-
-    statistic: float
-    p_value: float
-
-
 def estimate(
     values: ArrayLike, clusters: ArrayLike, *, statistic: WeightedStatistic | None = None, seed: int = 0
 ) -> Estimate:
@@ -142,37 +135,27 @@ def share(hits: ArrayLike, clusters: ArrayLike) -> Estimate:
     return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n, n_clusters)
 
 
-def detectable(effect: Estimate, *, power: float = 0.8) -> float:
-    """Distance from chance that a true effect needs for the interval of a sample like this one to lie beyond chance
-    with probability `power`: (1.96 + z) standard errors, the standard error read off the interval."""
-    error = (effect.high - effect.low) / (2 * stats.norm.ppf(0.975))
-    return float((stats.norm.ppf(0.975) + stats.norm.ppf(power)) * error)
+def sign_flip_test(a: ArrayLike, b: ArrayLike, clusters: ArrayLike, *, n_resamples: int = 9999, seed: int = 0) -> float:
+    """Two-sided p of a permutation test of paired samples: are the differences a - b symmetric about 0?
 
-
-def sign_flip_test(
-    a: ArrayLike, b: ArrayLike, clusters: ArrayLike, *, n_resamples: int = 9999, seed: int = 0
-) -> Significance:
-    """Permutation test of paired samples: are the differences a - b symmetric about 0? Statistic: their mean.
-
-    All differences of a cluster flip together, which keeps the level right under dependence
-    (`scipy.stats.permutation_test` of the clusters' sums). A single cluster gives p = 1.
+    The statistic is their mean. All differences of a cluster flip together, which keeps the level right under
+    dependence (`scipy.stats.permutation_test` of the clusters' sums). A single cluster gives p = 1.
     """
     x, codes = _sample(np.asarray(a, float) - np.asarray(b, float), clusters)
     sums = np.bincount(codes, x) / len(x)
     if len(sums) == 1:
-        return Significance(float(sums[0]), 1.0)
+        return 1.0
     how = {"permutation_type": "samples", "n_resamples": n_resamples, "rng": np.random.default_rng(seed)}
-    test = stats.permutation_test((sums,), np.sum, vectorized=True, **how)
-    return Significance(float(test.statistic), float(test.pvalue))
+    return float(stats.permutation_test((sums,), np.sum, vectorized=True, **how).pvalue)
 
 
 def permutation_test(
     a: ArrayLike, b: ArrayLike, clusters_a: ArrayLike, clusters_b: ArrayLike, *, n_resamples: int = 9999, seed: int = 0
-) -> Significance:
-    """Permutation test of two **independent** samples: are they exchangeable? Statistic: mean(a) - mean(b).
+) -> float:
+    """Two-sided p of a permutation test of two **independent** samples: are they exchangeable?
 
-    Whole clusters change sides (a cluster lies in one sample: atoms of two kinds, say), which keeps the level right
-    under dependence; the means stay those over observations.
+    The statistic is mean(a) - mean(b). Whole clusters change sides (a cluster lies in one sample: atoms of two kinds,
+    say), which keeps the level right under dependence; the means stay those over observations.
     """
     sides = [_sample(sample, ids) for sample, ids in ((a, clusters_a), (b, clusters_b))]
     total = np.concatenate([np.bincount(codes, x) for x, codes in sides])
@@ -182,9 +165,8 @@ def permutation_test(
         return total[left].sum(axis) / size[left].sum(axis) - total[right].sum(axis) / size[right].sum(axis)
 
     clusters = np.split(np.arange(len(total)), [int(sides[0][1].max()) + 1])
-    rng = np.random.default_rng(seed)
-    test = stats.permutation_test(clusters, difference, vectorized=True, n_resamples=n_resamples, rng=rng)
-    return Significance(float(test.statistic), float(test.pvalue))
+    how = {"n_resamples": n_resamples, "rng": np.random.default_rng(seed)}
+    return float(stats.permutation_test(clusters, difference, vectorized=True, **how).pvalue)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -194,13 +176,6 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     steps = [(len(ordered) - n) * p_values[name] for n, name in enumerate(ordered)]
     adjusted = dict(zip(ordered, np.maximum.accumulate(steps).clip(max=1).tolist()))
     return {name: adjusted[name] for name in p_values}
-
-
-def quartile(values: ArrayLike) -> NDArray[np.int64]:
-    """Quartile 1-4 of every value among `values`, by rank; ties go in order of appearance, so that sizes differ by at
-    most 1."""
-    ranks = stats.rankdata(values, method="ordinal") - 1
-    return (1 + ranks * 4 // len(ranks)).astype(np.int64)
 
 
 def weighted_mean(values: Array, weights: Array) -> Array:
