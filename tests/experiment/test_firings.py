@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.target import HeadHook
+from sae_lens_writesae.sae.target import HeadHook, atoms_of
 from writesae.experiment import firings as F
 
 N, T, ATOMS = 12, 40, 9
