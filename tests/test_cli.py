@@ -125,7 +125,6 @@ HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]
         (["eval", "all", "SAE", "--set", "foo=1"], "expected one of seed, label, rows_per_run, n_atoms,"),
         (["eval", "all", "SAE", "--set", "sign.foo=1"], "n_positions"),
         (["eval", "all", "SAE", "--set", "sgn.n_positions=1"], "substitution, partition"),
-        (["export", "SAE"], "--to"),
         (["eval", "all", "SAE", "--set", "horizon=2.5"], "'2.5'"),
         (["eval", "sign", "SAE", "--sequences", "-5"], "sequences"),
         (["eval", "sign", "SAE", "--text", "[/nothing]"], "[/nothing]"),

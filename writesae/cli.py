@@ -61,7 +61,7 @@ COMMANDS: dict[str, Command] = {
         "writesae.push:Push",
     ),
     "export": Command(
-        "Write atoms as Neuronpedia or delphi read them.",
+        "Write atoms as Neuronpedia reads them.",
         "writesae.show:run_export",
     ),
     "prompt": Command(

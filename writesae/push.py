@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import tyro
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from sae_lens import SAE
     from sae_lens.saes.sae import SAEConfig, SAEMetadata
 
-    from writesae.files import Json
 
 _NAME = r"[\w-][\w.-]*"
 _FORMS = {"dataset_path": f"({_NAME}/)?{_NAME}", "training_architecture": _NAME, "context_size": r"\d+"}
@@ -33,20 +32,9 @@ _PLACE = re.compile(r"\\|~|(?<![\w./:-])/|\b\w:/|file:")
 """In JSON: the absolute path of a folder, and any character that JSON escapes."""
 
 
-class Published(NamedTuple):
-    """A dictionary that is to be uploaded."""
-
-    folder: Path
-    """The folder that names it, of this machine."""
-    model: str
-    """Where its model is, which may be a folder of this machine."""
-    sae: SAE
-    """With the metadata that is published."""
-
-
 @dataclass(frozen=True)
 class Push:
-    """Publish dictionaries on the Hugging Face hub, with a card: hook, measured quality, and the lines that load them.
+    """Publish dictionaries on the Hugging Face hub, with a card: their hooks, and the lines that load them.
 
     The repository is made if there is none. All files go up in one commit, so that it is whole or absent; a card
     that is there is replaced. Log in first: `hf auth login`.
@@ -56,8 +44,6 @@ class Push:
     """Folder of a dictionary, or one below which `writesae train`, `demo` or `reproduce` left some."""
     repo: tyro.conf.Positional[str]
     """Repository, OWNER/NAME."""
-    results: tuple[Path, ...] = ()
-    """Folders in or below which `writesae eval` left results, for the quality on the card; by default `folder`."""
     private: bool = False
     """Make the repository private, if it is new."""
     dry_run: bool = False
@@ -80,7 +66,7 @@ class Push:
         with tempfile.TemporaryDirectory() as folder:
             saes = saved_anew(self.folder, Path(folder))
             files = sorted(str(file.relative_to(folder)) for file in Path(folder).rglob("*") if file.is_file())
-            text = card(self.repo, saes, self._quality(saes))
+            text = card(self.repo, saes)
             if self.dry_run:
                 return "\n".join([*files, "README.md", "", text])
             atomic_text(Path(folder, "README.md"), text)
@@ -89,22 +75,8 @@ class Push:
             told = f"Upload {', '.join(saes)}"
             return str(api.upload_folder(repo_id=self.repo, folder_path=folder, commit_message=told).commit_url)
 
-    def _quality(self, saes: Mapping[str, Published]) -> dict[str, Mapping[str, Json]]:
-        """What results say of the dictionaries, by their names in the repository; nothing, where they say nothing."""
-        from sae_lens_writesae.sae.target import HeadHook
-        from writesae.page.report import find_results, quality_rows
 
-        places = self.results or [self.folder] * any(self.folder.rglob("info.json"))
-        rows = {(row["model"], row["head"], row["dictionary"]): row for row in quality_rows(find_results(places))}
-        found: dict[str, Mapping[str, Json]] = {}
-        for name, (folder, model, sae) in saes.items():
-            for label in (folder.name, f"{folder.parent.name}/{folder.name}"):  # as `folder_labels` gives them
-                if row := rows.get((model, HeadHook.of(sae).cell, label)):
-                    found[name] = row
-        return found
-
-
-def saved_anew(folder: Path, fresh: Path) -> dict[str, Published]:
+def saved_anew(folder: Path, fresh: Path) -> dict[str, SAE]:
     """Load the dictionaries in or below a folder, and save each into `fresh`, under the name that it gets in a
     repository. Returns them by these names.
 
@@ -116,23 +88,23 @@ def saved_anew(folder: Path, fresh: Path) -> dict[str, Published]:
     from sae_lens_writesae.sae.load import load_sae
     from sae_lens_writesae.sae.target import HeadHook
 
-    found: dict[str, Published] = {}
+    found: dict[str, SAE] = {}
     for file in sorted(folder.rglob("cfg.json")):
         parts = file.parent.relative_to(folder).parts
         if any(part.startswith(".") or part == "checkpoints" for part in parts):
             continue
         sae = load_sae(file.parent)
         HeadHook.of(sae)  # raises where it is not of a head
-        model, sae.cfg.metadata = str(sae.cfg.metadata.model_name), _told(sae.cfg.metadata)
+        sae.cfg.metadata = _told(sae.cfg.metadata)
         own = (file.parents[1] if file.parent.name == "sae" else file.parent).resolve()  # a run calls its result `sae`
         name = "/".join(parts[:-1] if parts[-1:] == ("sae",) else parts) or own.name
         if name in found:
-            raise ValueError(f"{found[name].folder} and {own} would both be {name}: push them apart")
+            raise ValueError(f"{own} and another folder would both be {name}: push them apart")
         if not re.fullmatch(r"[\w./=+, -]+", name):
             raise ValueError(f"{own}: expected a name of letters and digits, got {name!r}; rename the folder")
         sae.save_model(fresh / name)
         write_checksums(fresh / name, ("cfg.json", "sae_weights.safetensors"))
-        found[name] = Published(own, model, sae)
+        found[name] = sae
     if not found:
         raise ValueError(f"no dictionary lies in or below {folder} (looked for cfg.json)")
     return found
@@ -153,12 +125,12 @@ def _told(metadata: SAEMetadata) -> SAEMetadata:
     )
 
 
-def card(repo: str, saes: Mapping[str, Published], quality: Mapping[str, Mapping[str, Json]]) -> str:
-    """The repository's README.md in Markdown: how to load, what each dictionary is, and what was measured of it."""
+def card(repo: str, saes: Mapping[str, SAE]) -> str:
+    """The repository's README.md in Markdown: how to load, and what each dictionary is."""
     from huggingface_hub import ModelCardData
 
     first, *_ = saes
-    configs = {name: each.sae.cfg for name, each in saes.items()}
+    configs = {name: sae.cfg for name, sae in saes.items()}
     metadata = configs[first].metadata
     models = sorted({cfg.metadata.model_name or "a local model" for cfg in configs.values()})
     base = models[0] if len(models) == 1 and "/" in models[0] else None
@@ -194,16 +166,6 @@ def card(repo: str, saes: Mapping[str, Published], quality: Mapping[str, Mapping
             [(f"`{name}`", *_described(cfg)) for name, cfg in configs.items()],
         ),
     ]
-    if measured := [(f"`{name}`", *_measured(quality[name])) for name in saes if name in quality]:
-        head = ("name", "tokens", "L0", "explained variance", "cosine", "alive", "KL recovered")
-        lines += ["## Measured", "", *_table(head, measured)]
-        lines += [
-            "On held-out text. Cosine: of a write with its dominant atom. KL recovered: 1 - KL(every write replaced by "
-            "its reconstruction) / KL(every write deleted), with a 95 % interval over sequences.",
-            "",
-        ]
-    if missing := [f"`{name}`" for name in saes if name not in quality]:
-        lines += [f"No measured quality was saved for {', '.join(missing)}.", ""]
     return "\n".join(lines)
 
 
@@ -215,14 +177,6 @@ def _described(cfg: SAEConfig) -> tuple[str, ...]:
     trained = f"{data}, sequences of {metadata.context_size} tokens" if metadata.context_size else data
     architecture = f"{metadata.training_architecture or cfg.architecture()}{factors}"
     return f"`{metadata.hook_name}`", shape, str(cfg.d_sae), architecture, trained
-
-
-def _measured(quality: Mapping[str, Json]) -> tuple[str, ...]:
-    from writesae.page.template import cell_text, share_text
-
-    values = [quality[name] for name in ("l0", "explained", "cosine")]
-    shares = [cast("float | Mapping[str, float | None] | None", quality[name]) for name in ("alive", "recovered")]
-    return cell_text(quality["n_tokens"]), *map(cell_text, values), *map(share_text, shares)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

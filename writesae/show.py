@@ -99,37 +99,27 @@ class Show(OnText):
 
 @dataclass(frozen=True, kw_only=True)
 class Export(OnText):
-    """Write the atoms of a dictionary as other tools read them.
+    """Write the atoms of a dictionary to batch-0.json, as SAEDashboard writes it, for Neuronpedia's converter."""
 
-    neuronpedia: batch-0.json, as SAEDashboard writes it, for Neuronpedia's converter. delphi: a cache of all firings,
-    for explanations and their scores.
-    """
-
-    to: Literal["neuronpedia", "delphi"]
+    to: Literal["neuronpedia"] = "neuronpedia"
     """Which tool is to read it."""
     dataset: str = ""
     """What the text is called there."""
-    splits: int = 5
-    """delphi: files that the atoms are dealt to."""
 
     def run(self, pages: AtomPages, progress: bool = True) -> Path:
-        """Load the SAE, find where its atoms fire on the text, and write to `out`: the file, or for delphi the folder.
+        """Load the SAE, find where its atoms fire on the text, and write the file to `out`.
 
         Raises:
-            ValueError: a folder does not hold what it should, the SAE does not fit the model, no atom fires often
-                enough, or `splits` is not between 1 and the number of atoms.
+            ValueError: a folder does not hold what it should, the SAE does not fit the model, or no atom fires often
+                enough.
         """
         from sae_lens_writesae.files import atomic_text
-        from writesae.experiment.lab import Lab
-        from writesae.page.atoms.export import neuronpedia_batch, write_delphi
+        from writesae.page.atoms.export import neuronpedia_batch
         from writesae.page.atoms.measure import Facts
 
         model, sae, tokens = self.load()
-        if self.to == "neuronpedia":
-            batch = neuronpedia_batch(Facts(pages, model, sae, tokens, progress=progress), self.dataset)
-            return atomic_text(self.out / "batch-0.json", json.dumps(batch, allow_nan=False))
-        lab = Lab(model, {"": sae}, tokens, progress=progress)
-        return write_delphi(lab, self.out, n_splits=self.splits, dataset=self.dataset)
+        batch = neuronpedia_batch(Facts(pages, model, sae, tokens, progress=progress), self.dataset)
+        return atomic_text(self.out / "batch-0.json", json.dumps(batch, allow_nan=False))
 
 
 @dataclass(frozen=True, kw_only=True)

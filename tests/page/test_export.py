@@ -1,4 +1,4 @@
-"""Atoms as other tools read them, checked against schemas written from the source of these tools."""
+"""Atoms as Neuronpedia reads them, checked against schemas written from the source of SAEDashboard."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from planted_atoms import HOOK, SMALL, held_out, planted_sae
-from safetensors.numpy import load_file
+from planted_atoms import SMALL, held_out, planted_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
 from sae_lens_writesae.sae import WriteTopKSAE
-from writesae.experiment.lab import Lab
 from writesae.page.atoms import collect
-from writesae.page.atoms.export import neuronpedia_batch, write_delphi
+from writesae.page.atoms.export import neuronpedia_batch
 from writesae.page.atoms.measure import Facts
 from writesae.show import Export
 
@@ -40,9 +36,6 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     # `NeuronpediaDashboardActivation.to_dict`; fields of direct feature attribution left out
     "activation": dict.fromkeys(("bin_min", "bin_max", "bin_contains"), (int, float))
     | {"tokens": list, "values": list, "qualifying_token_index": int},
-    # `CacheConfig` of eai-delphi 0.1.3, delphi/config.py, and the name that `LatentCache.save_config` adds
-    "cache": dict.fromkeys(("batch_size", "cache_ctx_len", "n_tokens", "n_splits"), int)
-    | dict.fromkeys(("dataset_repo", "dataset_split", "dataset_name", "dataset_column", "model_name"), str),
 }
 
 
@@ -93,35 +86,5 @@ def test_what_no_other_tool_shows_is_not_measured(
         monkeypatch.setattr(collect, name, lambda *_: pytest.fail("was measured"))
     planted.save_model(tmp_path / "sae")
     (text := tmp_path / "text.txt").write_text(shipped.text("test")[:3000])
-    for to, file in (("neuronpedia", "batch-0.json"), ("delphi", HOOK)):
-        export = Export(sae=tmp_path / "sae", to=to, text=text, context_size=48, splits=2, out=tmp_path / to)
-        assert export.run(SMALL, progress=False) == tmp_path / to / file
-
-
-def test_delphi_gets_every_firing_at_its_place(
-    embedded: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor, tmp_path: Path
-) -> None:
-    """As `TensorBuffer.load` of eai-delphi 0.1.3 (delphi/latents/loader.py) reads it: atoms count from the first of the
-    file's name; every entry of the folder is a hook with a config."""
-    lab = Lab(embedded, {"": planted}, tokens)
-    folder = write_delphi(lab, tmp_path / "cache", n_splits=4, dataset="speeches")
-    assert [entry.name for entry in folder.parent.iterdir()] == [HOOK]
-    config = fits(json.loads((folder / "config.json").read_text()), "cache")
-    assert (config["cache_ctx_len"], config["n_tokens"], config["n_splits"]) == (tokens.shape[1], tokens.numel(), 4)
-    found, next_atom = torch.zeros(*tokens.shape, int(planted.cfg.d_sae)), 0
-    for file in sorted(folder.glob("*.safetensors"), key=lambda file: int(file.stem.split("_")[0])):
-        first, last = map(int, file.stem.split("_"))
-        split = load_file(file)
-        assert first == next_atom and set(split) == {"locations", "activations", "tokens"}
-        assert split["locations"].dtype == np.uint16 and split["activations"].dtype == np.float16
-        np.testing.assert_array_equal(split["tokens"], tokens.numpy())
-        sequence, position, atom = split["locations"].astype(np.int64).T
-        assert len(atom) == 0 or atom.max() <= last - first
-        found[sequence, position, atom + first] = torch.from_numpy(split["activations"].astype(np.float32))
-        next_atom = last + 1
-    _, cache = embedded.run_with_cache(tokens, names_filter=[HOOK])
-    expected = planted.encode(cache[HOOK]).detach()
-    assert next_atom == planted.cfg.d_sae and (expected > 0).sum() > 0
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
-    with pytest.raises(ValueError, match="splits"):
-        write_delphi(lab, tmp_path / "many", n_splits=7)
+    export = Export(sae=tmp_path / "sae", text=text, context_size=48, out=tmp_path / "out")
+    assert export.run(SMALL, progress=False) == tmp_path / "out/batch-0.json"

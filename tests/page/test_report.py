@@ -127,13 +127,6 @@ def test_figures_follow_the_colours_of_the_page(html: Path) -> None:
     assert len(ids) == len(set(ids))  # a clip path of one figure must not cut another
 
 
-def test_claims_that_nothing_answers_are_listed_with_what_would(text: str) -> None:
-    assert "12. substitution on RWKV-7 (needs the evaluation substitution on an RWKV-7 model)" in text
-    assert "5. all heads of a layer (needs the evaluation substitution on several heads)" in text
-    assert not re.search(r"\b1\. an atom is nearer[^(]*\(needs", text)  # answered
-    assert not re.search(r"\b9\. the sign[^(]*\(needs", text)  # "not tested" is an answer, with its reason
-
-
 def test_what_could_not_be_measured_has_a_section_of_its_own(text: str, html: Path) -> None:
     rows = [
         row for row in json.loads(html.with_suffix(".json").read_text())["claims"] if row["outcome"] == "not tested"

@@ -21,7 +21,7 @@ from writesae.experiment.controls import Answer, answers
 from writesae.experiment.evaluation import Result
 from writesae.files import Json
 from writesae.page.template import environment, outcome_text
-from writesae.verdict.paper import OTHER_MODELS, PAPER_CLAIMS, PaperClaim
+from writesae.verdict.paper import PAPER_CLAIMS, PaperClaim
 
 
 def find_results(paths: Sequence[str | Path]) -> list[Result]:
@@ -104,18 +104,6 @@ def joined_tables(results: Sequence[Result]) -> dict[str, pd.DataFrame]:
     return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
 
 
-def unanswered(rows: Sequence[Answer]) -> list[str]:
-    """What the paper claims and nothing here answers, with what would."""
-    answered = {row.claim.number for row in rows}
-    by = {n: kind for kind, evaluation in EVALUATIONS.items() for n in evaluation.answers}
-    where = {n: f" on {model}" for n, model in (OTHER_MODELS | {5: "several heads"}).items()}
-    return [
-        f"{n}. {claim.claim} (needs the evaluation {by[n]}{where.get(n, '')})"
-        for n, claim in PAPER_CLAIMS.items()
-        if n not in answered and n in by
-    ]
-
-
 def _render(results: Sequence[Result], rows: list[Answer], title: str, numbers: str) -> str:
     trained = [result for result in results if result.info.get("control") is None]  # tables/ has those of the controls
     sections: dict[str, list[Result]] = {}
@@ -135,7 +123,6 @@ def _render(results: Sequence[Result], rows: list[Answer], title: str, numbers: 
             # an interval of NaN is none
             n_intervals=sum(re.search(r"\[[^]]*\d", row.claim.measured) is not None for row in rows),
             groups=_by_claim(rows),
-            unanswered=unanswered(rows),
             numbers=numbers,
             sections=sections,
             shared=shared,

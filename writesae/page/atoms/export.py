@@ -1,22 +1,13 @@
-"""Atoms in the formats of Neuronpedia and delphi.
-
-Neuronpedia imports the batches that SAEDashboard writes (`NeuronpediaDashboardBatch` of SAEDashboard 0.8.0). delphi
-reads a cache of activations (`LatentDataset` of eai-delphi 0.1.3): in a folder named after the hook, tensors for each
-split of the atoms, and a config.json.
-"""
+"""Atoms in the format of Neuronpedia, which imports the batches that SAEDashboard writes (`NeuronpediaDashboardBatch`
+of SAEDashboard 0.8.0)."""
 
 from __future__ import annotations
 
 import itertools
-import json
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 
-from sae_lens_writesae.files import atomic_text, atomic_write
-from writesae.experiment.lab import Lab
 from writesae.files import Json
 from writesae.page.atoms import parts
 from writesae.page.atoms.data import Bars, Context
@@ -87,42 +78,3 @@ def _activation(context: Context, low: float, high: float, share: float) -> dict
 
 def _centers(bars: Bars) -> list[float]:
     return [round((a + b) / 2, 5) for a, b in itertools.pairwise(bars.edges)]
-
-
-def write_delphi(lab: Lab, folder: Path, *, n_splits: int = 5, dataset: str = "") -> Path:
-    """Write all firings of a laboratory's dictionary as delphi's cache; returns its folder, `folder` / hook.
-
-    `LatentDataset(folder, ...)` reads it, where `folder` has nothing else in it. Activations are float16, as delphi's
-    own.
-
-    Raises:
-        ValueError: there are fewer atoms than splits.
-    """
-    firings, tokens = lab.firings(), lab.tokens
-    if not 0 < n_splits <= firings.n_atoms:
-        raise ValueError(f"splits must be between 1 and the number of atoms, {firings.n_atoms}; found {n_splits}")
-    kept = firings.frame(firings.activation > 1e-5)  # delphi keeps no activation below
-    target, bounds = folder / lab.hook.name, np.linspace(0, firings.n_atoms, n_splits + 1).astype(int).tolist()
-    for first, following in itertools.pairwise(bounds):
-        rows = kept[kept["atom"].between(first, following - 1)]
-        places = np.stack([rows["sequence"], rows["position"], rows["atom"] - first], 1)
-        small = max(following - first, *tokens.shape) < 2**16
-        tensors = {
-            "locations": places.astype(np.uint16 if small else np.uint32),
-            "activations": rows["activation"].to_numpy(np.float16),
-            "tokens": tokens.cpu().numpy(),
-        }
-        atomic_write(target / f"{first}_{following - 1}.safetensors", lambda file, t=tensors: save_file(t, file))
-    config = {
-        "dataset_repo": dataset,
-        "dataset_split": "",
-        "dataset_name": "",
-        "dataset_column": "text",
-        "batch_size": 1,
-        "cache_ctx_len": tokens.shape[1],
-        "n_tokens": tokens.numel(),
-        "n_splits": n_splits,
-        "model_name": str(lab.model.cfg.model_name),
-    }
-    atomic_text(target / "config.json", json.dumps(config, indent=1))
-    return target
