@@ -49,7 +49,7 @@ def test_a_folder_keeps_the_settings_that_it_was_made_with(tmp_path: Path) -> No
         ("model", "config.json", HookedRecurrent.from_pretrained),
         ("model", "model.safetensors", HookedRecurrent.from_pretrained),
         ("result", "info.json", load_result),
-        ("result", "example.parquet", load_result),
+        ("result", "firings.parquet", load_result),
     ],
 )
 def test_a_link_in_a_strangers_folder_is_refused(

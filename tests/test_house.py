@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
-BUDGETS = {"hookpoints": 3551, "sae_lens_writesae": 2065, "writesae": 6374, "tests": 13464, "scripts": 764}
+BUDGETS = {"hookpoints": 3500, "sae_lens_writesae": 1500, "writesae": 4533, "tests": 9255, "scripts": 764}
 """Statements, imports and docstrings not counted. To raise a number, say in the commit what was removed elsewhere."""
 MAX_DEPTH = 8
 """Longest chain of imports inside one package: a reader follows no more."""

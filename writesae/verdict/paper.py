@@ -114,13 +114,3 @@ PAPER_CLAIMS: dict[int, PaperClaim] = {
     ),
 }
 """Claims by the number that results and the report use. From 21 on they come from the appendix and the rebuttal."""
-
-OTHER_MODELS = {
-    11: "a Mamba-2 model",
-    12: "an RWKV-7 model",
-    13: "a DeltaNet model",
-    14: "Qwen3.5-4B",
-    23: "a Mamba-2 model",
-    27: "models of several update rules",
-}
-"""Claims about one model that another model cannot answer."""
