@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path += ["tests", "scripts"]
 import tables
-from small_saes import make_sae
+from saes import make_sae
 from hookpoints import HookedRecurrent, embedded
 from writesae import EVALUATIONS, load_result, sample_sequences, write_report
 from writesae.cli import main
@@ -61,7 +61,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(RECIPE, folder / "writesae" / "evaluations")
     for name in ("hookpoints", "sae_lens_writesae"):
         (folder / name).symlink_to(ROOT / name)
-    support = ("tests/conftest.py", "tests/from_atoms.py", "tests/small_saes.py")
+    support = ("tests/conftest.py", "tests/saes.py")
     for name in ("README.md", "pyproject.toml", "scripts/tables.py", *support):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from made_up import HOLDS, made_up
-from small_saes import exact_sae
+from saes import exact_sae
 
 from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped

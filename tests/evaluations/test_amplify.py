@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from planted import LAYER, random_sae
+from saes import LAYER, random_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent

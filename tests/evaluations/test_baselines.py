@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from planted import logits_with_write
 from sae_lens import SAE
 from sae_lens.saes.sae import SAEMetadata
-from small_saes import HEAD, HOOK, LAYER, STATE, K, V, make_sae
+from saes import HEAD, HOOK, LAYER, STATE, K, V, logits_with_write, make_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from planted import LAYER, logits_with_write, one_atom_a_position, random_sae
 from sae_lens import SAE
+from saes import LAYER, logits_with_write, one_atom_a_position, random_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent

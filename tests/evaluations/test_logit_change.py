@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import VOCAB, KeepFloat64, hooked_in_float64
-from planted import logits_with_write, random_sae
+from saes import logits_with_write, random_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from planted import LAYER, exact_sae, logits_with_write, make_sae, native_writes
+from saes import LAYER, logits_with_write, native_writes, rank_one_exact_sae, tied_sae
 from torch import Tensor
 
 from writesae.evaluations.multi_atom import ALL, MultiAtom, rows_of
@@ -46,7 +46,7 @@ def kl_of_write(model64: Any, sequence: Tensor, position: int, written: Tensor) 
 
 
 def test_an_exact_code_is_the_native_write_with_all_atoms_and_not_before(model64: Any, tokens: Tensor) -> None:
-    result = run(model64, exact_sae(model64), tokens)
+    result = run(model64, rank_one_exact_sae(model64), tokens)
     every = rows_of(result, "code", "coefficient", ALL)
     assert (every["count"] == 48).all()  # one for each entry of 8 x 6
     np.testing.assert_allclose(every[["norm", "cosine"]], 1, atol=1e-6)
@@ -60,7 +60,7 @@ def test_an_exact_code_is_the_native_write_with_all_atoms_and_not_before(model64
 
 @pytest.mark.parametrize("scale", ["coefficient", "matched"])
 def test_partial_sums_are_the_strongest_atoms(model64: Any, tokens: Tensor, scale: str) -> None:
-    row = rows_of(run(model64, exact_sae(model64), tokens), "code", scale, 3).iloc[0]
+    row = rows_of(run(model64, rank_one_exact_sae(model64), tokens), "code", scale, 3).iloc[0]
     sequence, t = tokens[[int(row["sequence"])]], int(row["position"])
     keys, values = native_writes(model64, sequence)
     native = torch.outer(keys[t], values[t])
@@ -108,7 +108,7 @@ def test_verdicts_of_known_samples(kl: dict[str, float], outcome: str) -> None:
 def test_writes_of_no_norm_are_left_out_and_counted(model64: Any, tokens: Tensor) -> None:
     shape = model64.cfg.layer(LAYER)
     one = torch.nn.functional.normalize(torch.ones(1, shape.K, dtype=torch.float64)), torch.ones(1, shape.V).double()
-    always = make_sae(*one, 1, bias=5.0)  # fires on nothing, too
+    always = tied_sae(*one, 1, bias=5.0)  # fires on nothing, too
 
     def mute(positions: slice) -> Any:
         def hook(value: Tensor, hook: Any) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from planted import HEAD, LAYER, random_sae
+from saes import HEAD, LAYER, random_sae
 from torch import Tensor
 
 from writesae.evaluations.multistep import Multistep

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up
-from small_saes import STATE, exact_sae, make_sae, planted
+from saes import STATE, exact_sae, make_sae, planted
 from torch import Tensor
 
 from hookpoints import HookedRecurrent

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up
-from small_saes import HEAD, HOOK, LAYER, K, V, make_sae, planted
+from saes import HEAD, HOOK, LAYER, K, V, make_sae, planted
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.evaluations.partition import RULES, Partition

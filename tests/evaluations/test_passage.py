@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from planted import logits_with_write, one_atom_a_position, random_sae
+from saes import logits_with_write, one_atom_a_position, random_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import make_hf
-from planted import logits_with_write, one_atom_a_position, random_sae
 from sae_lens import SAE
+from saes import logits_with_write, one_atom_a_position, random_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent

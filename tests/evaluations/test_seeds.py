@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small_saes import planted
+from saes import planted
 from torch import Tensor
 
 from hookpoints import HookedRecurrent

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up, written
-from planted import HEAD, LAYER, logits_with_write, make_sae, native_writes, one_atom_a_position, random_sae
 from sae_lens import SAE
+from saes import HEAD, LAYER, logits_with_write, native_writes, one_atom_a_position, random_sae, tied_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
@@ -97,7 +97,7 @@ def each_write(model: HookedRecurrent, tokens: Tensor) -> SAE:
     """An atom for each position of each sequence, which fires there alone."""
     sides = [native_writes(model, row[None]) for row in tokens]
     keys, values = (torch.nn.functional.normalize(torch.cat(side), dim=1) for side in zip(*sides))
-    return make_sae(keys, values, 1)
+    return tied_sae(keys, values, 1)
 
 
 BESIDE: dict[str, Any] = {"atom_choice": ("dominant",), "n_atoms": None, "firings_per_atom": 1, "scales": ("matched",)}
@@ -127,7 +127,7 @@ def test_atoms_that_other_text_holds_too_are_confounded_by_drawn_writes(model64:
 def test_the_dominant_atom_is_written_beside_the_firings_own(model64: HookedRecurrent, same: Tensor) -> None:
     """Atom t is the write at t, atom T + t the same at 0.9 of its norm: both fire there, and the first dominates."""
     keys, values = (torch.nn.functional.normalize(side, dim=1) for side in native_writes(model64, same[:1]))
-    sae = make_sae(torch.cat([keys, keys]), torch.cat([values, 0.9 * values]), 2)
+    sae = tied_sae(torch.cat([keys, keys]), torch.cat([values, 0.9 * values]), 2)
     table = firings_of(run(model64, sae, same, atoms=tuple(range(T + 5, T + 11))))
     own, dominant = (table[table["choice"] == choice] for choice in ("own", "dominant"))
     assert list(table["choice"].unique()) == ["dominant", "own"]  # the first one is the headline

@@ -9,7 +9,7 @@ import torch
 from made_up import FAILS, HOLDS, made_up
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
-from small_saes import HOOK, STATE, make_sae
+from saes import HOOK, STATE, make_sae
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from planted import HEAD, LAYER
+from saes import HEAD, LAYER
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, WriteEdit

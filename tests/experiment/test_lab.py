@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from numpy.typing import NDArray
-from planted import HEAD, LAYER, logits_with_write, random_sae
+from saes import HEAD, LAYER, logits_with_write, random_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, UnknownHookError

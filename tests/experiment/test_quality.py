@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from planted import HEAD, LAYER, make_sae, native_writes, random_sae
 from sae_lens import ActivationsStore
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
-from small_saes import HOOK, STATE
-from small_saes import exact_sae as exact
+from saes import HEAD, HOOK, LAYER, STATE, native_writes, random_sae, tied_sae
+from saes import exact_sae as exact
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -47,7 +46,7 @@ def prototypes(model: HookedRecurrent) -> Iterator[Any]:
     keys, values = (normalize(side, dim=1) for side in native_writes(model, torch.arange(1, 5)[None]))
     hold(model, "hook_k", keys)
     hold(model, "hook_v", values)
-    yield make_sae(keys, values, 1)
+    yield tied_sae(keys, values, 1)
     model.reset_hooks(including_permanent=True)
 
 

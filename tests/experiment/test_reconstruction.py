@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_saes import HEAD, HOOK, LAYER, STATE, K, V, exact_sae, make_sae
+from saes import HEAD, HOOK, LAYER, STATE, K, V, exact_sae, make_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from sae_lens import SAE
-from small_saes import HEAD, HOOK, LAYER, STATE, K, V, exact_sae, make_sae
+from saes import HEAD, HOOK, LAYER, STATE, K, V, exact_sae, make_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, WriteEdit

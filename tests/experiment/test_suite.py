@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_saes import HOOK, STATE, make_sae
+from saes import HOOK, STATE, make_sae
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from small_saes import HOOK, STATE, exact_sae
+from saes import HOOK, STATE, exact_sae
 
 from sae_lens_writesae.sae import INFERENCE, VARIANTS, WriteTopKSAE, WriteTopKSAEConfig
 from writesae.experiment.traits import matched_flat, n_parameters, objective, variant

@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from from_atoms import sae_of
+from saes import sae_of
 from torch import Tensor
 from torch.nn.functional import normalize
 

@@ -15,9 +15,9 @@ from unittest.mock import patch
 import torch
 from conftest import make_hf
 from made_up import HOLDS, made_up
+from saes import make_sae
 from safetensors.torch import load_file
 from sealing import damages, reseal
-from small_saes import make_sae
 
 from hookpoints import HookedRecurrent, embedded
 from reliability.checks import REFUSED, Change, Comparison, check, outcome

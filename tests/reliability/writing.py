@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from saes import planted
 from safetensors.torch import load_file
-from small_saes import planted
 
 from hookpoints import HookedRecurrent
 from hookpoints.files import CHECKSUMS, read_json

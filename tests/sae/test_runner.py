@@ -14,7 +14,7 @@ from sae_lens import (
     LanguageModelSAETrainingRunner,
     LoggingConfig,
 )
-from small_saes import exact_sae
+from saes import exact_sae
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError

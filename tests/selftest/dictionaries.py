@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from from_atoms import sae_of
+from saes import sae_of
 from selftest.worlds import World, generator
 from torch.nn.functional import normalize
 

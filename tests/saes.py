@@ -1,0 +1,142 @@
+"""Dictionaries of one head of the model of conftest: with given atoms, random ones, writes as atoms, exact ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import SAEMetadata
+from torch import Tensor
+
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
+
+LAYER, HEAD, K, V = 1, 2, 8, 6
+HOOK = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write_vec"
+STATE = HOOK.replace("write", "state")
+
+
+@torch.no_grad()
+def sae_of(
+    hook: str,
+    model: str | None,
+    atoms: LowRank,
+    k: int,
+    *,
+    read: LowRank | None = None,
+    flat: bool = False,
+    **cfg: object,
+) -> WriteTopKSAE:
+    """At each token the k atoms with the largest inner products with what the hook carries, if these are positive.
+
+    Args:
+        atoms: F matrices of rank R, as they are written at activation 1.
+        read: what activations are inner products with; by default the atoms.
+        flat: keep the same atoms as dense matrices (a FlatSAE).
+        cfg: more fields of the config.
+    """
+    kinds = {"encoder": "dense", "decoder": "flat"} if flat else {"rank": atoms.rank}
+    d_k, d_v, read = atoms.keys.shape[-1], atoms.values.shape[-1], atoms if read is None else read
+    meta = SAEMetadata(hook_name=hook, model_name=model)
+    sizes = {"d_in": d_k * d_v, "d_k": d_k, "d_sae": len(atoms), "k": k}
+    sae = WriteTopKSAE(WriteTopKSAEConfig(**sizes | kinds | cfg, metadata=meta))  # pyright: ignore[reportArgumentType]
+    sae = sae.to(atoms.keys.dtype)
+    given = {"v": atoms.keys, "w": atoms.values, "v_enc": read.keys, "w_enc": read.values}
+    if flat:
+        given = {"decoder_matrix": atoms.dense().flatten(1), "encoder_matrix": read.dense().flatten(1).T}
+    for name in given.keys() & dict(sae.named_parameters()).keys():  # a tied encoder has no factors of its own
+        getattr(sae, name).copy_(given[name])
+    return sae
+
+
+def tied_sae(
+    keys: Tensor,
+    values: Tensor,
+    k: int,
+    *,
+    target: str = "write",
+    layer: int = LAYER,
+    head: int = HEAD,
+    bias: float = 0,
+) -> Any:
+    """Tied atoms keys [F,K] values [F,V]^T: activation i is <A_i, X> + bias where that is positive and among the k
+    largest."""
+    hook = f"blocks.{layer}.mixer.heads.{head}.hook_{target}_vec"
+    sae = sae_of(hook, None, LowRank.rank_one(keys, values), k, rescale_acts_by_decoder_norm=False)
+    with torch.no_grad():
+        sae.b_enc.fill_(bias)
+    return sae
+
+
+def random_sae(model: Any, d_sae: int = 12, k: int = 3, **place: Any) -> Any:
+    """Atoms of random directions, as those of an untrained dictionary."""
+    shape = model.cfg.layer(place.get("layer", LAYER))
+    drawn = torch.Generator().manual_seed(0)
+    sides = [torch.randn(d_sae, n, generator=drawn, dtype=torch.float64) for n in (shape.K, shape.V)]
+    keys, values = (torch.nn.functional.normalize(side, dim=1).to(model.cfg.dtype) for side in sides)
+    return tied_sae(keys, values, k, **place)
+
+
+def native_writes(model: Any, tokens: Tensor, layer: int = LAYER, head: int = HEAD) -> tuple[Tensor, Tensor]:
+    """Keys [T,K] and values [T,V] of what the head writes on one sequence [1,T]."""
+    with torch.no_grad():
+        found = model.recurrence(tokens, layer)
+    return found.k[0, :, head], found.u[0, :, head]
+
+
+def one_atom_a_position(model: Any, tokens: Tensor, **place: Any) -> Any:
+    """Atom t is the direction of the write at t of `tokens` [1,T]; with k = 1 it fires there alone (no other direction
+    has a larger product with that write), with the norm of the write as its activation."""
+    sides = native_writes(model, tokens)
+    return tied_sae(*(torch.nn.functional.normalize(side, dim=1) for side in sides), 1, **place)
+
+
+def rank_one_exact_sae(model: Any, layer: int = LAYER, head: int = HEAD) -> Any:
+    """An atom for each sign of each entry of the write, all of which may be active: every write is the sum of its
+    atoms."""
+    shape = model.cfg.layer(layer)
+    one = {"dtype": model.cfg.dtype}
+    keys = torch.eye(shape.K, **one).repeat_interleave(shape.V, 0)
+    values = torch.eye(shape.V, **one).repeat(shape.K, 1)
+    n = 2 * len(keys)
+    return tied_sae(torch.cat([keys, keys]), torch.cat([values, -values]), n, layer=layer, head=head)
+
+
+def logits_with_write(model: Any, tokens: Tensor, change: Any, layer: int = LAYER, head: int = HEAD) -> Tensor:
+    """Logits [T,vocab] of a full pass over `tokens` [1,T] in which the head's writes [T,K,V] are `change` of them."""
+
+    def hook(writes: Tensor, hook: Any) -> Tensor:
+        return change(writes[0].clone())[None]
+
+    with torch.no_grad(), model.hooks(fwd_hooks=[(f"blocks.{layer}.mixer.heads.{head}.hook_write", hook)]):
+        return model(tokens)[0]
+
+
+def make_sae(model: Any, decoder: str = "rank", rank: int = 1, d_sae: int = 30, hook: str = HOOK) -> Any:
+    torch.manual_seed(0)
+    shape = {"d_in": K * V, "d_k": K, "d_sae": d_sae, "k": 3, "rank": rank, "decoder": decoder}
+    meta = SAEMetadata(hook_name=hook, model_name=model.cfg.model_name)
+    return WriteTopKSAE(WriteTopKSAEConfig(**shape, metadata=meta))
+
+
+def planted(model: Any, tokens: Any) -> Any:
+    """Atoms are native writes of the first sequence, encoder = decoder: each fires at its own write at the latest."""
+    sae = make_sae(model)
+    write = model.recurrence(tokens[:1], LAYER)
+    at = torch.linspace(1, tokens.shape[1] - 1, 30).long()
+    sae.v.data = write.k[0, at, HEAD][:, None].clone()
+    sae.w.data = torch.nn.functional.normalize(write.u[0, at, HEAD], dim=-1)[:, None].clone()
+    sae.v_enc.data, sae.w_enc.data = sae.v.data.clone(), sae.w.data.clone()
+    return sae
+
+
+def exact_sae(hook: str = HOOK, model_name: str = "", k: int = K, v: int = V, **metadata: Any) -> Any:
+    """Atoms +e_i and -e_i of every entry: reproduces any matrix."""
+    d_in = k * v
+    shape = {"d_in": d_in, "d_k": k, "d_sae": 2 * d_in, "k": d_in, "encoder": "dense", "decoder": "flat"}
+    sae = WriteTopKSAE(
+        WriteTopKSAEConfig(**shape, metadata=SAEMetadata(hook_name=hook, model_name=model_name, **metadata))
+    )
+    basis = torch.cat([torch.eye(d_in), -torch.eye(d_in)])
+    sae.decoder_matrix.data, sae.encoder_matrix.data = basis, basis.T.contiguous()
+    return sae
