@@ -22,6 +22,7 @@ from sealing import damages, reseal
 from hookpoints import HookedRecurrent, embedded
 from reliability.checks import REFUSED, Change, Comparison, check, outcome
 from reliability.runs import fresh
+from sae_lens_writesae.sae.factors import Collection, collect
 from sae_lens_writesae.sae.load import load_sae
 from writesae.evaluations import load_result
 
@@ -52,6 +53,17 @@ def read_dictionary(folder: Path) -> Contents:
     return {"cfg": vars(sae := load_sae(folder))["cfg"].to_dict(), **sae.state_dict()}
 
 
+def make_collection(folder: Path) -> None:
+    rows = torch.randint(1, 64, (22, 32), generator=torch.Generator().manual_seed(3))
+    collect(fresh(), rows, [0, 1], None, folder, batch_size=2, shard_bytes=100_000)
+
+
+def read_collection(folder: Path) -> Contents:
+    found = Collection.open(folder)
+    heads = [(layer, head) for layer, numbers in found.heads.items() for head in numbers]
+    return {"tokens": found.tokens, **{str(each): found.rows(*each) for each in heads}}
+
+
 def make_result(folder: Path) -> None:
     made_up(HOLDS, label="mine", scales=("matched",), n_sequences=6).save(folder)
 
@@ -73,6 +85,7 @@ class Kind(NamedTuple):
 KINDS = {
     "model": Kind(make_model, read_model, "config.json"),
     "dictionary": Kind(make_dictionary, read_dictionary, "cfg.json"),
+    "collection": Kind(make_collection, read_collection, "index.json"),
     "result": Kind(make_result, read_result, "info.json"),
 }
 FILE = "hookpoints.files:SealedFolder.file"
