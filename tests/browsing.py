@@ -28,24 +28,24 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def opened(browser: Browser, file: Path, fragment: str = "", **context: Any) -> Iterator[Page]:
-    """A page that has to be at peace: no message on its console, no error, no dialog, no request but for pages of its
-    own folder."""
+def opened(browser: Browser, place: Path | str, fragment: str = "", **context: Any) -> Iterator[Page]:
+    """A file, or the page of a server, that has to be at peace: no message on its console, no error, no dialog, no
+    request but for pages of its own folder, or to its own server."""
     troubles: list[str] = []
-    folder = file.parent.as_uri()
+    address, folder = (place, place) if isinstance(place, str) else (place.as_uri(), place.parent.as_uri())
     with browser.new_context(**context) as visit:
         page = visit.new_page()
         page.on("console", lambda message: troubles.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.on("dialog", lambda dialog: (troubles.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.on("request", lambda r: None if _own_page(r, folder) else troubles.append(f"request: {r.url}"))
-        page.goto(file.as_uri() + fragment)
+        page.goto(address + fragment)
         yield page
         assert not troubles
 
 
 def _own_page(request: Any, folder: str) -> bool:
-    return request.resource_type == "document" and request.url.startswith(folder)
+    return request.url.startswith(folder) and (folder.startswith("http") or request.resource_type == "document")
 
 
 def scrolls_sideways(page: Page) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -12,6 +13,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 import torch
 import transformers
+from fla_families import VOCAB, remember
 from torch.overrides import TorchFunctionMode
 from transformers import logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -21,7 +23,6 @@ from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 logging.set_verbosity_error()
 torch.set_num_threads(1)
 
-VOCAB = 64
 _GDN = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -38,33 +39,17 @@ _GDN = {
 }
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 
-
-def _qwen3_5(**changes):
-    config = transformers.Qwen3_5TextConfig(**{**_GDN, "head_dim": 16, **changes})
-    return transformers.Qwen3_5ForCausalLM(config)
-
-
-def _qwen3_5_moe(**changes):
-    config = transformers.Qwen3_5MoeTextConfig(**_GDN, **_MOE, head_dim=16, **changes)
-    return transformers.Qwen3_5MoeForCausalLM(config)
-
-
-def _qwen3_next(**changes):
-    config = transformers.Qwen3NextConfig(**_GDN, **_MOE, head_dim=16, **changes)
-    return transformers.Qwen3NextForCausalLM(config)
-
-
-def _olmo_hybrid(**changes):
-    own = {**_GDN, "linear_num_key_heads": 4, "eos_token_id": 1}
-    config = transformers.OlmoHybridConfig(**own, linear_allow_neg_eigval=True, **changes)
-    return transformers.OlmoHybridForCausalLM(config)
-
-
-def _lara_mini(**changes):
-    config = transformers.LaraMiniConfig(**{**_GDN, **_MOE, "num_hidden_layers": 3}, head_dim=16, **changes)
-    return transformers.LaraMiniForCausalLM(config)
-
-
+_QWEN4 = {
+    "head_dim": 16,
+    "hc_count": 2,  # residual streams side by side
+    "hc_lowrank": 8,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 128,  # attention chooses among tokens: here all of a test's
+    "indexer_compress_ratio": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+}
 _SMALL = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -86,63 +71,6 @@ _MAMBA = {
     "mamba_chunk_size": 32,
 }
 
-
-def _mamba2(**changes):
-    own = {"num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 8, "chunk_size": 32, "num_hidden_layers": 3}
-    shared = {name: _SMALL[name] for name in ("vocab_size", "hidden_size", "pad_token_id", "bos_token_id")}
-    return transformers.Mamba2ForCausalLM(
-        transformers.Mamba2Config(**{**own, **shared, "eos_token_id": None, **changes})
-    )
-
-
-def _bamba(**changes):
-    config = transformers.BambaConfig(**_SMALL, **_MAMBA, num_hidden_layers=3, attn_layer_indices=[1], **changes)
-    return transformers.BambaForCausalLM(config)
-
-
-def _falcon_h1(**changes):
-    """Attention and Mamba-2 side by side in each block, with multipliers everywhere."""
-    multipliers = {
-        "lm_head_multiplier": 0.7,
-        "embedding_multiplier": 3.0,
-        "mlp_multipliers": [0.8, 1.2],
-        "key_multiplier": 0.9,
-        "attention_in_multiplier": 1.1,
-        "attention_out_multiplier": 0.6,
-        "ssm_in_multiplier": 1.3,
-        "ssm_out_multiplier": 0.4,
-        "ssm_multipliers": [0.9, 0.8, 0.7, 1.2, 1.1],
-    }
-    own = {**_SMALL, **_MAMBA, **multipliers, "mamba_d_ssm": 64, "num_hidden_layers": 3}
-    return transformers.FalconH1ForCausalLM(transformers.FalconH1Config(**own, **changes))
-
-
-def _zamba2(**changes):
-    """One attention block, shared by two layers and fed with the embeddings again."""
-    own = {**_SMALL, "num_key_value_heads": 2, "mamba_d_state": 8, "mamba_ngroups": 2, "n_mamba_heads": 4}
-    own |= {"chunk_size": 32, "num_hidden_layers": 4, "adapter_rank": 4, "use_mem_rope": True}
-    own |= {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]}
-    # No lower limit on dt: with one, upstream decodes differently from prefill.
-    config = transformers.Zamba2Config(**{**own, "time_step_min": 1e-30, **changes})
-    return transformers.Zamba2ForCausalLM(config)
-
-
-def _nemotron_h(**changes):
-    """A block is a mixer of one kind: Mamba-2, attention, MLP or experts."""
-    own = {**_SMALL, "head_dim": 16, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2}
-    own |= {"chunk_size": 32, "n_routed_experts": 4, "moe_intermediate_size": 16}
-    own |= {"moe_shared_expert_intermediate_size": 16, "time_step_min": 1e-30}
-    own |= {"layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "moe"]}
-    return transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**{**own, **changes}))
-
-
-def _granitemoehybrid(**changes):
-    own = {**_SMALL, **_MAMBA, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
-    own |= {"num_hidden_layers": 3, "num_local_experts": 0, "shared_intermediate_size": 48}
-    own |= {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 0.5}
-    return transformers.GraniteMoeHybridForCausalLM(transformers.GraniteMoeHybridConfig(**{**own, **changes}))
-
-
 _KDA = {
     "num_hidden_layers": 4,
     "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
@@ -160,15 +88,122 @@ _KDA = {
 }
 
 
-def _kimi_linear(**changes):
-    """KDA with three heads; K = V, as upstream's layer has one size for both."""
-    own = {**_SMALL, **_KDA, "linear_num_heads": 3, "linear_head_dim": 8, "n_shared_experts": 1}
-    return transformers.KimiLinearForCausalLM(transformers.KimiLinearConfig(**{**own, **changes}))
+_MULTIPLIERS = {
+    "lm_head_multiplier": 0.7,
+    "embedding_multiplier": 3.0,
+    "mlp_multipliers": [0.8, 1.2],
+    "key_multiplier": 0.9,
+    "attention_in_multiplier": 1.1,
+    "attention_out_multiplier": 0.6,
+    "ssm_in_multiplier": 1.3,
+    "ssm_out_multiplier": 0.4,
+    "ssm_multipliers": [0.9, 0.8, 0.7, 1.2, 1.1],
+}
+_GRANITE = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_local_experts": 0,
+    "shared_intermediate_size": 48,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 0.5,
+}
+# A block is a mixer of one kind: Mamba-2, attention, MLP or experts.
+_NEMOTRON = {
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "moe"],
+    "head_dim": 16,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+}
+# One attention block, shared by two layers and fed with the embeddings again.
+_ZAMBA = {
+    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "mamba_d_state": 8,
+    "mamba_ngroups": 2,
+    "n_mamba_heads": 4,
+    "adapter_rank": 4,
+    "use_mem_rope": True,
+}
+_PLAIN = ("vocab_size", "hidden_size", "pad_token_id", "bos_token_id", "eos_token_id")
+# One head, K = 8, V = 64; Falcon-Mamba and Jamba norm B, C and dt. Mamba-1's own range of 0.1 magnifies rounding.
+_MAMBA1 = {name: _SMALL[name] for name in _PLAIN} | {"num_hidden_layers": 3, "state_size": 8, "initializer_range": 0.04}
+_JAMBA = {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 1, "num_experts": 2}
+_JAMBA |= {"mamba_d_state": 8, "mamba_dt_rank": 4}
+_NO_LIMIT = {"chunk_size": 32, "time_step_min": 1e-30}
+"""Of dt: with a lower limit, upstream decodes differently from prefill."""
+
+_MODELS = {
+    "bailing_hybrid": ("BailingHybrid", {**_SMALL, **_KDA, "head_dim": 8, "num_mtp_layers": 0}),
+    "bamba": ("Bamba", {**_SMALL, **_MAMBA, "num_hidden_layers": 3, "attn_layer_indices": [1]}),
+    # Attention and Mamba-2 side by side in each block, with multipliers everywhere.
+    "falcon_h1": ("FalconH1", {**_SMALL, **_MAMBA, **_MULTIPLIERS, "mamba_d_ssm": 64, "num_hidden_layers": 3}),
+    "falcon_mamba": ("FalconMamba", _MAMBA1),
+    "granitemoehybrid": ("GraniteMoeHybrid", {**_SMALL, **_MAMBA, **_GRANITE, "num_hidden_layers": 3}),
+    "jamba": ("Jamba", {**_SMALL, **_JAMBA}),
+    # KDA with three heads; K = V, as upstream's layer has one size for both.
+    "kimi_linear": (
+        "KimiLinear",
+        {**_SMALL, **_KDA, "linear_num_heads": 3, "linear_head_dim": 8, "n_shared_experts": 1},
+    ),
+    "lara_mini": ("LaraMini", {**_GDN, **_MOE, "num_hidden_layers": 3, "head_dim": 16}),
+    "mamba": ("Mamba", _MAMBA1),
+    "mamba2": (
+        "Mamba2",
+        {name: _SMALL[name] for name in _PLAIN}
+        | {"num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 8, "chunk_size": 32, "num_hidden_layers": 3},
+    ),
+    "nemotron_h": ("NemotronH", {**_SMALL, **_NEMOTRON, **_NO_LIMIT}),
+    "olmo_hybrid": (
+        "OlmoHybrid",
+        {**_GDN, "linear_num_key_heads": 4, "eos_token_id": 1, "linear_allow_neg_eigval": True},
+    ),
+    "qwen3_5": ("Qwen3_5", {**_GDN, "head_dim": 16}),
+    "qwen3_5_moe": ("Qwen3_5Moe", {**_GDN, **_MOE, "head_dim": 16}),
+    "qwen3_next": ("Qwen3Next", {**_GDN, **_MOE, "head_dim": 16}),
+    "qwen4_exp": ("Qwen4Exp", {**_GDN, **_MOE, **_QWEN4}),
+    "zamba2": ("Zamba2", {**_SMALL, **_ZAMBA, **_NO_LIMIT}),
+}
+"""Model type -> the name that transformers' classes begin with, and the fields of a tiny configuration."""
 
 
-def _bailing_hybrid(**changes):
-    own = {**_SMALL, **_KDA, "head_dim": 8, "num_mtp_layers": 0}
-    return transformers.BailingHybridForCausalLM(transformers.BailingHybridConfig(**{**own, **changes}))
+def _of_transformers(model_type, **changes):
+    name, fields = _MODELS[model_type]
+    config = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
+    return getattr(transformers, f"{name}ForCausalLM")(config(**{**fields, **changes}))
+
+
+_GLM5 = {
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "v_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "index_topk": 128,
+    "index_kpool": 4,
+    "index_head_dim": 8,
+    "index_n_heads": 2,
+    "linear_head_dim": 8,
+    "linear_num_heads": 3,
+    "hc_mult": 2,  # residual streams side by side
+}
+_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+
+
+def _glm5_next(**changes):
+    """KDA inside of a multimodal model."""
+    vision = {**_VISION, "projection_intermediate_size": 16}
+    config = transformers.Glm5NextConfig(text_config={**_SMALL, **_GLM5, **changes}, vision_config=vision)
+    return transformers.Glm5NextForConditionalGeneration(config)
 
 
 def _rwkv7(**changes):
@@ -182,24 +217,11 @@ def _rwkv7(**changes):
     return model
 
 
-_EVERY_MAKER = {
-    "bailing_hybrid": _bailing_hybrid,
-    "bamba": _bamba,
-    "falcon_h1": _falcon_h1,
-    "granitemoehybrid": _granitemoehybrid,
-    "kimi_linear": _kimi_linear,
-    "lara_mini": _lara_mini,
-    "mamba2": _mamba2,
-    "nemotron_h": _nemotron_h,
-    "olmo_hybrid": _olmo_hybrid,
-    "qwen3_5": _qwen3_5,
-    "qwen3_5_moe": _qwen3_5_moe,
-    "qwen3_next": _qwen3_next,
-    "rwkv7": _rwkv7,
-    "zamba2": _zamba2,
-}
-MAKERS = {name: make for name, make in _EVERY_MAKER.items() if name in CONFIG_MAPPING_NAMES or name == "rwkv7"}
+MAKERS = {name: partial(_of_transformers, name) for name in _MODELS} | {"glm5_next": _glm5_next}
+MAKERS = {name: make for name, make in MAKERS.items() if name in CONFIG_MAPPING_NAMES} | {"rwkv7": _rwkv7}
 """Model type -> maker of a tiny random model; those that the installed transformers (or this package) has."""
+MAMBA1 = ("falcon_mamba", "jamba", "mamba")
+"""Model types whose weights differ between value channels, so that their heads have no pattern."""
 
 
 def modelling(model_type: str):
@@ -219,14 +241,8 @@ def make_hf(model_type: str = "qwen3_5", seed: int = 0, **changes):
     """A tiny random model whose heads remember: decays near 1, as in trained checkpoints."""
     torch.manual_seed(seed)
     model = MAKERS[model_type](**changes).eval()
+    remember(model)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("dt_bias"):
-                parameter.copy_(torch.linspace(-6.0, -2.0, parameter.numel()).view_as(parameter))
-            elif name.endswith("A_log"):
-                parameter.copy_(torch.linspace(0.0, 1.5, parameter.numel()).view_as(parameter))
-            elif parameter.ndim == 2 and "norm" not in name:
-                parameter.mul_(4.0)  # random weights of std 0.02 barely move the logits
         for mixer in model.modules():  # nothing normalises what Mamba-2 writes, so it must not be tiny
             if isinstance(getattr(mixer, "D", None), torch.nn.Parameter) and mixer.conv1d.weight.std() < 0.1:
                 mixer.conv1d.weight.mul_(60.0)
@@ -255,6 +271,13 @@ def model(hf):
     hooked = HookedRecurrent.from_hf(hf)
     yield hooked
     hooked.attachment.detach()
+
+
+@pytest.fixture
+def _chained(hooked):
+    """Skips models without hooks of a residual stream."""
+    if not hooked.attachment.layout.is_chain:
+        pytest.skip("its blocks are no chain along one residual stream")
 
 
 class KeepFloat64(TorchFunctionMode):
@@ -320,6 +343,15 @@ def model64(_model64):
 
 
 @pytest.fixture(scope="session")
+def browser():
+    """A real browser."""
+    from browsing import chromium
+
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def embedded():
     """The model that ships with the package."""
     from hookpoints import HookedRecurrent
@@ -362,3 +394,11 @@ def varied():
 def equal_rows():
     """[6,18], all rows equal: an atom planted at a position of one row fires at that position of all."""
     return torch.randint(1, VOCAB, (1, 18), generator=torch.Generator().manual_seed(5)).repeat(6, 1)
+
+
+@pytest.fixture
+def planted(model64, equal_rows):
+    """A dictionary whose atom t is the write at position t of `equal_rows`."""
+    from saes import one_atom_a_position
+
+    return one_atom_a_position(model64, equal_rows[:1])

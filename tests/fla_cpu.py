@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -47,21 +47,13 @@ def working_dtype(x: Tensor) -> torch.dtype:
 # -- norms: LayerNorm, RMSNorm, GroupNorm, with a residual, a gate or a projection fused in
 
 
-class _Summed(NamedTuple):
-    """What is to be normalised."""
-
-    working: Tensor
-    """x + residual in the working dtype."""
-    residual: Tensor
-    """The same as it goes on."""
-
-
-def _sum(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> _Summed:
+def _sum(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> tuple[Tensor, Tensor]:
+    """x + residual in the working dtype, and the same as it goes on."""
     working = x.to(working_dtype(x))
     if residual is None:
-        return _Summed(working, x.float() if residual_in_fp32 and x.dtype != torch.float64 else x)
+        return working, (x.float() if residual_in_fp32 and x.dtype != torch.float64 else x)
     working = working + residual.to(working.dtype)
-    return _Summed(working, working.to(residual.dtype))
+    return working, working.to(residual.dtype)
 
 
 def _normalised(
@@ -89,9 +81,9 @@ def layer_norm(
 ) -> Prenorm:
     """LayerNorm or RMSNorm over the last axis of x + residual, in ``num_groups`` groups of channels; also fla's
     ``group_norm``."""
-    summed = _sum(x, residual, residual_in_fp32)
-    y = _normalised(summed.working, weight, bias, eps, is_rms_norm, num_groups).to(x.dtype)
-    return (y, summed.residual) if prenorm else y
+    working, onward = _sum(x, residual, residual_in_fp32)
+    y = _normalised(working, weight, bias, eps, is_rms_norm, num_groups).to(x.dtype)
+    return (y, onward) if prenorm else y
 
 
 def rms_norm(
@@ -121,10 +113,9 @@ def layer_norm_linear(
     num_groups: int = 1,
 ) -> Prenorm:
     """A norm and a linear map after it."""
-    summed = _sum(x, residual, residual_in_fp32)
-    y = _normalised(summed.working, norm_weight, norm_bias, eps, is_rms_norm, num_groups).to(x.dtype)
+    y, onward = layer_norm(x, norm_weight, norm_bias, residual, eps, True, residual_in_fp32, is_rms_norm, num_groups)
     out = F.linear(y, linear_weight.to(y.dtype), None if linear_bias is None else linear_bias.to(y.dtype))
-    return (out, summed.residual) if prenorm else out
+    return (out, onward) if prenorm else out
 
 
 def rms_norm_gated(
@@ -139,15 +130,11 @@ def rms_norm_gated(
     eps: float = 1e-6,
 ) -> Prenorm:
     """RMSNorm of x + residual, times swish(g) or sigmoid(g)."""
-    summed = _sum(x, residual, residual_in_fp32)
-    y = _normalised(summed.working, weight, bias, eps, True)
-    gate = g.to(y.dtype)
-    if activation in ("swish", "silu"):
-        y = y * gate * gate.sigmoid()
-    elif activation == "sigmoid":
-        y = y * gate.sigmoid()
-    y = y.to(x.dtype)
-    return (y, summed.residual) if prenorm else y
+    working, onward = _sum(x, residual, residual_in_fp32)
+    gate = g.to(working.dtype)
+    gates = {"swish": gate * gate.sigmoid(), "silu": gate * gate.sigmoid(), "sigmoid": gate.sigmoid()}
+    y = (_normalised(working, weight, bias, eps, True) * gates[activation]).to(x.dtype)
+    return (y, onward) if prenorm else y
 
 
 def l2norm(x: Tensor, eps: float = 1e-6, output_dtype: torch.dtype | None = None) -> Tensor:
@@ -165,24 +152,9 @@ def _rounded(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return function(*(x.to(dtype) for x in inputs)).to(inputs[0].dtype)
 
 
-def swish(x: Tensor) -> Tensor:
-    """x sigmoid(x)."""
-    return _rounded(F.silu, x)
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)^2."""
-    return _rounded(lambda x: F.relu(x).square(), x)
-
-
-def swiglu(x: Tensor, y: Tensor) -> Tensor:
-    """swish(x) y."""
-    return _rounded(lambda x, y: F.silu(x) * y, x, y)
-
-
 def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """swiglu, then a linear map."""
-    return F.linear(swiglu(x, y), weight, bias)
+    """swish(x) y, then a linear map."""
+    return F.linear(_rounded(lambda x, y: F.silu(x) * y, x, y), weight, bias)
 
 
 # -- what RWKV-7 layers compute around the recurrence
@@ -199,8 +171,7 @@ def addcmul(
     xg: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """x + delta * mix for each mix [1,1,D]; None where there is no ``xg``. x and delta [B,T,D]."""
-    mixes = (xr, xw, xk, xv, xa, xg)
-    return tuple(None if mix is None else hidden_states.addcmul(delta, mix) for mix in mixes)
+    return tuple(mix if mix is None else hidden_states.addcmul(delta, mix) for mix in (xr, xw, xk, xv, xa, xg))
 
 
 def key(k: Tensor, a: Tensor, ka: Tensor, cu_seqlens: object = None, cu_seqlens_cpu: object = None) -> Tensor:
@@ -414,8 +385,8 @@ SUBSTITUTES: Mapping[str, Mapping[str, Callable[..., object]]] = {
     "fla.modules.norm.fused_norm_gate": {"rms_norm_gated": rms_norm_gated},
     "fla.modules.norm.l2norm": {"l2norm": l2norm},
     "fla.modules.activations.ops": {
-        "swish": swish,
-        "sqrelu": squared_relu,
+        "swish": lambda x: _rounded(F.silu, x),
+        "sqrelu": lambda x: _rounded(lambda x: F.relu(x).square(), x),
         "swiglu_linear": swiglu_linear,
     },
     "fla.modules.causal_conv1d.ops": {"causal_conv1d": causal_conv1d, "causal_conv1d_update": causal_conv1d_update},
@@ -435,44 +406,30 @@ VERSION = "3.3.0"
 """The oldest triton that fla accepts; it only ever compares the number."""
 
 
-class _Kernel:
-    """Stands for a compiled kernel: it has a name, and cannot be launched."""
+class _Symbol:
+    """Stands for whatever triton might export: it can decorate, be subclassed and be passed around. What it decorates
+    stands for a compiled kernel, which has a name and cannot be launched."""
 
-    def __init__(self, fn: object = None, *_args: object, **_kwargs: object):
-        self.fn = fn
-        self.arg_names: tuple[str, ...] = ()
-        self.__name__ = getattr(fn, "__name__", type(self).__name__)
+    def __init__(self, name: str = "", *_args: object, fn: object = None, **_kwargs: object):
+        self._name, self.fn, self.arg_names = name, fn, ()
+        self.__name__ = getattr(fn, "__name__", str(name).rsplit(".", 1)[-1])
+
+    def __call__(self, *args: object, **kwargs: object) -> _Symbol:
+        """As a decorator (``jit``, or what ``autotune(...)`` returned) gives a kernel; else another symbol."""
+        if len(args) == 1 and not kwargs and (isinstance(args[0], _Symbol) or hasattr(args[0], "__code__")):
+            return args[0] if isinstance(args[0], _Symbol) else _Symbol("triton.kernel", fn=args[0])
+        return _Symbol(self._name)
 
     def _launch(self, *_args: object, **_kwargs: object) -> NoReturn:
         raise RuntimeError(f"the Triton kernel {self.__name__} was launched, but triton is not installed")
 
-    __call__ = __getitem__ = run = warmup = _launch
-
-    def __getattr__(self, name: str) -> _Symbol:
-        return _child("triton.kernel", name)
-
-
-class _Symbol:
-    """Anything else that triton might export."""
-
-    def __init__(self, name: str):
-        self._name = name
-        self.__name__ = name.rsplit(".", 1)[-1]
-
-    def __call__(self, *args: object, **kwargs: object) -> _Kernel | _Symbol:
-        """As a decorator (``jit``, or what ``autotune(...)`` returned) gives a kernel; else another symbol."""
-        if len(args) == 1 and not kwargs and (isinstance(args[0], _Kernel) or hasattr(args[0], "__code__")):
-            return args[0] if isinstance(args[0], _Kernel) else _Kernel(args[0])
-        return _Symbol(self._name)
+    __getitem__ = run = warmup = _launch
 
     def __getattr__(self, name: str) -> _Symbol:
         return _child(self._name, name)
 
     def __mro_entries__(self, _bases: tuple[object, ...]) -> tuple[type, ...]:
-        return (_Kernel,)
-
-    def __repr__(self) -> str:
-        return f"<stand-in for {self._name}>"
+        return (_Symbol,)
 
 
 def _child(parent: str, name: str) -> _Symbol:

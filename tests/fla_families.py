@@ -42,6 +42,7 @@ OWN: dict[str, dict[str, Any]] = {
         "use_forget_gate": True,
         "allow_neg_eigval": True,
     },
+    "gated_deltanet2": {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4, "allow_neg_eigval": True},
 }
 CLASSES = {
     "gated_deltanet": "GatedDeltaNet",
@@ -54,24 +55,35 @@ CLASSES = {
     "rwkv7": "RWKV7",
     "comba": "Comba",
     "gated_deltaproduct": "GatedDeltaProduct",
+    "gated_deltanet2": "KDA",
 }
 
 
 def make(models: Any, model_type: str, seed: int = 0, **changes: Any) -> Any:
     """A model of ``models``, the module ``fla.models``, whose heads remember: decays near 1, as in trained
-    checkpoints."""
+    checkpoints. Of Gated DeltaNet-2 fla has the layer and no model: here it is a KDA model with that layer."""
     name = CLASSES[model_type]
     config = getattr(models, f"{name}Config")(**{**SHARED, **OWN[model_type], **changes})
     torch.manual_seed(seed)
     model = getattr(models, f"{name}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("dt_bias"):
-                parameter.copy_(torch.linspace(-6.0, -2.0, parameter.numel()).view_as(parameter))
-            elif parameter_name.endswith("A_log"):
-                parameter.copy_(torch.linspace(0.0, 1.5, parameter.numel()).view_as(parameter))
-            elif parameter.ndim == 2 and "norm" not in parameter_name:
-                if not parameter.any():  # RWKV-7's output projections
-                    parameter.normal_(std=0.05)
-                parameter.mul_(4.0)  # random weights of std 0.02 barely move the logits
+    if model_type == "gated_deltanet2":
+        from fla.layers.gdn2 import GatedDeltaNet2
+
+        for index, block in enumerate(model.model.layers):
+            block.attn = GatedDeltaNet2(config.hidden_size, **{**OWN[model_type], **changes, "layer_idx": index}).eval()
+    remember(model)
     return model
+
+
+@torch.no_grad()
+def remember(model: torch.nn.Module) -> None:
+    """Give a random model decays near 1, and weights that move its logits."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("dt_bias", "dt_proj.bias")):
+            parameter.copy_(torch.linspace(-6.0, -2.0, parameter.numel()).view_as(parameter))
+        elif name.endswith("A_log"):
+            parameter.copy_(torch.linspace(0.0, 1.5, parameter.numel()).view_as(parameter))
+        elif parameter.ndim == 2 and "norm" not in name:
+            if not parameter.any():  # fla's RWKV-7's output projections
+                parameter.normal_(std=0.05)
+            parameter.mul_(4.0)  # random weights of std 0.02 barely move the logits

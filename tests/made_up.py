@@ -18,12 +18,6 @@ CONFOUNDED = {"delete": 1.0, "atom": 0.4, "state": 0.1}
 NO_EFFECT = {"delete": 1e-13, "atom": 1e-13, "random": 1e-13, "shuffled": 1e-13}
 
 
-def written(test: Substitution, choice: str) -> list[tuple[str, str]]:
-    """Condition and scale of all that is written at each firing of a choice, in order."""
-    scaled = [(name, scale) for scale in test.scales_of(choice) for name in ("atom", *test.controls)]
-    return [("native", "none"), ("delete", "none"), *scaled]
-
-
 def made_up(
     medians: dict[str, float],
     *,
@@ -58,7 +52,8 @@ def made_up(
     ).assign(written_atom=lambda t: t["atom"])
     frames = []
     for choice in evaluation.atom_choice:
-        for name, scale in written(evaluation, choice):
+        scaled = [(name, scale) for scale in evaluation.scales_of(choice) for name in ("atom", *evaluation.controls)]
+        for name, scale in [("native", "none"), ("delete", "none"), *scaled]:
             kl = medians.get(name, 2.0) * np.exp(shared + rng.normal(0, 0.4, n))
             kl = floor * rng.random(n) if name == "native" else kl
             measured = {m: kl * (1.1 if m.startswith("reverse") else 1) for m in KL_METRICS}

@@ -9,7 +9,8 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
+from sae_lens_writesae.sae import TRAINING, WriteTopKSAE, WriteTopKSAEConfig
+from sae_lens_writesae.sae.target import HeadHook
 
 LAYER, HEAD, K, V = 1, 2, 8, 6
 HOOK = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write_vec"
@@ -112,22 +113,64 @@ def logits_with_write(model: Any, tokens: Tensor, change: Any, layer: int = LAYE
         return model(tokens)[0]
 
 
-def make_sae(model: Any, decoder: str = "rank", rank: int = 1, d_sae: int = 30, hook: str = HOOK) -> Any:
-    torch.manual_seed(0)
-    shape = {"d_in": K * V, "d_k": K, "d_sae": d_sae, "k": 3, "rank": rank, "decoder": decoder}
+def random_low_rank(rank: int, seed: int, n: int = 6, k: int = 5, v: int = 7) -> LowRank:
+    """n matrices K x V in float64, of terms with Gaussian sides."""
+    g = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(n, rank, size, generator=g, dtype=torch.float64) for size in (k, v))
+    return LowRank(keys, values)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def untrained_sae(name: str, known: Any = TRAINING, *, k: int = 4, seed: int = 0, **fields: Any) -> Any:
+    """An untrained SAE of an architecture, with k, and with its widths, where it needs them."""
+    torch.manual_seed(seed)
+    sae_class, config_class = known[name]
+    own = {"k": k, "matryoshka_widths": [fields["d_sae"] // 2, fields["d_sae"]]}
+    needed = {field: given for field, given in own.items() if field in config_class.__dataclass_fields__}
+    return sae_class(config_class(**needed | fields))
+
+
+def native_and_edited(model: Any, tokens: Tensor, change: Any, at: int | None = None) -> tuple[Tensor, Tensor]:
+    """Logits [T,vocab] without a change and with one: of the writes [T,K,V], or of the write [K,V] at one token."""
+
+    def of_one(writes: Tensor) -> Tensor:
+        writes[at] = change(writes[at])
+        return writes
+
+    changes = (lambda writes: writes, change if at is None else of_one)
+    native, edited = (logits_with_write(model, tokens, each) for each in changes)
+    return native, edited
+
+
+def muted(model: Any, until: int) -> Any:
+    """In this scope all heads of the layer have values of zero before that token."""
+
+    def mute(value: Tensor, hook: Any) -> Tensor:
+        return torch.cat([torch.zeros_like(value[:, :until]), value[:, until:]], 1)
+
+    return model.hooks(fwd_hooks=[(f"blocks.{LAYER}.mixer.hook_v", mute)])
+
+
+def make_sae(
+    model: Any, decoder: str = "rank", rank: int = 1, d_sae: int = 30, hook: str = HOOK, seed: int = 0, **fields: Any
+) -> Any:
+    """An untrained dictionary of the head that the hook names; at each token three atoms fire."""
+    torch.manual_seed(seed)
+    shape = model.cfg.layer(HeadHook.parse(hook).layer)
+    sizes = {"d_in": shape.K * shape.V, "d_k": shape.K, "d_sae": d_sae, "k": 3, "rank": rank, "decoder": decoder}
     meta = SAEMetadata(hook_name=hook, model_name=model.cfg.model_name)
-    return WriteTopKSAE(WriteTopKSAEConfig(**shape, metadata=meta))
+    return WriteTopKSAE(WriteTopKSAEConfig(**sizes | fields, metadata=meta))
 
 
 def planted(model: Any, tokens: Any) -> Any:
     """Atoms are native writes of the first sequence, encoder = decoder: each fires at its own write at the latest."""
-    sae = make_sae(model)
-    write = model.recurrence(tokens[:1], LAYER)
     at = torch.linspace(1, tokens.shape[1] - 1, 30).long()
-    sae.v.data = write.k[0, at, HEAD][:, None].clone()
-    sae.w.data = torch.nn.functional.normalize(write.u[0, at, HEAD], dim=-1)[:, None].clone()
-    sae.v_enc.data, sae.w_enc.data = sae.v.data.clone(), sae.w.data.clone()
-    return sae
+    keys, values = (side[at] for side in native_writes(model, tokens[:1]))
+    atoms = LowRank.rank_one(keys, torch.nn.functional.normalize(values, dim=-1))
+    return sae_of(HOOK, model.cfg.model_name, atoms, 3)
 
 
 def exact_sae(hook: str = HOOK, model_name: str = "", k: int = K, v: int = V, **metadata: Any) -> Any:

@@ -1,5 +1,5 @@
 """The recipe "an evaluation is one file": `recipe/repeat.py` is put into a copy of the package, and everything else,
-the command, README's table, the conformance tests and the report, finds it by itself."""
+the command, the conformance tests and the report, finds it by itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from io import StringIO
 from pathlib import Path
 
 sys.path += ["tests", "scripts"]
-import tables
 from saes import make_sae
 from hookpoints import HookedRecurrent, embedded
 from writesae import EVALUATIONS, load_result, sample_sequences, write_report
@@ -45,7 +44,6 @@ page = write_report([load_result("out/repeat")], "out/report")
 answer = {
     "file": sys.modules["writesae"].__file__,
     "help": help.getvalue(),
-    "table": tables.with_evaluations(Path("README.md").read_text(encoding="utf-8")),
     "page": page.read_text(),
     "claims": [vars(claim) for claim in result.claims()],
 }
@@ -61,8 +59,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(RECIPE, folder / "writesae" / "evaluations")
     for name in ("hookpoints", "sae_lens_writesae"):
         (folder / name).symlink_to(ROOT / name)
-    support = ("tests/conftest.py", "tests/saes.py")
-    for name in ("README.md", "pyproject.toml", "scripts/tables.py", *support):
+    support = ("tests/conftest.py", "tests/fla_families.py", "tests/saes.py")
+    for name in ("pyproject.toml", *support):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(TESTS / "golden", folder / "tests" / "golden", ignore=shutil.ignore_patterns("tables"))
@@ -84,8 +82,7 @@ def test_everything_finds_the_new_evaluation(copy: Path) -> None:
     answer = json.loads(run(copy, "-c", USE).splitlines()[-1])
     assert Path(answer["file"]).is_relative_to(copy)
     assert "--n-positions" in answer["help"] and "--horizon" in answer["help"]
-    row = "| `repeat` | Does a repeated write disturb more than a missing one? |"
-    assert row in answer["table"] and row not in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "Does a repeated write disturb more than a missing one?" in answer["page"]
     (claim,) = answer["claims"]
     assert claim["n"] == 48 and claim["sentence"] in answer["page"]
     assert "<strong>Control.</strong>" in answer["page"]  # its docstring is its page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -142,29 +143,27 @@ def test_a_killed_training_goes_on_from_its_checkpoint(
 ) -> None:
     """Of writes to the same bytes; of states on other rows."""
 
-    def train(name: str) -> tuple[bytes, int]:
-        steps: list[int] = []
-        monkeypatch.setattr(torch.optim.Adam, "step", lambda own, *a: (steps.append(1), whole_step(own, *a))[1])
+    steps, whole_step = itertools.count(), torch.optim.Adam.step
+
+    def train(name: str, kill_at: int = 10**6) -> bytes:
+        def step(own: torch.optim.Adam, *arguments: object) -> object:
+            if next(steps) == kill_at:
+                raise InterruptedError
+            return whole_step(own, *arguments)
+
+        monkeypatch.setattr(torch.optim.Adam, "step", step)
+        sizes = SIZES | {"training_tokens": 4096}
         Train(collection=collection.folder, heads=(0,), targets=(target,), out=tmp_path / name, **sizes).run(str)
-        file = tmp_path / name / f"L2H0/{target}-seed0/sae/sae_weights.safetensors"
-        return file.read_bytes(), len(steps)
+        return (tmp_path / name / f"L2H0/{target}-seed0/sae/sae_weights.safetensors").read_bytes()
 
-    def killing(own: torch.optim.Adam, *arguments: object) -> object:
-        left.append(1)
-        if len(left) > 20:
-            raise InterruptedError
-        return whole_step(own, *arguments)
-
-    sizes, left, whole_step = SIZES | {"training_tokens": 4096}, list[int](), torch.optim.Adam.step
     monkeypatch.setattr(fast, "SAVE_SECONDS", -1.0)
-    whole, steps = train("whole")
-    assert steps == 32
-    monkeypatch.setattr(torch.optim.Adam, "step", killing)
+    whole = train("whole")
+    assert next(steps) == 32
     with pytest.raises(InterruptedError):
-        Train(collection=collection.folder, heads=(0,), targets=(target,), out=tmp_path / "killed", **sizes).run(str)
+        train("killed", kill_at=53)
     assert list((tmp_path / "killed").rglob("checkpoint"))
-    resumed, steps = train("killed")
-    assert steps in (12, 13) and (resumed == whole) == (target == "write")
+    resumed = train("killed")
+    assert next(steps) - 54 in (12, 13) and (resumed == whole) == (target == "write")
     assert not list((tmp_path / "killed").rglob("*checkpoint*"))
 
 

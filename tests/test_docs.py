@@ -70,14 +70,12 @@ def test_the_page_of_a_hook_says_what_its_table_says(row):
 
 def exceptions(package) -> set[str]:
     """Public exception classes that a package's modules define, found by importing them."""
-    names = set()
-    for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        module = importlib.import_module(info.name)
-        for name, value in inspect.getmembers(module, inspect.isclass):
-            is_own = value.__module__ == info.name and issubclass(value, Exception) and not name.startswith("_")
-            if is_own and name != "StopForward":  # ends a pass inside the package; nobody else sees it
-                names.add(name)
-    return names
+    modules = [each.name for each in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+    values = [value for name in modules for value in vars(importlib.import_module(name)).values()]
+    classes = [value for value in values if inspect.isclass(value) and value.__module__ in modules]
+    own = {each.__name__ for each in classes if issubclass(each, Exception)}
+    # StopForward ends a pass inside the package; nobody else sees it.
+    return {name for name in own if not name.startswith("_")} - {"StopForward"}
 
 
 def test_tables_and_docstrings_show_every_character():
@@ -176,12 +174,14 @@ def comparable(text: str) -> str:
     return re.sub(r"[-+]?\d[\d.]*(e[-+]?\d+)?", "0", text)
 
 
-def dictionaries(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
     """Tiny SAEs in the folders that the evaluations' examples name."""
     from hookpoints import HookedRecurrent, embedded
     from sae_lens_writesae import text_dataset, train, training_config
     from writesae.dictionaries import quiet
 
+    folder = tmp_path_factory.mktemp("saes")
     model, dataset = HookedRecurrent.from_pretrained("embedded"), text_dataset(embedded.text("train"))
     wanted: dict[str, dict] = {label: {} for label in DICTIONARIES}
     wanted |= {"state": {"target": "state"}, "seed-1": {"seed": 1}, "flat": {"sae": {"k": 8, "decoder": "flat"}}}
@@ -203,12 +203,6 @@ def dictionaries(folder: Path) -> None:
         )
         with quiet():  # SAELens warns that so short a text is read more than once
             train(cfg, model, dataset).save_inference_model(str(folder / label))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saes")
-    dictionaries(folder)
     return folder
 
 

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from made_up import HOLDS, made_up
-from saes import exact_sae
+from reliability.folders import KINDS
 
-from hookpoints import HookedRecurrent
-from hookpoints import embedded as shipped
-from sae_lens_writesae.sae.factors import Collection, collect
-from sae_lens_writesae.sae.load import load_sae
-from writesae.evaluations import load_result
 from writesae.files import check_settings, check_writable, keep_settings
 
 
@@ -41,32 +33,23 @@ def test_a_folder_keeps_the_settings_that_it_was_made_with(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "load"),
+    ("kind", "name"),
     [
-        ("sae", "cfg.json", load_sae),
-        ("sae", "sae_weights.safetensors", load_sae),
-        ("collection", "index.json", Collection.open),
-        ("model", "config.json", HookedRecurrent.from_pretrained),
-        ("model", "model.safetensors", HookedRecurrent.from_pretrained),
-        ("result", "info.json", load_result),
-        ("result", "firings.parquet", load_result),
+        ("dictionary", "cfg.json"),
+        ("dictionary", "sae_weights.safetensors"),
+        ("collection", "index.json"),
+        ("model", "config.json"),
+        ("model", "model.safetensors"),
+        ("result", "info.json"),
+        ("result", "firings.parquet"),
     ],
 )
-def test_a_link_in_a_strangers_folder_is_refused(
-    embedded: HookedRecurrent, tmp_path: Path, kind: str, name: str, load: Callable[[str], object]
-) -> None:
+def test_a_link_in_a_strangers_folder_is_refused(tmp_path: Path, kind: str, name: str) -> None:
     """It may lead to a private file, whose content would then be published."""
     folder, private = tmp_path / kind, tmp_path / "private"
-    if kind == "sae":
-        exact_sae().save_model(folder)
-    elif kind == "collection":
-        collect(embedded, torch.arange(64).reshape(2, 32), [1], [0], folder)
-    elif kind == "model":
-        shutil.copytree(shipped.path(), folder)
-    else:
-        made_up(HOLDS).save(folder)
-    load(str(folder))
+    KINDS[kind].make(folder)
+    KINDS[kind].read(folder)
     shutil.move(folder / name, private)
     (folder / name).symlink_to(private)  # the same content, so that the seal holds
     with pytest.raises(ValueError, match=f"{name}: expected a"):
-        load(str(folder))
+        KINDS[kind].read(folder)

@@ -11,29 +11,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError
 from sae_lens import SAE
-from sae_lens.saes.sae import SAEMetadata
+from saes import make_sae
 from sealing import reseal
 
-from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
+from hookpoints import HookedRecurrent
 from sae_lens_writesae.sae.load import CheckpointError, load_sae
 from writesae.cli import main
 from writesae.push import Push, card, saved_anew
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(embedded: HookedRecurrent, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Dictionaries of two heads as `writesae train` leaves them."""
     root = tmp_path_factory.mktemp("trained")
     for head in (0, 1):
-        hook = f"blocks.2.mixer.heads.{head}.hook_write_vec"
-        metadata = SAEMetadata(hook_name=hook, model_name="embedded", context_size=32)
-        torch.manual_seed(head)
-        sae = WriteTopKSAE(WriteTopKSAEConfig(d_in=64 * 32, d_k=64, d_sae=16, k=2, metadata=metadata))
+        sae = make_sae(embedded, d_sae=16, hook=f"blocks.2.mixer.heads.{head}.hook_write_vec", seed=head)
+        sae.cfg.metadata.context_size = 32
         sae.save_model(root / f"L2H{head}/write-seed0/sae")
         (root / f"L2H{head}/write-seed0/sae/runner_cfg.json").write_text("{}")
     (root / "private").write_text("PRIVATE KEY")

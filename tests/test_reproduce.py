@@ -147,12 +147,18 @@ def test_a_link_as_owner_makes_and_fills_no_file(tmp_path, content):
 # ------------------------------------------------------------------------------------------------ the workflow
 
 
-def snakemake(folder: Path, *arguments: str) -> str:
-    snakefile = profile_folder("laptop").parents[1] / "Snakefile"
+def snakemake(folder: Path, *arguments: str, file: str = "Snakefile") -> str:
+    snakefile = profile_folder("laptop").parents[1] / file
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--directory", str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
+
+
+def planned(said: str) -> dict[str, int]:
+    """How often a dry run would do each step."""
+    lines = [line.split() for line in said.splitlines()]
+    return {line[0]: int(line[1]) for line in lines if len(line) == 2 and line[1].isdigit()}
 
 
 @pytest.mark.slow
@@ -160,9 +166,8 @@ def snakemake(folder: Path, *arguments: str) -> str:
 def test_a_dry_run_of_every_profile_plans_every_step_once(tmp_path, profile):
     replace(TINY, layers=(1, 2), heads=(0, 3), evaluations=("sign", "amplify"), dashboards=2).keep_in(tmp_path)
     said = snakemake(tmp_path, "--profile", str(profile_folder(profile)), "--dry-run")
-    counts = dict(line.split() for line in said.splitlines() if len(line.split()) == 2 and line.split()[1].isdigit())
     steps = {"collect": 1, "train": 8, "evaluate": 8, "compare": 4, "together": 2, "show": 4, "report": 1}
-    assert {rule: int(counts[rule]) for rule in steps} == steps
+    assert planned(said).items() >= steps.items()
     assert said.count("writesae train --collection collection --layers 2 --heads 3") == 2 * 1
     assert sorted(each.name for each in tmp_path.iterdir() if each.name != ".snakemake") == ["config.json"]
 
@@ -205,13 +210,8 @@ def test_killed_again_and_again_a_run_ends_as_one_that_was_not(tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_plans_every_point_of_its_grid_once(tmp_path):
-    snakefile = profile_folder("laptop").parents[1] / "sweep.smk"
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--directory", str(tmp_path)]
-    command += ["--cores", "1", "--dry-run", "--configfile", str(tmp_path / "grid.json")]
     grid = {"model": "embedded", "layer": 2, "head": 1, "k": [1, 4], "seed": [0, 1]}
     (tmp_path / "grid.json").write_text(json.dumps(grid))
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    counts = dict(line.split() for line in (done.stdout + done.stderr).splitlines() if len(line.split()) == 2)
-    assert {rule: counts[rule] for rule in ("collect", "train", "evaluate")} == dict(
-        collect="1", train="4", evaluate="4"
-    )
+    dry_run = ("--cores", "1", "--dry-run", "--configfile", str(tmp_path / "grid.json"))
+    said = snakemake(tmp_path, *dry_run, file="sweep.smk")
+    assert planned(said).items() >= {"collect": 1, "train": 4, "evaluate": 4}.items()

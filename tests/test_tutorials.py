@@ -75,11 +75,9 @@ def test_is_committed_with_outputs(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
 def test_holds_nothing_of_the_machine(path):
     """No paths in text or metadata, and no times of execution. Images are left out: base64 holds anything."""
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    for cell in notebook["cells"]:
-        for output in cell.get("outputs", []):
-            output.get("data", {}).pop("image/png", None)
-    found = MACHINE_PATH.findall(json.dumps(notebook))
+    text = path.read_text(encoding="utf-8")
+    found = MACHINE_PATH.findall(re.sub(r'"image/png": *("[^"]*"|\[[^]]*\])', "", text))
     assert not found, found
+    notebook = json.loads(text)
     assert set(notebook["metadata"]) <= {"kernelspec", "language_info"}
     assert not [cell for cell in notebook["cells"] if cell["metadata"]]

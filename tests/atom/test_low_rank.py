@@ -4,21 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from saes import close
+from saes import random_low_rank as draw
 
 from sae_lens_writesae import LowRank
 
 N, K, V = 6, 5, 7
-
-
-def draw(rank: int, seed: int, n: int = N) -> LowRank:
-    g = torch.Generator().manual_seed(seed)
-    keys = torch.randn(n, rank, K, generator=g, dtype=torch.float64)
-    return LowRank(keys, torch.randn(n, rank, V, generator=g, dtype=torch.float64))
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 @settings(max_examples=25, deadline=None)

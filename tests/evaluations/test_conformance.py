@@ -17,9 +17,13 @@ import torch
 from golden.cases import WRITE
 from golden.dictionaries import load_model, make_dictionary, sequences
 from golden.make import FIRST, result_of
+from saes import muted, random_sae
+from torch import Tensor
 
+from hookpoints import HookedRecurrent
 from writesae.evaluations import EVALUATIONS, load_result
 from writesae.experiment.evaluation import Scope
+from writesae.experiment.firings import halves
 from writesae.verdict.paper import PAPER_CLAIMS, Outcome
 
 KINDS = sorted(EVALUATIONS)
@@ -37,6 +41,42 @@ def test_the_class_says_what_it_is_and_checks_its_settings(kind: str) -> None:
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name):
             made.from_dict({name: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "word"),
+    [
+        ("amplify", {"tokens": (3,)}, "tokens"),
+        ("amplify", {"factors": (1.0, 4.0)}, "factors"),
+        ("amplify", {"headline": 3.0}, "headline"),
+        ("amplify", {"prompts": 1}, "prompts"),
+        ("erasure", {"min_firings": 20}, "min_firings"),
+        ("install", {"headline": 2.0}, "headline"),
+        ("install", {"sizes": (3.0, 0.0)}, "sizes"),
+        ("install", {"n_positions": 8, "prompt_tokens": 7}, "n_positions"),
+        ("install", {"semantic": (5,)}, "semantic"),
+        ("install", {"pairs": 1}, "pairs"),
+        ("logit_change", {"eps": (0.1,)}, "eps"),
+        ("logit_change", {"eps": (0.0, 1.0)}, "eps"),
+        ("logit_change", {"horizons": (-1,)}, "horizons"),
+        ("logit_change", {"horizons": (1, 1)}, "horizons"),
+        ("logit_change", {"ranks": ((3, 2),)}, "ranks"),
+        ("logit_change", {"unit": "parsec"}, "parsec"),
+        ("sign", {"sizes": (1.0, 0.0)}, "sizes"),
+        ("sign", {"ranks": ((5, 2),)}, "ranks"),
+        ("sign", {"n_positions": 1}, "n_positions"),
+        ("substitution", {"atom_choice": "best"}, "best"),
+        ("substitution", {"scales": ("matched", "unit")}, "unit"),
+        ("substitution", {"scales": ()}, "scales"),
+        ("substitution", {"controls": ("random", "random")}, "once"),
+        ("substitution", {"horizon": 0}, "horizon"),
+        ("substitution", {"atoms": (3, 3)}, "once"),
+        ("substitution", {"n_atoms": 0}, "n_atoms"),
+    ],
+)
+def test_settings_that_make_no_sense(kind: str, settings: dict[str, object], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        EVALUATIONS[kind](**settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -57,6 +97,45 @@ def test_a_result_is_what_the_class_documents_and_the_same_when_loaded(kind: str
     assert (loaded.evaluation, loaded.info, loaded.claims()) == (result.evaluation, result.info, claims)
     for name, table in result.tables.items():
         pd.testing.assert_frame_equal(loaded.tables[name], table, check_dtype=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("multi_atom", {"n_atoms": None, "firings_per_atom": 8, "horizon": 3, "controls": ("mean",)}),
+        ("logit_change", {"n_atoms": None, "firings_per_atom": 8, "horizons": (0,), "ranks": ((1, 1),)}),
+        ("sign", {"n_positions": 12, "ranks": ((1, 10),), "sizes": (1.0,), "first_position": 3}),
+    ],
+)
+def test_writes_of_zero_are_left_out_and_counted(
+    model64: HookedRecurrent, varied: Tensor, kind: str, settings: dict[str, object]
+) -> None:
+    always = random_sae(model64, k=12, bias=5.0)  # fires on nothing, too
+    with muted(model64, 10):
+        result = EVALUATIONS[kind](**settings).run(model64, always, varied, progress=False)
+    table = next(iter(result.tables.values()))
+    assert table["position"].min() >= 10 and sum(result.info["n_skipped"].values()) > 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "chosen"),
+    [
+        (
+            "amplify",
+            {"n_tokens": 2, "min_count": 2, "min_firings": 2, "prompts": 3, "prompt_tokens": 5, "new_tokens": 6},
+            ["token", "atom", "count", "phi"],
+        ),
+        ("erasure", {"n_atoms": None, "horizon": 3, "min_firings": 2}, ["atom", "token", "n_select", "selected"]),
+    ],
+)
+def test_what_is_chosen_never_sees_the_test_half(
+    model64: HookedRecurrent, varied: Tensor, kind: str, settings: dict[str, object], chosen: list[str]
+) -> None:
+    sae, split, changed = random_sae(model64), halves(len(varied), 0), varied.clone()
+    changed[split.test] = varied[split.test].flip(1)
+    evaluation = EVALUATIONS[kind](**settings)
+    one, other = (evaluation.run(model64, sae, ids, progress=False).tables["atoms"] for ids in (varied, changed))
+    assert one[chosen].equals(other[chosen]) and not one.equals(other)
 
 
 @pytest.mark.parametrize("kind", KINDS)

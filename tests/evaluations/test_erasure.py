@@ -9,46 +9,19 @@ import pandas as pd
 import pytest
 import torch
 from sae_lens import SAE
-from saes import LAYER, logits_with_write, one_atom_a_position, random_sae
+from saes import native_and_edited, random_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.evaluations.erasure import Erasure
 from writesae.experiment.evaluation import Result
-from writesae.experiment.firings import collect_firings, halves
-from writesae.experiment.lab import Lab
 
 SMALL = {"n_atoms": 3, "select_firings": 4, "test_firings": 3, "min_firings": 2, "horizon": 3}
 
 
-@pytest.fixture
-def planted(model64: HookedRecurrent, equal_rows: Tensor) -> SAE:
-    return one_atom_a_position(model64, equal_rows[:1])
-
-
 def run(model: HookedRecurrent, sae: SAE, equal_rows: Tensor, **changes: object) -> Result:
     return Erasure(**SMALL | changes).run(model, sae, equal_rows, progress=False)
-
-
-def test_erasing_an_atom_that_is_the_write_is_deleting_the_write(
-    model64: HookedRecurrent, equal_rows: Tensor, planted: SAE
-) -> None:
-    tables = run(model64, planted, equal_rows).tables
-    firings, token = tables["firings"], tables["atoms"].set_index("atom")["token"]
-    assert (firings["atom"] == firings["position"]).all() and len(firings) == 9  # an atom is the write of its position
-    native = logits_with_write(model64, equal_rows[:1], lambda writes: writes).log_softmax(-1)
-    for row in firings.drop_duplicates("atom").itertuples():
-
-        def silenced(writes: Tensor, position: int = row.position) -> Tensor:
-            writes[position] = 0
-            return writes
-
-        edited = logits_with_write(model64, equal_rows[:1], silenced).log_softmax(-1)
-        change = (edited - native)[row.position : row.position + 4].mean(0)
-        assert row.effect == pytest.approx(float(change[token[row.atom]]), rel=1e-4)
-        assert change.argmin() == token[row.atom]  # sequences are equal, so that both halves choose the same token
 
 
 def test_an_atom_elsewhere_takes_the_same_norm_from_the_write_there_or_is_put_in(
@@ -63,59 +36,20 @@ def test_an_atom_elsewhere_takes_the_same_norm_from_the_write_there_or_is_put_in
     doses = result.tables["doses"].query("atom == @row.atom and sequence == @row.sequence and position == @there")
 
     def moved(change: Callable[[Tensor], Tensor]) -> float:
-        def at(writes: Tensor) -> Tensor:
-            writes[there] += change(writes[there])
-            return writes
+        both = native_and_edited(model64, equal_rows[:1], change, there)
+        native, edited = (logits.log_softmax(-1)[there : there + 4, token].mean() for logits in both)
+        return float(edited - native)
 
-        native, edited = (
-            logits_with_write(model64, equal_rows[:1], how).log_softmax(-1) for how in (lambda writes: writes, at)
-        )
-        return float((edited - native)[there : there + 4, token].mean())
-
-    taken = moved(lambda write: -row["activation"] * write / torch.linalg.matrix_norm(write))
-    put_in = moved(lambda write: 4 * row["activation"] * atom.view_as(write))
+    taken = moved(lambda write: write - row["activation"] * write / torch.linalg.matrix_norm(write))
+    put_in = moved(lambda write: write + 4 * row["activation"] * atom.view_as(write))
     assert row["elsewhere"] == pytest.approx(taken, rel=1e-4)
     assert doses.set_index("dose")["effect"][4.0] == pytest.approx(put_in, rel=1e-4)
-
-
-def test_the_choice_of_tokens_never_sees_the_test_half(model64: HookedRecurrent, varied: Tensor) -> None:
-    sae, split = random_sae(model64), halves(len(varied), 0)
-    changed = varied.clone()
-    changed[split.test] = varied[split.test].flip(1)
-    often = [np.bincount(collect_firings(model64, sae, LAYER, ids).atom, minlength=12) for ids in (varied, changed)]
-    atoms = tuple(np.argsort(-np.minimum(*often))[:3].tolist())
-    one, other = (run(model64, sae, ids, n_atoms=None, atoms=atoms).tables for ids in (varied, changed))
-    same = ["atom", "token", "n_select", "selected"]
-    assert one["atoms"][same].equals(other["atoms"][same])
-    assert not np.allclose(one["atoms"]["effect"], other["atoms"]["effect"])
-    assert set(one["firings"]["sequence"]) <= set(split.test.tolist()) and not set(split.test) & set(split.select)
-
-
-def test_the_random_direction_fits_the_firings_best_and_wrong_tokens_are_others(
-    model64: HookedRecurrent, varied: Tensor
-) -> None:
-    sae, test = random_sae(model64), Erasure(**SMALL)
-    with torch.no_grad():
-        lab = Lab(model64, {"": sae}, varied)
-        atoms, select, _ = test._draw(lab)
-        directions = {"effect": lab.atoms(atoms), "random": test._fitting(lab, select, lab.atoms(atoms))}
-        fitting = directions["random"].dense().flatten(1)
-        drawn = LowRank(torch.empty(12, 1, 8), torch.empty(12, 1, 6)).random_like(torch.Generator().manual_seed(0))
-        every = torch.nn.functional.normalize(drawn.dense().flatten(1))
-        for column, rows in select.groupby("column"):
-            writes = [lab.native_writes([s]).rows([t]).dense().flatten() for s, t in zip(rows.sequence, rows.position)]
-            best = every[(torch.stack(writes).to(every) @ every.T).mean(0).argmax()]
-            torch.testing.assert_close(fitting[int(str(column))], best, rtol=1e-5, atol=1e-6, check_dtype=False)
-        chosen, _ = test._choose(lab, select, directions)
-    assert chosen["wrong"].shape == (3, 8) and not (chosen["wrong"] == chosen["effect"]).any()
 
 
 def test_what_cannot_be_measured_is_refused(model: HookedRecurrent, varied: Tensor) -> None:
     always = random_sae(model, k=12, bias=10.0)  # every atom fires everywhere, so that there is no place elsewhere
     with pytest.raises(NothingToMeasureError, match="elsewhere"):
         run(model, always, varied)
-    with pytest.raises(ValueError, match="min_firings"):
-        Erasure(min_firings=20)
 
 
 NOISE = 0.02 * np.random.default_rng(3).standard_normal(64)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_hf
 from sae_lens import SAE
-from saes import logits_with_write, one_atom_a_position, random_sae
+from saes import native_and_edited, random_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
@@ -18,11 +18,6 @@ from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import halves
 
 SMALL = {"n_atoms": 3, "select_firings": 2, "test_firings": 2, "min_firings": 2, "horizon": 3}
-
-
-@pytest.fixture
-def planted(model64: HookedRecurrent, equal_rows: Tensor) -> SAE:
-    return one_atom_a_position(model64, equal_rows[:1])
 
 
 def run(model: HookedRecurrent, sae: SAE, equal_rows: Tensor, **changes: object) -> Result:
@@ -39,14 +34,8 @@ def test_readers_are_later_heads_and_change_as_in_a_full_pass(
     rows = table[(table["condition"] == "atom") & (table["layer"] == layer) & (table["head"] == head)]
     for row in rows.drop_duplicates("position").itertuples():
         outputs: list[Tensor] = []
-
-        def silenced(writes: Tensor, position: int = row.position) -> Tensor:
-            writes[position] = 0
-            return writes
-
         with model64.hooks(fwd_hooks=[(name, lambda value, hook: outputs.append(value[0, :, head].clone()))]):  # noqa: B023
-            logits_with_write(model64, equal_rows[:1], lambda writes: writes)
-            logits_with_write(model64, equal_rows[:1], silenced)
+            native_and_edited(model64, equal_rows[:1], torch.zeros_like, row.position)
         native, edited = outputs
         assert torch.equal(native[: row.position], edited[: row.position])  # what comes before cannot read
         window = slice(row.position, row.position + 4)
@@ -68,12 +57,8 @@ def test_the_last_layer_has_no_readers(varied: Tensor) -> None:
 def test_a_head_that_reads_nothing_is_left_out_and_counted(
     model64: HookedRecurrent, equal_rows: Tensor, planted: SAE
 ) -> None:
-    def deaf(value: Tensor, hook: object) -> Tensor:
-        value = value.clone()
-        value[:, :, 1] = 0
-        return value
-
-    with model64.hooks(fwd_hooks=[("blocks.2.mixer.hook_read", deaf)]):
+    deaf = torch.tensor([1.0, 0, 1, 1])[:, None]  # the second head
+    with model64.hooks(fwd_hooks=[("blocks.2.mixer.hook_read", lambda value, hook: value * deaf)]):
         result = run(model64, planted, equal_rows)
     table = result.tables["changes"]
     assert set(table.query("layer == 2")["head"]) == {0, 2, 3} and not table["change"].isna().any()

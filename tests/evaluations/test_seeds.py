@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from saes import planted
 from torch import Tensor
 
@@ -15,26 +14,6 @@ from writesae.evaluations.seeds import SAMPLES, Seeds
 from writesae.experiment.evaluation import Result
 
 Cosines = np.ndarray
-
-
-def test_the_same_dictionary_twice_matches_wholly(model: HookedRecurrent, tokens: Tensor) -> None:
-    sae, twin = planted(model, tokens), planted(model, tokens)
-    order = torch.arange(29, -1, -1)
-    for name in ("v", "w", "v_enc", "w_enc"):
-        getattr(twin, name).data = getattr(sae, name).data[order].clone()
-    twin.w.data, twin.v.data = -twin.w.data, -twin.v.data
-    result = Seeds(min_firings=2).run(model, {"a": sae, "b": twin}, tokens, progress=False)
-    counts = result.tables["counts"].set_index("sae")
-    assert counts.loc["a"].tolist() == counts.loc["b"].tolist()
-    matches = result.tables["matches"].set_index("sample")
-    assert matches.loc["atoms", "share_same"] == 1 and matches.loc["atoms", "median"] == pytest.approx(1)
-    assert matches["share_same"]["random"] < 0.2
-    pairs = result.tables["pairs"]
-    atoms = pairs[pairs["sample"] == "atoms"]
-    assert (atoms["first"] + atoms["second"] == 29).mean() > 0.9  # atoms are writes, of which two may be alike
-    kinds, beyond = result.claims()
-    assert kinds.outcome == "fails" and "are the same" in kinds.sentence
-    assert beyond.number is None and beyond.n == len(atoms)
 
 
 def made(alive: list[int], *cosines: Cosines) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from saes import untrained_sae
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -32,19 +33,15 @@ def rows() -> Tensor:
 
 def trained(architecture: str, **fields: object) -> MatrixSAE:
     """Not trained: it only has weights, a threshold and biases of its own."""
-    sae_class, config = S.INFERENCE[architecture]
-    if architecture == "writesae_topk":
-        fields["k"] = 2
-    torch.manual_seed(3)
-    sae = sae_class(config(d_in=K * V, d_k=K, d_sae=F, **fields))  # pyright: ignore[reportCallIssue]
+    sae = untrained_sae(architecture, S.INFERENCE, k=2, seed=3, d_in=K * V, d_k=K, d_sae=F, **fields)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
         if architecture == "writesae_jumprelu":
-            sae.threshold.fill_(2.5)  # pyright: ignore
+            sae.threshold.fill_(2.5)
         if architecture in ("writesae_standard", "writesae_gated"):
-            (sae.b_enc if architecture == "writesae_standard" else sae.b_gate).sub_(2)  # pyright: ignore
-    return sae  # pyright: ignore[reportReturnType]
+            (sae.b_enc if architecture == "writesae_standard" else sae.b_gate).sub_(2)
+    return sae
 
 
 def l0(sae: MatrixSAE) -> float:

@@ -24,6 +24,8 @@ from writesae.experiment.lab import Lab
 from writesae.verdict.finding import Claim
 from writesae.verdict.paper import Outcome
 
+FEW = {"scales": ("matched",), "controls": ("state", "shuffled"), "n_sequences": 12}
+
 
 def claim(outcome: Outcome, text: str = "atoms do it", measured: str = "80 %") -> Claim:
     return Claim(1, text, measured, 100, "firings", "random 50 %", outcome, "By the rule.")
@@ -57,9 +59,8 @@ def of_control(result: Result, control: Control, trained: Result) -> Result:
 
 
 def test_answers_are_matched_with_the_controls_of_the_same_dictionary() -> None:
-    few = {"scales": ("matched",), "controls": ("state", "shuffled"), "n_sequences": 12}
-    a, b = made_up(HOLDS, label="a", **few), made_up(HOLDS, label="b", **few)
-    results = [a, b, of_control(a, "untrained", a), of_control(made_up(FAILS, **few), "untrained", b)]
+    a, b = made_up(HOLDS, label="a", **FEW), made_up(HOLDS, label="b", **FEW)
+    results = [a, b, of_control(a, "untrained", a), of_control(made_up(FAILS, **FEW), "untrained", b)]
     found = {(row.label, row.claim.claim): row.claim for row in answers(results)}
     assert {label for label, _ in found} == {"a", "b"}  # controls give no answers of their own
     for own in a.claims():
@@ -71,8 +72,7 @@ def test_answers_are_matched_with_the_controls_of_the_same_dictionary() -> None:
 
 
 def test_claims_over_several_heads_have_controls_of_their_own() -> None:
-    few = {"scales": ("matched",), "controls": ("state", "shuffled"), "n_sequences": 12}
-    heads = [made_up(HOLDS, head=head, **few) for head in (1, 2, 3)]
+    heads = [made_up(HOLDS, head=head, **FEW) for head in (1, 2, 3)]
     layer = [row for row in answers([*heads, *(of_control(r, "untrained", r) for r in heads)]) if row.claim.number == 5]
     assert [row.claim.outcome for row in layer] == ["confounded"]
     assert [row.claim.outcome for row in answers(heads) if row.claim.number == 5] == ["holds"]

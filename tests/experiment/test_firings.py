@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from saes import HOOK, LAYER, random_sae
 
+from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.target import HeadHook, atoms_of
 from writesae.experiment import firings as F
 
 N, T, ATOMS = 12, 40, 9
 BOUNDS: F.Bounds = {"first": 2, "last": 30}
 
 
-class FakeModel:
-    """Hands out the position as the hook's activation, so that a fake SAE can look its activations up."""
-
-    def run_with_cache(self, tokens: torch.Tensor, names_filter: list[str], stop_at_layer: int):
-        assert stop_at_layer == 4 and tokens.shape == (1, T)
-        return None, {names_filter[0]: tokens[..., None].float()}
-
-
-class FakeSAE(torch.nn.Module):
-    cfg = SimpleNamespace(metadata=SimpleNamespace(hook_name="blocks.3.mixer.heads.1.hook_write_vec"))
-
-    def __init__(self, activations: torch.Tensor):
-        super().__init__()
-        self.activations, self.place = activations, torch.nn.Parameter(torch.zeros(1))
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return self.activations.flatten(0, 1)[x[:, 0].long()]
-
-
 def collected(activations: torch.Tensor) -> F.Firings:
-    tokens = torch.arange(N * T).view(N, T)
-    return F.collect_firings(cast(Any, FakeModel()), cast(Any, FakeSAE(activations)), 3, tokens)
+    """Those of activations [N,T,F]."""
+    places = activations.nonzero(as_tuple=True)
+    return F.Firings(*(x.numpy() for x in (*places, activations[places])), N, T, ATOMS)
 
 
 def at(*places: tuple[Any, Any, Any]) -> F.Firings:
@@ -67,17 +49,23 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def test_firings_are_the_positive_activations_and_some_sequences_keep_their_numbers(
-    dense: torch.Tensor, firings: F.Firings
-) -> None:
-    again = torch.zeros_like(dense)
-    again[firings.sequence, firings.position, firings.atom] = torch.tensor(firings.activation)
-    assert torch.equal(again, dense) and len(firings) == int((dense > 0).sum())
-    assert (firings.n_sequences, firings.n_positions, firings.n_atoms) == (N, T, ATOMS)
+def test_firings_are_the_positive_activations_of_a_dictionary(model64: HookedRecurrent, varied: torch.Tensor) -> None:
+    sae = random_sae(model64)
+    with torch.no_grad():
+        found = F.collect_firings(model64, sae, LAYER, varied)
+        dense = sae.encode(model64.run_with_cache(varied, names_filter=[HOOK])[1][HOOK])
+    again = torch.zeros_like(dense, dtype=torch.float32)
+    again[found.sequence, found.position, found.atom] = torch.tensor(found.activation)
+    torch.testing.assert_close(again, dense.float())
+    assert (found.n_sequences, found.n_positions, found.n_atoms) == dense.shape
+    torch.nn.init.constant_(sae.b_enc, torch.nan)
+    with pytest.raises(NothingToMeasureError, match="sequence 0"):
+        F.collect_firings(model64, sae, LAYER, varied)
+
+
+def test_some_sequences_keep_their_numbers(dense: torch.Tensor, firings: F.Firings) -> None:
     some = firings.of_sequences(np.array([2, 7]))
     assert set(some.sequence) == {2, 7} and len(some) == int((dense[[2, 7]] > 0).sum())
-    with pytest.raises(NothingToMeasureError, match="sequence 0"):
-        collected(dense.index_fill(1, torch.tensor([4]), torch.nan))
 
 
 def test_alive_counts_the_first_tokens_only() -> None:
@@ -179,17 +167,3 @@ def test_atoms_of_both_halves(firings: F.Firings) -> None:
     test, fires = split.test, slice(3, 9)  # atom 0 fires in a single test sequence: it would have no interval
     once = at((split.select[0], fires, slice(2)), (test[0], fires, slice(2)), (test[1], fires, 1))
     assert picked(once, min_firings=2) == [1]
-
-
-def test_hook_names() -> None:
-    hook = HeadHook.parse("blocks.12.mixer.heads.3.hook_state_vec")
-    assert hook[1:] == (12, 3, "state") and hook.cell == "L12H3"
-    for other in ("blocks.1.hook_resid_pre", "blocks.1.mixer.heads.2.hook_write", f"x{hook.name}"):
-        with pytest.raises(ValueError, match="hook_write_vec"):
-            HeadHook.parse(other)
-
-
-def test_atoms_of_another_package_are_those_of_its_decoder() -> None:
-    v, w = torch.randn(6, 2, 3), torch.randn(6, 2, 5)
-    flat = atoms_of(cast(Any, SimpleNamespace(W_dec=(v.mT @ w).flatten(1))), np.array([4, 1]), 3, 5)
-    torch.testing.assert_close(flat.dense(), (v.mT @ w)[[4, 1]])

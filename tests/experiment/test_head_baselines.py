@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from saes import random_sae
+from saes import close, random_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
@@ -36,10 +36,6 @@ def text(n: int = N, vocabulary: int = 12, seed: int = 0) -> np.ndarray:
 def fitted(of: LowRank, tokens: np.ndarray, n_codes: int = 20, components: int = 4, seed: int = 0) -> HeadBaselines:
     rng = np.random.default_rng(seed)
     return HeadBaselines.fit(of, tokens, n_codes=n_codes, components=components, rng=rng)
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def shrunk_by_hand(of: LowRank, tokens: np.ndarray) -> dict[int, pd.DataFrame]:
@@ -121,33 +117,28 @@ def test_principal_components_and_the_mean_write_what_lies_in_their_span() -> No
 # -- on a model
 
 
-@pytest.fixture
-def tokens() -> Tensor:
-    return torch.randint(1, 64, (4, 24), generator=torch.Generator().manual_seed(4))
-
-
-def test_each_half_is_fitted_on_the_other(model64: HookedRecurrent, tokens: Tensor) -> None:
-    lab = Lab(model64, {"": random_sae(model64)}, tokens, seed=5)
-    for sequence in range(4):
+def test_each_half_is_fitted_on_the_other(model64: HookedRecurrent, varied: Tensor) -> None:
+    lab = Lab(model64, {"": random_sae(model64)}, varied, seed=5)
+    for sequence in range(8):
         own = lab.native_writes([sequence])
         other = lab.baselines(sequence).writes
-        assert len(other) == 48 and not (other.keys[:, None] == own.keys[None]).all(-1).any()
-    assert len({id(lab.baselines(n)) for n in range(4)}) == 2  # fitted once for each half
+        assert len(other) == 96 and not (other.keys[:, None] == own.keys[None]).all(-1).any()
+    assert len({id(lab.baselines(n)) for n in range(8)}) == 2  # fitted once for each half
     assert len(lab.baselines(0).drawn) == 12  # as many as the dictionary has atoms
     assert len(lab.baselines(0, n_codes=5).codes) == 5
 
 
-def test_other_text_takes_the_place_of_the_halves(model64: HookedRecurrent, tokens: Tensor) -> None:
+def test_other_text_takes_the_place_of_the_halves(model64: HookedRecurrent, varied: Tensor) -> None:
     reference = torch.randint(1, 64, (3, 30), generator=torch.Generator().manual_seed(9))
-    lab = Lab(model64, {"": random_sae(model64)}, tokens[:1], reference=reference)
+    lab = Lab(model64, {"": random_sae(model64)}, varied[:1], reference=reference)
     assert len(lab.baselines(0).writes) == 90
     native = lab.native_writes([0])
     for name in BASELINES:
-        assert len(lab.baselines(0).written(name, native, tokens_and_before(tokens[0]))) == 24
+        assert len(lab.baselines(0).written(name, native, tokens_and_before(varied[0]))) == 24
     with pytest.raises(ValueError, match="1 of its 3"):
         Lab(model64, {"": random_sae(model64)}, reference[1:2], reference=reference)
 
 
-def test_one_sequence_without_other_text_has_no_baseline(model64: HookedRecurrent, tokens: Tensor) -> None:
+def test_one_sequence_without_other_text_has_no_baseline(model64: HookedRecurrent, varied: Tensor) -> None:
     with pytest.raises(NothingToMeasureError, match="reference"):
-        Lab(model64, {"": random_sae(model64)}, tokens[:1]).baselines(0)
+        Lab(model64, {"": random_sae(model64)}, varied[:1]).baselines(0)

@@ -36,14 +36,14 @@ def trials_of(lab: Lab, window: int | None) -> tuple[list[Trial], list[Tensor | 
     trials, written = [], []
     for n in range(12):
         position = int(rng.integers(0, T - (window or 1)))
-        edits = [
-            lab.replace(position, None),
-            lab.replace(position, other, 3 + n),
-            lab.add(position, other * 0.5, n),
-        ]
         native, foreign = site.writes.dense()[position], other.dense()
-        trials.append(Trial({"n": n, "position": position}, position, edits[n % 3]))
-        written.append([torch.zeros_like(native), foreign[3 + n], native + 0.5 * foreign[n]][n % 3])
+        edit, by_hand = [
+            (lab.replace(position, None), torch.zeros_like(native)),
+            (lab.replace(position, other, 3 + n), foreign[3 + n]),
+            (lab.add(position, other * 0.5, n), native + 0.5 * foreign[n]),
+        ][n % 3]
+        trials.append(Trial({"n": n, "position": position}, position, edit))
+        written.append(by_hand)
     return trials, written
 
 

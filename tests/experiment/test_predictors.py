@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 import numpy as np
 import pytest
 import torch
-from conftest import MAKERS, VOCAB, hooked_in_float64
+from conftest import MAKERS, MAMBA1, VOCAB, hooked_in_float64
 from recurrences import FORMS, random_recurrence
 from torch import Tensor
 from torch.testing import assert_close
@@ -58,7 +58,7 @@ class Case:
 
 
 @float64
-@pytest.mark.parametrize("kind", sorted(MAKERS))
+@pytest.mark.parametrize("kind", sorted(MAKERS.keys() - {*MAMBA1, "glm5_next", "qwen4_exp"}))
 def test_the_error_of_f2_falls_as_eps_squared(kind: str) -> None:
     case = Case(tiny(kind))
     slope = float(case.predicted()[2])

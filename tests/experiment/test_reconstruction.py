@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from saes import HEAD, HOOK, LAYER, STATE, K, V, exact_sae, make_sae
+from saes import HOOK, STATE, exact_sae, make_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
@@ -23,22 +22,6 @@ def test_an_exact_dictionary_explains_everything(model: HookedRecurrent, short_t
         assert rows["explained"].to_numpy() == pytest.approx(1, abs=1e-6)
         assert rows["reads"].to_numpy() == pytest.approx(1, abs=1e-6)
         assert (rows["l0"] > 1).all()
-
-
-@pytest.mark.parametrize("hook", [HOOK, STATE])
-def test_shares_are_those_of_the_dense_matrices(model: HookedRecurrent, short_text: Tensor, hook: str) -> None:
-    sae = make_sae(model, hook=hook)
-    row = reconstruction(Lab(model, {"a": sae}, short_text), range(6)).iloc[2]
-    one = model.recurrence(short_text, LAYER).select(heads=HEAD)
-    x = (one.states() if "state" in hook else one.write())[:, :, 0].flatten(2)
-    error = x[2] - sae.decode(sae.encode(x[2]))
-    explained = 1 - error.square().sum() / (x[2] - x.mean((0, 1))).square().sum()
-    assert row["explained"] == pytest.approx(float(explained), abs=1e-4)
-
-    def read(rows: Tensor) -> float:
-        return float(torch.stack([(e.view(K, V).T @ q).square().sum() for e, q in zip(rows, one.q[2, :, 0])]).sum())
-
-    assert row["reads"] == pytest.approx(1 - read(error) / read(x[2]), abs=1e-4)
 
 
 def test_sequences_without_variance_are_left_out_and_counted(model: HookedRecurrent, short_text: Tensor) -> None:

@@ -46,11 +46,6 @@ def errors_of(family: str, folder: Path) -> dict[str, Errors]:
     return _of_simple_gla(saved) if family == "simple_gla" else _of_model(family, saved)
 
 
-def all_errors(folder: Path) -> dict[str, dict[str, Errors]]:
-    """Errors of every family."""
-    return {family: errors_of(family, folder) for family in ALL}
-
-
 @torch.no_grad()
 def _of_model(family: str, saved: dict[str, Tensor]) -> dict[str, Errors]:
     with warnings.catch_warnings():
@@ -94,6 +89,6 @@ def _largest(found: Tensor, expected: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    found = all_errors(Path(sys.argv[1]))
+    found = {family: errors_of(family, Path(sys.argv[1])) for family in ALL}
     table = {family: {schedule: errors._asdict() for schedule, errors in own.items()} for family, own in found.items()}
     print(json.dumps(table, indent=1))

@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import fla_families
 
 SMALLER: dict[str, dict[str, Any]] = {
-    **{name: {"num_heads": 1, "num_v_heads": 2} for name in ("gated_deltanet", "kda", "comba")},
+    **{name: {"num_heads": 1, "num_v_heads": 2} for name in ("gated_deltanet", "gated_deltanet2", "kda", "comba")},
     "gated_deltaproduct": {"num_householder": 2},
     "hgrn2": {"hidden_size": 32, "expand_ratio": 16},
 }

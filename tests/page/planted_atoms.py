@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from sae_lens.saes.sae import SAEMetadata
+from saes import make_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae.choices import Decoder, Encoder
-from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
+from sae_lens_writesae.sae import WriteTopKSAE
 from writesae.page.atoms import AtomPages
 
 LAYER, HEAD, N, T = 2, 3, 4, 48
@@ -29,16 +28,9 @@ def held_out(model: HookedRecurrent) -> Tensor:
     return ids[: N * T].view(N, T)
 
 
-def empty_sae(model: HookedRecurrent, d_sae: int = 6, rank: int = 1, decoder: Decoder = "rank") -> WriteTopKSAE:
+def empty_sae(model: HookedRecurrent, d_sae: int = 6, rank: int = 1, decoder: str = "rank") -> WriteTopKSAE:
     """Atoms to be planted: the encoder is the atoms, and the strongest one of each token fires."""
-    shape = model.cfg.layer(LAYER)
-    torch.manual_seed(0)
-    metadata = SAEMetadata(hook_name=HOOK, model_name="embedded")
-    d_in = shape.K * shape.V
-    encoder: Encoder = "tied" if decoder == "rank" else "bilinear"
-    cfg = WriteTopKSAEConfig(d_in=d_in, d_sae=d_sae, k=1, d_k=shape.K, rank=rank, encoder=encoder, decoder=decoder)
-    cfg.metadata = metadata
-    return WriteTopKSAE(cfg)
+    return make_sae(model, decoder, rank, d_sae, HOOK, k=1, encoder="tied" if decoder == "rank" else "bilinear")
 
 
 def places() -> list[tuple[int, int]]:
@@ -48,15 +40,12 @@ def places() -> list[tuple[int, int]]:
 
 def planted_sae(model: HookedRecurrent, tokens: Tensor) -> WriteTopKSAE:
     """Atoms that are native writes of chosen tokens, at unit norm: there they fire with its norm, at cosine 1."""
-    sae = empty_sae(model)
-    recurrence = model.recurrence(tokens, LAYER)
+    sae, recurrence = empty_sae(model), model.recurrence(tokens, LAYER)
+    sequences, positions = map(list, zip(*places()))
     with torch.no_grad():
-        for atom in range(6):
-            s, t = places()[atom]
-            sae.v[atom, 0] = torch.nn.functional.normalize(recurrence.k[s, t, HEAD], dim=-1)
-            sae.w[atom, 0] = torch.nn.functional.normalize(recurrence.u[s, t, HEAD], dim=-1)
-            if atom == 1:  # the same atom by another name
-                sae.v[atom], sae.w[atom] = -sae.v[atom], -sae.w[atom]
+        sae.v[:, 0] = torch.nn.functional.normalize(recurrence.k[sequences, positions, HEAD], dim=-1)
+        sae.w[:, 0] = torch.nn.functional.normalize(recurrence.u[sequences, positions, HEAD], dim=-1)
+        sae.v[1], sae.w[1] = -sae.v[1], -sae.w[1]  # the same atom by another name
     return sae
 
 

@@ -19,7 +19,7 @@ from planted_atoms import HEAD, HOOK, LAYER, SMALL, T, empty_sae, float64_model,
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hookpoints import HookedRecurrent, embedded
+from hookpoints import HookedRecurrent, Recurrence, embedded
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae import WriteTopKSAE
 from writesae.experiment.quality import dictionary_quality
@@ -107,11 +107,10 @@ def test_value_side_is_the_direct_path(model: HookedRecurrent, planted: WriteTop
     page = data.atoms[0]
     w = normalize(planted.w[0, 0].double(), dim=-1)
     path = w @ model.layer_W_O(LAYER)[HEAD] @ model.W_U
-    path = path - path.mean()
-    best = int(path.argmax())
-    assert page.values.tokens.high[0].token == best
-    assert page.values.tokens.high[0].value == pytest.approx(float(path.detach().max()), rel=1e-3)
-    assert page.values.tokens.low[0].token == int(path.argmin())
+    path = (path - path.mean()).detach()
+    high, low = page.values.tokens.high[0], page.values.tokens.low[0]
+    assert (high.token, low.token) == (int(path.argmax()), int(path.argmin()))
+    assert high.value == pytest.approx(float(path.max()), rel=1e-3)
 
 
 def test_effect_is_the_derivative_that_autograd_finds(
@@ -139,27 +138,31 @@ def test_effect_is_the_derivative_that_autograd_finds(
         assert mean[token] == pytest.approx(float(slope), rel=2e-3)
 
 
+def written_alone(
+    recurrence: Recurrence, sae: WriteTopKSAE, atom: int, sequence: int, position: int, size: float = 1.0
+) -> Recurrence:
+    """The head with one write, that of an atom."""
+    k, u = torch.zeros_like(recurrence.k), torch.zeros_like(recurrence.u)
+    k[sequence, position], u[sequence, position] = size * sae.v[atom].double(), sae.w[atom].double()
+    return recurrence.with_write(k, u)
+
+
 def test_half_life_is_that_of_the_atoms_own_key_side(
     model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor
 ) -> None:
-    """Against the step-by-step definition, on one atom whose firings are all followed."""
-    followed = replace(SMALL, half_life_firings=1000)
-    facts = Facts(followed, model, planted, tokens, progress=False)
-    recurrence = model.recurrence(tokens, LAYER)
-    assert recurrence.log_decay is not None and recurrence.a is not None and recurrence.b is not None
+    """Against the state that the atom alone leaves, on one atom whose firings are all followed."""
+    facts = Facts(replace(SMALL, half_life_firings=1000), model, planted, tokens, progress=False)
+    recurrence = model.recurrence(tokens, LAYER).select(heads=slice(HEAD, HEAD + 1))
     _, cache = model.run_with_cache(tokens, names_filter=[HOOK])
     with torch.no_grad():
         traces = facts.traces[2]
         active = (planted.encode(cache[HOOK].float())[..., 2] > 0)[:, :-1].nonzero().tolist()
         lives = []
         for s, t in active:
-            p, size, step = planted.v[2, 0].double(), float(planted.v[2, 0].norm()), 0
-            for step in range(1, min(followed.half_life_limit, T - 1 - t) + 1):
-                one = [x[s, t + step, HEAD] for x in (recurrence.log_decay, recurrence.a, recurrence.b)]
-                p = one[0].exp() * p + one[1] * (one[2] @ p)
-                if p.norm() < size / 2:
-                    break
-            lives.append((step, bool(p.norm() >= size / 2)))
+            states = written_alone(recurrence, planted, 2, s, t).states()[s, t : t + SMALL.half_life_limit + 1, 0]
+            sizes = torch.linalg.matrix_norm(states)
+            gone = (sizes < sizes[0] / 2).nonzero()[:, 0].tolist()
+            lives.append((gone[0], False) if gone else (len(sizes) - 1, True))
     assert [trace.life for trace in traces] == lives and len(active) > 1
 
 
@@ -172,12 +175,9 @@ def test_a_timeline_is_what_the_head_reads_of_the_atom(
     total = recurrence.outputs()[:, :, 0].norm(dim=-1)
     for page in data.atoms[:3]:
         for shown in page.timelines:
-            k, u = torch.zeros_like(recurrence.k), torch.zeros_like(recurrence.u)
-            k[shown.sequence, shown.position] = (
-                active[page.atom, shown.sequence, shown.position] * planted.v[page.atom].double()
-            )
-            u[shown.sequence, shown.position] = planted.w[page.atom].double()
-            read = recurrence.with_write(k, u).outputs()[shown.sequence, :, 0].norm(dim=-1) / total[shown.sequence]
+            place = (shown.sequence, shown.position)
+            alone = written_alone(recurrence, planted, page.atom, *place, size=active[page.atom, *place])
+            read = alone.outputs()[shown.sequence, :, 0].norm(dim=-1) / total[shown.sequence]
             here = slice(shown.position, shown.position + len(shown.values))
             np.testing.assert_allclose(shown.values, read[here].detach(), rtol=2e-3, atol=1e-9)
             assert shown.tokens == [model.to_string(int(i)) for i in tokens[shown.sequence, here]]
@@ -248,6 +248,8 @@ def test_the_numbers_lie_beside_pages_that_need_nothing_else(data: AtomPagesData
     for page in pages:
         links = re.findall(r'(?:src|href)="([^"]*)"', page.read_text())
         assert all((site / link).exists() for link in links if not link.startswith(("#", "data:image/png")))
+    onward = [re.findall(r'rel="next" href="([^"]*)"', page.read_text()) for page in pages]
+    assert onward == [*([page.name] for page in pages[1:-1]), [], []]  # from each atom to the next; index.html is last
 
 
 def test_a_token_is_exact_as_data_and_visible_on_a_page(model: HookedRecurrent) -> None:
@@ -302,6 +304,9 @@ def test_the_lead_says_what_the_numbers_say(data: AtomPagesData, site: Path, tmp
     assert f"on “{visible(page.fires_on[0].text)}”" in words
     assert f"native write is {page.cosines.median:.2f} (median)" in words
     assert f"half of its norm after {page.memory.half_life:g} token" in words
+    sides = ("Key side v", "Value side w", "The matrix", "What it does to the logits", "Firings by", "Read after")
+    assert all(f">{side}" in words for side in (*sides, "Activation density"))
+    assert words.count("<mark") >= len(page.top) + len(page.timelines) > len(page.top)
     bare = write_atom_pages(AtomPagesData(data.info, [replace(page, cosines=None)]), tmp_path).with_name("atom-0.html")
     assert "native write is zero wherever" in bare.read_text()
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import PHONE, chromium, opened, scrolls_sideways
-from planted_atoms import SMALL, float64_model, held_out, planted_sae
+from browsing import PHONE, opened, scrolls_sideways
+from planted_atoms import SMALL, held_out, planted_sae
 from playwright.sync_api import Browser, Page
 
+from hookpoints import HookedRecurrent
 from writesae.page.atoms import AtomPage, AtomPagesData, write_atom_pages
 
 pytestmark = pytest.mark.slow  # a browser
@@ -21,16 +22,9 @@ EVIL = '</td><script>alert("token")</script><img src=x onerror=alert(1)>&amp;' +
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def data(browser: Browser) -> AtomPagesData:
-    model = float64_model()
-    tokens = held_out(model)
-    return SMALL.collect(model, planted_sae(model, tokens), tokens, progress=False)
+def data(embedded: HookedRecurrent) -> AtomPagesData:
+    tokens = held_out(embedded)
+    return SMALL.collect(embedded, planted_sae(embedded, tokens), tokens, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -82,50 +76,6 @@ def test_words_and_bounds_filter_and_the_address_keeps_them(browser: Browser, da
         assert 3 in listed(page) and len(listed(page)) < len(data.atoms)
         page.get_by_label("Search").fill("no-such-word")
         assert listed(page) == [] and page.locator("#count").inner_text() == f"0 of {len(data.atoms)} atoms"
-
-
-def test_links_lead_through_all_atoms_and_back_to_the_choice(browser: Browser, index: Path) -> None:
-    with opened(browser, index, "#sort=rate&order=asc") as page:
-        order, following = listed(page), page.locator('a[rel="next"]')
-        page.get_by_role("link", name="0", exact=True).click()
-        for atom in ATOMS:
-            page.wait_for_url(index.with_name(f"atom-{atom}.html").as_uri())
-            assert page.get_by_role("heading", level=1).inner_text().startswith(f"Atom {atom} ")
-            if atom < max(ATOMS):
-                following.click()
-        assert following.count() == 0
-        for _ in ATOMS:
-            page.go_back()
-        assert listed(page) == order
-        page.get_by_role("link", name="2", exact=True).click()
-        page.get_by_role("link", name="All atoms").click()
-        page.wait_for_url(index.as_uri())
-
-
-def test_a_page_shows_each_side_of_an_atom(browser: Browser, data: AtomPagesData, index: Path) -> None:
-    own = data.atoms[0]
-    with opened(browser, index.with_name("atom-0.html")) as page:
-        boxed = page.locator("ol.contexts").first.locator("mark")
-        strongest = own.top[0]
-        assert boxed.count() == len(own.top)
-        assert boxed.first.inner_text().replace("·", " ").replace("↵", "\n") == strongest.tokens[strongest.at]
-        names = "\n".join(page.locator("h2, h3, figcaption").all_inner_texts())
-        sides = ("Key side v", "Value side w", "The matrix", "What it does to the logits", "Firings by")
-        assert all(each in names for each in (*sides, "Activation density", "Read after"))
-        assert page.locator("img.heat").evaluate("e => e.naturalWidth * e.naturalHeight") == 32 * 64
-        boxed = page.get_by_role("heading", name="when it is read").locator("~ ol").locator("mark")
-        assert boxed.count() == len(own.timelines) > 0
-
-
-def test_pages_fit_a_phone(browser: Browser, data: AtomPagesData, index: Path) -> None:
-    with opened(browser, index, **PHONE) as page:
-        assert not scrolls_sideways(page)
-        page.get_by_label("Sort by").select_option("cosine")
-        first = max(data.atoms, key=lambda each: each.cosines.median if each.cosines else -1)
-        assert listed(page)[0] == first.atom
-        page.get_by_role("link", name=str(first.atom), exact=True).tap()
-        page.wait_for_url(index.with_name(f"atom-{first.atom}.html").as_uri())
-        assert not scrolls_sideways(page)
 
 
 def evil(value: Any) -> Any:

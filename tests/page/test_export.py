@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 from planted_atoms import SMALL, held_out, planted_sae
-from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
-from sae_lens_writesae.sae import WriteTopKSAE
 from writesae.page.atoms import collect
 from writesae.page.atoms.export import neuronpedia_batch
 from writesae.page.atoms.measure import Facts
@@ -46,19 +44,9 @@ def fits(value: dict[str, Any], schema: str) -> dict[str, Any]:
     return value
 
 
-@pytest.fixture(scope="module")
-def tokens(embedded: HookedRecurrent) -> Tensor:
-    return held_out(embedded)
-
-
-@pytest.fixture(scope="module")
-def planted(embedded: HookedRecurrent, tokens: Tensor) -> WriteTopKSAE:
-    return planted_sae(embedded, tokens)
-
-
-def test_neuronpedia_gets_the_numbers_of_the_pages(
-    embedded: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor
-) -> None:
+def test_neuronpedia_gets_the_numbers_of_the_pages(embedded: HookedRecurrent) -> None:
+    tokens = held_out(embedded)
+    planted = planted_sae(embedded, tokens)
     data = SMALL.collect(embedded, planted, tokens, progress=False)
     facts = Facts(SMALL, embedded, planted, tokens, progress=False)
     batch = fits(json.loads(json.dumps(neuronpedia_batch(facts, "speeches"), allow_nan=False)), "batch")
@@ -79,12 +67,12 @@ def test_neuronpedia_gets_the_numbers_of_the_pages(
 
 
 def test_what_no_other_tool_shows_is_not_measured(
-    planted: WriteTopKSAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    embedded: HookedRecurrent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Quality needs a pass of the model for every sequence and replacement; cosines and memory cost, too."""
     for name in ("qualities", "_page"):
         monkeypatch.setattr(collect, name, lambda *_: pytest.fail("was measured"))
-    planted.save_model(tmp_path / "sae")
+    planted_sae(embedded, held_out(embedded)).save_model(tmp_path / "sae")
     (text := tmp_path / "text.txt").write_text(shipped.text("test")[:3000])
     export = Export(sae=tmp_path / "sae", text=text, context_size=48, out=tmp_path / "out")
     assert export.run(SMALL, progress=False) == tmp_path / "out/batch-0.json"

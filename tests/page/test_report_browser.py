@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import PHONE, chromium, opened, scrolls_sideways
+from browsing import PHONE, opened, scrolls_sideways
 from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up
 from playwright.sync_api import Browser
 
@@ -25,12 +24,6 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
     results = [made_up(m, label=label, floor=1e-12, seed=i, **few) for i, (label, m) in enumerate(MADE.items())]
     folder: Path = tmp_path_factory.mktemp("browsed")
     return write_report(results, folder / "report.html")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
 
 
 def test_a_phone_shows_every_verdict_without_scrolling_sideways(browser: Browser, html: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import pandas as pd
 
+from writesae.choices import AtLeast
 from writesae.experiment.evaluation import Evaluation, Result, Scope
 from writesae.experiment.lab import Lab, Trial
 from writesae.experiment.readout import kl_window
@@ -28,13 +29,11 @@ class Repeat(Evaluation):
 
     n_positions: int = 200
     """Positions, drawn uniformly from all sequences."""
-    horizon: int = 16
+    horizon: Annotated[int, AtLeast(0)] = 16
     """KL is averaged over t..t+horizon, both included."""
 
-    kind: ClassVar[str] = "repeat"
     question: ClassVar[str] = "Does a repeated write disturb more than a missing one?"
     scope: ClassVar[Scope] = Scope.HEAD
-    least: ClassVar[dict[str, int]] = {"horizon": 0}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "positions": {
             "sequence": "row of the evaluation tokens",

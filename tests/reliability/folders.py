@@ -78,22 +78,20 @@ class Kind(NamedTuple):
 
     make: Callable[[Path], None]
     read: Callable[[Path], Contents]
-    head: str
-    """The JSON file that describes the rest."""
 
 
 KINDS = {
-    "model": Kind(make_model, read_model, "config.json"),
-    "dictionary": Kind(make_dictionary, read_dictionary, "cfg.json"),
-    "collection": Kind(make_collection, read_collection, "index.json"),
-    "result": Kind(make_result, read_result, "info.json"),
+    "model": Kind(make_model, read_model),
+    "dictionary": Kind(make_dictionary, read_dictionary),
+    "collection": Kind(make_collection, read_collection),
+    "result": Kind(make_result, read_result),
 }
 FILE = "hookpoints.files:SealedFolder.file"
 
 
 def _damaged(kind: str) -> Callable[[Path, int], Iterator[Comparison]]:
     def run(work: Path, rounds: int) -> Iterator[Comparison]:
-        make, read, _ = KINDS[kind]
+        make, read = KINDS[kind]
         folder = work / kind
         make(folder)
         whole, names = read(folder), sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))

@@ -12,10 +12,6 @@ from reliability.checks import Change, Comparison, Most, check
 LAYER, HEAD = 2, 1
 
 
-def _tokens(model: HookedRecurrent, length: int) -> torch.Tensor:
-    return torch.randint(1, model.cfg.d_vocab, (1, length), generator=torch.Generator().manual_seed(0))
-
-
 def _states(cache: Cache) -> list[torch.Tensor]:
     """Every recurrent state of a cache, and the keys of attention."""
     found = []
@@ -44,7 +40,7 @@ def generation(work, rounds):
     that is generated, states of the cache that generation left are compared with those of one pass (their largest
     relative error)."""
     model = HookedRecurrent.from_pretrained("embedded")
-    prompt, seen = _tokens(model, 16), []
+    prompt, seen = torch.randint(1, model.cfg.d_vocab, (1, 16), generator=torch.Generator().manual_seed(0)), []
     how = {"max_new_tokens": rounds, "min_new_tokens": rounds, "do_sample": False}
     with model.hooks([(f"blocks.{LAYER}.mixer.hook_write", lambda write, hook: seen.append(write.shape[1]))]):
         watched = model.generate(prompt, **how)

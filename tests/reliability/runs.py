@@ -25,10 +25,6 @@ def doubled(write, hook):
     return 2 * write
 
 
-def interrupt(*_, **__):
-    raise KeyboardInterrupt
-
-
 def native(model, tokens):
     return model.hf_model(tokens).logits
 

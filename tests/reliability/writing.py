@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 from saes import planted
-from safetensors.torch import load_file
 
 from hookpoints import HookedRecurrent
-from hookpoints.files import CHECKSUMS, read_json
+from hookpoints.files import CHECKSUMS
 from reliability.checks import Change, Comparison, check, outcome
 from reliability.folders import read_dictionary, read_result
 from reliability.runs import fresh
@@ -58,10 +57,8 @@ def contents(folder: Path) -> dict[str, object]:
             found[name] = read_result(file.parent)
         elif file.name == "cfg.json":
             found[name] = read_dictionary(file.parent)
-        elif file.name.startswith("shard-"):
-            found[name] = load_file(file)
-        elif file.name == INDEX:
-            found[name] = read_json(file)
+        elif file.name.startswith("shard-") or file.name == INDEX:
+            found[name] = file.read_bytes()
         elif file.name == CHECKSUMS and (file.parent / INDEX).exists():
             found |= {f"{name}, {line}": True for line in file.read_text().splitlines()}
     return found

@@ -121,12 +121,6 @@ def test_the_size_is_said_and_a_small_disk_is_refused(model, whole, tmp_path, mo
     assert len(said) == 1 and f"{found.total_bytes} bytes" in said[0] and not contents(tmp_path)
 
 
-def test_writes_at_the_papers_size_take_512_bytes_a_token_and_head():
-    layer = {"factors": {"k": ["float16", [128]], "u": ["float16", [128]]}}
-    index = {"shape": [10_000, 1024], "heads": {"9": list(range(16))}, "layers": {"9": layer}}
-    assert 512 < module._sequence_bytes(index) / (1024 * 16) < 513
-
-
 def test_shards_and_batches_of_a_large_model_are_those_of_a_minute(model, tmp_path, monkeypatch):
     """Whatever is asked of bytes; by arithmetic, so that they are the same in every run."""
     operations = 2 * T * sum(x.numel() for x in model.hf_model.parameters())

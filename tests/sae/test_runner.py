@@ -14,14 +14,13 @@ from sae_lens import (
     LanguageModelSAETrainingRunner,
     LoggingConfig,
 )
-from saes import exact_sae
+from saes import exact_sae, make_sae
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
 from hookpoints import embedded as shipped
 from sae_lens_writesae import sae as architectures
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
-from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import (
     MODEL_CLASS_NAME,
     text_dataset,
@@ -29,9 +28,6 @@ from sae_lens_writesae.sae.runner import (
     training_config,
 )
 from sae_lens_writesae.sae.target import head_target
-from writesae.experiment.lab import Lab
-from writesae.experiment.quality import qualities
-from writesae.experiment.tokens import sample_sequences
 
 LAYER, HEAD = 2, 1
 SMALL = {
@@ -69,25 +65,6 @@ def test_stock_runner_trains_and_exports(embedded, dataset, tmp_path, target):
     assert loaded.cfg.d_sae == sae.cfg.d_sae
     runner_cfg = json.loads((tmp_path / "runner_cfg.json").read_text())
     assert runner_cfg["model_class_name"] == MODEL_CLASS_NAME and runner_cfg["model_name"] == "embedded"
-
-
-@pytest.mark.slow
-def test_stock_runner_gives_what_calibration_would(embedded, tmp_path):
-    """On a head that remembers for dozens of tokens. What the optimizer leaves in b_dec recovers far less there."""
-    sizes = {"training_tokens": 20_000, "context_size": 128, "store_batch_size_prompts": 8, "n_batches_in_buffer": 32}
-    cfg = training_config(embedded, 4, 0, d_sae=512, output_path=str(tmp_path), seed=0, **sizes)
-    text = text_dataset(shipped.text("train"))
-    trained = LanguageModelSAETrainingRunner(cfg, override_model=embedded, override_dataset=text).run().eval()
-    saved, calibrated = load_sae(tmp_path), load_sae(tmp_path)
-    seen = embedded.to_tokens(shipped.text("train"), prepend_bos=False, truncate=False)[0, : 20_000 // 128 * 128]
-    with torch.no_grad():
-        _, cache = embedded.run_with_cache(seen.view(-1, 128), names_filter=cfg.hook_name)
-        read = cache[cfg.hook_name].flatten(0, 1)
-        calibrated.move_b_dec((read - calibrated(read)).mean(0))
-    tokens = sample_sequences(embedded, shipped.text("test"), 256, 12)
-    saes = {"returned": trained, "saved": saved, "calibrated": calibrated}
-    found = {name: each.recovered.mean for name, each in qualities(Lab(embedded, saes, tokens)).items()}
-    assert min(found["returned"], found["saved"]) > found["calibrated"] - 0.02, found
 
 
 def test_model_class_name_loads_the_model(embedded, dataset):
@@ -138,15 +115,11 @@ def test_cached_activations_are_the_writes(embedded, dataset, tmp_path):
     assert_close(written, cache[cfg.hook_name][0], rtol=1e-4, atol=1e-5)
 
 
-def test_saes_stand_in_for_hook_points(dataset, tmp_path):
+@pytest.mark.usefixtures("no_grad")
+def test_saes_stand_in_for_hook_points():
     """add_sae, run_with_saes, the error term, and inner hooks, in prefill and generation."""
     model = HookedSAERecurrent.from_pretrained("embedded")
-    sae = _exported(model, dataset, tmp_path)
-    with torch.no_grad():
-        _check_attached(model, sae)
-
-
-def _check_attached(model, sae):
+    sae = make_sae(model, hook=head_target(model, LAYER, HEAD).hook_name)
     tokens = model.to_tokens("The Congress of the United States shall")
     plain = model(tokens)
     replaced = model.run_with_saes(tokens, saes=[sae])
@@ -176,11 +149,6 @@ def test_an_sae_that_does_not_fit_is_not_attached():
         with pytest.raises(error):
             model.run_with_saes(model.to_tokens("The Congress"), saes=[exact_sae(name, k=32, v=64)])
         assert not model.acts_to_saes
-
-
-def _exported(model, dataset, folder):
-    train(small_config(model), model, dataset).save_inference_model(str(folder))
-    return SAE.load_from_disk(str(folder))
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch
 from sae_lens import SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
+from saes import untrained_sae
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -41,30 +42,14 @@ class Planted:
         return codes @ self.atoms + self.mean + 0.01 * self.draw(BATCH, D_IN)
 
 
-def train(
-    name: str,
-    data: Iterator[Tensor],
-    steps: int,
-    lr: float = 3e-3,
-    *,
-    trainer_fields: dict[str, Any] | None = None,
-    **fields: Any,
-) -> SAETrainer:
+def train(name: str, data: Iterator[Tensor], steps: int, lr: float = 3e-3, **fields: Any) -> SAETrainer:
     """SAELens' trainer, run to the end."""
-    torch.manual_seed(0)
-    trainer = make_trainer(name, data, steps, lr, trainer_fields or {}, **fields)
+    trainer = make_trainer(name, data, steps, lr, **fields)
     trainer.fit()
     return trainer
 
 
-def make_trainer(
-    name: str, data: Iterator[Tensor], steps: int, lr: float, trainer_fields: dict[str, Any], **fields: Any
-) -> SAETrainer:
-    sae_class, cfg_class = S.TRAINING[name]
-    if name in ("writesae_topk", "writesae_batchtopk", "writesae_matryoshka"):
-        fields = {"k": 2} | fields
-    sae = sae_class(cfg_class(**({"d_in": D_IN, "d_sae": 32, "d_k": K, "d_v": V} | fields)))
-    options: dict[str, Any] = {"dead_feature_window": 50} | trainer_fields
+def make_trainer(name: str, data: Iterator[Tensor], steps: int, lr: float, **fields: Any) -> SAETrainer:
     cfg = SAETrainerConfig(
         total_training_samples=BATCH * steps,
         train_batch_size_samples=BATCH,
@@ -72,15 +57,14 @@ def make_trainer(
         lr_end=lr / 10,
         lr_scheduler_name="cosineannealing",
         lr_warm_up_steps=10,
-        **options,
+        dead_feature_window=50,
     )
-    return SAETrainer(cfg, sae, data)
+    return SAETrainer(cfg, make(name, **fields), data)
 
 
 def make(name: str = "writesae_topk", **fields: Any) -> Any:
     """An untrained SAE."""
-    torch.manual_seed(0)
-    return make_trainer(name, iter(()), 1, 1e-3, {}, **fields).sae
+    return untrained_sae(name, **{"k": 2, "d_in": D_IN, "d_sae": 32, "d_k": K, "d_v": V} | fields)
 
 
 def step(sae: Any, x: Tensor, n: int, dead: Tensor | None = None) -> Any:
@@ -100,7 +84,7 @@ def recovery(sae: Any, data: Planted) -> float:
         pytest.param("writesae_topk", {"encoder": "dense"}, marks=pytest.mark.slow),
         pytest.param("writesae_topk", {"rank": 2}, marks=pytest.mark.slow),
         ("writesae_batchtopk", {}),
-        pytest.param("writesae_matryoshka", {"matryoshka_widths": [12, 48]}, marks=pytest.mark.slow),
+        pytest.param("writesae_matryoshka", {}, marks=pytest.mark.slow),
         ("writesae_standard", {"l1_coefficient": 0.1}),
         ("writesae_gated", {"l1_coefficient": 0.1}),
         ("writesae_jumprelu", {"l0_coefficient": 0.02, "jumprelu_init_threshold": 0.3}),
@@ -126,8 +110,7 @@ def exported_l0(sae: Any, x: Tensor, folder: Path) -> float:
 @pytest.mark.parametrize("name", ["writesae_batchtopk", "writesae_matryoshka"])
 def test_exported_threshold_is_right_after_fifty_steps(name: str, lr: float, tmp_path: Path) -> None:
     data = Planted()
-    fields: dict[str, Any] = {"matryoshka_widths": [8, 32]} if name == "writesae_matryoshka" else {}
-    sae = train(name, data, 50, lr, **fields).sae
+    sae = train(name, data, 50, lr).sae
     fresh = torch.cat([next(data) for _ in range(4)])
     assert exported_l0(sae, fresh, tmp_path) == pytest.approx(2, rel=0.1)
     W.calibrate_threshold(sae, fresh)
@@ -194,8 +177,7 @@ def test_unit_norm_keeps_the_function(name: str, encoder: str) -> None:
 @pytest.mark.parametrize("name", VARIED)
 @pytest.mark.parametrize("fields", [*W.VARIANTS.values()], ids=W.VARIANTS)
 def test_resampling_takes_dead_atoms_to_the_residual(name: str, fields: dict) -> None:
-    widths = {"matryoshka_widths": [8, 32]} if name == "writesae_matryoshka" else {}
-    sae = make(name, resample_every=10, unit_norm_every=0, b_dec_init="zeros", **widths, **fields)
+    sae = make(name, resample_every=10, unit_norm_every=0, b_dec_init="zeros", **fields)
     x = torch.randn(64, D_IN)
     dead = torch.zeros(32, dtype=torch.bool)
     dead[[3, 7, 20]] = True
@@ -242,19 +224,18 @@ def test_input_that_is_not_finite_stops_training() -> None:
 
 def test_resumed_training_is_training_that_never_stopped(tmp_path: Path) -> None:
     batches = [next(Planted(seed=s)) for s in range(12)]
-    fields = {"resample_every": 0, "unit_norm_every": 5}
+    whole, resumed = (
+        make_trainer("writesae_batchtopk", iter(()), 12, 1e-2, resample_every=0, unit_norm_every=5) for _ in range(2)
+    )
 
     def run(trainer: SAETrainer, which: slice) -> None:
         for batch in batches[which]:
             trainer.step(batch)
             trainer.n_training_steps += 1
 
-    torch.manual_seed(0)
-    whole = make_trainer("writesae_batchtopk", iter(()), 12, 1e-2, {}, **fields)
     run(whole, slice(0, 6))
     whole.save_checkpoint("half", tmp_path)
     run(whole, slice(6, 12))
-    resumed = make_trainer("writesae_batchtopk", iter(()), 12, 1e-2, {}, **fields)
     resumed.sae.load_weights_from_checkpoint(tmp_path / "half")
     resumed.load_trainer_state(tmp_path / "half")
     run(resumed, slice(6, 12))
@@ -274,7 +255,6 @@ def test_any_trainer_leaves_reconstructions_right_on_average(name: str, tmp_path
             return 0.003 * (sides[0][:, :, None] * sides[1][:, None]).flatten(1)
 
     fields: dict[str, dict[str, Any]] = {
-        "writesae_matryoshka": {"matryoshka_widths": [8, 36]},
         "writesae_standard": {"l1_coefficient": 3e-3},
         "writesae_gated": {"l1_coefficient": 3e-3},
         "writesae_jumprelu": {"l0_coefficient": 1e-5, "jumprelu_init_threshold": 0.01},
@@ -305,8 +285,6 @@ def test_any_trainer_leaves_reconstructions_right_on_average(name: str, tmp_path
 @pytest.mark.parametrize("fields", [{}, {"encoder": "tied"}, {"decoder": "flat", "encoder": "dense"}, {"rank": 2}])
 @pytest.mark.parametrize("name", VARIED)
 def test_atoms_start_from_rows_of_the_first_batches(name: str, fields: dict) -> None:
-    if name == "writesae_matryoshka":
-        fields = fields | {"matryoshka_widths": [8, 40]}
     sae = make(name, d_sae=40, decoder_init="native", **fields)
     rank = fields.get("rank", 1)
     batches = [torch.randn(24, rank, K, generator=torch.Generator().manual_seed(n)) for n in range(3)]

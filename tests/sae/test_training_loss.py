@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput
+from saes import untrained_sae
 
 from sae_lens_writesae import collect, load_sae, train, training_config
 from sae_lens_writesae.sae import TRAINING
@@ -19,23 +19,13 @@ from sae_lens_writesae.sae.training import MatrixTrainingSAE
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 LAYER, HEAD, K, V = 1, 2, 8, 6
-EXTRA: dict[str, Any] = {
-    "writesae_matryoshka": {"matryoshka_widths": [6, 12]},
-    "writesae_standard": {"l1_coefficient": 0.1},
-    "writesae_gated": {"l1_coefficient": 0.1},
-}
 MIXED = sorted(set(TRAINING) - {"writesae_product"})
 """Architectures that mix losses; products refuse it."""
 
 
 def make(architecture: str = "writesae_topk", loss: Any = "reads", weight: float = 0.5, **fields: Any) -> Any:
-    torch.manual_seed(0)
-    sae_class, config_class = get_sae_training_class(architecture)
-    own: dict[str, Any] = {} if architecture in EXTRA or architecture == "writesae_jumprelu" else {"k": 3}
-    if architecture == "writesae_matryoshka":
-        own = {"k": 3}
     shape = {"d_in": K * V, "d_k": K, "d_sae": 12, "loss": loss, "loss_weight": weight, "dtype": "float64"}
-    return sae_class(config_class(**shape | own | EXTRA.get(architecture, {}) | fields))  # pyright: ignore
+    return untrained_sae(architecture, k=3, **shape | fields)
 
 
 def rows(loss: Any, n: int = 10) -> torch.Tensor:
@@ -45,8 +35,7 @@ def rows(loss: Any, n: int = 10) -> torch.Tensor:
 
 
 def step(sae: Any, x: torch.Tensor, at: int = 1) -> Any:
-    coefficients = {"l1": 0.1, "l0": 0.1}
-    return sae.training_forward_pass(TrainStepInput(x, coefficients, None, at, False))
+    return sae.training_forward_pass(TrainStepInput(x, {"l1": 0.1, "l0": 0.1}, None, at, False))
 
 
 # -- formulas

@@ -69,15 +69,14 @@ def untrained(world: World, k: int = 1) -> WriteTopKSAE:
     return dictionary(world, random_atoms(world), k)
 
 
-def two_kinds(world: World, *, wrong: bool = False) -> WriteTopKSAE:
+def two_kinds(world: World) -> WriteTopKSAE:
     """Every other atom is a planted one whose value side is mixed with that of another, at a cosine of about 0.9. The
-    rest write what is read of the planted ones, at a cosine near 0; or `wrong`: random matrices."""
+    rest write what is read of the planted ones, at a cosine near 0."""
     own = planted_atoms(world)
     read = own if world.read is None else world.read
-    other = random_atoms(world, len(own), seed=10) if wrong else read
     odd = (torch.arange(len(own)) % 2 == 1)[:, None, None]
     mixed = own.values + torch.linspace(0.3, 0.6, len(own))[:, None, None] * normalize(read.values.roll(2, 0), dim=-1)
-    atoms = LowRank(torch.where(odd, other.keys, own.keys), torch.where(odd, other.values, mixed))
+    atoms = LowRank(torch.where(odd, read.keys, own.keys), torch.where(odd, read.values, mixed))
     return dictionary(world, atoms, read=own)
 
 
@@ -96,7 +95,6 @@ DICTIONARIES: dict[str, Callable[[World], WriteTopKSAE | Dictionaries]] = {
     "untrained": untrained,
     "untrained, k 3": lambda world: untrained(world, 3),
     "two kinds": two_kinds,
-    "half wrong": lambda world: two_kinds(world, wrong=True),
     "seeds: the same atoms": lambda world: seeds(lambda seed: blurred_atoms(world, seed, 0.1), world),
     "seeds: atoms alike": lambda world: seeds(lambda seed: blurred_atoms(world, seed, 0.6), world),
     "seeds: untrained": lambda world: seeds(lambda seed: random_atoms(world, seed=seed), world),

@@ -278,14 +278,6 @@ def linear() -> World:
     return plant(world, by_phase(world.k, N_ATOMS), orthonormal(N_ATOMS, world.k, 2), unit(N_ATOMS, world.v, 3))
 
 
-def scrambled() -> World:
-    """As `linear`, but at half of the tokens the mixer's output has the other sign, which W_O and W_U do not tell."""
-    world = linear()
-    query, choose = seen(world, "hook_q"), by_phase(world.k, 2)
-    hold_block(world, "hook_mixer_out", lambda out: (2.0 * choose(query[0])[..., None] - 1) * out)
-    return world
-
-
 def same_rows() -> World:
     """As `linear`, but the rows of the unembedding hardly differ, so that a write toward any token moves all."""
     world = linear()
@@ -348,7 +340,7 @@ def spared() -> World:
     return replace(world, atoms=LowRank.rank_one(asked.expand(n, -1), normalize(values, dim=1)))
 
 
-_ALL = (planted, noise, one_write, two_kinds, sums, blurred, tokens, shared_tokens, linear, scrambled)
+_ALL = (planted, noise, one_write, two_kinds, sums, blurred, tokens, shared_tokens, linear)
 WORLDS: dict[str, Callable[[], World]] = {
     make.__name__.replace("_", " "): make for make in (*_ALL, same_rows, readable, unread, readers, spared)
 }

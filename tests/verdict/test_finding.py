@@ -58,7 +58,7 @@ def test_truth_values_have_the_interval_of_a_share_and_a_tie_is_no_win(paired: P
 def test_two_clusters_are_both_resampled(paired: Paired) -> None:
     both = Paired(paired.wide, ("sequence", "feature"), seed=3)
     wide = paired.wide
-    assert both.mean("atom") == stats.estimate_two_way(wide["atom"], wide["sequence"], wide["feature"], seed=3)
+    assert both.mean("atom") == stats.estimate(wide["atom"], wide["sequence"], wide["feature"], seed=3)
 
 
 def test_shares_of_deletion_and_independent_samples(paired: Paired) -> None:

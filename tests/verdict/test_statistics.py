@@ -41,7 +41,7 @@ def test_one_cluster_has_no_interval() -> None:
     for one in (
         S.estimate([1.0, 2.0], ["a", "a"]),
         S.recovered_share([1.0, 2.0], [2.0, 4.0], ["a", "a"]),
-        S.estimate_two_way([1, 2], [0, 0], [0, 0]),
+        S.estimate([1, 2], [0, 0], [0, 0]),
         S.share([True, False], ["a", "a"]),
     ):
         assert math.isnan(one.low) and math.isnan(one.high) and one.n_clusters == 1 and not math.isnan(one.mean)
@@ -51,10 +51,10 @@ def test_one_cluster_has_no_interval() -> None:
 
 def test_chunks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     x, ids = np.random.default_rng(0).normal(size=50), np.arange(50) // 5
-    median, two_way = S.estimate(x, ids, statistic=S.weighted_median), S.estimate_two_way(x, ids, np.arange(50) % 5)
+    median, two_way = S.estimate(x, ids, statistic=S.weighted_median), S.estimate(x, ids, np.arange(50) % 5)
     monkeypatch.setattr(S, "_CHUNK_FLOATS", 50 * 7)
     assert S.estimate(x, ids, statistic=S.weighted_median) == median
-    assert S.estimate_two_way(x, ids, np.arange(50) % 5) == pytest.approx(two_way)
+    assert S.estimate(x, ids, np.arange(50) % 5) == pytest.approx(two_way)
 
 
 @pytest.mark.parametrize("n_clusters", [5, 12, 24])
@@ -69,9 +69,9 @@ def test_every_interval_of_normal_clusters_is_students(n_clusters: int) -> None:
         lambda seed: S.estimate(x, ids, statistic=S.weighted_mean, seed=seed),
         lambda seed: S.estimate_difference(x, np.zeros(30), ids, more, seed=seed),
         lambda seed: S.estimate_difference(np.zeros(30), -x, more, ids, seed=seed),
-        lambda seed: S.estimate_two_way(np.repeat(x, 30), rows, columns, seed=seed),
-        lambda seed: S.estimate_two_way(np.repeat(x, 30), columns, rows, seed=seed),
-        lambda seed: S.estimate_two_way(x, ids, np.zeros(n_clusters), seed=seed),  # over the rows alone
+        lambda seed: S.estimate(np.repeat(x, 30), rows, columns, seed=seed),
+        lambda seed: S.estimate(np.repeat(x, 30), columns, rows, seed=seed),
+        lambda seed: S.estimate(x, ids, np.zeros(n_clusters), seed=seed),  # over the rows alone
         lambda seed: S.recovered_difference(np.zeros(n_clusters), x, np.ones(n_clusters), ids, seed=seed),
     ]
     half = stats.t.isf(0.025, n_clusters - 1) * x.std(ddof=1) / math.sqrt(n_clusters)
@@ -138,7 +138,7 @@ def test_a_difference_has_the_clusters_of_its_poorer_sample() -> None:
 
 
 def test_two_way_of_a_sparse_table_leaves_out_draws_of_nothing() -> None:
-    sparse = S.estimate_two_way([1.0, 2.0, 3.0], [0, 1, 2], [0, 1, 2])
+    sparse = S.estimate([1.0, 2.0, 3.0], [0, 1, 2], [0, 1, 2])
     assert sparse.mean == 2 and 1 <= sparse.low < sparse.high <= 3
 
 

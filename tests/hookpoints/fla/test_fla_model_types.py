@@ -23,6 +23,8 @@ CONFIGS = {
 }
 """Model type -> configuration, of all that fla registers."""
 OTHERS = sorted(set(CONFIGS) - HOOKED)
+LAYERS = {"simple_gla", "gated_deltanet2"}
+"""Layers that fla has no models of."""
 SMALL = {"num_hidden_layers": 2, "hidden_size": 512, "intermediate_size": 64, "vocab_size": 32}
 OWN = {"rodimus": {"block_type": "rodimus"}}
 pytestmark = [
@@ -43,14 +45,14 @@ def make(model_type: str):
 
 
 def test_all_types_are_accounted_for():
-    """SimpleGLA is a layer that fla has no model of; its Mamba-2 loads as transformers' own."""
-    assert len(CONFIGS) >= 40 and set(CONFIGS) >= HOOKED - {"simple_gla"}
+    """fla's Mamba and Mamba-2 load as transformers' own."""
+    assert len(CONFIGS) >= 40 and set(CONFIGS) >= HOOKED - LAYERS
     assert set(MODEL_TYPES) == HOOKED and not HOOKED & set(REFUSED)
-    assert set(OTHERS) <= set(REFUSED) | {"mamba2"}
+    assert set(OTHERS) <= set(REFUSED) | {"mamba", "mamba2"}
     assert all(len(reason) > 20 for reason in (*REFUSED.values(), *REFUSED_LAYERS.values()))
 
 
-@pytest.mark.parametrize("model_type", sorted(HOOKED - {"simple_gla"}))
+@pytest.mark.parametrize("model_type", sorted(HOOKED - LAYERS))
 @torch.no_grad()
 def test_hooked_types_load_and_their_writes_fire(model_type, tmp_path, tokens):
     """Each layer's write is the product of its keys with what it stores, at every token."""
@@ -71,7 +73,7 @@ def test_other_types_are_refused_in_hand(model_type, monkeypatch):
     # MLA's layers cannot be made where flash-attn is not installed.
     monkeypatch.setattr(sys.modules["fla.layers.mla"], "flash_attn_func", lambda: None)
     model = make(model_type)
-    reason = REFUSED.get(model_type, "load the checkpoint with transformers' Mamba2ForCausalLM")
+    reason = REFUSED.get(model_type, f"load the checkpoint with transformers' {class_of(model_type).__name__}")
     for hook in (HookedRecurrent.from_hf, attach):
         with pytest.raises(UnsupportedModelError, match=f"'{model_type}' cannot be hooked: ") as error:
             hook(model)
@@ -101,6 +103,6 @@ def test_a_layer_of_another_make_is_refused_with_what_it_lacks():
 def test_a_layer_without_a_model_is_refused():
     model = make_fla("gla")
     for block in model.model.layers:
-        block.attn = FLA.layers.GatedDeltaNet2(hidden_size=32, num_heads=2, head_dim=16)
-    with pytest.raises(UnsupportedModelError, match="Gated DeltaNet-2"):
+        block.attn = FLA.layers.MomentumDeltaNet(hidden_size=32, num_heads=2, head_dim=16)
+    with pytest.raises(UnsupportedModelError, match="Momentum DeltaNet"):
         HookedRecurrent.from_hf(model)

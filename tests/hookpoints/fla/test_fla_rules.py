@@ -13,10 +13,18 @@ from torch.testing import assert_close
 
 from hookpoints import Recurrence
 from hookpoints.rules.base import l2_normalise
-from hookpoints.rules.tables import FLA_DELTA, FLA_GATED_DELTA, FLA_GLA, FLA_KIMI_DELTA, FLA_SIMPLE_GLA
+from hookpoints.rules.tables import (
+    FLA_DELTA,
+    FLA_GATED_DELTA,
+    FLA_GATED_DELTA_2,
+    FLA_GLA,
+    FLA_KIMI_DELTA,
+    FLA_SIMPLE_GLA,
+)
 
 B, T, H, HV, K, V = 2, 37, 2, 4, 8, 5
 DTYPES = [torch.float64, torch.float32]
+IN_KERNEL = dict.fromkeys(("use_gate_in_kernel", "use_qk_l2norm_in_kernel", "use_beta_sigmoid_in_kernel"), True)
 
 
 def normal(seed: int, *shape: int, dtype=torch.float64) -> torch.Tensor:
@@ -37,14 +45,15 @@ def call(dtype, heads: int = HV, key_heads: int | None = None, **arguments):
     return {**shared, **arguments}
 
 
-def check(rule, arguments, outputs, state, dtype):
-    """The rule's recurrence against reference outputs [B,T,H,V] and a key-first final state."""
+def check(rule, arguments, outputs, state, dtype, rounded=False):
+    """The rule's recurrence against reference outputs [B,T,H,V], which may be rounded to float32, and a key-first final
+    state."""
     recurrence = Recurrence.of(rule.form(rule.factors(arguments), arguments))
     for method in ("chunked", "reference"):
         found = recurrence.scan(method=method)
         for ours, theirs in ((found.outputs, outputs), (found.final_state, state)):
             if dtype == torch.float64:
-                assert_close(ours, theirs.double(), rtol=0, atol=1e-10)
+                assert_close(ours, theirs.double(), rtol=0, atol=1e-6 if rounded and theirs is outputs else 1e-10)
             else:
                 error = (ours - theirs).pow(2).mean().sqrt() / theirs.pow(2).mean().sqrt()
                 assert error < 1e-5
@@ -61,8 +70,7 @@ def test_gated_delta(in_kernel, dtype):
 
     raw, a_log, bias = (normal(4, B, T, HV, dtype=dtype), normal(5, HV, dtype=dtype), normal(6, HV, dtype=dtype))
     strength = normal(7, B, T, HV, dtype=dtype)
-    given = call(dtype, HV, H, g=raw, beta=strength, A_log=a_log, dt_bias=bias, allow_neg_eigval=True)
-    given |= {"use_gate_in_kernel": True, "use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+    given = call(dtype, HV, H, g=raw, beta=strength, A_log=a_log, dt_bias=bias, allow_neg_eigval=True, **IN_KERNEL)
     with KeepFloat64():
         g = naive_gdn_gate(raw, a_log, bias, output_dtype=dtype)
         beta = 2 * strength.sigmoid()
@@ -85,8 +93,7 @@ def test_kda(bound, dtype):
     from fla.ops.kda.naive import naive_recurrent_kda
 
     raw, a_log, bias = (normal(4, B, T, HV, K, dtype=dtype), normal(5, HV, dtype=dtype), normal(6, HV * K, dtype=dtype))
-    given = call(dtype, HV, H, g=raw, beta=normal(7, B, T, HV, dtype=dtype), A_log=a_log, dt_bias=bias)
-    given |= {"use_gate_in_kernel": True, "use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+    given = call(dtype, HV, H, g=raw, beta=normal(7, B, T, HV, dtype=dtype), A_log=a_log, dt_bias=bias, **IN_KERNEL)
     given |= {"lower_bound": bound, "safe_gate": bound is not None, "allow_neg_eigval": False}
     with KeepFloat64():
         gate = naive_kda_gate if bound is None else naive_kda_lowerbound_gate
@@ -96,6 +103,25 @@ def test_kda(bound, dtype):
             q, k, given["v"], g, given["beta"].sigmoid(), None, given["initial_state"].mT.contiguous(), True
         )
     check(FLA_KIMI_DELTA, given, *out, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_delta_2(dtype):
+    """Key-first, and with all heads expanded by the layer."""
+    import_fla()
+    from fla.ops.gdn2 import naive_recurrent_gdn2
+
+    given = call(dtype, g=-normal(4, B, T, HV, K, dtype=dtype).exp(), use_qk_l2norm_in_kernel=True)
+    given |= {
+        "b": 2 * normal(5, B, T, HV, K, dtype=dtype).sigmoid(),
+        "w": normal(6, B, T, HV, V, dtype=dtype).sigmoid(),
+    }
+    with KeepFloat64():
+        q, k = (l2_normalise(given[name]) for name in "qk")
+        out = naive_recurrent_gdn2(
+            q, k, *(given[name] for name in "vgbw"), None, given["initial_state"].mT, output_final_state=True
+        )
+    check(FLA_GATED_DELTA_2, given, *out, dtype, rounded=True)
 
 
 @pytest.mark.parametrize(
