@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from pathlib import Path
+from typing import Literal, NamedTuple, cast, get_args
 
 Target = Literal["write", "state", "last_state"]
 """`write`: the matrix that is added at each token, which the substitution test exchanges (the default). `state`: the
@@ -26,6 +27,12 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 """A language model's dtype."""
 
 
+class AtLeast(NamedTuple):
+    """In the type of a setting that is a whole number, its smallest allowed value: `Annotated[int, AtLeast(2)]`."""
+
+    least: int
+
+
 def at_least(settings: object, bounds: Mapping[str, float]) -> None:
     """ValueError for a setting below its bound, or an entry of it; None is in order."""
     for name, bound in bounds.items():
@@ -35,11 +42,30 @@ def at_least(settings: object, bounds: Mapping[str, float]) -> None:
                 raise ValueError(f"{name} must be at least {bound:g}, found {entry!r}")
 
 
-def expect(settings: object, **rules: tuple[bool, str]) -> None:
+def expect(settings: object, rules: Mapping[str, tuple[bool, str]]) -> None:
     """ValueError for the first setting whose rule does not hold; a rule is whether it does, and what is expected."""
     for name, (holds, expected) in rules.items():
         if not holds:
             raise ValueError(f"{name} must be {expected}; found {getattr(settings, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnText:
+    """Flags of commands that look at dictionaries on a text."""
+
+    model: str | None = None
+    """Model; by default the one named in the metadata of the SAE."""
+    dtype: Dtype = "float32"
+    """The model's dtype."""
+    text: Path | None = None
+    """Text file; by default the held-out text of the package."""
+    sequences: int = 100
+    """Sequences to find firings in."""
+    context_size: int = 128
+    """Tokens per sequence."""
+
+    def __post_init__(self) -> None:
+        at_least(self, {"sequences": 1, "context_size": 1})
 
 
 VARIANTS = ("WriteSAE", "TiedSAE", "MatrixSAE", "BilinearFlatSAE", "FlatSAE", "WriteSAE-rank2", "WriteSAE-rank4")

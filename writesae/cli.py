@@ -76,6 +76,10 @@ COMMANDS: dict[str, Command] = {
         "The paper's whole table for a model: train, evaluate and report, as a workflow.",
         "writesae.reproduce.command:Reproduce",
     ),
+    "zoo": Command(
+        "Measure what dictionaries find in models whose mechanism is known.",
+        "writesae.zoo:Zoo",
+    ),
     "models": Command(
         "List the models on this machine, and the update rules that can be hooked.",
         "writesae.models:Models",

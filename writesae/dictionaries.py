@@ -238,8 +238,10 @@ class Train:
         """What is trained on each head."""
         if self.names:
             return [DictionaryName.parse(name) for name in self.names]
-        every = itertools.product(self.targets, self.losses, self.variants, self.seeds)
-        return [DictionaryName.parse(str(DictionaryName(*each, metric=self.metric))) for each in every]
+        return [
+            DictionaryName.parse(str(DictionaryName(*each, metric=self.metric)))
+            for each in itertools.product(self.targets, self.losses, self.variants, self.seeds)
+        ]
 
     def run(self, say: Say = print) -> Path:
         """Train what is missing.
@@ -265,8 +267,7 @@ class Train:
         left = [place for place in places if not (folders[place] / "sae").exists()]
         say(f"{len(places)} dictionaries, {len(places) - len(left)} of them trained already")
         groups = [group for group in self._groups(places, configs, collection) if not {*left}.isdisjoint(group)]
-        measured = [place[:2] for group in groups for place in group if place[2].metric != "frobenius"]
-        metrics = self._metrics(measured, collection)
+        metrics = self._metrics([place for group in groups for place in group], collection)
         done = 0
         for group in groups:
             with taken(folders[group[0]], say):
@@ -295,15 +296,14 @@ class Train:
             needed: set[Target] = {each.target for each in names}
             needed |= {"state"} if any(each.loss == "reads" for each in names) else set()
             model = self._model()
-            collect = Collect(
+            Collect(
                 model=self.model,
                 layers=self.layers,
                 heads=self.heads,
                 targets=tuple(sorted(needed)),
                 context_size=self.context_size,
                 out=folder,
-            )
-            collect.of(model, enough(documents(self.dataset), self.training_tokens, model), say)
+            ).of(model, enough(documents(self.dataset), self.training_tokens, model), say)
             return Collection.open(folder)
         if self.model not in (None, there.model_name):
             raise ValueError(f"{folder} is of the model {there.model_name}, not {self.model}; name another --out")
@@ -314,16 +314,17 @@ class Train:
 
         return HookedRecurrent.from_pretrained(cast(str, self.model), dtype=self.dtype)
 
-    def _metrics(self, heads: Sequence[tuple[int, int]], collection: Collection) -> dict[tuple[int, int], Metric]:
-        """The metrics of some heads, fitted on the first of the training text; the same each time."""
+    def _metrics(self, places: Sequence[Place], collection: Collection) -> dict[tuple[int, int], Metric]:
+        """The metrics of heads that need one, fitted on the first of the training text; the same each time."""
         from sae_lens_writesae.sae.metric_fit import fit_metrics
         from writesae.experiment.tokens import sample_sequences
 
+        heads = {place[:2] for place in places if place[2].metric != "frobenius"}
         if not heads:
             return {}
         model, size = self._model(), min(collection.context_size, _METRIC_TOKENS)
         text = "\n".join(enough(documents(self.dataset), _METRIC_TOKENS, model)["text"])
-        return fit_metrics(model, sample_sequences(model, text, size, _METRIC_TOKENS // size), sorted(set(heads)))
+        return fit_metrics(model, sample_sequences(model, text, size, _METRIC_TOKENS // size), sorted(heads))
 
     def _groups(
         self, places: Sequence[Place], configs: Mapping[Place, RunnerConfig], collection: Collection
@@ -362,8 +363,12 @@ class Train:
             if group[0][2].target == "write" and shape_of(configs[group[0]]) is not None:
                 heads = {place[:2]: collection.factors(*place[:2]) for place in group}
                 writes = {head: LowRank(mapped.keys[:], mapped.values[:]) for head, mapped in heads.items()}
-                every = [configs[place] for place in group], [writes[place[:2]] for place in group], wanted
-                saes = train_many_on_writes(*every, checkpoint=checkpoint)
+                saes = train_many_on_writes(
+                    [configs[place] for place in group],
+                    [writes[place[:2]] for place in group],
+                    wanted,
+                    checkpoint=checkpoint,
+                )
             else:
                 saes = [train(configs[group[0]], metric=wanted[0], checkpoint=checkpoint)]
         for place, sae in zip(group, saes):
@@ -384,9 +389,8 @@ class Train:
         sparsity = sparsity_fields(self.architecture, self.k)
         if name.variant == MATCHED:
             sae_class, config_class = get_sae_training_class(self.architecture)
-            place = collection.head_target(layer, head, name.target)
-            own = sae_class(config_class.from_dict(place.sae_fields | {"d_sae": d_sae} | sparsity))
-            d_sae, variant = matched_flat(own)
+            fields = collection.head_target(layer, head, name.target).sae_fields | {"d_sae": d_sae} | sparsity
+            d_sae, variant = matched_flat(sae_class(config_class.from_dict(fields)))
         else:
             variant = VARIANTS[name.variant]
         return training_config(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_type_hints
 
 import tyro
 
-from writesae.choices import Dtype, at_least
+from writesae.choices import OnText
 from writesae.cli import choose, parse, parse_with
 from writesae.files import check_writable, folder_labels, sae_folders, taken
 
@@ -24,7 +24,7 @@ _REFERENCE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subjects:
+class Subjects(OnText):
     """What is evaluated, on which text."""
 
     saes: tyro.conf.Positional[tuple[Path, ...]]
@@ -32,22 +32,9 @@ class Subjects:
     `writesae train` and `demo` leave them."""
     out: Path = Path("writesae-out/eval")
     """Folder for results and report."""
-    model: str | None = None
-    """Model; by default the one named in the SAEs' metadata."""
-    dtype: Dtype = "float32"
-    """The model's dtype."""
-    text: Path | None = None
-    """Text file to test on; by default the held-out text of the package."""
-    sequences: int = 100
-    """Sequences to find firings in."""
-    context_size: int = 128
-    """Tokens per sequence."""
     control_dictionaries: bool = True
     """Evaluate an untrained dictionary and one of native writes beside each, by the same rules: three times the work.
     They are made from the training text of the package, on which baselines are then fitted too."""
-
-    def __post_init__(self) -> None:
-        at_least(self, {"sequences": 1, "context_size": 1})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,12 +136,9 @@ def run_eval(arguments: Sequence[str]) -> Path:
 
 def questions() -> dict[str, str]:
     """What each evaluation asks, by its kind: read off the sources, so that the list needs no torch."""
-    found: dict[str, str] = {}
-    for file in sorted((Path(__file__).parent / "evaluations").glob("[!_]*.py")):
-        line = r'^    {}: ClassVar\[str\] = "(.+)"$'
-        kinds, asked = (re.findall(line.format(name), file.read_text("utf-8"), re.M) for name in ("kind", "question"))
-        found |= dict(zip(kinds, asked, strict=True))
-    return found
+    line = re.compile(r'^    question: ClassVar\[str\] = "(.+)"$', re.MULTILINE)
+    files = sorted((Path(__file__).parent / "evaluations").glob("[!_]*.py"))
+    return {file.stem: question for file in files for question in line.findall(file.read_text("utf-8"))}
 
 
 def evaluate(
@@ -182,8 +166,10 @@ def evaluate(
         raise ValueError(f"two of the SAEs' folders have the same name: {', '.join(map(str, folders))}")
     models = {subjects.model or str(sae.cfg.metadata.model_name) for sae in saes.values()}
     if len(models) != 1:
-        found = ", ".join(sorted(models)) or "none; writesae train makes some"
-        raise ValueError(f"saes: expected folders of dictionaries of one model, got {found}")
+        raise ValueError(
+            "saes: expected folders of dictionaries of one model, got "
+            + (", ".join(sorted(models)) or "none; writesae train makes some")
+        )
     text = text_of(subjects.text)
     model = HookedRecurrent.from_pretrained(models.pop(), dtype=subjects.dtype)
     tokens = sample_sequences(model, text, subjects.context_size, subjects.sequences)

@@ -72,10 +72,10 @@ def sae_folders(path: Path) -> list[Path]:
         ValueError: there is none.
     """
     files = [path / "cfg.json"] if (path / "cfg.json").is_file() else sorted(path.rglob("cfg.json"))
-    hidden = [any(p[0] == "." or p == "checkpoints" for p in file.relative_to(path).parts) for file in files]
-    found = [file.parent for file, each in zip(files, hidden) if not each]
+    hidden = {file for file in files for p in file.relative_to(path).parts if p[0] == "." or p == "checkpoints"}
+    found = [file.parent for file in files if file not in hidden]
     if not found:
-        raise ValueError(f"{path / 'cfg.json'} does not exist. Give the folder of an SAE, or one that holds some")
+        raise ValueError(f"{path / 'cfg.json'} does not exist, and no dictionary lies below it; give another folder")
     return found
 
 

@@ -21,10 +21,10 @@ class Models:
 
     def run(self) -> str:
         """The list, as lines."""
-        from hookpoints import HookpointsError, cached, embedded, model_types
+        from hookpoints import HookpointsError, cached, embedded, model_types, zoo
 
         lines = []
-        for name in (*embedded.names(), *cached()):
+        for name in (*embedded.names(), *zoo.names(), *cached()):
             try:
                 told = summary(_shapes(name))
             except (HookpointsError, OSError, ValueError) as error:

@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import tyro
+
+from writesae.files import sae_folders
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -89,14 +91,11 @@ def saved_anew(folder: Path, fresh: Path) -> dict[str, SAE]:
     from sae_lens_writesae.sae.target import HeadHook
 
     found: dict[str, SAE] = {}
-    for file in sorted(folder.rglob("cfg.json")):
-        parts = file.parent.relative_to(folder).parts
-        if any(part.startswith(".") or part == "checkpoints" for part in parts):
-            continue
-        sae = load_sae(file.parent)
+    for place in sae_folders(folder):
+        parts, sae = place.relative_to(folder).parts, load_sae(place)
         HeadHook.of(sae)  # raises where it is not of a head
         sae.cfg.metadata = _told(sae.cfg.metadata)
-        own = (file.parents[1] if file.parent.name == "sae" else file.parent).resolve()  # a run calls its result `sae`
+        own = (place.parent if place.name == "sae" else place).resolve()  # a run calls its result `sae`
         name = "/".join(parts[:-1] if parts[-1:] == ("sae",) else parts) or own.name
         if name in found:
             raise ValueError(f"{own} and another folder would both be {name}: push them apart")
@@ -105,8 +104,6 @@ def saved_anew(folder: Path, fresh: Path) -> dict[str, SAE]:
         sae.save_model(fresh / name)
         write_checksums(fresh / name, ("cfg.json", "sae_weights.safetensors"))
         found[name] = sae
-    if not found:
-        raise ValueError(f"no dictionary lies in or below {folder} (looked for cfg.json)")
     return found
 
 
@@ -161,10 +158,10 @@ def card(repo: str, saes: Mapping[str, SAE]) -> str:
         f"acts = cache[{f'{metadata.hook_name}.hook_sae_acts_post'!r}]  # [batch, token, atom]",
         "```",
         "",
-        *_table(
-            ("name", "hook", "K x V", "atoms", "architecture", "trained on"),
-            [(f"`{name}`", *_described(cfg)) for name, cfg in configs.items()],
-        ),
+        "| name | hook | K x V | atoms | architecture | trained on |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *(f"| `{name}` | {' | '.join(_described(cfg))} |" for name, cfg in configs.items()),
+        "",
     ]
     return "\n".join(lines)
 
@@ -177,7 +174,3 @@ def _described(cfg: SAEConfig) -> tuple[str, ...]:
     trained = f"{data}, sequences of {metadata.context_size} tokens" if metadata.context_size else data
     architecture = f"{metadata.training_architecture or cfg.architecture()}{factors}"
     return f"`{metadata.hook_name}`", shape, str(cfg.d_sae), architecture, trained
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [*(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)), ""]

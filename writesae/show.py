@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from writesae.choices import Dtype, at_least
+from writesae.choices import Dtype, OnText
 from writesae.cli import parse_with
 from writesae.files import check_writable, folder_labels, sae_folders, taken
 
@@ -26,27 +26,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnText:
+class OfOne(OnText):
     """A dictionary, its model and a text."""
 
     sae: tyro.conf.Positional[Path]
     """Folder of a trained SAE (cfg.json, sae_weights.safetensors). `show` also takes one that holds such folders, as
     `writesae train` and `demo` leave them: each then gets a folder in `out`."""
-    model: str | None = None
-    """Model; by default the one named in the SAE's metadata."""
-    dtype: Dtype = "float32"
-    """The model's dtype."""
-    text: Path | None = None
-    """Text file; by default the held-out text of the package."""
     sequences: int = 200
     """Sequences to find firings in."""
-    context_size: int = 128
-    """Tokens per sequence."""
     out: Path = Path("writesae-out/atoms")
     """Folder for what is written."""
-
-    def __post_init__(self) -> None:
-        at_least(self, {"sequences": 1, "context_size": 1})
 
     def load(self) -> tuple[HookedRecurrent, SAE, Tensor]:
         """The model, the dictionary, and the text as tokens [sequences,context_size].
@@ -65,7 +54,7 @@ class OnText:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Show(OnText):
+class Show(OfOne):
     """Make a page for each atom: where it fires, what it writes, what that does, how long it lasts.
 
     The pages are static HTML that needs no server and no network; the index sorts and filters. The same numbers lie
@@ -98,7 +87,7 @@ class Show(OnText):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(OnText):
+class Export(OfOne):
     """Write the atoms of a dictionary to batch-0.json, as SAEDashboard writes it, for Neuronpedia's converter."""
 
     to: Literal["neuronpedia"] = "neuronpedia"

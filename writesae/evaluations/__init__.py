@@ -1,4 +1,4 @@
-"""One file per question. An evaluation is found by being here: a file with one `Evaluation` that has a `kind`."""
+"""One file per question. An evaluation is found by being here: a file with one `Evaluation` that asks a `question`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _discover() -> dict[str, type[Evaluation]]:
             if isinstance(each, type)
             and issubclass(each, Evaluation)
             and each.__module__.endswith(f".{module.name}")
-            and "kind" in vars(each)
+            and "question" in vars(each)
         ]
     classes.sort(key=lambda each: (min(each.answers, default=99), each.kind))
     return {each.kind: each for each in classes}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sae_lens_writesae.steering import Target, scale_atoms, token_id
-from writesae.choices import expect
+from writesae.choices import AtLeast
 from writesae.experiment.evaluation import Evaluation, Result, Scope
 from writesae.experiment.firings import Integers, collect_firings, halves
 from writesae.experiment.generation import sample_continuations
@@ -69,11 +69,11 @@ class Amplify(Evaluation):
 
     tokens: tuple[Target, ...] = ()
     """Tokens (ids or strings, at least two) whose atoms are scaled. Empty: `n_tokens`, those with the best aligned."""
-    n_tokens: int = 5
+    n_tokens: Annotated[int, AtLeast(2)] = 5
     """How many tokens, where none are named. A verdict needs 5."""
     atoms_per_token: int = 1
     """Atoms of a token in each dictionary: those that are aligned best (the paper's 10)."""
-    min_count: int = 20
+    min_count: Annotated[int, AtLeast(2)] = 20
     """Times that a token must occur in the selection half."""
     min_firings: int = 10
     """Firings at the token, in the selection half, that its atom needs."""
@@ -81,18 +81,16 @@ class Amplify(Evaluation):
     """What the atom's component of each write is multiplied by: 0 suppresses, above 1 amplifies."""
     headline: float = 4.0
     """The factor of the claim; one of `factors`."""
-    prompts: int = 40
+    prompts: Annotated[int, AtLeast(2)] = 40
     """Prompts: the beginnings of sequences of the test half; fewer where there are fewer."""
     prompt_tokens: int = 24
     """Length of a prompt."""
     new_tokens: int = 40
     """Tokens sampled at temperature 1, with the same random numbers under every condition."""
 
-    kind: ClassVar[str] = "amplify"
     question: ClassVar[str] = "Does scaling an atom change how often its token is written?"
     answers: ClassVar[tuple[int, ...]] = (18,)
     scope: ClassVar[Scope] = Scope.LAYER
-    least: ClassVar[dict[str, int]] = {"n_tokens": 2, "min_count": 2, "prompts": 2}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "atoms": {
             "token": "token that is counted",
@@ -117,14 +115,12 @@ class Amplify(Evaluation):
         },
     }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect(
-            self,
-            tokens=(len(self.tokens) != 1, "two tokens or more, because the atoms of the others are a control"),
-            headline=(self.headline in self.factors, f"one of factors {self.factors}"),
-            factors=(1.0 not in self.factors, "other than 1, which changes nothing and is compared with"),
-        )
+    def rules(self) -> dict[str, tuple[bool, str]]:
+        return {
+            "tokens": (len(self.tokens) != 1, "two tokens or more, because the atoms of the others are a control"),
+            "headline": (self.headline in self.factors, f"one of factors {self.factors}"),
+            "factors": (1.0 not in self.factors, "other than 1, which changes nothing and is compared with"),
+        }
 
     @property
     def shortest(self) -> int:
@@ -144,14 +140,13 @@ class Amplify(Evaluation):
         for name, factor, scaled in lab.bar(conditions, self.kind):
             new = self._continuations(lab, prompts, name, factor, teams.get(scaled, {}), scaled)
             finite &= (new >= 0).all(1).numpy()
-            counts = (new[..., None] == torch.tensor(list(teams))).sum(1).numpy()  # [P,tokens]
-            frame = pd.DataFrame(counts, columns=list(teams)).rename_axis("prompt").reset_index()
-            frame = frame.melt("prompt", var_name="token", value_name="count")
+            counts = pd.DataFrame({token: (new == token).sum(1).numpy() for token in teams}).rename_axis("prompt")
+            frame = counts.reset_index().melt("prompt", var_name="token", value_name="count")
             frames.append(frame.assign(condition=name, factor=factor, scaled=scaled))
             if name == "nothing":
                 text = torch.cat([prompts.cpu(), new.clamp_min(0)], 1)
-                fired = collect_firings(lab.model, lab.sae, lab.hook.layer, text).frame()
-                fires = fired[fired["position"] >= self.prompt_tokens].groupby(["sequence", "atom"]).size()
+                fired = collect_firings(lab.model, lab.sae, lab.hook.layer, text)
+                fires = fired.frame(fired.position >= self.prompt_tokens).groupby(["sequence", "atom"]).size()
         lab.counts["runs"] += len(conditions) * len(prompts)
         lab.require(
             finite.sum() >= 2,
@@ -179,11 +174,18 @@ class Amplify(Evaluation):
             chosen, tested = (alignment(lab.firings(label), lab.tokens, side, list(teams)) for side in split)
             for n, (token, team) in enumerate(teams.items()):
                 for atom in team[label]:
-                    fit = {"count": chosen.present[n], "phi": chosen.phi[n, atom], "phi_test": tested.phi[n, atom]}
-                    fit["precision"] = tested.both[n, atom] / max(tested.fired[atom], 1)
-                    fit["recall"] = tested.both[n, atom] / max(tested.present[n], 1)
-                    named = {"token": token, "text": token_text(lab.model, token), "atom": atom}
-                    rows.append(named | fit | {"head": lab.hooks[label].head})
+                    row = {
+                        "token": token,
+                        "text": token_text(lab.model, token),
+                        "atom": atom,
+                        "count": chosen.present[n],
+                        "phi": chosen.phi[n, atom],
+                        "phi_test": tested.phi[n, atom],
+                        "precision": tested.both[n, atom] / max(tested.fired[atom], 1),
+                        "recall": tested.both[n, atom] / max(tested.present[n], 1),
+                        "head": lab.hooks[label].head,
+                    }
+                    rows.append(row)
         return {"atoms": pd.DataFrame(rows).sort_values("token", kind="stable"), "counts": table}
 
     def choose_teams(self, lab: Lab, sequences: Integers, asked: Sequence[int]) -> dict[int, Team]:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 
+from writesae.choices import AtLeast
 from writesae.experiment.evaluation import Evaluation, Result, Scope
 from writesae.experiment.firings import halves
 from writesae.experiment.head import matrices_of
@@ -91,7 +92,7 @@ class Baselines(Evaluation):
       random direction (0.01 matters). The paper finds no difference from directions without meaning.
     """
 
-    test_sequences: int = 40
+    test_sequences: Annotated[int, AtLeast(2)] = 40
     """Sequences of the test half on which writes are exchanged and reconstruction is measured (all, if fewer)."""
     positions_per_sequence: int = 2
     """Positions of each, drawn uniformly; every dictionary and every control writes at the same ones."""
@@ -101,41 +102,30 @@ class Baselines(Evaluation):
     the native write for all, at which what has a cosine below 1/2 with the write is further from it than nothing."""
     pca_ranks: tuple[int, ...] = (1, 4, 32)
     """Numbers of principal components of the head's writes."""
-    pca_writes: int = 1024
+    pca_writes: Annotated[int, AtLeast(2)] = 1024
     """Writes that the components are fitted to, drawn from the other half."""
     state_ranks: tuple[int, ...] = (1, 2, 4)
     """Ranks at which whole states are cut."""
-    replacement_sequences: int = 16
+    replacement_sequences: Annotated[int, AtLeast(2)] = 16
     """Sequences of the test half on which whole matrices are replaced."""
     horizon: int = 16
     """KL is averaged over t..t+horizon, both included."""
-    first_position: int = 1
+    first_position: Annotated[int, AtLeast(0)] = 1
     """Positions before this one are not drawn."""
     alive_tokens: int = 65_536
     """Dead atoms are those that never fire on the first so many tokens (all, where there are fewer)."""
     top_tokens: int = 32
     """Tokens that are compared for the selectivity of directions (the paper's K)."""
 
-    kind: ClassVar[str] = "baselines"
     question: ClassVar[str] = "Do rank-1 atoms do better than what is simpler?"
     answers: ClassVar[tuple[int, ...]] = (15, 16, 17, 28)
     scope: ClassVar[Scope] = Scope.VARIANTS
-    least: ClassVar[dict[str, int]] = {
-        "test_sequences": 2,
-        "replacement_sequences": 2,
-        "pca_writes": 2,
-        "first_position": 0,
-    }
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "dictionaries": DICTIONARIES,
         "writes": EXCHANGED,
         "replacement": REPLACEMENT,
         "selectivity": SELECTIVITY,
     }
-
-    @property
-    def shortest(self) -> int:
-        return self.first_position + self.horizon + 2
 
     # -- measuring
 
@@ -146,20 +136,22 @@ class Baselines(Evaluation):
         written, directions = [], []
         for site in lab.sites(pd.DataFrame({"sequence": tested}), "writes"):
             positions = self._positions(lab, site)
-            left_out = self.positions_per_sequence - len(positions)
-            lab.skipped["positions with a zero native write, or no room for the window"] += left_out
+            lab.skipped["positions with a zero native write, or no room for the window"] += (
+                self.positions_per_sequence - len(positions)
+            )
             if not positions:
                 continue
             written.append(exchanged(lab, site, positions, basis, self.pca_ranks, self.scale, self.horizon + 1))
-            native, targets = site.at(positions), {label: hook.target for label, hook in lab.hooks.items()}
-            matrices = {label: matrices_of(site.recurrence, target)[positions] for label, target in targets.items()}
-            atoms = {label: of_dictionary(lab, label, x, native)[ATOM] for label, x in matrices.items()}
+            native = site.at(positions)
+            atoms = {
+                label: of_dictionary(lab, label, matrices_of(site.recurrence, hook.target)[positions], native)[ATOM]
+                for label, hook in lab.hooks.items()
+            }
             directions.append(direction_selectivity(lab, site, positions, atoms, self.top_tokens))
         lab.require(len(written) > 1, "the head writes nothing at the drawn positions of all but one sequence")
-        replaced = split.test[: self.replacement_sequences].tolist()
         costs = [
             replacement_costs(lab, sequence, basis, self.pca_ranks, self.state_ranks)
-            for sequence in lab.bar(replaced, "replacement")
+            for sequence in lab.bar(split.test[: self.replacement_sequences].tolist(), "replacement")
         ]
         lab.facts["d_vocab"] = int(lab.model.cfg.d_vocab)
         return {

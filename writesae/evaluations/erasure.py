@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -17,10 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae.choices import expect
+from writesae.choices import AtLeast
 from writesae.experiment.at_firings import OfHalves
 from writesae.experiment.evaluation import Result, described
 from writesae.experiment.firings import Integers, silent_positions
+from writesae.experiment.head import random_units
 from writesae.experiment.lab import EditedRows, Lab, Site, Trial
 from writesae.experiment.readout import log_prob_change, native_log_prob
 from writesae.experiment.tokens import token_text
@@ -81,7 +82,7 @@ class Erasure(OfHalves):
 
     n_atoms: int | None = 20
     """Atoms drawn uniformly from those that fire often enough in both halves. None: all of them."""
-    select_firings: int = 24
+    select_firings: Annotated[int, AtLeast(2)] = 24
     """At most this many firings of an atom for the choice of its token, dealt over sequences."""
     test_firings: int = 12
     """At most this many firings of an atom for the test, in the other half of the sequences."""
@@ -90,10 +91,8 @@ class Erasure(OfHalves):
     horizon: int = 4
     """The effect is the mean change of a token's log-probability over t..t+horizon."""
 
-    kind: ClassVar[str] = "erasure"
     question: ClassVar[str] = "Does erasing an atom lower a token of its own?"
     answers: ClassVar[tuple[int, ...]] = (8, 24)
-    least: ClassVar[dict[str, int]] = OfHalves.least | {"select_firings": 2}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "atoms": described(
             "text",
@@ -126,10 +125,13 @@ class Erasure(OfHalves):
         ),
     }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        fewest = min(self.select_firings, self.test_firings)
-        expect(self, min_firings=(self.min_firings <= fewest, "at most select_firings and test_firings"))
+    def rules(self) -> dict[str, tuple[bool, str]]:
+        return {
+            "min_firings": (
+                self.min_firings <= min(self.select_firings, self.test_firings),
+                "at most select_firings and test_firings",
+            )
+        }
 
     # -- measuring
 
@@ -157,12 +159,11 @@ class Erasure(OfHalves):
         lab.facts["floor"] = lab.floor(floor, "change", self.horizon + 1)
         lab.facts["split"] = "a random half of the sequences for the choice of tokens, the other half for the test"
         typical = torch.tensor(test.groupby("column")["activation"].median().to_numpy())
-        parts = [
+        table = pd.concat(
             lab.read(site, self._trials(lab, site, directions, typical), changes, self.horizon + 1)
             for site in lab.sites(test, self.kind)
-        ]
-        table, by_firing = pd.concat(parts), test.set_index("firing")
-        put_in = table["condition"] == "injected"
+        )
+        by_firing, put_in = test.set_index("firing"), table["condition"] == "injected"
         wide = table[~put_in].pivot(index="firing", columns="condition", values="change")
         firings = by_firing.join(wide).join(table[table["condition"] == "effect"].set_index("firing")["wrong"])
         of_atom = firings.groupby("column")
@@ -212,9 +213,7 @@ class Erasure(OfHalves):
     def _fitting(self, lab: Lab, firings: pd.DataFrame, atoms: LowRank) -> LowRank:
         """For each of n atoms, of F random directions at unit norm the one with the largest mean inner product with the
         native writes at the atom's firings. Cost: a forward per sequence up to the layer; F products per firing."""
-        like = LowRank(*(side[:1].expand(lab.firings().n_atoms, -1, -1) for side in (atoms.keys, atoms.values)))
-        drawn = like.random_like(torch.Generator().manual_seed(self.seed))
-        drawn = drawn.with_norm(torch.ones(len(drawn)).to(drawn.values))
+        drawn = random_units(atoms, lab.firings().n_atoms, self.seed)
         products = torch.zeros(len(atoms), len(drawn)).to(drawn.values)
         for sequence, rows in firings.groupby("sequence"):
             writes = lab.native_writes([int(str(sequence))]).rows(rows["position"].tolist()).to(drawn.values)

@@ -7,14 +7,14 @@ units were counted three times; here the unit is an independent pair of a prompt
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import pandas as pd
 import torch
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.steering import Target, token_id, value_direction
-from writesae.choices import expect
+from writesae.choices import AtLeast
 from writesae.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae.experiment.generation import greedy_rows
 from writesae.experiment.lab import Lab, Trial
@@ -46,9 +46,9 @@ class Install(Evaluation):
     without edits (chance 1/2, from 60 % on it matters), against the same share under the random value side.
     """
 
-    pairs: int = 20
+    pairs: Annotated[int, AtLeast(2)] = 20
     """Prompt x target pairs in each stratum. Prompts are distinct windows of the sequences."""
-    prompt_tokens: int = 24
+    prompt_tokens: Annotated[int, AtLeast(2)] = 24
     """Length of a prompt."""
     n_positions: int = 3
     """Consecutive positions that are written at: the last of the prompt."""
@@ -61,11 +61,9 @@ class Install(Evaluation):
     semantic: tuple[Target, ...] = ()
     """Tokens or strings (each one token) that mean something to you: a stratum of their own. Empty: left out."""
 
-    kind: ClassVar[str] = "install"
     question: ClassVar[str] = "Do installed writes put a token into the continuation?"
     answers: ClassVar[tuple[int, ...]] = (10, 25)
     scope: ClassVar[Scope] = Scope.HEAD
-    least: ClassVar[dict[str, int]] = {"pairs": 2, "prompt_tokens": 2}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "continuations": {
             "pair": "number of the prompt x target pair",
@@ -84,15 +82,13 @@ class Install(Evaluation):
         }
     }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect(
-            self,
-            headline=(self.headline in self.sizes, f"one of sizes {self.sizes}"),
-            sizes=(min(self.sizes) > 0, "norms above 0"),
-            n_positions=(self.n_positions <= self.prompt_tokens, f"at most prompt_tokens ({self.prompt_tokens})"),
-            semantic=(len(self.semantic) != 1, "two tokens or more, because the others are the wrong targets"),
-        )
+    def rules(self) -> dict[str, tuple[bool, str]]:
+        return {
+            "headline": (self.headline in self.sizes, f"one of sizes {self.sizes}"),
+            "sizes": (min(self.sizes) > 0, "norms above 0"),
+            "n_positions": (self.n_positions <= self.prompt_tokens, f"at most prompt_tokens ({self.prompt_tokens})"),
+            "semantic": (len(self.semantic) != 1, "two tokens or more, because the others are the wrong targets"),
+        }
 
     @property
     def shortest(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from sklearn.metrics import r2_score
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae.choices import expect
+from writesae.choices import AtLeast
 from writesae.experiment.at_firings import OfFirings
 from writesae.experiment.evaluation import Result
 from writesae.experiment.lab import EditedRows, Lab, Site, Trial
@@ -92,7 +92,7 @@ class LogitChange(OfFirings):
     """Atoms drawn uniformly from all alive atoms that can be tested. None: all of them."""
     firings_per_atom: int = 2
     """At most this many firings of an atom, dealt over sequences."""
-    horizons: tuple[int, ...] = (0, 1, 4, 16)
+    horizons: Annotated[tuple[int, ...], AtLeast(0)] = (0, 1, 4, 16)
     """Tokens after the write at which logits are predicted and measured."""
     ranks: tuple[tuple[int, int], ...] = ((1, 1), (2, 5), (50, 50))
     """Groups (lowest, highest) of the native rank of a predicted token; one token is drawn from each group."""
@@ -102,10 +102,8 @@ class LogitChange(OfFirings):
     """What eps counts: the Frobenius norm of the native write at t, or the atom's own coefficient there (activation
     times the atom's norm)."""
 
-    kind: ClassVar[str] = "logit_change"
     question: ClassVar[str] = "Can a formula predict the change of a logit?"
     answers: ClassVar[tuple[int, ...]] = (7, 22, 23)
-    least: ClassVar[dict[str, int]] = OfFirings.least | {"horizons": 0}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "cells": {
             "firing": "number of the firing: one atom at one token of one sequence",
@@ -125,14 +123,14 @@ class LogitChange(OfFirings):
         "scores": fits.SCORES,
     }
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ranks", tuple((low, high) for low, high in self.ranks))
-        super().__post_init__()
-        expect(
-            self,
-            eps=(len(self.eps) > 1 and min(self.eps) > 0, "two or more sizes above 0, because R^2 is taken over them"),
-            ranks=(all(1 <= low <= high for low, high in self.ranks), "pairs 1 <= lowest <= highest"),
-        )
+    def rules(self) -> dict[str, tuple[bool, str]]:
+        return {
+            "eps": (
+                len(self.eps) > 1 and min(self.eps) > 0,
+                "two or more sizes above 0, because R^2 is taken over them",
+            ),
+            "ranks": (all(1 <= low <= high for low, high in self.ranks), "pairs 1 <= lowest <= highest"),
+        }
 
     @property
     def shortest(self) -> int:
@@ -280,11 +278,12 @@ class LogitChange(OfFirings):
         # Both fits are the best line through 0; rounding must not decide which of them is better.
         cells = Paired(own.assign(shuffled=shuffled["r2"], lead=(own["r2"] - shuffled["r2"]).round(9)), seed=self.seed)
         median, control = cells.median("r2"), cells.median("shuffled")
-        measured = f"{r_squared(one_scale.mean)} with one scale for all; "
-        measured += f"{r_squared(median.mean)} (median) with a scale per cell"
-        measured += " (Mamba-2; the paper reports -0.07 there)" * (result.info["rule"] == "Mamba-2")
-        controls = f"shuffled, with a scale per cell {r_squared(control.mean)}"
-        unfitted = replace(unfitted, measured=measured, controls=controls)
+        unfitted = replace(
+            unfitted,
+            measured=f"{r_squared(one_scale.mean)} with one scale for all; {r_squared(median.mean)} (median) with a "
+            "scale per cell" + " (Mamba-2; the paper reports -0.07 there)" * (result.info["rule"] == "Mamba-2"),
+            controls=f"shuffled, with a scale per cell {r_squared(control.mean)}",
+        )
         fitted = judge(median, {SHUFFLED: Against(cells.median("lead"), control)}, chance=PAPER_R2, relevant=ALIKE)
         if unfitted.verdict.outcome != "fails" or fitted.outcome != "confounded":
             return unfitted

@@ -15,9 +15,9 @@ import pandas as pd
 import torch
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae.evaluations.substitution import Substitution
+from writesae.experiment.at_firings import OfFirings
 from writesae.experiment.conditions import REFERENCES, scaled
-from writesae.experiment.evaluation import Evaluation, Result, described
+from writesae.experiment.evaluation import Result, described
 from writesae.experiment.head import mean_write
 from writesae.experiment.lab import Lab, Site, Trial
 from writesae.experiment.readout import kl_window
@@ -33,7 +33,7 @@ _SMALLEST_KL = 1e-16
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiAtom(Evaluation):
+class MultiAtom(OfFirings):
     """At a firing's position t, the active atoms are ordered by |a_i| |A_i|. Written is the sum of the n first a_i A_i
     (`code`), without the decoder's bias, at the dictionary's own scale or at the norm of the native write.
     KL(native || edited) is the mean over t..t+horizon.
@@ -66,15 +66,11 @@ class MultiAtom(Evaluation):
     `state_after`, the state after the write, is a reference that confounds nothing."""
     horizon: int = 16
     """KL is averaged over t..t+horizon, both included."""
-    first_position: int = 1
-    """Firings before this token are left out."""
     mean_write_sequences: int = 16
     """Sequences from which the mean write is estimated."""
 
-    kind: ClassVar[str] = "multi_atom"
     question: ClassVar[str] = "How many atoms does a write take?"
     min_sequences: ClassVar[int] = 1
-    least: ClassVar[dict[str, int]] = {"first_position": 0}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "writes": described(
             "sequence position",
@@ -90,25 +86,10 @@ class MultiAtom(Evaluation):
         )
     }
 
-    @property
-    def substitution(self) -> Substitution:
-        """The test whose firings are drawn."""
-        return Substitution(
-            n_atoms=self.n_atoms,
-            firings_per_atom=self.firings_per_atom,
-            horizon=self.horizon,
-            first_position=self.first_position,
-            seed=self.seed,
-        )
-
-    @property
-    def shortest(self) -> int:
-        return self.substitution.shortest
-
     # -- measuring
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
-        places = self.substitution.draw(lab, "dominant").table
+        places = self.drawn(lab, np.random.default_rng(self.seed), self.horizon, "dominant").table
         writes = lab.native_writes(range(min(self.mean_write_sequences, len(lab.tokens))))
         mean = mean_write(writes.keys[:, 0], writes.values[:, 0])
         tables = []
@@ -130,8 +111,11 @@ class MultiAtom(Evaluation):
         code = lab.atoms(active["atom"].to_numpy())
         code = code * torch.tensor(active["activation"].to_numpy()).to(code.values)
         code = code.rows(code.norm().argsort(descending=True))
-        bases = {"mean": mean, "state": LowRank.svd(site.state_before([position]))}
-        bases["state_after"] = LowRank.svd(site.state_after([position]))
+        bases = {
+            "mean": mean,
+            "state": LowRank.svd(site.state_before([position])),
+            "state_after": LowRank.svd(site.state_after([position])),
+        }
         written = [("native", "none", 0, native), ("delete", "none", 0, native.terms([]))]
         for scale in self.scales:
             for n in [*(n for n in sorted(self.counts) if n < len(code)), len(code)]:
@@ -144,9 +128,17 @@ class MultiAtom(Evaluation):
                     top = bases[name].terms(slice(partial.rank)).to(partial.values)
                     written.append((name, scale, n, top.with_norm(own.norm())))
         for name, scale, n, matrix in written:
-            row: dict[str, object] = {"sequence": site.sequence, "position": position, "condition": name}
-            row |= {"scale": scale, "count": n, "all": 0 < n == len(code), "terms": matrix.rank}
-            row |= {"norm": float(matrix.norm() / native.norm()), "cosine": float(matrix.cosine(native))}
+            row: dict[str, object] = {
+                "sequence": site.sequence,
+                "position": position,
+                "condition": name,
+                "scale": scale,
+                "count": n,
+                "all": 0 < n == len(code),
+                "terms": matrix.rank,
+                "norm": float(matrix.norm() / native.norm()),
+                "cosine": float(matrix.cosine(native)),
+            }
             yield Trial(row, position, lab.replace(position, matrix if matrix.rank else None))
 
     # -- judging

@@ -59,7 +59,6 @@ class Multistep(Evaluation):
     controls: tuple[Control, ...] = (*DIRECTIONS, *REFERENCES)
     """Controls and references to run."""
 
-    kind: ClassVar[str] = "multistep"
     question: ClassVar[str] = "How does the effect of one substitution grow over later tokens?"
     answers: ClassVar[tuple[int, ...]] = (21,)
     min_sequences: ClassVar[int] = 1
@@ -95,13 +94,11 @@ class Multistep(Evaluation):
         test, parts = self.substitution, []
         for exchange in test.exchanges(lab, test.draw(lab, "dominant"), test.scales):
             table = self._residual_cosines(lab, exchange)
-            cosines, gaps = (
-                np.concatenate(table.pop("residual_cosine").tolist()),
-                _state_gaps(exchange, self.n_steps + 1),
-            )
-            steps = np.tile(np.arange(self.n_steps + 1), len(table))
+            cosines = np.concatenate(table.pop("residual_cosine").tolist())
+            gaps = _state_gaps(exchange, self.n_steps + 1).ravel()
             table = table.loc[table.index.repeat(self.n_steps + 1)]
-            parts.append(table.assign(step=steps, state_gap=gaps.ravel(), residual_cosine=cosines))
+            steps = table.groupby(level=0).cumcount()
+            parts.append(table.assign(step=steps, state_gap=gaps, residual_cosine=cosines))
         return {"steps": pd.concat(parts, ignore_index=True)}
 
     def _residual_cosines(self, lab: Lab, exchange: Exchange) -> pd.DataFrame:
@@ -129,8 +126,9 @@ class Multistep(Evaluation):
             Paired.of(steps, value, "firing", "sequence", seed=self.seed) for value in ("distance", "state_gap")
         )
         wins = {name: far.wins(name, "delete") for name in ("atom", *self.controls)}
-        rivals = [name for name in self.controls if name not in REFERENCES]
-        against = {NAMES[n]: Against(far.wins("atom", n), wins[n], chance=0.5) for n in rivals}
+        against = {
+            NAMES[n]: Against(far.wins("atom", n), wins[n], chance=0.5) for n in self.controls if n not in REFERENCES
+        }
         gap = {name: gaps.mean(name) for name in ("atom", "delete", *self.controls) if name in gaps}
         small = Verdict("confounded", "Deletion leaves the state within 5% of its norm as well.", ("delete",))
         return [
@@ -177,13 +175,14 @@ def _state_gaps(exchange: Exchange, length: int) -> NDArray[np.generic]:
     gaps = []
     for n, start in enumerate(exchange.site.rows["position"].tolist()):
         stop, gone = start + length, exchange.native.rows([n]) * -1.0
-        written = [condition.written for condition in exchange.conditions]
-        changes = [gone if each is None else LowRank.cat([each.rows([n]), gone]) for each in written]
+        changes = [
+            gone if each.written is None else LowRank.cat([each.written.rows([n]), gone])
+            for each in exchange.conditions
+        ]
         recurrence = exchange.site.recurrence.select(tokens=slice(0, stop))
         native = torch.linalg.matrix_norm(recurrence.states(positions=list(range(start, stop)))[0, :, 0])  # [S]
         keys = recurrence.propagate(torch.cat([change.keys[0] for change in changes]), start, 0)[0]  # [R,S,K]
         for change, carried in zip(changes, keys.split([change.rank for change in changes])):
             moved = LowRank(carried.transpose(0, 1), change.values.expand(length, -1, -1))
             gaps.append(moved.norm() / native)
-    by_firing = torch.stack(gaps).view(-1, len(exchange.conditions), length)
-    return by_firing.transpose(0, 1).cpu().numpy()
+    return torch.stack(gaps).view(-1, len(exchange.conditions), length).transpose(0, 1).cpu().numpy()

@@ -9,15 +9,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 import numpy as np
 import pandas as pd
 
+from writesae.choices import AtLeast
 from writesae.evaluations.substitution import Substitution
-from writesae.experiment.at_firings import wide_firings
+from writesae.experiment.at_firings import OfAlive, wide_firings
 from writesae.experiment.conditions import Control
-from writesae.experiment.evaluation import Evaluation, Result, Scope, described
+from writesae.experiment.evaluation import Result, Scope, described
 from writesae.experiment.lab import Lab
 from writesae.experiment.reconstruction import reconstruction
 from writesae.experiment.traits import objective
@@ -46,7 +47,7 @@ RELEVANT = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objectives(Evaluation):
+class Objectives(OfAlive):
     """Dictionaries of one head that differ in what they were trained for.
 
     Measured for each: the share of variance explained and the share of reads explained (both of the dictionary's own
@@ -62,9 +63,9 @@ class Objectives(Evaluation):
     outcome of X's own substitution test (claim 1): X must also beat deletion, and every control that beats deletion.
     """
 
-    reconstruction_sequences: int = 16
+    reconstruction_sequences: Annotated[int, AtLeast(2)] = 16
     """Sequences whose reconstruction is measured."""
-    n_atoms: int = 40
+    n_atoms: Annotated[int, AtLeast(2)] = 40  # intervals are over atoms
     """Atoms of each dictionary in the substitution test, drawn uniformly from the alive ones."""
     firings_per_atom: int = 3
     """Firings of each of these atoms."""
@@ -75,15 +76,9 @@ class Objectives(Evaluation):
     """Controls of the substitution test."""
     horizon: int = 16
     """KL is averaged over t..t+horizon, both included."""
-    alive_tokens: int = 65_536
-    """Aliveness is counted on the first so many evaluation tokens (all, where there are fewer)."""
-    min_firings: int = 5
-    """Firings on those tokens that make an atom alive."""
 
-    kind: ClassVar[str] = "objectives"
     question: ClassVar[str] = "What should a dictionary be trained for?"
     scope: ClassVar[Scope] = Scope.TARGETS
-    least: ClassVar[dict[str, int]] = {"reconstruction_sequences": 2, "n_atoms": 2}  # intervals are over atoms
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "dictionaries": described(
             "sae",
@@ -152,8 +147,10 @@ class Objectives(Evaluation):
         for label in lab.saes:
             view = lab.only(label)
             wide = wide_firings(Result(test, {}, test.measure(view)))
-            few = f"{label}: only one atom can be tested, and an interval needs two; give more tokens"
-            lab.require(wide["written_atom"].nunique() > 1, few)
+            lab.require(
+                wide["written_atom"].nunique() > 1,
+                f"{label}: only one atom can be tested, and an interval needs two; give more tokens",
+            )
             tests[label] = (wide, int(str(view.facts["n_alive"])))
         rows = [
             {"sae": label, **objective(sae)._asdict(), "d_sae": int(sae.cfg.d_sae)} for label, sae in lab.saes.items()
@@ -186,8 +183,14 @@ class Objectives(Evaluation):
             samples[label] = dict.fromkeys(("cosine", *rates), of_atoms)
             samples[label] |= dict.fromkeys(WITHIN_TARGET, Paired(fit.reset_index(drop=True), seed=self.seed))
             samples[label]["alive"] = Paired(atoms, ("atom",), self.seed)
-            told.append({"tested_atoms": wide["written_atom"].nunique(), "outcome": verdict.outcome})
-            told[-1] |= {"unbeaten": ", ".join(verdict.unbeaten_controls), "sentence": verdict.sentence}
+            told.append(
+                {
+                    "tested_atoms": wide["written_atom"].nunique(),
+                    "outcome": verdict.outcome,
+                    "unbeaten": ", ".join(verdict.unbeaten_controls),
+                    "sentence": verdict.sentence,
+                }
+            )
             kls = {scale: wide[f"atom/{scale}"] for scale in TESTED_SCALES}
             firings.append(wide[["sequence", "position", "atom", "cosine", "delete"]].assign(sae=label, **kls))
         measures = [

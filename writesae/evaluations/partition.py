@@ -6,16 +6,17 @@ Source: WriteSAE (arXiv 2605.12770), section on the partition.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import pandas as pd
 
+from writesae.choices import AtLeast
 from writesae.evaluations.substitution import Substitution
-from writesae.experiment.at_firings import wide_firings
+from writesae.experiment.at_firings import OfAlive, wide_firings
 from writesae.experiment.conditions import Rival
 from writesae.experiment.cosines import SIDES, firing_cosines, first_component
-from writesae.experiment.evaluation import Evaluation, Result
+from writesae.experiment.evaluation import Result
 from writesae.experiment.kinds import KIND_RATES, KINDS, alike, by_rule, compare_kinds
 from writesae.experiment.lab import Lab
 from writesae.verdict import figures, mixtures
@@ -38,7 +39,7 @@ RULES = ("Gated DeltaNet", "RWKV-7", "Mamba-2")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Partition(Evaluation):
+class Partition(OfAlive):
     """For each alive atom, the median over its firings of the signed cosine cos(v_i, k_t) cos(w_i, u_t) between the
     atom and the native write. An atom is a **register** from 0.05 on and a **bundle** below. Whether there are two
     kinds at all is asked of Gaussian mixtures (1 to 4 components, BIC). Three nulls say what a dictionary without such
@@ -74,10 +75,6 @@ class Partition(Evaluation):
     shuffled positions do the same, and fails otherwise.
     """
 
-    alive_tokens: int = 65_536
-    """Aliveness is counted on the first so many evaluation tokens (all, where there are fewer)."""
-    min_firings: int = 5
-    """Firings on those tokens that make an atom alive; a median over fewer says little."""
     threshold: float = 0.05
     """Cosine from which on an atom is a register (the paper's operational rule)."""
     components: int = 4
@@ -86,19 +83,17 @@ class Partition(Evaluation):
     """Starts of each fit; the likeliest is kept."""
     min_atoms: int = 20
     """Alive atoms without which no claim is tested."""
-    tested_atoms: int = 16
+    tested_atoms: Annotated[int, AtLeast(0)] = 16
     """Atoms of each kind whose substitution is tested, drawn uniformly (claim 4). 0: none."""
     firings_per_atom: int = 4
     """Firings of each of these atoms."""
     controls: tuple[Rival, ...] = ("random", "state", "mean")
     """Controls of that test."""
-    pca_writes: int = 1024
+    pca_writes: Annotated[int, AtLeast(2)] = 1024
     """Native writes that the first principal component is fitted to."""
 
-    kind: ClassVar[str] = "partition"
     question: ClassVar[str] = "Do atoms point along the writes they fire on, and are there two kinds?"
     answers: ClassVar[tuple[int, ...]] = (4, 6, 26, 27)
-    least: ClassVar[dict[str, int]] = {"tested_atoms": 0, "pca_writes": 2}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "atoms": {
             "atom": "index of an alive atom",
@@ -151,8 +146,9 @@ class Partition(Evaluation):
         cosines = firing_cosines(lab, alive, directions={"pca": first_component(lab, self.pca_writes)})
         grouped = cosines.groupby("atom")[[*SAMPLES, "untrained", *SIDES, "pca"]]
         atoms = grouped.median().assign(firings=grouped.size()).reset_index()
-        kind = np.where(atoms["cosine"] >= self.threshold, *KINDS)
-        atoms = atoms.assign(z=mixtures.fisher_z(atoms["cosine"]), kind=kind)
+        atoms = atoms.assign(
+            z=mixtures.fisher_z(atoms["cosine"]), kind=np.where(atoms["cosine"] >= self.threshold, *KINDS)
+        )
         lab.skipped[f"atoms that fire fewer than {self.min_firings} times"] += len(ever) - len(alive)
         by_kind = self._tested(lab, atoms)
         # After the substitution test, which counts an atom as alive from its first firing on.
@@ -174,8 +170,7 @@ class Partition(Evaluation):
         """The table `substitution`, from up to `tested_atoms` of each kind that fire where they can be tested; empty
         where a kind has fewer than two."""
         firings, settings = lab.firings(), self.substitution
-        inside = firings.position >= settings.first_position
-        inside &= firings.position < firings.n_positions - settings.horizon
+        inside = firings.between(settings.first_position, firings.n_positions - settings.horizon - 1)
         testable = atoms[atoms["atom"].isin(firings.atom[inside])]
         of_kinds = [testable.loc[testable["kind"] == kind, "atom"].to_numpy() for kind in KINDS]
         if min(self.tested_atoms, *map(len, of_kinds)) < 2:
@@ -268,17 +263,19 @@ class Partition(Evaluation):
         share = f"{percent(above['cosine'].mean())} of atoms reach {self.threshold:g}"
         fit = f"BIC prefers {best} components on the cosine (by {gap:.0f} over one) and {on_z} on Fisher's z"
         if len(atoms) < self.min_atoms or best is None:
-            text = f"{len(atoms)} alive atoms are too few, or too alike, to tell kinds apart."
-            verdict = Verdict("not tested", text)
+            verdict = Verdict("not tested", f"{len(atoms)} alive atoms are too few, or too alike, to tell kinds apart.")
         elif best != 2 or gap < STRONG:
-            text = f"{fit}, so the cosine does not part the atoms into two kinds; {share}."
-            verdict = Verdict("fails", text)
+            verdict = Verdict("fails", f"{fit}, so the cosine does not part the atoms into two kinds; {share}.")
         elif null_gap >= STRONG:
-            text = f"{fit}, but at shuffled positions, where nothing can point along its write, it prefers {null}: a "
-            verdict = Verdict("confounded", f"{text}mixture fits what is not normal, and shows no kinds.")
+            verdict = Verdict(
+                "confounded",
+                f"{fit}, but at shuffled positions, where nothing can point along its write, it prefers {null}: a "
+                "mixture fits what is not normal, and shows no kinds.",
+            )
         elif ladder.outcome == "fails":
-            text = f"{fit}, but shuffled positions give as many registers (difference {difference})."
-            verdict = Verdict("confounded", text)
+            verdict = Verdict(
+                "confounded", f"{fit}, but shuffled positions give as many registers (difference {difference})."
+            )
         elif ladder.outcome == "holds":
             verdict = Verdict("holds", f"{fit}; {share}, {difference} more than at shuffled positions.")
         else:

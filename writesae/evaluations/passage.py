@@ -7,12 +7,13 @@ are put in; here random writes of the same norms are taken away and put in alike
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
 
+from writesae.choices import AtLeast
 from writesae.experiment.evaluation import Evaluation, Result
 from writesae.experiment.firings import Integers, halves
 from writesae.experiment.lab import Lab, Site, Trial
@@ -55,7 +56,7 @@ class Passage(Evaluation):
     condition, the floor the 95th percentile of the no-op.
     """
 
-    passages: int = 20
+    passages: Annotated[int, AtLeast(2)] = 20
     """Sequences of the test half whose cost is measured; fewer where there are fewer."""
     threshold: float = 0.05
     """Median signed cosine with the native write, over an atom's firings on the other half of the sequences, from which
@@ -63,10 +64,8 @@ class Passage(Evaluation):
     min_firings: int = 4
     """Firings on the other half that an atom needs to be given a class."""
 
-    kind: ClassVar[str] = "passage"
     question: ClassVar[str] = "How much does removing a class of atoms hurt the loss?"
     answers: ClassVar[tuple[int, ...]] = (19,)
-    least: ClassVar[dict[str, int]] = {"passages": 2}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "passages": {
             "sequence": "row of the evaluation tokens, in the test half",
@@ -159,8 +158,12 @@ class Passage(Evaluation):
             added = directions.with_norm(torch.ones_like(norms)) * norms
             edits[condition] = [lab.add(t, added, n) for n, t in enumerate(places)]
         edits["native"] = [lab.replace(t, native, n) for n, t in enumerate(positions)]
-        described: dict[str, object] = {"sequence": site.sequence, "class": name, "tokens_edited": len(positions)}
-        described["norm"] = float((size / native.norm().clamp_min(1e-30)).mean())
+        described: dict[str, object] = {
+            "sequence": site.sequence,
+            "class": name,
+            "tokens_edited": len(positions),
+            "norm": float((size / native.norm().clamp_min(1e-30)).mean()),
+        }
         return [
             Trial({**described, "condition": condition}, min(edit.position or 0 for edit in row), row)
             for condition, row in edits.items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Annotated, ClassVar, cast
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from writesae.choices import AtLeast
 from writesae.experiment.at_firings import OfHalves
 from writesae.experiment.downstream_heads import DownstreamHeads, downstream_heads, newest_outputs
 from writesae.experiment.evaluation import Result
@@ -61,12 +62,10 @@ class Readers(OfHalves):
     mean over downstream heads.
     """
 
-    n_atoms: int | None = 16
+    n_atoms: Annotated[int | None, AtLeast(2)] = 16
     """Atoms drawn uniformly from those that fire often enough in both halves. None: all of them."""
 
-    kind: ClassVar[str] = "readers"
     question: ClassVar[str] = "Which later heads read an atom's write?"
-    least: ClassVar[dict[str, int]] = OfHalves.least | {"n_atoms": 2}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "changes": {
             "firing": "number of the firing",
@@ -187,8 +186,7 @@ def ratios(result: Result, half: str) -> pd.DataFrame:
 
 def readers_of_atoms(result: Result) -> pd.DataFrame:
     """The reader of each atom by the selection half: atom, layer, mixer, head, and its mean log_ratio there."""
-    table = ratios(result, "select")
-    means = pd.DataFrame(table.groupby(["atom", *_HEAD])["random"].mean()).reset_index()
+    means = ratios(result, "select").groupby(["atom", *_HEAD], as_index=False)["random"].mean()
     top = means.loc[means.groupby("atom")["random"].idxmax()]
     return top.rename(columns={"random": "log_ratio"}).reset_index(drop=True)
 

@@ -16,8 +16,9 @@ import pandas as pd
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from writesae.experiment.at_firings import OfAlive
 from writesae.experiment.cosines import firing_cosines
-from writesae.experiment.evaluation import Evaluation, Result, Scope
+from writesae.experiment.evaluation import Result, Scope
 from writesae.experiment.firings import Integers
 from writesae.experiment.lab import Lab
 from writesae.verdict.finding import Against, Finding, Paired
@@ -39,7 +40,7 @@ spread of a count over seeds, (largest - smallest) / mean, up to which kinds are
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seeds(Evaluation):
+class Seeds(OfAlive):
     """The dictionaries differ in their seed only. Their alive atoms are matched one to one, so that the sum of
     |cosines| is largest. Two nulls are matched in the same way: as many Gaussian directions, and as many native writes
     drawn at random from different sequences. Atoms and nulls have no pairing of their own, so the excess over a null is
@@ -56,14 +57,9 @@ class Seeds(Evaluation):
     the excess over them is smallest). A difference of 0.05 matters.
     """
 
-    alive_tokens: int = 65_536
-    """Aliveness is counted on the first so many evaluation tokens (all, where there are fewer)."""
-    min_firings: int = 5
-    """Firings on those tokens that make an atom alive."""
     threshold: float = 0.05
     """Median cosine with the native write from which on an atom is a register."""
 
-    kind: ClassVar[str] = "seeds"
     question: ClassVar[str] = "Do seeds find the same atoms?"
     answers: ClassVar[tuple[int, ...]] = (20,)
     scope: ClassVar[Scope] = Scope.SEEDS
@@ -103,8 +99,9 @@ class Seeds(Evaluation):
         for label in lab.saes:
             firings = lab.firings(label)
             numbers[label] = alive = firings.alive(n_tokens, self.min_firings)
-            rare = f"{label} has no atom that fires {self.min_firings} times on {n_tokens:,} tokens"
-            lab.require(len(alive) > 0, rare)
+            lab.require(
+                len(alive) > 0, f"{label} has no atom that fires {self.min_firings} times on {n_tokens:,} tokens"
+            )
             medians = firing_cosines(lab, alive, label).groupby("atom")["cosine"].median()
             n_dead = firings.n_atoms - len(firings.alive(n_tokens))
             counts.append((label, len(alive), int((medians >= self.threshold).sum()), n_dead))

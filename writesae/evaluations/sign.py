@@ -7,7 +7,7 @@ fitted.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from sklearn.metrics import r2_score
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.steering import value_direction
-from writesae.choices import expect
+from writesae.choices import AtLeast
 from writesae.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae.experiment.lab import Lab, Site, Trial
 from writesae.experiment.predictors import ReadGradients, predict
@@ -56,20 +56,18 @@ class Sign(Evaluation):
     besides an unfitted R² above 0.9 at the smallest m.
     """
 
-    n_positions: int = 96
+    n_positions: Annotated[int, AtLeast(2)] = 96
     """Positions t, spread evenly over the sequences."""
     ranks: tuple[tuple[int, int], ...] = ((1, 10), (11, 100), (101, 1000))
     """One target is drawn at each position from each of these native ranks at t (from 1, both ends included)."""
     sizes: tuple[float, ...] = (0.3, 1.0, 3.0)
     """m: norm of what is added, in norms of the native write; each with both signs."""
-    first_position: int = 8
+    first_position: Annotated[int, AtLeast(0)] = 8
     """Positions before this one are left out."""
 
-    kind: ClassVar[str] = "sign"
     question: ClassVar[str] = "Does the sign of a write set the sign of its effect?"
     answers: ClassVar[tuple[int, ...]] = (9,)
     scope: ClassVar[Scope] = Scope.HEAD
-    least: ClassVar[dict[str, int]] = {"n_positions": 2, "first_position": 0}
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "writes": described(
             "sequence position token text",
@@ -83,18 +81,11 @@ class Sign(Evaluation):
         )
     }
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ranks", tuple((low, high) for low, high in self.ranks))
-        super().__post_init__()
-        expect(
-            self,
-            sizes=(min(self.sizes, default=0) > 0, "norms above 0"),
-            ranks=(all(1 <= low <= high for low, high in self.ranks), "pairs 1 <= low <= high"),
-        )
-
-    @property
-    def shortest(self) -> int:
-        return self.first_position + 2
+    def rules(self) -> dict[str, tuple[bool, str]]:
+        return {
+            "sizes": (min(self.sizes, default=0) > 0, "norms above 0"),
+            "ranks": (all(1 <= low <= high for low, high in self.ranks), "pairs 1 <= low <= high"),
+        }
 
     # -- measuring
 
@@ -149,13 +140,23 @@ class Sign(Evaluation):
         values = torch.stack([m * size * sides[name].to(key) for name, m in kinds])
         added = LowRank.rank_one(key.expand(len(values), -1), values)
         predicted = predict(site.recurrence, added, t, [of_target, of_wrong]).tolist()
-        row: dict[str, object] = {"sequence": site.sequence, "position": t, "token": target.token, "rank": target.rank}
-        row["text"] = token_text(lab.model, target.token)
+        row: dict[str, object] = {
+            "sequence": site.sequence,
+            "position": t,
+            "token": target.token,
+            "rank": target.rank,
+            "text": token_text(lab.model, target.token),
+        }
         trials = []
         for n, (direction, m) in enumerate(kinds):
             (f0, _, f2), (f0_wrong, *_) = (of_token[n] for of_token in predicted)
-            aimed = float(np.sign(f0_wrong if direction == "wrong" else f0))
-            named = {"direction": direction, "m": m, "f0": f0, "f2": f2, "aimed": aimed}
+            named = {
+                "direction": direction,
+                "m": m,
+                "f0": f0,
+                "f2": f2,
+                "aimed": float(np.sign(f0_wrong if direction == "wrong" else f0)),
+            }
             trials.append(Trial(row | named, t, lab.add(t, added, n)))
         return trials
 
@@ -164,8 +165,9 @@ class Sign(Evaluation):
     def findings(self, result: Result) -> list[Finding]:
         """Claim 9 by F0, and how far F2 predicts signs and sizes."""
         moved = result.tables["writes"].assign(written=lambda t: t["m"])
-        right = {by: np.sign(moved["measured"]) == np.sign(moved[by]) for by in ("aimed", "f0", "f2", "written")}
-        table = moved.assign(**right)
+        table = moved.assign(
+            **{by: np.sign(moved["measured"]) == np.sign(moved[by]) for by in ("aimed", "f0", "f2", "written")}
+        )
         of = {direction: Paired(rows) for direction, rows in table.groupby("direction")}
         units = ("sequence", "position", "token", "m")
         gap = Paired.of(table, "aimed", *units, by="direction", seed=self.seed).mean("direct", "wrong")

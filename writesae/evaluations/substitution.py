@@ -70,7 +70,6 @@ class Substitution(Exchanging):
     n_atoms: int | None = 100
     """Atoms drawn uniformly from all alive atoms that can be tested. None: all of them."""
 
-    kind: ClassVar[str] = "substitution"
     question: ClassVar[str] = "Can an atom stand in for the write it replaces?"
     answers: ClassVar[tuple[int, ...]] = (1, 2, 3, 5, 11, 12, 13, 14)
     columns: ClassVar[dict[str, dict[str, str]]] = {
@@ -108,8 +107,7 @@ class Substitution(Exchanging):
             for scale in self.scales_of(choice):
                 named = [] if choice == self.atom_choice[0] else [CHOICES[choice]]
                 named += [] if scale == self.scales[0] else [f"at {SCALE_NAMES[scale]}"]
-                number_ = None if named else headline
-                found.append(self.nearer(wide, scale, number_, named))
+                found.append(self.nearer(wide, scale, None if named else headline, named))
         return [*found, *self._chain_and_medians(wide_firings(result, choice=self.atom_choice[0]))]
 
     def nearer(self, wide: pd.DataFrame, scale: str, number_: int | None = None, named: Sequence[str] = ()) -> Finding:
@@ -122,8 +120,9 @@ class Substitution(Exchanging):
         if (wide["delete"] > 0).any():
             shares = {NAMES[name]: kl.recovered(f"{name}/{scale}") for name in self.controls}
             shares = {"atom": kl.recovered(atom)} | dict(sorted(shares.items(), key=lambda share: -share[1].mean))
-            rivals = [name for name in self.controls if name not in REFERENCES]
-            against = {NAMES[n]: Against(kl.recovered(atom, than=f"{n}/{scale}")) for n in rivals}
+            against = {
+                NAMES[n]: Against(kl.recovered(atom, than=f"{n}/{scale}")) for n in self.controls if n not in REFERENCES
+            }
         return Finding(
             number=number_,
             claim=", ".join(["an atom is nearer to the native write than deletion", *named]),

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, cast
+from typing import Annotated, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
 import torch
 
 from sae_lens_writesae.atom.low_rank import LowRank
+from writesae.choices import AtLeast
 from writesae.experiment.conditions import (
     CONTROLS,
     REFERENCES,
@@ -59,20 +60,26 @@ class OfAtoms(Evaluation):
     """Atoms drawn uniformly from all that can be tested. None: all of them."""
     atoms: tuple[int, ...] | None = None
     """A hand-picked list instead of a draw. Conclusions then hold for these atoms only."""
-    first_position: int = 1
+    first_position: Annotated[int, AtLeast(0)] = 1
     """Firings before this token are left out: at token 0 the state holds nothing but the write itself."""
-
-    least: ClassVar[dict[str, int]] = {"first_position": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfFirings(OfAtoms):
+class OfAlive(Evaluation):
+    """A question about atoms that are alive, which means the same in all of them."""
+
+    alive_tokens: int = 65_536
+    """An atom is alive if it fires on the first so many evaluation tokens (all, where there are fewer)."""
+    min_firings: int = 5
+    """Firings on those tokens that make an atom alive; a median over fewer says little."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfFirings(OfAlive, OfAtoms):
     """A question at firings of alive atoms, dealt over sequences."""
 
     firings_per_atom: int = 10
     """At most this many firings of an atom, dealt over sequences."""
-    alive_tokens: int = 65_536
-    """An atom is alive if it fires on the first so many evaluation tokens (all, where there are fewer)."""
     min_firings: int = 1
     """Firings on those tokens that make an atom alive."""
 
@@ -102,18 +109,12 @@ class OfHalves(OfAtoms):
 
     select_firings: int = 8
     """At most this many firings of an atom for the choice, dealt over sequences."""
-    test_firings: int = 8
+    test_firings: Annotated[int, AtLeast(2)] = 8
     """At most this many firings of an atom for the test, in the other half of the sequences."""
-    min_firings: int = 4
+    min_firings: Annotated[int, AtLeast(2)] = 4
     """Firings in each half that an atom needs; those of the test half must lie in at least two sequences."""
-    horizon: int = 8
+    horizon: Annotated[int, AtLeast(0)] = 8
     """What follows a firing is looked at over t..t+horizon."""
-
-    least: ClassVar[dict[str, int]] = {"first_position": 0, "horizon": 0, "test_firings": 2, "min_firings": 2}
-
-    @property
-    def shortest(self) -> int:
-        return self.first_position + self.horizon + 1
 
     def drawn(
         self, lab: Lab, rng: np.random.Generator
@@ -180,10 +181,6 @@ class Exchanging(OfFirings):
             object.__setattr__(self, "atom_choice", (self.atom_choice,))
         super().__post_init__()
 
-    @property
-    def shortest(self) -> int:
-        return self.first_position + self.horizon + 1
-
     def scales_of(self, choice: str) -> tuple[Scale, ...]:
         """Scales at which a choice of atom is run: the headline at all, what stands beside it at the first one."""
         return self.scales if choice == self.atom_choice[0] else self.scales[:1]
@@ -198,8 +195,7 @@ class Exchanging(OfFirings):
         writes = [head_writes(each, 0) for each in recurrences]
         keys, values = (torch.cat(sides) for sides in zip(*((w.keys[:, 0], w.values[:, 0]) for w in writes)))
         mean = mean_write(keys, values, MEAN_ENERGY)
-        lives = torch.cat([half_lives(each) for each in recurrences])
-        lab.facts["half_life"] = float(lives.median())
+        lab.facts["half_life"] = float(torch.cat([half_lives(each) for each in recurrences]).median())
         lab.facts["half_life_limit"] = min(HALF_LIFE_LIMIT, lab.tokens.shape[1] // 2)
         for site in lab.sites(draw.table, self.kind):
             native = site.at(site.rows["position"].tolist())

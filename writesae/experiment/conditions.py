@@ -114,8 +114,10 @@ def controls_at(
                 made[name] = atom.random_like(torch.Generator().manual_seed(int(rngs["random"].integers(2**62))))
             case "shuffled":
                 active = lab.firings().of_sequences(np.array([site.sequence]))
-                places = zip(positions, site.rows["written_atom"])
-                taken = [np.append(active.atom[active.position == t], written) for t, written in places]
+                taken = [
+                    np.append(active.atom[active.position == t], written)
+                    for t, written in zip(positions, site.rows["written_atom"])
+                ]
                 needed = "'shuffled' needs an alive atom that does not fire there"
                 made[name] = lab.atoms(_others(lab, rngs["shuffled"], alive, taken, needed)).to(atom.values)
             case "elsewhere":

@@ -146,8 +146,9 @@ def against_controls(claim: Claim, controls: Mapping[Control, Claim]) -> Claim:
         outcome, sentence = "confounded", "An untrained dictionary does as well: the same rule holds for it."
     if "native writes" in holds:
         sentence += " It holds for native writes drawn at random as well."
-    told = "; ".join(filter(None, [claim.controls, *shown]))
-    return replace(claim, controls=told, outcome=outcome, sentence=sentence)
+    return replace(
+        claim, controls="; ".join(filter(None, [claim.controls, *shown])), outcome=outcome, sentence=sentence
+    )
 
 
 def _own(results: Sequence[Result], control: Control | None) -> dict[tuple[object, ...], list[Answer]]:

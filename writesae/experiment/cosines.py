@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.experiment.firings import Integers
-from writesae.experiment.head import head_writes, matrices_of
+from writesae.experiment.head import head_writes, matrices_of, random_units
 from writesae.experiment.lab import Lab
 from writesae.experiment.pca import fit_pca
 
@@ -48,9 +48,7 @@ def firing_cosines(
     rng = lab.rng(len(atoms))
     # The noise has a seed of its own: a dictionary initialised under `lab.seed` would otherwise be its own null.
     noise = decoded.random_like(torch.Generator().manual_seed(int(rng.integers(2**62))))
-    nothing = LowRank(*(side[:1].expand(firings.n_atoms, -1, -1) for side in (decoded.keys, decoded.values)))
-    untrained = nothing.random_like(torch.Generator().manual_seed(int(lab.rng(len(atoms), 1).integers(2**62))))
-    untrained = untrained.with_norm(torch.ones(firings.n_atoms).to(untrained.values))
+    untrained = random_units(decoded, firings.n_atoms, int(lab.rng(len(atoms), 1).integers(2**62)))
     column = np.full(firings.n_atoms, -1)
     column[atoms] = np.arange(len(atoms))
     tables = []
@@ -99,8 +97,7 @@ def first_component(lab: Lab, n_writes: int) -> LowRank:
     drawn = np.sort(lab.rng(12).choice(len(writes), min(n_writes, len(writes)), replace=False)).tolist()
     pca = fit_pca(writes.rows(drawn), 1)
     component = pca.components.sum(0)  # of one, or of none
-    turned = component * torch.sign(component @ pca.mean)
-    return LowRank.svd(turned.view(1, *lab.key_value))
+    return LowRank.svd((component * torch.sign(component @ pca.mean)).view(1, *lab.key_value))
 
 
 def side_cosines(one: LowRank, other: LowRank) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from operator import methodcaller
 from pathlib import Path
-from typing import ClassVar, Literal, Self, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, ClassVar, Literal, Self, cast, get_args, get_origin, get_type_hints
 
 import pandas as pd
 import torch
@@ -28,7 +28,7 @@ from hookpoints import HookedRecurrent
 from hookpoints.files import SealedFolder, read_json, write_checksums
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.files import named_errors
-from writesae.choices import at_least
+from writesae.choices import AtLeast, at_least, expect
 from writesae.experiment.lab import Lab
 from writesae.files import Json
 from writesae.verdict.finding import Claim, Figure, Finding
@@ -79,7 +79,7 @@ class Scope(Enum):
 class Evaluation(ABC):
     """Base class of all evaluations. The docstring of a subclass is its page: definition, controls, verdict rule."""
 
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0)] = 0
     """Seed of every draw and control."""
     label: str = ""
     """Name in reports; by default the head and the target."""
@@ -87,7 +87,7 @@ class Evaluation(ABC):
     """Largest number of edited rows in one forward pass. Lower it when memory runs out; results stay the same."""
 
     kind: ClassVar[str]
-    """Name of the evaluation: of its folder, its command and its page."""
+    """Name of the evaluation, and of its file, its command and its page."""
     question: ClassVar[str]
     """The question that it asks, as a heading."""
     answers: ClassVar[tuple[int, ...]] = ()
@@ -97,14 +97,16 @@ class Evaluation(ABC):
     """For each table, what its columns hold, with units."""
     min_sequences: ClassVar[int] = 2
     """Sequences that a run needs."""
-    least: ClassVar[dict[str, int]] = {}
-    """Smallest allowed value of each setting that is a whole number, where it is not 1."""
+
+    def __init_subclass__(cls) -> None:
+        cls.kind = cls.__module__.rpartition(".")[2]
 
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
             if isinstance(value, list | tuple):
-                object.__setattr__(self, each.name, tuple(value))  # JSON gives lists
+                entries = (tuple(entry) if isinstance(entry, list) else entry for entry in value)  # JSON gives lists
+                object.__setattr__(self, each.name, tuple(entries))
                 if len(set(map(str, value))) != len(value):
                     raise ValueError(f"{each.name} names each value once; found {', '.join(map(str, value))}")
         at_least(self, self.bounds())
@@ -115,22 +117,25 @@ class Evaluation(ABC):
                 raise ValueError(
                     f"{name}: expected {', '.join(allowed)}, got {', '.join(map(str, words)) or 'nothing'}"
                 )
+        expect(self, self.rules())
 
     @classmethod
     def bounds(cls) -> dict[str, int]:
-        """Smallest allowed value of each setting that is a whole number, or some of them."""
-        whole = ("int", "int | None", "tuple[int, ...]")
-        return {f.name: cls.least.get(f.name, 1) for f in fields(cls) if f.type in whole} | {"seed": 0}
+        """Smallest allowed value of each setting that is a whole number, or some of them: what its type says, or 1."""
+        plain, full = get_type_hints(cls), get_type_hints(cls, include_extras=True)
+        whole = [name for name, each in plain.items() if each in (int, int | None, tuple[int, ...])]
+        return {name: next((bound.least for bound in getattr(full[name], "__metadata__", ())), 1) for name in whole}
 
     @classmethod
     def choices(cls) -> dict[str, tuple[str, ...]]:
         """Allowed values of each setting that is a word, or a tuple of words: those that its type names."""
-        found = {}
-        for name, each in get_type_hints(cls).items():
-            word = get_args(each)[0] if get_origin(each) is tuple else each
-            if get_origin(word) is Literal:
-                found[name] = get_args(word)
-        return found
+        hints = get_type_hints(cls).items()
+        words = {name: get_args(each)[0] if get_origin(each) is tuple else each for name, each in hints}
+        return {name: get_args(word) for name, word in words.items() if get_origin(word) is Literal}
+
+    def rules(self) -> dict[str, tuple[bool, str]]:
+        """For each setting that must fit others, whether it does, and what is expected (`choices.expect`)."""
+        return {}
 
     @abstractmethod
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
@@ -160,8 +165,8 @@ class Evaluation(ABC):
 
     @property
     def shortest(self) -> int:
-        """Tokens that a sequence needs at least."""
-        return 2
+        """Tokens that a sequence needs at least: up to the first position, and to the horizon after it."""
+        return getattr(self, "first_position", 0) + getattr(self, "horizon", 1) + 1
 
     def to_dict(self) -> dict[str, Json]:
         """Settings as plain JSON values; `from_dict` gives the evaluation back."""

@@ -54,21 +54,23 @@ class Firings:
         inside = np.isin(self.sequence, sequences)
         return replace(self, **{name: getattr(self, name)[inside] for name in _COLUMNS})
 
+    def between(self, first: int, last: int) -> NDArray[np.bool_]:
+        """Which of the firings are at positions first..last."""
+        return (self.position >= first) & (self.position <= last)
+
     def alive(self, n_tokens: int, min_firings: int = 1) -> Integers:
         """Atoms with at least `min_firings` among the first `n_tokens` tokens, read sequence by sequence."""
         early = self.sequence * self.n_positions + self.position < n_tokens
-        counts = np.bincount(self.atom[early], minlength=self.n_atoms)
-        return np.flatnonzero(counts >= min_firings)
+        return np.flatnonzero(np.bincount(self.atom[early], minlength=self.n_atoms) >= min_firings)
 
     def strongest(self, at: pd.DataFrame) -> pd.DataFrame:
         """The most active atom at each (sequence, position) of `at`: columns atom and activation, index of `at`; NaN
         where nothing fires. This is the paper's dominant atom (section 3.2)."""
         spot = self.sequence * self.n_positions + self.position
         wanted = (at["sequence"] * self.n_positions + at["position"]).to_numpy()
-        table = self.frame(np.isin(spot, wanted)).sort_values("activation")
-        top = table.drop_duplicates(["sequence", "position"], keep="last")
-        joined = at[["sequence", "position"]].merge(top, how="left").set_index(at.index)
-        return joined[["atom", "activation"]]
+        firings = self.frame(np.isin(spot, wanted)).sort_values("activation")
+        top = firings.drop_duplicates(["sequence", "position"], keep="last")
+        return at[["sequence", "position"]].merge(top, how="left").set_index(at.index)[["atom", "activation"]]
 
 
 @torch.no_grad()
@@ -105,8 +107,7 @@ def sample_firings(
     Stratified: an atom's firings are dealt one per sequence in random order of sequences, then a second one per
     sequence, and so on, so that no sequence dominates. Columns: sequence, position, atom, activation.
     """
-    inside = (firings.position >= first) & (firings.position <= last)
-    table = firings.frame(inside & np.isin(firings.atom, atoms))
+    table = firings.frame(firings.between(first, last) & np.isin(firings.atom, atoms))
     table = table.iloc[rng.permutation(len(table))]  # which firing of a sequence comes first
     table["turn"] = table.groupby(["atom", "sequence"]).cumcount()
     table = table.iloc[rng.permutation(len(table))]  # which sequence is dealt first in a turn
@@ -178,8 +179,7 @@ def draw_atoms(
         ValueError: an atom asked for fires too rarely.
         NothingToMeasureError: all atoms do.
     """
-    inside = (firings.position >= bounds["first"]) & (firings.position <= bounds["last"])
-    sides = (firings.frame(inside & np.isin(firings.sequence, side)) for side in split)
+    sides = (firings.frame(firings.between(**bounds) & np.isin(firings.sequence, side)) for side in split)
     chosen, tested = (table.groupby("atom")["sequence"].agg(["size", "nunique"]) for table in sides)
     able = chosen.index[chosen["size"] >= min_firings].intersection(
         tested.index[(tested["size"] >= min_firings) & (tested["nunique"] >= 2)]
@@ -243,8 +243,7 @@ def draw_firings(
     """
     last = firings.n_positions - 1 - horizon
     alive = firings.alive(alive_tokens, min_firings)
-    inside = (firings.position >= first_position) & (firings.position <= last)
-    testable = np.intersect1d(alive, firings.atom[inside])
+    testable = np.intersect1d(alive, firings.atom[firings.between(first_position, last)])
     needed = f"alive atoms with a firing at positions {first_position}..{last} are"
     picked = _picked(testable, atoms, n_atoms, rng, needed, firings)
     table = sample_firings(firings, picked, firings_per_atom, first=first_position, last=last, rng=rng)

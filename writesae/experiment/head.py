@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from sae_lens import SAE
@@ -35,6 +34,12 @@ def mean_write(keys: Tensor, values: Tensor, energy: float = 1.0) -> LowRank:
     held = (sigma**2).cumsum(0) / (sigma**2).sum()
     rank = min(int((held < energy).sum()) + 1, len(sigma))
     return LowRank((left[:, :rank] * sigma[:rank]).T[None], right[None, :rank])
+
+
+def random_units(like: LowRank, n: int, seed: int) -> LowRank:
+    """n Gaussian directions of the rank of `like`, at unit norm."""
+    drawn = like.rows([0]).expand(n).random_like(torch.Generator().manual_seed(seed))
+    return drawn.with_norm(torch.ones(n).to(drawn.values))
 
 
 def head_writes(recurrence: Recurrence, head: int) -> LowRank:
@@ -84,45 +89,30 @@ def dominant(sae: SAE, activations: Tensor) -> Tensor:
     return (activations.abs() * norms).argmax(1)
 
 
-class UpperModel(NamedTuple):
-    """The model from the head's layer on, over one sequence."""
+def upper_model(model: HookedRecurrent, layer: int, tokens: Tensor) -> Callable[..., Tensor]:
+    """The model from a layer on, over one sequence [1,T], as a function of what is replaced: `logits(head, target,
+    matrices)` gives logits [T,vocab].
 
-    model: HookedRecurrent
-    layer: int
-    head: int
-    tokens: Tensor
-    """[1,T]"""
-    residual: Tensor
-    """[1,T,D] that enters the layer."""
+    * head: 0 by default.
+    * target: "write" (by default) or "state". A replaced write goes into the state and is read from then on. A replaced
+      state is what its own reads see, while the recurrence goes on from the native one.
+    * matrices: [T,K,V] in the place of all of the head's; None (by default): nothing is replaced.
 
-    @classmethod
-    def at(cls, model: HookedRecurrent, layer: int, head: int, tokens: Tensor) -> UpperModel:
-        """Cost: a forward of tokens [1,T] up to the layer."""
-        name = f"blocks.{layer}.hook_resid_pre"
-        _, cache = model.run_with_cache(tokens, names_filter=[name], stop_at_layer=layer + 1)
-        return cls(model, layer, head, tokens, cache[name])
+    Cost: a forward up to the layer; for each call of the function a forward from the layer on.
+    """
+    name = f"blocks.{layer}.hook_resid_pre"
+    _, cache = model.run_with_cache(tokens, names_filter=[name], stop_at_layer=layer + 1)
 
-    def logits(self, target: str = "write", matrices: Tensor | None = None) -> Tensor:
-        """Logits [T,vocab].
-
-        Args:
-            target: what is replaced, "write" or "state". A replaced write goes into the state and is read from then on.
-                A replaced state is what its own reads see, while the recurrence goes on from the native one.
-            matrices: [T,K,V] in the place of all of the head's; None: nothing is replaced.
-
-        Cost: a forward from the layer on.
-        """
+    def logits(head: int = 0, target: str = "write", matrices: Tensor | None = None) -> Tensor:
         hooks: list[tuple[str | Callable, Callable]] = []
         if matrices is not None:
             flat = matrices.flatten(1)[None]
-            name = f"blocks.{self.layer}.mixer.heads.{self.head}.hook_{target}_vec"
-            hooks = [(name, lambda x, hook: flat.to(x))]
-        logits = self.model.run_with_hooks(
-            self.residual, fwd_hooks=hooks, start_at_layer=self.layer, tokens=self.tokens
-        )
-        return logits[0]
+            hooks = [(f"blocks.{layer}.mixer.heads.{head}.hook_{target}_vec", lambda x, hook: flat.to(x))]
+        return model.run_with_hooks(cache[name], fwd_hooks=hooks, start_at_layer=layer, tokens=tokens)[0]
 
-    def nats(self, target: str = "write", matrices: Tensor | None = None) -> float:
-        """Mean of -log p(next token) over the sequence, in nats per token; arguments and cost as of `logits`."""
-        logits = self.logits(target, matrices).double()
-        return float(torch.nn.functional.cross_entropy(logits[:-1], self.tokens[0, 1:].to(logits.device)))
+    return logits
+
+
+def nats(logits: Tensor, tokens: Tensor) -> float:
+    """Mean of -log p(next token) over a sequence: logits [T,vocab], tokens [T]."""
+    return float(torch.nn.functional.cross_entropy(logits[:-1].double(), tokens[1:].to(logits.device)))

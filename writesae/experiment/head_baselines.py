@@ -14,13 +14,11 @@ from typing import Literal, cast, get_args
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
+from writesae.experiment.firings import Integers
 from writesae.experiment.pca import MatrixPca, fit_pca
-
-Integers = NDArray[np.int64]
 
 Baseline = Literal["head_mean", "token_mean", "pair_mean", "drawn", "quantised", "pca"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)

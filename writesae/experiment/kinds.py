@@ -67,8 +67,9 @@ def alike(result: Result, controls: Sequence[str]) -> Finding:
     if table.empty:
         counts = result.tables["atoms"]["kind"].value_counts()
         listed = " and ".join(f"{counts.get(kind, 0)} {kind}" for kind in KINDS)
-        reason = f"It needs two tested atoms of each kind; of the alive atoms there are {listed}."
-        return Finding.untested(claim, reason, 4, "firings")
+        return Finding.untested(
+            claim, f"It needs two tested atoms of each kind; of the alive atoms there are {listed}.", 4, "firings"
+        )
     compared = cast(Mapping[str, Mapping[str, float]], result.info["compared"])
     gap, test = compared["difference"], cast(Mapping[str, str], compared["verdict"])
     rates = {
@@ -88,11 +89,15 @@ def alike(result: Result, controls: Sequence[str]) -> Finding:
     elif gap["low"] >= -RELEVANT and gap["high"] <= RELEVANT:
         verdict = Verdict("holds", f"Both kinds beat deletion, and differ by no more than {percent(RELEVANT)}.")
     elif gap["low"] > RELEVANT or gap["high"] < -RELEVANT:
-        text = f"Both kinds beat deletion, but not alike: they differ by more than {percent(RELEVANT)}."
-        verdict = Verdict("fails", text)
+        verdict = Verdict(
+            "fails", f"Both kinds beat deletion, but not alike: they differ by more than {percent(RELEVANT)}."
+        )
     else:
-        text = f"Both kinds beat deletion, but their difference {interval} shows neither sameness nor a difference of"
-        verdict = Verdict("inconclusive", f"{text} {percent(RELEVANT)}.")
+        verdict = Verdict(
+            "inconclusive",
+            f"Both kinds beat deletion, but their difference {interval} shows neither sameness nor a difference of "
+            f"{percent(RELEVANT)}.",
+        )
     atoms = ", ".join(f"{rate.n_clusters} {kind} atoms" for kind, rate in rates.items())
     return Finding(
         number=4,

@@ -207,9 +207,8 @@ class Lab:
         """
         label = next(iter(self.saes)) if label is None else label
         if label not in self._firings:
-            sae = self.saes[label]
+            sae, layer = self.saes[label], self.hooks[label].layer
             check_plain_activations(sae)
-            layer = self.hooks[label].layer
             self._firings[label] = collect_firings(self.model, sae, layer, self.tokens, progress=self.progress)
         return self._firings[label]
 
@@ -247,9 +246,8 @@ class Lab:
 
     def recurrence(self, sequence: int, tokens: Tensor | None = None) -> Recurrence:
         """The head's recurrence on one sequence of the text, or of other `tokens`. Cost: a forward up to the layer."""
-        ids = self.tokens if tokens is None else tokens
-        whole = self.model.recurrence(ids[[sequence]], self.hook.layer)
-        return whole.select(heads=slice(self.hook.head, self.hook.head + 1))
+        ids = (self.tokens if tokens is None else tokens)[[sequence]]
+        return self.model.recurrence(ids, self.hook.layer).select(heads=slice(self.hook.head, self.hook.head + 1))
 
     @torch.no_grad()
     def baselines(self, sequence: int, *, n_codes: int | None = None, components: int = 4) -> HeadBaselines:
@@ -280,8 +278,7 @@ class Lab:
             writes = self.native_writes(rows, text)
             self.require(bool((writes.norm() > 0).any()), "every write of the other text is zero; there is no baseline")
             before, rng = np.concatenate([tokens_and_before(text[n]) for n in rows]), self.rng(41, max(0, fold))
-            fitted = HeadBaselines.fit(writes, before, n_codes=n_codes, components=components, rng=rng)
-            self._baselines[key] = fitted
+            self._baselines[key] = HeadBaselines.fit(writes, before, n_codes=n_codes, components=components, rng=rng)
         return self._baselines[key]
 
     # -- edits

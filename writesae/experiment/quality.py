@@ -20,13 +20,13 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.target import HookTarget, check_plain_activations, has_plain_activations
 from writesae.experiment.head import (
     ROUNDING,
-    UpperModel,
     decoded,
     dominant,
     encoded,
     half_lives,
     head_writes,
     matrices_of,
+    upper_model,
 )
 from writesae.experiment.lab import Lab
 from writesae.experiment.readout import divergences
@@ -101,16 +101,16 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
     own: dict[str, list[dict]] = {label: [] for label, sae in lab.saes.items() if has_plain_activations(sae)}
     for sequence in lab.bar(range(min(SEQUENCES, len(lab.tokens))), "dictionary quality"):
         recurrence = lab.recurrence(sequence)
-        upper = UpperModel.at(lab.model, lab.hook.layer, lab.hook.head, lab.tokens[[sequence]])
-        native, writes = upper.logits(), head_writes(recurrence, 0)
+        upper, head = upper_model(lab.model, lab.hook.layer, lab.tokens[[sequence]]), lab.hook.head
+        native, writes = upper(), head_writes(recurrence, 0)
         for target in {lab.hooks[label].target for label in own}:
             x = matrices_of(recurrence, target)
             flat = x.flatten(1).double()
             shared = {
                 "sum": flat.sum(0),
                 "square": float(flat.square().sum()),
-                "deleted": _kl(native, upper.logits(target, torch.zeros_like(x))),
-                "itself": _kl(native, upper.logits(target, x)),
+                "deleted": _kl(native, upper(head, target, torch.zeros_like(x))),
+                "itself": _kl(native, upper(head, target, x)),
             }
             for label in [label for label in own if lab.hooks[label].target == target]:
                 activations = encoded(lab.saes[label], x)
@@ -127,7 +127,7 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
                     "covered": int(fires.sum()),
                     "fired": on.any(0).cpu(),
                     "cosine": atoms.cosine(writes.rows(fires.to(writes.keys.device))).cpu(),
-                    "kl": _kl(native, upper.logits(target, rebuilt)),
+                    "kl": _kl(native, upper(head, target, rebuilt)),
                 }
                 own[label].append(shared | of_dictionary)
     found = {}
@@ -174,12 +174,12 @@ def head_effects(
         nats: dict[int, list[float]] = {head: [] for head in of_layer}
         lives: dict[int, list[Tensor]] = {head: [] for head in of_layer}
         for n, sequence in enumerate(tokens[:, None]):
-            whole, upper = model.recurrence(sequence, layer), UpperModel.at(model, layer, 0, sequence)
-            native = upper.logits()
+            whole, upper = model.recurrence(sequence, layer), upper_model(model, layer, sequence)
+            native = upper()
             for head in of_layer:
                 one = whole.select(heads=slice(head, head + 1))
                 zero = torch.zeros_like(matrices_of(one, "write"))
-                nats[head].append(_kl(native, upper._replace(head=head).logits("write", zero)))
+                nats[head].append(_kl(native, upper(head, "write", zero)))
                 if n < _HALF_LIVES:
                     lives[head].append(half_lives(one))
         rows += [(layer, h, float(torch.cat(lives[h]).median()), float(np.mean(nats[h]))) for h in of_layer]

@@ -13,18 +13,20 @@ from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.losses import read_queries
+from writesae.experiment.at_firings import MEAN_ENERGY
 from writesae.experiment.conditions import scaled
 from writesae.experiment.evaluation import Result
 from writesae.experiment.head import (
     ROUNDING,
-    UpperModel,
     decoded,
     dominant,
     encoded,
     head_writes,
     matrices_of,
     mean_write,
+    nats,
     state_direction,
+    upper_model,
 )
 from writesae.experiment.lab import Lab, Site, Trial
 from writesae.experiment.pca import MatrixPca, fit_pca
@@ -68,9 +70,6 @@ REPLACEMENT: dict[str, str] = {
     "native_nats": "nats per token without replacement",
 }
 """Columns of `replacement_costs`."""
-
-_MEAN_ENERGY = 0.99
-"""The mean write is kept as the fewest rank-1 terms that hold this share of its squared norm."""
 
 
 def reconstruction(lab: Lab, sequences: Sequence[int]) -> pd.DataFrame:
@@ -153,7 +152,7 @@ class Basis(NamedTuple):
             LowRank(torch.cat([x.keys for x in y]), torch.cat([x.values for x in y])) for y in (writes, drawn)
         )
         pca = fit_pca(some.rows(slice(n_writes)), n_components)
-        mean = mean_write(every.keys.flatten(0, 1), every.values.flatten(0, 1), _MEAN_ENERGY)
+        mean = mean_write(every.keys.flatten(0, 1), every.values.flatten(0, 1), MEAN_ENERGY)
         return cls(pca, mean, torch.stack(means).mean(0).to(pca.mean))
 
 
@@ -220,9 +219,9 @@ def replacement_costs(
     Cost: a forward from the layer on for each row, and an SVD of each state.
     """
     recurrence = lab.recurrence(sequence)
-    upper = UpperModel.at(lab.model, lab.hook.layer, lab.hook.head, lab.tokens[[sequence]])
-    native, target = upper.nats(), lab.hook.target
-    x = matrices_of(recurrence, target)
+    upper = upper_model(lab.model, lab.hook.layer, lab.tokens[[sequence]])
+    tokens, target = lab.tokens[sequence], lab.hook.target
+    native, x = nats(upper(), tokens), matrices_of(recurrence, target)
     mean = basis.target_mean.to(x).view(x.shape[1:]).expand_as(x)
     methods = [("", target, "itself", x)]
     methods += [(n, target, "dictionary", decoded(sae, encoded(sae, x), x)) for n, sae in lab.saes.items()]
@@ -231,10 +230,11 @@ def replacement_costs(
         flat = x.flatten(1)
         methods += [("", target, f"pca {rank}", basis.pca.project(flat, rank).view_as(x)) for rank in pca_ranks]
     states = LowRank.svd(matrices_of(recurrence, "state"))
-    below = [rank for rank in state_ranks if rank < states.rank]
-    methods += [("", "state", f"rank {rank}", states.terms(slice(rank)).dense()) for rank in below]
+    methods += [
+        ("", "state", f"rank {rank}", states.terms(slice(rank)).dense()) for rank in state_ranks if rank < states.rank
+    ]
     rows = [
-        (sequence, label, hook, method, upper.nats(hook, matrices) - native, native)
+        (sequence, label, hook, method, nats(upper(lab.hook.head, hook, matrices), tokens) - native, native)
         for label, hook, method, matrices in methods
     ]
     return pd.DataFrame(rows, columns=list(REPLACEMENT))

@@ -122,13 +122,9 @@ class Paired:
         """The mean under a condition, or of the paired difference of two. Truth values without `minus` are a share,
         whose interval is another one (`statistics.share`)."""
         values, clusters = self._values(a, minus)
-        if len(clusters) == 2:
-            return stats.estimate_two_way(values, *clusters, seed=self.seed)
-        return (
-            stats.share(values, *clusters)
-            if values.dtype == bool
-            else stats.estimate(values, *clusters, seed=self.seed)
-        )
+        if len(clusters) == 1 and values.dtype == bool:
+            return stats.share(values, *clusters)
+        return stats.estimate(values, *clusters, seed=self.seed)
 
     def median(self, a: Values, minus: Values | None = None) -> Estimate:
         """The median under a condition, or of the paired difference of two."""
@@ -252,8 +248,11 @@ class Finding:
         svg = figures.intervals(
             rows, self.axis, f"{self.claim}: {label}", chance=self.chance, write=self.write, least=self.least
         )
-        caption = "95% intervals; dashed: chance. The subject does not beat controls in orange."
-        return Figure(self.claim[0].upper() + self.claim[1:], svg, caption)
+        return Figure(
+            title=self.claim[0].upper() + self.claim[1:],
+            svg=svg,
+            caption="95% intervals; dashed: chance. The subject does not beat controls in orange.",
+        )
 
 
 def said(each: Estimate, write: Callable[[float], str] = text.number) -> str:

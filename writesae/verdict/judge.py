@@ -90,8 +90,9 @@ def judge(
     if (reason := too_little(effect)) is not None:
         return Verdict("inconclusive", reason)
     if typical is not None and not typical > floor:
-        size = f"The typical size, {typical:.2g}, is no larger than what a no-op moves, {floor:.2g}."
-        return Verdict("below the floor", size)
+        return Verdict(
+            "below the floor", f"The typical size, {typical:.2g}, is no larger than what a no-op moves, {floor:.2g}."
+        )
     sign, side = (-1.0, "below") if less else (1.0, "above")
     low, high = _beyond(effect, chance, sign)
     far = chance + sign * relevant
@@ -102,11 +103,14 @@ def judge(
             return Verdict("inconclusive", f"{units} An effect of {relevant:g} could be missed so.")
         if relevant and high > relevant:
             small = f"an effect short of {far:g}" if large and low > 0 else f"chance ({chance:g})"
-            both = f"The interval of {what} contains both {small} and one that matters ({far:g})."
-            return Verdict("inconclusive", both)
+            return Verdict(
+                "inconclusive", f"The interval of {what} contains both {small} and one that matters ({far:g})."
+            )
         if low > 0:
-            short = f"lies {side} {chance:g}, but does not reach {far:g}, from which on it matters"
-            return Verdict("fails", f"The interval of {what} {short}.")
+            return Verdict(
+                "fails",
+                f"The interval of {what} lies {side} {chance:g}, but does not reach {far:g}, from which on it matters.",
+            )
         seen = f" {units}" if low == high else f" It is over {n} units only." * (n < FEW_CLUSTERS)
         return Verdict("fails", f"The interval of {what} does not lie {side} {chance:g}.{seen}")
     found: list[tuple[float, str]] = []

@@ -48,26 +48,21 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    values: ArrayLike, clusters: ArrayLike, *, statistic: WeightedStatistic | None = None, seed: int = 0
+    values: ArrayLike, *clusters: ArrayLike, statistic: WeightedStatistic | None = None, seed: int = 0
 ) -> Estimate:
     """The mean (or another statistic) with its percentile interval when observations of one cluster are dependent.
 
     Clusters are drawn with replacement, each with all of its observations (Davison and Hinkley, 1997, section 3.8). A
     draw is a row of weights, so the whole bootstrap is a few matrix products: O(n_resamples * N) time, 64 MB at a time.
+
+    Observations may share two things, sequence and atom say: the pigeonhole bootstrap (Owen, 2007). Both kinds of
+    cluster are resampled; an observation counts as often as its row is drawn times its column. The interval is somewhat
+    too wide rather than too narrow. With a single row or column it is over the other one alone. `n_clusters` is the
+    smaller of the two numbers of clusters that were resampled.
     """
-    if statistic is not None:
-        return _resampled(values, [clusters], statistic, seed)
-    return _ratio_of_sums(values, np.ones_like(values, dtype=float), clusters, seed)
-
-
-def estimate_two_way(values: ArrayLike, rows: ArrayLike, columns: ArrayLike, *, seed: int = 0) -> Estimate:
-    """The mean of observations that share two things, sequence and atom say: the pigeonhole bootstrap (Owen, 2007).
-
-    Both kinds of cluster are resampled; an observation counts as often as its row is drawn times its column. The
-    interval is somewhat too wide rather than too narrow. With a single row or column it is over the other one alone.
-    `n_clusters` is the smaller of the two numbers of clusters that were resampled.
-    """
-    return _resampled(values, [rows, columns], weighted_mean, seed)
+    if statistic is None and len(clusters) == 1:
+        return _interval(*_ratio_of_sums(values, np.ones_like(values, dtype=float), *clusters, seed))
+    return _resampled(values, clusters, statistic or weighted_mean, seed)
 
 
 def estimate_difference(
@@ -79,15 +74,11 @@ def estimate_difference(
     ignores what a and b have in common. `n` counts both samples, `n_clusters` is that of the sample with fewer; the
     interval is NaN where either sample is a single cluster.
     """
-    means, resampled, n, n_clusters = [], [], 0, []
-    for i, (sample, ids) in enumerate(((a, clusters_a), (b, clusters_b))):
-        x, codes = _sample(sample, ids)
-        draws = _draws(int(codes.max()) + 1, seed + i)
-        means.append(float(x.mean()))
-        resampled.append(draws @ np.bincount(codes, x) / (draws @ np.bincount(codes)))
-        n += len(x)
-        n_clusters.append(draws.shape[1])
-    return _interval(means[0] - means[1], resampled[0] - resampled[1], n, min(n_clusters))
+    (mean_a, of_a, n_a, ids_a), (mean_b, of_b, n_b, ids_b) = (
+        _ratio_of_sums(sample, np.ones_like(sample, dtype=float), ids, seed + i)
+        for i, (sample, ids) in enumerate(((a, clusters_a), (b, clusters_b)))
+    )
+    return _interval(mean_a - mean_b, of_a - of_b, n_a + n_b, min(ids_a, ids_b))
 
 
 def recovered_share(kl: ArrayLike, deleted: ArrayLike, clusters: ArrayLike, *, seed: int = 0) -> Estimate:
@@ -97,7 +88,7 @@ def recovered_share(kl: ArrayLike, deleted: ArrayLike, clusters: ArrayLike, *, s
     Raises:
         ValueError: every deletion has an effect of exactly 0.
     """
-    lost = _ratio_of_sums(kl, deleted, clusters, seed)
+    lost = _interval(*_ratio_of_sums(kl, deleted, clusters, seed))
     return lost._replace(mean=1 - lost.mean, low=1 - lost.high, high=1 - lost.low)
 
 
@@ -110,7 +101,7 @@ def recovered_difference(
     Raises:
         ValueError: every deletion has an effect of exactly 0.
     """
-    return _ratio_of_sums(np.asarray(b, float) - np.asarray(a, float), deleted, clusters, seed)
+    return _interval(*_ratio_of_sums(np.asarray(b, float) - np.asarray(a, float), deleted, clusters, seed))
 
 
 def share(hits: ArrayLike, clusters: ArrayLike) -> Estimate:
@@ -193,9 +184,9 @@ def weighted_median(values: Array, weights: Array) -> Array:
     return (low + high) / 2
 
 
-def _ratio_of_sums(above: ArrayLike, below: ArrayLike, clusters: ArrayLike, seed: int) -> Estimate:
-    """sum above / sum below of below >= 0, with its interval; resamples whose `below` are all 0 are left out. A mean is
-    the ratio to ones: it needs no more than the sum and the size of each cluster."""
+def _ratio_of_sums(above: ArrayLike, below: ArrayLike, clusters: ArrayLike, seed: int) -> tuple[float, Array, int, int]:
+    """sum above / sum below of below >= 0, as `_interval` takes it; resamples whose `below` are all 0 are left out. A
+    mean is the ratio to ones: it needs no more than the sum and the size of each cluster."""
     (x, codes), (y, _) = _sample(above, clusters), _sample(below, clusters)
     if not (y > 0).any():
         raise ValueError("the recovered share needs a deletion with an effect above 0, found none")
@@ -203,7 +194,7 @@ def _ratio_of_sums(above: ArrayLike, below: ArrayLike, clusters: ArrayLike, seed
     draws = _draws(len(sums), seed)
     drawn = draws @ sizes > 0
     resampled = (draws @ sums)[drawn] / (draws @ sizes)[drawn]
-    return _interval(float(x.sum() / y.sum()), resampled, len(x), len(sums))
+    return float(x.sum() / y.sum()), resampled, len(x), len(sums)
 
 
 def _resampled(values: ArrayLike, ways: Sequence[ArrayLike], statistic: WeightedStatistic, seed: int) -> Estimate:
@@ -224,8 +215,7 @@ def _resampled(values: ArrayLike, ways: Sequence[ArrayLike], statistic: Weighted
 def _draws(n_clusters: int, seed: int) -> NDArray[np.int64]:
     """How often each cluster is drawn in each resample: [n_resamples,n_clusters]. Kept, since a report asks for the
     same draws a hundred times."""
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=N_RESAMPLES)
+    draws = np.random.default_rng(seed).multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=N_RESAMPLES)
     draws.flags.writeable = False
     return draws
 

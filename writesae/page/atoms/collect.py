@@ -113,8 +113,12 @@ def memory(lives: Sequence[tuple[int, bool]]) -> data.Memory:
     tokens, ended = (np.array(each) for each in zip(*lives))
     survival = stats.ecdf(stats.CensoredData.right_censored(tokens, ended)).sf
     below = survival.quantiles[survival.probabilities <= 0.5]
-    half_life = float(below[0]) if len(below) else None
-    return data.Memory(half_life=half_life, longest=int(tokens.max()), ended=int(ended.sum()), n=len(lives))
+    return data.Memory(
+        half_life=float(below[0]) if len(below) else None,
+        longest=int(tokens.max()),
+        ended=int(ended.sum()),
+        n=len(lives),
+    )
 
 
 def _effect(facts: Facts, column: int, direct: NDArray[np.float32]) -> data.Effect | None:
