@@ -3,6 +3,9 @@
     S_t = (diag(alpha_t) + a_t b_t^T) S_{t-1} + k_t u_t^T          S: [B,H,K,V], key-first
     o_t = S_t^T (scale * q_t)
 
+Without an erase each entry of the state may decay by a factor of its own, which then stands for diag(alpha_t):
+alpha_t[k,v] = exp(log_decay_t[v] rates[k,v]) (Mamba-1, Gu & Dao, arXiv 2312.00752, eq. 4).
+
 This module only holds the factors. `recurrence` adds what can be computed from them, by the algorithms of `reference`
 and `chunked`, which take a form from here.
 """
@@ -58,7 +61,8 @@ class CanonicalForm:
     u: Tensor
     """[B,T,H,V] or [B,T,H,R,V] write value: token t adds k_t u_t^T, summed over its terms."""
     log_decay: Tensor | None = None
-    """[B,T,H] one decay per head, or [B,T,H,K] one per key channel; natural log, <= 0. None: no decay."""
+    """[B,T,H] one decay per head, or [B,T,H,K] one per key channel; natural log, <= 0. None: no decay. With `rates`,
+    [B,T,H,V]."""
     a: Tensor | None = None
     """[B,T,H,K] or [B,T,H,E,K] erase, left vector. Given with `b`, or derived from `beta`."""
     b: Tensor | None = None
@@ -74,6 +78,9 @@ class CanonicalForm:
     """[B,T,H] or [B,T,H,R] declares that a = -beta k, the erase of the delta rules. Optional: it allows a solve with
     half the work. With `a` left out, `a` is derived; with both given, they are trusted to agree. `replace` drops
     it when `k` or `a` change."""
+    rates: Tensor | None = None
+    """[H,K,V], >= 0: each entry of the state has a decay of its own, whose log is log_decay * rates. Held apart, the
+    two are V numbers a token instead of K V. Goes without an erase."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -130,7 +137,7 @@ class CanonicalForm:
     @property
     def decays_per_channel(self) -> bool:
         """Whether each key channel has a decay of its own."""
-        return self.log_decay is not None and self.log_decay.ndim == 4
+        return self.log_decay is not None and self.log_decay.ndim == 4 and self.rates is None
 
     def select(
         self,
@@ -158,6 +165,8 @@ class CanonicalForm:
                 raise ValueError(f"tokens from {begin} on need initial_state=, the state before them")
             fields = {name: x[:, tokens] for name, x in fields.items()}
         state = state if initial_state is None else initial_state
+        if self.rates is not None:
+            fields["rates"] = pick(self.rates, heads, 0, "heads")
         return dataclasses.replace(self, **fields, initial_state=state)
 
     def replace(self, **fields: Tensor | float | bool | None) -> Self:
@@ -267,7 +276,7 @@ def choice(key: str, choices: Mapping[str, T_], what: str) -> T_:
 
 def tensors(r: CanonicalForm) -> list[tuple[str, Tensor]]:
     """The tensor fields that are given, with their names."""
-    return [(n, x) for n in (*TIME_FIELDS, "initial_state") if (x := getattr(r, n)) is not None]
+    return [(n, x) for n in (*TIME_FIELDS, "initial_state", "rates") if (x := getattr(r, n)) is not None]
 
 
 def over_time(r: CanonicalForm) -> list[tuple[str, Tensor]]:
@@ -318,8 +327,8 @@ def _check(r: CanonicalForm) -> None:
     if r.b is not None and r.b.ndim == 5:
         erase, sizes["E"] = "BTHE", r.b.shape[3]
     axes = {"k": write + "K", "u": write + "V", "a": erase + "K", "b": erase + "K", "beta": write}
-    axes |= {"q": "BTHK", "initial_state": "BHKV"}
-    axes["log_decay"] = "BTH" if r.log_decay is None or r.log_decay.ndim == 3 else "BTHK"
+    axes |= {"q": "BTHK", "initial_state": "BHKV", "rates": "HKV"}
+    axes["log_decay"] = "BTHV" if r.rates is not None else "BTHK" if r.decays_per_channel else "BTH"
     for name, x in tensors(r):
         want = axes[name]
         if list(x.shape) != [sizes[c] for c in want]:
@@ -331,3 +340,6 @@ def _check(r: CanonicalForm) -> None:
     if r.beta is not None and r.b is not None and r.b.shape != r.k.shape:
         shapes = f"k {list(r.k.shape)}, b {list(r.b.shape)}"
         raise ValueError(f"beta says that each term of the write erases along its own key, but found {shapes}")
+    if r.rates is not None and (r.b is not None or r.log_decay is None):
+        found = "an erase" if r.b is not None else "no log_decay"
+        raise ValueError(f"rates need a log_decay [B,T,H,V] that they multiply, and no erase; found {found}")

@@ -203,8 +203,9 @@ def _solve_triangular(lags: Tensor, x: Tensor) -> Tensor:
 
 def is_faster(r: CanonicalForm) -> bool:
     """Whether chunks have an advantage over `reference`, and can be computed."""
-    # Without float64 (Apple's GPUs) the anchor of per-channel decay would overflow.
-    return r.T > _FEW and not (r.decays_per_channel and wide_dtype(r.q) != torch.float64)
+    # Without float64 (Apple's GPUs) the anchor of per-channel decay would overflow. A decay per entry makes every value
+    # channel a head of its own, with C K multiply-adds a token where a step has 2 K.
+    return r.T > _FEW and r.rates is None and not (r.decays_per_channel and wide_dtype(r.q) != torch.float64)
 
 
 def scan(r: CanonicalForm, chunk_size: int | None = None) -> ScanResult:

@@ -45,7 +45,7 @@ class Recurrence(CanonicalForm):
     """Factors of one recurrent layer over one stretch of tokens, and what follows from them.
 
     The fields are those of `CanonicalForm`: `q`, `k`, `u`, `log_decay`, `a`, `b`, `scale`, `initial_state`,
-    `read_before_write`, `beta`. All methods are differentiable in every field, and ignore autocast.
+    `read_before_write`, `beta`, `rates`. All methods are differentiable in every field, and ignore autocast.
     """
 
     @classmethod
@@ -119,7 +119,11 @@ class Recurrence(CanonicalForm):
         Its reads are the weights of `attention`. Its states [B,H,K,S R] are the keys as the transitions since have
         left them, p_t(k_s): hand the last one to `by_source` of the tokens that follow, as `past_keys` [B,H,K,S' R],
         and their reads have S' more sources in front.
+
+        Raises ValueError where each entry of the state has a decay of its own (`rates`): there is a weight for each
+        value channel then, and no pattern.
         """
+        self._check_transition()
         count = self.T * self.R
         past = 0 if past_keys is None else past_keys.shape[-1]
         ones = torch.eye(count, dtype=self.dtype, device=self.device)
@@ -170,7 +174,7 @@ class Recurrence(CanonicalForm):
             keys, values = keys.flip(1), values.flip(1)
         log_decay, a, b = (None if x is None else _handed_back(x) for x in (self.log_decay, self.b, self.a))
         # What the result reads means nothing; its q may be any of the right shape.
-        return type(self)(keys, keys, values, log_decay, a, b)
+        return type(self)(keys, keys, values, log_decay, a, b, rates=self.rates)
 
     def value_gradients(
         self, read_gradients: Tensor, *, method: Method = "chunked", chunk_size: int | None = None
@@ -201,7 +205,10 @@ class Recurrence(CanonicalForm):
                 only.
 
         Returns: [B,N,T-start,K].
+
+        Raises ValueError where each entry of the state has a decay of its own (`rates`): a response is not of rank 1.
         """
+        self._check_transition()
         start, selected = resolve_one(start, self.T, "start"), self.select(heads=resolve_one(head, self.H, "head"))
         selected = choice(loop, {"closed": lambda: selected, "open": selected.without_erase}, "loop")()
         vectors = x.to(self.dtype).expand(self.B, -1, -1)
@@ -214,6 +221,15 @@ class Recurrence(CanonicalForm):
         )
         moved = idle.states(method=method)[:, :, 0].permute(0, 3, 1, 2)
         return torch.cat([vectors.unsqueeze(2), moved], dim=2)
+
+    def _check_transition(self) -> None:
+        """Raise ValueError where the transition does not act on the key side alone."""
+        if self.rates is not None:
+            raise ValueError(
+                "each entry of this state has a decay of its own (rates, as in Mamba-1), so that a key changes in "
+                "another way for each value channel: there is no one weight of token s for token t. outputs(), "
+                "states() and with_write() answer for whole writes"
+            )
 
     def _by_token(self, method: Method, chunk_size: int | None = None) -> bool:
         """Whether the reference does the work: where it is asked for, and where chunks have no advantage."""

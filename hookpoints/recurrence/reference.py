@@ -27,8 +27,10 @@ def add_write(state: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def transition(r: CanonicalForm, t: int, state: Tensor) -> Tensor:
-    """(diag(alpha_t) + a_t b_t^T) S for a state [B,H,K,V]."""
+    """(diag(alpha_t) + a_t b_t^T) S for a state [B,H,K,V]; with `rates` each entry times its own decay."""
     moved = state
+    if r.rates is not None and r.log_decay is not None:
+        return state * (r.log_decay[:, t, :, None] * r.rates).exp()
     if r.log_decay is not None:
         decay = r.log_decay[:, t].exp()
         moved = state * (decay[..., None, None] if decay.ndim == 2 else decay[..., None])

@@ -24,6 +24,7 @@ How to add a rule, here one that fla would compute by ``chunk_new_rule(q, k, v, 
 
 from hookpoints.rules.base import Arguments, FlaRule, Names, Op, OpFactors, OpResult, Rule
 from hookpoints.rules.delta_product import GATED_DELTA_PRODUCT
+from hookpoints.rules.mamba1 import MAMBA1
 from hookpoints.rules.mamba2 import MAMBA2
 from hookpoints.rules.refused import REFUSED, REFUSED_LAYERS
 from hookpoints.rules.rwkv7 import FLA_RWKV7, RWKV7
@@ -31,6 +32,7 @@ from hookpoints.rules.tables import (
     FLA_COMBA,
     FLA_DELTA,
     FLA_GATED_DELTA,
+    FLA_GATED_DELTA_2,
     FLA_GLA,
     FLA_KIMI_DELTA,
     FLA_RETENTION,
@@ -44,10 +46,12 @@ RULES: tuple[Rule, ...] = (
     GATED_DELTA,
     KIMI_DELTA,
     MAMBA2,
+    MAMBA1,
     RWKV7,
     FLA_RWKV7,
     FLA_DELTA,
     FLA_GATED_DELTA,
+    FLA_GATED_DELTA_2,
     FLA_GLA,
     FLA_KIMI_DELTA,
     FLA_RETENTION,

@@ -31,14 +31,16 @@ Arguments = Mapping[str, Any]
 Op = Callable[..., Any]
 """An upstream op, called by keyword. What it returns depends on the op; `Rule.read_result` knows."""
 
+CONVOLUTIONS = ("causal_conv1d_fn", "causal_conv1d_update")
+"""Ops of the short convolutions of transformers' layers."""
 _TIED = frozenset({"q", "k", "back"})
 """Factors that are fed to an op together: one flag normalises all of them, one number of heads groups them."""
 _TURNED_OFF: Mapping[str, Mapping[str, object]] = {
     **{field: {"use_qk_l2norm_in_kernel": False} for field in _TIED},
     "beta": {"use_beta_sigmoid_in_kernel": False, "allow_neg_eigval": False},
     # safe_gate and lower_bound promise a range that an edited decay may leave.
-    "log_decay": {"use_gate_in_kernel": False, "A_log": None, "dt_bias": None, "safe_gate": False, "lower_bound": None}
-    | {"g_gamma": None},
+    "log_decay": {"use_gate_in_kernel": False, "safe_gate": False}
+    | dict.fromkeys(("A_log", "dt_bias", "lower_bound", "g_gamma")),
 }
 """What an op would do to an argument, turned off where the factor itself is fed."""
 
@@ -57,11 +59,12 @@ class OpFactors:
     v: Tensor
     """[B,T,H,V] or [B,T,H,R,V] value."""
     beta: Tensor | None = None
-    """[B,T,H] or [B,T,H,R] write strength."""
+    """[B,T,H] or [B,T,H,R] write strength; [B,T,H,V] one for each value channel (Mamba-1, Gated DeltaNet-2)."""
     log_decay: Tensor | None = None
-    """[B,T,H] or [B,T,H,K] natural log-decay, <= 0."""
+    """[B,T,H] or [B,T,H,K] natural log-decay, <= 0; [B,T,H,V] in Mamba-1, where each entry has a rate besides."""
     back: Tensor | None = None
-    """[B,T,H,K] key with which the erase reads the state, where it is neither k nor made of k. It has no hook."""
+    """[B,T,H,K] key with which the erase reads the state, where it is neither k nor made of k, or what makes it of k
+    (Gated DeltaNet-2's gate). Its hook is that of the canonical b."""
     initial_state: Tensor | None = None
     """[B,H,K,V] or None for zeros."""
 
@@ -123,6 +126,8 @@ class Rule:
     """What the mixer calls K and V."""
     erases: bool = False
     """Whether a token takes off what its key reads back before it writes (the delta rules)."""
+    own_erase: bool = False
+    """Whether a token erases along a and b of its own, which ``form`` adds (RWKV-7)."""
     read_before_write: bool = False
     """Whether a token reads the state before its own write."""
     default_scale: float | None = None
@@ -140,6 +145,14 @@ class Rule:
     """Fast ops that take no float32; hookpoints' own kernel computes those calls."""
     output_like: Literal["q", "v"] = "v"
     """Which argument has the dtype in which the torch op returns its outputs."""
+    not_fed: frozenset[str] = frozenset()
+    """Factors that no op takes apart from the others; hookpoints' own kernel computes calls in which one changed."""
+    decays_entries: bool = False
+    """Whether each entry of the state has a decay of its own, so that reads are no weighted sums of values and there is
+    no ``hook_pattern``."""
+    starts_from_zero: bool = False
+    """Whether its op for several tokens begins with zeros whatever the cache holds, so that only a pass over the whole
+    sequence, or one token after the other, is the model's."""
     companions: tuple[str, ...] = ()
     """Other fast ops of the same layers (convolutions) that only need to be kept on the right device."""
     fused: tuple[str, ...] = ()
@@ -151,6 +164,13 @@ class Rule:
     def factor_names(self) -> tuple[str, ...]:
         """Fields of OpFactors that the rule has and that have a hook, in order of execution."""
         return tuple(name for name in OpFactors.NAMES if name in self.names.fields())
+
+    @property
+    def hook_factors(self) -> tuple[str, ...]:
+        """What of the rule has a hook: its factors, "a" and "b" of the canonical form where it erases, and the pattern
+        where there is one."""
+        erase = ("a", "b") if self.erases or self.own_erase else ()
+        return (*self.factor_names, *erase, *(() if self.decays_entries else ("pattern",)))
 
     def head_shape(self, mixer: nn.Module) -> tuple[int, int, int]:
         """(H, K, V) of a mixer module. H counts value heads where keys are shared by groups of them."""
@@ -198,7 +218,7 @@ class Rule:
         return CanonicalForm(
             q=factors.q,
             k=self.write_key(factors),
-            u=factors.v if beta is None else beta.unsqueeze(-1) * factors.v,
+            u=factors.v if beta is None else beta.reshape(*beta.shape, *[1] * (factors.v.ndim - beta.ndim)) * factors.v,
             log_decay=factors.log_decay,
             beta=beta if self.erases else None,  # declares the erase to be -beta k
             b=self.erase_key(factors) if self.erases else None,
@@ -249,6 +269,10 @@ class Rule:
         """Whether the caller asked for the final state."""
         return bool(arguments.get("output_final_state"))
 
+    def value_first(self, arguments: Arguments) -> bool:
+        """Whether the op takes and returns states [B,H,V,K]."""
+        return bool(arguments.get("state_v_first"))
+
     def read_result(self, native: object, arguments: Arguments) -> OpResult:
         """Canonical view of what the op returned for ``arguments``."""
         outputs, state = cast("tuple[Tensor, Tensor | None]", native)
@@ -276,13 +300,21 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def is_update(arguments: Arguments) -> bool:
+    """Whether a call of Mamba's ops is an update by one token, without a time axis."""
+    return "state" in arguments
+
+
 def l2_normalise(x: Tensor) -> Tensor:
     """x over its norm on the last axis, with upstream's epsilon of 1e-6 inside the root."""
     return x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + 1e-6)
 
 
 def expand_groups(tensor: Tensor, heads: int) -> Tensor:
-    """Grouped value attention: [B,T,Hk,...] -> [B,T,heads,...], one key head serving consecutive value heads."""
+    """Grouped value attention: [B,T,Hk,...] -> [B,T,heads,...], one key head serving consecutive value heads. A view
+    where all heads share one."""
+    if tensor.shape[2] == 1:
+        return tensor.expand(-1, -1, heads, *[-1] * (tensor.ndim - 3))
     return tensor if tensor.shape[2] == heads else tensor.repeat_interleave(heads // tensor.shape[2], dim=2)
 
 

@@ -23,12 +23,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hookpoints.rules.base import Arguments, Names, OpFactors, OpResult, Rule, compute_dtype, expand_groups
-
-
-def _is_update(arguments: Arguments) -> bool:
-    """Whether the call is an update by one token, without a time axis."""
-    return "state" in arguments
+from hookpoints.rules.base import (
+    CONVOLUTIONS,
+    Arguments,
+    Names,
+    OpFactors,
+    OpResult,
+    Rule,
+    compute_dtype,
+    expand_groups,
+    is_update,
+)
 
 
 class Mamba2(Rule):
@@ -36,11 +41,11 @@ class Mamba2(Rule):
 
     def factors(self, arguments: Arguments) -> OpFactors:
         x, B, C = (arguments[name] for name in ("hidden_states", "B", "C"))
-        if _is_update(arguments):
+        if is_update(arguments):
             x, B, C = x.unsqueeze(1), B.unsqueeze(1), C.unsqueeze(1)
         heads, dtype = x.shape[2], compute_dtype(x)
         dt, A = _step_size(arguments)
-        state = arguments["state"] if _is_update(arguments) else arguments["initial_states"]
+        state = arguments["state"] if is_update(arguments) else arguments["initial_states"]
         return OpFactors(
             q=expand_groups(C.to(dtype), heads),
             k=expand_groups(B.to(dtype), heads),
@@ -52,7 +57,7 @@ class Mamba2(Rule):
         )
 
     def arguments(self, arguments: Arguments, factors: OpFactors, changed: Set[str]) -> Arguments:
-        update = _is_update(arguments)
+        update = is_update(arguments)
         fed: dict[str, object] = {"D": None, "z": None} if update else {"D": None}
         # The ops take one number of groups for both B and C, so that expanded ones go in together.
         inputs = changed & {"v"} | ({"q", "k"} if changed & {"q", "k"} else set())
@@ -63,14 +68,17 @@ class Mamba2(Rule):
 
     def output_dtype(self, arguments: Arguments) -> torch.dtype:
         x = arguments["hidden_states"]
-        return x.dtype if _is_update(arguments) else compute_dtype(x)
+        return x.dtype if is_update(arguments) else compute_dtype(x)
 
     def wants_state(self, arguments: Arguments) -> bool:
-        return _is_update(arguments) or bool(arguments["return_final_states"])
+        return is_update(arguments) or bool(arguments["return_final_states"])
+
+    def value_first(self, arguments: Arguments) -> bool:
+        return True
 
     def read_result(self, native: object, arguments: Arguments) -> OpResult:
         if isinstance(native, Tensor):
-            if _is_update(arguments):
+            if is_update(arguments):
                 return OpResult(native.unsqueeze(1), arguments["state"].mT.clone())
             return OpResult(native, None)
         outputs, state = cast("tuple[Tensor, Tensor]", native)
@@ -78,7 +86,7 @@ class Mamba2(Rule):
 
     def write_result(self, result: OpResult, arguments: Arguments) -> object:
         x, D, state = arguments["hidden_states"], arguments["D"], result.final_state
-        if not _is_update(arguments):
+        if not is_update(arguments):
             outputs = result.outputs
             if D is not None:
                 outputs = outputs + D[..., None] * x.to(outputs.dtype)
@@ -100,7 +108,7 @@ MAMBA2 = Mamba2(
     Names("C", "B", "hidden_states", beta="dt", log_decay="A"),
     sizes=("ssm_state_size", "head_dim"),
     default_scale=1.0,
-    companions=("causal_conv1d_fn", "causal_conv1d_update"),
+    companions=CONVOLUTIONS,
     fused=("mamba2_split_conv1d_scan_combined",),
     torch_only=frozenset({"beta", "log_decay"}),
 )
@@ -109,15 +117,14 @@ MAMBA2 = Mamba2(
 def _step_size(arguments: Arguments) -> tuple[Tensor, Tensor]:
     """dt [B,T,H] after bias, softplus and clamp, and A [H], in the ops' own order and dtypes."""
     dt, A, bias = arguments["dt"], arguments["A"], arguments["dt_bias"]
-    if _is_update(arguments):  # upstream expands these over the value and key sides
+    if is_update(arguments):  # upstream expands these over the value and key sides
         dt, A, bias = dt[..., 0].unsqueeze(1), A[:, 0, 0], None if bias is None else bias[:, 0]
     if bias is not None:
         dt = dt + bias.to(dt.dtype)
     if arguments["dt_softplus"]:
         dt = F.softplus(dt)
-    if not _is_update(arguments):
-        low, high = arguments["dt_limit"]
-        dt = dt.clamp(low, high)
+    if not is_update(arguments):
+        dt = dt.clamp(*arguments["dt_limit"])
     return dt, A
 
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-_MAMBA1 = (
-    "Mamba-1 decays each entry of its K x V state by its own factor, and the recurrence here decays rows: one factor "
-    "per head or per key channel; Mamba-2 models are supported"
-)
-_STREAMS = "its residual stream is several streams side by side (hyper-connections), which block hooks do not know"
 _ATTENTION = (
     "it attends to the keys and values of single tokens, which it keeps: there is no state that tokens write to"
 )
@@ -17,19 +12,17 @@ _PRECONDITIONED = (
 _SECOND_STATE = "divides its reads by a second, normalising state"
 
 REFUSED: dict[str, str] = {
-    "mamba": _MAMBA1,
-    "falcon_mamba": _MAMBA1,
-    "jamba": _MAMBA1,
-    "zamba": _MAMBA1,
-    "samba": _MAMBA1,
-    "minimax": "its lightning attention is written out inside the layer's forward, so there is no op to intercept, and "
-    "its states are in a cache of its own kind",
+    "zamba": "its layers call Mamba-1's op once for each of their heads, and a hooked layer makes one call; Zamba2, "
+    "Mamba, Falcon-Mamba and Jamba models are supported",
+    "samba": "fla's layer of Mamba-1 has its recurrence written out inside a forward (slow_forward) where "
+    "mamba_ssm's GPU kernels are missing; Mamba, Falcon-Mamba and Jamba models are supported",
+    "minimax": "its lightning attention is written out inside MiniMaxLightningAttention.forward, in plain products of "
+    "blocks: there is no op to intercept, and hooks would need a copy of that forward",
     "recurrent_gemma": "its RG-LRU keeps a vector, not a matrix: there is no rank-1 write",
     "rwkv": "RWKV-4 keeps vectors and divides its reads by a second, normalising state",
-    "glm5_next_text": _STREAMS,
-    "qwen4_exp_text": _STREAMS,
     "mamba3": "Mamba-3 adds two terms per token, the second with the token before (its trapezoidal rule), and only "
-    "mamba_ssm's GPU kernels compute it; Mamba-2 models are supported",
+    "mamba_ssm's GPU kernels (mamba3_siso_combined, mamba3_step_fn) compute it, with no form in torch to compare with; "
+    "Mamba and Mamba-2 models are supported",
     "abc": "ABC keeps two coupled states, not one",
     "gsa": "gated slot attention keeps two coupled states, not one",
     "raven": "its slots are gated slot attention's, which keeps two coupled states, not one",
@@ -66,8 +59,6 @@ REFUSED: dict[str, str] = {
 REFUSED_LAYERS: dict[str, str] = {
     "BasedLinearAttention": f"Based {_SECOND_STATE}",
     "ReBasedLinearAttention": f"ReBased {_SECOND_STATE}",
-    "GatedDeltaNet2": "Gated DeltaNet-2, which erases and writes by a gate for each channel, has no rule here; Gated "
-    "DeltaNet and KDA models are supported",
     "MomentumDeltaNet": "Momentum DeltaNet keeps two coupled states, the second a momentum of the first's writes",
 }
 """Layers of fla, by the name of their class, of which it has no models: found in models that someone made of them."""

@@ -36,7 +36,13 @@ def _erase(arguments: Arguments) -> tuple[Tensor, Tensor]:
     return arguments["b"], arguments["a"]
 
 
-RWKV7 = _RWKV7("RWKV-7", ("rwkv7_recurrence",), Names("r", "k", "v", log_decay="w"), ("head_dim", "head_v_dim"))
+RWKV7 = _RWKV7(
+    "RWKV-7",
+    ("rwkv7_recurrence",),
+    Names("r", "k", "v", log_decay="w"),
+    sizes=("head_dim", "head_v_dim"),
+    own_erase=True,
+)
 """The rule of ``hookpoints.rwkv7.rwkv7_recurrence``."""
 FLA_RWKV7 = replace(
     RWKV7,

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from hookpoints.rules.base import Arguments, FlaRule, Names, OpFactors, OpResult, Rule, compute_dtype
+from hookpoints.recurrence.canonical import CanonicalForm
+from hookpoints.rules.base import CONVOLUTIONS, Arguments, FlaRule, Names, OpFactors, OpResult, Rule, compute_dtype
 
-_CONVOLUTIONS = ("causal_conv1d_fn", "causal_conv1d_update")
 _OF_TRANSFORMERS = Names("query", "key", "value", beta="beta", log_decay="g")
 _WITHOUT_BETA = Names("q", "k", "v", log_decay="g")
 
@@ -20,7 +20,7 @@ GATED_DELTA = Rule(
     "Gated DeltaNet",
     ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"),
     _OF_TRANSFORMERS,
-    companions=_CONVOLUTIONS,
+    companions=CONVOLUTIONS,
     output_like="q",
     erases=True,
 )
@@ -37,7 +37,7 @@ KIMI_DELTA = Rule(
     ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention"),
     _OF_TRANSFORMERS,
     sizes=("head_dim", "head_dim"),
-    companions=_CONVOLUTIONS,
+    companions=CONVOLUTIONS,
     output_like="q",
     erases=True,
 )
@@ -58,6 +58,35 @@ FLA_DELTA = FlaRule(
 """DeltaNet (Yang et al., arXiv 2406.06484), without decay.
 
     S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,    o_t = S_t^T (scale q_t)
+"""
+
+
+class _GatedDelta2(FlaRule):
+    def read(self, field: str, arguments: Arguments, dtype: torch.dtype) -> Tensor | None:
+        return arguments["b"].to(dtype) if field == "back" else super().read(field, arguments, dtype)
+
+    def erase_key(self, factors: OpFactors) -> Tensor:
+        assert factors.back is not None
+        return factors.back * super().erase_key(factors)
+
+    def form(self, factors: OpFactors, arguments: Arguments) -> CanonicalForm:
+        ones = torch.ones_like(factors.k[..., 0])
+        return super().form(factors, arguments).replace(beta=ones, b=self.erase_key(factors))
+
+
+FLA_GATED_DELTA_2 = _GatedDelta2(
+    "Gated DeltaNet-2",
+    ("chunk_gdn2", "fused_recurrent_gdn2"),
+    Names("q", "k", "v", beta="w", log_decay="g", back="b"),
+    own_erase=True,
+)
+"""Gated DeltaNet-2 (fla's layer ``GatedDeltaNet2``): a gate b for each key channel says what is erased, and a gate w
+for each value channel what is written.
+
+    S_t = (I - k_t (b_t * k_t)^T) diag(alpha_t) S_{t-1} + k_t (w_t * v_t)^T,    o_t = S_t^T (K^-1/2 q_t)
+
+with q, k l2-normalised inside the op and one decay per key channel. w is beta, [B,T,H,V]. An edit of k moves the
+erase b * k as well. With b = w = beta it is Kimi delta attention.
 """
 
 

@@ -13,7 +13,7 @@ from recurrences import FORMS, random_recurrence
 from torch.autograd import gradcheck
 
 import hookpoints
-from hookpoints.recurrence import Recurrence
+from hookpoints.recurrence import Method, Recurrence
 
 FIELDS = ("q", "k", "u", "log_decay", "a", "b", "beta", "initial_state")
 
@@ -29,6 +29,19 @@ def same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-12) 
 @pytest.fixture
 def r() -> Recurrence:
     return random_recurrence("gdn", B=2, T=40, H=3, K=5, V=4, dtype=torch.float64, initial_state=True)
+
+
+def entrywise(r: Recurrence) -> Recurrence:
+    """With a decay for each entry of the state instead, as in Mamba-1."""
+    return r.without_erase().replace(log_decay=-r.u.abs() / 4, rates=r.starting_state()[0].abs())
+
+
+def heads_of(r: Recurrence) -> Recurrence:
+    """Every value channel of such a recurrence as a head with V = 1 and a decay for each key channel."""
+    q, k = (x.repeat_interleave(r.V, 2) for x in (r.q, r.k))
+    log_decay = (r.log_decay[..., None, :] * r.rates).mT.flatten(2, 3)
+    state = r.starting_state().mT.flatten(1, 2).unsqueeze(-1)
+    return Recurrence(q, k, r.u.flatten(2).unsqueeze(-1), log_decay, scale=r.scale, initial_state=state)
 
 
 def leaves_of(r: Recurrence) -> dict[str, torch.Tensor]:
@@ -176,6 +189,9 @@ WRONG = {
     "half an erase": (dict(a=Q), "only a"),
     "u of other rank": (dict(u=ones(2, 5, 3, 2, 6)), "^u "),
     "beta without b": (dict(beta=ones(2, 5, 3)), "found only beta"),
+    "rates and an erase": (dict(log_decay=U, rates=ones(3, 4, 6), a=Q, b=Q), "rates .*an erase"),
+    "rates of nothing": (dict(rates=ones(3, 4, 6)), "rates .*no log_decay"),
+    "value-first rates": (dict(log_decay=U, rates=ones(3, 6, 4)), "^rates .*K=4,V=6"),
 }
 
 
@@ -191,6 +207,8 @@ MISUSES = {
     "method": (lambda r: r.outputs(method="fast"), ValueError, "fast"),
     "loop": (lambda r: r.propagate(normal(1, 5), 0, 0, loop="half"), ValueError, "half"),
     "kind": (lambda r: r.write(kind="dense"), ValueError, "dense"),
+    "pattern": (lambda r: entrywise(r).attention(), ValueError, "no one weight"),
+    "carried key": (lambda r: entrywise(r).propagate(normal(1, 5), 0, 0), ValueError, "rates"),
     "start": (lambda r: r.propagate(normal(1, 5), 40, 0), IndexError, "start 40"),
     "late tokens": (lambda r: r.select(tokens=slice(4, 9)), ValueError, "initial_state"),
     "stride": (lambda r: r.select(tokens=slice(0, 9, 2)), ValueError, "step 1"),
@@ -201,6 +219,19 @@ MISUSES = {
 def test_misuse_is_refused(r: Recurrence, call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(r)
+
+
+@pytest.mark.parametrize("method", ["chunked", "reference"])
+def test_with_a_decay_for_each_entry_value_channels_are_heads(r: Recurrence, method: Method) -> None:
+    """Outputs, states, gradients, of a part as well, and the answer to other writes."""
+    r = entrywise(r)
+    part = r.select(heads=1, tokens=slice(0, 20))
+    part_of_heads = heads_of(r).select(heads=slice(r.V, 2 * r.V), tokens=slice(0, 20))
+    other = r.with_write(r.q, r.u.flip(1))
+    for one, heads in ((r, heads_of(r)), (part, part_of_heads), (other, heads_of(other))):
+        same(one.outputs(), heads.outputs(method=method).unflatten(2, (-1, r.V)).squeeze(-1))
+        same(one.states(0, [3, 17]), heads.states(range(r.V), [3, 17], method=method)[..., 0].mT.unsqueeze(2))
+        same(one.value_gradients(one.u), heads.value_gradients(heads.u, method=method).unflatten(2, (-1, r.V))[..., 0])
 
 
 def test_corrected_values_need_an_erase_along_the_key() -> None:
