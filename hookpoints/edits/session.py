@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache
 
 from hookpoints.edits.edit import EditPlan, EditRow
-from hookpoints.errors import EditError
+from hookpoints.errors import EditError, UnsupportedModelError
 from hookpoints.layer.context import Backend, current, scope
 from hookpoints.model.hooked import HookedModel
 from hookpoints.model.inputs import as_tokens, cache_argument, cache_of, check_tokens, position_inputs
@@ -37,11 +37,16 @@ def _is_trained(factor: Tensor) -> bool:
     return origin.requires_grad and origin.is_leaf
 
 
+def _entering(layer: int) -> str:
+    return f"blocks.{layer}.hook_resid_pre"
+
+
 class EditSession:
     """The plain pass over one sequence, kept, so that edited runs cost only what differs.
 
     A run with edits at layer l and position t recomputes tokens t.. of blocks l.. for each row, from the residual
     stream that the plain pass left below l and a copy of its cache at t. Calls with rising positions reuse the cache.
+    Of Mamba-1, whose op for several tokens begins without a cache, it recomputes all tokens.
     Edits in force when the session is made are part of its plain pass, and of every run. Not for use by several
     threads at once: each makes its own session.
 
@@ -57,12 +62,12 @@ class EditSession:
         check_tokens(tokens, model.cfg)
         self.model, self.tokens = model, tokens
         self._outer_plans = current(model.attachment).plans
-        names = [f"blocks.{layer}.hook_resid_pre" for layer in model.cfg.recurrent_layers]
+        names = [name for layer in model.cfg.recurrent_layers if (name := _entering(layer)) in model.hook_dict]
         self._weights = sum(weight.numel() for weight in model.hf_model.parameters())
         with torch.no_grad(), threads_for(tokens.numel() * self._weights), model.recording() as self._record:
             self.logits, cache = model.run_with_cache(tokens, names_filter=names)
         """[1,T,vocab] logits of the plain pass."""
-        self._residual = {layer: cache[name] for layer, name in zip(model.cfg.recurrent_layers, names, strict=True)}
+        self._residual = {name: cache[name] for name in names}
         self._prefix: Cache | None = None
         self._prefix_length = 0
         self._cache_name = cache_argument(model.hf_model)
@@ -75,7 +80,9 @@ class EditSession:
     def residual(self, layer: int) -> Tensor:
         """[1,T,D] residual stream entering a recurrent block in the plain pass."""
         self.model.cfg.layer(layer)
-        return self._residual[layer]
+        if not self.model.attachment.layout.is_chain:
+            raise UnsupportedModelError("the blocks of this model are no chain along one residual stream that is known")
+        return self._residual[_entering(layer)]
 
     def run(
         self, rows: Sequence[EditRow], stop: int | None = None, batch_size: int = 64, gradients: bool = False
@@ -119,9 +126,12 @@ class EditSession:
                 "keys or values of an edit require a gradient, which runs of a session have with gradients=True only; "
                 "ask for it, or detach them"
             )
-        layer = 0 if self.model.attachment.layout.first_block_feeds_all else min(plan.by_layer)
-        begin = start if self.model.caches else 0
-        residual = self._residual[layer][:, begin:stop]
+        layout = self.model.attachment.layout
+        layer = min(plan.by_layer) if layout.is_chain and not layout.first_block_feeds_all else 0
+        from_zero = any(mixer.rule.starts_from_zero for mixer in self.model.attachment.mixers.values())
+        begin = 0 if from_zero else start
+        residual = self._residual.get(_entering(layer))
+        residual = None if residual is None else residual[:, begin:stop]
         with torch.no_grad():
             logits = [self._run_batch(batch, layer, begin, stop, residual)[:, start - begin :] for batch in batches]
         return EditedRun(torch.cat(logits), start, stop)

@@ -48,8 +48,7 @@ def reachable(names_filter: NamesFilter, start: int | None, stop: int | None, n_
     if names_filter is not None and not callable(names_filter):
         return names_filter if isinstance(names_filter, str) else list(names_filter)
     wanted = _predicate(names_filter)
-    first = _absolute(start, 0, n_layers)
-    last = _absolute(stop, n_layers, n_layers)
+    first, last, _ = slice(start, stop).indices(n_layers)
 
     def inside(name: str) -> bool:
         if not wanted(name):
@@ -59,10 +58,6 @@ def reachable(names_filter: NamesFilter, start: int | None, stop: int | None, n_
         return last == n_layers if name.startswith("ln_final") else start is None
 
     return inside
-
-
-def _absolute(layer: int | None, default: int, n_layers: int) -> int:
-    return default if layer is None else layer + n_layers if layer < 0 else layer
 
 
 def _predicate(names_filter: NamesFilter) -> Callable[[str], bool]:

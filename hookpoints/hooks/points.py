@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,6 +58,26 @@ def fire(point: nn.Module, name: str, value: Tensor) -> Tensor:
     return returned.to(value.dtype)
 
 
+def through_hook(
+    hooks: HookSet, name: str, scale: float = 1.0, split: tuple[int, int] | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Takes a value [B,T,...] through a hook that sees it times ``scale``, with two axes of the sizes
+    ``split`` for its last."""
+
+    def through(value: Tensor) -> Tensor:
+        if not hooks.listens(name):
+            return value
+        # Of heads a copy: torch lets nobody change a part of a projection (queries beside their gates) in place.
+        given = value if split is None else value.reshape(*value.shape[:2], *split).clone()
+        if scale == 1.0:
+            return hooks.fire(name, given).reshape(value.shape)
+        fired, changed = watch(given * scale, partial(hooks.fire, name))
+        # The difference, so that what a hook leaves as it is stays bit-identical.
+        return value + ((fired - given * scale) / scale).reshape(value.shape) if changed else value
+
+    return through
+
+
 class MixerHooks(HookSet):
     """Hook points of a recurrent mixer; ``heads[h]`` holds those of head h."""
 
@@ -77,14 +98,14 @@ class MixerHooks(HookSet):
 
 class BlockHooks(HookSet):
     """Hook points of a block, all but those named in ``absent``; ``mixer`` holds those of a recurrent mixer, ``attn``
-    those of attention."""
+    those of attention that are named in ``attention``."""
 
-    def __init__(self, mixer: MixerHooks | None, attention: bool = False, absent: Collection[str] = ()):
+    def __init__(self, mixer: MixerHooks | None, attention: Collection[str] = (), absent: Collection[str] = ()):
         super().__init__([row.name for row in hook_table.rows("block") if row.name not in absent])
         if mixer is not None:
             self.mixer = mixer
         if attention:
-            self.attn = HookSet([row.name for row in hook_table.rows("attn")])
+            self.attn = HookSet([row.name for row in hook_table.rows("attn") if row.name in attention])
 
 
 def is_listening(point: nn.Module | None) -> bool:

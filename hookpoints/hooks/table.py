@@ -1,8 +1,8 @@
 """Every hook point as data: name, axes, when it fires, what an edit does.
 
 The hook modules, the documentation and a test that runs each row are all made from ``HOOKS``.
-Axes use one alphabet: B batch, T time, S source token, H head, K key channel, V value channel, D model width, R step of
-a token.
+Axes use one alphabet: B batch, T time, S source token, H head, G key-value head of attention, K key channel, V value
+channel, D model width, R step of a token.
 Where a token takes R > 1 steps (Gated DeltaProduct; ``model.cfg.layer(l).R``), factors have an axis for them, and so
 have the factors of the write: its R terms are what each step writes as the later steps of the token leave it.
 """
@@ -34,7 +34,8 @@ class HookRow:
     """True for activations that hold a matrix per token (K x V), or a number for each token before it (patterns): built
     only for a listener, and left out of ``run_with_cache`` unless named."""
     factor: str | None = None
-    """Name of the field of ``rules.OpFactors`` that feeds this hook; the hook exists only where the rule has it."""
+    """What of the rule this hook shows: a field of ``rules.OpFactors``, "a" or "b" of the canonical form, or "pattern".
+    The hook exists only where the rule has it (``Rule.hook_factors``)."""
     fires: str = "prefill and decode"
     """When it fires."""
     per_step: bool = False
@@ -59,10 +60,18 @@ class HookRow:
 
 
 _FEEDS = "feeds the recurrence: outputs and state follow"
+_ERASES = (
+    "the pass is computed by hookpoints' own kernel with the edited erase, since ops make theirs of other arguments; "
+    "outputs and state follow, the write does not"
+)
 _PROPAGATES = "propagates: later states and reads follow under the full transition (closed loop)"
+_CARRIED = (
+    "what is added to it is added to the state before t and carried on: later states, reads and the state that goes on "
+    "to generation follow under the full transition (closed loop). Differences at several tokens add up"
+)
 _TRAJECTORY = (
     "the returned trajectory is what reads see, and its last state goes on to generation; it does not "
-    "propagate between tokens (use hook_write for that)"
+    "propagate between tokens (use hook_state_in for that)"
 )
 
 HOOKS: tuple[HookRow, ...] = (
@@ -79,14 +88,42 @@ HOOKS: tuple[HookRow, ...] = (
         per_step=True,
     ),
     HookRow("hook_v", "mixer", "BTHV", "value, before beta", _FEEDS, factor="v", per_step=True),
-    HookRow("hook_beta", "mixer", "BTH", "write strength, >= 0", _FEEDS, factor="beta", per_step=True),
+    HookRow(
+        "hook_beta",
+        "mixer",
+        "BTH or BTHV",
+        "write strength, >= 0; one for each value channel in Mamba-1 and Gated DeltaNet-2",
+        _FEEDS,
+        factor="beta",
+        per_step=True,
+    ),
     HookRow(
         "hook_log_decay",
         "mixer",
-        "BTH or BTHK",
-        "natural log of the factor that multiplies the old state, <= 0",
+        "BTH or BTHK or BTHV",
+        "natural log of the factor that multiplies the old state, <= 0; in Mamba-1 (BTHV) it is that of a rate of 1, "
+        "and each entry of the state has a rate",
         _FEEDS,
         factor="log_decay",
+    ),
+    HookRow(
+        "hook_erase_a",
+        "mixer",
+        "BTHK",
+        "where the erase acts: a in S_t = (diag(alpha) + a b^T) S_{t-1} + k u^T, -beta k in the delta rules. With a 0 "
+        "nothing is erased; with log_decay and the write 0 too, the token leaves the state as it is",
+        _ERASES,
+        factor="a",
+        per_step=True,
+    ),
+    HookRow(
+        "hook_erase_b",
+        "mixer",
+        "BTHK",
+        "what the erase reads the state S_{t-1} with: b in a b^T, alpha k in the delta rules",
+        _ERASES,
+        factor="b",
+        per_step=True,
     ),
     HookRow(
         "hook_write_key",
@@ -114,6 +151,15 @@ HOOKS: tuple[HookRow, ...] = (
         _PROPAGATES,
         matrix=True,
     ),
+    HookRow(
+        "hook_state_in",
+        "mixer",
+        "BTHKV",
+        "the state that token t finds, S_{t-1}: before the first token zeros, or what the cache holds",
+        _CARRIED,
+        matrix=True,
+    ),
+    HookRow("hook_state_in", "head", "BTKV", "the state that token t finds, of one head", _CARRIED, matrix=True),
     HookRow("hook_state", "mixer", "BTHKV", "the state after the write at t", _TRAJECTORY, matrix=True),
     HookRow("hook_state", "head", "BTKV", "the state of one head", _TRAJECTORY, matrix=True),
     HookRow("hook_state_vec", "head", "BT(KV)", "the state of one head, flattened row-major", _TRAJECTORY, matrix=True),
@@ -122,9 +168,11 @@ HOOKS: tuple[HookRow, ...] = (
         "mixer",
         "BHTS",
         "attention of the recurrent head: the weight A with which token t reads the value u of the write at s, exactly "
-        "o = A u; it has a sign and is not normalised. S counts all tokens so far",
+        "o = A u; it has a sign and is not normalised. S counts all tokens so far. None in Mamba-1, whose weights "
+        "differ from one value channel to the next",
         "the reads follow, o + (A' - A) u; the state does not change",
         matrix=True,
+        factor="pattern",
         per_step=True,
     ),
     HookRow(
@@ -136,6 +184,36 @@ HOOKS: tuple[HookRow, ...] = (
         "BTHV",
         "what each head hands to out_proj, head norm and gate included: times W_O and summed it is hook_mixer_out",
         "feeds out_proj",
+    ),
+    HookRow(
+        "hook_q",
+        "attn",
+        "BTHK",
+        "query of softmax attention as projected, before its norm (where it has one) and rotary embedding, unscaled",
+        "feeds the attention",
+    ),
+    HookRow(
+        "hook_k",
+        "attn",
+        "BTGK",
+        "key of softmax attention, of each key-value head, as projected: before its norm and rotary embedding",
+        "feeds the attention, and the cache of generation",
+    ),
+    HookRow(
+        "hook_v",
+        "attn",
+        "BTGV",
+        "value of softmax attention, of each key-value head",
+        "feeds the attention, and the cache of generation",
+    ),
+    HookRow(
+        "hook_pattern",
+        "attn",
+        "BHTS",
+        "attention of a softmax head: the weight with which token t reads the value at s. S counts what the layer's "
+        "cache holds",
+        "the outputs follow, o + (A' - A) v",
+        matrix=True,
     ),
     HookRow(
         "hook_z",
@@ -182,10 +260,3 @@ def time_axis(name: str) -> int:
 
 
 _MATRIX_NAMES = frozenset(row.name for row in HOOKS if row.matrix)
-
-
-def markdown() -> str:
-    """The table as Markdown, for the documentation."""
-    lines = ["| name | axes | meaning | fires | an edit |", "|---|---|---|---|---|"]
-    lines += [f"| `{row.full_name()}` | {row.axes} | {row.meaning} | {row.fires} | {row.edit} |" for row in HOOKS]
-    return "\n".join(lines)

@@ -56,7 +56,7 @@ class HookedMixer:
         self.owner, self.layer, self.rule, self.module = owner, layer, rule, module
         self.heads, self.projection = heads, projection
         self.backend: Backend = backend
-        self.hooks = MixerHooks(heads, rule.factor_names)
+        self.hooks = MixerHooks(heads, rule.hook_factors)
         self.calls = 0
         """Op calls so far; the self-check reads it."""
 
@@ -137,6 +137,11 @@ class LayerCall:
         changes = {name: factor for name, factor in fired.items() if factor is not None}
         factors, changed = replace(factors, **changes), frozenset(changes)
         recurrence = Recurrence.of(rule.form(factors, arguments))
+        erased = self._fire_sides(recurrence, hook_erase_a="a", hook_erase_b="b")
+        if erased is not recurrence:
+            recurrence, native_op = erased, None  # ops derive the erase from their other arguments
+        if changed & rule.not_fed:
+            native_op = None
         if native_op is not None and changed & rule.torch_only:
             native_op = torch_form(native_op)
         fed = rule.arguments(arguments, factors.over_time(padding.packed), changed)
@@ -151,9 +156,9 @@ class LayerCall:
         if record is not None:
             first = recurrence.initial_state  # a copy: caches are updated in place after the op returns
             kept = recurrence if first is None else recurrence.replace(initial_state=first.clone())
-            record[self.mixer.layer] = Recorded(kept, native)
+            record[self.mixer.layer] = Recorded(kept, native, rule.value_first(arguments))
         response = EditResponse(recurrence)
-        written = self._fire_write_factors(recurrence)
+        written = self._fire_sides(recurrence, hook_write_key="k", hook_write_value="u")  # the erase stays as it is
         for head in range(recurrence.H):
             # k'u'^T - k u^T = (k'-k) u'^T + k (u'-u)^T, which is exactly zero where nothing changed.
             if written.k is not recurrence.k:
@@ -169,6 +174,8 @@ class LayerCall:
                 response.add_low_rank(change)
         for heads, change in self._fire_matrices("write", response.writes):
             response.add_dense(heads, change)
+        for heads, change in self._fire_matrices("state_in", response.states_before):
+            response.add_states_before(heads, change)
         for heads, change in self._fire_matrices("state", response.states):
             response.add_states(heads, change)
         result = self._fire_pattern(written, response.apply(native))
@@ -192,17 +199,16 @@ class LayerCall:
         fired, changed = watch(value.clone(), partial(self.hooks.fire, hook))
         return fired if changed else None
 
-    def _fire_write_factors(self, r: Recurrence) -> Recurrence:
-        """The recurrence with the writes k'u'^T that hooks made of k u^T; its fields are those of ``r`` where nothing
-        changed, and the erase is always."""
-        for hook, side in (("hook_write_key", "k"), ("hook_write_value", "u")):
+    def _fire_sides(self, r: Recurrence, **hooks: str) -> Recurrence:
+        """The recurrence with what ``hooks`` made of the fields that they show; ``r`` itself where nothing changed."""
+        for hook, side in hooks.items():
             fired = self._fire_copy(hook, getattr(r, side))
             r = r if fired is None else r.replace(**{side: fired})
         return r
 
     def _fire_matrices(self, kind: str, build: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor]]:
-        """Fire the dense hooks of ``kind`` ("write", "state"), built only for heads with a listener: what changed, by
-        heads, [B,T,H',K,V]."""
+        """Fire the dense hooks of ``kind`` ("write", "state_in", "state"), built only for heads with a listener: what
+        changed, by heads, [B,T,H',K,V]."""
         matrix, vector = f"hook_{kind}", f"hook_{kind}_vec"
         heads, of_all = self.hooks.heads_listening(matrix, vector), self.hooks.listens(matrix)
         for where in [slice(None)] if of_all else [slice(head, head + 1) for head in heads]:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from hookpoints.edits.edit import EditPlan
 from hookpoints.recurrence.recurrence import Recurrence
@@ -34,6 +34,8 @@ class Recorded(NamedTuple):
     """Canonical factors, after factor hooks."""
     native: OpResult
     """What the op returned, before edits of writes, states and reads."""
+    value_first: bool = False
+    """Whether the op, and so the layer's cache, has states [B,H,V,K]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +142,19 @@ def count_tokens(cache: Cache, tokens: int) -> None:
     setattr(cache, _TOKENS, tokens)
 
 
+class CountingCache(DynamicCache):
+    """A cache of recurrent layers alone that tells its length, which hooked layers count: classes of transformers that
+    are made for hybrids ask each cache for it, and upstream's own cache raises where no layer is attention."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of tokens, the same in all layers."""
+        return getattr(self, _TOKENS, 0)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Sizes of a mask that no layer will use."""
+        return self.get_seq_length() + query_length, 0
+
+
 _SOURCES = "_hookpoints_sources"
 """Attribute on caches: ``Sources`` by layer. As the count above, it lives, is copied and dies with the cache."""
 
@@ -160,6 +175,11 @@ class Sources(NamedTuple):
 def keep_sources(cache: Cache, layer: int, sources: Sources) -> None:
     """Note the sources of what ``cache`` holds for ``layer``."""
     setattr(cache, _SOURCES, {**getattr(cache, _SOURCES, {}), layer: sources})
+
+
+def drop_sources(cache: Cache) -> None:
+    """Forget the sources: the states are no longer theirs."""
+    vars(cache).pop(_SOURCES, None)
 
 
 def sources_of(cache: Cache, layer: int, first_token: int | None, state: Tensor) -> Sources | None:

@@ -16,14 +16,15 @@ import inspect
 import sys
 import threading
 import types
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from hookpoints.rules.base import Rule
 
@@ -165,39 +166,47 @@ def _handled_by(handlers: tuple[OpHandler, ...], op: Function) -> Function:
     return call
 
 
-_USES: Counter[Function] = Counter()
-"""Wrapper of an op -> how many hooked layers need it."""
+_USES: defaultdict[int, list[object]] = defaultdict(list)
+"""Identity of a wrapper (tables have no hash) -> the wrapper, once for each hooked layer that needs it, which keeps its
+identity from being another's."""
 
 
 def wrap_ops(namespace: ModuleType, rule: Rule) -> Callable[[], None]:
     """Bind the rule's op names in ``namespace`` to wrappers; returns what undoes it. The last one to undo it puts the
     originals back."""
-    bound: list[tuple[str, Function]] = []
-    wrappers = (
+    return _rebind(
+        namespace,
         (rule.ops, _wrap_op),
         (rule.companions, _wrap_companion),
         (rule.fused, functools.partial(_wrap_companion, fused=True)),
         (rule.norm_linear, _wrap_norm_linear),
     )
+
+
+def wrap_attention(namespace: ModuleType) -> Callable[[], None]:
+    """As `wrap_ops`, for the table from which attention takes the function that computes it."""
+    return _rebind(namespace, (("ALL_ATTENTION_FUNCTIONS",), _wrap_functions))
+
+
+def _rebind(namespace: ModuleType, *wrappers: tuple[Iterable[str], Callable[..., object]]) -> Callable[[], None]:
+    bound: list[tuple[str, object]] = []
     with _LOCK:
         for names, wrap in wrappers:
-            for name in names:
-                op = getattr(namespace, name, None)
-                if op is None:
-                    continue
-                if op not in _USES:
+            for name in (each for each in names if getattr(namespace, each, None) is not None):
+                op = getattr(namespace, name)
+                if id(op) not in _USES:
                     op = wrap(op)
                     setattr(namespace, name, op)
-                _USES[op] += 1
+                _USES[id(op)].append(op)
                 bound.append((name, op))
 
     def unwrap() -> None:
         with _LOCK:
             while bound:
                 name, wrapper = bound.pop()
-                _USES[wrapper] -= 1
-                if not _USES[wrapper]:
-                    del _USES[wrapper]
+                _USES[id(wrapper)].pop()
+                if not _USES[id(wrapper)]:
+                    del _USES[id(wrapper)]
                     if getattr(namespace, name) is wrapper:
                         setattr(namespace, name, wrapper.__wrapped__)  # type: ignore[attr-defined]
 
@@ -210,7 +219,7 @@ def torch_form(op: Function) -> Function | None:
     return None if form.__module__.startswith("fla.") else form
 
 
-def _wrap_op(op: Function) -> Function:
+def _wrap_op(op: Function, on_device: bool = True) -> Function:
     signature = inspect.signature(inspect.unwrap(op))
 
     @functools.wraps(op)
@@ -219,7 +228,7 @@ def _wrap_op(op: Function) -> Function:
         if not handlers:
             return op(*args, **kwargs)
         positional = tuple(signature.parameters)[: len(args)]
-        for_device = _on_device(op, args, kwargs)
+        for_device = _on_device(op, args, kwargs) if on_device else op
         return _handle(handlers, _by_name(for_device, positional), _bind(signature, args, kwargs))
 
     return wrapper
@@ -243,6 +252,18 @@ def _keywords(op: Function) -> frozenset[str] | None:
     """Names that ``op`` itself takes, whatever it stands in for; None where it takes any."""
     parameters = inspect.signature(op, follow_wrapped=False).parameters
     return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
+
+
+def _wrap_functions(table: AttentionInterface) -> AttentionInterface:
+    """A view of a table of attention functions that, while a hooked layer runs, gives them wrapped."""
+
+    def get_interface(*args: str | Function) -> Function:
+        function = table.get_interface(*args)  # type: ignore[arg-type]
+        return _wrap_op(function, on_device=False) if open_handlers() else function
+
+    view = copy.copy(table)
+    vars(view).update(__wrapped__=table, get_interface=get_interface)
+    return view
 
 
 def _wrap_companion(op: Function, fused: bool = False) -> Function:

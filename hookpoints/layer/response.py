@@ -6,13 +6,16 @@ zero state, and outputs are ``native + response``: the native kernel stays untou
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from hookpoints.edits.edit import LowRankChange
+from hookpoints.recurrence.canonical import over_time
 from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.recurrence.reference import transition
 from hookpoints.rules.base import OpResult
 
 
@@ -60,6 +63,22 @@ class EditResponse:
             rest = rest.select(tokens=slice(span.stop, None), initial_state=state)
             self._add(heads, span.stop, *rest.scan())
 
+    def add_states_before(self, heads: slice, change: Tensor) -> None:
+        """``change`` [B,T,H',K,V] is added to the states that tokens find, S_{t-1}, and goes on from there: what the
+        transition of token t makes of it is a write at t, (diag(alpha_t) + a_t b_t^T) change_t. Cost: as for writes."""
+        span = _span(change.abs().amax((-1, -2, -3)), change)
+        if span is None:
+            return
+        r = self.recurrence.select(heads=heads).working()
+        if r.read_before_write:
+            self._add_reads(r, heads, change)
+        found = r.select(tokens=span, initial_state=r.starting_state())
+        each = {name: x.flatten(0, 1).unsqueeze(1) for name, x in over_time(found)}
+        alone = dataclasses.replace(found, **each, initial_state=None)  # every token a row of its own
+        writes = torch.zeros_like(change)
+        writes[:, span] = transition(alone, 0, change[:, span].flatten(0, 1)).unflatten(0, (r.B, -1))
+        self.add_dense(heads, writes)
+
     def add_states(self, heads: slice, change: Tensor) -> None:
         """``change`` [B,T,H',K,V] is added to the states that reads see; the last one goes on. Not propagated."""
         if _span(change.abs().amax((-1, -2, -3)), change) is None:
@@ -68,8 +87,7 @@ class EditResponse:
         seen = change
         if selected.read_before_write:
             seen = torch.cat([torch.zeros_like(change[:, :1]), change[:, :-1]], dim=1)
-        reads = torch.einsum("bthkv,bthk->bthv", seen, selected.scale * selected.q.to(change.dtype))
-        self._add(heads, 0, reads, change[:, -1])
+        self._add_reads(selected, heads, seen, change[:, -1])
 
     def writes(self, heads: slice) -> Tensor:
         """Dense writes [B,T,H',K,V] of ``heads``, changes so far included."""
@@ -93,6 +111,11 @@ class EditResponse:
                     states[:, :, head - wanted.start] += moved[:, :, 0]
         return states
 
+    def states_before(self, heads: slice) -> Tensor:
+        """Dense states [B,T,H',K,V] that the tokens of ``heads`` find, changes so far included."""
+        first = self.recurrence.select(heads=heads).starting_state().unsqueeze(1)
+        return torch.cat([first, self.states(heads)[:, :-1]], dim=1)
+
     def apply(self, native: OpResult) -> OpResult:
         """What the layer gets: the native result itself where nothing changed, else the sum in the native dtypes."""
         if self.outputs is None or self.final_state is None:
@@ -112,6 +135,10 @@ class EditResponse:
             one = self.recurrence.select(heads=slice(change.head, change.head + 1))
             base[:, :, change.head - wanted.start] += answer(one, change)
         return base
+
+    def _add_reads(self, r: Recurrence, heads: slice, seen: Tensor, final_state: Tensor | None = None) -> None:
+        """What ``r``, which is that of ``heads``, reads of ``seen`` [B,T,H',K,V] is added to the outputs."""
+        self._add(heads, 0, torch.einsum("bthkv,bthk->bthv", seen, r.scale * r.q.to(seen.dtype)), final_state)
 
     def _add(self, heads: slice, start: int, outputs: Tensor, final_state: Tensor | None) -> None:
         r = self.recurrence

@@ -79,8 +79,10 @@ def test_a_plain_model_beside_a_hooked_one_is_not_touched(tokens):
 
 
 def traces(hf: torch.nn.Module) -> int:
-    """What hooking leaves on a model: PyTorch hooks, and forwards set on instances."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in m.__dict__) for m in hf.modules())
+    """What hooking leaves on a model: PyTorch hooks, forwards set on instances, and uses of wrapped ops."""
+    return sum(map(len, intercept._USES.values())) + sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in m.__dict__) for m in hf.modules()
+    )
 
 
 def doubled(write, hook):

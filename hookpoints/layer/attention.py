@@ -1,0 +1,68 @@
+"""The pattern of softmax attention, met at the function that computes it (sdpa, eager), which upstream's layers look
+up by ``ALL_ATTENTION_FUNCTIONS.get_interface``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from hookpoints.errors import UnsupportedModelError
+from hookpoints.hooks.points import HookSet, watch
+from hookpoints.layer.intercept import Function, running, wrap_forward
+
+
+def hook_pattern(block: nn.Module, hooks: HookSet) -> Callable[[], None]:
+    """Fire ``hook_pattern`` in every forward of the block; returns what undoes it."""
+
+    def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        call = AttentionCall(block, hooks) if hooks.listens("hook_pattern") else None
+        return forward(*args, **kwargs) if call is None else running(call, forward, args, kwargs)
+
+    return wrap_forward(block, around)
+
+
+class AttentionCall:
+    """One forward of a block to whose pattern someone listens; it handles the call of the attention function."""
+
+    def __init__(self, block: nn.Module, hooks: HookSet):
+        self.module, self.hooks, self.open, self.projection = block, hooks, True, None
+
+    def handle(self, op: Function, arguments: Mapping[str, object]) -> object:
+        """Run the function natively; an edit A' of the pattern A moves its outputs, o + (A' - A) v.
+
+        Raises:
+            UnsupportedModelError: the function takes masks of a form of its own.
+        """
+        pattern = _pattern(arguments)
+        outputs, *others = cast(tuple[Tensor, ...], op(**arguments))
+        fired, changed = watch(pattern.clone(), partial(self.hooks.fire, "hook_pattern"))
+        if changed:
+            value = cast(Tensor, arguments["value"])
+            values = value.repeat_interleave(pattern.shape[1] // value.shape[1], 1)
+            outputs = outputs + ((fired - pattern) @ values).transpose(1, 2)
+        return (outputs, *others)
+
+
+def _pattern(arguments: Mapping[str, object]) -> Tensor:
+    """[B,H,T,S] by the plain function of the layer's own family, which knows its scale, groups, caps and sinks."""
+    module, query, key, mask = (arguments[name] for name in ("module", "query", "key", "attention_mask"))
+    assert isinstance(module, nn.Module) and isinstance(query, Tensor) and isinstance(key, Tensor)
+    if (function := getattr(module.config, "_attn_implementation", None)) not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"hook_pattern needs attention by sdpa or eager, found {function!r}: call "
+            "model.set_attn_implementation('sdpa') on the transformers model"
+        )
+    if mask is None and function == "sdpa" and query.shape[2] > 1:
+        mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()  # sdpa's is_causal
+    hidden = ~mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else None
+    if hidden is not None:
+        mask = query.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(query.dtype).min)
+    plain: Callable[..., tuple[Tensor, Tensor]] = sys.modules[type(module).__module__].eager_attention_forward
+    _, pattern = plain(**{**arguments, "attention_mask": mask, "dropout": 0.0})
+    # Of padding, which sees no token, sdpa makes zeros and the plain function a mean over all.
+    return pattern if hidden is None else pattern.masked_fill(hidden, 0)

@@ -1,0 +1,136 @@
+"""States that a token finds, and erases: edits are exact and carried on, and a token can be made to do nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCAB
+from recurrences import FORMS, random_recurrence
+from torch.testing import assert_close
+
+from hookpoints.fla import is_fla
+from hookpoints.layer.response import EditResponse
+from hookpoints.model.inputs import cache_argument, cache_of, position_inputs
+from hookpoints.recurrence.canonical import over_time
+from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.recurrence.reference import add_write, read_out, transition
+from hookpoints.rules.base import OpResult
+
+sys.path.append(str(Path(__file__).parents[1] / "model"))
+
+from test_model_types import normal
+from test_parity import VALUE_FIRST
+
+EXACT = {"rtol": 0, "atol": 1e-10}
+SEQUENCE = torch.randint(1, VOCAB, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+def by_steps(r: Recurrence, change: torch.Tensor) -> list[torch.Tensor]:
+    """Reads, and states before and after each token, where ``change`` [B,T,H,K,V] is added to what a token finds."""
+    after, steps = r.starting_state(), []
+    for t in range(r.T):
+        before = after + change[:, t]
+        after = add_write(transition(r, t, before), r.k[:, t], r.u[:, t])
+        steps.append((read_out(r.q[:, t] * r.scale, before if r.read_before_write else after), before, after))
+    return [torch.stack(each, 1) for each in zip(*steps)]
+
+
+@pytest.mark.parametrize("initial_state", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_added_to_a_state_is_carried_on(form, initial_state):
+    """Float64, against the walk by steps: one head, at the first token, the last, and between."""
+    r = random_recurrence(form, B=2, T=40, H=3, dtype=torch.float64, initial_state=initial_state)
+    change = torch.zeros(2, 40, 3, r.K, r.V, dtype=torch.float64)
+    change[:, [0, 17, 39], 1] = normal(1, 2, 3, r.K, r.V)
+    (reads, before, after), response = by_steps(r, change), EditResponse(r)
+    response.add_states_before(slice(1, 2), change[:, :, 1:2])
+    assert_close(response.apply(OpResult(*r.scan())), OpResult(reads, after[:, -1]), **EXACT)
+    assert_close(response.states(slice(None)), after, **EXACT)
+    assert_close(response.states_before(slice(0, 2)), (before - change)[:, :, :2], **EXACT)
+
+
+def passes(model, layer, lengths, edit=None):
+    """The sequence in passes of these lengths, each continuing the cache of the one before, which ``edit`` may change
+    after the first: logits, and states and reads of ``layer``."""
+    names, cache, seen = [f"blocks.{layer}.mixer.{name}" for name in ("hook_state", "hook_read")], None, [[], [], []]
+    hooks = [(name, lambda x, hook, to=to: to.append(x.clone())) for name, to in zip(names, seen[1:])]
+    for tokens, where in zip(SEQUENCE.split(lengths, 1), torch.arange(24).expand(2, -1).split(lengths, 1)):
+        with model.hooks(hooks):
+            inputs = {cache_argument(model.hf_model): cache} | position_inputs(model.hf_model, where)
+            out = model.hf_model(tokens, use_cache=True, **inputs)
+        if cache is None and edit is not None:
+            edit(cache_of(out))
+        cache = cache_of(out)
+        seen[0].append(out.logits)
+    return [torch.cat(each, 1) for each in seen]
+
+
+def setting(model, t, value):
+    """A hook that sets ``value`` at token t, in whatever pass that is."""
+
+    def hook(x, hook):
+        at = t - model.first_token()
+        x[:, max(at, 0) : max(at + 1, 0)] = value
+
+    return hook
+
+
+@torch.no_grad()
+def test_a_state_that_is_set_is_as_a_cache_that_is_set(hooked64):
+    """In one pass over all tokens, while tokens are decoded, in generation, and by hand in the cache."""
+    layer, t, of_fla = hooked64.cfg.recurrent_layers[-1], 20, is_fla(hooked64.hf_model)
+    shape = hooked64.cfg.layer(layer)
+    head = min(1, shape.H - 1)
+    name = f"blocks.{layer}.mixer.heads.{head}.hook_state_in"
+    state = normal(0, 2, 1, shape.K, shape.V)
+
+    def by_hand(cache):
+        native = cache[layer]["recurrent_state"] if of_fla else cache.layers[layer].recurrent_states[0]
+        native = native.view(native.shape[0], shape.H, *native.shape[-2:])  # Mamba-1's knows no heads
+        (native.mT if shape.rule in VALUE_FIRST[of_fla] else native)[:, head] = state[:, 0]
+
+    expected = passes(hooked64, layer, [t, 1, 1, 1, 1], by_hand)
+    assert not torch.allclose(expected[0][:, t:], passes(hooked64, layer, [24])[0][:, t:], rtol=0, atol=1e-3)
+    all_heads = hooked64.recurrence(SEQUENCE, layer).states(positions=t - 1).clone()
+    all_heads[:, :, head] = state  # the others are set to what they are
+    # Upstream rounds otherwise in one pass; and logits are rounded by the layers above.
+    for hook, value, lengths, atol in (
+        (name, state, [t - 2, 1, 1, 1, 1, 1, 1], 1e-10),
+        (name.replace(f"heads.{head}.", ""), all_heads, [24], 1e-8),
+    ):
+        with hooked64.hooks([(hook, setting(hooked64, t, value))]):
+            found = passes(hooked64, layer, lengths)
+        assert_close(found[0], expected[0], rtol=0, atol=1e-8)
+        assert_close(found[1:], expected[1:], rtol=0, atol=atol)
+    with hooked64.hooks([(name, setting(hooked64, t + 1, 5 * state))]):
+        out = hooked64.generate(SEQUENCE[:, :t], max_new_tokens=3, do_sample=False)
+        assert_close(hooked64(out)[:, t - 1 : -1].argmax(-1), out[:, t:])
+
+
+@torch.no_grad()
+def test_a_token_without_write_decay_and_erase_is_as_if_it_were_not_there(hooked64):
+    """The recurrence over the other tokens' factors alone, to the last digits: in a prompt, and among tokens that
+    continue a cache. And an edited b is computed as the recurrence with that b."""
+    layer, gone = hooked64.cfg.recurrent_layers[-1], (12, 22)
+    mixer, others = f"blocks.{layer}.mixer.", torch.tensor([t for t in range(24) if t not in gone])
+    r = hooked64.recurrence(SEQUENCE, layer)
+    rest = r.replace(**{name: x[:, others] for name, x in over_time(r)})
+    hooks = [mixer + name for name in ("hook_write_value", "hook_log_decay", "hook_erase_a")]
+    hooks = [(name, setting(hooked64, t, 0)) for name in hooks if name in hooked64.hook_dict for t in gone]
+    assert len(hooks) == 2 * (1 + (r.log_decay is not None) + (r.b is not None))
+    with hooked64.hooks(hooks):
+        for lengths in ([24], [20, 1, 1, 1, 1]):
+            _, states, reads = passes(hooked64, layer, lengths)
+            assert_close(reads[:, others], rest.outputs(method="reference"), **EXACT)
+            assert_close(states[:, others], rest.states(method="reference"), **EXACT)
+            assert_close(states[:, gone], states[:, [t - 1 for t in gone]], **EXACT)
+    assert (mixer + "hook_erase_b" in hooked64.hook_dict) is (r.b is not None)
+    if r.b is not None:
+        b = r.b.index_copy(1, torch.tensor([9]), normal(0, *r.b[:, :1].shape) / r.K)
+        with hooked64.hooks([(mixer + "hook_erase_b", setting(hooked64, 9, b[:, 9:10]))]):
+            _, states, _ = passes(hooked64, layer, [24])
+        assert_close(states, r.replace(b=b).states(method="reference"), **EXACT)
+        assert not torch.allclose(states, r.states(), rtol=0, atol=1e-6)
