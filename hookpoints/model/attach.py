@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from hookpoints.layer.context import Backend
 from hookpoints.layer.intercept import Function, wrap_forward
 from hookpoints.model import selfcheck
 from hookpoints.model.attachment import Attachment
-from hookpoints.model.hooked import Attached, HookedModel
+from hookpoints.model.hooked import HookedModel
 from hookpoints.model.layout import find_layout
 from hookpoints.model.wrappers import unwrap
 
@@ -58,23 +59,45 @@ def attach(model: nn.Module, *, backend: Backend = "auto", self_check: bool = Tr
         )
     if isinstance(model, TransformerBridge):
         return AttachedBridge(model, backend=backend, self_check=self_check)
-    return AttachedModel(model, backend=backend, self_check=self_check)
+    return Attached(model, backend=backend, self_check=self_check)
 
 
-class AttachedModel(Attached):
-    """Hook points on a model of transformers or flash-linear-attention. Made by ``attach``."""
+class Attached(HookedModel):
+    """Hook points on a model that stays its holder's. Made by ``attach``; a context manager that detaches.
+
+    ``hook_dict`` has every hook by name; ``hooks``, ``run_with_hooks``, ``run_with_cache``, ``add_hook``,
+    ``reset_hooks`` and ``edits`` are those of ``HookedRecurrent``, with the model's own arguments and results.
+    """
 
     def __init__(self, model: nn.Module, *, backend: Backend = "auto", self_check: bool = True):
-        super().__init__(model)
+        super().__init__()
+        self.__dict__["hf_model"] = model  # past nn.Module, which would register it as a part of this one
         with selfcheck.in_eval_mode(model):
             attachment = Attachment(model, find_layout(model), self, backend)
             self._hook(attachment, None, backend, self._check if self_check else None)
+
+    def forward(self, *args: object, **kwargs: object) -> Any:
+        """The model's own forward: its arguments, its result."""
+        self.attachment.require()
+        return self.hf_model(*args, **kwargs)
+
+    def detach(self) -> None:
+        """Take everything off the model. Hooking methods raise from here on."""
+        self.attachment.detach()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
 
     def _check(self) -> None:
         selfcheck.self_check(self)
 
 
-class AttachedBridge(AttachedModel):
+class AttachedBridge(Attached):
     """Hook points on the model that a TransformerBridge holds. Made by ``attach``.
 
     They are those of the recurrent mixers, of blocks and of both ends: ``hooks`` and ``edits`` of this object act

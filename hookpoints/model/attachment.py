@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
+from transformers import PreTrainedConfig
 
 from hookpoints.errors import HookpointsError, UnsupportedModelError
 from hookpoints.fla.scope import is_fla, wrap_model
-from hookpoints.hooks.points import BlockHooks, HookSet, MixerHooks, fire, is_listening, watch
+from hookpoints.hooks.points import BlockHooks, HookSet, MixerHooks, fire, is_listening, through_hook
+from hookpoints.layer.attention import hook_pattern
 from hookpoints.layer.call import HookedMixer, hook_layer, hook_projection
-from hookpoints.layer.context import Backend, cache_among, count_pass, current, position_of, scope
-from hookpoints.layer.intercept import Function, wrap_forward, wrap_ops
+from hookpoints.layer.context import Backend, CountingCache, cache_among, count_pass, current, position_of, scope
+from hookpoints.layer.intercept import Function, wrap_attention, wrap_forward, wrap_ops
+from hookpoints.model.inputs import cache_argument
 from hookpoints.model.layout import out_projection
 from hookpoints.scopes import scoped
 
@@ -50,13 +52,14 @@ class Attachment:
     def __init__(self, model: nn.Module, layout: ModelLayout, root: nn.Module, backend: Backend = "auto"):
         self.mixers: dict[int, HookedMixer] = {}
         self.attached = True
+        self.counts_tokens = False
+        """Whether new caches are of the class ``CountingCache``: upstream asks for a length, which its own lack."""
         self.layout = layout
         self._model, self._root = model, root
         self.undo = ExitStack()
         """What takes everything off the model again."""
         root.hook_embed = HookPoint()
         root.blocks = nn.ModuleList()
-        root.ln_final = self._final = _FinalNorm(self.layout.final_norm)
         try:
             if layout.backbone is not None and layout.backbone is not model:
                 self.undo.callback(wrap_forward(layout.backbone, self._run_backbone))
@@ -66,7 +69,9 @@ class Attachment:
             for layer, block in enumerate(self.layout.blocks):
                 root.blocks.append(self._attach_block(layer, block, backend))
             self._on_output(self.layout.embed, self._fire_embed)
-            self._on_output(self.layout.final_norm, lambda x: self._final.fire("hook_normalized", x))
+            if layout.final_norm is not None:
+                root.ln_final = final = _FinalNorm(layout.final_norm)
+                self._on_output(layout.final_norm, lambda x: final.fire("hook_normalized", x))
         except BaseException:
             self.detach()  # a model that is refused is left as it was
             raise
@@ -84,7 +89,8 @@ class Attachment:
     def landmarks(self) -> list[nn.Module]:
         """Modules whose outputs every gradient passes that passes any hook point: the embedding, every block, and the
         final norm."""
-        return [self.layout.embed, *(block.block for block in self.layout.blocks), self.layout.final_norm]
+        ends = [self.layout.embed] if self.layout.final_norm is None else [self.layout.embed, self.layout.final_norm]
+        return [*ends, *(block.block for block in self.layout.blocks)]
 
     def require_one_forward(self) -> None:
         """Raise UnsupportedModelError where gradient checkpointing would compute layers again in the backward pass,
@@ -96,8 +102,16 @@ class Attachment:
                 "gradient_checkpointing_disable() on the model, or set hooks with add_hook"
             )
 
+    def new_cache(self) -> dict[str, object]:
+        """An empty cache as an argument of the model, where upstream cannot make one that serves; else none."""
+        if not self.counts_tokens:
+            return {}
+        return {cache_argument(self._model): CountingCache(config=cast(PreTrainedConfig, self._model.config))}
+
     def _run_model(self, forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         count_pass(self)
+        if kwargs.get("use_cache") and cache_among(*args, *kwargs.values()) is None:
+            kwargs = kwargs | self.new_cache()
         position = current(self).first_token
         if position is None:
             position = position_of(cache_among(*args, *kwargs.values()))
@@ -115,8 +129,13 @@ class Attachment:
         and end before block ``stop`` by raising StopForward.
 
         Raises:
-            UnsupportedModelError: a run of this model cannot start above its first block.
+            UnsupportedModelError: a run of this model cannot start above its first block, or end before its last.
         """
+        if (start > 0 or stop not in (None, len(self.layout.blocks))) and not self.layout.is_chain:
+            raise UnsupportedModelError(
+                "a run cannot start or stop at a layer of this model: its blocks are no chain along one residual "
+                "stream [B,T,D] that is known here. Run the whole model; hooks of its mixers fire there"
+            )
         if start > 0 and self.layout.first_block_feeds_all:
             raise UnsupportedModelError(
                 f"a run cannot start at layer {start} of this model: its first block makes values that all others "
@@ -137,13 +156,19 @@ class Attachment:
             self.undo.callback(hook_projection(mixer))
         outputs = {"hook_mixer_out": block.mixer_out, "hook_attn_out": block.attn_out, "hook_mlp_out": block.mlp_out}
         absent = [name for name, added in outputs.items() if added is None]
-        hooks = BlockHooks(mixer_hooks, block.attn_heads is not None, absent)
-        if block.attn_heads is not None:
-            self._on_input(block.attn_heads.projection, _fire_heads(hooks, block.attn_heads.n))
+        absent += [] if self.layout.is_chain else ["hook_resid_pre", "hook_resid_post"]
+        of_attention = [value.hook for value in block.attn_values] + ["hook_pattern"] * bool(block.attn_namespace)
+        hooks = BlockHooks(mixer_hooks, of_attention, absent)
+        for name, module, entering, split, scale in block.attn_values:
+            (self._on_input if entering else self._on_output)(module, through_hook(hooks.attn, name, scale, split))
+        if block.attn_namespace is not None:
+            self.undo.callback(wrap_attention(block.attn_namespace))
+            self.undo.callback(hook_pattern(block.block, hooks.attn))
         for name, added in outputs.items():
             if added is not None:
-                self._on_output(added.module, _fire_scaled(hooks, name, added.scale))
-        self.undo.callback(wrap_forward(block.block, _BlockRun(self, layer, hooks)))
+                self._on_output(added.module, through_hook(hooks, name, added.scale))
+        if self.layout.is_chain:
+            self.undo.callback(wrap_forward(block.block, _BlockRun(self, layer, hooks)))
         return hooks
 
     def _fire_embed(self, value: Tensor) -> Tensor:
@@ -224,32 +249,6 @@ class _BlockRun:
         known = self.returns if isinstance(self.returns, tuple) else (None,) * (len(output) - 1)
         names = [next((k for k, v in kwargs.items() if v is not None and v is entry), None) for entry in output[1:]]
         self.returns = tuple(new or old for new, old in zip(names, known, strict=True))
-
-
-def _fire_scaled(hooks: BlockHooks, name: str, scale: float) -> Through:
-    """A module's output through a hook that sees it times ``scale``, as the block adds it."""
-
-    def through(value: Tensor) -> Tensor:
-        if not hooks.listens(name):
-            return value
-        if scale == 1.0:
-            return hooks.fire(name, value)
-        fired, changed = watch(value * scale, partial(hooks.fire, name))
-        # The difference, so that what a hook leaves as it is stays bit-identical.
-        return value + (fired - value * scale) / scale if changed else value
-
-    return through
-
-
-def _fire_heads(hooks: BlockHooks, n: int) -> Through:
-    """The input of attention's output projection through ``hook_z``, with an axis for the heads."""
-
-    def through(value: Tensor) -> Tensor:
-        if not hooks.attn.listens("hook_z"):
-            return value
-        return hooks.attn.fire("hook_z", value.unflatten(-1, (n, -1))).flatten(-2)
-
-    return through
 
 
 def _changed_output(output: object, through: Through) -> object:

@@ -53,6 +53,7 @@ def source_attribution(
     Raises:
         UnsupportedModelError: ``layer`` has no recurrence, or what lies between its reads and the residual stream is no
             gate, norm or projection of torch (fla's fused norms on a GPU).
+        ValueError: each entry of the state has a decay of its own (Mamba-1), so that no weight belongs to a source.
 
     Cost: a pass with gradients, and `Recurrence.attention` of the layer.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -25,7 +25,8 @@ Key = str | tuple[str | int | None, ...]
 class RecurrentCache(ActivationCache):
     """TransformerLens' cache: its names, methods and labels, on every family.
 
-    * ``cache["z", 2]``, ``cache["read", -1]``, ``cache["heads.1.write_vec", 2]`` find the mixer's hooks.
+    * ``cache["z", 2]``, ``cache["read", -1]``, ``cache["heads.1.write_vec", 2]`` find the mixer's hooks. Of a block
+      with attention, "q", "k", "v", "pattern" and "z" are that of its attention, where it was kept.
     * What no hook holds is computed: "scale" (of the final norm; with a layer, of "ln1" or "ln2"), "resid_mid", and
       "result" after ``compute_head_results``.
     * Norms are not folded into weights. ``apply_ln_to_stack`` does what the norm does at its scale on this run, gain
@@ -41,7 +42,7 @@ class RecurrentCache(ActivationCache):
         if place and isinstance(place[0], int) and place[0] < 0:
             place[0] += self.model.cfg.n_layers
         full = get_act_name(cast(str, name), *cast(tuple[int, str], place))
-        full = canonical(full, self.cache_dict.keys() | self.model.hook_dict.keys())
+        full = canonical(canonical(full, self.cache_dict), self.cache_dict.keys() | self.model.hook_dict.keys())
         if full in self.cache_dict:
             return self.cache_dict[full]
         parts = full.split(".")
@@ -85,10 +86,7 @@ class RecurrentCache(ActivationCache):
                 parts |= {label: out for _, label, out, _ in self._mixers([at])}
             if mode != "attn" and at < layer and self._layout.blocks[at].mlps:
                 parts[f"{at}_mlp_out"] = self._mlp_out(at)
-        stack = self._stack(list(parts.values()), pos_slice)
-        if apply_ln:
-            stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)
-        return (stack, list(parts)) if return_labels else stack
+        return self._stack(parts, layer, mlp_input, apply_ln, pos_slice, return_labels)
 
     def apply_ln_to_stack(
         self,
@@ -135,18 +133,14 @@ class RecurrentCache(ActivationCache):
     ) -> Tensor | Labelled:
         """[heads,B,T,D], what each head below ``layer`` adds to the residual stream, recurrent or attention. Labels are
         "L0H3"; attention heads beside recurrent ones are "L0A3". Arguments are TransformerLens'."""
-        layer, parts, labels = self._layer(layer), [], []
+        layer, parts = self._layer(layer), {}
         for at, _, _, part in self._mixers(range(layer)):
             if part is not None:
-                parts += self._results(at, part).unbind(-2)
-                labels += self._weights.head_labels(at, part)
+                parts |= zip(self._weights.head_labels(at, part), self._results(at, part).unbind(-2), strict=True)
         if incl_remainder:
             whole = self["resid_post", layer - 1] if layer else self._embed()
-            parts, labels = [*parts, whole - sum(parts)], [*labels, "remainder"]
-        stack = self._stack(parts, pos_slice)
-        if apply_ln:
-            stack = self.apply_ln_to_stack(stack, layer, pos_slice=pos_slice, has_batch_dim=self.has_batch_dim)
-        return (stack, labels) if return_labels else stack
+            parts["remainder"] = whole - sum(parts.values())
+        return self._stack(parts, layer, False, apply_ln, pos_slice, return_labels)
 
     def get_full_resid_decomposition(
         self,
@@ -169,21 +163,16 @@ class RecurrentCache(ActivationCache):
             raise HookpointsError("expand_neurons: no hook holds the neurons of an MLP; mlp_out is its whole output")
         layer = self._layer(layer)
         heads, labels = cast(Labelled, self.stack_head_results(layer + mlp_input, return_labels=True))
-        parts, bias = list(heads), torch.zeros_like(self._embed())
+        parts, bias = dict(zip(labels, heads, strict=True)), torch.zeros_like(self._embed())
         for at, label, out, part in self._mixers(range(layer + mlp_input)):
             if part is None:
-                parts, labels = [*parts, out], [*labels, label]
+                parts[label] = out
             else:
                 bias = bias + (out - self._results(at, part).sum(-2))
         rest, rest_labels = cast(Labelled, self.decompose_resid(layer, mode="mlp", return_labels=True))
-        named = dict(zip(rest_labels, rest, strict=True))
-        named["embed"] = named.pop("embed")  # after the MLPs, as in TransformerLens
-        stack = self._stack([*parts, *named.values(), bias], pos_slice)
-        if apply_ln:
-            stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)
-        if project_output_onto is not None:
-            stack = stack @ project_output_onto
-        return (stack, [*labels, *named, "bias"]) if return_labels else stack
+        parts |= zip(rest_labels, rest, strict=True)
+        parts |= {"embed": parts.pop("embed"), "bias": bias}  # after the MLPs, as in TransformerLens
+        return self._stack(parts, layer, mlp_input, apply_ln, pos_slice, return_labels, project_output_onto)
 
     # -- parts
 
@@ -201,12 +190,24 @@ class RecurrentCache(ActivationCache):
     def _layer(self, layer: int | None) -> int:
         return self.model.cfg.n_layers if layer is None or layer == -1 else layer
 
-    def _stack(self, parts: list[Tensor], pos_slice: Slice | SliceInput) -> Tensor:
-        cut = _cut(pos_slice)
-        if not parts:
-            like = cut.apply(self._embed(), dim=-2)
-            return like.new_zeros(0, *like.shape)
-        return torch.stack([cut.apply(part, dim=-2) for part in parts])
+    def _stack(
+        self,
+        parts: Mapping[str, Tensor],
+        layer: int,
+        mlp_input: bool,
+        apply_ln: bool,
+        pos_slice: Slice | SliceInput,
+        return_labels: bool,
+        onto: Tensor | None = None,
+    ) -> Tensor | Labelled:
+        """Parts by label as one tensor, as the arguments ask for it."""
+        cut, alike = _cut(pos_slice), list(parts.values()) or [self._embed()]
+        stack = torch.stack([cut.apply(part, dim=-2) for part in alike])[: len(parts)]
+        if apply_ln:
+            stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)
+        if onto is not None:
+            stack = stack @ onto
+        return (stack, list(parts)) if return_labels else stack
 
     def _embed(self) -> Tensor:
         """What the first block adds to."""
@@ -252,16 +253,16 @@ class RecurrentCache(ActivationCache):
 
     def _norm_at(self, layer: int, mlp: bool = False) -> tuple[Norm, Tensor]:
         """A norm, and its scale [B,T,1] on the run."""
-        if layer == self.model.cfg.n_layers:
-            norm = Norm.of(self._layout.final_norm)
-            return norm, norm.scale(self["resid_post", layer - 1])
-        module = self._layout.blocks[layer].norm(mlp=mlp)
+        is_final = layer == self.model.cfg.n_layers
+        module = self._layout.final_norm if is_final else self._layout.blocks[layer].norm(mlp=mlp)
         if module is None:
             raise HookpointsError(
                 f"block {layer} has no norm of its own before its {'MLP' if mlp else 'mixer'}; the final norm is "
                 "that of layer=None"
             )
         norm = Norm.of(module)
+        if is_final:
+            return norm, norm.scale(self["resid_post", layer - 1])
         entering = self._mid(layer) if mlp else self["resid_pre", layer] if layer else self._embed()
         return norm, norm.scale(entering)
 

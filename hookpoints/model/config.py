@@ -116,7 +116,8 @@ def device_of(embed: nn.Module) -> torch.device:
 
 def describe(model: nn.Module, layout: ModelLayout, name: str | None, backend: str) -> HookedRecurrentConfig:
     """Read the configuration off a model and its layout. ``name``: None for that of its checkpoint or class."""
-    hf = cast(PreTrainedConfig, model.config)
+    whole = cast(PreTrainedConfig, model.config)
+    hf = whole.get_text_config()
     layers = {
         layer: RecurrentLayer(block.rule.name, *block.rule.head_shape(block.mixer), R=block.rule.rank)
         for layer, block in enumerate(layout.blocks)
@@ -127,7 +128,7 @@ def describe(model: nn.Module, layout: ModelLayout, name: str | None, backend: s
     weight = layout.embed.weight
     assert isinstance(weight, torch.Tensor)
     return HookedRecurrentConfig(
-        model_name=name or getattr(hf, "_name_or_path", "") or type(model).__name__,
+        model_name=name or getattr(whole, "_name_or_path", "") or type(model).__name__,
         model_type=str(hf.model_type),
         n_layers=len(layout.blocks),
         d_model=weight.shape[1],
@@ -135,13 +136,13 @@ def describe(model: nn.Module, layout: ModelLayout, name: str | None, backend: s
         n_ctx=int(getattr(hf, "max_position_embeddings", None) or 2**31 - 1),
         n_heads=max(layer.H for layer in layers.values()),
         layers=layers,
-        attention={n: block.attn_heads.n for n, block in enumerate(layout.blocks) if block.attn_heads is not None},
+        attention={n: heads.split[0] for n, block in enumerate(layout.blocks) if (heads := block.attn_heads)},
         d_head=max(layer.V for layer in layers.values()),
         d_mlp=getattr(hf, "intermediate_size", None) if has_mlp else None,
         act_fn=next((getattr(hf, name) for name in _ACTIVATIONS if hasattr(hf, name)), None) if has_mlp else None,
-        attn_only=not has_mlp,
+        attn_only=layout.is_chain and not has_mlp,
         normalization_type=next((kind for kind in ("RMS", "LN") if _NORMS[kind] in type(norm).__name__), None),
-        eps=eps_of(norm),
+        eps=None if norm is None else eps_of(norm),
         device=device_of(layout.embed),
         dtype=weight.dtype,
         backend=backend,

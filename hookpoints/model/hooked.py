@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -43,8 +42,6 @@ class HookedModel(HookedRootModule):
     """The Hugging Face (or fla) model inside; it stays as it is."""
     attachment: Attachment
     """Puts the hook points on it."""
-    caches: bool = True
-    """Whether upstream runs the model with a cache, as far as the self-check found."""
     _cfg: HookedRecurrentConfig
 
     @property
@@ -235,32 +232,3 @@ class HookedModel(HookedRootModule):
         with self.recording([layer]) as record:
             self(input, **kwargs)
         return record[layer].recurrence
-
-
-class Attached(HookedModel):
-    """Hook points on a model that stays its holder's. Made by ``attach``; a context manager that detaches.
-
-    ``hook_dict`` has every hook by name; ``hooks``, ``run_with_hooks``, ``run_with_cache``, ``add_hook``,
-    ``reset_hooks`` and ``edits`` are those of ``HookedRecurrent``, with the model's own arguments and results.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.__dict__["hf_model"] = model  # past nn.Module, which would register it as a part of this one
-
-    def forward(self, *args: object, **kwargs: object) -> Any:
-        """The model's own forward: its arguments, its result."""
-        self.attachment.require()
-        return self.hf_model(*args, **kwargs)
-
-    def detach(self) -> None:
-        """Take everything off the model. Hooking methods raise from here on."""
-        self.attachment.detach()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.detach()

@@ -10,9 +10,9 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import nn
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
@@ -29,6 +29,11 @@ _MIXER_NORM_NAMES = ("input_layernorm", "attn_norm", "norm")
 _MLP_NORM_NAMES = ("post_attention_layernorm", "pre_ff_layernorm", "mlp_norm", "ffn_norm")
 _FINAL_NORM_NAMES = ("norm", "norm_f", "final_layernorm", "ln_f")
 _OUT_PROJ_NAMES = ("out_proj", "o_proj")
+_QKV, _QK_NORMS = ("q_proj", "k_proj", "v_proj"), ("q_norm", "k_norm")
+_FUNCTIONS = {"ALL_ATTENTION_FUNCTIONS", "get_interface", "eager_attention_forward"}
+"""Names that attention calls which can be computed by several functions."""
+_STREAMS = ("hc_count", "hc_mult")
+"""What configurations call the number of streams side by side (hyper-connections) that blocks mix and add to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,17 +44,23 @@ class Added:
     scale: float = 1.0
 
 
-@dataclass(frozen=True, eq=False)
-class Heads:
-    """The output projection of attention, whose input is that many heads side by side."""
+class HeadsAt(NamedTuple):
+    """Where a hook of attention finds its value."""
 
-    projection: nn.Module
-    n: int
+    hook: str
+    module: nn.Module
+    entering: bool
+    """Whether the value is what the module is given, else what it returns: [B,T,...]."""
+    split: tuple[int, int]
+    """Number of its heads and size of each, of which one may be -1."""
+    scale: float = 1.0
+    """The hook sees the value times this (Falcon-H1 multiplies keys)."""
 
 
 @dataclass(frozen=True, eq=False)
 class BlockLayout:
-    """The modules of one block that carry hooks."""
+    """The modules of one block that carry hooks. Where the model's blocks are no chain along one residual stream, or
+    their parts are of unknown names, these are the mixers alone."""
 
     block: nn.Module
     mixer: nn.Module | None
@@ -64,10 +75,17 @@ class BlockLayout:
     """What attention adds; in a block without attention, what the recurrent mixer adds."""
     mlp_out: Added | None
     """What the MLP adds; None where the block has none, or adds several."""
-    attn_heads: Heads | None = None
-    """Attention's heads; None in a block without attention."""
+    attn_values: tuple[HeadsAt, ...] = ()
+    """Where hooks of attention find their values; none in a block without attention."""
+    attn_namespace: ModuleType | None = None
+    """The Python module in which attention looks up the function that computes it; None where it calls none."""
     mlps: int = 0
     """Number of MLPs in the block."""
+
+    @property
+    def attn_heads(self) -> HeadsAt | None:
+        """Where heads of attention, ``split[0]`` of them, are handed to their output projection, if it is known."""
+        return next((value for value in self.attn_values if value.hook == "hook_z"), None)
 
     @property
     def side_by_side(self) -> bool:
@@ -87,8 +105,11 @@ class ModelLayout:
 
     embed: nn.Module
     blocks: tuple[BlockLayout, ...]
-    final_norm: nn.Module
+    final_norm: nn.Module | None
     unembed: nn.Module
+    is_chain: bool = True
+    """Whether the blocks are a chain along one residual stream [B,T,D]: only then have they hooks of their own, and can
+    a run begin or end between them."""
     backbone: nn.Module | None = None
     """The part that holds the blocks, where it can be run by itself."""
 
@@ -117,7 +138,7 @@ class ModelLayout:
 
 
 def calls_of(mixer: nn.Module) -> frozenset[str]:
-    """Names that the mixer's ``forward`` refers to, looking through decorators and one level of own methods."""
+    """Names that the mixer's ``forward`` (or ``torch_forward``) refers to, looking through decorators."""
     names: set[str] = set()
     for method in ("forward", "torch_forward"):
         function = getattr(type(mixer), method, None)
@@ -153,20 +174,24 @@ def find_layout(model: nn.Module) -> ModelLayout:
     """Find the blocks of a Hugging Face causal language model.
 
     Raises:
-        UnsupportedModelError: no block has a recurrence of the canonical form, or the parts of a block
-            cannot be found; names the model type and the reason.
+        UnsupportedModelError: no layer has a recurrence of the canonical form; names the model type and the reason.
     """
     if _model_type(model) in REFUSED:
         raise UnsupportedModelError(_refusal(model))
     backbone = _backbone(model)
-    blocks = tuple(_block_layout(block) for block in _blocks(model, backbone))
-    if not any(block.rule for block in blocks):
+    found = _blocks(backbone)
+    if not any(_recurrence(block)[0] for block in found):
         raise UnsupportedModelError(_refusal(model))
+    blocks = tuple(map(_block_layout, found))
+    is_chain = isinstance(found, nn.ModuleList) and not _has_streams(backbone) and all(map(_is_known, blocks))
+    if not is_chain:
+        blocks = tuple(replace(block, mixer_out=None, attn_out=None, mlp_out=None, mlps=0) for block in blocks)
     return ModelLayout(
         embed=model.get_input_embeddings(),  # type: ignore[operator]
         blocks=blocks,
-        final_norm=_first(backbone, _FINAL_NORM_NAMES, "final norm"),
+        final_norm=next(iter(_children(backbone, _FINAL_NORM_NAMES)), None),
         unembed=model.get_output_embeddings(),  # type: ignore[operator]
+        is_chain=is_chain,
         backbone=backbone,
     )
 
@@ -177,27 +202,38 @@ def out_projection(mixer: nn.Module) -> nn.Module:
 
 
 def _backbone(model: nn.Module) -> nn.Module:
+    """What holds the blocks; of a multimodal model, in its language model."""
     prefix = getattr(model, "base_model_prefix", "")
-    return getattr(model, prefix, model) if prefix else model
+    base = getattr(model, prefix, model) if prefix else model
+    return next(iter(_children(base, ("language_model",))), base)
 
 
-def _blocks(model: nn.Module, backbone: nn.Module) -> nn.ModuleList:
+def _blocks(backbone: nn.Module) -> nn.ModuleList | list[nn.Module]:
+    """The blocks; where no list of them is found, the recurrent mixers, which then count as blocks."""
     lists = [child for child in _children(backbone, ("layers", "h", "blocks")) if isinstance(child, nn.ModuleList)]
-    if lists:
-        return lists[0]
-    raise UnsupportedModelError(
-        f"{type(model).__name__} has no list of blocks named layers, h or blocks; load the causal language model "
-        "itself (for a multimodal checkpoint, its text model)"
-    )
+    return lists[0] if lists else [module for module in backbone.modules() if rule_of(module)]
+
+
+def _has_streams(backbone: nn.Module) -> bool:
+    return any((getattr(getattr(backbone, "config", None), name, None) or 1) > 1 for name in _STREAMS)
+
+
+def _recurrence(block: nn.Module) -> tuple[nn.Module | None, Rule | None, ModuleType | None]:
+    """The recurrent mixer somewhere in a block, known by the op that its forward calls; its rule, and where its ops
+    are."""
+    return next(((module, *found) for module in block.modules() if (found := rule_of(module))), (None, None, None))
+
+
+def _is_known(block: BlockLayout) -> bool:
+    """Whether what the block adds to the residual stream is found. (Of TransformerLens' blocks it is what is asked.)"""
+    return block.mixer is not None or block.mlps > 0 or isinstance(block.block, GeneralizedComponent)
 
 
 def _block_layout(block: nn.Module) -> BlockLayout:
     # Families differ in what a block holds: a recurrence or attention (Qwen3.5), both side by side (Falcon-H1), a
     # recurrence somewhere below (Zamba2), or an MLP alone that is called a mixer (Nemotron-H). A recurrence is known by
     # the op that its forward calls, attention by taking an attention mask; names only say where to look.
-    recurrent, (rule, namespace) = next(
-        ((module, found) for module in block.modules() if (found := rule_of(module))), (None, (None, None))
-    )
+    recurrent, rule, namespace = _recurrence(block)
     if isinstance(block, GeneralizedComponent):  # TransformerLens' parts do not tell attention from an MLP
         added = _added(block, recurrent, "residual_multiplier", "ssm_out_multiplier")
         return BlockLayout(block, recurrent, rule, namespace, added, None, None)
@@ -205,8 +241,6 @@ def _block_layout(block: nn.Module) -> BlockLayout:
     attention = next((child for child in named if child is not recurrent and _mixes_tokens(child)), None)
     # Nemotron-H calls an MLP a mixer, too.
     mlps = _children(block, _MLP_NAMES) + [child for child in named if not _mixes_tokens(child)]
-    if recurrent is None and attention is None and not mlps:
-        _first(block, _MIXER_NAMES, "token mixer")  # raises
     mixer_out = _added(block, recurrent, "residual_multiplier", "ssm_out_multiplier")
     attn_out = _added(block, attention, "residual_multiplier", "attn_out_multiplier") or mixer_out
     mlp_out = _added(block, mlps[0] if len(mlps) == 1 else None, "residual_multiplier")
@@ -215,8 +249,8 @@ def _block_layout(block: nn.Module) -> BlockLayout:
     if hasattr(block, "post_feedforward_layernorm") and not hasattr(block, "input_layernorm"):
         attn_out, mlp_out = Added(block.post_attention_layernorm), Added(block.post_feedforward_layernorm)  # type: ignore[arg-type]
         mixer_out = attn_out if recurrent is not None else None
-    heads = None if attention is None else _heads(attention)
-    return BlockLayout(block, recurrent or attention, rule, namespace, mixer_out, attn_out, mlp_out, heads, len(mlps))
+    mixer, outs = recurrent or attention, (mixer_out, attn_out, mlp_out)
+    return BlockLayout(block, mixer, rule, namespace, *outs, *_attention_hooks(block, attention), len(mlps))
 
 
 def _parameters(module: nn.Module) -> frozenset[str]:
@@ -235,12 +269,25 @@ def _added(block: nn.Module, module: nn.Module | None, *multipliers: str) -> Add
     return Added(module, math.prod(float(getattr(block, name, 1.0)) for name in multipliers))  # type: ignore[arg-type]
 
 
-def _heads(attention: nn.Module) -> Heads | None:
-    """None for attention of an unknown form, which then has no hook."""
+def _attention_hooks(block: nn.Module, attention: nn.Module | None) -> tuple[tuple[HeadsAt, ...], ModuleType | None]:
+    """Where values of attention are met, and its function; of an unknown form those that mean what the table says."""
     config = getattr(attention, "config", None)
-    n = getattr(attention, "num_heads", None) or getattr(config, "num_attention_heads", None)
-    projections = _children(attention, _OUT_PROJ_NAMES)
-    return Heads(projections[0], n) if n and projections else None
+    n = getattr(attention, "num_heads", 0) or getattr(config, "num_attention_heads", 0)
+    projections = _children(attention, _OUT_PROJ_NAMES) if attention and n else []
+    values = [HeadsAt("hook_z", projection, True, (n, -1)) for projection in projections[:1]]
+    # Wherever it is in the block: Zamba2's is part of a block inside of the block.
+    module = next((each for each in block.modules() if calls_of(each) >= _FUNCTIONS), None)
+    parts = dict(module.named_children()) if module else {}
+    size = getattr(module, "head_dim", None)
+    if isinstance(size, int) and set(_QKV) <= parts.keys() <= {*_QKV, *_QK_NORMS, *_OUT_PROJ_NAMES}:
+        normed, split = parts.keys() >= set(_QK_NORMS), (-1, size)
+        q, k = [parts[name] for name in (_QK_NORMS if normed else _QKV)[:2]]
+        values += [
+            HeadsAt("hook_q", q, normed, split),
+            HeadsAt("hook_k", k, normed, split, float(getattr(module, "key_multiplier", 1.0))),
+            HeadsAt("hook_v", parts["v_proj"], False, split),
+        ]
+    return tuple(values), sys.modules[type(module).__module__] if module else None
 
 
 def _children(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
@@ -268,6 +315,6 @@ def _refusal(model: nn.Module) -> str:
     layers = (REFUSED_LAYERS.get(type(module).__name__) for module in model.modules())
     reason = REFUSED.get(model_type) or next(filter(None, layers), None)
     reason = reason or "none of its layers calls a recurrent op that is known here"
-    if model_type == "mamba2" and type(model).__module__.startswith("fla."):
-        reason = "this is fla's class of Mamba-2; load the checkpoint with transformers' Mamba2ForCausalLM"
+    if model_type in ("mamba", "mamba2") and type(model).__module__.startswith("fla."):
+        reason = f"this is a class of fla's; load the checkpoint with transformers' {type(model).__name__}"
     return f"{model_type!r} cannot be hooked: {reason}. Update rules known here: {known}"

@@ -19,12 +19,14 @@ from transformers import (
     AutoTokenizer,
     Mamba2Config,
     Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from hookpoints import embedded
+from hookpoints import embedded, zoo
 from hookpoints.errors import HookpointsError, UnknownModelError, UnsupportedModelError, nearest
 from hookpoints.files import SealedFolder, read_json
 from hookpoints.fla.checkpoints import split_gates, weight_files
@@ -32,17 +34,20 @@ from hookpoints.fla.importing import MODEL_TYPES, import_fla, restore_auto_class
 from hookpoints.model.refused import refuse_arguments
 from hookpoints.rules import REFUSED, RULES
 from hookpoints.rwkv7.configuration import RWKV7Config
-from hookpoints.rwkv7.modeling import RWKV7ForCausalLM
+from hookpoints.rwkv7.modeling import RWKV7ForCausalLM, from_pth
 
 _Classes = tuple[Any, Any]
 """A configuration class and a model class, or transformers' Auto classes, which share no type with them."""
 _OWN_CLASSES: dict[str, _Classes] = {
-    # Importing fla puts its own Mamba-2 in the Auto classes' place, which reads other weights.
+    # Importing fla puts its own Mamba and Mamba-2 in the Auto classes' place, which read other weights.
+    "mamba": (MambaConfig, MambaForCausalLM),
     "mamba2": (Mamba2Config, Mamba2ForCausalLM),
     # fla's format, in plain torch: nothing to install, and no kernels that need a GPU.
     "rwkv7": (RWKV7Config, RWKV7ForCausalLM),
 }
 """Classes of model types that the Auto classes do not know, or do not always know rightly."""
+if hasattr(transformers, "Glm5NextConfig"):  # multimodal, without a class for its text model alone
+    _OWN_CLASSES["glm5_next"] = (transformers.Glm5NextConfig, transformers.Glm5NextForConditionalGeneration)
 
 
 class Loaded(NamedTuple):
@@ -60,7 +65,8 @@ def load(
     revision: str | None = None,
     **hf_kwargs: object,
 ) -> Loaded:
-    """Load the text model of a checkpoint. No code from the checkpoint is run, and only safetensors are read.
+    """Load the text model of a checkpoint: a name on the hub, a folder, or an official RWKV-7 file (``.pth``). No code
+    from the checkpoint is run; of folders and the hub only safetensors are read.
 
     Published Qwen3.5 checkpoints carry a multimodal configuration; their text model is what is loaded. On the device
     "meta" no weights are read: the model has its shapes, and cannot run.
@@ -72,7 +78,8 @@ def load(
     """
     if hf_kwargs.get("trust_remote_code"):
         raise ValueError("trust_remote_code is not supported: hookpoints runs no code from a checkpoint")
-    source = str(embedded.path(name_or_path)) if name_or_path in embedded.names() else name_or_path
+    rooms = [room for room in (embedded, zoo) if name_or_path in room.names()]
+    source = str(rooms[0].path(name_or_path)) if rooms else name_or_path
     _refuse_unknown(name_or_path)
     empty = device is not None and torch.device(device).type == "meta"
     hf_kwargs = refuse_arguments(hf_kwargs)
@@ -81,7 +88,7 @@ def load(
             _check_files(Path(source))
         model = _model(name_or_path, source, dtype, revision, hf_kwargs, empty)
     if empty:
-        return Loaded(model, None)
+        return Loaded(model.to("meta"), None)
     if hf_kwargs.get("device_map") is None:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Loaded(model, _tokenizer(source, revision))
@@ -90,6 +97,8 @@ def load(
 def _model(
     name: str, source: str, dtype: torch.dtype | str, revision: str | None, hf_kwargs: dict[str, object], empty: bool
 ) -> nn.Module:
+    if source.endswith(".pth"):
+        return from_pth(source, getattr(torch, str(dtype).removeprefix("torch."), None))  # "auto": the file's own
     try:
         saved, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     except OSError as error:
@@ -180,14 +189,14 @@ def model_types() -> dict[str, list[str]]:
 def _refuse_unknown(name: str) -> None:
     """What cannot be a name on the hub is refused without asking there, which takes a while where there is no network.
     Models that stand there without an owner are of the hub's first days; none of them is recurrent."""
-    known = [*embedded.names(), *cached()]
-    if name in known or Path(name).is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        return
-    raise UnknownModelError(_unknown(name, "no name on the hub, which is OWNER/NAME"))
+    known = [*embedded.names(), *zoo.names(), *cached()]
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith(".pth")
+    if name not in known and not Path(name).exists() and not on_hub:
+        raise UnknownModelError(_unknown(name, "no name on the hub, which is OWNER/NAME"))
 
 
 def _unknown(name: str, reason: str) -> str:
-    known = [*embedded.names(), *cached()]
+    known = [*embedded.names(), *zoo.names(), *cached()]
     near = nearest(name, known).removeprefix("; ") or f"on this machine: {', '.join(known)}"
     return f"there is no model {name!r}: no folder, none that ships with hookpoints, and {reason}; {near}"
 
@@ -213,14 +222,16 @@ def _refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:
 
 
 def _refuse_mamba_ssm(name: str, config: Mapping[str, Any]) -> None:
-    """Checkpoints of the mamba_ssm package (state-spaces/...) have no model type, and other names for their weights."""
+    """Checkpoints of the mamba_ssm package (state-spaces/...) have no model type, and other names for their weights.
+    Mamba-1's were converted by their authors."""
     if "model_type" in config or "ssm_cfg" not in config:
         return
-    reason = f"{name!r} is in the format of the mamba_ssm package, which transformers does not load"
-    if (config["ssm_cfg"] or {}).get("layer") != "Mamba2":
-        raise UnsupportedModelError(f"{reason}; it is a Mamba-1 model besides: {REFUSED['mamba']}")
+    owner = "AntonV" if (config["ssm_cfg"] or {}).get("layer") == "Mamba2" else "state-spaces"
     size = PurePath(name).name
-    raise UnsupportedModelError(f"{reason}. Load the converted checkpoint: AntonV/{size}-hf for state-spaces/{size}")
+    raise UnsupportedModelError(
+        f"{name!r} is in the format of the mamba_ssm package, which transformers does not load. "
+        f"Load the converted checkpoint: {owner}/{size}-hf for state-spaces/{size}"
+    )
 
 
 def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase | None:

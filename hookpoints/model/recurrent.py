@@ -8,16 +8,18 @@ from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 from transformers import PreTrainedTokenizerBase
 
 from hookpoints.edits.edit import EditRow, Edits
 from hookpoints.edits.session import EditedRun, EditSession
-from hookpoints.errors import InputError, UnsupportedModelError
+from hookpoints.errors import InputError
 from hookpoints.layer.context import Backend, cache_among
+from hookpoints.memory.memory import Memory, continuing, read
 from hookpoints.model import loading
 from hookpoints.model.attachment import Attachment, StopForward
-from hookpoints.model.inputs import as_tokens, check_loss, check_mask, check_tokens
+from hookpoints.model.inputs import as_tokens, cache_argument, check_loss, check_mask, check_tokens
 from hookpoints.model.layout import find_layout
 from hookpoints.model.refused import REFUSED
 from hookpoints.model.selfcheck import self_check as run_self_check
@@ -87,7 +89,7 @@ class HookedRecurrent(Tokens, Weights):
         self_check: bool = True,
         **hf_kwargs: object,
     ) -> HookedRecurrent:
-        """Load a model from the hub, a local folder, or the package ("embedded").
+        """Load a model from the hub, a local folder, the package ("embedded"), or an official RWKV-7 file (``.pth``).
 
         Args:
             device: where to put it; default CUDA if there is one. Leave out with ``device_map``. "meta": no weights are
@@ -130,6 +132,7 @@ class HookedRecurrent(Tokens, Weights):
         tokens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         stop_at_layer: int | None = None,
+        memory: Memory | None = None,
         **hf_kwargs: object,
     ) -> Any:
         """Run the model.
@@ -143,6 +146,8 @@ class HookedRecurrent(Tokens, Weights):
             tokens: token ids [B,T], needed with ``start_at_layer`` for a loss, and for models that hand the token
                 embeddings to later blocks (Zamba2).
             attention_mask: [B,T]; made by itself for text that needs padding.
+            memory: read on from here (see `memory`); it stays as it is. Text is then given no first token (bos), unless
+                asked for. Not with padding, nor a cache of your own.
             hf_kwargs: for the Hugging Face forward (a cache, position_ids ...).
         """
         start, stop = self._layer_index(start_at_layer, 0), self._layer_index(stop_at_layer, self.cfg.n_layers)
@@ -152,7 +157,8 @@ class HookedRecurrent(Tokens, Weights):
                 raise ValueError("with start_at_layer the input is the residual stream [B,T,D] entering that block")
             residual = input
         else:
-            tokens, attention_mask = self._token_batch(input, prepend_bos, padding_side, attention_mask)
+            bos = prepend_bos if memory is None else bool(prepend_bos)
+            tokens, attention_mask = self._token_batch(input, bos, padding_side, attention_mask)
             if attention_mask is not None:
                 check_mask(attention_mask, tokens, cached=cache_among(*hf_kwargs.values()) is not None)
         inputs = {"input_ids": tokens} if residual is None else {"inputs_embeds": residual}
@@ -160,6 +166,11 @@ class HookedRecurrent(Tokens, Weights):
             if tokens is None:
                 raise ValueError(f"{self.cfg.model_type} blocks reread the embeddings: start_at_layer needs tokens=")
             inputs = {"input_ids": tokens}
+        if memory is not None:
+            _unpadded(attention_mask)
+            attention_mask = None
+            given = cast(Tensor, tokens) if residual is None else residual[..., 0]
+            hf_kwargs |= continuing(self.hf_model, memory.branch(self, given), memory.T, given)
         hf_kwargs.setdefault("use_cache", False)
         try:
             with self.attachment.passing(start, stop, residual):  # whole runs too: a hook of a partial run may make one
@@ -179,19 +190,21 @@ class HookedRecurrent(Tokens, Weights):
         attention_mask: Tensor | None = None,
         stop_at_eos: bool = True,
         verbose: bool = False,
+        memory: Memory | None = None,
         **hf_kwargs: object,
     ) -> Any:
         """Hugging Face's own ``generate``, with hooks and edits acting at every token, prompt and generated.
 
         Args:
             edits: one WriteEdit or several, which all act on every row. Positions count from the first prompt token,
-                padding included (or from the first token of a cache that is passed in).
+                padding included (or from the first token of a cache or memory that is passed in).
             edit_rows: for each prompt its own edits (one, several, or ``[]``); not with beams or several returned
                 sequences, which run more rows than prompts.
             return_type: "tokens" [B,T], "str", or "input" for the kind that was given.
             attention_mask: [B,T]; made by itself for text that needs padding.
             stop_at_eos: False: go on behind the end-of-sequence token.
             verbose: taken for TransformerLens' sake; there is no progress bar.
+            memory: read on from here, as in `forward`; ``input`` and the result are what follows it.
             hf_kwargs: ``max_new_tokens``, ``do_sample`` ...; with ``return_dict_in_generate`` the result is Hugging
                 Face's own.
 
@@ -199,15 +212,20 @@ class HookedRecurrent(Tokens, Weights):
             EditError: an edit does not fit the model, ``edit_rows`` not the batch, or an edit never acted (generation
                 ended before its position).
         """
-        batch = self._token_batch(input, prepend_bos, "left", attention_mask)
+        bos = prepend_bos if memory is None else bool(prepend_bos)
+        batch = self._token_batch(input, bos, "left", attention_mask)
         mask = torch.ones_like(batch.tokens) if batch.attention_mask is None else batch.attention_mask
         check_mask(mask, batch.tokens)
         if not bool((mask[:, -1] != 0).all()):  # generation goes on after the last column
             raise InputError("generate needs prompts padded on the left; attention_mask ends with padding in some row")
         if not stop_at_eos:
             hf_kwargs["eos_token_id"] = None
-        if not self.caches and hf_kwargs.setdefault("use_cache", False):
-            raise UnsupportedModelError(f"upstream cannot run {self.cfg.model_name} with a cache: leave out use_cache")
+        if hf_kwargs.get("use_cache", True):
+            hf_kwargs = self.attachment.new_cache() | hf_kwargs
+        if memory is not None:
+            hf_kwargs[cache_argument(self.hf_model)] = memory.branch(self, batch.tokens)
+            _unpadded(mask)
+            mask = F.pad(mask, (memory.T, 0), value=1)  # longer than the input: upstream takes that for what follows
         with torch.no_grad(), self.edits(edits, edit_rows=edit_rows):
             out = self.hf_model.generate(batch.tokens, attention_mask=mask, **hf_kwargs)
         if not isinstance(out, Tensor):
@@ -216,6 +234,31 @@ class HookedRecurrent(Tokens, Weights):
             return out
         text = self.to_string(out)
         return text[0] if isinstance(input, str) else text
+
+    def memory(
+        self, input: str | list[str] | Tensor, prepend_bos: bool | None = None, memory: Memory | None = None
+    ) -> Memory:
+        """Everything that the model carries forward after ``input``, as a value: see ``hookpoints.Memory``.
+
+        Args:
+            input: text or token ids [B,T], without padding.
+            memory: read ``input`` after this one; text is then given no first token (bos), unless asked for.
+
+        Cost: one pass with a cache, without logits.
+
+        Raises:
+            InputError: padding, or a memory of another model or number of rows.
+            UnsupportedModelError: attention does not hold all tokens, or a layer reads no tokens after its cache
+                (Mamba-1).
+        """
+        batch = self._token_batch(input, prepend_bos if memory is None else bool(prepend_bos), None, None)
+        _unpadded(batch.attention_mask)
+        return read(self, batch.tokens, memory)
+
+    def logits_after(self, memory: Memory, input: str | list[str] | Tensor) -> Tensor:
+        """Logits [B,T,vocab] of ``input`` [B,T], read after ``memory``, without gradients."""
+        with torch.no_grad():
+            return self(input, memory=memory)
 
     def run_with_edits(self, tokens: Tensor, rows: Sequence[EditRow], **kwargs: Any) -> EditedRun:
         """Many edits of one sequence as one batch: row n of the result is the run with ``rows[n]``.
@@ -251,7 +294,8 @@ class HookedRecurrent(Tokens, Weights):
 
     def recurrence(self, input: str | Tensor, layer: int, **kwargs: Any) -> Recurrence:
         """The canonical factors of a layer on ``input``: reads, writes, decay, erase (differentiable)."""
-        return super().recurrence(input, layer, return_type=None, stop_at_layer=layer + 1, **kwargs)
+        stop = layer + 1 if self.attachment.layout.is_chain else None
+        return super().recurrence(input, layer, return_type=None, stop_at_layer=stop, **kwargs)
 
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:
         """[...,D], the columns of ``W_U`` of a token (an id, or a string that is one token) or of ids [...].
@@ -296,3 +340,9 @@ class HookedRecurrent(Tokens, Weights):
             raise ValueError("a loss with start_at_layer needs tokens=")
         loss = self.loss_fn(logits, tokens, mask, per_token)
         return loss if return_type == "loss" else Output(logits, loss)
+
+
+def _unpadded(mask: Tensor | None) -> None:
+    """Raise InputError for padding, which a memory has no place for."""
+    if mask is not None and not bool((mask != 0).all()):
+        raise InputError("a memory needs rows of one length, got padding: read the rows one by one")

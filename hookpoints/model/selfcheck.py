@@ -30,7 +30,6 @@ _PREFILL, _DECODE = 5, 2
 
 def self_check(model: HookedModel) -> None:
     """Run 7 tokens at once, then 5 and two more one by one from the cache: five passes over a handful of tokens.
-    Decoding is left out where upstream cannot run the model with a cache.
 
     Raises:
         SelfCheckError: a recurrent layer whose op was not intercepted, an op that the canonical recurrence does not
@@ -42,8 +41,6 @@ def self_check(model: HookedModel) -> None:
     count = _PREFILL + _DECODE
     tokens = torch.arange(1, count + 1, device=model.cfg.device).remainder(model.cfg.d_vocab).unsqueeze(0)
     whole = check_prefill(model, tokens)
-    if not model.caches:
-        return
     with torch.no_grad():
         steps = [_pass(model, tokens[:, :_PREFILL], 0, "prefill")]
         for t in range(_PREFILL, count):
@@ -67,19 +64,14 @@ def self_check(model: HookedModel) -> None:
 
 
 def check_prefill(model: HookedModel, tokens: Tensor) -> dict[int, Recorded]:
-    """One pass over ``tokens`` [1,T], recorded and checked. Tries first whether upstream runs the model with a cache:
-    some classes cannot where all layers are recurrent, since they ask the cache for its length."""
+    """One pass over ``tokens`` [1,T], recorded and checked. Tries first whether upstream runs the model with a cache of
+    its own: some classes cannot where all layers are recurrent, since they ask the cache for its length."""
     where = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
     with torch.no_grad():
         try:
             model.hf_model(input_ids=tokens, use_cache=True, **position_inputs(model.hf_model, where))
-        except ValueError as error:
-            model.caches = False
-            warnings.warn(
-                f"{model.cfg.model_name}: upstream cannot run it with a cache ({error}): decoding is not checked, and "
-                "generate runs without a cache",
-                stacklevel=4,
-            )
+        except ValueError:
+            model.attachment.counts_tokens = True
         return _pass(model, tokens, 0, "prefill")[0]
 
 
@@ -97,7 +89,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 def _pass(
     model: HookedModel, tokens: Tensor, start: int, mode: str, cache: Cache | None = None
-) -> tuple[dict[int, Recorded], Cache | None]:
+) -> tuple[dict[int, Recorded], Cache]:
     """One pass: what it recorded, and its cache. Every layer's op must be met, and its canonical recurrence must give
     its outputs and state."""
     inputs = {} if cache is None else {cache_argument(model.hf_model): cache}
@@ -105,17 +97,17 @@ def _pass(
     where = torch.arange(start, start + tokens.shape[1], device=tokens.device).unsqueeze(0)
     inputs |= position_inputs(model.hf_model, where)
     with model.recording() as record:
-        out = model.hf_model(input_ids=tokens, use_cache=model.caches, **inputs)
+        out = model.hf_model(input_ids=tokens, use_cache=True, **inputs)
     for layer in model.cfg.recurrent_layers:
         if layer not in record:
             rule = model.attachment.mixers[layer].rule
             raise SelfCheckError(_message(model, layer, f"in {mode} none of its ops ({', '.join(rule.ops)}) was met"))
-        recurrence, native = record[layer]
+        recurrence, native = record[layer].recurrence, record[layer].native
         outputs, state = recurrence.scan()
         _compare(model, layer, native, native.outputs, outputs, f"its op and canonical form ({mode} outputs)")
         if native.final_state is not None:
             _compare(model, layer, native, native.final_state, state, f"its op and canonical form ({mode} state)")
-    return record, cache_of(out) if model.caches else None
+    return record, cache_of(out)
 
 
 def _compare(model: HookedModel, layer: int, native: OpResult, expected: Tensor, actual: Tensor, what: str) -> None:

@@ -21,7 +21,6 @@ class UnequalHeadsError(UnsupportedModelError, AttributeError):
 class HeadOutputs(NamedTuple):
     """How the heads of one mixer reach the residual stream."""
 
-    part: Part
     n: int
     """Heads."""
     projection: nn.Module
@@ -145,11 +144,13 @@ class Weights(HookedModel):
 
     def head_outputs(self, layer: int, part: Part | None = None) -> HeadOutputs:
         """How the heads of ``layer`` reach the residual stream; arguments and errors as for ``layer_W_O``."""
+        if not self.attachment.layout.is_chain:
+            raise UnsupportedModelError(f"heads of {self.cfg.model_name} add to no one residual stream that is known")
         attention, block = self.cfg.attention_heads(layer), self.attachment.layout.blocks[layer]
         if part != "attn" and layer in self.cfg.layers and block.mixer is not None and block.mixer_out is not None:
-            return HeadOutputs("mixer", self.cfg.layers[layer].H, out_projection(block.mixer), block.mixer_out)
-        if part != "mixer" and block.attn_heads is not None and attention and block.attn_out is not None:
-            return HeadOutputs("attn", attention, block.attn_heads.projection, block.attn_out)
+            return HeadOutputs(self.cfg.layers[layer].H, out_projection(block.mixer), block.mixer_out)
+        if part != "mixer" and attention and block.attn_heads is not None and block.attn_out is not None:
+            return HeadOutputs(attention, block.attn_heads.module, block.attn_out)
         what = {"mixer": "recurrent heads", "attn": "attention heads", None: "heads"}[part]
         raise UnsupportedModelError(
             f"layer {layer} of {self.cfg.model_name} has no {what}; recurrent layers are {self.cfg.recurrent_layers}, "

@@ -78,6 +78,19 @@ def test_a_backbone_without_a_head(tokens):
     assert cache[WRITE].shape == (2, 70, 4, 8, 6)
 
 
+@torch.no_grad()
+def test_of_a_model_of_unknown_shape_the_mixers_are_hooked(hf, tokens):
+    around = torch.nn.Module()  # somebody's own, in which nothing but the recurrent layers has a known name
+    for name in ("config", "forward", "get_input_embeddings", "get_output_embeddings"):
+        setattr(around, name, getattr(hf, name))
+    around.inside = hf
+    with attach(around) as hooked:
+        assert {name.split(".")[2] for name in hooked.hook_dict if "." in name} == {"mixer"}
+        edited = hooked.run_with_hooks(tokens, fwd_hooks=[(WRITE, gone)]).logits
+    with attach(hf) as known:
+        assert torch.equal(known.run_with_hooks(tokens, fwd_hooks=[(WRITE, gone)]).logits, edited)
+
+
 def test_a_refused_model_is_left_as_it_was(tokens):
     llama = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(

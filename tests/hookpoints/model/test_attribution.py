@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MAKERS, VOCAB, KeepFloat64, hooked_in_float64, make_hf
+from conftest import MAKERS, MAMBA1, VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from torch.testing import assert_close
 
 from hookpoints import (
@@ -33,7 +33,7 @@ def direct_attribution(model: HookedRecurrent, tokens: torch.Tensor, layer: int,
     return torch.einsum("bthd,btd,d->bht", added, normed / residual, model.W_U[:, answer]) * multiplier
 
 
-@pytest.mark.parametrize("model_type", sorted(MAKERS))
+@pytest.mark.parametrize("model_type", sorted(MAKERS.keys() - {*MAMBA1, "glm5_next", "qwen4_exp"}))
 @torch.no_grad()
 def test_sources_add_up_to_the_direct_path(model_type):
     """Of every head at every token, for a difference of two tokens. Without what layers add to their reads beside the
@@ -55,7 +55,7 @@ def test_attributions_are_derivatives(hooked64):
 
     table, layers = write_attribution(hooked64, SEQUENCE, metric), hooked64.cfg.recurrent_layers
     assert len(table) == SEQUENCE.shape[1] * sum(hooked64.cfg.layer(layer).H for layer in layers)
-    for layer, head, position in ((layers[0], 1, 3), (layers[-1], 0, 20)):
+    for layer, head, position in ((layers[0], hooked64.cfg.layer(layers[0]).H // 2, 3), (layers[-1], 0, 20)):
 
         def shrunk(step, layer=layer, head=head, position=position):
             def hook(u, hook):

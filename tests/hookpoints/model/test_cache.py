@@ -22,6 +22,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert_close(actual, expected, rtol=1e-4, atol=2e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.usefixtures("_chained")
 @torch.no_grad()
 def test_parts_add_up_to_the_stream(hooked, run):
     _, cache = run
@@ -40,6 +41,7 @@ def test_parts_add_up_to_the_stream(hooked, run):
             assert every[-1].abs().max() <= 1e-5 * entering.abs().max()
 
 
+@pytest.mark.usefixtures("_chained")
 @torch.no_grad()
 def test_parts_behind_the_final_norm_add_up_to_the_logits(hooked, run):
     logits, cache = run
@@ -56,6 +58,7 @@ def test_parts_behind_the_final_norm_add_up_to_the_logits(hooked, run):
     assert hooked.cfg.normalization_type == ("LN" if norm.centred else "RMS") and hooked.cfg.eps == norm.eps
 
 
+@pytest.mark.usefixtures("_chained")
 @torch.no_grad()
 def test_parts_behind_a_blocks_norm_are_what_its_mixer_is_given(hooked, tokens, run):
     _, cache = run

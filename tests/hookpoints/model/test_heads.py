@@ -14,6 +14,7 @@ def head_layers(model: HookedRecurrent) -> list[tuple[int, str]]:
     return sorted([(layer, "mixer") for layer in model.cfg.recurrent_layers] + attention)
 
 
+@pytest.mark.usefixtures("_chained")
 @torch.no_grad()
 def test_heads_times_their_weights_are_what_the_layer_adds(hooked, tokens):
     """Recurrent layers and attention, multipliers and a norm behind the projection included; in float32."""
@@ -30,6 +31,7 @@ def test_heads_times_their_weights_are_what_the_layer_adds(hooked, tokens):
         assert (total - added).pow(2).mean().sqrt() <= 2e-6 * added.pow(2).mean().sqrt()
 
 
+@pytest.mark.usefixtures("_chained")
 @torch.no_grad()
 def test_weights_of_all_layers_are_one_tensor_where_shapes_agree(hooked):
     with_heads = {layer for layer, _ in head_layers(hooked)}

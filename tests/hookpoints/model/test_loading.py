@@ -20,27 +20,28 @@ from hookpoints.model.config import RecurrentLayer
 
 
 @pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
-def test_a_mamba2_checkpoint_loads_even_where_fla_took_its_name(tmp_path, tokens, monkeypatch):
+@pytest.mark.parametrize(("name", "shape"), [("mamba", ("Mamba-1", 1, 8, 64)), ("mamba2", ("Mamba-2", 4, 8, 16))])
+def test_a_mamba_checkpoint_loads_even_where_fla_took_its_name(name, shape, tmp_path, tokens, monkeypatch):
     """The format of AntonV/mamba2-370m-hf; importing fla registers other classes for the same model type."""
 
     class Other(transformers.PreTrainedConfig):
-        model_type = "mamba2"
+        model_type = name
 
-    hf = make_hf("mamba2")
+    hf = make_hf(name)
     hf.save_pretrained(tmp_path)
-    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "mamba2", Other)
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, name, Other)
     assert type(transformers.AutoConfig.from_pretrained(tmp_path)) is Other
     model = HookedRecurrent.from_pretrained(str(tmp_path), device="cpu")
     with torch.no_grad():
         assert torch.equal(model(tokens), hf(tokens).logits)
-    assert model.cfg.layer(0) == RecurrentLayer("Mamba-2", 4, 8, 16)
+    assert model.cfg.layer(0) == RecurrentLayer(*shape)
 
 
 @pytest.mark.parametrize(
     ("name", "ssm_cfg", "match"),
     [
         ("mamba2-370m", {"layer": "Mamba2"}, r"AntonV/mamba2-370m-hf for state-spaces/mamba2-370m"),
-        ("mamba-370m", {}, r"Mamba-1 model besides"),
+        ("mamba-370m", {}, r"state-spaces/mamba-370m-hf for state-spaces/mamba-370m"),
     ],
 )
 def test_checkpoints_of_mamba_ssm_name_the_converted_one(tmp_path, name, ssm_cfg, match):
@@ -167,6 +168,10 @@ def test_multimodal_checkpoint_gives_its_text_model(tmp_path, tokens):
     assert type(model.hf_model).__name__ == "Qwen3_5ForCausalLM"
     with torch.no_grad():
         assert_close(model(tokens), whole(tokens).logits, rtol=0, atol=5e-6)
+        hooked = HookedRecurrent.from_hf(whole)  # along the path to its language model
+        assert hooked.cfg.layers == model.cfg.layers and hooked.hook_dict.keys() == model.hook_dict.keys()
+        assert torch.equal(hooked(tokens), model(tokens))
+        assert torch.equal(hooked(hooked(tokens, stop_at_layer=2), start_at_layer=2), model(tokens))
 
 
 @pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")

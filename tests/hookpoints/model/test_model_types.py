@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import VOCAB, make_hf
+from conftest import VOCAB, hooked_in_float64, make_hf
 from torch.testing import assert_close
 
-from hookpoints import HookedRecurrent, WriteEdit
+from hookpoints import HookedRecurrent, UnsupportedModelError, WriteEdit
 from hookpoints.hooks.table import HOOKS
 
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -22,7 +22,7 @@ SEQUENCE = torch.randint(1, VOCAB, (1, 41), generator=torch.Generator().manual_s
 
 def edit_of(model: HookedRecurrent, layer: int, position: int | None, **options) -> WriteEdit:
     shape = model.cfg.layer(layer)
-    return WriteEdit(layer, 1, position, normal(0, 2, shape.K), normal(1, 2, shape.V), **options)
+    return WriteEdit(layer, min(1, shape.H - 1), position, normal(0, 2, shape.K), normal(1, 2, shape.V), **options)
 
 
 def by_hand(model: HookedRecurrent, tokens: torch.Tensor, edit: WriteEdit) -> torch.Tensor:
@@ -43,28 +43,29 @@ def by_hand(model: HookedRecurrent, tokens: torch.Tensor, edit: WriteEdit) -> to
 def test_hooks_fire_with_their_shapes(hooked, tokens):
     """In the prompt and at each decoded token."""
     layer, seen = hooked.cfg.recurrent_layers[-1], {}
-    shape, per_channel = hooked.cfg.layer(layer), hooked.recurrence(tokens, layer).decays_per_channel
-    has = hooked.attachment.mixers[layer].rule.factor_names
-    rows = [row for row in HOOKS if row.scope in ("mixer", "head") and (row.factor is None or row.factor in has)]
+    shape, has = hooked.cfg.layer(layer), (None, *hooked.attachment.mixers[layer].rule.hook_factors)
+    head, rows = min(1, shape.H - 1), [row for row in HOOKS if row.scope in ("mixer", "head") and row.factor in has]
 
     def note(value, hook):
         seen.setdefault(hook.name, []).append(tuple(value.shape))
 
-    with hooked.hooks([(row.full_name(layer, 1), note) for row in rows]):
+    with hooked.hooks([(row.full_name(layer, head), note) for row in rows]):
         hooked.generate(tokens, max_new_tokens=2, do_sample=False)
     sizes = {"B": 2, "H": shape.H, "K": shape.K, "V": shape.V, "R": shape.R, "F": shape.K * shape.V}
     for row in rows:
-        axes = row.axes_of(shape.R).replace("(KV)", "F").split(" or ")[-1 if per_channel else 0]
-        expected = [tuple({**sizes, "T": t, "S": s}[axis] for axis in axes) for t, s in ((70, 70), (1, 71))]
-        assert seen[row.full_name(layer, 1)] == expected
+        expected = [
+            [tuple({**sizes, "T": t, "S": s}[axis] for axis in axes) for t, s in ((70, 70), (1, 71))]
+            for axes in row.axes_of(shape.R).replace("(KV)", "F").split(" or ")
+        ]
+        assert seen[row.full_name(layer, head)] in expected
 
 
 @torch.no_grad()
 def test_edits_are_exact_in_prefill_and_session(hooked64):
-    """The first and the last recurrent layer; the first token, the last, and all."""
+    """The first and the last recurrent layer; the first token or one in the middle, the last, and all."""
     sequence, session = SEQUENCE, hooked64.edit_session(SEQUENCE)
     for layer in hooked64.cfg.recurrent_layers[:: len(hooked64.cfg.recurrent_layers) - 1]:
-        for position in (0, 40, None):
+        for position in (25 if layer else 0, 40, None):
             edit = edit_of(hooked64, layer, position, mode="replace")
             expected = by_hand(hooked64, sequence, edit)
             unread = position == 40 and hooked64.recurrence(sequence, layer).read_before_write
@@ -96,6 +97,35 @@ def test_loops_differ_only_where_there_is_an_erase(hooked64):
             runs[loop] = hooked64(SEQUENCE)
     erases = hooked64.recurrence(SEQUENCE, layer).b is not None
     assert torch.allclose(runs["closed"], runs["open"], rtol=0, atol=1e-6 if erases else 0) is not erases
+
+
+@torch.no_grad()
+def test_the_step_size_of_mamba1_is_edited_apart_in_write_and_decay(_keep_float64):
+    """Twice the beta is twice the value; after a token that forgets, what was written before is gone. In the prompt and
+    in decoding, in the last layer: those above would see the reads before that token."""
+    model, how = hooked_in_float64("mamba"), {"max_new_tokens": 4, "output_logits": True}
+    assert "blocks.2.mixer.hook_pattern" not in model.hook_dict
+    for name, edit, same in (
+        ("hook_beta", lambda x, hook: 2 * x, lambda x, hook: 2 * x),
+        (
+            "hook_log_decay",
+            lambda x, hook: x.index_fill(1, torch.tensor(20), -1e3) if x.shape[1] > 1 else x,
+            lambda x, hook: torch.cat([0 * x[:, :20], x[:, 20:]], 1),
+        ),
+    ):
+        edited, expected = [(f"blocks.2.mixer.{name}", edit)], [("blocks.2.mixer.hook_write_value", same)]
+        with model.hooks(edited):
+            out = model.generate(SEQUENCE[:, :30], do_sample=False, return_dict_in_generate=True, **how)
+        whole = model.run_with_hooks(out.sequences, fwd_hooks=expected)[:, 20:]
+        assert_close(model.run_with_hooks(out.sequences, fwd_hooks=edited)[:, 20:], whole, **EXACT)
+        assert_close(torch.stack(out.logits, 1).double(), whole[:, 9:-1], rtol=0, atol=1e-6)
+        assert not torch.allclose(whole, model(out.sequences)[:, 20:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "jamba"])
+def test_there_is_no_memory_of_mamba1(model_type):
+    with pytest.raises(UnsupportedModelError, match="Mamba-1"):
+        HookedRecurrent.from_hf(make_hf(model_type), self_check=False).memory(SEQUENCE)
 
 
 @pytest.mark.parametrize("hook", ["hook_mixer_out", "hook_attn_out", "hook_mlp_out"])

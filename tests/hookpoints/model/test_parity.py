@@ -13,7 +13,10 @@ from hookpoints import HookedRecurrent, UnsupportedModelError
 from hookpoints.fla import is_fla
 from hookpoints.model.inputs import cache_argument, cache_of, position_inputs
 
-VALUE_FIRST = {False: {"Mamba-2"}, True: {"Gated DeltaNet", "GLA", "HGRN2", "Kimi delta attention", "SimpleGLA"}}
+VALUE_FIRST = {
+    False: {"Mamba-1", "Mamba-2"},
+    True: {"Gated DeltaNet", "GLA", "HGRN2", "Kimi delta attention", "SimpleGLA"},
+}
 """Whether a model is fla's -> rules whose states its cache keeps [B,H,V,K]."""
 
 
@@ -51,8 +54,8 @@ def test_reads_are_queries_times_states_and_the_last_is_the_caches(hooked, token
     cache = cache_of(hooked.hf_model(tokens, use_cache=True))
     native = cache[layer]["recurrent_state"] if of_fla else cache.layers[layer].recurrent_states[0]
     native = native.mT if shape.rule in VALUE_FIRST[of_fla] else native
-    assert_close(states[:, -1], native, rtol=1e-4, atol=1e-5)
-    scale = 1.0 if shape.rule in ("Mamba-2", "RWKV-6", "RWKV-7") else shape.K**-0.5
+    assert_close(states[:, -1], native.reshape_as(states[:, -1]), rtol=1e-4, atol=1e-5)
+    scale = 1.0 if shape.rule in ("Mamba-1", "Mamba-2", "RWKV-6", "RWKV-7") else shape.K**-0.5
     if shape.rule == "RWKV-6":  # reads before it writes
         states = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], 1)
     expected = torch.einsum("bthkv,bthk->bthv", states, scale * q)
@@ -90,6 +93,10 @@ def test_own_kernel_gives_the_models_logits(hooked, tokens):
 def test_stop_and_start_meet(hooked, tokens):
     plain = hooked(tokens)
     for layer in range(hooked.cfg.n_layers):
+        if not hooked.attachment.layout.is_chain:
+            with pytest.raises(UnsupportedModelError, match="no chain"):
+                hooked(tokens, stop_at_layer=layer)
+            continue
         residual = hooked(tokens, stop_at_layer=layer)
         assert residual.shape == (*tokens.shape, hooked.cfg.d_model)
         if layer and hooked.attachment.layout.first_block_feeds_all:  # fla's RWKV-7; from_pretrained takes another
@@ -101,7 +108,7 @@ def test_stop_and_start_meet(hooked, tokens):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("model_type", ["qwen3_5", "falcon_h1", "rwkv7"])
+@pytest.mark.parametrize("model_type", ["qwen3_5", "falcon_h1", "falcon_mamba", "rwkv7"])
 def test_other_dtypes_are_bit_identical(model_type, dtype, tokens):
     plain, model = make_hf(model_type).to(dtype), HookedRecurrent.from_hf(make_hf(model_type).to(dtype))
     listened, cache = model.run_with_cache(tokens, names_filter=lambda name: True)

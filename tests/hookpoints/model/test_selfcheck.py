@@ -1,4 +1,4 @@
-"""The self-check of models that upstream cannot run with a cache."""
+"""The self-check: what it refuses, what it tells, and models whose caches must count their tokens."""
 
 from __future__ import annotations
 
@@ -6,32 +6,30 @@ import pytest
 import torch
 from conftest import MAKERS, make_hf
 
-from hookpoints import HookedRecurrent, UnsupportedModelError, WriteEdit
+from hookpoints import HookedRecurrent, WriteEdit
 from hookpoints.errors import SelfCheckError
+from hookpoints.model.inputs import cache_argument, cache_of
 
 ALL_RECURRENT = {"layer_types": ["linear_attention"] * 4}
 
 
 @pytest.mark.parametrize("model_type", [name for name in ("qwen3_5", "qwen3_next", "kimi_linear") if name in MAKERS])
 @torch.no_grad()
-def test_a_model_that_upstream_cannot_run_with_a_cache_is_checked_and_run_without(model_type, tokens):
+def test_a_model_whose_caches_upstream_cannot_ask_for_a_length_is_run_with_caches_that_count(model_type, tokens):
     hf, tokens = make_hf(model_type, **ALL_RECURRENT), tokens[:, :9]
-    try:
-        hf(tokens, use_cache=True)
-    except ValueError:
-        pass
-    else:
-        pytest.skip("this version of transformers runs it with a cache")
-    plain, generated = (
-        hf(tokens, use_cache=False).logits,
-        hf.generate(tokens, max_new_tokens=3, do_sample=False, use_cache=False),
-    )
-    with pytest.warns(UserWarning, match="cannot run it with a cache") as warned:
-        model = HookedRecurrent.from_hf(hf)
-    assert len(warned) == 1 and torch.equal(model(tokens), plain)
-    assert torch.equal(model.generate(tokens, max_new_tokens=3, do_sample=False), generated)
-    with pytest.raises(UnsupportedModelError, match="use_cache"):
-        model.generate(tokens, max_new_tokens=3, use_cache=True)
+    how = {"max_new_tokens": 3, "do_sample": False}
+    plain, generated = hf(tokens, use_cache=False).logits, hf.generate(tokens, use_cache=False, **how)
+    model = HookedRecurrent.from_hf(hf)
+    assert torch.equal(model(tokens), plain)
+    mask = torch.ones_like(tokens).index_put((torch.tensor(0), torch.arange(3)), torch.tensor(0))  # left padding
+    for given in ({}, {"attention_mask": mask}):
+        without = model.generate(tokens, use_cache=False, **given, **how)
+        assert torch.equal(model.generate(tokens, **given, **how), without)
+    assert torch.equal(model.generate(tokens, **how), generated)
+    cache = cache_of(model.hf_model(tokens[:, :4], use_cache=True))
+    later = model.hf_model(tokens[:, 4:], use_cache=True, **{cache_argument(hf): cache}).logits
+    torch.testing.assert_close(later, plain[:, 4:], rtol=5e-5, atol=5e-5)
+    assert model.position_of(cache) == 9
     edit = WriteEdit(3, 0, 5, mode="delete")
     with model.edits(edit):
         edited = model(tokens[:1])
