@@ -6,6 +6,6 @@ registered with transformers' Auto classes, where flash-linear-attention puts it
 
 from hookpoints.rwkv7.configuration import RWKV7Config
 from hookpoints.rwkv7.layers import rwkv7_recurrence
-from hookpoints.rwkv7.modeling import RWKV7ForCausalLM, RWKV7Model
+from hookpoints.rwkv7.modeling import RWKV7ForCausalLM, RWKV7Model, from_official, from_pth
 
-__all__ = ["RWKV7Config", "RWKV7ForCausalLM", "RWKV7Model", "rwkv7_recurrence"]
+__all__ = ["RWKV7Config", "RWKV7ForCausalLM", "RWKV7Model", "from_official", "from_pth", "rwkv7_recurrence"]

@@ -46,6 +46,8 @@ class RWKV7Config(PreTrainedConfig):
     """Whether the embeddings are normalised before the first block."""
     norm_bias: bool = True
     norm_eps: float = 1e-5
+    head_norm_eps: float | None = None
+    """Epsilon of the norm over a head's reads; None: ``head_dim * norm_eps``, flash-linear-attention's."""
     attn: dict[str, object] | None = None
     """Layers of softmax attention in flash-linear-attention's hybrids; not supported here."""
     initializer_range: float = 0.02

@@ -135,7 +135,7 @@ class RWKV7Attention(nn.Module):
             self.v_lora = LowRank(width, config.v_low_rank_dim, values)
         self.a_lora = LowRank(width, config.a_low_rank_dim, keys)
         self.g_lora = LowRank(width, config.gate_low_rank_dim, values, nn.Sigmoid(), bias=False)
-        self.g_norm = nn.GroupNorm(self.num_heads, values, eps=self.head_dim * config.norm_eps)
+        self.g_norm = nn.GroupNorm(self.num_heads, values, eps=config.head_norm_eps or self.head_dim * config.norm_eps)
 
     def first_values(self, x: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
         """What layer 0 gives to `FirstValues`, from its normalised input x [B,T,D]; changes no cache."""

@@ -8,6 +8,7 @@ their names alone, so these are taken apart before it sees them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from hookpoints.fla.checkpoints import first_format, weight_files
+from hookpoints.rwkv7 import official
 from hookpoints.rwkv7.configuration import RWKV7Config
 from hookpoints.rwkv7.layers import MIXED, FirstValues, RWKV7Attention, RWKV7Block, RWKV7FeedForward
 
@@ -170,6 +172,36 @@ class RWKV7ForCausalLM(RWKV7PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         cached: Any = {_CACHE: out.get(_CACHE)}
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **cached)
+
+
+def from_pth(path: str | Path, dtype: torch.dtype | None = torch.float32) -> RWKV7ForCausalLM:
+    """Load an official RWKV-7 checkpoint. No code from the file is run, and it is read tensor by tensor.
+
+    Errors and cost are those of `from_official`.
+    """
+    return from_official(torch.load(path, map_location="cpu", weights_only=True, mmap=True), str(path), dtype)
+
+
+def from_official(
+    weights: Mapping[str, Tensor], name: str = "weights", dtype: torch.dtype | None = torch.float32
+) -> RWKV7ForCausalLM:
+    """The model of tensors under the names and in the orientation of the official training code (RWKV-LM, RWKV-v7).
+
+    The shapes give the configuration. Without ``blocks.0.ln0`` the embeddings are not normalized. Token 0 ends a text,
+    as in both official vocabularies. Each tensor is copied once, into ``dtype`` (None: its own).
+
+    Args:
+        weights: official name -> tensor; axes of size 1 do not count.
+        name: what errors call it.
+
+    Raises:
+        UnsupportedModelError: tensors are missing, unknown or of another shape (names them); no weight was copied.
+    """
+    with torch.device("meta"):
+        model = RWKV7ForCausalLM(official.configuration(weights, name))
+    own = official.own_weights(dict(model.named_parameters()), weights, name, dtype)
+    model.load_state_dict(own, assign=True)
+    return model.eval()
 
 
 def _padding(mask: Tensor | Mapping[str, Tensor] | None, x: Tensor) -> Tensor | None:

@@ -1,0 +1,98 @@
+"""Official RWKV-7 checkpoints (BlinkDL's ``.pth`` files): their names, orientation and sizes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hookpoints.errors import UnsupportedModelError
+from hookpoints.rwkv7.configuration import RWKV7Config
+
+_OFFICIAL = {
+    r"^model\.embeddings": "emb",
+    r"^model\.norm": "ln_out",
+    r"^lm_head": "head",
+    r"^model\.layers": "blocks",
+    r"\.pre_norm": ".ln0",
+    r"\.attn_norm": ".ln1",
+    r"\.ffn_norm": ".ln2",
+    r"\.attn": ".att",
+    r"g_norm": "ln_x",
+    r"r_proj": "receptance",
+    r"k_proj": "key",
+    r"v_proj": "value",
+    r"o_proj": "output",
+    r"_lora\.lora\.0\.weight": "1",
+    r"_lora\.lora\.2\.weight": "2",
+    r"_lora\.lora\.2\.bias": "0",
+}
+"""Patterns in the names of parameters here -> the official words, in this order."""
+_SIZES = ("emb.weight", "blocks.0.att.r_k", "blocks.0.ffn.key.weight", *(f"blocks.0.att.{x}1" for x in "wag"))
+"""Tensors of two axes whose shapes give the configuration."""
+_UNUSED = {f"blocks.0.att.v{part}" for part in "012"}
+"""Layer 0 mixes in no values; many checkpoints have these tensors there all the same."""
+
+
+def configuration(weights: Mapping[str, Tensor], name: str) -> RWKV7Config:
+    """What the shapes of official tensors say; ``name`` is what errors call them. Refuses as `own_weights` does."""
+    if short := [each for each in _SIZES if each not in weights or weights[each].ndim != 2]:
+        raise UnsupportedModelError(f"{name!r} is no official RWKV-7 checkpoint: it lacks the matrix {short[0]}")
+    layers = 1 + max(int(found[1]) for each in weights if (found := re.match(r"blocks\.(\d+)\.", each)))
+    embeddings, bonus, inner, decay, rate, gate = (weights[each].shape for each in _SIZES)
+    mixed = weights.get("blocks.1.att.v1")
+    return RWKV7Config(
+        vocab_size=embeddings[0],
+        hidden_size=embeddings[1],
+        num_hidden_layers=layers,
+        head_dim=bonus[1],
+        intermediate_size=inner[0],
+        decay_low_rank_dim=decay[1],
+        a_low_rank_dim=rate[1],
+        gate_low_rank_dim=gate[1],
+        v_low_rank_dim=mixed.shape[-1] if mixed is not None else rate[1],
+        norm_first="blocks.0.ln0.weight" in weights,
+        head_norm_eps=64e-5,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+
+
+def own_weights(
+    parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], name: str, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Copies of official tensors under the names and in the shapes of a model's parameters.
+
+    Raises:
+        UnsupportedModelError: tensors are missing, unknown or of another shape; names them.
+    """
+    own = {_official(each): (each, parameter) for each, parameter in parameters.items()}
+    shapes = {each: _oriented(weights[each], own[each][0]).shape for each in own.keys() & weights.keys()}
+    wrong = {
+        "lacks": own.keys() - weights.keys(),
+        "has the unknown": weights.keys() - own.keys() - _UNUSED,
+        "has the wrong shape of": {each for each, shape in shapes.items() if shape != own[each][1].squeeze().shape},
+    }
+    if faults := [f"{what} {', '.join(sorted(each)[:3])}" for what, each in wrong.items() if each]:
+        raise UnsupportedModelError(
+            f"{name!r} is not a whole official RWKV-7 checkpoint: it {'; it '.join(faults)}. "
+            "Only pure RWKV-7 is read; download the file again, or name its tensors as the official code does"
+        )
+    return {
+        each: _oriented(weights[official], each).reshape(parameter.shape).to(dtype, copy=True).contiguous()
+        for official, (each, parameter) in own.items()
+    }
+
+
+def _official(name: str) -> str:
+    for pattern, word in _OFFICIAL.items():
+        name = re.sub(pattern, word, name)
+    return name
+
+
+def _oriented(value: Tensor, name: str) -> Tensor:
+    """An official tensor as the parameter ``name`` has it, but for axes of size 1."""
+    value = value.squeeze()
+    return value.transpose(0, -1) if name.endswith(("lora.0.weight", "lora.2.weight")) else value

@@ -1,0 +1,55 @@
+"""Official RWKV-7 files: another implementation agrees, and a file that is not whole is refused by names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_hf
+from rwkv7_oracles import ask_official, official_weights
+from torch.testing import assert_close
+
+from hookpoints import HookedRecurrent
+from hookpoints.errors import UnsupportedModelError
+from hookpoints.rwkv7 import from_official, from_pth
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Heads of 64, the only size that the official package knows."""
+    return make_hf("rwkv7", hidden_size=128, head_dim=64, value_dim=128)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:FutureWarning", "ignore:.*without a tokenizer")
+@torch.no_grad()
+def test_a_file_has_the_logits_of_the_official_package(wide, tokens, tmp_path, monkeypatch):
+    path = tmp_path / "official.pth"
+    answer = ask_official(wide, tokens[0].tolist(), tmp_path, monkeypatch)  # writes the file
+    as_published = {
+        name: value[None, None] if value.ndim == 1 and ".ln" not in name else value
+        for name, value in torch.load(path, weights_only=True).items()
+    }
+    torch.save(as_published | {f"blocks.0.att.v{i}": torch.ones(1, 1, 128) for i in range(3)}, path)
+    model = HookedRecurrent.from_pretrained(str(path), device="cpu")
+    assert_close(model(tokens[:1])[0], answer.logits, rtol=0, atol=5e-5)
+    assert from_pth(path, torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("blocks.1.att.k_k", None),
+        ("emb.weight", None),
+        ("blocks.2.ln1.weight", torch.ones(7)),
+        ("blocks.0.ffn.s_emb.weight", torch.ones(7)),
+    ],
+)
+def test_a_file_that_is_not_whole_is_refused_by_names(wide, name, change):
+    weights = official_weights(wide) | {name: change}
+    with pytest.raises(UnsupportedModelError, match=name):
+        from_official({each: value for each, value in weights.items() if value is not None})
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    torch.save({"emb.weight": print}, tmp_path / "code.pth")
+    with pytest.raises(UnsupportedModelError, match=r"code\.pth"):
+        HookedRecurrent.from_pretrained(str(tmp_path / "code.pth"))
