@@ -6,11 +6,12 @@ layout), ``hookpoints.hooks.table`` and ``hookpoints.edits``.
 """
 
 import hookpoints._waiting  # before torch loads  # noqa: F401
-from hookpoints import embedded, errors
+from hookpoints import embedded, errors, zoo
 from hookpoints.edits.edit import EditRow, WriteEdit
 from hookpoints.edits.session import EditSession
 from hookpoints.errors import EditError, HookpointsError, UnknownHookError, UnknownModelError, UnsupportedModelError
 from hookpoints.hooks.table import HOOKS
+from hookpoints.memory.memory import Memory
 from hookpoints.model.attach import attach
 from hookpoints.model.attribution import check_attribution, source_attribution, write_attribution
 from hookpoints.model.loading import cached, model_types
@@ -26,6 +27,7 @@ __all__ = [
     "EditSession",
     "HookedRecurrent",
     "HookpointsError",
+    "Memory",
     "Recurrence",
     "UnknownHookError",
     "UnknownModelError",
@@ -39,4 +41,5 @@ __all__ = [
     "model_types",
     "source_attribution",
     "write_attribution",
+    "zoo",
 ]

@@ -50,7 +50,7 @@ class EditError(HookpointsError, ValueError):
 
 
 class InputError(HookpointsError, ValueError):
-    """The model cannot take these token ids or this attention mask."""
+    """The model cannot take these token ids, this attention mask or this memory."""
 
 
 class BridgeWarning(UserWarning):

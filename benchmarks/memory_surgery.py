@@ -1,0 +1,342 @@
+"""Operations on memories against runs that really did, or did not, see the span.
+
+Run `python benchmarks/memory_surgery.py`. It writes docs/memory_surgery.json and the page docs/memory_surgery.md. Every
+operation is judged by the next tokens: KL(run that is the truth || what follows the memory), and the share of the KL of
+doing nothing that it recovers, 1 - sum KL(operation) / sum KL(nothing), with 95% intervals by bootstrap over sequences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from torch import Tensor
+
+from hookpoints import HookedRecurrent, Memory, embedded
+from hookpoints.memory import memory as module
+
+MODELS = {
+    "embedded": "Gated DeltaNet hybrid",
+    "embedded-mamba2": "Mamba-2, all recurrent",
+    "embedded-rwkv7": "RWKV-7, all recurrent",
+}
+BINS = {"1-4": slice(0, 4), "5-8": slice(4, 8), "9-16": slice(8, 16), "17-32": slice(16, 32)}
+BEFORE, SPAN, AFTER = 32, 16, 32
+LATER = (8, 32, 96)
+INTRODUCTION = f"""\
+Made by `benchmarks/memory_surgery.py`, not by hand. Each operation of [Memory](memory.md) is compared with the run that
+really did, or did not, see the span. The tables show the share of the KL of doing nothing that it recovers at the
+tokens after it, 1 - sum KL(operation) / sum KL(nothing), with 95% intervals (bootstrap over {{sequences}} sequences of
+held-out text). 1 is exact, 0 is as doing nothing, below 0 is worse. The span has {SPAN} tokens, {BEFORE} stand before
+it. States of all layers are changed at once. *nothing* has the KL in nats per token. *States alone* replaces the matrix
+states and leaves convolution, token-shift and attention caches as they are; *writes alone* leaves also the decay and
+the erase of the span."""
+LATER_NOTE = """\
+*Tokens read* and *time* are shares of reading the {m} tokens again, which is exact. Time is that of one sequence on one
+thread; in a model of this size a pass over 4 tokens takes as long as one over 30."""
+Share = dict[str, float]
+Table = dict[str, dict[str, Share]]
+
+
+def sequences(model: HookedRecurrent, length: int, n: int, skip: int = 0) -> Tensor:
+    """[n,length] tokens of held-out text, evenly spaced."""
+    tokens = model.to_tokens(embedded.text("test"))[0, 1 + skip :]
+    step = (len(tokens) - length) // n
+    return torch.stack([tokens[i * step : i * step + length] for i in range(n)])
+
+
+class Judge:
+    """What follows a memory, against what follows the true one."""
+
+    def __init__(self, model: HookedRecurrent, truth: Memory, after: Tensor):
+        self.model, self.after = model, after
+        self.truth = model.logits_after(truth, after).log_softmax(-1)
+
+    def kl(self, memory: Memory) -> Tensor:
+        """[n,AFTER] nats."""
+        found = self.model.logits_after(memory, self.after).log_softmax(-1)
+        return (self.truth.exp() * (self.truth - found)).sum(-1).double()
+
+    def shares(self, operations: dict[str, Callable[[], Memory]], nothing: Memory) -> dict[str, dict[str, Share]]:
+        """Recovered share of each operation by tokens after the memory, and over all of them."""
+        base = self.kl(nothing)
+        generator = torch.Generator().manual_seed(0)
+        draws = torch.randint(0, len(base), (2000, len(base)), generator=generator)
+        table: Table = {"nothing": {name: {"kl": float(base[:, at].mean())} for name, at in bins()}}
+        for label, operation in operations.items():
+            kl, row = self.kl(operation()), {}
+            for name, at in bins():
+                ours, theirs = kl[:, at].sum(1), base[:, at].sum(1)
+                drawn = 1 - ours[draws].sum(1) / theirs[draws].sum(1)
+                low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+                row[name] = {"share": float(1 - ours.sum() / theirs.sum()), "low": low, "high": high}
+            table[label] = row
+        return table
+
+
+def bins() -> list[tuple[str, slice]]:
+    return [*BINS.items(), ("all", slice(0, AFTER))]
+
+
+def states_of(memory: Memory) -> dict[int, Tensor]:
+    return {layer: memory.state(layer) for layer in memory.forms}
+
+
+def writes_deleted(memory: Memory, start: int, stop: int) -> Memory:
+    """The span's writes deleted; it still decays and erases, and other caches are kept."""
+    states = {}
+    for layer in memory.forms:
+        r = memory.recurrence(layer)
+        values = r.u.clone()
+        values[:, start:stop] = 0
+        states[layer] = r.replace(u=values).final_state()
+    return memory.with_states(states)
+
+
+def noise(memory: Memory, towards: Memory) -> Memory:
+    """A random change of the states, head by head as large as the one to ``towards``."""
+    generator = torch.Generator().manual_seed(0)
+    delta = {}
+    for layer, change in (towards - memory).items():
+        random = torch.randn(change.shape, generator=generator)
+        delta[layer] = random * change.norm(dim=(-1, -2), keepdim=True) / random.norm(dim=(-1, -2), keepdim=True)
+    return memory + delta
+
+
+def last_again(memory: Memory, count: int) -> Memory:
+    """The last ``count`` tokens read again."""
+    return memory.model.memory(memory.tokens[:, -count:], memory=memory.rewind(memory.T - count))
+
+
+def unmoved(operation: Callable[[], Memory]) -> Memory:
+    """The operation with attention keys left at their old positions."""
+    with mock.patch.object(module, "turned", lambda model, backbone, keys, by: keys):
+        return operation()
+
+
+def cut_at_once(model: HookedRecurrent, n: int) -> Table:
+    """The span is the last thing that was read."""
+    tokens = sequences(model, BEFORE + SPAN + AFTER, n)
+    start, stop = BEFORE, BEFORE + SPAN
+    memory = model.memory(tokens[:, :stop])
+    truth = model.memory(tokens[:, :start])
+    cut = memory.without((start, stop))
+    operations = {
+        "without": lambda: cut,
+        "states alone": lambda: memory.with_states(states_of(cut)),
+        "writes alone": lambda: writes_deleted(memory, start, stop),
+        "control: another span": lambda: memory.without((start // 2 - SPAN // 2, start // 2 + SPAN // 2)),
+        "control: noise of equal norm": lambda: noise(memory, cut),
+    }
+    return Judge(model, truth, tokens[:, stop:]).shares(operations, memory)
+
+
+def cut_later(model: HookedRecurrent, n: int, m: int, rounds: int) -> dict[str, Table | dict[str, Share]]:
+    """``m`` tokens were read after the span."""
+    tokens = sequences(model, BEFORE + SPAN + m + AFTER, n)
+    start, stop, end = BEFORE, BEFORE + SPAN, BEFORE + SPAN + m
+    read = tokens[:, :end]
+    memory, quarter = model.memory(read), m // 4
+    truth = model.memory(torch.cat([read[:, :start], read[:, stop:]], 1))
+    cut = memory.without((start, stop))
+    timed: dict[str, Callable[[Memory], Memory]] = {
+        "without": lambda given: given.without((start, stop)),
+        "reread 4": lambda given: given.without((start, stop), reread=4),
+        "reread m/4": lambda given: given.without((start, stop), reread=quarter),
+        "reread m/8, and the last m/8": lambda given: last_again(
+            given.without((start, stop), reread=quarter // 2), quarter - quarter // 2
+        ),
+        "reread m (exact)": lambda given: given.without((start, stop), reread=m),
+    }
+    operations: dict[str, Callable[[], Memory]] = {
+        **{name: lambda made=made: made(memory) for name, made in timed.items()},
+        "states alone": lambda: memory.with_states(states_of(cut)),
+        "reread 4, keys not moved": lambda: unmoved(lambda: memory.without((start, stop), reread=4)),
+        "writes alone": lambda: writes_deleted(memory, start, stop),
+        "control: another span": lambda: memory.without((start // 2 - SPAN // 2, start // 2 + SPAN // 2)),
+        "control: noise of equal norm": lambda: noise(memory, cut),
+    }
+    if not any(name.startswith("attention/") for name in memory.kept):
+        del operations["reread 4, keys not moved"]
+    shares = Judge(model, truth, tokens[:, end:]).shares(operations, memory)
+    one, seconds = model.memory(read[:1]), {name: [] for name in timed}
+    for _ in range(rounds):
+        for name, made in timed.items():
+            clock = time.process_time()
+            made(one)
+            seconds[name].append(time.process_time() - clock)
+    exact = seconds["reread m (exact)"]
+    ratios = {name: statistics.median(a / b for a, b in zip(each, exact)) for name, each in seconds.items()}
+    counts = {"without": 0, "reread 4": 4, "reread m/4": quarter, "reread m/8, and the last m/8": quarter}
+    cost = {name: {"tokens": counts.get(name, m) / m, "time": ratio} for name, ratio in ratios.items()}
+    return {"shares": shares, "cost": cost}
+
+
+def pasted(model: HookedRecurrent, n: int) -> Table:
+    """A span that another memory read after other tokens, pasted."""
+    tokens = sequences(model, BEFORE + SPAN + AFTER, n)
+    start, stop = BEFORE, BEFORE + SPAN
+    memory, truth = model.memory(tokens[:, :start]), model.memory(tokens[:, :stop])
+    prefix = tokens[:, :start].roll(1, 0)
+    other = model.memory(torch.cat([prefix, tokens[:, start:stop]], 1))
+    wrong = model.memory(torch.cat([prefix, tokens[:, start:stop].roll(1, 0)], 1))
+    operations = {
+        "paste": lambda: memory.paste(other, (start, stop)),
+        "paste from the same beginning": lambda: memory.paste(truth, (start, stop)),
+        "states alone": lambda: memory.with_states(states_of(memory.paste(other, (start, stop)))),
+        "control: another span": lambda: memory.paste(wrong, (start, stop)),
+        "control: noise of equal norm": lambda: noise(memory, truth),
+    }
+    return Judge(model, truth, tokens[:, stop:]).shares(operations, memory)
+
+
+def compressed(model: HookedRecurrent, n: int) -> dict[str, dict[str, float]]:
+    """KL per token of truncated and of mixed states; "empty" are zeros."""
+    tokens = sequences(model, 128 + AFTER, n)
+    memory, other = model.memory(tokens[:, :128]), model.memory(tokens[:, :128].roll(1, 0))
+    judge, there = Judge(model, memory, tokens[:, 128:]), Judge(model, other, tokens[:, 128:])
+    empty = memory.with_states({layer: torch.zeros_like(state) for layer, state in states_of(memory).items()})
+    ranks = {f"rank {r}": memory.truncate(r) for r in (1, 2, 4, 8, 16, 32)}
+    mixed = {f"t {t}": memory.lerp(other, t) for t in (0.25, 0.5, 0.75, 1.0)}
+    found = {name: {"kl": float(judge.kl(each).mean())} for name, each in {"empty": empty, **ranks}.items()}
+    for name, each in mixed.items():
+        found[name] = {"kl": float(judge.kl(each).mean()), "kl to the other": float(there.kl(each).mean())}
+    return found
+
+
+def speed(model: HookedRecurrent, rounds: int) -> dict[str, float]:
+    """Seconds of operations on 512 tokens, as ratios to a pass with a cache in the same round."""
+    tokens = torch.arange(512).mul(7919).remainder(model.cfg.d_vocab - 1).add(1)[None]
+    memory, layer = model.memory(tokens), model.cfg.recurrent_layers[-1]
+    r, start, stop = memory.recurrence(layer), 48, 64
+
+    def forward() -> None:
+        with torch.no_grad():
+            model.hf_model(input_ids=tokens, use_cache=True)
+
+    def states() -> None:
+        before = r.select(tokens=slice(0, start)).states(positions=-1)[:, 0]
+        r.select(tokens=slice(stop, 512), initial_state=before).states(positions=-1)
+
+    ways: dict[str, Callable[[], object]] = {
+        "forward": forward,
+        "memory": lambda: model.memory(tokens),
+        "states of one layer without 16 of 512 tokens": states,
+        "holdings of one layer": lambda: memory.holdings(layer),
+        "terms of one layer": lambda: memory.terms(layer),
+        "rewind to token 48": lambda: memory.rewind(start),
+        "without tokens 48 to 63": lambda: memory.without((start, stop)),
+        "without tokens 48 to 63, reread 4": lambda: memory.without((start, stop), reread=4),
+        "without tokens 48 to 63, reread 112 (a quarter)": lambda: memory.without((start, stop), reread=112),
+        "without tokens 48 to 63, reread all 448 (exact)": lambda: memory.without((start, stop), reread=448),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            clock = time.process_time()
+            way()
+            seconds[name].append(time.process_time() - clock)
+    ratios = {name: [a / b for a, b in zip(each, seconds["forward"])] for name, each in seconds.items()}
+    return {name: statistics.median(each) for name, each in ratios.items() if name != "forward"}
+
+
+def larger() -> HookedRecurrent:
+    """A random Qwen3.5-shaped model, large enough that arithmetic and not Python takes the time."""
+    shape = {"vocab_size": 4096, "hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 8, "head_dim": 96}
+    shape |= {"num_attention_heads": 8, "num_key_value_heads": 2, "linear_num_key_heads": 8}
+    shape |= {"linear_num_value_heads": 8, "linear_key_head_dim": 96, "linear_value_head_dim": 96}
+    torch.manual_seed(0)
+    return HookedRecurrent.from_hf(transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**shape)).eval())
+
+
+def cell(share: Share) -> str:
+    if "kl" in share:
+        return f"KL {share['kl']:.4f}"
+    if max(abs(share[name]) for name in ("share", "low", "high")) >= 10:
+        return f"{share['share']:.0f} [{share['low']:.0f}, {share['high']:.0f}]"
+    return f"{share['share']:.2f} [{share['low']:.2f}, {share['high']:.2f}]"
+
+
+def rows(table: Table, cost: dict[str, Share] | None = None) -> list[str]:
+    names = [name for name, _ in bins()]
+    more = [] if cost is None else ["tokens read", "time"]
+    lines = [f"| | {' | '.join([*names, *more])} |", "|---" * (1 + len(names) + len(more)) + "|"]
+    for label, row in table.items():
+        added = [f"{cost[label][each]:.2f}" if label in cost else "" for each in ("tokens", "time")] if cost else []
+        lines.append(f"| {label} | {' | '.join([*(cell(row[name]) for name in names), *added])} |")
+    return lines
+
+
+def page(found: dict) -> str:
+    """The page of results."""
+    lines = ["# What operations on a memory recover", "", INTRODUCTION.format(**found), ""]
+    for name, result in found["models"].items():
+        lines += [f"## {name}: {MODELS[name]}", "", "### Cut at once: the span was the last thing that was read", ""]
+        lines += [*rows(result["at once"]), ""]
+        for m, later in result["later"].items():
+            lines += [
+                f"### Cut later: {m} tokens were read after the span",
+                "",
+                LATER_NOTE.format(m=m),
+                "",
+                *rows(later["shares"], later["cost"]),
+                "",
+            ]
+        lines += ["### Paste: a span that another memory read after other tokens", "", *rows(result["paste"]), ""]
+        lines += ["### Truncated and mixed states, 128 tokens", "", "| | KL in nats per token | KL to the other |"]
+        lines += ["|---|---|---|"]
+        for label, each in result["compressed"].items():
+            there = f"{each['kl to the other']:.4f}" if "kl to the other" in each else ""
+            lines.append(f"| {label} | {each['kl']:.4f} | {there} |")
+        lines.append("")
+    names = list(found["speed"])
+    lines += ["## Time, as a share of a pass over 512 tokens with a cache", "", f"| | {' | '.join(names)} |"]
+    lines.append("|---" * (1 + len(names)) + "|")
+    for label in found["speed"][names[0]]:
+        ratios = (found["speed"][name][label] for name in names)
+        lines.append(f"| {label} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
+    lines += ["", "One thread of a CPU that other programs shared; medians of ratios within a round.", ""]
+    return "\n".join(lines)
+
+
+def rounded(x: Any) -> Any:
+    """With numbers to five digits behind the point."""
+    if isinstance(x, dict):
+        return {name: rounded(each) for name, each in x.items()}
+    return round(x, 5) if isinstance(x, float) else x
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=9, help="of timings")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs", help="folder of page and JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict = {"sequences": options.sequences, "models": {}, "speed": {}}
+    for name in MODELS:
+        model = HookedRecurrent.from_pretrained(name, device="cpu")
+        clock = time.perf_counter()
+        found["models"][name] = {
+            "at once": cut_at_once(model, options.sequences),
+            "later": {str(m): cut_later(model, options.sequences, m, options.rounds) for m in LATER},
+            "paste": pasted(model, options.sequences),
+            "compressed": compressed(model, options.sequences),
+        }
+        found["speed"][name] = speed(model, options.rounds)
+        print(f"{name}: {time.perf_counter() - clock:.0f} s", flush=True)
+    found["speed"]["random, 8 layers, 768 wide"] = speed(larger(), options.rounds)
+    (options.out / "memory_surgery.json").write_text(json.dumps(rounded(found)) + "\n")
+    (options.out / "memory_surgery.md").write_text(page(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What a Hugging Face cache holds. All knowledge of how caches store their tensors is here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from hookpoints.errors import UnsupportedModelError
+
+
+def tensors_of(cache: Cache) -> dict[str, Tensor]:
+    """Every tensor of a cache by its place, "layer/attribute/key": ``1/keys/``, ``0/conv_states/0`` ..."""
+    return {
+        f"{layer}/{name}/{key}": x
+        for layer, held in enumerate(cache.layers)
+        for name, value in vars(held).items()
+        for key, x in (value.items() if isinstance(value, dict) else [("", value)])
+        if isinstance(x, Tensor)
+    }
+
+
+def fill(cache: Cache, tensors: Mapping[str, Tensor]) -> None:
+    """Replace tensors by place."""
+    for place, x in tensors.items():
+        layer, name, key = place.split("/")
+        attributes: dict[str | int, Any] = vars(cache.layers[int(layer)])  # type: ignore[assignment]
+        (attributes[name] if key else attributes)[int(key) if key else name] = x
+
+
+def state_of(cache: Cache, layer: int, value_first: bool) -> Tensor:
+    """The state [B,H,K,V] of a recurrent layer; a view. ``value_first``: whether the cache has it turned.
+
+    Raises:
+        UnsupportedModelError: the cache keeps it in a form that is not known here (fla's own caches).
+    """
+    state = tensors_of(cache).get(f"{layer}/recurrent_states/0")
+    if state is None:
+        raise UnsupportedModelError(
+            f"layer {layer}: expected its state in recurrent_states of the cache, as transformers has it, got a "
+            f"{type(cache.layers[layer]).__name__} with {', '.join(vars(cache.layers[layer]))}"
+        )
+    return state.mT if value_first else state
+
+
+def put_state(cache: Cache, layer: int, state: Tensor, value_first: bool) -> None:
+    """Replace the state of a recurrent layer by ``state`` [B,H,K,V]."""
+    dtype = state_of(cache, layer, value_first).dtype
+    turned_back = state.mT if value_first else state
+    fill(cache, {f"{layer}/recurrent_states/0": turned_back.to(dtype).contiguous()})
+
+
+def attention_of(cache: Cache, tokens: int) -> dict[str, Tensor]:
+    """Keys and values of attention layers by place, turned to [B,T,H,D].
+
+    Raises:
+        UnsupportedModelError: a layer does not hold all ``tokens`` (a sliding window), or holds more than keys and
+            values, so that no part can be cut from it.
+    """
+    found = {place: x for place, x in tensors_of(cache).items() if place.endswith(("/keys/", "/values/"))}
+    for place, x in found.items():
+        layer = cache.layers[int(place.split("/")[0])]
+        if x.shape[-2] != tokens or getattr(layer, "is_sliding", False) or hasattr(layer, "indexer_keys"):
+            raise UnsupportedModelError(
+                f"layer {place.split('/')[0]}: expected a cache with keys and values of all {tokens} tokens, got a "
+                f"{type(layer).__name__}: nothing can be cut from it"
+            )
+    return {place: x.transpose(1, 2) for place, x in found.items()}
+
+
+def window(cache: Cache) -> int:
+    """How many of the last tokens convolutions and token shifts hold; 1 where there are none."""
+    return max([1, *(x.shape[-1] for place, x in tensors_of(cache).items() if "/conv_states/" in place)])
+
+
+def turned(model: nn.Module, backbone: nn.Module | None, keys: Tensor, by: int) -> Tensor:
+    """Keys [B,T,H,D] with rotary positions moved ``by`` tokens, by the model's own rotary embedding; as they are where
+    the model has none. Whether this is what the model does with its keys, the caller has to check."""
+    apply = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
+    rotary = getattr(backbone, "rotary_emb", None)
+    if apply is None or rotary is None:
+        return keys
+    where = torch.full((keys.shape[0], 1), by, device=keys.device)
+    cos, sin = (x / getattr(rotary, "attention_scaling", 1.0) for x in rotary(keys, where))
+    return apply(keys, keys, cos, sin, unsqueeze_dim=2)[1]

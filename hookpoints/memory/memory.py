@@ -1,0 +1,473 @@
+"""Memory: everything that a model carries forward after some tokens, as a value.
+
+A recurrent layer's state is the sum of what its tokens wrote, each as the transitions since have left it (the canonical
+form of `hookpoints.recurrence`):
+
+    S_T = sum_t P_t k_t u_t^T,    P_t = M_T M_{T-1} ... M_{t+1},    M_i = diag(alpha_i) + a_i b_i^T
+
+A memory keeps these factors, the residual stream that entered each block, and the cache. So it is rewound to any token
+exactly, and writes are left out or added by running the recurrence over stored factors: no projection, no attention and
+no MLP is computed for tokens whose factors are kept. What holds the last few tokens alone (convolutions, token shifts)
+is made by running those few through the model, with every block's input, and what its mixer adds, replaced by what
+was recorded.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Cache
+
+from hookpoints.errors import InputError, UnsupportedModelError
+from hookpoints.hooks.guard import Hooks
+from hookpoints.layer.context import count_tokens, drop_sources, scope
+from hookpoints.memory.caches import attention_of, fill, put_state, state_of, tensors_of, turned, window
+from hookpoints.model.hooked import HookedModel
+from hookpoints.model.inputs import cache_argument, cache_of, check_tokens, position_inputs
+from hookpoints.model.selfcheck import relative_error, tolerance
+from hookpoints.recurrence.canonical import over_time, terms
+from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.rules.base import compute_dtype
+
+States = dict[int, Tensor]
+"""States [B,H,K,V], or differences of states, by recurrent layer."""
+Span = slice | tuple[int, int]
+"""Tokens start <= t < stop of a memory; negative numbers count from its end."""
+Kept = Mapping[str, Tensor]
+"""What a memory keeps of each token, [B,T,...]: ``tokens``, ``factor/{layer}/{field}``, ``stream/{hook}``,
+``attention/{place in the cache}``."""
+
+
+class Terms(NamedTuple):
+    """A state as a sum over tokens of outer products, sum_r keys_r values_r^T."""
+
+    keys: Tensor
+    """[B,T,(H,)(R,)K], P_t k_t: the key of each write as the tokens since have left it."""
+    values: Tensor
+    """[B,T,(H,)(R,)V], u_t."""
+
+
+class Form(NamedTuple):
+    """What a recurrent layer has beside the factors of its tokens."""
+
+    value_first: bool
+    """Whether the cache has its state turned, [B,H,V,K]."""
+    scale: float
+    read_before_write: bool
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Memory:
+    """Everything that ``model`` carries forward after some tokens. Made by ``model.memory``.
+
+    Every operation returns another memory and leaves this one as it is; so does reading on from it
+    (``model.forward(..., memory=)``).
+
+    Memory use: the model's own cache; factors, 2 K + V numbers per token and head, and K more for each of a, b and a
+    decay per channel; D numbers per token for each block's input and for what its mixer adds.
+    """
+
+    model: HookedModel
+    cache: Cache
+    """The model's own. Not to be changed: hand on ``copy.deepcopy(memory.cache)``."""
+    kept: Kept
+    """What is kept of each token."""
+    forms: Mapping[int, Form]
+    """The recurrent layers."""
+    dtype: torch.dtype
+    """Of the model when it read the tokens."""
+    edited: bool = False
+    """Whether states were set by hand, or written under edits. The factors of the tokens do not explain such states:
+    they can be read on from, compared and saved, but nothing can be cut from them."""
+    approximate: str | None = None
+    """What differs from the memory of a run over the same tokens; None: nothing but rounding."""
+
+    def __repr__(self) -> str:
+        note = "" if self.approximate is None else f", approximate: {self.approximate}"
+        return f"Memory({self.model.cfg.model_name}, tokens {list(self.tokens.shape)}{note})"
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B,T], those that were read."""
+        return self.kept["tokens"]
+
+    @property
+    def T(self) -> int:
+        """Number of tokens that were read."""
+        return self.tokens.shape[1]
+
+    # -- what it holds
+
+    def state(self, layer: int, head: int | None = None) -> Tensor:
+        """The state S of a recurrent layer, key-first: [B,H,K,V], or [B,K,V] of one head. A copy."""
+        self.model.cfg.layer(layer)
+        state = state_of(self.cache, layer, self.forms[layer].value_first)
+        return (state if head is None else state[:, head]).clone()
+
+    def recurrence(self, layer: int) -> Recurrence:
+        """The factors of a recurrent layer over all tokens; its `final_state` is `state`.
+
+        Raises:
+            InputError: the state was set by hand, so that no token wrote it.
+        """
+        self.model.cfg.layer(layer)
+        _require(not self.edited, "expected a memory whose tokens wrote its states, got one edited by hand: cut before")
+        _, scale, read_before_write = self.forms[layer]
+        fields = _among(self.kept, f"factor/{layer}/")
+        return Recurrence(**fields, scale=scale, read_before_write=read_before_write)
+
+    def terms(self, layer: int, head: int | None = None) -> Terms:
+        """What each token still contributes to S, as factors: S is the sum of keys values^T over all tokens exactly.
+
+        Cost: O(K T) per token and head, T / V times that of the recurrence. `holdings` is cheaper.
+
+        Raises:
+            InputError: the state was set by hand, so that no token wrote it.
+        """
+        r = self.recurrence(layer)
+        keys = r.by_source().states(positions=-1)[:, 0].movedim(-1, 1).unflatten(1, (r.T, r.R)).movedim(2, 3)
+        found = keys.reshape(r.k.shape), r.u.to(r.dtype)
+        return Terms(*(x if head is None else x[:, :, head] for x in found))
+
+    def holdings(self, layer: int, head: int | None = None) -> Tensor:
+        """How much of S each token still contributes: <P_t k_t u_t^T, S> / <S, S>, [B,T], or [B,T,H] of all heads.
+
+        Shares have a sign and sum to 1 over the tokens. Cost: that of the recurrence, since P_t^T S is the state of its
+        adjoint (`Recurrence.adjoint`), which starts from S.
+
+        Raises:
+            InputError: the state was set by hand, so that no token wrote it.
+        """
+        r = self.recurrence(layer)
+        state = self.state(layer).to(r.dtype)
+        values = terms(r.u.to(r.dtype))
+        back = r.adjoint(torch.zeros_like(values[0])).replace(initial_state=state)
+        found = [back.replace(q=key.flip(1)).outputs().flip(1) for key in terms(r.k.to(r.dtype))]  # [B,T,H,V], S^T P k
+        share = sum((x * value).sum(-1) for x, value in zip(found, values)) / state.square().sum((-1, -2))[:, None]
+        return share if head is None else share[:, :, head]
+
+    # -- cutting and joining
+
+    def rewind(self, position: int) -> Memory:
+        """The memory as it was after ``position`` tokens, exactly.
+
+        Cost: the recurrence over their stored factors, and a pass over as many tokens as convolutions hold (4, say).
+
+        Raises:
+            InputError: ``position`` is not within 1 to T, or states were set by hand.
+        """
+        _require(1 <= position <= self.T, f"position: expected 1 to {self.T}, the tokens read, got {position}")
+        if position == self.T:
+            return self
+        return self._of(_cut(self.kept, 0, position), self._scan(0, position), self.approximate)
+
+    def without(self, span: Span, reread: int = 0) -> Memory:
+        """The memory as if the tokens of ``span`` had never been read.
+
+        Exact where the span was read last, and where all tokens after it are read again. Other tokens after it keep
+        their factors, which layers made that had seen the span: ``approximate`` says which tokens. Their writes follow
+        the state before the span, their attention keys are moved to their new positions.
+
+        Args:
+            span: a slice, or (start, stop).
+            reread: so many tokens after the span are read again. The first few carry most of what is left of it.
+
+        Cost: reading ``reread`` tokens, the recurrence over stored factors, and two passes over as many tokens as
+        convolutions hold.
+
+        Raises:
+            InputError: the span is empty, out of range or all there is, or states were set by hand.
+        """
+        start, stop = self._range(span)
+        rest = self.T - stop
+        _require(0 <= reread <= rest, f"reread: expected 0 to {rest}, the tokens after the span, got {reread}")
+        if not rest:
+            return self.rewind(start)
+        base, reader = (_cut(self.kept, 0, start), self._scan(0, start)), self
+        if reread:
+            before = self._of(*base, self.approximate) if start else None
+            reader = read(self.model, self.tokens[:, stop : stop + reread], before)
+            if reread == rest:
+                return reader
+            base = reader.kept, reader._states()
+        note = f"tokens {start + reread} to {start + rest - 1} were read with the span in view"
+        return reader._then(base, self, stop + reread, self.T, note)
+
+    def paste(self, other: Memory, span: Span) -> Memory:
+        """This memory, and then what ``other`` wrote at the tokens of ``span``.
+
+        Exact where ``other`` read the span after the very tokens of this memory; else ``approximate`` says so.
+
+        Cost: the recurrence over the span's stored factors, and a pass over as many tokens as convolutions hold.
+
+        Raises:
+            InputError: ``other`` belongs to another model or has other batch rows, its states were set by hand, or the
+                span is empty or out of range.
+        """
+        self._check_peer(other)
+        start, stop = other._range(span)
+        note = None
+        if self.edited or not torch.equal(self.tokens, other.tokens[:, :start]):
+            note = f"tokens {self.T} to {self.T + stop - start - 1} were read after other tokens"
+        return self._then((self.kept, self._states()), other, start, stop, note)
+
+    # -- arithmetic on states. Convolutions, token shifts and attention stay as they are.
+
+    def __sub__(self, other: Memory) -> States:
+        """The difference of all states, by layer."""
+        self._check_peer(other)
+        return {layer: self.state(layer) - other.state(layer) for layer in self.forms}
+
+    def __add__(self, delta: Mapping[int, Tensor]) -> Memory:
+        """With ``delta`` [B,H,K,V] added to the states of the layers that it names; later tokens see the sum."""
+        self._check_states(delta)
+        return self.with_states({layer: self.state(layer) + change for layer, change in delta.items()})
+
+    def lerp(self, other: Memory, t: float) -> Memory:
+        """With states S + t (S' - S), where S' are those of ``other``."""
+        _require(isinstance(t, (int, float)) and math.isfinite(t), f"t: expected a finite number, got {t!r}")
+        return self + {layer: t * change for layer, change in (other - self).items()}
+
+    def truncate(self, rank: int) -> Memory:
+        """With the nearest states of ``rank``, head by head (their largest singular values). Cost: an SVD of each."""
+        _require(isinstance(rank, int) and rank >= 1, f"rank: expected a whole number from 1 on, got {rank!r}")
+        states = self._states()
+        for layer, state in states.items():
+            left, sizes, right = torch.linalg.svd(state.to(compute_dtype(state)), full_matrices=False)
+            states[layer] = left[..., :rank] * sizes[..., None, :rank] @ right[..., :rank, :]
+        return self.with_states(states)
+
+    def with_states(self, states: Mapping[int, Tensor]) -> Memory:
+        """With other states [B,H,K,V] of the layers that are named.
+
+        Raises:
+            InputError: a state has another shape or device.
+            UnsupportedModelError: a layer has no recurrence.
+        """
+        self._check_states(states)
+        cache = copy.deepcopy(self.cache)
+        self._fill(cache, {}, states)
+        return replace(self, cache=cache, edited=True)
+
+    # -- reading on, and files
+
+    def branch(self, model: HookedModel, tokens: Tensor) -> Cache:
+        """A copy of the cache, for ``model`` to read ``tokens`` [B,T'] on from here.
+
+        Raises:
+            InputError: the memory belongs to another model, dtype or device, or to another number of rows.
+        """
+        wanted = model.cfg.model_name, id(model), tokens.shape[0], model.cfg.dtype, model.cfg.device
+        found = self.model.cfg.model_name, id(self.model), self.tokens.shape[0], self.dtype, self.tokens.device
+        _require(found == wanted, f"memory: expected one of (model, id, rows, dtype, device) {wanted}, got {found}")
+        return copy.deepcopy(self.cache)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, aside and then renamed: what is kept of each token, and the cache."""
+        named = {name: x for name, x in self.kept.items() if not name.startswith("attention/")}  # in the cache, too
+        named |= {f"cache/{place}": x for place, x in tensors_of(self.cache).items()}
+        copies = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in named.items()}
+        said = {**_said(self.model), "forms": self.forms, "rest": [self.edited, self.approximate]}
+        aside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+        try:
+            save_file(copies, aside, {"hookpoints": json.dumps(said)})
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, model: HookedModel) -> Memory:
+        """Read what `save` wrote, onto the model's device. No code is run. Costs a pass over one token, which tells the
+        form of the model's cache.
+
+        Raises:
+            InputError: the file is damaged or not a memory, or was saved for another model, dtype or version.
+            FileNotFoundError: there is none.
+        """
+        try:
+            with safe_open(path, "pt", device=str(model.cfg.device)) as file:
+                said = json.loads((file.metadata() or {}).get("hookpoints", "{}"))
+                named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        except (SafetensorError, ValueError) as error:
+            raise InputError(f"{path}: expected a memory that was saved, got a damaged file ({error})") from error
+        wrong = {name: said.get(name) for name, here in _said(model).items() if said.get(name) != here}
+        _require(not wrong, f"{path}: expected {_said(model)}, got {wrong}: saved for another model or version")
+        cache = _run(model, named["tokens"][:, :1], 0, None)
+        fill(cache, _among(named, "cache/"))
+        count_tokens(cache, named["tokens"].shape[1])
+        attention = attention_of(cache, named["tokens"].shape[1]).items()
+        kept = {name: x for name, x in named.items() if not name.startswith("cache/")}
+        kept |= {f"attention/{place}": x for place, x in attention}
+        forms = {int(layer): Form(*form) for layer, form in said["forms"].items()}
+        return cls(model, cache, kept, forms, model.cfg.dtype, *said["rest"])
+
+    # -- helpers
+
+    def _check_peer(self, other: Memory) -> None:
+        rows = self.tokens.shape[0]
+        fits = other.model is self.model and other.tokens.shape[0] == rows
+        _require(fits, f"expected a memory of this model with {rows} rows, got {other}")
+
+    def _check_states(self, states: Mapping[int, Tensor]) -> None:
+        for layer, state in states.items():
+            found, wanted = ([*x.shape, x.is_floating_point(), x.device] for x in (state, self.state(layer)))
+            _require(found == wanted, f"layer {layer}: expected [B,H,K,V], float, device {wanted}, got {found}")
+
+    def _range(self, span: Span) -> tuple[int, int]:
+        start, stop, step = (span.start, span.stop, span.step) if isinstance(span, slice) else (*span, None)
+        start, stop = 0 if start is None else start, self.T if stop is None else stop
+        start, stop = (t + self.T if t < 0 else t for t in (start, stop))
+        inside = step in (None, 1) and 0 <= start < stop <= self.T
+        _require(inside, f"span: expected start < stop within the {self.T} tokens read, got {span}")
+        return start, stop
+
+    def _states(self) -> States:
+        return {layer: self.state(layer) for layer in self.forms}
+
+    def _scan(self, start: int, stop: int, before: States | None = None) -> States:
+        """States after the writes from ``start`` to ``stop``, made on ``before`` (None: zeros)."""
+        states: States = {}
+        for layer in self.forms:
+            r = self.recurrence(layer)
+            states[layer] = r.starting_state() if before is None else before[layer]
+            if stop > start:
+                part = r.select(tokens=slice(start, stop), initial_state=states[layer])
+                states[layer] = part.states(positions=-1)[:, 0]
+        return states
+
+    def _then(self, base: tuple[Kept, States], other: Memory, start: int, stop: int, note: str | None) -> Memory:
+        """``base``, and then what ``other`` wrote from ``start`` to ``stop``."""
+        kept = _cut(other.kept, start, stop)
+        by, backbone = base[0]["tokens"].shape[1] - start, self.model.attachment.layout.backbone
+        unmoved = {name: x for name, x in kept.items() if by and name.startswith("attention/")}
+        keys = {name: x for name, x in unmoved.items() if name.endswith("/keys/")}
+        kept |= {name: turned(self.model.hf_model, backbone, x, by) for name, x in keys.items()}
+        notes = dict.fromkeys(each for each in (self.approximate, other.approximate, note) if each)
+        states = other._scan(start, stop, base[1])
+        return self._of(_joined(base[0], kept), states, "; ".join(notes) or None, unmoved)
+
+    def _of(self, kept: Kept, states: States, approximate: str | None, unmoved: Kept | None = None) -> Memory:
+        """The memory of tokens whose ``kept`` and last states are known. Convolutions and token shifts are those of a
+        pass over the last few, whose other results serve as a check: keys that were not moved as the model
+        would have done it are left ``unmoved``."""
+        kept, count = dict(kept), kept["tokens"].shape[1]
+        begin = max(count - window(self.cache), 0)
+        cache = copy.deepcopy(self.cache) if begin else None
+        if cache is not None:
+            self._fill(cache, _cut(kept, 0, begin), {})
+        putting = [(name, lambda value, hook, x=x: x[:, begin:]) for name, x in _among(kept, "stream/").items()]
+        cache = _run(self.model, kept["tokens"][:, begin:], begin, cache, putting)
+        fresh = attention_of(cache, count)
+        for name, x in (unmoved or {}).items():
+            place, seen = name.removeprefix("attention/"), -min(x.shape[1], count - begin)
+            if not relative_error(fresh[place][:, seen:], kept[name][:, seen:]) <= tolerance(x.dtype):
+                kept[name] = torch.cat([kept[name][:, : -x.shape[1]], x], 1)
+                approximate = f"{approximate}; attention of layer {place.split('/')[0]} keeps their old positions"
+        self._fill(cache, kept, states)
+        return replace(self, cache=cache, kept=kept, approximate=approximate)
+
+    def _fill(self, cache: Cache, kept: Kept, states: Mapping[int, Tensor]) -> None:
+        """Put attention's keys and values, and states, into ``cache``."""
+        fill(cache, {place: x.transpose(1, 2) for place, x in _among(kept, "attention/").items()})
+        for layer, state in states.items():
+            put_state(cache, layer, state, self.forms[layer].value_first)
+        drop_sources(cache)
+
+
+def read(model: HookedModel, tokens: Tensor, before: Memory | None = None) -> Memory:
+    """The memory after ``tokens`` [B,T], read after those of ``before``. One pass with a cache, without logits.
+
+    Raises:
+        UnsupportedModelError: attention does not hold all tokens, or a layer reads no tokens after its cache (Mamba-1).
+        InputError: the tokens or ``before`` do not fit the model.
+    """
+    check_tokens(tokens, model.cfg)
+    if from_zero := {m.rule.name for m in model.attachment.mixers.values() if m.rule.starts_from_zero}:
+        raise UnsupportedModelError(
+            f"no memory of {model.cfg.model_name}: upstream's {from_zero.pop()} reads a cache one token at a time "
+            "only, and several tokens as a text of their own. generate and forward take upstream's cache"
+        )
+    position, cache = (0, None) if before is None else (before.T, before.branch(model, tokens))
+    streams, keeping, _ = model.get_caching_hooks(_streams(model))
+    with model.recording() as recorded:
+        cache = _run(model, tokens, position, cache, keeping)
+    kept = {"tokens": tokens, **{f"stream/{name}": x for name, x in streams.items()}}
+    forms: dict[int, Form] = {}
+    edited = before is not None and before.edited
+    for layer, (r, native, value_first) in recorded.items():
+        kept |= {f"factor/{layer}/{name}": x for name, x in over_time(r)}
+        forms[layer] = Form(value_first, r.scale, r.read_before_write)
+        state = state_of(cache, layer, value_first)  # an edit, or a hook on writes or states, is not in the factors
+        edited |= native.final_state is None or not torch.equal(state, native.final_state.to(state.dtype))
+    kept = kept if before is None else _joined(before.kept, kept)
+    kept |= {f"attention/{place}": x for place, x in attention_of(cache, position + tokens.shape[1]).items()}
+    return Memory(model, cache, kept, forms, model.cfg.dtype, edited, before and before.approximate)
+
+
+def _require(fits: bool, what: str) -> None:
+    if not fits:
+        raise InputError(what)
+
+
+def _said(model: HookedModel) -> dict[str, object]:
+    """What a file has to agree in. The fingerprint is of the configuration, and of names, shapes and eight values of
+    each parameter."""
+    config = model.hf_model.config.to_dict()
+    asked = {name: x for name, x in config.items() if not name.startswith("_") and name != "transformers_version"}
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode())
+    for name, weight in model.hf_model.named_parameters():
+        some = weight.detach().flatten()[:: max(1, weight.numel() // 8)].double().tolist()
+        digest.update(f"{name} {list(weight.shape)} {some}".encode())
+    return {"format": 1, "model": digest.hexdigest(), "dtype": str(model.cfg.dtype)}
+
+
+def _streams(model: HookedModel) -> list[str]:
+    """Hooks that tell what a block was given and what mixers added to it, each value once."""
+    return [
+        f"blocks.{layer}.{name}"
+        for layer, block in enumerate(model.attachment.layout.blocks)
+        for name, there in (
+            ("hook_resid_pre", True),
+            ("hook_mixer_out", block.mixer_out is not None),
+            ("hook_attn_out", block.attn_out not in (None, block.mixer_out)),
+        )
+        if there
+    ]
+
+
+def _run(model: HookedModel, tokens: Tensor, position: int, cache: Cache | None, hooks: Hooks = ()) -> Cache:
+    """The cache after a pass over ``tokens`` [B,T], the first of which stands at ``position``, from ``cache`` on."""
+    inputs = continuing(model.hf_model, cache, position, tokens)
+    with torch.no_grad(), scope(model.attachment, first_token=position), model.hooks(hooks):
+        return cache_of(model.hf_model(input_ids=tokens, logits_to_keep=1, **inputs))
+
+
+def continuing(model: nn.Module, cache: Cache | None, position: int, tokens: Tensor) -> dict[str, object]:
+    """Arguments with which upstream reads ``tokens`` [B,T] from ``position`` on, after ``cache``."""
+    where = torch.arange(position, position + tokens.shape[1], device=tokens.device).expand_as(tokens)
+    given = {} if cache is None else {cache_argument(model): cache}
+    return {"use_cache": True, **given, **position_inputs(model, where)}
+
+
+def _among(tensors: Kept, kind: str) -> dict[str, Tensor]:
+    return {name.removeprefix(kind): x for name, x in tensors.items() if name.startswith(kind)}
+
+
+def _cut(kept: Kept, start: int, stop: int) -> dict[str, Tensor]:
+    return {name: x[:, start:stop] for name, x in kept.items()}
+
+
+def _joined(kept: Kept, later: Kept) -> dict[str, Tensor]:
+    return {name: torch.cat([kept[name], x], 1) for name, x in later.items()}
