@@ -1,0 +1,104 @@
+"""Small models whose mechanism is known, with the interventions that show it.
+
+    >>> from hookpoints import HookedRecurrent, zoo
+    >>> model = HookedRecurrent.from_pretrained("recall")
+    >>> min(zoo.accuracy(model, "recall")) > 0.98
+    True
+    >>> holder = zoo.truth("recall").holders[0]  # which write holds which symbol
+
+Every folder that `path` returns is an ordinary Hugging Face checkpoint with a tokenizer of whole words ("Ada Paris"), a
+truth table and a card. ``scripts/train_zoo.py`` trains the models and measures their truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from hookpoints.files import read_json
+from hookpoints.zoo.circuits import Induction, Parity
+from hookpoints.zoo.tasks import Batch, Composition, Recall, Task
+
+__all__ = ["Batch", "Holder", "Task", "Truth", "accuracy", "names", "path", "task", "truth"]
+
+_HERE = Path(__file__).parent
+_TASKS: dict[str, Task] = {
+    "recall": Recall(),
+    "recall-mamba2": Recall(),
+    "recall-rwkv7": Recall(),
+    "composition": Composition(),
+    "induction": Induction(),
+    "parity": Parity(),
+}
+"""What each model was trained on. A model lies in the folder of its name."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """One fact about a mechanism: the write of these heads, ``offset`` tokens after a symbol, holds that symbol."""
+
+    layer: int
+    heads: Sequence[int]
+    offset: int
+    """Tokens after the symbol's own token."""
+    holds: str
+    """Kind of the symbol: a name in `Batch.symbols` and `Batch.places`."""
+    side: str
+    """"key" or "value": the factor of the write that says which symbol it is."""
+    evidence: Mapping[str, float]
+    """Rates of answers in [0,1], by intervention."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What interventions found in a model; written by ``scripts/train_zoo.py``."""
+
+    accuracy: Mapping[str, float]
+    """By size of the task."""
+    holders: Sequence[Holder]
+    """The smallest sets of writes that decide the answer."""
+    table: Sequence[Mapping[str, float]]
+    """Every layer, head and offset (tokens after the first symbol of a pair), also those that do nothing."""
+    facts: Mapping[str, float]
+    """Further measurements of this model."""
+
+
+def names() -> list[str]:
+    """Names of the models in this installation, "recall" (Gated DeltaNet) first."""
+    return [name for name in _TASKS if (_HERE / name / "model.safetensors").is_file()]
+
+
+def path(name: str) -> Path:
+    """Folder of a model: config.json, model.safetensors, tokenizer, truth.json, README.md (card)."""
+    if name not in names():
+        raise ValueError(f"no model of the zoo is called {name!r}; available: {', '.join(names()) or 'none'}")
+    return _HERE / name
+
+
+def task(name: str) -> Task:
+    """What a model was trained on."""
+    return _TASKS[name]
+
+
+def truth(name: str) -> Truth:
+    """The truth table of a model."""
+    saved = cast("dict[str, Any]", read_json(path(name) / "truth.json"))
+    saved["holders"] = [Holder(**row) for row in saved["holders"]]
+    return Truth(**saved)
+
+
+@torch.no_grad()
+def accuracy(model: Callable[[Tensor], Tensor], name: str, n: int = 64, seed: int = 1_000) -> list[float]:
+    """Share of right answers in fresh sequences, n of each of ``task(name).sizes``, in their order.
+
+    The model is called with token ids [B,T] and returns logits [B,T,vocab]; a `HookedRecurrent` does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batches = [task(name).batch(n, generator, **size) for size in task(name).sizes]
+    found = (model(batch.tokens).argmax(dim=-1).cpu().gather(1, batch.positions) for batch in batches)
+    return [(each == batch.answers).double().mean().item() for each, batch in zip(found, batches, strict=True)]
