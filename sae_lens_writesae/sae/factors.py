@@ -313,8 +313,13 @@ def _shard(model: HookedRecurrent, ids: Tensor, index: Index) -> dict[str, Tenso
     for batch in ids.split(index["batch_size"]):
         for layer, r in _recorded(model, batch, index).items():
             factors = index["layers"][layer]["factors"]
-            if "q" in factors and (r.initial_state is not None or ("beta" in factors and not _erases_along_key(r))):
-                raise CollectionError(f"layer {layer}: expected a first state of zeros and one form of erase")
+            if "q" in factors and (
+                r.initial_state is not None or r.rates is not None or ("beta" in factors and not _erases_along_key(r))
+            ):
+                raise CollectionError(
+                    f"layer {layer}: expected a first state of zeros, one form of erase, and no decay for each entry "
+                    "of the state (Mamba-1's writes can be collected, not its states)"
+                )
             for (name, (dtype, _)), head in product(factors.items(), index["heads"][layer]):
                 value: Tensor = getattr(r, name)[:, :, head].cpu()
                 kept = value.to(getattr(torch, dtype)).contiguous()

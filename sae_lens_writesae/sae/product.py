@@ -244,16 +244,15 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):
         """Put atoms of both sides on sides of rows of the first batch [N,K*V], in decoder and encoder, as far as it has
         distinct ones; returns how many of the side with fewer.
 
-        Rows are drawn in proportion to their squared norm; a direction near to an earlier one is left out. Values are
-        taken in the orientation in which their key agrees with its key atom.
+        Rows are drawn in proportion to their squared norm, and all are brought into one orientation (`_oriented`); a
+        direction near to an earlier one is left out. Larger batches find the orientation better: 512 rows do where 32
+        keys and sums of 24 values are stored, and with 128 some keys keep the wrong sign for the whole run.
         """
         if first:
             writes = rank_one_rows(self, x)
-            drawn = writes.rows(draw_rows(writes.inner(writes), len(writes)))
-            keys = _distinct(drawn.keys[:, 0], either_sign=True)[: self.cfg.f_key]
-            agreement = drawn.keys[:, 0] @ keys.T
-            sign = agreement.gather(1, agreement.abs().argmax(1, keepdim=True)).sign()
-            values = _distinct(drawn.values[:, 0] * sign, either_sign=False)[: self.cfg.f_value]
+            drawn = _oriented(writes.rows(draw_rows(writes.inner(writes), len(writes))))
+            keys = _distinct(drawn.keys[:, 0], either_sign=False, count=self.cfg.f_key)
+            values = _distinct(drawn.values[:, 0], either_sign=False, count=self.cfg.f_value)
             for side, rows in enumerate((keys, values)):
                 alive = torch.ones(len(self.sides[side][0]), dtype=torch.bool, device=self.device)
                 self._put(side, torch.arange(len(rows), device=self.device), rows, alive)
@@ -294,14 +293,30 @@ def rank_one_rows(sae: _Product | _SideStep, rows: Tensor) -> LowRank:
     return writes
 
 
+def _oriented(writes: LowRank) -> LowRank:
+    """The same writes of rank one [N], each as (k, u) or as (-k, -u), so that equal keys and equal values agree in sign
+    as far as they can: signs of the first eigenvector of cos(k_n, k_m)^5 + cos(u_n, u_m)^5, in which likeness outweighs
+    chance (synchronization of signs, Singer 2011, arXiv 0905.3174). Costs N^3.
+
+    Values that are sums (of attributes, say) have sparse non-negative codes in one orientation only.
+    """
+    sides = (normalize(side[:, 0].float(), dim=1) for side in (writes.keys, writes.values))
+    first = torch.linalg.eigh(sum((rows @ rows.T) ** 5 for rows in sides))[1][:, -1]
+    sign = torch.where(first < 0, -1, 1).to(writes.keys)[:, None, None]
+    return LowRank(writes.keys * sign, writes.values * sign)
+
+
 def _strongest(acts: Tensor, k: int) -> Tensor:
     """Where the k largest of the last axis are, as far as they are positive."""
     top = torch.zeros_like(acts, dtype=torch.bool).scatter(-1, acts.topk(k, dim=-1, sorted=False).indices, True)
     return top & (acts > 0)
 
 
-def _distinct(rows: Tensor, *, either_sign: bool) -> Tensor:
-    """Those of the directions [n,D] that are not near to one before them."""
+def _distinct(rows: Tensor, *, either_sign: bool, count: int = 2**31) -> Tensor:
+    """Those of the directions [n,D] that are not near to one before them: at most `count`, with cosines below 0.5 if
+    there are so many, and else below the next limit, up to `MAX_COSINE`."""
     rows = normalize(rows, dim=1)
     near = (rows @ rows.T).tril(-1)
-    return rows[~((near.abs() if either_sign else near) > MAX_COSINE).any(1)]
+    limits = (0.5, 0.6, 0.7, 0.8, MAX_COSINE)
+    kept = [rows[~((near.abs() if either_sign else near) > limit).any(1)] for limit in limits]
+    return next((each[:count] for each in kept if len(each) >= count), kept[-1])

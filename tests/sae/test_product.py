@@ -32,7 +32,7 @@ from sae_lens_writesae.sae import (
     WriteProductTrainingSAE,
     WriteProductTrainingSAEConfig,
 )
-from sae_lens_writesae.sae.product import _distinct, rank_one_rows
+from sae_lens_writesae.sae.product import _distinct, _oriented, rank_one_rows
 from sae_lens_writesae.sae.runner import text_dataset, train
 from writesae.experiment.controls import control_dictionary
 from writesae.experiment.tokens import sample_sequences
@@ -274,6 +274,18 @@ def test_of_directions_near_to_each_other_the_first_is_distinct() -> None:
     rows = torch.stack([a, 2 * a, b, a, -b, c])
     assert_close(_distinct(rows, either_sign=False), torch.stack([a, b, -b, c]))
     assert_close(_distinct(rows, either_sign=True), torch.stack([a, b, c]))
+
+
+def test_rows_in_either_sign_are_brought_into_one_orientation() -> None:
+    keys, values, rows = world(256)
+    moved = _oriented(rows)
+    assert_close(moved.dense(), rows.dense())
+    for side, planted in ((moved.keys[:, 0], keys), (moved.values[:, 0], values)):
+        cosines = normalize(side, dim=1) @ planted.T
+        nearest = cosines.abs().argmax(1)
+        signs = cosines.gather(1, nearest[:, None])[:, 0].sign()
+        agreement = torch.stack([signs[nearest == each].mean().abs() for each in range(len(planted))])
+        assert agreement.min() > 0.9
 
 
 def test_starts_and_resampling_go_side_by_side() -> None:
