@@ -1,0 +1,105 @@
+"""`writesae zoo`: a dictionary that is right scores as one, one without information scores as none, and a scorer that
+cannot tell them apart is caught."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import normalize, one_hot
+
+from sae_lens_writesae import training_config
+from sae_lens_writesae.sae.rows import new_sae
+from writesae.cli import main
+from writesae.experiment import known
+from writesae.experiment.known import Code, Facts, World, of_labels, of_product, of_sides, pursued, scored
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World.of("recall", 256)
+
+
+def board(world: World, facts: int = 64) -> tuple[dict[str, float], dict[str, float]]:
+    """Rows of the vectors of the symbols, and of the same for other rows: the truth, and a null."""
+    symbols = one_hot(world.key_symbols).float(), world.parts(world.value_symbols)
+    truth = of_sides(*map(of_labels, (world.keys[0], world.values[0]), symbols))
+    mixed = torch.randperm(len(symbols[0]), generator=torch.Generator().manual_seed(0))
+    null = Code._make(x[mixed] if isinstance(x, torch.Tensor) and len(x) == len(mixed) else x for x in truth)
+    drawn = Facts.draw(world, facts)
+    rows = (scored("", [[code]], world, drawn) for code in (truth, null))
+    found = [{name: x["mean"] if isinstance(x, dict) else x for name, x in row.items()} for row in rows]
+    return found[0], found[1]
+
+
+def check(truth: dict[str, float], null: dict[str, float]) -> None:
+    for name in ("keys found", "values found", "key purity", "value purity", "changed", "kept"):
+        assert truth[name] > 0.97, name
+    for name in ("keys found", "values found", "changed"):
+        assert null[name] < 0.1, name
+    assert null["kept"] > 0.97
+
+
+def test_the_truth_scores_as_truth_and_a_null_as_chance(world: World) -> None:
+    check(*board(world))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "broken"),
+    [
+        (known, "purity", lambda atoms, parts: (1.0, 1.0)),
+        (Facts, "ask", lambda facts, world, writes: {each: facts.new >= 0 for each in facts.questions}),
+        (Facts, "ask", lambda facts, world, writes, ask=Facts.ask: ask(facts, world, None)),
+    ],
+    ids=["every atom is pure", "every answer is right", "nothing is written"],
+)
+def test_a_broken_scorer_is_caught(
+    world: World, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, broken: object
+) -> None:
+    monkeypatch.setattr(owner, name, broken)
+    with pytest.raises(AssertionError):
+        check(*board(world))
+
+
+def test_a_state_is_read_back_as_its_facts() -> None:
+    g = torch.Generator().manual_seed(0)
+    keys, values = (normalize(torch.randn(40, 32, generator=g), dim=1) for _ in range(2))
+    held = (
+        torch.stack([torch.randperm(40, generator=g)[:8] for _ in range(20)]),
+        torch.randint(40, (20, 8), generator=g),
+    )
+    sizes = 0.5 + torch.rand(20, 8, generator=g)
+    states = torch.einsum("bn,bnk,bnv->bkv", sizes, keys[held[0]], values[held[1]])
+    facts = 40 * held[0] + held[1]
+    found = (pursued(states, keys, torch.arange(40), values, 8, refit=refit) for refit in (True, False))
+    pursuit, strongest = (known.share_held(40 * k + v, facts) for k, v in found)
+    assert pursuit > 0.95 and strongest < pursuit
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_command_writes_its_page_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known, "GRID", (8,))
+    tiny = ["--seeds", "2", "--sequences", "128", "--facts", "16", "--steps", "3", "--out", str(tmp_path / "zoo")]
+    main(["zoo", "--models", "recall", *tiny])
+    written = json.loads((tmp_path / "zoo" / "zoo.json").read_text())
+    page, table = ((tmp_path / "zoo" / name).read_text() for name in ("index.html", "zoo.md"))
+    (of_recall,) = written["boards"]
+    assert {"writesae_product", "null: another pair's write"} < {row["method"] for row in of_recall["rows"]}
+    assert of_recall["attribution"]["writes found"] > 0.9 > 10 * of_recall["attribution"]["null"]
+    assert [row["pairs"] for row in of_recall["states"]] == [4, 8, 12, 16]
+    assert all(row["method"].split(" (")[0] in page and row["method"] in table for row in of_recall["rows"][:1])
+
+
+def test_a_product_dictionary_counts_the_same_in_either_orientation(world: World) -> None:
+    cfg = training_config(world.model, 1, 1, architecture="writesae_product", d_sae=64, sae={"k_value": 2})
+    sae: Any = new_sae(cfg)
+    before = of_product(sae, world.keys[0], world.values[0])
+    for parameter in sae.parameters():
+        parameter.data.neg_()
+    after = of_product(sae, world.keys[0], world.values[0])
+    torch.testing.assert_close(before.contribution, after.contribution)
+    torch.testing.assert_close(before.values, after.values)
