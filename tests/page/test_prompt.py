@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from browsing import PHONE, chromium, scrolls_sideways
+from browsing import PHONE, opened, scrolls_sideways
 from planted_atoms import HEAD, LAYER, empty_sae
+from playwright.sync_api import Browser
 from recurrences import FORMS, random_recurrence
 from sae_lens import SAE
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.sae.load import CheckpointError
-from writesae.page.prompt import MAX_TOKENS, PromptServer, read_shares
+from writesae.page.prompt import MAX_TOKENS, PromptServer, held_shares, read_shares
 from writesae.show import Prompt
 
 EVIL = '<script>alert("token")</script> <img src=x onerror=alert(1)>&amp;'
@@ -55,14 +56,18 @@ def ask(server: PromptServer, method: str, path: str, body: Any = None, **header
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_share_is_what_the_read_has_of_one_write(form: str) -> None:
-    """Against the response to the writes of one token alone."""
-    r = random_recurrence(form, T=9, H=1, dtype=torch.float64)
+    """Compared with the response to the writes of one token alone; what a memory holds likewise."""
+    r = random_recurrence(form, T=9, H=1, dtype=torch.float64).replace(initial_state=None)
     shares, read = read_shares(r), r.outputs()[0, :, 0]
+    held, states = held_shares(r), r.states()[0, :, 0]
     for s in range(r.T):
         alone = torch.zeros_like(r.u)
         alone[:, s] = r.u[:, s]
-        part = (r.with_write(r.k, alone).outputs()[0, :, 0] * read).sum(-1) / read.square().sum(-1).clamp_min(1e-30)
+        response = r.with_write(r.k, alone)
+        part = (response.outputs()[0, :, 0] * read).sum(-1) / read.square().sum(-1).clamp_min(1e-30)
         torch.testing.assert_close(shares[:, s], part, rtol=0, atol=1e-10)
+        part = (response.states()[0, :, 0] * states).sum((1, 2)) / states.square().sum((1, 2))
+        torch.testing.assert_close(held[:, s], part, rtol=0, atol=1e-10)
     reads = slice(int(r.read_before_write), None)  # such a rule reads nothing at its first token
     torch.testing.assert_close(shares[reads].sum(-1), torch.ones(r.T, dtype=torch.float64)[reads], rtol=0, atol=1e-10)
 
@@ -74,8 +79,9 @@ def test_a_text_is_read(embedded: HookedRecurrent, server: PromptServer, folder:
     assert status == 200 and "".join(reading["tokens"]) == text.replace(" ", "·")
     writes = embedded.recurrence(tokens, LAYER).write()[0].norm(dim=(-2, -1)).T
     torch.testing.assert_close(torch.tensor(reading["writes"]), writes.detach(), rtol=1e-3, atol=1e-6)
-    assert [len(row) for row in reading["shares"]] == list(range(1, tokens.shape[1] + 1))
-    assert all(sum(row) == pytest.approx(1, abs=2e-3) for row in reading["shares"])
+    for shares in (reading["shares"], reading["held"]):
+        assert [len(row) for row in shares] == list(range(1, tokens.shape[1] + 1))
+        assert all(sum(row) == pytest.approx(1, abs=2e-3) for row in shares)
     sae: Any = SAE.load_from_disk(folder)
     _, cache = embedded.run_with_cache(tokens, names_filter=[sae.cfg.metadata.hook_name])
     active = sae.encode(cache[sae.cfg.metadata.hook_name][0]).detach()
@@ -120,26 +126,23 @@ def test_bad_input_ends_before_a_model_is_loaded(folder: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_the_page_shows_a_text_and_keeps_markup_text(server: PromptServer) -> None:
-    troubles: list[str] = []
-    with chromium() as browser:
-        for light in ("light", "dark"):
-            page = browser.new_context(**PHONE, color_scheme=light).new_page()
-            page.on("console", lambda message: troubles.append(message.text))
-            page.on("pageerror", lambda error: troubles.append(str(error)))
-            page.on("dialog", lambda dialog: troubles.append(dialog.message))
-            page.goto(f"http://127.0.0.1:{server.server_address[1]}")
-            page.locator("#grid td").first.wait_for()
-            page.get_by_label("Text").fill(EVIL)
-            page.get_by_role("button", name="Read").click()
-            shown = page.locator("#text")
-            shown.get_by_text("onerror").or_(shown.get_by_text("script")).first.wait_for()
-            assert shown.inner_text().replace("\n", "").replace("·", " ") == EVIL
-            assert page.locator("img").count() == 0 and page.locator("script").count() == 1
-            shown.get_by_role("button").nth(3).click()
-            assert shown.locator('[aria-current="true"]').count() == 1
-            assert page.locator("#sources li").count() == 4 and page.locator("#atoms li").count() == 1
-            page.locator("#heads").get_by_role("button", name="head 1").click()
-            page.get_by_text("There is no dictionary of this head.").wait_for()
-            assert page.get_by_label("Head").input_value() == "1" and not scrolls_sideways(page)
-    assert not troubles
+@pytest.mark.parametrize("light", ["light", "dark"])
+def test_the_page_shows_a_text_and_keeps_markup_text(server: PromptServer, browser: Browser, light: str) -> None:
+    with opened(browser, f"http://127.0.0.1:{server.server_address[1]}", **PHONE, color_scheme=light) as page:
+        page.locator("#grid td").first.wait_for()
+        page.get_by_label("Text").fill(EVIL)
+        page.get_by_role("button", name="Read").click()
+        shown = page.locator("#text")
+        shown.get_by_text("onerror").or_(shown.get_by_text("script")).first.wait_for()
+        assert shown.inner_text().replace("\n", "").replace("·", " ") == EVIL
+        assert page.locator("img").count() == 0 and page.locator("script").count() == 1
+        shown.get_by_role("button").nth(3).click()
+        assert shown.locator('[aria-current="true"]').count() == 1
+        assert page.locator("#sources li").count() == page.locator("#holdings li").count() == 4
+        assert page.locator("#atoms li").count() == 1
+        read = shown.locator("button").first.get_attribute("style")
+        page.get_by_label("Color").select_option("what the memory holds")
+        assert shown.locator("button").first.get_attribute("style") != read
+        page.locator("#heads").get_by_role("button", name="head 1").click()
+        page.get_by_text("There is no dictionary of this head.").wait_for()
+        assert page.get_by_label("Head").input_value() == "1" and not scrolls_sideways(page)

@@ -33,8 +33,8 @@ function fillHeads() {
 
 function choose(token) {
   at = token;
-  const { tokens, shares, atoms, writes } = reading, row = shares[at];
-  const most = Math.max(1e-12, ...row.map(Math.abs)), percent = (x) => `${(100 * x).toFixed(1)} %`;
+  const { tokens, shares, held, atoms, writes } = reading, row = (form.elements.shade.value === "held" ? held : shares)[at];
+  const most = Math.max(1e-12, ...row.map(Math.abs)), percent = (x) => `${(100 * x).toFixed(1)}%`;
   part("text").replaceChildren(...tokens.map((piece, s) => {
     const share = s < row.length ? row[s] : 0;
     const shown = element("button", piece, `${s}: ${s < row.length ? percent(share) : "later"}`, Math.abs(share) / most, share < 0);
@@ -43,9 +43,12 @@ function choose(token) {
     shown.addEventListener("click", () => choose(s));
     return shown;
   }));
-  const order = row.map((value, s) => ({ name: `${s} ${tokens[s]}`, value, shown: percent(value), go: () => choose(s) }));
+  for (const [list, values] of [["sources", shares[at]], ["holdings", held[at]]]) {
+    const order = values.map((value, s) => ({ name: `${s} ${tokens[s]}`, value, shown: percent(value), go: () => choose(s) }));
+    meter(part(list), order.sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, 10));
+  }
   part("reads").textContent = `The largest shares of what the head reads at token ${at}, ${tokens[at]}.`;
-  meter(part("sources"), order.sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, 10));
+  part("holds").textContent = `The largest shares of the state after token ${at}, ${tokens[at]}.`;
   const here = atoms ? atoms[at] : [];
   part("none").textContent = atoms ? (here.length ? "" : "No atom fires here.") : "There is no dictionary of this head.";
   meter(part("atoms"), here.slice(0, 20).map(([atom, value]) => ({ name: `atom ${atom}`, value, shown: String(value) })));
@@ -93,5 +96,6 @@ async function read(token) {
 form.addEventListener("submit", (event) => { event.preventDefault(); read(); });
 form.elements.layer.addEventListener("change", () => { fillHeads(); read(at); });
 form.elements.head.addEventListener("change", () => read(at));
+form.elements.shade.addEventListener("change", () => { if (reading) choose(at); });
 fillHeads();
 read();

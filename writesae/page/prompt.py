@@ -41,6 +41,15 @@ def read_shares(recurrence: Recurrence) -> torch.Tensor:
     return (pattern.view(along.shape) * along).sum(-1) / read.square().sum(-1, keepdim=True).clamp_min(1e-30)
 
 
+def held_shares(recurrence: Recurrence) -> torch.Tensor:
+    """[T,S] of one head on one sequence, S = T: the part of the state after token t that token s wrote, <P_t k_s u_s^T,
+    S_t> / |S_t|^2, where P_t is what the transitions since have made of the key. A row sums to 1. Memory T K S."""
+    states, values = recurrence.states()[0, :, 0].double(), recurrence.u[0, :, 0].double().flatten(0, -2)
+    keys = recurrence.by_source().states()[0, :, 0].double()
+    shares = torch.einsum("tks,tkv,sv->ts", keys, states, values).view(recurrence.T, recurrence.T, -1).sum(-1)
+    return shares / states.square().sum((1, 2))[:, None].clamp_min(1e-30)
+
+
 class PromptServer(ThreadingHTTPServer):
     """The page of a model, and if there is one of a dictionary of one of its heads. Answers on several connections, one
     of which reads at a time.
@@ -64,8 +73,8 @@ class PromptServer(ThreadingHTTPServer):
         """What one head of a layer does on a text of T tokens, as JSON values.
 
         Returns: `tokens` [T]; `writes` [H][T], the size |k_t u_t^T| of each head's write; `shares` [T][S], S = t + 1,
-        of `read_shares`; `atoms` [T], active atoms with their activation, strongest first, None for another head than
-        the dictionary's.
+        of `read_shares`, and `held` likewise of `held_shares`; `atoms` [T], active atoms with their activation,
+        strongest first, None for another head than the dictionary's.
 
         Cost: one forward up to the layer, a second one for atoms, and T / V times the cost of the head's reads.
 
@@ -83,13 +92,19 @@ class PromptServer(ThreadingHTTPServer):
             active = self.sae.encode(cache[self.hook.name][0].to(next(self.sae.parameters()))).sort(descending=True)
             rows = zip(active.indices.tolist(), active.values.tolist())
             atoms = [[(atom, short(value)) for atom, value in zip(*row) if value] for row in rows]
-        shares = read_shares(recurrence.select(heads=slice(head, head + 1)))
+        one = recurrence.select(heads=slice(head, head + 1))
         return {
             "tokens": [visible(piece) for piece in self.texts.many(tokens[0].tolist())],
             "writes": [[short(n) for n in head_writes(recurrence, h).norm().tolist()] for h in range(recurrence.H)],
-            "shares": [[short(share) for share in row[: t + 1].tolist()] for t, row in enumerate(shares)],
+            "shares": _rows(read_shares(one)),
+            "held": _rows(held_shares(one)),
             "atoms": atoms,
         }
+
+
+def _rows(shares: torch.Tensor) -> list[list[float]]:
+    """[T][S], S = t + 1, as JSON values."""
+    return [[short(share) for share in row[: t + 1].tolist()] for t, row in enumerate(shares)]
 
 
 class _Handler(BaseHTTPRequestHandler):
