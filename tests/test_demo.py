@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,10 @@ def test_the_demo_leaves_a_report_dictionaries_and_results(tmp_path: Path) -> No
     assert page == tmp_path / "out" / "report.html"
     screen = "\n".join(said)
     assert "half-life" in screen and "mean write of the token pair" in screen
+    atoms = {model: float(rate) for model, rate in re.findall(r"`(\w+)`: changed (\d+)", screen)}
+    codes, others = (re.findall(rf"{each}: changed (\d+)", screen) for each in ("quantizers", "another pair's write"))
+    assert atoms["recall"] > 80 and atoms["composition"] > 60 and max(map(int, others)) < 10
+    assert int(codes[0]) > 80 and int(codes[1]) < 30 and "One atom writes a fact" in page.read_text()
     whole = (tmp_path / "out" / RECIPES[0].folder / "sae" / "sae_weights.safetensors").stat().st_mtime_ns
     assert demo.run(say=said.append) == page and said.count(f"kept: {RECIPES[0].label}") == 1
     assert (tmp_path / "out" / RECIPES[0].folder / "sae" / "sae_weights.safetensors").stat().st_mtime_ns == whole

@@ -1,8 +1,10 @@
-"""The main job, end to end, on a model that ships with the package: dictionaries of writes and of states, tested."""
+"""The main job, end to end, on models that ship with the package: a fact that one atom writes, then dictionaries of a
+language model's writes and states, tested."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,21 @@ RECIPES = (
 )
 
 
+FACTS = "facts.json"
+METHODS = {
+    "writesae_product": ("an atom", "atom"),
+    "product quantizer (k-means of k and of u)": ("codes of two quantizers", "soft"),
+    "null: another pair's write": ("another pair's write", "control"),
+    "null: untrained writesae_product": ("an untrained atom", "control"),
+}
+"""What takes the place of a write that holds a fact (a row of `writesae zoo`): its name, and color of the figure."""
+SENTENCES = {
+    "recall": "One atom writes a fact into the memory, and the model recalls it",
+    "composition": "One atom changes one attribute of a fact, and the others stay",
+}
+"""Model of the zoo -> what is shown on it."""
+
+
 class HeadChoice(NamedTuple):
     """A head, how long it remembers, and what its writes do."""
 
@@ -56,12 +73,14 @@ class HeadChoice(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Read what one head writes, train dictionaries on it, and exchange the model's own writes for their atoms.
+    """Write facts into a memory by atoms; then read what one head of a language model writes, train dictionaries on it,
+    and replace the model's own writes by their atoms.
 
-    The head is the one whose writes do most, of those that remember for a while. Four dictionaries: of its writes with
-    one and with four active atoms, of its writes in the model's own metric, and of its states. Where an atom fires, the
-    model's own write is exchanged for the atom and for what needs no training, and the report says how much of the
-    write's effect each takes back. Offline, on a CPU, in minutes."""
+    Facts are written in two small models whose mechanism is known, beside controls. The head of the language model is
+    the one whose writes do most, of those that remember for a while. Four dictionaries: of its writes with one and with
+    four active atoms, of its writes in the model's own metric, and of its states. Where an atom fires, the model's own
+    write is replaced by the atom and by what needs no training, and the report says how much of the write's effect each
+    recovers. Offline, on a CPU, in minutes."""
 
     model: str = "embedded"
     """Model to look into: one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7), a folder, or a
@@ -88,12 +107,14 @@ class Demo:
     """Firings of each."""
     seed: int = 0
     """Seed of training, draws and controls."""
+    facts: int = 128
+    """Facts that are written first in each of two models whose mechanism is known; 0: none."""
     out: Path = Path("writesae-out")
-    """Folder for report.html, the writes that were read, the dictionaries and the results."""
+    """Folder for report.html, facts.json, the writes that were read, the dictionaries and the results."""
 
     def __post_init__(self) -> None:
         sizes = ("d_sae", "training_tokens", "context_size", "train_sequences", "eval_sequences", "n_atoms")
-        at_least(self, dict.fromkeys((*sizes, "firings_per_atom"), 1) | {"memory": 0, "seed": 0})
+        at_least(self, dict.fromkeys((*sizes, "firings_per_atom"), 1) | {"memory": 0, "seed": 0, "facts": 0})
 
     def run(self, say: Callable[[str], object] = print) -> Path:
         """Train and test each dictionary, and write everything to `out`: the report, and for each dictionary `sae/` and
@@ -107,6 +128,7 @@ class Demo:
         check_writable(self.out)
         check_settings(self.out, settings)
         from hookpoints import HookedRecurrent, embedded
+        from sae_lens_writesae.files import atomic_text
         from sae_lens_writesae.sae.factors import collect
         from sae_lens_writesae.sae.load import load_sae
         from writesae.evaluations import load_result
@@ -119,6 +141,8 @@ class Demo:
         tokens = sample_sequences(model, embedded.text("test"), self.context_size, self.eval_sequences)
         text = sample_sequences(model, embedded.text("train"), self.context_size, self.train_sequences)
         with taken(self.out, say):
+            kept = self.out / FACTS
+            opening = json.loads(kept.read_text()) if kept.exists() else write_facts(self.facts, say)
             choice = self.choose_head(model, text[:16])
             say(
                 f"model {self.model!r}: head {choice.head} of layer {choice.layer} "
@@ -126,6 +150,7 @@ class Demo:
                 f"its writes the model is off by {choice.nats:.3f} nats per token"
             )
             keep_settings(self.out, settings)
+            atomic_text(kept, json.dumps(opening))
             head, folder = ([choice.layer], [choice.head]), self.out / "collection"
             collection = collect(model, text, *head, folder, targets=("write", "state"), dtype="float32")
             saes: dict[str, SAE] = {}
@@ -151,7 +176,7 @@ class Demo:
                     with_quality(result, quality, [recipe.label]).save(folder)
                 results.append(load_result(folder))
             say(first_screen(results))
-            return write_report(results, self.out / "report.html")
+            return write_report(results, self.out / "report.html", opening=opening)
 
     def choose_head(self, model: HookedRecurrent, tokens: Tensor) -> HeadChoice:
         """The head that was named, or the one whose writes do most, of those with a half-life of `memory` or more (of
@@ -190,6 +215,37 @@ class Demo:
             metric = fit_metrics(model, text[::4], [place], seed=self.seed)[place] if recipe.metric else None
             sae = train(cfg, metric=metric)
         save_dictionary(sae, self.out / recipe.folder)
+
+
+def write_facts(n: int, say: Callable[[str], object]) -> list[dict[str, str]]:
+    """Write n facts (or attributes of facts) into memories by each of `METHODS`, and ask the model for them: panels of
+    `write_report`, one for each model of `SENTENCES`."""
+    from writesae.dictionaries import quiet
+    from writesae.experiment.known import board
+    from writesae.page.template import share_text
+    from writesae.verdict.figures import Row, intervals
+
+    openings = []
+    for name, title in SENTENCES.items() if n else ():
+        with quiet():
+            found = board(name, 1, 1024, n, 1500, brief=True)
+        *text, old, new = found["example"]
+        rates = {row["method"]: row for row in found["rows"]}
+        atom = {kind: share_text(rate) for kind, rate in rates["writesae_product"].items() if isinstance(rate, dict)}
+        example = f"{' '.join(text)} → {old}. With another atom in the place of one write: → {new}."
+        sentence = (
+            f"An atom, {n} facts of `{name}`: " + ", ".join(f"{kind} {rate}" for kind, rate in atom.items()) + "."
+        )
+        rows = []
+        for method, (label, colour) in METHODS.items():
+            mean, low, high = rates[method]["changed"].values()
+            rows.append(Row(label, mean, mean if low is None else low, mean if high is None else high, colour))
+        svg = intervals(rows, "facts that are answered with the new value", title, write=lambda x: f"{x:.0%}")
+        openings.append({"title": title, "example": example, "sentence": sentence, "svg": svg})
+        say(f"{title}.\n  {example}\n  {sentence}")
+        for row in rows[1:]:
+            say(f"  {row.name}: changed {row.mean:.0%} [{row.low:.0%}, {row.high:.0%}]")
+    return openings
 
 
 def first_screen(results: list[Result]) -> str:

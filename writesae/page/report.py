@@ -40,13 +40,16 @@ def find_results(paths: Sequence[str | Path]) -> list[Result]:
     return [load_result(folder) for folder in folders]
 
 
-def write_report(results: Sequence[Result], path: str | Path, *, title: str | None = None) -> Path:
+def write_report(
+    results: Sequence[Result], path: str | Path, *, title: str | None = None, opening: Sequence[Mapping[str, str]] = ()
+) -> Path:
     """Write the page `path` (.html), the numbers beside it (.json), and `tables/`; returns the page. Each file is
     written aside and renamed.
 
     Args:
         results: of any evaluations, dictionaries, heads and models.
         title: heading of the page; by default it names the models.
+        opening: panels above all else, with the fields `title`, `example`, `sentence` and `svg`.
 
     Raises:
         ValueError: there is no result.
@@ -64,7 +67,7 @@ def write_report(results: Sequence[Result], path: str | Path, *, title: str | No
     for name, table in joined_tables(results).items():
         atomic_write(target.parent / "tables" / f"{name}.parquet", lambda f, t=table: t.to_parquet(f, index=False))
     beside = atomic_text(target.with_suffix(".json"), json.dumps(numbers, indent=1, allow_nan=False))
-    return atomic_text(target, _render(results, rows, title, beside.name))
+    return atomic_text(target, _render(results, rows, title, beside.name, opening))
 
 
 def in_order(results: Sequence[Result]) -> list[Result]:
@@ -104,7 +107,9 @@ def joined_tables(results: Sequence[Result]) -> dict[str, pd.DataFrame]:
     return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
 
 
-def _render(results: Sequence[Result], rows: list[Answer], title: str, numbers: str) -> str:
+def _render(
+    results: Sequence[Result], rows: list[Answer], title: str, numbers: str, opening: Sequence[Mapping[str, str]]
+) -> str:
     trained = [result for result in results if result.info.get("control") is None]  # tables/ has those of the controls
     sections: dict[str, list[Result]] = {}
     for result in trained:
@@ -118,6 +123,7 @@ def _render(results: Sequence[Result], rows: list[Answer], title: str, numbers: 
         .get_template("report.html")
         .render(
             title=title,
+            opening=opening,
             outcomes=Counter(outcome_text(row.claim.outcome) for row in rows).most_common(),
             n_answers=len(rows),
             # an interval of NaN is none
