@@ -19,19 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tables import table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "scripts")]
+from writesae.experiment.head_baselines import BASELINES
+from writesae.page.report import claim_rows, find_results
+from writesae.verdict.names import NAMES
+from writesae.verdict.paper import PAPER_CLAIMS
+from writesae.verdict.statistics import Estimate, recovered_difference, recovered_share
 
-from tables import table  # noqa: E402
-
-from writesae.experiment.head_baselines import BASELINES  # noqa: E402
-from writesae.page.report import claim_rows, find_results  # noqa: E402
-from writesae.verdict.names import NAMES  # noqa: E402
-from writesae.verdict.paper import PAPER_CLAIMS  # noqa: E402
-from writesae.verdict.statistics import Estimate, recovered_difference, recovered_share  # noqa: E402
-
-DICTIONARIES, RESULTS = ROOT / "docs" / "dictionaries.md", ROOT / "docs" / "results.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+DICTIONARIES, RESULTS = DOCS / "dictionaries.md", DOCS / "results.md"
 Line = Mapping[str, Any]
 Cell = tuple[str, str]
 """Model and head."""
@@ -196,8 +193,8 @@ The terms are not equal: what needs no training is fitted by squared errors, on 
 def metric(study: Study) -> str:
     """Squared errors and the Gauss-Newton metric."""
     above, below, n = study.counts("k 1, metric", "k 1")
-    pair = ("k 1", "k 1, metric")
-    lower = sum(np.diff([study.mean(x, "explained", cell) for x in pair])[0] < 0 for cell in study.cells)
+    explained = partial(study.mean, field="explained")
+    lower = sum(explained("k 1, metric", cell=cell) < explained("k 1", cell=cell) for cell in study.cells)
     columns: dict[str, Callable[[Cell], Value]] = {
         "one atom, squares": partial(study.share, "k 1", "atom"),
         "one atom, metric": partial(study.share, "k 1, metric", "atom"),
@@ -242,10 +239,7 @@ def product(study: Study) -> str:
         "product - k 1, both in the metric": ("product, metric", "k 1, metric"),
         "product in the metric - k 1 in squares": ("product, metric", "k 1"),
     }
-    said = [
-        "{} of {} heads above 0 and on {} below".format(*(study.counts(*p)[i] for i in (0, 2, 1)))
-        for p in pairs.values()
-    ]
+    said = ["{0} of {2} heads above 0 and on {1} below".format(*study.counts(*pair)) for pair in pairs.values()]
     recipes = {"k 1, metric": "k 1, metric", "product, squares": "product", "product, metric": "product, metric"}
     columns: dict[str, Callable[[Cell], Value]] = {
         **{title: partial(study.share, name, "atom") for title, name in recipes.items()},
@@ -315,15 +309,13 @@ def results_page(lines: Iterable[Line]) -> str:
         by_claim[line["number"] or line["claim"]].append(line)
     verdicts, tables = [], []
     for number, claim in PAPER_CLAIMS.items():
-        counts = [Counter(x["verdict"] for x in by_claim[number] if x["model"] == model) for model in models]
+        counts = [Counter(x["verdict"] for x in by_claim.get(number, ()) if x["model"] == model) for model in models]
         verdicts.append((number, claim.claim, *(", ".join(f"{n} {v}" for v, n in c.most_common()) for c in counts)))
-    for found in filter(
-        None, (by_claim[key] for key in sorted(by_claim, key=lambda key: key if key in PAPER_CLAIMS else 99))
-    ):
+    for _, found in sorted(by_claim.items(), key=lambda item: item[0] if item[0] in PAPER_CLAIMS else 99):
         rows = [(f"{x['model']} {x['dictionary']}", x["value"], x["verdict"], x["why"]) for x in found]
         title = f"{found[0]['number']}. {found[0]['claim']}" if found[0]["number"] else found[0]["claim"]
-        shown = table(("dictionary", "value here", "verdict", "why"), rows)
-        tables.append(f'### {title}\n\n<div class="sorted" markdown="1">\n\n{shown}\n</div>')
+        answered = table(("dictionary", "value here", "verdict", "why"), rows)
+        tables.append(f'### {title}\n\n<div class="sorted" markdown="1">\n\n{answered}\n</div>')
     head = table(("", "claim", *(f"`{model}`" for model in models)), verdicts)
     return "\n\n".join(
         [

@@ -10,25 +10,29 @@ rounds.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
+import tyro
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from reliability import folders, long, running, writing  # noqa: E402, F401 (they have checks)
 from reliability.checks import CHECKS, Check, Most  # noqa: E402
+from tables import table  # noqa: E402
 
+Name = Literal[tuple(check.name for check in CHECKS)]  # type: ignore[valid-type]
 VERSIONS = ("torch", "transformers", "transformer-lens", "sae-lens", "safetensors", "tokenizers")
 
 
@@ -59,32 +63,41 @@ def good(row: dict) -> bool:
     return not row["failures"] and all(row["caught"].values())
 
 
+def shown(row: dict) -> tuple[str, int, str]:
+    """Comparisons, failures, and the broken products that were caught or not."""
+    caught = "; ".join(each if yes else f"**not caught: {each}**" for each, yes in row["caught"].items())
+    return f"{row['comparisons']:,}", len(row["failures"]), caught
+
+
 def mutants(file: Path) -> list[str]:
     """One line on mutation testing, where it was run."""
     if not file.is_file():
         return []
     told = json.loads(file.read_text())
     left, when = len(told["survivors"]), f"{told['date']}, seed {told['seed']}"
-    text = f"The test suite notices {1 - left / told['sample']:.1%} of {told['sample']} random changes of the packages"
-    rest = f"({when}). `mutants.json` lists the {left} that it does not. {told.get('remark', '')}"
-    return ["", "## Mutants", "", f"{text} {rest}".rstrip()]
+    text = (
+        f"The test suite notices {1 - left / told['sample']:.1%} of {told['sample']} random changes of the packages "
+        f"({when}). `mutants.json` lists the {left} that it does not. {told.get('remark', '')}"
+    )
+    return ["", "## Mutants", "", text.rstrip()]
 
 
 def page(saved: dict[str, dict], out: Path) -> str:
     bad = [name for name, row in saved.items() if not good(row)]
-    latest = max(saved.values(), key=lambda row: row["date"])
-    used = ", ".join(f"{name} {number}" for name, number in latest["versions"].items())
-    dates = " and ".join(sorted({row["date"] for row in saved.values()}))
-    comparisons = sum(row["comparisons"] for row in saved.values())
-    broken = sum(len(row["caught"]) for row in saved.values())
-    verdict = "No comparison failed, and every broken product was caught."
+    dates = sorted({row["date"] for row in saved.values()})
+    latest = next(row["versions"] for row in saved.values() if row["date"] == dates[-1]).items()
+    comparisons, broken = (sum(each) for each in zip(*((r["comparisons"], len(r["caught"])) for r in saved.values())))
     lines = [
         "# Reliability",
         "",
-        f"`scripts/reliability_page.py` made this page on {dates} with {used}, on a CPU.",
+        f"`scripts/reliability_page.py` made this page on {' and '.join(dates)} with "
+        + ", ".join(map(" ".join, latest))
+        + ", on a CPU.",
         f"The {len(saved)} checks below made {comparisons:,} comparisons of an expected result with the one they got.",
         f"They also ran with {broken} broken products, each of which its check must catch.",
-        f"These checks failed: **{', '.join(bad)}**." if bad else verdict,
+        f"These checks failed: **{', '.join(bad)}**."
+        if bad
+        else "No comparison failed, and every broken product was caught.",
         "",
         "The test suite runs the same checks with fewer rounds (`tests/reliability`).",
         "`python scripts/reliability_page.py --rounds 10` makes about ten times as many comparisons.",
@@ -93,44 +106,39 @@ def page(saved: dict[str, dict], out: Path) -> str:
         checks = [check for check in CHECKS if check.section == section and check.name in saved]
         lines += ["", f"## {section}", ""]
         lines += [f"- `{check.name}`: {' '.join((check.run.__doc__ or '').split())}" for check in checks]
-        lines += ["", "| check | comparisons | failed | broken products that it caught |", "|---|---|---|---|"]
-        numbers = {}
-        for check in checks:
-            row = saved[check.name]
-            numbers |= row["numbers"]
-            caught = "; ".join(each if yes else f"**not caught: {each}**" for each, yes in row["caught"].items())
-            lines.append(f"| `{check.name}` | {row['comparisons']:,} | {len(row['failures'])} | {caught} |")
-        if numbers:
-            lines += ["", "| measured | got | at most |", "|---|---|---|"]
-            lines += [f"| {what} | {got:.3g} | {most:g} |" for what, (got, most) in numbers.items()]
+        rows = [(f"`{check.name}`", *shown(saved[check.name])) for check in checks]
+        lines += ["", table(("check", "comparisons", "failed", "broken products that it caught"), rows).rstrip()]
+        numbers = {what: pair for check in checks for what, pair in saved[check.name]["numbers"].items()}
+        rows = [(what, f"{got:.3g}", f"{most:g}") for what, (got, most) in numbers.items()]
+        lines += ["", table(("measured", "got", "at most"), rows).rstrip()] if rows else []
     return "\n".join([*lines, *mutants(out / "mutants.json")]) + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=[check.name for check in CHECKS])
-    parser.add_argument("--rounds", type=float, default=1.0, help="part or multiple of the rounds")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs")
-    arguments = parser.parse_args()
+def main(only: Sequence[Name] = get_args(Name), rounds: float = 1.0, out: Path = ROOT / "docs") -> int:
+    """Run the checks and write the page; 1 where a comparison failed or a broken product was not caught.
+
+    Args:
+        only: these checks
+        rounds: part or multiple of the rounds
+        out: folder of the page
+    """
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    file = arguments.out / "reliability.json"
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "reliability.json"
     saved = json.loads(file.read_text()) if file.is_file() else {}
     for check in CHECKS:
-        if arguments.only is None or check.name in arguments.only:
-            row = saved[check.name] = measured(check, arguments.rounds)
+        if check.name in only:
+            row = saved[check.name] = measured(check, rounds)
             print(
                 check.name, {name: row[name] for name in ("comparisons", "failures", "caught", "seconds")}, flush=True
             )
         saved = {each.name: saved[each.name] for each in CHECKS if each.name in saved}
         file.write_text(json.dumps(saved, indent=1) + "\n")
-        (arguments.out / "reliability.md").write_text(
-            page(json.loads(file.read_text()), arguments.out), encoding="utf-8"
-        )
+        (out / "reliability.md").write_text(page(json.loads(file.read_text()), out), encoding="utf-8")
     return 0 if all(map(good, saved.values())) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tyro.cli(main))

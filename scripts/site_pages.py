@@ -68,9 +68,9 @@ def on_files(files: Files, config: Any) -> Files:
         notebook = nbformat.read(path, as_version=4)
         for cell in notebook.cells:
             cell.source = formulas(cell.source) if cell.cell_type == "markdown" else cell.source
-        resources = {"output_files_dir": f"{path.stem}_files"}
-        body, made = MarkdownExporter().from_notebook_node(notebook, resources)
-        pages = {f"{path.stem}.md": re.sub(r"\((\d_\w+)\.ipynb\)", r"(\1.md)", body), **made["outputs"]}
+        body, made = MarkdownExporter().from_notebook_node(notebook, {"output_files_dir": f"{path.stem}_files"})
+        body = re.sub(r"\((\d_\w+)\.ipynb\)", r"(\1.md)", body.replace("](../docs/", "](../"))
+        pages = {f"{path.stem}.md": body, **made["outputs"]}
         for name, content in pages.items():
             files.append(File.generated(config, f"tutorials/{name}", content=content))
     return files
@@ -86,7 +86,7 @@ def hook(name: str) -> str:
     """What the hook table says of one hook."""
     row = next(row for row in HOOKS if f"{row.scope}.{row.name}" == name)
     shape = "] or [".join(", ".join(axes).replace("(, K, V, )", "K·V") for axes in row.axes.split() if axes != "or")
-    have = {rule.name for rule in RULES if row.factor in rule.factor_names}
+    have = {rule.name for rule in RULES if row.factor in rule.hook_factors}
     facts = {
         "name": f"`{row.full_name()}`",
         "one for": SCOPES[row.scope],
@@ -132,14 +132,24 @@ def settings(kind: str) -> str:
     fields = sorted(dataclasses.fields(each), key=lambda field: field.name not in vars(each)["__annotations__"])
     rows = [(f"`{f.name}`", f"`{f.default!r}`", members[f.name].docstring.value) for f in fields]
     claims = [(n, PAPER_CLAIMS[n].claim, PAPER_CLAIMS[n].cell, PAPER_CLAIMS[n].value) for n in each.answers]
-    text = "## Claims of the paper that it answers\n\n"
-    text += table(("", "claim", "where", "the paper's value"), claims) if claims else "None of the paper's.\n"
-    text += f"\n## Settings\n\nFields of `{each.__name__}`, and flags of `writesae eval {kind}`.\n\n"
-    text += table(("field", "default", "meaning"), rows)
-    text += "\n## Tables\n\nTidy pandas tables in `result.tables`, kept as parquet by `result.save`.\n"
-    for name, columns in each.columns.items():
-        text += f"\n### `{name}`\n\n{table(('column', 'what it is'), [(f'`{c}`', m) for c, m in columns.items()])}"
-    return text
+    answered = table(("", "claim", "where", "the paper's value"), claims) if claims else "None of the paper's.\n"
+    tables = (
+        f"### `{name}`\n\n{table(('column', 'what it is'), [(f'`{c}`', m) for c, m in columns.items()])}"
+        for name, columns in each.columns.items()
+    )
+    return f"""## Claims of the paper that it answers
+
+{answered}
+## Settings
+
+Fields of `{each.__name__}`, and flags of `writesae eval {kind}`.
+
+{table(("field", "default", "meaning"), rows)}
+## Tables
+
+Tidy pandas tables in `result.tables`, kept as parquet by `result.save`.
+
+""" + "\n".join(tables)
 
 
 def claims(_: str) -> str:

@@ -1,14 +1,10 @@
-"""Markdown tables, and README's table of evaluations, made from the classes: ``python scripts/tables.py`` writes it."""
+"""Markdown tables."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from pathlib import Path
-
-README = Path(__file__).resolve().parents[1] / "README.md"
-BEGIN, END = "<!-- evaluations -->\n", "<!-- /evaluations -->"
 
 
 def escape(text: str) -> str:
@@ -27,16 +23,3 @@ def spans(numbers: Iterable[int]) -> str:
     """1, 2, 3, 5 as "1–3, 5"."""
     runs = [[n for _, n in run] for _, run in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
-
-
-def with_evaluations(readme: str) -> str:
-    """The text of README with what each evaluation asks, and which claims of the paper it answers."""
-    from writesae import EVALUATIONS
-
-    rows = [(f"`{kind}`", each.question, spans(each.answers)) for kind, each in EVALUATIONS.items()]
-    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
-    return f"{before}{BEGIN}{table(('evaluation', 'question', 'claims of the paper'), rows)}{END}{after}"
-
-
-if __name__ == "__main__":
-    README.write_text(with_evaluations(README.read_text(encoding="utf-8")), encoding="utf-8")

