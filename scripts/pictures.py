@@ -24,15 +24,53 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 SOURCES = IMAGES / "sources.json"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-TUTORIAL = "tutorials/5_attention_of_recurrent_heads.ipynb"
+ATTENTION = "tutorials/5_attention_of_recurrent_heads.ipynb"
+ZOO = "tutorials/7_zoo_of_known_mechanisms.ipynb"
+
+
+def saved(tutorial: str, words: str, file: Path) -> None:
+    """The figure that a tutorial was saved with, of the cell that has these words."""
+    cells = json.loads((ROOT / tutorial).read_text(encoding="utf-8"))["cells"]
+    (outputs,) = [cell["outputs"] for cell in cells if words in "".join(cell["source"]) and "outputs" in cell]
+    (png,) = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    file.write_bytes(base64.b64decode("".join(png)))
 
 
 def attention(file: Path) -> None:
-    """The figure that tutorial 5 was saved with: the pattern of L3H4 of RWKV-7, and its last row."""
-    cells = json.loads((ROOT / TUTORIAL).read_text(encoding="utf-8"))["cells"]
-    (outputs,) = [cell["outputs"] for cell in cells if "A of L3H4" in "".join(cell["source"]) and "outputs" in cell]
-    (png,) = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
-    file.write_bytes(base64.b64decode("".join(png)))
+    """The pattern of L3H4 of RWKV-7, and its last row."""
+    saved(ATTENTION, "A of L3H4", file)
+
+
+def fact(file: Path) -> None:
+    """Where a fact is held, and what is answered when an atom takes the place of its write."""
+    saved(ZOO, "the atom of Ben Tokyo", file)
+
+
+def write(file: Path) -> None:
+    """A state of the model `recall` before and after one token, and the write between them."""
+    import matplotlib.pyplot as plt
+
+    from hookpoints import HookedRecurrent
+
+    model = HookedRecurrent.from_pretrained("recall").requires_grad_(False)
+    r = model.recurrence("Ada Paris Ben Rome Cleo Oslo Dan", 1).select(heads=1)
+    before, after = r.states(positions=[4, 5])[0, :, 0]
+    key, value = r.k[0, 5, 0], r.u[0, 5, 0]
+    panels = (
+        ("the state\nwhat the head remembers", before, "decays,\nand forgets $k_t$\n\n$+$"),
+        ("the write  $k_t\\, u_t^\\top$\nwhat this token adds", key[:, None] * value, "$=$"),
+        ("the state after it\nwhat later tokens read", after, ""),
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(9.4, 3.0))
+    limit = float(after.abs().quantile(0.98))
+    for axis, (title, matrix, sign) in zip(axes, panels):
+        axis.imshow(matrix[key.argsort()][:, value.argsort()], cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(title, fontsize=11)
+        axis.text(1.24, 0.5, sign, transform=axis.transAxes, fontsize=11, ha="center", va="center")
+    axes[0].set(xlabel="value channels", ylabel="key channels")
+    figure.subplots_adjust(wspace=0.5, left=0.04, right=0.99, top=0.84, bottom=0.08)
+    figure.savefig(file, dpi=110)
 
 
 def growth(file: Path) -> None:
@@ -84,7 +122,9 @@ class Picture(NamedTuple):
 
 
 PICTURES = {
-    "attention.png": Picture(attention, (TUTORIAL,)),
+    "write.png": Picture(write, ("hookpoints/zoo/recall/model.safetensors",)),
+    "fact.png": Picture(fact, (ZOO,)),
+    "attention.png": Picture(attention, (ATTENTION,)),
     "growth.png": Picture(growth, ("docs/benchmarks.json", "benchmarks/families.py")),
     "atom.png": Picture(
         atom,
@@ -100,11 +140,10 @@ PICTURES = {
 
 def note(name: str) -> dict[str, str | list[str]]:
     """What sources.json says of a picture as it is now."""
-    picture, png = PICTURES[name], (IMAGES / name).read_bytes()
     return {
-        "sources": list(picture.sources),
-        "made from": picture.fingerprint(),
-        "picture": hashlib.sha256(png).hexdigest(),
+        "sources": list(PICTURES[name].sources),
+        "made from": PICTURES[name].fingerprint(),
+        "picture": hashlib.sha256((IMAGES / name).read_bytes()).hexdigest(),
     }
 
 
