@@ -305,7 +305,10 @@ class Memory:
         wrong = {name: said.get(name) for name, here in _said(model).items() if said.get(name) != here}
         _require(not wrong, f"{path}: expected {_said(model)}, got {wrong}: saved for another model or version")
         cache = _run(model, named["tokens"][:, :1], 0, None)
-        fill(cache, _among(named, "cache/"))
+        places = _among(named, "cache/")  # names in files are data: they replace what is there, and add nothing
+        known = places.keys() == tensors_of(cache).keys()
+        _require(known, f"{path}: damaged, its cache has other tensors than the model's")
+        fill(cache, places)
         count_tokens(cache, named["tokens"].shape[1])
         attention = attention_of(cache, named["tokens"].shape[1]).items()
         kept = {name: x for name, x in named.items() if not name.startswith("cache/")}
