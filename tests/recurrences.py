@@ -13,6 +13,16 @@ from hookpoints.recurrence.canonical import carried_keys
 from hookpoints.recurrence.recurrence import Recurrence
 
 
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers in float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    """The same, where every tensor has a seed of its own."""
+    return normal(*shape, seed=seed)
+
+
 @dataclass(frozen=True)
 class Form:
     """What distinguishes the rules, once their factors are known."""

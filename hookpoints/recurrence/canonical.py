@@ -250,11 +250,6 @@ def resolve_index(index: Index, size: int, what: str) -> list[int]:
     return [i % size for i in positions]
 
 
-def resolve_one(index: int, size: int, what: str) -> int:
-    """One position, counted from 0; IndexError beyond the axis."""
-    return resolve_index(int(index), size, what)[0]
-
-
 def pick(x: Tensor, index: Index, dim: int, what: str) -> Tensor:
     """Select along `dim`, which stays even for one; a view for a slice or one index."""
     if index is None:
@@ -309,8 +304,7 @@ def carried_keys(k: Tensor, beta: Tensor) -> Tensor:
     """
     carried: list[Tensor] = []
     for key, strength in zip(k.unbind(3), beta.unbind(3)):
-        moved = [x - (strength * (x * key).sum(-1))[..., None] * key for x in carried]
-        carried = [*moved, key]
+        carried = [*(x - (strength * (x * key).sum(-1))[..., None] * key for x in carried), key]
     return torch.stack(carried, dim=3)
 
 
@@ -338,8 +332,10 @@ def _check(r: CanonicalForm) -> None:
         given = ", ".join(n for n in ("a", "b", "beta") if getattr(r, n) is not None)
         raise ValueError(f"an erase needs b together with a (or beta), found only {given}")
     if r.beta is not None and r.b is not None and r.b.shape != r.k.shape:
-        shapes = f"k {list(r.k.shape)}, b {list(r.b.shape)}"
-        raise ValueError(f"beta says that each term of the write erases along its own key, but found {shapes}")
+        raise ValueError(
+            "beta says that each term of the write erases along its own key, but found "
+            f"k {list(r.k.shape)}, b {list(r.b.shape)}"
+        )
     if r.rates is not None and (r.b is not None or r.log_decay is None):
         found = "an erase" if r.b is not None else "no log_decay"
         raise ValueError(f"rates need a log_decay [B,T,H,V] that they multiply, and no erase; found {found}")

@@ -165,8 +165,7 @@ def _chunk_size(r: CanonicalForm, wanted: int | None) -> int:
 def _span_length(r: CanonicalForm, size: int) -> int:
     """Tokens prepared together. All that does not depend on the state is done for many chunks in one call each; the
     length is bounded so that memory does not grow with T."""
-    numbers = _SPAN.get(r.device.type, 2**24)
-    return max(numbers // (r.B * r.H * r.R * max(r.K, r.V) * size), 1) * size
+    return max(_SPAN.get(r.device.type, 2**24) // (r.B * r.H * r.R * max(r.K, r.V) * size), 1) * size
 
 
 def _cut(x: Tensor, size: int) -> Tensor:
@@ -227,8 +226,8 @@ def corrected_values(r: CanonicalForm, chunk_size: int | None = None) -> Tensor:
 def states(r: CanonicalForm, positions: list[int], chunk_size: int | None = None) -> Tensor:
     """See `reference.states`; `positions` must not be empty.
 
-    Sixteen tokens at a time are one batched product from the state before them; where no gradient is recorded they are
-    written into the result as they come, so that memory beside it stays bounded.
+    Sixteen tokens at a time are one batched product from the state before them; where no gradient is recorded it is
+    computed in the result itself: nothing is copied, and memory beside it stays bounded.
     """
     wanted = sorted(set(positions))
     if wanted != positions:
@@ -236,36 +235,42 @@ def states(r: CanonicalForm, positions: list[int], chunk_size: int | None = None
         return states(r, wanted, chunk_size).index_select(1, at)
     r = r.select(tokens=slice(0, wanted[-1] + 1)).working()
     recorded = torch.is_grad_enabled() and any(x.requires_grad for _, x in tensors(r))
-    result = None if recorded else r.q.new_empty(r.B, len(wanted), r.H, r.K, r.V)
+    result = r.q.new_empty(0 if recorded else r.B * r.H, len(wanted), r.K, r.V)
     pieces: list[Tensor] = []
     for chunk in walk(r, chunk_size or _EXPANDED):
         begin, end = bisect_left(wanted, chunk.first), bisect_left(wanted, chunk.first + chunk.size)
         if begin < end:
-            piece = _states(chunk, [t - chunk.first for t in wanted[begin:end]])
-            pieces.append(piece.unflatten(0, (r.B, r.H)).transpose(1, 2))
-            if result is not None:
-                result[:, begin:end] = pieces.pop()
-    return torch.cat(pieces, dim=1) if result is None else result
+            pieces.append(_states(chunk, [t - chunk.first for t in wanted[begin:end]], result[:, begin:end]))
+    return (torch.cat(pieces, dim=1) if recorded else result).unflatten(0, (r.B, r.H)).transpose(1, 2)
 
 
 def state_blocks(r: CanonicalForm, chunk_size: int | None = None) -> Iterator[Tensor]:
     """See `reference.state_blocks`; here a block is a chunk."""
     for chunk in walk(r.working(), chunk_size or _EXPANDED):
-        yield _states(chunk, list(range(chunk.size))).unflatten(0, (r.B, r.H)).transpose(1, 2)
+        states = _states(chunk, list(range(chunk.size)), r.q.new_empty(0))
+        yield states.unflatten(0, (r.B, r.H)).transpose(1, 2)
 
 
-def _states(chunk: Chunk, rows: list[int]) -> Tensor:
-    """States [N,p,K,V] at `rows` of a chunk, one batched product."""
+def _states(chunk: Chunk, rows: list[int], out: Tensor) -> Tensor:
+    """States [N,p,K,V] at `rows` of a chunk, a batched product: in `out` if that has their number of rows N."""
     decay, columns = chunk.span.decay, slice(0, rows[-1] + 1)
     dense = len(rows) == rows[-1] + 1 - rows[0]  # then a slice gives views, where a list of rows would copy
     at = slice(rows[0], rows[-1] + 1) if dense else rows
     between = decay.between(chunk.place, at, columns)
-    keys = torch.cat([key[:, None, columns] * between for key in chunk.keys], dim=2).flatten(0, 1)
-    values = torch.cat([value[:, columns] for value in chunk.values], dim=1)[:, None]
-    since = decay.since(chunk.place, 0, at)[..., None]
-    states = (chunk.state[:, None] * since).flatten(0, 1)
-    states.baddbmm_(keys.mT, values.expand(-1, len(rows), -1, -1).flatten(0, 1))
-    return states.unflatten(0, (-1, len(rows)))
+    keys = _joined([key[:, None, columns] * between for key in chunk.keys], dim=2).mT
+    values = _joined([value[:, columns] for value in chunk.values], dim=1)[:, None].expand(-1, len(rows), -1, -1)
+    since = decay.since[:, chunk.place, at]
+    if len(out) == 0:
+        begun = (chunk.state[:, None] * since).flatten(0, 1)
+        return torch.baddbmm(begun, keys.flatten(0, 1), values.flatten(0, 1)).unflatten(0, (-1, len(rows)))
+    torch.mul(chunk.state[:, None], since, out=out)
+    for row, key, value in zip(out, keys, values):
+        row.baddbmm_(key, value)
+    return out
+
+
+def _joined(pieces: list[Tensor], dim: int) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 def _by_token(pieces: list[Tensor], r: CanonicalForm) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -62,10 +63,10 @@ class Decay(ABC):
         """D(0->end) of each chunk as a factor on states, [N,n,1,1] or [N,n,K,1]."""
         return self._exp(self.edges[..., -1, :, None])
 
-    def since(self, chunk: int, first: int, rows: slice | list[int]) -> Tensor:
-        """What the state before token `first` has met at each of `rows`: [N,p,1] or [N,p,K]."""
-        edges = self.edges[:, chunk]
-        return self._exp(edges[:, 1:][:, rows] - edges[:, first, None])
+    @cached_property
+    def since(self) -> Tensor:
+        """D(0->t), what the state before a chunk has met at each token: [N,n,C,1,1] or [N,n,C,K,1]."""
+        return self._exp(self.edges[..., 1:, :, None])
 
     def between(self, chunk: int, rows: slice | list[int], columns: slice) -> Tensor:
         """D(i->t) for t in rows and i in columns, zero for i > t: [N,p,c,1] or [N,p,c,K]."""
@@ -89,7 +90,7 @@ class HeadDecay(Decay):
 
     def between(self, chunk: int, rows: slice | list[int], columns: slice) -> Tensor:
         """See `Decay.between`."""
-        return self.pairs[:, chunk][:, rows][:, :, columns, None]
+        return self.pairs[:, chunk, rows, columns, None]
 
     def scores(self, reads: Sequence[Read], keys: Sequence[Tensor]) -> list[list[Tensor]]:
         """See `Decay.scores`."""
@@ -126,17 +127,14 @@ class ChannelDecay(Decay):
 
 def decay_of(log: Tensor | None, like: Tensor) -> Decay:
     """Decay over chunks from log-decays [N,n,C] or [N,n,C,K]; none at all counts as one per head of 0."""
-    if log is None:
-        log = like.new_zeros(like.shape[:-1])
+    log = like.new_zeros(like.shape[:-1]) if log is None else log
     return HeadDecay(log, like.dtype) if log.ndim == 3 else ChannelDecay(log, like.dtype)
 
 
 def _overlap(read: Read, key: Tensor) -> Tensor:
     """x_t^T key_i, [N,n,C,C]. What an erase reads back goes through a solve that magnifies rounding (nearly
     equal keys with beta near 2 most of all), so it is summed in float64: a fifth of the error at little cost."""
-    if not read.before:
-        return read.vectors @ key.mT
-    wide = wide_dtype(key)
+    wide = wide_dtype(key) if read.before else key.dtype
     return (read.vectors.to(wide) @ key.to(wide).mT).to(key.dtype)
 
 

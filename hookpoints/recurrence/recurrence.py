@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from typing import Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hookpoints.errors import require
 from hookpoints.recurrence import chunked, reference
 from hookpoints.recurrence.canonical import (
     CanonicalForm,
@@ -33,7 +35,7 @@ from hookpoints.recurrence.canonical import (
     ScanResult,
     choice,
     resolve_index,
-    resolve_one,
+    tensors,
     terms,
 )
 
@@ -141,8 +143,7 @@ class Recurrence(CanonicalForm):
 
         Cost O(K T R) per token and head, T / V times that of `outputs`; memory is the result's.
         """
-        reads = self.by_source().outputs(method=method, chunk_size=chunk_size)
-        return pattern_of(reads, self)
+        return pattern_of(self.by_source().outputs(method=method, chunk_size=chunk_size), self)
 
     def state_blocks(self, *, method: Method = "chunked", chunk_size: int | None = None) -> Iterator[Tensor]:
         """All states after the write, in order, as blocks [B,C,H,K,V] of a few tokens: `states` for sums over tokens,
@@ -150,6 +151,12 @@ class Recurrence(CanonicalForm):
         by_token = self._by_token(method, chunk_size)
         with self._full_precision():
             yield from reference.state_blocks(self) if by_token else chunked.state_blocks(self, chunk_size)
+
+    def chunks(self, chunk_size: int, like: Tensor) -> Iterator[chunked.Chunk]:
+        """The chunks of at most so many tokens, in order, that the fast paths walk over, of factors as `like`: state
+        before, keys, values and decays. A chunk is short where each key channel has a decay of its own."""
+        moved = {name: x.to(like) for name, x in tensors(self)}
+        yield from chunked.walk(self.replace(**moved).working(), chunk_size)
 
     def adjoint(self, read_gradients: Tensor) -> Self:
         """The recurrence of the gradients of the writes, which is of the same form and runs backwards in time.
@@ -167,11 +174,8 @@ class Recurrence(CanonicalForm):
 
         Costs nothing but views and copies of the factors.
         """
-        keys, values = self.q.to(self.dtype) * self.scale, read_gradients.to(self.dtype)
-        if self.read_before_write:
-            keys, values = _handed_back(keys), _handed_back(values)
-        else:
-            keys, values = keys.flip(1), values.flip(1)
+        turned = _handed_back if self.read_before_write else partial(torch.flip, dims=(1,))
+        keys, values = turned(self.q.to(self.dtype) * self.scale), turned(read_gradients.to(self.dtype))
         log_decay, a, b = (None if x is None else _handed_back(x) for x in (self.log_decay, self.b, self.a))
         # What the result reads means nothing; its q may be any of the right shape.
         return type(self)(keys, keys, values, log_decay, a, b, rates=self.rates)
@@ -185,7 +189,7 @@ class Recurrence(CanonicalForm):
         of `adjoint`; the cost is that of `outputs`, for each term.
         """
         adjoint = self.adjoint(read_gradients)
-        readers = [adjoint.replace(q=key.flip(1)) for key in terms(self.k)]
+        readers = (adjoint.replace(q=key.flip(1)) for key in terms(self.k))
         gradients = [reader.outputs(method=method, chunk_size=chunk_size).flip(1) for reader in readers]
         return gradients[0] if self.k.ndim == 4 else torch.stack(gradients, dim=3)
 
@@ -209,7 +213,7 @@ class Recurrence(CanonicalForm):
         Raises ValueError where each entry of the state has a decay of its own (`rates`): a response is not of rank 1.
         """
         self._check_transition()
-        start, selected = resolve_one(start, self.T, "start"), self.select(heads=resolve_one(head, self.H, "head"))
+        start, selected = resolve_index(int(start), self.T, "start")[0], self.select(heads=int(head))
         selected = choice(loop, {"closed": lambda: selected, "open": selected.without_erase}, "loop")()
         vectors = x.to(self.dtype).expand(self.B, -1, -1)
         if start == self.T - 1:
@@ -224,12 +228,13 @@ class Recurrence(CanonicalForm):
 
     def _check_transition(self) -> None:
         """Raise ValueError where the transition does not act on the key side alone."""
-        if self.rates is not None:
-            raise ValueError(
-                "each entry of this state has a decay of its own (rates, as in Mamba-1), so that a key changes in "
-                "another way for each value channel: there is no one weight of token s for token t. outputs(), "
-                "states() and with_write() answer for whole writes"
-            )
+        require(
+            self.rates is None,
+            ValueError,
+            "each entry of this state has a decay of its own (rates, as in Mamba-1), so that a key changes in "
+            "another way for each value channel: there is no one weight of token s for token t. outputs(), "
+            "states() and with_write() answer for whole writes",
+        )
 
     def _by_token(self, method: Method, chunk_size: int | None = None) -> bool:
         """Whether the reference does the work: where it is asked for, and where chunks have no advantage."""

@@ -21,9 +21,8 @@ def read_out(x: Tensor, state: Tensor) -> Tensor:
 
 def add_write(state: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """S + sum of key value^T over the terms of keys [B,H,(R,)K] and values [B,H,(R,)V]."""
-    if keys.ndim == state.ndim:
-        return state + keys.mT @ values
-    return torch.addcmul(state, keys[..., None], values[..., None, :])
+    several = keys.ndim == state.ndim
+    return state + keys.mT @ values if several else torch.addcmul(state, keys[..., None], values[..., None, :])
 
 
 def transition(r: CanonicalForm, t: int, state: Tensor) -> Tensor:
@@ -39,23 +38,23 @@ def transition(r: CanonicalForm, t: int, state: Tensor) -> Tensor:
     return moved
 
 
-def steps(r: CanonicalForm) -> Iterator[tuple[Tensor, Tensor]]:
+def steps(r: CanonicalForm, writes: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Walk the tokens: states [B,H,K,V] before and after each one's write. `r` must be in its working dtype
-    (`CanonicalForm.working`)."""
+    (`CanonicalForm.working`). `writes` [B,T,H,K,V] are made instead of its own."""
     state = r.starting_state()
     for t in range(r.T):
-        after = add_write(transition(r, t, state), r.k[:, t], r.u[:, t])
+        moved = transition(r, t, state)
+        after = add_write(moved, r.k[:, t], r.u[:, t]) if writes is None else moved + writes[:, t]
         yield state, after
         state = after
 
 
-def scan(r: CanonicalForm) -> ScanResult:
-    """Outputs [B,T,H,V] and final state."""
+def scan(r: CanonicalForm, writes: Tensor | None = None) -> ScanResult:
+    """Outputs [B,T,H,V] and final state; `writes` as for `steps`."""
     r = r.working()
     outputs, state = [], r.starting_state()
-    for t, (before, state) in enumerate(steps(r)):
-        seen = before if r.read_before_write else state
-        outputs.append(read_out(r.q[:, t] * r.scale, seen))
+    for t, (before, state) in enumerate(steps(r, writes)):
+        outputs.append(read_out(r.q[:, t] * r.scale, before if r.read_before_write else state))
     return ScanResult(torch.stack(outputs, dim=1), state)
 
 
@@ -77,7 +76,6 @@ def state_blocks(r: CanonicalForm) -> Iterator[Tensor]:
 def corrected_values(r: CanonicalForm) -> Tensor:
     """u~_t = u_t - beta_t S_{t-1}^T b_t, [B,T,H,(R,)V]; `r` declares `beta`."""
     r = r.working()
-    if r.b is None or r.beta is None:
-        return r.u
+    assert r.b is not None and r.beta is not None
     read_back = [read_out(r.b[:, t], before) for t, (before, _) in enumerate(steps(r))]
     return r.u - r.beta[..., None] * torch.stack(read_back, dim=1)

@@ -9,17 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from recurrences import FORMS, random_recurrence
+from recurrences import FORMS, normal, random_recurrence
 from torch.autograd import gradcheck
 
 import hookpoints
 from hookpoints.recurrence import Method, Recurrence
 
 FIELDS = ("q", "k", "u", "log_decay", "a", "b", "beta", "initial_state")
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-12) -> None:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recurrences import FORMS, random_recurrence
+from recurrences import FORMS, normal, random_recurrence
 
 from hookpoints.recurrence import Method, Recurrence
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def by_autograd(r: Recurrence, g: torch.Tensor) -> torch.Tensor:

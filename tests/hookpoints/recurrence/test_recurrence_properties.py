@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recurrences import Form, random_recurrence
+from recurrences import Form, normal, random_recurrence
 from torch.testing import assert_close
 
 from hookpoints.recurrence import Loop, Recurrence
@@ -41,10 +41,6 @@ def recurrences(draw, forms=forms, least_T=1) -> Recurrence:
 
 def exact(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-10) -> None:
     assert_close(found, expected, rtol=tolerance, atol=tolerance)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 sizes = st.one_of(st.none(), st.integers(1, 80))
