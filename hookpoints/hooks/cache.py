@@ -39,8 +39,7 @@ def caching_hooks(
         return hook
 
     names = [name for name in points if wanted(name)]
-    backward = [(name, save("_grad")) for name in names] if incl_bwd else []
-    return saved, [(name, save("")) for name in names], backward
+    return saved, [(name, save("")) for name in names], [(name, save("_grad")) for name in names if incl_bwd]
 
 
 def reachable(names_filter: NamesFilter, start: int | None, stop: int | None, n_layers: int) -> NamesFilter:
@@ -65,5 +64,4 @@ def _predicate(names_filter: NamesFilter) -> Callable[[str], bool]:
         return lambda name: not is_matrix(name)
     if callable(names_filter):
         return lambda name: bool(names_filter(name))
-    names = {names_filter} if isinstance(names_filter, str) else set(names_filter)
-    return names.__contains__
+    return ({names_filter} if isinstance(names_filter, str) else set(names_filter)).__contains__

@@ -2,32 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from hookpoints.errors import HookShapeError
+from hookpoints.errors import HookShapeError, require
 from hookpoints.hooks import table as hook_table
 
 if TYPE_CHECKING:
     from hookpoints.layer.context import Scope
 
 
-class HookSet(nn.Module):
-    """Hook points of one scope, as attributes: ``hook_set.hook_q``."""
+KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where PyTorch keeps the hooks of a module, by whatever method they came."""
 
-    def __init__(self, names: list[str]):
+
+class Listeners:
+    """Tells in one look that nobody listens to the hook points of some sets.
+
+    Every way to attach ends in a dictionary: of the hooks of a point, or of the modules of a set. These dictionaries
+    note what is put into them (``_Noting``), and after a note everything is looked through once. So nothing is counted
+    that an interrupt could leave wrong, and hooks that are taken off are not noted at all.
+    """
+
+    def __init__(self) -> None:
+        self.sets: list[_Noting] = []
+        self.noted, self.silent = object(), None
+
+    def exist(self) -> bool:
+        """Whether a point has any hook, in scopes of this thread or of others, or something stands in its place."""
+        noted = self.noted
+        if noted is not self.silent and not any(_hooked(point) for each in self.sets for point in each.values()):
+            self.silent = noted  # a hook that another thread put on meanwhile made another note
+        return noted is not self.silent
+
+
+class _Noting(OrderedDict[Any, Any]):
+    """A dictionary of PyTorch's that notes what is put into it."""
+
+    def __init__(self, listeners: Listeners, entries: Iterable[tuple[Any, Any]]):
+        self.listeners = listeners
+        super().__init__(entries)
+
+    def __setitem__(self, key: object, value: object) -> None:
+        super().__setitem__(key, value)
+        self.listeners.noted = object()
+
+
+class Point(HookPoint):
+    """TransformerLens' hook point; ``listeners`` note each hook that is put on it."""
+
+    def __init__(self, listeners: Listeners):
         super().__init__()
-        for name in names:
-            self.add_module(name, HookPoint())
+        self.listeners = listeners
+        for kind in KINDS:
+            setattr(self, kind, getattr(self, kind))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, _Noting(self.listeners, value.items()) if name in KINDS else value)  # type: ignore[arg-type]
+
+
+class HookSet(nn.Module):
+    """Hook points of one scope, as attributes: ``hook_set.hook_q``. Sets may share their ``listeners``."""
+
+    def __init__(self, names: list[str], listeners: Listeners | None = None):
+        super().__init__()
+        self.listeners = listeners or Listeners()
+        self._modules = _Noting(self.listeners, [(name, Point(self.listeners)) for name in names])
+        self.listeners.sets.append(self._modules)
 
     def listens(self, *names: str) -> bool:
         """Whether anyone listens to one of ``names``."""
-        return any(is_listening(self._modules[name]) for name in names if name in self._modules)
+        every = self._modules
+        return self.listeners.exist() and any(is_listening(every[name]) for name in names if name in every)
 
     def fire(self, name: str, value: Tensor) -> Tensor:
         """Pass ``value`` through a hook; returns what the hook gives back, checked for shape."""
@@ -53,8 +105,11 @@ def fire(point: nn.Module, name: str, value: Tensor) -> Tensor:
         )
     if returned.dtype == value.dtype:
         return returned
-    if returned.is_complex():
-        raise HookShapeError(f"a hook on {getattr(point, 'name', name)} must return real numbers, found complex ones")
+    require(
+        not returned.is_complex(),
+        HookShapeError,
+        f"a hook on {getattr(point, 'name', name)} must return real numbers, found complex ones",
+    )
     return returned.to(value.dtype)
 
 
@@ -83,13 +138,8 @@ class MixerHooks(HookSet):
 
     def __init__(self, heads: int, factors: tuple[str, ...]):
         super().__init__([row.name for row in hook_table.rows("mixer") if row.factor is None or row.factor in factors])
-        names = [row.name for row in hook_table.rows("head")]
-        self.heads = nn.ModuleList(HookSet(names) for _ in range(heads))
-
-    def listening(self) -> bool:
-        """Whether anyone listens to anything in this mixer. Checked at every call, so it only looks at lengths."""
-        mixer = any(is_listening(point) for name, point in self._modules.items() if name != "heads")
-        return mixer or any(is_listening(point) for head in self.heads for point in head._modules.values())
+        of_head = [row.name for row in hook_table.rows("head")]
+        self.heads = nn.ModuleList(HookSet(of_head, self.listeners) for _ in range(heads))
 
     def heads_listening(self, *names: str) -> list[int]:
         """Heads with a listener on one of ``names``."""
@@ -105,18 +155,25 @@ class BlockHooks(HookSet):
         if mixer is not None:
             self.mixer = mixer
         if attention:
-            self.attn = HookSet([row.name for row in hook_table.rows("attn") if row.name in attention])
+            self.attn = HookSet([row.name for row in hook_table.rows("attn") if row.name in attention], self.listeners)
+
+
+def _hooked(point: nn.Module | None) -> bool:
+    """Whether a member of a set has hooks or is no hook point; sets inside it speak for themselves."""
+    if isinstance(point, HookSet | nn.ModuleList):
+        return False
+    return type(point) is not Point or any(getattr(point, kind) for kind in KINDS)
 
 
 def is_listening(point: nn.Module | None) -> bool:
     """Whether a hook point does anything here: it has hooks whose scope (if they have one) is in force for the code
     that runs now, or something (an attached SAE) stands in its place."""
-    if type(point) is not HookPoint:
+    if type(point) not in (Point, HookPoint):
         return point is not None
-    count = len(point._forward_hooks) + len(point._backward_hooks) + len(point._forward_pre_hooks)
+    count = sum(len(getattr(point, kind)) for kind in KINDS)
     if not count:
         return False
-    scopes = scopes_of(point)
+    scopes = scopes_of(point)  # type: ignore[arg-type]
     return count > len(scopes) or any(scope.active() for scope in scopes)
 
 

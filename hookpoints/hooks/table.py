@@ -43,9 +43,8 @@ class HookRow:
 
     def axes_of(self, rank: int) -> str:
         """Axes where a token takes ``rank`` steps: ``BTHRK`` for ``BTHK``, ``BTHR`` for ``BTH``, ``BHTSR``."""
-        if not self.per_step or rank == 1:
-            return self.axes
-        return self.axes.replace("BTH", "BTHR", 1).replace("BHTS", "BHTSR")
+        stepped = self.axes.replace("BTH", "BTHR", 1).replace("BHTS", "BHTSR")
+        return stepped if self.per_step and rank > 1 else self.axes
 
     def full_name(self, layer: int | str = "{l}", head: int | str = "{h}") -> str:
         """The name on a model: ``HookRow.full_name(1, 2) == "blocks.1.mixer.heads.2.hook_write"``."""

@@ -23,7 +23,7 @@ def hook_pattern(block: nn.Module, hooks: HookSet) -> Callable[[], None]:
         call = AttentionCall(block, hooks) if hooks.listens("hook_pattern") else None
         return forward(*args, **kwargs) if call is None else running(call, forward, args, kwargs)
 
-    return wrap_forward(block, around)
+    return wrap_forward(block, around, hooks.listeners.exist)
 
 
 class AttentionCall:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +40,21 @@ class HookedMixer:
         layer: block index.
         projection: the layer's own, which takes what the heads hand on.
         backend: who computes the native pass.
+        in_torch: whether upstream's ops are torch functions here.
 
     Raises:
         UnsupportedModelError: the layer calls the rule's op but does not name its sizes as the rule's layers do.
     """
 
     def __init__(
-        self, owner: object, layer: int, rule: Rule, module: nn.Module, projection: nn.Module, backend: Backend
+        self,
+        owner: object,
+        layer: int,
+        rule: Rule,
+        module: nn.Module,
+        projection: nn.Module,
+        backend: Backend,
+        in_torch: bool = False,
     ):
         try:
             heads, _, _ = rule.head_shape(module)
@@ -56,18 +66,28 @@ class HookedMixer:
         self.owner, self.layer, self.rule, self.module = owner, layer, rule, module
         self.heads, self.projection = heads, projection
         self.backend: Backend = backend
+        self.runs_alone = in_torch and backend == "auto" and not rule.kernel_only
+        """Whether the layer needs nothing of this package to run."""
         self.hooks = MixerHooks(heads, rule.hook_factors)
         self.calls = 0
         """Op calls so far; the self-check reads it."""
 
+    def needed(self) -> bool:
+        """Whether a forward of the layer has to be handled: someone listens, edits or records, or it does not run
+        alone. Inside a forward that is handled it always has, so that its ops do not go to that one's handler."""
+        asked = not self.runs_alone or self.hooks.listeners.exist() or current(self.owner).asks_layers
+        return asked or bool(open_handlers())
 
-def hook_layer(mixer: HookedMixer) -> Callable[[], None]:
-    """Make a ``LayerCall`` of every forward of the mixer's layer; returns what undoes it."""
+
+def hook_layer(mixer: HookedMixer, counts: bool) -> Callable[[], None]:
+    """Make a ``LayerCall`` of every forward of the mixer's layer in which it is needed, or of each one if the layer
+    ``counts`` the tokens of a cache (in partial runs all do); returns what undoes it."""
 
     def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        return running(LayerCall(mixer, args, kwargs), forward, args, kwargs)
+        call = LayerCall(mixer, args, kwargs)
+        return running(call, forward, args, kwargs) if mixer.needed() else forward(*args, **kwargs)
 
-    return wrap_forward(mixer.module, around)
+    return wrap_forward(mixer.module, around, None if counts else mixer.needed)
 
 
 def hook_projection(mixer: HookedMixer) -> Callable[[], None]:
@@ -75,14 +95,11 @@ def hook_projection(mixer: HookedMixer) -> Callable[[], None]:
 
     def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         calls = (call for call in open_handlers() if isinstance(call, LayerCall) and call.mixer is mixer)
-        call = next(calls, None) if mixer.hooks.listens("hook_z") else None
-        if call is None:
-            return forward(*args, **kwargs)
-        (value, *others) = args
-        assert isinstance(value, Tensor)
-        return forward(call.fire_z(value), *others, **kwargs)
+        if mixer.hooks.listens("hook_z") and (call := next(calls, None)) is not None:
+            args = (call.fire_z(cast(Tensor, args[0])), *args[1:])
+        return forward(*args, **kwargs)
 
-    return wrap_forward(mixer.projection, around)
+    return wrap_forward(mixer.projection, around, mixer.hooks.listeners.exist)
 
 
 class LayerCall:
@@ -128,12 +145,12 @@ class LayerCall:
             native_op = None  # hookpoints' own kernel computes the pass
         edited = any(self.mixer.layer in plan.by_layer for plan in run.plans)
         record = run.record if run.recorded is None or self.mixer.layer in run.recorded else None
-        if not edited and record is None and native_op is not None and not self.hooks.listening():
+        if not edited and record is None and native_op is not None and not self.hooks.listeners.exist():
             return native_op(**arguments)
         # fla's layers take the padding out before the op.
         padding = self.padding = Padding(self.real) if arguments.get("cu_seqlens") is not None else UNPADDED
         factors = rule.factors(arguments).over_time(padding.spread)
-        fired = {name: self._fire_copy(f"hook_{name}", getattr(factors, name)) for name in factors.present()}
+        fired = {name: self._fire_copy(f"hook_{name}", getattr(factors, name)) for name in factors.NAMES}
         changes = {name: factor for name, factor in fired.items() if factor is not None}
         factors, changed = replace(factors, **changes), frozenset(changes)
         recurrence = Recurrence.of(rule.form(factors, arguments))
@@ -159,14 +176,11 @@ class LayerCall:
             record[self.mixer.layer] = Recorded(kept, native, rule.value_first(arguments))
         response = EditResponse(recurrence)
         written = self._fire_sides(recurrence, hook_write_key="k", hook_write_value="u")  # the erase stays as it is
-        for head in range(recurrence.H):
-            # k'u'^T - k u^T = (k'-k) u'^T + k (u'-u)^T, which is exactly zero where nothing changed.
-            if written.k is not recurrence.k:
-                keys = (written.k - recurrence.k)[:, :, head]
-                response.add_low_rank(LowRankChange(head, keys, written.u[:, :, head]))
-            if written.u is not recurrence.u:
-                values = (written.u - recurrence.u)[:, :, head]
-                response.add_low_rank(LowRankChange(head, recurrence.k[:, :, head], values))
+        # k'u'^T - k u^T = (k'-k) u'^T + k (u'-u)^T, which is exactly zero where nothing changed.
+        moved = [(written.k - recurrence.k, written.u)] if written.k is not recurrence.k else []
+        moved += [(recurrence.k, written.u - recurrence.u)] if written.u is not recurrence.u else []
+        for head, (keys, values) in itertools.product(range(recurrence.H), moved):
+            response.add_low_rank(LowRankChange(head, keys[:, :, head], values[:, :, head]))
         for plan in run.plans:
             # Each plan edits what those before it and the hooks left, so a plan's changes are complete before any acts.
             edits = plan.by_layer.get(self.mixer.layer, [])
@@ -191,13 +205,14 @@ class LayerCall:
 
     # -- hooks
 
-    def _fire_copy(self, hook: str, value: Tensor) -> Tensor | None:
+    def _fire_copy(self, hook: str, value: Tensor | None) -> Tensor | None:
         """What a hook makes of ``value``, or None where it changes nothing. It is given a copy: ``value`` may be a view
         of what the layer still uses."""
-        if not self.hooks.listens(hook):
+        if value is None or not self.hooks.listens(hook):
             return None
-        fired, changed = watch(value.clone(), partial(self.hooks.fire, hook))
-        return fired if changed else None
+        fired = self.hooks.fire(hook, value.clone())  # so ``value`` itself tells, in place or not, whether it changed
+        graph = fired.requires_grad or (torch.is_grad_enabled() and value.requires_grad)
+        return fired if graph or not torch.equal(value, fired) else None
 
     def _fire_sides(self, r: Recurrence, **hooks: str) -> Recurrence:
         """The recurrence with what ``hooks`` made of the fields that they show; ``r`` itself where nothing changed."""
@@ -223,8 +238,9 @@ class LayerCall:
                         given = value[:, :, at].reshape(*value.shape[:2], *shape)
                         fired, moved = watch(given, partial(hooks.fire, name))
                         if moved:
-                            value, changed = value.clone(), True
-                            value[:, :, at] = fired.reshape(value[:, :, at].shape)
+                            others = value[:, :, :at], value[:, :, at + 1 :]
+                            new, changed = fired.reshape(*value.shape[:2], 1, *value.shape[3:]), True
+                            value = new if value.shape[2] == 1 else torch.cat([others[0], new, others[1]], dim=2)
             if changed:  # in place, perhaps, so the difference is to what is built anew
                 yield where, value - build(where)
 

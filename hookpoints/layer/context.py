@@ -10,6 +10,7 @@ import threading
 from collections.abc import Container, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -37,6 +38,12 @@ class Recorded(NamedTuple):
     value_first: bool = False
     """Whether the op, and so the layer's cache, has states [B,H,V,K]."""
 
+    def left(self, state: Tensor) -> bool:
+        """Whether the op left the ``state`` [B,H,K,V] of a cache, so that the factors explain it: an edit, or a hook
+        on writes or states, is not in them."""
+        final = self.native.final_state
+        return final is not None and torch.equal(state, final.to(state.dtype))
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -63,6 +70,16 @@ class Run:
     position: int | None = None
     """Position of the first token of the pass under way; None: its cache does not tell."""
 
+    @cached_property
+    def asks_layers(self) -> bool:
+        """Whether recurrent layers have more to do than to run."""
+        return bool(self.plans) or self.record is not None or self.backend is not None or self.partial
+
+    @cached_property
+    def partial(self) -> bool:
+        """Whether blocks are skipped, or one is fed."""
+        return self.start_layer > 0 or self.stop_layer is not None or self.residual is not None
+
 
 class Scope:
     """A stretch of a program in which a hooked model runs otherwise. Opened by ``scope``."""
@@ -72,6 +89,8 @@ class Scope:
         self.open = True
         self.passes = 0
         """Forward passes of the model inside this scope, in its own context."""
+        self.merged: tuple[Run | None, Run] = (None, _NOTHING)
+        """The run outside of it, and inside: made once, for each hooked module of a pass asks for it."""
 
     def active(self) -> bool:
         """Whether code that runs now is inside this scope.
@@ -79,8 +98,7 @@ class Scope:
         Autograd runs backward passes on a GPU in threads of its own, which have no context; they count as inside of
         every open scope.
         """
-        of_autograd = isinstance(threading.current_thread(), threading._DummyThread)
-        return self.open and (of_autograd or self in _SCOPES.get())
+        return self.open and (self in _SCOPES.get() or isinstance(threading.current_thread(), threading._DummyThread))
 
 
 _NOTHING = Run()
@@ -92,7 +110,11 @@ def current(owner: object) -> Run:
     run = _NOTHING
     for opened in _SCOPES.get():
         if opened.owner is owner and opened.open:
-            run = replace(run, **{"plans": run.plans + opened.plans, **opened.changes})
+            outside, inside = opened.merged
+            if outside is not run:
+                inside = replace(run, **{"plans": run.plans + opened.plans, **opened.changes})
+                opened.merged = run, inside
+            run = inside
     return run
 
 

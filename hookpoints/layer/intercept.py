@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import operator
 import sys
 import threading
 import types
@@ -31,6 +32,8 @@ from hookpoints.rules.base import Rule
 Function = Callable[..., object]
 Around = Callable[[Function, tuple[object, ...], dict[str, object]], object]
 """Stands around a module's forward: called with it and the call's arguments, returns what the module returns."""
+Needed = Callable[[], bool]
+"""Whether an ``Around`` has anything to do in a call that begins."""
 
 _LOCK = threading.RLock()
 """Held while something is wrapped or unwrapped."""
@@ -51,19 +54,21 @@ class _WrappedForward:
         self.module = module
         self.replaced = module.__dict__.get("forward")  # accelerate sets one on the instance, too
         self.original: Function = module.forward
-        self.arounds: tuple[Around, ...] = ()
+        self.arounds: tuple[tuple[Around, Needed | None], ...] = ()
         self.__signature__ = inspect.signature(self.original)  # upstream looks at it
         # What accelerate wraps, as it does a bound method's; and what it unwraps this to, not upstream's own forward.
         self.__func__ = functools.partial(_call_unbound, cast(Function, self), module)
         self.__func__.__dict__.update(__name__="forward", __signature__=inspect.signature(type(module).forward))
         self.__wrapped__ = self.replaced or self.__func__
 
-    # torch.compile would freeze who listens at its first call, so a compiled model runs wrapped modules uncompiled.
-    @torch.compiler.disable
     def __call__(self, *args: object, **kwargs: object) -> object:
+        # torch.compile would freeze who listens at its first call, so a compiled model runs wrapped modules uncompiled.
+        if torch.compiler.is_dynamo_compiling():
+            return _uncompiled(self, *args, **kwargs)
         forward = self.original
-        for around in self.arounds:
-            forward = functools.partial(_call_around, around, forward)
+        for around, needed in self.arounds:
+            if needed is None or needed():
+                forward = functools.partial(_call_around, around, forward)
         return forward(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, object]) -> object:
@@ -80,22 +85,29 @@ def _call_unbound(wrapped: Function, own: nn.Module, module: nn.Module, /, *args
     return wrapped(*args, **kwargs) if module is own else type(module).forward(module, *args, **kwargs)
 
 
+@torch.compiler.disable
+def _uncompiled(wrapped: Function, *args: object, **kwargs: object) -> object:
+    return wrapped(*args, **kwargs)
+
+
 def _call_around(around: Around, forward: Function, *args: object, **kwargs: object) -> object:
     return around(forward, args, kwargs)
 
 
-def wrap_forward(module: nn.Module, around: Around) -> Callable[[], None]:
-    """Put ``around`` around the module's forward, outside of those already there; returns what takes it off."""
+def wrap_forward(module: nn.Module, around: Around, needed: Needed | None = None) -> Callable[[], None]:
+    """Put ``around`` around the module's forward, outside of those already there, in calls in which it is ``needed``
+    (None: in all); returns what takes it off."""
+    entry = (around, needed)
     with _LOCK:
         # Through __dict__: some modules (TransformerLens') hand attributes that are set to others.
         wrapped = module.__dict__.get("forward")
         if not isinstance(wrapped, _WrappedForward):
             module.__dict__["forward"] = wrapped = _WrappedForward(module)
-        wrapped.arounds = (*wrapped.arounds, around)
+        wrapped.arounds = (*wrapped.arounds, entry)
 
     def unwrap() -> None:
         with _LOCK:
-            wrapped.arounds = tuple(other for other in wrapped.arounds if other is not around)
+            wrapped.arounds = tuple(other for other in wrapped.arounds if other is not entry)
             if wrapped.arounds or module.__dict__.get("forward") is not wrapped:
                 return  # what someone set on top of ours calls it still, and it does nothing
             if wrapped.replaced is None:
@@ -146,7 +158,10 @@ def running(handler: OpHandler, forward: Function, args: tuple[object, ...], kwa
 
 def open_handlers() -> tuple[OpHandler, ...]:
     """Those of the layer whose forward is under way, the innermost first."""
-    return tuple(handler for handler in _RUNNING.get() if handler.open)
+    return tuple(filter(_OPEN, _RUNNING.get()))
+
+
+_OPEN = operator.attrgetter("open")
 
 
 def _handle(handlers: tuple[OpHandler, ...], op: Function, arguments: Mapping[str, object]) -> object:
@@ -213,6 +228,18 @@ def _rebind(namespace: ModuleType, *wrappers: tuple[Iterable[str], Callable[...,
     return unwrap
 
 
+def in_torch(namespace: ModuleType, rule: Rule) -> bool:
+    """Whether all ops of the rule are torch functions there; a layer that calls those needs no handler to run."""
+    kernels = []
+    for name in (*rule.ops, *rule.companions, *rule.fused, *rule.norm_linear):
+        if (op := getattr(namespace, name, None)) is not None:
+            op = op.__wrapped__ if id(op) in _USES else op
+            # transformers decorates its torch functions, whether or not it found a kernel that stands in for them.
+            found = inspect.getclosurevars(op).nonlocals if op is not inspect.unwrap(op) else {}
+            kernels.append(found.get("is_new_implementation", op is not inspect.unwrap(op)))
+    return not any(kernels)
+
+
 def torch_form(op: Function) -> Function | None:
     """The torch function that ``op`` is or stands in for; None for fla's own, which are Triton kernels."""
     form = inspect.unwrap(op)
@@ -220,34 +247,40 @@ def torch_form(op: Function) -> Function | None:
 
 
 def _wrap_op(op: Function, on_device: bool = True) -> Function:
-    signature = inspect.signature(inspect.unwrap(op))
+    plain = inspect.unwrap(op)
+    parameters = inspect.signature(plain).parameters
+    names = [name for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    defaults = {name: parameters[name].default for name in names if parameters[name].default is not inspect._empty}
+    # fla's ops take any keyword; those that an op does not take are dropped, as upstream does with other kernels'.
+    known = _keywords(plain)
 
     @functools.wraps(op)
     def wrapper(*args: object, **kwargs: object) -> object:
         handlers = open_handlers()
         if not handlers:
             return op(*args, **kwargs)
-        positional = tuple(signature.parameters)[: len(args)]
-        for_device = _on_device(op, args, kwargs) if on_device else op
-        return _handle(handlers, _by_name(for_device, positional), _bind(signature, args, kwargs))
+        positional = tuple(names[: len(args)])
+        given = {name: value for name, value in kwargs.items() if known is None or name in known}
+        for_device = _on_device(op, plain, args, kwargs) if on_device else op
+        return _handle(handlers, _by_name(for_device, positional), defaults | dict(zip(positional, args)) | given)
 
     return wrapper
 
 
+@functools.lru_cache
 def _by_name(op: Function, positional: tuple[str, ...]) -> Function:
     """The op, taking every argument by name. What the layer gave by position is passed by position: fast kernels
     stand in for the torch op under other names (``q`` for ``query``, ``x`` for ``hidden_states``)."""
+    known = _keywords(op)
 
     @functools.wraps(op)
     def call(**arguments: object) -> object:
         first = [arguments.pop(name) for name in positional]
-        known = _keywords(op)
         return op(*first, **(arguments if known is None else {n: x for n, x in arguments.items() if n in known}))
 
     return call
 
 
-@functools.cache
 def _keywords(op: Function) -> frozenset[str] | None:
     """Names that ``op`` itself takes, whatever it stands in for; None where it takes any."""
     parameters = inspect.signature(op, follow_wrapped=False).parameters
@@ -270,11 +303,12 @@ def _wrap_companion(op: Function, fused: bool = False) -> Function:
     """While a hooked layer runs, the op for the tensors' device. Of a ``fused`` op it is the torch stand-in, which
     declines, so that the layer calls its own."""
 
+    plain = inspect.unwrap(op)
+
     @functools.wraps(op)
     def wrapper(*args: object, **kwargs: object) -> object:
-        if not open_handlers():
-            return op(*args, **kwargs)
-        return (inspect.unwrap(op) if fused else _on_device(op, args, kwargs))(*args, **kwargs)
+        run = op if not open_handlers() else plain if fused else _on_device(op, plain, args, kwargs)
+        return run(*args, **kwargs)
 
     return wrapper
 
@@ -295,19 +329,8 @@ def _wrap_norm_linear(op: Function) -> Function:
     return wrapper
 
 
-def _on_device(op: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> Function:
+def _on_device(op: Function, plain: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> Function:
     """The op for the tensors' device. With fla installed, transformers takes fla's Triton kernels on any device and
-    crashes on a CPU; the torch original is underneath the decorators."""
+    crashes on a CPU; the torch original, ``plain``, is underneath the decorators."""
     tensor = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-    return op if tensor is None or tensor.device.type != "cpu" else inspect.unwrap(op)
-
-
-def _bind(signature: inspect.Signature, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, object]:
-    """Arguments by name, defaults filled in. Keywords that the op does not name are kept where it takes any (fla's ops
-    do), else dropped, as upstream does with those that only other kernels take."""
-    known = {name: value for name, value in kwargs.items() if name in signature.parameters}
-    bound = signature.bind(*args, **known)
-    bound.apply_defaults()
-    named = {name: value for name, value in bound.arguments.items() if name not in ("kwargs", "args")}
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    return {**kwargs, **named} if open_ended else named
+    return op if tensor is None or tensor.device.type != "cpu" else plain

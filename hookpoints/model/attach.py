@@ -13,7 +13,7 @@ from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from hookpoints.errors import BridgeWarning, HookpointsError
+from hookpoints.errors import BridgeWarning, HookpointsError, require
 from hookpoints.layer.context import Backend
 from hookpoints.layer.intercept import Function, wrap_forward
 from hookpoints.model import selfcheck
@@ -53,10 +53,11 @@ def attach(model: nn.Module, *, backend: Backend = "auto", self_check: bool = Tr
         SelfCheckError: the model does not behave as hooks need. It is left as it was.
     """
     model = unwrap(model)
-    if isinstance(model, HookedModel):
-        raise HookpointsError(
-            f"{type(model).__name__} has hook points already; attach() is for plain models (here: model.hf_model)"
-        )
+    require(
+        not isinstance(model, HookedModel),
+        HookpointsError,
+        f"{type(model).__name__} has hook points already; attach() is for plain models (here: model.hf_model)",
+    )
     if isinstance(model, TransformerBridge):
         return AttachedBridge(model, backend=backend, self_check=self_check)
     return Attached(model, backend=backend, self_check=self_check)
@@ -122,7 +123,8 @@ class AttachedBridge(Attached):
 
     def _check(self) -> None:
         tokens = torch.arange(1, 8, device=self.cfg.device).remainder(self.cfg.d_vocab).unsqueeze(0)
-        with suppress(Exception), torch.no_grad():  # a copied forward may not fit this version of transformers
+        # A copied forward may not fit this version of transformers.
+        with suppress(Exception), torch.no_grad(), self.recording():
             self.bridge(tokens)
         deaf = {id(mixer.module) for mixer in self.attachment.mixers.values() if not mixer.calls}
         for component in self.hf_model.modules():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedConfig
 
-from hookpoints.errors import HookpointsError, UnsupportedModelError
+from hookpoints.errors import HookpointsError, UnsupportedModelError, require
 from hookpoints.fla.scope import is_fla, wrap_model
 from hookpoints.hooks.points import BlockHooks, HookSet, MixerHooks, fire, is_listening, through_hook
 from hookpoints.layer.attention import hook_pattern
 from hookpoints.layer.call import HookedMixer, hook_layer, hook_projection
 from hookpoints.layer.context import Backend, CountingCache, cache_among, count_pass, current, position_of, scope
-from hookpoints.layer.intercept import Function, wrap_attention, wrap_forward, wrap_ops
+from hookpoints.layer.intercept import Function, Needed, in_torch, wrap_attention, wrap_forward, wrap_ops
 from hookpoints.model.inputs import cache_argument
 from hookpoints.model.layout import out_projection
 from hookpoints.scopes import scoped
@@ -71,15 +72,16 @@ class Attachment:
             self._on_output(self.layout.embed, self._fire_embed)
             if layout.final_norm is not None:
                 root.ln_final = final = _FinalNorm(layout.final_norm)
-                self._on_output(layout.final_norm, lambda x: final.fire("hook_normalized", x))
+                self._on_output(layout.final_norm, partial(final.fire, "hook_normalized"), final.listeners.exist)
         except BaseException:
             self.detach()  # a model that is refused is left as it was
             raise
 
     def require(self) -> None:
         """Raise HookpointsError after ``detach``: hooks would never fire again, and silently so."""
-        if not self.attached:
-            raise HookpointsError("the hook points were taken off this model (detach); attach to it again")
+        require(
+            self.attached, HookpointsError, "the hook points were taken off this model (detach); attach to it again"
+        )
 
     def detach(self) -> None:
         """Take everything off the model that was put on it."""
@@ -95,12 +97,13 @@ class Attachment:
     def require_one_forward(self) -> None:
         """Raise UnsupportedModelError where gradient checkpointing would compute layers again in the backward pass,
         outside of the scopes of their forward pass: gradients would be those of another model."""
-        checkpoints = self._model.training and getattr(self._model, "is_gradient_checkpointing", False)
-        if checkpoints and torch.is_grad_enabled():
-            raise UnsupportedModelError(
-                "scoped hooks and edits do not reach layers that gradient checkpointing computes again: call "
-                "gradient_checkpointing_disable() on the model, or set hooks with add_hook"
-            )
+        require(
+            not (self._model.training and torch.is_grad_enabled())
+            or not getattr(self._model, "is_gradient_checkpointing", False),
+            UnsupportedModelError,
+            "scoped hooks and edits do not reach layers that gradient checkpointing computes again: call "
+            "gradient_checkpointing_disable() on the model, or set hooks with add_hook",
+        )
 
     def new_cache(self) -> dict[str, object]:
         """An empty cache as an argument of the model, where upstream cannot make one that serves; else none."""
@@ -110,7 +113,7 @@ class Attachment:
 
     def _run_model(self, forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         count_pass(self)
-        if kwargs.get("use_cache") and cache_among(*args, *kwargs.values()) is None:
+        if self.counts_tokens and kwargs.get("use_cache") and cache_among(*args, *kwargs.values()) is None:
             kwargs = kwargs | self.new_cache()
         position = current(self).first_token
         if position is None:
@@ -119,9 +122,7 @@ class Attachment:
             return forward(*args, **kwargs)
 
     def _run_backbone(self, forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        if current(self).in_pass:
-            return forward(*args, **kwargs)
-        return self._run_model(forward, args, kwargs)
+        return forward(*args, **kwargs) if current(self).in_pass else self._run_model(forward, args, kwargs)
 
     @scoped
     def passing(self, start: int, stop: int | None, residual: Tensor | None) -> Iterator[None]:
@@ -131,16 +132,19 @@ class Attachment:
         Raises:
             UnsupportedModelError: a run of this model cannot start above its first block, or end before its last.
         """
-        if (start > 0 or stop not in (None, len(self.layout.blocks))) and not self.layout.is_chain:
-            raise UnsupportedModelError(
-                "a run cannot start or stop at a layer of this model: its blocks are no chain along one residual "
-                "stream [B,T,D] that is known here. Run the whole model; hooks of its mixers fire there"
-            )
-        if start > 0 and self.layout.first_block_feeds_all:
-            raise UnsupportedModelError(
-                f"a run cannot start at layer {start} of this model: its first block makes values that all others "
-                "take. HookedRecurrent.from_pretrained loads RWKV-7 checkpoints in a class that can"
-            )
+        require(
+            (start == 0 and stop in (None, len(self.layout.blocks))) or self.layout.is_chain,
+            UnsupportedModelError,
+            "a run cannot start or stop at a layer of this model: its blocks are no chain along one residual "
+            "stream [B,T,D] that is known here. Run the whole model; hooks of its mixers fire there",
+        )
+        require(
+            start == 0 or not self.layout.first_block_feeds_all,
+            UnsupportedModelError,
+            f"a run cannot start at layer {start} of this model: its first block makes values that all others "
+            "take. HookedRecurrent.from_pretrained loads RWKV-7 checkpoints in a class that can",
+        )
+        stop = None if stop == len(self.layout.blocks) else stop
         with scope(self, start_layer=start, stop_layer=stop, residual=residual):
             yield
 
@@ -149,45 +153,51 @@ class Attachment:
     def _attach_block(self, layer: int, block: BlockLayout, backend: Backend) -> BlockHooks:
         mixer_hooks: MixerHooks | None = None
         if block.rule is not None and block.namespace is not None and block.mixer is not None:
-            mixer = HookedMixer(self, layer, block.rule, block.mixer, out_projection(block.mixer), backend)
+            alone, out = in_torch(block.namespace, block.rule), out_projection(block.mixer)
+            mixer = HookedMixer(self, layer, block.rule, block.mixer, out, backend, alone)
             self.mixers[layer], mixer_hooks = mixer, mixer.hooks
             self.undo.callback(wrap_ops(block.namespace, block.rule))
-            self.undo.callback(hook_layer(mixer))
+            # Attention layers, where there are any, tell how many tokens a cache holds.
+            counts = len(self.mixers) == 1 and all(each.rule is not None for each in self.layout.blocks)
+            self.undo.callback(hook_layer(mixer, counts))
             self.undo.callback(hook_projection(mixer))
         outputs = {"hook_mixer_out": block.mixer_out, "hook_attn_out": block.attn_out, "hook_mlp_out": block.mlp_out}
         absent = [name for name, added in outputs.items() if added is None]
         absent += [] if self.layout.is_chain else ["hook_resid_pre", "hook_resid_post"]
         of_attention = [value.hook for value in block.attn_values] + ["hook_pattern"] * bool(block.attn_namespace)
         hooks = BlockHooks(mixer_hooks, of_attention, absent)
+        needed = hooks.listeners.exist
         for name, module, entering, split, scale in block.attn_values:
-            (self._on_input if entering else self._on_output)(module, through_hook(hooks.attn, name, scale, split))
+            wrap = self._on_input if entering else self._on_output
+            wrap(module, through_hook(hooks.attn, name, scale, split), needed)
         if block.attn_namespace is not None:
             self.undo.callback(wrap_attention(block.attn_namespace))
             self.undo.callback(hook_pattern(block.block, hooks.attn))
         for name, added in outputs.items():
             if added is not None:
-                self._on_output(added.module, through_hook(hooks, name, added.scale))
+                self._on_output(added.module, through_hook(hooks, name, added.scale), needed)
         if self.layout.is_chain:
-            self.undo.callback(wrap_forward(block.block, _BlockRun(self, layer, hooks)))
+            around = _BlockRun(self, layer, hooks)
+            self.undo.callback(wrap_forward(block.block, around, around.needed))
         return hooks
 
     def _fire_embed(self, value: Tensor) -> Tensor:
         point = cast(nn.Module, self._root.hook_embed)
         return fire(point, "hook_embed", value) if is_listening(point) and current(self).start_layer == 0 else value
 
-    def _on_output(self, module: nn.Module, through: Through) -> None:
+    def _on_output(self, module: nn.Module, through: Through, needed: Needed | None = None) -> None:
         def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
             return _changed_output(forward(*args, **kwargs), through)
 
-        self.undo.callback(wrap_forward(module, around))
+        self.undo.callback(wrap_forward(module, around, needed))
 
-    def _on_input(self, module: nn.Module, through: Through) -> None:
+    def _on_input(self, module: nn.Module, through: Through, needed: Needed) -> None:
         def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
             entering = _Input.of(args, kwargs)
             args, kwargs = entering.replaced(through(entering.value))
             return forward(*args, **kwargs)
 
-        self.undo.callback(wrap_forward(module, around))
+        self.undo.callback(wrap_forward(module, around, needed))
 
 
 class _FinalNorm(HookSet):
@@ -214,6 +224,10 @@ class _BlockRun:
     """In which form the block returns the residual stream, known once it ran: None for itself; for a tuple that begins
     with it, for each further entry the argument that the block hands on there (fla's hand on the cache)."""
 
+    def needed(self) -> bool:
+        """Whether a forward of the block is to be met: for its hooks, a partial run, or to learn what it returns."""
+        return self.returns is not None or self.hooks.listeners.exist() or current(self.owner).partial
+
     def __call__(self, forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         run, entering = current(self.owner), _Input.of(args, kwargs)
         if self.layer < run.start_layer:
@@ -238,9 +252,8 @@ class _BlockRun:
         """The block's input, in the form in which the block returns its output."""
         if self.returns == "unknown":  # nothing ran yet
             self._learn(kwargs, forward(*args, **kwargs))
-        if not isinstance(self.returns, tuple):
-            return value
-        return (value, *[kwargs.get(name) if name else None for name in self.returns])
+        further = self.returns if isinstance(self.returns, tuple) else None
+        return value if further is None else (value, *[kwargs.get(name) if name else None for name in further])
 
     def _learn(self, kwargs: dict[str, object], output: object) -> None:
         if not isinstance(output, tuple):

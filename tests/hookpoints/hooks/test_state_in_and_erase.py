@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from hookpoints.fla import is_fla
 from hookpoints.layer.response import EditResponse
-from hookpoints.model.inputs import cache_argument, cache_of, position_inputs
+from hookpoints.model.inputs import cache_of, continuing
 from hookpoints.recurrence.canonical import over_time
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.recurrence.reference import add_write, read_out, transition
@@ -59,8 +59,7 @@ def passes(model, layer, lengths, edit=None):
     hooks = [(name, lambda x, hook, to=to: to.append(x.clone())) for name, to in zip(names, seen[1:])]
     for tokens, where in zip(SEQUENCE.split(lengths, 1), torch.arange(24).expand(2, -1).split(lengths, 1)):
         with model.hooks(hooks):
-            inputs = {cache_argument(model.hf_model): cache} | position_inputs(model.hf_model, where)
-            out = model.hf_model(tokens, use_cache=True, **inputs)
+            out = model.hf_model(tokens, **continuing(model.hf_model, cache, int(where[0, 0]), tokens))
         if cache is None and edit is not None:
             edit(cache_of(out))
         cache = cache_of(out)

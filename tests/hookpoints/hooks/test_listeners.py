@@ -1,0 +1,119 @@
+"""A layer to which nobody listens is left alone, and every way to attach to a hook point ends that."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import make_hf
+from transformer_lens.hook_points import HookPoint
+
+from hookpoints import HookedRecurrent, WriteEdit
+from hookpoints.layer import call
+
+NAME = "blocks.1.mixer.heads.2.hook_write"
+
+
+def zeroed(x: torch.Tensor, hook: object = None) -> torch.Tensor:
+    return 0 * x
+
+
+class Zeroing(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0 * x
+
+
+def by_torch(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+    return 0 * output
+
+
+WAYS: dict[str, Callable[[HookedRecurrent, HookPoint], object]] = {
+    "model": lambda model, point: model.add_hook(NAME, zeroed),
+    "permanent": lambda model, point: model.add_perma_hook(NAME, zeroed),
+    "point": lambda model, point: point.add_hook(zeroed, prepend=True),
+    "torch": lambda model, point: point.register_forward_hook(by_torch),
+    "torch, before": lambda model, point: point.register_forward_pre_hook(lambda module, args: (0 * args[0],)),
+    "entry": lambda model, point: point._forward_hooks.update({-1: by_torch}),
+    "another dictionary": lambda model, point: (
+        setattr(point, "_forward_hooks", OrderedDict()),
+        model(torch.arange(9).unsqueeze(0)),
+        point.add_hook(zeroed),
+    ),
+    "module": lambda model, point: setattr(model.blocks[1].mixer.heads[2], "hook_write", Zeroing()),
+    "member": lambda model, point: model.blocks[1].mixer.heads[2].add_module("hook_write", Zeroing()),
+}
+
+
+@pytest.fixture
+def handled(monkeypatch) -> list[int]:
+    """The layers whose calls were handled, in order."""
+    seen, plain = [], call.running
+    noted = lambda handler, *args: seen.append(handler.mixer.layer) or plain(handler, *args)  # noqa: E731
+    monkeypatch.setattr(call, "running", noted)
+    return seen
+
+
+@pytest.fixture
+def quiet() -> HookedRecurrent:
+    """A model of its own that has run, so that its layers know that nobody listens."""
+    model = HookedRecurrent.from_hf(make_hf(), self_check=False)
+    model(torch.arange(9).unsqueeze(0))
+    return model
+
+
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_every_way_to_attach_is_seen(quiet, tokens, handled, way):
+    plain = quiet(tokens)
+    assert not handled
+    WAYS[way](quiet, quiet.hook_dict[NAME])
+    changed = quiet(tokens)
+    assert handled == [1] and not torch.equal(changed, plain)
+    quiet.reset_hooks(including_permanent=True)
+    quiet.blocks[1].mixer.heads[2].hook_write = HookPoint()
+    assert torch.equal(quiet(tokens), plain)
+    with quiet.edits([WriteEdit(1, 2, t, mode="delete") for t in range(tokens.shape[1])]):
+        torch.testing.assert_close(changed, quiet(tokens), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("way", ["full", "before"])
+def test_backward_hooks_of_torch_are_seen(quiet, tokens, way):
+    point, seen = quiet.hook_dict[NAME], []
+    register = point.register_full_backward_hook if way == "full" else point.register_full_backward_pre_hook
+    register(lambda *args: seen.append(args))
+    quiet(tokens).sum().backward()
+    assert len(seen) == 1
+
+
+@torch.no_grad()
+def test_a_layer_is_left_alone_again_when_its_hooks_are_gone(quiet, tokens, handled):
+    """Also after an error, and when handles are taken off one by one; other layers are never met."""
+    with pytest.raises(ZeroDivisionError), quiet.hooks([(NAME, lambda x, hook: 1 / 0)]):
+        quiet(tokens)
+    quiet.add_hook(NAME, zeroed)
+    quiet.hook_dict[NAME].fwd_hooks.pop().hook.remove()
+    quiet.hook_dict[NAME].add_hook(zeroed)
+    quiet.hook_dict[NAME].remove_hooks()
+    assert handled == [1]
+    quiet(tokens)
+    quiet.generate(tokens[:1, :5], max_new_tokens=3, do_sample=False)
+    assert handled == [1]
+
+
+@torch.no_grad()
+def test_hooks_that_come_while_another_thread_runs_are_seen(quiet, tokens):
+    """The look that finds nobody may be interrupted by a hook that is put on at that moment."""
+    listeners, plain = quiet.blocks[1].mixer.listeners, quiet(tokens)
+    listeners.noted = object()
+
+    class Interrupting(list):
+        def __iter__(self):
+            yield from list.__iter__(self)
+            quiet.add_hook(NAME, zeroed)
+
+    listeners.sets = Interrupting(listeners.sets)
+    listeners.exist()
+    listeners.sets = list.copy(listeners.sets)
+    assert not torch.equal(quiet(tokens), plain)
