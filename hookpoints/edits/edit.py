@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from hookpoints.errors import EditError
+from hookpoints.errors import EditError, require
 from hookpoints.recurrence.canonical import CanonicalForm, Loop, is_dense
 
 Mode = Literal["add", "replace", "delete"]
@@ -44,36 +44,49 @@ class WriteEdit:
     loop: Loop = "closed"
 
     def __post_init__(self) -> None:
-        if self.mode not in ("add", "replace", "delete"):
-            raise EditError(f"mode must be add, replace or delete, not {self.mode!r}")
-        if self.loop not in ("closed", "open"):
-            raise EditError(f"loop must be closed or open, not {self.loop!r}")
+        require(
+            self.mode in ("add", "replace", "delete"),
+            EditError,
+            f"mode must be add, replace or delete, not {self.mode!r}",
+        )
+        require(self.loop in ("closed", "open"), EditError, f"loop must be closed or open, not {self.loop!r}")
         for name in ("layer", "head", "position")[: 2 if self.position is None else 3]:
             object.__setattr__(self, name, operator.index(getattr(self, name)))
-        if self.position is not None and self.position < 0:
-            raise EditError(f"position must be >= 0 or None for every token, not {self.position}")
+        require(
+            self.position is None or self.position >= 0,
+            EditError,
+            f"position must be >= 0 or None for every token, not {self.position}",
+        )
         if self.mode == "delete":
-            if self.keys is not None or self.values is not None:
-                raise EditError("a delete takes no keys and values: it writes 0 (use mode='replace' to write them)")
+            require(
+                self.keys is None and self.values is None,
+                EditError,
+                "a delete takes no keys and values: it writes 0 (use mode='replace' to write them)",
+            )
             return
         if self.keys is None or self.values is None:
             raise EditError(f"mode {self.mode!r} needs both keys [R,K] and values [R,V]")
         for name, side in (("keys", self.keys), ("values", self.values)):
-            if not is_dense(side):
-                raise EditError(f"{name} must be a dense tensor of real numbers, found {type(side).__name__}")
-        keys, values = torch.atleast_2d(self.keys), torch.atleast_2d(self.values)
-        if keys.ndim != 2 or values.ndim != 2 or keys.shape[0] != values.shape[0]:
-            raise EditError(
-                "keys [R,K] and values [R,V] must share their rank R; "
-                f"found {tuple(self.keys.shape)} and {tuple(self.values.shape)}"
+            require(
+                is_dense(side), EditError, f"{name} must be a dense tensor of real numbers, found {type(side).__name__}"
             )
+        keys, values = torch.atleast_2d(self.keys), torch.atleast_2d(self.values)
+        require(
+            keys.ndim == 2 and values.ndim == 2 and keys.shape[0] == values.shape[0],
+            EditError,
+            "keys [R,K] and values [R,V] must share their rank R; "
+            f"found {tuple(self.keys.shape)} and {tuple(self.values.shape)}",
+        )
         object.__setattr__(self, "keys", keys)
         object.__setattr__(self, "values", values)
 
     def check_shape(self, heads: int, key_dim: int, value_dim: int) -> None:
         """Raise EditError unless the edit fits a layer with ``heads`` heads of ``key_dim`` x ``value_dim``."""
-        if not 0 <= self.head < heads:
-            raise EditError(f"head {self.head} is out of range: layer {self.layer} has heads 0 to {heads - 1}")
+        require(
+            0 <= self.head < heads,
+            EditError,
+            f"head {self.head} is out of range: layer {self.layer} has heads 0 to {heads - 1}",
+        )
         for name, tensor, width in (("keys", self.keys, key_dim), ("values", self.values, value_dim)):
             if tensor is not None and tensor.shape[-1] != width:
                 raise EditError(
@@ -162,12 +175,6 @@ class LowRankChange(NamedTuple):
     """[B,T,V] or [B,T,R,V]."""
     loop: Loop = "closed"
 
-    def dense(self) -> Tensor:
-        """[B,T,K,V]."""
-        if self.keys.ndim == 4:
-            return self.keys.mT @ self.values
-        return self.keys.unsqueeze(-1) * self.values.unsqueeze(-2)
-
     def size(self) -> Tensor:
         """[B,T], zero exactly where nothing is added."""
         terms = self.keys.abs().amax(-1) * self.values.abs().amax(-1)
@@ -204,11 +211,12 @@ def changes_of(
         EditError: an edit does not fit the layer, its row or its position cannot be told, or two edits replace or
             delete the same write.
     """
-    if edits and plan.rows is not None and plan.rows != r.B:
-        raise EditError(
-            f"there are rows of edits for a batch of {plan.rows}, but the model runs {r.B} rows; give one entry "
-            "(empty for none) per row that runs, beams and several returned sequences included"
-        )
+    require(
+        not edits or plan.rows is None or plan.rows == r.B,
+        EditError,
+        f"there are rows of edits for a batch of {plan.rows}, but the model runs {r.B} rows; give one entry "
+        "(empty for none) per row that runs, beams and several returned sequences included",
+    )
     stacks: dict[tuple[int, Loop], _HeadChanges] = {}
     for placed in edits:
         row, edit = placed
@@ -246,15 +254,15 @@ class _HeadChanges:
         self.slots: list[tuple[Tensor, Tensor, Tensor]] = []  # keys [B,T,K], values [B,T,V], taken [B,T]
 
     def remove(self, rows: slice, at: slice, position: int | None) -> None:
-        if self.removed[rows, at].any():
-            raise EditError(
-                f"two edits replace or delete the same write (head {self.head}, position {position}); keep one of them"
-            )
+        require(
+            not self.removed[rows, at].any(),
+            EditError,
+            f"two edits replace or delete the same write (head {self.head}, position {position}); keep one of them",
+        )
         self.removed[rows, at] = True
 
     def add(self, rows: slice, at: slice, key: Tensor, value: Tensor) -> None:
-        free = (slot for slot in self.slots if not slot[2][rows, at].any())
-        slot = next(free, None)
+        slot = next((slot for slot in self.slots if not slot[2][rows, at].any()), None)
         if slot is None:
             sides = [self.r.k.new_zeros(self.r.B, self.r.T, n, dtype=self.r.dtype) for n in (self.r.K, self.r.V)]
             self.slots.append(slot := (sides[0], sides[1], torch.zeros_like(self.removed)))
@@ -264,7 +272,8 @@ class _HeadChanges:
         taken[rows, at] = True
 
     def changes(self, current: Sequence[LowRankChange]) -> Iterator[LowRankChange]:
-        for keys, values, _ in self.slots:
+        if self.slots:  # one pass for all terms of an edit
+            keys, values = (torch.stack([slot[side] for slot in self.slots], 2).squeeze(2) for side in (0, 1))
             yield LowRankChange(self.head, keys, values, self.loop)
         if self.removed.any():
             native = LowRankChange(self.head, self.r.k[:, :, self.head], self.r.u[:, :, self.head])

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import NamedTuple, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
-from hookpoints.edits.edit import EditPlan, EditRow
-from hookpoints.errors import EditError, UnsupportedModelError
-from hookpoints.layer.context import Backend, current, scope
+from hookpoints.edits.edit import EditPlan, EditRow, as_edits
+from hookpoints.errors import EditError, UnsupportedModelError, require
+from hookpoints.fla.scope import is_fla
+from hookpoints.layer.context import Backend, Recorded, current, scope
+from hookpoints.memory.caches import attention_of, cut, put_state, state_of, tensors_of
 from hookpoints.model.hooked import HookedModel
-from hookpoints.model.inputs import as_tokens, cache_argument, cache_of, check_tokens, position_inputs
+from hookpoints.model.inputs import as_tokens, cache_of, check_tokens, continuing
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.scopes import threads_for
+
+_CALL = 64
+"""Tokens of one row that cost as much as a further pass, in which rows are run apart."""
+_ROOM = {"cpu": 4096}
+"""Tokens of one pass by device: on a CPU, runs of 40,000, which no cache holds, took 2.5 times as long a token."""
 
 
 class EditedRun(NamedTuple):
@@ -45,8 +52,11 @@ class EditSession:
     """The plain pass over one sequence, kept, so that edited runs cost only what differs.
 
     A run with edits at layer l and position t recomputes tokens t.. of blocks l.. for each row, from the residual
-    stream that the plain pass left below l and a copy of its cache at t. Calls with rising positions reuse the cache.
-    Of Mamba-1, whose op for several tokens begins without a cache, it recomputes all tokens.
+    stream that the plain pass left below l and the memory that it had at t: states from its factors, what convolutions
+    hold, and attention's keys and values up to t. Where a cache keeps no past (sliding windows, fla's own, transformers
+    before 5.24), or edits and hooks act on the plain pass, one row walks the tokens before t again; it goes on from
+    where it was last, so that calls with rising positions walk each token once. Of Mamba-1, whose op for several tokens
+    begins without a cache, a run recomputes all tokens.
     Edits in force when the session is made are part of its plain pass, and of every run. Not for use by several
     threads at once: each makes its own session.
 
@@ -57,20 +67,28 @@ class EditSession:
 
     def __init__(self, model: HookedModel, tokens: Tensor):
         tokens = as_tokens(tokens, model.cfg.device)
-        if tokens.ndim != 2 or tokens.shape[0] != 1:
-            raise EditError(f"a session is about one sequence [1,T], found tokens of shape {list(tokens.shape)}")
+        require(
+            tokens.ndim == 2 and tokens.shape[0] == 1,
+            EditError,
+            f"a session is about one sequence [1,T], found tokens of shape {list(tokens.shape)}",
+        )
         check_tokens(tokens, model.cfg)
         self.model, self.tokens = model, tokens
         self._outer_plans = current(model.attachment).plans
         names = [name for layer in model.cfg.recurrent_layers if (name := _entering(layer)) in model.hook_dict]
         self._weights = sum(weight.numel() for weight in model.hf_model.parameters())
+        held = _recording_cache(model)
+        inputs: dict[str, Any] = {} if held is None else continuing(model.hf_model, held, 0, tokens)
         with torch.no_grad(), threads_for(tokens.numel() * self._weights), model.recording() as self._record:
-            self.logits, cache = model.run_with_cache(tokens, names_filter=names)
+            self.logits, cache = model.run_with_cache(tokens, names_filter=names, **inputs)
         """[1,T,vocab] logits of the plain pass."""
         self._residual = {name: cache[name] for name in names}
-        self._prefix: Cache | None = None
-        self._prefix_length = 0
-        self._cache_name = cache_argument(model.hf_model)
+        self._held = held if held is not None and _has_all(held, self._record, tokens.shape[1]) else None
+        """The cache of the plain pass, if that can be cut at any token."""
+        self._states: dict[int, tuple[int, Tensor | None]] = {}
+        """How many tokens a layer's state [1,H,K,V] is after, and that state, where runs began last."""
+        self._prefix: tuple[int, Cache | None] = (0, None)
+        """The same of one row's cache, where the plain pass' own cannot be cut."""
 
     def recurrence(self, layer: int) -> Recurrence:
         """Canonical factors of a recurrent layer in the plain pass."""
@@ -80,14 +98,22 @@ class EditSession:
     def residual(self, layer: int) -> Tensor:
         """[1,T,D] residual stream entering a recurrent block in the plain pass."""
         self.model.cfg.layer(layer)
-        if not self.model.attachment.layout.is_chain:
-            raise UnsupportedModelError("the blocks of this model are no chain along one residual stream that is known")
+        require(
+            self.model.attachment.layout.is_chain,
+            UnsupportedModelError,
+            "the blocks of this model are no chain along one residual stream that is known",
+        )
         return self._residual[_entering(layer)]
 
     def run(
-        self, rows: Sequence[EditRow], stop: int | None = None, batch_size: int = 64, gradients: bool = False
+        self,
+        rows: Sequence[EditRow],
+        stop: int | None = None,
+        batch_size: int = 64,
+        gradients: bool = False,
+        apart: bool = True,
     ) -> EditedRun:
-        """Run the sequence once per entry of ``rows``.
+        """Run the sequence once per entry of ``rows``, each from about its first edit on (`batches`).
 
         Args:
             rows: one WriteEdit, several, or none (``[]``: the unedited run, for a baseline with the same arithmetic).
@@ -96,6 +122,8 @@ class EditSession:
             gradients: give logits that can be differentiated, by keys and values of edits and by whatever else a pass
                 depends on. Each row is then a whole pass, since what the plain pass left has no graph, and the
                 activations of all rows are kept (fewer with ``hf_model.requires_grad_(False)``).
+            apart: rows of far positions may run in passes of their own. False: all of a batch in one pass, from the
+                first edited position on, so that a hook meets them together.
 
         Raises:
             EditError: an edit does not fit the model or lies outside the sequence, there is none at all, or one has a
@@ -104,86 +132,148 @@ class EditSession:
         plan = EditPlan.for_rows(rows)
         self.model.check_edits(plan)
         edits = plan.all()
-        if not edits:
-            raise EditError("run needs at least one edit; the unedited logits are session.logits")
+        require(bool(edits), EditError, "run needs at least one edit; the unedited logits are session.logits")
         stop = self.tokens.shape[1] if stop is None else stop
-        if not 1 <= stop <= self.tokens.shape[1] or batch_size < 1:
-            raise EditError(
-                f"stop must be between 1 and {self.tokens.shape[1]}, the length of the sequence, and batch_size at "
-                f"least 1; found {stop} and {batch_size}"
-            )
-        start = min(edit.position or 0 for edit in edits)
-        last = max(edit.position or 0 for edit in edits)
-        if last >= stop:
-            raise EditError(f"position {last} is outside the stretch that is run, which ends at {stop}")
-        batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        if gradients:
-            logits = [self._run_batch(batch, 0, 0, stop, None)[:, start:] for batch in batches]
-            return EditedRun(torch.cat(logits), start, stop)
-        factors = (factor for each in (*self._outer_plans, plan) for factor in each.factors())
-        if torch.is_grad_enabled() and any(_is_trained(factor) for factor in factors):
-            raise EditError(
-                "keys or values of an edit require a gradient, which runs of a session have with gradients=True only; "
-                "ask for it, or detach them"
-            )
-        layout = self.model.attachment.layout
-        layer = min(plan.by_layer) if layout.is_chain and not layout.first_block_feeds_all else 0
-        from_zero = any(mixer.rule.starts_from_zero for mixer in self.model.attachment.mixers.values())
-        begin = 0 if from_zero else start
-        residual = self._residual.get(_entering(layer))
-        residual = None if residual is None else residual[:, begin:stop]
-        with torch.no_grad():
-            logits = [self._run_batch(batch, layer, begin, stop, residual)[:, start - begin :] for batch in batches]
-        return EditedRun(torch.cat(logits), start, stop)
+        require(
+            1 <= stop <= self.tokens.shape[1] and batch_size >= 1,
+            EditError,
+            f"stop must be between 1 and {self.tokens.shape[1]}, the length of the sequence, and batch_size at "
+            f"least 1; found {stop} and {batch_size}",
+        )
+        start, last = (end(edit.position or 0 for edit in edits) for end in (min, max))
+        require(last < stop, EditError, f"position {last} is outside the stretch that is run, which ends at {stop}")
+        plans = (*self._outer_plans, plan) if torch.is_grad_enabled() and not gradients else ()
+        require(
+            not any(_is_trained(factor) for each in plans for factor in each.factors()),
+            EditError,
+            "keys or values of an edit require a gradient, which runs of a session have with gradients=True only; "
+            "ask for it, or detach them",
+        )
+        # With gradients all rows from the same token on: what is before an own edit may depend on outer ones.
+        apart = apart and not gradients
+        firsts = [min([e.position or 0 for e in as_edits(row)] or [start]) if apart else start for row in rows]
+        from_zero = gradients or any(mixer.rule.starts_from_zero for mixer in self.model.attachment.mixers.values())
+        logits = self.logits[:, start:stop].repeat(len(rows), 1, 1)
+        together = (list(range(len(rows)))[i : i + batch_size] for i in range(0, len(rows), batch_size))
+        with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
+            for batch in (
+                self.batches([0] * len(rows) if from_zero else firsts, stop, batch_size) if apart else together
+            ):
+                first = min(firsts[row] for row in batch)
+                begin = 0 if from_zero else first
+                fresh = self._run_batch([rows[row] for row in batch], begin, stop, gradients)
+                logits[batch, first - start :] = fresh[:, first - begin :]
+        return EditedRun(logits, start, stop)
 
-    def _run_batch(self, rows: Sequence[EditRow], layer: int, start: int, stop: int, residual: Tensor | None) -> Tensor:
-        """Logits [N,stop-start,vocab] of a pass that begins with ``residual`` [1,stop-start,D] at block ``layer``."""
-        model, plan = self.model, EditPlan.for_rows(rows)
+    def batches(
+        self,
+        positions: Sequence[int],
+        stop: int,
+        most: int,
+        *,
+        window: int | None = None,
+        room: int | None = None,
+    ) -> Iterator[list[int]]:
+        """Rows that run together, by the tokens ``positions`` from which each differs; in the order of these.
+
+        A pass begins at its first row's position, so that it runs tokens of the others that do not differ. Rows are
+        parted where these come to cost as much as a pass does.
+
+        Args:
+            stop: end of all runs, exclusive.
+            most: rows at once.
+            window: tokens that each run has from its position on, instead of ``stop``.
+            room: tokens at once.
+        """
+        room = min(room or _ROOM.get(self.tokens.device.type, 2**62), _ROOM.get(self.tokens.device.type, 2**62))
+        batch, wasted = list[int](), 0
+        for row in sorted(range(len(positions)), key=lambda row: positions[row]):
+            if batch:
+                ahead, count = positions[row] - positions[batch[0]], len(batch) + 1
+                wasted = wasted + ahead if window is None else ahead * count
+                length = stop - positions[batch[0]] if window is None else ahead + window
+                if wasted > _CALL or count * length > room or count > most:
+                    yield batch
+                    batch, wasted = [], 0
+            batch.append(row)
+        yield batch
+
+    def _run_batch(self, rows: Sequence[EditRow], start: int, stop: int, whole: bool) -> Tensor:
+        """Logits [N,stop-start,vocab] of a pass over some tokens, through all blocks (``whole``) or from the first
+        edited one on."""
+        model, plan, layout = self.model, EditPlan.for_rows(rows), self.model.attachment.layout
+        layer = 0 if whole or not layout.is_chain or layout.first_block_feeds_all else min(plan.by_layer, default=0)
+        residual = None if whole else self._residual.get(_entering(layer))
         tokens = self.tokens[:, start:stop].expand(len(rows), -1)
-        inputs: dict[str, object] = {"use_cache": False}
-        if start > 0:
-            inputs = {self._cache_name: self._branch(len(rows), layer, start), "use_cache": True}
-        inputs |= position_inputs(model.hf_model, torch.arange(start, stop, device=tokens.device).expand_as(tokens))
         # Tokens, not the residual stream: some models hand the embeddings to later blocks again.
-        inputs["input_ids"] = tokens
+        inputs = continuing(model.hf_model, self._branch(len(rows), layer, start) if start else None, start, tokens) | {
+            "use_cache": start > 0,
+            "input_ids": tokens,
+        }
         # Upstream's torch ops pad to chunks of 64 tokens: four times the work for the 17 of a substitution test.
         backend: Backend | None = "recurrence" if tokens.device.type == "cpu" and stop - start < 64 else None
         with (
             threads_for(tokens.numel() * self._weights),
             scope(model.attachment, plans=(*self._outer_plans, plan), first_token=start, backend=backend),
-            model.attachment.passing(layer, None, None if residual is None else residual.expand(len(rows), -1, -1)),
+            model.attachment.passing(
+                layer, None, None if residual is None else residual[:, start:stop].expand(len(rows), -1, -1)
+            ),
         ):
             logits = model.hf_model(**inputs).logits
         plan.check_acted()
         return logits
 
     def _branch(self, rows: int, layer: int, start: int) -> Cache:
-        """The cache after ``start`` tokens, repeated for ``rows`` rows; blocks below ``layer`` are only shared."""
-        self._advance(start)
+        """The cache after ``start`` tokens, repeated for ``rows`` rows; of blocks below ``layer`` once."""
+        mixers = self.model.attachment.mixers
+        heard = any(mixer.hooks.listens("hook_pattern") for mixer in mixers.values())  # a pattern is of every token
+        if self._held is None or heard:
+            branch = self._walked(layer, start, anew=heard)
+        else:
+            branch = cut(self._held, start)
+            for each in (each for each in mixers if each >= layer):
+                known = self._states.get(each, (0, None))
+                before, state = known if known[0] <= start else (0, None)
+                if state is None or before < start:
+                    passed = self.recurrence(each).select(tokens=slice(before, start), initial_state=state)
+                    state = passed.states(positions=-1)[:, 0]
+                    self._states[each] = start, state
+                put_state(branch, each, state, self._record[each].value_first)
         index = torch.zeros(rows, dtype=torch.long, device=self.tokens.device)
-        branch = copy.copy(self._prefix)
-        assert branch is not None
-        shared, copied = branch.layers[:layer], copy.deepcopy(branch.layers[layer:])
-        for cache_layer in copied:  # batch_repeat_interleave raises on linear layers; this one knows both kinds
+        for cache_layer in branch.layers[layer:]:  # batch_repeat_interleave raises on linear layers; this knows both
             cache_layer.reorder_cache(cast(torch.LongTensor, index))
-        branch.layers = [*shared, *copied]
         return branch
 
-    def _advance(self, start: int) -> None:
-        """Bring the prefix cache to ``start`` tokens."""
-        if start < self._prefix_length:
-            self._prefix, self._prefix_length = None, 0
-        if start == self._prefix_length:
-            return
-        inputs: dict[str, object] = {} if self._prefix is None else {self._cache_name: self._prefix}
-        where = torch.arange(self._prefix_length, start, device=self.tokens.device).unsqueeze(0)
-        prefix_length, self._prefix, self._prefix_length = self._prefix_length, None, 0  # half advanced, if interrupted
-        with threads_for(where.numel() * self._weights), scope(self.model.attachment, plans=self._outer_plans):
-            out = self.model.hf_model(
-                input_ids=self.tokens[:, prefix_length:start],
-                use_cache=True,
-                logits_to_keep=1,
-                **inputs,
-                **position_inputs(self.model.hf_model, where),
-            )
-        self._prefix, self._prefix_length = cache_of(out), start
+    def _walked(self, layer: int, start: int, anew: bool) -> Cache:
+        """The cache of one row after ``start`` tokens from a pass; blocks below ``layer`` are only shared."""
+        before, cache = self._prefix if self._prefix[0] <= start and not anew else (0, None)
+        self._prefix = 0, None  # half advanced, if interrupted
+        if before < start:
+            tokens = self.tokens[:, before:start]
+            inputs = continuing(self.model.hf_model, cache, before, tokens)
+            with threads_for(tokens.numel() * self._weights), scope(self.model.attachment, plans=self._outer_plans):
+                cache = cache_of(self.model.hf_model(input_ids=tokens, logits_to_keep=1, **inputs))
+        self._prefix = start, cache
+        branch = copy.copy(cast(Cache, cache))
+        branch.layers = [*branch.layers[:layer], *copy.deepcopy(branch.layers[layer:])]
+        return branch
+
+
+def _recording_cache(model: HookedModel) -> Cache | None:
+    """An empty cache whose convolutions keep all that they are given; None where there is no such cache."""
+    made = cast(list[Cache], [*model.attachment.new_cache().values()]) or [DynamicCache(config=model.hf_model.config)]
+    if is_fla(model.hf_model) or not hasattr(made[0], "activate_past_recording"):
+        return None
+    made[0].activate_past_recording()
+    return made[0]
+
+
+def _has_all(cache: Cache, record: dict[int, Recorded], tokens: int) -> bool:
+    """Whether the ``cache`` of the plain pass can be cut at every token, and its states follow from the factors."""
+    try:
+        attention_of(cache, tokens)
+        states = {layer: state_of(cache, layer, each.value_first) for layer, each in record.items()}
+    except UnsupportedModelError:
+        return False
+    lengths = {x.shape[-1] for place, x in tensors_of(cache).items() if "/conv_states/" in place}
+    return lengths <= {tokens} and all(record[layer].left(state) for layer, state in states.items())

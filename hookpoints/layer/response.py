@@ -11,12 +11,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hookpoints.edits.edit import LowRankChange
+from hookpoints.recurrence import dense
 from hookpoints.recurrence.canonical import over_time
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.recurrence.reference import transition
 from hookpoints.rules.base import OpResult
+
+_TERMS = 8
+"""Terms of a token's change from which it is cheaper as a matrix."""
 
 
 class EditResponse:
@@ -28,45 +33,51 @@ class EditResponse:
     def __init__(self, recurrence: Recurrence):
         self.recurrence = recurrence
         self.low_rank: list[LowRankChange] = []
-        self._dense: list[tuple[slice, Tensor]] = []
         self.outputs: Tensor | None = None
         self.final_state: Tensor | None = None
 
     def add_low_rank(self, change: LowRankChange) -> None:
-        """Cost: one chunked pass over one head, from the first changed token on."""
+        """Cost: one chunked pass over one head, from the first changed token on. Many terms are added up at the tokens
+        that change, and are dense there."""
         span = _span(change.size(), change.keys, change.values)
         if span is None:
             return
         self.low_rank.append(change)
-        head = self.recurrence.select(heads=slice(change.head, change.head + 1))
-        answer = head.with_write(change.keys.unsqueeze(2), change.values.unsqueeze(2), loop=change.loop)
+        one, answer = slice(change.head, change.head + 1), self._answer(change)
+        if answer.R > _TERMS:
+            keys, values = answer.k[:, span], answer.u[:, span]
+            return self._add_writes(one, answer, span, lambda rows, at: keys[rows, at].mT @ values[rows, at])
         if span.start:
             answer = answer.select(tokens=slice(span.start, None), initial_state=answer.starting_state())
         outputs, final_state = answer.scan()
-        self._add(slice(change.head, change.head + 1), span.start, outputs, final_state)
+        self._add(one, span.start, outputs, final_state)
 
     def add_dense(self, heads: slice, change: Tensor) -> None:
         """``change`` [B,T,H',K,V] is added to the writes of ``heads``.
 
-        Cost O(K V) per token and head, one step per token while writes change: a matrix per token has no shorter form.
+        Cost: see `hookpoints.recurrence.dense`; from the last change on, that of a chunked pass.
         """
-        span = _span(change.abs().amax((-1, -2, -3)), change)
-        if span is None:
-            return
-        self._dense.append((heads, change))
-        head = self.recurrence.select(heads=heads).replace(initial_state=None)
-        span_head = head.select(tokens=span, initial_state=head.starting_state())
-        outputs, state = _dense(span_head, change[:, span]).scan(method="reference")
-        self._add(heads, span.start, outputs, state if span.stop == head.T else None)
-        if span.stop < head.T:  # no more changes: the rest is carried by the chunked pass
-            rest = head.with_write(head.k, torch.zeros_like(head.u))
-            rest = rest.select(tokens=slice(span.stop, None), initial_state=state)
+        span = _span(_size(change), change)
+        if span is not None:
+            rows = torch.eye(change.shape[-2]).to(change).expand(*change.shape[:2], -1, -1)
+            for i, head in enumerate(range(self.recurrence.H)[heads]):
+                self.low_rank.append(LowRankChange(head, rows, change[:, :, i]))
+            r, changed = self.recurrence.select(heads=heads).replace(initial_state=None), change[:, span]
+            self._add_writes(heads, r, span, lambda rows, at: changed[rows, at])
+
+    def _add_writes(self, heads: slice, r: Recurrence, span: slice, writes: dense.Writes) -> None:
+        """What ``r``, that of ``heads``, makes of ``writes`` at the tokens ``span`` is added."""
+        found = dense.scan(r.select(tokens=span, initial_state=r.starting_state()), writes)
+        self._add(heads, span.start, found.outputs, found.final_state if span.stop == r.T else None)
+        if span.stop < r.T:  # no more changes: the rest is carried by the chunked pass
+            rest = r.with_write(r.q, torch.zeros_like(r.q[..., :1]).expand(*r.q.shape[:3], r.V))
+            rest = rest.select(tokens=slice(span.stop, None), initial_state=found.final_state)
             self._add(heads, span.stop, *rest.scan())
 
     def add_states_before(self, heads: slice, change: Tensor) -> None:
         """``change`` [B,T,H',K,V] is added to the states that tokens find, S_{t-1}, and goes on from there: what the
         transition of token t makes of it is a write at t, (diag(alpha_t) + a_t b_t^T) change_t. Cost: as for writes."""
-        span = _span(change.abs().amax((-1, -2, -3)), change)
+        span = _span(_size(change), change)
         if span is None:
             return
         r = self.recurrence.select(heads=heads).working()
@@ -81,40 +92,27 @@ class EditResponse:
 
     def add_states(self, heads: slice, change: Tensor) -> None:
         """``change`` [B,T,H',K,V] is added to the states that reads see; the last one goes on. Not propagated."""
-        if _span(change.abs().amax((-1, -2, -3)), change) is None:
+        if _span(_size(change), change) is None:
             return
         selected = self.recurrence.select(heads=heads)
-        seen = change
-        if selected.read_before_write:
-            seen = torch.cat([torch.zeros_like(change[:, :1]), change[:, :-1]], dim=1)
+        seen = F.pad(change, (0, 0, 0, 0, 0, 0, 1, -1)) if selected.read_before_write else change
         self._add_reads(selected, heads, seen, change[:, -1])
 
     def writes(self, heads: slice) -> Tensor:
         """Dense writes [B,T,H',K,V] of ``heads``, changes so far included."""
-        return self._plus_changes(self.recurrence.write(heads=heads), heads, lambda _, change: change.dense())
+        return self._plus_changes(self.recurrence.write(heads=heads), heads, Recurrence.write)
 
     def states(self, heads: slice) -> Tensor:
         """Dense states [B,T,H',K,V] of ``heads`` after each write, changes so far included."""
 
-        def answer(r: Recurrence, change: LowRankChange) -> Tensor:
-            moved = r.with_write(change.keys.unsqueeze(2), change.values.unsqueeze(2), loop=change.loop)
-            return moved.states()[:, :, 0]
+        def of_one(r: Recurrence) -> Tensor:
+            return r.states(method="reference" if r.R > _TERMS else "chunked")
 
-        states = self._plus_changes(self.recurrence.states(heads=heads), heads, answer)
-        wanted = range(self.recurrence.H)[heads]
-        for where, change in self._dense:
-            selected = self.recurrence.select(heads=where).replace(initial_state=None)
-            for i, head in enumerate(range(self.recurrence.H)[where]):
-                if head in wanted:
-                    one = slice(i, i + 1)
-                    moved = _dense(selected.select(heads=one), change[:, :, one]).states(method="reference")
-                    states[:, :, head - wanted.start] += moved[:, :, 0]
-        return states
+        return self._plus_changes(self.recurrence.states(heads=heads), heads, of_one)
 
     def states_before(self, heads: slice) -> Tensor:
         """Dense states [B,T,H',K,V] that the tokens of ``heads`` find, changes so far included."""
-        first = self.recurrence.select(heads=heads).starting_state().unsqueeze(1)
-        return torch.cat([first, self.states(heads)[:, :-1]], dim=1)
+        return torch.cat([self.recurrence.starting_state()[:, None, heads], self.states(heads)[:, :-1]], dim=1)
 
     def apply(self, native: OpResult) -> OpResult:
         """What the layer gets: the native result itself where nothing changed, else the sum in the native dtypes."""
@@ -124,16 +122,19 @@ class EditResponse:
         state = native.final_state
         return OpResult(outputs, None if state is None else (state + self.final_state).to(state.dtype))
 
-    def _plus_changes(
-        self, base: Tensor, heads: slice, answer: Callable[[Recurrence, LowRankChange], Tensor]
-    ) -> Tensor:
+    def _answer(self, change: LowRankChange) -> Recurrence:
+        """The recurrence of one head that makes ``change`` alone, from a zero state."""
+        head = self.recurrence.select(heads=slice(change.head, change.head + 1))
+        return head.with_write(change.keys.unsqueeze(2), change.values.unsqueeze(2), loop=change.loop)
+
+    def _plus_changes(self, base: Tensor, heads: slice, of_one: Callable[[Recurrence], Tensor]) -> Tensor:
+        """``base`` of ``heads``, and what ``of_one`` [B,T,1,K,V] makes of each change of theirs."""
         wanted = range(self.recurrence.H)[heads]
         changes = [change for change in self.low_rank if change.head in wanted]
         if changes and base.requires_grad:
             base = base.clone()
         for change in changes:
-            one = self.recurrence.select(heads=slice(change.head, change.head + 1))
-            base[:, :, change.head - wanted.start] += answer(one, change)
+            base[:, :, change.head - wanted.start] += of_one(self._answer(change))[:, :, 0]
         return base
 
     def _add_reads(self, r: Recurrence, heads: slice, seen: Tensor, final_state: Tensor | None = None) -> None:
@@ -160,7 +161,6 @@ def _span(size: Tensor, *sources: Tensor) -> slice | None:
     return slice(int(changed[0]), int(changed[-1]) + 1) if len(changed) else None
 
 
-def _dense(r: Recurrence, writes: Tensor) -> Recurrence:
-    """The response to writes [B,T,H,K,V] of full rank: K terms a token, one for each row."""
-    rows = torch.eye(r.K, dtype=r.dtype, device=r.device).expand(*writes.shape[:3], -1, -1)
-    return r.with_write(rows, writes)
+def _size(change: Tensor) -> Tensor:
+    """[B,T], zero exactly where ``change`` [B,T,H,K,V] is."""
+    return torch.linalg.vector_norm(change, torch.inf, dim=(-1, -2, -3))

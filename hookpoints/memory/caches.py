@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Cache
 
-from hookpoints.errors import UnsupportedModelError
+from hookpoints.errors import UnsupportedModelError, require
+from hookpoints.layer.context import count_tokens, drop_sources
 
 
 def tensors_of(cache: Cache) -> dict[str, Tensor]:
@@ -49,9 +52,8 @@ def state_of(cache: Cache, layer: int, value_first: bool) -> Tensor:
 
 def put_state(cache: Cache, layer: int, state: Tensor, value_first: bool) -> None:
     """Replace the state of a recurrent layer by ``state`` [B,H,K,V]."""
-    dtype = state_of(cache, layer, value_first).dtype
-    turned_back = state.mT if value_first else state
-    fill(cache, {f"{layer}/recurrent_states/0": turned_back.to(dtype).contiguous()})
+    turned_back = (state.mT if value_first else state).to(state_of(cache, layer, value_first).dtype)
+    fill(cache, {f"{layer}/recurrent_states/0": turned_back.contiguous()})
 
 
 def attention_of(cache: Cache, tokens: int) -> dict[str, Tensor]:
@@ -64,12 +66,35 @@ def attention_of(cache: Cache, tokens: int) -> dict[str, Tensor]:
     found = {place: x for place, x in tensors_of(cache).items() if place.endswith(("/keys/", "/values/"))}
     for place, x in found.items():
         layer = cache.layers[int(place.split("/")[0])]
-        if x.shape[-2] != tokens or getattr(layer, "is_sliding", False) or hasattr(layer, "indexer_keys"):
-            raise UnsupportedModelError(
-                f"layer {place.split('/')[0]}: expected a cache with keys and values of all {tokens} tokens, got a "
-                f"{type(layer).__name__}: nothing can be cut from it"
-            )
+        require(
+            x.shape[-2] == tokens and not getattr(layer, "is_sliding", False) and not hasattr(layer, "indexer_keys"),
+            UnsupportedModelError,
+            f"layer {place.split('/')[0]}: expected a cache with keys and values of all {tokens} tokens, got a "
+            f"{type(layer).__name__}: nothing can be cut from it",
+        )
     return {place: x.transpose(1, 2) for place, x in found.items()}
+
+
+def cut(cache: Cache, tokens: int) -> Cache:
+    """What ``cache``, which recorded its past, held after ``tokens`` tokens; it shares tensors with it. Recurrent
+    states are still the last ones (``put_state``)."""
+    branch = copy.copy(cache)
+    branch.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in branch.layers:
+        own = {name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)}
+        vars(layer).update(own, record_past=False)
+    cropped: dict[str, Tensor] = {}
+    for place, x in tensors_of(branch).items():
+        at, name, key = place.split("/")
+        if name in ("keys", "values"):
+            cropped[place] = x[..., :tokens, :]
+        elif name == "conv_states":
+            size = vars(branch.layers[int(at)])["conv_kernel_size"][int(key)]
+            cropped[place] = F.pad(x, (size, 0))[..., tokens : tokens + size]
+    fill(branch, cropped)
+    count_tokens(branch, tokens)
+    drop_sources(branch)
+    return branch
 
 
 def window(cache: Cache) -> int:

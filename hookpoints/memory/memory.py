@@ -27,15 +27,15 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
-from hookpoints.errors import InputError, UnsupportedModelError
+from hookpoints.errors import InputError, UnsupportedModelError, require
 from hookpoints.hooks.guard import Hooks
 from hookpoints.layer.context import count_tokens, drop_sources, scope
 from hookpoints.memory.caches import attention_of, fill, put_state, state_of, tensors_of, turned, window
 from hookpoints.model.hooked import HookedModel
-from hookpoints.model.inputs import cache_argument, cache_of, check_tokens, position_inputs
+from hookpoints.model.inputs import cache_of, check_tokens, continuing
 from hookpoints.model.selfcheck import relative_error, tolerance
 from hookpoints.recurrence.canonical import over_time, terms
 from hookpoints.recurrence.recurrence import Recurrence
@@ -95,7 +95,7 @@ class Memory:
     """What differs from the memory of a run over the same tokens; None: nothing but rounding."""
 
     def __repr__(self) -> str:
-        note = "" if self.approximate is None else f", approximate: {self.approximate}"
+        note = f", approximate: {self.approximate}" if self.approximate else ""
         return f"Memory({self.model.cfg.model_name}, tokens {list(self.tokens.shape)}{note})"
 
     @property
@@ -123,10 +123,13 @@ class Memory:
             InputError: the state was set by hand, so that no token wrote it.
         """
         self.model.cfg.layer(layer)
-        _require(not self.edited, "expected a memory whose tokens wrote its states, got one edited by hand: cut before")
+        require(
+            not self.edited,
+            InputError,
+            "expected a memory whose tokens wrote its states, got one edited by hand: cut before",
+        )
         _, scale, read_before_write = self.forms[layer]
-        fields = _among(self.kept, f"factor/{layer}/")
-        return Recurrence(**fields, scale=scale, read_before_write=read_before_write)
+        return Recurrence(**_among(self.kept, f"factor/{layer}/"), scale=scale, read_before_write=read_before_write)
 
     def terms(self, layer: int, head: int | None = None) -> Terms:
         """What each token still contributes to S, as factors: S is the sum of keys values^T over all tokens exactly.
@@ -138,8 +141,8 @@ class Memory:
         """
         r = self.recurrence(layer)
         keys = r.by_source().states(positions=-1)[:, 0].movedim(-1, 1).unflatten(1, (r.T, r.R)).movedim(2, 3)
-        found = keys.reshape(r.k.shape), r.u.to(r.dtype)
-        return Terms(*(x if head is None else x[:, :, head] for x in found))
+        one = slice(None) if head is None else head
+        return Terms(keys.reshape(r.k.shape)[:, :, one], r.u.to(r.dtype)[:, :, one])
 
     def holdings(self, layer: int, head: int | None = None) -> Tensor:
         """How much of S each token still contributes: <P_t k_t u_t^T, S> / <S, S>, [B,T], or [B,T,H] of all heads.
@@ -168,7 +171,9 @@ class Memory:
         Raises:
             InputError: ``position`` is not within 1 to T, or states were set by hand.
         """
-        _require(1 <= position <= self.T, f"position: expected 1 to {self.T}, the tokens read, got {position}")
+        require(
+            1 <= position <= self.T, InputError, f"position: expected 1 to {self.T}, the tokens read, got {position}"
+        )
         if position == self.T:
             return self
         return self._of(_cut(self.kept, 0, position), self._scan(0, position), self.approximate)
@@ -192,7 +197,9 @@ class Memory:
         """
         start, stop = self._range(span)
         rest = self.T - stop
-        _require(0 <= reread <= rest, f"reread: expected 0 to {rest}, the tokens after the span, got {reread}")
+        require(
+            0 <= reread <= rest, InputError, f"reread: expected 0 to {rest}, the tokens after the span, got {reread}"
+        )
         if not rest:
             return self.rewind(start)
         base, reader = (_cut(self.kept, 0, start), self._scan(0, start)), self
@@ -237,12 +244,14 @@ class Memory:
 
     def lerp(self, other: Memory, t: float) -> Memory:
         """With states S + t (S' - S), where S' are those of ``other``."""
-        _require(isinstance(t, (int, float)) and math.isfinite(t), f"t: expected a finite number, got {t!r}")
+        require(isinstance(t, int | float) and math.isfinite(t), InputError, f"t: expected a finite number, got {t!r}")
         return self + {layer: t * change for layer, change in (other - self).items()}
 
     def truncate(self, rank: int) -> Memory:
         """With the nearest states of ``rank``, head by head (their largest singular values). Cost: an SVD of each."""
-        _require(isinstance(rank, int) and rank >= 1, f"rank: expected a whole number from 1 on, got {rank!r}")
+        require(
+            isinstance(rank, int) and rank >= 1, InputError, f"rank: expected a whole number from 1 on, got {rank!r}"
+        )
         states = self._states()
         for layer, state in states.items():
             left, sizes, right = torch.linalg.svd(state.to(compute_dtype(state)), full_matrices=False)
@@ -271,7 +280,11 @@ class Memory:
         """
         wanted = model.cfg.model_name, id(model), tokens.shape[0], model.cfg.dtype, model.cfg.device
         found = self.model.cfg.model_name, id(self.model), self.tokens.shape[0], self.dtype, self.tokens.device
-        _require(found == wanted, f"memory: expected one of (model, id, rows, dtype, device) {wanted}, got {found}")
+        require(
+            found == wanted,
+            InputError,
+            f"memory: expected one of (model, id, rows, dtype, device) {wanted}, got {found}",
+        )
         return copy.deepcopy(self.cache)
 
     def save(self, path: str | Path) -> None:
@@ -303,37 +316,48 @@ class Memory:
         except (SafetensorError, ValueError) as error:
             raise InputError(f"{path}: expected a memory that was saved, got a damaged file ({error})") from error
         wrong = {name: said.get(name) for name, here in _said(model).items() if said.get(name) != here}
-        _require(not wrong, f"{path}: expected {_said(model)}, got {wrong}: saved for another model or version")
+        require(
+            not wrong, InputError, f"{path}: expected {_said(model)}, got {wrong}: saved for another model or version"
+        )
         cache = _run(model, named["tokens"][:, :1], 0, None)
         places = _among(named, "cache/")  # names in files are data: they replace what is there, and add nothing
-        known = places.keys() == tensors_of(cache).keys()
-        _require(known, f"{path}: damaged, its cache has other tensors than the model's")
+        require(
+            places.keys() == tensors_of(cache).keys(),
+            InputError,
+            f"{path}: damaged, its cache has other tensors than the model's",
+        )
         fill(cache, places)
         count_tokens(cache, named["tokens"].shape[1])
-        attention = attention_of(cache, named["tokens"].shape[1]).items()
         kept = {name: x for name, x in named.items() if not name.startswith("cache/")}
-        kept |= {f"attention/{place}": x for place, x in attention}
+        kept |= {f"attention/{place}": x for place, x in attention_of(cache, named["tokens"].shape[1]).items()}
         forms = {int(layer): Form(*form) for layer, form in said["forms"].items()}
         return cls(model, cache, kept, forms, model.cfg.dtype, *said["rest"])
 
     # -- helpers
 
     def _check_peer(self, other: Memory) -> None:
-        rows = self.tokens.shape[0]
-        fits = other.model is self.model and other.tokens.shape[0] == rows
-        _require(fits, f"expected a memory of this model with {rows} rows, got {other}")
+        require(
+            other.model is self.model and other.tokens.shape[0] == self.tokens.shape[0],
+            InputError,
+            f"expected a memory of this model with as many rows as {self}, got {other}",
+        )
 
     def _check_states(self, states: Mapping[int, Tensor]) -> None:
         for layer, state in states.items():
             found, wanted = ([*x.shape, x.is_floating_point(), x.device] for x in (state, self.state(layer)))
-            _require(found == wanted, f"layer {layer}: expected [B,H,K,V], float, device {wanted}, got {found}")
+            require(
+                found == wanted, InputError, f"layer {layer}: expected [B,H,K,V], float, device {wanted}, got {found}"
+            )
 
     def _range(self, span: Span) -> tuple[int, int]:
         start, stop, step = (span.start, span.stop, span.step) if isinstance(span, slice) else (*span, None)
         start, stop = 0 if start is None else start, self.T if stop is None else stop
         start, stop = (t + self.T if t < 0 else t for t in (start, stop))
-        inside = step in (None, 1) and 0 <= start < stop <= self.T
-        _require(inside, f"span: expected start < stop within the {self.T} tokens read, got {span}")
+        require(
+            step in (None, 1) and 0 <= start < stop <= self.T,
+            InputError,
+            f"span: expected start < stop within the {self.T} tokens read, got {span}",
+        )
         return start, stop
 
     def _states(self) -> States:
@@ -355,8 +379,7 @@ class Memory:
         kept = _cut(other.kept, start, stop)
         by, backbone = base[0]["tokens"].shape[1] - start, self.model.attachment.layout.backbone
         unmoved = {name: x for name, x in kept.items() if by and name.startswith("attention/")}
-        keys = {name: x for name, x in unmoved.items() if name.endswith("/keys/")}
-        kept |= {name: turned(self.model.hf_model, backbone, x, by) for name, x in keys.items()}
+        kept |= {n: turned(self.model.hf_model, backbone, x, by) for n, x in unmoved.items() if n.endswith("/keys/")}
         notes = dict.fromkeys(each for each in (self.approximate, other.approximate, note) if each)
         states = other._scan(start, stop, base[1])
         return self._of(_joined(base[0], kept), states, "; ".join(notes) or None, unmoved)
@@ -409,19 +432,14 @@ def read(model: HookedModel, tokens: Tensor, before: Memory | None = None) -> Me
     kept = {"tokens": tokens, **{f"stream/{name}": x for name, x in streams.items()}}
     forms: dict[int, Form] = {}
     edited = before is not None and before.edited
-    for layer, (r, native, value_first) in recorded.items():
+    for layer, each in recorded.items():
+        r = each.recurrence
         kept |= {f"factor/{layer}/{name}": x for name, x in over_time(r)}
-        forms[layer] = Form(value_first, r.scale, r.read_before_write)
-        state = state_of(cache, layer, value_first)  # an edit, or a hook on writes or states, is not in the factors
-        edited |= native.final_state is None or not torch.equal(state, native.final_state.to(state.dtype))
+        forms[layer] = Form(each.value_first, r.scale, r.read_before_write)
+        edited |= not each.left(state_of(cache, layer, each.value_first))
     kept = kept if before is None else _joined(before.kept, kept)
     kept |= {f"attention/{place}": x for place, x in attention_of(cache, position + tokens.shape[1]).items()}
     return Memory(model, cache, kept, forms, model.cfg.dtype, edited, before and before.approximate)
-
-
-def _require(fits: bool, what: str) -> None:
-    if not fits:
-        raise InputError(what)
 
 
 def _said(model: HookedModel) -> dict[str, object]:
@@ -455,13 +473,6 @@ def _run(model: HookedModel, tokens: Tensor, position: int, cache: Cache | None,
     inputs = continuing(model.hf_model, cache, position, tokens)
     with torch.no_grad(), scope(model.attachment, first_token=position), model.hooks(hooks):
         return cache_of(model.hf_model(input_ids=tokens, logits_to_keep=1, **inputs))
-
-
-def continuing(model: nn.Module, cache: Cache | None, position: int, tokens: Tensor) -> dict[str, object]:
-    """Arguments with which upstream reads ``tokens`` [B,T] from ``position`` on, after ``cache``."""
-    where = torch.arange(position, position + tokens.shape[1], device=tokens.device).expand_as(tokens)
-    given = {} if cache is None else {cache_argument(model): cache}
-    return {"use_cache": True, **given, **position_inputs(model, where)}
 
 
 def _among(tensors: Kept, kind: str) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from hookpoints.errors import InputError
+from hookpoints.errors import InputError, require
 from hookpoints.model.config import HookedRecurrentConfig
 from hookpoints.recurrence.canonical import is_dense
 
@@ -38,11 +38,12 @@ def as_tokens(input: object, device: torch.device | None = None) -> Tensor:
 def check_loss(tokens: Tensor, mask: Tensor | None) -> None:
     """Raise InputError where a mean loss would be over no token at all, and so NaN."""
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else as_mask(mask) != 0
-    if not bool((real[:, 1:] & real[:, :-1]).any()):
-        raise InputError(
-            f"a loss needs a token and one before it, found tokens of shape {list(tokens.shape)}"
-            + ("" if mask is None else " with this attention_mask")
-        )
+    require(
+        bool((real[:, 1:] & real[:, :-1]).any()),
+        InputError,
+        f"a loss needs a token and one before it, found tokens of shape {list(tokens.shape)}"
+        + ("" if mask is None else " with this attention_mask"),
+    )
 
 
 def check_tokens(tokens: Tensor, cfg: HookedRecurrentConfig) -> None:
@@ -51,10 +52,11 @@ def check_tokens(tokens: Tensor, cfg: HookedRecurrentConfig) -> None:
 
     Costs one look at the ids, on a GPU a synchronisation.
     """
-    if tokens.ndim != 2 or tokens.numel() == 0:
-        raise InputError(
-            f"input must be text or token ids [B,T], at least one, found {tokens.dtype} {list(tokens.shape)}"
-        )
+    require(
+        tokens.ndim == 2 and tokens.numel() != 0,
+        InputError,
+        f"input must be text or token ids [B,T], at least one, found {tokens.dtype} {list(tokens.shape)}",
+    )
     low, high = (int(x) for x in torch.aminmax(tokens))
     if low < 0 or high >= cfg.d_vocab:
         raise InputError(
@@ -90,8 +92,11 @@ def check_mask(mask: Tensor, tokens: Tensor, cached: bool = False) -> None:
     if mask.ndim != 2 or mask.shape[0] != rows or mask.shape[1] < width or (mask.shape[1] > width and not cached):
         expected = f"[{rows},{width}]" if not cached else f"[{rows},past+{width}]"
         raise InputError(f"attention_mask must be {expected}, 1 for real tokens; found {list(mask.shape)}")
-    if bool(((mask != 0) & (mask != 1)).any()):
-        raise InputError("attention_mask must hold 0 and 1 only; found other values")
+    require(
+        not bool(((mask != 0) & (mask != 1)).any()),
+        InputError,
+        "attention_mask must hold 0 and 1 only; found other values",
+    )
     if bool((~real.any(1)).any()):
         raise InputError(f"attention_mask leaves no token in row {int((~real.any(1)).nonzero()[0])}")
     changes = (real[:, 1:] != real[:, :-1]).sum(1)
@@ -111,8 +116,7 @@ def check_mask(mask: Tensor, tokens: Tensor, cached: bool = False) -> None:
 
 def cache_argument(model: nn.Module) -> str:
     """What this Hugging Face model calls its cache."""
-    known = inspect.signature(model.forward).parameters
-    return next(name for name in _CACHE_NAMES if name in known)
+    return next(name for name in _CACHE_NAMES if name in inspect.signature(model.forward).parameters)
 
 
 def cache_of(output: Mapping[str, Any]) -> Cache:
@@ -120,7 +124,9 @@ def cache_of(output: Mapping[str, Any]) -> Cache:
     return next(output[name] for name in _CACHE_NAMES if name in output)
 
 
-def position_inputs(model: nn.Module, positions: Tensor) -> dict[str, Tensor]:
-    """``positions`` [B,T] as an argument of the model, where it takes any: with a recurrent first block it may not
-    know where a cache continues."""
-    return {"position_ids": positions} if "position_ids" in inspect.signature(model.forward).parameters else {}
+def continuing(model: nn.Module, cache: Cache | None, position: int, tokens: Tensor) -> dict[str, object]:
+    """Arguments with which upstream reads ``tokens`` [B,T] from ``position`` on, after ``cache``. It is told positions
+    where it takes any: with a recurrent first block it may not know where a cache continues."""
+    where = torch.arange(position, position + tokens.shape[1], device=tokens.device).expand_as(tokens)
+    told = {"position_ids": where} if "position_ids" in inspect.signature(model.forward).parameters else {}
+    return {"use_cache": True, **told, **({} if cache is None else {cache_argument(model): cache})}

@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from hookpoints.edits.edit import EditRow, Edits
 from hookpoints.edits.session import EditedRun, EditSession
-from hookpoints.errors import InputError
+from hookpoints.errors import InputError, require
 from hookpoints.layer.context import Backend, cache_among
-from hookpoints.memory.memory import Memory, continuing, read
+from hookpoints.memory.memory import Memory, read
 from hookpoints.model import loading
 from hookpoints.model.attachment import Attachment, StopForward
-from hookpoints.model.inputs import as_tokens, cache_argument, check_loss, check_mask, check_tokens
+from hookpoints.model.inputs import as_tokens, cache_argument, check_loss, check_mask, check_tokens, continuing
 from hookpoints.model.layout import find_layout
 from hookpoints.model.refused import REFUSED
 from hookpoints.model.selfcheck import self_check as run_self_check
@@ -157,8 +157,7 @@ class HookedRecurrent(Tokens, Weights):
                 raise ValueError("with start_at_layer the input is the residual stream [B,T,D] entering that block")
             residual = input
         else:
-            bos = prepend_bos if memory is None else bool(prepend_bos)
-            tokens, attention_mask = self._token_batch(input, bos, padding_side, attention_mask)
+            tokens, attention_mask = self._token_batch(input, prepend_bos, padding_side, attention_mask, memory)
             if attention_mask is not None:
                 check_mask(attention_mask, tokens, cached=cache_among(*hf_kwargs.values()) is not None)
         inputs = {"input_ids": tokens} if residual is None else {"inputs_embeds": residual}
@@ -212,12 +211,14 @@ class HookedRecurrent(Tokens, Weights):
             EditError: an edit does not fit the model, ``edit_rows`` not the batch, or an edit never acted (generation
                 ended before its position).
         """
-        bos = prepend_bos if memory is None else bool(prepend_bos)
-        batch = self._token_batch(input, bos, "left", attention_mask)
+        batch = self._token_batch(input, prepend_bos, "left", attention_mask, memory)
         mask = torch.ones_like(batch.tokens) if batch.attention_mask is None else batch.attention_mask
         check_mask(mask, batch.tokens)
-        if not bool((mask[:, -1] != 0).all()):  # generation goes on after the last column
-            raise InputError("generate needs prompts padded on the left; attention_mask ends with padding in some row")
+        require(
+            bool((mask[:, -1] != 0).all()),
+            InputError,
+            "generate needs prompts padded on the left; attention_mask ends with padding in some row",
+        )
         if not stop_at_eos:
             hf_kwargs["eos_token_id"] = None
         if hf_kwargs.get("use_cache", True):
@@ -251,7 +252,7 @@ class HookedRecurrent(Tokens, Weights):
             UnsupportedModelError: attention does not hold all tokens, or a layer reads no tokens after its cache
                 (Mamba-1).
         """
-        batch = self._token_batch(input, prepend_bos if memory is None else bool(prepend_bos), None, None)
+        batch = self._token_batch(input, prepend_bos, None, None, memory)
         _unpadded(batch.attention_mask)
         return read(self, batch.tokens, memory)
 
@@ -266,7 +267,7 @@ class HookedRecurrent(Tokens, Weights):
         Args:
             tokens: [1,T].
             rows: for each row one WriteEdit or several.
-            kwargs: ``stop``, ``batch_size``, ``gradients`` of ``EditSession.run``.
+            kwargs: ``stop``, ``batch_size``, ``gradients``, ``apart`` of ``EditSession.run``.
 
         Blocks below the lowest edited layer and tokens before the first edited position run once. For several calls
         on one sequence keep the ``edit_session``. Logits have no gradient, unless ``gradients`` ask for it.
@@ -310,10 +311,17 @@ class HookedRecurrent(Tokens, Weights):
     # -- helpers
 
     def _token_batch(
-        self, input: object, prepend_bos: bool | None, padding_side: PaddingSide | None, mask: Tensor | None
+        self,
+        input: object,
+        prepend_bos: bool | None,
+        padding_side: PaddingSide | None,
+        mask: Tensor | None,
+        memory: Memory | None,
     ) -> TokenBatch:
+        """Checked tokens; text that is read after a memory begins with bos only where that is asked for."""
         if isinstance(input, str) or (isinstance(input, list) and input and isinstance(input[0], str)):
-            batch = self.tokenize(cast("str | list[str]", input), prepend_bos, padding_side)
+            bos = prepend_bos if memory is None else bool(prepend_bos)
+            batch = self.tokenize(cast("str | list[str]", input), bos, padding_side)
             check_tokens(batch.tokens, self.cfg)
             return batch if mask is None else TokenBatch(batch.tokens, mask)
         tokens = as_tokens(input, self.cfg.device)
@@ -325,8 +333,11 @@ class HookedRecurrent(Tokens, Weights):
         if layer is None:
             return default
         index = layer + self.cfg.n_layers if layer < 0 else layer
-        if not 0 <= index <= self.cfg.n_layers:
-            raise ValueError(f"layer {layer} is out of range for a model of {self.cfg.n_layers} layers")
+        require(
+            0 <= index <= self.cfg.n_layers,
+            ValueError,
+            f"layer {layer} is out of range for a model of {self.cfg.n_layers} layers",
+        )
         return index
 
     def _returned(
@@ -334,8 +345,11 @@ class HookedRecurrent(Tokens, Weights):
     ) -> Any:
         if return_type is None or return_type == "logits":
             return logits if return_type else None
-        if return_type not in ("loss", "both"):
-            raise ValueError(f"return_type must be 'logits', 'loss', 'both' or None, not {return_type!r}")
+        require(
+            return_type in ("loss", "both"),
+            ValueError,
+            f"return_type must be 'logits', 'loss', 'both' or None, not {return_type!r}",
+        )
         if tokens is None:
             raise ValueError("a loss with start_at_layer needs tokens=")
         loss = self.loss_fn(logits, tokens, mask, per_token)
@@ -344,5 +358,8 @@ class HookedRecurrent(Tokens, Weights):
 
 def _unpadded(mask: Tensor | None) -> None:
     """Raise InputError for padding, which a memory has no place for."""
-    if mask is not None and not bool((mask != 0).all()):
-        raise InputError("a memory needs rows of one length, got padding: read the rows one by one")
+    require(
+        mask is None or bool((mask != 0).all()),
+        InputError,
+        "a memory needs rows of one length, got padding: read the rows one by one",
+    )

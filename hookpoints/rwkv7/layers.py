@@ -54,8 +54,7 @@ def rwkv7_recurrence(
 
     Returns: outputs [B,T,H,V] in the dtype of ``v``, and the state [B,H,K,V] or None.
     """
-    form = Recurrence(q=r, k=k, u=v, log_decay=w, a=b, b=a, scale=scale, initial_state=initial_state)
-    outputs, state = form.scan()
+    outputs, state = Recurrence(r, k, v, log_decay=w, a=b, b=a, scale=scale, initial_state=initial_state).scan()
     return outputs.to(v.dtype), state if output_final_state else None
 
 
@@ -67,17 +66,14 @@ class FirstValues:
 
     def __init__(self, make: Callable[[], Tensor]):
         self._make = make
-        self._values: Tensor | None = None
-
-    def set(self, values: Tensor) -> None:
-        """Keep the values [B,T,H*V] of layer 0."""
-        self._values = values
+        self.values: Tensor | None = None
+        """[B,T,H*V], once layer 0 ran or they were asked for."""
 
     def get(self) -> Tensor:
         """The values [B,T,H*V] of layer 0."""
-        if self._values is None:
-            self._values = self._make()
-        return self._values
+        if self.values is None:
+            self.values = self._make()
+        return self.values
 
 
 def shift(x: Tensor, before: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -87,8 +83,8 @@ def shift(x: Tensor, before: Tensor | None, mask: Tensor | None) -> tuple[Tensor
     seen = torch.cat([before[:, None].expand(x.shape[0], 1, -1), x], dim=1)
     if mask is None:
         return seen[:, :-1], seen[:, -1]
-    places = torch.arange(1, x.shape[1] + 1, device=x.device)
-    latest = F.pad((places * (mask != 0)).cummax(dim=1).values, (1, 0))  # index in `seen` of the last real token
+    # The index in `seen` of the last real token.
+    latest = F.pad(torch.where(mask != 0, torch.arange(1, seen.shape[1], device=x.device), 0).cummax(1).values, (1, 0))
     last_real = seen.gather(1, latest[..., None].expand_as(seen))
     return last_real[:, :-1], last_real[:, -1]
 
@@ -97,8 +93,18 @@ def cached_shift(x: Tensor, cache: Cache | None, layer: int, part: int, mask: Te
     """``shift`` after what the cache holds; the cache is left as it is."""
     before = None
     if cache is not None and cache.has_previous_state(layer, part):
-        before = cache.layers[layer].conv_states[part][..., 0]  # type: ignore[attr-defined]
+        before = cache.layers[layer].conv_states[part][..., -1]  # type: ignore[attr-defined]
     return shift(x, before, mask)
+
+
+def keep_shift(x: Tensor, last: Tensor, cache: Cache, layer: int, part: int) -> None:
+    """Leave what the next token will find before it in the cache; all of x where that records its past."""
+    cache.update_conv_state(
+        x.mT if getattr(cache.layers[layer], "record_past", False) else last[..., None],
+        layer,
+        state_idx=part,
+        conv_kernel_size=1,
+    )
 
 
 class LowRank(nn.Module):
@@ -179,7 +185,7 @@ class RWKV7Attention(nn.Module):
             output_final_state=cache is not None,
         )
         if cache is not None:
-            cache.update_conv_state(last[..., None], self.layer_idx, state_idx=_ATTENTION)
+            keep_shift(x, last, cache, self.layer_idx, _ATTENTION)
             assert state is not None
             cache.update_recurrent_state(state, self.layer_idx)
         read = self.g_norm(outputs.reshape(-1, v.shape[2] * v.shape[3])).view_as(g)
@@ -189,7 +195,7 @@ class RWKV7Attention(nn.Module):
     def _values(self, x: Tensor, first: FirstValues) -> Tensor:
         values = self.v_proj(x)
         if self.layer_idx == 0:
-            first.set(values)
+            first.values = values
             return values
         return torch.lerp(values, first.get(), self.v_lora(x).sigmoid())
 
@@ -215,7 +221,7 @@ class RWKV7FeedForward(nn.Module):
         """[B,T,D] to [B,T,D]."""
         previous, last = cached_shift(x, cache, self.layer_idx, _FEED_FORWARD, attention_mask)
         if cache is not None:
-            cache.update_conv_state(last[..., None], self.layer_idx, state_idx=_FEED_FORWARD)
+            keep_shift(x, last, cache, self.layer_idx, _FEED_FORWARD)
         return self.value(F.relu(self.key(torch.lerp(x, previous, self.x_k.to(x.dtype)))).square())
 
 

@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from hookpoints.errors import require
 from hookpoints.fla.checkpoints import first_format, weight_files
 from hookpoints.rwkv7 import official
 from hookpoints.rwkv7.configuration import RWKV7Config
@@ -43,8 +44,7 @@ class RWKV7PreTrainedModel(PreTrainedModel):
         source = pretrained_model_name_or_path
         where = {name: kwargs[name] for name in _WHERE if kwargs.get(name) is not None}
         known = source is None or kwargs.get("state_dict") is not None
-        old = None if known else first_format(weight_files(str(source), **where))
-        if old is not None:
+        if not known and (old := first_format(weight_files(str(source), **where))) is not None:
             if kwargs.get("config") is None:
                 kwargs["config"] = RWKV7Config.from_pretrained(str(source), revision=kwargs.get("revision") or "main")
             kwargs["state_dict"], source = old, None
@@ -102,8 +102,7 @@ class RWKV7Model(RWKV7PreTrainedModel):
             output_hidden_states: return the residual stream at every block.
             past_key_values: another name of ``cache``.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+        require((input_ids is None) != (inputs_embeds is None), ValueError, "give either input_ids or inputs_embeds")
         cache = past_key_values if cache is None else cache
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -210,7 +209,10 @@ def _padding(mask: Tensor | Mapping[str, Tensor] | None, x: Tensor) -> Tensor | 
     mask = mask.get("linear_attention") if isinstance(mask, Mapping) else mask
     if mask is None:
         return None
-    if mask.ndim != 2 or mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
-        raise ValueError(f"attention_mask must be [B,T] for an input of {list(x.shape[:2])}, found {list(mask.shape)}")
+    require(
+        mask.ndim == 2 and mask.shape[0] == x.shape[0] and mask.shape[1] >= x.shape[1],
+        ValueError,
+        f"attention_mask must be [B,T] for an input of {list(x.shape[:2])}, found {list(mask.shape)}",
+    )
     mask = mask[:, -x.shape[1] :]
     return None if bool((mask != 0).all()) else mask

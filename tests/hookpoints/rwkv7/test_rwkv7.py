@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import VOCAB, make_hf
+from recurrences import drawn as normal
 from rwkv7_oracles import Answer, ask_official
 from torch.testing import assert_close
 
@@ -17,10 +18,6 @@ from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM, rwkv7_recurrence
 
 B, T, H, K, V = 2, 45, 3, 8, 6
 EXACT = {"rtol": 0, "atol": 1e-10}
-
-
-def normal(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def call(length: int = T) -> dict:
