@@ -57,6 +57,12 @@ class BridgeWarning(UserWarning):
     """Some hooks of a TransformerBridge do not fire while hook points are attached to its model."""
 
 
+def require(fits: bool, error: type[Exception], what: str) -> None:
+    """Raise ``error``, which says ``what``, unless something ``fits``."""
+    if not fits:
+        raise error(what)
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """``"; nearest: a, b"`` for the names closest to ``name``, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)

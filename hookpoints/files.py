@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from hookpoints.errors import ChecksumError
+from hookpoints.errors import ChecksumError, require
 
 CHECKSUMS = "SHA256SUMS"
 """Name of the file."""
@@ -30,10 +30,9 @@ def plain_file(folder: Path, name: str, error: type[ValueError] = ChecksumError)
     """
     inside = Path(os.path.realpath(folder))
     file = Path(os.path.realpath(inside / name))
-    snapshots = [each for each in inside.parents if each.name == "snapshots"]
-    blobs = [place / "blobs" for each in snapshots for place in (each.parent, each.parents[1])]
+    cached = [place for each in inside.parents if each.name == "snapshots" for place in (each.parent, each.parents[1])]
     own = file == inside / name and file.is_relative_to(inside)
-    if not file.is_file() or not (own or any(map(file.is_relative_to, blobs))):
+    if not file.is_file() or not (own or any(file.is_relative_to(place / "blobs") for place in cached)):
         found = "a link, a folder or a path outside" if os.path.lexists(folder / name) else "none: it does not exist"
         raise error(f"{folder / name}: expected a regular file inside {folder}, got {found}")
     return folder / name
@@ -86,11 +85,12 @@ class SealedFolder:
 
     def require(self) -> None:
         """Raise unless the folder is sealed, as every folder is that these packages write."""
-        if self.sums is None:
-            raise self.error(
-                f"{self.folder / CHECKSUMS} does not exist, and it was written with the folder: fetch it again. If you "
-                f"trust the files as they are, seal them: sha256sum NAMES > {CHECKSUMS}"
-            )
+        require(
+            self.sums is not None,
+            self.error,
+            f"{self.folder / CHECKSUMS} does not exist, and it was written with the folder: fetch it again. If you "
+            f"trust the files as they are, seal them: sha256sum NAMES > {CHECKSUMS}",
+        )
 
     def file(self, name: str) -> Path:
         """The path of a file that is to be read. Costs one reading when it is first asked for, if the folder is sealed.
@@ -101,12 +101,13 @@ class SealedFolder:
         file = plain_file(self.folder, name, self.error)
         if self.sums is not None and name not in self._whole:
             expected, found = self.sums.get(name, "no such name"), file_hash(file)
-            if found != expected:
-                raise self.error(
-                    f"{file}: expected the SHA-256 that seals it ({expected}), got {found}: it was damaged, edited, or "
-                    f"belongs to another save. Fetch or save it again; if you changed it on purpose, seal the folder "
-                    f"again: sha256sum NAMES > {CHECKSUMS}"
-                )
+            require(
+                found == expected,
+                self.error,
+                f"{file}: expected the SHA-256 that seals it ({expected}), got {found}: it was damaged, edited, or "
+                f"belongs to another save. Fetch or save it again; if you changed it on purpose, seal the folder "
+                f"again: sha256sum NAMES > {CHECKSUMS}",
+            )
             self._whole.add(name)
         return file
 

@@ -36,9 +36,8 @@ def names() -> list[str]:
 
 def path(name: str = "embedded") -> Path:
     """Folder of a model: config.json, model.safetensors (bf16), tokenizer, metrics.json, README.md (card)."""
-    available = names()
-    if name not in available:
-        raise ValueError(f"no embedded model is called {name!r}; available: {', '.join(available) or 'none'}")
+    if name not in names():
+        raise ValueError(f"no embedded model is called {name!r}; available: {', '.join(names()) or 'none'}")
     return _HERE / _FOLDERS[name]
 
 

@@ -34,9 +34,8 @@ def weight_files(source: str, **where: Any) -> list[str]:
 def split_gates(model: nn.Module, report: dict[str, Any], files: Iterable[str]) -> None:
     """Fill gate and up projections from a checkpoint of before 2025, which keeps both of an MLP in one matrix [2I,D],
     gate first. ``report`` is what transformers loaded and what not; it is mended, too."""
-    found = {key[0]: key for key in report["mismatched_keys"] if key[0].endswith(_GATE)}
-    ups = {name: name.removesuffix(_GATE) + _UP for name in found}
-    fused = {name: up for name, up in ups.items() if up in report["missing_keys"]}
+    gates = [key[0] for key in report["mismatched_keys"] if key[0].endswith(_GATE)]
+    fused = {gate: up for gate in gates if (up := gate.removesuffix(_GATE) + _UP) in report["missing_keys"]}
     parameters = dict(model.named_parameters())
     for file in files if fused else ():
         with safe_open(file, framework="pt") as tensors:

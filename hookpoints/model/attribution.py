@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hookpoints.edits.edit import WriteEdit
-from hookpoints.errors import InputError, UnsupportedModelError
+from hookpoints.errors import InputError, UnsupportedModelError, require
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -156,8 +156,7 @@ def check_attribution(
 
     Raises ValueError for fewer than two rows. Cost: the runs of ``model.run_with_edits``, one for each row.
     """
-    if len(attributions) < 2:
-        raise ValueError(f"a correlation needs at least two writes, found {len(attributions)}")
+    require(len(attributions) >= 2, ValueError, f"a correlation needs at least two writes, found {len(attributions)}")
     session = model.edit_session(_one_sequence(model, input))
     plain, measured = float(metric(session.logits)), pd.Series(index=attributions.index, dtype=float)
     # A batch runs from its first position and lowest layer on, so that neighbours share one.
@@ -167,12 +166,10 @@ def check_attribution(
             places = zip(batch["layer"], batch["head"], batch["position"], strict=True)
             run = session.run([WriteEdit(int(layer), int(head), int(t), mode="delete") for layer, head, t in places])
             for index, logits in zip(batch.index, run.logits, strict=True):
-                edited = torch.cat([session.logits[0, : run.start], logits])
-                measured[index] = plain - float(metric(edited.unsqueeze(0)))
+                measured[index] = plain - float(metric(torch.cat([session.logits[0, : run.start], logits])[None]))
     table = attributions.assign(measured=measured)
-    predicted = table["attribution"]
-    slope = float(np.polyfit(predicted, table["measured"], 1)[0])
-    return AttributionCheck(table, float(predicted.corr(table["measured"])), slope)
+    predicted, found = table["attribution"], table["measured"]
+    return AttributionCheck(table, float(predicted.corr(found)), float(np.polyfit(predicted, found, 1)[0]))
 
 
 _BATCH = 64
@@ -232,6 +229,9 @@ def _logit(model: HookedRecurrent, logits: Tensor, token: Token | Tensor) -> Ten
 
 def _one_sequence(model: HookedRecurrent, input: str | Tensor) -> Tensor:
     tokens = model.to_tokens(input) if isinstance(input, str) else input
-    if tokens.ndim != 2 or tokens.shape[0] != 1:
-        raise InputError(f"attribution is about one sequence, a text or tokens [1,T]; found {list(tokens.shape)}")
+    require(
+        tokens.ndim == 2 and tokens.shape[0] == 1,
+        InputError,
+        f"attribution is about one sequence, a text or tokens [1,T]; found {list(tokens.shape)}",
+    )
     return tokens

@@ -11,7 +11,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice, SliceInput
 
-from hookpoints.errors import HookpointsError, nearest
+from hookpoints.errors import HookpointsError, nearest, require
 from hookpoints.hooks.guard import canonical
 from hookpoints.model.norm import Norm
 
@@ -138,8 +138,7 @@ class RecurrentCache(ActivationCache):
             if part is not None:
                 parts |= zip(self._weights.head_labels(at, part), self._results(at, part).unbind(-2), strict=True)
         if incl_remainder:
-            whole = self["resid_post", layer - 1] if layer else self._embed()
-            parts["remainder"] = whole - sum(parts.values())
+            parts["remainder"] = (self["resid_post", layer - 1] if layer else self._embed()) - sum(parts.values())
         return self._stack(parts, layer, False, apply_ln, pos_slice, return_labels)
 
     def get_full_resid_decomposition(
@@ -159,8 +158,11 @@ class RecurrentCache(ActivationCache):
             expand_neurons: must be False; in TransformerLens it is True by default.
             project_output_onto: [D] or [D,N], by which each part is multiplied.
         """
-        if expand_neurons:
-            raise HookpointsError("expand_neurons: no hook holds the neurons of an MLP; mlp_out is its whole output")
+        require(
+            not expand_neurons,
+            HookpointsError,
+            "expand_neurons: no hook holds the neurons of an MLP; mlp_out is its whole output",
+        )
         layer = self._layer(layer)
         heads, labels = cast(Labelled, self.stack_head_results(layer + mlp_input, return_labels=True))
         parts, bias = dict(zip(labels, heads, strict=True)), torch.zeros_like(self._embed())
@@ -178,8 +180,11 @@ class RecurrentCache(ActivationCache):
 
     @property
     def _layout(self) -> ModelLayout:
-        if hasattr(self.model, "bridge"):
-            raise HookpointsError("parts of the stream are for bridge.run_with_cache: attached, MLPs have no hook here")
+        require(
+            not hasattr(self.model, "bridge"),
+            HookpointsError,
+            "parts of the stream are for bridge.run_with_cache: attached, MLPs have no hook here",
+        )
         return cast("ModelLayout", self.model.attachment.layout)
 
     @property
@@ -229,14 +234,16 @@ class RecurrentCache(ActivationCache):
                 part: Part | None = "mixer" if block.attn_out is block.mixer_out else known
                 yield layer, f"{layer}_attn_out", self["attn_out", layer], part
 
+    def _entering(self, layer: int) -> Tensor:
+        """What a block adds to."""
+        return self["resid_pre", layer] if layer else self._embed()
+
     def _mid(self, layer: int) -> Tensor:
-        entering = self["resid_pre", layer] if layer else self._embed()
-        return entering + sum(out for _, _, out, _ in self._mixers([layer]))
+        return self._entering(layer) + sum(out for _, _, out, _ in self._mixers([layer]))
 
     def _mlp_out(self, layer: int) -> Tensor:
-        if self._layout.blocks[layer].mlp_out is not None:
-            return self["mlp_out", layer]
-        return self["resid_post", layer] - self._mid(layer)  # of several MLPs, which have no hook
+        several = self._layout.blocks[layer].mlp_out is None  # which have no hook
+        return self["resid_post", layer] - self._mid(layer) if several else self["mlp_out", layer]
 
     def _results(self, layer: int, part: Part) -> Tensor:
         key = f"blocks.{layer}.{part}.hook_result"
@@ -263,8 +270,7 @@ class RecurrentCache(ActivationCache):
         norm = Norm.of(module)
         if is_final:
             return norm, norm.scale(self["resid_post", layer - 1])
-        entering = self._mid(layer) if mlp else self["resid_pre", layer] if layer else self._embed()
-        return norm, norm.scale(entering)
+        return norm, norm.scale(self._mid(layer) if mlp else self._entering(layer))
 
 
 def _cut(where: Slice | SliceInput) -> Slice:

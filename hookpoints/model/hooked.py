@@ -14,7 +14,7 @@ from transformer_lens.utilities.slice import Slice, SliceInput
 from transformers import Cache
 
 from hookpoints.edits.edit import EditPlan, EditRow, Edits
-from hookpoints.errors import EditError, HookpointsError
+from hookpoints.errors import EditError, HookpointsError, require
 from hookpoints.hooks.cache import NamesFilter, Saving, caching_hooks, reachable
 from hookpoints.hooks.guard import ADDING, Hook, Hooks, Name, find_hooks, scoped_hooks
 from hookpoints.layer.context import Backend, Recorded, current, position_of, scope
@@ -150,9 +150,8 @@ class HookedModel(HookedRootModule):
             names_filter = [one for name in asked for one in find_hooks(self, name)]
         names = reachable(names_filter, kwargs.get("start_at_layer"), kwargs.get("stop_at_layer"), self.cfg.n_layers)
         out, cache = super().run_with_cache(*args, names_filter=names, remove_batch_dim=remove_batch_dim, **kwargs)
-        if not return_cache_object:
-            return out, cache
-        return out, RecurrentCache(cache, self, has_batch_dim=not remove_batch_dim)
+        whole = RecurrentCache(cache, self, has_batch_dim=not remove_batch_dim)
+        return out, whole if return_cache_object else cache
 
     def get_caching_hooks(  # type: ignore[override]
         self,
@@ -200,8 +199,11 @@ class HookedModel(HookedRootModule):
         for edit in plan.all():
             shape = self.cfg.layer(edit.layer)
             edit.check_shape(shape.H, shape.K, shape.V)
-        if not all(bool(torch.isfinite(side).all()) for side in plan.factors()):
-            raise EditError("keys or values of an edit are NaN or infinite; whatever it wrote would be, too")
+        require(
+            all(bool(torch.isfinite(side).all()) for side in plan.factors()),
+            EditError,
+            "keys or values of an edit are NaN or infinite; whatever it wrote would be, too",
+        )
 
     # -- where a pass is
 
@@ -214,8 +216,7 @@ class HookedModel(HookedRootModule):
         """Inside a hook: position of the first token of the pass under way, padding included; None where its cache
         does not tell. Raises HookpointsError outside of a pass."""
         run = current(self.attachment)
-        if not run.in_pass:
-            raise HookpointsError("first_token is known during a pass only: ask for it in a hook")
+        require(run.in_pass, HookpointsError, "first_token is known during a pass only: ask for it in a hook")
         return run.position
 
     @scoped

@@ -117,8 +117,7 @@ class ModelLayout:
     def rereads_embeddings(self) -> bool:
         """Whether blocks are handed the token embeddings again (Zamba2) or what the first block makes of them (RWKV-7),
         so that no run can do without the tokens."""
-        handed = {"original_hidden_states", "v_first"}
-        return any(handed & _parameters(block.block) for block in self.blocks)
+        return any({"original_hidden_states", "v_first"} & _parameters(block.block) for block in self.blocks)
 
     @property
     def first_block_feeds_all(self) -> bool:
@@ -183,7 +182,8 @@ def find_layout(model: nn.Module) -> ModelLayout:
     if not any(_recurrence(block)[0] for block in found):
         raise UnsupportedModelError(_refusal(model))
     blocks = tuple(map(_block_layout, found))
-    is_chain = isinstance(found, nn.ModuleList) and not _has_streams(backbone) and all(map(_is_known, blocks))
+    streams = [getattr(getattr(backbone, "config", None), name, None) or 1 for name in _STREAMS]
+    is_chain = isinstance(found, nn.ModuleList) and max(streams) == 1 and all(map(_is_known, blocks))
     if not is_chain:
         blocks = tuple(replace(block, mixer_out=None, attn_out=None, mlp_out=None, mlps=0) for block in blocks)
     return ModelLayout(
@@ -198,13 +198,17 @@ def find_layout(model: nn.Module) -> ModelLayout:
 
 def out_projection(mixer: nn.Module) -> nn.Module:
     """The linear map from what the heads hand on to the residual stream."""
-    return _first(mixer, _OUT_PROJ_NAMES, "output projection")
+    if children := _children(mixer, _OUT_PROJ_NAMES):
+        return children[0]
+    raise UnsupportedModelError(
+        f"no output projection found in {type(mixer).__name__}: looked for {', '.join(_OUT_PROJ_NAMES)}, "
+        f"found {', '.join(name for name, _ in mixer.named_children())}"
+    )
 
 
 def _backbone(model: nn.Module) -> nn.Module:
     """What holds the blocks; of a multimodal model, in its language model."""
-    prefix = getattr(model, "base_model_prefix", "")
-    base = getattr(model, prefix, model) if prefix else model
+    base = getattr(model, getattr(model, "base_model_prefix", ""), model)
     return next(iter(_children(base, ("language_model",))), base)
 
 
@@ -212,10 +216,6 @@ def _blocks(backbone: nn.Module) -> nn.ModuleList | list[nn.Module]:
     """The blocks; where no list of them is found, the recurrent mixers, which then count as blocks."""
     lists = [child for child in _children(backbone, ("layers", "h", "blocks")) if isinstance(child, nn.ModuleList)]
     return lists[0] if lists else [module for module in backbone.modules() if rule_of(module)]
-
-
-def _has_streams(backbone: nn.Module) -> bool:
-    return any((getattr(getattr(backbone, "config", None), name, None) or 1) > 1 for name in _STREAMS)
 
 
 def _recurrence(block: nn.Module) -> tuple[nn.Module | None, Rule | None, ModuleType | None]:
@@ -234,14 +234,13 @@ def _block_layout(block: nn.Module) -> BlockLayout:
     # recurrence somewhere below (Zamba2), or an MLP alone that is called a mixer (Nemotron-H). A recurrence is known by
     # the op that its forward calls, attention by taking an attention mask; names only say where to look.
     recurrent, rule, namespace = _recurrence(block)
+    mixer_out = _added(block, recurrent, "residual_multiplier", "ssm_out_multiplier")
     if isinstance(block, GeneralizedComponent):  # TransformerLens' parts do not tell attention from an MLP
-        added = _added(block, recurrent, "residual_multiplier", "ssm_out_multiplier")
-        return BlockLayout(block, recurrent, rule, namespace, added, None, None)
+        return BlockLayout(block, recurrent, rule, namespace, mixer_out, None, None)
     named = _children(block, _MIXER_NAMES)
     attention = next((child for child in named if child is not recurrent and _mixes_tokens(child)), None)
     # Nemotron-H calls an MLP a mixer, too.
     mlps = _children(block, _MLP_NAMES) + [child for child in named if not _mixes_tokens(child)]
-    mixer_out = _added(block, recurrent, "residual_multiplier", "ssm_out_multiplier")
     attn_out = _added(block, attention, "residual_multiplier", "attn_out_multiplier") or mixer_out
     mlp_out = _added(block, mlps[0] if len(mlps) == 1 else None, "residual_multiplier")
     # A block without a norm before its mixer but with one after each part (OLMo's attention blocks) adds the norms'
@@ -264,9 +263,8 @@ def _mixes_tokens(module: nn.Module) -> bool:
 
 def _added(block: nn.Module, module: nn.Module | None, *multipliers: str) -> Added | None:
     """``module`` with the block's own multipliers on its output (Granite's and Falcon-H1's)."""
-    if module is None:
-        return None
-    return Added(module, math.prod(float(getattr(block, name, 1.0)) for name in multipliers))  # type: ignore[arg-type]
+    scale = math.prod(float(getattr(block, name, 1.0)) for name in multipliers)  # type: ignore[arg-type]
+    return None if module is None else Added(module, scale)
 
 
 def _attention_hooks(block: nn.Module, attention: nn.Module | None) -> tuple[tuple[HeadsAt, ...], ModuleType | None]:
@@ -293,15 +291,6 @@ def _attention_hooks(block: nn.Module, attention: nn.Module | None) -> tuple[tup
 def _children(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
     """The submodules that go by one of ``names``."""
     return [child for name in names if isinstance(child := getattr(module, name, None), nn.Module)]
-
-
-def _first(module: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
-    if children := _children(module, names):
-        return children[0]
-    raise UnsupportedModelError(
-        f"no {what} found in {type(module).__name__}: looked for {', '.join(names)}, "
-        f"found {', '.join(name for name, _ in module.named_children())}"
-    )
 
 
 def _model_type(model: nn.Module) -> str:

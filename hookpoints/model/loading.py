@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from hookpoints import embedded, zoo
-from hookpoints.errors import HookpointsError, UnknownModelError, UnsupportedModelError, nearest
+from hookpoints.errors import HookpointsError, UnknownModelError, UnsupportedModelError, nearest, require
 from hookpoints.files import SealedFolder, read_json
 from hookpoints.fla.checkpoints import split_gates, weight_files
 from hookpoints.fla.importing import MODEL_TYPES, import_fla, restore_auto_classes
@@ -46,6 +46,7 @@ _OWN_CLASSES: dict[str, _Classes] = {
     "rwkv7": (RWKV7Config, RWKV7ForCausalLM),
 }
 """Classes of model types that the Auto classes do not know, or do not always know rightly."""
+_AUTO_CLASSES: _Classes = (AutoConfig, AutoModelForCausalLM)
 if hasattr(transformers, "Glm5NextConfig"):  # multimodal, without a class for its text model alone
     _OWN_CLASSES["glm5_next"] = (transformers.Glm5NextConfig, transformers.Glm5NextForConditionalGeneration)
 
@@ -76,8 +77,11 @@ def load(
         UnsupportedModelError: a checkpoint without a causal language model, in the format of the mamba_ssm package
             (names the converted one), or with tensors missing, unknown or of another shape (names them).
     """
-    if hf_kwargs.get("trust_remote_code"):
-        raise ValueError("trust_remote_code is not supported: hookpoints runs no code from a checkpoint")
+    require(
+        not hf_kwargs.get("trust_remote_code"),
+        ValueError,
+        "trust_remote_code is not supported: hookpoints runs no code from a checkpoint",
+    )
     rooms = [room for room in (embedded, zoo) if name_or_path in room.names()]
     source = str(rooms[0].path(name_or_path)) if rooms else name_or_path
     _refuse_unknown(name_or_path)
@@ -113,25 +117,24 @@ def _model(
     if of_fla:
         import_fla()  # registers them
     restore_auto_classes()  # someone else may have imported fla
-    classes: _Classes = _OWN_CLASSES[saved["model_type"]] if is_own else (AutoConfig, AutoModelForCausalLM)
-    configs, models = classes
+    configs, models = _OWN_CLASSES.get(saved.get("model_type", ""), _AUTO_CLASSES)
     # Without a word on trust, the Auto classes ask on the terminal whether to run the code that a config names.
     trust = {} if is_own else {"trust_remote_code": False}
     config = configs.from_pretrained(source, revision=revision, **trust)
     _refuse(name, config.model_type)
-    if not is_own and type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UnsupportedModelError(
-            f"{name!r} is a {config.model_type!r} checkpoint, which has no causal language model"
-        )
+    require(
+        is_own or type(config) in AutoModelForCausalLM._model_mapping,
+        UnsupportedModelError,
+        f"{name!r} is a {config.model_type!r} checkpoint, which has no causal language model",
+    )
     if empty:
         with torch.device("meta"):
             return models(config) if is_own else models.from_config(config, **trust)
     if of_fla and config.model_type != "retnet" and getattr(config, "attn_mode", None) == "fused_chunk":
         config.attn_mode = "chunk"  # the same rule: fla has dropped the other schedule
     # Shapes that do not fit are reported like the rest, and then refused with their names.
-    asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    how = {"dtype": dtype, "use_safetensors": True, **trust, **hf_kwargs, **asked}
-    how |= {"config": config} if of_fla else {}
+    how = {"dtype": dtype, "use_safetensors": True, **trust, **hf_kwargs, **({"config": config} if of_fla else {})}
+    how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = models.from_pretrained(source, revision=revision, **how)
     if of_fla:
         split_gates(model, report, weight_files(source, revision=revision))
@@ -169,8 +172,8 @@ def _errors_name_the_model(name: str) -> Iterator[None]:
 
 def cached() -> list[str]:
     """Names of the models in the hub's cache on this machine. Costs one listing of a folder."""
-    folders = Path(HF_HUB_CACHE).glob("models--*")
-    return sorted(folder.name.removeprefix("models--").replace("--", "/") for folder in folders)
+    names = (folder.name.removeprefix("models--") for folder in Path(HF_HUB_CACHE).glob("models--*"))
+    return sorted(name.replace("--", "/") for name in names)
 
 
 def model_types() -> dict[str, list[str]]:

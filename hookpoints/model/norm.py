@@ -38,8 +38,8 @@ class Norm:
         bias, level, answer = (type(module).forward(module, x) for x in (0 * ones, ones, probe))
         centred = bool(torch.allclose(level, bias))
         norm = cls(torch.ones_like(bias[0, 0]), torch.zeros_like(bias[0, 0]), centred, eps)
-        normalised = norm.frozen(probe, norm.scale(probe))
-        return cls(((answer - bias) / normalised)[0, 0], bias[0, 0], centred, eps)
+        gain = (answer - bias) / norm.frozen(probe, norm.scale(probe))
+        return cls(gain[0, 0], bias[0, 0], centred, eps)
 
     def scale(self, x: Tensor) -> Tensor:
         """[...,1], what the norm divides ``x`` [...,D] by; in float32 at least."""

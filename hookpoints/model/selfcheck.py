@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import Cache
 
-from hookpoints.errors import SelfCheckError
-from hookpoints.model.inputs import cache_argument, cache_of, position_inputs
+from hookpoints.errors import SelfCheckError, require
+from hookpoints.model.inputs import cache_of, continuing
 from hookpoints.scopes import scoped
 
 if TYPE_CHECKING:
@@ -59,17 +59,19 @@ def self_check(model: HookedModel) -> None:
         decoded = torch.cat([step.native.outputs for step in recorded[1:]], 1)
         error = relative_error(whole[layer].native.outputs[:, _PREFILL:], decoded)
         if not error <= tolerance(model.cfg.dtype, decoded.dtype):
-            what = f"reads {error:.1e} (relative RMS) apart in decoding and in prefill, upstream's own difference"
-            warnings.warn(f"{model.cfg.model_name}: layer {layer} {what}; hooks see both as they are", stacklevel=3)
+            warnings.warn(
+                f"{model.cfg.model_name}: layer {layer} reads {error:.1e} (relative RMS) apart in decoding and in "
+                "prefill, upstream's own difference; hooks see both as they are",
+                stacklevel=3,
+            )
 
 
 def check_prefill(model: HookedModel, tokens: Tensor) -> dict[int, Recorded]:
     """One pass over ``tokens`` [1,T], recorded and checked. Tries first whether upstream runs the model with a cache of
     its own: some classes cannot where all layers are recurrent, since they ask the cache for its length."""
-    where = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
     with torch.no_grad():
         try:
-            model.hf_model(input_ids=tokens, use_cache=True, **position_inputs(model.hf_model, where))
+            model.hf_model(input_ids=tokens, **continuing(model.hf_model, None, 0, tokens))
         except ValueError:
             model.attachment.counts_tokens = True
         return _pass(model, tokens, 0, "prefill")[0]
@@ -92,12 +94,8 @@ def _pass(
 ) -> tuple[dict[int, Recorded], Cache]:
     """One pass: what it recorded, and its cache. Every layer's op must be met, and its canonical recurrence must give
     its outputs and state."""
-    inputs = {} if cache is None else {cache_argument(model.hf_model): cache}
-    # Models whose first block is recurrent need to be told where they are.
-    where = torch.arange(start, start + tokens.shape[1], device=tokens.device).unsqueeze(0)
-    inputs |= position_inputs(model.hf_model, where)
     with model.recording() as record:
-        out = model.hf_model(input_ids=tokens, use_cache=True, **inputs)
+        out = model.hf_model(input_ids=tokens, **continuing(model.hf_model, cache, start, tokens))
     for layer in model.cfg.recurrent_layers:
         if layer not in record:
             rule = model.attachment.mixers[layer].rule
@@ -113,15 +111,17 @@ def _pass(
 def _compare(model: HookedModel, layer: int, native: OpResult, expected: Tensor, actual: Tensor, what: str) -> None:
     error = relative_error(expected, actual)
     # Under autocast, ops of a float32 model are given half precision, which shows in what they return.
-    if not error <= tolerance(model.cfg.dtype, *(x.dtype for x in native if x is not None)):
-        raise SelfCheckError(_message(model, layer, f"{what} differ by {error:.1e} (relative RMS)"))
+    require(
+        error <= tolerance(model.cfg.dtype, *(x.dtype for x in native if x is not None)),
+        SelfCheckError,
+        _message(model, layer, f"{what} differ by {error:.1e} (relative RMS)"),
+    )
 
 
 def relative_error(expected: Tensor, actual: Tensor) -> float:
     """Root-mean-square difference over the root-mean-square size."""
     expected, actual = expected.double(), actual.double()
-    size = expected.pow(2).mean().sqrt().clamp_min(1e-12)
-    return float((expected - actual).pow(2).mean().sqrt() / size)
+    return float((expected - actual).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt().clamp_min(1e-12))
 
 
 def tolerance(*dtypes: torch.dtype) -> float:
@@ -131,8 +131,8 @@ def tolerance(*dtypes: torch.dtype) -> float:
 
 def _message(model: HookedModel, layer: int, what: str) -> str:
     rule = model.attachment.mixers[layer].rule.name
-    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     return (
-        f"{model.cfg.model_name}: layer {layer} ({rule}) cannot be hooked: {what}. Versions: {versions}. "
+        f"{model.cfg.model_name}: layer {layer} ({rule}) cannot be hooked: {what}. "
+        f"Versions: transformers {transformers.__version__}, torch {torch.__version__}. "
         "Please report this; self_check=False loads the model all the same, at your own risk"
     )

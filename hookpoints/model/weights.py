@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from hookpoints.errors import UnsupportedModelError
+from hookpoints.errors import UnsupportedModelError, require
 from hookpoints.model.hooked import HookedModel
 from hookpoints.model.layout import Added, Part, out_projection
 
@@ -31,8 +31,7 @@ class HeadOutputs(NamedTuple):
     @property
     def norm(self) -> nn.Module | None:
         """The norm between projection and residual stream, in blocks that have one there (OLMo's attention)."""
-        inside = any(module is self.projection for module in self.added.module.modules())
-        return None if inside else self.added.module
+        return None if self.projection in self.added.module.modules() else self.added.module
 
     @property
     def scale(self) -> float:
@@ -111,12 +110,13 @@ class Weights(HookedModel):
         """
         weights = [self.layer_W_O(layer) for layer in sorted({*self.cfg.layers, *self.cfg.attention})]
         shapes = {tuple(weight.shape) for weight in weights}
-        if len(shapes) > 1 or len(weights) < self.cfg.n_layers:
-            raise UnequalHeadsError(
-                f"{len(weights)} of the {self.cfg.n_layers} layers of {self.cfg.model_name} have heads, with weights "
-                f"[heads, d_head, d_model] of the shapes {sorted(shapes)}, which no one tensor holds: take "
-                "model.layer_W_O(layer), those of one layer"
-            )
+        require(
+            len(shapes) == 1 and len(weights) == self.cfg.n_layers,
+            UnequalHeadsError,
+            f"{len(weights)} of the {self.cfg.n_layers} layers of {self.cfg.model_name} have heads, with weights "
+            f"[heads, d_head, d_model] of the shapes {sorted(shapes)}, which no one tensor holds: take "
+            "model.layer_W_O(layer), those of one layer",
+        )
         return torch.stack(weights)
 
     def layer_W_O(self, layer: int, part: Part | None = None) -> Tensor:
@@ -144,8 +144,11 @@ class Weights(HookedModel):
 
     def head_outputs(self, layer: int, part: Part | None = None) -> HeadOutputs:
         """How the heads of ``layer`` reach the residual stream; arguments and errors as for ``layer_W_O``."""
-        if not self.attachment.layout.is_chain:
-            raise UnsupportedModelError(f"heads of {self.cfg.model_name} add to no one residual stream that is known")
+        require(
+            self.attachment.layout.is_chain,
+            UnsupportedModelError,
+            f"heads of {self.cfg.model_name} add to no one residual stream that is known",
+        )
         attention, block = self.cfg.attention_heads(layer), self.attachment.layout.blocks[layer]
         if part != "attn" and layer in self.cfg.layers and block.mixer is not None and block.mixer_out is not None:
             return HeadOutputs(self.cfg.layers[layer].H, out_projection(block.mixer), block.mixer_out)

@@ -35,17 +35,14 @@ def unwrap(model: object) -> nn.Module:
     Raises:
         UnsupportedModelError: something that cannot be hooked from inside, or that is no model; says why.
     """
-    while True:
-        classes = [f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__]
-        inside = next((_INSIDE[name] for name in classes if name in _INSIDE), None)
-        reason = next((_REFUSED[name] for name in classes if name in _REFUSED), None) or _prompts(model)
-        if reason is not None:
-            raise UnsupportedModelError(f"a {type(model).__name__} cannot be hooked: {reason}")
-        if inside is None:
-            break
-        model = getattr(model, inside)
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"a {type(model).__name__} cannot be hooked: it is no torch.nn.Module")
+    classes = [f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__]
+    reason = next((_REFUSED[name] for name in classes if name in _REFUSED), None) or _prompts(model)
+    if inside := next((_INSIDE[name] for name in classes if name in _INSIDE and reason is None), None):
+        return unwrap(getattr(model, inside))
+    if reason is not None or not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"a {type(model).__name__} cannot be hooked: {reason or 'it is no torch.nn.Module'}"
+        )
     return model
 
 

@@ -70,10 +70,6 @@ class OpFactors:
 
     NAMES = ("q", "k", "v", "beta", "log_decay")
 
-    def present(self) -> tuple[str, ...]:
-        """Names of the factors that this call has, in order of execution."""
-        return tuple(name for name in self.NAMES if getattr(self, name) is not None)
-
     def over_time(self, change: Callable[[Tensor], Tensor]) -> OpFactors:
         """With ``change`` made to all factors that have a time axis."""
         given = {name: x for name in (*self.NAMES, "back") if (x := getattr(self, name)) is not None}
@@ -334,9 +330,7 @@ def gate(g: Tensor, arguments: Arguments) -> Tensor:
 
 def key_first(state: Tensor | None, arguments: Arguments) -> Tensor | None:
     """[B,H,K,V] from a state in the layout of a call; its own inverse."""
-    if state is None or not arguments.get("state_v_first"):
-        return state
-    return state.mT.contiguous()
+    return state.mT.contiguous() if state is not None and arguments.get("state_v_first") else state
 
 
 def initial_state(arguments: Arguments, dtype: torch.dtype) -> Tensor | None:

@@ -51,9 +51,8 @@ class GatedDeltaProduct(FlaRule):
 
     def read_result(self, native: object, arguments: Arguments) -> OpResult:
         result = super().read_result(native, arguments)
-        if not self._is_stepwise(arguments):
-            return result
-        return result._replace(outputs=result.outputs[:, self.rank - 1 :: self.rank])
+        last = slice(self.rank - 1, None, self.rank) if self._is_stepwise(arguments) else slice(None)
+        return result._replace(outputs=result.outputs[:, last])
 
     def write_result(self, result: OpResult, arguments: Arguments) -> object:
         if self._is_stepwise(arguments):

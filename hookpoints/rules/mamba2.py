@@ -77,12 +77,10 @@ class Mamba2(Rule):
         return True
 
     def read_result(self, native: object, arguments: Arguments) -> OpResult:
-        if isinstance(native, Tensor):
-            if is_update(arguments):
-                return OpResult(native.unsqueeze(1), arguments["state"].mT.clone())
-            return OpResult(native, None)
-        outputs, state = cast("tuple[Tensor, Tensor]", native)
-        return OpResult(outputs, state.mT)
+        if is_update(arguments):
+            return OpResult(cast(Tensor, native).unsqueeze(1), arguments["state"].mT.clone())
+        outputs, state = native if isinstance(native, tuple) else (cast(Tensor, native), None)
+        return OpResult(outputs, None if state is None else state.mT)
 
     def write_result(self, result: OpResult, arguments: Arguments) -> object:
         x, D, state = arguments["hidden_states"], arguments["D"], result.final_state

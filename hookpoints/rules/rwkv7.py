@@ -15,25 +15,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
-
 from hookpoints.recurrence.canonical import CanonicalForm
 from hookpoints.rules.base import Arguments, Names, OpFactors, Rule
 
 
 class _RWKV7(Rule):
     def form(self, factors: OpFactors, arguments: Arguments) -> CanonicalForm:
-        along, back = _erase(arguments)
-        dtype = factors.k.dtype
-        return super().form(factors, arguments).replace(a=along.to(dtype), b=back.to(dtype))
-
-
-def _erase(arguments: Arguments) -> tuple[Tensor, Tensor]:
-    """Where the erase acts, and what it reads back with, [B,T,H,K] each: ``a`` and ``b`` of the canonical form, which
-    fla calls the other way round."""
-    if "kk" in arguments:
-        return arguments["kk"] * arguments["a"], -arguments["kk"]
-    return arguments["b"], arguments["a"]
+        # ``a`` and ``b`` of the canonical form, [B,T,H,K] each, which fla calls the other way round.
+        kappa = arguments.get("kk")
+        along, back = (arguments["b"], arguments["a"]) if kappa is None else (kappa * arguments["a"], -kappa)
+        return super().form(factors, arguments).replace(a=along.to(factors.k.dtype), b=back.to(factors.k.dtype))
 
 
 RWKV7 = _RWKV7(

@@ -70,8 +70,9 @@ class _GatedDelta2(FlaRule):
         return factors.back * super().erase_key(factors)
 
     def form(self, factors: OpFactors, arguments: Arguments) -> CanonicalForm:
-        ones = torch.ones_like(factors.k[..., 0])
-        return super().form(factors, arguments).replace(beta=ones, b=self.erase_key(factors))
+        return (
+            super().form(factors, arguments).replace(beta=torch.ones_like(factors.k[..., 0]), b=self.erase_key(factors))
+        )
 
 
 FLA_GATED_DELTA_2 = _GatedDelta2(
@@ -92,8 +93,7 @@ erase b * k as well. With b = w = beta it is Kimi delta attention.
 
 class _Comba(FlaRule):
     def read(self, field: str, arguments: Arguments, dtype: torch.dtype) -> Tensor | None:
-        without_p = field == "back" and arguments["p"] is None
-        return super().read("k" if without_p else field, arguments, dtype)
+        return super().read("k" if field == "back" and arguments["p"] is None else field, arguments, dtype)
 
     def erase_key(self, factors: OpFactors) -> Tensor:
         assert factors.back is not None
@@ -148,10 +148,8 @@ class _SimpleGatedLinear(FlaRule):
 
     def log_decay(self, arguments: Arguments) -> Tensor:
         """[B,T,H], or [H] where it is the same at every token."""
-        g, constant = arguments.get("g"), arguments.get("g_gamma")
-        if g is not None:
-            return g
-        return arguments["v"].new_zeros(()) if constant is None else constant
+        given = (arguments.get("g"), arguments.get("g_gamma"), arguments["v"].new_zeros(()))
+        return next(x for x in given if x is not None)
 
 
 class _Retention(_SimpleGatedLinear):

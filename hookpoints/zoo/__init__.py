@@ -20,12 +20,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from hookpoints.errors import require
 from hookpoints.files import read_json
 from hookpoints.zoo.circuits import Induction, Parity
-from hookpoints.zoo.tasks import Batch, Composition, Recall, Task
+from hookpoints.zoo.tasks import Batch, Composition, Recall
 
 __all__ = ["Batch", "Holder", "Task", "Truth", "accuracy", "names", "path", "task", "truth"]
 
+Task = Recall | Composition | Induction | Parity
+"""``vocabulary``: names of the token ids, the first is "<bos>". ``batch(n, generator, **size)``: n fresh sequences,
+with ``queries`` for Q questions in each; ``sizes``: all that a model learns, equally frequent in training.
+``spell(symbols)``: the sequences that symbols spell. ``others(values, generator)``: for each value another one, whose
+answers are all different."""
 _HERE = Path(__file__).parent
 _TASKS: dict[str, Task] = {
     "recall": Recall(),
@@ -75,8 +81,11 @@ def names() -> list[str]:
 
 def path(name: str) -> Path:
     """Folder of a model: config.json, model.safetensors, tokenizer, truth.json, README.md (card)."""
-    if name not in names():
-        raise ValueError(f"no model of the zoo is called {name!r}; available: {', '.join(names()) or 'none'}")
+    require(
+        name in names(),
+        ValueError,
+        f"no model of the zoo is called {name!r}; available: {', '.join(names()) or 'none'}",
+    )
     return _HERE / name
 
 

@@ -15,10 +15,9 @@ A task spells symbols as tokens. Another value at a place is the same symbols wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain, product
-from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -59,33 +58,6 @@ class Batch:
     ("asked": an index into P)."""
     places: Mapping[str, Tensor]
     """[B,P] position of each symbol of the kinds that sequences are made of."""
-
-
-class Task(Protocol):
-    """What every task has."""
-
-    @property
-    def vocabulary(self) -> tuple[str, ...]:
-        """Names of the token ids; the first is "<bos>"."""
-        ...
-
-    @property
-    def sizes(self) -> tuple[Mapping[str, int], ...]:
-        """Arguments of ``batch``, for all sizes that a model learns; all are equally frequent in training."""
-        ...
-
-    @property
-    def batch(self) -> Callable[..., Batch]:
-        """n fresh sequences: ``batch(n, generator, **task.sizes[i])``; with ``queries`` for Q questions in each."""
-        ...
-
-    def spell(self, symbols: Mapping[str, Tensor]) -> Batch:
-        """The sequences that symbols spell."""
-        ...
-
-    def others(self, values: Tensor, generator: Generator) -> Tensor:
-        """For each value another one, whose answers are all different."""
-        ...
 
 
 @dataclass(frozen=True)

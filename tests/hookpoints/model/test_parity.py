@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, UnsupportedModelError
 from hookpoints.fla import is_fla
-from hookpoints.model.inputs import cache_argument, cache_of, position_inputs
+from hookpoints.model.inputs import cache_argument, cache_of, continuing
 
 VALUE_FIRST = {
     False: {"Mamba-1", "Mamba-2"},
@@ -70,7 +70,7 @@ def test_decoding_continues_the_prompt(hooked, tokens):
     heard, argument = cache_of(hooked.hf_model(tokens[:, :65], use_cache=True)), cache_argument(hooked.hf_model)
     plain, slack = copy.deepcopy(heard), 1 if is_fla(hooked.hf_model) else 10
     for t in range(65, 70):
-        how = {"use_cache": True, **position_inputs(hooked.hf_model, torch.full((2, 1), t))}
+        how = continuing(hooked.hf_model, None, t, tokens[:, t : t + 1])
         step = hooked(tokens[:, t : t + 1], **{argument: plain}, **how)
         listened, at_t = hooked.run_with_cache(
             tokens[:, t : t + 1], names_filter=lambda name: "mixer." in name, **{argument: heard}, **how

@@ -9,17 +9,18 @@ import inspect
 import types
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from conftest import KeepFloat64, modelling
+from recurrences import drawn as normal
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from hookpoints import Recurrence
-from hookpoints.layer.intercept import _bind, running, wrap_ops
+from hookpoints.layer.intercept import running, wrap_ops
 from hookpoints.rules import OpFactors, Rule
 from hookpoints.rules.delta_product import GATED_DELTA_PRODUCT
 from hookpoints.rules.mamba1 import MAMBA1
@@ -30,8 +31,12 @@ B, T, H, K, V, R = 2, 45, 4, 8, 6, 3
 EXACT = {"rtol": 0, "atol": 1e-10}
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def bound(op: Any, given: dict) -> dict:
+    """Arguments of a call by name, with defaults, without what the op does not take."""
+    parameters = inspect.signature(op).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return defaults | {name: x for name, x in given.items() if takes_any or name in parameters}
 
 
 def delta_call(grouped: int, *per_channel: int) -> dict:
@@ -235,7 +240,7 @@ def clone(arguments: dict) -> dict:
 @every_case
 def test_the_canonical_form_is_the_op(case: Case):
     """Reads, states and what the layer gets back."""
-    rule, arguments = case.rule, _bind(inspect.signature(case.op), (), case.make())
+    rule, arguments = case.rule, bound(case.op, case.make())
     with KeepFloat64():
         own, fed = clone(arguments), clone(arguments)
         expected, factors = case.op(**own), rule.factors(arguments)
@@ -256,7 +261,7 @@ def test_the_canonical_form_is_the_op(case: Case):
 @pytest.mark.parametrize("field", OpFactors.NAMES)
 def test_each_factor_can_be_fed_by_itself(case: Case, field: str):
     """A changed factor reaches the op, and nothing else changes: not the decay with beta, nor the skip with v."""
-    rule, arguments = case.rule, _bind(inspect.signature(case.op), (), case.make())
+    rule, arguments = case.rule, bound(case.op, case.make())
     with KeepFloat64():
         factors = rule.factors(arguments)
         old = getattr(factors, field)
@@ -276,7 +281,7 @@ def test_other_calls_of_the_scan():
     """Without state, bias, softplus or skip, and in the dtypes of a bfloat16 model."""
     rule, op, make, *_ = CASES["mamba2-mamba2_chunk_scan"]
     bare = {"D": None, "dt_bias": None, "dt_softplus": False, "initial_states": None, "return_final_states": False}
-    arguments = _bind(inspect.signature(op), (), make()) | bare
+    arguments = bound(op, make()) | bare
     arguments["dt"] = arguments["dt"].abs()
     with KeepFloat64():
         r = Recurrence.of(rule.form(rule.factors(arguments), arguments))
