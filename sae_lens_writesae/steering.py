@@ -129,12 +129,13 @@ def steer(
             "steer: expected a head (layer=, head= or an SAE, which names its own) and a direction (toward=, or sae= "
             f"with atom=), got layer {layer}, head {head}, toward={toward!r}, atom={atom}"
         )
-    known = (
-        at == "every" or (at == "fires" and sae is not None) or (not isinstance(at, str) and min(at, default=0) >= 0)
+    require(
+        at == "every" or (at == "fires" and sae is not None) or (not isinstance(at, str) and min(at, default=0) >= 0),
+        "at",
+        at,
+        "'every', with sae= and atom= 'fires', or positions >= 0",
     )
-    require(known, "at", at, "'every', with sae= and atom= 'fires', or positions >= 0")
-    place = head_target(model, layer, head)
-    mixer = f"blocks.{layer}.mixer"
+    place, mixer = head_target(model, layer, head), f"blocks.{layer}.mixer"
 
     def where(own: Tensor, writes: Callable[[], Tensor]) -> Tensor:
         """[B,T] which tokens to steer, of a pass over `own` [B,T,...]; writes [B,T,K,V] are made only if needed."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -33,8 +34,10 @@ class LowRank:
 
     def __post_init__(self) -> None:
         if self.keys.ndim != 3 or self.values.ndim != 3 or self.keys.shape[:2] != self.values.shape[:2]:
-            shapes = f"{list(self.keys.shape)} and {list(self.values.shape)}"
-            raise ValueError(f"low-rank matrices have keys [N,R,K] and values [N,R,V], found {shapes}")
+            raise ValueError(
+                "low-rank matrices have keys [N,R,K] and values [N,R,V], found "
+                f"{list(self.keys.shape)} and {list(self.values.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -61,11 +64,8 @@ class LowRank:
         exact = torch.promote_types(matrices.dtype, torch.float32)
         left, sigma, right = torch.linalg.svd(matrices.to(exact), full_matrices=False)
         left, sigma, right = left[..., :rank].mT, sigma[:, :rank, None], right[:, :rank]
-        if balanced:
-            keys, values = left * sigma.sqrt(), right * sigma.sqrt()
-        else:
-            keys, values = left * sigma, right
-        return cls(keys.to(matrices.dtype), values.to(matrices.dtype))
+        share = sigma.sqrt() if balanced else torch.ones_like(sigma)
+        return cls((left * (share if balanced else sigma)).to(matrices), (right * share).to(matrices))
 
     @classmethod
     def cat(cls, summands: Sequence[LowRank]) -> LowRank:
@@ -74,9 +74,7 @@ class LowRank:
 
     def random_like(self, generator: torch.Generator) -> LowRank:
         """Gaussian factors of the same shapes, drawn on the CPU so that a seed means the same on every device."""
-        keys = torch.randn(self.keys.shape, generator=generator).to(self.keys)
-        values = torch.randn(self.values.shape, generator=generator).to(self.values)
-        return LowRank(keys, values)
+        return LowRank(*(torch.randn(side.shape, generator=generator).to(side) for side in (self.keys, self.values)))
 
     # ------------------------------------------------------------------------------------------ choosing
 
@@ -143,9 +141,8 @@ class LowRank:
     def inners(self, other: LowRank) -> Tensor:
         """Frobenius inner products of all pairs [N,M]. Costs N M R R' (K + V)."""
         total = torch.zeros(len(self), len(other), dtype=self.values.dtype, device=self.values.device)
-        for r in range(self.rank):
-            for s in range(other.rank):
-                total += (self.keys[:, r] @ other.keys[:, s].mT) * (self.values[:, r] @ other.values[:, s].mT)
+        for r, s in product(range(self.rank), range(other.rank)):
+            total += (self.keys[:, r] @ other.keys[:, s].mT) * (self.values[:, r] @ other.values[:, s].mT)
         return total
 
 

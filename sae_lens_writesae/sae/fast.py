@@ -17,35 +17,41 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.optim import get_lr_scheduler
 from torch import Tensor, nn
+from torch.nn.functional import embedding, embedding_bag, pad
 from tqdm.auto import tqdm
 
 from hookpoints.scopes import threads_for
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.files import atomic_write
-from sae_lens_writesae.sae.architectures import WriteTopKTrainingSAEConfig as Config
-from sae_lens_writesae.sae.matrix import require
+from sae_lens_writesae.sae.matrix import khatri_rao, require
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import matrices, new_sae, seeded, shuffled, train_on_rows, wandb_run
 from sae_lens_writesae.sae.target import RunnerConfig
-from sae_lens_writesae.sae.training import START_STEPS, MatrixTrainingSAE
+from sae_lens_writesae.sae.training import START_STEPS, MatrixTrainingSAE, mean_row, sizes
+
+if TYPE_CHECKING:
+    from sae_lens_writesae.sae.architectures import WriteTopKTrainingSAEConfig as Config
 
 MAX_STACK = 32
 """Dictionaries of one stack: more save nothing, and would hold their scores all at once."""
-BLOCK = 2**20
+BLOCK = 2**19
 """Numbers of one block: of scores, or of a gathered factor."""
 SAVE_SECONDS = 60.0
 """Time between two checkpoints: what a kill can lose."""
+STATES_FROM = 64 * 64
+"""K V from which states are trained on in chunks: a step is then 3.8 times as fast as on matrices, and 8.6 times at
+128 x 128. At 64 x 32 it is 1.9 times, which the whole run does not keep, and explained variance is 0.007 lower: rows of
+one chunk resemble each other more than shuffled ones."""
 FACTORS = ("v", "w", "v_enc", "w_enc")
 
 # ------------------------------------------------------------------------------------------------ entry points
@@ -109,17 +115,22 @@ def train_many_on_writes(
     shapes = {shape_of(cfg) for cfg in configs}
     one = len(shapes) == 1 and None not in shapes
     require(one, "configs", f"{len(shapes)} shapes", "dictionaries on factors that have one `shape_of`")
-    return _Stack(list(zip(configs, writes, metrics or [None] * len(configs), strict=True))).train(checkpoint)
+    return Stack(list(zip(configs, writes, metrics or [None] * len(configs), strict=True))).train(checkpoint)
 
 
 def shape_of(cfg: RunnerConfig) -> str | None:
-    """What dictionaries that train together on factors have in common; None for one that is trained on matrices. On
-    factors are trained `writesae_topk` dictionaries with factors on both sides, on squared errors (in either metric).
+    """What dictionaries that train together on factors have in common; None for one that is trained on matrices.
+
+    On factors are trained, with factors on both sides and squared errors (in either metric), `writesae_topk` on writes;
+    and on states of `STATES_FROM` entries or more also `writesae_batchtopk`.
     """
-    sae = cfg.sae
-    if type(sae) is not Config or cfg.autocast or sae.use_sparse_activations:
-        return None
-    if (sae.encoder, sae.decoder, sae.loss) != ("bilinear", "rank", "mse"):
+    sae, of_states = cfg.sae, "hook_state" in cfg.hook_name
+    if (
+        sae.architecture() not in ("writesae_topk", *["writesae_batchtopk"] * of_states)
+        or (sae.encoder, sae.decoder, sae.loss) != ("bilinear", "rank", "mse")
+        or (cfg.autocast or sae.use_sparse_activations)
+        or sae.d_in < STATES_FROM * of_states
+    ):
         return None
     shared = dataclasses.replace(sae, k=1, metadata=type(sae.metadata)())
     return repr((shared, dataclasses.replace(cfg.to_sae_trainer_config(), checkpoint_path=None), cfg.device))
@@ -137,122 +148,188 @@ class Step(NamedTuple):
     """[M,N,k] numbers of the selected atoms, among those of all dictionaries."""
     code: Tensor
     """[M,N,k] their coefficients, 0 where an atom is not active."""
+    aux: Tensor | None = None
+    """[M] the auxiliary loss before its weight, where there are dead atoms."""
+
+
+def gradients(
+    p: dict[str, nn.Parameter],
+    keys: Tensor,
+    values: Tensor,
+    ks: Sequence[int],
+    cfg: Config,
+    dead: Tensor | None = None,
+) -> Step:
+    """One step on rows [M,N,S,K] and [M,N,S,V]; puts the gradients of each dictionary's mean error and weighted
+    auxiliary loss (`with_aux`, of the atoms that are `dead` [M,F]) into the parameters.
+
+    With c = (<X - B, encoder atom> + b_enc)_+ of the k atoms on top (after a factor of their norms, if
+    `rescale_acts_by_decoder_norm`; X instead of X - B unless `apply_b_dec_to_input`), and E = B + sum_f c_f A_f - X,
+    the gradients of |E|^2 by c, and by the sides of an atom v w^T, are 2 v^T E w, 2 c E w and 2 c E^T v. E is a sum of
+    outer products of the terms of atoms and of rows (and B, which stays apart): M F R + M N S terms.
+    """
+    (M, N, S, K), (F, R, V), k = keys.shape, p["w"].shape[1:], max(ks)
+    numbers, by_term, errors = partial(torch.arange, device=keys.device), list[Tensor](), list[Tensor]()
+    with torch.no_grad():
+        v, w, v_enc, w_enc = (p[name] for name in FACTORS)
+        bias = p["b_dec"].view(M, K, V)
+        taken = bias * cfg.apply_b_dec_to_input
+        with_bias = _each(w, bias.mT), _each(v, bias), _each(w_enc, taken.mT), _each(v_enc, taken)
+        biased, shift = (v * with_bias[0]).sum((2, 3)), p["b_enc"] - (v_enc * with_bias[2]).sum((2, 3))
+        gain = _norms(v, w) if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
+        top, *of_sides = _select(keys, values, v_enc, w_enc, shift, gain, ks)
+        atoms = top + F * numbers(M).repeat_interleave(N)[:, None]
+        shift, gain, biased = embedding(atoms, torch.stack([shift, gain, biased], -1).flatten(0, 1)).unbind(-1)
+        of_sides[1] /= gain[:, None, :, None]
+        code = (of_sides[0] * of_sides[1]).sum((1, 3)) + shift
+        active = (code > 0) & (numbers(k) < numbers(M).new_tensor(ks).repeat_interleave(N)[:, None])
+        code = torch.where(active, code, 0)
+
+        terms = [torch.cat([side.flatten(0, 2), rows.flatten(0, 2)]) for side, rows in ((v, keys), (w, values))]
+        own, of_atoms = M * F * R + numbers(M * N * S).view(-1, S), (atoms[..., None] * R + numbers(R)).flatten(1)
+        index, sizes = torch.cat([of_atoms, own], 1), pad(code.repeat_interleave(R, 1), (0, S), value=-1.0)
+        by_atom, width = torch.zeros_like(torch.cat([v, w], 3).flatten(0, 2)), k * R + S
+        for rows in _blocks(M * N, width * max(K, V)):
+            a, flat = sizes[rows], index[rows]
+            left, right = (embedding(flat, side) for side in terms)
+            if 2 * width * (K + V) < 3 * K * V:  # the cheaper order of a product of three, by 6 at k 4, or 2 at k 64
+                by_left, by_right = ((right @ right.mT) * a[:, None]) @ left, ((left @ left.mT) * a[:, None]) @ right
+            else:
+                matrix = (right * a[..., None]).mT @ left
+                by_left, by_right = right @ matrix, left @ matrix.mT
+            inner = (by_left * left).sum(-1)
+            by_term.append(inner[:, : k * R])
+            errors.append((inner * a).sum(1))
+            change = torch.cat([by_left[:, : k * R], by_right[:, : k * R]], 2).mul_(
+                (a[:, : k * R] * (2 / N))[..., None]
+            )
+            by_atom.index_add_(0, of_atoms[rows].flatten(), change.flatten(0, 1))
+        by_code = (torch.cat(by_term).unflatten(1, (k, R)).sum(2) + biased) * active * (2 / N)
+
+        # Gradients of the encoder are sums of rows: those for one term of an atom lie side by side, in a bag.
+        shape = of_sides[0].shape
+        bags, order = of_atoms.view(-1, 1, k, R).expand(shape).flatten().sort(stable=True)
+        bags = torch.searchsorted(bags, numbers(M * F * R))
+        where, grads = (
+            numbers(M * N * S).view(-1, S, 1, 1).expand(shape).flatten().index_select(0, order),
+            [*by_atom.split([K, V], 1)],
+        )
+        for side, other in zip((keys, values), of_sides[::-1]):
+            weights = (by_code[:, None, :, None] * other).flatten().index_select(0, order)
+            grads.append(embedding_bag(where, side.flatten(0, 2), bags, mode="sum", per_sample_weights=weights))
+        by_shift, by_product = (
+            keys.new_zeros(M * F).index_add_(0, atoms.flatten(), x.flatten()).view(M, F, 1, 1)
+            for x in (by_code, code * (2 / N))
+        )
+        for name, x, other, weight in zip(FACTORS, grads, with_bias, 2 * [by_product] + 2 * [-by_shift]):
+            p[name].grad = x.contiguous().view_as(other).addcmul_(other, weight)  # as fused Adam takes them
+        sums = (v * by_product, w), (keys * (-2 / N), values), (v_enc * -by_shift * cfg.apply_b_dec_to_input, w_enc)
+        by_bias = 2 * bias + sum(left.flatten(1, 2).mT @ right.flatten(1, 2) for left, right in sums)
+        p["b_enc"].grad, p["b_dec"].grad = by_shift.view(M, F), by_bias.flatten(1)
+        of_bias = bias.square().sum((1, 2))[:, None] - 2 * (_each(keys, bias) * values).sum((2, 3))
+        error = (torch.cat(errors) + 2 * (code * biased).sum(1)).view(M, N) + of_bias
+        step = Step(error, atoms.view(M, N, k), code.view(M, N, k))
+    return with_aux(p, partial(inners, keys, values), lambda: keys.mT @ values, step, cfg, dead)
+
+
+def _select(
+    keys: Tensor, values: Tensor, v_enc: Tensor, w_enc: Tensor, shift: Tensor, gain: Tensor, ks: Sequence[int]
+) -> list[Tensor]:
+    """The max(ks) atoms on top for each row [M*N,k], and inner products of the row's keys, and of its values times the
+    `gain`, with those of the encoder [M*N,S,k,R]."""
+    (M, N, S, _), (F, R), k = keys.shape, v_enc.shape[1:3], max(ks)
+    encoder, offset = (v_enc, w_enc * gain[..., None, None]), (shift * gain)[:, None]
+    found, blocks = list[tuple[Tensor, ...]](), list(_blocks(N, M * F * R * S))
+    room = keys.new_empty(3, M, blocks[0].stop, S * F * R)  # allocating it for each block would take half the time
+    for rows in blocks:
+        n = rows.stop - rows.start
+        sides = [
+            torch.bmm(x[:, rows].flatten(1, 2), side.flatten(1, 2).mT, out=out[:, :n].view(M, n * S, F * R))
+            for x, side, out in zip((keys, values), encoder, room)
+        ]
+        of_keys, of_values = (x.view(M, n, S, F, R) for x in sides)
+        scores = offset
+        for s, r in product(range(S), range(R)):
+            scores = torch.addcmul(scores, of_keys[:, :, s, :, r], of_values[:, :, s, :, r], out=room[2, :, :n, :F])
+        top = top_atoms(scores, k, ordered=min(ks) < k)
+        at = top[:, :, None, :, None].expand(-1, -1, S, -1, R)
+        found.append((top, of_keys.gather(3, at), of_values.gather(3, at)))
+    return [torch.cat(each, 1).flatten(0, 1) for each in zip(*found)]
+
+
+def with_aux(
+    p: dict[str, nn.Parameter],
+    of_rows: Callable[[Tensor, Tensor], Tensor],
+    dense: Callable[[], Tensor],
+    step: Step,
+    cfg: Config,
+    dead: Tensor | None,
+) -> Step:
+    """A step and SAELens' auxiliary loss of TopK, whose gradients it adds: of the atoms that are `dead` [M,F] the most
+    active ones, at most K V / 2, reconstruct what the step left.
+
+    It takes the cheaper of two ways for D dead atoms: by inner products of atoms, D F (K + V) + N D (K + V + k + D), or
+    by matrices, N D K V.
+
+    Args:
+        of_rows: inner products [M,N,D] of the rows with [M,D,R,K] and [M,D,R,V].
+        dense: the rows [M,N,K,V].
+    """
+    if dead is None or not bool(dead.any()):
+        return step
+    (M, N, k), F, wanted, most = step.atoms.shape, dead.shape[1], cfg.d_in // 2, int(dead.sum(1).max())
+    index = dead.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    v, w, v_enc, w_enc = (p[name].take_along_dim(index[..., None, None], 1) for name in FACTORS)
+    bias = p["b_dec"].view(M, cfg.d_k, cfg.d_v)
+    shift = p["b_enc"].gather(1, index) - cfg.apply_b_dec_to_input * (_each(v_enc, bias) * w_enc).sum((2, 3))
+    acts = of_rows(v_enc, w_enc) + shift[:, None]
+    by = acts.detach() * (_norms(v, w).detach()[:, None] if cfg.rescale_acts_by_decoder_norm else 1)
+    there = dead.gather(1, index)[:, None].expand_as(by)
+    top = by.masked_fill(~there, -torch.inf).topk(min(wanted, most), sorted=False).indices
+    code = acts * (torch.zeros_like(by).scatter(-1, top, 1) * there)
+    numbers, given, every = step.atoms.flatten(0, 1), step.code.flatten(0, 1), (p["v"].detach(), p["w"].detach())
+    if (F / N + 1) * (cfg.d_k + cfg.d_v) + k + most < cfg.d_in:  # by a factor of 3 to 14, one way or the other
+        of_atoms = inners(*every, v, w).flatten(0, 1)
+        explained = embedding_bag(numbers, of_atoms, mode="sum", per_sample_weights=given).view(M, N, -1)
+        left = of_rows(v, w) - (_each(v, bias.detach()) * w).sum((2, 3))[:, None] - explained
+        errors = step.errors + ((code @ inners(v, w, v, w) - 2 * left) * code).sum(-1)
+    else:
+        keys, values = (embedding(numbers, x.flatten(0, 1).flatten(1)).view(M * N, -1, x.shape[3]) for x in every)
+        given = given.repeat_interleave(cfg.rank, 1)[..., None]
+        left = torch.baddbmm((dense() - bias.detach()[:, None]).flatten(0, 1), (keys * given).mT, values, alpha=-1)
+        atoms = khatri_rao(v.flatten(0, 1), w.flatten(0, 1)).view(M, most, -1)
+        errors = torch.baddbmm(left.view(M, N, -1), code, atoms, alpha=-1).square().sum(-1)
+    aux = (dead.sum(1).to(errors) / wanted).clamp_max(1) * errors.mean(1)
+    (cfg.aux_loss_coefficient * aux).sum().backward()
+    return step._replace(aux=aux.detach())
 
 
 def inners(keys: Tensor, values: Tensor, v: Tensor, w: Tensor) -> Tensor:
     """<X_n, A_f> [M,N,F] of sum_s k_s u_s^T [M,N,S,K], [M,N,S,V] and sum_r v_r w_r^T [M,F,R,K], [M,F,R,V]."""
-    total = 0.0
-    for s in range(keys.shape[2]):
-        for r in range(v.shape[2]):
-            total = total + (keys[:, :, s] @ v[:, :, r].mT) * (values[:, :, s] @ w[:, :, r].mT)
-    return cast(Tensor, total)
-
-
-@torch.no_grad()
-def gradients(p: dict[str, nn.Parameter], keys: Tensor, values: Tensor, ks: Sequence[int], cfg: Config) -> Step:
-    """One step on rows [M,N,S,K] and [M,N,S,V]; puts the gradient of sum_m mean_n errors into the parameters.
-
-    With c = (<X - B, encoder atom> + b_enc)_+ of the k atoms on top (after a factor of their norms, if
-    `rescale_acts_by_decoder_norm`; X instead of X - B unless `apply_b_dec_to_input`), G_ij = <A_i, A_j> and N rows,
-
-        d errors / d c_i = 2 ((G c)_i - <X, A_i> + <B, A_i>)
-
-    and the derivatives by a side of an atom are those of the products of sides that <.,.> is made of.
-    """
-    (M, N, _, K), V, (F, R) = keys.shape, values.shape[-1], p["v"].shape[1:3]
-    v, w, v_enc, w_enc = (p[name] for name in FACTORS)
-    bias, g = p["b_dec"].view(M, K, V), 2.0 / N
-    by_left = {"dec": (w.flatten(1, 2) @ bias.mT).view_as(v), "enc": (w_enc.flatten(1, 2) @ bias.mT).view_as(v_enc)}
-    by_right = {"dec": (v.flatten(1, 2) @ bias).view_as(w), "enc": (v_enc.flatten(1, 2) @ bias).view_as(w_enc)}
-    shift = p["b_enc"] - (v_enc * by_left["enc"]).sum((2, 3)) if cfg.apply_b_dec_to_input else p["b_enc"]
-    biased = (v * by_left["dec"]).sum((2, 3)).flatten()
-    gain = _norms(v, w) if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
-    k, most = max(ks), torch.tensor(ks, device=keys.device)
-    at = torch.empty(M, N, k, dtype=torch.long, device=keys.device)
-    for rows in _blocks(N, M * F):
-        scores = (inners(keys[:, rows], values[:, rows], v_enc, w_enc) + shift[:, None]) * gain[:, None]
-        at[:, rows] = scores.topk(k, sorted=min(ks) < k).indices if k > 1 else scores.argmax(-1, keepdim=True)
-    at += F * torch.arange(M, device=at.device)[:, None, None]
-    kept = (torch.arange(k, device=at.device) < most[:, None, None]).expand(M, N, k).flatten(0, 1)
-    grad = {name: torch.zeros_like(p[name]).flatten(0, 1) for name in FACTORS}
-    by_shift, by_product = (torch.zeros(M * F, dtype=bias.dtype, device=bias.device) for _ in range(2))
-    code, errors = torch.empty(M * N, k, dtype=bias.dtype, device=bias.device), []
-    all_at, all_keys, all_values = at.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
-    for rows in _blocks(M * N, k * R * max(K, V, k * R)):
-        x, u, at_here = all_keys[rows], all_values[rows], all_at[rows]
-        flat = at_here.flatten()
-        vd, wd, ve, we = (p[n].flatten(0, 1).index_select(0, flat).view(*at_here.shape, R, -1) for n in FACTORS)
-        pk, pu = torch.einsum("nkrd,nsd->nkrs", ve, x), torch.einsum("nkrd,nsd->nkrs", we, u)
-        c = ((pk * pu).sum((2, 3)) + shift.flatten()[at_here]).relu() * kept[rows]
-        left, right = torch.einsum("nkrd,nsd->nkrs", vd, x), torch.einsum("nkrd,nsd->nkrs", wd, u)
-        inner, of_bias = (left * right).sum((2, 3)), biased[at_here]
-        terms_v, terms_w, terms_c = vd.flatten(1, 2), wd.flatten(1, 2), c.repeat_interleave(R, dim=1)
-        gram_v, gram_w = terms_v @ terms_v.mT, terms_w @ terms_w.mT
-        weighted = ((gram_v * gram_w) @ terms_c[..., None]).view(*c.shape, R).sum(2)
-        errors.append(((weighted - 2 * inner + 2 * of_bias) * c).sum(1))
-        by_code, size, code[rows] = (weighted - inner + of_bias) * (c > 0) * g, c * g, c
-        pairs = g * terms_c[..., None] * terms_c[:, None]
-        for name, change in (
-            ("v_enc", torch.einsum("nk,nkrs,nsd->nkrd", by_code, pu, x)),
-            ("w_enc", torch.einsum("nk,nkrs,nsd->nkrd", by_code, pk, u)),
-            ("v", ((pairs * gram_w) @ terms_v).view_as(vd) - torch.einsum("nk,nkrs,nsd->nkrd", size, right, x)),
-            ("w", ((pairs * gram_v) @ terms_w).view_as(wd) - torch.einsum("nk,nkrs,nsd->nkrd", size, left, u)),
-        ):
-            grad[name].index_add_(0, flat, change.flatten(0, 1))
-        by_shift.index_add_(0, flat, by_code.flatten())
-        by_product.index_add_(0, flat, size.flatten())
-    by_shift, by_product = by_shift.view(M, F), by_product.view(M, F)
-    grad = {name: x.view_as(p[name]) for name, x in grad.items()}
-    grad["v"] += by_product[..., None, None] * by_left["dec"]
-    grad["w"] += by_product[..., None, None] * by_right["dec"]
-    of_rows = torch.einsum("mnsk,mnsv->mkv", keys, values)
-    by_bias = torch.einsum("mfrk,mf,mfrv->mkv", v, by_product, w) - g * of_rows + 2 * bias
-    if cfg.apply_b_dec_to_input:
-        grad["v_enc"] -= by_shift[..., None, None] * by_left["enc"]
-        grad["w_enc"] -= by_shift[..., None, None] * by_right["enc"]
-        by_bias -= torch.einsum("mfrk,mf,mfrv->mkv", v_enc, by_shift, w_enc)
-    for name, x in (grad | {"b_enc": by_shift, "b_dec": by_bias.flatten(1)}).items():
-        p[name].grad = x
-    plain = ((keys @ keys.mT) * (values @ values.mT)).sum((2, 3))
-    plain = plain - 2 * ((keys @ bias[:, None]) * values).sum((2, 3)) + bias.square().sum((1, 2))[:, None]
-    return Step(plain + torch.cat(errors).view(M, N), at, code.view(M, N, k))
-
-
-def aux_loss(p: dict[str, nn.Parameter], keys: Tensor, values: Tensor, dead: Tensor, step: Step, cfg: Config) -> Tensor:
-    """SAELens' auxiliary loss of every dictionary [M], differentiable: the most active dead atoms ([M,F] `dead`), at
-    most d_in // 2, reconstruct what the step left. Costs D (F + N) (K+V) + D D (K+V) for D dead atoms."""
-    (M, N, _, K), V, F = keys.shape, values.shape[-1], p["v"].shape[1]
-    counts, wanted = dead.sum(1), K * V // 2
-    index = dead.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
-    there = dead.gather(1, index)[:, None]  # [M,1,D]
-    v, w, v_enc, w_enc = (torch.stack([x[i] for x, i in zip(p[name], index)]) for name in FACTORS)
-    bias = p["b_dec"].view(M, 1, K, V)
-    shift = p["b_enc"].gather(1, index)
-    if cfg.apply_b_dec_to_input:
-        shift = shift - ((v_enc @ bias) * w_enc).sum((2, 3))
-    norm = _norms(v, w)
-    acts = inners(keys, values, v_enc, w_enc) + shift[:, None]
-    if acts.shape[-1] > wanted:
-        by = (
-            (acts * norm[:, None] if cfg.rescale_acts_by_decoder_norm else acts)
-            .detach()
-            .masked_fill(~there, -torch.inf)
-        )
-        top = by.topk(wanted, sorted=False).indices
-        there = there & torch.zeros_like(acts, dtype=torch.bool).scatter(-1, top, True)
-    code = torch.where(there, acts, 0.0)
-    with torch.no_grad():
-        numbers = step.atoms - F * torch.arange(M, device=keys.device)[:, None, None]
-        explained = torch.zeros(M, N, F, dtype=code.dtype, device=code.device).scatter(-1, numbers, step.code)
-    of_row = inners(keys, values, v, w) - ((v @ bias.detach()) * w).sum((2, 3))[:, None]
-    of_row = of_row - explained @ inners(p["v"].detach(), p["w"].detach(), v, w)
-    errors = step.errors + ((code @ inners(v, w, v, w) - 2 * of_row) * code).sum(-1)
-    return (counts.to(errors) / wanted).clamp_max(1) * errors.mean(1)
+    sides = ((x.flatten(1, 2) @ side.flatten(1, 2).mT) for x, side in ((keys, v), (values, w)))
+    return torch.mul(*sides).view(*keys.shape[:3], *v.shape[1:3]).sum((2, 4))
 
 
 def _norms(v: Tensor, w: Tensor) -> Tensor:
-    """|A_f| [M,F]."""
-    return ((v @ v.mT) * (w @ w.mT)).sum((2, 3)).clamp_min(0).sqrt()
+    """[M,F] of atoms, above 0."""
+    return ((v @ v.mT) * (w @ w.mT)).sum((2, 3)).clamp_min(1e-36).sqrt()
+
+
+def top_atoms(scores: Tensor, k: int, *, ordered: bool = False) -> Tensor:
+    """[...,k] numbers of the k largest of [...,F], exact: they lie in the k groups whose maxima are the largest."""
+    F, size = scores.shape[-1], 4
+    if k == 1:
+        return scores.argmax(-1, keepdim=True)
+    if F % size or 4 * size * k > F:
+        return scores.topk(k, sorted=ordered).indices
+    groups = top_atoms(scores.unflatten(-1, (size, F // size)).amax(-2), k)  # atom f is in group f % (F / size)
+    members = (groups[..., None, :] + F // size * torch.arange(size, device=groups.device)[:, None]).flatten(-2)
+    return members.gather(-1, scores.gather(-1, members).topk(k, sorted=ordered).indices)
+
+
+def _each(side: Tensor, matrices: Tensor) -> Tensor:
+    """Vectors [M,F,R,D] times the matrix of their dictionary [M,D,D']."""
+    return (side.flatten(1, 2) @ matrices).unflatten(1, side.shape[1:3])
 
 
 def _blocks(n: int, width: int) -> Iterator[slice]:
@@ -263,27 +340,36 @@ def _blocks(n: int, width: int) -> Iterator[slice]:
 # ------------------------------------------------------------------------------------------------ the loop
 
 
-class _Stack:
+class Stack:
     """M dictionaries in training. Atom f of dictionary m is number m F + f of all. Parameters of the M autoencoders are
-    views of the stacked ones, so that their own upkeep works on them."""
+    views of the stacked ones, `p`, so that their own upkeep works on them.
+
+    A subclass trains on other rows with `rows`, `losses` and `matrices`.
+    """
+
+    together = 1
+    """Rows that are drawn together, and have one number."""
 
     def __init__(self, members: Sequence[tuple[RunnerConfig, LowRank, Metric | None]]):
         self.configs, self.writes, self.metrics = zip(*members)
         self.saes = [new_sae(cfg, metric) for cfg, _, metric in members]
-        self.runner, self.cfg = self.configs[0], cast(Config, self.saes[0].cfg)
+        self.runner, self.cfg = self.configs[0], cast("Config", self.saes[0].cfg)
         self.ks = [int(cfg.sae.k) for cfg in self.configs]
-        names = [name for name, _ in self.saes[0].named_parameters()]
-        stacked = {name: torch.stack([sae.get_parameter(name).data for sae in self.saes]) for name in names}
-        self.p = {name: nn.Parameter(x) for name, x in stacked.items()}
-        for (m, sae), name in product(enumerate(self.saes), names):
-            sae.get_parameter(name).data = stacked[name][m]
+        every = zip(*(sae.named_parameters() for sae in self.saes))
+        self.p = {same[0][0]: nn.Parameter(torch.stack([x.data for _, x in same])) for same in every}
+        for (m, sae), (name, x) in product(enumerate(self.saes), self.p.items()):
+            sae.get_parameter(name).data = x.data[m]
         self.scales = [1.0] * len(members)
-        if self.cfg.normalize_activations != "none":  # SAELens' scaling factor of the inputs
-            norms = [LowRank(*self.rows(m, self._spread(m, 32_768))).norm().mean() for m in range(len(members))]
-            self.scales = [self.cfg.d_in**0.5 / float(norm) for norm in norms]
+        for m in range(len(members) if self.cfg.normalize_activations != "none" else 0):  # as SAELens scales inputs
+            squares = [sizes(self.matrices(self.rows(m, part))) for part in self._spread(m, 32_768)]
+            self.scales[m] = self.cfg.d_in**0.5 / float(torch.cat(squares).sqrt().mean())
         self.trainer = self.runner.to_sae_trainer_config()
-        adam = self.trainer.adam_beta1, self.trainer.adam_beta2
-        self.optimizer = torch.optim.Adam(list(self.p.values()), lr=self.trainer.lr, betas=adam, fused=True)
+        self.optimizer = torch.optim.Adam(
+            list(self.p.values()),
+            lr=self.trainer.lr,
+            betas=(self.trainer.adam_beta1, self.trainer.adam_beta2),
+            fused=True,
+        )
         self.schedule = get_lr_scheduler(
             self.trainer.lr_scheduler_name,
             lr=self.trainer.lr,
@@ -297,17 +383,28 @@ class _Stack:
         self.silent = torch.zeros(self.p["b_enc"].shape, dtype=torch.long, device=self.runner.device)
         self.step = 0
 
-    def _spread(self, m: int, most: int) -> Tensor:
-        """Numbers of at most so many rows of a dictionary, evenly spaced."""
+    def _spread(self, m: int, most: int) -> Sequence[Tensor]:
+        """Numbers of at most so many rows of a dictionary, evenly spaced, for a thousand rows at a time."""
         n = len(self.writes[m])
-        return torch.linspace(0, n - 1, min(n, most)).long()
+        return torch.linspace(0, n - 1, min(n, most // self.together)).long().split(1024 // self.together)
 
-    def rows(self, m: int, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [n,S,K] and values [n,S,V] of some rows of a dictionary, as it sees them: in its metric, then scaled."""
+    def rows(self, m: int, index: Tensor) -> LowRank:
+        """Some rows of a dictionary [n], as it sees them: in its metric, then scaled."""
         metric, like = self.metrics[m], self.p["b_dec"]
         part = self.writes[m].rows(index.to(self.writes[m].keys.device)).to(like.device).to(like.dtype)
-        keys, values = metric.apply(part.keys, part.values) if metric else (part.keys, part.values)
-        return keys, values * self.scales[m]
+        return (LowRank(*metric.apply(part.keys, part.values)) if metric else part) * self.scales[m]
+
+    def losses(
+        self, p: dict[str, nn.Parameter], batch: Sequence[LowRank], ks: Sequence[int], dead: Tensor | None = None
+    ) -> Step:
+        """A step on N rows of each dictionary; puts the gradients of its losses into the parameters `p`. The loss of
+        `dead` atoms [M,F] is among them, where they are given."""
+        keys, values = (torch.stack(side) for side in zip(*((rows.keys, rows.values) for rows in batch)))
+        return gradients(p, keys, values, ks, self.cfg, dead)
+
+    def matrices(self, rows: LowRank) -> LowRank | Tensor:
+        """Rows of one dictionary as its upkeep takes them: of low rank, or flattened [n,K*V]."""
+        return rows
 
     def train(self, file: Path | None) -> list[MatrixTrainingSAE]:
         """All steps from those of a checkpoint on, where there is one, and the dictionaries.
@@ -318,24 +415,21 @@ class _Stack:
         if file is not None and file.exists():
             self._resume(file)
         batch, steps = self.trainer.train_batch_size_samples, self.trainer.total_training_steps
-        of_each = list(zip(self.writes, self.configs))
-        order = [shuffled(len(writes), batch, cfg.seed, self.step) for writes, cfg in of_each]
-        size = len(self.saes) * batch * self.cfg.d_sae * self.cfg.rank * self.writes[0].rank
-        left, quiet = range(self.step, steps), not self.runner.verbose
-        saved = time.monotonic()
+        order = [
+            shuffled(len(rows), batch // self.together, cfg.seed, self.step)
+            for rows, cfg in zip(self.writes, self.configs)
+        ]
+        size = len(self.saes) * batch * self.cfg.d_sae * self.cfg.rank * (self.cfg.d_k + self.cfg.d_v)
+        saved, log, quiet = time.monotonic(), self.runner.logger, not self.runner.verbose
         with ExitStack() as scope:
-            scope.enter_context(threads_for(size * (self.cfg.d_k + self.cfg.d_v)))
+            scope.enter_context(threads_for(size))
             runs = [scope.enter_context(wandb_run(cfg, reinit="create_new")) for cfg in self.configs]
-            for _ in tqdm(left, initial=self.step, total=steps, desc="Training SAE", disable=quiet):
-                rows = [self.rows(m, next(numbers)) for m, numbers in enumerate(order)]
-                keys, values = (torch.stack(side) for side in zip(*rows))
-                done = self._step(keys, values)
-                self.step += 1
-                log = self.runner.logger
+            for _ in tqdm(range(self.step, steps), initial=self.step, total=steps, desc="Training SAE", disable=quiet):
+                batch = [self.rows(m, next(numbers)) for m, numbers in enumerate(order)]
+                done = self.take(batch)
                 if log.log_to_wandb and self.step % log.wandb_log_frequency == 0:
-                    measured = self._measured(done, keys, values)
                     for m, run in enumerate(runs):
-                        run.log({name: float(x[m]) for name, x in measured.items()}, step=self.step)
+                        run.log(self._measured(done, m, self.matrices(batch[m])), step=self.step)
                 if file is not None and time.monotonic() - saved > SAVE_SECONDS:
                     atomic_write(file, partial(torch.save, self._state()))
                     saved = time.monotonic()
@@ -344,20 +438,22 @@ class _Stack:
             file.unlink(missing_ok=True)
         return found
 
-    def _step(self, keys: Tensor, values: Tensor) -> Step:
+    def take(self, batch: Sequence[LowRank]) -> Step:
+        """Upkeep, losses, clipped gradients, the optimizer's step, and the count of atoms that did not fire.
+
+        Raises:
+            ValueError: NaN or infinite errors.
+        """
         dead = self.silent > self.trainer.dead_feature_window
-        periods = self.cfg.unit_norm_every, self.cfg.resample_every
-        if self.step < START_STEPS or any(n and self.step % n == 0 for n in periods):
+        if self.step < START_STEPS or any(
+            n and self.step % n == 0 for n in (self.cfg.unit_norm_every, self.cfg.resample_every)
+        ):
             for m, (sae, cfg) in enumerate(zip(self.saes, self.configs)):
-                x = LowRank(keys[m], values[m]).dense().flatten(1)
                 with seeded(cfg.seed, self.step):
-                    sae._upkeep(x, TrainStepInput(x, {}, dead[m], self.step, False))  # pyright: ignore  (decorator)
-        done = gradients(self.p, keys, values, self.ks, self.cfg)
+                    sae._upkeep(self.matrices(batch[m]), self.step, dead[m])  # pyright: ignore  (decorator)
+        done = self.losses(self.p, batch, self.ks, dead if self.cfg.aux_loss_coefficient else None)
         if not bool(done.errors.sum().isfinite()):
             raise ValueError(f"step {self.step}: expected finite errors, got NaN or infinity: of the writes, or of lr")
-        if self.cfg.aux_loss_coefficient and bool(dead.any()):
-            aux = aux_loss(self.p, keys, values, dead, done, self.cfg)
-            (self.cfg.aux_loss_coefficient * aux).sum().backward()
         with torch.no_grad():
             every = [cast(Tensor, x.grad).flatten(1) for x in self.p.values()]
             norms = torch.stack([x.square().sum(1) for x in every]).sum(0).sqrt()
@@ -365,24 +461,21 @@ class _Stack:
                 x.mul_((1 / (norms + 1e-6)).clamp_max(1)[:, None])
         self.optimizer.step()
         self.schedule.step()
-        active = (done.code > 0).flatten().long()
-        fired = torch.zeros_like(self.silent).flatten().index_add_(0, done.atoms.flatten(), active).view_as(self.silent)
-        self.silent = torch.where(fired > 0, 0, self.silent + 1)
+        self.silent += 1
+        self.silent.view(-1)[done.atoms[done.code > 0]] = 0
+        self.step += 1
         return done
 
-    @torch.no_grad()
-    def _measured(self, done: Step, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """Numbers of a step by SAELens' names, each [M]."""
-        size = ((keys @ keys.mT) * (values @ values.mT)).sum((2, 3)).mean(1)
-        mean = torch.einsum("mnsk,mnsv->mkv", keys, values) / keys.shape[1]
-        loss = done.errors.mean(1)
+    def _measured(self, done: Step, m: int, rows: LowRank | Tensor) -> dict[str, float]:
+        """Numbers of a step of one dictionary by SAELens' names."""
+        loss = float(done.errors[m].mean())
         return {
             "losses/mse_loss": loss,
-            "metrics/explained_variance": 1 - loss / (size - mean.square().sum((1, 2))),
-            "metrics/l0": (done.code > 0).sum(-1).float().mean(1),
-            "sparsity/dead_features": (self.silent > self.trainer.dead_feature_window).sum(1),
-            "details/current_learning_rate": torch.full_like(loss, self.optimizer.param_groups[0]["lr"]),
-            "details/n_training_samples": torch.full_like(loss, self.step * keys.shape[1]),
+            "metrics/explained_variance": 1 - loss / float(sizes(rows).mean() - mean_row(rows).square().sum()),
+            "metrics/l0": float((done.code[m] > 0).sum(-1).float().mean()),
+            "sparsity/dead_features": float((self.silent[m] > self.trainer.dead_feature_window).sum()),
+            "details/current_learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+            "details/n_training_samples": float(self.step * self.trainer.train_batch_size_samples),
         }
 
     @torch.no_grad()
@@ -391,15 +484,19 @@ class _Stack:
         sae, metric, metadata = self.saes[m], self.metrics[m], self.saes[m].cfg.metadata
         for parameter in sae.parameters():
             parameter.data = parameter.data.clone()
-        keys, values = self.rows(m, self._spread(m, sae.cfg.b_dec_rows or self.trainer.train_batch_size_samples))
-        p = {name: nn.Parameter(x[m : m + 1].detach()) for name, x in self.p.items()}
-        done = gradients(p, keys[None], values[None], self.ks[m : m + 1], self.cfg)
+        parts = self._spread(m, sae.cfg.b_dec_rows or self.trainer.train_batch_size_samples)
+        code, mean, active = torch.zeros_like(sae.b_enc), torch.zeros_like(sae.b_dec), 0
+        total = self.together * sum(map(len, parts))
+        for part in parts:
+            rows = self.rows(m, part)
+            done = self.losses({n: nn.Parameter(x[m : m + 1]) for n, x in self.p.items()}, [rows], self.ks[m : m + 1])
+            code.index_add_(0, done.atoms.flatten(), done.code.flatten() / total)
+            mean += mean_row(self.matrices(rows)) * (self.together * len(part) / total)
+            active += int((done.code > 0).sum())
         if sae.cfg.b_dec_rows:
-            code = torch.zeros_like(sae.b_enc).index_add_(0, done.atoms.flatten(), done.code.flatten()) / len(keys)
-            mean = torch.einsum("nsk,nsv->kv", keys, values).flatten() / len(keys)
             sae.move_b_dec(mean - sae.b_dec - code @ sae.W_dec)
         sae.fold_activation_norm_scaling_factor(self.scales[m])
-        metadata.l0 = float((done.code > 0).sum()) / len(keys)
+        metadata.l0 = active / total
         metadata.num_dead_features = int((self.silent[m] > self.trainer.dead_feature_window).sum())
         return sae if metric is None else metric.fold(sae)
 

@@ -37,10 +37,9 @@ class HookedSAERecurrent(HookedRecurrent):
 
     def setup(self) -> None:
         super().setup()
-        for wrapper in getattr(self, "_acts_to_saes", {}).values():
-            if not wrapper.use_error_term:
-                name = wrapper.hook_sae_error.name
-                del self.hook_dict[name], self.mod_dict[name]
+        wrappers = getattr(self, "_acts_to_saes", {}).values()
+        for name in [wrapper.hook_sae_error.name for wrapper in wrappers if not wrapper.use_error_term]:
+            del self.hook_dict[name], self.mod_dict[name]
 
     def add_sae(self, sae: Dictionary, *args: Any, **kwargs: Any) -> None:
         """SAELens' `add_sae`, which goes on without the SAE where the model lacks its hook.

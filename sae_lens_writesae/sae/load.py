@@ -57,10 +57,8 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
             known = {field.name for field in dataclasses.fields(cfg_class)} | {"architecture", "metadata"}
             if unknown := sorted(config.keys() - known):
                 raise CheckpointError(f"{file} has the unknown field(s) {unknown}{nearest(unknown[0], known)}")
-        expected = sae_class(cfg_class.from_dict(config | {"device": "meta"})).state_dict()
-        shapes = {key: list(tensor.shape) for key, tensor in expected.items()}
-        weights = load_file(place)
-        found = {key: list(tensor.shape) for key, tensor in weights.items()}
+        expected, weights = sae_class(cfg_class.from_dict(config | {"device": "meta"})).state_dict(), load_file(place)
+        shapes, found = ({key: list(x.shape) for key, x in each.items()} for each in (expected, weights))
         for key in sorted({*found, *shapes}):
             if found.get(key) != shapes.get(key):
                 raise CheckpointError(f"{place}: expected {key} of shape {shapes.get(key)}, got {found.get(key)}")

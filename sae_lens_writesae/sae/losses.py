@@ -22,8 +22,7 @@ def read_loss(error: Tensor, queries: Tensor) -> Tensor:
     at what decay and erase leave of it: for writes the loss weighs the first of these reads only.
     """
     size = queries.square().sum(-1).mean().clamp_min(torch.finfo(queries.dtype).tiny)
-    read = torch.einsum("nkv,nk->nv", error, queries)
-    return read.square().sum(-1).mean() * queries.shape[-1] / size
+    return torch.einsum("nkv,nk->nv", error, queries).square().sum(-1).mean() * queries.shape[-1] / size
 
 
 def write_loss(cosine: Tensor, contribution: Tensor) -> Tensor:
@@ -32,8 +31,7 @@ def write_loss(cosine: Tensor, contribution: Tensor) -> Tensor:
     It lies between 0 (every active atom points along the write) and 2, and is 1 where nothing is active.
     """
     total = contribution.sum(-1, keepdim=True)
-    shares = contribution / total.clamp_min(torch.finfo(total.dtype).tiny)
-    return 1 - (shares * cosine).sum(-1).mean()
+    return 1 - (contribution / total.clamp_min(torch.finfo(total.dtype).tiny) * cosine).sum(-1).mean()
 
 
 def read_queries(recurrence: Recurrence) -> Tensor:

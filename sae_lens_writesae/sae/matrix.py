@@ -138,8 +138,11 @@ class MatrixSAE(SAE[Any]):
         return int(self.cfg.d_sae)
 
     def _decoder(self) -> Tensor:
-        flat = self.cfg.decoder == "flat"
-        return self.decoder_matrix if flat else self._once("W_dec", lambda: khatri_rao(self.v, self.w))
+        return (
+            self._once("W_dec", lambda: khatri_rao(self.v, self.w))
+            if self.cfg.decoder == "rank"
+            else self.decoder_matrix
+        )
 
     def _encoder(self) -> Tensor:
         if self.cfg.encoder == "dense":
@@ -156,11 +159,10 @@ class MatrixSAE(SAE[Any]):
     """[K*V,F], computed like `W_dec`."""
 
     def _once(self, name: str, build: Callable[[], Tensor]) -> Tensor:
-        if self._built is None or not torch.is_grad_enabled():
-            return build()
-        if name not in self._built:
-            self._built[name] = build()
-        return self._built[name]
+        kept = {} if self._built is None or not torch.is_grad_enabled() else self._built
+        if name not in kept:
+            kept[name] = build()
+        return kept[name]
 
     def decoder_norm(self) -> Tensor:
         """Frobenius norm of every atom [F], differentiable, from the factors alone."""
@@ -207,12 +209,11 @@ class MatrixSAE(SAE[Any]):
                 self.get_parameter(left).data[indices] = (atoms.keys * size).to(self.b_dec)
                 self.get_parameter(right).data[indices] = (atoms.values * size).to(self.b_dec)
             elif matrix in self._parameters:
-                rows = (atoms.dense().flatten(1) * size**2).to(self.b_dec)
                 whole = self.get_parameter(matrix).data
-                (whole if matrix == "decoder_matrix" else whole.T)[indices] = rows
-        for name in ("b_enc", "b_gate", "b_mag", "r_mag"):
-            if name in self._parameters:
-                self.get_parameter(name).data[indices] = 0
+                rows = whole if matrix == "decoder_matrix" else whole.T
+                rows[indices] = (atoms.dense().flatten(1) * size**2).to(self.b_dec)
+        for name in {"b_enc", "b_gate", "b_mag", "r_mag"} & self._parameters.keys():
+            self.get_parameter(name).data[indices] = 0
 
     @torch.no_grad()
     def balance_factors(self) -> None:
@@ -235,12 +236,11 @@ class MatrixSAE(SAE[Any]):
     def move_b_dec(self, error: Tensor) -> None:
         """Add `error` [K*V] to b_dec. Codes stay as they are: the encoder's biases take back what it now subtracts."""
         self.b_dec.data.add_(error)
-        if not self.cfg.apply_b_dec_to_input:
-            return
-        shift = error @ self.W_enc
-        for name in {"b_enc", "b_gate", "b_mag"} & self._parameters.keys():
-            gain = self.get_parameter("r_mag").exp() if name == "b_mag" else 1.0
-            self.get_parameter(name).data.add_(shift * gain)
+        if self.cfg.apply_b_dec_to_input:
+            shift = error @ self.W_enc
+            for name in {"b_enc", "b_gate", "b_mag"} & self._parameters.keys():
+                gain = self.get_parameter("r_mag").exp() if name == "b_mag" else 1.0
+                self.get_parameter(name).data.add_(shift * gain)
 
     # ---------------------------------------------------------------------------------------- folds
 

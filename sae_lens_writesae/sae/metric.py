@@ -90,8 +90,9 @@ class Metric:
         changes: dict[str, object] = {"metadata": copy.copy(cfg.metadata)}
         if getattr(cfg, "rescale_acts_by_decoder_norm", False):
             sae.fold_W_dec_norm()
-            changes["rescale_acts_by_decoder_norm"] = False
-            changes |= {"unit_norm_every": 0} if hasattr(cfg, "unit_norm_every") else {}
+            # The period is a field of training configs only.
+            off = {"rescale_acts_by_decoder_norm": False, "unit_norm_every": 0}
+            changes |= {name: value for name, value in off.items() if hasattr(cfg, name)}
         if cfg.encoder == "tied":
             changes["encoder"] = "bilinear" if cfg.decoder == "rank" else "dense"
         folded = type(sae)(dataclasses.replace(cfg, **changes))  # pyright: ignore[reportArgumentType]
@@ -109,18 +110,12 @@ class Metric:
             state |= {"v_enc": sae.v * scale[:, None, None], "w_enc": sae.w}
         elif scale is not None:
             state["encoder_matrix"] = sae.decoder_matrix.T * scale
-        for name, root in zip(("v_enc", "w_enc", "key_encoder", "value_encoder"), 2 * (self.key_root, self.value_root)):
-            if name in state:
-                state[name] = _moved(state[name], root)
-        for name, root in zip(("v", "w", "key_atoms", "value_atoms"), 2 * (self.key_inverse, self.value_inverse)):
-            if name in state:
-                state[name] = _moved(state[name], root)
+        roots, inverses = (self.key_root, self.value_root), (self.key_inverse, self.value_inverse)
+        names = "v_enc", "w_enc", "key_encoder", "value_encoder", "v", "w", "key_atoms", "value_atoms"
+        state |= {n: _moved(state[n], root) for n, root in zip(names, 2 * roots + 2 * inverses) if n in state}
         if "encoder_matrix" in state:
             state["encoder_matrix"] = self.apply_rows(state["encoder_matrix"].T).T
-        for name in ("decoder_matrix", "b_dec"):
-            if name in state:
-                state[name] = self._rows(state[name], self.key_inverse, self.value_inverse)
-        return state
+        return state | {n: self._rows(state[n], *inverses) for n in ("decoder_matrix", "b_dec") if n in state}
 
     @staticmethod
     def _rows(rows: Tensor, key_side: Tensor, value_side: Tensor) -> Tensor:

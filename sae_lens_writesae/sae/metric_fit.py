@@ -119,34 +119,28 @@ class Sums:
     """Sums over the writes of one head."""
 
     def __init__(self) -> None:
-        self.key_side = self.value_side = torch.zeros((), dtype=torch.float64)
-        """[K,K] sum of Gamma Gamma^T and [V,V] sum of Gamma^T Gamma."""
-        self.cost = torch.zeros((), dtype=torch.float64)
-        """Sum of <Gamma, W>^2."""
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        """[N,R,K] and [N,R,V], in float32."""
+        self.key_side = self.value_side = self.cost = torch.zeros((), dtype=torch.float64)
+        """[K,K] sum of Gamma Gamma^T, [V,V] sum of Gamma^T Gamma, and the sum of <Gamma, W>^2."""
+        self.writes: list[LowRank] = []
+        """In float32."""
 
     def add(self, scores: ReadScores) -> None:
         r = scores.recurrence
         wide = r.replace(q=r.q.double())
         keys, values = (x[:, :, 0].double().reshape(r.B, r.T, r.R, -1) for x in (r.k, r.u))
-        self.keys.append(keys.flatten(0, 1).float())
-        self.values.append(values.flatten(0, 1).float())
+        self.writes.append(LowRank(keys.flatten(0, 1), values.flatten(0, 1)).to(torch.float32))
         stop = r.T
         for block in wide.adjoint(scores.gradients).state_blocks():  # of the last tokens first
             gamma, at = block[:, :, 0].flip(1), slice(stop - block.shape[1], stop)
             stop = at.start
             self.cost = self.cost + torch.einsum("btkv,btrk,btrv->bt", gamma, keys[:, at], values[:, at]).square().sum()
-            rows = gamma.flatten(0, 2)
-            self.value_side = self.value_side + rows.mT @ rows
-            columns = gamma.mT.flatten(0, 2)
-            self.key_side = self.key_side + columns.mT @ columns
+            rows, columns = gamma.flatten(0, 2), gamma.mT.flatten(0, 2)
+            self.value_side, self.key_side = self.value_side + rows.mT @ rows, self.key_side + columns.mT @ columns
 
     def metric(self, damping: float, n_sequences: int) -> Metric:
         """The damped Kronecker factors, scaled so that a write keeps its squared norm on average."""
         key_side, value_side = (_damped(side, damping) for side in (self.key_side, self.value_side))
-        writes = LowRank(torch.cat(self.keys).double(), torch.cat(self.values).double())
+        writes = LowRank(*(torch.cat(x).double() for x in zip(*((each.keys, each.values) for each in self.writes))))
         plain = writes.inner(writes).sum()
         sides = LowRank(writes.keys @ key_side, writes.values @ value_side)
         balance = (plain / writes.inner(sides).sum()).sqrt()
@@ -160,5 +154,5 @@ def _damped(matrix: Tensor, share: float) -> Tensor:
 
 
 def _without_graph(r: Recurrence) -> Recurrence:
-    fields = {field.name: getattr(r, field.name) for field in dataclasses.fields(r)}
-    return dataclasses.replace(r, **{name: x.detach() for name, x in fields.items() if isinstance(x, Tensor)})
+    fields = ((field.name, getattr(r, field.name)) for field in dataclasses.fields(r))
+    return r.replace(**{name: x.detach() for name, x in fields if isinstance(x, Tensor)})

@@ -59,16 +59,18 @@ class _ProductConfig(MatrixSAEConfig):
     """Must be False: a write less b_dec has no sides."""
 
     def __post_init__(self) -> None:
-        root = math.isqrt(max(self.d_sae, 0))
-        self.f_key = self.f_key or (self.d_sae // self.f_value if self.f_value else root)
+        self.f_key = self.f_key or (self.d_sae // self.f_value if self.f_value else math.isqrt(max(self.d_sae, 0)))
         self.f_value = self.f_value or self.d_sae // max(self.f_key, 1)
-        require(self.f_key * self.f_value == self.d_sae, "d_sae", self.d_sae, "f_key * f_value")
-        for name, most in (("k_key", self.f_key), ("k_value", self.f_value)):
-            require(1 <= getattr(self, name) <= most, name, getattr(self, name), f"between 1 and {most}")
         fixed = {"encoder": "bilinear", "decoder": "rank", "rank": 1, "apply_b_dec_to_input": False, "loss": "mse"}
         # b_dec is set by the means of training, and norms in the encoder would change which atoms are on top.
-        for name, only in (fixed | {"b_dec_init": "zeros", "unit_norm_every": 0}).items():
-            require(getattr(self, name, only) == only, name, getattr(self, name, only), f"{only!r} for two sides")
+        fixed |= {"b_dec_init": "zeros", "unit_norm_every": 0}
+        for name, good, wanted in (
+            ("d_sae", self.f_key * self.f_value == self.d_sae, "f_key * f_value"),
+            ("k_key", 1 <= self.k_key <= self.f_key, f"between 1 and {self.f_key}"),
+            ("k_value", 1 <= self.k_value <= self.f_value, f"between 1 and {self.f_value}"),
+            *((name, getattr(self, name, only) == only, f"{only!r} for two sides") for name, only in fixed.items()),
+        ):
+            require(good, name, getattr(self, name, None), wanted)
         super().__post_init__()
 
     @property
@@ -132,8 +134,8 @@ class _Product(MatrixSAE):
         cfg, like = self.cfg, {"dtype": self.dtype, "device": self.device}
         scale = math.sqrt(getattr(cfg, "decoder_init_norm", None) or math.sqrt(2.0))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in, **like))
-        keys = scale * normalize(torch.randn(cfg.f_key, cfg.d_k, **like), dim=1)
-        values = scale * normalize(torch.randn(cfg.f_value, cfg.d_v, **like), dim=1)
+        shapes = (cfg.f_key, cfg.d_k), (cfg.f_value, cfg.d_v)
+        keys, values = (scale * normalize(torch.randn(*shape, **like), dim=1) for shape in shapes)
         self.key_atoms, self.key_encoder = nn.Parameter(keys), nn.Parameter(keys.clone())
         self.value_atoms, self.value_encoder = nn.Parameter(values), nn.Parameter(values.clone())
         self._begin()
@@ -172,12 +174,14 @@ class _Product(MatrixSAE):
 
     def _scaled(self, decoder: Tensor, encoder: Tensor) -> dict[str, Tensor]:
         """As in the base, for scales that are products of one for each side, which those of norms are."""
-        out: dict[str, Tensor] = {}
-        for names, scale in ((("key_atoms", "value_atoms"), decoder), (("key_encoder", "value_encoder"), encoder)):
-            logs = scale.log().expand(self.cfg.d_sae).view(self.cfg.f_key, self.cfg.f_value)
-            for n, name in enumerate(names):
-                out[name] = getattr(self, name) * (logs.mean(1 - n) - logs.mean() / 2).exp()[:, None]
-        return out
+        shape = self.cfg.f_key, self.cfg.f_value
+        logs = {"atoms": decoder.log().expand(self.cfg.d_sae), "encoder": encoder.log().expand(self.cfg.d_sae)}
+        return {
+            f"{side}_{kind}": getattr(self, f"{side}_{kind}")
+            * (x.view(shape).mean(1 - n) - x.mean() / 2).exp()[:, None]
+            for kind, x in logs.items()
+            for n, side in enumerate(("key", "value"))
+        }
 
     def fold_and_get_W_dec_norm(self) -> Tensor:
         """Refused: norms in the encoder change which atoms are on top."""
@@ -198,8 +202,7 @@ class WriteProductSAE(_Product):
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstructions [...,K*V] of activations [...,d_sae]."""
-        recons = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
-        return self.run_time_activation_norm_fn_out(recons)
+        return self.run_time_activation_norm_fn_out(self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec))
 
 
 class _SideStep(TrainingSAE[Any]):
@@ -233,14 +236,15 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):
         pre = [x @ encoder.T for x, (_, encoder) in zip(rows, self.sides)]
         ahead, behind = ((s * pre[0]).amax(1).clamp_min(0) * (s * pre[1]).amax(1).clamp_min(0) for s in (1, -1))
         sign = torch.where(behind > ahead, -1.0, 1.0).to(self.dtype)[:, None]
-        found: list[SideCode] = []
-        for (atoms, _), x, linear, k in zip(self.sides, rows, pre, (self.cfg.k_key, self.cfg.k_value)):
-            acts = torch.where(_strongest(sign * linear, k), sign * linear, 0)
-            found.append(SideCode(sign * x, acts, acts @ atoms))
-        return found[0], found[1]
+        k = self.cfg.k_key, self.cfg.k_value
+        key, value = (torch.where(_strongest(sign * x, most), sign * x, 0) for x, most in zip(pre, k))
+        return (
+            SideCode(sign * rows[0], key, key @ self.key_atoms),
+            SideCode(sign * rows[1], value, value @ self.value_atoms),
+        )
 
     @torch.no_grad()
-    def start_from_rows(self, x: Tensor, *, first: bool = True) -> int:
+    def start_from_rows(self, x: Tensor | LowRank, *, first: bool = True) -> int:
         """Put atoms of both sides on sides of rows of the first batch [N,K*V], in decoder and encoder, as far as it has
         distinct ones; returns how many of the side with fewer.
 
@@ -251,16 +255,16 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):
         if first:
             writes = rank_one_rows(self, x)
             drawn = _oriented(writes.rows(draw_rows(writes.inner(writes), len(writes))))
-            keys = _distinct(drawn.keys[:, 0], either_sign=False, count=self.cfg.f_key)
-            values = _distinct(drawn.values[:, 0], either_sign=False, count=self.cfg.f_value)
-            for side, rows in enumerate((keys, values)):
+            self.n_started.fill_(self.cfg.d_sae)
+            for side, rows in enumerate((drawn.keys[:, 0], drawn.values[:, 0])):
                 alive = torch.ones(len(self.sides[side][0]), dtype=torch.bool, device=self.device)
+                rows = _distinct(rows, either_sign=False, count=len(alive))
                 self._put(side, torch.arange(len(rows), device=self.device), rows, alive)
-            self.n_started.fill_(min(len(keys), len(values)))
+                self.n_started.clamp_max_(len(rows))
         return int(self.n_started)
 
     @torch.no_grad()
-    def resample(self, x: Tensor, dead: Tensor) -> int:
+    def resample(self, x: Tensor | LowRank, dead: Tensor) -> int:
         """Put dead atoms of a side on that side of rows of a batch [N,K*V], drawn in proportion to its squared error;
         returns how many. A key atom or a value atom is dead where all its pairs are (`dead` [d_sae])."""
         grid = dead.view(self.cfg.f_key, self.cfg.f_value)
@@ -274,12 +278,13 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):
         return replaced
 
 
-def rank_one_rows(sae: _Product | _SideStep, rows: Tensor) -> LowRank:
+def rank_one_rows(sae: _Product | _SideStep, rows: Tensor | LowRank) -> LowRank:
     """Rows [N,K*V] of rank one as k u^T: u is the row of the matrix with the largest entry, k the projections on it.
 
     Raises:
         ValueError: a matrix of a higher rank; names the first one.
     """
+    rows = rows.dense().flatten(1) if isinstance(rows, LowRank) else rows
     matrices = rows.unflatten(1, (sae.cfg.d_k, sae.cfg.d_v))
     strongest = matrices.abs().amax(2).argmax(1)
     unit = normalize(matrices[torch.arange(len(matrices), device=matrices.device), strongest], dim=1)
@@ -301,9 +306,8 @@ def _oriented(writes: LowRank) -> LowRank:
     Values that are sums (of attributes, say) have sparse non-negative codes in one orientation only.
     """
     sides = (normalize(side[:, 0].float(), dim=1) for side in (writes.keys, writes.values))
-    first = torch.linalg.eigh(sum((rows @ rows.T) ** 5 for rows in sides))[1][:, -1]
-    sign = torch.where(first < 0, -1, 1).to(writes.keys)[:, None, None]
-    return LowRank(writes.keys * sign, writes.values * sign)
+    first = torch.linalg.eigh(sum((rows @ rows.T) ** 5 for rows in sides))[1][:, -1, None, None]
+    return LowRank(*(torch.where(first < 0, -side, side) for side in (writes.keys, writes.values)))
 
 
 def _strongest(acts: Tensor, k: int) -> Tensor:

@@ -38,8 +38,12 @@ def new_sae(cfg: RunnerConfig, metric: Metric | None = None) -> MatrixTrainingSA
     Raises:
         ValueError: a metric, and a config that asks for none; or none where it asks for one.
     """
-    wanted = cfg.sae.metric
-    require((metric is None) == (wanted == "frobenius"), "metric", wanted, "frobenius, or given (see `fit_metrics`)")
+    require(
+        (metric is None) == (cfg.sae.metric == "frobenius"),
+        "metric",
+        cfg.sae.metric,
+        "frobenius, or given (see `fit_metrics`)",
+    )
     with seeded(cfg.seed, -1):
         sae = cast(MatrixTrainingSAE, TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict() | {"device": cfg.device}))
     LanguageModelSAETrainingRunner._set_sae_metadata(cast(Any, SimpleNamespace(cfg=cfg, sae=sae)))
@@ -67,8 +71,7 @@ def shuffled(n_rows: int, batch: int, seed: int, step: int = 0) -> Iterator[Tens
                 order = torch.cat([order, torch.randperm(n_rows)])
             epoch += 1
         yield order[skipped : skipped + batch]
-        order = order[skipped + batch :]
-        skipped = 0
+        order, skipped = order[skipped + batch :], 0
 
 
 def train_on_rows(
@@ -77,22 +80,25 @@ def train_on_rows(
     """Train by SAELens' trainer on batches of rows [N,K*V + columns], with the random numbers of the seed. The folder
     `checkpoint` is written at each twentieth of the run; the same call resumes from it, on other rows."""
     settings, sae = cfg.to_sae_trainer_config(), new_sae(cfg, metric)
-    trainer = SAETrainer(settings, sae, map(metric.apply_rows, rows) if metric else rows)
     part = None if checkpoint is None else checkpoint.with_name(f".{checkpoint.name}.part")
-    if checkpoint is not None and part is not None:
 
-        def keep(checkpoint_path: Path | None) -> None:  # whole or absent
-            shutil.rmtree(checkpoint, ignore_errors=True)
-            cast(Path, checkpoint_path).rename(checkpoint)
+    def keep(checkpoint_path: Path | None) -> None:  # whole or absent
+        shutil.rmtree(cast(Path, checkpoint), ignore_errors=True)
+        cast(Path, checkpoint_path).rename(cast(Path, checkpoint))
 
+    if checkpoint is not None:
         settings = dataclasses.replace(settings, n_checkpoints=19, checkpoint_path=str(part))
-        trainer = SAETrainer(settings, sae, trainer.data_provider, save_checkpoint_fn=keep)
-        if checkpoint.is_dir():
-            sae.load_weights_from_checkpoint(checkpoint)
-            trainer.load_trainer_state(checkpoint)
-            trainer.n_training_steps += 1  # SAELens saves before it counts the step
-    size = cfg.train_batch_size_tokens * cfg.sae.d_sae * cfg.sae.d_in
-    with seeded(cfg.seed, trainer.n_training_steps), wandb_run(cfg), threads_for(size):
+    given = map(metric.apply_rows, rows) if metric else rows
+    trainer = SAETrainer(settings, sae, given, save_checkpoint_fn=keep if part else None)
+    if checkpoint is not None and checkpoint.is_dir():
+        sae.load_weights_from_checkpoint(checkpoint)
+        trainer.load_trainer_state(checkpoint)
+        trainer.n_training_steps += 1  # SAELens saves before it counts the step
+    with (
+        seeded(cfg.seed, trainer.n_training_steps),
+        wandb_run(cfg),
+        threads_for(cfg.train_batch_size_tokens * cfg.sae.d_sae * cfg.sae.d_in),
+    ):
         trainer.fit()
     for folder in filter(None, (checkpoint, part)):
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 SAELens' own `LanguageModelSAETrainingRunner` trains every architecture of this package, unchanged. What it has no place
 for (rows with further columns, a metric, training without the language model) is trained from a collection: `train`
-gives SAELens' trainer the rows. `sae.fast` trains on factors.
+gives SAELens' trainer the rows. `sae.fast` trains on factors of writes, `sae.chunks` on those of states.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from transformer_lens import HookedRootModule
 
 from hookpoints import HookedRecurrent, Recurrence
 from sae_lens_writesae.choices import Loss, MetricName
+from sae_lens_writesae.sae.chunks import StateStack
 from sae_lens_writesae.sae.factors import INDEX, Collection
-from sae_lens_writesae.sae.fast import train_on_writes
+from sae_lens_writesae.sae.fast import shape_of, train_on_writes
 from sae_lens_writesae.sae.losses import read_queries
 from sae_lens_writesae.sae.matrix import require
 from sae_lens_writesae.sae.metric import Metric
@@ -142,11 +143,16 @@ def training_config(
         **RUNNER,
     }
     if collected:
-        defaults |= {"use_cached_activations": True, "cached_activations_path": str(model.folder)}
-        defaults["context_size"] = model.context_size
+        defaults |= {
+            "use_cached_activations": True,
+            "cached_activations_path": str(model.folder),
+            "context_size": model.context_size,
+        }
     if target == "last_state":  # a sequence gives one row, so that the buffer is counted in sequences
-        defaults["n_batches_in_buffer"] = 4 * int(runner.get("train_batch_size_tokens", 256))
-        defaults["train_batch_size_tokens"] = 256
+        defaults |= {
+            "n_batches_in_buffer": 4 * int(runner.get("train_batch_size_tokens", 256)),
+            "train_batch_size_tokens": 256,
+        }
     fields: dict[str, Any] = {
         **place.sae_fields,
         "d_sae": d_sae,
@@ -206,6 +212,8 @@ def train(
     if hook.target == "write" and cfg.sae.loss != "reads":
         keys, values = (side[:] for side in collection.factors(hook.layer, hook.head))
         return train_on_writes(cfg, keys, values, metric=metric, checkpoint=checkpoint)
+    if hook.target == "state" and shape_of(cfg) is not None:
+        return StateStack(cfg, collection).train(checkpoint)[0]
     return train_on_rows(cfg, _mixed_rows(collection, cfg), metric, checkpoint=checkpoint)
 
 
@@ -213,18 +221,15 @@ def _mixed_rows(collection: Collection, cfg: RunnerConfig) -> Iterator[Tensor]:
     """Batches of rows [N,K*V + columns] of a head without end, mixed by SAELens' buffer. States are rebuilt for a few
     sequences at a time; every epoch has these in a new order."""
     hook, positions = HeadHook.parse(cfg.hook_name), slice(*cfg.seqpos_slice)
-    per_part = max(1, cfg.store_batch_size_prompts)
-    parts = torch.arange(collection.n_sequences).split(per_part)
+    parts = torch.arange(collection.n_sequences).split(max(1, cfg.store_batch_size_prompts))
 
     def rows() -> Iterator[Tensor]:
         while True:
             for n in torch.randperm(len(parts)).tolist():
-                chosen = slice(int(parts[n][0]), int(parts[n][-1]) + 1)
-                recurrence = collection.recurrence(hook.layer, hook.head, chosen)
+                recurrence = collection.recurrence(hook.layer, hook.head, parts[n])
                 yield head_rows(recurrence, hook.target, cfg.sae.loss, positions).float().flatten(0, 1)
 
-    held = cfg.n_batches_in_buffer * len(range(cfg.context_size)[positions])
-    size = max(held, cfg.train_batch_size_tokens)
+    size = max(cfg.n_batches_in_buffer * len(range(cfg.context_size)[positions]), cfg.train_batch_size_tokens)
     return mixing_buffer(size, cfg.train_batch_size_tokens, rows(), cfg.activations_mixing_fraction)
 
 

@@ -47,8 +47,10 @@ class HeadHook(NamedTuple):
         """From `blocks.{l}.mixer.heads.{h}.hook_write_vec` or `hook_state_vec`; anything else raises ValueError."""
         match = _HOOK_NAME.fullmatch(name)
         if match is None:
-            wanted = "blocks.{l}.mixer.heads.{h}.hook_write_vec or ...hook_state_vec"
-            raise ValueError(f"the SAE must read a head's write or state ({wanted}), its hook is {name!r}")
+            raise ValueError(
+                "the SAE must read a head's write or state (blocks.{l}.mixer.heads.{h}.hook_write_vec or "
+                f"...hook_state_vec), its hook is {name!r}"
+            )
         return cls(name, int(match[1]), int(match[2]), "write" if match[3] == "write" else "state")
 
     @classmethod
@@ -78,8 +80,12 @@ class HeadTarget:
     @classmethod
     def of_head(cls, layer: int, head: int, d_k: int, d_v: int, target: Target) -> HeadTarget:
         """The target of a head with states [K,V]."""
-        positions: tuple[int | None, ...] = (-1, None) if target == "last_state" else (None,)
-        return cls(f"blocks.{layer}.mixer.heads.{head}.{_HOOKS[target]}", d_k, d_v, positions)
+        return cls(
+            f"blocks.{layer}.mixer.heads.{head}.{_HOOKS[target]}",
+            d_k,
+            d_v,
+            (-1, None) if target == "last_state" else (None,),
+        )
 
     @property
     def sae_fields(self) -> dict[str, int]:
@@ -114,11 +120,11 @@ def check_hook(model: HookedRecurrent, name: str, sae: SAEConfig, where: str = "
         model.check_hook_name(name)
     if match := _HOOK_NAME.fullmatch(name):
         shape = model.cfg.layer(int(match[1]))
-        wanted = shape.K, shape.V, shape.K * shape.V
         found = getattr(sae, "d_k", shape.K), getattr(sae, "d_v", shape.V), sae.d_in
-        if found != wanted:
-            held = f"{name} of {model.cfg.model_name}"
-            raise ValueError(f"{where}: expected d_k, d_v, d_in = {wanted}, those of {held}, got {found}")
+        if found != (wanted := (shape.K, shape.V, shape.K * shape.V)):
+            raise ValueError(
+                f"{where}: expected d_k, d_v, d_in = {wanted}, those of {name} of {model.cfg.model_name}, got {found}"
+            )
 
 
 def has_plain_activations(sae: Dictionary) -> bool:

@@ -114,7 +114,8 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
                 f"loss={cfg.loss!r}, metric={cfg.metric!r}: expected rows with {cfg.loss} columns in that metric, got "
                 f"plain rows of {rows.shape[1]} entries; train with sae_lens_writesae.train and a collection"
             )
-        resampled = self._upkeep(x, step_input)  # pyright: ignore  (torch's decorator is untyped)
+        # The decorator of torch is untyped.
+        resampled = self._upkeep(x, step_input.n_training_steps, step_input.dead_neuron_mask)  # pyright: ignore
         self._built = {}
         try:
             output = super().training_forward_pass(dataclasses.replace(step_input, sae_in=x))
@@ -137,16 +138,20 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _upkeep(self, x: Tensor, step_input: TrainStepInput) -> int:
+    def _upkeep(self, x: Tensor | LowRank, step: int, dead: Tensor | None) -> int:
         """What is due before this step; returns how many atoms were resampled. Kept out of compiled graphs."""
-        cfg, step, dead = self.cfg, step_input.n_training_steps, step_input.dead_neuron_mask
-        finite = bool(torch.isfinite(x.sum(dtype=exact_dtype(x)) + self.b_dec.sum()))
-        require(finite, "sae_in, b_dec", "NaN or infinity", "finite: check the model's dtype and the learning rate")
+        cfg = self.cfg
+        require(
+            bool(torch.isfinite(mean_row(x).sum() + self.b_dec.sum())),
+            "sae_in, b_dec",
+            "NaN or infinity",
+            "finite: check the model's dtype and the learning rate",
+        )
         self.mean_batches.mul_(step > 0)  # a new run has new means
         if cfg.decoder_init == "native" and step < START_STEPS:
             self.start_from_rows(x, first=step == 0)
         if step == 0 and cfg.b_dec_init == "mean" and not self.b_dec.any():
-            self.b_dec.data.copy_(x.to(exact_dtype(x)).mean(0))
+            self.b_dec.data.copy_(mean_row(x))
         if step and cfg.unit_norm_every and step % cfg.unit_norm_every == 0:
             self.fold_W_dec_norm()
             self.balance_factors()
@@ -154,25 +159,26 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         return self.resample(x, dead) if due and dead is not None else 0
 
     @torch.no_grad()
-    def start_from_rows(self, x: Tensor, *, first: bool = True) -> int:
-        """Put atoms that still wait for it on directions of rows of a batch [N,K*V], in decoder and encoder; returns
-        how many have such a start by now.
+    def start_from_rows(self, x: Tensor | LowRank, *, first: bool = True) -> int:
+        """Put atoms that still wait for it on directions of rows of a batch, [N,K*V] or of low rank, in decoder and
+        encoder; returns how many have such a start by now.
 
         Rows are drawn in proportion to their squared norm, and none is taken that is near to an atom which an earlier
         batch started. What one batch leaves open waits for the next one. `first` begins with atom 0. Costs one K x V
-        SVD for each row that is drawn.
+        SVD for each row that is drawn, unless rows are of rank one.
         """
         F, done = self.cfg.d_sae, 0 if first else int(self.n_started)
         if done < F and (first or done):
-            rows = x[draw_rows(x.float().square().sum(1), F - done)].view(-1, self.cfg.d_k, self.cfg.d_v)
-            atoms = distinct_directions(rows.float(), self.cfg.rank, self.W_dec[:done].float())
-            index = torch.arange(done, done + len(atoms), device=self.device)
-            self.replace_atoms(index, atoms, torch.ones(F, dtype=torch.bool, device=self.device))
+            drawn = draw_rows(sizes(x), F - done)
+            rows = x.rows(drawn) if isinstance(x, LowRank) else x[drawn].view(-1, self.cfg.d_k, self.cfg.d_v).float()
+            taken = self.atoms(slice(done)) if self.cfg.decoder == "rank" else self.W_dec[:done].float()
+            atoms, every = distinct_directions(rows, self.cfg.rank, taken), torch.arange(F, device=self.device)
+            self.replace_atoms(every[done : done + len(atoms)], atoms, every >= 0)
             self.n_started.fill_(done + len(atoms))
         return int(self.n_started)
 
     @torch.no_grad()
-    def resample(self, x: Tensor, dead: Tensor) -> int:
+    def resample(self, x: Tensor | LowRank, dead: Tensor) -> int:
         """Replace the atoms where `dead` [F] by rank-R directions of the residual of a batch [N,K*V]; returns how many.
 
         At most one atom for each row, and fewer if rows resemble each other; the other dead atoms wait for the next
@@ -181,6 +187,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         """
         if not dead.any():
             return 0
+        x = x.dense().flatten(1) if isinstance(x, LowRank) else x
         residual = (x - self.coefficients(self.encode(x)) @ self.W_dec - self.b_dec).float()
         drawn = residual[draw_rows(residual.square().sum(1), int(dead.sum()))]
         atoms = distinct_directions(drawn.view(-1, self.cfg.d_k, self.cfg.d_v), self.cfg.rank)
@@ -211,7 +218,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         """
         acts = feature_acts.sum(0, dtype=exact_dtype(feature_acts)) / len(x)
         for mean, new, n, power in (
-            (self.mean_input, x.to(exact_dtype(x)).mean(0), self.mean_batches.max(), 2),
+            (self.mean_input, mean_row(x), self.mean_batches.max(), 2),
             (self.mean_contribution, self.coefficients(acts) * self.get_W_dec_norm(), self.mean_batches, 6),
         ):
             weight = (power / (n + power)).clamp_min(len(x) / max(len(x), self.cfg.b_dec_rows))
@@ -297,24 +304,43 @@ MAX_COSINE = 0.9
 def draw_rows(errors: Tensor, count: int) -> Tensor:
     """Up to `count` row numbers, drawn without repetition in proportion to the rows' squared errors [N]."""
     count = min(count, int((errors > 0).sum()))
-    none = errors.new_zeros(0, dtype=torch.long)
-    return torch.multinomial(errors / errors.max(), count, replacement=False) if count else none
+    return torch.multinomial(errors / errors.max(), count) if count else errors.new_zeros(0, dtype=torch.long)
 
 
-def distinct_directions(matrices: Tensor, rank: int, taken: Tensor | None = None) -> LowRank:
+def distinct_directions(matrices: LowRank | Tensor, rank: int, taken: LowRank | Tensor | None = None) -> LowRank:
     """Unit-norm atoms of rank R from matrices [n,K,V], no two with a cosine above 0.9, and none so near to one of the
-    rows `taken` [m,K*V].
+    matrices or rows [m,K*V] that are `taken`.
 
-    The matrices are cut to rank R by SVD. (The paper's code draws rows of the raw state with repetition; a batch with
-    one dominant direction then gives many copies of it.)
+    The matrices are cut to rank R by SVD, unless they have rank one. (The paper's code draws rows of the raw state with
+    repetition; a batch with one dominant direction then gives many copies of it.)
     """
-    atoms = LowRank.svd(matrices, rank, balanced=True)
-    size = atoms.norm().rsqrt()[:, None, None]
-    atoms = LowRank(atoms.keys * size, atoms.values * size)
+    if isinstance(matrices, LowRank) and matrices.rank == 1:
+        atoms = LowRank(
+            *(
+                nn.functional.pad(nn.functional.normalize(side, dim=-1), (0, 0, 0, rank - 1))
+                for side in (matrices.keys, matrices.values)
+            )
+        )
+    else:
+        atoms = LowRank.svd(matrices.dense() if isinstance(matrices, LowRank) else matrices, rank, balanced=True)
+        size = atoms.norm().rsqrt()[:, None, None]
+        atoms = LowRank(atoms.keys * size, atoms.values * size)
     near = atoms.cosines(atoms).tril(-1)
-    if taken is not None:
+    if isinstance(taken, LowRank):
+        near = torch.cat([near, atoms.cosines(taken.to(atoms.keys))], dim=1)
+    elif taken is not None:
         near = torch.cat([near, atoms.dense().flatten(1) @ nn.functional.normalize(taken, dim=1).T], dim=1)
     return atoms.rows(~(near > MAX_COSINE).any(1))
+
+
+def mean_row(x: Tensor | LowRank) -> Tensor:
+    """[K*V] the mean of rows [N,K*V], or of matrices of low rank."""
+    return x.total().dense().flatten() / len(x) if isinstance(x, LowRank) else x.to(exact_dtype(x)).mean(0)
+
+
+def sizes(x: Tensor | LowRank) -> Tensor:
+    """[N] squared norms of rows [N,K*V], or of matrices of low rank."""
+    return x.inner(x) if isinstance(x, LowRank) else x.to(exact_dtype(x)).square().sum(1)
 
 
 # -------------------------------------------------------------------------------------------------- calibration

@@ -72,42 +72,67 @@ CHANGES: list[dict[str, Any]] = [
     {"rescale_acts_by_decoder_norm": False, "unit_norm_every": 0},
     {"aux_loss_coefficient": 0.0},
 ]
+WIDE: dict[str, Any] = {"d_in": 96, "d_k": 12, "d_v": 8}
+"""Large enough that the loss of dead atoms takes inner products, and not matrices as with K V."""
 
 
-@pytest.mark.parametrize("block", [2**20, 64])
+@pytest.mark.parametrize("dtype, block", [("float64", fast.BLOCK), ("float64", 64), ("float32", 64)])
 @pytest.mark.parametrize("terms", [1, 2])
-@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@pytest.mark.parametrize("changes", [*CHANGES, WIDE, WIDE | {"rank": 2}], ids=str)
 def test_losses_and_gradients_are_those_of_the_dense_step(
-    changes: dict[str, Any], terms: int, block: int, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], terms: int, dtype: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """SAELens' own losses, that of dead atoms among them, and autograd."""
     monkeypatch.setattr(fast, "BLOCK", block)
-    g = torch.Generator().manual_seed(1)
+    g, close = torch.Generator().manual_seed(1), 1e-10 if dtype == "float64" else 5e-5
     saes: list[Any] = [rows_.new_sae(config(seed, **changes)) for seed in (0, 1, 2)]
     for sae in saes:
         for parameter in sae.parameters():
             parameter.data = torch.randn(parameter.shape, generator=g, dtype=parameter.dtype)
     dead = torch.rand(3, F, generator=g) < torch.tensor([0.0, 0.2, 0.6])[:, None]
-    keys, values = (torch.randn(3, 32, terms, n, generator=g, dtype=torch.float64) for n in (K, V))
-    outputs = []
+    keys, values = (
+        torch.randn(3, 32, terms, n, generator=g, dtype=torch.float64) for n in (saes[0].cfg.d_k, saes[0].cfg.d_v)
+    )
+    outputs, real = [], getattr(torch, dtype)
     for m, sae in enumerate(saes):
         x = LowRank(keys[m], values[m]).dense().flatten(1)
         outputs.append(sae.training_forward_pass(TrainStepInput(x, {}, dead[m], 1, False)))
         outputs[-1].loss.backward()
-    p = {n: nn.Parameter(torch.stack([sae.get_parameter(n).data for sae in saes])) for n in state(saes[0])}
+    p = {n: nn.Parameter(torch.stack([sae.get_parameter(n).data for sae in saes]).to(real)) for n in state(saes[0])}
     cfg = saes[0].cfg
-    done = fast.gradients(p, keys, values, [cfg.k] * 3, cfg)
-    if cfg.aux_loss_coefficient:
-        aux = cfg.aux_loss_coefficient * fast.aux_loss(p, keys, values, dead, done, cfg)
-        aux.sum().backward()
-        expected = torch.stack([output.losses["auxiliary_reconstruction_loss"] for output in outputs])
-        torch.testing.assert_close(aux, expected.to(aux), **CLOSE)
-    torch.testing.assert_close(done.errors.mean(1), torch.stack([o.losses["mse_loss"] for o in outputs]), **CLOSE)
-    for name, parameter in p.items():
-        dense = torch.stack([sae.get_parameter(name).grad for sae in saes])
-        torch.testing.assert_close(parameter.grad, dense, rtol=1e-9, atol=1e-9)
+    rows = keys.to(real), values.to(real)
+    done = fast.gradients(p, *rows, [cfg.k] * 3, cfg, dead if cfg.aux_loss_coefficient else None)
+    pairs = [(done.errors.mean(1), [output.losses["mse_loss"] for output in outputs])]
+    if done.aux is not None:
+        auxiliary = [output.losses["auxiliary_reconstruction_loss"] for output in outputs]
+        pairs.append((cfg.aux_loss_coefficient * done.aux, auxiliary))
+    pairs += [(parameter.grad, [sae.get_parameter(name).grad for sae in saes]) for name, parameter in p.items()]
+    for found, each in pairs:
+        dense = torch.stack([x.double() for x in each])
+        assert (found - dense).abs().max() <= close * dense.abs().max()
     active = torch.stack([output.feature_acts.bool().sum(0) for output in outputs])
     counts = torch.zeros(3 * F).index_add_(0, done.atoms.flatten(), (done.code > 0).flatten().float())
     assert torch.equal(counts.view(3, F), active.float())
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("F, k", [(512, 3), (1024, 16), (96, 5), (40, 1)])
+def test_atoms_on_top_are_exact(F: int, k: int, ordered: bool) -> None:
+    scores = torch.randn(2, 7, F, generator=torch.Generator().manual_seed(0))
+    found, wanted = fast.top_atoms(scores, k, ordered=ordered), scores.topk(k).indices
+    assert torch.equal(*((found, wanted) if ordered else (found.sort().values, wanted.sort().values)))
+
+
+@pytest.mark.parametrize("terms, rank", [(1, 1), (1, 2), (2, 1)])
+def test_writes_start_the_atoms_that_their_matrices_start(terms: int, rank: int) -> None:
+    saes: list[Any] = [rows_.new_sae(config(rank=rank)) for _ in range(2)]
+    rows = writes(terms=terms)
+    for sae, x in zip(saes, (rows, rows.dense().flatten(1))):
+        with rows_.seeded(0, 0):
+            n = sae.start_from_rows(x)
+    torch.testing.assert_close(saes[0].W_dec, saes[1].W_dec, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(saes[0].v[:n].norm(dim=-1), saes[0].w[:n].norm(dim=-1))
+    assert n >= 6
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
@@ -204,15 +229,15 @@ def test_a_killed_run_ends_with_the_same_weights(
         cfg.lr_scheduler_name = lr_scheduler_name
     whole, file = train_many_on_writes(configs, rows), tmp_path / "run.pt"
     steps: list[int] = []
-    step, stop = fast._Stack._step, at + 2
+    take, stop = fast.Stack.take, at + 2
 
-    def killing(own: Any, keys: Tensor, values: Tensor) -> Any:
+    def killing(own: Any, batch: Any) -> Any:
         if own.step == stop:
             raise Killed
         steps.append(own.step)
-        return step(own, keys, values)
+        return take(own, batch)
 
-    monkeypatch.setattr(fast._Stack, "_step", killing)
+    monkeypatch.setattr(fast.Stack, "take", killing)
     with pytest.raises(Killed):
         train_many_on_writes(configs, rows, checkpoint=file)
     stop = 99
