@@ -1,7 +1,8 @@
 """Factors of recurrences: one pass of a language model over a text writes them to disk, and they are read ever after.
 
 A folder holds `index.json`, which says what was collected, and shards `shard-00000.safetensors`, each of the same
-number of sequences. A shard that is there is whole; `SHA256SUMS` is written when all are. A shard has `tokens` [S,T]
+number of sequences. A shard that is there is whole; `SHA256SUMS` is written when all are. What there is of the next one
+is written to `.shard-00001.safetensors` every minute, and taken up again. A shard has `tokens` [S,T]
 int32 and for each head and factor a tensor `{layer}.{head}.{factor}` [S,T,...]: `k` and `u` for writes; for states also
 `q`, `log_decay`, and `beta` or `a` and `b` for what is erased. An erase that follows from the key, the delta rules'
 a = -beta k and b = alpha k, is stored as `beta` alone. Vectors are in the collection's dtype, numbers (one log-decay or
@@ -15,23 +16,27 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import defaultdict
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from itertools import accumulate, islice, product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, cast, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, Self, cast, get_args
 
+import psutil
 import torch
 from datasets import Dataset
 from filelock import FileLock
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.hook_points import HookPoint
 
 from hookpoints import HookedRecurrent, Recurrence
-from hookpoints.files import CHECKSUMS, SealedFolder, read_json, write_checksums
+from hookpoints.files import CHECKSUMS, SealedFolder, file_hash, read_json
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.files import atomic_text, atomic_write, free_bytes, size_text
@@ -40,11 +45,17 @@ from sae_lens_writesae.sae.target import HeadTarget, Target, head_target
 INDEX = "index.json"
 FORMAT = 2
 """Version of the files."""
-SHARD_BYTES = 128e6
+SHARD_BYTES = 64e6
 """Size of a shard at most, about; what is held in memory."""
-MINUTE = 3e12
-"""Floating-point operations of about a minute on two cores, which is what a kill may lose; on a GPU a hundred times as
-many. Not measured, because then shards would differ from run to run."""
+SAVE_SECONDS = 60.0
+"""What a kill may lose, and one batch."""
+BATCH_BYTES = {"cpu": 200e6, "cuda": 2e9}
+"""Memory that a batch may take by itself, counted as in `_COPIES`, which is more than most take. At the sizes of
+Qwen3.5-0.8B more tokens are no faster on a core: 280 a second in batches of 512, 210 in batches of 4096."""
+_COPIES = 18
+"""So many float32 copies of all keys and values of a layer are held at once, and two for each layer that is collected.
+Measured with two such layers: 16 to 20 in Qwen3.5, 17 to 24 in Qwen3-Next, 13 to 26 in Mamba-2; in Mamba-1, whose
+writes are dense, 66 to 83."""
 
 FactorDtype = Literal["float16", "bfloat16", "float32"]
 Sequences = slice | Sequence[int] | Tensor
@@ -202,11 +213,12 @@ def collect(
     batch_size: int | None = None,
     shard_bytes: float = SHARD_BYTES,
     say: Callable[[str], object] = lambda line: None,
+    progress: bool = True,
 ) -> Collection:
     """Run the model over a text once, and keep the factors of some heads.
 
-    The same call resumes where an earlier one was stopped or killed: whole shards stay, and
-    the files are those of a run that was never stopped, bit for bit.
+    The same call resumes where an earlier one was stopped or killed, which loses a minute or a batch. The files are
+    those of a run that was never stopped, bit for bit.
 
     Args:
         text: token ids [N,T], or a dataset with a column `text` (tokenized and joined, as SAELens does it), `tokens` or
@@ -217,20 +229,22 @@ def collect(
         targets: what dictionaries will be trained on. States need reads, decays and erases beside the writes.
         dtype: of keys, values and other vectors. `auto` takes float16 or bfloat16, the first in which a first batch is
             kept with a small rounding error and room for larger numbers, else float32.
-        batch_size: sequences of one forward pass; None: 4096 tokens, fewer where these take a large model more than
-            about a minute. On it the last bits of results may depend.
-        shard_bytes: size of a shard at most, about. One that takes a large model about a minute is whole before that.
-        say: is told the size, and then each shard.
+        batch_size: sequences of one forward pass; None: what `BATCH_BYTES` holds by the sizes of the layers, and one
+            at least. On it the last bits of results may depend.
+        shard_bytes: size of a shard at most, about.
+        say: is told the size.
+        progress: show a bar with tokens a second.
 
     Raises:
         DiskTooSmallError: the rest of the collection is larger than the room on the disk. Nothing was written.
         CollectionError: the folder holds another collection, or a value does not fit the dtype.
-        OSError: the folder cannot be written, or another process collects into it.
+        OSError: the folder cannot be written (what is there stays, and the same call goes on), or another process
+            collects into it.
         UnsupportedModelError, UnknownHookError: a layer or head that does not exist.
-        ValueError: too short a text, or a bad setting.
+        ValueError: too short a text, a bad setting, or a batch for which there is no memory.
 
-    Cost: one forward up to the highest layer for each batch, and one pass over the weights for their hash. Memory: one
-    shard, one batch of the named layers' factors, and the token ids.
+    Cost: a forward pass of each batch up to the op of the highest layer (what follows does not run), and a pass over
+    the weights for their hash. Memory: a shard, a batch of one layer's factors, and the token ids.
     """
     folder = Path(folder)
     if not layers or not targets or dtype not in ("auto", *get_args(FactorDtype)):
@@ -243,8 +257,6 @@ def collect(
         for head, target in product(numbers, targets):
             head_target(model, layer, head, target)
     ids = _sequences(model, text, context_size, n_tokens)
-    operations = 2 * sum(x.numel() for x in model.hf_model.parameters()) * ids.shape[1]
-    minute = MINUTE * (1 if model.cfg.device.type == "cpu" else 100) / operations
     asked: Index = {
         "format": FORMAT,
         "model": _hash(model),
@@ -252,36 +264,58 @@ def collect(
         "shape": list(ids.shape),
         "targets": sorted({*targets}),
         "heads": {str(layer): numbers for layer, numbers in chosen.items()},
-        "batch_size": max(1, int(batch_size or min(4096 // ids.shape[1], minute))),
+        **({} if batch_size is None else {"batch_size": max(1, batch_size)}),
         **({} if dtype == "auto" else {"dtype": dtype}),
     }
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock", timeout=0):
-        for left in [each for each in folder.glob(".*") if each.name != ".lock"]:
-            left.unlink()  # of a run that was killed
-        if (folder / INDEX).exists():
-            index: Index = read_json(folder / INDEX)
-            _check_same(folder, index, asked)
-        else:
-            index = asked | {"model_name": model.cfg.model_name} | _describe(model, ids, asked)
+        index: Index = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
+        _check_same(folder, index, asked if index else {})
+        size = _batch_size(model, len(chosen), ids.shape[1], index.get("batch_size", batch_size))
+        if not index:
+            index = {"batch_size": size} | asked | {"model_name": model.cfg.model_name}
+            index |= _describe(model, ids[:size], asked)
             # Whole batches, so that a batch is the same in every run.
-            n_batches = int(min(shard_bytes / _sequence_bytes(index), minute) // index["batch_size"])
-            index["sequences_per_shard"] = max(1, n_batches) * index["batch_size"]
+            index["sequences_per_shard"] = max(1, int(shard_bytes / _sequence_bytes(index) // size)) * size
         missing = {name: span for name, span in _spans(index).items() if not (folder / name).exists()}
-        sequence, free = _sequence_bytes(index), free_bytes(folder)
-        left_bytes = sequence * sum(map(len, missing.values()))
-        said = f"{sequence * len(ids)} bytes ({size_text(sequence * len(ids))}), {size_text(left_bytes)} to write"
+        for old in {*folder.glob(".*.*")} - {folder / f".{name}" for name in missing}:
+            old.unlink()  # of a run that was killed
+        sequence, free, left = _sequence_bytes(index), free_bytes(folder), sum(map(len, missing.values()))
+        said = f"{sequence * len(ids)} bytes ({size_text(sequence * len(ids))}), {size_text(sequence * left)} to write"
         say(f"{said} in {len(missing)} shards, {size_text(free)} free")
-        if left_bytes > free:
+        if sequence * left > free:
             raise DiskTooSmallError(f"{folder}: {said}, but {size_text(free)} free; take fewer tokens, layers or heads")
         atomic_text(folder / INDEX, json.dumps(index, indent=1))
-        for n, (name, span) in enumerate(missing.items()):
-            tensors = _shard(model, ids[span.start : span.stop], index)
-            atomic_write(folder / name, partial(save_file, tensors))
-            say(f"shard {n + 1} of {len(missing)}")
+        n, there = ids.numel(), (len(ids) - left) * ids.shape[1]
+        with tqdm(total=n, initial=there, desc="collect", unit=" tokens", unit_scale=True, disable=not progress) as bar:
+            for name, span in missing.items():
+                _write_shard(model, ids[span.start : span.stop], index, folder / name, bar)
         if missing or not (folder / CHECKSUMS).exists():
-            write_checksums(folder, [INDEX, *_spans(index)])
+            sums = [f"{file_hash(folder / name)}  {name}\n" for name in (INDEX, *_spans(index))]
+            atomic_text(folder / CHECKSUMS, "".join(sums))
     return Collection.open(folder)
+
+
+def _batch_size(model: HookedRecurrent, n_layers: int, n_tokens: int, asked: int | None) -> int:
+    """Sequences of `n_tokens` in a batch, as asked or as many as `BATCH_BYTES` holds. Bytes a token are those of the
+    widest recurrent layer, of its MLP, and of what is kept of `n_layers`.
+
+    Raises:
+        ValueError: there is no memory for it.
+    """
+    cfg, cuda = model.cfg, model.cfg.device.type == "cuda"
+    widest = max(shape.H * shape.R * (shape.K + shape.V) for shape in cfg.layers.values())
+    other = cfg.dtype.itemsize * (4 * cfg.d_model + 3 * (cfg.d_mlp or 0))
+    each = n_tokens * (4 * (_COPIES + 2 * n_layers) * widest + other)
+    size = asked or max(1, int(BATCH_BYTES["cuda" if cuda else "cpu"] // each))
+    free = torch.cuda.mem_get_info(cfg.device)[0] if cuda else psutil.virtual_memory().available
+    if size * each > free:
+        raise ValueError(
+            f"batch_size: expected at most {free // each} sequences of {n_tokens} tokens, for which {cfg.device} has "
+            f"{size_text(free)} free, got {size} ({size_text(size * each)}); take a smaller batch (batch_size) or "
+            "shorter sequences (context_size)"
+        )
+    return size
 
 
 def _sequences(model: HookedRecurrent, text: Tensor | Dataset, context_size: int, n_tokens: int | None) -> Tensor:
@@ -293,8 +327,9 @@ def _sequences(model: HookedRecurrent, text: Tensor | Dataset, context_size: int
         column = next((name for name in ("tokens", "input_ids") if name in text.column_names), "text")
         values = (cast("Mapping[str, Any]", row)[column] for row in text.select_columns(column))
         if column == "text":
-            documents = (model.to_tokens(value, prepend_bos=False, truncate=False)[0].cpu() for value in values)
-            rows = concat_and_batch_sequences(documents, context_size)
+            rows = concat_and_batch_sequences(
+                (model.to_tokens(value, prepend_bos=False, truncate=False)[0].cpu() for value in values), context_size
+            )
         else:
             rows = (torch.as_tensor(ids)[:context_size] for ids in values)
     wanted = None if n_tokens is None else n_tokens // context_size
@@ -307,52 +342,76 @@ def _sequences(model: HookedRecurrent, text: Tensor | Dataset, context_size: int
     return torch.stack(taken).to("cpu", torch.int32)
 
 
-def _shard(model: HookedRecurrent, ids: Tensor, index: Index) -> dict[str, Tensor]:
-    """The tensors of a shard."""
-    parts: dict[str, list[Tensor]] = defaultdict(list, tokens=[ids])
-    for batch in ids.split(index["batch_size"]):
-        for layer, r in _recorded(model, batch, index).items():
-            factors = index["layers"][layer]["factors"]
-            if "q" in factors and (
-                r.initial_state is not None or r.rates is not None or ("beta" in factors and not _erases_along_key(r))
-            ):
+def _write_shard(model: HookedRecurrent, ids: Tensor, index: Index, file: Path, bar: tqdm[NoReturn]) -> None:
+    """Collect a shard into a file, from what a killed run has of it. Every minute what there is is written aside."""
+    aside, saved, size = file.with_name(f".{file.name}"), time.monotonic(), index["batch_size"]
+    parts = [load_file(aside)] if aside.exists() else []
+    bar.update(sum(part["tokens"].numel() for part in parts))
+    for start in range(sum(len(part["tokens"]) for part in parts), len(ids), size):
+        parts.append(_stored(model, ids[start : start + size], index))
+        bar.update(parts[-1]["tokens"].numel())
+        if start + size >= len(ids) or time.monotonic() - saved > SAVE_SECONDS:
+            parts = [{name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}]
+            atomic_write(file if start + size >= len(ids) else aside, partial(save_file, parts[0]))
+            saved = time.monotonic()
+    aside.unlink(missing_ok=True)
+
+
+def _stored(model: HookedRecurrent, ids: Tensor, index: Index) -> dict[str, Tensor]:
+    """What a shard has of a batch."""
+    stored = {"tokens": ids}
+    for layer, r in _recorded(model, ids, index).items():
+        factors = index["layers"][layer]["factors"]
+        if "q" in factors and (
+            r.initial_state is not None or r.rates is not None or ("beta" in factors and not _erases_along_key(r))
+        ):
+            raise CollectionError(
+                f"layer {layer}: expected a first state of zeros, one form of erase, and no decay for each entry "
+                "of the state (Mamba-1's writes can be collected, not its states)"
+            )
+        for (name, (dtype, _)), (n, head) in product(factors.items(), enumerate(index["heads"][layer])):
+            value: Tensor = getattr(r, name)[:, :, n].cpu()
+            stored[f"{layer}.{head}.{name}"] = kept = value.to(getattr(torch, dtype)).contiguous()
+            if not torch.equal(kept.isfinite(), value.isfinite()) or bool(value.isnan().any()):
                 raise CollectionError(
-                    f"layer {layer}: expected a first state of zeros, one form of erase, and no decay for each entry "
-                    "of the state (Mamba-1's writes can be collected, not its states)"
+                    f"{layer}.{head}.{name} (layer, head, factor): expected numbers in the range of {dtype}, got "
+                    f"NaN, or up to {float(value.abs().nan_to_num().max()):.3g}; collect with dtype bfloat16 or "
+                    "float32 into a new folder"
                 )
-            for (name, (dtype, _)), head in product(factors.items(), index["heads"][layer]):
-                value: Tensor = getattr(r, name)[:, :, head].cpu()
-                kept = value.to(getattr(torch, dtype)).contiguous()
-                if not torch.equal(kept.isfinite(), value.isfinite()) or bool(value.isnan().any()):
-                    raise CollectionError(
-                        f"{layer}.{head}.{name} (layer, head, factor): expected numbers in the range of {dtype}, got "
-                        f"NaN, or up to {float(value.abs().nan_to_num().max()):.3g}; collect with dtype bfloat16 or "
-                        "float32 into a new folder"
-                    )
-                parts[f"{layer}.{head}.{name}"].append(kept)
-    return {name: torch.cat(parts.pop(name)) for name in list(parts)}
+    return stored
+
+
+class _Enough(Exception):
+    """Ends a pass."""
 
 
 def _recorded(model: HookedRecurrent, ids: Tensor, asked: Index) -> dict[str, Recurrence]:
-    """Factors of every layer asked for, on [B,T] tokens."""
-    layers = [int(layer) for layer in asked["heads"]]
-    with torch.no_grad(), model.recording(layers) as record:
-        model(ids.long().to(model.cfg.device), return_type=None, stop_at_layer=max(layers) + 1)
-    return {str(layer): record[layer].recurrence for layer in layers}
+    """Factors of every layer and head asked for, on [B,T] tokens. The pass ends at the op of the last layer."""
+    heads = {int(layer): heads for layer, heads in asked["heads"].items()}
+    found: dict[str, Recurrence] = {}
+
+    def leave(_: Tensor, hook: HookPoint) -> None:
+        found[str(hook.layer())] = record.pop(hook.layer()).recurrence.select(heads=heads[hook.layer()])
+        if len(found) == len(heads):
+            raise _Enough
+
+    hooks = [(f"blocks.{layer}.mixer.hook_read", leave) for layer in heads]
+    with suppress(_Enough), torch.no_grad(), model.recording(heads) as record, model.hooks(hooks):
+        model(ids.long().to(model.cfg.device), return_type=None)
+    return found
 
 
 def _describe(model: HookedRecurrent, ids: Tensor, asked: Index) -> Index:
     """What an index says besides what was asked for, from the factors of a first batch: the dtype, and for each layer
     the dtype and shape (of one token and head) of every factor, and what states need besides."""
     layers: dict[str, Index] = {}
-    vectors: list[Tensor] = []
-    for layer, r in _recorded(model, ids[: asked["batch_size"]], asked).items():
+    for layer, r in _recorded(model, ids, asked).items():
         states = ("q", "log_decay", *(["beta"] if _erases_along_key(r) else ["a", "b"]))
         names = ("k", "u", *(states if asked["targets"] != ["write"] else ()))
-        factors = {name: x[:, :, asked["heads"][layer]] for name in names if (x := getattr(r, name)) is not None}
-        vectors += [x for x in factors.values() if x.ndim > 3]
+        factors = {name: x for name in names if (x := getattr(r, name)) is not None}
         layers[layer] = {"factors": factors, "scale": r.scale, "read_before_write": r.read_before_write}
-    dtype = asked.get("dtype") or _smallest_dtype(vectors)
+    every = [x for described in layers.values() for x in described["factors"].values()]
+    dtype = asked.get("dtype") or _smallest_dtype([x for x in every if x.ndim > 3])
     for described in layers.values():
         described["factors"] = {
             name: ["float32" if name == "beta" or x.ndim == 3 else dtype, list(x.shape[3:])]
@@ -380,8 +439,10 @@ def _smallest_dtype(factors: Sequence[Tensor]) -> FactorDtype:
     finite = [x.float().nan_to_num(0, 0, 0) for x in factors]
     for name, error in _ROUNDING.items():
         dtype: torch.dtype = getattr(torch, name)
-        fits = (_HEADROOM * x.abs().max() <= torch.finfo(dtype).max for x in finite)
-        if all(fits) and all((x.to(dtype).float() - x).norm() <= error * x.norm() for x in finite):
+        if all(
+            _HEADROOM * x.abs().max() <= torch.finfo(dtype).max and (x.to(dtype).float() - x).norm() <= error * x.norm()
+            for x in finite
+        ):
             return name
     return "float32"
 
@@ -391,14 +452,17 @@ def _smallest_dtype(factors: Sequence[Tensor]) -> FactorDtype:
 
 def _spans(index: Index) -> dict[str, range]:
     """Numbers of the sequences in each shard, by its name."""
-    (n, _), size = index["shape"], index["sequences_per_shard"]
-    return {f"shard-{number:05d}.safetensors": range(n)[number * size :][:size] for number in range(-(-n // size))}
+    n, size = index["shape"][0], index["sequences_per_shard"]
+    return {f"shard-{i // size:05d}.safetensors": range(i, min(i + size, n)) for i in range(0, n, size)}
 
 
 def _sequence_bytes(index: Index) -> int:
     """Size of the numbers of one sequence. Headers of files add some thousandths."""
-    factors = [(layer, *each) for layer, described in index["layers"].items() for each in described["factors"].values()]
-    sizes = (len(index["heads"][layer]) * math.prod(x) * getattr(torch, dtype).itemsize for layer, dtype, x in factors)
+    sizes = (
+        len(index["heads"][layer]) * math.prod(shape) * getattr(torch, dtype).itemsize
+        for layer, described in index["layers"].items()
+        for dtype, shape in described["factors"].values()
+    )
     return index["shape"][1] * (4 + sum(sizes))
 
 

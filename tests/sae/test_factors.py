@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from filelock import FileLock, Timeout
+from transformer_lens.hook_points import HookPoint
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
 from hookpoints import embedded as shipped
@@ -121,15 +123,25 @@ def test_the_size_is_said_and_a_small_disk_is_refused(model, whole, tmp_path, mo
     assert len(said) == 1 and f"{found.total_bytes} bytes" in said[0] and not contents(tmp_path)
 
 
-def test_shards_and_batches_of_a_large_model_are_those_of_a_minute(model, tmp_path, monkeypatch):
-    """Whatever is asked of bytes; by arithmetic, so that they are the same in every run."""
-    operations = 2 * T * sum(x.numel() for x in model.hf_model.parameters())
-    for sequences, batch, shards in ((9.5, 9, 3), (0.1, 1, 22)):
-        monkeypatch.setattr(module, "MINUTE", sequences * operations)
-        folder = tmp_path / str(batch)
-        small(model, folder, batch_size=None, shard_bytes=1e9)
-        index = json.loads((folder / INDEX).read_text())
-        assert index["batch_size"] == batch and len(list(folder.glob("shard-*"))) == shards
+def test_a_batch_is_what_its_memory_holds_and_one_that_has_none_is_refused(model, tmp_path, monkeypatch):
+    """A collection goes on with the batches that it began with."""
+    sizes: list[int] = []
+    for folder, given in (("a", 4e5), ("b", 8e5), ("a", 8e5)):
+        monkeypatch.setattr(module, "BATCH_BYTES", {"cpu": given})
+        small(model, tmp_path / folder, batch_size=None)
+        sizes.append(json.loads((tmp_path / folder / INDEX).read_text())["batch_size"])
+    assert sizes[0] == sizes[2] > 1 and sizes[1] - 2 * sizes[0] in (0, 1)
+    with pytest.raises(ValueError, match="batch_size"):
+        small(model, tmp_path / "c", batch_size=10**9)
+    assert not contents(tmp_path / "c")
+
+
+def test_a_pass_ends_at_the_op_of_the_last_layer_that_is_asked_for(model, tmp_path):
+    fired: list[str | None] = []
+    model.add_hook(lambda name: True, lambda _, hook: fired.append(hook.name))
+    small(model, tmp_path, layers=[1])
+    model.reset_hooks()
+    assert "blocks.0.hook_resid_post" in fired and fired[-1] == "blocks.1.mixer.hook_read"
 
 
 def test_a_dataset_of_text_gives_the_sequences_that_saelens_trains_on(embedded, tmp_path):
@@ -176,16 +188,45 @@ def test_the_command(capsys, tmp_path, monkeypatch, embedded):
 # ------------------------------------------------------------------------------------------------ stops
 
 
-def test_what_is_missing_is_collected_and_what_is_there_stays(model, copy, whole):
-    """A shard that was deleted, and what a kill left aside."""
+def test_a_full_disk_is_named_and_what_is_missing_is_collected_later(model, copy, whole):
+    """A shard that was deleted, beside what a kill left aside. The system refuses the write, as under a quota."""
     for name in (SHARDS[1], CHECKSUMS):
         (copy / name).unlink()
     for name in (SHARDS[3], INDEX, CHECKSUMS, "tmp"):
         (copy / f".{name}.abc").write_text("of a killed run")
     times = {path.name: path.stat().st_mtime_ns for path in copy.glob("shard-*")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            small(model, copy)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.filename == str(copy / SHARDS[1]) and {*contents(copy)} == {INDEX, *times}
     small(model, copy)
     assert contents(copy) == contents(whole)
     assert all((copy / name).stat().st_mtime_ns == was for name, was in times.items())
+
+
+@pytest.mark.parametrize(("seconds", "saved"), [(-1.0, 5), (60.0, 4)])
+def test_a_run_that_is_stopped_within_a_shard_goes_on_where_it_last_saved(
+    model, whole, tmp_path, monkeypatch, seconds, saved
+):
+    """The same files, and no batch that was saved runs again. A first batch runs twice, to be described."""
+    passes: list[int] = []
+
+    def stop(_: torch.Tensor, hook: HookPoint) -> None:
+        passes.append(1)
+        if len(passes) == 7:  # the sixth batch, which is the second of its shard
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "SAVE_SECONDS", seconds)
+    model.add_hook("blocks.0.mixer.hook_k", stop)
+    with pytest.raises(KeyboardInterrupt):
+        small(model, tmp_path)
+    small(model, tmp_path)
+    model.reset_hooks()
+    assert contents(tmp_path) == contents(whole) and len(passes) - 7 == 11 - saved
 
 
 def test_a_folder_that_is_in_use_is_refused(model, tmp_path):
