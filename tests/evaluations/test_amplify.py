@@ -98,15 +98,18 @@ LETTERS = "abcdefghijkl"
 
 def counted(atom: float, random: float = 0.0, other: float = 0.0, n_tokens: int = 12, noise: int = 1) -> Result:
     """Mean changes of counts over 20 prompts and some tokens, in whole numbers but for `other`."""
-    rng, rows = np.random.default_rng(0), []
-    for token in range(n_tokens):
-        for prompt in range(20):
-            native = float(rng.integers(3, 8))
-            wobble = float(rng.integers(-noise, noise + 1))
-            row = {"token": token, "text": LETTERS[token], "prompt": prompt, "sequence": prompt, "fires": 2.0}
-            rows.append(row | {"condition": "nothing", "factor": 1.0, "count": native})
-            changes = {"atom": atom + wobble, "random": random, "other": other}
-            rows += [row | {"condition": c, "factor": 4.0, "count": native + x} for c, x in changes.items()]
+    rng = np.random.default_rng(0)
+    rows = [
+        {"token": token, "text": LETTERS[token], "prompt": prompt, "sequence": prompt, "fires": 2.0}
+        | {"condition": condition, "factor": 1.0 if condition == "nothing" else 4.0, "count": native + change}
+        for token in range(n_tokens)
+        for prompt in range(20)
+        for native, wobble in [(float(rng.integers(3, 8)), float(rng.integers(-noise, noise + 1)))]
+        for condition, change in (
+            *(("nothing", 0.0), ("atom", atom + wobble)),
+            *(("random", random), ("other", other)),
+        )
+    ]
     atoms = pd.DataFrame(
         {"token": range(n_tokens), "text": list(LETTERS[:n_tokens]), "atom": range(n_tokens), "count": 30}
     )

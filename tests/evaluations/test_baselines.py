@@ -1,4 +1,4 @@
-"""Baselines: planted dictionaries, selectivity of known firings, runs on variants, fixed verdicts."""
+"""Baselines: a dictionary that is right beside one that is not, what cannot be compared, fixed verdicts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from saes import STATE, make_sae
+from sae_lens import SAE
+from saes import STATE, make_sae, random_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
@@ -15,15 +16,18 @@ from writesae.evaluations.baselines import Baselines
 from writesae.experiment.evaluation import Result
 
 
-def test_errors_name_the_fault(model: HookedRecurrent, varied: Tensor) -> None:
-    a = make_sae(model)
-    for saes, text, words in (
-        ({"a": a}, varied, "at least two"),
-        ({"a": a, "s": make_sae(model, hook=STATE)}, varied, "one hook"),
-        ({"a": a, "b": a}, varied[:, :10], "18"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            Baselines().run(model, saes, text, progress=False)
+def test_dictionaries_of_two_hooks_are_not_compared(model: HookedRecurrent, varied: Tensor) -> None:
+    saes = {"a": make_sae(model), "s": make_sae(model, hook=STATE)}
+    with pytest.raises(ValueError, match="one hook"):
+        Baselines().run(model, saes, varied, progress=False)
+
+
+def test_atoms_that_are_the_writes_cost_nothing(model64: HookedRecurrent, planted: SAE, equal_rows: Tensor) -> None:
+    few = Baselines(horizon=3, pca_ranks=(1,), state_ranks=(1,), pca_writes=20)
+    tables = few.run(model64, {"right": planted, "random": random_sae(model64)}, equal_rows, progress=False).tables
+    for table, measure in (("writes", "kl"), ("replacement", "nats")):
+        largest = tables[table].assign(cost=tables[table][measure].abs()).groupby("sae")["cost"].max()
+        assert largest["right"] < 1e-8 < 1e-5 < largest["random"], table
 
 
 # -- verdicts
@@ -39,7 +43,7 @@ def made_up(
     drop: tuple[str, ...] = (),
     target: str = "write",
     n_sequences: int = 20,
-    selectivity: float = 0.99,
+    selectivity: float = 0.98,
 ) -> Result:
     """KLs by (sae, condition), costs by (hook, sae, method), dead atoms and selectivity by dictionary, with noise."""
     rng = np.random.default_rng(0)
@@ -74,7 +78,7 @@ def made_up(
         for s in range(n_sequences)
     ]
     directions = [
-        {"sae": "ours", "sequence": s, "position": 3, "selectivity": x + 0.001 * rng.normal(), "chance": 0.99}
+        {"sae": "ours", "sequence": s, "position": 3, "selectivity": x + 0.001 * rng.normal(), "chance": 0.98}
         for s in range(n_sequences)
         for x in [selectivity]
     ]

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from sae_lens import SAE
-from saes import native_and_edited, random_sae
+from saes import native_and_edited, random_sae, runner
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
@@ -17,14 +17,10 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.evaluations.erasure import Erasure
 from writesae.experiment.evaluation import Result
 
-SMALL = {"n_atoms": 3, "select_firings": 4, "test_firings": 3, "min_firings": 2, "horizon": 3}
+run = runner(Erasure, **{"n_atoms": 3, "select_firings": 4, "test_firings": 3, "min_firings": 2, "horizon": 3})
 
 
-def run(model: HookedRecurrent, sae: SAE, equal_rows: Tensor, **changes: object) -> Result:
-    return Erasure(**SMALL | changes).run(model, sae, equal_rows, progress=False)
-
-
-def test_an_atom_elsewhere_takes_the_same_norm_from_the_write_there_or_is_put_in(
+def test_an_atom_is_erased_where_it_fires_and_elsewhere_its_norm_is_taken_or_it_is_put_in(
     model64: HookedRecurrent, equal_rows: Tensor, planted: SAE
 ) -> None:
     """All sequences are equal, so that the median activation is that of each firing."""
@@ -35,14 +31,15 @@ def test_an_atom_elsewhere_takes_the_same_norm_from_the_write_there_or_is_put_in
     assert there != row["position"]
     doses = result.tables["doses"].query("atom == @row.atom and sequence == @row.sequence and position == @there")
 
-    def moved(change: Callable[[Tensor], Tensor]) -> float:
-        both = native_and_edited(model64, equal_rows[:1], change, there)
-        native, edited = (logits.log_softmax(-1)[there : there + 4, token].mean() for logits in both)
+    def moved(at: int, change: Callable[[Tensor], Tensor]) -> float:
+        both = native_and_edited(model64, equal_rows[:1], change, at)
+        native, edited = (logits.log_softmax(-1)[at : at + 4, token].mean() for logits in both)
         return float(edited - native)
 
-    taken = moved(lambda write: write - row["activation"] * write / torch.linalg.matrix_norm(write))
-    put_in = moved(lambda write: write + 4 * row["activation"] * atom.view_as(write))
-    assert row["elsewhere"] == pytest.approx(taken, rel=1e-4)
+    erased = moved(int(row["position"]), lambda write: write - row["activation"] * atom.view_as(write))
+    taken = moved(there, lambda write: write - row["activation"] * write / torch.linalg.matrix_norm(write))
+    put_in = moved(there, lambda write: write + 4 * row["activation"] * atom.view_as(write))
+    assert [row["effect"], row["elsewhere"]] == pytest.approx([erased, taken], rel=1e-4)
     assert doses.set_index("dose")["effect"][4.0] == pytest.approx(put_in, rel=1e-4)
 
 
@@ -55,12 +52,12 @@ def test_what_cannot_be_measured_is_refused(model: HookedRecurrent, varied: Tens
 NOISE = 0.02 * np.random.default_rng(3).standard_normal(64)
 
 
-def dosed(raised: float, wrong: float = 0.0) -> pd.DataFrame:
+def dosed(raised: float, wrong: float = 0.0, random: float = 0.0) -> pd.DataFrame:
     """A table `doses` of 64 firings of eight atoms: effects of `raised` nats a dose."""
     n = np.arange(64)
     parts = [
         pd.DataFrame({"atom": n % 8, "sequence": n // 8, "position": n, "dose": m}).assign(
-            effect=m * raised * (1 + NOISE), wrong=m * wrong
+            effect=m * raised * (1 + NOISE), wrong=m * wrong, random=m * random
         )
         for m in (1.0, 2.0, 4.0)
     ]
@@ -105,6 +102,7 @@ def test_verdicts(means: dict[str, float], outcome: str, single: str) -> None:
         ({"raised": 0.1}, "holds"),
         ({"raised": -0.1}, "fails"),  # as in the paper
         ({"raised": 0.1, "wrong": 0.1}, "confounded"),
+        ({"raised": 0.1, "random": 0.1}, "confounded"),  # so does any direction, on the token that it moves
         ({"raised": 0.0}, "below the floor"),
     ],
 )

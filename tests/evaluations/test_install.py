@@ -55,18 +55,15 @@ def test_too_few_prompts(model64: HookedRecurrent, prompt_text: Tensor) -> None:
 
 def shares(target: float, random: float, wrong: float, nothing: float = 0.0, pairs: int = 40) -> Result:
     """Tables with given shares of hits, which are nested: pairs that are easy are easy under every condition."""
-    rows = []
-    for pair in range(pairs):
-        row = {"pair": pair, "sequence": pair // 2, "stratum": "100-1000", "token": 1, "text": "a", "rank": 200}
-        place = pair * 7 % pairs / pairs
-        for condition, m, share in (("nothing", 0.0, nothing), ("target", 3.0, target), ("random", 3.0, random)):
-            hits = {"hit": place < share, "wrong_hit": place < wrong, "first": 0 if place < share else -1}
-            rows.append(
-                row
-                | hits
-                | {"wrong": 2, "condition": condition, "m": m, "log_prob_change": 0.1}
-                | {"edited_rank": 100 if hits["hit"] else 300}
-            )
+    rows = [
+        {"pair": pair, "sequence": pair // 2, "stratum": "100-1000", "token": 1, "text": "a", "rank": 200}
+        | {"hit": place < share, "wrong_hit": place < wrong, "first": 0 if place < share else -1}
+        | {"wrong": 2, "condition": condition, "m": m, "log_prob_change": 0.1}
+        | {"edited_rank": 100 if place < share else 300}
+        for pair in range(pairs)
+        for place in [pair * 7 % pairs / pairs]
+        for condition, m, share in (("nothing", 0.0, nothing), ("target", 3.0, target), ("random", 3.0, random))
+    ]
     return Result(Install(sizes=(3.0,)), {"label": "x"}, {"continuations": pd.DataFrame(rows)})
 
 

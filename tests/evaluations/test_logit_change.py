@@ -82,10 +82,12 @@ def made_up(*, curve: float = 0.0, first: float = 0.0, noise: float = 1.0) -> pd
     index = pd.MultiIndex.from_product([range(40), [0, 4], ["1", "50"]], names=["firing", "horizon", "rank"])
     slope = rng.normal(size=len(index))
     wrong = first * slope + noise * rng.normal(size=len(index))
-    frames = []
-    for eps in (0.1, 1.0):
-        table = index.to_frame(index=False).assign(eps=eps, F0=eps * wrong, F1=eps * wrong, F2=eps * slope)
-        frames.append(table.assign(measured=slope * eps * (1 + curve * eps)))
+    frames = (
+        index.to_frame(index=False).assign(
+            eps=eps, F0=eps * wrong, F1=eps * wrong, F2=eps * slope, measured=slope * eps * (1 + curve * eps)
+        )
+        for eps in (0.1, 1.0)
+    )
     cells = pd.concat(frames, ignore_index=True)
     return with_control(cells.assign(sequence=cells["firing"] // 4, position=3), "F2", 0)
 

@@ -7,23 +7,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from saes import rank_one_exact_sae
+from saes import rank_one_exact_sae, runner
 from torch import Tensor
 
 from writesae.evaluations.multi_atom import ALL, MultiAtom, rows_of
 from writesae.experiment.evaluation import Result
 
-SMALL: dict[str, Any] = {
-    "n_atoms": 4,
-    "firings_per_atom": 1,
-    "counts": (1, 3),
-    "horizon": 3,
-    "mean_write_sequences": 2,
-}
-
-
-def run(model64: Any, sae: Any, text: Tensor, **changes: Any) -> Result:
-    return MultiAtom(**SMALL | changes).run(model64, sae, text, progress=False)
+run = runner(
+    MultiAtom,
+    **{
+        "n_atoms": 4,
+        "firings_per_atom": 1,
+        "counts": (1, 3),
+        "horizon": 3,
+        "mean_write_sequences": 2,
+    },
+)
 
 
 def test_an_exact_code_is_the_native_write_with_all_atoms_and_not_before(model64: Any, varied: Tensor) -> None:
@@ -41,16 +40,17 @@ def test_an_exact_code_is_the_native_write_with_all_atoms_and_not_before(model64
 
 def table(kl: dict[str, float], n: int = 24) -> Result:
     """Every write has the same KL under each condition, with one atom or all of two, but for a little noise."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for place in range(n):
-        shared = {"sequence": place // 2, "position": place, "terms": 1, "kl_at": 0.1, "norm": 1.0, "cosine": 0.5}
-        for condition, value in kl.items():
-            row = shared | {"condition": condition, "kl": value * np.exp(0.01 * rng.standard_normal())}
-            if condition in ("native", "delete"):
-                rows.append(row | {"scale": "none", "count": 0, "all": False})
-            else:
-                rows += [row | {"scale": "coefficient", "count": n, "all": n == 2} for n in (1, 2)]
+    rng, plain = np.random.default_rng(0), [{"scale": "none", "count": 0, "all": False}]
+    steps = [{"scale": "coefficient", "count": count, "all": count == 2} for count in (1, 2)]
+    rows = [
+        {"sequence": place // 2, "position": place, "terms": 1, "kl_at": 0.1, "norm": 1.0, "cosine": 0.5}
+        | {"condition": condition, "kl": value}
+        | each
+        for place in range(n)
+        for condition, of in kl.items()
+        for value in [of * np.exp(0.01 * rng.standard_normal())]
+        for each in (plain if condition in ("native", "delete") else steps)
+    ]
     evaluation = MultiAtom(scales=("coefficient",))
     return Result(evaluation, {"target": "write", "label": "x"}, {"writes": pd.DataFrame(rows)})
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from sae_lens import SAE
 from saes import random_sae
 from torch import Tensor
 
@@ -33,6 +34,13 @@ def test_a_no_op_changes_nothing_and_every_condition_is_followed(result: Result)
     assert result.claims()[0].outcome == "inconclusive"  # 6 firings
 
 
+def test_atoms_that_are_the_writes_move_nothing(model64: Any, planted: SAE, equal_rows: Tensor) -> None:
+    result = Multistep(**SMALL).run(model64, planted, equal_rows, progress=False)
+    moved = result.tables["steps"].assign(turned=lambda table: 1 - table["residual_cosine"])
+    largest = moved.groupby("condition")[["state_gap", "turned"]].max()
+    assert largest.loc[["atom"]].to_numpy().max() < 1e-6 < 1e-4 < largest.loc[["delete", "mean"]].to_numpy().min()
+
+
 @pytest.mark.parametrize(
     "number, measured, outcome",
     [
@@ -49,10 +57,13 @@ def test_a_no_op_changes_nothing_and_every_condition_is_followed(result: Result)
 def test_verdicts_of_known_tables(number: int | None, measured: dict[str, float], outcome: str) -> None:
     """Both claims of tables whose distance and state gap have these sizes."""
     rng = np.random.default_rng(0)
-    rows = []
-    for n, (condition, size) in itertools.product(range(24), ({"native": 1e-8} | measured).items()):
-        unit = {"firing": n, "sequence": n // 3, "condition": condition, "state_gap": size * rng.uniform(0.9, 1.1)}
-        rows += [unit | {"step": step, "residual_cosine": 1 - size} for step in (0, 1)]
+    rows = [
+        {"firing": n, "sequence": n // 3, "condition": condition, "state_gap": gap}
+        | {"step": step, "residual_cosine": 1 - size}
+        for n, (condition, size) in itertools.product(range(24), ({"native": 1e-8} | measured).items())
+        for gap in [size * rng.uniform(0.9, 1.1)]
+        for step in (0, 1)
+    ]
     evaluation = Multistep(**SMALL | {"controls": tuple(name for name in measured if name not in ("atom", "delete"))})
     result = Result(evaluation, {"label": "x"}, {"steps": pd.DataFrame(rows)})
     claim = {claim.number: claim for claim in result.claims()}[number]

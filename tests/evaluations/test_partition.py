@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up
-from saes import HEAD, HOOK, LAYER, K, V, make_sae, planted
+from saes import HEAD, HOOK, LAYER, K, V, make_sae, planted, runner
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.evaluations.partition import RULES, Partition
@@ -21,11 +21,7 @@ from writesae.experiment.kinds import compare_kinds
 from writesae.experiment.lab import Lab
 from writesae.verdict.mixtures import fisher_z, fit_mixtures
 
-QUICK: dict[str, Any] = {"min_firings": 2, "restarts": 1}
-
-
-def run(model: Any, sae: Any, tokens: Any, **changes: Any) -> Result:
-    return Partition(**QUICK | changes).run(model, sae, tokens, progress=False)
+run = runner(Partition, **{"min_firings": 2, "restarts": 1})
 
 
 @pytest.mark.parametrize("decoder, rank", [("rank", 1), ("rank", 2), ("flat", 1)])
@@ -179,7 +175,7 @@ def alike(medians: dict[str, float], worse: float = 1.0) -> Any:
     "medians, worse, outcome",
     [
         (HOLDS, 1, "holds"),
-        (HOLDS, 100, "fails"),  # not alike
+        (HOLDS, 100, "inconclusive"),  # one kind may be of no use
         (FAILS, 1, "fails"),
         (CONFOUNDED, 1, "confounded"),
         (NO_EFFECT, 1, "below the floor"),
@@ -189,7 +185,7 @@ def test_register_against_bundle(medians: dict[str, float], worse: float, outcom
     claim, compared = alike(medians, worse)
     assert (claim.number, claim.outcome, claim.n) == (4, outcome, 240)
     gap = compared["difference"]
-    assert worse == 1 or (gap["low"] > 0.1 and gap["p_value"] < 0.01 and "not alike" in claim.sentence)
+    assert worse == 1 or (gap["low"] > 0.1 and gap["p_value"] < 0.01)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
-"""Passages without a class of atoms: kinds of atoms, what cannot be measured, and verdicts of known costs."""
+"""Passages without a class of atoms: against passes by hand, what cannot be measured, and verdicts of known costs."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pandas as pd
 import pytest
-from saes import random_sae
+from saes import native_and_edited, random_sae
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
@@ -14,11 +17,25 @@ from writesae.evaluations.passage import CONTROLS, Passage
 from writesae.experiment.evaluation import Result
 
 
-def test_two_kinds_of_atom_are_told_apart_by_the_rule(model: HookedRecurrent, varied: Tensor) -> None:
-    sae = random_sae(model)
-    for threshold, name in ((-2.0, "register"), (2.0, "bundle")):
-        result = Passage(passages=3, min_firings=1, threshold=threshold).run(model, sae, varied, progress=False)
-        assert set(result.tables["classes"]["class"]) == set(result.tables["passages"]["class"]) == {name}
+@pytest.mark.parametrize(("threshold", "name"), [(-2.0, "register"), (2.0, "bundle")])
+def test_a_deleted_class_is_taken_from_every_write_where_it_fires(
+    model64: HookedRecurrent, varied: Tensor, threshold: float, name: str
+) -> None:
+    sae = random_sae(model64)
+    result = Passage(passages=3, min_firings=1, threshold=threshold).run(model64, sae, varied, progress=False)
+    members, passages = result.tables["classes"], result.tables["passages"]
+    assert set(members["class"]) == set(passages["class"]) == {name}
+    row, own = passages.query("condition == 'deleted'").iloc[0], members["atom"].tolist()
+    tokens = varied[[row["sequence"]]]
+
+    def without(writes: Tensor) -> Tensor:
+        return writes - (sae.encode(writes.flatten(1))[:, own] @ sae.W_dec[own]).view_as(writes)
+
+    native, edited = (
+        float(cross_entropy(logits[:-1], tokens[0, 1:])) / math.log(2)
+        for logits in native_and_edited(model64, tokens, without)
+    )
+    assert row["bits"] == pytest.approx(edited - native, rel=1e-4) and row["native_bits"] == pytest.approx(native)
 
 
 def test_what_cannot_be_measured_is_refused(model: HookedRecurrent, varied: Tensor) -> None:

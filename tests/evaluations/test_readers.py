@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_hf
 from sae_lens import SAE
-from saes import native_and_edited, random_sae
+from saes import native_and_edited, random_sae, runner
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
@@ -17,11 +17,7 @@ from writesae.evaluations.readers import Readers, at_readers, readers_of_atoms
 from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import halves
 
-SMALL = {"n_atoms": 3, "select_firings": 2, "test_firings": 2, "min_firings": 2, "horizon": 3}
-
-
-def run(model: HookedRecurrent, sae: SAE, equal_rows: Tensor, **changes: object) -> Result:
-    return Readers(**SMALL | changes).run(model, sae, equal_rows, progress=False)
+run = runner(Readers, **{"n_atoms": 3, "select_firings": 2, "test_firings": 2, "min_firings": 2, "horizon": 3})
 
 
 @pytest.mark.parametrize("layer, head, name", [(2, 3, "blocks.2.mixer.hook_read"), (3, 1, "blocks.3.attn.hook_z")])
@@ -86,15 +82,18 @@ def sampled(
 ) -> Result:
     """Six atoms in 24 sequences. Head 0 of layer 2 is the reader; at the other head the atom is `elsewhere` times as
     loud as the random direction."""
-    rows = []
-    for n in range(96):
-        unit = {"firing": n, "half": ("select", "test")[n // 48], "atom": n % 6, "sequence": n // 4, "position": n}
-        for head in heads:
-            loud = {"atom": atom if head == 0 else elsewhere * random, "random": random, "other": other}
-            for condition, change in loud.items():
-                change *= 1 + NOISE[n] if condition == "atom" else 1
-                place = {"layer": 2, "mixer": "recurrence", "head": head}
-                rows.append(unit | place | {"condition": condition, "change": change})
+    rows = [
+        {"firing": n, "half": ("select", "test")[n // 48], "atom": n % 6, "sequence": n // 4, "position": n}
+        | {"layer": 2, "mixer": "recurrence", "head": head, "condition": condition}
+        | {"change": change * (1 + NOISE[n] if condition == "atom" else 1)}
+        for n in range(96)
+        for head in heads
+        for condition, change in (
+            ("atom", atom if head == 0 else elsewhere * random),
+            ("random", random),
+            ("other", other),
+        )
+    ]
     return Result(Readers(), {"label": "x", "floor": 1e-6}, {"changes": pd.DataFrame(rows)})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from saes import planted
 from torch import Tensor
 
@@ -38,7 +39,7 @@ LOW, HIGH = np.linspace(0.1, 0.3, 200), np.linspace(0.4, 0.7, 200)
         ([100, 50], (HIGH, LOW, LOW), ("fails", "holds"), "Counts vary"),
         ([100, 99], (HIGH + 0.25, LOW, LOW), ("fails", "holds"), "are the same"),
         ([100, 99], (LOW, LOW, LOW), ("inconclusive", "fails"), "Nothing shows"),
-        ([100, 99], (LOW + 0.03, LOW, LOW), ("inconclusive", "holds"), "Nothing shows"),  # as random atoms that fire
+        ([100, 99], (LOW + 0.03, LOW, LOW), ("inconclusive", "fails"), "Nothing shows"),  # as random atoms that fire
         ([12, 12], (HIGH[:12], LOW[:12], LOW[:12]), ("inconclusive", "inconclusive"), "Too little"),
         ([100, 99], (HIGH, LOW, HIGH + 0.1), ("holds", "confounded"), "Counts agree"),
     ],
@@ -57,6 +58,17 @@ def test_one_pair_without_excess_decides() -> None:
     result = Result(evaluation, {}, {"counts": counts, "matches": evaluation.summary(pairs), "pairs": pairs})
     kinds, beyond = result.claims()
     assert (kinds.outcome, beyond.outcome) == ("inconclusive", "fails") and "a and c" in beyond.sentence
+
+
+def test_the_same_atoms_in_another_order_are_found(model: HookedRecurrent, tokens: Tensor) -> None:
+    sae, other = planted(model, tokens), planted(model, tokens)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    for name, parameter in other.named_parameters():
+        parameter.data = parameter.data if name == "b_dec" else parameter.data[order]
+    result = Seeds(min_firings=1).run(model, {"a": sae, "b": other}, tokens, progress=False)
+    pairs = result.tables["pairs"].query("sample == 'atoms'")
+    assert (order.numpy()[pairs["second"]] == pairs["first"]).all() and pairs["cosine"].min() > 1 - 1e-5
+    assert result.tables["pairs"].query("sample != 'atoms'")["cosine"].median() < 0.9
 
 
 def test_errors_name_the_fault(model: HookedRecurrent, tokens: Tensor) -> None:

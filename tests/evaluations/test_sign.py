@@ -43,13 +43,15 @@ def test_a_head_that_writes_nothing_is_refused(model64: HookedRecurrent, prompt_
 
 def linear(right: float, wrong: float, flip: int = 1, size: float = 0.5, floor: float = 1e-6, n: int = 200) -> Result:
     """A linear readout: the logit moves by `flip` times what F0 says on a share of writes, else the other way."""
-    rows = []
-    for i in range(n):
-        for m in (1.0, -1.0):
-            for direction, share in (("direct", right), ("gradient", 1.0), ("random", 0.5), ("wrong", wrong)):
-                moved = size * m * flip * (1 if (i * 37 % n) / n < share else -1)
-                row = {"sequence": i // 4, "position": i, "token": 1, "text": "a", "rank": 3, "direction": direction}
-                rows.append(row | {"m": m, "measured": moved, "f0": size * m, "f2": moved, "aimed": np.sign(m)})
+    shares = {"direct": right, "gradient": 1.0, "random": 0.5, "wrong": wrong}
+    rows = [
+        {"sequence": i // 4, "position": i, "token": 1, "text": "a", "rank": 3, "direction": direction}
+        | dict.fromkeys(("measured", "f2"), size * m * flip * (1 if (i * 37 % n) / n < share else -1))
+        | {"m": m, "f0": size * m, "aimed": np.sign(m)}
+        for i in range(n)
+        for m in (1.0, -1.0)
+        for direction, share in shares.items()
+    ]
     return Result(Sign(), {"label": "x", "floor": floor}, {"writes": pd.DataFrame(rows)})
 
 

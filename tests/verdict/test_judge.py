@@ -19,9 +19,9 @@ def around(mean: float, half: float = 0.05) -> Estimate:
     return over(mean - half, mean + half)
 
 
-HALF: dict[str, Any] = {"chance": 0.5}
-FALLS: dict[str, Any] = {"less": True}
-LARGE: dict[str, Any] = {"relevant": 0.05, "large": True}
+SIZE: dict[str, Any] = {"relevant": 0.05}
+HALF = SIZE | {"chance": 0.5}
+FALLS = SIZE | {"less": True}
 
 
 @pytest.mark.parametrize(
@@ -29,40 +29,32 @@ LARGE: dict[str, Any] = {"relevant": 0.05, "large": True}
     [
         (around(0.8), HALF, "holds"),
         (around(-0.3), FALLS, "holds"),
-        (around(0.06, 0.03), {"relevant": 0.1}, "holds"),  # only a large one has to reach it
-        (around(0.3, 0.4), {}, "fails"),  # no size is relevant
-        (around(0.8), {"typical": 0.1}, "holds"),  # the floor is 0
-        (around(0.52), HALF, "fails"),
+        (around(0.8), SIZE | {"typical": 0.1}, "holds"),  # the floor is 0
         (around(0.2), HALF, "fails"),
         (around(0.3), FALLS, "fails"),
+        # An effect must exceed what matters, and fails where it is shown not to.
+        (over(0.06, 0.10), SIZE, "holds"),
+        (over(0.04, 0.06), SIZE, "inconclusive"),
+        (over(-0.02, 0.08), SIZE, "inconclusive"),
+        (over(0.01, 0.04), SIZE, "fails"),  # above chance, and too small
+        (over(-0.10, -0.06), FALLS, "holds"),
+        (over(-0.06, -0.04), FALLS, "inconclusive"),
+        (over(-0.04, -0.01), FALLS, "fails"),
+        (over(-0.1, 0.1), {"relevant": 0.1}, "fails"),  # at the bound, the effect is the smaller one
+        (over(0.45, 0.67, 40, 10), HALF | {"relevant": 0.1}, "inconclusive"),
         # Too little data comes first.
         (over(0.75, 0.85, n=20, clusters=5), HALF, "holds"),
         (over(0.8, 1.0, n=19), HALF | {"typical": 0.0, "floor": 1.0}, "inconclusive"),
         (over(0.8, 1.0, clusters=4), HALF | {"typical": 0.0, "floor": 1.0}, "inconclusive"),
-        (over(math.nan, math.nan), {}, "inconclusive"),
+        (over(math.nan, math.nan), SIZE, "inconclusive"),
         # Below the floor comes before everything else.
         (around(0.9), HALF | {"typical": 1e-9, "floor": 1e-8}, "below the floor"),
         (around(0.9), HALF | {"typical": 1e-8, "floor": 1e-8}, "below the floor"),
         (around(0.9), HALF | {"typical": 1e-7, "floor": 1e-8}, "holds"),
-        # The interval has chance and an effect that matters.
-        (over(0.45, 0.67, 40, 10), HALF | {"relevant": 0.1}, "inconclusive"),
-        (over(0.47, 0.55), HALF | {"relevant": 0.1}, "fails"),
-        (over(-0.17, 0.05, 40, 10), FALLS | {"relevant": 0.1}, "inconclusive"),
-        (over(-0.1, 0.1), {"relevant": 0.1}, "fails"),  # at the bound, the effect is the smaller one
         # All units are alike: three in so many may have another value.
         (over(0, 0), {"relevant": 0.149}, "inconclusive"),
         (over(0, 0), {"relevant": 0.15}, "fails"),
-        (over(0, 0), {}, "fails"),
-        (over(0, 0, 40), HALF | {"relevant": 0.05}, "fails"),  # wins none
-        # A large effect lies beyond what matters.
-        (over(0.06, 0.10), LARGE, "holds"),
-        (over(0.04, 0.06), LARGE, "inconclusive"),  # it may be smaller, or larger, than what matters
-        (over(-0.02, 0.08), LARGE, "inconclusive"),
-        (over(0.01, 0.04), LARGE, "fails"),  # above chance, and shown to be too small
-        (over(-0.10, -0.05), LARGE, "fails"),
-        (over(-0.10, -0.06), LARGE | FALLS, "holds"),
-        (over(-0.06, -0.04), LARGE | FALLS, "inconclusive"),
-        (over(-0.04, -0.01), LARGE | FALLS, "fails"),
+        (over(0, 0, 40), HALF, "fails"),  # wins none
     ],
 )
 def test_the_outcome_of_an_effect_by_itself(effect: Estimate, settings: dict[str, Any], outcome: str) -> None:
@@ -88,12 +80,12 @@ IDLE, OWN = around(0.5), around(0.8)
             {"relevant": 0.1},
             "confounded",
         ),  # at the margin
-        (0.8, Against(around(0.0), own=over(0.0, 0.2)), {}, "holds"),
+        (0.8, Against(around(0.0), own=over(0.0, 0.2)), SIZE, "holds"),
         (-0.8, Against(around(0.0), own=over(-0.2, 0.0)), FALLS, "holds"),
         (-0.5, Against(around(-0.3)), FALLS, "holds"),
         (-0.5, Against(around(0.0, 0.01)), FALLS | {"relevant": 0.02}, "confounded"),
         (0.3, Against(around(0.0), own=around(0.4)), HALF | FALLS | {"relevant": 0.1}, "confounded"),
-        (0.5, Against(around(0.0, 0.01)), LARGE, "confounded"),
+        (0.5, Against(around(0.0, 0.01)), SIZE, "confounded"),
     ],
 )
 def test_the_outcome_beside_a_control(effect: float, control: Against, settings: dict[str, Any], outcome: str) -> None:
@@ -112,16 +104,13 @@ def test_controls_are_named_by_their_distance_from_their_own_chance() -> None:
 @pytest.mark.parametrize(
     ("effect", "settings", "words"),
     [
-        (over(0.04, 0.06), LARGE, "short of 0.05"),
-        (over(-0.02, 0.08), LARGE, "both chance (0)"),
-        (over(-0.02, 0.08), {"relevant": 0.05}, "both chance (0)"),
-        (over(0.01, 0.04), LARGE, "does not reach 0.05"),
-        (over(0.30, 0.49), LARGE | FALLS | HALF | {"relevant": 0.3}, "reach 0.2,"),
-        (over(0.47, 0.57, clusters=19), HALF, "19 units only"),
+        (over(0.04, 0.06), SIZE, "contains 0.05"),
+        (over(0.30, 0.49), HALF | {"relevant": 0.3, "less": True}, "not lie below 0.2."),
+        (over(0.47, 0.54, clusters=19), HALF, "19 units only"),
         (over(0, 0, 40), {"relevant": 0.1}, "0.15 of"),
-        (over(0.06, 0.10), LARGE, "above 0.05; no control"),
-        (over(0.60, 0.70), HALF | {"against": {"c": Against(around(0.2))}}, "(0.5), and every control"),
-        (over(0.4, 0.6), {"against": dict.fromkeys("abc", Against(over(-0.1, 0.2)))}, "from a, b and c."),
+        (over(0.06, 0.10), SIZE, "above 0.05; no control"),
+        (over(0.60, 0.70), HALF | {"against": {"c": Against(around(0.2))}}, "0.55, and every control"),
+        (over(0.4, 0.6), SIZE | {"against": dict.fromkeys("abc", Against(over(-0.1, 0.2)))}, "from a, b and c."),
     ],
 )
 def test_the_sentence_says_where_the_interval_lies(effect: Estimate, settings: dict[str, Any], words: str) -> None:
@@ -129,4 +118,4 @@ def test_the_sentence_says_where_the_interval_lies(effect: Estimate, settings: d
 
 
 def test_the_sentence_says_no_more_than_there_is() -> None:
-    assert "units only" not in judge(around(0.52), chance=0.5).sentence  # 20 of them
+    assert "units only" not in judge(around(0.49), **HALF).sentence  # 20 of them

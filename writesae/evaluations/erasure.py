@@ -26,7 +26,7 @@ from writesae.experiment.lab import EditedRows, Lab, Site, Trial
 from writesae.experiment.readout import log_prob_change, native_log_prob
 from writesae.experiment.tokens import token_text
 from writesae.verdict import statistics as stats
-from writesae.verdict.finding import Against, Finding, Paired, said
+from writesae.verdict.finding import Finding, Paired, said
 from writesae.verdict.format import percent, signed
 from writesae.verdict.judge import one_is_enough
 
@@ -44,6 +44,7 @@ Directions = Mapping[str, LowRank]
 """What is ablated, one matrix for each atom: the atom (`effect`), and a `random` direction at unit norm, which is what
 an untrained dictionary has for these firings."""
 
+RANDOM_IN = "injected at random"
 _N_WRONG = 8
 """Tokens of similar probability that stand for "another token"."""
 
@@ -77,7 +78,8 @@ class Erasure(OfHalves):
     **Put in** (the paper's I.4). m a* A_i is added to the write where the atom is silent; a* is the median activation
     of the atom at its test firings. Claim 24, that an atom raises its token there: the ladder on the mean effect at the
     largest of `injected` (the paper's own test fails), against the same edit looked at on the tokens of similar
-    probability.
+    probability, and against a random direction of the same norm on the token that was chosen for it: a direction that
+    lowers a token when it is taken away raises it when it is added, learned or not.
     """
 
     n_atoms: int | None = 20
@@ -122,6 +124,7 @@ class Erasure(OfHalves):
             dose="m: what is added, in units of the median activation of the atom at its test firings",
             effect="nats, change of the atom's token",
             wrong="nats, the same edit on tokens of similar probability",
+            random="nats, a random direction of the same norm in the atom's place, on the token chosen for it",
         ),
     }
 
@@ -136,7 +139,7 @@ class Erasure(OfHalves):
     # -- measuring
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
-        """Cost: two edited rows of horizon + 1 tokens for each firing, three in the test half and one for each of
+        """Cost: two edited rows of horizon + 1 tokens for each firing, three in the test half and two for each of
         `injected`. Memory: three float32 rows of the vocabulary for each atom."""
         atoms, select, test = self._draw(lab)
         decoded = lab.atoms(atoms)
@@ -163,7 +166,7 @@ class Erasure(OfHalves):
             lab.read(site, self._trials(lab, site, directions, typical), changes, self.horizon + 1)
             for site in lab.sites(test, self.kind)
         )
-        by_firing, put_in = test.set_index("firing"), table["condition"] == "injected"
+        by_firing, put_in = test.set_index("firing"), table["condition"].isin(["injected", RANDOM_IN])
         wide = table[~put_in].pivot(index="firing", columns="condition", values="change")
         firings = by_firing.join(wide).join(table[table["condition"] == "effect"].set_index("firing")["wrong"])
         of_atom = firings.groupby("column")
@@ -187,8 +190,12 @@ class Erasure(OfHalves):
                 p=list(stats.holm(p_values).values()),
             )
         )
+        doses, at_random = (
+            table[table["condition"] == name].set_index(["firing", "dose"]) for name in ("injected", RANDOM_IN)
+        )
+        doses = doses.assign(random=at_random["change"]).reset_index()
+        doses = doses.join(by_firing[["atom", "sequence", "elsewhere_position"]], on="firing")
         names = {"change": "effect", "elsewhere_position": "position"}
-        doses = table[put_in].join(by_firing[["atom", "sequence", "elsewhere_position"]], on="firing")
         return {"atoms": summary, "firings": firings, "doses": doses.rename(columns=names)}
 
     def _draw(self, lab: Lab) -> tuple[Integers, pd.DataFrame, pd.DataFrame]:
@@ -263,7 +270,9 @@ class Erasure(OfHalves):
         if typical is not None:
             there = site.at(rows["elsewhere_position"].tolist())
             added["elsewhere", 0.0] = there * torch.where(there.norm() > 0, -size / there.norm().clamp_min(1e-30), 0)
-            added |= {("injected", m): atom * (m * typical[column]).to(atom.values) for m in self.injected}
+            for m in self.injected:
+                put_in = atom * (m * typical[column]).to(atom.values)
+                added |= {("injected", m): put_in, (RANDOM_IN, m): random * put_in.norm()}
         trials = []
         for (condition, dose), matrices in added.items():
             where = rows["position" if condition in directions else "elsewhere_position"]
@@ -313,17 +322,19 @@ class Erasure(OfHalves):
             return [pooled, single]
         at = {m: Paired(rows, ("sequence", "atom"), self.seed) for m, rows in doses.groupby("dose")}
         most = max(self.injected)
-        rows, raised, wrong, rival = at[most].wide, at[most].mean("effect"), at[most].mean("wrong"), CONTROLS["wrong"]
+        rows, raised = at[most].wide, at[most].mean("effect")
+        rivals = {name: CONTROLS[name] for name in ("random", "wrong")}
         put_in = Finding(
             number=24,
             claim="an atom inserted where it is silent raises its token",
             effect=raised,
             what="the effect where the atom is silent",
-            against={rival: Against(at[most].mean("effect", "wrong"), wrong)},
+            against=at[most].beaten("effect", rivals),
             typical=float(rows["effect"].abs().median()),
             floor=result.fact("floor"),
             relevant=RELEVANT,
-            shown={f"m = {most:g}": raised, rival: wrong}
+            shown={f"m = {most:g}": raised}
+            | at[most].means(rivals)
             | {f"m = {m:g}": each.mean("effect") for m, each in at.items() if m != most},
             write=signed,
             axis=f"nats at m = {most:g}",
@@ -335,5 +346,5 @@ class Erasure(OfHalves):
 def _columns(rows: EditedRows) -> tuple[Tensor, Tensor]:
     """[n] the number of each trial's atom, and whether its random direction is taken away."""
     described = pd.DataFrame([trial.row for trial in rows.trials])
-    is_random = described["condition"] == "random"
+    is_random = described["condition"].isin(["random", RANDOM_IN])
     return torch.tensor(described["column"].to_numpy()), torch.tensor(is_random.to_numpy())

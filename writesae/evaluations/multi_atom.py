@@ -54,9 +54,9 @@ class MultiAtom(OfFirings):
     """
 
     n_atoms: int | None = 20
-    """Atoms whose firings are drawn, as in the substitution test. None: all of them."""
+    """Times `firings_per_atom`: positions, drawn uniformly as in the substitution test. None: all alive atoms."""
     firings_per_atom: int = 2
-    """Firings of each atom; several at one position count once."""
+    """See `n_atoms`."""
     counts: tuple[int, ...] = (1, 2, 4, 8, 16)
     """How many of the strongest atoms are written (by |a_i| |A_i|); all active ones are always run too."""
     scales: tuple[Literal["coefficient", "matched"], ...] = ("coefficient", "matched")

@@ -241,6 +241,7 @@ class Objectives(OfAlive):
             effect=gap,
             what="the difference of win rates",
             relevant=RELEVANT,
+            null=b,
             unless=Verdict(row["outcome"], sure if row["outcome"] == "holds" else short),
             ruled=Verdict("below the floor", floors[0]) if floors else None,
             shown={a: mine, b: theirs} | {f"{NAMES[c]}, {a}": value(result, a, c) for c in self.controls},

@@ -164,7 +164,9 @@ class Seeds(OfAlive):
         same = {name: float(rows["share_same"].max()) for name, rows in matches.items()}
         faults = [f"counts vary by more than {percent(SPREAD)}"] * (max(spread.values()) > SPREAD)
         faults += [f"more than {percent(SAME_SHARE)} of atoms are the same"] * (same["atoms"] > SAME_SHARE)
-        learned = replace(beyond, against={}, chance=RELEVANT).verdict  # atoms that fire are alike by a little
+        learned = replace(
+            beyond, against={}, null="random directions", chance=RELEVANT
+        ).verdict  # atoms that fire are alike by a little
         if (few := too_little(smallest)) is not None:
             verdict = Verdict("inconclusive", few)
         elif faults:

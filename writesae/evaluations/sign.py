@@ -22,7 +22,7 @@ from writesae.experiment.lab import Lab, Site, Trial
 from writesae.experiment.predictors import ReadGradients, predict
 from writesae.experiment.targets import DrawnTarget, Stratum, draw_target, logit_noise, random_unit, target_change
 from writesae.experiment.tokens import token_text
-from writesae.verdict.finding import Against, Finding, Paired, said
+from writesae.verdict.finding import Against, Finding, Paired
 from writesae.verdict.format import percent, r_squared
 from writesae.verdict.judge import Verdict
 
@@ -42,18 +42,16 @@ class Sign(Evaluation):
     """At position t the head also writes +- m |W_t| k_t y^T / |k_t|, where W_t is the native write and y a value side
     of norm 1. Measured is the change of the logit of a target T at the first read of that write: at t, or at t + 1
     where the rule reads before it writes. The value sides are `direct`, w_T = normalise(W_O^h W_U[T]), and `gradient`,
-    the gradient of the logit with respect to the head's read. The **controls** are `random`, and `wrong`, w of another
-    token of the same ranks.
+    the gradient of the logit with respect to the head's read. The **nulls** are `random`, and `wrong`, w of another
+    token of the same ranks; what is looked at under both is the sign of the change of T.
 
     **Predictions.** F0 = +- m |W_t| <k_t, q_t> <y, W_O^h W_U[T]> / |k_t|; F2 has the gradient in the last factor. The
-    sign of F0 under `direct` is the sign of what is added times that of <k_t, q_t>; `as written` (the first alone)
-    stands beside it. For `wrong`, the sign that is checked is the one predicted for the token that the write aims at,
-    not for T.
+    sign of F0 under `direct` is the sign of what is added times that of <k_t, q_t>.
 
     **Verdict** of claim 9, over all direct writes (intervals over sequences): the ladder of `judge` on the share of
-    right signs by F0 (chance 1/2, a share matters from 60 % on), against writes toward another token, where their share
-    lies above 1/2 by itself. The floor is what a no-op moves a logit by. The second claim asks the same of F2, and
-    besides an unfitted R² above 0.9 at the smallest m.
+    changes that have the sign that was written (chance 1/2, a share matters from 60% on), against both nulls. The share
+    of F0's right signs stands beside it: it asks about the sign of <k_t, q_t>, too. The floor is what a no-op moves a
+    logit by. The second claim asks the same of F2, and besides an unfitted R² above 0.9 at the smallest m.
     """
 
     n_positions: Annotated[int, AtLeast(2)] = 96
@@ -168,32 +166,33 @@ class Sign(Evaluation):
         table = moved.assign(
             **{by: np.sign(moved["measured"]) == np.sign(moved[by]) for by in ("aimed", "f0", "f2", "written")}
         )
+        other = moved["f2"].sample(frac=1, random_state=self.seed).to_numpy()
+        table["shuffled"] = np.sign(moved["measured"]) == np.sign(other)
         of = {direction: Paired(rows) for direction, rows in table.groupby("direction")}
         units = ("sequence", "position", "token", "m")
-        gap = Paired.of(table, "aimed", *units, by="direction", seed=self.seed).mean("direct", "wrong")
-        direct, wrong = of["direct"].mean("aimed"), of["wrong"].mean("aimed")
-        written, by_f2 = of["direct"].mean("written"), of["direct"].mean("f2")
+        paired = Paired.of(table, "written", *units, by="direction", seed=self.seed)
+        rivals = {"wrong": "toward another token", "random": "random direction"}
+        written, by_f0, by_f2 = (of["direct"].mean(by) for by in ("written", "aimed", "f2"))
         small = moved[(moved["direction"] == "direct") & (moved["m"].abs() == moved["m"].abs().min())]
         f0, f2 = (r2_score(small["measured"], small[by]) for by in ("f0", "f2"))
         first = Finding(
             number=9,
             claim="the sign of a write is the sign of its effect",
-            effect=direct,
+            effect=written,
             what="the share of right signs",
-            against={"writes toward another token": Against(gap, wrong)},
+            against=paired.beaten("direct", rivals),
             chance=0.5,
             relevant=RELEVANT,
             typical=float(moved.loc[moved["direction"] == "direct", "measured"].abs().median()),
             floor=result.fact("floor"),
             shown={
-                "by F0": direct,
-                "toward another token": wrong,
-                "random direction": of["random"].mean("f0"),
+                "as written": written,
+                **{shown: of[name].mean("written") for name, shown in rivals.items()},
+                "by F0": by_f0,
                 "gradient, by F2": of["gradient"].mean("f2"),
             },
             write=percent,
-            axis="of signs by F0 (with the sign of <k, q>)",
-            measured=f"{said(written, percent)} by the sign that was written",
+            axis="of signs as written (F0: times the sign of <k, q>)",
             n=len(table[["sequence", "position", "token"]].drop_duplicates()),
             of=f"position x target pairs in {{}} sequences, {table['m'].nunique()} writes each",
         )
@@ -204,10 +203,10 @@ class Sign(Evaluation):
             claim="all first-order paths together predict signs and sizes",
             effect=by_f2,
             what="the share of F2's right signs",
-            against={},
+            against={"F2 of other writes": Against(of["direct"].mean("f2", "shuffled"))},
             typical=float(small["measured"].abs().median()),
             unless=None if f2 > GOOD_FIT else Verdict("fails", poor),
-            shown={"by F2": by_f2, "by the sign that was written": written, "by F0": direct},
+            shown={"by F2": by_f2, "as written": written, "by F0": by_f0},
             axis="of signs by F2",
             measured=f"R² {r_squared(f2)} at m = {small['m'].max():g} (F0: {r_squared(f0)})",
             controls="F0 leaves out norms, gates and later layers",

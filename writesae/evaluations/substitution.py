@@ -14,6 +14,7 @@ import pandas as pd
 from writesae.experiment.at_firings import CHOICES, RELEVANT, Exchanging, wide_firings
 from writesae.experiment.conditions import REFERENCES
 from writesae.experiment.evaluation import Result, described
+from writesae.experiment.head_baselines import BASELINES
 from writesae.experiment.lab import Lab
 from writesae.experiment.readout import KL_METRICS, kl_metrics
 from writesae.verdict import figures
@@ -38,13 +39,14 @@ _WORST_FIRST: tuple[Outcome, ...] = ("confounded", "undecided", "fails")
 
 @dataclass(frozen=True, kw_only=True)
 class Substitution(Exchanging):
-    """At a firing (sequence, token t, atom i), the conditions differ only in what is written at t. The edit enters the
-    state at t and is read from t on, in closed loop: later erases react to it. A **win** is a firing at which the KL
+    """At a position (sequence, token t), the conditions differ only in what is written at t. The edit enters the
+    state at t and is read from t on, in closed loop: later erases react to it. A **win** is a position at which the KL
     divergence from the native next-token distributions, mean over t..t+horizon, is smaller than after deleting the
-    write. The **recovered share** is 1 - sum KL(condition) / sum KL(deletion).
+    write. The **recovered share** is the median over sequences of 1 - sum KL(condition) / sum KL(deletion).
 
-    The headline writes the dominant atom of the position, as the paper does (section 3.2); beside it stands the
-    firing's own atom, under its own name and at the first scale only. Controls are of two kinds.
+    The headline draws positions uniformly and writes the dominant atom there (the paper's section 3.2; the paper draws
+    firings of atoms). The other choice is weighted by atoms: an atom is drawn, then one of its firings, and this atom
+    is written, at the first scale only. Controls are of two kinds.
 
     *Directions* have the norm of the atom condition. `shuffled`, another atom that does not fire there, is the paper's
     random; the Gaussian direction is ours. The state direction is that of the state **before** the write; the state
@@ -68,7 +70,8 @@ class Substitution(Exchanging):
     """
 
     n_atoms: int | None = 100
-    """Atoms drawn uniformly from all alive atoms that can be tested. None: all of them."""
+    """Atoms drawn uniformly from all alive atoms that can be tested. None: all of them. The headline draws `n_atoms`
+    times `firings_per_atom` positions."""
 
     question: ClassVar[str] = "Can an atom stand in for the write it replaces?"
     answers: ClassVar[tuple[int, ...]] = (1, 2, 3, 5, 11, 12, 13, 14)
@@ -130,7 +133,6 @@ class Substitution(Exchanging):
             what="the recovered share",
             against=against,
             relevant=RELEVANT_SHARE,
-            large=True,
             **size,
             remark=f"A deletion moves the model by a median of {number(size['typical'])} nats (a no-op: "
             f"{number(size['floor'])}){small}.",
@@ -149,7 +151,12 @@ class Substitution(Exchanging):
         atom, deleted, size = kl[f"atom/{scale}"], kl["delete"], kl.size_of("delete")
         others = {f"{name}/{scale}": NAMES[name] for name in ("shuffled", "random") if name in self.controls}
         chains = {f"atom < delete < {n}": kl.mean((atom < deleted) & (deleted < kl[c])) for c, n in others.items()}
-        first = next(iter(chains), "")
+        first, rival = next(iter(chains), ""), next(iter(others), "")
+
+        def in_order(name: str) -> pd.Series:
+            return (kl[f"{name}/{scale}"] < deleted) & (deleted < kl[rival])
+
+        rivals = [name for name in self.controls if name in BASELINES and rival]
         chain = Finding(
             number=2,
             claim=f"strict chain {first}, at {SCALE_NAMES[scale]}",
@@ -157,6 +164,8 @@ class Substitution(Exchanging):
             what="the rate of the strict order",
             chance=0.5,
             relevant=RELEVANT,
+            null=first,
+            against={NAMES[n]: Against(kl.mean(in_order("atom"), in_order(n)), kl.mean(in_order(n))) for n in rivals},
             **size,
             shown=chains,
             write=percent,

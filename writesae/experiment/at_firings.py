@@ -47,8 +47,8 @@ RELEVANT = 0.1
 
 Choice = Literal["dominant", "own"]
 CHOICES: dict[str, str] = {
-    "dominant": "the dominant atom of the position (the paper's test)",
-    "own": "the atom whose firing was drawn, however small its activation",
+    "dominant": "the dominant atom of a uniformly drawn position",
+    "own": "weighted by atoms: a uniformly drawn atom at one of its firings, however small its activation",
 }
 
 
@@ -83,9 +83,7 @@ class OfFirings(OfAlive, OfAtoms):
     min_firings: int = 1
     """Firings on those tokens that make an atom alive."""
 
-    def drawn(
-        self, lab: Lab, rng: np.random.Generator, horizon: int, written: Literal["own", "dominant"] = "own"
-    ) -> FiringDraw:
+    def drawn(self, lab: Lab, rng: np.random.Generator, horizon: int, written: Choice = "own") -> FiringDraw:
         """The firings that are tested, as `draw_firings` takes them."""
         draw = draw_firings(
             lab.firings(),

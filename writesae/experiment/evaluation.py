@@ -7,8 +7,11 @@ settings, tidy tables, what was measured on what; and how it is kept in a folder
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import shutil
+import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -31,6 +34,7 @@ from sae_lens_writesae.files import named_errors
 from writesae.choices import AtLeast, at_least, expect
 from writesae.experiment.lab import Lab
 from writesae.files import Json
+from writesae.verdict import judge, statistics
 from writesae.verdict.finding import Claim, Figure, Finding
 
 _FORMAT = 3
@@ -163,6 +167,12 @@ class Evaluation(ABC):
         """Claims about several results together (all heads of a layer, say), each with a label."""
         return []
 
+    @classmethod
+    def verdict_rules(cls) -> str:
+        """A hash of the code that turns tables into verdicts: the ladder, the statistics, and this question's file."""
+        sources = (judge, statistics, sys.modules[cls.__module__])
+        return hashlib.sha256("".join(map(inspect.getsource, sources)).encode()).hexdigest()[:12]
+
     @property
     def shortest(self) -> int:
         """Tokens that a sequence needs at least: up to the first position, and to the horizon after it."""
@@ -241,7 +251,8 @@ class Evaluation(ABC):
             name: tables[name].reindex(columns=list(columns)).reset_index(drop=True)
             for name, columns in self.columns.items()
         }
-        return Result(self, lab.describe(label) | {"seconds": round(time.perf_counter() - begin, 3)}, tables)
+        facts = {"seconds": round(time.perf_counter() - begin, 3), "rules": self.verdict_rules()}
+        return Result(self, lab.describe(label) | facts, tables)
 
 
 @dataclass(frozen=True)
@@ -254,8 +265,9 @@ class Result:
     evaluation: Evaluation
     """The evaluation with its settings."""
     info: dict[str, Json]
-    """What was evaluated on what: model, head, dictionaries, text, `seconds`, `n_edited_runs`, and `n_skipped`, which
-    maps a reason to the number of units that could not be measured."""
+    """What was evaluated on what: model, head, dictionaries, text, `seconds`, `n_edited_runs`, `rules` (the hash of the
+    rules of verdicts at that time), and `n_skipped`, which maps a reason to the number of units that could not be
+    measured."""
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     """Tidy tables by name, with the columns that the evaluation documents. No NaN stands for a failure: what could not
     be measured is left out and counted in `info["n_skipped"]`."""
@@ -298,7 +310,13 @@ class Result:
             return [self.skipped]
         counts = self.info.get("n_skipped")
         left_out = counts if isinstance(counts, Mapping) else {}
-        return [*self.evaluation.notes(self), *(f"Left out: {n:,} ({why})." for why, n in left_out.items() if n)]
+        then, now = self.info.get("rules"), self.evaluation.verdict_rules()
+        changed = [f"Measured under the rules {then}, judged by the rules {now}."] if then != now else []
+        return [
+            *changed,
+            *self.evaluation.notes(self),
+            *(f"Left out: {n:,} ({why})." for why, n in left_out.items() if n),
+        ]
 
     @property
     def pace(self) -> str:

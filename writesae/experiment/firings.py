@@ -6,8 +6,9 @@ the first `alive_tokens` tokens of the text; every evaluation uses this one mean
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -20,10 +21,16 @@ from tqdm.auto import tqdm
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
 
+T = TypeVar("T")
 Integers = NDArray[np.int64]
 Bounds = dict[Literal["first", "last"], int]
 """First and last position of a firing that is looked at."""
 _COLUMNS = ("sequence", "position", "atom", "activation")
+
+
+def bar(items: Sequence[T], name: str, progress: bool = True) -> Iterable[T]:
+    """`items`, with a progress bar where standard error is a terminal; TQDM_DISABLE=1 takes every bar away."""
+    return tqdm(items, desc=name, disable=None) if progress else items
 
 
 @dataclass(frozen=True)
@@ -85,8 +92,7 @@ def collect_firings(model: HookedRecurrent, sae: SAE, layer: int, tokens: Tensor
     hook_name, place = str(sae.cfg.metadata.hook_name), next(sae.parameters())
     parts: list[tuple[NDArray[np.generic], ...]] = []
     n_atoms = 0
-    sequences = range(len(tokens))
-    for i in tqdm(sequences, desc="firings") if progress else sequences:
+    for i in bar(range(len(tokens)), "firings", progress):
         _, cache = model.run_with_cache(tokens[i : i + 1], names_filter=[hook_name], stop_at_layer=layer + 1)
         activations = sae.encode(cache[hook_name][0].to(place.device, place.dtype))
         n_atoms = activations.shape[-1]
@@ -229,13 +235,16 @@ def draw_firings(
     min_firings: int = 1,
     written: Literal["own", "dominant"] = "own",
 ) -> FiringDraw:
-    """A uniform draw of the alive atoms that can be tested, and firings of each, dealt over sequences.
+    """A uniform draw of the alive atoms that can be tested, and firings of each, dealt over sequences; or a uniform
+    draw of positions.
 
     Args:
         horizon: tokens that must follow a firing.
         atoms: a hand-picked list instead of a draw.
         written: the atom that is written: the firing's own, or the dominant one of the position, which has the largest
-            activation there (the paper's section 3.2). Under "dominant" a position counts once.
+            activation there (the paper's section 3.2).
+            Without a hand-picked list, as many positions as that would be (atoms times firings) are drawn uniformly
+            from all, whichever atom fires there; where none fires, nothing is written.
 
     Raises:
         ValueError: a hand-picked atom cannot be tested.
@@ -248,8 +257,14 @@ def draw_firings(
     picked = _picked(testable, atoms, n_atoms, rng, needed, firings)
     table = sample_firings(firings, picked, firings_per_atom, first=first_position, last=last, rng=rng)
     table["written_atom"] = table["atom"]
+    if written == "dominant" and atoms is None:
+        able = firings.n_sequences * (last + 1 - first_position)
+        drawn = np.sort(rng.choice(able, min(len(picked) * firings_per_atom, able), replace=False))
+        sequence, position = np.divmod(drawn, last + 1 - first_position)
+        table = pd.DataFrame({"sequence": sequence, "position": position + first_position})
+        table["atom"] = firings.strongest(table)["atom"].fillna(0).astype(int)
     if written == "dominant":
-        strongest = firings.strongest(table)
+        strongest = firings.strongest(table).fillna(0)
         table = table.assign(written_atom=strongest["atom"].astype(int), activation=strongest["activation"])
         table = table.drop_duplicates(["sequence", "position"])
     table = table.reset_index(drop=True).rename_axis("firing").reset_index()

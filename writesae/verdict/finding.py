@@ -145,8 +145,8 @@ class Paired:
         """The share of deletion's effect that `a` recovers, or the difference of its share from that of `than`."""
         values, (ids,) = self._values(a, None)
         if than is None:
-            return stats.recovered_share(values, self.wide["delete"], ids, seed=self.seed)
-        return stats.recovered_difference(values, self.wide[than], self.wide["delete"], ids, seed=self.seed)
+            return stats.recovered_share(values, self.wide["delete"], ids)
+        return stats.recovered_difference(values, self.wide[than], self.wide["delete"], ids)
 
     def means(self, names: Mapping[str, str]) -> dict[str, Estimate]:
         """The mean under each condition of `names`, by the name that a reader sees."""
@@ -175,7 +175,7 @@ class Finding:
     """Row of the paper's claims."""
 
     effect: Estimate | None = None
-    """What the ladder of `judge` is applied to; the fields up to `large` are its arguments."""
+    """What the ladder of `judge` is applied to; the fields up to `less` are its arguments."""
     what: str = "the effect"
     against: Mapping[str, Against] = field(default_factory=dict)
     chance: float = 0.0
@@ -183,7 +183,9 @@ class Finding:
     typical: float | None = None
     floor: float = 0.0
     less: bool = False
-    large: bool = False
+    null: str = ""
+    """What has none of the atom's information, where the effect itself is a distance from it. A claim with neither a
+    null nor a control (`against`) cannot hold."""
     unless: Verdict | None = None
     """What becomes of a claim whose effect is there, by a further rule of the question."""
     ruled: Verdict | None = None
@@ -218,9 +220,13 @@ class Finding:
         """By the question's own rule where there is one, otherwise by the ladder of `judge`."""
         if self.ruled is not None or self.effect is None:
             return self.ruled or Verdict("not tested", "Nothing was measured.")
-        names = ("typical", "floor", "chance", "less", "relevant", "large", "what")
+        names = ("typical", "floor", "chance", "less", "relevant", "what")
         verdict = judge(self.effect, self.against, **{name: getattr(self, name) for name in names})
-        return self.unless if self.unless is not None and verdict.outcome == "holds" else verdict
+        if verdict.outcome != "holds":
+            return verdict
+        if not (self.against or self.null):
+            return Verdict("not tested", "The effect is there, but no null was run that could show it too.")
+        return self.unless or verdict
 
     def row(self) -> Claim:
         """The claim in words."""

@@ -4,11 +4,9 @@ The rungs, in order:
 
 1. *inconclusive*: there are too few units for an interval (`MIN_CLUSTERS`, `MIN_OBSERVATIONS`).
 2. *below the floor*: the typical size of what is measured is not above what rounding alone moves.
-3. *fails*: the interval of the effect does not lie beyond chance. Where the interval holds both chance and an effect
-   that would matter (`relevant`), the data cannot tell, and the outcome is *inconclusive* instead; so it is where all
-   units are alike, which leaves no interval, and the rule of three does not exclude a share that would matter. An
-   effect that has to be `large` must lie beyond `relevant` itself: it fails where it is shown to be smaller, and is
-   *inconclusive* where its interval holds `relevant`.
+3. *fails*: the interval of the effect does not reach `relevant`, from which on an effect matters. *inconclusive*: the
+   interval holds `relevant`; or all units are alike, which leaves no interval, and the rule of three does not exclude
+   an effect that would matter. An effect that is there and does not matter is no finding.
 4. *confounded*: a control that contains none of the atom's information does at least as well. *undecided*: the effect
    is not shown to exceed a control, and the control is not shown to match it.
 5. *holds*.
@@ -66,8 +64,7 @@ def judge(
     floor: float = 0.0,
     chance: float = 0.0,
     less: bool = False,
-    relevant: float = 0.0,
-    large: bool = False,
+    relevant: float,
     what: str = "the effect",
 ) -> Verdict:
     """Judge one effect by the rungs above.
@@ -80,9 +77,8 @@ def judge(
         floor: what a no-op moves, measured in the same run.
         chance: value of `effect` that says "nothing".
         less: the effect lies below chance where the claim holds (a log-probability that falls).
-        relevant: distance from chance from which on an effect matters. Also the margin by which a
-            control may be worse and still count as equal.
-        large: the effect must lie beyond `relevant`, not only beyond chance.
+        relevant: distance from chance that the effect must exceed. Also the margin by which a control may be worse and
+            still count as equal.
         what: the effect as the subject of a sentence.
 
     Returns: outcome, one sentence, and the controls that the effect is not shown to exceed.
@@ -96,23 +92,16 @@ def judge(
     sign, side = (-1.0, "below") if less else (1.0, "above")
     low, high = _beyond(effect, chance, sign)
     far = chance + sign * relevant
-    if not low > (relevant if large else 0):
-        n, share = effect.n_clusters, _UNSEEN / effect.n_clusters
-        units = f"All {n} units have the same value; up to {share:.2g} of all such units may have another."
-        if low == high and 0 < relevant < high + share:
-            return Verdict("inconclusive", f"{units} An effect of {relevant:g} could be missed so.")
-        if relevant and high > relevant:
-            small = f"an effect short of {far:g}" if large and low > 0 else f"chance ({chance:g})"
-            return Verdict(
-                "inconclusive", f"The interval of {what} contains both {small} and one that matters ({far:g})."
-            )
-        if low > 0:
-            return Verdict(
-                "fails",
-                f"The interval of {what} lies {side} {chance:g}, but does not reach {far:g}, from which on it matters.",
-            )
-        seen = f" {units}" if low == high else f" It is over {n} units only." * (n < FEW_CLUSTERS)
-        return Verdict("fails", f"The interval of {what} does not lie {side} {chance:g}.{seen}")
+    if not low > relevant:
+        share = _UNSEEN / effect.n_clusters if low == high else 0.0
+        alike = (
+            f"All {effect.n_clusters} units have the same value; up to {share:.2g} of all such units may have another."
+        )
+        if high + share > relevant:
+            missed = f"The interval of {what} contains {far:g}, from which on it matters."
+            return Verdict("inconclusive", f"{alike} An effect of {far:g} could be missed so." if share else missed)
+        few = f" It is over {effect.n_clusters} units only." * (effect.n_clusters < FEW_CLUSTERS)
+        return Verdict("fails", f"The interval of {what} does not lie {side} {far:g}.{f' {alike}' if share else few}")
     found: list[tuple[float, str]] = []
     equal: set[str] = set()
     for name, control in (against or {}).items():
@@ -128,8 +117,8 @@ def judge(
         more = f" Not beaten, perhaps worse: {worse}." if worse else ""
         return Verdict("confounded", f"Not beaten, and not shown to be worse: {alike}.{more}", unbeaten)
     if worse:
-        return Verdict("undecided", f"The data do not tell {what} from {worse}.", unbeaten)
-    reached = f"The interval of {what} lies " + (f"{side} {far:g}" if large else f"beyond chance ({chance:g})")
+        return Verdict("undecided", f"Not distinguishable from {worse}.", unbeaten)
+    reached = f"The interval of {what} lies {side} {far:g}"
     return Verdict("holds", reached + (", and every control is beaten." if against else "; no control was run."))
 
 

@@ -32,7 +32,7 @@ _CHUNK_FLOATS = 8_000_000
 
 
 class Estimate(NamedTuple):
-    """A number with its 95 % interval over clusters."""
+    """A number with its 95% interval over clusters."""
 
     mean: float
     low: float
@@ -61,7 +61,7 @@ def estimate(
     smaller of the two numbers of clusters that were resampled.
     """
     if statistic is None and len(clusters) == 1:
-        return _interval(*_ratio_of_sums(values, np.ones_like(values, dtype=float), *clusters, seed))
+        return _interval(*_mean(values, *clusters, seed))
     return _resampled(values, clusters, statistic or weighted_mean, seed)
 
 
@@ -75,33 +75,41 @@ def estimate_difference(
     interval is NaN where either sample is a single cluster.
     """
     (mean_a, of_a, n_a, ids_a), (mean_b, of_b, n_b, ids_b) = (
-        _ratio_of_sums(sample, np.ones_like(sample, dtype=float), ids, seed + i)
-        for i, (sample, ids) in enumerate(((a, clusters_a), (b, clusters_b)))
+        _mean(sample, ids, seed + i) for i, (sample, ids) in enumerate(((a, clusters_a), (b, clusters_b)))
     )
     return _interval(mean_a - mean_b, of_a - of_b, n_a + n_b, min(ids_a, ids_b))
 
 
-def recovered_share(kl: ArrayLike, deleted: ArrayLike, clusters: ArrayLike, *, seed: int = 0) -> Estimate:
-    """1 - sum KL(condition) / sum KL(deletion), with its interval over clusters: the share of a deletion's effect that
-    a condition recovers. 1 is the native model, 0 is deletion, below 0 is worse than deletion.
+def recovered_share(kl: ArrayLike, deleted: ArrayLike, clusters: ArrayLike) -> Estimate:
+    """The share of a deletion's effect that a condition recovers: the median over clusters of 1 - sum KL(condition) /
+    sum KL(deletion), with the order-statistics interval of a median. 1 is the native model, 0 is deletion, below 0 is
+    worse than deletion. Clusters whose deletions have an effect of exactly 0 are left out.
+
+    A few positions hold most of the KL (5% of them a third), so that a ratio of sums over all clusters has no interval
+    that keeps its level: the bootstrap's covers it in 64 to 97 of 100 cases. The interval of a median needs nothing of
+    the distribution: it covers at least 95%, at any number of clusters from 6 on (David and Nagaraja, 2003, 7.1).
 
     Raises:
         ValueError: every deletion has an effect of exactly 0.
     """
-    lost = _interval(*_ratio_of_sums(kl, deleted, clusters, seed))
-    return lost._replace(mean=1 - lost.mean, low=1 - lost.high, high=1 - lost.low)
+    return _median_of_ratios(np.asarray(deleted, float) - np.asarray(kl, float), deleted, clusters)
 
 
-def recovered_difference(
-    a: ArrayLike, b: ArrayLike, deleted: ArrayLike, clusters: ArrayLike, *, seed: int = 0
-) -> Estimate:
-    """Recovered share of condition `a` minus that of `b`, firing by firing over the same deletions: (sum KL(b) -
-    sum KL(a)) / sum KL(deletion), with its interval over clusters.
+def recovered_difference(a: ArrayLike, b: ArrayLike, deleted: ArrayLike, clusters: ArrayLike) -> Estimate:
+    """How much more of a deletion's effect condition `a` recovers than `b`: the median over clusters of (sum KL(b) -
+    sum KL(a)) / sum KL(deletion), with the interval of `recovered_share`. A median of differences is no difference of
+    medians.
 
     Raises:
         ValueError: every deletion has an effect of exactly 0.
     """
-    return _interval(*_ratio_of_sums(np.asarray(b, float) - np.asarray(a, float), deleted, clusters, seed))
+    return _median_of_ratios(np.asarray(b, float) - np.asarray(a, float), deleted, clusters)
+
+
+def typical(values: ArrayLike, clusters: ArrayLike) -> Estimate:
+    """The median over clusters of the mean of each, with the interval of `recovered_share`: for differences of KL or
+    loss, whose tails are heavy (expanded percentiles of their mean cover it in 84 to 93 of 100 cases)."""
+    return _median_of_ratios(values, np.ones_like(values, dtype=float), clusters)
 
 
 def share(hits: ArrayLike, clusters: ArrayLike) -> Estimate:
@@ -184,17 +192,25 @@ def weighted_median(values: Array, weights: Array) -> Array:
     return (low + high) / 2
 
 
-def _ratio_of_sums(above: ArrayLike, below: ArrayLike, clusters: ArrayLike, seed: int) -> tuple[float, Array, int, int]:
-    """sum above / sum below of below >= 0, as `_interval` takes it; resamples whose `below` are all 0 are left out. A
-    mean is the ratio to ones: it needs no more than the sum and the size of each cluster."""
+def _median_of_ratios(above: ArrayLike, below: ArrayLike, clusters: ArrayLike) -> Estimate:
+    """Median over clusters of sum above / sum below, of those with a sum of `below` above 0. The interval is from the
+    r-th smallest ratio to the r-th largest, r the largest with P(Binomial(C, 1/2) < r)
+    below 0.025."""
     (x, codes), (y, _) = _sample(above, clusters), _sample(below, clusters)
-    if not (y > 0).any():
+    sizes = np.bincount(codes, y)
+    if not (sizes > 0).any():
         raise ValueError("the recovered share needs a deletion with an effect above 0, found none")
-    sums, sizes = np.bincount(codes, x), np.bincount(codes, y)
-    draws = _draws(len(sums), seed)
-    drawn = draws @ sizes > 0
-    resampled = (draws @ sums)[drawn] / (draws @ sizes)[drawn]
-    return float(x.sum() / y.sum()), resampled, len(x), len(sums)
+    ratios = np.sort(np.bincount(codes, x)[sizes > 0] / sizes[sizes > 0])
+    rank = int(stats.binom.ppf(0.025, len(ratios), 0.5))
+    low, high = (ratios[rank - 1], ratios[-rank]) if rank else (math.nan, math.nan)
+    return Estimate(float(np.median(ratios)), float(low), float(high), len(x), len(ratios))
+
+
+def _mean(values: ArrayLike, clusters: ArrayLike, seed: int) -> tuple[float, Array, int, int]:
+    """A mean over clusters as `_interval` takes it: it needs no more than the sum and the size of each cluster."""
+    x, codes = _sample(values, clusters)
+    draws = _draws(int(codes.max()) + 1, seed)
+    return float(x.mean()), (draws @ np.bincount(codes, x)) / (draws @ np.bincount(codes)), len(x), draws.shape[1]
 
 
 def _resampled(values: ArrayLike, ways: Sequence[ArrayLike], statistic: WeightedStatistic, seed: int) -> Estimate:
