@@ -5,46 +5,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from writesae.choices import Target, at_least
+from writesae.choices import MetricName, at_least
 from writesae.dictionaries import save_dictionary
 from writesae.files import check_settings, check_writable, keep_settings, taken
 
 if TYPE_CHECKING:
-    from sae_lens import SAE
     from torch import Tensor
 
     from hookpoints import HookedRecurrent
     from sae_lens_writesae.sae.factors import Collection
+    from sae_lens_writesae.sae.training import MatrixTrainingSAE
+    from writesae.experiment.conditions import Control
     from writesae.experiment.evaluation import Result
 
 
-class Recipe(NamedTuple):
-    """One dictionary of the demo."""
-
-    label: str
-    target: Target
-    k: int
-    metric: bool = False
-    """Whether errors are measured by the KL divergence that they cause (see `sae.metric`)."""
-
-    @property
-    def folder(self) -> str:
-        return self.label.replace(", ", "-").replace(" ", "-")
-
-
-RECIPES = (
-    Recipe("write-trained", "write", 1),
-    Recipe("write-trained, metric", "write", 1, metric=True),
-    Recipe("write-trained, k 4", "write", 4),
-    Recipe("state-trained", "state", 1),
-)
-
-
+RECIPES: dict[str, MetricName] = {"write-trained": "frobenius", "write-trained, metric": "gauss_newton"}
+"""The dictionaries, and what errors are measured by: their squares, or the KL divergence that they cause."""
 FACTS = "facts.json"
 METHODS = {
     "writesae_product": ("an atom", "atom"),
@@ -53,6 +36,10 @@ METHODS = {
     "null: untrained writesae_product": ("an untrained atom", "control"),
 }
 """What takes the place of a write that holds a fact (a row of `writesae zoo`): its name, and color of the figure."""
+RIVALS: tuple[Control, ...] = ("random", "shuffled", "pair_mean", "drawn", "quantised", "pca")
+"""What is written in the place of an atom: directions, and the baselines that recover most."""
+PASSES, START = 550, 8
+"""What the demo takes, in the time that a pass over `START` sequences does."""
 SENTENCES = {
     "recall": "One atom writes a fact into the memory, and the model recalls it",
     "composition": "One atom changes one attribute of a fact, and the others stay",
@@ -77,10 +64,10 @@ class Demo:
     and replace the model's own writes by their atoms.
 
     Facts are written in two small models whose mechanism is known, beside controls. The head of the language model is
-    the one whose writes do most, of those that remember for a while. Four dictionaries: of its writes with one and with
-    four active atoms, of its writes in the model's own metric, and of its states. Where an atom fires, the model's own
-    write is replaced by the atom and by what needs no training, and the report says how much of the write's effect each
-    recovers. Offline, on a CPU, in minutes."""
+    the one whose writes do most, of those that remember for a while. Two dictionaries of its writes: one for squared
+    errors, one for errors in the model's own metric. At positions drawn uniformly, the model's own write is replaced by
+    the strongest atom and by what needs no training, and the report says how much of the write's effect each recovers.
+    Offline, in about a minute on two cores."""
 
     model: str = "embedded"
     """Model to look into: one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7), a folder, or a
@@ -93,21 +80,21 @@ class Demo:
     """Least half-life of a write, in tokens, where no head is named."""
     d_sae: int = 256
     """Atoms of a dictionary."""
-    training_tokens: int = 256_000
+    training_tokens: int = 128_000
     """Tokens that each dictionary sees, in as many epochs of the text as that needs."""
     context_size: int = 128
     """Tokens per sequence."""
-    train_sequences: int = 900
+    train_sequences: int = 320
     """Sequences of the training text, or all that there are."""
-    eval_sequences: int = 48
+    eval_sequences: int = 24
     """Sequences of the test."""
-    n_atoms: int = 30
-    """Atoms that are tested."""
-    firings_per_atom: int = 4
-    """Firings of each."""
+    n_atoms: int = 24
+    """Times `firings_per_atom`: positions at which a write is replaced, drawn uniformly."""
+    firings_per_atom: int = 3
+    """See `n_atoms`."""
     seed: int = 0
     """Seed of training, draws and controls."""
-    facts: int = 128
+    facts: int = 96
     """Facts that are written first in each of two models whose mechanism is known; 0: none."""
     out: Path = Path("writesae-out")
     """Folder for report.html, facts.json, the writes that were read, the dictionaries and the results."""
@@ -128,6 +115,7 @@ class Demo:
         check_writable(self.out)
         check_settings(self.out, settings)
         from hookpoints import HookedRecurrent, embedded
+        from hookpoints.scopes import threads_for
         from sae_lens_writesae.files import atomic_text
         from sae_lens_writesae.sae.factors import collect
         from sae_lens_writesae.sae.load import load_sae
@@ -141,9 +129,15 @@ class Demo:
         tokens = sample_sequences(model, embedded.text("test"), self.context_size, self.eval_sequences)
         text = sample_sequences(model, embedded.text("train"), self.context_size, self.train_sequences)
         with taken(self.out, say):
+            model(text[:START])
+            begin = time.perf_counter()
+            with threads_for(0):  # as most of the work below
+                model(text[:START])
+            seconds = 5 * math.ceil(PASSES / 5 * (time.perf_counter() - begin))
+            say(f"about {seconds} s on this machine, all stages; writes to {self.out}")
             kept = self.out / FACTS
             opening = json.loads(kept.read_text()) if kept.exists() else write_facts(self.facts, say)
-            choice = self.choose_head(model, text[:16])
+            choice = self.choose_head(model, text[:START])
             say(
                 f"model {self.model!r}: head {choice.head} of layer {choice.layer} "
                 f"({model.cfg.layer(choice.layer).rule}); half-life of a write {choice.half_life:.0f} tokens; without "
@@ -151,29 +145,29 @@ class Demo:
             )
             keep_settings(self.out, settings)
             atomic_text(kept, json.dumps(opening))
-            head, folder = ([choice.layer], [choice.head]), self.out / "collection"
-            collection = collect(model, text, *head, folder, targets=("write", "state"), dtype="float32")
-            saes: dict[str, SAE] = {}
-            for recipe in RECIPES:
-                folder = self.out / recipe.folder / "sae"
-                say(f"{'kept' if folder.exists() else 'training'}: {recipe.label}")
-                if not folder.exists():
-                    self._train(model, collection, text, (choice.layer, choice.head), recipe)
-                saes[recipe.label] = load_sae(folder)
-            quality, results = quality_of_heads(model, saes, tokens), []
-            for recipe in RECIPES:
-                folder = self.out / recipe.folder / "substitution"
+            place, folder = (choice.layer, choice.head), self.out / "collection"
+            collection = collect(model, text, [place[0]], [place[1]], folder, dtype="float32")
+            folders = {label: self.out / label.replace(", ", "-") for label in RECIPES}
+            missing = [label for label in RECIPES if not (folders[label] / "sae").exists()]
+            say("\n".join(f"{'training' if label in missing else 'kept'}: {label}" for label in RECIPES))
+            for label in missing:
+                save_dictionary(self._trained(model, collection, text, place, RECIPES[label]), folders[label])
+            saes = {label: load_sae(folders[label] / "sae") for label in RECIPES}
+            quality, results = quality_of_heads(model, saes, tokens, progress=True), []
+            for label, sae in saes.items():
+                folder = folders[label] / "substitution"
                 if not folder.exists():
                     test = Substitution(
                         n_atoms=self.n_atoms,
                         firings_per_atom=self.firings_per_atom,
-                        atom_choice=("dominant", "own") if recipe is RECIPES[0] else ("dominant",),
-                        scales=("coefficient", "matched"),
+                        atom_choice=("dominant",),
+                        scales=("coefficient",),
+                        controls=RIVALS,
                         seed=self.seed,
-                        label=recipe.label,
+                        label=label,
                     )
-                    result = test.run(model, saes[recipe.label], tokens, reference=text[:128])
-                    with_quality(result, quality, [recipe.label]).save(folder)
+                    result = test.run(model, sae, tokens, reference=text[:48])
+                    with_quality(result, quality, [label]).save(folder)
                 results.append(load_result(folder))
             say(first_screen(results))
             return write_report(results, self.out / "report.html", opening=opening)
@@ -187,34 +181,24 @@ class Demo:
         n_heads = model.cfg.layer(layers[0]).H
         if self.head is not None and not 0 <= self.head < n_heads:
             raise ValueError(f"head {self.head} is out of range: layer {layers[0]} has heads 0 to {n_heads - 1}")
-        effects = head_effects(model, tokens, layers, None if self.head is None else [self.head])
+        effects = head_effects(model, tokens, layers, None if self.head is None else [self.head], progress=True)
         lasting = effects[effects["half_life"] >= self.memory]
         best = (effects if lasting.empty else lasting).iloc[0]
         return HeadChoice(int(best["layer"]), int(best["head"]), float(best["half_life"]), float(best["nats"]))
 
-    def _train(
-        self, model: HookedRecurrent, collection: Collection, text: Tensor, place: tuple[int, int], recipe: Recipe
-    ) -> None:
+    def _trained(
+        self, model: HookedRecurrent, collection: Collection, text: Tensor, place: tuple[int, int], metric: MetricName
+    ) -> MatrixTrainingSAE:
+        """A dictionary."""
         from sae_lens_writesae.sae.metric_fit import fit_metrics
         from sae_lens_writesae.sae.runner import train, training_config
         from writesae.dictionaries import quiet
 
-        cfg = training_config(
-            collection,
-            *place,
-            target=recipe.target,
-            d_sae=self.d_sae,
-            metric="gauss_newton" if recipe.metric else "frobenius",
-            sae={"k": recipe.k},
-            training_tokens=self.training_tokens,
-            context_size=self.context_size,
-            seed=self.seed,
-            verbose=False,
-        )
+        sizes = {"d_sae": self.d_sae, "sae": {"k": 1}, "context_size": self.context_size, "seed": self.seed}
+        sizes |= {"training_tokens": self.training_tokens, "verbose": False}
         with quiet():
-            metric = fit_metrics(model, text[::4], [place], seed=self.seed)[place] if recipe.metric else None
-            sae = train(cfg, metric=metric)
-        save_dictionary(sae, self.out / recipe.folder)
+            fitted = None if metric == "frobenius" else fit_metrics(model, text[:64], [place], seed=self.seed)[place]
+            return train(training_config(collection, *place, metric=metric, **sizes), metric=fitted)
 
 
 def write_facts(n: int, say: Callable[[str], object]) -> list[dict[str, str]]:
@@ -228,7 +212,7 @@ def write_facts(n: int, say: Callable[[str], object]) -> list[dict[str, str]]:
     openings = []
     for name, title in SENTENCES.items() if n else ():
         with quiet():
-            found = board(name, 1, 1024, n, 1500, brief=True)
+            found = board(name, 1, 1024, n, 500, brief=True)
         *text, old, new = found["example"]
         rates = {row["method"]: row for row in found["rows"]}
         atom = {kind: share_text(rate) for kind, rate in rates["writesae_product"].items() if isinstance(rate, dict)}

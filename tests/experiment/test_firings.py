@@ -120,7 +120,7 @@ def test_the_draw_is_seeded_and_says_what_it_drew_from(firings: F.Firings) -> No
     assert drawn(firings, n_atoms=None).table["atom"].nunique() == 8
 
 
-def test_the_dominant_atom_is_written_and_a_position_counts_once(dense: torch.Tensor, firings: F.Firings) -> None:
+def test_the_dominant_atom_is_written_at_positions_drawn_uniformly(dense: torch.Tensor, firings: F.Firings) -> None:
     table = drawn(firings, n_atoms=None, firings_per_atom=30, written="dominant").table
     assert not table.duplicated(["sequence", "position"]).any()
     values = dense[table["sequence"].to_list(), table["position"].to_list()]
@@ -128,6 +128,10 @@ def test_the_dominant_atom_is_written_and_a_position_counts_once(dense: torch.Te
     assert np.allclose(table["activation"], values.max(1).values)
     own = drawn(firings, n_atoms=None, firings_per_atom=30).table
     assert (own["written_atom"] == own["atom"]).all() and own.duplicated(["sequence", "position"]).any()
+    rare = drawn(at((0, 5, 2)), written="dominant", firings_per_atom=N * T).table  # every position, firing or not
+    assert len(rare) == N * (T - 1 - 5) and rare.query("activation > 0")[["sequence", "position"]].values.tolist() == [
+        [0, 5]
+    ]
     nothing = firings.strongest(pd.DataFrame({"sequence": [0], "position": [T]}, index=[7]))
     assert nothing.index.tolist() == [7] and nothing["atom"].isna().all()
 

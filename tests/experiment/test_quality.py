@@ -3,59 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from sae_lens import ActivationsStore
+from sae_lens import SAE, ActivationsStore
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
-from saes import HEAD, HOOK, LAYER, STATE, native_writes, random_sae, tied_sae
+from saes import HEAD, HOOK, LAYER, STATE, muted, random_sae
 from saes import exact_sae as exact
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from hookpoints import HookedRecurrent, WriteEdit
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.runner import training_config
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.dictionaries import quiet
-from writesae.experiment.head import half_lives
 from writesae.experiment.lab import Lab
 from writesae.experiment.quality import DictionaryQuality, dictionary_quality, head_effects, qualities
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-
-
-def hold(model: HookedRecurrent, name: str, side: Tensor) -> None:
-    """Let the head have rows of `side` in turn, whatever it natively has."""
-
-    def hook(x: Tensor, hook: Any) -> Tensor:
-        x = x.clone()
-        x[:, :, HEAD] = side[torch.arange(x.shape[1]) % len(side)]
-        return x
-
-    model.add_hook(f"blocks.{LAYER}.mixer.{name}", hook, is_permanent=True)
-
-
-@pytest.fixture
-def prototypes(model: HookedRecurrent) -> Iterator[Any]:
-    """The dictionary of four matrices, of which the head of the model writes multiples, one at each token."""
-    keys, values = (normalize(side, dim=1) for side in native_writes(model, torch.arange(1, 5)[None]))
-    hold(model, "hook_k", keys)
-    hold(model, "hook_v", values)
-    yield tied_sae(keys, values, 1)
-    model.reset_hooks(including_permanent=True)
-
-
-@pytest.fixture
-def silenced(model: HookedRecurrent) -> Iterator[None]:
-    """The head of the model writes nothing."""
-    hold(model, "hook_v", torch.zeros(1, 6))
-    yield
-    model.reset_hooks(including_permanent=True)
 
 
 def finite(quality: DictionaryQuality) -> dict[str, Any]:
@@ -75,9 +44,9 @@ def test_an_exact_dictionary_gives_everything_back(model: HookedRecurrent, short
 
 
 def test_the_dictionary_of_planted_writes_has_their_cosine(
-    model: HookedRecurrent, prototypes: Any, short_text: Tensor
+    model64: HookedRecurrent, planted: SAE, equal_rows: Tensor
 ) -> None:
-    oracle = qualities(Lab(model, {"": prototypes}, short_text))[""]
+    oracle = dictionary_quality(model64, planted, equal_rows)
     assert oracle.explained == pytest.approx(1, abs=1e-4) and oracle.cosine == pytest.approx(1, abs=1e-4)
     assert oracle.l0 == oracle.alive == oracle.coverage == 1
     assert oracle.recovered is not None and oracle.recovered.low > 0.99
@@ -99,15 +68,17 @@ def test_recovered_kl_is_that_of_saelens(model: HookedRecurrent, short_text: Ten
         n_batches_in_buffer=4,
         verbose=False,
     )
-    dataset = Dataset.from_dict({"tokens": short_text.tolist()})
-    config = EvalConfig(batch_size_prompts=6, n_eval_reconstruction_batches=1, compute_kl=True)
+    config = EvalConfig(batch_size_prompts=1, n_eval_reconstruction_batches=1, compute_kl=True)
+    theirs: list[dict[str, float]] = []
     with quiet():
-        store = ActivationsStore.from_config(model, cfg, override_dataset=dataset)
-        metrics, _ = run_evals(sae, store, model, ActivationScaler(), config, exclude_special_tokens=False)
-    theirs = metrics["model_behavior_preservation"]
+        for row in short_text.tolist():
+            store = ActivationsStore.from_config(model, cfg, override_dataset=Dataset.from_dict({"tokens": [row]}))
+            metrics, _ = run_evals(sae, store, model, ActivationScaler(), config, exclude_special_tokens=False)
+            theirs.append(metrics["model_behavior_preservation"])
     ours = dictionary_quality(model, sae, short_text)
-    assert ours.deleted.mean == pytest.approx(theirs["kl_div_with_ablation"], rel=1e-3)
-    assert ours.recovered is not None and ours.recovered.mean == pytest.approx(theirs["kl_div_score"], abs=1e-3)
+    ablated, shares = ([each[name] for each in theirs] for name in ("kl_div_with_ablation", "kl_div_score"))
+    assert ours.deleted.mean == pytest.approx(np.mean(ablated), rel=1e-3)
+    assert ours.recovered is not None and ours.recovered.mean == pytest.approx(np.median(shares), abs=1e-3)
 
 
 def test_dead_atoms_equal_atoms_and_one_sequence_give_no_nan(model: HookedRecurrent, short_text: Tensor) -> None:
@@ -124,10 +95,9 @@ def test_dead_atoms_equal_atoms_and_one_sequence_give_no_nan(model: HookedRecurr
     assert one["deleted"]["low"] is None and one["recovered"]["high"] is None
 
 
-def test_a_head_that_writes_nothing_has_nothing_to_recover(
-    model: HookedRecurrent, short_text: Tensor, silenced: None
-) -> None:
-    quality = dictionary_quality(model, random_sae(model), short_text)
+def test_a_head_that_writes_nothing_has_nothing_to_recover(model: HookedRecurrent, short_text: Tensor) -> None:
+    with muted(model, 24):
+        quality = dictionary_quality(model, random_sae(model), short_text)
     assert finite(quality) | {"explained": None, "recovered": None, "cosine": None} == finite(quality)
     assert quality.deleted.mean == 0
 
@@ -143,11 +113,12 @@ def test_what_gives_no_coefficients_is_named(model: HookedRecurrent, short_text:
     assert list(qualities(Lab(model, {"a": scaled, "b": broken, "c": random_sae(model)}, short_text))) == ["c"]
 
 
-def test_heads_are_ordered_by_what_their_writes_do(model: HookedRecurrent, short_text: Tensor, silenced: None) -> None:
-    table = head_effects(model, short_text[:2, :12])
+def test_heads_are_ordered_by_what_their_writes_do(model: HookedRecurrent, short_text: Tensor) -> None:
+    with muted(model, 24):
+        table = head_effects(model, short_text[:2, :12])
     places = [(layer, head) for layer in model.cfg.recurrent_layers for head in range(model.cfg.layer(layer).H)]
     assert sorted(zip(table["layer"], table["head"])) == places and table["nats"].is_monotonic_decreasing
-    assert tuple(table.iloc[-1][["layer", "head", "nats"]]) == (LAYER, HEAD, 0)
+    assert set(table[table["nats"] == 0]["layer"]) == {LAYER}
 
 
 def test_what_a_heads_writes_do_is_the_kl_of_deleting_them(model: HookedRecurrent, short_text: Tensor) -> None:
@@ -159,5 +130,10 @@ def test_what_a_heads_writes_do_is_the_kl_of_deleting_them(model: HookedRecurren
         p, q = (logits.double().log_softmax(-1) for logits in (session.logits[0], edited))
         kl.append((p.exp() * (p - q)).sum(-1).mean())
     assert table.loc[HEAD, "nats"] == pytest.approx(float(torch.stack(kl).mean()), rel=1e-4)
-    lives = torch.cat([half_lives(model.recurrence(s, LAYER).select(heads=slice(0, 1))) for s in short_text[:2, None]])
-    assert table.loc[0, "half_life"] == float(lives.median())
+    lives = [  # by following the key of each write that has 12 tokens after it
+        int((left.norm(dim=-1) >= left[0].norm() / 2).long().cumprod(0).sum().clamp_max(12))
+        for r in (model.recurrence(sequence, LAYER).select(heads=slice(0, 1)) for sequence in short_text[:2, None])
+        for t in range(12)
+        for left in r.propagate(r.k[0, t], t, 0)[0, :, :13]
+    ]
+    assert table.loc[0, "half_life"] == float(torch.tensor(lives).median())

@@ -298,19 +298,6 @@ def test_the_command_writes_pages_from_folders(planted: WriteTopKSAE, tmp_path: 
         run_show([str(tmp_path / "one"), "--text", str(tmp_path / "latin.txt"), "--out", str(tmp_path)])
 
 
-def test_the_lead_says_what_the_numbers_say(data: AtomPagesData, site: Path, tmp_path: Path) -> None:
-    page, words = data.atoms[0], re.sub(r"\s+", " ", (site / "atom-0.html").read_text())
-    assert page.cosines is not None
-    assert f"on “{visible(page.fires_on[0].text)}”" in words
-    assert f"native write is {page.cosines.median:.2f} (median)" in words
-    assert f"half of its norm after {page.memory.half_life:g} token" in words
-    sides = ("Key side v", "Value side w", "The matrix", "What it does to the logits", "Firings by", "Read after")
-    assert all(f">{side}" in words for side in (*sides, "Activation density"))
-    assert words.count("<mark") >= len(page.top) + len(page.timelines) > len(page.top)
-    bare = write_atom_pages(AtomPagesData(data.info, [replace(page, cosines=None)]), tmp_path).with_name("atom-0.html")
-    assert "native write is zero wherever" in bare.read_text()
-
-
 def test_what_is_not_asked_for_is_not_measured(model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor) -> None:
     bare = replace(SMALL, atoms=(2,), effect_firings=0, quality=False).collect(model, planted, tokens, progress=False)
     assert bare.atoms[0].effect is None and bare.info["quality"] is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import torch
 from sae_lens import SAE
@@ -53,16 +55,23 @@ def head_writes(recurrence: Recurrence, head: int) -> LowRank:
 
 
 def half_lives(recurrence: Recurrence, limit: int = HALF_LIFE_LIMIT, n_starts: int = 24) -> Tensor:
-    """Tokens until a write of head 0 has lost half of its norm, for [n] evenly spaced writes of batch row 0.
+    """Tokens until a write has lost half of its norm, [n,H] for n evenly spaced writes of each head on batch row 0.
 
-    The key side p_t of a write is followed from p_t0 = k_t0; the half-life is the first t - t0 with |p_t| < |k_t0| / 2,
-    or `limit` if that comes later. Only writes with `limit` tokens after them are used; on sequences of fewer than
-    2 `limit` tokens the limit is T // 2. Cost: a vector recurrence per start.
+    The key side p_t of a write is followed from p_t0 = k_t0 (its first term); the half-life is the first t - t0 with
+    |p_t| < |k_t0| / 2, or `limit` if that comes later. Only writes with `limit` tokens after them are used; on
+    sequences of fewer than 2 `limit` tokens the limit is T // 2. Cost: a vector recurrence for each, all in one batch.
     """
     limit = min(limit, recurrence.T // 2)
-    starts = torch.linspace(0, recurrence.T - 1 - limit, n_starts).long().unique().tolist()
-    sides = [recurrence.propagate(recurrence.k[0, t].to(recurrence.dtype), t, 0)[0, 0, : limit + 1] for t in starts]
-    norms = torch.stack(sides).norm(dim=-1)
+    starts = torch.linspace(0, recurrence.T - 1 - limit, n_starts).long().unique()
+    keys = recurrence.k[0, starts].to(recurrence.dtype)  # [n,H,K]
+    keys = keys if keys.ndim == 3 else keys[:, :, 0]
+    fields = {each.name: getattr(recurrence, each.name) for each in dataclasses.fields(recurrence)}
+    over_time = {name: x for name, x in fields.items() if isinstance(x, Tensor) and x.shape[1:2] == (recurrence.T,)}
+    later = {name: x[0, starts[:, None] + 1 + torch.arange(limit)] for name, x in over_time.items() if x.ndim > 2}
+    nothing = torch.zeros_like(later["u"][..., :1])
+    # A vector is the only column of a state to which nothing is written.
+    idle = dataclasses.replace(recurrence, **later | {"u": nothing, "initial_state": keys[..., None]})
+    norms = torch.cat([keys.norm(dim=-1)[:, None], idle.states()[..., 0].norm(dim=-1)], 1)  # [n,1+limit,H]
     return (norms >= norms[:, :1] / 2).long().cumprod(1).sum(1).clamp_max(limit)
 
 
@@ -89,28 +98,49 @@ def dominant(sae: SAE, activations: Tensor) -> Tensor:
     return (activations.abs() * norms).argmax(1)
 
 
-def upper_model(model: HookedRecurrent, layer: int, tokens: Tensor) -> Callable[..., Tensor]:
-    """The model from a layer on, over one sequence [1,T], as a function of what is replaced: `logits(head, target,
-    matrices)` gives logits [T,vocab].
+class UpperModel(NamedTuple):
+    """The model from a layer on, over one sequence, as a function of what is replaced there."""
 
-    * head: 0 by default.
-    * target: "write" (by default) or "state". A replaced write goes into the state and is read from then on. A replaced
-      state is what its own reads see, while the recurrence goes on from the native one.
-    * matrices: [T,K,V] in the place of all of the head's; None (by default): nothing is replaced.
+    model: HookedRecurrent
+    layer: int
+    tokens: Tensor
+    """[1,T]"""
+    stream: Tensor
+    """[1,T,D], what enters the layer."""
+    recurrence: Recurrence
+    """Of all heads of the layer."""
 
-    Cost: a forward up to the layer; for each call of the function a forward from the layer on.
-    """
-    name = f"blocks.{layer}.hook_resid_pre"
-    _, cache = model.run_with_cache(tokens, names_filter=[name], stop_at_layer=layer + 1)
+    @classmethod
+    def of(cls, model: HookedRecurrent, layers: Sequence[int], tokens: Tensor) -> dict[int, Self]:
+        """For each of some layers, on tokens [1,T]. Cost: one forward up to the last of them."""
+        names = {layer: f"blocks.{layer}.hook_resid_pre" for layer in layers}
+        with model.recording(layers) as record:
+            _, cache = model.run_with_cache(tokens, names_filter=[*names.values()], stop_at_layer=max(layers) + 1)
+        return {n: cls(model, n, tokens, cache[name], record[n].recurrence) for n, name in names.items()}
 
-    def logits(head: int = 0, target: str = "write", matrices: Tensor | None = None) -> Tensor:
-        hooks: list[tuple[str | Callable, Callable]] = []
-        if matrices is not None:
-            flat = matrices.flatten(1)[None]
-            hooks = [(f"blocks.{layer}.mixer.heads.{head}.hook_{target}_vec", lambda x, hook: flat.to(x))]
-        return model.run_with_hooks(cache[name], fwd_hooks=hooks, start_at_layer=layer, tokens=tokens)[0]
+    def __call__(self, head: int = 0, target: str = "write", matrices: Tensor | None = None) -> Tensor:
+        """Logits [T,vocab]. Cost: a forward from the layer on.
 
-    return logits
+        Args:
+            target: "write" or "state". A replaced write goes into the state and is read from then on. A replaced state
+                is what its own reads see, while the recurrence goes on from the native one.
+            matrices: [T,K,V] in the place of all of the head's; None: nothing is replaced.
+        """
+        name = f"blocks.{self.layer}.mixer.heads.{head}.hook_{target}_vec"
+        hooks = [] if matrices is None else [(name, lambda x, hook: matrices.flatten(1)[None].to(x))]
+        return self._run(1, hooks)[0]
+
+    def without(self, heads: Sequence[int]) -> Tensor:
+        """Logits [1+n,T,vocab]: of nothing replaced, and of all writes of each of n heads deleted, which is a head that
+        reads zeros. Cost: a forward from the layer on, of 1 + n rows."""
+
+        mask = self.stream.new_ones(1 + len(heads), 1, self.recurrence.H, 1)
+        mask[range(1, len(mask)), 0, list(heads)] = 0
+        return self._run(len(mask), [(f"blocks.{self.layer}.mixer.hook_read", lambda read, hook: read * mask.to(read))])
+
+    def _run(self, rows: int, hooks: list) -> Tensor:
+        stream, tokens = (x.expand(rows, *x.shape[1:]) for x in (self.stream, self.tokens))
+        return self.model.run_with_hooks(stream, fwd_hooks=hooks, start_at_layer=self.layer, tokens=tokens)
 
 
 def nats(logits: Tensor, tokens: Tensor) -> float:

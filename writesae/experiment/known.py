@@ -22,8 +22,11 @@ from torch.nn.functional import normalize, one_hot
 
 from hookpoints import HookedRecurrent, write_attribution, zoo
 from sae_lens_writesae import LowRank, train_many_on_writes, train_on_writes, training_config
+from writesae.experiment.firings import bar
 from writesae.verdict.statistics import estimate
 
+LR = 3e-3
+"""Learning rate of Adam."""
 GRID = (16, 24, 32, 48, 64, 96)
 """Numbers of atoms of a side that are tried."""
 TOLERANCE = 0.02
@@ -86,7 +89,7 @@ class World(NamedTuple):
         task, model = zoo.task(name), HookedRecurrent.from_pretrained(name)
         holder = max(zoo.truth(name).holders, key=lambda each: len(each.heads))  # of the key or of the value
         pairs = task.sizes[2 * len(task.sizes) // 3]["pairs"]
-        batch = task.batch(sequences, torch.Generator().manual_seed(9), pairs=pairs)
+        batch = task.batch(sequences, torch.Generator().manual_seed(9), pairs=pairs)  # pyright: ignore[reportCallIssue]
         form, at = model.recurrence(batch.tokens, holder.layer), batch.places[holder.holds][:, :-1] + holder.offset
         chosen = [side[torch.arange(sequences)[:, None], at][:, :, list(holder.heads)] for side in (form.k, form.u)]
         symbols = (batch.symbols[kind][:, :-1].flatten() for kind in ("keys", "values"))
@@ -103,10 +106,10 @@ class World(NamedTuple):
 
 
 def vector_topk(
-    rows: Tensor, sizes: Sequence[tuple[int, int, int]], steps: int, fitted: int | None = None
+    rows: Tensor, sizes: Sequence[tuple[int, int, int]], steps: int, fitted: int | None = None, lr: float = LR
 ) -> list[Side]:
     """TopK autoencoders of vectors [N,D], one for each (F, k, seed), trained side by side on the first `fitted` rows: a
-    tied start from rows, no biases, Adam at 3e-3 with a cosine, batches of 128."""
+    tied start from rows, no biases, Adam with a cosine, batches of 128."""
     most, active, scale = max(n for n, _, _ in sizes), max(k for _, k, _ in sizes), rows.norm(dim=1).mean()
     start = torch.zeros(len(sizes), most, rows.shape[1])
     for m, (n, _, seed) in enumerate(sizes):
@@ -119,9 +122,9 @@ def vector_topk(
         kept = top.values.clamp_min(0).masked_fill(torch.arange(active) >= k, 0)
         return torch.zeros(*kept.shape[:2], most).scatter(-1, top.indices, kept)
 
-    optimizer, generator = torch.optim.Adam([atoms, encoder], lr=3e-3, fused=True), torch.Generator().manual_seed(0)
+    optimizer, generator = torch.optim.Adam([atoms, encoder], lr=lr, fused=True), torch.Generator().manual_seed(0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+    for _ in bar(range(steps), "vector autoencoders"):
         x = rows[torch.randint(len(rows[:fitted]), (128,), generator=generator)] / scale
         optimizer.zero_grad()
         (code(x) @ atoms - x).square().sum(-1).mean(1).sum().backward()
@@ -132,10 +135,10 @@ def vector_topk(
         return [Side(c[:, : size[0]], a[: size[0]], bits(*size[:2])) for c, a, size in zip(found, atoms, sizes)]
 
 
-def choose_size(rows: Tensor, active: Sequence[int], steps: int) -> tuple[int, int]:
+def choose_size(rows: Tensor, active: Sequence[int], steps: int, lr: float = LR) -> tuple[int, int]:
     """(F, k), without labels, by the rule of `TOLERANCE`, from vector autoencoders of all sizes."""
     sizes, fitted = [(n, k, 0) for n in GRID for k in active], len(rows) * 7 // 8
-    left = [(c @ a - rows)[fitted:].square().sum() for c, a, _ in vector_topk(rows, sizes, steps, fitted)]
+    left = [(c @ a - rows)[fitted:].square().sum() for c, a, _ in vector_topk(rows, sizes, steps, fitted, lr)]
     most = min(left) + TOLERANCE * (rows - rows.mean(0))[fitted:].square().sum()
     return next((n, k) for (n, k, _), each in zip(sizes, left) if each <= most)
 
@@ -206,37 +209,40 @@ def of_product(sae: Any, keys: Tensor, values: Tensor) -> Code:
 
 def fits(world: World, head: int, seeds: int, steps: int, brief: bool = False) -> dict[str, list[Code]]:
     """Each method's codes of the writes of a head, one for each seed; "truth" and the nulls behind them. `brief`:
-    product dictionaries and quantizers alone, which are fitted in seconds, and the nulls."""
+    product dictionaries and quantizers alone, at a rate that is enough for a third of the steps, and the nulls."""
     keys, values, every = world.keys[head].contiguous(), world.values[head].contiguous(), range(seeds)
-    (n_key, _), (n_value, k) = choose_size(keys, (1,), steps // 2), choose_size(values, (1, 2, 3, 4), steps // 2)
+    lr = 1e-2 if brief else LR
+    (n_key, _), (n_value, k) = (
+        choose_size(keys, (1,), steps // 2, lr),
+        choose_size(values, (1, 2, 3, 4), steps // 2, lr),
+    )
     n_atoms = (n_key * keys.shape[1] + n_value * values.shape[1]) // (keys.shape[1] + values.shape[1])
     place = world.model, world.holder.layer, world.holder.heads[head]
 
     def config(architecture: str, n: int, rows: int, seed: int, n_steps: int = steps, **sae: int | str) -> Any:
-        runner: dict[str, Any] = {"train_batch_size_tokens": rows, "training_tokens": rows * n_steps, "verbose": False}
-        return training_config(*place, architecture=architecture, d_sae=n, sae=sae, seed=seed, context_size=8, **runner)
+        runner: dict[str, Any] = {"train_batch_size_tokens": rows, "training_tokens": rows * n_steps, "lr": lr}
+        runner |= {"architecture": architecture, "d_sae": n, "sae": sae, "seed": seed, "context_size": 8}
+        return training_config(*place, **runner, verbose=False)
 
-    vectors = [
-        vector_topk(x, [(n, a, s) for s in every], 1 if brief else steps)
-        for x, n, a in ((keys, n_key, 1), (values, n_value, k))
-    ]
-    found = {} if brief else {"vector TopK autoencoders of k and of u": [of_sides(*sides) for sides in zip(*vectors)]}
+    def product(n_steps: int, start: str) -> list[Code]:
+        own = {"f_key": n_key, "f_value": n_value, "k_value": k, "decoder_init": start}
+        configs = (config("writesae_product", n_key * n_value, 256, s, n_steps, **own) for s in every)
+        return [of_product(train_on_writes(each, keys, values), keys, values) for each in configs]
+
+    found = {}
+    if not brief:
+        vectors = (
+            vector_topk(x, [(n, a, s) for s in every], steps) for x, n, a in ((keys, n_key, 1), (values, n_value, k))
+        )
+        found["vector TopK autoencoders of k and of u"] = [of_sides(*sides) for sides in zip(*vectors)]
     for name, fit in (
         ("product quantizer (k-means of k and of u)", kmeans),
         ("residual quantizers of k and of u", residual),
         ("SVD of keys and of values, equal bits", partial(svd, bits_most=bits(n_value, k))),
-    ):
+    )[: 1 if brief else None]:
         found[name] = [of_sides(fit(keys, n_key, seed), fit(values, n_value, seed)) for seed in every]
-    product = {"f_key": n_key, "f_value": n_value, "k_value": k}
-    for name, n_steps, start in (
-        ("writesae_product", steps, "native"),
-        ("null: untrained writesae_product", 1, "random"),
-    ):
-        configs = [
-            config("writesae_product", n_key * n_value, 256, s, n_steps, decoder_init=start, **product) for s in every
-        ]
-        saes = [train_on_writes(each, keys, values) for each in configs]
-        found[name] = [of_product(sae, keys, values) for sae in saes]
+    found["writesae_product"] = product(steps, "native")
+    found["null: untrained writesae_product"] = product(1, "random")
     codes = {
         "writesae_topk, equal parameters": (n_atoms, {"k 1": 1, "k 4": 4, "k 32": 32}),
         "writesae_topk, 16 times the atoms": (16 * n_atoms, {"k 1": 1, "k of the value side": k}),
@@ -252,8 +258,12 @@ def fits(world: World, head: int, seeds: int, steps: int, brief: bool = False) -
     labels, parts = one_hot(world.key_symbols).float(), world.parts(world.value_symbols)
     mixed = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))
     truth = of_sides(of_labels(keys, labels), of_labels(values, parts))
-    permuted = of_sides(of_labels(keys, labels[mixed]), of_labels(values, parts[mixed]))
-    found |= {"truth: vectors fitted to the symbols": [truth], "null: vectors fitted to permuted symbols": [permuted]}
+    if not brief:
+        permuted = of_sides(of_labels(keys, labels[mixed]), of_labels(values, parts[mixed]))
+        found |= {
+            "truth: vectors fitted to the symbols": [truth],
+            "null: vectors fitted to permuted symbols": [permuted],
+        }
     another = (x[mixed] if isinstance(x, Tensor) and len(x) == len(mixed) else x for x in truth)
     found["null: another pair's write"] = [Code._make(another)]
     return found

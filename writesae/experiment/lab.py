@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple, TypeAlias, TypeVar, cast
 
@@ -14,24 +14,19 @@ import torch
 from numpy.typing import ArrayLike
 from sae_lens import SAE
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hookpoints import EditSession, HookedRecurrent, Recurrence, WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.matrix import MatrixSAE
 from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_hook, check_plain_activations
-from writesae.experiment.firings import Firings, collect_firings, folds
+from writesae.experiment.firings import Firings, bar, collect_firings, folds
 from writesae.experiment.head import head_writes
 from writesae.experiment.head_baselines import MAX_TOKENS, HeadBaselines, tokens_and_before
 from writesae.files import Json
 
 T = TypeVar("T")
 
-_CPU_TOKENS = 4096
-"""Tokens of one batch on a CPU: runs to the end of a sequence were 2.5 times slower at 40,000, which no cache holds."""
-_STRETCH = 24
-"""Tokens that a batch may always stretch over: a call costs as much as a few dozen tokens of a small model."""
 _LOGIT_FLOATS = 128_000_000
 """Float32 logits of one batch: 512 MB."""
 _NO_OPS = 32
@@ -238,10 +233,10 @@ class Lab:
         recurrence = session.recurrence(self.hook.layer).select(heads=slice(self.hook.head, self.hook.head + 1))
         return Site(sequence, pd.DataFrame() if rows is None else rows, session, recurrence, head_writes(recurrence, 0))
 
-    def native_writes(self, sequences: Iterable[int], tokens: Tensor | None = None) -> LowRank:
+    def native_writes(self, sequences: Sequence[int], tokens: Tensor | None = None) -> LowRank:
         """Native writes of some sequences of the text, or of other `tokens`, one after the other. Cost: a forward each
         up to the layer."""
-        parts = [head_writes(self.recurrence(n, tokens), 0) for n in sequences]
+        parts = [head_writes(self.recurrence(n, tokens), 0) for n in self.bar(sequences, "writes")]
         return LowRank(torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts]))
 
     def recurrence(self, sequence: int, tokens: Tensor | None = None) -> Recurrence:
@@ -305,16 +300,16 @@ class Lab:
             window: tokens that are run from each trial's position on; None: to the end of the sequence.
             plain: run a row without edits in each batch, so that both sides of a difference come from one arithmetic.
 
-        Cost: rows of `window` tokens, from the edited layer up. Trials go in batches of near positions, because a
-        batch starts at its first position; the session keeps the prefix for later ones.
+        Cost: rows of `window` tokens, from the edited layer up. Trials go in batches of near positions.
         """
         parts: list[pd.DataFrame] = []
         length, vocabulary = site.session.logits.shape[1:]
-        for batch in self._batches(trials, length, vocabulary, window, extra=int(plain)):
+        positions, room = [trial.position for trial in trials], _LOGIT_FLOATS // vocabulary
+        for batch in site.session.batches(positions, length, self.rows_per_run, window=window, room=room):
             last = trials[batch[-1]].position
             stop = length if window is None else last + window
             edits = [trials[n].edits for n in batch] + ([[]] if plain else [])
-            run = site.session.run(edits, stop=stop, batch_size=len(edits))
+            run = site.session.run(edits, stop=stop, batch_size=len(edits), apart=False)
             rows = EditedRows(
                 trials=[trials[n] for n in batch],
                 native=site.session.logits[0],
@@ -329,24 +324,6 @@ class Lab:
             self.counts["runs"] += len(batch)
         read = pd.concat(parts).sort_index()
         return pd.DataFrame([trial.row for trial in trials]).assign(**{str(name): read[name] for name in read})
-
-    def _batches(
-        self, trials: Sequence[Trial], length: int, vocabulary: int, window: int | None, extra: int
-    ) -> Iterator[list[int]]:
-        room = _LOGIT_FLOATS // vocabulary
-        if self.tokens.device.type == "cpu" and torch.device(self.model.cfg.device).type == "cpu":
-            room = min(room, _CPU_TOKENS)
-        batch: list[int] = []
-        for row in sorted(range(len(trials)), key=lambda n: trials[n].position):
-            if batch:
-                stop = length if window is None else trials[row].position + window
-                stretch = stop - trials[batch[0]].position
-                far = window is not None and stretch > max(2 * window, _STRETCH)
-                if far or (len(batch) + 1 + extra) * stretch > room or len(batch) == self.rows_per_run:
-                    yield batch
-                    batch = []
-            batch.append(row)
-        yield batch
 
     def floor(
         self, readout: Readout, column: str, window: int, quantile: float = 0.95, *, plain: bool = False
@@ -372,8 +349,8 @@ class Lab:
     # -- bookkeeping
 
     def bar(self, items: Sequence[T], name: str) -> Iterator[T]:
-        """`items`, with a progress bar where it was asked for; TQDM_DISABLE=1 takes every bar away."""
-        return iter(tqdm(items, desc=name) if self.progress else items)
+        """`items`, with a progress bar where it was asked for."""
+        return iter(bar(items, name, self.progress))
 
     def require(self, condition: bool, message: str) -> None:
         """Raise NothingToMeasureError with `message`, and what was left out so far, unless `condition` holds."""

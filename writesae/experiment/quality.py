@@ -1,7 +1,7 @@
 """What a dictionary is worth on held-out text, in the standard numbers; and what the writes of a head do at all.
 
 The whole-stream number replaces every write of the head at once by its reconstruction. It needs no choice of an atom, a
-scale or a control, and is the share of KL that SAELens' own evaluator calls `kl_div_score`.
+scale or a control, and is the median over sequences of what SAELens' own evaluator calls `kl_div_score`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.target import HookTarget, check_plain_activations, has_plain_activations
+from writesae.experiment.firings import bar
 from writesae.experiment.head import (
     ROUNDING,
+    UpperModel,
     decoded,
     dominant,
     encoded,
     half_lives,
     head_writes,
     matrices_of,
-    upper_model,
 )
 from writesae.experiment.lab import Lab
 from writesae.experiment.readout import divergences
@@ -35,7 +36,7 @@ from writesae.verdict.statistics import Estimate, estimate, recovered_share
 
 SEQUENCES = 64
 """Sequences of the text that are looked at, the first ones."""
-_HALF_LIVES = 8
+_HALF_LIVES = 4
 """Sequences from which half-lives are taken: each costs a vector recurrence for two dozen writes of each head."""
 
 
@@ -63,7 +64,7 @@ class DictionaryQuality:
     floor: float
     """The same where all are replaced by themselves."""
     recovered: Estimate | None
-    """1 - sum KL(replaced) / sum KL(deleted), over sequences. None: deletion moves no more than the floor."""
+    """Median over sequences of 1 - KL(replaced) / KL(deleted). None: deletion moves no more than the floor."""
 
     def to_dict(self) -> dict[str, Json]:
         """Plain JSON values; an interval that does not exist is None."""
@@ -95,22 +96,23 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
     One that normalises its input, or whose activations are not finite, is left out: its activations are no coefficients
     of atoms.
 
-    Cost: per sequence two forwards up to the layer, and from the layer on one, two for each target and one for each
+    Cost: per sequence a forward up to the layer, and from the layer on two, one for each target and one for each
     dictionary; an encode and decode of each matrix.
     """
     own: dict[str, list[dict]] = {label: [] for label, sae in lab.saes.items() if has_plain_activations(sae)}
     for sequence in lab.bar(range(min(SEQUENCES, len(lab.tokens))), "dictionary quality"):
-        recurrence = lab.recurrence(sequence)
-        upper, head = upper_model(lab.model, lab.hook.layer, lab.tokens[[sequence]]), lab.hook.head
-        native, writes = upper(), head_writes(recurrence, 0)
+        layer, head = lab.hook.layer, lab.hook.head
+        upper = UpperModel.of(lab.model, [layer], lab.tokens[[sequence]])[layer]
+        recurrence = upper.recurrence.select(heads=slice(head, head + 1))
+        (native, silent), writes = upper.without([head]), head_writes(recurrence, 0)
         for target in {lab.hooks[label].target for label in own}:
             x = matrices_of(recurrence, target)
             flat = x.flatten(1).double()
             shared = {
                 "sum": flat.sum(0),
                 "square": float(flat.square().sum()),
-                "deleted": _kl(native, upper(head, target, torch.zeros_like(x))),
-                "itself": _kl(native, upper(head, target, x)),
+                "deleted": float(_kl(native, silent[None])),
+                "itself": float(_kl(native, upper(head, target, x)[None])),
             }
             for label in [label for label in own if lab.hooks[label].target == target]:
                 activations = encoded(lab.saes[label], x)
@@ -127,7 +129,7 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
                     "covered": int(fires.sum()),
                     "fired": on.any(0).cpu(),
                     "cosine": atoms.cosine(writes.rows(fires.to(writes.keys.device))).cpu(),
-                    "kl": _kl(native, upper(head, target, rebuilt)),
+                    "kl": float(_kl(native, upper(head, target, rebuilt)[None])),
                 }
                 own[label].append(shared | of_dictionary)
     found = {}
@@ -153,7 +155,12 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
 
 @torch.no_grad()
 def head_effects(
-    model: HookedRecurrent, tokens: Tensor, layers: Iterable[int] | None = None, heads: Iterable[int] | None = None
+    model: HookedRecurrent,
+    tokens: Tensor,
+    layers: Iterable[int] | None = None,
+    heads: Iterable[int] | None = None,
+    *,
+    progress: bool = False,
 ) -> pd.DataFrame:
     """What the writes of heads do, to choose one by: sorted by it, the largest first.
 
@@ -162,32 +169,31 @@ def head_effects(
         layers: None: all recurrent layers.
         heads: None: all heads of each.
 
-    Returns: columns layer, head, half_life (tokens, median over writes of the first 8 sequences) and nats
+    Returns: columns layer, head, half_life (tokens, median over writes of the first 4 sequences) and nats
     (KL(native || edited) per token where all writes of the head are deleted).
 
-    Cost: per sequence and layer three forwards up to the layer, and one from it on for each head.
+    Cost: per sequence a forward, and for each layer one from it on with a row for each head.
     """
     rows: list[tuple[int, int, float, float]] = []
-    chosen = None if heads is None else list(heads)
-    for layer in model.cfg.recurrent_layers if layers is None else layers:
-        of_layer = range(model.cfg.layer(layer).H) if chosen is None else chosen
-        nats: dict[int, list[float]] = {head: [] for head in of_layer}
-        lives: dict[int, list[Tensor]] = {head: [] for head in of_layer}
-        for n, sequence in enumerate(tokens[:, None]):
-            whole, upper = model.recurrence(sequence, layer), upper_model(model, layer, sequence)
-            native = upper()
-            for head in of_layer:
-                one = whole.select(heads=slice(head, head + 1))
-                zero = torch.zeros_like(matrices_of(one, "write"))
-                nats[head].append(_kl(native, upper(head, "write", zero)))
-                if n < _HALF_LIVES:
-                    lives[head].append(half_lives(one))
-        rows += [(layer, h, float(torch.cat(lives[h]).median()), float(np.mean(nats[h]))) for h in of_layer]
+    places = {
+        layer: list(range(model.cfg.layer(layer).H) if heads is None else heads)
+        for layer in (model.cfg.recurrent_layers if layers is None else layers)
+    }
+    nats, lives = ({layer: list[Tensor]() for layer in places} for _ in range(2))
+    for n, sequence in enumerate(bar(tokens.split(1), "what heads' writes do", progress)):
+        for layer, upper in UpperModel.of(model, list(places), sequence).items():
+            native, *silent = upper.without(places[layer])
+            nats[layer].append(_kl(native, torch.stack(silent)))
+            if n < _HALF_LIVES:
+                lives[layer].append(half_lives(upper.recurrence.select(heads=places[layer])))
+    for layer, of_layer in places.items():
+        middle, mean = torch.cat(lives[layer]).median(0).values, torch.stack(nats[layer]).mean(0)
+        rows += zip([layer] * len(of_layer), of_layer, middle.tolist(), mean.tolist())
     table = pd.DataFrame(rows, columns=["layer", "head", "half_life", "nats"])
     return table.sort_values("nats", ascending=False, ignore_index=True)
 
 
-def _kl(native: Tensor, edited: Tensor) -> float:
-    """KL(native || edited) of next-token distributions, mean over tokens, from logits [T,vocab]."""
-    positions = torch.arange(len(native), device=native.device)[None]
-    return float(divergences(native, positions, edited[None]).forward.double().mean())
+def _kl(native: Tensor, edited: Tensor) -> Tensor:
+    """[N] KL(native || edited) of next-token distributions, mean over tokens, from logits [T,vocab] and [N,T,vocab]."""
+    positions = torch.arange(len(native), device=native.device).expand(len(edited), -1)
+    return divergences(native, positions, edited).forward.double().mean(1)

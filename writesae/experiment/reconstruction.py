@@ -18,6 +18,7 @@ from writesae.experiment.conditions import scaled
 from writesae.experiment.evaluation import Result
 from writesae.experiment.head import (
     ROUNDING,
+    UpperModel,
     decoded,
     dominant,
     encoded,
@@ -26,7 +27,6 @@ from writesae.experiment.head import (
     mean_write,
     nats,
     state_direction,
-    upper_model,
 )
 from writesae.experiment.lab import Lab, Site, Trial
 from writesae.experiment.pca import MatrixPca, fit_pca
@@ -218,8 +218,8 @@ def replacement_costs(
 
     Cost: a forward from the layer on for each row, and an SVD of each state.
     """
-    recurrence = lab.recurrence(sequence)
-    upper = upper_model(lab.model, lab.hook.layer, lab.tokens[[sequence]])
+    upper = UpperModel.of(lab.model, [lab.hook.layer], lab.tokens[[sequence]])[lab.hook.layer]
+    recurrence = upper.recurrence.select(heads=slice(lab.hook.head, lab.hook.head + 1))
     tokens, target = lab.tokens[sequence], lab.hook.target
     native, x = nats(upper(), tokens), matrices_of(recurrence, target)
     mean = basis.target_mean.to(x).view(x.shape[1:]).expand_as(x)

@@ -55,7 +55,7 @@ def evaluate_all(
     """
     beside = {} if controls is None else control_dictionaries(model, saes, controls)
     everything = dict(saes) | {f"{n}, {control}": sae for control, own in beside.items() for n, sae in own.items()}
-    quality = quality_of_heads(model, everything, tokens)
+    quality = quality_of_heads(model, everything, tokens, progress=progress)
     results: list[Result] = []
 
     def one(evaluation: Evaluation, group: Mapping[str, SAE], control: Control | None = None, of: str = "") -> Result:
@@ -93,13 +93,16 @@ def _folder(out: Path, kind: str, label: str) -> Path:
     return out / kind / name
 
 
-def quality_of_heads(model: HookedRecurrent, saes: Mapping[str, SAE], tokens: Tensor) -> Callable[[str], Json]:
+def quality_of_heads(
+    model: HookedRecurrent, saes: Mapping[str, SAE], tokens: Tensor, *, progress: bool = False
+) -> Callable[[str], Json]:
     """A function that gives the quality of a dictionary by its label, as `DictionaryQuality.to_dict` has it. All
     dictionaries of a head are measured together, when the first of them is asked for. None: `qualities` has none."""
 
     @cache
     def of_head(cell: str) -> dict[str, DictionaryQuality]:
-        return qualities(Lab(model, {n: sae for n, sae in saes.items() if HeadHook.of(sae).cell == cell}, tokens))
+        of_cell = {label: sae for label, sae in saes.items() if HeadHook.of(sae).cell == cell}
+        return qualities(Lab(model, of_cell, tokens, progress=progress))
 
     def of(label: str) -> Json:
         found = of_head(HeadHook.of(saes[label]).cell).get(label)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import NamedTuple, cast
 
@@ -114,7 +114,7 @@ class Facts:
         Cost: one forward up to the layer per sequence, and one vector recurrence for each of these firings.
         """
         settings, found = self.settings, [list[Trace]() for _ in self.number]
-        for s, rows in self._sample(settings.half_life_firings, 1, stream=2):
+        for s, rows in self.lab.bar(self._sample(settings.half_life_firings, 1, stream=2), "memory"):
             recurrence = self.lab.recurrence(s)
             total = recurrence.outputs()[0, :, 0].norm(dim=-1)
             for column, t, activation in rows:
@@ -126,15 +126,15 @@ class Facts:
                 found[column].append(Trace(s, t, activation, life, activation * share.double().cpu().numpy()))
         return found
 
-    def _sample(self, per_atom: int, room: int, stream: int) -> Iterator[tuple[int, list[tuple[int, int, float]]]]:
+    def _sample(self, per_atom: int, room: int, stream: int) -> list[tuple[int, list[tuple[int, int, float]]]]:
         """By sequence: column, position and activation of up to `per_atom` firings of each atom, with `room` tokens
         after them."""
         last, rng = self.ids.shape[1] - 1 - room, self.lab.rng(stream)
         table = sample_firings(self.firings, self.number, per_atom, first=0, last=last, rng=rng)
         table["column"] = np.searchsorted(self.number, table["atom"])
-        for sequence, rows in table.groupby("sequence"):
-            columns = (rows[name].tolist() for name in ("column", "position", "activation"))
-            yield cast(int, sequence), list(zip(*columns))
+        columns = ["column", "position", "activation"]
+        groups = table.groupby("sequence")
+        return [(cast(int, n), list(zip(*(rows[name].tolist() for name in columns)))) for n, rows in groups]
 
     def cosines(self, column: int) -> NDArray[np.float64]:
         """[3,N T] signed cosines of one atom with every native write: of the matrices, of the key sides and of the
@@ -177,7 +177,7 @@ class Facts:
                 total[cast(int, trial.row["column"])] += cast(float, trial.row["sign"]) * change
             return {}
 
-        for sequence, firings in self._sample(settings.effect_firings, settings.effect_horizon, stream=1):
+        for sequence, firings in lab.bar(self._sample(settings.effect_firings, settings.effect_horizon, 1), "effects"):
             site, trials = lab.site(sequence), list[Trial]()
             size = site.writes.norm()
             for column, t in [(column, t) for column, t, _ in firings if size[t] > 0]:
