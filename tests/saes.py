@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae import TRAINING, WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.sae.target import HeadHook
+from writesae import Result
+from writesae.experiment.evaluation import Evaluation
 
 LAYER, HEAD, K, V = 1, 2, 8, 6
 HOOK = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write_vec"
@@ -24,7 +27,6 @@ def sae_of(
     atoms: LowRank,
     k: int,
     *,
-    read: LowRank | None = None,
     flat: bool = False,
     **cfg: object,
 ) -> WriteTopKSAE:
@@ -32,19 +34,18 @@ def sae_of(
 
     Args:
         atoms: F matrices of rank R, as they are written at activation 1.
-        read: what activations are inner products with; by default the atoms.
         flat: keep the same atoms as dense matrices (a FlatSAE).
         cfg: more fields of the config.
     """
     kinds = {"encoder": "dense", "decoder": "flat"} if flat else {"rank": atoms.rank}
-    d_k, d_v, read = atoms.keys.shape[-1], atoms.values.shape[-1], atoms if read is None else read
+    d_k, d_v = atoms.keys.shape[-1], atoms.values.shape[-1]
     meta = SAEMetadata(hook_name=hook, model_name=model)
     sizes = {"d_in": d_k * d_v, "d_k": d_k, "d_sae": len(atoms), "k": k}
     sae = WriteTopKSAE(WriteTopKSAEConfig(**sizes | kinds | cfg, metadata=meta))  # pyright: ignore[reportArgumentType]
     sae = sae.to(atoms.keys.dtype)
-    given = {"v": atoms.keys, "w": atoms.values, "v_enc": read.keys, "w_enc": read.values}
+    given = {"v": atoms.keys, "w": atoms.values, "v_enc": atoms.keys, "w_enc": atoms.values}
     if flat:
-        given = {"decoder_matrix": atoms.dense().flatten(1), "encoder_matrix": read.dense().flatten(1).T}
+        given = {"decoder_matrix": atoms.dense().flatten(1), "encoder_matrix": atoms.dense().flatten(1).T}
     for name in given.keys() & dict(sae.named_parameters()).keys():  # a tied encoder has no factors of its own
         getattr(sae, name).copy_(given[name])
     return sae
@@ -183,3 +184,8 @@ def exact_sae(hook: str = HOOK, model_name: str = "", k: int = K, v: int = V, **
     basis = torch.cat([torch.eye(d_in), -torch.eye(d_in)])
     sae.decoder_matrix.data, sae.encoder_matrix.data = basis, basis.T.contiguous()
     return sae
+
+
+def runner(evaluation: type[Evaluation], **small: Any) -> Callable[..., Result]:
+    """Runs an evaluation with small settings, `run(model, sae, tokens, **changes)`."""
+    return lambda model, sae, tokens, **changes: evaluation(**small | changes).run(model, sae, tokens, progress=False)

@@ -19,7 +19,7 @@ from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import text_dataset
 from writesae import choices as study
-from writesae.choices import MATCHED, DictionaryName, Target
+from writesae.choices import MATCHED, DictionaryName
 from writesae.dictionaries import Collect, Train
 from writesae.experiment.traits import objective, variant
 
@@ -137,15 +137,15 @@ def test_a_head_that_was_not_collected_is_said_before_training(collection: Colle
     assert list(tmp_path.iterdir()) == [file]
 
 
-@pytest.mark.parametrize("target", ["write", "state"])
+@pytest.mark.parametrize("name", ["write-seed0", "state-seed0", "state-reads-seed0"])
 def test_a_killed_training_goes_on_from_its_checkpoint(
-    target: Target, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of writes to the same bytes; of states on other rows."""
+    """On factors to the same bytes; in SAELens' trainer on other rows."""
 
     steps, whole_step = itertools.count(), torch.optim.Adam.step
 
-    def train(name: str, kill_at: int = 10**6) -> bytes:
+    def train(out: str, kill_at: int = 10**6) -> bytes:
         def step(own: torch.optim.Adam, *arguments: object) -> object:
             if next(steps) == kill_at:
                 raise InterruptedError
@@ -153,17 +153,18 @@ def test_a_killed_training_goes_on_from_its_checkpoint(
 
         monkeypatch.setattr(torch.optim.Adam, "step", step)
         sizes = SIZES | {"training_tokens": 4096}
-        Train(collection=collection.folder, heads=(0,), targets=(target,), out=tmp_path / name, **sizes).run(str)
-        return (tmp_path / name / f"L2H0/{target}-seed0/sae/sae_weights.safetensors").read_bytes()
+        Train(collection=collection.folder, heads=(0,), names=(name,), out=tmp_path / out, **sizes).run(str)
+        return (tmp_path / out / f"L2H0/{name}/sae/sae_weights.safetensors").read_bytes()
 
     monkeypatch.setattr(fast, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(fast, "STATES_FROM", 1)
     whole = train("whole")
     assert next(steps) == 32
     with pytest.raises(InterruptedError):
         train("killed", kill_at=53)
     assert list((tmp_path / "killed").rglob("checkpoint"))
     resumed = train("killed")
-    assert next(steps) - 54 in (12, 13) and (resumed == whole) == (target == "write")
+    assert next(steps) - 54 in (12, 13) and (resumed == whole) == (name != "state-reads-seed0")
     assert not list((tmp_path / "killed").rglob("*checkpoint*"))
 
 

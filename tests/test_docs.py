@@ -22,14 +22,13 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 sys.path.append(str(ROOT / "scripts"))
 
-import findings  # noqa: E402
 import pictures  # noqa: E402
 import tables  # noqa: E402
 
 import hookpoints  # noqa: E402
 import sae_lens_writesae  # noqa: E402
 from hookpoints.hooks.table import HOOKS  # noqa: E402
-from writesae import EVALUATIONS, Result, Substitution  # noqa: E402
+from writesae import EVALUATIONS  # noqa: E402
 
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)\n```$)?", flags=re.MULTILINE | re.DOTALL)
 """A Python block, and what it prints, where that stands below it."""
@@ -98,35 +97,10 @@ def test_a_picture_is_no_older_than_its_sources(name):
     assert json.loads(pictures.SOURCES.read_text())[name] == pictures.note(name)
 
 
-@pytest.mark.parametrize(
-    ("path", "page"),
-    [
-        (findings.RESULTS, findings.results_page),
-        pytest.param(findings.DICTIONARIES, findings.dictionaries_page, marks=pytest.mark.slow),
-    ],
-    ids=("results", "dictionaries"),
-)
-def test_the_pages_of_findings_are_made_of_their_data(path, page):
-    """`python scripts/findings.py` writes them."""
-    assert path.read_text() == page(findings.read(path))
-
-
 def test_no_page_needs_a_network():
     assert "font: false" in (ROOT / "mkdocs.yml").read_text()
     for file in [ROOT / "mkdocs.yml", *(ROOT / "docs").glob("*.css"), *(ROOT / "docs").glob("*.md")]:
         assert not re.search(r"(?:src|href)=\"https?:|url\(['\"]?https?:|<script", file.read_text()), file
-
-
-def test_every_saved_answer_is_on_the_page_of_results(tmp_path):
-    info = {"model": "m", "layer": 2, "rule": "Mamba-2", "target": "write"}
-    for head in (3, 1):
-        label = f"L2H{head} write"
-        skipped = Result(Substitution(), info | {"head": head, "label": label}, {}, skipped="too short")
-        skipped.save(tmp_path / label)
-    page = findings.results_page(findings.answers([tmp_path]))
-    for head in (1, 3):
-        assert page.count(f"| m L2H{head} write | – | not tested | too short") == len(Substitution.answers)
-    assert "2 not tested" in page
 
 
 # -- slow: everything that is shown runs
