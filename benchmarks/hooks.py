@@ -1,30 +1,41 @@
-"""What hooks cost: a hooked forward with nobody listening, with one head's writes kept, and with patterns, against the
-plain HF model. Then what collecting the factors of every head costs, in time and on disk, and what it costs to get rows
-of one head back.
+"""What hooks cost: an attached model with nobody listening, and hooks that read one head, against the plain model.
 
-Run ``python benchmarks/hooks.py``; timings are interleaved in one process and the median ratio is what counts.
+Run ``python benchmarks/hooks.py [--rounds n] [--out folder]``. All ways are timed in turn, round after round, in one
+process of one thread, by its own CPU time; a number is the median over rounds of the ratio in one round. The plain
+model has the same weights, and outputs while nobody listens must be the same to the bit. Then what
+collecting the factors of every head costs, in time and on disk, and what it costs to get rows of one head back.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
-from hookpoints import HookedRecurrent
+from hookpoints import HookedRecurrent, attach, embedded
+from hookpoints.hooks.cache import NamesFilter
+from hookpoints.model import loading
+from hookpoints.model.inputs import cache_argument, cache_of
 from sae_lens_writesae.sae.factors import collect
 
-HEAD = "blocks.1.mixer.heads.1."
+HF = Any
+"""A model of transformers, whose outputs depend on its class."""
+Ratios = dict[str, float]
+PROMPT, STEPS = 64, 12
 
 
-def qwen(layers: int, width: int, heads: int, dim: int) -> torch.nn.Module:
+def qwen(layers: int, width: int, heads: int, dim: int) -> HF:
     """A random Qwen3.5-shaped model."""
     config = transformers.Qwen3_5TextConfig(
         vocab_size=4096,
@@ -43,25 +54,113 @@ def qwen(layers: int, width: int, heads: int, dim: int) -> torch.nn.Module:
     return transformers.Qwen3_5ForCausalLM(config).eval()
 
 
-def ratios(plain: Callable[[], object], others: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Time all in turn, ``rounds`` times; each round gives one ratio to plain."""
+def models() -> Iterator[tuple[str, HF]]:
+    """The models that ship with the package, whose steps are short, and a wider one."""
+    for name in embedded.names():
+        yield name, loading.load(name).model
+    yield "Qwen3.5 shape, 8 layers of 768, 16 heads of 64 x 64", qwen(8, 768, 16, 64)
+
+
+# -- nobody listens
+
+
+def twin(hf: HF) -> HF:
+    """A plain model with the same weights, the very tensors. It calls the ops that hooked layers call, whose wrappers
+    cost it half a microsecond each."""
+    return copy.deepcopy(hf, {id(x): x for x in (*hf.parameters(), *hf.buffers())})
+
+
+def decode(hf: HF, tokens: Tensor) -> Iterator[Tensor]:
+    """Logits of a step at a time after a prompt [1,T], which is read before the first."""
+    cache = {cache_argument(hf): cache_of(hf(tokens, use_cache=True))}
+    yield hf(tokens[:, :1], use_cache=True, **cache).logits  # the first is another shape, and is not counted
+    for t in range(STEPS):
+        yield hf(tokens[:, t : t + 1], use_cache=True, **cache).logits
+
+
+def generate(hf: HF, tokens: Tensor) -> Iterator[Tensor]:
+    """Tokens of a call of ``generate`` at a time, from a short prompt."""
+    short = tokens[:, :8]
+    options = {"attention_mask": torch.ones_like(short), "pad_token_id": 0, "eos_token_id": None}
+    while True:
+        yield hf.generate(short, max_new_tokens=STEPS, do_sample=False, **options)
+
+
+def prefill(hf: HF, tokens: Tensor) -> Iterator[Tensor]:
+    """Logits of a forward of tokens [1,T] at a time."""
+    while True:
+        yield hf(tokens, use_cache=False).logits
+
+
+KINDS = {"decode": decode, "generate": generate, "prefill": prefill}
+
+
+def idle(hf: HF, tokens: Tensor, rounds: int) -> Ratios:
+    """Attached without hooks over plain, each step right after the other, and the milliseconds of a plain step."""
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    plain, steps = twin(hf), []
+    with attach(hf, self_check=False):
+        for kind, run in KINDS.items():
+            for n in range(rounds):
+                ways = {False: run(plain, tokens), True: run(hf, tokens)}
+                for way in ways.values():
+                    next(way)
+                for _ in range(STEPS if kind == "decode" else 1):
+                    n += 1
+                    seconds, results = {}, {}
+                    for hooked in (n % 2 == 0, n % 2 == 1):
+                        seconds[hooked], results[hooked] = clocked(partial(next, ways[hooked]))
+                    if not torch.equal(results[True], results[False]):
+                        raise AssertionError(f"{kind}: the attached model's outputs are not the plain model's")
+                    found[kind].append(seconds[True] / seconds[False])
+                    if kind == "decode":
+                        steps.append(1e3 * seconds[False])
+    return {kind: statistics.median(ratios) for kind, ratios in found.items()} | {"step_ms": statistics.median(steps)}
+
+
+def clocked(way: Callable[[], Any]) -> tuple[float, Any]:
+    """CPU seconds that a call takes, and its result."""
+    start = time.process_time()
+    result = way()
+    return time.process_time() - start, result
+
+
+# -- hooks that read
+
+HEAD = "blocks.1.mixer.heads.1."
+READ: dict[str, NamesFilter] = {
+    "all vector hooks": None,
+    "writes of one head": HEAD + "hook_write_vec",
+    "states of one head": HEAD + "hook_state_vec",
+    "pattern of one layer": "blocks.1.mixer.hook_pattern",
+    "all patterns": lambda name: name.endswith("hook_pattern"),
+}
+
+
+def reading(hf: HF, tokens: Tensor, rounds: int) -> Ratios:
+    """A forward of tokens [1,T] that keeps activations over a plain one."""
+    plain = twin(hf)
+    with attach(hf, self_check=False) as hooked:
+        ways = {
+            name: partial(hooked.run_with_cache, tokens, use_cache=False, names_filter=names)
+            for name, names in READ.items()
+        }
+        return ratios(partial(plain, tokens, use_cache=False), ways, rounds)
+
+
+def ratios(plain: Callable[[], Any], others: Mapping[str, Callable[[], Any]], rounds: int) -> Ratios:
+    """Each way over plain, all in turn: the median over rounds."""
     found: dict[str, list[float]] = {name: [] for name in others}
-    for function in (plain, *others.values()):
-        function()
+    for way in (plain, *others.values()):
+        way()
     for _ in range(rounds):
-        base = _seconds(plain)
-        for name, function in others.items():
-            found[name].append(_seconds(function) / base)
-    return found
+        base = clocked(plain)[0]
+        for name, way in others.items():
+            found[name].append(clocked(way)[0] / base)
+    return {name: statistics.median(each) for name, each in found.items()}
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def collecting(hf: torch.nn.Module, tokens: torch.Tensor, rounds: int) -> dict[str, float]:
+def collecting(hf: HF, tokens: Tensor, rounds: int) -> Ratios:
     """Bytes per token and head, and times against a plain forward of the same tokens [B,T]: collecting all heads of all
     recurrent layers, and rebuilding one head's rows [B*T,K*V] from the files."""
     model = HookedRecurrent.from_hf(hf)
@@ -82,60 +181,37 @@ def collecting(hf: torch.nn.Module, tokens: torch.Tensor, rounds: int) -> dict[s
         found = ratios(lambda: hf(tokens, use_cache=False), parts, rounds)
         per = tokens.numel() * heads * len(layers)
         sizes = {f"bytes per token and head, {target}s": kept[target].total_bytes / per for target in kept}
-    return {name: statistics.median(values) for name, values in found.items()} | sizes
+    return found | sizes
+
+
+def measure(tokens: int, rounds: int) -> dict[str, Ratios]:
+    """Everything: ratios, and bytes of what is collected."""
+    text = torch.randint(0, 512, (4, tokens), generator=torch.Generator().manual_seed(0))
+    wide = qwen(4, 512, 16, 128)
+    found = {f"nobody listens: {name}": idle(hf, text[:1], rounds) for name, hf in models()}
+    for name, hf in (("4 layers, 4 heads 32 x 32", qwen(4, 160, 4, 32)), ("4 layers, 16 heads 128 x 128", wide)):
+        found[f"reading: {name}"] = reading(hf, text[:1], rounds)
+    return found | {"collecting: 16 heads 128 x 128 in 3 layers": collecting(wide, text, max(3, rounds // 3))}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for hooks.json")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    rows = {}
-    cases = [("4 layers, 4 heads 32x32", qwen(4, 160, 4, 32)), ("4 layers, 16 heads 128x128", qwen(4, 512, 16, 128))]
-    for label, hf in cases:
-        tokens = torch.randint(0, 4096, (1, options.tokens))
-        plain_model = qwen(4, hf.config.hidden_size, hf.config.linear_num_value_heads, hf.config.linear_key_head_dim)
-        model = HookedRecurrent.from_hf(hf)
-        with torch.no_grad():
-            rows[label] = ratios(
-                lambda plain_model=plain_model, tokens=tokens: plain_model(tokens, use_cache=False),
-                {
-                    "nobody listens": lambda model=model, tokens=tokens: model(tokens),
-                    "all vector hooks kept": lambda model=model, tokens=tokens: model.run_with_cache(tokens),
-                    "one head's writes kept": lambda model=model, tokens=tokens: model.run_with_cache(
-                        tokens, names_filter=HEAD + "hook_write_vec"
-                    ),
-                    "one head's states kept": lambda model=model, tokens=tokens: model.run_with_cache(
-                        tokens, names_filter=HEAD + "hook_state_vec"
-                    ),
-                    "one layer's pattern kept": lambda model=model, tokens=tokens: model.run_with_cache(
-                        tokens, names_filter="blocks.1.mixer.hook_pattern"
-                    ),
-                    "all patterns kept": lambda model=model, tokens=tokens: model.run_with_cache(
-                        tokens, names_filter=lambda name: name.endswith("hook_pattern")
-                    ),
-                },
-                options.rounds,
-            )
-    medians = {label: {name: statistics.median(values) for name, values in row.items()} for label, row in rows.items()}
-    print(f"time / plain Hugging Face forward, T = {options.tokens}, median of {options.rounds}, CPU")
-    for label, row in medians.items():
+    with torch.no_grad():
+        found = measure(options.tokens, options.rounds)
+    print(f"CPU time over that of the plain model, T = {options.tokens}, median of {options.rounds} rounds")
+    for label, row in found.items():
         print(f"\n{label}")
         for name, value in row.items():
-            print(f"  {name:28s} {value:6.3f}")
-    medians["collecting"] = collecting(
-        cases[1][1], torch.randint(0, 4096, (4, options.tokens)), max(3, options.rounds // 3)
-    )
-    print(f"\ncollecting, 16 heads 128x128 in 3 layers, 4 x {options.tokens} tokens: time / plain forward; bytes")
-    for name, value in medians["collecting"].items():
-        print(f"  {name:36s} {value:8.3f}")
+            print(f"  {name:36s} {value:8.3f}")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "hooks.json").write_text(json.dumps(medians, indent=2))
+        (options.out / "hooks.json").write_text(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
 """Operations on memories against runs that really did, or did not, see the span.
 
-Run `python benchmarks/memory_surgery.py`. It writes docs/memory_surgery.json and the page docs/memory_surgery.md. Every
-operation is judged by the next tokens: KL(run that is the truth || what follows the memory), and the share of the KL of
-doing nothing that it recovers, 1 - sum KL(operation) / sum KL(nothing), with 95% intervals by bootstrap over sequences.
+Every operation is judged by the next tokens: KL(run that is the truth || what follows the memory), and the share of the
+KL of doing nothing that it recovers, 1 - sum KL(operation) / sum KL(nothing), with 95% intervals by bootstrap over
+sequences. What is recovered has a page of its own, docs/memory_surgery.md; how long it takes is on docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +16,17 @@ from unittest import mock
 
 import torch
 import transformers
+from frame import Line, Way, main, timed
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, Memory, embedded
 from hookpoints.memory import memory as module
 
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+from tables import table
+
+TITLE = "Operations on memories"
+QUICK = {"sequences": 2, "rounds": 2}
 MODELS = {
     "embedded": "Gated DeltaNet hybrid",
     "embedded-mamba2": "Mamba-2, all recurrent",
@@ -39,9 +43,8 @@ held-out text). 1 is exact, 0 is as doing nothing, below 0 is worse. The span ha
 it. States of all layers are changed at once. *nothing* has the KL in nats per token. *States alone* replaces the matrix
 states and leaves convolution, token-shift and attention caches as they are; *writes alone* leaves also the decay and
 the erase of the span."""
-LATER_NOTE = """\
-*Tokens read* and *time* are shares of reading the {m} tokens again, which is exact. Time is that of one sequence on one
-thread; in a model of this size a pass over 4 tokens takes as long as one over 30."""
+LATER_NOTE = "*Tokens read* is a share of reading the {m} tokens again, which is exact."
+TIMES = "How long each takes: [Benchmarks](benchmarks.md#operations-on-memories)."
 Share = dict[str, float]
 Table = dict[str, dict[str, Share]]
 
@@ -70,7 +73,7 @@ class Judge:
         base = self.kl(nothing)
         generator = torch.Generator().manual_seed(0)
         draws = torch.randint(0, len(base), (2000, len(base)), generator=generator)
-        table: Table = {"nothing": {name: {"kl": float(base[:, at].mean())} for name, at in bins()}}
+        found: Table = {"nothing": {name: {"kl": float(base[:, at].mean())} for name, at in bins()}}
         for label, operation in operations.items():
             kl, row = self.kl(operation()), {}
             for name, at in bins():
@@ -78,8 +81,8 @@ class Judge:
                 drawn = 1 - ours[draws].sum(1) / theirs[draws].sum(1)
                 low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
                 row[name] = {"share": float(1 - ours.sum() / theirs.sum()), "low": low, "high": high}
-            table[label] = row
-        return table
+            found[label] = row
+        return found
 
 
 def bins() -> list[tuple[str, slice]]:
@@ -147,7 +150,7 @@ def cut_later(model: HookedRecurrent, n: int, m: int, rounds: int) -> dict[str, 
     memory, quarter = model.memory(read), m // 4
     truth = model.memory(torch.cat([read[:, :start], read[:, stop:]], 1))
     cut = memory.without((start, stop))
-    timed: dict[str, Callable[[Memory], Memory]] = {
+    timed_ways: dict[str, Callable[[Memory], Memory]] = {
         "without": lambda given: given.without((start, stop)),
         "reread 4": lambda given: given.without((start, stop), reread=4),
         "reread m/4": lambda given: given.without((start, stop), reread=quarter),
@@ -157,7 +160,7 @@ def cut_later(model: HookedRecurrent, n: int, m: int, rounds: int) -> dict[str, 
         "reread m (exact)": lambda given: given.without((start, stop), reread=m),
     }
     operations: dict[str, Callable[[], Memory]] = {
-        **{name: lambda made=made: made(memory) for name, made in timed.items()},
+        **{name: lambda made=made: made(memory) for name, made in timed_ways.items()},
         "states alone": lambda: memory.with_states(states_of(cut)),
         "reread 4, keys not moved": lambda: unmoved(lambda: memory.without((start, stop), reread=4)),
         "writes alone": lambda: writes_deleted(memory, start, stop),
@@ -167,14 +170,9 @@ def cut_later(model: HookedRecurrent, n: int, m: int, rounds: int) -> dict[str, 
     if not any(name.startswith("attention/") for name in memory.kept):
         del operations["reread 4, keys not moved"]
     shares = Judge(model, truth, tokens[:, end:]).shares(operations, memory)
-    one, seconds = model.memory(read[:1]), {name: [] for name in timed}
-    for _ in range(rounds):
-        for name, made in timed.items():
-            clock = time.process_time()
-            made(one)
-            seconds[name].append(time.process_time() - clock)
-    exact = seconds["reread m (exact)"]
-    ratios = {name: statistics.median(a / b for a, b in zip(each, exact)) for name, each in seconds.items()}
+    one = model.memory(read[:1])
+    exact_first = {name: lambda made=timed_ways[name]: made(one) for name in reversed(timed_ways)}
+    ratios = {name: row["ratio"] for name, row in timed(exact_first, rounds).items()}
     counts = {"without": 0, "reread 4": 4, "reread m/4": quarter, "reread m/8, and the last m/8": quarter}
     cost = {name: {"tokens": counts.get(name, m) / m, "time": ratio} for name, ratio in ratios.items()}
     return {"shares": shares, "cost": cost}
@@ -226,7 +224,7 @@ def speed(model: HookedRecurrent, rounds: int) -> dict[str, float]:
         before = r.select(tokens=slice(0, start)).states(positions=-1)[:, 0]
         r.select(tokens=slice(stop, 512), initial_state=before).states(positions=-1)
 
-    ways: dict[str, Callable[[], object]] = {
+    ways: dict[str, Way] = {
         "forward": forward,
         "memory": lambda: model.memory(tokens),
         "states of one layer without 16 of 512 tokens": states,
@@ -238,14 +236,7 @@ def speed(model: HookedRecurrent, rounds: int) -> dict[str, float]:
         "without tokens 48 to 63, reread 112 (a quarter)": lambda: memory.without((start, stop), reread=112),
         "without tokens 48 to 63, reread all 448 (exact)": lambda: memory.without((start, stop), reread=448),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            clock = time.process_time()
-            way()
-            seconds[name].append(time.process_time() - clock)
-    ratios = {name: [a / b for a, b in zip(each, seconds["forward"])] for name, each in seconds.items()}
-    return {name: statistics.median(each) for name, each in ratios.items() if name != "forward"}
+    return {name: row["ratio"] for name, row in timed(ways, rounds).items() if name != "forward"}
 
 
 def larger() -> HookedRecurrent:
@@ -265,78 +256,79 @@ def cell(share: Share) -> str:
     return f"{share['share']:.2f} [{share['low']:.2f}, {share['high']:.2f}]"
 
 
-def rows(table: Table, cost: dict[str, Share] | None = None) -> list[str]:
-    names = [name for name, _ in bins()]
-    more = [] if cost is None else ["tokens read", "time"]
-    lines = [f"| | {' | '.join([*names, *more])} |", "|---" * (1 + len(names) + len(more)) + "|"]
-    for label, row in table.items():
-        added = [f"{cost[label][each]:.2f}" if label in cost else "" for each in ("tokens", "time")] if cost else []
-        lines.append(f"| {label} | {' | '.join([*(cell(row[name]) for name in names), *added])} |")
-    return lines
+def rows(shares: Table, cost: dict[str, Share] | None = None) -> str:
+    lines = [[label, *(cell(row[name]) for name, _ in bins())] for label, row in shares.items()]
+    if cost is not None:
+        lines = [[*line, f"{cost[line[0]]['tokens']:.2f}" if line[0] in cost else ""] for line in lines]
+    return table(["", *(name for name, _ in bins()), *["tokens read"] * (cost is not None)], lines)
 
 
-def page(found: dict) -> str:
-    """The page of results."""
-    lines = ["# What operations on a memory recover", "", INTRODUCTION.format(**found), ""]
+def page(found: dict[str, Any]) -> str:
+    """The page of what operations recover."""
+    parts = ["# What operations on a memory recover", INTRODUCTION.format(**found)]
     for name, result in found["models"].items():
-        lines += [f"## {name}: {MODELS[name]}", "", "### Cut at once: the span was the last thing that was read", ""]
-        lines += [*rows(result["at once"]), ""]
+        parts += [f"## {name}: {MODELS[name]}", "### Cut at once: the span was the last thing that was read"]
+        parts += [rows(result["at once"])]
         for m, later in result["later"].items():
-            lines += [
-                f"### Cut later: {m} tokens were read after the span",
-                "",
-                LATER_NOTE.format(m=m),
-                "",
-                *rows(later["shares"], later["cost"]),
-                "",
-            ]
-        lines += ["### Paste: a span that another memory read after other tokens", "", *rows(result["paste"]), ""]
-        lines += ["### Truncated and mixed states, 128 tokens", "", "| | KL in nats per token | KL to the other |"]
-        lines += ["|---|---|---|"]
-        for label, each in result["compressed"].items():
-            there = f"{each['kl to the other']:.4f}" if "kl to the other" in each else ""
-            lines.append(f"| {label} | {each['kl']:.4f} | {there} |")
-        lines.append("")
-    names = list(found["speed"])
-    lines += ["## Time, as a share of a pass over 512 tokens with a cache", "", f"| | {' | '.join(names)} |"]
-    lines.append("|---" * (1 + len(names)) + "|")
-    for label in found["speed"][names[0]]:
-        ratios = (found["speed"][name][label] for name in names)
-        lines.append(f"| {label} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
-    lines += ["", "One thread of a CPU that other programs shared; medians of ratios within a round.", ""]
-    return "\n".join(lines)
+            parts += [f"### Cut later: {m} tokens were read after the span", LATER_NOTE.format(m=m)]
+            parts += [rows(later["shares"], later["cost"])]
+        parts += ["### Paste: a span that another memory read after other tokens", rows(result["paste"])]
+        mixed = (
+            (label, f"{each['kl']:.4f}", f"{each['kl to the other']:.4f}" if "kl to the other" in each else "")
+            for label, each in result["compressed"].items()
+        )
+        parts += ["### Truncated and mixed states, 128 tokens"]
+        parts += [table(("", "KL in nats per token", "KL to the other"), mixed)]
+    return "".join(f"{part.strip()}\n\n" for part in [*parts, TIMES])
 
 
-def rounded(x: Any) -> Any:
-    """With numbers to five digits behind the point."""
-    if isinstance(x, dict):
-        return {name: rounded(each) for name, each in x.items()}
-    return round(x, 5) if isinstance(x, float) else x
+def lines(found: dict[str, Any]) -> list[Line]:
+    """What a memory costs in the largest model, where arithmetic takes the time."""
+    model, row = list(found["speed"].items())[-1]
+    exact = row["without tokens 48 to 63, reread all 448 (exact)"]
+    said = [Line(f"{model}: `model.memory` / a pass over 512 tokens with a cache", row["memory"], goal=1.1)]
+    for name, ratio in list(row.items())[-4:-1]:
+        said.append(Line(f"{model}: {name} / reading the 448 tokens after them again", ratio / exact))
+    return said
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sequences", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=9, help="of timings")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs", help="folder of page and JSON")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    found: dict = {"sequences": options.sequences, "models": {}, "speed": {}}
+def text(found: dict[str, Any]) -> str:
+    """Times of every model."""
+    costs = {f"{name}, m = {m}": x["cost"] for name, each in found["models"].items() for m, x in each["later"].items()}
+    parts = (
+        ("time / a pass over 512 tokens with a cache", found["speed"]),
+        (
+            "time / reading the m tokens after the span again",
+            {n: {w: x["time"] for w, x in c.items()} for n, c in costs.items()},
+        ),
+    )
+    tables = (
+        table(
+            (head, *columns),
+            ([way, *(f"{column[way]:.2f}" for column in columns.values())] for way in next(iter(columns.values()))),
+        )
+        for head, columns in parts
+    )
+    return "\n".join([*tables, "[What these operations recover](memory_surgery.md)."])
+
+
+def measure(sequences: int = 32, rounds: int = 9) -> dict[str, Any]:
+    """Shares, costs and times of every model."""
+    found: dict[str, Any] = {"sequences": sequences, "models": {}, "speed": {}}
     for name in MODELS:
         model = HookedRecurrent.from_pretrained(name, device="cpu")
         clock = time.perf_counter()
         found["models"][name] = {
-            "at once": cut_at_once(model, options.sequences),
-            "later": {str(m): cut_later(model, options.sequences, m, options.rounds) for m in LATER},
-            "paste": pasted(model, options.sequences),
-            "compressed": compressed(model, options.sequences),
+            "at once": cut_at_once(model, sequences),
+            "later": {str(m): cut_later(model, sequences, m, rounds) for m in LATER},
+            "paste": pasted(model, sequences),
+            "compressed": compressed(model, sequences),
         }
-        found["speed"][name] = speed(model, options.rounds)
+        found["speed"][name] = speed(model, rounds)
         print(f"{name}: {time.perf_counter() - clock:.0f} s", flush=True)
-    found["speed"]["random, 8 layers, 768 wide"] = speed(larger(), options.rounds)
-    (options.out / "memory_surgery.json").write_text(json.dumps(rounded(found)) + "\n")
-    (options.out / "memory_surgery.md").write_text(page(found))
+    found["speed"]["random, 8 layers, 768 wide"] = speed(larger(), rounds)
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.modules[__name__])

@@ -1,139 +1,186 @@
 """The whole way at the size of a published model: load, collect, train, substitute, report.
 
-    python benchmarks/real_size.py [--tokens 4096 --training-tokens 65536 --out docs]
-    python benchmarks/real_size.py --device cuda --tokens 1000000 --training-tokens 5000000 --firings-per-atom 10
-
 The model has the shape of Qwen3.5-0.8B (24 layers, three of four recurrent, 16 heads of 128 x 128, vocabulary 248,320,
 width 1024, tied embeddings, bf16) and random weights; it is made here and saved as a checkpoint, with the tokenizer of
-the embedded model. Each stage runs in a process of its own, so that its peak memory is its own. ``--out`` gets the
-page, real_size.md, and its numbers, real_size.json.
+the embedded model. Each stage runs in a process of its own, so that its peak memory is its own. On a GPU:
+`--device cuda --tokens 1000000 --training-tokens 5000000`.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import platform
+import os
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from substitution import qwen
+from frame import Line, apart, main, peak_memory
 
 from hookpoints import HookedRecurrent, embedded
-from sae_lens_writesae import Collection, collect, load_sae, text_dataset, train_on_writes, training_config
-from sae_lens_writesae.files import atomic_text
+from sae_lens_writesae import Collection, collect, load_sae, text_dataset, training_config
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.sae.factors import INDEX, read_json
+from sae_lens_writesae.sae.fast import train_many_on_writes
 from writesae import Substitution, write_report
 from writesae.page.report import find_results
+from writesae.reproduce.estimate import matrix_rate
 
-PUBLISHED: dict[str, Any] = {
-    "layers": 24,
-    "width": 1024,
-    "heads": 16,
-    "dim": 128,
-    "vocab_size": 248_320,
+TITLE = "The whole way at real size"
+QUICK = {
+    "tokens": 512,
+    "context": 128,
+    "training_tokens": 4096,
+    "F": 256,
+    "k": 4,
+    "sequences": 1,
+    "firings_per_atom": 1,
+}
+SHAPE: dict[str, Any] = {
+    "num_hidden_layers": 24,
+    "hidden_size": 1024,
     "intermediate_size": 3584,
+    "vocab_size": 248_320,
     "num_attention_heads": 8,
+    "num_key_value_heads": 2,
     "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     "tie_word_embeddings": True,
 }
-"""Qwen3.5-0.8B, in the arguments of ``substitution.qwen``: 752 M parameters."""
-GOAL = 614
-"""Bytes a token and head that a collection of writes may cost: 0.6 KB."""
+"""Qwen3.5-0.8B: 752 M parameters."""
+N, D, H, K, V = 24, 1024, 16, 128, 128
+GOAL_BYTES, GOAL_MEMORY, GOAL_TIME = 614, 0.3e9, 1.2
+"""Bytes a token and head of a collection; bytes above the model, and time over the plain pass, of collecting."""
+PAPER = {"tokens": 5_000_000, "dictionaries": 11, "firings": 1000}
+"""The paper's table, for each head."""
+TABLE_LAYERS = (1, 9, 17)
+"""Its heads: one of each of these layers."""
+H100 = {"bfloat16": 989e12, "float32": 67e12, "bytes": 3.35e12, "share": 0.4}
+"""Dense bf16, float32 and HBM3 of the data sheet, a second, and the share that is assumed. Nothing was run on one."""
 
 Row = dict[str, float]
 
 
-def make(options: argparse.Namespace) -> Row:
+def make(options: dict[str, Any], folder: Path) -> Row:
     """The checkpoint: weights of 0.02 times normal numbers, in bf16."""
     torch.set_default_dtype(torch.bfloat16)
-    model: Any = qwen(**PUBLISHED)
-    model.save_pretrained(options.folder / "model")
-    transformers.AutoTokenizer.from_pretrained(embedded.path()).save_pretrained(options.folder / "model")
-    return {"parameters": sum(p.numel() for p in model.parameters()), "disk": size(options.folder / "model")}
+    torch.manual_seed(0)
+    model = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**SHAPE))
+    model.save_pretrained(folder / "model")
+    transformers.AutoTokenizer.from_pretrained(embedded.path()).save_pretrained(folder / "model")
+    return {"parameters": sum(p.numel() for p in model.parameters()), "disk": size(folder / "model")}
 
 
-def load(options: argparse.Namespace) -> HookedRecurrent:
-    return HookedRecurrent.from_pretrained(str(options.folder / "model"), device=options.device, dtype=torch.bfloat16)
+def load(options: dict[str, Any], folder: Path) -> HookedRecurrent:
+    """The model, with every page of its weights in memory: files are mapped, and nothing of them is read before."""
+    model = HookedRecurrent.from_pretrained(str(folder / "model"), device=options["device"], dtype=torch.bfloat16)
+    for p in model.hf_model.parameters():
+        p.detach().view(torch.uint8).flatten()[::4096].sum()
+    return model
 
 
-def loading(options: argparse.Namespace) -> Row:
+def loading(options: dict[str, Any], folder: Path) -> Row:
     """Read the checkpoint and hook it, with the self-check that this makes."""
-    load(options)
+    load(options, folder)
     return {}
 
 
-def collecting(options: argparse.Namespace) -> Row:
-    """One pass over the text: the writes of every head of two layers."""
-    model, text = load(options), text_dataset(embedded.text("train"))
-    folder = options.folder / "writes"
+def collecting(options: dict[str, Any], folder: Path) -> Row:
+    """One pass over the text, for the writes of every head of a layer; before and after it, plain passes of one
+    sequence up to the layer. Its time has all that it does once, such as the hash of the weights."""
+    model, layer = load(options, folder), options["layer"]
+    text = text_dataset(embedded.text("train"))
+    row = model.to_tokens(text["text"][0] * 9, prepend_bos=False, truncate=False)[:, : options["context"]]
+
+    def plain() -> float:
+        with timed() as work, torch.no_grad():
+            model(row, return_type=None, stop_at_layer=layer + 1)
+        return work["cpu"]
+
+    before = [plain(), plain()]
+    with suppress(OSError):  # where a system lets nobody begin anew, the peak is that of loading too
+        Path("/proc/self/clear_refs").write_text("5")
+    begin = resident()
     with timed() as work:
-        made = collect(model, text, options.layers, None, folder, n_tokens=options.tokens, context_size=options.T)
-    disk = size(folder)
-    heads = sum(map(len, made.heads.values()))
-    tokens = made.n_sequences * made.context_size
-    return {"tokens": tokens, **work, "disk": disk, "heads": heads, "bytes": disk / tokens / heads}
+        made = collect(
+            model, text, [layer], None, folder / "writes", n_tokens=options["tokens"], context_size=options["context"]
+        )
+    above = peak_memory() - begin
+    passes = sorted([*before, plain(), plain()])
+    disk, heads, tokens = size(folder / "writes"), len(made.heads[layer]), made.tokens.numel()
+    return {
+        "tokens": tokens,
+        **work,
+        "disk": disk,
+        "bytes": disk / tokens / heads,
+        "above_model": above,
+        "batch": read_json(folder / "writes" / INDEX)["batch_size"],
+        "over_plain": work["cpu"] / tokens * row.numel() / ((passes[1] + passes[2]) / 2),
+    }
 
 
-def training(options: argparse.Namespace) -> Row:
-    """One dictionary of one head, from the collection and without the language model."""
-    collection = Collection.open(options.folder / "writes")
-    layer = options.layers[-1]
-    cfg = training_config(
-        collection,
-        layer,
-        options.head,
-        architecture="writesae_topk",
-        d_sae=options.F,
-        sae={"k": options.k, "rank": 1},
-        training_tokens=options.training_tokens,
-        train_batch_size_tokens=options.batch,
-        device=options.device,
-    )
-    writes = collection.factors(layer, options.head)
+def training(options: dict[str, Any], folder: Path) -> Row:
+    """Four dictionaries of one head at once, from the collection and without the language model."""
+    collection, layer, head = Collection.open(folder / "writes"), options["layer"], options["head"]
+    configs = [
+        training_config(
+            collection,
+            layer,
+            head,
+            architecture="writesae_topk",
+            d_sae=options["F"],
+            sae={"k": options["k"], "rank": 1},
+            training_tokens=options["training_tokens"],
+            train_batch_size_tokens=options["batch"],
+            device=options["device"],
+            seed=seed,
+            verbose=False,
+        )
+        for seed in range(options["dictionaries"])
+    ]
+    writes = LowRank(*(side[:] for side in collection.factors(layer, head)))
     with timed() as work:
-        sae = train_on_writes(cfg, writes.keys[:], writes.values[:])
-    sae.save_inference_model(str(options.folder / "sae"))
-    return {"tokens": options.training_tokens, **work, "disk": size(options.folder / "sae")}
+        saes = train_many_on_writes(configs, [writes] * len(configs), [None] * len(configs))
+    saes[0].save_inference_model(str(folder / "sae"))
+    return {"tokens": options["training_tokens"] * len(configs), **work, "disk": size(folder / "sae")}
 
 
-def substituting(options: argparse.Namespace) -> Row:
+def substituting(options: dict[str, Any], folder: Path) -> Row:
     """The substitution test of a few firings against a few controls. Its tokens are those of all edited runs."""
-    model, sae = load(options), load_sae(options.folder / "sae", device=options.device)
-    ids = model.to_tokens(
-        embedded.text("test")[: 8 * options.sequences * options.T], prepend_bos=False, truncate=False
-    )[0]
+    model, sae = load(options, folder), load_sae(folder / "sae", device=options["device"])
+    n = options["sequences"] * 128
+    ids = model.to_tokens(embedded.text("test")[: 8 * n], prepend_bos=False, truncate=False)[0, :n]
     test = Substitution(
-        n_atoms=options.atoms,
-        firings_per_atom=options.firings_per_atom,
+        n_atoms=4,
+        firings_per_atom=options["firings_per_atom"],
         atom_choice=("dominant",),
         scales=("coefficient",),
         controls=("shuffled", "random", "head_mean"),
         mean_write_sequences=2,
     )
     with timed() as work:
-        result = test.run(model, sae, ids[: options.sequences * options.T].view(-1, options.T), progress=False)
-    result.save(options.folder / "results")
+        result = test.run(model, sae, ids.view(options["sequences"], -1), progress=False)
+    result.save(folder / "results")
     runs = len(result.tables["firings"])
-    return {"tokens": runs * (test.horizon + 1), **work, "runs": runs}
+    firings = len(result.tables["firings"].groupby(["sequence", "position", "atom"]))
+    return {"tokens": runs * (test.horizon + 1), **work, "runs": runs, "firings": firings}
 
 
-def reporting(options: argparse.Namespace) -> Row:
+def reporting(options: dict[str, Any], folder: Path) -> Row:
     """The page over the saved result, without the language model."""
-    write_report(find_results([options.folder / "results"]), options.folder / "report" / "report.html")
-    return {"disk": size(options.folder / "report")}
+    write_report(find_results([folder / "results"]), folder / "report" / "report.html")
+    return {"disk": size(folder / "report")}
 
 
-STAGES: dict[str, Callable[[argparse.Namespace], Row]] = {
+STAGES: dict[str, Callable[[dict[str, Any], Path], Row]] = {
     "make": make,
     "load": loading,
     "collect": collecting,
@@ -148,119 +195,273 @@ def size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+def resident() -> int:
+    """Bytes of this process's resident set now."""
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
+
+
 @contextmanager
 def timed() -> Iterator[Row]:
     """Seconds of this scope, and those of CPU."""
     row: Row = {}
     begin, cpu = time.perf_counter(), time.process_time()
     yield row
-    row |= {"work": time.perf_counter() - begin, "work_cpu": time.process_time() - cpu}
+    row |= {"wall": time.perf_counter() - begin, "cpu": time.process_time() - cpu}
 
 
-def peak_memory() -> int:
-    """Bytes of this process's largest resident set so far."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def stage(name: str, options: argparse.Namespace) -> Row:
+def stage(name: str, options: dict[str, Any], folder: Path) -> Row:
     """Run a stage in this process. Times are seconds without imports, memory is in bytes."""
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     transformers.logging.set_verbosity_error()
     imported = peak_memory()
     with timed() as whole:
-        row = STAGES[name](options)
-    row |= {"seconds": whole["work"], "cpu": whole["work_cpu"]}
-    row |= {"memory": peak_memory(), "imported": imported}
-    if options.device.startswith("cuda"):
+        row = STAGES[name](options, folder)
+    row |= {"seconds": whole["wall"], "seconds_cpu": whole["cpu"], "memory": peak_memory(), "imported": imported}
+    if options["device"].startswith("cuda"):
         row["device_memory"] = torch.cuda.max_memory_allocated()
-    if "tokens" in row:
-        row |= {"rate": row["tokens"] / row["work"], "rate_cpu": row["tokens"] / row["work_cpu"]}
     return row
+
+
+def rates(device: str, folder: Path) -> Row:
+    """What this machine does in a second: operations of matrix products in bf16 and float32, bytes of copies in memory,
+    counted once read and once written, and bytes written to disk. On a CPU by the clock of this process, but the disk.
+    """
+    gpu = device.startswith("cuda")
+    clock, edge = ("wall", 4096) if gpu else ("cpu", 1024)
+    x = torch.ones(2**24, device=device)
+    y, copies, writes = x.clone(), [], []
+    for _ in range(5):
+        with timed() as copy:
+            y.copy_(x)[0].item()
+        with timed() as write, (folder / "bytes").open("wb") as file:
+            file.write(bytes(2**26))
+            os.fsync(file.fileno())
+        copies.append(copy[clock])
+        writes.append(write["wall"])
+    timer = time.perf_counter if gpu else time.process_time
+    products = {name: matrix_rate(getattr(torch, name), device, edge, timer) for name in ("bfloat16", "float32")}
+    return products | {"copy": 2 * 2**26 / min(copies), "disk": 2**26 / min(writes)}
+
+
+# ------------------------------------------------------------------------------------------------ what it must cost
+
+
+def counts(options: dict[str, Any], batch: float) -> dict[str, Row]:
+    """Operations, bytes of memory and bytes of disk for each token of a stage (each row of one dictionary), that the
+    method cannot do without."""
+    layers, F, k = options["layer"] + 1, options["F"], options["k"]
+    weights = 752.4e6 - SHAPE["vocab_size"] * D  # of all blocks
+    chunk = 64
+    scan = H * (6 * K * V + 2 * chunk * (3 * K + 2 * V))  # a layer, chunked, without the intra-chunk inverse
+    below = layers / N
+    tokens = batch * options["context"]
+    each = 40 * H * (K + V) * 4  # twenty float32 copies of keys and values, written and read, a layer
+    above = weights * (1 - (layers - 1) / N) + SHAPE["vocab_size"] * D
+    return {
+        "collect": {
+            "operations": below * (2 * weights + 0.75 * N * scan),
+            "bytes": below * (2 * weights / tokens + N * each),
+            "disk": H * (K + V) * 2,
+        },
+        "train": {
+            "operations": 2 * F * (K + V) + 6 * k * k * (K + V) + 12 * k * (K + V),
+            "bytes": 4 * (3 * F + 8 * k * (K + V)) + 4 * 7 * 2 * F * (K + V) / options["batch"],
+            "disk": 0,
+        },
+        "substitution": {"operations": 2 * above, "bytes": 2 * above / 17 + (N - layers) * each, "disk": 0},
+    }
+
+
+def dtype_of(stage: str) -> str:
+    """In which it computes."""
+    return "float32" if stage == "train" else "bfloat16"
+
+
+def bound(count: Row, rate: Row, dtype: str) -> dict[str, float]:
+    """Seconds a token that arithmetic, memory and disk take at least."""
+    return {
+        "arithmetic": count["operations"] / rate[dtype],
+        "memory": count["bytes"] / rate["copy"],
+        "disk": count["disk"] / rate["disk"],
+    }
+
+
+def paper(stages: dict[str, Row], options: dict[str, Any]) -> dict[str, Row]:
+    """Hours of the paper's table for one head and for all, on this machine by its own rates, and on an H100 by
+    counts; and bytes on disk."""
+    count = counts(options, 16)
+    on_h100 = {
+        name: max(each["operations"] / H100[dtype_of(name)], each["bytes"] / H100["bytes"]) / H100["share"]
+        for name, each in count.items()
+    }
+    units = {
+        "collect": PAPER["tokens"],
+        "train": PAPER["tokens"] * PAPER["dictionaries"],
+        "substitution": PAPER["dictionaries"] * PAPER["firings"],
+    }
+    per = {
+        "collect": stages["collect"]["cpu"] / stages["collect"]["tokens"],
+        "train": stages["train"]["cpu"] / stages["train"]["tokens"],
+        "substitution": stages["substitution"]["cpu"] / stages["substitution"]["firings"],
+    }
+    of_firing = stages["substitution"]["tokens"] / stages["substitution"]["firings"]
+    found: dict[str, Row] = {}
+    for name, unit in units.items():
+        deepest = (max(TABLE_LAYERS) + 1) / (options["layer"] + 1)  # one pass serves all heads
+        times = deepest if name == "collect" else len(TABLE_LAYERS)
+        core = per[name] * unit / 3600
+        gpu = on_h100[name] * unit * (of_firing if name == "substitution" else 1) / 3600
+        found[name] = {"core": core, "h100": gpu, "core_all": times * core, "h100_all": times * gpu}
+    found["disk"] = {"one": PAPER["tokens"] * 2 * (K + V), "all": PAPER["tokens"] * 2 * (K + V) * len(TABLE_LAYERS)}
+    return found
+
+
+def measure(
+    device: str = "cpu",
+    layer: int = 9,
+    head: int = 4,
+    tokens: int = 20_480,
+    context: int = 1024,
+    F: int = 2048,
+    k: int = 32,
+    batch: int = 4096,
+    dictionaries: int = 4,
+    training_tokens: int = 32_768,
+    sequences: int = 8,
+    firings_per_atom: int = 5,
+) -> dict[str, Any]:
+    """Each stage, the rates of this machine beside it, what bounds it, and the paper's table by these."""
+    options = dict(locals())
+    rows: dict[str, Row] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        machine = rates(device, folder)
+        for each in STAGES:
+            rows[each] = apart(stage, each, options, folder)
+            print(each, rows[each], flush=True)
+        again = rates(device, folder)
+    machine = {each: max(value, again[each]) for each, value in machine.items()}
+    return {"options": options, "rates": machine, "stages": rows} | computed(options, machine, rows)
+
+
+def computed(options: dict[str, Any], machine: Row, rows: dict[str, Row]) -> dict[str, Any]:
+    """What follows from rates and stages: what bounds each stage, and the paper's table."""
+    bounds = {}
+    for each, count in counts(options, rows["collect"]["batch"]).items():
+        bounds[each] = bound(count, machine, dtype_of(each))
+        bounds[each]["measured"] = rows[each]["cpu"] / rows[each]["tokens"]
+    return {"bounds": bounds, "paper": paper(rows, options)}
+
+
+def lines(found: dict[str, Any]) -> list[Line]:
+    """What has a goal."""
+    row, layer = found["stages"]["collect"], found["options"]["layer"]
+    return [
+        Line("collected writes, a token and head", row["bytes"], " bytes", GOAL_BYTES),
+        Line(f"collecting all heads of layer {layer}, over the plain pass up to it", row["over_plain"], "", GOAL_TIME),
+        Line("memory of collecting above the loaded model", row["above_model"] / 1e9, " GB", GOAL_MEMORY / 1e9),
+    ]
+
+
+def text(found: dict[str, Any]) -> str:
+    """Where the rest is."""
+    return "[At real size](real_size.md) has the stages, what bounds them, and the paper's table by these rates.\n"
 
 
 PAGE = """# At real size
 
-Made by `benchmarks/real_size.py`, not by hand, on {date}: {device}, {threads} thread(s), torch {torch}, transformers
-{transformers}. A model in the shape of Qwen3.5-0.8B ({parameters:.0f} M parameters, bf16) with random weights goes the
-whole way: every head of layers {layers} is collected, one dictionary (F = {F}, k = {k}, batch {batch}) is trained
-on the collected writes of one head, and {runs} edited runs of the substitution test are reported. Sizes are small, so
-that it runs anywhere; rates, memory and bytes a token are what carries over, verdicts of a random model do not.
+Made by `benchmarks/real_size.py`, not by hand. A model in the shape of Qwen3.5-0.8B ({parameters:.0f} M parameters,
+bf16) with random weights goes the whole way on {device}: all heads of layer {layer} are collected, {dictionaries}
+dictionaries (F = {F}, k = {k}, batch {batch}) are trained at once on the writes of one head, and {firings} firings of
+the substitution test are reported ({runs} edited runs). What carries over is rates, memory and bytes; verdicts of a
+random model do not.
 
-| stage | seconds | of CPU | tokens | tokens a second | a second of CPU | peak memory, MB | disk, MB |
-|---|---|---|---|---|---|---|---|
+| stage | seconds | of CPU | tokens | tokens a second of CPU | peak memory, MB | disk, MB |
+|---|---|---|---|---|---|---|
 {table}
 
-A collection of writes costs **{bytes:.0f} bytes a token and head** (goal: at most {goal}). Each stage is a process of
-its own: memory is its peak resident set, {imported:.0f} MB of which are the libraries, and seconds begin after imports.
-*Tokens a second* leave loading out. Those of `substitution` are t..t+16 of each edited run, and pay for the plain
-passes, the search for firings and the fit of controls too. Other programs shared the machine: where seconds exceed
-those of CPU, the stage waited.
+A collection of writes costs **{bytes:.0f} bytes a token and head**. Collecting takes **{over_plain:.2f}** times the
+plain pass up to the layer, and **{above:.2f} GB** above the loaded model (batches of {batch_size} x {context} tokens).
+Each stage is a process of its own: memory is its peak resident set, {imported:.0f} MB of which are the libraries, and
+seconds begin after imports. Tokens of `train` are rows of all dictionaries. Those of `substitution` are t..t+16 of each
+edited run, and pay for the plain passes, the search for firings and the fit of controls too. Other programs shared the
+machine: where seconds exceed those of CPU, the stage waited.
+
+## What bounds a stage
+
+Microseconds a token, on one thread. *At least* are counts of what the method cannot do without, over rates that this
+machine reached: matrix products {bf16:.0f} GFLOP/s in bf16 and {fp32:.0f} in float32, copies
+{copy:.1f} GB/s, disk {disk:.2f} GB/s.
+
+| stage | arithmetic, at least | memory, at least | disk, at least | measured | share of the bound | bound by |
+|---|---|---|---|---|---|---|
+{bounds}
+
+## The paper's table
+
+Hours for {paper_tokens:,} tokens, {paper_dictionaries} dictionaries and {paper_firings:,} firings of each: on one core
+by the rates above, with what a stage does once; on an H100 by operations and bytes, at {share:.0%} of 989 TFLOP/s
+(bf16, dense), 67 TFLOP/s (float32, for training) and 3.35 TB/s. That share is assumed, nothing was run there, and what
+it costs to launch kernels is left out. The table has a head of each of layers {table_layers}; one pass of the model
+serves all.
+
+| stage | one head, one core | one head, H100 | all heads, one core | all heads, H100 |
+|---|---|---|---|---|
+{paper}
+
+Disk: {disk_one:.2f} GB for one head, {disk_all:.2f} GB for all. `writesae reproduce --dry-run` prints such an estimate
+for the machine at hand and any settings.
 """
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The page."""
-    lines = []
-    for name, row in results["stages"].items():
-        tokens = (
-            [f"{row['tokens']:,.0f}", f"{row['rate']:,.0f}", f"{row['rate_cpu']:,.0f}"] if "tokens" in row else 3 * [""]
-        )
+def page(found: dict[str, Any]) -> str:
+    """docs/real_size.md."""
+    options, stages, rate, table = found["options"], found["stages"], found["rates"], found["paper"]
+    rows = []
+    for name, row in stages.items():
+        tokens = [f"{row['tokens']:,.0f}", f"{row['tokens'] / row['cpu']:,.0f}"] if "tokens" in row else ["", ""]
         disk = f"{row['disk'] / 1e6:,.1f}" if "disk" in row else ""
-        cells = [f"{row['seconds']:.1f}", f"{row['cpu']:.1f}", *tokens, f"{row['memory'] / 1e6:,.0f}", disk]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    stages, settings = results["stages"], results["settings"]
+        times = [f"{row['seconds']:.1f}", f"{row['seconds_cpu']:.1f}"]
+        memory = f"{row['memory'] / 1e6:,.0f}"
+        rows.append(f"| {' | '.join([name, *times, *tokens, memory, disk])} |")
+    bounds = []
+    for name, row in found["bounds"].items():
+        least = {each: row[each] for each in ("arithmetic", "memory", "disk")}
+        most = max(least, key=lambda each: least[each])
+        cells = [name, *(f"{1e6 * x:,.1f}" for x in (*least.values(), row["measured"]))]
+        cells += [f"{least[most] / row['measured']:.0%}", most]
+        bounds.append(f"| {' | '.join(cells)} |")
+    columns, hours = ("core", "h100", "core_all", "h100_all"), {n: r for n, r in table.items() if n != "disk"}
+    hours["together"] = {each: sum(row[each] for row in hours.values()) for each in columns}
     named = {
-        "table": "\n".join(lines),
+        "table": "\n".join(rows),
+        "bounds": "\n".join(bounds),
+        "paper": "\n".join(
+            f"| {n} | {' | '.join(f'{row[each]:.2g}' for each in columns)} |" for n, row in hours.items()
+        ),
         "parameters": stages["make"]["parameters"] / 1e6,
         "runs": stages["substitution"]["runs"],
+        "firings": stages["substitution"]["firings"],
         "bytes": stages["collect"]["bytes"],
+        "over_plain": stages["collect"]["over_plain"],
+        "above": stages["collect"]["above_model"] / 1e9,
+        "batch_size": stages["collect"]["batch"],
         "imported": max(row["imported"] for row in stages.values()) / 1e6,
-        "layers": " and ".join(map(str, settings["layers"])),
+        "bf16": rate["bfloat16"] / 1e9,
+        "fp32": rate["float32"] / 1e9,
+        "copy": rate["copy"] / 1e9,
+        "disk": rate["disk"] / 1e9,
+        "paper_tokens": PAPER["tokens"],
+        "paper_dictionaries": PAPER["dictionaries"],
+        "paper_firings": PAPER["firings"],
+        "share": H100["share"],
+        "table_layers": ", ".join(map(str, TABLE_LAYERS)),
+        "disk_one": table["disk"]["one"] / 1e9,
+        "disk_all": table["disk"]["all"] / 1e9,
     }
-    return PAGE.format(**settings | results | named)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--layers", type=int, nargs=2, default=[4, 12])
-    parser.add_argument("--head", type=int, default=3, help="head of the second layer that a dictionary is trained on")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens that are collected")
-    parser.add_argument("--T", type=int, default=128, help="tokens of a sequence")
-    parser.add_argument("--F", type=int, default=2048)
-    parser.add_argument("--k", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--training-tokens", type=int, default=65_536)
-    parser.add_argument("--sequences", type=int, default=4, help="sequences of the substitution test")
-    parser.add_argument("--atoms", type=int, default=4)
-    parser.add_argument("--firings-per-atom", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="folder for the page and its numbers")
-    options = parser.parse_args()
-    rows: dict[str, Row] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        options.folder = Path(folder)
-        spawn = multiprocessing.get_context("spawn")
-        for name in STAGES:
-            with ProcessPoolExecutor(1, mp_context=spawn) as process:
-                rows[name] = process.submit(stage, name, options).result()
-            print(name, json.dumps(rows[name]), flush=True)
-    settings = {name: value for name, value in vars(options).items() if name not in ("out", "folder")}
-    kind = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"CPU ({platform.machine()})"
-    results: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": kind,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "settings": settings,
-        "stages": rows,
-        "goal": GOAL,
-    }
-    if options.out:
-        atomic_text(options.out / "real_size.json", json.dumps(results, indent=1) + "\n")
-        atomic_text(options.out / "real_size.md", markdown(results))
-    print(markdown(results))
+    return PAGE.format(**options | named)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.modules[__name__])

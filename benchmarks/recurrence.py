@@ -101,18 +101,21 @@ def training(sizes: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 
 def states(sizes: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """All states of one head, and the response to 16 edits at its first token."""
+    """All states of one head over the first touch of their memory, and the response to 16 edits at its first token."""
     rows = {}
     for form in ("gdn", "kda", "rwkv7"):
         r = random_recurrence(form, **sizes)
-        out = torch.empty(r.B, r.T, 1, r.K, r.V)
+        # As many tokens as fill 64 MB: the allocator keeps what is much smaller, and its second touch is no first one.
+        long = random_recurrence(form, **{**sizes, "T": 2**24 // (r.K * r.V)})
+        out = torch.empty(long.B, long.T, 1, long.K, long.V)
         x = torch.randn(16, r.K)
         rows[form] = timed(
             {
-                "states, new memory": lambda r=r: r.states(0),
+                "touching the memory of 64 MB of states": lambda out=out: torch.empty_like(out).fill_(1.0),
+                "states of one head, 64 MB": lambda long=long: long.states(0),
+                "states of one head": lambda r=r: r.states(0),
                 "states, one head step by step": lambda r=r: r.states(0, method="reference"),
                 "states, all heads step by step": lambda r=r: r.states(method="reference"),
-                "touching new memory alone": lambda out=out: torch.empty_like(out).fill_(1.0),
                 "states at 8 positions": lambda r=r: r.states(0, range(r.T // 8 - 1, r.T, r.T // 8)),
                 "16 edits propagated": lambda r=r, x=x: r.propagate(x, 0, 0),
                 "16 edits step by step": lambda r=r, x=x: r.propagate(x, 0, 0, method="reference"),

@@ -1,12 +1,14 @@
 """What an optimizer step costs: matrix atoms in SAELens' own step, and on factors (`sae.fast`), against SAELens' TopK.
 
     python benchmarks/sae_step.py [--d-k 128 --d-v 128 --d-sae 2048 --k 32 --batch 256 --dead 0.0 --only NAME --out DIR]
+    python benchmarks/sae_step.py --goals    # the settings whose ratios are to stay low, on factors against SAELens
     python benchmarks/sae_step.py --loop    # tokens per second of train_on_writes on writes of the embedded model
     python benchmarks/sae_step.py --stack 16    # so many dictionaries in one step, against one after another
 
 Each contender runs SAELens' own SAETrainer.step (forward, losses, backward, clipping, Adam) in a process of its own, so
-that its peak memory is its own; the processes take turns, one step each, so that a busy machine slows both. Memory is
-the peak of the resident set, and what of it was added after the imports.
+that its peak memory is its own; the processes take turns, one step each, so that a busy machine slows both. Time is
+that of the CPU, and a ratio the median of those of single turns. Memory is the peak of the resident set, and what of it
+was added after the imports.
 """
 
 import argparse
@@ -31,6 +33,14 @@ CONTENDERS = {
 }
 """Fields of the config; None is SAELens' own TopK. On factors the rows are writes, K + V numbers instead of K*V."""
 BASELINE = "SAELens topk"
+GOALS = {
+    "K x V 64 x 32, F 4096, k 32": {"d_k": 64, "d_v": 32, "d_sae": 4096, "k": 32, "batch": 4096, "steps": 5},
+    "K x V 128 x 128, F 16384, k 32": {"d_k": 128, "d_v": 128, "d_sae": 16384, "k": 32, "batch": 512, "steps": 1},
+    "K x V 32 x 32, F 4096, k 1, nine of ten atoms dead": {
+        "d_k": 32, "d_v": 32, "d_sae": 4096, "k": 1, "batch": 128, "steps": 15, "dead": 0.9
+    },
+}  # fmt: skip
+"""The second needs 12 GB for SAELens, at any number of rows; more rows only make its step longer."""
 
 
 def resident(field: str) -> float:
@@ -58,20 +68,20 @@ def build(options: argparse.Namespace, variant: dict[str, Any] | None) -> Any:
 
 def on_factors(options: argparse.Namespace, variant: dict[str, Any], batch: Any) -> Any:
     """The loop of `sae.fast` around one dictionary."""
-    from sae_lens_writesae.atom.low_rank import LowRank
-    from sae_lens_writesae.sae.fast import _Stack
+    from sae_lens_writesae.sae.fast import Stack
 
     changes = {name: value for name, value in variant.items() if name != "factors"}
-    cfg = embedded_config(options.batch, options.k, options.d_sae, 10**6, d_k=options.d_k, d_v=options.d_v, **changes)
-    keys, values = batch.split([options.d_k, options.d_v], dim=1)
-    return _Stack([(cfg, LowRank.rank_one(keys, values), None)])
+    sizes = {"d_k": options.d_k, "d_v": options.d_v}
+    cfg = embedded_config(options.batch, **{"k": options.k, "d_sae": options.d_sae, "steps": 10**6} | sizes | changes)
+    return Stack([(cfg, batch, None)])
 
 
 def work(options: argparse.Namespace) -> None:
     """A contender: one step per line of standard input, its seconds on standard output."""
     import torch
 
-    import sae_lens_writesae  # noqa: F401
+    import sae_lens_writesae.sae.fast  # noqa: F401
+    from sae_lens_writesae.atom.low_rank import LowRank
 
     torch.set_num_threads(options.threads)
     imported = resident("VmRSS")
@@ -80,23 +90,22 @@ def work(options: argparse.Namespace) -> None:
     width = options.d_k + options.d_v if factors else options.d_k * options.d_v
     batch = torch.randn(options.batch, width, generator=generator)
     if factors:
-        trainer = on_factors(options, variant or {}, batch)
-        trainer.silent[:, dead] = 10**6
-        keys, values = (side[None, :, None] for side in batch.split([options.d_k, options.d_v], dim=1))
-    else:
-        trainer = build(options, variant)
-        trainer.n_forward_passes_since_fired[dead] = float("inf")
+        batch = LowRank.rank_one(*batch.split([options.d_k, options.d_v], dim=1))
+    trainer = on_factors(options, variant or {}, batch) if factors else build(options, variant)
     for line in sys.stdin:
         if line.strip() == "end":
             break
-        start = time.perf_counter()
         if factors:
-            trainer._step(keys, values)
-            trainer.step += 1
+            trainer.silent[:, dead] = 10**6
+        else:
+            trainer.n_forward_passes_since_fired[dead] = float("inf")
+        start = time.process_time()
+        if factors:
+            trainer.take([batch])
         else:
             trainer.step(batch)
             trainer.n_training_steps += 1
-        print(time.perf_counter() - start, flush=True)
+        print(time.process_time() - start, flush=True)
     sae = trainer.saes[0] if factors else trainer.sae
     parameters = sum(p.numel() for p in sae.parameters())
     print(json.dumps({"peak": resident("VmHWM"), "imported": imported, "parameters": parameters}), flush=True)
@@ -177,7 +186,10 @@ def loop(options: argparse.Namespace) -> None:
 def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Seconds per step, peak MB and parameters of every contender."""
     command = [sys.executable, __file__, *options.forward]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(options.threads),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+    }
     workers = {
         name: subprocess.Popen(
             [*command, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -196,6 +208,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         process.wait()
         result[name] = {
             "seconds": median(seconds[name]),
+            "ratio": median(own / base for own, base in zip(seconds[name], seconds[BASELINE])),
             "peak_mb": memory["peak"],
             "added_mb": memory["peak"] - memory["imported"],
             "parameters": memory["parameters"],
@@ -219,7 +232,8 @@ def table(result: dict[str, dict[str, float]]) -> str:
     base = result[BASELINE]
     lines = [f"{'':<28} {'s/step':>8} {'x':>6} {'peak MB':>9} {'x':>6} {'added MB':>9} {'x':>6} {'parameters':>12}"]
     for name, row in result.items():
-        figures = [f"{row[key]:>{width}.{digits}f} {row[key] / base[key]:>6.2f}" for key, width, digits in COLUMNS]
+        ratios = {key: row[key] / base[key] for key, *_ in COLUMNS} | {"seconds": row["ratio"]}
+        figures = [f"{row[key]:>{width}.{digits}f} {ratios[key]:>6.3f}" for key, width, digits in COLUMNS]
         lines.append(f"{name:<28} {' '.join(figures)} {row['parameters']:>12,.0f}")
     return "\n".join(lines)
 
@@ -256,6 +270,7 @@ def main() -> None:
     parser.add_argument("--loop", action="store_true", help="tokens per second of train_on_writes instead")
     parser.add_argument("--stack", type=int, help="dictionaries that train together, against one after another")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--goals", action="store_true", help="the settings whose ratios are to stay low")
     options = parser.parse_args()
     options.forward = sys.argv[1:]
     if options.worker:
@@ -266,6 +281,13 @@ def main() -> None:
         return
     if options.stack:
         stack(options)
+        return
+    if options.goals:
+        for title, setting in GOALS.items():
+            given = argparse.Namespace(**vars(options) | setting | {"only": ["on factors"]})
+            flags = [f"--{name.replace('_', '-')}={value}" for name, value in setting.items()]
+            given.forward = [*flags, f"--threads={options.threads}"]
+            print(f"{title}, {given.batch} rows\n{table(measure(given))}", flush=True)
         return
     result = measure(options)
     print(table(result))

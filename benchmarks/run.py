@@ -1,0 +1,123 @@
+"""Run every benchmark, or those that are named, and write docs/benchmarks.md from their records.
+
+    python benchmarks/run.py [NAME ...]      an hour for all; records go to docs/benchmarks/NAME.json
+    python benchmarks/run.py --quick         small sizes, minutes; records and page go to a folder that is printed
+    python benchmarks/run.py --page          the page alone, from the records that are there
+
+Each runs in a process of its own with one thread. One that fails leaves its former record, which the page shows with
+its date, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "scripts")]
+
+import frame  # noqa: E402
+from subjects import SUBJECTS  # noqa: E402
+from tables import table  # noqa: E402
+
+from sae_lens_writesae.files import atomic_text  # noqa: E402
+
+NAMES = (
+    *("scan", "hooks", "recurrence", "substitution", "sae_step", "state_step", "real_size", "busy", "memory_surgery"),
+)
+"""The benchmarks, as the page has them."""
+HEAD = """# Benchmarks
+
+`python benchmarks/run.py` measures what stands here and writes this page from the records in `docs/benchmarks`; no
+other page has such numbers. Unless a section says otherwise, ways of doing one thing are timed in turn, round after
+round, in one process with one thread, by the process's own clock; a ratio is the median over rounds of the ratio in
+one round. Other programs shared the machine, so take the second digit lightly, and times more lightly than ratios.
+{goals}
+"""
+FOOT = """*{date}, {cpu}, {cores} cores under a load of {load:.0f}, threads: {threads}; Python {python}, torch {torch},
+transformers {transformers}, SAELens {sae-lens}. `python benchmarks/run.py {name}` took {seconds:.0f} s.*
+"""
+
+
+def benchmark(name: str) -> Any:
+    """A benchmark as the frame wants it."""
+    return SUBJECTS.get(name, lambda: importlib.import_module(name))()
+
+
+def section(name: str, record: dict[str, Any]) -> tuple[str, list[frame.Line]]:
+    """A benchmark's part of the page, and its lines."""
+    own, found = benchmark(name), record["found"]
+    lines = frame.lines(own, found)
+    parts = [f"## {getattr(own, 'TITLE', (own.__doc__ or name).split(':')[0])}"]
+    parts += ["**Small sizes**, to see that it runs."] if record["quick"] else []
+    parts += [table(("what", "goal", "measured"), [line.cells() for line in lines])] if lines else []
+    parts += [own.text(found)] if hasattr(own, "text") else []
+    parts += [FOOT.format(**record, name=name)]
+    return "\n".join(f"{part.strip()}\n" for part in parts), lines
+
+
+def records(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The records that are there."""
+    files = {name: folder / f"{name}.json" for name in names}
+    return {name: json.loads(file.read_text("utf-8")) for name, file in files.items() if file.exists()}
+
+
+def page(folder: Path, names: tuple[str, ...] = NAMES) -> str:
+    """docs/benchmarks.md from the records in a folder."""
+    made = [section(name, record) for name, record in records(folder, names).items()]
+    goals = [line for _, lines in made for line in lines if line.goal is not None]
+    met = sum(not line.missed for line in goals)
+    return "\n".join([HEAD.format(goals=f"Of {len(goals)} goals {met} are met."), *(text for text, _ in made)])
+
+
+def write(docs: Path, names: tuple[str, ...] = NAMES) -> None:
+    """The page, and pages of their own that benchmarks have."""
+    atomic_text(docs / "benchmarks.md", page(docs / "benchmarks", names))
+    for name, record in records(docs / "benchmarks", names).items():
+        if made := getattr(benchmark(name), "page", None):
+            atomic_text(docs / f"{name}.md", made(record["found"]))
+
+
+def run(names: tuple[str, ...], docs: Path, quick: bool) -> list[str]:
+    """Run benchmarks one after another; gives the names of those that failed."""
+    failed = []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    for name in names:
+        record = docs / "benchmarks" / f"{name}.json"
+        print(f"-- {name}", flush=True)
+        command = [sys.executable, __file__, "--one", name, "--json", str(record), *["--quick"] * quick]
+        if code := subprocess.run(command, env=environment, check=False).returncode:
+            former = f"its record of {json.loads(record.read_text())['date']} stays" if record.exists() else "no record"
+            print(f"-- {name} FAILED (exit code {code}): {former}", flush=True)
+            failed.append(name)
+    return failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--quick", action="store_true", help="small sizes; leaves docs as it is")
+    parser.add_argument("--page", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(NAMES):
+        parser.error(f"expected names out of {', '.join(NAMES)}; got {', '.join(sorted(unknown))}")
+    docs = Path(tempfile.mkdtemp(prefix="benchmarks-")) if options.quick else DOCS
+    failed = [] if options.page else run(tuple(options.names) or NAMES, docs, options.quick)
+    write(docs)
+    print(docs / "benchmarks.md")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        frame.main(benchmark(sys.argv[2]), sys.argv[3:])
+    else:
+        main()

@@ -1,0 +1,172 @@
+"""What the page says of the benchmarks whose files know nothing of it, with the goals."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from frame import Line, leaves
+
+Found = dict[str, Any]
+LARGEST = 2**27
+"""Parameters of SAELens' dictionary beside which a step on factors is measured: one of 2^28 takes 12 GB."""
+
+
+def rest(found: Found, unit: str = "") -> list[Line]:
+    """Numbers without a goal."""
+    return [Line(", ".join(names), value, unit) for names, value in leaves(found)]
+
+
+def hooks() -> SimpleNamespace:
+    """Time over that of the plain model."""
+
+    def measure(tokens: int = 256, rounds: int = 7) -> Found:
+        import hooks
+        import torch
+
+        with torch.no_grad():
+            return hooks.measure(tokens, rounds)
+
+    def lines(found: Found) -> list[Line]:
+        goals = {"decode": 1.03, "generate": 1.03, "prefill": 1.05}
+        own = {label: row for label, row in found.items() if label.startswith("nobody listens")}
+        said = [
+            Line(f"{label}: {kind}", row[kind], "", goal) for label, row in own.items() for kind, goal in goals.items()
+        ]
+        return said + rest({label: row for label, row in found.items() if label not in own})
+
+    title = "Hooks: time over that of the plain model, and bytes of what is collected"
+    return SimpleNamespace(TITLE=title, QUICK={"tokens": 32, "rounds": 1}, measure=measure, lines=lines)
+
+
+def recurrence() -> SimpleNamespace:
+    """States of one head over the first touch of their memory."""
+
+    def measure(tokens: int = 1024, widths: tuple[int, ...] = (64, 128), rounds: int = 15) -> Found:
+        import recurrence
+        import torch
+
+        with torch.no_grad():
+            return recurrence.measure(tokens, list(widths), rounds)
+
+    def lines(found: Found) -> list[Line]:
+        name = "states of one head, 64 MB"
+        rows = [(size, form, row) for size, forms in found["states"].items() for form, row in forms.items()]
+        said = [
+            Line(f"{size}, {form}: {name} / the first touch of their memory", row[name]["ratio"], "", 1.5)
+            for size, form, row in rows
+            if name in row
+        ]
+        names = {"training": "with the backward pass, time of", "accuracy": "relative error of outputs"}
+        names |= {"memory": "peak memory of all states of one head / their size"}
+        return said + [line for part, what in names.items() for line in rest({what: found[part]})]
+
+    quick = {"tokens": 128, "widths": (64,), "rounds": 3}
+    return SimpleNamespace(TITLE="States of a recurrence", QUICK=quick, measure=measure, lines=lines)
+
+
+def substitution() -> SimpleNamespace:
+    """How many times faster edited runs are than full forwards."""
+
+    def measure(
+        n_tokens: int = 512, n_firings: int = 12, n_full: int = 6, n_positions: int = 64, rounds: int = 1
+    ) -> Found:
+        import substitution
+
+        settings = {"n_tokens": n_tokens, "n_firings": n_firings, "n_full": n_full, "n_positions": n_positions}
+        with tempfile.TemporaryDirectory() as folder:
+            return substitution.measure(**settings, rounds=rounds, folder=Path(folder))
+
+    def lines(found: Found) -> list[Line]:
+        said = []
+        for label, row in found["substitution"].items():
+            goal = 30.0 if "T = 512" in label else 15.0 if "T = 128" in label else None
+            what = f"{label}: edited rows of the substitution test, times as fast as a full forward each"
+            said.append(Line(what, row["window_gain"], " ×", goal, least=True))
+        dense = rest({"every write of a head replaced, times as fast as token by token": found["dense"]}, " ×")
+        return said + rest({"deletions at many positions": found["positions"]}) + dense
+
+    quick = {"n_tokens": 64, "n_firings": 2, "n_full": 2, "n_positions": 8, "rounds": 1}
+    return SimpleNamespace(TITLE="Sessions, deletions, dense writes", QUICK=quick, measure=measure, lines=lines)
+
+
+def sae_step() -> SimpleNamespace:
+    """A training step on factors beside SAELens' TopK."""
+
+    def measure(steps: int = 5, d_sae: int = 0) -> Found:
+        import sae_step
+
+        plain = {"d_k": 128, "d_v": 128, "d_sae": 2048, "k": 32, "batch": 256, "dead": 0.0, "threads": 1}
+        found = {}
+        for title, setting in getattr(sae_step, "GOALS", {"128 x 128, F 2048, k 32": {}}).items():
+            own = plain | setting | {"steps": steps} | ({"d_sae": d_sae} if d_sae else {})
+            if own["d_k"] * own["d_v"] * own["d_sae"] > LARGEST:
+                continue
+            flags = [f"--{name.replace('_', '-')}={value}" for name, value in own.items()]
+            found[title] = sae_step.measure(argparse.Namespace(**own, only=["on factors"], forward=flags))
+        return found
+
+    def lines(found: Found) -> list[Line]:
+        said = []
+        for title, (base, own) in {title: tuple(rows.values()) for title, rows in found.items()}.items():
+            said.append(Line(f"{title}: a step on factors / SAELens' TopK, time", own["ratio"], "", 0.045))
+            said.append(Line(f"{title}: memory that it adds", own["added_mb"] / base["added_mb"], "", 0.11))
+        return said
+
+    return SimpleNamespace(TITLE="Training steps", QUICK={"steps": 1, "d_sae": 256}, measure=measure, lines=lines)
+
+
+def state_step() -> SimpleNamespace:
+    """A training step on states."""
+
+    def measure(batch: int = 128, rounds: int = 5) -> Found:
+        import state_step
+
+        return state_step.measure(batch=batch, rounds=rounds)
+
+    def lines(found: Found) -> list[Line]:
+        what = "in chunks, times as fast as SAELens' trainer on rows"
+        return [Line(f"{name}: {what}", row["ratio"], " ×") for name, row in found.items()]
+
+    return SimpleNamespace(TITLE="State dictionaries", QUICK={"rounds": 1}, measure=measure, lines=lines)
+
+
+def real_size() -> SimpleNamespace:
+    """The whole way; what the file has as a page is a section."""
+    import real_size as own
+
+    def text(found: Found) -> str:
+        return own.page(found).partition("\n")[2].replace("\n## ", "\n### ")
+
+    title = "Collect, and the whole way at real size"
+    return SimpleNamespace(TITLE=title, QUICK=own.QUICK, measure=own.measure, lines=own.lines, text=text)
+
+
+def busy() -> SimpleNamespace:
+    """Threads beside other programs."""
+
+    def measure(steps: int = 60, rows: int = 120, rounds: int = 3) -> Found:
+        import busy
+
+        return busy.measure([each for each in busy.SETTINGS if each != busy.BEFORE], rounds, f"{steps} {rows}")
+
+    def lines(found: Found) -> list[Line]:
+        return [
+            Line(f"{beside}: {part}, {setting} / one thread", value, "", 2.0)
+            for beside, rows in found.items()
+            for setting, row in rows.items()
+            for part, value in row.items()
+            if setting != "one thread"
+        ]
+
+    quick = {"steps": 2, "rows": 2, "rounds": 1}
+    return SimpleNamespace(TITLE="Beside busy processes", QUICK=quick, measure=measure, lines=lines)
+
+
+SUBJECTS: dict[str, Callable[[], SimpleNamespace]] = {
+    each.__name__: each for each in (hooks, recurrence, substitution, sae_step, state_step, real_size, busy)
+}
