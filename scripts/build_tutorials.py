@@ -24,8 +24,13 @@ def build(path: Path) -> None:
     """Execute one notebook in an empty folder and write it back; a cell that raises leaves the file as it was."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        resources = {"metadata": {"path": folder}}
-        NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources, record_timing=False).execute()
+        NotebookClient(
+            notebook,
+            timeout=900,
+            kernel_name="python3",
+            resources={"metadata": {"path": folder}},
+            record_timing=False,
+        ).execute()
     for number, cell in enumerate(notebook.cells):
         cell.update({"metadata": nbformat.from_dict({}), "id": f"cell-{number:02d}"})
     nbformat.write(nbformat.from_dict({**notebook, "metadata": METADATA}), path)

@@ -77,18 +77,11 @@ fla, by class, of which it has no models.
 
 {refused}"""
 
-RULE_HEAD = (
-    *("family", "model types", "state K × V", "rank of a token's write", "erase a bᵀ", "decay α"),
-    *("hooks on factors", "tested against", "largest error: op, logits"),
-)
-MODEL_HEAD = ("model type", "from", "H, K, V", "oracle", "op", "logits", "largest logit", "kernels")
-
 
 def rule_of(family: Family) -> Rule:
     """The rule of a model type; fla has ops of its own, of which GLA's serves HGRN2 too."""
-    is_fla = family["source"] == "fla"
-    hgrn2 = replace(FLA_GLA, name="HGRN2", sizes=("head_f_dim", "head_i_dim"))
-    return next(rule for rule in (*RULES, hgrn2) if rule.name == family["rule"] and rule.kernel_only == is_fla)
+    rules = (*RULES, replace(FLA_GLA, name="HGRN2", sizes=("head_f_dim", "head_i_dim")))
+    return next(x for x in rules if x.name == family["rule"] and x.kernel_only == (family["source"] == "fla"))
 
 
 def erase(rule: Rule) -> str:
@@ -107,7 +100,6 @@ def rule_row(name: str, families: list[Family]) -> list[object]:
     """What a rule's families have in common."""
     rules, rank = [rule_of(family) for family in families], max(family["rank"] for family in families)
     oracles = [family[part] for part in ("op_oracle", "logits_oracle") for family in families]
-    kernels = ["fla's kernels"] * any(family["kernels_error"] for family in families)
     return [
         name,
         ", ".join(f"`{f['model_type']}`" + " (fla)" * (f["source"] == "fla") for f in families),
@@ -116,7 +108,7 @@ def rule_row(name: str, families: list[Family]) -> list[object]:
         distinct(map(erase, rules)),
         distinct(family["decay"] for family in families),
         ", ".join(f"`{row.name}`" for row in rows("mixer") if row.factor in rules[0].hook_factors),
-        distinct(oracles + kernels),
+        distinct([*oracles, *["fla's kernels"] * any(family["kernels_error"] for family in families)]),
         ", ".join(f"{max(family[part] for family in families):.0e}" for part in ("op_error", "logits_error")),
     ]
 
@@ -144,11 +136,27 @@ def page(families: list[Family]) -> str:
         by_reason[reason].append(f"`{name}`")
     common = [row.name for row in rows("mixer") if row.factor is None] + [f"heads.{{h}}.{x.name}" for x in rows("head")]
     return TEXT.format(
-        rules=table(RULE_HEAD, (rule_row(name, members) for name, members in by_rule.items())),
+        rules=table(
+            (
+                "family",
+                "model types",
+                "state K × V",
+                "rank of a token's write",
+                "erase a bᵀ",
+                "decay α",
+                "hooks on factors",
+                "tested against",
+                "largest error: op, logits",
+            ),
+            (rule_row(name, members) for name, members in by_rule.items()),
+        ),
         before=" and ".join(dict.fromkeys(rule.name for rule in RULES if rule.read_before_write)),
         entries=" and ".join(rule.name for rule in RULES if rule.decays_entries),
         common=", ".join(f"`{name}`" for name in common),
-        models=table(MODEL_HEAD, map(model_row, families)),
+        models=table(
+            ("model type", "from", "H, K, V", "oracle", "op", "logits", "largest logit", "kernels"),
+            map(model_row, families),
+        ),
         refused=table(("model types, layers", "reason"), ((", ".join(n), reason) for reason, n in by_reason.items())),
     )
 
@@ -193,9 +201,9 @@ def main(arguments: list[str]) -> None:
     if "--measure" in arguments:
         from conftest import MAKERS
 
-        families = [family for family in families if family["source"] != "transformers"]
-        families += [measured(name) for name in MAKERS if name != "rwkv7"]
-        families.sort(key=lambda family: (family["source"] == "fla", family["model_type"]))
+        found = [measured(name) for name in MAKERS if name != "rwkv7"]
+        found += [family for family in families if family["source"] != "transformers"]
+        families = sorted(found, key=lambda family: (family["source"] == "fla", family["model_type"]))
         DATA.write_text(json.dumps(families, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     PAGE.write_text(page(families), encoding="utf-8")
 

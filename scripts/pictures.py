@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,16 +35,6 @@ def saved(tutorial: str, words: str, file: Path) -> None:
     (outputs,) = [cell["outputs"] for cell in cells if words in "".join(cell["source"]) and "outputs" in cell]
     (png,) = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
     file.write_bytes(base64.b64decode("".join(png)))
-
-
-def attention(file: Path) -> None:
-    """The pattern of L3H4 of RWKV-7, and its last row."""
-    saved(ATTENTION, "A of L3H4", file)
-
-
-def fact(file: Path) -> None:
-    """Where a fact is held, and what is answered when an atom takes the place of its write."""
-    saved(ZOO, "the atom of Ben Tokyo", file)
 
 
 def write(file: Path) -> None:
@@ -74,14 +65,12 @@ def write(file: Path) -> None:
 
 
 def growth(file: Path) -> None:
-    """Times of docs/benchmarks.json against length."""
+    """Times of the chunked scan against length."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    import families
+    import scan
 
-    measured = json.loads((ROOT / "docs/benchmarks.json").read_text(encoding="utf-8"))
-    lines = {name: {int(T): ms for T, ms in line.items()} for name, line in measured["growth"].items()}
-    width = int(next(iter(measured["operations"])).split()[0])
-    families.plot(lines, {"H": 4, "K": width, "V": width}, file)
+    found = json.loads((ROOT / "docs/benchmarks/scan.json").read_text(encoding="utf-8"))["found"]
+    scan.plot(found["growth"], next(iter(found["operations"])), file)
 
 
 def atom(file: Path) -> None:
@@ -110,12 +99,13 @@ def atom(file: Path) -> None:
 class Picture(NamedTuple):
     """How a picture is made, and of which files of the repository."""
 
-    make: Callable[[Path], None]
+    make: Callable[[Path], None] | partial[None]
     sources: tuple[str, ...]
 
     def fingerprint(self) -> str:
         """SHA-256 of the code that makes it and of its sources."""
-        total = hashlib.sha256(inspect.getsource(self.make).encode())
+        code = inspect.getsource(self.make.func if isinstance(self.make, partial) else self.make)
+        total = hashlib.sha256(code.encode())
         for name in self.sources:
             total.update(f"{name}\n".encode() + (ROOT / name).read_bytes())
         return total.hexdigest()
@@ -123,9 +113,9 @@ class Picture(NamedTuple):
 
 PICTURES = {
     "write.png": Picture(write, ("hookpoints/zoo/recall/model.safetensors",)),
-    "fact.png": Picture(fact, (ZOO,)),
-    "attention.png": Picture(attention, (ATTENTION,)),
-    "growth.png": Picture(growth, ("docs/benchmarks.json", "benchmarks/families.py")),
+    "fact.png": Picture(partial(saved, ZOO, "the atom of Ben Tokyo"), (ZOO,)),
+    "attention.png": Picture(partial(saved, ATTENTION, "A of L3H4"), (ATTENTION,)),
+    "growth.png": Picture(growth, ("docs/benchmarks/scan.json", "benchmarks/scan.py")),
     "atom.png": Picture(
         atom,
         (

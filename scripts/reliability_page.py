@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -36,12 +37,32 @@ Name = Literal[tuple(check.name for check in CHECKS)]  # type: ignore[valid-type
 VERSIONS = ("torch", "transformers", "transformer-lens", "sae-lens", "safetensors", "tokenizers")
 
 
+HEAD = """# Reliability
+
+`scripts/reliability_page.py` made this page on {dates} with {versions}, on a CPU.
+The {checks} checks below made {comparisons:,} comparisons of an expected result with the one they got.
+They also ran with {broken} broken products, each of which its check must catch.
+{verdict}
+
+The test suite runs the same checks with fewer rounds (`tests/reliability`).
+`python scripts/reliability_page.py --rounds 10` makes about ten times as many comparisons.
+"""
+
+
+GOOD = "No comparison failed, and every broken product was caught."
+CAUGHT = "broken products that it caught"
+FOOT = """## Mutants
+
+The test suite notices {noticed:.1%} of {sample} random changes of the packages ({date}, seed {seed}). `mutants.json` \
+lists the {left} that it does not. {remark}"""
+MUTANTS = ROOT / "docs" / "mutants.json"
+
+
 def measured(check: Check, rounds: float) -> dict[str, object]:
     """What the product as it is and the broken ones led to."""
     begin = time.process_time()
-    n = max(round(check.many * rounds), 1)
     with tempfile.TemporaryDirectory() as work:
-        found = list(check.run(Path(work), n))
+        found = list(check.run(Path(work), max(round(check.many * rounds), 1)))
     caught = {}
     for name in check.broken:
         with tempfile.TemporaryDirectory() as work:
@@ -63,55 +84,43 @@ def good(row: dict) -> bool:
     return not row["failures"] and all(row["caught"].values())
 
 
-def shown(row: dict) -> tuple[str, int, str]:
-    """Comparisons, failures, and the broken products that were caught or not."""
-    caught = "; ".join(each if yes else f"**not caught: {each}**" for each, yes in row["caught"].items())
-    return f"{row['comparisons']:,}", len(row["failures"]), caught
-
-
-def mutants(file: Path) -> list[str]:
-    """One line on mutation testing, where it was run."""
-    if not file.is_file():
-        return []
-    told = json.loads(file.read_text())
-    left, when = len(told["survivors"]), f"{told['date']}, seed {told['seed']}"
-    text = (
-        f"The test suite notices {1 - left / told['sample']:.1%} of {told['sample']} random changes of the packages "
-        f"({when}). `mutants.json` lists the {left} that it does not. {told.get('remark', '')}"
-    )
-    return ["", "## Mutants", "", text.rstrip()]
-
-
-def page(saved: dict[str, dict], out: Path) -> str:
-    bad = [name for name, row in saved.items() if not good(row)]
-    dates = sorted({row["date"] for row in saved.values()})
-    latest = next(row["versions"] for row in saved.values() if row["date"] == dates[-1]).items()
-    comparisons, broken = (sum(each) for each in zip(*((r["comparisons"], len(r["caught"])) for r in saved.values())))
-    lines = [
-        "# Reliability",
-        "",
-        f"`scripts/reliability_page.py` made this page on {' and '.join(dates)} with "
-        + ", ".join(map(" ".join, latest))
-        + ", on a CPU.",
-        f"The {len(saved)} checks below made {comparisons:,} comparisons of an expected result with the one they got.",
-        f"They also ran with {broken} broken products, each of which its check must catch.",
-        f"These checks failed: **{', '.join(bad)}**."
-        if bad
-        else "No comparison failed, and every broken product was caught.",
-        "",
-        "The test suite runs the same checks with fewer rounds (`tests/reliability`).",
-        "`python scripts/reliability_page.py --rounds 10` makes about ten times as many comparisons.",
+def section(checks: list[Check], saved: dict[str, dict]) -> str:
+    """What checks are, what they found, and the numbers that they bound."""
+    said = (f"- `{check.name}`: {' '.join((check.run.__doc__ or '').split())}\n" for check in checks)
+    rows = [
+        (
+            f"`{check.name}`",
+            f"{saved[check.name]['comparisons']:,}",
+            len(saved[check.name]["failures"]),
+            "; ".join(each if ok else f"**not caught: {each}**" for each, ok in saved[check.name]["caught"].items()),
+        )
+        for check in checks
     ]
-    for section in dict.fromkeys(check.section for check in CHECKS if check.name in saved):
-        checks = [check for check in CHECKS if check.section == section and check.name in saved]
-        lines += ["", f"## {section}", ""]
-        lines += [f"- `{check.name}`: {' '.join((check.run.__doc__ or '').split())}" for check in checks]
-        rows = [(f"`{check.name}`", *shown(saved[check.name])) for check in checks]
-        lines += ["", table(("check", "comparisons", "failed", "broken products that it caught"), rows).rstrip()]
-        numbers = {what: pair for check in checks for what, pair in saved[check.name]["numbers"].items()}
-        rows = [(what, f"{got:.3g}", f"{most:g}") for what, (got, most) in numbers.items()]
-        lines += ["", table(("measured", "got", "at most"), rows).rstrip()] if rows else []
-    return "\n".join([*lines, *mutants(out / "mutants.json")]) + "\n"
+    numbers = [
+        (what, f"{got:.3g}", f"{most:g}")
+        for check in checks
+        for what, (got, most) in saved[check.name]["numbers"].items()
+    ]
+    parts = [f"## {checks[0].section}\n", "".join(said), table(("check", "comparisons", "failed", CAUGHT), rows)]
+    return "\n".join([*parts, *[table(("measured", "got", "at most"), numbers)] * bool(numbers)])
+
+
+def page(saved: dict[str, dict]) -> str:
+    """docs/reliability.md, with a line on mutation testing."""
+    bad, told = [name for name, row in saved.items() if not good(row)], json.loads(MUTANTS.read_text("utf-8"))
+    head = HEAD.format(
+        dates=" and ".join(sorted({row["date"] for row in saved.values()})),
+        versions=", ".join(map(" ".join, max(saved.values(), key=lambda row: row["date"])["versions"].items())),
+        checks=len(saved),
+        comparisons=sum(row["comparisons"] for row in saved.values()),
+        broken=sum(len(row["caught"]) for row in saved.values()),
+        verdict=f"These checks failed: **{', '.join(bad)}**." if bad else GOOD,
+    )
+    known = [check for check in CHECKS if check.name in saved]
+    parts = [section(list(each), saved) for _, each in groupby(known, lambda check: check.section)]
+    left = len(told["survivors"])
+    foot = FOOT.format(**{"remark": ""} | told, left=left, noticed=1 - left / told["sample"])
+    return "\n".join([head, *parts, foot.rstrip(), ""])
 
 
 def main(only: Sequence[Name] = get_args(Name), rounds: float = 1.0, out: Path = ROOT / "docs") -> int:
@@ -136,7 +145,7 @@ def main(only: Sequence[Name] = get_args(Name), rounds: float = 1.0, out: Path =
             )
         saved = {each.name: saved[each.name] for each in CHECKS if each.name in saved}
         file.write_text(json.dumps(saved, indent=1) + "\n")
-        (out / "reliability.md").write_text(page(json.loads(file.read_text()), out), encoding="utf-8")
+        (out / "reliability.md").write_text(page(json.loads(file.read_text())), encoding="utf-8")
     return 0 if all(map(good, saved.values())) else 1
 
 

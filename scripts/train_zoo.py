@@ -91,7 +91,7 @@ Right answers in fresh sequences, by size: {accuracy}.
 
 def gated_delta(vocabulary: int, **changes: int) -> PreTrainedModel:
     """Qwen3.5 with linear attention alone: two Gated DeltaNet layers of two heads, 32 x 32."""
-    config = Qwen3_5TextConfig(
+    own: dict[str, Any] = dict(
         vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=128,
@@ -110,8 +110,7 @@ def gated_delta(vocabulary: int, **changes: int) -> PreTrainedModel:
         eos_token_id=0,
         pad_token_id=0,
     )
-    config.update(changes)
-    model = Qwen3_5ForCausalLM(config)
+    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**own | changes))
     for name, weight in model.named_parameters():  # a slow decay: a pair has to last
         if name.endswith(("A_log", "dt_bias")):
             weight.data = torch.empty_like(weight).uniform_(0.01, 0.2).log() if name[-1] == "g" else weight * 0 - 4.0
@@ -120,43 +119,45 @@ def gated_delta(vocabulary: int, **changes: int) -> PreTrainedModel:
 
 def mamba2(vocabulary: int) -> PreTrainedModel:
     """Two Mamba-2 layers of four heads, 64 x 32."""
-    config = Mamba2Config(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_heads=4,
-        head_dim=32,
-        state_size=64,
-        n_groups=1,
-        expand=2,
-        conv_kernel=4,
-        chunk_size=32,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
+    return Mamba2ForCausalLM(
+        Mamba2Config(
+            vocab_size=vocabulary,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_heads=4,
+            head_dim=32,
+            state_size=64,
+            n_groups=1,
+            expand=2,
+            conv_kernel=4,
+            chunk_size=32,
+            tie_word_embeddings=False,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
     )
-    return Mamba2ForCausalLM(config)
 
 
 def rwkv7(vocabulary: int) -> PreTrainedModel:
     """Two RWKV-7 layers of two heads, 32 x 32."""
-    config = RWKV7Config(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        head_dim=32,
-        num_hidden_layers=2,
-        intermediate_size=128,
-        decay_low_rank_dim=16,
-        gate_low_rank_dim=16,
-        a_low_rank_dim=16,
-        v_low_rank_dim=16,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
+    return RWKV7ForCausalLM(
+        RWKV7Config(
+            vocab_size=vocabulary,
+            hidden_size=64,
+            head_dim=32,
+            num_hidden_layers=2,
+            intermediate_size=128,
+            decay_low_rank_dim=16,
+            gate_low_rank_dim=16,
+            a_low_rank_dim=16,
+            v_low_rank_dim=16,
+            max_position_embeddings=512,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
     )
-    return RWKV7ForCausalLM(config)
 
 
 def induction(vocabulary: int) -> PreTrainedModel:
@@ -295,19 +296,21 @@ def share(
 def rates(model: HookedRecurrent, case: Case, layer: int, heads: Sequence[int], offset: int) -> dict[str, float]:
     """Shares of answers after interventions on the writes of some heads, ``offset`` tokens after the asked pair's key.
 
-    "ablated": right answers without the writes. For each kind of symbol, shares of the answer of the sequences with
-    another symbol, asked for as there, when the writes are those of these sequences: "exchanged" whole, or one side;
-    "another pair": when they are those of the next pair. "other pairs right": right answers about the next pair when
-    the value was exchanged.
+    "ablated": right answers without the writes. For each kind of symbol that ``case`` has, shares of the answer of the
+    sequences with another symbol, asked for as there, when the writes are those of these sequences: "exchanged" whole,
+    or one side. Where it has the next pair, "another pair": when they are those of the next pair; "other pairs right":
+    right answers about the next pair when the value was exchanged.
     """
     where = layer, heads, offset
-    (k, u), following = sides(model, case["asked"], *where), sides(model, case["next"], *where)
-    found, new = {"ablated": share(model, case, case["asked"], *where, (0 * k, 0 * u))}, following
-    for kind in ("keys", "values"):
-        new = sides(model, case[kind], *where)
-        writes = {"exchanged": new, "key side": (new[0], u), "value side": (k, new[1]), "another pair": following}
-        found |= {f"{kind}, {name}": share(model, case, case[kind], *where, each) for name, each in writes.items()}
-    return found | {"other pairs right": share(model, case, case["next"], *where, new)}
+    own = {kind: sides(model, batch, *where) for kind, batch in case.items()}
+    k, u = own["asked"]
+    told = {"ablated": ("asked", (0 * k, 0 * u))}
+    for kind in [kind for kind in own if kind not in ("asked", "next")]:
+        new = {"exchanged": own[kind], "key side": (own[kind][0], u), "value side": (k, own[kind][1])}
+        new |= {"another pair": own["next"]} if "next" in own else {}
+        told |= {f"{kind}, {name}": (kind, writes) for name, writes in new.items()}
+    told |= {"other pairs right": ("next", own["values"])} if "next" in own else {}
+    return {name: share(model, case, case[kind], *where, writes) for name, (kind, writes) in told.items()}
 
 
 def table(model: HookedRecurrent, case: Case) -> Iterator[dict[str, Any]]:
@@ -361,8 +364,8 @@ def facts(model: HookedRecurrent, name: str, case: Case, found: Sequence[zoo.Hol
             for about, question in asked.items():
                 yield f"one attribute changed: {about}", share(model, case, question, *where, writes, "add")
     for more in (24, 32, 48, 64) if isinstance(task, Recall) else ():
-        crowd = task.batch(128, torch.Generator().manual_seed(4), pairs=more, queries=4)
-        yield f"right with {more} pairs", right(model, crowd)
+        generator = torch.Generator().manual_seed(4)
+        yield f"right with {more} pairs", right(model, task.batch(128, generator, pairs=more, queries=4))
     convolutions = [(at, module) for at, module in model.hf_model.named_modules() if isinstance(module, nn.Conv1d)]
     for (at, module), tap in product(convolutions, (1, 2, 3)):
         kept = module.weight.clone()
@@ -397,8 +400,8 @@ def looks(model: HookedRecurrent, name: str, n: int) -> Found:
     the word after the first occurrence. *largest*: queries whose largest weight on another token is there. *ablated*:
     right answers without these entries of the pattern; *alone*: with no others.
     """
-    generator, rows = torch.Generator().manual_seed(5), []
-    base = zoo.task(name).batch(n, generator, words=12, queries=8)
+    task, generator, rows = zoo.task(name), torch.Generator().manual_seed(5), []
+    base = task.batch(n, generator, words=12, queries=8)
     itself = torch.eye(base.tokens.shape[1])
 
     def masked(layer: int, mask: Tensor) -> float:
@@ -409,22 +412,13 @@ def looks(model: HookedRecurrent, name: str, n: int) -> Found:
         pattern = model.recurrence(base.tokens, layer).attention()[:, 0].abs() * (1 - itself)
         largest = pattern.argmax(dim=-1).gather(1, base.positions) == base.positions - offset
         there = torch.ones_like(itself).tril(-offset).triu(-offset)
-        rates = {"ablated": masked(layer, 1 - there), "alone": masked(layer, there)}
-        row = {"layer": layer, "heads": (0,), "offset": offset, "largest": largest.double().mean().item(), **rates}
-        rows.append(row)
-    base = zoo.task(name).batch(n, generator, words=12)
-    symbols, asked = base.symbols, base.symbols["asked"]
-    new = zoo.task(name).others(symbols["values"].gather(1, asked), generator)
-    case = {
-        "asked": base,
-        "values": zoo.task(name).spell({**symbols, "values": symbols["values"].scatter(1, asked, new)}),
-    }
-    where = 1, (0,), 1
-    (k, u), (other_k, other_u) = sides(model, base, *where), sides(model, case["values"], *where)
-    writes = {"exchanged": (other_k, other_u), "key side": (other_k, u), "value side": (k, other_u)}
-    found = {f"values, {told}": share(model, case, case["values"], *where, each) for told, each in writes.items()}
-    found["ablated"] = share(model, case, base, *where, (0 * k, 0 * u))
-    longer = zoo.task(name).batch(n, generator, words=24, queries=8)
+        found = {"layer": layer, "heads": (0,), "offset": offset, "largest": largest.double().mean().item()}
+        rows.append(found | {"ablated": masked(layer, 1 - there), "alone": masked(layer, there)})
+    one = task.batch(n, generator, words=12)
+    values, asked = one.symbols["values"], one.symbols["asked"]
+    new = values.scatter(1, asked, task.others(values.gather(1, asked), generator))
+    found = rates(model, {"asked": one, "values": task.spell({**one.symbols, "values": new})}, 1, (0,), 1)
+    longer = task.batch(n, generator, words=24, queries=8)
     return [zoo.Holder(1, (0,), 0, "values", "value", found)], rows, {"right with 24 words": right(model, longer)}
 
 
@@ -498,7 +492,7 @@ def card(name: str, truth: zoo.Truth, recipe: Recipe) -> str:
     """README.md, from measurements alone."""
     task, columns = zoo.task(name), list(truth.table[0])[3:]
     tokens = task.batch(1, torch.Generator().manual_seed(0), **task.sizes[0]).tokens[0]
-    rows = [[*list(row.values())[:3], *(f"{row[column]:.3f}" for column in columns)] for row in truth.table]
+    rows = ([*list(row.values())[:3], *(f"{row[column]:.3f}" for column in columns)] for row in truth.table)
     found = [
         f"* Layer {each.layer}, heads {str(each.heads).strip('(,)')}: the write {each.offset} tokens after a symbol of "
         f"`{each.holds}` holds it in its {each.side} side. After an exchange "
