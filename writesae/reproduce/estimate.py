@@ -21,7 +21,7 @@ from writesae.reproduce.config import ReproduceConfig
 if TYPE_CHECKING:
     from hookpoints import HookedRecurrent
 
-SHARE = {"collect": 0.5, "train": 0.1, "evaluate": 0.4}
+SHARE = {"collect": 0.5, "train": 0.2, "evaluate": 0.4}
 """Of the rate of large matrix products that each stage reaches, in the model's dtype and, for training, in float32."""
 RANKS = {n: int(v["rank"]) for n, v in VARIANTS.items() if (v["encoder"], v["decoder"]) == ("bilinear", "rank")}
 """Of variants that train on factors (`sae.fast.shape_of`)."""
