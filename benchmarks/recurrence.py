@@ -10,7 +10,6 @@ allocations.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import math
 import re
@@ -25,10 +24,9 @@ from typing import Any
 import torch
 import transformers
 
-from hookpoints.recurrence import Recurrence
-
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from recurrences import FORMS, random_recurrence
+from scan import upstream_of
 
 Way = Callable[[], object]
 GROWTH = ("gdn", "kda", "rwkv7")
@@ -52,32 +50,13 @@ def timed(ways: dict[str, Way], rounds: int) -> dict[str, dict[str, float]]:
     }
 
 
-def upstream(form: str, r: Recurrence) -> Way | None:
-    """transformers' torch op on the same factors, where there is one."""
-    models = transformers.models
-    if form in ("gdn", "kda"):
-        op = models.qwen3_5.modeling_qwen3_5.torch_chunk_gated_delta_rule
-        if form == "kda":
-            op = models.kimi_linear.modeling_kimi_linear.chunk_kimi_delta_attention
-        assert r.beta is not None
-        value = r.u / r.beta[..., None]
-        return lambda: inspect.unwrap(op)(r.q, r.k, value, r.log_decay, r.beta, output_final_state=True)
-    if form == "mamba2":
-        op = inspect.unwrap(models.mamba2.modeling_mamba2.mamba2_chunk_scan)
-        assert r.log_decay is not None
-        dt = -r.log_decay  # with A = -1
-        value, rate = r.u / dt[..., None], -torch.ones(r.H)
-        return lambda: op(value, dt, rate, r.k, r.q, chunk_size=64, return_final_states=True)
-    return None
-
-
 def operations(sizes: dict[str, Any], rounds: int) -> dict[str, Any]:
     """Outputs and final state of each form."""
     rows = {}
     for form in FORMS:
         r = random_recurrence(form, **sizes)
         ways: dict[str, Way] = {"chunked": r.scan, "step by step": lambda r=r: r.scan(method="reference")}
-        if (op := upstream(form, r)) is not None:
+        if (op := upstream_of(form, r)) is not None:
             ways["transformers"] = op
         rows[form] = timed(ways, rounds)
     return rows
@@ -89,7 +68,7 @@ def training(sizes: dict[str, Any], rounds: int) -> dict[str, Any]:
     for form in ("gdn", "mamba2"):
         r = random_recurrence(form, **sizes)
         r = r.replace(q=r.q.requires_grad_(), u=r.u.requires_grad_())
-        op = upstream(form, r)
+        op = upstream_of(form, r)
         assert op is not None
 
         def backward(way: Way) -> Way:

@@ -45,8 +45,8 @@ class Listeners:
 class _Noting(OrderedDict[Any, Any]):
     """A dictionary of PyTorch's that notes what is put into it."""
 
-    def __init__(self, listeners: Listeners, entries: Iterable[tuple[Any, Any]]):
-        self.listeners = listeners
+    def __init__(self, listeners: Listeners | None = None, entries: Iterable[tuple[Any, Any]] = ()):
+        self.listeners = listeners or Listeners()  # a copy is made without, and then gets a copy of the original's
         super().__init__(entries)
 
     def __setitem__(self, key: object, value: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -117,3 +119,12 @@ def test_hooks_that_come_while_another_thread_runs_are_seen(quiet, tokens):
     listeners.exist()
     listeners.sets = list.copy(listeners.sets)
     assert not torch.equal(quiet(tokens), plain)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))])
+def test_a_copy_of_hook_points_hears_its_own_hooks(again: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+    hooks = HookedRecurrent.from_hf(make_hf("qwen3_5")).blocks[1]
+    mixer = again(hooks).mixer
+    assert not mixer.listens("hook_q")
+    mixer.hook_q.add_hook(zeroed)
+    assert mixer.listens("hook_q") and not hooks.mixer.listens("hook_q")
