@@ -1,4 +1,4 @@
-"""The errors that hookpoints raises. Each says what was asked, what was found and how to mend it.
+"""The errors that hookpoints raises. Each says what was expected, what it got and the fix.
 
 Every error is also of the built-in kind that fits it (`ValueError`, `KeyError`, ...), so that code which does not know
 hookpoints can catch it.
@@ -7,7 +7,7 @@ hookpoints can catch it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 
 class HookpointsError(Exception):
@@ -38,7 +38,7 @@ class UnsupportedModelError(HookpointsError, ValueError):
 
 
 class ChecksumError(HookpointsError, ValueError):
-    """A file is a link, lies outside its folder, or is not the one that the checksums of the folder list."""
+    """A file is a link, is outside its folder, or is not the one that the checksums of the folder list."""
 
 
 class SelfCheckError(HookpointsError, RuntimeError):
@@ -61,6 +61,12 @@ def require(fits: bool, error: type[Exception], what: str) -> None:
     """Raise ``error``, which says ``what``, unless something ``fits``."""
     if not fits:
         raise error(what)
+
+
+def require_whole(what: str, wrong: Mapping[str, Collection[str]], fix: str) -> None:
+    """Raise UnsupportedModelError where a checkpoint has faults. ``wrong`` gives the names of the tensors by fault."""
+    faults = [f"{fault} {len(each)} tensor(s): {', '.join(sorted(each)[:3])}" for fault, each in wrong.items() if each]
+    require(not faults, UnsupportedModelError, f"{what}: it {'; it '.join(faults)}. {fix}")
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

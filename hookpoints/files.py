@@ -1,4 +1,4 @@
-"""Folders that someone else may have written: what they hold is data, and may be damaged or made to do harm.
+"""Folders that someone else may have written: what they hold is data, and may be damaged or malicious.
 
 The file ``SHA256SUMS`` seals a folder: a flipped bit in a weight is a valid number, and nothing else can find it. The
 program ``sha256sum`` has the same format. In any model folder ``sha256sum *.json *.safetensors > SHA256SUMS`` makes the
@@ -22,7 +22,7 @@ _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\0]+)")
 
 
 def plain_file(folder: Path, name: str, error: type[ValueError] = ChecksumError) -> Path:
-    """The path of a regular file of ``folder``; ``error``, which names it, for a link, for what lies outside, and for
+    """The path of a regular file of ``folder``; ``error``, which names it, for a link, for what is outside, and for
     what is missing or no file. Nothing is read.
 
     A link may lead to a file that its author could not read, and the reader publishes it. The links of the Hugging Face
@@ -77,8 +77,8 @@ class SealedFolder:
             match = _LINE.fullmatch(line)
             if match is None or not os.path.lexists(self.folder / match[2]):
                 raise self.error(
-                    f"{file}: expected lines of a SHA-256 and the name of a file beside it, got {line!r}: the list is "
-                    "damaged, or that file is missing. Fetch or save the folder again"
+                    f"{file}: expected lines of a SHA-256 and the name of a file of the same folder, got "
+                    f"{line!r}: the list is damaged, or that file is missing. Fetch or save the folder again"
                 )
             sums[match[2]] = match[1]
         return sums

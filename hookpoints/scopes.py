@@ -54,9 +54,9 @@ def scoped(function: Callable[P, Iterator[T]]) -> Callable[P, AbstractContextMan
 
 
 SMALL_WORK = 1e8
-"""Multiply-adds that one thread computes: a training step or an edited row of less than 70 ms on a Zen 4 core. Beside
-other work, threads that spin take 33 times as long at 6 M, 20 times at 25 M and 9 times at 100 M; a second core would
-save less than half. Above, operations are long, waiting asleep costs little, and many cores pay."""
+"""Multiply-adds that one thread computes: a training step or an edited row of less than 70 ms on a Zen 4 core. Below,
+threads that spin lose more on a busy machine than a second core saves (`benchmarks/busy.py`). Above, operations are
+long, waiting asleep costs little, and many cores pay."""
 
 
 def threads_for(multiply_adds: float) -> AbstractContextManager[None]:

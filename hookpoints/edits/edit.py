@@ -1,5 +1,5 @@
 """Edits as values: of the matrix that one head writes at one token, the plan of one run, and the changes of the writes
-of a pass that realise it."""
+of a pass that realize it."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ class WriteEdit:
             raise EditError(f"mode {self.mode!r} needs both keys [R,K] and values [R,V]")
         for name, side in (("keys", self.keys), ("values", self.values)):
             require(
-                is_dense(side), EditError, f"{name} must be a dense tensor of real numbers, found {type(side).__name__}"
+                is_dense(side), EditError, f"{name} must be a dense tensor of real numbers, got {type(side).__name__}"
             )
         keys, values = torch.atleast_2d(self.keys), torch.atleast_2d(self.values)
         require(
             keys.ndim == 2 and values.ndim == 2 and keys.shape[0] == values.shape[0],
             EditError,
             "keys [R,K] and values [R,V] must share their rank R; "
-            f"found {tuple(self.keys.shape)} and {tuple(self.values.shape)}",
+            f"got {tuple(self.keys.shape)} and {tuple(self.values.shape)}",
         )
         object.__setattr__(self, "keys", keys)
         object.__setattr__(self, "values", values)
@@ -91,7 +91,7 @@ class WriteEdit:
             if tensor is not None and tensor.shape[-1] != width:
                 raise EditError(
                     f"{name} of an edit at layer {self.layer} head {self.head} must be [R,{width}] "
-                    f"(states here are {key_dim} x {value_dim}, key-first), found {list(tensor.shape)}"
+                    f"(states here are {key_dim} x {value_dim}, key-first), got {list(tensor.shape)}"
                 )
 
 
@@ -161,7 +161,7 @@ def as_edits(edits: Edits) -> list[WriteEdit]:
         return [edits]
     several: list[object] = list(edits) if isinstance(edits, Iterable) else [edits]
     if any(not isinstance(edit, WriteEdit) for edit in several):
-        raise EditError(f"edits are one WriteEdit or a sequence of them, found {edits!r:.80}")
+        raise EditError(f"edits are one WriteEdit or a sequence of them, got {edits!r:.80}")
     return cast(list[WriteEdit], several)
 
 
@@ -196,7 +196,7 @@ def changes_of(
     current: Sequence[LowRankChange],
     first_token: int | None,
 ) -> Iterator[LowRankChange]:
-    """Low-rank changes that realise ``edits``, those of ``plan`` for one layer, on a pass of that layer.
+    """Low-rank changes that realize ``edits``, those of ``plan`` for one layer, on a pass of that layer.
 
     Edits of one head that do not collide share one change, so that N edits on N rows cost one pass.
 

@@ -38,7 +38,7 @@ class EditedRun(NamedTuple):
 
 
 def _is_trained(factor: Tensor) -> bool:
-    """Whether ``factor`` is itself what an optimiser would change; factors that were computed have a graph whenever
+    """Whether ``factor`` is itself what an optimizer would change; factors that were computed have a graph whenever
     the model's weights do, which asks for nothing."""
     origin = factor if factor._base is None or factor._base.numel() != factor.numel() else factor._base
     return origin.requires_grad and origin.is_leaf
@@ -54,7 +54,7 @@ class EditSession:
     A run with edits at layer l and position t recomputes tokens t.. of blocks l.. for each row, from the residual
     stream that the plain pass left below l and the memory that it had at t: states from its factors, what convolutions
     hold, and attention's keys and values up to t. Where a cache keeps no past (sliding windows, fla's own, transformers
-    before 5.24), or edits and hooks act on the plain pass, one row walks the tokens before t again; it goes on from
+    before 5.24), or edits and hooks act on the plain pass, one row walks the tokens before t again; it resumes from
     where it was last, so that calls with rising positions walk each token once. Of Mamba-1, whose op for several tokens
     begins without a cache, a run recomputes all tokens.
     Edits in force when the session is made are part of its plain pass, and of every run. Not for use by several
@@ -70,7 +70,7 @@ class EditSession:
         require(
             tokens.ndim == 2 and tokens.shape[0] == 1,
             EditError,
-            f"a session is about one sequence [1,T], found tokens of shape {list(tokens.shape)}",
+            f"a session is about one sequence [1,T], got tokens of shape {list(tokens.shape)}",
         )
         check_tokens(tokens, model.cfg)
         self.model, self.tokens = model, tokens
@@ -121,12 +121,12 @@ class EditSession:
             batch_size: rows at once; memory grows with batch_size * (stop - start) * vocab.
             gradients: give logits that can be differentiated, by keys and values of edits and by whatever else a pass
                 depends on. Each row is then a whole pass, since what the plain pass left has no graph, and the
-                activations of all rows are kept (fewer with ``hf_model.requires_grad_(False)``).
-            apart: rows of far positions may run in passes of their own. False: all of a batch in one pass, from the
+                activations of all rows stay in memory (fewer with ``hf_model.requires_grad_(False)``).
+            apart: rows of far positions may run in separate passes. False: all of a batch in one pass, from the
                 first edited position on, so that a hook meets them together.
 
         Raises:
-            EditError: an edit does not fit the model or lies outside the sequence, there is none at all, or one has a
+            EditError: an edit does not fit the model or is outside the sequence, there is none at all, or one has a
                 tensor that is being trained though there will be no ``gradients``.
         """
         plan = EditPlan.for_rows(rows)
@@ -138,7 +138,7 @@ class EditSession:
             1 <= stop <= self.tokens.shape[1] and batch_size >= 1,
             EditError,
             f"stop must be between 1 and {self.tokens.shape[1]}, the length of the sequence, and batch_size at "
-            f"least 1; found {stop} and {batch_size}",
+            f"least 1; got {stop} and {batch_size}",
         )
         start, last = (end(edit.position or 0 for edit in edits) for end in (min, max))
         require(last < stop, EditError, f"position {last} is outside the stretch that is run, which ends at {stop}")

@@ -23,7 +23,7 @@ KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class Listeners:
-    """Tells in one look that nobody listens to the hook points of some sets.
+    """Checks quickly that some sets of hook points have no hooks attached.
 
     Every way to attach ends in a dictionary: of the hooks of a point, or of the modules of a set. These dictionaries
     note what is put into them (``_Noting``), and after a note everything is looked through once. So nothing is counted
@@ -35,7 +35,7 @@ class Listeners:
         self.noted, self.silent = object(), None
 
     def exist(self) -> bool:
-        """Whether a point has any hook, in scopes of this thread or of others, or something stands in its place."""
+        """Whether a point has any hook, in scopes of this thread or of others, or something replaces it."""
         noted = self.noted
         if noted is not self.silent and not any(_hooked(point) for each in self.sets for point in each.values()):
             self.silent = noted  # a hook that another thread put on meanwhile made another note
@@ -77,19 +77,19 @@ class HookSet(nn.Module):
         self.listeners.sets.append(self._modules)
 
     def listens(self, *names: str) -> bool:
-        """Whether anyone listens to one of ``names``."""
+        """Whether a hook is attached to one of ``names``."""
         every = self._modules
         return self.listeners.exist() and any(is_listening(every[name]) for name in names if name in every)
 
     def fire(self, name: str, value: Tensor) -> Tensor:
-        """Pass ``value`` through a hook; returns what the hook gives back, checked for shape."""
+        """Pass ``value`` through a hook; returns what the hook returns, checked for shape."""
         point = self._modules[name]
         assert point is not None
         return fire(point, name, value)
 
 
 def fire(point: nn.Module, name: str, value: Tensor) -> Tensor:
-    """Pass ``value`` through a hook point; returns what its hooks give back, in the dtype of ``value``.
+    """Pass ``value`` through a hook point; returns what its hooks return, in the dtype of ``value``.
 
     Raises:
         HookShapeError: that is no real tensor of the same shape on the same device.
@@ -101,14 +101,14 @@ def fire(point: nn.Module, name: str, value: Tensor) -> Tensor:
         )
         raise HookShapeError(
             f"a hook on {getattr(point, 'name', name)} must return a tensor of shape {list(value.shape)} on "
-            f"{value.device} (or None to leave it), found {what}"
+            f"{value.device} (or None to leave it), got {what}"
         )
     if returned.dtype == value.dtype:
         return returned
     require(
         not returned.is_complex(),
         HookShapeError,
-        f"a hook on {getattr(point, 'name', name)} must return real numbers, found complex ones",
+        f"a hook on {getattr(point, 'name', name)} must return real numbers, got complex ones",
     )
     return returned.to(value.dtype)
 
@@ -122,7 +122,7 @@ def through_hook(
     def through(value: Tensor) -> Tensor:
         if not hooks.listens(name):
             return value
-        # Of heads a copy: torch lets nobody change a part of a projection (queries beside their gates) in place.
+        # Of heads a copy: torch lets nobody change a part of a projection (queries with their gates) in place.
         given = value if split is None else value.reshape(*value.shape[:2], *split).clone()
         if scale == 1.0:
             return hooks.fire(name, given).reshape(value.shape)
@@ -140,10 +140,6 @@ class MixerHooks(HookSet):
         super().__init__([row.name for row in hook_table.rows("mixer") if row.factor is None or row.factor in factors])
         of_head = [row.name for row in hook_table.rows("head")]
         self.heads = nn.ModuleList(HookSet(of_head, self.listeners) for _ in range(heads))
-
-    def heads_listening(self, *names: str) -> list[int]:
-        """Heads with a listener on one of ``names``."""
-        return [h for h, head in enumerate(self.heads) if head.listens(*names)]  # type: ignore[operator]
 
 
 class BlockHooks(HookSet):
@@ -167,7 +163,7 @@ def _hooked(point: nn.Module | None) -> bool:
 
 def is_listening(point: nn.Module | None) -> bool:
     """Whether a hook point does anything here: it has hooks whose scope (if they have one) is in force for the code
-    that runs now, or something (an attached SAE) stands in its place."""
+    that runs now, or something (an attached SAE) replaces it."""
     if type(point) not in (Point, HookPoint):
         return point is not None
     count = sum(len(getattr(point, kind)) for kind in KINDS)
@@ -187,7 +183,7 @@ def watch(value: Tensor, fire: Callable[[Tensor], Tensor]) -> tuple[Tensor, bool
     """Fire a hook on ``value``: what it returned, and whether that differs from what it was given. Edits in place
     count, through numpy and ``.data`` too, of which PyTorch takes no note. Costs a copy of ``value``.
 
-    In grad mode the hook is given a view of its own and counts as changed, so that a gradient taken at the hook
+    In grad mode the hook is given its own view and counts as changed, so that a gradient taken at the hook
     sees everything downstream of it.
     """
     if torch.is_grad_enabled() and value.requires_grad:

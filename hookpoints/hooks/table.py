@@ -65,23 +65,23 @@ _ERASES = (
 )
 _PROPAGATES = "propagates: later states and reads follow under the full transition (closed loop)"
 _CARRIED = (
-    "what is added to it is added to the state before t and carried on: later states, reads and the state that goes on "
+    "what is added to it is added to the state before t and carried on: later states, reads and the state passed "
     "to generation follow under the full transition (closed loop). Differences at several tokens add up"
 )
 _TRAJECTORY = (
-    "the returned trajectory is what reads see, and its last state goes on to generation; it does not "
+    "the returned trajectory is what reads see, and its last state is passed to generation; it does not "
     "propagate between tokens (use hook_state_in for that)"
 )
 
 HOOKS: tuple[HookRow, ...] = (
     HookRow("hook_embed", "model", "BTD", "token embeddings", "feeds the first block"),
     HookRow("hook_resid_pre", "block", "BTD", "residual stream entering the block", "feeds the block"),
-    HookRow("hook_q", "mixer", "BTHK", "read vector, normalised as the rule does, unscaled", _FEEDS, factor="q"),
+    HookRow("hook_q", "mixer", "BTHK", "read vector, normalized as the rule does, unscaled", _FEEDS, factor="q"),
     HookRow(
         "hook_k",
         "mixer",
         "BTHK",
-        "key, normalised; the rule writes with it, and erases with it unless it has a key of its own for that (RWKV-7)",
+        "key, normalized; the rule writes with it, and erases with it unless it has its own key for that (RWKV-7)",
         _FEEDS,
         factor="k",
         per_step=True,
@@ -167,16 +167,14 @@ HOOKS: tuple[HookRow, ...] = (
         "mixer",
         "BHTS",
         "attention of the recurrent head: the weight A with which token t reads the value u of the write at s, exactly "
-        "o = A u; it has a sign and is not normalised. S counts all tokens so far. None in Mamba-1, whose weights "
+        "o = A u; it has a sign and is not normalized. S counts all tokens so far. None in Mamba-1, whose weights "
         "differ from one value channel to the next",
         "the reads follow, o + (A' - A) u; the state does not change",
         matrix=True,
         factor="pattern",
         per_step=True,
     ),
-    HookRow(
-        "hook_read", "mixer", "BTHV", "what the state gives back: S^T (scale q)", "feeds the head norm and out_proj"
-    ),
+    HookRow("hook_read", "mixer", "BTHV", "what the state returns: S^T (scale q)", "feeds the head norm and out_proj"),
     HookRow(
         "hook_z",
         "mixer",

@@ -27,7 +27,7 @@ def hook_pattern(block: nn.Module, hooks: HookSet) -> Callable[[], None]:
 
 
 class AttentionCall:
-    """One forward of a block to whose pattern someone listens; it handles the call of the attention function."""
+    """One forward of a block whose pattern has a hook; it handles the call of the attention function."""
 
     def __init__(self, block: nn.Module, hooks: HookSet):
         self.module, self.hooks, self.open, self.projection = block, hooks, True, None
@@ -36,7 +36,7 @@ class AttentionCall:
         """Run the function natively; an edit A' of the pattern A moves its outputs, o + (A' - A) v.
 
         Raises:
-            UnsupportedModelError: the function takes masks of a form of its own.
+            UnsupportedModelError: the function takes masks of another form.
         """
         pattern = _pattern(arguments)
         outputs, *others = cast(tuple[Tensor, ...], op(**arguments))
@@ -54,7 +54,7 @@ def _pattern(arguments: Mapping[str, object]) -> Tensor:
     assert isinstance(module, nn.Module) and isinstance(query, Tensor) and isinstance(key, Tensor)
     if (function := getattr(module.config, "_attn_implementation", None)) not in ("sdpa", "eager"):
         raise UnsupportedModelError(
-            f"hook_pattern needs attention by sdpa or eager, found {function!r}: call "
+            f"hook_pattern needs attention by sdpa or eager, got {function!r}: call "
             "model.set_attn_implementation('sdpa') on the transformers model"
         )
     if mask is None and function == "sdpa" and query.shape[2] > 1:

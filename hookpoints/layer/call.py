@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -73,8 +73,8 @@ class HookedMixer:
         """Op calls so far; the self-check reads it."""
 
     def needed(self) -> bool:
-        """Whether a forward of the layer has to be handled: someone listens, edits or records, or it does not run
-        alone. Inside a forward that is handled it always has, so that its ops do not go to that one's handler."""
+        """Whether a forward of the layer has to be handled: a hook, an edit or a recording is active, or it does not
+        run alone. Inside a forward that is handled it always has, so that its ops do not go to that one's handler."""
         asked = not self.runs_alone or self.hooks.listeners.exist() or current(self.owner).asks_layers
         return asked or bool(open_handlers())
 
@@ -132,7 +132,7 @@ class LayerCall:
 
     @property
     def projection(self) -> nn.Module | None:
-        """The layer's output projection, where someone listens to what it is given."""
+        """The layer's output projection, where its input has a hook."""
         return self.mixer.projection if self.hooks.listens("hook_z") else None
 
     def handle(self, op: Function, arguments: Arguments) -> object:
@@ -225,14 +225,14 @@ class LayerCall:
         """Fire the dense hooks of ``kind`` ("write", "state_in", "state"), built only for heads with a listener: what
         changed, by heads, [B,T,H',K,V]."""
         matrix, vector = f"hook_{kind}", f"hook_{kind}_vec"
-        heads, of_all = self.hooks.heads_listening(matrix, vector), self.hooks.listens(matrix)
+        of_all, sets = self.hooks.listens(matrix), cast(Sequence[HookSet], self.hooks.heads)
+        heads = [head for head, hooks in enumerate(sets) if hooks.listens(matrix, vector)]
         for where in [slice(None)] if of_all else [slice(head, head + 1) for head in heads]:
             value, changed = build(where), False
             if of_all:
                 value, changed = watch(value, partial(self.hooks.fire, matrix))
             for head in heads if of_all else [where.start]:
-                hooks, at = self.hooks.heads[head], head if of_all else 0
-                assert isinstance(hooks, HookSet)
+                hooks, at = sets[head], head if of_all else 0
                 for name, shape in ((matrix, value.shape[-2:]), (vector, (-1,))):
                     if hooks.listens(name):
                         given = value[:, :, at].reshape(*value.shape[:2], *shape)

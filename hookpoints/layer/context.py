@@ -1,7 +1,7 @@
 """What one run of a hooked model carries besides its inputs: edits, recordings, where it starts. A scoped value.
 
 All of it lives in context variables, so that each thread (and each asynchronous task) has its own. A scope closes by
-a flag of its own before it leaves the context variable: an interrupt between the two leaves nothing in force.
+its own flag before it leaves the context variable: an interrupt between the two leaves nothing in force.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Scope:
     def active(self) -> bool:
         """Whether code that runs now is inside this scope.
 
-        Autograd runs backward passes on a GPU in threads of its own, which have no context; they count as inside of
+        Autograd runs backward passes on a GPU in its own threads, which have no context; they count as inside of
         every open scope.
         """
         return self.open and (self in _SCOPES.get() or isinstance(threading.current_thread(), threading._DummyThread))

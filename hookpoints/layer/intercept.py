@@ -62,7 +62,7 @@ class _WrappedForward:
         self.__wrapped__ = self.replaced or self.__func__
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        # torch.compile would freeze who listens at its first call, so a compiled model runs wrapped modules uncompiled.
+        # torch.compile would freeze the hooks of its first call, so a compiled model runs wrapped modules uncompiled.
         if torch.compiler.is_dynamo_compiling():
             return _uncompiled(self, *args, **kwargs)
         forward = self.original
@@ -132,7 +132,7 @@ class OpHandler(Protocol):
 
     @property
     def projection(self) -> nn.Module | None:
-        """The layer's output projection, where someone listens to what it is given."""
+        """The layer's output projection, where its input has a hook."""
         ...
 
     def handle(self, op: Function, arguments: Mapping[str, object]) -> object: ...
@@ -314,7 +314,7 @@ def _wrap_companion(op: Function, fused: bool = False) -> Function:
 
 
 def _wrap_norm_linear(op: Function) -> Function:
-    """While someone listens between them, the norm and the projection of one kernel run one after the other."""
+    """With a hook between them, the norm and the projection of one kernel run one after the other."""
     norm = getattr(sys.modules[op.__module__], "rms_norm")  # noqa: B009 (a module has no attributes for pyright)
 
     @functools.wraps(op)

@@ -75,7 +75,7 @@ class EditResponse:
             self._add(heads, span.stop, *rest.scan())
 
     def add_states_before(self, heads: slice, change: Tensor) -> None:
-        """``change`` [B,T,H',K,V] is added to the states that tokens find, S_{t-1}, and goes on from there: what the
+        """``change`` [B,T,H',K,V] is added to the states that tokens find, S_{t-1}, and is carried on: what the
         transition of token t makes of it is a write at t, (diag(alpha_t) + a_t b_t^T) change_t. Cost: as for writes."""
         span = _span(_size(change), change)
         if span is None:
@@ -85,13 +85,13 @@ class EditResponse:
             self._add_reads(r, heads, change)
         found = r.select(tokens=span, initial_state=r.starting_state())
         each = {name: x.flatten(0, 1).unsqueeze(1) for name, x in over_time(found)}
-        alone = dataclasses.replace(found, **each, initial_state=None)  # every token a row of its own
+        alone = dataclasses.replace(found, **each, initial_state=None)  # every token its own row
         writes = torch.zeros_like(change)
         writes[:, span] = transition(alone, 0, change[:, span].flatten(0, 1)).unflatten(0, (r.B, -1))
         self.add_dense(heads, writes)
 
     def add_states(self, heads: slice, change: Tensor) -> None:
-        """``change`` [B,T,H',K,V] is added to the states that reads see; the last one goes on. Not propagated."""
+        """``change`` [B,T,H',K,V] is added to the states that reads see; the last one is carried on. Not propagated."""
         if _span(_size(change), change) is None:
             return
         selected = self.recurrence.select(heads=heads)

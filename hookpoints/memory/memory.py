@@ -6,8 +6,8 @@ form of `hookpoints.recurrence`):
     S_T = sum_t P_t k_t u_t^T,    P_t = M_T M_{T-1} ... M_{t+1},    M_i = diag(alpha_i) + a_i b_i^T
 
 A memory keeps these factors, the residual stream that entered each block, and the cache. So it is rewound to any token
-exactly, and writes are left out or added by running the recurrence over stored factors: no projection, no attention and
-no MLP is computed for tokens whose factors are kept. What holds the last few tokens alone (convolutions, token shifts)
+exactly, and writes are left out or added by running the recurrence over stored factors: for these tokens no projection,
+no attention and no MLP is computed. What holds the last few tokens alone (convolutions, token shifts)
 is made by running those few through the model, with every block's input, and what its mixer adds, replaced by what
 was recorded.
 """
@@ -60,7 +60,7 @@ class Terms(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What a recurrent layer has beside the factors of its tokens."""
+    """What a recurrent layer has besides the factors of its tokens."""
 
     value_first: bool
     """Whether the cache has its state turned, [B,H,V,K]."""
@@ -83,7 +83,7 @@ class Memory:
     cache: Cache
     """The model's own. Not to be changed: hand on ``copy.deepcopy(memory.cache)``."""
     kept: Kept
-    """What is kept of each token."""
+    """What is stored of each token."""
     forms: Mapping[int, Form]
     """The recurrent layers."""
     dtype: torch.dtype
@@ -288,7 +288,7 @@ class Memory:
         return copy.deepcopy(self.cache)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, aside and then renamed: what is kept of each token, and the cache."""
+        """Write one safetensors file, aside and then renamed: what is stored of each token, and the cache."""
         named = {name: x for name, x in self.kept.items() if not name.startswith("attention/")}  # in the cache, too
         named |= {f"cache/{place}": x for place, x in tensors_of(self.cache).items()}
         copies = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in named.items()}
@@ -423,7 +423,7 @@ def read(model: HookedModel, tokens: Tensor, before: Memory | None = None) -> Me
     if from_zero := {m.rule.name for m in model.attachment.mixers.values() if m.rule.starts_from_zero}:
         raise UnsupportedModelError(
             f"no memory of {model.cfg.model_name}: upstream's {from_zero.pop()} reads a cache one token at a time "
-            "only, and several tokens as a text of their own. generate and forward take upstream's cache"
+            "only, and several tokens as a new text. generate and forward take upstream's cache"
         )
     position, cache = (0, None) if before is None else (before.T, before.branch(model, tokens))
     streams, keeping, _ = model.get_caching_hooks(_streams(model))

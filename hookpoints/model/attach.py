@@ -36,7 +36,7 @@ def attach(model: nn.Module, *, backend: Backend = "auto", self_check: bool = Tr
         ...     with hooked.hooks([("blocks.1.mixer.hook_write", lambda write, hook: 0 * write)]):
         ...         text = model.generate(tokens, max_new_tokens=5)
 
-    The model is neither wrapped, copied nor put in another mode, and nothing stays on it after the block (or
+    The model is neither wrapped, copied nor set to another mode, and nothing stays on it after the block (or
     ``detach()``). Everything that ``HookedRecurrent`` offers on top, tokens, weights, partial runs and edit sessions,
     needs ``HookedRecurrent.from_hf(model)``.
 

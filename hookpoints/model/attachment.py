@@ -39,14 +39,14 @@ class StopForward(Exception):
 
 
 class Attachment:
-    """Hook points on a Hugging Face model; ``detach()`` takes them off again. Inert while nobody listens.
+    """Hook points on a Hugging Face model; ``detach()`` takes them off again. Inert with no hooks attached.
 
     Args:
         model: a causal language model. Its passes are counted, and the position of their first token is read from the
             cache before any layer advances it.
         layout: where its parts are.
         root: the module that gets the tree of hook points as ``hook_embed``, ``blocks`` and ``ln_final``; they are
-            looked up there at each pass, so that an SAE put in the place of a hook point is met.
+            looked up there at each pass, so that an SAE that replaces a hook point is met.
         backend: who computes the native pass of recurrent layers.
     """
 
@@ -69,10 +69,10 @@ class Attachment:
                 self.undo.callback(wrap_model(model))
             for layer, block in enumerate(self.layout.blocks):
                 root.blocks.append(self._attach_block(layer, block, backend))
-            self._on_output(self.layout.embed, self._fire_embed)
+            self._on(self.layout.embed, self._fire_embed)
             if layout.final_norm is not None:
                 root.ln_final = final = _FinalNorm(layout.final_norm)
-                self._on_output(layout.final_norm, partial(final.fire, "hook_normalized"), final.listeners.exist)
+                self._on(layout.final_norm, partial(final.fire, "hook_normalized"), final.listeners.exist)
         except BaseException:
             self.detach()  # a model that is refused is left as it was
             raise
@@ -168,14 +168,13 @@ class Attachment:
         hooks = BlockHooks(mixer_hooks, of_attention, absent)
         needed = hooks.listeners.exist
         for name, module, entering, split, scale in block.attn_values:
-            wrap = self._on_input if entering else self._on_output
-            wrap(module, through_hook(hooks.attn, name, scale, split), needed)
+            self._on(module, through_hook(hooks.attn, name, scale, split), needed, entering)
         if block.attn_namespace is not None:
             self.undo.callback(wrap_attention(block.attn_namespace))
             self.undo.callback(hook_pattern(block.block, hooks.attn))
         for name, added in outputs.items():
             if added is not None:
-                self._on_output(added.module, through_hook(hooks, name, added.scale), needed)
+                self._on(added.module, through_hook(hooks, name, added.scale), needed)
         if self.layout.is_chain:
             around = _BlockRun(self, layer, hooks)
             self.undo.callback(wrap_forward(block.block, around, around.needed))
@@ -185,16 +184,14 @@ class Attachment:
         point = cast(nn.Module, self._root.hook_embed)
         return fire(point, "hook_embed", value) if is_listening(point) and current(self).start_layer == 0 else value
 
-    def _on_output(self, module: nn.Module, through: Through, needed: Needed | None = None) -> None:
-        def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-            return _changed_output(forward(*args, **kwargs), through)
+    def _on(self, module: nn.Module, through: Through, needed: Needed | None = None, entering: bool = False) -> None:
+        """Put ``through`` on what the module returns, or on what is ``entering`` it."""
 
-        self.undo.callback(wrap_forward(module, around, needed))
-
-    def _on_input(self, module: nn.Module, through: Through, needed: Needed) -> None:
         def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-            entering = _Input.of(args, kwargs)
-            args, kwargs = entering.replaced(through(entering.value))
+            if not entering:
+                return _changed_output(forward(*args, **kwargs), through)
+            given = _Input.of(args, kwargs)
+            args, kwargs = given.replaced(through(given.value))
             return forward(*args, **kwargs)
 
         self.undo.callback(wrap_forward(module, around, needed))

@@ -53,7 +53,7 @@ def source_attribution(
     Raises:
         UnsupportedModelError: ``layer`` has no recurrence, or what lies between its reads and the residual stream is no
             gate, norm or projection of torch (fla's fused norms on a GPU).
-        ValueError: each entry of the state has a decay of its own (Mamba-1), so that no weight belongs to a source.
+        ValueError: each entry of the state has its own decay (Mamba-1), so that no weight belongs to a source.
 
     Cost: a pass with gradients, and `Recurrence.attention` of the layer.
     """
@@ -148,7 +148,7 @@ class AttributionCheck(NamedTuple):
 def check_attribution(
     model: HookedRecurrent, input: str | Tensor, metric: Metric, attributions: pd.DataFrame
 ) -> AttributionCheck:
-    """Delete each write of ``attributions`` in a run of its own, exactly, and compare.
+    """Delete each write of ``attributions`` in its own run, exactly, and compare.
 
     Args:
         input, metric: those of `write_attribution`.
@@ -156,10 +156,10 @@ def check_attribution(
 
     Raises ValueError for fewer than two rows. Cost: the runs of ``model.run_with_edits``, one for each row.
     """
-    require(len(attributions) >= 2, ValueError, f"a correlation needs at least two writes, found {len(attributions)}")
+    require(len(attributions) >= 2, ValueError, f"a correlation needs at least two writes, got {len(attributions)}")
     session = model.edit_session(_one_sequence(model, input))
     plain, measured = float(metric(session.logits)), pd.Series(index=attributions.index, dtype=float)
-    # A batch runs from its first position and lowest layer on, so that neighbours share one.
+    # A batch runs from its first position and lowest layer on, so that neighbors share one.
     for _, rows in attributions.sort_values("position").groupby("layer"):
         for start in range(0, len(rows), _BATCH):
             batch = rows.iloc[start : start + _BATCH]
@@ -232,6 +232,6 @@ def _one_sequence(model: HookedRecurrent, input: str | Tensor) -> Tensor:
     require(
         tokens.ndim == 2 and tokens.shape[0] == 1,
         InputError,
-        f"attribution is about one sequence, a text or tokens [1,T]; found {list(tokens.shape)}",
+        f"attribution is about one sequence, a text or tokens [1,T]; got {list(tokens.shape)}",
     )
     return tokens

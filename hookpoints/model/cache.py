@@ -26,7 +26,7 @@ class RecurrentCache(ActivationCache):
     """TransformerLens' cache: its names, methods and labels, on every family.
 
     * ``cache["z", 2]``, ``cache["read", -1]``, ``cache["heads.1.write_vec", 2]`` find the mixer's hooks. Of a block
-      with attention, "q", "k", "v", "pattern" and "z" are that of its attention, where it was kept.
+      with attention, "q", "k", "v", "pattern" and "z" are that of its attention, where it was cached.
     * What no hook holds is computed: "scale" (of the final norm; with a layer, of "ln1" or "ln2"), "resid_mid", and
       "result" after ``compute_head_results``.
     * Norms are not folded into weights. ``apply_ln_to_stack`` does what the norm does at its scale on this run, gain
@@ -57,7 +57,7 @@ class RecurrentCache(ActivationCache):
             if full in self.model.hook_dict
             else "is no hook of this model (to patch over layers, pass an index_df of those that have it)"
         )
-        raise KeyError(f"{full} {why}; {len(self.cache_dict)} activations were kept{nearest(full, self.cache_dict)}")
+        raise KeyError(f"{full} {why}; {len(self.cache_dict)} activations are cached{nearest(full, self.cache_dict)}")
 
     def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> RecurrentCache:
         """The cache with its batch axis sliced."""
@@ -80,7 +80,7 @@ class RecurrentCache(ActivationCache):
         Arguments are TransformerLens'. A block without an MLP has no part for it.
         """
         layer = self._layer(layer)
-        parts = {"embed": self._embed()} if incl_embeds else {}
+        parts = {"embed": self._entering()} if incl_embeds else {}
         for at in range(layer + mlp_input):
             if mode != "mlp":
                 parts |= {label: out for _, label, out, _ in self._mixers([at])}
@@ -98,11 +98,11 @@ class RecurrentCache(ActivationCache):
         has_batch_dim: bool = True,
         recompute_ln: bool = False,
     ) -> Tensor:
-        """What the norm before ``layer`` (None: the final one) makes of each part [...,D] of its input: centred where
+        """What the norm before ``layer`` (None: the final one) makes of each part [...,D] of its input: centered where
         it is a LayerNorm, divided by its scale on this run, times its gain. Arguments are TransformerLens'.
 
         Raises:
-            HookpointsError: the block has no norm of its own there.
+            HookpointsError: the block has no norm there.
         """
         layer, batch = self._layer(layer), _cut(batch_slice)
         if recompute_ln and layer == self.model.cfg.n_layers:
@@ -132,13 +132,13 @@ class RecurrentCache(ActivationCache):
         apply_ln: bool = False,
     ) -> Tensor | Labelled:
         """[heads,B,T,D], what each head below ``layer`` adds to the residual stream, recurrent or attention. Labels are
-        "L0H3"; attention heads beside recurrent ones are "L0A3". Arguments are TransformerLens'."""
+        "L0H3"; attention heads of hybrids are "L0A3". Arguments are TransformerLens'."""
         layer, parts = self._layer(layer), {}
         for at, _, _, part in self._mixers(range(layer)):
             if part is not None:
                 parts |= zip(self._weights.head_labels(at, part), self._results(at, part).unbind(-2), strict=True)
         if incl_remainder:
-            parts["remainder"] = (self["resid_post", layer - 1] if layer else self._embed()) - sum(parts.values())
+            parts["remainder"] = (self["resid_post", layer - 1] if layer else self._entering()) - sum(parts.values())
         return self._stack(parts, layer, False, apply_ln, pos_slice, return_labels)
 
     def get_full_resid_decomposition(
@@ -151,7 +151,7 @@ class RecurrentCache(ActivationCache):
         return_labels: bool = False,
         project_output_onto: Tensor | None = None,
     ) -> Tensor | Labelled:
-        """[parts,B,T,D]: every head, every MLP, "embed", and "bias", what mixers add beside their heads' results (zero
+        """[parts,B,T,D]: every head, every MLP, "embed", and "bias", what mixers add besides their heads' results (zero
         but for rounding where projections have no bias). Attention whose heads are unknown is one part.
 
         Args:
@@ -165,7 +165,7 @@ class RecurrentCache(ActivationCache):
         )
         layer = self._layer(layer)
         heads, labels = cast(Labelled, self.stack_head_results(layer + mlp_input, return_labels=True))
-        parts, bias = dict(zip(labels, heads, strict=True)), torch.zeros_like(self._embed())
+        parts, bias = dict(zip(labels, heads, strict=True)), torch.zeros_like(self._entering())
         for at, label, out, part in self._mixers(range(layer + mlp_input)):
             if part is None:
                 parts[label] = out
@@ -206,7 +206,7 @@ class RecurrentCache(ActivationCache):
         onto: Tensor | None = None,
     ) -> Tensor | Labelled:
         """Parts by label as one tensor, as the arguments ask for it."""
-        cut, alike = _cut(pos_slice), list(parts.values()) or [self._embed()]
+        cut, alike = _cut(pos_slice), list(parts.values()) or [self._entering()]
         stack = torch.stack([cut.apply(part, dim=-2) for part in alike])[: len(parts)]
         if apply_ln:
             stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)
@@ -214,29 +214,25 @@ class RecurrentCache(ActivationCache):
             stack = stack @ onto
         return (stack, list(parts)) if return_labels else stack
 
-    def _embed(self) -> Tensor:
-        """What the first block adds to."""
-        entering, module = self["resid_pre", 0], self._layout.embedding_norm
-        if module is None:
+    def _entering(self, layer: int = 0) -> Tensor:
+        """What a block adds to; of the first one with the norm that it puts on the embeddings."""
+        entering, module = self["resid_pre", layer], self._layout.embedding_norm
+        if layer or module is None:
             return entering
         norm = Norm.of(module)
         return norm.frozen(entering, norm.scale(entering)) + norm.bias
 
     def _mixers(self, layers: Iterable[int]) -> Iterator[tuple[int, str, Tensor, Part | None]]:
         """What the token mixers of blocks add: layer, label ("1_attn_out", as in TransformerLens; "1_mixer_out" for a
-        recurrence beside attention), output, and whose heads these are (None for attention of unknown heads)."""
+        recurrence and attention), output, and whose heads these are (None for attention of unknown heads)."""
         for layer in layers:
             block = self._layout.blocks[layer]
-            if block.side_by_side:
+            if block.mixer_out is not None and block.attn_out is not block.mixer_out:
                 yield layer, f"{layer}_mixer_out", self["mixer_out", layer], "mixer"
             if block.attn_out is not None:
                 known: Part | None = None if block.attn_heads is None else "attn"
                 part: Part | None = "mixer" if block.attn_out is block.mixer_out else known
                 yield layer, f"{layer}_attn_out", self["attn_out", layer], part
-
-    def _entering(self, layer: int) -> Tensor:
-        """What a block adds to."""
-        return self["resid_pre", layer] if layer else self._embed()
 
     def _mid(self, layer: int) -> Tensor:
         return self._entering(layer) + sum(out for _, _, out, _ in self._mixers([layer]))
@@ -264,13 +260,12 @@ class RecurrentCache(ActivationCache):
         module = self._layout.final_norm if is_final else self._layout.blocks[layer].norm(mlp=mlp)
         if module is None:
             raise HookpointsError(
-                f"block {layer} has no norm of its own before its {'MLP' if mlp else 'mixer'}; the final norm is "
+                f"block {layer} has no norm before its {'MLP' if mlp else 'mixer'}; the final norm is "
                 "that of layer=None"
             )
         norm = Norm.of(module)
-        if is_final:
-            return norm, norm.scale(self["resid_post", layer - 1])
-        return norm, norm.scale(self._mid(layer) if mlp else self._entering(layer))
+        given = self["resid_post", layer - 1] if is_final else self._mid(layer) if mlp else self._entering(layer)
+        return norm, norm.scale(given)
 
 
 def _cut(where: Slice | SliceInput) -> Slice:

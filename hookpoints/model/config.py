@@ -48,7 +48,7 @@ class HookedRecurrentConfig:
     d_model: int
     d_vocab: int
     n_ctx: int
-    """Longest context that the configuration names; recurrent layers set no limit of their own."""
+    """Longest context that the configuration names; recurrent layers set no limit."""
     n_heads: int
     """Largest number of heads of any recurrent layer; ``layers`` has each layer's own."""
     layers: dict[int, RecurrentLayer]

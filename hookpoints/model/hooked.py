@@ -139,7 +139,7 @@ class HookedModel(HookedRootModule):
         **kwargs: Any,
     ) -> tuple[Any, RecurrentCache | dict[str, Tensor]]:
         """Run and keep activations. Matrices (writes, states: K*V numbers a token) and patterns (S numbers a token) are
-        kept only if named.
+        cached only if named.
 
         Args:
             names_filter: a name, a list of names, a predicate on names, or None for every vector hook.
@@ -222,7 +222,7 @@ class HookedModel(HookedRootModule):
     @scoped
     def recording(self, layers: Container[int] | None = None) -> Iterator[dict[int, Recorded]]:
         """The last native op call of each recurrent layer that runs while this is open, by layer; of those ``layers``
-        alone, where they are given: the others run as if nobody listened, and nothing of them is held."""
+        alone, where they are given: the others run without hooks, and nothing of them is held."""
         record: dict[int, Recorded] = {}
         with scope(self.attachment, record=record, recorded=layers):
             yield record

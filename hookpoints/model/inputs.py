@@ -31,7 +31,7 @@ def as_tokens(input: object, device: torch.device | None = None) -> Tensor:
         if not is_dense(tokens) or tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise TypeError(f"{tokens.layout} {tokens.dtype}")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"input must be text or token ids [B,T], found {input!r:.80} ({error})") from error
+        raise InputError(f"input must be text or token ids [B,T], got {input!r:.80} ({error})") from error
     return tokens if tokens.dtype == torch.int32 else tokens.long()
 
 
@@ -41,7 +41,7 @@ def check_loss(tokens: Tensor, mask: Tensor | None) -> None:
     require(
         bool((real[:, 1:] & real[:, :-1]).any()),
         InputError,
-        f"a loss needs a token and one before it, found tokens of shape {list(tokens.shape)}"
+        f"a loss needs a token and one before it, got tokens of shape {list(tokens.shape)}"
         + ("" if mask is None else " with this attention_mask"),
     )
 
@@ -50,12 +50,12 @@ def check_tokens(tokens: Tensor, cfg: HookedRecurrentConfig) -> None:
     """Raise InputError unless ``tokens`` are ids [B,T] of the vocabulary, at least one of them. Warns where a model
     with attention gets more tokens than its configuration names; recurrent layers set no limit.
 
-    Costs one look at the ids, on a GPU a synchronisation.
+    Costs one look at the ids, on a GPU a synchronization.
     """
     require(
         tokens.ndim == 2 and tokens.numel() != 0,
         InputError,
-        f"input must be text or token ids [B,T], at least one, found {tokens.dtype} {list(tokens.shape)}",
+        f"input must be text or token ids [B,T], at least one, got {tokens.dtype} {list(tokens.shape)}",
     )
     low, high = (int(x) for x in torch.aminmax(tokens))
     if low < 0 or high >= cfg.d_vocab:
@@ -73,7 +73,7 @@ def check_tokens(tokens: Tensor, cfg: HookedRecurrentConfig) -> None:
 def as_mask(mask: object) -> Tensor:
     """``mask``, or InputError for what is no dense tensor."""
     if not is_dense(mask):
-        raise InputError(f"attention_mask must be a dense tensor of 0 and 1, found {mask!r:.80}")
+        raise InputError(f"attention_mask must be a dense tensor of 0 and 1, got {mask!r:.80}")
     return mask
 
 
@@ -91,11 +91,11 @@ def check_mask(mask: Tensor, tokens: Tensor, cached: bool = False) -> None:
     rows, width = tokens.shape
     if mask.ndim != 2 or mask.shape[0] != rows or mask.shape[1] < width or (mask.shape[1] > width and not cached):
         expected = f"[{rows},{width}]" if not cached else f"[{rows},past+{width}]"
-        raise InputError(f"attention_mask must be {expected}, 1 for real tokens; found {list(mask.shape)}")
+        raise InputError(f"attention_mask must be {expected}, 1 for real tokens; got {list(mask.shape)}")
     require(
         not bool(((mask != 0) & (mask != 1)).any()),
         InputError,
-        "attention_mask must hold 0 and 1 only; found other values",
+        "attention_mask must hold 0 and 1 only; got other values",
     )
     if bool((~real.any(1)).any()):
         raise InputError(f"attention_mask leaves no token in row {int((~real.any(1)).nonzero()[0])}")

@@ -87,13 +87,8 @@ class BlockLayout:
         """Where heads of attention, ``split[0]`` of them, are handed to their output projection, if it is known."""
         return next((value for value in self.attn_values if value.hook == "hook_z"), None)
 
-    @property
-    def side_by_side(self) -> bool:
-        """Whether the block adds what a recurrence and what attention make of the same input."""
-        return self.mixer_out is not None and self.attn_out is not self.mixer_out
-
     def norm(self, *, mlp: bool = False) -> nn.Module | None:
-        """The norm that the block puts before its mixer (or its MLP), where it has one of its own there."""
+        """The norm that the block puts before its mixer (or its MLP), where it has one there."""
         if hasattr(self.block, "post_feedforward_layernorm") and not hasattr(self.block, "input_layernorm"):
             return None  # OLMo's attention blocks have theirs behind
         return next(iter(_children(self.block, _MLP_NORM_NAMES if mlp else _MIXER_NORM_NAMES)), None)
@@ -108,7 +103,7 @@ class ModelLayout:
     final_norm: nn.Module | None
     unembed: nn.Module
     is_chain: bool = True
-    """Whether the blocks are a chain along one residual stream [B,T,D]: only then have they hooks of their own, and can
+    """Whether the blocks are a chain along one residual stream [B,T,D]: only then do they have hooks, and can
     a run begin or end between them."""
     backbone: nn.Module | None = None
     """The part that holds the blocks, where it can be run by itself."""
@@ -175,15 +170,21 @@ def find_layout(model: nn.Module) -> ModelLayout:
     Raises:
         UnsupportedModelError: no layer has a recurrence of the canonical form; names the model type and the reason.
     """
-    if _model_type(model) in REFUSED:
-        raise UnsupportedModelError(_refusal(model))
     backbone = _backbone(model)
     found = _blocks(backbone)
-    if not any(_recurrence(block)[0] for block in found):
+    if _model_type(model) in REFUSED or not any(_recurrence(block)[0] for block in found):
         raise UnsupportedModelError(_refusal(model))
     blocks = tuple(map(_block_layout, found))
     streams = [getattr(getattr(backbone, "config", None), name, None) or 1 for name in _STREAMS]
-    is_chain = isinstance(found, nn.ModuleList) and max(streams) == 1 and all(map(_is_known, blocks))
+    # What a block adds to the stream is known with its mixer or MLP; of TransformerLens' blocks it is what is asked.
+    is_chain = (
+        isinstance(found, nn.ModuleList)
+        and max(streams) == 1
+        and all(
+            block.mixer is not None or block.mlps > 0 or isinstance(block.block, GeneralizedComponent)
+            for block in blocks
+        )
+    )
     if not is_chain:
         blocks = tuple(replace(block, mixer_out=None, attn_out=None, mlp_out=None, mlps=0) for block in blocks)
     return ModelLayout(
@@ -201,8 +202,8 @@ def out_projection(mixer: nn.Module) -> nn.Module:
     if children := _children(mixer, _OUT_PROJ_NAMES):
         return children[0]
     raise UnsupportedModelError(
-        f"no output projection found in {type(mixer).__name__}: looked for {', '.join(_OUT_PROJ_NAMES)}, "
-        f"found {', '.join(name for name, _ in mixer.named_children())}"
+        f"{type(mixer).__name__}: expected an output projection named {' or '.join(_OUT_PROJ_NAMES)}, "
+        f"got {', '.join(name for name, _ in mixer.named_children())}"
     )
 
 
@@ -222,11 +223,6 @@ def _recurrence(block: nn.Module) -> tuple[nn.Module | None, Rule | None, Module
     """The recurrent mixer somewhere in a block, known by the op that its forward calls; its rule, and where its ops
     are."""
     return next(((module, *found) for module in block.modules() if (found := rule_of(module))), (None, None, None))
-
-
-def _is_known(block: BlockLayout) -> bool:
-    """Whether what the block adds to the residual stream is found. (Of TransformerLens' blocks it is what is asked.)"""
-    return block.mixer is not None or block.mlps > 0 or isinstance(block.block, GeneralizedComponent)
 
 
 def _block_layout(block: nn.Module) -> BlockLayout:

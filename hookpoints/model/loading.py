@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from hookpoints import embedded, zoo
-from hookpoints.errors import HookpointsError, UnknownModelError, UnsupportedModelError, nearest, require
+from hookpoints.errors import HookpointsError, UnknownModelError, UnsupportedModelError, nearest, require, require_whole
 from hookpoints.files import SealedFolder, read_json
 from hookpoints.fla.checkpoints import split_gates, weight_files
 from hookpoints.fla.importing import MODEL_TYPES, import_fla, restore_auto_classes
@@ -138,7 +138,15 @@ def _model(
     model, report = models.from_pretrained(source, revision=revision, **how)
     if of_fla:
         split_gates(model, report, weight_files(source, revision=revision))
-    _refuse_incomplete(name, report)
+    require_whole(
+        f"{name!r} is not a whole checkpoint of its architecture",
+        {
+            "lacks": report["missing_keys"],
+            "has the unknown": report["unexpected_keys"],
+            "has the wrong shape of": [str(key[0]) for key in report["mismatched_keys"]],
+        },
+        f"Download or convert it again, or name the architecture that it was saved with in its {CONFIG_NAME}",
+    )
     return model
 
 
@@ -207,21 +215,6 @@ def _unknown(name: str, reason: str) -> str:
 def _refuse(name: str, model_type: object) -> None:
     if isinstance(model_type, str) and model_type in REFUSED:
         raise UnsupportedModelError(f"{name!r} cannot be hooked: {REFUSED[model_type]}")
-
-
-def _refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:
-    """transformers fills missing tensors with random numbers, and TransformerLens hides its warning."""
-    wrong = {
-        "lacks": sorted(report["missing_keys"]),
-        "has the unknown": sorted(report["unexpected_keys"]),
-        "has the wrong shape of": sorted(str(key[0]) for key in report["mismatched_keys"]),
-    }
-    faults = [f"{what} {len(keys)} tensor(s): {', '.join(keys[:3])}" for what, keys in wrong.items() if keys]
-    if faults:
-        raise UnsupportedModelError(
-            f"{name!r} is not a whole checkpoint of its architecture: it {'; it '.join(faults)}. "
-            f"Download or convert it again, or name the architecture that it was saved with in its {CONFIG_NAME}"
-        )
 
 
 def _refuse_mamba_ssm(name: str, config: Mapping[str, Any]) -> None:

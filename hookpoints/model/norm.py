@@ -19,7 +19,7 @@ class Norm:
     """[D]."""
     bias: Tensor
     """[D], zero where the norm has none."""
-    centred: bool
+    centered: bool
     eps: float
 
     @classmethod
@@ -36,10 +36,10 @@ class Norm:
         probe[..., 1::2] = -1
         # The class's forward: the instance's own may have hooks around it.
         bias, level, answer = (type(module).forward(module, x) for x in (0 * ones, ones, probe))
-        centred = bool(torch.allclose(level, bias))
-        norm = cls(torch.ones_like(bias[0, 0]), torch.zeros_like(bias[0, 0]), centred, eps)
+        centered = bool(torch.allclose(level, bias))
+        norm = cls(torch.ones_like(bias[0, 0]), torch.zeros_like(bias[0, 0]), centered, eps)
         gain = (answer - bias) / norm.frozen(probe, norm.scale(probe))
-        return cls(gain[0, 0], bias[0, 0], centred, eps)
+        return cls(gain[0, 0], bias[0, 0], centered, eps)
 
     def scale(self, x: Tensor) -> Tensor:
         """[...,1], what the norm divides ``x`` [...,D] by; in float32 at least."""
@@ -51,7 +51,7 @@ class Norm:
         return (self._centre(x) / scale).to(x.dtype) * self.gain
 
     def _centre(self, x: Tensor) -> Tensor:
-        return x - x.mean(-1, keepdim=True) if self.centred else x
+        return x - x.mean(-1, keepdim=True) if self.centered else x
 
 
 def eps_of(module: nn.Module) -> float | None:

@@ -44,7 +44,7 @@ class HookedRecurrent(Tokens, Weights):
     """Hook points on the writes, states and reads of a recurrent language model, and on its residual stream.
 
     ``hookpoints.HOOKS`` lists every hook: name, axes, when it fires and what an edit does. The model inside,
-    ``hf_model``, stays as it is: while nobody listens its outputs are bit-identical to the unhooked model's.
+    ``hf_model``, stays as it is: with no hooks attached its outputs are bit-identical to the unhooked model's.
 
         >>> from hookpoints import HookedRecurrent
         >>> model = HookedRecurrent.from_pretrained("embedded")
@@ -113,7 +113,7 @@ class HookedRecurrent(Tokens, Weights):
 
     @classmethod
     def from_hf(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any) -> Self:
-        """Hook a model that is already loaded. The model itself is used, not a copy; it is put in eval mode.
+        """Hook a model that is already loaded. The model itself is used, not a copy; it is set to eval mode.
 
         Of a model that is compiled, or wrapped by DistributedDataParallel, PEFT or nnsight, the one inside is used.
         """
@@ -147,7 +147,7 @@ class HookedRecurrent(Tokens, Weights):
                 embeddings to later blocks (Zamba2).
             attention_mask: [B,T]; made by itself for text that needs padding.
             memory: read on from here (see `memory`); it stays as it is. Text is then given no first token (bos), unless
-                asked for. Not with padding, nor a cache of your own.
+                asked for. Not with padding, nor with your own cache.
             hf_kwargs: for the Hugging Face forward (a cache, position_ids ...).
         """
         start, stop = self._layer_index(start_at_layer, 0), self._layer_index(stop_at_layer, self.cfg.n_layers)
@@ -201,7 +201,7 @@ class HookedRecurrent(Tokens, Weights):
                 sequences, which run more rows than prompts.
             return_type: "tokens" [B,T], "str", or "input" for the kind that was given.
             attention_mask: [B,T]; made by itself for text that needs padding.
-            stop_at_eos: False: go on behind the end-of-sequence token.
+            stop_at_eos: False: resume behind the end-of-sequence token.
             verbose: taken for TransformerLens' sake; there is no progress bar.
             memory: read on from here, as in `forward`; ``input`` and the result are what follows it.
             hf_kwargs: ``max_new_tokens``, ``do_sample`` ...; with ``return_dict_in_generate`` the result is Hugging

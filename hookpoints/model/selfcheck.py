@@ -67,8 +67,8 @@ def self_check(model: HookedModel) -> None:
 
 
 def check_prefill(model: HookedModel, tokens: Tensor) -> dict[int, Recorded]:
-    """One pass over ``tokens`` [1,T], recorded and checked. Tries first whether upstream runs the model with a cache of
-    its own: some classes cannot where all layers are recurrent, since they ask the cache for its length."""
+    """One pass over ``tokens`` [1,T], recorded and checked. Tries first whether upstream runs the model with its own
+    cache: some classes cannot where all layers are recurrent, since they ask the cache for its length."""
     with torch.no_grad():
         try:
             model.hf_model(input_ids=tokens, **continuing(model.hf_model, None, 0, tokens))

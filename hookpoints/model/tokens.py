@@ -59,7 +59,7 @@ class Tokens(HookedModel):
         tokenizer = self._need_tokenizer()
         texts = [input] if isinstance(input, str) else list(input) if isinstance(input, list | tuple) else []
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise InputError(f"text must be a string or a list of strings, found {input!r:.80}")
+            raise InputError(f"text must be a string or a list of strings, got {input!r:.80}")
         rows = [self._bos(tokenizer(text)["input_ids"], prepend_bos) for text in texts]
         if truncate:
             rows = [row[: self.cfg.n_ctx] for row in rows]
@@ -82,7 +82,7 @@ class Tokens(HookedModel):
         )
 
     def to_string(self, tokens: Tensor | list[int] | int) -> str | list[str]:
-        """Text of tokens: one string for [T], a list for [B,T]. Special tokens are kept."""
+        """Text of tokens: one string for [T], a list for [B,T]. Special tokens are included."""
         tokenizer = self._need_tokenizer()
         tokens = as_tokens(tokens)
         if tokens.ndim == 2:
@@ -94,7 +94,7 @@ class Tokens(HookedModel):
         tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else as_tokens(input)
         tokens = tokens.squeeze(0) if tokens.ndim == 2 else tokens
         require(
-            tokens.ndim == 1, ValueError, f"to_str_tokens takes one sequence [T] or [1,T], found {list(tokens.shape)}"
+            tokens.ndim == 1, ValueError, f"to_str_tokens takes one sequence [T] or [1,T], got {list(tokens.shape)}"
         )
         return [str(self.to_string(int(token))) for token in tokens]
 

@@ -74,7 +74,7 @@ class Weights(HookedModel):
 
     @property
     def b_O(self) -> Tensor:
-        """[n_layers, d_model], what the output projections add beside their heads; zero where they have no bias."""
+        """[n_layers, d_model], what the output projections add besides their heads; zero where they have no bias."""
         rows = self.W_E.new_zeros(self.cfg.n_layers, self.cfg.d_model)
         for layer in {*self.cfg.layers, *self.cfg.attention}:
             heads = self.head_outputs(layer)

@@ -3,7 +3,7 @@
     S_t = (diag(alpha_t) + a_t b_t^T) S_{t-1} + k_t u_t^T          S: [B,H,K,V], key-first
     o_t = S_t^T (scale * q_t)
 
-Without an erase each entry of the state may decay by a factor of its own, which then stands for diag(alpha_t):
+Without an erase each entry of the state may decay by its own factor, which then stands for diag(alpha_t):
 alpha_t[k,v] = exp(log_decay_t[v] rates[k,v]) (Mamba-1, Gu & Dao, arXiv 2312.00752, eq. 4).
 
 This module only holds the factors. `recurrence` adds what can be computed from them, by the algorithms of `reference`
@@ -50,7 +50,7 @@ class CanonicalForm:
 
     Raises:
         ValueError: a shape or pairing is wrong; the message names the field, what was expected and
-        what was found.
+        what it got.
         TypeError: a field is not a floating tensor.
     """
 
@@ -79,7 +79,7 @@ class CanonicalForm:
     half the work. With `a` left out, `a` is derived; with both given, they are trusted to agree. `replace` drops
     it when `k` or `a` change."""
     rates: Tensor | None = None
-    """[H,K,V], >= 0: each entry of the state has a decay of its own, whose log is log_decay * rates. Held apart, the
+    """[H,K,V], >= 0: each entry of the state has its own decay, whose log is log_decay * rates. Held apart, the
     two are V numbers a token instead of K V. Goes without an erase."""
 
     def __post_init__(self) -> None:
@@ -136,7 +136,7 @@ class CanonicalForm:
 
     @property
     def decays_per_channel(self) -> bool:
-        """Whether each key channel has a decay of its own."""
+        """Whether each key channel has its own decay."""
         return self.log_decay is not None and self.log_decay.ndim == 4 and self.rates is None
 
     def select(
@@ -160,7 +160,7 @@ class CanonicalForm:
         if tokens is not None:
             begin, _, step = tokens.indices(self.T)
             if step != 1:
-                raise ValueError(f"tokens must be a slice of step 1, found {tokens}")
+                raise ValueError(f"tokens must be a slice of step 1, got {tokens}")
             if begin > 0 and initial_state is None:
                 raise ValueError(f"tokens from {begin} on need initial_state=, the state before them")
             fields = {name: x[:, tokens] for name, x in fields.items()}
@@ -265,7 +265,7 @@ def pick(x: Tensor, index: Index, dim: int, what: str) -> Tensor:
 def choice(key: str, choices: Mapping[str, T_], what: str) -> T_:
     """`choices[key]`; ValueError that lists the choices otherwise."""
     if key not in choices:
-        raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, found {key!r}")
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, got {key!r}")
     return choices[key]
 
 
@@ -312,10 +312,10 @@ def _check(r: CanonicalForm) -> None:
     """Check types, shapes and pairing of the fields; see `CanonicalForm` for what is raised."""
     for name, x in tensors(r):
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"{name} must be a floating tensor, found {getattr(x, 'dtype', type(x).__name__)}")
+            raise TypeError(f"{name} must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     for name, side in (("k", "K"), ("u", "V")):
         if getattr(r, name).ndim not in (4, 5):
-            raise ValueError(f"{name} must be [B,T,H,{side}] or [B,T,H,R,{side}], found {list(getattr(r, name).shape)}")
+            raise ValueError(f"{name} must be [B,T,H,{side}] or [B,T,H,R,{side}], got {list(getattr(r, name).shape)}")
     sizes = {"B": r.B, "T": r.T, "H": r.H, "K": r.K, "V": r.V, "R": r.R}
     write, erase = "BTHR" if r.k.ndim == 5 else "BTH", "BTH"
     if r.b is not None and r.b.ndim == 5:
@@ -327,10 +327,10 @@ def _check(r: CanonicalForm) -> None:
         want = axes[name]
         if list(x.shape) != [sizes[c] for c in want]:
             spelt = "[" + ",".join(f"{c}={sizes[c]}" for c in want) + "]"
-            raise ValueError(f"{name} must be {spelt} as k {list(r.k.shape)} says, found {list(x.shape)}")
+            raise ValueError(f"{name} must be {spelt} as k {list(r.k.shape)} says, got {list(x.shape)}")
     if (r.a is not None or r.beta is not None) != (r.b is not None):
         given = ", ".join(n for n in ("a", "b", "beta") if getattr(r, n) is not None)
-        raise ValueError(f"an erase needs b together with a (or beta), found only {given}")
+        raise ValueError(f"an erase needs b together with a (or beta), got only {given}")
     if r.beta is not None and r.b is not None and r.b.shape != r.k.shape:
         raise ValueError(
             "beta says that each term of the write erases along its own key, but found "
@@ -338,4 +338,4 @@ def _check(r: CanonicalForm) -> None:
         )
     if r.rates is not None and (r.b is not None or r.log_decay is None):
         found = "an erase" if r.b is not None else "no log_decay"
-        raise ValueError(f"rates need a log_decay [B,T,H,V] that they multiply, and no erase; found {found}")
+        raise ValueError(f"rates need a log_decay [B,T,H,V] that they multiply, and no erase; got {found}")

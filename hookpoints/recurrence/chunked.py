@@ -7,8 +7,8 @@ after that the recurrence is plain decayed linear attention,
 
 Without an erase the write is (k, u). Where beta declares a = -beta k it is (k, u~), and u~ = u - beta S^T b
 follows from (I + L) u~ = u - c~^T S_0 with c = beta b and L = c^T D k. A general erase adds the write (-a, e),
-e = -S^T b, from (I + L) e = -(b^T D k) u - b~^T S_0 with L = b^T D (-a). Where a token has several terms, each is a
-write of its own, and the erases of all are solved for together. After Yang et al. 2024 (arXiv 2406.06484), section 3.
+e = -S^T b, from (I + L) e = -(b^T D k) u - b~^T S_0 with L = b^T D (-a). Where a token has several terms, each
+counts as a write, and all erases are solved for together. After Yang et al. 2024 (arXiv 2406.06484), section 3.
 
 Cost per token and head: about 3 K V + C (K + V) multiply-adds for chunks of C tokens. What is held besides
 inputs and outputs is bounded, whatever the length, unless gradients are recorded.
@@ -99,7 +99,9 @@ class Chunk(NamedTuple):
 def walk(r: CanonicalForm, chunk_size: int | None = None, *, reads: bool = False) -> Iterator[Chunk]:
     """Walk the chunks of `r`, which must be in its working dtype; `reads` prepares for `Chunk.outputs`."""
     size = _chunk_size(r, chunk_size)
-    length = _span_length(r, size)
+    # All that does not depend on the state is done for many chunks in one call each. How many tokens these have is
+    # bounded, so that memory does not grow with T.
+    length = max(_SPAN.get(r.device.type, 2**24) // (r.B * r.H * r.R * max(r.K, r.V) * size), 1) * size
     # Tokens are taken apart by split and unbind, not by slices: the backward pass of a split joins all parts once,
     # while that of each slice fills a tensor of the whole length, so that training would be quadratic in T.
     unused = ([] if reads else ["q"]) + (["a"] if r.beta is not None else [])
@@ -162,12 +164,6 @@ def _chunk_size(r: CanonicalForm, wanted: int | None) -> int:
     return -(-r.T // -(-r.T // most))
 
 
-def _span_length(r: CanonicalForm, size: int) -> int:
-    """Tokens prepared together. All that does not depend on the state is done for many chunks in one call each; the
-    length is bounded so that memory does not grow with T."""
-    return max(_SPAN.get(r.device.type, 2**24) // (r.B * r.H * r.R * max(r.K, r.V) * size), 1) * size
-
-
 def _cut(x: Tensor, size: int) -> Tensor:
     """[B,T,H,...] as [B*H,n,size,...], ending in zeros, which neither write, erase nor decay."""
     x = x.transpose(1, 2)
@@ -203,7 +199,7 @@ def _solve_triangular(lags: Tensor, x: Tensor) -> Tensor:
 def is_faster(r: CanonicalForm) -> bool:
     """Whether chunks have an advantage over `reference`, and can be computed."""
     # Without float64 (Apple's GPUs) the anchor of per-channel decay would overflow. A decay per entry makes every value
-    # channel a head of its own, with C K multiply-adds a token where a step has 2 K.
+    # channel its own head, with C K multiply-adds a token where a step has 2 K.
     return r.T > _FEW and r.rates is None and not (r.decays_per_channel and wide_dtype(r.q) != torch.float64)
 
 
@@ -227,7 +223,7 @@ def states(r: CanonicalForm, positions: list[int], chunk_size: int | None = None
     """See `reference.states`; `positions` must not be empty.
 
     Sixteen tokens at a time are one batched product from the state before them; where no gradient is recorded it is
-    computed in the result itself: nothing is copied, and memory beside it stays bounded.
+    computed in the result itself: nothing is copied, and further memory stays bounded.
     """
     wanted = sorted(set(positions))
     if wanted != positions:

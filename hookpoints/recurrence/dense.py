@@ -43,7 +43,7 @@ _WIDE = {"cpu": 2**15}
 
 
 def scan(r: Recurrence, writes: Writes) -> ScanResult:
-    """Outputs [B,T,H,V] and final state [B,H,K,V] of ``r`` with ``writes`` in the place of its own. They are asked for
+    """Outputs [B,T,H,V] and final state [B,H,K,V] of ``r`` with ``writes`` replacing its own. They are asked for
     block by block, so that no more than a block of them need be in memory."""
     numbers = r.H * r.K * r.V
     if is_faster(r) and r.B * numbers <= _WIDE.get(r.device.type, 2**62):

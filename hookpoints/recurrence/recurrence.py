@@ -122,7 +122,7 @@ class Recurrence(CanonicalForm):
         left them, p_t(k_s): hand the last one to `by_source` of the tokens that follow, as `past_keys` [B,H,K,S' R],
         and their reads have S' more sources in front.
 
-        Raises ValueError where each entry of the state has a decay of its own (`rates`): there is a weight for each
+        Raises ValueError where each entry of the state has its own decay (`rates`): there is a weight for each
         value channel then, and no pattern.
         """
         self._check_transition()
@@ -138,8 +138,8 @@ class Recurrence(CanonicalForm):
 
         p_t(k_s) is the key of write s after the decays and erases of the tokens s+1 .. t, so that o_t is the sum over
         s of A[t,s] u_s, plus what is read of `initial_state`. Weights have a sign and do not add up to 1; what is
-        above the diagonal is 0. Where a token writes R > 1 terms, [B,H,T,S,R]: each term has a weight of its own, and
-        a value of its own.
+        above the diagonal is 0. Where a token writes R > 1 terms, [B,H,T,S,R]: each term has its own weight, and
+        its own value.
 
         Cost O(K T R) per token and head, T / V times that of `outputs`; memory is the result's.
         """
@@ -154,7 +154,7 @@ class Recurrence(CanonicalForm):
 
     def chunks(self, chunk_size: int, like: Tensor) -> Iterator[chunked.Chunk]:
         """The chunks of at most so many tokens, in order, that the fast paths walk over, of factors as `like`: state
-        before, keys, values and decays. A chunk is short where each key channel has a decay of its own."""
+        before, keys, values and decays. A chunk is short where each key channel has its own decay."""
         moved = {name: x.to(like) for name, x in tensors(self)}
         yield from chunked.walk(self.replace(**moved).working(), chunk_size)
 
@@ -210,7 +210,7 @@ class Recurrence(CanonicalForm):
 
         Returns: [B,N,T-start,K].
 
-        Raises ValueError where each entry of the state has a decay of its own (`rates`): a response is not of rank 1.
+        Raises ValueError where each entry of the state has its own decay (`rates`): a response is not of rank 1.
         """
         self._check_transition()
         start, selected = resolve_index(int(start), self.T, "start")[0], self.select(heads=int(head))
@@ -231,7 +231,7 @@ class Recurrence(CanonicalForm):
         require(
             self.rates is None,
             ValueError,
-            "each entry of this state has a decay of its own (rates, as in Mamba-1), so that a key changes in "
+            "each entry of this state has its own decay (rates, as in Mamba-1), so that a key changes in "
             "another way for each value channel: there is no one weight of token s for token t. outputs(), "
             "states() and with_write() answer for whole writes",
         )

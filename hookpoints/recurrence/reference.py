@@ -40,7 +40,7 @@ def transition(r: CanonicalForm, t: int, state: Tensor) -> Tensor:
 
 def steps(r: CanonicalForm, writes: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Walk the tokens: states [B,H,K,V] before and after each one's write. `r` must be in its working dtype
-    (`CanonicalForm.working`). `writes` [B,T,H,K,V] are made instead of its own."""
+    (`CanonicalForm.working`). `writes` [B,T,H,K,V] replace its own."""
     state = r.starting_state()
     for t in range(r.T):
         moved = transition(r, t, state)

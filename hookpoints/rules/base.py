@@ -34,7 +34,7 @@ Op = Callable[..., Any]
 CONVOLUTIONS = ("causal_conv1d_fn", "causal_conv1d_update")
 """Ops of the short convolutions of transformers' layers."""
 _TIED = frozenset({"q", "k", "back"})
-"""Factors that are fed to an op together: one flag normalises all of them, one number of heads groups them."""
+"""Factors that are fed to an op together: one flag normalizes all of them, one number of heads groups them."""
 _TURNED_OFF: Mapping[str, Mapping[str, object]] = {
     **{field: {"use_qk_l2norm_in_kernel": False} for field in _TIED},
     "beta": {"use_beta_sigmoid_in_kernel": False, "allow_neg_eigval": False},
@@ -47,7 +47,7 @@ _TURNED_OFF: Mapping[str, Mapping[str, object]] = {
 
 @dataclass(frozen=True, eq=False)
 class OpFactors:
-    """The quantities of one op call, as its rule uses them: normalised, grouped heads expanded, key-first.
+    """The quantities of one op call, as its rule uses them: normalized, grouped heads expanded, key-first.
 
     A field that a rule lacks is None, and so has no hook.
     """
@@ -123,7 +123,7 @@ class Rule:
     erases: bool = False
     """Whether a token takes off what its key reads back before it writes (the delta rules)."""
     own_erase: bool = False
-    """Whether a token erases along a and b of its own, which ``form`` adds (RWKV-7)."""
+    """Whether a token erases along its own a and b, which ``form`` adds (RWKV-7)."""
     read_before_write: bool = False
     """Whether a token reads the state before its own write."""
     default_scale: float | None = None
@@ -134,7 +134,7 @@ class Rule:
     kernel_only: bool = False
     """Whether the op is a GPU kernel without a torch form; then hookpoints' own kernel computes calls on a CPU."""
     rounded: frozenset[str] = frozenset()
-    """Factors that the op takes only in the dtype of its own arguments; the others are fed in the working dtype."""
+    """Factors that the op takes only in the dtype of the op's arguments; the others are fed in the working dtype."""
     torch_only: frozenset[str] = frozenset()
     """Factors that only the torch op can be fed apart from the others; fast kernels tie them together."""
     refuses_float32: frozenset[str] = frozenset()
@@ -144,13 +144,13 @@ class Rule:
     not_fed: frozenset[str] = frozenset()
     """Factors that no op takes apart from the others; hookpoints' own kernel computes calls in which one changed."""
     decays_entries: bool = False
-    """Whether each entry of the state has a decay of its own, so that reads are no weighted sums of values and there is
+    """Whether each entry of the state has its own decay, so that reads are no weighted sums of values and there is
     no ``hook_pattern``."""
     starts_from_zero: bool = False
     """Whether its op for several tokens begins with zeros whatever the cache holds, so that only a pass over the whole
     sequence, or one token after the other, is the model's."""
     companions: tuple[str, ...] = ()
-    """Other fast ops of the same layers (convolutions) that only need to be kept on the right device."""
+    """Other fast ops of the same layers (convolutions) that only need to stay on the right device."""
     fused: tuple[str, ...] = ()
     """Ops that would compute a whole layer in one kernel, past the recurrent op; a hooked mixer declines them."""
     norm_linear: tuple[str, ...] = ()
@@ -240,7 +240,7 @@ class Rule:
 
     def arguments(self, arguments: Arguments, factors: OpFactors, changed: Set[str]) -> Arguments:
         """Arguments with which the op returns reads of the state, and takes the factors named in ``changed``
-        instead of its own. What a layer lets its op add on top (a skip, a gate) is left to ``write_result``."""
+        instead. What a layer lets its op add on top (a skip, a gate) is left to ``write_result``."""
         fed = dict(arguments)
         for field in changed | (_TIED & self.names.fields() if changed & _TIED else frozenset()):
             fed[self.argument(field, arguments)] = self.feed(field, getattr(factors, field), arguments)

@@ -3,7 +3,7 @@
     S_t = exp(dt_t A) * S_{t-1} + B_t (dt_t * x_t)^T,    o_t = S_t^T C_t
 
 with one head, K = state_size and V = d_inner; q = C, k = B, v = x and beta = dt, a step size for each value channel.
-The write has rank 1. The decay is elementwise: A < 0 is K x V, and so each entry of the state has a decay of its own,
+The write has rank 1. The decay is elementwise: A < 0 is K x V, and so each entry of the state has its own decay,
 exp(log_decay_t[v] rates[k,v]) with log_decay = -dt and rates = -A. The two are held apart, V numbers a token and K V a
 layer: their product would be as large as all states. So ``hook_beta`` and ``hook_log_decay`` are [B,T,H,V]: dt as the
 write meets it and -dt as the decay does, and an edit of one leaves the other alone. The weight with which token t reads
@@ -11,9 +11,9 @@ what s wrote depends on the value channel, so that there is no ``hook_pattern``.
 
 Two ops compute it: the scan of a sequence, and the update by one token, which has no time axis and changes the cache's
 state in place. Both keep states value-first, [B,V,K], and know no heads. The scan begins with zeros whatever the cache
-holds: upstream reads a cache one token at a time only, and several tokens at once as a text of their own.
+holds: upstream reads a cache one token at a time only, and several tokens at once as a new text.
 
-What the ops add outside the state, the skip D x and the gate silu(z), is taken out and put back as in ``mamba2``.
+What the ops add outside the state, the skip D x and the gate silu(z), is subtracted and added again as in ``mamba2``.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ with q = C and k = B shared by groups of heads, v = x, beta = dt and one A < 0 p
 a sequence, and the update by one token, which has no time axis and changes the cache's state in place. Both keep
 states value-first; here they are turned.
 
-What the ops add outside the state, the skip D x and in some Falcon-H1 models the gate silu(z), is taken out of the op
-and put back by ``write_result``: hooks see S^T C alone, and editing v leaves the skip alone. For the torch ops this is
+What the ops add outside the state, the skip D x and in some Falcon-H1 models the gate silu(z), is subtracted
+and added again by ``write_result``: hooks see S^T C alone, and editing v leaves the skip as it is. The torch ops keep
 the same arithmetic in the same order, so still bit-identical; mamba_ssm's kernels would have rounded once less.
 
 The scan clamps dt from below (``dt_limit``), the update does not. Where a model sets a limit (Nemotron-H and Zamba2:

@@ -9,7 +9,7 @@ _PRECONDITIONED = (
     "a second state, the running curvature of its keys, decides along which key it writes; Gated DeltaNet and KDA "
     "models are supported"
 )
-_SECOND_STATE = "divides its reads by a second, normalising state"
+_SECOND_STATE = "divides its reads by a second, normalizing state"
 
 REFUSED: dict[str, str] = {
     "zamba": "its layers call Mamba-1's op once for each of their heads, and a hooked layer makes one call; Zamba2, "
@@ -19,7 +19,7 @@ REFUSED: dict[str, str] = {
     "minimax": "its lightning attention is written out inside MiniMaxLightningAttention.forward, in plain products of "
     "blocks: there is no op to intercept, and hooks would need a copy of that forward",
     "recurrent_gemma": "its RG-LRU keeps a vector, not a matrix: there is no rank-1 write",
-    "rwkv": "RWKV-4 keeps vectors and divides its reads by a second, normalising state",
+    "rwkv": "RWKV-4 keeps vectors and divides its reads by a second, normalizing state",
     "mamba3": "Mamba-3 adds two terms per token, the second with the token before (its trapezoidal rule), and only "
     "mamba_ssm's GPU kernels (mamba3_siso_combined, mamba3_step_fn) compute it, with no form in torch to compare with; "
     "Mamba and Mamba-2 models are supported",
@@ -27,7 +27,7 @@ REFUSED: dict[str, str] = {
     "gsa": "gated slot attention keeps two coupled states, not one",
     "raven": "its slots are gated slot attention's, which keeps two coupled states, not one",
     "cyclic_flow_attention": "CyFA keeps two coupled states, keys and values in slots that a clock turns, not one",
-    "lightnet": "LightNet normalises its keys over all tokens so far, which takes a second state",
+    "lightnet": "LightNet normalizes its keys over all tokens so far, which takes a second state",
     "log_linear_mamba2": "log-linear attention keeps a state for each level of a hierarchy, not one",
     "mom": "MoM routes each token to some of several memories, so its op sees other sequences than the model does",
     "hgrn": "HGRN keeps a vector, not a matrix: there is no rank-1 write",
@@ -37,7 +37,7 @@ REFUSED: dict[str, str] = {
     "precond_gated_deltanet": _PRECONDITIONED,
     "precond_kda": _PRECONDITIONED,
     "linear_attn": "linear attention without a decay has no rule here; RetNet, GLA and SimpleGLA models are supported",
-    "rodimus": "Rodimus gives GLA's op one head as wide as the layer, between projections and residuals of its own, "
+    "rodimus": "Rodimus gives GLA's op one head as wide as the layer, between its own projections and residuals, "
     "which have no rule here; GLA models are supported",
     "yoco": "its upper half attends to keys and values that its lower half made, so its blocks are no chain along one "
     "residual stream",

@@ -2,7 +2,7 @@
 
     S_t = (diag(alpha_t) + b_t a_t^T) S_{t-1} + k_t v_t^T,    o_t = S_t^T r_t
 
-with one decay per key channel and an erase of its own: it reads back with a = -kappa, the normalised erase key, and
+with one decay per key channel and its own erase: it reads back with a = -kappa, the normalized erase key, and
 takes off along b = kappa * rate. What is written has the key k, which is another vector, scaled by the in-context rate
 already; so there is no beta, and editing k leaves the erase alone.
 

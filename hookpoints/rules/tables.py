@@ -28,7 +28,7 @@ GATED_DELTA = Rule(
 
     S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,    o_t = S_t^T (K^-1/2 q_t)
 
-with q, k l2-normalised (eps 1e-6 inside the root) and alpha one scalar per head and token. Beta lies in (0, 1), or in
+with q, k l2-normalized (eps 1e-6 inside the root) and alpha one scalar per head and token. Beta lies in (0, 1), or in
 (0, 2) where the model allows negative eigenvalues (OLMo-hybrid). fla's kernels also make beta and alpha, as flags say.
 """
 FLA_GATED_DELTA = FlaRule("Gated DeltaNet", ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"), erases=True)
@@ -86,7 +86,7 @@ for each value channel what is written.
 
     S_t = (I - k_t (b_t * k_t)^T) diag(alpha_t) S_{t-1} + k_t (w_t * v_t)^T,    o_t = S_t^T (K^-1/2 q_t)
 
-with q, k l2-normalised inside the op and one decay per key channel. w is beta, [B,T,H,V]. An edit of k moves the
+with q, k l2-normalized inside the op and one decay per key channel. w is beta, [B,T,H,V]. An edit of k moves the
 erase b * k as well. With b = w = beta it is Kimi delta attention.
 """
 
@@ -107,11 +107,11 @@ FLA_COMBA = _Comba(
     rounded=frozenset({"q", "k", "v", "back", "beta", "log_decay"}),
     erases=True,
 )
-"""Comba (Hu et al., arXiv 2506.02475): the erase reads with a key of its own, and before the decay.
+"""Comba (Hu et al., arXiv 2506.02475): the erase reads with its own key, and before the decay.
 
     S_t = alpha_t S_{t-1} + beta_t k_t (v_t - S_{t-1}^T p_t)^T,    o_t = S_t^T (K^-1/2 q_t)
 
-with q, k and p l2-normalised inside the op and alpha one scalar per head. The layer makes p a multiple of k, so that
+with q, k and p l2-normalized inside the op and alpha one scalar per head. The layer makes p a multiple of k, so that
 p differs from k by its norm alone, which the op takes away again; and q has D p taken off before it comes here. This is
 what fla's kernels compute; its ``naive_recurrent_comba`` decays p and is another rule.
 """
@@ -135,8 +135,8 @@ FLA_GLA = _GatedLinear("GLA", ("chunk_gla", "fused_recurrent_gla"), _WITHOUT_BET
 
     S_t = diag(alpha_t) S_{t-1} + k_t v_t^T,    o_t = S_t^T (scale q_t)
 
-with one decay per key channel. In HGRN2 the keys are tied to the decays, k = 1 - alpha, and its layer has names of its
-own for the sides of the state: forget (key) and input (value).
+with one decay per key channel. In HGRN2 the keys are tied to the decays, k = 1 - alpha, and its layer names the sides
+of the state forget (key) and input (value).
 """
 
 

@@ -14,7 +14,7 @@ class RWKV7Config(PreTrainedConfig):
     """What decides the shape of an RWKV-7 model.
 
     Keys that only choose kernels of flash-linear-attention (``attn_mode``, ``fuse_norm``, ``fuse_cross_entropy`` ...)
-    are kept when a checkpoint has them, and change nothing here.
+    are stored when a checkpoint has them, and change nothing here.
 
     Raises:
         ValueError: sizes that do not fit each other, or a model of another architecture; names the values.
@@ -45,7 +45,7 @@ class RWKV7Config(PreTrainedConfig):
     max_position_embeddings: int = 2_048
     """Length of the training sequences; the model itself sets no limit."""
     norm_first: bool = True
-    """Whether the embeddings are normalised before the first block."""
+    """Whether the embeddings are normalized before the first block."""
     norm_bias: bool = True
     norm_eps: float = 1e-5
     head_norm_eps: float | None = None
@@ -79,7 +79,7 @@ class RWKV7Config(PreTrainedConfig):
             fits and len(values) == self.num_hidden_layers and len(set(values)) == 1 and not values[0] % heads,
             ValueError,
             "hidden_size must be num_heads * head_dim, and value_dim one multiple of num_heads for all layers; "
-            f"found hidden_size {self.hidden_size}, num_heads {self.num_heads}, head_dim {self.head_dim}, "
+            f"got hidden_size {self.hidden_size}, num_heads {self.num_heads}, head_dim {self.head_dim}, "
             f"value_dim {given}",
         )
         self.num_heads, self.value_dim = heads, values

@@ -1,6 +1,6 @@
 """The layers of RWKV-7 (Peng et al. 2025, arXiv 2503.14456), with flash-linear-attention's names of parameters.
 
-A layer mixes each token with the one before it (token shift), so that a cache holds, beside the state, the last token
+A layer mixes each token with the one before it (token shift), so that a cache holds the state and the last token
 that the attention part saw and the last that the feed-forward part saw. The recurrence is one function,
 ``rwkv7_recurrence``, which layers call by keyword: it is what hooks intercept.
 """
@@ -22,7 +22,7 @@ _SLOWEST = -math.exp(-0.5)
 """Largest log-decay per token, in size: alpha lies in (exp(-exp(-0.5)), 1) = (0.545, 1)."""
 MIXED = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
 _ATTENTION, _FEED_FORWARD = 0, 1
-"""Which of a layer's token shifts is kept where in the cache."""
+"""Which of a layer's token shifts is stored where in the cache."""
 
 
 def rwkv7_recurrence(
@@ -46,7 +46,7 @@ def rwkv7_recurrence(
         w: [B,T,H,K] natural log of the decay.
         k: [B,T,H,K] key that is written.
         v: [B,T,H,V] value that is written.
-        a: [B,T,H,K] what the erase reads back with: minus the normalised erase key.
+        a: [B,T,H,K] what the erase reads back with: minus the normalized erase key.
         b: [B,T,H,K] where the erase acts: the erase key times the in-context rate.
         scale: factor on r.
         initial_state: [B,H,K,V]; None for zeros.
@@ -144,7 +144,7 @@ class RWKV7Attention(nn.Module):
         self.g_norm = nn.GroupNorm(self.num_heads, values, eps=config.head_norm_eps or self.head_dim * config.norm_eps)
 
     def first_values(self, x: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
-        """What layer 0 gives to `FirstValues`, from its normalised input x [B,T,D]; changes no cache."""
+        """What layer 0 gives to `FirstValues`, from its normalized input x [B,T,D]; changes no cache."""
         previous, _ = cached_shift(x, cache, self.layer_idx, _ATTENTION, mask)
         return self.v_proj(self._mixed(x, previous - x, "x_v"))
 
@@ -207,7 +207,7 @@ class RWKV7Attention(nn.Module):
 
 
 class RWKV7FeedForward(nn.Module):
-    """Channel mixing: relu squared between two linear maps, behind a token shift of its own."""
+    """Channel mixing: relu squared between two linear maps, behind its own token shift."""
 
     def __init__(self, config: RWKV7Config, layer: int):
         super().__init__()

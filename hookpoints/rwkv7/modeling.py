@@ -70,7 +70,7 @@ class RWKV7PreTrainedModel(PreTrainedModel):
 
 
 class RWKV7Model(RWKV7PreTrainedModel):
-    """The layers, from token ids to the normalised residual stream."""
+    """The layers, from token ids to the normalized residual stream."""
 
     _input_embed_layer = "embeddings"
 
@@ -124,7 +124,7 @@ class RWKV7Model(RWKV7PreTrainedModel):
 
 
 class RWKV7ForCausalLM(RWKV7PreTrainedModel, GenerationMixin):
-    """RWKV-7 with a language-modelling head. Loads checkpoints of flash-linear-attention's ``RWKV7ForCausalLM``.
+    """RWKV-7 with a language-modeling head. Loads checkpoints of flash-linear-attention's ``RWKV7ForCausalLM``.
 
     >>> from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM
     >>> config = RWKV7Config(vocab_size=64, hidden_size=32, num_hidden_layers=2, head_dim=8)
@@ -212,7 +212,7 @@ def _padding(mask: Tensor | Mapping[str, Tensor] | None, x: Tensor) -> Tensor | 
     require(
         mask.ndim == 2 and mask.shape[0] == x.shape[0] and mask.shape[1] >= x.shape[1],
         ValueError,
-        f"attention_mask must be [B,T] for an input of {list(x.shape[:2])}, found {list(mask.shape)}",
+        f"attention_mask must be [B,T] for an input of {list(x.shape[:2])}, got {list(mask.shape)}",
     )
     mask = mask[:, -x.shape[1] :]
     return None if bool((mask != 0).all()) else mask

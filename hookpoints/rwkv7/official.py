@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hookpoints.errors import UnsupportedModelError
+from hookpoints.errors import UnsupportedModelError, require_whole
 from hookpoints.rwkv7.configuration import RWKV7Config
 
 _OFFICIAL = {
@@ -70,16 +70,15 @@ def own_weights(
     """
     own = {_official(each): (each, parameter) for each, parameter in parameters.items()}
     shapes = {each: _oriented(weights[each], own[each][0]).shape for each in own.keys() & weights.keys()}
-    wrong = {
-        "lacks": own.keys() - weights.keys(),
-        "has the unknown": weights.keys() - own.keys() - _UNUSED,
-        "has the wrong shape of": {each for each, shape in shapes.items() if shape != own[each][1].squeeze().shape},
-    }
-    if faults := [f"{what} {', '.join(sorted(each)[:3])}" for what, each in wrong.items() if each]:
-        raise UnsupportedModelError(
-            f"{name!r} is not a whole official RWKV-7 checkpoint: it {'; it '.join(faults)}. "
-            "Only pure RWKV-7 is read; download the file again, or name its tensors as the official code does"
-        )
+    require_whole(
+        f"{name!r} is not a whole official RWKV-7 checkpoint",
+        {
+            "lacks": own.keys() - weights.keys(),
+            "has the unknown": weights.keys() - own.keys() - _UNUSED,
+            "has the wrong shape of": {each for each, shape in shapes.items() if shape != own[each][1].squeeze().shape},
+        },
+        "Only pure RWKV-7 is read; download the file again, or name its tensors as the official code does",
+    )
     return {
         each: _oriented(weights[official], each).reshape(parameter.shape).to(dtype, copy=True).contiguous()
         for official, (each, parameter) in own.items()

@@ -46,13 +46,6 @@ def metrics(name):
 # ---- loader and text
 
 
-def test_every_name_is_a_complete_checkpoint():
-    assert embedded.names()[0] == "embedded"
-    for name in embedded.names():
-        files = {file.name for file in embedded.path(name).iterdir()}
-        assert files >= {"config.json", "model.safetensors", "tokenizer.json", "metrics.json", "README.md"}
-
-
 def test_all_models_share_tokenizer_and_size(name):
     """So that what is found in one can be looked for in the others, position by position."""
     ours, first = embedded.path(name), embedded.path()
@@ -67,8 +60,6 @@ def test_text_splits_are_disjoint_and_cover_everything():
     assert train | test == everything
     # Single sentences recur ("God bless you."), whole paragraphs do not.
     assert not {paragraph for paragraph in train & test if len(paragraph) > 100}
-    share = len(embedded.text("test")) / len(embedded.text("all"))
-    assert 0.2 < share < 0.35
 
 
 # ---- the model
@@ -91,13 +82,6 @@ def test_a_quarter_of_the_heads_remember_16_tokens(model, windows, metrics):
         assert (row.layer, row.head) == (written["layer"], written["head"])
         assert row.decay == pytest.approx(written["decay"], abs=0.02)
         assert row.write == pytest.approx(written["write"], rel=0.25)
-
-
-def test_generates(model):
-    tokenizer = AutoTokenizer.from_pretrained(embedded.path())
-    prompt = tokenizer("The people of the United", return_tensors="pt")
-    out = tokenizer.decode(model.generate(**prompt, max_new_tokens=8, do_sample=False)[0])
-    assert out.startswith("The people of the United States")
 
 
 # ---- the script

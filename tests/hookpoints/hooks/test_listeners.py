@@ -44,7 +44,7 @@ WAYS: dict[str, Callable[[HookedRecurrent, HookPoint], object]] = {
         point.add_hook(zeroed),
     ),
     "module": lambda model, point: setattr(model.blocks[1].mixer.heads[2], "hook_write", Zeroing()),
-    "member": lambda model, point: model.blocks[1].mixer.heads[2].add_module("hook_write", Zeroing()),
+    "member": lambda model, point: model.blocks[1].mixer.heads[2].add_module("hook_write_vec", Zeroing()),
 }
 
 
@@ -74,7 +74,8 @@ def test_every_way_to_attach_is_seen(quiet, tokens, handled, way):
     changed = quiet(tokens)
     assert handled == [1] and not torch.equal(changed, plain)
     quiet.reset_hooks(including_permanent=True)
-    quiet.blocks[1].mixer.heads[2].hook_write = HookPoint()
+    for name in ("hook_write", "hook_write_vec"):
+        setattr(quiet.blocks[1].mixer.heads[2], name, HookPoint())
     assert torch.equal(quiet(tokens), plain)
     with quiet.edits([WriteEdit(1, 2, t, mode="delete") for t in range(tokens.shape[1])]):
         torch.testing.assert_close(changed, quiet(tokens), rtol=0, atol=5e-5)

@@ -39,28 +39,23 @@ raise SystemExit("torch was not loaded")
     return eval(done.stdout)
 
 
+SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
 @pytest.mark.parametrize(
-    "code",
+    ("code", "given", "expected"),
     [
-        "import hookpoints.rwkv7",
-        "import sae_lens_writesae.sae",
-        "from writesae.__main__ import main; sys.argv = ['writesae', 'hooks', 'embedded']; main()",
+        ("import hookpoints.rwkv7", {}, SLEEP),
+        ("import sae_lens_writesae.sae", {}, SLEEP),
+        ("from writesae.__main__ import main; sys.argv = ['writesae', 'hooks', 'embedded']; main()", {}, SLEEP),
+        ("import hookpoints", {"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        ("import hookpoints", {"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ("import hookpoints", {"KMP_BLOCKTIME": "0"}, {"KMP_BLOCKTIME": "0"}),
+        ("import hookpoints", {"OMP_NUM_THREADS": "3"}, {**SLEEP, "OMP_NUM_THREADS": "3"}),
     ],
 )
-def test_threads_sleep_while_they_wait(code: str) -> None:
-    assert set_when_torch_loads(code) == {"OMP_WAIT_POLICY": "PASSIVE"}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7"), ("KMP_BLOCKTIME", "0")]
-)
-def test_the_users_own_way_of_waiting_stays(name: str, value: str) -> None:
-    assert set_when_torch_loads("import hookpoints", **{name: value}) == {name: value}
-
-
-def test_the_users_own_number_of_threads_stays() -> None:
-    found = set_when_torch_loads("import hookpoints", OMP_NUM_THREADS="3")
-    assert found == {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "3"}
+def test_threads_sleep_while_they_wait_unless_the_user_chose(code: str, given: dict, expected: dict) -> None:
+    assert set_when_torch_loads(code, **given) == expected
 
 
 @pytest.fixture

@@ -243,6 +243,10 @@ def test_padding_and_models_that_cannot_continue_are_refused(embedded):
         with pytest.raises(InputError, match="padding"):
             ask(texts, memory=memory)
     assert torch.equal(embedded.memory(" of", memory=embedded.memory("one")).tokens, embedded.to_tokens("one of"))
-    for model_type in ("lara_mini", "mamba"):  # a sliding window; an op that begins with zeros whatever the cache holds
+    for model_type in (
+        "jamba",
+        "lara_mini",
+        "mamba",
+    ):  # a sliding window; an op that begins with zeros whatever the cache holds
         with pytest.raises(UnsupportedModelError, match="cache"):
             HookedRecurrent.from_hf(make_hf(model_type), self_check=False).memory(READ)

@@ -20,6 +20,10 @@ from hookpoints.errors import InputError
 SEQUENCE = torch.randint(1, VOCAB, (1, 24), generator=torch.Generator().manual_seed(3))
 
 
+def metric(logits: torch.Tensor) -> torch.Tensor:
+    return logits[0, -1, 5] - logits[0, -1].log_softmax(-1)[9]
+
+
 def direct_attribution(model: HookedRecurrent, tokens: torch.Tensor, layer: int, answer: int) -> torch.Tensor:
     """[B,H,T], from what the heads hand to the output projection: W_O, the final norm at its scale, W_U."""
     names = [f"blocks.{layer}.mixer.hook_z", f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
@@ -50,9 +54,6 @@ def test_sources_add_up_to_the_direct_path(model_type):
 def test_attributions_are_derivatives(hooked64):
     """A write made a little smaller takes off its share of the metric."""
 
-    def metric(logits):
-        return logits[0, -1].log_softmax(-1)[5]
-
     table, layers = write_attribution(hooked64, SEQUENCE, metric), hooked64.cfg.recurrent_layers
     assert len(table) == SEQUENCE.shape[1] * sum(hooked64.cfg.layer(layer).H for layer in layers)
     for layer, head, position in ((layers[0], hooked64.cfg.layer(layers[0]).H // 2, 3), (layers[-1], 0, 20)):
@@ -69,10 +70,7 @@ def test_attributions_are_derivatives(hooked64):
         assert found == pytest.approx((shrunk(-1e-4) - shrunk(1e-4)) / 2e-4, rel=1e-3, abs=1e-7)
 
 
-def test_attributions_are_held_against_exact_deletions(model, tokens):
-    def metric(logits):
-        return logits[0, -1, 5] - logits[0, -1, 9]
-
+def test_attributions_are_compared_with_exact_deletions(model, tokens):
     tokens = tokens[:1, :30]
     table = write_attribution(model, tokens, metric)
     check = check_attribution(model, tokens, metric, table.sample(70, random_state=0))
@@ -86,16 +84,23 @@ def test_attributions_are_held_against_exact_deletions(model, tokens):
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
-def test_what_cannot_be_attributed_says_so(model, tokens):
-    def metric(logits):
-        return logits[0, -1, 5]
-
-    with pytest.raises(InputError, match="one sequence"):
-        write_attribution(model, tokens, metric)
-    with pytest.raises(ValueError, match="two"):
-        check_attribution(model, tokens[:1], metric, write_attribution(model, tokens[:1], metric).head(1))
-    with pytest.raises(UnsupportedModelError, match="no recurrence"):
-        source_attribution(model, tokens, 3, 5)
+@pytest.mark.parametrize(
+    ("ask", "error", "message"),
+    [
+        (lambda model, tokens: write_attribution(model, tokens, metric), InputError, "one sequence"),
+        (lambda model, tokens: source_attribution(model, tokens, 3, 5), UnsupportedModelError, "no recurrence"),
+        (
+            lambda model, tokens: check_attribution(
+                model, tokens[:1], metric, write_attribution(model, tokens[:1], metric).head(1)
+            ),
+            ValueError,
+            "two",
+        ),
+    ],
+)
+def test_what_cannot_be_attributed_is_refused(model, tokens, ask, error, message):
+    with pytest.raises(error, match=message):
+        ask(model, tokens)
 
 
 def test_a_layer_that_bends_its_reads_is_refused(tokens):

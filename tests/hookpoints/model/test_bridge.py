@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tomllib
 import warnings
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_hf
+from conftest import _MODELS, MAKERS, make_hf
 from torch.testing import assert_close
+from transformer_lens.factories import architecture_adapter_factory
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
@@ -16,6 +20,8 @@ from hookpoints.errors import BridgeWarning, HookpointsError
 from hookpoints.model import loading
 
 MIXER = "blocks.1.mixer."
+GROUP = "transformer_lens.architectures"
+ENTRIES = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]["entry-points"][GROUP]
 OPTIONS = {"nemotron_h": {"layers_block_type": ["mlp", "linear_attention", "full_attention"]}}
 
 
@@ -69,6 +75,38 @@ def test_edits_and_hooks_act_where_the_bridge_runs(attached, tokens):
     assert torch.equal(bridge(tokens), plain)
     with pytest.raises(UnknownHookError, match=f"nearest: {MIXER}hook_write"):
         hooked.run_with_hooks(tokens, fwd_hooks=[(MIXER + "hook_writ", zero)])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name", [name for name in sorted(MAKERS.keys() & _MODELS) if f"{_MODELS[name][0]}ForCausalLM" in ENTRIES]
+)
+def test_a_bridge_of_a_class_that_transformer_lens_lacks_has_these_hooks(name, tokens, monkeypatch):
+    """It is found as TransformerLens finds it: by the entry points of the package."""
+    points = [EntryPoint(*entry, GROUP) for entry in ENTRIES.items()]
+    monkeypatch.setattr(architecture_adapter_factory, "entry_points", lambda group: points if group == GROUP else [])
+    factory = architecture_adapter_factory.ArchitectureAdapterFactory
+    monkeypatch.setattr(factory, "_adapters", dict(architecture_adapter_factory.SUPPORTED_ARCHITECTURES))
+    monkeypatch.setattr(factory, "_entry_points_discovered", False)  # an own adapter would be a warning, so an error
+    plain, bridge, wrapper = (
+        make_hf(name)(tokens).logits,
+        bridge_of(make_hf(name)),
+        HookedRecurrent.from_hf(make_hf(name)),
+    )
+    layer = wrapper.cfg.recurrent_layers[1]
+    (logits, cache), mixer = bridge.run_with_cache(tokens), f"blocks.{layer}.mixer."
+    vector = mixer + "heads.0.hook_write_vec"
+    assert torch.equal(bridge(tokens), plain) and torch.equal(logits, plain)
+    assert_close(cache[vector], wrapper.run_with_cache(tokens, names_filter=vector)[1][vector])
+    edit = [(mixer + "hook_write", zero)]
+    expected = wrapper.run_with_hooks(tokens, fwd_hooks=edit)
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    assert_close(bridge.run_with_hooks(tokens, fwd_hooks=edit), expected, rtol=0, atol=2e-5)
+    with bridge.adapter.hooked.edits(
+        [WriteEdit(layer, head, None, mode="delete") for head in range(wrapper.cfg.layer(layer).H)]
+    ):
+        assert_close(bridge(tokens), expected, rtol=0, atol=2e-5)
+    assert torch.equal(bridge(tokens), plain)
 
 
 @torch.no_grad()

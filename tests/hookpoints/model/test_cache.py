@@ -55,7 +55,7 @@ def test_parts_behind_the_final_norm_add_up_to_the_logits(hooked, run):
     assert labels[-1] == "final_post" and len(streams) == hooked.cfg.n_layers + 1
     close(hooked.unembed(streams[-1]), logits)
     close(hooked.unembed(hooked.ln_final(cache["resid_post", -1])), logits)
-    assert hooked.cfg.normalization_type == ("LN" if norm.centred else "RMS") and hooked.cfg.eps == norm.eps
+    assert hooked.cfg.normalization_type == ("LN" if norm.centered else "RMS") and hooked.cfg.eps == norm.eps
 
 
 @pytest.mark.usefixtures("_chained")

@@ -8,7 +8,7 @@ from conftest import VOCAB, hooked_in_float64, make_hf
 from recurrences import drawn as normal
 from torch.testing import assert_close
 
-from hookpoints import HookedRecurrent, UnsupportedModelError, WriteEdit
+from hookpoints import HookedRecurrent, WriteEdit
 from hookpoints.hooks.table import HOOKS
 
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -17,9 +17,10 @@ EXACT = {"rtol": 0, "atol": 1e-10}
 SEQUENCE = torch.randint(1, VOCAB, (1, 41), generator=torch.Generator().manual_seed(3))
 
 
-def edit_of(model: HookedRecurrent, layer: int, position: int | None, **options) -> WriteEdit:
+def edit_of(model: HookedRecurrent, layer: int, position: int | None, rank: int = 2, **options) -> WriteEdit:
     shape = model.cfg.layer(layer)
-    return WriteEdit(layer, min(1, shape.H - 1), position, normal(0, 2, shape.K), normal(1, 2, shape.V), **options)
+    factors = (normal(0, rank, shape.K), normal(1, rank, shape.V)) if rank else ()
+    return WriteEdit(layer, min(1, shape.H - 1), position, *factors, **options)
 
 
 def by_hand(model: HookedRecurrent, tokens: torch.Tensor, edit: WriteEdit) -> torch.Tensor:
@@ -59,19 +60,27 @@ def test_hooks_fire_with_their_shapes(hooked, tokens):
 
 @torch.no_grad()
 def test_edits_are_exact_in_prefill_and_session(hooked64):
-    """The first and the last recurrent layer; the first token or one in the middle, the last, and all."""
+    """The first and the last recurrent layer; the first token or one in the middle, the last, and all. Nine terms are
+    added up as a matrix."""
     sequence, session = SEQUENCE, hooked64.edit_session(SEQUENCE)
-    for layer in hooked64.cfg.recurrent_layers[:: len(hooked64.cfg.recurrent_layers) - 1]:
-        for position in (25 if layer else 0, 40, None):
-            edit = edit_of(hooked64, layer, position, mode="replace")
-            expected = by_hand(hooked64, sequence, edit)
-            unread = position == 40 and hooked64.recurrence(sequence, layer).read_before_write
-            assert torch.allclose(expected, session.logits, rtol=0, atol=1e-6) is bool(unread)
-            with hooked64.edits(edit):
-                assert_close(hooked64(sequence), expected, **EXACT)
-            run = session.run([[], edit])
-            assert_close(run.logits[1], expected[0, run.start :], **EXACT)
-            assert_close(run.logits[0], session.logits[0, run.start :], **EXACT)
+    first, *_, last = hooked64.cfg.recurrent_layers
+    for layer, position, mode, rank in (
+        (first, 0, "delete", 0),
+        (first, 40, "replace", 9),
+        (first, None, "add", 2),
+        (last, 25, "replace", 9),
+        (last, 40, "add", 2),
+        (last, None, "delete", 0),
+    ):
+        edit = edit_of(hooked64, layer, position, rank, mode=mode)
+        expected = by_hand(hooked64, sequence, edit)
+        unread = position == 40 and hooked64.recurrence(sequence, layer).read_before_write
+        assert torch.allclose(expected, session.logits, rtol=0, atol=1e-6) is bool(unread)
+        with hooked64.edits(edit):
+            assert_close(hooked64(sequence), expected, **EXACT)
+        run = session.run([[], edit])
+        assert_close(run.logits[1], expected[0, run.start :], **EXACT)
+        assert_close(run.logits[0], session.logits[0, run.start :], **EXACT)
 
 
 @torch.no_grad()
@@ -117,12 +126,6 @@ def test_the_step_size_of_mamba1_is_edited_apart_in_write_and_decay(_keep_float6
         assert_close(model.run_with_hooks(out.sequences, fwd_hooks=edited)[:, 20:], whole, **EXACT)
         assert_close(torch.stack(out.logits, 1).double(), whole[:, 9:-1], rtol=0, atol=1e-6)
         assert not torch.allclose(whole, model(out.sequences)[:, 20:], rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("model_type", ["mamba", "jamba"])
-def test_there_is_no_memory_of_mamba1(model_type):
-    with pytest.raises(UnsupportedModelError, match="Mamba-1"):
-        HookedRecurrent.from_hf(make_hf(model_type), self_check=False).memory(SEQUENCE)
 
 
 @pytest.mark.parametrize("hook", ["hook_mixer_out", "hook_attn_out", "hook_mlp_out"])

@@ -31,8 +31,16 @@ def adapted(model: nn.Module) -> nn.Module:
     return peft.get_peft_model(model, config)
 
 
-def check(wrap: Callable[[nn.Module], nn.Module], tokens: torch.Tensor) -> None:
-    """Hooks fire and edit when the wrapper runs; afterwards it is as it was."""
+def offloaded(model: nn.Module) -> nn.Module:
+    """Whose weights accelerate brings for each call."""
+    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, adapted, offloaded])
+@pytest.mark.usefixtures("one_process")
+@torch.no_grad()
+def test_hooks_act_when_the_wrapper_runs(wrap: Callable[[nn.Module], nn.Module], tokens: torch.Tensor) -> None:
+    """They fire and edit; afterwards it is as it was."""
     wrapper = wrap(make_hf())
     plain, shapes = wrapper(tokens).logits, []
     with attach(wrapper) as hooked:
@@ -48,22 +56,10 @@ def check(wrap: Callable[[nn.Module], nn.Module], tokens: torch.Tensor) -> None:
     assert torch.allclose(model(tokens), plain, rtol=1e-4, atol=1e-5)
 
 
-@torch.no_grad()
-def test_distributed_data_parallel(one_process, tokens):
-    check(nn.parallel.DistributedDataParallel, tokens)
-
-
-@torch.no_grad()
-def test_adapters_that_are_not_merged(tokens):
-    check(adapted, tokens)
+def test_adapters_that_are_not_merged_have_no_weights_of_heads():
     model = HookedRecurrent.from_hf(adapted(make_hf()))
     with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
         model.layer_W_O(1)
-
-
-@torch.no_grad()
-def test_weights_that_accelerate_brings_for_each_call(tokens):
-    check(lambda model: accelerate.cpu_offload(model, execution_device=torch.device("cpu")), tokens)
 
 
 @pytest.fixture
@@ -110,9 +106,15 @@ def test_nnsight(tokens):
         assert torch.equal(edited, model(tokens).logits) and not torch.allclose(edited, plain)
 
 
+def prompted(model: nn.Module) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
 @pytest.mark.parametrize(
     ("wrap", "reason"),
     [
+        (prompted, "virtual tokens"),
         (nn.DataParallel, "DistributedDataParallel"),
         (lambda model: {"model": model}, "torch.nn.Module"),
         (lambda model: torch.compile(nn.Linear(2, 2)), "Linear.* cannot be hooked"),
@@ -123,10 +125,3 @@ def test_what_cannot_be_hooked_from_inside_says_why(wrap, reason):
     for call in (attach, HookedRecurrent.from_hf):
         with pytest.raises(UnsupportedModelError, match=reason):
             call(wrapper)
-
-
-def test_prompts_of_peft_are_refused():
-    peft = pytest.importorskip("peft")
-    wrapper = peft.get_peft_model(make_hf(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(UnsupportedModelError, match="virtual tokens"):
-        attach(wrapper)

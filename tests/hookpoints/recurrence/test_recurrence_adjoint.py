@@ -20,18 +20,11 @@ def by_autograd(r: Recurrence, g: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("declare_beta", [True, False])
 @pytest.mark.parametrize("method", ["chunked", "reference"])
 @pytest.mark.parametrize("form", FORMS)
-def test_write_gradients_are_those_of_autograd(form: str, method: Method, declare_beta: bool) -> None:
+def test_gradients_of_writes_and_values_are_those_of_autograd(form: str, method: Method, declare_beta: bool) -> None:
     r = random_recurrence(form, B=2, T=37, dtype=torch.float64, initial_state=True, declare_beta=declare_beta)
-    g = normal(r.B, r.T, r.H, r.V)
+    g, u = normal(r.B, r.T, r.H, r.V), r.u.clone().requires_grad_()
     found = r.adjoint(g).states(method=method).flip(1)
     torch.testing.assert_close(found, by_autograd(r, g), rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("method", ["chunked", "reference"])
-@pytest.mark.parametrize("form", FORMS)
-def test_value_gradients_are_those_of_autograd(form: str, method: Method) -> None:
-    r = random_recurrence(form, B=2, T=37, dtype=torch.float64, initial_state=True)
-    g, u = normal(r.B, r.T, r.H, r.V), r.u.clone().requires_grad_()
     (expected,) = torch.autograd.grad((r.replace(u=u).outputs(method="reference") * g).sum(), u)
     torch.testing.assert_close(r.value_gradients(g, method=method), expected, rtol=1e-10, atol=1e-10)
 

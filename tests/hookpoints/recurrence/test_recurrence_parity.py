@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recurrences import FORMS, random_recurrence
+from recurrences import FORMS, normal, random_recurrence
 from torch.nn import functional as F
 
 from hookpoints.recurrence import Recurrence
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def off(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -42,7 +38,9 @@ def test_float32_is_near_the_float64_reference(form: str, strongest_decay: float
 def test_nearly_equal_keys_with_beta_near_two(form: str, declare_beta: bool, spread: float) -> None:
     """The erase is then nearly a reflection, again and again the same: the hardest solve there is."""
     r = random_recurrence(form, T=512, K=64, V=32, strongest_decay=1e-3)
-    k = F.normalize(F.normalize(normal(1, 1, 2, 64), dim=-1) + spread / 8 * normal(1, 512, 2, 64, seed=1), dim=-1)
+    k = F.normalize(
+        F.normalize(normal(1, 1, 2, 64), dim=-1) + spread / 8 * normal(1, 512, 2, 64, seed=1), dim=-1
+    ).float()
     beta = torch.full((1, 512, 2), 1.99)
     b = k if r.log_decay is None else k * (r.log_decay if form == "kda" else r.log_decay[..., None]).exp()
     r = r.replace(k=k, beta=beta, b=b)
@@ -71,5 +69,5 @@ def test_resets_are_exact_and_leave_no_nan(form: str, strength: float, where: st
     torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-10)
     slopes = [torch.autograd.grad(scan.outputs.square().sum(), list(leaves.values())) for scan in (found, truth)]
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-9, atol=1e-9)
-    x = normal(2, 8).double()
+    x = normal(2, 8)
     torch.testing.assert_close(r.propagate(x, 3, 0), r.propagate(x, 3, 0, method="reference"))

@@ -4,9 +4,7 @@ token, read before they write, or read back with a key of their own, written tok
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
-import types
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -20,12 +18,13 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from hookpoints import Recurrence
-from hookpoints.layer.intercept import running, wrap_ops
 from hookpoints.rules import OpFactors, Rule
 from hookpoints.rules.delta_product import GATED_DELTA_PRODUCT
 from hookpoints.rules.mamba1 import MAMBA1
 from hookpoints.rules.mamba2 import MAMBA2
+from hookpoints.rules.rwkv7 import FLA_RWKV7, RWKV7
 from hookpoints.rules.tables import FLA_COMBA, FLA_RWKV6, GATED_DELTA, KIMI_DELTA
+from hookpoints.rwkv7 import rwkv7_recurrence
 
 B, T, H, K, V, R = 2, 45, 4, 8, 6, 3
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -146,6 +145,21 @@ def comba(q, k, p, v, g, beta, scale, initial_state, output_final_state, use_qk_
     return torch.stack(outputs, 1), S
 
 
+def rwkv7(r, w, k, v, a, b, initial_state, **_) -> tuple[Tensor, Tensor]:
+    """The paper's equation, one token and one K x K matrix after the other."""
+    S, outputs = initial_state, []
+    for t in range(r.shape[1]):
+        step = torch.diag_embed(w[:, t].exp()) + b[:, t, ..., None] * a[:, t, ..., None, :]
+        S = step @ S + k[:, t, ..., None] * v[:, t, ..., None, :]
+        outputs.append((S * r[:, t, ..., None]).sum(-2))
+    return torch.stack(outputs, 1), S
+
+
+def fused_rwkv7(kk, a, **kwargs) -> tuple[Tensor, Tensor]:
+    """fla's decoding op, with the erase key and the rate apart."""
+    return rwkv7(a=-kk, b=kk * a, **kwargs)
+
+
 def product_call(steps: int = R, **changes) -> dict:
     return {
         "num_householder": steps,
@@ -190,6 +204,28 @@ def comba_call() -> dict:
     return own | {name: normal(i, B, T, 2, K) for i, name in enumerate("qkp")}
 
 
+def rwkv7_call(length: int = T) -> dict:
+    """The erase key is normalized, and is not the key that is written."""
+    erase = F.normalize(normal(1, B, length, H, K), dim=-1)
+    return {
+        "r": normal(3, B, length, H, K),
+        "w": -0.6 * normal(4, B, length, H, K).sigmoid(),
+        "k": normal(5, B, length, H, K),
+        "v": normal(6, B, length, H, V),
+        "a": -erase,
+        "b": erase * normal(2, B, length, H, K).sigmoid(),
+        "scale": 1.0,
+        "initial_state": normal(7, B, H, K, V),
+        "output_final_state": True,
+    }
+
+
+def fused_rwkv7_call() -> dict:
+    call = rwkv7_call()
+    erase, along = -call["a"], call.pop("b")
+    return call | {"kk": erase, "a": along / erase}
+
+
 class Case(NamedTuple):
     rule: Rule
     op: Callable
@@ -229,6 +265,9 @@ CASES = of_transformers() | {
     "stepwise": Case(PRODUCT, gated_delta_rule, stepwise_call, lambda result: (result[0][:, R - 1 :: R], result[1])),
     "rwkv6": Case(FLA_RWKV6, rwkv6, rwkv6_call),
     "comba": Case(FLA_COMBA, comba, comba_call),
+    "rwkv7": Case(RWKV7, rwkv7, rwkv7_call),
+    "rwkv7 of fla": Case(FLA_RWKV7, rwkv7, rwkv7_call),
+    "fused rwkv7": Case(FLA_RWKV7, fused_rwkv7, fused_rwkv7_call),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -277,6 +316,11 @@ def test_each_factor_can_be_fed_by_itself(case: Case, field: str):
     assert_close(native.final_state, found.final_state, **EXACT)
 
 
+@pytest.mark.parametrize("length", [1, 3, 45, 64])
+def test_the_operation_of_rwkv7_is_the_papers_equation(length: int):
+    assert_close(rwkv7_recurrence(**rwkv7_call(length)), rwkv7(**rwkv7_call(length)), **EXACT)
+
+
 def test_other_calls_of_the_scan():
     """Without state, bias, softplus or skip, and in the dtypes of a bfloat16 model."""
     rule, op, make, *_ = CASES["mamba2-mamba2_chunk_scan"]
@@ -292,30 +336,3 @@ def test_other_calls_of_the_scan():
     r = Recurrence.of(rule.form(rule.factors(half), half))
     assert r.dtype == rule.output_dtype(half) == op(**half).dtype == torch.float32
     assert_close(r.outputs(), op(**half), rtol=1e-4, atol=1e-4)
-
-
-def test_kernels_may_name_their_arguments_otherwise():
-    """mamba_ssm calls ``x`` what transformers calls ``hidden_states``, and is called by position."""
-
-    def original(hidden_states, dt, A, B, C, chunk_size, D=None, **kwargs):
-        raise AssertionError("the kernel is what runs on this device")
-
-    @functools.wraps(original)
-    def kernel(x, dt, A, B, C, chunk_size, D=None):
-        return x, chunk_size, D
-
-    class Handler:
-        open, module = True, torch.nn.Identity()
-
-        def handle(self, op, arguments):
-            return op(**{**arguments, "D": "changed"})
-
-    namespace = types.ModuleType("namespace")
-    namespace.mamba2_chunk_scan = kernel
-    wrap_ops(namespace, MAMBA2)
-    x = torch.empty(1, device="meta")
-
-    def forward():  # looks the op up by its name, as layers do
-        return namespace.mamba2_chunk_scan(x, x, x, x, x, 256, D="own", z=None)
-
-    assert running(Handler(), forward, (), {}) == (x, 256, "changed")

@@ -10,18 +10,19 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
 from hookpoints.errors import UnsupportedModelError
+from hookpoints.model.inputs import cache_of
 from hookpoints.rwkv7 import from_official, from_pth
 
 
 @pytest.fixture(scope="module")
 def wide():
-    """Heads of 64, the only size that the official package knows."""
+    """Heads of 64, the only size that the official package knows; K = V, as its states are square."""
     return make_hf("rwkv7", hidden_size=128, head_dim=64, value_dim=128)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:FutureWarning", "ignore:.*without a tokenizer")
 @torch.no_grad()
-def test_a_file_has_the_logits_of_the_official_package(wide, tokens, tmp_path, monkeypatch):
+def test_a_file_has_the_logits_and_states_of_the_official_package(wide, tokens, tmp_path, monkeypatch):
     path = tmp_path / "official.pth"
     answer = ask_official(wide, tokens[0].tolist(), tmp_path, monkeypatch)  # writes the file
     as_published = {
@@ -30,7 +31,10 @@ def test_a_file_has_the_logits_of_the_official_package(wide, tokens, tmp_path, m
     }
     torch.save(as_published | {f"blocks.0.att.v{i}": torch.ones(1, 1, 128) for i in range(3)}, path)
     model = HookedRecurrent.from_pretrained(str(path), device="cpu")
-    assert_close(model(tokens[:1])[0], answer.logits, rtol=0, atol=5e-5)
+    out = model.hf_model(tokens[:1])
+    assert_close(out.logits[0], answer.logits, rtol=0, atol=1e-5 * max(1.0, float(out.logits.abs().max())))
+    for layer, state in zip(cache_of(out).layers, answer.states, strict=True):
+        assert_close(layer.recurrent_states[0][0], state, rtol=1e-4, atol=1e-5 * float(state.abs().max()))
     assert from_pth(path, torch.bfloat16).dtype == torch.bfloat16
 
 
