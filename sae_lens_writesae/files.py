@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 
 def atomic_write(target: Path, write: Callable[[Path], object]) -> Path:
-    """Call `write` with a file beside `target`, then rename that file; after an exception nothing is left.
+    """Call `write` with a file in the folder of `target`, then rename that file; after an exception nothing is left.
 
     Makes the folder of `target` where there is none.
 

@@ -110,7 +110,7 @@ def steer(
 
     What to expect: a write is read through later tokens' queries, whose product with the key may have either sign, so
     that a positive strength can lower the target (the sign test measures how often). Where the head's reads are
-    normalised (Gated DeltaNet, KDA), its output has a bounded norm and strengths above about 3 add little. Try several
+    normalized (Gated DeltaNet, KDA), its output has a bounded norm and strengths above about 3 add little. Try several
     heads, the last layers first.
 
     Raises:
@@ -198,7 +198,7 @@ def scale_atoms(
     same as a change of the write.
 
     Args:
-        like: other matrices in the place of the atoms, N = len(atoms), at activation 1: a control.
+        like: other matrices instead of the atoms, N = len(atoms), at activation 1: a control.
 
     Raises:
         ValueError: an SAE of another model, or one that normalizes its input.

@@ -93,17 +93,6 @@ def one_atom_a_position(model: Any, tokens: Tensor, **place: Any) -> Any:
     return tied_sae(*(torch.nn.functional.normalize(side, dim=1) for side in sides), 1, **place)
 
 
-def rank_one_exact_sae(model: Any, layer: int = LAYER, head: int = HEAD) -> Any:
-    """An atom for each sign of each entry of the write, all of which may be active: every write is the sum of its
-    atoms."""
-    shape = model.cfg.layer(layer)
-    one = {"dtype": model.cfg.dtype}
-    keys = torch.eye(shape.K, **one).repeat_interleave(shape.V, 0)
-    values = torch.eye(shape.V, **one).repeat(shape.K, 1)
-    n = 2 * len(keys)
-    return tied_sae(torch.cat([keys, keys]), torch.cat([values, -values]), n, layer=layer, head=head)
-
-
 def logits_with_write(model: Any, tokens: Tensor, change: Any, layer: int = LAYER, head: int = HEAD) -> Tensor:
     """Logits [T,vocab] of a full pass over `tokens` [1,T] in which the head's writes [T,K,V] are `change` of them."""
 

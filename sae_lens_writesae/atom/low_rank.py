@@ -4,7 +4,7 @@ Matrix n is A_n = sum_r keys[n,r] values[n,r]^T. Inner products need the factors
 <v k^T, x y^T> = (v.x)(k.y); so does everything that follows from them (norm, cosine, projection).
 
 Alphabet: N matrices, R terms each, K key side, V value side; key-first everywhere. The terms of a matrix need not be
-orthogonal, and the same matrix has many factorisations.
+orthogonal, and the same matrix has many factorizations.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LowRank:
     def __post_init__(self) -> None:
         if self.keys.ndim != 3 or self.values.ndim != 3 or self.keys.shape[:2] != self.values.shape[:2]:
             raise ValueError(
-                "low-rank matrices have keys [N,R,K] and values [N,R,V], found "
+                "low-rank matrices have keys [N,R,K] and values [N,R,V], got "
                 f"{list(self.keys.shape)} and {list(self.values.shape)}"
             )
 

@@ -1,4 +1,4 @@
-"""The seven architectures, registered in SAELens when this is imported, and what they share."""
+"""The eight architectures, registered in SAELens when this is imported, and what they share."""
 
 from sae_lens_writesae.choices import VARIANTS
 from sae_lens_writesae.sae.architectures import (
@@ -14,6 +14,10 @@ from sae_lens_writesae.sae.architectures import (
     WriteJumpReLUSAEConfig,
     WriteJumpReLUTrainingSAE,
     WriteJumpReLUTrainingSAEConfig,
+    WriteMatchingPursuitSAE,
+    WriteMatchingPursuitSAEConfig,
+    WriteMatchingPursuitTrainingSAE,
+    WriteMatchingPursuitTrainingSAEConfig,
     WriteMatryoshkaTrainingSAE,
     WriteMatryoshkaTrainingSAEConfig,
     WriteStandardSAE,
@@ -52,6 +56,10 @@ __all__ = [
     "WriteJumpReLUSAEConfig",
     "WriteJumpReLUTrainingSAE",
     "WriteJumpReLUTrainingSAEConfig",
+    "WriteMatchingPursuitSAE",
+    "WriteMatchingPursuitSAEConfig",
+    "WriteMatchingPursuitTrainingSAE",
+    "WriteMatchingPursuitTrainingSAEConfig",
     "WriteMatryoshkaTrainingSAE",
     "WriteMatryoshkaTrainingSAEConfig",
     "WriteProductSAE",

@@ -10,15 +10,27 @@ are not defined; here the gate is SAELens' step (Rajamanoharan et al. 2024, arXi
 # (Both bases declare `cfg`, and the config that a class is given has the fields of both.)
 # No postponed annotations here: SAELens' command line evaluates those of config fields in another module.
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import torch
 from sae_lens.registry import (
     register_sae_class,
     register_sae_training_class,
 )
-from sae_lens.saes import batchtopk_sae, gated_sae, jumprelu_sae, matryoshka_batchtopk_sae, standard_sae, topk_sae
-from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
+from sae_lens.saes import (
+    batchtopk_sae,
+    gated_sae,
+    jumprelu_sae,
+    matching_pursuit_sae,
+    matryoshka_batchtopk_sae,
+    standard_sae,
+    topk_sae,
+)
+from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE
+from torch import Tensor
+from torch.nn.functional import one_hot
 
+from sae_lens_writesae.choices import Encoder
 from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig
 from sae_lens_writesae.sae.product import (
     WriteProductSAE,
@@ -31,27 +43,27 @@ from sae_lens_writesae.sae.training import MatrixTrainingSAE, MatrixTrainingSAEC
 
 @dataclass
 class WriteTopKSAEConfig(MatrixSAEConfig, topk_sae.TopKSAEConfig):
-    _name = "writesae_topk"
+    """Config of TopK."""
 
 
 @dataclass
 class WriteJumpReLUSAEConfig(MatrixSAEConfig, jumprelu_sae.JumpReLUSAEConfig):
-    _name = "writesae_jumprelu"
+    """Config of JumpReLU."""
 
 
 @dataclass
 class WriteStandardSAEConfig(MatrixSAEConfig, standard_sae.StandardSAEConfig):
-    _name = "writesae_standard"
+    """Config of Standard."""
 
 
 @dataclass
 class WriteGatedSAEConfig(MatrixSAEConfig, gated_sae.GatedSAEConfig):
-    _name = "writesae_gated"
+    """Config of Gated."""
 
 
 @dataclass
 class WriteTopKTrainingSAEConfig(MatrixTrainingSAEConfig, topk_sae.TopKTrainingSAEConfig):
-    _name = "writesae_topk"
+    """Config of TopK in training."""
 
     k: int = 32
     """Active atoms per matrix (the paper's 32)."""
@@ -62,8 +74,6 @@ class WriteTopKTrainingSAEConfig(MatrixTrainingSAEConfig, topk_sae.TopKTrainingS
 @dataclass
 class WriteBatchTopKTrainingSAEConfig(WriteTopKTrainingSAEConfig, batchtopk_sae.BatchTopKTrainingSAEConfig):
     """Exported as `writesae_jumprelu`, because at inference there is no batch to rank in."""
-
-    _name = "writesae_batchtopk"
 
     k: float = 32  # pyright: ignore[reportIncompatibleVariableOverride]
     """Active atoms per matrix, on average over the batch."""
@@ -82,22 +92,66 @@ class WriteMatryoshkaTrainingSAEConfig(
 ):
     """`matryoshka_widths` is required (Bussmann et al. 2025, arXiv 2503.17547)."""
 
-    _name = "writesae_matryoshka"
-
 
 @dataclass
 class WriteJumpReLUTrainingSAEConfig(MatrixTrainingSAEConfig, jumprelu_sae.JumpReLUTrainingSAEConfig):
-    _name = "writesae_jumprelu"
+    """Config of JumpReLU in training."""
 
 
 @dataclass
 class WriteStandardTrainingSAEConfig(MatrixTrainingSAEConfig, standard_sae.StandardTrainingSAEConfig):
-    _name = "writesae_standard"
+    """Config of Standard in training."""
 
 
 @dataclass
 class WriteGatedTrainingSAEConfig(MatrixTrainingSAEConfig, gated_sae.GatedTrainingSAEConfig):
-    _name = "writesae_gated"
+    """Config of Gated in training."""
+
+
+@dataclass
+class WriteMatchingPursuitSAEConfig(MatrixSAEConfig, matching_pursuit_sae.MatchingPursuitSAEConfig):
+    """`k` iterations for every matrix; SAELens' three fields that would stop some earlier are not used. One that was
+    trained in a metric has an untied encoder."""
+
+    k: int = 4
+    """Atoms that are taken one after the other."""
+
+
+@dataclass
+class WriteMatchingPursuitTrainingSAEConfig(
+    WriteMatchingPursuitSAEConfig, MatrixTrainingSAEConfig, matching_pursuit_sae.MatchingPursuitTrainingSAEConfig
+):
+    encoder: Encoder = "tied"
+    unit_norm_every: int = 0
+    """Norms of atoms have no effect."""
+    b_dec_rows: int = 0
+    """Codes would follow a change of b_dec."""
+
+
+class _Pursuit(MatrixSAE):
+    """Matching pursuit (Mallat and Zhang 1993): k times the atom that explains most of what is left, |<E_f, X>|^2 /
+    <E_f, A_f>, with the coefficient <E_f, X> / <E_f, A_f>, as far as it is positive. The encoder E is tied to the atoms
+    A, and then this is SAELens' encoder on atoms of any norm; `Metric.fold` gives E = (metric) A, so that the choice
+    and the coefficients are those of the metric."""
+
+    W_enc = MatrixSAE.W_enc  # SAELens' class has one of its own
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Activations [...,F] of [...,K*V]. Costs k F K V."""
+        left, encoder, atoms, acts = self.process_sae_in(x), self.W_enc, self.W_dec, torch.zeros(())
+        size = (encoder.T * atoms).sum(1).abs().clamp_min(torch.finfo(atoms.dtype).tiny)
+        for _ in range(cast(WriteMatchingPursuitSAEConfig, self.cfg).k):
+            score = (left @ encoder).relu() / size
+            taken = score * one_hot((score * size.sqrt()).argmax(-1), len(size))
+            acts, left = acts + taken, left - taken @ atoms
+        return acts
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (acts := self.encode(x)), torch.zeros_like(acts)
+
+    def to_saelens(self) -> SAE[Any]:
+        """Refused: SAELens' class needs atoms of norm 1, and has no metric."""
+        raise NotImplementedError("writesae_matching_pursuit has atoms of any norm; load it with this package")
 
 
 class WriteTopKSAE(topk_sae.TopKSAE, MatrixSAE):
@@ -140,16 +194,25 @@ class WriteGatedTrainingSAE(MatrixTrainingSAE, gated_sae.GatedTrainingSAE):
     """Gated in training."""
 
 
-INFERENCE: dict[str, tuple[type[SAE[Any]], type[SAEConfig]]] = {
+class WriteMatchingPursuitSAE(_Pursuit, matching_pursuit_sae.MatchingPursuitSAE):  # pyright: ignore  (W_enc)
+    """Atoms chosen one after the other, each from what the ones before it leave."""
+
+
+class WriteMatchingPursuitTrainingSAE(_Pursuit, MatrixTrainingSAE, matching_pursuit_sae.MatchingPursuitTrainingSAE):
+    """Matching pursuit in training, through the choices of its atoms."""
+
+
+INFERENCE: dict[str, tuple[type[SAE[Any]], type[MatrixSAEConfig]]] = {
     "writesae_topk": (WriteTopKSAE, WriteTopKSAEConfig),
     "writesae_jumprelu": (WriteJumpReLUSAE, WriteJumpReLUSAEConfig),
     "writesae_standard": (WriteStandardSAE, WriteStandardSAEConfig),
     "writesae_gated": (WriteGatedSAE, WriteGatedSAEConfig),
     "writesae_product": (WriteProductSAE, WriteProductSAEConfig),
+    "writesae_matching_pursuit": (WriteMatchingPursuitSAE, WriteMatchingPursuitSAEConfig),
 }
 """Architecture -> (class, config) for inference."""
 
-TRAINING: dict[str, tuple[type[TrainingSAE[Any]], type[TrainingSAEConfig]]] = {
+TRAINING: dict[str, tuple[type[TrainingSAE[Any]], type[MatrixTrainingSAEConfig]]] = {
     "writesae_topk": (WriteTopKTrainingSAE, WriteTopKTrainingSAEConfig),
     "writesae_batchtopk": (WriteBatchTopKTrainingSAE, WriteBatchTopKTrainingSAEConfig),
     "writesae_matryoshka": (WriteMatryoshkaTrainingSAE, WriteMatryoshkaTrainingSAEConfig),
@@ -157,12 +220,15 @@ TRAINING: dict[str, tuple[type[TrainingSAE[Any]], type[TrainingSAEConfig]]] = {
     "writesae_standard": (WriteStandardTrainingSAE, WriteStandardTrainingSAEConfig),
     "writesae_gated": (WriteGatedTrainingSAE, WriteGatedTrainingSAEConfig),
     "writesae_product": (WriteProductTrainingSAE, WriteProductTrainingSAEConfig),
+    "writesae_matching_pursuit": (WriteMatchingPursuitTrainingSAE, WriteMatchingPursuitTrainingSAEConfig),
 }
 """Architecture -> (class, config) for training. BatchTopK and Matryoshka are exported as `writesae_jumprelu`."""
 
 
 # Inference first: a training config looks its inference config up.
 for _name, _pair in INFERENCE.items():
+    _pair[1]._name = _name
     register_sae_class(_name, *_pair)
 for _name, _training in TRAINING.items():
+    _training[1]._name = _name
     register_sae_training_class(_name, *_training)

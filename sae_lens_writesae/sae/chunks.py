@@ -6,7 +6,7 @@ Within a chunk of W writes that begins with the state S_0, decay alone links the
     S_t = D(0->t) S_0 + sum_i D(i->t) k_i u_i^T,      <S_t, v w^T> = (D(0->t) v).(S_0 w) + sum_i (v.D(i->t) k_i)(u_i.w).
 
 Scores of all F atoms need one probe S_0 w for all P rows of a chunk, and one product with F for each write: they cost
-F K V / P + F W (K + V) / P multiply-adds a row (F W K more where each key channel has a decay of its own), and F K V on
+F K V / P + F W (K + V) / P multiply-adds a row (F W K more where each key channel has its own decay), and F K V on
 matrices. All that follows is of the selected atoms alone, k K V a row, and is computed on the states of a few rows at a
 time.
 

@@ -22,7 +22,7 @@ from contextlib import suppress
 from functools import cached_property, partial
 from itertools import accumulate, islice, product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, Self, cast, get_args
+from typing import Any, Literal, NoReturn, Self, cast, get_args
 
 import psutil
 import torch
@@ -96,15 +96,6 @@ class Mapped:
         return out
 
 
-class Factors(NamedTuple):
-    """Writes of one head: token n adds sum_r k_nr u_nr^T."""
-
-    keys: Mapped
-    """[N,R,K]"""
-    values: Mapped
-    """[N,R,V]"""
-
-
 class Collection:
     """A whole collection on disk. `collect` makes one, `Collection.open` reads one. Nothing is read before it is asked
     for, and files are mapped, not copied. When something is first asked for, each shard is read once and its hash
@@ -154,12 +145,14 @@ class Collection:
             raise CollectionError(f"{self.folder}: {target} needs decays and erases, and only writes were collected")
         return HeadTarget.of_head(layer, head, shapes["k"][-1], shapes["u"][-1], target)
 
-    def factors(self, layer: int, head: int) -> Factors:
-        """All writes of a head, [N,R,K] and [N,R,V] with N = n_sequences * T, mapped."""
+    def factors(self, layer: int, head: int) -> tuple[Mapped, Mapped]:
+        """Keys [N,R,K] and values [N,R,V] of all writes of a head, N = n_sequences * T, mapped: token n adds
+        sum_r k_nr u_nr^T."""
         self.head_target(layer, head)
         k, u = (self._map(f"{layer}.{head}.{name}").parts for name in ("k", "u"))
         terms = k[0].shape[2] if k[0].ndim == 4 else 1
-        return Factors(*(Mapped([part.reshape(-1, terms, part.shape[-1]) for part in side]) for side in (k, u)))
+        keys, values = (Mapped([part.reshape(-1, terms, part.shape[-1]) for part in side]) for side in (k, u))
+        return keys, values
 
     def recurrence(self, layer: int, head: int, sequences: Sequences = slice(None)) -> Recurrence:
         """The recurrence of a head (H = 1) on some sequences, from which `states()` and the rest are computed.
@@ -226,9 +219,9 @@ def collect(
         heads: of every layer; None: all of them.
         n_tokens: rounded down to whole sequences; None: the whole text.
         context_size: T, where the text is a dataset.
-        targets: what dictionaries will be trained on. States need reads, decays and erases beside the writes.
+        targets: what dictionaries will be trained on. States need reads, decays and erases as well as writes.
         dtype: of keys, values and other vectors. `auto` takes float16 or bfloat16, the first in which a first batch is
-            kept with a small rounding error and room for larger numbers, else float32.
+            stored with a small rounding error and room for larger numbers, else float32.
         batch_size: sequences of one forward pass; None: what `BATCH_BYTES` holds by the sizes of the layers, and one
             at least. On it the last bits of results may depend.
         shard_bytes: size of a shard at most, about.
@@ -238,7 +231,7 @@ def collect(
     Raises:
         DiskTooSmallError: the rest of the collection is larger than the room on the disk. Nothing was written.
         CollectionError: the folder holds another collection, or a value does not fit the dtype.
-        OSError: the folder cannot be written (what is there stays, and the same call goes on), or another process
+        OSError: the folder cannot be written (what is there stays, and the same call resumes), or another process
             collects into it.
         UnsupportedModelError, UnknownHookError: a layer or head that does not exist.
         ValueError: too short a text, a bad setting, or a batch for which there is no memory.
@@ -298,7 +291,7 @@ def collect(
 
 def _batch_size(model: HookedRecurrent, n_layers: int, n_tokens: int, asked: int | None) -> int:
     """Sequences of `n_tokens` in a batch, as asked or as many as `BATCH_BYTES` holds. Bytes a token are those of the
-    widest recurrent layer, of its MLP, and of what is kept of `n_layers`.
+    widest recurrent layer, of its MLP, and of what is stored of `n_layers`.
 
     Raises:
         ValueError: there is no memory for it.

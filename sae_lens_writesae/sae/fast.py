@@ -91,7 +91,7 @@ def train_on_writes(
         return train_many_on_writes([cfg], [writes], [metric], checkpoint=checkpoint)[0]
     found, wanted = (writes.keys.shape[2], writes.values.shape[2]), (cfg.sae.d_k, cfg.sae.d_v)
     require(found == wanted, "keys, values", found, f"of K, V = {wanted} (d_k, d_v of cfg.sae)")
-    return train_on_rows(cfg, matrices(cfg, writes), metric, checkpoint)
+    return train_on_rows(cfg, matrices(cfg, writes), metric, checkpoint, len(writes))
 
 
 def train_many_on_writes(
@@ -392,7 +392,7 @@ class Stack:
         """Some rows of a dictionary [n], as it sees them: in its metric, then scaled."""
         metric, like = self.metrics[m], self.p["b_dec"]
         part = self.writes[m].rows(index.to(self.writes[m].keys.device)).to(like.device).to(like.dtype)
-        return (LowRank(*metric.apply(part.keys, part.values)) if metric else part) * self.scales[m]
+        return (metric.move(part) if metric else part) * self.scales[m]
 
     def losses(
         self, p: dict[str, nn.Parameter], batch: Sequence[LowRank], ks: Sequence[int], dead: Tensor | None = None
@@ -480,7 +480,7 @@ class Stack:
 
     @torch.no_grad()
     def _finished(self, m: int) -> MatrixTrainingSAE:
-        """A dictionary with weights of its own, whose reconstructions are right on average over `b_dec_rows` rows."""
+        """A dictionary with its own weights, whose reconstructions are right on average over `b_dec_rows` rows."""
         sae, metric, metadata = self.saes[m], self.metrics[m], self.saes[m].cfg.metadata
         for parameter in sae.parameters():
             parameter.data = parameter.data.clone()
@@ -497,6 +497,7 @@ class Stack:
             sae.move_b_dec(mean - sae.b_dec - code @ sae.W_dec)
         sae.fold_activation_norm_scaling_factor(self.scales[m])
         metadata.l0 = active / total
+        metadata.n_training_rows = len(self.writes[m]) * self.together
         metadata.num_dead_features = int((self.silent[m] > self.trainer.dead_feature_window).sum())
         return sae if metric is None else metric.fold(sae)
 

@@ -1,4 +1,4 @@
-"""SAEs in the place of hook points: SAELens' `add_sae` and `run_with_saes` on recurrent models."""
+"""SAEs that replace hook points: SAELens' `add_sae` and `run_with_saes` on recurrent models."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class HookedSAERecurrent(HookedRecurrent):
             del self.hook_dict[name], self.mod_dict[name]
 
     def add_sae(self, sae: Dictionary, *args: Any, **kwargs: Any) -> None:
-        """SAELens' `add_sae`, which goes on without the SAE where the model lacks its hook.
+        """SAELens' `add_sae`, which runs without the SAE where the model lacks its hook.
 
         Raises:
             UnknownHookError: this model lacks the SAE's hook.

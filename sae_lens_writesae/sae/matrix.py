@@ -5,7 +5,7 @@ factored encoder, the pre-activation of atom f is `sum_r v_enc^T X w_enc` (Write
 key-first). The factors are the parameters; `W_enc` and `W_dec` are computed from them.
 
 An architecture is `class WriteXSAE(XSAE, MatrixSAE)`: SAELens' class X encodes, decodes and scores with `W_enc` and
-`W_dec`, whose gradients go on to the factors. SAELens writes to its weights through `W_enc.data` and `W_dec.data`,
+`W_dec`, whose gradients flow to the factors. SAELens writes to its weights through `W_enc.data` and `W_dec.data`,
 which does nothing to a computed matrix: `MatrixSAE` overrides every method that does so (the start and the folds), and
 a test reads the installed SAELens to see that none was missed.
 
@@ -51,7 +51,7 @@ class MatrixSAEConfig(SAEConfig):
     """
 
     _name: ClassVar[str]
-    """The architecture's name in SAELens' registry."""
+    """The architecture's name in SAELens' registry, set where the class is registered."""
 
     d_k: int = 0
     """K, the key side (rows) of the matrices. 0: `d_in // d_v`. At least one of the two must be given."""
@@ -109,7 +109,7 @@ class MatrixSAE(SAE[Any]):
     # ---------------------------------------------------------------------------------------- parameters
 
     def initialize_weights(self) -> None:
-        """Random atoms of norm `decoder_init_norm` (None: of the norm that SAELens' initialisation gives), with the
+        """Random atoms of norm `decoder_init_norm` (None: of the norm that SAELens' initialization gives), with the
         encoder equal to the decoder. Only draws and scales, so that it works on the meta device."""
         cfg, like = self.cfg, {"dtype": self.dtype, "device": self.device}
         norm = getattr(cfg, "decoder_init_norm", None) or math.sqrt(2.0)
@@ -172,8 +172,9 @@ class MatrixSAE(SAE[Any]):
         """Norm of every encoder atom [F]."""
         if self.cfg.encoder == "bilinear":
             return LowRank(self.v_enc, self.w_enc).norm()
-        dense = self.cfg.encoder == "dense"
-        return self.encoder_matrix.norm(dim=0) if dense else self.decoder_norm() * self.encoder_scale
+        return (
+            self.encoder_matrix.norm(dim=0) if self.cfg.encoder == "dense" else self.decoder_norm() * self.encoder_scale
+        )
 
     @torch.no_grad()
     def get_W_dec_norm(self) -> Tensor:
@@ -234,7 +235,7 @@ class MatrixSAE(SAE[Any]):
 
     @torch.no_grad()
     def move_b_dec(self, error: Tensor) -> None:
-        """Add `error` [K*V] to b_dec. Codes stay as they are: the encoder's biases take back what it now subtracts."""
+        """Add `error` [K*V] to b_dec. Codes stay as they are: the encoder's biases add what it now subtracts."""
         self.b_dec.data.add_(error)
         if self.cfg.apply_b_dec_to_input:
             shift = error @ self.W_enc
@@ -297,7 +298,7 @@ class MatrixSAE(SAE[Any]):
         """The same function as an autoencoder of SAELens' own class (TopK, JumpReLU, Standard or Gated), which loads
         without this package.
 
-        `W_enc` [K*V,F] and `W_dec` [F,K*V] are built: 2 F K V numbers, in the place of the factors. Activations and
+        `W_enc` [K*V,F] and `W_dec` [F,K*V] are built: 2 F K V numbers, instead of the factors. Activations and
         reconstructions are equal to rounding.
 
         Raises:
@@ -324,7 +325,7 @@ def khatri_rao(v: Tensor, w: Tensor) -> Tensor:
 
 
 def with_checksums(save: Callable[[str | Path], tuple[Path, Path]], path: str | Path) -> tuple[Path, Path]:
-    """`save` the two files of an autoencoder in the folder `path`, and `SHA256SUMS` beside them; returns the two.
+    """`save` the two files of an autoencoder in the folder `path`, and `SHA256SUMS`; returns the two.
 
     SAELens writes the fields of cfg.json in an order that differs from process to process; here they are sorted.
 

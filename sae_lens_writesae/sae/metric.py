@@ -12,12 +12,12 @@ others, and `fold` then moves the roots into its weights. What is left is an ord
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
@@ -65,9 +65,22 @@ class Metric:
 
     # ------------------------------------------------------------------------------------------ use
 
-    def apply(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """A^1/2 k [...,K] and B^1/2 u [...,V]: the factors of transformed writes, in the dtypes that were given."""
-        return _moved(keys, self.key_root), _moved(values, self.value_root)
+    def move(self, writes: LowRank) -> LowRank:
+        """A^1/2 W B^1/2 of writes W, in their dtype."""
+        return LowRank(_moved(writes.keys, self.key_root), _moved(writes.values, self.value_root))
+
+    @property
+    def inverse(self) -> Metric:
+        """What moves transformed matrices back."""
+        return Metric(
+            self.key_inverse,
+            self.value_inverse,
+            self.key_root,
+            self.value_root,
+            1 / self.scale,
+            self.damping,
+            self.n_sequences,
+        )
 
     def apply_rows(self, rows: Tensor) -> Tensor:
         """A^1/2 X B^1/2 of flattened matrices [...,K*V]. Costs K V (K + V) for each."""
@@ -75,19 +88,20 @@ class Metric:
 
     def nats(self, change: LowRank) -> Tensor:
         """KL [N] that `change` of a write costs to second order: nats, over all later tokens, for an average token."""
-        return 0.5 * self.scale * LowRank(*self.apply(change.keys, change.values)).norm().square()
+        return 0.5 * self.scale * self.move(change).norm().square()
 
     def fold(self, sae: SAEType) -> SAEType:
         """The autoencoder of writes that does what `sae` does on transformed writes.
 
-        Its activations on X are those of `sae` on A^1/2 X B^1/2; its reconstruction is the transformed one taken back.
+        Its activations on X are those of `sae` on A^1/2 X B^1/2; its reconstruction is transformed back.
         Encoder factors become A^1/2 p and B^1/2 q, atoms and b_dec go through the inverses, and biases and thresholds
         stay. Two settings change where they must: activations are no longer rescaled by norms of atoms, which are now
         others (`sae` itself gets unit norms first, and keeps its function), and a tied encoder becomes an untied one.
         """
         cfg = sae.cfg
         sae.settle_b_dec()
-        changes: dict[str, object] = {"metadata": copy.copy(cfg.metadata)}
+        about = {"metric": "gauss_newton", "metric_damping": self.damping, "metric_sequences": self.n_sequences}
+        changes: dict[str, object] = {"metadata": SAEMetadata(**cfg.metadata.to_dict() | about)}
         if getattr(cfg, "rescale_acts_by_decoder_norm", False):
             sae.fold_W_dec_norm()
             # The period is a field of training configs only.
@@ -97,9 +111,6 @@ class Metric:
             changes["encoder"] = "bilinear" if cfg.decoder == "rank" else "dense"
         folded = type(sae)(dataclasses.replace(cfg, **changes))  # pyright: ignore[reportArgumentType]
         folded.load_state_dict(self._folded_state(sae))
-        folded.cfg.metadata.metric = "gauss_newton"
-        folded.cfg.metadata.metric_damping = self.damping
-        folded.cfg.metadata.metric_sequences = self.n_sequences
         return folded.train(sae.training)
 
     @torch.no_grad()

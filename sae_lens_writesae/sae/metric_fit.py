@@ -49,22 +49,20 @@ def read_scores(
     """
     lowest, leaves = min(layers), dict[str, Tensor]()
 
-    def cut(value: Tensor, hook: HookPoint) -> Tensor:
-        return value.detach()  # what is below needs no graph
-
     def mark(value: Tensor, hook: HookPoint) -> Tensor:
         leaves[str(hook.name)] = torch.zeros_like(value, requires_grad=True)
         return value + leaves[str(hook.name)]
 
     names = {layer: f"blocks.{layer}.mixer.hook_read" for layer in layers}
-    hooks: list[tuple[str | Callable, Callable]] = [(f"blocks.{lowest}.hook_resid_pre", cut)]
-    hooks += [(name, mark) for name in names.values()]
+    hooks: list[tuple[str | Callable, Callable]] = [
+        (f"blocks.{lowest}.hook_resid_pre", lambda value, hook: value.detach()),  # what is below needs no graph
+        *((name, mark) for name in names.values()),
+    ]
     with torch.enable_grad(), model.recording() as record:
         logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
         log_p = logits.flatten(0, 1).float().log_softmax(-1)
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        total = log_p.gather(1, drawn).sum()
-        gradients = torch.autograd.grad(total, [leaves[name] for name in names.values()])
+        gradients = torch.autograd.grad(log_p.gather(1, drawn).sum(), [leaves[name] for name in names.values()])
     return {
         layer: ReadScores(_without_graph(record[layer].recurrence), gradient)
         for layer, gradient in zip(names, gradients)
@@ -99,7 +97,7 @@ def fit_metrics(
         UnknownHookError, UnsupportedModelError: a head or layer that the model lacks.
 
     Cost: a forward and a backward of the model a batch, and about 2 K V (K + V) multiply-adds a token and head. Held
-    beside a batch: the factors of the writes, K + V numbers a token and head.
+    besides a batch: the factors of the writes, K + V numbers a token and head.
     """
     require(0 < damping <= 1, "damping", damping, "above 0 and at most 1")
     for layer, head in heads:
@@ -149,10 +147,9 @@ class Sums:
 
 def _damped(matrix: Tensor, share: float) -> Tensor:
     """(1 - share) of a matrix with unit mean eigenvalue, and `share` of the identity."""
-    unit = matrix * (len(matrix) / matrix.trace())
-    return (1 - share) * unit + share * torch.eye(len(matrix)).to(unit)
+    return matrix * ((1 - share) * len(matrix) / matrix.trace()) + share * torch.eye(len(matrix)).to(matrix)
 
 
 def _without_graph(r: Recurrence) -> Recurrence:
-    fields = ((field.name, getattr(r, field.name)) for field in dataclasses.fields(r))
-    return r.replace(**{name: x.detach() for name, x in fields if isinstance(x, Tensor)})
+    names = [field.name for field in dataclasses.fields(r)]
+    return r.replace(**{name: x.detach() for name in names if isinstance(x := getattr(r, name), Tensor)})

@@ -13,7 +13,7 @@ Training needs writes of rank one, and has a squared error for each side, in uni
 
     |u|^2 |k - k^|^2 + |k|^2 |u - u^|^2,      k^ = sum_i (p_i.k)_+ a_i,   u^ = sum_j (q_j.u)_+ c_j
 
-To first order this is |k u^T - k^ u^^T|^2, and it is the same for every factorisation of a write. (The joint error
+To first order this is |k u^T - k^ u^^T|^2, and it is the same for every factorization of a write. (The joint error
 diverged in training with several active atoms a side.) b_dec has no part in it: running means set it.
 """
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from sae_lens.saes.sae import TrainCoefficientConfig, TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -32,7 +32,7 @@ from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig, require
 from sae_lens_writesae.sae.training import MAX_COSINE, MatrixTrainingSAE, MatrixTrainingSAEConfig, draw_rows
 
 _RANK_ONE = 1e-2
-"""Norm of what a rank-one matrix leaves of a row, as a share of the row's, up to which it counts as a write. It lies
+"""Norm of what a rank-one matrix leaves of a row, as a share of the row's, up to which it counts as a write. It is
 above the rounding of half precision."""
 
 
@@ -44,8 +44,6 @@ class _ProductConfig(MatrixSAEConfig):
         ValueError: d_sae is not f_key * f_value, more atoms are to be active than there are, or an option that
             products of sides cannot have.
     """
-
-    _name = "writesae_product"
 
     f_key: int = 0
     """F_key, the number of key atoms. 0: `d_sae // f_value`, and if that is 0 too the root of d_sae, rounded down."""
@@ -134,8 +132,10 @@ class _Product(MatrixSAE):
         cfg, like = self.cfg, {"dtype": self.dtype, "device": self.device}
         scale = math.sqrt(getattr(cfg, "decoder_init_norm", None) or math.sqrt(2.0))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in, **like))
-        shapes = (cfg.f_key, cfg.d_k), (cfg.f_value, cfg.d_v)
-        keys, values = (scale * normalize(torch.randn(*shape, **like), dim=1) for shape in shapes)
+        keys, values = (
+            scale * normalize(torch.randn(*shape, **like), dim=1)
+            for shape in ((cfg.f_key, cfg.d_k), (cfg.f_value, cfg.d_v))
+        )
         self.key_atoms, self.key_encoder = nn.Parameter(keys), nn.Parameter(keys.clone())
         self.value_atoms, self.value_encoder = nn.Parameter(values), nn.Parameter(values.clone())
         self._begin()
@@ -174,11 +174,10 @@ class _Product(MatrixSAE):
 
     def _scaled(self, decoder: Tensor, encoder: Tensor) -> dict[str, Tensor]:
         """As in the base, for scales that are products of one for each side, which those of norms are."""
-        shape = self.cfg.f_key, self.cfg.f_value
         logs = {"atoms": decoder.log().expand(self.cfg.d_sae), "encoder": encoder.log().expand(self.cfg.d_sae)}
         return {
             f"{side}_{kind}": getattr(self, f"{side}_{kind}")
-            * (x.view(shape).mean(1 - n) - x.mean() / 2).exp()[:, None]
+            * (x.view(self.cfg.f_key, -1).mean(1 - n) - x.mean() / 2).exp()[:, None]
             for kind, x in logs.items()
             for n, side in enumerate(("key", "value"))
         }
@@ -193,8 +192,6 @@ class _Product(MatrixSAE):
 
 class WriteProductSAE(_Product):
     """Products of key atoms and value atoms, for inference."""
-
-    cfg: WriteProductSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def encode(self, x: Tensor) -> Tensor:
         """Activations [...,d_sae] of [...,K*V]."""
@@ -219,16 +216,10 @@ class _SideStep(TrainingSAE[Any]):
         return TrainStepOutput(x, recons, acts, acts, losses["key_loss"] + losses["value_loss"], losses=losses)
 
 
-class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):
+class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyright: ignore  (cfg)
     """Products of key atoms and value atoms, in training. Resampling and starts from rows go side by side."""
 
-    cfg: WriteProductTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        return {}
-
-    def calculate_aux_loss(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        return {}
+    get_coefficients = calculate_aux_loss = cast(Any, lambda self, *args, **kwargs: {})  # the step has both losses
 
     def code(self, writes: LowRank) -> tuple[SideCode, SideCode]:
         """Both sides of writes of rank one. Their outer product is what `encode` gives."""
@@ -236,8 +227,10 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):
         pre = [x @ encoder.T for x, (_, encoder) in zip(rows, self.sides)]
         ahead, behind = ((s * pre[0]).amax(1).clamp_min(0) * (s * pre[1]).amax(1).clamp_min(0) for s in (1, -1))
         sign = torch.where(behind > ahead, -1.0, 1.0).to(self.dtype)[:, None]
-        k = self.cfg.k_key, self.cfg.k_value
-        key, value = (torch.where(_strongest(sign * x, most), sign * x, 0) for x, most in zip(pre, k))
+        key, value = (
+            torch.where(_strongest(sign * x, most), sign * x, 0)
+            for x, most in zip(pre, (self.cfg.k_key, self.cfg.k_value))
+        )
         return (
             SideCode(sign * rows[0], key, key @ self.key_atoms),
             SideCode(sign * rows[1], value, value @ self.value_atoms),

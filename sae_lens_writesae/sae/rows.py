@@ -53,7 +53,7 @@ def new_sae(cfg: RunnerConfig, metric: Metric | None = None) -> MatrixTrainingSA
 
 @contextmanager
 def seeded(seed: int, step: int) -> Iterator[None]:
-    """A scope with random numbers of its own, which follow from a seed and a step: a resumed run draws those of one
+    """A scope with its own random numbers, which follow from a seed and a step: a resumed run draws those of one
     that never stopped."""
     with torch.random.fork_rng():
         torch.manual_seed((seed * 1_000_003 + step + 1) % 2**63)
@@ -75,11 +75,17 @@ def shuffled(n_rows: int, batch: int, seed: int, step: int = 0) -> Iterator[Tens
 
 
 def train_on_rows(
-    cfg: RunnerConfig, rows: Iterator[Tensor], metric: Metric | None = None, checkpoint: Path | None = None
+    cfg: RunnerConfig,
+    rows: Iterator[Tensor],
+    metric: Metric | None = None,
+    checkpoint: Path | None = None,
+    n_rows: int | None = None,
 ) -> MatrixTrainingSAE:
     """Train by SAELens' trainer on batches of rows [N,K*V + columns], with the random numbers of the seed. The folder
-    `checkpoint` is written at each twentieth of the run; the same call resumes from it, on other rows."""
+    `checkpoint` is written at each twentieth of the run; the same call resumes from it, on other rows.
+    `n_rows`: how many different ones there are, for the metadata."""
     settings, sae = cfg.to_sae_trainer_config(), new_sae(cfg, metric)
+    sae.cfg.metadata.n_training_rows = n_rows
     part = None if checkpoint is None else checkpoint.with_name(f".{checkpoint.name}.part")
 
     def keep(checkpoint_path: Path | None) -> None:  # whole or absent

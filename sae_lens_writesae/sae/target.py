@@ -102,7 +102,7 @@ def head_target(model: HookedRecurrent, layer: int, head: int, target: Target = 
         ValueError: unknown target.
     """
     if target not in _HOOKS:
-        raise ValueError(f"target must be one of {', '.join(_HOOKS)}, found {target!r}")
+        raise ValueError(f"target must be one of {', '.join(_HOOKS)}, got {target!r}")
     shape = model.cfg.layer(layer)
     if not 0 <= head < shape.H:
         raise UnknownHookError(f"head {head} is out of range: layer {layer} has heads 0 to {shape.H - 1}")
@@ -136,7 +136,7 @@ def check_plain_activations(sae: Dictionary) -> None:
     """Raise ValueError where activations are not coefficients of atoms in the units of the write."""
     if not has_plain_activations(sae):
         raise ValueError(
-            f"the SAE normalises its input ({sae.cfg.normalize_activations}), so its activations are not in units of "
+            f"the SAE normalizes its input ({sae.cfg.normalize_activations}), so its activations are not in units of "
             "the write; fold the factor first (sae.fold_activation_norm_scaling_factor) and save the SAE with "
             "normalize_activations='none'"
         )

@@ -34,7 +34,7 @@ PAPER_RUNNER: dict[str, float | int | str] = {
 @dataclass(kw_only=True)
 class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     """Fields that the training config of every architecture shares. The paper's values: unit norm every 100 steps,
-    resampling every 250 steps, centred inputs."""
+    resampling every 250 steps, centered inputs."""
 
     decoder_init_norm: float | None = 1.0
     """Norm of the atoms at the start, the encoder being equal to them, so that 1 makes an activation the projection on
@@ -248,7 +248,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         self.move_b_dec(self.output_bias() - self.b_dec)
         self.mean_batches.zero_()
 
-    # ---------------------------------------------------------------------------------------- what is kept and saved
+    # ---------------------------------------------------------------------------------------- what is saved
 
     def _begin(self) -> None:
         self.n_started = nn.Buffer(torch.zeros((), dtype=torch.long, device=self.device))

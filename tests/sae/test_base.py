@@ -92,6 +92,8 @@ def test_folds_leave_the_function_unchanged(name: str, variant: dict, known: Any
     sae.fold_activation_norm_scaling_factor(scale)
     assert sae.cfg.normalize_activations == "none"
     torch.testing.assert_close(sae(x), before, rtol=1e-10, atol=1e-10)
+    if name == "writesae_matching_pursuit":
+        return  # norms have no effect, and SAELens refuses to fold them
     sae.fold_W_dec_norm()
     torch.testing.assert_close(sae(x), before, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(sae.decoder_norm(), torch.ones(F, dtype=torch.float64))

@@ -58,11 +58,6 @@ def state(sae: nn.Module) -> dict[str, Tensor]:
     return dict(sae.named_parameters())
 
 
-def assert_same(one: nn.Module, two: nn.Module) -> None:
-    for name, x in state(one).items():
-        assert torch.equal(x, state(two)[name]), name
-
-
 CHANGES: list[dict[str, Any]] = [
     {},
     {"k": 1},
@@ -163,7 +158,7 @@ def test_a_seed_is_a_dictionary_and_shares_no_memory() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(7)
     for sae, again in zip(three, train_many_on_writes(configs, rows)):
-        assert_same(sae, again)
+        torch.testing.assert_close(state(sae), state(again), rtol=0, atol=0)
     assert not torch.allclose(three[0].v, three[1].v)
     three[1].v.data.zero_()
     assert three[0].v.abs().min() > 0
@@ -198,7 +193,7 @@ def test_a_metric_is_folded_in(encoder: str, normalize: str) -> None:
     how = {"encoder": encoder, "normalize_activations": normalize, "b_dec_rows": 0}
     cfg, rows = config(3, metric="gauss_newton", **how), writes()
     sae = train_on_writes(cfg, rows.keys, rows.values, metric=metric)
-    moved = LowRank(*metric.apply(rows.keys, rows.values))
+    moved = metric.move(rows)
     plain = metric.fold(train_on_writes(config(3, **how), moved.keys, moved.values))
     torch.testing.assert_close(state(sae), state(plain), **CLOSE)
 
@@ -212,10 +207,6 @@ def test_a_scaled_input_is_folded() -> None:
     assert sae.cfg.normalize_activations == "none"
     x = rows.dense().flatten(1)
     torch.testing.assert_close(sae(x), plain(x * scale) / scale, rtol=1e-8, atol=1e-8)
-
-
-class Killed(Exception):
-    pass
 
 
 @pytest.mark.parametrize("at", [0, 5, 9])
@@ -233,12 +224,12 @@ def test_a_killed_run_ends_with_the_same_weights(
 
     def killing(own: Any, batch: Any) -> Any:
         if own.step == stop:
-            raise Killed
+            raise InterruptedError
         steps.append(own.step)
         return take(own, batch)
 
     monkeypatch.setattr(fast.Stack, "take", killing)
-    with pytest.raises(Killed):
+    with pytest.raises(InterruptedError):
         train_many_on_writes(configs, rows, checkpoint=file)
     stop = 99
     with pytest.raises(ValueError, match=r"run\.pt"):
@@ -246,7 +237,7 @@ def test_a_killed_run_ends_with_the_same_weights(
     resumed = train_many_on_writes(configs, rows, checkpoint=file)
     assert steps == list(range(12)) and not list(tmp_path.iterdir())
     for one, two in zip(whole, resumed):
-        assert_same(one, two)
+        torch.testing.assert_close(state(one), state(two), rtol=0, atol=0)
 
 
 def test_numbers_are_logged_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

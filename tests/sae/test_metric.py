@@ -39,11 +39,11 @@ def test_vectors_rows_and_inner_products_agree_with_dense_matrices() -> None:
     metric, keys, values = made_up(), normal(N, 2, K), normal(N, 2, V, seed=1)
     a, b = positive(K), positive(V, 1)
     write = LowRank(keys, values)
-    moved = LowRank(*metric.apply(keys, values))
+    moved = metric.move(LowRank(keys, values))
     assert_close(metric.apply_rows(write.dense().flatten(1)), moved.dense().flatten(1), rtol=1e-10, atol=1e-10)
     expected = torch.einsum("nkv,kl,nlw,wv->n", write.dense(), a, write.dense(), b)
     assert_close(metric.nats(write), expected, rtol=1e-10, atol=1e-10)  # scale 2, halved
-    assert metric.apply(keys.float(), values.float())[0].dtype == torch.float32
+    assert metric.move(LowRank(keys.float(), values.float())).keys.dtype == torch.float32
 
 
 def test_a_metric_is_positive() -> None:
@@ -55,7 +55,7 @@ def test_a_metric_is_positive() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize(("name", "fields"), OPTIONS, ids=str)
+@pytest.mark.parametrize(("name", "fields"), [*OPTIONS, ("writesae_matching_pursuit", {})], ids=str)
 def test_folding_keeps_activations_and_reconstructions(name: str, fields: dict, variant: dict) -> None:
     sae, metric, x = build(name, **fields, **variant), made_up(), normal(N, D_IN, seed=2)
     acts, out = sae.encode(metric.apply_rows(x)), sae(metric.apply_rows(x))

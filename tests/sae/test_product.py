@@ -3,7 +3,6 @@ find in writes whose keys and values are drawn from two small sets."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,10 @@ import torch
 from sae_lens import (
     SAE,
     LanguageModelSAERunnerConfig,
-    LanguageModelSAETrainingRunner,
     LoggingConfig,
-    TrainingSAE,
 )
-from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig, TrainStepInput
-from test_metric import made_up
+from sae_lens.saes.sae import TrainStepInput
+from test_metric import made_up, normal
 from test_runner import HEAD, LAYER, small_config
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -33,7 +30,7 @@ from sae_lens_writesae.sae import (
     WriteProductTrainingSAEConfig,
 )
 from sae_lens_writesae.sae.product import _distinct, _oriented, rank_one_rows
-from sae_lens_writesae.sae.runner import text_dataset, train
+from sae_lens_writesae.sae.runner import train
 from writesae.experiment.controls import control_dictionary
 from writesae.experiment.tokens import sample_sequences
 from writesae.experiment.traits import matched_flat, n_parameters, variant
@@ -52,10 +49,6 @@ def build(k_key: int = 1, k_value: int = 1, **fields: Any) -> Any:
     for name, parameter in sae.named_parameters():
         parameter.data.copy_((0.1 if name == "b_dec" else 0.6) * torch.randn_like(parameter))
     return sae
-
-
-def normal(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def writes() -> LowRank:
@@ -188,20 +181,13 @@ def test_numbers_of_sides_follow_from_each_other() -> None:
         assert (cfg.f_key, cfg.f_value, cfg.k) == (*sides, 1)
 
 
-def test_export_loading_and_checkpoints(tmp_path: Path) -> None:
+def test_an_export_is_loaded_as_products(tmp_path: Path) -> None:
     sae, x = build(2, 2), normal(N, K * V)
-    text = json.dumps(sae.cfg.to_dict())
-    assert TrainingSAEConfig.from_dict(json.loads(text)) == sae.cfg
-    assert type(SAE.from_dict(SAEConfig.from_dict(sae.cfg.get_inference_sae_cfg_dict()).to_dict())) is WriteProductSAE
     sae.save_inference_model(tmp_path / "export")
     for loaded in (SAE.load_from_disk(tmp_path / "export"), load_sae(tmp_path / "export")):
         assert type(loaded) is WriteProductSAE
         assert_close(loaded(x), sae(x), rtol=0, atol=0)
         assert (loaded.cfg.f_key, loaded.cfg.f_value, loaded.cfg.k) == (4, 6, 4)
-    sae.save_model(tmp_path / "checkpoint")
-    again = TrainingSAE.load_from_disk(tmp_path / "checkpoint")
-    assert type(again) is WriteProductTrainingSAE
-    assert_close(step(again, writes()).loss, step(sae, writes()).loss)
 
 
 def test_folds() -> None:
@@ -334,14 +320,3 @@ def test_a_collection_trains_it_in_the_metric(embedded: Any, tmp_path: Path) -> 
     cfg = small_config(collection, architecture="writesae_product", metric="gauss_newton", sae=fields)
     sae = train(cfg, metric=made_up(64, 32))
     assert sae.cfg.metadata.metric == "gauss_newton" and sae.b_dec.any()
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_saelens_runner_trains_it(embedded: Any) -> None:
-    cfg = small_config(embedded, architecture="writesae_product", lr=1e-2, sae={"d_sae": 64, "b_dec_rows": 64})
-    sae = LanguageModelSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset()).run()
-    assert type(sae) is WriteProductTrainingSAE
-
-
-def dataset() -> Any:
-    return text_dataset(shipped.text("train")[:60_000])

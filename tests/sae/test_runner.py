@@ -82,6 +82,7 @@ def test_model_class_name_loads_the_model(embedded, dataset):
         ("writesae_matryoshka", {"k": 4, "matryoshka_widths": [8, 24]}),
         ("writesae_standard", {}),
         ("writesae_gated", {}),
+        ("writesae_product", {"d_sae": 64, "b_dec_rows": 64}),
     ],
 )
 def test_every_architecture_trains_through_the_runner(embedded, dataset, architecture, sae):

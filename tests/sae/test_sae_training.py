@@ -244,7 +244,7 @@ def test_resumed_training_is_training_that_never_stopped(tmp_path: Path) -> None
     assert type(TrainingSAE.load_from_disk(tmp_path / "half")) is S.WriteBatchTopKTrainingSAE
 
 
-@pytest.mark.parametrize("name", S.TRAINING)
+@pytest.mark.parametrize("name", sorted(S.TRAINING.keys() - {"writesae_matching_pursuit"}))  # codes follow b_dec there
 def test_any_trainer_leaves_reconstructions_right_on_average(name: str, tmp_path: Path) -> None:
     """Of small writes with much noise, so that the steps of the optimizer are large for b_dec."""
 
