@@ -22,13 +22,9 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def writes() -> LowRank:
-    return LowRank.rank_one(draw(N, K), draw(N, V, seed=1))
-
-
-def rows() -> Tensor:
-    """[N,K*V] the writes, and a constant matrix underneath."""
-    return writes().dense().flatten(1) + 0.3 * draw(K * V, seed=2)
+WRITES = LowRank.rank_one(draw(N, K), draw(N, V, seed=1))
+ROWS = WRITES.dense().flatten(1) + 0.3 * draw(K * V, seed=2)
+"""[N,K*V] the writes, and a constant matrix underneath."""
 
 
 def trained(architecture: str, **fields: object) -> MatrixSAE:
@@ -45,7 +41,7 @@ def trained(architecture: str, **fields: object) -> MatrixSAE:
 
 
 def l0(sae: MatrixSAE) -> float:
-    return float((sae.encode(rows()) > 0).sum(1).float().mean())
+    return float((sae.encode(ROWS) > 0).sum(1).float().mean())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -53,15 +49,15 @@ def l0(sae: MatrixSAE) -> float:
 def test_controls_are_alike_in_all_but_their_atoms(architecture: str, variant: str) -> None:
     sae = trained(architecture, **VARIANTS[variant])
     nearest = []
-    for control in (control_dictionary(sae, rows(), writes()), control_dictionary(sae, rows())):
+    for control in (control_dictionary(sae, ROWS, WRITES), control_dictionary(sae, ROWS)):
         assert type(control) is type(sae) and not control.training
         shapes = [{name: p.shape for name, p in each.named_parameters()} for each in (control, sae)]
         assert shapes[0] == shapes[1]
         assert l0(control) == pytest.approx(l0(sae), abs=0.01)
-        assert_close(control.b_dec.data, rows().mean(0))
+        assert_close(control.b_dec.data, ROWS.mean(0))
         assert_close(control.decoder_norm().data, torch.ones(F))
         assert_close(control.W_enc.T.data, control.W_dec.data)
-        nearest.append(torch.nn.functional.normalize(writes().dense().flatten(1), dim=1) @ control.W_dec.data.T)
+        nearest.append(torch.nn.functional.normalize(WRITES.dense().flatten(1), dim=1) @ control.W_dec.data.T)
     assert_close(nearest[0].amax(0), torch.ones(F))
     assert len(nearest[0].argmax(0).unique()) == F  # drawn without repetition
     assert float(nearest[1].amax(0).median()) < 0.9
@@ -69,21 +65,21 @@ def test_controls_are_alike_in_all_but_their_atoms(architecture: str, variant: s
 
 def test_a_seed_is_a_draw() -> None:
     sae = trained("writesae_jumprelu")
-    for drawn in (None, writes()):
-        atoms = [control_dictionary(sae, rows(), drawn, seed=seed).W_dec for seed in (1, 1, 2)]
+    for drawn in (None, WRITES):
+        atoms = [control_dictionary(sae, ROWS, drawn, seed=seed).W_dec for seed in (1, 1, 2)]
         assert_close(atoms[0], atoms[1])
         assert not torch.allclose(atoms[0], atoms[2])
     sae = trained("writesae_topk")
     before = torch.random.get_rng_state()
     sae.cfg.metadata.training_architecture_details = {"b_dec_init": "zeros"}
-    assert not control_dictionary(sae, rows()).b_dec.any()  # as the trained one began
+    assert not control_dictionary(sae, ROWS).b_dec.any()  # as the trained one began
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_few_writes_are_repeated_and_zero_ones_are_not_drawn() -> None:
-    sae, some = trained("writesae_topk"), writes().rows([0, 1, 2])
+    sae, some = trained("writesae_topk"), WRITES.rows([0, 1, 2])
     with_zero = LowRank(torch.cat([some.keys, torch.zeros(9, 1, K)]), torch.cat([some.values, torch.ones(9, 1, V)]))
-    assert_close(control_dictionary(sae, rows(), with_zero).atoms().cosines(some).amax(1), torch.ones(F))
+    assert_close(control_dictionary(sae, ROWS, with_zero).atoms().cosines(some).amax(1), torch.ones(F))
 
 
 @pytest.mark.parametrize("architecture", ["writesae_jumprelu", "writesae_standard", "writesae_gated"])
@@ -91,4 +87,4 @@ def test_controls_of_a_dead_dictionary_are_dead(architecture: str) -> None:
     sae = trained(architecture)
     with torch.no_grad():
         getattr(sae, "b_gate" if architecture == "writesae_gated" else "b_enc").fill_(-1e6)
-    assert l0(sae) == l0(control_dictionary(sae, rows())) == l0(control_dictionary(sae, rows(), writes())) == 0
+    assert l0(sae) == l0(control_dictionary(sae, ROWS)) == l0(control_dictionary(sae, ROWS, WRITES)) == 0

@@ -136,13 +136,17 @@ def test_the_dominant_atom_is_written_at_positions_drawn_uniformly(dense: torch.
     assert nothing.index.tolist() == [7] and nothing["atom"].isna().all()
 
 
-def test_what_cannot_be_drawn_is_refused(firings: F.Firings) -> None:
-    with pytest.raises(ValueError, match="8"):
-        drawn(firings, atoms=(8,))
-    with pytest.raises(NothingToMeasureError, match="0 of 9"):
-        drawn(at())
-    with pytest.raises(NothingToMeasureError, match="8 of 9"):
-        drawn(firings, first_position=T)
+@pytest.mark.parametrize(
+    ("changes", "error", "word"),
+    [
+        ({"atoms": (8,)}, ValueError, "8"),
+        ({"firings": at()}, NothingToMeasureError, "0 of 9"),
+        ({"first_position": T}, NothingToMeasureError, "8 of 9"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(firings: F.Firings, changes: Any, error: type[Exception], word: str) -> None:
+    with pytest.raises(error, match=word):
+        drawn(**{"firings": firings} | changes)
 
 
 def test_halves_share_no_sequence() -> None:

@@ -14,8 +14,10 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
-from writesae.experiment.head_baselines import BASELINES, HeadBaselines, quantiser, tokens_and_before
+from writesae.experiment.codes import lloyd
+from writesae.experiment.head_baselines import BASELINES, HeadBaselines
 from writesae.experiment.lab import Lab
+from writesae.experiment.terms import tokens_and_before
 
 K, V, N = 5, 7, 240
 
@@ -92,17 +94,16 @@ def test_drawn_is_the_write_with_the_largest_cosine_at_least_squares() -> None:
     close(made.written("drawn", new, text()[:9]).dense(), expected.dense())
 
 
-def test_the_quantiser_finds_planted_directions_and_never_gets_worse() -> None:
+def test_the_quantizer_finds_planted_directions_and_never_gets_worse() -> None:
     truth = writes(6, seed=3)
     which = torch.arange(N) % 6
     of = truth.rows(which) * gaussian(N, seed=5)  # gains of either sign
     noisy = LowRank(of.keys + 0.02 * gaussian(N, 1, K, seed=6), of.values)
-    start = noisy.rows(torch.arange(6))
-    codes = quantiser(noisy, start)
+    codes = lloyd(noisy, noisy.rows(torch.arange(6)))
     assert float(codes.cosines(truth).abs().max(0).values.min()) > 0.99
     close(codes.norm(), torch.ones(6, dtype=torch.float64))
     free, few = writes(seed=8), writes(10, seed=9)
-    fits = [free.cosines(each).square().max(1).values.sum() for each in (few, quantiser(free, few))]
+    fits = [free.cosines(each).square().max(1).values.sum() for each in (few, lloyd(free, few))]
     assert fits[1] > fits[0]
 
 
@@ -132,6 +133,8 @@ def test_other_text_takes_the_place_of_the_halves(model64: HookedRecurrent, vari
     reference = torch.randint(1, 64, (3, 30), generator=torch.Generator().manual_seed(9))
     lab = Lab(model64, {"": random_sae(model64)}, varied[:1], reference=reference)
     assert len(lab.baselines(0).writes) == 90
+    again = Lab(model64, {"": random_sae(model64)}, varied[1:2], reference=lab.reference)
+    assert again.baselines(0) is lab.baselines(0)  # runs that share the text share the fit
     native = lab.native_writes([0])
     for name in BASELINES:
         assert len(lab.baselines(0).written(name, native, tokens_and_before(varied[0]))) == 24

@@ -141,11 +141,12 @@ def test_sites_have_the_head_and_the_rows_of_each_sequence(model64: HookedRecurr
     torch.testing.assert_close(both.rows(slice(T, None)).dense(), sites[0].writes.dense())
 
 
-def test_a_lab_is_of_one_head_and_fits_its_model(model64: HookedRecurrent) -> None:
-    sae = random_sae(model64)
-    with pytest.raises(ValueError, match="none"):
-        Lab(model64, {}, TEXT)
-    with pytest.raises(ValueError, match="one head"):
-        Lab(model64, {"a": sae, "b": random_sae(model64, head=0)}, TEXT)
-    with pytest.raises(UnknownHookError):
-        Lab(model64, {"": random_sae(model64, head=17)}, TEXT)
+@pytest.mark.parametrize(
+    ("heads", "error", "word"),
+    [((), ValueError, "none"), ((2, 0), ValueError, "one head"), ((17,), UnknownHookError, "17")],
+)
+def test_a_lab_is_of_one_head_and_fits_its_model(
+    model64: HookedRecurrent, heads: tuple[int, ...], error: type[Exception], word: str
+) -> None:
+    with pytest.raises(error, match=word):
+        Lab(model64, {str(head): random_sae(model64, head=head) for head in heads}, TEXT)

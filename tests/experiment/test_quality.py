@@ -105,7 +105,7 @@ def test_a_head_that_writes_nothing_has_nothing_to_recover(model: HookedRecurren
 def test_what_gives_no_coefficients_is_named(model: HookedRecurrent, short_text: Tensor) -> None:
     scaled, broken = random_sae(model), random_sae(model)
     scaled.cfg.normalize_activations = "expected_average_only_in"
-    with pytest.raises(ValueError, match="normalises"):
+    with pytest.raises(ValueError, match="expected_average_only_in"):
         dictionary_quality(model, scaled, short_text)
     broken.encode = lambda x: torch.full((len(x), 12), torch.nan)
     with pytest.raises(NothingToMeasureError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,22 +28,15 @@ TESTED, OTHER = TEXT[:4], TEXT[4:]
 STEPS = Multistep(n_atoms=2, firings_per_atom=1, n_steps=2)
 
 
-class Suite:
-    """Runs evaluations into a folder, and keeps what was said."""
-
-    def __init__(self, model: HookedRecurrent, folder: Path):
-        self.model, self.folder = model, folder
-        self.said: list[str] = []
-
-    def __call__(self, evaluations: Any, saes: Any, tokens: Any = TESTED, **how: Any) -> list[Result]:
-        self.said.clear()
-        say = lambda line: self.said.append(str(line))  # noqa: E731
-        return evaluate_all(evaluations, self.model, saes, tokens, self.folder, progress=False, say=say, **how)
+Suite = Callable[..., list[Result]]
 
 
 @pytest.fixture
 def suite(model: HookedRecurrent, tmp_path: Path) -> Suite:
-    return Suite(model, tmp_path)
+    """Runs evaluations on dictionaries into the folder of the test, and says so on standard output."""
+    return lambda evaluations, saes, **how: evaluate_all(
+        evaluations, model, saes, TESTED, tmp_path, progress=False, **how
+    )
 
 
 def test_a_comparison_takes_only_what_differs_in_nothing_else(model: HookedRecurrent) -> None:
@@ -77,66 +71,73 @@ def test_dictionaries_are_grouped_by_head(model: HookedRecurrent) -> None:
     assert list(labels(Scope.TARGETS, single=True).values()) == [list(saes)]
 
 
-def test_results_are_saved_and_taken_again_where_nothing_changed(suite: Suite) -> None:
-    saes = {"write": make_sae(suite.model), "state": make_sae(suite.model, hook=STATE)}
+def test_results_are_saved_and_taken_again_where_nothing_changed(
+    suite: Suite, model: HookedRecurrent, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saes = {"write": make_sae(model), "state": make_sae(model, hook=STATE)}
     sizes = {"reconstruction_sequences": 2, "n_atoms": 3, "firings_per_atom": 1, "min_firings": 1, "horizon": 2}
     small = Objectives(**sizes, controls=("random",))  # type: ignore[arg-type]
-    assert [result.kind for result in suite([Seeds(), small], saes)] == ["objectives"] and len(suite.said) == 1
-    loaded = load_result(suite.folder / "objectives" / "L1H2")
+    assert [result.kind for result in suite([Seeds(), small], saes)] == ["objectives"]
+    assert capsys.readouterr().out
+    loaded = load_result(tmp_path / "objectives" / "L1H2")
     assert loaded.tables["dictionaries"]["sae"].tolist() == ["write", "state"]
     suite([small], saes, resume=True)
-    assert suite.said == []
+    assert not capsys.readouterr().out
     suite([replace(small, seed=1)], saes, resume=True)
-    assert len(suite.said) == 1  # saved with other settings
+    assert capsys.readouterr().out  # saved with other settings
     with pytest.raises(ValueError, match="two"):
         suite([small], {"write": saes["write"]}, single=True)
 
 
-def test_controls_and_quality_go_with_every_dictionary(suite: Suite) -> None:
-    chosen, saes = [STEPS, Sign(n_positions=4)], {"mine": make_sae(suite.model)}
+def test_controls_and_quality_go_with_every_dictionary(
+    suite: Suite, model: HookedRecurrent, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen, saes = [STEPS, Sign(n_positions=4)], {"mine": make_sae(model)}
     results = suite(chosen, saes, controls=OTHER)
     labels = ["mine", "mine, untrained", "mine, native writes", "L1H2"]  # a head has no control dictionary
     found = [(result.label, result.info.get("control")) for result in results]
     assert found == list(zip(labels, [None, "untrained", "native writes", None]))
-    loaded = load_result(suite.folder / "multistep" / "mine-untrained")
+    loaded = load_result(tmp_path / "multistep" / "mine-untrained")
     assert loaded.info["control_of"] == "mine" and list(loaded.info["quality"]) == ["mine, untrained"]  # type: ignore
     assert {row.label for row in answers(results)} == {"mine", "L1H2"}
     mine = results[0].info["quality"]["mine"]  # type: ignore[index, call-overload]
     assert mine == results[3].info["quality"]["mine"] and mine["n_tokens"] == 96  # type: ignore
+    capsys.readouterr()
     again = suite(chosen, saes, controls=OTHER, resume=True)
-    assert [(r.label, r.info.get("control")) for r in again] == found and suite.said == []
+    assert [(r.label, r.info.get("control")) for r in again] == found and not capsys.readouterr().out
 
 
-def test_comparisons_are_run_on_controls_of_all_they_compare(suite: Suite) -> None:
-    results = suite([Seeds()], {"a": make_sae(suite.model), "b": make_sae(suite.model)}, controls=OTHER)
+def test_comparisons_are_run_on_controls_of_all_they_compare(suite: Suite, model: HookedRecurrent) -> None:
+    results = suite([Seeds()], {"a": make_sae(model), "b": make_sae(model)}, controls=OTHER)
     assert [r.label for r in results] == ["L1H2", "L1H2, untrained", "L1H2, native writes"]
     assert all(r.info["saes"] == ["a", "b"] for r in results)
     assert list(results[1].info["quality"]) == ["a, untrained", "b, untrained"]  # type: ignore[call-overload]
 
 
-def test_baselines_are_fitted_on_the_text_of_the_controls(suite: Suite) -> None:
-    saes = {"mine": make_sae(suite.model)}
+def test_baselines_are_fitted_on_the_text_of_the_controls(suite: Suite, model: HookedRecurrent) -> None:
+    saes = {"mine": make_sae(model)}
     few = {"n_atoms": 1, "firings_per_atom": 2, "n_codes": 3, "pca_components": 1}
     small = Substitution(**few, horizon=1, scales=("coefficient",), controls=("drawn",), atom_choice=("own",))
-    dictionaries = [saes, *control_dictionaries(suite.model, saes, OTHER).values()]
+    dictionaries = [saes, *control_dictionaries(model, saes, OTHER).values()]
     for result, own in zip(suite([small], saes, controls=OTHER), dictionaries, strict=True):
         expected, without = (
-            small.run(suite.model, own, TESTED, reference=text, progress=False).tables["firings"]
-            for text in (OTHER, None)
+            small.run(model, own, TESTED, reference=text, progress=False).tables["firings"] for text in (OTHER, None)
         )
         assert result.tables["firings"].equals(expected) and not expected.equals(without)
     with pytest.raises(ValueError, match="reference"):
         suite([small], saes, controls=TEXT)
 
 
-def test_many_evaluations_resume_after_one_that_has_nothing_to_measure(suite: Suite) -> None:
-    dead = make_sae(suite.model)
+def test_many_evaluations_resume_after_one_that_has_nothing_to_measure(
+    suite: Suite, model: HookedRecurrent, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dead = make_sae(model)
     with torch.no_grad():
         dead.b_enc.fill_(-1e6)
     results = suite([STEPS, Sign(n_positions=4)], {"a/b c": dead})
     assert [r.kind for r in results] == ["multistep", "sign"] and results[1].skipped is None
-    assert results[0].skipped is not None and results[0].skipped in suite.said[0]
-    assert load_result(suite.folder / "multistep" / "a-b-c").skipped == results[0].skipped  # a label is no path
-    assert load_result(suite.folder / "sign" / "L1H2").label == "L1H2"  # named after the head alone
+    assert results[0].skipped is not None and results[0].skipped in capsys.readouterr().out
+    assert load_result(tmp_path / "multistep" / "a-b-c").skipped == results[0].skipped  # a label is no path
+    assert load_result(tmp_path / "sign" / "L1H2").label == "L1H2"  # named after the head alone
     with pytest.raises(NothingToMeasureError):  # asked for by itself, it is an error
         suite([STEPS], {"a": dead}, single=True)

@@ -6,7 +6,7 @@ Source: WriteSAE (arXiv 2605.12770), section 4.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 import pandas as pd
@@ -26,14 +26,14 @@ from writesae.verdict.paper import Outcome
 
 RELEVANT_SHARE = 0.05
 """Recovered share that an atom has to exceed, and margin by which a control's may be smaller and still count as equal.
-Where KL is quadratic in the write, c times the native write recovers 1 - (1 - c)^2: 5 % is what a
-fortieth of the write itself takes back."""
+Where KL is quadratic in the write, c times the native write recovers 1 - (1 - c)^2: 5% is what a
+fortieth of the write itself recovers."""
 
 PRACTICAL_FLOOR = 1e-4
-"""Nats: a median deletion effect below it is of no practical size, however far it lies above rounding."""
+"""Nats: a median deletion effect below it is of no practical size, however far it exceeds rounding."""
 
 _CLAIM_OF_RULE = {"Mamba-2": 11, "RWKV-7": 12, "DeltaNet": 13}
-"""Rules for which the paper reports a substitution test of their own; for all others it is its first claim."""
+"""Rules for which the paper reports a separate substitution test; for all others it is its first claim."""
 _WORST_FIRST: tuple[Outcome, ...] = ("confounded", "undecided", "fails")
 
 
@@ -50,23 +50,24 @@ class Substitution(Exchanging):
 
     *Directions* have the norm of the atom condition. `shuffled`, another atom that does not fire there, is the paper's
     random; the Gaussian direction is ours. The state direction is that of the state **before** the write; the state
-    after it contains the write, so that it is shown as a reference and never held against an atom.
+    after it contains the write, so that it is shown as a reference and never compared with an atom.
 
-    *Baselines* (`experiment.head_baselines`) need no training, and have a size of their own: the mean write of the
+    *Baselines* (`experiment.head_baselines`) need no training, and have their own size: the mean write of the
     head, of the token and of the token pair, the best of as many native writes as the dictionary has atoms, drawn at
-    random, the best code of a vector quantiser with as many, and the first principal components. They are fitted on
-    text that nothing is tested on: on `reference`, or each half of the sequences on the other.
+    random, the best code of a vector quantizer with as many, and the first principal components. They are fitted on
+    text that nothing is tested on, in the metric of the dictionary: on `reference`, or each half of the sequences on
+    the other. A claim of a dictionary that saw more writes than its baselines is undecided at best.
 
     A dictionary that was trained on states is tested in the same way: its firings are found on states, and its atoms
     replace the **write**.
 
-    **Verdict** of claim 1 (11, 12, 13 by rule, 14 for the 4B model), at the first scale, and beside it at the others:
-    the ladder of `judge` on the recovered share of the atom. It holds if the interval of the share lies above 5 %
+    **Verdict** of claim 1 (11, 12, 13 by rule, 14 for the 4B model), at the first scale, and also at the others:
+    the ladder of `judge` on the recovered share of the atom. It holds if the interval of the share is above 5%
     (`RELEVANT_SHARE`) and the interval of its difference from every control's share, over the same deletions, above 0.
-    The win rate (chance 1/2) stands beside it: against deletion it asks for the sign of the effect only, and a small
+    The win rate (chance 1/2) is shown too: against deletion it asks for the sign of the effect only, and a small
     piece of anything that points along the write wins most firings. Claim 2, at matched norm, as the paper's chain: the
     rate of atom < delete < another atom, chance 1/2. Claim 3: the paired median ratio of the atom's KL to deletion's
-    lies below 1, and to another atom's too.
+    is below 1, and to another atom's too.
     """
 
     n_atoms: int | None = 100
@@ -111,7 +112,8 @@ class Substitution(Exchanging):
                 named = [] if choice == self.atom_choice[0] else [CHOICES[choice]]
                 named += [] if scale == self.scales[0] else [f"at {SCALE_NAMES[scale]}"]
                 found.append(self.nearer(wide, scale, None if named else headline, named))
-        return [*found, *self._chain_and_medians(wide_firings(result, choice=self.atom_choice[0]))]
+        found += self._chain_and_medians(wide_firings(result, choice=self.atom_choice[0]))
+        return [on_equal_terms(finding, result) for finding in found]
 
     def nearer(self, wide: pd.DataFrame, scale: str, number_: int | None = None, named: Sequence[str] = ()) -> Finding:
         """Claim 1 of one choice of atom at one scale; `named` says which, where it is not the headline. `shown` has the
@@ -131,6 +133,7 @@ class Substitution(Exchanging):
             claim=", ".join(["an atom is nearer to the native write than deletion", *named]),
             effect=shares.get("atom", wins._replace(mean=0.0, low=0.0, high=0.0)),  # of nothing, nothing is recovered
             what="the recovered share",
+            null=next((NAMES[name] for name in self.controls if name not in REFERENCES), ""),
             against=against,
             relevant=RELEVANT_SHARE,
             **size,
@@ -164,7 +167,7 @@ class Substitution(Exchanging):
             what="the rate of the strict order",
             chance=0.5,
             relevant=RELEVANT,
-            null=first,
+            null=others.get(rival, ""),
             against={NAMES[n]: Against(kl.mean(in_order("atom"), in_order(n)), kl.mean(in_order(n))) for n in rivals},
             **size,
             shown=chains,
@@ -181,6 +184,7 @@ class Substitution(Exchanging):
             claim=f"median KL of {' / '.join(['atom', 'delete', *others.values()])}, at {SCALE_NAMES[scale]}",
             effect=ratios.get("delete"),
             what="the median ratio of the atom's KL to deletion's",
+            null=others.get(rival, ""),
             against={name: Against(each, chance=1.0) for name, each in ratios.items() if name != "delete"},
             chance=1.0,
             less=True,
@@ -210,7 +214,10 @@ class Substitution(Exchanging):
             if len(of_layer) < 2 or len({str(result.info["head"]) for result in of_layer}) < len(of_layer):
                 continue
             tests = [(wide_firings(result), cast(Substitution, result.evaluation)) for result in of_layer]
-            found = [test.nearer(wide, test.scales[0]) for wide, test in tests]
+            found = [
+                on_equal_terms(test.nearer(wide, test.scales[0]), result)
+                for (wide, test), result in zip(tests, of_layer)
+            ]
             shares = pd.Series([each.shown["atom"].mean for each in found if each.shown])
             wins = pd.Series([(wide[f"atom/{test.scales[0]}"] < wide["delete"]).mean() for wide, test in tests])
             outcomes: list[Outcome] = [each.verdict.outcome for each in found]
@@ -219,6 +226,7 @@ class Substitution(Exchanging):
             finding = Finding(
                 number=5,
                 claim="all heads of a layer",
+                null=found[0].null,
                 ruled=Verdict(worst, f"Claim 1 holds on {outcomes.count('holds')} of {len(found)} heads."),
                 measured=f"recovers {spread[0]}; wins {spread[1]} (SD over heads)",
                 controls=f"confounded by a control on {outcomes.count('confounded')}",
@@ -235,7 +243,7 @@ class Substitution(Exchanging):
         return [
             f"A write of this head has lost half of its norm after {life} tokens{' or more' * (life == limit)} (median "
             "over writes).",
-            "\n".join(["Conditions, which are written in place of the native write:", *listed]),
+            "\n".join(["Conditions, which replace the native write:", *listed]),
             "\n".join(["Scales:", *(f"{SCALE_NAMES[n]}: {SCALE_DEFINITIONS[n]}" for n in self.scales)]),
         ]
 
@@ -251,3 +259,10 @@ class Substitution(Exchanging):
         title, ticks = "Win rate of the atom by quartile", {float(q): f"Q{q}" for q in range(1, 5)}
         svg = figures.curves(lines, "quartile", f"{title}: {result.label}", percent=True, chance=0.5, ticks=ticks)
         return [Figure(title, svg, "Bands: 95% intervals. An effect that is real is largest in Q4.")]
+
+
+def on_equal_terms(finding: Finding, result: Result) -> Finding:
+    """The finding, which cannot hold where the dictionary was fitted to more than its baselines (`Terms.unequal`)."""
+    why = result.info.get("unequal", "It is not known what baselines were fitted to.")
+    needed = bool(why) and any(NAMES[name] in finding.against for name in BASELINES)
+    return replace(finding, unless=Verdict("undecided", str(why))) if needed else finding

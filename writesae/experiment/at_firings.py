@@ -41,7 +41,7 @@ from writesae.experiment.head_baselines import BASELINES
 from writesae.experiment.lab import Lab, Site, Trial
 
 MEAN_ENERGY = 0.99
-"""The mean write is kept as the fewest rank-1 terms that hold this share of its squared norm."""
+"""The mean write has the fewest rank-1 terms that hold this share of its squared norm."""
 RELEVANT = 0.1
 """Distance of a win rate from 1/2 from which on it matters, and margin by which a control may be worse."""
 
@@ -160,11 +160,11 @@ class Exchanging(OfFirings):
     """Atom that is written, in tests side by side; the first one is the headline."""
     scales: tuple[Scale, ...] = ("coefficient", "matched")
     """How what is written is scaled; the first one is the headline's. Directions have the norm of the atom; baselines
-    are scaled in the same way as the atom is, from a size of their own."""
+    are scaled in the same way as the atom is, from their own size."""
     controls: tuple[Control, ...] = (*CONTROLS, *REFERENCES)
     """Controls and references to run."""
     n_codes: int | None = None
-    """Native writes that `drawn` draws, and codes of `quantised`. None: as many as the dictionary has atoms."""
+    """Native writes that `drawn` draws, and codes of the vector quantizer. None: as many as there are atoms."""
     pca_components: int = 4
     """Principal components of `pca`."""
     horizon: int = 16
@@ -180,7 +180,7 @@ class Exchanging(OfFirings):
         super().__post_init__()
 
     def scales_of(self, choice: str) -> tuple[Scale, ...]:
-        """Scales at which a choice of atom is run: the headline at all, what stands beside it at the first one."""
+        """Scales at which a choice of atom is run: the headline at all, the other choices at the first one."""
         return self.scales if choice == self.atom_choice[0] else self.scales[:1]
 
     def draw(self, lab: Lab, choice: Choice) -> FiringDraw:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.experiment.head import state_direction
-from writesae.experiment.head_baselines import BASELINES, Baseline, HeadBaselines, tokens_and_before
+from writesae.experiment.head_baselines import BASELINES, Baseline, HeadBaselines
 from writesae.experiment.lab import Lab, Site
+from writesae.experiment.terms import tokens_and_before
 
 Scale = Literal["coefficient", "matched", "least_squares"]
 """How the atom is scaled. The paper names the first two, and contradicts itself about which; the third is ours."""
@@ -27,11 +28,11 @@ DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
 Rival = Literal[Direction, Baseline]
 CONTROLS: tuple[Rival, ...] = get_args(Rival)
-"""All that an atom has to beat: the directions, and what has a size of its own and needs no training."""
+"""All that an atom has to beat: the directions, and what has its own size and needs no training."""
 
 Reference = Literal["state_after"]
 REFERENCES: tuple[Reference, ...] = get_args(Reference)
-"""Upper references: they contain the native write, so that they are shown and never held against an atom."""
+"""Upper references: they contain the native write, so that they are shown and never compared with an atom."""
 
 Control = Literal[Rival, Reference]
 
@@ -47,7 +48,7 @@ class Condition(NamedTuple):
 
 
 def scaled(matrix: LowRank, native: LowRank, scale: str) -> LowRank:
-    """Matrices with a size of their own at a `Scale`: as they are, at the norm of the native write W, or as
+    """Matrices with their own size at a `Scale`: as they are, at the norm of the native write W, or as
     the projection <W,A> A / |A|^2 of W on them. A matrix that is zero stays zero.
 
     At "matched", c A is closer to W than 0 only if their cosine exceeds 1/2; at "least_squares" it always is.
@@ -98,7 +99,7 @@ def controls_at(
         mean: the head's mean write.
         baselines: fitted on other text; for those of `names` that are baselines.
 
-    Each control of each sequence draws from a random stream of its own, so that batching, order and the presence of
+    Each control of each sequence draws from a separate random stream, so that batching, order and the presence of
     other controls change nothing.
 
     Raises:

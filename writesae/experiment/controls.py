@@ -1,4 +1,4 @@
-"""Control dictionaries beside trained ones: made from a text, evaluated by the same rules, and held against a claim.
+"""Control dictionaries for trained ones: made from a text, evaluated by the same rules, and compared with a claim.
 
 A rule that also holds for a dictionary that learned nothing says nothing of learning. That is one rule for all
 evaluations, and `against_controls` is the only place that has it.
@@ -24,6 +24,7 @@ from sae_lens_writesae.sae.training import calibrate_threshold
 from writesae.experiment.evaluation import Result
 from writesae.experiment.head import matrices_of
 from writesae.experiment.lab import Lab
+from writesae.experiment.terms import Terms
 from writesae.verdict.finding import Claim
 
 Control = Literal["untrained", "native writes"]
@@ -37,27 +38,28 @@ all of it: a head with a long memory adds up what the mean of too little text is
 
 @torch.no_grad()
 def control_dictionaries(
-    model: HookedRecurrent, saes: Mapping[str, SAE], reference: Tensor, *, seed: int = 0
+    model: HookedRecurrent, saes: Mapping[str, SAE], reference: Tensor | Terms, *, seed: int = 0
 ) -> dict[Control, dict[str, SAE]]:
-    """For each dictionary an untrained one and one of native writes, by the same labels. Each has a seed of its own.
+    """For each dictionary an untrained one and one of native writes, by the same labels. Each has another seed.
     Dictionaries of other packages have none; where the head writes nothing, there is none of native writes.
 
     Args:
-        reference: [N,T] tokens apart from those that are tested. Writes are drawn from all of it; what is set is set on
-            some 4,096 tokens.
+        reference: [N,T] tokens apart from those that are tested, or their terms. Writes are drawn from all of it;
+            what is set is set on some 4,096 tokens.
 
     Cost: a forward of each sequence up to the layer for each dictionary, and what `control_dictionary` says.
     """
+    terms = Terms(model, reference) if isinstance(reference, Tensor) else reference
     made: dict[Control, dict[str, SAE]] = {control: {} for control in CONTROLS}
     for n, (label, sae) in enumerate(saes.items()):
         if not isinstance(sae, MatrixSAE):
             continue
-        lab = Lab(model, {label: sae}, reference)
-        n_sequences, length = reference.shape
+        lab = Lab(model, {label: sae}, terms.tokens)
+        n_sequences, length = terms.tokens.shape
         some = torch.linspace(0, n_sequences - 1, min(n_sequences, -(-_TOKENS // length))).long().tolist()
         x = torch.cat([matrices_of(lab.recurrence(i), lab.hook.target).flatten(1) for i in some])
         made["untrained"][label] = control_dictionary(sae, x, seed=seed + n)
-        writes = lab.native_writes(range(n_sequences))
+        writes = terms.writes(lab.hook.layer, lab.hook.head)
         if writes.norm().any():
             made["native writes"][label] = control_dictionary(sae, x, writes, seed=seed + n)
     return made
@@ -117,19 +119,22 @@ class Answer(NamedTuple):
 
 
 def answers(results: Sequence[Result]) -> list[Answer]:
-    """Every answer of trained dictionaries, held against those of their controls where these are among the results."""
+    """Every answer of trained dictionaries, compared with those of their controls where these are among the results."""
     controlled = {control: _own(results, control) for control in CONTROLS}
-    rows: list[Answer] = []
-    for of, own in _own(results, None).items():
-        for label, claim in own:
-            found: dict[Control, Claim] = {
-                control: other.claim
-                for control in CONTROLS
-                for other in controlled[control].get(of, [])
-                if (other.claim.number, other.claim.claim) == (claim.number, claim.claim)
-            }
-            rows.append(Answer(label, against_controls(claim, found)))
-    return rows
+
+    def alike(of: tuple[object, ...], claim: Claim) -> dict[Control, Claim]:
+        return {
+            control: other.claim
+            for control in CONTROLS
+            for other in controlled[control].get(of, [])
+            if (other.claim.number, other.claim.claim) == (claim.number, claim.claim)
+        }
+
+    return [
+        Answer(label, against_controls(claim, alike(of, claim)))
+        for of, own in _own(results, None).items()
+        for label, claim in own
+    ]
 
 
 def against_controls(claim: Claim, controls: Mapping[Control, Claim]) -> Claim:

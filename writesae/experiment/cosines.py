@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.experiment.firings import Integers
@@ -22,19 +23,19 @@ SIDES = ("key", "value", "shuffled_key", "shuffled_value")
 def firing_cosines(
     lab: Lab, atoms: Integers, label: str | None = None, directions: Mapping[str, LowRank] | None = None
 ) -> pd.DataFrame:
-    """Signed cosines <A_i, W_t> / |A_i||W_t| at the firings (i, t) of `atoms`, beside what chance gives.
+    """Signed cosines <A_i, W_t> / |A_i||W_t| at the firings (i, t) of `atoms`, and what chance gives.
 
     * `shuffled`: the same atom against the write of another position of the same sequence (one random permutation of
       the positions per sequence). This is what is left when only the head's typical writes, and not this firing, can
       match.
-    * `random`: a Gaussian rank-R direction in the place of the atom (one per atom), at the same firings.
+    * `random`: a Gaussian rank-R direction instead of the atom (one per atom), at the same firings.
     * `untrained`: where the atom has the n-th largest activation, that one of F Gaussian rank-R directions which has
       the n-th largest product with what the dictionary reads. An atom fires where its product is large, so that random
       atoms, too, point along the writes they fire on; this is how far.
 
     Args:
         label: of the dictionary; by default the first one.
-        directions: single matrices (N = 1) by name, which are held against the writes at the same firings.
+        directions: single matrices (N = 1) by name, which are compared with the writes at the same firings.
 
     Returns: sequence, position, atom, cosine, shuffled, random, untrained; key, value, shuffled_key, shuffled_value
     (|cosine| of one side of the matrices); and one column for each further direction. One row per firing. A cosine with
@@ -107,8 +108,5 @@ def side_cosines(one: LowRank, other: LowRank) -> tuple[Tensor, Tensor]:
     flip. The sides of a matrix of a higher rank are its top singular vectors: an SVD each.
     """
     pair = [each if each.rank == 1 else LowRank.svd(each.dense(), 1) for each in (one, other)]
-    sides = []
-    for a, b in zip(*((each.keys[:, 0], each.values[:, 0]) for each in pair)):
-        size = a.norm(dim=-1)[:, None] * b.norm(dim=-1)[None, :]
-        sides.append((a @ b.mT).abs() / size.clamp_min(torch.finfo(size.dtype).tiny))
-    return sides[0], sides[1]
+    (a, x), (b, y) = ([normalize(side[:, 0], dim=1, eps=1e-30) for side in (each.keys, each.values)] for each in pair)
+    return (a @ b.mT).abs(), (x @ y.mT).abs()

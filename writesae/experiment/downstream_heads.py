@@ -13,14 +13,12 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent
 
-Mixer = Literal["recurrence", "attention"]
-
 
 class DownstreamHeads(NamedTuple):
     """The heads of one mixer above a layer."""
 
     layer: int
-    mixer: Mixer
+    mixer: Literal["recurrence", "attention"]
     n_heads: int
     hook: str
     """`hook_read` of a recurrence, `hook_z` of attention: [B,T,H,V], what its heads give before they are mixed."""
@@ -31,8 +29,9 @@ def downstream_heads(model: HookedRecurrent, layer: int) -> list[DownstreamHeads
     mixers: list[DownstreamHeads] = []
     for above in range(layer + 1, model.cfg.n_layers):
         if above in model.cfg.recurrent_layers:
-            n_heads = model.cfg.layer(above).H
-            mixers.append(DownstreamHeads(above, "recurrence", n_heads, f"blocks.{above}.mixer.hook_read"))
+            mixers.append(
+                DownstreamHeads(above, "recurrence", model.cfg.layer(above).H, f"blocks.{above}.mixer.hook_read")
+            )
         if (n_heads := model.cfg.attention_heads(above)) is not None:
             mixers.append(DownstreamHeads(above, "attention", n_heads, f"blocks.{above}.attn.hook_z"))
     return mixers
@@ -44,7 +43,7 @@ def newest_outputs(
 ) -> Iterator[dict[DownstreamHeads, Tensor]]:
     """What the heads of each mixer gave in the newest forward pass, while the scope is open.
 
-    A readout that `Lab.read` calls inside of the scope finds the outputs of its own batch here.
+    A readout that `Lab.read` calls inside of the scope finds the outputs of its batch here.
     """
     newest: dict[DownstreamHeads, Tensor] = {}
     with model.hooks([(m.hook, lambda x, hook, m=m: newest.__setitem__(m, x)) for m in mixers]):

@@ -2,7 +2,7 @@
 
 A subclass in `evaluations/` needs one file and nothing else. It is found by its `kind`; README's table, the docs, the
 command `writesae eval KIND`, the protocol and the conformance tests read the class. What a run leaves is a `Result`:
-settings, tidy tables, what was measured on what; and how it is kept in a folder.
+settings, tidy tables, what was measured on what; and how it is saved in a folder.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.files import named_errors
 from writesae.choices import AtLeast, at_least, expect
 from writesae.experiment.lab import Lab
+from writesae.experiment.terms import Terms
 from writesae.files import Json
 from writesae.verdict import judge, statistics
 from writesae.verdict.finding import Claim, Figure, Finding
@@ -52,8 +53,8 @@ _COLUMNS = {
     "token": "target T",
     "text": "the target as text",
     "sae": "label of the dictionary",
-    "low": "lower end of its 95 % interval",
-    "high": "upper end of its 95 % interval",
+    "low": "lower end of its 95% interval",
+    "high": "upper end of its 95% interval",
 }
 """Columns that mean the same in many tables."""
 
@@ -159,7 +160,7 @@ class Evaluation(ABC):
         return []
 
     def notes(self, result: Result) -> list[str]:
-        """Sentences that a reader needs beside the numbers."""
+        """Sentences that a reader needs besides the numbers."""
         return []
 
     @classmethod
@@ -193,7 +194,7 @@ class Evaluation(ABC):
         saes: SAE | Mapping[str, SAE],
         tokens: Tensor,
         *,
-        reference: Tensor | None = None,
+        reference: Tensor | Terms | None = None,
         progress: bool = True,
         or_skip: bool = False,
     ) -> Result:
@@ -204,8 +205,8 @@ class Evaluation(ABC):
             saes: one dictionary, or several by label. Each reads `blocks.{l}.mixer.heads.{h}.hook_write_vec` or
                 `hook_state_vec`, by its own metadata.
             tokens: [N,T] token ids, all sequences of one length, without padding.
-            reference: [M,S] token ids of other text, on which baselines are fitted; without it each half of `tokens` is
-                the other one's.
+            reference: other text, on which baselines are fitted: [M,S] token ids, or `Terms` of the text that
+                dictionaries were trained on; without it each half of `tokens` is the other one's.
             progress: show progress bars.
             or_skip: where there is nothing to measure, return a result that says why, so that a run over many resumes.
 
@@ -289,7 +290,7 @@ class Result:
         return float(cast(float, self.info[name]))
 
     def findings(self) -> list[Finding]:
-        """What was found, one for every claim that the evaluation answers."""
+        """The findings, one for every claim that the evaluation answers."""
         if self.skipped is None:
             return self.evaluation.findings(self)
         question, numbers = self.evaluation.question, self.evaluation.answers or (None,)
@@ -305,7 +306,7 @@ class Result:
         return panels if self.skipped is not None else [*panels, *self.evaluation.panels(self)]
 
     def notes(self) -> list[str]:
-        """Sentences that a reader needs beside the numbers."""
+        """Sentences that a reader needs besides the numbers."""
         if self.skipped is not None:
             return [self.skipped]
         counts = self.info.get("n_skipped")
@@ -327,7 +328,7 @@ class Result:
 
     def save(self, folder: str | Path) -> Path:
         """Write a folder with info.json, one parquet file a table, and their checksums. The folder appears whole: it is
-        written aside, then renamed, in the place of one that was there.
+        written aside, then renamed, and replaces one that was there.
 
         Raises:
             OSError: it cannot be written; names the folder.

@@ -91,18 +91,16 @@ def collect_firings(model: HookedRecurrent, sae: SAE, layer: int, tokens: Tensor
     """
     hook_name, place = str(sae.cfg.metadata.hook_name), next(sae.parameters())
     parts: list[tuple[NDArray[np.generic], ...]] = []
-    n_atoms = 0
     for i in bar(range(len(tokens)), "firings", progress):
         _, cache = model.run_with_cache(tokens[i : i + 1], names_filter=[hook_name], stop_at_layer=layer + 1)
         activations = sae.encode(cache[hook_name][0].to(place.device, place.dtype))
-        n_atoms = activations.shape[-1]
         if not bool(activations.isfinite().all()):
             raise NothingToMeasureError(f"the SAE gives NaN or infinite activations on sequence {i} of {hook_name}")
         position, atom = (activations > 0).nonzero(as_tuple=True)
         values = activations[position, atom].float().cpu().numpy()
         parts.append((np.full(len(values), i), position.cpu().numpy(), atom.cpu().numpy(), values))
     sequence, position, atom, values = map(np.concatenate, zip(*parts))
-    return Firings(sequence, position, atom, values, tokens.shape[0], tokens.shape[1], n_atoms)
+    return Firings(sequence, position, atom, values, tokens.shape[0], tokens.shape[1], int(sae.cfg.d_sae))
 
 
 def sample_firings(
@@ -136,8 +134,7 @@ def silent_positions(
         rng.choice(free) if len(free := np.setdiff1d(choices, list(busy[key]))) else -1
         for key in zip(sample["sequence"], sample["atom"])
     ]
-    moved = moved.query("position >= 0")
-    return moved.sort_values(["sequence", "position", "atom"], ignore_index=True)
+    return moved.query("position >= 0").sort_values(["sequence", "position", "atom"], ignore_index=True)
 
 
 class Halves(NamedTuple):
@@ -155,7 +152,7 @@ def halves(n_sequences: int, seed: int) -> Halves:
     """
     if n_sequences < 4:
         raise NothingToMeasureError(
-            f"choosing on one half and testing on the other needs at least 4 sequences, found {n_sequences}"
+            f"choosing on one half and testing on the other needs at least 4 sequences, got {n_sequences}"
         )
     order = np.random.default_rng([seed, 17]).permutation(n_sequences)
     return Halves(np.sort(order[: n_sequences // 2]), np.sort(order[n_sequences // 2 :]))

@@ -1,4 +1,4 @@
-"""Continuations of many prompts at once: greedy ones in which each row has edits of its own, and sampled ones."""
+"""Continuations of many prompts at once: greedy ones in which each row has its own edits, and sampled ones."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def sample_continuations(
     lost: list[Tensor] = []
 
     def go_on(input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Rows whose logits are no distribution (NaN or +inf) go on from zeros."""
+        """Rows whose logits are no distribution (NaN or +inf) resume from zeros."""
         lost.append((scores.isnan() | scores.isposinf()).any(-1))
         # -inf stays: it says "never drawn", and is how min_new_tokens keeps the end-of-sequence token away.
         return torch.where(lost[-1][:, None] & ~scores.isneginf(), 0.0, scores)

@@ -32,10 +32,15 @@ def mean_write(keys: Tensor, values: Tensor, energy: float = 1.0) -> LowRank:
 
     It has the fewest singular terms, largest first, that hold the share `energy` of its squared norm (1: all of them).
     """
-    left, sigma, right = torch.linalg.svd(keys.T @ values / len(keys), full_matrices=False)
-    held = (sigma**2).cumsum(0) / (sigma**2).sum()
-    rank = min(int((held < energy).sum()) + 1, len(sigma))
-    return LowRank((left[:, :rank] * sigma[:rank]).T[None], right[None, :rank])
+    return compact((keys.T @ values / len(keys))[None], energy)
+
+
+def compact(matrices: Tensor, energy: float) -> LowRank:
+    """Matrices [N,K,V] as the fewest singular terms that hold the share `energy` of each one's squared norm."""
+    terms = LowRank.svd(matrices)
+    square = terms.keys.square().sum(-1)
+    held = square.cumsum(1) / square.sum(1, keepdim=True).clamp_min(torch.finfo(square.dtype).tiny)
+    return terms.terms(slice(int((held < energy).sum(1).max()) + 1))
 
 
 def random_units(like: LowRank, n: int, seed: int) -> LowRank:
@@ -99,36 +104,36 @@ def dominant(sae: SAE, activations: Tensor) -> Tensor:
 
 
 class UpperModel(NamedTuple):
-    """The model from a layer on, over one sequence, as a function of what is replaced there."""
+    """The model from a layer on, over sequences, as a function of what is replaced there."""
 
     model: HookedRecurrent
     layer: int
     tokens: Tensor
-    """[1,T]"""
+    """[B,T]; B = 1 unless a method says otherwise."""
     stream: Tensor
-    """[1,T,D], what enters the layer."""
+    """[B,T,D], what enters the layer."""
     recurrence: Recurrence
     """Of all heads of the layer."""
 
     @classmethod
     def of(cls, model: HookedRecurrent, layers: Sequence[int], tokens: Tensor) -> dict[int, Self]:
-        """For each of some layers, on tokens [1,T]. Cost: one forward up to the last of them."""
+        """For each of some layers, on tokens [B,T]. Cost: one forward up to the last of them."""
         names = {layer: f"blocks.{layer}.hook_resid_pre" for layer in layers}
         with model.recording(layers) as record:
             _, cache = model.run_with_cache(tokens, names_filter=[*names.values()], stop_at_layer=max(layers) + 1)
         return {n: cls(model, n, tokens, cache[name], record[n].recurrence) for n, name in names.items()}
 
     def __call__(self, head: int = 0, target: str = "write", matrices: Tensor | None = None) -> Tensor:
-        """Logits [T,vocab]. Cost: a forward from the layer on.
+        """Logits [B T,vocab]. Cost: a forward from the layer on.
 
         Args:
             target: "write" or "state". A replaced write goes into the state and is read from then on. A replaced state
-                is what its own reads see, while the recurrence goes on from the native one.
-            matrices: [T,K,V] in the place of all of the head's; None: nothing is replaced.
+                is what its own reads see, while the recurrence resumes from the native one.
+            matrices: [B T,K,V] that replace all of the head's; None: nothing is replaced.
         """
         name = f"blocks.{self.layer}.mixer.heads.{head}.hook_{target}_vec"
-        hooks = [] if matrices is None else [(name, lambda x, hook: matrices.flatten(1)[None].to(x))]
-        return self._run(1, hooks)[0]
+        hooks = [] if matrices is None else [(name, lambda x, hook: matrices.flatten(1).view_as(x).to(x))]
+        return self._run(len(self.tokens), hooks).flatten(0, 1)
 
     def without(self, heads: Sequence[int]) -> Tensor:
         """Logits [1+n,T,vocab]: of nothing replaced, and of all writes of each of n heads deleted, which is a head that

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import pandas as pd
-from scipy.stats import ks_2samp
+from scipy.stats import mannwhitneyu
 
 from writesae.experiment.at_firings import RELEVANT
 from writesae.experiment.evaluation import Result, described
@@ -18,7 +18,7 @@ from writesae.files import Json
 from writesae.verdict import statistics as stats
 from writesae.verdict.finding import Finding, Paired
 from writesae.verdict.format import number, percent, points
-from writesae.verdict.judge import Verdict, judge
+from writesae.verdict.judge import MIN_OBSERVATIONS, Verdict, judge
 from writesae.verdict.paper import Outcome
 from writesae.verdict.statistics import Estimate
 
@@ -102,6 +102,7 @@ def alike(result: Result, controls: Sequence[str]) -> Finding:
     return Finding(
         number=4,
         claim=claim,
+        null=f"two kinds that differ by {percent(RELEVANT)}",
         ruled=verdict,
         chance=0.5,
         shown=rates,
@@ -116,27 +117,39 @@ def alike(result: Result, controls: Sequence[str]) -> Finding:
 
 def by_rule(tables: Mapping[str, pd.DataFrame]) -> Finding:
     """Claim 27 from the tables `atoms` of several rules, in the paper's order."""
-    ordered, p_values, medians = {}, {}, {}
-    for column in ("cosine", "shuffled"):
-        pairs = itertools.combinations(tables, 2)
-        tests = {f"{a} / {b}": float(ks_2samp(tables[a][column], tables[b][column]).pvalue) for a, b in pairs}  # pyright: ignore
-        p_values = stats.holm(tests) if column == "cosine" else p_values
-        of_rule = [float(table.loc[table["kind"] == "register", column].median()) for table in tables.values()]
-        falling = all(a > b for a, b in itertools.pairwise(of_rule))
-        ordered[column] = falling and max(stats.holm(tests).values()) < 0.05
-        medians[column] = ", ".join(f"{rule} {number(median)}" for rule, median in zip(tables, of_rule))
-    if ordered["cosine"] and ordered["shuffled"]:
-        verdict = Verdict("confounded", "At shuffled positions the rules differ in the same way.")
-    elif ordered["cosine"]:
-        verdict = Verdict("holds", "Every pair of rules differs, in the paper's order.")
+    atoms = {rule: table.assign(excess=table["cosine"] - table["shuffled"]) for rule, table in tables.items()}
+    p_values = {
+        column: {
+            f"{a} > {b}": float(mannwhitneyu(atoms[a][column], atoms[b][column], alternative="greater").pvalue)
+            for a, b in itertools.pairwise(atoms)
+        }
+        for column in ("cosine", "excess")
+    }
+    falls = {column: max(each.values()) < 0.025 for column, each in p_values.items()}
+    medians = {
+        column: ", ".join(
+            f"{rule} {number(float(table.loc[table['kind'] == 'register', column].median()))}"
+            for rule, table in atoms.items()
+        )
+        for column in ("cosine", "shuffled")
+    }
+    if min(map(len, atoms.values())) < MIN_OBSERVATIONS:
+        verdict = Verdict("inconclusive", f"Too little data: every rule needs {MIN_OBSERVATIONS} alive atoms.")
+    elif not falls["cosine"]:
+        verdict = Verdict("fails", "The cosines do not fall from each rule to the next.")
+    elif falls["excess"]:
+        verdict = Verdict(
+            "holds", "The cosines fall from each rule to the next, above those at shuffled positions too."
+        )
     else:
-        verdict = Verdict("fails", "The rules do not all differ, or not in the paper's order.")
+        verdict = Verdict("confounded", "Above the cosines at shuffled positions, those of atoms do not fall.")
     return Finding(
         number=27,
         claim="alignment of registers falls with the rank of the write rule",
+        null="shuffled positions",
         ruled=verdict,
-        measured=f"median cosine of registers: {medians['cosine']}; Kolmogorov-Smirnov, Holm-adjusted: "
-        + ", ".join(f"{pair} p = {p:.2g}" for pair, p in p_values.items()),
+        measured=f"median cosine of registers: {medians['cosine']}; Mann-Whitney tests of all alive atoms: "
+        + ", ".join(f"{pair} p = {p:.2g}" for pair, p in p_values["cosine"].items()),
         controls=f"at shuffled positions: {medians['shuffled']}",
         n=sum(map(len, tables.values())),
         of="alive atoms",

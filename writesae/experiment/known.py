@@ -27,6 +27,8 @@ from writesae.verdict.statistics import estimate
 
 LR = 3e-3
 """Learning rate of Adam."""
+BATCH = 256
+"""Rows of a step, the same for all that is trained."""
 GRID = (16, 24, 32, 48, 64, 96)
 """Numbers of atoms of a side that are tried."""
 TOLERANCE = 0.02
@@ -109,7 +111,7 @@ def vector_topk(
     rows: Tensor, sizes: Sequence[tuple[int, int, int]], steps: int, fitted: int | None = None, lr: float = LR
 ) -> list[Side]:
     """TopK autoencoders of vectors [N,D], one for each (F, k, seed), trained side by side on the first `fitted` rows: a
-    tied start from rows, no biases, Adam with a cosine, batches of 128."""
+    tied start from rows, no biases, Adam with a cosine, batches of `BATCH`."""
     most, active, scale = max(n for n, _, _ in sizes), max(k for _, k, _ in sizes), rows.norm(dim=1).mean()
     start = torch.zeros(len(sizes), most, rows.shape[1])
     for m, (n, _, seed) in enumerate(sizes):
@@ -125,7 +127,7 @@ def vector_topk(
     optimizer, generator = torch.optim.Adam([atoms, encoder], lr=lr, fused=True), torch.Generator().manual_seed(0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in bar(range(steps), "vector autoencoders"):
-        x = rows[torch.randint(len(rows[:fitted]), (128,), generator=generator)] / scale
+        x = rows[torch.randint(len(rows[:fitted]), (BATCH,), generator=generator)] / scale
         optimizer.zero_grad()
         (code(x) @ atoms - x).square().sum(-1).mean(1).sum().backward()
         optimizer.step()
@@ -191,9 +193,15 @@ def of_atoms(sae: Any, keys: Tensor, values: Tensor, active: int) -> Code:
     x, atoms = LowRank.rank_one(keys, values).dense().flatten(1), sae.atoms()
     (v, w), acts = (side[:, 0] for side in (atoms.keys, atoms.values)), sae.encode(x)
     strongest = (acts * atoms.norm()).argmax(1)
-    written = sae.decode(acts).view(len(keys), keys.shape[1], -1)
-    along = acts * (keys @ v.T) / keys.square().sum(1, keepdim=True)
-    return Code(strongest, strongest, along, w, written, v.numel() + w.numel(), bits(len(v), active))
+    return Code(
+        strongest,
+        strongest,
+        contribution=acts * (keys @ v.T) / keys.square().sum(1, keepdim=True),
+        values=w,
+        written=sae.decode(acts).view(len(keys), keys.shape[1], -1),
+        parameters=v.numel() + w.numel(),
+        bits=bits(len(v), active),
+    )
 
 
 @torch.no_grad()
@@ -217,16 +225,15 @@ def fits(world: World, head: int, seeds: int, steps: int, brief: bool = False) -
         choose_size(values, (1, 2, 3, 4), steps // 2, lr),
     )
     n_atoms = (n_key * keys.shape[1] + n_value * values.shape[1]) // (keys.shape[1] + values.shape[1])
-    place = world.model, world.holder.layer, world.holder.heads[head]
 
-    def config(architecture: str, n: int, rows: int, seed: int, n_steps: int = steps, **sae: int | str) -> Any:
-        runner: dict[str, Any] = {"train_batch_size_tokens": rows, "training_tokens": rows * n_steps, "lr": lr}
+    def config(architecture: str, n: int, seed: int, n_steps: int = steps, **sae: int | str) -> Any:
+        runner: dict[str, Any] = {"train_batch_size_tokens": BATCH, "training_tokens": BATCH * n_steps, "lr": lr}
         runner |= {"architecture": architecture, "d_sae": n, "sae": sae, "seed": seed, "context_size": 8}
-        return training_config(*place, **runner, verbose=False)
+        return training_config(world.model, world.holder.layer, world.holder.heads[head], **runner, verbose=False)
 
     def product(n_steps: int, start: str) -> list[Code]:
         own = {"f_key": n_key, "f_value": n_value, "k_value": k, "decoder_init": start}
-        configs = (config("writesae_product", n_key * n_value, 256, s, n_steps, **own) for s in every)
+        configs = (config("writesae_product", n_key * n_value, s, n_steps, **own) for s in every)
         return [of_product(train_on_writes(each, keys, values), keys, values) for each in configs]
 
     found = {}
@@ -250,7 +257,7 @@ def fits(world: World, head: int, seeds: int, steps: int, brief: bool = False) -
     for name, (n, active) in () if brief else codes.items():
         sizes = [(told, min(a, n), s) for told, a in active.items() for s in every]
         saes = train_many_on_writes(
-            [config("writesae_topk", n, 128, s, k=a) for _, a, s in sizes],
+            [config("writesae_topk", n, s, k=a) for _, a, s in sizes],
             [LowRank.rank_one(keys, values)] * len(sizes),
         )
         for (told, a, _), sae in zip(sizes, saes):
@@ -259,14 +266,12 @@ def fits(world: World, head: int, seeds: int, steps: int, brief: bool = False) -
     mixed = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))
     truth = of_sides(of_labels(keys, labels), of_labels(values, parts))
     if not brief:
-        permuted = of_sides(of_labels(keys, labels[mixed]), of_labels(values, parts[mixed]))
-        found |= {
-            "truth: vectors fitted to the symbols": [truth],
-            "null: vectors fitted to permuted symbols": [permuted],
-        }
+        found["truth: vectors fitted to the symbols"] = [truth]
+        found["null: vectors fitted to permuted symbols"] = [
+            of_sides(of_labels(keys, labels[mixed]), of_labels(values, parts[mixed]))
+        ]
     another = (x[mixed] if isinstance(x, Tensor) and len(x) == len(mixed) else x for x in truth)
-    found["null: another pair's write"] = [Code._make(another)]
-    return found
+    return found | {"null: another pair's write": [Code._make(another)]}
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -290,8 +295,7 @@ def features(code: Code, world: World) -> tuple[float, Tensor]:
         centred = [normalize(x - x.mean(0), dim=0) for x in (d, c)]
         fit, best = (centred[0].T @ centred[1]).max(1)
         found.append(fit > FOUND)
-        size = (d * c[:, best]).sum(0) / d.sum(0).clamp_min(1)
-        vectors.append(size[:, None] * code.values[best])
+        vectors.append(((d * c[:, best]).sum(0) / d.sum(0).clamp_min(1))[:, None] * code.values[best])
     return float(torch.stack(found).float().mean()), torch.stack(vectors)
 
 
@@ -324,7 +328,7 @@ class Facts(NamedTuple):
 
     @torch.no_grad()
     def ask(self, world: World, writes: Tensor | None) -> dict[str, Tensor]:
-        """Whether the model answers right [B], by question, with writes [B,H,K,V] in the place of the asked pair's."""
+        """Whether the model answers right [B], by question, with writes [B,H,K,V] instead of the asked pair's."""
         rows, end, holder = torch.arange(len(self.new)), int(self.base.places["values"].max()) + 1, world.holder
         at = self.base.places[holder.holds][rows, self.asked] + holder.offset
 
@@ -355,8 +359,7 @@ class Facts(NamedTuple):
         form, rows = world.model.recurrence(self.base.tokens, world.holder.layer), torch.arange(len(key))
         at = self.base.places[world.holder.holds][rows, self.asked] + world.holder.offset
         k, u = (side[rows, at][:, list(world.holder.heads)] for side in (form.k, form.u))
-        old = self.base.symbols["values"][rows, self.asked]
-        change = world.parts(self.new) - world.parts(old)
+        change = world.parts(self.new) - world.parts(self.base.symbols["values"][rows, self.asked])
         delta = torch.stack([torch.einsum("bs,bsv->bv", change, each[key]) for each in vectors], 1)
         return k[..., None] * (u + delta)[:, :, None], torch.ones(len(key), dtype=torch.bool)
 
@@ -405,7 +408,7 @@ def pursued(
 @torch.no_grad()
 def read_states(world: World, n: int, sizes: Sequence[int] = (4, 8, 12, 16)) -> list[dict[str, float]]:
     """Share of the facts that a state holds which are read from it, by number of pairs: with four times as many key
-    codes as symbols and without, beside a linear probe that was given labels, and the model's own answers."""
+    codes as symbols and without, by a linear probe that was given labels, and the model's own answers."""
     (head, *_), S, rows = world.holder.heads, world.task.n_values, []
     value = kmeans(world.values[0], S, 0)
     of_value = one_hot(value.code.argmax(1)).T @ one_hot(world.value_symbols)
@@ -432,8 +435,8 @@ def read_states(world: World, n: int, sizes: Sequence[int] = (4, 8, 12, 16)) -> 
         best = (states.flatten(1) @ probe).view(n, -1, S).max(2)
         top = best.values.topk(pairs).indices
         row["linear probe, with labels"] = share_held(top * S + best.indices.gather(1, top), facts)
-        right = world.model(batch.tokens).argmax(-1).gather(1, batch.positions) == batch.answers
-        rows.append(row | {"the model's own answers": float(right.float().mean())})
+        answers = world.model(batch.tokens).argmax(-1).gather(1, batch.positions)
+        rows.append(row | {"the model's own answers": float((answers == batch.answers).float().mean())})
     return rows
 
 
@@ -451,13 +454,17 @@ def board(name: str, seeds: int, sequences: int, facts: int, steps: int, brief: 
         scored(method, [list(codes) for codes in zip(*(head[method] for head in heads))], world, drawn)
         for method in heads[0]
     ]
-    plain = {name: float(hits.float().mean()) for name, hits in drawn.ask(world, None).items()}
     asked, changed = drawn.base, drawn.questions["changed"]
     ids = [*asked.tokens[0, 1 : int(asked.positions[0, 0]) + 1].tolist(), *asked.answers[0], *changed.answers[0]]
-    found = {"model": name, "rows": rows, "plain": plain, "example": [world.task.vocabulary[i] for i in ids]}
+    found = {
+        "model": name,
+        "rows": rows,
+        "plain": {name: float(hits.float().mean()) for name, hits in drawn.ask(world, None).items()},
+        "example": [world.task.vocabulary[i] for i in ids],
+    }
     if not brief:
-        states = [] if "slots" in drawn.base.symbols else read_states(world, facts)
-        found |= {"attribution": attributed(world), "states": states}
+        found["attribution"] = attributed(world)
+        found["states"] = [] if "slots" in asked.symbols else read_states(world, facts)
     return found
 
 
@@ -471,22 +478,16 @@ def scored(method: str, codes: Sequence[Sequence[Code]], world: World, facts: Fa
         writes, known = facts.writes(world, each, [vector for _, vector in followed[seed]] if followed else [])
         for name, right in facts.ask(world, writes).items():
             hits.setdefault(name, []).append(torch.stack([right[known].float(), known.nonzero()[:, 0].float()]))
-    found = [share for each in followed for share, _ in each] or [share for _, share in of_value]
-    row = {"method": method, "parameters": codes[0][0].parameters, "bits": codes[0][0].bits}
     means = {
         "keys found": [x for _, x in of_key],
-        "values found": found,
+        "values found": [share for each in followed for share, _ in each] or [share for _, share in of_value],
         "key purity": [x for x, _ in of_key],
         "value purity": [x for x, _ in of_value],
     }
+    row = {"method": method, "parameters": codes[0][0].parameters, "bits": codes[0][0].bits}
     row |= {name: sum(each) / len(each) for name, each in means.items()}
     for name, each in hits.items():
-        seed = torch.cat([torch.full_like(x[0], n) for n, x in enumerate(each)])
         right, fact = torch.cat(each, 1)
-        low = estimate(right, fact, seed)
-        row[name] = {
-            "mean": low.mean,
-            "low": None if math.isnan(low.low) else low.low,
-            "high": None if math.isnan(low.high) else low.high,
-        }
+        ends = zip(("mean", "low", "high"), estimate(right, fact, [n for n, x in enumerate(each) for _ in x[0]]))
+        row[name] = {end: None if math.isnan(x) else x for end, x in ends}
     return row

@@ -22,7 +22,8 @@ from sae_lens_writesae.sae.matrix import MatrixSAE
 from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_hook, check_plain_activations
 from writesae.experiment.firings import Firings, bar, collect_firings, folds
 from writesae.experiment.head import head_writes
-from writesae.experiment.head_baselines import MAX_TOKENS, HeadBaselines, tokens_and_before
+from writesae.experiment.head_baselines import HeadBaselines
+from writesae.experiment.terms import Terms
 from writesae.files import Json
 
 T = TypeVar("T")
@@ -117,7 +118,8 @@ class Lab:
         model: the hooked model.
         saes: dictionaries by label; all read the same head.
         tokens: [N,T] token ids.
-        reference: [M,S] token ids of other text, which nothing is tested on, for what is fitted to the head.
+        reference: other text, which nothing is tested on, for what is fitted to the head: [M,S] token ids, or the terms
+            of a training text.
         seed: seed of the evaluation.
         rows_per_run: largest number of edited rows in one pass.
         progress: show progress bars.
@@ -135,18 +137,20 @@ class Lab:
         saes: Mapping[str, SAE],
         tokens: Tensor,
         *,
-        reference: Tensor | None = None,
+        reference: Tensor | Terms | None = None,
         seed: int = 0,
         rows_per_run: int = 256,
         progress: bool = False,
         one_head: bool = True,
     ):
-        if reference is not None:
-            length = min(tokens.shape[1], reference.shape[1])
+        self.reference = Terms(model, reference) if isinstance(reference, Tensor) else reference
+        if self.reference is not None:
+            other = self.reference.tokens
+            length = min(tokens.shape[1], other.shape[1])
             tested = set(map(tuple, tokens[:, :length].tolist()))
-            if shared := sum(tuple(row) in tested for row in reference[:, :length].tolist()):
+            if shared := sum(tuple(row) in tested for row in other[:, :length].tolist()):
                 raise ValueError(
-                    f"reference is other text than tokens, but {shared} of its {len(reference)} sequences are tested; "
+                    f"reference is other text than tokens, but {shared} of its {len(other)} sequences are tested; "
                     "leave those out, or pass no reference: then each half of the sequences is the other one's"
                 )
         for label, sae in saes.items():
@@ -158,7 +162,7 @@ class Lab:
             expected = "of one head" if one_head else "of different heads of one layer"
             listed = "; ".join(f"{label}: {hook.name}" for label, hook in self.hooks.items())
             raise ValueError(f"expected dictionaries {expected}, got {listed or 'none'}")
-        self.model, self.tokens, self.saes, self.reference = model, tokens, dict(saes), reference
+        self.model, self.tokens, self.saes = model, tokens, dict(saes)
         self.seed, self.rows_per_run, self.progress = seed, rows_per_run, progress
         self.skipped: Counter[str] = Counter()
         """Units that could not be measured, by reason."""
@@ -167,7 +171,8 @@ class Lab:
         self.counts: Counter[str] = Counter()
         """`runs`: edited runs so far, without those that measured a floor."""
         self._firings: dict[str, Firings] = {}
-        self._baselines: dict[tuple[int, int, int], HeadBaselines] = {}
+        # Shared by the runs that have these terms: a fit costs seconds.
+        self._baselines = {} if self.reference is None else self.reference.fitted
 
     def only(self, label: str) -> Lab:
         """A view of this laboratory with one of its dictionaries. Firings, baselines, counts of runs, and what is left
@@ -198,7 +203,7 @@ class Lab:
         """Where the atoms of a dictionary fire on the text; kept. Cost: a forward per sequence up to the layer.
 
         Raises:
-            ValueError: the dictionary normalises its input, so that activations are not in units of the write.
+            ValueError: the dictionary normalizes its input, so that activations are not in units of the write.
         """
         label = next(iter(self.saes)) if label is None else label
         if label not in self._firings:
@@ -213,7 +218,7 @@ class Lab:
         return atoms_of(sae, np.asarray(numbers), *self.key_value).to(self.model.cfg.device)
 
     def rng(self, *stream: int) -> np.random.Generator:
-        """A generator of its own for each purpose, so that no draw depends on another."""
+        """A separate generator for each purpose, so that no draw depends on another."""
         return np.random.default_rng([self.seed, *stream])
 
     # -- the text
@@ -225,7 +230,7 @@ class Lab:
             yield self.site(sequence, rows)
 
     def site(self, sequence: int, rows: pd.DataFrame | None = None, span: slice = slice(None)) -> Site:
-        """One sequence, or the tokens `span` of it as a text of their own.
+        """One sequence, or the tokens `span` of it as a separate text.
 
         Cost: one plain forward, whose cache edited runs branch off from.
         """
@@ -233,16 +238,16 @@ class Lab:
         recurrence = session.recurrence(self.hook.layer).select(heads=slice(self.hook.head, self.hook.head + 1))
         return Site(sequence, pd.DataFrame() if rows is None else rows, session, recurrence, head_writes(recurrence, 0))
 
-    def native_writes(self, sequences: Sequence[int], tokens: Tensor | None = None) -> LowRank:
-        """Native writes of some sequences of the text, or of other `tokens`, one after the other. Cost: a forward each
-        up to the layer."""
-        parts = [head_writes(self.recurrence(n, tokens), 0) for n in self.bar(sequences, "writes")]
+    def native_writes(self, sequences: Sequence[int]) -> LowRank:
+        """Native writes of some sequences of the text, one after the other. Cost: a forward each up to the layer."""
+        parts = [head_writes(self.recurrence(n), 0) for n in self.bar(sequences, "writes")]
         return LowRank(torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts]))
 
-    def recurrence(self, sequence: int, tokens: Tensor | None = None) -> Recurrence:
-        """The head's recurrence on one sequence of the text, or of other `tokens`. Cost: a forward up to the layer."""
-        ids = (self.tokens if tokens is None else tokens)[[sequence]]
-        return self.model.recurrence(ids, self.hook.layer).select(heads=slice(self.hook.head, self.hook.head + 1))
+    def recurrence(self, sequence: int) -> Recurrence:
+        """The head's recurrence on one sequence of the text. Cost: a forward up to the layer."""
+        return self.model.recurrence(self.tokens[[sequence]], self.hook.layer).select(
+            heads=slice(self.hook.head, self.hook.head + 1)
+        )
 
     @torch.no_grad()
     def baselines(self, sequence: int, *, n_codes: int | None = None, components: int = 4) -> HeadBaselines:
@@ -250,30 +255,34 @@ class Lab:
         or where there is none on that half of the sequences which `sequence` is not in (`folds`). Kept.
 
         Args:
-            n_codes: drawn writes, and codes of the quantiser. None: as many as the dictionary has atoms (those
+            n_codes: drawn writes, and codes of the quantizer. None: as many as the dictionary has atoms (those
                 of the larger side, where they are products).
 
-        Cost: a forward up to the layer for each sequence of that text, of at most `MAX_TOKENS` tokens; then as
-        `HeadBaselines.fit`.
+        Baselines see all of that text, in the metric that the dictionary was trained in. Where it saw more, the fact
+        `unequal` says so.
+
+        Cost: a forward up to the layer for each sequence of that text; then as `HeadBaselines.fit`.
 
         Raises:
             NothingToMeasureError: there is no other text.
         """
         if n_codes is None:
             n_codes = self.sae.n_factors if isinstance(self.sae, MatrixSAE) else int(self.sae.cfg.d_sae)
-        text, fold = self.reference, -1
-        if text is None:
-            text, fold = self.tokens, folds(np.arange(len(self.tokens)), self.seed)[sequence]
-        key = (n_codes, components, fold)
+        half = folds(np.arange(len(self.tokens)), self.seed)
+        fold = -1 if self.reference else int(half[sequence])
+        terms = self.reference or Terms(self.model, self.tokens[[n for n in half if half[n] != fold]])
+        self.facts["unequal"] = terms.unequal(self.sae)
+        about = [self.sae.cfg.metadata.get(name) for name in ("metric", "metric_sequences", "metric_damping")]
+        key = (self.hook.cell, self.seed, n_codes, components, fold, *about)
         if key not in self._baselines:
-            half = folds(np.arange(len(text)), self.seed)
-            rows = [n for n in range(len(text)) if half[n] != fold][: max(1, MAX_TOKENS // text.shape[1])]
             needed = "baselines are fitted on other text than they are tested on, and there is one sequence only"
-            self.require(bool(rows), f"{needed}; give more, or a reference, or leave the baselines out of controls")
-            writes = self.native_writes(rows, text)
+            self.require(
+                len(terms.tokens) > 0, f"{needed}; give more, or a reference, or leave the baselines out of controls"
+            )
+            writes, rng = terms.writes(self.hook.layer, self.hook.head), self.rng(41, max(0, fold))
             self.require(bool((writes.norm() > 0).any()), "every write of the other text is zero; there is no baseline")
-            before, rng = np.concatenate([tokens_and_before(text[n]) for n in rows]), self.rng(41, max(0, fold))
-            self._baselines[key] = HeadBaselines.fit(writes, before, n_codes=n_codes, components=components, rng=rng)
+            how = {"n_codes": n_codes, "components": components, "rng": rng, "metric": terms.metric_of(self.sae)}
+            self._baselines[key] = HeadBaselines.fit(writes, terms.contexts, **how)
         return self._baselines[key]
 
     # -- edits
@@ -283,7 +292,7 @@ class Lab:
         return WriteEdit(self.hook.layer, self.hook.head, position, added.keys[row], added.values[row])
 
     def replace(self, position: int, written: LowRank | None, row: int = 0) -> WriteEdit:
-        """An edit that writes matrix `row` of `written` in the place of the head's write; None: nothing is written."""
+        """An edit that writes matrix `row` of `written` instead of the head's write; None: nothing is written."""
         place = (self.hook.layer, self.hook.head, position)
         if written is None:
             return WriteEdit(*place, mode="delete")

@@ -55,7 +55,7 @@ class Gradient(NamedTuple):
 class ReadGradients:
     """Backward passes from logits of one sequence to the reads of one head.
 
-    The forward pass runs once, from the head's layer on; its graph is kept until this object goes.
+    The forward pass runs once, from the head's layer on; its graph stays until this object goes.
 
     Args:
         model: the hooked model.
@@ -70,8 +70,11 @@ class ReadGradients:
         self.model, self.layer, self.head = model, layer, head
         self._index = {position: i for i, position in enumerate(sorted(set(positions)))}
         stop = max(self._index) + 1
-        last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-        names = (f"blocks.{layer}.mixer.hook_read", f"blocks.{layer}.hook_mixer_out", last)
+        names = (
+            f"blocks.{layer}.mixer.hook_read",
+            f"blocks.{layer}.hook_mixer_out",
+            f"blocks.{model.cfg.n_layers - 1}.hook_resid_post",
+        )
         seen: dict[str | None, Tensor] = {}
 
         def keep(value: Tensor, hook: HookPoint) -> Tensor:
@@ -94,8 +97,7 @@ class ReadGradients:
         logit = self._logits[0, self._index[position], token]
         through_all, at_last = torch.autograd.grad(logit, [self._read, self._last], retain_graph=True)
         # On the direct path, what the mixer adds to the residual stream reaches the final norm unchanged.
-        mixed = self._mixed[0, position]
-        (direct,) = torch.autograd.grad(mixed, self._read, at_last[0, position], retain_graph=True)
+        (direct,) = torch.autograd.grad(self._mixed[0, position], self._read, at_last[0, position], retain_graph=True)
         out, column = self.model.layer_W_O(self.layer)[self.head].detach(), self.model.W_U[:, token].detach()
         wide = torch.promote_types(out.dtype, torch.float32)
         naive = out.to(wide) @ column.to(out.device, wide)

@@ -6,8 +6,9 @@ scale or a control, and is the median over sequences of what SAELens' own evalua
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.target import HookTarget, check_plain_activations, has_plain_activations
+from sae_lens_writesae.sae.target import HeadHook, HookTarget, check_plain_activations, has_plain_activations
 from writesae.experiment.firings import bar
 from writesae.experiment.head import (
     ROUNDING,
@@ -46,7 +47,7 @@ class DictionaryQuality:
 
     target: HookTarget
     """What it reads, and what is replaced: all writes, or all states (where each read sees the reconstruction, and the
-    recurrence goes on from the native state)."""
+    recurrence resumes from the native state)."""
     n_tokens: int
     explained: float | None
     """1 - sum |X - X^|^2 / sum |X - mean|^2 over all tokens. None: the matrices do not vary."""
@@ -79,7 +80,7 @@ def dictionary_quality(model: HookedRecurrent, sae: SAE, tokens: Tensor) -> Dict
     """The quality of one dictionary on the first `SEQUENCES` of tokens [N,T]; cost as of `qualities`.
 
     Raises:
-        ValueError: the dictionary normalises its input.
+        ValueError: the dictionary normalizes its input.
         NothingToMeasureError: its activations are not finite.
     """
     check_plain_activations(sae)
@@ -93,7 +94,7 @@ def dictionary_quality(model: HookedRecurrent, sae: SAE, tokens: Tensor) -> Dict
 def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
     """The quality of every dictionary of a laboratory, by label, on its first `SEQUENCES` sequences.
 
-    One that normalises its input, or whose activations are not finite, is left out: its activations are no coefficients
+    One that normalizes its input, or whose activations are not finite, is left out: its activations are no coefficients
     of atoms.
 
     Cost: per sequence a forward up to the layer, and from the layer on two, one for each target and one for each
@@ -123,15 +124,17 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
                 fires = on.any(1)
                 strongest, which = dominant(lab.saes[label], activations)[fires].unique(return_inverse=True)
                 atoms = lab.atoms(strongest.cpu().numpy(), label).to(writes.keys).rows(which.to(writes.keys.device))
-                of_dictionary = {
-                    "error": float((x - rebuilt).double().square().sum()),
-                    "active": int(on.sum()),
-                    "covered": int(fires.sum()),
-                    "fired": on.any(0).cpu(),
-                    "cosine": atoms.cosine(writes.rows(fires.to(writes.keys.device))).cpu(),
-                    "kl": float(_kl(native, upper(head, target, rebuilt)[None])),
-                }
-                own[label].append(shared | of_dictionary)
+                own[label].append(
+                    shared
+                    | {
+                        "error": float((x - rebuilt).double().square().sum()),
+                        "active": int(on.sum()),
+                        "covered": int(fires.sum()),
+                        "fired": on.any(0).cpu(),
+                        "cosine": atoms.cosine(writes.rows(fires.to(writes.keys.device))).cpu(),
+                        "kl": float(_kl(native, upper(head, target, rebuilt)[None])),
+                    }
+                )
     found = {}
     for label, rows in own.items():
         each = {name: [row[name] for row in rows] for name in rows[0]}
@@ -154,6 +157,24 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
 
 
 @torch.no_grad()
+def quality_of_heads(
+    model: HookedRecurrent, saes: Mapping[str, SAE], tokens: Tensor, *, progress: bool = False
+) -> Callable[[str], Json]:
+    """A function that gives the quality of a dictionary by its label, as `DictionaryQuality.to_dict` has it. All
+    dictionaries of a head are measured together, when the first of them is asked for. None: `qualities` has none."""
+
+    @cache
+    def of_head(cell: str) -> dict[str, DictionaryQuality]:
+        of_cell = {label: sae for label, sae in saes.items() if HeadHook.of(sae).cell == cell}
+        return qualities(Lab(model, of_cell, tokens, progress=progress))
+
+    def of(label: str) -> Json:
+        found = of_head(HeadHook.of(saes[label]).cell).get(label)
+        return None if found is None else found.to_dict()
+
+    return of
+
+
 def head_effects(
     model: HookedRecurrent,
     tokens: Tensor,
@@ -189,8 +210,9 @@ def head_effects(
     for layer, of_layer in places.items():
         middle, mean = torch.cat(lives[layer]).median(0).values, torch.stack(nats[layer]).mean(0)
         rows += zip([layer] * len(of_layer), of_layer, middle.tolist(), mean.tolist())
-    table = pd.DataFrame(rows, columns=["layer", "head", "half_life", "nats"])
-    return table.sort_values("nats", ascending=False, ignore_index=True)
+    return pd.DataFrame(rows, columns=["layer", "head", "half_life", "nats"]).sort_values(
+        "nats", ascending=False, ignore_index=True
+    )
 
 
 def _kl(native: Tensor, edited: Tensor) -> Tensor:

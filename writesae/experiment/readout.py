@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from writesae.experiment.head import nats
 from writesae.experiment.lab import EditedRows, Readout
 
 _BLOCK_FLOATS = 2**18
@@ -67,11 +68,11 @@ KL_METRICS: dict[str, str] = _KL | {f"reverse_{name}": "the same for KL(edited |
 def kl_metrics(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
     """KL at t, at t + 1, and the mean over the window, in both directions."""
     both = divergences(rows.native, rows.positions, rows.window)
-    values: dict[str, NDArray[np.float64]] = {}
-    for prefix, kl in (("", both.forward), ("reverse_", both.reverse)):
-        values[f"{prefix}kl_window"] = kl.mean(1).numpy()
-        values[f"{prefix}kl_at"], values[f"{prefix}kl_next"] = kl[:, 0].numpy(), kl[:, 1].numpy()
-    return values
+    return {
+        f"{prefix}kl_{name}": values.numpy()
+        for prefix, kl in zip(("", "reverse_"), both)
+        for name, values in (("window", kl.mean(1)), ("at", kl[:, 0]), ("next", kl[:, 1]))
+    }
 
 
 def kl_window(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
@@ -92,8 +93,7 @@ def log_prob_change(rows: EditedRows) -> Tensor:
 
 def bits(logits: Tensor, tokens: Tensor) -> float:
     """Mean of -log2 p(next token) over a sequence: logits [T,vocab], tokens [T]."""
-    loss = torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[1:].to(logits.device))
-    return float(loss) / math.log(2)
+    return nats(logits, tokens) / math.log(2)
 
 
 def added_bits(tokens: Tensor) -> Readout:

@@ -1,5 +1,5 @@
 """What dictionaries, and directions and projections without one, make of a head's matrices: what they reconstruct, what
-queries read of it, what is written in place of one write, and what it costs to replace every write, or every state."""
+queries read of it, what replaces one write, and what it costs to replace every write, or every state."""
 
 from __future__ import annotations
 
@@ -119,8 +119,18 @@ def dictionaries(lab: Lab, sequences: Sequence[int], alive_tokens: int) -> pd.Da
     for label, sae in lab.saes.items():
         fit, d_sae, alive = fits[fits["sae"] == label], int(sae.cfg.d_sae), len(lab.firings(label).alive(n_tokens))
         lab.require(not fit.empty, f"{label}: what it reconstructs does not vary on any test sequence")
-        sizes = (d_sae, n_parameters(sae), fit["explained"].mean(), fit["l0"].mean(), alive, d_sae - alive)
-        rows.append((label, variant(sae), *sizes))
+        rows.append(
+            {
+                "sae": label,
+                "variant": variant(sae),
+                "d_sae": d_sae,
+                "parameters": n_parameters(sae),
+                "explained": fit["explained"].mean(),
+                "l0": fit["l0"].mean(),
+                "alive": alive,
+                "dead": d_sae - alive,
+            }
+        )
     return pd.DataFrame(rows, columns=list(DICTIONARIES))
 
 
@@ -157,7 +167,7 @@ class Basis(NamedTuple):
 
 
 def of_dictionary(lab: Lab, label: str, matrices: Tensor, native: LowRank) -> dict[str, LowRank]:
-    """What a dictionary writes for matrices [N,K,V] in the place of native writes: its strongest atom by |a_i| |A_i|,
+    """What a dictionary writes for matrices [N,K,V] instead of native writes: its strongest atom by |a_i| |A_i|,
     cut to rank 1 where it is of a higher one, and the top term of its reconstruction."""
     sae = lab.saes[label]
     activations = encoded(sae, matrices)
@@ -172,7 +182,7 @@ def of_dictionary(lab: Lab, label: str, matrices: Tensor, native: LowRank) -> di
 def exchanged(
     lab: Lab, site: Site, positions: list[int], basis: Basis, pca_ranks: Sequence[int], scale: str, window: int
 ) -> pd.DataFrame:
-    """What each dictionary, and what needs none, does in place of the writes at some positions of one sequence.
+    """What each dictionary, and what needs none, does instead of the writes at some positions of one sequence.
 
     Args:
         scale: "matched", the norm of the native write, or "coefficient", the own size of what has one; a direction gets
@@ -222,22 +232,25 @@ def replacement_costs(
     recurrence = upper.recurrence.select(heads=slice(lab.hook.head, lab.hook.head + 1))
     tokens, target = lab.tokens[sequence], lab.hook.target
     native, x = nats(upper(), tokens), matrices_of(recurrence, target)
-    mean = basis.target_mean.to(x).view(x.shape[1:]).expand_as(x)
-    methods = [("", target, "itself", x)]
-    methods += [(n, target, "dictionary", decoded(sae, encoded(sae, x), x)) for n, sae in lab.saes.items()]
-    methods += [("", target, "mean", mean), ("", target, "zero", torch.zeros_like(x))]
+    methods = [
+        ("", target, "itself", x),
+        *((n, target, "dictionary", decoded(sae, encoded(sae, x), x)) for n, sae in lab.saes.items()),
+        ("", target, "mean", basis.target_mean.to(x).view(x.shape[1:]).expand_as(x)),
+        ("", target, "zero", torch.zeros_like(x)),
+    ]
     if target == "write":
-        flat = x.flatten(1)
-        methods += [("", target, f"pca {rank}", basis.pca.project(flat, rank).view_as(x)) for rank in pca_ranks]
+        methods += [("", target, f"pca {rank}", basis.pca.project(x.flatten(1), rank).view_as(x)) for rank in pca_ranks]
     states = LowRank.svd(matrices_of(recurrence, "state"))
     methods += [
         ("", "state", f"rank {rank}", states.terms(slice(rank)).dense()) for rank in state_ranks if rank < states.rank
     ]
-    rows = [
-        (sequence, label, hook, method, nats(upper(lab.hook.head, hook, matrices), tokens) - native, native)
-        for label, hook, method, matrices in methods
-    ]
-    return pd.DataFrame(rows, columns=list(REPLACEMENT))
+    return pd.DataFrame(
+        [
+            (sequence, label, hook, method, nats(upper(lab.hook.head, hook, matrices), tokens) - native, native)
+            for label, hook, method, matrices in methods
+        ],
+        columns=list(REPLACEMENT),
+    )
 
 
 def cost(result: Result, method: str, minus: str | None = None, hook: str | None = None) -> Estimate:

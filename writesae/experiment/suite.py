@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 from sae_lens import SAE
@@ -14,8 +13,8 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.experiment.controls import Control, control_dictionaries
 from writesae.experiment.evaluation import Evaluation, Result, Scope
-from writesae.experiment.lab import Lab
-from writesae.experiment.quality import DictionaryQuality, qualities
+from writesae.experiment.quality import quality_of_heads
+from writesae.experiment.terms import Terms
 from writesae.experiment.traits import objective, variant
 from writesae.files import Json
 
@@ -27,7 +26,8 @@ def evaluate_all(
     tokens: Tensor,
     out: Path,
     *,
-    controls: Tensor | None = None,
+    controls: Tensor | Terms | None = None,
+    reference: Terms | None = None,
     single: bool = False,
     resume: bool = False,
     progress: bool = True,
@@ -41,10 +41,11 @@ def evaluate_all(
 
     Args:
         tokens: as in `Evaluation.run`.
-        controls: [M,S] tokens apart from those that are tested, from which control dictionaries are made. These are
-            evaluated beside the trained ones as "<label>, untrained" and "<label>, native writes": thrice the work.
-            Baselines are fitted on the same tokens (the `reference` of `Evaluation.run`). None: there are no control
-            dictionaries, and baselines are fitted on the other half of `tokens`.
+        controls: tokens [M,S] apart from those that are tested, or their terms, from which control dictionaries are
+            made. These are evaluated after the trained ones as "<label>, untrained" and "<label>, native writes":
+            thrice the work. None: there are no control dictionaries.
+        reference: what baselines are fitted on (see `Evaluation.run`). None: `controls`, or where there are none the
+            other half of `tokens`.
         single: one evaluation was asked for by name: it raises where it has nothing to measure, or cannot compare
             these dictionaries.
         resume: results that are saved with the same settings are taken as they are. The caller answers for them being
@@ -53,23 +54,25 @@ def evaluate_all(
     Raises:
         NothingToMeasureError, ValueError: see `single`; sequences of `controls` are tested.
     """
+    fitted = reference or (Terms(model, controls) if isinstance(controls, Tensor) else controls)
     beside = {} if controls is None else control_dictionaries(model, saes, controls)
     everything = dict(saes) | {f"{n}, {control}": sae for control, own in beside.items() for n, sae in own.items()}
     quality = quality_of_heads(model, everything, tokens, progress=progress)
     results: list[Result] = []
 
     def one(evaluation: Evaluation, group: Mapping[str, SAE], control: Control | None = None, of: str = "") -> Result:
-        """Run an evaluation, unless its result is there; `of`: the label of the result that a control stands beside."""
+        """Run an evaluation, unless its result is there; `of`: the label of the result that has this control."""
         if resume and evaluation.label and (folder := _folder(out, evaluation.kind, evaluation.label)).exists():
             saved = Result.load(folder, {evaluation.kind: type(evaluation)})
             if saved.evaluation == evaluation:
                 results.append(saved)
                 return saved
         or_skip = not single or control is not None
-        result = evaluation.run(model, group, tokens, reference=controls, progress=progress, or_skip=or_skip)
+        result = evaluation.run(model, group, tokens, reference=fitted, progress=progress, or_skip=or_skip)
         labels = [label if control is None else f"{label}, {control}" for label in group]
-        facts = {} if control is None else {"control": control, "control_of": of}
-        result = with_quality(replace(result, info=result.info | facts), quality, labels)
+        facts: dict[str, Json] = {} if control is None else {"control": control, "control_of": of}
+        measured: dict[str, Json] = {"quality": {label: quality(label) for label in labels}}
+        result = replace(result, info=result.info | facts | measured)
         result.save(_folder(out, result.kind, result.label))
         how = result.pace if result.skipped is None else f"skipped: {result.skipped}"
         say(f"{result.kind}: {result.label} ({how})")
@@ -91,29 +94,6 @@ def _folder(out: Path, kind: str, label: str) -> Path:
     if name in (".", ".."):  # what is saved there would replace the folder above
         raise ValueError(f"{label!r} cannot be a label: results are saved in folders of their labels")
     return out / kind / name
-
-
-def quality_of_heads(
-    model: HookedRecurrent, saes: Mapping[str, SAE], tokens: Tensor, *, progress: bool = False
-) -> Callable[[str], Json]:
-    """A function that gives the quality of a dictionary by its label, as `DictionaryQuality.to_dict` has it. All
-    dictionaries of a head are measured together, when the first of them is asked for. None: `qualities` has none."""
-
-    @cache
-    def of_head(cell: str) -> dict[str, DictionaryQuality]:
-        of_cell = {label: sae for label, sae in saes.items() if HeadHook.of(sae).cell == cell}
-        return qualities(Lab(model, of_cell, tokens, progress=progress))
-
-    def of(label: str) -> Json:
-        found = of_head(HeadHook.of(saes[label]).cell).get(label)
-        return None if found is None else found.to_dict()
-
-    return of
-
-
-def with_quality(result: Result, quality: Callable[[str], Json], labels: Iterable[str]) -> Result:
-    """The result with the quality of its dictionaries in its `info`, from `quality_of_heads`."""
-    return replace(result, info=result.info | {"quality": {label: quality(label) for label in labels}})
 
 
 def groups(scope: Scope, saes: Mapping[str, SAE], *, single: bool = False) -> Iterator[tuple[str, dict[str, SAE]]]:

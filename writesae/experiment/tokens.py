@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import lzma
+import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
+from hookpoints.scopes import threads_for
+
+LAST_TEXT = Path("last")
+"""Names the last text: every fourth of the Federalist Papers (1787-88), on which nothing was tuned."""
+EDITED = 10 * 17
+"""Tokens that run for a firing, about: ten conditions, each from the edited token to 16 after it."""
 
 
 def text_of(file: Path | None) -> str:
-    """What a text file holds; None: the held-out text of the package.
+    """The content of a text file; None: the held-out text of the package; `LAST_TEXT`: the last text.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is not in UTF-8.
     """
+    if file == LAST_TEXT:
+        packed = Path(__file__).parents[1] / "last_text.txt.xz"
+        return lzma.decompress(packed.read_bytes()).decode().replace("\f", "\n\n")
     try:
         return embedded.text("test") if file is None else file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -35,6 +48,19 @@ def sample_sequences(model: HookedRecurrent, text: str, context_size: int, n_seq
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one sequence of {context_size}")
     starts = torch.linspace(0, len(ids) - context_size, n).long().tolist()
     return torch.stack([ids[start : start + context_size] for start in starts])
+
+
+def say_time(
+    model: HookedRecurrent, tokens: Tensor, passes: float, out: Path, say: Callable[[str], object] = print
+) -> None:
+    """Say how long work takes that takes as long as so many passes over a sequence of `tokens`. Times a pass."""
+    few = tokens[:8]
+    model(few)
+    begin = time.perf_counter()
+    with threads_for(0):  # as most of the work
+        model(few)
+    seconds = 5 * math.ceil(passes / len(few) / 5 * (time.perf_counter() - begin))
+    say(f"about {seconds} s on this machine, all stages; writes to {out}")
 
 
 def token_text(model: HookedRecurrent, token: int) -> str:

@@ -33,8 +33,7 @@ def variant(sae: SAE) -> str:
     if hasattr(sae.cfg, "f_key"):
         return "product"
     fields = {name: getattr(sae.cfg, name, "flat" if name == "decoder" else "dense") for name in ("encoder", "decoder")}
-    flat = fields == {"encoder": "dense", "decoder": "flat"}
-    fields["rank"] = 1 if flat else getattr(sae.cfg, "rank", 1)
+    fields["rank"] = 1 if fields == {"encoder": "dense", "decoder": "flat"} else getattr(sae.cfg, "rank", 1)
     return next((name for name, known in VARIANTS.items() if known == fields), "other")
 
 
@@ -44,7 +43,7 @@ def n_parameters(sae: SAE) -> int:
 
 
 def sparsity_fields(architecture: str, k: int) -> dict[str, object]:
-    """`k` for an architecture that has one. Others have a penalty in the place of a number of active atoms.
+    """`k` for an architecture that has one. Others have a penalty instead of a number of active atoms.
 
     Raises:
         ValueError: there is no such architecture.
@@ -60,8 +59,8 @@ def matched_flat(sae: SAE) -> tuple[int, dict[str, object]]:
 
     A flat atom has 2 K V numbers and those that every atom of the architecture has (a bias, a threshold), so that the
     two differ by no more than half of that (all of it, where one flat atom is already too many). At the paper's sizes,
-    2,048 rank-1 atoms of 128 x 128 become 32 flat ones. Where the SAE has a `k` (BatchTopK is exported without), it is
-    kept up to half of the atoms, so that a code stays sparse.
+    2,048 rank-1 atoms of 128 x 128 become 32 flat ones. Where the SAE has a `k` (BatchTopK is exported without), it
+    stays up to half of the atoms, so that a code stays sparse.
     """
     d_in, d_sae = int(sae.cfg.d_in), int(sae.cfg.d_sae)
     of_each = sum(p.shape == (d_sae,) for name, p in sae.named_parameters() if name != "b_dec")

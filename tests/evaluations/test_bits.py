@@ -1,0 +1,59 @@
+"""Codes of all writes of a head: what is replaced, what training lowers, and heads as units of a claim."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from saes import HEAD, LAYER, logits_with_write
+
+from hookpoints import HookedRecurrent
+from writesae.evaluations.bits import RIVAL, WAYS, Bits, contender, divergence
+from writesae.experiment.codes import centered, descend, of_books, residual_quantizer
+from writesae.experiment.evaluation import Result
+from writesae.experiment.head import UpperModel
+from writesae.experiment.terms import Terms, TermsError
+
+TEXT = torch.randint(1, 64, (6, 24), generator=torch.Generator().manual_seed(3))
+
+
+def test_streams_are_replaced_as_by_hand_and_tuning_lowers_their_divergence(model: HookedRecurrent) -> None:
+    with torch.no_grad():
+        writes, upper = Terms(model, TEXT).writes(LAYER, HEAD), UpperModel.of(model, [LAYER], TEXT)[LAYER]
+    code = centered(of_books("", 32.0, residual_quantizer(writes, 4, 2, 0)), writes)
+    assert float(sum((code.written(writes) - writes.dense()).mean(0).flatten().abs()).detach()) < 1e-4
+    found = divergence(upper, HEAD, code).detach()
+    for row, kl in zip(TEXT, found):
+        own = Terms(model, row[None]).writes(LAYER, HEAD)
+        native, edited = (
+            logits_with_write(model, row[None], lambda _, x=x: x).log_softmax(-1)
+            for x in (own.dense(), code.written(own).detach())
+        )
+        assert float(kl) == pytest.approx(float((native.exp() * (native - edited)).sum(-1).mean().detach()), rel=1e-3)
+    descend(code.parameters, lambda _: 100 * divergence(upper, HEAD, code).mean(), 6, 2, 60, 3e-4, 0)
+    assert float(divergence(upper, HEAD, code).mean().detach()) < 0.95 * float(found.mean())
+    assert all(each.grad is None for each in model.parameters())
+
+
+def made(head: int, lead: float, rows: int = 100, *, noise: float = 0.0) -> Result:
+    """Shares of 0.8 of the rival, and more by `lead` of the dictionary; with `noise`, each varies by itself."""
+    rng = np.random.default_rng(head)
+    both, own = 0.2 + 0.01 * rng.random(40), noise * rng.standard_normal((2, 40))
+    kl = {"native": 0 * both, "delete": 1 + 0 * both, f"{RIVAL} 1": both + own[0], contender(16): both - lead + own[1]}
+    table = pd.concat([pd.DataFrame({"kl": x, "code": name}).rename_axis("sequence") for name, x in kl.items()])
+    table = table.reset_index().assign(bits=16.0, parameters=1)
+    ways = [table.assign(way=way, budget=16 * table["code"].str.contains("1").astype(int)) for way in WAYS]
+    info = {"label": "", "model": "m", "hook_name": f"{head}", "n_sequences": 40, "n_positions": rows, "rules": ""}
+    return Result(Bits(budgets=(16,)), info, {"codes": pd.concat(ways)})
+
+
+def test_a_method_is_judged_over_heads_of_equal_terms() -> None:
+    outcomes = [{claim.outcome for _, claim in Bits.across([made(n, lead) for n in range(6)])} for lead in (0.1, -0.1)]
+    assert outcomes == [{"holds"}, {"fails"}] and not Bits.across([made(0, 0.1)])
+    other = made(1, 0.1)
+    for unequal in (made(1, 0.1, rows=99), replace(other, evaluation=replace(other.evaluation, steps=9))):
+        with pytest.raises(TermsError):
+            Bits.across([made(0, 0.1), unequal])

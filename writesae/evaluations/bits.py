@@ -1,0 +1,276 @@
+"""Codes of a head's writes at equal bits: dictionaries, quantizers and components, and what each recovers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Annotated, Any, ClassVar, cast
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from sae_lens_writesae import train_on_writes, training_config
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.sae.metric import Metric
+from writesae.choices import AtLeast
+from writesae.experiment.codes import Code, centered, descend, of_books, pursued, residual_quantizer
+from writesae.experiment.evaluation import Evaluation, Result, Scope, described
+from writesae.experiment.head import UpperModel
+from writesae.experiment.lab import Lab
+from writesae.experiment.pca import fit_pca
+from writesae.experiment.terms import Terms, require_equal
+from writesae.verdict import statistics as stats
+from writesae.verdict.finding import Against, Claim, Finding, Paired
+from writesae.verdict.format import percent
+from writesae.verdict.statistics import Estimate
+
+WAYS = ("squared errors", "the metric", "tuned")
+"""How codes are fitted; what is tuned was fitted in the metric before."""
+OURS, NULL, RIVAL = "WriteSAE", "null", "residual quantizer"
+"""What names of codes begin with: dictionaries of this project, what has no information, the rival that is tuned."""
+METRIC = 64
+"""Sequences that the metric is fitted to."""
+RELEVANT = 0.01
+"""Difference of two recovered shares from which on it matters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bits(Evaluation):
+    """A write k u^T is replaced by a code: which atoms (log2 of the number of choices), and a coefficient of 8 bits for
+    each. Bits are counted; coefficients are not rounded. All writes of the head are replaced at once on text that
+    nothing was fitted to. The **recovered share** is the median over sequences of 1 - KL / KL(deletion).
+
+    Every code is fitted to the same writes, on squared errors and in the metric of the model's KL divergence: to all of
+    `reference`, or where there is none to those of the first half of the sequences. Each gets the bias with which it is
+    right on average. One dictionary and its rival are then **tuned** on the KL divergence itself, with equal steps:
+    atoms, encoder and bias, with gradients through coefficients.
+
+    * **WriteSAE TopK n** (`writesae_topk`) has an encoder and n active atoms; **WriteSAE pursuit n**
+      (`writesae_matching_pursuit`) takes n atoms one after the other, each from what is left, and starts from a
+      quantizer of as many codes. `writesae_product` with one atom of each side is a product quantizer.
+    * A **residual quantizer n** takes n steps too, with a book of 256 codes for each, fitted stage by stage; n = 1 is a
+      vector quantizer. A **product quantizer** codes key and value apart.
+    * **Components** are the first principal ones of writes, or the first singular vectors of keys and of values.
+    * Nulls: atoms that nothing was fitted to, and the code of another write.
+
+    A budget is 16 bits an atom. Dictionaries have as many atoms as it pays for: 256 at 16 bits, 361 at 32. Products and
+    components stay below the budget where no size meets it.
+
+    **Verdict**, for each budget and way to fit: the ladder of `judge` on the recovered share of the dictionary, which
+    is pursuit, or TopK where one atom is active. The
+    controls are every other code and the nulls. A share of 1 point matters. A claim of the method takes heads as units:
+    the ladder on its lead over the residual quantizer, against its leads over the others.
+    """
+
+    budgets: tuple[int, ...] = (16, 32)
+    """Bits of a write: 16 for each atom with its coefficient."""
+    steps: int = 2000
+    """Steps of 128 writes for dictionaries."""
+    tune_steps: Annotated[int, AtLeast(0)] = 100
+    """Steps of four sequences on the model's KL divergence."""
+    lr: float = 2e-3
+    """Learning rate of these."""
+
+    question: ClassVar[str] = "What is a code of a write worth at equal bits?"
+    scope: ClassVar[Scope] = Scope.HEAD
+    columns: ClassVar[dict[str, dict[str, str]]] = {
+        "codes": described(
+            "sequence",
+            budget="bits that a write may have; 0 for native and delete",
+            way="how the code is fitted: " + ", ".join(WAYS),
+            code="what replaces all writes; native and delete too",
+            bits="bits that it needs",
+            parameters="numbers that are trained",
+            kl="nats a token, KL(native || replaced)",
+        )
+    }
+
+    def rules(self) -> dict[str, tuple[bool, str]]:
+        return {"budgets": (all(n % 16 == 0 for n in self.budgets), "multiples of 16")}
+
+    # -- measuring
+
+    def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
+        (_, layer, head, _), split = lab.hook, len(lab.tokens) // 2 if lab.reference is None else 0
+        terms = lab.reference or Terms(lab.model, lab.tokens[:split])
+        lab.facts["terms"] = terms.facts()
+        texts, parts = [UpperModel.of(lab.model, [layer], part)[layer] for part in lab.tokens[split:].split(8)], []
+
+        def measured(code: Code, budget: int = 0, way: str = "") -> None:
+            kl = torch.cat([divergence(text, head, code) for text in texts]).tolist()
+            row = (budget, way, code.name, code.bits, sum(each.numel() for each in code.parameters))
+            parts.extend((n, *row, each) for n, each in enumerate(kl))
+
+        def loss(numbers: Tensor) -> Tensor:
+            with torch.no_grad():
+                part = UpperModel.of(lab.model, [layer], terms.tokens[numbers])[layer]
+            return 100 * divergence(part, head, code).mean()
+
+        measured(Code("native", 0.0, LowRank.dense, []))
+        measured(Code("delete", 0.0, lambda native: 0 * native.dense(), []))
+        for way in WAYS[:2]:
+            metric = terms.metric(layer, head, min(METRIC, len(terms.tokens))) if way == WAYS[1] else None
+            for budget, code in self.codes(lab, terms.writes(layer, head), metric):
+                measured(code, budget, way)
+                if metric and self.tune_steps and code.name in (contender(budget), f"{RIVAL} {budget // 16}"):
+                    descend(code.parameters, loss, len(terms.tokens), 4, self.tune_steps, self.lr, self.seed)
+                    measured(code, budget, WAYS[2])
+        return {"codes": pd.DataFrame(parts, columns=list(self.columns["codes"]))}
+
+    def codes(self, lab: Lab, writes: LowRank, metric: Metric | None) -> Iterator[tuple[int, Code]]:
+        """Budget and fit of every code of writes. They are fitted to writes of mean square 1, in the metric."""
+        x, (K, V), most = metric.move(writes) if metric else writes, lab.key_value, max(self.budgets) // 16
+        scale = (K * V) ** 0.5 / float(x.norm().mean())
+        x = x * scale
+        size, one = x.keys.norm(dim=-1, keepdim=True).clamp_min(1e-30), x.keys.new_ones(len(x), 1, 1)
+        sides = LowRank(x.keys / size, one), LowRank(x.values * size, one)
+        axes = [torch.linalg.svd(side.keys[:, 0], full_matrices=False)[2] for side in sides]
+        books, pca = residual_quantizer(x, 256, most, self.seed), fit_pca(x, 2 * most)
+        noise = x.rows(slice(256)).random_like(torch.Generator().manual_seed(self.seed))
+        how = {"training_tokens": 128 * self.steps, "seed": self.seed, "context_size": 8, "verbose": False}
+
+        def moved(native: LowRank, code: Code) -> Tensor:
+            written = code.written((metric.move(native) if metric else native) * scale) / scale
+            return metric.inverse.apply_rows(written.flatten(1)).view_as(written) if metric else written
+
+        def of_product(x: LowRank, of_sides: Sequence[Sequence[LowRank]]) -> Tensor:
+            ones = x.keys.new_ones(len(x), 1, 1)
+            k, u = (pursued(LowRank(side, ones), own).dense() for side, own in zip((x.keys, x.values), of_sides))
+            return k @ u.mT
+
+        for budget in self.budgets:
+            n, m = budget // 16, (budget + 8) // 32  # steps of a sum, and of each side of a product
+            atoms = int(256 * math.factorial(n) ** (1 / n)) - n + 1  # (atoms + n - 1 over n) choices: 8 n bits
+            cfg = training_config(lab.model, *lab.hook[1:3], d_sae=atoms, sae={"k": n}, **how)
+            topk = torch.enable_grad()(train_on_writes)(cfg, x.keys, x.values)
+            topk.settle_b_dec()
+            k, u = (axis[:n].T @ axis[:n] for axis in axes)
+            found = [
+                Code(
+                    f"{OURS} TopK {n}",
+                    16.0 * n,
+                    lambda x, f=topk: f(x.dense().flatten(1)).view(-1, K, V),
+                    list(topk.parameters()),
+                ),
+                of_books(f"{RIVAL} {n}", 16.0 * n, [LowRank(b.keys.clone(), b.values.clone()) for b in books[:n]]),
+                of_books(f"{NULL}: untrained atoms", 16.0 * n, [noise] * n),
+                Code(
+                    f"{NULL}: code of another write",
+                    16.0 * n,
+                    lambda x, n=n: pursued(x, books[:n]).dense().roll(len(x) // 2, 0),
+                    [],
+                ),
+                Code(
+                    f"components of writes {2 * n}",
+                    16.0 * n,
+                    lambda x, n=n: pca.project(x.dense().flatten(1), 2 * n).view(-1, K, V),
+                    [*pca],
+                ),
+                Code(f"components of k and of u {n} x {n}", 16.0 * n, lambda x, k=k, u=u: k @ x.dense() @ u, axes),
+            ]
+            if n > 1:
+                own = residual_quantizer(x, atoms, 1, self.seed) * n
+                found.append(of_books(f"{OURS} pursuit {n}", 16.0 * n, own, positive=True))
+
+                def loss(numbers: Tensor, own: Sequence[LowRank] = own) -> Tensor:
+                    left = LowRank.cat([x.rows(numbers), pursued(x.rows(numbers), own, positive=True) * -1.0])
+                    return left.inner(left).mean() / (K * V)
+
+                descend(found[-1].parameters, loss, len(x), 128, self.steps, 3e-3, self.seed)
+            if m:  # one coefficient belongs to both sides
+                of_sides = [residual_quantizer(side, 256, m, self.seed) for side in sides]
+                coded, every = partial(of_product, of_sides=of_sides), [book.keys for own in of_sides for book in own]
+                found.append(Code(f"product quantizer {m} x {m}", 32.0 * m - 8, coded, every))
+            for code in found:
+                code = centered(code, x)
+                yield budget, code._replace(written=partial(moved, code=code))
+
+    # -- judging
+
+    def paired(self, result: Result, budget: int, way: str) -> tuple[Paired, list[str]]:
+        """Sequences by code, of one budget and way to fit; and the names of codes, the dictionary first."""
+        table = result.tables["codes"]
+        rows = table[(table["budget"] == budget) & (table["way"] == way) | (table["budget"] == 0)]
+        ours, first = contender(budget), {"native", "delete"}
+        return Paired.of(rows, "kl", by="code"), [ours, *sorted({*rows["code"]} - {ours, *first})]
+
+    def findings(self, result: Result) -> list[Finding]:
+        """The dictionary of each budget and way to fit, compared with every other code."""
+        found = []
+        for way, budget in product(WAYS[: 3 if self.tune_steps else 2], self.budgets):
+            kl, names = self.paired(result, budget, way)
+            shares = {name: kl.recovered(name) for name in names}
+            shares = dict(sorted(shares.items(), key=lambda each: (each[0] != names[0], -each[1].mean)))
+            leads = {name: kl.recovered(names[0], than=name) for name in names[1:]}
+            found.append(claimed(f"{names[0]} of {budget} bits ({way})", shares[names[0]], leads, shares, result))
+        return found
+
+    @classmethod
+    def across(cls, results: list[Result]) -> list[tuple[str, Claim]]:
+        """Leads of the dictionary over the other codes, with heads as units.
+
+        Raises:
+            TermsError: results of different settings, or of other numbers of writes or sequences.
+        """
+        heads = [f"{result.info['model']} {result.info['hook_name']}" for result in results]
+        if len(set(heads)) < 2:
+            return []
+        require_equal(
+            result.evaluation.to_dict()
+            | {"seed": 0, "label": ""}
+            | {name: result.info[name] for name in ("n_sequences", "n_positions")}
+            for result in results
+        )
+        test, claims = cast(Bits, results[0].evaluation), []
+        for way, budget in product(WAYS[: 3 if test.tune_steps else 2], test.budgets):
+            tables = [test.paired(result, budget, way) for result in results]
+            ours, *others = tables[0][1]
+            n, leads = sum(len(kl.wide) for kl, _ in tables), dict[str, Estimate]()
+            for name in others:
+                lead = stats.estimate([kl.recovered(ours, than=name).mean for kl, _ in tables], heads)
+                leads[f"more than {name}"] = lead._replace(n=n)
+            rival = f"more than {RIVAL} {budget // 16}"
+            shown = dict(sorted(leads.items(), key=lambda each: (each[0] != rival, each[1].mean)))
+            finding = claimed(f"{ours} of {budget} bits ({way}), over heads", leads[rival], leads, shown, None)
+            claims.append((f"{len(set(heads))} heads", finding.row()))
+        return claims
+
+
+def contender(budget: int) -> str:
+    """The dictionary that a budget is claimed for."""
+    return f"{OURS} pursuit {budget // 16}" if budget > 16 else f"{OURS} TopK 1"
+
+
+def claimed(
+    what: str, effect: Estimate, leads: Mapping[str, Estimate], shown: Mapping[str, Estimate], result: Result | None
+) -> Finding:
+    """That a code recovers more than others; `result`: of one head."""
+    size: Any = {} if result is None else Paired.of(result.tables["codes"], "kl", by="code").size_of("delete")
+    return Finding(
+        claim=f"{what} recovers more than other codes",
+        effect=effect,
+        null=f"{NULL}: untrained atoms",
+        what="the recovered share" if result else "the lead over the residual quantizer",
+        against={name: Against(each) for name, each in leads.items()},
+        relevant=RELEVANT,
+        **size,
+        shown=shown,
+        write=percent,
+        axis="of KL recovered" if result else f"of KL ahead of the {RIVAL}",
+        least=-0.5,
+        of="sequences" if result else "sequences of {} heads",
+    )
+
+
+def divergence(upper: UpperModel, head: int, code: Code) -> Tensor:
+    """[B] KL(native || all writes of a head replaced), mean over tokens, differentiable."""
+    sides = (x[:, :, head].flatten(0, 1) for x in (upper.recurrence.k, upper.recurrence.u))
+    native = LowRank(*(side if side.ndim == 3 else side[:, None] for side in sides))
+    with torch.no_grad():
+        plain = upper().log_softmax(-1)
+    edited = upper(head, "write", code.written(native)).log_softmax(-1)
+    return (plain.exp() * (plain - edited)).sum(-1).view(upper.tokens.shape).mean(1)

@@ -1,0 +1,129 @@
+"""Codes of writes by few numbers: quantizers with gains, residual quantizers, and pursuits.
+
+One encoder serves all (`pursued`): take the matrix that explains most of what is left, subtract its projection, resume.
+A dictionary of drawn writes and a vector quantizer take one step. A residual quantizer has another book of codes for
+each step, and matching pursuit has one book for all of them.
+
+Alphabet: N matrices, n codes of a book, R terms, K key side, V value side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.sae.rows import shuffled
+
+_BLOCK = 16_000_000
+"""Inner products held at once: 64 MB in float32."""
+
+
+@torch.no_grad()
+def nearest(native: LowRank, book: LowRank, *, positive: bool = False) -> Tensor:
+    """[N] the code of a book with the largest |cosine| with each matrix, or with the largest cosine."""
+    size, step = book.norm(), max(1, _BLOCK // len(book))
+    cosines = (native.rows(slice(i, i + step)).inners(book) / size for i in range(0, len(native), step))
+    return torch.cat([(each if positive else each.abs()).argmax(1) for each in cosines])
+
+
+def pursued(native: LowRank, books: Sequence[LowRank], *, positive: bool = False) -> LowRank:
+    """N matrices as sums of one code of each book, each at its least-squares coefficient for what the books before it
+    leave (`positive`: a coefficient below 0 becomes 0). Gradients pass through the coefficients and the codes. Costs
+    N n R (K + V) a book."""
+    left, taken = native, list[LowRank]()
+    for book in books:
+        code = book.rows(nearest(left, book, positive=positive))
+        size = left.inner(code) / code.inner(code)
+        taken.append(code * (size.relu() if positive else size))
+        left = LowRank.cat([left, taken[-1] * -1.0])
+    return LowRank.cat(taken)
+
+
+@torch.no_grad()
+def lloyd(writes: LowRank, start: LowRank, passes: int = 10) -> LowRank:
+    """Codes [n] of rank 1 and unit norm that Lloyd's algorithm finds for matrices, from `start`.
+
+    The objective is the sum of the squared inner products with the code for which it is largest: what a quantizer with
+    gains explains. A pass gives each matrix to its code, then takes a step of the power method on either side of each
+    code, from inner products of factors alone; neither lowers the objective. A code that has none is put on the matrix
+    of which most is left. Cost: N n R (K + V) a pass.
+    """
+    top = start if start.rank == 1 else LowRank.svd(start.dense(), 1)
+    sides = [normalize(side[:, 0], dim=1) for side in (top.keys, top.values)]
+    square = writes.inner(writes)
+    for _ in range(passes):
+        codes = LowRank.rank_one(*sides)
+        chosen = nearest(writes, codes)
+        left = square - writes.inner(codes.rows(chosen)).square()
+        for side, factors in enumerate((writes.keys, writes.values)):
+            x, y = ((own * code[chosen][:, None]).sum(-1) for own, code in zip((writes.keys, writes.values), sides))
+            gain = (x * y).sum(1, keepdim=True) * (y if side == 0 else x)
+            moved = torch.zeros_like(sides[side]).index_add_(0, chosen, (factors * gain[..., None]).sum(1))
+            size = moved.norm(dim=1, keepdim=True)
+            sides[side] = torch.where(size > 0, moved / size.clamp_min(torch.finfo(size.dtype).tiny), sides[side])
+        empty = (torch.bincount(chosen, minlength=len(start)) == 0).nonzero()[:, 0]
+        if len(empty):
+            worst = LowRank.svd(writes.rows(left.topk(len(empty)).indices).dense(), 1)
+            for side, own in zip(sides, (worst.keys, worst.values)):
+                side[empty] = normalize(own[:, 0], dim=1)
+    return LowRank.rank_one(*sides)
+
+
+class Code(NamedTuple):
+    """What replaces writes, and how many bits a write then has: log2 of the number of choices, and 8 a coefficient."""
+
+    name: str
+    bits: float
+    written: Callable[[LowRank], Tensor]
+    """[N,K,V] of N matrices."""
+    parameters: list[Tensor]
+    """Those that `descend` trains."""
+
+
+def residual_quantizer(writes: LowRank, n: int, stages: int, seed: int) -> list[LowRank]:
+    """A book of n codes for each stage (fewer of fewer matrices), from Lloyd's algorithm on what the books before it
+    leave. It starts from matrices that are drawn in proportion to their squared norm."""
+    generator, left, books = torch.Generator().manual_seed(seed), writes, list[LowRank]()
+    for _ in range(stages):
+        square = left.inner(left).clamp_min(0)
+        drawn = torch.multinomial(square, min(n, int(square.count_nonzero())), generator=generator)
+        books.append(lloyd(left, left.rows(drawn)))
+        left = LowRank.cat([left, pursued(left, books[-1:]) * -1.0])
+    return books
+
+
+def of_books(name: str, bits: float, books: Sequence[LowRank], *, positive: bool = False) -> Code:
+    """The code of a (residual) quantizer, or of a pursuit, whose books are one."""
+    sides = {id(side): side.requires_grad_() for book in books for side in (book.keys, book.values)}
+    return Code(name, bits, lambda x: pursued(x, books, positive=positive).dense(), list(sides.values()))
+
+
+def centered(code: Code, writes: LowRank) -> Code:
+    """The code with a bias with which what it writes is right on average: an error that all writes share adds up in the
+    state."""
+    with torch.no_grad():
+        error = sum(
+            (x.dense() - code.written(x)).sum(0) for x in map(writes.rows, torch.arange(len(writes)).split(4096))
+        )
+    bias = (torch.as_tensor(error) / len(writes)).requires_grad_()
+    return code._replace(written=lambda x: code.written(x) + bias, parameters=[*code.parameters, bias])
+
+
+def descend(
+    parameters: Sequence[Tensor], loss: Callable[[Tensor], Tensor], n: int, batch: int, steps: int, lr: float, seed: int
+) -> None:
+    """Adam on a loss of the numbers of a batch out of n, with a cosine to 0."""
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _, numbers in zip(range(steps), shuffled(n, batch, seed)):
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            loss(numbers).backward(inputs=parameters)  # none for the model
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
