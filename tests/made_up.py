@@ -78,6 +78,7 @@ def made_up(
         "n_positions": 256,
         "n_alive": 300,
         "alive_tokens": 30_000,
+        "unequal": "",
         "half_life": 20.0,
         "half_life_limit": 128,
         "n_skipped": {},
@@ -85,3 +86,8 @@ def made_up(
         "seconds": 12.5,
     }
     return Result(evaluation, info, {"firings": pd.concat(frames, ignore_index=True)})
+
+
+def replaced(result: Result, info: dict[str, Any] | None = None, /, **tables: pd.DataFrame) -> Result:
+    """The result with some other facts and tables."""
+    return Result(result.evaluation, result.info | (info or {}), result.tables | tables)

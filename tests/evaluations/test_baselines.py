@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -44,9 +42,10 @@ def made_up(
     target: str = "write",
     n_sequences: int = 20,
     selectivity: float = 0.98,
+    seed: int = 0,
 ) -> Result:
     """KLs by (sae, condition), costs by (hook, sae, method), dead atoms and selectivity by dictionary, with noise."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     rows = [
         {
             "sae": label,
@@ -96,40 +95,3 @@ def made_up(
 
 
 NOTHING: dict[tuple[str, str], float] = {("", "delete"): 1e-13, ("ours", "atom"): 1e-14, ("ours", "svd"): 1e-14}
-
-
-@pytest.mark.parametrize(
-    ("changes", "outcomes"),
-    [
-        # As in the paper, any direction is as selective.
-        ({}, {0: "holds", 1: "holds", 2: "holds", 3: "holds", 4: "fails", 5: "holds", 6: "fails"}),
-        ({"kl": {("flat", "atom svd"): 0.01}, "n_sequences": 40}, {0: "fails", 1: "holds", 2: "holds"}),
-        ({"kl": {("flat", "atom svd"): 0.01}}, {0: "inconclusive"}),  # 20 sequences that are all alike
-        ({"kl": {("flat", "svd"): 0.2}}, {0: "holds", 1: "fails", 2: "holds"}),  # neither is ahead
-        ({"kl": {("ours", "atom"): 9.0, ("ours", "svd"): 9.0}}, {0: "fails", 1: "fails", 2: "fails"}),
-        ({"kl": {("", "state"): 0.01}}, {0: "confounded", 1: "confounded", 2: "confounded"}),
-        ({"kl": {("", "pca 4"): 0.01}}, {0: "holds", 1: "confounded", 2: "confounded"}),
-        ({"kl": NOTHING}, {0: "below the floor", 1: "below the floor", 2: "below the floor"}),
-        ({"drop": ("flat",)}, {0: "not tested", 1: "not tested", 2: "holds", 4: "not tested"}),
-        ({"drop": ("small", "two")}, {0: "holds", 2: "not tested", 3: "not tested"}),
-        ({"drop": ("ours",)}, {0: "not tested", 3: "not tested", 4: "not tested", 6: "not tested"}),
-        ({"nats": {("write", "two", "dictionary"): 0.05}}, {3: "fails"}),
-        ({"nats": {("write", "two", "dictionary"): 0.0105}}, {3: "holds"}),  # 0.05 % more does not matter
-        ({"nats": {("write", "", "mean"): 0.005}}, {3: "confounded"}),
-        ({"nats": {("write", "", "zero"): 1e-9, ("write", "", "itself"): 1e-8}}, {3: "below the floor"}),
-        ({"n_sequences": 4}, {0: "inconclusive", 3: "inconclusive", 5: "inconclusive"}),
-        ({"dead": {"flat": 300, "dense": 200}}, {4: "holds"}),
-        ({"dead": {"flat": 300}}, {4: "confounded"}),  # so does the dense encoder
-        ({"dead": {"flat": 300}, "drop": ("dense",)}, {4: "holds"}),
-        ({"nats": {("state", "", "rank 1"): 0.002}}, {5: "fails"}),
-        (
-            {"target": "state", "nats": {("state", "", "zero"): 1e-9, ("state", "", "itself"): 1e-8}},
-            {5: "below the floor"},
-        ),
-        ({"selectivity": 0.999}, {6: "holds"}),
-    ],
-)
-def test_verdicts_follow_the_rules(changes: dict[str, Any], outcomes: dict[int, str]) -> None:
-    claims = made_up(**changes).claims()
-    assert {i: claims[i].outcome for i in outcomes} == outcomes
-    assert all(claim.n > 0 for claim in claims if claim.outcome != "not tested")

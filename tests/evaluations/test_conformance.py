@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import json
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pandas as pd
 import pytest
@@ -21,6 +21,7 @@ from saes import muted, random_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
+from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.evaluations import EVALUATIONS, load_result
 from writesae.experiment.evaluation import Scope
 from writesae.experiment.firings import halves
@@ -163,3 +164,25 @@ def test_poor_input_is_refused_or_gives_no_verdict(kind: str, tmp_path: Path) ->
             assert outcomes == {"not tested"}
         elif evaluation.scope in (Scope.EACH, Scope.LAYER) or len(some) == 1:
             assert outcomes <= {"not tested", "inconclusive", "below the floor"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "dictionary", "n", "words"),
+    [
+        ("amplify", {"prompt_tokens": 5, "min_count": 2, "min_firings": 300}, {}, 8, "300 times"),
+        # Every atom fires everywhere, so that there is no place elsewhere.
+        ("erasure", {"min_firings": 2, "horizon": 3}, {"k": 12, "bias": 10.0}, 8, "elsewhere"),
+        ("install", {"pairs": 9, "prompt_tokens": 7, "new_tokens": 3}, {}, 8, r"27 prompts .* 24"),
+        ("passage", {}, {}, 3, "4 sequences"),
+        ("passage", {"min_firings": 300}, {}, 8, "300 times"),
+        ("passage", {}, {"bias": -1e6}, 8, "fires"),
+        ("seeds", {"min_firings": 9999}, {}, 8, "9999"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    model64: HookedRecurrent, varied: Tensor, kind: str, settings: Any, dictionary: Any, n: int, words: str
+) -> None:
+    labels = ("a", "b") if EVALUATIONS[kind].scope.compares else ("a",)
+    with pytest.raises(NothingToMeasureError, match=words):
+        saes = {label: random_sae(model64, **dictionary) for label in labels}
+        EVALUATIONS[kind](**settings).run(model64, saes, varied[:n], progress=False)

@@ -12,7 +12,6 @@ from saes import HEAD, LAYER, native_and_edited, native_writes, random_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.steering import value_direction
 from writesae.evaluations.install import Install
 from writesae.experiment.evaluation import Result
@@ -48,11 +47,6 @@ def test_installed_writes_are_those_of_the_definition(model64: HookedRecurrent, 
     assert (nothing["edited_rank"] == nothing["rank"]).all()
 
 
-def test_too_few_prompts(model64: HookedRecurrent, prompt_text: Tensor) -> None:
-    with pytest.raises(NothingToMeasureError, match=r"27 prompts .* 18"):
-        Install(**SMALL | {"pairs": 9}).run(model64, random_sae(model64), prompt_text, progress=False)
-
-
 def shares(target: float, random: float, wrong: float, nothing: float = 0.0, pairs: int = 40) -> Result:
     """Tables with given shares of hits, which are nested: pairs that are easy are easy under every condition."""
     rows = [
@@ -65,30 +59,3 @@ def shares(target: float, random: float, wrong: float, nothing: float = 0.0, pai
         for condition, m, share in (("nothing", 0.0, nothing), ("target", 3.0, target), ("random", 3.0, random))
     ]
     return Result(Install(sizes=(3.0,)), {"label": "x"}, {"continuations": pd.DataFrame(rows)})
-
-
-@pytest.mark.parametrize(
-    "table, outcome",
-    [
-        ((0.95, 0.1, 0.1), "holds"),
-        ((0.5, 0.5, 0.0), "confounded"),
-        ((0.5, 0.0, 0.6), "confounded"),
-        ((0.3, 0.0, 0.0, 0.3, 80), "fails"),
-        ((0.3, 0.0, 0.0, 0.3), "inconclusive"),  # of 20 sequences that gain nothing, up to 0.15 of all may gain
-        ((0.95, 0.0, 0.0, 0.0, 8), "inconclusive"),
-    ],
-)
-def test_verdicts(table: tuple[float, ...], outcome: str) -> None:
-    result = shares(*table)  # pyright: ignore[reportArgumentType]
-    claim = result.claims()[0]
-    assert (claim.number, claim.outcome, claim.unit) == (10, outcome, "prompt x target pairs")
-
-
-@pytest.mark.parametrize(
-    "table, outcome",
-    [((0.9, 0.4, 0.0), "holds"), ((0.9, 0.9, 0.0), "confounded"), ((0.3, 0.3, 0.0), "fails")],
-)
-def test_improved_ranks_are_held_against_a_random_direction(table: tuple[float, ...], outcome: str) -> None:
-    claim = shares(*table).claims()[-1]  # pyright: ignore[reportArgumentType]
-    assert (claim.number, claim.outcome, claim.n) == (25, outcome, 40)
-    assert claim.measured.startswith(f"{table[0]:.1%}")

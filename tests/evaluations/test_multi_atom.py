@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytest
-from saes import rank_one_exact_sae, runner
+from saes import exact_sae, runner
 from torch import Tensor
 
 from writesae.evaluations.multi_atom import ALL, MultiAtom, rows_of
@@ -26,7 +25,7 @@ run = runner(
 
 
 def test_an_exact_code_is_the_native_write_with_all_atoms_and_not_before(model64: Any, varied: Tensor) -> None:
-    result = run(model64, rank_one_exact_sae(model64), varied)
+    result = run(model64, exact_sae().double(), varied)
     every = rows_of(result, "code", "coefficient", ALL)
     assert (every["count"] == 48).all()  # one for each entry of 8 x 6
     np.testing.assert_allclose(every[["norm", "cosine"]], 1, atol=1e-6)
@@ -53,21 +52,3 @@ def table(kl: dict[str, float], n: int = 24) -> Result:
     ]
     evaluation = MultiAtom(scales=("coefficient",))
     return Result(evaluation, {"target": "write", "label": "x"}, {"writes": pd.DataFrame(rows)})
-
-
-@pytest.mark.parametrize(
-    "kl, outcome",
-    [
-        ({"delete": 1.0, "code": 0.2, "mean": 0.5, "state": 2.0, "state_after": 0.01}, "holds"),
-        ({"delete": 1.0, "code": 0.2, "mean": 0.1, "state": 2.0, "state_after": 0.01}, "confounded"),
-        ({"delete": 1.0, "code": 1.5, "mean": 0.1, "state": 2.0, "state_after": 0.01}, "fails"),
-        ({"delete": 1.0, "code": 1e-12, "mean": 1e-13, "state": 2.0, "state_after": 1.0}, "confounded"),  # both are 0
-        ({"delete": 1.0, "code": 1e-13, "mean": 1e-12, "state": 2.0, "state_after": 1.0}, "confounded"),
-        ({"delete": 1e-12, "code": 1e-13, "mean": 1.0, "state": 1.0, "state_after": 1.0}, "below the floor"),
-    ],
-)
-def test_verdicts_of_known_samples(kl: dict[str, float], outcome: str) -> None:
-    claim = table({"native": 1e-11} | kl).claims()[0]
-    assert claim.outcome == outcome and claim.n == 24 and claim.unit == "writes in 12 sequences"
-    if outcome == "holds":
-        assert claim.measured.startswith("0.20 [") and "mean write at the atom's norm 0.50 [" in claim.controls

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 import pytest
-from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up
+from made_up import FAILS, made_up
 from saes import STATE, exact_sae, make_sae
 from torch import Tensor
 
@@ -43,40 +41,16 @@ def test_errors_name_the_fault(model: HookedRecurrent, short_text: Tensor) -> No
 # -- verdicts
 
 
-def made(own: dict[str, float], base: dict[str, float] = FAILS, target: str = "state", n_sequences: int = 30) -> Result:
+def made(
+    own: dict[str, float], base: dict[str, float] = FAILS, target: str = "state", n_sequences: int = 30, seed: int = 0
+) -> Result:
     """A dictionary of writes with effects `own` beside one of `target` with `base`."""
     evaluation, tests = Objectives(), {}
     settings = {"scales": TESTED_SCALES, "controls": evaluation.controls, "n_sequences": n_sequences}
-    for seed, (label, medians) in enumerate({"new": own, "old": base}.items()):
-        tests[label] = (wide_firings(made_up(medians, floor=1e-11, seed=seed, **settings)), 300)
+    for n, (label, medians) in enumerate({"new": own, "old": base}.items(), seed):
+        tests[label] = (wide_firings(made_up(medians, floor=1e-11, seed=n, **settings)), 300)
     rows = [{"sae": "new", "target": "write"}, {"sae": "old", "target": target}]
     fits = pd.DataFrame([(each, n, 0.5, 0.5) for each in tests for n in range(3)])
     fits.columns = ["sae", "sequence", "explained", "reads"]
     tables = evaluation.tables(pd.DataFrame(rows).assign(loss="mse", d_sae=512, l0=3.0), tests, fits)
     return Result(evaluation, {"label": "made up"}, tables)
-
-
-@pytest.mark.parametrize(
-    ("own", "base", "outcome"),
-    [
-        (HOLDS, FAILS, "holds"),
-        (FAILS, HOLDS, "fails"),
-        (HOLDS, HOLDS, "fails"),  # neither is ahead
-        ({"delete": 1.0, "atom": 1.2}, {"delete": 1.0, "atom": 4.0}, "fails"),  # ahead, but no better than deletion
-        (CONFOUNDED, FAILS, "confounded"),
-        (NO_EFFECT, FAILS, "below the floor"),
-        (HOLDS, NO_EFFECT, "below the floor"),
-    ],
-)
-def test_verdicts_follow_the_rules(own: dict[str, float], base: dict[str, float], outcome: str) -> None:
-    claim = made(own, base).claims()[0]
-    assert claim.outcome == outcome, claim
-    assert "states by mse" in claim.claim and claim.n == 480 and claim.unit == "firings of 40 atoms"
-
-
-@pytest.mark.parametrize(
-    ("changes", "outcome"), [({"n_sequences": 1}, "inconclusive"), ({"target": "last_state"}, "not tested")]
-)
-def test_few_firings_and_no_states_decide_nothing(changes: dict[str, Any], outcome: str) -> None:
-    claim = made(HOLDS, FAILS, **changes).claims()[0]
-    assert claim.outcome == outcome and "states by mse" in claim.claim + claim.sentence

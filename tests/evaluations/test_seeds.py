@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import pytest
 import torch
 from saes import planted
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.evaluations.seeds import SAMPLES, Seeds
 from writesae.experiment.evaluation import Result
 
-Cosines = np.ndarray
 
-
-def made(alive: list[int], *cosines: Cosines) -> Result:
+def made(alive: list[int], *cosines: np.ndarray) -> Result:
     """A result of two dictionaries whose matched atoms, random directions and native writes have known |cosines|."""
     counts = pd.DataFrame({"sae": ["a", "b"], "alive": alive, "register": alive, "dead": 0})
     parts = [
@@ -30,24 +26,6 @@ def made(alive: list[int], *cosines: Cosines) -> Result:
 
 
 LOW, HIGH = np.linspace(0.1, 0.3, 200), np.linspace(0.4, 0.7, 200)
-
-
-@pytest.mark.parametrize(
-    ("alive", "cosines", "outcomes", "words"),
-    [
-        ([100, 95], (HIGH, LOW, LOW), ("holds", "holds"), "Counts agree"),
-        ([100, 50], (HIGH, LOW, LOW), ("fails", "holds"), "Counts vary"),
-        ([100, 99], (HIGH + 0.25, LOW, LOW), ("fails", "holds"), "are the same"),
-        ([100, 99], (LOW, LOW, LOW), ("inconclusive", "fails"), "Nothing shows"),
-        ([100, 99], (LOW + 0.03, LOW, LOW), ("inconclusive", "fails"), "Nothing shows"),  # as random atoms that fire
-        ([12, 12], (HIGH[:12], LOW[:12], LOW[:12]), ("inconclusive", "inconclusive"), "Too little"),
-        ([100, 99], (HIGH, LOW, HIGH + 0.1), ("holds", "confounded"), "Counts agree"),
-    ],
-)
-def test_verdicts(alive: list[int], cosines: tuple[Cosines, ...], outcomes: tuple[str, str], words: str) -> None:
-    kinds, beyond = made(alive, *cosines).claims()
-    assert (kinds.outcome, beyond.outcome) == outcomes and words in kinds.sentence
-    assert (kinds.number, kinds.n) == (20, 2)
 
 
 def test_one_pair_without_excess_decides() -> None:
@@ -69,9 +47,3 @@ def test_the_same_atoms_in_another_order_are_found(model: HookedRecurrent, token
     pairs = result.tables["pairs"].query("sample == 'atoms'")
     assert (order.numpy()[pairs["second"]] == pairs["first"]).all() and pairs["cosine"].min() > 1 - 1e-5
     assert result.tables["pairs"].query("sample != 'atoms'")["cosine"].median() < 0.9
-
-
-def test_errors_name_the_fault(model: HookedRecurrent, tokens: Tensor) -> None:
-    sae = planted(model, tokens)
-    with pytest.raises(NothingToMeasureError, match="9999"):
-        Seeds(min_firings=9999).run(model, {"a": sae, "b": sae}, tokens, progress=False)

@@ -41,37 +41,16 @@ def test_a_head_that_writes_nothing_is_refused(model64: HookedRecurrent, prompt_
         run(model64, prompt_text)
 
 
-def linear(right: float, wrong: float, flip: int = 1, size: float = 0.5, floor: float = 1e-6, n: int = 200) -> Result:
+def linear(right: float, wrong: float, flip: int = 1, factor: float = 1.0, floor: float = 1e-6, n: int = 200) -> Result:
     """A linear readout: the logit moves by `flip` times what F0 says on a share of writes, else the other way."""
     shares = {"direct": right, "gradient": 1.0, "random": 0.5, "wrong": wrong}
     rows = [
         {"sequence": i // 4, "position": i, "token": 1, "text": "a", "rank": 3, "direction": direction}
-        | dict.fromkeys(("measured", "f2"), size * m * flip * (1 if (i * 37 % n) / n < share else -1))
-        | {"m": m, "f0": size * m, "aimed": np.sign(m)}
+        | dict.fromkeys(("measured", "f2"), 0.5 * m * flip * (1 if (i * 37 % n) / n < share else -1))
+        | {"m": m, "f0": 0.5 * m, "aimed": np.sign(m)}
         for i in range(n)
         for m in (1.0, -1.0)
         for direction, share in shares.items()
     ]
-    return Result(Sign(), {"label": "x", "floor": floor}, {"writes": pd.DataFrame(rows)})
-
-
-@pytest.mark.parametrize(
-    "table, outcome",
-    [
-        ({"right": 0.9, "wrong": 0.5}, "holds"),
-        ({"right": 0.8, "wrong": 0.8}, "confounded"),
-        ({"right": 0.5, "wrong": 0.9}, "fails"),
-        ({"right": 1.0, "wrong": 0.5, "flip": -1}, "fails"),
-        ({"right": 0.9, "wrong": 0.5, "floor": 0.6}, "below the floor"),
-    ],
-)
-def test_verdicts(table: dict[str, Any], outcome: str) -> None:
-    claim = linear(**table).claims()[0]
-    assert (claim.number, claim.outcome, claim.n) == (9, outcome, 200)
-
-
-def test_right_signs_of_wrong_sizes_are_no_prediction() -> None:
-    result = linear(1.0, 0.5)
-    table = result.tables["writes"].assign(f2=lambda t: 3 * t["f2"])
-    tripled = Result(result.evaluation, result.info, {"writes": table})
-    assert [each.claims()[1].outcome for each in (result, tripled)] == ["holds", "fails"]
+    table = pd.DataFrame(rows).assign(f2=lambda t: factor * t["f2"])
+    return Result(Sign(), {"label": "x", "floor": floor}, {"writes": table})

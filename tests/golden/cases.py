@@ -284,6 +284,9 @@ CASES: tuple[Case, ...] = (
     ),
 )
 
+QUICK: dict[str, dict[str, object]] = {"bits": {"steps": 2, "tune_steps": 1}}
+"""Settings of evaluations without a case: training goes other ways on another processor."""
+
 KEYS: dict[tuple[str, str], tuple[str, ...]] = {
     ("substitution", "firings"): ("firing", "condition", "scale"),
     ("multistep", "steps"): ("firing", "condition", "scale", "step"),

@@ -16,7 +16,7 @@ import pandas as pd
 from writesae.evaluations import EVALUATIONS
 from writesae.experiment.evaluation import Result
 
-from .cases import CASES, WRITE, Case
+from .cases import CASES, QUICK, WRITE, Case
 from .dictionaries import load_model, make_dictionary, sequences
 
 FOLDER = Path(__file__).parent / "tables"
@@ -28,7 +28,7 @@ FIRST = {case.kind: case.name for case in reversed(CASES)}
 def result_of(name: str) -> Result:
     """The result of a case, measured once; of an evaluation without one, by its kind, with its own settings."""
     found = [case for case in CASES if case.name == name]
-    case = found[0] if found else Case(name, name, "embedded", {}, {"sae": WRITE})
+    case = found[0] if found else Case(name, name, "embedded", QUICK.get(name, {}), {"sae": WRITE})
     saes = {label: make_dictionary(case.model, **recipe) for label, recipe in case.dictionaries.items()}  # type: ignore[arg-type]
     n, length = case.shape
     evaluation = EVALUATIONS[case.kind].from_dict(case.settings)

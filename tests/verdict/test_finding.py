@@ -42,34 +42,35 @@ def test_conditions_of_one_unit_are_paired(paired: Paired) -> None:
     assert paired.size_of("delete") == {"typical": wide["delete"].median(), "floor": wide["native"].quantile(0.95)}
 
 
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (lambda p: p.mean(p["atom"] < 0.3), lambda w, ids: stats.share(w["atom"] < 0.3, ids)),  # truth values
+        (lambda p: p.wins("atom", "atom"), lambda w, ids: stats.share(w["atom"] < 0, ids)),  # a tie is no win
+        (
+            lambda p: Paired(p.wide, ("sequence", "feature"), seed=3).mean("atom"),
+            lambda w, ids: stats.estimate(w["atom"], ids, w["feature"], seed=3),
+        ),
+        (lambda p: p.recovered("atom"), lambda w, ids: stats.recovered_share(w["atom"], w["delete"], ids)),
+        (
+            lambda p: p.recovered("atom", than="mean"),
+            lambda w, ids: stats.recovered_difference(w["atom"], w["mean"], w["delete"], ids),
+        ),
+        (
+            lambda p: p.lead("delete", Paired(p.wide.assign(sequence=p["sequence"] + 100)), "atom"),
+            lambda w, ids: stats.estimate_difference(w["delete"], w["atom"], ids, ids + 100),
+        ),
+    ],
+)
+def test_estimates_are_those_of_the_statistics(paired: Paired, found: Any, expected: Any) -> None:
+    assert found(paired) == expected(paired.wide, paired.wide["sequence"])
+
+
 def test_units_measured_twice_count_once_and_units_without_a_condition_are_left_out() -> None:
     table = tidy(delete=1.0, atom=0.3)
     assert Paired.of(pd.concat([table, table]), "kl", "firing").mean("atom").n == 60
     fewer = Paired.of(table.query("not (condition == 'atom' and firing < 6)"), "kl", "firing")
     assert (fewer.mean("atom", "delete").n, fewer.wins("atom", "delete").n, fewer.mean("delete").n) == (54, 54, 60)
-
-
-def test_truth_values_have_the_interval_of_a_share_and_a_tie_is_no_win(paired: Paired) -> None:
-    wide = paired.wide
-    assert paired.mean(wide["atom"] < 0.3) == stats.share(wide["atom"] < 0.3, wide["sequence"])
-    assert paired.wins("atom", "delete").mean == 1 and paired.wins("atom", "atom").mean == 0
-
-
-def test_two_clusters_are_both_resampled(paired: Paired) -> None:
-    both = Paired(paired.wide, ("sequence", "feature"), seed=3)
-    wide = paired.wide
-    assert both.mean("atom") == stats.estimate(wide["atom"], wide["sequence"], wide["feature"], seed=3)
-
-
-def test_shares_of_deletion_and_independent_samples(paired: Paired) -> None:
-    wide, ids = paired.wide, paired.wide["sequence"]
-    assert paired.recovered("atom") == stats.recovered_share(wide["atom"], wide["delete"], ids)
-    gap = stats.recovered_difference(wide["atom"], wide["mean"], wide["delete"], ids)
-    assert paired.recovered("atom", than="mean") == gap
-    other = Paired(wide.assign(sequence=ids + 100))
-    assert paired.lead("delete", other, "atom") == stats.estimate_difference(
-        wide["delete"], wide["atom"], ids, other["sequence"]
-    )
 
 
 def found(paired: Paired, **changes: Any) -> Finding:
@@ -78,6 +79,7 @@ def found(paired: Paired, **changes: Any) -> Finding:
     given: dict[str, Any] = {
         "claim": "an atom is nearer than deletion",
         "number": 1,
+        "null": "mean write",
         "effect": wins,
         "against": {"mean write": Against(paired.wins("atom", "mean"), paired.wins("mean", "delete"), chance=0.5)},
         "chance": 0.5,
@@ -129,6 +131,7 @@ def test_the_sentence_says_subject_and_controls_with_their_intervals(paired: Pai
     assert (row.n, row.unit, row.number) == (60, "firings in 20 sequences", 1)
     assert row.sentence == f"{finding.verdict.sentence} It is small."
     assert found(paired, n=3).row().n == 3
+    assert said(Estimate(-63.9, -114.0, -37.0, 60, 20), percent) == "none (KL 64.9 [38, 115] times that of deletion)"
     assert said(Estimate(0.25, np.nan, np.nan, 9, 1), percent) == "25.0%"  # one cluster gives no interval
 
 

@@ -61,7 +61,7 @@ def test_the_outcome_of_an_effect_by_itself(effect: Estimate, settings: dict[str
     assert judge(effect, **settings).outcome == outcome
 
 
-IDLE, OWN = around(0.5), around(0.8)
+IDLE, OWN = around(0.5, 0.04), around(0.8)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ IDLE, OWN = around(0.5), around(0.8)
             {"relevant": 0.1},
             "confounded",
         ),  # at the margin
-        (0.8, Against(around(0.0), own=over(0.0, 0.2)), SIZE, "holds"),
-        (-0.8, Against(around(0.0), own=over(-0.2, 0.0)), FALLS, "holds"),
+        (0.8, Against(around(0.0), own=over(0.0, 0.2)), SIZE, "confounded"),  # it may reach what matters
+        (-0.8, Against(around(0.0), own=over(-0.04, 0.02)), FALLS, "holds"),
         (-0.5, Against(around(-0.3)), FALLS, "holds"),
         (-0.5, Against(around(0.0, 0.01)), FALLS | {"relevant": 0.02}, "confounded"),
         (0.3, Against(around(0.0), own=around(0.4)), HALF | FALLS | {"relevant": 0.1}, "confounded"),
@@ -98,24 +98,3 @@ def test_controls_are_named_by_their_distance_from_their_own_chance() -> None:
     far, near, open_ = Against(around(0.4), chance=0.5), Against(around(-0.01)), Against(over(-0.1, 0.2))
     verdict = judge(around(0.8), {"open": open_, "near": near, "far": far}, relevant=0.1)
     assert verdict.unbeaten_controls == ("far", "near", "open")
-    assert "far and near. Not" in verdict.sentence and verdict.sentence.endswith("worse: open.")
-
-
-@pytest.mark.parametrize(
-    ("effect", "settings", "words"),
-    [
-        (over(0.04, 0.06), SIZE, "contains 0.05"),
-        (over(0.30, 0.49), HALF | {"relevant": 0.3, "less": True}, "not lie below 0.2."),
-        (over(0.47, 0.54, clusters=19), HALF, "19 units only"),
-        (over(0, 0, 40), {"relevant": 0.1}, "0.15 of"),
-        (over(0.06, 0.10), SIZE, "above 0.05; no control"),
-        (over(0.60, 0.70), HALF | {"against": {"c": Against(around(0.2))}}, "0.55, and every control"),
-        (over(0.4, 0.6), SIZE | {"against": dict.fromkeys("abc", Against(over(-0.1, 0.2)))}, "from a, b and c."),
-    ],
-)
-def test_the_sentence_says_where_the_interval_lies(effect: Estimate, settings: dict[str, Any], words: str) -> None:
-    assert words in judge(effect, **settings).sentence
-
-
-def test_the_sentence_says_no_more_than_there_is() -> None:
-    assert "units only" not in judge(around(0.49), **HALF).sentence  # 20 of them

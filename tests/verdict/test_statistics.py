@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -144,38 +147,45 @@ def test_two_way_of_a_sparse_table_leaves_out_draws_of_nothing() -> None:
     assert sparse.mean == 2 and 1 <= sparse.low < sparse.high <= 3
 
 
-def test_sign_flip_by_hand() -> None:
-    """Three clusters that all lean one way: 2 of 8 patterns, however many members they have."""
-    a = np.array([3.0, 1, 2, 2, 5])
-    assert S.sign_flip_test(a, np.zeros(5), [0, 0, 1, 1, 2]) == pytest.approx(2 / 8)
-    assert S.sign_flip_test([2, 3, 4, 5], [1, 1, 1, 1], range(4)) == pytest.approx(2 / 16)
-    assert S.sign_flip_test([1, 2], [0, 0], clusters=[7, 7]) == 1
-
-
-def test_permutation_by_hand() -> None:
-    """Two against three: of C(5, 2) = 10 ways only {1, 2} and {4, 5} reach a difference of 2.5."""
-    assert S.permutation_test([1, 2], [3, 4, 5], range(2), range(3)) == pytest.approx(0.2)
-    fine = S.permutation_test(np.repeat([1, 2], 6), np.repeat([3, 4, 5], 6), np.arange(12) // 6, np.arange(18) // 6)
-    assert fine == pytest.approx(0.2)  # whole clusters change sides
-
-
-def test_holm_by_hand() -> None:
-    """0.01 * 4, then max(0.04, 0.02 * 3), then max(.06, .03 * 2), then max(.06, .04): the running maximum shows."""
-    adjusted = S.holm({"d": 0.04, "a": 0.01, "c": 0.03, "b": 0.02})
-    assert list(adjusted) == ["d", "a", "c", "b"]
-    assert adjusted == pytest.approx({"a": 0.04, "b": 0.06, "c": 0.06, "d": 0.06})
-    assert S.holm({"x": 0.9, "y": 0.8}) == {"x": 1.0, "y": 1.0}
+TWICE = np.repeat([1, 2], 6), np.repeat([3, 4, 5], 6), np.arange(12) // 6, np.arange(18) // 6
 
 
 @pytest.mark.parametrize(
-    "values, clusters, word",
-    [([], [], "(0,)"), ([1.0, np.nan], [0, 1], "1 NaN"), ([1, 2], [0], "1 clusters"), ([1, 2], [0, np.nan], "1 of")],
+    ("test", "p"),
+    [
+        # Clusters that all lean one way: 2 of 8 patterns, however many members they have.
+        (partial(S.sign_flip_test, [3, 1, 2, 2, 5], [0] * 5, [0, 0, 1, 1, 2]), 2 / 8),
+        (partial(S.sign_flip_test, [2, 3, 4, 5], [1, 1, 1, 1], range(4)), 2 / 16),
+        (partial(S.sign_flip_test, [1, 2], [0, 0], [7, 7]), 1),
+        # Two against three: of C(5, 2) = 10 ways only {1, 2} and {4, 5} reach a difference of 2.5.
+        (partial(S.permutation_test, [1, 2], [3, 4, 5], range(2), range(3)), 0.2),
+        (partial(S.permutation_test, *TWICE), 0.2),  # whole clusters change sides
+    ],
 )
-def test_errors_name_the_fault(values: list[float], clusters: list[float], word: str) -> None:
-    for call in (S.share, S.estimate):
-        with pytest.raises(ValueError) as raised:
-            call(values, clusters)
-        assert word in str(raised.value)
+def test_permutations_by_hand(test: Callable[[], float], p: float) -> None:
+    assert test() == pytest.approx(p)
+
+
+@pytest.mark.parametrize(
+    ("p_values", "adjusted"),
+    [
+        # 0.01 * 4, then max(0.04, 0.02 * 3), then max(.06, .03 * 2), then max(.06, .04): the running maximum shows.
+        ({"d": 0.04, "a": 0.01, "c": 0.03, "b": 0.02}, {"d": 0.06, "a": 0.04, "c": 0.06, "b": 0.06}),
+        ({"x": 0.9, "y": 0.8}, {"x": 1.0, "y": 1.0}),
+    ],
+)
+def test_holm_by_hand(p_values: dict[str, float], adjusted: dict[str, float]) -> None:
+    assert list(S.holm(p_values)) == list(adjusted) and S.holm(p_values) == pytest.approx(adjusted)
+
+
+@pytest.mark.parametrize("call", [S.share, S.estimate])
+@pytest.mark.parametrize(
+    "values, clusters, word",
+    [([], [], r"(0,)"), ([1.0, np.nan], [0, 1], "1 NaN"), ([1, 2], [0], "1 clusters"), ([1, 2], [0, np.nan], "1 of")],
+)
+def test_errors_name_the_fault(call: Any, values: list[float], clusters: list[float], word: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(word)):
+        call(values, clusters)
 
 
 POOL = pd.read_csv(Path(__file__).with_name("pool.csv.xz")).set_index(["head", "sequence"])

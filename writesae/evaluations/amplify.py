@@ -26,7 +26,7 @@ from writesae.experiment.lab import Lab
 from writesae.experiment.selectivity import alignment
 from writesae.experiment.tokens import special_tokens, token_text
 from writesae.verdict import statistics as stats
-from writesae.verdict.finding import Finding, Paired
+from writesae.verdict.finding import Finding, Paired, said
 from writesae.verdict.format import signed
 from writesae.verdict.judge import one_is_enough
 
@@ -174,18 +174,19 @@ class Amplify(Evaluation):
             chosen, tested = (alignment(lab.firings(label), lab.tokens, side, list(teams)) for side in split)
             for n, (token, team) in enumerate(teams.items()):
                 for atom in team[label]:
-                    row = {
-                        "token": token,
-                        "text": token_text(lab.model, token),
-                        "atom": atom,
-                        "count": chosen.present[n],
-                        "phi": chosen.phi[n, atom],
-                        "phi_test": tested.phi[n, atom],
-                        "precision": tested.both[n, atom] / max(tested.fired[atom], 1),
-                        "recall": tested.both[n, atom] / max(tested.present[n], 1),
-                        "head": lab.hooks[label].head,
-                    }
-                    rows.append(row)
+                    rows.append(
+                        {
+                            "token": token,
+                            "text": token_text(lab.model, token),
+                            "atom": atom,
+                            "count": chosen.present[n],
+                            "phi": chosen.phi[n, atom],
+                            "phi_test": tested.phi[n, atom],
+                            "precision": tested.both[n, atom] / max(tested.fired[atom], 1),
+                            "recall": tested.both[n, atom] / max(tested.present[n], 1),
+                            "head": lab.hooks[label].head,
+                        }
+                    )
         return {"atoms": pd.DataFrame(rows).sort_values("token", kind="stable"), "counts": table}
 
     def choose_teams(self, lab: Lab, sequences: Integers, asked: Sequence[int]) -> dict[int, Team]:
@@ -250,7 +251,7 @@ class Amplify(Evaluation):
         counts = {factor: counts_at(result, factor) for factor in self.factors}
         change = {factor: each.mean("atom", "nothing") for factor, each in counts.items()}
         at, effect, factor = counts[self.headline], change[self.headline], self.headline
-        others = "".join(f"; at factor {f:g} {each}" for f, each in change.items() if f != factor)
+        others = "".join(f"; at factor {f:g} {said(each, signed)}" for f, each in change.items() if f != factor)
         fires, n_tokens = table.query("condition == 'nothing'")["fires"].mean(), atoms["token"].nunique()
         scaled = f"{len(atoms) / n_tokens:.3g} atoms of {atoms['head'].nunique()} heads a token"
         pooled = Finding(
@@ -258,6 +259,7 @@ class Amplify(Evaluation):
             claim="amplifying an atom moves its token in generation",
             effect=effect,
             what="the change of the count",
+            null=CONTROLS["random"],
             against=at.beaten("atom", CONTROLS),
             typical=float((at["atom"] - at["nothing"]).abs().mean()),
             less=effect.mean < 0,
@@ -274,12 +276,13 @@ class Amplify(Evaluation):
         for (token, text), rows in at.wide.merge(atoms[["token", "text"]].drop_duplicates()).groupby(["token", "text"]):
             tests = [stats.sign_flip_test(rows["atom"], rows[n], rows["sequence"]) for n in ("nothing", *CONTROLS)]
             p_values[str(token)] = max(tests)
-            words[str(token)] = f"{text!r} {replace(at, wide=rows).mean('atom', 'nothing')}"
+            words[str(token)] = f"{text!r} {said(replace(at, wide=rows).mean('atom', 'nothing'), signed)}"
         moved = [words[token] for token, p in stats.holm(p_values).items() if p < 0.05]
         holds = "At least one token changes more than under every control."
         fails = "No token changes more than under every control by itself."
         single = Finding(
             claim="single atoms move their token in generation",
+            null=CONTROLS["random"],
             ruled=one_is_enough(len(moved), effect, holds, fails),
             measured=f"{len(moved)} of {n_tokens} tokens (Holm-adjusted p < 0.05)"
             + ": " * bool(moved)

@@ -44,7 +44,7 @@ RELEVANT = 0.1
 """Difference of two shares (win rates, dead atoms) from which on it matters, and margin by which
 a control may be worse and still count as equal."""
 SMALL_COST = math.log1p(0.001)
-"""Nats per token, 0.1 % of perplexity, below which a cost does not matter (the paper's "negligible")."""
+"""Nats per token, 0.1% of perplexity, below which a cost does not matter (the paper's "negligible")."""
 RELEVANT_SELECTIVITY = 0.01
 """Difference of two selectivities that matters. The paper's 47 heads lie between 0.96 and 1."""
 SAME_SIZE = 0.05
@@ -53,26 +53,26 @@ SAME_SIZE = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Baselines(Evaluation):
-    """Dictionaries of one head that differ in architecture, beside what needs no dictionary. Means and principal
+    """Dictionaries of one head that differ in architecture, and rivals that need no dictionary. Means and principal
     components come from one half of the sequences, tests from the other.
 
-    **Substitution.** At positions drawn uniformly, the same for all, the native write gives way to: the dictionary's
+    **Substitution.** At positions drawn uniformly, the same for all, the native write is replaced by: the dictionary's
     strongest atom by |a_i| |A_i| (`atom`; cut to rank 1 where it is of a higher rank, `atom svd`); the top-1 SVD of its
     reconstruction (`svd`: for a FlatSAE the paper's baseline); a random direction; the head's mean write; the top
     singular direction of the state before the write (that of the state after it contains the write: a reference, never
-    held against an atom); and the projection of the write on the first principal components of writes (`pca r`). A
+    compared with an atom); and the projection of the write on the first principal components of writes (`pca r`). A
     win: the KL divergence from the native distributions, mean over t..t+horizon, is smaller than after deletion.
     Differences of win rates are paired.
 
-    **Whole-matrix replacement.** Every write (state) of the head gives way to its reconstruction at once. The cost is
-    in nats per token, and as perplexity exp(cost) - 1. Beside it: the mean matrix, zero, `pca r`, and states cut to
+    **Whole-matrix replacement.** Every write (state) of the head is replaced by its reconstruction at once. The cost is
+    in nats per token, and as perplexity exp(cost) - 1. Others are: the mean matrix, zero, `pca r`, and states cut to
     rank r. Replacing all by itself is the no-op that measures the floor.
 
     **Selectivity** of a direction (the paper's, I.1): 1 - overlap of the `top_tokens` tokens that the strongest atom
     moves most, where it is added to the write at the write's norm, with those that a random direction moves there.
 
     The WriteSAE is the first dictionary with rank-1 atoms and a bilinear encoder, the FlatSAE the first dense one with
-    as many atoms (or, once more, as many parameters within 5 %). Intervals are over sequences, and over atoms for dead
+    as many atoms (or, once more, as many parameters within 5%). Intervals are over sequences, and over atoms for dead
     atoms. Claims are about the first dictionary of each variant; others of its seeds are in the tables (the paper's
     table 7 is `explained` of `dictionaries`, by `variant`).
 
@@ -82,11 +82,11 @@ class Baselines(Evaluation):
       the flat SAE's atom cut to rank 1, and top-1 SVD of the reconstruction against that of the flat one. The effect is
       the difference of win rates (10 points matter), against everything that needs no dictionary: an atom against the
       smallest of `pca_ranks` alone, a reconstruction against all of them.
-    * Claim 16, rank-2 atoms cost no more perplexity: the interval of cost(rank 2) - cost(rank 1) ends below 0.1 % of
+    * Claim 16, rank-2 atoms cost no more perplexity: the interval of cost(rank 2) - cost(rank 1) ends below 0.1% of
       perplexity, against the mean matrix; below the floor where replacing all by zero costs nothing.
     * Claim 17, fewer dead atoms than the FlatSAE: the difference of shares (10 points matter), against a dense encoder
       with rank-1 atoms (MatrixSAE), where there is one.
-    * States cut to rank 1 cost less than 0.1 % of perplexity. Where that holds, the measure says little of
+    * States cut to rank 1 cost less than 0.1% of perplexity. Where that holds, the measure says little of
       dictionaries.
     * Claim 28, an atom moves other tokens than a random direction: the ladder on its selectivity minus that of a second
       random direction (0.01 matters). The paper finds no difference from directions without meaning.
@@ -172,15 +172,15 @@ class Baselines(Evaluation):
 
     def findings(self, result: Result) -> list[Finding]:
         """Claims 15 to 17, whether whole replacement measures anything, claim 28."""
-        table, same, near = result.tables["dictionaries"], None, None
+        table, kl, same, near = result.tables["dictionaries"], _kl(result), None, None
         ours = _first(table, variant="WriteSAE")
         if ours is not None:
             same = _first(table, variant="FlatSAE", d_sae=ours["d_sae"])
             near = _first(table[(table["parameters"] / ours["parameters"] - 1).abs() <= SAME_SIZE], variant="FlatSAE")
         return [
-            self._against_flat(result, ours, same, "as many atoms", (ATOM, ATOM_SVD)),
-            self._against_flat(result, ours, same, "as many atoms", (SVD, SVD)),
-            self._against_flat(result, ours, near, "as many parameters", (SVD, SVD)),
+            self._against_flat(kl, ours, same, "as many atoms", (ATOM, ATOM_SVD)),
+            self._against_flat(kl, ours, same, "as many atoms", (SVD, SVD)),
+            self._against_flat(kl, ours, near, "as many parameters", (SVD, SVD)),
             self._higher_rank(result, ours),
             self._dead(result, ours, same),
             self._low_rank_states(result),
@@ -188,7 +188,7 @@ class Baselines(Evaluation):
         ]
 
     def _against_flat(
-        self, result: Result, ours: pd.Series | None, flat: pd.Series | None, size: str, conditions: tuple[str, str]
+        self, kl: Paired, ours: pd.Series | None, flat: pd.Series | None, size: str, conditions: tuple[str, str]
     ) -> Finding:
         """`conditions`: what the WriteSAE writes, and what the flat SAE writes."""
         what, ranks = ("an atom", (min(self.pca_ranks),)) if conditions[0] == ATOM else ("a code", self.pca_ranks)
@@ -198,7 +198,6 @@ class Baselines(Evaluation):
             match = ": `matched_flat` says how many atoms that is" * (size == "as many parameters")
             return Finding.untested(claim, f"It needs a WriteSAE and a FlatSAE with {size}{match}.", number)
         mine, theirs = (f"{row['sae']}/{condition}" for row, condition in zip((ours, flat), conditions))
-        kl = _kl(result)
         nearer = {c: kl[c] < kl["/delete"] for c in map(str, kl.wide) if "/" in c}
         wins = Paired(kl.wide.assign(**nearer), seed=self.seed)
         free = {f"/{c}": shown_name(c) for c in (*DICTIONARY_FREE, *(f"pca {rank}" for rank in ranks))}
@@ -208,6 +207,7 @@ class Baselines(Evaluation):
             claim=claim,
             effect=gap,
             what="the difference of win rates",
+            null="FlatSAE",
             against={shown: Against(wins.mean(mine, c), wins.mean(c).beyond(0.5)) for c, shown in free.items()},
             relevant=RELEVANT,
             **kl.size_of("/delete", "/native"),
@@ -232,6 +232,7 @@ class Baselines(Evaluation):
             claim=claim,
             effect=gap,
             what="the difference of costs",
+            null="mean matrix",
             against={"mean matrix": Against(cost(result, high, "/mean"))},
             typical=shown["zero"].low,
             floor=no_op_cost(result),
@@ -320,7 +321,7 @@ class Baselines(Evaluation):
             shown=moved.means({"selectivity": "atom", "chance": "a second random direction"}),
             write="{:.4f}".format,
             axis=f"selectivity at K = {self.top_tokens}",
-            measured=f"lead {lead}",
+            measured=f"lead {said(lead)}",
             controls=f"two random sets of tokens {1 - self.top_tokens / result.fact('d_vocab'):.4f}",
             of="positions in {} sequences",
         )

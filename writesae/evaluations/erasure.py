@@ -32,7 +32,7 @@ from writesae.verdict.judge import one_is_enough
 
 CONTROLS: dict[str, str] = {
     "elsewhere": "other writes, same norm",
-    "random": "random directions, each with a token of its own",
+    "random": "random directions, each with its own token",
     "wrong": "other tokens of similar probability",
 }
 """Columns of the controls, and their names for a reader."""
@@ -58,7 +58,7 @@ class Erasure(OfHalves):
 
     The controls have the same norm:
 
-    - `random`: one random direction for each atom, taken away at the atom's firings and looked at on a token that was
+    - `random`: one random direction for each atom, ablated at the atom's firings and read on a token that was
       chosen for it in the same way. Of as many random directions as the dictionary has atoms it is the one that fits
       the writes at the atom's firings best, on the selection half: an atom fires where it fits, so that it has that
       much in common with its writes whether or not it learned anything.
@@ -66,20 +66,21 @@ class Erasure(OfHalves):
     - `wrong`: the erasure itself, looked at on the eight tokens whose native log-probability on the selection half is
       nearest to that of the atom's token.
 
-    Beside them stands `selected`, the mean effect on the half that the token was chosen on. A test without a split
+    The column `selected` is the mean effect on the half that the token was chosen on. A test without a split
     would report that number.
 
-    **Verdict** of claim 8: the ladder of `judge` on the mean effect over all test firings, which must lie below 0, and
+    **Verdict** of claim 8: the ladder of `judge` on the mean effect over all test firings, which must be below 0, and
     on effect - control for each control. Intervals resample sequences and atoms (for a single atom: sequences). An
     effect matters from 0.01 nats on. The floor is what a no-op moves the same tokens. A second claim counts atoms whose
     effect is below every control by itself, by 0.01 nats or more: each has one random direction, and of two random
     directions one is always a little ahead.
 
-    **Put in** (the paper's I.4). m a* A_i is added to the write where the atom is silent; a* is the median activation
-    of the atom at its test firings. Claim 24, that an atom raises its token there: the ladder on the mean effect at the
-    largest of `injected` (the paper's own test fails), against the same edit looked at on the tokens of similar
+    **Insertion** (the paper's I.4). m a* A_i is added to the write where the atom is silent; a* is the median
+    activation of the atom at its test firings. Claim 24, that an atom raises its token there: the ladder on the mean
+    effect at the largest of `injected` (the paper's own test fails), against the same edit looked at on the
+    tokens of similar
     probability, and against a random direction of the same norm on the token that was chosen for it: a direction that
-    lowers a token when it is taken away raises it when it is added, learned or not.
+    lowers a token when it is ablated raises it when it is added, learned or not.
     """
 
     n_atoms: int | None = 20
@@ -89,11 +90,11 @@ class Erasure(OfHalves):
     test_firings: int = 12
     """At most this many firings of an atom for the test, in the other half of the sequences."""
     injected: tuple[float, ...] = (1.0, 2.0, 4.0)
-    """m where the atom is silent. Empty: nothing is put in."""
+    """m where the atom is silent. Empty: nothing is inserted."""
     horizon: int = 4
     """The effect is the mean change of a token's log-probability over t..t+horizon."""
 
-    question: ClassVar[str] = "Does erasing an atom lower a token of its own?"
+    question: ClassVar[str] = "Does erasing an atom lower its own token?"
     answers: ClassVar[tuple[int, ...]] = (8, 24)
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "atoms": described(
@@ -120,7 +121,7 @@ class Erasure(OfHalves):
         ),
         "doses": described(
             "atom sequence",
-            position="token where the atom is silent and is put in",
+            position="token where the atom is silent and is inserted",
             dose="m: what is added, in units of the median activation of the atom at its test firings",
             effect="nats, change of the atom's token",
             wrong="nats, the same edit on tokens of similar probability",
@@ -153,10 +154,9 @@ class Erasure(OfHalves):
         def changes(rows: EditedRows) -> Mapping[str, ArrayLike]:
             change, (column, is_random) = log_prob_change(rows), _columns(rows)
             own = torch.where(is_random[:, None], tokens["random"][column], tokens["effect"][column])
-            looked_at = {"change": own, "wrong": tokens["wrong"][column]}
             return {
-                name: change.gather(1, each.to(change.device)).double().mean(1).cpu().numpy()
-                for name, each in looked_at.items()
+                name: change.gather(1, looked_at.to(change.device)).double().mean(1).cpu().numpy()
+                for name, looked_at in {"change": own, "wrong": tokens["wrong"][column]}.items()
             }
 
         lab.facts["floor"] = lab.floor(floor, "change", self.horizon + 1)
@@ -259,7 +259,7 @@ class Erasure(OfHalves):
     def _trials(self, lab: Lab, site: Site, directions: Directions, typical: Tensor | None = None) -> list[Trial]:
         """What is taken from the write at each firing of a site: the atom's component, and a random direction of its
         norm. In the test half, where the activations `typical` of the atoms are given, also as much of another write
-        (`elsewhere`), and what is put in there (`injected`)."""
+        (`elsewhere`), and what is inserted there (`injected`)."""
         rows = site.rows
         column, activation = (torch.tensor(rows[name].to_numpy()) for name in ("column", "activation"))
         atom = directions["effect"].rows(column)
@@ -294,6 +294,7 @@ class Erasure(OfHalves):
             claim="erasing an atom lowers its token",
             effect=effect,
             what="the mean effect on sequences that the token was not chosen on",
+            null=CONTROLS["random"],
             against=erased.beaten("effect", CONTROLS),
             typical=float(firings["effect"].abs().median()),
             floor=result.fact("floor"),
@@ -310,7 +311,8 @@ class Erasure(OfHalves):
         n_single = int((lower & (atoms["p"] < 0.05)).sum())
         beaten = f"atom lowers its token {RELEVANT:g} nats more than every control."
         single = Finding(
-            claim="single atoms have a token of their own",
+            claim="single atoms have their own token",
+            null=CONTROLS["random"],
             ruled=one_is_enough(n_single, effect, f"At least one {beaten}", f"No {beaten}"),
             measured=f"{n_single} of {len(atoms)} atoms (Holm-adjusted p < 0.05 and {RELEVANT:g} nats against every "
             "control)",
@@ -329,6 +331,7 @@ class Erasure(OfHalves):
             claim="an atom inserted where it is silent raises its token",
             effect=raised,
             what="the effect where the atom is silent",
+            null=CONTROLS["random"],
             against=at[most].beaten("effect", rivals),
             typical=float(rows["effect"].abs().median()),
             floor=result.fact("floor"),
@@ -344,7 +347,7 @@ class Erasure(OfHalves):
 
 
 def _columns(rows: EditedRows) -> tuple[Tensor, Tensor]:
-    """[n] the number of each trial's atom, and whether its random direction is taken away."""
+    """[n] the number of each trial's atom, and whether its random direction is ablated."""
     described = pd.DataFrame([trial.row for trial in rows.trials])
     is_random = described["condition"].isin(["random", RANDOM_IN])
     return torch.tensor(described["column"].to_numpy()), torch.tensor(is_random.to_numpy())

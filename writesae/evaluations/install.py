@@ -20,8 +20,8 @@ from writesae.experiment.generation import greedy_rows
 from writesae.experiment.lab import Lab, Trial
 from writesae.experiment.targets import Stratum, draw_target, random_unit, target_change
 from writesae.experiment.tokens import token_text
-from writesae.verdict.finding import Against, Finding, Paired
-from writesae.verdict.format import percent
+from writesae.verdict.finding import Against, Finding, Paired, said
+from writesae.verdict.format import percent, points
 
 STRATA = (Stratum("frequent", 2, 10), Stratum("100-1000", 100, 1000), Stratum("rare", 1001))
 """Targets by their native rank at the end of the prompt; the second stratum is the paper's."""
@@ -33,7 +33,7 @@ paper's gain is 0.67 to 1, and 0.1 is 2 of the default 20 pairs."""
 @dataclass(frozen=True, kw_only=True)
 class Install(Evaluation):
     """At each of the last `n_positions` tokens t of a prompt the head also writes m |W_t| k_t w_T^T / |k_t|, where W_t
-    is the native write and w_T = normalise(W_O^h W_U[T]). A **hit**: the target T is among the `new_tokens` greedy
+    is the native write and w_T = normalize(W_O^h W_U[T]). A **hit**: the target T is among the `new_tokens` greedy
     tokens. Targets are drawn from strata by their native rank at the end of the prompt.
 
     **Controls**, on the same prompt: nothing is written; a random value side of equal norm (does T appear?); a wrong
@@ -43,7 +43,7 @@ class Install(Evaluation):
     ladder of `judge` on the difference of hit rates, installed - nothing (chance 0, a difference matters from 0.1 on),
     against the random value side and the wrong target. The other strata are judged by the same rule. Claim 25, over all
     strata, as the paper pools them: the share of pairs whose target has a better rank at the first new token than
-    without edits (chance 1/2, from 60 % on it matters), against the same share under the random value side.
+    without edits (chance 1/2, from 60% on it matters), against the same share under the random value side.
     """
 
     pairs: Annotated[int, AtLeast(2)] = 20
@@ -59,7 +59,7 @@ class Install(Evaluation):
     new_tokens: int = 20
     """Greedy tokens in which the target is looked for."""
     semantic: tuple[Target, ...] = ()
-    """Tokens or strings (each one token) that mean something to you: a stratum of their own. Empty: left out."""
+    """Tokens or strings (each one token) that mean something to you: one more stratum. Empty: left out."""
 
     question: ClassVar[str] = "Do installed writes put a token into the continuation?"
     answers: ClassVar[tuple[int, ...]] = (10, 25)
@@ -122,17 +122,28 @@ class Install(Evaluation):
                 lab.skipped["pairs whose stratum is not in the vocabulary"] += 1
                 continue
             pair, first = len(tables), self.prompt_tokens - self.n_positions
-            row = {"pair": pair, "sequence": sequence, "stratum": stratum.name, "token": target.token}
-            row |= {"text": token_text(lab.model, target.token), "rank": target.rank, "wrong": target.wrong}
+            row = {
+                "pair": pair,
+                "sequence": sequence,
+                "stratum": stratum.name,
+                "token": target.token,
+                "text": token_text(lab.model, target.token),
+                "rank": target.rank,
+                "wrong": target.wrong,
+            }
             direction = value_direction(lab.model, *place, target.token)
             sides = {"target": direction, "random": random_unit(direction, lab.rng(3, pair))}
             norms, keys = site.writes.norm()[:, None], torch.nn.functional.normalize(site.writes.keys[:, 0], dim=-1)
-            trials = []
-            for m in self.sizes:
-                for condition, value in sides.items():
-                    added = LowRank.rank_one(keys, m * norms * value.to(norms))
-                    each = [lab.add(t, added, t) for t in range(first, self.prompt_tokens)]
-                    trials.append(Trial(row | {"condition": condition, "m": m}, first, each))
+            trials = [
+                Trial(
+                    row | {"condition": condition, "m": m},
+                    first,
+                    [lab.add(t, added, t) for t in range(first, self.prompt_tokens)],
+                )
+                for m in self.sizes
+                for condition, value in sides.items()
+                for added in [LowRank.rank_one(keys, m * norms * value.to(norms))]
+            ]
             nothing = row | {"condition": "nothing", "m": 0.0, "log_prob_change": 0.0, "edited_rank": target.rank}
             tables.append(pd.concat([pd.DataFrame([nothing]), lab.read(site, trials, target_change, self.n_positions)]))
             edits += [[], *(trial.edits for trial in trials)]
@@ -142,13 +153,12 @@ class Install(Evaluation):
         new = greedy_rows(
             lab.model, torch.stack(prompts), edits, self.new_tokens, batch_size=self.rows_per_run, progress=lab.progress
         )
-        table = pd.concat(tables, ignore_index=True)
-        found = {
-            "hit": [token in row for token, row in zip(table["token"], new)],
-            "wrong_hit": [wrong in row for wrong, row in zip(table["wrong"], new)],
-            "first": [row.index(token) if token in row else -1 for token, row in zip(table["token"], new)],
-        }
-        return {"continuations": table.assign(**found)}
+        table = pd.concat(tables, ignore_index=True).assign(
+            hit=lambda t: [token in row for token, row in zip(t["token"], new)],
+            wrong_hit=lambda t: [wrong in row for wrong, row in zip(t["wrong"], new)],
+            first=lambda t: [row.index(token) if token in row else -1 for token, row in zip(t["token"], new)],
+        )
+        return {"continuations": table}
 
     # -- judging
 
@@ -172,13 +182,14 @@ class Install(Evaluation):
             claim=f"installed writes put a token of stratum {stratum} into the continuation",
             effect=gain,
             what="the gain in hits over nothing",
+            null=controls["random"],
             against=hits.beaten("target", controls),
             relevant=RELEVANT,
             shown=hits.means({"target": "installed", "nothing": "nothing"} | controls),
             write=percent,
             axis=f"of continuations have the token at m = {self.headline:g}",
-            measured=f"log-probability of the first token {moved} nats",
-            controls=f"installed - nothing {gain}",
+            measured=f"log-probability of the first token {said(moved)} nats",
+            controls=f"installed - nothing {said(gain, points)} points",
             of="prompt x target pairs",
         )
 
@@ -195,6 +206,7 @@ class Install(Evaluation):
             claim="installed writes improve the rank of their token",
             effect=better.mean(target),
             what="the share of improved ranks",
+            null=rival,
             against={rival: Against(lead)},
             chance=0.5,
             relevant=RELEVANT,
@@ -202,6 +214,6 @@ class Install(Evaluation):
             write=percent,
             axis=f"of pairs at m = {self.headline:g}",
             measured=f"median shift of the rank {shift:+,.0f}",
-            controls=f"installed - random {lead}",
+            controls=f"installed - random {said(lead, points)} points",
             of="prompt x target pairs in {} sequences",
         )

@@ -38,16 +38,16 @@ class MultiAtom(OfFirings):
     (`code`), without the decoder's bias, at the dictionary's own scale or at the norm of the native write.
     KL(native || edited) is the mean over t..t+horizon.
 
-    Beside it are native (a no-op), delete, and, with the same number of rank-1 terms and at the same norm, the top
+    Also written are native (a no-op), delete, and, with the same number of rank-1 terms and at the same norm, the top
     terms of the mean write and of the state S_t - W_t before the write. The state after the write contains the write:
-    it is a reference and never held against the code.
+    it is a reference and never compared with the code.
 
-    For a dictionary of states, the code is that of the state S_t, and its atoms are written in the place of the write.
+    For a dictionary of states, the code is that of the state S_t, and its atoms replace the write.
     The question is then whether what the state's dictionary says is there can stand in for what the token adds. At the
     dictionary's own scale it has the norm of a whole state.
 
     **Verdict** (a claim of this project), with all atoms, at the first scale: the
-    ladder of `judge` on the mean of log KL(all atoms) - log KL(delete), which lies below 0 where the claim holds (a
+    ladder of `judge` on the mean of log KL(all atoms) - log KL(delete), which is below 0 where the claim holds (a
     change of 0.1 matters), against every control that is nearer than deletion by itself. A KL below the floor (the 95th
     percentile of the no-op) counts as the floor, because the logarithm of what rounding leaves says nothing. The median
     KL of deletion must exceed the floor.
@@ -128,18 +128,21 @@ class MultiAtom(OfFirings):
                     top = bases[name].terms(slice(partial.rank)).to(partial.values)
                     written.append((name, scale, n, top.with_norm(own.norm())))
         for name, scale, n, matrix in written:
-            row: dict[str, object] = {
-                "sequence": site.sequence,
-                "position": position,
-                "condition": name,
-                "scale": scale,
-                "count": n,
-                "all": 0 < n == len(code),
-                "terms": matrix.rank,
-                "norm": float(matrix.norm() / native.norm()),
-                "cosine": float(matrix.cosine(native)),
-            }
-            yield Trial(row, position, lab.replace(position, matrix if matrix.rank else None))
+            yield Trial(
+                {
+                    "sequence": site.sequence,
+                    "position": position,
+                    "condition": name,
+                    "scale": scale,
+                    "count": n,
+                    "all": 0 < n == len(code),
+                    "terms": matrix.rank,
+                    "norm": float(matrix.norm() / native.norm()),
+                    "cosine": float(matrix.cosine(native)),
+                },
+                position,
+                lab.replace(position, matrix if matrix.rank else None),
+            )
 
     # -- judging
 
@@ -163,6 +166,7 @@ class MultiAtom(OfFirings):
                 claim=f"a write can be replaced by its sparse code ({scale})",
                 effect=ratio["code"],
                 what="the log KL ratio of the whole code to deletion",
+                null=next((NAMES[n] for n in names if n not in REFERENCES), ""),
                 against={NAMES[n]: Against(logs.mean("code", n), ratio[n]) for n in names if n not in REFERENCES},
                 less=True,
                 relevant=RELEVANT,

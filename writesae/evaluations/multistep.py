@@ -1,4 +1,4 @@
-"""How one substitution spreads over the next tokens: through the state of its own head, and through the model."""
+"""How one substitution spreads over the next tokens: through the state of its head, and through the model."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Multistep(Evaluation):
 
     The firings are those of the substitution test with the same seed, and the dominant atom of the position is
     written. The controls have the norm of the atom condition. The state after the write contains the write: it is a
-    reference and never held against an atom.
+    reference and never compared with an atom.
 
     **Verdict** (a claim of this project): on each firing, the distance is the mean over steps 0..n of 1 - cosine. The
     ladder of `judge` is applied to the rate at which the atom's distance is smaller than deletion's (chance 1/2, an
-    effect matters from 60 % on), against every control that beats deletion by itself. Claim 21, of the paper's
-    rebuttal: the state gap after the atom, mean over steps 0..n, lies below 5 % (one point more or less matters). Where
-    deletion stays below 5 % as well, that says nothing of atoms, and the claim is confounded.
+    effect matters from 60% on), against every control that beats deletion by itself. Claim 21, of the paper's
+    rebuttal: the state gap after the atom, mean over steps 0..n, is below 5% (one point more or less matters). Where
+    deletion stays below 5% as well, that says nothing of atoms, and the claim is confounded.
     """
 
     n_steps: int = 10
@@ -136,6 +136,7 @@ class Multistep(Evaluation):
                 claim=f"over {self.n_steps} tokens an atom moves the model less than deletion",
                 effect=wins["atom"],
                 what="the win rate against deletion",
+                null=next(iter(against), ""),
                 against=against,
                 chance=0.5,
                 relevant=RELEVANT,
@@ -153,7 +154,8 @@ class Multistep(Evaluation):
                 chance=SMALL_GAP + RELEVANT_GAP,  # so that the gap must lie below SMALL_GAP
                 less=True,
                 relevant=RELEVANT_GAP,
-                null="deletion",
+                null="delete",
+                against={"delete": Against(gaps.mean("atom", "delete"))},
                 **gaps.size_of("delete"),
                 unless=None if gap["delete"].high > SMALL_GAP else small,
                 shown={NAMES[name]: each for name, each in gap.items()},

@@ -234,14 +234,14 @@ class Objectives(OfAlive):
         gap = Estimate(mean, low, high, n, min(mine.n_clusters, theirs.n_clusters))
         floors = [f"{each['sae']}: {each['sentence']}" for each in (row, base) if each["outcome"] == "below the floor"]
         sure = "It is ahead, and beats deletion and every control that beats deletion."
-        short = f"It is ahead; of its own atoms against deletion: {row['sentence']}"
+        short = f"It is ahead; its atoms compared with deletion: {row['sentence']}"
         name = f"{row['target'].replace('_', ' ')}s by {'mse' if row['loss'] == 'mse' else row['loss'] + ' loss'}"
         return Finding(
             claim=f"training on {name} ({a}) substitutes better than training on states by mse",
             effect=gap,
             what="the difference of win rates",
             relevant=RELEVANT,
-            null=b,
+            null="a dictionary trained on states by mse",
             unless=Verdict(row["outcome"], sure if row["outcome"] == "holds" else short),
             ruled=Verdict("below the floor", floors[0]) if floors else None,
             shown={a: mine, b: theirs} | {f"{NAMES[c]}, {a}": value(result, a, c) for c in self.controls},

@@ -30,9 +30,16 @@ SAMPLES: dict[str, str] = {"cosine": "atoms", "shuffled": "shuffled", "random": 
 STRONG = 10.0
 """Difference of BIC that counts as very strong evidence (Kass and Raftery, 1995)."""
 
+APART = 2.0
+"""Ashman's D, the distance of two means in units of the root mean square of the two standard deviations, from which on
+two components are two kinds (Ashman, Bird and Zepf, 1994). One skewed kind is fitted by two that overlap."""
+
 RELEVANT_COSINE = 0.05
 """Gain in cosine over shuffled positions from which on atoms point along their writes. It is the
 cosine from which on the paper calls an atom a register."""
+
+UNTRAINED = "an untrained dictionary at its own firings"
+"""The null of every claim here, as a reader sees it."""
 
 RELEVANT_SHARE = 0.1
 """Gain in the share of registers over shuffled positions that matters."""
@@ -54,9 +61,10 @@ class Partition(OfAlive):
 
     1. *not tested*: there are fewer than `min_atoms` alive atoms, or all cosines are alike.
     2. *fails*: on the cosines, BIC is lowest at another number of components than 2, or at 2 by less than 10 under
-       that of one.
+       that of one, or the two components overlap (Ashman's D below 2). A mixture also fits one kind that is skewed.
     3. *confounded*: the shuffled null, too, takes more than one component by at least 10, or the share of atoms at the
-       threshold or above is no higher than in the shuffled null (by the ladder of `judge`, over atoms).
+       threshold or above is no higher than in the shuffled null (by the ladder of `judge`, over atoms), or no higher
+       than for an untrained dictionary at its own firings.
     4. *holds* otherwise.
 
     A claim of this project, "atoms point along the writes they fire on": the ladder of `judge` on the median over atoms
@@ -66,17 +74,17 @@ class Partition(OfAlive):
     **Verdict of claim 4**, "register and bundle alike", from a substitution test of as many registers as bundles, each
     writing its own atom: the outcome is *below the floor*, *inconclusive*, *confounded* or *undecided* where that test
     is, or where `judge` finds so for one kind (its win rate against deletion over atoms, chance 1/2). It fails where a
-    kind does not beat deletion. Else it holds where the 95 % interval of the difference of the two rates lies within 10
-    points of zero, fails where it lies beyond, and is inconclusive where it reaches from one to the other: no
+    kind does not beat deletion. Else it holds where the 95% interval of the difference of the two rates lies within 10
+    points of zero, fails where it excludes them, and is inconclusive where it reaches from one to the other: no
     difference found is no sameness shown.
 
     **Verdict of claim 26**, that atoms point along their writes and the first principal component of the head's writes
-    (centred, of `pca_writes` writes of the same text) does not: the ladder of `judge` on the median over alive atoms of
-    (cosine - pca), chance 0, a gain of 0.05 matters, against an untrained dictionary at its own firings. Registers
+    (centered, of `pca_writes` writes of the same text) does not: the ladder of `judge` on the median over alive atoms
+    of (cosine - pca), chance 0, a gain of 0.05 matters, against an untrained dictionary at its own firings. Registers
     alone would not do: they are those of a cosine of 0.05 and more. **Verdict of claim 27**, over results of several
-    update rules: it holds where every pair of rules differs by a Kolmogorov-Smirnov test of their atoms' cosines
-    (Holm-adjusted p < 0.05) and the registers' medians have the paper's order; it is confounded where the cosines at
-    shuffled positions do the same, and fails otherwise.
+    update rules: it holds where the cosines of the alive atoms fall from each rule to the next in the paper's order
+    (Mann-Whitney tests, each with a one-sided p below 0.025), and those above shuffled positions (cosine - shuffled)
+    fall too. It is confounded where only the cosines fall, and fails otherwise. A rule needs 20 alive atoms.
     """
 
     threshold: float = 0.05
@@ -84,7 +92,7 @@ class Partition(OfAlive):
     components: int = 4
     """Largest mixture that is fitted."""
     restarts: int = 3
-    """Starts of each fit; the likeliest is kept."""
+    """Starts of each fit; the likeliest counts."""
     min_atoms: int = 20
     """Alive atoms without which no claim is tested."""
     tested_atoms: Annotated[int, AtLeast(0)] = 16
@@ -200,13 +208,14 @@ class Partition(OfAlive):
             claim="atoms point along the writes they fire on",
             effect=gain,
             what="the median gain in cosine over shuffled positions",
-            against={"an untrained dictionary at its own firings": Against(untrained)},
+            null=UNTRAINED,
+            against={UNTRAINED: Against(untrained)},
             relevant=RELEVANT_COSINE,
             ruled=few if len(table) < self.min_atoms else None,
             shown={
                 "atoms": atoms.median("cosine"),
                 "shuffled null": atoms.median("shuffled"),
-                "an untrained dictionary at its own firings": atoms.median("untrained"),
+                UNTRAINED: atoms.median("untrained"),
                 "random null": atoms.median("random"),
             },
             write="{:.3f}".format,
@@ -216,19 +225,17 @@ class Partition(OfAlive):
             f"sides {medians['value']:.2f} (shuffled {medians['shuffled_value']:.2f})",
             of="alive atoms",
         )
-        lead, own = atoms.median("cosine", "pca"), "an untrained dictionary at its own firings"
+        lead = atoms.median("cosine", "pca")
         pca = Finding(
             number=26,
             claim="atoms point along their writes, the first principal component of writes does not",
             effect=lead,
             what="the median lead of atoms over the component",
-            against={own: Against(untrained)},
+            null=UNTRAINED,
+            against={UNTRAINED: Against(untrained)},
             relevant=RELEVANT_COSINE,
             ruled=aligned.ruled,
-            shown={
-                "lead of atoms": lead,
-                f"lead of {own}": atoms.median("untrained", "pca"),
-            },
+            shown={"lead of atoms": lead, f"lead of {UNTRAINED}": atoms.median("untrained", "pca")},
             write=signed,
             axis="median cosine above that of the first principal component at the same firings",
             of="alive atoms",
@@ -257,16 +264,22 @@ class Partition(OfAlive):
         (best, gap), (null, null_gap), (on_z, _) = (
             fitted.get(key, (None, 0.0)) for key in (("atoms", "cosine"), ("shuffled", "cosine"), ("atoms", "z"))
         )
+        two = fits[(fits["sample"] == "atoms") & (fits["space"] == "cosine") & (fits.index == 2)]
+        apart = float(np.ptp(two["mean"]) / np.sqrt((two["sd"] ** 2).mean())) if len(two) else 0.0
         registers = atoms[atoms["kind"] == "register"]
-        above = atoms[list(SAMPLES)].ge(self.threshold).astype(float).assign(atom=atoms["atom"])
-        excess = Paired(above, ("atom",), self.seed).mean("cosine", "shuffled")
-        ladder = judge(excess, relevant=RELEVANT_SHARE, what="the share of registers beyond that at shuffled positions")
+        above = atoms[[*SAMPLES, "untrained"]].ge(self.threshold).astype(float).assign(atom=atoms["atom"])
+        shares = Paired(above, ("atom",), self.seed)
+        excess, rival = shares.mean("cosine", "shuffled"), {UNTRAINED: Against(shares.mean("cosine", "untrained"))}
+        ladder = judge(
+            excess, rival, relevant=RELEVANT_SHARE, what="the share of registers beyond that at shuffled positions"
+        )
         difference = f"[{points(excess.low)}, {points(excess.high)}] points"
         share = f"{percent(above['cosine'].mean())} of atoms reach {self.threshold:g}"
         fit = f"BIC prefers {best} components on the cosine (by {gap:.0f} over one) and {on_z} on Fisher's z"
+        fit += f"; two are {apart:.1f} standard deviations apart" * bool(apart)
         if len(atoms) < self.min_atoms or best is None:
-            verdict = Verdict("not tested", f"{len(atoms)} alive atoms are too few, or too alike, to tell kinds apart.")
-        elif best != 2 or gap < STRONG:
+            verdict = Verdict("not tested", f"{len(atoms)} alive atoms are too few, or too alike, to have kinds.")
+        elif best != 2 or gap < STRONG or apart < APART:
             verdict = Verdict("fails", f"{fit}, so the cosine does not part the atoms into two kinds; {share}.")
         elif null_gap >= STRONG:
             verdict = Verdict(
@@ -285,6 +298,7 @@ class Partition(OfAlive):
         return Finding(
             number=6,
             claim="atoms part into registers and bundles",
+            null=UNTRAINED,
             ruled=verdict,
             measured=f"{len(registers)} register / {len(atoms) - len(registers)} bundle / {result.info['dead']} dead; "
             f"register median cosine {number(float(registers['cosine'].median()))}; registers make "

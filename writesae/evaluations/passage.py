@@ -1,7 +1,7 @@
 """Passages without a class of atoms: what does it cost the model to lose every firing of registers, or of bundles?
 
-Source: WriteSAE (arXiv 2605.12770), passage NLL. The paper compares atoms that are taken away with random writes that
-are put in; here random writes of the same norms are taken away and put in alike.
+Source: WriteSAE (arXiv 2605.12770), passage NLL. The paper compares atoms that are ablated with random writes that
+are inserted; here random writes of the same norms are ablated and inserted alike.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Passage(Evaluation):
 
     - `own`: c_t is taken from the write that is there.
     - `removed`: the same norms are taken from the writes of as many random tokens.
-    - `inserted`: the writes of random other tokens are put in, at norm c_t.
-    - `random`: Gaussian rank-1 directions are put in, at norm c_t (the paper's control).
+    - `inserted`: the writes of random other tokens are inserted, at norm c_t.
+    - `random`: Gaussian rank-1 directions are inserted, at norm c_t (the paper's control).
 
     A no-op, `native`, writes the native writes of the same tokens again and measures the floor.
 
     **Verdict** of claim 19, for the class `register` (or the first): the ladder of `judge` on
-    cost(deleted) - cost(random), which must lie below 0. It is confounded where other writes taken away (`removed`)
-    cost as little: then it counts that writes are taken away rather than put in, not which. Intervals resample
+    cost(deleted) - cost(random), which must be below 0. It is confounded where other ablated writes (`removed`)
+    cost as little: then it counts that writes are ablated rather than inserted, not which. Intervals resample
     passages. A difference matters from 0.01 bits per token on. The typical size is the largest mean cost of a
     condition, the floor the 95th percentile of the no-op.
     """
@@ -134,9 +134,8 @@ class Passage(Evaluation):
         written = np.flatnonzero(site.writes.norm().cpu().numpy() > 0)
         if not inside.any() or len(written) < 2:
             return []
-        components = lab.atoms(firings.atom[inside])
-        components = components * -torch.tensor(firings.activation[inside]).to(components.values)
-        where = firings.position[inside]
+        atom, where = lab.atoms(firings.atom[inside]), firings.position[inside]
+        components = atom * -torch.tensor(firings.activation[inside]).to(atom.values)
         positions = np.unique(where).tolist()
         sums = [components.rows(np.flatnonzero(where == t).tolist()).total() for t in positions]
         native = site.at(positions)
@@ -189,6 +188,7 @@ class Passage(Evaluation):
             claim=f"ablating class {name} costs less than inserting random directions",
             effect=bits.mean("deleted", "random"),
             what="the cost of ablating the atoms, minus that of inserting random directions,",
+            null=CONTROLS["removed"],
             against=bits.beaten("deleted", {"removed": CONTROLS["removed"]}),
             less=True,
             relevant=RELEVANT,

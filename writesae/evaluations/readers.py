@@ -1,4 +1,4 @@
-"""Readers: which downstream heads change most when an atom's write is taken away?
+"""Readers: which downstream heads change most when an atom's write is ablated?
 
 Source: WriteSAE (arXiv 2605.12770), reader traces, which list readers below the atom's own layer. A write reaches the
 rest of the model through its own head's reads; only heads of **later layers**, recurrent or attention, at the same or
@@ -49,13 +49,13 @@ class Readers(OfHalves):
     An atom's **reader** is the head with the largest mean log ratio of its change to its change under a random
     direction, over the firings of the selection half of the sequences. All that follows is measured on the other half.
 
-    The controls are taken away at the same token with the same norm:
+    The controls are ablated at the same token with the same norm:
 
     - `random`: a Gaussian direction, drawn anew at each firing.
     - `other`: the direction of another of the atoms.
 
     **Verdict** (a claim of this project): the ladder of `judge` on the mean of log(change / change under random) at the
-    readers, which must lie above 0. It is confounded where the change is no larger than under another atom (the reader
+    readers, which must exceed 0. It is confounded where the change is no larger than under another atom (the reader
     notices anything), or where the log ratio is no larger than its mean over the other downstream heads (all of them
     notice it; this control needs a second downstream head). Intervals resample sequences and atoms. A change matters
     where it is a tenth larger. The typical size is the median change at the readers, the floor what a no-op changes,
@@ -76,7 +76,7 @@ class Readers(OfHalves):
             "layer": "layer of the downstream head",
             "mixer": "what it is a head of: recurrence or attention",
             "head": "the downstream head",
-            "condition": "what was taken away: atom, random, other",
+            "condition": "what was ablated: atom, random, other",
             "change": "change of what the head gives over t..t+horizon, divided by the norm of that",
         }
     }
@@ -117,13 +117,13 @@ class Readers(OfHalves):
         return {"changes": table[~quiet].reset_index(drop=True)}
 
     def _trials(self, lab: Lab, site: Site, numbers: Integers) -> list[Trial]:
-        """What is taken away under each condition, at each firing of a site."""
+        """What is ablated under each condition, at each firing of a site."""
         rng, column = lab.rng(8, site.sequence), pd.Index(numbers).get_indexer(pd.Index(site.rows["atom"]))
         step = rng.integers(1, len(numbers), len(column))
         atom, other = lab.atoms(numbers[column]), lab.atoms(numbers[(column + step) % len(numbers)])
         atom = atom * torch.tensor(site.rows["activation"].to_numpy()).to(atom.values)
         noise = atom.random_like(torch.Generator().manual_seed(int(rng.integers(2**62))))
-        size = -atom.norm()  # taken away
+        size = -atom.norm()  # ablated
         added = {"atom": atom * -1.0, "random": noise.with_norm(size), "other": other.with_norm(size)}
         described = cast(list[dict[str, object]], site.rows.to_dict("records"))
         return [
@@ -144,15 +144,16 @@ class Readers(OfHalves):
         ratio = logs.means({"random": "a random direction"} | CONTROLS)
         return [
             Finding(
-                claim="an atom's write has readers of its own among downstream heads",
+                claim="an atom's write has its own readers among downstream heads",
                 effect=ratio["a random direction"],
                 what="the log ratio of the readers' change to that under a random direction",
+                null=CONTROLS["other"],
                 against={shown: Against(ratio[shown]) for c, shown in CONTROLS.items() if c != "excess" or several},
                 relevant=RELEVANT,
                 typical=float(at["change"].median()),
                 floor=result.fact("floor"),
                 shown=ratio,
-                write=_times,
+                write=lambda log: f"{np.exp(log):.2f}",
                 axis="times the change under a random direction",
                 measured=f"change at the reader {at['change'].median():.2g} of what it outputs (readers: "
                 + ", ".join(f"{name} of {n}" for name, n in named.head(3).items())
@@ -160,11 +161,6 @@ class Readers(OfHalves):
                 of=f"firings of {at['atom'].nunique()} atoms in {at['sequence'].nunique()} sequences",
             )
         ]
-
-
-def _times(log: float) -> str:
-    """A log ratio as a factor."""
-    return f"{np.exp(log):.2f}"
 
 
 def ratios(result: Result, half: str) -> pd.DataFrame:
@@ -187,8 +183,11 @@ def ratios(result: Result, half: str) -> pd.DataFrame:
 def readers_of_atoms(result: Result) -> pd.DataFrame:
     """The reader of each atom by the selection half: atom, layer, mixer, head, and its mean log_ratio there."""
     means = ratios(result, "select").groupby(["atom", *_HEAD], as_index=False)["random"].mean()
-    top = means.loc[means.groupby("atom")["random"].idxmax()]
-    return top.rename(columns={"random": "log_ratio"}).reset_index(drop=True)
+    return (
+        means.loc[means.groupby("atom")["random"].idxmax()]
+        .reset_index(drop=True)
+        .rename(columns={"random": "log_ratio"})
+    )
 
 
 def at_readers(result: Result) -> pd.DataFrame:

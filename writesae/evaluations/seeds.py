@@ -1,6 +1,6 @@
 """Seeds: what dictionaries that differ in their seed have in common, in numbers of atoms and atom by atom.
 
-Source: WriteSAE (arXiv 2605.12770), which reports counts that vary by 4-12 % and fewer than 1 % of atoms that match at
+Source: WriteSAE (arXiv 2605.12770), which reports counts that vary by 4-12% and fewer than 1% of atoms that match at
 cosine > 0.9. A matched cosine means nothing by itself, since the best of 2,048 partners is always somewhat alike, so
 two nulls are matched in the same way.
 """
@@ -43,14 +43,14 @@ spread of a count over seeds, (largest - smallest) / mean, up to which kinds are
 class Seeds(OfAlive):
     """The dictionaries differ in their seed only. Their alive atoms are matched one to one, so that the sum of
     |cosines| is largest. Two nulls are matched in the same way: as many Gaussian directions, and as many native writes
-    drawn at random from different sequences. Atoms and nulls have no pairing of their own, so the excess over a null is
-    the median difference of sorted cosines, with an interval by a bootstrap over pairs.
+    drawn at random from different sequences. Atoms and nulls are not paired, so the excess over a null is the
+    difference of two means, with an interval by a bootstrap over the pairs of each sample.
 
     **Verdict** of claim 20, "seeds find the same kinds, not the same atoms": it *fails* where the numbers of alive
-    atoms or of registers spread by more than 12 % of their mean, or more than 1 % of the matched atoms of some pair of
+    atoms or of registers spread by more than 12% of their mean, or more than 1% of the matched atoms of some pair of
     dictionaries exceed cosine 0.9. Atoms that were never learned share nothing either, so it *holds* only where in
-    every pair of dictionaries the atoms match better than random directions by 0.05 or more; otherwise it is
-    *inconclusive*. (Any excess will not do: random atoms that fire are a little more alike than random directions.)
+    every pair of dictionaries the atoms match better than random directions by more than 0.1; otherwise it is
+    *inconclusive*. (Half of that will not do: random atoms that fire are a little more alike than random directions.)
 
     "Seeds share atoms beyond chance" (a claim of this project): the ladder of `judge` on the excess over random
     directions, of the pair of dictionaries where it is smallest, against native writes drawn at random (the pair where
@@ -77,9 +77,9 @@ class Seeds(OfAlive):
             "n": "number of matched pairs",
             "median": "median |cosine| of the matched pairs",
             "share_same": "share of pairs with a |cosine| above 0.9",
-            "excess": "median over pairs of the matched |cosine| of the atoms minus this sample's, both sorted",
-            "excess_low": "lower end of its 95 % interval over pairs",
-            "excess_high": "upper end of its 95 % interval over pairs",
+            "excess": "mean matched |cosine| of the atoms minus that of this sample",
+            "excess_low": "lower end of its 95% interval over pairs",
+            "excess_high": "upper end of its 95% interval over pairs",
         },
         "pairs": {
             "a": "label of one dictionary",
@@ -114,8 +114,9 @@ class Seeds(OfAlive):
             atoms = [lab.atoms(numbers[label], label) for label in (a, b)]
             noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
             random = [each.random_like(noise) for each in atoms]
-            drawn = [rng.permutation(len(pool))[: len(each)] for pool, each in zip(pools, atoms)]
-            writes = [pool.rows(torch.tensor(rows)) for pool, rows in zip(pools, drawn)]
+            writes = [
+                pool.rows(torch.tensor(rng.permutation(len(pool))[: len(each)])) for pool, each in zip(pools, atoms)
+            ]
             for sample, (one, other) in zip(SAMPLES, (atoms, random, writes)):
                 size = one.cosines(other).abs().cpu().double().numpy()
                 first, second = linear_sum_assignment(size, maximize=True)
@@ -130,12 +131,10 @@ class Seeds(OfAlive):
         """The table `matches` of a table `pairs`."""
         rows = []
         for (a, b), both in pairs.groupby(["a", "b"], sort=False):
-            cosines = {name: np.sort(both.loc[both["sample"] == name, "cosine"].to_numpy(float)) for name in SAMPLES}
-            for sample, x in cosines.items():
-                n = min(len(x), len(cosines["atoms"]))
-                table = pd.DataFrame({"pair": np.arange(n), "excess": cosines["atoms"][-n:] - x[-n:]})
-                excess = Paired(table, ("pair",), self.seed).median("excess")
-                rows.append((a, b, sample, len(x), np.median(x), (x > SAME).mean(), *excess[:3]))
+            samples = {name: Paired(of.reset_index(), ("index",), self.seed) for name, of in both.groupby("sample")}
+            for sample in SAMPLES:
+                x, excess = samples[sample]["cosine"], samples["atoms"].lead("cosine", samples[sample])
+                rows.append((a, b, sample, len(x), x.median(), (x > SAME).mean(), *excess[:3]))
         return pd.DataFrame(rows, columns=list(self.columns["matches"]))
 
     # -- judging
@@ -153,6 +152,7 @@ class Seeds(OfAlive):
             claim="seeds share atoms beyond chance",
             effect=smallest,
             what=f"the excess over random directions of {random['a']} and {random['b']}, the pair that matches worst,",
+            null="random directions",
             against={"native writes drawn at random": Against(over_writes)},
             relevant=RELEVANT,
             measured=f"median matched |cosine| {medians['atoms']}",
@@ -164,9 +164,7 @@ class Seeds(OfAlive):
         same = {name: float(rows["share_same"].max()) for name, rows in matches.items()}
         faults = [f"counts vary by more than {percent(SPREAD)}"] * (max(spread.values()) > SPREAD)
         faults += [f"more than {percent(SAME_SHARE)} of atoms are the same"] * (same["atoms"] > SAME_SHARE)
-        learned = replace(
-            beyond, against={}, null="random directions", chance=RELEVANT
-        ).verdict  # atoms that fire are alike by a little
+        learned = replace(beyond, against={}, chance=RELEVANT).verdict  # atoms that fire are alike by a little
         if (few := too_little(smallest)) is not None:
             verdict = Verdict("inconclusive", few)
         elif faults:
@@ -178,6 +176,7 @@ class Seeds(OfAlive):
         kinds = Finding(
             number=20,
             claim="seeds find the same kinds, not the same atoms",
+            null="random directions",
             ruled=verdict,
             measured=f"alive vary by {percent(spread['alive'])}, registers by {percent(spread['register'])}; at most "
             f"{percent(same['atoms'])} of atoms match at cosine > {SAME:g}",

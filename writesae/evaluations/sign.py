@@ -41,7 +41,7 @@ GOOD_FIT = 0.9
 class Sign(Evaluation):
     """At position t the head also writes +- m |W_t| k_t y^T / |k_t|, where W_t is the native write and y a value side
     of norm 1. Measured is the change of the logit of a target T at the first read of that write: at t, or at t + 1
-    where the rule reads before it writes. The value sides are `direct`, w_T = normalise(W_O^h W_U[T]), and `gradient`,
+    where the rule reads before it writes. The value sides are `direct`, w_T = normalize(W_O^h W_U[T]), and `gradient`,
     the gradient of the logit with respect to the head's read. The **nulls** are `random`, and `wrong`, w of another
     token of the same ranks; what is looked at under both is the sign of the change of T.
 
@@ -50,7 +50,7 @@ class Sign(Evaluation):
 
     **Verdict** of claim 9, over all direct writes (intervals over sequences): the ladder of `judge` on the share of
     changes that have the sign that was written (chance 1/2, a share matters from 60% on), against both nulls. The share
-    of F0's right signs stands beside it: it asks about the sign of <k_t, q_t>, too. The floor is what a no-op moves a
+    of F0's right signs is shown with it: it asks about the sign of <k_t, q_t>, too. The floor is what a no-op moves a
     logit by. The second claim asks the same of F2, and besides an unfitted R² above 0.9 at the smallest m.
     """
 
@@ -163,11 +163,9 @@ class Sign(Evaluation):
     def findings(self, result: Result) -> list[Finding]:
         """Claim 9 by F0, and how far F2 predicts signs and sizes."""
         moved = result.tables["writes"].assign(written=lambda t: t["m"])
-        table = moved.assign(
-            **{by: np.sign(moved["measured"]) == np.sign(moved[by]) for by in ("aimed", "f0", "f2", "written")}
-        )
-        other = moved["f2"].sample(frac=1, random_state=self.seed).to_numpy()
-        table["shuffled"] = np.sign(moved["measured"]) == np.sign(other)
+        moved["shuffled"] = moved["f2"].sample(frac=1, random_state=self.seed).to_numpy()
+        predicted = ("aimed", "f0", "f2", "written", "shuffled")
+        table = moved.assign(**{by: np.sign(moved["measured"]) == np.sign(moved[by]) for by in predicted})
         of = {direction: Paired(rows) for direction, rows in table.groupby("direction")}
         units = ("sequence", "position", "token", "m")
         paired = Paired.of(table, "written", *units, by="direction", seed=self.seed)
@@ -180,6 +178,7 @@ class Sign(Evaluation):
             claim="the sign of a write is the sign of its effect",
             effect=written,
             what="the share of right signs",
+            null=rivals["random"],
             against=paired.beaten("direct", rivals),
             chance=0.5,
             relevant=RELEVANT,
@@ -203,6 +202,7 @@ class Sign(Evaluation):
             claim="all first-order paths together predict signs and sizes",
             effect=by_f2,
             what="the share of F2's right signs",
+            null="F2 of other writes",
             against={"F2 of other writes": Against(of["direct"].mean("f2", "shuffled"))},
             typical=float(small["measured"].abs().median()),
             unless=None if f2 > GOOD_FIT else Verdict("fails", poor),

@@ -1,6 +1,6 @@
-"""Panels of the report as inline SVG that follows the page's colours, light or dark.
+"""Panels of the report as inline SVG that follows the page's colors, light or dark.
 
-A panel is drawn in the colours of a light page, which are then replaced by CSS variables that have them as their
+A panel is drawn in the colors of a light page, which are then replaced by CSS variables that have them as their
 defaults; its text stays text. One panel is about as wide as a phone, so that a page can lay panels out in a grid.
 Evaluations call `intervals` and `curves`.
 """
@@ -31,10 +31,10 @@ _VARIABLES = {
     "#ffffff": "paper",
     "#98a2ad": "soft",
 }
-"""The colours of a light page, and the CSS variables that have them on a page."""
+"""The colors of a light page, and the CSS variables that have them on a page."""
 INK, MUTED, GRID, ATOM, CONTROL, PAPER, SOFT = _VARIABLES
-COLOURS = {"atom": ATOM, "control": CONTROL, "ink": INK, "soft": SOFT, "muted": MUTED}
-"""Colours by what they say: the atom; a control that confounds it; deletion or another plain line; the rest."""
+COLORS = {"atom": ATOM, "control": CONTROL, "ink": INK, "soft": SOFT, "muted": MUTED}
+"""Colors by what they say: the atom; a control that confounds it; deletion or another plain line; the rest."""
 
 _STYLE: dict[str, object] = {
     "svg.fonttype": "none",
@@ -59,7 +59,7 @@ _STYLE: dict[str, object] = {
 }
 _DASHED = (0, (3, 3))
 _HOVER = "hover:"
-"""Marks the ids that are texts to show: each becomes a title of its own in the SVG, which a browser shows over it."""
+"""Marks the ids that are texts to show: each becomes a title in the SVG, which a browser shows over it."""
 
 
 class Row(NamedTuple):
@@ -70,7 +70,7 @@ class Row(NamedTuple):
     low: float
     high: float
     colour: str = "soft"
-    """Key of `COLOURS`."""
+    """Key of `COLORS`."""
 
 
 class Line(NamedTuple):
@@ -99,7 +99,7 @@ def intervals(
     below `least` is drawn there, as a triangle."""
     figure, axes = _panel(0.75 + 0.26 * len(rows))
     for y, row in enumerate(rows):
-        colour = COLOURS[row.colour]
+        colour = COLORS[row.colour]
         mean, low, high = (x if least is None else max(x, least) for x in (row.mean, row.low, row.high))
         lines = axes.plot([low, high], [y, y], color=colour, lw=2.0, alpha=0.55)
         lines += axes.plot(mean, y, "o" if mean == row.mean else "<", color=colour, ms=5, mec=PAPER, mew=0.7)
@@ -135,7 +135,7 @@ def curves(
     figure, axes = _panel(2.5 + 0.08 * len(lines), "y")
     points = sorted({x for line in lines for x in line.x})
     for line in lines:
-        colour, strong = COLOURS[line.colour], line.colour in ("atom", "control", "ink")
+        colour, strong = COLORS[line.colour], line.colour in ("atom", "control", "ink")
         if line.band is not None:
             axes.fill_between(line.x, *line.band, color=colour, alpha=0.16, lw=0)
         axes.plot(
@@ -179,7 +179,7 @@ def _panel(height: float, grid: str = "x") -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, title: str, names: int = 0) -> str:
-    """The figure as an SVG element: CSS variables for colours, no fixed size, a title for screen readers, and the names
+    """The figure as an SVG element: CSS variables for colors, no fixed size, a title for screen readers, and the names
     of what is drawn above it in so many columns.
 
     Ids inside are made from the title, which must therefore be unique in a page.

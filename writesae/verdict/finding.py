@@ -58,6 +58,8 @@ class Claim:
     outcome: Outcome
     sentence: str
     """Why the outcome is what it is, by which rule."""
+    null: str = ""
+    """What has none of the atom's information, and was tested by the same rule. Empty: the claim is not tested."""
 
     @property
     def paper(self) -> str:
@@ -66,14 +68,14 @@ class Claim:
 
 
 class Figure(NamedTuple):
-    """One panel of the report: an inline SVG made by `verdict.figures`, which follows the page's colours."""
+    """One panel of the report: an inline SVG made by `verdict.figures`, which follows the page's colors."""
 
     title: str
     svg: str
     caption: str = ""
 
     def _repr_html_(self) -> str:
-        """The panel as a notebook shows it, in the colours of a light page."""
+        """The panel as a notebook shows it, in the colors of a light page."""
         caption = f"<p><small>{html.escape(self.caption)}</small></p>"
         return f"<figure><b>{html.escape(self.title)}</b>{self.svg}{caption}</figure>"
 
@@ -171,6 +173,9 @@ class Finding:
     """One claim: an effect, the controls that it must exceed, and how a reader sees both."""
 
     claim: str
+    null: str
+    """The dictionary or direction that has none of the atom's information: one of `against`, or what the effect is a
+    distance from. Empty: none could be run, and the claim is not tested."""
     number: int | None = None
     """Row of the paper's claims."""
 
@@ -183,9 +188,6 @@ class Finding:
     typical: float | None = None
     floor: float = 0.0
     less: bool = False
-    null: str = ""
-    """What has none of the atom's information, where the effect itself is a distance from it. A claim with neither a
-    null nor a control (`against`) cannot hold."""
     unless: Verdict | None = None
     """What becomes of a claim whose effect is there, by a further rule of the question."""
     ruled: Verdict | None = None
@@ -213,20 +215,18 @@ class Finding:
     @classmethod
     def untested(cls, claim: str, why: str, number: int | None = None, of: str = "dictionaries", n: int = 0) -> Finding:
         """A claim for which something is missing."""
-        return cls(claim=claim, number=number, ruled=Verdict("not tested", why), measured="–", of=of, n=n)
+        return cls(claim=claim, null="", number=number, ruled=Verdict("not tested", why), measured="–", of=of, n=n)
 
     @property
     def verdict(self) -> Verdict:
         """By the question's own rule where there is one, otherwise by the ladder of `judge`."""
         if self.ruled is not None or self.effect is None:
             return self.ruled or Verdict("not tested", "Nothing was measured.")
+        if not self.null:
+            return Verdict("not tested", "No null was run that could show the effect too.")
         names = ("typical", "floor", "chance", "less", "relevant", "what")
         verdict = judge(self.effect, self.against, **{name: getattr(self, name) for name in names})
-        if verdict.outcome != "holds":
-            return verdict
-        if not (self.against or self.null):
-            return Verdict("not tested", "The effect is there, but no null was run that could show it too.")
-        return self.unless or verdict
+        return self.unless or verdict if verdict.outcome == "holds" else verdict
 
     def row(self) -> Claim:
         """The claim in words."""
@@ -242,6 +242,7 @@ class Finding:
             controls="; ".join(filter(None, [*beside, self.controls])),
             outcome=self.verdict.outcome,
             sentence=f"{self.verdict.sentence} {self.remark}".strip(),
+            null=self.null,
         )
 
     def panel(self, label: str) -> Figure:
@@ -262,7 +263,11 @@ class Finding:
 
 
 def said(each: Estimate, write: Callable[[float], str] = text.number) -> str:
-    """A number with its interval, where it has one: "0.55 [0.51, 0.6]"."""
+    """A number with its interval, where it has one: "0.55 [0.51, 0.6]". A share recovered below -100% has no lower end:
+    the ratio of the KLs is written in its stead."""
+    if write is text.percent and each.mean < -1:
+        ratio = Estimate(1 - each.mean, 1 - each.high, 1 - each.low, each.n, each.n_clusters)
+        return f"none (KL {said(ratio)} times that of deletion)"
     bounds = "" if math.isnan(each.low) else f" [{write(each.low)}, {write(each.high)}]"
     return f"{write(each.mean)}{bounds}"
 

@@ -30,8 +30,8 @@ SCORES: dict[str, str] = {
     "rank": "one rank group, or all",
     "eps": "one size, or all",
     "r2": "R^2 about the mean with nothing fitted; 0 is no better than one number for all rows",
-    "r2_low": "lower end of its 95 % interval over sequences",
-    "r2_high": "upper end of its 95 % interval over sequences",
+    "r2_low": "lower end of its 95% interval over sequences",
+    "r2_high": "upper end of its 95% interval over sequences",
     "r2_global_scale": "R^2 with one scale for all rows, each half of the sequences scaled by the other's",
     "n": "number of rows",
 }

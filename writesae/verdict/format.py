@@ -8,8 +8,8 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def percent(x: float) -> str:
-    """A share in percent, one decimal; a dash for NaN."""
-    return "–" if math.isnan(x) else f"{100 * x:.1f}%"
+    """A share in percent, one decimal; a dash for NaN. What is below -100% is not spelled out."""
+    return "–" if math.isnan(x) else "below -100%" if x < -1 else f"{100 * x:.1f}%"
 
 
 def number(x: float) -> str:

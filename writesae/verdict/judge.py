@@ -30,7 +30,7 @@ MIN_OBSERVATIONS = 20
 FEW_CLUSTERS = 20
 """Independent units below which a "fails" says how few there were."""
 _UNSEEN = 3.0
-"""Rule of three: what none of n units shows may be found, by the end of its 95 % interval, in 3 / n of all units."""
+"""Rule of three: what none of n units shows may be found, by the end of its 95% interval, in 3 / n of all units."""
 _ROUNDING = 1e-9
 """A difference from a control that is no larger is one of rounding."""
 
@@ -41,8 +41,8 @@ class Against(NamedTuple):
     contrast: Estimate
     """Effect against control, pair by pair: a difference (chance 0) or a win rate (chance 1/2)."""
     own: Estimate | None = None
-    """What the control itself reaches; a control that does not beat chance by itself cannot confound. None: any control
-    that is not beaten counts."""
+    """What the control itself reaches. A control that is shown to stay below `relevant` by itself cannot confound; one
+    that may reach it must be beaten. None: any control that is not beaten counts."""
     chance: float = 0.0
     """Value of `contrast` that says "no difference"."""
 
@@ -70,13 +70,13 @@ def judge(
     """Judge one effect by the rungs above.
 
     Args:
-        effect: the headline estimate with its 95 % interval.
+        effect: the headline estimate with its 95% interval.
         against: controls by the name that a reader should see.
         typical: typical size of what is measured (a median deletion effect, say), in the units of `floor`. None: there
             is no floor.
         floor: what a no-op moves, measured in the same run.
         chance: value of `effect` that says "nothing".
-        less: the effect lies below chance where the claim holds (a log-probability that falls).
+        less: the effect is below chance where the claim holds (a log-probability that falls).
         relevant: distance from chance that the effect must exceed. Also the margin by which a control may be worse and
             still count as equal.
         what: the effect as the subject of a sentence.
@@ -106,7 +106,7 @@ def judge(
     equal: set[str] = set()
     for name, control in (against or {}).items():
         worst, best = _beyond(control.contrast, control.chance, sign)
-        if worst > _ROUNDING or (control.own is not None and not _beyond(control.own, chance, sign)[0] > 0):
+        if worst > _ROUNDING or (control.own is not None and _beyond(control.own, chance, sign)[1] <= relevant):
             continue
         found.append((sign * (control.contrast.mean - control.chance), name))
         if best <= relevant:
@@ -137,10 +137,9 @@ def too_little(effect: Estimate) -> str | None:
 def one_is_enough(found: int, pooled: Estimate, holds: str, fails: str) -> Verdict:
     """Of a claim that a single unit shows. A count is no effect with an interval: one is enough, and none of too few
     (`pooled` says of how many) says nothing."""
-    if found:
-        return Verdict("holds", holds)
-    few = too_little(pooled)
-    return Verdict("inconclusive", few) if few else Verdict("fails", fails)
+    if (few := too_little(pooled)) is not None:
+        return Verdict("inconclusive", few)
+    return Verdict("holds", holds) if found else Verdict("fails", fails)
 
 
 def _beyond(estimate: Estimate, chance: float, sign: float) -> tuple[float, float]:

@@ -17,7 +17,7 @@ NAMES: Mapping[str, str] = {
     "token_mean": "mean write of the token",
     "pair_mean": "mean write of the token pair",
     "drawn": "best of the drawn writes",
-    "quantised": "vector quantiser",
+    "quantised": "vector quantizer",
     "pca": "principal components",
     "state_after": "state after the write (contains the write)",
 }
@@ -37,7 +37,7 @@ DEFINITIONS: Mapping[str, str] = {
     "pair_mean": "the mean native write of the token and the one before it, shrunk in the same way to the token's mean",
     "drawn": "of as many native writes as the dictionary has atoms, drawn at random from other text, the one with the "
     "largest cosine, at its least-squares coefficient",
-    "quantised": "the best code of a gain-shape vector quantiser with as many codes of rank 1, times its gain",
+    "quantised": "the best code of a gain-shape vector quantizer with as many codes of rank 1, times its gain",
     "pca": "the mean write and the write's projection on the first principal components of writes",
     "state_after": "the top singular direction of the state after the write: where a head forgets, that is the write",
 }

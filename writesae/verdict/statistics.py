@@ -5,9 +5,9 @@ per observation (sequence, atom, prompt: whatever is the independent unit). NaN,
 ValueError. Tests and distributions come from scipy; what is written here are bootstraps of clusters, permutations of
 clusters, and Holm's rule.
 
-A percentile interval over clusters is too narrow (over 20 observations it covers a rate of 0.95 in 64 %). At every
+A percentile interval over clusters is too narrow (over 20 observations it covers a rate of 0.95 in 64%). At every
 number of clusters rates have another interval (`share`), and other statistics have expanded percentiles (`_interval`).
-`n_clusters` is returned so that a reader sees it; `judge` says it beside a "fails", and gives no verdict under 5.
+`n_clusters` is returned so that a reader sees it; `judge` says it with a "fails", and gives no verdict under 5.
 """
 
 from __future__ import annotations
@@ -239,8 +239,8 @@ def _draws(n_clusters: int, seed: int) -> NDArray[np.int64]:
 def _interval(point: float, resampled: Array, n: int, n_clusters: int) -> Estimate:
     """A point with the expanded percentiles of its bootstrap (Hesterberg, 2015, section 5.3): as far out as Student's
     interval is, and for a variance that is too small by (C - 1) / C. The expansion tends to 1 as C grows. Of 10,000
-    samples of 5, 8 and 12 normal clusters they cover the mean in 91.6, 93.9 and 94.0 %, plain percentiles in 83.5, 87.7
-    and 90.5 %."""
+    samples of 5, 8 and 12 normal clusters they cover the mean in 91.6, 93.9 and 94.0%, plain percentiles in 83.5, 87.7
+    and 90.5%."""
     if n_clusters == 1:
         return Estimate(point, math.nan, math.nan, n, 1)
     tail = float(stats.norm.sf(math.sqrt(n_clusters / (n_clusters - 1)) * stats.t.isf(0.025, n_clusters - 1)))
