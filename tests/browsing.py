@@ -29,8 +29,8 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def opened(browser: Browser, place: Path | str, fragment: str = "", **context: Any) -> Iterator[Page]:
-    """A file, or the page of a server, that has to be at peace: no message on its console, no error, no dialog, no
-    request but for pages of its own folder, or to its own server."""
+    """A file, or the page of a server, that must stay silent: no message on its console, no error, no dialog, and no
+    request except for pages of the same folder or to the same server."""
     troubles: list[str] = []
     address, folder = (place, place) if isinstance(place, str) else (place.as_uri(), place.parent.as_uri())
     with browser.new_context(**context) as visit:
@@ -49,5 +49,5 @@ def _own_page(request: Any, folder: str) -> bool:
 
 
 def scrolls_sideways(page: Page) -> bool:
-    """Whether anything reaches beyond the right edge of the window."""
+    """Whether anything exceeds the right edge of the window."""
     return page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")

@@ -6,7 +6,7 @@ import torch
 from saes import make_sae
 from torch import Tensor
 
-from hookpoints import HookedRecurrent, embedded
+from hookpoints import HookedRecurrent
 from sae_lens_writesae.sae import WriteTopKSAE
 from writesae.page.atoms import AtomPages
 
@@ -15,17 +15,6 @@ HOOK = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write_vec"
 SMALL = AtomPages(
     n_atoms=None, min_firings=1, top=4, before=6, after=3, per_band=999, bands=2, effect_horizon=4, half_life_limit=30
 )
-
-
-def float64_model() -> HookedRecurrent:
-    """The embedded model in float64 throughout, so that derivatives can be compared."""
-    return HookedRecurrent.from_pretrained("embedded", dtype=torch.float64, backend="recurrence", device="cpu")
-
-
-def held_out(model: HookedRecurrent) -> Tensor:
-    """[N,T] tokens."""
-    ids = model.to_tokens(embedded.text("test")[:3000])[0]
-    return ids[: N * T].view(N, T)
 
 
 def empty_sae(model: HookedRecurrent, d_sae: int = 6, rank: int = 1, decoder: str = "rank") -> WriteTopKSAE:

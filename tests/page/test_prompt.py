@@ -1,46 +1,22 @@
-"""The prompt page: its numbers, what it refuses, and what a browser shows."""
+"""The prompt page: its numbers, and what it refuses."""
 
 from __future__ import annotations
 
 import http.client
 import json
 import socket
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from browsing import PHONE, opened, scrolls_sideways
-from planted_atoms import HEAD, LAYER, empty_sae
-from playwright.sync_api import Browser
 from recurrences import FORMS, random_recurrence
 from sae_lens import SAE
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.sae.load import CheckpointError
+from page.planted_atoms import HEAD, LAYER
 from writesae.page.prompt import MAX_TOKENS, PromptServer, held_shares, read_shares
 from writesae.show import Prompt
-
-EVIL = '<script>alert("token")</script> <img src=x onerror=alert(1)>&amp;'
-
-
-@pytest.fixture(scope="module")
-def folder(embedded: HookedRecurrent, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompt") / "sae"
-    empty_sae(embedded).save_model(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[PromptServer]:
-    with Prompt(sae=folder, port=0).server() as serving:
-        thread = threading.Thread(target=serving.serve_forever)
-        thread.start()
-        yield serving
-        serving.shutdown()
-        thread.join()
 
 
 def ask(server: PromptServer, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
@@ -85,10 +61,8 @@ def test_a_text_is_read(embedded: HookedRecurrent, server: PromptServer, folder:
     sae: Any = SAE.load_from_disk(folder)
     _, cache = embedded.run_with_cache(tokens, names_filter=[sae.cfg.metadata.hook_name])
     active = sae.encode(cache[sae.cfg.metadata.hook_name][0]).detach()
-    for row, shown in zip(active, reading["atoms"]):
-        assert {atom: pytest.approx(value, rel=1e-3) for atom, value in shown} == {
-            i: float(x) for i, x in enumerate(row) if x > 0
-        }
+    expected = [pytest.approx({i: float(x) for i, x in enumerate(row) if x > 0}, rel=1e-3) for row in active]
+    assert [dict(shown) for shown in reading["atoms"]] == expected
     other = ask(server, "POST", "/read", {"text": text, "layer": LAYER, "head": HEAD - 1})[1]
     assert other["atoms"] is None and other["shares"] != reading["shares"]
 
@@ -119,30 +93,7 @@ def test_other_sites_and_other_requests_are_refused(server: PromptServer) -> Non
 
 def test_bad_input_ends_before_a_model_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HookedRecurrent, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(ValueError, match="none"):
         Prompt(sae=folder / "none").server()
     with socket.create_server(("127.0.0.1", 0)) as busy, pytest.raises(OSError):
         Prompt(sae=folder, port=busy.getsockname()[1]).server()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("light", ["light", "dark"])
-def test_the_page_shows_a_text_and_keeps_markup_text(server: PromptServer, browser: Browser, light: str) -> None:
-    with opened(browser, f"http://127.0.0.1:{server.server_address[1]}", **PHONE, color_scheme=light) as page:
-        page.locator("#grid td").first.wait_for()
-        page.get_by_label("Text").fill(EVIL)
-        page.get_by_role("button", name="Read").click()
-        shown = page.locator("#text")
-        shown.get_by_text("onerror").or_(shown.get_by_text("script")).first.wait_for()
-        assert shown.inner_text().replace("\n", "").replace("·", " ") == EVIL
-        assert page.locator("img").count() == 0 and page.locator("script").count() == 1
-        shown.get_by_role("button").nth(3).click()
-        assert shown.locator('[aria-current="true"]').count() == 1
-        assert page.locator("#sources li").count() == page.locator("#holdings li").count() == 4
-        assert page.locator("#atoms li").count() == 1
-        read = shown.locator("button").first.get_attribute("style")
-        page.get_by_label("Color").select_option("what the memory holds")
-        assert shown.locator("button").first.get_attribute("style") != read
-        page.locator("#heads").get_by_role("button", name="head 1").click()
-        page.get_by_text("There is no dictionary of this head.").wait_for()
-        assert page.get_by_label("Head").input_value() == "1" and not scrolls_sideways(page)

@@ -21,16 +21,19 @@ from writesae.evaluations.substitution import Substitution
 from writesae.experiment.evaluation import Result
 from writesae.page import report
 from writesae.page.report import find_results, in_order, write_report
-from writesae.page.template import markdown
-from writesae.verdict.paper import PAPER_CLAIMS, Outcome
+from writesae.page.template import control_rows, markdown
+from writesae.verdict.finding import said
+from writesae.verdict.format import percent
+from writesae.verdict.paper import PAPER_CLAIMS
 
 EVIL = "<script>alert(1)</script>"
+WORST = {"delete": 1.0, "atom": 1.9}
 FEW: dict[str, Any] = {"scales": ("matched",), "controls": ("state", "shuffled"), "n_sequences": 12}
 
 
 def words(page: Path) -> str:
     """The text of a page."""
-    text = re.sub(r"<(style|title)>.*?</\1>|<[^>]+>", "", page.read_text(), flags=re.DOTALL)
+    text = re.sub(r"<(style|title|script)\b.*?</\1>|<[^>]+>", "", page.read_text(), flags=re.DOTALL)
     return re.sub(r"\s+", " ", html_of.unescape(text))
 
 
@@ -80,46 +83,61 @@ def test_every_answer_is_on_the_page_and_in_json(saved: Path, html: Path, text: 
         claim = answers.get((row["label"], row["claim"]))
         assert claim is None or (row["measured"], row["n"], row["outcome"]) == (claim.measured, claim.n, claim.outcome)
         assert row["number"] is None or row["paper"] == PAPER_CLAIMS[row["number"]].value
-        assert re.sub(r"\s+", " ", row["measured"]) in text and row["sentence"] in text
+        assert re.sub(r"\s+", " ", row["measured"].replace("; ", " ")) in text and row["sentence"] in text
     assert [row["number"] for row in numbers["claims"]] == sorted(row["number"] for row in numbers["claims"])
-    first = numbers["results"][0]
-    assert Substitution.from_dict(first["settings"]) == load_result(saved / "1" / "substitution").evaluation
+    assert (
+        Substitution.from_dict(numbers["results"][0]["settings"])
+        == load_result(saved / "1" / "substitution").evaluation
+    )
 
 
-def test_every_table_is_beside_the_page(saved: Path, html: Path) -> None:
+def test_every_table_is_written_with_the_page(saved: Path, html: Path) -> None:
     firings = pd.read_parquet(html.parent / "tables" / "substitution-firings.parquet")
     tables = [r.tables["firings"] for r in find_results([saved]) if r.skipped is None]
     assert len(firings) == sum(map(len, tables)) and {"label", "layer", "head"} <= set(firings.columns)
 
 
-def test_no_label_and_no_reason_puts_markup_into_the_page(html: Path, text: str) -> None:
-    source = html.read_text()
-    assert "<script" not in source and EVIL in text and "no atom <fires>" in text
-    assert EVIL not in source and "&lt;script&gt;" in source and "<title>a &lt; b</title>" in source
-
-
 def test_a_docstring_is_markdown_without_html() -> None:
     html = str(markdown("A **win** is:\n\n* one\n* two\n\n<b>no</b> & `a < b`"))
-    assert "<strong>win</strong>" in html and html.count("<li>") == 2
-    assert "<b>" not in html and "&lt;b&gt;" in html and "<code>a &lt; b</code>" in html
+    assert all(part in html for part in ("<strong>win</strong>", "<li>two</li>", "&lt;b&gt;", "<code>a &lt; b</code>"))
 
 
-def test_the_page_is_self_contained(text: str, html: Path) -> None:
+def test_the_page_is_self_contained_and_figures_follow_its_colors(html: Path) -> None:
     source = html.read_text()
-    links = re.findall(r'(?:src|href)="([^"]*)"', source)
+    figures, links = re.findall(r"<svg.*?</svg>", source, flags=re.S), re.findall(r'(?:src|href)="([^"]*)"', source)
+    assert "<title>a &lt; b</title>" in source and EVIL not in source and source.count("<script") == 1
     assert {*links} <= {f"#{name}" for name in re.findall(r'id="([^"]+)"', source)} and "@import" not in source
-    assert source.count("<svg") == 4 * 4  # four for each dictionary that was measured
-    assert source.count("prefers-color-scheme: dark") == 1 and "@media print" in source and "viewport" in source
-
-
-def test_figures_follow_the_colours_of_the_page(html: Path) -> None:
-    source = html.read_text()
-    for figure in re.findall(r"<svg.*?</svg>", source, flags=re.S):
-        ElementTree.fromstring(figure)  # well-formed
-        assert not re.findall(r"(?<!,)#[0-9a-fA-F]{6}", figure)  # but as defaults of variables
+    for figure in map(ElementTree.fromstring, figures):  # well-formed
+        assert not re.findall(r"(?<!,)#[0-9a-fA-F]{6}", ElementTree.tostring(figure, "unicode"))  # but as defaults
     assert set(re.findall(r"var\(--([a-z]+)\)", source)) <= set(re.findall(r"--([a-z]+):", source))
     ids = re.findall(r'<clipPath id="([^"]+)"', source)
-    assert len(ids) == len(set(ids))  # a clip path of one figure must not cut another
+    assert len(figures) > 4 and len(ids) == len(set(ids))  # a clip path of one figure must not cut another
+
+
+@pytest.mark.parametrize(
+    ("medians", "meaning"),
+    [
+        (HOLDS, "that no control has"),
+        (CONFOUNDED, "The best control does as well."),
+        (
+            {"delete": 1.0, "atom": 0.4, "quantised": 0.1},
+            "A vector quantizer fitted on the same writes in the same metric does as well.",
+        ),
+        (FAILS, "too small"),
+        (NO_EFFECT, "no larger than rounding"),
+    ],
+)
+def test_the_first_sentences_compare_the_best_atom_with_its_best_control(
+    tmp_path: Path, medians: dict[str, float], meaning: str
+) -> None:
+    few = FEW | {"controls": ("state", "shuffled", "quantised")}
+    results = [made_up(each, label=name, floor=1e-12, **few) for name, each in (("one", WORST), ("other", medians))]
+    first = words(write_report(results, tmp_path / "page")).partition("Dictionaries")[0].partition("Claims 1")[0]
+    found = results[1].findings()[0]
+    best = max(found.against, key=lambda name: found.shown[name].mean)
+    assert f"The atom recovers {said(found.shown['atom'], percent)} of the effect of deleting the write" in first
+    assert f"the best control, {best}, recovers {said(found.shown[best], percent)}." in first
+    assert meaning in first
 
 
 def test_what_could_not_be_measured_has_a_section_of_its_own(text: str, html: Path) -> None:
@@ -127,42 +145,58 @@ def test_what_could_not_be_measured_has_a_section_of_its_own(text: str, html: Pa
         row for row in json.loads(html.with_suffix(".json").read_text())["claims"] if row["outcome"] == "not tested"
     ]
     assert {row["number"] for row in rows} == set(Sign.answers)
-    assert text.index("What could not be measured") < text.index("sign of a dead one")
+    assert text.index("What could not be measured") < text.index("sign of a dead one") < text.rindex("no atom <fires>")
 
 
-def test_control_dictionaries_stand_beside_the_trained_one_and_quality_at_the_top(tmp_path: Path) -> None:
-    quality: dict[str, Any] = {"target": "write", "n_sequences": 64, "n_tokens": 8192, "explained": 0.25, "l0": 1.5}
-    quality |= {"alive": 0.5, "coverage": 0.75, "cosine": None, "floor": 0.0}
-    quality |= {"deleted": {"mean": 0.081, "low": None, "high": None, "n": 64, "n_clusters": 64}}
+def test_control_dictionaries_are_compared_and_quality_is_at_the_top(tmp_path: Path) -> None:
+    quality: dict[str, Any] = {
+        **{"target": "write", "n_sequences": 64, "n_tokens": 8192, "explained": 0.25, "l0": 1.5},
+        **{"alive": 0.5, "coverage": 0.75, "cosine": None, "floor": 0.0},
+        "deleted": {"mean": 0.081, "low": None, "high": None, "n": 64, "n_clusters": 64},
+    }
     recovered = {"mean": 0.59, "low": 0.5, "high": 0.65, "n": 64, "n_clusters": 64}
     made = made_up(HOLDS, label="mine", **FEW)
     trained = replace(made, info=made.info | {"quality": {"mine": quality | {"recovered": recovered}}})
-    beside = replace(made, info=made.info | {"label": "mine, untrained", "control": "untrained", "control_of": "mine"})
-    beside.info["quality"] = {"mine, untrained": quality | {"recovered": None, "explained": None}}
-    html = write_report([trained, beside], tmp_path / "page")
+    control = replace(made, info=made.info | {"label": "mine, untrained", "control": "untrained", "control_of": "mine"})
+    control.info["quality"] = {"mine, untrained": quality | {"recovered": None, "explained": None}}
+    html = write_report([trained, control], tmp_path / "page")
     text, numbers = words(html), json.loads(html.with_suffix(".json").read_text())
-    assert "59.0% [50.0, 65.0]" in text and text.index("59.0") < text.index("Claims, the paper")
-    assert "mine, untrained" in text and "control dictionaries: untrained" in text
+    assert "59.0% [50.0, 65.0]" in text and text.index("59.0") < text.index("signs and orders")
+    assert "mine, untrained" in text and "control dictionaries untrained" in text
     assert {row["label"] for row in numbers["claims"]} == {"mine"}
     assert "confounded" in {row["outcome"] for row in numbers["claims"]}
-    assert [row["dictionary"] for row in numbers["quality"]] == ["mine", "mine, untrained"]
-    assert html.read_text().count("<h3>") == 1  # figures are those of the trained one
-    table = pd.read_parquet(html.parent / "tables" / "substitution-firings.parquet")
-    assert set(table["label"]) == {"mine", "mine, untrained"}
+    assert html.read_text().count("<summary>mine") == 1  # figures are those of the trained one
+    labels = pd.read_parquet(html.parent / "tables" / "substitution-firings.parquet")["label"]
+    assert set(labels) == {row["dictionary"] for row in numbers["quality"]} == {"mine", "mine, untrained"}
 
 
-def test_the_lead_counts_outcomes_and_intervals(tmp_path: Path) -> None:
+def test_outcomes_and_intervals_are_counted(tmp_path: Path) -> None:
     """At 0.025 for each answer that has an interval, by luck; the others do not count."""
     results = [made_up(HOLDS, label="a", **FEW), made_up(CONFOUNDED, label="b", **FEW), skipped("c", "nothing")]
-    rows = report.claim_rows(results)
-    text = words(write_report(results, tmp_path / "page"))
-    counts = Counter(report.outcome_text(row.claim.outcome) for row in rows)
-    assert all(f"{outcome} {n}" in text for outcome, n in counts.items()) and "confounded by a control" in counts
+    rows, text = report.claim_rows(results), words(write_report(results, tmp_path / "page"))
+    assert all(f"{outcome} {n}" in text for outcome, n in Counter(row.claim.outcome for row in rows).items())
     n = sum("[" in row.claim.measured for row in rows)
-    assert 1 < n < len(rows) and f"{n} of the answers have a 95% interval" in text
-    assert f"would be {0.025 * n:.2f}" in text and f"answers) {1 - 0.975**n:.2f}." in text
-    outcomes: list[Outcome] = ["holds", "fails", "undecided", "inconclusive", "below the floor", "not tested"]
-    assert [report.outcome_text(each) for each in outcomes] == outcomes
+    assert 1 < n < len(rows) and f"{n} of the answers have one" in text
+    assert f"{0.025 * n:.2f} intervals" in text and f"answers) would be {1 - 0.975**n:.2f}." in text
+
+
+@pytest.mark.parametrize(
+    ("controls", "rows"),
+    [
+        (
+            "8 principal components -1.5% [-2%, 1%]; another atom –",
+            [("8 principal components", "-1.5% [-2%, 1%]"), ("another atom", "–")],
+        ),
+        (
+            "untrained dictionary: 0.5 [0, 1] of firings (holds); none",
+            [("untrained dictionary", "0.5 [0, 1] of firings (holds)"), ("", "none")],
+        ),
+        ("mean write below -200% [below -200%, 3%]", [("mean write", "below -200% [below -200%, 3%]")]),
+        ("", []),
+    ],
+)
+def test_controls_are_rows_of_names_and_numbers(controls: str, rows: list[tuple[str, str]]) -> None:
+    assert control_rows(controls) == rows
 
 
 def test_folders_without_results_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
-"use strict";
 // Text of the page is set as text (textContent, title), never as markup.
-const form = document.querySelector("form.tools");
+const form = document.querySelector("form");
 const part = (id) => document.getElementById(id);
 let reading = null, at = 0;
 
@@ -19,7 +18,7 @@ function meter(list, rows) {
     item.style.setProperty("--size", `${Math.round((100 * Math.abs(value)) / most)}%`);
     item.classList.toggle("low", value < 0);
     label.className = "tok";
-    if (go) { label.type = "button"; label.addEventListener("click", go); }
+    if (go) label.addEventListener("click", go);
     if (chosen) label.setAttribute("aria-current", "true");
     item.append(label, element("span", shown));
     return item;
@@ -38,7 +37,6 @@ function choose(token) {
   part("text").replaceChildren(...tokens.map((piece, s) => {
     const share = s < row.length ? row[s] : 0;
     const shown = element("button", piece, `${s}: ${s < row.length ? percent(share) : "later"}`, Math.abs(share) / most, share < 0);
-    shown.type = "button";
     if (s === at) shown.setAttribute("aria-current", "true");
     shown.addEventListener("click", () => choose(s));
     return shown;
@@ -50,9 +48,10 @@ function choose(token) {
   part("reads").textContent = `The largest shares of what the head reads at token ${at}, ${tokens[at]}.`;
   part("holds").textContent = `The largest shares of the state after token ${at}, ${tokens[at]}.`;
   const here = atoms ? atoms[at] : [];
-  part("none").textContent = atoms ? (here.length ? "" : "No atom fires here.") : "There is no dictionary of this head.";
+  part("none").textContent = atoms ? (here.length ? "" : "No atom fires here.") : "No dictionary of this head is loaded.";
   meter(part("atoms"), here.slice(0, 20).map(([atom, value]) => ({ name: `atom ${atom}`, value, shown: String(value) })));
   const head = Number(form.elements.head.value);
+  [...part("grid").rows].forEach((row, h) => [...row.cells].forEach((cell, t) => cell.toggleAttribute("aria-current", h === head && t === at + 1)));
   meter(part("heads"), writes.map((sizes, h) => ({ name: `head ${h}`, value: sizes[at], shown: String(sizes[at]), go: () => goTo(h, at), chosen: h === head })));
 }
 
@@ -93,6 +92,13 @@ async function read(token) {
   }
 }
 
+const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+part("grid").addEventListener("keydown", (event) => {
+  const [down, right] = moves[event.key] ?? [0, 0], head = Number(form.elements.head.value) + down, token = at + right;
+  if (!(event.key in moves) || !reading.writes[head] || !reading.tokens[token]) return;
+  event.preventDefault();
+  goTo(head, token);
+});
 form.addEventListener("submit", (event) => { event.preventDefault(); read(); });
 form.elements.layer.addEventListener("change", () => { fillHeads(); read(at); });
 form.elements.head.addEventListener("change", () => read(at));

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partialmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from hookpoints.errors import HookpointsError
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.target import HeadHook, check_hook
 from writesae.experiment.head import head_writes
+from writesae.files import sae_folders
 from writesae.page.atoms.text import TokenTexts, short, visible
 from writesae.page.template import environment
 
@@ -51,8 +53,8 @@ def held_shares(recurrence: Recurrence) -> torch.Tensor:
 
 
 class PromptServer(ThreadingHTTPServer):
-    """The page of a model, and if there is one of a dictionary of one of its heads. Answers on several connections, one
-    of which reads at a time.
+    """The page of a model, and of dictionaries of its heads if a folder has some: the first of each head, by the names
+    of their folders. Answers on several connections, one of which reads at a time.
 
     Raises:
         ValueError: the folder holds no whole dictionary, or one of another model.
@@ -60,13 +62,14 @@ class PromptServer(ThreadingHTTPServer):
     """
 
     def __init__(self, model: str | None, sae: Path | None, dtype: str, port: int) -> None:
-        self.sae, self.lock = None if sae is None else load_sae(sae), threading.Lock()
+        found = [] if sae is None else [load_sae(folder) for folder in reversed(sae_folders(sae))]
+        self.saes, self.lock = {HeadHook.of(each).cell: each for each in found}, threading.Lock()
         super().__init__(("127.0.0.1", port), _Handler)  # a taken port ends this before a model loads
-        name = model or ("embedded" if self.sae is None else str(self.sae.cfg.metadata.model_name))
+        name = model or next((str(each.cfg.metadata.model_name) for each in found), "embedded")
         self.model = HookedRecurrent.from_pretrained(name, dtype=dtype)
-        self.texts, self.hook = TokenTexts(self.model), None if self.sae is None else HeadHook.of(self.sae)
-        if self.sae is not None:
-            check_hook(self.model, HeadHook.of(self.sae).name, self.sae.cfg, f"the SAE in {sae}")
+        self.texts = TokenTexts(self.model)
+        for each in found:
+            check_hook(self.model, HeadHook.of(each).name, each.cfg, f"the SAE in {sae}")
 
     @torch.no_grad()
     def read(self, text: str, layer: int, head: int) -> dict[str, object]:
@@ -74,7 +77,7 @@ class PromptServer(ThreadingHTTPServer):
 
         Returns: `tokens` [T]; `writes` [H][T], the size |k_t u_t^T| of each head's write; `shares` [T][S], S = t + 1,
         of `read_shares`, and `held` likewise of `held_shares`; `atoms` [T], active atoms with their activation,
-        strongest first, None for another head than the dictionary's.
+        strongest first, None for a head without a dictionary.
 
         Cost: one forward up to the layer, a second one for atoms, and T / V times the cost of the head's reads.
 
@@ -87,24 +90,23 @@ class PromptServer(ThreadingHTTPServer):
         recurrence = self.model.recurrence(tokens, layer)
         if not 0 <= head < recurrence.H:
             raise ValueError(f"head: expected 0 to {recurrence.H - 1} in layer {layer}, got {head}")
-        if self.sae is not None and self.hook is not None and self.hook[1:3] == (layer, head):
-            _, cache = self.model.run_with_cache(tokens, names_filter=[self.hook.name], stop_at_layer=layer + 1)
-            active = self.sae.encode(cache[self.hook.name][0].to(next(self.sae.parameters()))).sort(descending=True)
+        if (sae := self.saes.get(f"L{layer}H{head}")) is not None:
+            hook = HeadHook.of(sae).name
+            _, cache = self.model.run_with_cache(tokens, names_filter=[hook], stop_at_layer=layer + 1)
+            active = sae.encode(cache[hook][0].to(next(sae.parameters()))).sort(descending=True)
             rows = zip(active.indices.tolist(), active.values.tolist())
             atoms = [[(atom, short(value)) for atom, value in zip(*row) if value] for row in rows]
         one = recurrence.select(heads=slice(head, head + 1))
+        found = {"shares": read_shares(one), "held": held_shares(one)}
         return {
             "tokens": [visible(piece) for piece in self.texts.many(tokens[0].tolist())],
             "writes": [[short(n) for n in head_writes(recurrence, h).norm().tolist()] for h in range(recurrence.H)],
-            "shares": _rows(read_shares(one)),
-            "held": _rows(held_shares(one)),
+            **{
+                name: [[*map(short, row[: t + 1])] for t, row in enumerate(each.tolist())]
+                for name, each in found.items()
+            },
             "atoms": atoms,
         }
-
-
-def _rows(shares: torch.Tensor) -> list[list[float]]:
-    """[T][S], S = t + 1, as JSON values."""
-    return [[short(share) for share in row[: t + 1].tolist()] for t, row in enumerate(shares)]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -113,45 +115,32 @@ class _Handler(BaseHTTPRequestHandler):
     server: PromptServer  # type: ignore[assignment]
     timeout = 60
 
-    def do_GET(self) -> None:
-        if self._is_refused("/"):
-            return
-        cfg, nonce = self.server.model.cfg, secrets.token_urlsafe(16)
-        heads = {layer: cfg.layer(layer).H for layer in cfg.recurrent_layers}
-        shown = {"model": cfg.model_name, "heads": heads, "hook": self.server.hook, "nonce": nonce, "most": MAX_TOKENS}
-        self._answer(200, environment().get_template("prompt.html").render(shown), nonce)
+    def _page(self, nonce: str) -> str:
+        cfg, hooks = self.server.model.cfg, [HeadHook.of(sae) for sae in reversed(self.server.saes.values())]
+        shown = {"model": cfg.model_name, "heads": {layer: cfg.layer(layer).H for layer in cfg.recurrent_layers}}
+        return environment().get_template("prompt.html").render(shown, hooks=hooks, nonce=nonce, most=MAX_TOKENS)
 
-    def do_POST(self) -> None:
-        if self._is_refused("/read"):
-            return
-        try:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with self.server.lock:
-                reading = self.server.read(str(asked["text"]), int(asked["layer"]), int(asked["head"]))
-        except (ValueError, KeyError, TypeError, RecursionError, HookpointsError) as error:
-            return self._answer(400, {"error": str(error)})
-        self._answer(200, reading)
+    def _reading(self, _: str) -> str:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            return json.dumps(self.server.read(str(asked["text"]), int(asked["layer"]), int(asked["head"])))
 
-    def _is_refused(self, path: str) -> bool:
-        """Whether the request was refused: it names another host than this server, comes from a page of another site,
-        or asks for another path than `path`."""
+    def _answer(self, path: str, content: Callable[[_Handler, str], str]) -> None:
+        """Send what `content` makes of a nonce. A request is refused if it names another host than this server, comes
+        from a page of another site, or asks for another path than `path`."""
         hosts = [f"{name}:{self.server.server_address[1]}" for name in ("127.0.0.1", "localhost")]
-        origins = (None, *(f"http://{each}" for each in hosts))
-        is_ours = self.headers.get("Host") in hosts and self.headers.get("Origin") in origins
-        refused = not is_ours or self.path != path
-        if refused:
-            error = "there is nothing here" if is_ours else f"this page answers to {hosts[0]} alone"
-            self._answer(404 if is_ours else 403, {"error": error})
-        return refused
-
-    def _answer(self, status: int, content: str | Mapping[str, object], nonce: str = "") -> None:
-        """Send a page, or values as JSON."""
-        is_page = isinstance(content, str)
-        body = (content if is_page else json.dumps(content)).encode()
+        is_ours = self.headers.get("Host") in hosts
+        is_ours &= self.headers.get("Origin") in {None, *map("http://{}".format, hosts)}
+        nonce, status = secrets.token_urlsafe(16), 403 if not is_ours else 404 if self.path != path else 200
+        refusal = f"expected {path} of {hosts[0]}, got {self.path} of {self.headers.get('Host')}"
+        try:
+            body = content(self, nonce) if status == 200 else json.dumps({"error": refusal})
+        except (ValueError, KeyError, TypeError, RecursionError, HookpointsError) as error:
+            status, body = 400, json.dumps({"error": str(error)})
         self.send_response(status)
         for name, value in {
-            "Content-Type": "text/html; charset=utf-8" if is_page else "application/json",
-            "Content-Length": str(len(body)),
+            "Content-Type": "text/html; charset=utf-8" if (status, path) == (200, "/") else "application/json",
+            "Content-Length": str(len(body.encode())),
             "Content-Security-Policy": _POLICY.format(nonce=nonce),
             "X-Content-Type-Options": "nosniff",
             "Cache-Control": "no-store",
@@ -160,7 +149,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         with suppress(ConnectionError):  # a page that was left
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(body.encode())
+
+    do_GET = partialmethod(_answer, "/", _page)
+    do_POST = partialmethod(_answer, "/read", _reading)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: texts are nobody else's business."""
+        """Log nothing: texts are private."""

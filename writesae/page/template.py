@@ -1,25 +1,24 @@
-"""Templates of pages: every value escaped, Markdown without HTML, numbers and outcomes as a reader sees them."""
+"""Templates of pages: every value escaped, Markdown without HTML, numbers as a reader sees them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 
 import jinja2
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from writesae.verdict.format import number, percent
-from writesae.verdict.paper import Outcome
 
 
 def markdown(text: str) -> Markup:
-    """Markdown as HTML. HTML inside of the text is shown as text, so that nothing in a docstring or a label can put
-    markup into a page."""
+    """Markdown as HTML. HTML in the text is shown as text, so no docstring or label can insert markup."""
     return Markup(MarkdownIt("commonmark", {"html": False}).render(text))
 
 
-def environment() -> jinja2.Environment:
-    """Templates of this package, with every value escaped."""
+def environment(**filters: Callable[..., object]) -> jinja2.Environment:
+    """Templates of this package, with every value escaped, and further filters."""
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("writesae", "page"),
         autoescape=True,
@@ -27,21 +26,15 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"cell": cell_text, "share": share_text, "outcome": outcome_text, "markdown": markdown}
+    made.filters |= {"cell": cell_text, "share": share_text, "controls": control_rows, "markdown": markdown} | filters
     return made
-
-
-def outcome_text(outcome: Outcome) -> str:
-    """An outcome as a reader sees it."""
-    return "confounded by a control" if outcome == "confounded" else outcome
 
 
 def cell_text(value: object) -> str:
     """A table's value for a person."""
     if isinstance(value, float):
         return number(value)
-    counts = isinstance(value, int) and not isinstance(value, bool)
-    return "–" if value is None else f"{value:,}" if counts else str(value)
+    return "–" if value is None else f"{value:,}" if type(value) is int else str(value)
 
 
 def share_text(value: float | Mapping[str, float | None] | None) -> str:
@@ -50,3 +43,10 @@ def share_text(value: float | Mapping[str, float | None] | None) -> str:
         return "–" if value is None else percent(value)
     mean, low, high = (value[name] for name in ("mean", "low", "high"))
     return percent(mean or 0) + ("" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]")
+
+
+def control_rows(text: str) -> list[tuple[str, str]]:
+    """Name and numbers of each control of `Claim.controls`; the name is empty where no number follows one."""
+    named = r"(.+?):? ((?:[-−+<>≤≥]|below |above )*\d.*|–)"
+    parts = [(each, re.fullmatch(named, each)) for each in text.split("; ") if each]
+    return [(found[1], found[2]) if found else ("", each) for each, found in parts]

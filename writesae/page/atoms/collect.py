@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -20,19 +20,17 @@ from hookpoints import HookedRecurrent
 from writesae.experiment.firings import Integers
 from writesae.experiment.quality import qualities
 from writesae.page.atoms import data, parts
-from writesae.page.atoms.measure import Facts, Trace
-from writesae.page.atoms.settings import AtomSettings
+from writesae.page.atoms.measure import AtomSettings, Facts, Trace
 from writesae.page.atoms.text import short
 
 
-@dataclass(frozen=True, kw_only=True)
 class AtomPages(AtomSettings):
-    """Pages of atoms."""
+    """Collects what the pages show of each atom."""
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def collect(self, model: HookedRecurrent, sae: SAE, tokens: Tensor, *, progress: bool = True) -> data.AtomPagesData:
-        """What there is to see of each atom, on held-out text.
+        """Measure what the pages show of each atom, on held-out text.
 
         Args:
             model: a hooked model with a tokenizer.
@@ -66,7 +64,6 @@ def _page(facts: Facts, column: int) -> data.AtomPage:
     activations, direct = rows["activation"].to_numpy(float), sign * facts.direct[column]
     written = not np.isnan(whole[spots]).all()
     key, value = (short(sign * np.nanmedian(side[spots])) if written else None for side in sides)
-    followed = sorted(traces, key=lambda trace: -trace.activation)
     return data.AtomPage(
         atom=atom,
         terms=_terms(facts, column, sign),
@@ -88,7 +85,7 @@ def _page(facts: Facts, column: int) -> data.AtomPage:
         lags=_lags(traces) if traces else None,
         timelines=[
             data.Context(t.sequence, t.position, 0, facts.texts.many(ids), [*map(short, t.reads[: len(ids)])])
-            for t in followed[:3]
+            for t in sorted(traces, key=lambda trace: -trace.activation)[:3]
             for ids in [facts.ids[t.sequence, t.position :][: min(len(t.reads), settings.before + settings.after + 1)]]
         ],
     )
@@ -112,9 +109,8 @@ def memory(lives: Sequence[tuple[int, bool]]) -> data.Memory:
         return data.Memory(half_life=None, longest=0, ended=0, n=0)
     tokens, ended = (np.array(each) for each in zip(*lives))
     survival = stats.ecdf(stats.CensoredData.right_censored(tokens, ended)).sf
-    below = survival.quantiles[survival.probabilities <= 0.5]
     return data.Memory(
-        half_life=float(below[0]) if len(below) else None,
+        half_life=next(map(float, survival.quantiles[survival.probabilities <= 0.5]), None),
         longest=int(tokens.max()),
         ended=int(ended.sum()),
         n=len(lives),
@@ -122,12 +118,12 @@ def memory(lives: Sequence[tuple[int, bool]]) -> data.Memory:
 
 
 def _effect(facts: Facts, column: int, direct: NDArray[np.float32]) -> data.Effect | None:
-    """None where it was not measured. The sign of an atom does not matter to its effect, but to the direct path."""
+    """None where it was not measured. An atom's sign changes its direct path, not its effect."""
     mean, n = facts.effects[0][column], int(facts.effects[1][column])
     if n == 0:
         return None
-    correlation = pd.Series(mean).corr(pd.Series(direct))  # NaN where one of them is constant
-    return data.Effect(parts.vocabulary(facts, mean), float(np.nan_to_num(correlation)), n)
+    # The correlation is NaN where one of them is constant.
+    return data.Effect(parts.vocabulary(facts, mean), float(np.nan_to_num(pd.Series(mean).corr(pd.Series(direct)))), n)
 
 
 def _fires_on(facts: Facts, rows: pd.DataFrame) -> list[data.TokenValue]:
@@ -147,8 +143,8 @@ def _lags(traces: Sequence[Trace]) -> data.Bars:
     """Mean over all followed firings by tokens since the write, in bins that double."""
     table = np.array([*itertools.zip_longest(*(t.reads for t in traces), fillvalue=np.nan)])  # NaN: the sequence ended
     edges = [0, 1, *(2**i for i in range(1, 64) if 2**i < len(table)), len(table)]
-    means = [short(float(np.nanmean(table[a:b]))) for a, b in itertools.pairwise(edges)]
-    return data.Bars([float(edge) for edge in edges], means)
+    means = (float(np.nanmean(table[a:b])) for a, b in itertools.pairwise(edges))
+    return data.Bars([*map(float, edges)], [*map(short, means)])
 
 
 def _cosines(cosines: NDArray[np.float64], spots: Integers) -> data.Cosines:
@@ -156,5 +152,4 @@ def _cosines(cosines: NDArray[np.float64], spots: Integers) -> data.Cosines:
     cosines = cosines.clip(-1, 1)
     firings, silent = (part[~np.isnan(part)] for part in (cosines[spots], np.delete(cosines, spots)))
     low, high = np.floor(10 * np.nanmin(cosines)) / 10, np.ceil(10 * np.nanmax(cosines)) / 10
-    bars = [parts.bars(part, low=low, high=high) for part in (firings, silent)]
-    return data.Cosines(short(np.median(firings)), *bars)
+    return data.Cosines(short(np.median(firings)), *(parts.bars(each, low, high) for each in (firings, silent)))

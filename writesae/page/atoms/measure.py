@@ -1,8 +1,9 @@
-"""What is measured of the atoms that get a page: each fact once, when a page or an export first asks for it."""
+"""What is measured of the atoms that get a page; each fact is measured when a page or an export first needs it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, cast
 
@@ -17,15 +18,66 @@ from torch.nn.functional import normalize
 from hookpoints import HookedRecurrent, Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.losses import read_queries
+from writesae.choices import at_least
 from writesae.experiment.firings import Integers, sample_firings
 from writesae.experiment.lab import EditedRows, Lab, Trial
-from writesae.page.atoms.settings import AtomSettings
 from writesae.page.atoms.text import TokenTexts
 
 TERMS = 4
-"""Most singular terms of an atom that are kept."""
+"""Most singular terms of an atom that are shown."""
 STEP = 0.05
 """Step of the central difference, in norms of the native write; its error falls with the square of the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtomSettings:
+    """What is shown of each atom, and from how many firings; every setting is written to the data.
+
+    Raises:
+        ValueError: a setting is out of range; the message names the setting and its value.
+    """
+
+    atoms: tuple[int, ...] | None = None
+    """A hand-picked list instead of a draw."""
+    n_atoms: int | None = 100
+    """Atoms drawn uniformly from those with `min_firings`. None or 0: all of them."""
+    min_firings: int = 4
+    """An atom with fewer firings on the tokens has no page."""
+    top: int = 12
+    """Contexts with the largest activations. A firing that another context already shows is left out."""
+    bands: int = 4
+    """Equal shares of the firings, by activation, from which further contexts are drawn."""
+    per_band: int = 3
+    """Contexts drawn from each band."""
+    before: int = 24
+    """Tokens shown before a firing."""
+    after: int = 10
+    """Tokens shown after it."""
+    n_tokens: int = 10
+    """Tokens listed at each end of the key side and of the value side."""
+    half_life_firings: int = 10
+    """Firings of an atom after which its write and what the head reads of it are followed."""
+    half_life_limit: int = 128
+    """Longest half-life that is measured, in tokens."""
+    effect_firings: int = 3
+    """Firings of an atom at which its effect on the logits is measured. 0: not measured."""
+    effect_horizon: int = 16
+    """Effects are averaged over t..t+effect_horizon, both included."""
+    quality: bool = True
+    """Measure the dictionary as a whole; it can take longer than all atoms together."""
+    seed: int = 0
+    """Seed of all draws."""
+    label: str = ""
+    """Name of the dictionary on the pages; by default the head and the target."""
+
+    def __post_init__(self) -> None:
+        at_least(
+            self,
+            {
+                **dict.fromkeys(("min_firings", "top", "bands", "n_tokens", "half_life_firings", "half_life_limit"), 1),
+                **dict.fromkeys(("effect_horizon", "n_atoms", "per_band", "before", "after", "effect_firings"), 0),
+            },
+        )
 
 
 class Trace(NamedTuple):
@@ -42,7 +94,7 @@ class Trace(NamedTuple):
 
 
 class Facts:
-    """The atoms of a dictionary that get a page, and what there is to know of them on held-out text.
+    """The atoms of a dictionary that get a page, and what is measured of them on held-out text.
 
     Args:
         settings: which atoms, from how many firings.
@@ -75,8 +127,10 @@ class Facts:
             raise ValueError(f"atoms: expected {rare}, got fewer of {missing}; give more text, or lower min_firings")
         lab.require(len(often) > 0, f"no atom has {rare}; give more text, or lower min_firings")
         n = min(settings.n_atoms or len(often), len(often))
-        drawn = np.random.default_rng(settings.seed).choice(often, n, replace=False)
-        self.number: Integers = np.unique(drawn if settings.atoms is None else settings.atoms)
+        rng = np.random.default_rng(settings.seed)
+        self.number: Integers = np.unique(
+            rng.choice(often, n, replace=False) if settings.atoms is None else settings.atoms
+        )
         """The n atoms, ascending."""
         self.matrices = lab.atoms(self.number)
 
@@ -122,8 +176,8 @@ class Facts:
                 left, reads = follow(until, self.matrices.rows([column]), t)
                 gone = (left < left[0] / 2).nonzero()
                 life = (int(gone[0]) if len(gone) else len(left) - 1, not len(gone))
-                share = reads / total[t : t + len(reads)].clamp_min(torch.finfo(total.dtype).tiny)
-                found[column].append(Trace(s, t, activation, life, activation * share.double().cpu().numpy()))
+                reads = activation * reads / total[t : t + len(reads)].clamp_min(torch.finfo(total.dtype).tiny)
+                found[column].append(Trace(s, t, activation, life, reads.double().cpu().numpy()))
         return found
 
     def _sample(self, per_atom: int, room: int, stream: int) -> list[tuple[int, list[tuple[int, int, float]]]]:
@@ -133,15 +187,17 @@ class Facts:
         table = sample_firings(self.firings, self.number, per_atom, first=0, last=last, rng=rng)
         table["column"] = np.searchsorted(self.number, table["atom"])
         columns = ["column", "position", "activation"]
-        groups = table.groupby("sequence")
-        return [(cast(int, n), list(zip(*(rows[name].tolist() for name in columns)))) for n, rows in groups]
+        return [
+            (cast(int, n), [*zip(*map(pd.Series.tolist, (rows[c] for c in columns)))])
+            for n, rows in table.groupby("sequence")
+        ]
 
     def cosines(self, column: int) -> NDArray[np.float64]:
         """[3,N T] signed cosines of one atom with every native write: of the matrices, of the key sides and of the
         value sides (mean over the terms of a write); NaN where the native write is zero."""
         writes = self.writes
         pairs = zip((writes.keys, writes.values), self.sides)
-        sides = [(normalize(native, dim=-1) @ own[column]).mean(-1) for native, own in pairs]
+        sides = ((normalize(native, dim=-1) @ own[column]).mean(-1) for native, own in pairs)
         cosines = torch.stack([writes.cosines(self.matrices.rows([column]))[:, 0], *sides])
         return cosines.where(writes.norm() > 0, torch.nan).double().cpu().numpy()
 
@@ -182,8 +238,8 @@ class Facts:
             size = site.writes.norm()
             for column, t in [(column, t) for column, t, _ in firings if size[t] > 0]:
                 added = unit.rows([column]).to(size) * (STEP * size[[t]])
-                steps = [({"column": column, "sign": sign}, lab.add(t, added * sign)) for sign in (1.0, -1.0)]
-                trials += [Trial(row, t, edit) for row, edit in steps]
+                for sign in (1.0, -1.0):
+                    trials.append(Trial({"column": column, "sign": sign}, t, lab.add(t, added * sign)))
                 counts[column] += 1
             if trials:
                 lab.read(site, trials, add_up, settings.effect_horizon + 1)

@@ -1,4 +1,4 @@
-"""`AtomPagesData` as static HTML: an index, one page per atom, and the data beside them."""
+"""`AtomPagesData` as static HTML: an index, one page per atom, and data.json."""
 
 from __future__ import annotations
 
@@ -22,29 +22,20 @@ from writesae.verdict.format import number, percent
 def write_atom_pages(data: AtomPagesData, folder: str | Path) -> Path:
     """Write index.html, atom-<n>.html and data.json into `folder`, which is made if need be; returns the index.
 
-    The pages need nothing else: no network, no server. Each file is written aside, then renamed.
+    The pages need no network and no server. Each file is written aside, then renamed.
     """
-    templates = environment()
-    templates.filters |= {
-        "pct": percent,
-        "num": number,
-        "signed": signed,
-        "visible": visible,
-        "inked": inked,
-        "heatmap": heatmap,
-    }
+    templates = environment(pct=percent, num=number, signed=signed, visible=visible, inked=inked, heatmap=heatmap)
     numbers, target = [page.atom for page in data.atoms], Path(folder)
     shared = {"info": data.info, "label": data.info["label"], "shown": numbers}
-    template = templates.get_template("atoms/atom.html")
     for page, previous, following in zip(data.atoms, [None, *numbers], [*numbers[1:], None]):
-        content = template.render(page=page, previous=previous, following=following, **shared)
-        atomic_text(target / f"atom-{page.atom}.html", content)
+        shown = {"page": page, "previous": previous, "following": following, **shared}
+        atomic_text(target / f"atom-{page.atom}.html", templates.get_template("atoms/atom.html").render(shown))
     data.save(target / "data.json")
     return atomic_text(target / "index.html", templates.get_template("atoms/index.html").render(data=data, **shared))
 
 
 def signed(value: float, how: str = "+.2f") -> str:
-    """A number with its sign, which is a minus and not a hyphen; no sign on what rounds to 0."""
+    """A number with its sign, as a minus instead of a hyphen; what rounds to 0 has no sign."""
     written = format(value, how)
     return written.replace("-", "−") if float(written) else written.lstrip("+-")
 
@@ -53,13 +44,12 @@ def heatmap(terms: Sequence[Term]) -> Markup:
     """The matrix of singular terms [K,V] as a picture of K x V pixels: blue above 0, orange below, opaque at the
     largest entry. For 128 x 128 it is a few kB, where elements of a page would be a megabyte."""
     matrix = np.sum([t.size * np.outer(t.key, t.value) for t in terms], axis=0)
-    strength = np.abs(matrix) / max(float(np.abs(matrix).max()), 1e-30)
+    shades = 17 * np.rint(15 * np.abs(matrix) / max(float(np.abs(matrix).max()), 1e-30))  # 15 opacities
     color = np.where(matrix[..., None] < 0, (0xE8, 0x6A, 0x2C), (0x3D, 0x7F, 0xF0))
-    opacity = 17 * np.rint(15 * strength)  # 15 shades of a color
     png = io.BytesIO()
-    imsave(png, np.dstack([color, opacity]).astype(np.uint8), format="png")
-    source, (height, width) = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}", matrix.shape
-    return Markup(f'<img class="heat" alt="The atom, {height} by {width}" src="{source}">')
+    imsave(png, np.dstack([color, shades]).astype(np.uint8), format="png")
+    data, size = base64.b64encode(png.getvalue()).decode(), "{} by {}".format(*matrix.shape)
+    return Markup(f'<img class="heat" alt="The atom, {size}" src="data:image/png;base64,{data}">')
 
 
 @lru_cache(maxsize=65536)

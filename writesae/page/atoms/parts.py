@@ -16,18 +16,24 @@ from writesae.page.atoms.text import short
 
 def _contexts(facts: Facts, shown: pd.DataFrame, rows: pd.DataFrame) -> list[data.Context]:
     """A context for each firing of `shown`; `rows` has all firings of the atom."""
-    activations, contexts, settings = np.zeros(facts.ids.shape), list[data.Context](), facts.settings
+    activations, before, after = np.zeros(facts.ids.shape), facts.settings.before, facts.settings.after
     activations[rows["sequence"], rows["position"]] = rows["activation"]
-    for s, t, cosine in shown[["sequence", "position", "cosine"]].itertuples(index=False, name=None):
-        first = max(0, t - settings.before)
-        window = slice(first, t + settings.after + 1)
-        texts, values = facts.texts.many(facts.ids[s, window]), [short(x) for x in activations[s, window]]
-        contexts.append(data.Context(s, t, t - first, texts, values, None if np.isnan(cosine) else short(cosine)))
-    return contexts
+    return [
+        data.Context(
+            s,
+            t,
+            min(t, before),
+            facts.texts.many(facts.ids[s, window]),
+            [short(x) for x in activations[s, window]],
+            None if np.isnan(cosine) else short(cosine),
+        )
+        for s, t, cosine in shown[["sequence", "position", "cosine"]].itertuples(index=False, name=None)
+        for window in [slice(max(0, t - before), t + after + 1)]
+    ]
 
 
 def top(facts: Facts, rows: pd.DataFrame) -> list[data.Context]:
-    """Largest activations first; firings that a context already shows are passed over."""
+    """Largest activations first, without firings that a context already shows."""
     settings, shown = facts.settings, np.zeros(facts.ids.shape, dtype=bool)
     ordered, chosen = rows.sort_values("activation", ascending=False, kind="stable"), list[int]()
     for n, (s, t) in enumerate(zip(ordered["sequence"], ordered["position"])):
@@ -57,19 +63,17 @@ def bands(facts: Facts, rows: pd.DataFrame) -> Iterator[data.Band]:
 
 
 def listed(facts: Facts, ids: Integers, values: NDArray[np.floating], n: Integers) -> list[data.TokenValue]:
-    rows = zip(ids.tolist(), facts.texts.many(ids), values.tolist(), n.tolist())
-    return [data.TokenValue(token=token, text=text, value=short(value), n=k) for token, text, value, k in rows]
+    return [*map(data.TokenValue, ids.tolist(), facts.texts.many(ids), map(short, values.tolist()), n.tolist())]
 
 
 def ends(facts: Facts, ids: Integers, values: NDArray[np.floating], counts: Integers) -> data.Ends:
     n, order = min(facts.settings.n_tokens, len(ids) // 2), np.argsort(-values, kind="stable")
     both = (order[:n], order[len(order) - n :][::-1])
-    high, low = (listed(facts, ids[end], values[end], counts[end]) for end in both)
-    return data.Ends(high=high, low=low)
+    return data.Ends(*(listed(facts, ids[end], values[end], counts[end]) for end in both))
 
 
 def vocabulary(facts: Facts, values: NDArray[np.float32]) -> data.Ends:
-    """All tokens of the vocabulary by `values` [vocab]; rows of W_U that pad it are no tokens."""
+    """All tokens of the vocabulary by `values` [vocab], without rows of W_U that pad it."""
     ids = np.arange(facts.texts.size)
     return ends(facts, ids, values[: len(ids)], np.zeros_like(ids))
 

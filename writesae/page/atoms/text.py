@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable
 
 from hookpoints import HookedRecurrent
@@ -14,7 +13,7 @@ EMPTY = "⟨empty⟩"
 
 
 def short(value: float) -> float:
-    """Four significant digits, which is what a reader can use and keeps files small."""
+    """Four significant digits: enough for a reader, and files stay small."""
     return float(f"{float(value):.4g}")
 
 
@@ -33,7 +32,7 @@ class TokenTexts(dict[int, str]):
                 "from_hf(model, tokenizer)"
             )
         self._model, self.size = model, n
-        """Tokens that have a text. A model may have more logits than that, which pad its vocabulary."""
+        """Tokens that have a text. Further logits of a model pad its vocabulary."""
 
     def __missing__(self, token: int) -> str:
         self[token] = text = token_text(self._model, token)
@@ -45,10 +44,9 @@ class TokenTexts(dict[int, str]):
 
 
 def symbol(character: str) -> str | None:
-    """What stands for a character without ink: a space, newline, control or format character; None for all others."""
-    if unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp"):
-        return None
-    return _SYMBOLS.get(character, f"⟨U+{ord(character):04X}⟩")
+    """The symbol of a character without ink: a space, newline, control or format character; None for all others."""
+    has_ink = character.isprintable() and character != " "
+    return None if has_ink else _SYMBOLS.get(character, f"⟨U+{ord(character):04X}⟩")
 
 
 def visible(text: str) -> str:

@@ -1,0 +1,208 @@
+"""Every page in a real browser: light and dark, on a phone, on paper, by keyboard; and that no text becomes markup."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browsing import PHONE, opened, scrolls_sideways
+from made_up import CONFOUNDED, FAILS, HOLDS, made_up
+from playwright.sync_api import Browser, Page
+
+from page.planted_atoms import HEAD
+from writesae.page.atoms import AtomPage, AtomPagesData, write_atom_pages
+from writesae.page.prompt import PromptServer
+from writesae.page.report import write_report
+from writesae.page.template import environment
+
+pytestmark = pytest.mark.slow  # a browser
+
+EVIL = '</td><script>alert("token")</script><img src=x onerror=alert(1)>&amp;' + "long" * 40
+"""What a corpus may hold: markup, and words without a place to break."""
+LIGHT, DARK = "rgb(255, 255, 255)", "rgb(20, 23, 28)"
+CONTROLS = ":is(a[href], button, input, select, textarea, summary, [tabindex='0']):visible"
+REACHED = """(() => {
+    const at = document.activeElement, { outlineStyle, outlineWidth } = getComputedStyle(at);
+    at.dataset.reached = "";
+    return at === document.body || (outlineStyle !== "none" && parseFloat(outlineWidth) > 0);
+})()"""
+"""Marks what has the focus; whether that can be seen."""
+ZOO: Any = {
+    "settings": {"models": ["recall"], "seeds": 1},
+    "boards": [
+        {
+            "model": "recall",
+            "rows": [
+                {"method": EVIL, "parameters": 5120, "bits": 28.6, "changed": {"mean": 1.0, "low": 0.9, "high": 1}}
+            ],
+            "plain": {"answered": 1.0},
+            "attribution": {"writes found": 0.5, "null": 0.1},
+            "states": [{"pairs": 3, "found": 0.5}],
+        }
+    ],
+}
+
+
+def everywhere(value: Any, said: str = EVIL) -> Any:
+    """The same data with every token, and every name, replaced."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: everywhere(getattr(value, each.name)) for each in fields(value)})
+    if isinstance(value, list):
+        return [everywhere(each) for each in value]
+    return said if isinstance(value, str) else value
+
+
+@pytest.fixture(scope="module")
+def places(data: AtomPagesData, server: PromptServer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Where each page is, all of them with texts that look like markup."""
+    folder: Path = tmp_path_factory.mktemp("pages")
+    info = data.info | dict.fromkeys(("label", "model", "rule", "architecture"), EVIL)
+    index = write_atom_pages(AtomPagesData(info, everywhere(data.atoms)), folder)
+    few: Any = {"scales": ("matched",), "controls": ("state", "shuffled"), "n_sequences": 12}
+    medians = {"held": HOLDS, EVIL: FAILS, "worse": {"delete": 1.0, "atom": 1e7, "state": 1e9}, "state": CONFOUNDED}
+    results = [made_up(m, label=label, floor=1e-12, seed=i, **few) for i, (label, m) in enumerate(medians.items())]
+    (folder / "zoo.html").write_text(environment().get_template("zoo.html").render(ZOO))
+    return {
+        "report": write_report(results, folder / "report.html"),
+        "index": index,
+        "atom": folder / "atom-0.html",
+        "zoo": folder / "zoo.html",
+        "prompt": f"http://127.0.0.1:{server.server_address[1]}",
+    }
+
+
+@pytest.fixture(params=["report", "index", "atom", "zoo", "prompt"])
+def place(request: pytest.FixtureRequest, places: dict[str, Any]) -> Any:
+    """Each page in turn."""
+    return places[request.param]
+
+
+def background(page: Page) -> str:
+    return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+
+@pytest.mark.parametrize(("scheme", "first", "other"), [("light", LIGHT, DARK), ("dark", DARK, LIGHT)])
+def test_colors_follow_the_system_until_the_button_says_otherwise(
+    browser: Browser, place: Any, scheme: Any, first: str, other: str
+) -> None:
+    with opened(browser, place, color_scheme=scheme) as page:
+        assert background(page) == first
+        page.get_by_role("button", name="Dark").click()
+        assert background(page) == other
+        page.add_init_script(f"localStorage.theme = '{page.evaluate('localStorage.theme')}'")  # as another page would
+        page.reload()
+        assert background(page) == other
+        assert page.locator("#theme").get_attribute("aria-pressed") == str(other == DARK).lower()
+
+
+def test_a_phone_shows_everything_without_scrolling_sideways(browser: Browser, place: Any) -> None:
+    with opened(browser, place, **PHONE) as page:
+        page.locator("details").evaluate_all("all => all.forEach((each) => { each.open = true })")
+        assert not scrolls_sideways(page)
+        assert page.locator(".scroll:has(.stack)").evaluate_all(
+            "all => all.every((e) => e.scrollWidth <= e.clientWidth)"
+        )
+
+
+def test_paper_is_light_and_has_what_is_folded(browser: Browser, place: Any) -> None:
+    with opened(browser, place, color_scheme="dark", viewport={"width": 680, "height": 1000}) as page:
+        page.emulate_media(media="print", color_scheme="dark")
+        assert background(page) == LIGHT and not scrolls_sideways(page)
+        assert page.locator(".scroll:visible").evaluate_all("all => all.every((e) => e.scrollWidth <= e.clientWidth)")
+        for folded in page.locator("details:not([open], .raw, .raw *) > :not(summary, .raw)").all():
+            assert folded.evaluate("e => e.checkVisibility({ contentVisibilityAuto: true }) && e.offsetHeight > 0")
+        assert not page.locator("header, form, details.raw").locator("visible=true").count()
+        assert page.pdf(format="A4").startswith(b"%PDF")
+
+
+def test_the_keyboard_reaches_every_control_and_shows_where_it_is(browser: Browser, place: Any) -> None:
+    with opened(browser, place) as page:
+        page.locator("#said:has-text('tokens'), body:not(:has(#said))").wait_for()
+        controls = page.locator(CONTROLS)
+        for _ in range(2 * controls.count()):
+            page.keyboard.press("Tab")
+            assert page.evaluate(REACHED)
+        assert controls.evaluate_all("all => all.every((each) => 'reached' in each.dataset)")
+
+
+@pytest.mark.parametrize(("name", "where"), [("report", "td b"), ("index", "h1"), ("atom", "mark"), ("zoo", "td")])
+def test_no_text_becomes_markup(browser: Browser, places: dict[str, Any], name: str, where: str) -> None:
+    with opened(browser, places[name]) as page:
+        assert page.locator("img:not(.heat)").count() == 0 and page.locator("script").count() == 1
+        assert any(EVIL in said.replace("·", " ") for said in page.locator(where).all_inner_texts())
+
+
+def test_a_prompt_is_read_and_stays_text(browser: Browser, server: PromptServer) -> None:
+    with opened(browser, f"http://127.0.0.1:{server.server_address[1]}", **PHONE) as page:
+        page.locator("#grid td").first.wait_for()
+        page.get_by_label("Text").fill(EVIL[5:-160])
+        page.get_by_role("button", name="Read").click()
+        shown = page.locator("#text")
+        shown.get_by_text("onerror").or_(shown.get_by_text("script")).first.wait_for()
+        assert shown.inner_text().replace("\n", "").replace("·", " ") == EVIL[5:-160]
+        assert page.locator("img").count() == 0 and page.locator("script").count() == 1
+        shown.get_by_role("button").nth(3).click()
+        assert [page.locator(f"#{name} li").count() for name in ("sources", "holdings", "atoms")] == [4, 4, 1]
+        read = shown.locator("button").first.get_attribute("style")
+        page.get_by_label("Color").select_option("what the state holds")
+        assert shown.locator("button").first.get_attribute("style") != read
+        page.locator("#grid").press("ArrowRight")
+        assert shown.locator("[aria-current]").count() == 1 and page.locator("#sources li").count() == 5
+        page.locator("#grid").press("ArrowUp")
+        page.get_by_text("No dictionary of this head is loaded.").wait_for()
+        assert page.get_by_label("Head").input_value() == str(HEAD - 1)
+        assert (page.locator("#grid [aria-current]").get_attribute("title") or "").startswith(
+            f"head {HEAD - 1}, token 4 "
+        )
+
+
+def listed(page: Page) -> list[int]:
+    """Atoms of the rows that can be seen, from top to bottom."""
+    rows = page.locator("table.atoms tbody tr:visible")
+    return rows.evaluate_all("rows => rows.map((row) => Number(row.dataset.atom))")
+
+
+ATOMS = list(range(6))
+COLUMNS: dict[str, Callable[[AtomPage], float | None]] = {
+    "rate": lambda p: p.rate,
+    "largest": lambda p: p.max_activation,
+    "cosine": lambda p: p.cosines.median if p.atom and p.cosines else None,
+    "half-life": lambda p: p.memory.half_life or p.memory.longest,
+    "direct r": lambda p: p.effect.direct_r if p.atom and p.effect else None,
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_click_on_a_heading_sorts_and_another_turns(
+    browser: Browser, data: AtomPagesData, site: Path, name: str
+) -> None:
+    """What was not measured is a dash, and comes last either way."""
+    values = [COLUMNS[name](page) for page in data.atoms]
+    with opened(browser, site / "index.html") as page:
+        heading = page.get_by_role("columnheader", name=name)
+        for sign, order in ((-1, "descending"), (1, "ascending")):
+            heading.get_by_role("button").click()
+            assert listed(page) == sorted(ATOMS, key=lambda n: (values[n] is None, sign * (values[n] or 0), n))
+            assert heading.get_attribute("aria-sort") == order
+        dashes = page.locator(f'td[data-name="{name}"]').get_by_text("–", exact=True).count()
+        assert dashes == values.count(None) == (name in ("cosine", "direct r"))
+
+
+def test_words_and_bounds_filter_and_the_address_saves_them(browser: Browser, data: AtomPagesData, site: Path) -> None:
+    low, high = (sorted(p.rate for p in data.atoms)[n] for n in (1, -2))
+    inside = [p.atom for p in sorted(data.atoms, key=lambda p: (-p.rate, p.atom)) if low <= p.rate <= high]
+    with opened(browser, site / "index.html") as page:
+        page.get_by_label("Sort by").select_option("rate")
+        page.get_by_label("At least").fill(f"{100 * low}%")
+        page.get_by_label("At most").fill(str(high))
+        assert listed(page) == inside and 0 < len(inside) < len(ATOMS)
+        page.reload()
+        assert listed(page) == inside and page.get_by_label("Sort by").input_value() == "rate"
+        assert page.locator("#count").inner_text() == f"{len(inside)} of {len(ATOMS)} atoms"
+        page.get_by_role("button", name="Clear").click()
+        assert listed(page) == ATOMS and page.locator("#count").inner_text() == f"{len(ATOMS)} atoms"
+        page.get_by_label("Search").press_sequentially(data.atoms[3].fires_on[0].text.strip().upper())
+        assert 3 in listed(page) and len(listed(page)) < len(ATOMS)
