@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -17,28 +18,27 @@ from saes import make_sae
 from sealing import reseal
 
 from hookpoints import HookedRecurrent
+from hookpoints import embedded as shipped
+from sae_lens_writesae.sae.load import load_sae
 from writesae.cli import COMMANDS, main
 from writesae.evaluate import EvalAll, Subjects, questions
 from writesae.evaluations import EVALUATIONS, Evaluation, load_result
+from writesae.experiment.quality import dictionary_quality
+from writesae.experiment.tokens import sample_sequences
+from writesae.page.template import share_text
 
 COUNTS = ["--sequences", "6", "--context-size", "48"]
 
 
-class Ended:
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> SimpleNamespace:
     """What a command printed, and the status it ended with."""
-
-    def __init__(self, status: int, out: str, err: str):
-        self.status, self.out, self.err = status, out, err
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Ended:
     status = 0
     try:
         main([str(each) for each in arguments])
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 1
     said = capsys.readouterr()
-    return Ended(status, said.out, said.err)
+    return SimpleNamespace(status=status, out=said.out, err=said.err)
 
 
 @pytest.fixture(scope="module")
@@ -91,22 +91,15 @@ def test_questions_are_read_from_the_source_as_the_classes_have_them() -> None:
     assert questions() == {kind: each.question for kind, each in EVALUATIONS.items()}
 
 
-@pytest.mark.parametrize(
-    ("given", "near"), [(["dmo"], "demo"), (["eval", "substition"], "substitution"), (["evl", "sign"], "eval")]
-)
-def test_a_misspelt_name_is_answered_with_the_nearest(
-    capsys: pytest.CaptureFixture[str], given: list[str], near: str
-) -> None:
-    done = run(capsys, *given)
-    assert done.status == 2 and f"Did you mean '{near}'" in done.err and len(done.err.splitlines()) == 1
-
-
 HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
+        (["dmo"], "Did you mean 'demo'"),
+        (["eval", "substition"], "Did you mean 'substitution'"),
+        (["evl", "sign"], "Did you mean 'eval'"),
         (["collect", *HEAD, "--n-tokens", "0"], "n_tokens"),
         (["collect", "--model", "embeded", "--layer", "2"], "nearest: embedded"),
         (["demo", "--training-tokens", "-5"], "training_tokens"),
@@ -119,10 +112,12 @@ HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]
         (["eval", "all", "SAE", "--set", "n_atoms=abc"], "'abc'"),
         (["eval", "all", "SAE", "--set", "n_atms=5"], "nearest: n_atoms"),
         (["eval", "all", "SAE", "--set", "n_atoms"], "FIELD=VALUE"),
-        (["eval", "all", "SAE", "--set", "foo=1"], "expected one of seed, label, rows_per_run, n_atoms,"),
+        (["eval", "all", "SAE", "--set", "foo=1"], "FIELD of seed, label, rows_per_run, n_atoms,"),
+        (["eval", "all", "SAE", "--set"], "FIELD of seed, label, rows_per_run, n_atoms,"),
         (["eval", "all", "SAE", "--set", "sign.foo=1"], "n_positions"),
         (["eval", "all", "SAE", "--set", "sgn.n_positions=1"], "substitution, partition"),
         (["eval", "all", "SAE", "--set", "horizon=2.5"], "'2.5'"),
+        (["eval", "sign", "SAE", "SAE"], "same name"),
         (["eval", "sign", "SAE", "--sequences", "-5"], "sequences"),
         (["eval", "sign", "SAE", "--text", "[/nothing]"], "[/nothing]"),
         (["eval", "substitution", "SAE", "--n-atoms", "0"], "n_atoms"),
@@ -137,6 +132,10 @@ HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]
         (["report", "[/nothing]"], "[/nothing]"),
         (["reproduce", "--small", "--set", "foo=1"], "foo"),
         (["reproduce", "--small", "--profile", "nowhere"], "nowhere"),
+        (["reproduce", "--model", "embedded", "--layers", "0", "--heads", "0"], "layer 0"),
+        (["reproduce", "--model", "embedded", "--layers", "2", "--heads", "9"], "heads 0 to 3"),
+        (["reproduce", "--model", "embedded", "--evaluations", "wrong"], "wrong"),
+        (["reproduce", "--model", str(shipped.path("embedded"))], "dataset"),
         (["reproduce", "--small", "--architecture", "writesae_jumpreluu"], "nearest: writesae_jumprelu"),
         (["show", "SAE", "--n-atoms", "-1"], "n_atoms"),
         (["train", *HEAD, "--targets", "wrte"], "got 'wrte'"),
@@ -147,6 +146,7 @@ HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]
         (["train", "--model", "embeded", *HEAD[2:]], "nearest: embedded"),
         (["train", "--modle", "embedded"], "nearest: --model"),
         (["train", *HEAD, "--layers", "two"], "two"),
+        (["train", *HEAD, "--out", "FILE/below"], "is a file"),
         (["eval", "all"], "expected folders"),
     ],
     ids=lambda given: "" if isinstance(given, str) else " ".join(given),
@@ -200,11 +200,9 @@ def test_models_and_hooks_are_listed_with_their_shapes(
     assert "layer 0" in everything and "layers 1, 2, 3, 4" in everything
 
 
-def test_two_folders_of_one_name_and_two_models_are_refused(
+def test_dictionaries_of_two_models_are_refused(
     capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path
 ) -> None:
-    twice = run(capsys, "eval", "sign", sae_folder, sae_folder)
-    assert twice.status == 2 and "same name" in twice.err
     other = Path(shutil.copytree(sae_folder, tmp_path / "other"))
     (other / "cfg.json").write_text((other / "cfg.json").read_text().replace('"embedded"', '"another"'))
     reseal(other)
@@ -212,15 +210,71 @@ def test_two_folders_of_one_name_and_two_models_are_refused(
     assert apart.status == 2 and "another, embedded" in apart.err
 
 
-def test_eval_then_report(capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    done = run(capsys, "eval", "sign", sae_folder.parent, "--out", out, *COUNTS, "--n-positions", "4", "--seed", "3")
-    assert done.status == 0, done.err
-    assert done.out.splitlines()[-1] == str(out / "report.html") and (out / "report.json").is_file()
-    result = load_result(out / "sign" / "L2H1")
-    assert result.evaluation.to_dict()["n_positions"] == 4 and result.evaluation.seed == 3
-    again = run(capsys, "report", out, "--out", tmp_path / "one.html")
-    assert again.status == 0 and "84.6 %" in (tmp_path / "one.html").read_text()
+TINY = ["--d-sae", "16", "--k", "4", "--training-tokens", "512", "--context-size", "128"]
+SIGN = ["--n-positions", "2", "--no-control-dictionaries"]
+ONE_ATOM = ["--n-atoms", "1", "--min-firings", "1"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `train`, `demo` and `reproduce` write, at tiny sizes: the last as its workflow does, by commands."""
+    root = tmp_path_factory.mktemp("folders")
+    main(["train", *HEAD, *TINY, "--no-summary", "--out", str(root / "trained")])
+    few = ["--n-atoms", "6", "--facts", "0", "--eval-sequences", "2"]
+    main(["demo", *HEAD, *TINY[:2], *TINY[4:], "--train-sequences", "8", *few, "--out", str(root / "demo")])
+    collection = ["--model", "embedded", "--layer", "2", "--heads", "0", "1", "--n-tokens", "1024"]
+    main(["collect", *collection, "--out", str(root / "reproduced/collection")])
+    own = ["--collection", str(root / "reproduced/collection"), "--out", str(root / "reproduced")]
+    main(["train", *own, *TINY, "--no-summary"])
+    main(["eval", "sign", str(root / "reproduced/L2H0"), *COUNTS, *SIGN, "--out", str(root / "reproduced/L2H0")])
+    return root
+
+
+@pytest.mark.parametrize("folder", ["trained", "demo", "reproduced"])
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        (["eval", "sign", "FOLDER", "--collection", "FOLDER", *COUNTS, *SIGN], "report.html"),
+        (["show", "FOLDER", *COUNTS, *ONE_ATOM, "--no-quality"], "index.html"),
+        (["export", "FOLDER", *COUNTS, *ONE_ATOM], "batch-0.json"),
+        (["report", "FOLDER"], "report.html"),
+        (["train", "--collection", "FOLDER", *TINY, "--no-summary"], "cfg.json"),
+        (["push", "FOLDER", "me/saes", "--dry-run"], None),
+        (["prompt", "--sae", "FOLDER", "--graph", "The war"], "graph.json"),
+    ],
+    ids=lambda given: given[0] if isinstance(given, list) else "",
+)
+def test_what_one_command_writes_another_takes(
+    capsys: pytest.CaptureFixture[str],
+    folders: Path,
+    tmp_path: Path,
+    folder: str,
+    arguments: list[str],
+    written: str | None,
+) -> None:
+    if (arguments[0], folder) == ("report", "trained"):
+        pytest.skip("holds no results")
+    out = [] if written is None else ["--out", tmp_path / ("graph.json" if arguments[0] == "prompt" else "")]
+    done = run(capsys, *(folders / folder if each == "FOLDER" else each for each in arguments), *out)
+    assert done.status == 0 and (written is None or any(tmp_path.rglob(written))), done.err
+    assert ("s on this machine" in done.out) == (arguments[0] in ("eval", "show", "export"))
+
+
+def test_settings_of_one_evaluation_are_flags(folders: Path) -> None:
+    (file,) = (folders / "reproduced" / "L2H0" / "sign").glob("*/info.json")
+    assert load_result(file.parent).evaluation.to_dict()["n_positions"] == 2
+
+
+def test_training_ends_with_what_each_dictionary_recovers(
+    capsys: pytest.CaptureFixture[str], folders: Path, embedded: HookedRecurrent
+) -> None:
+    again = run(capsys, "train", "--collection", folders / "reproduced", *TINY, "--out", folders / "reproduced")
+    tokens = sample_sequences(embedded, shipped.text("test"), 128, 8)
+    for head, line in enumerate(again.out.splitlines()[-3:-1]):
+        label = f"L2H{head}/write-seed0"
+        found = dictionary_quality(embedded, load_sae(folders / "reproduced" / label / "sae"), tokens)
+        assert found.explained is not None and found.recovered is not None
+        assert line.split()[:4] == [label, *map(share_text, (found.explained, found.alive, found.recovered.mean))]
 
 
 def test_a_single_evaluation_with_nothing_to_measure_is_an_error(

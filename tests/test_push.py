@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import re
 import shutil
+import threading
+from base64 import b64decode
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
-from huggingface_hub import HfApi
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import constants
 from sae_lens import SAE
 from saes import make_sae
 from sealing import reseal
@@ -38,37 +41,74 @@ def folder(embedded: HookedRecurrent, tmp_path_factory: pytest.TempPathFactory) 
     return root
 
 
-def test_what_is_pushed_loads_by_the_lines_of_its_card(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The hub is a folder of this machine; SAELens downloads from it."""
-    hub = tmp_path / "me/saes"
+class Hub(BaseHTTPRequestHandler):
+    """The hub's part of a push and of a download, over HTTP. All files go up inside the commit (no LFS, no Xet)."""
 
-    def upload(api: HfApi, repo_id: str, folder_path: str, commit_message: str) -> SimpleNamespace:
-        shutil.copytree(folder_path, tmp_path / repo_id)
-        return SimpleNamespace(commit_url=f"{repo_id}: {commit_message}")
+    files: ClassVar[dict[str, bytes]] = {}
+    """What was committed, as OWNER/NAME/PATH."""
+    commit = "0" * 40
 
-    def download(repo_id: str, filename: str, **how: object) -> str:
-        if not (tmp_path / repo_id / filename).exists():
-            raise EntryNotFoundError(filename)
-        return str(tmp_path / repo_id / filename)
+    def do_POST(self) -> None:
+        asked, *lines = map(json.loads, self.rfile.read(int(self.headers["Content-Length"])).splitlines())
+        repo = "/".join(self.path.split("/")[3:5]) if lines else f"{asked.get('organization')}/{asked.get('name')}"
+        self.files.update({f"{repo}/{one['value']['path']}": b64decode(one["value"]["content"]) for one in lines})
+        modes = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+        url, files = f"{constants.ENDPOINT}/{repo}", [{"path": file["path"]} | modes for file in asked.get("files", ())]
+        commit = {"commitUrl": f"{url}/commit/{self.commit}", "commitOid": self.commit}
+        self.answer(200, json.dumps({"url": url, "files": files} | commit).encode())
 
-    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: None)
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
-    monkeypatch.setattr("sae_lens.loading.pretrained_sae_loaders.hf_hub_download", download)
+    def do_GET(self) -> None:
+        content = self.files.get(re.sub("/resolve/[^/]+/", "/", self.path[1:]))
+        self.answer(404 if content is None else 200, content or b"")
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, content: bytes) -> None:
+        self.send_response(status)
+        headers = {
+            "Content-Length": len(content),
+            "ETag": hashlib.sha1(content).hexdigest(),
+            "X-Repo-Commit": self.commit,
+        }
+        for key, value in (headers | ({"X-Error-Code": "EntryNotFound"} if status == 404 else {})).items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        self.wfile.write(content * (self.command != "HEAD"))
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
+    """The files of a hub that runs on this machine."""
+    monkeypatch.setattr(Hub, "files", {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    given = {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    for name, value in (given | {"HF_HUB_OFFLINE": False}).items():
+        monkeypatch.setattr(constants, name, value)
+    yield Hub.files
+    server.shutdown()
+    server.server_close()
+
+
+def test_what_is_pushed_loads_by_the_lines_of_its_card(folder: Path, hub: dict[str, bytes]) -> None:
+    """SAELens and this package download it again."""
     names = ["L2H0/write-seed0", "L2H1/write-seed0"]
-    assert Push(folder, "me/saes").run() == f"me/saes: Upload {', '.join(names)}"
+    assert Push(folder, "me/saes").run().endswith(f"/me/saes/commit/{Hub.commit}")
     found: dict[str, Any] = {}
-    for block in re.findall("```python\n(.*?)```", (hub / "README.md").read_text(), re.DOTALL):
+    for block in re.findall("```python\n(.*?)```", hub["me/saes/README.md"].decode(), re.DOTALL):
         exec(block, found)
     assert found["acts"].shape[2] == 16 and found["acts"].count_nonzero() > 0
     for name in names:
         ours, theirs = load_sae(folder / name / "sae"), SAE.from_pretrained("me/saes", name)
         assert all((one == other).all() for one, other in zip(ours.parameters(), theirs.parameters(), strict=True))
-    files = {str(file.relative_to(hub)): file.read_bytes() for file in hub.rglob("*") if file.is_file()}
     of_each = ("cfg.json", "sae_weights.safetensors", "SHA256SUMS")
-    assert files.keys() == {"README.md", *(f"{name}/{file}" for name in names for file in of_each)}
-    assert b"PRIVATE KEY" not in b"".join(files.values())
+    assert hub.keys() == {"me/saes/README.md", *(f"me/saes/{name}/{file}" for name in names for file in of_each)}
+    assert b"PRIVATE KEY" not in b"".join(hub.values())
 
 
 def test_a_dry_run_shows_the_files_and_the_card(folder: Path) -> None:

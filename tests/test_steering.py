@@ -149,34 +149,28 @@ def test_a_control_takes_the_place_of_the_atoms(model64: Any, ids: Tensor) -> No
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        ({"layer": 1, "head": 2}, "direction"),
-        ({"toward": 5}, "layer"),
-        ({"layer": 1, "head": 2, "toward": 64}, "got 64"),
-        ({"layer": 1, "head": 2, "toward": 5, "at": "always"}, "always"),
-        ({"layer": 1, "head": 2, "toward": 5, "at": (-1,)}, "-1"),
-        ({"layer": 1, "head": 2, "toward": 5, "at": "fires"}, "at="),
-        ({"sae": "write"}, "direction"),
-        ({"sae": "write", "atom": 1, "head": 1}, "layer, head"),
-        ({"sae": "write", "atom": 1, "toward": 5}, "'every'"),
-        ({"sae": "state", "atom": 1, "at": "fires"}, "states"),
+        ({"layer": 1, "head": 2}, ValueError, "direction"),
+        ({"toward": 5}, ValueError, "layer"),
+        ({"layer": 1, "head": 2, "toward": 64}, ValueError, "got 64"),
+        ({"layer": 1, "head": 2, "toward": 5, "at": "always"}, ValueError, "always"),
+        ({"layer": 1, "head": 2, "toward": 5, "at": (-1,)}, ValueError, "-1"),
+        ({"layer": 1, "head": 2, "toward": 5, "at": "fires"}, ValueError, "at="),
+        ({"sae": "write"}, ValueError, "direction"),
+        ({"sae": "write", "atom": 1, "head": 1}, ValueError, "layer, head"),
+        ({"sae": "write", "atom": 1, "toward": 5}, ValueError, "'every'"),
+        ({"sae": "state", "atom": 1, "at": "fires"}, ValueError, "states"),
+        ({"layer": 3, "head": 0, "toward": 5}, UnsupportedModelError, "layer 3"),  # an attention layer has no writes
+        ({"layer": 1, "head": 9, "toward": 5}, UnknownHookError, "head 9"),
+        ({"sae": "write", "atom": 12}, IndexError, "12"),
     ],
 )
-def test_bad_input_is_named(model64: Any, arguments: dict[str, Any], message: str) -> None:
+def test_bad_input_is_named(model64: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     if "sae" in arguments:
         arguments = arguments | {"sae": sae_of_head(model64, arguments["sae"])}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         steer(model64, **arguments)
-
-
-def test_what_the_model_or_the_dictionary_lacks_is_named(model64: Any) -> None:
-    with pytest.raises(UnsupportedModelError):  # an attention layer has no writes
-        steer(model64, 3, 0, toward=5)
-    with pytest.raises(UnknownHookError, match="head 9"):
-        steer(model64, 1, 9, toward=5)
-    with pytest.raises(IndexError):
-        steer(model64, sae=sae_of_head(model64), atom=12)
 
 
 def test_strings_of_several_tokens_are_taken_apart(embedded: Any) -> None:

@@ -39,14 +39,14 @@ def at_least(settings: object, bounds: Mapping[str, float]) -> None:
         value = getattr(settings, name)
         for entry in value if isinstance(value, tuple) else (value,):
             if entry is not None and (isinstance(entry, str) or not entry >= bound):
-                raise ValueError(f"{name} must be at least {bound:g}, found {entry!r}")
+                raise ValueError(f"{name}: expected at least {bound:g}, got {entry!r}")
 
 
 def expect(settings: object, rules: Mapping[str, tuple[bool, str]]) -> None:
     """ValueError for the first setting whose rule does not hold; a rule is whether it does, and what is expected."""
     for name, (holds, expected) in rules.items():
         if not holds:
-            raise ValueError(f"{name} must be {expected}; found {getattr(settings, name)}")
+            raise ValueError(f"{name}: expected {expected}, got {getattr(settings, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class OnText:
     dtype: Dtype = "float32"
     """The model's dtype."""
     text: Path | None = None
-    """Text file; by default the held-out text of the package."""
+    """Text file; by default the held-out text of the package. `last`: the text that only the final run uses."""
     sequences: int = 100
     """Sequences to find firings in."""
     context_size: int = 128

@@ -12,8 +12,8 @@ import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, make_dataclass
-from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple, TypeVar, get_type_hints
+from importlib.metadata import distributions
+from typing import TypeVar, get_type_hints
 
 import tyro
 
@@ -26,70 +26,62 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-class Command(NamedTuple):
-    """One command."""
-
-    text: str
-    """What it does, in one line."""
-    target: str
-    """`module:name` of a dataclass with a method `run`, or of a function that is given the rest of the command line."""
-
-
-COMMANDS: dict[str, Command] = {
-    "demo": Command(
+COMMANDS = {
+    "demo": (
         "Train dictionaries on one head and test their atoms; offline, in minutes.",
         "writesae.demo:Demo",
     ),
-    "collect": Command(
+    "collect": (
         "Run a model once and keep what its heads write; dictionaries train from it.",
         "writesae.dictionaries:Collect",
     ),
-    "train": Command(
+    "train": (
         "Train dictionaries on heads of a model.",
         "writesae.dictionaries:Train",
     ),
-    "eval": Command(
+    "eval": (
         "Evaluate trained dictionaries: one evaluation by name, or all.",
         "writesae.evaluate:run_eval",
     ),
-    "show": Command(
+    "show": (
         "Make a page for each atom of a dictionary.",
         "writesae.show:run_show",
     ),
-    "push": Command(
+    "push": (
         "Publish dictionaries on the Hugging Face hub, with a card that loads them.",
         "writesae.push:Push",
     ),
-    "export": Command(
+    "export": (
         "Write atoms as Neuronpedia reads them.",
         "writesae.show:run_export",
     ),
-    "prompt": Command(
+    "prompt": (
         "Type a text in a browser: what heads write and read, which atoms fire.",
         "writesae.show:Prompt",
     ),
-    "report": Command(
+    "report": (
         "Write one page from saved results.",
         "writesae.evaluate:Report",
     ),
-    "reproduce": Command(
+    "reproduce": (
         "The paper's whole table for a model: train, evaluate and report, as a workflow.",
         "writesae.reproduce.command:Reproduce",
     ),
-    "zoo": Command(
+    "zoo": (
         "Measure what dictionaries find in models whose mechanism is known.",
         "writesae.zoo:Zoo",
     ),
-    "models": Command(
+    "models": (
         "List the models on this machine, and the update rules that can be hooked.",
         "writesae.models:Models",
     ),
-    "hooks": Command(
+    "hooks": (
         "List the hooks of a model with their shapes.",
         "writesae.models:Hooks",
     ),
 }
-
+"""What each does, in one line, and `module:name` of a dataclass with a method `run`, or of a function that is given the
+rest of the command line."""
 PACKAGES = ("sae-lens-writesae", "torch", "transformers", "transformer-lens", "sae-lens", "flash-linear-attention")
 """Those whose versions matter to a result, and to whoever reads a report of a fault."""
 
@@ -98,8 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script. An error that says what to mend ends with status 2 and no traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        name = choose("writesae", given, {name: command.text for name, command in COMMANDS.items()})
-        module, _, attribute = COMMANDS[name].target.partition(":")
+        name = choose("writesae", given, {name: text for name, (text, _) in COMMANDS.items()})
+        module, _, attribute = COMMANDS[name][1].partition(":")
         target = getattr(importlib.import_module(module), attribute)
         if isinstance(target, type):
             from_arguments = getattr(target, "from_arguments", None)
@@ -113,8 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         errors = sys.modules.get("hookpoints.errors")  # not loaded: then none of its errors was raised
         if not isinstance(error, (ValueError, OSError, errors.HookpointsError if errors else ValueError)):
             raise
-        text = " ".join(str(error).split()) if isinstance(error, OSError) else str(error)  # of transformers: many lines
-        print(f"error: {text}", file=sys.stderr)  # plain text: a path may hold what a markup language would take
+        # In one line, for transformers' have many; plain text, for a path may hold what a markup language would take.
+        print("error:", " ".join(str(error).split()) if isinstance(error, OSError) else error, file=sys.stderr)
         raise SystemExit(2) from error
 
 
@@ -129,24 +121,16 @@ def choose(program: str, arguments: Sequence[str], names: Mapping[str, str]) -> 
     if name in names:
         return name
     if name == "--version":
-        print("\n".join(f"{package:26}{_version(package)}" for package in PACKAGES))
+        installed = {each.name: each.version for each in distributions()}
+        print("\n".join(f"{package:26}{installed.get(package, 'not installed')}" for package in PACKAGES))
         raise SystemExit(0)
     if name not in ("-h", "--help"):
         hint = "".join(f"Did you mean {near!r}? " for near in difflib.get_close_matches(name, names, n=1))
         raise ValueError(f"{program} has no command {name!r}. {hint}There are {', '.join(names)}")
     width = max(map(len, names))
-    lines = [f"  {name:{width}}  {text}" for name, text in names.items()]
-    print(
-        f"usage: {program} COMMAND ...\n", *lines, f"\n{program} COMMAND --help shows the flags of a command.", sep="\n"
-    )
+    print(f"usage: {program} COMMAND ...\n", *(f"  {name:{width}}  {text}" for name, text in names.items()), sep="\n")
+    print(f"\n{program} COMMAND --help shows the flags of a command.")
     raise SystemExit(0 if arguments else 2)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def parse(command: type[T], program: str, arguments: Sequence[str], default: T | None = None) -> T:
@@ -160,16 +144,16 @@ def parse(command: type[T], program: str, arguments: Sequence[str], default: T |
         if told := _told(event, command):
             raise ValueError(f"{' '.join(told.split()).rstrip('.')}. {program} --help lists the flags")
 
-    start = tyro.MISSING_NONPROP if default is None else default
     with on_parse_error(refuse):
-        return tyro.cli(command, prog=program, args=arguments, default=start)
+        return tyro.cli(
+            command, prog=program, args=arguments, default=tyro.MISSING_NONPROP if default is None else default
+        )
 
 
 def parse_with(command: type[T], settings: type[S], program: str, arguments: Sequence[str]) -> tuple[T, S]:
     """The command line as a value of `command` and one of `settings`, whose docstring the help shows."""
     parts = [(name, tyro.conf.OmitArgPrefixes[each]) for name, each in (("command", command), ("settings", settings))]
-    both = make_dataclass("Command", parts, frozen=True)
-    both.__doc__ = command.__doc__
+    both = make_dataclass("Command", parts, frozen=True, namespace={"__doc__": command.__doc__})
     given = parse(both, program, arguments)
     return given.command, given.settings
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
 from writesae.choices import MetricName, at_least
-from writesae.dictionaries import save_dictionary
+from writesae.dictionaries import quality_table, quiet, save_dictionary
 from writesae.files import check_settings, check_writable, keep_settings, taken
 
 if TYPE_CHECKING:
@@ -24,22 +22,23 @@ if TYPE_CHECKING:
     from sae_lens_writesae.sae.training import MatrixTrainingSAE
     from writesae.experiment.conditions import Control
     from writesae.experiment.evaluation import Result
+    from writesae.experiment.terms import Terms
 
 
 RECIPES: dict[str, MetricName] = {"write-trained": "frobenius", "write-trained, metric": "gauss_newton"}
 """The dictionaries, and what errors are measured by: their squares, or the KL divergence that they cause."""
 FACTS = "facts.json"
 METHODS = {
-    "writesae_product": ("an atom", "atom"),
-    "product quantizer (k-means of k and of u)": ("codes of two quantizers", "soft"),
-    "null: another pair's write": ("another pair's write", "control"),
-    "null: untrained writesae_product": ("an untrained atom", "control"),
+    "writesae_product": "an atom",
+    "product quantizer (k-means of k and of u)": "codes of two quantizers",
+    "null: another pair's write": "another pair's write",
+    "null: untrained writesae_product": "an untrained atom",
 }
-"""What takes the place of a write that holds a fact (a row of `writesae zoo`): its name, and color of the figure."""
+"""What replaces a write that holds a fact: a row of `writesae zoo`, and its name."""
 RIVALS: tuple[Control, ...] = ("random", "shuffled", "pair_mean", "drawn", "quantised", "pca")
-"""What is written in the place of an atom: directions, and the baselines that recover most."""
-PASSES, START = 550, 8
-"""What the demo takes, in the time that a pass over `START` sequences does."""
+"""What is written instead of an atom: directions, and the baselines that recover most."""
+PASSES, START = 4400, 8
+"""What the demo takes, in the time that a pass over a sequence does, and the sequences of the pass that is timed."""
 SENTENCES = {
     "recall": "One atom writes a fact into the memory, and the model recalls it",
     "composition": "One atom changes one attribute of a fact, and the others stay",
@@ -47,26 +46,16 @@ SENTENCES = {
 """Model of the zoo -> what is shown on it."""
 
 
-class HeadChoice(NamedTuple):
-    """A head, how long it remembers, and what its writes do."""
-
-    layer: int
-    head: int
-    half_life: float
-    """Median over writes of the tokens after which half of a write's norm is left, by decay and erase."""
-    nats: float
-    """KL(native || edited) per token where all writes of the head are deleted."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Demo:
     """Write facts into a memory by atoms; then read what one head of a language model writes, train dictionaries on it,
     and replace the model's own writes by their atoms.
 
-    Facts are written in two small models whose mechanism is known, beside controls. The head of the language model is
-    the one whose writes do most, of those that remember for a while. Two dictionaries of its writes: one for squared
-    errors, one for errors in the model's own metric. At positions drawn uniformly, the model's own write is replaced by
-    the strongest atom and by what needs no training, and the report says how much of the write's effect each recovers.
+    Facts are written in two small models whose mechanism is known, by atoms and by controls. The head of the language
+    model is the one whose writes do most, of those that remember for a while. Two dictionaries of its writes: one for
+    squared errors, one for errors in the model's own metric. At positions drawn uniformly, the model's own write is
+    replaced by the strongest atom and by what needs no training, and the report says how much of the write's effect
+    each recovers.
     Offline, in about a minute on two cores."""
 
     model: str = "embedded"
@@ -105,7 +94,7 @@ class Demo:
 
     def run(self, say: Callable[[str], object] = print) -> Path:
         """Train and test each dictionary, and write everything to `out`: the report, and for each dictionary `sae/` and
-        its result `substitution/`. What is there already is kept: the same command goes on where it was stopped.
+        its result `substitution/`. Nothing is overwritten: the same command resumes where it was stopped.
 
         Raises:
             ValueError: the head is not there, or `out` cannot be written or holds a demo with other settings; before
@@ -115,43 +104,38 @@ class Demo:
         check_writable(self.out)
         check_settings(self.out, settings)
         from hookpoints import HookedRecurrent, embedded
-        from hookpoints.scopes import threads_for
         from sae_lens_writesae.files import atomic_text
         from sae_lens_writesae.sae.factors import collect
         from sae_lens_writesae.sae.load import load_sae
         from writesae.evaluations import load_result
         from writesae.evaluations.substitution import Substitution
-        from writesae.experiment.suite import quality_of_heads, with_quality
-        from writesae.experiment.tokens import sample_sequences
+        from writesae.experiment.quality import quality_of_heads
+        from writesae.experiment.terms import Terms
+        from writesae.experiment.tokens import sample_sequences, say_time
         from writesae.page.report import write_report
 
         model = HookedRecurrent.from_pretrained(self.model)
         tokens = sample_sequences(model, embedded.text("test"), self.context_size, self.eval_sequences)
         text = sample_sequences(model, embedded.text("train"), self.context_size, self.train_sequences)
         with taken(self.out, say):
-            model(text[:START])
-            begin = time.perf_counter()
-            with threads_for(0):  # as most of the work below
-                model(text[:START])
-            seconds = 5 * math.ceil(PASSES / 5 * (time.perf_counter() - begin))
-            say(f"about {seconds} s on this machine, all stages; writes to {self.out}")
+            say_time(model, text, PASSES, self.out, say)
             kept = self.out / FACTS
             opening = json.loads(kept.read_text()) if kept.exists() else write_facts(self.facts, say)
-            choice = self.choose_head(model, text[:START])
+            *place, half_life, nats = self.choose_head(model, text[:START])
             say(
-                f"model {self.model!r}: head {choice.head} of layer {choice.layer} "
-                f"({model.cfg.layer(choice.layer).rule}); half-life of a write {choice.half_life:.0f} tokens; without "
-                f"its writes the model is off by {choice.nats:.3f} nats per token"
+                f"model {self.model!r}: head {place[1]} of layer {place[0]} ({model.cfg.layer(place[0]).rule}); "
+                f"half-life of a write {half_life:.0f} tokens; without its writes the model is off by {nats:.3f} nats "
+                "per token"
             )
             keep_settings(self.out, settings)
             atomic_text(kept, json.dumps(opening))
-            place, folder = (choice.layer, choice.head), self.out / "collection"
-            collection = collect(model, text, [place[0]], [place[1]], folder, dtype="float32")
+            collection = collect(model, text, place[:1], place[1:], self.out / "collection", dtype="float32")
             folders = {label: self.out / label.replace(", ", "-") for label in RECIPES}
+            terms = Terms(model, collection)
             missing = [label for label in RECIPES if not (folders[label] / "sae").exists()]
             say("\n".join(f"{'training' if label in missing else 'kept'}: {label}" for label in RECIPES))
             for label in missing:
-                save_dictionary(self._trained(model, collection, text, place, RECIPES[label]), folders[label])
+                save_dictionary(self._trained(terms, collection, place, RECIPES[label]), folders[label])
             saes = {label: load_sae(folders[label] / "sae") for label in RECIPES}
             quality, results = quality_of_heads(model, saes, tokens, progress=True), []
             for label, sae in saes.items():
@@ -166,15 +150,16 @@ class Demo:
                         seed=self.seed,
                         label=label,
                     )
-                    result = test.run(model, sae, tokens, reference=text[:48])
-                    with_quality(result, quality, [label]).save(folder)
+                    result = test.run(model, sae, tokens, reference=terms)
+                    info = result.info | {"quality": {label: quality(label)}}
+                    dataclasses.replace(result, info=info).save(folder)
                 results.append(load_result(folder))
             say(first_screen(results))
             return write_report(results, self.out / "report.html", opening=opening)
 
-    def choose_head(self, model: HookedRecurrent, tokens: Tensor) -> HeadChoice:
-        """The head that was named, or the one whose writes do most, of those with a half-life of `memory` or more (of
-        all, where there is none)."""
+    def choose_head(self, model: HookedRecurrent, tokens: Tensor) -> tuple[int, int, float, float]:
+        """Layer and head as named, or of the head whose writes do most, of those with a half-life of `memory` or more
+        (of all, where there is none); its half-life in tokens, and nats per token where all its writes are deleted."""
         from writesae.experiment.quality import head_effects
 
         layers = model.cfg.recurrent_layers if self.layer is None else [self.layer]
@@ -183,28 +168,25 @@ class Demo:
             raise ValueError(f"head {self.head} is out of range: layer {layers[0]} has heads 0 to {n_heads - 1}")
         effects = head_effects(model, tokens, layers, None if self.head is None else [self.head], progress=True)
         lasting = effects[effects["half_life"] >= self.memory]
-        best = (effects if lasting.empty else lasting).iloc[0]
-        return HeadChoice(int(best["layer"]), int(best["head"]), float(best["half_life"]), float(best["nats"]))
+        return next((effects if lasting.empty else lasting).itertuples(index=False, name=None))
 
     def _trained(
-        self, model: HookedRecurrent, collection: Collection, text: Tensor, place: tuple[int, int], metric: MetricName
+        self, terms: Terms, collection: Collection, place: Sequence[int], metric: MetricName
     ) -> MatrixTrainingSAE:
         """A dictionary."""
-        from sae_lens_writesae.sae.metric_fit import fit_metrics
+        from sae_lens_writesae.sae.metric import DAMPING
         from sae_lens_writesae.sae.runner import train, training_config
-        from writesae.dictionaries import quiet
 
-        sizes = {"d_sae": self.d_sae, "sae": {"k": 1}, "context_size": self.context_size, "seed": self.seed}
-        sizes |= {"training_tokens": self.training_tokens, "verbose": False}
+        sizes = {name: getattr(self, name) for name in ("d_sae", "context_size", "seed", "training_tokens")}
         with quiet():
-            fitted = None if metric == "frobenius" else fit_metrics(model, text[:64], [place], seed=self.seed)[place]
-            return train(training_config(collection, *place, metric=metric, **sizes), metric=fitted)
+            fitted = None if metric == "frobenius" else terms.metric(*place, min(64, len(terms.tokens)), DAMPING)
+            cfg = training_config(collection, *place, metric=metric, sae={"k": 1}, verbose=False, **sizes)
+            return train(cfg, metric=fitted)
 
 
 def write_facts(n: int, say: Callable[[str], object]) -> list[dict[str, str]]:
     """Write n facts (or attributes of facts) into memories by each of `METHODS`, and ask the model for them: panels of
     `write_report`, one for each model of `SENTENCES`."""
-    from writesae.dictionaries import quiet
     from writesae.experiment.known import board
     from writesae.page.template import share_text
     from writesae.verdict.figures import Row, intervals
@@ -216,14 +198,17 @@ def write_facts(n: int, say: Callable[[str], object]) -> list[dict[str, str]]:
         *text, old, new = found["example"]
         rates = {row["method"]: row for row in found["rows"]}
         atom = {kind: share_text(rate) for kind, rate in rates["writesae_product"].items() if isinstance(rate, dict)}
-        example = f"{' '.join(text)} → {old}. With another atom in the place of one write: → {new}."
+        example = f"{' '.join(text)} → {old}. One atom replaces one write: → {new}."
         sentence = (
             f"An atom, {n} facts of `{name}`: " + ", ".join(f"{kind} {rate}" for kind, rate in atom.items()) + "."
         )
-        rows = []
-        for method, (label, colour) in METHODS.items():
-            mean, low, high = rates[method]["changed"].values()
-            rows.append(Row(label, mean, mean if low is None else low, mean if high is None else high, colour))
+        rows: list[Row] = []
+        for method, label in METHODS.items():
+            changed = rates[method]["changed"]
+            mean, low, high = (changed["mean"] if x is None else x for x in changed.values())
+            rows.append(
+                Row(label, mean, low, high, "atom" if not rows else "control" if high >= rows[0].low else "soft")
+            )
         svg = intervals(rows, "facts that are answered with the new value", title, write=lambda x: f"{x:.0%}")
         openings.append({"title": title, "example": example, "sentence": sentence, "svg": svg})
         say(f"{title}.\n  {example}\n  {sentence}")
@@ -234,16 +219,14 @@ def write_facts(n: int, say: Callable[[str], object]) -> list[dict[str, str]]:
 
 def first_screen(results: list[Result]) -> str:
     """What a reader should see first: quality, and one atom against what needs no training."""
-    from writesae.page.template import share_text
-
-    lines = ["", "The dictionaries on held-out text (every write, or state, replaced at once):"]
-    for result in results:
-        quality = cast(dict, cast(dict, result.info["quality"])[result.label])
-        lines.append(
-            f"  {result.label:24} recovered KL {share_text(quality['recovered'])}, explained variance "
-            f"{quality['explained']:.2f}, L0 {quality['l0']:.1f}, alive {quality['alive']:.0%}"
-        )
-    lines += ["", "One atom in the place of one write:"]
+    found = {each.label: cast(dict, each.info["quality"])[each.label] for each in results}
+    lines = [
+        "",
+        "Every write is replaced at once:",
+        quality_table(found),
+        "",
+        "One atom replaces one write:",
+    ]
     for result in results:
         claim = result.claims()[0]
         lines.append(f"  {result.label:24} {claim.measured}: {claim.outcome}. {claim.sentence}")

@@ -1,6 +1,6 @@
 """`writesae collect`: one pass of a model for many heads. `writesae train`: many dictionaries from it, in one process.
 
-Each dictionary is in its folder when it is whole, so that the same command goes on where it was stopped or killed.
+Each dictionary is in its folder when it is whole, so that the same command resumes where it was stopped or killed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import itertools
 import logging
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from sae_lens_writesae.sae.training import MatrixTrainingSAE
 
 Say = Callable[[str], object]
-Place = tuple[int, int, DictionaryName]
-"""Layer, head, and which dictionary of that head."""
+Head = tuple[int, int]
+"""Layer and head."""
 
 _SIZES = ("d_sae", "k", "training_tokens", "train_batch_size_tokens")
 _WRITES_IN_MEMORY = 4_000_000_000
@@ -46,7 +47,7 @@ class Collect:
     """Run a language model over a text once, and write the factors of the heads' recurrences to disk. Any number of
     dictionaries train from them, without the language model (`writesae train --collection OUT`).
 
-    The size is said beforehand. The same command goes on where it was stopped or killed."""
+    The size is said beforehand. The same command resumes where it was stopped or killed."""
 
     model: str
     """Model on the hub, a folder, or one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7)."""
@@ -59,7 +60,7 @@ class Collect:
     out: Path = Path("writesae-out/collection")
     """Folder of the collection."""
     targets: tuple[Target, ...] = ("write",)
-    """What dictionaries will be trained on. States need reads, decays and erases beside the writes."""
+    """What dictionaries will be trained on. States need reads, decays and erases besides the writes."""
     context_size: int = 128
     """Tokens per sequence."""
     dataset: str | None = None
@@ -145,7 +146,7 @@ def enough(texts: Iterable[str], n_tokens: int | None, model: HookedRecurrent) -
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence SAELens' warnings in this scope. It warns that a run with a given model and text cannot be repeated from
-    its config alone, which does not concern callers that keep settings of their own."""
+    its config alone, which does not concern callers that save their settings."""
     logger = logging.getLogger("sae_lens")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -164,19 +165,30 @@ def save_dictionary(sae: MatrixTrainingSAE, folder: Path) -> None:
     os.replace(aside, folder / "sae")
 
 
+def quality_table(qualities: Mapping[str, object]) -> str:
+    """What dictionaries recover on held-out text (fields of `DictionaryQuality` by label) as lines; a dash for None."""
+    from writesae.page.template import share_text
+
+    columns = {"explained": "explained variance (1 - error)", "alive": "alive atoms", "recovered": "recovered KL"}
+    rows = [("held-out text", *columns.values())]
+    rows += [(k, *(share_text(cast(dict, found or {}).get(x)) for x in columns)) for k, found in qualities.items()]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """Train dictionaries on heads of a model: every target, loss, variant and seed of every head that is named.
 
-    Each dictionary is saved in OUT/L{layer}H{head}/{name}/sae, whole or not at all. The same command goes on where it
+    Each dictionary is saved in OUT/L{layer}H{head}/{name}/sae, whole or not at all. The same command resumes where it
     was stopped or killed, and trains nothing twice."""
 
     model: str | None = None
     """Model on the hub, a folder, or one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7). It
     runs once, for all dictionaries."""
     collection: Path | None = None
-    """Folder that `writesae collect` wrote, in the place of a model; by default the model's is made in OUT/collection.
-    """
+    """Folder that `writesae collect`, `train`, `demo` or `reproduce` wrote instead of a model; by default the model's
+    is made in OUT/collection."""
     layers: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--layer",))] = ()
     """Recurrent layers; by default those of the collection."""
     heads: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--head",))] = ()
@@ -194,7 +206,7 @@ class Train:
     """What errors are measured by: their squares, or the KL divergence that they cause in the model (gauss_newton, for
     writes alone). The latter is fitted to the model, so that it takes --model."""
     names: tuple[str, ...] = ()
-    """Dictionaries by name, in the place of targets, losses, variants, seeds and the metric: write-seed0
+    """Dictionaries by name, instead of targets, losses, variants, seeds and the metric: write-seed0
     state-reads-seed0 write-gauss_newton-seed0."""
     dataset: str | None = None
     """Dataset on the hub with a `text` column, or a folder of one; by default the held-out text of the package, which
@@ -205,6 +217,8 @@ class Train:
     """Atoms of a dictionary."""
     k: int = 1
     """Active atoms per token; architectures that have no k take no notice of it."""
+    decoder_init: Literal["native", "random"] = "native"
+    """Directions of the atoms before training: rows of the first batches, or random (the paper's)."""
     normalize_activations: Literal["none", "expected_average_only_in"] = "none"
     """Whether inputs are scaled to a mean norm of sqrt(d_in), as SAELens does it; the factor is folded in."""
     training_tokens: int = 256_000
@@ -219,6 +233,8 @@ class Train:
     """The model's dtype."""
     out: Path = Path("writesae-out/saes")
     """Folder of the dictionaries."""
+    summary: bool = True
+    """End with a table of what the dictionaries recover on held-out text, for which the model is loaded again."""
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.collection is None):
@@ -228,11 +244,11 @@ class Train:
         for name in ("layers", "heads", "targets", "losses", "variants", "seeds"):
             values = getattr(self, name)
             if len(set(values)) != len(values) or not (values or name in ("layers", "heads")):
-                raise ValueError(f"{name} name one or more, once each; found {list(values)}")
+                raise ValueError(f"{name} name one or more, once each; got {list(values)}")
         at_least(self, dict.fromkeys((*_SIZES, "context_size"), 1) | {"seeds": 0})
         for each in self.dictionaries():
             if each.metric != "frobenius" and not (self.model is not None and each.on_factors):
-                raise ValueError(f"the metric {each.metric} is one of a model's writes: give --model, found {each}")
+                raise ValueError(f"the metric {each.metric} is one of a model's writes: give --model, got {each}")
 
     def dictionaries(self) -> list[DictionaryName]:
         """What is trained on each head."""
@@ -257,35 +273,51 @@ class Train:
         collection = self._collection(say)
         layers = self.layers or tuple(collection.heads)
         heads = self.heads or tuple(collection.heads[layers[0]])
-        places = [(*place, name) for place in itertools.product(layers, heads) for name in self.dictionaries()]
-        folders = {place: self.out / f"L{place[0]}H{place[1]}" / str(place[2]) for place in places}
-        names = (*_SIZES, "architecture", "normalize_activations", "lr")
+        names = (*_SIZES, "architecture", "decoder_init", "normalize_activations", "lr")
         settings = {name: getattr(self, name) for name in names} | {"model": collection.model_name}
-        for folder in folders.values():
-            check_settings(folder, settings)
-        configs = {place: self.training_config(collection, *place) for place in places}
-        left = [place for place in places if not (folders[place] / "sae").exists()]
-        say(f"{len(places)} dictionaries, {len(places) - len(left)} of them trained already")
-        groups = [group for group in self._groups(places, configs, collection) if not {*left}.isdisjoint(group)]
-        metrics = self._metrics([place for group in groups for place in group], collection)
-        done = 0
+        configs = {}
+        for layer, head, name in itertools.product(layers, heads, self.dictionaries()):
+            check_settings(folder := self.out / f"L{layer}H{head}" / str(name), settings)
+            configs[folder] = self.training_config(collection, layer, head, name)
+        left = [folder for folder in configs if not (folder / "sae").exists()]
+        say(f"{len(configs)} dictionaries, {len(configs) - len(left)} of them trained already")
+        groups = [group for group in _groups(configs, collection) if not {*left}.isdisjoint(group)]
+        metrics = self._metrics([configs[folder] for group in groups for folder in group], collection)
         for group in groups:
-            with taken(folders[group[0]], say):
-                missing = [place for place in group if not (folders[place] / "sae").exists()]
-                for place in missing:
-                    keep_settings(folders[place], settings)
+            with taken(group[0], say):
+                for folder in (missing := [folder for folder in group if not (folder / "sae").exists()]):
+                    keep_settings(folder, settings)
                 if missing:
-                    self._train(collection, group, configs, folders, metrics)
-                    done += len(missing)
-                    names = ", ".join(str(folders[place].relative_to(self.out)) for place in missing)
-                    say(f"{names}  {done} of {len(left)}")
+                    _train(collection, {folder: configs[folder] for folder in group}, metrics)
+                    names = ", ".join(str(folder.relative_to(self.out)) for folder in missing)
+                    say(f"{names}  {sum((folder / 'sae').exists() for folder in left)} of {len(left)}")
+        if self.summary:
+            say(self._summary(collection.model_name, [folder / "sae" for folder in configs]))
         return self.out
+
+    def _summary(self, model_name: str, folders: Sequence[Path]) -> str:
+        """What the dictionaries are worth on 8 sequences of 128 tokens of the package's held-out text, as a table. None
+        is begun after a minute. A model that cannot be loaded is no error, for the dictionaries are saved."""
+        from hookpoints import HookedRecurrent, HookpointsError, embedded
+        from sae_lens_writesae.sae.load import load_sae
+        from writesae.experiment.quality import quality_of_heads
+        from writesae.experiment.tokens import sample_sequences
+
+        end, saes = time.monotonic() + 60, {str(each.parent.relative_to(self.out)): load_sae(each) for each in folders}
+        try:
+            model = HookedRecurrent.from_pretrained(model_name, dtype=self.dtype)
+        except (OSError, HookpointsError) as error:
+            return f"no summary: {error}"
+        quality = quality_of_heads(model, saes, sample_sequences(model, embedded.text("test"), 128, 8))
+        return quality_table({label: quality(label) if time.monotonic() < end else None for label in saes})
 
     def _collection(self, say: Say) -> Collection:
         """The one that is there, or the model's, made now."""
+        from hookpoints import HookedRecurrent
         from sae_lens_writesae.sae.factors import Collection, CollectionError
 
-        folder = self.collection or self.out / "collection"
+        folder = self.collection or self.out
+        folder = folder / "collection" if self.collection is None or (folder / "collection").is_dir() else folder
         try:
             there = Collection.open(folder)
         except CollectionError:
@@ -295,7 +327,7 @@ class Train:
             names = self.dictionaries()
             needed: set[Target] = {each.target for each in names}
             needed |= {"state"} if any(each.loss == "reads" for each in names) else set()
-            model = self._model()
+            model = HookedRecurrent.from_pretrained(self.model, dtype=self.dtype)
             Collect(
                 model=self.model,
                 layers=self.layers,
@@ -309,71 +341,15 @@ class Train:
             raise ValueError(f"{folder} is of the model {there.model_name}, not {self.model}; name another --out")
         return there
 
-    def _model(self) -> HookedRecurrent:
-        from hookpoints import HookedRecurrent
-
-        return HookedRecurrent.from_pretrained(cast(str, self.model), dtype=self.dtype)
-
-    def _metrics(self, places: Sequence[Place], collection: Collection) -> dict[tuple[int, int], Metric]:
+    def _metrics(self, configs: Sequence[RunnerConfig], collection: Collection) -> Mapping[Head, Metric]:
         """The metrics of heads that need one, fitted on the first of the training text; the same each time."""
+        from hookpoints import HookedRecurrent
         from sae_lens_writesae.sae.metric_fit import fit_metrics
-        from writesae.experiment.tokens import sample_sequences
 
-        heads = {place[:2] for place in places if place[2].metric != "frobenius"}
-        if not heads:
-            return {}
-        model, size = self._model(), min(collection.context_size, _METRIC_TOKENS)
-        text = "\n".join(enough(documents(self.dataset), _METRIC_TOKENS, model)["text"])
-        return fit_metrics(model, sample_sequences(model, text, size, _METRIC_TOKENS // size), sorted(heads))
-
-    def _groups(
-        self, places: Sequence[Place], configs: Mapping[Place, RunnerConfig], collection: Collection
-    ) -> list[list[Place]]:
-        """Which dictionaries train in one step: those on factors with one shape, as far as the writes of their heads
-        fit into memory together. Groups are those of all dictionaries, whether trained yet or not, so that a run which
-        goes on trains in the same company, and gives bitwise the same."""
-        from sae_lens_writesae.sae.fast import MAX_STACK, shape_of
-
-        heads = list(dict.fromkeys(place[:2] for place in places))
-        n_writes = collection.n_sequences * collection.context_size
-        groups: dict[object, list[Place]] = {}
-        for place in places:
-            shape, sae = shape_of(configs[place]) if place[2].target == "write" else None, configs[place].sae
-            together = max(1, _WRITES_IN_MEMORY // (4 * n_writes * (sae.d_k + sae.d_v)))  # heads
-            key = place if shape is None else (shape, heads.index(place[:2]) // together)
-            groups.setdefault(key, []).append(place)
-        return [each[i : i + MAX_STACK] for each in groups.values() for i in range(0, len(each), MAX_STACK)]
-
-    def _train(
-        self,
-        collection: Collection,
-        group: Sequence[Place],
-        configs: Mapping[Place, RunnerConfig],
-        folders: Mapping[Place, Path],
-        metrics: Mapping[tuple[int, int], Metric],
-    ) -> None:
-        """Dictionaries of one shape, from where a kill left them."""
-        from sae_lens_writesae.atom.low_rank import LowRank
-        from sae_lens_writesae.sae.fast import shape_of, train_many_on_writes
-        from sae_lens_writesae.sae.runner import train
-
-        checkpoint = folders[group[0]] / "checkpoint"
-        wanted = [metrics.get(place[:2]) if place[2].metric != "frobenius" else None for place in group]
-        with quiet():
-            if group[0][2].target == "write" and shape_of(configs[group[0]]) is not None:
-                heads = {place[:2]: collection.factors(*place[:2]) for place in group}
-                writes = {head: LowRank(mapped.keys[:], mapped.values[:]) for head, mapped in heads.items()}
-                saes = train_many_on_writes(
-                    [configs[place] for place in group],
-                    [writes[place[:2]] for place in group],
-                    wanted,
-                    checkpoint=checkpoint,
-                )
-            else:
-                saes = [train(configs[group[0]], metric=wanted[0], checkpoint=checkpoint)]
-        for place, sae in zip(group, saes):
-            if not (folders[place] / "sae").exists():
-                save_dictionary(sae, folders[place])
+        heads = {_head(each) for each in configs if each.sae.metric != "frobenius"}
+        few = collection.tokens[: max(1, _METRIC_TOKENS // collection.context_size)]
+        name = cast(str, self.model)
+        return fit_metrics(HookedRecurrent.from_pretrained(name, dtype=self.dtype), few, sorted(heads)) if heads else {}
 
     def training_config(self, collection: Collection, layer: int, head: int, name: DictionaryName) -> RunnerConfig:
         """SAELens' config for one dictionary. Raises what `head_target` and the configs raise."""
@@ -402,7 +378,7 @@ class Train:
             metric=name.metric,
             architecture=self.architecture,
             d_sae=d_sae,
-            sae=sparsity | {"normalize_activations": self.normalize_activations} | variant,
+            sae=sparsity | {name: getattr(self, name) for name in ("normalize_activations", "decoder_init")} | variant,
             device="cuda" if torch.cuda.is_available() else "cpu",
             training_tokens=self.training_tokens,
             train_batch_size_tokens=batch,
@@ -413,3 +389,50 @@ class Train:
             seed=name.seed,
             verbose=False,
         )
+
+
+def _head(config: RunnerConfig) -> Head:
+    from sae_lens_writesae.sae.target import HeadHook
+
+    return (hook := HeadHook.parse(config.hook_name)).layer, hook.head
+
+
+def _shape(config: RunnerConfig) -> str | None:
+    """What a dictionary has in common with those that train in the same step; None: it trains alone."""
+    from sae_lens_writesae.sae.fast import shape_of
+
+    return shape_of(config) if "hook_write" in config.hook_name else None
+
+
+def _groups(configs: Mapping[Path, RunnerConfig], collection: Collection) -> list[list[Path]]:
+    """Which dictionaries train in one step: those on factors with one shape, as far as the writes of their heads fit
+    into memory together. Groups are those of all dictionaries, whether trained yet or not, so that a run which resumes
+    trains in the same company, and gives bitwise the same."""
+    from sae_lens_writesae.sae.fast import MAX_STACK
+
+    heads = list(dict.fromkeys(map(_head, configs.values())))
+    groups: dict[object, list[Path]] = {}
+    for folder, config in configs.items():
+        size = 4 * collection.n_sequences * collection.context_size * (config.sae.d_k + config.sae.d_v)
+        stack = heads.index(_head(config)) // max(1, _WRITES_IN_MEMORY // size)
+        groups.setdefault((shape, stack) if (shape := _shape(config)) else folder, []).append(folder)
+    return [each[i : i + MAX_STACK] for each in groups.values() for i in range(0, len(each), MAX_STACK)]
+
+
+def _train(collection: Collection, group: Mapping[Path, RunnerConfig], metrics: Mapping[Head, Metric]) -> None:
+    """Dictionaries of one shape, from where a kill left them."""
+    from sae_lens_writesae.atom.low_rank import LowRank
+    from sae_lens_writesae.sae.fast import train_many_on_writes
+    from sae_lens_writesae.sae.runner import train
+
+    configs, checkpoint = list(group.values()), next(iter(group)) / "checkpoint"
+    wanted = [metrics[_head(each)] if each.sae.metric != "frobenius" else None for each in configs]
+    with quiet():
+        if _shape(configs[0]):
+            writes = {head: LowRank(*(side[:] for side in collection.factors(*head))) for head in map(_head, configs)}
+            saes = train_many_on_writes(configs, [writes[_head(x)] for x in configs], wanted, checkpoint=checkpoint)
+        else:
+            saes = [train(configs[0], metric=wanted[0], checkpoint=checkpoint)]
+    for folder, sae in zip(group, saes):
+        if not (folder / "sae").exists():
+            save_dictionary(sae, folder)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _REFERENCE = 64
 """Sequences from which control dictionaries are made, and on which baselines are fitted."""
 
+_PASSES = 6
+"""Of the model, over each sequence and over the tokens that run for a firing: about what an evaluation takes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Subjects(OnText):
@@ -33,8 +36,13 @@ class Subjects(OnText):
     out: Path = Path("writesae-out/eval")
     """Folder for results and report."""
     control_dictionaries: bool = True
-    """Evaluate an untrained dictionary and one of native writes beside each, by the same rules: three times the work.
-    They are made from the training text of the package, on which baselines are then fitted too."""
+    """Evaluate an untrained dictionary and one of native writes with each, by the same rules: three times the work.
+    They are made from the text that baselines are fitted on."""
+    collection: Path | None = None
+    """The collection that the dictionaries were trained on, or a folder that holds it, to which baselines are then
+    fitted; by default the one that is in a folder above them, as `writesae train` and `demo` leave it. Where there is
+    none, baselines are fitted to 64 sequences of the training text of the package, and claims that need them cannot
+    hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +57,9 @@ class EvalAll:
     per: Literal["dictionary", "head", "layer"] | None = None
     """Only evaluations of single dictionaries, or only those that are done once per head: of the head itself, and
     comparisons of its dictionaries; or only those of dictionaries of several heads of a layer, which act together."""
-    set: tuple[str, ...] = ()
-    """Settings as FIELD=VALUE, for every evaluation that has the field, or as KIND.FIELD=VALUE for one."""
+    set: tuple[str, ...] | None = None
+    """Settings as FIELD=VALUE, for every evaluation that has the field, or as KIND.FIELD=VALUE for one. `--set` alone
+    lists the fields."""
     resume: bool = False
     """Take results that are in `out` already as they are, and run the evaluations that are missing."""
 
@@ -68,16 +77,17 @@ class EvalAll:
             raise ValueError(f"there is no evaluation {', '.join(unknown)}; there are {', '.join(EVALUATIONS)}")
         fields = {kind: [field.name for field in dataclasses.fields(each)] for kind, each in EVALUATIONS.items()}
         settings: dict[str, dict[str, object]] = {kind: {"seed": self.seed} for kind in EVALUATIONS}
-        for pair in sorted(self.set, key=lambda pair: "." in pair.partition("=")[0]):  # those of one kind win
+        pairs = () if self.set is None else self.set or ("",)
+        for pair in sorted(pairs, key=lambda pair: "." in pair.partition("=")[0]):  # those of one kind win
             name, equals, value = pair.partition("=")
-            if not equals:
-                raise ValueError(f"--set takes FIELD=VALUE, found {pair!r}")
             of_kind, _, field = name.rpartition(".")
             having = [kind for kind in EVALUATIONS if of_kind in ("", kind) and field in fields[kind]]
-            if not having:
-                known = [each for kind, own in fields.items() if of_kind in ("", kind) for each in own] or fields
-                known = list(dict.fromkeys(known))
-                raise ValueError(f"--set {name}: expected one of {', '.join(known)}{nearest(field, known)}")
+            if not (equals and having):
+                having = [kind for kind in fields if of_kind in ("", kind)]
+                known = list(dict.fromkeys([each for kind in having for each in fields[kind]] or fields))
+                raise ValueError(
+                    f"--set {pair}: expected FIELD=VALUE, FIELD of {', '.join(known)}{nearest(field, known)}"
+                )
             for kind in having:
                 settings[kind][field] = _value(EVALUATIONS[kind], field, value)
         places = {Scope.EACH: ("dictionary",), Scope.LAYER: ("dictionary", "layer")}
@@ -154,9 +164,11 @@ def evaluate(
             that refuses the SAEs.
     """
     from hookpoints import HookedRecurrent, embedded
+    from sae_lens_writesae.sae.factors import INDEX, Collection
     from sae_lens_writesae.sae.load import load_sae
     from writesae.experiment.suite import evaluate_all
-    from writesae.experiment.tokens import sample_sequences, text_of
+    from writesae.experiment.terms import Terms
+    from writesae.experiment.tokens import EDITED, sample_sequences, say_time, text_of
     from writesae.page.report import write_report
 
     check_writable(subjects.out)
@@ -170,14 +182,26 @@ def evaluate(
             "saes: expected folders of dictionaries of one model, got "
             + (", ".join(sorted(models)) or "none; writesae train makes some")
         )
-    text = text_of(subjects.text)
+    held_out = text_of(subjects.text)
     model = HookedRecurrent.from_pretrained(models.pop(), dtype=subjects.dtype)
-    tokens = sample_sequences(model, text, subjects.context_size, subjects.sequences)
-    reference = None
-    if subjects.control_dictionaries:
-        reference = sample_sequences(model, embedded.text("train"), subjects.context_size, _REFERENCE)
+    tokens = sample_sequences(model, held_out, subjects.context_size, subjects.sequences)
+    inside = [subjects.collection] if subjects.collection else [up for each in folders for up in each.resolve().parents]
+    there = next((up / "collection" for up in inside if (up / "collection" / INDEX).is_file()), subjects.collection)
+    few = (embedded.text("train"), subjects.context_size, _REFERENCE)
+    terms = Terms(model, Collection.open(there, model=model) if there else sample_sequences(model, *few))
+    firings = sum((getattr(x, "n_atoms", 0) or 0) * (getattr(x, "firings_per_atom", 1) or 1) for x in evaluations)
+    passes = _PASSES * (len(tokens) * len(evaluations) + firings * EDITED / tokens.shape[1])
     with taken(subjects.out):
+        say_time(model, tokens, passes * len(saes) * (1 + 2 * subjects.control_dictionaries), subjects.out)
         results = evaluate_all(
-            evaluations, model, saes, tokens, subjects.out, controls=reference, single=single, resume=resume
+            evaluations,
+            model,
+            saes,
+            tokens,
+            subjects.out,
+            controls=terms if subjects.control_dictionaries else None,
+            reference=terms,
+            single=single,
+            resume=resume,
         )
         return write_report(results, subjects.out / "report.html")

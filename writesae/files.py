@@ -23,7 +23,7 @@ def check_settings(folder: Path, settings: Mapping[str, object]) -> None:
     if differing:
         raise ValueError(
             f"{folder} holds a run with other settings ({'; '.join(differing)}); give another --out, or the same "
-            "settings to go on with it"
+            "settings to resume it"
         )
 
 
@@ -66,7 +66,7 @@ def taken(folder: Path, say: Callable[[str], object] = print) -> Iterator[None]:
 
 
 def sae_folders(path: Path) -> list[Path]:
-    """The folders of SAEs that `path` is or holds: those of `writesae train` and `demo` lie deeper.
+    """The folders of SAEs that `path` is or holds: those of `writesae train` and `demo` are deeper.
 
     Raises:
         ValueError: there is none.
@@ -75,7 +75,7 @@ def sae_folders(path: Path) -> list[Path]:
     hidden = {file for file in files for p in file.relative_to(path).parts if p[0] == "." or p == "checkpoints"}
     found = [file.parent for file in files if file not in hidden]
     if not found:
-        raise ValueError(f"{path / 'cfg.json'} does not exist, and no dictionary lies below it; give another folder")
+        raise ValueError(f"{path / 'cfg.json'} does not exist, and no dictionary is inside it; give another folder")
     return found
 
 

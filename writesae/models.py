@@ -21,12 +21,12 @@ class Models:
 
     def run(self) -> str:
         """The list, as lines."""
-        from hookpoints import HookpointsError, cached, embedded, model_types, zoo
+        from hookpoints import HookedRecurrent, HookpointsError, cached, embedded, model_types, zoo
 
         lines = []
         for name in (*embedded.names(), *zoo.names(), *cached()):
             try:
-                told = summary(_shapes(name))
+                told = summary(HookedRecurrent.from_pretrained(name, device="meta"))
             except (HookpointsError, OSError, ValueError) as error:
                 told = f"cannot be hooked: {error}"
             lines.append(f"{name:24}  {told}")
@@ -56,9 +56,9 @@ class Hooks:
         Raises:
             UnknownModelError, UnsupportedModelError: no such model, one that cannot be hooked, or no such layer.
         """
-        model = _shapes(self.model)
-        if self.layer is not None:
-            model.cfg.attention_heads(self.layer)  # raises where there is no such layer
+        from hookpoints import HookedRecurrent
+
+        model = HookedRecurrent.from_pretrained(self.model, device="meta")
         return "\n".join([f"{model.cfg.model_name}: {summary(model)}", *self._lines(model)])
 
     def _lines(self, model: HookedRecurrent) -> Iterator[str]:
@@ -66,9 +66,8 @@ class Hooks:
         for layer in range(model.cfg.n_layers) if self.layer is None else [self.layer]:
             blocks.setdefault(tuple(block_lines(model, layer)), []).append(layer)
         for lines, layers in blocks.items():
-            l = "{l}" if self.layer is None else str(self.layer)
             yield f"\n{'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))}"
-            yield from (line.replace("{l}", l) for line in lines)
+            yield from lines if self.layer is None else (line.replace("{l}", str(self.layer)) for line in lines)
 
 
 def block_lines(model: HookedRecurrent, layer: int) -> Iterator[str]:
@@ -86,11 +85,10 @@ def block_lines(model: HookedRecurrent, layer: int) -> Iterator[str]:
 
 
 def shape_text(axes: str, sizes: Mapping[str, int]) -> str:
-    """Axes of the hook table, with sizes in the place of letters where they are known: `[B, T, 4, 64]`."""
+    """Axes of the hook table, with sizes for letters where they are known: `[B, T, 4, 64]`."""
 
     def size(axis: str) -> str:
-        product = math.prod(sizes.get(letter, 0) for letter in axis.strip("()"))
-        return str(product or axis)
+        return str(math.prod(sizes.get(letter, 0) for letter in axis.strip("()")) or axis)
 
     forms = [re.findall(r"\([A-Z]+\)|[A-Z]", form) for form in axes.split(" or ")]
     return " or ".join(f"[{', '.join(map(size, form))}]" for form in forms)
@@ -104,9 +102,3 @@ def summary(model: HookedRecurrent) -> str:
         for each in cfg.layers.values()
     }
     return f"{'; '.join(sorted(kinds))}; recurrent layers {', '.join(map(str, cfg.recurrent_layers))} of {cfg.n_layers}"
-
-
-def _shapes(name: str) -> HookedRecurrent:
-    from hookpoints import HookedRecurrent
-
-    return HookedRecurrent.from_pretrained(name, device="meta")

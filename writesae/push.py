@@ -1,4 +1,4 @@
-"""The command `writesae push`: dictionaries on the Hugging Face hub, with a card of their own.
+"""The command `writesae push`: dictionaries on the Hugging Face hub, with a card.
 
 The files are those that SAELens downloads, so that `SAE.from_pretrained(REPO, NAME)` loads each. SAELens' own card
 would not do: its code does not import this package, and ends in a KeyError for these architectures.
@@ -67,15 +67,16 @@ class Push:
         validate_repo_id(self.repo)
         with tempfile.TemporaryDirectory() as folder:
             saes = saved_anew(self.folder, Path(folder))
-            files = sorted(str(file.relative_to(folder)) for file in Path(folder).rglob("*") if file.is_file())
-            text = card(self.repo, saes)
+            text = atomic_text(Path(folder, "README.md"), card(self.repo, saes)).read_text("utf-8")
             if self.dry_run:
-                return "\n".join([*files, "README.md", "", text])
-            atomic_text(Path(folder, "README.md"), text)
-            api = HfApi()
-            api.create_repo(self.repo, private=self.private or None, exist_ok=True)
-            told = f"Upload {', '.join(saes)}"
-            return str(api.upload_folder(repo_id=self.repo, folder_path=folder, commit_message=told).commit_url)
+                files = sorted(str(file.relative_to(folder)) for file in Path(folder).rglob("*") if file.is_file())
+                return "\n".join([*files, "", text])
+            HfApi().create_repo(self.repo, private=self.private or None, exist_ok=True)
+            return (
+                HfApi()
+                .upload_folder(repo_id=self.repo, folder_path=folder, commit_message=f"Upload {', '.join(saes)}")
+                .commit_url
+            )
 
 
 def saved_anew(folder: Path, fresh: Path) -> dict[str, SAE]:
@@ -126,16 +127,16 @@ def card(repo: str, saes: Mapping[str, SAE]) -> str:
     """The repository's README.md in Markdown: how to load, and what each dictionary is."""
     from huggingface_hub import ModelCardData
 
-    first, *_ = saes
-    configs = {name: sae.cfg for name, sae in saes.items()}
+    first, configs = next(iter(saes)), {name: sae.cfg for name, sae in saes.items()}
     metadata = configs[first].metadata
     models = sorted({cfg.metadata.model_name or "a local model" for cfg in configs.values()})
-    base = models[0] if len(models) == 1 and "/" in models[0] else None
-    tags = ["sparse-autoencoder", "saelens", "writesae"]
-    plugin = any("requires" in cfg.metadata for cfg in configs.values())
     lines = [
         "---",
-        ModelCardData(library_name="saelens", tags=tags, base_model=base).to_yaml(),
+        ModelCardData(
+            library_name="saelens",
+            tags=["sparse-autoencoder", "saelens", "writesae"],
+            base_model=models[0] if len(models) == 1 and "/" in models[0] else None,
+        ).to_yaml(),
         "---",
         "",
         f"# Dictionaries of what recurrent heads of {', '.join(models)} write",
@@ -144,7 +145,8 @@ def card(repo: str, saes: Mapping[str, SAE]) -> str:
         "such matrices (or the states), flattened key-first [K*V], at the hooks below.",
         "",
         "```python",
-        *["import sae_lens_writesae  # registers the architectures in SAELens (package sae-lens-writesae)"] * plugin,
+        *["import sae_lens_writesae  # registers the architectures in SAELens (package sae-lens-writesae)"]
+        * any("requires" in cfg.metadata for cfg in configs.values()),
         "from sae_lens import SAE",
         f"sae = SAE.from_pretrained({repo!r}, {first!r})",
         "```",
@@ -170,7 +172,11 @@ def _described(cfg: SAEConfig) -> tuple[str, ...]:
     metadata, fields = cfg.metadata, cast(Any, cfg)
     shape = f"{fields.d_k} x {fields.d_v}" if hasattr(cfg, "d_k") else f"{cfg.d_in} numbers"
     factors = f", rank {fields.rank}, encoder {fields.encoder}" if hasattr(cfg, "rank") else ""
-    data = metadata.dataset_path or "a text that was given"
-    trained = f"{data}, sequences of {metadata.context_size} tokens" if metadata.context_size else data
-    architecture = f"{metadata.training_architecture or cfg.architecture()}{factors}"
-    return f"`{metadata.hook_name}`", shape, str(cfg.d_sae), architecture, trained
+    length = f", sequences of {metadata.context_size} tokens" if metadata.context_size else ""
+    return (
+        f"`{metadata.hook_name}`",
+        shape,
+        str(cfg.d_sae),
+        f"{metadata.training_architecture or cfg.architecture()}{factors}",
+        f"{metadata.dataset_path or 'a text that was given'}{length}",
+    )

@@ -7,12 +7,13 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from writesae.choices import Dtype, OnText
+from writesae.choices import Dtype, OnText, expect
 from writesae.cli import parse_with
 from writesae.files import check_writable, folder_labels, sae_folders, taken
 
@@ -30,35 +31,41 @@ class OfOne(OnText):
     """A dictionary, its model and a text."""
 
     sae: tyro.conf.Positional[Path]
-    """Folder of a trained SAE (cfg.json, sae_weights.safetensors). `show` also takes one that holds such folders, as
-    `writesae train` and `demo` leave them: each then gets a folder in `out`."""
+    """Folder of a trained SAE (cfg.json, sae_weights.safetensors), or one that holds such folders, as `writesae train`
+    and `demo` leave them: each SAE then gets a folder in `out`."""
     sequences: int = 200
     """Sequences to find firings in."""
     out: Path = Path("writesae-out/atoms")
     """Folder for what is written."""
 
-    def load(self) -> tuple[HookedRecurrent, SAE, Tensor]:
-        """The model, the dictionary, and the text as tokens [sequences,context_size].
+    def load(self, pages: AtomPages, a_sequence: float, an_atom: float) -> tuple[HookedRecurrent, SAE, Tensor]:
+        """The model, the dictionary, and the text as tokens [sequences,context_size]. Says how long the work takes.
+
+        Args:
+            a_sequence, an_atom: what they take, in passes over a sequence.
 
         Raises:
             ValueError: a folder does not hold what it should, or the text is too short.
         """
         from hookpoints import HookedRecurrent
         from sae_lens_writesae.sae.load import load_sae
-        from writesae.experiment.tokens import sample_sequences, text_of
+        from writesae.experiment.tokens import sample_sequences, say_time, text_of
 
         check_writable(self.out)
         text, sae = text_of(self.text), load_sae(self.sae)
         model = HookedRecurrent.from_pretrained(self.model or str(sae.cfg.metadata.model_name), dtype=self.dtype)
-        return model, sae, sample_sequences(model, text, self.context_size, self.sequences)
+        tokens = sample_sequences(model, text, self.context_size, self.sequences)
+        n_atoms = len(pages.atoms or range(min(pages.n_atoms or sae.cfg.d_sae, sae.cfg.d_sae)))
+        say_time(model, tokens, len(tokens) * a_sequence + n_atoms * an_atom, self.out)
+        return model, sae, tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Show(OfOne):
     """Make a page for each atom: where it fires, what it writes, what that does, how long it lasts.
 
-    The pages are static HTML that needs no server and no network; the index sorts and filters. The same numbers lie
-    beside them as JSON.
+    The pages are static HTML that needs no server and no network; the index sorts and filters. The same numbers
+    are saved as JSON.
     """
 
     optional: bool = False
@@ -76,7 +83,7 @@ class Show(OfOne):
         from sae_lens_writesae.files import atomic_text
         from writesae.page.atoms.pages import write_atom_pages
 
-        loaded = self.load()
+        loaded = self.load(pages, 3.4 + 8 * pages.quality * min(1, 64 / self.sequences), 5.3)
         with taken(self.out):
             try:
                 return write_atom_pages(pages.collect(*loaded, progress=progress), self.out)
@@ -106,9 +113,10 @@ class Export(OfOne):
         from writesae.page.atoms.export import neuronpedia_batch
         from writesae.page.atoms.measure import Facts
 
-        model, sae, tokens = self.load()
-        batch = neuronpedia_batch(Facts(pages, model, sae, tokens, progress=progress), self.dataset)
-        return atomic_text(self.out / "batch-0.json", json.dumps(batch, allow_nan=False))
+        facts = Facts(pages, *self.load(pages, 1.7, 3.7), progress=progress)
+        return atomic_text(
+            self.out / "batch-0.json", json.dumps(neuronpedia_batch(facts, self.dataset), allow_nan=False)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,21 +129,34 @@ class Prompt:
     model: tyro.conf.Positional[str | None] = None
     """Model; by default the one named in the SAE's metadata, or without an SAE the embedded one."""
     sae: Path | None = None
-    """Folder of a dictionary, whose atoms are shown for its head."""
+    """Folder of a dictionary, or one that holds such folders; the atoms of the first of each head are shown."""
+    graph: str | None = None
+    """Open no page: write the attribution graph of this text to `out`, as https://www.neuronpedia.org/graph/validator
+    takes it. Links are the first-order effects of all writes, and of atoms of `sae`, on the likeliest next tokens."""
+    out: Path = Path("writesae-out/graph.json")
+    """File for the graph."""
     dtype: Dtype = "float32"
     """The model's dtype."""
     port: int = 8765
     """Port of 127.0.0.1. 0: a free one."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port < 2**16:
-            raise ValueError(f"port: expected 0 to {2**16 - 1}, got {self.port}")
+        expect(self, {"port": (0 <= self.port < 2**16, f"0 to {2**16 - 1}")})
 
     def run(self) -> None:
-        """Serve until interrupted."""
-        with self.server() as server, suppress(KeyboardInterrupt):
-            print(f"open http://127.0.0.1:{server.server_port} in a browser; Ctrl-C ends", flush=True)
-            server.serve_forever()
+        """Serve until interrupted, or write the graph."""
+        if (text := self.graph) is None:
+            with self.server() as server, suppress(KeyboardInterrupt):
+                print(f"open http://127.0.0.1:{server.server_port} in a browser; Ctrl-C ends", flush=True)
+                server.serve_forever()
+            return
+        check_writable(self.out.parent)
+        from sae_lens_writesae.files import atomic_text
+        from writesae.page.atoms.export import neuronpedia_graph
+
+        with dataclasses.replace(self, port=0).server() as server:
+            graph = neuronpedia_graph(server.model, text, [*server.saes.values()])
+        print(atomic_text(self.out, json.dumps(graph, allow_nan=False)))
 
     def server(self) -> PromptServer:
         """The server, bound to its port; raises what `PromptServer` raises."""
@@ -144,20 +165,16 @@ class Prompt:
         return PromptServer(self.model, self.sae, self.dtype, self.port)
 
 
-def run_show(arguments: Sequence[str]) -> str:
-    """`writesae show SAE` with the settings of `AtomPages` as flags."""
+def _run(command: type[Show] | type[Export], program: str, arguments: Sequence[str]) -> str:
+    """A command on each dictionary of the folder that it names, with the settings of `AtomPages` as flags."""
     from writesae.page.atoms.collect import AtomPages
 
-    show, pages = parse_with(Show, AtomPages, "writesae show", arguments)
-    folders = sae_folders(show.sae)
-    outs = [show.out / label for label in folder_labels(folders)] if len(folders) > 1 else [show.out]
-    each = [dataclasses.replace(show, sae=folder, out=out) for folder, out in zip(folders, outs)]
-    return "\n".join(f"pages    {one.run(pages)}" for one in each)
+    given, pages = parse_with(command, AtomPages, program, arguments)
+    folders = sae_folders(given.sae)
+    outs = [given.out / label for label in folder_labels(folders)] if len(folders) > 1 else [given.out]
+    return "\n".join(
+        str(dataclasses.replace(given, sae=folder, out=out).run(pages)) for folder, out in zip(folders, outs)
+    )
 
 
-def run_export(arguments: Sequence[str]) -> Path:
-    """`writesae export SAE` with the settings of `AtomPages` as flags."""
-    from writesae.page.atoms.collect import AtomPages
-
-    export, pages = parse_with(Export, AtomPages, "writesae export", arguments)
-    return export.run(pages)
+run_show, run_export = partial(_run, Show, "writesae show"), partial(_run, Export, "writesae export")
