@@ -37,7 +37,7 @@ class Reproduce:
 
     config: tyro.conf.OmitArgPrefixes[ReproduceConfig] = field(default_factory=ReproduceConfig)
     out: Path = Path("writesae-out/reproduce")
-    """Folder of the run; the same folder goes on where it stopped."""
+    """Folder of the run; the same folder resumes where it stopped."""
     small: bool = False
     """Small numbers, for a trial on a laptop. Flags that are given win over them."""
     profile: str | None = None
@@ -51,8 +51,7 @@ class Reproduce:
     def from_arguments(cls, arguments: Sequence[str]) -> Reproduce:
         """The command line as a value; with `--small`, small numbers are the defaults."""
         own = list(itertools.takewhile(lambda word: word != "--", arguments))
-        default = cls(config=SMALL) if "--small" in own else cls()
-        command = parse(cls, "writesae reproduce", own, default)
+        command = parse(cls, "writesae reproduce", own, cls(config=SMALL) if "--small" in own else cls())
         return dataclasses.replace(command, snakemake=tuple(arguments[len(own) + 1 :]))
 
     def run(self) -> str | None:
@@ -70,7 +69,7 @@ class Reproduce:
         from writesae.experiment.traits import sparsity_fields
         from writesae.reproduce.estimate import estimate
 
-        EvalAll(subjects=Subjects(saes=()), kinds=self.config.evaluations, set=self.config.set).evaluations()
+        EvalAll(subjects=Subjects(saes=()), kinds=self.config.evaluations, set=self.config.set or None).evaluations()
         check_text(self.config.model, self.config.dataset)
         sparsity_fields(self.config.architecture, self.config.k)  # raises where there is no such architecture
         if self.dry_run:
@@ -85,8 +84,7 @@ class Reproduce:
         own_run(self.out)
         config.keep_in(self.out)
         write_texts(config, self.out / "texts", model)
-        engine = [sys.executable, "-m", "snakemake", "--snakefile", str(_HERE / "Snakefile")]
-        engine += ["--directory", str(self.out)]
+        engine = [sys.executable, "-m", "snakemake", f"--snakefile={_HERE / 'Snakefile'}", f"--directory={self.out}"]
         if list((self.out / ".snakemake" / "locks").glob("*")):  # of a process that is dead: this one owns the run
             subprocess.run([*engine, "--unlock"], check=True, capture_output=True)
         sys.stdout.flush()

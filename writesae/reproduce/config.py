@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 from writesae.choices import MATCHED, DictionaryName, Dtype, Target, at_least
 from writesae.files import keep_settings
@@ -46,11 +45,13 @@ class ReproduceConfig:
     evaluations: tuple[str, ...] = ()
     """Kinds of evaluations; by default all of them."""
     control_dictionaries: bool = False
-    """Evaluate an untrained dictionary and one of native writes beside each: three times the work."""
+    """Evaluate an untrained dictionary and one of native writes with each: three times the work."""
     set: tuple[str, ...] = ()
     """Settings of evaluations, as FIELD=VALUE or KIND.FIELD=VALUE."""
     architecture: str = "writesae_batchtopk"
     """Architecture of the dictionaries, as SAELens names it."""
+    decoder_init: Literal["native", "random"] = "random"
+    """Directions of the atoms before training: rows of the first batches, or random (the paper's)."""
     d_sae: int = 2048
     """Atoms of a dictionary."""
     k: int = 32
@@ -92,8 +93,11 @@ class ReproduceConfig:
         main, seed = self.targets[0], self.seeds[0]
         names = {target: [DictionaryName(target, seed=seed)] for target in self.targets}
         names[main] += [DictionaryName(main, seed=other) for other in self.seeds[1:]]
-        each_seed = self.seeds[: self.variant_seeds]
-        names[main] += [DictionaryName(main, variant=v, seed=one) for v in self.variants for one in each_seed]
+        names[main] += [
+            DictionaryName(main, variant=variant, seed=each)
+            for variant in self.variants
+            for each in self.seeds[: self.variant_seeds]
+        ]
         if "state" in self.targets:
             names["state"] += [DictionaryName("state", loss, seed=seed) for loss in self.losses]
         return {target: [str(DictionaryName.parse(str(name))) for name in each] for target, each in names.items()}
@@ -105,13 +109,6 @@ class ReproduceConfig:
             ValueError: the folder holds a run with other settings; names them. Nothing is overwritten.
         """
         keep_settings(folder, asdict(self) | {"dictionaries": self.dictionaries()})
-
-    @classmethod
-    def load(cls, file: Path) -> ReproduceConfig:
-        """Read what `keep_in` wrote."""
-        there = json.loads(file.read_text(encoding="utf-8"))
-        values = {f.name: tuple(v) if isinstance(v := there[f.name], list) else v for f in fields(cls)}
-        return cls(**cast(dict, values))
 
 
 SMALL = ReproduceConfig(

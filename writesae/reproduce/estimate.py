@@ -16,6 +16,7 @@ import torch
 from sae_lens_writesae.choices import VARIANTS
 from writesae.choices import DictionaryName
 from writesae.evaluations import EVALUATIONS
+from writesae.experiment.tokens import EDITED
 from writesae.reproduce.config import ReproduceConfig
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ SHARE = {"collect": 0.5, "train": 0.2, "evaluate": 0.4}
 """Of the rate of large matrix products that each stage reaches, in the model's dtype and, for training, in float32."""
 RANKS = {n: int(v["rank"]) for n, v in VARIANTS.items() if (v["encoder"], v["decoder"]) == ("bilinear", "rank")}
 """Of variants that train on factors (`sae.fast.shape_of`)."""
-EDITED = 10 * 17
-"""Tokens that run for a firing, about: ten conditions, each from the edited token to 16 after it."""
 
 
 Cost = tuple[float, float, float]
@@ -46,8 +45,10 @@ def costs(config: ReproduceConfig, model: HookedRecurrent) -> dict[str, Cost]:
     cfg, tokens, each = model.cfg, config.training_tokens, getattr(torch, config.dtype).itemsize
     sizes = [cfg.layer(layer) for layer in config.layers for _ in config.heads]
     names = [DictionaryName.parse(name) for names in config.dictionaries().values() for name in names]
-    topk = config.architecture == "writesae_topk"
-    ranks = [RANKS.get(name.variant, 0) if topk and name.on_factors else 0 for name in names]  # 0: on matrices
+    ranks = [  # 0: on matrices
+        RANKS.get(name.variant, 0) if config.architecture == "writesae_topk" and name.on_factors else 0
+        for name in names
+    ]
     row = sum(config.d_sae * (rank * (s.K + s.V) or s.K * s.V) for s in sizes for rank in ranks)
     kept = 4 + 2 * sum(2 * s.K + s.V + 4 if "state" in config.targets else s.K + s.V for s in sizes)  # a token
     blocks = sum(p.numel() for p in model.hf_model.parameters() if p.shape[:1] != (cfg.d_vocab,))

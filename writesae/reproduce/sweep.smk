@@ -44,7 +44,7 @@ rule train:
     params:
         point=POINT,
     shell:
-        "writesae train --collection collection --architecture {wildcards.architecture} --k {wildcards.k}"
+        "writesae train --no-summary --collection collection --architecture {wildcards.architecture} --k {wildcards.k}"
         " --d-sae {wildcards.d_sae} --seeds {wildcards.seed} --lr {wildcards.lr} --training-tokens {TOKENS}"
         " --out {params.point}"
 

@@ -1,4 +1,4 @@
-"""The texts of a run: documents that are kept for evaluation, and those that follow, to train on."""
+"""The texts of a run: documents that are saved for evaluation, and those that follow, to train on."""
 
 from __future__ import annotations
 
