@@ -1,0 +1,60 @@
+"""docs/use.md is what its records say, every measurement runs, and what has learned nothing scores at chance."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import use
+import use_detection
+import use_steering
+
+from sae_lens_writesae import LowRank, Metric, steer, train_on_writes, training_config
+
+
+def test_the_page_is_made_of_the_records():
+    assert use.page(use.DOCS) == (use.DOCS / "use.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", use.NAMES)
+def test_each_measurement_runs_from_end_to_end(name, tmp_path):
+    pytest.importorskip("sae_probes" if name == "probes" else "torch")
+    use.run(name, tmp_path, quick=True)
+    assert f"## {name.title()}\n\n**Small sizes**" in use.page(tmp_path)
+
+
+def test_codes_have_the_sizes_of_their_names_and_that_of_a_dictionary_is_its_own(embedded):
+    sides = torch.randn(512, 96, generator=torch.Generator().manual_seed(0)).split([64, 32], 1)
+    metric = Metric.of(torch.diag(torch.linspace(0.5, 1.5, 64)), torch.eye(32), 1.0, 0.1, 1)
+    terms = use.Terms(embedded, 2, 0, 1.0, torch.zeros(4, 128), LowRank.rank_one(*sides), metric, 16, 1024)
+    for label, code in terms.codes().items():
+        active = (code.encode(*sides) != 0).sum(1).max()
+        assert code.values.shape == (16, 32) and 0 < active <= (1 if "(1 active)" in label else 4), label
+    config = training_config(embedded, 2, 0, metric="gauss_newton", d_sae=16, sae={"k": 4}, training_tokens=1024)
+    sae = train_on_writes(config, *sides, metric=metric)
+    found, rows = use.of_sae(sae.eval(), 4).encode(*sides), terms.writes.dense().flatten(1)
+    torch.testing.assert_close(found, sae.encode(rows), atol=1e-5, rtol=1e-5)
+
+
+def test_explanations_find_what_tokens_decide_and_nothing_in_random_firings():
+    tokens, new = torch.randint(0, 9, (2, 64, 64), generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(2, 64 * 64, generator=torch.Generator().manual_seed(1)) < 0.1
+    seen, fires = (torch.stack([x.flatten() == 3, at], 1).float() for x, at in zip((tokens, new), noise))
+    found = use_detection.scores(*use_detection.predicted(tokens, seen, new, 9), fires)["balanced accuracy"]
+    assert found[0] == 1 and abs(found[1] - 0.5) < 0.03
+
+
+@torch.no_grad()
+def test_the_side_effect_of_steering_is_the_divergence_of_the_other_tokens(embedded):
+    tokens, steering = torch.arange(1, 25)[None], steer(embedded, 4, 0, toward=7, strength=2)
+    with steering:
+        logits = embedded(tokens)
+    others = [x.index_fill(-1, torch.tensor(7), -100.0).log_softmax(-1) for x in (embedded(tokens), logits)]
+    kl = float((others[0].exp() * (others[0] - others[1])).sum(-1).mean())
+    found = use_steering.effects((tokens, embedded(tokens).log_softmax(-1)), 7, steering)
+    assert found[1] == pytest.approx(kl, rel=1e-3) and found[1] > 1e-3 and found[0] > 0
