@@ -1,9 +1,9 @@
 """What the threads of torch cost where other programs run: training steps and edited rows with the default settings, as
-a ratio to one thread, alone and beside two processes that compute without end.
+a ratio to one thread, alone and with two processes that compute without end.
 
     python benchmarks/busy.py [--steps 60 --rows 120 --rounds 3 --before --out DIR]
 
-Each setting has a process of its own, and the processes take turns. *torch first* has loaded torch before
+Each setting has its own process, and the processes take turns. *torch first* has loaded torch before
 hookpoints, as a notebook may have. With --before there is also *spinning*: as many threads as cores, which
 wait as OpenMP's do unless told otherwise. That takes minutes. Ratios are medians over the rounds.
 """

@@ -101,7 +101,7 @@ def timed(ways: dict[str, Way], rounds: int, warm: bool = True) -> dict[str, dic
 
 
 def apart(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function of a module in a process of its own, so that its peak memory is its own."""
+    """Call a function of a module in its own process, so that its peak memory is its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 

@@ -2,7 +2,7 @@
 
 Run ``python benchmarks/hooks.py [--rounds n] [--out folder]``. All ways are timed in turn, round after round, in one
 process of one thread, by its own CPU time; a number is the median over rounds of the ratio in one round. The plain
-model has the same weights, and outputs while nobody listens must be the same to the bit. Then what
+model has the same weights, and outputs with no hooks attached must be the same to the bit. Then what
 collecting the factors of every head costs, in time and on disk, and what it costs to get rows of one head back.
 """
 
@@ -61,7 +61,7 @@ def models() -> Iterator[tuple[str, HF]]:
     yield "Qwen3.5 shape, 8 layers of 768, 16 heads of 64 x 64", qwen(8, 768, 16, 64)
 
 
-# -- nobody listens
+# -- no hooks attached
 
 
 def twin(hf: HF) -> HF:
@@ -188,7 +188,7 @@ def measure(tokens: int, rounds: int) -> dict[str, Ratios]:
     """Everything: ratios, and bytes of what is collected."""
     text = torch.randint(0, 512, (4, tokens), generator=torch.Generator().manual_seed(0))
     wide = qwen(4, 512, 16, 128)
-    found = {f"nobody listens: {name}": idle(hf, text[:1], rounds) for name, hf in models()}
+    found = {f"no hooks attached: {name}": idle(hf, text[:1], rounds) for name, hf in models()}
     for name, hf in (("4 layers, 4 heads 32 x 32", qwen(4, 160, 4, 32)), ("4 layers, 16 heads 128 x 128", wide)):
         found[f"reading: {name}"] = reading(hf, text[:1], rounds)
     return found | {"collecting: 16 heads 128 x 128 in 3 layers": collecting(wide, text, max(3, rounds // 3))}

@@ -2,7 +2,7 @@
 
 Every operation is judged by the next tokens: KL(run that is the truth || what follows the memory), and the share of the
 KL of doing nothing that it recovers, 1 - sum KL(operation) / sum KL(nothing), with 95% intervals by bootstrap over
-sequences. What is recovered has a page of its own, docs/memory_surgery.md; how long it takes is on docs/benchmarks.md.
+sequences. What is recovered has its own page, docs/memory_surgery.md; how long it takes is on docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ BINS = {"1-4": slice(0, 4), "5-8": slice(4, 8), "9-16": slice(8, 16), "17-32": s
 BEFORE, SPAN, AFTER = 32, 16, 32
 LATER = (8, 32, 96)
 INTRODUCTION = f"""\
-Made by `benchmarks/memory_surgery.py`, not by hand. Each operation of [Memory](memory.md) is compared with the run that
-really did, or did not, see the span. The tables show the share of the KL of doing nothing that it recovers at the
-tokens after it, 1 - sum KL(operation) / sum KL(nothing), with 95% intervals (bootstrap over {{sequences}} sequences of
-held-out text). 1 is exact, 0 is as doing nothing, below 0 is worse. The span has {SPAN} tokens, {BEFORE} stand before
-it. States of all layers are changed at once. *nothing* has the KL in nats per token. *States alone* replaces the matrix
-states and leaves convolution, token-shift and attention caches as they are; *writes alone* leaves also the decay and
-the erase of the span."""
+How much does each operation of [Memory](memory.md) recover? Each one is compared with a run that really did, or did
+not, read the span. Numbers are the share of the KL of doing nothing that an operation recovers at the tokens after
+it, 1 - sum KL(operation) / sum KL(nothing), with 95% intervals (bootstrap over {{sequences}} sequences of held-out
+text). 1 is exact, 0 is the same as doing nothing, below 0 is worse.
+
+The span has {SPAN} tokens, and {BEFORE} tokens come before it. States of all layers change together. *nothing* has
+the KL in nats per token. *States alone* replaces the matrix states and does not change convolution, token-shift and
+attention caches; *writes alone* also does not change the decay and the erase of the span.
+`benchmarks/memory_surgery.py` makes this page."""
 LATER_NOTE = "*Tokens read* is a share of reading the {m} tokens again, which is exact."
 TIMES = "How long each takes: [Benchmarks](benchmarks.md#operations-on-memories)."
 Share = dict[str, float]
@@ -94,7 +96,7 @@ def states_of(memory: Memory) -> dict[int, Tensor]:
 
 
 def writes_deleted(memory: Memory, start: int, stop: int) -> Memory:
-    """The span's writes deleted; it still decays and erases, and other caches are kept."""
+    """The span's writes deleted; it still decays and erases, and other caches stay."""
     states = {}
     for layer in memory.forms:
         r = memory.recurrence(layer)
@@ -267,7 +269,7 @@ def page(found: dict[str, Any]) -> str:
     """The page of what operations recover."""
     parts = ["# What operations on a memory recover", INTRODUCTION.format(**found)]
     for name, result in found["models"].items():
-        parts += [f"## {name}: {MODELS[name]}", "### Cut at once: the span was the last thing that was read"]
+        parts += [f"## {name}: {MODELS[name]}", "### Cut at once: the span was read last"]
         parts += [rows(result["at once"])]
         for m, later in result["later"].items():
             parts += [f"### Cut later: {m} tokens were read after the span", LATER_NOTE.format(m=m)]

@@ -383,7 +383,7 @@ random model do not.
 
 A collection of writes costs **{bytes:.0f} bytes a token and head**. Collecting takes **{over_plain:.2f}** times the
 plain pass up to the layer, and **{above:.2f} GB** above the loaded model (batches of {batch_size} x {context} tokens).
-Each stage is a process of its own: memory is its peak resident set, {imported:.0f} MB of which are the libraries, and
+Each stage has a separate process: memory is its peak resident set, {imported:.0f} MB of which are the libraries, and
 seconds begin after imports. Tokens of `train` are rows of all dictionaries. Those of `substitution` are t..t+16 of each
 edited run, and pay for the plain passes, the search for firings and the fit of controls too. Other programs shared the
 machine: where seconds exceed those of CPU, the stage waited.

@@ -4,7 +4,7 @@
     python benchmarks/run.py --quick         small sizes, minutes; records and page go to a folder that is printed
     python benchmarks/run.py --page          the page alone, from the records that are there
 
-Each runs in a process of its own with one thread. One that fails leaves its former record, which the page shows with
+Each runs in its own process with one thread. One that fails leaves its former record, which the page shows with
 its date, and the exit code is 1.
 """
 
@@ -36,11 +36,11 @@ NAMES = (
 """The benchmarks, as the page has them."""
 HEAD = """# Benchmarks
 
-`python benchmarks/run.py` measures what stands here and writes this page from the records in `docs/benchmarks`; no
-other page has such numbers. Unless a section says otherwise, ways of doing one thing are timed in turn, round after
-round, in one process with one thread, by the process's own clock; a ratio is the median over rounds of the ratio in
-one round. Other programs shared the machine, so take the second digit lightly, and times more lightly than ratios.
-{goals}
+What do hooks, edits, memories and training cost? `python benchmarks/run.py` measures it and writes this page from the
+records in `docs/benchmarks`; no other page has such numbers. Unless a section says otherwise, one process with one
+thread times the ways of doing one thing in turn, round after round, by its own clock. A ratio is the median over
+rounds of the ratio in one round. Other programs shared the machine, so trust ratios more than times, and not the
+second digit. {goals}
 """
 FOOT = """*{date}, {cpu}, {cores} cores under a load of {load:.0f}, threads: {threads}; Python {python}, torch {torch},
 transformers {transformers}, SAELens {sae-lens}. `python benchmarks/run.py {name}` took {seconds:.0f} s.*

@@ -5,7 +5,7 @@
     python benchmarks/sae_step.py --loop    # tokens per second of train_on_writes on writes of the embedded model
     python benchmarks/sae_step.py --stack 16    # so many dictionaries in one step, against one after another
 
-Each contender runs SAELens' own SAETrainer.step (forward, losses, backward, clipping, Adam) in a process of its own, so
+Each contender runs SAELens' own SAETrainer.step (forward, losses, backward, clipping, Adam) in its own process, so
 that its peak memory is its own; the processes take turns, one step each, so that a busy machine slows both. Time is
 that of the CPU, and a ratio the median of those of single turns. Memory is the peak of the resident set, and what of it
 was added after the imports.

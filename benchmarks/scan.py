@@ -111,7 +111,7 @@ def _lightning(r: Recurrence) -> MiniMaxLightningAttention:
 
 
 def _minimax(r: Recurrence) -> Way:
-    """MiniMax writes its recurrence out inside the layer's forward: that forward, its projections taken out."""
+    """MiniMax writes its recurrence out inside the layer's forward: that forward, without its projections."""
     layer = _lightning(r)
     layer.qkv_proj = _Gives(torch.cat([r.q, r.k, r.u], -1).flatten(2))
     layer.act_fn, layer.norm, layer.out_proj = nn.Identity(), nn.Identity(), nn.Identity()

@@ -33,7 +33,7 @@ def hooks() -> SimpleNamespace:
 
     def lines(found: Found) -> list[Line]:
         goals = {"decode": 1.03, "generate": 1.03, "prefill": 1.05}
-        own = {label: row for label, row in found.items() if label.startswith("nobody listens")}
+        own = {label: row for label, row in found.items() if label.startswith("no hooks attached")}
         said = [
             Line(f"{label}: {kind}", row[kind], "", goal) for label, row in own.items() for kind, goal in goals.items()
         ]

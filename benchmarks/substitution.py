@@ -309,11 +309,11 @@ def draw(timings: dict[str, Timing], path: Path) -> None:
     figure = Figure(figsize=(8, 1.2 + 1.1 * len(timings)), layout="constrained")
     axes = figure.add_subplot()
     ways = {"one full forward each": "full", "batched, to the last token": "to_end", "batched, t..t+16": "window"}
-    colours = ("#98a2ad", "#7fb0ff", "#1d5fd1")
+    colors = ("#98a2ad", "#7fb0ff", "#1d5fd1")
     for i, timed in enumerate(timings.values()):
-        for j, ((way, field), colour) in enumerate(zip(ways.items(), colours)):
+        for j, ((way, field), color) in enumerate(zip(ways.items(), colors)):
             rate, y = 1 / getattr(timed, field), i + 0.26 * (j - 1)
-            axes.barh(y, rate, 0.24, color=colour, label=way if i == 0 else None)
+            axes.barh(y, rate, 0.24, color=color, label=way if i == 0 else None)
             axes.text(rate * 1.05, y, f"{rate:.3g}", va="center", fontsize=8)
     axes.set_yticks(range(len(timings)), [label.replace(", ", "\n", 1) for label in timings], fontsize=9)
     axes.invert_yaxis()

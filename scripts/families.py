@@ -36,44 +36,47 @@ Family = dict[str, Any]
 
 TEXT = """# Families
 
-`scripts/families.py` makes this page from the rules and from `families.json`. The errors are those of tiny random
-models on a CPU. Families of transformers can be measured again (`--measure`); the other errors are of runs of
-2026-11-25 and, of Gated DeltaNet-2, 2026-11-28.
+Does my model load, and how exact are its hooks? The first table has every family of models. The last one has the models
+that do not load, with the reason. A layer's state is a key-first matrix K × V for each head:
 
 ```math
 S_t = (\\mathrm{{diag}}(\\alpha_t) + a_t b_t^\\top)\\, S_{{t-1}} + k_t u_t^\\top,
 \\qquad o_t = S_t^\\top (\\mathrm{{scale}} \\cdot q_t)
 ```
 
-In Mamba-1 each entry of the state has a decay of its own, an elementwise product in place of diag(α) S.
-
-## What each is
+## Supported models
 
 {rules}
-A layer's state is a key-first matrix K × V for each head; the table names the two sizes as upstream's layers do.
-A token reads the state after its own write; in {before} before it. Hooks of every family: {common}; {entries}
-has no `hook_pattern`, since the decay of each entry of its state makes the weights of a token differ between value
-channels. [What each carries](hooks/index.md).
+*State* has the names that upstream's layers give to the two sizes. A write has rank 1; in Gated DeltaProduct it has
+rank R, the number of its steps. In {entries} each entry of the state has its own decay, and there is no `hook_pattern`.
+A token reads the state after its own write; in {before} it reads the state before it.
 
-## How far from the oracles
+Every family has {common}.
+The page of [each hook](hooks/index.md) lists the rules that have it.
 
-Two rows of 70 tokens. *Op*: every op call of the model, computed by the oracle from the same arguments, in float64; the
-largest difference of reads and last states over their largest value. *Logits*: the model with hookpoints' own
-recurrence in place of every op (`backend="recurrence"`), compared with the same model by the oracle (the second, where
-two are named), in float32; the largest difference, and the largest logit. With the default backend and no hooks
-attached it is zero, bit for bit, wherever upstream has an op for the device. *Kernels*: logits by fla's own kernels,
-which need a GPU, in Triton's interpreter, chunked and step by step, in stretches from a cache and padded (of SimpleGLA,
-which fla has as a layer without a model, the outputs of one call; of Gated DeltaNet-2, another such layer, a KDA model
-with it). RWKV-7's chunked kernel has a larger difference
-because it solves its triangular systems in float16; it differs as much from fla's own recurrent kernel. Decoding,
-padding, other dtypes and edits are tested in `tests/hookpoints/model`, `tests/hookpoints/rules`,
-`tests/hookpoints/rwkv7` and `tests/hookpoints/fla`.
+## Errors
+
+The table compares each family with an oracle, on tiny random models, a CPU and two rows of 70 tokens.
+
+* *Op*: the oracle computes every op call of the model from the same arguments, in float64. The number is the largest
+  difference of reads and last states, relative to their largest value.
+* *Logits*: hookpoints' own recurrence replaces every op (`backend="recurrence"`), in float32, and so does the oracle
+  (the second, where two are named). The number is the largest difference of logits. With the default backend and no
+  hooks attached, it is zero.
+* *Kernels*: logits by fla's own kernels in Triton's interpreter, chunked and step by step, from a cache and padded.
+  SimpleGLA and Gated DeltaNet-2 are layers without a model in fla: the number is that of one call, and that of a KDA
+  model with the layer. RWKV-7's chunked kernel solves its triangular systems in float16, and differs as much from
+  fla's recurrent kernel.
+
+`tests/hookpoints` also tests decoding, padding, other dtypes and edits. `scripts/families.py` makes this page from the
+rules and from `families.json`, and `--measure` measures the families of transformers again. The other errors are from
+2026-11-25 and, for Gated DeltaNet-2, 2026-11-28.
 
 {models}
-## Refused
+## Models that do not load
 
-`UnsupportedModelError` names the reason; for a checkpoint, before its weights are read. The last rows are layers of
-fla, by class, of which it has no models.
+They raise `UnsupportedModelError` with this reason; for a checkpoint, before its weights are read. The last rows are
+layers of fla, by class, of which it has no models.
 
 {refused}"""
 
@@ -98,18 +101,15 @@ def distinct(values: Iterable[str]) -> str:
 
 def rule_row(name: str, families: list[Family]) -> list[object]:
     """What a rule's families have in common."""
-    rules, rank = [rule_of(family) for family in families], max(family["rank"] for family in families)
+    rules = [rule_of(family) for family in families]
     oracles = [family[part] for part in ("op_oracle", "logits_oracle") for family in families]
     return [
         name,
         ", ".join(f"`{f['model_type']}`" + " (fla)" * (f["source"] == "fla") for f in families),
         distinct(f"`{rule.sizes[0]} × {rule.sizes[1]}`" for rule in rules),
-        rank if rank == 1 else f"R, its steps ({rank} as run)",
         distinct(map(erase, rules)),
         distinct(family["decay"] for family in families),
-        ", ".join(f"`{row.name}`" for row in rows("mixer") if row.factor in rules[0].hook_factors),
         distinct([*oracles, *["fla's kernels"] * any(family["kernels_error"] for family in families)]),
-        ", ".join(f"{max(family[part] for family in families):.0e}" for part in ("op_error", "logits_error")),
     ]
 
 
@@ -141,12 +141,9 @@ def page(families: list[Family]) -> str:
                 "family",
                 "model types",
                 "state K × V",
-                "rank of a token's write",
                 "erase a bᵀ",
                 "decay α",
-                "hooks on factors",
                 "tested against",
-                "largest error: op, logits",
             ),
             (rule_row(name, members) for name, members in by_rule.items()),
         ),

@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 SOURCES = IMAGES / "sources.json"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-ATTENTION = "tutorials/5_attention_of_recurrent_heads.ipynb"
-ZOO = "tutorials/7_zoo_of_known_mechanisms.ipynb"
+ATTENTION = "tutorials/2_attention_and_induction.ipynb"
+ZOO = "tutorials/4_a_fact_written_by_one_atom.ipynb"
 
 
 def saved(tutorial: str, words: str, file: Path) -> None:
@@ -45,22 +45,27 @@ def write(file: Path) -> None:
 
     model = HookedRecurrent.from_pretrained("recall").requires_grad_(False)
     r = model.recurrence("Ada Paris Ben Rome Cleo Oslo Dan", 1).select(heads=1)
-    before, after = r.states(positions=[4, 5])[0, :, 0]
-    key, value = r.k[0, 5, 0], r.u[0, 5, 0]
+    (before, after), key, value = r.states(positions=[4, 5])[0, :, 0], r.k[0, 5, 0], r.u[0, 5, 0]
     panels = (
-        ("the state\nwhat the head remembers", before, "decays,\nand forgets $k_t$\n\n$+$"),
-        ("the write  $k_t\\, u_t^\\top$\nwhat this token adds", key[:, None] * value, "$=$"),
-        ("the state after it\nwhat later tokens read", after, ""),
+        ("$S_{t-1}$, the state\nwhat the head remembers", before, "decays,\npartly erased\n\n$+$\n\n\n"),
+        (r"$k_t\, u_t^\top$, the write" + "\nwhat this token adds", key[:, None] * value, "$=$"),
+        ("$S_t$, the next state\nwhat later tokens read", after, ""),
     )
-    figure, axes = plt.subplots(1, 3, figsize=(9.4, 3.0))
+    figure, axes = plt.subplots(1, 3, figsize=(9.4, 3.6))
     limit = float(after.abs().quantile(0.98))
     for axis, (title, matrix, sign) in zip(axes, panels):
         axis.imshow(matrix[key.argsort()][:, value.argsort()], cmap="RdBu_r", vmin=-limit, vmax=limit)
         axis.set(xticks=[], yticks=[])
         axis.set_title(title, fontsize=11)
-        axis.text(1.24, 0.5, sign, transform=axis.transAxes, fontsize=11, ha="center", va="center")
+        axis.text(1.25, 0.5, sign, transform=axis.transAxes, fontsize=11, ha="center", va="center")
     axes[0].set(xlabel="value channels", ylabel="key channels")
-    figure.subplots_adjust(wspace=0.5, left=0.04, right=0.99, top=0.84, bottom=0.08)
+    figure.suptitle(
+        r"update   $S_t = (\mathrm{diag}(\alpha_t) + a_t b_t^\top)\, S_{t-1} + k_t\, u_t^\top$"
+        r"          read   $o_t = S_t^\top q_t$",
+        y=0.09,
+        fontsize=13,
+    )
+    figure.subplots_adjust(wspace=0.5, left=0.04, right=0.99, top=0.87, bottom=0.19)
     figure.savefig(file, dpi=110)
 
 
@@ -105,16 +110,14 @@ class Picture(NamedTuple):
     def fingerprint(self) -> str:
         """SHA-256 of the code that makes it and of its sources."""
         code = inspect.getsource(self.make.func if isinstance(self.make, partial) else self.make)
-        total = hashlib.sha256(code.encode())
-        for name in self.sources:
-            total.update(f"{name}\n".encode() + (ROOT / name).read_bytes())
-        return total.hexdigest()
+        parts = (f"{name}\n".encode() + (ROOT / name).read_bytes() for name in self.sources)
+        return hashlib.sha256(b"".join([code.encode(), *parts])).hexdigest()
 
 
 PICTURES = {
     "write.png": Picture(write, ("hookpoints/zoo/recall/model.safetensors",)),
-    "fact.png": Picture(partial(saved, ZOO, "the atom of Ben Tokyo"), (ZOO,)),
-    "attention.png": Picture(partial(saved, ATTENTION, "A of L3H4"), (ATTENTION,)),
+    "fact.png": Picture(partial(saved, ZOO, "table[::-1].plot"), (ZOO,)),
+    "attention.png": Picture(partial(saved, ATTENTION, "one distance of one layer ablated"), (ATTENTION,)),
     "growth.png": Picture(growth, ("docs/benchmarks/scan.json", "benchmarks/scan.py")),
     "atom.png": Picture(
         atom,

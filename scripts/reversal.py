@@ -35,7 +35,7 @@ Write = tuple[int, int, int]
 
 
 def load(path: Path | str) -> HookedRecurrent:
-    """The model of the file. Beside the official one it has biases at the output of each layer and of the model."""
+    """The model of the file. The official one lacks biases at the output of each layer and of the model."""
     weights = torch.load(path, map_location="cpu", weights_only=True)
     named = {_NAMES[a] + name.removeprefix(a): x for name, x in weights.items() for a in _NAMES if name.startswith(a)}
     model = from_official(named)
@@ -86,9 +86,10 @@ def main(path: tyro.conf.Positional[Path], n: int = 64, largest: int = 3) -> Non
     model, generator = load(path), torch.Generator().manual_seed(0)
     cases = [draw(n, length, generator) for length in (4, 8, 16, 32)]
     for size in range(1, largest + 1):
-        found = []
-        for writes in itertools.combinations(itertools.product((0, 1), (0, 1), (0, 1, 2)), size):
-            found.append((*(sum(x) / len(cases) for x in zip(*(exchange(model, *c, writes) for c in cases))), writes))
+        found = (
+            (*(sum(x) / len(cases) for x in zip(*(exchange(model, *c, writes) for c in cases))), writes)
+            for writes in itertools.combinations(itertools.product((0, 1), (0, 1), (0, 1, 2)), size)
+        )
         for moved, kept, writes in sorted(found, key=lambda row: -min(row[:2]))[:3]:
             print(
                 "|", *(f"L{layer}H{head} +{offset}" for layer, head, offset in writes), f"| {moved:.1%} | {kept:.1%} |"

@@ -35,7 +35,7 @@ SCOPES = {
     "head": "each head of each recurrent mixer",
     "attn": "each block with attention",
 }
-MATRIX = "K × V (in patterns S) numbers per token and head: built for listeners only, and left out of `run_with_cache` "
+MATRIX = "K × V (in patterns S) numbers per token and head: computed only for hooks, and left out of `run_with_cache` "
 VECTOR = "a vector or a number per token; part of `run_with_cache`"
 
 
@@ -151,7 +151,7 @@ Fields of `{each.__name__}`, and flags of `writesae eval {kind}`.
 {table(("field", "default", "meaning"), rows)}
 ## Tables
 
-Tidy pandas tables in `result.tables`, kept as parquet by `result.save`.
+Tidy pandas tables in `result.tables`; `result.save` writes them as parquet.
 
 """ + "\n".join(tables)
 

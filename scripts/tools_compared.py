@@ -2,7 +2,7 @@
 
     python scripts/tools_compared.py FOLDER
 
-Every tool gets an environment of its own in FOLDER; those that are there are used again. It borrows what is installed
+Every tool gets its own environment in FOLDER; those that are there are used again. It borrows what is installed
 here, and pip puts the tool in front, with the release of transformers that it asks for. The models are those that ship
 with the package, on a CPU. An answer is compared with that of hookpoints, which the tests hold to loops over tokens.
 Five minutes, most of them pip's.
@@ -65,29 +65,39 @@ def ours(model: Any, tokens: Tensor, texts: Tensor) -> Probes:
     return {"fact": fact, "cut": lambda: hooked.logits_after(cut(), texts[:, READ:]), "patterns": patterns}
 
 
+def probes(
+    model: Any,
+    tokens: Tensor,
+    texts: Tensor,
+    factors: Callable[[Tensor, int], list[Tensor]],
+    added: Callable[[Tensor, Tensor], Tensor],
+    softmax: Callable[[Tensor], Tensor],
+) -> Probes:
+    """The tasks by what another tool gives: arguments of the op of a layer, logits with reads added to those of layer
+    1, and the weights of the attention in layer 0."""
+    return {
+        "fact": lambda: added(texts[:1], later_reads(*(factors(text[None], 1) for text in texts))),
+        "cut": lambda: without(model, texts, partial(factors, texts[:, :READ])),
+        "patterns": lambda: torch.stack([softmax(tokens), one_hot_reads(*factors(tokens, LAYER))]),
+    }
+
+
 def lens(model: Any, tokens: Tensor, texts: Tensor) -> Probes:
     """TransformerLens: it has hooks on the factors, which also change what is erased, and none on the write."""
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
     bridge: Any = build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
 
-    def whole(ids: Tensor) -> Any:
-        return bridge.run_with_cache(ids, use_cache=False)[1]
-
-    def factors(cache: Any, layer: int = LAYER) -> list[Tensor]:
+    def factors(ids: Tensor, layer: int) -> list[Tensor]:
+        cache = bridge.run_with_cache(ids, use_cache=False)[1]
         return [cache[f"blocks.{layer}.linear_attn.hook_{name}"] for name in ("q", "k", "v", "log_decay", "beta")]
 
-    def fact() -> Tensor:
-        later = later_reads(*(factors(whole(text[None]), 1) for text in texts))
-        added = [("blocks.1.linear_attn.hook_recurrence_out", lambda reads, hook: reads + later)]
-        return bridge.run_with_hooks(texts[:1], fwd_hooks=added, use_cache=False)
+    def added(ids: Tensor, later: Tensor) -> Tensor:
+        hooks = [("blocks.1.linear_attn.hook_recurrence_out", lambda reads, hook: reads + later)]
+        return bridge.run_with_hooks(ids, fwd_hooks=hooks, use_cache=False)
 
-    def patterns() -> Tensor:
-        cache = whole(tokens)
-        return torch.stack([cache["pattern", 0], one_hot_reads(*factors(cache))])
-
-    cut = lambda: without(model, texts, partial(factors, whole(texts[:, :READ])))  # noqa: E731
-    return {"fact": fact, "cut": cut, "patterns": patterns}
+    softmax = lambda ids: bridge.run_with_cache(ids, use_cache=False)[1]["pattern", 0]  # noqa: E731
+    return probes(model, tokens, texts, factors, added, softmax)
 
 
 def sight(model: Any, tokens: Tensor, texts: Tensor) -> Probes:
@@ -100,28 +110,19 @@ def sight(model: Any, tokens: Tensor, texts: Tensor) -> Probes:
     def op(layer: int) -> Any:
         return getattr(traced.get(f"model.layers.{layer}.linear_attn").source, f"{DELTA}_0")
 
-    def factors(layer: int = LAYER) -> list[Tensor]:
-        qkv, rest = op(layer).inputs
+    def run(ids: Tensor, place: Callable[[], Any], change: Callable[[Any], Any] = lambda x: x) -> tuple[Any, Tensor]:
+        with traced.trace(ids, use_cache=False):
+            found = nnsight.save([change(place())])
+            logits = traced.output.logits.save()
+        return found[0], logits
+
+    def factors(ids: Tensor, layer: int) -> list[Tensor]:
+        qkv, rest = run(ids, lambda: op(layer).inputs)[0]
         return [*qkv, rest["g"], rest["beta"]]
 
-    def run(ids: Tensor, *places: Callable[[], Any], change: Callable[[Any], Any] = lambda x: x) -> tuple[Any, Tensor]:
-        with traced.trace(ids, use_cache=False):
-            found = nnsight.save([change(place()) for place in places])
-            logits = traced.output.logits.save()
-        return found, logits
-
-    def fact() -> Tensor:
-        later = later_reads(*(run(text[None], lambda: factors(1))[0][0] for text in texts))
-        return run(texts[:1], lambda: op(1).output[0], change=lambda reads: reads.add_(later))[1]
-
-    def patterns() -> Tensor:
-        model.set_attn_implementation("eager")
-        softmax, found = run(tokens, lambda: traced.get("model.layers.0.self_attn").output[1], factors)[0]
-        return torch.stack([softmax, one_hot_reads(*found)])
-
-    states = [partial(factors, layer) for layer in range(1, 5)]
-    found = lambda: dict(enumerate(run(texts[:, :READ], *states)[0], start=1))  # noqa: E731
-    return {"fact": fact, "cut": lambda: without(model, texts, found().__getitem__), "patterns": patterns}
+    softmax = lambda ids: run(ids, lambda: traced.get("model.layers.0.self_attn").output[1])[0]  # noqa: E731
+    added = lambda ids, later: run(ids, lambda: op(1).output[0], lambda reads: reads.add_(later))[1]  # noqa: E731
+    return probes(model, tokens, texts, factors, added, softmax)
 
 
 # The op of Gated DeltaNet is given q, k, v, g (logarithm of the decay), beta, each [B,T,H,...].
@@ -150,7 +151,7 @@ def one_hot_reads(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> T
 
 
 def later_reads(own: Iterable[Tensor], donor: Iterable[Tensor]) -> Tensor:
-    """What tokens read of the difference of two writes: the op goes on from it, at its own token without an erase."""
+    """What tokens read of the difference of two writes: the op resumes from it, at its own token without an erase."""
     q, k, v, g, beta = (x[:, AT[1] :].clone() for x in own)
     change, state = outer(*donor) - outer(*own), v.new_zeros(*v.shape[::2], *k.shape[3:], *v.shape[3:])
     state[AT[::2]] = change[AT]
@@ -193,8 +194,8 @@ def expected(model: Any, tokens: Tensor, family: str) -> tuple[dict[str, Tensor]
         right, plain = ours(model, tokens, texts)["fact"](), model(texts[:1], use_cache=False).logits
         return {"fact": right}, {"fact": plain}, texts
     texts = torch.tensor(encode(embedded.text("test")).input_ids[: 8 * (READ + 32)]).view(8, -1)
-    probes, plain = ours(model, tokens, texts), model(texts).logits[:, READ:]
-    right = {task: probes[task]() for task in ("cut", "patterns")}
+    tasks, plain = ours(model, tokens, texts), model(texts).logits[:, READ:]
+    right = {task: tasks[task]() for task in ("cut", "patterns")}
     return right, {"cut": plain}, texts
 
 
@@ -202,14 +203,18 @@ def expected(model: Any, tokens: Tensor, family: str) -> tuple[dict[str, Tensor]
 def probe(name: str, folder: Path) -> None:
     """The answers of one tool in this interpreter; ours are saved for the others."""
     for family, place in MODELS.items():
-        model = AutoModelForCausalLM.from_pretrained(ROOT / "hookpoints" / place / family, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            ROOT / "hookpoints" / place / family,
+            dtype=torch.float32,
+            attn_implementation="eager",  # which returns its weights
+        ).eval()
         tokens, file = torch.arange(40)[None] * 37 % 2000 + 1, folder / f"{family}.pt"
         if name == "ours":
             torch.save(expected(model, tokens, family), file)
         else:
             right, plain, texts = torch.load(file)
-            probes = {"lens": lens, "sight": sight}[name](model, tokens, texts)
-            said = (f"    {task}: {answer(probes[task], x, plain.get(task, 0))}" for task, x in right.items())
+            tasks = {"lens": lens, "sight": sight}[name](model, tokens, texts)
+            said = (f"    {task}: {answer(tasks[task], x, plain.get(task, 0))}" for task, x in right.items())
             print(*said, sep="\n", flush=True)
 
 

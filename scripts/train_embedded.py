@@ -19,11 +19,11 @@ import json
 import lzma
 import math
 import re
-import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -32,16 +32,18 @@ from unittest.mock import patch
 import torch
 import transformers
 import tyro
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from hookpoints import Recurrence, attach, embedded
+from hookpoints import attach, embedded
 from hookpoints.rwkv7 import RWKV7ForCausalLM
 from hookpoints.rwkv7 import layers as rwkv7_layers
+from writesae.experiment.head import half_lives
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK, HOLD_OUT, VOCABULARY, END_OF_TEXT = 20_000, 20, 2_048, "<|endoftext|>"
@@ -52,8 +54,6 @@ CHUNK = 32
 WINDOW, SLICE_WINDOWS, MEMORY_WINDOWS, HORIZON, LONG_MEMORY = 512, 24, 8, 256, 16
 """What the card is measured on: tokens of a window, windows of the quick check and of memory, tokens that a write is
 followed for, tokens of a long memory."""
-BANDS = ((1, 8), (8, 32), (32, 128), (128, WINDOW))
-SMOKE = {"tokens": 3 * 2 * 64, "batch": 2, "length": 64}
 
 
 class Family(NamedTuple):
@@ -157,7 +157,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result of a run, apart from the text."""
+    """What a run may vary."""
 
     family: str
     tokens: int
@@ -169,16 +169,8 @@ class Recipe:
     """Tokens per window; long, so that memory over a distance is worth having."""
     learning_rate: float = 2e-3
     """Peak rate of AdamW: embedding, vectors, small matrices."""
-    muon_factor: float = 2.0
-    """Rate of the hidden matrices over `learning_rate` (updates scaled to AdamW's size)."""
     gate_factor: float = 0.1
     """Rate of the decay gates over `learning_rate`. At 1, mean decays fell to 0.26-0.91 in an earlier model."""
-    weight_decay: float = 0.1
-    """Matrices only."""
-    warm_up: float = 0.03
-    """Share of the steps; then a cosine down to `final_rate`."""
-    final_rate: float = 0.05
-    clip: float = 1.0
 
     @property
     def steps(self) -> int:
@@ -186,10 +178,10 @@ class Recipe:
         return self.tokens // (self.batch * self.length)
 
     def rate(self, step: int) -> float:
-        """Learning rate of ``step``."""
-        warm = max(1, round(self.warm_up * self.steps))
+        """Learning rate of ``step``: a warmup for 3% of the steps, then a cosine down to 5% of the peak."""
+        warm = max(1, round(0.03 * self.steps))
         cosine = (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm))) / 2
-        share = (step + 1) / warm if step < warm else self.final_rate + (1 - self.final_rate) * cosine
+        share = (step + 1) / warm if step < warm else 0.05 + 0.95 * cosine
         return self.learning_rate * share
 
 
@@ -217,21 +209,10 @@ def split_corpus(speeches: list[str]) -> tuple[list[str], list[str]]:
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE, trained on the training documents only. One special token is BOS, EOS and padding."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.train_from_iterator(
-        documents,
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(documents, VOCABULARY, 0, show_progress=False, special_tokens=[END_OF_TEXT])
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, clean_up_tokenization_spaces=False, **special)
 
 
 @cache
@@ -286,25 +267,24 @@ def build_optimizers(model: nn.Module, family: Family, recipe: Recipe) -> list[t
         kinds["gate" if name.endswith(family.gates) else shape].append(x)
     adamw = torch.optim.AdamW(
         [
-            {"params": kinds["matrix"], "factor": 1.0, "weight_decay": recipe.weight_decay},
+            {"params": kinds["matrix"], "factor": 1.0, "weight_decay": 0.1},
             {"params": kinds["vector"], "factor": 1.0, "weight_decay": 0.0},
             {"params": kinds["gate"], "factor": recipe.gate_factor, "weight_decay": 0.0},
         ],
         betas=(0.9, 0.95),
         fused=True,
     )
-    muon = torch.optim.Muon(kinds["hidden"], weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
-    muon.param_groups[0]["factor"] = recipe.muon_factor
-    return [adamw, muon]
+    hidden = [{"params": kinds["hidden"], "factor": 2.0}]  # of updates that are scaled to AdamW's size
+    return [adamw, torch.optim.Muon(hidden, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
 
 
 def train(recipe: Recipe, model: PreTrainedModel, stream: Tensor) -> None:
-    """Train; prints the loss every 20 steps."""
-    family, began = FAMILIES[recipe.family], time.monotonic()
+    """Train; a progress bar has the loss."""
+    family = FAMILIES[recipe.family]
     optimizers = build_optimizers(model, family, recipe)
     settings = {"chunk_size": CHUNK} if recipe.family == "gdn" else {}
     in_float32 = torch.autocast("cpu", enabled=False)(partial(getattr(family.module, family.op), **settings))
-    for step in range(recipe.steps):
+    for step in (progress := tqdm(range(recipe.steps), mininterval=5)):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = recipe.rate(step) * group["factor"]
         tokens = batch_of(stream, recipe, step)
@@ -312,14 +292,11 @@ def train(recipe: Recipe, model: PreTrainedModel, stream: Tensor) -> None:
             logits = model(tokens[:, :-1], use_cache=False).logits
         loss = cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if step % 20 == 0:
-            print(
-                f"step {step}/{recipe.steps} loss {loss.item():.4f} after {time.monotonic() - began:.0f} s", flush=True
-            )
+        progress.set_postfix(loss=loss.item(), refresh=False)
 
 
 # -- what is measured on a model
@@ -339,32 +316,17 @@ class HeadMemory(NamedTuple):
 
 
 @torch.no_grad()
-def half_lives(r: Recurrence, horizon: int, stride: int = 4) -> Tensor:
-    """Tokens until a write has lost half of its norm: [B,N,H], with N starting points, ``stride`` tokens apart.
-
-    Follows p = k through p_t = alpha_t p + a_t <b_t, p>, decay and erase together, and takes the first t with
-    |p_t| < |k| / 2. Writes that last longer count ``horizon``. Costs the states of a
-    recurrence with N values.
-    """
-    starts, sources = range(0, r.T - horizon, stride), r.by_source()
-    sources = sources.replace(u=sources.u[..., starts])
-    norms = torch.cat([keys.norm(dim=-2) for keys in sources.state_blocks()], dim=1)  # [B,T,H,N]
-    later = torch.stack([norms[:, start : start + horizon, :, n] for n, start in enumerate(starts)], dim=1)
-    return (later >= later[:, :, :1] / 2).int().cumprod(dim=2).sum(dim=2).float()
-
-
-@torch.no_grad()
 def memory(model: PreTrainedModel, tokens: Tensor, horizon: int, stride: int = 4) -> list[HeadMemory]:
-    """Decay, write strength and half-life of every head on tokens [B,T]."""
+    """Decay, write strength and half-life (of writes about ``stride`` tokens apart) of every head on tokens [B,T]."""
     table = []
     with attach(model, self_check=False) as hooked, hooked.recording() as record:
-        strengths = [name for name in hooked.hook_dict if name.endswith("mixer.hook_beta")]
-        cache = hooked.run_with_cache(tokens, names_filter=strengths)[1]
+        cache = hooked.run_with_cache(tokens, names_filter=lambda name: name.endswith("mixer.hook_beta"))[1]
     for layer, recorded in record.items():
         r = recorded.recurrence
         name = f"blocks.{layer}.mixer.hook_beta"  # RWKV-7 has none
-        write = cache[name] if name in strengths else -(r.a * r.b).sum(-1)  # type: ignore[operator]
-        life = half_lives(r, horizon, stride).flatten(0, 1).median(dim=0).values
+        write = cache[name] if name in cache else -(r.a * r.b).sum(-1)  # type: ignore[operator]
+        each_row = (half_lives(r.select(rows=slice(b, b + 1)), horizon, (r.T - horizon) // stride) for b in range(r.B))
+        life = torch.cat([*each_row]).float().median(dim=0).values
         decay = r.log_decay.reshape(r.B, r.T, r.H, -1).exp()  # type: ignore[union-attr]
         columns = (decay.mean(dim=(0, 1, 3)), write.mean(dim=(0, 1)), life)
         table += [HeadMemory(layer, h, *row) for h, row in enumerate(torch.stack(columns, 1).tolist())]
@@ -406,7 +368,9 @@ def measure(folder: Path, recipe: Recipe, test_text: str, stream_tokens: int) ->
         "perplexity_of_slice": math.exp(nats[:SLICE_WINDOWS].mean()),
         "bits_per_byte": float(nats.mean()) / math.log(2) / (len(test_text.encode()) / count),
         "characters_per_token": len(test_text) / count,
-        "perplexity_by_position": {f"{a}-{b - 1}": math.exp(nats[:, a - 1 : b - 1].mean()) for a, b in BANDS},
+        "perplexity_by_position": {
+            f"{a}-{b - 1}": math.exp(nats[:, a - 1 : b - 1].mean()) for a, b in pairwise((1, 8, 32, 128, WINDOW))
+        },
         "long_memory_share": len(long_memory(heads)) / len(heads),
         "heads": [head._asdict() for head in heads],
         "recipe": asdict(recipe),
@@ -482,14 +446,15 @@ def main(
         family: architecture
         tokens: training tokens
         seed: of initialization and of the order of the text
-        out: folder of config, bf16 weights, tokenizer, metrics.json and README.md; heldout.txt.xz goes beside it
+        out: folder of config, bf16 weights, tokenizer, metrics.json and README.md; heldout.txt.xz goes above it
             (default: hookpoints/embedded/FAMILY)
         threads: CPU threads; results depend on it
         smoke: 3 steps on a few speeches, to try the script
     """
     out = out or ROOT / "hookpoints" / "embedded" / family
     torch.set_num_threads(threads)
-    recipe = Recipe(family=family, seed=seed, **(SMOKE if smoke else {"tokens": int(tokens)}))
+    sizes = {"tokens": 3 * 2 * 64, "batch": 2, "length": 64} if smoke else {"tokens": int(tokens)}
+    recipe = Recipe(family=family, seed=seed, **sizes)
     documents, heldout = split_corpus(read_speeches()[-16 if smoke else 0 :])  # enough for a held-out block
     tokenizer = train_tokenizer(documents)
     ids = tokenizer(documents)["input_ids"]

@@ -24,6 +24,7 @@ import tyro
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 from transformers import (
     Mamba2Config,
     Mamba2ForCausalLM,
@@ -208,17 +209,32 @@ def parity(vocabulary: int, negative: bool = True) -> PreTrainedModel:
     return model
 
 
-def train(recipe: Recipe, task: zoo.Task, seed: int) -> PreTrainedModel:
-    """A trained model; prints its loss."""
+def train(
+    build: Callable[[int], PreTrainedModel],
+    task: zoo.Task,
+    seed: int,
+    steps: int,
+    sequences: int,
+    queries: int = 16,
+    lr: float = 3e-3,
+    weight_decay: float = 0.1,
+) -> PreTrainedModel:
+    """A trained model: AdamW, a warmup of 100 steps, then a cosine to zero. A progress bar has the loss.
+
+    Args:
+        build: from the size of the vocabulary
+        sequences: in a step
+        queries: in a sequence
+    """
     torch.manual_seed(seed)
-    model, generator = recipe.build(len(task.vocabulary)), torch.Generator().manual_seed(seed + 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
+    model, generator = build(len(task.vocabulary)), torch.Generator().manual_seed(seed + 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
+        optimizer, lambda step: min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
-    for step in range(recipe.steps):
+    for _ in (progress := tqdm(range(steps), mininterval=5)):
         size = task.sizes[int(torch.randint(len(task.sizes), (), generator=generator))]
-        batch = task.batch(recipe.sequences, generator, queries=recipe.queries, **size)
+        batch = task.batch(sequences, generator, queries=queries, **size)
         logits = model(input_ids=batch.tokens, use_cache=False).logits
         asked = logits.gather(1, batch.positions[..., None].expand(-1, -1, logits.shape[2]))
         loss = F.cross_entropy(asked.flatten(0, 1), batch.answers.flatten())
@@ -227,8 +243,7 @@ def train(recipe: Recipe, task: zoo.Task, seed: int) -> PreTrainedModel:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0:
-            print(f"{step} {dict(size)} loss {loss:.4f}", flush=True)
+        progress.set_postfix(loss=loss.item(), refresh=False, **size)
     return model
 
 
@@ -271,6 +286,11 @@ def sides(model: HookedRecurrent, batch: zoo.Batch, layer: int, heads: Sequence[
     return [s[torch.arange(len(at))[:, None], at][:, :, list(heads)].flatten(0, 1) for s in (form.k, form.u)]
 
 
+def right(model: HookedRecurrent, batch: zoo.Batch) -> float:
+    """Share of right answers."""
+    return (model(batch.tokens).argmax(dim=-1).gather(1, batch.positions) == batch.answers).double().mean().item()
+
+
 def share(
     model: HookedRecurrent,
     case: Case,
@@ -289,8 +309,8 @@ def share(
         for position, keys, values in zip(at, *writes, strict=True)
     ]
     with model.edits(edit_rows=edits):
-        logits = model(torch.cat([pairs.tokens[:, :start], question.tokens[:, start:]], dim=1))
-    return (logits.argmax(dim=-1).gather(1, question.positions) == question.answers).double().mean().item()
+        tokens = torch.cat([pairs.tokens[:, :start], question.tokens[:, start:]], dim=1)
+        return right(model, replace(question, tokens=tokens))
 
 
 def rates(model: HookedRecurrent, case: Case, layer: int, heads: Sequence[int], offset: int) -> dict[str, float]:
@@ -390,11 +410,6 @@ def pairs(model: HookedRecurrent, name: str, n: int) -> Found:
     return found, rows, dict(facts(model, name, case, found))
 
 
-def right(model: HookedRecurrent, batch: zoo.Batch) -> float:
-    """Share of right answers."""
-    return (model(batch.tokens).argmax(dim=-1).gather(1, batch.positions) == batch.answers).double().mean().item()
-
-
 def looks(model: HookedRecurrent, name: str, n: int) -> Found:
     """Where heads look in words that come twice, 12 of them; offset: tokens from the query back to the source, 11 for
     the word after the first occurrence. *largest*: queries whose largest weight on another token is there. *ablated*:
@@ -444,7 +459,7 @@ def flips(model: HookedRecurrent, name: str, n: int) -> Found:
         | {"flipped": other[bits[rows, at] == bit].mean().item()}
         for bit in (0, 1)
     ]
-    control = train(replace(RECIPES[name], build=partial(parity, negative=False)), task, seed=0)
+    control = train(partial(parity, negative=False), task, 0, **RECIPES[name].settings)
     of = {"": model, "beta in (0, 1): ": HookedRecurrent.from_hf(control.eval()).requires_grad_(False)}
     longer = {size: task.batch(8 * n, torch.Generator().manual_seed(6), bits=size) for size in (16, 40, 128)}
     found = {
@@ -460,28 +475,22 @@ def flips(model: HookedRecurrent, name: str, n: int) -> Found:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is made: AdamW, a warmup of 100 steps, then a cosine to zero."""
+    """How a model is made and measured."""
 
     build: Callable[[int], PreTrainedModel]
-    """From the size of the vocabulary."""
-    steps: int
-    sequences: int = 32
-    """In a step."""
-    queries: int = 16
-    """In a sequence."""
-    find: Callable[[HookedRecurrent, str, int], Found] = pairs
+    find: Callable[[HookedRecurrent, str, int], Found]
     """From model, name and the number of sequences for a rate."""
-    lr: float = 3e-3
-    weight_decay: float = 0.1
+    settings: Mapping[str, Any]
+    """Of `train`."""
 
 
 RECIPES = {
-    "recall": Recipe(gated_delta, steps=1_500),
-    "recall-mamba2": Recipe(mamba2, steps=2_000),
-    "recall-rwkv7": Recipe(rwkv7, steps=3_000),
-    "composition": Recipe(gated_delta, steps=2_500, sequences=64, queries=12),
-    "induction": Recipe(induction, steps=400, sequences=64, find=looks),
-    "parity": Recipe(parity, steps=600, sequences=64, find=flips, lr=1e-2, weight_decay=0.0),
+    "recall": Recipe(gated_delta, pairs, {"steps": 1_500, "sequences": 32}),
+    "recall-mamba2": Recipe(mamba2, pairs, {"steps": 2_000, "sequences": 32}),
+    "recall-rwkv7": Recipe(rwkv7, pairs, {"steps": 3_000, "sequences": 32}),
+    "composition": Recipe(gated_delta, pairs, {"steps": 2_500, "sequences": 64, "queries": 12}),
+    "induction": Recipe(induction, looks, {"steps": 400, "sequences": 64}),
+    "parity": Recipe(parity, flips, {"steps": 600, "sequences": 64, "lr": 1e-2, "weight_decay": 0.0}),
 }
 
 
@@ -505,8 +514,8 @@ def card(name: str, truth: zoo.Truth, recipe: Recipe) -> str:
         architecture=" ".join((recipe.build.__doc__ or "").split()),
         task=" ".join((type(task).__doc__ or "").split()),
         example=" ".join(task.vocabulary[i] for i in tokens),
-        steps=recipe.steps,
-        sequences=recipe.sequences,
+        steps=recipe.settings["steps"],
+        sequences=recipe.settings["sequences"],
         accuracy=", ".join(f"{size} {rate:.1%}" for size, rate in truth.accuracy.items()),
         found="\n".join(found) or "No set of heads of a layer decides an answer by what it writes at one token.",
         facts="\n".join(f"| {fact} | {value:.3f} |" for fact, value in truth.facts.items()),
@@ -530,15 +539,15 @@ def main(
         again: train; or else only measure the model that is there
     """
     torch.set_num_threads(1)
-    folder = out or ROOT / "hookpoints" / "zoo" / name
+    folder, recipe, task = out or ROOT / "hookpoints" / "zoo" / name, RECIPES[name], zoo.task(name)
     if again:
-        save(train(RECIPES[name], zoo.task(name), seed), zoo.task(name), folder)
+        save(train(recipe.build, task, seed, **recipe.settings), task, folder)
     model = HookedRecurrent.from_pretrained(str(folder)).requires_grad_(False)
-    sizes = (" ".join(f"{value} {kind}" for kind, value in size.items()) for size in zoo.task(name).sizes)
+    sizes = (" ".join(f"{value} {kind}" for kind, value in size.items()) for size in task.sizes)
     accuracy = dict(zip(sizes, zoo.accuracy(model, name, n=4 * n), strict=True))
-    truth = zoo.Truth(accuracy, *RECIPES[name].find(model, name, n))
+    truth = zoo.Truth(accuracy, *recipe.find(model, name, n))
     (folder / "truth.json").write_text(json.dumps(asdict(truth), indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card(name, truth, RECIPES[name]), encoding="utf-8")
+    (folder / "README.md").write_text(card(name, truth, recipe), encoding="utf-8")
     if min(truth.accuracy.values()) < ENOUGH:
         sys.exit(f"{name}: less than {ENOUGH:.0%} right at some size: {truth.accuracy}")
 

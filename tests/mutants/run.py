@@ -25,7 +25,6 @@ assignments, each argument of each call, lambdas, conditional expressions, cases
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -46,6 +45,7 @@ from typing import NamedTuple
 import coverage
 import libcst as cst
 import libcst.matchers as m
+import tyro
 from libcst.metadata import MetadataWrapper, PositionProvider
 from mutmut.mutation.mutators import mutation_operators, operator_string
 
@@ -180,16 +180,20 @@ def survives(mutant: Mutant, root: Path) -> bool:
     return passed
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=200, help="mutants to try")
-    parser.add_argument("--seed", type=int, default=int(f"{date.today():%Y%m%d}"), help="of the sample; default: today")
-    parser.add_argument("--only", default="", help="files with this text in their path")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for mutants.json")
-    arguments = parser.parse_args()
+def main(
+    sample: int = 200, seed: int = int(f"{date.today():%Y%m%d}"), only: str = "", out: Path = ROOT / "docs"
+) -> None:
+    """Try a sample of mutants.
+
+    Args:
+        sample: mutants to try
+        seed: of the sample (default: today)
+        only: files with this text in their path
+        out: folder for mutants.json
+    """
     files = [str(file.relative_to(ROOT)) for each in PACKAGES for file in sorted((ROOT / each).rglob("*.py"))]
-    files = [file for file in files if arguments.only in file and (find_spec("fla") or "points/fla/" not in file)]
-    mutants, n = draw(files, arguments.sample, arguments.seed)
+    files = [file for file in files if only in file and (find_spec("fla") or "points/fla/" not in file)]
+    mutants, n = draw(files, sample, seed)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         root = Path(folder).resolve() / "copy"
         shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache"))
@@ -199,15 +203,15 @@ def main() -> None:
     result = {
         "date": f"{date.today()}",
         "mutmut": version("mutmut"),
-        "seed": arguments.seed,
+        "seed": seed,
         "mutants": n,
         "sample": len(mutants),
         "operators": {name: [tried[name], lost[name]] for name in sorted(tried)},
         "survivors": survivors,
     }
-    (arguments.out / "mutants.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    (out / "mutants.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(f"{len(mutants) - len(left)} of {len(mutants)} mutants were killed")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

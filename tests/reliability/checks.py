@@ -40,15 +40,6 @@ class Comparison(NamedTuple):
         return same(self.expected, self.got)
 
 
-class Most(float):
-    """Equal to any number that is not larger."""
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, float) and other <= float(self)
-
-    __hash__ = float.__hash__
-
-
 def same(a: object, b: object) -> bool:
     """Equal, tensors bit for bit."""
     if isinstance(a, torch.Tensor):

@@ -148,7 +148,7 @@ LOADING = "hookpoints.model.loading"
     },
 )
 def code(work: Path, rounds: int) -> Iterator[Comparison]:
-    """`auto_map` of a model, or of a tokenizer, names a module beside it, and transformers has no class of its own. The
+    """`auto_map` of a model, or of a tokenizer, names a module in the folder, and transformers has no such class. The
     model is refused by name, or loaded without the tokenizer; nothing is run and nobody is asked."""
     evil = f"from pathlib import Path\nPath({str(work / 'mark')!r}).touch()\nclass Evil: pass\n"
     maps = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
