@@ -24,6 +24,7 @@ sys.path.append(str(ROOT / "scripts"))
 
 import pictures  # noqa: E402
 import tables  # noqa: E402
+from test_readme import assert_comments_hold  # noqa: E402
 
 import hookpoints  # noqa: E402
 import sae_lens_writesae  # noqa: E402
@@ -120,7 +121,8 @@ def run_script(code: str, folder: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda path: path.stem)
 def test_written_pages_run(page, tmp_path):
-    run_script("\n".join(code for code, _ in BLOCK.findall(page.read_text())), tmp_path)
+    code = "\n".join(code for code, _ in BLOCK.findall(page.read_text()))
+    assert_comments_hold(code, run_script(code, tmp_path))
 
 
 @pytest.mark.slow
