@@ -78,6 +78,7 @@ class Repeat(Evaluation):
                 claim=self.question,
                 effect=rate,
                 what="the share of positions where the repeated write disturbs more",
+                null="write from elsewhere",
                 against={"write from elsewhere": Against(kl.wins("elsewhere", "previous"), control, chance=0.5)},
                 chance=0.5,
                 relevant=0.1,
