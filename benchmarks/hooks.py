@@ -1,4 +1,4 @@
-"""What hooks cost: an attached model with nobody listening, and hooks that read one head, against the plain model.
+"""What hooks cost: an attached model with no hooks, and hooks that read one head, against the plain model.
 
 Run ``python benchmarks/hooks.py [--rounds n] [--out folder]``. All ways are timed in turn, round after round, in one
 process of one thread, by its own CPU time; a number is the median over rounds of the ratio in one round. The plain

@@ -2,7 +2,7 @@
 
 The model has the shape of Qwen3.5-0.8B (24 layers, three of four recurrent, 16 heads of 128 x 128, vocabulary 248,320,
 width 1024, tied embeddings, bf16) and random weights; it is made here and saved as a checkpoint, with the tokenizer of
-the embedded model. Each stage runs in a process of its own, so that its peak memory is its own. On a GPU:
+the embedded model. Each stage runs in a separate process, so that its peak memory is not that of others. On a GPU:
 `--device cuda --tokens 1000000 --training-tokens 5000000`.
 """
 
@@ -331,7 +331,7 @@ def measure(
     sequences: int = 8,
     firings_per_atom: int = 5,
 ) -> dict[str, Any]:
-    """Each stage, the rates of this machine beside it, what bounds it, and the paper's table by these."""
+    """Each stage, the rates of this machine, what bounds it, and the paper's table by these."""
     options = dict(locals())
     rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as name:

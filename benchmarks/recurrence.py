@@ -3,7 +3,7 @@
 Run ``python benchmarks/recurrence.py [--quick] [--out folder]``. All ways of doing one thing are timed in turn,
 round after round, in one process; times are each way's best, ratios the median over rounds. With one thread the clock
 is the process's own CPU time, which other programs on the machine disturb least; with more it is the wall's. Memory is
-the growth of the peak resident size of its own process, read from Linux's /proc, since Python cannot see torch's
+the growth of the peak resident size of a separate process, read from Linux's /proc, since Python cannot see torch's
 allocations.
 """
 
