@@ -61,9 +61,9 @@ class Bits(Evaluation):
     components stay below the budget where no size meets it.
 
     **Verdict**, for each budget and way to fit: the ladder of `judge` on the recovered share of the dictionary, which
-    is pursuit, or TopK where one atom is active. The
-    controls are every other code and the nulls. A share of 1 point matters. A claim of the method takes heads as units:
-    the ladder on its lead over the residual quantizer, against its leads over the others.
+    is pursuit, or TopK where one atom is active. The controls are every other code and the nulls. A share of 1 point
+    matters. A claim of the method takes heads as units: the ladder on its lead over the residual quantizer, against its
+    leads over the others.
     """
 
     budgets: tuple[int, ...] = (16, 32)
@@ -98,17 +98,19 @@ class Bits(Evaluation):
         (_, layer, head, _), split = lab.hook, len(lab.tokens) // 2 if lab.reference is None else 0
         terms = lab.reference or Terms(lab.model, lab.tokens[:split])
         lab.facts["terms"] = terms.facts()
-        texts, parts = [UpperModel.of(lab.model, [layer], part)[layer] for part in lab.tokens[split:].split(8)], []
+        uppers = [UpperModel.of(lab.model, [layer], part)[layer] for part in lab.tokens[split:].split(8)]
+        texts, parts = [(upper, upper().log_softmax(-1)) for upper in uppers], []
 
         def measured(code: Code, budget: int = 0, way: str = "") -> None:
-            kl = torch.cat([divergence(text, head, code) for text in texts]).tolist()
+            kl = torch.cat([divergence(upper, plain, head, code) for upper, plain in texts]).tolist()
             row = (budget, way, code.name, code.bits, sum(each.numel() for each in code.parameters))
             parts.extend((n, *row, each) for n, each in enumerate(kl))
 
         def loss(numbers: Tensor) -> Tensor:
             with torch.no_grad():
-                part = UpperModel.of(lab.model, [layer], terms.tokens[numbers])[layer]
-            return 100 * divergence(part, head, code).mean()
+                upper = UpperModel.of(lab.model, [layer], terms.tokens[numbers])[layer]
+                plain = upper().log_softmax(-1)
+            return 100 * divergence(upper, plain, head, code).mean()
 
         measured(Code("native", 0.0, LowRank.dense, []))
         measured(Code("delete", 0.0, lambda native: 0 * native.dense(), []))
@@ -266,11 +268,10 @@ def claimed(
     )
 
 
-def divergence(upper: UpperModel, head: int, code: Code) -> Tensor:
-    """[B] KL(native || all writes of a head replaced), mean over tokens, differentiable."""
+def divergence(upper: UpperModel, plain: Tensor, head: int, code: Code) -> Tensor:
+    """[B] KL(native || all writes of a head replaced), mean over tokens, differentiable. `plain`: log p of the native
+    model, [B T,vocab]."""
     sides = (x[:, :, head].flatten(0, 1) for x in (upper.recurrence.k, upper.recurrence.u))
     native = LowRank(*(side if side.ndim == 3 else side[:, None] for side in sides))
-    with torch.no_grad():
-        plain = upper().log_softmax(-1)
     edited = upper(head, "write", code.written(native)).log_softmax(-1)
     return (plain.exp() * (plain - edited)).sum(-1).view(upper.tokens.shape).mean(1)
