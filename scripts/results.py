@@ -22,11 +22,11 @@ import pandas as pd
 from tables import table
 
 from writesae.evaluations import EVALUATIONS, load_result
-from writesae.evaluations.bits import WAYS, Bits
+from writesae.evaluations.bits import RIVAL, WAYS, Bits
 from writesae.experiment.controls import answers
 from writesae.experiment.evaluation import Result
 from writesae.verdict.finding import said
-from writesae.verdict.format import number, percent
+from writesae.verdict.format import number, percent, points
 from writesae.verdict.names import NAMES
 from writesae.verdict.paper import PAPER_CLAIMS
 
@@ -40,6 +40,7 @@ RECIPES = {
     "paper-last": "BatchTopK, k 32, last text",
     "default-last": "TopK, k 1, last text",
     "bits": "codes at equal bits",
+    "bits-64": "codes at equal bits, 64",
 }
 """Folders of runs, and what their dictionaries are called."""
 UNREAD = ("kl_at", "kl_next", "reverse_kl_window", "reverse_kl_at", "reverse_kl_next", "norm")
@@ -102,19 +103,26 @@ def answered(found: dict[str, list[Result]], kind: str) -> list[list[str]]:
         ]
         for recipe, results in found.items()
         for label, claim in answers([each for each in results if each.kind == kind])
+        if kind != "bits" or ";" not in label  # heads are in a table of their own
     )
 
 
-def at_equal_bits(results: list[Result]) -> list[list[str]]:
-    """A row for each code of writes: bits, code, and the median over heads of what it recovers by each fit."""
+def at_equal_bits(results: list[Result]) -> tuple[str, str]:
+    """A table with a row for each code of writes: the median of what it recovers by each fit. And one with a row for
+    each head: the lead of the dictionary over the residual quantizer at each budget and fit, the mean over seeds."""
     rows = []
-    for test, result in ((cast(Bits, result.evaluation), result) for result in results if result.kind == "bits"):
+    for test, result in ((cast(Bits, result.evaluation), result) for result in results):
         for budget, way in product(test.budgets, WAYS):
-            kl, names = test.paired(result, budget, way)
-            rows += [(budget, name, way, kl.recovered(name).mean) for name in names if name in kl.wide]
-    shares = pd.DataFrame(rows, columns=["bits", "code", "way", "share"])
-    wide = shares.pivot_table("share", ["bits", "code"], "way", "median").reindex(columns=WAYS)
-    return [[str(bits), code, *map(percent, own)] for (bits, code), own in wide.iterrows()]
+            kl, (ours, *others) = test.paired(result, budget, way)
+            lead = kl.recovered(ours, than=f"{RIVAL} {budget // 16}").mean
+            rows += [(result.label, budget, way, name, kl.recovered(name).mean, lead) for name in (ours, *others)]
+    found = pd.DataFrame(rows, columns=["head", "bits", "way", "code", "share", "lead"])
+    shares = found.pivot_table("share", ["bits", "code"], "way", "median")[list(WAYS)]
+    leads = found.pivot_table("lead", "head", ["bits", "way"])[list(product(found["bits"].unique(), WAYS))]
+    of_codes = [[str(bits), code, *map(percent, own)] for (bits, code), own in shares.iterrows()]
+    of_heads = [[*str(head).split(";"), *own] for head, own in leads.map(points).replace("+nan", "–").iterrows()]
+    fits = [f"{bits} bits, {way}" for bits, way in leads.columns]
+    return table(["bits", "code", *WAYS], of_codes), table(["model", "head", *fits], of_heads)
 
 
 def pages(folder: Path) -> dict[str, str]:
@@ -131,9 +139,10 @@ def pages(folder: Path) -> dict[str, str]:
         "names": NAMES,
     }
     found = unpack(folder)
+    bits = found["bits"] + found["bits-64"]
     questions = {each.question: answered(found, kind) for kind, each in EVALUATIONS.items()}
     return {
-        name: words.get_template(name).render(found=found, questions=questions, bits=at_equal_bits(found["bits"]))
+        name: words.get_template(name).render(found=found, questions=questions, bits=bits and at_equal_bits(bits))
         for name in ("results.md", "dictionaries.md")
     }
 

@@ -4,11 +4,11 @@
 # Two recipes. paper: BatchTopK, k 32, random start, of writes and of states. default: TopK, k 1, started from native
 # writes, in squared errors and in the metric. Three heads of each model: those whose writes do most, one of a layer; of
 # embedded, all heads of layer 4 (claim 5). FOLDER/runs/RECIPE/MODEL/HEAD gets the results.
-# An hour and a half of one core. `python scripts/results.py FOLDER` makes the tables and the page, also of a part of it.
+# Four hours of one core. `python scripts/results.py FOLDER` makes the tables and the page, also of a part of it.
 set -euf
 OUT=$1
-HEADS="embedded:4:2 embedded-mamba2:7:0 embedded-rwkv7:1:5 embedded:2:3 embedded-mamba2:6:1 embedded-rwkv7:3:4
-       embedded:1:3 embedded-mamba2:3:3 embedded-rwkv7:2:0"
+FIRST="embedded:4:2 embedded-mamba2:7:0 embedded-rwkv7:1:5"
+HEADS="$FIRST embedded:2:3 embedded-mamba2:6:1 embedded-rwkv7:3:4 embedded:1:3 embedded-mamba2:3:3 embedded-rwkv7:2:0"
 LAYER="embedded:4:0 embedded:4:1 embedded:4:3"
 
 place() { model=${1%%:*} layer=${1#*:}; layer=${layer%:*} head=${1##*:}; saes=$OUT/saes/$model cell=L${layer}H$head; }
@@ -28,9 +28,9 @@ evaluate() { # PLACE RECIPE FLAGS NAME...: results of dictionaries together, "KI
         --out "$OUT/runs/$recipe/$model/$cell" $flags
 }
 SET='--set n_atoms=24 firings_per_atom=4 atom_choice=["dominant"] erasure.n_atoms=12'
-CONTROLLED_SUBSTITUTION="--kinds substitution --control-dictionaries $SET"
-CONTROLLED="--kinds substitution partition erasure --control-dictionaries $SET"
+CONTROLLED="--control-dictionaries $SET"
 SUBSTITUTION="--kinds substitution --no-control-dictionaries $SET"
+ATOMS="--kinds partition erasure --no-control-dictionaries $SET"
 OTHERS="--kinds sign install logit_change passage multistep multi_atom readers --no-control-dictionaries \
     --set n_atoms=12 sign.n_positions=48"
 COMPARED="--kinds baselines seeds objectives --no-control-dictionaries --set n_atoms=24"
@@ -48,31 +48,34 @@ for model in embedded embedded-mamba2 embedded-rwkv7; do # the only pass over th
         --targets write state --out "$folder"
     : >"$folder.done"
 done
+for at in $FIRST; do # with control dictionaries; the runs below leave these as they are
+    train "$at" default write-seed0
+    train "$at" paper write-seed0
+    evaluate "$at" paper "--kinds substitution partition erasure $CONTROLLED" write-seed0
+    evaluate "$at" default "--kinds substitution $CONTROLLED" write-seed0
+    evaluate "$at" paper "$AMPLIFIED" write-seed0
+    evaluate "$at" paper-last "--text last $SUBSTITUTION" write-seed0
+    evaluate "$at" default-last "--text last $SUBSTITUTION" write-seed0
+done
 for at in $HEADS; do
     train "$at" default write-seed0 write-gauss_newton-seed0
     train "$at" paper write-seed0 state-seed0
-    evaluate "$at" paper "$CONTROLLED" write-seed0
-    evaluate "$at" default "$CONTROLLED_SUBSTITUTION" write-seed0
+    evaluate "$at" paper "$SUBSTITUTION" write-seed0
+    evaluate "$at" default "$SUBSTITUTION" write-seed0
     evaluate "$at" default-metric "$SUBSTITUTION" write-gauss_newton-seed0
     evaluate "$at" paper-state "$SUBSTITUTION" state-seed0
 done
 for at in $LAYER; do
-    train "$at" paper write-seed0
-    evaluate "$at" paper "$SUBSTITUTION" write-seed0
-    train "$at" default write-seed0
-    evaluate "$at" default "$SUBSTITUTION" write-seed0
+    for recipe in paper default; do
+        train "$at" $recipe write-seed0
+        evaluate "$at" $recipe "$SUBSTITUTION" write-seed0
+    done
 done
 for at in $HEADS; do
     evaluate "$at" paper "$OTHERS" write-seed0
-done
-for at in $HEADS; do
+    evaluate "$at" paper "$ATOMS" write-seed0
     train "$at" paper write-seed1 write-WriteSAE-rank2-seed0 write-FlatSAE-seed0 write-FlatSAE-matched-seed0
     evaluate "$at" paper "$COMPARED" write-seed0 write-seed1 write-WriteSAE-rank2-seed0 write-FlatSAE-seed0 \
         write-FlatSAE-matched-seed0 state-seed0
 done
-for at in $HEADS; do
-    evaluate "$at" paper "$AMPLIFIED" write-seed0
-done
-for at in $HEADS; do
-    evaluate "$at" default "$CONTROLLED" write-seed0
-done
+python scripts/equal_bits.py "$OUT"
