@@ -22,7 +22,7 @@ from writesae.experiment.at_firings import OfHalves
 from writesae.experiment.evaluation import Result, described
 from writesae.experiment.firings import Integers, silent_positions
 from writesae.experiment.head import random_units
-from writesae.experiment.lab import EditedRows, Lab, Site, Trial
+from writesae.experiment.lab import EditedRows, Lab, Site, Trial, trials_at
 from writesae.experiment.readout import log_prob_change, native_log_prob
 from writesae.experiment.tokens import token_text
 from writesae.verdict import statistics as stats
@@ -193,10 +193,9 @@ class Erasure(OfHalves):
         doses, at_random = (
             table[table["condition"] == name].set_index(["firing", "dose"]) for name in ("injected", RANDOM_IN)
         )
-        doses = doses.assign(random=at_random["change"]).reset_index()
-        doses = doses.join(by_firing[["atom", "sequence", "elsewhere_position"]], on="firing")
-        names = {"change": "effect", "elsewhere_position": "position"}
-        return {"atoms": summary, "firings": firings, "doses": doses.rename(columns=names)}
+        doses = doses.assign(random=at_random["change"]).rename(columns={"change": "effect"}).reset_index()
+        doses = doses.join(by_firing[["atom", "sequence"]], on="firing")
+        return {"atoms": summary, "firings": firings, "doses": doses}
 
     def _draw(self, lab: Lab) -> tuple[Integers, pd.DataFrame, pd.DataFrame]:
         """The tested atoms, and their firings in both halves. The column `column` says which of the atoms a firing
@@ -276,9 +275,8 @@ class Erasure(OfHalves):
         trials = []
         for (condition, dose), matrices in added.items():
             where = rows["position" if condition in directions else "elsewhere_position"]
-            for n, (firing, of, t) in enumerate(zip(rows["firing"], rows["column"], where)):
-                row = {"firing": firing, "column": of, "condition": condition, "dose": dose}
-                trials.append(Trial(row, t, lab.add(t, matrices, n)))
+            places = rows[["firing", "column"]].assign(position=where, condition=condition, dose=dose)
+            trials += trials_at(places, lab.add, matrices)
         return trials
 
     # -- judging

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, cast
+from typing import Annotated, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from writesae.experiment.at_firings import OfHalves
 from writesae.experiment.downstream_heads import DownstreamHeads, downstream_heads, newest_outputs
 from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import Integers
-from writesae.experiment.lab import EditedRows, Lab, Readout, Site, Trial
+from writesae.experiment.lab import EditedRows, Lab, Readout, Site, Trial, trials_at
 from writesae.verdict.finding import Against, Finding, Paired
 
 CONDITIONS: tuple[str, ...] = ("atom", "random", "other")
@@ -125,11 +125,10 @@ class Readers(OfHalves):
         noise = atom.random_like(torch.Generator().manual_seed(int(rng.integers(2**62))))
         size = -atom.norm()  # ablated
         added = {"atom": atom * -1.0, "random": noise.with_norm(size), "other": other.with_norm(size)}
-        described = cast(list[dict[str, object]], site.rows.to_dict("records"))
         return [
-            Trial(row | {"condition": condition}, t, lab.add(t, matrices, n))
+            trial
             for condition, matrices in added.items()
-            for n, (row, t) in enumerate(zip(described, site.rows["position"].tolist()))
+            for trial in trials_at(site.rows.assign(condition=condition), lab.add, matrices)
         ]
 
     # -- judging

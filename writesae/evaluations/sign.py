@@ -18,7 +18,7 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.steering import value_direction
 from writesae.choices import AtLeast
 from writesae.experiment.evaluation import Evaluation, Result, Scope, described
-from writesae.experiment.lab import Lab, Site, Trial
+from writesae.experiment.lab import Lab, Site, Trial, trials_at
 from writesae.experiment.predictors import ReadGradients, predict
 from writesae.experiment.targets import DrawnTarget, Stratum, draw_target, logit_noise, random_unit, target_change
 from writesae.experiment.tokens import token_text
@@ -137,26 +137,18 @@ class Sign(Evaluation):
         size, key = site.at([t]).norm(), torch.nn.functional.normalize(site.writes.keys[t, 0], dim=0)
         values = torch.stack([m * size * sides[name].to(key) for name, m in kinds])
         added = LowRank.rank_one(key.expand(len(values), -1), values)
-        predicted = predict(site.recurrence, added, t, [of_target, of_wrong]).tolist()
-        row: dict[str, object] = {
-            "sequence": site.sequence,
-            "position": t,
-            "token": target.token,
-            "rank": target.rank,
-            "text": token_text(lab.model, target.token),
-        }
-        trials = []
-        for n, (direction, m) in enumerate(kinds):
-            (f0, _, f2), (f0_wrong, *_) = (of_token[n] for of_token in predicted)
-            named = {
-                "direction": direction,
-                "m": m,
-                "f0": f0,
-                "f2": f2,
-                "aimed": float(np.sign(f0_wrong if direction == "wrong" else f0)),
-            }
-            trials.append(Trial(row | named, t, lab.add(t, added, n)))
-        return trials
+        (f0, _, f2), (f0_wrong, *_) = predict(site.recurrence, added, t, [of_target, of_wrong]).mT.cpu().numpy()
+        rows = pd.DataFrame(kinds, columns=["direction", "m"]).assign(
+            sequence=site.sequence,
+            position=t,
+            token=target.token,
+            rank=target.rank,
+            text=token_text(lab.model, target.token),
+            f0=f0,
+            f2=f2,
+            aimed=lambda table: np.sign(np.where(table["direction"] == "wrong", f0_wrong, f0)),
+        )
+        return trials_at(rows, lab.add, added)
 
     # -- judging
 

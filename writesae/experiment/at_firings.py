@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, NamedTuple, cast
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -38,7 +38,7 @@ from writesae.experiment.firings import (
 )
 from writesae.experiment.head import HALF_LIFE_LIMIT, half_lives, head_writes, mean_write
 from writesae.experiment.head_baselines import BASELINES
-from writesae.experiment.lab import Lab, Site, Trial
+from writesae.experiment.lab import Lab, Site, Trial, trials_at
 
 MEAN_ENERGY = 0.99
 """The mean write has the fewest rank-1 terms that hold this share of its squared norm."""
@@ -141,15 +141,14 @@ class Exchange(NamedTuple):
 
     def trials(self, lab: Lab) -> list[Trial]:
         """An edited run for each condition and firing, firings in their order within each condition."""
-        trials: list[Trial] = []
         sizes = {"cosine": self.atom.cosine(self.native).cpu().numpy(), "write_norm": self.native.norm().cpu().numpy()}
-        rows = cast(list[dict[str, object]], self.site.rows.assign(**sizes).to_dict("records"))
-        for name, scale, written in self.conditions:
-            norms = [0.0] * len(rows) if written is None else written.norm().tolist()
-            for n, (row, t, norm) in enumerate(zip(rows, self.site.rows["position"].tolist(), norms)):
-                named = row | {"condition": name, "scale": scale, "norm": norm}
-                trials.append(Trial(named, t, lab.replace(t, written, n)))
-        return trials
+        rows = self.site.rows.assign(**sizes)
+        return [
+            trial
+            for name, scale, written in self.conditions
+            for norm in [0.0 if written is None else written.norm().cpu().numpy()]
+            for trial in trials_at(rows.assign(condition=name, scale=scale, norm=norm), lab.replace, written)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from writesae.experiment.terms import Terms
 from writesae.files import Json
 
 T = TypeVar("T")
+M = TypeVar("M", bound=LowRank | None)
 
 _LOGIT_FLOATS = 128_000_000
 """Float32 logits of one batch: 512 MB."""
@@ -43,6 +44,12 @@ class Trial(NamedTuple):
     """First edited token; the readout begins there."""
     edits: WriteEdit | Sequence[WriteEdit]
     """What is edited; an empty list runs the plain model by the same arithmetic."""
+
+
+def trials_at(rows: pd.DataFrame, edit: Callable[[int, M, int], WriteEdit], matrices: M) -> list[Trial]:
+    """An edited run for each row of a table: at its `position`, `edit` (`Lab.add` or `Lab.replace`) of its matrix."""
+    records = cast(list[dict[str, object]], rows.to_dict("records"))
+    return [Trial(row, t, edit(t, matrices, n)) for n, (row, t) in enumerate(zip(records, rows["position"].tolist()))]
 
 
 class EditedRows(NamedTuple):
@@ -331,8 +338,7 @@ class Lab:
             columns = {name: column if column.ndim == 1 else list(column) for name, column in values.items()}
             parts.append(pd.DataFrame(columns, index=batch))
             self.counts["runs"] += len(batch)
-        read = pd.concat(parts).sort_index()
-        return pd.DataFrame([trial.row for trial in trials]).assign(**{str(name): read[name] for name in read})
+        return pd.DataFrame([trial.row for trial in trials]).join(pd.concat(parts))
 
     def floor(
         self, readout: Readout, column: str, window: int, quantile: float = 0.95, *, plain: bool = False

@@ -28,7 +28,7 @@ from writesae.experiment.head import (
     nats,
     state_direction,
 )
-from writesae.experiment.lab import Lab, Site, Trial
+from writesae.experiment.lab import Lab, Site, trials_at
 from writesae.experiment.pca import MatrixPca, fit_pca
 from writesae.experiment.readout import kl_window
 from writesae.experiment.traits import n_parameters, variant
@@ -208,12 +208,11 @@ def exchanged(
     for label, hook in lab.hooks.items():
         own = of_dictionary(lab, label, matrices_of(site.recurrence, hook.target)[positions], native)
         written |= {(label, name): scaled(each, native, scale) for name, each in own.items()}
+    places = pd.DataFrame({"sequence": site.sequence, "position": positions})
     trials = []
     for (sae, condition), each in written.items():
-        cosines, norms = each.cosine(native).tolist(), (each.norm() / native.norm()).tolist()
-        for n, t in enumerate(positions):
-            row = {"sequence": site.sequence, "position": t, "sae": sae, "condition": condition}
-            trials.append(Trial(row | {"cosine": cosines[n], "norm": norms[n]}, t, lab.replace(t, each, n)))
+        sizes = {"cosine": each.cosine(native).cpu().numpy(), "norm": (each.norm() / native.norm()).cpu().numpy()}
+        trials += trials_at(places.assign(sae=sae, condition=condition, **sizes), lab.replace, each)
     return lab.read(site, trials, kl_window, window)
 
 
