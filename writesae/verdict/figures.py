@@ -159,7 +159,17 @@ def curves(
     axes.set_xticks(points[::step], names[::step])
     axes.minorticks_off()
     axes.set_xlabel(label, loc="left")
-    return _svg(figure, title, names=3)
+    figure.legend(
+        loc="outside upper left",
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+        labelcolor=MUTED,
+        handletextpad=0.3,
+        columnspacing=1.2,
+        borderaxespad=0.1,
+    )
+    return _svg(figure, title)
 
 
 # ---------------------------------------------------------------------------------------------- drawing
@@ -178,23 +188,18 @@ def _panel(height: float, grid: str = "x") -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure, title: str, names: int = 0) -> str:
-    """The figure as an SVG element: CSS variables for colors, no fixed size, a title for screen readers, and the names
-    of what is drawn above it in so many columns.
+def _svg(figure: Figure, title: str) -> str:
+    """The figure as an SVG element: CSS variables for colors, no fixed size, and a title for screen readers.
 
     Ids inside are made from the title, which must therefore be unique in a page.
     """
-    if names:
-        spacing = {"handletextpad": 0.3, "columnspacing": 1.2, "borderaxespad": 0.1}
-        figure.legend(loc="outside upper left", ncols=names, frameon=False, fontsize=8, labelcolor=MUTED, **spacing)
     buffer = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):  # pyright: ignore[reportArgumentType]
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub("|".join(_VARIABLES), lambda colour: f"var(--{_VARIABLES[colour[0]]},{colour[0]})", text)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 role="img" width="100%"', text, count=1)
+    text = re.sub(r' width="[^"]*" height="[^"]*"', ' role="img" width="100%"', text, count=1)
     text = re.sub(rf"<g id=([\"']){_HOVER}(.*?)\1>", r"<g><title>\2</title>", text)
     text = re.sub(r"font: ([^;\"]*?)px [^;\"]*", r"font-size: \1px", text)
     return re.sub(r"(<svg[^>]*>)", lambda tag: f"{tag[1]}<title>{html.escape(title)}</title>", text, count=1)

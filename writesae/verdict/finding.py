@@ -143,11 +143,9 @@ class Paired:
         both = self.wide.dropna(subset=[a, b])
         return self.mean(both[a] < both[b])
 
-    def recovered(self, a: str, than: str | None = None) -> Estimate:
-        """The share of deletion's effect that `a` recovers, or the difference of its share from that of `than`."""
+    def recovered(self, a: str, than: str = "delete") -> Estimate:
+        """The share of deletion's effect that `a` recovers, more than `than` does (deletion recovers nothing)."""
         values, (ids,) = self._values(a, None)
-        if than is None:
-            return stats.recovered_share(values, self.wide["delete"], ids)
         return stats.recovered_difference(values, self.wide[than], self.wide["delete"], ids)
 
     def means(self, names: Mapping[str, str]) -> dict[str, Estimate]:

@@ -102,17 +102,14 @@ def judge(
             return Verdict("inconclusive", f"{alike} An effect of {far:g} could be missed so." if share else missed)
         few = f" It is over {effect.n_clusters} units only." * (effect.n_clusters < FEW_CLUSTERS)
         return Verdict("fails", f"The interval of {what} does not lie {side} {far:g}.{f' {alike}' if share else few}")
-    found: list[tuple[float, str]] = []
-    equal: set[str] = set()
+    found: list[tuple[float, str, bool]] = []
     for name, control in (against or {}).items():
         worst, best = _beyond(control.contrast, control.chance, sign)
         if worst > _ROUNDING or (control.own is not None and _beyond(control.own, chance, sign)[1] <= relevant):
             continue
-        found.append((sign * (control.contrast.mean - control.chance), name))
-        if best <= relevant:
-            equal.add(name)
-    unbeaten = tuple(name for _, name in sorted(found))
-    alike, worse = (_listed([name for name in unbeaten if (name in equal) == same]) for same in (True, False))
+        found.append((sign * (control.contrast.mean - control.chance), name, best <= relevant))
+    unbeaten = tuple(name for _, name, _ in sorted(found))
+    alike, worse = (_listed([name for _, name, equal in sorted(found) if equal == same]) for same in (True, False))
     if alike:
         more = f" Not beaten, perhaps worse: {worse}." if worse else ""
         return Verdict("confounded", f"Not beaten, and not shown to be worse: {alike}.{more}", unbeaten)
