@@ -143,7 +143,7 @@ class LogitChange(OfFirings):
         highest, d_vocab = max(high for _, high in self.ranks), lab.model.cfg.d_vocab
         if highest > d_vocab:
             raise ValueError(f"ranks asks for rank {highest}, but the vocabulary has {d_vocab} tokens; change ranks")
-        draw = self.drawn(lab, np.random.default_rng(self.seed), max(1, *self.horizons))
+        draw = self.drawn(lab, max(1, *self.horizons))
         parts = [x for site in lab.sites(draw.table, self.kind) if len(x := self._sequence(lab, site))]
         lab.require(
             len(parts) >= 2,

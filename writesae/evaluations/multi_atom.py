@@ -89,7 +89,7 @@ class MultiAtom(OfFirings):
     # -- measuring
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
-        places = self.drawn(lab, np.random.default_rng(self.seed), self.horizon, "dominant").table
+        places = self.drawn(lab, self.horizon, "dominant").table
         writes = lab.native_writes(range(min(self.mean_write_sequences, len(lab.tokens))))
         mean = mean_write(writes.keys[:, 0], writes.values[:, 0])
         tables = []

@@ -92,7 +92,7 @@ class Multistep(Evaluation):
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
         test, parts = self.substitution, []
-        for exchange in test.exchanges(lab, test.draw(lab, "dominant"), test.scales):
+        for exchange in test.exchanges(lab, test.drawn(lab, test.horizon, "dominant"), test.scales):
             table = self._residual_cosines(lab, exchange)
             cosines = np.concatenate(table.pop("residual_cosine").tolist())
             gaps = _state_gaps(exchange, self.n_steps + 1).ravel()

@@ -96,7 +96,7 @@ class Substitution(Exchanging):
         tables = [
             lab.read(each.site, each.trials(lab), kl_metrics, self.horizon + 1).assign(choice=choice)
             for choice in self.atom_choice
-            for each in self.exchanges(lab, self.draw(lab, choice), self.scales_of(choice))
+            for each in self.exchanges(lab, self.drawn(lab, self.horizon, choice), self.scales_of(choice))
         ]
         return {"firings": pd.concat(tables, ignore_index=True)}
 

@@ -36,7 +36,7 @@ from writesae.experiment.firings import (
     halves,
     sample_firings,
 )
-from writesae.experiment.head import HALF_LIFE_LIMIT, half_lives, head_writes, mean_write
+from writesae.experiment.head import HALF_LIFE_LIMIT, half_lives, head_writes, joined, mean_write
 from writesae.experiment.head_baselines import BASELINES
 from writesae.experiment.lab import Lab, Site, Trial, trials_at
 
@@ -83,11 +83,11 @@ class OfFirings(OfAlive, OfAtoms):
     min_firings: int = 1
     """Firings on those tokens that make an atom alive."""
 
-    def drawn(self, lab: Lab, rng: np.random.Generator, horizon: int, written: Choice = "own") -> FiringDraw:
-        """The firings that are tested, as `draw_firings` takes them."""
+    def drawn(self, lab: Lab, horizon: int, written: Choice = "own") -> FiringDraw:
+        """The firings that are tested, as `draw_firings` takes them: the same for the same settings."""
         draw = draw_firings(
             lab.firings(),
-            rng,
+            np.random.default_rng(self.seed),
             horizon=horizon,
             n_atoms=self.n_atoms,
             firings_per_atom=self.firings_per_atom,
@@ -182,16 +182,11 @@ class Exchanging(OfFirings):
         """Scales at which a choice of atom is run: the headline at all, the other choices at the first one."""
         return self.scales if choice == self.atom_choice[0] else self.scales[:1]
 
-    def draw(self, lab: Lab, choice: Choice) -> FiringDraw:
-        """The firings that are tested, the same for the same settings, whatever else is run."""
-        return self.drawn(lab, np.random.default_rng(self.seed), self.horizon, choice)
-
     def exchanges(self, lab: Lab, draw: FiringDraw, scales: Sequence[Scale]) -> Iterator[Exchange]:
         """The conditions of each sequence that has firings, one sequence at a time. Cost: one plain forward each."""
         recurrences = [lab.recurrence(n) for n in range(min(self.mean_write_sequences, len(lab.tokens)))]
-        writes = [head_writes(each, 0) for each in recurrences]
-        keys, values = (torch.cat(sides) for sides in zip(*((w.keys[:, 0], w.values[:, 0]) for w in writes)))
-        mean = mean_write(keys, values, MEAN_ENERGY)
+        writes = joined([head_writes(each, 0) for each in recurrences])
+        mean = mean_write(writes.keys[:, 0], writes.values[:, 0], MEAN_ENERGY)
         lab.facts["half_life"] = float(torch.cat([half_lives(each) for each in recurrences]).median())
         lab.facts["half_life_limit"] = min(HALF_LIFE_LIMIT, lab.tokens.shape[1] // 2)
         for site in lab.sites(draw.table, self.kind):

@@ -7,10 +7,10 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import LogitsProcessorList
 
 from hookpoints import EditRow, HookedRecurrent
+from writesae.experiment.firings import bar
 
 
 @torch.no_grad()
@@ -32,8 +32,7 @@ def greedy_rows(
         EditError: an edit does not fit the model, or generation ended before its position.
     """
     continuations: list[list[int]] = []
-    starts = range(0, len(rows), batch_size)
-    for start in tqdm(starts, desc="generate") if progress else starts:
+    for start in bar(range(0, len(rows), batch_size), "generate", progress):
         batch = slice(start, start + batch_size)
         how = {"edit_rows": rows[batch], "max_new_tokens": max_new_tokens, "do_sample": False}
         whole = cast(Tensor, model.generate(tokens[batch], **how, pad_token_id=_pad_token(model)))

@@ -59,6 +59,11 @@ def head_writes(recurrence: Recurrence, head: int) -> LowRank:
     return LowRank(keys, values) if keys.ndim == 3 else LowRank.rank_one(keys, values)
 
 
+def joined(parts: Sequence[LowRank]) -> LowRank:
+    """All matrices of some parts, one part after the other."""
+    return LowRank(torch.cat([part.keys for part in parts]), torch.cat([part.values for part in parts]))
+
+
 def half_lives(recurrence: Recurrence, limit: int = HALF_LIFE_LIMIT, n_starts: int = 24) -> Tensor:
     """Tokens until a write has lost half of its norm, [n,H] for n evenly spaced writes of each head on batch row 0.
 
@@ -70,8 +75,7 @@ def half_lives(recurrence: Recurrence, limit: int = HALF_LIFE_LIMIT, n_starts: i
     starts = torch.linspace(0, recurrence.T - 1 - limit, n_starts).long().unique()
     keys = recurrence.k[0, starts].to(recurrence.dtype)  # [n,H,K]
     keys = keys if keys.ndim == 3 else keys[:, :, 0]
-    fields = {each.name: getattr(recurrence, each.name) for each in dataclasses.fields(recurrence)}
-    over_time = {name: x for name, x in fields.items() if isinstance(x, Tensor) and x.shape[1:2] == (recurrence.T,)}
+    over_time = {n: x for n, x in vars(recurrence).items() if isinstance(x, Tensor) and x.shape[1:2] == (recurrence.T,)}
     later = {name: x[0, starts[:, None] + 1 + torch.arange(limit)] for name, x in over_time.items() if x.ndim > 2}
     nothing = torch.zeros_like(later["u"][..., :1])
     # A vector is the only column of a state to which nothing is written.

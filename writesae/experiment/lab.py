@@ -21,7 +21,7 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.matrix import MatrixSAE
 from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_hook, check_plain_activations
 from writesae.experiment.firings import Firings, bar, collect_firings, folds
-from writesae.experiment.head import head_writes
+from writesae.experiment.head import head_writes, joined
 from writesae.experiment.head_baselines import HeadBaselines
 from writesae.experiment.terms import Terms
 from writesae.files import Json
@@ -247,8 +247,7 @@ class Lab:
 
     def native_writes(self, sequences: Sequence[int]) -> LowRank:
         """Native writes of some sequences of the text, one after the other. Cost: a forward each up to the layer."""
-        parts = [head_writes(self.recurrence(n), 0) for n in self.bar(sequences, "writes")]
-        return LowRank(torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts]))
+        return joined([head_writes(self.recurrence(n), 0) for n in self.bar(sequences, "writes")])
 
     def recurrence(self, sequence: int) -> Recurrence:
         """The head's recurrence on one sequence of the text. Cost: a forward up to the layer."""
@@ -376,7 +375,6 @@ class Lab:
     def describe(self, label: str = "") -> dict[str, Json]:
         """The part of a result's `info` that all evaluations share."""
         shape, hook = self.model.cfg.layer(self.hook.layer), self.hook
-        architecture = getattr(self.sae.cfg, "architecture", None)
         default = hook.cell if len(self.saes) > 1 else f"{hook.cell} {hook.target}-trained"
         if len({each.head for each in self.hooks.values()}) > 1:
             default = f"L{hook.layer}, {len(self.hooks)} heads"
@@ -393,7 +391,7 @@ class Lab:
             "hook_name": hook.name,
             "target": hook.target,
             "saes": [name for name in self.saes if name],
-            "architecture": str(architecture() if callable(architecture) else type(self.sae).__name__),
+            "architecture": self.sae.cfg.architecture(),
             "d_sae": int(self.sae.cfg.d_sae),
             "n_sequences": len(self.tokens),
             "n_positions": self.tokens.shape[1],

@@ -23,6 +23,7 @@ from writesae.experiment.head import (
     dominant,
     encoded,
     head_writes,
+    joined,
     matrices_of,
     mean_write,
     nats,
@@ -158,10 +159,7 @@ class Basis(NamedTuple):
             rows = rng.choice(len(writes[-1]), min(per_sequence, len(writes[-1])), replace=False)
             drawn.append(writes[-1].rows(np.sort(rows).tolist()))
             means.append(matrices_of(recurrence, lab.hook.target).flatten(1).double().mean(0))
-        every, some = (
-            LowRank(torch.cat([x.keys for x in y]), torch.cat([x.values for x in y])) for y in (writes, drawn)
-        )
-        pca = fit_pca(some.rows(slice(n_writes)), n_components)
+        every, pca = joined(writes), fit_pca(joined(drawn).rows(slice(n_writes)), n_components)
         mean = mean_write(every.keys.flatten(0, 1), every.values.flatten(0, 1), MEAN_ENERGY)
         return cls(pca, mean, torch.stack(means).mean(0).to(pca.mean))
 

@@ -24,7 +24,7 @@ from sae_lens_writesae.sae.metric import DAMPING, Metric
 from sae_lens_writesae.sae.metric_fit import fit_metrics
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.experiment.firings import Integers
-from writesae.experiment.head import head_writes
+from writesae.experiment.head import head_writes, joined
 from writesae.files import Json
 
 
@@ -55,11 +55,8 @@ class Terms:
     def _writes(self, layer: int, head: int) -> LowRank:
         """The N = M S writes of a head. Cost: a forward up to the layer for each sequence, or of a collection none."""
         if isinstance(self._text, Collection):
-            sides = [side[:].to(self.model.cfg.dtype) for side in self._text.factors(layer, head)]
-        else:
-            parts = [head_writes(self.model.recurrence(row[None], layer), head) for row in self.tokens]
-            sides = [torch.cat(side) for side in zip(*((part.keys, part.values) for part in parts))]
-        return LowRank(*sides)
+            return LowRank(*(side[:].to(self.model.cfg.dtype) for side in self._text.factors(layer, head)))
+        return joined([head_writes(self.model.recurrence(row[None], layer), head) for row in self.tokens])
 
     def _metric(self, layer: int, head: int, n_sequences: int = 64, damping: float = DAMPING) -> Metric:
         """The metric of a head's writes from the first sequences. Cost: as of `fit_metrics`."""
