@@ -220,15 +220,14 @@ def write_facts(n: int, say: Callable[[str], object]) -> list[dict[str, str]]:
 def first_screen(results: list[Result]) -> str:
     """What a reader should see first: quality, and one atom against what needs no training."""
     found = {each.label: cast(dict, each.info["quality"])[each.label] for each in results}
+    claims = {each.label: each.claims()[0] for each in results}
     lines = [
         "",
         "Every write is replaced at once:",
         quality_table(found),
         "",
         "One atom replaces one write:",
+        *(f"  {label:24} {each.measured}: {each.outcome}. {each.sentence}" for label, each in claims.items()),
+        f"  {'controls of the first':24} {next(iter(claims.values())).controls}",
     ]
-    for result in results:
-        claim = result.claims()[0]
-        lines.append(f"  {result.label:24} {claim.measured}: {claim.outcome}. {claim.sentence}")
-    lines += [f"  {'controls of the first':24} {results[0].claims()[0].controls}"]
     return "\n".join(lines)

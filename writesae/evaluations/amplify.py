@@ -122,10 +122,6 @@ class Amplify(Evaluation):
             "factors": (1.0 not in self.factors, "other than 1, which changes nothing and is compared with"),
         }
 
-    @property
-    def shortest(self) -> int:
-        return self.prompt_tokens
-
     # -- measuring
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
@@ -274,16 +270,20 @@ class Amplify(Evaluation):
         )
         p_values, words = {}, {}
         for (token, text), rows in at.wide.merge(atoms[["token", "text"]].drop_duplicates()).groupby(["token", "text"]):
-            tests = [stats.sign_flip_test(rows["atom"], rows[n], rows["sequence"]) for n in ("nothing", *CONTROLS)]
-            p_values[str(token)] = max(tests)
+            p_values[str(token)] = max(
+                stats.sign_flip_test(rows["atom"], rows[n], rows["sequence"]) for n in ("nothing", *CONTROLS)
+            )
             words[str(token)] = f"{text!r} {said(replace(at, wide=rows).mean('atom', 'nothing'), signed)}"
         moved = [words[token] for token, p in stats.holm(p_values).items() if p < 0.05]
-        holds = "At least one token changes more than under every control."
-        fails = "No token changes more than under every control by itself."
         single = Finding(
             claim="single atoms move their token in generation",
             null=CONTROLS["random"],
-            ruled=one_is_enough(len(moved), effect, holds, fails),
+            ruled=one_is_enough(
+                len(moved),
+                effect,
+                "At least one token changes more than under every control.",
+                "No token changes more than under every control by itself.",
+            ),
             measured=f"{len(moved)} of {n_tokens} tokens (Holm-adjusted p < 0.05)"
             + ": " * bool(moved)
             + ", ".join(moved),

@@ -90,10 +90,6 @@ class Install(Evaluation):
             "semantic": (len(self.semantic) != 1, "two tokens or more, because the others are the wrong targets"),
         }
 
-    @property
-    def shortest(self) -> int:
-        return self.prompt_tokens
-
     # -- measuring
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:

@@ -176,8 +176,9 @@ class Evaluation(ABC):
 
     @property
     def shortest(self) -> int:
-        """Tokens that a sequence needs at least: up to the first position, and to the horizon after it."""
-        return getattr(self, "first_position", 0) + getattr(self, "horizon", 1) + 1
+        """Tokens that a sequence needs at least: a prompt, or up to the first position and to the horizon after it."""
+        window = getattr(self, "first_position", 0) + getattr(self, "horizon", 1) + 1
+        return getattr(self, "prompt_tokens", window)
 
     def to_dict(self) -> dict[str, Json]:
         """Settings as plain JSON values; `from_dict` gives the evaluation back."""
@@ -309,8 +310,7 @@ class Result:
         """Sentences that a reader needs besides the numbers."""
         if self.skipped is not None:
             return [self.skipped]
-        counts = self.info.get("n_skipped")
-        left_out = counts if isinstance(counts, Mapping) else {}
+        left_out = cast(Mapping[str, int], self.info["n_skipped"])
         then, now = self.info.get("rules"), self.evaluation.verdict_rules()
         changed = [f"Measured under the rules {then}, judged by the rules {now}."] if then != now else []
         return [

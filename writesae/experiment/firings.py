@@ -73,11 +73,10 @@ class Firings:
     def strongest(self, at: pd.DataFrame) -> pd.DataFrame:
         """The most active atom at each (sequence, position) of `at`: columns atom and activation, index of `at`; NaN
         where nothing fires. This is the paper's dominant atom (section 3.2)."""
-        spot = self.sequence * self.n_positions + self.position
-        wanted = (at["sequence"] * self.n_positions + at["position"]).to_numpy()
-        firings = self.frame(np.isin(spot, wanted)).sort_values("activation")
+        places = at[["sequence", "position"]]
+        firings = self.frame().merge(places.drop_duplicates()).sort_values("activation")
         top = firings.drop_duplicates(["sequence", "position"], keep="last")
-        return at[["sequence", "position"]].merge(top, how="left").set_index(at.index)[["atom", "activation"]]
+        return places.merge(top, how="left").set_index(at.index)[["atom", "activation"]]
 
 
 @torch.no_grad()

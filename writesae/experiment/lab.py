@@ -233,8 +233,7 @@ class Lab:
     def sites(self, units: pd.DataFrame, name: str) -> Iterator[Site]:
         """The sequences that `units` (with a column `sequence`) name, one plain pass each, in order."""
         groups = [(int(cast(int, key)), rows) for key, rows in units.groupby("sequence")]
-        for sequence, rows in self.bar(groups, name):
-            yield self.site(sequence, rows)
+        return (self.site(sequence, rows) for sequence, rows in self.bar(groups, name))
 
     def site(self, sequence: int, rows: pd.DataFrame | None = None, span: slice = slice(None)) -> Site:
         """One sequence, or the tokens `span` of it as a separate text.
@@ -281,9 +280,10 @@ class Lab:
         about = [self.sae.cfg.metadata.get(name) for name in ("metric", "metric_sequences", "metric_damping")]
         key = (self.hook.cell, self.seed, n_codes, components, fold, *about)
         if key not in self._baselines:
-            needed = "baselines are fitted on other text than they are tested on, and there is one sequence only"
             self.require(
-                len(terms.tokens) > 0, f"{needed}; give more, or a reference, or leave the baselines out of controls"
+                len(terms.tokens) > 0,
+                "baselines are fitted on other text than they are tested on, and there is one sequence only; give "
+                "more, or a reference, or leave the baselines out of controls",
             )
             writes, rng = terms.writes(self.hook.layer, self.hook.head), self.rng(41, max(0, fold))
             self.require(bool((writes.norm() > 0).any()), "every write of the other text is zero; there is no baseline")

@@ -7,7 +7,7 @@ scale or a control, and is the median over sequences of what SAELens' own evalua
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -69,11 +69,10 @@ class DictionaryQuality:
 
     def to_dict(self) -> dict[str, Json]:
         """Plain JSON values; an interval that does not exist is None."""
-        fields = asdict(self)
-        for name in ("deleted", "recovered"):
-            if fields[name] is not None:
-                fields[name] = {k: None if v != v else v for k, v in getattr(self, name)._asdict().items()}
-        return fields
+        return {
+            name: {k: None if v != v else v for k, v in x._asdict().items()} if isinstance(x, Estimate) else x
+            for name, x in vars(self).items()
+        }
 
 
 def dictionary_quality(model: HookedRecurrent, sae: SAE, tokens: Tensor) -> DictionaryQuality:

@@ -75,11 +75,16 @@ def direction_selectivity(
         if size > 0
     ]
     top = {key: set(ids) for key, ids in lab.read(site, trials, moved, 1)[["key", "moved"]].to_numpy()}
-    rows = []
-    for label, _, t in (key for key in top if key[1] == "atom"):
+
+    def apart(label: str, name: str, t: int) -> float:
         random = top["", "random", t]
-        lost = [1 - len(random & other) / len(random) for other in (top[label, "atom", t], top["", "other", t])]
-        rows.append((label, site.sequence, t, *lost))
+        return 1 - len(random & top[label, name, t]) / len(random)
+
+    rows = [
+        (label, site.sequence, t, apart(label, name, t), apart("", "other", t))
+        for label, name, t in top
+        if name == "atom"
+    ]
     return pd.DataFrame(rows, columns=list(SELECTIVITY))
 
 
