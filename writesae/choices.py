@@ -7,7 +7,7 @@ fast. A test holds the two equal.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
@@ -40,6 +40,14 @@ def at_least(settings: object, bounds: Mapping[str, float]) -> None:
         for entry in value if isinstance(value, tuple) else (value,):
             if entry is not None and (isinstance(entry, str) or not entry >= bound):
                 raise ValueError(f"{name}: expected at least {bound:g}, got {entry!r}")
+
+
+def once_each(settings: object, some: Sequence[str], needed: Sequence[str] = ()) -> None:
+    """ValueError for a setting that names a value twice, or for one of `needed` that names none."""
+    for name in (*some, *needed):
+        values = getattr(settings, name)
+        if len(set(map(str, values))) != len(values) or (name in needed and not values):
+            raise ValueError(f"{name}: expected {'one or more, ' * (name in needed)}each once, got {list(values)}")
 
 
 def expect(settings: object, rules: Mapping[str, tuple[bool, str]]) -> None:
@@ -96,13 +104,11 @@ class DictionaryName:
     def parse(cls, name: str) -> DictionaryName:
         """From its folder's name; ValueError, with what there is, where it is none."""
         targets, losses, variants = get_args(Target), get_args(Loss), (*VARIANTS, MATCHED)
-        parts = (losses, variants, get_args(MetricName))
-        optional = "".join(f"(?:-({'|'.join(words)}))?" for words in parts)
+        optional = "".join(f"(?:-({'|'.join(words)}))?" for words in (losses, variants, get_args(MetricName)))
         match = re.fullmatch(f"({'|'.join(targets)}){optional}-seed([0-9]+)", name)
         if match is None:
             raise ValueError(
-                f"{name!r} names no dictionary; names are TARGET[-LOSS][-VARIANT][-gauss_newton]-seedN, with "
-                f"targets "
+                f"{name!r} names no dictionary; names are TARGET[-LOSS][-VARIANT][-gauss_newton]-seedN, with targets "
                 f"{', '.join(targets)}, losses {', '.join(losses)} and variants {', '.join(variants)}"
             )
         metric = cast(MetricName, match[4] or "frobenius")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 
-from writesae.choices import MATCHED, DictionaryName, Dtype, Loss, MetricName, Target, at_least
+from writesae.choices import MATCHED, DictionaryName, Dtype, Loss, MetricName, Target, at_least, once_each
 from writesae.files import check_settings, check_writable, keep_settings, taken
 
 if TYPE_CHECKING:
@@ -170,8 +170,10 @@ def quality_table(qualities: Mapping[str, object]) -> str:
     from writesae.page.template import share_text
 
     columns = {"explained": "explained variance (1 - error)", "alive": "alive atoms", "recovered": "recovered KL"}
-    rows = [("held-out text", *columns.values())]
-    rows += [(k, *(share_text(cast(dict, found or {}).get(x)) for x in columns)) for k, found in qualities.items()]
+    rows = [
+        ("held-out text", *columns.values()),
+        *((k, *(share_text(cast(dict, found or {}).get(x)) for x in columns)) for k, found in qualities.items()),
+    ]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -241,10 +243,7 @@ class Train:
             raise ValueError("name a model to be run over text, or a collection that it left; one of the two")
         if self.model is not None and not (self.layers and self.heads):
             raise ValueError("name layers and heads of the model")
-        for name in ("layers", "heads", "targets", "losses", "variants", "seeds"):
-            values = getattr(self, name)
-            if len(set(values)) != len(values) or not (values or name in ("layers", "heads")):
-                raise ValueError(f"{name} name one or more, once each; got {list(values)}")
+        once_each(self, ("layers", "heads"), ("targets", "losses", "variants", "seeds"))
         at_least(self, dict.fromkeys((*_SIZES, "context_size"), 1) | {"seeds": 0})
         for each in self.dictionaries():
             if each.metric != "frobenius" and not (self.model is not None and each.on_factors):
@@ -325,8 +324,7 @@ class Train:
                 raise
             check_text(self.model, self.dataset)
             names = self.dictionaries()
-            needed: set[Target] = {each.target for each in names}
-            needed |= {"state"} if any(each.loss == "reads" for each in names) else set()
+            needed: set[Target] = {x.target for x in names} | {"state" for x in names if x.loss == "reads"}
             model = HookedRecurrent.from_pretrained(self.model, dtype=self.dtype)
             Collect(
                 model=self.model,
@@ -394,7 +392,7 @@ class Train:
 def _head(config: RunnerConfig) -> Head:
     from sae_lens_writesae.sae.target import HeadHook
 
-    return (hook := HeadHook.parse(config.hook_name)).layer, hook.head
+    return HeadHook.parse(config.hook_name)[1:3]
 
 
 def _shape(config: RunnerConfig) -> str | None:

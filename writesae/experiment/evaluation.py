@@ -31,7 +31,7 @@ from hookpoints import HookedRecurrent
 from hookpoints.files import SealedFolder, read_json, write_checksums
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.files import named_errors
-from writesae.choices import AtLeast, at_least, expect
+from writesae.choices import AtLeast, at_least, expect, once_each
 from writesae.experiment.lab import Lab
 from writesae.experiment.terms import Terms
 from writesae.files import Json
@@ -112,8 +112,7 @@ class Evaluation(ABC):
             if isinstance(value, list | tuple):
                 entries = (tuple(entry) if isinstance(entry, list) else entry for entry in value)  # JSON gives lists
                 object.__setattr__(self, each.name, tuple(entries))
-                if len(set(map(str, value))) != len(value):
-                    raise ValueError(f"{each.name} names each value once; found {', '.join(map(str, value))}")
+                once_each(self, [each.name])
         at_least(self, self.bounds())
         for name, allowed in self.choices().items():
             value = getattr(self, name)

@@ -187,10 +187,10 @@ def draw_atoms(
         tested.index[(tested["size"] >= min_firings) & (tested["nunique"] >= 2)]
     )
     needed = f"each must fire {min_firings} times in both halves of the sequences, in two sequences of the test half"
-    return _picked(np.sort(able.to_numpy(np.int64)), atoms, n_atoms, rng, needed, firings)
+    return picked(np.sort(able.to_numpy(np.int64)), atoms, n_atoms, rng, needed, firings)
 
 
-def _picked(
+def picked(
     able: Integers,
     atoms: tuple[int, ...] | None,
     n_atoms: int | None,
@@ -250,12 +250,12 @@ def draw_firings(
     alive = firings.alive(alive_tokens, min_firings)
     testable = np.intersect1d(alive, firings.atom[firings.between(first_position, last)])
     needed = f"alive atoms with a firing at positions {first_position}..{last} are"
-    picked = _picked(testable, atoms, n_atoms, rng, needed, firings)
-    table = sample_firings(firings, picked, firings_per_atom, first=first_position, last=last, rng=rng)
+    chosen = picked(testable, atoms, n_atoms, rng, needed, firings)
+    table = sample_firings(firings, chosen, firings_per_atom, first=first_position, last=last, rng=rng)
     table["written_atom"] = table["atom"]
     if written == "dominant" and atoms is None:
         able = firings.n_sequences * (last + 1 - first_position)
-        drawn = np.sort(rng.choice(able, min(len(picked) * firings_per_atom, able), replace=False))
+        drawn = np.sort(rng.choice(able, min(len(chosen) * firings_per_atom, able), replace=False))
         sequence, position = np.divmod(drawn, last + 1 - first_position)
         table = pd.DataFrame({"sequence": sequence, "position": position + first_position})
         table["atom"] = firings.strongest(table)["atom"].fillna(0).astype(int)

@@ -305,6 +305,8 @@ class Facts(NamedTuple):
     base: zoo.Batch
     asked: Tensor
     """[B] the pair."""
+    at: Tensor
+    """[B] the token at which it is written."""
     new: Tensor
     """[B] its new value."""
     questions: dict[str, zoo.Batch]
@@ -323,18 +325,18 @@ class Facts(NamedTuple):
             unit = task.n_attributes ** (2 - symbols["slots"])
             new = old + unit * (new // unit % task.n_attributes - old // unit % task.n_attributes)
             questions["other attributes"] = task.spell(symbols | {"slots": (symbols["slots"] + 1) % 3})
-        changed = symbols | {"values": symbols["values"].scatter(1, symbols["asked"], new)}
-        return cls(task.spell(symbols), symbols["asked"][:, 0], new[:, 0], {"changed": task.spell(changed)} | questions)
+        changed, base = symbols | {"values": symbols["values"].scatter(1, symbols["asked"], new)}, task.spell(symbols)
+        at = base.places[world.holder.holds].gather(1, symbols["asked"])[:, 0] + world.holder.offset
+        return cls(base, symbols["asked"][:, 0], at, new[:, 0], {"changed": task.spell(changed)} | questions)
 
     @torch.no_grad()
     def ask(self, world: World, writes: Tensor | None) -> dict[str, Tensor]:
         """Whether the model answers right [B], by question, with writes [B,H,K,V] instead of the asked pair's."""
         rows, end, holder = torch.arange(len(self.new)), int(self.base.places["values"].max()) + 1, world.holder
-        at = self.base.places[holder.holds][rows, self.asked] + holder.offset
 
         def replace(native: Tensor, hook: object, writes: Any = writes) -> Tensor:
             native = native.clone()
-            native[rows[:, None], at[:, None], list(holder.heads)] = writes
+            native[rows[:, None], self.at[:, None], list(holder.heads)] = writes
             return native
 
         hooks: list[Any] = [] if writes is None else [(f"blocks.{holder.layer}.mixer.hook_write", replace)]
@@ -357,8 +359,7 @@ class Facts(NamedTuple):
             donors = torch.tensor([of.get(fact, -1) for fact in zip(key.tolist(), self.new.tolist())])
             return torch.stack([code.written[donors] for code in codes], 1), donors >= 0
         form, rows = world.model.recurrence(self.base.tokens, world.holder.layer), torch.arange(len(key))
-        at = self.base.places[world.holder.holds][rows, self.asked] + world.holder.offset
-        k, u = (side[rows, at][:, list(world.holder.heads)] for side in (form.k, form.u))
+        k, u = (side[rows, self.at][:, list(world.holder.heads)] for side in (form.k, form.u))
         change = world.parts(self.new) - world.parts(self.base.symbols["values"][rows, self.asked])
         delta = torch.stack([torch.einsum("bs,bsv->bv", change, each[key]) for each in vectors], 1)
         return k[..., None] * (u + delta)[:, :, None], torch.ones(len(key), dtype=torch.bool)
@@ -374,8 +375,8 @@ def attributed(world: World, n: int = 16) -> dict[str, float]:
         token = int(asked.answers[b, 0])
         table = write_attribution(world.model, text, lambda x, token=token: x[0, -1, token] - x[0, -1].mean())
         top = table.loc[table.attribution.abs().nlargest(H).index]
-        at = int(asked.places[holder.holds][b, facts.asked[b]]) + holder.offset
-        hits += ((top.layer == holder.layer) & top["head"].isin(holder.heads) & (top.position == at)).mean() / n
+        held = (top.layer == holder.layer) & top["head"].isin(holder.heads) & (top.position == int(facts.at[b]))
+        hits += held.mean() / n
         null += H / len(table) / n
     return {"writes found": float(hits), "null": null}
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from writesae.choices import MATCHED, DictionaryName, Dtype, Target, at_least
+from writesae.choices import MATCHED, DictionaryName, Dtype, Target, at_least, once_each
 from writesae.files import keep_settings
 
 
@@ -79,13 +79,10 @@ class ReproduceConfig:
     """Atoms of the first dictionary of each head that get a page; 0: none."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "heads", "targets", "losses", "seeds", "variants"):
-            values, needed = getattr(self, name), name in ("targets", "seeds")
-            if len({*values}) != len(values) or (needed and not values):
-                raise ValueError(f"{name}: expected {'one or more, ' * needed}each once, got {list(values)}")
+        once_each(self, ("layers", "heads", "losses", "variants"), ("targets", "seeds"))
         sizes = ("d_sae", "k", "training_tokens", "train_batch_size_tokens", "context_size", "eval_sequences")
-        at_least(self, dict.fromkeys((*sizes, "variant_seeds", "n_atoms", "firings_per_atom"), 1))
-        at_least(self, {"dashboards": 0, "seeds": 0})
+        bounds = dict.fromkeys((*sizes, "variant_seeds", "n_atoms", "firings_per_atom"), 1)
+        at_least(self, bounds | {"dashboards": 0, "seeds": 0})
         self.dictionaries()
 
     def dictionaries(self) -> dict[str, list[str]]:

@@ -19,7 +19,7 @@ from hookpoints import HookedRecurrent, Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.losses import read_queries
 from writesae.choices import at_least
-from writesae.experiment.firings import Integers, sample_firings
+from writesae.experiment.firings import Integers, picked, sample_firings
 from writesae.experiment.lab import EditedRows, Lab, Trial
 from writesae.page.atoms.text import TokenTexts
 
@@ -118,18 +118,13 @@ class Facts:
         self.settings, self.texts = settings, TokenTexts(model)
         self.lab = lab = Lab(model, {settings.label: sae}, tokens, seed=settings.seed, progress=progress)
         self.ids, self.firings = tokens.cpu().numpy(), lab.firings()
-        self.alive, rare = self.firings.alive(tokens.numel()), f"{settings.min_firings} firings on this text"
-        often = self.firings.alive(tokens.numel(), settings.min_firings)
+        alive, often = (self.firings.alive(tokens.numel(), n) for n in (1, settings.min_firings))
         often = often[(lab.atoms(often).norm() > 0).cpu().numpy()]
-        lab.skipped["atoms with fewer firings than min_firings, or zero"] = len(self.alive) - len(often)
-        lab.facts = {"n_alive": len(self.alive), "n_frequent": len(often)}
-        if missing := sorted(set(settings.atoms or ()) - set(often.tolist())):
-            raise ValueError(f"atoms: expected {rare}, got fewer of {missing}; give more text, or lower min_firings")
-        lab.require(len(often) > 0, f"no atom has {rare}; give more text, or lower min_firings")
-        n = min(settings.n_atoms or len(often), len(often))
-        rng = np.random.default_rng(settings.seed)
+        lab.skipped["atoms with fewer firings than min_firings, or zero"] = len(alive) - len(often)
+        lab.facts = {"n_alive": len(alive), "n_frequent": len(often)}
+        needed, rng = f"each must fire {settings.min_firings} times on this text", np.random.default_rng(settings.seed)
         self.number: Integers = np.unique(
-            rng.choice(often, n, replace=False) if settings.atoms is None else settings.atoms
+            picked(often, settings.atoms, settings.n_atoms or None, rng, needed, self.firings)
         )
         """The n atoms, ascending."""
         self.matrices = lab.atoms(self.number)
