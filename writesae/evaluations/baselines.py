@@ -172,7 +172,9 @@ class Baselines(Evaluation):
 
     def findings(self, result: Result) -> list[Finding]:
         """Claims 15 to 17, whether whole replacement measures anything, claim 28."""
-        table, kl, same, near = result.tables["dictionaries"], _kl(result), None, None
+        table, writes, same, near = result.tables["dictionaries"], result.tables["writes"], None, None
+        named = writes.assign(name=writes["sae"] + "/" + writes["condition"])
+        kl = Paired.of(named, "kl", "sequence", "position", by="name", seed=self.seed)
         ours = _first(table, variant="WriteSAE")
         if ours is not None:
             same = _first(table, variant="FlatSAE", d_sae=ours["d_sae"])
@@ -325,13 +327,6 @@ class Baselines(Evaluation):
             controls=f"two random sets of tokens {1 - self.top_tokens / result.fact('d_vocab'):.4f}",
             of="positions in {} sequences",
         )
-
-
-def _kl(result: Result) -> Paired:
-    """KL by position of all that was written, as "label of the dictionary/condition"."""
-    table = result.tables["writes"]
-    named = table.assign(name=table["sae"] + "/" + table["condition"])
-    return Paired.of(named, "kl", "sequence", "position", by="name", seed=result.evaluation.seed)
 
 
 def _first(table: pd.DataFrame, **wanted: object) -> pd.Series | None:

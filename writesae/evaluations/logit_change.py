@@ -46,7 +46,6 @@ REBUTTAL_POSITIONS = 5_000
 ALIKE = 0.01
 """Two medians of R^2 that are nearer than this are the same."""
 
-NO_UNIT = "the atom or the native write is zero, so that eps has no unit"
 CLAIMS: dict[str, tuple[int | None, str]] = {
     "F0": (7, "a formula predicts the logit change (F0, the paper's)"),
     "F1": (None, "exact propagation and the direct path's own Jacobian predict it (F1)"),
@@ -214,7 +213,7 @@ class LogitChange(OfFirings):
         size, activation = atom.norm(), torch.tensor(site.rows["activation"].to_numpy()).to(native.values)
         unit = native.norm() if self.unit == "write" else activation * size
         usable = (size > 0) & (unit != 0)
-        lab.skipped[NO_UNIT] += int((~usable).sum())
+        lab.skipped["the atom or the native write is zero, so that eps has no unit"] += int((~usable).sum())
         added = (atom * (unit / size.clamp_min(torch.finfo(size.dtype).tiny))).rows(usable)
         firings = site.rows.loc[usable.cpu().numpy(), ["firing", "sequence", "position", "atom"]]
         return firings.assign(unit=added.norm().cpu().numpy().astype(float)), added

@@ -99,7 +99,7 @@ class Readers(OfHalves):
         samples = [sample.assign(half=half) for half, (_, sample) in zip(("select", "test"), sides)]
         units = pd.concat(samples, ignore_index=True).rename_axis("firing").reset_index()
         tables = []
-        with newest_outputs(lab.model, mixers) as newest:
+        with newest_outputs(lab.model, [mixer.hook for mixer in mixers]) as newest:
             changes = _changes(mixers, newest)
 
             def floor(rows: EditedRows) -> Mapping[str, ArrayLike]:
@@ -195,17 +195,15 @@ def at_readers(result: Result) -> pd.DataFrame:
     return ratios(result, "test").merge(readers_of_atoms(result)[keys], on=keys)
 
 
-def _changes(mixers: list[DownstreamHeads], newest: Mapping[DownstreamHeads, Tensor]) -> Readout:
+def _changes(mixers: list[DownstreamHeads], newest: Mapping[str, Tensor]) -> Readout:
     """Relative change at every downstream head [n,heads], against the plain row of the same batch."""
 
     def read(rows: EditedRows) -> Mapping[str, ArrayLike]:
         changes = []
         for mixer in mixers:
-            outputs = newest[mixer]  # [n+1,S,H,V], the plain row last
-            window = (rows.positions - rows.start).to(outputs.device)
-            each = torch.arange(len(window), device=outputs.device)[:, None]
-            native = outputs[-1][window]  # [n,W,H,V]
-            size, gap = (x.norm(dim=(1, 3)) for x in (native, outputs[each, window] - native))
+            outputs = newest[mixer.hook]  # [n+1,S,H,V], the plain row last
+            native = rows.windows(outputs[-1].expand_as(outputs))  # [n,W,H,V]
+            size, gap = (x.norm(dim=(1, 3)) for x in (native, rows.windows(outputs) - native))
             changes.append((gap / size).where(size > 0, torch.nan).cpu())
         return {"change": torch.cat(changes, 1).numpy()}
 

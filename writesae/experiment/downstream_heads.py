@@ -38,13 +38,11 @@ def downstream_heads(model: HookedRecurrent, layer: int) -> list[DownstreamHeads
 
 
 @contextmanager
-def newest_outputs(
-    model: HookedRecurrent, mixers: Sequence[DownstreamHeads]
-) -> Iterator[dict[DownstreamHeads, Tensor]]:
-    """What the heads of each mixer gave in the newest forward pass, while the scope is open.
+def newest_outputs(model: HookedRecurrent, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """What was at each of some hooks in the newest forward pass, by name, while the scope is open.
 
     A readout that `Lab.read` calls inside of the scope finds the outputs of its batch here.
     """
-    newest: dict[DownstreamHeads, Tensor] = {}
-    with model.hooks([(m.hook, lambda x, hook, m=m: newest.__setitem__(m, x)) for m in mixers]):
+    newest: dict[str, Tensor] = {}
+    with model.hooks([(name, lambda x, hook, name=name: newest.__setitem__(name, x)) for name in names]):
         yield newest

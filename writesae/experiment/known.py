@@ -227,9 +227,20 @@ def fits(world: World, head: int, seeds: int, steps: int, brief: bool = False) -
     n_atoms = (n_key * keys.shape[1] + n_value * values.shape[1]) // (keys.shape[1] + values.shape[1])
 
     def config(architecture: str, n: int, seed: int, n_steps: int = steps, **sae: int | str) -> Any:
-        runner: dict[str, Any] = {"train_batch_size_tokens": BATCH, "training_tokens": BATCH * n_steps, "lr": lr}
-        runner |= {"architecture": architecture, "d_sae": n, "sae": sae, "seed": seed, "context_size": 8}
-        return training_config(world.model, world.holder.layer, world.holder.heads[head], **runner, verbose=False)
+        return training_config(
+            world.model,
+            world.holder.layer,
+            world.holder.heads[head],
+            architecture=architecture,
+            d_sae=n,
+            sae=sae,
+            seed=seed,
+            context_size=8,
+            train_batch_size_tokens=BATCH,
+            training_tokens=BATCH * n_steps,
+            lr=lr,
+            verbose=False,
+        )
 
     def product(n_steps: int, start: str) -> list[Code]:
         own = {"f_key": n_key, "f_value": n_value, "k_value": k, "decoder_init": start}

@@ -73,11 +73,15 @@ class EditedRows(NamedTuple):
         at = torch.tensor([trial.position for trial in self.trials])[:, None] + torch.arange(self.width)
         return at.to(self.logits.device)
 
+    def windows(self, run: Tensor) -> Tensor:
+        """[n,W,...] of values [n,S,...] of the edited runs, at the tokens of each trial's own window."""
+        at = self.positions.to(run.device) - self.start
+        return run[torch.arange(len(at), device=run.device)[:, None], at]
+
     @property
     def window(self) -> Tensor:
         """[n,W,vocab] logits of each trial's own window."""
-        each = torch.arange(len(self.trials), device=self.logits.device)[:, None]
-        return self.logits[each, self.positions - self.start]
+        return self.windows(self.logits)
 
     @property
     def native_window(self) -> Tensor:
