@@ -49,7 +49,6 @@ class Zoo:
         with quiet():
             boards = [board(name, self.seeds, self.sequences, self.facts, self.steps) for name in self.models]
         content = {"settings": {name: value for name, value in asdict(self).items() if name != "out"}, "boards": boards}
-        self.out.mkdir(parents=True, exist_ok=True)
         atomic_text(self.out / "zoo.json", json.dumps(content, indent=1, allow_nan=False))
         atomic_text(self.out / "zoo.md", environment().get_template("zoo_table.html").render(content))
         return atomic_text(self.out / "index.html", environment().get_template("zoo.html").render(content))

@@ -200,8 +200,7 @@ class Partition(OfAlive):
     def findings(self, result: Result) -> list[Finding]:
         """Claims 6, 4 and 26, and whether atoms point along their writes."""
         table = result.tables["atoms"]
-        medians = {name: float(table[name].median()) for name in (*SAMPLES, "untrained", *SIDES)}
-        atoms = Paired(table, ("atom",), self.seed)
+        medians, atoms = table[[*SIDES]].median(), Paired(table, ("atom",), self.seed)
         gain, untrained = (atoms.median("cosine", null) for null in ("shuffled", "untrained"))
         few = Verdict("not tested", f"{len(table)} alive atoms are too few.")
         aligned = Finding(
@@ -226,19 +225,17 @@ class Partition(OfAlive):
             of="alive atoms",
         )
         lead = atoms.median("cosine", "pca")
-        pca = Finding(
+        pca = replace(
+            aligned,
             number=26,
             claim="atoms point along their writes, the first principal component of writes does not",
             effect=lead,
             what="the median lead of atoms over the component",
-            null=UNTRAINED,
-            against={UNTRAINED: Against(untrained)},
-            relevant=RELEVANT_COSINE,
-            ruled=aligned.ruled,
             shown={"lead of atoms": lead, f"lead of {UNTRAINED}": atoms.median("untrained", "pca")},
             write=signed,
             axis="median cosine above that of the first principal component at the same firings",
-            of="alive atoms",
+            measured="",
+            controls="",
         )
         return [self._two_kinds(result), aligned, alike(result, self.controls), pca]
 

@@ -15,14 +15,13 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor
 
 from writesae.choices import AtLeast
 from writesae.experiment.at_firings import OfHalves
-from writesae.experiment.downstream_heads import DownstreamHeads, downstream_heads, newest_outputs
+from writesae.experiment.downstream_heads import downstream_heads, newest_outputs
 from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import Integers
-from writesae.experiment.lab import EditedRows, Lab, Readout, Site, Trial, trials_at
+from writesae.experiment.lab import EditedRows, Lab, Site, Trial, trials_at
 from writesae.verdict.finding import Against, Finding, Paired
 
 CONDITIONS: tuple[str, ...] = ("atom", "random", "other")
@@ -100,7 +99,16 @@ class Readers(OfHalves):
         units = pd.concat(samples, ignore_index=True).rename_axis("firing").reset_index()
         tables = []
         with newest_outputs(lab.model, [mixer.hook for mixer in mixers]) as newest:
-            changes = _changes(mixers, newest)
+
+            def changes(rows: EditedRows) -> Mapping[str, ArrayLike]:
+                """Relative change at every downstream head [n,heads], against the plain row of the same batch."""
+                of_mixers = []
+                for mixer in mixers:
+                    outputs = newest[mixer.hook]  # [n+1,S,H,V], the plain row last
+                    native = rows.windows(outputs[-1].expand_as(outputs))  # [n,W,H,V]
+                    size, gap = (x.norm(dim=(1, 3)) for x in (native, rows.windows(outputs) - native))
+                    of_mixers.append((gap / size).where(size > 0, torch.nan).cpu())
+                return {"change": torch.cat(of_mixers, 1).numpy()}
 
             def floor(rows: EditedRows) -> Mapping[str, ArrayLike]:
                 return {"change": np.nan_to_num(changes(rows)["change"]).mean(1)}
@@ -193,18 +201,3 @@ def at_readers(result: Result) -> pd.DataFrame:
     """`ratios` of the test half, at each atom's own reader."""
     keys = ["atom", *_HEAD]
     return ratios(result, "test").merge(readers_of_atoms(result)[keys], on=keys)
-
-
-def _changes(mixers: list[DownstreamHeads], newest: Mapping[str, Tensor]) -> Readout:
-    """Relative change at every downstream head [n,heads], against the plain row of the same batch."""
-
-    def read(rows: EditedRows) -> Mapping[str, ArrayLike]:
-        changes = []
-        for mixer in mixers:
-            outputs = newest[mixer.hook]  # [n+1,S,H,V], the plain row last
-            native = rows.windows(outputs[-1].expand_as(outputs))  # [n,W,H,V]
-            size, gap = (x.norm(dim=(1, 3)) for x in (native, rows.windows(outputs) - native))
-            changes.append((gap / size).where(size > 0, torch.nan).cpu())
-        return {"change": torch.cat(changes, 1).numpy()}
-
-    return read

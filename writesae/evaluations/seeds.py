@@ -124,8 +124,11 @@ class Seeds(OfAlive):
                 values = dict(zip(("first", "second", "cosine"), (*ids, size[first, second])))
                 pairs.append(pd.DataFrame({"a": a, "b": b, "sample": sample, **values}))
         table = pd.concat(pairs, ignore_index=True)
-        named = pd.DataFrame(counts, columns=list(self.columns["counts"]))
-        return {"counts": named, "matches": self.summary(table), "pairs": table}
+        return {
+            "counts": pd.DataFrame(counts, columns=list(self.columns["counts"])),
+            "matches": self.summary(table),
+            "pairs": table,
+        }
 
     def summary(self, pairs: pd.DataFrame) -> pd.DataFrame:
         """The table `matches` of a table `pairs`."""

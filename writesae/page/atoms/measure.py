@@ -181,9 +181,8 @@ class Facts:
         last, rng = self.ids.shape[1] - 1 - room, self.lab.rng(stream)
         table = sample_firings(self.firings, self.number, per_atom, first=0, last=last, rng=rng)
         table["column"] = np.searchsorted(self.number, table["atom"])
-        columns = ["column", "position", "activation"]
         return [
-            (cast(int, n), [*zip(*map(pd.Series.tolist, (rows[c] for c in columns)))])
+            (cast(int, n), list(rows[["column", "position", "activation"]].itertuples(index=False, name=None)))
             for n, rows in table.groupby("sequence")
         ]
 
