@@ -42,19 +42,19 @@ def at_least(settings: object, bounds: Mapping[str, float]) -> None:
                 raise ValueError(f"{name}: expected at least {bound:g}, got {entry!r}")
 
 
-def once_each(settings: object, some: Sequence[str], needed: Sequence[str] = ()) -> None:
-    """ValueError for a setting that names a value twice, or for one of `needed` that names none."""
-    for name in (*some, *needed):
-        values = getattr(settings, name)
-        if len(set(map(str, values))) != len(values) or (name in needed and not values):
-            raise ValueError(f"{name}: expected {'one or more, ' * (name in needed)}each once, got {list(values)}")
-
-
 def expect(settings: object, rules: Mapping[str, tuple[bool, str]]) -> None:
     """ValueError for the first setting whose rule does not hold; a rule is whether it does, and what is expected."""
     for name, (holds, expected) in rules.items():
         if not holds:
             raise ValueError(f"{name}: expected {expected}, got {getattr(settings, name)}")
+
+
+def once_each(settings: object, some: Sequence[str], needed: Sequence[str] = ()) -> None:
+    """ValueError for a setting that names a value twice, or for one of `needed` that names none."""
+    for name in (*some, *needed):
+        values = getattr(settings, name)
+        once = len(set(map(str, values))) == len(values) and bool(values or name not in needed)
+        expect(settings, {name: (once, f"{'one or more, ' * (name in needed)}each once")})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 
-from writesae.choices import MATCHED, DictionaryName, Dtype, Loss, MetricName, Target, at_least, once_each
+from writesae.choices import MATCHED, DictionaryName, Dtype, Loss, MetricName, Target, at_least, expect, once_each
 from writesae.files import check_settings, check_writable, keep_settings, taken
 
 if TYPE_CHECKING:
@@ -239,15 +239,21 @@ class Train:
     """End with a table of what the dictionaries recover on held-out text, for which the model is loaded again."""
 
     def __post_init__(self) -> None:
-        if (self.model is None) == (self.collection is None):
-            raise ValueError("name a model to be run over text, or a collection that it left; one of the two")
-        if self.model is not None and not (self.layers and self.heads):
-            raise ValueError("name layers and heads of the model")
         once_each(self, ("layers", "heads"), ("targets", "losses", "variants", "seeds"))
         at_least(self, dict.fromkeys((*_SIZES, "context_size"), 1) | {"seeds": 0})
-        for each in self.dictionaries():
-            if each.metric != "frobenius" and not (self.model is not None and each.on_factors):
-                raise ValueError(f"the metric {each.metric} is one of a model's writes: give --model, got {each}")
+        own = [each for each in self.dictionaries() if each.metric != "frobenius"]
+        refused = [str(each) for each in own if self.model is None or not each.on_factors]
+        expect(
+            self,
+            {
+                "model": (
+                    (self.model is None) != (self.collection is None),
+                    "a model to be run over text, or a collection that it left; one of the two",
+                ),
+                "heads": (self.model is None or bool(self.layers and self.heads), "layers and heads of the model"),
+                "metric": (not refused, f"frobenius, or --model and its writes for {', '.join(refused)}"),
+            },
+        )
 
     def dictionaries(self) -> list[DictionaryName]:
         """What is trained on each head."""

@@ -165,24 +165,26 @@ class Amplify(Evaluation):
             text=[token_text(lab.model, token) for token in table["token"]],
             fires=[float(fires.get((n, lead[token]), 0)) for n, token in zip(table["prompt"], table["token"])],
         )
-        rows = []
-        for label in lab.saes:
-            chosen, tested = (alignment(lab.firings(label), lab.tokens, side, list(teams)) for side in split)
-            for n, (token, team) in enumerate(teams.items()):
-                for atom in team[label]:
-                    rows.append(
-                        {
-                            "token": token,
-                            "text": token_text(lab.model, token),
-                            "atom": atom,
-                            "count": chosen.present[n],
-                            "phi": chosen.phi[n, atom],
-                            "phi_test": tested.phi[n, atom],
-                            "precision": tested.both[n, atom] / max(tested.fired[atom], 1),
-                            "recall": tested.both[n, atom] / max(tested.present[n], 1),
-                            "head": lab.hooks[label].head,
-                        }
-                    )
+        fits = {
+            label: [alignment(lab.firings(label), lab.tokens, side, list(teams)) for side in split]
+            for label in lab.saes
+        }
+        rows = [
+            {
+                "token": token,
+                "text": token_text(lab.model, token),
+                "atom": atom,
+                "count": chosen.present[n],
+                "phi": chosen.phi[n, atom],
+                "phi_test": tested.phi[n, atom],
+                "precision": tested.both[n, atom] / max(tested.fired[atom], 1),
+                "recall": tested.both[n, atom] / max(tested.present[n], 1),
+                "head": lab.hooks[label].head,
+            }
+            for label, (chosen, tested) in fits.items()
+            for n, (token, team) in enumerate(teams.items())
+            for atom in team[label]
+        ]
         return {"atoms": pd.DataFrame(rows).sort_values("token", kind="stable"), "counts": table}
 
     def choose_teams(self, lab: Lab, sequences: Integers, asked: Sequence[int]) -> dict[int, Team]:

@@ -117,10 +117,8 @@ class Evaluation(ABC):
         for name, allowed in self.choices().items():
             value = getattr(self, name)
             words = value if isinstance(value, tuple) else (value,)
-            if set(words) - set(allowed) or (not words and name != "controls"):
-                raise ValueError(
-                    f"{name}: expected {', '.join(allowed)}, got {', '.join(map(str, words)) or 'nothing'}"
-                )
+            known = set(words) <= set(allowed) and bool(words or name == "controls")
+            expect(self, {name: (known, ", ".join(allowed))})
         expect(self, self.rules())
 
     @classmethod
@@ -236,9 +234,9 @@ class Evaluation(ABC):
             if self.scope is not Scope.LAYER and self.scope.compares != (len(lab.saes) > 1):
                 expected = "at least two dictionaries" if self.scope.compares else "one dictionary"
                 raise ValueError(f"{self.kind}, {self.scope.value}: expected {expected}, got {', '.join(lab.saes)}")
-            if self.scope in (Scope.SEEDS, Scope.VARIANTS) and len({hook.name for hook in lab.hooks.values()}) > 1:
-                listed = "; ".join(f"{label}: {hook.name}" for label, hook in lab.hooks.items())
-                raise ValueError(f"{self.kind}, {self.scope.value}: expected one hook, got {listed}")
+            hooks = sorted({hook.name for hook in lab.hooks.values()})
+            if self.scope in (Scope.SEEDS, Scope.VARIANTS) and len(hooks) > 1:
+                raise ValueError(f"{self.kind}, {self.scope.value}: expected one hook, got {', '.join(hooks)}")
             # A result about a head must not be named after the dictionary that only says which head it is.
             label = self.label or (lab.hook.cell if self.scope is Scope.HEAD else "")
             try:
