@@ -151,8 +151,7 @@ class Demo:
                         label=label,
                     )
                     result = test.run(model, sae, tokens, reference=terms)
-                    info = result.info | {"quality": {label: quality(label)}}
-                    dataclasses.replace(result, info=info).save(folder)
+                    dataclasses.replace(result, info=result.info | {"quality": {label: quality(label)}}).save(folder)
                 results.append(load_result(folder))
             say(first_screen(results))
             return write_report(results, self.out / "report.html", opening=opening)

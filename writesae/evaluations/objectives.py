@@ -191,8 +191,7 @@ class Objectives(OfAlive):
                     "sentence": verdict.sentence,
                 }
             )
-            kls = {scale: wide[f"atom/{scale}"] for scale in TESTED_SCALES}
-            firings.append(wide[["sequence", "position", "atom", "cosine", "delete"]].assign(sae=label, **kls))
+            firings.append(wide.assign(sae=label).rename(columns={f"atom/{each}": each for each in TESTED_SCALES}))
         measures = [
             (label, name, *own[name].mean(name), "sequences" if name in WITHIN_TARGET else "atoms")
             for names in (MEASURES, self.controls)

@@ -159,8 +159,7 @@ class Sign(Evaluation):
         predicted = ("aimed", "f0", "f2", "written", "shuffled")
         table = moved.assign(**{by: np.sign(moved["measured"]) == np.sign(moved[by]) for by in predicted})
         of = {direction: Paired(rows) for direction, rows in table.groupby("direction")}
-        units = ("sequence", "position", "token", "m")
-        paired = Paired.of(table, "written", *units, by="direction", seed=self.seed)
+        paired = Paired.of(table, "written", "sequence", "position", "token", "m", by="direction", seed=self.seed)
         rivals = {"wrong": "toward another token", "random": "random direction"}
         written, by_f0, by_f2 = (of["direct"].mean(by) for by in ("written", "aimed", "f2"))
         small = moved[(moved["direction"] == "direct") & (moved["m"].abs() == moved["m"].abs().min())]

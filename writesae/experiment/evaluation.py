@@ -331,14 +331,18 @@ class Result:
             OSError: it cannot be written; names the folder.
         """
         target = Path(folder)
-        head = {
-            "format": _FORMAT,
-            "kind": self.kind,
-            "settings": self.evaluation.to_dict(),
-            "skipped": self.skipped,
-            "info": self.info,
-        }
-        text = json.dumps(head, indent=1, default=methodcaller("item"), allow_nan=False)  # of numpy's numbers
+        text = json.dumps(
+            {
+                "format": _FORMAT,
+                "kind": self.kind,
+                "settings": self.evaluation.to_dict(),
+                "skipped": self.skipped,
+                "info": self.info,
+            },
+            indent=1,
+            default=methodcaller("item"),  # of numpy's numbers
+            allow_nan=False,
+        )
         with named_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:

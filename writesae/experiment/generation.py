@@ -34,9 +34,14 @@ def greedy_rows(
     continuations: list[list[int]] = []
     for start in bar(range(0, len(rows), batch_size), "generate", progress):
         batch = slice(start, start + batch_size)
-        how = {"edit_rows": rows[batch], "max_new_tokens": max_new_tokens, "do_sample": False}
-        whole = cast(Tensor, model.generate(tokens[batch], **how, pad_token_id=_pad_token(model)))
-        continuations += whole[:, tokens.shape[1] :].tolist()
+        whole = model.generate(
+            tokens[batch],
+            edit_rows=rows[batch],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=_pad_token(model),
+        )
+        continuations += cast(Tensor, whole)[:, tokens.shape[1] :].tolist()
     return continuations
 
 

@@ -51,11 +51,13 @@ def compare_kinds(
     wins = wins.join(atoms.set_index("atom")["kind"], on="written_atom", how="inner")
     register, bundle = (Paired(wins[wins["kind"] == kind], ("written_atom",), seed) for kind in KINDS)
     rows = [(scale, kind, *each.mean("win")) for kind, each in zip(KINDS, (register, bundle))]
-    samples = (register["win"], bundle["win"], register["written_atom"], bundle["written_atom"])
-    gap = register.lead("win", bundle)._asdict() | {"p_value": stats.permutation_test(*samples, seed=seed)}
+    gap = register.lead("win", bundle)
+    p_value = stats.permutation_test(
+        register["win"], bundle["win"], register["written_atom"], bundle["written_atom"], seed=seed
+    )
     facts: dict[str, Json] = {
         "verdict": {"outcome": verdict.outcome, "sentence": verdict.sentence},
-        "difference": {name: gap[name] for name in ("mean", "low", "high", "p_value")},
+        "difference": {"mean": gap.mean, "low": gap.low, "high": gap.high, "p_value": p_value},
     }
     return pd.DataFrame(rows, columns=list(KIND_RATES)), facts
 

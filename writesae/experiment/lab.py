@@ -291,8 +291,14 @@ class Lab:
             )
             writes, rng = terms.writes(self.hook.layer, self.hook.head), self.rng(41, max(0, fold))
             self.require(bool((writes.norm() > 0).any()), "every write of the other text is zero; there is no baseline")
-            how = {"n_codes": n_codes, "components": components, "rng": rng, "metric": terms.metric_of(self.sae)}
-            self._baselines[key] = HeadBaselines.fit(writes, terms.contexts, **how)
+            self._baselines[key] = HeadBaselines.fit(
+                writes,
+                terms.contexts,
+                n_codes=n_codes,
+                components=components,
+                rng=rng,
+                metric=terms.metric_of(self.sae),
+            )
         return self._baselines[key]
 
     # -- edits

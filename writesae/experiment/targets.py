@@ -65,8 +65,7 @@ def target_change(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
     `measured`: change of its logit. `log_prob_change`: change of its log-probability, nats, in at least float32.
     `edited_rank`: its rank, from 1, after the edit.
     """
-    tokens = [cast(int, trial.row["token"]) for trial in rows.trials]
-    target = torch.tensor(tokens, device=rows.logits.device)[:, None]
+    target = torch.tensor([[cast(int, trial.row["token"])] for trial in rows.trials], device=rows.logits.device)
     edited, native = rows.window[:, -1], rows.native_window[:, -1]
     wide = torch.promote_types(edited.dtype, torch.float32)
     logits = [side.gather(1, target).double() for side in (edited, native)]

@@ -222,8 +222,16 @@ class Finding:
             return self.ruled or Verdict("not tested", "Nothing was measured.")
         if not self.null:
             return Verdict("not tested", "No null was run that could show the effect too.")
-        names = ("typical", "floor", "chance", "less", "relevant", "what")
-        verdict = judge(self.effect, self.against, **{name: getattr(self, name) for name in names})
+        verdict = judge(
+            self.effect,
+            self.against,
+            typical=self.typical,
+            floor=self.floor,
+            chance=self.chance,
+            less=self.less,
+            relevant=self.relevant,
+            what=self.what,
+        )
         return self.unless or verdict if verdict.outcome == "holds" else verdict
 
     def row(self) -> Claim:

@@ -97,8 +97,17 @@ def scores_table(cells: pd.DataFrame, predictors: Sequence[str], seed: int = 0) 
                 predicted = part[predictor].to_numpy(float)
                 unfitted = r2_estimate(measured, predicted, sequence, seed=seed)
                 scaled = r2_score(measured, cross_fitted(measured, predicted[:, None], sequence))
-                numbers = {"r2": unfitted.mean, "r2_low": unfitted.low, "r2_high": unfitted.high, "n": len(part)}
-                rows.append({"predictor": predictor, "r2_global_scale": scaled, **names, **numbers})
+                rows.append(
+                    {
+                        "predictor": predictor,
+                        **names,
+                        "r2": unfitted.mean,
+                        "r2_low": unfitted.low,
+                        "r2_high": unfitted.high,
+                        "r2_global_scale": scaled,
+                        "n": len(part),
+                    }
+                )
     return pd.DataFrame(rows, columns=list(SCORES)).fillna({"horizon": "all", "rank": "all", "eps": "all"})
 
 

@@ -144,8 +144,16 @@ def sign_flip_test(a: ArrayLike, b: ArrayLike, clusters: ArrayLike, *, n_resampl
     sums = np.bincount(codes, x) / len(x)
     if len(sums) == 1:
         return 1.0
-    how = {"permutation_type": "samples", "n_resamples": n_resamples, "rng": np.random.default_rng(seed)}
-    return float(stats.permutation_test((sums,), np.sum, vectorized=True, **how).pvalue)
+    return float(
+        stats.permutation_test(
+            (sums,),
+            np.sum,
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=n_resamples,
+            rng=np.random.default_rng(seed),
+        ).pvalue
+    )
 
 
 def permutation_test(
@@ -164,8 +172,11 @@ def permutation_test(
         return total[left].sum(axis) / size[left].sum(axis) - total[right].sum(axis) / size[right].sum(axis)
 
     clusters = np.split(np.arange(len(total)), [int(sides[0][1].max()) + 1])
-    how = {"n_resamples": n_resamples, "rng": np.random.default_rng(seed)}
-    return float(stats.permutation_test(clusters, difference, vectorized=True, **how).pvalue)
+    return float(
+        stats.permutation_test(
+            clusters, difference, vectorized=True, n_resamples=n_resamples, rng=np.random.default_rng(seed)
+        ).pvalue
+    )
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
