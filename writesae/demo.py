@@ -210,9 +210,8 @@ def write_facts(n: int, say: Callable[[str], object]) -> list[dict[str, str]]:
             )
         svg = intervals(rows, "facts that are answered with the new value", title, write=lambda x: f"{x:.0%}")
         openings.append({"title": title, "example": example, "sentence": sentence, "svg": svg})
-        say(f"{title}.\n  {example}\n  {sentence}")
-        for row in rows[1:]:
-            say(f"  {row.name}: changed {row.mean:.0%} [{row.low:.0%}, {row.high:.0%}]")
+        controls = [f"{row.name}: changed {row.mean:.0%} [{row.low:.0%}, {row.high:.0%}]" for row in rows[1:]]
+        say("\n  ".join([f"{title}.", example, sentence, *controls]))
     return openings
 
 

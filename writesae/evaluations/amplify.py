@@ -129,8 +129,10 @@ class Amplify(Evaluation):
         teams = self.choose_teams(lab, split.select, [token_id(lab.model, token) for token in self.tokens])
         sequences = split.test[: self.prompts]
         prompts = lab.tokens[sequences, : self.prompt_tokens]
-        pairs = [(factor, token) for factor in self.factors for token in teams]
-        conditions = [("nothing", 1.0, -1), *((name, *pair) for pair in pairs for name in ("atom", "random"))]
+        conditions = [
+            ("nothing", 1.0, -1),
+            *((name, factor, token) for factor in self.factors for token in teams for name in ("atom", "random")),
+        ]
         frames, fires = [], pd.Series(dtype=float)
         finite = np.ones(len(prompts), dtype=bool)
         for name, factor, scaled in lab.bar(conditions, self.kind):

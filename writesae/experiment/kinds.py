@@ -79,8 +79,10 @@ def alike(result: Result, controls: Sequence[str]) -> Finding:
         for row in table.to_dict("records")
     }
     what = "the win rate of {} atoms against deletion".format
-    verdicts = [Verdict(cast(Outcome, test["outcome"]), test["sentence"])]
-    verdicts += [judge(rate, chance=0.5, relevant=RELEVANT, what=what(kind)) for kind, rate in rates.items()]
+    verdicts = [
+        Verdict(cast(Outcome, test["outcome"]), test["sentence"]),
+        *(judge(rate, chance=0.5, relevant=RELEVANT, what=what(kind)) for kind, rate in rates.items()),
+    ]
     interval = f"[{points(gap['low'])}, {points(gap['high'])}] points"
     order = ("below the floor", "inconclusive", "confounded", "undecided")
     stops = sorted((each for each in verdicts if each.outcome in order), key=lambda each: order.index(each.outcome))

@@ -183,8 +183,15 @@ def of_sides(key: Side, value: Side) -> Code:
     """A code of writes from one of their keys and one of their values."""
     k, u = (side.code @ side.atoms for side in (key, value))
     i, j = ((side.code * side.atoms.norm(dim=1)).abs().argmax(1) for side in (key, value))
-    numbers = key.atoms.numel() + value.atoms.numel()
-    return Code(i, j, value.code, value.atoms, k[:, :, None] * u[:, None], numbers, key.bits + value.bits)
+    return Code(
+        key_atom=i,
+        value_atom=j,
+        contribution=value.code,
+        values=value.atoms,
+        written=k[:, :, None] * u[:, None],
+        parameters=key.atoms.numel() + value.atoms.numel(),
+        bits=key.bits + value.bits,
+    )
 
 
 @torch.no_grad()
@@ -496,8 +503,12 @@ def scored(method: str, codes: Sequence[Sequence[Code]], world: World, facts: Fa
         "key purity": [x for x, _ in of_key],
         "value purity": [x for x, _ in of_value],
     }
-    row = {"method": method, "parameters": codes[0][0].parameters, "bits": codes[0][0].bits}
-    row |= {name: sum(each) / len(each) for name, each in means.items()}
+    row: dict[str, Any] = {
+        "method": method,
+        "parameters": codes[0][0].parameters,
+        "bits": codes[0][0].bits,
+        **{name: sum(each) / len(each) for name, each in means.items()},
+    }
     for name, each in hits.items():
         right, fact = torch.cat(each, 1)
         ends = zip(("mean", "low", "high"), estimate(right, fact, [n for n, x in enumerate(each) for _ in x[0]]))

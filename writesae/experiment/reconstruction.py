@@ -189,7 +189,6 @@ def exchanged(
     Cost: per position 2 edited rows and one for each baseline, of `window` tokens.
     """
     native = site.at(positions)
-    written = {("", "native"): native, ("", "delete"): native * 0.0}
     noise = torch.Generator().manual_seed(int(lab.rng(10, site.sequence).integers(2**62)))
     directions = {
         "random": native.random_like(noise),
@@ -198,7 +197,11 @@ def exchanged(
         "state_after": state_direction(site.state_after(positions)),
     }
     best = "least_squares" if scale == "coefficient" else scale
-    written |= {("", name): scaled(each, native, best) for name, each in directions.items()}
+    written = {
+        ("", "native"): native,
+        ("", "delete"): native * 0.0,
+        **{("", name): scaled(each, native, best) for name, each in directions.items()},
+    }
     dense = native.dense()
     for rank in pca_ranks:
         projected = basis.pca.project(dense.flatten(1), rank).view_as(dense)

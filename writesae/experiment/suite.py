@@ -67,8 +67,9 @@ def evaluate_all(
             if saved.evaluation == evaluation:
                 results.append(saved)
                 return saved
-        or_skip = not single or control is not None
-        result = evaluation.run(model, group, tokens, reference=fitted, progress=progress, or_skip=or_skip)
+        result = evaluation.run(
+            model, group, tokens, reference=fitted, progress=progress, or_skip=not single or control is not None
+        )
         labels = [label if control is None else f"{label}, {control}" for label in group]
         facts: dict[str, Json] = {} if control is None else {"control": control, "control_of": of}
         measured: dict[str, Json] = {"quality": {label: quality(label) for label in labels}}

@@ -115,8 +115,10 @@ def neuronpedia_graph(
     pieces, last = texts.many(tokens[0].tolist()), tokens.shape[1] - 1
     likeliest = model(tokens)[0, -1].softmax(-1)[: texts.size].topk(min(n_logits, texts.size))
     targets = [(f"{end}_{at}_{last}", at, p) for p, at in zip(likeliest.values.tolist(), likeliest.indices.tolist())]
-    nodes = [(f"E_{at}_{t}", "E", at, t, "embedding", pieces[t], None) for t, at in enumerate(tokens[0].tolist())]
-    nodes += [(x, str(end), at, last, "logit", f'Output "{texts[at]}" (p={p:.3f})', None) for x, at, p in targets]
+    nodes = [
+        *((f"E_{at}_{t}", "E", at, t, "embedding", pieces[t], None) for t, at in enumerate(tokens[0].tolist())),
+        *((x, str(end), at, last, "logit", f'Output "{texts[at]}" (p={p:.3f})', None) for x, at, p in targets),
+    ]
     place = ["layer", "head", "atom", "position"]
     links = (
         pd.concat([part.assign(target=x, p=p) for x, at, p in targets for part in _effects(model, tokens, saes, at)])
