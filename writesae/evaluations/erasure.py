@@ -212,9 +212,8 @@ class Erasure(OfHalves):
         lab.skipped["test firings whose atom is silent nowhere else"] += n_test - len(test)
         atoms = atoms[np.isin(atoms, test["atom"].to_numpy())]
         lab.require(len(atoms) > 0, "every atom fires at every token of its sequences: there is no place elsewhere")
-        column = {int(atom): n for n, atom in enumerate(atoms)}
-        select = select[select["atom"].isin(atoms)]
-        return atoms, *(table.assign(column=table["atom"].map(column)) for table in (select, test))
+        tables = (select[select["atom"].isin(atoms)], test)
+        return atoms, *(each.assign(column=pd.Index(atoms).get_indexer(pd.Index(each["atom"]))) for each in tables)
 
     def _fitting(self, lab: Lab, firings: pd.DataFrame, atoms: LowRank) -> LowRank:
         """For each of n atoms, of F random directions at unit norm the one with the largest mean inner product with the

@@ -182,8 +182,9 @@ class MultiAtom(OfFirings):
     def panels(self, result: Result) -> list[Figure]:
         """KL by the number of atoms; the last point of a line is all."""
         table, names = result.tables["writes"], ["code", *self.controls]
-        every = table.loc[table["scale"] == self.scales[0]].assign(x=lambda rows: rows["count"])
-        every.loc[every["all"], "x"] = every["count"].max()
+        every = table.loc[table["scale"] == self.scales[0]].assign(
+            x=lambda rows: rows["count"].mask(rows["all"], rows["count"].max())
+        )
         shown = {name: NAMES.get(name, name).split(" (")[0] for name in names}
         title = f"KL in nats by atoms at scale {self.scales[0]}, multi_atom: {result.label}"
         return [medians(every, "x", "kl", shown, "atoms written (last: all)", title, log_x=True)]

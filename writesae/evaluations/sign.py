@@ -154,8 +154,10 @@ class Sign(Evaluation):
 
     def findings(self, result: Result) -> list[Finding]:
         """Claim 9 by F0, and how far F2 predicts signs and sizes."""
-        moved = result.tables["writes"].assign(written=lambda t: t["m"])
-        moved["shuffled"] = moved["f2"].sample(frac=1, random_state=self.seed).to_numpy()
+        moved = result.tables["writes"].assign(
+            written=lambda table: table["m"],
+            shuffled=lambda table: table["f2"].sample(frac=1, random_state=self.seed).to_numpy(),
+        )
         predicted = ("aimed", "f0", "f2", "written", "shuffled")
         table = moved.assign(**{by: np.sign(moved["measured"]) == np.sign(moved[by]) for by in predicted})
         of = {direction: Paired(rows) for direction, rows in table.groupby("direction")}

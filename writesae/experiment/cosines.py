@@ -50,19 +50,17 @@ def firing_cosines(
     # The noise has a seed of its own: a dictionary initialised under `lab.seed` would otherwise be its own null.
     noise = decoded.random_like(torch.Generator().manual_seed(int(rng.integers(2**62))))
     untrained = random_units(decoded, firings.n_atoms, int(lab.rng(len(atoms), 1).integers(2**62)))
-    column = np.full(firings.n_atoms, -1)
-    column[atoms] = np.arange(len(atoms))
     tables = []
     for sequence in range(len(lab.tokens)):
         table = firings.frame(firings.sequence == sequence)
         table["place"] = table.groupby("position")["activation"].rank(method="first", ascending=False).astype(int) - 1
-        table = table[column[table["atom"].to_numpy()] >= 0]
+        table = table[table["atom"].isin(atoms)]
         order = rng.permutation(firings.n_positions)
         if table.empty:
             continue
         recurrence = lab.recurrence(sequence)
         writes = head_writes(recurrence, 0).to(decoded.values)
-        here, which = table["position"].to_numpy(copy=True), column[table["atom"].to_numpy()]
+        here, which = table["position"].to_numpy(copy=True), pd.Index(atoms).get_indexer(pd.Index(table["atom"]))
         there = order[here]
         if target == "write":
             products = untrained.cosines(writes).T

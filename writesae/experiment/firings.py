@@ -128,11 +128,12 @@ def silent_positions(
     table = firings.frame(np.isin(firings.atom, sample["atom"].to_numpy()))
     busy = {key: set(group["position"]) for key, group in table.groupby(["sequence", "atom"])}
     choices = np.arange(first, last + 1)
-    moved = sample.copy()
-    moved["position"] = [
-        rng.choice(free) if len(free := np.setdiff1d(choices, list(busy[key]))) else -1
-        for key in zip(sample["sequence"], sample["atom"])
-    ]
+    moved = sample.assign(
+        position=[
+            rng.choice(free) if len(free := np.setdiff1d(choices, list(busy[key]))) else -1
+            for key in zip(sample["sequence"], sample["atom"])
+        ]
+    )
     return moved.query("position >= 0").sort_values(["sequence", "position", "atom"], ignore_index=True)
 
 
@@ -252,16 +253,16 @@ def draw_firings(
     needed = f"alive atoms with a firing at positions {first_position}..{last} are"
     chosen = picked(testable, atoms, n_atoms, rng, needed, firings)
     table = sample_firings(firings, chosen, firings_per_atom, first=first_position, last=last, rng=rng)
-    table["written_atom"] = table["atom"]
     if written == "dominant" and atoms is None:
         able = firings.n_sequences * (last + 1 - first_position)
         drawn = np.sort(rng.choice(able, min(len(chosen) * firings_per_atom, able), replace=False))
         sequence, position = np.divmod(drawn, last + 1 - first_position)
         table = pd.DataFrame({"sequence": sequence, "position": position + first_position})
-        table["atom"] = firings.strongest(table)["atom"].fillna(0).astype(int)
-    if written == "dominant":
-        strongest = firings.strongest(table).fillna(0)
-        table = table.assign(written_atom=strongest["atom"].astype(int), activation=strongest["activation"])
-        table = table.drop_duplicates(["sequence", "position"])
+    if written == "own":
+        table = table.assign(written_atom=table["atom"])
+    else:
+        strongest = firings.strongest(table).fillna(0).astype({"atom": int})
+        named = {"atom": table.get("atom", strongest["atom"]), "written_atom": strongest["atom"]}
+        table = table.assign(**named, activation=strongest["activation"]).drop_duplicates(["sequence", "position"])
     table = table.reset_index(drop=True).rename_axis("firing").reset_index()
     return FiringDraw(table, alive)
