@@ -250,16 +250,30 @@ def fits(world: World, head: int, seeds: int, steps: int, brief: bool = False) -
         )
 
     def product(n_steps: int, start: str) -> list[Code]:
-        own = {"f_key": n_key, "f_value": n_value, "k_value": k, "decoder_init": start}
-        configs = (config("writesae_product", n_key * n_value, s, n_steps, **own) for s in every)
+        configs = (
+            config(
+                "writesae_product",
+                n_key * n_value,
+                seed,
+                n_steps,
+                f_key=n_key,
+                f_value=n_value,
+                k_value=k,
+                decoder_init=start,
+            )
+            for seed in every
+        )
         return [of_product(train_on_writes(each, keys, values), keys, values) for each in configs]
 
     found = {}
     if not brief:
-        vectors = (
-            vector_topk(x, [(n, a, s) for s in every], steps) for x, n, a in ((keys, n_key, 1), (values, n_value, k))
-        )
-        found["vector TopK autoencoders of k and of u"] = [of_sides(*sides) for sides in zip(*vectors)]
+        found["vector TopK autoencoders of k and of u"] = [
+            of_sides(*sides)
+            for sides in zip(
+                vector_topk(keys, [(n_key, 1, seed) for seed in every], steps),
+                vector_topk(values, [(n_value, k, seed) for seed in every], steps),
+            )
+        ]
     for name, fit in (
         ("product quantizer (k-means of k and of u)", kmeans),
         ("residual quantizers of k and of u", residual),

@@ -194,7 +194,6 @@ def head_effects(
 
     Cost: per sequence a forward, and for each layer one from it on with a row for each head.
     """
-    rows: list[tuple[int, int, float, float]] = []
     places = {
         layer: list(range(model.cfg.layer(layer).H) if heads is None else heads)
         for layer in (model.cfg.recurrent_layers if layers is None else layers)
@@ -206,12 +205,18 @@ def head_effects(
             nats[layer].append(_kl(native, torch.stack(silent)))
             if n < _HALF_LIVES:
                 lives[layer].append(half_lives(upper.recurrence.select(heads=places[layer])))
-    for layer, of_layer in places.items():
-        middle, mean = torch.cat(lives[layer]).median(0).values, torch.stack(nats[layer]).mean(0)
-        rows += zip([layer] * len(of_layer), of_layer, middle.tolist(), mean.tolist())
-    return pd.DataFrame(rows, columns=["layer", "head", "half_life", "nats"]).sort_values(
-        "nats", ascending=False, ignore_index=True
-    )
+    tables = [
+        pd.DataFrame(
+            {
+                "layer": layer,
+                "head": of_layer,
+                "half_life": torch.cat(lives[layer]).median(0).values.tolist(),
+                "nats": torch.stack(nats[layer]).mean(0).tolist(),
+            }
+        )
+        for layer, of_layer in places.items()
+    ]
+    return pd.concat(tables).sort_values("nats", ascending=False, ignore_index=True)
 
 
 def _kl(native: Tensor, edited: Tensor) -> Tensor:

@@ -89,11 +89,13 @@ class ReproduceConfig:
         """Names of the dictionaries of a head, by target. The first of each target is the plain one."""
         main, seed = self.targets[0], self.seeds[0]
         names = {target: [DictionaryName(target, seed=seed)] for target in self.targets}
-        names[main] += [DictionaryName(main, seed=other) for other in self.seeds[1:]]
         names[main] += [
-            DictionaryName(main, variant=variant, seed=each)
-            for variant in self.variants
-            for each in self.seeds[: self.variant_seeds]
+            *(DictionaryName(main, seed=other) for other in self.seeds[1:]),
+            *(
+                DictionaryName(main, variant=variant, seed=each)
+                for variant in self.variants
+                for each in self.seeds[: self.variant_seeds]
+            ),
         ]
         if "state" in self.targets:
             names["state"] += [DictionaryName("state", loss, seed=seed) for loss in self.losses]

@@ -124,8 +124,8 @@ def neuronpedia_graph(
         pd.concat([part.assign(target=x, p=p) for x, at, p in targets for part in _effects(model, tokens, saes, at)])
         .groupby([*place, "target", "p"], as_index=False)
         .sum()
+        .assign(source=lambda table: table[place].astype(str).agg("_".join, axis=1))
     )
-    links["source"] = links[place].astype(str).agg("_".join, axis=1)
     shares = links["weight"].abs().mul(links["p"]).groupby([links[each] for each in ("source", *place)]).sum()
     largest = shares.div(shares.sum()).sort_values(ascending=False).cumsum()
     for source, layer, head, atom, t, share in largest.reset_index(name="share").itertuples(index=False):
