@@ -330,7 +330,8 @@ class Train:
                 raise
             check_text(self.model, self.dataset)
             names = self.dictionaries()
-            needed: set[Target] = {x.target for x in names} | {"state" for x in names if x.loss == "reads"}
+            needed: set[Target] = {each.target for each in names}
+            needed |= {"state"} if any(each.loss == "reads" for each in names) else set()
             model = HookedRecurrent.from_pretrained(self.model, dtype=self.dtype)
             Collect(
                 model=self.model,

@@ -70,8 +70,7 @@ def token_text(model: HookedRecurrent, token: int) -> str:
 
 def special_tokens(model: HookedRecurrent) -> set[int]:
     """Ids that text does not consist of: padding, begin and end."""
-    ids: set[int] = set(getattr(model.tokenizer, "all_special_ids", None) or [])
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        value = getattr(model.hf_model.config, name, None)
-        ids |= set(value) if isinstance(value, (list, tuple)) else {value} if value is not None else set()
-    return ids
+    config, names = model.hf_model.config, ("pad_token_id", "bos_token_id", "eos_token_id")
+    found = [getattr(model.tokenizer, "all_special_ids", None), *(getattr(config, name, None) for name in names)]
+    lists = (each if isinstance(each, (list, tuple)) else [each] for each in found)
+    return {token for each in lists for token in each if token is not None}
