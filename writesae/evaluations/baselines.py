@@ -172,8 +172,8 @@ class Baselines(Evaluation):
 
     def findings(self, result: Result) -> list[Finding]:
         """Claims 15 to 17, whether whole replacement measures anything, claim 28."""
-        table, writes, same, near = result.tables["dictionaries"], result.tables["writes"], None, None
-        named = writes.assign(name=writes["sae"] + "/" + writes["condition"])
+        table, same, near = result.tables["dictionaries"], None, None
+        named = result.tables["writes"].assign(name=lambda writes: writes["sae"] + "/" + writes["condition"])
         kl = Paired.of(named, "kl", "sequence", "position", by="name", seed=self.seed)
         ours = _first(table, variant="WriteSAE")
         if ours is not None:

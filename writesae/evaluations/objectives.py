@@ -180,9 +180,11 @@ class Objectives(OfAlive):
             wins = pd.DataFrame({name: wide[column] < wide["delete"] for name, column in rates.items()})
             # A dictionary's atoms are what its rates are to hold for, and which atoms are alive does not matter.
             of_atoms = Paired(wins.assign(cosine=wide["cosine"], atom=wide["written_atom"]), ("atom",), self.seed)
-            samples[label] = dict.fromkeys(("cosine", *rates), of_atoms)
-            samples[label] |= dict.fromkeys(WITHIN_TARGET, Paired(fit.reset_index(drop=True), seed=self.seed))
-            samples[label]["alive"] = Paired(atoms, ("atom",), self.seed)
+            samples[label] = {
+                **dict.fromkeys(("cosine", *rates), of_atoms),
+                **dict.fromkeys(WITHIN_TARGET, Paired(fit.reset_index(drop=True), seed=self.seed)),
+                "alive": Paired(atoms, ("atom",), self.seed),
+            }
             told.append(
                 {
                     "tested_atoms": wide["written_atom"].nunique(),

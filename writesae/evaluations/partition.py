@@ -200,7 +200,8 @@ class Partition(OfAlive):
     def findings(self, result: Result) -> list[Finding]:
         """Claims 6, 4 and 26, and whether atoms point along their writes."""
         table = result.tables["atoms"]
-        medians, atoms = table[[*SIDES]].median(), Paired(table, ("atom",), self.seed)
+        medians = table[[*SIDES]].median()
+        atoms = Paired(table, ("atom",), self.seed)
         gain, untrained = (atoms.median("cosine", null) for null in ("shuffled", "untrained"))
         few = Verdict("not tested", f"{len(table)} alive atoms are too few.")
         aligned = Finding(

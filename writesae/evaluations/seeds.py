@@ -121,8 +121,18 @@ class Seeds(OfAlive):
                 size = one.cosines(other).abs().cpu().double().numpy()
                 first, second = linear_sum_assignment(size, maximize=True)
                 ids = (numbers[a][first], numbers[b][second]) if sample == "atoms" else (first, second)
-                values = dict(zip(("first", "second", "cosine"), (*ids, size[first, second])))
-                pairs.append(pd.DataFrame({"a": a, "b": b, "sample": sample, **values}))
+                pairs.append(
+                    pd.DataFrame(
+                        {
+                            "a": a,
+                            "b": b,
+                            "sample": sample,
+                            "first": ids[0],
+                            "second": ids[1],
+                            "cosine": size[first, second],
+                        }
+                    )
+                )
         table = pd.concat(pairs, ignore_index=True)
         return {
             "counts": pd.DataFrame(counts, columns=list(self.columns["counts"])),

@@ -357,9 +357,10 @@ class Facts(NamedTuple):
             unit = task.n_attributes ** (2 - symbols["slots"])
             new = old + unit * (new // unit % task.n_attributes - old // unit % task.n_attributes)
             questions["other attributes"] = task.spell(symbols | {"slots": (symbols["slots"] + 1) % 3})
-        changed, base = symbols | {"values": symbols["values"].scatter(1, symbols["asked"], new)}, task.spell(symbols)
+        base = task.spell(symbols)
         at = base.places[world.holder.holds].gather(1, symbols["asked"])[:, 0] + world.holder.offset
-        return cls(base, symbols["asked"][:, 0], at, new[:, 0], {"changed": task.spell(changed)} | questions)
+        changed = task.spell(symbols | {"values": symbols["values"].scatter(1, symbols["asked"], new)})
+        return cls(base, symbols["asked"][:, 0], at, new[:, 0], {"changed": changed} | questions)
 
     @torch.no_grad()
     def ask(self, world: World, writes: Tensor | None) -> dict[str, Tensor]:

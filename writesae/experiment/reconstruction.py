@@ -159,7 +159,8 @@ class Basis(NamedTuple):
             rows = rng.choice(len(writes[-1]), min(per_sequence, len(writes[-1])), replace=False)
             drawn.append(writes[-1].rows(np.sort(rows).tolist()))
             means.append(matrices_of(recurrence, lab.hook.target).flatten(1).double().mean(0))
-        every, pca = joined(writes), fit_pca(joined(drawn).rows(slice(n_writes)), n_components)
+        pca = fit_pca(joined(drawn).rows(slice(n_writes)), n_components)
+        every = joined(writes)
         mean = mean_write(every.keys.flatten(0, 1), every.values.flatten(0, 1), MEAN_ENERGY)
         return cls(pca, mean, torch.stack(means).mean(0).to(pca.mean))
 

@@ -70,7 +70,10 @@ def token_text(model: HookedRecurrent, token: int) -> str:
 
 def special_tokens(model: HookedRecurrent) -> set[int]:
     """Ids that text does not consist of: padding, begin and end."""
-    config, names = model.hf_model.config, ("pad_token_id", "bos_token_id", "eos_token_id")
-    found = [getattr(model.tokenizer, "all_special_ids", None), *(getattr(config, name, None) for name in names)]
+    config = model.hf_model.config
+    found = [
+        getattr(model.tokenizer, "all_special_ids", None),
+        *(getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")),
+    ]
     lists = (each if isinstance(each, (list, tuple)) else [each] for each in found)
     return {token for each in lists for token in each if token is not None}

@@ -122,7 +122,8 @@ class Facts:
         often = often[(lab.atoms(often).norm() > 0).cpu().numpy()]
         lab.skipped["atoms with fewer firings than min_firings, or zero"] = len(alive) - len(often)
         lab.facts = {"n_alive": len(alive), "n_frequent": len(often)}
-        needed, rng = f"each must fire {settings.min_firings} times on this text", np.random.default_rng(settings.seed)
+        needed = f"each must fire {settings.min_firings} times on this text"
+        rng = np.random.default_rng(settings.seed)
         self.number: Integers = np.unique(
             picked(often, settings.atoms, settings.n_atoms or None, rng, needed, self.firings)
         )
