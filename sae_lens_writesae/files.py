@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from safetensors import SafetensorError
 
@@ -23,16 +23,12 @@ def atomic_write(target: Path, write: Callable[[Path], object]) -> Path:
     """
     with named_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        aside = Path(name)
+        aside = target.with_name(f".{target.name}.{uuid4().hex}")
         try:
             write(aside)
-            aside.chmod(0o644)
             os.replace(aside, target)
-        except BaseException:
+        finally:
             aside.unlink(missing_ok=True)
-            raise
     return target
 
 

@@ -135,8 +135,7 @@ IN_PLACE = {
     dictionaries: {
         "files are written in place": [
             Change(ATOMIC, "write(aside)", "write(target)"),
-            Change(ATOMIC, "aside.chmod(0o644)", "target.chmod(0o644)"),
-            Change(ATOMIC, "os.replace(aside, target)", "aside.unlink()"),
+            Change(ATOMIC, "os.replace(aside, target)", "pass"),
         ],
         "dictionaries are written in place": [
             Change("writesae.dictionaries:save_dictionary", '".sae"', '"sae"'),
