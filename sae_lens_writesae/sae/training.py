@@ -260,21 +260,17 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         self.mean_batches = nn.Buffer(torch.zeros_like(self.mean_contribution, dtype=torch.long))
         """[F], batches since an atom was put where it began; 0 everywhere: there are no means."""
 
+    @torch.no_grad()
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Tensor]) -> None:
-        """Settle b_dec, and leave out what only training needs. SAELens
-        may fold norms into `W_enc` and `W_dec`: it is given both, and the factors follow."""
+        """Settle b_dec, and leave out what only training needs. SAELens may fold norms into `W_enc` and `W_dec`: it is
+        given ones, which then are what each atom and its encoder are multiplied by."""
         self.settle_b_dec()  # in place, which the tensors of state_dict see
         for name in ("n_started", "mean_input", "mean_contribution", "mean_batches"):
             del state_dict[name]
-        with torch.no_grad():
-            given = self.W_dec
-            state_dict |= {"W_enc": self.W_enc.clone(), "W_dec": given.clone()}
-            super().process_state_dict_for_saving_inference(state_dict)
-            folded = state_dict.pop("W_dec")
-            del state_dict["W_enc"]
-            if not torch.equal(folded, given):
-                scale = folded.norm(dim=1) / self.get_W_dec_norm()
-                state_dict |= self._scaled(scale, 1 / scale)
+        ones = torch.ones_like(self.get_W_dec_norm())
+        state_dict |= {"W_dec": ones[:, None], "W_enc": ones[None]}
+        super().process_state_dict_for_saving_inference(state_dict)
+        state_dict |= self._scaled(state_dict.pop("W_dec").flatten(), state_dict.pop("W_enc").flatten())
 
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save what inference needs as SAELens does, with checksums."""
