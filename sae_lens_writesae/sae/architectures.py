@@ -226,9 +226,7 @@ TRAINING: dict[str, tuple[type[TrainingSAE[Any]], type[MatrixTrainingSAEConfig]]
 
 
 # Inference first: a training config looks its inference config up.
-for _name, _pair in INFERENCE.items():
-    _pair[1]._name = _name
-    register_sae_class(_name, *_pair)
-for _name, _training in TRAINING.items():
-    _training[1]._name = _name
-    register_sae_training_class(_name, *_training)
+for _register, _classes in ((register_sae_class, INFERENCE), (register_sae_training_class, TRAINING)):
+    for _name, (_class, _config) in _classes.items():
+        _config._name = _name
+        _register(_name, _class, _config)  # pyright: ignore[reportArgumentType]  (each table has its own types)
