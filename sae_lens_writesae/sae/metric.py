@@ -84,7 +84,8 @@ class Metric:
 
     def apply_rows(self, rows: Tensor) -> Tensor:
         """A^1/2 X B^1/2 of flattened matrices [...,K*V]. Costs K V (K + V) for each."""
-        return self._rows(rows, self.key_root, self.value_root)
+        matrices = rows.unflatten(-1, (len(self.key_root), len(self.value_root)))
+        return (self.key_root.to(rows) @ matrices @ self.value_root.to(rows)).flatten(-2)
 
     def nats(self, change: LowRank) -> Tensor:
         """KL [N] that `change` of a write costs to second order: nats, over all later tokens, for an average token."""
@@ -126,12 +127,7 @@ class Metric:
         state |= {n: _moved(state[n], root) for n, root in zip(names, 2 * roots + 2 * inverses) if n in state}
         if "encoder_matrix" in state:
             state["encoder_matrix"] = self.apply_rows(state["encoder_matrix"].T).T
-        return state | {n: self._rows(state[n], *inverses) for n in ("decoder_matrix", "b_dec") if n in state}
-
-    @staticmethod
-    def _rows(rows: Tensor, key_side: Tensor, value_side: Tensor) -> Tensor:
-        matrices = rows.unflatten(-1, (len(key_side), len(value_side)))
-        return (key_side.to(rows) @ matrices @ value_side.to(rows)).flatten(-2)
+        return state | {n: self.inverse.apply_rows(state[n]) for n in ("decoder_matrix", "b_dec") if n in state}
 
 
 def _moved(vectors: Tensor, matrix: Tensor) -> Tensor:
