@@ -127,10 +127,6 @@ class MatrixSAE(SAE[Any]):
             self.encoder_matrix = nn.Parameter(khatri_rao(v, w).T.contiguous())
         else:
             self.encoder_scale = nn.Buffer(torch.ones(cfg.d_sae, **like))
-        self._begin()
-
-    def _begin(self) -> None:
-        """A class in training adds its buffers."""
 
     @property
     def n_factors(self) -> int:

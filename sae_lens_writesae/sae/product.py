@@ -138,7 +138,6 @@ class _Product(MatrixSAE):
         )
         self.key_atoms, self.key_encoder = nn.Parameter(keys), nn.Parameter(keys.clone())
         self.value_atoms, self.value_encoder = nn.Parameter(values), nn.Parameter(values.clone())
-        self._begin()
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Activations and pre-activations [...,d_sae] of [...,K*V]."""

@@ -95,6 +95,17 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
     in_metric = False
     """Whether its rows are writes that a metric has transformed (`Metric.fold` gives the autoencoder of writes)."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.n_started = nn.Buffer(torch.zeros((), dtype=torch.long, device=self.device))
+        """[], atoms that were put on rows of the first batches."""
+        self.mean_input = nn.Buffer(torch.zeros_like(self.b_dec, dtype=exact_dtype(self.b_dec)))
+        """[K*V], a running mean over batches; see `update_means`."""
+        self.mean_contribution = nn.Buffer(self.mean_input.new_zeros(self.cfg.d_sae))
+        """[F], the running mean of activations times the norms of their atoms."""
+        self.mean_batches = nn.Buffer(torch.zeros_like(self.mean_contribution, dtype=torch.long))
+        """[F], batches since an atom was put where it began; 0 everywhere: there are no means."""
+
     # ---------------------------------------------------------------------------------------- the step
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -249,16 +260,6 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         self.mean_batches.zero_()
 
     # ---------------------------------------------------------------------------------------- what is saved
-
-    def _begin(self) -> None:
-        self.n_started = nn.Buffer(torch.zeros((), dtype=torch.long, device=self.device))
-        """[], atoms that were put on rows of the first batches."""
-        self.mean_input = nn.Buffer(torch.zeros_like(self.b_dec, dtype=exact_dtype(self.b_dec)))
-        """[K*V], a running mean over batches; see `update_means`."""
-        self.mean_contribution = nn.Buffer(self.mean_input.new_zeros(self.cfg.d_sae))
-        """[F], the running mean of activations times the norms of their atoms."""
-        self.mean_batches = nn.Buffer(torch.zeros_like(self.mean_contribution, dtype=torch.long))
-        """[F], batches since an atom was put where it began; 0 everywhere: there are no means."""
 
     @torch.no_grad()
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Tensor]) -> None:
