@@ -134,7 +134,7 @@ class _Pursuit(MatrixSAE):
     A, and then this is SAELens' encoder on atoms of any norm; `Metric.fold` gives E = (metric) A, so that the choice
     and the coefficients are those of the metric."""
 
-    W_enc = MatrixSAE.W_enc  # SAELens' class has one too
+    W_enc = MatrixSAE.W_enc  # pyright: ignore  (SAELens' class has one too)
 
     def encode(self, x: Tensor) -> Tensor:
         """Activations [...,F] of [...,K*V]. Costs k F K V."""

@@ -114,6 +114,11 @@ class MatrixSAE(SAE[Any]):
         cfg, like = self.cfg, {"dtype": self.dtype, "device": self.device}
         norm = getattr(cfg, "decoder_init_norm", None) or math.sqrt(2.0)
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in, **like))
+        self._start(norm, **like)
+
+    def _start(self, norm: float, **like: Any) -> None:
+        """Random parameters of both sides."""
+        cfg = self.cfg
         start = LowRank(*(torch.randn(cfg.d_sae, cfg.rank, size, **like) for size in (cfg.d_k, cfg.d_v)))
         scale = (norm / start.norm()).sqrt()[:, None, None]
         v, w = start.keys * scale, start.values * scale
@@ -133,26 +138,23 @@ class MatrixSAE(SAE[Any]):
         """How many atoms are free of each other: all, unless they are made of fewer shared factors."""
         return int(self.cfg.d_sae)
 
-    def _decoder(self) -> Tensor:
-        return (
-            self._once("W_dec", lambda: khatri_rao(self.v, self.w))
-            if self.cfg.decoder == "rank"
-            else self.decoder_matrix
-        )
+    # SAELens declares these two as parameters.
+    @property
+    def W_dec(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """[F,K*V], computed from the factors: what is written to its `.data` is lost. Costs F*R*K*V, and F*K*V numbers
+        of memory, once in a training step."""
+        if self.cfg.decoder == "flat":
+            return self.decoder_matrix
+        return self._once("W_dec", lambda: khatri_rao(self.v, self.w))
 
-    def _encoder(self) -> Tensor:
+    @property
+    def W_enc(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """[K*V,F], computed like `W_dec`."""
         if self.cfg.encoder == "dense":
             return self.encoder_matrix
         if self.cfg.encoder == "tied":
             return self._once("W_enc", lambda: self.W_dec.T * self.encoder_scale)
         return self._once("W_enc", lambda: khatri_rao(self.v_enc, self.w_enc).T)
-
-    # Any, because SAELens declares these two as parameters.
-    W_dec: Any = property(_decoder)
-    """[F,K*V], computed from the factors: what is written to its `.data` is lost. Costs F*R*K*V, and F*K*V numbers of
-    memory, once in a training step."""
-    W_enc: Any = property(_encoder)
-    """[K*V,F], computed like `W_dec`."""
 
     def _once(self, name: str, build: Callable[[], Tensor]) -> Tensor:
         kept = {} if self._built is None or not torch.is_grad_enabled() else self._built

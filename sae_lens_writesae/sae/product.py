@@ -127,14 +127,11 @@ class _Product(MatrixSAE):
     def n_factors(self) -> int:
         return max(self.cfg.f_key, self.cfg.f_value)
 
-    def initialize_weights(self) -> None:
-        """Random sides, the encoder equal to the decoder; atoms have norm `decoder_init_norm`."""
-        cfg, like = self.cfg, {"dtype": self.dtype, "device": self.device}
-        scale = math.sqrt(getattr(cfg, "decoder_init_norm", None) or math.sqrt(2.0))
-        self.b_dec = nn.Parameter(torch.zeros(cfg.d_in, **like))
+    def _start(self, norm: float, **like: Any) -> None:
+        """Random sides, the encoder equal to the decoder."""
         keys, values = (
-            scale * normalize(torch.randn(*shape, **like), dim=1)
-            for shape in ((cfg.f_key, cfg.d_k), (cfg.f_value, cfg.d_v))
+            math.sqrt(norm) * normalize(torch.randn(*shape, **like), dim=1)
+            for shape in ((self.cfg.f_key, self.cfg.d_k), (self.cfg.f_value, self.cfg.d_v))
         )
         self.key_atoms, self.key_encoder = nn.Parameter(keys), nn.Parameter(keys.clone())
         self.value_atoms, self.value_encoder = nn.Parameter(values), nn.Parameter(values.clone())
@@ -192,13 +189,7 @@ class _Product(MatrixSAE):
 class WriteProductSAE(_Product):
     """Products of key atoms and value atoms, for inference."""
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Activations [...,d_sae] of [...,K*V]."""
-        return self.encode_with_hidden_pre(x)[0]
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        """Reconstructions [...,K*V] of activations [...,d_sae]."""
-        return self.run_time_activation_norm_fn_out(self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec))
+    encode, decode = cast(Any, (TrainingSAE.encode, TrainingSAE.decode))  # SAELens has them in training alone
 
 
 class _SideStep(TrainingSAE[Any]):
