@@ -202,23 +202,21 @@ class MatrixSAE(SAE[Any]):
         They get the mean norm of the atoms where `alive` [F] on either side, and encoder biases of 0.
         """
         alive = alive if bool(alive.any()) else ~alive
-        sizes = self.decoder_norm()[alive].mean().sqrt(), self.encoder_norm()[alive].mean().sqrt()
-        for (left, right, matrix), size in zip(_SIDES, sizes):
-            if left in self._parameters:
-                self.get_parameter(left).data[indices] = (atoms.keys * size).to(self.b_dec)
-                self.get_parameter(right).data[indices] = (atoms.values * size).to(self.b_dec)
-            elif matrix in self._parameters:
-                whole = self.get_parameter(matrix).data
-                rows = whole if matrix == "decoder_matrix" else whole.T
-                rows[indices] = (atoms.dense().flatten(1) * size**2).to(self.b_dec)
-        for name in {"b_enc", "b_gate", "b_mag", "r_mag"} & self._parameters.keys():
-            self.get_parameter(name).data[indices] = 0
+        a, b = (norm[alive].mean().sqrt() for norm in (self.decoder_norm(), self.encoder_norm()))
+        new = {"v": atoms.keys * a, "w": atoms.values * a, "v_enc": atoms.keys * b, "w_enc": atoms.values * b}
+        new |= dict.fromkeys(("b_enc", "b_gate", "b_mag", "r_mag"), torch.zeros(()))
+        if {"decoder_matrix", "encoder_matrix"} & self._parameters.keys():
+            dense = atoms.dense().flatten(1)
+            new |= {"decoder_matrix": dense * a**2, "encoder_matrix": dense * b**2}
+        for name in new.keys() & self._parameters.keys():
+            rows = self.get_parameter(name).data
+            (rows.T if name == "encoder_matrix" else rows)[indices] = new[name].to(rows)
 
     @torch.no_grad()
     def balance_factors(self) -> None:
         """Give both factors of every term the same norm. The atoms do not change, and Adam's steps, which have one size
         for all parameters, then turn both sides equally."""
-        for left, right, _ in _SIDES:
+        for left, right in (("v", "w"), ("v_enc", "w_enc")):
             if left in self._parameters:
                 v, w = self.get_parameter(left), self.get_parameter(right)
                 ratio = (w.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True)).sqrt()
@@ -246,16 +244,11 @@ class MatrixSAE(SAE[Any]):
     def _scaled(self, decoder: Tensor, encoder: Tensor) -> dict[str, Tensor]:
         """State-dict entries in which every atom is multiplied by `decoder` and its encoder by `encoder`, both
         positive, [F] or []."""
-        out: dict[str, Tensor] = {}
-        for (left, right, _), scale in zip(_SIDES, (decoder, encoder)):
-            out |= {n: self.get_parameter(n) * scale.sqrt()[..., None, None] for n in (left, right) if hasattr(self, n)}
-        if self.cfg.decoder == "flat":
-            out["decoder_matrix"] = self.decoder_matrix * decoder[..., None]
-        if self.cfg.encoder == "dense":
-            out["encoder_matrix"] = self.encoder_matrix * encoder
-        elif self.cfg.encoder == "tied":  # it reads the decoder, and so has its factor already
-            out["encoder_scale"] = self.encoder_scale * encoder / decoder
-        return out
+        v, v_enc = decoder.sqrt()[..., None, None], encoder.sqrt()[..., None, None]
+        scales = {"v": v, "w": v, "decoder_matrix": decoder[..., None]}
+        scales |= {"v_enc": v_enc, "w_enc": v_enc, "encoder_matrix": encoder}
+        scales["encoder_scale"] = encoder / decoder  # a tied encoder reads the decoder, and so has its factor already
+        return {name: x * scales[name] for name, x in self.state_dict().items() if name in scales}
 
     @torch.no_grad()
     def _scale_in_place(self, decoder: Tensor, encoder: Tensor) -> None:
@@ -311,10 +304,6 @@ class MatrixSAE(SAE[Any]):
         sae.load_state_dict(weights, assign=True)
         sae.cfg.device = self.cfg.device
         return sae.to(self.device)
-
-
-_SIDES = (("v", "w", "decoder_matrix"), ("v_enc", "w_enc", "encoder_matrix"))
-"""Parameters of the decoder and of the encoder: two factors, or one matrix."""
 
 
 def khatri_rao(v: Tensor, w: Tensor) -> Tensor:
