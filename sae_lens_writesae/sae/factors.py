@@ -181,11 +181,8 @@ class Collection:
 
     def _map(self, name: str) -> Mapped:
         if name not in self._mapped:
-            parts: list[Tensor] = []
-            for shard in _spans(self._index):
-                with safe_open(self._sealed.file(shard), framework="pt") as file:
-                    parts.append(file.get_tensor(name))
-            self._mapped[name] = Mapped(parts)
+            files = (safe_open(self._sealed.file(shard), framework="pt") for shard in _spans(self._index))
+            self._mapped[name] = Mapped([file.get_tensor(name) for file in files])
         return self._mapped[name]
 
 
