@@ -116,8 +116,7 @@ def check_hook(model: HookedRecurrent, name: str, sae: SAEConfig, where: str = "
         UnknownHookError: the model has no such hook; names the nearest.
         ValueError: it has other sizes; the message has both, and `where` the SAE is from.
     """
-    if name not in model.mod_dict:
-        model.check_hook_name(name)
+    model.check_hook_name(name)
     if match := _HOOK_NAME.fullmatch(name):
         shape = model.cfg.layer(int(match[1]))
         found = getattr(sae, "d_k", shape.K), getattr(sae, "d_v", shape.V), sae.d_in
