@@ -27,7 +27,7 @@ from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from sae_lens_writesae.atom.low_rank import Index, LowRank
+from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig, require
 from sae_lens_writesae.sae.training import MAX_COSINE, MatrixTrainingSAE, MatrixTrainingSAEConfig, draw_rows
 
@@ -145,13 +145,6 @@ class _Product(MatrixSAE):
         row = grid.take_along_dim(best // self.cfg.f_value, -2).squeeze(-2)
         active = _strongest(column, self.cfg.k_key)[..., None] & _strongest(row, self.cfg.k_value)[..., None, :]
         return self.hook_sae_acts_post(torch.where(active, grid, 0).clamp_min(0).flatten(-2)), pre
-
-    @torch.no_grad()
-    def atoms(self, indices: Index = slice(None), rank: int | None = None) -> LowRank:
-        """Decoder atoms a_i c_j^T as matrices of rank one, which they are whatever `rank` says."""
-        numbers = torch.arange(self.cfg.d_sae, device=self.device)[indices]
-        keys = self.key_atoms[numbers // self.cfg.f_value]
-        return LowRank.rank_one(keys, self.value_atoms[numbers % self.cfg.f_value])
 
     @torch.no_grad()
     def replace_atoms(self, indices: Tensor, atoms: LowRank, alive: Tensor) -> None:
