@@ -46,13 +46,6 @@ MODEL_CLASS_NAME = "HookedRecurrent"
 
 # ------------------------------------------------------------------------------------------------ models by name
 
-_LOADERS = (
-    sae_lens.load_model,
-    sae_lens.llm_sae_training_runner,
-    sae_lens.cache_activations_runner,
-    sae_lens.multi_sae_training_runner,
-)
-"""The modules that bind `load_model` by name."""
 _load_model: Callable[..., HookedRootModule] = sae_lens.load_model.load_model
 
 
@@ -71,7 +64,12 @@ def load_model(
     return _load_model(model_class_name, model_name, device, model_from_pretrained_kwargs, **kwargs)
 
 
-for _module in _LOADERS:
+for _module in (  # those that bind it by name
+    sae_lens.load_model,
+    sae_lens.llm_sae_training_runner,
+    sae_lens.cache_activations_runner,
+    sae_lens.multi_sae_training_runner,
+):
     _module.load_model = load_model  # type: ignore[attr-defined]
 
 # ------------------------------------------------------------------------------------------------ configs and data
