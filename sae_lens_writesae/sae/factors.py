@@ -40,6 +40,7 @@ from hookpoints.files import CHECKSUMS, SealedFolder, file_hash, read_json
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.files import atomic_text, atomic_write, free_bytes, size_text
+from sae_lens_writesae.sae.matrix import require
 from sae_lens_writesae.sae.target import HeadTarget, Target, head_target
 
 INDEX = "index.json"
@@ -237,11 +238,12 @@ def collect(
     the weights for their hash. Memory: a shard, a batch of one layer's factors, and the token ids.
     """
     folder = Path(folder)
-    if not layers or not targets or dtype not in ("auto", *get_args(FactorDtype)):
-        raise ValueError(
-            f"collect: expected layers, targets, and dtype auto, float16, bfloat16 or float32, got {list(layers)}, "
-            f"{list(targets)} and {dtype!r}"
-        )
+    require(
+        bool(layers and targets) and dtype in ("auto", *get_args(FactorDtype)),
+        "layers, targets, dtype",
+        (list(layers), list(targets), dtype),
+        "one layer or more, one target or more, and auto, float16, bfloat16 or float32",
+    )
     chosen = {layer: sorted({*(heads or range(model.cfg.layer(layer).H))}) for layer in sorted({*layers})}
     for layer, numbers in chosen.items():
         for head, target in product(numbers, targets):
@@ -299,12 +301,13 @@ def _batch_size(model: HookedRecurrent, n_layers: int, n_tokens: int, asked: int
     each = n_tokens * (4 * (_COPIES + 2 * n_layers) * widest + other)
     size = asked or max(1, int(BATCH_BYTES["cuda" if cuda else "cpu"] // each))
     free = torch.cuda.mem_get_info(cfg.device)[0] if cuda else psutil.virtual_memory().available
-    if size * each > free:
-        raise ValueError(
-            f"batch_size: expected at most {free // each} sequences of {n_tokens} tokens, for which {cfg.device} has "
-            f"{size_text(free)} free, got {size} ({size_text(size * each)}); take a smaller batch (batch_size) or "
-            "shorter sequences (context_size)"
-        )
+    require(
+        size * each <= free,
+        "batch_size",
+        size,
+        f"at most {free // each} sequences of {n_tokens} tokens, for which {cfg.device} has {size_text(free)} free ("
+        f"not {size_text(size * each)}); take a smaller batch or shorter sequences (context_size)",
+    )
     return size
 
 
@@ -324,11 +327,12 @@ def _sequences(model: HookedRecurrent, text: Tensor | Dataset, context_size: int
             rows = (torch.as_tensor(ids)[:context_size] for ids in values)
     wanted = None if n_tokens is None else n_tokens // context_size
     taken = list(islice(rows, wanted))
-    if not taken or len(taken) < (wanted or 1) or taken[0].ndim != 1 or taken[0].is_floating_point():
-        raise ValueError(
-            f"text: expected {wanted or 'some'} sequences [{context_size}] of integers, got {len(taken)} of "
-            f"{[(row.dtype, list(row.shape)) for row in taken[:1]]}; take a longer text, or fewer tokens (n_tokens)"
-        )
+    require(
+        len(taken) >= (wanted or 1) and taken[0].ndim == 1 and not taken[0].is_floating_point(),
+        "text",
+        f"{len(taken)} of {[(row.dtype, list(row.shape)) for row in taken[:1]]}",
+        f"{wanted or 'some'} sequences [{context_size}] of integers; take a longer text, or fewer tokens (n_tokens)",
+    )
     return torch.stack(taken).to("cpu", torch.int32)
 
 

@@ -21,7 +21,7 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.matrix import MatrixSAE
+from sae_lens_writesae.sae.matrix import MatrixSAE, require
 
 DAMPING = 0.05
 """Share of the identity in A and in B. Undamped condition numbers reach the thousands; between 0.001 and 0.2 the
@@ -138,6 +138,5 @@ def _moved(vectors: Tensor, matrix: Tensor) -> Tensor:
 def _roots(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
     """The symmetric root and its inverse."""
     values, vectors = torch.linalg.eigh(((matrix + matrix.mT) / 2).double().cpu())
-    if not bool(values[0] > 0):
-        raise ValueError(f"the {what} of a metric must be positive, its least eigenvalue is {float(values[0]):.3g}")
+    require(bool(values[0] > 0), f"least eigenvalue of the {what}", float(values[0]), "positive")
     return (vectors * values.sqrt()) @ vectors.mT, (vectors / values.sqrt()) @ vectors.mT
