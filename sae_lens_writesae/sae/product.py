@@ -37,8 +37,8 @@ above the rounding of half precision."""
 
 
 @dataclass(kw_only=True)
-class _ProductConfig(MatrixSAEConfig):
-    """Fields of both configs.
+class WriteProductSAEConfig(MatrixSAEConfig):
+    """Inference config of `writesae_product`, whose fields that of training has too.
 
     Raises:
         ValueError: d_sae is not f_key * f_value, more atoms are to be active than there are, or an option that
@@ -78,12 +78,7 @@ class _ProductConfig(MatrixSAEConfig):
 
 
 @dataclass
-class WriteProductSAEConfig(_ProductConfig):
-    """Inference config of `writesae_product`."""
-
-
-@dataclass
-class WriteProductTrainingSAEConfig(_ProductConfig, MatrixTrainingSAEConfig):
+class WriteProductTrainingSAEConfig(WriteProductSAEConfig, MatrixTrainingSAEConfig):
     """Training config of `writesae_product`."""
 
     unit_norm_every: int = 0
@@ -108,7 +103,7 @@ class _Product(MatrixSAE):
     [K*V], and what differs for products of sides. `v`, `w`, `v_enc`, `w_enc` are computed for each pair, [d_sae,1,K]
     and [d_sae,1,V]."""
 
-    cfg: WriteProductSAEConfig | WriteProductTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    cfg: WriteProductSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     v: Any = property(lambda self: self._pairs(self.key_atoms[:, None]))
     w: Any = property(lambda self: self._pairs(self.value_atoms))
     v_enc: Any = property(lambda self: self._pairs(self.key_encoder[:, None]))
