@@ -52,9 +52,8 @@ def atomic_text(target: Path, text: str) -> Path:
 
 
 def free_bytes(folder: Path) -> int:
-    """Room on the disk on which a folder is or would be made."""
-    resolved = folder.resolve()
-    return shutil.disk_usage(next(path for path in (resolved, *resolved.parents) if path.exists())).free
+    """Room on the disk on which a folder is."""
+    return shutil.disk_usage(folder).free
 
 
 def size_text(n: float) -> str:
