@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any, NamedTuple, Self, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.architectures import WriteBatchTopKTrainingSAE
@@ -113,9 +113,7 @@ class StateStack(Stack):
             parts.append(States(start, met.exp(), keys, values, between.repeat(1, 1, len(chunk.values), 1)))
         return States(*(torch.cat(side).to(like) for side in zip(*parts)))
 
-    def losses(
-        self, p: dict[str, nn.Parameter], batch: Sequence[Any], ks: Sequence[int], dead: Tensor | None = None
-    ) -> Step:
+    def losses(self, p: dict[str, Tensor], batch: Sequence[Any], ks: Sequence[int], dead: Tensor | None = None) -> Step:
         self.optimizer.zero_grad()
         done, sae = gradients(p, batch[0], self.cfg, dead), self.saes[0]
         if p is self.p and isinstance(sae, WriteBatchTopKTrainingSAE):
@@ -128,7 +126,7 @@ class StateStack(Stack):
         return rows.dense().flatten(1)
 
 
-def gradients(p: dict[str, nn.Parameter], rows: States, cfg: Config, dead: Tensor | None = None) -> Step:
+def gradients(p: dict[str, Tensor], rows: States, cfg: Config, dead: Tensor | None = None) -> Step:
     """One step of one dictionary (M = 1), as `fast.gradients`: scores of all atoms in chunks, and the loss of those
     that SAELens' TopK or BatchTopK selects on the states of some rows at a time. Adds to the gradients of `p`."""
     (_, F, R, K), V, (P, done) = p["v"].shape, p["w"].shape[3], (rows.since.shape[1], list[tuple[Tensor, Tensor]]())

@@ -153,7 +153,7 @@ class Step(NamedTuple):
 
 
 def gradients(
-    p: dict[str, nn.Parameter],
+    p: dict[str, Tensor],
     keys: Tensor,
     values: Tensor,
     ks: Sequence[int],
@@ -258,7 +258,7 @@ def _select(
 
 
 def with_aux(
-    p: dict[str, nn.Parameter],
+    p: dict[str, Tensor],
     of_rows: Callable[[Tensor, Tensor], Tensor],
     dense: Callable[[], Tensor],
     step: Step,
@@ -355,8 +355,7 @@ class Stack:
         self.saes = [new_sae(cfg, metric) for cfg, _, metric in members]
         self.runner, self.cfg = self.configs[0], cast("Config", self.saes[0].cfg)
         self.ks = [int(cfg.sae.k) for cfg in self.configs]
-        every = zip(*(sae.named_parameters() for sae in self.saes))
-        self.p = {same[0][0]: nn.Parameter(torch.stack([x.data for _, x in same])) for same in every}
+        self.p: dict[str, Tensor] = torch.func.stack_module_state(self.saes)[0]
         for (m, sae), (name, x) in product(enumerate(self.saes), self.p.items()):
             sae.get_parameter(name).data = x.data[m]
         self.scales = [1.0] * len(members)
@@ -395,7 +394,7 @@ class Stack:
         return (metric.move(part) if metric else part) * self.scales[m]
 
     def losses(
-        self, p: dict[str, nn.Parameter], batch: Sequence[LowRank], ks: Sequence[int], dead: Tensor | None = None
+        self, p: dict[str, Tensor], batch: Sequence[LowRank], ks: Sequence[int], dead: Tensor | None = None
     ) -> Step:
         """A step on N rows of each dictionary; puts the gradients of its losses into the parameters `p`. The loss of
         `dead` atoms [M,F] is among them, where they are given."""
