@@ -12,6 +12,9 @@ from uuid import uuid4
 
 from safetensors import SafetensorError
 
+SAVE_SECONDS = 60.0
+"""Time between two writes of what is not finished: what a kill may lose, and one batch."""
+
 
 def atomic_write(target: Path, write: Callable[[Path], object]) -> Path:
     """Call `write` with a file in the folder of `target`, then rename that file; after an exception nothing is left.

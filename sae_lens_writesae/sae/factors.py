@@ -39,7 +39,7 @@ from hookpoints import HookedRecurrent, Recurrence
 from hookpoints.files import CHECKSUMS, SealedFolder, file_hash, read_json
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import DiskTooSmallError
-from sae_lens_writesae.files import atomic_text, atomic_write, free_bytes, size_text
+from sae_lens_writesae.files import SAVE_SECONDS, atomic_text, atomic_write, free_bytes, size_text
 from sae_lens_writesae.sae.matrix import require
 from sae_lens_writesae.sae.target import HeadTarget, Target, head_target
 
@@ -48,8 +48,6 @@ FORMAT = 2
 """Version of the files."""
 SHARD_BYTES = 64e6
 """Size of a shard at most, about; what is held in memory."""
-SAVE_SECONDS = 60.0
-"""What a kill may lose, and one batch."""
 BATCH_BYTES = {"cpu": 200e6, "cuda": 2e9}
 """Memory that a batch may take by itself, counted as in `_COPIES`, which is more than most take. At the sizes of
 Qwen3.5-0.8B more tokens are no faster on a core: 280 a second in batches of 512, 210 in batches of 4096."""

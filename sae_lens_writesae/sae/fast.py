@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from hookpoints.scopes import threads_for
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.files import atomic_write
+from sae_lens_writesae.files import SAVE_SECONDS, atomic_write
 from sae_lens_writesae.sae.matrix import khatri_rao, require
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import matrices, new_sae, seeded, shuffled, train_on_rows, wandb_run
@@ -46,8 +46,6 @@ MAX_STACK = 32
 """Dictionaries of one stack: more save nothing, and would hold their scores all at once."""
 BLOCK = 2**19
 """Numbers of one block: of scores, or of a gathered factor."""
-SAVE_SECONDS = 60.0
-"""Time between two checkpoints: what a kill can lose."""
 STATES_FROM = 64 * 64
 """K V from which states are trained on in chunks: a step is then 3.8 times as fast as on matrices, and 8.6 times at
 128 x 128. At 64 x 32 it is 1.9 times, which the whole run does not keep, and explained variance is 0.007 lower: rows of
