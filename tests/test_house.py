@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
-BUDGETS = {"hookpoints": 4000, "sae_lens_writesae": 1584, "writesae": 4934, "tests": 9000, "scripts": 800}
+BUDGETS = {"hookpoints": 4000, "sae_lens_writesae": 1540, "writesae": 4830, "tests": 9000, "scripts": 820}
 """Statements, imports and docstrings not counted. To raise a number, say in the commit what was removed elsewhere."""
 MAX_DEPTH = 8
 """Longest chain of imports inside one package: a reader follows no more."""
