@@ -31,9 +31,10 @@ import frame  # noqa: E402
 from tables import table  # noqa: E402
 
 from hookpoints import HookedRecurrent, embedded  # noqa: E402
-from sae_lens_writesae import LowRank, Metric, fit_metrics, train_many_on_writes, training_config  # noqa: E402
+from sae_lens_writesae import LowRank, train_many_on_writes, training_config  # noqa: E402
 from sae_lens_writesae.files import atomic_text  # noqa: E402
 from writesae.demo import START, Demo  # noqa: E402
+from writesae.experiment import terms  # noqa: E402
 from writesae.experiment.codes import lloyd, residual_quantizer  # noqa: E402
 from writesae.experiment.pca import fit_pca  # noqa: E402
 from writesae.experiment.tokens import sample_sequences  # noqa: E402
@@ -66,45 +67,31 @@ class Code(NamedTuple):
     """[F,V] value sides of the atoms."""
 
 
-class Terms(NamedTuple):
+class Terms(terms.Terms):
     """What every code of a comparison is fitted to: the head of a shipped model that `writesae demo` chooses, its
-    writes on the training text, and its metric."""
+    writes on the training text, and its metric.
 
-    model: HookedRecurrent
-    layer: int
-    head: int
-    nats: float
-    """KL per token of deleting all writes of the head."""
-    tokens: Tensor
-    """[B,T] training text."""
-    writes: LowRank
-    """B T writes."""
-    metric: Metric
-    n_atoms: int
-    rows: int
-    """Rows that a dictionary is trained on, in epochs; quantizers and PCA are fitted to all writes."""
+    Args:
+        rows: rows that a dictionary is trained on, in epochs; quantizers and PCA are fitted to all writes.
+    """
 
-    @classmethod
-    def of(cls, name: str, sequences: int, n_atoms: int, rows: int) -> Terms:
+    def __init__(self, name: str, sequences: int, n_atoms: int, rows: int):
         model = HookedRecurrent.from_pretrained(name)
-        tokens = sample_sequences(model, embedded.text("train"), CONTEXT, sequences)
-        layer, head, _, nats = Demo().choose_head(model, tokens[:START])
-        metric = fit_metrics(model, tokens[:64], [(layer, head)])[layer, head]
-        return cls(model, layer, head, nats, tokens, writes_of(model, tokens, layer, head), metric, n_atoms, rows)
+        super().__init__(model, sample_sequences(model, embedded.text("train"), CONTEXT, sequences))
+        *self.place, _, self.nats = Demo().choose_head(model, self.tokens[:START])
+        """Layer and head; KL per token of deleting all writes of the head."""
+        self.n_atoms, self.rows = n_atoms, rows
 
     def describe(self) -> dict[str, Any]:
         """What the record says of them."""
-        numbers = self.n_atoms * sum(side.shape[2] for side in (self.writes.keys, self.writes.values))
-        own = {"rows": len(self.writes), "atoms": self.n_atoms, "numbers": numbers, "nats": self.nats}
-        return own | {"head": f"L{self.layer}H{self.head}"}
-
-    def moved(self, keys: Tensor, values: Tensor) -> LowRank:
-        """Writes in the metric."""
-        return self.metric.move(LowRank(keys, values))
+        writes = self.writes(*self.place)
+        numbers = self.n_atoms * sum(side.shape[2] for side in (writes.keys, writes.values))
+        own = {"rows": len(writes), "atoms": self.n_atoms, "numbers": numbers, "nats": self.nats}
+        return own | {"head": "L{}H{}".format(*self.place)}
 
     def codes(self) -> dict[str, Code]:
         """Dictionaries as the demo trains them, in the metric, with 1 and 4 active atoms; their rivals; and nulls."""
-        moved, generator = self.moved(self.writes.keys, self.writes.values), torch.Generator().manual_seed(0)
+        moved, generator = self.metric(*self.place).move(self.writes(*self.place)), torch.Generator().manual_seed(0)
         moved = moved.rows(torch.nonzero(moved.norm()).flatten())
         order = torch.randperm(len(moved), generator=generator)
         drawn = moved.rows(order[: self.n_atoms])
@@ -121,18 +108,21 @@ class Terms(NamedTuple):
     def trained(self, active: Sequence[int]) -> list[Code]:
         """Dictionaries with k active atoms each."""
         fields = {"d_sae": self.n_atoms, "context_size": CONTEXT, "training_tokens": self.rows, "verbose": False}
-        configs = [training_config(*self[:3], metric="gauss_newton", sae={"k": k}, **fields) for k in active]
-        saes = train_many_on_writes(configs, [self.writes] * len(active), [self.metric] * len(active))
+        fields |= {"metric": "gauss_newton"}
+        configs = [training_config(self.model, *self.place, sae={"k": k}, **fields) for k in active]
+        saes = train_many_on_writes(
+            configs, [self.writes(*self.place)] * len(active), [self.metric(*self.place)] * len(active)
+        )
         return list(map(of_sae, saes, active))
 
     def pursuit(self, stages: Sequence[LowRank], rounds: int = 1) -> Code:
         """The best code of each stage for what the codes before it leave, at its least-squares coefficient."""
         sides = (torch.cat([getattr(stage, side) for stage in stages]) for side in ("keys", "values"))
         codes, n = LowRank(*(normalize(side, dim=-1) for side in sides)), len(stages[0])
-        gram = codes.inners(codes)
+        gram, metric = codes.inners(codes), self.metric(*self.place)
 
         def encode(keys: Tensor, values: Tensor) -> Tensor:
-            left = self.moved(keys[:, None], values[:, None]).inners(codes)
+            left = metric.move(LowRank.rank_one(keys, values)).inners(codes)
             acts = torch.zeros_like(left)
             for first in [*range(0, len(codes), n)] * rounds:
                 best = first + left[:, first : first + n].abs().argmax(1, keepdim=True)
@@ -141,20 +131,14 @@ class Terms(NamedTuple):
                 left = left - gain * gram[best[:, 0]]
             return acts
 
-        return Code(encode, codes.values[:, 0] @ self.metric.value_inverse.to(codes.values))
+        return Code(encode, codes.values[:, 0] @ metric.value_inverse.to(codes.values))
 
     def pca(self, n: int) -> Code:
         """Scores of the first n components, in the metric; they have no sides."""
-        found = fit_pca(self.moved(self.writes.keys, self.writes.values), n)
-        rows = lambda k, u: self.moved(k[:, None], u[:, None]).dense().flatten(1)  # noqa: E731
+        metric = self.metric(*self.place)
+        found = fit_pca(metric.move(self.writes(*self.place)), n)
+        rows = lambda k, u: metric.move(LowRank.rank_one(k, u)).dense().flatten(1)  # noqa: E731
         return Code(lambda k, u: (rows(k, u) - found.mean) @ found.components.T, torch.empty(0, 0))
-
-
-@torch.no_grad()
-def writes_of(model: HookedRecurrent, tokens: Tensor, layer: int, head: int) -> LowRank:
-    """The writes of a head on sequences [B,T], token by token."""
-    found = [model.recurrence(batch, layer).select(heads=head) for batch in tokens.split(8)]
-    return LowRank.rank_one(*(torch.cat([getattr(r, side)[:, :, 0].flatten(0, 1) for r in found]) for side in "ku"))
 
 
 @torch.no_grad()

@@ -57,18 +57,18 @@ def measure(
     """Scores of every atom."""
     found: dict[str, Any] = {"least": least, "heads": {}}
     for name in models:
-        terms = use.Terms.of(name, sequences, n_atoms, rows)
+        terms = use.Terms(name, sequences, n_atoms, rows)
         test = use.sample_sequences(terms.model, use.embedded.text("test"), use.CONTEXT, held_out)
-        writes, head = use.writes_of(terms.model, test, terms.layer, terms.head), {}
+        writes, head = [x.writes(*terms.place) for x in (terms, use.terms.Terms(terms.model, test))], {}
         for label, code in terms.codes().items():
-            sides = ((each.keys[:, 0], each.values[:, 0]) for each in (terms.writes, writes))
+            sides = ((each.keys[:, 0], each.values[:, 0]) for each in writes)
             seen, new = ((code.encode(*each) != 0).float() for each in sides)
             kept = (seen.sum(0) >= least) & (new.sum(0) >= least)
             rates, mean = predicted(terms.tokens, seen[:, kept], test, terms.model.cfg.d_vocab)
             head[label] = scores(rates, mean, new[:, kept])
             if label == next(iter(use.RIVALS)):
                 head[NULL] = scores(rates.roll(1, 1), mean.roll(1), new[:, kept])
-        found["heads"][name] = terms.describe() | {"held out": len(writes), "codes": head}
+        found["heads"][name] = terms.describe() | {"held out": len(writes[1]), "codes": head}
     return found
 
 

@@ -36,10 +36,11 @@ def features(terms: use.Terms, codes: dict[str, use.Code], texts: list[str], lon
     from sae_probes.generate_model_activations import _process_activations
 
     hooks = ("mixer.hook_write_key", "mixer.hook_write_value", "hook_resid_post")
-    names = [f"blocks.{terms.layer}.{hook}" for hook in hooks]
+    layer, head = terms.place
+    names = [f"blocks.{layer}.{hook}" for hook in hooks]
     with contextlib.redirect_stderr(io.StringIO()):
         found = _process_activations(terms.model, texts, 32, longest, names, None, "cpu")
-    k, u = (found[name][:, terms.head] for name in names[:2])
+    k, u = (found[name][:, head] for name in names[:2])
     own = {label: code.encode(k, u) for label, code in codes.items()}
     return own | {NULL: own["WriteSAE (1 active)"], DENSE[0]: found[names[2]], DENSE[1]: torch.cat([k, u], 1)}
 
@@ -78,7 +79,7 @@ def measure(
     found: dict[str, Any] = settings | {"data sets": names[::every], "heads": {}}
     mixed = torch.randperm(n_train, generator=torch.Generator().manual_seed(0))
     for name in models:
-        terms = use.Terms.of(name, sequences, n_atoms, rows)
+        terms = use.Terms(name, sequences, n_atoms, rows)
         codes, rates = terms.codes() | {"PCA": terms.pca(max(ks))}, dict[str, dict[str, list[float]]]()
         for data in names[::every]:
             chosen = get_train_test_indices(get_yvals(data), n_train, n_test)

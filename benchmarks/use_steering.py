@@ -58,11 +58,11 @@ def ways(
     terms: use.Terms, codes: dict[str, use.Code], chosen: list[int]
 ) -> dict[str, Callable[[int, float], Steering]]:
     """Each way to steer toward the n-th target at a strength."""
-    model, layer, head = terms.model, terms.layer, terms.head
+    model, (layer, head) = terms.model, terms.place
     name, generator = f"blocks.{layer}.hook_resid_post", torch.Generator().manual_seed(0)
     texts = terms.tokens[:, :-1]
     residual = torch.cat([model.run_with_cache(each, names_filter=[name])[1][name] for each in texts.split(8)])
-    u = terms.writes.values[:, 0].unflatten(0, terms.tokens.shape)[:, :-1]
+    u = terms.writes(layer, head).values[:, 0].unflatten(0, terms.tokens.shape)[:, :-1]
     toward = torch.stack([value_direction(model, layer, head, each) for each in chosen])
 
     def means(x: Tensor) -> list[Tensor]:
@@ -116,7 +116,7 @@ def measure(
     """Effects of every way and target."""
     found: dict[str, Any] = {"often": often, "heads": {}}
     for name in models:
-        terms = use.Terms.of(name, sequences, n_atoms, rows)
+        terms = use.Terms(name, sequences, n_atoms, rows)
         model, chosen = terms.model, targets(terms, n_targets, often)
         texts = (use.sample_sequences(model, use.embedded.text(part), 64, n_texts) for part in ("train", "test"))
         train, test = ((each, model(each).log_softmax(-1).detach()) for each in texts)

@@ -12,7 +12,7 @@ import use
 import use_detection
 import use_steering
 
-from sae_lens_writesae import LowRank, Metric, steer, train_on_writes, training_config
+from sae_lens_writesae import steer, train_on_writes, training_config
 
 
 def test_the_page_is_made_of_the_records():
@@ -23,21 +23,23 @@ def test_the_page_is_made_of_the_records():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", use.NAMES)
 def test_each_measurement_runs_from_end_to_end(name, tmp_path):
-    pytest.importorskip("sae_probes" if name == "probes" else "torch")
+    if name == "probes":
+        pytest.importorskip("sae_probes")
     use.run(name, tmp_path, quick=True)
     assert f"## {name.title()}\n\n**Small sizes**" in use.page(tmp_path)
 
 
-def test_codes_have_the_sizes_of_their_names_and_that_of_a_dictionary_is_its_own(embedded):
-    sides = torch.randn(512, 96, generator=torch.Generator().manual_seed(0)).split([64, 32], 1)
-    metric = Metric.of(torch.diag(torch.linspace(0.5, 1.5, 64)), torch.eye(32), 1.0, 0.1, 1)
-    terms = use.Terms(embedded, 2, 0, 1.0, torch.zeros(4, 128), LowRank.rank_one(*sides), metric, 16, 1024)
+def test_codes_have_the_sizes_of_their_names_and_that_of_a_dictionary_is_its_own():
+    terms = use.Terms("embedded", 4, 16, 1024)
+    writes, metric = terms.writes(*terms.place), terms.metric(*terms.place)
+    sides = writes.keys[:, 0], writes.values[:, 0]
     for label, code in terms.codes().items():
         active = (code.encode(*sides) != 0).sum(1).max()
         assert code.values.shape == (16, 32) and 0 < active <= (1 if "(1 active)" in label else 4), label
-    config = training_config(embedded, 2, 0, metric="gauss_newton", d_sae=16, sae={"k": 4}, training_tokens=1024)
+    fields = {"metric": "gauss_newton", "d_sae": 16, "training_tokens": 1024}
+    config = training_config(terms.model, *terms.place, sae={"k": 4}, **fields)
     sae = train_on_writes(config, *sides, metric=metric)
-    found, rows = use.of_sae(sae.eval(), 4).encode(*sides), terms.writes.dense().flatten(1)
+    found, rows = use.of_sae(sae.eval(), 4).encode(*sides), writes.dense().flatten(1)
     torch.testing.assert_close(found, sae.encode(rows), atol=1e-5, rtol=1e-5)
 
 
