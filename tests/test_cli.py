@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -16,6 +18,7 @@ import torch
 import transformers
 from saes import make_sae
 from sealing import reseal
+from torch.utils.flop_counter import FlopCounterMode
 
 from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
@@ -213,6 +216,7 @@ def test_dictionaries_of_two_models_are_refused(
 TINY = ["--d-sae", "16", "--k", "4", "--training-tokens", "512", "--context-size", "128"]
 SIGN = ["--n-positions", "2", "--no-control-dictionaries"]
 ONE_ATOM = ["--n-atoms", "1", "--min-firings", "1"]
+ONE_FIRING = ["--n-atoms", "1", "--firings-per-atom", "1", "--no-control-dictionaries", "--controls", "random"]
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +224,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `train`, `demo` and `reproduce` write, at tiny sizes: the last as its workflow does, by commands."""
     root = tmp_path_factory.mktemp("folders")
     main(["train", *HEAD, *TINY, "--no-summary", "--out", str(root / "trained")])
-    few = ["--n-atoms", "6", "--facts", "0", "--eval-sequences", "2"]
+    few = [*ONE_FIRING[:4], "--facts", "0", "--eval-sequences", "2"]
     main(["demo", *HEAD, *TINY[:2], *TINY[4:], "--train-sequences", "8", *few, "--out", str(root / "demo")])
     collection = ["--model", "embedded", "--layer", "2", "--heads", "0", "1", "--n-tokens", "1024"]
     main(["collect", *collection, "--out", str(root / "reproduced/collection")])
@@ -234,7 +238,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "written"),
     [
-        (["eval", "sign", "FOLDER", "--collection", "FOLDER", *COUNTS, *SIGN], "report.html"),
+        (["eval", "substitution", "FOLDER", "--collection", "FOLDER", *COUNTS, *ONE_FIRING], "report.html"),
         (["show", "FOLDER", *COUNTS, *ONE_ATOM, "--no-quality"], "index.html"),
         (["export", "FOLDER", *COUNTS, *ONE_ATOM], "batch-0.json"),
         (["report", "FOLDER"], "report.html"),
@@ -246,18 +250,33 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_what_one_command_writes_another_takes(
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    embedded: HookedRecurrent,
     folders: Path,
     tmp_path: Path,
     folder: str,
     arguments: list[str],
     written: str | None,
 ) -> None:
+    """The time that is said is that of the work: by a clock of 1000 s a sequence, and in operations within a half and
+    twice."""
     if (arguments[0], folder) == ("report", "trained"):
         pytest.skip("holds no results")
+    monkeypatch.setattr("writesae.experiment.tokens.time", SimpleNamespace(perf_counter=cycle((0, 6000)).__next__))
     out = [] if written is None else ["--out", tmp_path / ("graph.json" if arguments[0] == "prompt" else "")]
-    done = run(capsys, *(folders / folder if each == "FOLDER" else each for each in arguments), *out)
+    with FlopCounterMode(display=False) as sequence:
+        embedded(torch.arange(1, 49)[None])
+    with FlopCounterMode(display=False) as work:
+        done = run(capsys, *(folders / folder if each == "FOLDER" else each for each in arguments), *out)
     assert done.status == 0 and (written is None or any(tmp_path.rglob(written))), done.err
-    assert ("s on this machine" in done.out) == (arguments[0] in ("eval", "show", "export"))
+    said = [int(seconds) for seconds in re.findall(r"about (\d+) s on this machine", done.out)]
+    assert bool(said) == (arguments[0] in ("eval", "show", "export"))
+    assert not said or 0.45 < 1000 * work.get_total_flops() / sequence.get_total_flops() / sum(said) < 2
+
+
+def test_a_demo_of_one_firing_is_inconclusive(folders: Path) -> None:
+    claims = json.loads((folders / "demo" / "report.json").read_text())["claims"]
+    assert {claim["outcome"] for claim in claims} == {"inconclusive"}
 
 
 def test_settings_of_one_evaluation_are_flags(folders: Path) -> None:
@@ -270,7 +289,9 @@ def test_training_ends_with_what_each_dictionary_recovers(
 ) -> None:
     again = run(capsys, "train", "--collection", folders / "reproduced", *TINY, "--out", folders / "reproduced")
     tokens = sample_sequences(embedded, shipped.text("test"), 128, 8)
-    for head, line in enumerate(again.out.splitlines()[-3:-1]):
+    header, *lines, _ = again.out.splitlines()[-4:]
+    assert re.findall("explained|alive|recovered", header) == ["explained", "alive", "recovered"]
+    for head, line in enumerate(lines):
         label = f"L2H{head}/write-seed0"
         found = dictionary_quality(embedded, load_sae(folders / "reproduced" / label / "sae"), tokens)
         assert found.explained is not None and found.recovered is not None

@@ -250,6 +250,8 @@ class Substitution(Exchanging):
     def panels(self, result: Result) -> list[Figure]:
         """Where the headline's atom wins (the paper's table 13 and figure 14)."""
         wide, lines = wide_firings(result), []
+        if len(wide) < 4:  # no quartiles
+            return []
         for column, name in (("delete", "by deletion's effect"), ("cosine", "by cosine of atom and write")):
             quartile = 1 + pd.qcut(wide[column].rank(method="first"), 4, labels=False)
             wins = [Paired(rows).wins(f"atom/{self.scales[0]}", "delete") for _, rows in wide.groupby(quartile)]
