@@ -72,4 +72,4 @@ def test_a_dictionary_that_saw_more_than_its_baselines_does_not_hold(
 ) -> None:
     why, result = Terms(model, TEXT).unequal(told(model, **about)), made_up(HOLDS, controls=("drawn",))
     claim = replace(result, info=result.info | {"unequal": why}).claims()[0]
-    assert (why == "", claim.outcome) == (equal, "holds" if equal else "undecided")
+    assert (why == "", claim.outcome) == (equal, "holds" if equal else "undecided") and why in claim.sentence

@@ -114,24 +114,27 @@ def test_the_page_is_self_contained_and_figures_follow_its_colors(html: Path) ->
     assert len(figures) > 4 and len(ids) == len(set(ids))  # a clip path of one figure must not cut another
 
 
+QUANTISED = {"delete": 1.0, "atom": 0.4, "quantised": 0.1}
+
+
 @pytest.mark.parametrize(
-    ("medians", "meaning"),
+    ("medians", "unequal", "meaning"),
     [
-        (HOLDS, "that no control has"),
-        (CONFOUNDED, "The best control does as well."),
-        (
-            {"delete": 1.0, "atom": 0.4, "quantised": 0.1},
-            "A vector quantizer fitted on the same writes in the same metric does as well.",
-        ),
-        (FAILS, "too small"),
-        (NO_EFFECT, "no larger than rounding"),
+        (HOLDS, "", "that no control has"),
+        (HOLDS, "The terms are not equal.", "The terms are not equal."),
+        (CONFOUNDED, "", "The best control does as well."),
+        (QUANTISED, "", "A vector quantizer fitted on the same writes in the same metric does as well."),
+        (QUANTISED, "The terms are not equal.", "The best control does as well."),
+        (FAILS, "", "too small"),
+        (NO_EFFECT, "", "no larger than rounding"),
     ],
 )
 def test_the_first_sentences_compare_the_best_atom_with_its_best_control(
-    tmp_path: Path, medians: dict[str, float], meaning: str
+    tmp_path: Path, medians: dict[str, float], unequal: str, meaning: str
 ) -> None:
     few = FEW | {"controls": ("state", "shuffled", "quantised")}
     results = [made_up(each, label=name, floor=1e-12, **few) for name, each in (("one", WORST), ("other", medians))]
+    results[1].info["unequal"] = unequal
     first = words(write_report(results, tmp_path / "page")).partition("Dictionaries")[0].partition("Claims 1")[0]
     found = results[1].findings()[0]
     best = max(found.against, key=lambda name: found.shown[name].mean)
