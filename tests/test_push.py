@@ -95,19 +95,24 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, b
     server.server_close()
 
 
-def test_what_is_pushed_loads_by_the_lines_of_its_card(folder: Path, hub: dict[str, bytes]) -> None:
-    """SAELens and this package download it again."""
+def test_what_is_pushed_loads_by_the_lines_of_its_card(folder: Path, hub: dict[str, bytes], tmp_path: Path) -> None:
+    """SAELens and this package download it again. The checksums hold."""
     names = ["L2H0/write-seed0", "L2H1/write-seed0"]
     assert Push(folder, "me/saes").run().endswith(f"/me/saes/commit/{Hub.commit}")
     found: dict[str, Any] = {}
     for block in re.findall("```python\n(.*?)```", hub["me/saes/README.md"].decode(), re.DOTALL):
         exec(block, found)
     assert found["acts"].shape[2] == 16 and found["acts"].count_nonzero() > 0
+    for path, content in hub.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(content)
     for name in names:
-        ours, theirs = load_sae(folder / name / "sae"), SAE.from_pretrained("me/saes", name)
-        assert all((one == other).all() for one, other in zip(ours.parameters(), theirs.parameters(), strict=True))
-    of_each = ("cfg.json", "sae_weights.safetensors", "SHA256SUMS")
-    assert hub.keys() == {"me/saes/README.md", *(f"me/saes/{name}/{file}" for name in names for file in of_each)}
+        ours = load_sae(folder / name / "sae")
+        for theirs in (SAE.from_pretrained("me/saes", name), load_sae(tmp_path / "me/saes" / name)):
+            assert all((one == other).all() for one, other in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert hub.keys() == {"me/saes/README.md"} | {
+        f"me/saes/{name}/{file}" for name in names for file in ("cfg.json", "sae_weights.safetensors", "SHA256SUMS")
+    }
     assert b"PRIVATE KEY" not in b"".join(hub.values())
 
 
