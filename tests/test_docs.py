@@ -8,10 +8,11 @@ import importlib
 import inspect
 import io
 import json
-import os
+import multiprocessing
 import pkgutil
 import re
-import subprocess
+import runpy
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -72,7 +73,7 @@ def exceptions(package) -> set[str]:
     """Public exception classes that a package's modules define, found by importing them."""
     modules = [each.name for each in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
     values = [value for name in modules for value in vars(importlib.import_module(name)).values()]
-    classes = [value for value in values if inspect.isclass(value) and value.__module__ in modules]
+    classes = (value for value in values if inspect.isclass(value) and value.__module__ in modules)
     own = {each.__name__ for each in classes if issubclass(each, Exception)}
     # StopForward ends a pass inside the package; nobody else sees it.
     return {name for name in own if not name.startswith("_")} - {"StopForward"}
@@ -107,15 +108,20 @@ def test_no_page_needs_a_network():
 # -- slow: everything that is shown runs
 
 
+FRESH = multiprocessing.get_context("forkserver")
+"""Processes with the libraries that take seconds to import, and nothing of this repository."""
+FRESH.set_forkserver_preload(["sae_lens", "transformers"])
+
+
 def run_script(code: str, folder: Path) -> str:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "WANDB_MODE": "offline"}
-    script = folder / "page.py"
-    script.write_text(code)
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    """What code prints in a fresh process."""
+    start = "import sys\nsys.stdout, sys.stderr = (open(f'std{x}', 'w') for x in ('out', 'err'))\n"
+    (folder / "page.py").write_text(f"import os\nos.chdir({str(folder)!r})\n{start}{code}")
+    process = FRESH.Process(target=runpy.run_path, args=(str(folder / "page.py"), None, "__main__"))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, (folder / "stderr").read_text()[-3000:]
+    return (folder / "stdout").read_text()
 
 
 @pytest.mark.slow
@@ -159,10 +165,9 @@ def trained(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("saes")
     model, dataset = HookedRecurrent.from_pretrained("embedded"), text_dataset(embedded.text("train"))
-    wanted: dict[str, dict] = {label: {} for label in DICTIONARIES}
-    wanted |= {"state": {"target": "state"}, "seed-1": {"seed": 1}, "flat": {"sae": {"k": 8, "decoder": "flat"}}}
+    wanted: dict[str, dict] = {"my-sae": {}, "state": {"target": "state"}, "seed-1": {"seed": 1}}
+    wanted["flat"] = {"sae": {"k": 8, "decoder": "flat"}}
     for label, changes in wanted.items():
-        options = {"target": "write", "sae": {"k": 8}, "seed": 0} | changes
         cfg = training_config(
             model,
             layer=2,
@@ -175,10 +180,12 @@ def trained(tmp_path_factory) -> Path:
             n_batches_in_buffer=16,
             train_batch_size_tokens=512,
             verbose=False,
-            **options,
+            **{"target": "write", "sae": {"k": 8}, "seed": 0} | changes,
         )
         with quiet():  # SAELens warns that so short a text is read more than once
             train(cfg, model, dataset).save_inference_model(str(folder / label))
+    for label in {*DICTIONARIES} - wanted.keys():
+        shutil.copytree(folder / "my-sae", folder / label)
     return folder
 
 
