@@ -71,9 +71,8 @@ def test_names_are_listed_with_what_they_do(capsys: pytest.CaptureFixture[str], 
 
 def test_help_loads_no_torch() -> None:
     """In a process of its own, because these tests have loaded it."""
-    commands = [["--help"], ["--version"], ["eval", "--help"]]
-    commands += [["eval", "all", "--help"]]
-    commands += [[name, "--help"] for name in COMMANDS if name not in ("eval", "show", "export")]
+    others = ([name, "--help"] for name in COMMANDS if name not in ("eval", "show", "export"))
+    commands = [["--help"], ["--version"], ["eval", "--help"], ["eval", "all", "--help"], *others]
     code = f"""
 import sys
 from writesae.__main__ import main

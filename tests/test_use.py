@@ -36,9 +36,8 @@ def test_codes_have_the_sizes_of_their_names_and_that_of_a_dictionary_is_its_own
     for label, code in terms.codes().items():
         active = (code.encode(*sides) != 0).sum(1).max()
         assert code.values.shape == (16, 32) and 0 < active <= (1 if "(1 active)" in label else 4), label
-    fields = {"metric": "gauss_newton", "d_sae": 16, "training_tokens": 1024}
-    config = training_config(terms.model, *terms.place, sae={"k": 4}, **fields)
-    sae = train_on_writes(config, *sides, metric=metric)
+    fields = {"metric": "gauss_newton", "d_sae": 16, "training_tokens": 1024, "sae": {"k": 4}}
+    sae = train_on_writes(training_config(terms.model, *terms.place, **fields), *sides, metric=metric)
     found, rows = use.of_sae(sae.eval(), 4).encode(*sides), writes.dense().flatten(1)
     torch.testing.assert_close(found, sae.encode(rows), atol=1e-5, rtol=1e-5)
 

@@ -31,13 +31,11 @@ def writes(n: int = N, rank: int = 1, seed: int = 0) -> LowRank:
 
 
 def text(n: int = N, vocabulary: int = 12, seed: int = 0) -> np.ndarray:
-    ids = np.random.default_rng(seed).integers(0, vocabulary, n)
-    return tokens_and_before(torch.tensor(ids))
+    return tokens_and_before(torch.tensor(np.random.default_rng(seed).integers(0, vocabulary, n)))
 
 
 def fitted(of: LowRank, tokens: np.ndarray, n_codes: int = 20, components: int = 4, seed: int = 0) -> HeadBaselines:
-    rng = np.random.default_rng(seed)
-    return HeadBaselines.fit(of, tokens, n_codes=n_codes, components=components, rng=rng)
+    return HeadBaselines.fit(of, tokens, n_codes=n_codes, components=components, rng=np.random.default_rng(seed))
 
 
 def shrunk_by_hand(of: LowRank, tokens: np.ndarray) -> dict[int, pd.DataFrame]:

@@ -9,8 +9,7 @@ from writesae.experiment.pca import fit_pca
 
 
 def test_components_without_variance_are_left_out() -> None:
-    equal = LowRank(torch.ones(5, 1, 3), torch.ones(5, 1, 4))
-    pca = fit_pca(equal, 2)
+    pca = fit_pca(LowRank(torch.ones(5, 1, 3), torch.ones(5, 1, 4)), 2)
     assert pca.components.shape == (0, 12) and torch.equal(pca.project(torch.ones(2, 12), 2), torch.ones(2, 12))
     two = LowRank(torch.eye(3)[torch.arange(9) % 2][:, None], torch.ones(9, 1, 4))
     assert len(fit_pca(two, 4).components) == 1

@@ -206,8 +206,7 @@ def test_an_atom_of_higher_rank_shows_its_terms(
     sae = empty_sae(model, **changes)
     if n == 4:
         torch.nn.init.normal_(sae.W_dec)
-    quick = replace(SMALL, quality=False, effect_firings=0)
-    data = quick.collect(model, sae, tokens, progress=False)
+    data = replace(SMALL, quality=False, effect_firings=0).collect(model, sae, tokens, progress=False)
     page = data.atoms[0]
     sigma = torch.linalg.svdvals(sae.W_dec[page.atom].detach().view(-1, len(page.terms[0].value)))
     shares = (sigma**2 / (sigma**2).sum()).tolist()[:n]

@@ -167,8 +167,8 @@ def test_generation_and_sessions_inside_a_scope(model64, sequence):
         session = model64.edit_session(sequence)
         run = session.run([[], inner])
     assert_close(run.logits[1], edited(model64, sequence, [outer, inner])[0, 21:], rtol=0, atol=1e-10)
-    again = session.run([[], inner])  # a session keeps the edits that it was made under
-    assert_close(again.logits, run.logits, rtol=0, atol=1e-10)
+    # A session keeps the edits that it was made under.
+    assert_close(session.run([[], inner]).logits, run.logits, rtol=0, atol=1e-10)
     with pytest.raises(EditError, match="never acted"), model64.edits(edit_of("delete", 0)):
         assert_close(session.run([[], inner]).logits, run.logits, rtol=0, atol=1e-10)
 

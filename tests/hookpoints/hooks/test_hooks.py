@@ -127,8 +127,7 @@ def test_gradients_at_a_hook_match_finite_differences(model64, tokens, name):
             kept.append(x)
             return None if step is None else x + step
 
-        logits = model64.run_with_hooks(tokens[:1, :20], fwd_hooks=[(name, hook)])
-        return logits[0, -1, 5]
+        return model64.run_with_hooks(tokens[:1, :20], fwd_hooks=[(name, hook)])[0, -1, 5]
 
     (gradient,) = torch.autograd.grad(objective(), kept[0])
     with torch.no_grad():

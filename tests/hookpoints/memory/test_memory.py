@@ -163,8 +163,7 @@ def test_arithmetic_on_states(read):
     _, memory = read
     other = memory.rewind(STOP)
     assert_close(states(memory + (other - memory)), states(other))
-    half = memory.lerp(other, 0.5).state(0)
-    assert_close(half, (memory.state(0) + other.state(0)) / 2)
+    assert_close(memory.lerp(other, 0.5).state(0), (memory.state(0) + other.state(0)) / 2)
     truncated, error = memory.truncate(2).state(0), torch.linalg.svdvals(memory.state(0))[..., 2:].square().sum(-1)
     assert int(torch.linalg.matrix_rank(truncated, rtol=1e-4).max()) <= 2
     assert_close((truncated - memory.state(0)).square().sum((-1, -2)), error, rtol=1e-3, atol=1e-6)

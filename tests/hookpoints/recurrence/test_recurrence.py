@@ -145,8 +145,7 @@ def test_beta_only_saves_work(r: Recurrence) -> None:
     assert undeclared.beta is None
     same(undeclared.outputs(), r.outputs())
     same(undeclared.corrected_values(), r.corrected_values())
-    halved = r.replace(beta=r.beta / 2)
-    same(halved.outputs(), r.replace(a=r.a / 2).outputs())
+    same(r.replace(beta=r.beta / 2).outputs(), r.replace(a=r.a / 2).outputs())
 
 
 def test_writes(r: Recurrence) -> None:
