@@ -9,9 +9,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import RLock
 
 import torch
 from saes import planted
+from tqdm import tqdm
 
 from hookpoints import HookedRecurrent
 from hookpoints.files import CHECKSUMS
@@ -24,15 +26,15 @@ from writesae.evaluations import EVALUATIONS
 from writesae.experiment.suite import evaluate_all
 from writesae.files import taken
 
+tqdm.set_lock(RLock())  # its own lock is shared with forks, and stays taken where a fork is killed as it draws a bar
 Write = Callable[[HookedRecurrent, Path], object]
-SMALL = {"n_atoms": 4, "firings_per_atom": 2, "min_firings": 2, "horizon": 3}
 
 
 def results(model: HookedRecurrent, folder: Path) -> None:
     """Two evaluations of a dictionary, resuming what is there."""
     rows = torch.randint(1, 64, (12, 40), generator=torch.Generator().manual_seed(3))
-    known = [EVALUATIONS[kind] for kind in ("install", "multistep")]
-    some = [each(**{name: n for name, n in SMALL.items() if hasattr(each, name)}) for each in known]
+    small = {"install": {}, "multistep": {"n_atoms": 4, "firings_per_atom": 2}}
+    some = [EVALUATIONS[kind](**settings) for kind, settings in small.items()]
     with taken(folder, say=lambda _: None):
         saes = {"a": planted(model, rows)}
         evaluate_all(some, model, saes, rows, folder, resume=True, progress=False, say=lambda _: None)
