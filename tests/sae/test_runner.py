@@ -154,7 +154,7 @@ def test_an_sae_that_does_not_fit_is_not_attached():
 
 @pytest.mark.slow
 def test_wandb_logging_offline(embedded, dataset, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # what an earlier test logged has set the folder of the session
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     values, log = {}, wandb.Run.log
     monkeypatch.setattr(wandb.Run, "log", lambda run, data, **kwargs: (values.update(data), log(run, data, **kwargs)))
