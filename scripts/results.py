@@ -108,8 +108,9 @@ def answered(found: dict[str, list[Result]], kind: str) -> list[list[str]]:
 
 
 def at_equal_bits(results: list[Result]) -> tuple[str, str]:
-    """A table with a row for each code of writes: the median of what it recovers by each fit. And one with a row for
-    each head: the lead of the dictionary over the residual quantizer at each budget and fit, the mean over seeds."""
+    """A table with a row for each code of writes: the median over heads of what it recovers by each fit. And one with a
+    row for each head: the lead of the dictionary over the residual quantizer at each budget and fit. Each is the mean
+    over the seeds of a head."""
     rows = []
     for test, result in ((cast(Bits, result.evaluation), result) for result in results):
         for budget, way in product(test.budgets, WAYS):
@@ -117,9 +118,11 @@ def at_equal_bits(results: list[Result]) -> tuple[str, str]:
             lead = kl.recovered(ours, than=f"{RIVAL} {budget // 16}").mean
             rows += [(result.label, budget, way, name, kl.recovered(name).mean, lead) for name in (ours, *others)]
     found = pd.DataFrame(rows, columns=["head", "bits", "way", "code", "share", "lead"])
-    shares = found.pivot_table("share", ["bits", "code"], "way", "median")[list(WAYS)]
+    each_head = found.groupby(["bits", "code", "way", "head"])["share"].mean().groupby(level=["bits", "code", "way"])
     leads = found.pivot_table("lead", "head", ["bits", "way"])[list(product(found["bits"].unique(), WAYS))]
-    of_codes = [[str(bits), code, *map(percent, own)] for (bits, code), own in shares.iterrows()]
+    of_codes = [
+        [str(bits), code, *map(percent, own)] for (bits, code), own in each_head.median().unstack()[[*WAYS]].iterrows()
+    ]
     of_heads = [[*str(head).split(";"), *own] for head, own in leads.map(points).replace("+nan", "–").iterrows()]
     fits = [f"{bits} bits, {way}" for bits, way in leads.columns]
     return table(["bits", "code", *WAYS], of_codes), table(["model", "head", *fits], of_heads)
