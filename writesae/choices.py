@@ -54,7 +54,7 @@ def once_each(settings: object, some: Sequence[str], needed: Sequence[str] = ())
     for name in (*some, *needed):
         values = getattr(settings, name)
         once = len(set(map(str, values))) == len(values) and bool(values or name not in needed)
-        expect(settings, {name: (once, f"{'one or more, ' * (name in needed)}each once")})
+        expect(settings, {name: (once, f"{'one or more ' * (name in needed)}values, each once")})
 
 
 @dataclass(frozen=True, kw_only=True)
