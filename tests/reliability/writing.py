@@ -13,7 +13,7 @@ from threading import RLock
 
 import torch
 from saes import planted
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from hookpoints import HookedRecurrent
 from hookpoints.files import CHECKSUMS
@@ -26,7 +26,6 @@ from writesae.evaluations import EVALUATIONS
 from writesae.experiment.suite import evaluate_all
 from writesae.files import taken
 
-tqdm.set_lock(RLock())  # its own lock is shared with forks, and stays taken where a fork is killed as it draws a bar
 Write = Callable[[HookedRecurrent, Path], object]
 
 
@@ -106,6 +105,7 @@ def _kills(write: Write) -> Callable[[Path, int], Iterator[Comparison]]:
             folder = work / f"killed-{at}"
             if (process := os.fork()) == 0:
                 try:
+                    tqdm.get_lock().locks = [RLock()]  # forks share the lock of bars, and a kill would leave it taken
                     _Killer(at).run(write, model, folder)
                 finally:
                     os._exit(0)
