@@ -1,6 +1,6 @@
 """Codes of writes at equal bits on twelve heads, those of the page of results: `python scripts/equal_bits.py FOLDER`.
 
-FOLDER/runs/bits and FOLDER/runs/bits-64 get the results; what is there is kept. Two to three hours of one core. Codes
+FOLDER/runs/bits and FOLDER/runs/bits-64 get the results; what exists stays. Two to three hours of one core. Codes
 are fitted to 320 sequences of 128 tokens, and replace all writes of a head on 64 others.
 """
 

@@ -82,7 +82,7 @@ layers of fla, by class, of which it has no models.
 
 
 def rule_of(family: Family) -> Rule:
-    """The rule of a model type; fla has ops of its own, of which GLA's serves HGRN2 too."""
+    """The rule of a model type; fla has its own ops, of which GLA's serves HGRN2 too."""
     rules = (*RULES, replace(FLA_GLA, name="HGRN2", sizes=("head_f_dim", "head_i_dim")))
     return next(x for x in rules if x.name == family["rule"] and x.kernel_only == (family["source"] == "fla"))
 
@@ -160,7 +160,7 @@ def page(families: list[Family]) -> str:
 
 @torch.no_grad()
 def measured(model_type: str) -> Family:
-    """A family of transformers, run: each op call beside its canonical form, and logits beside the model's own."""
+    """A family of transformers, run: each op call compared with its canonical form, and logits with the model's own."""
     from conftest import VOCAB, KeepFloat64, make_hf
 
     tokens = torch.randint(1, VOCAB, (2, 70), generator=torch.Generator().manual_seed(1))

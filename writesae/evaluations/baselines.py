@@ -38,7 +38,7 @@ from writesae.verdict.format import percent, perplexity, points
 from writesae.verdict.names import NAMES, shown_name
 
 DICTIONARY_FREE = ("random", "mean", "state")
-"""Controls that need no dictionary, besides the principal components."""
+"""Controls that need no dictionary, other than the principal components."""
 
 RELEVANT = 0.1
 """Difference of two shares (win rates, dead atoms) from which on it matters, and margin by which

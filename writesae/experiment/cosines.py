@@ -47,7 +47,7 @@ def firing_cosines(
     firings, target = lab.firings(label), (lab.hook if label is None else lab.hooks[label]).target
     decoded = lab.atoms(atoms, label)
     rng = lab.rng(len(atoms))
-    # The noise has a seed of its own: a dictionary initialised under `lab.seed` would otherwise be its own null.
+    # The noise has its own seed: a dictionary initialized under `lab.seed` would otherwise be its own null.
     noise = decoded.random_like(torch.Generator().manual_seed(int(rng.integers(2**62))))
     untrained = random_units(decoded, firings.n_atoms, int(lab.rng(len(atoms), 1).integers(2**62)))
     tables = []
