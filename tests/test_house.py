@@ -17,14 +17,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
 CEILINGS = {
-    "hookpoints": 31_960,
-    "sae_lens_writesae": 15_100,
-    "writesae": 52_750,
+    "hookpoints": 32_600,
+    "sae_lens_writesae": 15_600,
+    "writesae": 54_000,
     "tests": 94_000,
     "scripts + benchmarks": 26_700,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""
-OFFENDERS = {"statement": 98, "joined": 169, "function": 26}
+OFFENDERS = {"statement": 96, "joined": 164, "function": 25}
 """How many places of each kind the three packages have. A ratchet: only ever fewer."""
 STATEMENT = 30
 """Nodes of one statement; where it is a display or a call with keywords, of its largest entry."""

@@ -150,6 +150,45 @@ class Step(NamedTuple):
     """[M] the auxiliary loss before its weight, where there are dead atoms."""
 
 
+class Biases(NamedTuple):
+    """What b_dec adds to inner products with atoms and encoder, for F atoms of M dictionaries."""
+
+    products: tuple[Tensor, Tensor, Tensor, Tensor]
+    """By `FACTORS`: each side of an atom times the matrix of the bias, [M,F,R,K] or [M,F,R,V]."""
+    of_atoms: Tensor
+    """[M,F] <A_f, B>"""
+    shift: Tensor
+    """[M,F] b_enc - <encoder atom, B>, or b_enc alone."""
+    gain: Tensor
+    """[M,F] norms of atoms, if they scale scores; else 1."""
+
+
+class Chosen(NamedTuple):
+    """The k atoms on top for each of M N rows."""
+
+    atoms: Tensor
+    """[M N,k] numbers among those of all dictionaries."""
+    code: Tensor
+    """[M N,k] coefficients, 0 where an atom is not active."""
+    active: Tensor
+    """[M N,k]"""
+    sides: tuple[Tensor, Tensor]
+    """[M N,S,k,R] inner products of the row's keys, and of its values, with those of the encoder."""
+    of_bias: Tensor
+    """[M N,k] <A_f, B>"""
+
+
+class Decoded(NamedTuple):
+    """The errors of the rows, without what the bias adds to them, and their gradients."""
+
+    errors: Tensor
+    """[M N]"""
+    by_code: Tensor
+    """[M N,k] of the mean error; 0 where an atom is not active."""
+    by_atom: Tensor
+    """[M F R,K+V] of the mean error, without what the bias adds."""
+
+
 def gradients(
     p: dict[str, Tensor],
     keys: Tensor,
@@ -166,68 +205,133 @@ def gradients(
     the gradients of |E|^2 by c, and by the sides of an atom v w^T, are 2 v^T E w, 2 c E w and 2 c E^T v. E is a sum of
     outer products of the terms of atoms and of rows (and B, which stays apart): M F R + M N S terms.
     """
-    (M, N, S, K), (F, R, V), k = keys.shape, p["w"].shape[1:], max(ks)
-    numbers, by_term, errors = partial(torch.arange, device=keys.device), list[Tensor](), list[Tensor]()
+    M, N = keys.shape[:2]
     with torch.no_grad():
-        v, w, v_enc, w_enc = (p[name] for name in FACTORS)
-        bias = p["b_dec"].view(M, K, V)
-        taken = bias * cfg.apply_b_dec_to_input
-        with_bias = _each(w, bias.mT), _each(v, bias), _each(w_enc, taken.mT), _each(v_enc, taken)
-        biased, shift = (v * with_bias[0]).sum((2, 3)), p["b_enc"] - (v_enc * with_bias[2]).sum((2, 3))
-        gain = _norms(v, w) if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
-        top, *of_sides = _select(keys, values, v_enc, w_enc, shift, gain, ks)
-        atoms = top + F * numbers(M).repeat_interleave(N)[:, None]
-        shift, gain, biased = embedding(atoms, torch.stack([shift, gain, biased], -1).flatten(0, 1)).unbind(-1)
-        of_sides[1] /= gain[:, None, :, None]
-        code = (of_sides[0] * of_sides[1]).sum((1, 3)) + shift
-        active = (code > 0) & (numbers(k) < numbers(M).new_tensor(ks).repeat_interleave(N)[:, None])
-        code = torch.where(active, code, 0)
-
-        terms = [torch.cat([side.flatten(0, 2), rows.flatten(0, 2)]) for side, rows in ((v, keys), (w, values))]
-        own, of_atoms = M * F * R + numbers(M * N * S).view(-1, S), (atoms[..., None] * R + numbers(R)).flatten(1)
-        index, sizes = torch.cat([of_atoms, own], 1), pad(code.repeat_interleave(R, 1), (0, S), value=-1.0)
-        by_atom, width = torch.zeros_like(torch.cat([v, w], 3).flatten(0, 2)), k * R + S
-        for rows in _blocks(M * N, width * max(K, V)):
-            a, flat = sizes[rows], index[rows]
-            left, right = (embedding(flat, side) for side in terms)
-            if 2 * width * (K + V) < 3 * K * V:  # the cheaper order of a product of three, by 6 at k 4, or 2 at k 64
-                by_left, by_right = ((right @ right.mT) * a[:, None]) @ left, ((left @ left.mT) * a[:, None]) @ right
-            else:
-                matrix = (right * a[..., None]).mT @ left
-                by_left, by_right = right @ matrix, left @ matrix.mT
-            inner = (by_left * left).sum(-1)
-            by_term.append(inner[:, : k * R])
-            errors.append((inner * a).sum(1))
-            change = torch.cat([by_left[:, : k * R], by_right[:, : k * R]], 2).mul_(
-                (a[:, : k * R] * (2 / N))[..., None]
-            )
-            by_atom.index_add_(0, of_atoms[rows].flatten(), change.flatten(0, 1))
-        by_code = (torch.cat(by_term).unflatten(1, (k, R)).sum(2) + biased) * active * (2 / N)
-
-        # Gradients of the encoder are sums of rows: those for one term of an atom lie side by side, in a bag.
-        shape = of_sides[0].shape
-        bags, order = of_atoms.view(-1, 1, k, R).expand(shape).flatten().sort(stable=True)
-        bags = torch.searchsorted(bags, numbers(M * F * R))
-        where, grads = (
-            numbers(M * N * S).view(-1, S, 1, 1).expand(shape).flatten().index_select(0, order),
-            [*by_atom.split([K, V], 1)],
-        )
-        for side, other in zip((keys, values), of_sides[::-1]):
-            weights = (by_code[:, None, :, None] * other).flatten().index_select(0, order)
-            grads.append(embedding_bag(where, side.flatten(0, 2), bags, mode="sum", per_sample_weights=weights))
-        by_shift, by_product = (
-            keys.new_zeros(M * F).index_add_(0, atoms.flatten(), x.flatten()).view(M, F, 1, 1)
-            for x in (by_code, code * (2 / N))
-        )
-        for name, x, other, weight in zip(FACTORS, grads, with_bias, 2 * [by_product] + 2 * [-by_shift]):
-            p[name].grad = x.contiguous().view_as(other).addcmul_(other, weight)  # as fused Adam takes them
-        sums = (v * by_product, w), (keys * (-2 / N), values), (v_enc * -by_shift * cfg.apply_b_dec_to_input, w_enc)
-        by_bias = 2 * bias + sum(left.flatten(1, 2).mT @ right.flatten(1, 2) for left, right in sums)
-        p["b_enc"].grad, p["b_dec"].grad = by_shift.view(M, F), by_bias.flatten(1)
-        of_bias = bias.square().sum((1, 2))[:, None] - 2 * (_each(keys, bias) * values).sum((2, 3))
-        error = (torch.cat(errors) + 2 * (code * biased).sum(1)).view(M, N) + of_bias
-        step = Step(error, atoms.view(M, N, k), code.view(M, N, k))
+        biases = _biases(p, cfg)
+        chosen = _chosen(p, keys, values, biases, ks)
+        decoded = _decoded(p, keys, values, chosen)
+        by_shift = _by_atom(chosen.atoms, decoded.by_code, M, p)
+        by_product = _by_atom(chosen.atoms, chosen.code * (2 / N), M, p)
+        sides = [*decoded.by_atom.split([keys.shape[3], values.shape[3]], 1)]
+        sides += _encoder_gradients(p, keys, values, chosen, decoded.by_code)
+        weights = [by_product, by_product, -by_shift, -by_shift]
+        for name, side, of_bias, weight in zip(FACTORS, sides, biases.products, weights):
+            p[name].grad = side.contiguous().view_as(of_bias).addcmul_(of_bias, weight)  # as fused Adam takes them
+        p["b_enc"].grad = by_shift.flatten(1)
+        p["b_dec"].grad = _bias_gradient(p, keys, values, by_shift * cfg.apply_b_dec_to_input, by_product)
+        with_bias = decoded.errors + 2 * (chosen.code * chosen.of_bias).sum(1)
+        errors = with_bias.view(M, N) + _bias_errors(p, keys, values)
+        step = Step(errors, chosen.atoms.view(M, N, -1), chosen.code.view(M, N, -1))
     return with_aux(p, partial(inners, keys, values), lambda: keys.mT @ values, step, cfg, dead)
+
+
+def _biases(p: dict[str, Tensor], cfg: Config) -> Biases:
+    v, w, v_enc, w_enc = (p[name] for name in FACTORS)
+    bias = p["b_dec"].view(len(v), v.shape[3], w.shape[3])
+    taken = bias * cfg.apply_b_dec_to_input
+    products = _each(w, bias.mT), _each(v, bias), _each(w_enc, taken.mT), _each(v_enc, taken)
+    shift = p["b_enc"] - (v_enc * products[2]).sum((2, 3))
+    gain = _norms(v, w) if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
+    return Biases(products, of_atoms=(v * products[0]).sum((2, 3)), shift=shift, gain=gain)
+
+
+def _chosen(p: dict[str, Tensor], keys: Tensor, values: Tensor, biases: Biases, ks: Sequence[int]) -> Chosen:
+    M, N = keys.shape[:2]
+    F = p["v"].shape[1]
+    top, of_keys, of_values = _select(keys, values, p["v_enc"], p["w_enc"], biases.shift, biases.gain, ks)
+    dictionary = torch.arange(M, device=keys.device).repeat_interleave(N)
+    atoms = top + F * dictionary[:, None]
+    table = torch.stack([biases.shift, biases.gain, biases.of_atoms], -1).flatten(0, 1)
+    shift, gain, of_bias = embedding(atoms, table).unbind(-1)
+    of_values /= gain[:, None, :, None]
+    code = (of_keys * of_values).sum((1, 3)) + shift
+    # Dictionaries of one stack may have another k.
+    asked = torch.arange(max(ks), device=keys.device) < dictionary.new_tensor(ks)[dictionary, None]
+    active = (code > 0) & asked
+    return Chosen(atoms, torch.where(active, code, 0), active, (of_keys, of_values), of_bias)
+
+
+def _decoded(p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Chosen) -> Decoded:
+    """Errors and gradients, some rows at a time: a row is a sum of k R terms of atoms less its own S."""
+    (M, N, S, K), (F, R, V), k = keys.shape, p["w"].shape[1:], chosen.atoms.shape[1]
+    lefts = torch.cat([p["v"].flatten(0, 2), keys.flatten(0, 2)])  # [M F R + M N S,K]
+    rights = torch.cat([p["w"].flatten(0, 2), values.flatten(0, 2)])
+    of_atoms = _terms(chosen.atoms, R)
+    own = M * F * R + torch.arange(M * N * S, device=keys.device).view(-1, S)
+    index = torch.cat([of_atoms, own], 1)  # [M N,k R + S]
+    sizes = pad(chosen.code.repeat_interleave(R, 1), (0, S), value=-1.0)
+    by_atom = keys.new_zeros(M * F * R, K + V)
+    by_term = list[Tensor]()
+    errors = list[Tensor]()
+    for rows in _blocks(M * N, (k * R + S) * max(K, V)):
+        size, terms = sizes[rows], index[rows]
+        left = embedding(terms, lefts)
+        right = embedding(terms, rights)
+        by_left, by_right = _products_of_three(left, right, size)
+        inner = (by_left * left).sum(-1)
+        by_term.append(inner[:, : k * R])
+        errors.append((inner * size).sum(1))
+        change = torch.cat([by_left[:, : k * R], by_right[:, : k * R]], 2)
+        change.mul_((size[:, : k * R] * (2 / N))[..., None])
+        by_atom.index_add_(0, of_atoms[rows].flatten(), change.flatten(0, 1))
+    by_code = torch.cat(by_term).unflatten(1, (k, R)).sum(2) + chosen.of_bias
+    return Decoded(torch.cat(errors), by_code * chosen.active * (2 / N), by_atom)
+
+
+def _products_of_three(left: Tensor, right: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """E w of each term w and E^T v of each v, where E = sum_i size_i left_i right_i^T [n,terms,K], [n,terms,V]."""
+    width, K, V = left.shape[1], left.shape[2], right.shape[2]
+    if 2 * width * (K + V) < 3 * K * V:  # the cheaper order of a product of three, by 6 at k 4, or 2 at k 64
+        by_left = ((right @ right.mT) * size[:, None]) @ left
+        by_right = ((left @ left.mT) * size[:, None]) @ right
+        return by_left, by_right
+    matrix = (right * size[..., None]).mT @ left
+    return right @ matrix, left @ matrix.mT
+
+
+def _encoder_gradients(
+    p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Chosen, by_code: Tensor
+) -> list[Tensor]:
+    """[M F R,K] and [M F R,V], without what the bias adds. They are sums of rows: those for one term of an atom lie
+    side by side, in a bag."""
+    (M, N, S, _), (F, R), k = keys.shape, p["v"].shape[1:3], by_code.shape[1]
+    of = partial(torch.arange, device=keys.device)
+    shape = (M * N, S, k, R)
+    terms, order = _terms(chosen.atoms, R).view(-1, 1, k, R).expand(shape).flatten().sort(stable=True)
+    bags = torch.searchsorted(terms, of(M * F * R))
+    rows = of(M * N * S).view(-1, S, 1, 1).expand(shape).flatten().index_select(0, order)
+    gradients_of_sides = []
+    for side, other in zip((keys, values), reversed(chosen.sides)):
+        weights = (by_code[:, None, :, None] * other).flatten().index_select(0, order)
+        summed = embedding_bag(rows, side.flatten(0, 2), bags, mode="sum", per_sample_weights=weights)
+        gradients_of_sides.append(summed)
+    return gradients_of_sides
+
+
+def _bias_gradient(p: dict[str, Tensor], keys: Tensor, values: Tensor, by_shift: Tensor, by_product: Tensor) -> Tensor:
+    """[M,K*V] of the mean error."""
+    (M, N, _, K), V = keys.shape, values.shape[3]
+    v, w, v_enc, w_enc = (p[name] for name in FACTORS)
+    outer_products = [(v * by_product, w), (keys * (-2 / N), values), (v_enc * -by_shift, w_enc)]
+    total = sum(left.flatten(1, 2).mT @ right.flatten(1, 2) for left, right in outer_products)
+    return (2 * p["b_dec"].view(M, K, V) + total).flatten(1)
+
+
+def _bias_errors(p: dict[str, Tensor], keys: Tensor, values: Tensor) -> Tensor:
+    """[M,N] |B|^2 - 2 <X, B>."""
+    bias = p["b_dec"].view(len(keys), keys.shape[3], values.shape[3])
+    return bias.square().sum((1, 2))[:, None] - 2 * (_each(keys, bias) * values).sum((2, 3))
+
+
+def _terms(atoms: Tensor, R: int) -> Tensor:
+    """[M N,k R] numbers of the terms of atoms [M N,k]."""
+    return (atoms[..., None] * R + torch.arange(R, device=atoms.device)).flatten(1)
+
+
+def _by_atom(atoms: Tensor, x: Tensor, M: int, p: dict[str, Tensor]) -> Tensor:
+    """[M,F,1,1] sums of x [M N,k] over the rows that have the atom."""
+    F = p["v"].shape[1]
+    return x.new_zeros(M * F).index_add_(0, atoms.flatten(), x.flatten()).view(M, F, 1, 1)
 
 
 def _select(
