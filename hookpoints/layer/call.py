@@ -29,7 +29,7 @@ from hookpoints.layer.intercept import Function, open_handlers, running, torch_f
 from hookpoints.layer.padding import UNPADDED, Padding
 from hookpoints.layer.response import EditResponse
 from hookpoints.recurrence.recurrence import Recurrence, pattern_of
-from hookpoints.rules.base import Arguments, OpResult, Rule
+from hookpoints.rules.base import Arguments, OpFactors, OpResult, Rule
 
 
 class HookedMixer:
@@ -137,51 +137,67 @@ class LayerCall:
 
     def handle(self, op: Function, arguments: Arguments) -> object:
         """Run the op with hooks and edits around it; returns what the layer expects from the op."""
-        rule, run = self.mixer.rule, self.run
+        rule, run, layer = self.mixer.rule, self.run, self.mixer.layer
         self.mixer.calls += 1
-        backend = run.backend or self.mixer.backend
-        native_op = torch_form(op) if backend == "torch" else op
-        if backend == "recurrence" or not rule.runs(op, arguments):
-            native_op = None  # hookpoints' own kernel computes the pass
-        edited = any(self.mixer.layer in plan.by_layer for plan in run.plans)
-        record = run.record if run.recorded is None or self.mixer.layer in run.recorded else None
-        if not edited and record is None and native_op is not None and not self.hooks.listeners.exist():
+        native_op = self._native_op(op, arguments)
+        edited = any(layer in plan.by_layer for plan in run.plans)
+        recorded = run.record is not None and (run.recorded is None or layer in run.recorded)
+        if not (edited or recorded or native_op is None or self.hooks.listeners.exist()):
             return native_op(**arguments)
         # fla's layers take the padding out before the op.
-        padding = self.padding = Padding(self.real) if arguments.get("cu_seqlens") is not None else UNPADDED
-        factors = rule.factors(arguments).over_time(padding.spread)
-        fired = {name: self._fire_copy(f"hook_{name}", getattr(factors, name)) for name in factors.NAMES}
-        changes = {name: factor for name, factor in fired.items() if factor is not None}
-        factors, changed = replace(factors, **changes), frozenset(changes)
-        recurrence = Recurrence.of(rule.form(factors, arguments))
-        erased = self._fire_sides(recurrence, hook_erase_a="a", hook_erase_b="b")
-        if erased is not recurrence:
-            recurrence, native_op = erased, None  # ops derive the erase from their other arguments
-        if changed & rule.not_fed:
-            native_op = None
-        if native_op is not None and changed & rule.torch_only:
+        self.padding = Padding(self.real) if arguments.get("cu_seqlens") is not None else UNPADDED
+        factors, changed = self._fire_factors(rule.factors(arguments).over_time(self.padding.spread))
+        unerased = Recurrence.of(rule.form(factors, arguments))
+        recurrence = self._fire_sides(unerased, hook_erase_a="a", hook_erase_b="b")
+        if recurrence is not unerased or changed & rule.not_fed:
+            native_op = (
+                None  # ops derive the erase from their other arguments, and take some factors only in their form
+            )
+        elif native_op is not None and changed & rule.torch_only:
             native_op = torch_form(native_op)
-        fed = rule.arguments(arguments, factors.over_time(padding.packed), changed)
-        if native_op is None:
-            outputs, state = recurrence.scan()
-            native = OpResult(outputs, state if rule.wants_state(fed) else None)
-        else:
-            native = rule.read_result(native_op(**fed), fed)
-            native = native._replace(outputs=padding.spread(native.outputs))
+        fed = rule.arguments(arguments, factors.over_time(self.padding.packed), changed)
+        native = self._native_result(native_op, fed, recurrence)
         if changed or native_op is None:
             native = native._replace(outputs=native.outputs.to(rule.output_dtype(arguments)))
-        if record is not None:
-            first = recurrence.initial_state  # a copy: caches are updated in place after the op returns
-            kept = recurrence if first is None else recurrence.replace(initial_state=first.clone())
-            record[self.mixer.layer] = Recorded(kept, native, rule.value_first(arguments))
+        if recorded:
+            self._record(recurrence, native, arguments)
+        result = self._edited(recurrence, native)
+        if self.hooks.listens("hook_read"):
+            result = result._replace(outputs=self.hooks.fire("hook_read", result.outputs))
+        return rule.write_result(result._replace(outputs=self.padding.packed(result.outputs)), arguments)
+
+    def _native_op(self, op: Function, arguments: Arguments) -> Function | None:
+        """The function that computes the native pass; None: this package's own kernel does."""
+        backend = self.run.backend or self.mixer.backend
+        if backend == "recurrence" or not self.mixer.rule.runs(op, arguments):
+            return None
+        return torch_form(op) if backend == "torch" else op
+
+    def _native_result(self, native_op: Function | None, fed: Arguments, recurrence: Recurrence) -> OpResult:
+        """Outputs [B,T,H,V] of the native pass, with padding, and the last state if the layer wants it."""
+        rule = self.mixer.rule
+        if native_op is None:
+            outputs, state = recurrence.scan()
+            return OpResult(outputs, state if rule.wants_state(fed) else None)
+        native = rule.read_result(native_op(**fed), fed)
+        return native._replace(outputs=self.padding.spread(native.outputs))
+
+    def _record(self, recurrence: Recurrence, native: OpResult, arguments: Arguments) -> None:
+        """Keep the call for `model.recording`."""
+        assert self.run.record is not None
+        first = recurrence.initial_state
+        if first is not None:  # caches are updated in place after the op returns
+            recurrence = recurrence.replace(initial_state=first.clone())
+        recorded = Recorded(recurrence, native, self.mixer.rule.value_first(arguments))
+        self.run.record[self.mixer.layer] = recorded
+
+    def _edited(self, recurrence: Recurrence, native: OpResult) -> OpResult:
+        """What hooks on writes, states and the pattern, and the plans of edits, make of the native result."""
         response = EditResponse(recurrence)
         written = self._fire_sides(recurrence, hook_write_key="k", hook_write_value="u")  # the erase stays as it is
-        # k'u'^T - k u^T = (k'-k) u'^T + k (u'-u)^T, which is exactly zero where nothing changed.
-        moved = [(written.k - recurrence.k, written.u)] if written.k is not recurrence.k else []
-        moved += [(recurrence.k, written.u - recurrence.u)] if written.u is not recurrence.u else []
-        for head, (keys, values) in itertools.product(range(recurrence.H), moved):
-            response.add_low_rank(LowRankChange(head, keys[:, :, head], values[:, :, head]))
-        for plan in run.plans:
+        for change in _changes_of_sides(recurrence, written):
+            response.add_low_rank(change)
+        for plan in self.run.plans:
             # Each plan edits what those before it and the hooks left, so a plan's changes are complete before any acts.
             edits = plan.by_layer.get(self.mixer.layer, [])
             for change in list(changes_of(plan, edits, recurrence, list(response.low_rank), self.first_token)):
@@ -192,10 +208,7 @@ class LayerCall:
             response.add_states_before(heads, change)
         for heads, change in self._fire_matrices("state", response.states):
             response.add_states(heads, change)
-        result = self._fire_pattern(written, response.apply(native))
-        if self.hooks.listens("hook_read"):
-            result = result._replace(outputs=self.hooks.fire("hook_read", result.outputs))
-        return rule.write_result(result._replace(outputs=padding.packed(result.outputs)), arguments)
+        return self._fire_pattern(written, response.apply(native))
 
     def fire_z(self, value: Tensor) -> Tensor:
         """The input [B,T,H*V] of the output projection, after its hook."""
@@ -204,6 +217,15 @@ class LayerCall:
         return fired if spread is value else self.padding.packed(fired)
 
     # -- hooks
+
+    def _fire_factors(self, factors: OpFactors) -> tuple[OpFactors, frozenset[str]]:
+        """The factors after their hooks, and the names of those that changed."""
+        changes = dict[str, Tensor]()
+        for name in factors.NAMES:
+            fired = self._fire_copy(f"hook_{name}", getattr(factors, name))
+            if fired is not None:
+                changes[name] = fired
+        return replace(factors, **changes), frozenset(changes)
 
     def _fire_copy(self, hook: str, value: Tensor | None) -> Tensor | None:
         """What a hook makes of ``value``, or None where it changes nothing. It is given a copy: ``value`` may be a view
@@ -225,24 +247,23 @@ class LayerCall:
         """Fire the dense hooks of ``kind`` ("write", "state_in", "state"), built only for heads with a listener: what
         changed, by heads, [B,T,H',K,V]."""
         matrix, vector = f"hook_{kind}", f"hook_{kind}_vec"
-        of_all, sets = self.hooks.listens(matrix), cast(Sequence[HookSet], self.hooks.heads)
+        sets = cast(Sequence[HookSet], self.hooks.heads)
         heads = [head for head, hooks in enumerate(sets) if hooks.listens(matrix, vector)]
-        for where in [slice(None)] if of_all else [slice(head, head + 1) for head in heads]:
-            value, changed = build(where), False
-            if of_all:
-                value, changed = watch(value, partial(self.hooks.fire, matrix))
-            for head in heads if of_all else [where.start]:
-                hooks, at = sets[head], head if of_all else 0
-                for name, shape in ((matrix, value.shape[-2:]), (vector, (-1,))):
-                    if hooks.listens(name):
-                        given = value[:, :, at].reshape(*value.shape[:2], *shape)
-                        fired, moved = watch(given, partial(hooks.fire, name))
-                        if moved:
-                            others = value[:, :, :at], value[:, :, at + 1 :]
-                            new, changed = fired.reshape(*value.shape[:2], 1, *value.shape[3:]), True
-                            value = new if value.shape[2] == 1 else torch.cat([others[0], new, others[1]], dim=2)
+        if self.hooks.listens(matrix):  # all heads at once; then those with hooks of their own
+            value, changed = watch(build(slice(None)), partial(self.hooks.fire, matrix))
+            for head in heads:
+                fired = _fire_head(sets[head], matrix, value[:, :, head])
+                if fired is not None:
+                    value = torch.cat([value[:, :, :head], fired[:, :, None], value[:, :, head + 1 :]], dim=2)
+                    changed = True
             if changed:  # in place, perhaps, so the difference is to what is built anew
-                yield where, value - build(where)
+                yield slice(None), value - build(slice(None))
+            return
+        for head in heads:
+            where = slice(head, head + 1)
+            fired = _fire_head(sets[head], matrix, build(where)[:, :, 0])
+            if fired is not None:
+                yield where, fired[:, :, None] - build(where)
 
     def _fire_pattern(self, r: Recurrence, result: OpResult) -> OpResult:
         """Fire ``hook_pattern``; what a hook changed moves the reads, o + (A' - A) u."""
@@ -265,3 +286,29 @@ class LayerCall:
             return result
         change = (fired[:, :, :, unseen:] - pattern).flatten(3) @ values.transpose(1, 2).flatten(2, -2)
         return result._replace(outputs=(result.outputs + change.transpose(1, 2)).to(result.outputs.dtype))
+
+
+def _fire_head(hooks: HookSet, matrix: str, value: Tensor) -> Tensor | None:
+    """What the matrix hook of one head, and then its vector hook, make of [B,T,K,V]; None where both change nothing."""
+    after_matrix, by_matrix = value, False
+    if hooks.listens(matrix):
+        after_matrix, by_matrix = watch(value, partial(hooks.fire, matrix))
+    vector = f"{matrix}_vec"
+    if not hooks.listens(vector):
+        return after_matrix if by_matrix else None
+    after_vector, by_vector = watch(after_matrix.flatten(2), partial(hooks.fire, vector))
+    return after_vector.view_as(value) if by_matrix or by_vector else None
+
+
+def _changes_of_sides(native: Recurrence, written: Recurrence) -> Iterator[LowRankChange]:
+    """The change of every head's writes, exactly zero where nothing changed.
+
+    k'u'^T - k u^T = (k'-k) u'^T + k (u'-u)^T.
+    """
+    terms = list[tuple[Tensor, Tensor]]()
+    if written.k is not native.k:
+        terms.append((written.k - native.k, written.u))
+    if written.u is not native.u:
+        terms.append((native.k, written.u - native.u))
+    for head, (keys, values) in itertools.product(range(native.H), terms):
+        yield LowRankChange(head, keys[:, :, head], values[:, :, head])
