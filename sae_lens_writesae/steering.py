@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from transformer_lens.hook_points import HookPoint
 
 from hookpoints import EditError, HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.matrix import require
 from sae_lens_writesae.sae.target import (
     Dictionary,
     HeadHook,
@@ -119,53 +118,73 @@ def steer(
         UnsupportedModelError, UnknownHookError: a layer or head that the model lacks.
     """
     if sae is not None:
-        hook, asked = _checked(model, sae), (layer, head)
-        layer, head = hook.layer, hook.head
-        require(asked in ((None, None), (layer, head)), "layer, head", asked, f"left out: the SAE reads {hook.name}")
-        require(at != "fires" or hook.target == "write", "at", at, "'every' or positions: the SAE reads states")
-        require(at == "fires" or toward is None, "at", at, "'fires' with toward= and an SAE, whose atom says where")
+        place = _checked(model, sae)
+        if (layer, head) not in ((None, None), (place.layer, place.head)):
+            raise ValueError(f"layer, head: expected left out, since the SAE reads {place.name}; got {layer}, {head}")
+        if at == "fires" and place.target != "write":
+            raise ValueError("at: expected 'every' or positions, since the SAE reads states; got 'fires'")
+        if at != "fires" and toward is not None:
+            raise ValueError(f"at: expected 'fires' with toward= and an SAE, whose atom says where; got {at!r}")
+        layer, head = place.layer, place.head
     if layer is None or head is None or (toward is None and atom is None) or (sae is None) != (atom is None):
         raise ValueError(
             "steer: expected a head (layer=, head= or an SAE, which names its own) and a direction (toward=, or sae= "
             f"with atom=), got layer {layer}, head {head}, toward={toward!r}, atom={atom}"
         )
-    require(
-        at == "every" or (at == "fires" and sae is not None) or (not isinstance(at, str) and min(at, default=0) >= 0),
-        "at",
-        at,
-        "'every', with sae= and atom= 'fires', or positions >= 0",
-    )
-    place, mixer = head_target(model, layer, head), f"blocks.{layer}.mixer"
+    words = ("every",) if sae is None else ("every", "fires")
+    if at not in words and (isinstance(at, str) or min(at, default=0) < 0):
+        raise ValueError(f"at: expected 'every', with sae= and atom= 'fires', or positions >= 0; got at={at!r}")
+    target = head_target(model, layer, head)
+    where = _Where(model, layer, at, sae, atom)
+    if toward is not None:
+        hooks = _toward(where, head, _value_side(model, layer, head, toward), strength)
+    else:
+        assert sae is not None and atom is not None
+        chosen = atoms_of(sae, [atom], target.d_k, target.d_v)
+        hooks = _along(where, head, chosen.with_norm(torch.ones_like(chosen.norm())).dense()[0], strength)
+    return Steering(model, hooks if strength else [])
 
-    def where(own: Tensor, writes: Callable[[], Tensor]) -> Tensor:
-        """[B,T] which tokens to steer, of a pass over `own` [B,T,...]; writes [B,T,K,V] are made only if needed."""
-        if at == "every":
-            return torch.ones(own.shape[:2], dtype=torch.bool, device=own.device)
-        if at == "fires" and sae is not None:
-            return _encode(sae, writes().flatten(-2))[..., atom] > 0
-        first = model.first_token()
+
+class _Where(NamedTuple):
+    """Which tokens are steered."""
+
+    model: HookedRecurrent
+    layer: int
+    at: str | Sequence[int]
+    sae: Dictionary | None
+    atom: int | None
+
+    def tokens(self, side: Tensor, writes: Callable[[], Tensor]) -> Tensor:
+        """[B,T] of a pass over `side` [B,T,...]; writes [B,T,K,V] are made only if the atom's firings are needed."""
+        if self.at == "every":
+            return torch.ones(side.shape[:2], dtype=torch.bool, device=side.device)
+        if self.at == "fires":
+            assert self.sae is not None
+            return _encode(self.sae, writes().flatten(-2))[..., self.atom] > 0
+        first = self.model.first_token()
         if first is None:
             raise EditError(
-                f"layer {layer} cannot tell at which position it continues this cache, so positions cannot be "
+                f"layer {self.layer} cannot tell at which position it continues this cache, so positions cannot be "
                 "steered: fill the cache with this model, or steer every token"
             )
-        numbers = torch.arange(first, first + own.shape[1], device=own.device)
-        return torch.isin(numbers, torch.tensor(at, device=own.device)).expand(own.shape[:2])
+        positions = torch.arange(first, first + side.shape[1], device=side.device)
+        return torch.isin(positions, torch.tensor(self.at, device=side.device)).expand(side.shape[:2])
 
-    if toward is None and sae is not None and atom is not None:
-        chosen = atoms_of(sae, [atom], place.d_k, place.d_v)
-        unit = chosen.with_norm(torch.ones_like(chosen.norm())).dense()[0]
 
-        def steer_write(writes: Tensor, hook: HookPoint) -> Tensor | None:
-            size = strength * torch.linalg.matrix_norm(writes) * where(writes, lambda: writes)
-            return writes + size[..., None, None] * unit.to(writes) if size.any() else None
+def _along(where: _Where, head: int, unit: Tensor, strength: float) -> list[Hook]:
+    """Add a matrix [K,V] of norm 1 to the writes."""
 
-        return Steering(model, [(f"{mixer}.heads.{head}.hook_write", steer_write)] if strength else [])
-    targets = [toward] if isinstance(toward, (int, str)) else toward
-    if not isinstance(targets, Tensor):
-        sides = [value_direction(model, layer, head, token_id(model, each)) for each in targets or ()]
-        targets = torch.stack(sides).sum(0)
-    value, keys = normalize(targets, dim=0), list[Tensor]()
+    def steer_write(writes: Tensor, hook: HookPoint) -> Tensor | None:
+        steered = where.tokens(writes, lambda: writes)
+        size = strength * torch.linalg.matrix_norm(writes) * steered
+        return writes + size[..., None, None] * unit.to(writes) if size.any() else None
+
+    return [(f"blocks.{where.layer}.mixer.heads.{head}.hook_write", steer_write)]
+
+
+def _toward(where: _Where, head: int, direction: Tensor, strength: float) -> list[Hook]:
+    """Add a value side [V] of norm 1 to the values, along each token's own key."""
+    keys = list[Tensor]()
 
     def see_key(key: Tensor, hook: HookPoint) -> None:
         keys[:] = [key[:, :, head]]  # of this pass: it fires before the value's hook
@@ -173,18 +192,28 @@ def steer(
     def steer_value(values: Tensor, hook: HookPoint) -> Tensor | None:
         if values.ndim == 5:
             raise ValueError(
-                f"tokens of layer {layer} write {values.shape[3]} terms each; steering toward a token needs one"
+                f"tokens of layer {where.layer} write {values.shape[3]} terms each; steering toward a token needs one"
             )
-        own = values[:, :, head]
-        at_tokens = where(own, lambda: keys[0][..., None] * own[..., None, :])
+        value = values[:, :, head]
+        at_tokens = where.tokens(value, lambda: keys[0][..., None] * value[..., None, :])
         if not at_tokens.any():
             return None
+        size = strength * value.norm(dim=-1, keepdim=True) * at_tokens[..., None]
         steered = values.clone()
-        steered[:, :, head] += strength * own.norm(dim=-1, keepdim=True) * value.to(own) * at_tokens[..., None]
+        steered[:, :, head] += size * direction.to(value)
         return steered
 
-    hooks = [(f"{mixer}.hook_write_key", see_key), (f"{mixer}.hook_write_value", steer_value)]
-    return Steering(model, hooks if strength else [])
+    mixer = f"blocks.{where.layer}.mixer"
+    return [(f"{mixer}.hook_write_key", see_key), (f"{mixer}.hook_write_value", steer_value)]
+
+
+def _value_side(model: HookedRecurrent, layer: int, head: int, toward: Target | Sequence[Target] | Tensor) -> Tensor:
+    """[V] of norm 1: the mean `value_direction` of tokens, or what was given."""
+    if isinstance(toward, Tensor):
+        return normalize(toward, dim=0)
+    tokens = [toward] if isinstance(toward, (int, str)) else toward
+    directions = [value_direction(model, layer, head, token_id(model, token)) for token in tokens]
+    return normalize(torch.stack(directions).sum(0), dim=0)
 
 
 def scale_atoms(
