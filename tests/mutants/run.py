@@ -1,15 +1,21 @@
 """Mutation testing: of the changes that mutmut makes to one place of the packages, how many does no test notice?
 
-    python tests/mutants/run.py [--sample N] [--seed S] [--only TEXT] [--out FOLDER]
+    python tests/mutants/run.py [--sample N] [--seed S] [--only TEXT] [--again FILE] [--seconds T] [--out FOLDER]
 
-It lists every mutant of both packages and draws a seeded sample: places first, then one mutant of each, for a call has
-two mutants for each of its arguments, and most of them fail at once. Each is tried in a copy of the checkout, with the
-tests that mirror its module: ``hookpoints/edits/edit.py`` has the folder ``tests/hookpoints/edits``,
+It lists every mutant of the three packages and draws a seeded sample: places first, then one mutant of each, for a call
+has two mutants for each of its arguments, and most of them fail at once. Each is tried in a copy of the checkout, with
+the tests that mirror its module: ``hookpoints/edits/edit.py`` has the folder ``tests/hookpoints/edits``,
 ``writesae/push.py`` has ``tests/test_push.py``, and a module without either has the test files that import it.
 These run once unchanged, which shows the tests that execute each line; a mutant gets those alone (of a line that runs
-as its module is imported, those that execute anything of the module). It is *killed* if one of them fails, or if they
-take three times as long as all of them did. ``mutants.json`` gets the rate and the survivors. Needs the extra
-``nightly``, which is apart from ``test`` because mutmut brings a terminal interface.
+as its module is imported, those that execute anything of the module), those of its own file first, then the quick ones,
+up to `--seconds` of them. It is *killed* if one of them fails, or if they take four times as long as they did.
+
+Every run is a fork of this process, which has imported torch and the other upstreams, and none of the packages. A
+mutant then costs about a second more than its tests.
+
+``mutants.json`` gets the rates and the survivors. A survivor is named by its file, its function and its diff, so that
+it is found again after lines have moved: ``--again docs/mutants.json`` tries the survivors of an earlier run. Needs the
+extra ``nightly``, which is apart from ``test`` because mutmut brings a terminal interface.
 
 The operators are those of mutmut: numbers, comparisons, arithmetic, ``and``, ``or``, ``not``, ``break``, ``continue``,
 assignments, each argument of each call, lambdas, conditional expressions, cases of ``match``. Left out are
@@ -25,32 +31,43 @@ assignments, each argument of each call, lambdas, conditional expressions, cases
 
 from __future__ import annotations
 
+import difflib
 import functools
+import importlib
 import json
 import os
 import random
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
+from collections.abc import Callable, Iterator
 from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import dedent
 from typing import NamedTuple
 
 import coverage
 import libcst as cst
 import libcst.matchers as m
+import pytest
 import tyro
 from libcst.metadata import MetadataWrapper, PositionProvider
 from mutmut.mutation.mutators import mutation_operators, operator_string
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("hookpoints", "sae_lens_writesae")
+PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
+UPSTREAM = ("hypothesis", "torch", "transformers", "transformer_lens", "sae_lens", "datasets", "pandas", "pyarrow")
+UPSTREAM += ("scipy.stats", "sklearn.cluster", "matplotlib.pyplot", "jinja2", "pydantic", "peft", "huggingface_hub")
+"""What tests import besides the packages: loaded once, before the forks."""
+SLACK = 20.0
+"""Seconds of a run beyond those of its tests: imports, collection, a busy machine."""
 ALSO = {"layer": "hooks"}
 """Rooms whose tests are those of another one, too: hooks fire in layers."""
 LEFT_OUT = (cst.Annotation, cst.Decorator, cst.Import, cst.ImportFrom, cst.Raise)
@@ -62,50 +79,107 @@ TYPING = m.If(test=m.Name("TYPE_CHECKING"))
 
 
 class Mutant(NamedTuple):
-    """A change of a file at the lines `first` to `last`; `source` is the whole file after it."""
+    """A change of a function (of a module's own statements: "") at the lines `first` to `last` of today's file.
+
+    `source` is the whole file after it.
+    """
 
     file: str
+    function: str
+    diff: tuple[str, ...]
+    operator: str
     first: int
     last: int
-    operator: str
-    change: str
     source: str
+
+    @property
+    def name(self) -> tuple[str, str, tuple[str, ...]]:
+        """What names it in any version of its file."""
+        return self.file, self.function, self.diff
+
+
+class Place(NamedTuple):
+    """A node of a file, the function that it stands in, and its mutants with the names of their operators."""
+
+    node: cst.CSTNode
+    function: str
+    mutants: list[tuple[str, cst.CSTNode]]
 
 
 class Places(cst.CSTVisitor):
-    """The places of a file that have mutants: (node, its mutants with the names of their operators)."""
+    """The places of a file that have mutants."""
 
     def __init__(self, file: str) -> None:
         super().__init__()
-        self.found: list[tuple[cst.CSTNode, list[tuple[str, cst.CSTNode]]]] = []
-        self.tree = MetadataWrapper(cst.parse_module((ROOT / file).read_text("utf-8")))
+        self.file, self.text = file, (ROOT / file).read_text("utf-8")
+        self.found: list[Place] = []
+        self.scopes: list[str] = []
+        self.tree = MetadataWrapper(cst.parse_module(self.text))
         self.tree.module.visit(self)
 
+    @functools.cached_property
+    def positions(self):
+        return self.tree.resolve(PositionProvider)
+
     def on_visit(self, node: cst.CSTNode) -> bool:
+        if isinstance(node, cst.FunctionDef | cst.ClassDef):
+            self.scopes.append(node.name.value)
         if isinstance(node, LEFT_OUT) or m.matches(node, CALLS_LEFT_OUT | TYPING | MANY):
             return False
         operators = [use for kind, use in mutation_operators if isinstance(node, kind) and use is not operator_string]
         mutants = [(use.__name__.removeprefix("operator_"), mutated) for use in operators for mutated in use(node)]
-        self.found += [(node, mutants)] if mutants else []
+        if mutants:
+            self.found.append(Place(node, ".".join(self.scopes), mutants))
         return True
+
+    def on_leave(self, original_node: cst.CSTNode) -> None:
+        if isinstance(original_node, cst.FunctionDef | cst.ClassDef):
+            self.scopes.pop()
+
+    def mutant(self, place: int, which: int) -> Mutant:
+        node, function, mutants = self.found[place]
+        operator, mutated = mutants[which]
+        changed = self.tree.module.deep_replace(node, mutated)
+        assert isinstance(changed, cst.Module)
+        lines = self.positions[node]
+        return Mutant(
+            self.file, function, diff(self.text, changed.code), operator, lines.start.line, lines.end.line, changed.code
+        )
+
+    def mutants(self, function: str) -> Iterator[Mutant]:
+        """All mutants of one function."""
+        for i, place in enumerate(self.found):
+            if place.function == function:
+                yield from (self.mutant(i, which) for which in range(len(place.mutants)))
+
+
+def diff(before: str, after: str) -> tuple[str, ...]:
+    """The lines that differ, without their common indent."""
+    lines = list(difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm=""))[2:]
+    lines = [line for line in lines if not line.startswith("@@")]
+    texts = dedent("\n".join(line[1:] for line in lines)).split("\n")
+    return tuple(f"{line[0]} {text}" for line, text in zip(lines, texts))
 
 
 def draw(files: list[str], n: int, seed: int) -> tuple[list[Mutant], int]:
     """A sample of mutants, and the number of all of them."""
-    counts = {file: [len(mutants) for _, mutants in Places(file).found] for file in files}
+    counts = {file: [len(place.mutants) for place in Places(file).found] for file in files}
     places, chance = [(file, i) for file in files for i in range(len(counts[file]))], random.Random(seed)
     drawn = [(file, i, chance.randrange(counts[file][i])) for file, i in chance.sample(places, min(n, len(places)))]
-    return [make(*place) for place in drawn], sum(map(sum, counts.values()))
+    return [Places(file).mutant(i, which) for file, i, which in drawn], sum(map(sum, counts.values()))
 
 
-def make(file: str, place: int, which: int) -> Mutant:
-    places = Places(file)
-    (node, mutants), module = places.found[place], places.tree.module
-    operator, mutated = mutants[which]
-    lines, changed = places.tree.resolve(PositionProvider)[node], module.deep_replace(node, mutated)
-    assert isinstance(changed, cst.Module)
-    change = " -> ".join(" ".join(module.code_for_node(each).split()) for each in (node, mutated))
-    return Mutant(file, lines.start.line, lines.end.line, operator, change, changed.code)
+def listed(rows: list[dict]) -> list[Mutant]:
+    """The mutants of an earlier run that their files still have."""
+    mutants = []
+    for row in rows:
+        name = row["file"], row["function"], tuple(row["diff"])
+        places = Places(row["file"]).mutants(row["function"]) if (ROOT / row["file"]).is_file() else ()
+        same = next((mutant for mutant in places if mutant.name == name), None)
+        mutants += [same] if same else []
+        if not same:
+            print(f"gone     {row['file']} {row['function']}: {' '.join(row['diff'])}")
+    return mutants
 
 
 def mirror(file: str) -> tuple[str, ...]:
@@ -125,63 +199,156 @@ def mirror(file: str) -> tuple[str, ...]:
     return tuple(str(test.relative_to(ROOT)) for test in found)
 
 
-def run_tests(root: Path, arguments: list[str], limit: float | None = None) -> tuple[bool, str]:
-    """Whether pytest passes in a copy, and the end of what it says. Examples are derandomized: kills can be repeated.
+class Watch:
+    """What each test executes of the packages and how many seconds it takes, of the tests that pass."""
+
+    def __init__(self, root: Path) -> None:
+        files = [str(root / package / "*") for package in PACKAGES]
+        self.coverage = coverage.Coverage(data_file=root / ".coverage", include=files, config_file=False)
+        self.seconds: dict[str, float] = {}
+        self.failed: set[str] = set()
+        self.context = ""
+
+    def switch(self, context: str) -> str:
+        before, self.context = self.context, context
+        self.coverage.switch_context(context)
+        return before
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        self.switch(item.nodeid)
+        begin = time.monotonic()
+        result = yield
+        self.seconds[item.nodeid] = round(time.monotonic() - begin, 3)
+        self.switch("")
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef, request):
+        """What several tests share counts for all tests of the file that sets it up."""
+        shared = fixturedef.scope != "function"
+        before = self.switch(self.context.partition("::")[0] if shared else self.context)
+        try:
+            return (yield)
+        finally:
+            self.switch(before)
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed:
+            self.failed.add(report.nodeid)
+
+
+def forked(root: Path, arguments: list[str], limit: float, watch: Watch | None = None) -> tuple[bool, str]:
+    """Whether pytest passes in a copy, and what it says. Examples are derandomized: kills can be repeated.
 
     Whatever status pytest ends with, a module that cannot be imported counts as a failure, and so does a run that
     takes longer than `limit` seconds.
     """
-    options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "--hypothesis-profile=ci", *arguments]
-    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "COVERAGE_FILE": str(root / ".coverage")}
-    with (root / "output.txt").open("w") as output:
+    options = ["-q", "--tb=line", "-p", "no:cacheprovider", "-p", "_hypothesis_pytestplugin"]
+    options += ["--hypothesis-profile=ci", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    said = root / "output.txt"
+    sys.stdout.flush()
+    if not (child := os.fork()):
+        status = 1
         try:
-            command = [sys.executable, "-m", "pytest", *options]
-            status = subprocess.run(command, cwd=root, env=environment, stdout=output, stderr=output, timeout=limit)
-            passed = status.returncode == 0
-        except subprocess.TimeoutExpired:
-            passed = False
-    return passed, (root / "output.txt").read_text("utf-8", "replace")
+            os.setpgid(0, 0)
+            output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.chdir(root)
+            sys.path.insert(0, str(root))
+            sys.argv = ["pytest"]
+            os.environ["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+            if watch:
+                watch.coverage.start()
+            else:  # the compiled forms of the unchanged run stay
+                sys.dont_write_bytecode = True
+                os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+            status = int(pytest.main([*options, *arguments], plugins=[watch] if watch else None))
+            if watch:
+                watch.coverage.stop()
+                watch.coverage.save()
+                (root / "seconds.json").write_text(json.dumps([watch.seconds, sorted(watch.failed)]))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    begin, done = time.monotonic(), (0, 0)
+    while not done[0] and time.monotonic() - begin < limit:
+        time.sleep(0.02)
+        done = os.waitpid(child, os.WNOHANG)
+    if not done[0]:
+        os.killpg(child, signal.SIGKILL)
+        done = os.waitpid(child, 0)
+    return done[1] == 0, said.read_text("utf-8", "replace") if said.is_file() else ""
 
 
 @functools.cache
-def unchanged(root: Path, tests: frozenset[str]) -> tuple[coverage.CoverageData, float]:
-    """What tests execute in the unchanged copy, and how many seconds they take."""
-    begin, options = time.monotonic(), [f"--cov={package}" for package in PACKAGES]
-    passed, said = run_tests(root, [*sorted(tests), *options, "--cov-context=test", "--cov-report="])
-    if not passed:
-        raise SystemExit(f"without any mutant {sorted(tests)} do not pass:\n{said[-3000:]}")
+def unchanged(root: Path, tests: tuple[str, ...]) -> tuple[coverage.CoverageData, dict[str, float]]:
+    """What tests execute in the unchanged copy, and how many seconds each takes. Those that fail are left out."""
+    print(f"         unchanged: {len(tests)} test files, {tests[0]} ...", flush=True)
+    for name in (".coverage", "seconds.json"):
+        (root / name).unlink(missing_ok=True)
+    _, said = forked(root, [*tests], 3600, Watch(root))
+    if not (root / "seconds.json").is_file():
+        raise SystemExit(f"the tests {tests} do not run without any mutant:\n{said[-3000:]}")
+    seconds, failed = json.loads((root / "seconds.json").read_text())
+    for test in failed:
+        print(f"         fails without any mutant, and is left out: {test}", flush=True)
     data = coverage.CoverageData(no_disk=True)
     (read := coverage.CoverageData(str(root / ".coverage"))).read()
     data.update(read)
-    return data, time.monotonic() - begin
+    return data, {test: cost for test, cost in seconds.items() if test not in failed}
 
 
-def survives(mutant: Mutant, root: Path) -> bool:
-    """Whether the tests that execute the changed lines pass."""
-    tests, file, begin = mirror(mutant.file), root / mutant.file, time.monotonic()
-    data, seconds = unchanged(root, frozenset(tests))
-    executed = data.contexts_by_lineno(str(file))
+def choose(mutant: Mutant, root: Path, budget: float) -> tuple[list[str], float]:
+    """The tests that execute the changed lines, up to `budget` seconds of them, and the seconds that they take."""
+    tests = mirror(mutant.file)
+    data, seconds = unchanged(root, tuple(sorted(tests)))
+    executed = data.contexts_by_lineno(str(root / mutant.file))
     lines = [line for line in range(mutant.first, mutant.last + 1) if line in executed]
     lines = lines or [max((line for line in executed if line < mutant.first), default=0)]
     contexts = {context for line in lines for context in executed.get(line, [""])}
     if "" in contexts:  # as the module is imported: then all that executes anything of it
         contexts = {context for found in executed.values() for context in found} - {""} or {*tests}
-    # A fixture may be what a whole file shares.
-    chosen = {each.partition("|" if each.endswith("|run") else "::")[0] for each in contexts}
-    chosen = sorted(chosen, key=lambda test: tests.index(test.partition("::")[0]))
-    source = file.read_text("utf-8")
+    reached = [test for test in seconds if test in contexts or test.partition("::")[0] in contexts]
+    first = tests[0]
+    reached.sort(key=lambda test: (not test.startswith(first), seconds[test]))
+    chosen, cost = [], 0.0
+    for test in reached:
+        if not chosen or cost + seconds[test] <= budget:
+            chosen.append(test)
+            cost += seconds[test]
+    return chosen, cost
+
+
+def survives(mutant: Mutant, root: Path, budget: float) -> bool:
+    """Whether the tests that execute the changed lines pass."""
+    begin, file = time.monotonic(), root / mutant.file
+    chosen, cost = choose(mutant, root, budget)
+    source, times = file.read_text("utf-8"), file.stat()
     file.write_text(mutant.source, "utf-8")
-    passed, said = run_tests(root, chosen, 60 + 3 * seconds)
+    passed, said = forked(root, ["-x", *chosen], SLACK + 4 * cost) if chosen else (True, "no test executes it")
     file.write_text(source, "utf-8")
-    why = next((line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
-    what = f"{mutant.file}:{mutant.first} {mutant.operator}: {mutant.change:.100}"
-    print(f"{'SURVIVES' if passed else 'killed':8} {time.monotonic() - begin:5.0f} s  {what}  {why:.90}", flush=True)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # its compiled form stays valid
+    why = next((line for line in said.splitlines() if line.startswith(("FAILED", "ERROR", "no test"))), "")
+    where = f"{mutant.file}:{mutant.first} {mutant.function} {mutant.operator}"
+    print(
+        f"{'SURVIVES' if passed else 'killed':8} {time.monotonic() - begin:5.0f} s {len(chosen):3}  {where}  {why:.90}"
+    )
+    print("\n".join(f"             {line}" for line in mutant.diff), flush=True)
     return passed
 
 
 def main(
-    sample: int = 200, seed: int = int(f"{date.today():%Y%m%d}"), only: str = "", out: Path = ROOT / "docs"
+    sample: int = 200,
+    seed: int = int(f"{date.today():%Y%m%d}"),
+    only: str = "",
+    again: Path | None = None,
+    seconds: float = 60,
+    out: Path = ROOT / "docs",
 ) -> None:
     """Try a sample of mutants.
 
@@ -189,28 +356,43 @@ def main(
         sample: mutants to try
         seed: of the sample (default: today)
         only: files with this text in their path
+        again: try the survivors that this file names, and no sample
+        seconds: of tests for a mutant
         out: folder for mutants.json
     """
-    files = [str(file.relative_to(ROOT)) for each in PACKAGES for file in sorted((ROOT / each).rglob("*.py"))]
+    files = [str(file.relative_to(ROOT)) for name in PACKAGES for file in sorted((ROOT / name).rglob("*.py"))]
     files = [file for file in files if only in file and (find_spec("fla") or "points/fla/" not in file)]
-    mutants, n = draw(files, sample, seed)
+    mutants, n = draw(files, 0 if again else sample, seed)
+    if again:
+        mutants = listed(json.loads(again.read_text("utf-8"))["survivors"])
+    # Neighbors share their unchanged run, whose result is then at hand.
+    mutants.sort(key=lambda mutant: (mutant.file, mutant.first))
+    os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TOKENIZERS_PARALLELISM": "0"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "MPLBACKEND": "Agg"}
+    for name in UPSTREAM:
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         root = Path(folder).resolve() / "copy"
         shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache"))
-        left = [mutant for mutant in mutants if survives(mutant, root)]
-    tried, lost = (Counter(mutant.operator for mutant in each) for each in (mutants, left))
-    survivors = [{"file": x.file, "line": x.first, "operator": x.operator, "change": x.change} for x in left]
+        left = [mutant for mutant in mutants if survives(mutant, root, seconds)]
     result = {
         "date": f"{date.today()}",
         "mutmut": version("mutmut"),
         "seed": seed,
         "mutants": n,
         "sample": len(mutants),
-        "operators": {name: [tried[name], lost[name]] for name in sorted(tried)},
-        "survivors": survivors,
+        "packages": counts(mutants, left, lambda mutant: mutant.file.partition("/")[0]),
+        "operators": counts(mutants, left, lambda mutant: mutant.operator),
+        "survivors": [{"file": x.file, "function": x.function, "operator": x.operator, "diff": x.diff} for x in left],
     }
     (out / "mutants.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(f"{len(mutants) - len(left)} of {len(mutants)} mutants were killed")
+
+
+def counts(mutants: list[Mutant], left: list[Mutant], kind: Callable[[Mutant], str]) -> dict[str, list[int]]:
+    """Of each kind: how many were tried, and how many survive."""
+    tried, lost = Counter(map(kind, mutants)), Counter(map(kind, left))
+    return {name: [tried[name], lost[name]] for name in sorted(tried)}
 
 
 if __name__ == "__main__":
