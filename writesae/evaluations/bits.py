@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -13,15 +12,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sae_lens_writesae import train_on_writes, training_config
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.metric import Metric
 from writesae.choices import AtLeast
-from writesae.experiment.codes import Code, centered, descend, of_books, pursued, residual_quantizer
+from writesae.experiment.codes import Code, descend
+from writesae.experiment.equal_bits import NULL, OURS, RIVAL, HeadWrites, codes
 from writesae.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae.experiment.head import UpperModel
 from writesae.experiment.lab import Lab
-from writesae.experiment.pca import fit_pca
 from writesae.experiment.terms import Terms, require_equal
 from writesae.verdict import statistics as stats
 from writesae.verdict.finding import Against, Claim, Finding, Paired
@@ -30,8 +28,6 @@ from writesae.verdict.statistics import Estimate
 
 WAYS = ("squared errors", "the metric", "tuned")
 """How codes are fitted; what is tuned was fitted in the metric before."""
-OURS, NULL, RIVAL = "WriteSAE", "null", "residual quantizer"
-"""What names of codes begin with: dictionaries of this project, what has no information, the rival that is tuned."""
 METRIC = 64
 """Sequences that the metric is fitted to."""
 RELEVANT = 0.01
@@ -96,18 +92,21 @@ class Bits(Evaluation):
     # -- measuring
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
-        (_, layer, head, _), split = lab.hook, len(lab.tokens) // 2 if lab.reference is None else 0
+        _, layer, head, _ = lab.hook
+        split = len(lab.tokens) // 2 if lab.reference is None else 0
         terms = lab.reference or Terms(lab.model, lab.tokens[:split])
         lab.facts["terms"] = terms.facts()
-        uppers = [UpperModel.of(lab.model, [layer], part)[layer] for part in lab.tokens[split:].split(8)]
-        texts, parts = [(upper, upper().log_softmax(-1)) for upper in uppers], []
+        uppers = [UpperModel.of(lab.model, [layer], tokens)[layer] for tokens in lab.tokens[split:].split(8)]
+        texts = [(upper, upper().log_softmax(-1)) for upper in uppers]
+        rows = list[tuple[object, ...]]()
 
         def measured(code: Code, budget: int = 0, way: str = "") -> None:
-            kl = torch.cat([divergence(upper, plain, head, code) for upper, plain in texts]).tolist()
-            row = (budget, way, code.name, code.bits, sum(each.numel() for each in code.parameters))
-            parts.extend((n, *row, each) for n, each in enumerate(kl))
+            kl = torch.cat([divergence(upper, plain, head, code) for upper, plain in texts])
+            parameters = sum(parameter.numel() for parameter in code.parameters)
+            for sequence, nats in enumerate(kl.tolist()):
+                rows.append((sequence, budget, way, code.name, code.bits, parameters, nats))
 
-        def loss(numbers: Tensor) -> Tensor:
+        def loss(code: Code, numbers: Tensor) -> Tensor:
             with torch.no_grad():
                 upper = UpperModel.of(lab.model, [layer], terms.tokens[numbers])[layer]
                 plain = upper().log_softmax(-1)
@@ -115,82 +114,28 @@ class Bits(Evaluation):
 
         measured(Code("native", 0.0, LowRank.dense, []))
         measured(Code("delete", 0.0, lambda native: 0 * native.dense(), []))
-        for way in WAYS[:2]:
-            metric = terms.metric(layer, head, min(METRIC, len(terms.tokens))) if way == WAYS[1] else None
+        squared_errors, in_metric, tuned = WAYS
+        metrics = {
+            squared_errors: None,
+            in_metric: terms.metric(layer, head, min(METRIC, len(terms.tokens))),
+        }
+        for way, metric in metrics.items():
             for budget, code in self.codes(lab, terms.writes(layer, head), metric):
                 measured(code, budget, way)
-                if metric and self.tune_steps and code.name in (contender(budget), f"{RIVAL} {budget // 16}"):
-                    descend(code.parameters, loss, len(terms.tokens), 4, self.tune_steps, self.lr, self.seed)
-                    measured(code, budget, WAYS[2])
-        return {"codes": pd.DataFrame(parts, columns=list(self.columns["codes"]))}
+                compared = code.name in (contender(budget), f"{RIVAL} {budget // 16}")
+                if way == in_metric and self.tune_steps and compared:
+                    steps = self.tune_steps
+                    descend(code.parameters, partial(loss, code), len(terms.tokens), 4, steps, self.lr, self.seed)
+                    measured(code, budget, tuned)
+        return {"codes": pd.DataFrame(rows, columns=list(self.columns["codes"]))}
 
     def codes(self, lab: Lab, writes: LowRank, metric: Metric | None) -> Iterator[tuple[int, Code]]:
-        """Budget and fit of every code of writes. They are fitted to writes of mean square 1, in the metric."""
-        x, (K, V), most = metric.move(writes) if metric else writes, lab.key_value, max(self.budgets) // 16
-        scale = (K * V) ** 0.5 / float(x.norm().mean())
-        x = x * scale
-        size, one = x.keys.norm(dim=-1, keepdim=True).clamp_min(1e-30), x.keys.new_ones(len(x), 1, 1)
-        sides = LowRank(x.keys / size, one), LowRank(x.values * size, one)
-        axes = [torch.linalg.svd(side.keys[:, 0], full_matrices=False)[2] for side in sides]
-        books, pca = residual_quantizer(x, 256, most, self.seed), fit_pca(x, 2 * most)
-        noise = x.rows(slice(256)).random_like(torch.Generator().manual_seed(self.seed))
-        how = {"training_tokens": 128 * self.steps, "seed": self.seed, "context_size": 8, "verbose": False}
-
-        def moved(native: LowRank, code: Code) -> Tensor:
-            written = code.written((metric.move(native) if metric else native) * scale) / scale
-            return metric.inverse.apply_rows(written.flatten(1)).view_as(written) if metric else written
-
-        def of_product(x: LowRank, of_sides: Sequence[Sequence[LowRank]]) -> Tensor:
-            ones = x.keys.new_ones(len(x), 1, 1)
-            k, u = (pursued(LowRank(side, ones), own).dense() for side, own in zip((x.keys, x.values), of_sides))
-            return k @ u.mT
-
+        """Budget and code, for every budget."""
+        most = max(self.budgets) // 16
+        fitted = HeadWrites(lab.model, lab.hook[1:3], writes, metric, most=most, steps=self.steps, seed=self.seed)
         for budget in self.budgets:
-            n, m = budget // 16, (budget + 8) // 32  # steps of a sum, and of each side of a product
-            atoms = int(256 * math.factorial(n) ** (1 / n)) - n + 1  # (atoms + n - 1 over n) choices: 8 n bits
-            cfg = training_config(lab.model, *lab.hook[1:3], d_sae=atoms, sae={"k": n}, **how)
-            topk = torch.enable_grad()(train_on_writes)(cfg, x.keys, x.values)
-            topk.settle_b_dec()
-            k, u = (axis[:n].T @ axis[:n] for axis in axes)
-            found = [
-                Code(
-                    f"{OURS} TopK {n}",
-                    16.0 * n,
-                    lambda x, f=topk: f(x.dense().flatten(1)).view(-1, K, V),
-                    list(topk.parameters()),
-                ),
-                of_books(f"{RIVAL} {n}", 16.0 * n, [LowRank(b.keys.clone(), b.values.clone()) for b in books[:n]]),
-                of_books(f"{NULL}: untrained atoms", 16.0 * n, [noise] * n),
-                Code(
-                    f"{NULL}: code of another write",
-                    16.0 * n,
-                    lambda x, n=n: pursued(x, books[:n]).dense().roll(len(x) // 2, 0),
-                    [],
-                ),
-                Code(
-                    f"components of writes {2 * n}",
-                    16.0 * n,
-                    lambda x, n=n: pca.project(x.dense().flatten(1), 2 * n).view(-1, K, V),
-                    [*pca],
-                ),
-                Code(f"components of k and of u {n} x {n}", 16.0 * n, lambda x, k=k, u=u: k @ x.dense() @ u, axes),
-            ]
-            if n > 1:
-                own = residual_quantizer(x, atoms, 1, self.seed) * n
-                found.append(of_books(f"{OURS} pursuit {n}", 16.0 * n, own, positive=True))
-
-                def loss(numbers: Tensor, own: Sequence[LowRank] = own) -> Tensor:
-                    left = LowRank.cat([x.rows(numbers), pursued(x.rows(numbers), own, positive=True) * -1.0])
-                    return left.inner(left).mean() / (K * V)
-
-                descend(found[-1].parameters, loss, len(x), 128, self.steps, 3e-3, self.seed)
-            if m:  # one coefficient belongs to both sides
-                of_sides = [residual_quantizer(side, 256, m, self.seed) for side in sides]
-                coded, every = partial(of_product, of_sides=of_sides), [book.keys for own in of_sides for book in own]
-                found.append(Code(f"product quantizer {m} x {m}", 32.0 * m - 8, coded, every))
-            for code in found:
-                code = centered(code, x)
-                yield budget, code._replace(written=partial(moved, code=code))
+            for code in codes(fitted, budget):
+                yield budget, code
 
     # -- judging
 
