@@ -163,16 +163,64 @@ def test_metadata_is_no_code_and_no_front_matter(foreign: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize("place", ["/home/secret", "~/secret", "C:\\me\\secret", "a /home/secret", "file:secret"])
 def test_no_place_on_this_machine_is_published(foreign: Path, tmp_path: Path, place: str) -> None:
-    """Names on the hub are, and addresses."""
-    told = {"dataset_path": "me/text", "from": "https://example.com/secret", "training_architecture": "writesae_topk"}
+    told = {"dataset_path": "me/text", "training_architecture": "writesae_topk", "seqpos_slice": [None, -1], "l0": 1.5}
     describe(foreign, model_name=place, given={"cache": [place]}, **{f"at {place}": 1}, **told)
     files, text = published(foreign, tmp_path / "fresh")
     metadata = json.loads(files["cfg.json"])["metadata"]
     assert told.items() <= metadata.items()
-    assert "secret" not in text and "secret" not in str({**metadata, "from": ""}) and "me/text" in text
+    assert "secret" not in text and "secret" not in str(metadata) and "me/text" in text
     describe(foreign, model_name="me/model", given="none")
     _, text = published(foreign, tmp_path / "again")
     assert "base_model: me/model" in text and "HookedSAERecurrent.from_pretrained('me/model')" in text
+
+
+@pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty model_from_pretrained_kwargs:UserWarning")
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"model_from_pretrained_kwargs": {"token": "hf_secret", "revision": "main", "cache_dir": "secret"}},
+        {"model_from_pretrained_kwargs": {"revision": "https://me:secret@example.com"}},
+        {"model_from_pretrained_kwargs": "secret"},
+        {"api_key": "sk-secret"},
+        {"dataset_path": "https://me:secret@example.com/text"},
+        {"dataset_path": "s3://secret/text"},
+        {"note": {"nested": ["secret"]}},
+        {"training_architecture_details": {"api_key": "secret", "b_dec_init": "mean", "metadata": {"a": "secret"}}},
+        {"requires": "pip install secret"},
+        {"l0": "secret", "loss": "/secret"},
+    ],
+    ids=str,
+)
+def test_no_credential_is_published(foreign: Path, tmp_path: Path, metadata: dict[str, object]) -> None:
+    """Fields that nobody named stay here, and so do named ones whose value has another form."""
+    describe(foreign, training_architecture="writesae_topk", **metadata)
+    files, text = published(foreign, tmp_path / "fresh")
+    assert b"secret" not in files["cfg.json"] and "secret" not in text
+    kept = json.loads(files["cfg.json"])["metadata"]
+    assert kept["model_from_pretrained_kwargs"] in ({}, {"revision": "main"}) and kept["hook_name"]
+    if "training_architecture_details" in metadata:
+        assert kept["training_architecture_details"] == {"b_dec_init": "mean"}
+
+
+def test_a_local_folder_is_no_name_on_the_hub(foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "alice-private/model-v3").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    describe(foreign, model_name="alice-private/model-v3", dataset_path="alice-private")
+    files, text = published(foreign, tmp_path / "fresh")
+    assert "alice" not in text and b"alice" not in files["cfg.json"] and "a local model" in text
+
+
+@pytest.mark.parametrize("file", ["cfg.json", "sae_weights.safetensors"])
+def test_a_seal_is_checked_before_a_push_and_made_anew(foreign: Path, tmp_path: Path, file: str) -> None:
+    """One bit of a weight, one space of the settings: files that load."""
+    files, _ = published(foreign, tmp_path / "fresh")
+    sums = dict(reversed(line.split("  ")) for line in files["SHA256SUMS"].decode().splitlines())
+    assert sums == {name: hashlib.sha256(files[name]).hexdigest() for name in ("cfg.json", "sae_weights.safetensors")}
+    content = bytearray((foreign / file).read_bytes())
+    content[-1:] = content[-1:] + b" " if file == "cfg.json" else bytes([content[-1] ^ 1])
+    (foreign / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{file}.*SHA-256"):
+        Push(foreign, "me/saes", dry_run=True).run()
 
 
 def test_a_name_that_no_path_has_is_refused(foreign: Path) -> None:

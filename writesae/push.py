@@ -5,11 +5,15 @@ would not do: its code does not import this package, and ends in a KeyError for 
 
 Someone else may have written a dictionary, and a link in it may lead to a private file. So none of its files is
 uploaded: what `load_sae` read is saved again into a new folder, and only that folder goes up. Its metadata is data:
-fields that name a place on this machine are left out, and what the card names has the form of a name.
+a field is published only if `_FORMS` has it and its value has the form given there, so that no token, no address and no
+path of this machine goes up.
+
+SAELens' own uploader makes a commit for each dictionary, leaves `SHA256SUMS` out and knows no private repositories.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import tempfile
@@ -28,10 +32,43 @@ if TYPE_CHECKING:
 
 
 _NAME = r"[\w-][\w.-]*"
-_FORMS = {"dataset_path": f"({_NAME}/)?{_NAME}", "training_architecture": _NAME, "context_size": r"\d+"}
-"""Forms of metadata that the card names. What has another form is not published."""
-_PLACE = re.compile(r"\\|~|(?<![\w./:-])/|\b\w:/|file:")
-"""In JSON: the absolute path of a folder, and any character that JSON escapes."""
+_NUMBERS = r"[-+\d., e\[\]]*|null|true|false"
+"""A number or numbers, as JSON."""
+_FORMS = {
+    "hook_name": r"[\w.]+",
+    "hook_head_index": _NUMBERS,
+    "model_name": f"{_NAME}/{_NAME}",
+    "model_class_name": _NAME,
+    "dataset_path": f"({_NAME}/)?{_NAME}",
+    "context_size": r"\d+",
+    "seqpos_slice": r"\[(null|-?\d+)(, (null|-?\d+))*\]",
+    "prepend_bos": _NUMBERS,
+    "exclude_special_tokens": _NUMBERS,
+    "sequence_separator_token": f"bos|eos|sep|{_NUMBERS}",
+    "disable_concat_sequences": _NUMBERS,
+    "training_architecture": _NAME,
+    "loss": _NAME,
+    "metric": "gauss_newton",
+    "metric_damping": _NUMBERS,
+    "metric_sequences": _NUMBERS,
+    "l0": _NUMBERS,
+    "num_dead_features": _NUMBERS,
+    "n_training_rows": _NUMBERS,
+    "sae_lens_version": _NAME,
+    "sae_lens_training_version": _NAME,
+    "requires": ".*",
+}
+"""Metadata that is published, and its form as text or JSON. Nothing else is."""
+_LOADING = {
+    "dtype": r"(torch\.)?\w{2,10}",
+    "revision": _NAME,
+    "fold_ln": _NUMBERS,
+    "center_writing_weights": _NUMBERS,
+    "center_unembed": _NUMBERS,
+}
+"""The same for `model_from_pretrained_kwargs`."""
+_HUB_NAMES = ("model_name", "dataset_path")
+"""Fields that name something on the hub. A relative path of this machine has the same form."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +132,7 @@ def saved_anew(folder: Path, fresh: Path) -> dict[str, SAE]:
     for place in sae_folders(folder):
         parts, sae = place.relative_to(folder).parts, load_sae(place)
         HeadHook.of(sae)  # raises where it is not of a head
-        sae.cfg.metadata = _told(sae.cfg.metadata)
+        sae.cfg.metadata = _told(sae)
         own = (place.parent if place.name == "sae" else place).resolve()  # a run calls its result `sae`
         name = "/".join(parts[:-1] if parts[-1:] == ("sae",) else parts) or own.name
         if name in found:
@@ -108,19 +145,35 @@ def saved_anew(folder: Path, fresh: Path) -> dict[str, SAE]:
     return found
 
 
-def _told(metadata: SAEMetadata) -> SAEMetadata:
-    """Metadata without fields that name a place on this machine, or that do not have the form of their field."""
-    from hookpoints import embedded
+def _told(sae: SAE) -> SAEMetadata:
+    """What is published of a dictionary's metadata."""
+    from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-    forms = _FORMS | {"model_name": "|".join([f"{_NAME}/{_NAME}", *embedded.names()])}
-    return type(metadata)(
-        **{
-            field: value
-            for field, value in metadata.items()
-            if not _PLACE.search(json.dumps([field, value], ensure_ascii=False))
-            and re.fullmatch(forms.get(field, ".*"), str(value), re.DOTALL)
-        }
-    )
+    from hookpoints import embedded
+    from sae_lens_writesae.sae.matrix import REQUIRES
+
+    metadata = sae.cfg.metadata
+    given = metadata.to_dict()
+    forms = _FORMS | {"requires": re.escape(REQUIRES)}
+    forms["model_name"] = "|".join([forms["model_name"], *map(re.escape, embedded.names())])
+    fields = _of_form(given, forms)
+    for name in _HUB_NAMES:
+        if name in fields and fields[name] not in embedded.names() and Path(fields[name]).exists():
+            del fields[name]
+    fields["model_from_pretrained_kwargs"] = _of_form(given.get("model_from_pretrained_kwargs"), _LOADING)
+    training = SAE_TRAINING_CLASS_REGISTRY.get(fields.get("training_architecture", ""))
+    if training is not None:
+        settings = {field.name: f"{_NUMBERS}|{_NAME}" for field in dataclasses.fields(training[1])}
+        fields["training_architecture_details"] = _of_form(given.get("training_architecture_details"), settings)
+    return type(metadata)(**fields)
+
+
+def _of_form(values: object, forms: Mapping[str, str]) -> dict[str, Any]:
+    """The entries that have the form that is given for their name."""
+    if not isinstance(values, Mapping):
+        return {}
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    return {name: value for name, value in values.items() if name in forms and re.fullmatch(forms[name], texts[name])}
 
 
 def card(repo: str, saes: Mapping[str, SAE]) -> str:
