@@ -209,7 +209,7 @@ def changes_of(
 
     Raises:
         EditError: an edit does not fit the layer, its row or its position cannot be told, or two edits replace or
-            delete the same write.
+            delete the same write, in whichever loop: the second would take away what is no longer there.
     """
     require(
         not edits or plan.rows is None or plan.rows == r.B,
@@ -217,7 +217,7 @@ def changes_of(
         f"there are rows of edits for a batch of {plan.rows}, but the model runs {r.B} rows; give one entry "
         "(empty for none) per row that runs, beams and several returned sequences included",
     )
-    stacks: dict[tuple[int, Loop], _HeadChanges] = {}
+    stacks: dict[int, _HeadChanges] = {}
     for placed in edits:
         row, edit = placed
         edit.check_shape(r.H, r.K, r.V)
@@ -233,13 +233,13 @@ def changes_of(
                 continue
             at = slice(token, token + 1)
         plan.acted.add(id(placed))
-        stack = stacks.setdefault((edit.head, edit.loop), _HeadChanges(r, edit.head, edit.loop))
+        stack = stacks.setdefault(edit.head, _HeadChanges(r, edit.head))
         rows = slice(None) if row is None else slice(row, row + 1)
         if edit.mode != "add":
-            stack.remove(rows, at, edit.position)
+            stack.remove(rows, at, edit)
         if edit.keys is not None and edit.values is not None:
             for key, value in zip(edit.keys, edit.values, strict=True):
-                stack.add(rows, at, key, value)
+                stack.add(rows, at, key, value, edit.loop)
     for stack in stacks.values():
         yield from stack.changes(current)
 
@@ -247,35 +247,38 @@ def changes_of(
 class _HeadChanges:
     """Changes of one head, packed into as few rank-1 slots per token as collisions allow."""
 
-    def __init__(self, r: CanonicalForm, head: int, loop: Loop):
+    def __init__(self, r: CanonicalForm, head: int):
         self.r, self.head = r, head
-        self.loop: Loop = loop
-        self.removed = torch.zeros(r.B, r.T, dtype=torch.bool, device=r.device)
-        self.slots: list[tuple[Tensor, Tensor, Tensor]] = []  # keys [B,T,K], values [B,T,V], taken [B,T]
+        self.none = torch.zeros(r.B, r.T, dtype=torch.bool, device=r.device)
+        self.removed: dict[Loop, Tensor] = {}
+        """[B,T] by loop; a write is removed once, in one of them."""
+        self.slots: dict[Loop, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        """Keys [B,T,K], values [B,T,V], taken [B,T]."""
 
-    def remove(self, rows: slice, at: slice, position: int | None) -> None:
-        require(
-            not self.removed[rows, at].any(),
-            EditError,
-            f"two edits replace or delete the same write (head {self.head}, position {position}); keep one of them",
-        )
-        self.removed[rows, at] = True
+    def remove(self, rows: slice, at: slice, edit: WriteEdit) -> None:
+        if any(removed[rows, at].any() for removed in self.removed.values()):
+            raise EditError(
+                f"two edits replace or delete the same write (head {self.head}, position {edit.position}); keep one of "
+                "them, in the closed or in the open loop"
+            )
+        self.removed.setdefault(edit.loop, self.none.clone())[rows, at] = True
 
-    def add(self, rows: slice, at: slice, key: Tensor, value: Tensor) -> None:
-        slot = next((slot for slot in self.slots if not slot[2][rows, at].any()), None)
+    def add(self, rows: slice, at: slice, key: Tensor, value: Tensor, loop: Loop) -> None:
+        slots = self.slots.setdefault(loop, [])
+        slot = next((slot for slot in slots if not slot[2][rows, at].any()), None)
         if slot is None:
             sides = [self.r.k.new_zeros(self.r.B, self.r.T, n, dtype=self.r.dtype) for n in (self.r.K, self.r.V)]
-            self.slots.append(slot := (sides[0], sides[1], torch.zeros_like(self.removed)))
+            slots.append(slot := (sides[0], sides[1], self.none.clone()))
         keys, values, taken = slot
         keys[rows, at] = key.to(keys)
         values[rows, at] = value.to(values)
         taken[rows, at] = True
 
     def changes(self, current: Sequence[LowRankChange]) -> Iterator[LowRankChange]:
-        if self.slots:  # one pass for all terms of an edit
-            keys, values = (torch.stack([slot[side] for slot in self.slots], 2).squeeze(2) for side in (0, 1))
-            yield LowRankChange(self.head, keys, values, self.loop)
-        if self.removed.any():
-            native = LowRankChange(self.head, self.r.k[:, :, self.head], self.r.u[:, :, self.head])
+        for loop, slots in self.slots.items():  # one pass for all terms of an edit
+            keys, values = (torch.stack([slot[side] for slot in slots], 2).squeeze(2) for side in (0, 1))
+            yield LowRankChange(self.head, keys, values, loop)
+        native = LowRankChange(self.head, self.r.k[:, :, self.head], self.r.u[:, :, self.head])
+        for loop, removed in self.removed.items():
             for change in (native, *(change for change in current if change.head == self.head)):
-                yield change.taken_away(self.removed, self.loop)
+                yield change.taken_away(removed, loop)

@@ -124,6 +124,7 @@ def test_rows_below_the_edit_run_once(model, sequence):
         (lambda: WriteEdit(1, 0, 1, torch.ones(6), torch.ones(8)), EditError, r"keys .* must be \[R,8\]"),
         (lambda: WriteEdit(1, 0, 99, mode="delete"), EditError, "position 99"),
         (lambda: [WriteEdit(1, 0, 4, mode="delete")] * 2, EditError, "position 4"),
+        (lambda: [WriteEdit(1, 0, 4, mode="delete", loop=loop) for loop in ("closed", "open")], EditError, "open loop"),
         (lambda: WriteEdit(1, 0, 3, [1.0] * 8, torch.ones(6)), EditError, "keys"),  # type: ignore[arg-type]
         (lambda: WriteEdit(1, 0, 3, torch.ones(8), torch.ones(6, device="meta")), EditError, "values"),
         (lambda: WriteEdit(1, 0, 3, torch.full((8,), float("nan")), torch.ones(6)), EditError, "NaN"),
@@ -254,6 +255,6 @@ def test_trained_factors_are_not_detached_without_a_word(model64, sequence):
     differentiable = model64.run_with_edits(sequence, [edit], gradients=True).logits
     assert differentiable.requires_grad
     assert_close(plain, differentiable.detach(), rtol=0, atol=1e-10)
-    r = model64.recurrence(sequence, LAYER)
+    r = model64.recurrence(sequence, LAYER, gradients=True)
     native = WriteEdit(LAYER, HEAD, 30, r.k[0, 3, HEAD], r.u[0, 3, HEAD], mode="replace")
     assert r.k.requires_grad and not model64.run_with_edits(sequence, [native]).logits.requires_grad
