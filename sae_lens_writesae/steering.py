@@ -51,6 +51,7 @@ def token_id(model: HookedRecurrent, target: Target) -> int:
     return int(target)
 
 
+@torch.no_grad()
 def value_direction(model: HookedRecurrent, layer: int, head: int, token: int) -> Tensor:
     """w_T = W_O^h W_U[T] / |.| [V]: what a read must contain to raise the logit of `token` along the direct path.
 

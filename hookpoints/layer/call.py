@@ -189,7 +189,7 @@ class LayerCall:
         if first is not None:  # caches are updated in place after the op returns
             recurrence = recurrence.replace(initial_state=first.clone())
         recorded = Recorded(recurrence, native, self.mixer.rule.value_first(arguments))
-        self.run.record[self.mixer.layer] = recorded
+        self.run.record[self.mixer.layer] = recorded if self.run.gradients else recorded.detached()
 
     def _edited(self, recurrence: Recurrence, native: OpResult) -> OpResult:
         """What hooks on writes, states and the pattern, and the plans of edits, make of the native result."""

@@ -38,6 +38,12 @@ class Recorded(NamedTuple):
     value_first: bool = False
     """Whether the op, and so the layer's cache, has states [B,H,V,K]."""
 
+    def detached(self) -> Recorded:
+        """The same without autograd graphs, each of which would hold the whole pass."""
+        outputs, state = self.native
+        native = OpResult(outputs.detach(), None if state is None else state.detach())
+        return self._replace(recurrence=self.recurrence.detached(), native=native)
+
     def left(self, state: Tensor) -> bool:
         """Whether the op left the ``state`` [B,H,K,V] of a cache, so that the factors explain it: an edit, or a hook
         on writes or states, is not in them."""
@@ -55,6 +61,8 @@ class Run:
     """If given, each recurrent layer leaves its last op call here."""
     recorded: Container[int] | None = None
     """Layers that do; None: all."""
+    gradients: bool = False
+    """Whether recordings keep their autograd graph."""
     first_token: int | None = None
     """Position of the first token of a pass; None: counted from the cache."""
     backend: Backend | None = None

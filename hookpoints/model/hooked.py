@@ -220,16 +220,29 @@ class HookedModel(HookedRootModule):
         return run.position
 
     @scoped
-    def recording(self, layers: Container[int] | None = None) -> Iterator[dict[int, Recorded]]:
-        """The last native op call of each recurrent layer that runs while this is open, by layer; of those ``layers``
-        alone, where they are given: the others run without hooks, and nothing of them is held."""
+    def recording(
+        self, layers: Container[int] | None = None, *, gradients: bool = False
+    ) -> Iterator[dict[int, Recorded]]:
+        """The last native op call of each recurrent layer that runs while this is open, by layer.
+
+        Args:
+            layers: record these alone; the others run without hooks, and nothing of them is held. None: all.
+            gradients: keep the autograd graph of what is recorded, and with it all activations of the pass. Otherwise
+                it is detached, as in ``run_with_cache``.
+        """
         record: dict[int, Recorded] = {}
-        with scope(self.attachment, record=record, recorded=layers):
+        with scope(self.attachment, record=record, recorded=layers, gradients=gradients):
             yield record
 
-    def recurrence(self, input: Any, layer: int, **kwargs: Any) -> Recurrence:
-        """The canonical factors of a layer on ``input`` (with ``kwargs`` what the model's forward takes)."""
+    def recurrence(self, input: Any, layer: int, *, gradients: bool = False, **kwargs: Any) -> Recurrence:
+        """The canonical factors of a layer on ``input``.
+
+        Args:
+            gradients: make them differentiable, by the inputs and weights of the pass. The result then holds the graph
+                of the whole pass; otherwise no graph is built.
+            kwargs: what the model's forward takes.
+        """
         self.cfg.layer(layer)
-        with self.recording([layer]) as record:
+        with torch.set_grad_enabled(gradients), self.recording([layer], gradients=gradients) as record:
             self(input, **kwargs)
         return record[layer].recurrence

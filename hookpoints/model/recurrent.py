@@ -293,10 +293,15 @@ class HookedRecurrent(Tokens, Weights):
             logits, tokens.to(logits.device), None if attention_mask is None else attention_mask != 0, per_token
         )
 
-    def recurrence(self, input: str | Tensor, layer: int, **kwargs: Any) -> Recurrence:
-        """The canonical factors of a layer on ``input``: reads, writes, decay, erase (differentiable)."""
+    def recurrence(self, input: str | Tensor, layer: int, *, gradients: bool = False, **kwargs: Any) -> Recurrence:
+        """The canonical factors of a layer on ``input``: reads, writes, decay, erase.
+
+        Args:
+            gradients: make them differentiable; the result then holds the graph of the pass up to the layer.
+            kwargs: for ``forward``.
+        """
         stop = layer + 1 if self.attachment.layout.is_chain else None
-        return super().recurrence(input, layer, return_type=None, stop_at_layer=stop, **kwargs)
+        return super().recurrence(input, layer, gradients=gradients, return_type=None, stop_at_layer=stop, **kwargs)
 
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:
         """[...,D], the columns of ``W_U`` of a token (an id, or a string that is one token) or of ids [...].

@@ -222,6 +222,10 @@ class CanonicalForm:
         other = {name: x.to(dtype) for name, x in tensors(self) if x.dtype != dtype}
         return dataclasses.replace(self, **other) if other else self
 
+    def detached(self) -> Self:
+        """The same without autograd graphs. The tensors share their storage with this one's."""
+        return dataclasses.replace(self, **{name: x.detach() for name, x in tensors(self)})
+
     def starting_state(self) -> Tensor:
         """`initial_state` in `dtype`; zeros [B,H,K,V] where there is none."""
         if self.initial_state is not None:

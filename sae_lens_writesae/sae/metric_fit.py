@@ -11,7 +11,6 @@ where Gamma_t is meant as a vector of K V entries and the mean is over draws.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -63,10 +62,7 @@ def read_scores(
         log_p = logits.flatten(0, 1).float().log_softmax(-1)
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         gradients = torch.autograd.grad(log_p.gather(1, drawn).sum(), [leaves[name] for name in names.values()])
-    return {
-        layer: ReadScores(_without_graph(record[layer].recurrence), gradient)
-        for layer, gradient in zip(names, gradients)
-    }
+    return {layer: ReadScores(record[layer].recurrence, gradient) for layer, gradient in zip(names, gradients)}
 
 
 def fit_metrics(
@@ -148,8 +144,3 @@ class Sums:
 def _damped(matrix: Tensor, share: float) -> Tensor:
     """(1 - share) of a matrix with unit mean eigenvalue, and `share` of the identity."""
     return matrix * ((1 - share) * len(matrix) / matrix.trace()) + share * torch.eye(len(matrix)).to(matrix)
-
-
-def _without_graph(r: Recurrence) -> Recurrence:
-    names = [field.name for field in dataclasses.fields(r)]
-    return r.replace(**{name: x.detach() for name in names if isinstance(x := getattr(r, name), Tensor)})

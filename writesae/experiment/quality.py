@@ -174,6 +174,7 @@ def quality_of_heads(
     return of
 
 
+@torch.no_grad()
 def head_effects(
     model: HookedRecurrent,
     tokens: Tensor,

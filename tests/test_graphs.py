@@ -1,0 +1,269 @@
+"""No public call keeps an autograd graph by mistake, though the parameters require gradients: a graph holds all
+activations of its pass. Run this file to print what each call holds."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from conftest import VOCAB, make_hf
+from saes import HEAD, HOOK, LAYER, random_sae
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformer_lens import HookedRootModule
+
+import hookpoints
+import sae_lens_writesae
+import writesae
+from hookpoints import EditSession, HookedRecurrent, Memory, WriteEdit, attach
+from sae_lens_writesae import HookedSAERecurrent
+from writesae.evaluations import EVALUATIONS
+from writesae.experiment.lab import Lab
+
+TOKENS = torch.randint(1, VOCAB, (6, 24), generator=torch.Generator().manual_seed(0))
+MORE = TOKENS[:, :8]
+DELETE = WriteEdit(LAYER, HEAD, 5, mode="delete")
+HEAD_ARGUMENTS: dict[str, Any] = {"layer": LAYER, "head": HEAD}
+
+
+@dataclass
+class World:
+    """What calls are made on."""
+
+    model: HookedSAERecurrent
+    sae: Any
+    folder: Path
+
+    def folder_of(self, name: str) -> Path:
+        return Path(tempfile.mkdtemp(dir=self.folder)) / name
+
+
+def metric(logits: Tensor) -> Tensor:
+    return logits[0, -1].log_softmax(-1)[3]
+
+
+def saved(world: World) -> Memory:
+    file = world.folder_of("memory")
+    world.model.memory(TOKENS).save(file)
+    return Memory.load(file, world.model)
+
+
+def recorded(world: World) -> Any:
+    with world.model.recording() as record:
+        world.model(TOKENS)
+    return record
+
+
+def attached(world: World) -> Any:
+    with attach(make_hf()) as hooked:
+        return hooked.recurrence(TOKENS, LAYER)
+
+
+def collected(world: World) -> sae_lens_writesae.Collection:
+    return sae_lens_writesae.collect(world.model, TOKENS, [LAYER], [HEAD], world.folder_of("text"), progress=False)
+
+
+def configured(world: World) -> Any:
+    sizes: dict[str, Any] = {"d_sae": 8, "sae": {"k": 2}, "training_tokens": 128, "train_batch_size_tokens": 32}
+    return sae_lens_writesae.training_config(collected(world), **HEAD_ARGUMENTS, **sizes)
+
+
+def steered(world: World) -> Any:
+    steering = sae_lens_writesae.steer(world.model, **HEAD_ARGUMENTS, toward=3)
+    with steering, torch.no_grad():
+        world.model(TOKENS)
+    return steering
+
+
+def scaled(world: World) -> Any:
+    scaling = sae_lens_writesae.scale_atoms(world.model, world.sae, [0, 1], 2.0)
+    with scaling, torch.no_grad():
+        world.model(TOKENS)
+    return scaling
+
+
+def questioned(world: World) -> dict[str, Any]:
+    settings: dict[str, Any] = {"n_atoms": 2, "firings_per_atom": 2, "horizon": 2, "mean_write_sequences": 2}
+    return {"Substitution": writesae.Substitution(**settings).run(world.model, world.sae, TOKENS)}
+
+
+def checked(world: World) -> Any:
+    table = pd.DataFrame([{"layer": LAYER, "head": HEAD, "position": t, "attribution": t / 10} for t in (3, 5)])
+    return hookpoints.check_attribution(world.model, TOKENS[:1], metric, table)
+
+
+CALLS: dict[str, Callable[[World], Any]] = {
+    "HookedRecurrent.from_hf": lambda w: HookedSAERecurrent.from_hf(make_hf()),
+    "HookedRecurrent.from_pretrained": lambda w: HookedRecurrent.from_pretrained("recall"),
+    "HookedRecurrent.generate": lambda w: w.model.generate(MORE, max_new_tokens=2, do_sample=False, edits=DELETE),
+    "HookedRecurrent.memory": lambda w: w.model.memory(MORE, memory=w.model.memory(TOKENS)),
+    "HookedRecurrent.logits_after": lambda w: w.model.logits_after(w.model.memory(TOKENS), MORE),
+    "HookedRecurrent.recurrence": lambda w: w.model.recurrence(TOKENS, LAYER),
+    "HookedRecurrent.recording": recorded,
+    "HookedRecurrent.run_with_cache (cache)": lambda w: w.model.run_with_cache(TOKENS)[1],
+    "HookedRecurrent.run_with_cache_with_saes (cache)": lambda w: w.model.run_with_cache_with_saes(
+        TOKENS, saes=[w.sae]
+    )[1],
+    "HookedRecurrent.run_with_edits": lambda w: w.model.run_with_edits(TOKENS[:1], [DELETE, []]),
+    "HookedRecurrent.edit_session": lambda w: w.model.edit_session(TOKENS[:1]),
+    "EditSession.run": lambda w: EditSession(w.model, TOKENS[:1]).run([DELETE]),
+    "EditSession.recurrence": lambda w: EditSession(w.model, TOKENS[:1]).recurrence(LAYER),
+    "EditSession.residual": lambda w: EditSession(w.model, TOKENS[:1]).residual(LAYER),
+    "Memory.without": lambda w: w.model.memory(TOKENS).without((3, 6)),
+    "Memory.rewind": lambda w: w.model.memory(TOKENS).rewind(5),
+    "Memory.paste": lambda w: w.model.memory(TOKENS).paste(w.model.memory(TOKENS), (0, 3)),
+    "Memory.lerp": lambda w: w.model.memory(TOKENS).lerp(w.model.memory(MORE), 0.5),
+    "Memory.truncate": lambda w: w.model.memory(TOKENS).truncate(2),
+    "Memory.with_states": lambda w: w.model.memory(TOKENS).with_states({0: w.model.memory(MORE).state(0)}),
+    "Memory.branch": lambda w: w.model.memory(TOKENS).branch(w.model, MORE),
+    "Memory.holdings": lambda w: w.model.memory(TOKENS).holdings(0),
+    "Memory.terms": lambda w: w.model.memory(TOKENS).terms(0),
+    "Memory.state": lambda w: w.model.memory(TOKENS).state(0),
+    "Memory.recurrence": lambda w: w.model.memory(TOKENS).recurrence(0),
+    "Memory.load": saved,
+    "attach": attached,
+    "check_attribution": checked,
+    "source_attribution": lambda w: hookpoints.source_attribution(w.model, TOKENS[:1], LAYER, 3),
+    "write_attribution": lambda w: hookpoints.write_attribution(w.model, TOKENS[:1], metric),
+    "collect": collected,
+    "fit_metrics": lambda w: sae_lens_writesae.fit_metrics(w.model, TOKENS, [(LAYER, HEAD)]),
+    "train": lambda w: sae_lens_writesae.train(configured(w)),
+    "steer": steered,
+    "scale_atoms": scaled,
+    "Substitution": questioned,
+    "Lab.firings": lambda w: Lab(w.model, {"": w.sae}, TOKENS).firings(),
+    "Lab.site": lambda w: Lab(w.model, {"": w.sae}, TOKENS).site(0),
+    "Lab.native_writes": lambda w: Lab(w.model, {"": w.sae}, TOKENS).native_writes([0, 1]),
+    "dictionary_quality": lambda w: writesae.dictionary_quality(w.model, w.sae, TOKENS),
+    "head_effects": lambda w: writesae.head_effects(w.model, TOKENS),
+}
+"""Public calls that run a model."""
+
+BACKWARD = {
+    *("source_attribution", "write_attribution", "fit_metrics", "train"),
+    *("HookedRecurrent.recording", "HookedRecurrent.run_with_cache (cache)"),
+    "HookedRecurrent.run_with_cache_with_saes (cache)",
+}
+"""Those that run a backward pass themselves, or return logits beside what they keep. The others build no graph."""
+
+DIFFERENTIABLE: dict[str, Callable[[World], Any]] = {
+    "HookedRecurrent.forward": lambda w: w.model(TOKENS),
+    "HookedRecurrent.run_with_hooks": lambda w: w.model.run_with_hooks(TOKENS, fwd_hooks=[(HOOK, lambda x, hook: x)]),
+    "HookedRecurrent.run_with_cache": lambda w: w.model.run_with_cache(TOKENS),
+    "HookedRecurrent.run_with_saes": lambda w: w.model.run_with_saes(TOKENS, saes=[w.sae]),
+    "HookedRecurrent.run_with_cache_with_saes": lambda w: w.model.run_with_cache_with_saes(TOKENS, saes=[w.sae]),
+    "HookedRecurrent.run_with_hooks_with_saes": lambda w: w.model.run_with_hooks_with_saes(TOKENS, saes=[w.sae]),
+    "HookedRecurrent.recurrence (gradients)": lambda w: w.model.recurrence(TOKENS, LAYER, gradients=True),
+    "HookedRecurrent.run_with_edits (gradients)": lambda w: w.model.run_with_edits(
+        TOKENS[:1], [DELETE], gradients=True
+    ),
+}
+"""Calls whose purpose is gradients, or whose logits have one, as those of any torch model."""
+
+NO_RUN = {
+    *("embed", "unembed", "W_E", "W_O", "W_U", "b_O", "b_U", "layer_W_O", "head_outputs", "head_labels", "loss_fn"),
+    *("all_head_labels", "tokens_to_residual_directions", "to_tokens", "to_string", "to_str_tokens", "tokenize"),
+    *("to_single_token", "n_params_total", "cfg", "position_of", "first_token", "check_edits", "check_hook_name"),
+    *("add_hook", "hooks", "edits", "saes", "get_caching_hooks", "setup", "add_sae", "reset_saes", "acts_to_saes"),
+    *("from_pretrained_no_processing",),
+    *("HOOKS", "RULES", "EditError", "EditRow", "HookpointsError", "Recurrence", "UnknownHookError", "zoo", "errors"),
+    *("UnknownModelError", "UnsupportedModelError", "WriteEdit", "cached", "embedded", "model_types"),
+    *("PAPER_RUNNER", "VARIANTS", "LowRank", "MatrixSAE", "MatrixTrainingSAE", "Metric", "Collection", "load_sae"),
+    *("calibrate_threshold", "head_target", "text_dataset", "training_config"),
+    *("train_many_on_writes", "train_on_writes"),
+    *("EVALUATIONS", "Evaluation", "Result", "half_lives", "load_result", "sample_sequences", "write_report"),
+}
+"""Public names that run no model, or scopes in which others do."""
+
+
+class Saved:
+    """A tensor that a graph holds for its backward pass."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor.detach()
+
+
+def held(call: Callable[[], Any], parameters: Iterator[Tensor]) -> tuple[int, int, Any]:
+    """Bytes that autograd graphs still hold after a call, while its value lives, without the model's parameters; how
+    many tensors were saved for a backward pass meanwhile; and the value."""
+    living: weakref.WeakSet[Saved] = weakref.WeakSet()
+    count = 0
+
+    def keep(tensor: Tensor) -> Saved:
+        nonlocal count
+        count += 1
+        living.add(kept := Saved(tensor))
+        return kept
+
+    with saved_tensors_hooks(keep, lambda kept: kept.tensor):
+        value = call()
+    gc.collect()
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (each.tensor for each in living)}
+    for parameter in parameters:
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(storages.values()), count, value
+
+
+def tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Those inside of a value."""
+    if id(value) in seen or isinstance(value, (str, nn.Module)):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from tensors(each, seen)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from tensors(each, seen)
+    elif hasattr(value, "__dict__"):
+        yield from tensors(vars(value), seen)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    model = HookedSAERecurrent.from_hf(make_hf())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    return World(model, random_sae(model), tmp_path_factory.mktemp("graphs"))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_keeps_no_graph(world: World, name: str) -> None:
+    size, count, value = held(lambda: CALLS[name](world), world.model.parameters())
+    assert count == 0 or name in BACKWARD, f"{name} builds graphs that nothing uses: {count} tensors"
+    with_graph = [list(x.shape) for x in tensors(value, set()) if x.grad_fn is not None]
+    assert not with_graph and size == 0, f"{name}: {size} bytes in graphs"
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_what_is_for_gradients_has_them(world: World, name: str) -> None:
+    size, _, value = held(lambda: DIFFERENTIABLE[name](world), world.model.parameters())
+    assert size > 0 and any(x.grad_fn is not None for x in tensors(value, set()))
+
+
+def test_every_public_name_is_in_a_list() -> None:
+    methods = {name for name in dir(HookedSAERecurrent) if not name.startswith("_") and name not in dir(nn.Module)}
+    theirs = set(dir(HookedRootModule)) - {"run_with_hooks", "run_with_cache"}
+    owners = {"HookedRecurrent", "HookedSAERecurrent", "EditSession", "Memory", "attach"}
+    packages = {name for package in (hookpoints, sae_lens_writesae, writesae) for name in package.__all__}
+    of_classes = {f"{made.__name__}.{name}" for made in (Memory, EditSession) for name in vars(made) if name[0] != "_"}
+    plain = {*(f"Memory.{name}" for name in ("T", "tokens", "save", "approximate", "edited")), "EditSession.batches"}
+    known = {name.split(" ")[0].removeprefix("HookedRecurrent.") for name in (*CALLS, *DIFFERENTIABLE)}
+    assert (methods - theirs) | (packages - owners) | (of_classes - plain) <= known | NO_RUN
+    assert {*EVALUATIONS.values()}  # all of them run in `Evaluation.run`
+
+
+if __name__ == "__main__":
+    made = HookedSAERecurrent.from_hf(make_hf())
+    here = World(made, random_sae(made), Path(tempfile.mkdtemp()))
+    for called, function in {**CALLS, **DIFFERENTIABLE}.items():
+        print(f"{called:50} {held(lambda call=function: call(here), made.parameters())[0]:>12,}")
