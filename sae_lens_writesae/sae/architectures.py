@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from sae_lens.registry import (
+    SAE_TRAINING_CLASS_REGISTRY,
     register_sae_class,
     register_sae_training_class,
 )
@@ -30,6 +31,7 @@ from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from hookpoints.errors import nearest
 from sae_lens_writesae.choices import Encoder
 from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig
 from sae_lens_writesae.sae.product import (
@@ -225,8 +227,34 @@ TRAINING: dict[str, tuple[type[TrainingSAE[Any]], type[MatrixTrainingSAEConfig]]
 """Architecture -> (class, config) for training. BatchTopK and Matryoshka are exported as `writesae_jumprelu`."""
 
 
+EXPORTED = {"writesae_batchtopk": "writesae_jumprelu", "writesae_matryoshka": "writesae_jumprelu"}
+"""Architecture in training -> the one for inference, where the two differ. SAELens finds the class of a checkpoint by
+the first."""
+
+
 # Inference first: a training config looks its inference config up.
 for _register, _classes in ((register_sae_class, INFERENCE), (register_sae_training_class, TRAINING)):
     for _name, (_class, _config) in _classes.items():
         _config._name = _name
         _register(_name, _class, _config)  # pyright: ignore[reportArgumentType]  (each table has its own types)
+for _name, _exported in EXPORTED.items():
+    register_sae_class(_name, *INFERENCE[_exported])
+
+
+def training_config_class(architecture: str) -> type[MatrixTrainingSAEConfig]:
+    """The training config of an architecture of matrix atoms.
+
+    Raises:
+        ValueError: it is not registered, or is one of SAELens' own; names the nearest.
+    """
+    known = {
+        name: config
+        for name, (_, config) in SAE_TRAINING_CLASS_REGISTRY.items()
+        if issubclass(config, MatrixTrainingSAEConfig)
+    }
+    if architecture not in known:
+        in_full = f"writesae_{architecture.removeprefix('writesae_')}"  # of SAELens' own, the one on matrix atoms
+        raise ValueError(
+            f"architecture: expected one of {', '.join(known)}, got {architecture!r}{nearest(in_full, known)}"
+        )
+    return known[architecture]

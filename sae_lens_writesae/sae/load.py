@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from hookpoints.errors import nearest
 from hookpoints.files import SealedFolder, read_json
-from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig
+from sae_lens_writesae.sae.matrix import CHECKPOINT_ENTRY, MatrixSAE, MatrixSAEConfig
 
 _DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 """What SAELens, torch and Python raise on a damaged config or file."""
@@ -28,7 +28,8 @@ class CheckpointError(ValueError):
 
 
 def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *, training: bool = False) -> MatrixSAE:
-    """Load an autoencoder that `save_inference_model` wrote, or with `training` one from a checkpoint of a run.
+    """Load an autoencoder that `save_inference_model` or `save_model` wrote, or a checkpoint of a run: for inference,
+    or with `training` as it was trained.
 
     An architecture of SAELens gives an object of SAELens' class.
 
@@ -43,13 +44,15 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
     """
     folder = SealedFolder(Path(path), CheckpointError)
     file, place = folder.file(SAE_CFG_FILENAME), folder.file(SAE_WEIGHTS_FILENAME)
-    registry: dict[str, tuple[Any, Any]] = {**(SAE_TRAINING_CLASS_REGISTRY if training else SAE_CLASS_REGISTRY)}
     try:
         config = read_json(file)
+        weights = load_file(place)
+        of_checkpoint = training or CHECKPOINT_ENTRY in weights
+        registry: dict[str, Any] = {**(SAE_TRAINING_CLASS_REGISTRY if of_checkpoint else SAE_CLASS_REGISTRY)}
         name = str(config.get("architecture"))
         if name not in registry:
             raise CheckpointError(
-                f"{file}: expected an architecture that is registered with training={training}, got {name!r}"
+                f"{file}: expected an architecture that is registered with training={of_checkpoint}, got {name!r}"
                 f"{nearest(name, registry)}. If another package defines it, import that package first"
             )
         sae_class, cfg_class = registry[name]
@@ -57,7 +60,7 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
             known = {field.name for field in dataclasses.fields(cfg_class)} | {"architecture", "metadata"}
             if unknown := sorted(config.keys() - known):
                 raise CheckpointError(f"{file} has the unknown field(s) {unknown}{nearest(unknown[0], known)}")
-        expected, weights = sae_class(cfg_class.from_dict(config | {"device": "meta"})).state_dict(), load_file(place)
+        expected = sae_class(cfg_class.from_dict(config | {"device": "meta"})).state_dict()
         shapes, found = ({key: list(x.shape) for key, x in each.items()} for each in (expected, weights))
         for key in sorted({*found, *shapes}):
             if found.get(key) != shapes.get(key):

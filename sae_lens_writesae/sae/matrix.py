@@ -23,7 +23,7 @@ from typing import Any, ClassVar, get_args
 
 import torch
 from sae_lens.registry import SAE_CLASS_REGISTRY
-from sae_lens.saes.sae import SAE, SAEConfig
+from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE
 from torch import Tensor, nn
 
 from hookpoints.files import write_checksums
@@ -34,6 +34,9 @@ from sae_lens_writesae.files import named_errors
 REQUIRES = "import sae_lens_writesae (package sae-lens-writesae), which registers the architecture in SAELens"
 """What the metadata of every saved autoencoder says. SAELens has no entry points: without the import it raises a bare
 KeyError with the architecture's name."""
+
+CHECKPOINT_ENTRY = "mean_batches"
+"""A buffer that only autoencoders in training have: weights with it are those of a checkpoint."""
 
 
 def require(condition: bool, field: str, value: object, wanted: str) -> None:
@@ -279,6 +282,23 @@ class MatrixSAE(SAE[Any]):
         )
 
     # ---------------------------------------------------------------------------------------- files
+
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        """Weights of a checkpoint become those that `save_inference_model` would have saved: b_dec by the running
+        means, atoms of norm 1 where SAELens folds norms, one threshold for BatchTopK. SAELens calls this as it loads.
+        """
+        super().process_state_dict_for_loading(state_dict)
+        if CHECKPOINT_ENTRY not in state_dict or hasattr(self, CHECKPOINT_ENTRY):
+            return
+        metadata = self.cfg.metadata
+        fields = self.cfg.to_dict() | (metadata.training_architecture_details or {})
+        fields |= {"architecture": metadata.training_architecture, "device": "meta"}  # where nothing is drawn
+        in_training = TrainingSAE.from_dict(fields)
+        in_training.load_state_dict(state_dict, assign=True)
+        weights = in_training.state_dict()
+        in_training.process_state_dict_for_saving_inference(weights)
+        state_dict.clear()
+        state_dict.update(weights)
 
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save weights and config as SAELens does, with their checksums, which `load_sae` compares."""

@@ -30,6 +30,9 @@ PAPER_RUNNER: dict[str, float | int | str] = {
 }
 """The paper's training settings as arguments of LanguageModelSAERunnerConfig (the paper makes 20 epochs)."""
 
+TRAINING_BUFFERS = ("n_started", "mean_input", "mean_contribution", "mean_batches")
+"""Buffers that a `MatrixTrainingSAE` adds, which checkpoints have and inference does not."""
+
 
 @dataclass(kw_only=True)
 class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
@@ -266,12 +269,19 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         """Settle b_dec, and leave out what only training needs. SAELens may fold norms into `W_enc` and `W_dec`: it is
         given ones, which then are what each atom and its encoder are multiplied by."""
         self.settle_b_dec()  # in place, which the tensors of state_dict see
-        for name in ("n_started", "mean_input", "mean_contribution", "mean_batches"):
+        for name in TRAINING_BUFFERS:
             del state_dict[name]
         ones = torch.ones_like(self.get_W_dec_norm())
         state_dict |= {"W_dec": ones[:, None], "W_enc": ones[None]}
         super().process_state_dict_for_saving_inference(state_dict)
         state_dict |= self._scaled(state_dict.pop("W_dec").flatten(), state_dict.pop("W_enc").flatten())
+
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        """What was saved for inference gets empty means, so that training can begin with it."""
+        super().process_state_dict_for_loading(state_dict)
+        for name in TRAINING_BUFFERS:
+            empty = torch.zeros_like(self.get_buffer(name), device=state_dict["b_dec"].device)
+            state_dict.setdefault(name, empty)
 
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save what inference needs as SAELens does, with checksums."""
