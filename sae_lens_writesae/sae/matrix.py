@@ -74,22 +74,21 @@ class MatrixSAEConfig(SAEConfig):
     def __post_init__(self) -> None:
         require(max(self.d_k, self.d_v) > 0, "d_k, d_v", (self.d_k, self.d_v), "the widths of the hooked head")
         self.d_k, self.d_v = self.d_k or self.d_in // self.d_v, self.d_v or self.d_in // self.d_k
-        limit = min(self.d_k, self.d_v)
-        for field, good, wanted in (
-            ("d_in", self.d_in == self.d_k * self.d_v, f"d_k * d_v = {self.d_k} * {self.d_v}"),
-            ("d_sae", self.d_sae >= 1, "a number of atoms of at least 1"),
-            ("k", 0 < getattr(self, "k", 1) <= self.d_sae, f"above 0 and at most d_sae={self.d_sae}"),
-            ("encoder", self.encoder in get_args(Encoder), f"one of {get_args(Encoder)}"),
-            ("decoder", self.decoder in get_args(Decoder), f"one of {get_args(Decoder)}"),
-            ("rank", 1 <= self.rank <= limit, f"between 1 and min(d_k, d_v) = {limit}"),
-            (
-                "normalize_activations",
-                self.normalize_activations in ("none", "expected_average_only_in"),
-                "'none' or 'expected_average_only_in': only a scalar leaves atoms their rank when it is folded in",
-            ),
-            ("reshape_activations", self.reshape_activations == "none", "'none': hooks of one head are flattened"),
-        ):
-            require(good, field, getattr(self, field, None), wanted)
+        limit, k = min(self.d_k, self.d_v), getattr(self, "k", 1)
+        require(self.d_in == self.d_k * self.d_v, "d_in", self.d_in, f"d_k * d_v = {self.d_k} * {self.d_v}")
+        require(self.d_sae >= 1, "d_sae", self.d_sae, "a number of atoms of at least 1")
+        require(0 < k <= self.d_sae, "k", k, f"above 0 and at most d_sae={self.d_sae}")
+        require(self.encoder in get_args(Encoder), "encoder", self.encoder, f"one of {get_args(Encoder)}")
+        require(self.decoder in get_args(Decoder), "decoder", self.decoder, f"one of {get_args(Decoder)}")
+        require(1 <= self.rank <= limit, "rank", self.rank, f"between 1 and min(d_k, d_v) = {limit}")
+        require(
+            self.normalize_activations in ("none", "expected_average_only_in"),
+            "normalize_activations",
+            self.normalize_activations,
+            "'none' or 'expected_average_only_in': only a scalar leaves atoms their rank when it is folded in",
+        )
+        flat = "'none': hooks of one head are flattened"
+        require(self.reshape_activations == "none", "reshape_activations", self.reshape_activations, flat)
         super().__post_init__()
         self.metadata["requires"] = REQUIRES
 

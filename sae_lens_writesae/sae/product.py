@@ -59,16 +59,15 @@ class WriteProductSAEConfig(MatrixSAEConfig):
     def __post_init__(self) -> None:
         self.f_key = self.f_key or (self.d_sae // self.f_value if self.f_value else math.isqrt(max(self.d_sae, 0)))
         self.f_value = self.f_value or self.d_sae // max(self.f_key, 1)
+        require(self.f_key * self.f_value == self.d_sae, "d_sae", self.d_sae, "f_key * f_value")
+        require(1 <= self.k_key <= self.f_key, "k_key", self.k_key, f"between 1 and {self.f_key}")
+        require(1 <= self.k_value <= self.f_value, "k_value", self.k_value, f"between 1 and {self.f_value}")
         fixed = {"encoder": "bilinear", "decoder": "rank", "rank": 1, "apply_b_dec_to_input": False, "loss": "mse"}
         # b_dec is set by the means of training, and norms in the encoder would change which atoms are on top.
         fixed |= {"b_dec_init": "zeros", "unit_norm_every": 0}
-        for name, good, wanted in (
-            ("d_sae", self.f_key * self.f_value == self.d_sae, "f_key * f_value"),
-            ("k_key", 1 <= self.k_key <= self.f_key, f"between 1 and {self.f_key}"),
-            ("k_value", 1 <= self.k_value <= self.f_value, f"between 1 and {self.f_value}"),
-            *((name, getattr(self, name, only) == only, f"{only!r} for two sides") for name, only in fixed.items()),
-        ):
-            require(good, name, getattr(self, name, None), wanted)
+        for name, only in fixed.items():
+            value = getattr(self, name, only)
+            require(value == only, name, value, f"{only!r} for two sides")
         super().__post_init__()
 
     @property

@@ -24,13 +24,13 @@ from sae_lens import (
     LanguageModelSAETrainingRunner,
     LoggingConfig,
 )
-from sae_lens.registry import get_sae_training_class
 from sae_lens.training.mixing_buffer import mixing_buffer
 from torch import Tensor
 from transformer_lens import HookedRootModule
 
 from hookpoints import HookedRecurrent, Recurrence
 from sae_lens_writesae.choices import Loss, MetricName
+from sae_lens_writesae.sae.architectures import training_config_class
 from sae_lens_writesae.sae.chunks import StateStack
 from sae_lens_writesae.sae.factors import INDEX, Collection
 from sae_lens_writesae.sae.fast import shape_of, train_on_writes
@@ -107,7 +107,7 @@ def training_config(
     Args:
         model: the language model, or a collection of its factors, with which no language model is loaded.
         target: what is learned; see `sae.target.Target`.
-        architecture: a registered training architecture.
+        architecture: one of matrix atoms, such as `writesae_batchtopk`.
         d_sae: number of atoms F.
         metric: `gauss_newton` trains in the metric of the model's own KL divergence instead of squared errors (writes
             only; see `sae.metric`). It needs a collection, and `train` with the metric.
@@ -117,12 +117,12 @@ def training_config(
         runner: further fields of `LanguageModelSAERunnerConfig`, such as `training_tokens`.
 
     Raises:
-        ValueError: a metric of states, and what `head_target` and the configs raise.
+        ValueError: a metric of states, and what `training_config_class`, `head_target` and the configs raise.
     """
     require(metric == "frobenius" or target == "write", "metric", metric, f"frobenius for {target}")
     collected = isinstance(model, Collection)
     place = model.head_target(layer, head, target) if collected else head_target(model, layer, head, target)
-    _, config_class = get_sae_training_class(architecture)
+    config_class = training_config_class(architecture)
     defaults: dict[str, Any] = {
         "model_name": model.model_name if collected else model.cfg.model_name,
         "model_class_name": MODEL_CLASS_NAME,

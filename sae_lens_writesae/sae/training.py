@@ -68,22 +68,21 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     transformed by a metric, as `sae_lens_writesae.train` and `train_on_writes` do with one that they are given."""
 
     def __post_init__(self) -> None:
-        norm = self.decoder_init_norm
+        norm, unit_norm_every = self.decoder_init_norm, self.unit_norm_every
         rescaled = getattr(self, "rescale_acts_by_decoder_norm", True)
-        for field, good, wanted in (
-            ("decoder_init_norm", norm is None or norm > 0, "positive, or None for SAELens' random init"),
-            ("decoder_init", self.decoder_init in ("random", "native"), "'random' or 'native'"),
-            ("b_dec_init", self.b_dec_init in ("mean", "zeros"), "'mean' or 'zeros'"),
-            ("b_dec_rows", self.b_dec_rows >= 0, "a number, or 0 for never"),
-            ("unit_norm_every", self.unit_norm_every >= 0, "a number, or 0 for never"),
-            ("unit_norm_every", rescaled or not self.unit_norm_every, "0 with rescale_acts_by_decoder_norm=False"),
-            ("resample_every", self.resample_every >= 0, "a number, or 0 for never"),
-            ("loss", self.loss in get_args(Loss), f"one of {get_args(Loss)}"),
-            ("loss_weight", 0 <= self.loss_weight <= 1, "between 0 and 1"),
-            ("metric", self.metric in get_args(MetricName), f"one of {get_args(MetricName)}"),
-            ("loss", self.metric == "frobenius" or self.loss == "mse", "'mse' with metric='gauss_newton'"),
-        ):
-            require(good, field, getattr(self, field), wanted)
+        require(norm is None or norm > 0, "decoder_init_norm", norm, "positive, or None for SAELens' random init")
+        require(self.decoder_init in ("random", "native"), "decoder_init", self.decoder_init, "'random' or 'native'")
+        require(self.b_dec_init in ("mean", "zeros"), "b_dec_init", self.b_dec_init, "'mean' or 'zeros'")
+        require(self.b_dec_rows >= 0, "b_dec_rows", self.b_dec_rows, "a number, or 0 for never")
+        require(unit_norm_every >= 0, "unit_norm_every", unit_norm_every, "a number, or 0 for never")
+        zero = "0 with rescale_acts_by_decoder_norm=False"
+        require(rescaled or not unit_norm_every, "unit_norm_every", unit_norm_every, zero)
+        require(self.resample_every >= 0, "resample_every", self.resample_every, "a number, or 0 for never")
+        require(self.loss in get_args(Loss), "loss", self.loss, f"one of {get_args(Loss)}")
+        require(0 <= self.loss_weight <= 1, "loss_weight", self.loss_weight, "between 0 and 1")
+        require(self.metric in get_args(MetricName), "metric", self.metric, f"one of {get_args(MetricName)}")
+        plain = self.metric == "frobenius" or self.loss == "mse"
+        require(plain, "loss", self.loss, "'mse' with metric='gauss_newton'")
         super().__post_init__()
         self.metadata.loss = self.loss  # kept in the export, whose config has no field for it
 

@@ -155,7 +155,9 @@ def test_no_method_of_saelens_that_writes_to_weights_is_left(sae_class: type) ->
         ({"k": 13}, "k=13"),
         ({"k": 0}, "k=0"),
         ({"rescale_acts_by_decoder_norm": False}, "unit_norm_every=100"),
+        ({"decoder_init": "bad", "b_dec_rows": None}, "decoder_init='bad'"),  # the first one is named
         ({"d_k": 4}, "d_in=30"),
+        ({"d_k": 4, "encoder": "linear", "rank": "one"}, "d_in=30"),
         ({"d_k": 0, "d_v": 0}, "d_k, d_v="),
         ({"d_k": 0, "d_v": 7}, "d_in=30"),
         ({"d_k": -5, "d_v": -6}, "d_k, d_v="),

@@ -90,6 +90,15 @@ def test_every_architecture_trains_through_the_runner(embedded, dataset, archite
     assert all(torch.isfinite(parameter).all() for parameter in trained.parameters())
 
 
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [("topk", "writesae_topk"), ("batch_topk", "writesae_batchtopk"), ("writesae_top", "writesae_topk")],
+)
+def test_an_architecture_without_matrix_atoms_is_refused(embedded, architecture, name):
+    with pytest.raises(ValueError, match=f"architecture: .*got '{architecture}'; nearest: {name}"):
+        small_config(embedded, architecture=architecture)
+
+
 def test_cached_activations_are_the_writes(embedded, dataset, tmp_path):
     cfg = CacheActivationsRunnerConfig(
         model_name="embedded",

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from sae_lens import SAE
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from hookpoints.errors import nearest
 from sae_lens_writesae.choices import VARIANTS
+from sae_lens_writesae.sae.architectures import training_config_class
 from sae_lens_writesae.sae.target import HeadHook
 
 
@@ -46,12 +45,9 @@ def sparsity_fields(architecture: str, k: int) -> dict[str, object]:
     """`k` for an architecture that has one. Others have a penalty instead of a number of active atoms.
 
     Raises:
-        ValueError: there is no such architecture.
+        ValueError: there is no such architecture of matrix atoms.
     """
-    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
-        known = [name for name in SAE_TRAINING_CLASS_REGISTRY if name.startswith("writesae")]
-        raise ValueError(f"architecture: expected one of {known}, got {architecture!r}{nearest(architecture, known)}")
-    return {"k": k} if "k" in SAE_TRAINING_CLASS_REGISTRY[architecture][1].__dataclass_fields__ else {}
+    return {"k": k} if "k" in training_config_class(architecture).__dataclass_fields__ else {}
 
 
 def matched_flat(sae: SAE) -> tuple[int, dict[str, object]]:
