@@ -35,7 +35,7 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.files import SAVE_SECONDS, atomic_write
 from sae_lens_writesae.sae.matrix import khatri_rao, require
 from sae_lens_writesae.sae.metric import Metric
-from sae_lens_writesae.sae.rows import matrices, new_sae, seeded, shuffled, train_on_rows, wandb_run
+from sae_lens_writesae.sae.rows import ShuffledWrites, new_sae, seeded, shuffled, train_on_rows, wandb_run
 from sae_lens_writesae.sae.target import RunnerConfig
 from sae_lens_writesae.sae.training import START_STEPS, MatrixTrainingSAE, mean_row, sizes
 
@@ -89,7 +89,7 @@ def train_on_writes(
         return train_many_on_writes([cfg], [writes], [metric], checkpoint=checkpoint)[0]
     found, wanted = (writes.keys.shape[2], writes.values.shape[2]), (cfg.sae.d_k, cfg.sae.d_v)
     require(found == wanted, "keys, values", found, f"of K, V = {wanted} (d_k, d_v of cfg.sae)")
-    return train_on_rows(cfg, matrices(cfg, writes), metric, checkpoint, len(writes))
+    return train_on_rows(cfg, ShuffledWrites(cfg, writes), metric, checkpoint, len(writes))
 
 
 def train_many_on_writes(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,6 +75,91 @@ def shuffled(n_rows: int, batch: int, seed: int, step: int = 0) -> Iterator[Tens
         order, skipped = order[skipped + batch :], 0
 
 
+class Batches(ABC, Iterator[Tensor]):
+    """Batches of rows [N,K*V + columns] without end. After `resume`, batches are those that follow the
+    `state`."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs of it."""
+
+    @abstractmethod
+    def resume(self, state: dict[str, Tensor]) -> None:
+        """Continue where `state` was taken."""
+
+
+class ShuffledWrites(Batches):
+    """Writes as rows [N,K*V], and behind them the same again, where the loss compares with writes. Every epoch has its
+    own order."""
+
+    def __init__(self, cfg: RunnerConfig, writes: LowRank) -> None:
+        self.cfg, self.writes = cfg, writes
+        self._begin(0)
+
+    def _begin(self, taken: int) -> None:
+        self.taken = taken
+        self.order = shuffled(len(self.writes), self.cfg.train_batch_size_tokens, self.cfg.seed, taken)
+
+    def __next__(self) -> Tensor:
+        part = self.writes.rows(next(self.order).to(self.writes.keys.device))
+        self.taken += 1
+        rows = part.to(torch.promote_types(part.keys.dtype, torch.float32)).dense().flatten(1)
+        return torch.cat([rows, COLUMN_SCALE * rows], dim=1) if self.cfg.sae.loss == "write" else rows
+
+    def state(self) -> dict[str, Tensor]:
+        return {"taken": torch.tensor(self.taken)}
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        self._begin(int(state["taken"]))
+
+
+class MixedRows(Batches):
+    """Rows of parts of a text, mixed as SAELens' `mixing_buffer` mixes them (the same batches from the same random
+    numbers), with a state that a checkpoint can keep. Every epoch takes the parts in a new order.
+
+    Args:
+        rows_of: the rows [n,K*V + columns] of a part, by its number.
+        n_parts: so many parts make the text.
+        size: rows of the buffer, `batch` at least. `fraction` of it stays for the next mix.
+    """
+
+    def __init__(self, rows_of: Callable[[int], Tensor], n_parts: int, size: int, batch: int, fraction: float) -> None:
+        self.rows_of, self.n_parts = rows_of, n_parts
+        self.size, self.batch, self.fraction = size, batch, fraction
+        self.order = torch.zeros(0, dtype=torch.long)
+        self.mixed = self.waiting = torch.zeros(0, 0)
+        """Rows of the next batches, and rows that wait for the next mix."""
+
+    def __next__(self) -> Tensor:
+        if not len(self.mixed):
+            self._mix()
+        batch, self.mixed = self.mixed[: self.batch], self.mixed[self.batch :]
+        return batch
+
+    def _mix(self) -> None:
+        rows = [self.waiting] if len(self.waiting) else []
+        while True:  # one part at least
+            if not len(self.order):
+                self.order = torch.randperm(self.n_parts)
+            rows.append(self.rows_of(int(self.order[0])))
+            self.order = self.order[1:]
+            if sum(map(len, rows)) >= self.size:
+                break
+        buffer = torch.cat(rows)
+        if self.fraction > 0:
+            buffer = buffer[torch.randperm(len(buffer))]
+        n_batches = max(1, (len(buffer) - int(self.size * self.fraction)) // self.batch)
+        self.mixed = buffer[: n_batches * self.batch]
+        self.waiting = buffer[n_batches * self.batch :]
+
+    def state(self) -> dict[str, Tensor]:
+        # Copies: torch saves the whole storage of a slice.
+        return {name: getattr(self, name).clone() for name in ("order", "mixed", "waiting")}
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        self.order, self.mixed, self.waiting = state["order"], state["mixed"], state["waiting"]
+
+
 def train_on_rows(
     cfg: RunnerConfig,
     rows: Iterator[Tensor],
@@ -81,43 +167,58 @@ def train_on_rows(
     checkpoint: Path | None = None,
     n_rows: int | None = None,
 ) -> MatrixTrainingSAE:
-    """Train by SAELens' trainer on batches of rows [N,K*V + columns], with the random numbers of the seed. The folder
-    `checkpoint` is written at each twentieth of the run; the same call resumes from it, on other rows.
-    `n_rows`: how many different ones there are, for the metadata."""
+    """Train by SAELens' trainer on batches of rows [N,K*V + columns], with the random numbers of the seed.
+
+    Args:
+        rows: `Batches`, where there is a checkpoint.
+        checkpoint: a folder that is written at each twentieth of the run: SAELens' own checkpoint, the random numbers,
+            and the state of `rows` (for `MixedRows` as large as the buffer). The same call resumes from it, to the
+            weights of a run that never stopped.
+        n_rows: how many different rows there are, for the metadata.
+    """
     settings, sae = cfg.to_sae_trainer_config(), new_sae(cfg, metric)
     sae.cfg.metadata.n_training_rows = n_rows
     part = None if checkpoint is None else checkpoint.with_name(f".{checkpoint.name}.part")
 
     def keep(checkpoint_path: Path | None) -> None:  # whole or absent
+        folder = cast(Path, checkpoint_path)
+        random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        torch.save({"random": random, "rows": cast(Batches, rows).state()}, folder / _SOURCE)
         shutil.rmtree(cast(Path, checkpoint), ignore_errors=True)
-        cast(Path, checkpoint_path).rename(cast(Path, checkpoint))
+        folder.rename(cast(Path, checkpoint))
 
     if checkpoint is not None:
         settings = dataclasses.replace(settings, n_checkpoints=19, checkpoint_path=str(part))
     given = map(metric.apply_rows, rows) if metric else rows
     trainer = SAETrainer(settings, sae, given, save_checkpoint_fn=keep if part else None)
-    if checkpoint is not None and checkpoint.is_dir():
-        sae.load_weights_from_checkpoint(checkpoint)
-        trainer.load_trainer_state(checkpoint)
-        trainer.n_training_steps += 1  # SAELens saves before it counts the step
     with (
-        seeded(cfg.seed, trainer.n_training_steps),
+        seeded(cfg.seed, 0),
         wandb_run(cfg),
         threads_for(cfg.train_batch_size_tokens * cfg.sae.d_sae * cfg.sae.d_in),
     ):
+        if checkpoint is not None and checkpoint.is_dir():
+            _resume(trainer, checkpoint, cast(Batches, rows))
         trainer.fit()
     for folder in filter(None, (checkpoint, part)):
         shutil.rmtree(folder, ignore_errors=True)
     return metric.fold(sae) if metric else sae
 
 
-def matrices(cfg: RunnerConfig, writes: LowRank) -> Iterator[Tensor]:
-    """Shuffled batches of writes as rows [N,K*V], and behind them the same again, where the loss compares with
-    writes."""
-    for index in shuffled(len(writes), cfg.train_batch_size_tokens, cfg.seed):
-        part = writes.rows(index.to(writes.keys.device))
-        rows = part.to(torch.promote_types(part.keys.dtype, torch.float32)).dense().flatten(1)
-        yield torch.cat([rows, COLUMN_SCALE * rows], dim=1) if cfg.sae.loss == "write" else rows
+_SOURCE = "source.pt"
+"""Of a checkpoint: the random numbers, and where the rows are."""
+
+
+def _resume(trainer: SAETrainer[Any, Any], checkpoint: Path, rows: Batches) -> None:
+    """Put trainer, rows and torch's random numbers where they were as `checkpoint` was written."""
+    trainer.sae.load_weights_from_checkpoint(checkpoint)
+    trainer.load_trainer_state(checkpoint)
+    trainer.n_training_steps += 1  # SAELens saves before it counts the step
+    ahead = [at for at in trainer.checkpoint_thresholds if at >= trainer.n_training_samples]
+    trainer.checkpoint_thresholds = ahead
+    source = torch.load(checkpoint / _SOURCE, weights_only=True)
+    rows.resume(source["rows"])
+    torch.set_rng_state(source["random"][0])
+    torch.cuda.set_rng_state_all(source["random"][1:])
 
 
 def wandb_run(cfg: RunnerConfig, **options: Any) -> AbstractContextManager[Any]:

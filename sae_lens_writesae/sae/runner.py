@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,6 @@ from sae_lens import (
     LanguageModelSAETrainingRunner,
     LoggingConfig,
 )
-from sae_lens.training.mixing_buffer import mixing_buffer
 from torch import Tensor
 from transformer_lens import HookedRootModule
 
@@ -37,7 +36,7 @@ from sae_lens_writesae.sae.fast import shape_of, train_on_writes
 from sae_lens_writesae.sae.losses import read_queries
 from sae_lens_writesae.sae.matrix import require
 from sae_lens_writesae.sae.metric import Metric
-from sae_lens_writesae.sae.rows import COLUMN_SCALE, seeded, train_on_rows
+from sae_lens_writesae.sae.rows import COLUMN_SCALE, MixedRows, seeded, train_on_rows
 from sae_lens_writesae.sae.target import HeadHook, HookTarget, RunnerConfig, Target, head_target
 from sae_lens_writesae.sae.training import MatrixTrainingSAE
 
@@ -214,20 +213,18 @@ def train(
     return train_on_rows(cfg, _mixed_rows(collection, cfg), metric, checkpoint, collection.tokens.numel())
 
 
-def _mixed_rows(collection: Collection, cfg: RunnerConfig) -> Iterator[Tensor]:
-    """Batches of rows [N,K*V + columns] of a head without end, mixed by SAELens' buffer. States are rebuilt for a few
-    sequences at a time; every epoch has these in a new order."""
+def _mixed_rows(collection: Collection, cfg: RunnerConfig) -> MixedRows:
+    """Rows [N,K*V + columns] of a head. States are rebuilt for a few sequences at a time."""
     hook, positions = HeadHook.parse(cfg.hook_name), slice(*cfg.seqpos_slice)
     parts = torch.arange(collection.n_sequences).split(max(1, cfg.store_batch_size_prompts))
 
-    def rows() -> Iterator[Tensor]:
-        while True:
-            for n in torch.randperm(len(parts)).tolist():
-                recurrence = collection.recurrence(hook.layer, hook.head, parts[n])
-                yield head_rows(recurrence, hook.target, cfg.sae.loss, positions).float().flatten(0, 1)
+    def rows_of(part: int) -> Tensor:
+        recurrence = collection.recurrence(hook.layer, hook.head, parts[part])
+        return head_rows(recurrence, hook.target, cfg.sae.loss, positions).float().flatten(0, 1)
 
-    size = max(cfg.n_batches_in_buffer * len(range(cfg.context_size)[positions]), cfg.train_batch_size_tokens)
-    return mixing_buffer(size, cfg.train_batch_size_tokens, rows(), cfg.activations_mixing_fraction)
+    batch = cfg.train_batch_size_tokens
+    size = max(cfg.n_batches_in_buffer * len(range(cfg.context_size)[positions]), batch)
+    return MixedRows(rows_of, len(parts), size, batch, cfg.activations_mixing_fraction)
 
 
 def head_rows(recurrence: Recurrence, target: HookTarget, loss: Loss, positions: slice = slice(None)) -> Tensor:

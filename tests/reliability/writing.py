@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import RLock
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from saes import planted
@@ -20,6 +22,7 @@ from hookpoints.files import CHECKSUMS
 from reliability.checks import Change, Comparison, check, outcome
 from reliability.folders import read_dictionary, read_result
 from reliability.runs import fresh
+from sae_lens_writesae.sae import fast
 from sae_lens_writesae.sae.factors import INDEX, collect
 from writesae.dictionaries import Train
 from writesae.evaluations import EVALUATIONS
@@ -40,11 +43,14 @@ def results(model: HookedRecurrent, folder: Path) -> None:
 
 
 def dictionaries(model: HookedRecurrent, folder: Path) -> None:
-    """A collection in several shards, and two dictionaries from it."""
+    """A collection in several shards, and dictionaries of writes and of states from it, with a checkpoint after each
+    step, or after each twentieth."""
     rows = torch.randint(1, 64, (64, 32), generator=torch.Generator().manual_seed(3))
-    collect(model, rows, [1], [0, 1], folder / "writes", batch_size=8, shard_bytes=100_000)
-    sizes = {"d_sae": 16, "k": 2, "training_tokens": 1024, "train_batch_size_tokens": 64}
-    Train(collection=folder / "writes", out=folder / "saes", **sizes).run(lambda line: None)
+    collected = folder / "writes"
+    collect(model, rows, [1], [0, 1], collected, targets=("write", "state"), batch_size=8, shard_bytes=100_000)
+    sizes: dict[str, Any] = {"d_sae": 16, "k": 2, "training_tokens": 1024, "train_batch_size_tokens": 64}
+    with patch.object(fast, "SAVE_SECONDS", -1.0):
+        Train(collection=collected, out=folder / "saes", targets=("write", "state"), **sizes).run(lambda line: None)
 
 
 def contents(folder: Path) -> dict[str, object]:

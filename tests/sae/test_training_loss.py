@@ -1,18 +1,22 @@
 """Losses beyond reconstruction: formulas, gradients by finite differences, columns against the model, training."""
 
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from sae_lens.saes.sae import TrainStepInput
+from sae_lens.training.mixing_buffer import mixing_buffer
 from saes import untrained_sae
 
 from sae_lens_writesae import collect, load_sae, train, training_config
 from sae_lens_writesae.sae import TRAINING
 from sae_lens_writesae.sae.losses import read_loss, read_queries, write_loss
 from sae_lens_writesae.sae.metric import Metric
-from sae_lens_writesae.sae.rows import COLUMN_SCALE
+from sae_lens_writesae.sae.rows import COLUMN_SCALE, MixedRows
 from sae_lens_writesae.sae.runner import head_rows
 from sae_lens_writesae.sae.training import MatrixTrainingSAE
 
@@ -139,6 +143,49 @@ def test_training_lowers_the_loss_and_saves_an_ordinary_sae(
     assert loaded.cfg.metadata.hook_name == f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_{target}_vec"
     again = train(cfg)
     assert all(torch.equal(p, q) for p, q in zip(trained.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kill_at", [2, 31, 59])
+@pytest.mark.parametrize("target, loss", [("write", "write"), ("state", "mse"), ("last_state", "mse")])
+def test_a_killed_run_ends_with_the_same_weights(
+    collection: Any, tmp_path: Path, target: Any, loss: Any, kill_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In SAELens' trainer, with dead atoms that are replaced by rows before the kill and after it."""
+    upkeep = {"k": 2, "resample_every": 5, "unit_norm_every": 7, "normalize_activations": "expected_average_only_in"}
+    sizes = {"training_tokens": 60 * 32, "train_batch_size_tokens": 32, "n_batches_in_buffer": 40}
+    runner = sizes | {"dead_feature_window": 3, "n_batches_for_norm_estimate": 2}
+    cfg = config(collection, target=target, loss=loss, sae=upkeep, **runner)
+    whole, steps, step_of_adam = train(cfg).state_dict(), itertools.count(), torch.optim.Adam.step
+
+    def killing(*arguments: Any) -> Any:
+        if next(steps) == kill_at:
+            raise InterruptedError
+        return step_of_adam(*arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", killing)
+    with pytest.raises(InterruptedError):
+        train(cfg, checkpoint=tmp_path / "checkpoint")
+    assert (tmp_path / "checkpoint").exists() == (kill_at > 2)
+    resumed = train(cfg, checkpoint=tmp_path / "checkpoint").state_dict()
+    assert next(steps) - kill_at - 1 in ((60,) if kill_at == 2 else range(60 - kill_at, 64 - kill_at))
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_mixed_rows_are_those_of_saelens_buffer(fraction: float) -> None:
+    parts = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(0))
+
+    def endless() -> Iterator[torch.Tensor]:
+        while True:
+            yield from parts[torch.randperm(7)]
+
+    torch.manual_seed(1)
+    theirs = [batch.clone() for batch in itertools.islice(mixing_buffer(12, 4, endless(), fraction), 30)]
+    torch.manual_seed(1)
+    ours = MixedRows(parts.__getitem__, 7, 12, 4, fraction)
+    assert torch.equal(torch.stack([next(ours) for _ in range(30)]), torch.stack(theirs))
 
 
 def test_rows_without_what_loss_or_metric_need_are_refused(model: Any, collection: Any) -> None:
