@@ -135,16 +135,18 @@ def gradients(p: dict[str, Tensor], rows: States, cfg: Config, dead: Tensor | No
         shift = p["b_enc"][0] - cfg.apply_b_dec_to_input * (v_enc * (w_enc @ bias.T)).sum((1, 2))
         gain = LowRank(v, w).norm() if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
         scores = torch.cat([(part.inners(v_enc, w_enc) + shift) * gain for part in rows.blocks(K * F)])
-        of_batch = int(cfg.k * len(scores)) if cfg.architecture() == "writesae_batchtopk" else 0
-        least = scores.flatten().topk(of_batch).values[-1].clamp_min(0) if of_batch else 0.0
-        most = int((scores >= least).sum(1).max()) if of_batch else cfg.k
+        most = cfg.k
+        if cfg.architecture() == "writesae_batchtopk":  # as SAELens: so many of the whole batch, also where some tie
+            top = scores.flatten().topk(int(cfg.k * len(scores)), sorted=False).indices
+            chosen = torch.zeros_like(scores, dtype=torch.bool).view(-1).index_fill(0, top, True).view_as(scores)
+            scores, most = scores.masked_fill(~chosen, -torch.inf), max(1, int(chosen.sum(1).max()))
         best, atoms = scores.topk(most, sorted=False)
     split = partial(torch.split, split_size_or_sections=P * max(1, BLOCK // (P * K * V)))
     for part, at, score in zip(rows.blocks(P * K * V), split(atoms), split(best)):
         x, chosen = part.dense(), (side.index_select(0, at.flatten()) for side in (v, w, v_enc, w_enc))
         vd, wd, ve, we = (side.view(len(at), -1, side.shape[2]) for side in chosen)  # [n,k R,K or V]
         pre = ve * (we @ (x - bias if cfg.apply_b_dec_to_input else x).mT)
-        code = (pre.sum(2).view(*at.shape, R).sum(2) + p["b_enc"][0, at]).relu() * (score >= least)
+        code = (pre.sum(2).view(*at.shape, R).sum(2) + p["b_enc"][0, at]).relu() * (score > 0)
         error = torch.baddbmm(x - bias, (code.repeat_interleave(R, dim=1)[..., None] * vd).mT, wd, alpha=-1)
         done.append((error.square().sum((1, 2)), code.detach()))
         if torch.is_grad_enabled():

@@ -204,8 +204,9 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
         pre = [x @ encoder.T for x, (_, encoder) in zip(rows, self.sides)]
         ahead, behind = ((s * pre[0]).amax(1).clamp_min(0) * (s * pre[1]).amax(1).clamp_min(0) for s in (1, -1))
         sign = torch.where(behind > ahead, -1.0, 1.0).to(self.dtype)[:, None]
+        some = torch.maximum(ahead, behind)[:, None] > 0  # else no pair is active, and so no atom of either side
         key, value = (
-            torch.where(_strongest(sign * x, most), sign * x, 0)
+            torch.where(some & _strongest(sign * x, most), sign * x, 0)
             for x, most in zip(pre, (self.cfg.k_key, self.cfg.k_value))
         )
         return (

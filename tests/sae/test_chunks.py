@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -107,6 +107,19 @@ def test_losses_and_gradients_are_those_of_the_dense_step(
         torch.testing.assert_close(parameter.grad[0], sae.get_parameter(name).grad, **CLOSE)
     active = torch.zeros(F).index_add_(0, done.atoms.flatten(), (done.code > 0).flatten().float())
     assert torch.equal(active, output.feature_acts.to_dense().bool().sum(0).float())
+
+
+def test_a_batch_has_its_number_of_active_atoms_where_scores_tie(collections: Any) -> None:
+    """Atoms come in equal pairs, and an odd number of them is active."""
+    cfg = config(collections["qwen3_5"], dtype="float64", architecture="writesae_batchtopk", k=57 / BATCH)
+    source, sae = StateStack(cfg, collections["qwen3_5"]), new_sae(cfg)
+    with torch.no_grad():
+        for side in (sae.v, sae.w, sae.v_enc, sae.w_enc):
+            side[F // 2 :] = side[: F // 2]
+    rows = source.rows(0, torch.arange(BATCH // source.together))
+    p: dict[str, Any] = {name: nn.Parameter(x.data.clone()[None]) for name, x in sae.named_parameters()}
+    done: Any = gradients(p, rows, cast(Any, sae.cfg))
+    assert int((done.code > 0).sum()) == 57 == int((sae.encode(rows.dense().flatten(1)) > 0).sum())
 
 
 @pytest.mark.parametrize("changes", [{}, {"architecture": "writesae_batchtopk", "k": 2.5}], ids=str)

@@ -128,6 +128,22 @@ def test_pairs_are_ordinary_atoms(counts: tuple[int, int]) -> None:
     assert variant(sae) == "product" and matched_flat(sae)[0] == 2
 
 
+def test_no_side_is_active_where_no_pair_is() -> None:
+    sae, rows = build(2, 2), writes()
+    with torch.no_grad():
+        sae.value_encoder[:] = sae.value_encoder[0]  # so that a value has one sign on all of them
+        sae.key_encoder[:] = sae.key_encoder[0]
+    silent = ~(sae.encode(rows.dense().flatten(1)) > 0).any(1)
+    key, value = sae.code(rows)
+    assert 0 < silent.sum() < N
+    for side in (key, value):
+        assert torch.equal((side.acts > 0).any(1), ~silent)
+    sizes = rows.keys.square().sum((1, 2)) * rows.values.square().sum((1, 2))
+    errors = [(side.rows - side.reconstruction).square().sum(1) for side in (value, key)]
+    for of_side, other in zip(errors, (key, value)):
+        assert_close((of_side * other.rows.square().sum(1))[silent], sizes[silent])
+
+
 def test_gradients() -> None:
     sae, rows = build(2, 2), writes()
     names = ("key_atoms", "value_atoms", "key_encoder", "value_encoder")
