@@ -18,9 +18,9 @@ PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
 CEILINGS = {
     "hookpoints": 32_600,
-    "sae_lens_writesae": 15_600,
+    "sae_lens_writesae": 16_100,
     "writesae": 54_000,
-    "tests": 94_000,
+    "tests": 96_000,
     "scripts + benchmarks": 26_700,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""
