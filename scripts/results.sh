@@ -31,7 +31,7 @@ SET='--set n_atoms=24 firings_per_atom=4 atom_choice=["dominant"] erasure.n_atom
 CONTROLLED="--control-dictionaries $SET"
 SUBSTITUTION="--kinds substitution --no-control-dictionaries $SET"
 ATOMS="--kinds partition erasure --no-control-dictionaries $SET"
-OTHERS="--kinds sign install logit_change passage multistep multi_atom readers --no-control-dictionaries \
+OTHERS="--kinds sign install logit_change passage multistep --no-control-dictionaries \
     --set n_atoms=12 sign.n_positions=48"
 COMPARED="--kinds baselines seeds objectives --no-control-dictionaries --set n_atoms=24"
 AMPLIFIED="--kinds amplify --no-control-dictionaries --set prompts=20"

@@ -103,7 +103,6 @@ def test_a_result_is_what_the_class_documents_and_the_same_when_loaded(kind: str
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("multi_atom", {"n_atoms": None, "firings_per_atom": 8, "horizon": 3, "controls": ("mean",)}),
         ("logit_change", {"n_atoms": None, "firings_per_atom": 8, "horizons": (0,), "ranks": ((1, 1),)}),
         ("sign", {"n_positions": 12, "ranks": ((1, 10),), "sizes": (1.0,), "first_position": 3}),
     ],

@@ -21,12 +21,10 @@ import test_bits
 import test_erasure
 import test_install
 import test_logit_change
-import test_multi_atom
 import test_multistep
 import test_objectives
 import test_partition
 import test_passage
-import test_readers
 import test_seeds
 import test_sign
 import torch
@@ -90,20 +88,6 @@ def multistep(rng: np.random.Generator, null: bool) -> list[Result]:
     return [replaced(result, steps=steps)]
 
 
-def multi_atom(rng: np.random.Generator, null: bool) -> list[Result]:
-    result = test_multi_atom.table(
-        {
-            "native": 1e-11,
-            "delete": 1.0,
-            "code": 0.6 if null else 0.2,
-            "mean": 0.6 if null else 1.0,
-            "state": 2.0,
-            "state_after": 1.0,
-        }
-    )
-    return [replaced(result, writes=heavy(rng, result.tables["writes"], "kl", power=1.0 if null else 0.5))]
-
-
 def amplify(rng: np.random.Generator, null: bool) -> list[Result]:
     result = test_amplify.counted(3.0, random=3.0 if null else 0.0, n_tokens=6)
     return [replaced(result, counts=heavy(rng, result.tables["counts"], "count", power=0.3))]
@@ -159,11 +143,6 @@ def logit_change(rng: np.random.Generator, null: bool) -> list[Result]:
 def passage(rng: np.random.Generator, null: bool) -> list[Result]:
     result = test_passage.sampled(deleted=0.02, removed=0.02 if null else 0.2, random=0.3)
     return [replaced(result, passages=heavy(rng, result.tables["passages"], "bits", power=0.5))]
-
-
-def readers(rng: np.random.Generator, null: bool) -> list[Result]:
-    result = test_readers.sampled(0.4, 0.1, 0.4 if null else 0.1)
-    return [replaced(result, changes=heavy(rng, result.tables["changes"], "change", power=0.5))]
 
 
 def partition(rng: np.random.Generator, null: bool) -> list[Result]:
@@ -226,8 +205,8 @@ def bits(rng: np.random.Generator, null: bool) -> list[Result]:
 DRAWS: dict[str, Draw] = {
     each.__name__: each
     for each in (
-        *(substitution, multistep, multi_atom, amplify, erasure, install, sign, logit_change),
-        *(passage, readers, partition, seeds, objectives, baselines, bits),
+        *(substitution, multistep, amplify, erasure, install, sign, logit_change),
+        *(passage, partition, seeds, objectives, baselines, bits),
     )
 }
 
@@ -280,7 +259,7 @@ def test_too_few_units_one_head_or_no_null_give_no_verdict(kind: str) -> None:
     poor = poor[:4] if kind == "bits" else poor  # there, heads are units too
     assert {claim.outcome for claim in claims(poor)} <= {"inconclusive", "not tested", "below the floor"}
     assert type(results[0].evaluation).across(results[:1]) == []
-    if kind in ("substitution", "multistep", "multi_atom"):
+    if kind in ("substitution", "multistep"):
         alone = dataclasses.replace(results[0].evaluation, controls=())  # pyright: ignore[reportCallIssue]
         claim = Result(alone, results[0].info, results[0].tables).claims()[0]
         assert (claim.outcome, claim.null) == ("not tested", "")

@@ -15,13 +15,11 @@ from test_erasure import sampled as erased
 from test_install import shares
 from test_logit_change import made_result as predicted
 from test_logit_change import made_up as cells
-from test_multi_atom import table as coded
 from test_multistep import known
 from test_objectives import made as trained
 from test_partition import alike, normal, same
 from test_partition import made as aligned
 from test_passage import sampled as passages
-from test_readers import sampled as read
 from test_seeds import HIGH, LOW
 from test_seeds import made as seeded
 from test_sign import linear
@@ -35,10 +33,6 @@ JUMPING = np.random.default_rng(1).normal(size=320)
 
 _ITSELF = {("write", "", "zero"): 1e-9, ("write", "", "itself"): 1e-8}
 _STATE_ITSELF = {("state", "", "zero"): 1e-9, ("state", "", "itself"): 1e-8}
-
-
-def kl(delete: float, code: float, mean: float, state: float, after: float) -> dict[str, float]:
-    return {"native": 1e-11, "delete": delete, "code": code, "mean": mean, "state": state, "state_after": after}
 
 
 CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
@@ -133,17 +127,6 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
             ),
         ],
     ),
-    "multi_atom": (
-        24,
-        [
-            (of(coded, kl(1.0, 0.2, 0.5, 2.0, 0.01)), {0: "holds"}),
-            (of(coded, kl(1.0, 0.2, 0.1, 2.0, 0.01)), {0: "confounded"}),
-            (of(coded, kl(1.0, 1.5, 0.1, 2.0, 0.01)), {0: "fails"}),
-            (of(coded, kl(1.0, 1e-12, 1e-13, 2.0, 1.0)), {0: "confounded"}),  # both are 0
-            (of(coded, kl(1.0, 1e-13, 1e-12, 2.0, 1.0)), {0: "confounded"}),
-            (of(coded, kl(1e-12, 1e-13, 1.0, 1.0, 1.0)), {0: "below the floor"}),
-        ],
-    ),
     "multistep": (
         24,
         [
@@ -212,17 +195,6 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
             (of(passages, deleted=0.01, random=0.2, removed=0.01), {0: "confounded"}),
             (of(passages, deleted=0.3, random=0.2, removed=0.01), {0: "fails"}),
             (of(passages, deleted=1e-8), {0: "below the floor"}),
-        ],
-    ),
-    "readers": (
-        48,
-        [
-            (of(read, 0.4, 0.1, 0.1), {0: "holds"}),
-            (of(read, 0.4, 0.1, 0.1, heads=(0,)), {0: "holds"}),  # a single later head is not compared with itself
-            (of(read, 0.4, 0.1, 0.4), {0: "confounded"}),
-            (of(read, 0.4, 0.1, 0.1, 4.0), {0: "confounded"}),
-            (of(read, 0.1, 0.2, 0.01, 0.1), {0: "fails"}),
-            (of(read, 4e-8, 1e-8, 1e-8), {0: "below the floor"}),
         ],
     ),
     "seeds": (

@@ -71,17 +71,6 @@ ERASURE: dict[str, object] = {
     "first_position": 1,
     "seed": 3,
 }
-MULTI_ATOM: dict[str, object] = {
-    "n_atoms": 4,
-    "firings_per_atom": 2,
-    "counts": (1, 2, 3),
-    "scales": ("coefficient", "matched"),
-    "controls": ("mean", "state"),
-    "horizon": 6,
-    "first_position": 1,
-    "mean_write_sequences": 4,
-    "seed": 3,
-}
 PARTITION: dict[str, object] = {
     "min_firings": 3,
     "threshold": 0.35,
@@ -94,15 +83,6 @@ PARTITION: dict[str, object] = {
     "seed": 3,
 }
 PASSAGE: dict[str, object] = {"passages": 4, "threshold": 0.35, "min_firings": 2, "seed": 3}
-READERS: dict[str, object] = {
-    "n_atoms": 3,
-    "select_firings": 2,
-    "test_firings": 2,
-    "min_firings": 2,
-    "horizon": 3,
-    "first_position": 1,
-    "seed": 3,
-}
 
 
 CASES: tuple[Case, ...] = (
@@ -206,8 +186,6 @@ CASES: tuple[Case, ...] = (
         {"sae": WRITE},
     ),
     Case("passage", "passage", "embedded", PASSAGE, {"sae": WRITE}),
-    Case("readers", "readers", "embedded", READERS, {"sae": WRITE}),
-    Case("multi_atom", "multi_atom", "embedded", MULTI_ATOM, {"sae": WRITE}),
     Case("partition", "partition", "embedded", PARTITION, {"sae": WRITE}),
     Case("partition-state-trained", "partition", "embedded", PARTITION | {"threshold": 0.3}, {"sae": STATE}),
     Case(
@@ -275,11 +253,9 @@ CASES: tuple[Case, ...] = (
         for kind, settings in {
             "substitution": SUBSTITUTION | {"n_atoms": 4, "scales": ("coefficient", "matched")},
             "erasure": ERASURE | {"n_atoms": 3},
-            "multi_atom": MULTI_ATOM | {"n_atoms": 3, "counts": (1, 2)},
             "logit_change": LOGIT_CHANGE | {"n_atoms": 2, "horizons": (0, 4), "eps": (1.0, 10.0)},
             "partition": PARTITION | {"threshold": threshold},
             "passage": PASSAGE | {"passages": 3, "threshold": threshold},
-            "readers": READERS | {"n_atoms": 2},
         }.items()
     ),
 )
@@ -300,8 +276,6 @@ KEYS: dict[tuple[str, str], tuple[str, ...]] = {
     ("amplify", "counts"): ("token", "prompt", "condition", "factor"),
     ("passage", "passages"): ("sequence", "class", "condition"),
     ("passage", "classes"): ("class", "atom"),
-    ("readers", "changes"): ("firing", "layer", "mixer", "head", "condition"),
-    ("multi_atom", "writes"): ("sequence", "position", "condition", "scale", "count", "all"),
     ("partition", "atoms"): ("atom",),
     ("partition", "mixtures"): ("sample", "space", "components", "component"),
     ("partition", "substitution"): ("scale", "kind"),
@@ -349,8 +323,6 @@ ROUNDED: dict[tuple[str, str], dict[str, str]] = {
     ("sign", "writes"): {"measured": "logit", "f2": "logit"},
     ("install", "continuations"): {"log_prob_change": "logit"},
     ("passage", "passages"): {"bits": "logit", "native_bits": "logit"},
-    ("readers", "changes"): {"change": "logit"},
-    ("multi_atom", "writes"): {"kl": "kl", "kl_at": "kl"},
     ("objectives", "firings"): {"delete": "kl", "coefficient": "kl", "matched": "kl"},
     ("baselines", "writes"): {"kl": "kl"},
     ("baselines", "replacement"): {"nats": "logit", "native_nats": "logit"},

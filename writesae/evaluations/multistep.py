@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import RELEVANT, Exchange
 from writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, Control
-from writesae.experiment.downstream_heads import newest_outputs
 from writesae.experiment.evaluation import Evaluation, Result, described
 from writesae.experiment.lab import EditedRows, Lab
 from writesae.verdict.finding import Against, Figure, Finding, Paired, medians
@@ -105,13 +106,17 @@ class Multistep(Evaluation):
         """One row per condition and firing; the column `residual_cosine` holds an array [S] each."""
         name = f"blocks.{lab.model.cfg.n_layers - 1}.hook_resid_post"
         native = lab.model.run_with_cache(exchange.site.session.tokens, names_filter=[name])[1][name][0]
-        with newest_outputs(lab.model, [name]) as newest:
+        newest: dict[str, Tensor] = {}
 
-            def read(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
-                window = rows.windows(newest[name])
-                cosines = torch.cosine_similarity(window, native[rows.positions], dim=-1)
-                return {"residual_cosine": cosines.cpu().numpy()}
+        def keep(value: Tensor, hook: HookPoint) -> None:
+            newest[name] = value
 
+        def read(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
+            window = rows.windows(newest[name])  # of the batch that has just run
+            cosines = torch.cosine_similarity(window, native[rows.positions], dim=-1)
+            return {"residual_cosine": cosines.cpu().numpy()}
+
+        with lab.model.hooks([(name, keep)]):
             return lab.read(exchange.site, exchange.trials(lab), read, self.n_steps + 1)
 
     # -- judging
