@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 from huggingface_hub import constants
-from sae_lens import SAE
+from sae_lens import SAE, StandardSAE, StandardSAEConfig
+from sae_lens.saes.sae import SAEMetadata
 from saes import make_sae
 from sealing import reseal
 
@@ -122,6 +123,20 @@ def test_a_dry_run_shows_the_files_and_the_card(folder: Path) -> None:
     assert "L2H0/write-seed0/cfg.json\n" in found and "runner_cfg" not in found
     alone = Push(folder / "L2H1/write-seed0/sae", "me/saes", dry_run=True).run()
     assert "SAE.from_pretrained('me/saes', 'write-seed0')" in alone
+
+
+def test_a_dictionary_of_saelens_gets_checksums(tmp_path: Path) -> None:
+    """Its own folders have none."""
+    config = StandardSAEConfig(
+        d_in=2048, d_sae=4, metadata=SAEMetadata(hook_name="blocks.2.mixer.heads.0.hook_write_vec")
+    )
+    StandardSAE(config).save_model(tmp_path / "plain")
+    saved_anew(tmp_path / "plain", tmp_path / "fresh")
+    weights = tmp_path / "fresh/plain/sae_weights.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="sae_weights"):
+        load_sae(weights.parent)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div
 from hookpoints import WriteEdit
 from writesae.experiment import readout
 from writesae.experiment.lab import EditedRows, Trial
-from writesae.experiment.readout import added_bits, divergences, kl_window
+from writesae.experiment.readout import KL_METRICS, added_bits, divergences, kl_metrics, kl_window
 
 T, N, P, D = 9, 4, 3, 11
 
@@ -49,9 +49,21 @@ def rows(start: int = 2, width: int = 4) -> EditedRows:
     return EditedRows(trials, torch.randn(T, D, generator=g, dtype=torch.float64), logits, start, width, None)
 
 
-def kl_by_hand(batch: EditedRows, n: int, t: int) -> float:
+def kl_by_hand(batch: EditedRows, n: int, t: int, reverse: bool = False) -> float:
     p, q = (x.softmax(-1) for x in (batch.native[t], batch.logits[n, t - batch.start]))
+    p, q = (q, p) if reverse else (p, q)
     return float((p * (p / q).log()).sum())
+
+
+@pytest.mark.parametrize("prefix", ["", "reverse_"])
+def test_columns_are_of_their_tokens_and_direction(prefix: str) -> None:
+    batch = rows()
+    table = kl_metrics(batch)
+    assert table.keys() == KL_METRICS.keys()
+    for n, t in enumerate((2, 4)):
+        at, after, *rest = (kl_by_hand(batch, n, t + s, bool(prefix)) for s in range(4))
+        found = [table[f"{prefix}kl_{name}"][n] for name in ("at", "next", "window")]
+        assert found == pytest.approx([at, after, np.mean([at, after, *rest])], rel=1e-10)
 
 
 def test_windows_are_each_trials_own() -> None:

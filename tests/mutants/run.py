@@ -1,6 +1,7 @@
 """Mutation testing: of the changes that mutmut makes to one place of the packages, how many does no test notice?
 
     python tests/mutants/run.py [--sample N] [--seed S] [--only TEXT] [--again FILE] [--seconds T] [--out FOLDER]
+    python tests/mutants/run.py --definitions
 
 It lists every mutant of the three packages and draws a seeded sample: places first, then one mutant of each, for a call
 has two mutants for each of its arguments, and most of them fail at once. Each is tried in a copy of the checkout, with
@@ -16,6 +17,9 @@ mutant then costs about a second more than its tests.
 ``mutants.json`` gets the rates and the survivors. A survivor is named by its file, its function and its diff, so that
 it is found again after lines have moved: ``--again docs/mutants.json`` tries the survivors of an earlier run. Needs the
 extra ``nightly``, which is apart from ``test`` because mutmut brings a terminal interface.
+
+``--definitions`` tries the mutants of ``definitions.toml`` instead: each changes what a number means, where a test by
+the formula must fail, and not only a stored result. None of them may survive.
 
 The operators are those of mutmut: numbers, comparisons, arithmetic, ``and``, ``or``, ``not``, ``break``, ``continue``,
 assignments, each argument of each call, lambdas, conditional expressions, cases of ``match``. Left out are
@@ -43,9 +47,11 @@ import signal
 import sys
 import tempfile
 import time
+import tomllib
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -63,6 +69,7 @@ from mutmut.mutation.mutators import mutation_operators, operator_string
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
+DEFINITIONS = Path(__file__).with_name("definitions.toml")
 UPSTREAM = ("hypothesis", "torch", "transformers", "transformer_lens", "sae_lens", "datasets", "pandas", "pyarrow")
 UPSTREAM += ("scipy.stats", "sklearn.cluster", "matplotlib.pyplot", "jinja2", "pydantic", "peft", "huggingface_hub")
 """What tests import besides the packages: loaded once, before the forks."""
@@ -324,15 +331,46 @@ def choose(mutant: Mutant, root: Path, budget: float) -> tuple[list[str], float]
     return chosen, cost
 
 
+@contextmanager
+def replaced(file: Path, source: str) -> Iterator[None]:
+    """A scope in which a file has another text. Afterwards its compiled form is still valid."""
+    before, times = file.read_text("utf-8"), file.stat()
+    file.write_text(source, "utf-8")
+    try:
+        yield
+    finally:
+        file.write_text(before, "utf-8")
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def undefended(root: Path) -> list[str]:
+    """What `definitions.toml` defines and no test defends: its test passes with the mutant, or its code is gone."""
+    rows = tomllib.loads(DEFINITIONS.read_text("utf-8"))["mutant"]
+    passed, said = forked(root, sorted({row["test"] for row in rows}), 3600)
+    if not passed:
+        raise SystemExit(f"the tests of {DEFINITIONS.name} do not pass without any mutant:\n{said[-3000:]}")
+    left = []
+    for row in rows:
+        file = root / row["file"]
+        source = file.read_text("utf-8")
+        outcome = "gone"
+        if source.count(row["code"]) == 1:
+            with replaced(file, source.replace(row["code"], row["change"])):
+                outcome = "SURVIVES" if forked(root, ["-x", row["test"]], 600)[0] else "killed"
+        print(f"{outcome:8} {row['file']}  {row['definition']}", flush=True)
+        left += [row["definition"]] if outcome != "killed" else []
+    return left
+
+
 def survives(mutant: Mutant, root: Path, budget: float) -> bool:
     """Whether the tests that execute the changed lines pass."""
     begin, file = time.monotonic(), root / mutant.file
     chosen, cost = choose(mutant, root, budget)
-    source, times = file.read_text("utf-8"), file.stat()
-    file.write_text(mutant.source, "utf-8")
-    passed, said = forked(root, ["-x", *chosen], SLACK + 4 * cost) if chosen else (True, "no test executes it")
-    file.write_text(source, "utf-8")
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # its compiled form stays valid
+    if chosen:
+        with replaced(file, mutant.source):
+            passed, said = forked(root, ["-x", *chosen], SLACK + 4 * cost)
+    else:
+        passed, said = True, "no test executes it"
     why = next((line for line in said.splitlines() if line.startswith(("FAILED", "ERROR", "no test"))), "")
     where = f"{mutant.file}:{mutant.first} {mutant.function} {mutant.operator}"
     print(
@@ -348,6 +386,7 @@ def main(
     only: str = "",
     again: Path | None = None,
     seconds: float = 60,
+    definitions: bool = False,
     out: Path = ROOT / "docs",
 ) -> None:
     """Try a sample of mutants.
@@ -358,11 +397,12 @@ def main(
         only: files with this text in their path
         again: try the survivors that this file names, and no sample
         seconds: of tests for a mutant
+        definitions: try the mutants of definitions.toml, and no sample
         out: folder for mutants.json
     """
     files = [str(file.relative_to(ROOT)) for name in PACKAGES for file in sorted((ROOT / name).rglob("*.py"))]
     files = [file for file in files if only in file and (find_spec("fla") or "points/fla/" not in file)]
-    mutants, n = draw(files, 0 if again else sample, seed)
+    mutants, n = draw([] if definitions else files, 0 if again else sample, seed)
     if again:
         mutants = listed(json.loads(again.read_text("utf-8"))["survivors"])
     # Neighbors share their unchanged run, whose result is then at hand.
@@ -374,6 +414,10 @@ def main(
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         root = Path(folder).resolve() / "copy"
         shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache"))
+        if definitions:
+            if left := undefended(root):
+                raise SystemExit(f"{len(left)} definitions have no test: {'; '.join(left)}")
+            return
         left = [mutant for mutant in mutants if survives(mutant, root, seconds)]
     result = {
         "date": f"{date.today()}",

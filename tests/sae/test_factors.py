@@ -111,6 +111,19 @@ def test_values_beyond_a_dtype_are_refused_by_name(tmp_path):
     model.attachment.detach()
 
 
+@pytest.mark.parametrize(
+    ("numbers", "dtype"),
+    [
+        ([1.0, 2.0**11], "float16"),
+        ([1.0, 2.0**12], "bfloat16"),  # 16 times as much is more than 65,504
+        ([2.0**-20 + 2.0**-25], "bfloat16"),  # more than a thousandth of it is lost in float16
+        ([2.0**125], "float32"),
+    ],
+)
+def test_the_dtype_is_the_first_with_room_and_little_rounding(numbers, dtype):
+    assert module._smallest_dtype([torch.tensor(numbers), torch.ones(3)]) == dtype
+
+
 def test_the_size_is_said_and_a_small_disk_is_refused(model, whole, tmp_path, monkeypatch):
     said: list[str] = []
     found = Collection.open(whole)

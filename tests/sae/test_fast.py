@@ -255,6 +255,7 @@ def test_numbers_are_logged_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_every_row_is_seen_equally_often() -> None:
     drawn = torch.cat(list(islice(rows_.shuffled(10, 4, seed=1), 10)))
     assert drawn.bincount().tolist() == [4] * 10 and drawn[:10].tolist() != sorted(drawn[:10].tolist())
+    assert len({tuple(epoch) for epoch in drawn.view(4, 10).tolist()}) == 4
     assert torch.equal(next(rows_.shuffled(10, 4, seed=1, step=7)), drawn[28:32])
 
 

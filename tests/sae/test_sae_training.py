@@ -122,9 +122,14 @@ def test_calibration_of_an_inference_sae_sets_any_l0(tmp_path: Path) -> None:
     train("writesae_batchtopk", data, 100).sae.save_inference_model(tmp_path)
     sae, x = W.load_sae(tmp_path), next(data)
     sae.v.data *= 2  # thresholds follow the contribution, not the activation
+    sae.requires_grad_(False)
+    contributions = (((x - sae.b_dec) @ sae.W_enc + sae.b_enc) * sae.decoder_norm()).flatten().sort(descending=True)[0]
     for l0 in (1.0, 3.5):
-        W.calibrate_threshold(sae, x, l0)
-        assert int((sae.encode(x) > 0).sum()) == round(l0 * len(x))  # not one more
+        threshold, n = W.calibrate_threshold(sae, x, l0), round(l0 * len(x))
+        assert int((sae.encode(x) > 0).sum()) == n  # not one more
+        assert threshold == pytest.approx(float(contributions[n - 1 : n + 1].mean()), rel=1e-6)
+        torch.testing.assert_close(sae.threshold * sae.decoder_norm(), torch.full((32,), threshold))
+    assert W.calibrate_threshold(sae, x, 0) > contributions[0] and not sae.encode(x).any()
 
 
 def test_calibration_refuses_nonsense() -> None:
@@ -178,7 +183,9 @@ def test_unit_norm_keeps_the_function(name: str, encoder: str) -> None:
 @pytest.mark.parametrize("fields", [*W.VARIANTS.values()], ids=W.VARIANTS)
 def test_resampling_takes_dead_atoms_to_the_residual(name: str, fields: dict) -> None:
     sae = make(name, resample_every=10, unit_norm_every=0, b_dec_init="zeros", **fields)
-    x = torch.randn(64, D_IN)
+    common = 3 * torch.randn(D_IN)
+    sae.b_dec.data.copy_(common)
+    x = torch.randn(64, D_IN) + common
     dead = torch.zeros(32, dtype=torch.bool)
     dead[[3, 7, 20]] = True
     before, residual = sae.atoms().dense(), (x - sae(x)).detach()
@@ -207,6 +214,27 @@ def test_resampling_takes_at_most_one_atom_a_row() -> None:
     assert 0 < step(sae, x, 20, all_dead).metrics["resampled_atoms"] <= 32
     assert step(sae, x[:5], 10, all_dead).metrics["resampled_atoms"] <= 5
     assert all(p.isfinite().all() for p in sae.parameters())
+
+
+def test_means_are_of_the_batches_since_an_atom_began() -> None:
+    """The t-th batch weighs t among inputs, and t (t+1) (t+2) (t+3) (t+4) among contributions; a new run begins anew,
+    and so does an atom that is replaced."""
+    sae = make("writesae_standard", resample_every=0, unit_norm_every=0, dtype="float64")
+    batches = [1 + torch.randn(64, D_IN, dtype=torch.float64) for _ in range(3)]
+    for n in range(2):
+        step(sae, 5 * batches[2], n)
+    contributions = []
+    for n, x in enumerate(batches):
+        acts = step(sae, x, n).feature_acts.detach()
+        contributions.append(acts.mean(0) * sae.decoder_norm().detach())
+        if n == 0:
+            replaced = contributions[0].topk(2).indices
+            sae.replace_atoms(replaced, sae.atoms(replaced), torch.ones(32, dtype=torch.bool))
+    first, second, third = contributions
+    torch.testing.assert_close(sae.mean_input, sum((n + 1) / 6 * x.mean(0) for n, x in enumerate(batches)))
+    expected = (120 * first + 720 * second + 2520 * third) / (120 + 720 + 2520)
+    expected[replaced] = ((120 * second + 720 * third) / (120 + 720))[replaced]
+    torch.testing.assert_close(sae.mean_contribution, expected)
 
 
 # ---------------------------------------------------------------------------------------- the rest

@@ -11,6 +11,7 @@ from datasets import Dataset
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.mixing_buffer import mixing_buffer
 from saes import untrained_sae
+from torch.nn.functional import cosine_similarity
 
 from sae_lens_writesae import collect, load_sae, train, training_config
 from sae_lens_writesae.sae import TRAINING
@@ -56,8 +57,8 @@ def test_read_loss_by_hand_and_in_units_of_the_squared_error() -> None:
 
 def test_write_loss_by_hand() -> None:
     cosine = torch.tensor([[1.0, -1.0, 0.5], [0.2, 0.2, 0.2], [1.0, 1.0, 1.0]])
-    contribution = torch.tensor([[1.0, 0.0, 1.0], [3.0, 4.0, 1.0], [0.0, 0.0, 0.0]])
-    assert write_loss(cosine, contribution) == pytest.approx(1 - (0.75 + 0.2 + 0) / 3)
+    contribution = torch.tensor([[1.0, 2.0, 1.0], [3.0, 4.0, 1.0], [0.0, 0.0, 0.0]])
+    assert write_loss(cosine, contribution) == pytest.approx(1 - (-0.125 + 0.2 + 0) / 3)
 
 
 # -- steps
@@ -77,7 +78,12 @@ def test_a_step_mixes_the_loss_in_by_its_weight(architecture: str, loss: str) ->
         error = (output.sae_out - output.sae_in).view(-1, K, V)
         q = x[:, K * V :]
         direct = sum((e.T @ each).square().sum() for e, each in zip(error, q)) / 10 * K / q.square().sum(-1).mean()
-        assert extra.item() == pytest.approx(direct.item())
+    else:  # atoms have norm 1, so that activations are contributions
+        variance = (output.sae_in - output.sae_in.mean(0)).square().sum(1).mean()
+        cosines = cosine_similarity(x[:, None, K * V :], make(architecture).W_dec, dim=-1)
+        shares = output.feature_acts.to_dense() / output.feature_acts.to_dense().sum(1, keepdim=True).clamp_min(1e-30)
+        direct = variance * (1 - (shares * cosines).sum(1)).mean()
+    assert extra.item() == pytest.approx(direct.item())
 
 
 # -- columns, and training from a collection

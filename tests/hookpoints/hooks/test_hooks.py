@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_hf
+from recurrences import normal
 from torch.testing import assert_close
 from transformer_lens import ActivationCache
 
 from hookpoints import HOOKS, HookedRecurrent, UnknownHookError
 from hookpoints.errors import HookDidNotFireError
+from hookpoints.hooks.points import HookSet, through_hook
 from hookpoints.hooks.table import HookRow, is_matrix, time_axis
 from hookpoints.model.inputs import cache_of
+from hookpoints.recurrence.reference import scan
 
 LAYER, HEAD, ATTENTION = 1, 2, 3
 SIZES = {"B": 2, "T": 70, "H": 4, "K": 8, "V": 6, "D": 32}
@@ -104,6 +107,31 @@ def test_write_factors_and_dense_write_agree(model64, tokens):
     for logits, cache in runs.values():
         assert_close(logits, runs["hook_write"][0], rtol=0, atol=1e-10)
         assert_close(cache[layer + "hook_state"], runs["hook_write"][1][layer + "hook_state"], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_key_and_a_value_that_change_together_write_their_product(model64, tokens):
+    """k' u'^T, cross term included, with the native erase: against the walk by steps."""
+    r, layer = model64.recurrence(tokens, LAYER), f"blocks.{LAYER}.mixer."
+    keys, values = r.k + normal(*r.k.shape), r.u + normal(*r.u.shape, seed=1)
+    hooks = [(layer + "hook_write_key", lambda x, hook: keys), (layer + "hook_write_value", lambda x, hook: values)]
+    with model64.hooks(hooks):
+        _, cache = model64.run_with_cache(tokens, names_filter=[layer + "hook_write", layer + "hook_read"])
+    writes = torch.einsum("bthk,bthv->bthkv", keys, values)
+    assert_close(cache[layer + "hook_write"], writes, rtol=0, atol=1e-10)
+    assert_close(cache[layer + "hook_read"], scan(r, writes).outputs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0])
+def test_a_hook_sees_a_value_times_its_scale(scale):
+    """A scale of the sum that the value enters; what the hook adds is added to that sum."""
+    hooks, value, added = HookSet(["hook_mlp_out"]), normal(2, 3, 4), normal(2, 3, 4, seed=1)
+    through, seen = through_hook(hooks, "hook_mlp_out", scale), []
+    assert through(value) is value
+    hooks.hook_mlp_out.add_hook(lambda x, hook: seen.append(x.clone()))
+    assert torch.equal(through(value), value) and torch.equal(seen[0], scale * value)
+    hooks.hook_mlp_out.add_hook(lambda x, hook: x + added)
+    assert_close(scale * through(value), scale * value + added, rtol=0, atol=1e-14)
 
 
 @torch.no_grad()

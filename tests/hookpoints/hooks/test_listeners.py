@@ -106,6 +106,15 @@ def test_a_layer_is_left_alone_again_when_its_hooks_are_gone(quiet, tokens, hand
 
 
 @torch.no_grad()
+def test_a_hook_acts_that_comes_after_a_scope(quiet, tokens):
+    """Hooks of closed scopes are not counted among those of a point."""
+    with quiet.hooks([(NAME, zeroed)]):
+        changed = quiet(tokens)
+    quiet.hook_dict[NAME].add_hook(zeroed)
+    assert torch.equal(quiet(tokens), changed)
+
+
+@torch.no_grad()
 def test_hooks_that_come_while_another_thread_runs_are_seen(quiet, tokens):
     """The look that finds nobody may be interrupted by a hook that is put on at that moment."""
     listeners, plain = quiet.blocks[1].mixer.listeners, quiet(tokens)

@@ -11,12 +11,13 @@ from conftest import VOCAB
 from recurrences import FORMS, random_recurrence
 from torch.testing import assert_close
 
+from hookpoints.edits.edit import LowRankChange
 from hookpoints.fla import is_fla
 from hookpoints.layer.response import EditResponse
 from hookpoints.model.inputs import cache_of, continuing
 from hookpoints.recurrence.canonical import over_time
 from hookpoints.recurrence.recurrence import Recurrence
-from hookpoints.recurrence.reference import add_write, read_out, transition
+from hookpoints.recurrence.reference import add_write, read_out, steps, transition
 from hookpoints.rules.base import OpResult
 
 sys.path.append(str(Path(__file__).parents[1] / "model"))
@@ -30,12 +31,12 @@ SEQUENCE = torch.randint(1, VOCAB, (2, 24), generator=torch.Generator().manual_s
 
 def by_steps(r: Recurrence, change: torch.Tensor) -> list[torch.Tensor]:
     """Reads, and states before and after each token, where ``change`` [B,T,H,K,V] is added to what a token finds."""
-    after, steps = r.starting_state(), []
+    after, walked = r.starting_state(), []
     for t in range(r.T):
         before = after + change[:, t]
         after = add_write(transition(r, t, before), r.k[:, t], r.u[:, t])
-        steps.append((read_out(r.q[:, t] * r.scale, before if r.read_before_write else after), before, after))
-    return [torch.stack(each, 1) for each in zip(*steps)]
+        walked.append((read_out(r.q[:, t] * r.scale, before if r.read_before_write else after), before, after))
+    return [torch.stack(each, 1) for each in zip(*walked)]
 
 
 @pytest.mark.parametrize("initial_state", [False, True])
@@ -50,6 +51,29 @@ def test_what_is_added_to_a_state_is_carried_on(form, initial_state):
     assert_close(response.apply(OpResult(*r.scan())), OpResult(reads, after[:, -1]), **EXACT)
     assert_close(response.states(slice(None)), after, **EXACT)
     assert_close(response.states_before(slice(0, 2)), (before - change)[:, :, :2], **EXACT)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_changes_of_one_head_add_up(form):
+    """Float64, against the walk by steps: a change of its writes by two terms, the first of them zero, another change
+    of one term, and one of its states, which is not carried on."""
+    r = random_recurrence(form, B=2, T=40, H=3, dtype=torch.float64, initial_state=True)
+    keys, values = normal(0, 2, 40, 2, r.K), normal(1, 2, 40, 2, r.V)
+    keys[:, :, 0] = 0
+    keys[:, :30] = 0
+    other_keys, other_values = normal(2, 2, 40, r.K), normal(3, 2, 40, r.V)
+    seen = torch.zeros(2, 40, 3, r.K, r.V, dtype=torch.float64)
+    seen[:, [0, 17, 39], 1] = normal(4, 2, 3, r.K, r.V)
+    response = EditResponse(r)
+    response.add_low_rank(LowRankChange(1, keys, values))
+    response.add_low_rank(LowRankChange(1, other_keys, other_values))
+    response.add_states(slice(1, 2), seen[:, :, 1:2])
+    writes = r.write()
+    writes[:, :, 1] += keys.mT @ values + other_keys[..., None] * other_values[..., None, :]
+    before, after = (torch.stack(states, 1) for states in zip(*steps(r, writes)))
+    read = torch.cat([before[:, :1], (after + seen)[:, :-1]], 1) if r.read_before_write else after + seen
+    reads = torch.einsum("bthk,bthkv->bthv", r.q * r.scale, read)
+    assert_close(response.apply(OpResult(*r.scan())), OpResult(reads, (after + seen)[:, -1]), **EXACT)
 
 
 def passes(model, layer, lengths, edit=None):

@@ -194,6 +194,17 @@ def test_a_saved_memory_is_the_same_bit_for_bit(small, tmp_path):
     ]
 
 
+def test_a_memory_is_saved_aside_and_renamed(small, tmp_path):
+    """Who reads a file while a memory is saved to its name reads the old one to its end."""
+    _, memory = small
+    file = tmp_path / "memory.safetensors"
+    memory.save(file)
+    before = file.read_bytes()
+    with file.open("rb") as reader:
+        memory.rewind(5).save(file)
+        assert reader.read() == before != file.read_bytes()
+
+
 def test_a_file_of_another_model_or_a_damaged_one_is_refused(read, tmp_path):
     model, memory = read
     file = tmp_path / "memory.safetensors"

@@ -148,6 +148,19 @@ def test_beta_only_saves_work(r: Recurrence) -> None:
     same(r.replace(beta=r.beta / 2).outputs(), r.replace(a=r.a / 2).outputs())
 
 
+@pytest.mark.parametrize(("share", "refused"), [(0.9e-5, False), (1.1e-5, True)])
+def test_an_erase_is_along_the_key_to_a_hundred_thousandth(r: Recurrence, share: float, refused: bool) -> None:
+    """|a - c k| against |a|: corrected values are those of the part c k, or are refused."""
+    assert r.a is not None and r.beta is not None
+    across = r.k.roll(1, -1) - (r.k.roll(1, -1) * r.k).sum(-1, keepdim=True) * r.k
+    off = r.a + share * r.beta[..., None] * across / across.norm(dim=-1, keepdim=True)
+    if refused:
+        with pytest.raises(ValueError, match="erase a"):
+            r.replace(a=off).corrected_values()
+    else:
+        same(r.replace(a=off).corrected_values(), r.corrected_values(), 1e-3)
+
+
 def test_writes(r: Recurrence) -> None:
     additive = torch.einsum("bthk,bthv->bthkv", r.k, r.u)
     same(r.write(), additive)
